@@ -1,0 +1,214 @@
+"""The run file: one TOML file, every key with a default, every value checked, an unknown key answered by the nearest.
+
+Knows nothing about devices: data paths, memory and addresses belong to `edgelam client`, so that the same file runs on
+any federation.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from edgelam_fl.errors import ConfigError, nearest
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Model(Section):
+    name: str = Field("smollm2-135m", min_length=1, description="built-in name, folder, .gguf file or hub name")
+    base: Literal["fp32", "bf16", "int8"] = Field(
+        "fp32", description="frozen weights; int8 is by row, computed in fp32"
+    )
+
+
+class Split(Section):
+    front: int = Field(2, ge=0, description="layers after the embedding on the device; 0 lets hosts read the text")
+    back: int = Field(2, ge=0, description="last layers before the head on the device; 0 lets hosts solve the labels")
+    hosts: int = Field(1, ge=0, le=1, description="edge servers on a route; 0: each device trains the whole model")
+    host_mode: Literal["joint"] = Field(
+        "joint", description="how a host that serves several devices trains: one step together"
+    )
+    micro_batches: int = Field(2, ge=1, le=256, description="pieces that a device's batch is cut into")
+    window: int = Field(2, ge=1, le=256, description="pieces of one device in flight at a time; bounds a host's memory")
+
+
+class Lora(Section):
+    rank: int = Field(8, ge=1, le=1024, description="rank of every adapter")
+    alpha: float = Field(16.0, gt=0, description="the adapter's output is scaled by alpha / rank")
+    targets: tuple[str, ...] = Field(
+        ("q_proj", "v_proj"), min_length=1, description="module names inside the layers, or 'all-linear'"
+    )
+    train: tuple[Literal["front", "hosts", "back"], ...] = Field(
+        ("front", "hosts", "back"), min_length=1, description="where adapters learn; the others stay frozen"
+    )
+
+    @field_validator("targets", "train", mode="before")
+    @classmethod
+    def as_tuple(cls, value: Any) -> Any:
+        """TOML has lists; a single word is a list of one."""
+        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+class Fields(Section):
+    prompt: str = Field("question", min_length=1)
+    answer: str = Field("answer", min_length=1)
+
+
+class Task(Section):
+    kind: Literal["causal-lm"] = "causal-lm"
+    max_tokens: int = Field(96, ge=8, le=32768, description="longer examples are cut at the end")
+    template: str = Field("chat", description="'chat' (the model's own), 'plain', or a text with {prompt} and {answer}")
+    loss_on: Literal["answer", "all"] = Field("answer", description="which tokens are learned")
+
+    @field_validator("template")
+    @classmethod
+    def known_template(cls, value: str) -> str:
+        if value not in ("chat", "plain") and not ("{prompt}" in value and value.endswith("{answer}")):
+            raise ValueError("must be 'chat', 'plain', or a text that holds {prompt} and ends with {answer}")
+        return value
+
+
+class Data(Section):
+    fields: Fields = Fields()
+    held_out: float = Field(0.1, gt=0, lt=1, description="share of a device's examples that is measured, never learned")
+
+
+class Federation(Section):
+    rounds: int = Field(4, ge=1, le=100_000)
+    local_steps: int = Field(10, ge=1, le=100_000, description="optimizer steps between two aggregations")
+    batch_size: int = Field(8, ge=1, le=65_536, description="examples of one device in one step")
+    min_nodes: int = Field(1, ge=1, description="devices without which a round does not start")
+    join_deadline_s: float = Field(120.0, gt=0, description="how long to wait for min_nodes devices and for a host")
+    step_deadline_s: float = Field(120.0, gt=0, description="a device that is later than this is left out of the step")
+    round_deadline_s: float = Field(3600.0, gt=0, description="a node that is later than this is left out of the round")
+
+
+class Optimizer(Section):
+    name: Literal["adamw"] = "adamw"
+    lr: float = Field(1e-3, gt=0, le=10)
+
+
+class Strategy(Section):
+    aggregation: str = Field("fedavg", description="fedavg, none, or package.module:Class")
+    selection: str = Field("all", description="all, or package.module:Class")
+    bandwidth: str = Field("uniform", description="uniform, or package.module:Class")
+
+
+class Run(Section):
+    out: str = Field("runs/{name}-{time}", min_length=1, description="{name}: this file's; {time}: the start")
+    seed: int = Field(1, ge=0, lt=2**63)
+
+
+class RunConfig(Section):
+    model: Model = Model()
+    split: Split = Split()
+    lora: Lora = Lora()
+    task: Task = Task()
+    data: Data = Data()
+    federation: Federation = Federation()
+    optimizer: Optimizer = Optimizer()
+    strategy: Strategy = Strategy()
+    run: Run = Run()
+
+    @model_validator(mode="after")
+    def consistent(self) -> RunConfig:
+        if self.split.micro_batches > self.federation.batch_size:
+            raise ValueError(
+                f"split.micro_batches = {self.split.micro_batches} must be at most federation.batch_size = "
+                f"{self.federation.batch_size}: a piece holds at least one example"
+            )
+        return self
+
+    def to_toml(self) -> str:
+        """The whole configuration as a run file."""
+        sections = []
+        for name, section in self.model_dump(mode="json").items():
+            lines = [f"{key} = {_toml_value(value)}" for key, value in section.items()]
+            sections.append(f"[{name}]\n" + "\n".join(lines) + "\n")
+        return "\n".join(sections)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml_value(inner)}" for key, inner in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml_value(inner) for inner in value) + "]"
+    return json.dumps(value, ensure_ascii=False)  # TOML's basic strings, numbers and booleans are JSON's
+
+
+def parse_run_file(text: str, *, source: str, overrides: str | list[str] = ()) -> RunConfig:  # type: ignore[assignment]
+    """A run file's text and `section.key=value` overrides, checked.
+
+    Raises ConfigError with the key, the value, the rule and `source` (where the text came from).
+    """
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source} is not TOML: {error}") from error
+    for override in shlex.split(overrides) if isinstance(overrides, str) else overrides:
+        _override(data, override)
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(problem, source) for problem in error.errors())) from error
+
+
+def read_run_file(path: Path, overrides: list[str] = ()) -> RunConfig:  # type: ignore[assignment]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"no run file at {path}; `edgelam demo` needs none, and README.md shows one to start from"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the run file {path} cannot be read: {error}") from error
+    return parse_run_file(text, source=str(path), overrides=overrides)
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or "." not in key:
+        raise ConfigError(f"--set {override!r} must look like section.key=value, as in --set federation.rounds=2")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # bare words need no quotes on a command line
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"--set {override!r}: {parent} is a value, not a section")
+    data[last] = value
+
+
+def _explain(problem: Mapping[str, Any], source: str) -> str:
+    """One pydantic problem as one line: key, value, rule, place."""
+    where = [str(part) for part in problem["loc"] if not isinstance(part, int)]
+    key, value, context = ".".join(where), problem["input"], problem.get("ctx", {})
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key} in {source}: {nearest(key, known_keys())}"
+    if problem["type"] == "value_error":
+        rule = str(context["error"])
+        return f"{key} = {value!r} {rule} (in {source})" if key else f"{rule} (in {source})"
+    rule = problem["msg"].replace("Input should be", "must be").replace("Tuple should", "must")
+    return f"{key} = {value!r} {rule} (in {source})"
+
+
+def known_keys() -> list[str]:
+    """Every key of a run file, dotted, sections among them."""
+    keys = []
+    for section, field in RunConfig.model_fields.items():
+        keys.append(section)
+        for key, inner in field.annotation.model_fields.items():  # type: ignore[union-attr]
+            keys.append(f"{section}.{key}")
+            if isinstance(inner.annotation, type) and issubclass(inner.annotation, BaseModel):
+                keys.extend(f"{section}.{key}.{leaf}" for leaf in inner.annotation.model_fields)
+    return keys

@@ -1,0 +1,71 @@
+"""Every error that a user or a peer can cause, in one tree; the CLI prints the text and exits with the class's code.
+
+    EdgelamError                       exit  retry makes sense
+    |- UsageError                       2    no: the command line, the run file or the data is wrong
+    |   |- ConfigError
+    |   |- DataError
+    |   `- ModelError
+    |- EnvironmentProblem               3    after mending the machine: a port, a server, a missing package
+    `- RunFailed                        4    no: the run started and could not go on
+        |- PeerLost                          yes: the other end vanished or stayed silent
+        |- Refused                           no: the other end said why not
+        `- ProtocolError                     no: the other end sent what it must not
+
+A message says what is wrong, the value got, the value allowed and where to mend it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class EdgelamError(Exception):
+    exit_code = 4
+
+
+class UsageError(EdgelamError):
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """A run file, an override or an option that cannot be used."""
+
+
+class DataError(UsageError):
+    """A data file that cannot be used."""
+
+
+class ModelError(UsageError):
+    """A model that cannot be found, read or cut as asked."""
+
+
+class EnvironmentProblem(EdgelamError):
+    """This machine or the network is not as the command needs it."""
+
+    exit_code = 3
+
+
+class RunFailed(EdgelamError):
+    """A run that had started and could not go on."""
+
+
+class PeerLost(RunFailed):
+    """A link's other end vanished or stayed silent for longer than its deadline."""
+
+
+class Refused(RunFailed):
+    """The other end of a link or of a submission declined, with its reason."""
+
+
+class ProtocolError(RunFailed):
+    """The other end sent something that the protocol does not allow."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A closing half-sentence for messages about unknown words: the nearest known one, or all of them if few."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"known: {', '.join(known)}"

@@ -1,0 +1,121 @@
+"""Adapters as plain arrays: peft's names with global layer numbers -> fp32 numpy. Imports no torch.
+
+`base_model.model.model.layers.15.self_attn.q_proj.lora_A.weight` is [rank, in], `...lora_B.weight` is [out, rank].
+The stages of a route hold disjoint sets of names, so joining their adapters is a dict merge.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save, save_file
+
+from edgelam_fl.errors import ConfigError, ProtocolError, nearest
+from edgelam_fl.model.source import ModelSource, layer_number
+
+Adapter = dict[str, np.ndarray]
+
+PREFIX = "base_model.model."
+
+
+def digest(adapter: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes."""
+    total = hashlib.sha256()
+    for name in sorted(adapter):
+        array = np.ascontiguousarray(adapter[name])
+        total.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
+        total.update(array.tobytes())
+    return total.hexdigest()
+
+
+def to_bytes(adapter: Adapter) -> bytes:
+    return save({name: np.ascontiguousarray(array) for name, array in adapter.items()})
+
+
+def from_bytes(data: bytes) -> Adapter:
+    try:
+        return load(data)
+    except SafetensorError as error:
+        raise ProtocolError(f"adapter tensors cannot be read: {error}") from error
+
+
+def slice_of(adapter: Mapping[str, np.ndarray], spans: Iterable[tuple[int, int]]) -> Adapter:
+    """The tensors of the layers in any of the half-open `spans`."""
+    spans = list(spans)
+    return {
+        name: array
+        for name, array in adapter.items()
+        if any(first <= (layer_number(name) or 0) < last for first, last in spans)
+    }
+
+
+def target_modules(source: ModelSource, targets: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """The modules that LoRA targets name: module -> (out, in) features. A target matches whole trailing name parts.
+
+    Raises ConfigError for a target that matches nothing or stands outside the layers (a tied head or embedding).
+    """
+    modules = source.linear_modules()
+    if list(targets) == ["all-linear"]:
+        return modules
+    found: dict[str, tuple[int, int]] = {}
+    for target in targets:
+        matched = {name: shape for name, shape in modules.items() if name == target or name.endswith(f".{target}")}
+        if not matched:
+            _refuse_target(source, target, modules)
+        found.update(matched)
+    return {name: modules[name] for name in modules if name in found}
+
+
+def _refuse_target(source: ModelSource, target: str, modules: Mapping[str, tuple[int, int]]) -> None:
+    leaves = {name.rsplit(".", 1)[-1] for name in modules}
+    outside = {name.removesuffix(".weight").rsplit(".", 1)[-1] for name in source.index if layer_number(name) is None}
+    if source.tied_head and target in outside | {"lm_head"}:
+        raise ConfigError(
+            f"lora.targets: {target!r} is a tied tensor of {source.name} (embedding and head are one); an adapter on it "
+            f"would change both. Allowed: {', '.join(sorted(leaves))}"
+        )
+    if target in outside:
+        raise ConfigError(f"lora.targets: {target!r} stands outside the layers. Allowed: {', '.join(sorted(leaves))}")
+    raise ConfigError(f"lora.targets: no module of {source.name} is called {target!r}; {nearest(target, leaves)}")
+
+
+def initial_adapter(source: ModelSource, targets: Iterable[str], rank: int, seed: int) -> Adapter:
+    """peft's default start: A uniform in +-1/sqrt(in), B zero. Seeded by (seed, module), so any slice of it is the same."""
+    adapter: Adapter = {}
+    for module, (out_features, in_features) in target_modules(source, targets).items():
+        generator = np.random.default_rng([seed, zlib.crc32(module.encode())])
+        bound = in_features**-0.5
+        a_RI = generator.uniform(-bound, bound, (rank, in_features)).astype(np.float32)
+        adapter[f"{PREFIX}{module}.lora_A.weight"] = a_RI
+        adapter[f"{PREFIX}{module}.lora_B.weight"] = np.zeros((out_features, rank), np.float32)
+    return adapter
+
+
+def write_peft_folder(
+    adapter: Adapter, folder: Path, *, reference: str, rank: int, alpha: float, targets: Iterable[str]
+) -> None:
+    """An adapter folder that `PeftModel.from_pretrained` reads where EdgeLAM-FL is not installed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": reference,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "target_modules": sorted(targets) if list(targets) != ["all-linear"] else "all-linear",
+        "bias": "none",
+        "inference_mode": True,
+    }
+    temporary = folder / ".adapter_model.safetensors"
+    save_file(
+        {name: np.ascontiguousarray(array) for name, array in adapter.items()}, temporary, metadata={"format": "pt"}
+    )
+    temporary.replace(folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

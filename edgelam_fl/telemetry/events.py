@@ -1,0 +1,85 @@
+"""Events: one JSON object a line, appended as things happen. Knows nothing about what the fields mean.
+
+Every line has `time` (Unix seconds) and `event`. Who writes which, and their fields (names end in their unit):
+
+the ServerApp, into RUN/events.jsonl
+    run_started     run, config (the run file, resolved), versions {package: version}
+    node_joined     node, role ("device" | "edge"), address, examples, held_out, memory_available_bytes, cpu_threads
+    node_refused    node, reason
+    plan            round, selected [names], why {node: text}, shares {node: share of 1},
+                    routes [{device, front, back_first, num_layers, hops [{node, first, last}]}]
+    round_done      round, seconds, attempt, devices [...], hosts [...], checkpoint (path in RUN)
+                    (an eval-only job after the last round is round = rounds + 1, with steps = 0)
+                    devices: {name, examples, labels, loss (mean a label over the round's steps; null without steps),
+                    perplexity (of the adapter the round started from, held-out), tokens, train_seconds, eval_seconds,
+                    compute_seconds, bytes_up, bytes_down, adapter_bytes_up, adapter_bytes_down, peak_rss_bytes,
+                    step_losses [mean loss a label, a step], left_out [{step, reason}]}
+                    hosts: {name, layers [first, last], bytes_up, bytes_down, compute_seconds, peak_rss_bytes}
+                    bytes_by_kind {"ACT": n, ...} counted at the devices, both directions
+    node_lost       round, node, reason
+    run_done        seconds, summary (path in RUN)
+    run_failed      reason, kept (text: what is left in RUN)
+
+a stage host, into its own state folder's events.jsonl
+    job_started     job, role, layers [[first, last], ...], seconds (loading)
+    evaluated       job, loss_sum, labels, seconds
+    step            job, step, loss (mean a label), labels, seconds, bytes_sent, bytes_received
+    step_closed     job, step, counted [names], left_out [{node, reason}]
+    link_lost       job, link, reason
+    job_done        job, state, error
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class EventLog:
+    """Appends events to one file; safe to call from any thread."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._lock = threading.Lock()
+
+    def __call__(self, event: str, **fields: Any) -> None:
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}, ensure_ascii=False)
+        with self._lock:
+            if not self._file.closed:
+                self._file.write(line + "\n")
+
+    def close(self) -> None:
+        with self._lock:
+            self._file.close()
+
+
+def read_events(path: Path) -> Iterator[dict[str, Any]]:
+    """The events of a file, oldest first. A half-written last line (a run in progress, a crash) is left out."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+class EventTail:
+    """Follows a file that another process is writing: each `poll` returns the events added since the last one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offset = 0
+
+    def poll(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            file.seek(self._offset)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return [json.loads(line) for line in whole.splitlines()]

@@ -1,0 +1,115 @@
+"""Local control of a stage host: Profile, Submit and Wait over loopback, with a token that only this user can read.
+
+The ClientApp imports this for every message, so it imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from edgelam_fl.errors import EnvironmentProblem
+from edgelam_fl.wire import edgelam_pb2 as pb
+
+_SERVICE = "edgelam.v1.Control"
+_METHODS: dict[str, tuple[Any, Any]] = {
+    "GetProfile": (pb.ProfileRequest, pb.Profile),
+    "Submit": (pb.SubmitRequest, pb.SubmitReply),
+    "Wait": (pb.WaitRequest, pb.JobReport),
+}
+_OPTIONS = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.enable_http_proxy", 0),
+]
+
+
+class ControlServer:
+    """Serves the three methods on a free loopback port, and writes port and token to `state/endpoint.json` (0600)."""
+
+    def __init__(self, state: Path, handlers: dict[str, Callable[[Any], Any]]) -> None:
+        token = secrets.token_hex(32)
+
+        def guarded(handler: Callable[[Any], Any]) -> Callable[[Any, grpc.ServicerContext], Any]:
+            def call(request: Any, context: grpc.ServicerContext) -> Any:
+                given = dict(context.invocation_metadata()).get("token", "")
+                if not hmac.compare_digest(given, token):
+                    context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong token")
+                return handler(request)
+
+            return call
+
+        methods = {
+            name: grpc.unary_unary_rpc_method_handler(
+                guarded(handlers[name]),
+                request_deserializer=request.FromString,
+                response_serializer=reply.SerializeToString,
+            )
+            for name, (request, reply) in _METHODS.items()
+        }
+        self._server = grpc.server(ThreadPoolExecutor(8, "control"), options=_OPTIONS)
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, methods),))
+        port = self._server.add_insecure_port("127.0.0.1:0")
+        self._server.start()
+        _write_private(state / "endpoint.json", json.dumps({"address": f"127.0.0.1:{port}", "token": token}))
+
+    def stop(self) -> None:
+        self._server.stop(grace=0.5)
+
+
+class ControlClient:
+    """Calls a stage host of this machine by its state folder."""
+
+    def __init__(self, state: Path) -> None:
+        try:
+            endpoint = json.loads((state / "endpoint.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise EnvironmentProblem(
+                f"no stage host has written {state / 'endpoint.json'}; `edgelam client` starts one"
+            ) from error
+        self._metadata = (("token", endpoint["token"]),)
+        self._channel = grpc.insecure_channel(endpoint["address"], options=_OPTIONS)
+
+    def call(self, method: str, request: Any, timeout_s: float) -> Any:
+        reply = _METHODS[method][1]
+        stub = self._channel.unary_unary(
+            f"/{_SERVICE}/{method}",
+            request_serializer=type(request).SerializeToString,
+            response_deserializer=reply.FromString,
+        )
+        try:
+            return stub(request, timeout=timeout_s, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise EnvironmentProblem(
+                f"the stage host did not answer {method}: {error.code().name}: {error.details()}"
+            ) from error
+
+    def close(self) -> None:
+        self._channel.close()
+
+
+@contextlib.contextmanager
+def control(state: Path) -> Iterator[ControlClient]:
+    client = ControlClient(state)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def _write_private(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+    temporary.replace(path)

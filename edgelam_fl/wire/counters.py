@@ -1,0 +1,45 @@
+"""Bytes by link, direction and kind, counted where messages enter and leave the transport."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+
+from edgelam_fl.wire import edgelam_pb2 as pb
+
+GRPC_MESSAGE_FRAME_BYTES = 5  # one flag and a length before every message
+
+
+class ByteCounters:
+    """Counts of one job; safe to call from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: dict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
+
+    def add(self, link: str, direction: str, kind: int, payload_bytes: int, message_bytes: int) -> None:
+        name = pb.Kind.Name(kind) if kind in pb.Kind.values() else f"KIND_{kind}"
+        with self._lock:
+            count = self._counts[(link, direction, name)]
+            count[0] += payload_bytes
+            count[1] += message_bytes - payload_bytes + GRPC_MESSAGE_FRAME_BYTES
+            count[2] += 1
+
+    def total(self, direction: str) -> int:
+        """Payload and framing of all links in one direction ("sent" or "received"), in bytes."""
+        with self._lock:
+            return sum(count[0] + count[1] for key, count in self._counts.items() if key[1] == direction)
+
+    def report(self) -> list[pb.KindBytes]:
+        with self._lock:
+            return [
+                pb.KindBytes(
+                    link=link,
+                    direction=direction,
+                    kind=kind,
+                    payload_bytes=payload,
+                    framing_bytes=framing,
+                    messages=messages,
+                )
+                for (link, direction, kind), (payload, framing, messages) in sorted(self._counts.items())
+            ]

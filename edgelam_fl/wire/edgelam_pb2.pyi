@@ -1,0 +1,600 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    KIND_UNSPECIFIED: _ClassVar[Kind]
+    HELLO: _ClassVar[Kind]
+    READY: _ClassVar[Kind]
+    NOT_READY: _ClassVar[Kind]
+    REFUSE: _ClassVar[Kind]
+    TABLE: _ClassVar[Kind]
+    TABLE_ALL: _ClassVar[Kind]
+    ACT: _ClassVar[Kind]
+    GRAD: _ClassVar[Kind]
+    GRAD_END: _ClassVar[Kind]
+    STEP_CLOSE: _ClassVar[Kind]
+    STEP_READY: _ClassVar[Kind]
+    STEP_APPLY: _ClassVar[Kind]
+    PHASE: _ClassVar[Kind]
+    DONE: _ClassVar[Kind]
+    CANCEL: _ClassVar[Kind]
+    PING: _ClassVar[Kind]
+    PONG: _ClassVar[Kind]
+    RESUME: _ClassVar[Kind]
+    SNAPSHOT: _ClassVar[Kind]
+    ROLLBACK: _ClassVar[Kind]
+    ERROR: _ClassVar[Kind]
+    LABELS: _ClassVar[Kind]
+    REF: _ClassVar[Kind]
+    MISS: _ClassVar[Kind]
+    KV_OPEN: _ClassVar[Kind]
+    KV_STEP: _ClassVar[Kind]
+    KV_DROP: _ClassVar[Kind]
+    PARTIAL: _ClassVar[Kind]
+    REDUCED: _ClassVar[Kind]
+    LOWRANK: _ClassVar[Kind]
+
+class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    PHASE_UNSPECIFIED: _ClassVar[Phase]
+    EVAL: _ClassVar[Phase]
+    TRAIN: _ClassVar[Phase]
+
+class LinkRole(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LINK_UNSPECIFIED: _ClassVar[LinkRole]
+    ENTRY: _ClassVar[LinkRole]
+    EXIT: _ClassVar[LinkRole]
+
+class Role(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ROLE_UNSPECIFIED: _ClassVar[Role]
+    DEVICE: _ClassVar[Role]
+    EDGE: _ClassVar[Role]
+KIND_UNSPECIFIED: Kind
+HELLO: Kind
+READY: Kind
+NOT_READY: Kind
+REFUSE: Kind
+TABLE: Kind
+TABLE_ALL: Kind
+ACT: Kind
+GRAD: Kind
+GRAD_END: Kind
+STEP_CLOSE: Kind
+STEP_READY: Kind
+STEP_APPLY: Kind
+PHASE: Kind
+DONE: Kind
+CANCEL: Kind
+PING: Kind
+PONG: Kind
+RESUME: Kind
+SNAPSHOT: Kind
+ROLLBACK: Kind
+ERROR: Kind
+LABELS: Kind
+REF: Kind
+MISS: Kind
+KV_OPEN: Kind
+KV_STEP: Kind
+KV_DROP: Kind
+PARTIAL: Kind
+REDUCED: Kind
+LOWRANK: Kind
+PHASE_UNSPECIFIED: Phase
+EVAL: Phase
+TRAIN: Phase
+LINK_UNSPECIFIED: LinkRole
+ENTRY: LinkRole
+EXIT: LinkRole
+ROLE_UNSPECIFIED: Role
+DEVICE: Role
+EDGE: Role
+
+class Tensor(_message.Message):
+    __slots__ = ("dtype", "shape", "codec", "codec_meta", "total_bytes", "chunk", "offset")
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    CODEC_META_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    dtype: str
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    codec: str
+    codec_meta: bytes
+    total_bytes: int
+    chunk: int
+    offset: int
+    def __init__(self, dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., codec: _Optional[str] = ..., codec_meta: _Optional[bytes] = ..., total_bytes: _Optional[int] = ..., chunk: _Optional[int] = ..., offset: _Optional[int] = ...) -> None: ...
+
+class Header(_message.Message):
+    __slots__ = ("kind", "optional", "last_chunk", "cached", "rows_selected", "job_token", "phase", "step", "micro_batch", "device_index", "coord", "tensor", "seq", "send_ns", "epoch", "row_lengths", "hello", "ready", "not_ready", "refuse", "table", "table_all", "step_close", "done", "cancel", "error", "progress")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    OPTIONAL_FIELD_NUMBER: _ClassVar[int]
+    LAST_CHUNK_FIELD_NUMBER: _ClassVar[int]
+    CACHED_FIELD_NUMBER: _ClassVar[int]
+    ROWS_SELECTED_FIELD_NUMBER: _ClassVar[int]
+    JOB_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
+    TRY_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    COORD_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    SEND_NS_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    ROW_LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    NOT_READY_FIELD_NUMBER: _ClassVar[int]
+    REFUSE_FIELD_NUMBER: _ClassVar[int]
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    TABLE_ALL_FIELD_NUMBER: _ClassVar[int]
+    STEP_CLOSE_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    kind: Kind
+    optional: bool
+    last_chunk: bool
+    cached: bool
+    rows_selected: bool
+    job_token: int
+    phase: Phase
+    step: int
+    micro_batch: int
+    device_index: int
+    coord: _containers.RepeatedScalarFieldContainer[int]
+    tensor: Tensor
+    seq: int
+    send_ns: int
+    epoch: int
+    row_lengths: _containers.RepeatedScalarFieldContainer[int]
+    hello: Hello
+    ready: Ready
+    not_ready: NotReady
+    refuse: Refuse
+    table: Table
+    table_all: TableAll
+    step_close: StepClose
+    done: Done
+    cancel: Cancel
+    error: Error
+    progress: Progress
+    def __init__(self, kind: _Optional[_Union[Kind, str]] = ..., optional: _Optional[bool] = ..., last_chunk: _Optional[bool] = ..., cached: _Optional[bool] = ..., rows_selected: _Optional[bool] = ..., job_token: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., device_index: _Optional[int] = ..., coord: _Optional[_Iterable[int]] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., seq: _Optional[int] = ..., send_ns: _Optional[int] = ..., epoch: _Optional[int] = ..., row_lengths: _Optional[_Iterable[int]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., not_ready: _Optional[_Union[NotReady, _Mapping]] = ..., refuse: _Optional[_Union[Refuse, _Mapping]] = ..., table: _Optional[_Union[Table, _Mapping]] = ..., table_all: _Optional[_Union[TableAll, _Mapping]] = ..., step_close: _Optional[_Union[StepClose, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., **kwargs) -> None: ...
+
+class Hello(_message.Message):
+    __slots__ = ("version", "features", "job", "node", "device_index", "link", "route_token", "model_digest", "window", "codecs")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    LINK_FIELD_NUMBER: _ClassVar[int]
+    ROUTE_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
+    CODECS_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    features: _containers.RepeatedScalarFieldContainer[str]
+    job: str
+    node: str
+    device_index: int
+    link: LinkRole
+    route_token: bytes
+    model_digest: str
+    window: int
+    codecs: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, version: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., job: _Optional[str] = ..., node: _Optional[str] = ..., device_index: _Optional[int] = ..., link: _Optional[_Union[LinkRole, str]] = ..., route_token: _Optional[bytes] = ..., model_digest: _Optional[str] = ..., window: _Optional[int] = ..., codecs: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Ready(_message.Message):
+    __slots__ = ("version", "features", "window", "job_token", "codec")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
+    JOB_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    features: _containers.RepeatedScalarFieldContainer[str]
+    window: int
+    job_token: int
+    codec: str
+    def __init__(self, version: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., window: _Optional[int] = ..., job_token: _Optional[int] = ..., codec: _Optional[str] = ...) -> None: ...
+
+class NotReady(_message.Message):
+    __slots__ = ("retry_ms",)
+    RETRY_MS_FIELD_NUMBER: _ClassVar[int]
+    retry_ms: int
+    def __init__(self, retry_ms: _Optional[int] = ...) -> None: ...
+
+class Refuse(_message.Message):
+    __slots__ = ("reason",)
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+
+class StepRow(_message.Message):
+    __slots__ = ("labels", "rows", "tokens")
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    labels: int
+    rows: _containers.RepeatedScalarFieldContainer[int]
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, labels: _Optional[int] = ..., rows: _Optional[_Iterable[int]] = ..., tokens: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Table(_message.Message):
+    __slots__ = ("steps",)
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    steps: _containers.RepeatedCompositeFieldContainer[StepRow]
+    def __init__(self, steps: _Optional[_Iterable[_Union[StepRow, _Mapping]]] = ...) -> None: ...
+
+class StepTotal(_message.Message):
+    __slots__ = ("labels", "members")
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    labels: int
+    members: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, labels: _Optional[int] = ..., members: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class TableAll(_message.Message):
+    __slots__ = ("steps",)
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    steps: _containers.RepeatedCompositeFieldContainer[StepTotal]
+    def __init__(self, steps: _Optional[_Iterable[_Union[StepTotal, _Mapping]]] = ...) -> None: ...
+
+class StepClose(_message.Message):
+    __slots__ = ("counted", "left_out", "labels_counted")
+    COUNTED_FIELD_NUMBER: _ClassVar[int]
+    LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
+    LABELS_COUNTED_FIELD_NUMBER: _ClassVar[int]
+    counted: _containers.RepeatedScalarFieldContainer[int]
+    left_out: _containers.RepeatedCompositeFieldContainer[LeftOut]
+    labels_counted: int
+    def __init__(self, counted: _Optional[_Iterable[int]] = ..., left_out: _Optional[_Iterable[_Union[LeftOut, _Mapping]]] = ..., labels_counted: _Optional[int] = ...) -> None: ...
+
+class LeftOut(_message.Message):
+    __slots__ = ("device_index", "reason")
+    DEVICE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    device_index: int
+    reason: str
+    def __init__(self, device_index: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class Done(_message.Message):
+    __slots__ = ("loss_sum", "labels", "units")
+    LOSS_SUM_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    UNITS_FIELD_NUMBER: _ClassVar[int]
+    loss_sum: float
+    labels: int
+    units: int
+    def __init__(self, loss_sum: _Optional[float] = ..., labels: _Optional[int] = ..., units: _Optional[int] = ...) -> None: ...
+
+class Cancel(_message.Message):
+    __slots__ = ("reason",)
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+
+class Error(_message.Message):
+    __slots__ = ("code", "scope", "text")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    SCOPE_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    code: str
+    scope: str
+    text: str
+    def __init__(self, code: _Optional[str] = ..., scope: _Optional[str] = ..., text: _Optional[str] = ...) -> None: ...
+
+class Progress(_message.Message):
+    __slots__ = ("phase", "step", "units_done")
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    UNITS_DONE_FIELD_NUMBER: _ClassVar[int]
+    phase: Phase
+    step: int
+    units_done: int
+    def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., step: _Optional[int] = ..., units_done: _Optional[int] = ...) -> None: ...
+
+class Hop(_message.Message):
+    __slots__ = ("node", "first", "last", "address")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    first: int
+    last: int
+    address: str
+    def __init__(self, node: _Optional[str] = ..., first: _Optional[int] = ..., last: _Optional[int] = ..., address: _Optional[str] = ...) -> None: ...
+
+class Route(_message.Message):
+    __slots__ = ("device", "device_index", "front", "back_first", "hops", "token")
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    FRONT_FIELD_NUMBER: _ClassVar[int]
+    BACK_FIRST_FIELD_NUMBER: _ClassVar[int]
+    HOPS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    device: str
+    device_index: int
+    front: int
+    back_first: int
+    hops: _containers.RepeatedCompositeFieldContainer[Hop]
+    token: bytes
+    def __init__(self, device: _Optional[str] = ..., device_index: _Optional[int] = ..., front: _Optional[int] = ..., back_first: _Optional[int] = ..., hops: _Optional[_Iterable[_Union[Hop, _Mapping]]] = ..., token: _Optional[bytes] = ...) -> None: ...
+
+class ModelRef(_message.Message):
+    __slots__ = ("name", "digest", "base", "num_layers")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    digest: str
+    base: str
+    num_layers: int
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., base: _Optional[str] = ..., num_layers: _Optional[int] = ...) -> None: ...
+
+class Lora(_message.Message):
+    __slots__ = ("rank", "alpha", "targets", "train_front", "train_hosts", "train_back")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    ALPHA_FIELD_NUMBER: _ClassVar[int]
+    TARGETS_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_FRONT_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_HOSTS_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_BACK_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    alpha: float
+    targets: _containers.RepeatedScalarFieldContainer[str]
+    train_front: bool
+    train_hosts: bool
+    train_back: bool
+    def __init__(self, rank: _Optional[int] = ..., alpha: _Optional[float] = ..., targets: _Optional[_Iterable[str]] = ..., train_front: _Optional[bool] = ..., train_hosts: _Optional[bool] = ..., train_back: _Optional[bool] = ...) -> None: ...
+
+class Optimizer(_message.Message):
+    __slots__ = ("name", "lr", "step_offset")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    LR_FIELD_NUMBER: _ClassVar[int]
+    STEP_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    lr: float
+    step_offset: int
+    def __init__(self, name: _Optional[str] = ..., lr: _Optional[float] = ..., step_offset: _Optional[int] = ...) -> None: ...
+
+class TaskSettings(_message.Message):
+    __slots__ = ("kind", "max_tokens", "template", "loss_on", "prompt_field", "answer_field", "held_out")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TEMPLATE_FIELD_NUMBER: _ClassVar[int]
+    LOSS_ON_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_FIELD_FIELD_NUMBER: _ClassVar[int]
+    HELD_OUT_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    max_tokens: int
+    template: str
+    loss_on: str
+    prompt_field: str
+    answer_field: str
+    held_out: float
+    def __init__(self, kind: _Optional[str] = ..., max_tokens: _Optional[int] = ..., template: _Optional[str] = ..., loss_on: _Optional[str] = ..., prompt_field: _Optional[str] = ..., answer_field: _Optional[str] = ..., held_out: _Optional[float] = ...) -> None: ...
+
+class Deadlines(_message.Message):
+    __slots__ = ("ready_s", "step_s", "round_s", "silent_s")
+    READY_S_FIELD_NUMBER: _ClassVar[int]
+    STEP_S_FIELD_NUMBER: _ClassVar[int]
+    ROUND_S_FIELD_NUMBER: _ClassVar[int]
+    SILENT_S_FIELD_NUMBER: _ClassVar[int]
+    ready_s: float
+    step_s: float
+    round_s: float
+    silent_s: float
+    def __init__(self, ready_s: _Optional[float] = ..., step_s: _Optional[float] = ..., round_s: _Optional[float] = ..., silent_s: _Optional[float] = ...) -> None: ...
+
+class Plan(_message.Message):
+    __slots__ = ("run", "round", "attempt", "node", "role", "routes", "model", "lora", "optimizer", "task", "host_mode", "evaluate", "steps", "batch_size", "micro_batches", "window", "min_devices", "deadlines", "seed", "adapter_digest", "share_bps", "protocol_version")
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    ROUTES_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    LORA_FIELD_NUMBER: _ClassVar[int]
+    OPTIMIZER_FIELD_NUMBER: _ClassVar[int]
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    HOST_MODE_FIELD_NUMBER: _ClassVar[int]
+    EVALUATE_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    BATCH_SIZE_FIELD_NUMBER: _ClassVar[int]
+    MICRO_BATCHES_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
+    MIN_DEVICES_FIELD_NUMBER: _ClassVar[int]
+    DEADLINES_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SHARE_BPS_FIELD_NUMBER: _ClassVar[int]
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    run: str
+    round: int
+    attempt: int
+    node: str
+    role: Role
+    routes: _containers.RepeatedCompositeFieldContainer[Route]
+    model: ModelRef
+    lora: Lora
+    optimizer: Optimizer
+    task: TaskSettings
+    host_mode: str
+    evaluate: bool
+    steps: int
+    batch_size: int
+    micro_batches: int
+    window: int
+    min_devices: int
+    deadlines: Deadlines
+    seed: int
+    adapter_digest: str
+    share_bps: float
+    protocol_version: int
+    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., node: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., routes: _Optional[_Iterable[_Union[Route, _Mapping]]] = ..., model: _Optional[_Union[ModelRef, _Mapping]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., task: _Optional[_Union[TaskSettings, _Mapping]] = ..., host_mode: _Optional[str] = ..., evaluate: _Optional[bool] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., micro_batches: _Optional[int] = ..., window: _Optional[int] = ..., min_devices: _Optional[int] = ..., deadlines: _Optional[_Union[Deadlines, _Mapping]] = ..., seed: _Optional[int] = ..., adapter_digest: _Optional[str] = ..., share_bps: _Optional[float] = ..., protocol_version: _Optional[int] = ...) -> None: ...
+
+class ProfileRequest(_message.Message):
+    __slots__ = ("protocol_version", "task")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    TASK_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    task: TaskSettings
+    def __init__(self, protocol_version: _Optional[int] = ..., task: _Optional[_Union[TaskSettings, _Mapping]] = ...) -> None: ...
+
+class Profile(_message.Message):
+    __slots__ = ("protocol_version", "name", "role", "address", "memory_available_bytes", "cpu_threads", "bases", "codecs", "examples", "held_out", "problem", "versions")
+    class VersionsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_AVAILABLE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CPU_THREADS_FIELD_NUMBER: _ClassVar[int]
+    BASES_FIELD_NUMBER: _ClassVar[int]
+    CODECS_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    HELD_OUT_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    name: str
+    role: Role
+    address: str
+    memory_available_bytes: int
+    cpu_threads: int
+    bases: _containers.RepeatedScalarFieldContainer[str]
+    codecs: _containers.RepeatedScalarFieldContainer[str]
+    examples: int
+    held_out: int
+    problem: str
+    versions: _containers.ScalarMap[str, str]
+    def __init__(self, protocol_version: _Optional[int] = ..., name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., memory_available_bytes: _Optional[int] = ..., cpu_threads: _Optional[int] = ..., bases: _Optional[_Iterable[str]] = ..., codecs: _Optional[_Iterable[str]] = ..., examples: _Optional[int] = ..., held_out: _Optional[int] = ..., problem: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class SubmitRequest(_message.Message):
+    __slots__ = ("plan", "adapter")
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    plan: Plan
+    adapter: bytes
+    def __init__(self, plan: _Optional[_Union[Plan, _Mapping]] = ..., adapter: _Optional[bytes] = ...) -> None: ...
+
+class SubmitReply(_message.Message):
+    __slots__ = ("accepted", "reason")
+    ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    accepted: bool
+    reason: str
+    def __init__(self, accepted: _Optional[bool] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class WaitRequest(_message.Message):
+    __slots__ = ("job", "timeout_s")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    timeout_s: float
+    def __init__(self, job: _Optional[str] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class KindBytes(_message.Message):
+    __slots__ = ("link", "direction", "kind", "payload_bytes", "framing_bytes", "messages")
+    LINK_FIELD_NUMBER: _ClassVar[int]
+    DIRECTION_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FRAMING_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    link: str
+    direction: str
+    kind: str
+    payload_bytes: int
+    framing_bytes: int
+    messages: int
+    def __init__(self, link: _Optional[str] = ..., direction: _Optional[str] = ..., kind: _Optional[str] = ..., payload_bytes: _Optional[int] = ..., framing_bytes: _Optional[int] = ..., messages: _Optional[int] = ...) -> None: ...
+
+class StepReport(_message.Message):
+    __slots__ = ("step", "loss_sum", "labels", "seconds", "counted", "reason")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    LOSS_SUM_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    COUNTED_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    loss_sum: float
+    labels: int
+    seconds: float
+    counted: bool
+    reason: str
+    def __init__(self, step: _Optional[int] = ..., loss_sum: _Optional[float] = ..., labels: _Optional[int] = ..., seconds: _Optional[float] = ..., counted: _Optional[bool] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class JobReport(_message.Message):
+    __slots__ = ("job", "node", "role", "state", "error", "adapter", "adapter_digest", "labels_trained", "eval_loss_sum", "eval_labels", "steps", "bytes", "tokens_trained", "train_seconds", "eval_seconds", "compute_seconds", "peak_rss_bytes", "first_layer", "last_layer", "examples", "moments")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    LABELS_TRAINED_FIELD_NUMBER: _ClassVar[int]
+    EVAL_LOSS_SUM_FIELD_NUMBER: _ClassVar[int]
+    EVAL_LABELS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_TRAINED_FIELD_NUMBER: _ClassVar[int]
+    TRAIN_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    EVAL_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PEAK_RSS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    LAST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    MOMENTS_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    node: str
+    role: Role
+    state: str
+    error: str
+    adapter: bytes
+    adapter_digest: str
+    labels_trained: int
+    eval_loss_sum: float
+    eval_labels: int
+    steps: _containers.RepeatedCompositeFieldContainer[StepReport]
+    bytes: _containers.RepeatedCompositeFieldContainer[KindBytes]
+    tokens_trained: int
+    train_seconds: float
+    eval_seconds: float
+    compute_seconds: float
+    peak_rss_bytes: int
+    first_layer: int
+    last_layer: int
+    examples: int
+    moments: str
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., state: _Optional[str] = ..., error: _Optional[str] = ..., adapter: _Optional[bytes] = ..., adapter_digest: _Optional[str] = ..., labels_trained: _Optional[int] = ..., eval_loss_sum: _Optional[float] = ..., eval_labels: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepReport, _Mapping]]] = ..., bytes: _Optional[_Iterable[_Union[KindBytes, _Mapping]]] = ..., tokens_trained: _Optional[int] = ..., train_seconds: _Optional[float] = ..., eval_seconds: _Optional[float] = ..., compute_seconds: _Optional[float] = ..., peak_rss_bytes: _Optional[int] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., examples: _Optional[int] = ..., moments: _Optional[str] = ...) -> None: ...

@@ -1,0 +1,121 @@
+"""Who holds what in a round: from profiles and the run file to one plan a node. Pure functions of their arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from edgelam_fl.config import RunConfig
+from edgelam_fl.errors import ConfigError
+from edgelam_fl.model.source import ModelSource
+from edgelam_fl.wire import PROTOCOL_VERSION
+from edgelam_fl.wire import edgelam_pb2 as pb
+
+_READY_DEADLINE_S = 180.0  # a small board reads its slice from a slow card first
+_SILENT_S = 10.0
+
+
+@dataclass(frozen=True)
+class RoundFacts:
+    """What is the same for every node of a round."""
+
+    run: str
+    round: int
+    attempt: int
+    step_offset: int
+    steps: int  # 0: evaluation only
+
+
+def check_cuts(config: RunConfig, source: ModelSource) -> None:
+    """Raises ConfigError where the device's layers do not fit the model."""
+    split, layers = config.split, source.num_layers
+    room = layers - (1 if split.hosts else 0)
+    if split.front + split.back > room:
+        raise ConfigError(
+            f"split.front + split.back = {split.front} + {split.back} is outside the model: {source.name} has {layers} layers"
+            + (", and the host needs at least one of them" if split.hosts else "")
+            + f"; together they may be at most {room}"
+        )
+
+
+def make_routes(
+    config: RunConfig, source: ModelSource, devices: Sequence[str], host: pb.Profile | None, tokens: Mapping[str, bytes]
+) -> list[pb.Route]:
+    """One route a device, device_index in the order of the names. `tokens`: a secret a device, shared with its hosts."""
+    front, back_first = config.split.front, source.num_layers - config.split.back
+    hops = [] if host is None else [pb.Hop(node=host.name, first=front, last=back_first, address=host.address)]
+    return [
+        pb.Route(device=name, device_index=index, front=front, back_first=back_first, hops=hops, token=tokens[name])
+        for index, name in enumerate(sorted(devices))
+    ]
+
+
+def held_spans(plan: pb.Plan) -> list[tuple[int, int]]:
+    """The layers whose adapters the plan's node holds."""
+    route = plan.routes[0]
+    if plan.role == pb.EDGE:
+        return [(hop.first, hop.last) for hop in route.hops if hop.node == plan.node]
+    if not route.hops:
+        return [(0, plan.model.num_layers)]
+    return [(0, route.front), (route.back_first, plan.model.num_layers)]
+
+
+def make_plan(
+    config: RunConfig,
+    source: ModelSource,
+    facts: RoundFacts,
+    node: str,
+    role: int,
+    routes: Sequence[pb.Route],
+    share_bps: float,
+) -> pb.Plan:
+    federation, train = config.federation, config.lora.train
+    return pb.Plan(
+        run=facts.run,
+        round=facts.round,
+        attempt=facts.attempt,
+        node=node,
+        role=role,  # type: ignore[arg-type]
+        routes=routes,
+        model=pb.ModelRef(
+            name=config.model.name, digest=source.digest, base=config.model.base, num_layers=source.num_layers
+        ),
+        lora=pb.Lora(
+            rank=config.lora.rank,
+            alpha=config.lora.alpha,
+            targets=config.lora.targets,
+            train_front="front" in train,
+            train_hosts="hosts" in train,
+            train_back="back" in train,
+        ),
+        optimizer=pb.Optimizer(name=config.optimizer.name, lr=config.optimizer.lr, step_offset=facts.step_offset),
+        task=task_settings(config),
+        host_mode=config.split.host_mode,
+        evaluate=True,
+        steps=facts.steps,
+        batch_size=federation.batch_size,
+        micro_batches=config.split.micro_batches,
+        window=config.split.window,
+        min_devices=min(federation.min_nodes, len(routes)),
+        deadlines=pb.Deadlines(
+            ready_s=_READY_DEADLINE_S,
+            step_s=federation.step_deadline_s,
+            round_s=federation.round_deadline_s,
+            silent_s=_SILENT_S,
+        ),
+        seed=config.run.seed,
+        share_bps=share_bps,
+        protocol_version=PROTOCOL_VERSION,
+    )
+
+
+def task_settings(config: RunConfig) -> pb.TaskSettings:
+    return pb.TaskSettings(
+        kind=config.task.kind,
+        max_tokens=config.task.max_tokens,
+        template=config.task.template,
+        loss_on=config.task.loss_on,
+        prompt_field=config.data.fields.prompt,
+        answer_field=config.data.fields.answer,
+        held_out=config.data.held_out,
+    )

@@ -1,0 +1,12 @@
+"""Equal shares, whatever a device has to send."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from strategies.base import Demand
+
+
+class Uniform:
+    def allocate(self, demands: Sequence[Demand], capacity_bps: float) -> Mapping[str, float]:
+        return {demand.name: 1 / len(demands) for demand in demands}

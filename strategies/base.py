@@ -1,0 +1,118 @@
+"""What a strategy sees and returns: plain data, so that a test needs no network.
+
+A strategy is a class that takes no arguments. Built-in ones have short names (the tables below); any other is named
+`package.module:Class` in the run file.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any, Protocol
+
+import numpy as np
+
+from edgelam_fl.errors import ConfigError, nearest
+
+BUILT_IN = {
+    "aggregation": {
+        "fedavg": "strategies.aggregation.fedavg:FedAvg",
+        "none": "strategies.aggregation.none:NoAggregation",
+    },
+    "selection": {"all": "strategies.selection.all:SelectAll"},
+    "bandwidth": {"uniform": "strategies.bandwidth.uniform:Uniform"},
+}
+
+
+# ---------------------------------------------------------------- selection
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A device that could take part in the coming round."""
+
+    name: str
+    examples: int
+    last_loss: float | None = None  # mean a label; None: never trained
+
+
+@dataclass(frozen=True)
+class RoundState:
+    round: int
+    candidates: Sequence[Candidate]
+    random: Random  # seeded by run and round; the only source of chance
+
+
+@dataclass(frozen=True)
+class Selected:
+    names: Sequence[str]
+    why: Mapping[str, str] = field(default_factory=dict)  # a reason for each candidate, chosen or not
+
+
+class Selection(Protocol):
+    def select(self, state: RoundState) -> Selected: ...
+
+
+# ---------------------------------------------------------------- bandwidth
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What one device has to move in the coming round."""
+
+    name: str
+    payload_bytes: float
+    compute_s: float
+
+
+class Bandwidth(Protocol):
+    def allocate(self, demands: Sequence[Demand], capacity_bps: float) -> Mapping[str, float]:
+        """Shares of the capacity, each in [0, 1], at most 1 together."""
+        ...
+
+
+# ---------------------------------------------------------------- aggregation
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What one source trained in a round: a device (its own layers) or a site (a joint host's layers)."""
+
+    source: str
+    weight: float  # labels trained in the round
+    tensors: Mapping[str, np.ndarray]  # peft names -> fp32
+
+
+@dataclass(frozen=True)
+class Aggregated:
+    tensors: Mapping[str, np.ndarray]  # the new values of every contributed name
+    personal: Mapping[str, Mapping[str, np.ndarray]] = field(
+        default_factory=dict
+    )  # source -> what it starts from instead
+
+
+class Aggregation(Protocol):
+    def aggregate(self, contributions: Sequence[Contribution]) -> Aggregated: ...
+
+
+# ---------------------------------------------------------------- by name
+
+
+def load(kind: str, name: str) -> Any:
+    """An instance of the named strategy. Raises ConfigError naming the known ones or what the module lacks."""
+    path = BUILT_IN[kind].get(name, name)
+    module_name, colon, class_name = path.partition(":")
+    if not colon:
+        raise ConfigError(
+            f"strategy.{kind} = {name!r} is not known; {nearest(name, BUILT_IN[kind])}; your own is named package.module:Class"
+        )
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"strategy.{kind} = {name!r} cannot be loaded: {error}") from error
+    method = {"aggregation": "aggregate", "selection": "select", "bandwidth": "allocate"}[kind]
+    if not callable(getattr(found, method, None)):
+        raise ConfigError(f"strategy.{kind} = {name!r} has no method {method}(); it is no {kind} strategy")
+    return found()

@@ -1,0 +1,11 @@
+"""Every device that is here takes part."""
+
+from __future__ import annotations
+
+from strategies.base import RoundState, Selected
+
+
+class SelectAll:
+    def select(self, state: RoundState) -> Selected:
+        names = sorted(candidate.name for candidate in state.candidates)
+        return Selected(names, {name: "every device that is here takes part" for name in names})

@@ -1,0 +1,112 @@
+"""Split equals whole, to the bit: stage hosts in one process against transformers and peft alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from edgelam_fl.model.adapter import initial_adapter
+from edgelam_fl.model.source import ModelSource
+from edgelam_fl.model.stage import LoraSettings, Span, load_stages
+from tests.support import (
+    check_done,
+    device_batches,
+    forward,
+    joined,
+    memory_fleet,
+    plain_adapter,
+    plain_model,
+    plain_training,
+    relative_distance,
+    run_config,
+    same_bits,
+)
+
+STEPS = 20
+
+
+@pytest.mark.parametrize("base", ["fp32", "bf16"])
+@pytest.mark.parametrize("hosts", [0, 1])
+def test_one_device_trains_like_the_plain_loop(
+    tiny: ModelSource, data_files: list[Path], base: str, hosts: int
+) -> None:
+    config = run_config(tiny.name, f"model.base={base}", f"split.hosts={hosts}")
+    start = initial_adapter(tiny, config.lora.targets, config.lora.rank, 1)
+    batches = device_batches(tiny, config, data_files[0], "device-1", STEPS)
+    with memory_fleet(tiny, config, data_files[:1]) as fleet:
+        reports = fleet.run(start, STEPS)
+    check_done(reports)
+    model = plain_model(tiny, config, start)
+    plain_training(model, config, [[units] for units in batches])
+    assert same_bits(joined(reports), plain_adapter(model))
+
+
+def test_three_devices_with_frozen_ends_train_like_the_plain_loop(tiny: ModelSource, data_files: list[Path]) -> None:
+    config = run_config(tiny.name, "lora.train=hosts")
+    start = initial_adapter(tiny, config.lora.targets, config.lora.rank, 1)
+    devices = [device_batches(tiny, config, file, f"device-{n}", STEPS) for n, file in enumerate(data_files, 1)]
+    with memory_fleet(tiny, config, data_files) as fleet:
+        reports = fleet.run(start, STEPS)
+    check_done(reports)
+    got = joined(reports)
+    in_pieces = plain_model(tiny, config, start)
+    plain_training(in_pieces, config, list(zip(*devices, strict=True)), learns=lambda name: name in _middle(name))
+    reference = plain_adapter(in_pieces)
+    assert set(got) < set(reference)
+    assert same_bits(got, {name: reference[name] for name in got})
+
+
+def _middle(name: str) -> str:
+    """The name itself for layers 2 and 3, the host's; nothing for the devices'."""
+    return name if any(f".layers.{layer}." in name for layer in (2, 3)) else ""
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_of_the_route_are_the_models(
+    tiny: ModelSource, tied: bool, tmp_path: Path, data_files: list[Path]
+) -> None:
+    from edgelam_fl.model.source import find_model
+    from tests.support import write_tiny_llama
+
+    source = tiny if tied else find_model(str(write_tiny_llama(tmp_path, tied=False)))
+    config = run_config(source.name)
+    start = initial_adapter(source, config.lora.targets, config.lora.rank, 1)
+    unit = device_batches(source, config, data_files[2], "device-3", 1)[0][1]
+    assert len(set(unit.row_lengths)) > 1, "the test needs padding"
+    stages = load_stages(
+        source,
+        [Span(0, 2, embed=True), Span(2, 4), Span(4, 6, head=True)],
+        "fp32",
+        LoraSettings(8, 16.0, config.lora.targets),
+    )
+    hidden = unit.ids_BT
+    for stage in stages:
+        stage.load_adapter(start)
+        hidden = stage(hidden, unit.row_lengths)
+    assert torch.equal(hidden, forward(plain_model(source, config, start), unit))
+
+
+def test_union_batch_is_within_tolerance(tiny: ModelSource, data_files: list[Path]) -> None:
+    """Joint training against one concatenated, padded batch a step: the same update within 1e-5."""
+    from edgelam_fl.tasks.causal_lm import Example, make_units
+
+    config = run_config(tiny.name, "lora.train=hosts")
+    start = initial_adapter(tiny, config.lora.targets, config.lora.rank, 1)
+    devices = [device_batches(tiny, config, file, f"device-{n}", STEPS) for n, file in enumerate(data_files, 1)]
+    with memory_fleet(tiny, config, data_files) as fleet:
+        reports = fleet.run(start, STEPS)
+    check_done(reports)
+
+    def rows(units: list) -> list[Example]:
+        return [
+            Example(u.ids_BT[r, :n].tolist(), u.labels_BT[r, :n].tolist())
+            for u in units
+            for r, n in enumerate(u.row_lengths)
+        ]
+
+    union = [[make_units([row for units in step for row in rows(units)], 1)] for step in zip(*devices, strict=True)]
+    whole = plain_model(tiny, config, start)
+    plain_training(whole, config, union, learns=lambda name: name in _middle(name))
+    assert relative_distance(joined(reports), plain_adapter(whole), start) < 1e-5

@@ -1,0 +1,233 @@
+"""What several test folders need: a tiny model on disk, a fleet of stage hosts, and the plain loop to compare with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from edgelam_fl.config import RunConfig, parse_run_file
+from edgelam_fl.model import adapter as adapters
+from edgelam_fl.model.source import ModelSource
+from edgelam_fl.split.stage_host import Dial, StageHost
+from edgelam_fl.tasks.causal_lm import CausalLm, Unit, loss_sum, make_units
+from edgelam_fl.tasks.data import batch_indices, read_pairs, set_aside
+from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.memory import memory_pair
+from server.plans import RoundFacts, held_spans, make_plan, make_routes
+
+CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+def write_tiny_llama(folder: Path, *, layers: int = 6, tied: bool = True, seed: int = 0) -> Path:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(["<unk>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+    fast.chat_template = CHAT
+    fast.save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=tied, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def run_config(model: str, *overrides: str) -> RunConfig:
+    small = [f"model.name={model}", "federation.batch_size=4", "split.micro_batches=2", "task.max_tokens=128"]
+    return parse_run_file("", source="test", overrides=[*small, *overrides])
+
+
+# ---------------------------------------------------------------- a fleet of stage hosts in one process
+
+
+@dataclass
+class Fleet:
+    """Devices and at most one host, all in this process, and the plans to run them as the server would."""
+
+    source: ModelSource
+    config: RunConfig
+    devices: dict[str, StageHost]
+    host: StageHost | None
+    address: str = "memory"
+    events: list[dict[str, Any]] = field(default_factory=list)
+    round: int = 0
+
+    def run(
+        self, adapter: adapters.Adapter, steps: int, *, step_offset: int = 0, send_to: Sequence[str] | None = None
+    ) -> dict[str, pb.JobReport]:
+        """One round; returns the reports by node. `send_to`: who is sent tensors (default: everyone)."""
+        self.round += 1
+        tokens = {name: name.encode() * 4 for name in self.devices}
+        profile = pb.Profile(name="edge-1", address=self.address) if self.host else None
+        routes = make_routes(self.config, self.source, list(self.devices), profile, tokens)
+        facts = RoundFacts("test", self.round, 1, step_offset, steps)
+        plans = {}
+        if self.host:
+            plans["edge-1"] = (self.host, make_plan(self.config, self.source, facts, "edge-1", pb.EDGE, routes, 0))
+        for route in routes:
+            plan = make_plan(self.config, self.source, facts, route.device, pb.DEVICE, [route], 0)
+            plans[route.device] = (self.devices[route.device], plan)
+        for name, (node, plan) in plans.items():
+            tensors = adapters.slice_of(adapter, held_spans(plan))
+            plan.adapter_digest = adapters.digest(tensors)
+            data = adapters.to_bytes(tensors) if send_to is None or name in send_to else b""
+            reply = node.submit(pb.SubmitRequest(plan=plan, adapter=data))
+            assert reply.accepted, reply.reason
+        reports = {}
+        for name, (node, _) in plans.items():
+            reports[name] = node.wait(pb.WaitRequest(job=f"test/{self.round}/1/{name}", timeout_s=300))
+        return reports
+
+    def emit(self, event: str, **fields: Any) -> None:
+        self.events.append({"event": event, **fields})
+
+
+@contextmanager
+def memory_fleet(source: ModelSource, config: RunConfig, data: Sequence[Path]) -> Iterator[Fleet]:
+    fleet = Fleet(source, config, {}, None)
+    fleet.host = StageHost("edge-1", _no_dial, fleet.emit, address="memory") if config.split.hosts else None
+    for number, file in enumerate(data, 1):
+        fleet.devices[f"device-{number}"] = StageHost(f"device-{number}", _memory_dial(fleet), fleet.emit, data=file)
+    yield fleet
+    for node in [*fleet.devices.values(), *([fleet.host] if fleet.host else [])]:
+        node.stop()
+
+
+def _memory_dial(fleet: Fleet) -> Dial:
+    def dial(address: str, name: str, hello: pb.Hello, counters: Any, ears: Any, deadlines: Any) -> Any:
+        assert fleet.host is not None
+        end = time.monotonic() + deadlines.ready_s
+        while time.monotonic() < end:
+            ours, theirs = memory_pair(name, counters, counters)
+            ours.attach(*ears)
+            answer = fleet.host.admit(hello, theirs)
+            if isinstance(answer, pb.Ready):
+                return ours, answer
+            assert isinstance(answer, pb.NotReady), answer
+            time.sleep(0.01)
+        raise AssertionError("the host never took the job")
+
+    return dial
+
+
+def _no_dial(*_: Any) -> Any:
+    raise AssertionError("a host dials nobody")
+
+
+def check_done(reports: dict[str, pb.JobReport]) -> None:
+    problems = {name: report.error for name, report in reports.items() if report.state != "done"}
+    assert not problems, problems
+
+
+def joined(reports: dict[str, pb.JobReport]) -> adapters.Adapter:
+    """All nodes' trained tensors; of several devices' copies of a tensor, the last one's."""
+    return {
+        name: array
+        for report in reports.values()
+        if report.adapter
+        for name, array in adapters.from_bytes(report.adapter).items()
+    }
+
+
+# ---------------------------------------------------------------- the plain loop: transformers and peft, nothing of ours
+
+
+def plain_model(source: ModelSource, config: RunConfig, adapter: adapters.Adapter) -> Any:
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.model.base]
+    if source.gguf is not None:
+        model = AutoModelForCausalLM.from_pretrained(source.gguf.parent, gguf_file=source.gguf.name, dtype=dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype)
+    settings = LoraConfig(
+        r=config.lora.rank,
+        lora_alpha=config.lora.alpha,
+        target_modules=list(config.lora.targets),
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(model, settings)
+    set_peft_model_state_dict(model, {name: torch.from_numpy(array.copy()) for name, array in adapter.items()})
+    return model.train(False)
+
+
+def plain_adapter(model: Any) -> adapters.Adapter:
+    return {
+        name.replace(".default.", "."): p.detach().numpy().copy()
+        for name, p in model.named_parameters()
+        if ".lora_" in name
+    }
+
+
+def forward(model: Any, unit: Unit) -> torch.Tensor:
+    tokens = unit.ids_BT.shape[1]
+    mask = (torch.arange(tokens)[None, :] < torch.tensor(unit.row_lengths)[:, None]).long()
+    return model(input_ids=unit.ids_BT, attention_mask=mask, use_cache=False).logits
+
+
+def device_batches(source: ModelSource, config: RunConfig, file: Path, name: str, steps: int) -> list[list[Unit]]:
+    """The micro-batches that a device draws."""
+    task = CausalLm(
+        source.folder, template=config.task.template, max_tokens=config.task.max_tokens, loss_on=config.task.loss_on
+    )
+    training, _ = set_aside(read_pairs(file, "question", "answer"), config.data.held_out)
+    examples = task.examples(training)
+    size = config.federation.batch_size
+    return [
+        make_units(
+            [examples[i] for i in batch_indices(len(examples), size, step, config.run.seed, name)],
+            config.split.micro_batches,
+        )
+        for step in range(steps)
+    ]
+
+
+def plain_training(
+    model: Any,
+    config: RunConfig,
+    steps: Sequence[Sequence[Sequence[Unit]]],
+    learns: Callable[[str], bool] = lambda name: True,
+) -> None:
+    """AdamW over `steps`: of each, the devices' pieces in device order, loss sums over the union's label count."""
+    parameters = []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".lora_" in name and learns(name))
+        if parameter.requires_grad:
+            parameters.append(parameter)
+    optimizer = torch.optim.AdamW(parameters, lr=config.optimizer.lr, weight_decay=0.0)
+    for devices in steps:
+        union = sum(unit.label_count for units in devices for unit in units)
+        totals: list[torch.Tensor | None] = [None] * len(parameters)
+        for units in devices:
+            for unit in units:
+                (loss_sum(forward(model, unit), unit.labels_BT) / union).backward()
+            for number, parameter in enumerate(parameters):
+                part, parameter.grad = parameter.grad, None
+                totals[number] = part if totals[number] is None else totals[number] + part  # type: ignore[operator]
+        for parameter, total in zip(parameters, totals, strict=True):
+            parameter.grad = total
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def same_bits(left: adapters.Adapter, right: adapters.Adapter) -> bool:
+    return left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
+
+
+def relative_distance(got: adapters.Adapter, reference: adapters.Adapter, start: adapters.Adapter) -> float:
+    """||got - reference|| / ||reference - start|| over the names of `got`."""
+    apart = sum(float(np.sum((got[n].astype(np.float64) - reference[n]) ** 2)) for n in got)
+    moved = sum(float(np.sum((reference[n].astype(np.float64) - start[n]) ** 2)) for n in got)
+    return (apart / moved) ** 0.5
