@@ -175,8 +175,8 @@ def _from_gguf(name: str, path: Path, reference: str) -> ModelSource:
             if not index_file.is_file():
                 from edgelam_fl.model.gguf import unpack_metadata
 
-                index = {name: asdict(entry) for name, entry in unpack_metadata(path, folder).items()}
-                _write_atomically(index_file, json.dumps({"format": INDEX_FORMAT, "tensors": index}))
+                made = {name: asdict(entry) for name, entry in unpack_metadata(path, folder).items()}
+                _write_atomically(index_file, json.dumps({"format": INDEX_FORMAT, "tensors": made}))
     tensors = json.loads(index_file.read_text(encoding="utf-8"))["tensors"]
     index = {
         tensor: TensorEntry(**{**entry, "shape": tuple(entry["shape"]), "file": str(path)})

@@ -8,7 +8,7 @@ the other nodes of this machine map the same pages.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -24,8 +24,6 @@ from edgelam_fl.model.source import ModelSource, cache_folder, layer_number
 BASES = ("fp32", "bf16", "int8")
 COMPUTE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}
 _STORED_DTYPE = {"fp32": "F32", "bf16": "BF16"}
-
-Progress = Callable[[int, int], None]
 
 
 def read_tensors(source: ModelSource, names: Iterable[str], base: str) -> Iterator[tuple[str, torch.Tensor]]:
@@ -45,15 +43,6 @@ def read_tensors(source: ModelSource, names: Iterable[str], base: str) -> Iterat
                 yield name, tensors.get_tensor(name)
                 if f"{name}_scale" in available:
                     yield f"{name}_scale", tensors.get_tensor(f"{name}_scale")
-
-
-def convert_all(source: ModelSource, base: str, progress: Progress) -> None:
-    """Fills the cache with the whole model, so that a first start of many nodes on one machine converts it once."""
-    parts = sorted({_part(name) for name in source.index})
-    for done, part in enumerate(parts):
-        progress(done, len(parts))
-        _file_for(source, next(name for name in source.index if _part(name) == part), base)
-    progress(len(parts), len(parts))
 
 
 def _part(name: str) -> str:
@@ -92,6 +81,6 @@ def _convert_part(source: ModelSource, part: str, base: str, cached: Path) -> No
 def _read_source(source: ModelSource, name: str) -> torch.Tensor:
     entry = source.index[name]
     if source.gguf is not None:
-        return torch.from_numpy(gguf.read_tensor(entry, source.config))
+        return torch.from_numpy(gguf.read_tensor(entry, source.config).copy())
     with safe_open(entry.file, framework="pt") as tensors:
         return tensors.get_tensor(name)

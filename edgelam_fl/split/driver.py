@@ -177,7 +177,7 @@ class Driver:
     # ---------------------------------------------------------------- micro-batches
 
     def _run(
-        self, units: list[Unit], phase: int, step: int, finish: Callable[[Unit, torch.Tensor], Any]
+        self, units: list[Unit], phase: pb.Phase, step: int, finish: Callable[[Unit, torch.Tensor], Any]
     ) -> list[float]:
         """All units of a step through the route, at most `window` of them in flight; returns their loss sums.
 
@@ -209,7 +209,7 @@ class Driver:
     def _whole(self, unit: Unit, finish: Callable[[Unit, torch.Tensor], Any]) -> float:
         return self._timed(finish, unit, unit.ids_BT)[0]
 
-    def _forward_front(self, unit: Unit, phase: int, step: int, number: int) -> torch.Tensor:
+    def _forward_front(self, unit: Unit, phase: pb.Phase, step: int, number: int) -> torch.Tensor:
         hidden = self._timed(self.front, unit.ids_BT, unit.row_lengths)
         assert self.route.entry is not None
         header = pb.Header(kind=pb.ACT, phase=phase, step=step, micro_batch=number, row_lengths=unit.row_lengths)
@@ -239,7 +239,9 @@ class Driver:
 
     # ---------------------------------------------------------------- waiting
 
-    def _next_unit(self, phase: int, step: int, open_units: dict[int, torch.Tensor]) -> tuple[pb.Header, torch.Tensor]:
+    def _next_unit(
+        self, phase: pb.Phase, step: int, open_units: dict[int, torch.Tensor]
+    ) -> tuple[pb.Header, torch.Tensor | None]:
         """The next ACT, GRAD or GRAD_END of this step. Frames of a step that was closed without us are dropped."""
         while True:
             frame = self._next(2 * self.plan.deadlines.step_s)

@@ -286,10 +286,10 @@ class Host:
             if problem:
                 member.problem = problem
                 return
-            found = torch.autograd.grad(output, wanted, frame.tensor, allow_unused=True)
+            found: Gradients = list(torch.autograd.grad(output, wanted, frame.tensor, allow_unused=True))
             if inputs.requires_grad:
-                grad_below, *found = found
-            self._accumulate(member, list(found))
+                grad_below = found.pop(0)
+            self._accumulate(member, found)
         member.backwards_done += 1
         self._send(member.entry, pb.GRAD if grad_below is not None else pb.GRAD_END, header, grad_below)
 
@@ -367,11 +367,11 @@ class Host:
     def _front_trains(self, member: Member) -> bool:
         return self.plan.lora.train_front and member.route.front > 0
 
-    def _send(self, link: Link | None, kind: int, of: pb.Header, tensor: torch.Tensor | None) -> None:
+    def _send(self, link: Link | None, kind: pb.Kind, of: pb.Header, tensor: torch.Tensor | None) -> None:
         assert link is not None
         header = pb.Header(
             kind=kind, phase=of.phase, step=of.step, micro_batch=of.micro_batch, device_index=of.device_index
-        )  # type: ignore[arg-type]
+        )
         link.progress.phase, link.progress.step = of.phase, of.step
         link.send(header, tensor)
 

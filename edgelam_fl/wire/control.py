@@ -10,6 +10,7 @@ import hmac
 import json
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -67,15 +68,16 @@ class ControlServer:
 
 
 class ControlClient:
-    """Calls a stage host of this machine by its state folder."""
+    """Calls a stage host of this machine by its state folder; one that is just starting is waited for."""
 
-    def __init__(self, state: Path) -> None:
+    def __init__(self, state: Path, start_deadline_s: float) -> None:
+        file, end = state / "endpoint.json", time.monotonic() + start_deadline_s
+        while not file.exists() and time.monotonic() < end:
+            time.sleep(0.1)
         try:
-            endpoint = json.loads((state / "endpoint.json").read_text(encoding="utf-8"))
+            endpoint = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise EnvironmentProblem(
-                f"no stage host has written {state / 'endpoint.json'}; `edgelam client` starts one"
-            ) from error
+            raise EnvironmentProblem(f"no stage host has written {file}; `edgelam client` starts one") from error
         self._metadata = (("token", endpoint["token"]),)
         self._channel = grpc.insecure_channel(endpoint["address"], options=_OPTIONS)
 
@@ -98,8 +100,8 @@ class ControlClient:
 
 
 @contextlib.contextmanager
-def control(state: Path) -> Iterator[ControlClient]:
-    client = ControlClient(state)
+def control(state: Path, start_deadline_s: float = 60.0) -> Iterator[ControlClient]:
+    client = ControlClient(state, start_deadline_s)
     try:
         yield client
     finally:

@@ -76,26 +76,19 @@ class GrpcLink(Link):
 
 
 def dial(
-    address: str,
-    link_name: str,
-    hello: pb.Hello,
-    counters: ByteCounters,
-    ears: Ears,
-    *,
-    deadline_s: float,
-    silent_s: float,
+    address: str, link_name: str, hello: pb.Hello, counters: ByteCounters, ears: Ears, deadlines: pb.Deadlines
 ) -> tuple[Link, pb.Ready]:
     """Opens a link and attaches `ears` to it. Repeats while the host is not up or has no such job yet.
 
-    Raises Refused with the host's reason, PeerLost when `deadline_s` seconds have passed.
+    Raises Refused with the host's reason, PeerLost when `deadlines.ready_s` seconds have passed.
     """
-    end = time.monotonic() + deadline_s
+    end = time.monotonic() + deadlines.ready_s
     problem, name = "no answer", link_name
     while time.monotonic() < end:
         channel = grpc.insecure_channel(address, options=_OPTIONS)
         try:
             grpc.channel_ready_future(channel).result(timeout=max(0.1, min(5.0, end - time.monotonic())))
-            outcome = _say_hello(channel, GrpcLink(name, counters, silent_s), hello, ears)
+            outcome = _say_hello(channel, GrpcLink(name, counters, deadlines.silent_s), hello, ears)
         except (grpc.FutureTimeoutError, grpc.RpcError) as error:
             problem = "nobody listens there" if isinstance(error, grpc.FutureTimeoutError) else grpc_reason(error)
             channel.close()
@@ -106,7 +99,7 @@ def dial(
             time.sleep(min(outcome.retry_ms / 1000, 5.0))
             continue
         return outcome
-    raise PeerLost(f"{name} at {address} could not be reached within {deadline_s:.0f} s: {problem}")
+    raise PeerLost(f"{name} at {address} could not be reached within {deadlines.ready_s:.0f} s: {problem}")
 
 
 def _say_hello(

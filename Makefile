@@ -1,0 +1,45 @@
+# Every target that needs the environment makes it first; once made, that costs a few milliseconds and no network.
+PYTHON := .venv/bin/python
+
+.PHONY: help setup demo test check protos constraints clean
+
+help:
+	@echo "make setup        make .venv with all that is needed (about 0.6 GB to download, no root)"
+	@echo "make demo         fine-tune a real model, split over processes, on this machine: minutes"
+	@echo "                  ARGS=... goes to 'edgelam demo', for example: make demo ARGS='--devices 1'"
+	@echo "make test         all tests"
+	@echo "make check        before a commit: format, lint, types, imports, fast tests"
+	@echo "make protos       regenerate the protobuf code from edgelam_fl/wire/edgelam.proto"
+	@echo "make constraints  write down the versions in .venv as the tested ones"
+	@echo "make clean        remove .venv, caches and builds (runs/ stay)"
+
+setup:
+	@sh tools/setup.sh
+
+demo: setup
+	@HF_HUB_OFFLINE=1 .venv/bin/edgelam demo $(ARGS)
+
+test: setup
+	@$(PYTHON) -m pytest $(ARGS)
+
+check: setup
+	@$(PYTHON) -m ruff format --check
+	@$(PYTHON) -m ruff check
+	@$(PYTHON) -m mypy
+	@.venv/bin/lint-imports
+	@$(PYTHON) -m pytest -q tests/unit tests/contract
+
+protos: setup
+	$(PYTHON) -m grpc_tools.protoc -I edgelam_fl/wire --python_out=edgelam_fl/wire --pyi_out=edgelam_fl/wire \
+		edgelam_fl/wire/edgelam.proto
+
+# torch is left out because constraints/torch.txt pins it by platform.
+constraints: setup
+	@echo "# The versions that the tests ran with; written by \`make constraints\`." > constraints/tested.new
+	@.venv/bin/uv pip freeze --python $(PYTHON) --exclude-editable 2>/dev/null \
+		| grep -E '^[A-Za-z0-9._-]+==' | grep -vE '^(torch|triton|pip|setuptools|nvidia-.*)==' >> constraints/tested.new
+	@mv constraints/tested.new constraints/tested.txt
+
+clean:
+	rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

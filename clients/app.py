@@ -1,0 +1,85 @@
+"""The Flower ClientApp: hands plans to this node's stage host and brings its reports back.
+
+Flower starts it anew for every message, so it stays thin: no torch, no model, no state. The node's state folder, where
+the stage host wrote its endpoint, comes as `--node-config state="..."`.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from edgelam_fl.flower import from_record, to_record
+from edgelam_fl.model import adapter as adapters
+from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.control import control
+
+_ANSWER_S = 60.0
+_POLL_S = 30.0
+
+app = ClientApp()
+
+
+@app.query()
+def query(message: Message, context: Context) -> Message:
+    """This node's profile."""
+    request = pb.ProfileRequest.FromString(message.content["query"]["request"])
+    with control(_state(context)) as stage_host:
+        profile = stage_host.call("GetProfile", request, _ANSWER_S)
+    return _reply(message, ConfigRecord({"profile": profile.SerializeToString()}))
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """This node's part in a round: evaluation of the adapter that it starts from, then training."""
+    plan = pb.Plan.FromString(message.content["plan"]["plan"])
+    tensors = b""
+    if "adapter" in message.content:
+        tensors = adapters.to_bytes(from_record(message.content["adapter"]))
+    report = _run(_state(context), plan, tensors)
+    arrays = adapters.from_bytes(report.adapter) if report.adapter else {}
+    report.adapter = b""
+    metrics = MetricRecord({"num-examples": report.labels_trained, "train-seconds": report.train_seconds})
+    if report.eval_labels:
+        metrics["eval-loss"] = report.eval_loss_sum / report.eval_labels
+    reply = _reply(message, ConfigRecord({"report": report.SerializeToString()}))
+    reply.content["metrics"] = metrics
+    if arrays:
+        reply.content["adapter"] = to_record(arrays)
+    return reply
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Evaluation only: a plan without steps."""
+    return train(message, context)
+
+
+def _run(state: Path, plan: pb.Plan, tensors: bytes) -> pb.JobReport:
+    """Submits and waits. The job is the stage host's: were this process killed, the same plan would attach to it."""
+    end = time.monotonic() + plan.deadlines.round_s + _ANSWER_S
+    job = f"{plan.run}/{plan.round}/{plan.attempt}/{plan.node}"
+    with control(state) as stage_host:
+        verdict = stage_host.call("Submit", pb.SubmitRequest(plan=plan, adapter=tensors), _ANSWER_S)
+        if not verdict.accepted:
+            return pb.JobReport(job=job, node=plan.node, role=plan.role, state="failed", error=verdict.reason)
+        while True:
+            report = stage_host.call("Wait", pb.WaitRequest(job=job, timeout_s=_POLL_S), _POLL_S + _ANSWER_S)
+            if report.state != "running":
+                return report
+            if time.monotonic() > end:
+                return pb.JobReport(
+                    job=job, node=plan.node, role=plan.role, state="failed", error="the round's deadline has passed"
+                )
+
+
+def _state(context: Context) -> Path:
+    return Path(str(context.node_config["state"]))
+
+
+def _reply(message: Message, record: ConfigRecord) -> Message:
+    name = "profile" if "profile" in record else "report"
+    return Message(content=RecordDict({name: record}), reply_to=message)

@@ -1,0 +1,227 @@
+"""The processes of a federation on this machine: Flower's SuperLink and SuperNodes, and the stage hosts beside them.
+
+Starts, watches and ends them; knows nothing of what they say to each other. A child ends with its parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from edgelam_fl.errors import ConfigError, EnvironmentProblem, RunFailed
+
+_GRACE_S = 5.0
+_START_DEADLINE_S = 180.0
+_RESTARTS, _RESTARTS_WITHIN_S = 3, 120.0
+_PR_SET_PDEATHSIG = 1
+
+
+class Child:
+    """One process in a session of its own, its output in a log file."""
+
+    def __init__(self, name: str, command: Sequence[str], log: Path, environment: dict[str, str] | None = None) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.name, self.log = name, log
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # Ctrl-C reaches the parent alone, which ends its children in order
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+                env={**tool_environment(), **(environment or {})},
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ended(self) -> str:
+        """Empty while it runs; else its exit status and the end of its log."""
+        status = self._process.poll()
+        return "" if status is None else f"{self.name} ended with status {status}: {log_tail(self.log)}"
+
+    def ask_to_end(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGTERM)
+
+    def make_end(self, grace_s: float = _GRACE_S) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(grace_s)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)  # also what it may have left behind in its session
+        self._process.wait()
+
+
+def tool_environment() -> dict[str, str]:
+    """This process's environment with this Python's console scripts on PATH: Flower's own start each other by name."""
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
+
+
+def _end_with_parent() -> None:
+    # However the parent ends, kill -9 included, the kernel then sends SIGTERM here.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def end_all(children: Sequence[Child]) -> None:
+    for child in children:
+        child.ask_to_end()
+    end = time.monotonic() + _GRACE_S
+    for child in children:
+        child.make_end(max(0.1, end - time.monotonic()))
+
+
+def log_tail(log: Path, lines: int = 3) -> str:
+    with contextlib.suppress(OSError), log.open(encoding="utf-8", errors="replace") as file:
+        kept = deque((line.strip() for line in file if line.strip()), maxlen=lines)
+        return " | ".join(kept) or "it said nothing"
+    return "it left no log"
+
+
+# ---------------------------------------------------------------- addresses
+
+
+def split_address(address: str, option: str) -> tuple[str, int]:
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdigit() or not 0 <= int(port) < 65536:
+        raise ConfigError(f"{option} = {address!r} must be HOST:PORT, as in 127.0.0.1:8000")
+    return host.strip("[]"), int(port)
+
+
+def check_plain_text(host: str, option: str, insecure: bool) -> None:
+    """Raises ConfigError for an address beyond this machine, unless plain text was agreed to."""
+    if insecure or is_loopback(host):
+        return
+    raise ConfigError(
+        f"{option} = {host} is beyond this machine, and this version sends plain text: whoever is on the way can read and "
+        f"change activations, gradients and adapters, and anyone can join. Use it on a network that you trust, with --insecure"
+    )
+
+
+def is_loopback(host: str) -> bool:
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def answers(host: str, port: int, timeout_s: float = 2.0) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout_s):
+        return True
+    return False
+
+
+def check_port_free(host: str, port: int, option: str) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"port {port} on {host} cannot be opened ({error.strerror}); end what uses it or choose another with {option}"
+            ) from error
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+# ---------------------------------------------------------------- Flower's and ours
+
+
+def start_superlink(host: str, port: int, state: Path) -> Child:
+    """The SuperLink, answering. It starts the ServerApp of each run as a process of its own."""
+    check_port_free(host, port, "--listen")
+    child = Child(
+        "SuperLink",
+        # The flag keeps it from running `uv sync`, which would fetch torch before each run.
+        [
+            "flower-superlink",
+            "--insecure",
+            "--host",
+            host,
+            "--port",
+            str(port),
+            "--disable-runtime-dependency-installation",
+        ],
+        state / "superlink.log",
+        {"FLWR_HOME": str(state / "flwr"), "FLWR_TELEMETRY_ENABLED": "0"},
+    )
+    end = time.monotonic() + _START_DEADLINE_S
+    while not answers(host, port, 0.5):
+        if child.ended() or time.monotonic() > end:
+            problem = child.ended() or f"no answer within {_START_DEADLINE_S:.0f} s"
+            end_all([child])
+            raise EnvironmentProblem(f"the SuperLink did not start: {problem}")
+        time.sleep(0.1)
+    return child
+
+
+@dataclass
+class Node:
+    """A node of the federation: its stage host and its SuperNode."""
+
+    name: str
+    server: str  # host:port of the SuperLink
+    state: Path
+    data: Path | None = None
+    listen: str = "127.0.0.1:0"
+    advertise: str = ""
+    threads: int = 0
+    children: dict[str, Child] = field(default_factory=dict)
+    _restarts: list[float] = field(default_factory=list)
+
+    def start(self) -> None:
+        """Starts both. `wait_ready` tells when the stage host serves."""
+        self.state.mkdir(parents=True, exist_ok=True)
+        (self.state / "endpoint.json").unlink(missing_ok=True)
+        self._start_stage_host()
+        self._start_supernode()
+
+    def _start_stage_host(self) -> None:
+        command = [sys.executable, "-m", "edgelam_fl.split.daemon", "--name", self.name, "--state", str(self.state)]
+        command += ["--listen", self.listen, "--advertise", self.advertise, "--threads", str(self.threads)]
+        command += ["--data", str(self.data.absolute())] if self.data else []
+        self.children["stage host"] = Child(f"{self.name}'s stage host", command, self.state / "stage-host.log")
+
+    def _start_supernode(self) -> None:
+        command = ["flower-supernode", "--insecure", "--superlink", self.server, "--port", str(free_port())]
+        command += ["--node-config", f'state="{self.state.absolute()}" name="{self.name}"']
+        environment = {"FLWR_HOME": str(self.state / "flwr"), "FLWR_TELEMETRY_ENABLED": "0"}
+        self.children["SuperNode"] = Child(
+            f"{self.name}'s SuperNode", command, self.state / "supernode.log", environment
+        )
+
+    def ready(self) -> bool:
+        """Whether the stage host serves. Raises EnvironmentProblem when it ended instead."""
+        problem = self.children["stage host"].ended()
+        if problem:
+            raise EnvironmentProblem(problem)
+        return (self.state / "endpoint.json").exists()
+
+    def watch(self) -> str:
+        """Starts again what has ended; returns what happened, if anything. Raises RunFailed when it keeps ending."""
+        for kind, child in self.children.items():
+            problem = child.ended()
+            if not problem:
+                continue
+            now = time.monotonic()
+            self._restarts = [moment for moment in self._restarts if now - moment < _RESTARTS_WITHIN_S] + [now]
+            if len(self._restarts) > _RESTARTS:
+                raise RunFailed(f"{problem} (for the {len(self._restarts)}th time in {_RESTARTS_WITHIN_S:.0f} s)")
+            if kind == "stage host":
+                self._start_stage_host()
+            else:
+                self._start_supernode()
+            return f"{problem}; it was started again"
+        return ""

@@ -1,0 +1,72 @@
+"""The stage-host daemon: one process a node that keeps the slice in memory, serves the data plane and obeys the ClientApp.
+
+Started and watched by `edgelam client`. Only this file joins the stage host with gRPC.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from edgelam_fl.errors import EdgelamError
+from edgelam_fl.telemetry.events import EventLog
+
+
+def main() -> int:
+    options = _parse(sys.argv[1:])
+    try:
+        return serve(options)
+    except EdgelamError as error:
+        print(f"edgelam stage host {options.name}: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Serves until SIGTERM or SIGINT."""
+    stopped = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.set())
+
+    import torch
+
+    from edgelam_fl.split.stage_host import StageHost
+    from edgelam_fl.wire.control import ControlServer
+    from edgelam_fl.wire.grpc_link import DataPlaneServer, dial
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    log = EventLog(options.state / "events.jsonl")
+    node: StageHost | None = None
+    data_plane = None
+    if options.data is None:  # a device only dials
+        host, _, port = options.listen.rpartition(":")
+        data_plane = DataPlaneServer(host, int(port), lambda hello, link: node.admit(hello, link))  # type: ignore[union-attr]
+    address = options.advertise or (f"{options.listen.rpartition(':')[0]}:{data_plane.port}" if data_plane else "")
+    node = StageHost(options.name, dial, log, data=options.data, address=address)
+    control = ControlServer(options.state, {"GetProfile": node.profile, "Submit": node.submit, "Wait": node.wait})
+    log("ready", name=options.name, address=address)
+    stopped.wait()
+    node.stop()
+    control.stop()
+    if data_plane is not None:
+        data_plane.stop()
+    log.close()
+    return 0
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="edgelam stage host", description=__doc__)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--state", type=Path, required=True, help="folder for the endpoint and the events")
+    parser.add_argument("--data", type=Path, help="a device's examples; absent: an edge server")
+    parser.add_argument("--listen", default="127.0.0.1:0", help="host:port of the data plane")
+    parser.add_argument("--advertise", default="", help="host:port at which others reach it, if it is not --listen")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Submitting a run to a SuperLink through Flower's own CLI, and asking what became of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from edgelam_fl.config import RunConfig
+from edgelam_fl.errors import RunFailed
+from edgelam_fl.processes import tool_environment
+
+_DEADLINE_S = 60.0
+
+
+def app_folder() -> Path:
+    """The Flower App: the repository itself, or its copy inside an installed package."""
+    package = Path(__file__).parent
+    return package / "_app" if (package / "_app").is_dir() else package.parent
+
+
+class Submission:
+    """One run at one SuperLink. Keeps Flower's settings in a folder of its own, so that the user's stay untouched."""
+
+    def __init__(self, server: str, home: Path) -> None:
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "config.toml").write_text(
+            f'[superlink]\ndefault = "local"\n\n[superlink.local]\naddress = "{server}"\ninsecure = true\n',
+            encoding="utf-8",
+        )
+        self._home = home
+        self.run_id = 0
+
+    def submit(self, config: RunConfig, out: Path) -> int:
+        """Starts the run; its folder on the server's machine is `out`. Returns Flower's run id."""
+        text = self._home / "run-config.toml"
+        text.write_text(f"run-toml = {json.dumps(config.to_toml())}\nout = {json.dumps(str(out))}\n", encoding="utf-8")
+        answer = self._flwr("run", str(app_folder()), "local", "--run-config", str(text))
+        self.run_id = int(answer["run-id"])
+        return self.run_id
+
+    def status(self) -> str:
+        """Flower's word for how the run stands: "running", "finished:completed", "finished:failed", ..."""
+        runs = self._flwr("list", "local", "--run-id", str(self.run_id)).get("runs", [])
+        return str(runs[0]["status"]) if runs else "unknown"
+
+    def stop(self) -> None:
+        self._flwr("stop", str(self.run_id), "local")
+
+    def _flwr(self, command: str, *arguments: str) -> dict[str, Any]:
+        environment = {**tool_environment(), "FLWR_HOME": str(self._home), "FLWR_TELEMETRY_ENABLED": "0"}
+        done = subprocess.run(
+            ["flwr", command, *arguments, "--format", "json"],
+            capture_output=True, text=True, env=environment, timeout=_DEADLINE_S, stdin=subprocess.DEVNULL, check=False,
+        )  # fmt: skip
+        try:
+            answer: dict[str, Any] = json.loads(done.stdout)
+        except ValueError as error:
+            said = " ".join((done.stdout + done.stderr).split())[-400:]
+            raise RunFailed(f"`flwr {command}` failed: {said or 'it said nothing'}") from error
+        if not answer.get("success", True):
+            raise RunFailed(f"`flwr {command}` failed: {answer.get('error-message', answer)}")
+        return answer

@@ -1,0 +1,62 @@
+"""The Flower ServerApp: reads the run file, waits for the nodes, runs the rounds, leaves the run's folder."""
+
+from __future__ import annotations
+
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from edgelam_fl.config import RunConfig, parse_run_file
+from edgelam_fl.errors import EdgelamError
+from edgelam_fl.flower import to_record
+from edgelam_fl.model.adapter import initial_adapter
+from edgelam_fl.model.source import ModelSource, find_model
+from edgelam_fl.wire import PROTOCOL_VERSION
+from edgelam_fl.wire import edgelam_pb2 as pb
+from server.nodes import Nodes
+from server.plans import check_cuts, task_settings
+from server.run_folder import RunFolder
+from server.strategy import SplitLora
+
+_VERSIONED = ("edgelam-fl", "flwr", "torch", "transformers", "peft", "grpcio")
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    config = parse_run_file(
+        str(context.run_config["run-toml"]), source="the run file", overrides=str(context.run_config["set"])
+    )
+    out = str(context.run_config["out"]) or f"runs/flwr-{context.run_id}"
+    source = find_model(config.model.name)
+    check_cuts(config, source)
+    folder = RunFolder(Path(out).absolute(), config, source)
+    try:
+        _run(grid, config, folder, source, f"{Path(out).name}-{time.time_ns():x}")
+    except EdgelamError as error:
+        folder.fail(str(error))
+        raise
+    except Exception as error:
+        folder.fail(f"{type(error).__name__}: {error}")
+        raise
+
+
+def _run(grid: Grid, config: RunConfig, folder: RunFolder, source: ModelSource, run: str) -> None:
+    folder.emit(
+        "run_started", run=folder.path.name, config=config.model_dump(mode="json"),
+        versions={package: version(package) for package in _VERSIONED},
+    )  # fmt: skip
+    request = pb.ProfileRequest(protocol_version=PROTOCOL_VERSION, task=task_settings(config))
+    nodes = Nodes(grid, folder, request)
+    strategy = SplitLora(config, source, nodes, folder, run)
+    start = initial_adapter(source, config.lora.targets, config.lora.rank, config.run.seed)
+    print(f"run folder: {folder.path}", flush=True)
+    strategy.start(
+        grid, to_record(start), num_rounds=config.federation.rounds, timeout=config.federation.round_deadline_s
+    )
+    folder.finish()
+    print(f"done: {folder.path / 'summary.json'}", flush=True)

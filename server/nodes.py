@@ -1,0 +1,138 @@
+"""The federation's nodes as the ServerApp sees them: who is here, and one message to each with a deadline.
+
+Flower's own `send_and_receive` waits for all until its time is up; here a node that Flower no longer lists is given up at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from edgelam_fl.errors import RunFailed
+from edgelam_fl.wire import PROTOCOL_VERSION
+from edgelam_fl.wire import edgelam_pb2 as pb
+from server.run_folder import RunFolder
+
+_POLL_S = 0.5
+_QUERY_S = 90.0
+
+
+@dataclass
+class Nodes:
+    """Profiles of the nodes that can take part, by name."""
+
+    grid: Grid
+    folder: RunFolder
+    request: pb.ProfileRequest
+    profiles: dict[str, pb.Profile] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)  # nodes that are here and cannot take part
+    _ids: dict[str, int] = field(default_factory=dict)
+    _known: set[int] = field(default_factory=set)
+
+    def devices(self) -> list[str]:
+        return sorted(name for name, profile in self.profiles.items() if profile.role == pb.DEVICE)
+
+    def host(self) -> pb.Profile | None:
+        """The edge server that serves the routes: the first by name that others can dial."""
+        hosts = sorted(p.name for p in self.profiles.values() if p.role == pb.EDGE and p.address)
+        return self.profiles[hosts[0]] if hosts else None
+
+    def gather(self, min_devices: int, needs_host: bool, deadline_s: float) -> None:
+        """Waits for enough nodes, and a little longer for those on their way. Raises RunFailed with who is missing."""
+        end = time.monotonic() + deadline_s
+        while True:
+            news = self.refresh()
+            enough = len(self.devices()) >= min_devices and (self.host() is not None or not needs_host)
+            if enough and not news:
+                return
+            if time.monotonic() > end:
+                break
+            if not news:
+                time.sleep(_POLL_S)
+        here = f"{len(self.devices())} devices ({', '.join(self.devices()) or 'none'}) and {'an' if self.host() else 'no'} edge server"
+        problems = "".join(f"; {name}: {problem}" for name, problem in sorted(self.problems.items()))
+        raise RunFailed(
+            f"after {deadline_s:.0f} s {here} are here; the run needs at least {min_devices}"
+            f"{' and an edge server' if needs_host else ''} (federation.min_nodes, federation.join_deadline_s){problems}"
+        )
+
+    def refresh(self) -> bool:
+        """Asks new nodes for their profile, forgets those that left; returns whether anything changed."""
+        present = set(self.grid.get_node_ids())
+        for name, node_id in list(self._ids.items()):
+            if node_id not in present:
+                self._forget(name, "left the federation")
+        self._known &= present
+        fresh = present - self._known
+        if not fresh:
+            return False
+        content = RecordDict({"query": ConfigRecord({"request": self.request.SerializeToString()})})
+        messages = [Message(content=content, dst_node_id=node_id, message_type=MessageType.QUERY) for node_id in fresh]
+        replies, missing = self.exchange(messages, _QUERY_S)
+        self._known |= fresh
+        for reply in replies.values():
+            self._enrol(reply.metadata.src_node_id, pb.Profile.FromString(reply.content["profile"]["profile"]))
+        for name, reason in missing.items():
+            self._refuse(name, reason)
+        return True
+
+    def message(self, name: str, kind: str, content: RecordDict) -> Message:
+        return Message(content=content, dst_node_id=self._ids[name], message_type=kind)
+
+    def exchange(self, messages: Iterable[Message], timeout_s: float) -> tuple[dict[str, Message], dict[str, str]]:
+        """Sends all at once. Returns the replies by node, and for each node without one the reason."""
+        end = time.monotonic() + timeout_s
+        messages = list(messages)
+        names = {node_id: name for name, node_id in self._ids.items()}
+        destinations = [message.metadata.dst_node_id for message in messages]
+        waiting = dict(zip(self.grid.push_messages(messages), destinations, strict=True))
+        replies: dict[str, Message] = {}
+        missing: dict[str, str] = {}
+        while waiting and time.monotonic() < end:
+            for reply in self.grid.pull_messages(list(waiting)):
+                node_id = waiting.pop(reply.metadata.reply_to_message_id)
+                name = names.get(node_id, str(node_id))
+                if reply.has_error():
+                    missing[name] = f"its ClientApp failed: {reply.error.reason}"
+                else:
+                    replies[name] = reply
+            present = set(self.grid.get_node_ids()) if waiting else set()
+            for message_id, node_id in list(waiting.items()):
+                if node_id not in present:
+                    del waiting[message_id]
+                    missing[names.get(node_id, str(node_id))] = "left the federation"
+            if waiting:
+                time.sleep(_POLL_S)
+        late = f"no reply within {timeout_s:.0f} s"
+        return replies, missing | {names.get(node_id, str(node_id)): late for node_id in waiting.values()}
+
+    def _enrol(self, node_id: int, profile: pb.Profile) -> None:
+        problem = profile.problem
+        if profile.protocol_version != PROTOCOL_VERSION:
+            problem = f"speaks protocol version {profile.protocol_version}, this server {PROTOCOL_VERSION}: install the same edgelam-fl"
+        elif profile.name in self._ids and self._ids[profile.name] != node_id and profile.name in self.profiles:
+            problem = "another node has this name already; give each its own with --name"
+        if problem:
+            self._refuse(profile.name, problem)
+            return
+        self._ids[profile.name] = node_id
+        self.profiles[profile.name] = profile
+        self.problems.pop(profile.name, None)
+        self.folder.emit(
+            "node_joined", node=profile.name, role=pb.Role.Name(profile.role).lower(), address=profile.address,
+            examples=profile.examples, held_out=profile.held_out,
+            memory_available_bytes=profile.memory_available_bytes, cpu_threads=profile.cpu_threads,
+        )  # fmt: skip
+
+    def _refuse(self, name: str, reason: str) -> None:
+        self.problems[name] = reason
+        self.folder.emit("node_refused", node=name, reason=reason)
+
+    def _forget(self, name: str, reason: str) -> None:
+        self.profiles.pop(name, None)
+        self._ids.pop(name, None)
+        self.problems[name] = reason

@@ -1,0 +1,68 @@
+"""The run's folder: configuration, events, a checkpoint after each round, and what is left when the run ends."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from edgelam_fl.config import RunConfig
+from edgelam_fl.model.adapter import Adapter, write_peft_folder
+from edgelam_fl.model.source import ModelSource
+from edgelam_fl.telemetry.events import EventLog, read_events
+from edgelam_fl.telemetry.summary import build_summary
+
+
+class RunFolder:
+    """Everything that a run leaves behind. `adapter/` holds the newest checkpoint, whole at any moment."""
+
+    def __init__(self, path: Path, config: RunConfig, source: ModelSource) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._config = config
+        self._source = source
+        (path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+        self.emit = EventLog(path / "events.jsonl")
+
+    def checkpoint(self, adapter: Adapter, round_: int, step_offset: int, personal: dict[str, Adapter]) -> str:
+        """Stores the adapter that the next round starts from; returns its path in the folder."""
+        lora = self._config.lora
+        for name, tensors in {"": adapter, **personal}.items():
+            folder = self.path / "adapters" / name if name else self.path / "adapter"
+            write_peft_folder(
+                {**adapter, **tensors},
+                folder,
+                reference=self._source.reference,
+                rank=lora.rank,
+                alpha=lora.alpha,
+                targets=lora.targets,
+            )
+        _write(self.path / "state.json", json.dumps({"round": round_, "step_offset": step_offset}) + "\n")
+        return "adapter"
+
+    def finish(self) -> dict[str, Any]:
+        """Writes summary.json and report.html from the events; returns the summary."""
+        from edgelam_fl.telemetry.report import write_report  # plotly is a second that only the end needs
+
+        self.emit("run_done", summary="summary.json")
+        summary = build_summary(list(read_events(self.emit.path)))
+        _write(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_report(self.path)
+        return summary
+
+    def fail(self, reason: str) -> None:
+        """Says why the run ended early and what is left of it."""
+        from edgelam_fl.telemetry.report import write_report
+
+        state = self.path / "state.json"
+        done = json.loads(state.read_text(encoding="utf-8"))["round"] if state.exists() else 0
+        kept = f"the adapter after round {done} is kept in {self.path / 'adapter'}" if done else "no round was finished"
+        self.emit("run_failed", reason=reason, kept=kept)
+        write_report(self.path)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

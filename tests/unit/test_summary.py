@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from edgelam_fl.telemetry.summary import (
+    build_summary,
+    by_name,
+    human_bytes,
+    human_layers,
+    human_number,
+    human_seconds,
+    summary_table,
+)
+
+
+def device(name: str, perplexity: float | None, *, loss: float | None = 2.0, **fields: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "examples": 90,
+        "loss": loss,
+        "perplexity": perplexity,
+        "tokens": 100,
+        "train_seconds": 4.0,
+        "bytes_up": 1000,
+        "bytes_down": 2000,
+        "adapter_bytes_up": 10,
+        "adapter_bytes_down": 20,
+        "peak_rss_bytes": 500,
+        "step_losses": [loss],
+        **fields,
+    }
+
+
+def evaluated(name: str, perplexity: float) -> dict[str, Any]:
+    return device(
+        name, perplexity, loss=None, tokens=0, train_seconds=0.0, step_losses=[], bytes_up=7, peak_rss_bytes=600
+    )
+
+
+def host(name: str, **fields: Any) -> dict[str, Any]:
+    return {"name": name, "layers": [2, 28], "bytes_up": 300, "bytes_down": 400, "peak_rss_bytes": 900, **fields}
+
+
+def round_done(number: int, devices: list[dict[str, Any]], hosts: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"event": "round_done", "time": 100.0 + number, "round": number, "devices": devices, "hosts": hosts}
+
+
+def a_run() -> list[dict[str, Any]]:
+    """Two rounds and the last evaluation; device-10 is lost in round 2."""
+    config = {"model": {"name": "smollm2-135m"}}
+    hop = {"node": "edge-1", "first": 2, "last": 28}
+    return [
+        {"event": "run_started", "time": 100.0, "run": "demo", "config": config, "versions": {"torch": "2.13.0"}},
+        {"event": "node_joined", "time": 100.1, "node": "device-10", "role": "device", "examples": 90},
+        {"event": "node_joined", "time": 100.1, "node": "device-2", "role": "device", "examples": 90},
+        {"event": "node_joined", "time": 100.2, "node": "edge-1", "role": "edge", "examples": 0},
+        {"event": "plan", "time": 100.3, "round": 1, "routes": [{"device": "device-2", "hops": [hop]}]},
+        round_done(1, [device("device-10", 80.0), device("device-2", 90.0)], [host("edge-1")]),
+        {"event": "node_lost", "time": 101.5, "round": 2, "node": "device-10", "reason": "silent for 120 s"},
+        round_done(2, [device("device-2", 30.0, tokens=300, train_seconds=6.0)], [host("edge-1", peak_rss_bytes=950)]),
+        round_done(3, [evaluated("device-2", 15.5)], [host("edge-1", peak_rss_bytes=940)]),
+        {"event": "run_done", "time": 104.0, "seconds": 3.75, "summary": "summary.json"},
+    ]
+
+
+def test_whole_run() -> None:
+    assert build_summary(a_run()) == {
+        "run": "demo",
+        "state": "done",
+        "model": "smollm2-135m",
+        "devices": [
+            {
+                "name": "device-2",
+                "examples": 90,
+                "perplexity_before": 90.0,
+                "perplexity_after": 15.5,
+                "tokens_per_s": (100 + 300 + 0) / (4.0 + 6.0 + 0.0),
+                "bytes_up": 1000 + 1000 + 7,
+                "bytes_down": 3 * 2000,
+                "adapter_bytes_up": 3 * 10,
+                "adapter_bytes_down": 3 * 20,
+                "peak_rss_bytes": 600,
+            },
+            {
+                "name": "device-10",
+                "examples": 90,
+                "perplexity_before": 80.0,
+                "perplexity_after": None,
+                "tokens_per_s": 100 / 4.0,
+                "bytes_up": 1000,
+                "bytes_down": 2000,
+                "adapter_bytes_up": 10,
+                "adapter_bytes_down": 20,
+                "peak_rss_bytes": 500,
+            },
+        ],
+        "hosts": [
+            {"name": "edge-1", "layers": [2, 28], "peak_rss_bytes": 950, "bytes_up": 3 * 300, "bytes_down": 3 * 400}
+        ],
+        "rounds": 2,
+        "seconds": 3.75,
+        "versions": {"torch": "2.13.0"},
+    }
+
+
+def test_failed_before_the_first_round_closed() -> None:
+    events = [*a_run()[:5], {"event": "run_failed", "time": 107.5, "reason": "edge-1 vanished", "kept": "nothing"}]
+    summary = build_summary(events)
+    assert (summary["state"], summary["rounds"], summary["seconds"]) == ("failed", 0, 7.5)
+    assert [(d["name"], d["examples"], d["bytes_up"]) for d in summary["devices"]] == [
+        ("device-2", 90, None),
+        ("device-10", 90, None),
+    ]
+    assert summary["hosts"] == [
+        {"name": "edge-1", "layers": [2, 28], "peak_rss_bytes": None, "bytes_up": None, "bytes_down": None}
+    ]
+
+
+def test_one_closed_round_says_nothing_about_after() -> None:
+    summary = build_summary(a_run()[:6])
+    assert (summary["state"], summary["seconds"], summary["rounds"]) == ("running", 1.0, 1)
+    assert [(d["perplexity_before"], d["perplexity_after"]) for d in summary["devices"]] == [(90.0, None), (80.0, None)]
+
+
+def test_who_comes_later_has_no_before() -> None:
+    events = [round_done(1, [device("a", 9.0)], []), round_done(2, [device("a", 5.0), device("b", 6.0)], [])]
+    pairs = {d["name"]: (d["perplexity_before"], d["perplexity_after"]) for d in build_summary(events)["devices"]}
+    assert pairs == {"a": (9.0, 5.0), "b": (None, 6.0)}
+
+
+def test_layers_are_those_of_the_latest_round() -> None:
+    hop = {"node": "edge-2", "first": 2, "last": 28}
+    plan = {"event": "plan", "time": 0.0, "round": 1, "routes": [{"device": "a", "hops": [hop]}]}
+    rounds = [round_done(1, [], [host("edge-2")]), round_done(2, [], [host("edge-2", layers=[4, 9]), host("edge-3")])]
+    hosts = build_summary([plan, *rounds])["hosts"]
+    assert [(each["name"], each["layers"]) for each in hosts] == [("edge-2", [4, 9]), ("edge-3", [2, 28])]
+
+
+@pytest.mark.parametrize(
+    "events", [[], [{"event": "round_done", "devices": [{"name": "a"}]}], [{"event": "run_failed"}]]
+)
+def test_missing_pieces(events: list[dict[str, Any]]) -> None:
+    summary = build_summary(events)
+    assert (summary["run"], summary["model"], summary["hosts"], summary["versions"]) == (None, None, [], {})
+    assert all(value is None for key, value in (summary["devices"] or [{}])[0].items() if key != "name")
+    Console(file=io.StringIO()).print(summary_table(summary))
+
+
+def test_table_fits_a_small_terminal() -> None:
+    console = Console(file=io.StringIO(), width=80)
+    console.print(summary_table(build_summary(a_run())))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert "demo: done, 2 rounds in 3.8 s" in lines[0]
+    assert [" ".join(line.split()) for line in lines if line.startswith((" device-", " edge-"))] == [
+        "device-2 90 examples 90.00 -> 15.50 40.0 2.01 kB 6.00 kB 600 B",
+        "device-10 90 examples 80.00 -> - 25.0 1.00 kB 2.00 kB 500 B",
+        "edge-1 layers 2-27 900 B 1.20 kB 950 B",
+    ]
+
+
+def test_names_are_not_markup() -> None:
+    console = Console(file=io.StringIO(), width=120)
+    console.print(summary_table(build_summary([round_done(1, [device("[red]x[/nope]", 9.0)], [])])))
+    assert "[red]x[/nope]" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (None, "-"),
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.00 kB"),
+        (12_345, "12.3 kB"),
+        (999_499, "999 kB"),
+        (999_600, "1.00 MB"),
+        (1_234_567, "1.23 MB"),
+        (5.4e15, "5400 TB"),
+    ],
+)
+def test_human_bytes(count: float | None, text: str) -> None:
+    assert human_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "-"), (7.25, "7.2 s"), (59.96, "1 min 00 s"), (83, "1 min 23 s"), (3725, "1 h 02 min")],
+)
+def test_human_seconds(seconds: float | None, text: str) -> None:
+    assert human_seconds(seconds) == text
+
+
+def test_small_helpers() -> None:
+    assert (human_number(None), human_number(1234567), human_number(1.256, 2)) == ("-", "1,234,567", "1.26")
+    assert (human_layers([2, 28]), human_layers(None)) == ("layers 2-27", "no layers yet")
+    assert sorted(["d-10", "d-9", "edge", "d-1"], key=by_name) == ["d-1", "d-9", "d-10", "edge"]
