@@ -86,6 +86,9 @@ class Federation(Section):
     local_steps: int = Field(10, ge=1, le=100_000, description="optimizer steps between two aggregations")
     batch_size: int = Field(8, ge=1, le=65_536, description="examples of one device in one step")
     min_nodes: int = Field(1, ge=1, description="devices without which a round does not start")
+    expect_nodes: int = Field(
+        0, ge=0, description="devices to wait for at the start; after join_deadline_s, min_nodes are enough"
+    )
     join_deadline_s: float = Field(120.0, gt=0, description="how long to wait for min_nodes devices and for a host")
     step_deadline_s: float = Field(120.0, gt=0, description="a device that is later than this is left out of the step")
     round_deadline_s: float = Field(3600.0, gt=0, description="a node that is later than this is left out of the round")

@@ -41,15 +41,16 @@ class Nodes:
         hosts = sorted(p.name for p in self.profiles.values() if p.role == pb.EDGE and p.address)
         return self.profiles[hosts[0]] if hosts else None
 
-    def gather(self, min_devices: int, needs_host: bool, deadline_s: float) -> None:
-        """Waits for enough nodes, and a little longer for those on their way. Raises RunFailed with who is missing."""
+    def gather(self, min_devices: int, expected_devices: int, needs_host: bool, deadline_s: float) -> None:
+        """Waits for the expected nodes; at the deadline, `min_devices` are enough. Raises RunFailed with who is missing."""
         end = time.monotonic() + deadline_s
         while True:
             news = self.refresh()
-            enough = len(self.devices()) >= min_devices and (self.host() is not None or not needs_host)
-            if enough and not news:
+            late = time.monotonic() > end
+            wanted = min_devices if late else max(min_devices, expected_devices)
+            if not news and len(self.devices()) >= wanted and (self.host() is not None or not needs_host):
                 return
-            if time.monotonic() > end:
+            if late and not news:
                 break
             if not news:
                 time.sleep(_POLL_S)

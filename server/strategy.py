@@ -82,9 +82,10 @@ class SplitLora(Strategy):
     def _round(
         self, number: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid, timeout: float
     ) -> tuple[ArrayRecord, MetricRecord]:
+        federation = self.config.federation
         for attempt in range(1, _ATTEMPTS + 1):
             self._attempt = attempt
-            self._gather()
+            self._gather(federation.expect_nodes if number == attempt == 1 else 0)
             replies = self._exchange(self.configure_train(number, arrays, config, grid), timeout)
             aggregated, metrics = self.aggregate_train(number, replies)
             if aggregated is not None and metrics is not None:
@@ -140,9 +141,9 @@ class SplitLora(Strategy):
 
     # ---------------------------------------------------------------- before
 
-    def _gather(self) -> None:
+    def _gather(self, expected: int) -> None:
         federation = self.config.federation
-        self.nodes.gather(federation.min_nodes, self.config.split.hosts > 0, federation.join_deadline_s)
+        self.nodes.gather(federation.min_nodes, expected, self.config.split.hosts > 0, federation.join_deadline_s)
 
     def _configure(self, number: int, arrays: ArrayRecord, steps: int) -> list[Message]:
         self._global = from_record(arrays)

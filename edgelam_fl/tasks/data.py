@@ -5,14 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from edgelam_fl.errors import DataError, nearest
 
 
 def read_pairs(path: Path, prompt_field: str, answer_field: str) -> list[tuple[str, str]]:
     """(prompt, answer) of each line of a JSON-lines file. Raises DataError with the line and what it lacks."""
+    return [
+        (_text(path, number, record, prompt_field), _text(path, number, record, answer_field))
+        for number, record in read_records(path)
+    ]
+
+
+def read_records(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """(line number, object) of each line: all that can be checked before a run file names the fields."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -23,37 +31,32 @@ def read_pairs(path: Path, prompt_field: str, answer_field: str) -> list[tuple[s
         ) from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    pairs = [_pair(path, number, line, prompt_field, answer_field) for number, line in _lines(text)]
-    if len(pairs) < 2:
-        raise DataError(f"{path} holds {len(pairs)} examples; at least 2 are needed: one to learn, one to measure")
-    return pairs
+    records = [
+        (number, _record(path, number, line)) for number, line in enumerate(text.splitlines(), 1) if line.strip()
+    ]
+    if len(records) < 2:
+        raise DataError(f"{path} holds {len(records)} examples; at least 2 are needed: one to learn, one to measure")
+    return records
 
 
-def _lines(text: str) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            yield number, line
-
-
-def _pair(path: Path, number: int, line: str, prompt_field: str, answer_field: str) -> tuple[str, str]:
+def _record(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {number} is not JSON: {error.msg}") from error
     if not isinstance(record, dict):
+        raise DataError(f"{path}, line {number} must be an object with named fields, got {line:.60}")
+    return record
+
+
+def _text(path: Path, number: int, record: dict[str, Any], field: str) -> str:
+    if field not in record:
         raise DataError(
-            f"{path}, line {number} must be an object with the fields {prompt_field!r} and {answer_field!r}"
+            f"{path}, line {number} lacks the field {field!r} ({nearest(field, record)}); data.fields in the run file names them"
         )
-    for field in (prompt_field, answer_field):
-        if field not in record:
-            raise DataError(
-                f"{path}, line {number} lacks the field {field!r} ({nearest(field, record)}); data.fields in the run file names them"
-            )
-        if not isinstance(record[field], str) or not record[field].strip():
-            raise DataError(
-                f"{path}, line {number}: {field!r} must be a text that is not empty, got {record[field]!r:.60}"
-            )
-    return record[prompt_field], record[answer_field]
+    if not isinstance(record[field], str) or not record[field].strip():
+        raise DataError(f"{path}, line {number}: {field!r} must be a text that is not empty, got {record[field]!r:.60}")
+    return record[field]
 
 
 def set_aside(pairs: list[tuple[str, str]], held_out: float) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:

@@ -1,0 +1,83 @@
+"""`edgelam demo`: a federation on this machine that makes a small model better at Python's standard library."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from edgelam_fl.config import RunConfig, parse_run_file
+from edgelam_fl.errors import EnvironmentProblem
+from edgelam_fl.running import check_run, run_here
+from edgelam_fl.tasks.docstrings import write_device_files
+from edgelam_fl.telemetry.summary import summary_table
+
+RUN_FILE = """\
+[federation]
+rounds = 4
+local_steps = 8
+batch_size = 4
+
+[task]
+max_tokens = 80
+
+[data]
+held_out = 0.05
+
+[optimizer]
+lr = 2e-3
+"""
+_ANSWER_TOKENS = 40
+_BYTES_A_NODE, _BYTES_FREE = 950 << 20, 1 << 30
+
+
+def run_demo(console: Console, devices: int, out: Path | None, overrides: list[str]) -> int:
+    config = parse_run_file(RUN_FILE, source="the demo's run file", overrides=overrides)
+    _check_memory(devices)
+    with console.status("reading the model's description (the first time takes half a minute)"):
+        folder = check_run(config, "demo", out)
+    files = write_device_files(folder / "data", devices)
+    counts = ", ".join(f"{sum(1 for _ in file.open(encoding='utf-8'))}" for file in files)
+    console.print(
+        f"data: docstrings of Python's standard library, other modules a device: {counts} pairs", highlight=False
+    )
+    status = run_here(console, config, folder, files)
+    if status:
+        return status
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    console.print(summary_table(summary))
+    _show_answers(console, config, folder, files[0])
+    console.print(f"run: {folder}\npage: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _check_memory(devices: int) -> None:
+    import psutil
+
+    available = psutil.virtual_memory().available
+    needed = _BYTES_FREE + (devices + 1) * _BYTES_A_NODE
+    if available < needed:
+        raise EnvironmentProblem(
+            f"{devices} devices and an edge server on one machine take about {needed / 2**30:.1f} GiB; {available / 2**30:.1f} GiB "
+            f"are free. Try --devices 1 ({(_BYTES_FREE + 2 * _BYTES_A_NODE) / 2**30:.1f} GiB), or end something else"
+        )
+
+
+def _show_answers(console: Console, config: RunConfig, folder: Path, file: Path) -> None:
+    """One held-out question, answered by the model as it was and as it is."""
+    from edgelam_fl.tasks.data import read_pairs, set_aside
+
+    with console.status("asking one held-out question, before and after"):
+        from edgelam_fl.generate import answer
+
+        question, truth = set_aside(read_pairs(file, "question", "answer"), config.data.held_out)[1][0]
+        before, after = (
+            answer(config, folder / "adapter" if tuned else None, question, _ANSWER_TOKENS) for tuned in (False, True)
+        )
+    text = Text.assemble(
+        ("before   ", "bold"), before, "\n", ("after    ", "bold"), after, "\n", ("docstring ", "dim"), truth
+    )
+    console.print(Panel(text, title=Text(question), title_align="left"))

@@ -1,0 +1,257 @@
+"""Running things from the command line: a server, a node, a run on a server, and a whole federation on this machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from edgelam_fl.config import RunConfig
+from edgelam_fl.errors import ConfigError, EnvironmentProblem, RunFailed
+from edgelam_fl.processes import (
+    Node,
+    answers,
+    check_plain_text,
+    end_all,
+    free_port,
+    log_tail,
+    split_address,
+    start_superlink,
+)
+from edgelam_fl.submit import Submission, app_folder
+from edgelam_fl.tasks.data import read_records
+from edgelam_fl.telemetry.console import RunView
+from edgelam_fl.telemetry.events import EventTail
+
+INTERRUPTED = 130
+_POLL_S = 0.25
+_STATUS_EVERY_S = 15.0
+_EVENTS_LAG_S = 5.0
+
+
+def check_run(config: RunConfig, name: str, out: Path | None) -> Path:
+    """Everything that can be wrong with a run file is said before anything starts. Returns the run's folder, still absent."""
+    sys.path.insert(0, str(app_folder()))  # the strategies are part of the Flower App, not of the package
+    from edgelam_fl.model.adapter import target_modules
+    from edgelam_fl.model.source import find_model
+    from server.plans import check_cuts
+    from strategies.base import load
+
+    for kind in ("aggregation", "selection", "bandwidth"):
+        load(kind, getattr(config.strategy, kind))
+    source = find_model(config.model.name)
+    check_cuts(config, source)
+    target_modules(source, config.lora.targets)
+    pattern = str(out) if out else config.run.out
+    folder = (
+        Path(pattern.replace("{name}", name).replace("{time}", time.strftime("%Y%m%d-%H%M%S"))).expanduser().absolute()
+    )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"the run's folder {folder} exists; choose another with --out (nothing is ever overwritten)")
+    return folder
+
+
+# ---------------------------------------------------------------- a server, a node
+
+
+def serve(console: Console, listen: str, state: Path, insecure: bool) -> int:
+    host, port = split_address(listen, "--listen")
+    check_plain_text(host, "--listen", insecure)
+    with console.status("starting Flower's SuperLink"):
+        superlink = start_superlink(host, port, state)
+    console.print(f"SuperLink listens on {listen}; logs in {superlink.log}", highlight=False, soft_wrap=True)
+    console.print(
+        f"next, on each node:  edgelam client --server {listen} --data FILE   (an edge server: without --data)",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(f"then:                edgelam run RUN.toml --server {listen}", highlight=False, soft_wrap=True)
+    try:
+        while not superlink.ended():
+            time.sleep(0.5)
+        raise RunFailed(superlink.ended())
+    except KeyboardInterrupt:
+        console.print("server ended; runs in progress end with it, their last checkpoints stay in their folders")
+        return INTERRUPTED
+    finally:
+        end_all([superlink])
+
+
+def join(
+    console: Console,
+    server: str,
+    data: Path | None,
+    name: str,
+    listen: str,
+    advertise: str,
+    threads: int,
+    state: Path | None,
+    insecure: bool,
+) -> int:
+    host, port = split_address(server, "--server")
+    check_plain_text(host, "--server", insecure)
+    check_plain_text(split_address(listen, "--listen")[0], "--listen", insecure)
+    if advertise:
+        check_plain_text(split_address(advertise, "--advertise")[0], "--advertise", insecure)
+    name = name or socket.gethostname()
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name):
+        raise ConfigError(f"--name {name!r} may hold letters, digits, '.', '_' and '-', 63 at most")
+    if data is not None:
+        read_records(data)
+    _check_answers(host, port, "edgelam client")
+    node = Node(name, server, state or Path(".edgelam") / name, data, listen, advertise, threads)
+    return _watch(console, node)
+
+
+def _watch(console: Console, node: Node) -> int:
+    try:
+        node.start()
+        with console.status(f"{node.name}: loading PyTorch"):
+            while not node.ready():
+                time.sleep(_POLL_S)
+        role = "device" if node.data else "edge server"
+        console.print(
+            f"{node.name} is here as {role}; logs in {node.state}. Ctrl-C ends it.", highlight=False, soft_wrap=True
+        )
+        while True:
+            time.sleep(1.0)
+            news = node.watch()
+            if news:
+                console.print(news, highlight=False, soft_wrap=True)
+    except KeyboardInterrupt:
+        console.print(f"{node.name} has left; a run in progress goes on without it")
+        return INTERRUPTED
+    finally:
+        end_all(list(node.children.values()))
+
+
+def _check_answers(host: str, port: int, command: str) -> None:
+    if not answers(host, port):
+        raise EnvironmentProblem(
+            f"no server answers at {host}:{port}; start one there with `edgelam server --listen {host}:{port}`, "
+            f"or give `{command}` another --server"
+        )
+
+
+# ---------------------------------------------------------------- a run
+
+
+def run_on_server(console: Console, config: RunConfig, folder: Path, server: str, insecure: bool) -> int:
+    host, port = split_address(server, "--server")
+    check_plain_text(host, "--server", insecure)
+    if not answers(host, port):
+        raise EnvironmentProblem(
+            f"no server answers at {server}. Two ways out: start one with `edgelam server` and let nodes join with "
+            f"`edgelam client`, or let this machine play all parts: add --local 3 --data FILE --data FILE --data FILE"
+        )
+    view = RunView(console, config.federation.rounds, config.federation.local_steps)
+    return follow(console, view, config, folder, server, [], lambda: None)
+
+
+def run_here(console: Console, config: RunConfig, folder: Path, data: Sequence[Path]) -> int:
+    """A federation of separate processes on this machine, from start to end of one run."""
+    for file in data:
+        read_records(file)
+    port, children = free_port(), []
+    view = RunView(console, config.federation.rounds, config.federation.local_steps)
+    address = f"127.0.0.1:{port}"
+    threads = threads_a_node(len(data))
+    edge = [Node("edge-1", address, folder / "nodes" / "edge-1", threads=threads)] if config.split.hosts else []
+    devices = [
+        Node(f"device-{n}", address, folder / "nodes" / f"device-{n}", file, threads=threads)
+        for n, file in enumerate(data, 1)
+    ]
+    nodes = edge + devices
+    try:
+        with console.status("starting Flower's SuperLink"):
+            children.append(start_superlink("127.0.0.1", port, folder / "server"))
+        for node in nodes:
+            node.start()
+        view.say(
+            f"started a SuperLink, {len(edge)} edge server and {len(devices)} devices as {1 + 2 * len(nodes)} processes"
+        )
+        here = config.model_copy(
+            update={"federation": config.federation.model_copy(update={"expect_nodes": len(devices)})}
+        )
+        return follow(console, view, here, folder, address, nodes, lambda: _watch_all(view, nodes))
+    except KeyboardInterrupt:
+        console.print(_kept(folder))
+        return INTERRUPTED
+    finally:
+        end_all([*(child for node in nodes for child in node.children.values()), *children])
+
+
+def threads_a_node(devices: int) -> int:
+    """CPU threads of each node when they share this machine: more threads than cores make all of them slower."""
+    return max(1, (os.cpu_count() or 1) // (devices + 1))
+
+
+def _watch_all(view: RunView, nodes: Sequence[Node]) -> None:
+    for node in nodes:
+        news = node.watch()
+        if news:
+            view.say(news)
+
+
+def follow(
+    console: Console,
+    view: RunView,
+    config: RunConfig,
+    folder: Path,
+    server: str,
+    nodes: Sequence[Node],
+    watch: Callable[[], None],
+) -> int:
+    """Submits the run and shows its events until it ends. Returns 0; raises RunFailed with the run's own reason."""
+    submission = Submission(server, folder / "flwr")
+    with console.status("handing the run to Flower"):
+        run_id = submission.submit(config, folder)
+    view.say(f"Flower run {run_id}; folder {folder}")
+    tails = {"": EventTail(folder / "events.jsonl")} | {
+        node.name: EventTail(node.state / "events.jsonl") for node in nodes
+    }
+    asked = time.monotonic()
+    try:
+        with view:
+            while True:
+                for name, tail in tails.items():
+                    for event in tail.poll():
+                        view.feed(event, name)
+                        if event["event"] == "run_done":
+                            return 0
+                        if event["event"] == "run_failed":
+                            raise RunFailed(f"the run failed: {event['reason']}; {event['kept']}")
+                watch()
+                if time.monotonic() - asked > _STATUS_EVERY_S:
+                    asked = time.monotonic()
+                    _check_alive(submission, folder, tails[""])
+                time.sleep(_POLL_S)
+    except KeyboardInterrupt:
+        console.print(f"stopping the run. {_kept(folder)}", soft_wrap=True)
+        submission.stop()
+        return INTERRUPTED
+
+
+def _check_alive(submission: Submission, folder: Path, tail: EventTail) -> None:
+    """Flower knows of runs that ended without a word in the events."""
+    status = submission.status()
+    if not status.startswith("finished"):
+        return
+    time.sleep(_EVENTS_LAG_S)
+    words = [event for event in EventTail(tail.path).poll() if event["event"] in ("run_done", "run_failed")]
+    if not words:
+        said = log_tail(folder / "server" / "superlink.log") if (folder / "server").exists() else "see `flwr log`"
+        raise RunFailed(f"Flower says that the run is {status}, and it left no reason: {said}")
+
+
+def _kept(folder: Path) -> str:
+    checkpoint = folder / "adapter"
+    if checkpoint.is_dir():
+        return f"Kept: the adapter after the last finished round, in {checkpoint}, and events.jsonl beside it."
+    return f"No round was finished; {folder} holds the events so far."
