@@ -16,9 +16,12 @@ from edgelam_fl.tasks.docstrings import write_device_files
 from edgelam_fl.telemetry.summary import summary_table
 
 RUN_FILE = """\
+[split]
+micro_batches = 1
+
 [federation]
-rounds = 4
-local_steps = 8
+rounds = 3
+local_steps = 6
 batch_size = 4
 
 [task]

@@ -192,7 +192,11 @@ class Node:
         command = [sys.executable, "-m", "edgelam_fl.split.daemon", "--name", self.name, "--state", str(self.state)]
         command += ["--listen", self.listen, "--advertise", self.advertise, "--threads", str(self.threads)]
         command += ["--data", str(self.data.absolute())] if self.data else []
-        self.children["stage host"] = Child(f"{self.name}'s stage host", command, self.state / "stage-host.log")
+        # Nodes may share this machine's cores: a thread that spins while it waits takes them from the others.
+        environment = {"OMP_WAIT_POLICY": "PASSIVE"}
+        self.children["stage host"] = Child(
+            f"{self.name}'s stage host", command, self.state / "stage-host.log", environment
+        )
 
     def _start_supernode(self) -> None:
         command = ["flower-supernode", "--insecure", "--superlink", self.server, "--port", str(free_port())]

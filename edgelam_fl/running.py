@@ -161,10 +161,10 @@ def run_here(console: Console, config: RunConfig, folder: Path, data: Sequence[P
     port, children = free_port(), []
     view = RunView(console, config.federation.rounds, config.federation.local_steps)
     address = f"127.0.0.1:{port}"
-    threads = threads_a_node(len(data))
-    edge = [Node("edge-1", address, folder / "nodes" / "edge-1", threads=threads)] if config.split.hosts else []
+    cores = os.cpu_count() or 1
+    edge = [Node("edge-1", address, folder / "nodes" / "edge-1", threads=cores)] if config.split.hosts else []
     devices = [
-        Node(f"device-{n}", address, folder / "nodes" / f"device-{n}", file, threads=threads)
+        Node(f"device-{n}", address, folder / "nodes" / f"device-{n}", file, threads=max(1, cores // (len(data) + 1)))
         for n, file in enumerate(data, 1)
     ]
     nodes = edge + devices
@@ -185,11 +185,6 @@ def run_here(console: Console, config: RunConfig, folder: Path, data: Sequence[P
         return INTERRUPTED
     finally:
         end_all([*(child for node in nodes for child in node.children.values()), *children])
-
-
-def threads_a_node(devices: int) -> int:
-    """CPU threads of each node when they share this machine: more threads than cores make all of them slower."""
-    return max(1, (os.cpu_count() or 1) // (devices + 1))
 
 
 def _watch_all(view: RunView, nodes: Sequence[Node]) -> None:

@@ -12,9 +12,14 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 
 
 def describe_round(
-    sent_bytes: Mapping[str, int], reports: Mapping[str, tuple[pb.JobReport, Adapter]]
+    sent_bytes: Mapping[str, int],
+    started_from: Mapping[str, str],
+    reports: Mapping[str, tuple[pb.JobReport, Adapter]],
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, int]]:
-    """(devices, hosts, bytes by kind) as telemetry.events documents them. `sent_bytes`: adapters sent to each node."""
+    """(devices, hosts, bytes by kind) as telemetry.events documents them.
+
+    `sent_bytes`: of the adapters sent to each node. `started_from`: the digest of the adapter in each node's plan.
+    """
     devices, hosts, by_kind = [], [], Counter[str]()
     for name, (report, tensors) in sorted(reports.items()):
         common = {
@@ -26,6 +31,8 @@ def describe_round(
             "compute_seconds": round(report.compute_seconds, 3),
             "peak_rss_bytes": report.peak_rss_bytes,
             "moments": report.moments,
+            "digest_before": started_from.get(name, ""),
+            "digest_after": report.adapter_digest,
         }
         if report.role == pb.EDGE:
             hosts.append({**common, "layers": [report.first_layer, report.last_layer]})

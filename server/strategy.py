@@ -224,7 +224,8 @@ class SplitLora(Strategy):
 
     def _close(self, round_: Round, reports: Reports, checkpoint: str) -> MetricRecord:
         """The round's event, and its metrics for Flower."""
-        devices, hosts, by_kind = describe_round(round_.sent_bytes, reports)
+        started_from = {name: plan.adapter_digest for name, plan in round_.plans.items()}
+        devices, hosts, by_kind = describe_round(round_.sent_bytes, started_from, reports)
         self.folder.emit(
             "round_done", round=round_.facts.round, attempt=round_.facts.attempt, steps=round_.facts.steps,
             seconds=round(time.monotonic() - round_.began, 3), devices=devices, hosts=hosts, bytes_by_kind=by_kind,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from edgelam_fl.config import RunConfig, parse_run_file
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.split.stage_host import Dial, StageHost
-from edgelam_fl.tasks.causal_lm import CausalLm, Unit, loss_sum, make_units
+from edgelam_fl.tasks.causal_lm import CausalLm, Example, Unit, loss_sum, make_units
 from edgelam_fl.tasks.data import batch_indices, read_pairs, set_aside
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.memory import memory_pair
@@ -51,18 +51,27 @@ def run_config(model: str, *overrides: str) -> RunConfig:
     return parse_run_file("", source="test", overrides=[*small, *overrides])
 
 
-# ---------------------------------------------------------------- a fleet of stage hosts in one process
+# ---------------------------------------------------------------- a fleet of stage hosts
+
+
+class TakesPlans(Protocol):
+    """A stage host: in this process, or another process's."""
+
+    def submit(self, request: pb.SubmitRequest) -> pb.SubmitReply: ...
+
+    def wait(self, request: pb.WaitRequest) -> pb.JobReport: ...
 
 
 @dataclass
 class Fleet:
-    """Devices and at most one host, all in this process, and the plans to run them as the server would."""
+    """Devices and at most one host, and the plans to run them as the server would."""
 
     source: ModelSource
     config: RunConfig
-    devices: dict[str, StageHost]
-    host: StageHost | None
+    devices: dict[str, TakesPlans]
+    host: TakesPlans | None
     address: str = "memory"
+    name: str = "test"
     events: list[dict[str, Any]] = field(default_factory=list)
     round: int = 0
 
@@ -74,7 +83,7 @@ class Fleet:
         tokens = {name: name.encode() * 4 for name in self.devices}
         profile = pb.Profile(name="edge-1", address=self.address) if self.host else None
         routes = make_routes(self.config, self.source, list(self.devices), profile, tokens)
-        facts = RoundFacts("test", self.round, 1, step_offset, steps)
+        facts = RoundFacts(self.name, self.round, 1, step_offset, steps)
         plans = {}
         if self.host:
             plans["edge-1"] = (self.host, make_plan(self.config, self.source, facts, "edge-1", pb.EDGE, routes, 0))
@@ -89,7 +98,7 @@ class Fleet:
             assert reply.accepted, reply.reason
         reports = {}
         for name, (node, _) in plans.items():
-            reports[name] = node.wait(pb.WaitRequest(job=f"test/{self.round}/1/{name}", timeout_s=300))
+            reports[name] = node.wait(pb.WaitRequest(job=f"{self.name}/{self.round}/1/{name}", timeout_s=300))
         return reports
 
     def emit(self, event: str, **fields: Any) -> None:
@@ -99,22 +108,25 @@ class Fleet:
 @contextmanager
 def memory_fleet(source: ModelSource, config: RunConfig, data: Sequence[Path]) -> Iterator[Fleet]:
     fleet = Fleet(source, config, {}, None)
-    fleet.host = StageHost("edge-1", _no_dial, fleet.emit, address="memory") if config.split.hosts else None
+    host = StageHost("edge-1", _no_dial, fleet.emit, address="memory") if config.split.hosts else None
+    nodes = [host] if host else []
     for number, file in enumerate(data, 1):
-        fleet.devices[f"device-{number}"] = StageHost(f"device-{number}", _memory_dial(fleet), fleet.emit, data=file)
+        nodes.append(StageHost(f"device-{number}", _memory_dial(host), fleet.emit, data=file))
+    fleet.host = host
+    fleet.devices.update({node.name: node for node in nodes if node is not host})
     yield fleet
-    for node in [*fleet.devices.values(), *([fleet.host] if fleet.host else [])]:
+    for node in nodes:
         node.stop()
 
 
-def _memory_dial(fleet: Fleet) -> Dial:
+def _memory_dial(host: StageHost | None) -> Dial:
     def dial(address: str, name: str, hello: pb.Hello, counters: Any, ears: Any, deadlines: Any) -> Any:
-        assert fleet.host is not None
+        assert host is not None
         end = time.monotonic() + deadlines.ready_s
         while time.monotonic() < end:
             ours, theirs = memory_pair(name, counters, counters)
             ours.attach(*ears)
-            answer = fleet.host.admit(hello, theirs)
+            answer = host.admit(hello, theirs)
             if isinstance(answer, pb.Ready):
                 return ours, answer
             assert isinstance(answer, pb.NotReady), answer
@@ -179,11 +191,8 @@ def forward(model: Any, unit: Unit) -> torch.Tensor:
 
 def device_batches(source: ModelSource, config: RunConfig, file: Path, name: str, steps: int) -> list[list[Unit]]:
     """The micro-batches that a device draws."""
-    task = CausalLm(
-        source.folder, template=config.task.template, max_tokens=config.task.max_tokens, loss_on=config.task.loss_on
-    )
     training, _ = set_aside(read_pairs(file, "question", "answer"), config.data.held_out)
-    examples = task.examples(training)
+    examples = _task(source, config).examples(training)
     size = config.federation.batch_size
     return [
         make_units(
@@ -192,6 +201,39 @@ def device_batches(source: ModelSource, config: RunConfig, file: Path, name: str
         )
         for step in range(steps)
     ]
+
+
+def _task(source: ModelSource, config: RunConfig) -> CausalLm:
+    return CausalLm(
+        source.folder, template=config.task.template, max_tokens=config.task.max_tokens, loss_on=config.task.loss_on
+    )
+
+
+def union_batches(devices: Sequence[Sequence[Sequence[Unit]]]) -> list[list[list[Unit]]]:
+    """`devices`' batches, of each step the rows of all devices in one padded batch: steps for `plain_training`."""
+    return [
+        [make_units([row for units in step for unit in units for row in _rows(unit)], 1)]
+        for step in zip(*devices, strict=True)
+    ]
+
+
+def _rows(unit: Unit) -> list[Example]:
+    return [
+        Example(ids[:length].tolist(), labels[:length].tolist())
+        for ids, labels, length in zip(unit.ids_BT, unit.labels_BT, unit.row_lengths, strict=True)
+    ]
+
+
+def plain_evaluation(model: Any, source: ModelSource, config: RunConfig, file: Path) -> float:
+    """Loss sum over a device's held-out examples, in the pieces that the device makes of them."""
+    _, held_out = set_aside(read_pairs(file, "question", "answer"), config.data.held_out)
+    examples = _task(source, config).examples(held_out)
+    rows = -(-config.federation.batch_size // config.split.micro_batches)
+    with torch.no_grad():
+        return sum(
+            float(loss_sum(forward(model, unit), unit.labels_BT))
+            for unit in make_units(examples, -(-len(examples) // rows))
+        )
 
 
 def plain_training(

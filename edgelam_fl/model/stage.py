@@ -8,6 +8,7 @@ Shapes: B rows, T tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -190,7 +191,9 @@ def _with_lora(model: PreTrainedModel, span: Span, lora: LoraSettings | None) ->
     settings = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
     )
-    return get_peft_model(model, settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft reads an attribute that transformers renames in version 6
+        return get_peft_model(model, settings)
 
 
 def _linear_leaves(model: PreTrainedModel) -> list[str]:

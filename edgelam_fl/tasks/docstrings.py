@@ -47,6 +47,7 @@ THEMES = {
     "pickletools modulefinder unittest unittest.mock doctest bdb trace timeit profile cProfile pstats "
     "tracemalloc faulthandler linecache pydoc gc atexit ctypes wave venv",
 }
+OFTEN_REPLACED = {"excepthook", "displayhook", "unraisablehook", "breakpointhook", "showwarning", "getfile"}
 OTHER_HOMES = {"posix": "os", "nt": "os", "genericpath": "posixpath"}
 
 
@@ -60,7 +61,7 @@ class Pair:
 
 
 def docstring_pairs() -> list[Pair]:
-    """All pairs, in the order of THEMES, then by name; the same list on every call under one Python.
+    """All pairs, in the order of THEMES, then by name; the same list in every process under one Python.
 
     No answer equals another, or stands inside another, even after case, punctuation and white space are taken away:
     however the pairs are dealt out, no held-out answer can be read in anyone's training text.
@@ -118,7 +119,7 @@ def _module_pairs(name: str) -> Iterator[Pair]:
         module = importlib.import_module(name)
     except ImportError:
         return
-    for public in sorted(getattr(module, "__all__", vars(module))):
+    for public in sorted(set(getattr(module, "__all__", vars(module))) - OFTEN_REPLACED):
         thing = vars(module).get(public)
         if thing is None or public.startswith("_") or not _defined_here(thing, module):
             continue

@@ -50,7 +50,7 @@ class RunView:
     def say(self, text: str) -> None:
         """A milestone: stays on the screen, above the table."""
         elapsed = time.monotonic() - self._began
-        self._console.print(f"[dim]{elapsed:5.0f} s[/dim]  {escape(text)}", highlight=False)
+        self._console.print(f"[dim]{elapsed:5.0f} s[/dim]  {escape(text)}", highlight=False, soft_wrap=True)
 
     def feed(self, event: Mapping[str, Any], node: str = "") -> None:
         """One event of the ServerApp, or (with its name) of a node's stage host."""

@@ -138,7 +138,7 @@ def _seconds_figure(rounds: list[Event]) -> dict[str, Any]:
 def _lines(points: Mapping[str, list[tuple[float, Any]]], colours: Mapping[str, str]) -> list[dict[str, Any]]:
     named = {name: list(zip(*own, strict=True)) or [(), ()] for name, own in points.items()}
     return [
-        {"name": escape(name), "color": colours.get(name, "--muted"), "x": xs, "y": ys}
+        {"name": escape(name, quote=False), "color": colours.get(name, "--muted"), "x": xs, "y": ys}
         for name, (xs, ys) in named.items()
     ]
 

@@ -176,7 +176,7 @@ def _devices(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "examples": next((r["examples"] for r in own if r.get("examples") is not None), joined.get(name)),
                 "perplexity_before": before.get(name),
                 "perplexity_after": after.get(name),
-                "tokens_per_s": round(seconds / tokens, 3) if tokens is not None and seconds else None,
+                "tokens_per_s": round(tokens / seconds, 3) if tokens is not None and seconds else None,
                 **{key: total(record.get(key) for record in own) for key in LINK_BYTES + ADAPTER_BYTES},
                 "peak_rss_bytes": _peak(own),
             }

@@ -22,6 +22,7 @@ from tests.support import (
     relative_distance,
     run_config,
     same_bits,
+    union_batches,
 )
 
 STEPS = 20
@@ -90,8 +91,6 @@ def test_logits_of_the_route_are_the_models(
 
 def test_union_batch_is_within_tolerance(tiny: ModelSource, data_files: list[Path]) -> None:
     """Joint training against one concatenated, padded batch a step: the same update within 1e-5."""
-    from edgelam_fl.tasks.causal_lm import Example, make_units
-
     config = run_config(tiny.name, "lora.train=hosts")
     start = initial_adapter(tiny, config.lora.targets, config.lora.rank, 1)
     devices = [device_batches(tiny, config, file, f"device-{n}", STEPS) for n, file in enumerate(data_files, 1)]
@@ -99,14 +98,6 @@ def test_union_batch_is_within_tolerance(tiny: ModelSource, data_files: list[Pat
         reports = fleet.run(start, STEPS)
     check_done(reports)
 
-    def rows(units: list) -> list[Example]:
-        return [
-            Example(u.ids_BT[r, :n].tolist(), u.labels_BT[r, :n].tolist())
-            for u in units
-            for r, n in enumerate(u.row_lengths)
-        ]
-
-    union = [[make_units([row for units in step for row in rows(units)], 1)] for step in zip(*devices, strict=True)]
     whole = plain_model(tiny, config, start)
-    plain_training(whole, config, union, learns=lambda name: name in _middle(name))
+    plain_training(whole, config, union_batches(devices), learns=lambda name: name in _middle(name))
     assert relative_distance(joined(reports), plain_adapter(whole), start) < 1e-5

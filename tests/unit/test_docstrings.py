@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
 from collections import Counter
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -22,8 +24,9 @@ from edgelam_fl.tasks.docstrings import (
 
 QUIET_IMPORT = """
 import sys
+from hashlib import sha256
 from edgelam_fl.tasks.docstrings import docstring_pairs
-assert len(docstring_pairs()) > 750
+print(sha256(repr(docstring_pairs()).encode()).hexdigest())
 assert not {"torch", "transformers", "tkinter", "turtle", "this", "antigravity", "rlcompleter"} & set(sys.modules)
 """
 
@@ -109,11 +112,14 @@ def test_only_what_the_module_defines(pairs: list[Pair]) -> None:
     assert "What is email.policy.Compat32?" not in prompts
 
 
-def test_import_is_silent() -> None:
+def test_a_fresh_process_has_the_same_pairs_and_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in ((sys, "excepthook"), (sys, "displayhook"), (inspect, "getfile")):
+        monkeypatch.setattr(module, name, print)  # rich, notebooks and torch do this
+    digest = sha256(repr(docstring_pairs()).encode()).hexdigest()
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", QUIET_IMPORT], capture_output=True, text=True, timeout=60
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{digest}\n", "")
 
 
 def test_themes_name_each_module_once() -> None:

@@ -1,0 +1,184 @@
+"""A whole federation on this machine for tests: SuperLink, one edge server, three devices, proxies before both planes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgelam_fl.config import RunConfig, parse_run_file
+from edgelam_fl.errors import EnvironmentProblem, RunFailed
+from edgelam_fl.processes import Child, Node, end_all, free_port, log_tail, start_superlink, tool_environment
+from edgelam_fl.submit import Submission
+from edgelam_fl.telemetry.events import EventTail
+from tests.integration.proxy import Connection, CountingProxy
+
+START_DEADLINE_S = 180.0
+RUN_DEADLINE_S = 240.0
+_POLL_S = 0.2
+
+
+@dataclass
+class Run:
+    """What a run left."""
+
+    path: Path
+    events: list[dict[str, Any]]
+    links: dict[str, list[Connection]]  # of each device, its connections to the edge server's data plane
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+
+    def device(self, name: str) -> dict[str, Any]:
+        return next(device for device in self.summary["devices"] if device["name"] == name)
+
+    def of_kind(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in self.events if event["event"] == kind]
+
+
+@dataclass
+class Federation:
+    folder: Path
+    data: dict[str, Path]
+    nodes: dict[str, Node] = field(default_factory=dict)
+    children: list[Child] = field(default_factory=list)
+    server: str = ""
+    data_plane: CountingProxy | None = None
+    control_plane: CountingProxy | None = None  # between the devices and the SuperLink
+
+    # ---------------------------------------------------------------- its life
+
+    def start(self) -> None:
+        port = free_port()
+        self.server = f"127.0.0.1:{port}"
+        listen = f"127.0.0.1:{free_port()}"
+        self.data_plane, self.control_plane = CountingProxy(listen), CountingProxy(self.server)
+        edge = Node(
+            "edge-1", self.server, self.folder / "nodes/edge-1", listen=listen, advertise=self.data_plane.address, threads=1
+        )  # fmt: skip
+        self.nodes["edge-1"] = edge
+        for name, file in self.data.items():
+            self.nodes[name] = Node(
+                name, self.control_plane.address, self.folder / "nodes" / name, data=file, threads=1
+            )
+        self.children.append(start_superlink("127.0.0.1", port, self.folder / "server"))
+        for node in self.nodes.values():
+            node.start()
+        self.wait_for(lambda: all(node.ready() for node in self.nodes.values()), START_DEADLINE_S, "the nodes")
+
+    def stop(self) -> None:
+        end_all([*self.children, *(child for node in self.nodes.values() for child in node.children.values())])
+        for proxy in (self.data_plane, self.control_plane):
+            if proxy is not None:
+                proxy.close()
+
+    def wait_for(self, done: Callable[[], bool], deadline_s: float, what: str) -> None:
+        """Raises with the end of every log when `done` stays false."""
+        end = time.monotonic() + deadline_s
+        try:
+            while not done():
+                if time.monotonic() > end:
+                    raise TimeoutError(f"waited {deadline_s:.0f} s for {what}")
+                time.sleep(_POLL_S)
+        except (TimeoutError, EnvironmentProblem, RunFailed) as error:
+            error.add_note(self.logs())
+            raise
+
+    def logs(self) -> str:
+        every = sorted(self.folder.rglob("*.log")) + sorted(self.folder.rglob("*/events.jsonl"))
+        return "\n".join(f"{file.relative_to(self.folder)}: {log_tail(file, 6)}" for file in every)
+
+    # ---------------------------------------------------------------- its runs
+
+    def run(self, name: str, config: RunConfig, meanwhile: Callable[[], object] = lambda: None) -> Run:
+        """One run, from submission to the end of its ServerApp. `meanwhile` is called every `_POLL_S` seconds."""
+        submission = Submission(self.server, self.folder / "flwr-home")
+
+        def submit(out: Path) -> Callable[[], str]:
+            submission.submit(config, out)
+            return submission.status
+
+        return self.follow(name, submit, meanwhile)
+
+    def follow(
+        self, name: str, submit: Callable[[Path], Callable[[], str]], meanwhile: Callable[[], object] = lambda: None
+    ) -> Run:
+        """A run that `submit` starts in the folder that it is given; it returns how to ask Flower for the state."""
+        assert self.data_plane is not None
+        out, known = self.folder / "runs" / name, len(self.data_plane.connections)
+        status = submit(out)
+        tail, events = EventTail(out / "events.jsonl"), list[dict[str, Any]]()
+        asked = time.monotonic()
+
+        def ended() -> bool:
+            nonlocal asked
+            meanwhile()
+            events.extend(tail.poll())
+            if any(event["event"] in ("run_done", "run_failed") for event in events):
+                return True
+            if time.monotonic() - asked > 20:  # it may have died before its first event
+                asked = time.monotonic()
+                state = status()
+                if state.startswith("finished"):
+                    raise RunFailed(f"Flower says {state}, and no event of the run does")
+            return False
+
+        self.wait_for(ended, RUN_DEADLINE_S, f"run {name}")
+        assert events[-1]["event"] == "run_done", f"{events[-1]}\n{self.logs()}"
+        self.wait_for(lambda: (out / "report.html").exists(), 30, "the report")
+        self.wait_for(lambda: status() == "finished:completed", 60, f"Flower to close run {name}")
+        return Run(out, events, by_device(self.data_plane.connections[known:], list(self.data)))
+
+    def flwr(self, *arguments: str, expect: int = 0) -> str:
+        """Flower's own command, as a user types it in the repository; its settings as `Submission` writes them."""
+        home = self.folder / "flwr-home"
+        if not home.exists():
+            Submission(self.server, home)
+        environment = {**tool_environment(), "FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "COLUMNS": "200"}
+        repository = Path(__file__).parents[2]
+        done = subprocess.run(
+            ["flwr", *arguments], cwd=repository, env=environment, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, timeout=90, check=False,
+        )  # fmt: skip
+        assert done.returncode == expect, f"flwr {' '.join(arguments)}: {done.stdout}{done.stderr}"
+        return done.stdout + done.stderr
+
+
+def by_device(connections: Sequence[Connection], names: Sequence[str]) -> dict[str, list[Connection]]:
+    """Who dialled: HELLO, the first frame of every link, holds the node's name."""
+    found: dict[str, list[Connection]] = {name: [] for name in names}
+    for connection in connections:
+        beginning = bytes(connection.up[:4096])
+        for name in names:
+            if name.encode() in beginning:
+                found[name].append(connection)
+    return found
+
+
+def config_of(model: str, *overrides: str) -> RunConfig:
+    return parse_run_file("", source="test", overrides=[*small_settings(model), *overrides])
+
+
+def small_settings(model: str) -> list[str]:
+    """Two rounds of three steps, small enough for a test; two rows a piece, so that there is padding."""
+    return [
+        f"model.name={model}", "federation.rounds=2", "federation.local_steps=3", "federation.batch_size=4",
+        "federation.min_nodes=3", "task.max_tokens=96", "data.held_out=0.25", "optimizer.lr=0.01",
+    ]  # fmt: skip
+
+
+def kill(child: Child) -> None:
+    """kill -9 of one process that this federation started."""
+    with suppress(ProcessLookupError):
+        os.kill(child.pid, 9)
+
+
+def without(record: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in keys}

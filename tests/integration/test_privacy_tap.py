@@ -1,0 +1,112 @@
+"""Nothing that a device sends, on either plane, holds its text, its tokens or its labels; the same search finds a planted leak."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from edgelam_fl.model.source import ModelSource
+from edgelam_fl.tasks.causal_lm import CausalLm
+from edgelam_fl.tasks.data import read_pairs
+from edgelam_fl.wire import PROTOCOL_VERSION
+from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.counters import ByteCounters
+from edgelam_fl.wire.grpc_link import DataPlaneServer, dial
+from edgelam_fl.wire.link import Link
+from tests.integration.federation import Federation, Run
+from tests.integration.proxy import CountingProxy
+from tests.integration.tap import ENCODINGS, TOKENS, Secrets, leaks
+
+pytestmark = pytest.mark.processes
+
+
+@pytest.fixture(scope="module")
+def examples(tiny: ModelSource, few_pairs: dict[str, Path]) -> list[tuple[str, tuple[str, str], list[int], list[int]]]:
+    """(owner, pair, ids, labels) of everything that the devices hold, training and held-out alike."""
+    task = CausalLm(tiny.folder, template="chat", max_tokens=96, loss_on="answer")
+    found = []
+    for name, file in few_pairs.items():
+        for pair in read_pairs(file, "question", "answer"):
+            (example,) = task.examples([pair])
+            found.append((name, pair, example.ids, example.labels))
+    return found
+
+
+@pytest.fixture(scope="module")
+def secrets(examples: list, tiny: ModelSource) -> Secrets:
+    made = Secrets()
+    for name, (prompt, answer), ids, labels in examples:
+        made.add_text(prompt, f"{name}'s prompt")
+        made.add_text(answer, f"{name}'s answer")
+        made.add_numbers(ids, f"{name}'s ids of {prompt!r}")
+        made.add_numbers(labels, f"{name}'s labels of {prompt!r}")
+    return made
+
+
+def test_nothing_of_the_data_leaves_a_device(averaged: Run, federation: Federation, secrets: Secrets) -> None:
+    assert federation.control_plane is not None
+    links = [link for links in averaged.links.values() for link in links]
+    assert sum(len(link.up) for link in links) > 1_000_000, "the tap must have heard a training"
+    assert leaks(secrets, links) == set()
+    control = list(federation.control_plane.connections)
+    assert sum(len(connection.up) for connection in control) > 100_000, "adapters must have passed here"
+    assert leaks(secrets, control) == set()
+
+
+def test_embeddings_do_not_leave_either(averaged: Run, tiny: ModelSource) -> None:
+    """A row of the embedding table is a token in other clothes: with front > 0 none may pass."""
+    from safetensors.torch import load_file
+
+    table = load_file(tiny.folder / "model.safetensors")["model.embed_tokens.weight"]
+    rows = Secrets()
+    for token, row in enumerate(table):
+        rows.add(row.numpy().tobytes(), f"the embedding of token {token}")
+    assert leaks(rows, [link for links in averaged.links.values() for link in links]) == set()
+    assert rows.found_in(b"..." + table[7].numpy().tobytes()) == {"the embedding of token 7"}
+
+
+def test_planted_leaks_are_found(secrets: Secrets, examples: list) -> None:
+    """Real links through the same proxy and the same search, once for each form of a leak."""
+    name, (prompt, answer), ids, labels = examples[17]
+    window = ids[20 : 20 + TOKENS]
+    learned = [label for label in labels if label >= 0][:TOKENS]
+    planted = {encoding: (encode(window), "ids") for encoding, encode in ENCODINGS.items()}
+    planted["labels"] = (ENCODINGS["<i8"](learned), "")
+    planted["answer"] = (answer[5:20].encode(), "answer")
+    planted["prompt"] = (prompt[:14].encode(), "prompt")
+    for form, (leak, what) in planted.items():
+        found = _sent_through_the_proxy(leak, secrets)
+        assert any(name in line and what in line for line in found), f"a leak as {form} went unnoticed"
+    assert _sent_through_the_proxy(b"nothing of anyone's, only as long", secrets) == set()
+
+
+def _sent_through_the_proxy(leak: bytes, secrets: Secrets) -> set[str]:
+    """An activation frame whose tensor hides `leak` between other bytes, at an odd offset."""
+    arrived = threading.Event()
+
+    def admit(hello: pb.Hello, link: Link) -> pb.Ready:
+        link.attach(lambda _link, frame: arrived.set(), lambda _link, reason: None)
+        link.max_tensor_bytes = 1 << 20
+        return pb.Ready(version=PROTOCOL_VERSION, window=1, codec="raw", job_token=1)
+
+    hidden = torch.rand(8, 1024).view(torch.uint8).flatten()
+    hidden[12_345 : 12_345 + len(leak)] = torch.frombuffer(bytearray(leak), dtype=torch.uint8)
+    host = DataPlaneServer("127.0.0.1", 0, admit)
+    proxy = CountingProxy(f"127.0.0.1:{host.port}")
+    try:
+        hello = pb.Hello(version=PROTOCOL_VERSION, job="planted/1/1", node="device-1", codecs=["raw"], window=1)
+        ears = (lambda *_: None, lambda *_: None)
+        link, ready = dial(
+            proxy.address, "entry edge-1", hello, ByteCounters(), ears, pb.Deadlines(ready_s=20, silent_s=10)
+        )
+        link.job_token = ready.job_token
+        link.send(pb.Header(kind=pb.ACT, phase=pb.TRAIN), hidden.view(torch.float32).view(8, 1024))
+        assert arrived.wait(20)
+        link.close()
+    finally:
+        host.stop()
+        proxy.close()
+    return leaks(secrets, proxy.connections)

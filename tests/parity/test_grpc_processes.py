@@ -1,0 +1,156 @@
+"""Split equals whole, to the bit: stage-host daemons in processes of their own, over real gRPC, against peft alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from edgelam_fl.config import RunConfig
+from edgelam_fl.model.adapter import Adapter, initial_adapter
+from edgelam_fl.model.source import ModelSource, layer_number
+from edgelam_fl.processes import Child, end_all, log_tail
+from edgelam_fl.wire import PROTOCOL_VERSION
+from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.control import ControlClient
+from tests.support import (
+    Fleet,
+    check_done,
+    device_batches,
+    joined,
+    plain_adapter,
+    plain_evaluation,
+    plain_model,
+    plain_training,
+    relative_distance,
+    run_config,
+    same_bits,
+    union_batches,
+)
+
+pytestmark = pytest.mark.processes
+
+STEPS = 20
+START_DEADLINE_S = 180.0
+
+
+class Daemon:
+    """A stage host in a process of its own; takes plans as a `StageHost` does."""
+
+    def __init__(self, name: str, state: Path, data: Path | None = None) -> None:
+        command = [sys.executable, "-m", "edgelam_fl.split.daemon", "--name", name, "--state", str(state)]
+        command += ["--threads", "1", *(["--data", str(data)] if data else [])]
+        self._state = state
+        self.child = Child(name, command, state / "stage-host.log")
+        self._client: ControlClient | None = None
+
+    def _call(self, method: str, request: object, timeout_s: float) -> object:
+        if self._client is None:
+            self._client = ControlClient(self._state, START_DEADLINE_S)
+        try:
+            return self._client.call(method, request, timeout_s)
+        except Exception as error:
+            error.add_note(f"{self.child.name}: {self.child.ended() or log_tail(self.child.log, 20)}")
+            raise
+
+    def submit(self, request: pb.SubmitRequest) -> pb.SubmitReply:
+        return self._call("Submit", request, 60.0)  # type: ignore[return-value]
+
+    def wait(self, request: pb.WaitRequest) -> pb.JobReport:
+        return self._call("Wait", request, request.timeout_s + 10)  # type: ignore[return-value]
+
+    def address(self) -> str:
+        return self._call("GetProfile", pb.ProfileRequest(protocol_version=PROTOCOL_VERSION), 60.0).address  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+
+
+@pytest.fixture(scope="module")
+def daemons(tmp_path_factory: pytest.TempPathFactory, data_files: list[Path]) -> Iterator[dict[str, Daemon]]:
+    """edge-1 and device-1 to device-3, for all tests here: what they hold changes with the plan."""
+    folder = tmp_path_factory.mktemp("daemons")
+    started = {"edge-1": Daemon("edge-1", folder / "edge-1")}
+    for number, file in enumerate(data_files, 1):
+        started[f"device-{number}"] = Daemon(f"device-{number}", folder / f"device-{number}", file)
+    try:
+        yield started
+    finally:
+        for daemon in started.values():
+            daemon.close()
+        end_all([daemon.child for daemon in started.values()])
+
+
+def fleet_of(
+    daemons: dict[str, Daemon], name: str, source: ModelSource, config: RunConfig, devices: int
+) -> tuple[Fleet, Adapter]:
+    """A fleet of some of the daemons under a job name of its own, and the adapter to start from."""
+    chosen = {f"device-{number}": daemons[f"device-{number}"] for number in range(1, devices + 1)}
+    fleet = Fleet(source, config, dict(chosen), daemons["edge-1"], daemons["edge-1"].address(), name)
+    return fleet, initial_adapter(source, config.lora.targets, config.lora.rank, config.run.seed)
+
+
+def one_device_against_the_plain_loop(
+    daemons: dict[str, Daemon], name: str, source: ModelSource, config: RunConfig, file: Path
+) -> None:
+    fleet, start = fleet_of(daemons, name, source, config, 1)
+    with ThreadPoolExecutor(1) as beside:  # the daemons train while this process computes the reference
+        running = beside.submit(fleet.run, start, STEPS)
+        model = plain_model(source, config, start)
+        expected_loss = plain_evaluation(model, source, config, file)
+        plain_training(model, config, [[units] for units in device_batches(source, config, file, "device-1", STEPS)])
+        reports = running.result()
+    check_done(reports)
+    trained = plain_adapter(model)
+    assert reports["device-1"].eval_loss_sum == expected_loss
+    assert same_bits(joined(reports), trained)
+    assert not same_bits(trained, start)
+
+    # What was trained is also what the next round measures, to the bit.
+    measured = fleet.run(trained, 0, step_offset=STEPS, send_to=[])
+    check_done(measured)
+    assert measured["device-1"].eval_loss_sum == plain_evaluation(model, source, config, file)
+
+
+@pytest.mark.parametrize("base", ["fp32", "bf16"])
+def test_one_device_trains_like_the_plain_loop(
+    daemons: dict[str, Daemon], tiny: ModelSource, data_files: list[Path], base: str
+) -> None:
+    config = run_config(tiny.name, f"model.base={base}")
+    one_device_against_the_plain_loop(daemons, f"tiny-{base}", tiny, config, data_files[0])
+
+
+def test_three_devices_with_frozen_ends_train_like_the_plain_loop(
+    daemons: dict[str, Daemon], tiny: ModelSource, data_files: list[Path]
+) -> None:
+    """Bit for bit over the same pieces in device order; within 1e-5 of the update over the union's one padded batch."""
+    config = run_config(tiny.name, "lora.train=hosts", "federation.min_nodes=3")
+    fleet, start = fleet_of(daemons, "joint", tiny, config, 3)
+    devices = [device_batches(tiny, config, file, f"device-{n}", STEPS) for n, file in enumerate(data_files, 1)]
+    reports = fleet.run(start, STEPS)
+    check_done(reports)
+    got = joined(reports)
+    assert {layer_number(name) for name in got} == {2, 3}
+
+    def reference(steps: list) -> Adapter:
+        model = plain_model(tiny, config, start)
+        plain_training(model, config, steps, learns=lambda name: layer_number(name) in (2, 3))
+        return {name: array for name, array in plain_adapter(model).items() if name in got}
+
+    assert same_bits(got, reference(list(zip(*devices, strict=True))))
+    assert relative_distance(got, reference(union_batches(devices)), start) < 1e-5
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("base", ["fp32", "bf16"])
+def test_smollm2_trains_like_the_plain_loop(
+    daemons: dict[str, Daemon], smollm: ModelSource, data_files: list[Path], base: str
+) -> None:
+    config = run_config(
+        smollm.name, f"model.base={base}", "task.template=plain", "task.max_tokens=32", "federation.batch_size=2"
+    )
+    one_device_against_the_plain_loop(daemons, f"smollm2-{base}", smollm, config, data_files[0])

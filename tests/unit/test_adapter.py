@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from peft import PeftConfig
+
+from edgelam_fl.errors import ConfigError, ProtocolError
+from edgelam_fl.model import adapter as adapters
+from edgelam_fl.model.source import ModelSource, find_model
+from tests.support import same_bits, write_tiny_llama
+
+LEAVES = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+Q3 = "model.layers.3.self_attn.q_proj"
+
+
+def test_the_start_is_pefts_default_with_global_names(tiny: ModelSource) -> None:
+    start = adapters.initial_adapter(tiny, ("q_proj", "v_proj"), 8, 1)
+    assert len(start) == 6 * 2 * 2  # layers, targets, A and B
+    a, b = (start[f"base_model.model.{Q3}.lora_{factor}.weight"] for factor in "AB")
+    assert (a.shape, b.shape, a.dtype, b.dtype) == ((8, 64), (64, 8), np.float32, np.float32)
+    assert not b.any()
+    bound = 64**-0.5
+    assert 0.9 * bound < np.abs(a).max() <= bound
+    assert abs(a.mean()) < bound / 5
+    assert start[f"base_model.model.{Q3.replace('q_proj', 'v_proj')}.lora_B.weight"].shape == (
+        2 * 16,
+        8,
+    )  # two KV heads
+
+
+def test_the_start_is_a_function_of_seed_and_module(tiny: ModelSource) -> None:
+    one = adapters.initial_adapter(tiny, ("q_proj", "v_proj"), 8, 1)
+    assert same_bits(one, adapters.initial_adapter(tiny, ("v_proj", "q_proj"), 8, 1))
+    alone = adapters.initial_adapter(tiny, ("v_proj",), 8, 1)
+    assert same_bits(alone, {name: one[name] for name in alone})
+    other = adapters.initial_adapter(tiny, ("q_proj", "v_proj"), 8, 2)
+    factors = [array.tobytes() for start in (one, other) for name, array in start.items() if "lora_A" in name]
+    assert len(set(factors)) == 2 * 12
+
+
+def test_slices_are_disjoint_and_join_to_the_whole(tiny: ModelSource) -> None:
+    whole = adapters.initial_adapter(tiny, ("q_proj",), 4, 1)
+    ends, middle = adapters.slice_of(whole, [(0, 2), (4, 6)]), adapters.slice_of(whole, [(2, 4)])
+    assert len(ends) == 4 * 2
+    assert len(middle) == 2 * 2
+    assert same_bits(ends | middle, whole)
+    assert adapters.slice_of(whole, [(2, 2)]) == {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: {**x, "b": x["b"] + np.float32(1e-7)},
+        lambda x: {**x, "b": x["b"].astype(np.float64)},
+        lambda x: {**x, "b": x["b"].reshape(2, 3)},
+        lambda x: {"a": x["a"], "c": x["b"]},
+        lambda x: {"a": x["a"]},
+        lambda x: {"a": x["b"], "b": x["a"]},
+        lambda x: {**x, "b": -x["b"]},  # zeros that differ in their sign bit only
+    ],
+)
+def test_a_digest_feels_name_dtype_shape_and_value(change: Callable[[adapters.Adapter], adapters.Adapter]) -> None:
+    before = {"a": np.ones((2, 3), np.float32), "b": np.zeros((3, 2), np.float32)}
+    assert adapters.digest(change(before)) != adapters.digest(before)
+
+
+def test_a_digest_does_not_feel_order_or_memory_layout() -> None:
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    laid_out = np.asfortranarray(array)
+    assert adapters.digest({"a": array, "b": array}) == adapters.digest({"b": laid_out, "a": array})
+
+
+def test_bytes_and_back() -> None:
+    adapter = {"x": np.arange(6, dtype=np.float32).reshape(2, 3).T, "y": np.array([np.nan, -0.0], np.float32)}
+    back = adapters.from_bytes(adapters.to_bytes(adapter))
+    assert adapters.digest(back) == adapters.digest(adapter)
+
+
+@pytest.mark.parametrize("data", [b"", b"no tensors", b"\xff" * 40, (10).to_bytes(8, "little") + b"{}"])
+def test_bytes_that_are_no_adapter_are_refused(data: bytes) -> None:
+    with pytest.raises(ProtocolError, match="adapter tensors cannot be read"):
+        adapters.from_bytes(data)
+
+
+# ---------------------------------------------------------------- targets
+
+
+def test_targets_match_whole_trailing_parts(tiny: ModelSource) -> None:
+    assert len(adapters.target_modules(tiny, ["self_attn.q_proj", "q_proj"])) == 6
+    assert adapters.target_modules(tiny, [Q3]) == {Q3: (64, 64)}
+    assert len(adapters.target_modules(tiny, ["all-linear"])) == 6 * 7
+    with pytest.raises(ConfigError):
+        adapters.target_modules(tiny, ["proj"])
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("q_prj", "is called 'q_prj'; did you mean 'q_proj'?"),
+        ("xyz", f"is called 'xyz'; known: {LEAVES}"),
+        ("lm_head", f"'lm_head' is a tied tensor of {{name}} (embedding and head are one); an adapter on it would change both. Allowed: {LEAVES}"),
+        ("embed_tokens", "'embed_tokens' is a tied tensor of {name}"),
+        ("", "is called ''"),
+    ],
+)  # fmt: skip
+def test_a_target_that_matches_nothing_or_a_tied_tensor(tiny: ModelSource, target: str, words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        adapters.target_modules(tiny, ["v_proj", target])
+    assert str(caught.value).startswith("lora.targets: ")
+    assert words.format(name=tiny.name) in str(caught.value)
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_a_target_outside_the_layers_of_an_untied_model(tmp_path: Path, target: str) -> None:
+    untied = find_model(str(write_tiny_llama(tmp_path, tied=False, layers=2)))
+    with pytest.raises(ConfigError, match=f"'{target}' stands outside the layers. Allowed: {LEAVES}"):
+        adapters.target_modules(untied, [target])
+
+
+# ---------------------------------------------------------------- peft's format
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"), [(("v_proj", "q_proj"), {"q_proj", "v_proj"}), (("all-linear",), "all-linear")]
+)
+def test_peft_reads_the_folder(tiny: ModelSource, tmp_path: Path, targets: tuple[str, ...], expected: object) -> None:
+    adapter = adapters.initial_adapter(tiny, targets, 4, 1)
+    folder = tmp_path / "run" / "adapter"
+    adapters.write_peft_folder(adapter, folder, reference="org/base", rank=4, alpha=32.0, targets=targets)
+    config = PeftConfig.from_pretrained(folder)
+    assert (config.peft_type, config.task_type, config.base_model_name_or_path) == ("LORA", "CAUSAL_LM", "org/base")
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.bias) == (4, 32.0, 0.0, "none")
+    assert config.target_modules == expected
+    assert same_bits(adapters.from_bytes((folder / "adapter_model.safetensors").read_bytes()), adapter)
+    assert sorted(file.name for file in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert json.loads((folder / "adapter_config.json").read_text())["inference_mode"] is True

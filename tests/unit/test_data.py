@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from edgelam_fl.errors import DataError
+from edgelam_fl.tasks.data import batch_indices, read_pairs, set_aside
+
+GOOD = '{"question": "q", "answer": "a"}\n'
+
+
+def problem(tmp_path: Path, content: str | bytes) -> str:
+    file = tmp_path / "data.jsonl"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError) as caught:
+        read_pairs(file, "question", "answer")
+    return str(caught.value).replace(str(file), "FILE")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("", "FILE holds 0 examples; at least 2 are needed: one to learn, one to measure"),
+        ("\n  \n", "FILE holds 0 examples; at least 2 are needed: one to learn, one to measure"),
+        (GOOD, "FILE holds 1 examples; at least 2 are needed: one to learn, one to measure"),
+        (GOOD.encode() + b"\xe9", "FILE is not UTF-8 (byte 33 is 0xe9); convert it first"),
+        (GOOD + "question,answer", "FILE, line 2 is not JSON: Expecting value"),
+        (GOOD + "\n[1]", "FILE, line 3 must be an object with named fields, got [1]"),
+        (
+            GOOD + '{"question": "q", "anser": "a"}',
+            "FILE, line 2 lacks the field 'answer' (did you mean 'anser'?); data.fields in the run file names them",
+        ),
+        (
+            GOOD + '{"question": "q", "xyz": "a"}',
+            "FILE, line 2 lacks the field 'answer' (known: question, xyz); data.fields in the run file names them",
+        ),
+        (GOOD + '{"question": "q", "answer": " "}', "FILE, line 2: 'answer' must be a text that is not empty, got ' '"),
+        (GOOD + '{"question": "q", "answer": 7}', "FILE, line 2: 'answer' must be a text that is not empty, got 7"),
+        (GOOD + '{"question": null, "answer": "a"}', "FILE, line 2: 'question' must be a text that is not empty, got None"),
+    ],
+)  # fmt: skip
+def test_a_bad_file_is_named_with_line_and_reason(tmp_path: Path, content: str | bytes, expected: str) -> None:
+    assert problem(tmp_path, content) == expected
+
+
+def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no data file at .*none; --data takes a JSON-lines file"):
+        read_pairs(tmp_path / "none", "question", "answer")
+    with pytest.raises(DataError, match="cannot be read: Is a directory"):
+        read_pairs(tmp_path, "question", "answer")
+
+
+def test_pairs_in_the_files_order_with_other_field_names(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"in": "q1", "out": "a1"}\r\n\n{"out": "a2", "in": "q2", "more": 3}', encoding="utf-8")
+    assert read_pairs(file, "in", "out") == [("q1", "a1"), ("q2", "a2")]
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085"])
+def test_only_newlines_end_a_line(tmp_path: Path, separator: str) -> None:
+    """JSON writers that keep non-ASCII text leave U+2028 and U+0085 as they are inside a string."""
+    file = tmp_path / "data.jsonl"
+    record = json.dumps({"question": "q", "answer": f"a{separator}b"}, ensure_ascii=False)
+    file.write_text(f"{record}\n{record}\n", encoding="utf-8")
+    assert read_pairs(file, "question", "answer") == [("q", f"a{separator}b")] * 2
+
+
+def some_pairs(answers: int, copies: int) -> list[tuple[str, str]]:
+    return [(f"q{a}.{c}", f"a{a}") for a in range(answers) for c in range(copies)]
+
+
+def test_setting_aside_depends_on_content_only() -> None:
+    pairs = some_pairs(40, 2)
+    training, held_out = set_aside(pairs, 0.1)
+    shuffled = random.Random(3).sample(pairs, len(pairs))
+    again, held_again = set_aside(shuffled, 0.1)
+    assert (sorted(training), sorted(held_out)) == (sorted(again), sorted(held_again))
+    assert len(held_out) == round(0.1 * 40) * 2
+    assert sorted(training + held_out) == sorted(pairs)
+
+
+def test_pairs_with_the_same_answer_stay_together() -> None:
+    training, held_out = set_aside(some_pairs(20, 3), 0.3)
+    assert not {answer for _, answer in training} & {answer for _, answer in held_out}
+    assert set(Counter(answer for _, answer in held_out).values()) == {3}
+
+
+@pytest.mark.parametrize(("held_out", "expected"), [(0.001, 1), (0.999, 2 - 1)])
+def test_both_sides_get_something(held_out: float, expected: int) -> None:
+    training, measured = set_aside(some_pairs(2, 1), held_out)
+    assert (len(training), len(measured)) == (1, expected)
+
+
+def test_one_answer_for_all_is_refused() -> None:
+    with pytest.raises(DataError, match="all examples have the same answer"):
+        set_aside(some_pairs(1, 5), 0.1)
+
+
+@pytest.mark.parametrize(("examples", "batch"), [(12, 4), (10, 4), (3, 8), (1, 2)])
+def test_batches_cover_each_epoch_exactly_once(examples: int, batch: int) -> None:
+    epochs = 4
+    steps = -(-epochs * examples // batch)
+    drawn = [i for step in range(steps) for i in batch_indices(examples, batch, step, 1, "device-1")]
+    for epoch in range(epochs):
+        assert sorted(drawn[epoch * examples : (epoch + 1) * examples]) == list(range(examples))
+
+
+def test_batches_differ_by_epoch_node_and_seed_and_repeat_otherwise() -> None:
+    def first(step: int = 0, seed: int = 1, node: str = "a") -> list[int]:
+        return batch_indices(50, 50, step, seed, node)
+
+    assert first() == first()
+    assert len({tuple(order) for order in (first(), first(step=1), first(seed=2), first(node="b"))}) == 4

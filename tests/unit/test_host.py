@@ -1,0 +1,450 @@
+"""The joint host, driven by hand-made frames over memory links: what it adds up, whom it lets in and leaves out."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from edgelam_fl.errors import EdgelamError, PeerLost
+from edgelam_fl.model.adapter import initial_adapter
+from edgelam_fl.model.source import ModelSource
+from edgelam_fl.model.stage import LoraSettings, Span, Stage, load_stages
+from edgelam_fl.split.host import Host
+from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.counters import ByteCounters
+from edgelam_fl.wire.link import Frame
+from edgelam_fl.wire.memory import MemoryLink, memory_pair
+from server.plans import RoundFacts, make_plan, make_routes
+from tests.support import run_config
+
+LABELS = {0: 3, 1: 17, 2: 1}  # so unequal that a mean of means would be far off
+TOKENS, LR = 20, 1.0
+WAIT_S = 6.0
+
+
+class Site:
+    """A host of layers [2, 4) on a thread of its own, and what it told the event log."""
+
+    def __init__(
+        self, source: ModelSource, devices: int = 3, *overrides: str, steps: int = 1, **deadlines: float
+    ) -> None:
+        self.source, self.events = source, list[dict[str, Any]]()
+        config = run_config(source.name, *overrides)
+        names = [f"device-{number}" for number in range(devices)]
+        routes = make_routes(config, source, names, pb.Profile(name="edge-1"), {n: n.encode() for n in names})
+        self.plan = make_plan(config, source, RoundFacts("run", 1, 1, 0, steps), "edge-1", pb.EDGE, routes, 0.0)
+        for name, seconds in deadlines.items():
+            setattr(self.plan.deadlines, name, seconds)
+        self.stage = middle(source)
+        self.start = {name: p.detach().clone() for name, p in self.stage.adapter_parameters.items()}
+        optimizer = torch.optim.SGD(self.stage.adapter_parameters.values(), lr=LR)
+        self.host = Host(
+            self.plan, self.stage, optimizer, source.hidden_size, lambda e, **f: self.events.append({"event": e, **f})
+        )
+        self.problem: Exception | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def _run(self) -> None:
+        try:
+            self.host.run()
+        except EdgelamError as error:
+            self.problem = error
+
+    def open(self, devices: int = 3) -> list[Device]:
+        self._thread.start()
+        return [Device(self, index) for index in range(devices)]
+
+    def end(self) -> None:
+        self._thread.join(WAIT_S)
+        assert not self._thread.is_alive(), "the host is still at work"
+
+    def moved(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach() - self.start[name] for name, p in self.stage.adapter_parameters.items()}
+
+    def event(self, name: str) -> dict[str, Any]:
+        return next(event for event in self.events if event["event"] == name)
+
+
+def middle(source: ModelSource) -> Stage:
+    (stage,) = load_stages(source, [Span(2, 4)], "fp32", LoraSettings(8, 16.0, ("q_proj", "v_proj")))
+    stage.load_adapter(initial_adapter(source, ("q_proj", "v_proj"), 8, 1))
+    stage.set_trainable(lambda layer: True)
+    return stage
+
+
+def hello(site: Site, index: int, side: int, **other: Any) -> pb.Hello:
+    fields = {
+        "version": 1, "job": "run/1/1", "node": f"device-{index}", "device_index": index, "link": side,
+        "route_token": f"device-{index}".encode(), "model_digest": site.source.digest, "window": 2, "codecs": ["raw"],
+    }  # fmt: skip
+    return pb.Hello(**{**fields, **other})
+
+
+class Device:
+    """A device's two links, moved by hand. Its loss on one row: sum over its labels of hidden[t] . target."""
+
+    def __init__(self, site: Site, index: int) -> None:
+        self.site, self.index, self.labels = site, index, LABELS[index]
+        self.frames = list[Frame]()
+        self.news = threading.Condition()
+        self.entry, self.exit = self._link(pb.ENTRY), self._link(pb.EXIT)
+        generator = torch.Generator().manual_seed(index)
+        self.hidden = torch.randn(1, TOKENS, site.source.hidden_size, generator=generator)
+        self.target = torch.randn(site.source.hidden_size, generator=generator)
+
+    def _link(self, side: int) -> MemoryLink:
+        ours, theirs = memory_pair(str(side), ByteCounters(), ByteCounters())
+        ours.max_tensor_bytes = 1 << 20
+        ours.attach(self._heard, lambda link, reason: None)
+        answer = self.site.host.admit(hello(self.site, self.index, side), theirs)
+        assert isinstance(answer, pb.Ready), answer
+        return ours
+
+    def _heard(self, _: Any, frame: Frame) -> None:
+        with self.news:
+            self.frames.append(frame)
+            self.news.notify_all()
+
+    def await_frame(self, kind: int, step: int = 0) -> Frame:
+        def found() -> Frame | None:
+            return next((f for f in self.frames if f.header.kind == kind and f.header.step == step), None)
+
+        with self.news:
+            assert self.news.wait_for(found, WAIT_S), f"device {self.index} heard only {self.heard()}"
+            frame = found()
+        assert frame is not None
+        return frame
+
+    def heard(self) -> list[str]:
+        return [pb.Kind.Name(frame.header.kind) for frame in self.frames]
+
+    def table(self, steps: int = 1, units: int = 1) -> None:
+        row = pb.StepRow(labels=self.labels, rows=[1] * units, tokens=[TOKENS] * units)
+        self.exit.send(pb.Header(kind=pb.TABLE, table=pb.Table(steps=[row] * steps)))
+
+    def act(self, step: int = 0, unit: int = 0, phase: int = pb.TRAIN, **other: Any) -> None:
+        fields = {"row_lengths": [TOKENS], "micro_batch": unit, "step": step, "phase": phase, **other}
+        self.entry.send(pb.Header(kind=pb.ACT, device_index=self.index, **fields), self.hidden)
+
+    def loss(self, output: torch.Tensor) -> torch.Tensor:
+        return (output[0, : self.labels] @ self.target).sum()
+
+    def grad(self, union: int, step: int = 0, unit: int = 0, spoil: Callable[[torch.Tensor], Any] = id) -> None:
+        output = self.await_frame(pb.ACT, step).tensor.clone().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(self.loss(output) / union, output)
+        spoil(gradient)
+        self.exit.send(pb.Header(kind=pb.GRAD, phase=pb.TRAIN, step=step, micro_batch=unit), gradient)
+
+    def step(self, union: int, step: int = 0) -> None:
+        self.act(step)
+        self.grad(union, step)
+
+    def done(self) -> None:
+        for link in (self.exit, self.entry):
+            link.send(pb.Header(kind=pb.DONE))
+            link.close()
+
+
+def expected_move(source: ModelSource, devices: list[Device]) -> dict[str, torch.Tensor]:
+    """-lr * gradient of (sum of the losses) / (sum of the labels), by plain torch on a stage of its own."""
+    stage = middle(source)
+    total = sum(device.loss(stage(device.hidden, [TOKENS])) for device in devices)
+    (total / sum(device.labels for device in devices)).backward()
+    return {name: -LR * p.grad for name, p in stage.adapter_parameters.items()}
+
+
+def assert_moved(site: Site, expected: dict[str, torch.Tensor]) -> None:
+    torch.testing.assert_close(site.moved(), expected, rtol=1e-4, atol=1e-7)
+    assert any(move.abs().max() > 1e-4 for move in expected.values()), "the test would not see a missing step"
+
+
+def test_a_joint_step_is_the_gradient_of_the_union(tiny: ModelSource) -> None:
+    site = Site(tiny)
+    devices = site.open()
+    for device in devices:
+        device.table()
+    union = sum(LABELS.values())
+    for device in devices:
+        (total,) = device.await_frame(pb.TABLE_ALL).header.table_all.steps
+        assert (total.labels, list(total.members)) == (union, [0, 1, 2])
+        device.step(union)
+    for device in devices:
+        close = device.await_frame(pb.STEP_CLOSE).header.step_close
+        assert (list(close.counted), close.labels_counted) == ([0, 1, 2], union)
+        device.done()
+    site.end()
+    assert_moved(site, expected_move(tiny, devices))
+    assert site.host.labels_trained == union
+
+
+def test_the_gradient_for_the_device_below_is_plain_torchs(tiny: ModelSource) -> None:
+    site = Site(tiny, 1)
+    (device,) = site.open(1)
+    device.table()
+    device.step(device.labels)
+    got = device.await_frame(pb.GRAD).tensor
+    device.done()
+    site.end()
+    hidden = device.hidden.clone().requires_grad_(True)
+    (device.loss(middle(tiny)(hidden, [TOKENS])) / device.labels).backward()
+    assert torch.equal(got, hidden.grad)
+
+
+@pytest.mark.parametrize(("train", "kind"), [("hosts", pb.GRAD_END), ("front", pb.GRAD), ("back", pb.GRAD_END)])
+def test_a_gradient_goes_below_only_where_something_learns(tiny: ModelSource, train: str, kind: int) -> None:
+    site = Site(tiny, 1, f"lora.train={train}")
+    site.stage.set_trainable(lambda layer: train == "hosts")
+    site.host.parameters = [p for p in site.stage.parameters() if p.requires_grad]
+    (device,) = site.open(1)
+    device.table()
+    device.step(device.labels)
+    assert (device.await_frame(kind).tensor is not None) == (kind == pb.GRAD)
+    device.done()
+    site.end()
+
+
+def test_a_device_lost_in_mid_step_costs_only_its_own_part(tiny: ModelSource) -> None:
+    site = Site(tiny, step_s=60.0)
+    devices = site.open()
+    for device in devices:
+        device.table()
+    union = sum(LABELS.values())
+    devices[1].act()
+    devices[1].await_frame(pb.ACT)
+    devices[1].entry.close()
+    rest = [devices[0], devices[2]]
+    for device in rest:
+        device.step(union)
+    for device in rest:
+        close = device.await_frame(pb.STEP_CLOSE).header.step_close
+        assert (list(close.counted), close.labels_counted) == ([0, 2], 3 + 1)
+        assert [left.device_index for left in close.left_out] == [1]
+        device.done()
+    site.end()
+    assert site.problem is None
+    assert_moved(site, expected_move(tiny, rest))
+    lost = site.event("link_lost")
+    assert lost == {
+        "event": "link_lost",
+        "link": "device-1",
+        "reason": "link entry device-1: the other end closed the link",
+    }
+    assert site.event("step_closed")["left_out"] == [{"node": "device-1", "reason": lost["reason"]}]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_leaves_out_that_device_alone(tiny: ModelSource, value: float) -> None:
+    site = Site(tiny)
+    devices = site.open()
+    for device in devices:
+        device.table()
+    union = sum(LABELS.values())
+    devices[0].step(union)
+    devices[1].act()
+    devices[1].grad(union, spoil=lambda gradient: gradient[0, 3, 5].fill_(value))
+    devices[2].step(union)
+    for device in devices:
+        close = device.await_frame(pb.STEP_CLOSE).header.step_close
+        assert list(close.counted) == [0, 2]
+        device.done()
+    site.end()
+    assert close.left_out[0].reason == "a gradient that is not finite"
+    assert_moved(site, expected_move(tiny, [devices[0], devices[2]]))
+
+
+def test_a_late_device_is_left_out_and_goes_on_with_the_next_step(tiny: ModelSource) -> None:
+    site = Site(tiny, 2, steps=2, step_s=1.0)
+    prompt, late = site.open(2)
+    for device in (prompt, late):
+        device.table(steps=2)
+    union = LABELS[0] + LABELS[1]
+    late.act()
+    prompt.step(union)
+    close = late.await_frame(pb.STEP_CLOSE).header.step_close
+    assert list(close.counted) == [0]
+    assert [(left.device_index, left.reason) for left in close.left_out] == [(1, "later than 1 s")]
+    late.grad(union)  # of the closed step: dropped
+    for device in (prompt, late):
+        device.step(union, step=1)
+    close = late.await_frame(pb.STEP_CLOSE, step=1).header.step_close
+    assert list(close.counted) == [0, 1]
+    for device in (prompt, late):
+        device.done()
+    site.end()
+    assert site.problem is None
+
+
+def test_a_device_late_in_three_steps_is_out_of_the_round(tiny: ModelSource) -> None:
+    site = Site(tiny, 2, steps=4, step_s=0.3)
+    prompt, late = site.open(2)
+    for device in (prompt, late):
+        device.table(steps=4)
+    for step in range(4):
+        prompt.step(LABELS[0] + LABELS[1], step)
+        prompt.await_frame(pb.STEP_CLOSE, step)
+    prompt.done()
+    site.end()
+    assert late.await_frame(pb.CANCEL).header.cancel.reason == "late in 3 steps"
+    assert site.problem is None
+
+
+def test_units_of_a_closed_step_do_not_count_against_the_window(tiny: ModelSource) -> None:
+    """A device that was left out drops its open units and sends the next step's: never more than `window` are open."""
+    site = Site(tiny, 2, steps=2)
+    bad, good = site.open(2)
+    union = LABELS[0] + LABELS[1]
+    bad.table(steps=2, units=2)
+    good.table(steps=2)
+    plain = site.stage.forward
+    calls: list[int] = []
+
+    def forward(inputs: torch.Tensor, row_lengths: list[int]) -> torch.Tensor:
+        calls.append(len(calls))
+        if len(calls) == 3:  # `good` in step 1: the host computes while these come in
+            bad.act(0, 1)
+            bad.act(1, 0)
+            bad.act(1, 1)
+        return plain(inputs, row_lengths)
+
+    site.stage.forward = forward  # type: ignore[method-assign]
+    bad.act(0, 0)
+    bad.grad(union, spoil=lambda gradient: gradient.fill_(float("nan")))
+    good.step(union)
+    good.await_frame(pb.STEP_CLOSE)
+    good.act(1)
+    good.await_frame(pb.ACT, 1)
+    bad.done()
+    good.done()
+    site.end()
+    assert [event for event in site.events if event["event"] == "link_lost"] == []
+
+
+def test_a_window_overrun_is_dismissed(tiny: ModelSource) -> None:
+    site = Site(tiny, 1)
+    (device,) = site.open(1)
+    for unit in range(3):  # training has not begun: all three would have to be kept
+        device.act(unit=unit)
+    reason = device.await_frame(pb.CANCEL).header.cancel.reason
+    assert reason == "broke the protocol: more than 2 micro-batches in flight (split.window)"
+    site.end()
+    assert isinstance(site.problem, PeerLost)
+
+
+def _reshape(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Callable[[Device], None]:
+    def change(device: Device) -> None:
+        device.hidden = torch.zeros(shape, dtype=dtype)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "lengths", "words"),
+    [
+        (_reshape((1, 4, 32)), [4], "hidden states must be"),
+        (_reshape((4, 64)), [4], "hidden states must be"),
+        (_reshape((1, 4, 64), torch.bfloat16), [4], "got torch.bfloat16"),
+        (_reshape((1, 4, 64)), [5], "row lengths [5] do not fit"),
+        (_reshape((1, 4, 64)), [0], "row lengths [0] do not fit"),
+        (_reshape((2, 4, 64)), [4], "row lengths [4] do not fit 2 rows"),
+        (_reshape((0, 4, 64)), [], "broke the protocol"),
+    ],
+)
+def test_an_activation_of_a_wrong_form_costs_its_sender_only(
+    tiny: ModelSource, change: Callable[[Device], None], lengths: list[int], words: str
+) -> None:
+    site = Site(tiny, 2)
+    bad, good = site.open(2)
+    change(bad)
+    bad.act(phase=pb.EVAL, row_lengths=lengths)
+    assert words in bad.await_frame(pb.CANCEL).header.cancel.reason
+    good.table()
+    good.step(LABELS[1])
+    assert list(good.await_frame(pb.STEP_CLOSE).header.step_close.counted) == [1]
+    good.done()
+    site.end()
+    assert site.problem is None
+
+
+def test_a_gradient_of_another_shape_leaves_its_device_out(tiny: ModelSource) -> None:
+    site = Site(tiny, 1)
+    (device,) = site.open(1)
+    device.table()
+    device.act()
+    device.await_frame(pb.ACT)
+    device.exit.send(pb.Header(kind=pb.GRAD, phase=pb.TRAIN), torch.zeros(1, 1, 64))
+    left = device.await_frame(pb.STEP_CLOSE).header.step_close.left_out
+    assert left[0].reason == "a gradient of another shape or dtype than the activation"
+    device.done()
+    site.end()
+    assert all(move.abs().max() == 0 for move in site.moved().values())
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [pb.StepRow(labels=1, rows=[1])] * 2,
+        [pb.StepRow(labels=1, rows=[])],
+        [pb.StepRow(labels=1, rows=[1, 1, 1])],
+        [pb.StepRow(labels=1, rows=[5])],
+        [pb.StepRow(labels=4 * 128 + 1, rows=[1])],
+    ],
+)
+def test_a_table_beyond_the_plan_is_refused(tiny: ModelSource, rows: list[pb.StepRow]) -> None:
+    site = Site(tiny, 1)
+    (device,) = site.open(1)
+    device.exit.send(pb.Header(kind=pb.TABLE, table=pb.Table(steps=rows)))
+    assert "broke the protocol: a TABLE" in device.await_frame(pb.CANCEL).header.cancel.reason
+    site.end()
+
+
+# ---------------------------------------------------------------- the door
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"route_token": b"device-1"}, "a wrong route token"),
+        ({"route_token": b""}, "a wrong route token"),
+        ({"device_index": 7}, "has no route here in run/1/1"),
+        ({"model_digest": "0" * 64}, "has another model (000000000000)"),
+        ({"codecs": ["int3"]}, "no codec in common: ['int3'] and ['raw']"),
+        ({"codecs": []}, "no codec in common"),
+    ],
+)
+def test_the_door_says_why_not(tiny: ModelSource, wrong: dict[str, Any], words: str) -> None:
+    site = Site(tiny)
+    _, theirs = memory_pair("x", ByteCounters(), ByteCounters())
+    answer = site.host.admit(hello(site, 0, pb.ENTRY, **wrong), theirs)
+    assert isinstance(answer, pb.Refuse)
+    assert words in answer.reason
+
+
+def test_a_link_that_is_opened_twice_is_refused(tiny: ModelSource) -> None:
+    site = Site(tiny)
+    first, second = (memory_pair("x", ByteCounters(), ByteCounters())[1] for _ in range(2))
+    assert isinstance(site.host.admit(hello(site, 0, pb.ENTRY), first), pb.Ready)
+    answer = site.host.admit(hello(site, 0, pb.ENTRY), second)
+    assert answer == pb.Refuse(reason="the entry link of 'device-0' was opened before")
+    assert isinstance(site.host.admit(hello(site, 0, pb.EXIT), second), pb.Ready)
+
+
+def test_a_host_gives_up_when_too_few_devices_come(tiny: ModelSource) -> None:
+    site = Site(tiny, 3, "federation.min_nodes=2", ready_s=0.2)
+    site.open(1)
+    site.end()
+    assert str(site.problem) == "1 of 3 devices came; at least 2 are needed"
+
+
+def test_a_host_does_not_wait_for_a_device_that_never_came(tiny: ModelSource) -> None:
+    site = Site(tiny, 2, ready_s=0.2)
+    (device,) = site.open(1)
+    device.table()
+    device.step(device.labels)
+    device.await_frame(pb.STEP_CLOSE)
+    device.done()
+    site.end()
+    assert site.event("link_lost") == {"event": "link_lost", "link": "device-1", "reason": "not here after 0 s"}
