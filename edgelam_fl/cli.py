@@ -5,6 +5,7 @@ Imports at the top stay light, so that `--help` answers at once; what needs torc
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -37,6 +38,7 @@ SetOption = Annotated[
 
 def main() -> None:
     """Runs a command; every foreseen error ends in one message and its exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # systemd's way to say Ctrl-C
     try:
         status = app(standalone_mode=False)
     except EdgelamError as error:

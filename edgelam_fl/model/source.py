@@ -125,7 +125,7 @@ def _packaged_gguf(name: str, package: str) -> Path:
 
 def _hub_snapshot(name: str) -> Path:
     looked = f"model {name!r} is not built in ({nearest(name, BUILT_IN)}), and no folder or .gguf file has this path"
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) or name.endswith(".gguf"):
         raise ModelError(f"{looked}; model.name takes a built-in name, a folder, a .gguf file or a hub name")
     import huggingface_hub
 

@@ -1,0 +1,70 @@
+"""What every benchmark shares: its command line, its figures, its result file.
+
+`python -m benchmarks.NAME [--smoke]` runs one, prints one closing JSON line and writes benchmarks/results/NAME.json:
+{name, command, machine, versions, settings, figures: [{name, value, unit, bar, holds}]}. A smoke run writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+VERSIONED = ("edgelam-fl", "flwr", "torch", "transformers", "peft", "grpcio")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured number. `bar`: what was asked of it in words (null: nothing); `holds`: whether it came out."""
+
+    name: str
+    value: float
+    unit: str
+    bar: str | None = None
+    holds: bool | None = None
+
+
+def main(name: str, measure: Callable[[bool], tuple[dict[str, Any], list[Figure]]]) -> None:
+    """Runs `measure(smoke)`, which returns its settings and figures."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
+    parser.add_argument(
+        "--smoke", action="store_true", help="the smallest run that exercises everything; writes no result"
+    )
+    smoke = parser.parse_args().smoke
+    settings, figures = measure(smoke)
+    result = {
+        "name": name,
+        "command": f"python -m benchmarks.{name}",
+        "machine": machine(),
+        "versions": {package: version(package) for package in VERSIONED},
+        "settings": settings,
+        "figures": [asdict(figure) for figure in figures],
+    }
+    if not smoke:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on, as far as it matters for them."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [
+            line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
+        model = names[0] if names else model
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }

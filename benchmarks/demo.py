@@ -1,0 +1,78 @@
+"""The demo, measured: what `edgelam demo` reaches and what it costs. --smoke: one device, one short round."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS, Figure, main
+
+_SMOKE = [
+    "--devices",
+    "1",
+    "--set",
+    "federation.rounds=1",
+    "--set",
+    "federation.local_steps=1",
+    "--set",
+    "federation.batch_size=2",
+]
+
+
+def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        began = time.monotonic()
+        printed = _run_demo(["--out", str(out), *(_SMOKE if smoke else [])])
+        seconds = time.monotonic() - began
+        if not smoke:
+            (RESULTS / "demo.txt").write_text(printed.replace(str(out), "runs/demo"), encoding="utf-8")
+        summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+        settings = (out / "config.toml").read_text(encoding="utf-8")
+    figures = [Figure("whole command", round(seconds, 1), "s", "under 360 s after set-up", seconds < 360)]
+    figures.append(Figure("run, from its start in Flower", summary["seconds"], "s"))
+    for device in summary["devices"]:
+        before, after = device["perplexity_before"], device["perplexity_after"]
+        bar = None if smoke else "at most half of before"
+        figures += [
+            Figure(f"{device['name']} held-out perplexity before", round(before, 2), ""),
+            Figure(
+                f"{device['name']} held-out perplexity after",
+                round(after, 2),
+                "",
+                bar,
+                after <= before / 2 if bar else None,
+            ),
+            Figure(f"{device['name']} training speed", device["tokens_per_s"], "tokens/s"),
+            Figure(f"{device['name']} sent", device["bytes_up"], "bytes"),
+            Figure(f"{device['name']} received", device["bytes_down"], "bytes"),
+            Figure(f"{device['name']} peak resident memory", device["peak_rss_bytes"], "bytes"),
+        ]
+    for host in summary["hosts"]:
+        figures.append(Figure(f"{host['name']} peak resident memory", host["peak_rss_bytes"], "bytes"))
+    return {"run_file": settings}, figures
+
+
+def _run_demo(arguments: list[str]) -> str:
+    """Shows what the demo prints as it comes, and returns it: README.md quotes it."""
+    command = [str(Path(sys.executable).with_name("edgelam")), "demo", *arguments]
+    environment = {**os.environ, "COLUMNS": "100", "HF_HUB_OFFLINE": "1"}
+    lines = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line.rstrip())
+    if process.returncode:
+        raise SystemExit(f"the demo ended with status {process.returncode}")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main("demo", measure)

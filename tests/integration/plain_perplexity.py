@@ -1,0 +1,58 @@
+"""Run as a process of its own: a model's perplexity by transformers and peft alone, never importing edgelam_fl.
+
+Reads {gguf, tokenizer, adapter, max_tokens, threads, pairs: {device: [[prompt, answer], ...]}} as JSON from stdin and
+writes {device: [perplexity without, perplexity with the adapter]}. One example at a time, so that nothing is padded.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def main() -> None:
+    task = json.load(sys.stdin)
+    torch.set_num_threads(task["threads"])
+    tokenizer = AutoTokenizer.from_pretrained(task["tokenizer"])
+    gguf = Path(task["gguf"])
+    base = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    examples = {
+        device: [tokens_of(tokenizer, *pair, task["max_tokens"]) for pair in pairs]
+        for device, pairs in task["pairs"].items()
+    }
+    before = {device: perplexity(base, own) for device, own in examples.items()}
+    tuned = PeftModel.from_pretrained(base, task["adapter"])
+    assert not any(name.partition(".")[0] == "edgelam_fl" for name in sys.modules)
+    json.dump({device: [before[device], perplexity(tuned, own)] for device, own in examples.items()}, sys.stdout)
+
+
+def tokens_of(tokenizer, prompt, answer, max_tokens):
+    """(ids, labels): the chat template's whole conversation, of which the answer's turn is learned."""
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    asked = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+    told = tokenizer.apply_chat_template(turns, tokenize=False)
+    assert told.startswith(asked)
+    before, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (asked, told))
+    assert whole[: len(before)] == before
+    labels = [-100] * len(before) + whole[len(before) :]
+    return torch.tensor([whole[:max_tokens]]), torch.tensor([labels[:max_tokens]])
+
+
+@torch.no_grad()
+def perplexity(model, examples):
+    model.train(False)
+    loss, count = 0.0, 0
+    for ids, labels in examples:
+        labelled = int((labels[:, 1:] != -100).sum())
+        if labelled:
+            loss += float(model(input_ids=ids, labels=labels).loss) * labelled
+            count += labelled
+    return math.exp(loss / count)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""Every benchmark runs, at its smallest, and ends with its one JSON line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NAMES = sorted(file.stem for file in (ROOT / "benchmarks").glob("*.py") if file.stem not in ("__init__", "common"))
+
+
+@pytest.mark.processes
+@pytest.mark.real_model
+@pytest.mark.parametrize("name", NAMES)
+def test_smoke(name: str) -> None:
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--smoke"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["name"] == name
+    assert result["figures"]
+    assert all(set(figure) == {"name", "value", "unit", "bar", "holds"} for figure in result["figures"])

@@ -1,0 +1,262 @@
+"""The commands as a user types them: bad input gets one clear message and its exit code, Ctrl-C leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from edgelam_fl.processes import Child, end_all, free_port, start_superlink
+
+EDGELAM = str(Path(sys.executable).with_name("edgelam"))
+
+
+def edgelam(*arguments: str, cwd: Path, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "400"}
+    return subprocess.run(
+        [EDGELAM, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def run_file(folder: Path, text: str = "") -> str:
+    file = folder / "mine.toml"
+    file.write_text(text, encoding="utf-8")
+    return str(file)
+
+
+def pairs_file(folder: Path, name: str = "data.jsonl") -> str:
+    file = folder / name
+    file.write_text("".join(json.dumps({"question": f"q{n}", "answer": f"answer {n}"}) + "\n" for n in range(8)))
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("run_toml", "options", "status", "says"),
+    [
+        (
+            "[federation]\nround = 2",
+            [],
+            2,
+            ["unknown key federation.round", "did you mean 'federation.rounds'?", "mine.toml"],
+        ),
+        ("[federation]\nrounds = 0", [], 2, ["federation.rounds = 0", "greater than or equal to 1"]),
+        ("", ["--set", "split.front=40"], 2, ["split.front + split.back = 40 + 2", "30 layers", "at most 29"]),
+        (
+            "",
+            ["--set", "model.name=no/such-model"],
+            2,
+            ["model 'no/such-model' is not built in", "smollm2-135m", "hub"],
+        ),
+        ("", ["--set", "model.name=./nowhere.gguf"], 2, ["./nowhere.gguf", "no folder or .gguf file has this path"]),
+        (
+            "",
+            ["--set", "lora.targets=q_porj"],
+            2,
+            ["no module of smollm2-135m is called 'q_porj'", "did you mean 'q_proj'?"],
+        ),
+        ("", ["--set", "lora.targets=lm_head"], 2, ["'lm_head' is a tied tensor", "Allowed: down_proj"]),
+        (
+            "",
+            ["--set", "strategy.aggregation=fedavgg"],
+            2,
+            ["strategy.aggregation = 'fedavgg'", "did you mean 'fedavg'?"],
+        ),
+        ("", ["--set", "rounds=2"], 2, ["--set 'rounds=2' must look like section.key=value"]),
+        ("", ["--server", "127.0.0.1:1"], 3, ["no server answers at 127.0.0.1:1", "edgelam server", "--local 3"]),
+        ("", ["--server", "192.0.2.1:8000"], 2, ["beyond this machine", "plain text", "--insecure"]),
+        ("", ["--server", "nonsense"], 2, ["--server = 'nonsense' must be HOST:PORT"]),
+        ("", ["--local", "2"], 2, ["--local 2 needs --data once a device"]),
+    ],
+)
+def test_run_refuses(tmp_path: Path, run_toml: str, options: list[str], status: int, says: list[str]) -> None:
+    done = edgelam("run", run_file(tmp_path, run_toml), *options, cwd=tmp_path)
+    assert done.returncode == status, done.stderr
+    assert done.stderr.startswith("edgelam: "), done.stderr
+    assert len(done.stderr.splitlines()) == 1, "one message"
+    for words in says:
+        assert words in done.stderr
+
+
+def test_run_refuses_a_folder_that_exists(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "events.jsonl").write_text("")
+    done = edgelam("run", run_file(tmp_path), "--out", "old", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "old exists; choose another with --out" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "holds 0 examples"),
+        (b'{"question": "\xff"}\n', "is not UTF-8 (byte 14 is 0xff)"),
+        (b"hello\n", "line 1 is not JSON"),
+        (b"[1]\n", "must be an object"),
+        (None, "no data file at"),
+    ],
+)
+def test_client_refuses_its_data(tmp_path: Path, content: bytes | None, says: str) -> None:
+    file = tmp_path / "data.jsonl"
+    if content is not None:
+        file.write_bytes(content)
+    done = edgelam("client", "--server", "127.0.0.1:1", "--data", str(file), cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "says"),
+    [
+        (["--server", "127.0.0.1:1"], 3, "no server answers at 127.0.0.1:1"),
+        (["--server", "198.51.100.7:8000"], 2, "--insecure"),
+        (["--server", "127.0.0.1:1", "--listen", "0.0.0.0:9000"], 2, "--listen = 0.0.0.0 is beyond this machine"),
+        (["--server", "127.0.0.1:1", "--name", "a b"], 2, "--name 'a b' may hold letters"),
+    ],
+)
+def test_client_refuses(tmp_path: Path, options: list[str], status: int, says: str) -> None:
+    done = edgelam("client", *options, cwd=tmp_path)
+    assert done.returncode == status, done.stderr
+    assert says in done.stderr
+
+
+def test_server_refuses_a_port_in_use_and_an_open_address(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = edgelam("server", "--listen", f"127.0.0.1:{port}", cwd=tmp_path)
+    assert done.returncode == 3
+    assert f"port {port} on 127.0.0.1 cannot be opened" in done.stderr
+    assert "--listen" in done.stderr
+    done = edgelam("server", "--listen", "0.0.0.0:8000", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "whoever is on the way can read and change" in done.stderr
+
+
+def test_help_lists_every_command_and_answers_at_once(tmp_path: Path) -> None:
+    began = time.monotonic()
+    done = edgelam("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for command in ("demo", "run", "server", "client", "report"):
+        assert command in done.stdout
+    assert time.monotonic() - began < 5
+
+
+def test_report_refuses_what_is_no_run(tmp_path: Path) -> None:
+    done = edgelam("report", str(tmp_path), cwd=tmp_path)
+    assert done.returncode == 2
+    assert "has no events.jsonl" in done.stderr
+
+
+# ---------------------------------------------------------------- with a server
+
+
+@pytest.fixture(scope="module")
+def superlink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    port = free_port()
+    child = start_superlink("127.0.0.1", port, tmp_path_factory.mktemp("server"))
+    yield f"127.0.0.1:{port}"
+    end_all([child])
+
+
+def _client(folder: Path, server: str, name: str, *options: str, patch: str = "") -> Child:
+    """A client process; `patch` runs before it, in the same interpreter."""
+    program = f"import sys; {patch}\nfrom edgelam_fl.cli import main\nsys.argv = ['edgelam', *sys.argv[1:]]\nmain()"
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        "client",
+        "--server",
+        server,
+        "--name",
+        name,
+        "--state",
+        str(folder / name),
+        *options,
+    ]
+    return Child(name, [*command, "--threads", "1"], folder / f"{name}.log")
+
+
+@pytest.mark.processes
+def test_nodes_that_cannot_take_part_fail_the_run_with_their_reasons(
+    tmp_path: Path, superlink: str, tiny_folder: Path
+) -> None:
+    """A data file that lacks the run's field, and a node of another protocol version."""
+    wrong_field = _client(tmp_path, superlink, "wrong-field", "--data", pairs_file(tmp_path))
+    # The stage host is a process of its own: the environment carries the patch there.
+    other = tmp_path / "sitecustomize.py"
+    other.write_text("import edgelam_fl.wire\nedgelam_fl.wire.PROTOCOL_VERSION = 99\n")
+    os.environ["PYTHONPATH"] = str(tmp_path)
+    try:
+        newer = _client(tmp_path, superlink, "newer", "--data", pairs_file(tmp_path, "more.jsonl"))
+        time.sleep(5)  # until its stage host has started with that path
+    finally:
+        del os.environ["PYTHONPATH"]
+    try:
+        overrides = [
+            f"model.name={tiny_folder}",
+            "split.hosts=0",
+            "data.fields.answer=reply",
+            "federation.join_deadline_s=25",
+            "federation.expect_nodes=3",
+        ]
+        done = edgelam(
+            "run",
+            run_file(tmp_path),
+            "--server",
+            superlink,
+            *(word for o in overrides for word in ("--set", o)),
+            cwd=tmp_path,
+            timeout=180,
+        )
+    finally:
+        end_all([wrong_field, newer])
+    assert done.returncode == 4, done.stderr
+    assert "wrong-field" in done.stderr
+    assert "lacks the field 'reply'" in done.stderr
+    assert "protocol version 99" in done.stderr
+    assert "no round was finished" in done.stderr
+
+
+@pytest.mark.processes
+def test_interrupt_ends_all_children_and_says_what_is_kept(tmp_path: Path, tiny_folder: Path) -> None:
+    sets = [f"model.name={tiny_folder}", "federation.rounds=50", "federation.local_steps=2", "federation.batch_size=2"]
+    command = [
+        EDGELAM,
+        "run",
+        run_file(tmp_path),
+        "--local",
+        "1",
+        "--data",
+        pairs_file(tmp_path),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    command += [word for each in sets for word in ("--set", each)]
+    with (tmp_path / "out.txt").open("wb") as output:
+        process = subprocess.Popen(
+            command, cwd=tmp_path, stdout=output, stderr=output, env={**os.environ, "COLUMNS": "400"}
+        )
+        end = time.monotonic() + 150
+        while not (tmp_path / "run" / "state.json").exists() and time.monotonic() < end and process.poll() is None:
+            time.sleep(0.2)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        status = process.wait(60)
+    said = (tmp_path / "out.txt").read_text()
+    assert status == 130, said
+    assert "Kept: the adapter after the last finished round" in said
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+    assert len(children) >= 5  # SuperLink, two stage hosts, two SuperNodes
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive, [child.cmdline() for child in alive]

@@ -1,0 +1,43 @@
+"""`flwr run .` without `edgelam run`: the same nodes, the same result, and Flower's own commands see it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from edgelam_fl.model.adapter import digest
+from edgelam_fl.model.source import ModelSource
+from tests.integration.federation import Federation, Run, small_settings
+
+pytestmark = pytest.mark.processes
+
+
+def test_flwr_run_by_hand_gives_the_same_adapter(averaged: Run, federation: Federation, tiny: ModelSource) -> None:
+    run_id = ""
+
+    def submit(out: Path) -> Callable[[], str]:
+        nonlocal run_id
+        settings = " ".join(small_settings(tiny.name))
+        said = federation.flwr("run", ".", "local", "--run-config", f'set="{settings}" out="{out}"', "--format", "json")
+        run_id = str(json.loads(said)["run-id"])
+        return lambda: str(
+            json.loads(federation.flwr("list", "local", "--run-id", run_id, "--format", "json"))["runs"][0]["status"]
+        )
+
+    by_hand = federation.follow("by-hand", submit)
+    ours, theirs = (load_file(run.path / "adapter/adapter_model.safetensors") for run in (averaged, by_hand))
+    assert digest(ours) == digest(theirs)
+    for device in averaged.summary["devices"]:
+        for key in ("perplexity_before", "perplexity_after", "examples"):
+            assert by_hand.device(device["name"])[key] == device[key]
+
+    listed = federation.flwr("list", "local")
+    assert run_id[:6] in listed
+    assert "edgelam" in listed
+    log = federation.flwr("log", run_id, "local", "--show")
+    assert f"run folder: {by_hand.path}" in log
+    assert "round 2" in log

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from edgelam_fl.errors import ConfigError, EnvironmentProblem
+from edgelam_fl.processes import (
+    Child,
+    answers,
+    check_plain_text,
+    check_port_free,
+    end_all,
+    free_port,
+    log_tail,
+    split_address,
+)
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [("127.0.0.1:8000", ("127.0.0.1", 8000)), ("host:0", ("host", 0)), ("[::1]:65535", ("::1", 65535))],
+)
+def test_addresses(address: str, expected: tuple[str, int]) -> None:
+    assert split_address(address, "--server") == expected
+
+
+@pytest.mark.parametrize("address", ["", "host", ":8000", "host:", "host:http", "host:-1", "host:65536", "8000"])
+def test_an_address_of_another_form(address: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        split_address(address, "--server")
+    assert str(caught.value) == f"--server = {address!r} must be HOST:PORT, as in 127.0.0.1:8000"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "localhost", "::1"])
+def test_loopback_needs_no_consent(host: str) -> None:
+    check_plain_text(host, "--listen", insecure=False)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.5", "example.org", "::", "127.example.org"])
+def test_plain_text_beyond_this_machine_needs_consent(host: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_plain_text(host, "--listen", insecure=False)
+    assert str(caught.value).startswith(
+        f"--listen = {host} is beyond this machine, and this version sends plain text: "
+    )
+    assert str(caught.value).endswith("with --insecure")
+    check_plain_text(host, "--listen", insecure=True)
+
+
+def test_a_port_in_use() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(EnvironmentProblem) as caught:
+            check_port_free("127.0.0.1", port, "--port")
+        assert str(caught.value) == (
+            f"port {port} on 127.0.0.1 cannot be opened (Address already in use); "
+            "end what uses it or choose another with --port"
+        )
+        assert answers("127.0.0.1", port)
+    check_port_free("127.0.0.1", port, "--port")
+    assert not answers("127.0.0.1", port)
+
+
+def test_a_free_port_is_free() -> None:
+    check_port_free("127.0.0.1", free_port(), "--port")
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "203.0.113.1"])
+def test_an_address_that_is_not_this_machines(host: str) -> None:
+    with pytest.raises(EnvironmentProblem, match=f"on {host} cannot be opened"):
+        check_port_free(host, 0, "--listen")
+
+
+# ---------------------------------------------------------------- children
+
+
+def python(code: str, log: Path, name: str = "child") -> Child:
+    return Child(name, [sys.executable, "-c", code], log)
+
+
+def until(happened: object, seconds: float = 8.0) -> None:
+    end = time.monotonic() + seconds
+    while not happened():  # type: ignore[operator]
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+
+
+def test_a_child_that_ended_tells_its_status_and_the_end_of_its_log(tmp_path: Path) -> None:
+    log = tmp_path / "new" / "child.log"
+    child = python("import sys; print('one\\ntwo\\n\\nthree', flush=True); sys.exit('four')", log)
+    until(child.ended)
+    assert child.ended() == "child ended with status 1: two | three | four"
+
+
+def test_a_running_child_ends_when_asked(tmp_path: Path) -> None:
+    child = python("import time; time.sleep(60)", tmp_path / "log")
+    assert child.ended() == ""
+    end_all([child])
+    assert child.ended() == f"child ended with status -{signal.SIGTERM.value}: it said nothing"
+
+
+def test_a_child_that_does_not_listen_is_killed_with_its_own_children(tmp_path: Path) -> None:
+    code = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); print(p.pid, flush=True); time.sleep(60)"
+    )
+    child = python(code, tmp_path / "log")
+    until(lambda: (tmp_path / "log").read_text().strip())
+    grandchild = int((tmp_path / "log").read_text())
+    child.ask_to_end()
+    child.make_end(grace_s=0.2)
+    assert f"status -{signal.SIGKILL.value}" in child.ended()
+    until(lambda: not is_running(grandchild))
+
+
+def test_log_tail(tmp_path: Path) -> None:
+    assert log_tail(tmp_path / "none") == "it left no log"
+    (tmp_path / "log").write_bytes(b"a\nb\xff\nc\nd\n")
+    assert log_tail(tmp_path / "log") == "b\ufffd | c | d"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+def test_a_child_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from edgelam_fl.processes import Child;"
+        "c = Child('c', [sys.executable, '-c', 'import time; time.sleep(60)'], Path(sys.argv[1]));"
+        "print(c.pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "log")], stdout=subprocess.PIPE, text=True,
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    assert is_running(child)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    until(lambda: not is_running(child))
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process lives; one that ended and waits for its parent does not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    if sys.platform != "linux":
+        return True
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

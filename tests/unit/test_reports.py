@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from edgelam_fl.wire import edgelam_pb2 as pb
+from server.reports import describe_round
+
+
+def device_report(**other: object) -> pb.JobReport:
+    fields = {
+        "role": pb.DEVICE, "examples": 9, "labels_trained": 3 + 17, "eval_loss_sum": 6.0, "eval_labels": 4, "adapter_digest": "after",
+        "steps": [
+            pb.StepReport(step=0, loss_sum=6.0, labels=3, counted=True),
+            pb.StepReport(step=1, loss_sum=100.0, labels=5, reason="later than 2 s"),
+            pb.StepReport(step=2, loss_sum=17.0, labels=17, counted=True),
+        ],
+        "bytes": [
+            pb.KindBytes(link="entry e", direction="sent", kind="ACT", payload_bytes=100, framing_bytes=7),
+            pb.KindBytes(link="entry e", direction="received", kind="GRAD", payload_bytes=50, framing_bytes=3),
+            pb.KindBytes(link="exit e", direction="received", kind="ACT", payload_bytes=30, framing_bytes=2),
+        ],
+    }  # fmt: skip
+    return pb.JobReport(**{**fields, **other})
+
+
+def test_a_device() -> None:
+    tensors = {"a": np.zeros((2, 3), np.float32), "b": np.zeros(5, np.float32)}
+    (device,), hosts, by_kind = describe_round({"d": 40}, {"d": "before"}, {"d": (device_report(), tensors)})
+    assert hosts == []
+    assert device["loss"] == (6 + 17) / (3 + 17)  # of the counted steps; sums, never a mean of means
+    assert device["perplexity"] == math.exp(6 / 4)
+    assert device["step_losses"] == [6 / 3, 100 / 5, 17 / 17]
+    assert device["left_out"] == [{"step": 1, "reason": "later than 2 s"}]
+    assert (device["bytes_up"], device["bytes_down"]) == (100 + 7, 50 + 3 + 30 + 2)
+    assert (device["adapter_bytes_up"], device["adapter_bytes_down"]) == (4 * (6 + 5), 40)
+    assert (device["digest_before"], device["digest_after"]) == ("before", "after")
+    assert by_kind == {"ACT": 107 + 32, "GRAD": 53}
+
+
+def test_a_host_and_its_bytes_are_not_counted_twice() -> None:
+    edge = pb.JobReport(
+        role=pb.EDGE,
+        first_layer=2,
+        last_layer=4,
+        bytes=[pb.KindBytes(direction="received", kind="ACT", payload_bytes=100, framing_bytes=7)],
+    )
+    devices, (host,), by_kind = describe_round({}, {}, {"e": (edge, {})})
+    assert (host["name"], host["layers"], host["bytes_down"], host["adapter_bytes_down"]) == ("e", [2, 4], 107, 0)
+    assert (devices, by_kind) == ([], {})
+
+
+def test_an_evaluation_alone_has_no_loss() -> None:
+    (device,), _, _ = describe_round({}, {}, {"d": (device_report(steps=[], labels_trained=0), {})})
+    assert (device["loss"], device["step_losses"], device["left_out"]) == (None, [], [])
+
+
+def test_nodes_come_by_name() -> None:
+    devices, _, _ = describe_round({}, {}, {name: (device_report(), {}) for name in ("c", "a", "b")})
+    assert [device["name"] for device in devices] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("loss_sum", [4 * 1000.0, math.inf, math.nan])
+def test_a_diverged_model_is_reported_and_not_a_crash(loss_sum: float) -> None:
+    (device,), _, _ = describe_round({}, {}, {"d": (device_report(eval_loss_sum=loss_sum), {})})
+    json.dumps(device["perplexity"], allow_nan=False)

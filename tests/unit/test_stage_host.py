@@ -1,0 +1,194 @@
+"""What a stage host takes on, refuses, attaches to and drops. Whole rounds stand in tests/parity."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgelam_fl.model import adapter as adapters
+from edgelam_fl.model.source import ModelSource
+from edgelam_fl.split import stage_host
+from edgelam_fl.split.stage_host import StageHost
+from edgelam_fl.wire import edgelam_pb2 as pb
+from server.plans import RoundFacts, held_spans, make_plan, make_routes, task_settings
+from tests.support import check_done, joined, memory_fleet, run_config, same_bits
+
+
+def a_plan(source: ModelSource, attempt: int = 1, **other: Any) -> pb.SubmitRequest:
+    """An edge server's part for one device, which never comes."""
+    config = run_config(source.name)
+    routes = make_routes(config, source, ["device-1"], pb.Profile(name="edge-1"), {"device-1": b"secret"})
+    plan = make_plan(config, source, RoundFacts("run", 1, attempt, 0, 1), "edge-1", pb.EDGE, routes, 0.0)
+    start = adapters.initial_adapter(source, config.lora.targets, config.lora.rank, 1)
+    tensors = adapters.slice_of(start, held_spans(plan))
+    plan.adapter_digest = adapters.digest(tensors)
+    for key, value in other.items():
+        setattr(plan, key, value)
+    return pb.SubmitRequest(plan=plan, adapter=adapters.to_bytes(tensors))
+
+
+def edge(events: list[dict[str, Any]] | None = None) -> StageHost:
+    log = [] if events is None else events
+    return StageHost(
+        "edge-1", lambda *_: pytest.fail("a host dials nobody"), lambda e, **f: log.append({"event": e, **f})
+    )
+
+
+def report(node: StageHost, attempt: int = 1, timeout_s: float = 8.0) -> pb.JobReport:
+    return node.wait(pb.WaitRequest(job=f"run/1/{attempt}/edge-1", timeout_s=timeout_s))
+
+
+def await_start(events: list[dict[str, Any]]) -> None:
+    end = time.monotonic() + 8
+    while not any(event["event"] == "job_started" for event in events):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    time.sleep(0.1)  # the links' door opens right after
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"protocol_version": 2}, "a plan of protocol version 2; node edge-1 speaks 1"),
+        ({"node": "edge-2"}, "a plan for EDGE 'edge-2'; this is EDGE 'edge-1'"),
+        ({"role": pb.DEVICE}, "a plan for DEVICE 'edge-1'; this is EDGE 'edge-1'"),
+        ({"window": 0}, "a plan without route, batch size, micro-batches, window or deadlines"),
+        ({"micro_batches": 0}, "a plan without route, batch size, micro-batches, window or deadlines"),
+    ],
+)
+def test_a_plan_that_cannot_be_this_nodes_is_refused(tiny: ModelSource, wrong: dict[str, Any], reason: str) -> None:
+    assert edge().submit(a_plan(tiny, **wrong)) == pb.SubmitReply(accepted=False, reason=reason)
+
+
+def test_an_unknown_base_is_refused(tiny: ModelSource) -> None:
+    request = a_plan(tiny)
+    request.plan.model.base = "int2"
+    assert edge().submit(request).reason == "base 'int2'; node edge-1 has fp32, bf16, int8"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda r: setattr(r.plan.model, "digest", "0" * 64), "and 000000000000 at the server: they must be the same files"),
+        (lambda r: setattr(r.plan, "adapter_digest", "0" * 64), "the plan starts from 000000000000"),
+        (lambda r: setattr(r, "adapter", b""), "node edge-1 holds adapter"),
+        (lambda r: setattr(r, "adapter", b"garbage"), "adapter tensors cannot be read"),
+        (lambda r: setattr(r.plan.model, "name", "/no/such/model"), "'/no/such/model' is not built in"),
+    ],
+)  # fmt: skip
+def test_a_part_that_cannot_begin_is_reported_with_its_reason(tiny: ModelSource, change: Any, words: str) -> None:
+    request = a_plan(tiny)
+    change(request)
+    node = edge()
+    assert node.submit(request).accepted
+    got = report(node)
+    assert got.state == "failed"
+    assert words in got.error
+
+
+def test_the_same_part_again_attaches_to_it(tiny: ModelSource) -> None:
+    events: list[dict[str, Any]] = []
+    node, request = edge(events), a_plan(tiny)
+    assert node.submit(request).accepted
+    await_start(events)
+    assert node.submit(request).accepted
+    assert report(node, timeout_s=0).state == "running"
+    node.stop()
+    assert report(node).state == "failed"
+    assert node.submit(request).accepted, "a finished part gives its stored report"
+    assert report(node, timeout_s=0).error == "node edge-1 is shutting down"
+    assert [event["event"] for event in events].count("job_done") == 1
+
+
+def test_a_newer_attempt_cancels_the_older(tiny: ModelSource) -> None:
+    events: list[dict[str, Any]] = []
+    node = edge(events)
+    node.submit(a_plan(tiny))
+    await_start(events)
+    assert node.submit(a_plan(tiny, attempt=2)).accepted
+    assert report(node).error == "run/1/2/edge-1 takes its place"
+    assert report(node, 2, timeout_s=0).state == "running"
+    node.stop()
+
+
+def test_a_newer_attempt_cancels_an_older_one_that_is_still_loading(
+    tiny: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loading, go_on, load = threading.Event(), threading.Event(), stage_host.load_stages
+
+    def slowly(*arguments: Any) -> Any:
+        loading.set()
+        go_on.wait(8)
+        return load(*arguments)
+
+    monkeypatch.setattr(stage_host, "load_stages", slowly)
+    node = edge()
+    node.submit(a_plan(tiny))
+    assert loading.wait(8)
+    assert node.submit(a_plan(tiny, attempt=2)).accepted
+    go_on.set()
+    first = report(node, timeout_s=3)
+    node.stop()
+    assert (first.state, first.error) == ("failed", "run/1/2/edge-1 takes its place")
+
+
+def test_two_parts_reports_are_kept(tiny: ModelSource) -> None:
+    node = edge()
+    for attempt in (1, 2, 3):
+        request = a_plan(tiny, attempt, adapter_digest="0" * 64)
+        node.submit(request)
+        assert report(node, attempt).state == "failed"
+    assert report(node, 1).error == "node edge-1 knows no job run/1/1/edge-1"
+    assert "the plan starts from" in report(node, 2).error
+
+
+def test_a_link_to_a_job_that_is_not_here_is_put_off(tiny: ModelSource) -> None:
+    answer = edge().admit(pb.Hello(job="run/1/1", device_index=0), None)  # type: ignore[arg-type]
+    assert answer == pb.NotReady(retry_ms=200)
+
+
+# ---------------------------------------------------------------- profile
+
+
+def profile(data: Path | None, source: ModelSource, version: int = 1) -> pb.Profile:
+    node = StageHost("n", lambda *_: None, lambda *_, **__: None, data=data, address="10.0.0.1:7000")  # type: ignore[arg-type, return-value]
+    return node.profile(pb.ProfileRequest(protocol_version=version, task=task_settings(run_config(source.name))))
+
+
+def test_a_devices_profile_counts_its_examples(tiny: ModelSource, data_files: list[Path]) -> None:
+    got = profile(data_files[0], tiny)
+    assert (got.role, got.problem) == (pb.DEVICE, "")
+    assert (got.held_out, got.examples + got.held_out) == (round(0.1 * 24), 24)
+    assert (got.protocol_version, list(got.bases), got.address) == (1, ["fp32", "bf16", "int8"], "10.0.0.1:7000")
+    assert got.memory_available_bytes > 1 << 20
+    assert set(got.versions) == set(stage_host.VERSIONED)
+
+
+def test_a_profile_names_what_keeps_the_node_out(tiny: ModelSource, data_files: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    assert "holds 0 examples" in profile(tmp_path / "empty", tiny).problem
+    assert profile(data_files[0], tiny, 2).problem == "speaks protocol version 1, the server 2"
+    assert profile(None, tiny).role == pb.EDGE
+
+
+# ---------------------------------------------------------------- between rounds
+
+
+def test_moments_go_on_only_from_the_adapter_they_belong_to(tiny: ModelSource, data_files: list[Path]) -> None:
+    config = run_config(tiny.name, "split.hosts=0")
+    start = adapters.initial_adapter(tiny, config.lora.targets, config.lora.rank, 1)
+    with memory_fleet(tiny, config, data_files[:1]) as fleet:
+        first = fleet.run(start, 2)
+        between = joined(first)
+        warm = fleet.run(between, 2, step_offset=2, send_to=[])
+        check_done(first | warm)
+        cold = fleet.run(between, 2, step_offset=2)
+    assert [r["device-1"].moments for r in (first, warm, cold)] == ["cold", "warm", "cold"]
+    with memory_fleet(tiny, config, data_files[:1]) as fleet:
+        at_once = fleet.run(start, 4)
+    assert same_bits(joined(warm), joined(at_once))
+    assert not same_bits(joined(cold), joined(at_once))
