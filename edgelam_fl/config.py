@@ -19,7 +19,7 @@ from edgelam_fl.errors import ConfigError, nearest
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Model(Section):
@@ -144,7 +144,8 @@ def _toml_value(value: Any) -> str:
         return "{ " + ", ".join(f"{key} = {_toml_value(inner)}" for key, inner in value.items()) + " }"
     if isinstance(value, list):
         return "[" + ", ".join(_toml_value(inner) for inner in value) + "]"
-    return json.dumps(value, ensure_ascii=False)  # TOML's basic strings, numbers and booleans are JSON's
+    # TOML's basic strings, numbers and booleans are JSON's, but for one character that TOML wants escaped.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def parse_run_file(text: str, *, source: str, overrides: str | list[str] = ()) -> RunConfig:  # type: ignore[assignment]
@@ -156,7 +157,11 @@ def parse_run_file(text: str, *, source: str, overrides: str | list[str] = ()) -
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{source} is not TOML: {error}") from error
-    for override in shlex.split(overrides) if isinstance(overrides, str) else overrides:
+    try:
+        words = shlex.split(overrides) if isinstance(overrides, str) else overrides
+    except ValueError as error:
+        raise ConfigError(f"the overrides {overrides!r} cannot be split into words: {error}") from error
+    for override in words:
         _override(data, override)
     try:
         return RunConfig.model_validate(data)
@@ -201,7 +206,12 @@ def _explain(problem: Mapping[str, Any], source: str) -> str:
     if problem["type"] == "value_error":
         rule = str(context["error"])
         return f"{key} = {value!r} {rule} (in {source})" if key else f"{rule} (in {source})"
-    rule = problem["msg"].replace("Input should be", "must be").replace("Tuple should", "must")
+    rule = (
+        problem["msg"]
+        .replace("Input should be", "must be")
+        .replace("Tuple should", "must")
+        .replace("String should", "must")
+    )
     return f"{key} = {value!r} {rule} (in {source})"
 
 

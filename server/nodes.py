@@ -32,6 +32,7 @@ class Nodes:
     problems: dict[str, str] = field(default_factory=dict)  # nodes that are here and cannot take part
     _ids: dict[str, int] = field(default_factory=dict)
     _known: set[int] = field(default_factory=set)
+    _lost: set[int] = field(default_factory=set)  # did not deliver; here again once they answer a query
 
     def devices(self) -> list[str]:
         return sorted(name for name, profile in self.profiles.items() if profile.role == pb.DEVICE)
@@ -44,6 +45,7 @@ class Nodes:
     def gather(self, min_devices: int, expected_devices: int, needs_host: bool, deadline_s: float) -> None:
         """Waits for the expected nodes; at the deadline, `min_devices` are enough. Raises RunFailed with who is missing."""
         end = time.monotonic() + deadline_s
+        first, enough = True, False
         while True:
             news = self.refresh()
             late = time.monotonic() > end
@@ -61,25 +63,32 @@ class Nodes:
             f"{' and an edge server' if needs_host else ''} (federation.min_nodes, federation.join_deadline_s){problems}"
         )
 
-    def refresh(self) -> bool:
+    def lose(self, name: str) -> None:
+        """It did not deliver: not planned for until it answers a query, or the others would wait for it again."""
+        self.profiles.pop(name, None)
+        self._lost.add(self._ids[name])
+
+    def refresh(self, ask_lost: bool = False) -> bool:
         """Asks new nodes for their profile, forgets those that left; returns whether anything changed."""
         present = set(self.grid.get_node_ids())
         for name, node_id in list(self._ids.items()):
             if node_id not in present:
                 self._forget(name, "left the federation")
+        self._lost &= present
         self._known &= present
-        fresh = present - self._known
+        fresh = present - self._known | (self._lost if ask_lost else set())
         if not fresh:
             return False
         content = RecordDict({"query": ConfigRecord({"request": self.request.SerializeToString()})})
         messages = [Message(content=content, dst_node_id=node_id, message_type=MessageType.QUERY) for node_id in fresh]
         replies, missing = self.exchange(messages, _QUERY_S)
+        news = bool(replies) or bool(fresh - self._known)
         self._known |= fresh
         for reply in replies.values():
             self._enrol(reply.metadata.src_node_id, pb.Profile.FromString(reply.content["profile"]["profile"]))
         for name, reason in missing.items():
             self._refuse(name, reason)
-        return True
+        return news
 
     def message(self, name: str, kind: str, content: RecordDict) -> Message:
         return Message(content=content, dst_node_id=self._ids[name], message_type=kind)
@@ -120,6 +129,7 @@ class Nodes:
         if problem:
             self._refuse(profile.name, problem)
             return
+        self._lost.discard(node_id)
         self._ids[profile.name] = node_id
         self.profiles[profile.name] = profile
         self.problems.pop(profile.name, None)
@@ -130,8 +140,9 @@ class Nodes:
         )  # fmt: skip
 
     def _refuse(self, name: str, reason: str) -> None:
+        if self.problems.get(name) != reason:  # it is asked again and again
+            self.folder.emit("node_refused", node=name, reason=reason)
         self.problems[name] = reason
-        self.folder.emit("node_refused", node=name, reason=reason)
 
     def _forget(self, name: str, reason: str) -> None:
         self.profiles.pop(name, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -49,14 +50,25 @@ def _learning(report: pb.JobReport) -> dict[str, Any]:
     return {
         "examples": report.examples,
         "labels": report.labels_trained,
-        "loss": sum(step.loss_sum for step in counted) / labels if labels else None,
-        "perplexity": math.exp(report.eval_loss_sum / report.eval_labels) if report.eval_labels else None,
+        "loss": _finite(sum(step.loss_sum for step in counted) / labels) if labels else None,
+        "perplexity": _perplexity(report.eval_loss_sum / report.eval_labels) if report.eval_labels else None,
         "tokens": report.tokens_trained,
         "train_seconds": round(report.train_seconds, 3),
         "eval_seconds": round(report.eval_seconds, 3),
-        "step_losses": [round(step.loss_sum / step.labels, 5) if step.labels else None for step in report.steps],
+        "step_losses": [
+            _finite(round(step.loss_sum / step.labels, 5)) if step.labels else None for step in report.steps
+        ],
         "left_out": [{"step": step.step, "reason": step.reason} for step in report.steps if not step.counted],
     }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity: a diverged number is null."""
+    return value if math.isfinite(value) else None
+
+
+def _perplexity(loss: float) -> float | None:
+    return math.exp(loss) if loss < math.log(sys.float_info.max) else None
 
 
 def _bytes(report: pb.JobReport, direction: str) -> int:

@@ -73,6 +73,7 @@ class SplitLora(Strategy):
             result.arrays = arrays
             result.train_metrics_clientapp[number] = metrics
         self._attempt = 1
+        self.nodes.refresh(ask_lost=True)
         replies = self._exchange(self.configure_evaluate(num_rounds + 1, arrays, config, grid), timeout)
         evaluated = self.aggregate_evaluate(num_rounds + 1, replies)
         if evaluated is not None:
@@ -208,6 +209,8 @@ class SplitLora(Strategy):
             self.digests.pop(name, None)
             self.nodes.problems[name] = problems.get(name, "no reply")
             self.folder.emit("node_lost", round=round_.facts.round, node=name, reason=self.nodes.problems[name])
+            if name in self._missing:
+                self.nodes.lose(name)
         return round_, reports
 
     def _problem(self, plan: pb.Plan, tensors: adapters.Adapter) -> str:

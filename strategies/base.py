@@ -110,9 +110,10 @@ def load(kind: str, name: str) -> Any:
         )
     try:
         found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
+        strategy = found()
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ConfigError(f"strategy.{kind} = {name!r} cannot be loaded: {error}") from error
     method = {"aggregation": "aggregate", "selection": "select", "bandwidth": "allocate"}[kind]
-    if not callable(getattr(found, method, None)):
+    if not callable(getattr(strategy, method, None)):
         raise ConfigError(f"strategy.{kind} = {name!r} has no method {method}(); it is no {kind} strategy")
-    return found()
+    return strategy

@@ -6,6 +6,7 @@ is bit-equal to the one that `from_pretrained(gguf_file=...)` gives.
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,13 @@ def unpack_metadata(path: Path, folder: Path) -> dict[str, TensorEntry]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
-    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    with path.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise ModelError(f"{path} is not a GGUF file: it does not begin with GGUF")
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    except (ValueError, IndexError, KeyError, OSError, struct.error) as error:
+        raise ModelError(f"{path} is not a whole GGUF file of a known architecture: {error}") from error
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
     config.save_pretrained(folder)
     with torch.device("meta"):

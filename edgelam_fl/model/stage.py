@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from edgelam_fl.errors import ModelError, ProtocolError
-from edgelam_fl.model.adapter import Adapter
+from edgelam_fl.model.adapter import Adapter, target_modules
 from edgelam_fl.model.quantized import Int8Linear
 from edgelam_fl.model.source import ModelSource, layer_number
 from edgelam_fl.model.weights import COMPUTE_DTYPE, read_tensors
@@ -125,7 +125,7 @@ def load_stages(source: ModelSource, spans: list[Span], base: str, lora: LoraSet
         model.load_state_dict(own, strict=True, assign=True)
         _rebuild_rotary(model, config)
         model.requires_grad_(False).eval()
-        stages.append(Stage(_with_lora(model, span, lora), span, dtype))
+        stages.append(Stage(_with_lora(model, span, lora, source), span, dtype))
     return stages
 
 
@@ -184,19 +184,18 @@ def _rebuild_rotary(model: PreTrainedModel, config: Any) -> None:
         inner.rotary_emb = type(inner.rotary_emb)(config=config)
 
 
-def _with_lora(model: PreTrainedModel, span: Span, lora: LoraSettings | None) -> nn.Module:
-    if lora is None or span.first == span.last:
+def _with_lora(model: PreTrainedModel, span: Span, lora: LoraSettings | None, source: ModelSource) -> nn.Module:
+    if lora is None:
         return model
-    targets = list(lora.targets) if lora.targets != ("all-linear",) else _linear_leaves(model)
+    # Spelled out, so that a target which names modules of other stages only is no error here.
+    names = [
+        name for name in target_modules(source, lora.targets) if span.first <= (layer_number(name) or 0) < span.last
+    ]
+    if not names:
+        return model
     settings = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=names, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM"
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft reads an attribute that transformers renames in version 6
         return get_peft_model(model, settings)
-
-
-def _linear_leaves(model: PreTrainedModel) -> list[str]:
-    """'all-linear' spelled out: peft's own would take a stage's head for an ordinary layer if it is not the last."""
-    inner = model.base_model
-    return sorted({name.rsplit(".", 1)[-1] for name, module in inner.named_modules() if isinstance(module, nn.Linear)})

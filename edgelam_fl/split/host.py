@@ -118,8 +118,9 @@ class Host:
                 return pb.Refuse(reason=f"the {side} link of {hello.node!r} was opened before")
             link.name = f"{side} {member.route.device}"
             link.counters = self.counters
-            rows = max(1, -(-self.plan.batch_size // self.plan.micro_batches))
-            link.max_tensor_bytes = rows * self.plan.task.max_tokens * self.hidden_size * self.stage.dtype.itemsize
+            link.max_tensor_bytes = (
+                self._unit_rows() * self.plan.task.max_tokens * self.hidden_size * self.stage.dtype.itemsize
+            )
             link.silent_s = self.plan.deadlines.silent_s
             link.attach(self.inbox.on_frame, self.inbox.on_lost)
             self._link_owner[id(link)] = member
@@ -184,10 +185,14 @@ class Host:
         try:
             if header.kind == pb.TABLE:
                 self._take_table(member, header.table)
-            elif header.kind == pb.DONE:  # on both links: whichever is read first must not look like a loss
+            elif (
+                header.kind == pb.DONE and not member.gone
+            ):  # on both links: whichever is read first must not look like a loss
                 member.done = True
             elif header.kind == pb.CANCEL:
                 self._dismiss(member, header.cancel.reason)
+            elif header.phase == pb.TRAIN and header.step < self.step:
+                pass  # of a step that was closed without this device
             elif header.kind == pb.ACT and link is member.entry:
                 self._check_activation(member, item)
                 member.forwards.append(item)
@@ -343,6 +348,9 @@ class Host:
             member.late_steps = 0 if member in counted else member.late_steps
             member.gradients, member.backwards_done, member.problem = None, 0, ""
             member.saved.clear()
+            member.forwards = deque(
+                f for f in member.forwards if f.header.phase == pb.EVAL or f.header.step > self.step
+            )
         self.step += 1
         self._step_opened = time.monotonic()
         if len(self._active()) < self.plan.min_devices:
@@ -363,6 +371,9 @@ class Host:
             parameter.grad = None
 
     # ---------------------------------------------------------------- helpers
+
+    def _unit_rows(self) -> int:
+        return -(-self.plan.batch_size // self.plan.micro_batches)
 
     def _front_trains(self, member: Member) -> bool:
         return self.plan.lora.train_front and member.route.front > 0
@@ -411,6 +422,11 @@ class Host:
                 f"hidden states must be {self.stage.dtype} [rows, tokens, {self.hidden_size}], got {got}"
             )
         rows, tokens, _ = tensor.shape
+        if not (1 <= rows <= self._unit_rows() and 1 <= tokens <= self.plan.task.max_tokens):
+            raise ProtocolError(
+                f"hidden states of {rows} rows of {tokens} tokens; the plan allows 1 to {self._unit_rows()} rows of 1 to "
+                f"{self.plan.task.max_tokens}"
+            )
         if len(header.row_lengths) != rows or not all(1 <= length <= tokens for length in header.row_lengths):
             raise ProtocolError(f"row lengths {list(header.row_lengths)[:8]} do not fit {rows} rows of {tokens} tokens")
         if len(member.forwards) + len(member.saved) >= self.plan.window:

@@ -65,7 +65,19 @@ class Part:
     plan: pb.Plan
     report: pb.JobReport
     finished: threading.Event
-    cancel: Callable[[str], None] = lambda reason: None
+    _inbox: Inbox | None = None
+    _cancelled: str = ""
+
+    def cancel(self, reason: str) -> None:
+        """Also before there is an inbox: loading a slice takes its time."""
+        self._cancelled = reason
+        if self._inbox is not None:
+            self._inbox.cancel(reason)
+
+    def attach(self, inbox: Inbox) -> None:
+        self._inbox = inbox
+        if self._cancelled:
+            inbox.cancel(self._cancelled)
 
 
 class StageHost:
@@ -264,7 +276,7 @@ class StageHost:
         training, held_out = self._load_examples(plan, held)
         counters = ByteCounters()
         route = Route(Inbox(plan.deadlines.round_s))
-        part.cancel = route.inbox.cancel
+        part.attach(route.inbox)
         driver = Driver(plan, held.stages, held.optimizer, route, emit)
         try:
             self._open_links(plan, held, route, counters)
@@ -311,7 +323,7 @@ class StageHost:
     def _serve(self, part: Part, held: Held, emit: Callable[..., None]) -> None:
         plan, report = part.plan, part.report
         host = Host(plan, held.stages[0], held.optimizer, held.source.hidden_size, emit)
-        part.cancel = host.inbox.cancel
+        part.attach(host.inbox)
         self._hosting = host  # from here on HELLO is answered
         reason = "the round is over"
         try:

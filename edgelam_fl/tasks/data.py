@@ -31,9 +31,7 @@ def read_records(path: Path) -> list[tuple[int, dict[str, Any]]]:
         ) from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    records = [
-        (number, _record(path, number, line)) for number, line in enumerate(text.splitlines(), 1) if line.strip()
-    ]
+    records = [(number, _record(path, number, line)) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if len(records) < 2:
         raise DataError(f"{path} holds {len(records)} examples; at least 2 are needed: one to learn, one to measure")
     return records

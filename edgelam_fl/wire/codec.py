@@ -15,6 +15,7 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_DIMENSIONS = 4
+_MAX_SIDE = 1 << 24
 
 
 class RawCodec:
@@ -49,6 +50,8 @@ def check(meta: pb.Tensor, max_bytes: int) -> None:
         raise ProtocolError(f"codec {meta.codec!r} is not known here; known: {', '.join(CODECS)}")
     if not 1 <= len(meta.shape) <= _MAX_DIMENSIONS:
         raise ProtocolError(f"a tensor of {len(meta.shape)} dimensions; allowed: 1 to {_MAX_DIMENSIONS}")
+    if max(meta.shape) > _MAX_SIDE:
+        raise ProtocolError(f"a tensor of shape {list(meta.shape)}; a side may have {_MAX_SIDE} at most")
     expected = CODECS[meta.codec].expected_bytes(meta)
     if meta.total_bytes != expected:
         raise ProtocolError(

@@ -33,6 +33,15 @@ _UNDERSTOOD = {
 }  # fmt: skip
 
 
+@dataclass
+class _Partial:
+    """A tensor of which some chunks have arrived, in order."""
+
+    header: pb.Header
+    data: bytearray
+    received_bytes: int = 0
+
+
 @dataclass(frozen=True)
 class Frame:
     header: pb.Header
@@ -87,7 +96,7 @@ class Link:
         self._sent_seq = 0
         self._send_lock = threading.RLock()
         self._lost_lock = threading.Lock()
-        self._partial: dict[int, tuple[pb.Header, bytearray]] = {}
+        self._partial: dict[int, _Partial] = {}
 
     # ---- for those above
 
@@ -107,16 +116,18 @@ class Link:
                 b""
             ]
         with self._send_lock:  # sequence numbers must leave in the order of a queue
-            if self.closed:
-                return
-            priority = _PRIORITY.get(header.kind, 0)
-            self._transmit(priority, [self._message(header, number, p, payloads) for number, p in enumerate(payloads)])
+            if not self.closed:
+                self._enqueue(header, payloads)
 
     def close(self) -> None:
         """Ends the link from this side; queued frames are still sent."""
         with self._lost_lock:
             self.closed = True
         self._shut()
+
+    def _enqueue(self, header: pb.Header, payloads: list[bytes]) -> None:
+        priority = _PRIORITY.get(header.kind, 0)
+        self._transmit(priority, [self._message(header, number, p, payloads) for number, p in enumerate(payloads)])
 
     # ---- for transports
 
@@ -128,12 +139,14 @@ class Link:
 
     def receive(self, message: bytes) -> None:
         """One message from the other end. What breaks the protocol ends the link, with the reason told to both ends."""
+        if self.closed:
+            return
         self.last_heard = time.monotonic()
         try:
             frame = self._parse(message)
         except ProtocolError as error:
-            self.send(pb.Header(kind=pb.ERROR, error=pb.Error(code="protocol", scope="route", text=str(error))))
-            self.lost(f"the other end broke the protocol: {error}")
+            farewell = pb.Header(kind=pb.ERROR, error=pb.Error(code="protocol", scope="route", text=str(error)))
+            self.lost(f"the other end broke the protocol: {error}", farewell)
             return
         if frame is None:
             return
@@ -144,11 +157,15 @@ class Link:
         elif frame.header.kind != pb.PONG:
             self._on_frame(self, frame)
 
-    def lost(self, reason: str) -> None:
+    def lost(self, reason: str, farewell: pb.Header | None = None) -> None:
+        """Ends the link for `reason`; the other end may be told a `farewell` first."""
         with self._lost_lock:
             if self.closed:
                 return
             self.closed = True
+        if farewell is not None:
+            with self._send_lock:
+                self._enqueue(farewell, [b""])
         self._shut()
         self._on_lost(self, reason)
 
@@ -181,25 +198,31 @@ class Link:
 
     def _assemble(self, header: pb.Header, payload: memoryview) -> Frame | None:
         priority, meta = _PRIORITY.get(header.kind, 0), header.tensor
-        if meta.offset == 0:
+        if meta.chunk == 0:
             codecs.check(meta, self.max_tensor_bytes)
-            self._partial[priority] = (header, bytearray(meta.total_bytes))
-        if priority not in self._partial:
+            self._partial[priority] = _Partial(header, bytearray(meta.total_bytes))
+        partial = self._partial.get(priority)
+        if partial is None:
             raise ProtocolError("a tensor's later chunk came before its first")
-        first, data = self._partial[priority]
-        if not _same_unit(first, header) or meta.total_bytes != len(data) or meta.offset + len(payload) > len(data):
+        if not _same_tensor(partial.header, header):
+            raise ProtocolError(f"chunk {meta.chunk} does not belong to the tensor that is open")
+        start, total = partial.received_bytes, len(partial.data)
+        if (
+            meta.offset != start
+            or meta.chunk * MAX_CHUNK_BYTES != start
+            or len(payload) != min(MAX_CHUNK_BYTES, total - start)
+        ):
             raise ProtocolError(
-                f"chunk {meta.chunk} at byte {meta.offset} does not belong to the tensor of {len(data)} bytes"
+                f"chunk {meta.chunk} has {len(payload)} bytes at {meta.offset}; byte {start} of {total} is next"
             )
-        if meta.chunk * MAX_CHUNK_BYTES != meta.offset or len(payload) != min(MAX_CHUNK_BYTES, len(data) - meta.offset):
-            raise ProtocolError(f"chunk {meta.chunk} has {len(payload)} bytes at {meta.offset}")
-        data[meta.offset : meta.offset + len(payload)] = payload
+        partial.data[start : start + len(payload)] = payload
+        partial.received_bytes += len(payload)
+        if header.last_chunk != (partial.received_bytes == total):
+            raise ProtocolError(f"the tensor of {total} bytes ended after {partial.received_bytes}")
         if not header.last_chunk:
             return None
-        if meta.offset + len(payload) != len(data):
-            raise ProtocolError(f"the tensor of {len(data)} bytes ended after {meta.offset + len(payload)}")
         del self._partial[priority]
-        return Frame(header, codecs.CODECS[meta.codec].decode(data, meta))
+        return Frame(header, codecs.CODECS[meta.codec].decode(partial.data, partial.header.tensor))
 
 
 def _split(message: bytes) -> tuple[pb.Header, memoryview]:
@@ -215,8 +238,9 @@ def _split(message: bytes) -> tuple[pb.Header, memoryview]:
         raise ProtocolError(f"a header that is no header: {error}") from error
 
 
-def _same_unit(first: pb.Header, other: pb.Header) -> bool:
-    return all(
-        getattr(first, field) == getattr(other, field)
-        for field in ("kind", "phase", "step", "micro_batch", "try", "device_index")
+def _same_tensor(first: pb.Header, other: pb.Header) -> bool:
+    unit = ("kind", "phase", "step", "micro_batch", "try", "device_index")
+    described = ("dtype", "shape", "codec", "codec_meta", "total_bytes")
+    return all(getattr(first, field) == getattr(other, field) for field in unit) and all(
+        getattr(first.tensor, field) == getattr(other.tensor, field) for field in described
     )

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,7 +178,3 @@ def kill(child: Child) -> None:
     """kill -9 of one process that this federation started."""
     with suppress(ProcessLookupError):
         os.kill(child.pid, 9)
-
-
-def without(record: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key not in keys}
