@@ -188,11 +188,11 @@ class Node:
     def start(self) -> None:
         """Starts both. `wait_ready` tells when the stage host serves."""
         self.state.mkdir(parents=True, exist_ok=True)
-        (self.state / "endpoint.json").unlink(missing_ok=True)
         self._start_stage_host()
         self._start_supernode()
 
     def _start_stage_host(self) -> None:
+        (self.state / "endpoint.json").unlink(missing_ok=True)  # an older one's: whoever calls now waits for the new
         command = [sys.executable, "-m", "edgelam_fl.split.daemon", "--name", self.name, "--state", str(self.state)]
         command += ["--listen", self.listen, "--advertise", self.advertise, "--threads", str(self.threads)]
         command += ["--data", str(self.data.absolute())] if self.data else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import socket
@@ -37,17 +38,9 @@ _EVENTS_LAG_S = 5.0
 
 def check_run(config: RunConfig, name: str, out: Path | None) -> Path:
     """Everything that can be wrong with a run file is said before anything starts. Returns the run's folder, still absent."""
-    sys.path.insert(0, str(app_folder()))  # the strategies are part of the Flower App, not of the package
-    from edgelam_fl.model.adapter import target_modules
-    from edgelam_fl.model.source import find_model
-    from server.plans import check_cuts
-    from strategies.base import load
-
-    for kind in ("aggregation", "selection", "bandwidth"):
-        load(kind, getattr(config.strategy, kind))
-    source = find_model(config.model.name)
-    check_cuts(config, source)
-    target_modules(source, config.lora.targets)
+    # The Flower App is what is handed over, not a part of this package; its own checks are asked before that.
+    sys.path.insert(0, str(app_folder()))
+    importlib.import_module("server.checks").check_config(config)
     pattern = str(out) if out else config.run.out
     folder = (
         Path(pattern.replace("{name}", name).replace("{time}", time.strftime("%Y%m%d-%H%M%S"))).expanduser().absolute()

@@ -13,11 +13,12 @@ from edgelam_fl.config import RunConfig, parse_run_file
 from edgelam_fl.errors import EdgelamError
 from edgelam_fl.flower import to_record
 from edgelam_fl.model.adapter import initial_adapter
-from edgelam_fl.model.source import ModelSource, find_model
+from edgelam_fl.model.source import ModelSource
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
+from server.checks import check_config
 from server.nodes import Nodes
-from server.plans import check_cuts, task_settings
+from server.plans import task_settings
 from server.run_folder import RunFolder
 from server.strategy import SplitLora
 
@@ -32,8 +33,7 @@ def main(grid: Grid, context: Context) -> None:
         str(context.run_config["run-toml"]), source="the run file", overrides=str(context.run_config["set"])
     )
     out = str(context.run_config["out"]) or f"runs/flwr-{context.run_id}"
-    source = find_model(config.model.name)
-    check_cuts(config, source)
+    source = check_config(config)
     folder = RunFolder(Path(out).absolute(), config, source)
     try:
         _run(grid, config, folder, source, f"{Path(out).name}-{time.time_ns():x}")

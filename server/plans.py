@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from edgelam_fl.config import RunConfig
-from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 
-_READY_DEADLINE_S = 180.0  # a small board reads its slice from a slow card first
+_READY_DEADLINE_S = 60.0
+_SLOW_CARD_BYTES_S = 20e6  # a small board reads its slice from its card before it is ready
 _SILENT_S = 10.0
 
 
@@ -24,18 +24,6 @@ class RoundFacts:
     attempt: int
     step_offset: int
     steps: int  # 0: evaluation only
-
-
-def check_cuts(config: RunConfig, source: ModelSource) -> None:
-    """Raises ConfigError where the device's layers do not fit the model."""
-    split, layers = config.split, source.num_layers
-    room = layers - (1 if split.hosts else 0)
-    if split.front + split.back > room:
-        raise ConfigError(
-            f"split.front + split.back = {split.front} + {split.back} is outside the model: {source.name} has {layers} layers"
-            + (", and the host needs at least one of them" if split.hosts else "")
-            + f"; together they may be at most {room}"
-        )
 
 
 def make_routes(
@@ -98,7 +86,7 @@ def make_plan(
         window=config.split.window,
         min_devices=min(federation.min_nodes, len(routes)),
         deadlines=pb.Deadlines(
-            ready_s=_READY_DEADLINE_S,
+            ready_s=_READY_DEADLINE_S + source.fp32_bytes / _SLOW_CARD_BYTES_S,
             step_s=federation.step_deadline_s,
             round_s=federation.round_deadline_s,
             silent_s=_SILENT_S,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import re
 import struct
@@ -69,6 +70,11 @@ class ModelSource:
     @property
     def tied_head(self) -> bool:
         return bool(self.config.get("tie_word_embeddings", False))
+
+    @property
+    def fp32_bytes(self) -> int:
+        """The whole model's weights in fp32."""
+        return 4 * sum(math.prod(entry.shape) for entry in self.index.values())
 
     def linear_modules(self) -> dict[str, tuple[int, int]]:
         """Every matrix inside the layers: module name -> (out features, in features)."""

@@ -93,6 +93,7 @@ class Host:
         self._door = threading.Lock()
         self._served: deque[int] = deque(self.members)  # whose forward pass is the longest ago comes first
         self._step_opened = time.monotonic()
+        self._told_left_out: set[int] = set()  # an event for each change, not for each step of the same
         self._link_owner: dict[int, Member] = {}
         self._backwards: deque[tuple[Member, Frame]] = deque()
 
@@ -185,10 +186,8 @@ class Host:
         try:
             if header.kind == pb.TABLE:
                 self._take_table(member, header.table)
-            elif (
-                header.kind == pb.DONE and not member.gone
-            ):  # on both links: whichever is read first must not look like a loss
-                member.done = True
+            elif header.kind == pb.DONE:
+                member.done = not member.gone  # told on both links: the first to be read must not look like a loss
             elif header.kind == pb.CANCEL:
                 self._dismiss(member, header.cancel.reason)
             elif header.phase == pb.TRAIN and header.step < self.step:
@@ -339,7 +338,7 @@ class Host:
         for member in self._active():
             assert member.exit is not None
             member.exit.send(pb.Header(kind=pb.STEP_CLOSE, phase=pb.TRAIN, step=self.step, step_close=close))
-        if left_out:
+        if {m.index for m in left_out} - self._told_left_out:
             self.emit(
                 "step_closed", step=self.step, counted=[m.route.device for m in counted],
                 left_out=[{"node": m.route.device, "reason": m.gone or m.problem} for m in left_out],
@@ -351,6 +350,7 @@ class Host:
             member.forwards = deque(
                 f for f in member.forwards if f.header.phase == pb.EVAL or f.header.step > self.step
             )
+        self._told_left_out = {m.index for m in left_out}
         self.step += 1
         self._step_opened = time.monotonic()
         if len(self._active()) < self.plan.min_devices:

@@ -6,7 +6,8 @@ from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.plans import RoundFacts, check_cuts, held_spans, make_plan, make_routes
+from server.checks import check_cuts
+from server.plans import RoundFacts, held_spans, make_plan, make_routes
 from tests.support import run_config
 
 HOST = pb.Profile(name="edge-1", address="10.0.0.1:7000")
