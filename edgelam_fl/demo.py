@@ -20,9 +20,6 @@ from edgelam_fl.tasks.docstrings import write_device_files
 from edgelam_fl.telemetry.summary import summary_table
 
 RUN_FILE = """\
-[split]
-micro_batches = 1
-
 [federation]
 rounds = 3
 local_steps = 6
@@ -38,7 +35,7 @@ held_out = 0.05
 lr = 2e-3
 """
 _ANSWER_TOKENS = 40
-_BYTES_A_NODE, _BYTES_FREE = 950 << 20, 1 << 30
+_BYTES_A_NODE, _BYTES_FREE = 1100 << 20, 2 << 30
 
 
 def run_demo(console: Console, devices: int, out: Path | None, overrides: list[str]) -> int:
@@ -100,7 +97,8 @@ def _show_answers(console: Console, config: RunConfig, folder: Path, file: Path)
     with console.status("asking one held-out question, before and after"):
         from edgelam_fl.generate import answer
 
-        question, truth = set_aside(read_pairs(file, "question", "answer"), config.data.held_out)[1][0]
+        held_out = set_aside(read_pairs(file, "question", "answer"), config.data.held_out)[1]
+        question, truth = next((pair for pair in held_out if pair[0].startswith("What does")), held_out[0])
         before, after = (
             answer(config, folder / "adapter" if tuned else None, question, _ANSWER_TOKENS) for tuned in (False, True)
         )

@@ -197,7 +197,8 @@ class Node:
         command += ["--listen", self.listen, "--advertise", self.advertise, "--threads", str(self.threads)]
         command += ["--data", str(self.data.absolute())] if self.data else []
         # Nodes may share this machine's cores: a thread that spins while it waits takes them from the others.
-        environment = {"OMP_WAIT_POLICY": "PASSIVE"}
+        # One arena for all threads: what one frees, another can use (the links' threads bring in what compute frees).
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_ARENA_MAX": "1"}
         self.children["stage host"] = Child(
             f"{self.name}'s stage host", command, self.state / "stage-host.log", environment
         )

@@ -124,25 +124,43 @@ def test_one_device_trains_like_the_plain_loop(
     one_device_against_the_plain_loop(daemons, f"tiny-{base}", tiny, config, data_files[0])
 
 
-def test_three_devices_with_frozen_ends_train_like_the_plain_loop(
-    daemons: dict[str, Daemon], tiny: ModelSource, data_files: list[Path]
+def three_devices_against_the_plain_loop(
+    daemons: dict[str, Daemon], name: str, source: ModelSource, config: RunConfig, files: list[Path]
 ) -> None:
     """Bit for bit over the same pieces in device order; within 1e-5 of the update over the union's one padded batch."""
-    config = run_config(tiny.name, "lora.train=hosts", "federation.min_nodes=3")
-    fleet, start = fleet_of(daemons, "joint", tiny, config, 3)
-    devices = [device_batches(tiny, config, file, f"device-{n}", STEPS) for n, file in enumerate(data_files, 1)]
+    fleet, start = fleet_of(daemons, name, source, config, 3)
+    devices = [device_batches(source, config, file, f"device-{n}", STEPS) for n, file in enumerate(files, 1)]
     reports = fleet.run(start, STEPS)
     check_done(reports)
     got = joined(reports)
-    assert {layer_number(name) for name in got} == {2, 3}
+    middle = range(config.split.front, source.num_layers - config.split.back)
+    assert {layer_number(name) for name in got} == set(middle)
 
     def reference(steps: list) -> Adapter:
-        model = plain_model(tiny, config, start)
-        plain_training(model, config, steps, learns=lambda name: layer_number(name) in (2, 3))
+        model = plain_model(source, config, start)
+        plain_training(model, config, steps, learns=lambda name: layer_number(name) in middle)
         return {name: array for name, array in plain_adapter(model).items() if name in got}
 
     assert same_bits(got, reference(list(zip(*devices, strict=True))))
     assert relative_distance(got, reference(union_batches(devices)), start) < 1e-5
+
+
+FROZEN_ENDS = ("lora.train=hosts", "federation.min_nodes=3")
+SHORT = ("task.template=plain", "task.max_tokens=32", "federation.batch_size=2")
+
+
+def test_three_devices_with_frozen_ends_train_like_the_plain_loop(
+    daemons: dict[str, Daemon], tiny: ModelSource, data_files: list[Path]
+) -> None:
+    three_devices_against_the_plain_loop(daemons, "joint", tiny, run_config(tiny.name, *FROZEN_ENDS), data_files)
+
+
+@pytest.mark.real_model
+def test_smollm2_on_three_devices_trains_like_the_plain_loop(
+    daemons: dict[str, Daemon], smollm: ModelSource, data_files: list[Path]
+) -> None:
+    config = run_config(smollm.name, *FROZEN_ENDS, *SHORT)
+    three_devices_against_the_plain_loop(daemons, "smollm2-joint", smollm, config, data_files)
 
 
 @pytest.mark.real_model
@@ -150,7 +168,5 @@ def test_three_devices_with_frozen_ends_train_like_the_plain_loop(
 def test_smollm2_trains_like_the_plain_loop(
     daemons: dict[str, Daemon], smollm: ModelSource, data_files: list[Path], base: str
 ) -> None:
-    config = run_config(
-        smollm.name, f"model.base={base}", "task.template=plain", "task.max_tokens=32", "federation.batch_size=2"
-    )
+    config = run_config(smollm.name, f"model.base={base}", *SHORT)
     one_device_against_the_plain_loop(daemons, f"smollm2-{base}", smollm, config, data_files[0])
