@@ -32,12 +32,20 @@ class Model(Section):
 class Split(Section):
     front: int = Field(2, ge=0, description="layers after the embedding on the device; 0 lets hosts read the text")
     back: int = Field(2, ge=0, description="last layers before the head on the device; 0 lets hosts solve the labels")
-    hosts: int = Field(1, ge=0, le=1, description="edge servers on a route; 0: each device trains the whole model")
+    hosts: int = Field(1, ge=0, le=64, description="edge servers on a route; 0: each device trains the whole model")
+    cuts: Literal["equal"] | tuple[int, ...] = Field(
+        "equal", description="layers at which the hosts after the first begin"
+    )
     host_mode: Literal["joint"] = Field(
         "joint", description="how a host that serves several devices trains: one step together"
     )
     micro_batches: int = Field(2, ge=1, le=256, description="pieces that a device's batch is cut into")
     window: int = Field(2, ge=1, le=256, description="pieces of one device in flight at a time; bounds a host's memory")
+
+    @field_validator("cuts", mode="before")
+    @classmethod
+    def cuts_as_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
 
 
 class Lora(Section):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,6 @@ from edgelam_fl.errors import EnvironmentProblem
 from edgelam_fl.processes import tool_environment
 from edgelam_fl.running import check_run, run_here
 from edgelam_fl.tasks.docstrings import write_device_files
-from edgelam_fl.telemetry.summary import summary_table
 
 RUN_FILE = """\
 [federation]
@@ -52,10 +50,7 @@ def run_demo(console: Console, devices: int, out: Path | None, overrides: list[s
     status = run_here(console, config, folder, files)
     if status:
         return status
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    console.print(summary_table(summary))
     _show_answers(console, config, folder, files[0])
-    console.print(f"run: {folder}\npage: {folder / 'report.html'}", highlight=False, soft_wrap=True)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import socket
@@ -29,11 +30,13 @@ from edgelam_fl.submit import Submission, app_folder
 from edgelam_fl.tasks.data import read_records
 from edgelam_fl.telemetry.console import RunView
 from edgelam_fl.telemetry.events import EventTail
+from edgelam_fl.telemetry.summary import summary_table
 
 INTERRUPTED = 130
 _POLL_S = 0.25
 _STATUS_EVERY_S = 15.0
 _EVENTS_LAG_S = 5.0
+_RESULT_LAG_S = 30.0
 
 
 def check_run(config: RunConfig, name: str, out: Path | None) -> Path:
@@ -155,7 +158,10 @@ def run_here(console: Console, config: RunConfig, folder: Path, data: Sequence[P
     view = RunView(console, config.federation.rounds, config.federation.local_steps)
     address = f"127.0.0.1:{port}"
     cores = os.cpu_count() or 1
-    edge = [Node("edge-1", address, folder / "nodes" / "edge-1", threads=cores)] if config.split.hosts else []
+    edge = [
+        Node(f"edge-{n}", address, folder / "nodes" / f"edge-{n}", threads=max(1, cores // config.split.hosts))
+        for n in range(1, config.split.hosts + 1)
+    ]
     devices = [
         Node(f"device-{n}", address, folder / "nodes" / f"device-{n}", file, threads=max(1, cores // (len(data) + 1)))
         for n, file in enumerate(data, 1)
@@ -167,7 +173,7 @@ def run_here(console: Console, config: RunConfig, folder: Path, data: Sequence[P
         for node in nodes:
             node.start()
         view.say(
-            f"started a SuperLink, {len(edge)} edge server and {len(devices)} devices as {1 + 2 * len(nodes)} processes"
+            f"started a SuperLink, {len(edge)} edge servers and {len(devices)} devices as {1 + 2 * len(nodes)} processes"
         )
         here = config.model_copy(
             update={"federation": config.federation.model_copy(update={"expect_nodes": len(devices)})}
@@ -204,15 +210,14 @@ def follow(
     tails = {"": EventTail(folder / "events.jsonl")} | {
         node.name: EventTail(node.state / "events.jsonl") for node in nodes
     }
-    asked = time.monotonic()
+    asked, done = time.monotonic(), False
     try:
         with view:
-            while True:
+            while not done:
                 for name, tail in tails.items():
                     for event in tail.poll():
                         view.feed(event, name)
-                        if event["event"] == "run_done":
-                            return 0
+                        done = done or event["event"] == "run_done"
                         if event["event"] == "run_failed":
                             raise RunFailed(f"the run failed: {event['reason']}; {event['kept']}")
                 watch()
@@ -224,6 +229,16 @@ def follow(
         console.print(f"stopping the run. {_kept(folder)}", soft_wrap=True)
         submission.stop()
         return INTERRUPTED
+    _show_result(console, folder)
+    return 0
+
+
+def _show_result(console: Console, folder: Path) -> None:
+    end = time.monotonic() + _RESULT_LAG_S  # the event comes first, the files that it speaks of next
+    while not (folder / "report.html").exists() and time.monotonic() < end:
+        time.sleep(_POLL_S)
+    console.print(summary_table(json.loads((folder / "summary.json").read_text(encoding="utf-8"))))
+    console.print(f"run: {folder}\npage: {folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 def _check_alive(submission: Submission, folder: Path, tail: EventTail) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.adapter import target_modules
@@ -22,10 +24,19 @@ def check_config(config: RunConfig) -> ModelSource:
 def check_cuts(config: RunConfig, source: ModelSource) -> None:
     """Raises ConfigError where the device's layers do not fit the model."""
     split, layers = config.split, source.num_layers
-    room = layers - (1 if split.hosts else 0)
+    room = layers - split.hosts
     if split.front + split.back > room:
         raise ConfigError(
             f"split.front + split.back = {split.front} + {split.back} is outside the model: {source.name} has {layers} layers"
-            + (", and the host needs at least one of them" if split.hosts else "")
+            + (f", and {split.hosts} hosts need at least one each" if split.hosts else "")
             + f"; together they may be at most {room}"
         )
+    first, last = split.front, layers - split.back
+    if split.cuts != "equal":
+        borders = [first, *split.cuts, last]
+        rising = all(low < high for low, high in pairwise(borders))
+        if len(split.cuts) != max(0, split.hosts - 1) or not rising:
+            raise ConfigError(
+                f"split.cuts = {list(split.cuts)} must be {max(0, split.hosts - 1)} rising layer numbers for {split.hosts} hosts, "
+                f"each above {first} and below {last} (or 'equal')"
+            )

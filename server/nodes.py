@@ -37,12 +37,12 @@ class Nodes:
     def devices(self) -> list[str]:
         return sorted(name for name, profile in self.profiles.items() if profile.role == pb.DEVICE)
 
-    def host(self) -> pb.Profile | None:
-        """The edge server that serves the routes: the first by name that others can dial."""
-        hosts = sorted(p.name for p in self.profiles.values() if p.role == pb.EDGE and p.address)
-        return self.profiles[hosts[0]] if hosts else None
+    def hosts(self) -> list[pb.Profile]:
+        """The edge servers that others can dial, by name."""
+        found = (p for p in self.profiles.values() if p.role == pb.EDGE and p.address)
+        return sorted(found, key=lambda profile: profile.name)
 
-    def gather(self, min_devices: int, expected_devices: int, needs_host: bool, deadline_s: float) -> None:
+    def gather(self, min_devices: int, expected_devices: int, min_hosts: int, deadline_s: float) -> None:
         """Waits for the expected nodes; at the deadline, `min_devices` are enough. Raises RunFailed with who is missing."""
         end = time.monotonic() + deadline_s
         short = True  # those that were lost are asked when a round starts, and again while too few are here
@@ -50,18 +50,18 @@ class Nodes:
             news = self.refresh(ask_lost=short)
             late = time.monotonic() > end
             wanted = min_devices if late else max(min_devices, expected_devices)
-            short = len(self.devices()) < wanted or (needs_host and self.host() is None)
+            short = len(self.devices()) < wanted or len(self.hosts()) < min_hosts
             if not news and not short:
                 return
             if late and not news:
                 break
             if not news:
                 time.sleep(_POLL_S)
-        here = f"{len(self.devices())} devices ({', '.join(self.devices()) or 'none'}) and {'an' if self.host() else 'no'} edge server"
+        here = f"{len(self.devices())} devices ({', '.join(self.devices()) or 'none'}) and {len(self.hosts())} edge servers"
         problems = "".join(f"; {name}: {problem}" for name, problem in sorted(self.problems.items()))
         raise RunFailed(
             f"after {deadline_s:.0f} s {here} are here; the run needs at least {min_devices}"
-            f"{' and an edge server' if needs_host else ''} (federation.min_nodes, federation.join_deadline_s){problems}"
+            f"{f' and {min_hosts} edge servers (split.hosts)' if min_hosts else ''} (federation.min_nodes, federation.join_deadline_s){problems}"
         )
 
     def lose(self, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.model.source import ModelSource
@@ -27,15 +28,33 @@ class RoundFacts:
 
 
 def make_routes(
-    config: RunConfig, source: ModelSource, devices: Sequence[str], host: pb.Profile | None, tokens: Mapping[str, bytes]
+    config: RunConfig,
+    source: ModelSource,
+    devices: Sequence[str],
+    hosts: Sequence[pb.Profile],
+    tokens: Mapping[str, bytes],
 ) -> list[pb.Route]:
-    """One route a device, device_index in the order of the names. `tokens`: a secret a device, shared with its hosts."""
+    """One route a device, over all `hosts` in their order. `tokens`: a secret a device, shared with its hosts."""
     front, back_first = config.split.front, source.num_layers - config.split.back
-    hops = [] if host is None else [pb.Hop(node=host.name, first=front, last=back_first, address=host.address)]
+    borders = cut_layers(config, front, back_first)
+    hops = [
+        pb.Hop(node=host.name, first=first, last=last, address=host.address)
+        for host, (first, last) in zip(hosts, pairwise(borders), strict=True)
+    ]
     return [
         pb.Route(device=name, device_index=index, front=front, back_first=back_first, hops=hops, token=tokens[name])
         for index, name in enumerate(sorted(devices))
     ]
+
+
+def cut_layers(config: RunConfig, first: int, last: int) -> list[int]:
+    """The borders of the hosts' slices: `first`, the cuts, `last`. Equal cuts differ by one layer at most."""
+    hosts = config.split.hosts
+    if not hosts:
+        return [first]
+    if config.split.cuts != "equal":
+        return [first, *config.split.cuts, last]
+    return [first + (last - first) * number // hosts for number in range(hosts + 1)]
 
 
 def held_spans(plan: pb.Plan) -> list[tuple[int, int]]:

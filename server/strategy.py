@@ -144,7 +144,7 @@ class SplitLora(Strategy):
 
     def _gather(self, expected: int) -> None:
         federation = self.config.federation
-        self.nodes.gather(federation.min_nodes, expected, self.config.split.hosts > 0, federation.join_deadline_s)
+        self.nodes.gather(federation.min_nodes, expected, self.config.split.hosts, federation.join_deadline_s)
 
     def _configure(self, number: int, arrays: ArrayRecord, steps: int) -> list[Message]:
         self._global = from_record(arrays)
@@ -154,14 +154,14 @@ class SplitLora(Strategy):
         chosen = self.selection.select(
             RoundState(number, candidates, random.Random(f"{self.config.run.seed}/select/{number}"))
         )
-        host = self.nodes.host() if self.config.split.hosts else None
+        hosts = self.nodes.hosts()[: self.config.split.hosts]
         tokens = {name: secrets.token_bytes(16) for name in chosen.names}
-        routes = make_routes(self.config, self.source, chosen.names, host, tokens)
+        routes = make_routes(self.config, self.source, chosen.names, hosts, tokens)
         shares = self.bandwidth.allocate([Demand(name, 1.0, 0.0) for name in chosen.names], 0.0)
         facts = RoundFacts(self.run, number, self._attempt, self.step_offset, steps)
         # No capacity is set in this version, so a share of it limits nothing (share_bps = 0).
         plans = {r.device: make_plan(self.config, self.source, facts, r.device, pb.DEVICE, [r], 0.0) for r in routes}
-        if host is not None:
+        for host in hosts:
             plans[host.name] = make_plan(self.config, self.source, facts, host.name, pb.EDGE, routes, 0.0)
         self._open = Round(facts, plans)
         self.folder.emit(

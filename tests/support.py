@@ -64,13 +64,12 @@ class TakesPlans(Protocol):
 
 @dataclass
 class Fleet:
-    """Devices and at most one host, and the plans to run them as the server would."""
+    """Devices and a chain of hosts, and the plans to run them as the server would."""
 
     source: ModelSource
     config: RunConfig
     devices: dict[str, TakesPlans]
-    host: TakesPlans | None
-    address: str = "memory"
+    hosts: dict[str, tuple[TakesPlans, str]]  # with the address of each one's data plane
     name: str = "test"
     events: list[dict[str, Any]] = field(default_factory=list)
     round: int = 0
@@ -81,12 +80,12 @@ class Fleet:
         """One round; returns the reports by node. `send_to`: who is sent tensors (default: everyone)."""
         self.round += 1
         tokens = {name: name.encode() * 4 for name in self.devices}
-        profile = pb.Profile(name="edge-1", address=self.address) if self.host else None
-        routes = make_routes(self.config, self.source, list(self.devices), profile, tokens)
+        profiles = [pb.Profile(name=name, address=address) for name, (_, address) in self.hosts.items()]
+        routes = make_routes(self.config, self.source, list(self.devices), profiles, tokens)
         facts = RoundFacts(self.name, self.round, 1, step_offset, steps)
         plans = {}
-        if self.host:
-            plans["edge-1"] = (self.host, make_plan(self.config, self.source, facts, "edge-1", pb.EDGE, routes, 0))
+        for name, (node, _) in self.hosts.items():
+            plans[name] = (node, make_plan(self.config, self.source, facts, name, pb.EDGE, routes, 0))
         for route in routes:
             plan = make_plan(self.config, self.source, facts, route.device, pb.DEVICE, [route], 0)
             plans[route.device] = (self.devices[route.device], plan)
@@ -107,26 +106,31 @@ class Fleet:
 
 @contextmanager
 def memory_fleet(source: ModelSource, config: RunConfig, data: Sequence[Path]) -> Iterator[Fleet]:
-    fleet = Fleet(source, config, {}, None)
-    host = StageHost("edge-1", _no_dial, fleet.emit, address="memory") if config.split.hosts else None
-    nodes = [host] if host else []
+    fleet = Fleet(source, config, {}, {})
+    nodes: dict[str, StageHost] = {}
+    dial = _memory_dial(nodes)
+    for number in range(1, config.split.hosts + 1):
+        name = f"edge-{number}"
+        nodes[name] = StageHost(name, dial, fleet.emit, address=name)
+        fleet.hosts[name] = (nodes[name], name)
     for number, file in enumerate(data, 1):
-        nodes.append(StageHost(f"device-{number}", _memory_dial(host), fleet.emit, data=file))
-    fleet.host = host
-    fleet.devices.update({node.name: node for node in nodes if node is not host})
+        name = f"device-{number}"
+        nodes[name] = StageHost(name, dial, fleet.emit, data=file)
+        fleet.devices[name] = nodes[name]
     yield fleet
-    for node in nodes:
+    for node in nodes.values():
         node.stop()
 
 
-def _memory_dial(host: StageHost | None) -> Dial:
+def _memory_dial(nodes: dict[str, StageHost]) -> Dial:
+    """An address is a node's name."""
+
     def dial(address: str, name: str, hello: pb.Hello, counters: Any, ears: Any, deadlines: Any) -> Any:
-        assert host is not None
         end = time.monotonic() + deadlines.ready_s
         while time.monotonic() < end:
             ours, theirs = memory_pair(name, counters, counters)
             ours.attach(*ears)
-            answer = host.admit(hello, theirs)
+            answer = nodes[address].admit(hello, theirs)
             if isinstance(answer, pb.Ready):
                 return ours, answer
             assert isinstance(answer, pb.NotReady), answer
@@ -134,10 +138,6 @@ def _memory_dial(host: StageHost | None) -> Dial:
         raise AssertionError("the host never took the job")
 
     return dial
-
-
-def _no_dial(*_: Any) -> Any:
-    raise AssertionError("a host dials nobody")
 
 
 def check_done(reports: dict[str, pb.JobReport]) -> None:

@@ -111,7 +111,7 @@ def load_stages(source: ModelSource, spans: list[Span], base: str, lora: LoraSet
     """
     config = AutoConfig.from_pretrained(source.folder)
     dtype = COMPUTE_DTYPE[base]
-    models = [_skeleton(config, span, base, dtype) for span in spans]
+    models = [_skeleton(config, span, base) for span in spans]
     # keep_vars: parameters, not copies; a tied head's own name is absent from files that hold it once.
     wanted = {
         _stored_name(source, name.removesuffix("_scale") if name.endswith(".weight_scale") else name)
@@ -135,10 +135,12 @@ def _stored_name(source: ModelSource, name: str) -> str:
     return name
 
 
-def _skeleton(config: Any, span: Span, base: str, dtype: torch.dtype) -> PreTrainedModel:
+def _skeleton(config: Any, span: Span, base: str) -> PreTrainedModel:
     """The model without storage, and without what other stages hold."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        # The tensors that are assigned later bring their dtype. Any other here would be set as the whole process's
+        # default for a moment, and two stages loading at once would leave it so.
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     inner = model.base_model
     layers, norm = _parts(inner, config)
     if not 0 <= span.first <= span.last <= len(layers):

@@ -33,8 +33,7 @@ from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.codec import CODECS
 from edgelam_fl.wire.counters import ByteCounters
-from edgelam_fl.wire.grpc_link import Ears
-from edgelam_fl.wire.link import Link
+from edgelam_fl.wire.link import Ears, Link
 
 _RETRY_MS = 200
 _RESULTS_KEPT = 2
@@ -299,30 +298,45 @@ class StageHost:
 
     def _open_links(self, plan: pb.Plan, held: Held, route: Route, counters: ByteCounters) -> None:
         own = plan.routes[0]
-        if not own.hops:
-            return
-        ears = (route.inbox.on_frame, route.inbox.on_lost)
-        for side, hop in ((pb.ENTRY, own.hops[0]), (pb.EXIT, own.hops[-1])):
-            hello = pb.Hello(
-                version=PROTOCOL_VERSION, job=job_id(plan), node=self.name, device_index=own.device_index, link=side,
-                route_token=own.token, model_digest=held.source.digest, window=plan.window, codecs=list(CODECS),
-            )  # fmt: skip
-            name = f"{'entry' if side == pb.ENTRY else 'exit'} {hop.node}"
-            link, ready = self._dial(hop.address, name, hello, counters, ears, plan.deadlines)
-            if side == pb.ENTRY:
-                route.entry = link
-            else:
-                route.exit = link
-            if ready.codec not in CODECS or not ready.window >= 1:
-                raise PeerLost(f"{name} granted codec {ready.codec!r} and window {ready.window}")
-            rows = -(-plan.batch_size // plan.micro_batches)
-            itemsize = held.stages[0].dtype.itemsize
-            link.max_tensor_bytes = rows * plan.task.max_tokens * held.source.hidden_size * itemsize
-            link.job_token, link.codec = ready.job_token, ready.codec
+        if own.hops:
+            ears = (route.inbox.on_frame, route.inbox.on_lost)
+            route.entry = self._open_link(plan, held, own, 0, pb.ENTRY, counters, ears)
+            route.exit = self._open_link(plan, held, own, len(own.hops) - 1, pb.EXIT, counters, ears)
+
+    def _open_link(
+        self,
+        plan: pb.Plan,
+        held: Held,
+        route: pb.Route,
+        number: int,
+        side: pb.LinkRole,
+        counters: ByteCounters,
+        ears: Ears,
+    ) -> Link:
+        """Dials a hop of a route and sets the link up as both ends agreed."""
+        hop = route.hops[number]
+        hello = pb.Hello(
+            version=PROTOCOL_VERSION, job=job_id(plan), node=self.name, device_index=route.device_index, link=side,
+            route_token=route.token, model_digest=held.source.digest, window=plan.window, codecs=list(CODECS),
+        )  # fmt: skip
+        name = f"{'entry' if side == pb.ENTRY else 'exit'} {hop.node}"
+        name += f" for {route.device}" if plan.role == pb.EDGE else ""
+        link, ready = self._dial(hop.address, name, hello, counters, ears, plan.deadlines)
+        if ready.codec not in CODECS or not ready.window >= 1:
+            raise PeerLost(f"{name} granted codec {ready.codec!r} and window {ready.window}")
+        rows = -(-plan.batch_size // plan.micro_batches)
+        itemsize = held.stages[0].dtype.itemsize
+        link.max_tensor_bytes = rows * plan.task.max_tokens * held.source.hidden_size * itemsize
+        link.job_token, link.codec = ready.job_token, ready.codec
+        return link
 
     def _serve(self, part: Part, held: Held, emit: Callable[..., None]) -> None:
         plan, report = part.plan, part.report
-        host = Host(plan, held.stages[0], held.optimizer, held.source.hidden_size, emit)
+
+        def dial_next(route: pb.Route, number: int, counters: ByteCounters, ears: Ears) -> Link:
+            return self._open_link(plan, held, route, number, pb.ENTRY, counters, ears)
+
+        host = Host(plan, held.stages[0], held.optimizer, held.source.hidden_size, dial_next, emit)
         part.attach(host.inbox)
         self._hosting = host  # from here on HELLO is answered
         reason = "the round is over"

@@ -18,7 +18,7 @@ from edgelam_fl.errors import EnvironmentProblem, PeerLost, ProtocolError, Refus
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
-from edgelam_fl.wire.link import Frame, Link, Outbox
+from edgelam_fl.wire.link import Ears, Frame, Link, Outbox
 
 _METHOD = "/edgelam.v1.DataPlane/Link"
 _HELLO_DEADLINE_S = 10.0
@@ -36,8 +36,6 @@ _OPTIONS = [
     ("grpc.enable_http_proxy", 0),  # the other end is a machine of the federation, never a web address
 ]
 
-# What a link tells those above: frames, and once that it is lost and why.
-Ears = tuple[Callable[[Link, Frame], None], Callable[[Link, str], None]]
 # Asked for every HELLO: lets the link in (after attaching to it) or says why not.
 Doorkeeper = Callable[[pb.Hello, Link], pb.Ready | pb.NotReady | pb.Refuse]
 

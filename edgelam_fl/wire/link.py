@@ -33,6 +33,10 @@ _UNDERSTOOD = {
 }  # fmt: skip
 
 
+# What a link tells those above: frames, and once that it is lost and why.
+Ears = tuple[Callable[["Link", "Frame"], None], Callable[["Link", str], None]]
+
+
 @dataclass
 class _Partial:
     """A tensor of which some chunks have arrived, in order."""

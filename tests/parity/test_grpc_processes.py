@@ -72,9 +72,9 @@ class Daemon:
 
 @pytest.fixture(scope="module")
 def daemons(tmp_path_factory: pytest.TempPathFactory, data_files: list[Path]) -> Iterator[dict[str, Daemon]]:
-    """edge-1 and device-1 to device-3, for all tests here: what they hold changes with the plan."""
+    """edge-1, edge-2 and device-1 to device-3, for all tests here: what they hold changes with the plan."""
     folder = tmp_path_factory.mktemp("daemons")
-    started = {"edge-1": Daemon("edge-1", folder / "edge-1")}
+    started = {name: Daemon(name, folder / name) for name in ("edge-1", "edge-2")}
     for number, file in enumerate(data_files, 1):
         started[f"device-{number}"] = Daemon(f"device-{number}", folder / f"device-{number}", file)
     try:
@@ -90,7 +90,9 @@ def fleet_of(
 ) -> tuple[Fleet, Adapter]:
     """A fleet of some of the daemons under a job name of its own, and the adapter to start from."""
     chosen = {f"device-{number}": daemons[f"device-{number}"] for number in range(1, devices + 1)}
-    fleet = Fleet(source, config, dict(chosen), daemons["edge-1"], daemons["edge-1"].address(), name)
+    names = [f"edge-{number}" for number in range(1, config.split.hosts + 1)]
+    hosts: dict = {name: (daemons[name], daemons[name].address()) for name in names}
+    fleet = Fleet(source, config, dict(chosen), hosts, name)
     return fleet, initial_adapter(source, config.lora.targets, config.lora.rank, config.run.seed)
 
 
@@ -122,6 +124,13 @@ def test_one_device_trains_like_the_plain_loop(
 ) -> None:
     config = run_config(tiny.name, f"model.base={base}")
     one_device_against_the_plain_loop(daemons, f"tiny-{base}", tiny, config, data_files[0])
+
+
+def test_one_device_over_two_hosts_trains_like_the_plain_loop(
+    daemons: dict[str, Daemon], tiny: ModelSource, data_files: list[Path]
+) -> None:
+    config = run_config(tiny.name, "split.hosts=2", "split.cuts=[4]", "split.back=1")
+    one_device_against_the_plain_loop(daemons, "chain", tiny, config, data_files[0])
 
 
 def three_devices_against_the_plain_loop(

@@ -11,6 +11,7 @@ from edgelam_fl.model.adapter import initial_adapter
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import LoraSettings, Span, load_stages
 from tests.support import (
+    Fleet,
     check_done,
     device_batches,
     forward,
@@ -29,11 +30,11 @@ STEPS = 20
 
 
 @pytest.mark.parametrize("base", ["fp32", "bf16"])
-@pytest.mark.parametrize("hosts", [0, 1])
+@pytest.mark.parametrize("hosts", [0, 1, 2, 3])
 def test_one_device_trains_like_the_plain_loop(
     tiny: ModelSource, data_files: list[Path], base: str, hosts: int
 ) -> None:
-    config = run_config(tiny.name, f"model.base={base}", f"split.hosts={hosts}")
+    config = run_config(tiny.name, f"model.base={base}", f"split.hosts={hosts}", "split.front=1")
     start = initial_adapter(tiny, config.lora.targets, config.lora.rank, 1)
     batches = device_batches(tiny, config, data_files[0], "device-1", STEPS)
     with memory_fleet(tiny, config, data_files[:1]) as fleet:
@@ -44,8 +45,11 @@ def test_one_device_trains_like_the_plain_loop(
     assert same_bits(joined(reports), plain_adapter(model))
 
 
-def test_three_devices_with_frozen_ends_train_like_the_plain_loop(tiny: ModelSource, data_files: list[Path]) -> None:
-    config = run_config(tiny.name, "lora.train=hosts")
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_three_devices_with_frozen_ends_train_like_the_plain_loop(
+    tiny: ModelSource, data_files: list[Path], hosts: int
+) -> None:
+    config = run_config(tiny.name, "lora.train=hosts", f"split.hosts={hosts}")
     start = initial_adapter(tiny, config.lora.targets, config.lora.rank, 1)
     devices = [device_batches(tiny, config, file, f"device-{n}", STEPS) for n, file in enumerate(data_files, 1)]
     with memory_fleet(tiny, config, data_files) as fleet:
@@ -119,3 +123,28 @@ def test_a_route_over_a_host_equals_the_route_over_none(tiny: ModelSource, data_
         results.append((joined(second), second["device-1"].eval_loss_sum))
     assert same_bits(results[0][0], results[1][0])
     assert results[0][1] == results[1][1]
+
+
+def test_a_device_lost_in_a_chain_costs_its_own_micro_batches(tiny: ModelSource, data_files: list[Path]) -> None:
+    """Three devices over two hosts; one goes after its third step. Both hosts finish, on the same members in every step."""
+    config = run_config(tiny.name, "split.hosts=2")
+    start = initial_adapter(tiny, config.lora.targets, config.lora.rank, 1)
+    with memory_fleet(tiny, config, data_files) as fleet:
+        lost = fleet.devices["device-3"]
+
+        def watch(event: str, **fields: object) -> None:
+            Fleet.emit(fleet, event, **fields)
+            if event == "step" and fields["job"] == "test/1/1/device-3" and fields["step"] == 2:
+                lost._current.cancel("unplugged")  # type: ignore[attr-defined]
+
+        lost._emit = watch  # type: ignore[attr-defined]
+        reports = fleet.run(start, 8)
+    assert reports["device-3"].error == "unplugged"
+    check_done({name: report for name, report in reports.items() if name != "device-3"})
+    stayed = sum(step.labels for name in ("device-1", "device-2") for step in reports[name].steps)
+    done = [e["labels"] for e in fleet.events if e["event"] == "step" and e["job"] == "test/1/1/device-3"]
+    assert len(done) == 3
+    assert reports["edge-1"].labels_trained == reports["edge-2"].labels_trained >= stayed + sum(done)
+    closed = [event for event in fleet.events if event["event"] == "step_closed"]
+    assert {event["job"].split("/")[-1] for event in closed} == {"edge-1", "edge-2"}
+    assert all(event["left_out"][0]["node"] == "device-3" for event in closed)

@@ -16,7 +16,7 @@ from edgelam_fl.model.stage import LoraSettings, Span, Stage, load_stages
 from edgelam_fl.split.host import Host
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
-from edgelam_fl.wire.link import Frame
+from edgelam_fl.wire.link import Frame, Link
 from edgelam_fl.wire.memory import MemoryLink, memory_pair
 from server.plans import RoundFacts, make_plan, make_routes
 from tests.support import run_config
@@ -24,6 +24,10 @@ from tests.support import run_config
 LABELS = {0: 3, 1: 17, 2: 1}  # so unequal that a mean of means would be far off
 TOKENS, LR = 20, 1.0
 WAIT_S = 6.0
+
+
+def dials_nobody(*_: Any) -> Link:
+    raise AssertionError("the last host of a route dials nobody")
 
 
 class Site:
@@ -35,16 +39,15 @@ class Site:
         self.source, self.events = source, list[dict[str, Any]]()
         config = run_config(source.name, *overrides)
         names = [f"device-{number}" for number in range(devices)]
-        routes = make_routes(config, source, names, pb.Profile(name="edge-1"), {n: n.encode() for n in names})
+        routes = make_routes(config, source, names, [pb.Profile(name="edge-1")], {n: n.encode() for n in names})
         self.plan = make_plan(config, source, RoundFacts("run", 1, 1, 0, steps), "edge-1", pb.EDGE, routes, 0.0)
         for name, seconds in deadlines.items():
             setattr(self.plan.deadlines, name, seconds)
         self.stage = middle(source)
         self.start = {name: p.detach().clone() for name, p in self.stage.adapter_parameters.items()}
         optimizer = torch.optim.SGD(self.stage.adapter_parameters.values(), lr=LR)
-        self.host = Host(
-            self.plan, self.stage, optimizer, source.hidden_size, lambda e, **f: self.events.append({"event": e, **f})
-        )
+        emit = lambda event, **fields: self.events.append({"event": event, **fields})  # noqa: E731
+        self.host = Host(self.plan, self.stage, optimizer, source.hidden_size, dials_nobody, emit)
         self.problem: Exception | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
 

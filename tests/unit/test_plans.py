@@ -23,8 +23,8 @@ def test_cuts_inside_the_model(tiny: ModelSource, front: int, back: int, hosts: 
 @pytest.mark.parametrize(
     ("front", "back", "hosts", "rest"),
     [
-        (3, 3, 1, "6 layers, and the host needs at least one of them; together they may be at most 5"),
-        (40, 0, 1, "6 layers, and the host needs at least one of them; together they may be at most 5"),
+        (3, 3, 1, "6 layers, and 1 hosts need at least one each; together they may be at most 5"),
+        (40, 0, 1, "6 layers, and 1 hosts need at least one each; together they may be at most 5"),
         (4, 3, 0, "6 layers; together they may be at most 6"),
     ],
 )
@@ -38,7 +38,7 @@ def test_a_cut_outside_the_model(tiny: ModelSource, front: int, back: int, hosts
 
 
 def test_routes_over_a_host(tiny: ModelSource) -> None:
-    one, two = make_routes(run_config("x", "split.front=1"), tiny, ["b", "a"], HOST, TOKENS)
+    one, two = make_routes(run_config("x", "split.front=1"), tiny, ["b", "a"], [HOST], TOKENS)
     assert (one.device, one.device_index, one.token) == ("a", 0, b"A")
     assert (two.device, two.device_index, two.token) == ("b", 1, b"B")
     assert (one.front, one.back_first) == (1, 6 - 2)
@@ -56,8 +56,10 @@ def test_routes_over_a_host(tiny: ModelSource) -> None:
 def test_held_spans(
     tiny: ModelSource, node: str, role: int, host: pb.Profile | None, expected: list[tuple[int, int]]
 ) -> None:
-    config = run_config("x")
-    plan = make_plan(config, tiny, FACTS, node, role, make_routes(config, tiny, ["a"], host, TOKENS), 0.0)
+    config = run_config("x", f"split.hosts={int(host is not None)}")
+    plan = make_plan(
+        config, tiny, FACTS, node, role, make_routes(config, tiny, ["a"], [host] if host else [], TOKENS), 0.0
+    )
     assert held_spans(plan) == expected
 
 
@@ -66,7 +68,7 @@ def test_a_plan_says_what_the_run_file_says(tiny: ModelSource) -> None:
         "m", "lora.train=['front', 'back']", "lora.rank=4", "optimizer.lr=0.5", "federation.min_nodes=3",
         "federation.step_deadline_s=7", "task.max_tokens=33", "data.fields.answer=reply", "run.seed=9",
     )  # fmt: skip
-    plan = make_plan(config, tiny, FACTS, "a", pb.DEVICE, make_routes(config, tiny, ["a", "b"], HOST, TOKENS), 1e6)
+    plan = make_plan(config, tiny, FACTS, "a", pb.DEVICE, make_routes(config, tiny, ["a", "b"], [HOST], TOKENS), 1e6)
     assert (plan.run, plan.round, plan.attempt, plan.steps, plan.optimizer.step_offset) == ("run", 3, 2, 10, 20)
     assert (plan.model.name, plan.model.digest, plan.model.num_layers) == ("m", tiny.digest, 6)
     assert (plan.lora.rank, plan.lora.train_front, plan.lora.train_hosts, plan.lora.train_back) == (

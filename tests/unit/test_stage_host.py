@@ -21,7 +21,7 @@ from tests.support import check_done, joined, memory_fleet, run_config, same_bit
 def a_plan(source: ModelSource, attempt: int = 1, **other: Any) -> pb.SubmitRequest:
     """An edge server's part for one device, which never comes."""
     config = run_config(source.name)
-    routes = make_routes(config, source, ["device-1"], pb.Profile(name="edge-1"), {"device-1": b"secret"})
+    routes = make_routes(config, source, ["device-1"], [pb.Profile(name="edge-1")], {"device-1": b"secret"})
     plan = make_plan(config, source, RoundFacts("run", 1, attempt, 0, 1), "edge-1", pb.EDGE, routes, 0.0)
     start = adapters.initial_adapter(source, config.lora.targets, config.lora.rank, 1)
     tensors = adapters.slice_of(start, held_spans(plan))
