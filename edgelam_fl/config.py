@@ -7,6 +7,7 @@ any federation.
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import tomllib
 from collections.abc import Mapping
@@ -24,21 +25,38 @@ class Section(BaseModel):
 
 class Model(Section):
     name: str = Field("smollm2-135m", min_length=1, description="built-in name, folder, .gguf file or hub name")
-    base: Literal["fp32", "bf16", "int8"] = Field(
-        "fp32", description="frozen weights; int8 is by row, computed in fp32"
+    base: Literal["fp32", "bf16", "int8", "nf4", "auto"] = Field(
+        "fp32", description="frozen weights; int8 is by row; auto: the fastest that fits, measured on each node"
+    )
+    compute: Literal["fp32", "bf16", "auto"] = Field(
+        "auto", description="auto: bf16 where the base is bf16, else fp32; with base = 'auto' measured too"
     )
 
 
 class Split(Section):
     front: int = Field(2, ge=0, description="layers after the embedding on the device; 0 lets hosts read the text")
     back: int = Field(2, ge=0, description="last layers before the head on the device; 0 lets hosts solve the labels")
-    hosts: int = Field(1, ge=0, le=64, description="edge servers on a route; 0: each device trains the whole model")
+    fronts: dict[str, int] = Field({}, description="front of the devices whose names match, as in { 'pi-*' = 1 }")
+    backs: dict[str, int] = Field({}, description="back of the devices whose names match")
+    hosts: int = Field(1, ge=0, le=64, description="hosts on a route; 0: each device trains the whole model")
+    sites: int = Field(
+        1, ge=1, le=256, description="chains of hosts that train the same layers, each for its own devices"
+    )
+    host_on: Literal["edge", "any"] = Field(
+        "edge", description="who may be a host: edge servers, or after them also devices that listen (--listen)"
+    )
     cuts: Literal["equal"] | tuple[int, ...] = Field(
         "equal", description="layers at which the hosts after the first begin"
     )
-    host_mode: Literal["joint"] = Field(
-        "joint", description="how a host that serves several devices trains: one step together"
+    host_mode: Literal["joint", "sequential", "copies"] = Field(
+        "joint",
+        description="several devices on a host: one step together | a step each in turn | an adapter each, averaged later",
     )
+    labels: Literal["device", "last-stage"] = Field(
+        "device",
+        description="last-stage: the last host sees the labels and holds the head, only to compare with SplitLoRA",
+    )
+    checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, more time")
     micro_batches: int = Field(2, ge=1, le=256, description="pieces that a device's batch is cut into")
     window: int = Field(2, ge=1, le=256, description="pieces of one device in flight at a time; bounds a host's memory")
 
@@ -50,7 +68,9 @@ class Split(Section):
 
 class Lora(Section):
     rank: int = Field(8, ge=1, le=1024, description="rank of every adapter")
+    ranks: dict[str, int] = Field({}, description="rank on the nodes whose names match, as in { 'zero-*' = 2 }")
     alpha: float = Field(16.0, gt=0, description="the adapter's output is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of an adapter's inputs that is dropped in training")
     targets: tuple[str, ...] = Field(
         ("q_proj", "v_proj"), min_length=1, description="module names inside the layers, or 'all-linear'"
     )
@@ -71,10 +91,20 @@ class Fields(Section):
 
 
 class Task(Section):
-    kind: Literal["causal-lm"] = "causal-lm"
+    kind: Literal["causal-lm", "classification"] = "causal-lm"
+    classes: tuple[str, ...] = Field((), description="classification: the labels, as the answers of the data name them")
     max_tokens: int = Field(96, ge=8, le=32768, description="longer examples are cut at the end")
     template: str = Field("chat", description="'chat' (the model's own), 'plain', or a text with {prompt} and {answer}")
     loss_on: Literal["answer", "all"] = Field("answer", description="which tokens are learned")
+
+    weighting: Literal["labels", "examples"] = Field(
+        "labels", description="what losses and aggregation are weighted by: labelled tokens, or examples alike"
+    )
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def classes_as_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
 
     @field_validator("template")
     @classmethod
@@ -92,6 +122,9 @@ class Data(Section):
 class Federation(Section):
     rounds: int = Field(4, ge=1, le=100_000)
     local_steps: int = Field(10, ge=1, le=100_000, description="optimizer steps between two aggregations")
+    epochs: int = Field(
+        0, ge=0, description="passes over each device's data a round, instead of local_steps; 0: local_steps"
+    )
     batch_size: int = Field(8, ge=1, le=65_536, description="examples of one device in one step")
     min_nodes: int = Field(1, ge=1, description="devices without which a round does not start")
     expect_nodes: int = Field(
@@ -105,12 +138,51 @@ class Federation(Section):
 class Optimizer(Section):
     name: Literal["adamw"] = "adamw"
     lr: float = Field(1e-3, gt=0, le=10)
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="of lr, over all planned steps")
+    warmup_steps: int = Field(0, ge=0, description="lr rises to its value over these first steps of the run")
+    clip: Literal["none", "stage", "global"] = Field(
+        "none", description="limit the gradient's norm: of each node's part | of all nodes' parts together"
+    )
+    max_norm: float = Field(1.0, gt=0, description="the limit")
+    keep: Literal["exact", "always"] = Field(
+        "exact", description="moments go on only from the very adapter that they belong to, or always"
+    )
 
 
 class Strategy(Section):
     aggregation: str = Field("fedavg", description="fedavg, none, or package.module:Class")
     selection: str = Field("all", description="all, or package.module:Class")
     bandwidth: str = Field("uniform", description="uniform, or package.module:Class")
+
+
+class Wire(Section):
+    capacity: str = Field(
+        "", description="of the server's uplink and downlink, shared out by strategy.bandwidth; '': unlimited"
+    )
+
+    @property
+    def capacity_bps(self) -> float:
+        """In bits per second; 0: unlimited."""
+        return _bits_per_second(self.capacity) if self.capacity else 0.0
+
+    @field_validator("capacity")
+    @classmethod
+    def readable(cls, value: str) -> str:
+        if value:
+            _bits_per_second(value)
+        return value
+
+
+def _bits_per_second(text: str) -> float:
+    number, _, unit = text.strip().partition(" ")
+    scale = {"kbit/s": 1e3, "Mbit/s": 1e6, "Gbit/s": 1e9}.get(unit.strip())
+    try:
+        rate = float(number) * (scale or 0)
+    except ValueError:
+        rate = 0.0
+    if not (scale and 0 < rate < 1e15):
+        raise ValueError("must be a rate such as '100 Mbit/s' (kbit/s, Mbit/s or Gbit/s), or '' for no limit")
+    return rate
 
 
 class Run(Section):
@@ -127,6 +199,7 @@ class RunConfig(Section):
     federation: Federation = Federation()
     optimizer: Optimizer = Optimizer()
     strategy: Strategy = Strategy()
+    wire: Wire = Wire()
     run: Run = Run()
 
     @model_validator(mode="after")
@@ -149,11 +222,15 @@ class RunConfig(Section):
 
 def _toml_value(value: Any) -> str:
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {_toml_value(inner)}" for key, inner in value.items()) + " }"
+        return "{ " + ", ".join(f"{_toml_key(key)} = {_toml_value(inner)}" for key, inner in value.items()) + " }"
     if isinstance(value, list):
         return "[" + ", ".join(_toml_value(inner) for inner in value) + "]"
     # TOML's basic strings, numbers and booleans are JSON's, but for one character that TOML wants escaped.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)
 
 
 def parse_run_file(text: str, *, source: str, overrides: str | list[str] = ()) -> RunConfig:  # type: ignore[assignment]

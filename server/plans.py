@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from edgelam_fl.config import RunConfig
+from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -57,14 +58,14 @@ def cut_layers(config: RunConfig, first: int, last: int) -> list[int]:
     return [first + (last - first) * number // hosts for number in range(hosts + 1)]
 
 
-def held_spans(plan: pb.Plan) -> list[tuple[int, int]]:
-    """The layers whose adapters the plan's node holds."""
+def held_spans(plan: pb.Plan) -> list[Span]:
+    """What the plan's node holds."""
     route = plan.routes[0]
     if plan.role == pb.EDGE:
-        return [(hop.first, hop.last) for hop in route.hops if hop.node == plan.node]
+        return [Span(hop.first, hop.last) for hop in route.hops if hop.node == plan.node]
     if not route.hops:
-        return [(0, plan.model.num_layers)]
-    return [(0, route.front), (route.back_first, plan.model.num_layers)]
+        return [Span(0, plan.model.num_layers, embed=True, head=True)]
+    return [Span(0, route.front, embed=True), Span(route.back_first, plan.model.num_layers, head=True)]
 
 
 def make_plan(

@@ -10,6 +10,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,22 @@ from edgelam_fl.errors import ConfigError, ProtocolError, nearest
 from edgelam_fl.model.source import ModelSource, layer_number
 
 Adapter = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Layers [first, last), with the embedding and/or the final norm and head."""
+
+    first: int
+    last: int
+    embed: bool = False
+    head: bool = False
+
+    def holds(self, name: str) -> bool:
+        """Whether a tensor of this name is in the span; what stands outside the layers belongs to the head."""
+        layer = layer_number(name)
+        return self.head if layer is None else self.first <= layer < self.last
+
 
 PREFIX = "base_model.model."
 
@@ -45,14 +62,10 @@ def from_bytes(data: bytes) -> Adapter:
         raise ProtocolError(f"adapter tensors cannot be read: {error}") from error
 
 
-def slice_of(adapter: Mapping[str, np.ndarray], spans: Iterable[tuple[int, int]]) -> Adapter:
-    """The tensors of the layers in any of the half-open `spans`."""
+def slice_of(adapter: Mapping[str, np.ndarray], spans: Iterable[Span]) -> Adapter:
+    """The tensors that any of the `spans` holds."""
     spans = list(spans)
-    return {
-        name: array
-        for name, array in adapter.items()
-        if any(first <= (layer_number(name) or 0) < last for first, last in spans)
-    }
+    return {name: array for name, array in adapter.items() if any(span.holds(name) for span in spans)}
 
 
 def target_modules(source: ModelSource, targets: Iterable[str]) -> dict[str, tuple[int, int]]:

@@ -20,22 +20,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from edgelam_fl.errors import ModelError, ProtocolError
-from edgelam_fl.model.adapter import Adapter, target_modules
+from edgelam_fl.model.adapter import Adapter, Span, target_modules
 from edgelam_fl.model.quantized import Int8Linear
 from edgelam_fl.model.source import ModelSource, layer_number
 from edgelam_fl.model.weights import COMPUTE_DTYPE, read_tensors
 
 _FINAL_NORMS = ("norm", "ln_f", "final_layernorm")
-
-
-@dataclass(frozen=True)
-class Span:
-    """Layers [first, last), with the embedding and/or the final norm and head."""
-
-    first: int
-    last: int
-    embed: bool = False
-    head: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from edgelam_fl.errors import PeerLost, Refused, RunFailed
-from edgelam_fl.model.stage import LoraSettings, Span
+from edgelam_fl.model.adapter import Span
+from edgelam_fl.model.stage import LoraSettings
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.link import Frame, Link
 

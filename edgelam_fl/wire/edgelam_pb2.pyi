@@ -118,7 +118,14 @@ class Tensor(_message.Message):
     def __init__(self, dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., codec: _Optional[str] = ..., codec_meta: _Optional[bytes] = ..., total_bytes: _Optional[int] = ..., chunk: _Optional[int] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class Header(_message.Message):
-    __slots__ = ("kind", "optional", "last_chunk", "cached", "rows_selected", "job_token", "phase", "step", "micro_batch", "device_index", "coord", "tensor", "seq", "send_ns", "epoch", "row_lengths", "hello", "ready", "not_ready", "refuse", "table", "table_all", "step_close", "done", "cancel", "error", "progress")
+    __slots__ = ("kind", "optional", "last_chunk", "cached", "rows_selected", "job_token", "phase", "step", "micro_batch", "device_index", "coord", "tensor", "seq", "send_ns", "epoch", "row_lengths", "loss_sum", "session", "sums", "hello", "ready", "not_ready", "refuse", "table", "table_all", "step_close", "done", "cancel", "error", "progress", "step_ready", "step_apply")
+    class SumsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     KIND_FIELD_NUMBER: _ClassVar[int]
     OPTIONAL_FIELD_NUMBER: _ClassVar[int]
     LAST_CHUNK_FIELD_NUMBER: _ClassVar[int]
@@ -136,6 +143,9 @@ class Header(_message.Message):
     SEND_NS_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     ROW_LENGTHS_FIELD_NUMBER: _ClassVar[int]
+    LOSS_SUM_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    SUMS_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     NOT_READY_FIELD_NUMBER: _ClassVar[int]
@@ -147,6 +157,8 @@ class Header(_message.Message):
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    STEP_READY_FIELD_NUMBER: _ClassVar[int]
+    STEP_APPLY_FIELD_NUMBER: _ClassVar[int]
     kind: Kind
     optional: bool
     last_chunk: bool
@@ -163,6 +175,9 @@ class Header(_message.Message):
     send_ns: int
     epoch: int
     row_lengths: _containers.RepeatedScalarFieldContainer[int]
+    loss_sum: float
+    session: int
+    sums: _containers.ScalarMap[str, float]
     hello: Hello
     ready: Ready
     not_ready: NotReady
@@ -174,7 +189,9 @@ class Header(_message.Message):
     cancel: Cancel
     error: Error
     progress: Progress
-    def __init__(self, kind: _Optional[_Union[Kind, str]] = ..., optional: _Optional[bool] = ..., last_chunk: _Optional[bool] = ..., cached: _Optional[bool] = ..., rows_selected: _Optional[bool] = ..., job_token: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., device_index: _Optional[int] = ..., coord: _Optional[_Iterable[int]] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., seq: _Optional[int] = ..., send_ns: _Optional[int] = ..., epoch: _Optional[int] = ..., row_lengths: _Optional[_Iterable[int]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., not_ready: _Optional[_Union[NotReady, _Mapping]] = ..., refuse: _Optional[_Union[Refuse, _Mapping]] = ..., table: _Optional[_Union[Table, _Mapping]] = ..., table_all: _Optional[_Union[TableAll, _Mapping]] = ..., step_close: _Optional[_Union[StepClose, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., **kwargs) -> None: ...
+    step_ready: StepReady
+    step_apply: StepApply
+    def __init__(self, kind: _Optional[_Union[Kind, str]] = ..., optional: _Optional[bool] = ..., last_chunk: _Optional[bool] = ..., cached: _Optional[bool] = ..., rows_selected: _Optional[bool] = ..., job_token: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., device_index: _Optional[int] = ..., coord: _Optional[_Iterable[int]] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., seq: _Optional[int] = ..., send_ns: _Optional[int] = ..., epoch: _Optional[int] = ..., row_lengths: _Optional[_Iterable[int]] = ..., loss_sum: _Optional[float] = ..., session: _Optional[int] = ..., sums: _Optional[_Mapping[str, float]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., not_ready: _Optional[_Union[NotReady, _Mapping]] = ..., refuse: _Optional[_Union[Refuse, _Mapping]] = ..., table: _Optional[_Union[Table, _Mapping]] = ..., table_all: _Optional[_Union[TableAll, _Mapping]] = ..., step_close: _Optional[_Union[StepClose, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., step_ready: _Optional[_Union[StepReady, _Mapping]] = ..., step_apply: _Optional[_Union[StepApply, _Mapping]] = ..., **kwargs) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("version", "features", "job", "node", "device_index", "link", "route_token", "model_digest", "window", "codecs")
@@ -274,6 +291,22 @@ class LeftOut(_message.Message):
     reason: str
     def __init__(self, device_index: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
+class StepReady(_message.Message):
+    __slots__ = ("squared_norm", "finite")
+    SQUARED_NORM_FIELD_NUMBER: _ClassVar[int]
+    FINITE_FIELD_NUMBER: _ClassVar[int]
+    squared_norm: float
+    finite: bool
+    def __init__(self, squared_norm: _Optional[float] = ..., finite: _Optional[bool] = ...) -> None: ...
+
+class StepApply(_message.Message):
+    __slots__ = ("scale", "skip")
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    SKIP_FIELD_NUMBER: _ClassVar[int]
+    scale: float
+    skip: bool
+    def __init__(self, scale: _Optional[float] = ..., skip: _Optional[bool] = ...) -> None: ...
+
 class Done(_message.Message):
     __slots__ = ("loss_sum", "labels", "units")
     LOSS_SUM_FIELD_NUMBER: _ClassVar[int]
@@ -323,61 +356,77 @@ class Hop(_message.Message):
     def __init__(self, node: _Optional[str] = ..., first: _Optional[int] = ..., last: _Optional[int] = ..., address: _Optional[str] = ...) -> None: ...
 
 class Route(_message.Message):
-    __slots__ = ("device", "device_index", "front", "back_first", "hops", "token")
+    __slots__ = ("device", "device_index", "front", "back_first", "hops", "token", "share_bps")
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_INDEX_FIELD_NUMBER: _ClassVar[int]
     FRONT_FIELD_NUMBER: _ClassVar[int]
     BACK_FIRST_FIELD_NUMBER: _ClassVar[int]
     HOPS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
+    SHARE_BPS_FIELD_NUMBER: _ClassVar[int]
     device: str
     device_index: int
     front: int
     back_first: int
     hops: _containers.RepeatedCompositeFieldContainer[Hop]
     token: bytes
-    def __init__(self, device: _Optional[str] = ..., device_index: _Optional[int] = ..., front: _Optional[int] = ..., back_first: _Optional[int] = ..., hops: _Optional[_Iterable[_Union[Hop, _Mapping]]] = ..., token: _Optional[bytes] = ...) -> None: ...
+    share_bps: float
+    def __init__(self, device: _Optional[str] = ..., device_index: _Optional[int] = ..., front: _Optional[int] = ..., back_first: _Optional[int] = ..., hops: _Optional[_Iterable[_Union[Hop, _Mapping]]] = ..., token: _Optional[bytes] = ..., share_bps: _Optional[float] = ...) -> None: ...
 
 class ModelRef(_message.Message):
-    __slots__ = ("name", "digest", "base", "num_layers")
+    __slots__ = ("name", "digest", "base", "num_layers", "compute", "wire")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
     NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_FIELD_NUMBER: _ClassVar[int]
+    WIRE_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     base: str
     num_layers: int
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., base: _Optional[str] = ..., num_layers: _Optional[int] = ...) -> None: ...
+    compute: str
+    wire: str
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., base: _Optional[str] = ..., num_layers: _Optional[int] = ..., compute: _Optional[str] = ..., wire: _Optional[str] = ...) -> None: ...
 
 class Lora(_message.Message):
-    __slots__ = ("rank", "alpha", "targets", "train_front", "train_hosts", "train_back")
+    __slots__ = ("rank", "alpha", "targets", "train_front", "train_hosts", "train_back", "dropout")
     RANK_FIELD_NUMBER: _ClassVar[int]
     ALPHA_FIELD_NUMBER: _ClassVar[int]
     TARGETS_FIELD_NUMBER: _ClassVar[int]
     TRAIN_FRONT_FIELD_NUMBER: _ClassVar[int]
     TRAIN_HOSTS_FIELD_NUMBER: _ClassVar[int]
     TRAIN_BACK_FIELD_NUMBER: _ClassVar[int]
+    DROPOUT_FIELD_NUMBER: _ClassVar[int]
     rank: int
     alpha: float
     targets: _containers.RepeatedScalarFieldContainer[str]
     train_front: bool
     train_hosts: bool
     train_back: bool
-    def __init__(self, rank: _Optional[int] = ..., alpha: _Optional[float] = ..., targets: _Optional[_Iterable[str]] = ..., train_front: _Optional[bool] = ..., train_hosts: _Optional[bool] = ..., train_back: _Optional[bool] = ...) -> None: ...
+    dropout: float
+    def __init__(self, rank: _Optional[int] = ..., alpha: _Optional[float] = ..., targets: _Optional[_Iterable[str]] = ..., train_front: _Optional[bool] = ..., train_hosts: _Optional[bool] = ..., train_back: _Optional[bool] = ..., dropout: _Optional[float] = ...) -> None: ...
 
 class Optimizer(_message.Message):
-    __slots__ = ("name", "lr", "step_offset")
+    __slots__ = ("name", "lr", "step_offset", "lrs", "clip", "max_norm", "keep")
     NAME_FIELD_NUMBER: _ClassVar[int]
     LR_FIELD_NUMBER: _ClassVar[int]
     STEP_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    LRS_FIELD_NUMBER: _ClassVar[int]
+    CLIP_FIELD_NUMBER: _ClassVar[int]
+    MAX_NORM_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
     name: str
     lr: float
     step_offset: int
-    def __init__(self, name: _Optional[str] = ..., lr: _Optional[float] = ..., step_offset: _Optional[int] = ...) -> None: ...
+    lrs: _containers.RepeatedScalarFieldContainer[float]
+    clip: str
+    max_norm: float
+    keep: str
+    def __init__(self, name: _Optional[str] = ..., lr: _Optional[float] = ..., step_offset: _Optional[int] = ..., lrs: _Optional[_Iterable[float]] = ..., clip: _Optional[str] = ..., max_norm: _Optional[float] = ..., keep: _Optional[str] = ...) -> None: ...
 
 class TaskSettings(_message.Message):
-    __slots__ = ("kind", "max_tokens", "template", "loss_on", "prompt_field", "answer_field", "held_out")
+    __slots__ = ("kind", "max_tokens", "template", "loss_on", "prompt_field", "answer_field", "held_out", "classes", "weighting")
     KIND_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TEMPLATE_FIELD_NUMBER: _ClassVar[int]
@@ -385,6 +434,8 @@ class TaskSettings(_message.Message):
     PROMPT_FIELD_FIELD_NUMBER: _ClassVar[int]
     ANSWER_FIELD_FIELD_NUMBER: _ClassVar[int]
     HELD_OUT_FIELD_NUMBER: _ClassVar[int]
+    CLASSES_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTING_FIELD_NUMBER: _ClassVar[int]
     kind: str
     max_tokens: int
     template: str
@@ -392,7 +443,9 @@ class TaskSettings(_message.Message):
     prompt_field: str
     answer_field: str
     held_out: float
-    def __init__(self, kind: _Optional[str] = ..., max_tokens: _Optional[int] = ..., template: _Optional[str] = ..., loss_on: _Optional[str] = ..., prompt_field: _Optional[str] = ..., answer_field: _Optional[str] = ..., held_out: _Optional[float] = ...) -> None: ...
+    classes: _containers.RepeatedScalarFieldContainer[str]
+    weighting: str
+    def __init__(self, kind: _Optional[str] = ..., max_tokens: _Optional[int] = ..., template: _Optional[str] = ..., loss_on: _Optional[str] = ..., prompt_field: _Optional[str] = ..., answer_field: _Optional[str] = ..., held_out: _Optional[float] = ..., classes: _Optional[_Iterable[str]] = ..., weighting: _Optional[str] = ...) -> None: ...
 
 class Deadlines(_message.Message):
     __slots__ = ("ready_s", "step_s", "round_s", "silent_s")
@@ -407,7 +460,7 @@ class Deadlines(_message.Message):
     def __init__(self, ready_s: _Optional[float] = ..., step_s: _Optional[float] = ..., round_s: _Optional[float] = ..., silent_s: _Optional[float] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("run", "round", "attempt", "node", "role", "routes", "model", "lora", "optimizer", "task", "host_mode", "evaluate", "steps", "batch_size", "micro_batches", "window", "min_devices", "deadlines", "seed", "adapter_digest", "share_bps", "protocol_version")
+    __slots__ = ("run", "round", "attempt", "node", "role", "routes", "model", "lora", "optimizer", "task", "host_mode", "evaluate", "steps", "batch_size", "micro_batches", "window", "min_devices", "deadlines", "seed", "adapter_digest", "share_bps", "protocol_version", "serves", "hosted", "site", "labels", "checkpointing", "own_steps", "cursor", "generate")
     RUN_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -430,6 +483,14 @@ class Plan(_message.Message):
     ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     SHARE_BPS_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    SERVES_FIELD_NUMBER: _ClassVar[int]
+    HOSTED_FIELD_NUMBER: _ClassVar[int]
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINTING_FIELD_NUMBER: _ClassVar[int]
+    OWN_STEPS_FIELD_NUMBER: _ClassVar[int]
+    CURSOR_FIELD_NUMBER: _ClassVar[int]
+    GENERATE_FIELD_NUMBER: _ClassVar[int]
     run: str
     round: int
     attempt: int
@@ -452,18 +513,36 @@ class Plan(_message.Message):
     adapter_digest: str
     share_bps: float
     protocol_version: int
-    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., node: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., routes: _Optional[_Iterable[_Union[Route, _Mapping]]] = ..., model: _Optional[_Union[ModelRef, _Mapping]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., task: _Optional[_Union[TaskSettings, _Mapping]] = ..., host_mode: _Optional[str] = ..., evaluate: _Optional[bool] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., micro_batches: _Optional[int] = ..., window: _Optional[int] = ..., min_devices: _Optional[int] = ..., deadlines: _Optional[_Union[Deadlines, _Mapping]] = ..., seed: _Optional[int] = ..., adapter_digest: _Optional[str] = ..., share_bps: _Optional[float] = ..., protocol_version: _Optional[int] = ...) -> None: ...
+    serves: _containers.RepeatedCompositeFieldContainer[Route]
+    hosted: Slice
+    site: str
+    labels: str
+    checkpointing: bool
+    own_steps: int
+    cursor: int
+    generate: bool
+    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., node: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., routes: _Optional[_Iterable[_Union[Route, _Mapping]]] = ..., model: _Optional[_Union[ModelRef, _Mapping]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., task: _Optional[_Union[TaskSettings, _Mapping]] = ..., host_mode: _Optional[str] = ..., evaluate: _Optional[bool] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., micro_batches: _Optional[int] = ..., window: _Optional[int] = ..., min_devices: _Optional[int] = ..., deadlines: _Optional[_Union[Deadlines, _Mapping]] = ..., seed: _Optional[int] = ..., adapter_digest: _Optional[str] = ..., share_bps: _Optional[float] = ..., protocol_version: _Optional[int] = ..., serves: _Optional[_Iterable[_Union[Route, _Mapping]]] = ..., hosted: _Optional[_Union[Slice, _Mapping]] = ..., site: _Optional[str] = ..., labels: _Optional[str] = ..., checkpointing: _Optional[bool] = ..., own_steps: _Optional[int] = ..., cursor: _Optional[int] = ..., generate: _Optional[bool] = ...) -> None: ...
+
+class Slice(_message.Message):
+    __slots__ = ("first", "last")
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    first: int
+    last: int
+    def __init__(self, first: _Optional[int] = ..., last: _Optional[int] = ...) -> None: ...
 
 class ProfileRequest(_message.Message):
-    __slots__ = ("protocol_version", "task")
+    __slots__ = ("protocol_version", "task", "measure_model")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
+    MEASURE_MODEL_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     task: TaskSettings
-    def __init__(self, protocol_version: _Optional[int] = ..., task: _Optional[_Union[TaskSettings, _Mapping]] = ...) -> None: ...
+    measure_model: str
+    def __init__(self, protocol_version: _Optional[int] = ..., task: _Optional[_Union[TaskSettings, _Mapping]] = ..., measure_model: _Optional[str] = ...) -> None: ...
 
 class Profile(_message.Message):
-    __slots__ = ("protocol_version", "name", "role", "address", "memory_available_bytes", "cpu_threads", "bases", "codecs", "examples", "held_out", "problem", "versions")
+    __slots__ = ("protocol_version", "name", "role", "address", "memory_available_bytes", "cpu_threads", "bases", "codecs", "examples", "held_out", "problem", "versions", "base_seconds")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -471,6 +550,13 @@ class Profile(_message.Message):
         key: str
         value: str
         def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class BaseSecondsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -483,6 +569,7 @@ class Profile(_message.Message):
     HELD_OUT_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    BASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     name: str
     role: Role
@@ -495,7 +582,8 @@ class Profile(_message.Message):
     held_out: int
     problem: str
     versions: _containers.ScalarMap[str, str]
-    def __init__(self, protocol_version: _Optional[int] = ..., name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., memory_available_bytes: _Optional[int] = ..., cpu_threads: _Optional[int] = ..., bases: _Optional[_Iterable[str]] = ..., codecs: _Optional[_Iterable[str]] = ..., examples: _Optional[int] = ..., held_out: _Optional[int] = ..., problem: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    base_seconds: _containers.ScalarMap[str, float]
+    def __init__(self, protocol_version: _Optional[int] = ..., name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., memory_available_bytes: _Optional[int] = ..., cpu_threads: _Optional[int] = ..., bases: _Optional[_Iterable[str]] = ..., codecs: _Optional[_Iterable[str]] = ..., examples: _Optional[int] = ..., held_out: _Optional[int] = ..., problem: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., base_seconds: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
     __slots__ = ("plan", "adapter")
@@ -554,7 +642,14 @@ class StepReport(_message.Message):
     def __init__(self, step: _Optional[int] = ..., loss_sum: _Optional[float] = ..., labels: _Optional[int] = ..., seconds: _Optional[float] = ..., counted: _Optional[bool] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class JobReport(_message.Message):
-    __slots__ = ("job", "node", "role", "state", "error", "adapter", "adapter_digest", "labels_trained", "eval_loss_sum", "eval_labels", "steps", "bytes", "tokens_trained", "train_seconds", "eval_seconds", "compute_seconds", "peak_rss_bytes", "first_layer", "last_layer", "examples", "moments")
+    __slots__ = ("job", "node", "role", "state", "error", "adapter", "adapter_digest", "labels_trained", "eval_loss_sum", "eval_labels", "steps", "bytes", "tokens_trained", "train_seconds", "eval_seconds", "compute_seconds", "peak_rss_bytes", "first_layer", "last_layer", "examples", "moments", "contributions", "host", "eval_sums", "timeline")
+    class EvalSumsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     JOB_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -576,6 +671,10 @@ class JobReport(_message.Message):
     LAST_LAYER_FIELD_NUMBER: _ClassVar[int]
     EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     MOMENTS_FIELD_NUMBER: _ClassVar[int]
+    CONTRIBUTIONS_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    EVAL_SUMS_FIELD_NUMBER: _ClassVar[int]
+    TIMELINE_FIELD_NUMBER: _ClassVar[int]
     job: str
     node: str
     role: Role
@@ -597,4 +696,52 @@ class JobReport(_message.Message):
     last_layer: int
     examples: int
     moments: str
-    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., state: _Optional[str] = ..., error: _Optional[str] = ..., adapter: _Optional[bytes] = ..., adapter_digest: _Optional[str] = ..., labels_trained: _Optional[int] = ..., eval_loss_sum: _Optional[float] = ..., eval_labels: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepReport, _Mapping]]] = ..., bytes: _Optional[_Iterable[_Union[KindBytes, _Mapping]]] = ..., tokens_trained: _Optional[int] = ..., train_seconds: _Optional[float] = ..., eval_seconds: _Optional[float] = ..., compute_seconds: _Optional[float] = ..., peak_rss_bytes: _Optional[int] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., examples: _Optional[int] = ..., moments: _Optional[str] = ...) -> None: ...
+    contributions: _containers.RepeatedCompositeFieldContainer[Contribution]
+    host: HostPart
+    eval_sums: _containers.ScalarMap[str, float]
+    timeline: _containers.RepeatedCompositeFieldContainer[Interval]
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., state: _Optional[str] = ..., error: _Optional[str] = ..., adapter: _Optional[bytes] = ..., adapter_digest: _Optional[str] = ..., labels_trained: _Optional[int] = ..., eval_loss_sum: _Optional[float] = ..., eval_labels: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepReport, _Mapping]]] = ..., bytes: _Optional[_Iterable[_Union[KindBytes, _Mapping]]] = ..., tokens_trained: _Optional[int] = ..., train_seconds: _Optional[float] = ..., eval_seconds: _Optional[float] = ..., compute_seconds: _Optional[float] = ..., peak_rss_bytes: _Optional[int] = ..., first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., examples: _Optional[int] = ..., moments: _Optional[str] = ..., contributions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., host: _Optional[_Union[HostPart, _Mapping]] = ..., eval_sums: _Optional[_Mapping[str, float]] = ..., timeline: _Optional[_Iterable[_Union[Interval, _Mapping]]] = ...) -> None: ...
+
+class Contribution(_message.Message):
+    __slots__ = ("scope", "source", "weight", "adapter")
+    SCOPE_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    scope: str
+    source: str
+    weight: float
+    adapter: bytes
+    def __init__(self, scope: _Optional[str] = ..., source: _Optional[str] = ..., weight: _Optional[float] = ..., adapter: _Optional[bytes] = ...) -> None: ...
+
+class HostPart(_message.Message):
+    __slots__ = ("first_layer", "last_layer", "compute_seconds", "bytes", "labels_trained")
+    FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    LAST_LAYER_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    LABELS_TRAINED_FIELD_NUMBER: _ClassVar[int]
+    first_layer: int
+    last_layer: int
+    compute_seconds: float
+    bytes: _containers.RepeatedCompositeFieldContainer[KindBytes]
+    labels_trained: int
+    def __init__(self, first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., compute_seconds: _Optional[float] = ..., bytes: _Optional[_Iterable[_Union[KindBytes, _Mapping]]] = ..., labels_trained: _Optional[int] = ...) -> None: ...
+
+class Interval(_message.Message):
+    __slots__ = ("kind", "start_s", "seconds", "step", "micro_batch", "role", "peer")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    START_S_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    start_s: float
+    seconds: float
+    step: int
+    micro_batch: int
+    role: str
+    peer: str
+    def __init__(self, kind: _Optional[str] = ..., start_s: _Optional[float] = ..., seconds: _Optional[float] = ..., step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., role: _Optional[str] = ..., peer: _Optional[str] = ...) -> None: ...

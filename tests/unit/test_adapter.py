@@ -10,6 +10,7 @@ from peft import PeftConfig
 
 from edgelam_fl.errors import ConfigError, ProtocolError
 from edgelam_fl.model import adapter as adapters
+from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.source import ModelSource, find_model
 from tests.support import same_bits, write_tiny_llama
 
@@ -44,11 +45,11 @@ def test_the_start_is_a_function_of_seed_and_module(tiny: ModelSource) -> None:
 
 def test_slices_are_disjoint_and_join_to_the_whole(tiny: ModelSource) -> None:
     whole = adapters.initial_adapter(tiny, ("q_proj",), 4, 1)
-    ends, middle = adapters.slice_of(whole, [(0, 2), (4, 6)]), adapters.slice_of(whole, [(2, 4)])
+    ends, middle = adapters.slice_of(whole, [Span(0, 2), Span(4, 6)]), adapters.slice_of(whole, [Span(2, 4)])
     assert len(ends) == 4 * 2
     assert len(middle) == 2 * 2
     assert same_bits(ends | middle, whole)
-    assert adapters.slice_of(whole, [(2, 2)]) == {}
+    assert adapters.slice_of(whole, [Span(2, 2)]) == {}
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def test_an_unknown_key_names_the_nearest(text: str, expected: str) -> None:
         ("[lora]\ntargets = []", "lora.targets = () must have at least 1 item"),
         ('[lora]\ntrain = ["middle"]', "lora.train = 'middle' must be 'front', 'hosts' or 'back' (in my.toml)"),
         ("[data]\nheld_out = 1.0", "data.held_out = 1.0 must be less than 1 (in my.toml)"),
-        ('[model]\nbase = "fp16"', "model.base = 'fp16' must be 'fp32', 'bf16' or 'int8' (in my.toml)"),
+        ('[model]\nbase = "fp16"', "model.base = 'fp16' must be 'fp32', 'bf16', 'int8', 'nf4' or 'auto' (in my.toml)"),
         ('[task]\ntemplate = "{answer} {prompt}"', "task.template = '{answer} {prompt}' must be 'chat', 'plain', or a"),
         ("[split]\nfront = true", "split.front = True must be a valid integer (in my.toml)"),
         ("[split]\nhosts = 65", "split.hosts = 65 must be less than or equal to 64 (in my.toml)"),

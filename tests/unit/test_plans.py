@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from edgelam_fl.errors import ConfigError
+from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -48,14 +49,12 @@ def test_routes_over_a_host(tiny: ModelSource) -> None:
 @pytest.mark.parametrize(
     ("node", "role", "host", "expected"),
     [
-        ("a", pb.DEVICE, HOST, [(0, 2), (4, 6)]),
-        ("edge-1", pb.EDGE, HOST, [(2, 4)]),
-        ("a", pb.DEVICE, None, [(0, 6)]),
+        ("a", pb.DEVICE, HOST, [Span(0, 2, embed=True), Span(4, 6, head=True)]),
+        ("edge-1", pb.EDGE, HOST, [Span(2, 4)]),
+        ("a", pb.DEVICE, None, [Span(0, 6, embed=True, head=True)]),
     ],
 )
-def test_held_spans(
-    tiny: ModelSource, node: str, role: int, host: pb.Profile | None, expected: list[tuple[int, int]]
-) -> None:
+def test_held_spans(tiny: ModelSource, node: str, role: int, host: pb.Profile | None, expected: list[Span]) -> None:
     config = run_config("x", f"split.hosts={int(host is not None)}")
     plan = make_plan(
         config, tiny, FACTS, node, role, make_routes(config, tiny, ["a"], [host] if host else [], TOKENS), 0.0

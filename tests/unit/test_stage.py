@@ -63,9 +63,9 @@ def test_an_adapter_goes_in_and_out_bit_for_bit(tiny: ModelSource) -> None:
     whole = start(tiny)
     (stage,) = load(tiny, Span(2, 4), base="bf16")
     stage.load_adapter(whole)
-    assert same_bits(stage.adapter(), adapters.slice_of(whole, [(2, 4)]))
+    assert same_bits(stage.adapter(), adapters.slice_of(whole, [Span(2, 4)]))
     stage.adapter()[next(iter(stage.adapter()))].fill(7)  # a copy, not the parameter
-    assert same_bits(stage.adapter(), adapters.slice_of(whole, [(2, 4)]))
+    assert same_bits(stage.adapter(), adapters.slice_of(whole, [Span(2, 4)]))
 
 
 NAME = "base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"
