@@ -245,8 +245,9 @@ def test_interrupt_ends_all_children_and_says_what_is_kept(tmp_path: Path, tiny_
     command += [word for each in sets for word in ("--set", each)]
     with (tmp_path / "out.txt").open("wb") as output:
         process = subprocess.Popen(
-            command, cwd=tmp_path, stdout=output, stderr=output, env={**os.environ, "COLUMNS": "400"}
-        )
+            command, cwd=tmp_path, stdout=output, stderr=output, env={**os.environ, "COLUMNS": "400"},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+        )  # fmt: skip
         end = time.monotonic() + 150
         while not (tmp_path / "run" / "state.json").exists() and time.monotonic() < end and process.poll() is None:
             time.sleep(0.2)
