@@ -37,9 +37,9 @@ class Nodes:
     def devices(self) -> list[str]:
         return sorted(name for name, profile in self.profiles.items() if profile.role == pb.DEVICE)
 
-    def hosts(self) -> list[pb.Profile]:
-        """The edge servers that others can dial, by name."""
-        found = (p for p in self.profiles.values() if p.role == pb.EDGE and p.address)
+    def edges(self) -> list[pb.Profile]:
+        """The edge servers, by name."""
+        found = (p for p in self.profiles.values() if p.role == pb.EDGE)
         return sorted(found, key=lambda profile: profile.name)
 
     def gather(self, min_devices: int, expected_devices: int, min_hosts: int, deadline_s: float) -> None:
@@ -50,14 +50,14 @@ class Nodes:
             news = self.refresh(ask_lost=short)
             late = time.monotonic() > end
             wanted = min_devices if late else max(min_devices, expected_devices)
-            short = len(self.devices()) < wanted or len(self.hosts()) < min_hosts
+            short = len(self.devices()) < wanted or len(self.edges()) < min_hosts
             if not news and not short:
                 return
             if late and not news:
                 break
             if not news:
                 time.sleep(_POLL_S)
-        here = f"{len(self.devices())} devices ({', '.join(self.devices()) or 'none'}) and {len(self.hosts())} edge servers"
+        here = f"{len(self.devices())} devices ({', '.join(self.devices()) or 'none'}) and {len(self.edges())} edge servers"
         problems = "".join(f"; {name}: {problem}" for name, problem in sorted(self.problems.items()))
         raise RunFailed(
             f"after {deadline_s:.0f} s {here} are here; the run needs at least {min_devices}"

@@ -24,9 +24,11 @@ from edgelam_fl.errors import RunFailed
 from edgelam_fl.flower import from_record, record_bytes, to_record
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.source import ModelSource
+from edgelam_fl.split.plan import spans_of
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.nodes import Nodes
-from server.plans import RoundFacts, held_spans, make_plan, make_routes
+from server.layout import make_layout, who_may_host
+from server.plans import RoundFacts, make_plans, planned_steps
 from server.reports import describe_round
 from server.run_folder import RunFolder
 from strategies.base import Candidate, Contribution, Demand, RoundState, load
@@ -102,12 +104,12 @@ class SplitLora(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        return self._configure(server_round, arrays, self.config.federation.local_steps)
+        return self._configure(server_round, arrays, trains=True)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        return self._configure(server_round, arrays, 0)
+        return self._configure(server_round, arrays, trains=False)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -146,7 +148,7 @@ class SplitLora(Strategy):
         federation = self.config.federation
         self.nodes.gather(federation.min_nodes, expected, self.config.split.hosts, federation.join_deadline_s)
 
-    def _configure(self, number: int, arrays: ArrayRecord, steps: int) -> list[Message]:
+    def _configure(self, number: int, arrays: ArrayRecord, trains: bool) -> list[Message]:
         self._global = from_record(arrays)
         candidates = [
             Candidate(name, self.nodes.profiles[name].examples, self.losses.get(name)) for name in self.nodes.devices()
@@ -154,25 +156,25 @@ class SplitLora(Strategy):
         chosen = self.selection.select(
             RoundState(number, candidates, random.Random(f"{self.config.run.seed}/select/{number}"))
         )
-        hosts = self.nodes.hosts()[: self.config.split.hosts]
         tokens = {name: secrets.token_bytes(16) for name in chosen.names}
-        routes = make_routes(self.config, self.source, chosen.names, hosts, tokens)
+        devices = [self.nodes.profiles[name] for name in chosen.names]
+        layout = make_layout(
+            self.config, self.source, devices, who_may_host(self.config, [*self.nodes.edges(), *devices])
+        )
         shares = self.bandwidth.allocate([Demand(name, 1.0, 0.0) for name in chosen.names], 0.0)
+        steps = planned_steps(self.config, devices) if trains else 0
         facts = RoundFacts(self.run, number, self._attempt, self.step_offset, steps)
-        # No capacity is set in this version, so a share of it limits nothing (share_bps = 0).
-        plans = {r.device: make_plan(self.config, self.source, facts, r.device, pb.DEVICE, [r], 0.0) for r in routes}
-        for host in hosts:
-            plans[host.name] = make_plan(self.config, self.source, facts, host.name, pb.EDGE, routes, 0.0)
+        plans = make_plans(self.config, self.source, facts, self.nodes.profiles, layout, shares, tokens)
         self._open = Round(facts, plans)
         self.folder.emit(
             "plan", round=number, attempt=self._attempt, selected=list(chosen.names), why=dict(chosen.why), shares=dict(shares),
-            routes=[_picture(route, self.source.num_layers) for route in routes],
+            routes=[_picture(route, self.source.num_layers) for route in layout.routes.values()],
         )  # fmt: skip
         return [self._message(name, plan) for name, plan in plans.items()]
 
     def _message(self, name: str, plan: pb.Plan) -> Message:
         assert self._open is not None
-        needed = adapters.slice_of({**self._global, **self.personal.get(name, {})}, held_spans(plan))
+        needed = adapters.slice_of({**self._global, **self.personal.get(name, {})}, spans_of(plan))
         plan.adapter_digest = adapters.digest(needed)
         content = RecordDict({"plan": ConfigRecord({"plan": plan.SerializeToString()})})
         if self.digests.get(name) != plan.adapter_digest:
@@ -215,7 +217,7 @@ class SplitLora(Strategy):
 
     def _problem(self, plan: pb.Plan, tensors: adapters.Adapter) -> str:
         """Why an update cannot be aggregated: nothing that a node sends is trusted."""
-        expected = adapters.slice_of(self._global, held_spans(plan))
+        expected = adapters.slice_of(self._global, spans_of(plan))
         for name, array in tensors.items():
             if name not in expected:
                 return f"its update has a tensor {name}, which its plan does not hold"
