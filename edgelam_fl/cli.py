@@ -159,8 +159,13 @@ def client(
     ] = None,
     name: Annotated[str, typer.Option("--name", help="Unique in the federation; by default the host's name.")] = "",
     listen: Annotated[
-        str, typer.Option("--listen", metavar="HOST:PORT", help="Edge server: where devices reach it.")
-    ] = "127.0.0.1:0",
+        str,
+        typer.Option(
+            "--listen",
+            metavar="HOST:PORT",
+            help="Where other nodes reach it. An edge server without it takes a free port of this machine; a device with it may host layers for others (split.host_on = 'any').",
+        ),
+    ] = "",
     advertise: Annotated[
         str,
         typer.Option("--advertise", metavar="HOST:PORT", help="Edge server: its address as others see it, if another."),

@@ -12,49 +12,37 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 
-from edgelam_fl.errors import DataError, EdgelamError, PeerLost, Refused
+from edgelam_fl.errors import DataError, EdgelamError, PeerLost
 from edgelam_fl.model import adapter as adapters
-from edgelam_fl.model.source import ModelSource, find_model
-from edgelam_fl.model.stage import Stage, load_stages
 from edgelam_fl.model.weights import BASES
 from edgelam_fl.split.driver import Driver, Route
+from edgelam_fl.split.group import Group
+from edgelam_fl.split.held import Held, slice_key, wire_dtype
 from edgelam_fl.split.host import Host
-from edgelam_fl.split.job import Inbox, job_id, lora_of, make_optimizer, part_id, peak_rss_bytes, spans_of
-from edgelam_fl.tasks.causal_lm import CausalLm, Example
+from edgelam_fl.split.job import Inbox, job_id, part_id, peak_rss_bytes, task_of
+from edgelam_fl.split.member import unit_rows
+from edgelam_fl.tasks.base import Example, Task
 from edgelam_fl.tasks.data import read_pairs, set_aside
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.codec import CODECS
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.link import Ears, Link
+from edgelam_fl.wire.pace import Pace
 
 _RETRY_MS = 200
 _RESULTS_KEPT = 2
 VERSIONED = ("edgelam-fl", "flwr", "torch", "transformers", "peft", "grpcio", "numpy")
+HOST_MODES = ("joint", "sequential", "copies")
 
 # address, link name, hello, counters, ears, deadlines -> an open link and READY
 Dial = Callable[[str, str, pb.Hello, ByteCounters, Ears, pb.Deadlines], tuple[Link, pb.Ready]]
-
-
-@dataclass
-class Held:
-    """The slice in memory, and the state that the next round may continue from."""
-
-    key: tuple[Any, ...]  # what would make it another slice
-    source: ModelSource
-    stages: list[Stage]
-    optimizer: torch.optim.Optimizer | None = None
-    moments_key: tuple[Any, ...] = ()  # adapter digest, freeze flags and rank that the moments belong to
-
-    def adapter(self) -> adapters.Adapter:
-        return {name: array for stage in self.stages for name, array in stage.adapter().items()}
 
 
 @dataclass
@@ -64,17 +52,17 @@ class Part:
     plan: pb.Plan
     report: pb.JobReport
     finished: threading.Event
-    _inbox: Inbox | None = None
+    _inboxes: list[Inbox] = field(default_factory=list)  # of the device's part and of the host's
     _cancelled: str = ""
 
     def cancel(self, reason: str) -> None:
         """Also before there is an inbox: loading a slice takes its time."""
         self._cancelled = reason
-        if self._inbox is not None:
-            self._inbox.cancel(reason)
+        for inbox in self._inboxes:
+            inbox.cancel(reason)
 
     def attach(self, inbox: Inbox) -> None:
-        self._inbox = inbox
+        self._inboxes.append(inbox)
         if self._cancelled:
             inbox.cancel(self._cancelled)
 
@@ -101,7 +89,7 @@ class StageHost:
         self._current: Part | None = None
         self._worker: threading.Thread | None = None
         self._held: Held | None = None
-        self._hosting: Host | None = None
+        self._hosting: Group | None = None
         self._examples: tuple[bytes, tuple[list[Example], list[Example]]] | None = None
 
     # ---------------------------------------------------------------- control, any thread
@@ -168,10 +156,10 @@ class StageHost:
 
     def admit(self, hello: pb.Hello, link: Link) -> pb.Ready | pb.NotReady | pb.Refuse:
         """The data plane's doorkeeper."""
-        host = self._hosting
-        if host is None or job_id(host.plan) != hello.job:
+        group = self._hosting
+        if group is None or job_id(group.plan) != hello.job:
             return pb.NotReady(retry_ms=_RETRY_MS)
-        return host.admit(hello, link)
+        return group.admit(hello, link)
 
     def stop(self) -> None:
         with self._lock:
@@ -190,8 +178,13 @@ class StageHost:
             )
         if plan.model.base not in BASES:
             return f"base {plan.model.base!r}; node {self.name} has {', '.join(BASES)}"
-        if not (plan.routes and plan.batch_size and plan.micro_batches and plan.window and plan.deadlines.round_s > 0):
+        routes = plan.routes or plan.serves
+        if not (routes and plan.batch_size and plan.micro_batches and plan.window and plan.deadlines.round_s > 0):
             return "a plan without route, batch size, micro-batches, window or deadlines"
+        if len(plan.routes) != (self._data is not None and not plan.generate):
+            return f"a plan with {len(plan.routes)} routes of its own for {pb.Role.Name(self.role)} {self.name!r}"
+        if len(plan.optimizer.lrs) != plan.steps or plan.host_mode not in HOST_MODES:
+            return f"a plan of {plan.steps} steps with {len(plan.optimizer.lrs)} learning rates, host mode {plan.host_mode!r}"
         return ""
 
     # ---------------------------------------------------------------- the compute thread
@@ -218,67 +211,73 @@ class StageHost:
     def _run_part(self, part: Part, adapter: bytes, emit: Callable[..., None]) -> None:
         plan, report, began = part.plan, part.report, time.monotonic()
         held = self._hold(plan)
-        warm = self._start_from(held, plan, adapter)
-        report.moments = "warm" if warm else "cold"
-        layers = [[stage.span.first, stage.span.last] for stage in held.stages]
+        report.moments = "warm" if held.start(plan, adapter) else "cold"
         emit(
             "job_started",
             role=pb.Role.Name(plan.role).lower(),
-            layers=layers,
+            layers=[[stage.span.first, stage.span.last] for stage in held.stages()],
             seconds=round(time.monotonic() - began, 3),
         )
-        if plan.role == pb.DEVICE:
-            self._drive(part, held, emit)
-        else:
-            self._serve(part, held, emit)
-        trained = {name for stage in held.stages for name, p in stage.adapter_parameters.items() if p.requires_grad}
-        final = held.adapter()
-        report.adapter_digest = adapters.digest(final)
-        if plan.steps and report.labels_trained:
-            report.adapter = adapters.to_bytes({name: array for name, array in final.items() if name in trained})
-        held.moments_key = (report.adapter_digest, *_moments_flags(plan))
+        site_labels = self._play(part, held, emit)
+        report.contributions.extend(held.finish(plan, report.labels_trained, site_labels) if plan.steps else [])
+        current = held.current()
+        report.adapter_digest = adapters.digest(current) if current is not None else ""
 
     def _hold(self, plan: pb.Plan) -> Held:
-        spans, lora = spans_of(plan), lora_of(plan)
-        key = (plan.model.digest, plan.model.base, tuple(spans), lora)
-        if self._held is None or self._held.key != key:
+        if self._held is None or self._held.key != slice_key(plan):
             self._held = None  # the old slice goes before the new one comes
-            source = find_model(plan.model.name)
-            if source.digest != plan.model.digest:
-                raise Refused(
-                    f"model {plan.model.name} is {source.digest[:12]} on node {self.name} and {plan.model.digest[:12]} at the "
-                    f"server: they must be the same files"
-                )
-            self._held = Held(key, source, load_stages(source, spans, plan.model.base, lora))
+            self._held = Held(plan)
         return self._held
 
-    def _start_from(self, held: Held, plan: pb.Plan, adapter: bytes) -> bool:
-        """Takes the round's starting adapter; returns whether the optimizer's moments go on (bit-equal start) or are new."""
-        if adapter:
-            given = adapters.from_bytes(adapter)
-            for stage in held.stages:
-                stage.load_adapter(given)
-        digest = adapters.digest(held.adapter())
-        if digest != plan.adapter_digest:
-            raise Refused(
-                f"node {self.name} holds adapter {digest[:12]}, the plan starts from {plan.adapter_digest[:12]}"
-            )
-        trains = _trains(plan)
-        parameters = [p for stage in held.stages for p in stage.set_trainable(trains)]
-        warm = held.optimizer is not None and held.moments_key == (digest, *_moments_flags(plan))
-        if not warm:
-            held.optimizer = make_optimizer(parameters, plan.optimizer)
-        return warm
+    def _play(self, part: Part, held: Held, emit: Callable[..., None]) -> dict[str, int]:
+        """The node's part as a host, as a device, or as both at once. Returns what the site's sources trained, in labels."""
+        if not part.plan.serves:
+            self._drive(part, held, emit)
+            return {}
+        host, group = self._make_host(part, held, emit)
+        if not part.plan.routes:
+            self._serve(part, host, group)
+        else:
+            self._host_and_drive(part, held, host, group, emit)
+        return labels_by_source(part.plan, host)
+
+    def _host_and_drive(
+        self, part: Part, held: Held, host: Host, group: Group, emit: Callable[..., None]
+    ) -> None:
+        """The host on a thread of its own, so that it computes for others while the device waits for its own route."""
+        failed: list[EdgelamError] = []
+
+        def serve() -> None:
+            try:
+                self._serve(part, host, group)
+            except EdgelamError as error:
+                failed.append(error)
+                part.cancel(f"the host's part failed: {error}")
+
+        beside = threading.Thread(target=serve, name="host", daemon=True)
+        beside.start()
+        try:
+            self._drive(part, held, emit)
+        except EdgelamError as error:
+            part.cancel(f"the device's part failed: {error}")
+            raise
+        finally:
+            beside.join()
+        if failed:
+            raise failed[0]
+
+    # ---------------------------------------------------------------- as a device
 
     def _drive(self, part: Part, held: Held, emit: Callable[..., None]) -> None:
         plan, report = part.plan, part.report
-        training, held_out = self._load_examples(plan, held)
+        task = task_of(plan, held.source.folder)
+        training, held_out = self._load_examples(plan, task)
         counters = ByteCounters()
-        route = Route(Inbox(plan.deadlines.round_s))
+        route = Route(Inbox(plan.deadlines.round_s), window=plan.window)
         part.attach(route.inbox)
-        driver = Driver(plan, held.stages, held.optimizer, route, emit)
+        driver = Driver(plan, held.ends, held.ends_trainee, route, task, wire_dtype(plan), emit)
         try:
-            self._open_links(plan, held, route, counters)
+            self._open_links(plan, held, route, counters, driver)
             if plan.evaluate:
                 driver.evaluate(held_out)
             if plan.steps:
@@ -290,18 +289,25 @@ class StageHost:
                     link.close()
         measured = driver.measured
         report.eval_loss_sum, report.eval_labels = measured.eval_loss_sum, measured.eval_labels
+        report.eval_sums.update(measured.eval_sums)
         report.eval_seconds, report.train_seconds = measured.eval_seconds, measured.train_seconds
         report.compute_seconds, report.tokens_trained = measured.compute_seconds, measured.tokens_trained
         report.labels_trained, report.examples = measured.labels_trained, len(training)
         report.steps.extend(measured.steps)
         report.bytes.extend(counters.report())
+        report.timeline.extend(driver.timeline.report())
 
-    def _open_links(self, plan: pb.Plan, held: Held, route: Route, counters: ByteCounters) -> None:
+    def _open_links(self, plan: pb.Plan, held: Held, route: Route, counters: ByteCounters, driver: Driver) -> None:
         own = plan.routes[0]
-        if own.hops:
-            ears = (route.inbox.on_frame, route.inbox.on_lost)
-            route.entry = self._open_link(plan, held, own, 0, pb.ENTRY, counters, ears)
-            route.exit = self._open_link(plan, held, own, len(own.hops) - 1, pb.EXIT, counters, ears)
+        if not own.hops:
+            return
+        ears = (route.inbox.on_frame, route.inbox.on_lost)
+        route.entry, entry_window = self._open_link(plan, held, own, 0, pb.ENTRY, counters, ears)
+        route.exit, exit_window = self._open_link(plan, held, own, len(own.hops) - 1, pb.EXIT, counters, ears)
+        route.window = min(plan.window, entry_window, exit_window)
+        pace = Pace(own.share_bps / 8) if own.share_bps else None  # one bucket for all that the device sends
+        for link in (route.entry, route.exit):
+            link.pace, link.on_sent = pace, driver.timeline.sent
 
     def _open_link(
         self,
@@ -312,33 +318,52 @@ class StageHost:
         side: pb.LinkRole,
         counters: ByteCounters,
         ears: Ears,
-    ) -> Link:
-        """Dials a hop of a route and sets the link up as both ends agreed."""
+    ) -> tuple[Link, int]:
+        """Dials a hop of a route and sets the link up as both ends agreed; the window granted."""
         hop = route.hops[number]
         hello = pb.Hello(
             version=PROTOCOL_VERSION, job=job_id(plan), node=self.name, device_index=route.device_index, link=side,
             route_token=route.token, model_digest=held.source.digest, window=plan.window, codecs=list(CODECS),
         )  # fmt: skip
         name = f"{'entry' if side == pb.ENTRY else 'exit'} {hop.node}"
-        name += f" for {route.device}" if plan.role == pb.EDGE else ""
+        name += f" for {route.device}" if route.device != self.name else ""
         link, ready = self._dial(hop.address, name, hello, counters, ears, plan.deadlines)
         if ready.codec not in CODECS or not ready.window >= 1:
             raise PeerLost(f"{name} granted codec {ready.codec!r} and window {ready.window}")
-        rows = -(-plan.batch_size // plan.micro_batches)
-        itemsize = held.stages[0].dtype.itemsize
-        link.max_tensor_bytes = rows * plan.task.max_tokens * held.source.hidden_size * itemsize
+        link.max_tensor_bytes = (
+            unit_rows(plan) * plan.task.max_tokens * held.source.hidden_size * wire_dtype(plan).itemsize
+        )
         link.job_token, link.codec = ready.job_token, ready.codec
-        return link
+        return link, ready.window
 
-    def _serve(self, part: Part, held: Held, emit: Callable[..., None]) -> None:
-        plan, report = part.plan, part.report
+    def _load_examples(self, plan: pb.Plan, task: Task) -> tuple[list[Example], list[Example]]:
+        """(training, held-out), tokenized once for the same file and settings."""
+        assert self._data is not None
+        settings = plan.task
+        key = settings.SerializeToString(deterministic=True) + str(os.stat(self._data).st_mtime_ns).encode()
+        if self._examples is None or self._examples[0] != key:
+            pairs = read_pairs(self._data, settings.prompt_field, settings.answer_field)
+            training, held_out = set_aside(pairs, settings.held_out)
+            self._examples = key, (task.examples(training), task.examples(held_out))
+        return self._examples[1]
 
-        def dial_next(route: pb.Route, number: int, counters: ByteCounters, ears: Ears) -> Link:
+    # ---------------------------------------------------------------- as a host
+
+    def _make_host(self, part: Part, held: Held, emit: Callable[..., None]) -> tuple[Host, Group]:
+        plan = part.plan
+        assert held.hosted is not None
+
+        def dial_next(route: pb.Route, number: int, counters: ByteCounters, ears: Ears) -> tuple[Link, int]:
             return self._open_link(plan, held, route, number, pb.ENTRY, counters, ears)
 
-        host = Host(plan, held.stages[0], held.optimizer, held.source.hidden_size, dial_next, emit)
-        part.attach(host.inbox)
-        self._hosting = host  # from here on HELLO is answered
+        group = Group(plan, held.source.hidden_size, wire_dtype(plan), plan.window, dial_next, emit)
+        task = task_of(plan, held.source.folder) if held.hosted.span.head else None
+        host = Host(plan, held.hosted, group, list(held.site_trainees(plan).values()), task, emit)
+        part.attach(group.inbox)
+        self._hosting = group  # from here on HELLO is answered
+        return host, group
+
+    def _serve(self, part: Part, host: Host, group: Group) -> None:
         reason = "the round is over"
         try:
             host.run()
@@ -346,38 +371,19 @@ class StageHost:
             reason = str(error)
             raise
         finally:
-            host.close(reason)
-        report.labels_trained, report.compute_seconds = host.labels_trained, host.compute_seconds
-        report.first_layer, report.last_layer = held.stages[0].span.first, held.stages[0].span.last
-        report.bytes.extend(host.counters.report())
-
-    def _load_examples(self, plan: pb.Plan, held: Held) -> tuple[list[Example], list[Example]]:
-        """(training, held-out), tokenized once for the same file and settings."""
-        assert self._data is not None
-        task = plan.task
-        key = task.SerializeToString(deterministic=True) + str(os.stat(self._data).st_mtime_ns).encode()
-        if self._examples is None or self._examples[0] != key:
-            language = CausalLm(
-                held.source.folder, template=task.template, max_tokens=task.max_tokens, loss_on=task.loss_on
+            group.close(reason)
+        report, span = part.report, host.stage.span
+        report.host.CopyFrom(
+            pb.HostPart(
+                first_layer=span.first, last_layer=span.last, compute_seconds=host.compute_seconds,
+                bytes=group.counters.report(), labels_trained=sum(host.labels_trained.values()),
             )
-            training, held_out = set_aside(read_pairs(self._data, task.prompt_field, task.answer_field), task.held_out)
-            self._examples = key, (language.examples(training), language.examples(held_out))
-        return self._examples[1]
+        )  # fmt: skip
+        report.timeline.extend(host.timeline.report())
 
 
-def _trains(plan: pb.Plan) -> Callable[[int], bool]:
-    """Which layers learn: the front, the hosts' and the back are free or frozen apart, also where no host is."""
-    route, lora = plan.routes[0], plan.lora
-
-    def trains(layer: int) -> bool:
-        if plan.role == pb.DEVICE and layer < route.front:
-            return lora.train_front
-        if plan.role == pb.DEVICE and layer >= route.back_first:
-            return lora.train_back
-        return lora.train_hosts
-
-    return trains
-
-
-def _moments_flags(plan: pb.Plan) -> tuple[Any, ...]:
-    return plan.lora.rank, plan.lora.train_front, plan.lora.train_hosts, plan.lora.train_back, plan.optimizer.name
+def labels_by_source(plan: pb.Plan, host: Host) -> dict[str, int]:
+    """What was trained, for each source of the site's contributions."""
+    if plan.host_mode == "copies":
+        return {route.device: host.labels_trained[route.device_index] for route in plan.serves}
+    return {plan.site: sum(host.labels_trained.values())}
