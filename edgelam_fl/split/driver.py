@@ -20,7 +20,8 @@ import torch
 from edgelam_fl.errors import PeerLost, ProtocolError
 from edgelam_fl.model.stage import Stage
 from edgelam_fl.split.job import Inbox, Lost
-from edgelam_fl.tasks.causal_lm import Example, Unit, loss_sum, make_units
+from edgelam_fl.tasks.base import Example, Unit
+from edgelam_fl.tasks.causal_lm import loss_sum, make_units
 from edgelam_fl.tasks.data import batch_indices
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.link import Frame, Link
@@ -88,7 +89,7 @@ class Driver:
         units = make_units(examples, -(-len(examples) // rows))
         losses = self._run(units, pb.EVAL, 0, self._evaluate_unit)
         self.measured.eval_loss_sum = sum(losses)
-        self.measured.eval_labels = sum(unit.label_count for unit in units)
+        self.measured.eval_labels = sum(unit.count for unit in units)
         self.measured.eval_seconds = time.monotonic() - began
         self.emit(
             "evaluated", loss_sum=self.measured.eval_loss_sum, labels=self.measured.eval_labels,
@@ -121,7 +122,7 @@ class Driver:
 
     def _agree_on_labels(self, batches: list[list[Unit]]) -> list[int]:
         """N_s of every step: the union's label counts, told by the coordinator; this device's own without hosts."""
-        own = [sum(unit.label_count for unit in units) for units in batches]
+        own = [sum(unit.count for unit in units) for units in batches]
         if self.route.exit is None:
             return own
         rows = [
@@ -141,7 +142,7 @@ class Driver:
 
     def _train_step(self, step: int, units: list[Unit], union_labels: int) -> None:
         began = time.monotonic()
-        labels = sum(unit.label_count for unit in units)
+        labels = sum(unit.count for unit in units)
         self._own_share = union_labels / labels
         self._gradients_due = len(units)
         reason = ""
@@ -221,13 +222,13 @@ class Driver:
         return hidden
 
     def _evaluate_unit(self, unit: Unit, inputs: torch.Tensor) -> tuple[float, None]:
-        return float(loss_sum(self.back(inputs, unit.row_lengths), unit.labels_BT)), None
+        return float(loss_sum(self.back(inputs, unit.row_lengths), unit.labels)), None
 
     def _train_unit(self, unit: Unit, inputs: torch.Tensor, union_labels: int) -> tuple[float, torch.Tensor | None]:
         """Loss sum, and the gradient of (loss sum / N_s) for the hidden states that came in."""
         if self.route.exit is not None and self._grad_below:
             inputs.requires_grad_(True)
-        loss = loss_sum(self.back(inputs, unit.row_lengths), unit.labels_BT)
+        loss = loss_sum(self.back(inputs, unit.row_lengths), unit.labels)
         if loss.requires_grad:
             (loss / union_labels).backward()
         return float(loss.detach()), inputs.grad

@@ -27,7 +27,8 @@ from edgelam_fl.model.weights import BASES
 from edgelam_fl.split.driver import Driver, Route
 from edgelam_fl.split.host import Host
 from edgelam_fl.split.job import Inbox, job_id, lora_of, make_optimizer, part_id, peak_rss_bytes, spans_of
-from edgelam_fl.tasks.causal_lm import CausalLm, Example
+from edgelam_fl.tasks.base import Example
+from edgelam_fl.tasks.causal_lm import CausalLm
 from edgelam_fl.tasks.data import read_pairs, set_aside
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
