@@ -20,7 +20,8 @@ from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.split.plan import part_id, spans_of
 from edgelam_fl.split.stage_host import Dial, StageHost
-from edgelam_fl.tasks.causal_lm import CausalLm, Example, Unit, loss_sum, make_units
+from edgelam_fl.tasks.base import Example, Unit
+from edgelam_fl.tasks.causal_lm import CausalLm, labelled, loss_sum, make_units
 from edgelam_fl.tasks.data import batch_indices, read_pairs, set_aside
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.memory import memory_pair
@@ -237,8 +238,8 @@ def union_batches(devices: Sequence[Sequence[Sequence[Unit]]]) -> list[list[list
 
 def _rows(unit: Unit) -> list[Example]:
     return [
-        Example(ids[:length].tolist(), labels[:length].tolist())
-        for ids, labels, length in zip(unit.ids_BT, unit.labels_BT, unit.row_lengths, strict=True)
+        Example(ids[:length].tolist(), labels[:length].tolist(), labelled(labels[:length].tolist()))
+        for ids, labels, length in zip(unit.ids_BT, unit.labels, unit.row_lengths, strict=True)
     ]
 
 
@@ -249,7 +250,7 @@ def plain_evaluation(model: Any, source: ModelSource, config: RunConfig, file: P
     rows = -(-config.federation.batch_size // config.split.micro_batches)
     with torch.no_grad():
         return sum(
-            float(loss_sum(forward(model, unit), unit.labels_BT))
+            float(loss_sum(forward(model, unit), unit.labels))
             for unit in make_units(examples, -(-len(examples) // rows))
         )
 
@@ -268,11 +269,11 @@ def plain_training(
             parameters.append(parameter)
     optimizer = torch.optim.AdamW(parameters, lr=config.optimizer.lr, weight_decay=0.0)
     for devices in steps:
-        union = sum(unit.label_count for units in devices for unit in units)
+        union = sum(unit.count for units in devices for unit in units)
         totals: list[torch.Tensor | None] = [None] * len(parameters)
         for units in devices:
             for unit in units:
-                (loss_sum(forward(model, unit), unit.labels_BT) / union).backward()
+                (loss_sum(forward(model, unit), unit.labels) / union).backward()
             for number, parameter in enumerate(parameters):
                 part, parameter.grad = parameter.grad, None
                 totals[number] = part if totals[number] is None else totals[number] + part  # type: ignore[operator]

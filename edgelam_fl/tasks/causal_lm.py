@@ -1,50 +1,42 @@
-"""Causal language modelling: pairs of text -> token ids and labels; logits -> a loss sum and a label count.
+"""Causal language modelling: a prompt and its answer -> token ids and labels; logits -> a loss sum.
 
-Knows nothing about stages and links. Sums and counts, never means: means of unequal pieces do not add up.
-Shapes: B rows, T tokens, V vocabulary.
+Knows nothing about stages and links. Shapes: B rows, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import AutoTokenizer
 
 from edgelam_fl.errors import DataError
+from edgelam_fl.tasks.base import Example, Unit, cut, pad
+from edgelam_fl.tasks.data import Pair
 
 IGNORED = -100  # a position without a label
 
 
-@dataclass(frozen=True)
-class Example:
-    ids: list[int]
-    labels: list[int]  # ids, or IGNORED where nothing is learned
-
-    @property
-    def label_count(self) -> int:
-        return sum(label != IGNORED for label in self.labels[1:])  # the first token is predicted from nothing
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One micro-batch: padded on the right."""
-
-    ids_BT: torch.Tensor
-    labels_BT: torch.Tensor
-    row_lengths: list[int]
-    label_count: int
-
-
 class CausalLm:
-    """The task of one device: a tokenizer and the run's settings."""
+    """The task of one device: a tokenizer and the run's settings.
 
-    def __init__(self, tokenizer_folder: Path, *, template: str, max_tokens: int, loss_on: str) -> None:
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_folder)
-        self.template, self.max_tokens, self.loss_on = template, max_tokens, loss_on
+    `weighting` "labels": every labelled token counts alike; "examples": every example does, by its mean token loss.
+    """
+
+    def __init__(
+        self, tokenizer_folder: Path, *, template: str, max_tokens: int, loss_on: str, weighting: str = "labels"
+    ) -> None:
+        self._tokenizer_folder = tokenizer_folder
+        self.template, self.max_tokens, self.loss_on, self.weighting = template, max_tokens, loss_on, weighting
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self._tokenizer_folder)
 
     def prompt_text(self, prompt: str) -> str:
         """What stands before the answer."""
@@ -62,10 +54,10 @@ class CausalLm:
         whole = self.tokenizer.apply_chat_template(turns, tokenize=False)
         return whole.removeprefix(self.prompt_text(prompt))
 
-    def examples(self, pairs: list[tuple[str, str]]) -> list[Example]:
+    def examples(self, pairs: Sequence[Pair]) -> list[Example]:
         """Raises DataError where `max_tokens` leaves no room for any answer."""
         made = [self._example(prompt, answer) for prompt, answer in pairs]
-        kept = [example for example in made if example.label_count]
+        kept = [example for example in made if example.count]
         if not kept:
             raise DataError(f"no example has an answer within task.max_tokens = {self.max_tokens}; raise it")
         return kept
@@ -73,36 +65,49 @@ class CausalLm:
     def _example(self, prompt: str, answer: str) -> Example:
         before = self.tokenizer(self.prompt_text(prompt), add_special_tokens=False)["input_ids"]
         after = self.tokenizer(self._answer_text(prompt, answer), add_special_tokens=False)["input_ids"]
-        ids = before + after
-        labels = ids if self.loss_on == "all" else [IGNORED] * len(before) + after
-        limit = self.max_tokens
-        return Example(ids[:limit], labels[:limit])
+        labels = before + after if self.loss_on == "all" else [IGNORED] * len(before) + after
+        labels = labels[: self.max_tokens]
+        count = labelled(labels)
+        return Example((before + after)[: self.max_tokens], labels, min(count, 1) if self._by_example else count)
+
+    @property
+    def _by_example(self) -> bool:
+        return self.weighting == "examples"
+
+    def units(self, examples: Sequence[Example], pieces: int) -> list[Unit]:
+        return make_units(examples, pieces)
+
+    def loss(self, output: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+        return (sum_of_means if self._by_example else loss_sum)(output, labels), {}
 
 
-def make_units(examples: list[Example], pieces: int) -> list[Unit]:
-    """A batch in at most `pieces` micro-batches, rows sorted by length so that little is padding."""
-    ordered = sorted(examples, key=lambda example: len(example.ids))
-    size, larger = divmod(len(ordered), pieces)
-    units, start = [], 0
-    for number in range(pieces):
-        rows = ordered[start : start + size + (number < larger)]
-        start += len(rows)
-        if rows:
-            units.append(_pad(rows))
-    return units
+def labelled(labels: Sequence[int]) -> int:
+    """How many tokens are learned: the first is predicted from nothing."""
+    return sum(label != IGNORED for label in labels[1:])
 
 
-def _pad(rows: list[Example]) -> Unit:
-    tokens = max(len(row.ids) for row in rows)
-    ids = torch.zeros(len(rows), tokens, dtype=torch.long)
-    labels = torch.full((len(rows), tokens), IGNORED, dtype=torch.long)
-    for number, row in enumerate(rows):
-        ids[number, : len(row.ids)] = torch.tensor(row.ids)
-        labels[number, : len(row.ids)] = torch.tensor(row.labels)
-    return Unit(ids, labels, [len(row.ids) for row in rows], sum(row.label_count for row in rows))
+def make_units(examples: Sequence[Example], pieces: int) -> list[Unit]:
+    """A batch in at most `pieces` micro-batches."""
+    return [
+        Unit(
+            pad([row.ids for row in rows], 0),
+            pad([row.labels for row in rows], IGNORED),
+            [len(row.ids) for row in rows],
+            sum(row.count for row in rows),
+        )
+        for rows in cut(examples, pieces)
+    ]
 
 
 def loss_sum(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
     """Sum of the token losses over labelled positions, in fp32: position t predicts token t + 1."""
     predicted = logits_BTV[:, :-1].flatten(0, 1).float()
     return functional.cross_entropy(predicted, labels_BT[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def sum_of_means(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    """Sum over the rows of each row's mean token loss, in fp32; a row without labels adds nothing."""
+    targets_BT = labels_BT[:, 1:]
+    scores_BVT = logits_BTV[:, :-1].float().transpose(1, 2)
+    losses_BT = functional.cross_entropy(scores_BVT, targets_BT, ignore_index=IGNORED, reduction="none")
+    return (losses_BT.sum(1) / (targets_BT != IGNORED).sum(1).clamp(min=1)).sum()

@@ -10,8 +10,10 @@ from typing import Any
 
 from edgelam_fl.errors import DataError, nearest
 
+Pair = tuple[str, str]  # prompt and answer; of a classification the text and its class's name
 
-def read_pairs(path: Path, prompt_field: str, answer_field: str) -> list[tuple[str, str]]:
+
+def read_pairs(path: Path, prompt_field: str, answer_field: str) -> list[Pair]:
     """(prompt, answer) of each line of a JSON-lines file. Raises DataError with the line and what it lacks."""
     return [
         (_text(path, number, record, prompt_field), _text(path, number, record, answer_field))
@@ -57,19 +59,22 @@ def _text(path: Path, number: int, record: dict[str, Any], field: str) -> str:
     return record[field]
 
 
-def set_aside(pairs: list[tuple[str, str]], held_out: float) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+def set_aside(pairs: list[Pair], held_out: float, kind: str = "causal-lm") -> tuple[list[Pair], list[Pair]]:
     """(training, held-out). Chosen by content, so the split is the same in every round, run and order of the file.
 
-    Pairs with one and the same answer go to one side together.
+    Pairs with one and the same answer go to one side together; of a classification, those with the same text.
     """
+    deciding, word = (0, "text") if kind == "classification" else (1, "answer")
 
-    def rank(pair: tuple[str, str]) -> str:
-        return hashlib.sha256(pair[1].encode()).hexdigest()
+    def rank(pair: Pair) -> str:
+        return hashlib.sha256(pair[deciding].encode()).hexdigest()
 
-    answers = sorted({rank(pair) for pair in pairs})
-    if len(answers) < 2:
-        raise DataError("all examples have the same answer; nothing could be measured on answers that were not learned")
-    measured = set(answers[: min(len(answers) - 1, max(1, round(held_out * len(answers))))])
+    ranks = sorted({rank(pair) for pair in pairs})
+    if len(ranks) < 2:
+        raise DataError(
+            f"all examples have the same {word}; nothing could be measured on {word}s that were not learned"
+        )
+    measured = set(ranks[: min(len(ranks) - 1, max(1, round(held_out * len(ranks))))])
     return [p for p in pairs if rank(p) not in measured], [p for p in pairs if rank(p) in measured]
 
 

@@ -1,17 +1,25 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from edgelam_fl.errors import DataError
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.tasks.causal_lm import IGNORED, CausalLm, Example, loss_sum, make_units
+from edgelam_fl.tasks.base import Example
+from edgelam_fl.tasks.causal_lm import IGNORED, CausalLm, labelled, loss_sum, make_units, sum_of_means
 
 
-def task(source: ModelSource, template: str = "chat", max_tokens: int = 64, loss_on: str = "answer") -> CausalLm:
-    return CausalLm(source.folder, template=template, max_tokens=max_tokens, loss_on=loss_on)
+def task(
+    source: ModelSource,
+    template: str = "chat",
+    max_tokens: int = 64,
+    loss_on: str = "answer",
+    weighting: str = "labels",
+) -> CausalLm:
+    return CausalLm(source.folder, template=template, max_tokens=max_tokens, loss_on=loss_on, weighting=weighting)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +41,7 @@ def test_labels_stand_on_the_answer_only(tiny: ModelSource, template: str, promp
         assert language.tokenizer.decode(learned) == answer
         assert language.tokenizer.decode(example.ids) == prompt + answer
     assert example.labels[-len(learned) :] == example.ids[-len(learned) :] == learned
-    assert example.label_count == len(learned)
+    assert example.count == len(learned)
 
 
 def test_a_prompt_that_looks_like_the_template_stays_text(tiny: ModelSource) -> None:
@@ -43,14 +51,14 @@ def test_a_prompt_that_looks_like_the_template_stays_text(tiny: ModelSource) -> 
 def test_loss_on_all_learns_every_token_but_the_first(tiny: ModelSource) -> None:
     (example,) = task(tiny, "plain", loss_on="all").examples([("Why?", "So.")])
     assert example.labels == example.ids
-    assert example.label_count == len(example.ids) - 1
+    assert example.count == len(example.ids) - 1
 
 
 def test_long_examples_are_cut_at_the_end(tiny: ModelSource) -> None:
     language = task(tiny, "plain", max_tokens=8)
     (example,) = language.examples([("Why?", "So it is.")])
     assert language.tokenizer.decode(example.ids) == "Why?\nSo "
-    assert (len(example.ids), example.label_count) == (8, 3)
+    assert (len(example.ids), example.count) == (8, 3)
 
 
 def test_examples_without_room_for_an_answer_go_and_none_left_is_an_error(tiny: ModelSource) -> None:
@@ -60,16 +68,55 @@ def test_examples_without_room_for_an_answer_go_and_none_left_is_an_error(tiny: 
         language.examples([("12345678", "x")])
 
 
+def test_the_tokenizer_is_loaded_with_the_first_examples(tiny: ModelSource, tmp_path: Path) -> None:
+    """A host that is sent labels has the task and no tokenizer."""
+    logits, labels = torch.zeros(1, 3, 5), torch.tensor([[IGNORED, 1, 2]])
+    language = CausalLm(tmp_path / "none", template="plain", max_tokens=8, loss_on="all")
+    assert float(language.loss(logits, labels)[0]) == pytest.approx(2 * math.log(5))
+    with pytest.raises(OSError, match="none"):
+        language.examples([("a", "b")])
+
+
+def test_by_examples_each_counts_once_with_its_mean_token_loss(tiny: ModelSource) -> None:
+    language = task(tiny, "plain", max_tokens=12, weighting="examples")
+    examples = language.examples([("1", "x"), ("1", "so many more"), ("12345678901", "cut away")])
+    assert [(labelled(example.labels), example.count) for example in examples] == [(1 + 1, 1), (10, 1)]
+    (unit,) = language.units(examples, 1)
+    logits = torch.randn(*unit.ids_BT.shape, 300, generator=torch.Generator().manual_seed(1))
+    alone = [loss_sum(logits[row : row + 1], unit.labels[row : row + 1]) for row in range(2)]
+    loss, others = language.loss(logits, unit.labels)
+    assert float(loss) == pytest.approx(float(alone[0]) / 2 + float(alone[1]) / 10, rel=1e-6)
+    assert (unit.count, others) == (2, {})
+
+
+def test_by_labels_the_loss_is_the_token_losses_sum_to_the_bit(tiny: ModelSource) -> None:
+    language = task(tiny, "plain")
+    (unit,) = language.units(language.examples([("1", "x"), ("1", "so many more")]), 1)
+    logits = torch.randn(*unit.ids_BT.shape, 300, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    by_task, by_hand = language.loss(logits, unit.labels)[0], loss_sum(logits, unit.labels)
+    assert torch.equal(by_task, by_hand)
+    assert torch.equal(*(torch.autograd.grad(loss, logits)[0] for loss in (by_task, by_hand)))
+
+
+def test_a_row_without_labels_adds_nothing_to_the_sum_of_means() -> None:
+    logits = torch.zeros(2, 3, 5, requires_grad=True)
+    loss = sum_of_means(logits, torch.tensor([[IGNORED, 1, 2], [3, IGNORED, IGNORED]]))
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(math.log(5))
+    assert logits.grad is not None
+    assert not logits.grad[1].any()
+
+
 def some_examples(*lengths: int) -> list[Example]:
-    return [Example([length] * length, [IGNORED] + [length] * (length - 1)) for length in lengths]
+    return [Example([length] * length, [IGNORED] + [length] * (length - 1), length - 1) for length in lengths]
 
 
 def test_units_are_sorted_and_padded_on_the_right() -> None:
     units = make_units(some_examples(5, 2, 4, 3, 1), 2)
     assert [unit.row_lengths for unit in units] == [[1, 2, 3], [4, 5]]
     assert units[0].ids_BT.tolist() == [[1, 0, 0], [2, 2, 0], [3, 3, 3]]
-    assert units[0].labels_BT.tolist() == [[IGNORED] * 3, [IGNORED, 2, IGNORED], [IGNORED, 3, 3]]
-    assert [unit.label_count for unit in units] == [0 + 1 + 2, 3 + 4]
+    assert units[0].labels.tolist() == [[IGNORED] * 3, [IGNORED, 2, IGNORED], [IGNORED, 3, 3]]
+    assert [unit.count for unit in units] == [0 + 1 + 2, 3 + 4]
 
 
 @pytest.mark.parametrize(("rows", "pieces"), [(8, 2), (7, 3), (2, 4), (1, 1)])
@@ -94,7 +141,7 @@ def test_sums_of_pieces_are_the_sum_of_the_whole() -> None:
     whole, pieces = make_units(some_examples(2, 3, 5, 9), 1), make_units(some_examples(2, 3, 5, 9), 3)
 
     def total(units: list) -> float:
-        return sum(float(loss_sum(torch.nn.functional.one_hot(u.ids_BT, 10).float(), u.labels_BT)) for u in units)
+        return sum(float(loss_sum(torch.nn.functional.one_hot(u.ids_BT, 10).float(), u.labels)) for u in units)
 
     assert total(pieces) == pytest.approx(total(whole), rel=1e-6)
-    assert sum(unit.label_count for unit in pieces) == whole[0].label_count == 1 + 2 + 4 + 8
+    assert sum(unit.count for unit in pieces) == whole[0].count == 1 + 2 + 4 + 8

@@ -89,6 +89,16 @@ def test_pairs_with_the_same_answer_stay_together() -> None:
     assert set(Counter(answer for _, answer in held_out).values()) == {3}
 
 
+def test_a_classification_sets_texts_aside_and_not_classes() -> None:
+    pairs = [(f"text {n % 30}", f"class {n % 3}") for n in range(60)]
+    training, held_out = set_aside(pairs, 0.2, "classification")
+    assert len(held_out) == round(0.2 * 30) * 2
+    assert not {text for text, _ in training} & {text for text, _ in held_out}
+    assert {name for _, name in training} == {"class 0", "class 1", "class 2"}
+    with pytest.raises(DataError, match="all examples have the same text"):
+        set_aside([("a", "x"), ("a", "y")], 0.2, "classification")
+
+
 @pytest.mark.parametrize(("held_out", "expected"), [(0.001, 1), (0.999, 2 - 1)])
 def test_both_sides_get_something(held_out: float, expected: int) -> None:
     training, measured = set_aside(some_pairs(2, 1), held_out)

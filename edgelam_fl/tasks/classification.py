@@ -1,0 +1,60 @@
+"""Classification of texts: a text and its class's name -> token ids and a number; logits -> a loss sum and hits.
+
+Knows nothing about stages and links, nor where the model takes its logits from. Shapes: B rows, T tokens, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from edgelam_fl.errors import ConfigError, DataError, nearest
+from edgelam_fl.tasks.base import Example, Unit, cut, pad
+from edgelam_fl.tasks.data import Pair
+
+
+class Classification:
+    """The prompt of a pair is the text, its answer the name of the class; every example counts alike."""
+
+    def __init__(self, tokenizer_folder: Path, *, max_tokens: int, classes: Sequence[str]) -> None:
+        if len(classes) < 2 or len(set(classes)) < len(classes):
+            raise ConfigError(f"task.classes = {list(classes)!r:.80} must name at least 2 classes, each once")
+        self._tokenizer_folder = tokenizer_folder
+        self.max_tokens, self.classes = max_tokens, tuple(classes)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self._tokenizer_folder)
+
+    def examples(self, pairs: Sequence[Pair]) -> list[Example]:
+        """With the tokenizer's special tokens; a longer text is cut at `max_tokens`, them included."""
+        return [self._example(text, name) for text, name in pairs]
+
+    def _example(self, text: str, name: str) -> Example:
+        if name not in self.classes:
+            raise DataError(f"{name!r:.60} is none of task.classes ({nearest(name, self.classes)})")
+        ids = self.tokenizer(text, truncation=True, max_length=self.max_tokens)["input_ids"]
+        return Example(ids, [self.classes.index(name)], 1)
+
+    def units(self, examples: Sequence[Example], pieces: int) -> list[Unit]:
+        return [
+            Unit(
+                pad([row.ids for row in rows], 0),
+                torch.tensor([row.labels[0] for row in rows]),
+                [len(row.ids) for row in rows],
+                len(rows),
+            )
+            for rows in cut(examples, pieces)
+        ]
+
+    def loss(self, output: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+        """Logits [B, C] -> the sum of the rows' cross-entropies, and how many rows are "correct"."""
+        loss = functional.cross_entropy(output.float(), labels, reduction="sum")
+        return loss, {"correct": float((output.argmax(-1) == labels).sum())}

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from edgelam_fl.errors import ConfigError, DataError
+from edgelam_fl.tasks.base import make_task
+from edgelam_fl.tasks.classification import Classification
+
+CLASSES = ("animal", "plant", "person")
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of whole words that writes [CLS] ... [SEP], as a BERT's does."""
+    vocabulary = {word: n for n, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "big", "green", "one"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    folder = tmp_path_factory.mktemp("words")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(folder)
+    return folder
+
+
+def task(folder: Path, max_tokens: int = 64) -> Classification:
+    made = make_task(
+        "classification", folder, template="chat", max_tokens=max_tokens, loss_on="answer", classes=CLASSES
+    )
+    assert isinstance(made, Classification)
+    return made
+
+
+def test_a_text_gets_special_tokens_and_its_class_a_number(words: Path) -> None:
+    first, second = task(words).examples([("a big one", "plant"), ("a", "animal")])
+    assert (first.ids, first.labels, first.count) == ([2, 4, 5, 7, 3], [1], 1)
+    assert (second.ids, second.labels, second.count) == ([2, 4, 3], [0], 1)
+
+
+def test_a_long_text_is_cut_and_still_ends_as_a_text_does(words: Path) -> None:
+    (example,) = task(words, max_tokens=8).examples([("a " * 20, "plant")])
+    assert example.ids == [2] + [4] * (8 - 2) + [3]
+
+
+def test_units_carry_a_label_a_row(words: Path) -> None:
+    language = task(words)
+    pairs = [("a big green one", "person"), ("a", "plant"), ("a one", "animal")]
+    units = language.units(language.examples(pairs), 2)
+    assert [unit.row_lengths for unit in units] == [[3, 4], [6]]
+    assert units[0].ids_BT.tolist() == [[2, 4, 3, 0], [2, 4, 7, 3]]
+    assert [unit.labels.tolist() for unit in units] == [[1, 0], [2]]
+    assert [unit.count for unit in units] == [2, 1]
+
+
+def test_the_loss_is_a_sum_over_rows_and_comes_with_the_hits() -> None:
+    logits, labels = torch.tensor([[2.0, 0.0, 1.0], [0.0, 0.5, 3.0]]), torch.tensor([0, 1])
+    by_hand = sum(
+        -math.log(math.exp(row[label]) / sum(map(math.exp, row)))
+        for row, label in zip(logits.tolist(), labels.tolist(), strict=True)
+    )
+    loss, others = task(Path("none")).loss(logits.bfloat16(), labels)
+    assert float(loss) == pytest.approx(by_hand, rel=1e-6)
+    assert (loss.dtype, others) == (torch.float32, {"correct": 1})
+
+
+def test_an_unknown_class_is_named_with_the_nearest(words: Path) -> None:
+    with pytest.raises(DataError, match=r"'plants' is none of task\.classes \(did you mean 'plant'\?\)"):
+        task(words).examples([("a", "plants")])
+
+
+@pytest.mark.parametrize("classes", [(), ("one",), ("one", "two", "one")])
+def test_classes_are_two_at_least_and_differ(classes: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"task\.classes = .* must name at least 2 classes, each once"):
+        Classification(Path("none"), max_tokens=8, classes=classes)
