@@ -21,9 +21,9 @@ import torch
 
 from edgelam_fl.errors import DataError, EdgelamError, PeerLost, Refused
 from edgelam_fl.model import adapter as adapters
+from edgelam_fl.model.bases import usable_bases
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.stage import Stage, load_stages
-from edgelam_fl.model.weights import BASES
 from edgelam_fl.split.driver import Driver, Route
 from edgelam_fl.split.host import Host
 from edgelam_fl.split.job import Inbox, job_id, lora_of, make_optimizer, part_id, peak_rss_bytes, spans_of
@@ -114,7 +114,7 @@ class StageHost:
             address=self._address,
             memory_available_bytes=psutil.virtual_memory().available,
             cpu_threads=torch.get_num_threads(),
-            bases=BASES,
+            bases=usable_bases(),
             codecs=list(CODECS),
             versions={package: importlib.metadata.version(package) for package in VERSIONED},
         )
@@ -188,8 +188,9 @@ class StageHost:
             return (
                 f"a plan for {pb.Role.Name(plan.role)} {plan.node!r}; this is {pb.Role.Name(self.role)} {self.name!r}"
             )
-        if plan.model.base not in BASES:
-            return f"base {plan.model.base!r}; node {self.name} has {', '.join(BASES)}"
+        if plan.model.base not in usable_bases():
+            usable = ", ".join(usable_bases())
+            return f"base {plan.model.base!r}; node {self.name} has {usable} (`edgelam doctor` there says why)"
         if not (plan.routes and plan.batch_size and plan.micro_batches and plan.window and plan.deadlines.round_s > 0):
             return "a plan without route, batch size, micro-batches, window or deadlines"
         return ""
@@ -240,7 +241,7 @@ class StageHost:
 
     def _hold(self, plan: pb.Plan) -> Held:
         spans, lora = spans_of(plan), lora_of(plan)
-        key = (plan.model.digest, plan.model.base, tuple(spans), lora)
+        key = (plan.model.digest, plan.model.base, plan.model.compute, tuple(spans), lora)
         if self._held is None or self._held.key != key:
             self._held = None  # the old slice goes before the new one comes
             source = find_model(plan.model.name)
@@ -249,7 +250,8 @@ class StageHost:
                     f"model {plan.model.name} is {source.digest[:12]} on node {self.name} and {plan.model.digest[:12]} at the "
                     f"server: they must be the same files"
                 )
-            self._held = Held(key, source, load_stages(source, spans, plan.model.base, lora))
+            stages = load_stages(source, spans, plan.model.base, lora, plan.model.compute)
+            self._held = Held(key, source, stages)
         return self._held
 
     def _start_from(self, held: Held, plan: pb.Plan, adapter: bytes) -> bool:
