@@ -21,9 +21,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from edgelam_fl.errors import ModelError, ProtocolError
 from edgelam_fl.model.adapter import Adapter, Span, target_modules
-from edgelam_fl.model.quantized import Int8Linear
+from edgelam_fl.model.bases import compute_dtype, require_base
+from edgelam_fl.model.quantized import QUANTIZED, quantize_linears
 from edgelam_fl.model.source import ModelSource, layer_number
-from edgelam_fl.model.weights import COMPUTE_DTYPE, read_tensors
+from edgelam_fl.model.weights import read_tensors
 
 _FINAL_NORMS = ("norm", "ln_f", "final_layernorm")
 
@@ -94,13 +95,16 @@ class Stage(nn.Module):
             parameter.data.copy_(torch.from_numpy(array))
 
 
-def load_stages(source: ModelSource, spans: list[Span], base: str, lora: LoraSettings | None) -> list[Stage]:
+def load_stages(
+    source: ModelSource, spans: list[Span], base: str, lora: LoraSettings | None, compute: str = ""
+) -> list[Stage]:
     """Builds the stages that one node holds. A tensor that two of them need (a tied embedding) is one tensor.
 
     Reads only the spans' tensors: resident memory grows with the slice, never with the model.
     """
     config = AutoConfig.from_pretrained(source.folder)
-    dtype = COMPUTE_DTYPE[base]
+    dtype = compute_dtype(base, compute)
+    require_base(base)
     models = [_skeleton(config, span, base) for span in spans]
     # keep_vars: parameters, not copies; a tied head's own name is absent from files that hold it once.
     wanted = {
@@ -108,7 +112,7 @@ def load_stages(source: ModelSource, spans: list[Span], base: str, lora: LoraSet
         for model in models
         for name in model.state_dict(keep_vars=True)
     }
-    tensors = dict(read_tensors(source, sorted(wanted), base))
+    tensors = dict(read_tensors(source, sorted(wanted), base, compute))
     stages = []
     for model, span in zip(models, spans, strict=True):
         own = {name: tensors[_stored_name(source, name)] for name in model.state_dict(keep_vars=True)}
@@ -138,8 +142,8 @@ def _skeleton(config: Any, span: Span, base: str) -> PreTrainedModel:
     for number in range(len(layers)):
         if not span.first <= number < span.last:
             layers[number] = Pass()
-        elif base == "int8":
-            _quantize_linears(layers[number])
+        elif base in QUANTIZED:
+            quantize_linears(layers[number], base)
     if not span.head:
         setattr(inner, norm, nn.Identity())
         model.set_output_embeddings(nn.Identity())
@@ -160,13 +164,6 @@ def _parts(inner: nn.Module, config: Any) -> tuple[nn.ModuleList, str]:
             f"architecture {config.model_type!r} cannot be cut: its layers or its final norm were not found"
         )
     return lists[0], norms[0]
-
-
-def _quantize_linears(layer: nn.Module) -> None:
-    for parent in list(layer.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                setattr(parent, name, Int8Linear(child))
 
 
 def _rebuild_rotary(model: PreTrainedModel, config: Any) -> None:

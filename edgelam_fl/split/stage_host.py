@@ -20,7 +20,9 @@ import torch
 
 from edgelam_fl.errors import DataError, EdgelamError, PeerLost
 from edgelam_fl.model import adapter as adapters
-from edgelam_fl.model.weights import BASES
+from edgelam_fl.model.bases import usable_bases
+from edgelam_fl.model.source import find_model
+from edgelam_fl.model.speed import measure_bases
 from edgelam_fl.split.driver import Driver, Route
 from edgelam_fl.split.group import Group
 from edgelam_fl.split.held import Held, slice_key, wire_dtype
@@ -102,7 +104,7 @@ class StageHost:
             address=self._address,
             memory_available_bytes=psutil.virtual_memory().available,
             cpu_threads=torch.get_num_threads(),
-            bases=BASES,
+            bases=usable_bases(),
             codecs=list(CODECS),
             versions={package: importlib.metadata.version(package) for package in VERSIONED},
         )
@@ -115,6 +117,8 @@ class StageHost:
                 profile.examples, profile.held_out = len(training), len(held_out)
             except DataError as error:
                 profile.problem = str(error)
+        if request.measure_model and not profile.problem:
+            profile.base_seconds.update(measure_bases(find_model(request.measure_model)))
         return profile
 
     def submit(self, request: pb.SubmitRequest) -> pb.SubmitReply:
@@ -176,8 +180,9 @@ class StageHost:
             return (
                 f"a plan for {pb.Role.Name(plan.role)} {plan.node!r}; this is {pb.Role.Name(self.role)} {self.name!r}"
             )
-        if plan.model.base not in BASES:
-            return f"base {plan.model.base!r}; node {self.name} has {', '.join(BASES)}"
+        if plan.model.base not in usable_bases():
+            usable = ", ".join(usable_bases())
+            return f"base {plan.model.base!r}; node {self.name} has {usable} (`edgelam doctor` there says why)"
         routes = plan.routes or plan.serves
         if not (routes and plan.batch_size and plan.micro_batches and plan.window and plan.deadlines.round_s > 0):
             return "a plan without route, batch size, micro-batches, window or deadlines"

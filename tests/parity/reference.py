@@ -16,7 +16,7 @@ from edgelam_fl.config import RunConfig
 from edgelam_fl.model.adapter import Adapter
 from edgelam_fl.model.source import ModelSource, layer_number
 from edgelam_fl.tasks.base import Unit
-from tests.support import forward, plain_model, token_loss
+from tests.support import forward, loss_sum, plain_model
 
 Batches = Mapping[str, Sequence[Sequence[Unit]]]  # device -> steps -> micro-batches
 
@@ -100,7 +100,7 @@ class Reference:
     def _backward(self, device: str, units: Sequence[Unit], divisor: int) -> dict[str, torch.Tensor | None]:
         """Gradients of the shared parameters from one device's micro-batches; its own keep theirs in `.grad`."""
         for unit in units:
-            (token_loss(forward(self.models[device], unit), unit.labels) / divisor).backward()
+            (loss_sum(forward(self.models[device], unit), unit.labels) / divisor).backward()
         parts = {}
         for name, parameter in self.shared.items():
             parts[name], parameter.grad = parameter.grad, None

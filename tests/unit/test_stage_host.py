@@ -67,7 +67,10 @@ def test_a_plan_that_cannot_be_this_nodes_is_refused(tiny: ModelSource, wrong: d
 def test_an_unknown_base_is_refused(tiny: ModelSource) -> None:
     request = a_plan(tiny)
     request.plan.model.base = "int2"
-    assert edge().submit(request).reason == "base 'int2'; node edge-1 has fp32, bf16, int8"
+    assert (
+        edge().submit(request).reason
+        == "base 'int2'; node edge-1 has fp32, bf16, int8, nf4 (`edgelam doctor` there says why)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -163,7 +166,7 @@ def test_a_devices_profile_counts_its_examples(tiny: ModelSource, data_files: li
     got = profile(data_files[0], tiny)
     assert (got.role, got.problem) == (pb.DEVICE, "")
     assert (got.held_out, got.examples + got.held_out) == (round(0.1 * 24), 24)
-    assert (got.protocol_version, list(got.bases), got.address) == (1, ["fp32", "bf16", "int8"], "10.0.0.1:7000")
+    assert (got.protocol_version, list(got.bases), got.address) == (1, ["fp32", "bf16", "int8", "nf4"], "10.0.0.1:7000")
     assert got.memory_available_bytes > 1 << 20
     assert set(got.versions) == set(stage_host.VERSIONED)
 
