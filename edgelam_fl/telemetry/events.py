@@ -14,12 +14,18 @@ the ServerApp, into RUN/events.jsonl
                     perplexity (of the adapter the round started from, held-out), tokens, train_seconds, eval_seconds,
                     compute_seconds, bytes_up, bytes_down, adapter_bytes_up, adapter_bytes_down, peak_rss_bytes,
                     step_losses [mean loss a label, a step], left_out [{step, reason}], moments ("warm" | "cold"),
+                    metrics {"accuracy": 0.81} (held-out, where the task has others than perplexity; {} otherwise),
                     digest_before, digest_after}
                     hosts: {name, layers [first, last], bytes_up, bytes_down, adapter_bytes_up, adapter_bytes_down,
                     compute_seconds, peak_rss_bytes, moments, digest_before, digest_after}
                     (digests: SHA-256 of the adapter that the node holds, as the round's plan demands it of the node
                     and as the node reports it after the round's training)
+                    (a node that is both stands in devices and in hosts)
                     bytes_by_kind {"ACT": n, ...} counted at the devices, both directions
+    timeline        round, nodes {name: [[kind, role, start_s, seconds, step, micro_batch, peer], ...]}
+                    of the train phase, the newest few hundred of a node: kind "forward" | "backward" | "step" | "send",
+                    role "device" | "host", start_s since the phase opened at that node, peer: a host's device, or where
+                    it was sent to; between them the node waited
     node_lost       round, node, reason
     run_done        seconds, summary (path in RUN)
     run_failed      reason, kept (text: what is left in RUN)
