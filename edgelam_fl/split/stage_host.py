@@ -24,6 +24,7 @@ from edgelam_fl.model.bases import usable_bases
 from edgelam_fl.model.source import find_model
 from edgelam_fl.model.speed import measure_bases
 from edgelam_fl.split.driver import Driver, Route
+from edgelam_fl.split.generation import HostSessions
 from edgelam_fl.split.group import Group
 from edgelam_fl.split.held import Held, slice_key, wire_dtype
 from edgelam_fl.split.host import Host
@@ -239,6 +240,9 @@ class StageHost:
         if not part.plan.serves:
             self._drive(part, held, emit)
             return {}
+        if part.plan.generate:
+            self._generate(part, held, emit)
+            return {}
         host, group = self._make_host(part, held, emit)
         if not part.plan.routes:
             self._serve(part, host, group)
@@ -355,18 +359,36 @@ class StageHost:
     # ---------------------------------------------------------------- as a host
 
     def _make_host(self, part: Part, held: Held, emit: Callable[..., None]) -> tuple[Host, Group]:
-        plan = part.plan
         assert held.hosted is not None
+        group = self._make_group(part, held, emit)
+        task = task_of(part.plan, held.source.folder) if held.hosted.span.head else None
+        host = Host(part.plan, held.hosted, group, list(held.site_trainees(part.plan).values()), task, emit)
+        self._hosting = group  # from here on HELLO is answered
+        return host, group
+
+    def _make_group(self, part: Part, held: Held, emit: Callable[..., None]) -> Group:
+        plan = part.plan
 
         def dial_next(route: pb.Route, number: int, counters: ByteCounters, ears: Ears) -> tuple[Link, int]:
             return self._open_link(plan, held, route, number, pb.ENTRY, counters, ears)
 
         group = Group(plan, held.source.hidden_size, wire_dtype(plan), plan.window, dial_next, emit)
-        task = task_of(plan, held.source.folder) if held.hosted.span.head else None
-        host = Host(plan, held.hosted, group, list(held.site_trainees(plan).values()), task, emit)
         part.attach(group.inbox)
-        self._hosting = group  # from here on HELLO is answered
-        return host, group
+        return group
+
+    def _generate(self, part: Part, held: Held, emit: Callable[..., None]) -> None:
+        assert held.hosted is not None
+        held.site_trainees(part.plan)[part.plan.site].use()
+        group = self._make_group(part, held, emit)
+        self._hosting = group
+        reason = "the conversation is over"
+        try:
+            HostSessions(part.plan, held.hosted, group).run()
+        except EdgelamError as error:
+            reason = str(error)
+            raise
+        finally:
+            group.close(reason)
 
     def _serve(self, part: Part, host: Host, group: Group) -> None:
         reason = "the round is over"
