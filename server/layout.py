@@ -65,15 +65,17 @@ def make_layout(
 ) -> Layout:
     """Deals the devices, by name, to the sites in turn, and to each site the next `split.hosts` of `hosts`.
 
-    Raises RunFailed where hosts are missing, ConfigError where a route would not cross each host of its site.
+    Where hosts or devices are missing for all `split.sites`, fewer sites are made. Raises RunFailed where there are not
+    enough hosts for one, ConfigError where a route would not cross each host of its site.
     """
     names = sorted(device.name for device in devices)
-    count, length = min(config.split.sites, len(names)), config.split.hosts
-    if len(hosts) < count * length:
+    length = config.split.hosts
+    if len(hosts) < length:
         raise RunFailed(
-            f"{len(hosts)} nodes can be hosts ({', '.join(host.name for host in hosts) or 'none'}); "
-            f"{count} sites of {length} hosts need {count * length} (split.sites, split.hosts, split.host_on)"
+            f"a site needs {length} hosts (split.hosts), and {len(hosts)} nodes can be one: "
+            f"{', '.join(host.name for host in hosts) or 'none'} (split.host_on = {config.split.host_on!r})"
         )
+    count = min(config.split.sites, len(names), len(hosts) // length if length else 1)
     ends = {name: device_ends(config, source, name) for name in names}
     indices = {name: index for index, name in enumerate(names)}
     sites, routes = [], {}
