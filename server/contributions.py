@@ -18,7 +18,7 @@ from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.adapter import Adapter, Span
 from edgelam_fl.split.plan import end_spans, hosted_span
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.layout import Layout
+from server.layout import Layout, site_source
 from strategies.base import Contribution
 
 
@@ -112,8 +112,10 @@ def collect(
     for name, reply in sorted(replies.items()):
         for part, tensors in zip(reply.report.contributions, reply.tensors, strict=True):
             site = layout.site_of(name).name if part.scope == "ends" else plans[name].site
+            of_site = part.scope == "site" and plans[name].host_mode != "copies"
+            source = site_source(part.source) if of_site else part.source
             if site not in broken and part.weight > 0 and tensors:
-                merged.setdefault((part.source, part.weight), {}).update(tensors)
+                merged.setdefault((source, part.weight), {}).update(tensors)
     return [Contribution(source, weight, tensors) for (source, weight), tensors in sorted(merged.items(), key=_key)]
 
 

@@ -11,6 +11,7 @@ from edgelam_fl.model.adapter import Adapter, initial_adapter, slice_of
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.split.plan import end_spans, hosted_span, spans_of
 from edgelam_fl.wire import edgelam_pb2 as pb
+from server.layout import site_source
 
 
 def complete(adapter: Adapter, plans: Mapping[str, pb.Plan], config: RunConfig, source: ModelSource) -> Adapter:
@@ -36,7 +37,7 @@ def complete(adapter: Adapter, plans: Mapping[str, pb.Plan], config: RunConfig, 
 def starting_point(plan: pb.Plan, adapter: Adapter, personal: Mapping[str, Adapter]) -> Adapter:
     """What the plan's node starts from: of the `adapter` what it holds, but for what its source goes on with alone."""
     hosted = hosted_span(plan)
-    of_site = slice_of({**adapter, **personal.get(plan.site, {})}, [hosted]) if hosted is not None else {}
+    of_site = slice_of({**adapter, **personal.get(site_source(plan.site), {})}, [hosted]) if hosted is not None else {}
     return of_site | slice_of({**adapter, **personal.get(plan.node, {})}, end_spans(plan))
 
 

@@ -46,6 +46,11 @@ class Layout:
         return next(site for site in self.sites if device in site.members)
 
 
+def site_source(site: str) -> str:
+    """A site's name as strategies see it: never that of a device, which may be the site's only host."""
+    return f"site {site}"
+
+
 def by_name(patterns: Mapping[str, int], name: str, default: int) -> int:
     """The value for a node: of its exact name, else of the longest pattern that matches it, else the default."""
     if name in patterns:
@@ -98,8 +103,14 @@ def make_layout(
 def device_ends(config: RunConfig, source: ModelSource, device: str) -> tuple[int, int]:
     """(front, back_first): layers [0, front) and [back_first, all) stay on the device."""
     split = config.split
+    front = by_name(split.fronts, device, split.front)
     back = 0 if split.labels == "last-stage" else by_name(split.backs, device, split.back)
-    return by_name(split.fronts, device, split.front), source.num_layers - back
+    if front + back > source.num_layers:
+        raise ConfigError(
+            f"device {device} would keep {front} layers in front and {back} at the back (split.fronts, split.backs); "
+            f"{source.name} has {source.num_layers}"
+        )
+    return front, source.num_layers - back
 
 
 def cut_layers(config: RunConfig, first: int, last: int) -> list[int]:

@@ -26,7 +26,7 @@ from edgelam_fl.model.source import ModelSource
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.contributions import Reply, broken_sites, collect, problem, read_reply
 from server.global_adapter import complete, starting_point
-from server.layout import Layout, Site, make_layout, who_may_host
+from server.layout import Layout, Site, make_layout, site_source, who_may_host
 from server.nodes import Nodes
 from server.plans import RoundFacts, make_plans, planned_steps
 from server.reports import describe_round, describe_timeline
@@ -221,7 +221,7 @@ class SplitLora(Strategy):
     def _exports(self, layout: Layout, devices: Iterable[str]) -> dict[str, adapters.Adapter]:
         """What devices go on with instead of the global adapter: their own part and that of their site."""
         own = {
-            name: {**self.personal.get(layout.site_of(name).name, {}), **self.personal.get(name, {})}
+            name: {**self.personal.get(site_source(layout.site_of(name).name), {}), **self.personal.get(name, {})}
             for name in devices
         }
         return {name: tensors for name, tensors in own.items() if tensors}
