@@ -46,6 +46,11 @@ class Layout:
         return next(site for site in self.sites if device in site.members)
 
 
+def site_source(site: str) -> str:
+    """A site's name as strategies see it: never that of a device, which may be the site's only host."""
+    return f"site {site}"
+
+
 def by_name(patterns: Mapping[str, int], name: str, default: int) -> int:
     """The value for a node: of its exact name, else of the longest pattern that matches it, else the default."""
     if name in patterns:
@@ -65,15 +70,17 @@ def make_layout(
 ) -> Layout:
     """Deals the devices, by name, to the sites in turn, and to each site the next `split.hosts` of `hosts`.
 
-    Raises RunFailed where hosts are missing, ConfigError where a route would not cross each host of its site.
+    Where hosts or devices are missing for all `split.sites`, fewer sites are made. Raises RunFailed where there are not
+    enough hosts for one, ConfigError where a route would not cross each host of its site.
     """
     names = sorted(device.name for device in devices)
-    count, length = min(config.split.sites, len(names)), config.split.hosts
-    if len(hosts) < count * length:
+    length = config.split.hosts
+    if len(hosts) < length:
         raise RunFailed(
-            f"{len(hosts)} nodes can be hosts ({', '.join(host.name for host in hosts) or 'none'}); "
-            f"{count} sites of {length} hosts need {count * length} (split.sites, split.hosts, split.host_on)"
+            f"a site needs {length} hosts (split.hosts), and {len(hosts)} nodes can be one: "
+            f"{', '.join(host.name for host in hosts) or 'none'} (split.host_on = {config.split.host_on!r})"
         )
+    count = min(config.split.sites, len(names), len(hosts) // length if length else 1)
     ends = {name: device_ends(config, source, name) for name in names}
     indices = {name: index for index, name in enumerate(names)}
     sites, routes = [], {}
@@ -96,8 +103,14 @@ def make_layout(
 def device_ends(config: RunConfig, source: ModelSource, device: str) -> tuple[int, int]:
     """(front, back_first): layers [0, front) and [back_first, all) stay on the device."""
     split = config.split
+    front = by_name(split.fronts, device, split.front)
     back = 0 if split.labels == "last-stage" else by_name(split.backs, device, split.back)
-    return by_name(split.fronts, device, split.front), source.num_layers - back
+    if front + back > source.num_layers:
+        raise ConfigError(
+            f"device {device} would keep {front} layers in front and {back} at the back (split.fronts, split.backs); "
+            f"{source.name} has {source.num_layers}"
+        )
+    return front, source.num_layers - back
 
 
 def cut_layers(config: RunConfig, first: int, last: int) -> list[int]:

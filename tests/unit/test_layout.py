@@ -96,9 +96,15 @@ def test_a_sites_range_is_that_of_its_own_members(tiny: ModelSource) -> None:
     assert ranges(found) == [("e", 1, 4), ("f", 2, 4)]
 
 
-def test_hosts_that_are_missing(tiny: ModelSource) -> None:
-    with pytest.raises(RunFailed, match=r"1 nodes can be hosts \(e\); 2 sites of 1 hosts need 2"):
-        layout(run_config("x", "split.sites=2"), tiny, "ab", "e")
+def test_fewer_sites_where_hosts_are_missing(tiny: ModelSource) -> None:
+    found = layout(run_config("x", "split.sites=2"), tiny, "ab", "e")
+    assert [(site.name, site.members) for site in found.sites] == [("e", ("a", "b"))]
+
+
+def test_too_few_hosts_for_one_site(tiny: ModelSource) -> None:
+    config = run_config("x", "split.hosts=2", "split.front=1")
+    with pytest.raises(RunFailed, match=r"a site needs 2 hosts \(split.hosts\), and 1 nodes can be one: e "):
+        layout(config, tiny, "ab", "e")
 
 
 def test_who_may_host() -> None:
