@@ -179,9 +179,7 @@ def run_here(console: Console, config: RunConfig, folder: Path, data: Sequence[P
         end_all([*(child for node in nodes for child in node.children.values()), *children])
 
 
-def _local_nodes(
-    config: RunConfig, folder: Path, address: str, data: Sequence[Path]
-) -> tuple[list[Node], list[Node]]:
+def _local_nodes(config: RunConfig, folder: Path, address: str, data: Sequence[Path]) -> tuple[list[Node], list[Node]]:
     """Edge servers and devices, the machine's cores shared out. Where devices host, there are no edge servers."""
     split, cores = config.split, os.cpu_count() or 1
     devices_host = split.host_on == "any"

@@ -63,7 +63,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--name", required=True)
     parser.add_argument("--state", type=Path, required=True, help="folder for the endpoint and the events")
     parser.add_argument("--data", type=Path, help="a device's examples; absent: an edge server")
-    parser.add_argument("--listen", default="", help="host:port of the data plane; a device without it cannot be a host")
+    parser.add_argument(
+        "--listen", default="", help="host:port of the data plane; a device without it cannot be a host"
+    )
     parser.add_argument("--advertise", default="", help="host:port at which others reach it, if it is not --listen")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     return parser.parse_args(arguments)

@@ -77,7 +77,9 @@ class HostSessions:
         member.caches[header.session] = (position + length, cache)
         if self.group.coordinates and member.route.back_first >= self.plan.model.num_layers:
             hidden = hidden[:, -1:]  # no layer of the device attends to the others: the next token is all it asks for
-        answer = pb.Header(kind=pb.KV_STEP, session=header.session, coord=header.coord, device_index=header.device_index)
+        answer = pb.Header(
+            kind=pb.KV_STEP, session=header.session, coord=header.coord, device_index=header.device_index
+        )
         assert member.downstream is not None
         member.downstream.send(answer, hidden.to(self.group.wire).contiguous())
 

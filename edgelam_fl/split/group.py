@@ -77,7 +77,9 @@ class Group:
         if not entry and not self.coordinates:
             return pb.Refuse(reason=f"node {hello.node!r} dials its exit here, and this is not its route's last host")
         if self.window < 1:
-            return pb.Refuse(reason=f"host {self.plan.node} has no memory for a micro-batch of {len(self.members)} devices")
+            return pb.Refuse(
+                reason=f"host {self.plan.node} has no memory for a micro-batch of {len(self.members)} devices"
+            )
         side = "entry" if entry else "exit"
         with self._door:
             if (member.upstream if entry else member.downstream) is not None or member.gone:
@@ -96,9 +98,7 @@ class Group:
             granted = self._granted(hello.window, *([member.window] if not self.coordinates else []))
             if (entry and self.position == 0) or not entry:  # towards the device itself, not within the chain
                 link.pace = self._pace_to(member)
-        return pb.Ready(
-            version=PROTOCOL_VERSION, window=granted, codec=shared[0], job_token=hello.device_index + 1
-        )
+        return pb.Ready(version=PROTOCOL_VERSION, window=granted, codec=shared[0], job_token=hello.device_index + 1)
 
     def _set_up(self, member: Member, link: Link) -> None:
         plan = self.plan

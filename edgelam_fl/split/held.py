@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 
 from edgelam_fl.errors import Refused
 from edgelam_fl.model import adapter as adapters
@@ -109,10 +108,6 @@ def slice_key(plan: pb.Plan) -> tuple[Any, ...]:
         model.digest, model.base, model.compute, tuple(spans_of(plan)), lora_of(plan), plan.checkpointing, copies,
         len(plan.task.classes),
     )  # fmt: skip
-
-
-def wire_dtype(plan: pb.Plan) -> torch.dtype:
-    return torch.bfloat16 if plan.model.wire == "bfloat16" else torch.float32
 
 
 def _contribution(scope: str, source: str, labels: int, tensors: adapters.Adapter) -> pb.Contribution:

@@ -66,7 +66,9 @@ class Host:
             self.lanes = [Lane(everyone, trainees[0], joint)]
         self._lane_of = {m.index: lane for lane in self.lanes for m in lane.members}
         self._served: deque[int] = deque(group.members)  # whose forward pass is the longest ago comes first
-        self._closes: dict[tuple[int, TurnId], pb.StepClose] = {}  # told by the coordinator, by lane; not applied here yet
+        self._closes: dict[
+            tuple[int, TurnId], pb.StepClose
+        ] = {}  # told by the coordinator, by lane; not applied here yet
         self._verdicts: dict[tuple[int, TurnId], pb.StepApply] = {}
         self._told_left_out: set[int] = set()  # an event for each change, not for each step of the same
         self._backwards: deque[tuple[Member, Frame]] = deque()
@@ -97,7 +99,9 @@ class Host:
 
     def _closes_to_come(self, member: Member) -> bool:
         lane = self._lane_of[member.index]
-        return self._turns_to_come() and not lane.is_through and (self.lanes.index(lane), lane.turn_id) not in self._closes
+        return (
+            self._turns_to_come() and not lane.is_through and (self.lanes.index(lane), lane.turn_id) not in self._closes
+        )
 
     # ---------------------------------------------------------------- what arrives
 
@@ -151,7 +155,9 @@ class Host:
         turn = header.step, 0 if lane.joint else header.device_index
         if header.kind == pb.TABLE_ALL and lane.turns is None:
             if len(header.table_all.steps) != self.plan.steps:
-                raise ProtocolError(f"a TABLE_ALL of {len(header.table_all.steps)} steps; the plan has {self.plan.steps}")
+                raise ProtocolError(
+                    f"a TABLE_ALL of {len(header.table_all.steps)} steps; the plan has {self.plan.steps}"
+                )
             self._set_turns(lane, list(header.table_all.steps))
         elif header.kind == pb.STEP_CLOSE:
             self._closes.setdefault((number, turn), header.step_close)
@@ -307,7 +313,12 @@ class Host:
             self._differentiate(member, header, inputs, output if header.kind == pb.GRAD else None, frame.tensor)
 
     def _differentiate(
-        self, member: Member, header: pb.Header, inputs: torch.Tensor, output: torch.Tensor | None, grad: torch.Tensor | None
+        self,
+        member: Member,
+        header: pb.Header,
+        inputs: torch.Tensor,
+        output: torch.Tensor | None,
+        grad: torch.Tensor | None,
     ) -> None:
         """Gradients of the adapter are kept, the inputs' goes on below. No output: nothing above trains."""
         parameters = self._lane_of[member.index].trainee.parameters

@@ -20,7 +20,19 @@ from edgelam_fl.tasks.base import Task, make_task
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.link import Frame, Link
 
-__all__ = ["Inbox", "Lost", "Timeline", "ends_train", "hosted_trains", "job_id", "lora_of", "part_id", "peak_rss_bytes", "task_of", "unit_seed"]
+__all__ = [
+    "Inbox",
+    "Lost",
+    "Timeline",
+    "ends_train",
+    "hosted_trains",
+    "job_id",
+    "lora_of",
+    "part_id",
+    "peak_rss_bytes",
+    "task_of",
+    "unit_seed",
+]
 
 _INTERVALS_KEPT = 400
 
@@ -95,8 +107,13 @@ class Timeline:
         if self._zero and began >= self._zero:
             self._intervals.append(
                 pb.Interval(
-                    kind=kind, role=self._role, start_s=round(began - self._zero, 4), seconds=round(ended - began, 4),
-                    step=header.step, micro_batch=header.micro_batch, peer=peer,
+                    kind=kind,
+                    role=self._role,
+                    start_s=round(began - self._zero, 4),
+                    seconds=round(ended - began, 4),
+                    step=header.step,
+                    micro_batch=header.micro_batch,
+                    peer=peer,
                 )  # fmt: skip
             )
 

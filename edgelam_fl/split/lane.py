@@ -133,7 +133,9 @@ def joint_turns(totals: Sequence[pb.StepTotal]) -> list[Turn]:
     return [Turn(step, tuple(total.members), total.labels) for step, total in enumerate(totals) if total.members]
 
 
-def sequential_turns(totals: Sequence[pb.StepTotal], members: Mapping[int, Member], seed: int, first: int) -> list[Turn]:
+def sequential_turns(
+    totals: Sequence[pb.StepTotal], members: Mapping[int, Member], seed: int, first: int
+) -> list[Turn]:
     """A turn for each device with labels in a step. `first`: global number of the phase's first step."""
     turns = []
     for step, total in enumerate(totals):

@@ -18,18 +18,18 @@ from pathlib import Path
 import psutil
 import torch
 
-from edgelam_fl.errors import DataError, EdgelamError, PeerLost
+from edgelam_fl.errors import DataError, EdgelamError
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.bases import usable_bases
 from edgelam_fl.model.source import find_model
 from edgelam_fl.model.speed import measure_bases
-from edgelam_fl.split.driver import Driver, Route
+from edgelam_fl.split.driver import Driver
 from edgelam_fl.split.generation import HostSessions
 from edgelam_fl.split.group import Group
-from edgelam_fl.split.held import Held, slice_key, wire_dtype
+from edgelam_fl.split.held import Held, slice_key
 from edgelam_fl.split.host import Host
 from edgelam_fl.split.job import Inbox, job_id, part_id, peak_rss_bytes, task_of
-from edgelam_fl.split.member import unit_rows
+from edgelam_fl.split.links import Dial, new_route, open_link, open_route, wire_dtype
 from edgelam_fl.tasks.base import Example, Task
 from edgelam_fl.tasks.data import read_pairs, set_aside
 from edgelam_fl.wire import PROTOCOL_VERSION
@@ -37,15 +37,11 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.codec import CODECS
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.link import Ears, Link
-from edgelam_fl.wire.pace import Pace
 
 _RETRY_MS = 200
 _RESULTS_KEPT = 2
 VERSIONED = ("edgelam-fl", "flwr", "torch", "transformers", "peft", "grpcio", "numpy")
 HOST_MODES = ("joint", "sequential", "copies")
-
-# address, link name, hello, counters, ears, deadlines -> an open link and READY
-Dial = Callable[[str, str, pb.Hello, ByteCounters, Ears, pb.Deadlines], tuple[Link, pb.Ready]]
 
 
 @dataclass
@@ -250,9 +246,7 @@ class StageHost:
             self._host_and_drive(part, held, host, group, emit)
         return labels_by_source(part.plan, host)
 
-    def _host_and_drive(
-        self, part: Part, held: Held, host: Host, group: Group, emit: Callable[..., None]
-    ) -> None:
+    def _host_and_drive(self, part: Part, held: Held, host: Host, group: Group, emit: Callable[..., None]) -> None:
         """The host on a thread of its own, so that it computes for others while the device waits for its own route."""
         failed: list[EdgelamError] = []
 
@@ -281,12 +275,11 @@ class StageHost:
         plan, report = part.plan, part.report
         task = task_of(plan, held.source.folder)
         training, held_out = self._load_examples(plan, task)
-        counters = ByteCounters()
-        route = Route(Inbox(plan.deadlines.round_s), window=plan.window)
+        counters, route = ByteCounters(), new_route(plan)
         part.attach(route.inbox)
         driver = Driver(plan, held.ends, held.ends_trainee, route, task, wire_dtype(plan), emit)
         try:
-            self._open_links(plan, held, route, counters, driver)
+            open_route(self._dial, plan, held.source, route, counters, driver.timeline.sent)
             if plan.evaluate:
                 driver.evaluate(held_out)
             if plan.steps:
@@ -305,45 +298,6 @@ class StageHost:
         report.steps.extend(measured.steps)
         report.bytes.extend(counters.report())
         report.timeline.extend(driver.timeline.report())
-
-    def _open_links(self, plan: pb.Plan, held: Held, route: Route, counters: ByteCounters, driver: Driver) -> None:
-        own = plan.routes[0]
-        if not own.hops:
-            return
-        ears = (route.inbox.on_frame, route.inbox.on_lost)
-        route.entry, entry_window = self._open_link(plan, held, own, 0, pb.ENTRY, counters, ears)
-        route.exit, exit_window = self._open_link(plan, held, own, len(own.hops) - 1, pb.EXIT, counters, ears)
-        route.window = min(plan.window, entry_window, exit_window)
-        pace = Pace(own.share_bps / 8) if own.share_bps else None  # one bucket for all that the device sends
-        for link in (route.entry, route.exit):
-            link.pace, link.on_sent = pace, driver.timeline.sent
-
-    def _open_link(
-        self,
-        plan: pb.Plan,
-        held: Held,
-        route: pb.Route,
-        number: int,
-        side: pb.LinkRole,
-        counters: ByteCounters,
-        ears: Ears,
-    ) -> tuple[Link, int]:
-        """Dials a hop of a route and sets the link up as both ends agreed; the window granted."""
-        hop = route.hops[number]
-        hello = pb.Hello(
-            version=PROTOCOL_VERSION, job=job_id(plan), node=self.name, device_index=route.device_index, link=side,
-            route_token=route.token, model_digest=held.source.digest, window=plan.window, codecs=list(CODECS),
-        )  # fmt: skip
-        name = f"{'entry' if side == pb.ENTRY else 'exit'} {hop.node}"
-        name += f" for {route.device}" if route.device != self.name else ""
-        link, ready = self._dial(hop.address, name, hello, counters, ears, plan.deadlines)
-        if ready.codec not in CODECS or not ready.window >= 1:
-            raise PeerLost(f"{name} granted codec {ready.codec!r} and window {ready.window}")
-        link.max_tensor_bytes = (
-            unit_rows(plan) * plan.task.max_tokens * held.source.hidden_size * wire_dtype(plan).itemsize
-        )
-        link.job_token, link.codec = ready.job_token, ready.codec
-        return link, ready.window
 
     def _load_examples(self, plan: pb.Plan, task: Task) -> tuple[list[Example], list[Example]]:
         """(training, held-out), tokenized once for the same file and settings."""
@@ -370,7 +324,7 @@ class StageHost:
         plan = part.plan
 
         def dial_next(route: pb.Route, number: int, counters: ByteCounters, ears: Ears) -> tuple[Link, int]:
-            return self._open_link(plan, held, route, number, pb.ENTRY, counters, ears)
+            return open_link(self._dial, plan, held.source, route, number, pb.ENTRY, counters, ears)
 
         group = Group(plan, held.source.hidden_size, wire_dtype(plan), plan.window, dial_next, emit)
         part.attach(group.inbox)

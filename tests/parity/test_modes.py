@@ -81,9 +81,13 @@ def assert_same_as(reports: Reports, reference: Reference) -> None:
 def test_three_devices_train_like_one_loop_with_a_shared_middle(
     tiny: ModelSource, data_files: list[Path], mode: str, hosts: int, base: str
 ) -> None:
-    config = run_config(tiny.name, f"split.host_mode={mode}", f"split.hosts={hosts}", "split.front=1", f"model.base={base}")
+    config = run_config(
+        tiny.name, f"split.host_mode={mode}", f"split.hosts={hosts}", "split.front=1", f"model.base={base}"
+    )
     reports, _ = run_rounds(tiny, config, data_files)
-    reference = Reference(tiny, config, start_of(tiny, config), dict.fromkeys(["device-1", "device-2", "device-3"], (1, 4)))
+    reference = Reference(
+        tiny, config, start_of(tiny, config), dict.fromkeys(["device-1", "device-2", "device-3"], (1, 4))
+    )
     getattr(reference, mode)(batches_of(tiny, config, data_files, STEPS), STEPS)
     assert_same_as(reports, reference)
 
@@ -115,7 +119,9 @@ def test_unlike_cuts_are_averaged_a_module_by_its_own_sources(tiny: ModelSource,
         for device, steps in batches_of(tiny, config, data_files[:2], STEPS).items()
     }
     site_labels = sum(labels.values())  # both cross the host, if only device-1 computes layer 3 there
-    expected = (ends["device-2"][name] * labels["device-2"] + site[name] * site_labels) / (labels["device-2"] + site_labels)
+    expected = (ends["device-2"][name] * labels["device-2"] + site[name] * site_labels) / (
+        labels["device-2"] + site_labels
+    )
     np.testing.assert_allclose(adapter[name], expected, rtol=1e-5, atol=1e-9)
 
 
@@ -153,7 +159,9 @@ def test_devices_that_host_a_slice_each_train_the_same(tiny: ModelSource, data_f
     config = run_config(tiny.name, f"split.host_mode={mode}", "split.host_on=any", "split.hosts=2")
     reports, _ = run_rounds(tiny, config, data_files)
     assert [reports[f"device-{n}"].host.first_layer for n in (1, 2)] == [2, 3]
-    reference = Reference(tiny, config, start_of(tiny, config), dict.fromkeys(["device-1", "device-2", "device-3"], (2, 4)))
+    reference = Reference(
+        tiny, config, start_of(tiny, config), dict.fromkeys(["device-1", "device-2", "device-3"], (2, 4))
+    )
     getattr(reference, mode)(batches_of(tiny, config, data_files, STEPS), STEPS)
     assert_same_as(reports, reference)
 
