@@ -365,11 +365,13 @@ class StageHost:
         return self._examples[1]
 
 
-def _trains(plan: pb.Plan) -> Callable[[int], bool]:
+def _trains(plan: pb.Plan) -> Callable[[int | None], bool]:
     """Which layers learn: the front, the hosts' and the back are free or frozen apart, also where no host is."""
     route, lora = plan.routes[0], plan.lora
 
-    def trains(layer: int) -> bool:
+    def trains(layer: int | None) -> bool:
+        if layer is None:  # the task head, which is the device's
+            return lora.train_back
         if plan.role == pb.DEVICE and layer < route.front:
             return lora.train_front
         if plan.role == pb.DEVICE and layer >= route.back_first:
