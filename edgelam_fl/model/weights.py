@@ -44,7 +44,8 @@ def read_tensors(
         with safe_open(file, framework="pt") as tensors:
             available = set(tensors.keys())
             for name in wanted:
-                yield name, tensors.get_tensor(name)
+                entry = source.index[name]
+                yield name, tensors.get_tensor(entry.stored_name if Path(entry.file) == file else name)
                 if f"{name}_scale" in available:
                     yield f"{name}_scale", tensors.get_tensor(f"{name}_scale")
 
@@ -91,4 +92,4 @@ def _read_source(source: ModelSource, name: str) -> torch.Tensor:
     if source.gguf is not None:
         return torch.from_numpy(gguf.read_tensor(entry, source.config).copy())
     with safe_open(entry.file, framework="pt") as tensors:
-        return tensors.get_tensor(name)
+        return tensors.get_tensor(entry.stored_name)

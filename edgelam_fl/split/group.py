@@ -134,7 +134,7 @@ class Group:
                 self._set_up(member, link)
                 member.downstream, member.window = link, window
 
-    def gather(self, take: Callable[[], None]) -> None:
+    def gather(self, take: Callable[[], object]) -> None:
         """Waits for the devices, until all are here or the deadline. `take` handles what arrives meanwhile.
 
         Raises PeerLost with fewer than `min_devices` of them.

@@ -12,7 +12,7 @@ import numpy as np
 
 from edgelam_fl.errors import Refused
 from edgelam_fl.model import adapter as adapters
-from edgelam_fl.model.source import ModelSource, find_model
+from edgelam_fl.model.source import find_model
 from edgelam_fl.model.stage import Stage, load_stages
 from edgelam_fl.split.job import ends_train, hosted_trains, lora_of
 from edgelam_fl.split.plan import end_spans, hosted_span, spans_of

@@ -114,7 +114,7 @@ class Timeline:
                     step=header.step,
                     micro_batch=header.micro_batch,
                     peer=peer,
-                )  # fmt: skip
+                )
             )
 
     def report(self) -> list[pb.Interval]:

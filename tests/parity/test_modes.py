@@ -176,7 +176,7 @@ def test_a_global_norm_is_clipped_over_all_stages(
         "optimizer.max_norm=0.05",
     )  # fmt: skip
     files = data_files[:devices]
-    reports, adapter = run_rounds(tiny, config, files)
+    reports, _ = run_rounds(tiny, config, files)
     start = start_of(tiny, config)
     batches = batches_of(tiny, config, files, STEPS)
 
