@@ -185,6 +185,12 @@ def test_the_other_sites_results_stand(federation: Callable[..., Federation]) ->
     assert [event["attempt"] for event in run.events("plan")] == [1, 1]
 
 
+def test_a_run_starts_with_the_sites_that_came(federation: Callable[..., Federation]) -> None:
+    run = federation("ab", "e", "split.sites=2", "federation.rounds=1")
+    run.run()
+    assert [[site["devices"] for site in event["sites"]] for event in run.events("plan")] == [[["a", "b"]]] * 2
+
+
 def test_a_round_without_a_whole_site_is_tried_again(federation: Callable[..., Federation]) -> None:
     run = federation("ab", "e", "federation.rounds=1")
     run.nodes["e"].fails = lambda plan: "crash" if plan.attempt == 1 and plan.steps else ""  # type: ignore[assignment, return-value]
