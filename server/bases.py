@@ -28,7 +28,8 @@ def choose_base(config: RunConfig, source: ModelSource, profile: pb.Profile, spa
         fitting = [
             (seconds, pair)
             for pair, seconds in measured.items()
-            if pair[0] in _BYTES
+            if seconds > 0
+            and pair[0] in _BYTES
             and pair[1] in (DTYPES if compute == "auto" else (compute,))
             and slice_bytes(source, spans, pair[0]) <= room
         ]

@@ -5,6 +5,7 @@ Flower's own `send_and_receive` waits for all until its time is up; here a node 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -154,6 +155,7 @@ class Nodes:
             "node_joined", node=profile.name, role=pb.Role.Name(profile.role).lower(), address=profile.address,
             examples=profile.examples, held_out=profile.held_out,
             memory_available_bytes=profile.memory_available_bytes, cpu_threads=profile.cpu_threads,
+            base_seconds={key: seconds for key, seconds in profile.base_seconds.items() if math.isfinite(seconds)},
         )  # fmt: skip
 
     def _refuse(self, name: str, reason: str) -> None:

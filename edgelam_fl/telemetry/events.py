@@ -4,7 +4,8 @@ Every line has `time` (Unix seconds) and `event`. Who writes which, and their fi
 
 the ServerApp, into RUN/events.jsonl
     run_started     run, config (the run file, resolved), versions {package: version}
-    node_joined     node, role ("device" | "edge"), address, examples, held_out, memory_available_bytes, cpu_threads
+    node_joined     node, role ("device" | "edge"), address, examples, held_out, memory_available_bytes, cpu_threads,
+                    base_seconds {"base/compute": seconds of a layer, forward and backward} (model.base = "auto" only)
     node_refused    node, reason
     plan            round, attempt, selected [names], why {node: text}, shares {node: share of 1},
                     routes [{device, front, back_first, num_layers, hops [{node, first, last}]}],
