@@ -5,7 +5,7 @@ Knows plans and tensors; knows nothing about links or batches. `split.stage_host
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -76,15 +76,22 @@ class Held:
         self._site = {source: self._site[source] for source in sources}
         return self._site
 
-    def finish(self, plan: pb.Plan, own_labels: int, site_labels: Mapping[str, int]) -> list[pb.Contribution]:
-        """What each source trained; those without labels trained nothing."""
-        found = []
-        if own_labels and self.ends:
-            found.append(_contribution("ends", plan.node, own_labels, self.ends_trainee.finish(plan)))
+    def finish(self, plan: pb.Plan, own_labels: int, site_labels: Callable[[str, str], int]) -> list[pb.Contribution]:
+        """What each source trained. `site_labels(source, tensor)`: labels that a hosted tensor learned from.
+
+        A layer that only some routes cross learned from their labels alone, so a site's tensors may differ in weight.
+        """
+        found = [("ends", plan.node, own_labels, self.ends_trainee.finish(plan))] if self.ends else []
         for source, trainee in self._site.items() if self.hosted is not None else []:
-            if site_labels.get(source):
-                found.append(_contribution("site", source, site_labels[source], trainee.finish(plan)))
-        return [contribution for contribution in found if contribution.adapter]
+            tensors = trainee.finish(plan)
+            for weight in sorted({site_labels(source, name) for name in tensors}):
+                part = {name: array for name, array in tensors.items() if site_labels(source, name) == weight}
+                found.append(("site", source, weight, part))
+        return [
+            pb.Contribution(scope=scope, source=source, weight=weight, adapter=adapters.to_bytes(tensors))
+            for scope, source, weight, tensors in found
+            if weight and tensors
+        ]
 
     def current(self) -> adapters.Adapter | None:
         """All that is held, by name; None where several versions of a tensor are."""
@@ -108,8 +115,3 @@ def slice_key(plan: pb.Plan) -> tuple[Any, ...]:
         model.digest, model.base, model.compute, tuple(spans_of(plan)), lora_of(plan), plan.checkpointing, copies,
         len(plan.task.classes),
     )  # fmt: skip
-
-
-def _contribution(scope: str, source: str, labels: int, tensors: adapters.Adapter) -> pb.Contribution:
-    data = adapters.to_bytes(tensors) if tensors else b""
-    return pb.Contribution(scope=scope, source=source, weight=labels, adapter=data)

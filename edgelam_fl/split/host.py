@@ -90,6 +90,13 @@ class Host:
             self.compute_seconds += time.monotonic() - began
         self.group.check_enough()
 
+    def labels_of(self, source: str, name: str) -> int:
+        """The labels that a tensor learned from: of the devices whose routes cross its layer; of a copy, its device's."""
+        members = [m for m in self.group.members.values() if m.crosses(name)]
+        if self.plan.host_mode == "copies":
+            members = [m for m in members if m.route.device == source]
+        return sum(self.labels_trained[m.index] for m in members)
+
     def _turns_to_come(self) -> bool:
         """Whether devices are through whose last steps are not applied here yet: their closes are still on their way."""
         if self.group.coordinates:

@@ -220,7 +220,7 @@ class StageHost:
             layers=[[stage.span.first, stage.span.last] for stage in held.stages()],
             seconds=round(time.monotonic() - began, 3),
         )
-        site_labels = self._play(part, held, emit)
+        site_labels = self._play(part, held, emit) or (lambda source, name: 0)
         report.contributions.extend(held.finish(plan, report.labels_trained, site_labels) if plan.steps else [])
         current = held.current()
         report.adapter_digest = adapters.digest(current) if current is not None else ""
@@ -231,20 +231,20 @@ class StageHost:
             self._held = Held(plan)
         return self._held
 
-    def _play(self, part: Part, held: Held, emit: Callable[..., None]) -> dict[str, int]:
-        """The node's part as a host, as a device, or as both at once. Returns what the site's sources trained, in labels."""
+    def _play(self, part: Part, held: Held, emit: Callable[..., None]) -> Callable[[str, str], int] | None:
+        """The node's part as a host, as a device, or as both at once. Returns what hosted tensors learned from, in labels."""
         if not part.plan.serves:
             self._drive(part, held, emit)
-            return {}
+            return None
         if part.plan.generate:
             self._generate(part, held, emit)
-            return {}
+            return None
         host, group = self._make_host(part, held, emit)
         if not part.plan.routes:
             self._serve(part, host, group)
         else:
             self._host_and_drive(part, held, host, group, emit)
-        return labels_by_source(part.plan, host)
+        return host.labels_of
 
     def _host_and_drive(self, part: Part, held: Held, host: Host, group: Group, emit: Callable[..., None]) -> None:
         """The host on a thread of its own, so that it computes for others while the device waits for its own route."""
@@ -361,10 +361,3 @@ class StageHost:
             )
         )  # fmt: skip
         report.timeline.extend(host.timeline.report())
-
-
-def labels_by_source(plan: pb.Plan, host: Host) -> dict[str, int]:
-    """What was trained, for each source of the site's contributions."""
-    if plan.host_mode == "copies":
-        return {route.device: host.labels_trained[route.device_index] for route in plan.serves}
-    return {plan.site: sum(host.labels_trained.values())}

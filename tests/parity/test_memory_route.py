@@ -146,7 +146,7 @@ def test_a_device_lost_in_a_chain_costs_its_own_micro_batches(tiny: ModelSource,
     stayed = sum(step.labels for name in ("device-1", "device-2") for step in reports[name].steps)
     done = [e["labels"] for e in fleet.events if e["event"] == "step" and e["job"] == "test/1/1/device-3"]
     assert len(done) == 3
-    assert reports["edge-1"].labels_trained == reports["edge-2"].labels_trained >= stayed + sum(done)
+    assert reports["edge-1"].host.labels_trained == reports["edge-2"].host.labels_trained >= stayed + sum(done)
     closed = [event for event in fleet.events if event["event"] == "step_closed"]
     assert {event["job"].split("/")[-1] for event in closed} == {"edge-1", "edge-2"}
     assert all(event["left_out"][0]["node"] == "device-3" for event in closed)
