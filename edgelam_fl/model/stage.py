@@ -66,6 +66,7 @@ class Stage(nn.Module):
         }
         for parameter in self.adapter_parameters.values():
             parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
         self.eval()
 
     # ---------------------------------------------------------------- computing
