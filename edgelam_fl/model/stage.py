@@ -67,6 +67,7 @@ class Stage(nn.Module):
         }
         for parameter in self.adapter_parameters.values():
             parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
         self.eval()
 
     # ---------------------------------------------------------------- computing
