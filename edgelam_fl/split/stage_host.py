@@ -29,7 +29,7 @@ from edgelam_fl.split.host import Host
 from edgelam_fl.split.job import Inbox, job_id, lora_of, make_optimizer, part_id, peak_rss_bytes, spans_of
 from edgelam_fl.tasks.base import Example
 from edgelam_fl.tasks.causal_lm import CausalLm
-from edgelam_fl.tasks.data import read_pairs, set_aside
+from edgelam_fl.tasks.data import device_pairs
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.codec import CODECS
@@ -123,8 +123,7 @@ class StageHost:
             profile.problem = f"speaks protocol version {PROTOCOL_VERSION}, the server {request.protocol_version}"
         elif self._data is not None:
             try:
-                pairs = read_pairs(self._data, request.task.prompt_field, request.task.answer_field)
-                training, held_out = set_aside(pairs, request.task.held_out)
+                training, held_out = device_pairs(self._data, request.task)
                 profile.examples, profile.held_out = len(training), len(held_out)
             except DataError as error:
                 profile.problem = str(error)
@@ -361,7 +360,7 @@ class StageHost:
             language = CausalLm(
                 held.source.folder, template=task.template, max_tokens=task.max_tokens, loss_on=task.loss_on
             )
-            training, held_out = set_aside(read_pairs(self._data, task.prompt_field, task.answer_field), task.held_out)
+            training, held_out = device_pairs(self._data, task)
             self._examples = key, (language.examples(training), language.examples(held_out))
         return self._examples[1]
 
