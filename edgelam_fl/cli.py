@@ -106,7 +106,9 @@ def run(
     ] = 0,
     data: Annotated[
         list[Path],
-        typer.Option("--data", metavar="FILE", help="With --local: one JSON-lines file a device; repeat it."),
+        typer.Option(
+            "--data", metavar="FILE", help="With --local: one file a device (.jsonl, .csv, .txt ...); repeat it."
+        ),
     ] = [],  # noqa: B006
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="The run's folder; by default run.out of the file.")
@@ -155,7 +157,9 @@ def client(
     server: ServerOption,
     data: Annotated[
         Path | None,
-        typer.Option("--data", metavar="FILE", help="This device's examples (JSON lines). Without: an edge server."),
+        typer.Option(
+            "--data", metavar="FILE", help="This device's examples (.jsonl, .csv, .txt ...). Without: an edge server."
+        ),
     ] = None,
     name: Annotated[str, typer.Option("--name", help="Unique in the federation; by default the host's name.")] = "",
     listen: Annotated[

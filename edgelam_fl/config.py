@@ -211,6 +211,15 @@ class RunConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def classes_for_a_classification(self) -> RunConfig:
+        kind, classes = self.task.kind, self.task.classes
+        if kind != "classification" and classes:
+            raise ValueError(f"task.classes is for task.kind = 'classification', got {kind!r}")
+        if kind == "classification" and not 2 <= len(set(classes)) == len(classes):
+            raise ValueError(f"task.classes = {list(classes)!r:.80} must name at least 2 classes, each once")
+        return self
+
     def to_toml(self) -> str:
         """The whole configuration as a run file."""
         sections = []

@@ -92,7 +92,8 @@ def _show_answers(console: Console, config: RunConfig, folder: Path, file: Path)
     with console.status("asking one held-out question, before and after"):
         from edgelam_fl.generate import answer
 
-        held_out = set_aside(read_pairs(file, "question", "answer"), config.data.held_out)[1]
+        pairs = set_aside(read_pairs(file, "question", "answer"), config.data.held_out)[1]
+        held_out = [(str(question), truth) for question, truth in pairs]
         question, truth = next((pair for pair in held_out if pair[0].startswith("What does")), held_out[0])
         before, after = (
             answer(config, folder / "adapter" if tuned else None, question, _ANSWER_TOKENS) for tuned in (False, True)

@@ -27,7 +27,7 @@ from edgelam_fl.processes import (
     start_superlink,
 )
 from edgelam_fl.submit import Submission, app_folder
-from edgelam_fl.tasks.data import read_records
+from edgelam_fl.tasks.files import read_records
 from edgelam_fl.telemetry.console import RunView
 from edgelam_fl.telemetry.events import EventTail
 from edgelam_fl.telemetry.summary import summary_table

@@ -31,7 +31,7 @@ from edgelam_fl.split.host import Host
 from edgelam_fl.split.job import Inbox, job_id, part_id, peak_rss_bytes, task_of
 from edgelam_fl.split.links import Dial, new_route, open_link, open_route, wire_dtype
 from edgelam_fl.tasks.base import Example, Task
-from edgelam_fl.tasks.data import read_pairs, set_aside
+from edgelam_fl.tasks.data import device_pairs
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.codec import CODECS
@@ -109,8 +109,7 @@ class StageHost:
             profile.problem = f"speaks protocol version {PROTOCOL_VERSION}, the server {request.protocol_version}"
         elif self._data is not None:
             try:
-                pairs = read_pairs(self._data, request.task.prompt_field, request.task.answer_field)
-                training, held_out = set_aside(pairs, request.task.held_out)
+                training, held_out = device_pairs(self._data, request.task)
                 profile.examples, profile.held_out = len(training), len(held_out)
             except DataError as error:
                 profile.problem = str(error)
@@ -305,8 +304,7 @@ class StageHost:
         settings = plan.task
         key = settings.SerializeToString(deterministic=True) + str(os.stat(self._data).st_mtime_ns).encode()
         if self._examples is None or self._examples[0] != key:
-            pairs = read_pairs(self._data, settings.prompt_field, settings.answer_field)
-            training, held_out = set_aside(pairs, settings.held_out)
+            training, held_out = device_pairs(self._data, settings)
             self._examples = key, (task.examples(training), task.examples(held_out))
         return self._examples[1]
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch.nn import functional
 
-from edgelam_fl.errors import DataError
+from edgelam_fl.errors import ConfigError, DataError
 from edgelam_fl.tasks.base import Example, Unit, cut, pad
-from edgelam_fl.tasks.data import Pair
+from edgelam_fl.tasks.data import Pair, Prompt
 
 IGNORED = -100  # a position without a label
 
@@ -38,21 +39,36 @@ class CausalLm:
 
         return AutoTokenizer.from_pretrained(self._tokenizer_folder)
 
-    def prompt_text(self, prompt: str) -> str:
-        """What stands before the answer."""
+    def prompt_text(self, prompt: Prompt) -> str:
+        """What stands before the answer; nothing before a passage that has no prompt."""
         if self.template == "chat":
-            return self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-            )
-        template = "{prompt}\n{answer}" if self.template == "plain" else self.template
-        return template.replace("{prompt}", prompt).removesuffix("{answer}")
+            return self._chat_text(_turns(prompt), add_generation_prompt=True)
+        if not isinstance(prompt, str):
+            raise DataError(f"a chat needs task.template = 'chat', got {self.template!r}")
+        if self.template == "plain":
+            return f"{prompt}\n" if prompt else ""
+        return self.template.replace("{prompt}", prompt).removesuffix("{answer}")
 
-    def _answer_text(self, prompt: str, answer: str) -> str:
+    def _answer_text(self, prompt: Prompt, answer: str) -> str:
         if self.template != "chat":
             return answer + (self.tokenizer.eos_token or "")
-        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        whole = self.tokenizer.apply_chat_template(turns, tokenize=False)
-        return whole.removeprefix(self.prompt_text(prompt))
+        before = self.prompt_text(prompt)
+        whole = self._chat_text([*_turns(prompt), {"role": "assistant", "content": answer}])
+        if not whole.startswith(before):
+            raise ConfigError(
+                "task.template = 'chat': the model's own template writes a chat with its answer in another way than the "
+                f"prompt before it, {before[-40:]!r}; give a text with {{prompt}} and {{answer}} instead"
+            )
+        return whole.removeprefix(before)
+
+    def _chat_text(self, turns: list[dict[str, str]], **how: bool) -> str:
+        if not self.tokenizer.chat_template:
+            raise ConfigError("task.template = 'chat', but the model brings no chat template; set 'plain' or a text")
+        try:
+            return self.tokenizer.apply_chat_template(turns, tokenize=False, **how)
+        except TemplateError as error:
+            roles = ", ".join(turn["role"] for turn in turns)
+            raise DataError(f"the model's chat template refuses a chat of {roles:.80}: {error}") from error
 
     def examples(self, pairs: Sequence[Pair]) -> list[Example]:
         """Raises DataError where `max_tokens` leaves no room for any answer."""
@@ -62,7 +78,7 @@ class CausalLm:
             raise DataError(f"no example has an answer within task.max_tokens = {self.max_tokens}; raise it")
         return kept
 
-    def _example(self, prompt: str, answer: str) -> Example:
+    def _example(self, prompt: Prompt, answer: str) -> Example:
         before = self.tokenizer(self.prompt_text(prompt), add_special_tokens=False)["input_ids"]
         after = self.tokenizer(self._answer_text(prompt, answer), add_special_tokens=False)["input_ids"]
         labels = before + after if self.loss_on == "all" else [IGNORED] * len(before) + after
@@ -79,6 +95,11 @@ class CausalLm:
 
     def loss(self, output: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
         return (sum_of_means if self._by_example else loss_sum)(output, labels), {}
+
+
+def _turns(prompt: Prompt) -> list[dict[str, str]]:
+    turns = (("user", prompt),) if isinstance(prompt, str) else prompt
+    return [{"role": role, "content": content} for role, content in turns]
 
 
 def labelled(labels: Sequence[int]) -> int:

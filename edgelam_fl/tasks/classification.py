@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from edgelam_fl.errors import ConfigError, DataError, nearest
 from edgelam_fl.tasks.base import Example, Unit, cut, pad
-from edgelam_fl.tasks.data import Pair
+from edgelam_fl.tasks.data import Pair, Prompt
 
 
 class Classification:
@@ -37,7 +37,7 @@ class Classification:
         """With the tokenizer's special tokens; a longer text is cut at `max_tokens`, them included."""
         return [self._example(text, name) for text, name in pairs]
 
-    def _example(self, text: str, name: str) -> Example:
+    def _example(self, text: Prompt, name: str) -> Example:
         if name not in self.classes:
             raise DataError(f"{name!r:.60} is none of task.classes ({nearest(name, self.classes)})")
         ids = self.tokenizer(text, truncation=True, max_length=self.max_tokens)["input_ids"]

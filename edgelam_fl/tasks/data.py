@@ -1,62 +1,110 @@
-"""A device's examples: reading the file, setting some aside, the order of training. Knows fields of text, not tokens."""
+"""A device's examples: prompts and answers from its file, some set aside, the order of training. Knows texts, not tokens."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from edgelam_fl.errors import DataError, nearest
+from edgelam_fl.tasks.files import PASSAGE, Record, read_records
 
-Pair = tuple[str, str]  # prompt and answer; of a classification the text and its class's name
-
-
-def read_pairs(path: Path, prompt_field: str, answer_field: str) -> list[Pair]:
-    """(prompt, answer) of each line of a JSON-lines file. Raises DataError with the line and what it lacks."""
-    return [
-        (_text(path, number, record, prompt_field), _text(path, number, record, answer_field))
-        for number, record in read_records(path)
-    ]
+Turn = tuple[str, str]  # role and content
+Prompt = str | tuple[Turn, ...]  # a text (of a plain passage: empty), or the turns of a chat before its last answer
+Pair = tuple[Prompt, str]  # prompt and answer; of a classification the text and its class's name
+_ROLES = ("system", "user", "assistant")
 
 
-def read_records(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """(line number, object) of each line: all that can be checked before a run file names the fields."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise DataError(f"no data file at {path}; --data takes a JSON-lines file, one example a line") from error
-    except UnicodeDecodeError as error:
+class Settings(Protocol):
+    """What a run file's [task] and [data] say about a device's file; a plan's task settings have it."""
+
+    kind: str
+    template: str
+    loss_on: str
+    prompt_field: str
+    answer_field: str
+    held_out: float
+
+    @property
+    def classes(self) -> Sequence[str]: ...
+
+
+def device_pairs(path: Path, settings: Settings) -> tuple[list[Pair], list[Pair]]:
+    """(training, held-out) of a device's file, nothing tokenized. Raises DataError where it does not fit the task."""
+    pairs = read_pairs(path, settings.prompt_field, settings.answer_field, settings.classes)
+    _check_prompts(path, pairs, settings)
+    return set_aside(pairs, settings.held_out, settings.kind)
+
+
+def read_pairs(path: Path, prompt_field: str, answer_field: str, classes: Sequence[str] = ()) -> list[Pair]:
+    """(prompt, answer) of each example. Raises DataError with its place and what it lacks.
+
+    `classes`: what an answer may be; empty: anything.
+    """
+    return [_pair(path, record, prompt_field, answer_field, classes) for record in read_records(path)]
+
+
+def _pair(path: Path, record: Record, prompt_field: str, answer_field: str, classes: Sequence[str]) -> Pair:
+    place, values = record
+    if path.suffix.lower() == ".txt":
+        return "", values[PASSAGE]
+    if "messages" in values and prompt_field not in values:
+        return _chat(f"{path}, {place}", values["messages"])
+    prompt, answer = _text(path, record, prompt_field), _text(path, record, answer_field)
+    if classes and answer not in classes:
+        raise DataError(f"{path}, {place}: {answer!r:.60} is none of task.classes ({nearest(answer, classes)})")
+    return prompt, answer
+
+
+def _text(path: Path, record: Record, field: str) -> str:
+    place, values = record
+    if field not in values:
         raise DataError(
-            f"{path} is not UTF-8 (byte {error.start} is {error.object[error.start]:#04x}); convert it first"
-        ) from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    records = [(number, _record(path, number, line)) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if len(records) < 2:
-        raise DataError(f"{path} holds {len(records)} examples; at least 2 are needed: one to learn, one to measure")
-    return records
-
-
-def _record(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {number} is not JSON: {error.msg}") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{path}, line {number} must be an object with named fields, got {line:.60}")
-    return record
-
-
-def _text(path: Path, number: int, record: dict[str, Any], field: str) -> str:
-    if field not in record:
-        raise DataError(
-            f"{path}, line {number} lacks the field {field!r} ({nearest(field, record)}); data.fields in the run file names them"
+            f"{path}, {place} lacks the field {field!r} ({nearest(field, values)}); data.fields in the run file names them"
         )
-    if not isinstance(record[field], str) or not record[field].strip():
-        raise DataError(f"{path}, line {number}: {field!r} must be a text that is not empty, got {record[field]!r:.60}")
-    return record[field]
+    if not isinstance(values[field], str) or not values[field].strip():
+        raise DataError(f"{path}, {place}: {field!r} must be a text that is not empty, got {values[field]!r:.60}")
+    return values[field]
+
+
+def _chat(where: str, messages: Any) -> Pair:
+    """The last turn of the assistant is the answer, what stands before it the prompt; what comes after it is left out."""
+    turns = [_turn(where, message) for message in messages] if isinstance(messages, list) else []
+    answers = [number for number, (role, _) in enumerate(turns) if role == "assistant"]
+    if not answers or answers[-1] == 0:
+        raise DataError(
+            f"{where}: 'messages' must be a list with a turn of the assistant after others, got {messages!r:.60}"
+        )
+    return tuple(turns[: answers[-1]]), turns[answers[-1]][1]
+
+
+def _turn(where: str, message: Any) -> Turn:
+    role, content = (message.get(key) if isinstance(message, dict) else None for key in ("role", "content"))
+    if role not in _ROLES or not isinstance(content, str) or not content.strip():
+        raise DataError(
+            f"{where}: each of 'messages' must have a 'role' ({', '.join(_ROLES)}) and a text as 'content', got {message!r:.80}"
+        )
+    return role, content
+
+
+def _check_prompts(path: Path, pairs: list[Pair], settings: Settings) -> None:
+    """Passages have no prompt and chats no plain one: only some settings can learn from them."""
+    passages = any(prompt == "" for prompt, _ in pairs)
+    chats = any(isinstance(prompt, tuple) for prompt, _ in pairs)
+    if settings.kind == "classification":
+        if passages or chats:
+            raise DataError(
+                f"{path} holds {'passages' if passages else 'chats'}; a classification needs a text and a class"
+            )
+    elif passages and (settings.template, settings.loss_on) != ("plain", "all"):
+        raise DataError(
+            f"{path} holds passages without questions: they need task.template = 'plain' and task.loss_on = 'all', "
+            f"got {settings.template!r} and {settings.loss_on!r}"
+        )
+    elif chats and settings.template != "chat":
+        raise DataError(f"{path} holds chats: they need task.template = 'chat', got {settings.template!r}")
 
 
 def set_aside(pairs: list[Pair], held_out: float, kind: str = "causal-lm") -> tuple[list[Pair], list[Pair]]:
@@ -67,7 +115,7 @@ def set_aside(pairs: list[Pair], held_out: float, kind: str = "causal-lm") -> tu
     deciding, word = (0, "text") if kind == "classification" else (1, "answer")
 
     def rank(pair: Pair) -> str:
-        return hashlib.sha256(pair[deciding].encode()).hexdigest()
+        return hashlib.sha256(str(pair[deciding]).encode()).hexdigest()
 
     ranks = sorted({rank(pair) for pair in pairs})
     if len(ranks) < 2:

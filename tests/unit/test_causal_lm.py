@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from edgelam_fl.errors import DataError
+from edgelam_fl.errors import ConfigError, DataError
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.tasks.base import Example
 from edgelam_fl.tasks.causal_lm import IGNORED, CausalLm, labelled, loss_sum, make_units, sum_of_means
@@ -46,6 +46,37 @@ def test_labels_stand_on_the_answer_only(tiny: ModelSource, template: str, promp
 
 def test_a_prompt_that_looks_like_the_template_stays_text(tiny: ModelSource) -> None:
     assert task(tiny, "{prompt} -> {answer}").prompt_text("x {answer}") == "x {answer} -> "
+
+
+def test_a_passage_is_learned_whole_and_has_nothing_before_it(tiny: ModelSource) -> None:
+    language = task(tiny, "plain", loss_on="all")
+    (example,) = language.examples([("", "It is so.")])
+    assert language.tokenizer.decode(example.ids) == "It is so.</s>"
+    assert example.labels == example.ids
+
+
+def test_a_chat_goes_through_the_models_template(tiny: ModelSource) -> None:
+    language = task(tiny, max_tokens=128)
+    turns = (("system", "Be short."), ("user", "Why?"), ("assistant", "So."), ("user", "So?"))
+    (example,) = language.examples([(turns, "Yes.")])
+    prompt = "<system>Be short.</s><user>Why?</s><assistant>So.</s><user>So?</s><assistant>"
+    assert language.prompt_text(turns) == prompt
+    assert language.tokenizer.decode(example.ids) == prompt + "Yes.</s>"
+    assert language.tokenizer.decode([label for label in example.labels if label != IGNORED]) == "Yes.</s>"
+    with pytest.raises(DataError, match=r"a chat needs task\.template = 'chat', got 'plain'"):
+        task(tiny, "plain").examples([(turns, "Yes.")])
+
+
+def test_chat_templates_that_cannot_serve_say_why(tiny: ModelSource) -> None:
+    language = task(tiny)
+    for template, kind, expected in [
+        (None, ConfigError, "the model brings no chat template; set 'plain' or a text"),
+        ("{{ raise_exception('no system') }}", DataError, "refuses a chat of user: no system"),
+        ("{% if add_generation_prompt %}x{% endif %}{{ messages[-1]['content'] }}", ConfigError, "in another way than the prompt"),
+    ]:  # fmt: skip
+        language.tokenizer.chat_template = template
+        with pytest.raises(kind, match=expected):
+            language.examples([("Why?", "So.")])
 
 
 def test_loss_on_all_learns_every_token_but_the_first(tiny: ModelSource) -> None:

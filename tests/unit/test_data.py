@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from edgelam_fl.errors import DataError
-from edgelam_fl.tasks.data import batch_indices, read_pairs, set_aside
+from edgelam_fl.tasks.data import batch_indices, device_pairs, read_pairs, set_aside
+from edgelam_fl.wire import edgelam_pb2 as pb
 
 GOOD = '{"question": "q", "answer": "a"}\n'
 
@@ -48,9 +49,10 @@ def test_a_bad_file_is_named_with_line_and_reason(tmp_path: Path, content: str |
 
 
 def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no data file at .*none; --data takes a JSON-lines file"):
-        read_pairs(tmp_path / "none", "question", "answer")
-    with pytest.raises(DataError, match="cannot be read: Is a directory"):
+    for name in ("none", "none.csv", "none.parquet"):
+        with pytest.raises(DataError, match=rf"no data file at .*{name}; --data takes a \.jsonl, \.json, \.csv"):
+            read_pairs(tmp_path / name, "question", "answer")
+    with pytest.raises(DataError, match=r"the folder .* holds no \.parquet or \.arrow file"):
         read_pairs(tmp_path, "question", "answer")
 
 
@@ -67,6 +69,91 @@ def test_only_newlines_end_a_line(tmp_path: Path, separator: str) -> None:
     record = json.dumps({"question": "q", "answer": f"a{separator}b"}, ensure_ascii=False)
     file.write_text(f"{record}\n{record}\n", encoding="utf-8")
     assert read_pairs(file, "question", "answer") == [("q", f"a{separator}b")] * 2
+
+
+@pytest.mark.parametrize(
+    ("messages", "prompt", "answer"),
+    [
+        ([("user", "q"), ("assistant", "a")], [("user", "q")], "a"),
+        ([("system", "s"), ("user", "q"), ("assistant", "a")], [("system", "s"), ("user", "q")], "a"),
+        (
+            [("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b"), ("user", "thanks")],
+            [("user", "q"), ("assistant", "a"), ("user", "r")],
+            "b",
+        ),
+    ],
+)
+def test_of_a_chat_the_last_answer_is_learned(
+    tmp_path: Path, messages: list[tuple[str, str]], prompt: list[tuple[str, str]], answer: str
+) -> None:
+    row = json.dumps({"messages": [{"role": role, "content": content} for role, content in messages]})
+    file = tmp_path / "chats.jsonl"
+    file.write_text(f"{row}\n{row}\n", encoding="utf-8")
+    assert read_pairs(file, "question", "answer") == [(tuple(prompt), answer)] * 2
+
+
+@pytest.mark.parametrize(
+    ("messages", "expected"),
+    [
+        ("hello", "'messages' must be a list with a turn of the assistant after others, got 'hello'"),
+        ([{"role": "user", "content": "q"}], "'messages' must be a list with a turn of the assistant after others, got ["),
+        ([{"role": "assistant", "content": "a"}], "'messages' must be a list with a turn of the assistant after others, got ["),
+        ([{"role": "bot", "content": "q"}], "each of 'messages' must have a 'role' (system, user, assistant) and a text as 'content', got {'role': 'bot'"),
+        ([{"role": "user", "content": None}], "each of 'messages' must have a 'role' (system, user, assistant) and a text as 'content', got {'role': 'user'"),
+        (["q"], "each of 'messages' must have a 'role' (system, user, assistant) and a text as 'content', got 'q'"),
+    ],
+)  # fmt: skip
+def test_a_bad_chat_is_named_with_its_line(tmp_path: Path, messages: object, expected: str) -> None:
+    assert problem(tmp_path, GOOD + json.dumps({"messages": messages}) + "\n").startswith(f"FILE, line 2: {expected}")
+
+
+def test_an_unknown_class_is_named_with_line_and_nearest(tmp_path: Path) -> None:
+    file = tmp_path / "data.csv"
+    file.write_text("text,topic\na,plant\nb,animals\n", encoding="utf-8")
+    assert read_pairs(file, "text", "topic") == [("a", "plant"), ("b", "animals")]
+    with pytest.raises(DataError) as caught:
+        read_pairs(file, "text", "topic", ["plant", "animal"])
+    assert str(caught.value) == f"{file}, line 3: 'animals' is none of task.classes (did you mean 'animal'?)"
+
+
+def settings(**changes: object) -> pb.TaskSettings:
+    """What a plan tells a device."""
+    usual = {"kind": "causal-lm", "template": "chat", "loss_on": "answer", "held_out": 0.5}
+    return pb.TaskSettings(prompt_field="question", answer_field="answer", **{**usual, **changes})  # type: ignore[arg-type]
+
+
+PASSAGES = "One passage.\n\nAnother\none.\n"
+CHATS = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a%d"}]}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "changes", "expected"),
+    [
+        ("p.txt", PASSAGES, {}, "holds passages without questions: they need task.template = 'plain' and task.loss_on = 'all', got 'chat' and 'answer'"),
+        ("p.txt", PASSAGES, {"template": "plain"}, "holds passages without questions: they need task.template = 'plain' and task.loss_on = 'all', got 'plain' and 'answer'"),
+        ("p.txt", PASSAGES, {"kind": "classification"}, "holds passages; a classification needs a text and a class"),
+        ("c.jsonl", CHATS % 1 + CHATS % 2, {"template": "plain"}, "holds chats: they need task.template = 'chat', got 'plain'"),
+        ("c.jsonl", CHATS % 1 + CHATS % 2, {"kind": "classification"}, "holds chats; a classification needs a text and a class"),
+        ("q.jsonl", GOOD + GOOD, {"kind": "classification", "classes": ["b", "c"]}, ", line 1: 'a' is none of task.classes (known: b, c)"),
+    ],
+)  # fmt: skip
+def test_a_file_that_does_not_fit_the_task_is_refused_before_it_is_tokenized(
+    tmp_path: Path, name: str, content: str, changes: dict[str, object], expected: str
+) -> None:
+    file = tmp_path / name
+    file.write_text(content, encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        device_pairs(file, settings(**changes))
+    assert str(caught.value).removeprefix(str(file)).strip() == expected
+
+
+def test_files_that_fit_are_split(tmp_path: Path) -> None:
+    passages, chats = tmp_path / "p.txt", tmp_path / "c.jsonl"
+    passages.write_text(PASSAGES, encoding="utf-8")
+    chats.write_text(CHATS % 1 + CHATS % 2, encoding="utf-8")
+    sides = device_pairs(passages, settings(template="plain", loss_on="all"))
+    assert sorted(sides[0] + sides[1]) == [("", "Another\none."), ("", "One passage.")]
+    assert [len(side) for side in device_pairs(chats, settings())] == [1, 1]
 
 
 def some_pairs(answers: int, copies: int) -> list[tuple[str, str]]:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
+import huggingface_hub
+import pytest
 from typer.main import get_command
 
 from edgelam_fl.cli import app
 from edgelam_fl.config import parse_run_file
+from edgelam_fl.model.source import ModelSource, find_model
+from edgelam_fl.tasks.causal_lm import CausalLm
+from edgelam_fl.tasks.data import read_pairs
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,9 +30,69 @@ def test_its_commands_exist() -> None:
     assert {"run", "server", "client"} <= named <= set(get_command(app).commands)  # type: ignore[attr-defined]
 
 
-def test_its_run_file_is_valid() -> None:
-    (text,) = re.findall(r"```toml\n(.*?)```", README, flags=re.DOTALL)
-    assert parse_run_file(text, source="README.md").lora.rank == 8
+def test_its_run_files_are_valid() -> None:
+    files = re.findall(r"```toml\n# (\S+)\n(.*?)```", README, flags=re.DOTALL)
+    assert len(files) == README.count("```toml") == 2
+    configs = {name: parse_run_file(text, source="README.md") for name, text in files}
+    assert configs["mine.toml"].lora.rank == 8
+    assert configs["topics.toml"].task.kind == "classification"
+
+
+def table(header: str) -> dict[str, str]:
+    """First and second column of one of its tables."""
+    rows = re.search(rf"^\| {re.escape(header)}.*\n\|.*\n((?:\|.*\n)+)", README, flags=re.MULTILINE)
+    assert rows is not None
+    return dict(row.strip("|").split("|", 1) for row in rows[1].replace(" | ", "|").splitlines())
+
+
+def codes(cell: str) -> list[str]:
+    return re.findall(r"`([^`]*)`", cell)
+
+
+def test_its_data_files_are_read_as_it_says(tmp_path: Path) -> None:
+    rows = {codes(name)[0] + ("s" if "chats" in name else ""): codes(cell) for name, cell in table("file").items()}
+    question, answer = "Who keeps the data?", "The device that owns them."
+    pair = (question, answer)
+    listed = rows[".json"][0].replace(", ...", f", {rows['.jsonl'][0]}")
+    row, header = rows[".csv"]
+    chat = rows[".jsonls"][0]
+    for name, content, expected in [
+        ("a.jsonl", f"{rows['.jsonl'][0]}\n" * 2, pair),
+        ("a.json", listed, pair),
+        ("a.csv", f"{header}\n{row}\n{row}\n", (question, "The device, always.")),
+        ("a.tsv", f"{header}\n{row}\n{row}\n".replace("n,a", "n\ta").replace("?,", "?\t"), (question, "The device, always.")),
+        ("b.jsonl", f"{chat}\n" * 2, ((("user", question),), "The device.")),
+        ("a.txt", "A passage.\n\n" * 2, ("", "A passage.")),
+    ]:  # fmt: skip
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        assert read_pairs(tmp_path / name, "question", "answer") == [expected] * 2, name
+    config = parse_run_file(rows[".txt"][0], source="README.md")
+    assert (config.task.template, config.task.loss_on) == ("plain", "all")
+
+
+def test_its_templates_write_what_it_says(tiny: ModelSource) -> None:
+    for name, cell in table("`task.template`").items():
+        template = codes(name)[0].strip('"')
+        task = CausalLm(tiny.folder, template=template, max_tokens=200, loss_on="all")
+        (example,) = task.examples([("Who keeps the data?", "The device that owns them.")])
+        text = task.tokenizer.decode(example.ids)
+        if template == "chat":
+            assert text == "<user>Who keeps the data?</s><assistant>The device that owns them.</s>"
+        else:
+            assert text == "\n".join(codes(cell)) + "</s>"
+
+
+def test_models_are_found_by_the_names_that_it_lists(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hub name is answered from the hub's cache on disk where there is no network."""
+    name = codes(README[README.index("or a hub name") :])[0]
+    repository = tmp_path / ("models--" + name.replace("/", "--"))
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(tiny_folder, repository / "snapshots" / ("0" * 40))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    assert find_model(name).digest == find_model(str(tiny_folder)).digest
 
 
 def test_every_result_has_the_agreed_shape() -> None:
