@@ -31,14 +31,14 @@ def a_run(*, evil: str = "", lost: bool = False) -> list[dict[str, Any]]:
             "versions": {"edgelam-fl": "0.1.0", "flwr": "1.41.0"},
         },
         *({"event": "node_joined", "node": name, "role": "device", "examples": 512, "held_out": 57} for name in names),
-        {"event": "node_joined", "node": f"edge-1{evil}", "role": "edge"},
+        {"event": "node_joined", "node": f"edge-1{evil}", "role": "edge", "examples": 0, "held_out": 0},
         {"event": "node_refused", "node": f"old-pi{evil}", "reason": f"speaks protocol 0, this run speaks 1{evil}"},
     ]
     for number in range(1, ROUNDS + 2):
         active = names[:2] if lost and number > 2 else names
         if lost and number == 3:
             events.append({"event": "node_lost", "round": 3, "node": names[2], "reason": f"silent for 120 s{evil}"})
-        events.append({"event": "plan", "round": number, "selected": active, "routes": routes})
+        events.append({"event": "plan", "round": number, "attempt": 1, "selected": active, "routes": routes})
         devices = [a_device(name, number, draw, evil) for name in active]
         host = {"name": f"edge-1{evil}", "layers": [2, 28], "bytes_up": 9_100_000, "bytes_down": 9_000_000}
         kinds = (
@@ -50,6 +50,8 @@ def a_run(*, evil: str = "", lost: bool = False) -> list[dict[str, Any]]:
             {
                 "event": "round_done",
                 "round": number,
+                "attempt": 1,
+                "steps": STEPS if number <= ROUNDS else 0,
                 "seconds": 24.0 + number,
                 "devices": devices,
                 "bytes_by_kind": kinds,
