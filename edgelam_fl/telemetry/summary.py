@@ -160,8 +160,11 @@ def human_number(value: float | None, decimals: int = 0) -> str:
 
 
 def human_layers(layers: Any) -> str:
-    """[2, 28] -> "layers 2-27"."""
-    return f"layers {layers[0]}-{layers[1] - 1}" if layers else "no layers yet"
+    """[2, 28] -> "layers 2-27", [2, 3] -> "layer 2"."""
+    if not layers:
+        return "no layers yet"
+    first, last = layers[0], layers[1] - 1
+    return f"layer {first}" if first == last else f"layers {first}-{last}"
 
 
 def _name(node: Event) -> str:

@@ -243,5 +243,6 @@ def test_small_helpers() -> None:
     assert (human_measure("accuracy", 1.0), human_measure("perplexity", 15.5)) == ("100.0 %", "15.50")
     assert (human_measure("accuracy", None), human_measure("perplexity", None)) == ("-", "-")
     assert (human_number(None), human_number(1234567), human_number(1.256, 2)) == ("-", "1,234,567", "1.26")
-    assert (human_layers([2, 28]), human_layers(None)) == ("layers 2-27", "no layers yet")
+    assert (human_layers([2, 28]), human_layers([2, 3])) == ("layers 2-27", "layer 2")
+    assert human_layers(None) == "no layers yet"
     assert sorted(["d-10", "d-9", "edge", "d-1"], key=by_name) == ["d-1", "d-9", "d-10", "edge"]
