@@ -64,6 +64,10 @@ def _plain(text: str) -> str:
     return text.replace("[", "\\[")
 
 
+def _say(text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def _version(value: bool) -> None:
     if value:
         console.print(f"edgelam-fl {__version__}", highlight=False)
@@ -77,6 +81,27 @@ def root(
     ] = False,
 ) -> None:
     pass
+
+
+@app.command()
+def init(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The run file to write.")] = Path("run.toml"),
+    data: Annotated[
+        Path | None, typer.Option("--data", metavar="FILE", help="A device's data, to find the names of its fields.")
+    ] = None,
+    model: Annotated[
+        str, typer.Option("--model", metavar="NAME", help="Built-in name, folder, .gguf file or hub name.")
+    ] = "",
+) -> None:
+    """Writes a commented run file for your data and model; overwrites nothing.
+
+    Every key of every section is in it, with its range, its default and what it does.
+    """
+    from edgelam_fl.run_file import write_run_file
+
+    for choice in write_run_file(file, data, model):
+        _say(choice)
+    _say(f"wrote {file}; `edgelam run {file} --explain` shows what it says")
 
 
 @app.command()
@@ -112,6 +137,9 @@ def run(
         Path | None, typer.Option("--out", metavar="DIR", help="The run's folder; by default run.out of the file.")
     ] = None,
     overrides: SetOption = [],  # noqa: B006
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print what would be used, every key with its range; start nothing.")
+    ] = False,
     insecure: InsecureOption = False,
 ) -> None:
     """Fine-tunes as a run file says, on the nodes that have joined a server.
@@ -122,6 +150,11 @@ def run(
     from edgelam_fl.running import check_run, run_here, run_on_server
 
     config = read_run_file(file, overrides)
+    if explain:
+        from edgelam_fl.run_file import described
+
+        _say(described(config, mark_changed=True))
+        raise typer.Exit()
     if local and len(data) != local:
         raise ConfigError(f"--local {local} needs --data once a device ({local} times), got it {len(data)} times")
     if data and not local:
