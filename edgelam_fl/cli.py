@@ -35,6 +35,8 @@ SetOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the run file; may be repeated.")
 ]
 
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
+
 
 def main() -> None:
     """Runs a command; every foreseen error ends in one message and its exit code."""
@@ -214,7 +216,7 @@ def client(
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]) -> None:
+def report(folder: RunArgument) -> None:
     """Draws a run's page and table again, also of a run that failed or goes on."""
     from edgelam_fl.telemetry.events import read_events
     from edgelam_fl.telemetry.report import write_report
@@ -224,3 +226,28 @@ def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's f
         raise ConfigError(f"{folder} is no run's folder: it has no events.jsonl")
     console.print(summary_table(build_summary(list(read_events(folder / "events.jsonl")))))
     console.print(f"page: {write_report(folder)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def export(
+    folder: RunArgument,
+    to: Annotated[str, typer.Option("--to", metavar="peft|merged", help="The adapter alone, or merged into its base.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="A new folder; by default RUN/peft or RUN/merged.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="fp32|bf16", help="merged: of the weights; by default fp32.")
+    ] = "",
+) -> None:
+    """Writes a run's result in a form that other tools load, EdgeLAM-FL not needed.
+
+    peft: the adapter, a few MB, checked against its base. merged: a Hugging Face model folder; this takes the whole model
+    in memory, 4 bytes a weight, and is made of the base as it was before any quantization.
+    """
+    from edgelam_fl.export import export as write
+    from edgelam_fl.results import open_result
+
+    result = open_result(folder)
+    with console.status("exporting"):
+        made, how = write(result, to, out, dtype)
+    _say(f"wrote {made}; elsewhere:\n{how}")

@@ -15,9 +15,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from transformers import AutoModelForCausalLM
 
 from edgelam_fl.config import parse_run_file, read_run_file
+from edgelam_fl.model.source import ModelSource
 from edgelam_fl.processes import Child, end_all, free_port, start_superlink
+from tests.results import write_result
 
 EDGELAM = str(Path(sys.executable).with_name("edgelam"))
 
@@ -197,6 +200,39 @@ def test_init_and_explain_refuse(tmp_path: Path, arguments: list[str], says: str
     assert says in done.stderr
     assert len(done.stderr.splitlines()) == 1, "one message"
     assert [file.name for file in tmp_path.iterdir()] == ["run.toml"]
+
+
+# ---------------------------------------------------------------- a finished run
+
+
+def test_export_says_how_to_load_what_it_wrote(tmp_path: Path, tiny: ModelSource) -> None:
+    write_result(tmp_path / "run", tiny)
+    done = edgelam("export", "run", "--to", "peft", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert 'PeftModel.from_pretrained(base, "run/peft")' in done.stdout
+    done = edgelam("export", "run", "--to", "merged", "--out", "mine", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert 'AutoModelForCausalLM.from_pretrained("mine")' in done.stdout
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "mine").config.num_hidden_layers == tiny.num_layers
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["export", "run"], "Missing option '--to'"),
+        (["export", "run", "--to", "gguf"], "--to 'gguf' must be 'peft'"),
+        (["export", "run", "--to", "peft", "--out", "run"], "run exists; choose another with --out"),
+        (["export", "empty", "--to", "peft"], "empty is no run's folder: it has no config.toml"),
+        (["export", "unfinished", "--to", "merged"], "unfinished has no adapter"),
+    ],
+)
+def test_commands_on_a_run_refuse(tmp_path: Path, tiny: ModelSource, arguments: list[str], says: str) -> None:
+    write_result(tmp_path / "run", tiny)
+    (tmp_path / "empty").mkdir()
+    (write_result(tmp_path / "unfinished", tiny) / "adapter/adapter_config.json").unlink()
+    done = edgelam(*arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
 
 
 # ---------------------------------------------------------------- with a server
