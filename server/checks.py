@@ -27,16 +27,7 @@ def check_config(config: RunConfig) -> ModelSource:
 
 def check_together(config: RunConfig) -> None:
     """Raises ConfigError for settings that exclude each other."""
-    split, classes = config.split, config.task.classes
-    if config.task.kind == "classification" and (len(classes) < 2 or len(set(classes)) < len(classes)):
-        raise ConfigError(
-            f"task.classes = {list(classes)} must be at least two different labels for task.kind = 'classification': the head "
-            f"has an output for each"
-        )
-    if config.task.kind != "classification" and classes:
-        raise ConfigError(
-            f"task.classes = {list(classes)} must be empty for task.kind = {config.task.kind!r}: only classification has classes"
-        )
+    split = config.split
     if split.sites > 1 and not split.hosts:
         raise ConfigError(f"split.sites = {split.sites} needs split.hosts of at least 1: a site is a chain of hosts")
     if split.labels == "last-stage" and not split.hosts:

@@ -29,9 +29,6 @@ def test_what_goes_together(tiny: ModelSource, overrides: list[str]) -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["task.kind=classification"], r"task.classes = \[\] must be at least two different labels"),
-        ([CLASSES[0], "task.classes=['a', 'a']"], "at least two different labels"),
-        (CLASSES[1:], r"task.classes = \['yes', 'no'\] must be empty for task.kind = 'causal-lm'"),
         (["split.sites=2", "split.hosts=0"], "split.sites = 2 needs split.hosts of at least 1"),
         (["split.labels=last-stage"], "split.back = 2: split.back must be 0 with split.labels"),
         (["split.labels=last-stage", "split.back=0", "split.backs={'a'=1}"], "split.backs.a = 1: split.back must be 0"),

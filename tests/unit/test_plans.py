@@ -106,7 +106,7 @@ def test_a_plan_says_what_the_run_file_says(tiny: ModelSource) -> None:
         "m", "lora.train=['front', 'back']", "lora.rank=4", "lora.dropout=0.25", "optimizer.lr=0.5", "optimizer.clip=global",
         "optimizer.max_norm=3", "optimizer.keep=always", "federation.step_deadline_s=7", "task.max_tokens=33",
         "data.fields.answer=reply", "run.seed=9", "split.host_mode=copies", "split.checkpointing=true",
-        "task.weighting=examples", "task.classes=['yes', 'no']",
+        "task.weighting=examples", "task.kind=classification", "task.classes=['yes', 'no']",
     )  # fmt: skip
     plan = plans_of(config, tiny)["a"]
     assert (plan.run, plan.round, plan.attempt, plan.steps, plan.optimizer.step_offset) == ("run", 3, 2, 10, 20)
