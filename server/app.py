@@ -15,6 +15,7 @@ from edgelam_fl.flower import to_record
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
+from server.chat import converse
 from server.checks import check_config
 from server.nodes import Nodes
 from server.plans import task_settings
@@ -33,6 +34,9 @@ def main(grid: Grid, context: Context) -> None:
     )
     out = str(context.run_config["out"]) or f"runs/flwr-{context.run_id}"
     source = check_config(config)
+    if str(context.run_config["chat"]):
+        converse(grid, config, source, session=Path(out).absolute(), adapter=Path(str(context.run_config["chat"])))
+        return
     folder = RunFolder(Path(out).absolute(), config, source)
     try:
         _run(grid, config, folder, source, f"{Path(out).name}-{time.time_ns():x}")

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
 import torch
 
 from edgelam_fl.errors import DataError, EdgelamError
+from edgelam_fl.machine import memory_free_bytes
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.bases import usable_bases
 from edgelam_fl.model.source import find_model
@@ -30,6 +30,7 @@ from edgelam_fl.split.held import Held, slice_key
 from edgelam_fl.split.host import Host
 from edgelam_fl.split.job import Inbox, job_id, part_id, peak_rss_bytes, task_of
 from edgelam_fl.split.links import Dial, new_route, open_link, open_route, wire_dtype
+from edgelam_fl.split.window import affordable_window
 from edgelam_fl.tasks.base import Example, Task
 from edgelam_fl.tasks.data import device_pairs
 from edgelam_fl.wire import PROTOCOL_VERSION
@@ -99,7 +100,7 @@ class StageHost:
             name=self.name,
             role=self.role,
             address=self._address,
-            memory_available_bytes=psutil.virtual_memory().available,
+            memory_available_bytes=memory_free_bytes(),
             cpu_threads=torch.get_num_threads(),
             bases=usable_bases(),
             codecs=list(CODECS),
@@ -324,7 +325,12 @@ class StageHost:
         def dial_next(route: pb.Route, number: int, counters: ByteCounters, ears: Ears) -> tuple[Link, int]:
             return open_link(self._dial, plan, held.source, route, number, pb.ENTRY, counters, ears)
 
-        group = Group(plan, held.source.hidden_size, wire_dtype(plan), plan.window, dial_next, emit)
+        assert held.hosted is not None
+        size = sum(parameter.numel() for parameter in held.hosted.adapter_parameters.values())
+        window = affordable_window(plan, held.source, held.hosted.dtype.itemsize, size, memory_free_bytes())
+        if window < plan.window:
+            emit("window", granted=window, asked=plan.window, memory_free_bytes=memory_free_bytes())
+        group = Group(plan, held.source.hidden_size, wire_dtype(plan), window, dial_next, emit)
         part.attach(group.inbox)
         return group
 

@@ -40,6 +40,7 @@ a stage host, into its own state folder's events.jsonl
     step            job, step, loss (mean a label), labels, seconds, bytes_sent, bytes_received
     step_closed     job, step, counted [names], left_out [{node, reason}]
     link_lost       job, link, reason
+    window          job, granted, asked, memory_free_bytes (a host has memory for fewer micro-batches a device)
     job_done        job, state, error
 """
 
