@@ -14,16 +14,16 @@ import torch
 from edgelam_fl.config import RunConfig
 from edgelam_fl.model.adapter import Adapter, digest, initial_adapter, slice_of, to_bytes
 from edgelam_fl.model.source import ModelSource, layer_number
-from edgelam_fl.model.stage import LoraSettings, Span, load_stages
+from edgelam_fl.model.stage import LoraSettings, load_stages
 from edgelam_fl.processes import Child, end_all, log_tail
-from edgelam_fl.split.job import job_id, part_id
+from edgelam_fl.split.plan import job_id, part_id, spans_of
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.control import ControlClient
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.grpc_link import dial
 from edgelam_fl.wire.link import Frame
-from server.plans import RoundFacts, held_spans, make_plan, make_routes
+from server.plans import RoundFacts
 from tests.support import (
     Fleet,
     check_done,
@@ -153,27 +153,21 @@ def test_logits_over_a_host_process_are_the_models(
     config = run_config(source.name, f"model.base={base}", "task.max_tokens=64")
     start = initial_adapter(source, config.lora.targets, config.lora.rank, 7)
     start = {name: array + 0.01 for name, array in start.items()}  # a B of zeros would hide the adapter
-    (route,) = make_routes(
-        config,
-        source,
-        ["device-1"],
-        [pb.Profile(name="edge-1", address=daemons["edge-1"].address())],
-        {"device-1": b"t"},
-    )
-    plan = make_plan(config, source, RoundFacts(f"logits-{name}-{base}", 1, 1, 0, 0), "edge-1", pb.EDGE, [route], 0)
-    tensors = slice_of(start, held_spans(plan))
+    fleet, _ = fleet_of(daemons, f"logits-{name}-{base}", source, config, 1)
+    plans = fleet.plans(RoundFacts(fleet.name, 1, 1, 0, 0))
+    plan, (route,) = plans["edge-1"], plans["device-1"].routes
+    tensors = slice_of(start, spans_of(plan))
     plan.adapter_digest = digest(tensors)
     assert daemons["edge-1"].submit(pb.SubmitRequest(plan=plan, adapter=to_bytes(tensors))).accepted
 
     lora = LoraSettings(config.lora.rank, config.lora.alpha, config.lora.targets)
-    spans = [Span(0, route.front, embed=True), Span(route.back_first, source.num_layers, head=True)]
-    front, back = load_stages(source, spans, base, lora)
+    front, back = load_stages(source, spans_of(plans["device-1"]), base, lora)
     arrived: queue.Queue[Frame] = queue.Queue()
     ears = (lambda link, frame: arrived.put(frame), lambda link, reason: None)
     links = []
     for side in (pb.ENTRY, pb.EXIT):
         hello = pb.Hello(
-            version=PROTOCOL_VERSION, job=job_id(plan), node="device-1", link=side, route_token=b"t",
+            version=PROTOCOL_VERSION, job=job_id(plan), node="device-1", link=side, route_token=route.token,
             model_digest=source.digest, window=1, codecs=["raw"],
         )  # fmt: skip
         link, ready = dial(route.hops[0].address, "by hand", hello, ByteCounters(), ears, plan.deadlines)
