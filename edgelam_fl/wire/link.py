@@ -25,10 +25,13 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import GRPC_MESSAGE_FRAME_BYTES, ByteCounters
 from edgelam_fl.wire.pace import Pace
 
-MAX_CHUNK_BYTES = 1 << 20
+MAX_CHUNK_BYTES = 1 << 20  # that a sender may choose
 MIN_CHUNK_BYTES = 16 << 10  # of all chunks but a tensor's last: a flood of crumbs costs more time than it has bytes
 MAX_HEADER_BYTES = 4 << 20  # a TABLE of very many steps is the largest
-_PACED_CHUNK_S = 0.05  # how long a more urgent message waits for the chunk before it
+CHUNK_BYTES = (
+    256 << 10
+)  # that we choose: at 1 Mbit/s a ping still comes through every few seconds, on two links at once
+_PACED_CHUNK_S = 0.05  # of a paced link, so that what is more urgent soon gets its turn
 _CONTROL, _GRADIENTS, _ACTIVATIONS = 0, 1, 2
 _PRIORITY = {
     pb.GRAD: _GRADIENTS, pb.GRAD_END: _GRADIENTS,
@@ -118,10 +121,12 @@ class Outbox:
             self._queues[priority].extend(parcels)
             self._changed.notify()
 
-    def close(self) -> None:
-        """What was put before is still sent."""
+    def close(self, drop_data: bool = False) -> None:
+        """What was put before is still sent; `drop_data`: only the control messages of it."""
         with self._changed:
             self._closed = True
+            for queue in self._queues[_GRADIENTS:] if drop_data else ():
+                queue.clear()
             self._changed.notify()
 
     def __iter__(self) -> Iterator[bytes]:
@@ -212,12 +217,12 @@ class Link:
         """Ends the link from this side; queued frames are still sent."""
         with self._lost_lock:
             self.closed = True
-        self._shut()
+        self._shut(lost=False)
 
     def _chunk_bytes(self) -> int:
         if self.pace is None:
-            return MAX_CHUNK_BYTES
-        return int(max(MIN_CHUNK_BYTES, min(MAX_CHUNK_BYTES, self.pace.bytes_per_s * _PACED_CHUNK_S)))
+            return CHUNK_BYTES
+        return int(max(MIN_CHUNK_BYTES, min(CHUNK_BYTES, self.pace.bytes_per_s * _PACED_CHUNK_S)))
 
     def _enqueue(
         self, header: pb.Header, payloads: Sequence[bytes | memoryview], left: Callable[[], None] | None = None
@@ -237,8 +242,8 @@ class Link:
         """Sends them in order, each when its turn comes, and then calls `left`."""
         raise NotImplementedError("a transport sends messages")
 
-    def _shut(self) -> None:
-        """Lets the transport go."""
+    def _shut(self, lost: bool) -> None:
+        """Lets the transport go. `lost`: nobody waits for the data that has not left."""
 
     def receive(self, message: bytes) -> None:
         """One message from the other end. What breaks the protocol ends the link, with the reason told to both ends."""
@@ -269,7 +274,7 @@ class Link:
         if farewell is not None:
             with self._send_lock:
                 self._enqueue(farewell, [b""])
-        self._shut()
+        self._shut(lost=True)
         self._on_lost(self, reason)
 
     # ---- framing

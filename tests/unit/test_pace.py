@@ -13,7 +13,7 @@ import torch
 
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import GRPC_MESSAGE_FRAME_BYTES, ByteCounters
-from edgelam_fl.wire.link import MAX_CHUNK_BYTES, MIN_CHUNK_BYTES, Frame, Outbox
+from edgelam_fl.wire.link import CHUNK_BYTES, MIN_CHUNK_BYTES, Frame, Outbox
 from edgelam_fl.wire.memory import memory_pair
 from edgelam_fl.wire.pace import _BURST_S, Pace
 
@@ -176,9 +176,9 @@ def test_the_sender_tells_when_the_last_of_its_messages_has_left() -> None:
 @pytest.mark.parametrize(
     ("bytes_per_s", "chunk_bytes"),
     [
-        (None, MAX_CHUNK_BYTES),
-        (1e12, MAX_CHUNK_BYTES),
-        (float("inf"), MAX_CHUNK_BYTES),
+        (None, CHUNK_BYTES),
+        (1e12, CHUNK_BYTES),
+        (float("inf"), CHUNK_BYTES),
         (4e6, int(4e6 * 0.05)),
         (1000.0, MIN_CHUNK_BYTES),
     ],
