@@ -18,7 +18,8 @@ from edgelam_fl.errors import EnvironmentProblem, PeerLost, ProtocolError, Refus
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
-from edgelam_fl.wire.link import Ears, Frame, Link, Outbox
+from edgelam_fl.wire.link import Ears, Frame, Link
+from edgelam_fl.wire.outbox import Outbox
 
 _METHOD = "/edgelam.v1.DataPlane/Link"
 _HELLO_DEADLINE_S = 10.0

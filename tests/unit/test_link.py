@@ -19,9 +19,9 @@ from edgelam_fl.wire.link import (
     MIN_CHUNK_BYTES,
     Frame,
     Link,
-    Outbox,
 )
 from edgelam_fl.wire.memory import MemoryLink, memory_pair
+from edgelam_fl.wire.outbox import Outbox
 
 LIMIT = 3 << 20
 RESERVED = sorted(
