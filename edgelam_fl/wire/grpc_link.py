@@ -18,10 +18,12 @@ from edgelam_fl.errors import EnvironmentProblem, PeerLost, ProtocolError, Refus
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
-from edgelam_fl.wire.link import Ears, Frame, Link, Outbox
+from edgelam_fl.wire.link import Ears, Frame, Link
+from edgelam_fl.wire.outbox import Outbox
 
 _METHOD = "/edgelam.v1.DataPlane/Link"
 _HELLO_DEADLINE_S = 10.0
+_RETRY_S = 0.5
 _PING_EVERY_S = 2.0
 _MAX_STREAMS = 512
 _OPTIONS = [
@@ -49,8 +51,8 @@ class GrpcLink(Link):
     def _transmit(self, priority: int, messages: list[bytes], left: Callable[[], None] | None) -> None:
         self.outbox.put(priority, messages, self.pace, left)
 
-    def _shut(self) -> None:
-        self.outbox.close()
+    def _shut(self, lost: bool) -> None:
+        self.outbox.close(drop_data=lost)
 
     def start_pulse(self, hang_up: Callable[[], object]) -> None:
         """Starts the pulse: pings, and gives the link up when the other end stays silent."""
@@ -87,9 +89,14 @@ def dial(
         try:
             grpc.channel_ready_future(channel).result(timeout=max(0.1, min(5.0, end - time.monotonic())))
             outcome = _say_hello(channel, GrpcLink(name, counters, deadlines.silent_s), hello, ears)
-        except (grpc.FutureTimeoutError, grpc.RpcError) as error:
-            problem = "nobody listens there" if isinstance(error, grpc.FutureTimeoutError) else grpc_reason(error)
+        except grpc.FutureTimeoutError:
+            problem = "nobody listens there"
             channel.close()
+            continue
+        except PeerLost as error:
+            problem = str(error)
+            channel.close()
+            time.sleep(_RETRY_S)
             continue
         if isinstance(outcome, pb.NotReady):
             problem = "it has not received this job yet"
@@ -103,10 +110,12 @@ def dial(
 def _say_hello(
     channel: grpc.Channel, link: GrpcLink, hello: pb.Hello, ears: Ears
 ) -> tuple[Link, pb.Ready] | pb.NotReady:
+    """Raises Refused, or PeerLost when no answer comes."""
     name = link.name
     link.send(pb.Header(kind=pb.HELLO, hello=hello))
     call = channel.stream_stream(_METHOD)(iter(link.outbox))
     answer: list[pb.Header] = []
+    problems: list[str] = []
     answered = threading.Event()
 
     def first_frame(_: Link, frame: Frame) -> None:
@@ -115,7 +124,11 @@ def _say_hello(
         answer.append(frame.header)
         answered.set()
 
-    link.attach(first_frame, lambda _, reason: answered.set())
+    def lost(_: Link, reason: str) -> None:
+        problems.append(reason)
+        answered.set()
+
+    link.attach(first_frame, lost)
 
     def read() -> None:
         try:
@@ -133,11 +146,13 @@ def _say_hello(
         return link, answer[0].ready
     link.close()
     call.cancel()
-    if answer and answer[0].kind == pb.REFUSE:
+    if not answer:
+        raise PeerLost(problems[0] if problems else f"no answer to HELLO within {_HELLO_DEADLINE_S:.0f} s")
+    if answer[0].kind == pb.REFUSE:
         raise Refused(f"{name} refuses: {answer[0].refuse.reason}")
-    if answer and answer[0].kind != pb.NOT_READY:
+    if answer[0].kind != pb.NOT_READY:
         raise ProtocolError(f"{name} answered HELLO with {pb.Kind.Name(answer[0].kind)}")
-    return answer[0].not_ready if answer else pb.NotReady(retry_ms=500)
+    return answer[0].not_ready
 
 
 def grpc_reason(error: grpc.RpcError) -> str:
@@ -210,6 +225,7 @@ class DataPlaneServer:
             answer = self._doorkeeper(header.hello, link)
         if isinstance(answer, pb.Ready):
             link.send(pb.Header(kind=pb.READY, ready=answer))
+            link.job_token = answer.job_token  # no later frame is read before this thread is through
         else:
             refused = isinstance(answer, pb.Refuse)
             link.send(

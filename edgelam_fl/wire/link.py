@@ -1,9 +1,9 @@
 """A link: one bidirectional stream of frames between two neighbouring stages of a route.
 
 `send` never waits for the network; received frames go to a callback, on the transport's thread. This module cuts tensors
-into chunks, orders them (control before gradients before activations, switched between chunks), holds data back to the
-link's pace, puts chunks together again under the link's limits, and counts every byte. It does not know what a frame means.
-Neighbours: `split.driver` and `split.host` above, `wire.memory` and `wire.grpc_link` below.
+into chunks, says how urgent each is, puts chunks together again under the link's limits, and counts every byte. It does
+not know what a frame means.
+Neighbours: `split.driver` and `split.host` above; `wire.memory` and `wire.grpc_link` below, with `wire.outbox`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from __future__ import annotations
 import struct
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,17 +21,18 @@ from google.protobuf.message import DecodeError
 from edgelam_fl.errors import ProtocolError
 from edgelam_fl.wire import codec as codecs
 from edgelam_fl.wire import edgelam_pb2 as pb
-from edgelam_fl.wire.counters import GRPC_MESSAGE_FRAME_BYTES, ByteCounters
+from edgelam_fl.wire.counters import ByteCounters
+from edgelam_fl.wire.outbox import ACTIVATIONS, CONTROL, GRADIENTS
 from edgelam_fl.wire.pace import Pace
 
-MAX_CHUNK_BYTES = 1 << 20
+MAX_CHUNK_BYTES = 1 << 20  # that a sender may choose
 MIN_CHUNK_BYTES = 16 << 10  # of all chunks but a tensor's last: a flood of crumbs costs more time than it has bytes
 MAX_HEADER_BYTES = 4 << 20  # a TABLE of very many steps is the largest
-_PACED_CHUNK_S = 0.05  # how long a more urgent message waits for the chunk before it
-_CONTROL, _GRADIENTS, _ACTIVATIONS = 0, 1, 2
+CHUNK_BYTES = 256 << 10  # that we choose: over 1 Mbit/s, on two links at once, pings still come every few seconds
+_PACED_CHUNK_S = 0.05  # of a paced link, so that what is more urgent soon gets its turn
 _PRIORITY = {
-    pb.GRAD: _GRADIENTS, pb.GRAD_END: _GRADIENTS,
-    pb.ACT: _ACTIVATIONS, pb.LABELS: _ACTIVATIONS, pb.KV_STEP: _ACTIVATIONS,
+    pb.GRAD: GRADIENTS, pb.GRAD_END: GRADIENTS,
+    pb.ACT: ACTIVATIONS, pb.LABELS: ACTIVATIONS, pb.KV_STEP: ACTIVATIONS,
 }  # fmt: skip
 _UNDERSTOOD = {
     pb.HELLO, pb.READY, pb.NOT_READY, pb.REFUSE, pb.TABLE, pb.TABLE_ALL, pb.ACT, pb.GRAD, pb.GRAD_END,
@@ -79,85 +79,6 @@ class _Partial:
 class Frame:
     header: pb.Header
     tensor: torch.Tensor | None = None
-
-
-@dataclass
-class _Parcel:
-    message: bytes
-    pace: Pace | None
-    left: Callable[[], None] | None = None  # called when the transport has taken the message
-
-    @property
-    def cost_bytes(self) -> int:
-        return len(self.message) + GRPC_MESSAGE_FRAME_BYTES
-
-
-class Outbox:
-    """The sender's three queues. Iterating over it is the sender: it waits, yields the most urgent message, ends on close.
-
-    Data waits for its turn at the pace while it is still in its queue, so that what is more urgent never waits behind it.
-    """
-
-    def __init__(self) -> None:
-        self._queues: tuple[deque[_Parcel], ...] = (deque(), deque(), deque())
-        self._changed = threading.Condition()
-        self._closed = False
-        self._turn: tuple[float, int] | None = None  # when the next data message may leave, and the bytes booked for it
-
-    def put(
-        self,
-        priority: int,
-        messages: list[bytes],
-        pace: Pace | None = None,
-        left: Callable[[], None] | None = None,
-    ) -> None:
-        """`left` is called, on the sender's thread, when the last of `messages` has left."""
-        parcels = [_Parcel(message, pace) for message in messages]
-        parcels[-1].left = left
-        with self._changed:
-            self._queues[priority].extend(parcels)
-            self._changed.notify()
-
-    def close(self) -> None:
-        """What was put before is still sent."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-
-    def __iter__(self) -> Iterator[bytes]:
-        while (parcel := self._next()) is not None:
-            yield parcel.message
-            if parcel.left is not None:  # asked for the next one: gRPC does so when this one is out of its hands
-                parcel.left()
-
-    def _next(self) -> _Parcel | None:
-        with self._changed:
-            while True:
-                self._changed.wait_for(lambda: self._closed or any(self._queues))
-                priority = next((number for number, queue in enumerate(self._queues) if queue), None)
-                if priority is None:
-                    return None
-                wait_s = self._wait_s(self._queues[priority][0], priority)
-                if wait_s <= 0:
-                    return self._queues[priority].popleft()
-                self._changed.wait(wait_s)
-
-    def _wait_s(self, parcel: _Parcel, priority: int) -> float:
-        """Books `parcel`; above 0, it has to wait so long, and what comes meanwhile may take its turn."""
-        pace, cost = parcel.pace, parcel.cost_bytes
-        if pace is None:
-            return 0.0
-        if priority == _CONTROL:
-            pace.book(cost)
-            return 0.0
-        if self._turn is None:
-            self._turn = pace.book(cost), cost
-        moment, booked = self._turn
-        wait_s = moment - pace.clock()
-        if wait_s <= 0:
-            pace.book(cost - booked)  # a gradient may have taken an activation's turn
-            self._turn = None
-        return wait_s
 
 
 class Link:
@@ -212,12 +133,12 @@ class Link:
         """Ends the link from this side; queued frames are still sent."""
         with self._lost_lock:
             self.closed = True
-        self._shut()
+        self._shut(lost=False)
 
     def _chunk_bytes(self) -> int:
         if self.pace is None:
-            return MAX_CHUNK_BYTES
-        return int(max(MIN_CHUNK_BYTES, min(MAX_CHUNK_BYTES, self.pace.bytes_per_s * _PACED_CHUNK_S)))
+            return CHUNK_BYTES
+        return int(max(MIN_CHUNK_BYTES, min(CHUNK_BYTES, self.pace.bytes_per_s * _PACED_CHUNK_S)))
 
     def _enqueue(
         self, header: pb.Header, payloads: Sequence[bytes | memoryview], left: Callable[[], None] | None = None
@@ -229,7 +150,7 @@ class Link:
                 header.tensor.chunk, header.tensor.offset = number, offset
             messages.append(self._message(header, payload))
             offset += len(payload)
-        self._transmit(_PRIORITY.get(header.kind, _CONTROL), messages, left)
+        self._transmit(_PRIORITY.get(header.kind, CONTROL), messages, left)
 
     # ---- for transports
 
@@ -237,8 +158,8 @@ class Link:
         """Sends them in order, each when its turn comes, and then calls `left`."""
         raise NotImplementedError("a transport sends messages")
 
-    def _shut(self) -> None:
-        """Lets the transport go."""
+    def _shut(self, lost: bool) -> None:
+        """Lets the transport go. `lost`: nobody waits for the data that has not left."""
 
     def receive(self, message: bytes) -> None:
         """One message from the other end. What breaks the protocol ends the link, with the reason told to both ends."""
@@ -269,7 +190,7 @@ class Link:
         if farewell is not None:
             with self._send_lock:
                 self._enqueue(farewell, [b""])
-        self._shut()
+        self._shut(lost=True)
         self._on_lost(self, reason)
 
     # ---- framing

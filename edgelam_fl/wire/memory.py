@@ -19,7 +19,7 @@ class MemoryLink(Link):
         if left is not None:
             left()
 
-    def _shut(self) -> None:
+    def _shut(self, lost: bool) -> None:
         self.peer.lost("the other end closed the link")
 
 

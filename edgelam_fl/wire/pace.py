@@ -2,7 +2,7 @@
 
 Senders book bytes and are told the moment at which these may leave; that moment lies further ahead the more has been
 booked. Knows nothing about links, frames or what is urgent: who need not wait books and does not look at the moment.
-Neighbour: `wire.link`, whose `Outbox` waits.
+Neighbour: `wire.outbox`, which waits.
 """
 
 from __future__ import annotations

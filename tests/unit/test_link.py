@@ -12,8 +12,16 @@ from hypothesis import strategies as st
 
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import GRPC_MESSAGE_FRAME_BYTES, ByteCounters
-from edgelam_fl.wire.link import MAX_CHUNK_BYTES, MAX_HEADER_BYTES, MIN_CHUNK_BYTES, Frame, Link, Outbox
+from edgelam_fl.wire.link import (
+    CHUNK_BYTES,
+    MAX_CHUNK_BYTES,
+    MAX_HEADER_BYTES,
+    MIN_CHUNK_BYTES,
+    Frame,
+    Link,
+)
 from edgelam_fl.wire.memory import MemoryLink, memory_pair
+from edgelam_fl.wire.outbox import Outbox
 
 LIMIT = 3 << 20
 RESERVED = sorted(
@@ -50,7 +58,7 @@ def chunk(
     kind: int = pb.ACT,
     **meta: object,
 ) -> bytes:
-    """A chunk of an ACT as an honest sender would make it, unless `kind` and `meta` say otherwise."""
+    """A chunk of an ACT as long as allowed, unless `kind` and `meta` say otherwise."""
     total = 4 * shape[0] * shape[1] * shape[2]
     fields = {
         "dtype": "float32",
@@ -82,7 +90,7 @@ def test_a_tensor_arrives_bit_for_bit(dtype: torch.dtype, mebibytes: float) -> N
     assert torch.equal(frame.tensor, tensor)
     assert (frame.header.step, frame.header.micro_batch, list(frame.header.row_lengths)) == (3, 1, [2])
     (count,) = right.link.counters.report()
-    assert count.messages == max(1, -(-int(mebibytes * 2) // 2))
+    assert count.messages == max(1, -(-tensor.nbytes // CHUNK_BYTES))
 
 
 def test_labels_arrive_number_for_number() -> None:
@@ -149,20 +157,20 @@ def test_both_ends_count_the_same_bytes() -> None:
         assert sender.link.counters.total("sent") == receiver.link.counters.total("received")
     activation = next(c for c in left.link.counters.report() if c.kind == "ACT")
     assert activation.payload_bytes == tensor.nbytes
-    assert activation.messages == 3  # 1 + 1 + 0.5 MiB
-    assert 3 * (4 + GRPC_MESSAGE_FRAME_BYTES) < activation.framing_bytes < 3 * 100
+    assert activation.messages == (count := tensor.nbytes // CHUNK_BYTES)
+    assert count * (4 + GRPC_MESSAGE_FRAME_BYTES) < activation.framing_bytes < count * 100
 
 
 def test_sequence_numbers_count_the_messages_of_a_direction() -> None:
     left, _ = pair()
     sent: list[bytes] = []
     left.link.peer.receive = sent.append  # type: ignore[method-assign]
-    left.link.send(pb.Header(kind=pb.ACT), torch.zeros(1, 1, 655_360))
+    left.link.send(pb.Header(kind=pb.ACT), torch.zeros(1, 1, 5 * CHUNK_BYTES // 8))  # two chunks and a half
     left.link.send(pb.Header(kind=pb.DONE))
     headers = [pb.Header.FromString(m[4 : 4 + struct.unpack_from("<I", m)[0]]) for m in sent]
     assert [h.seq for h in headers] == [1, 2, 3, 4]
     assert [h.last_chunk for h in headers] == [False, False, True, True]
-    assert [h.tensor.offset for h in headers[:3]] == [0, 1 << 20, 2 << 20]
+    assert [h.tensor.offset for h in headers[:3]] == [0, CHUNK_BYTES, 2 * CHUNK_BYTES]
 
 
 def test_the_outbox_sends_control_then_gradients_then_activations_between_chunks() -> None:
@@ -176,6 +184,15 @@ def test_the_outbox_sends_control_then_gradients_then_activations_between_chunks
     outbox.put(2, [b"act' 0"])
     outbox.close()
     assert list(sender) == [b"close", b"grad 1", b"act 1", b"act 2", b"act' 0"]
+
+
+def test_of_a_lost_link_only_the_farewell_is_sent() -> None:
+    outbox = Outbox()
+    outbox.put(2, [b"act"])
+    outbox.put(0, [b"farewell"])
+    outbox.put(1, [b"grad"])
+    outbox.close(drop_data=True)
+    assert list(outbox) == [b"farewell"]
 
 
 def test_a_gradient_overtakes_an_activation_between_its_chunks() -> None:

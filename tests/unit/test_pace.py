@@ -13,12 +13,12 @@ import torch
 
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import GRPC_MESSAGE_FRAME_BYTES, ByteCounters
-from edgelam_fl.wire.link import MAX_CHUNK_BYTES, MIN_CHUNK_BYTES, Frame, Outbox
+from edgelam_fl.wire.link import CHUNK_BYTES, MIN_CHUNK_BYTES, Frame
 from edgelam_fl.wire.memory import memory_pair
+from edgelam_fl.wire.outbox import ACTIVATIONS, CONTROL, GRADIENTS, Outbox
 from edgelam_fl.wire.pace import _BURST_S, Pace
 
 RATE = 1024.0  # a power of two, so that times are exact
-CONTROL, GRADIENT, ACTIVATION = 0, 1, 2
 
 
 class Clock:
@@ -82,14 +82,14 @@ def test_a_gradient_takes_the_turn_of_an_activation_and_pays_for_itself() -> Non
     clock = Clock()
     pace, outbox = Pace(RATE, clock), Outbox()
     sender = iter(outbox)
-    outbox.put(ACTIVATION, [size_of(512), size_of(512)], pace)
+    outbox.put(ACTIVATIONS, [size_of(512), size_of(512)], pace)
     assert len(next(sender)) == len(size_of(512))
     heard: queue.Queue[bytes] = queue.Queue()
     waiting = threading.Thread(target=lambda: heard.put(next(sender)))  # books the turn of the second activation
     waiting.start()
     while outbox._turn is None:
         time.sleep(0.001)
-    outbox.put(GRADIENT, [size_of(64)], pace)
+    outbox.put(GRADIENTS, [size_of(64)], pace)
     clock.now += 512 / RATE  # the sender looks at it again after as many real seconds
     assert len(heard.get(timeout=30)) == len(size_of(64))
     waiting.join()
@@ -108,7 +108,7 @@ def stuck() -> Iterator[tuple[Outbox, Pace, queue.Queue[bytes]]]:
             sent.put(message)
 
     threading.Thread(target=send, daemon=True).start()
-    outbox.put(ACTIVATION, [size_of(3600), b"late"], pace)
+    outbox.put(ACTIVATIONS, [size_of(3600), b"late"], pace)
     assert len(sent.get(timeout=30)) == len(size_of(3600))
     while outbox._turn is None:
         time.sleep(0.001)
@@ -144,7 +144,7 @@ def test_two_links_share_a_pace_evenly() -> None:
 
     began = time.monotonic()
     for outbox in outboxes:
-        outbox.put(ACTIVATION, [size_of(cost)] * count, pace)
+        outbox.put(ACTIVATIONS, [size_of(cost)] * count, pace)
         outbox.close()
     senders = [threading.Thread(target=send, args=(number,)) for number in (0, 1)]
     for sender in senders:
@@ -159,8 +159,8 @@ def test_two_links_share_a_pace_evenly() -> None:
 
 def test_the_sender_tells_when_the_last_of_its_messages_has_left() -> None:
     outbox, told = Outbox(), list[str]()
-    outbox.put(ACTIVATION, [b"0", b"1"], left=lambda: told.append("act"))
-    outbox.put(GRADIENT, [b"g"], left=lambda: told.append("grad"))
+    outbox.put(ACTIVATIONS, [b"0", b"1"], left=lambda: told.append("act"))
+    outbox.put(GRADIENTS, [b"g"], left=lambda: told.append("grad"))
     sender = iter(outbox)
     assert (next(sender), told) == (b"g", [])
     assert (next(sender), told) == (b"0", ["grad"])
@@ -176,9 +176,9 @@ def test_the_sender_tells_when_the_last_of_its_messages_has_left() -> None:
 @pytest.mark.parametrize(
     ("bytes_per_s", "chunk_bytes"),
     [
-        (None, MAX_CHUNK_BYTES),
-        (1e12, MAX_CHUNK_BYTES),
-        (float("inf"), MAX_CHUNK_BYTES),
+        (None, CHUNK_BYTES),
+        (1e12, CHUNK_BYTES),
+        (float("inf"), CHUNK_BYTES),
         (4e6, int(4e6 * 0.05)),
         (1000.0, MIN_CHUNK_BYTES),
     ],
