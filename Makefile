@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 .PHONY: help setup demo test check protos constraints clean
 
 help:
-	@echo "make setup        make .venv with all that is needed (about 0.6 GB to download, no root)"
+	@echo "make setup        make .venv with all that is needed (about 0.7 GB to download, no root)"
 	@echo "make demo         fine-tune a real model, split over processes, on this machine: minutes"
 	@echo "                  ARGS=... goes to 'edgelam demo', for example: make demo ARGS='--devices 1'"
 	@echo "make test         all tests"

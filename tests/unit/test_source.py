@@ -4,8 +4,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from edgelam_fl.errors import ModelError
+from edgelam_fl.model.families import FAMILIES, full_names
 from edgelam_fl.model.source import BUILT_IN, ModelSource, cache_folder, find_model, layer_number
 from tests.support import write_tiny_llama
 
@@ -96,6 +98,8 @@ def test_other_weights_of_the_same_form_have_another_digest(tiny: ModelSource, t
         ("model.embed_tokens.weight", None),
         ("model.norm.weight", None),
         ("lm_head.weight", None),
+        ("bert.encoder.layer.4.attention.self.query.weight", 4),
+        ("base_model.model.classifier.weight", None),
         ("model.mylayers.3.weight", None),
     ],
 )
@@ -113,7 +117,50 @@ def test_the_cache_goes_where_the_environment_says(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.real_model
 def test_the_built_in_model(smollm: ModelSource) -> None:
-    assert smollm.reference == BUILT_IN["smollm2-135m"][1]
+    assert smollm.reference == BUILT_IN["smollm2-135m"].reference
     assert (smollm.num_layers, smollm.hidden_size, smollm.tied_head) == (30, 576, True)
     assert len(smollm.index) == 30 * 9 + 2  # seven matrices and two norms a layer, embedding, final norm
     assert len(smollm.digest) == 64
+
+
+@pytest.mark.real_model
+def test_the_built_in_encoder() -> None:
+    """Its package carries a folder, and its file the names of a model without head."""
+    source = find_model("minilm-l6")
+    assert (source.reference, source.gguf) == (BUILT_IN["minilm-l6"].reference, None)
+    assert (source.num_layers, source.hidden_size, source.tied_head) == (6, 384, False)
+    assert source.index["bert.encoder.layer.5.attention.self.query.weight"].stored_name.startswith("encoder.layer.5.")
+    assert len(source.linear_modules()) == 6 * 6  # query, key, value and three called dense
+
+
+def test_a_built_in_model_whose_package_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("EDGELAM_CACHE", str(tmp_path))
+    monkeypatch.setitem(BUILT_IN, "minilm-l6", BUILT_IN["minilm-l6"]._replace(package="not_a_package"))
+    assert "comes with the package not-a-package, which is not installed; `make setup`" in problem("minilm-l6")
+
+
+def test_a_package_fetched_into_the_cache_is_found(
+    monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("EDGELAM_CACHE", str(tmp_path))
+    monkeypatch.setitem(BUILT_IN, "minilm-l6", BUILT_IN["minilm-l6"]._replace(package="not_a_package"))
+    shutil.copytree(tiny_folder, tmp_path / "packages" / "not_a_package" / "model")
+    assert find_model("minilm-l6").folder == tmp_path / "packages" / "not_a_package" / "model"
+
+
+def test_a_gpt2s_sizes_and_matrices(tmp_path: Path) -> None:
+    """config.json has its own words for the sizes, and matrices lie [in, out]."""
+    config = GPT2Config(vocab_size=16, n_embd=8, n_layer=3, n_head=2, n_positions=8)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    source = find_model(str(tmp_path))
+    assert (source.num_layers, source.hidden_size, source.tied_head) == (3, 8, True)
+    assert source.linear_modules()["transformer.h.2.attn.c_attn"] == (3 * 8, 8)
+
+
+def test_the_oldest_names_of_a_norm() -> None:
+    stored = ["bert.embeddings.LayerNorm.gamma", "bert.encoder.layer.0.output.LayerNorm.beta", "cls.predictions.bias"]
+    assert list(full_names(stored, FAMILIES["bert"]).values()) == [
+        "bert.embeddings.LayerNorm.weight",
+        "bert.encoder.layer.0.output.LayerNorm.bias",
+        "cls.predictions.bias",
+    ]
