@@ -5,6 +5,7 @@ Imports at the top stay light, so that `--help` answers at once; what needs torc
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from pathlib import Path
@@ -34,7 +35,7 @@ InsecureOption = Annotated[
 SetOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the run file; may be repeated.")
 ]
-
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
 
 
@@ -122,6 +123,33 @@ def demo(
     from edgelam_fl.demo import run_demo
 
     raise typer.Exit(run_demo(console, devices, out, overrides))
+
+
+@app.command()
+def doctor(
+    server: Annotated[str, typer.Option("--server", metavar="HOST:PORT", help="Also check the way to a server.")] = "",
+    model: Annotated[str, typer.Option("--model", metavar="NAME", help="Also check that a model is here.")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """What is wrong on this machine, and what mends it; changes nothing. Exit code 3 if something is wrong.
+
+    Python, packages, Flower's tools, names, ports, memory and disk, and a kernel of each base, really run.
+    """
+    from dataclasses import asdict
+
+    from edgelam_fl.doctor import examine, findings_table
+    from edgelam_fl.processes import split_address
+
+    address = split_address(server, "--server") if server else None
+    with errors.status("looking"):
+        findings = list(examine(address, model))
+    problems = sum(finding.state == "problem" for finding in findings)
+    if as_json:
+        _say(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        console.print(findings_table(findings))
+        _say(f"{problems} of {len(findings)} checks found something to mend" if problems else "nothing to mend")
+    raise typer.Exit(3 if problems else 0)
 
 
 @app.command()

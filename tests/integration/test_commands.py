@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -18,8 +19,9 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from edgelam_fl.config import parse_run_file, read_run_file
+from edgelam_fl.doctor import check_server, superlink_version
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.processes import Child, end_all, free_port, start_superlink
+from edgelam_fl.processes import Child, end_all, free_port, split_address, start_superlink
 from tests.results import write_result
 
 EDGELAM = str(Path(sys.executable).with_name("edgelam"))
@@ -202,6 +204,27 @@ def test_init_and_explain_refuse(tmp_path: Path, arguments: list[str], says: str
     assert [file.name for file in tmp_path.iterdir()] == ["run.toml"]
 
 
+# ---------------------------------------------------------------- this machine
+
+
+def test_doctor_finds_what_is_wrong_and_says_what_mends_it(tmp_path: Path) -> None:
+    done = edgelam("doctor", "--server", "127.0.0.1:1", "--model", "no/such", "--json", cwd=tmp_path, timeout=180)
+    assert done.returncode == 3, done.stderr
+    findings = {each["check"]: each for each in json.loads(done.stdout)}
+    wrong = {check: each for check, each in findings.items() if each["state"] == "problem"}
+    assert {"server", "model"} <= wrong.keys()
+    assert "edgelam server --listen 127.0.0.1:1" in wrong["server"]["fix"]
+    assert all(each["fix"] for each in wrong.values())
+    for check in ("Python", "packages", "base fp32", "base bf16", "base int8", "memory", "disk, cache", "own name"):
+        assert check in findings
+
+
+def test_doctor_refuses_an_address(tmp_path: Path) -> None:
+    done = edgelam("doctor", "--server", "nonsense", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--server = 'nonsense' must be HOST:PORT" in done.stderr
+
+
 # ---------------------------------------------------------------- a finished run
 
 
@@ -263,6 +286,13 @@ def _client(folder: Path, server: str, name: str, *options: str, patch: str = ""
         *options,
     ]
     return Child(name, [*command, "--threads", "1"], folder / f"{name}.log")
+
+
+@pytest.mark.processes
+def test_doctor_knows_a_superlink(superlink: str) -> None:
+    host, port = split_address(superlink, "--server")
+    assert superlink_version(host, port) == importlib.metadata.version("flwr")
+    assert check_server(host, port)[-1].state == "ok"
 
 
 @pytest.mark.processes
