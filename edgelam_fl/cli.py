@@ -167,6 +167,9 @@ def run(
         Path | None, typer.Option("--out", metavar="DIR", help="The run's folder; by default run.out of the file.")
     ] = None,
     overrides: SetOption = [],  # noqa: B006
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Submit the run to the server and return; it goes on there.")
+    ] = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="Print what would be used, every key with its range; start nothing.")
     ] = False,
@@ -177,7 +180,7 @@ def run(
     With --local N, this machine plays all parts instead: the server, an edge server and N devices.
     """
     from edgelam_fl.config import read_run_file
-    from edgelam_fl.running import check_run, run_here, run_on_server
+    from edgelam_fl.running import check_run, leave_on_server, run_here, run_on_server
 
     config = read_run_file(file, overrides)
     if explain:
@@ -191,7 +194,14 @@ def run(
         raise ConfigError(
             "--data belongs to --local; a device that joins a server brings its own: edgelam client --data FILE"
         )
+    if local and detach:
+        raise ConfigError(
+            "--detach needs a server that stays: with --local the federation lives in this command and would end with it. "
+            "Start `edgelam server` and `edgelam client` first, then run without --local"
+        )
     folder = check_run(config, file.stem, out)
+    if detach:
+        raise typer.Exit(leave_on_server(console, config, folder, server, insecure))
     if local:
         raise typer.Exit(run_here(console, config, folder, data))
     raise typer.Exit(run_on_server(console, config, folder, server, insecure))

@@ -82,6 +82,8 @@ def pairs_file(folder: Path, name: str = "data.jsonl") -> str:
         ("", ["--server", "192.0.2.1:8000"], 2, ["beyond this machine", "plain text", "--insecure"]),
         ("", ["--server", "nonsense"], 2, ["--server = 'nonsense' must be HOST:PORT"]),
         ("", ["--local", "2"], 2, ["--local 2 needs --data once a device"]),
+        ("", ["--local", "1", "--data", "x", "--detach"], 2, ["--detach needs a server that stays", "edgelam server"]),
+        ("", ["--detach", "--server", "127.0.0.1:1"], 3, ["no server answers at 127.0.0.1:1"]),
     ],
 )
 def test_run_refuses(tmp_path: Path, run_toml: str, options: list[str], status: int, says: list[str]) -> None:
@@ -293,6 +295,35 @@ def test_doctor_knows_a_superlink(superlink: str) -> None:
     host, port = split_address(superlink, "--server")
     assert superlink_version(host, port) == importlib.metadata.version("flwr")
     assert check_server(host, port)[-1].state == "ok"
+
+
+@pytest.mark.processes
+def test_a_detached_run_goes_on_and_can_be_stopped_as_was_said(
+    tmp_path: Path, superlink: str, tiny_folder: Path
+) -> None:
+    """No node has joined, so that it waits for one until it is stopped."""
+    sets = ["--set", f"model.name={tiny_folder}", "--set", "federation.join_deadline_s=600"]
+    done = edgelam(
+        "run", run_file(tmp_path), "--server", superlink, "--out", "run", "--detach", *sets, cwd=tmp_path, timeout=180
+    )
+    assert done.returncode == 0, done.stderr
+    first, _, report, log, stop = done.stdout.splitlines()
+    run_id = re.match(rf"Flower run (\d+); folder {tmp_path}/run, on the server's machine$", first)
+    assert run_id, first
+    assert report.split(": ", 1)[1].strip() == f"edgelam report {tmp_path}/run"
+    assert f" log {run_id[1]} local" in log
+    events, end = tmp_path / "run" / "events.jsonl", time.monotonic() + 120
+    while not events.exists() and time.monotonic() < end:
+        time.sleep(0.2)
+    assert events.exists(), "the run goes on without the command"
+
+    def flwr(command: str) -> str:
+        return subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120, check=True).stdout
+
+    ask = f"{stop.split(':', 1)[1].split(' stop ')[0]} list local --run-id {run_id[1]} --format json"
+    assert json.loads(flwr(ask))["runs"][0]["status"] == "running"
+    flwr(stop.split(":", 1)[1])
+    assert json.loads(flwr(ask))["runs"][0]["status"] == "finished:stopped"
 
 
 @pytest.mark.processes
