@@ -289,3 +289,32 @@ def export(
     with console.status("exporting"):
         made, how = write(result, to, out, dtype)
     _say(f"wrote {made}; elsewhere:\n{how}")
+
+
+@app.command()
+def chat(
+    folder: RunArgument,
+    prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="Ask this alone.")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="The longest answer.")] = 128,
+    base: Annotated[bool, typer.Option("--base", help="The model as it came, to compare.")] = False,
+) -> None:
+    """Talks to a run's result on this machine: the whole model, with the run's adapter.
+
+    Answers are greedy: the same question gives the same words. With --prompt, only the answer is printed.
+    """
+    from edgelam_fl.results import open_result
+
+    result = open_result(folder)
+    with errors.status("loading the model"):
+        from edgelam_fl.chat import QUIT, ask, talk, typed_lines, write_now
+        from edgelam_fl.generate import Speaker
+
+        speaker = Speaker(result.config.model, result.config.task)
+        if not base:
+            speaker.put_on(result.adapter)
+    if prompt is not None:
+        ask(speaker, prompt, max_tokens, not base, write_now)
+        return
+    turns = "" if speaker.remembers else "; each question stands alone, as the run's task.template has no turns"
+    errors.print(f"{QUIT} or Ctrl-D ends it{turns}", style="dim", highlight=False, soft_wrap=True)
+    talk(speaker, typed_lines(), max_tokens, not base, write_now)

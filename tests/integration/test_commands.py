@@ -20,17 +20,26 @@ from transformers import AutoModelForCausalLM
 
 from edgelam_fl.config import parse_run_file, read_run_file
 from edgelam_fl.doctor import check_server, superlink_version
+from edgelam_fl.generate import answer
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.processes import Child, end_all, free_port, split_address, start_superlink
+from edgelam_fl.results import open_result
 from tests.results import write_result
 
 EDGELAM = str(Path(sys.executable).with_name("edgelam"))
 
 
-def edgelam(*arguments: str, cwd: Path, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+def edgelam(*arguments: str, cwd: Path, timeout: float = 120, typed: str = "") -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "400"}
     return subprocess.run(
-        [EDGELAM, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        [EDGELAM, *arguments],
+        cwd=cwd,
+        env=environment,
+        input=typed,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
 
 
@@ -155,7 +164,7 @@ def test_help_lists_every_command_and_answers_at_once(tmp_path: Path) -> None:
     began = time.monotonic()
     done = edgelam("--help", cwd=tmp_path)
     assert done.returncode == 0
-    for command in ("demo", "run", "server", "client", "report"):
+    for command in ("init", "demo", "doctor", "run", "server", "client", "report", "export", "chat"):
         assert command in done.stdout
     assert time.monotonic() - began < 5
 
@@ -241,12 +250,32 @@ def test_export_says_how_to_load_what_it_wrote(tmp_path: Path, tiny: ModelSource
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "mine").config.num_hidden_layers == tiny.num_layers
 
 
+def test_chat_answers_one_question_or_one_after_the_other(tmp_path: Path, tiny: ModelSource) -> None:
+    """The whole command, twice with the adapter and once without it."""
+    folder = write_result(tmp_path / "run", tiny)
+    config = open_result(folder).config
+    tuned, base = (answer(config, adapter, "Hello", 8) for adapter in (folder / "adapter", None))
+    assert tuned != base
+    for options, expected in (([], tuned), (["--base"], base)):
+        done = edgelam("chat", "run", "--prompt", "Hello", "--max-tokens", "8", *options, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == expected
+    done = edgelam("chat", "run", "--max-tokens", "8", cwd=tmp_path, typed="Hello\n\n/quit\nHello\n")
+    assert (done.returncode, done.stdout.strip()) == (0, tuned)
+    assert "/quit or Ctrl-D ends it" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["export", "run"], "Missing option '--to'"),
         (["export", "run", "--to", "gguf"], "--to 'gguf' must be 'peft'"),
         (["export", "run", "--to", "peft", "--out", "run"], "run exists; choose another with --out"),
+        (["chat", "run", "--prompt", " "], "--prompt is empty"),
+        (["chat", "run", "--max-tokens", "0"], "0 is not in the range x>=1"),
+        (["chat", "run", "--prompt", "a", "--max-tokens", "600"], "holds 512 together"),
+        (["chat", "classifier", "--prompt", "a"], "task.kind = 'classification'"),
+        (["chat", "nowhere"], "nowhere is no run's folder"),
         (["export", "empty", "--to", "peft"], "empty is no run's folder: it has no config.toml"),
         (["export", "unfinished", "--to", "merged"], "unfinished has no adapter"),
     ],
@@ -254,6 +283,7 @@ def test_export_says_how_to_load_what_it_wrote(tmp_path: Path, tiny: ModelSource
 def test_commands_on_a_run_refuse(tmp_path: Path, tiny: ModelSource, arguments: list[str], says: str) -> None:
     write_result(tmp_path / "run", tiny)
     (tmp_path / "empty").mkdir()
+    write_result(tmp_path / "classifier", tiny, "task.kind=classification", 'task.classes=["a", "b"]')
     (write_result(tmp_path / "unfinished", tiny) / "adapter/adapter_config.json").unlink()
     done = edgelam(*arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
