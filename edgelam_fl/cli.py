@@ -5,6 +5,7 @@ Imports at the top stay light, so that `--help` answers at once; what needs torc
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from pathlib import Path
@@ -34,7 +35,7 @@ InsecureOption = Annotated[
 SetOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the run file; may be repeated.")
 ]
-
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
 
 
@@ -125,6 +126,33 @@ def demo(
 
 
 @app.command()
+def doctor(
+    server: Annotated[str, typer.Option("--server", metavar="HOST:PORT", help="Also check the way to a server.")] = "",
+    model: Annotated[str, typer.Option("--model", metavar="NAME", help="Also check that a model is here.")] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """What is wrong on this machine, and what mends it; changes nothing. Exit code 3 if something is wrong.
+
+    Python, packages, Flower's tools, names, ports, memory and disk, and a kernel of each base, really run.
+    """
+    from dataclasses import asdict
+
+    from edgelam_fl.doctor import examine, findings_table
+    from edgelam_fl.processes import split_address
+
+    address = split_address(server, "--server") if server else None
+    with errors.status("looking"):
+        findings = list(examine(address, model))
+    problems = sum(finding.state == "problem" for finding in findings)
+    if as_json:
+        _say(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        console.print(findings_table(findings))
+        _say(f"{problems} of {len(findings)} checks found something to mend" if problems else "nothing to mend")
+    raise typer.Exit(3 if problems else 0)
+
+
+@app.command()
 def run(
     file: Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run file: model, split, training.")],
     server: ServerOption = "127.0.0.1:8000",
@@ -141,6 +169,9 @@ def run(
         Path | None, typer.Option("--out", metavar="DIR", help="The run's folder; by default run.out of the file.")
     ] = None,
     overrides: SetOption = [],  # noqa: B006
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Submit the run to the server and return; it goes on there.")
+    ] = False,
     explain: Annotated[
         bool, typer.Option("--explain", help="Print what would be used, every key with its range; start nothing.")
     ] = False,
@@ -151,7 +182,7 @@ def run(
     With --local N, this machine plays all parts instead: the server, an edge server and N devices.
     """
     from edgelam_fl.config import read_run_file
-    from edgelam_fl.running import check_run, run_here, run_on_server
+    from edgelam_fl.running import check_run, leave_on_server, run_here, run_on_server
 
     config = read_run_file(file, overrides)
     if explain:
@@ -165,7 +196,14 @@ def run(
         raise ConfigError(
             "--data belongs to --local; a device that joins a server brings its own: edgelam client --data FILE"
         )
+    if local and detach:
+        raise ConfigError(
+            "--detach needs a server that stays: with --local the federation lives in this command and would end with it. "
+            "Start `edgelam server` and `edgelam client` first, then run without --local"
+        )
     folder = check_run(config, file.stem, out)
+    if detach:
+        raise typer.Exit(leave_on_server(console, config, folder, server, insecure))
     if local:
         raise typer.Exit(run_here(console, config, folder, data))
     raise typer.Exit(run_on_server(console, config, folder, server, insecure))
@@ -260,3 +298,32 @@ def export(
     with console.status("exporting"):
         made, how = write(result, to, out, dtype)
     _say(f"wrote {made}; elsewhere:\n{how}")
+
+
+@app.command()
+def chat(
+    folder: RunArgument,
+    prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="Ask this alone.")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="The longest answer.")] = 128,
+    base: Annotated[bool, typer.Option("--base", help="The model as it came, to compare.")] = False,
+) -> None:
+    """Talks to a run's result on this machine: the whole model, with the run's adapter.
+
+    Answers are greedy: the same question gives the same words. With --prompt, only the answer is printed.
+    """
+    from edgelam_fl.results import open_result
+
+    result = open_result(folder)
+    with errors.status("loading the model"):
+        from edgelam_fl.chat import QUIT, ask, talk, typed_lines, write_now
+        from edgelam_fl.generate import Speaker
+
+        speaker = Speaker(result.config.model, result.config.task)
+        if not base:
+            speaker.put_on(result.adapter)
+    if prompt is not None:
+        ask(speaker, prompt, max_tokens, not base, write_now)
+        return
+    turns = "" if speaker.remembers else "; each question stands alone, as the run's task.template has no turns"
+    errors.print(f"{QUIT} or Ctrl-D ends it{turns}", style="dim", highlight=False, soft_wrap=True)
+    talk(speaker, typed_lines(), max_tokens, not base, write_now)

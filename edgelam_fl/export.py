@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import os
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from edgelam_fl.errors import ConfigError, EnvironmentProblem, ModelError
+from edgelam_fl.errors import ConfigError, EnvironmentProblem
 from edgelam_fl.machine import disk_free_bytes, memory_free_bytes
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.results import Result
@@ -72,32 +71,11 @@ def _check_adapter(result: Result, source: ModelSource) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from edgelam_fl.model.whole import put_on
+
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source.folder))
-    _with_adapter(base, result)
-
-
-def _with_adapter(base: Any, result: Result) -> Any:
-    """`base` with the run's adapter, by peft. Raises ModelError where a tensor is missing, too many or of another shape."""
-    from peft import PeftModel
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a missing tensor is no error to peft; names are compared below
-            model = PeftModel.from_pretrained(base, str(result.adapter), low_cpu_mem_usage=True)
-        with safe_open(result.adapter / "adapter_model.safetensors", framework="numpy") as tensors:
-            stored = {name for name in tensors.keys() if ".lora_" in name}  # noqa: SIM118 - no mapping
-    except (RuntimeError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{result.adapter} cannot be put on {result.config.model.name}: {reason}") from error
-    needed = {name.replace(".default.", ".") for name, _ in model.named_parameters() if ".lora_" in name}
-    if stored != needed:
-        raise ModelError(
-            f"{result.adapter} does not belong to {result.config.model.name}: {len(needed - stored)} tensors are missing and "
-            f"{len(stored - needed)} too many, {min(needed ^ stored)} among them"
-        )
-    return model
+    put_on(base, result.adapter)
 
 
 def _load_peft(folder: Path, source: ModelSource) -> str:
@@ -135,13 +113,10 @@ def _merge(result: Result, source: ModelSource, folder: Path, dtype: str) -> Non
     import torch
     from transformers import AutoTokenizer
 
-    from edgelam_fl.model.adapter import Span
-    from edgelam_fl.model.stage import load_stages
+    from edgelam_fl.model.whole import load_whole, put_on
 
     # Our own loading rather than from_pretrained: a GGUF file is read from the cache, and saves like any other model.
-    whole = Span(0, source.num_layers, embed=True, head=True)
-    (stage,) = load_stages(source, [whole], "fp32", None)
-    merged = _with_adapter(stage.model, result).merge_and_unload()
+    merged: Any = put_on(load_whole(source, "fp32"), result.adapter).merge_and_unload()
     if dtype == "bf16":
         merged.to(torch.bfloat16)
     merged.save_pretrained(folder)

@@ -1,48 +1,142 @@
-"""Greedy answers of the whole model on this machine, with or without a run's adapter. transformers and peft do the work."""
+"""Text out of a model, token by token, always the likeliest one.
+
+`greedy` knows neither models nor texts: it asks a function for logits, which may be a model in this process (`Speaker`)
+or a route over other nodes. Shapes: V vocabulary.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 
-from edgelam_fl.config import RunConfig
+from edgelam_fl.config import Model, RunConfig, Task
+from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.source import find_model
-from edgelam_fl.model.stage import LoraSettings, Span, Stage, load_stages
+from edgelam_fl.model.whole import load_whole, put_on
 from edgelam_fl.tasks.causal_lm import CausalLm
+
+Step = Callable[[Sequence[int], int], torch.Tensor]
+"""(ids, position) -> logits [V] behind the last of `ids`, the first of which stands at `position` of the text.
+
+Called with the whole prompt at 0, then with each new token alone: what came before is remembered, in a KV cache.
+"""
+Message = dict[str, str]  # role and content, as chat templates have them
+_HALF_A_CHARACTER = "\ufffd"
+
+
+def greedy(step: Step, ids: Sequence[int], max_tokens: int, stop_ids: Collection[int]) -> Iterator[int]:
+    """At most `max_tokens` tokens that follow `ids`, as they come; none of `stop_ids`, the first of which ends it."""
+    feed, position = list(ids), 0
+    for _ in range(max_tokens):
+        token = int(step(feed, position).argmax())
+        if token in stop_ids:
+            return
+        yield token
+        feed, position = [token], position + len(feed)
+
+
+def pieces(tokens: Iterable[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
+    """The text of `tokens`, in pieces as it grows. A character of several tokens comes when it is whole."""
+    taken: list[int] = []
+    said = ""
+    for token in tokens:
+        taken.append(token)
+        text = decode(taken)
+        if not text.endswith(_HALF_A_CHARACTER):
+            yield text[len(said) :]
+            said = text
+    rest = decode(taken)[len(said) :]
+    if rest:
+        yield rest
+
+
+class Speaker:
+    """A run's whole model on this machine: the base, and the run's adapter once it is put on."""
+
+    def __init__(self, model: Model, task: Task) -> None:
+        if task.kind != "causal-lm":
+            raise ConfigError(f"task.kind = {task.kind!r}: this run's model answers with a class, not with text")
+        self._source = find_model(model.name)
+        self._task = CausalLm(
+            self._source.folder, template=task.template, max_tokens=task.max_tokens, loss_on=task.loss_on
+        )
+        self._model: Any = load_whole(self._source, "fp32" if model.base == "auto" else model.base)
+        self._adapter: Path | None = None
+
+    @property
+    def remembers(self) -> bool:
+        """Whether earlier turns of a conversation are told to it; only the model's own chat template has turns."""
+        return self._task.template == "chat"
+
+    def put_on(self, adapter: Path) -> None:
+        if adapter != self._adapter:
+            base = self._model.unload() if isinstance(self._model, PeftModel) else self._model
+            self._model, self._adapter = put_on(base, adapter), adapter
+
+    def say(self, conversation: Sequence[Message], max_tokens: int, *, tuned: bool = True) -> Iterator[str]:
+        """The answer to the conversation's last message, in pieces. Raises ConfigError where it is too long for the model."""
+        ids = self._prompt_ids(conversation, max_tokens)
+        tokenizer = self._task.tokenizer
+        base_only = self._model.disable_adapter() if self._adapter and not tuned else nullcontext()
+        with torch.no_grad(), base_only:
+            tokens = greedy(self._step(), ids, max_tokens, self._stop_ids())
+            yield from pieces(tokens, lambda taken: tokenizer.decode(taken, skip_special_tokens=True))
+
+    def _prompt_ids(self, conversation: Sequence[Message], max_tokens: int) -> list[int]:
+        """Leaves out the oldest turns where the model's context is too short for all of them."""
+        room = self._source.config.get("max_position_embeddings", 2**31) - max_tokens
+        turns = list(conversation) if self.remembers else [conversation[-1]]
+        while len(ids := self._ids(turns)) > room and len(turns) > 1:
+            turns = turns[2:]
+        if len(ids) > room:
+            raise ConfigError(
+                f"the question takes {len(ids)} tokens and the answer up to {max_tokens}; {self._source.name} holds "
+                f"{room + max_tokens} together. Ask something shorter or lower --max-tokens"
+            )
+        return ids
+
+    def _ids(self, turns: Sequence[Message]) -> list[int]:
+        if self.remembers:
+            text = self._task.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
+        else:
+            text = self._task.prompt_text(turns[-1]["content"])
+        ids: list[int] = self._task.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _stop_ids(self) -> set[int]:
+        ends = self._source.config.get("eos_token_id")
+        return {self._task.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+
+    def _step(self) -> Step:
+        cache = None
+
+        def step(ids: Sequence[int], position: int) -> torch.Tensor:
+            nonlocal cache
+            inputs = torch.tensor([list(ids)])
+            positions = torch.arange(position, position + len(ids))[None]
+            output = self._model(input_ids=inputs, position_ids=positions, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            logits_V: torch.Tensor = output.logits[0, -1]
+            return logits_V
+
+        return step
 
 
 def answer(config: RunConfig, adapter: Path | None, question: str, max_tokens: int) -> str:
-    """The answer in at most `max_tokens` tokens. `adapter`: a run's adapter folder; None: the model as it came."""
-    from safetensors.numpy import load_file
-
-    stage, task = _load(config)
+    """The whole answer to one question. `adapter`: a run's adapter folder; None: the model as it came."""
+    speaker = _speaker(config.model, config.task)
     if adapter is not None:
-        stage.load_adapter(load_file(adapter / "adapter_model.safetensors"))
-    ids = torch.tensor([task.tokenizer(task.prompt_text(question), add_special_tokens=False)["input_ids"]])
-    model: Any = stage.model
-    with torch.no_grad(), _disabled(model, adapter is None):
-        made = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False,
-            pad_token_id=task.tokenizer.eos_token_id,
-        )  # fmt: skip
-    return str(task.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+        speaker.put_on(adapter)
+    asked = [{"role": "user", "content": question}]
+    return "".join(speaker.say(asked, max_tokens, tuned=adapter is not None)).strip()
 
 
 @lru_cache(maxsize=1)
-def _load(config: RunConfig) -> tuple[Stage, CausalLm]:
-    source = find_model(config.model.name)
-    whole = Span(0, source.num_layers, embed=True, head=True)
-    lora = LoraSettings(config.lora.rank, config.lora.alpha, config.lora.targets)
-    task = CausalLm(
-        source.folder, template=config.task.template, max_tokens=config.task.max_tokens, loss_on=config.task.loss_on
-    )
-    return load_stages(source, [whole], config.model.base, lora)[0], task
-
-
-def _disabled(model: Any, without: bool) -> Any:
-    from contextlib import nullcontext
-
-    return model.disable_adapter() if without else nullcontext()
+def _speaker(model: Model, task: Task) -> Speaker:
+    return Speaker(model, task)

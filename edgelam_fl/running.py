@@ -140,6 +140,23 @@ def _check_answers(host: str, port: int, command: str) -> None:
 
 
 def run_on_server(console: Console, config: RunConfig, folder: Path, server: str, insecure: bool) -> int:
+    _check_server(server, insecure)
+    view = RunView(console, config.federation.rounds, config.federation.local_steps)
+    return follow(console, view, config, folder, server, [], lambda: None)
+
+
+def leave_on_server(console: Console, config: RunConfig, folder: Path, server: str, insecure: bool) -> int:
+    """Submits the run and says how to follow and to stop it; it goes on without this command."""
+    _check_server(server, insecure)
+    submission = Submission(server, folder / "flwr")
+    with console.status("handing the run to Flower"):
+        run_id = submission.submit(config, folder)
+    lines = [f"Flower run {run_id}; folder {folder}, on the server's machine", "", *submission.how_to(folder)]
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _check_server(server: str, insecure: bool) -> None:
     host, port = split_address(server, "--server")
     check_plain_text(host, "--server", insecure)
     if not answers(host, port):
@@ -147,8 +164,6 @@ def run_on_server(console: Console, config: RunConfig, folder: Path, server: str
             f"no server answers at {server}. Two ways out: start one with `edgelam server` and let nodes join with "
             f"`edgelam client`, or let this machine play all parts: add --local 3 --data FILE --data FILE --data FILE"
         )
-    view = RunView(console, config.federation.rounds, config.federation.local_steps)
-    return follow(console, view, config, folder, server, [], lambda: None)
 
 
 def run_here(console: Console, config: RunConfig, folder: Path, data: Sequence[Path]) -> int:

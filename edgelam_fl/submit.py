@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,12 @@ def app_folder() -> Path:
     """The Flower App: the repository itself, or its copy inside an installed package."""
     package = Path(__file__).parent
     return package / "_app" if (package / "_app").is_dir() else package.parent
+
+
+def _as_typed(tool: str) -> str:
+    """A tool of this environment's: its name where a shell finds it by that, else its path."""
+    path = shutil.which(tool, path=tool_environment()["PATH"]) or tool
+    return tool if shutil.which(tool) == path else path
 
 
 class Submission:
@@ -47,6 +55,15 @@ class Submission:
 
     def stop(self) -> None:
         self._flwr("stop", str(self.run_id), "local")
+
+    def how_to(self, folder: Path) -> list[str]:
+        """Commands for a user's shell: to see the run in `folder`, what Flower says of it, and to stop it."""
+        flwr = f"FLWR_HOME={shlex.quote(str(self._home))} {shlex.quote(_as_typed('flwr'))}"
+        return [
+            f"how it stands:  edgelam report {shlex.quote(str(folder))}",
+            f"its log:        {flwr} log {self.run_id} local",
+            f"stop it:        {flwr} stop {self.run_id} local",
+        ]
 
     def _flwr(self, command: str, *arguments: str) -> dict[str, Any]:
         environment = {**tool_environment(), "FLWR_HOME": str(self._home), "FLWR_TELEMETRY_ENABLED": "0"}

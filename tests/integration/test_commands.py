@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -18,17 +19,27 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from edgelam_fl.config import parse_run_file, read_run_file
+from edgelam_fl.doctor import check_server, superlink_version
+from edgelam_fl.generate import answer
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.processes import Child, end_all, free_port, start_superlink
+from edgelam_fl.processes import Child, end_all, free_port, split_address, start_superlink
+from edgelam_fl.results import open_result
 from tests.results import write_result
 
 EDGELAM = str(Path(sys.executable).with_name("edgelam"))
 
 
-def edgelam(*arguments: str, cwd: Path, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+def edgelam(*arguments: str, cwd: Path, timeout: float = 120, typed: str = "") -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "400"}
     return subprocess.run(
-        [EDGELAM, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        [EDGELAM, *arguments],
+        cwd=cwd,
+        env=environment,
+        input=typed,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
 
 
@@ -80,6 +91,8 @@ def pairs_file(folder: Path, name: str = "data.jsonl") -> str:
         ("", ["--server", "192.0.2.1:8000"], 2, ["beyond this machine", "plain text", "--insecure"]),
         ("", ["--server", "nonsense"], 2, ["--server = 'nonsense' must be HOST:PORT"]),
         ("", ["--local", "2"], 2, ["--local 2 needs --data once a device"]),
+        ("", ["--local", "1", "--data", "x", "--detach"], 2, ["--detach needs a server that stays", "edgelam server"]),
+        ("", ["--detach", "--server", "127.0.0.1:1"], 3, ["no server answers at 127.0.0.1:1"]),
     ],
 )
 def test_run_refuses(tmp_path: Path, run_toml: str, options: list[str], status: int, says: list[str]) -> None:
@@ -151,7 +164,7 @@ def test_help_lists_every_command_and_answers_at_once(tmp_path: Path) -> None:
     began = time.monotonic()
     done = edgelam("--help", cwd=tmp_path)
     assert done.returncode == 0
-    for command in ("demo", "run", "server", "client", "report"):
+    for command in ("init", "demo", "doctor", "run", "server", "client", "report", "export", "chat"):
         assert command in done.stdout
     assert time.monotonic() - began < 5
 
@@ -202,6 +215,27 @@ def test_init_and_explain_refuse(tmp_path: Path, arguments: list[str], says: str
     assert [file.name for file in tmp_path.iterdir()] == ["run.toml"]
 
 
+# ---------------------------------------------------------------- this machine
+
+
+def test_doctor_finds_what_is_wrong_and_says_what_mends_it(tmp_path: Path) -> None:
+    done = edgelam("doctor", "--server", "127.0.0.1:1", "--model", "no/such", "--json", cwd=tmp_path, timeout=180)
+    assert done.returncode == 3, done.stderr
+    findings = {each["check"]: each for each in json.loads(done.stdout)}
+    wrong = {check: each for check, each in findings.items() if each["state"] == "problem"}
+    assert {"server", "model"} <= wrong.keys()
+    assert "edgelam server --listen 127.0.0.1:1" in wrong["server"]["fix"]
+    assert all(each["fix"] for each in wrong.values())
+    for check in ("Python", "packages", "base fp32", "base bf16", "base int8", "memory", "disk, cache", "own name"):
+        assert check in findings
+
+
+def test_doctor_refuses_an_address(tmp_path: Path) -> None:
+    done = edgelam("doctor", "--server", "nonsense", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--server = 'nonsense' must be HOST:PORT" in done.stderr
+
+
 # ---------------------------------------------------------------- a finished run
 
 
@@ -216,12 +250,32 @@ def test_export_says_how_to_load_what_it_wrote(tmp_path: Path, tiny: ModelSource
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "mine").config.num_hidden_layers == tiny.num_layers
 
 
+def test_chat_answers_one_question_or_one_after_the_other(tmp_path: Path, tiny: ModelSource) -> None:
+    """The whole command, twice with the adapter and once without it."""
+    folder = write_result(tmp_path / "run", tiny)
+    config = open_result(folder).config
+    tuned, base = (answer(config, adapter, "Hello", 8) for adapter in (folder / "adapter", None))
+    assert tuned != base
+    for options, expected in (([], tuned), (["--base"], base)):
+        done = edgelam("chat", "run", "--prompt", "Hello", "--max-tokens", "8", *options, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == expected
+    done = edgelam("chat", "run", "--max-tokens", "8", cwd=tmp_path, typed="Hello\n\n/quit\nHello\n")
+    assert (done.returncode, done.stdout.strip()) == (0, tuned)
+    assert "/quit or Ctrl-D ends it" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["export", "run"], "Missing option '--to'"),
         (["export", "run", "--to", "gguf"], "--to 'gguf' must be 'peft'"),
         (["export", "run", "--to", "peft", "--out", "run"], "run exists; choose another with --out"),
+        (["chat", "run", "--prompt", " "], "--prompt is empty"),
+        (["chat", "run", "--max-tokens", "0"], "0 is not in the range x>=1"),
+        (["chat", "run", "--prompt", "a", "--max-tokens", "600"], "holds 512 together"),
+        (["chat", "classifier", "--prompt", "a"], "task.kind = 'classification'"),
+        (["chat", "nowhere"], "nowhere is no run's folder"),
         (["export", "empty", "--to", "peft"], "empty is no run's folder: it has no config.toml"),
         (["export", "unfinished", "--to", "merged"], "unfinished has no adapter"),
     ],
@@ -229,6 +283,7 @@ def test_export_says_how_to_load_what_it_wrote(tmp_path: Path, tiny: ModelSource
 def test_commands_on_a_run_refuse(tmp_path: Path, tiny: ModelSource, arguments: list[str], says: str) -> None:
     write_result(tmp_path / "run", tiny)
     (tmp_path / "empty").mkdir()
+    write_result(tmp_path / "classifier", tiny, "task.kind=classification", 'task.classes=["a", "b"]')
     (write_result(tmp_path / "unfinished", tiny) / "adapter/adapter_config.json").unlink()
     done = edgelam(*arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
@@ -263,6 +318,42 @@ def _client(folder: Path, server: str, name: str, *options: str, patch: str = ""
         *options,
     ]
     return Child(name, [*command, "--threads", "1"], folder / f"{name}.log")
+
+
+@pytest.mark.processes
+def test_doctor_knows_a_superlink(superlink: str) -> None:
+    host, port = split_address(superlink, "--server")
+    assert superlink_version(host, port) == importlib.metadata.version("flwr")
+    assert check_server(host, port)[-1].state == "ok"
+
+
+@pytest.mark.processes
+def test_a_detached_run_goes_on_and_can_be_stopped_as_was_said(
+    tmp_path: Path, superlink: str, tiny_folder: Path
+) -> None:
+    """No node has joined, so that it waits for one until it is stopped."""
+    sets = ["--set", f"model.name={tiny_folder}", "--set", "federation.join_deadline_s=600"]
+    done = edgelam(
+        "run", run_file(tmp_path), "--server", superlink, "--out", "run", "--detach", *sets, cwd=tmp_path, timeout=180
+    )
+    assert done.returncode == 0, done.stderr
+    first, _, report, log, stop = done.stdout.splitlines()
+    run_id = re.match(rf"Flower run (\d+); folder {tmp_path}/run, on the server's machine$", first)
+    assert run_id, first
+    assert report.split(": ", 1)[1].strip() == f"edgelam report {tmp_path}/run"
+    assert f" log {run_id[1]} local" in log
+    events, end = tmp_path / "run" / "events.jsonl", time.monotonic() + 120
+    while not events.exists() and time.monotonic() < end:
+        time.sleep(0.2)
+    assert events.exists(), "the run goes on without the command"
+
+    def flwr(command: str) -> str:
+        return subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120, check=True).stdout
+
+    ask = f"{stop.split(':', 1)[1].split(' stop ')[0]} list local --run-id {run_id[1]} --format json"
+    assert json.loads(flwr(ask))["runs"][0]["status"] == "running"
+    flwr(stop.split(":", 1)[1])
+    assert json.loads(flwr(ask))["runs"][0]["status"] == "finished:stopped"
 
 
 @pytest.mark.processes

@@ -1,0 +1,72 @@
+"""Talking to a run's result in a terminal. Knows lines of text; `generate` knows the model."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+from edgelam_fl.errors import ConfigError
+from edgelam_fl.generate import Message
+
+QUIT = "/quit"
+Write = Callable[[str], None]
+
+
+class Says(Protocol):
+    """Who answers: a `generate.Speaker`, or another that speaks over a route."""
+
+    def say(self, conversation: Sequence[Message], max_tokens: int, *, tuned: bool = True) -> Iterator[str]: ...
+
+
+def ask(speaker: Says, prompt: str, max_tokens: int, tuned: bool, write: Write) -> None:
+    """One question, and nothing but its answer written."""
+    if not prompt.strip():
+        raise ConfigError("--prompt is empty; without it, `edgelam chat` takes one question after the other")
+    _answer(speaker, [_user(prompt)], max_tokens, tuned, write)
+
+
+def talk(speaker: Says, lines: Iterator[str], max_tokens: int, tuned: bool, write: Write) -> None:
+    """A conversation until /quit or the end of `lines`. A question that is too long is said to be, and forgotten."""
+    conversation: list[Message] = []
+    for line in lines:
+        if line.strip() == QUIT:
+            return
+        if not line.strip():
+            continue
+        conversation.append(_user(line))
+        try:
+            said = _answer(speaker, conversation, max_tokens, tuned, write)
+            conversation.append({"role": "assistant", "content": said})
+        except ConfigError as error:
+            conversation.pop()
+            write(f"{error}\n")
+
+
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def _answer(speaker: Says, conversation: Sequence[Message], max_tokens: int, tuned: bool, write: Write) -> str:
+    """Writes the answer as it comes, without white space before it; returns it."""
+    said = ""
+    for piece in speaker.say(conversation, max_tokens, tuned=tuned):
+        new = piece if said else piece.lstrip()
+        said += new
+        write(new)
+    write("\n")
+    return said
+
+
+def typed_lines() -> Iterator[str]:
+    """What the user types, with line editing and a prompt where there is a terminal; ends at Ctrl-D."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - input() uses it
+    with contextlib.suppress(EOFError):
+        while True:
+            yield input("> " if sys.stdin.isatty() else "")
+
+
+def write_now(text: str) -> None:
+    print(text, end="", flush=True)

@@ -1,0 +1,234 @@
+"""Faults are seeded one by one; each must be found, with what mends it beside it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from edgelam_fl import doctor
+from edgelam_fl.doctor import Finding
+from edgelam_fl.machine import disk_free_bytes, memory_free_bytes
+from edgelam_fl.processes import free_port
+
+GIB = 1 << 30
+
+
+def problem(finding: Finding) -> Finding:
+    assert finding.state == "problem", finding
+    assert finding.fix
+    return finding
+
+
+@pytest.fixture
+def superlink() -> Iterator[tuple[str, dict[str, str]]]:
+    """What answers like a SuperLink; its title and version can be set."""
+    about = {"title": "SuperLink API", "version": importlib.metadata.version("flwr")}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"info": about}).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.server_port, about  # type: ignore[misc]
+    server.shutdown()
+    server.server_close()
+
+
+# ---------------------------------------------------------------- what is installed
+
+
+def test_an_old_python_is_a_problem_and_a_newer_one_a_note() -> None:
+    assert doctor.check_python((3, 11)).state == doctor.check_python((3, 13)).state == "ok"
+    assert "uv venv --python 3.13" in problem(doctor.check_python((3, 10))).fix
+    assert doctor.check_python((3, 14)).state == "note"
+
+
+def test_a_missing_package_and_one_out_of_range() -> None:
+    def version_of(name: str) -> str:
+        if name == "flwr":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return {"torch": "2.8.0+cpu", "rich": "14.1"}[name]
+
+    requires = ["flwr==1.41.0", "torch<2.14,>=2.9.1", "rich>=14", 'pytest>=9; extra == "dev"']
+    missing, old = doctor.check_packages(requires, version_of)
+    assert (problem(missing).check, missing.found) == ("package flwr", "is not installed")
+    assert "pip install 'flwr==1.41.0'" in missing.fix
+    assert problem(old).found == "2.8.0+cpu, needed <2.14,>=2.9.1"
+    (fine,) = doctor.check_packages(["rich>=14", "torch>=2.8"], version_of)
+    assert fine == Finding("packages", "ok", "all 2 within edgelam-fl's ranges")
+
+
+def test_the_package_itself_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "PACKAGE", "no-such-package")
+    (finding,) = doctor.check_packages()
+    assert "make setup" in problem(finding).fix
+
+
+def test_flowers_tools_that_are_not_on_the_path(tmp_path: Path) -> None:
+    tool = tmp_path / "flwr"
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+    (finding,) = doctor.check_tools(str(tmp_path))
+    assert problem(finding).found == "not found: flower-superlink, flower-supernode"
+    assert doctor.check_tools()[0].state == "ok"
+
+
+# ---------------------------------------------------------------- names and ports
+
+
+def test_a_host_name_that_does_not_resolve() -> None:
+    finding = problem(doctor.check_own_name("no-such-host.invalid"))
+    assert "127.0.1.1 no-such-host.invalid" in finding.fix
+    assert doctor.check_own_name("localhost").state == "ok"
+
+
+def test_a_server_whose_name_does_not_resolve() -> None:
+    (finding,) = doctor.check_server("no-such-host.invalid", 8000)
+    assert problem(finding).found == "no-such-host.invalid does not resolve"
+    assert "/etc/hosts" in finding.fix
+
+
+def test_no_server_at_the_port() -> None:
+    port = free_port()
+    name, server = doctor.check_server("127.0.0.1", port)
+    assert name.state == "ok"
+    assert problem(server).found == f"nothing answers at 127.0.0.1:{port}"
+    assert f"edgelam server --listen 127.0.0.1:{port}`" in server.fix
+
+
+def test_another_program_at_the_servers_port() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        threading.Thread(target=_hang_up, args=(other,), daemon=True).start()
+        finding = doctor.check_server("127.0.0.1", other.getsockname()[1])[1]
+    assert "is no Flower SuperLink" in problem(finding).found
+
+
+def _hang_up(server: socket.socket) -> None:
+    try:
+        while True:
+            server.accept()[0].close()
+    except OSError:
+        return
+
+
+def test_a_web_server_that_is_no_superlink(superlink: tuple[int, dict[str, str]]) -> None:
+    port, about = superlink
+    about["title"] = "Another API"
+    assert "is no Flower SuperLink" in problem(doctor.check_server("127.0.0.1", port)[1]).found
+
+
+def test_a_superlink_of_this_version_and_of_another(superlink: tuple[int, dict[str, str]]) -> None:
+    port, about = superlink
+    ours = about["version"]
+    assert doctor.check_server("127.0.0.1", port)[1] == Finding(
+        "server", "ok", f"a SuperLink of Flower {ours} at 127.0.0.1:{port}"
+    )
+    about["version"] = "0.9"
+    finding = problem(doctor.check_server("127.0.0.1", port)[1])
+    assert finding.found == f"a SuperLink of Flower 0.9, here is {ours}"
+    assert "pip install flwr==0.9 here" in finding.fix
+
+
+def test_a_port_in_use(superlink: tuple[int, dict[str, str]]) -> None:
+    assert doctor.check_port(free_port()).state == "ok"
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        threading.Thread(target=_hang_up, args=(other,), daemon=True).start()
+        port = other.getsockname()[1]
+        finding = problem(doctor.check_port(port))
+    assert finding.found == f"{port} is in use by another program"
+    assert f"--listen 127.0.0.1:{port + 1}" in finding.fix
+    assert doctor.check_port(superlink[0]).state == "note", "a SuperLink that runs already is no fault"
+
+
+# ---------------------------------------------------------------- memory, disk
+
+
+def test_too_little_memory() -> None:
+    assert doctor.check_memory(free=2 * GIB, needed=2 * GIB).state == "ok"
+    finding = problem(doctor.check_memory(free=GIB // 2, needed=2 * GIB))
+    assert finding.found == "0.5 GiB free; a node of the demo's model takes 2.0 GiB"
+    assert "model.base = 'int8'" in finding.fix
+
+
+def test_too_little_disk(tmp_path: Path) -> None:
+    finding = problem(doctor.check_disk("cache", tmp_path, free=GIB // 2, needed=GIB))
+    assert finding.found == f"0.5 GiB free in {tmp_path}; 1.0 GiB are needed"
+    assert "EDGELAM_CACHE" in finding.fix
+    assert doctor.check_disk("cache", tmp_path, free=GIB, needed=GIB).state == "ok"
+
+
+def test_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
+    assert disk_free_bytes(tmp_path / "a" / "b") == pytest.approx(disk_free_bytes(tmp_path), rel=0.1)
+
+
+def _group(folder: Path, limit: str, used: int, cached: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.max").write_text(f"{limit}\n")
+    (folder / "memory.current").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 5\nfile {cached}\ninactive_file {cached}\nactive_file 0\n")
+
+
+def test_a_containers_limit_counts(tmp_path: Path) -> None:
+    _group(tmp_path, str(1000), 700, 200)
+    assert memory_free_bytes(tmp_path, "/") == 1000 - 700 + 200
+    _group(tmp_path, "max", 700, 200)
+    assert memory_free_bytes(tmp_path, "/") > GIB // 8, "the machine's"
+    _group(tmp_path / "system" / "unit", str(500), 600, 0)
+    assert memory_free_bytes(tmp_path, "/system/unit") == 0
+    _group(tmp_path / "system", str(400), 100, 0)
+    _group(tmp_path / "system" / "unit", "max", 100, 0)
+    assert memory_free_bytes(tmp_path, "/system/unit") == 400 - 100, "a group above limits too"
+
+
+# ---------------------------------------------------------------- computing
+
+
+@pytest.mark.parametrize("base", ["fp32", "bf16", "int8"])
+def test_each_bases_kernel_runs_here(base: str) -> None:
+    assert doctor.check_base(base) == Finding(f"base {base}", "ok", "its kernels run")
+
+
+def test_a_kernel_that_fails() -> None:
+    finding = problem(doctor.check_base("bf16", lambda base: f"{base}: illegal instruction"))
+    assert finding.found == "bf16: illegal instruction"
+    assert "another model.base" in finding.fix
+
+
+def test_without_bitsandbytes_nf4_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    finding = doctor.check_base("nf4")
+    assert (finding.state, "pip install bitsandbytes" in finding.fix) == ("note", True)
+
+
+def test_a_model_that_is_not_here(tiny_folder: Path) -> None:
+    assert "a folder or a .gguf file" in problem(doctor.check_model("no/such-model")).fix
+    assert doctor.check_model(str(tiny_folder)).found.startswith(f"{tiny_folder}: 6 layers")
+
+
+# ---------------------------------------------------------------- showing
+
+
+def test_the_fix_stands_beside_the_failure() -> None:
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    findings = [Finding("a", "ok", "fine"), Finding("b", "problem", "list [1] is wrong", "mend it")]
+    console.print(doctor.findings_table(findings))
+    lines = [line.strip() for line in console.export_text().splitlines()]
+    assert "ok       a      fine" in lines
+    assert "problem  b      list [1] is wrong" in lines
+    assert lines[lines.index("problem  b      list [1] is wrong") + 1] == "-> mend it"

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from edgelam_fl.config import RunConfig
+from edgelam_fl.errors import ConfigError
+from edgelam_fl.generate import Speaker, answer, greedy, pieces
+from edgelam_fl.model.source import ModelSource
+from edgelam_fl.results import Result, open_result
+from tests.results import write_result
+from tests.support import plain_model
+
+END = 9
+
+
+class Counting:
+    """Its likeliest token is one more than the last; remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[int], int]] = []
+
+    def __call__(self, ids: Sequence[int], position: int) -> torch.Tensor:
+        self.asked.append((list(ids), position))
+        return torch.nn.functional.one_hot(torch.tensor(ids[-1] + 1), 20).float()
+
+
+def test_the_prompt_goes_whole_then_each_token_alone_at_its_position() -> None:
+    step = Counting()
+    assert list(greedy(step, [5, 2, 3], 3, {END})) == [4, 5, 6]
+    assert step.asked == [([5, 2, 3], 0), ([4], 3), ([5], 4)], "and the last token is not asked about"
+
+
+def test_it_ends_at_a_stop_token_which_is_not_given_out() -> None:
+    assert list(greedy(Counting(), [6], 100, {END})) == [7, 8]
+    assert list(greedy(Counting(), [8], 100, {END})) == []
+
+
+def test_tokens_come_before_the_next_is_asked_for() -> None:
+    step = Counting()
+    tokens = greedy(step, [1], 100, {END})
+    assert next(tokens) == 2
+    assert len(step.asked) == 1
+
+
+def test_a_character_of_several_tokens_comes_whole() -> None:
+    data = "aäb€".encode()
+
+    def decode(taken: list[int]) -> str:
+        return bytes(taken).decode("utf-8", errors="replace")
+
+    assert list(pieces(iter(data), decode)) == ["a", "ä", "b", "€"]
+    assert list(pieces(iter(data[:-1]), decode)) == ["a", "ä", "b", "\ufffd"], "what stays half is shown at the end"
+
+
+# ---------------------------------------------------------------- the tiny model
+
+
+@pytest.fixture
+def result(tmp_path: Path, tiny: ModelSource) -> Result:
+    return open_result(write_result(tmp_path / "run", tiny))
+
+
+def speaker_of(config: RunConfig) -> Speaker:
+    return Speaker(config.model, config.task)
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def generated(tiny: ModelSource, result: Result, text: str, tokens: int, *, tuned: bool) -> str:
+    """By transformers and peft alone."""
+    model: Any = plain_model(tiny, result.config, load_file(result.adapter / "adapter_model.safetensors"))
+    tokenizer = speaker_of(result.config)._task.tokenizer
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+    model = model if tuned else model.unload()
+    made = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=1
+    )
+    return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+@pytest.mark.parametrize("tuned", [True, False])
+def test_answers_are_those_of_generate(tiny: ModelSource, result: Result, tuned: bool) -> None:
+    speaker = speaker_of(result.config)
+    speaker.put_on(result.adapter)
+    conversation = [user("one"), {"role": "assistant", "content": "two"}, user("three")]
+    got = "".join(speaker.say(conversation, 24, tuned=tuned))
+    text = "<user>one</s><assistant>two</s><user>three</s><assistant>"
+    assert got == generated(tiny, result, text, 24, tuned=tuned)
+    assert len(got) > 12
+
+
+def test_the_adapter_changes_the_answer_and_can_be_left_out(result: Result) -> None:
+    with_it, without = (answer(result.config, adapter, "Who?", 12) for adapter in (result.adapter, None))
+    assert with_it != without
+    assert answer(result.config, result.adapter, "Who?", 12) == with_it
+    assert "".join(speaker_of(result.config).say([user("Who?")], 12)).strip() == without, "before any is put on"
+
+
+def test_another_adapter_takes_the_place_of_the_first(tmp_path: Path, tiny: ModelSource, result: Result) -> None:
+    other = open_result(write_result(tmp_path / "other", tiny, "lora.rank=2"))
+    speaker = speaker_of(result.config)
+    speaker.put_on(result.adapter)
+    speaker.put_on(other.adapter)
+    fresh = speaker_of(other.config)
+    fresh.put_on(other.adapter)
+    assert list(speaker.say([user("Who?")], 12)) == list(fresh.say([user("Who?")], 12))
+
+
+def test_without_a_chat_template_each_question_stands_alone(tmp_path: Path, tiny: ModelSource) -> None:
+    result = open_result(write_result(tmp_path / "plain", tiny, "task.template=plain"))
+    speaker = speaker_of(result.config)
+    assert not speaker.remembers
+    conversation = [user("one"), {"role": "assistant", "content": "two"}, user("three")]
+    assert list(speaker.say(conversation, 8)) == list(speaker.say([user("three")], 8))
+
+
+def test_the_oldest_turns_go_when_the_context_is_full(tiny: ModelSource, result: Result) -> None:
+    """One token a byte; the tiny model holds 512."""
+    speaker = speaker_of(result.config)
+    turns = [user("a" * 150), {"role": "assistant", "content": "b" * 150}] * 2 + [user("c")]
+    kept = speaker._prompt_ids(turns, 10)
+    assert kept == speaker._prompt_ids(turns[2:], 10)
+    assert len(kept) <= 512 - 10 < len(speaker._ids(turns))
+    with pytest.raises(
+        ConfigError, match=r"the question takes \d+ tokens and the answer up to 10; .* holds 512 together"
+    ):
+        speaker._prompt_ids([user("a" * 600)], 10)
+
+
+def test_a_classifier_does_not_talk(tmp_path: Path, tiny: ModelSource) -> None:
+    result = open_result(write_result(tmp_path / "class", tiny, "task.kind=classification"))
+    with pytest.raises(ConfigError, match="answers with a class, not with text"):
+        speaker_of(result.config)
