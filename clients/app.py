@@ -14,6 +14,7 @@ from flwr.clientapp import ClientApp
 
 from edgelam_fl.flower import from_record, to_record
 from edgelam_fl.model import adapter as adapters
+from edgelam_fl.split.plan import part_id
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.control import control
 
@@ -40,15 +41,16 @@ def train(message: Message, context: Context) -> Message:
     if "adapter" in message.content:
         tensors = adapters.to_bytes(from_record(message.content["adapter"]))
     report = _run(_state(context), plan, tensors)
-    arrays = adapters.from_bytes(report.adapter) if report.adapter else {}
-    report.adapter = b""
+    trained = [adapters.from_bytes(part.adapter) if part.adapter else {} for part in report.contributions]
+    for part in report.contributions:
+        part.ClearField("adapter")  # it goes beside the report, where Flower's strategies look for arrays
     metrics = MetricRecord({"num-examples": report.labels_trained, "train-seconds": report.train_seconds})
     if report.eval_labels:
         metrics["eval-loss"] = report.eval_loss_sum / report.eval_labels
     reply = _reply(message, ConfigRecord({"report": report.SerializeToString()}))
     reply.content["metrics"] = metrics
-    if arrays:
-        reply.content["adapter"] = to_record(arrays)
+    for number, adapter in enumerate(trained):
+        reply.content[f"adapter-{number}"] = to_record(adapter)
     return reply
 
 
@@ -61,7 +63,7 @@ def evaluate(message: Message, context: Context) -> Message:
 def _run(state: Path, plan: pb.Plan, tensors: bytes) -> pb.JobReport:
     """Submits and waits. The job is the stage host's: were this process killed, the same plan would attach to it."""
     end = time.monotonic() + plan.deadlines.round_s + _ANSWER_S
-    job = f"{plan.run}/{plan.round}/{plan.attempt}/{plan.node}"
+    job = part_id(plan)
     with control(state) as stage_host:
         verdict = stage_host.call("Submit", pb.SubmitRequest(plan=plan, adapter=tensors), _ANSWER_S)
         if not verdict.accepted:

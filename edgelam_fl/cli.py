@@ -35,6 +35,8 @@ SetOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the run file; may be repeated.")
 ]
 
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
+
 
 def main() -> None:
     """Runs a command; every foreseen error ends in one message and its exit code."""
@@ -64,6 +66,10 @@ def _plain(text: str) -> str:
     return text.replace("[", "\\[")
 
 
+def _say(text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def _version(value: bool) -> None:
     if value:
         console.print(f"edgelam-fl {__version__}", highlight=False)
@@ -77,6 +83,27 @@ def root(
     ] = False,
 ) -> None:
     pass
+
+
+@app.command()
+def init(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The run file to write.")] = Path("run.toml"),
+    data: Annotated[
+        Path | None, typer.Option("--data", metavar="FILE", help="A device's data, to find the names of its fields.")
+    ] = None,
+    model: Annotated[
+        str, typer.Option("--model", metavar="NAME", help="Built-in name, folder, .gguf file or hub name.")
+    ] = "",
+) -> None:
+    """Writes a commented run file for your data and model; overwrites nothing.
+
+    Every key of every section is in it, with its range, its default and what it does.
+    """
+    from edgelam_fl.run_file import write_run_file
+
+    for choice in write_run_file(file, data, model):
+        _say(choice)
+    _say(f"wrote {file}; `edgelam run {file} --explain` shows what it says")
 
 
 @app.command()
@@ -114,6 +141,9 @@ def run(
         Path | None, typer.Option("--out", metavar="DIR", help="The run's folder; by default run.out of the file.")
     ] = None,
     overrides: SetOption = [],  # noqa: B006
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print what would be used, every key with its range; start nothing.")
+    ] = False,
     insecure: InsecureOption = False,
 ) -> None:
     """Fine-tunes as a run file says, on the nodes that have joined a server.
@@ -124,6 +154,11 @@ def run(
     from edgelam_fl.running import check_run, run_here, run_on_server
 
     config = read_run_file(file, overrides)
+    if explain:
+        from edgelam_fl.run_file import described
+
+        _say(described(config, mark_changed=True))
+        raise typer.Exit()
     if local and len(data) != local:
         raise ConfigError(f"--local {local} needs --data once a device ({local} times), got it {len(data)} times")
     if data and not local:
@@ -163,8 +198,13 @@ def client(
     ] = None,
     name: Annotated[str, typer.Option("--name", help="Unique in the federation; by default the host's name.")] = "",
     listen: Annotated[
-        str, typer.Option("--listen", metavar="HOST:PORT", help="Edge server: where devices reach it.")
-    ] = "127.0.0.1:0",
+        str,
+        typer.Option(
+            "--listen",
+            metavar="HOST:PORT",
+            help="Where other nodes reach it. An edge server without it takes a free port of this machine; a device with it may host layers for others (split.host_on = 'any').",
+        ),
+    ] = "",
     advertise: Annotated[
         str,
         typer.Option("--advertise", metavar="HOST:PORT", help="Edge server: its address as others see it, if another."),
@@ -185,7 +225,7 @@ def client(
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]) -> None:
+def report(folder: RunArgument) -> None:
     """Draws a run's page and table again, also of a run that failed or goes on."""
     from edgelam_fl.telemetry.events import read_events
     from edgelam_fl.telemetry.report import write_report
@@ -195,3 +235,28 @@ def report(folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run's f
         raise ConfigError(f"{folder} is no run's folder: it has no events.jsonl")
     console.print(summary_table(build_summary(list(read_events(folder / "events.jsonl")))))
     console.print(f"page: {write_report(folder)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def export(
+    folder: RunArgument,
+    to: Annotated[str, typer.Option("--to", metavar="peft|merged", help="The adapter alone, or merged into its base.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="A new folder; by default RUN/peft or RUN/merged.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="fp32|bf16", help="merged: of the weights; by default fp32.")
+    ] = "",
+) -> None:
+    """Writes a run's result in a form that other tools load, EdgeLAM-FL not needed.
+
+    peft: the adapter, a few MB, checked against its base. merged: a Hugging Face model folder; this takes the whole model
+    in memory, 4 bytes a weight, and is made of the base as it was before any quantization.
+    """
+    from edgelam_fl.export import export as write
+    from edgelam_fl.results import open_result
+
+    result = open_result(folder)
+    with console.status("exporting"):
+        made, how = write(result, to, out, dtype)
+    _say(f"wrote {made}; elsewhere:\n{how}")

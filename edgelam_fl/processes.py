@@ -179,7 +179,7 @@ class Node:
     server: str  # host:port of the SuperLink
     state: Path
     data: Path | None = None
-    listen: str = "127.0.0.1:0"
+    listen: str = ""  # host:port of the data plane; '': an edge server takes a free one, a device only dials
     advertise: str = ""
     threads: int = 0
     children: dict[str, Child] = field(default_factory=dict)

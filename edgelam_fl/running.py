@@ -92,7 +92,8 @@ def join(
 ) -> int:
     host, port = split_address(server, "--server")
     check_plain_text(host, "--server", insecure)
-    check_plain_text(split_address(listen, "--listen")[0], "--listen", insecure)
+    if listen:
+        check_plain_text(split_address(listen, "--listen")[0], "--listen", insecure)
     if advertise:
         check_plain_text(split_address(advertise, "--advertise")[0], "--advertise", insecure)
     name = name or socket.gethostname()
@@ -157,15 +158,7 @@ def run_here(console: Console, config: RunConfig, folder: Path, data: Sequence[P
     port, children = free_port(), []
     view = RunView(console, config.federation.rounds, config.federation.local_steps)
     address = f"127.0.0.1:{port}"
-    cores = os.cpu_count() or 1
-    edge = [
-        Node(f"edge-{n}", address, folder / "nodes" / f"edge-{n}", threads=max(1, cores // config.split.hosts))
-        for n in range(1, config.split.hosts + 1)
-    ]
-    devices = [
-        Node(f"device-{n}", address, folder / "nodes" / f"device-{n}", file, threads=max(1, cores // (len(data) + 1)))
-        for n, file in enumerate(data, 1)
-    ]
+    edge, devices = _local_nodes(config, folder, address, data)
     nodes = edge + devices
     try:
         with console.status("starting Flower's SuperLink"):
@@ -184,6 +177,24 @@ def run_here(console: Console, config: RunConfig, folder: Path, data: Sequence[P
         return INTERRUPTED
     finally:
         end_all([*(child for node in nodes for child in node.children.values()), *children])
+
+
+def _local_nodes(config: RunConfig, folder: Path, address: str, data: Sequence[Path]) -> tuple[list[Node], list[Node]]:
+    """Edge servers and devices, the machine's cores shared out. Where devices host, there are no edge servers."""
+    split, cores = config.split, os.cpu_count() or 1
+    devices_host = split.host_on == "any"
+    edges = 0 if devices_host else split.hosts * split.sites
+    edge = [
+        Node(f"edge-{n}", address, folder / "nodes" / f"edge-{n}", threads=max(1, cores // edges))
+        for n in range(1, edges + 1)
+    ]
+    listen = "127.0.0.1:0" if devices_host else ""
+    threads = max(1, cores // (len(data) + 1))
+    devices = [
+        Node(f"device-{n}", address, folder / "nodes" / f"device-{n}", file, listen, threads=threads)
+        for n, file in enumerate(data, 1)
+    ]
+    return edge, devices
 
 
 def _watch_all(view: RunView, nodes: Sequence[Node]) -> None:

@@ -12,10 +12,10 @@ from flwr.serverapp import Grid, ServerApp
 from edgelam_fl.config import RunConfig, parse_run_file
 from edgelam_fl.errors import EdgelamError
 from edgelam_fl.flower import to_record
-from edgelam_fl.model.adapter import initial_adapter
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
+from server.chat import converse
 from server.checks import check_config
 from server.nodes import Nodes
 from server.plans import task_settings
@@ -34,6 +34,9 @@ def main(grid: Grid, context: Context) -> None:
     )
     out = str(context.run_config["out"]) or f"runs/flwr-{context.run_id}"
     source = check_config(config)
+    if str(context.run_config["chat"]):
+        converse(grid, config, source, session=Path(out).absolute(), adapter=Path(str(context.run_config["chat"])))
+        return
     folder = RunFolder(Path(out).absolute(), config, source)
     try:
         _run(grid, config, folder, source, f"{Path(out).name}-{time.time_ns():x}")
@@ -50,13 +53,15 @@ def _run(grid: Grid, config: RunConfig, folder: RunFolder, source: ModelSource, 
         "run_started", run=folder.path.name, config=config.model_dump(mode="json"),
         versions={package: version(package) for package in _VERSIONED},
     )  # fmt: skip
-    request = pb.ProfileRequest(protocol_version=PROTOCOL_VERSION, task=task_settings(config))
+    request = pb.ProfileRequest(
+        protocol_version=PROTOCOL_VERSION,
+        task=task_settings(config),
+        measure_model=config.model.name if config.model.base == "auto" else "",
+    )
     nodes = Nodes(grid, folder, request)
     strategy = SplitLora(config, source, nodes, folder, run)
-    start = initial_adapter(source, config.lora.targets, config.lora.rank, config.run.seed)
     print(f"run folder: {folder.path}", flush=True)
-    strategy.start(
-        grid, to_record(start), num_rounds=config.federation.rounds, timeout=config.federation.round_deadline_s
-    )
+    # The first plan adds each module's start: only then is known who holds it, and in which rank.
+    strategy.start(grid, to_record({}), num_rounds=config.federation.rounds, timeout=config.federation.round_deadline_s)
     folder.finish()
     print(f"done: {folder.path / 'summary.json'}", flush=True)

@@ -1,7 +1,10 @@
-"""What can be wrong with a run file beyond its keys: against the model, and against the strategies that there are."""
+"""What can be wrong with a run file beyond its keys: against the model, against the strategies that there are, and what
+does not go together. Everything is refused before anything has been started, each with its reason.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 
 from edgelam_fl.config import RunConfig
@@ -15,10 +18,32 @@ def check_config(config: RunConfig) -> ModelSource:
     """Finds the model. Raises ConfigError or ModelError with what is wrong; nothing has been started then."""
     for kind in BUILT_IN:
         load(kind, getattr(config.strategy, kind))
+    check_together(config)
     source = find_model(config.model.name)
     check_cuts(config, source)
-    target_modules(source, config.lora.targets)
+    check_ranks(config, source)
     return source
+
+
+def check_together(config: RunConfig) -> None:
+    """Raises ConfigError for settings that exclude each other."""
+    split = config.split
+    if split.sites > 1 and not split.hosts:
+        raise ConfigError(f"split.sites = {split.sites} needs split.hosts of at least 1: a site is a chain of hosts")
+    if split.labels == "last-stage" and not split.hosts:
+        raise ConfigError("split.labels = 'last-stage' needs split.hosts of at least 1: the last host holds the head")
+    backs = {"split.back": split.back} | {f"split.backs.{name}": back for name, back in split.backs.items()}
+    for key, back in backs.items() if split.labels == "last-stage" else ():
+        if back:
+            raise ConfigError(
+                f"{key} = {back}: split.back must be 0 with split.labels = 'last-stage', where the last host holds the last "
+                f"layers and the head"
+            )
+    if split.host_mode == "copies" and config.strategy.aggregation == "none":
+        raise ConfigError(
+            "strategy.aggregation = 'none' does not go with split.host_mode = 'copies': hosts start a round from one adapter, and "
+            "without aggregation each device would need its own"
+        )
 
 
 def check_cuts(config: RunConfig, source: ModelSource) -> None:
@@ -31,6 +56,8 @@ def check_cuts(config: RunConfig, source: ModelSource) -> None:
             + (f", and {split.hosts} hosts need at least one each" if split.hosts else "")
             + f"; together they may be at most {room}"
         )
+    _check_values("split.fronts", split.fronts, 0, room, f"{source.name}'s layers without one a host")
+    _check_values("split.backs", split.backs, 0, room, f"{source.name}'s layers without one a host")
     first, last = split.front, layers - split.back
     if split.cuts != "equal":
         borders = [first, *split.cuts, last]
@@ -40,3 +67,20 @@ def check_cuts(config: RunConfig, source: ModelSource) -> None:
                 f"split.cuts = {list(split.cuts)} must be {max(0, split.hosts - 1)} rising layer numbers for {split.hosts} hosts, "
                 f"each above {first} and below {last} (or 'equal')"
             )
+
+
+def check_ranks(config: RunConfig, source: ModelSource) -> None:
+    """Raises ConfigError for a target that the model lacks, or a rank that a matched matrix cannot have."""
+    lora = config.lora
+    shapes = target_modules(source, lora.targets).values()
+    most = min(min(shape) for shape in shapes)
+    why = f"the smallest width of the modules in lora.targets ({source.name})"
+    _check_values("lora.ranks", lora.ranks, 1, most, why)
+    if lora.rank > most:
+        raise ConfigError(f"lora.rank = {lora.rank} must be at most {most}, {why}")
+
+
+def _check_values(key: str, values: Mapping[str, int], least: int, most: int, why: str) -> None:
+    for pattern, value in values.items():
+        if not least <= value <= most:
+            raise ConfigError(f"{key}: {pattern!r} = {value} must be {least} to {most}, {why}")

@@ -5,6 +5,7 @@ Flower's own `send_and_receive` waits for all until its time is up; here a node 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,9 +13,11 @@ from dataclasses import dataclass, field
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
+from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
+from server.layout import who_may_host
 from server.run_folder import RunFolder
 
 _POLL_S = 0.5
@@ -37,31 +40,40 @@ class Nodes:
     def devices(self) -> list[str]:
         return sorted(name for name, profile in self.profiles.items() if profile.role == pb.DEVICE)
 
-    def hosts(self) -> list[pb.Profile]:
-        """The edge servers that others can dial, by name."""
-        found = (p for p in self.profiles.values() if p.role == pb.EDGE and p.address)
+    def edges(self) -> list[pb.Profile]:
+        """The edge servers, by name."""
+        found = (p for p in self.profiles.values() if p.role == pb.EDGE)
         return sorted(found, key=lambda profile: profile.name)
 
-    def gather(self, min_devices: int, expected_devices: int, min_hosts: int, deadline_s: float) -> None:
-        """Waits for the expected nodes; at the deadline, `min_devices` are enough. Raises RunFailed with who is missing."""
-        end = time.monotonic() + deadline_s
+    def gather(self, config: RunConfig, at_start: bool) -> None:
+        """Waits for `min_nodes` devices and the hosts of one site; at the start until the deadline for all that are expected.
+
+        Raises RunFailed with who is here.
+        """
+        federation = config.federation
+        end = time.monotonic() + federation.join_deadline_s
         short = True  # those that were lost are asked when a round starts, and again while too few are here
         while True:
             news = self.refresh(ask_lost=short)
             late = time.monotonic() > end
-            wanted = min_devices if late else max(min_devices, expected_devices)
-            short = len(self.devices()) < wanted or len(self.hosts()) < min_hosts
+            patient = at_start and not late
+            devices = max(federation.min_nodes, federation.expect_nodes) if patient else federation.min_nodes
+            hosts = config.split.hosts * (config.split.sites if patient else 1)
+            here = len(who_may_host(config, self.profiles.values()))
+            short = len(self.devices()) < devices or here < hosts
             if not news and not short:
                 return
             if late and not news:
                 break
             if not news:
                 time.sleep(_POLL_S)
-        here = f"{len(self.devices())} devices ({', '.join(self.devices()) or 'none'}) and {len(self.hosts())} edge servers"
-        problems = "".join(f"; {name}: {problem}" for name, problem in sorted(self.problems.items()))
+        problems = "".join(f"; {name}: {reason}" for name, reason in sorted(self.problems.items()))
+        any_device = " or devices that listen" if config.split.host_on == "any" else ""
+        wanted_hosts = f" and {hosts} edge servers{any_device} (split.hosts)" if hosts else ""
         raise RunFailed(
-            f"after {deadline_s:.0f} s {here} are here; the run needs at least {min_devices}"
-            f"{f' and {min_hosts} edge servers (split.hosts)' if min_hosts else ''} (federation.min_nodes, federation.join_deadline_s){problems}"
+            f"after {federation.join_deadline_s:.0f} s {len(self.devices())} devices ({', '.join(self.devices()) or 'none'}) and "
+            f"{len(self.edges())} edge servers are here; the run needs at least {federation.min_nodes}{wanted_hosts} "
+            f"(federation.min_nodes, federation.join_deadline_s){problems}"
         )
 
     def lose(self, name: str) -> None:
@@ -90,6 +102,11 @@ class Nodes:
         for name, reason in missing.items():
             self._refuse(name, reason)
         return news
+
+    def name_of(self, reply: Message) -> str:
+        """Who sent it; empty where it is no node that is known."""
+        names = {node_id: name for name, node_id in self._ids.items()}
+        return names.get(reply.metadata.src_node_id, "")
 
     def message(self, name: str, kind: str, content: RecordDict) -> Message:
         return Message(content=content, dst_node_id=self._ids[name], message_type=kind)
@@ -138,6 +155,7 @@ class Nodes:
             "node_joined", node=profile.name, role=pb.Role.Name(profile.role).lower(), address=profile.address,
             examples=profile.examples, held_out=profile.held_out,
             memory_available_bytes=profile.memory_available_bytes, cpu_threads=profile.cpu_threads,
+            base_seconds={key: seconds for key, seconds in profile.base_seconds.items() if math.isfinite(seconds)},
         )  # fmt: skip
 
     def _refuse(self, name: str, reason: str) -> None:

@@ -1,16 +1,19 @@
-"""Who holds what in a round: from profiles and the run file to one plan a node. Pure functions of their arguments."""
+"""What each node does in a round: one plan a node, from the layout, the profiles and the run file. Pure functions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 
 from edgelam_fl.config import RunConfig
-from edgelam_fl.model.adapter import Span
+from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.source import ModelSource
+from edgelam_fl.split.plan import spans_of
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
+from server.bases import DTYPES, choose_base
+from server.layout import HostRange, Layout, Site, by_name
 
 _READY_DEADLINE_S = 60.0
 _SLOW_CARD_BYTES_S = 20e6  # a small board reads its slice from its card before it is ready
@@ -28,83 +31,117 @@ class RoundFacts:
     steps: int  # 0: evaluation only
 
 
-def make_routes(
-    config: RunConfig,
-    source: ModelSource,
-    devices: Sequence[str],
-    hosts: Sequence[pb.Profile],
-    tokens: Mapping[str, bytes],
-) -> list[pb.Route]:
-    """One route a device, over all `hosts` in their order. `tokens`: a secret a device, shared with its hosts."""
-    front, back_first = config.split.front, source.num_layers - config.split.back
-    borders = cut_layers(config, front, back_first)
-    hops = [
-        pb.Hop(node=host.name, first=first, last=last, address=host.address)
-        for host, (first, last) in zip(hosts, pairwise(borders), strict=True)
-    ]
-    return [
-        pb.Route(device=name, device_index=index, front=front, back_first=back_first, hops=hops, token=tokens[name])
-        for index, name in enumerate(sorted(devices))
-    ]
-
-
-def cut_layers(config: RunConfig, first: int, last: int) -> list[int]:
-    """The borders of the hosts' slices: `first`, the cuts, `last`. Equal cuts differ by one layer at most."""
-    hosts = config.split.hosts
-    if not hosts:
-        return [first]
-    if config.split.cuts != "equal":
-        return [first, *config.split.cuts, last]
-    return [first + (last - first) * number // hosts for number in range(hosts + 1)]
-
-
-def held_spans(plan: pb.Plan) -> list[Span]:
-    """What the plan's node holds."""
-    route = plan.routes[0]
-    if plan.role == pb.EDGE:
-        return [Span(hop.first, hop.last) for hop in route.hops if hop.node == plan.node]
-    if not route.hops:
-        return [Span(0, plan.model.num_layers, embed=True, head=True)]
-    return [Span(0, route.front, embed=True), Span(route.back_first, plan.model.num_layers, head=True)]
-
-
-def make_plan(
+def make_plans(
     config: RunConfig,
     source: ModelSource,
     facts: RoundFacts,
-    node: str,
-    role: int,
-    routes: Sequence[pb.Route],
-    share_bps: float,
-) -> pb.Plan:
-    federation, train = config.federation, config.lora.train
+    profiles: Mapping[str, pb.Profile],
+    layout: Layout,
+    shares: Mapping[str, float],
+    tokens: Mapping[str, bytes],
+) -> dict[str, pb.Plan]:
+    """The plans by node, hosts first: they should listen when the devices dial.
+
+    `shares` of the capacity and `tokens` (a secret, shared with the hosts) are by device. Raises ConfigError where the
+    holders of a layer would train unlike ranks.
+    """
+    routes = {name: pb.Route() for name in layout.routes}
+    for name, route in routes.items():
+        route.CopyFrom(layout.routes[name])
+        route.token, route.share_bps = tokens[name], shares.get(name, 0.0) * config.wire.capacity_bps
+    plans: dict[str, pb.Plan] = {}
+    for site in layout.sites:
+        for host in site.hosts:
+            plans[host.name] = _plan(config, source, facts, profiles[host.name])
+            _serve(plans[host.name], config, host, site, routes)
+    for name, route in routes.items():
+        if name not in plans:
+            plans[name] = _plan(config, source, facts, profiles[name])
+        plans[name].routes.append(route)
+        _feed(plans[name], config, facts, profiles[name].examples)
+    for name, plan in plans.items():
+        plan.model.base, compute = choose_base(config, source, profiles[name], spans_of(plan))
+        plan.model.compute = DTYPES[compute]
+    computes = {plan.model.compute for plan in plans.values()}
+    for plan in plans.values():
+        plan.model.wire = "bfloat16" if computes == {"bfloat16"} else "float32"
+    check_ranks(plans)
+    return plans
+
+
+def own_steps(config: RunConfig, examples: int) -> int:
+    """The steps that a device has batches for in a round."""
+    federation = config.federation
+    if not federation.epochs:
+        return federation.local_steps
+    return math.ceil(federation.epochs * examples / federation.batch_size)
+
+
+def planned_steps(config: RunConfig, devices: Iterable[pb.Profile]) -> int:
+    """The steps of a round: as many as the device with the most has."""
+    return max(own_steps(config, device.examples) for device in devices)
+
+
+def learning_rates(config: RunConfig, facts: RoundFacts) -> list[float]:
+    """Of each step of the round: a rise over the run's first steps, then the schedule, 0 at the end of all planned steps."""
+    optimizer = config.optimizer
+    rounds_left = max(1, config.federation.rounds - facts.round + 1)
+    planned = facts.step_offset + rounds_left * facts.steps
+    return [
+        learning_rate(optimizer.lr, optimizer.schedule, optimizer.warmup_steps, step, planned)
+        for step in range(facts.step_offset, facts.step_offset + facts.steps)
+    ]
+
+
+def learning_rate(lr: float, schedule: str, warmup: int, step: int, planned: int) -> float:
+    """At `step` (from 0) of `planned`."""
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    done = (step - warmup) / (planned - warmup)
+    if schedule == "linear":
+        return lr * (1 - done)
+    if schedule == "cosine":
+        return lr * (1 + math.cos(math.pi * done)) / 2
+    return lr
+
+
+def check_ranks(plans: Mapping[str, pb.Plan]) -> None:
+    """Raises ConfigError where nodes that hold the same layer have unlike ranks: there would be nothing to average."""
+    ranks: dict[int, dict[str, int]] = {}
+    for name, plan in sorted(plans.items()):
+        for span in spans_of(plan):
+            for layer in range(span.first, span.last):
+                ranks.setdefault(layer, {})[name] = plan.lora.rank
+    for layer, holders in sorted(ranks.items()):
+        if len(set(holders.values())) > 1:
+            who = ", ".join(f"{name} with rank {rank}" for name, rank in holders.items())
+            raise ConfigError(
+                f"layer {layer} is held by {who}: all that hold a layer need the same rank there (lora.rank, lora.ranks)"
+            )
+
+
+def _plan(config: RunConfig, source: ModelSource, facts: RoundFacts, profile: pb.Profile) -> pb.Plan:
+    """A node's plan without its part: neither route nor what it hosts."""
+    federation, split = config.federation, config.split
     return pb.Plan(
         run=facts.run,
         round=facts.round,
         attempt=facts.attempt,
-        node=node,
-        role=role,  # type: ignore[arg-type]
-        routes=routes,
-        model=pb.ModelRef(
-            name=config.model.name, digest=source.digest, base=config.model.base, num_layers=source.num_layers
-        ),
-        lora=pb.Lora(
-            rank=config.lora.rank,
-            alpha=config.lora.alpha,
-            targets=config.lora.targets,
-            train_front="front" in train,
-            train_hosts="hosts" in train,
-            train_back="back" in train,
-        ),
-        optimizer=pb.Optimizer(name=config.optimizer.name, lr=config.optimizer.lr, step_offset=facts.step_offset),
+        node=profile.name,
+        role=profile.role,
+        model=pb.ModelRef(name=config.model.name, digest=source.digest, num_layers=source.num_layers),
+        lora=_lora(config, profile.name),
+        optimizer=_optimizer(config, facts),
         task=task_settings(config),
-        host_mode=config.split.host_mode,
+        host_mode=split.host_mode,
+        labels=split.labels,
+        checkpointing=split.checkpointing,
         evaluate=True,
         steps=facts.steps,
         batch_size=federation.batch_size,
-        micro_batches=config.split.micro_batches,
-        window=config.split.window,
-        min_devices=min(federation.min_nodes, len(routes)),
+        micro_batches=split.micro_batches,
+        window=split.window,
+        min_devices=1,
         deadlines=pb.Deadlines(
             ready_s=_READY_DEADLINE_S + source.fp32_bytes / _SLOW_CARD_BYTES_S,
             step_s=federation.step_deadline_s,
@@ -112,8 +149,51 @@ def make_plan(
             silent_s=_SILENT_S,
         ),
         seed=config.run.seed,
-        share_bps=share_bps,
         protocol_version=PROTOCOL_VERSION,
+    )
+
+
+def _serve(plan: pb.Plan, config: RunConfig, host: HostRange, site: Site, routes: Mapping[str, pb.Route]) -> None:
+    """Makes the plan's node a host of the site."""
+    plan.serves.extend(routes[member] for member in site.members)
+    plan.hosted.CopyFrom(pb.Slice(first=host.first, last=host.last))
+    plan.site = site.name
+    # Without so many of its devices the round would have too few, even if all other sites kept theirs.
+    elsewhere = len(routes) - len(site.members)
+    plan.min_devices = max(1, min(config.federation.min_nodes - elsewhere, len(site.members)))
+
+
+def _feed(plan: pb.Plan, config: RunConfig, facts: RoundFacts, examples: int) -> None:
+    """How many batches a device draws, and where it goes on: with epochs it counts its own steps, else the run's."""
+    if config.federation.epochs:
+        own = own_steps(config, examples)
+        plan.own_steps, plan.cursor = min(facts.steps, own), (facts.round - 1) * own
+    else:
+        plan.own_steps, plan.cursor = facts.steps, facts.step_offset
+
+
+def _lora(config: RunConfig, node: str) -> pb.Lora:
+    lora = config.lora
+    return pb.Lora(
+        rank=by_name(lora.ranks, node, lora.rank),
+        alpha=lora.alpha,
+        targets=lora.targets,
+        train_front="front" in lora.train,
+        train_hosts="hosts" in lora.train,
+        train_back="back" in lora.train,
+        dropout=lora.dropout,
+    )
+
+
+def _optimizer(config: RunConfig, facts: RoundFacts) -> pb.Optimizer:
+    optimizer = config.optimizer
+    return pb.Optimizer(
+        name=optimizer.name,
+        step_offset=facts.step_offset,
+        lrs=learning_rates(config, facts),
+        clip=optimizer.clip,
+        max_norm=optimizer.max_norm,
+        keep=optimizer.keep,
     )
 
 
@@ -126,4 +206,6 @@ def task_settings(config: RunConfig) -> pb.TaskSettings:
         prompt_field=config.data.fields.prompt,
         answer_field=config.data.fields.answer,
         held_out=config.data.held_out,
+        classes=config.task.classes,
+        weighting=config.task.weighting,
     )

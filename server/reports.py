@@ -1,47 +1,63 @@
-"""What the nodes' reports of a round say, as the fields of the `round_done` event."""
+"""What the nodes' reports of a round say, as the fields of the events `round_done` and `timeline`."""
 
 from __future__ import annotations
 
 import math
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from edgelam_fl.model.adapter import Adapter
 from edgelam_fl.wire import edgelam_pb2 as pb
+from server.contributions import Reply
+
+_INTERVALS = 1000  # of a node and round; it sends a few hundred
 
 
 def describe_round(
-    sent_bytes: Mapping[str, int],
-    started_from: Mapping[str, str],
-    reports: Mapping[str, tuple[pb.JobReport, Adapter]],
+    sent_bytes: Mapping[str, int], started_from: Mapping[str, str], replies: Mapping[str, Reply]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, int]]:
-    """(devices, hosts, bytes by kind) as telemetry.events documents them.
+    """(devices, hosts, bytes by kind) as telemetry.events documents them; a device that is a host is in both.
 
     `sent_bytes`: of the adapters sent to each node. `started_from`: the digest of the adapter in each node's plan.
     """
     devices, hosts, by_kind = [], [], Counter[str]()
-    for name, (report, tensors) in sorted(reports.items()):
+    for name, reply in sorted(replies.items()):
+        report, received = reply.report, sent_bytes.get(name, 0)
         common = {
             "name": name,
-            "bytes_up": _bytes(report, "sent"),
-            "bytes_down": _bytes(report, "received"),
-            "adapter_bytes_up": sum(array.nbytes for array in tensors.values()),
-            "adapter_bytes_down": sent_bytes.get(name, 0),
-            "compute_seconds": round(report.compute_seconds, 3),
             "peak_rss_bytes": report.peak_rss_bytes,
             "moments": report.moments,
             "digest_before": started_from.get(name, ""),
             "digest_after": report.adapter_digest,
         }
-        if report.role == pb.EDGE:
-            hosts.append({**common, "layers": [report.first_layer, report.last_layer]})
-            continue
-        devices.append({**common, **_learning(report)})
-        for count in report.bytes:
-            by_kind[count.kind] += count.payload_bytes + count.framing_bytes
+        if report.role == pb.DEVICE:
+            traffic = _traffic(report.bytes, reply.of_scope("ends"), received)
+            devices.append(
+                {**common, **traffic, "compute_seconds": round(report.compute_seconds, 3), **_learning(report)}
+            )
+            for count in report.bytes:
+                by_kind[count.kind] += count.payload_bytes + count.framing_bytes
+            received = 0  # one message for both parts: told once
+        if report.HasField("host"):
+            host = report.host
+            traffic = _traffic(host.bytes, reply.of_scope("site"), received)
+            layers = [host.first_layer, host.last_layer]
+            hosts.append({**common, **traffic, "compute_seconds": round(host.compute_seconds, 3), "layers": layers})
     return devices, hosts, dict(by_kind)
+
+
+def describe_timeline(replies: Mapping[str, Reply]) -> dict[str, list[list[Any]]]:
+    """Who did what, when, by node; without those that say nothing."""
+    return {
+        name: [
+            [i.kind, i.role, _finite(round(i.start_s, 6)), _finite(round(i.seconds, 6)), i.step, i.micro_batch, i.peer]
+            for i in reply.report.timeline[-_INTERVALS:]
+        ]
+        for name, reply in sorted(replies.items())
+        if reply.report.timeline
+    }
 
 
 def _learning(report: pb.JobReport) -> dict[str, Any]:
@@ -52,6 +68,7 @@ def _learning(report: pb.JobReport) -> dict[str, Any]:
         "labels": report.labels_trained,
         "loss": _finite(sum(step.loss_sum for step in counted) / labels) if labels else None,
         "perplexity": _perplexity(report.eval_loss_sum / report.eval_labels) if report.eval_labels else None,
+        "metrics": _metrics(report),
         "tokens": report.tokens_trained,
         "train_seconds": round(report.train_seconds, 3),
         "eval_seconds": round(report.eval_seconds, 3),
@@ -62,6 +79,24 @@ def _learning(report: pb.JobReport) -> dict[str, Any]:
     }
 
 
+def _metrics(report: pb.JobReport) -> dict[str, float | None]:
+    if "correct" not in report.eval_sums or not report.eval_labels:
+        return {}
+    return {"accuracy": _finite(report.eval_sums["correct"] / report.eval_labels)}
+
+
+def _traffic(counts: Iterable[pb.KindBytes], sent: Iterable[Adapter], received_bytes: int) -> dict[str, int]:
+    total = Counter[str]()
+    for count in counts:
+        total[count.direction] += count.payload_bytes + count.framing_bytes
+    return {
+        "bytes_up": total["sent"],
+        "bytes_down": total["received"],
+        "adapter_bytes_up": sum(array.nbytes for tensors in sent for array in tensors.values()),
+        "adapter_bytes_down": received_bytes,
+    }
+
+
 def _finite(value: float) -> float | None:
     """JSON has no infinity: a diverged number is null."""
     return value if math.isfinite(value) else None
@@ -69,7 +104,3 @@ def _finite(value: float) -> float | None:
 
 def _perplexity(loss: float) -> float | None:
     return math.exp(loss) if loss < math.log(sys.float_info.max) else None
-
-
-def _bytes(report: pb.JobReport, direction: str) -> int:
-    return sum(c.payload_bytes + c.framing_bytes for c in report.bytes if c.direction == direction)

@@ -1,8 +1,8 @@
 """Split federated LoRA as a Flower Strategy: it composes a selection, a bandwidth allocator and an aggregation.
 
-A round, top to bottom: `configure_train` (select -> routes -> shares -> a plan a node), messages, `aggregate_train`
-(validate -> aggregate per module -> the next round's adapter). Evaluation of an adapter is the first phase of the round
-that starts from it; `configure_evaluate` makes the one job after the last round.
+A round, top to bottom: `configure_train` (select -> layout -> shares -> a plan a node), messages, `aggregate_train`
+(validate -> contributions -> aggregate per module -> the next round's adapter). Evaluation of an adapter is the first
+phase of the round that starts from it; `configure_evaluate` makes the one job after the last round.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
@@ -25,17 +24,17 @@ from edgelam_fl.flower import from_record, record_bytes, to_record
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.wire import edgelam_pb2 as pb
+from server.contributions import Reply, broken_sites, collect, problem, read_reply
+from server.global_adapter import complete, starting_point
+from server.layout import Layout, Site, make_layout, site_source, who_may_host
 from server.nodes import Nodes
-from server.plans import RoundFacts, held_spans, make_plan, make_routes
-from server.reports import describe_round
+from server.plans import RoundFacts, make_plans, planned_steps
+from server.reports import describe_round, describe_timeline
 from server.run_folder import RunFolder
-from strategies.base import Candidate, Contribution, Demand, RoundState, load
+from strategies.base import Candidate, Demand, RoundState, load
 
 _ATTEMPTS = 3
 _MESSAGES_S = 120.0  # on top of the round's deadline: Flower polls every few seconds and starts a process a message
-
-
-Reports = dict[str, tuple[pb.JobReport, adapters.Adapter]]
 
 
 @dataclass
@@ -43,6 +42,7 @@ class Round:
     """What a round was planned as, until its replies are in."""
 
     facts: RoundFacts
+    layout: Layout
     plans: dict[str, pb.Plan]
     sent_bytes: dict[str, int] = field(default_factory=dict)  # adapters, by node
     began: float = field(default_factory=time.monotonic)
@@ -83,10 +83,9 @@ class SplitLora(Strategy):
     def _round(
         self, number: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid, timeout: float
     ) -> tuple[ArrayRecord, MetricRecord]:
-        federation = self.config.federation
         for attempt in range(1, _ATTEMPTS + 1):
             self._attempt = attempt
-            self._gather(federation.expect_nodes if number == attempt == 1 else 0)
+            self.nodes.gather(self.config, at_start=number == attempt == 1)
             replies = self._exchange(self.configure_train(number, arrays, config, grid), timeout)
             aggregated, metrics = self.aggregate_train(number, replies)
             if aggregated is not None and metrics is not None:
@@ -102,77 +101,81 @@ class SplitLora(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        return self._configure(server_round, arrays, self.config.federation.local_steps)
+        return self._configure(server_round, arrays, trains=True)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        return self._configure(server_round, arrays, 0)
+        return self._configure(server_round, arrays, trains=False)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The next adapter, or (None, None) where too few devices or not all layers came through."""
-        round_, reports = self._read(replies)
-        devices = [name for name in reports if round_.plans[name].role == pb.DEVICE]
-        hosts_missing = [name for name, plan in round_.plans.items() if plan.role == pb.EDGE and name not in reports]
-        contributions = {
-            name: Contribution(name, report.labels_trained, tensors)
-            for name, (report, tensors) in reports.items()
-            if tensors
-        }
-        if hosts_missing or not contributions or len(devices) < self.config.federation.min_nodes:
+        """The next adapter, or (None, None) where too few devices came through, or no site with all of its hosts."""
+        round_, replies_by_node = self._read(replies)
+        broken = broken_sites(round_.layout, replies_by_node)
+        for site, hosts in broken.items():
+            self.folder.emit("site_lost", round=round_.facts.round, site=site, missing=hosts)
+        devices = [
+            name
+            for site in round_.layout.sites
+            if site.name not in broken
+            for name in site.members
+            if name in replies_by_node
+        ]
+        contributions = collect(replies_by_node, round_.plans, round_.layout, broken)
+        if not contributions or len(devices) < self.config.federation.min_nodes:
             return None, None
-        aggregated = self.aggregation.aggregate(list(contributions.values()))
+        aggregated = self.aggregation.aggregate(contributions)
         self._global = {**self._global, **aggregated.tensors}
         self.personal = {
             name: {**self.personal.get(name, {}), **tensors} for name, tensors in aggregated.personal.items()
         }
         self.step_offset += round_.facts.steps
-        personal = {name: tensors for name, tensors in self.personal.items() if name in devices}
-        where = self.folder.checkpoint(self._global, server_round, self.step_offset, personal)
-        metrics = self._close(round_, reports, where)
+        where = self.folder.checkpoint(
+            self._global, server_round, self.step_offset, self._exports(round_.layout, devices)
+        )
+        metrics = self._close(round_, replies_by_node, where)
         return to_record(self._global), metrics
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        round_, reports = self._read(replies)
-        if not any(report.eval_labels for report, _ in reports.values()):
+        round_, replies_by_node = self._read(replies)
+        if not any(reply.report.eval_labels for reply in replies_by_node.values()):
             raise RunFailed(f"the evaluation after the last round failed: {self.nodes.problems}")
-        return self._close(round_, reports, "adapter")
+        return self._close(round_, replies_by_node, "adapter")
 
     # ---------------------------------------------------------------- before
 
-    def _gather(self, expected: int) -> None:
-        federation = self.config.federation
-        self.nodes.gather(federation.min_nodes, expected, self.config.split.hosts, federation.join_deadline_s)
-
-    def _configure(self, number: int, arrays: ArrayRecord, steps: int) -> list[Message]:
-        self._global = from_record(arrays)
+    def _configure(self, number: int, arrays: ArrayRecord, trains: bool) -> list[Message]:
         candidates = [
             Candidate(name, self.nodes.profiles[name].examples, self.losses.get(name)) for name in self.nodes.devices()
         ]
         chosen = self.selection.select(
             RoundState(number, candidates, random.Random(f"{self.config.run.seed}/select/{number}"))
         )
-        hosts = self.nodes.hosts()[: self.config.split.hosts]
         tokens = {name: secrets.token_bytes(16) for name in chosen.names}
-        routes = make_routes(self.config, self.source, chosen.names, hosts, tokens)
-        shares = self.bandwidth.allocate([Demand(name, 1.0, 0.0) for name in chosen.names], 0.0)
+        devices = [self.nodes.profiles[name] for name in chosen.names]
+        layout = make_layout(
+            self.config, self.source, devices, who_may_host(self.config, [*self.nodes.edges(), *devices])
+        )
+        capacity_bps = self.config.wire.capacity_bps
+        shares = self.bandwidth.allocate([Demand(name, 1.0, 0.0) for name in chosen.names], capacity_bps)
+        steps = planned_steps(self.config, devices) if trains else 0
         facts = RoundFacts(self.run, number, self._attempt, self.step_offset, steps)
-        # No capacity is set in this version, so a share of it limits nothing (share_bps = 0).
-        plans = {r.device: make_plan(self.config, self.source, facts, r.device, pb.DEVICE, [r], 0.0) for r in routes}
-        for host in hosts:
-            plans[host.name] = make_plan(self.config, self.source, facts, host.name, pb.EDGE, routes, 0.0)
-        self._open = Round(facts, plans)
+        plans = make_plans(self.config, self.source, facts, self.nodes.profiles, layout, shares, tokens)
+        self._global = complete(from_record(arrays), plans, self.config, self.source)
+        self._open = Round(facts, layout, plans)
         self.folder.emit(
             "plan", round=number, attempt=self._attempt, selected=list(chosen.names), why=dict(chosen.why), shares=dict(shares),
-            routes=[_picture(route, self.source.num_layers) for route in routes],
+            routes=[_picture(route, self.source.num_layers) for route in layout.routes.values()],
+            sites=[_site_picture(site) for site in layout.sites if site.hosts],
+            nodes={name: _node_picture(plan) for name, plan in plans.items()},
         )  # fmt: skip
         return [self._message(name, plan) for name, plan in plans.items()]
 
     def _message(self, name: str, plan: pb.Plan) -> Message:
         assert self._open is not None
-        needed = adapters.slice_of({**self._global, **self.personal.get(name, {})}, held_spans(plan))
+        needed = starting_point(plan, self._global, self.personal)
         plan.adapter_digest = adapters.digest(needed)
         content = RecordDict({"plan": ConfigRecord({"plan": plan.SerializeToString()})})
         if self.digests.get(name) != plan.adapter_digest:
@@ -187,23 +190,25 @@ class SplitLora(Strategy):
 
     # ---------------------------------------------------------------- after
 
-    def _read(self, replies: Iterable[Message]) -> tuple[Round, Reports]:
-        """The usable reports by node. Why the others are not is noted and told."""
+    def _read(self, messages: Iterable[Message]) -> tuple[Round, dict[str, Reply]]:
+        """The usable replies by node. Why the others are not is noted and told."""
         assert self._open is not None
         round_ = self._open
-        reports: Reports = {}
+        replies: dict[str, Reply] = {}
         problems = dict(self._missing)
-        for reply in replies:
-            report = pb.JobReport.FromString(reply.content["report"]["report"])
-            tensors = from_record(reply.content["adapter"]) if "adapter" in reply.content else {}
-            problem = report.error if report.state != "done" else self._problem(round_.plans[report.node], tensors)
-            if problem:
-                problems[report.node] = problem
+        for message in messages:
+            name = self.nodes.name_of(message)
+            if name not in round_.plans:
+                continue
+            reply = read_reply(message.content)
+            wrong = problem(reply, round_.plans[name], self._global)
+            if wrong:
+                problems[name] = wrong
             else:
-                reports[report.node] = (report, tensors)
+                replies[name] = reply
         for name in round_.plans:
-            if name in reports:
-                self.digests[name] = reports[name][0].adapter_digest
+            if name in replies:
+                self.digests[name] = replies[name].report.adapter_digest
                 self.nodes.problems.pop(name, None)
                 continue
             self.digests.pop(name, None)
@@ -211,32 +216,31 @@ class SplitLora(Strategy):
             self.folder.emit("node_lost", round=round_.facts.round, node=name, reason=self.nodes.problems[name])
             if name in self._missing:
                 self.nodes.lose(name)
-        return round_, reports
+        return round_, replies
 
-    def _problem(self, plan: pb.Plan, tensors: adapters.Adapter) -> str:
-        """Why an update cannot be aggregated: nothing that a node sends is trusted."""
-        expected = adapters.slice_of(self._global, held_spans(plan))
-        for name, array in tensors.items():
-            if name not in expected:
-                return f"its update has a tensor {name}, which its plan does not hold"
-            if array.shape != expected[name].shape or array.dtype != np.float32:
-                return f"its {name} is {array.dtype} {array.shape}, not float32 {expected[name].shape}"
-            if not np.isfinite(array).all():
-                return f"its {name} holds values that are not finite"
-        return ""
+    def _exports(self, layout: Layout, devices: Iterable[str]) -> dict[str, adapters.Adapter]:
+        """What devices go on with instead of the global adapter: their own part and that of their site."""
+        own = {
+            name: {**self.personal.get(site_source(layout.site_of(name).name), {}), **self.personal.get(name, {})}
+            for name in devices
+        }
+        return {name: tensors for name, tensors in own.items() if tensors}
 
-    def _close(self, round_: Round, reports: Reports, checkpoint: str) -> MetricRecord:
-        """The round's event, and its metrics for Flower."""
+    def _close(self, round_: Round, replies: dict[str, Reply], checkpoint: str) -> MetricRecord:
+        """The round's events, and its metrics for Flower."""
         started_from = {name: plan.adapter_digest for name, plan in round_.plans.items()}
-        devices, hosts, by_kind = describe_round(round_.sent_bytes, started_from, reports)
+        devices, hosts, by_kind = describe_round(round_.sent_bytes, started_from, replies)
+        timeline = describe_timeline(replies)
+        if timeline:
+            self.folder.emit("timeline", round=round_.facts.round, nodes=timeline)
         self.folder.emit(
             "round_done", round=round_.facts.round, attempt=round_.facts.attempt, steps=round_.facts.steps,
             seconds=round(time.monotonic() - round_.began, 3), devices=devices, hosts=hosts, bytes_by_kind=by_kind,
             checkpoint=checkpoint,
         )  # fmt: skip
         self.losses.update({device["name"]: device["loss"] for device in devices if device["loss"] is not None})
-        labels = sum(report.eval_labels for report, _ in reports.values())
-        loss = sum(report.eval_loss_sum for report, _ in reports.values()) / labels if labels else 0.0
+        labels = sum(reply.report.eval_labels for reply in replies.values())
+        loss = sum(reply.report.eval_loss_sum for reply in replies.values()) / labels if labels else 0.0
         print(f"round {round_.facts.round}: {len(devices)} devices, held-out loss {loss:.4f} at its start", flush=True)
         return MetricRecord({"eval-loss": loss, "num-examples": labels})
 
@@ -249,3 +253,15 @@ def _picture(route: pb.Route, num_layers: int) -> dict[str, Any]:
         "num_layers": num_layers,
         "hops": [{"node": hop.node, "first": hop.first, "last": hop.last} for hop in route.hops],
     }
+
+
+def _site_picture(site: Site) -> dict[str, Any]:
+    return {
+        "site": site.name,
+        "hosts": [{"node": host.name, "first": host.first, "last": host.last} for host in site.hosts],
+        "devices": list(site.members),
+    }
+
+
+def _node_picture(plan: pb.Plan) -> dict[str, Any]:
+    return {"base": plan.model.base, "compute": plan.model.compute, "rank": plan.lora.rank}

@@ -78,10 +78,12 @@ class Bandwidth(Protocol):
 
 @dataclass(frozen=True)
 class Contribution:
-    """What one source trained in a round: a device (its own layers) or a site (a joint host's layers)."""
+    """What one source trained in a round: a device (its own layers; with copies its adapters on hosts too), or a site
+    (its hosts' layers). A source has a second contribution where fewer labels went through some of its layers.
+    """
 
-    source: str
-    weight: float  # labels trained in the round
+    source: str  # a device's name, or "site " and the names of its hosts
+    weight: float  # labels trained in the round, or examples (task.weighting)
     tensors: Mapping[str, np.ndarray]  # peft names -> fp32
 
 

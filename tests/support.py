@@ -18,13 +18,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from edgelam_fl.config import RunConfig, parse_run_file
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.source import ModelSource
+from edgelam_fl.split.plan import part_id, spans_of
 from edgelam_fl.split.stage_host import Dial, StageHost
 from edgelam_fl.tasks.base import Example, Unit
 from edgelam_fl.tasks.causal_lm import CausalLm, labelled, loss_sum, make_units
 from edgelam_fl.tasks.data import batch_indices, read_pairs, set_aside
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.memory import memory_pair
-from server.plans import RoundFacts, held_spans, make_plan, make_routes
+from server.layout import make_layout, who_may_host
+from server.plans import RoundFacts, make_plans
 
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 
@@ -65,13 +67,15 @@ class TakesPlans(Protocol):
 
 @dataclass
 class Fleet:
-    """Devices and a chain of hosts, and the plans to run them as the server would."""
+    """Devices and hosts, and the plans to run them as the server would."""
 
     source: ModelSource
     config: RunConfig
     devices: dict[str, TakesPlans]
-    hosts: dict[str, tuple[TakesPlans, str]]  # with the address of each one's data plane
+    hosts: dict[str, tuple[TakesPlans, str]]  # edge servers, with the address of each one's data plane
     name: str = "test"
+    listening: dict[str, str] = field(default_factory=dict)  # devices that may host: the address of the data plane
+    examples: dict[str, int] = field(default_factory=dict)  # of each device; matters with epochs only
     events: list[dict[str, Any]] = field(default_factory=list)
     round: int = 0
 
@@ -80,26 +84,34 @@ class Fleet:
     ) -> dict[str, pb.JobReport]:
         """One round; returns the reports by node. `send_to`: who is sent tensors (default: everyone)."""
         self.round += 1
-        tokens = {name: name.encode() * 4 for name in self.devices}
-        profiles = [pb.Profile(name=name, address=address) for name, (_, address) in self.hosts.items()]
-        routes = make_routes(self.config, self.source, list(self.devices), profiles, tokens)
-        facts = RoundFacts(self.name, self.round, 1, step_offset, steps)
-        plans = {}
-        for name, (node, _) in self.hosts.items():
-            plans[name] = (node, make_plan(self.config, self.source, facts, name, pb.EDGE, routes, 0))
-        for route in routes:
-            plan = make_plan(self.config, self.source, facts, route.device, pb.DEVICE, [route], 0)
-            plans[route.device] = (self.devices[route.device], plan)
-        for name, (node, plan) in plans.items():
-            tensors = adapters.slice_of(adapter, held_spans(plan))
+        plans = self.plans(RoundFacts(self.name, self.round, 1, step_offset, steps))
+        nodes = self.devices | {name: node for name, (node, _) in self.hosts.items()}
+        for name, plan in plans.items():
+            tensors = adapters.slice_of(adapter, spans_of(plan))
             plan.adapter_digest = adapters.digest(tensors)
             data = adapters.to_bytes(tensors) if send_to is None or name in send_to else b""
-            reply = node.submit(pb.SubmitRequest(plan=plan, adapter=data))
+            reply = nodes[name].submit(pb.SubmitRequest(plan=plan, adapter=data))
             assert reply.accepted, reply.reason
-        reports = {}
-        for name, (node, _) in plans.items():
-            reports[name] = node.wait(pb.WaitRequest(job=f"{self.name}/{self.round}/1/{name}", timeout_s=300))
-        return reports
+        return {
+            name: nodes[name].wait(pb.WaitRequest(job=part_id(plan), timeout_s=300)) for name, plan in plans.items()
+        }
+
+    def plans(self, facts: RoundFacts) -> dict[str, pb.Plan]:
+        """As the server makes them, without the adapters' digests."""
+        edges = [pb.Profile(name=name, role=pb.EDGE, address=address) for name, (_, address) in self.hosts.items()]
+        devices = [
+            pb.Profile(
+                name=name,
+                role=pb.DEVICE,
+                address=self.listening.get(name, ""),
+                examples=self.examples.get(name, 0),
+            )
+            for name in self.devices
+        ]
+        layout = make_layout(self.config, self.source, devices, who_may_host(self.config, edges + devices))
+        profiles = {profile.name: profile for profile in edges + devices}
+        tokens = {name: name.encode() * 4 for name in self.devices}
+        return make_plans(self.config, self.source, facts, profiles, layout, {}, tokens)
 
     def emit(self, event: str, **fields: Any) -> None:
         self.events.append({"event": event, **fields})
@@ -107,17 +119,23 @@ class Fleet:
 
 @contextmanager
 def memory_fleet(source: ModelSource, config: RunConfig, data: Sequence[Path]) -> Iterator[Fleet]:
+    """A device a file, and as many edge servers as the run file wants; with host_on = "any" the devices are the hosts."""
     fleet = Fleet(source, config, {}, {})
     nodes: dict[str, StageHost] = {}
     dial = _memory_dial(nodes)
-    for number in range(1, config.split.hosts + 1):
+    devices_host = config.split.host_on == "any"
+    for number in range(1, 0 if devices_host else config.split.hosts * config.split.sites + 1):
         name = f"edge-{number}"
         nodes[name] = StageHost(name, dial, fleet.emit, address=name)
         fleet.hosts[name] = (nodes[name], name)
     for number, file in enumerate(data, 1):
         name = f"device-{number}"
-        nodes[name] = StageHost(name, dial, fleet.emit, data=file)
+        address = name if devices_host else ""
+        nodes[name] = StageHost(name, dial, fleet.emit, data=file, address=address)
         fleet.devices[name] = nodes[name]
+        fleet.listening[name] = address
+        training, _ = set_aside(read_pairs(file, "question", "answer"), config.data.held_out)
+        fleet.examples[name] = len(training)
     yield fleet
     for node in nodes.values():
         node.stop()
@@ -147,12 +165,12 @@ def check_done(reports: dict[str, pb.JobReport]) -> None:
 
 
 def joined(reports: dict[str, pb.JobReport]) -> adapters.Adapter:
-    """All nodes' trained tensors; of several devices' copies of a tensor, the last one's."""
+    """All nodes' trained tensors; of several sources' versions of a tensor, the last one's."""
     return {
         name: array
         for report in reports.values()
-        if report.adapter
-        for name, array in adapters.from_bytes(report.adapter).items()
+        for contribution in report.contributions
+        for name, array in adapters.from_bytes(contribution.adapter).items()
     }
 
 

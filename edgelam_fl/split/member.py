@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from edgelam_fl.errors import ProtocolError
+from edgelam_fl.model.source import layer_number
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.link import Frame, Link
 
 Gradients = list[torch.Tensor | None]
+UnitId = tuple[int, int, int]  # phase, step, micro-batch
 
 
 @dataclass
@@ -22,13 +25,15 @@ class Member:
     """One device of the group, as its host sees it."""
 
     route: pb.Route
+    hop: pb.Hop  # this host's on the route
     upstream: Link | None = None  # to the device's front, or to the host before
     downstream: Link | None = None  # to the device's back, or to the host after
+    window: int = 0  # granted downstream; 0: the link is not open yet
     table: list[pb.StepRow] | None = None
     forwards: deque[Frame] = field(default_factory=deque)
-    saved: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] = field(
-        default_factory=dict
-    )  # unit: input, output
+    labels: dict[UnitId, torch.Tensor] = field(default_factory=dict)  # labels = "last-stage"
+    saved: dict[UnitId, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # input, output
+    caches: dict[int, Any] = field(default_factory=dict)  # generation sessions
     gradients: Gradients | None = None  # accumulated over the open step's micro-batches
     backwards_done: int = 0
     problem: str = ""  # why the open step cannot count this device
@@ -49,6 +54,33 @@ class Member:
     def active(self) -> bool:
         return self.present and not self.done
 
+    @property
+    def layers(self) -> tuple[int, int]:
+        """What its route computes here."""
+        return self.hop.first, self.hop.last
+
+    def crosses(self, name: str) -> bool:
+        """Whether its route computes the layer of a tensor; what stands outside the layers it does."""
+        layer = layer_number(name)
+        return layer is None or self.hop.first <= layer < self.hop.last
+
+    def units_of(self, step: int) -> int:
+        return len(self.table[step].rows) if self.table else 0
+
+    def labels_of(self, step: int) -> int:
+        return self.table[step].labels if self.table else 0
+
+    def forget(self, step: int) -> None:
+        """A step of it is closed: what it left is of no use any more."""
+        self.gradients, self.backwards_done, self.problem = None, 0, ""
+        self.saved = {unit: kept for unit, kept in self.saved.items() if unit[:2] != (pb.TRAIN, step)}
+        self.labels = {unit: kept for unit, kept in self.labels.items() if unit[:2] != (pb.TRAIN, step)}
+        self.forwards = deque(f for f in self.forwards if (f.header.phase, f.header.step) != (pb.TRAIN, step))
+
+
+def unit_id(header: pb.Header) -> UnitId:
+    return header.phase, header.step, header.micro_batch
+
 
 def unit_rows(plan: pb.Plan) -> int:
     """The most rows that a micro-batch of the plan has."""
@@ -60,7 +92,8 @@ def checked_table(table: pb.Table, member: Member, plan: pb.Plan) -> list[pb.Ste
     if len(table.steps) != plan.steps or member.table is not None:
         raise ProtocolError(f"a TABLE of {len(table.steps)} steps; the plan has {plan.steps}, once")
     for row in table.steps:
-        if not 1 <= len(row.rows) <= plan.micro_batches or sum(row.rows) > plan.batch_size:
+        least = 1 if row.labels else 0  # a step without labels is one without micro-batches
+        if not least <= len(row.rows) <= plan.micro_batches * least or sum(row.rows) > plan.batch_size:
             raise ProtocolError(f"a TABLE row of {len(row.rows)} micro-batches with {sum(row.rows)} rows")
         if row.labels > plan.batch_size * plan.task.max_tokens:
             raise ProtocolError(f"a TABLE row of {row.labels} labels, more than the batch has tokens")
@@ -85,9 +118,19 @@ def check_activation(frame: Frame, member: Member, plan: pb.Plan, hidden_size: i
         raise ProtocolError(f"more than {plan.window} micro-batches in flight (split.window)")
 
 
-def gradient_problem(grad: torch.Tensor | None, output: torch.Tensor) -> str:
-    """Why a gradient cannot be used; empty if it can."""
-    if grad is None or grad.shape != output.shape or grad.dtype != output.dtype:
+def check_labels(frame: Frame, plan: pb.Plan) -> torch.Tensor:
+    """The labels of a unit, with `labels = "last-stage"`. Raises ProtocolError where they do not fit the plan."""
+    tensor = frame.tensor
+    if tensor is None or tensor.dtype != torch.int64 or tensor.dim() not in (1, 2) or not tensor.numel():
+        raise ProtocolError("labels must be int64 [rows] or [rows, tokens]")
+    if tensor.shape[0] > unit_rows(plan) or (tensor.dim() == 2 and tensor.shape[1] > plan.task.max_tokens):
+        raise ProtocolError(f"labels of shape {list(tensor.shape)} do not fit the plan")
+    return tensor
+
+
+def gradient_problem(grad: torch.Tensor | None, output: torch.Tensor, dtype: torch.dtype) -> str:
+    """Why a gradient cannot be used; empty if it can. `dtype`: what travels."""
+    if grad is None or grad.shape != output.shape or grad.dtype != dtype:
         return "a gradient of another shape or dtype than the activation"
     if not torch.isfinite(grad).all():
         return "a gradient that is not finite"

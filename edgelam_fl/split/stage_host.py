@@ -12,23 +12,26 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import psutil
 import torch
 
-from edgelam_fl.errors import DataError, EdgelamError, PeerLost, Refused
+from edgelam_fl.errors import DataError, EdgelamError
+from edgelam_fl.machine import memory_free_bytes
 from edgelam_fl.model import adapter as adapters
-from edgelam_fl.model.source import ModelSource, find_model
-from edgelam_fl.model.stage import Stage, load_stages
-from edgelam_fl.model.weights import BASES
-from edgelam_fl.split.driver import Driver, Route
+from edgelam_fl.model.bases import usable_bases
+from edgelam_fl.model.source import find_model
+from edgelam_fl.model.speed import measure_bases
+from edgelam_fl.split.driver import Driver
+from edgelam_fl.split.generation import HostSessions
+from edgelam_fl.split.group import Group
+from edgelam_fl.split.held import Held, slice_key
 from edgelam_fl.split.host import Host
-from edgelam_fl.split.job import Inbox, job_id, lora_of, make_optimizer, part_id, peak_rss_bytes, spans_of
-from edgelam_fl.tasks.base import Example
-from edgelam_fl.tasks.causal_lm import CausalLm
+from edgelam_fl.split.job import Inbox, job_id, part_id, peak_rss_bytes, task_of
+from edgelam_fl.split.links import Dial, new_route, open_link, open_route, wire_dtype
+from edgelam_fl.split.window import affordable_window
+from edgelam_fl.tasks.base import Example, Task
 from edgelam_fl.tasks.data import device_pairs
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -39,23 +42,7 @@ from edgelam_fl.wire.link import Ears, Link
 _RETRY_MS = 200
 _RESULTS_KEPT = 2
 VERSIONED = ("edgelam-fl", "flwr", "torch", "transformers", "peft", "grpcio", "numpy")
-
-# address, link name, hello, counters, ears, deadlines -> an open link and READY
-Dial = Callable[[str, str, pb.Hello, ByteCounters, Ears, pb.Deadlines], tuple[Link, pb.Ready]]
-
-
-@dataclass
-class Held:
-    """The slice in memory, and the state that the next round may continue from."""
-
-    key: tuple[Any, ...]  # what would make it another slice
-    source: ModelSource
-    stages: list[Stage]
-    optimizer: torch.optim.Optimizer | None = None
-    moments_key: tuple[Any, ...] = ()  # adapter digest, freeze flags and rank that the moments belong to
-
-    def adapter(self) -> adapters.Adapter:
-        return {name: array for stage in self.stages for name, array in stage.adapter().items()}
+HOST_MODES = ("joint", "sequential", "copies")
 
 
 @dataclass
@@ -65,17 +52,17 @@ class Part:
     plan: pb.Plan
     report: pb.JobReport
     finished: threading.Event
-    _inbox: Inbox | None = None
+    _inboxes: list[Inbox] = field(default_factory=list)  # of the device's part and of the host's
     _cancelled: str = ""
 
     def cancel(self, reason: str) -> None:
         """Also before there is an inbox: loading a slice takes its time."""
         self._cancelled = reason
-        if self._inbox is not None:
-            self._inbox.cancel(reason)
+        for inbox in self._inboxes:
+            inbox.cancel(reason)
 
     def attach(self, inbox: Inbox) -> None:
-        self._inbox = inbox
+        self._inboxes.append(inbox)
         if self._cancelled:
             inbox.cancel(self._cancelled)
 
@@ -102,7 +89,7 @@ class StageHost:
         self._current: Part | None = None
         self._worker: threading.Thread | None = None
         self._held: Held | None = None
-        self._hosting: Host | None = None
+        self._hosting: Group | None = None
         self._examples: tuple[bytes, tuple[list[Example], list[Example]]] | None = None
 
     # ---------------------------------------------------------------- control, any thread
@@ -113,9 +100,9 @@ class StageHost:
             name=self.name,
             role=self.role,
             address=self._address,
-            memory_available_bytes=psutil.virtual_memory().available,
+            memory_available_bytes=memory_free_bytes(),
             cpu_threads=torch.get_num_threads(),
-            bases=BASES,
+            bases=usable_bases(),
             codecs=list(CODECS),
             versions={package: importlib.metadata.version(package) for package in VERSIONED},
         )
@@ -127,6 +114,8 @@ class StageHost:
                 profile.examples, profile.held_out = len(training), len(held_out)
             except DataError as error:
                 profile.problem = str(error)
+        if request.measure_model and not profile.problem:
+            profile.base_seconds.update(measure_bases(find_model(request.measure_model)))
         return profile
 
     def submit(self, request: pb.SubmitRequest) -> pb.SubmitReply:
@@ -168,10 +157,10 @@ class StageHost:
 
     def admit(self, hello: pb.Hello, link: Link) -> pb.Ready | pb.NotReady | pb.Refuse:
         """The data plane's doorkeeper."""
-        host = self._hosting
-        if host is None or job_id(host.plan) != hello.job:
+        group = self._hosting
+        if group is None or job_id(group.plan) != hello.job:
             return pb.NotReady(retry_ms=_RETRY_MS)
-        return host.admit(hello, link)
+        return group.admit(hello, link)
 
     def stop(self) -> None:
         with self._lock:
@@ -188,10 +177,16 @@ class StageHost:
             return (
                 f"a plan for {pb.Role.Name(plan.role)} {plan.node!r}; this is {pb.Role.Name(self.role)} {self.name!r}"
             )
-        if plan.model.base not in BASES:
-            return f"base {plan.model.base!r}; node {self.name} has {', '.join(BASES)}"
-        if not (plan.routes and plan.batch_size and plan.micro_batches and plan.window and plan.deadlines.round_s > 0):
+        if plan.model.base not in usable_bases():
+            usable = ", ".join(usable_bases())
+            return f"base {plan.model.base!r}; node {self.name} has {usable} (`edgelam doctor` there says why)"
+        routes = plan.routes or plan.serves
+        if not (routes and plan.batch_size and plan.micro_batches and plan.window and plan.deadlines.round_s > 0):
             return "a plan without route, batch size, micro-batches, window or deadlines"
+        if len(plan.routes) != (self._data is not None and not plan.generate):
+            return f"a plan with {len(plan.routes)} routes of its own for {pb.Role.Name(self.role)} {self.name!r}"
+        if len(plan.optimizer.lrs) != plan.steps or plan.host_mode not in HOST_MODES:
+            return f"a plan of {plan.steps} steps with {len(plan.optimizer.lrs)} learning rates, host mode {plan.host_mode!r}"
         return ""
 
     # ---------------------------------------------------------------- the compute thread
@@ -218,67 +213,73 @@ class StageHost:
     def _run_part(self, part: Part, adapter: bytes, emit: Callable[..., None]) -> None:
         plan, report, began = part.plan, part.report, time.monotonic()
         held = self._hold(plan)
-        warm = self._start_from(held, plan, adapter)
-        report.moments = "warm" if warm else "cold"
-        layers = [[stage.span.first, stage.span.last] for stage in held.stages]
+        report.moments = "warm" if held.start(plan, adapter) else "cold"
         emit(
             "job_started",
             role=pb.Role.Name(plan.role).lower(),
-            layers=layers,
+            layers=[[stage.span.first, stage.span.last] for stage in held.stages()],
             seconds=round(time.monotonic() - began, 3),
         )
-        if plan.role == pb.DEVICE:
-            self._drive(part, held, emit)
-        else:
-            self._serve(part, held, emit)
-        trained = {name for stage in held.stages for name, p in stage.adapter_parameters.items() if p.requires_grad}
-        final = held.adapter()
-        report.adapter_digest = adapters.digest(final)
-        if plan.steps and report.labels_trained:
-            report.adapter = adapters.to_bytes({name: array for name, array in final.items() if name in trained})
-        held.moments_key = (report.adapter_digest, *_moments_flags(plan))
+        site_labels = self._play(part, held, emit) or (lambda source, name: 0)
+        report.contributions.extend(held.finish(plan, report.labels_trained, site_labels) if plan.steps else [])
+        current = held.current()
+        report.adapter_digest = adapters.digest(current) if current is not None else ""
 
     def _hold(self, plan: pb.Plan) -> Held:
-        spans, lora = spans_of(plan), lora_of(plan)
-        key = (plan.model.digest, plan.model.base, tuple(spans), lora)
-        if self._held is None or self._held.key != key:
+        if self._held is None or self._held.key != slice_key(plan):
             self._held = None  # the old slice goes before the new one comes
-            source = find_model(plan.model.name)
-            if source.digest != plan.model.digest:
-                raise Refused(
-                    f"model {plan.model.name} is {source.digest[:12]} on node {self.name} and {plan.model.digest[:12]} at the "
-                    f"server: they must be the same files"
-                )
-            self._held = Held(key, source, load_stages(source, spans, plan.model.base, lora))
+            self._held = Held(plan)
         return self._held
 
-    def _start_from(self, held: Held, plan: pb.Plan, adapter: bytes) -> bool:
-        """Takes the round's starting adapter; returns whether the optimizer's moments go on (bit-equal start) or are new."""
-        if adapter:
-            given = adapters.from_bytes(adapter)
-            for stage in held.stages:
-                stage.load_adapter(given)
-        digest = adapters.digest(held.adapter())
-        if digest != plan.adapter_digest:
-            raise Refused(
-                f"node {self.name} holds adapter {digest[:12]}, the plan starts from {plan.adapter_digest[:12]}"
-            )
-        trains = _trains(plan)
-        parameters = [p for stage in held.stages for p in stage.set_trainable(trains)]
-        warm = held.optimizer is not None and held.moments_key == (digest, *_moments_flags(plan))
-        if not warm:
-            held.optimizer = make_optimizer(parameters, plan.optimizer)
-        return warm
+    def _play(self, part: Part, held: Held, emit: Callable[..., None]) -> Callable[[str, str], int] | None:
+        """The node's part as a host, as a device, or as both at once. Returns what hosted tensors learned from, in labels."""
+        if not part.plan.serves:
+            self._drive(part, held, emit)
+            return None
+        if part.plan.generate:
+            self._generate(part, held, emit)
+            return None
+        host, group = self._make_host(part, held, emit)
+        if not part.plan.routes:
+            self._serve(part, host, group)
+        else:
+            self._host_and_drive(part, held, host, group, emit)
+        return host.labels_of
+
+    def _host_and_drive(self, part: Part, held: Held, host: Host, group: Group, emit: Callable[..., None]) -> None:
+        """The host on a thread of its own, so that it computes for others while the device waits for its own route."""
+        failed: list[EdgelamError] = []
+
+        def serve() -> None:
+            try:
+                self._serve(part, host, group)
+            except EdgelamError as error:
+                failed.append(error)
+                part.cancel(f"the host's part failed: {error}")
+
+        beside = threading.Thread(target=serve, name="host", daemon=True)
+        beside.start()
+        try:
+            self._drive(part, held, emit)
+        except EdgelamError as error:
+            part.cancel(f"the device's part failed: {error}")
+            raise
+        finally:
+            beside.join()
+        if failed:
+            raise failed[0]
+
+    # ---------------------------------------------------------------- as a device
 
     def _drive(self, part: Part, held: Held, emit: Callable[..., None]) -> None:
         plan, report = part.plan, part.report
-        training, held_out = self._load_examples(plan, held)
-        counters = ByteCounters()
-        route = Route(Inbox(plan.deadlines.round_s))
+        task = task_of(plan, held.source.folder)
+        training, held_out = self._load_examples(plan, task)
+        counters, route = ByteCounters(), new_route(plan)
         part.attach(route.inbox)
-        driver = Driver(plan, held.stages, held.optimizer, route, emit)
+        driver = Driver(plan, held.ends, held.ends_trainee, route, task, wire_dtype(plan), emit)
         try:
-            self._open_links(plan, held, route, counters)
+            open_route(self._dial, plan, held.source, route, counters, driver.timeline.sent)
             if plan.evaluate:
                 driver.evaluate(held_out)
             if plan.steps:
@@ -290,55 +291,64 @@ class StageHost:
                     link.close()
         measured = driver.measured
         report.eval_loss_sum, report.eval_labels = measured.eval_loss_sum, measured.eval_labels
+        report.eval_sums.update(measured.eval_sums)
         report.eval_seconds, report.train_seconds = measured.eval_seconds, measured.train_seconds
         report.compute_seconds, report.tokens_trained = measured.compute_seconds, measured.tokens_trained
         report.labels_trained, report.examples = measured.labels_trained, len(training)
         report.steps.extend(measured.steps)
         report.bytes.extend(counters.report())
+        report.timeline.extend(driver.timeline.report())
 
-    def _open_links(self, plan: pb.Plan, held: Held, route: Route, counters: ByteCounters) -> None:
-        own = plan.routes[0]
-        if own.hops:
-            ears = (route.inbox.on_frame, route.inbox.on_lost)
-            route.entry = self._open_link(plan, held, own, 0, pb.ENTRY, counters, ears)
-            route.exit = self._open_link(plan, held, own, len(own.hops) - 1, pb.EXIT, counters, ears)
+    def _load_examples(self, plan: pb.Plan, task: Task) -> tuple[list[Example], list[Example]]:
+        """(training, held-out), tokenized once for the same file and settings."""
+        assert self._data is not None
+        settings = plan.task
+        key = settings.SerializeToString(deterministic=True) + str(os.stat(self._data).st_mtime_ns).encode()
+        if self._examples is None or self._examples[0] != key:
+            training, held_out = device_pairs(self._data, settings)
+            self._examples = key, (task.examples(training), task.examples(held_out))
+        return self._examples[1]
 
-    def _open_link(
-        self,
-        plan: pb.Plan,
-        held: Held,
-        route: pb.Route,
-        number: int,
-        side: pb.LinkRole,
-        counters: ByteCounters,
-        ears: Ears,
-    ) -> Link:
-        """Dials a hop of a route and sets the link up as both ends agreed."""
-        hop = route.hops[number]
-        hello = pb.Hello(
-            version=PROTOCOL_VERSION, job=job_id(plan), node=self.name, device_index=route.device_index, link=side,
-            route_token=route.token, model_digest=held.source.digest, window=plan.window, codecs=list(CODECS),
-        )  # fmt: skip
-        name = f"{'entry' if side == pb.ENTRY else 'exit'} {hop.node}"
-        name += f" for {route.device}" if plan.role == pb.EDGE else ""
-        link, ready = self._dial(hop.address, name, hello, counters, ears, plan.deadlines)
-        if ready.codec not in CODECS or not ready.window >= 1:
-            raise PeerLost(f"{name} granted codec {ready.codec!r} and window {ready.window}")
-        rows = -(-plan.batch_size // plan.micro_batches)
-        itemsize = held.stages[0].dtype.itemsize
-        link.max_tensor_bytes = rows * plan.task.max_tokens * held.source.hidden_size * itemsize
-        link.job_token, link.codec = ready.job_token, ready.codec
-        return link
+    # ---------------------------------------------------------------- as a host
 
-    def _serve(self, part: Part, held: Held, emit: Callable[..., None]) -> None:
-        plan, report = part.plan, part.report
+    def _make_host(self, part: Part, held: Held, emit: Callable[..., None]) -> tuple[Host, Group]:
+        assert held.hosted is not None
+        group = self._make_group(part, held, emit)
+        task = task_of(part.plan, held.source.folder) if held.hosted.span.head else None
+        host = Host(part.plan, held.hosted, group, list(held.site_trainees(part.plan).values()), task, emit)
+        self._hosting = group  # from here on HELLO is answered
+        return host, group
 
-        def dial_next(route: pb.Route, number: int, counters: ByteCounters, ears: Ears) -> Link:
-            return self._open_link(plan, held, route, number, pb.ENTRY, counters, ears)
+    def _make_group(self, part: Part, held: Held, emit: Callable[..., None]) -> Group:
+        plan = part.plan
 
-        host = Host(plan, held.stages[0], held.optimizer, held.source.hidden_size, dial_next, emit)
-        part.attach(host.inbox)
-        self._hosting = host  # from here on HELLO is answered
+        def dial_next(route: pb.Route, number: int, counters: ByteCounters, ears: Ears) -> tuple[Link, int]:
+            return open_link(self._dial, plan, held.source, route, number, pb.ENTRY, counters, ears)
+
+        assert held.hosted is not None
+        size = sum(parameter.numel() for parameter in held.hosted.adapter_parameters.values())
+        window = affordable_window(plan, held.source, held.hosted.dtype.itemsize, size, memory_free_bytes())
+        if window < plan.window:
+            emit("window", granted=window, asked=plan.window, memory_free_bytes=memory_free_bytes())
+        group = Group(plan, held.source.hidden_size, wire_dtype(plan), window, dial_next, emit)
+        part.attach(group.inbox)
+        return group
+
+    def _generate(self, part: Part, held: Held, emit: Callable[..., None]) -> None:
+        assert held.hosted is not None
+        held.site_trainees(part.plan)[part.plan.site].use()
+        group = self._make_group(part, held, emit)
+        self._hosting = group
+        reason = "the conversation is over"
+        try:
+            HostSessions(part.plan, held.hosted, group).run()
+        except EdgelamError as error:
+            reason = str(error)
+            raise
+        finally:
+            group.close(reason)
+
+    def _serve(self, part: Part, host: Host, group: Group) -> None:
         reason = "the round is over"
         try:
             host.run()
@@ -346,38 +356,12 @@ class StageHost:
             reason = str(error)
             raise
         finally:
-            host.close(reason)
-        report.labels_trained, report.compute_seconds = host.labels_trained, host.compute_seconds
-        report.first_layer, report.last_layer = held.stages[0].span.first, held.stages[0].span.last
-        report.bytes.extend(host.counters.report())
-
-    def _load_examples(self, plan: pb.Plan, held: Held) -> tuple[list[Example], list[Example]]:
-        """(training, held-out), tokenized once for the same file and settings."""
-        assert self._data is not None
-        task = plan.task
-        key = task.SerializeToString(deterministic=True) + str(os.stat(self._data).st_mtime_ns).encode()
-        if self._examples is None or self._examples[0] != key:
-            language = CausalLm(
-                held.source.folder, template=task.template, max_tokens=task.max_tokens, loss_on=task.loss_on
+            group.close(reason)
+        report, span = part.report, host.stage.span
+        report.host.CopyFrom(
+            pb.HostPart(
+                first_layer=span.first, last_layer=span.last, compute_seconds=host.compute_seconds,
+                bytes=group.counters.report(), labels_trained=sum(host.labels_trained.values()),
             )
-            training, held_out = device_pairs(self._data, task)
-            self._examples = key, (language.examples(training), language.examples(held_out))
-        return self._examples[1]
-
-
-def _trains(plan: pb.Plan) -> Callable[[int], bool]:
-    """Which layers learn: the front, the hosts' and the back are free or frozen apart, also where no host is."""
-    route, lora = plan.routes[0], plan.lora
-
-    def trains(layer: int) -> bool:
-        if plan.role == pb.DEVICE and layer < route.front:
-            return lora.train_front
-        if plan.role == pb.DEVICE and layer >= route.back_first:
-            return lora.train_back
-        return lora.train_hosts
-
-    return trains
-
-
-def _moments_flags(plan: pb.Plan) -> tuple[Any, ...]:
-    return plan.lora.rank, plan.lora.train_front, plan.lora.train_hosts, plan.lora.train_back, plan.optimizer.name
+        )  # fmt: skip
+        report.timeline.extend(host.timeline.report())

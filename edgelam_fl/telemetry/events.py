@@ -4,14 +4,18 @@ Every line has `time` (Unix seconds) and `event`. Who writes which, and their fi
 
 the ServerApp, into RUN/events.jsonl
     run_started     run, config (the run file, resolved), versions {package: version}
-    node_joined     node, role ("device" | "edge"), address, examples, held_out, memory_available_bytes, cpu_threads
+    node_joined     node, role ("device" | "edge"), address, examples, held_out, memory_available_bytes, cpu_threads,
+                    base_seconds {"base/compute": seconds of a layer, forward and backward} (model.base = "auto" only)
     node_refused    node, reason
-    plan            round, selected [names], why {node: text}, shares {node: share of 1},
-                    routes [{device, front, back_first, num_layers, hops [{node, first, last}]}]
+    plan            round, attempt, selected [names], why {node: text}, shares {node: share of 1},
+                    routes [{device, front, back_first, num_layers, hops [{node, first, last}]}],
+                    sites [{site, hosts [{node, first, last}], devices [names]}] (a host's layers here are all that it
+                    holds; a route's hop may be a part of them), nodes {name: {base, compute, rank}}
     round_done      round, seconds, attempt, devices [...], hosts [...], checkpoint (path in RUN)
                     (an eval-only job after the last round is round = rounds + 1, with steps = 0)
                     devices: {name, examples, labels, loss (mean a label over the round's steps; null without steps),
-                    perplexity (of the adapter the round started from, held-out), tokens, train_seconds, eval_seconds,
+                    perplexity (of the adapter the round started from, held-out), metrics (of the same: {"accuracy":
+                    share of 1}, {} where the task has no other), tokens, train_seconds, eval_seconds,
                     compute_seconds, bytes_up, bytes_down, adapter_bytes_up, adapter_bytes_down, peak_rss_bytes,
                     step_losses [mean loss a label, a step], left_out [{step, reason}], moments ("warm" | "cold"),
                     digest_before, digest_after}
@@ -19,8 +23,14 @@ the ServerApp, into RUN/events.jsonl
                     compute_seconds, peak_rss_bytes, moments, digest_before, digest_after}
                     (digests: SHA-256 of the adapter that the node holds, as the round's plan demands it of the node
                     and as the node reports it after the round's training)
+                    (a device that is a host too is in both; the adapter that it received is told in devices only)
                     bytes_by_kind {"ACT": n, ...} counted at the devices, both directions
+    timeline        round, nodes {name: [[kind, role, start_s, seconds, step, micro_batch, peer], ...]}: who did what in
+                    the round's training, before its round_done; kind "forward" | "backward" | "step" | "send", role
+                    "device" | "host", start_s since training opened at that node, peer the device that a host worked
+                    for or the node sent to
     node_lost       round, node, reason
+    site_lost       round, site, missing [hosts]: nothing of this site is aggregated in this attempt
     run_done        seconds, summary (path in RUN)
     run_failed      reason, kept (text: what is left in RUN)
 
@@ -30,6 +40,7 @@ a stage host, into its own state folder's events.jsonl
     step            job, step, loss (mean a label), labels, seconds, bytes_sent, bytes_received
     step_closed     job, step, counted [names], left_out [{node, reason}]
     link_lost       job, link, reason
+    window          job, granted, asked, memory_free_bytes (a host has memory for fewer micro-batches a device)
     job_done        job, state, error
 """
 

@@ -8,10 +8,10 @@ holds the looks: here a colour is the name of one of its CSS variables, light or
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from html import escape
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from plotly.offline import get_plotlyjs
 
 from edgelam_fl.errors import UsageError
 from edgelam_fl.telemetry.events import read_events
+from edgelam_fl.telemetry.figures import round_figures, timeline_figures
+from edgelam_fl.telemetry.incidents import failure, incidents
 from edgelam_fl.telemetry.split_picture import split_picture
 from edgelam_fl.telemetry.summary import (
     ADAPTER_BYTES,
@@ -27,19 +29,21 @@ from edgelam_fl.telemetry.summary import (
     build_summary,
     human_bytes,
     human_layers,
+    human_measure,
     human_number,
     human_seconds,
-    is_training_round,
+    measure_of,
+    measured,
     of_kind,
     total,
 )
+from edgelam_fl.telemetry.timeline import Phase, read_phase
 
 TEMPLATE = Path(__file__).with_name("report_page.html")
-FRAMES = {"ACT": "activations", "GRAD": "gradients"}  # every other kind of frame counts as control
 INCIDENTS_SHOWN = 200
-NO_ROUND = "<p>No round is closed yet.</p>"
+NO_ROUND = ("No round was closed, so there are no figures.", "No round is closed yet.")
 DEVICE_HEADINGS = (
-    "device|examples|perplexity before|perplexity after|tokens/s|"
+    "device|examples|{measure} before|{measure} after|tokens/s|"
     "sent|received|adapters sent|adapters received|peak memory"
 )
 
@@ -62,105 +66,50 @@ def report_page(events: list[dict[str, Any]], summary: Mapping[str, Any]) -> str
     """The page's text."""
     started = next(of_kind(events, "run_started"), {})
     rounds = list(of_kind(events, "round_done"))
+    phases = [phase for phase in map(read_phase, of_kind(events, "timeline")) if phase]
     colours = {device["name"]: f"--c{i % 8}" for i, device in enumerate(summary["devices"])}
-    figures = {
-        "loss": _loss_figure(rounds, colours),
-        "perplexity": _perplexity_figure(rounds, colours),
-        "bytes": _bytes_figure(rounds),
-        "seconds": _seconds_figure(rounds),
-    }
+    measure = measure_of(summary.get("task"))
+    timelines = timeline_figures(phases, colours)
     parts = {
         "name": escape(str(summary["run"] or "unnamed run")),
         "state": escape(summary["state"]),
-        "subtitle": escape(f"{summary['model']} | {', '.join(f'{k} {v}' for k, v in summary['versions'].items())}"),
-        "banner": "".join(map(_banner, of_kind(events, "run_failed"))),
+        "subtitle": escape(_subtitle(summary)),
+        "failure": _banner(failure(events)),
         "tiles": "".join(f'<div class="card muted">{what}<b>{value}</b></div>' for what, value in _tiles(summary)),
-        "devices": _device_table(summary["devices"], colours),
-        "hosts": _host_table(summary["hosts"]),
+        "devices": _device_table(summary["devices"], colours, measure),
+        "hosts": _host_table(summary["hosts"], colours),
+        "no_round": "" if rounds else f'<p class="card muted">{NO_ROUND[summary["state"] == "running"]}</p>',
+        "hide_figures": "" if rounds else "hidden",
+        "measure": measure,
+        "better": "higher" if measure == "accuracy" else "lower",
+        "hide_timeline": "" if timelines else "hidden",
+        "choices": "".join(f"<option value={i}>round {each['round']}</option>" for i, each in enumerate(timelines)),
+        "shares": "".join(map(_share_table, phases[len(phases) - len(timelines) :], repeat(colours))),
         "split": split_picture(events, colours),
         "incidents": _incident_table(events),
         "settings": _table("", "key|value", _settings(started.get("config") or {}), "words"),
-        "plotly": get_plotlyjs(),
-        "figures": json.dumps(_finite(figures if rounds else {})).replace("<", "\\u003c"),
-        **{key: f'<div class="plot" id="{key}"></div>' if rounds else NO_ROUND for key in figures},
+        "plotly": get_plotlyjs() if rounds else "",
+        "figures": _json(round_figures(rounds, colours, measure)),
+        "timelines": _json(timelines),
     }
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8"))
 
 
-def _loss_figure(rounds: list[Event], colours: Mapping[str, str]) -> dict[str, Any]:
-    """Loss a device over the run's steps, counted on from round to round; `marks` are the aggregations between."""
-    points: dict[str, list[tuple[float, Any]]] = {name: [] for name in colours}
-    marks, offset = [], 0
-    for round_done in rounds:
-        losses = {device["name"]: device.get("step_losses") or [] for device in round_done.get("devices") or []}
-        for name, values in losses.items():
-            points.setdefault(name, []).extend(enumerate(values, start=offset + 1))
-        offset += max(map(len, losses.values()), default=0)
-        marks.append(offset + 0.5)
-    return {
-        "x": "step",
-        "y": "loss a label (nats)",
-        "lines": _lines(points, colours),
-        "marks": [x for x in marks if x < offset],
-    }
+def _json(value: Any) -> str:
+    """For a script element: no text in it can end the element."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _perplexity_figure(rounds: list[Event], colours: Mapping[str, str]) -> dict[str, Any]:
-    """A round measures the adapter that it starts from, so round 1 stands at 0 rounds of training."""
-    points: dict[str, list[tuple[float, Any]]] = {name: [] for name in colours}
-    for round_done in rounds:
-        for device in round_done.get("devices") or []:
-            points.setdefault(device["name"], []).append((round_done["round"] - 1, device.get("perplexity")))
-    return {"x": "rounds of training", "y": "perplexity", "lines": _lines(points, colours), "dots": True}
+def _subtitle(summary: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{package} {version}" for package, version in summary["versions"].items())
+    return " | ".join(filter(None, (summary["model"], summary.get("task"), versions)))
 
 
-def _bytes_figure(rounds: list[Event]) -> dict[str, Any]:
-    stacks: dict[str, list[float]] = {kind: [0.0] * len(rounds) for kind in (*FRAMES.values(), "adapters", "control")}
-    for i, round_done in enumerate(rounds):
-        for kind, count in (round_done.get("bytes_by_kind") or {}).items():
-            stacks[FRAMES.get(kind, "control")][i] += count / 1e6
-        for device in round_done.get("devices") or []:
-            stacks["adapters"][i] += (total(device.get(key) for key in ADAPTER_BYTES) or 0) / 1e6
-    return {"x": "round", "y": "megabytes (MB)", "bars": _bars(rounds, stacks, ("--k0", "--k1", "--k2", "--k3"))}
-
-
-def _seconds_figure(rounds: list[Event]) -> dict[str, Any]:
-    stacks: dict[str, list[float]] = {"training": [], "evaluation": [], "the rest": []}
-    for round_done in rounds:
-        spent = [(d.get("train_seconds") or 0, d.get("eval_seconds") or 0) for d in round_done.get("devices") or []]
-        training, evaluation = max(spent, key=sum, default=(0, 0))
-        rest = max(0, (round_done.get("seconds") or 0) - training - evaluation)
-        for stack, seconds in zip(stacks.values(), (training, evaluation, rest), strict=True):
-            stack.append(seconds)
-    return {"x": "round", "y": "seconds (s)", "bars": _bars(rounds, stacks, ("--k0", "--k1", "--k3"))}
-
-
-def _lines(points: Mapping[str, list[tuple[float, Any]]], colours: Mapping[str, str]) -> list[dict[str, Any]]:
-    named = {name: list(zip(*own, strict=True)) or [(), ()] for name, own in points.items()}
-    return [
-        {"name": escape(name, quote=False), "color": colours.get(name, "--muted"), "x": xs, "y": ys}
-        for name, (xs, ys) in named.items()
-    ]
-
-
-def _bars(rounds: list[Event], stacks: Mapping[str, list[float]], colours: Iterable[str]) -> list[dict[str, Any]]:
-    names = [str(event["round"]) if is_training_round(event) else "evaluation" for event in rounds]
-    coloured = zip(stacks.items(), colours, strict=True)
-    return [{"name": kind, "color": colour, "x": names, "y": values} for (kind, values), colour in coloured]
-
-
-def _finite(value: Any) -> Any:
-    """Without nan and infinities (a run that diverged has them), which JSON cannot say."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _banner(failed: Event) -> str:
-    reason, kept = escape(str(failed.get("reason"))), escape(str(failed.get("kept") or "nothing"))
-    return f'<div class="card banner"><h2 class="failed">The run failed</h2><p>{reason}</p><p>Kept: {kept}</p></div>'
+def _banner(facts: list[tuple[str, str]]) -> str:
+    rows = "".join(f"<dt>{heading}</dt><dd>{escape(text)}</dd>" for heading, text in facts)
+    return (
+        f'<section class="card banner"><h2 class="failed">The run failed</h2><dl>{rows}</dl></section>' if rows else ""
+    )
 
 
 def _tiles(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -173,55 +122,54 @@ def _tiles(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "adapters via Flower", human_bytes(total(device[key] for device in devices for key in ADAPTER_BYTES))
 
 
-def _device_table(devices: list[dict[str, Any]], colours: Mapping[str, str]) -> str:
+def _device_table(devices: list[dict[str, Any]], colours: Mapping[str, str], measure: str) -> str:
     rows = [
         [
-            f'<span class="swatch" style="background: var({colours[device["name"]]})"></span>{escape(device["name"])}',
+            _node(device["name"], colours),
             human_number(device["examples"]),
-            *(_exact(device[key], human_number(device[key], 2)) for key in ("perplexity_before", "perplexity_after")),
+            *(_exact(value, human_measure(measure, value)) for value in _before_and_after(device, measure)),
             _exact(device["tokens_per_s"], human_number(device["tokens_per_s"], 1)),
             *(_exact_bytes(device[key]) for key in (*LINK_BYTES, *ADAPTER_BYTES, "peak_rss_bytes")),
         ]
         for device in devices
     ]
-    return _table("Devices", DEVICE_HEADINGS, rows)
+    return _table("Devices", DEVICE_HEADINGS.format(measure=measure), rows)
 
 
-def _host_table(hosts: list[dict[str, Any]]) -> str:
+def _before_and_after(device: Event, measure: str) -> tuple[float | None, float | None]:
+    return measured(device, measure, "_before"), measured(device, measure, "_after")
+
+
+def _host_table(hosts: list[dict[str, Any]], colours: Mapping[str, str]) -> str:
     rows = [
-        [escape(host["name"]), human_layers(host["layers"])]
+        [_node(host["name"], colours), human_layers(host["layers"])]
         + [_exact_bytes(host[key]) for key in (*LINK_BYTES, "peak_rss_bytes")]
         for host in hosts
     ]
     return _table("Hosts", "host|holds|sent|received|peak memory", rows, "narrow")
 
 
+def _share_table(phase: Phase, colours: Mapping[str, str]) -> str:
+    """What each node did with a round's train phase; the exact seconds in tooltips."""
+    rows = []
+    for name, shares in phase.shares().items():
+        seconds = (shares.computed_s, shares.sent_s, shares.waited_s)
+        cells = [_exact(round(s, 4), f"{s / (shares.phase_s or 1):.0%}".replace("%", " %"), " s") for s in seconds]
+        rows.append([_node(name, colours), *cells])
+    return f"<div hidden>{_table('', 'node|computed|sent|waited', rows)}</div>"
+
+
+def _node(name: str, colours: Mapping[str, str]) -> str:
+    """With the colour that stands for it in every figure; hosts have none of their own."""
+    return f'<span class="swatch" style="background: var({colours.get(name, "--muted")})"></span>{escape(name)}'
+
+
 def _incident_table(events: list[dict[str, Any]]) -> str:
-    """Who was refused, lost or left out, when and why; empty when all went well."""
-    rows = [
-        [human_seconds(event.get("time", 0) - events[0].get("time", 0)), *(escape(str(words)) for words in incident)]
-        for event in events
-        for incident in _incidents(event)
-    ]
+    """Empty when all went well."""
+    rows = [[escape(words) for words in incident] for incident in incidents(events)]
     table = _table("Incidents", "after|what|who|why", rows[:INCIDENTS_SHOWN], "words")
     more = f"<p>and {len(rows) - INCIDENTS_SHOWN} more in events.jsonl</p>" if len(rows) > INCIDENTS_SHOWN else ""
     return f'<section class="card">{table}{more}</section>' if rows else ""
-
-
-def _incidents(event: Event) -> Iterator[tuple[str, Any, Any]]:
-    """(what, who, why) of an event that somebody should know about."""
-    match event.get("event"):
-        case "node_refused":
-            yield "refused", event.get("node"), event.get("reason")
-        case "node_lost":
-            yield f"lost in round {event.get('round')}", event.get("node"), event.get("reason")
-        case "round_done":
-            for device in event.get("devices") or []:
-                for left in device.get("left_out") or []:
-                    where = f"round {event.get('round')}, step {left.get('step')}"
-                    yield f"left out of {where}", device["name"], left.get("reason")
-        case "run_failed":
-            yield "the run failed", "", event.get("reason")
 
 
 def _settings(config: Any, path: str = "") -> Iterator[list[str]]:

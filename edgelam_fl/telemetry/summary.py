@@ -6,6 +6,7 @@ A value that no event gives is null. Fields of summary.json:
     run             name of the run
     state           "done" (run_done was seen), "failed" (run_failed), else "running"
     model           model.name of the run file
+    task            task.kind of the run file
     rounds          training rounds that were closed; the evaluation after the last one is none
     seconds         wall clock from run_started to run_done or run_failed, or to the last event so far
     versions        {package: version} on the server
@@ -15,13 +16,15 @@ A value that no event gives is null. Fields of summary.json:
         perplexity_before   held-out, of the adapter that round 1 started from; null for a device that came later
         perplexity_after    held-out, at the last round_done (the evaluation after the last round, where the run ended);
                             null for a device that was not in it, and while there is only one
+        metrics_before      {metric: value} beside perplexity, as "accuracy"; at the same time, {} where there is none
+        metrics_after
         tokens_per_s        tokens trained / seconds of training, both summed over rounds, waiting for others included
         bytes_up            sent on its links, all kinds of frames, over all rounds and the last evaluation
         bytes_down          received on its links
         adapter_bytes_up    adapters that it sent to the server, through Flower
         adapter_bytes_down  adapters that it received from there
         peak_rss_bytes      largest resident memory of its stage host's process
-    hosts[]         one a stage host that serves devices, by name
+    hosts[]         one a node that serves devices, by name; one that is a device too stands in both
         name
         layers              [first, last): its slice, 0-based, `last` excluded; of the latest round
         peak_rss_bytes, bytes_up, bytes_down    as above
@@ -46,11 +49,11 @@ NOTHING = "-"
 def build_summary(events: list[dict[str, Any]]) -> dict[str, Any]:
     """The content of summary.json; its writer hands over run_done with the events, else `state` is "running"."""
     started = next(of_kind(events, "run_started"), {})
-    config = started.get("config")
     return {
         "run": started.get("run"),
         "state": run_state(events),
-        "model": (config.get("model") or {}).get("name") if isinstance(config, Mapping) else None,
+        "model": _setting(started, "model", "name"),
+        "task": task_of(events),
         "devices": _devices(events),
         "hosts": _hosts(events),
         "rounds": sum(map(is_training_round, of_kind(events, "round_done"))),
@@ -62,18 +65,42 @@ def build_summary(events: list[dict[str, Any]]) -> dict[str, Any]:
 def summary_table(summary: Mapping[str, Any]) -> Table:
     """The devices, and below them the hosts, in units for people; fits into 80 columns."""
     title = f"{escape(str(summary.get('run') or 'run'))}: {_what_happened(summary)}"
+    measure = measure_of(summary.get("task"))
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("node", no_wrap=True)
-    for heading in ("holds", "held-out\nperplexity", "tokens/s", "sent", "received", "peak\nmemory"):
-        table.add_column(heading, justify="right")
+    table.add_column("node", overflow="fold")  # a long name takes two lines rather than room from the numbers
+    for heading in ("holds", f"held-out\n{measure}", "tokens/s", "sent", "received", "peak\nmemory"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for device in summary.get("devices") or []:
-        before, after = (human_number(device.get(f"perplexity_{when}"), 2) for when in ("before", "after"))
+        before, after = (human_measure(measure, measured(device, measure, when)) for when in ("_before", "_after"))
         holds, speed = human_number(device.get("examples")), human_number(device.get("tokens_per_s"), 1)
         table.add_row(_name(device), f"{holds} examples", f"{before} -> {after}", speed, *_bytes_and_memory(device))
     table.add_section()
     for host in summary.get("hosts") or []:
         table.add_row(_name(host), human_layers(host.get("layers")), "", "", *_bytes_and_memory(host))
     return table
+
+
+def task_of(events: Iterable[Event]) -> str | None:
+    """task.kind of the run file."""
+    return _setting(next(of_kind(events, "run_started"), {}), "task", "kind")
+
+
+def measure_of(task: str | None) -> str:
+    """What says best how good an adapter is at the task: "accuracy" or "perplexity"."""
+    return "accuracy" if task == "classification" else "perplexity"
+
+
+def measured(record: Event, measure: str, when: str = "") -> float | None:
+    """The measure in a device's record of round_done, or (`when`: "_before", "_after") of a summary."""
+    direct = record.get(f"{measure}{when}")
+    return (record.get(f"metrics{when}") or {}).get(measure) if direct is None else direct
+
+
+def human_measure(measure: str, value: float | None) -> str:
+    """Perplexity 15.501 -> "15.50", accuracy 0.8125 -> "81.2 %"."""
+    if value is None:
+        return NOTHING
+    return f"{value:.1%}".replace("%", " %") if measure == "accuracy" else human_number(value, 2)
 
 
 def run_state(events: Iterable[Event]) -> str:
@@ -133,8 +160,11 @@ def human_number(value: float | None, decimals: int = 0) -> str:
 
 
 def human_layers(layers: Any) -> str:
-    """[2, 28] -> "layers 2-27"."""
-    return f"layers {layers[0]}-{layers[1] - 1}" if layers else "no layers yet"
+    """[2, 28] -> "layers 2-27", [2, 3] -> "layer 2"."""
+    if not layers:
+        return "no layers yet"
+    first, last = layers[0], layers[1] - 1
+    return f"layer {first}" if first == last else f"layers {first}-{last}"
 
 
 def _name(node: Event) -> str:
@@ -164,8 +194,8 @@ def _devices(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rounds = list(of_kind(events, "round_done"))
     joined = {e["node"]: e.get("examples") for e in of_kind(events, "node_joined") if e.get("role") == "device"}
     records = _records(rounds, "devices")
-    before = _perplexities(rounds[0]) if rounds else {}
-    after = _perplexities(rounds[-1]) if len(rounds) > 1 else {}
+    before = _records(rounds[:1], "devices")
+    after = _records(rounds[-1:], "devices") if len(rounds) > 1 else {}
     devices = []
     for name in sorted({*joined, *records}, key=by_name):
         own = records.get(name, [])
@@ -174,8 +204,8 @@ def _devices(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
             {
                 "name": name,
                 "examples": next((r["examples"] for r in own if r.get("examples") is not None), joined.get(name)),
-                "perplexity_before": before.get(name),
-                "perplexity_after": after.get(name),
+                **_quality(before.get(name), "_before"),
+                **_quality(after.get(name), "_after"),
                 "tokens_per_s": round(tokens / seconds, 3) if tokens is not None and seconds else None,
                 **{key: total(record.get(key) for record in own) for key in LINK_BYTES + ADAPTER_BYTES},
                 "peak_rss_bytes": _peak(own),
@@ -212,8 +242,15 @@ def _records(rounds: Iterable[Event], role: str) -> dict[str, list[Event]]:
     return records
 
 
-def _perplexities(round_done: Event) -> dict[str, float | None]:
-    return {device["name"]: device.get("perplexity") for device in round_done.get("devices") or []}
+def _quality(records: list[Event] | None, when: str) -> dict[str, Any]:
+    """Of at most one record."""
+    record = records[0] if records else {}
+    return {f"perplexity{when}": record.get("perplexity"), f"metrics{when}": record.get("metrics") or {}}
+
+
+def _setting(started: Event, section: str, key: str) -> Any:
+    config = started.get("config")
+    return (config.get(section) or {}).get(key) if isinstance(config, Mapping) else None
 
 
 def _peak(records: Iterable[Event]) -> int | None:

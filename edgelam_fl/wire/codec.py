@@ -12,7 +12,9 @@ import torch
 from edgelam_fl.errors import ProtocolError
 from edgelam_fl.wire import edgelam_pb2 as pb
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int64": torch.int64}
+HIDDEN = ("float32", "bfloat16")  # what hidden states and their gradients travel as
+NUMBERS = ("int64",)  # what labels travel as
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_DIMENSIONS = 4
 _MAX_SIDE = 1 << 24
@@ -38,16 +40,19 @@ class RawCodec:
 CODECS = {codec.name: codec for codec in (RawCodec(),)}
 
 
-def describe(tensor: torch.Tensor, codec: str) -> pb.Tensor:
-    if tensor.dtype not in _NAMES:
-        raise ProtocolError(f"a tensor of {tensor.dtype} cannot travel; known: {', '.join(_DTYPES)}")
-    return pb.Tensor(dtype=_NAMES[tensor.dtype], shape=tensor.shape, codec=codec)
+def describe(tensor: torch.Tensor, codec: str, dtypes: tuple[str, ...] = HIDDEN) -> pb.Tensor:
+    name = _NAMES.get(tensor.dtype)
+    if name not in dtypes:
+        raise ProtocolError(f"a tensor of {tensor.dtype} cannot travel; known: {', '.join(dtypes)}")
+    return pb.Tensor(dtype=name, shape=tensor.shape, codec=codec)
 
 
-def check(meta: pb.Tensor, max_bytes: int) -> None:
+def check(meta: pb.Tensor, max_bytes: int, dtypes: tuple[str, ...] = HIDDEN) -> None:
     """Raises ProtocolError unless the announced tensor is of a known kind, consistent and within the link's limit."""
     if meta.codec not in CODECS:
         raise ProtocolError(f"codec {meta.codec!r} is not known here; known: {', '.join(CODECS)}")
+    if meta.dtype not in dtypes:
+        raise ProtocolError(f"a tensor of dtype {meta.dtype!r}; known: {', '.join(dtypes)}")
     if not 1 <= len(meta.shape) <= _MAX_DIMENSIONS:
         raise ProtocolError(f"a tensor of {len(meta.shape)} dimensions; allowed: 1 to {_MAX_DIMENSIONS}")
     if max(meta.shape) > _MAX_SIDE:
@@ -62,6 +67,4 @@ def check(meta: pb.Tensor, max_bytes: int) -> None:
 
 
 def _dtype(meta: pb.Tensor) -> torch.dtype:
-    if meta.dtype not in _DTYPES:
-        raise ProtocolError(f"a tensor of dtype {meta.dtype!r}; known: {', '.join(_DTYPES)}")
     return _DTYPES[meta.dtype]

@@ -46,8 +46,8 @@ class GrpcLink(Link):
         self.outbox = Outbox()
         self.silent_s = silent_s
 
-    def _transmit(self, priority: int, messages: list[bytes]) -> None:
-        self.outbox.put(priority, messages)
+    def _transmit(self, priority: int, messages: list[bytes], left: Callable[[], None] | None) -> None:
+        self.outbox.put(priority, messages, self.pace, left)
 
     def _shut(self) -> None:
         self.outbox.close()

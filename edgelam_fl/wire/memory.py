@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.link import Link
 
@@ -11,9 +13,11 @@ class MemoryLink(Link):
 
     peer: MemoryLink
 
-    def _transmit(self, priority: int, messages: list[bytes]) -> None:
+    def _transmit(self, priority: int, messages: list[bytes], left: Callable[[], None] | None) -> None:
         for message in messages:
             self.peer.receive(message)
+        if left is not None:
+            left()
 
     def _shut(self) -> None:
         self.peer.lost("the other end closed the link")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from strategies.aggregation.fedavg import FedAvg
 from strategies.base import Aggregated, Contribution
 
@@ -13,4 +15,7 @@ class NoAggregation:
 
     def aggregate(self, contributions: Sequence[Contribution]) -> Aggregated:
         mean = FedAvg().aggregate(contributions)
-        return Aggregated(mean.tensors, personal={c.source: c.tensors for c in contributions})
+        personal: dict[str, dict[str, np.ndarray]] = {}
+        for contribution in contributions:  # a source has several where its layers have unlike weights
+            personal.setdefault(contribution.source, {}).update(contribution.tensors)
+        return Aggregated(mean.tensors, personal)

@@ -7,7 +7,7 @@ import torch
 
 from edgelam_fl.errors import ProtocolError
 from edgelam_fl.wire import edgelam_pb2 as pb
-from edgelam_fl.wire.codec import CODECS, check, describe
+from edgelam_fl.wire.codec import CODECS, NUMBERS, check, describe
 
 LOSSLESS = {"raw"}
 TENSORS = {
@@ -66,6 +66,23 @@ def test_one_byte_too_many_is_refused(name: str) -> None:
 def test_other_dtypes_do_not_travel(dtype: torch.dtype) -> None:
     with pytest.raises(ProtocolError, match="cannot travel; known: float32, bfloat16"):
         describe(torch.zeros(2, dtype=dtype), "raw")
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+@pytest.mark.parametrize("shape", [(2, 3), (0, 3), (1,)])
+def test_numbers_travel_where_they_are_expected(name: str, shape: tuple[int, ...]) -> None:
+    codec, tensor = CODECS[name], torch.full(shape, 2**40 + 1)
+    meta = describe(tensor, name, NUMBERS)
+    data = codec.encode(tensor)
+    meta.total_bytes = len(data)
+    check(meta, len(data), NUMBERS)
+    back = codec.decode(bytearray(data), meta)
+    assert back.dtype == torch.int64
+    assert torch.equal(back, tensor)
+    with pytest.raises(ProtocolError, match="dtype 'int64'; known: float32, bfloat16"):
+        check(meta, len(data))
+    with pytest.raises(ProtocolError, match="cannot travel; known: int64"):
+        describe(tensor.float(), name, NUMBERS)
 
 
 @pytest.mark.parametrize("name", CODECS)

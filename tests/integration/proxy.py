@@ -1,12 +1,14 @@
-"""A TCP proxy that keeps every byte, and what its recordings say: HTTP/2 frames, and the gRPC messages inside them."""
+"""TCP proxies: one keeps every byte, one stalls. And what recordings say: HTTP/2 frames, and the gRPC messages in them."""
 
 from __future__ import annotations
 
 import contextlib
+import random
 import socket
 import threading
+import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -21,15 +23,17 @@ class Connection:
     down: bytearray = field(default_factory=bytearray)
 
 
-class CountingProxy:
-    """Forwards connections to `target` (host:port) and records them."""
+class Proxy:
+    """Forwards connections to `target` (host:port). `buffer_bytes`: of each of its sockets, both ways (0: the system's)."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, buffer_bytes: int = 0) -> None:
         host, _, port = target.rpartition(":")
         self._target = (host, int(port))
-        self.connections: list[Connection] = []
+        self._buffer_bytes = buffer_bytes
         self._sockets: list[socket.socket] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = self._socket()
+        self._listener.bind(("127.0.0.1", 0))
+        self._listener.listen()
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, name=f"proxy {target}", daemon=True).start()
 
@@ -37,30 +41,75 @@ class CountingProxy:
         for opened in [self._listener, *self._sockets]:
             _shut(opened)
 
+    def _watch(self) -> tuple[Callable[[bytes], object], Callable[[bytes], object]]:
+        """For a new connection: what is called before each piece goes to the target, and from it."""
+        raise NotImplementedError
+
+    def _socket(self) -> socket.socket:
+        made = socket.socket()
+        if self._buffer_bytes:  # before it is connected or listens: later, TCP's window would be agreed
+            for side in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                made.setsockopt(socket.SOL_SOCKET, side, self._buffer_bytes)
+        return made
+
     def _accept(self) -> None:
         while True:
             try:
                 near, _ = self._listener.accept()
             except OSError:
                 return
+            far = self._socket()
             try:
-                far = socket.create_connection(self._target, 10)
+                far.settimeout(10)
+                far.connect(self._target)
                 far.settimeout(None)
             except OSError:  # the target is not up (yet): the dialler sees a broken connection, as it would without us
                 _shut(near)
+                _shut(far)
                 continue
-            connection = Connection()
-            self.connections.append(connection)
             self._sockets += [near, far]
-            for source, sink, record in ((near, far, connection.up), (far, near, connection.down)):
+            up, down = self._watch()
+            for source, sink, passing in ((near, far, up), (far, near, down)):
                 source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                threading.Thread(target=_pump, args=(source, sink, record), daemon=True).start()
+                threading.Thread(target=_pump, args=(source, sink, passing), daemon=True).start()
 
 
-def _pump(source: socket.socket, sink: socket.socket, record: bytearray) -> None:
+class CountingProxy(Proxy):
+    """Keeps every byte."""
+
+    def __init__(self, target: str) -> None:
+        self.connections: list[Connection] = []
+        super().__init__(target)
+
+    def _watch(self) -> tuple[Callable[[bytes], object], Callable[[bytes], object]]:
+        connection = Connection()
+        self.connections.append(connection)
+        return connection.up.extend, connection.down.extend
+
+
+class StallingProxy(Proxy):
+    """Pauses now and then, at random from `seed`: mostly for a moment, sometimes for long."""
+
+    def __init__(self, target: str, buffer_bytes: int, seed: int) -> None:
+        self._seeds = random.Random(seed)
+        super().__init__(target, buffer_bytes)
+
+    def _watch(self) -> tuple[Callable[[bytes], object], Callable[[bytes], object]]:
+        return self._pauses(random.Random(self._seeds.random())), self._pauses(random.Random(self._seeds.random()))
+
+    def _pauses(self, chance: random.Random) -> Callable[[bytes], object]:
+        def passing(data: bytes) -> None:
+            drawn = chance.random()
+            if drawn < 0.03:
+                time.sleep(0.3 if drawn < 0.0003 else 0.02 * chance.random())
+
+        return passing
+
+
+def _pump(source: socket.socket, sink: socket.socket, passing: Callable[[bytes], object]) -> None:
     with contextlib.suppress(OSError):
         while data := source.recv(1 << 16):
-            record += data
+            passing(data)
             sink.sendall(data)
     _shut(source)
     _shut(sink)

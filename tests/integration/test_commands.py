@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,8 +15,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from transformers import AutoModelForCausalLM
 
+from edgelam_fl.config import parse_run_file, read_run_file
+from edgelam_fl.model.source import ModelSource
 from edgelam_fl.processes import Child, end_all, free_port, start_superlink
+from tests.results import write_result
 
 EDGELAM = str(Path(sys.executable).with_name("edgelam"))
 
@@ -157,6 +162,79 @@ def test_report_refuses_what_is_no_run(tmp_path: Path) -> None:
     assert "has no events.jsonl" in done.stderr
 
 
+# ---------------------------------------------------------------- a run file
+
+
+def test_init_writes_a_file_that_explain_prints_and_run_reads(tmp_path: Path, tiny_folder: Path) -> None:
+    data = tmp_path / "mine.jsonl"
+    data.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "c", "output": "d"}\n')
+    done = edgelam("init", "mine.toml", "--data", str(data), "--model", str(tiny_folder), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "data.fields: prompt = 'instruction', answer = 'output'" in done.stdout
+    assert "edgelam run mine.toml --explain" in done.stdout
+    done = edgelam("run", "mine.toml", "--explain", "--set", "lora.rank=4", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"rank = 4 +# changed, default 8; 1 to 1024", done.stdout)
+    explained = parse_run_file(done.stdout, source="--explain")
+    assert explained == read_run_file(tmp_path / "mine.toml", ["lora.rank=4"])
+    assert (explained.data.fields.prompt, explained.model.name) == ("instruction", str(tiny_folder))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["mine.jsonl", "mine.toml"], "nothing was started"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["init"], "run.toml exists; give another name (nothing is ever overwritten)"),
+        (["init", "new.toml", "--data", "none.jsonl"], "no data file at none.jsonl"),
+        (["init", "new.toml", "--data", "run.toml"], "run.toml, line 1 is not JSON"),
+        (["init", "new.toml", "--model", "smollm2"], "did you mean 'smollm2-135m'?"),
+        (["init", "none/new.toml"], "none/new.toml cannot be written"),
+        (["run", "none.toml", "--explain"], "`edgelam init none.toml` writes one"),
+        (["run", "run.toml", "--explain", "--set", "lora.rank=0"], "lora.rank = 0 must be greater than or equal to 1"),
+    ],
+)
+def test_init_and_explain_refuse(tmp_path: Path, arguments: list[str], says: str) -> None:
+    (tmp_path / "run.toml").write_text("[lora]\nrank = 4\n")
+    done = edgelam(*arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1, "one message"
+    assert [file.name for file in tmp_path.iterdir()] == ["run.toml"]
+
+
+# ---------------------------------------------------------------- a finished run
+
+
+def test_export_says_how_to_load_what_it_wrote(tmp_path: Path, tiny: ModelSource) -> None:
+    write_result(tmp_path / "run", tiny)
+    done = edgelam("export", "run", "--to", "peft", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert 'PeftModel.from_pretrained(base, "run/peft")' in done.stdout
+    done = edgelam("export", "run", "--to", "merged", "--out", "mine", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert 'AutoModelForCausalLM.from_pretrained("mine")' in done.stdout
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "mine").config.num_hidden_layers == tiny.num_layers
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["export", "run"], "Missing option '--to'"),
+        (["export", "run", "--to", "gguf"], "--to 'gguf' must be 'peft'"),
+        (["export", "run", "--to", "peft", "--out", "run"], "run exists; choose another with --out"),
+        (["export", "empty", "--to", "peft"], "empty is no run's folder: it has no config.toml"),
+        (["export", "unfinished", "--to", "merged"], "unfinished has no adapter"),
+    ],
+)
+def test_commands_on_a_run_refuse(tmp_path: Path, tiny: ModelSource, arguments: list[str], says: str) -> None:
+    write_result(tmp_path / "run", tiny)
+    (tmp_path / "empty").mkdir()
+    (write_result(tmp_path / "unfinished", tiny) / "adapter/adapter_config.json").unlink()
+    done = edgelam(*arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+
+
 # ---------------------------------------------------------------- with a server
 
 
@@ -245,8 +323,9 @@ def test_interrupt_ends_all_children_and_says_what_is_kept(tmp_path: Path, tiny_
     command += [word for each in sets for word in ("--set", each)]
     with (tmp_path / "out.txt").open("wb") as output:
         process = subprocess.Popen(
-            command, cwd=tmp_path, stdout=output, stderr=output, env={**os.environ, "COLUMNS": "400"}
-        )
+            command, cwd=tmp_path, stdout=output, stderr=output, env={**os.environ, "COLUMNS": "400"},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+        )  # fmt: skip
         end = time.monotonic() + 150
         while not (tmp_path / "run" / "state.json").exists() and time.monotonic() < end and process.poll() is None:
             time.sleep(0.2)

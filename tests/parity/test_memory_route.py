@@ -107,12 +107,14 @@ def test_union_batch_is_within_tolerance(tiny: ModelSource, data_files: list[Pat
     assert relative_distance(joined(reports), plain_adapter(whole), start) < 1e-5
 
 
-@pytest.mark.parametrize("base", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("base", ["fp32", "bf16", "int8", "int8 bf16", "nf4", "nf4 bf16"])
 def test_a_route_over_a_host_equals_the_route_over_none(tiny: ModelSource, data_files: list[Path], base: str) -> None:
     """Each tensor is quantized alone, so a slice holds the whole model's numbers; two rounds, so that moments go on too."""
     results = []
+    kept, _, computed = base.partition(" ")
     for hosts in (0, 1):
-        config = run_config(tiny.name, f"model.base={base}", f"split.hosts={hosts}")
+        settings = [f"model.base={kept}", f"model.compute={computed or 'auto'}", f"split.hosts={hosts}"]
+        config = run_config(tiny.name, *settings)
         start = initial_adapter(tiny, config.lora.targets, config.lora.rank, 1)
         with memory_fleet(tiny, config, data_files[:1]) as fleet:
             first = fleet.run(start, 5)
@@ -144,7 +146,7 @@ def test_a_device_lost_in_a_chain_costs_its_own_micro_batches(tiny: ModelSource,
     stayed = sum(step.labels for name in ("device-1", "device-2") for step in reports[name].steps)
     done = [e["labels"] for e in fleet.events if e["event"] == "step" and e["job"] == "test/1/1/device-3"]
     assert len(done) == 3
-    assert reports["edge-1"].labels_trained == reports["edge-2"].labels_trained >= stayed + sum(done)
+    assert reports["edge-1"].host.labels_trained == reports["edge-2"].host.labels_trained >= stayed + sum(done)
     closed = [event for event in fleet.events if event["event"] == "step_closed"]
     assert {event["job"].split("/")[-1] for event in closed} == {"edge-1", "edge-2"}
     assert all(event["left_out"][0]["node"] == "device-3" for event in closed)

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, BertModel
 
 from edgelam_fl.errors import ConfigError, ProtocolError
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.adapter import Span
-from edgelam_fl.model.source import ModelSource, find_model
+from edgelam_fl.model.source import ModelSource, find_model, layer_number
 from tests.support import same_bits, write_tiny_llama
 
 LEAVES = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
@@ -101,7 +102,7 @@ def test_targets_match_whole_trailing_parts(tiny: ModelSource) -> None:
 @pytest.mark.parametrize(
     ("target", "words"),
     [
-        ("q_prj", "is called 'q_prj'; did you mean 'q_proj'?"),
+        ("q_prj", f"is called 'q_prj'; did you mean 'q_proj'? Known: {LEAVES}"),
         ("xyz", f"is called 'xyz'; known: {LEAVES}"),
         ("lm_head", f"'lm_head' is a tied tensor of {{name}} (embedding and head are one); an adapter on it would change both. Allowed: {LEAVES}"),
         ("embed_tokens", "'embed_tokens' is a tied tensor of {name}"),
@@ -139,3 +140,68 @@ def test_peft_reads_the_folder(tiny: ModelSource, tmp_path: Path, targets: tuple
     assert same_bits(adapters.from_bytes((folder / "adapter_model.safetensors").read_bytes()), adapter)
     assert sorted(file.name for file in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     assert json.loads((folder / "adapter_config.json").read_text())["inference_mode"] is True
+
+
+def test_ranks_that_differ_are_named_by_module(tiny: ModelSource, tmp_path: Path) -> None:
+    """Layers 0 and 1 of rank 2, the others of rank 8: peft gives each module its own alpha / rank."""
+    small, large = (adapters.initial_adapter(tiny, ("q_proj",), rank, 1) for rank in (2, 8))
+    mixed = {name: (small if layer_number(name) in (0, 1) else large)[name] for name in large}
+    adapters.write_peft_folder(mixed, tmp_path, reference="org/base", rank=8, alpha=16.0, targets=("q_proj",))
+    config = PeftConfig.from_pretrained(tmp_path)
+    assert config.rank_pattern == {f"model.layers.{layer}.self_attn.q_proj": 2 for layer in (0, 1)}
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny.folder), tmp_path)
+    scales = [layer.self_attn.q_proj.scaling["default"] for layer in model.get_base_model().model.layers]
+    assert scales == [16.0 / rank for rank in (2, 2, 8, 8, 8, 8)]
+    loaded = get_peft_model_state_dict(model)
+    assert same_bits({name: tensor.numpy() for name, tensor in loaded.items()}, mixed)
+
+
+# ---------------------------------------------------------------- a classifier's head
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    folder = tmp_path_factory.mktemp("bert")
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    BertModel(BertConfig(**sizes, intermediate_size=24)).save_pretrained(folder)
+    return find_model(str(folder))
+
+
+HEAD = "base_model.model.classifier"
+
+
+def test_the_task_head_is_small_seeded_and_without_bias(bert: ModelSource) -> None:
+    start = adapters.initial_adapter(bert, ("query",), 4, 1, classes=200)
+    weight, bias = start[f"{HEAD}.weight"], start[f"{HEAD}.bias"]
+    assert (weight.shape, weight.dtype, bias.shape, bias.dtype) == ((200, 16), np.float32, (200,), np.float32)
+    assert not bias.any()
+    assert abs(weight.std() / 0.02 - 1) < 0.1
+    assert same_bits(start, adapters.initial_adapter(bert, ("query",), 4, 1, classes=200))
+    assert not np.array_equal(adapters.initial_adapter(bert, ("query",), 4, 2, classes=200)[f"{HEAD}.weight"], weight)
+    without = adapters.initial_adapter(bert, ("query",), 4, 1)
+    assert same_bits({name: array for name, array in start.items() if not name.startswith(HEAD)}, without)
+
+
+def test_the_task_head_is_the_last_spans(bert: ModelSource) -> None:
+    start = adapters.initial_adapter(bert, ("query",), 4, 1, classes=3)
+    assert [name for name in adapters.slice_of(start, [Span(0, 2, embed=True)]) if name.startswith(HEAD)] == []
+    assert set(adapters.slice_of(start, [Span(2, 2, head=True)])) == {f"{HEAD}.weight", f"{HEAD}.bias"}
+
+
+@pytest.mark.parametrize("targets", [("dense",), ("all-linear",)])
+def test_a_classifiers_folder_names_what_was_trained(
+    bert: ModelSource, tmp_path: Path, targets: tuple[str, ...]
+) -> None:
+    """peft would take the pooler for a `dense`, too, and train it from a random start."""
+    start = adapters.initial_adapter(bert, targets, 4, 1, classes=3)
+    adapters.write_peft_folder(
+        start, tmp_path, reference="org/base", rank=4, alpha=8.0, targets=targets, classes=("a", "b", "c")
+    )
+    config = PeftConfig.from_pretrained(tmp_path)
+    assert (config.task_type, config.modules_to_save, config.rank_pattern) == ("SEQ_CLS", ["classifier"], {})
+    assert config.target_modules == set(adapters.target_modules(bert, targets))
+    model = PeftModel.from_pretrained(
+        AutoModelForSequenceClassification.from_pretrained(bert.folder, num_labels=3), tmp_path
+    )
+    loaded = get_peft_model_state_dict(model)
+    assert same_bits({name: tensor.numpy() for name, tensor in loaded.items()}, start)

@@ -7,6 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from clients import app
+from edgelam_fl.flower import to_record
+from edgelam_fl.model import adapter as adapters
+from edgelam_fl.wire import edgelam_pb2 as pb
+from server.contributions import read_reply
+
 
 def test_the_client_app_loads_neither_torch_nor_transformers() -> None:
     code = "import clients.app, json, sys; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
@@ -16,3 +27,29 @@ def test_the_client_app_loads_neither_torch_nor_transformers() -> None:
     loaded = set(json.loads(done.stdout))
     assert {"clients", "flwr", "grpc"} <= loaded
     assert not loaded & {"torch", "transformers", "peft", "gguf", "plotly"}
+
+
+def test_contributions_travel_as_arrays_beside_the_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    parts = [{"m": np.arange(3, dtype=np.float32)}, {"n": np.ones((2, 2), np.float32)}]
+    report = pb.JobReport(state="done", node="a", labels_trained=7, eval_loss_sum=6.0, eval_labels=4)
+    for scope, tensors in zip(("ends", "site"), parts, strict=True):
+        report.contributions.add(scope=scope, source="a", weight=7, adapter=adapters.to_bytes(tensors))
+    given = list[tuple[pb.Plan, bytes]]()
+    monkeypatch.setattr(app, "_run", lambda state, plan, tensors: given.append((plan, tensors)) or report)
+    for name in ("_run_id", "_node_id", "_task_id"):  # Flower sets them in the process of a ClientApp
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    content = RecordDict({"plan": ConfigRecord({"plan": pb.Plan(node="a").SerializeToString()})})
+    content["adapter"] = to_record(parts[0])
+    context = Context(1, 1, {"state": str(tmp_path)}, RecordDict(), {})
+    answer = app.train(Message(content, dst_node_id=1, message_type="train"), context)
+
+    ((plan, sent),) = given
+    assert plan.node == "a"
+    assert adapters.digest(adapters.from_bytes(sent)) == adapters.digest(parts[0])
+    reply = read_reply(answer.content)
+    assert [(part.scope, part.weight, part.adapter) for part in reply.report.contributions] == [
+        ("ends", 7, b""),
+        ("site", 7, b""),
+    ]
+    assert list(map(adapters.digest, reply.tensors)) == list(map(adapters.digest, parts))
+    assert answer.content["metrics"] == {"num-examples": 7, "train-seconds": 0.0, "eval-loss": 6 / 4}

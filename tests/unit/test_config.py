@@ -152,7 +152,7 @@ def test_a_file_that_is_not_toml() -> None:
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no run file at .*none\.toml; `edgelam demo` needs none"):
+    with pytest.raises(ConfigError, match=r"no run file at .*none\.toml; `edgelam init .*none\.toml` writes one"):
         read_run_file(tmp_path / "none.toml")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,13 +12,13 @@ from hypothesis import strategies as st
 
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import GRPC_MESSAGE_FRAME_BYTES, ByteCounters
-from edgelam_fl.wire.link import MAX_CHUNK_BYTES, MAX_HEADER_BYTES, Frame, Link, Outbox
+from edgelam_fl.wire.link import MAX_CHUNK_BYTES, MAX_HEADER_BYTES, MIN_CHUNK_BYTES, Frame, Link, Outbox
 from edgelam_fl.wire.memory import MemoryLink, memory_pair
 
 LIMIT = 3 << 20
 RESERVED = sorted(
-    {kind for kind in pb.Kind.values() if kind >= pb.LABELS}
-    | {pb.STEP_READY, pb.STEP_APPLY, pb.PHASE, pb.RESUME, pb.SNAPSHOT, pb.ROLLBACK, pb.KIND_UNSPECIFIED, 99}
+    {kind for kind in pb.Kind.values() if kind >= pb.LABELS} - {pb.LABELS, pb.KV_STEP, pb.KV_DROP}
+    | {pb.PHASE, pb.RESUME, pb.SNAPSHOT, pb.ROLLBACK, pb.KIND_UNSPECIFIED, 99}
 )
 
 
@@ -46,9 +47,10 @@ def chunk(
     *,
     last: bool = False,
     shape: tuple[int, ...] = (1, 1, 655_360),  # 2.5 MiB in fp32
+    kind: int = pb.ACT,
     **meta: object,
 ) -> bytes:
-    """A chunk of an ACT as an honest sender would make it, unless `meta` says otherwise."""
+    """A chunk of an ACT as an honest sender would make it, unless `kind` and `meta` say otherwise."""
     total = 4 * shape[0] * shape[1] * shape[2]
     fields = {
         "dtype": "float32",
@@ -58,7 +60,7 @@ def chunk(
         "chunk": number,
         "offset": number * MAX_CHUNK_BYTES,
     }
-    header = pb.Header(kind=pb.ACT, phase=pb.TRAIN, last_chunk=last, tensor=pb.Tensor(**{**fields, **meta}))
+    header = pb.Header(kind=kind, phase=pb.TRAIN, last_chunk=last, tensor=pb.Tensor(**{**fields, **meta}))
     return message(
         header, bytes(min(MAX_CHUNK_BYTES, total - number * MAX_CHUNK_BYTES) if payload is None else payload)
     )
@@ -81,6 +83,40 @@ def test_a_tensor_arrives_bit_for_bit(dtype: torch.dtype, mebibytes: float) -> N
     assert (frame.header.step, frame.header.micro_batch, list(frame.header.row_lengths)) == (3, 1, [2])
     (count,) = right.link.counters.report()
     assert count.messages == max(1, -(-int(mebibytes * 2) // 2))
+
+
+def test_labels_arrive_number_for_number() -> None:
+    left, right = pair()
+    labels = torch.tensor([[1, -100, 2**40], [0, -(2**63), 2**63 - 1]])
+    left.link.send(pb.Header(kind=pb.LABELS, micro_batch=1), labels)
+    assert torch.equal(right.frames[0].tensor, labels)
+    assert right.frames[0].tensor.dtype == torch.int64
+
+
+@pytest.mark.parametrize("kind", [pb.STEP_READY, pb.STEP_APPLY, pb.KV_DROP])
+def test_kinds_of_later_versions_that_are_understood_now(kind: int) -> None:
+    left, right = pair()
+    header = pb.Header(kind=kind, session=3, step=2)
+    if kind == pb.STEP_APPLY:
+        header.step_apply.CopyFrom(pb.StepApply(scale=0.5))
+    left.link.send(header)
+    assert (right.frames[0].header.kind, right.frames[0].header.step_apply) == (kind, header.step_apply)
+
+
+def test_hidden_states_of_a_generation_and_labels_wait_behind_gradients() -> None:
+    outbox: list[int] = []
+
+    class Queued(Link):
+        def _transmit(self, priority: int, messages: list[bytes], left: Callable[[], None] | None) -> None:
+            outbox.append(priority)
+
+    link = Queued("x", ByteCounters())
+    link.send(pb.Header(kind=pb.KV_STEP), torch.zeros(1, 1, 4))
+    link.send(pb.Header(kind=pb.LABELS), torch.zeros(1, 1, dtype=torch.int64))
+    link.send(pb.Header(kind=pb.GRAD), torch.zeros(1, 1, 4))
+    for kind in (pb.KV_DROP, pb.STEP_READY, pb.STEP_APPLY):
+        link.send(pb.Header(kind=kind))
+    assert outbox == [2, 2, 1, 0, 0, 0]
 
 
 def test_a_tensor_that_is_a_view_arrives_as_it_looks() -> None:
@@ -146,8 +182,8 @@ def test_a_gradient_overtakes_an_activation_between_its_chunks() -> None:
     """What a sender interleaves, a receiver puts together: each priority has its own open tensor."""
 
     class Queued(Link):
-        def _transmit(self, priority: int, messages: list[bytes]) -> None:
-            outbox.put(priority, messages)
+        def _transmit(self, priority: int, messages: list[bytes], left: Callable[[], None] | None) -> None:
+            outbox.put(priority, messages, self.pace, left)
 
     outbox, sender = Outbox(), Queued("x", ByteCounters())
     activation, gradient = torch.full((1, 1, 655_360), 2.0), torch.full((1, 1, 400_000), 3.0)
@@ -202,6 +238,12 @@ HOSTILE = {
     "chunk too long": (chunk(0, MAX_CHUNK_BYTES + 1), f"chunk 0 has {MAX_CHUNK_BYTES + 1} bytes"),
     "chunk too short": (chunk(0, 10), "chunk 0 has 10 bytes"),
     "chunk number beside its offset": (chunk(0, chunk=5), "before its first"),
+    "a crumb": (chunk(0, MIN_CHUNK_BYTES - 1), f"with {MIN_CHUNK_BYTES} to {MAX_CHUNK_BYTES} bytes"),
+    "nothing, and more to come": (chunk(0, 0), f"with {MIN_CHUNK_BYTES} to {MAX_CHUNK_BYTES} bytes"),
+    "numbers as hidden states": (chunk(dtype="int64", total_bytes=2 * 4 * 655_360), "dtype 'int64'"),
+    "hidden states as labels": (chunk(kind=pb.LABELS), "dtype 'float32'; known: int64"),
+    "a tensor in a control frame": (chunk(kind=pb.PING), f"a tensor in a frame of kind {pb.PING}"),
+    "bytes without a tensor": (message(pb.Header(kind=pb.DONE), b"x"), "1 bytes without a tensor"),
 }  # fmt: skip
 
 
@@ -230,6 +272,27 @@ def test_nothing_is_allocated_for_a_tensor_that_is_refused(case: str) -> None:
     assert right.link._partial == {}
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [MAX_CHUNK_BYTES, MAX_CHUNK_BYTES, 1 << 19],
+        [MIN_CHUNK_BYTES] * 160,
+        [MIN_CHUNK_BYTES, MAX_CHUNK_BYTES, 100_000, MAX_CHUNK_BYTES, (1 << 19) - MIN_CHUNK_BYTES - 100_000],
+        [MAX_CHUNK_BYTES, MAX_CHUNK_BYTES, (1 << 19) - 1, 1],
+    ],
+)
+def test_the_sender_chooses_the_sizes_of_the_chunks(sizes: list[int]) -> None:
+    _, right = pair()
+    total, offset = 4 * 655_360, 0
+    for number, size in enumerate(sizes):
+        assert right.frames == []
+        right.link.receive(chunk(number, size, offset=offset, last=offset + size == total))
+        offset += size
+    assert offset == total, "the test must send it all"
+    assert len(right.frames) == 1
+    assert not right.link.closed
+
+
 SECOND = {
     "overlapping offset": (chunk(1, offset=MAX_CHUNK_BYTES // 2), "chunk 1"),
     "offset beyond the end": (chunk(1, payload=MAX_CHUNK_BYTES, offset=10 * MAX_CHUNK_BYTES), "chunk 1 has"),
@@ -240,6 +303,9 @@ SECOND = {
     "another shape": (chunk(1, shape=(1, 655_360, 1)), "does not belong"),
     "another dtype": (chunk(1, dtype="bfloat16"), "does not belong"),
     "another codec": (chunk(1, codec="int3"), "does not belong"),
+    "another tensor": (chunk(0), "began before the one before it was complete"),
+    "a crumb": (chunk(1, MIN_CHUNK_BYTES - 1), f"with {MIN_CHUNK_BYTES} to {MAX_CHUNK_BYTES} bytes"),
+    "another kind in its queue": (chunk(1, kind=pb.KV_STEP), "does not belong"),
 }
 
 
@@ -321,7 +387,7 @@ def test_an_error_for_the_route_ends_the_link() -> None:
 
 tensors = st.builds(
     pb.Tensor,
-    dtype=st.sampled_from(["float32", "bfloat16", "int4", ""]),
+    dtype=st.sampled_from(["float32", "bfloat16", "int64", "int4", ""]),
     shape=st.lists(st.sampled_from([0, 1, 2, 64, 2**31, 2**32 - 1]), max_size=6),
     codec=st.sampled_from(["raw", "raw", "x"]),
     total_bytes=st.sampled_from([0, 4, 8, 256, 2**20, 2**63]),
@@ -344,5 +410,5 @@ def test_no_bytes_raise_or_take_more_than_the_limit(received: list[bytes]) -> No
     _, right = pair()
     for data in received:
         right.link.receive(data)
-    assert sum(len(data) for _, data in right.link._partial.values()) <= 3 * LIMIT
+    assert sum(len(open_.data) for open_ in right.link._partial.values()) <= 2 * LIMIT
     assert len(right.reasons) <= 1

@@ -1,81 +1,234 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
+from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.source import ModelSource
+from edgelam_fl.split.plan import end_spans, hosted_span, job_id, part_id, spans_of
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.checks import check_cuts
-from server.plans import RoundFacts, held_spans, make_plan, make_routes
+from server.layout import make_layout, who_may_host
+from server.plans import RoundFacts, learning_rates, make_plans, planned_steps
 from tests.support import run_config
 
-HOST = pb.Profile(name="edge-1", address="10.0.0.1:7000")
-TOKENS = {"b": b"B", "a": b"A"}
 FACTS = RoundFacts("run", 3, 2, 20, 10)
 
 
-@pytest.mark.parametrize(("front", "back", "hosts"), [(2, 2, 1), (0, 0, 1), (5, 0, 1), (3, 3, 0), (0, 6, 0)])
-def test_cuts_inside_the_model(tiny: ModelSource, front: int, back: int, hosts: int) -> None:
-    check_cuts(run_config("x", f"split.front={front}", f"split.back={back}", f"split.hosts={hosts}"), tiny)
+def device(name: str, address: str = "", **other: object) -> pb.Profile:
+    return pb.Profile(name=name, role=pb.DEVICE, address=address, **other)
+
+
+def edge(name: str) -> pb.Profile:
+    return pb.Profile(name=name, role=pb.EDGE, address=f"{name}:7000")
+
+
+def plans_of(
+    config: RunConfig, source: ModelSource, *profiles: pb.Profile, facts: RoundFacts = FACTS
+) -> dict[str, pb.Plan]:
+    """One device "a" and host "edge-1" without profiles."""
+    known = {profile.name: profile for profile in profiles or (device("a"), edge("edge-1"))}
+    devices = [profile for profile in known.values() if profile.role == pb.DEVICE]
+    layout = make_layout(config, source, devices, who_may_host(config, known.values()))
+    tokens = {profile.name: profile.name.encode() for profile in devices}
+    return make_plans(config, source, facts, known, layout, {d.name: 1 / len(devices) for d in devices}, tokens)
+
+
+# ---------------------------------------------------------------- who holds what
+
+
+def test_a_device_and_its_host(tiny: ModelSource) -> None:
+    plans = plans_of(
+        run_config("x", "split.front=1", "wire.capacity='8 Mbit/s'"), tiny, device("b"), device("a"), edge("e")
+    )
+    assert list(plans) == ["e", "a", "b"], "hosts first: they listen when devices dial"
+    (route,) = plans["b"].routes
+    hop = pb.Hop(node="e", first=1, last=4, address="e:7000")
+    assert route == pb.Route(
+        device="b", device_index=1, front=1, back_first=6 - 2, hops=[hop], token=b"b", share_bps=8e6 / 2
+    )
+    assert list(plans["e"].serves) == [*plans["a"].routes, *plans["b"].routes]
+    assert (plans["e"].hosted, plans["e"].site) == (pb.Slice(first=1, last=4), "e")
+    assert (plans["e"].role, plans["a"].role, list(plans["e"].routes), list(plans["a"].serves)) == (
+        pb.EDGE,
+        pb.DEVICE,
+        [],
+        [],
+    )
+    assert (job_id(plans["e"]), part_id(plans["e"])) == ("run/3/2", "run/3/2/e")
 
 
 @pytest.mark.parametrize(
-    ("front", "back", "hosts", "rest"),
+    ("overrides", "ends", "hosted"),
     [
-        (3, 3, 1, "6 layers, and 1 hosts need at least one each; together they may be at most 5"),
-        (40, 0, 1, "6 layers, and 1 hosts need at least one each; together they may be at most 5"),
-        (4, 3, 0, "6 layers; together they may be at most 6"),
+        ([], [Span(0, 2, embed=True), Span(4, 6, head=True)], Span(2, 4)),
+        (["split.hosts=0"], [Span(0, 6, embed=True, head=True)], None),
+        (["split.labels=last-stage", "split.back=0"], [Span(0, 2, embed=True)], Span(2, 6, head=True)),
     ],
 )
-def test_a_cut_outside_the_model(tiny: ModelSource, front: int, back: int, hosts: int, rest: str) -> None:
-    config = run_config("x", f"split.front={front}", f"split.back={back}", f"split.hosts={hosts}")
-    with pytest.raises(ConfigError) as caught:
-        check_cuts(config, tiny)
-    assert str(caught.value) == (
-        f"split.front + split.back = {front} + {back} is outside the model: {tiny.name} has {rest}"
+def test_spans(tiny: ModelSource, overrides: list[str], ends: list[Span], hosted: Span | None) -> None:
+    plans = plans_of(run_config("x", *overrides), tiny)
+    assert (end_spans(plans["a"]), hosted_span(plans["a"])) == (ends, None)
+    if hosted is None:
+        assert "edge-1" not in plans
+    else:
+        assert (end_spans(plans["edge-1"]), hosted_span(plans["edge-1"])) == ([], hosted)
+
+
+def test_only_the_last_host_has_the_head_for_labels_at_the_last_stage(tiny: ModelSource) -> None:
+    config = run_config("x", "split.labels=last-stage", "split.back=0", "split.hosts=2")
+    plans = plans_of(config, tiny, device("a"), edge("e"), edge("f"))
+    assert [spans_of(plans[name]) for name in ("e", "f")] == [[Span(2, 4)], [Span(4, 6, head=True)]]
+    assert plans["a"].routes[0].back_first == 6
+
+
+def test_a_device_that_hosts_holds_its_ends_and_its_slice(tiny: ModelSource) -> None:
+    config = run_config("x", "split.host_on=any", "split.hosts=2", "split.front=1", "split.back=1")
+    plans = plans_of(config, tiny, device("a", "a:1"), device("b"), edge("e"))
+    assert list(plans) == ["e", "a", "b"]
+    assert spans_of(plans["a"]) == [Span(0, 1, embed=True), Span(5, 6, head=True), Span(3, 5)]
+    assert (plans["a"].role, plans["a"].site, len(plans["a"].routes), len(plans["a"].serves)) == (
+        pb.DEVICE,
+        "e+a",
+        1,
+        2,
     )
 
 
-def test_routes_over_a_host(tiny: ModelSource) -> None:
-    one, two = make_routes(run_config("x", "split.front=1"), tiny, ["b", "a"], [HOST], TOKENS)
-    assert (one.device, one.device_index, one.token) == ("a", 0, b"A")
-    assert (two.device, two.device_index, two.token) == ("b", 1, b"B")
-    assert (one.front, one.back_first) == (1, 6 - 2)
-    assert list(one.hops) == [pb.Hop(node="edge-1", first=1, last=4, address="10.0.0.1:7000")]
-
-
-@pytest.mark.parametrize(
-    ("node", "role", "host", "expected"),
-    [
-        ("a", pb.DEVICE, HOST, [Span(0, 2, embed=True), Span(4, 6, head=True)]),
-        ("edge-1", pb.EDGE, HOST, [Span(2, 4)]),
-        ("a", pb.DEVICE, None, [Span(0, 6, embed=True, head=True)]),
-    ],
-)
-def test_held_spans(tiny: ModelSource, node: str, role: int, host: pb.Profile | None, expected: list[Span]) -> None:
-    config = run_config("x", f"split.hosts={int(host is not None)}")
-    plan = make_plan(
-        config, tiny, FACTS, node, role, make_routes(config, tiny, ["a"], [host] if host else [], TOKENS), 0.0
-    )
-    assert held_spans(plan) == expected
+# ---------------------------------------------------------------- what the run file says
 
 
 def test_a_plan_says_what_the_run_file_says(tiny: ModelSource) -> None:
     config = run_config(
-        "m", "lora.train=['front', 'back']", "lora.rank=4", "optimizer.lr=0.5", "federation.min_nodes=3",
-        "federation.step_deadline_s=7", "task.max_tokens=33", "data.fields.answer=reply", "run.seed=9",
+        "m", "lora.train=['front', 'back']", "lora.rank=4", "lora.dropout=0.25", "optimizer.lr=0.5", "optimizer.clip=global",
+        "optimizer.max_norm=3", "optimizer.keep=always", "federation.step_deadline_s=7", "task.max_tokens=33",
+        "data.fields.answer=reply", "run.seed=9", "split.host_mode=copies", "split.checkpointing=true",
+        "task.weighting=examples", "task.kind=classification", "task.classes=['yes', 'no']",
     )  # fmt: skip
-    plan = make_plan(config, tiny, FACTS, "a", pb.DEVICE, make_routes(config, tiny, ["a", "b"], [HOST], TOKENS), 1e6)
+    plan = plans_of(config, tiny)["a"]
     assert (plan.run, plan.round, plan.attempt, plan.steps, plan.optimizer.step_offset) == ("run", 3, 2, 10, 20)
     assert (plan.model.name, plan.model.digest, plan.model.num_layers) == ("m", tiny.digest, 6)
-    assert (plan.lora.rank, plan.lora.train_front, plan.lora.train_hosts, plan.lora.train_back) == (
-        4,
-        True,
-        False,
-        True,
+    assert plan.lora == pb.Lora(
+        rank=4, alpha=16.0, targets=["q_proj", "v_proj"], train_front=True, train_back=True, dropout=0.25
     )
-    assert (plan.optimizer.lr, plan.seed, plan.share_bps, plan.protocol_version) == (0.5, 9, 1e6, PROTOCOL_VERSION)
-    assert plan.min_devices == min(3, 2)
-    assert (plan.deadlines.step_s, plan.task.max_tokens, plan.task.answer_field) == (7.0, 33, "reply")
+    assert (plan.optimizer.clip, plan.optimizer.max_norm, plan.optimizer.keep) == ("global", 3.0, "always")
+    assert (plan.host_mode, plan.labels, plan.checkpointing) == ("copies", "device", True)
+    assert (plan.seed, plan.protocol_version, plan.deadlines.step_s) == (9, PROTOCOL_VERSION, 7.0)
+    assert (plan.task.max_tokens, plan.task.answer_field, plan.task.weighting) == (33, "reply", "examples")
+    assert list(plan.task.classes) == ["yes", "no"]
+
+
+@pytest.mark.parametrize(
+    ("min_nodes", "sites", "expected"), [(3, 1, 3), (1, 1, 1), (3, 2, 3 - 2), (4, 2, 2), (9, 1, 4)]
+)
+def test_a_site_needs_the_devices_without_which_the_round_has_too_few(
+    tiny: ModelSource, min_nodes: int, sites: int, expected: int
+) -> None:
+    config = run_config("x", f"federation.min_nodes={min_nodes}", f"split.sites={sites}")
+    plans = plans_of(config, tiny, *(device(name) for name in "abcd"), edge("e"), edge("f"))
+    assert plans["e"].min_devices == expected
+
+
+# ---------------------------------------------------------------- steps and rates
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("constant", [0.5 / 2, 1.0 / 2, 0.5, 0.5, 0.5, 0.5]),
+        ("linear", [0.5 / 2, 1.0 / 2, *(0.5 * (1 - done / 4) for done in range(4))]),
+        ("cosine", [0.5 / 2, 1.0 / 2, *(0.5 * (1 + math.cos(math.pi * done / 4)) / 2 for done in range(4))]),
+    ],
+)
+def test_rates_over_all_planned_steps(schedule: str, rates: list[float]) -> None:
+    config = run_config(
+        "x", "optimizer.lr=0.5", f"optimizer.schedule={schedule}", "optimizer.warmup_steps=2", "federation.rounds=3"
+    )
+    found = [
+        rate for round_ in (1, 2, 3) for rate in learning_rates(config, RoundFacts("r", round_, 1, 2 * (round_ - 1), 2))
+    ]
+    assert found == pytest.approx(rates, rel=1e-12)
+
+
+def test_rates_stand_in_the_plan(tiny: ModelSource) -> None:
+    plan = plans_of(run_config("x", "optimizer.lr=0.5"), tiny)["edge-1"]
+    assert list(plan.optimizer.lrs) == [0.5] * 10
+
+
+def test_a_device_has_its_own_steps_of_an_epoch(tiny: ModelSource) -> None:
+    config = run_config("x", "federation.epochs=2", "federation.batch_size=4")
+    profiles = [device("a", examples=9), device("b", examples=16), edge("edge-1")]
+    steps = planned_steps(config, profiles[:2])
+    assert steps == 2 * 16 // 4
+    plans = plans_of(config, tiny, *profiles, facts=RoundFacts("run", 3, 1, 2 * steps, steps))
+    own = math.ceil(2 * 9 / 4)
+    assert (plans["a"].steps, plans["a"].own_steps, plans["a"].cursor) == (steps, own, 2 * own)
+    assert (plans["b"].own_steps, plans["b"].cursor) == (steps, 2 * steps)
+
+
+def test_without_epochs_all_have_the_same_steps(tiny: ModelSource) -> None:
+    config = run_config("x", "federation.local_steps=10")
+    plan = plans_of(config, tiny)["a"]
+    assert planned_steps(config, [device("a", examples=1)]) == 10
+    assert (plan.own_steps, plan.cursor) == (10, 20)
+
+
+# ---------------------------------------------------------------- bases
+
+
+def measured(name: str, free_bytes: int, role: pb.Role = pb.DEVICE, **seconds: float) -> pb.Profile:
+    """Keys of `seconds` with "_" for "/"."""
+    pairs = {key.replace("_", "/"): value for key, value in seconds.items()}
+    return pb.Profile(name=name, role=role, address="x:1", memory_available_bytes=free_bytes, base_seconds=pairs)
+
+
+@pytest.mark.parametrize(
+    ("base", "compute", "expected"),
+    [
+        ("fp32", "auto", ("fp32", "float32")),
+        ("bf16", "auto", ("bf16", "bfloat16")),
+        ("int8", "auto", ("int8", "float32")),
+        ("int8", "bf16", ("int8", "bfloat16")),
+        ("auto", "auto", ("fp32", "float32")),  # nothing measured
+    ],
+)
+def test_base_and_compute(tiny: ModelSource, base: str, compute: str, expected: tuple[str, str]) -> None:
+    plan = plans_of(run_config("x", f"model.base={base}", f"model.compute={compute}"), tiny)["edge-1"]
+    assert (plan.model.base, plan.model.compute, plan.model.wire) == (*expected, expected[1])
+
+
+def test_the_fastest_base_that_fits_half_of_the_memory(tiny: ModelSource) -> None:
+    host = (
+        2 * 4 * sum(8 * 8 * n for n in (64, 64, 32, 32, 128, 128, 128))
+    )  # layers 2 and 3 of tiny in fp32 are about this
+    config = run_config("x", "model.base=auto")
+    seconds = {"fp32_fp32": 1.0, "int8_bf16": 2.0, "bf16_bf16": 3.0}
+    devices = [measured("a", 1 << 40, **seconds), device("b")]
+    plans = plans_of(config, tiny, *devices, measured("e", host, pb.EDGE, **seconds))
+    chosen = {name: (plan.model.base, plan.model.compute) for name, plan in plans.items()}
+    assert chosen == {"a": ("fp32", "float32"), "b": ("fp32", "float32"), "e": ("int8", "bfloat16")}
+    assert {plan.model.wire for plan in plans.values()} == {"float32"}, "bfloat16 only where all compute in it"
+
+
+def test_auto_keeps_to_the_compute_that_is_asked_for(tiny: ModelSource) -> None:
+    config = run_config("x", "model.base=auto", "model.compute=bf16", "split.hosts=0")
+    plan = plans_of(config, tiny, measured("a", 1 << 40, fp32_fp32=1.0, int8_bf16=3.0, bf16_bf16=2.0))["a"]
+    assert (plan.model.base, plan.model.compute, plan.model.wire) == ("bf16", "bfloat16", "bfloat16")
+
+
+# ---------------------------------------------------------------- ranks
+
+
+def test_a_rank_a_node(tiny: ModelSource) -> None:
+    config = run_config("x", "lora.ranks={'e*'=2, 'edge-1'=3}", "lora.rank=5")
+    plans = plans_of(config, tiny)
+    assert {name: plan.lora.rank for name, plan in plans.items()} == {"a": 5, "edge-1": 3}
+
+
+def test_holders_of_a_layer_need_one_rank(tiny: ModelSource) -> None:
+    config = run_config("x", "lora.ranks={'b'=2}")
+    with pytest.raises(ConfigError, match=r"layer 0 is held by a with rank 8, b with rank 2: .*lora.ranks"):
+        plans_of(config, tiny, device("a"), device("b"), edge("e"))

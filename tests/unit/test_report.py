@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import re
+from dataclasses import replace
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,86 +12,13 @@ from typing import Any
 import pytest
 
 from edgelam_fl.errors import UsageError
+from edgelam_fl.telemetry.figures import BARS_SHOWN, timeline_figures
+from edgelam_fl.telemetry.incidents import failure
 from edgelam_fl.telemetry.report import write_report
 from edgelam_fl.telemetry.split_picture import split_picture
 from edgelam_fl.telemetry.summary import build_summary, human_bytes
-
-DEVICES = ("device-1", "device-2", "device-3")
-ROUNDS, STEPS = 4, 10
-
-
-def a_run(*, evil: str = "", lost: bool = False) -> list[dict[str, Any]]:
-    """A run's events in the style of the demo; `evil` goes wherever text from outside can stand."""
-    draw = random.Random(7)
-    config = {
-        "model": {"name": f"smollm2-135m{evil}", "base": "fp32"},
-        "lora": {"rank": 8, "targets": ["q_proj", evil]},
-    }
-    names = [f"{name}{evil}" for name in DEVICES]
-    routes = [
-        {"device": name, "front": 2, "back_first": 28, "num_layers": 30}
-        | {"hops": [{"node": f"edge-1{evil}", "first": 2, "last": 28}]}
-        for name in names
-    ]
-    events: list[dict[str, Any]] = [
-        {
-            "event": "run_started",
-            "run": f"demo{evil}",
-            "config": config,
-            "versions": {"edgelam-fl": "0.1.0", "flwr": "1.41.0"},
-        },
-        *({"event": "node_joined", "node": name, "role": "device", "examples": 512, "held_out": 57} for name in names),
-        {"event": "node_joined", "node": f"edge-1{evil}", "role": "edge"},
-        {"event": "node_refused", "node": f"old-pi{evil}", "reason": f"speaks protocol 0, this run speaks 1{evil}"},
-    ]
-    for number in range(1, ROUNDS + 2):
-        active = names[:2] if lost and number > 2 else names
-        if lost and number == 3:
-            events.append({"event": "node_lost", "round": 3, "node": names[2], "reason": f"silent for 120 s{evil}"})
-        events.append({"event": "plan", "round": number, "selected": active, "routes": routes})
-        devices = [a_device(name, number, draw, evil) for name in active]
-        host = {"name": f"edge-1{evil}", "layers": [2, 28], "bytes_up": 9_100_000, "bytes_down": 9_000_000}
-        kinds = (
-            {"ACT": 14_100_000, "GRAD": 13_900_000, "TABLE": 900, "STEP_CLOSE": 1_500}
-            if number <= ROUNDS
-            else {"ACT": 3_000_000}
-        )
-        events.append(
-            {
-                "event": "round_done",
-                "round": number,
-                "seconds": 24.0 + number,
-                "devices": devices,
-                "bytes_by_kind": kinds,
-            }
-            | {"hosts": [host | {"peak_rss_bytes": 712_000_000 + number}]}
-        )
-    events.append({"event": "run_done", "seconds": 131.5, "summary": "summary.json"})
-    return [{"time": 1_750_000_000.0 + 12 * i, **event} for i, event in enumerate(events)]
-
-
-def a_device(name: str, number: int, draw: random.Random, evil: str) -> dict[str, Any]:
-    trains = number <= ROUNDS
-    start = (number - 1) * STEPS
-    losses = [1.2 + 3.2 * math.exp(-(start + s) / 12) + draw.gauss(0, 0.12) for s in range(STEPS if trains else 0)]
-    return {
-        "name": name,
-        "examples": 512,
-        "loss": sum(losses) / len(losses) if losses else None,
-        "perplexity": 15 + 70 * math.exp(-(number - 1) / 1.1) + draw.random() * 6,
-        "tokens": 31_234 if trains else 0,
-        "train_seconds": 15.5 + draw.random() if trains else 0.0,
-        "eval_seconds": 3.25,
-        "bytes_up": 4_700_123 if trains else 500_000,
-        "bytes_down": 4_600_321 if trains else 480_000,
-        "adapter_bytes_up": 245_760 if trains else 0,
-        "adapter_bytes_down": 245_760,
-        "peak_rss_bytes": 598_000_000 + number,
-        "step_losses": losses,
-        "left_out": [{"step": 4, "reason": f"later than 120 s{evil}"}]
-        if number == 2 and name.startswith("device-2")
-        else [],
-    }
+from edgelam_fl.telemetry.timeline import read_phase
+from tests.recorded import DEVICES, a_classification, a_run, a_run_failed_at_once, timeline_of
 
 
 def report_of(folder: Path, events: list[dict[str, Any]], *, summary: dict[str, Any] | None = None) -> str:
@@ -105,8 +32,8 @@ def report_of(folder: Path, events: list[dict[str, Any]], *, summary: dict[str, 
     return path.read_text(encoding="utf-8")
 
 
-def figures_of(page: str) -> dict[str, Any]:
-    found = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, re.DOTALL)
+def figures_of(page: str, name: str = "figures") -> Any:
+    found = re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', page, re.DOTALL)
     assert found
     return json.loads(found[1], parse_constant=pytest.fail)
 
@@ -118,13 +45,14 @@ class Page(HTMLParser):
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.rows: list[list[str]] = []
+        self.terms: list[str] = []
         self.text = ""
         self._inside = ""
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag in ("script", "style", "td", "th"):
+        if tag in ("script", "style", "td", "th", "dt", "dd"):
             self._inside = tag
         if tag == "tr":
             self.rows.append([])
@@ -138,8 +66,19 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self._inside not in ("script", "style"):
             self.text += data
+        if self._inside in ("dt", "dd"):
+            self.terms.append(data)
         if self._inside in ("td", "th"):
             self.rows[-1][-1] += data.strip()
+
+    def definitions(self) -> dict[str, str]:
+        return dict(zip(self.terms[::2], self.terms[1::2], strict=True))
+
+    def hidden(self) -> set[str | None]:
+        """The parts of the page that are not shown."""
+        return {
+            attrs.get("id") or attrs.get("class") for tag, attrs in self.tags if "hidden" in attrs and len(attrs) > 1
+        }
 
     def titles(self) -> list[str]:
         return [attrs["title"] or "" for _, attrs in self.tags if "title" in attrs]
@@ -177,7 +116,7 @@ def test_loss_curve_counts_steps_over_the_run(tmp_path: Path) -> None:
 
 def test_perplexity_stands_at_the_rounds_that_came_before(tmp_path: Path) -> None:
     events = a_run()
-    line = figures_of(report_of(tmp_path, events))["perplexity"]["lines"][0]
+    line = figures_of(report_of(tmp_path, events))["quality"]["lines"][0]
     device = build_summary(events)["devices"][0]
     assert line["x"] == [0, 1, 2, 3, 4]
     assert (line["y"][0], line["y"][-1]) == (device["perplexity_before"], device["perplexity_after"])
@@ -231,17 +170,108 @@ def test_text_from_outside_stays_text(tmp_path: Path) -> None:
 
 
 def test_failed_run(tmp_path: Path) -> None:
-    events = a_run(lost=True)[:11]
+    events = a_run(lost=True)[:12]
     events.append(
         {"event": "run_failed", "time": 1_750_000_200.0, "reason": "edge-1 vanished", "kept": "round-2.safetensors"}
     )
     page = Page(report_of(tmp_path, events))
     assert "The run failed" in page.text
-    assert "Kept: round-2.safetensors" in page.text
+    assert page.definitions() == {
+        "What": "edge-1 vanished",
+        "Where": "in round 3",
+        "Lost before": "device-3: silent for 120 s",
+        "When": "2025-06-15 15:10:00 UTC, 3 min 20 s after the start",
+        "Kept": "round-2.safetensors",
+    }
+    assert page.hidden() == {"timeline"}
     assert [row for row in page.rows if row[0] == "3 min 20 s"] == [
         ["3 min 20 s", "the run failed", "", "edge-1 vanished"]
     ]
     assert ("span", {"class": "state failed"}) in page.tags
+
+
+def test_run_that_failed_before_its_first_round(tmp_path: Path) -> None:
+    text = report_of(tmp_path, a_run_failed_at_once())
+    page = Page(text)
+    assert (figures_of(text), figures_of(text, "timelines")) == ({}, [])
+    assert "* plotly.js v" not in text
+    assert page.text.count("No round was closed, so there are no figures.") == 1
+    assert page.definitions()["Where"] == "before the first round; device-1, device-2 had joined"
+    assert page.definitions()["Kept"] == "no round was finished"
+    assert [row[0] for row in page.rows][:3] == ["device", "device-1", "device-2"]
+
+
+def test_where_a_run_failed() -> None:
+    def where(*events: dict[str, Any]) -> str:
+        return dict(failure(events))["Where"]
+
+    started = {"event": "run_started", "config": {"federation": {"rounds": 2}}}
+    plans = [{"event": "plan", "round": number} for number in (1, 2, 3)]
+    failed = {"event": "run_failed", "reason": "no disk"}
+    assert where(failed) == "before the first round; no node had joined"
+    assert where(started, plans[0], failed) == "in round 1 of 2"
+    assert where(started, plans[0], {**failed, "node": "edge-1", "round": 2}) == "in round 2 of 2, at edge-1"
+    assert where(started, plans[1], {"event": "round_done", "round": 2}, failed) == "after round 2 of 2"
+    assert where(started, *plans, failed) == "in the evaluation after the last round"
+    assert failure([started, *plans]) == []
+
+
+def test_only_a_few_of_many_lost_nodes_stand_at_the_top() -> None:
+    lost = [{"event": "node_lost", "round": 1, "node": f"n{i}", "reason": "silent"} for i in range(8)]
+    facts = dict(failure([{"event": "plan", "round": 1}, *lost, {"event": "run_failed", "reason": "all lost"}]))
+    assert facts["Lost before"].splitlines() == [*(f"n{i}: silent" for i in range(5)), "and 3 more, below"]
+
+
+def test_classification_shows_accuracy(tmp_path: Path) -> None:
+    events = a_classification()
+    text = report_of(tmp_path, events)
+    page, device = Page(text), build_summary(events)["devices"][0]
+    quality = figures_of(text)["quality"]
+    assert (quality["y"], quality["share"]) == ("accuracy", True)
+    values = [device["metrics_before"]["accuracy"], device["metrics_after"]["accuracy"]]
+    assert [quality["lines"][0]["y"][0], quality["lines"][0]["y"][-1]] == values
+    row = next(row for row in page.rows if row[0] == device["name"])
+    assert row[2:4] == [f"{100 * value:.1f} %" for value in values]
+    assert {str(value) for value in values} <= set(page.titles())
+    assert "Held-out accuracy" in page.text
+    assert "perplexity" not in page.text
+
+
+def test_timeline_of_every_round_with_its_shares(tmp_path: Path) -> None:
+    events = a_classification()
+    text = report_of(tmp_path, events)
+    timelines, told = figures_of(text, "timelines"), [event for event in events if event["event"] == "timeline"]
+    assert [each["round"] for each in timelines] == [1, 2, 3]
+    assert [(row["node"], row["role"]) for row in timelines[0]["rows"]] == [
+        *((name, "device") for name in ("ann", "bob", "cat", "pi-kitchen-north", "pi-office")),
+        *((name, "host") for name in ("edge-1", "pi-kitchen-north", "pi-office")),
+    ]
+    assert {(row["node"], row["color"]) for row in timelines[0]["rows"]} >= {("ann", "--c0"), ("edge-1", "--muted")}
+    kind, _, *rest = told[2]["nodes"]["ann"][0]
+    assert timelines[2]["rows"][0]["bars"][0] == [kind, *rest]
+    page = Page(text)
+    starts = [i for i, row in enumerate(page.rows) if row == ["node", "computed", "sent", "waited"]]
+    assert len(starts) == len(told)
+    for i, event in zip(starts, told, strict=True):
+        phase = read_phase(event)
+        assert phase is not None
+        for row, (name, shares) in zip(page.rows[i + 1 :], phase.shares().items(), strict=False):
+            parts = (shares.computed_s, shares.sent_s, shares.waited_s)
+            assert row == [name, *(f"{100 * part / phase.end_s:.0f} %" for part in parts)]
+            assert {f"{part:.4f}".rstrip("0").rstrip(".") for part in parts} <= {
+                t.removesuffix(" s") for t in page.titles()
+            }
+
+
+def test_only_the_newest_timelines_are_kept_where_they_are_many() -> None:
+    phase = read_phase(timeline_of(1))
+    assert phase is not None
+    count = sum(map(len, phase.rows.values()))
+    fit = BARS_SHOWN // count
+    phases = [replace(phase, round=number) for number in range(1, fit + 3)]
+    assert [each["round"] for each in timeline_figures(phases, {})] == list(range(3, fit + 3))
+    huge = replace(phase, rows={key: own * (fit + 1) for key, own in phase.rows.items()})
+    assert len(timeline_figures([phase, huge], {})) == 1
 
 
 def test_incidents(tmp_path: Path) -> None:
@@ -249,7 +279,7 @@ def test_incidents(tmp_path: Path) -> None:
     start = rows.index(["after", "what", "who", "why"])
     assert rows[start + 1 : start + 4] == [
         ["1 min 00 s", "refused", "old-pi", "speaks protocol 0, this run speaks 1"],
-        ["1 min 48 s", "left out of round 2, step 4", "device-2", "later than 120 s"],
+        ["1 min 48 s", "left out of round 2, step 5", "device-2", "later than 120 s"],
         ["2 min 00 s", "lost in round 3", "device-3", "silent for 120 s"],
     ]
 
@@ -266,8 +296,10 @@ def test_run_that_has_just_begun(tmp_path: Path, length: int) -> None:
     text = report_of(tmp_path, a_run()[:length])
     page = Page(text)
     assert figures_of(text) == {}
-    assert page.text.count("No round is closed yet.") == 4
-    assert ("No plan is made yet." in page.text) == (length < 7)
+    assert page.text.count("No round is closed yet.") == 1
+    assert page.hidden() == {"pair", "timeline"}
+    assert "The run failed" not in page.text
+    assert ("No plan was made." in page.text) == (length < 7)
     assert ("span", {"class": "state running"}) in page.tags
 
 
@@ -280,7 +312,7 @@ def test_half_written_last_line_and_divergence(tmp_path: Path) -> None:
         file.write('{"event": "round_do')
     figures = figures_of(write_report(tmp_path).read_text(encoding="utf-8"))
     assert figures["loss"]["lines"][0]["y"] == [1.0, None, None]
-    assert figures["perplexity"]["lines"][0]["y"] == [None]
+    assert figures["quality"]["lines"][0]["y"] == [None]
 
 
 def test_settings_are_listed_with_their_paths(tmp_path: Path) -> None:
@@ -302,11 +334,20 @@ def route(device: str, *hops: dict[str, Any], front: int = 2, back_first: int = 
     return {"device": device, "front": front, "back_first": back_first, "num_layers": 30, "hops": list(hops)}
 
 
-def boxes(picture: str) -> list[tuple[int, int, int, str, str]]:
-    """(x, y, height, name, text) of every box."""
-    shape = r'<rect [^>]* x="(\d+)" y="(\d+)" width="\d+" height="(\d+)"'
-    pattern = rf"<g><title>(.*?)</title>{shape}.*?</text><text [^>]*>(.*?)</text></g>"
-    return [(int(x), int(y), int(height), name, text) for name, x, y, height, text in re.findall(pattern, picture)]
+def boxes(picture: str) -> list[tuple[str, str, str]]:
+    """(class, name, text) of every shape."""
+    return re.findall(
+        r'<g class="(\w+)"[^>]*>.*?<text class="name"[^>]*>(.*?)</text><text [^>]*>(.*?)</text></g>', picture
+    )
+
+
+def sides(picture: str, *texts: str) -> list[tuple[int, int]]:
+    """(left, right) of the rectangles with these texts."""
+    pattern = (
+        r'<rect class="box" x="(\d+)" y="\d+" width="(\d+)" [^>]*/><text [^>]*>[^<]*</text><text [^>]*>(.*?)</text>'
+    )
+    found = {text: (int(x), int(x) + int(width)) for x, width, text in re.findall(pattern, picture)}
+    return [found[text] for text in texts]
 
 
 def test_picture_of_unlike_routes() -> None:
@@ -318,20 +359,32 @@ def test_picture_of_unlike_routes() -> None:
     ]
     plans = [{"event": "plan", "routes": routes[:1]}, {"event": "plan", "routes": routes}]
     picture = split_picture([*plans, {"event": "plan", "routes": []}], {"a": "--c0", "b": "--c1"})
-    assert boxes(picture) == [
-        (0, 34, 50, "a", "embedding, layers 0-1"),
-        (900, 34, 50, "a", "head, loss"),
-        (0, 100, 50, "b", "embedding, layers 0-1"),
-        (900, 100, 50, "b", "head, loss, layers 28-29"),
-        (0, 166, 50, "c", "embedding, layers 0-29"),
-        (900, 166, 50, "c", "head, loss"),
-        (0, 232, 50, "d", "embedding, layers 0-1"),
-        (900, 232, 50, "d", "head, loss, layers 28-29"),
-        (300, 34, 116, "edge-1", "layers 2-14"),
-        (300, 232, 50, "edge-1", "layers 2-27"),
-        (600, 34, 50, "edge-2", "layers 15-29"),
-        (600, 100, 50, "edge-2", "layers 15-27"),
+    ends = [
+        ("own", "c", "the whole model, layers 0-29"),
+        *(("own", "d", text) for text in ("embedding, layers 0-1", "head, loss, layers 28-29")),
+        *(("own", "a", text) for text in ("embedding, layers 0-1", "head, loss")),
+        *(("own", "b", text) for text in ("embedding, layers 0-1", "head, loss, layers 28-29")),
     ]
-    assert picture.count('class="way"') == 3 + 3 + 1 + 2
-    assert picture.count("text and labels stay here") == 2
+    # d leaves edge-1 later than a and b do, and a leaves edge-2 later than b: two staircases
+    hosts = [("host", "edge-1", "layers 2-27"), ("host", "edge-2", "layers 15-29")]
+    assert boxes(picture) == [*ends, *hosts]
+    assert picture.count('<path class="box"') == 2
+    assert picture.count('class="way"') == 0 + 2 + 3 + 3
     assert picture.count("var(--c1)") == 2
+
+
+def test_picture_of_unlike_cuts_keeps_the_layers_in_order() -> None:
+    fronts = (1, 4)
+    routes = [route(f"d{front}", hop("edge-1", front, 28), front=front) for front in fronts]
+    (left_1, right_1), (left_4, right_4) = sides(
+        split_picture([{"event": "plan", "routes": routes}], {}), "embedding, layer 0", "embedding, layers 0-3"
+    )
+    assert left_1 == left_4
+    assert right_1 < right_4
+
+
+def test_picture_of_a_device_that_hosts_for_itself_and_another() -> None:
+    routes = [route(name, hop("pi", 2, 28)) for name in ("ann", "pi")]
+    picture = split_picture([{"event": "plan", "routes": routes}], {"ann": "--c0", "pi": "--c1"})
+    assert [name for kind, name, _ in boxes(picture) if kind == "host"] == ["pi"]
+    assert picture.count('<g class="host" style="color: var(--c1)">') == 1

@@ -11,20 +11,24 @@ import pytest
 
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.split import stage_host
+from edgelam_fl.split import held, stage_host
+from edgelam_fl.split.plan import spans_of
 from edgelam_fl.split.stage_host import StageHost
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.plans import RoundFacts, held_spans, make_plan, make_routes, task_settings
+from server.layout import make_layout
+from server.plans import RoundFacts, make_plans, task_settings
 from tests.support import check_done, joined, memory_fleet, run_config, same_bits
 
 
 def a_plan(source: ModelSource, attempt: int = 1, **other: Any) -> pb.SubmitRequest:
     """An edge server's part for one device, which never comes."""
     config = run_config(source.name)
-    routes = make_routes(config, source, ["device-1"], [pb.Profile(name="edge-1")], {"device-1": b"secret"})
-    plan = make_plan(config, source, RoundFacts("run", 1, attempt, 0, 1), "edge-1", pb.EDGE, routes, 0.0)
+    edge, device = pb.Profile(name="edge-1", role=pb.EDGE), pb.Profile(name="device-1", role=pb.DEVICE)
+    layout = make_layout(config, source, [device], [edge])
+    profiles, tokens = {"edge-1": edge, "device-1": device}, {"device-1": b"secret"}
+    plan = make_plans(config, source, RoundFacts("run", 1, attempt, 0, 1), profiles, layout, {}, tokens)["edge-1"]
     start = adapters.initial_adapter(source, config.lora.targets, config.lora.rank, 1)
-    tensors = adapters.slice_of(start, held_spans(plan))
+    tensors = adapters.slice_of(start, spans_of(plan))
     plan.adapter_digest = adapters.digest(tensors)
     for key, value in other.items():
         setattr(plan, key, value)
@@ -67,7 +71,10 @@ def test_a_plan_that_cannot_be_this_nodes_is_refused(tiny: ModelSource, wrong: d
 def test_an_unknown_base_is_refused(tiny: ModelSource) -> None:
     request = a_plan(tiny)
     request.plan.model.base = "int2"
-    assert edge().submit(request).reason == "base 'int2'; node edge-1 has fp32, bf16, int8"
+    assert (
+        edge().submit(request).reason
+        == "base 'int2'; node edge-1 has fp32, bf16, int8, nf4 (`edgelam doctor` there says why)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -118,14 +125,14 @@ def test_a_newer_attempt_cancels_the_older(tiny: ModelSource) -> None:
 def test_a_newer_attempt_cancels_an_older_one_that_is_still_loading(
     tiny: ModelSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loading, go_on, load = threading.Event(), threading.Event(), stage_host.load_stages
+    loading, go_on, load = threading.Event(), threading.Event(), held.load_stages
 
-    def slowly(*arguments: Any) -> Any:
+    def slowly(*arguments: Any, **options: Any) -> Any:
         loading.set()
         go_on.wait(8)
-        return load(*arguments)
+        return load(*arguments, **options)
 
-    monkeypatch.setattr(stage_host, "load_stages", slowly)
+    monkeypatch.setattr(held, "load_stages", slowly)
     node = edge()
     node.submit(a_plan(tiny))
     assert loading.wait(8)
@@ -163,7 +170,7 @@ def test_a_devices_profile_counts_its_examples(tiny: ModelSource, data_files: li
     got = profile(data_files[0], tiny)
     assert (got.role, got.problem) == (pb.DEVICE, "")
     assert (got.held_out, got.examples + got.held_out) == (round(0.1 * 24), 24)
-    assert (got.protocol_version, list(got.bases), got.address) == (1, ["fp32", "bf16", "int8"], "10.0.0.1:7000")
+    assert (got.protocol_version, list(got.bases), got.address) == (1, ["fp32", "bf16", "int8", "nf4"], "10.0.0.1:7000")
     assert got.memory_available_bytes > 1 << 20
     assert set(got.versions) == set(stage_host.VERSIONED)
 

@@ -11,6 +11,7 @@ from edgelam_fl.telemetry.summary import (
     by_name,
     human_bytes,
     human_layers,
+    human_measure,
     human_number,
     human_seconds,
     summary_table,
@@ -51,7 +52,7 @@ def round_done(number: int, devices: list[dict[str, Any]], hosts: list[dict[str,
 
 def a_run() -> list[dict[str, Any]]:
     """Two rounds and the last evaluation; device-10 is lost in round 2."""
-    config = {"model": {"name": "smollm2-135m"}}
+    config = {"model": {"name": "smollm2-135m"}, "task": {"kind": "causal-lm"}}
     hop = {"node": "edge-1", "first": 2, "last": 28}
     return [
         {"event": "run_started", "time": 100.0, "run": "demo", "config": config, "versions": {"torch": "2.13.0"}},
@@ -72,12 +73,15 @@ def test_whole_run() -> None:
         "run": "demo",
         "state": "done",
         "model": "smollm2-135m",
+        "task": "causal-lm",
         "devices": [
             {
                 "name": "device-2",
                 "examples": 90,
                 "perplexity_before": 90.0,
+                "metrics_before": {},
                 "perplexity_after": 15.5,
+                "metrics_after": {},
                 "tokens_per_s": (100 + 300 + 0) / (4.0 + 6.0 + 0.0),
                 "bytes_up": 1000 + 1000 + 7,
                 "bytes_down": 3 * 2000,
@@ -89,7 +93,9 @@ def test_whole_run() -> None:
                 "name": "device-10",
                 "examples": 90,
                 "perplexity_before": 80.0,
+                "metrics_before": {},
                 "perplexity_after": None,
+                "metrics_after": {},
                 "tokens_per_s": 100 / 4.0,
                 "bytes_up": 1000,
                 "bytes_down": 2000,
@@ -146,7 +152,8 @@ def test_layers_are_those_of_the_latest_round() -> None:
 def test_missing_pieces(events: list[dict[str, Any]]) -> None:
     summary = build_summary(events)
     assert (summary["run"], summary["model"], summary["hosts"], summary["versions"]) == (None, None, [], {})
-    assert all(value is None for key, value in (summary["devices"] or [{}])[0].items() if key != "name")
+    device = {key: value for key, value in (summary["devices"] or [{}])[0].items() if key != "name"}
+    assert all(value in (None, {}) for value in device.values())
     Console(file=io.StringIO()).print(summary_table(summary))
 
 
@@ -160,6 +167,44 @@ def test_table_fits_a_small_terminal() -> None:
         "device-10 90 examples 80.00 -> - 25.0 1.00 kB 2.00 kB 500 B",
         "edge-1 layers 2-27 900 B 1.20 kB 950 B",
     ]
+
+
+def a_classification() -> list[dict[str, Any]]:
+    """One round and the last evaluation; the node `pi-kitchen-north-window` is a device and a host."""
+    name = "pi-kitchen-north-window"
+    config = {"model": {"name": "minilm"}, "task": {"kind": "classification"}}
+    first = [device(name, None, metrics={"accuracy": 0.25}), device("late", None)]
+    last = [device(name, None, loss=None, metrics={"accuracy": 0.8125}), device("late", None, loss=None, metrics={})]
+    return [
+        {"event": "run_started", "time": 1.0, "run": "glosses", "config": config},
+        round_done(1, first, [host(name, layers=[2, 10], bytes_up=123_456_789)]),
+        round_done(2, last, [host(name, layers=[2, 10])]),
+    ]
+
+
+def test_metrics_of_classification() -> None:
+    summary = build_summary(a_classification())
+    assert summary["task"] == "classification"
+    found = {d["name"]: (d["metrics_before"], d["metrics_after"], d["perplexity_after"]) for d in summary["devices"]}
+    assert found == {
+        "late": ({}, {}, None),
+        "pi-kitchen-north-window": ({"accuracy": 0.25}, {"accuracy": 0.8125}, None),
+    }
+    assert [(h["name"], h["layers"]) for h in summary["hosts"]] == [("pi-kitchen-north-window", [2, 10])]
+
+
+def test_table_of_classification_shows_accuracy_and_keeps_its_numbers_whole() -> None:
+    summary = build_summary(a_classification())
+    for each in summary["devices"]:
+        each.update(examples=123_456, tokens_per_s=12_345.6)
+    console = Console(file=io.StringIO(), width=80)
+    console.print(summary_table(summary))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(map(len, text.splitlines())) <= 80
+    assert "accuracy" in text
+    assert "perplexity" not in text
+    for number in ("25.0 % -> 81.2 %", "- -> -", "123,456 examples", "12,345.6", "layers 2-9", "123 MB"):
+        assert number in text
 
 
 def test_names_are_not_markup() -> None:
@@ -195,6 +240,9 @@ def test_human_seconds(seconds: float | None, text: str) -> None:
 
 
 def test_small_helpers() -> None:
+    assert (human_measure("accuracy", 1.0), human_measure("perplexity", 15.5)) == ("100.0 %", "15.50")
+    assert (human_measure("accuracy", None), human_measure("perplexity", None)) == ("-", "-")
     assert (human_number(None), human_number(1234567), human_number(1.256, 2)) == ("-", "1,234,567", "1.26")
-    assert (human_layers([2, 28]), human_layers(None)) == ("layers 2-27", "no layers yet")
+    assert (human_layers([2, 28]), human_layers([2, 3])) == ("layers 2-27", "layer 2")
+    assert human_layers(None) == "no layers yet"
     assert sorted(["d-10", "d-9", "edge", "d-1"], key=by_name) == ["d-1", "d-9", "d-10", "edge"]

@@ -1,4 +1,4 @@
-"""Slices read from safetensors and GGUF, the converted parts in the cache, and the int8 base."""
+"""Slices read from safetensors and GGUF, and the converted parts in the cache."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from edgelam_fl.errors import ModelError
 from edgelam_fl.model import weights
-from edgelam_fl.model.quantized import Int8Linear, quantize_rows
+from edgelam_fl.model.quantized import QUANTIZED
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.weights import read_tensors
 from tests.support import write_tiny_llama
@@ -73,55 +72,49 @@ def test_the_cache_does_not_mix_up_models_of_one_form(tmp_path: Path) -> None:
         assert torch.equal(read, plain.to(torch.bfloat16)), f"the weights of {source.name} are another model's"
 
 
-def test_int8_is_for_the_layers_matrices_only(tiny: ModelSource) -> None:
-    got = dict(read_tensors(tiny, [*names_of_layer(tiny), "model.embed_tokens.weight"], "int8"))
+COMPUTE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@pytest.mark.parametrize("compute", COMPUTE)
+@pytest.mark.parametrize(("base", "packed"), [("int8", torch.int8), ("nf4", torch.uint8)])
+def test_quantized_bases_are_for_the_layers_matrices_only(
+    tiny: ModelSource, base: str, packed: torch.dtype, compute: str
+) -> None:
+    got = dict(read_tensors(tiny, [*names_of_layer(tiny), "model.embed_tokens.weight"], base, compute))
     matrices = {name for name in got if "proj.weight" in name and not name.endswith("_scale")}
     assert len(matrices) == 7
     assert {name for name in got if name.endswith("_scale")} == {f"{name}_scale" for name in matrices}
-    assert {got[name].dtype for name in matrices} == {torch.int8}
-    assert got[f"{LAYER}input_layernorm.weight"].dtype == torch.float32
-    assert got["model.embed_tokens.weight"].dtype == torch.float32
+    assert {got[name].dtype for name in matrices} == {packed}
+    assert {got[f"{name}_scale"].dtype for name in matrices} == {torch.float32}
+    assert got[f"{LAYER}input_layernorm.weight"].dtype == COMPUTE[compute]
+    assert got["model.embed_tokens.weight"].dtype == COMPUTE[compute]
+
+
+def test_parts_are_kept_by_base_and_compute_and_ends_by_compute(tiny: ModelSource, cache: Path) -> None:
+    names = [f"{LAYER}mlp.up_proj.weight", "model.embed_tokens.weight"]
+    for base, compute in [("int8", "float32"), ("int8", "bfloat16"), ("nf4", "bfloat16"), ("bf16", "")]:
+        dict(read_tensors(tiny, names, base, compute))
+    layers = ["bf16/ends", "bf16/layer-003", "int8-bf16/layer-003", "int8-fp32/layer-003", "nf4-bf16/layer-003"]
+    assert parts(cache) == [f"{part}.safetensors" for part in layers]
+
+
+def test_matrices_that_lie_input_first_are_quantized_by_output(tmp_path: Path) -> None:
+    """GPT-2's Conv1D."""
+    model = GPT2LMHeadModel(
+        GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=50, n_positions=16, bos_token_id=1, eos_token_id=1)
+    )
+    model.save_pretrained(tmp_path / "gpt2")
+    source = find_model(str(tmp_path / "gpt2"))
+    name = "transformer.h.0.attn.c_attn.weight"
+    plain = model.state_dict()[name]
+    assert plain.shape == (32, 96)
+    for base, kind in QUANTIZED.items():
+        got = dict(read_tensors(source, [name], base))
+        want = kind.quantize(plain.t().contiguous())
+        assert torch.equal(got[name], want[0])
+        assert torch.equal(got[f"{name}_scale"], want[1])
 
 
 def test_a_tensor_that_is_not_there(tiny: ModelSource) -> None:
     with pytest.raises(ModelError, match=r"has no tensor model\.layers\.9\.x"):
         list(read_tensors(tiny, ["model.layers.9.x"], "fp32"))
-
-
-# ---------------------------------------------------------------- int8
-
-
-@pytest.mark.parametrize("magnitude", [1.0, 1e-8, 1e6])
-def test_each_rows_error_is_at_most_half_its_scale(magnitude: float) -> None:
-    weight = magnitude * torch.randn(16, 64, generator=torch.Generator().manual_seed(1))
-    weight[3] *= 1e-4  # its own scale, not its neighbours'
-    q, scale = quantize_rows(weight)
-    assert torch.equal(scale, weight.abs().amax(dim=1) / 127)
-    assert int(q.abs().max()) == 127
-    error = (q.double() * scale.double()[:, None] - weight.double()).abs()
-    assert bool((error <= scale.double()[:, None] / 2 * (1 + 1e-5)).all())
-
-
-def test_a_row_of_zeros_and_one_of_1e_8() -> None:
-    q, scale = quantize_rows(torch.stack([torch.zeros(4), torch.full((4,), 1e-8)]))
-    assert q.tolist() == [[0] * 4, [127] * 4]
-    assert scale[0] == 1
-    assert float(scale[1]) == pytest.approx(1e-8 / 127)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_int8_linear_is_the_dequantized_linear(bias: bool) -> None:
-    torch.manual_seed(1)
-    linear = nn.Linear(24, 10, bias=bias).requires_grad_(False)
-    q, scale = quantize_rows(linear.weight)
-    small = Int8Linear(linear)
-    state = {"weight": q, "weight_scale": scale} | ({"bias": linear.bias} if bias else {})
-    small.load_state_dict(state, assign=True)
-    linear.weight.copy_(q.float() * scale[:, None])
-    inputs = [torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(2), requires_grad=True) for _ in range(2)]
-    outputs = [module(x) for module, x in zip((small, linear), inputs, strict=True)]
-    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
-    for output in outputs:
-        (output**2).sum().backward()
-    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-5, atol=1e-4)
-    assert small.weight.grad is None

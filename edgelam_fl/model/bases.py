@@ -1,0 +1,82 @@
+"""The base: what frozen weights are kept in, what they are computed in, and which of that this machine can do.
+
+fp32 and bf16 are kept as they are computed. int8 and nf4 are for the matrices inside the layers, and are computed in
+either; embedding, norms, biases and head are kept in what is computed.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import nn
+
+from edgelam_fl.errors import EnvironmentProblem, ModelError
+from edgelam_fl.model.quantized import QUANTIZED
+
+BASES = ("fp32", "bf16", "int8", "nf4")
+COMPUTES = {
+    "fp32": ("float32",),
+    "bf16": ("bfloat16",),
+    "int8": ("float32", "bfloat16"),
+    "nf4": ("float32", "bfloat16"),
+}
+DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def compute_dtype(base: str, compute: str = "") -> torch.dtype:
+    """What a base is computed in; of several, the one asked for, and else the first. ModelError for another pair."""
+    if base not in COMPUTES:
+        raise ModelError(f"base {base!r} is unknown; model.base takes {', '.join(BASES)}")
+    if (compute or COMPUTES[base][0]) not in COMPUTES[base]:
+        raise ModelError(
+            f"base {base} cannot be computed in {compute!r}, only in {' or '.join(COMPUTES[base])}: set model.base or "
+            "model.compute"
+        )
+    return DTYPE[compute or COMPUTES[base][0]]
+
+
+def usable_bases() -> tuple[str, ...]:
+    """The bases that this machine can compute with: each one's kernels were run."""
+    return tuple(base for base in BASES if not base_problem(base))
+
+
+def require_base(base: str) -> None:
+    problem = base_problem(base)
+    if problem:
+        raise EnvironmentProblem(
+            f"base {base} cannot be used on this machine: {problem}. Here model.base can be "
+            f"{', '.join(usable_bases())}; `edgelam doctor` tests each one and says what would mend it"
+        )
+
+
+@cache
+def base_problem(base: str) -> str:
+    """Why the base cannot be used here; empty where forward and backward of a small matrix come out right."""
+    try:
+        for compute in COMPUTES[base]:
+            if not _computes(base, DTYPE[compute]):
+                return f"its kernel for {compute} gives wrong numbers"
+    except ImportError as error:
+        return f"a package is missing ({error})"
+    except (RuntimeError, OSError, AttributeError) as error:  # a kernel that was not built for this machine
+        return f"its kernel does not run ({error})"
+    return ""
+
+
+def _computes(base: str, dtype: torch.dtype) -> bool:
+    generator = torch.Generator().manual_seed(1)
+    plain = nn.Linear(96, 40, bias=False, dtype=torch.float32).requires_grad_(False)
+    plain.weight.copy_(torch.randn(40, 96, generator=generator))
+    tried: nn.Module = QUANTIZED[base].from_weight(plain.weight) if base in QUANTIZED else nn.Linear(96, 40, bias=False)
+    if base not in QUANTIZED:
+        tried.load_state_dict(plain.state_dict())
+        tried.to(dtype).requires_grad_(False)
+    x = torch.randn(3, 96, generator=generator)
+    inputs = [x.clone().requires_grad_(), x.to(dtype).requires_grad_()]
+    outputs = [plain(inputs[0]), tried(inputs[1])]
+    for output in outputs:
+        output.backward(torch.ones_like(output))
+    pairs = [[output.detach() for output in outputs], [each.grad for each in inputs]]
+    # nf4 is the coarsest: a relative error of 0.09. A wrong kernel is off by more than the numbers themselves.
+    return all(float((got.float() - want).norm()) < 0.2 * float(want.norm()) for want, got in pairs)

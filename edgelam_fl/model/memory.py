@@ -1,0 +1,99 @@
+"""What a slice of a model needs in memory, computed from config and tensor index alone. Imports no torch: plans use it.
+
+Weights are exact. What one micro-batch keeps for its backward pass is calibrated on Llama; other families come near.
+
+Letters in sizes: D hidden, A heads x head size, K the same of keys, I of the feed-forward part, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from edgelam_fl.model.adapter import Span
+from edgelam_fl.model.source import INPUT_FIRST, ModelSource, TensorEntry, layer_number
+
+_FP32 = 4
+_ITEMSIZE = {"float32": 4, "bfloat16": 2}
+_NF4_BLOCK = 64
+_PLAIN_NORMS = ("gpt2", "bert")  # their layer norm works in the dtype computed in, others' in fp32
+_FEED_FORWARD_KEPT = {"gpt2": 4, "bert": 1}  # tensors of size I a layer; elsewhere gate, its activation, and up
+
+
+def weights_bytes(source: ModelSource, spans: Iterable[Span], base: str, compute: str = "") -> int:
+    """The frozen weights of all `spans` of one node; a tensor that two of them need (a tied embedding) counts once."""
+    itemsize = _ITEMSIZE[compute or ("bfloat16" if base == "bf16" else "float32")]
+    names = {name for span in spans for name in source.index if _needs(source, span, name)}
+    return sum(_tensor_bytes(source, name, source.index[name], base, itemsize) for name in names)
+
+
+def _needs(source: ModelSource, span: Span, name: str) -> bool:
+    layer = layer_number(name)
+    if layer is not None:
+        return span.first <= layer < span.last
+    if any(part in name for part in ("embed", "wte", "wpe")):
+        tied = span.head and source.tied_head and "lm_head.weight" not in source.index and "wpe" not in name
+        return span.embed or tied
+    return span.head
+
+
+def _tensor_bytes(source: ModelSource, name: str, entry: TensorEntry, base: str, itemsize: int) -> int:
+    size = math.prod(entry.shape)
+    if base not in ("int8", "nf4") or layer_number(name) is None or len(entry.shape) != 2:
+        return size * itemsize
+    if base == "nf4":
+        return -(size // -_NF4_BLOCK) * (_NF4_BLOCK // 2 + _FP32)
+    return size + entry.shape[source.config["model_type"] in INPUT_FIRST] * _FP32
+
+
+def unit_bytes(
+    config: Mapping[str, Any],
+    layers: int,
+    rows: int,
+    tokens: int,
+    itemsize: int,
+    *,
+    checkpointing: bool = False,
+    head: bool = False,
+    all_linear: bool = False,
+) -> int:
+    """One micro-batch of `rows` x `tokens` on `layers` layers: input, what the backward pass needs, output, its gradient.
+
+    `config`: a model's config.json. `itemsize`: bytes of an element computed with. `head`: the layers are followed by
+    head and loss. `all_linear`: LoRA is on every matrix, not on a few of the attention's.
+    """
+    positions = rows * tokens
+    hidden = positions * _size(config, "hidden_size", "n_embd") * itemsize
+    layer = positions * _layer_bytes(config, itemsize, all_linear)
+    saved = layers * hidden + (layer if layers else 0) if checkpointing else layers * layer
+    if not head:
+        return hidden + saved + 2 * hidden
+    # Logits, their gradient, and the log-probabilities, which are fp32 always; and the final norm.
+    return hidden + saved + hidden + positions * int(config["vocab_size"]) * (2 * itemsize + _FP32)
+
+
+def _layer_bytes(config: Mapping[str, Any], itemsize: int, all_linear: bool) -> int:
+    """What one layer keeps of one position for the backward pass, as transformers, its sdpa attention and peft do it."""
+    kind = config["model_type"]
+    d = _size(config, "hidden_size", "n_embd")
+    heads = _size(config, "num_attention_heads", "n_head")
+    head_size = config.get("head_dim") or d // heads
+    a, k = heads * head_size, (config.get("num_key_value_heads") or heads) * head_size
+    i = config.get("intermediate_size") or config.get("n_inner") or 4 * d
+    norm = itemsize if kind in _PLAIN_NORMS else _FP32
+    kept = 2 * d * norm + itemsize * (2 * a + 2 * k + _FEED_FORWARD_KEPT.get(kind, 3) * i)
+    if kind == "qwen3":
+        kept += (a + k) * norm  # queries and keys before their own norms
+    return kept + _FP32 * _lora_inputs(d, a, i, copied=itemsize != _FP32, all_linear=all_linear)
+
+
+def _lora_inputs(d: int, a: int, i: int, *, copied: bool, all_linear: bool) -> int:
+    """LoRA is fp32: where that is not what is computed in, each adapted matrix keeps an fp32 copy of its input."""
+    if not copied:
+        return d + (d + i if all_linear else 0)
+    return 5 * d + a + i if all_linear else 2 * d
+
+
+def _size(config: Mapping[str, Any], *names: str) -> int:
+    return next(int(config[name]) for name in names if name in config)

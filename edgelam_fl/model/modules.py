@@ -1,0 +1,103 @@
+"""Small modules that stand in a stage where the whole model has something else. Know nothing about slices or files.
+
+Shapes: B rows, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+
+class Pass(nn.Module):
+    """Stands where a layer of another stage would be; also for what follows the last layer."""
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return hidden_states
+
+
+class Embedded(nn.Module):
+    """In place of an embedding that adds positions and the like: what comes in was embedded on another stage."""
+
+    def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> torch.Tensor:
+        return inputs_embeds
+
+
+class NoPositions(nn.Module):
+    """In place of a table of positions, which are added to what comes in: they were added on another stage."""
+
+    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(())  # without dimensions, so it lends its dtype to nothing
+
+
+class TaskHead(nn.Linear):
+    """Trained as a whole, so it is fp32 whatever the frozen model computes in; so are its logits."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input.to(self.weight.dtype))
+
+
+class UnitSeed:
+    """The seed of the unit that is being computed; None: no dropout."""
+
+    def __init__(self) -> None:
+        self.value: int | None = None
+
+    @contextmanager
+    def set_to(self, value: int | None) -> Iterator[None]:
+        before, self.value = self.value, value
+        try:
+            yield
+        finally:
+            self.value = before
+
+
+class UnitDropout(nn.Module):
+    """Dropout whose mask is a function of the unit's seed, the module's name and the shape.
+
+    So it is the same when the layer is recomputed, and on whatever stage the layer is.
+    """
+
+    def __init__(self, share: float, name: str, seed: UnitSeed) -> None:
+        super().__init__()
+        self.share, self.name, self.seed = share, name, seed
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.seed.value is None:
+            return x
+        mixed = hashlib.sha256(f"{self.seed.value} {self.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(mixed[:8], "little"))
+        dropped = torch.rand(x.shape, generator=generator) < self.share
+        return x.masked_fill(dropped, 0) / (1 - self.share)
+
+
+class StageCache(DynamicCache):
+    """Keys and values of a stage's layers, and how many tokens went by, also where no layer of the stage saw them.
+
+    transformers asks the first layer of a kind (full or sliding) for lengths and masks; a stage may lack that one.
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config=config)
+        self.mask_BT: torch.Tensor | None = None  # what is real of what is held, padding and all
+
+    @property
+    def tokens(self) -> int:
+        return 0 if self.mask_BT is None else self.mask_BT.shape[1]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.tokens
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        layer = self.layers[layer_idx]
+        if not layer.is_sliding:
+            return self.tokens + query_length, 0
+        layer.cumulative_length = self.tokens  # as it would be, had this layer run here
+        sizes: tuple[int, int] = layer.get_mask_sizes(query_length)
+        return sizes

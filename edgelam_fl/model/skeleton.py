@@ -1,0 +1,102 @@
+"""The unchanged Hugging Face model on the meta device, with what other stages hold replaced. Knows no weights' files.
+
+Neighbour: `model.stage` gives it the slice's tensors and LoRA.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from edgelam_fl.errors import ModelError
+from edgelam_fl.model.adapter import Span
+from edgelam_fl.model.families import Family
+from edgelam_fl.model.modules import Embedded, NoPositions, Pass, TaskHead
+from edgelam_fl.model.quantized import QUANTIZED, quantize_linears
+
+
+def skeleton(config: Any, family: Family, span: Span, base: str, classes: int) -> PreTrainedModel:
+    """The model without storage, and without what other stages hold; the task head, which no file has, is zero."""
+    _check_head(config.model_type, family, classes)
+    if classes:
+        config.num_labels = classes
+    auto = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
+    with torch.device("meta"):
+        # The tensors that are assigned later bring their dtype. Any other here would be set as the whole process's
+        # default for a moment, and two stages loading at once would leave it so.
+        model = auto.from_config(config, dtype=torch.float32)
+    _keep_layers(model.get_submodule(f"{family.body}.{family.layers}"), span, base)
+    if not span.embed:
+        _drop_embedding(model, family, has_lm_head=span.head and family.task_head is None)
+    if not span.head:
+        _drop_head(model, family)
+    elif family.task_head is not None:
+        setattr(model, family.task_head, TaskHead(config.hidden_size, classes))
+        nn.init.zeros_(getattr(model, family.task_head).weight)
+        nn.init.zeros_(getattr(model, family.task_head).bias)
+    return model
+
+
+def _check_head(model_type: str, family: Family, classes: int) -> None:
+    if family.task_head is None and classes:
+        raise ModelError(f"task.kind: {model_type} is not for classification here; allowed: causal-lm, or a BERT model")
+    if family.task_head is not None and not classes:
+        raise ModelError(f"task.kind: {model_type} has no language model's head; allowed: classification, with classes")
+
+
+def _keep_layers(layers: nn.Module, span: Span, base: str) -> None:
+    assert isinstance(layers, nn.ModuleList)
+    if not 0 <= span.first <= span.last <= len(layers):
+        raise ModelError(f"a stage of layers {span.first} to {span.last} is outside the model's {len(layers)} layers")
+    for number in range(len(layers)):
+        if not span.first <= number < span.last:
+            layers[number] = Pass()
+        elif base in QUANTIZED:
+            quantize_linears(layers[number], base)
+
+
+def _drop_embedding(model: PreTrainedModel, family: Family, *, has_lm_head: bool) -> None:
+    if has_lm_head:
+        head = model.get_output_embeddings()
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)  # no longer the embedding's
+    body = model.get_submodule(family.body)
+    if hasattr(body, "embeddings"):  # BERT's add positions and types and normalise
+        body.embeddings = Embedded()
+    else:
+        model.set_input_embeddings(nn.Identity())
+    if hasattr(body, "wpe"):
+        body.wpe = NoPositions()
+
+
+def _drop_head(model: PreTrainedModel, family: Family) -> None:
+    body = model.get_submodule(family.body)
+    if family.norm is not None:
+        setattr(body, family.norm, nn.Identity())
+    if family.task_head is None:
+        model.set_output_embeddings(nn.Identity())
+    else:
+        body.pooler = Pass()
+        setattr(model, family.task_head, nn.Identity())
+
+
+def fill_computed(model: PreTrainedModel, family: Family) -> None:
+    """Tables that are computed, never stored, and so are still on the meta device."""
+    body = model.get_submodule(family.body)
+    if hasattr(body, "rotary_emb"):
+        body.rotary_emb = type(body.rotary_emb)(config=model.config)
+    for module in body.modules():
+        if hasattr(module, "scalar_embed_scale"):
+            module.embed_scale = torch.tensor(module.scalar_embed_scale)
+        for name in ("position_ids", "token_type_ids"):
+            if hasattr(module, name):
+                rows, length = getattr(module, name).shape
+                values = torch.arange(length) if name == "position_ids" else torch.zeros(length, dtype=torch.long)
+                setattr(module, name, values.expand(rows, -1))
+    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    if left:
+        raise ModelError(
+            f"{model.config.model_type}: nothing fills {', '.join(left[:3])}; its row in FAMILIES is wrong"
+        )

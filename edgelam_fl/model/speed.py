@@ -1,0 +1,94 @@
+"""How fast this machine computes with each base: one layer's matrices of a model, with random weights, for real.
+
+Measured, never looked up by a processor's name. Reads no weights; knows nothing of plans, which choose by these figures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from edgelam_fl.errors import ModelError
+from edgelam_fl.model.bases import COMPUTES, DTYPE, usable_bases
+from edgelam_fl.model.quantized import QUANTIZED
+from edgelam_fl.model.source import ModelSource, cache_folder, layer_number
+
+_TOKENS = 128
+_SHORT = {"float32": "fp32", "bfloat16": "bf16"}
+_BUDGET_S = 0.25  # for each pair; a layer too large for it is still run as often as _RUNS says
+_RUNS = (3, 9)
+
+
+def measure_bases(source: ModelSource) -> dict[str, float]:
+    """Seconds for forward and backward of one layer's matrices over 128 tokens, by "base/compute" as in "int8/bf16".
+
+    About 2 s where it was never measured; kept in the cache for this model, torch, number of threads and machine.
+    """
+    bases = usable_bases()
+    note = _note(source, bases)
+    try:
+        kept: dict[str, float] = json.loads(note.read_text(encoding="utf-8"))
+        return kept
+    except (FileNotFoundError, json.JSONDecodeError):
+        pass
+    shapes = _layer_shapes(source)
+    measured = {
+        f"{base}/{_SHORT[compute]}": _seconds(shapes, base, DTYPE[compute])
+        for base in bases
+        for compute in COMPUTES[base]
+    }
+    note.parent.mkdir(parents=True, exist_ok=True)
+    temporary = note.with_name(f".{note.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(measured), encoding="utf-8")
+    temporary.replace(note)
+    return measured
+
+
+def _note(source: ModelSource, bases: tuple[str, ...]) -> Path:
+    machine = (platform.node(), platform.machine(), torch.backends.cpu.get_cpu_capability())
+    known = json.dumps([source.digest, torch.__version__, torch.get_num_threads(), machine, bases])
+    return cache_folder() / "speed" / f"{hashlib.sha256(known.encode()).hexdigest()[:24]}.json"
+
+
+def _layer_shapes(source: ModelSource) -> list[tuple[int, int]]:
+    shapes = [shape for name, shape in source.linear_modules().items() if layer_number(name) == 0]
+    if not shapes:
+        raise ModelError(f"model {source.name} has no matrices in its layer 0, so its speed cannot be measured")
+    return shapes
+
+
+def _seconds(shapes: list[tuple[int, int]], base: str, dtype: torch.dtype) -> float:
+    """The median of a few runs, each over all matrices; the first run, which makes the kernels ready, is left out."""
+    generator = torch.Generator().manual_seed(1)
+    pairs = []
+    for out_features, in_features in shapes:
+        weight_OI = torch.randn(out_features, in_features, generator=generator)
+        if base in QUANTIZED:
+            layer: nn.Module = QUANTIZED[base].from_weight(weight_OI)
+        else:
+            layer = nn.Linear(in_features, out_features, bias=False, device="meta")
+            layer.weight = nn.Parameter(weight_OI.to(dtype), requires_grad=False)
+        pairs.append((layer, torch.randn(_TOKENS, in_features, generator=generator).to(dtype).requires_grad_()))
+    _run(pairs)
+    least, most = _RUNS
+    began, taken = time.perf_counter(), [_run(pairs) for _ in range(least)]
+    while len(taken) < most and time.perf_counter() - began < _BUDGET_S:
+        taken.append(_run(pairs))
+    return statistics.median(taken)
+
+
+def _run(pairs: list[tuple[nn.Module, torch.Tensor]]) -> float:
+    began = time.perf_counter()
+    for layer, x in pairs:
+        y = layer(x)
+        y.backward(torch.ones_like(y))
+        x.grad = None
+    return time.perf_counter() - began

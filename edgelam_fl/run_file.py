@@ -1,0 +1,192 @@
+"""A run file as people read it: every key with its range and description, taken from config.py's models.
+
+`edgelam init` writes one, `edgelam run --explain` prints one. Knows no key by itself but those that most people touch.
+Lines of text begin with "# "; a line that begins with "#" and a key is that key at its default.
+"""
+
+from __future__ import annotations
+
+import textwrap
+import types
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from edgelam_fl.config import RunConfig, Section, toml_value
+from edgelam_fl.errors import ConfigError, DataError
+from edgelam_fl.model.adapter import target_modules
+from edgelam_fl.model.source import ModelSource, find_model
+from edgelam_fl.tasks.data import read_records
+
+COMMON = {
+    "model.name", "model.base", "split.front", "split.back", "split.hosts", "lora.rank", "lora.alpha", "lora.targets",
+    "task.max_tokens", "task.template", "data.fields", "federation.rounds", "federation.local_steps",
+    "federation.batch_size", "federation.min_nodes", "optimizer.lr", "strategy.aggregation", "run.seed",
+}  # fmt: skip
+_PROMPTS = ("question", "prompt", "instruction", "input", "query", "problem", "text", "sentence", "user", "context")
+_ANSWERS = ("answer", "response", "completion", "output", "reply", "solution", "label", "target", "assistant", "class")
+_HEADER = """\
+# A run file of EdgeLAM-FL. Every key has a default: what stands behind a '#' is that default, so take the '#' away and
+# change the value. `edgelam run {name} --explain` shows what a run would use; `--set lora.rank=4` overrides for once.
+"""
+_INDENT, _WIDTH = 36, 120
+
+
+# ---------------------------------------------------------------- edgelam init
+
+
+def write_run_file(file: Path, data: Path | None, model: str) -> list[str]:
+    """Writes a new run file for `data`'s fields and for `model` ("": the default). Returns what was chosen, to be said.
+
+    Raises ConfigError where `file` exists: nothing is ever overwritten.
+    """
+    if file.exists():
+        raise ConfigError(f"{file} exists; give another name (nothing is ever overwritten)")
+    sections: dict[str, dict[str, Any]] = {}
+    chosen = []
+    if model:
+        sections |= _for_model(find_model(model))
+        chosen.append(f"model.name = {model!r}")
+    if data is not None:
+        names = text_fields(data)
+        prompt, answer = choose_fields(data, names)
+        sections["data"] = {"fields": {"prompt": prompt, "answer": answer}}
+        chosen.append(f"data.fields: prompt = {prompt!r}, answer = {answer!r}; {data} has {', '.join(names)}")
+    config = RunConfig.model_validate(sections)
+    changed = {f"{section}.{key}" for section, keys in sections.items() for key in keys}
+    text = f"{_HEADER.format(name=file.name)}\n{described(config, shown=COMMON | changed)}"
+    try:
+        with file.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written: {error.strerror}") from error
+    return chosen
+
+
+def _for_model(source: ModelSource) -> dict[str, dict[str, Any]]:
+    """What has to differ from the defaults so that the file runs with this model."""
+    sections: dict[str, dict[str, Any]] = {"model": {"name": source.name}}
+    standard = RunConfig()
+    ends = min(standard.split.front, (source.num_layers - 1) // 2)  # one layer at least is left for a host
+    if ends < standard.split.front:
+        sections["split"] = {"front": ends, "back": ends}
+    try:
+        target_modules(source, standard.lora.targets)
+    except ConfigError:
+        sections["lora"] = {"targets": ("all-linear",)}
+    return sections
+
+
+def text_fields(data: Path) -> list[str]:
+    """The fields that hold a text in every example, in the order of the file."""
+    records = [record for _, record in read_records(data)]
+    return [
+        name
+        for name in records[0]
+        if all(isinstance(record.get(name), str) and record[name].strip() for record in records)
+    ]
+
+
+def choose_fields(data: Path, names: list[str]) -> tuple[str, str]:
+    """(prompt, answer): by the names that data sets commonly use, else the first two. DataError for fewer than two."""
+    if len(names) < 2:
+        raise DataError(
+            f"{data} has {len(names)} fields with a text in every example ({', '.join(names) or 'none'}); two are needed, "
+            f"a question and its answer"
+        )
+    answer = _known(names, _ANSWERS)
+    prompt = _known([name for name in names if name != answer], _PROMPTS)
+    others = [name for name in names if name not in (prompt, answer)]
+    prompt = prompt or others.pop(0)
+    return prompt, answer or others.pop(0)
+
+
+def _known(names: list[str], known: tuple[str, ...]) -> str:
+    lowered = {name.lower(): name for name in names}
+    return next((lowered[word] for word in known if word in lowered), "")
+
+
+# ---------------------------------------------------------------- the text
+
+
+def described(config: RunConfig, *, shown: Collection[str] | None = None, mark_changed: bool = False) -> str:
+    """The run file of `config`. Keys that are not `shown` are commented out; None shows all."""
+    values = config.model_dump(mode="json")
+    sections = []
+    for name, field in RunConfig.model_fields.items():
+        lines = [f"[{name}]"]
+        for key, inner in _section(field).model_fields.items():
+            mark = "" if shown is None or f"{name}.{key}" in shown else "#"
+            default = inner.get_default(call_default_factory=True)
+            changed = mark_changed and getattr(getattr(config, name), key) != default
+            note = f"changed, default {toml_value(_plain(default))}; " if changed else ""
+            lines += _lines(f"{mark}{key} = {toml_value(values[name][key])}", note + explain(inner))
+        sections.append("\n".join(lines) + "\n")
+    return "\n".join(sections)
+
+
+def _section(field: FieldInfo) -> type[Section]:
+    return field.annotation  # type: ignore[return-value]
+
+
+def _plain(value: Any) -> Any:
+    return (
+        value.model_dump(mode="json")
+        if isinstance(value, Section)
+        else list(value)
+        if isinstance(value, tuple)
+        else value
+    )
+
+
+def _lines(assignment: str, text: str) -> Iterator[str]:
+    """The key, its explanation beside it; the explanation's further lines, or all where the key is long, on their own."""
+    first, *rest = textwrap.wrap(text, _WIDTH - _INDENT - 2, break_long_words=False, break_on_hyphens=False)
+    if len(assignment) >= _INDENT:
+        yield assignment
+        rest = [first, *rest]
+    else:
+        yield f"{assignment:<{_INDENT}}# {first}"
+    yield from (f"{'':<{_INDENT}}# {line}" for line in rest)
+
+
+def explain(field: FieldInfo) -> str:
+    """A key's range and description."""
+    text = ": ".join(part for part in (allowed(field), field.description) if part)
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+        text += "".join(f"; {key}: {inner.description}" for key, inner in field.annotation.model_fields.items())
+    return text
+
+
+def allowed(field: FieldInfo) -> str:
+    """What a key may be, in words; empty where any text is allowed, or the description says it."""
+    limits = {
+        word: getattr(rule, word) for rule in field.metadata for word in ("ge", "gt", "le", "lt") if hasattr(rule, word)
+    }
+    return _range(limits) if limits else _choice(field.annotation)
+
+
+def _range(limits: Mapping[str, float]) -> str:
+    if limits.keys() == {"ge", "le"}:
+        return f"{limits['ge']} to {limits['le']}"
+    if limits.keys() == {"ge"}:
+        return f"{limits['ge']} or more"
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    return ", ".join(f"{words[word]} {limit}" for word, limit in limits.items())
+
+
+def _choice(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation is bool:
+        return "true | false"
+    if origin is Literal:
+        return " | ".join(arguments)
+    if origin in (Union, types.UnionType):
+        return " | ".join(_choice(part) for part in arguments)
+    if origin is tuple:
+        return f"list of {_choice(arguments[0]) or ('texts' if arguments[0] is str else 'numbers')}"
+    if origin is dict:
+        return "table of numbers by name"
+    return ""

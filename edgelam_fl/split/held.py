@@ -1,0 +1,117 @@
+"""What a node keeps in memory between rounds: its slices of the model, the adapters on them, and the optimizers' moments.
+
+Knows plans and tensors; knows nothing about links or batches. `split.stage_host` keeps one of these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from edgelam_fl.errors import Refused
+from edgelam_fl.model import adapter as adapters
+from edgelam_fl.model.source import find_model
+from edgelam_fl.model.stage import Stage, load_stages
+from edgelam_fl.split.job import ends_train, hosted_trains, lora_of
+from edgelam_fl.split.plan import end_spans, hosted_span, spans_of
+from edgelam_fl.split.trainee import Trainee
+from edgelam_fl.wire import edgelam_pb2 as pb
+
+_COPIES = "copies"
+
+
+class Held:
+    """The stages of one node: the ends of its own route, and what it hosts for others."""
+
+    def __init__(self, plan: pb.Plan) -> None:
+        """Loads the slices. Raises Refused where the model here is not the server's."""
+        self.key = slice_key(plan)
+        self.source = find_model(plan.model.name)
+        if self.source.digest != plan.model.digest:
+            raise Refused(
+                f"model {plan.model.name} is {self.source.digest[:12]} on node {plan.node} and {plan.model.digest[:12]} at the "
+                f"server: they must be the same files"
+            )
+        stages = load_stages(
+            self.source, spans_of(plan), plan.model.base, lora_of(plan),
+            compute=plan.model.compute, classes=len(plan.task.classes),
+        )  # fmt: skip
+        own = len(end_spans(plan))
+        self.ends: list[Stage] = stages[:own]
+        self.hosted: Stage | None = stages[own] if hosted_span(plan) is not None else None
+        for stage in stages:
+            stage.set_checkpointing(plan.checkpointing)
+        self.ends_trainee = Trainee(self.ends)
+        self._site: dict[str, Trainee] = {}  # by source: the site, or with copies each device
+
+    # ---------------------------------------------------------------- a round
+
+    def start(self, plan: pb.Plan, given: bytes) -> bool:
+        """Takes the round's first adapter, or goes on with what is here. Returns whether all moments go on.
+
+        Raises Refused where neither is what the plan starts from, ProtocolError where tensors are missing.
+        """
+        tensors = adapters.from_bytes(given) if given else self.current()
+        digest = adapters.digest(tensors) if tensors is not None else "several copies"
+        if tensors is None or digest != plan.adapter_digest:
+            raise Refused(
+                f"node {plan.node} holds adapter {digest[:12]}, the plan starts from {plan.adapter_digest[:12]}"
+            )
+        warm = [self.ends_trainee.start(tensors, ends_train(plan), plan)] if self.ends else []
+        warm += [trainee.start(tensors, hosted_trains(plan), plan) for trainee in self.site_trainees(plan).values()]
+        return all(warm)
+
+    def site_trainees(self, plan: pb.Plan) -> dict[str, Trainee]:
+        """What trains on the hosted stage, by source: one for the site, or with copies one for each device."""
+        if self.hosted is None:
+            return {}
+        copies = plan.host_mode == _COPIES
+        routes = sorted(plan.serves, key=lambda route: route.device_index)
+        sources = [route.device for route in routes] if copies else [plan.site]
+        for source in sources:
+            if source not in self._site:
+                self._site[source] = Trainee([self.hosted], own=copies)
+        self._site = {source: self._site[source] for source in sources}
+        return self._site
+
+    def finish(self, plan: pb.Plan, own_labels: int, site_labels: Callable[[str, str], int]) -> list[pb.Contribution]:
+        """What each source trained. `site_labels(source, tensor)`: labels that a hosted tensor learned from.
+
+        A layer that only some routes cross learned from their labels alone, so a site's tensors may differ in weight.
+        """
+        found = [("ends", plan.node, own_labels, self.ends_trainee.finish(plan))] if self.ends else []
+        for source, trainee in self._site.items() if self.hosted is not None else []:
+            tensors = trainee.finish(plan)
+            for weight in sorted({site_labels(source, name) for name in tensors}):
+                part = {name: array for name, array in tensors.items() if site_labels(source, name) == weight}
+                found.append(("site", source, weight, part))
+        return [
+            pb.Contribution(scope=scope, source=source, weight=weight, adapter=adapters.to_bytes(tensors))
+            for scope, source, weight, tensors in found
+            if weight and tensors
+        ]
+
+    def current(self) -> adapters.Adapter | None:
+        """All that is held, by name; None where several versions of a tensor are."""
+        merged: adapters.Adapter = {}
+        for trainee in [self.ends_trainee, *self._site.values()]:
+            for name, array in trainee.adapter().items():
+                if name in merged and not np.array_equal(merged[name], array):
+                    return None
+                merged[name] = array
+        return merged
+
+    def stages(self) -> Iterable[Stage]:
+        return [*self.ends, *([self.hosted] if self.hosted is not None else [])]
+
+
+def slice_key(plan: pb.Plan) -> tuple[Any, ...]:
+    """What would make it another slice."""
+    model = plan.model
+    copies = plan.host_mode == _COPIES
+    return (
+        model.digest, model.base, model.compute, tuple(spans_of(plan)), lora_of(plan), plan.checkpointing, copies,
+        len(plan.task.classes),
+    )  # fmt: skip

@@ -1,0 +1,82 @@
+"""Opening a node's links as its plan says: a device's to both ends of its route, a host's to the next one.
+
+Knows plans and handshakes; how bytes travel is `Dial`'s: `wire.grpc_link.dial`, or queues inside one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from edgelam_fl.errors import PeerLost
+from edgelam_fl.model.source import ModelSource
+from edgelam_fl.split.driver import Route
+from edgelam_fl.split.job import Inbox
+from edgelam_fl.split.member import unit_rows
+from edgelam_fl.split.plan import job_id
+from edgelam_fl.wire import PROTOCOL_VERSION
+from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.codec import CODECS
+from edgelam_fl.wire.counters import ByteCounters
+from edgelam_fl.wire.link import Ears, Link
+from edgelam_fl.wire.pace import Pace
+
+# address, link name, hello, counters, ears, deadlines -> an open link and READY
+Dial = Callable[[str, str, pb.Hello, ByteCounters, Ears, pb.Deadlines], tuple[Link, pb.Ready]]
+
+
+def open_link(
+    dial: Dial,
+    plan: pb.Plan,
+    source: ModelSource,
+    route: pb.Route,
+    number: int,
+    side: pb.LinkRole,
+    counters: ByteCounters,
+    ears: Ears,
+) -> tuple[Link, int]:
+    """Dials a hop of a route and sets the link up as both ends agreed; returns it with the window granted."""
+    hop = route.hops[number]
+    hello = pb.Hello(
+        version=PROTOCOL_VERSION, job=job_id(plan), node=plan.node, device_index=route.device_index, link=side,
+        route_token=route.token, model_digest=source.digest, window=plan.window, codecs=list(CODECS),
+    )  # fmt: skip
+    name = f"{'entry' if side == pb.ENTRY else 'exit'} {hop.node}"
+    name += f" for {route.device}" if route.device != plan.node else ""
+    link, ready = dial(hop.address, name, hello, counters, ears, plan.deadlines)
+    if ready.codec not in CODECS or not ready.window >= 1:
+        raise PeerLost(f"{name} granted codec {ready.codec!r} and window {ready.window}")
+    link.max_tensor_bytes = unit_rows(plan) * plan.task.max_tokens * source.hidden_size * wire_dtype(plan).itemsize
+    link.job_token, link.codec = ready.job_token, ready.codec
+    return link, ready.window
+
+
+def open_route(
+    dial: Dial,
+    plan: pb.Plan,
+    source: ModelSource,
+    route: Route,
+    counters: ByteCounters,
+    on_sent: Callable[[pb.Header, float, float], None] | None = None,
+) -> None:
+    """A device's two links, into `route`; over no host there is nothing to open. One pace for all that it sends."""
+    own = plan.routes[0]
+    if not own.hops:
+        return
+    ears = (route.inbox.on_frame, route.inbox.on_lost)
+    route.entry, entry_window = open_link(dial, plan, source, own, 0, pb.ENTRY, counters, ears)
+    route.exit, exit_window = open_link(dial, plan, source, own, len(own.hops) - 1, pb.EXIT, counters, ears)
+    route.window = min(plan.window, entry_window, exit_window)
+    pace = Pace(own.share_bps / 8) if own.share_bps else None
+    for link in (route.entry, route.exit):
+        link.pace, link.on_sent = pace, on_sent
+
+
+def new_route(plan: pb.Plan) -> Route:
+    return Route(Inbox(plan.deadlines.round_s), window=plan.window)
+
+
+def wire_dtype(plan: pb.Plan) -> torch.dtype:
+    """What travels on every link of the run, whatever a node computes in."""
+    return torch.bfloat16 if plan.model.wire == "bfloat16" else torch.float32

@@ -1,0 +1,31 @@
+"""How many micro-batches of each device a host has memory for: reserved for all routes before the first link opens.
+
+An admitted micro-batch never waits for memory, so a window is granted at READY or not at all (protocol section 4).
+"""
+
+from __future__ import annotations
+
+from edgelam_fl.model.memory import unit_bytes
+from edgelam_fl.model.source import ModelSource
+from edgelam_fl.split.member import unit_rows
+from edgelam_fl.wire import edgelam_pb2 as pb
+
+_SHARE = 0.8  # of the free memory; the rest is for buffers and for whoever else lives here
+_KEPT_A_WEIGHT = 16  # bytes of an adapter's weight: its gradient, two moments, and a device's accumulator, in fp32
+
+
+def affordable_window(plan: pb.Plan, source: ModelSource, itemsize: int, adapter_size: int, free_bytes: int) -> int:
+    """Of the plan's window what fits into `free_bytes` for every route at once; 0: not even one micro-batch each.
+
+    `itemsize`: bytes of an element computed with. `adapter_size`: elements of the hosted adapter.
+    """
+    span = plan.hosted
+    unit = unit_bytes(
+        source.config, span.last - span.first, unit_rows(plan), plan.task.max_tokens, itemsize,
+        checkpointing=plan.checkpointing, head=plan.labels == "last-stage",
+        all_linear=list(plan.lora.targets) == ["all-linear"],
+    )  # fmt: skip
+    routes = len(plan.serves)
+    copies = routes if plan.host_mode == "copies" else 1
+    kept = adapter_size * _KEPT_A_WEIGHT * max(routes, copies)
+    return max(0, min(plan.window, int((free_bytes * _SHARE - kept) // (unit * routes))))

@@ -1,0 +1,83 @@
+"""A conversation with a run's result over the federation's hosts: who asks is one more device, and trains nothing.
+
+The hosts get plans that serve generation; the caller's own plan, with its route and its secret token, is left in a file
+that only this user can read. The caller (`edgelam chat --server`) then dials the hosts itself: no text comes by here.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from pathlib import Path
+
+from flwr.app import ConfigRecord, RecordDict
+from flwr.serverapp import Grid
+from safetensors.numpy import load_file
+
+from edgelam_fl.config import RunConfig
+from edgelam_fl.errors import RunFailed
+from edgelam_fl.flower import to_record
+from edgelam_fl.model import adapter as adapters
+from edgelam_fl.model.source import ModelSource
+from edgelam_fl.split.plan import spans_of
+from edgelam_fl.wire import PROTOCOL_VERSION
+from edgelam_fl.wire import edgelam_pb2 as pb
+from server.layout import make_layout, who_may_host
+from server.nodes import Nodes
+from server.plans import RoundFacts, make_plans, task_settings
+from server.run_folder import RunFolder
+
+CALLER = "chat"
+_POLL_S = 0.5
+
+
+def converse(grid: Grid, config: RunConfig, source: ModelSource, session: Path, adapter: Path) -> None:
+    """Serves one conversation; returns when the caller has left. `session`: a folder for its events and the route."""
+    folder = RunFolder(session, config, source)
+    try:
+        plans, nodes = _plan(grid, config, source, folder)
+        held = load_file(adapter / "adapter_model.safetensors")
+        messages = []
+        for name, plan in plans.items():
+            if name == CALLER:
+                continue
+            tensors = adapters.slice_of(held, spans_of(plan))
+            plan.adapter_digest = adapters.digest(tensors)
+            content = RecordDict({"plan": ConfigRecord({"plan": plan.SerializeToString()})})
+            content["adapter"] = to_record(tensors)
+            messages.append(nodes.message(name, "evaluate", content))
+        _leave(session / "route", plans[CALLER])
+        _, missing = nodes.exchange(messages, config.federation.round_deadline_s)
+        if missing:
+            raise RunFailed("; ".join(f"{name}: {reason}" for name, reason in sorted(missing.items())))
+    except RunFailed as error:
+        folder.emit("run_failed", reason=str(error), kept="the run itself is untouched")
+        raise
+    folder.emit("run_done", summary="")
+
+
+def _plan(grid: Grid, config: RunConfig, source: ModelSource, folder: RunFolder) -> tuple[dict[str, pb.Plan], Nodes]:
+    """Waits for the hosts of one site. Raises RunFailed when they do not come."""
+    nodes = Nodes(grid, folder, pb.ProfileRequest(protocol_version=PROTOCOL_VERSION, task=task_settings(config)))
+    end = time.monotonic() + config.federation.join_deadline_s
+    while len(who_may_host(config, nodes.profiles.values())) < config.split.hosts and time.monotonic() < end:
+        if not nodes.refresh():
+            time.sleep(_POLL_S)
+    caller = pb.Profile(name=CALLER, role=pb.DEVICE)
+    layout = make_layout(config, source, [caller], who_may_host(config, nodes.profiles.values()))
+    facts = RoundFacts(f"{folder.path.name}-{time.time_ns():x}", 1, 1, 0, 0)
+    profiles = {**nodes.profiles, CALLER: caller}
+    plans = make_plans(config, source, facts, profiles, layout, {}, {CALLER: secrets.token_bytes(16)})
+    for plan in plans.values():
+        plan.generate, plan.evaluate = True, False
+        plan.window = plan.micro_batches = plan.batch_size = 1
+        plan.task.max_tokens = int(source.config.get("max_position_embeddings", plan.task.max_tokens))
+    return plans, nodes
+
+
+def _leave(path: Path, plan: pb.Plan) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(plan.SerializeToString())
+    temporary.replace(path)

@@ -1,0 +1,123 @@
+"""What nodes trained: read out of their replies, checked against their plans, and put together a source.
+
+Nothing that a node sends is trusted: names, shapes, types, values, sources and weights are held against its plan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import RecordDict
+from google.protobuf.message import DecodeError
+
+from edgelam_fl.flower import from_record
+from edgelam_fl.model import adapter as adapters
+from edgelam_fl.model.adapter import Adapter, Span
+from edgelam_fl.split.plan import end_spans, hosted_span
+from edgelam_fl.wire import edgelam_pb2 as pb
+from server.layout import Layout, site_source
+from strategies.base import Contribution
+
+
+@dataclass(frozen=True)
+class Reply:
+    report: pb.JobReport
+    tensors: tuple[Adapter, ...] = ()  # of the report's contributions, in their order
+
+    def of_scope(self, scope: str) -> list[Adapter]:
+        pairs = zip(self.report.contributions, self.tensors, strict=True)
+        return [tensors for contribution, tensors in pairs if contribution.scope == scope]
+
+
+def read_reply(content: RecordDict) -> Reply:
+    """A node's report; the tensors of contribution i came beside it as "adapter-i". Garbage is a report that failed."""
+    try:
+        report = pb.JobReport.FromString(content["report"]["report"])
+        count = len(report.contributions)
+        return Reply(report, tuple(from_record(content[f"adapter-{number}"]) for number in range(count)))
+    except (DecodeError, KeyError, TypeError, ValueError, EOFError, OSError) as error:
+        return Reply(pb.JobReport(state="failed", error=f"its reply cannot be read: {type(error).__name__}: {error}"))
+
+
+def problem(reply: Reply, plan: pb.Plan, adapter: Adapter) -> str:
+    """Why a reply cannot be used; empty if it can. `adapter`: the global one, for the shapes."""
+    if reply.report.state != "done":
+        return reply.report.error or f"its report says {reply.report.state!r}"
+    seen: set[tuple[str, str, str]] = set()
+    for part, tensors in zip(reply.report.contributions, reply.tensors, strict=True):
+        where = _where(plan, part)
+        if where is None:
+            return f"its contribution {part.scope!r} of {part.source!r} is none of its plan's"
+        most = _most_labels(plan, part)
+        if not (math.isfinite(part.weight) and 0 <= part.weight <= most):
+            return f"its contribution of {part.source!r} weighs {part.weight}; the plan allows 0 to {most} labels"
+        wrong = _wrong_tensor(tensors, adapters.slice_of(adapter, where))
+        if wrong:
+            return wrong
+        names = {(part.scope, part.source, name) for name in tensors}
+        if seen & names:
+            return f"it contributes {min(seen & names)[2]} of {part.source!r} twice"
+        seen |= names
+    return ""
+
+
+def _where(plan: pb.Plan, part: pb.Contribution) -> list[Span] | None:
+    """The layers that a contribution may hold; None where the plan's node has none to make."""
+    if part.scope == "ends":
+        return end_spans(plan) if plan.routes and part.source == plan.node else None
+    hosted = hosted_span(plan)
+    if part.scope != "site" or hosted is None:
+        return None
+    if plan.host_mode != "copies":
+        return [hosted] if part.source == plan.site else None
+    hops = [hop for route in plan.serves if route.device == part.source for hop in route.hops if hop.node == plan.node]
+    return [Span(hop.first, hop.last, head=hosted.head) for hop in hops] or None
+
+
+def _most_labels(plan: pb.Plan, part: pb.Contribution) -> int:
+    devices = len(plan.serves) if part.scope == "site" and plan.host_mode != "copies" else 1
+    return devices * plan.steps * plan.batch_size * plan.task.max_tokens
+
+
+def _wrong_tensor(tensors: Adapter, expected: Adapter) -> str:
+    for name, array in tensors.items():
+        if name not in expected:
+            return f"its update has a tensor {name}, which its plan does not hold"
+        if array.shape != expected[name].shape or array.dtype != np.float32:
+            return f"its {name} is {array.dtype} {array.shape}, not float32 {expected[name].shape}"
+        if not np.isfinite(array).all():
+            return f"its {name} holds values that are not finite"
+    return ""
+
+
+def broken_sites(layout: Layout, present: Collection[str]) -> dict[str, list[str]]:
+    """The sites that lack a host, and who is missing: half of a chain's update fits nothing."""
+    missing = {site.name: [host.name for host in site.hosts if host.name not in present] for site in layout.sites}
+    return {site: hosts for site, hosts in missing.items() if hosts}
+
+
+def collect(
+    replies: Mapping[str, Reply], plans: Mapping[str, pb.Plan], layout: Layout, broken: Collection[str]
+) -> list[Contribution]:
+    """One contribution a source and weight, in an order that the replies' order does not change.
+
+    A source is a device with its ends and, with copies, its adapters on hosts; or a site with the layers of its chain. It
+    has several weights where fewer devices' labels went through some of its layers. Of a `broken` site nothing counts,
+    the ends of its devices included: they were trained against a middle that is lost.
+    """
+    merged: dict[tuple[str, float], Adapter] = {}
+    for name, reply in sorted(replies.items()):
+        for part, tensors in zip(reply.report.contributions, reply.tensors, strict=True):
+            site = layout.site_of(name).name if part.scope == "ends" else plans[name].site
+            of_site = part.scope == "site" and plans[name].host_mode != "copies"
+            source = site_source(part.source) if of_site else part.source
+            if site not in broken and part.weight > 0 and tensors:
+                merged.setdefault((source, part.weight), {}).update(tensors)
+    return [Contribution(source, weight, tensors) for (source, weight), tensors in sorted(merged.items(), key=_key)]
+
+
+def _key(item: tuple[tuple[str, float], Adapter]) -> tuple[str, float]:
+    return item[0]

@@ -1,0 +1,244 @@
+"""Modes, unlike cuts, sites, devices that host: stage hosts in one process against one plain loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgelam_fl.config import RunConfig
+from edgelam_fl.model import adapter as adapters
+from edgelam_fl.model.adapter import Adapter, initial_adapter
+from edgelam_fl.model.source import ModelSource
+from edgelam_fl.wire import edgelam_pb2 as pb
+from strategies.aggregation.fedavg import FedAvg
+from strategies.base import Contribution
+from tests.parity.reference import Reference
+from tests.support import check_done, device_batches, memory_fleet, relative_distance, run_config, same_bits
+
+STEPS = 12
+Reports = dict[str, pb.JobReport]
+
+
+def start_of(source: ModelSource, config: RunConfig) -> Adapter:
+    return initial_adapter(source, config.lora.targets, config.lora.rank, config.run.seed)
+
+
+def batches_of(source: ModelSource, config: RunConfig, files: Sequence[Path], steps: int) -> dict:
+    return {
+        f"device-{n}": device_batches(source, config, file, f"device-{n}", steps) for n, file in enumerate(files, 1)
+    }
+
+
+def by_source(reports: Reports, scope: str) -> dict[str, Adapter]:
+    """What each source trained; a chain's hosts share a source."""
+    found: dict[str, Adapter] = {}
+    for report in reports.values():
+        for contribution in report.contributions:
+            if contribution.scope == scope:
+                found.setdefault(contribution.source, {}).update(adapters.from_bytes(contribution.adapter))
+    return found
+
+
+def aggregated(reports: Reports) -> Adapter:
+    found = [
+        Contribution(contribution.source, contribution.weight, adapters.from_bytes(contribution.adapter))
+        for report in reports.values()
+        for contribution in report.contributions
+    ]
+    return dict(FedAvg().aggregate(found).tensors)
+
+
+def run_rounds(
+    source: ModelSource, config: RunConfig, files: Sequence[Path], rounds: int = 1, steps: int = STEPS
+) -> tuple[Reports, Adapter]:
+    """The last round's reports, and the adapter after its aggregation."""
+    adapter = start_of(source, config)
+    with memory_fleet(source, config, files) as fleet:
+        for number in range(rounds):
+            reports = fleet.run(adapter, steps, step_offset=number * steps)
+            check_done(reports)
+            adapter = {**adapter, **aggregated(reports)}
+    return reports, adapter
+
+
+def assert_same_as(reports: Reports, reference: Reference) -> None:
+    site = by_source(reports, "site")
+    assert len(site) == 1
+    assert same_bits(next(iter(site.values())), reference.site_adapter())
+    ends = by_source(reports, "ends")
+    for device in reference.devices:
+        own = reference.own_adapter(device)
+        assert same_bits(ends.get(device, {}), own)
+        assert not own or any(array.any() for name, array in own.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("base", ["fp32", "bf16"])
+@pytest.mark.parametrize("hosts", [1, 2])
+@pytest.mark.parametrize("mode", ["joint", "sequential"])
+def test_three_devices_train_like_one_loop_with_a_shared_middle(
+    tiny: ModelSource, data_files: list[Path], mode: str, hosts: int, base: str
+) -> None:
+    config = run_config(
+        tiny.name, f"split.host_mode={mode}", f"split.hosts={hosts}", "split.front=1", f"model.base={base}"
+    )
+    reports, _ = run_rounds(tiny, config, data_files)
+    reference = Reference(
+        tiny, config, start_of(tiny, config), dict.fromkeys(["device-1", "device-2", "device-3"], (1, 4))
+    )
+    getattr(reference, mode)(batches_of(tiny, config, data_files, STEPS), STEPS)
+    assert_same_as(reports, reference)
+
+
+@pytest.mark.parametrize("mode", ["joint", "sequential"])
+def test_devices_with_unlike_cuts_share_the_layers_that_their_routes_cross(
+    tiny: ModelSource, data_files: list[Path], mode: str
+) -> None:
+    """Layers 1 to 3 of device-2 are its own, and a host's for the others: per-layer label counts decide the step."""
+    config = run_config(
+        tiny.name, f"split.host_mode={mode}", "split.fronts={ device-1 = 1, device-2 = 4 }", "split.back=1",
+        "split.backs={ device-3 = 0 }",
+    )  # fmt: skip
+    reports, _ = run_rounds(tiny, config, data_files)
+    kept = {"device-1": (1, 5), "device-2": (4, 5), "device-3": (2, 6)}
+    reference = Reference(tiny, config, start_of(tiny, config), kept)
+    getattr(reference, mode)(batches_of(tiny, config, data_files, STEPS), STEPS)
+    assert_same_as(reports, reference)
+
+
+def test_unlike_cuts_are_averaged_a_module_by_its_own_sources(tiny: ModelSource, data_files: list[Path]) -> None:
+    config = run_config(tiny.name, "split.fronts={ device-1 = 1, device-2 = 4 }", "split.back=1")
+    reports, adapter = run_rounds(tiny, config, data_files[:2])
+    ends, (site,) = by_source(reports, "ends"), by_source(reports, "site").values()
+    name = "base_model.model.model.layers.3.self_attn.q_proj.lora_B.weight"
+    assert (name in ends["device-1"], name in ends["device-2"], name in site) == (False, True, True)
+    labels = {
+        device: sum(unit.count for step in steps for unit in step)
+        for device, steps in batches_of(tiny, config, data_files[:2], STEPS).items()
+    }
+    expected = (ends["device-2"][name] * labels["device-2"] + site[name] * labels["device-1"]) / sum(labels.values())
+    np.testing.assert_allclose(adapter[name], expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("base", ["fp32", "bf16"])
+def test_copies_averaged_are_unsplit_federated_lora(tiny: ModelSource, data_files: list[Path], base: str) -> None:
+    settings = [f"model.base={base}", "split.front=1"]
+    split = run_config(tiny.name, "split.host_mode=copies", "split.hosts=2", *settings)
+    whole = run_config(tiny.name, "split.hosts=0", *settings)
+    _, got = run_rounds(tiny, split, data_files, rounds=2, steps=6)
+    _, expected = run_rounds(tiny, whole, data_files, rounds=2, steps=6)
+    assert same_bits(got, expected)
+    assert not same_bits(got, start_of(tiny, split))
+
+
+def test_sites_train_apart_and_are_averaged(tiny: ModelSource, data_files: list[Path]) -> None:
+    """device-1 and device-3 at the first site, device-2 at the second: each site is a run of its own."""
+    config = run_config(tiny.name, "split.sites=2")
+    reports, adapter = run_rounds(tiny, config, data_files)
+    sites = by_source(reports, "site")
+    assert set(sites) == {"edge-1", "edge-2"}
+    batches = batches_of(tiny, config, data_files, STEPS)
+    for site, members in (("edge-1", ["device-1", "device-3"]), ("edge-2", ["device-2"])):
+        reference = Reference(tiny, config, start_of(tiny, config), dict.fromkeys(members, (2, 4)))
+        reference.joint(batches, STEPS)
+        assert same_bits(sites[site], reference.site_adapter())
+    weights = {c.source: c.weight for r in reports.values() for c in r.contributions if c.scope == "site"}
+    for name, array in sites["edge-1"].items():
+        mean = (array * weights["edge-1"] + sites["edge-2"][name] * weights["edge-2"]) / sum(weights.values())
+        np.testing.assert_allclose(adapter[name], mean, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("mode", ["joint", "sequential"])
+def test_devices_that_host_a_slice_each_train_the_same(tiny: ModelSource, data_files: list[Path], mode: str) -> None:
+    """No edge server: device-1 hosts layer 2, device-2 layer 3, and both train over their own and each other's."""
+    config = run_config(tiny.name, f"split.host_mode={mode}", "split.host_on=any", "split.hosts=2")
+    reports, _ = run_rounds(tiny, config, data_files)
+    assert [reports[f"device-{n}"].host.first_layer for n in (1, 2)] == [2, 3]
+    reference = Reference(
+        tiny, config, start_of(tiny, config), dict.fromkeys(["device-1", "device-2", "device-3"], (2, 4))
+    )
+    getattr(reference, mode)(batches_of(tiny, config, data_files, STEPS), STEPS)
+    assert_same_as(reports, reference)
+
+
+@pytest.mark.parametrize("mode", ["joint", "sequential"])
+@pytest.mark.parametrize(("hosts", "devices"), [(0, 1), (1, 1), (3, 1), (2, 3)])
+def test_a_global_norm_is_clipped_over_all_stages(
+    tiny: ModelSource, data_files: list[Path], hosts: int, devices: int, mode: str
+) -> None:
+    config = run_config(
+        tiny.name, f"split.hosts={hosts}", f"split.host_mode={mode}", "split.front=1", "optimizer.clip=global",
+        "optimizer.max_norm=0.05",
+    )  # fmt: skip
+    files = data_files[:devices]
+    reports, _ = run_rounds(tiny, config, files)
+    start = start_of(tiny, config)
+    batches = batches_of(tiny, config, files, STEPS)
+
+    def reference(config: RunConfig) -> Adapter:
+        made = Reference(tiny, config, start, dict.fromkeys(batches, (1, 4) if hosts else (0, 6)))
+        getattr(made, mode)(batches, STEPS)
+        return {**made.own_adapter("device-1"), **made.site_adapter()}
+
+    ends, sites = by_source(reports, "ends"), by_source(reports, "site")
+    got = {**ends["device-1"], **next(iter(sites.values()), {})}
+    assert relative_distance(got, reference(config), start) < 1e-5
+    free = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"clip": "none"})})
+    assert relative_distance(got, reference(free), start) > 1e-3, "the limit was never reached"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [["lora.dropout=0.2"], ["split.checkpointing=true"], ["lora.dropout=0.2", "split.checkpointing=true"]],
+    ids=["dropout", "checkpointing", "both"],
+)
+def test_dropout_and_checkpointing_do_not_depend_on_the_split(
+    tiny: ModelSource, data_files: list[Path], settings: list[str]
+) -> None:
+    whole = run_config(tiny.name, "split.hosts=0", *settings)
+    split = run_config(tiny.name, "split.hosts=2", *settings)
+    _, expected = run_rounds(tiny, whole, data_files[:1])
+    _, got = run_rounds(tiny, split, data_files[:1])
+    assert same_bits(got, expected)
+    _, plain = run_rounds(tiny, run_config(tiny.name, "split.hosts=0"), data_files[:1])
+    assert same_bits(expected, plain) == ("lora.dropout=0.2" not in settings)
+
+
+@pytest.mark.parametrize("mode", ["joint", "sequential", "copies"])
+def test_a_last_stage_that_sees_the_labels_trains_the_same(
+    tiny: ModelSource, data_files: list[Path], mode: str
+) -> None:
+    """SplitLoRA's route: the head on the last host. The same numbers as with the head, and no LoRA, on the device."""
+    settings = ["split.hosts=2", "split.back=0", f"split.host_mode={mode}"]
+    with_labels, adapter = run_rounds(tiny, run_config(tiny.name, "split.labels=last-stage", *settings), data_files)
+    own, expected = run_rounds(tiny, run_config(tiny.name, *settings), data_files)
+    assert same_bits(adapter, expected)
+    for name in ("device-1", "device-2", "device-3"):
+        assert with_labels[name].eval_loss_sum == own[name].eval_loss_sum
+        assert [step.loss_sum for step in with_labels[name].steps] == [step.loss_sum for step in own[name].steps]
+
+
+def test_a_device_with_fewer_batches_sits_out_the_rest_of_an_epoch(tiny: ModelSource, data_files: list[Path]) -> None:
+    config = run_config(tiny.name, "federation.epochs=1", "federation.batch_size=8")
+    own = {"device-1": 3, "device-2": 4}
+    adapter = start_of(tiny, config)
+    with memory_fleet(tiny, config, data_files[:2]) as fleet:
+        assert {name: -(-count // 8) for name, count in fleet.examples.items()} == own
+        reports = fleet.run(adapter, 4)
+    check_done(reports)
+    assert {name: len(reports[name].steps) for name in own} == own
+    assert all(step.counted for name in own for step in reports[name].steps)
+    batches = batches_of(tiny, config, data_files[:2], 4)
+    site = sum(unit.count for name, steps in own.items() for step in batches[name][:steps] for unit in step)
+    assert next(c.weight for c in reports["edge-1"].contributions) == site
+
+
+def test_a_learning_rate_of_its_own_for_each_step(tiny: ModelSource, data_files: list[Path]) -> None:
+    settings = ["optimizer.schedule=linear", "federation.rounds=1", f"federation.local_steps={STEPS}"]
+    _, got = run_rounds(tiny, run_config(tiny.name, *settings), data_files[:1])
+    _, whole = run_rounds(tiny, run_config(tiny.name, "split.hosts=0", *settings), data_files[:1])
+    _, constant = run_rounds(tiny, run_config(tiny.name), data_files[:1])
+    assert same_bits(got, whole)
+    assert relative_distance(got, constant, start_of(tiny, run_config(tiny.name))) > 0.1

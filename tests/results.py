@@ -1,0 +1,36 @@
+"""A finished run's folder without the run: configuration, events and an adapter that changes the model's answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from edgelam_fl.model.adapter import Adapter, initial_adapter, write_peft_folder
+from edgelam_fl.model.source import ModelSource
+from tests.support import run_config
+
+
+def trained_adapter(source: ModelSource, rank: int = 8, targets: tuple[str, ...] = ("q_proj", "v_proj")) -> Adapter:
+    """A start whose B is not zero, as after training."""
+    adapter, generator = initial_adapter(source, targets, rank, 1), np.random.default_rng(2)
+    return {
+        name: array if "lora_A" in name else generator.normal(0, 0.3, array.shape).astype(np.float32)
+        for name, array in adapter.items()
+    }
+
+
+def write_result(folder: Path, source: ModelSource, *overrides: str) -> Path:
+    config = run_config(source.name, *overrides)
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    lora = config.lora
+    write_peft_folder(
+        trained_adapter(source, lora.rank, lora.targets),
+        folder / "adapter",
+        reference=source.reference,
+        rank=lora.rank,
+        alpha=lora.alpha,
+        targets=lora.targets,
+    )
+    return folder

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+
+from edgelam_fl.errors import ConfigError
+from edgelam_fl.model.source import ModelSource
+from server.checks import check_config
+from tests.support import run_config
+
+CLASSES = ["task.kind=classification", "task.classes=['yes', 'no']"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        CLASSES,
+        ["split.labels=last-stage", "split.back=0"],
+        ["split.host_mode=copies", "optimizer.clip=global"],
+        ["federation.epochs=2", "federation.local_steps=5"],
+        ["split.fronts={'a'=0, 'b'=5}", "split.backs={'a'=5}", "lora.ranks={'a'=32}", "split.sites=3"],
+        ["split.hosts=2", "split.front=1", "split.cuts=[3]"],
+    ],
+)
+def test_what_goes_together(tiny: ModelSource, overrides: list[str]) -> None:
+    assert check_config(run_config(tiny.name, *overrides)).digest == tiny.digest
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["split.sites=2", "split.hosts=0"], "split.sites = 2 needs split.hosts of at least 1"),
+        (["split.labels=last-stage"], "split.back = 2: split.back must be 0 with split.labels"),
+        (["split.labels=last-stage", "split.back=0", "split.backs={'a'=1}"], "split.backs.a = 1: split.back must be 0"),
+        (["split.labels=last-stage", "split.back=0", "split.hosts=0"], "'last-stage' needs split.hosts of at least 1"),
+        (["split.host_mode=copies", "strategy.aggregation=none"], "'none' does not go with split.host_mode = 'copies'"),
+        (["split.fronts={'pi-*'=6}"], r"split.fronts: 'pi-\*' = 6 must be 0 to 5"),
+        (["split.backs={'a'=-1}"], "split.backs: 'a' = -1 must be 0 to 5"),
+        (["lora.ranks={'a'=33}"], "lora.ranks: 'a' = 33 must be 1 to 32, the smallest width"),
+        (["lora.ranks={'a'=0}"], "lora.ranks: 'a' = 0 must be 1 to 32"),
+        (["lora.rank=33"], "lora.rank = 33 must be at most 32"),
+        (["split.hosts=2", "split.front=1", "split.cuts=[1]"], r"split.cuts = \[1\] must be 1 rising layer numbers"),
+        (["strategy.aggregation=fedavgg"], "fedavg"),
+    ],
+)
+def test_what_does_not(tiny: ModelSource, overrides: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        check_config(run_config(tiny.name, *overrides))

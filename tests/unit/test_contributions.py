@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, RecordDict
+
+from edgelam_fl.errors import RunFailed
+from edgelam_fl.flower import to_record
+from edgelam_fl.model.adapter import Adapter, digest, initial_adapter, slice_of
+from edgelam_fl.model.source import ModelSource
+from edgelam_fl.split.plan import Span, end_spans, hosted_span, spans_of
+from edgelam_fl.wire import edgelam_pb2 as pb
+from server.contributions import Reply, broken_sites, collect, problem, read_reply
+from server.global_adapter import complete, starting_point
+from server.layout import Layout, make_layout, who_may_host
+from server.plans import RoundFacts, make_plans
+from strategies.aggregation.fedavg import FedAvg
+from tests.support import run_config
+
+STEPS, BATCH, TOKENS = 2, 4, 128
+NODES = [pb.Profile(name=name, role=pb.DEVICE, address=f"{name}:1") for name in "abc"]
+NODES += [pb.Profile(name=name, role=pb.EDGE, address=f"{name}:1") for name in "ef"]
+
+
+class Planned:
+    """A round of devices a, b, c over hosts e, f; `moved` makes what a node trained: its start plus a number."""
+
+    def __init__(self, source: ModelSource, *overrides: str, nodes: Sequence[pb.Profile] = NODES) -> None:
+        config = run_config(source.name, *overrides)
+        self.layout: Layout = make_layout(config, source, nodes[:3], who_may_host(config, nodes))
+        profiles = {profile.name: profile for profile in nodes}
+        facts = RoundFacts("run", 1, 1, 0, STEPS)
+        self.plans = make_plans(config, source, facts, profiles, self.layout, {}, dict.fromkeys("abc", b"t"))
+        self.start = complete({}, self.plans, config, source)
+
+    def moved(self, spans: list[Span], by: float) -> Adapter:
+        return {name: array + np.float32(by) for name, array in slice_of(self.start, spans).items()}
+
+    def ends(self, name: str, weight: float, by: float) -> tuple[pb.Contribution, Adapter]:
+        return pb.Contribution(scope="ends", source=name, weight=weight), self.moved(end_spans(self.plans[name]), by)
+
+    def site(self, name: str, weight: float, by: float, source: str = "") -> tuple[pb.Contribution, Adapter]:
+        plan = self.plans[name]
+        spans = [hosted_span(plan)]
+        if source:
+            spans = [Span(h.first, h.last) for r in plan.serves if r.device == source for h in r.hops if h.node == name]
+        return pb.Contribution(scope="site", source=source or plan.site, weight=weight), self.moved(spans, by)  # type: ignore[arg-type]
+
+    def layer(self, number: int) -> str:
+        """The name of one tensor of a layer."""
+        return next(name for name in self.start if f".layers.{number}." in name and "lora_A" in name)
+
+
+def reply(*parts: tuple[pb.Contribution, Adapter]) -> Reply:
+    return Reply(pb.JobReport(state="done", contributions=[p for p, _ in parts]), tuple(t for _, t in parts))
+
+
+# ---------------------------------------------------------------- reading
+
+
+def test_tensors_come_beside_the_report() -> None:
+    report = pb.JobReport(state="done", contributions=[pb.Contribution(source="x"), pb.Contribution(source="y")])
+    content = RecordDict({"report": ConfigRecord({"report": report.SerializeToString()})})
+    for number in (1, 0):
+        content[f"adapter-{number}"] = to_record({"m": np.full(3, number, np.float32)})
+    found = read_reply(content)
+    assert [part.source for part in found.report.contributions] == ["x", "y"]
+    assert [tensors["m"].tolist() for tensors in found.tensors] == [[0.0] * 3, [1.0] * 3]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        RecordDict({"report": ConfigRecord({"report": b"\xff\xff\xff"})}),
+        RecordDict({}),
+        RecordDict(
+            {"report": ConfigRecord({"report": pb.JobReport(contributions=[pb.Contribution()]).SerializeToString()})}
+        ),
+    ],
+)
+def test_garbage_is_a_failed_report(content: RecordDict) -> None:
+    report = read_reply(content).report
+    assert report.state == "failed"
+    assert report.error.startswith("its reply cannot be read: ")
+
+
+def test_good_contributions(tiny: ModelSource) -> None:
+    planned = Planned(tiny)
+    assert problem(reply(planned.ends("a", 3, 1)), planned.plans["a"], planned.start) == ""
+    assert problem(reply(planned.site("e", 21, 1)), planned.plans["e"], planned.start) == ""
+    copies = Planned(tiny, "split.host_mode=copies")
+    parts = [copies.site("e", 3, 1, source=name) for name in "abc"]
+    assert problem(reply(*parts), copies.plans["e"], copies.start) == ""
+
+
+def test_a_site_may_have_unlike_weights_but_no_tensor_twice(tiny: ModelSource) -> None:
+    planned = Planned(tiny)
+    part, tensors = planned.site("e", 3, 1)
+    one, other = (planned.layer(n) for n in (2, 3))
+    split = [(part, {one: tensors[one]}), (part, {other: tensors[other]})]
+    assert problem(reply(*split), planned.plans["e"], planned.start) == ""
+    assert problem(reply(*split, split[0]), planned.plans["e"], planned.start) == f"it contributes {one} of 'e' twice"
+
+
+@pytest.mark.parametrize(
+    ("node", "scope", "source", "words"),
+    [
+        ("a", "ends", "b", "its contribution 'ends' of 'b' is none of its plan's"),
+        ("a", "site", "e", "none of its plan's"),
+        ("e", "ends", "e", "none of its plan's"),
+        ("e", "site", "a", "none of its plan's"),  # a device's copy, in joint mode
+        ("e", "all", "e", "none of its plan's"),
+    ],
+)
+def test_a_source_that_is_not_the_nodes(tiny: ModelSource, node: str, scope: str, source: str, words: str) -> None:
+    planned = Planned(tiny)
+    got = reply((pb.Contribution(scope=scope, source=source, weight=1), {}))
+    assert words in problem(got, planned.plans[node], planned.start)
+
+
+@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf, STEPS * BATCH * TOKENS + 1])
+def test_a_weight_that_the_plan_does_not_allow(tiny: ModelSource, weight: float) -> None:
+    planned = Planned(tiny)
+    got = problem(reply(planned.ends("a", weight, 1)), planned.plans["a"], planned.start)
+    assert f"the plan allows 0 to {STEPS * BATCH * TOKENS} labels" in got
+
+
+def test_tensors_that_the_plan_does_not_hold(tiny: ModelSource) -> None:
+    planned = Planned(tiny)
+    part, tensors = planned.ends("a", 3, 1)
+    hosted, own = planned.layer(3), planned.layer(0)
+    wrong = {
+        hosted: (planned.start[hosted], "which its plan does not hold"),
+        own: (tensors[own][:1], f"is float32 (1, 64), not float32 {tensors[own].shape}"),
+    }
+    for name, (array, words) in wrong.items():
+        assert words in problem(reply((part, {**tensors, name: array})), planned.plans["a"], planned.start)
+    for array, words in [
+        (tensors[own].astype(np.float64), "is float64"),
+        (np.full_like(tensors[own], np.nan), "holds values that are not finite"),
+    ]:
+        assert words in problem(reply((part, {own: array})), planned.plans["a"], planned.start)
+
+
+def test_a_copy_holds_only_what_its_device_crosses(tiny: ModelSource) -> None:
+    planned = Planned(tiny, "split.host_mode=copies", "split.fronts={'a'=1}")
+    part, tensors = planned.site("e", 3, 1, source="b")
+    assert planned.layer(1) not in tensors
+    name = planned.layer(1)  # on the host for a alone
+    got = problem(reply((part, {**tensors, name: planned.start[name]})), planned.plans["e"], planned.start)
+    assert got == f"its update has a tensor {name}, which its plan does not hold"
+
+
+def test_a_failed_report_says_why(tiny: ModelSource) -> None:
+    plan = Planned(tiny).plans["a"]
+    assert problem(Reply(pb.JobReport(state="failed", error="no memory")), plan, {}) == "no memory"
+    assert problem(Reply(pb.JobReport(state="running")), plan, {}) == "its report says 'running'"
+
+
+# ---------------------------------------------------------------- a source
+
+
+def test_a_chain_of_hosts_is_one_source(tiny: ModelSource) -> None:
+    planned = Planned(tiny, "split.hosts=2", "split.front=1")
+    replies = {"f": reply(planned.site("f", 21, 2)), "e": reply(planned.site("e", 21, 1))}
+    (site,) = collect(replies, planned.plans, planned.layout, [])
+    assert (site.source, site.weight) == ("site e+f", 21)
+    assert set(site.tensors) == set(planned.moved([Span(1, 4)], 0))
+    name = planned.layer(3)
+    assert np.array_equal(site.tensors[name], planned.start[name] + np.float32(2))
+
+
+def test_a_devices_ends_and_copies_are_one_source(tiny: ModelSource) -> None:
+    planned = Planned(tiny, "split.host_mode=copies")
+    hosted = reply(*(planned.site("e", weight, 1, source=name) for name, weight in zip("abc", (3, 17, 1), strict=True)))
+    replies = {"e": hosted, "a": reply(planned.ends("a", 3, 1)), "b": reply(planned.ends("b", 17, 1))}
+    found = collect(replies, planned.plans, planned.layout, [])
+    assert [(c.source, c.weight, len(c.tensors) == len(planned.start)) for c in found] == [
+        ("a", 3, True),
+        ("b", 17, True),
+        ("c", 1, False),  # its own part did not come
+    ]
+
+
+def test_a_device_and_the_site_that_it_hosts_are_two(tiny: ModelSource) -> None:
+    """Its own ends hold layer 2, and so does its part as a host, for the others."""
+    planned = Planned(tiny, "split.host_on=any", "split.fronts={'a'=3}", nodes=NODES[:3])
+    both = reply(planned.ends("a", 3, 1), planned.site("a", 21, 2))
+    assert problem(both, planned.plans["a"], planned.start) == ""
+    found = collect({"a": both}, planned.plans, planned.layout, [])
+    assert [(c.source, c.weight) for c in found] == [("a", 3), ("site a", 21)]
+    shared = planned.layer(2)
+    mean = FedAvg().aggregate(found).tensors[shared]
+    start = planned.start[shared].astype(np.float64)
+    expected = (start + np.float32(1)) * 3 / 24 + (start + np.float32(2)) * 21 / 24
+    assert np.allclose(mean, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_nothing_of_a_broken_site_counts(tiny: ModelSource) -> None:
+    planned = Planned(tiny, "split.sites=2")
+    replies = {name: reply(planned.ends(name, 3, 1)) for name in "abc"} | {"f": reply(planned.site("f", 3, 1))}
+    broken = broken_sites(planned.layout, replies)
+    assert broken == {"e": ["e"]}
+    assert [c.source for c in collect(replies, planned.plans, planned.layout, broken)] == ["b", "site f"]
+
+
+def test_no_weight_no_contribution(tiny: ModelSource) -> None:
+    planned = Planned(tiny)
+    assert collect({"a": reply(planned.ends("a", 0, 1))}, planned.plans, planned.layout, []) == []
+
+
+# ---------------------------------------------------------------- where a round starts
+
+
+def test_each_module_starts_in_its_holders_rank(tiny: ModelSource) -> None:
+    planned = Planned(tiny, "lora.ranks={'e'=2}")
+    expected = initial_adapter(tiny, ["q_proj", "v_proj"], 8, 1)
+    hosted = initial_adapter(tiny, ["q_proj", "v_proj"], 2, 1)
+    ends, middle = [Span(0, 2), Span(4, 6)], [Span(2, 4)]
+    assert digest(planned.start) == digest(slice_of(expected, ends) | slice_of(hosted, middle))
+
+
+def test_what_was_trained_is_kept_and_another_rank_refused(tiny: ModelSource) -> None:
+    planned = Planned(tiny)
+    trained = planned.moved([Span(0, 6)], 1)
+    config = run_config(tiny.name)
+    assert digest(complete(trained, planned.plans, config, tiny)) == digest(trained)
+    with pytest.raises(
+        RunFailed, match=r"was trained as \[8, 64\]; node e, which holds it now, has rank 2 \(lora.ranks\)"
+    ):
+        complete(trained, Planned(tiny, "lora.ranks={'e'=2}").plans, config, tiny)
+
+
+def test_a_node_starts_from_its_own_where_it_goes_on_alone(tiny: ModelSource) -> None:
+    planned = Planned(tiny)
+    own = {name: planned.moved([Span(0, 6)], by) for name, by in (("a", 1), ("site e", 2))}
+    for node, by in (("a", 1), ("b", 0), ("e", 2)):
+        plan = planned.plans[node]
+        assert digest(starting_point(plan, planned.start, own)) == digest(planned.moved(spans_of(plan), by))

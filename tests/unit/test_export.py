@@ -1,0 +1,170 @@
+"""A result for other tools: what transformers and peft load must be the run's model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from edgelam_fl import export as module
+from edgelam_fl.errors import ConfigError, EnvironmentProblem, ModelError
+from edgelam_fl.export import export
+from edgelam_fl.model.adapter import Span
+from edgelam_fl.model.source import ModelSource, find_model
+from edgelam_fl.model.stage import LoraSettings, load_stages
+from edgelam_fl.results import open_result
+from tests.results import write_result
+from tests.support import plain_model, write_tiny_llama
+
+IDS = torch.tensor([[72, 101, 108, 108, 111, 3, 4, 5]])
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits.float()
+
+
+def run_logits(folder: Path, source: ModelSource) -> torch.Tensor:
+    """Base and adapter by transformers and peft alone."""
+    adapter = load_file(folder / "adapter/adapter_model.safetensors")
+    config = open_result(folder).config
+    return logits(
+        plain_model(
+            source, config.model_copy(update={"model": config.model.model_copy(update={"base": "fp32"})}), adapter
+        )
+    )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("overrides", [(), ("model.base=int8", "lora.rank=3", 'lora.targets=["o_proj", "up_proj"]')])
+def test_merged_equals_base_and_adapter(tmp_path: Path, tied: bool, overrides: tuple[str, ...]) -> None:
+    source = find_model(str(write_tiny_llama(tmp_path / "model", tied=tied)))
+    folder = write_result(tmp_path / "run", source, *overrides)
+    made, how = export(open_result(folder), "merged", None)
+    assert made == folder / "merged"
+    assert f'from_pretrained("{made}")' in how
+    model = AutoModelForCausalLM.from_pretrained(made)
+    assert model.dtype == torch.float32
+    expected = run_logits(folder, source)
+    assert (logits(model) - expected).abs().max() < 1e-5
+    assert (logits(AutoModelForCausalLM.from_pretrained(source.folder)) - expected).abs().max() > 1e-2, "the adapter"
+    assert AutoTokenizer.from_pretrained(made)("Hello")["input_ids"]
+    assert not list(made.glob("adapter*")), "a plain model"
+    assert sorted(each.name for each in folder.iterdir()) == ["adapter", "config.toml", "merged"]
+
+
+def test_merged_in_bf16(tmp_path: Path, tiny: ModelSource) -> None:
+    folder = write_result(tmp_path / "run", tiny)
+    made, _ = export(open_result(folder), "merged", tmp_path / "half", "bf16")
+    model = AutoModelForCausalLM.from_pretrained(made)
+    assert model.dtype == torch.bfloat16
+    size = sum(file.stat().st_size for file in made.glob("*.safetensors"))
+    assert tiny.fp32_bytes / 2 <= size < 0.6 * tiny.fp32_bytes
+    expected = run_logits(folder, tiny)
+    assert (logits(model) - expected).norm() < 0.02 * expected.norm()
+
+
+def test_merging_leaves_the_base_as_it_was(tmp_path: Path) -> None:
+    """Its files are mapped into memory, and the merge writes to that memory."""
+    source = find_model(str(write_tiny_llama(tmp_path / "model")))
+    before = (source.folder / "model.safetensors").read_bytes()
+    export(open_result(write_result(tmp_path / "run", source)), "merged", None)
+    assert (source.folder / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.real_model
+def test_a_gguf_model_is_merged(tmp_path: Path, smollm: ModelSource) -> None:
+    folder = write_result(tmp_path / "run", smollm)
+    made, _ = export(open_result(folder), "merged", None)
+    got = logits(AutoModelForCausalLM.from_pretrained(made))
+    # The run's own model: that it equals from_pretrained(gguf_file=...) is proven elsewhere, and takes that half a minute.
+    lora = LoraSettings(8, 16.0, ("q_proj", "v_proj"))
+    (stage,) = load_stages(smollm, [Span(0, smollm.num_layers, embed=True, head=True)], "fp32", lora)
+    stage.load_adapter(load_file(folder / "adapter/adapter_model.safetensors"))
+    expected = logits(stage.model)
+    assert (got - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_peft_loads_the_copy(tmp_path: Path, tiny: ModelSource) -> None:
+    folder = write_result(tmp_path / "run", tiny)
+    made, how = export(open_result(folder), "peft", tmp_path / "mine")
+    assert f'from_pretrained("{tiny.reference}")' in how
+    assert sorted(file.name for file in made.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny.folder), made)
+    assert torch.equal(logits(model), run_logits(folder, tiny))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda tensors: tensors.pop(next(iter(tensors))), "1 tensors are missing and 0 too many"),
+        (lambda tensors: tensors.update({next(iter(tensors)): next(iter(tensors.values()))[:3].copy()}), "cannot be put on"),
+    ],
+    ids=["missing", "shape"],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["peft", "merged"])
+def test_an_adapter_that_does_not_fit_is_refused(
+    tmp_path: Path, tiny: ModelSource, spoil: Any, says: str, kind: str
+) -> None:
+    folder = write_result(tmp_path / "run", tiny)
+    file = folder / "adapter/adapter_model.safetensors"
+    tensors = load_file(file)
+    spoil(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=says):
+        export(open_result(folder), kind, None)
+    assert not (folder / kind).exists()
+
+
+def test_a_torn_adapter_is_refused(tmp_path: Path, tiny: ModelSource) -> None:
+    folder = write_result(tmp_path / "run", tiny)
+    file = folder / "adapter/adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="cannot be put on"):
+        export(open_result(folder), "peft", None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "says"),
+    [
+        ("gguf", "", "--to 'gguf' must be 'peft'"),
+        ("peft", "bf16", "--dtype belongs to --to merged"),
+        ("merged", "fp8", "--dtype 'fp8' must be fp32 or bf16"),
+    ],
+)
+def test_wrong_options(tmp_path: Path, tiny: ModelSource, kind: str, dtype: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        export(open_result(write_result(tmp_path / "run", tiny)), kind, None, dtype)
+
+
+@pytest.mark.parametrize("kind", ["peft", "merged"])
+def test_a_folder_that_exists_is_kept(tmp_path: Path, tiny: ModelSource, kind: str) -> None:
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ConfigError, match="mine exists; choose another with --out"):
+        export(open_result(write_result(tmp_path / "run", tiny)), kind, tmp_path / "mine")
+
+
+@pytest.mark.parametrize("which", ["memory", "disk"])
+def test_too_little_room_is_said_before_anything_is_read(
+    tmp_path: Path, tiny: ModelSource, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    monkeypatch.setattr(module, f"{which}_free_bytes", lambda *_: tiny.fp32_bytes // 2 - 1)
+    with pytest.raises(EnvironmentProblem, match=f"{tiny.fp32_bytes / 1e9:.2f} GB"):
+        export(open_result(write_result(tmp_path / "run", tiny)), "merged", None, "fp32")
+
+
+def test_a_run_without_a_finished_round(tmp_path: Path, tiny: ModelSource) -> None:
+    folder = write_result(tmp_path / "run", tiny)
+    (folder / "adapter/adapter_model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="has no adapter: the run has not finished a round"):
+        open_result(folder)
+
+
+def test_what_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is no run's folder: it has no config\.toml"):
+        open_result(tmp_path)

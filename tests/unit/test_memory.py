@@ -1,0 +1,121 @@
+"""The estimates against what torch really keeps and what slices really hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from edgelam_fl.model.memory import unit_bytes, weights_bytes
+from edgelam_fl.model.source import ModelSource, find_model
+from edgelam_fl.model.stage import LoraSettings, Span, Stage, load_stages
+from edgelam_fl.model.weights import read_tensors
+from edgelam_fl.tasks.causal_lm import loss_sum
+
+ATTENTION, ALL = ("q_proj", "v_proj"), ("all-linear",)
+PAIRS = [("fp32", ""), ("bf16", ""), ("int8", "float32"), ("int8", "bfloat16"), ("nf4", "bfloat16")]
+
+
+def measured(stage: Stage, rows: int, tokens: int, hidden_size: int, itemsize: int) -> int:
+    """Unique storages that one forward pass keeps, without the weights; with input, output and the output's gradient."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*stage.parameters(), *stage.buffers()]}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()  # held, so that no address comes twice
+        return tensor
+
+    x = torch.randn(rows, tokens, hidden_size).to(stage.dtype).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = stage(x, [tokens] * rows)
+        loss = loss_sum(output, torch.full((rows, tokens), 3)) if stage.span.head else None
+    kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
+    kept[output.untyped_storage().data_ptr()] = output.untyped_storage()
+    assert loss is None or loss.requires_grad
+    return sum(storage.nbytes() for pointer, storage in kept.items() if pointer not in own) + output.nbytes
+
+
+@pytest.mark.parametrize(("base", "compute"), PAIRS)
+@pytest.mark.parametrize("targets", [ATTENTION, ALL])
+@pytest.mark.parametrize(("layers", "rows", "tokens"), [(1, 1, 40), (3, 4, 64), (6, 2, 100)])
+def test_a_unit_of_the_tiny_model(
+    tiny: ModelSource, base: str, compute: str, targets: tuple[str, ...], layers: int, rows: int, tokens: int
+) -> None:
+    (stage,) = load_stages(tiny, [Span(0, layers)], base, LoraSettings(8, 16.0, targets), compute=compute)
+    itemsize = stage.dtype.itemsize
+    estimate = unit_bytes(tiny.config, layers, rows, tokens, itemsize, all_linear=targets == ALL)
+    assert estimate == pytest.approx(measured(stage, rows, tokens, tiny.hidden_size, itemsize), rel=0.25)
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize(("base", "compute"), PAIRS)
+@pytest.mark.parametrize("span", [Span(2, 4), Span(2, 10), Span(29, 30, head=True)])
+def test_a_unit_of_the_real_model(smollm: ModelSource, base: str, compute: str, span: Span) -> None:
+    (stage,) = load_stages(smollm, [span], base, LoraSettings(8, 16.0, ATTENTION), compute=compute)
+    itemsize = stage.dtype.itemsize
+    estimate = unit_bytes(smollm.config, span.last - span.first, 2, 64, itemsize, head=span.head)
+    assert estimate == pytest.approx(measured(stage, 2, 64, smollm.hidden_size, itemsize), rel=0.05)
+
+
+def test_checkpointing_keeps_each_layers_input_and_one_layers_activations(tiny: ModelSource) -> None:
+    hidden = 4 * 64 * tiny.hidden_size * 4
+    ends = unit_bytes(tiny.config, 0, 4, 64, 4)
+    assert ends == 3 * hidden  # input, output, the output's gradient
+    layer = unit_bytes(tiny.config, 1, 4, 64, 4) - ends
+    assert unit_bytes(tiny.config, 6, 4, 64, 4) == ends + 6 * layer
+    assert unit_bytes(tiny.config, 6, 4, 64, 4, checkpointing=True) == ends + 6 * hidden + layer
+    assert unit_bytes(tiny.config, 0, 4, 64, 4, checkpointing=True) == ends
+
+
+def held_bytes(stages: list[Stage]) -> int:
+    storages = {
+        parameter.untyped_storage().data_ptr(): parameter.nbytes
+        for stage in stages
+        for name, parameter in stage.named_parameters()
+        if "lora_" not in name
+    }
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize(("base", "compute"), PAIRS)
+@pytest.mark.parametrize(
+    "spans",
+    [
+        [Span(0, 6, embed=True, head=True)],
+        [Span(0, 2, embed=True)],
+        [Span(2, 5)],
+        [Span(4, 6, head=True)],
+        [Span(0, 2, embed=True), Span(4, 6, head=True)],
+    ],
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_are_what_the_stages_hold(
+    tiny: ModelSource, untied: ModelSource, tied: bool, spans: list[Span], base: str, compute: str
+) -> None:
+    source = tiny if tied else untied
+    assert weights_bytes(source, spans, base, compute) == held_bytes(
+        load_stages(source, spans, base, None, compute=compute)
+    )
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    from tests.support import write_tiny_llama
+
+    return find_model(str(write_tiny_llama(tmp_path_factory.mktemp("untied"), tied=False)))
+
+
+@pytest.mark.parametrize("base", ["int8", "nf4"])
+def test_weights_that_lie_input_first(tmp_path: Path, base: str) -> None:
+    """GPT-2: 12 x 32 x 32 weights in a layer's four matrices."""
+    config = GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=50, n_positions=16, bos_token_id=1, eos_token_id=1)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    source = find_model(str(tmp_path))
+    names = [name for name in source.index if ".h.1." in name]
+    held = sum(tensor.nbytes for _, tensor in read_tensors(source, names, base))
+    assert weights_bytes(source, [Span(1, 2)], base) == held
+    scales = 4 * (96 + 32 + 128 + 32) if base == "int8" else 12 * 32 * 32 // 64 * 4
+    vectors = 4 * (4 * 32 + 96 + 32 + 128 + 32)  # two norms of two each, four biases
+    assert held == 12 * 32 * 32 // (1 if base == "int8" else 2) + scales + vectors

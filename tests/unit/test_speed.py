@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from edgelam_fl.errors import ModelError
+from edgelam_fl.model import bases, speed
+from edgelam_fl.model.source import ModelSource, find_model
+from tests.support import write_tiny_llama
+
+PAIRS = ["fp32/fp32", "bf16/bf16", "int8/fp32", "int8/bf16", "nf4/fp32", "nf4/bf16"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("EDGELAM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_every_pair_is_measured_once_for_a_model(
+    tiny: ModelSource, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = speed.measure_bases(tiny)
+    assert list(first) == PAIRS
+    assert all(0 < seconds < 10 for seconds in first.values())
+    assert len(list(cache.glob("speed/*.json"))) == 1
+
+    runs: list[str] = []
+    really = speed._seconds
+    monkeypatch.setattr(speed, "_seconds", lambda shapes, base, dtype: runs.append(base) or really(shapes, base, dtype))
+    assert speed.measure_bases(tiny) == first
+    assert runs == []
+    other = find_model(str(write_tiny_llama(tmp_path / "other", layers=2, seed=5)))
+    speed.measure_bases(other)
+    assert runs == ["fp32", "bf16", "int8", "int8", "nf4", "nf4"]
+
+
+def test_other_threads_and_other_bases_are_measured_anew(tiny: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "_seconds", lambda *_: float(torch.get_num_threads()))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert set(speed.measure_bases(tiny).values()) == {1.0}
+        torch.set_num_threads(2)
+        assert set(speed.measure_bases(tiny).values()) == {2.0}
+    finally:
+        torch.set_num_threads(threads)
+    monkeypatch.setattr(speed, "usable_bases", lambda: bases.BASES[:3])
+    assert list(speed.measure_bases(tiny)) == PAIRS[:4]
+
+
+def test_a_half_written_note_is_measured_anew(tiny: ModelSource, cache: Path) -> None:
+    first = speed.measure_bases(tiny)
+    (note,) = cache.glob("speed/*.json")
+    note.write_text("{")
+    assert list(speed.measure_bases(tiny)) == list(first)
+
+
+def test_the_layers_own_sizes_decide(tiny: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[list[tuple[int, int]]] = []
+    monkeypatch.setattr(speed, "_seconds", lambda own, *_: shapes.append(own) or 1.0)
+    speed.measure_bases(tiny)
+    # queries and output, keys and values of 2 of 4 heads, and the three of the feed-forward part
+    assert sorted(shapes[0]) == sorted([(64, 64)] * 2 + [(32, 64)] * 2 + [(128, 64)] * 2 + [(64, 128)])
+
+
+def test_a_larger_layer_takes_longer() -> None:
+    assert speed._seconds([(1024, 1024)], "fp32", torch.float32) > speed._seconds([(16, 16)], "fp32", torch.float32)
+
+
+def test_a_model_without_matrices_in_its_layers(tiny: ModelSource) -> None:
+    index = {name: entry for name, entry in tiny.index.items() if ".layers." not in name}
+    bare = ModelSource(tiny.name, tiny.folder, index, "other", tiny.reference)
+    with pytest.raises(ModelError, match="no matrices in its layer 0"):
+        speed.measure_bases(bare)

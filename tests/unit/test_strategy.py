@@ -1,0 +1,237 @@
+"""Rounds as the ServerApp runs them, over nodes that answer by hand: Flower's grid is the network here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from edgelam_fl.config import RunConfig
+from edgelam_fl.errors import RunFailed
+from edgelam_fl.flower import from_record, to_record
+from edgelam_fl.model import adapter as adapters
+from edgelam_fl.model.source import ModelSource
+from edgelam_fl.split.plan import end_spans, hosted_span
+from edgelam_fl.wire import PROTOCOL_VERSION
+from edgelam_fl.wire import edgelam_pb2 as pb
+from server.nodes import Nodes
+from server.run_folder import RunFolder
+from server.strategy import SplitLora
+from tests.support import run_config
+
+LABELS = {"a": 3, "b": 17, "c": 1}
+
+
+class ByHand:
+    """A node that adds 1 to what a device trains and 2 to what a host trains, and remembers what it was sent."""
+
+    def __init__(self, profile: pb.Profile) -> None:
+        self.profile, self.plans, self.held = profile, list[pb.Plan](), adapters.Adapter()
+        self.sent = list[bool]()
+        self.fails = lambda plan: ""
+
+    def work(self, plan: pb.Plan, content: RecordDict) -> tuple[pb.JobReport, list[adapters.Adapter]]:
+        self.plans.append(plan)
+        self.sent.append("adapter" in content)
+        if "adapter" in content:
+            self.held = from_record(content["adapter"])
+        assert adapters.digest(self.held) == plan.adapter_digest
+        if self.fails(plan):
+            return pb.JobReport(state="failed", error=self.fails(plan)), []
+        report = pb.JobReport(state="done", node=plan.node, role=plan.role)
+        parts = []
+        if plan.routes:
+            report.eval_loss_sum, report.eval_labels = 4.0, 2
+            report.eval_sums["correct"] = 1
+            if plan.steps:
+                report.timeline.add(kind="forward", role="device", seconds=0.5)
+                report.contributions.add(scope="ends", source=plan.node, weight=LABELS[plan.node])
+                parts.append(self._moved(end_spans(plan), 1))
+        hosted = hosted_span(plan)
+        if hosted is not None:
+            report.host.first_layer, report.host.last_layer = hosted.first, hosted.last
+            if plan.steps:
+                weight = sum(LABELS[route.device] for route in plan.serves)
+                report.contributions.add(scope="site", source=plan.site, weight=weight)
+                parts.append(self._moved([hosted], 2))
+        self.held = self.held | {name: array for part in parts for name, array in part.items()}
+        report.adapter_digest = adapters.digest(self.held)
+        return report, parts
+
+    def _moved(self, spans: list[adapters.Span], by: float) -> adapters.Adapter:
+        return {n: a + np.float32(by) for n, a in adapters.slice_of(self.held, spans).items()}
+
+
+class HandGrid:
+    def __init__(self, nodes: Sequence[ByHand]) -> None:
+        self.nodes = dict(enumerate(nodes, 1))
+        self._waiting: dict[str, Message] = {}
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = []
+        for number, message in enumerate(messages, len(self._waiting)):
+            message.metadata.__dict__["_message_id"] = f"m{number}"
+            ids.append(message.metadata.message_id)
+            self._waiting[ids[-1]] = message
+        return ids
+
+    def pull_messages(self, ids: list[str]) -> list[Message]:
+        return [self._answer(self._waiting[number]) for number in ids]
+
+    def _answer(self, message: Message) -> Message:
+        node = self.nodes[message.metadata.dst_node_id]
+        if "query" in message.content:
+            found = RecordDict({"profile": ConfigRecord({"profile": node.profile.SerializeToString()})})
+            return Message(found, reply_to=message)
+        plan = pb.Plan.FromString(message.content["plan"]["plan"])
+        if node.fails(plan) == "crash":
+            return Message(Error(code=0, reason="crashed"), reply_to=message)
+        report, parts = node.work(plan, message.content)
+        content = RecordDict({"report": ConfigRecord({"report": report.SerializeToString()})})
+        for number, part in enumerate(parts):
+            content[f"adapter-{number}"] = to_record(part)
+        return Message(content, reply_to=message)
+
+
+class Federation:
+    def __init__(self, source: ModelSource, folder: Path, devices: str, edges: str, *overrides: str) -> None:
+        small = ["federation.join_deadline_s=0.5", "federation.rounds=2"]
+        self.config: RunConfig = run_config(source.name, *small, *overrides)
+        self.nodes = {
+            name: ByHand(
+                pb.Profile(name=name, role=role, address=f"{name}:1", examples=9, protocol_version=PROTOCOL_VERSION)
+            )
+            for names, role in ((devices, pb.DEVICE), (edges, pb.EDGE))
+            for name in names
+        }
+        self.folder = RunFolder(folder, self.config, source)
+        grid: Any = HandGrid(list(self.nodes.values()))
+        nodes = Nodes(grid, self.folder, pb.ProfileRequest(protocol_version=PROTOCOL_VERSION))
+        self.strategy = SplitLora(self.config, source, nodes, self.folder, "run")
+        self.grid = grid
+        self.start = adapters.initial_adapter(source, self.config.lora.targets, self.config.lora.rank, 1)
+
+    def run(self) -> adapters.Adapter:
+        return from_record(self.strategy.start(self.grid, to_record({}), self.config.federation.rounds).arrays)
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        lines = map(json.loads, self.folder.emit.path.read_text().splitlines())
+        return [event for event in lines if event["event"] == kind]
+
+
+@pytest.fixture
+def federation(tiny: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Federation]:
+    for name in ("_run_id", "_node_id", "_task_id"):  # Flower sets them in the process of a ServerApp
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    return lambda *arguments: Federation(tiny, tmp_path, *arguments)
+
+
+def moves(result: adapters.Adapter, start: adapters.Adapter) -> dict[int, float]:
+    """How far each layer's tensors went, all alike."""
+    found: dict[int, float] = {}
+    for name, array in result.items():
+        by = float(np.mean(array - start[name]))
+        assert np.allclose(array - start[name], by, atol=1e-5), "one number a tensor"
+        layer = int(name.split(".layers.")[1].split(".")[0])
+        assert found.setdefault(layer, round(by, 4)) == round(by, 4)
+    return dict(sorted(found.items()))
+
+
+def test_two_rounds(federation: Callable[..., Federation]) -> None:
+    run = federation("ab", "e")
+    result = run.run()
+    assert moves(result, run.start) == {0: 2, 1: 2, 2: 4, 3: 4, 4: 2, 5: 2}
+    assert run.nodes["e"].sent == [True, False, False], "a site's host holds what it needs already"
+    assert run.nodes["a"].sent == [True, False, False], "equal updates have an equal mean"
+    last = run.events("round_done")[-1]
+    assert (last["steps"], [d["metrics"] for d in last["devices"]]) == (0, [{"accuracy": 1 / 2}] * 2)
+    assert [event["round"] for event in run.events("timeline")] == [1, 2]
+    assert run.events("plan")[0]["nodes"]["e"] == {"base": "fp32", "compute": "float32", "rank": 8}
+    assert run.events("plan")[0]["sites"] == [
+        {"site": "e", "hosts": [{"node": "e", "first": 2, "last": 4}], "devices": ["a", "b"]}
+    ]
+
+
+def test_unlike_ends_are_averaged_with_the_host_by_labels(federation: Callable[..., Federation]) -> None:
+    run = federation("ab", "e", "split.fronts={'a'=1}", "federation.rounds=1")
+    b, site = LABELS["b"], LABELS["a"] + LABELS["b"]
+    expected = (b * 1 + site * 2) / (b + site)  # layer 1: device b's own, and on the host
+    assert moves(run.run(), run.start)[1] == round(expected, 4)
+
+
+def test_a_device_that_hosts(federation: Callable[..., Federation]) -> None:
+    run = federation("ab", "", "split.host_on=any", "federation.rounds=1")
+    assert moves(run.run(), run.start) == {0: 1, 1: 1, 2: 2, 3: 2, 4: 1, 5: 1}
+    done = run.events("round_done")[0]
+    assert [[node["name"] for node in done[kind]] for kind in ("devices", "hosts")] == [["a", "b"], ["a"]]
+
+
+def test_the_other_sites_results_stand(federation: Callable[..., Federation]) -> None:
+    """Round 1: host e fails, so devices a and c have no middle; b's site goes on alone."""
+    run = federation("abc", "ef", "split.sites=2", "federation.rounds=1")
+    run.nodes["e"].fails = lambda plan: "no memory" if plan.steps else ""  # type: ignore[assignment, return-value]
+    assert moves(run.run(), run.start) == {0: 1, 1: 1, 2: 2, 3: 2, 4: 1, 5: 1}
+    (lost,) = run.events("site_lost")
+    assert (lost["round"], lost["site"], lost["missing"]) == (1, "e", ["e"])
+    assert [event["attempt"] for event in run.events("plan")] == [1, 1]
+
+
+def test_a_run_starts_with_the_sites_that_came(federation: Callable[..., Federation]) -> None:
+    run = federation("ab", "e", "split.sites=2", "federation.rounds=1")
+    run.run()
+    assert [[site["devices"] for site in event["sites"]] for event in run.events("plan")] == [[["a", "b"]]] * 2
+
+
+def test_a_round_without_a_whole_site_is_tried_again(federation: Callable[..., Federation]) -> None:
+    run = federation("ab", "e", "federation.rounds=1")
+    run.nodes["e"].fails = lambda plan: "crash" if plan.attempt == 1 and plan.steps else ""  # type: ignore[assignment, return-value]
+    assert moves(run.run(), run.start)[2] == 2
+    assert [event["attempt"] for event in run.events("plan")] == [1, 2, 1]
+    run.nodes["e"].fails = lambda plan: "no memory"  # type: ignore[assignment, return-value]
+    with pytest.raises(RunFailed, match="round 1 failed 3 times: e: no memory"):
+        run.run()
+
+
+def test_too_few_devices(federation: Callable[..., Federation]) -> None:
+    run = federation("ab", "e", "federation.min_nodes=2")
+    run.nodes["b"].fails = lambda plan: "unplugged"  # type: ignore[assignment, return-value]
+    with pytest.raises(RunFailed, match="round 1 failed 3 times: b: unplugged"):
+        run.run()
+
+
+def test_no_hosts(federation: Callable[..., Federation]) -> None:
+    run = federation("ab", "")
+    with pytest.raises(
+        RunFailed, match=r"2 devices \(a, b\) and 0 edge servers .* at least 1 and 1 edge servers \(split.hosts\)"
+    ):
+        run.run()
+
+
+def test_alone_each_goes_on_with_its_own(federation: Callable[..., Federation]) -> None:
+    run = federation("ab", "ef", "split.sites=2", "strategy.aggregation=none")
+    run.run()
+    assert all(node.sent == [True, False, False] for node in run.nodes.values())
+    exports = run.folder.path / "adapters"
+    assert sorted(path.name for path in exports.iterdir()) == ["a", "b"]
+    own = adapters.from_bytes((exports / "b" / "adapter_model.safetensors").read_bytes())
+    assert moves(own, run.start) == {0: 2, 1: 2, 2: 4, 3: 4, 4: 2, 5: 2}
+
+
+def test_steps_by_epochs(federation: Callable[..., Federation]) -> None:
+    run = federation("ab", "e", "federation.epochs=3", "federation.batch_size=4")
+    run.nodes["b"].profile.examples = 4
+    run.run()
+    steps = -(-3 * 9 // 4)
+    assert [(plan.steps, plan.optimizer.step_offset) for plan in run.nodes["e"].plans] == [
+        (steps, 0), (steps, steps), (0, 2 * steps),
+    ]  # fmt: skip
+    assert [(plan.own_steps, plan.cursor) for plan in run.nodes["b"].plans[:2]] == [(3, 0), (3, 3)]

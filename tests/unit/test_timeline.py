@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from edgelam_fl.telemetry.timeline import Shares, read_phase
+
+
+def interval(kind: str, start: float, seconds: float, *, role: str = "device", step: int = 0) -> list[Any]:
+    return [kind, role, start, seconds, step, 0, ""]
+
+
+def phase(**nodes: list[list[Any]]) -> Any:
+    return read_phase({"event": "timeline", "round": 2, "nodes": nodes})
+
+
+def test_shares_count_what_overlaps_once_and_add_up_to_the_phase() -> None:
+    both = [
+        interval("forward", 1.0, 2.0),
+        interval("send", 2.0, 3.0),  # 1 s of it while it computed, 2 s alone
+        interval("backward", 2.5, 1.0, role="host"),  # 0.5 s of it beside the forward
+        interval("step", 7.0, 0.5, role="host"),
+    ]
+    found = phase(pi=both, **{"edge-1": [interval("forward", 0.0, 10.0, role="host")]})
+    assert list(found.rows) == [("pi", "device"), ("edge-1", "host"), ("pi", "host")]
+    assert (found.round, found.start_s, found.end_s) == (2, 0.0, 10.0)
+    computed, either = (3.5 - 1.0) + 0.5, (5.0 - 1.0) + 0.5
+    assert found.shares() == {
+        "edge-1": Shares(10.0, 0.0, 0.0),
+        "pi": Shares(pytest.approx(computed), pytest.approx(either - computed), pytest.approx(10.0 - either)),
+    }
+    assert found.shares()["pi"].phase_s == pytest.approx(10.0)
+
+
+def test_the_phase_begins_where_the_most_forgetful_node_begins() -> None:
+    slow = [interval("forward", 0.5, 1.0), interval("forward", 8.0, 2.0, step=9)]
+    busy = [interval("forward", 6.0, 1.0, step=7), interval("forward", 9.0, 1.0, step=9)]
+    found = phase(slow=slow, busy=busy)
+    assert (found.start_s, found.end_s) == (6.0, 10.0)
+    assert found.shares() == {"busy": Shares(2.0, 0.0, 2.0), "slow": Shares(2.0, 0.0, 2.0)}
+
+
+@pytest.mark.parametrize("nodes", [{}, {"a": []}])
+def test_a_silent_round(nodes: dict[str, list[list[Any]]]) -> None:
+    assert phase(**nodes) is None
