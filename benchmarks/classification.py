@@ -1,0 +1,138 @@
+"""Definitions of WordNet -> ten domains, by an encoder (MiniLM) that three devices share with one host.
+
+Split against unsplit (the same federation with the whole model on each device), and beside one device that has all data.
+--smoke: few examples, one step, split only. The runs stay in runs/benchmark-classification.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from benchmarks.common import Figure, main
+from benchmarks.data.wordnet import SAMPLE
+
+DEVICES = 3
+RUN_FILE = """\
+[model]
+name = "minilm-l6"
+
+[split]
+front = 1
+back = 1
+
+[lora]
+targets = ["query", "value"]
+
+[task]
+kind = "classification"
+classes = {classes}
+max_tokens = 48
+
+[data]
+fields = {{ prompt = "gloss", answer = "domain" }}
+held_out = 0.2
+
+[federation]
+rounds = 3
+local_steps = 16
+batch_size = 16
+
+[optimizer]
+lr = 3e-3
+"""
+# how the same federation is run: overrides of the run file
+WAYS = {
+    "unsplit": ["split.hosts=0"],
+    "split": [],
+    "split, an adapter a device": ["split.host_mode=copies"],
+}
+ONE_DEVICE = ["split.hosts=0", f"federation.batch_size={DEVICES * 16}", f"split.micro_batches={DEVICES * 2}"]
+_SMOKE = ["federation.rounds=1", "federation.local_steps=1", "federation.batch_size=2"]
+_POINTS = 1.0
+
+
+def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
+    out = Path("runs") / ("benchmark-classification-smoke" if smoke else "benchmark-classification")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    rows = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
+    rows = in_choosing_order(rows[:90] if smoke else rows)
+    classes = sorted({row["domain"] for row in rows})
+    run_file = out / "wordnet.toml"
+    run_file.write_text(RUN_FILE.format(classes=json.dumps(classes)), encoding="utf-8")
+    files = [write(out / f"device-{n + 1}.jsonl", rows[n::DEVICES]) for n in range(DEVICES)]
+    if smoke:
+        summary, _ = run(run_file, out / "split", files, _SMOKE)
+        return {"run_file": run_file.read_text("utf-8")}, [accuracy_figure("split", summary)]
+    accuracies, figures = {}, []
+    everything = [write(out / "all.jsonl", rows)]
+    for way, overrides in {**WAYS, "one device with all data": ONE_DEVICE}.items():
+        folder = out / way.replace(",", "").replace(" ", "-")
+        summary, seconds = run(run_file, folder, everything if overrides is ONE_DEVICE else files, overrides)
+        figures += [accuracy_figure(way, summary), Figure(f"{way}: whole command", round(seconds, 1), "s")]
+        accuracies[way] = accuracy(summary, "after")
+    figures.append(Figure("before training", accuracy(summary, "before"), "% accuracy"))
+    figures.append(Figure("always the largest class", largest_class(rows), "% accuracy"))
+    for way in list(WAYS)[1:]:
+        apart = round(accuracies[way] - accuracies["unsplit"], 2)
+        bar = f"within {_POINTS:g} point of unsplit"
+        figures.append(Figure(f"{way}, less unsplit", apart, "points", bar, abs(apart) <= _POINTS))
+    head = head_tensors(out / "split" / "adapter")
+    figures.append(Figure("the head's tensors in the averaged adapter", head, "", "weight and bias", head >= 2))
+    return {"run_file": run_file.read_text("utf-8"), "ways": WAYS, "one_device": ONE_DEVICE}, figures
+
+
+def in_choosing_order(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Dealt out in turn from this order, the devices' held-out examples together are those of one file of all: see set_aside."""
+    return sorted(rows, key=lambda row: hashlib.sha256(row["gloss"].encode()).hexdigest())
+
+
+def write(file: Path, rows: list[dict[str, str]]) -> Path:
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def run(run_file: Path, folder: Path, files: list[Path], overrides: list[str]) -> tuple[dict[str, Any], float]:
+    """One federation on this machine: its summary, and the seconds that the whole command took."""
+    command = [str(Path(sys.executable).with_name("edgelam")), "run", str(run_file), "--out", str(folder)]
+    command += ["--local", str(len(files)), *(word for file in files for word in ("--data", str(file)))]
+    command += ["--set", f"federation.expect_nodes={len(files)}", *(word for o in overrides for word in ("--set", o))]
+    began = time.monotonic()
+    done = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=sys.stderr, check=False)
+    if done.returncode:
+        raise SystemExit(f"`{' '.join(command)}` ended with status {done.returncode}")
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8")), time.monotonic() - began
+
+
+def accuracy(summary: dict[str, Any], when: str) -> float:
+    """In percent, over the held-out examples of all devices, of which each has equally many."""
+    return round(100 * fmean(device[f"metrics_{when}"]["accuracy"] for device in summary["devices"]), 2)
+
+
+def accuracy_figure(way: str, summary: dict[str, Any]) -> Figure:
+    return Figure(f"{way}: held-out accuracy", accuracy(summary, "after"), "% accuracy")
+
+
+def largest_class(rows: list[dict[str, str]]) -> float:
+    domains = [row["domain"] for row in rows]
+    return round(100 * max(map(domains.count, set(domains))) / len(domains), 2)
+
+
+def head_tensors(adapter: Path) -> int:
+    from safetensors import safe_open
+
+    with safe_open(adapter / "adapter_model.safetensors", "numpy") as file:
+        return sum("lora_" not in name for name in file.keys())  # noqa: SIM118  (it is no mapping)
+
+
+if __name__ == "__main__":
+    main("classification", measure)
