@@ -32,10 +32,12 @@ def serve(options: argparse.Namespace) -> int:
 
     import torch
 
+    from edgelam_fl.model.allocator import give_back_at_once
     from edgelam_fl.split.stage_host import StageHost
     from edgelam_fl.wire.control import ControlServer
     from edgelam_fl.wire.grpc_link import DataPlaneServer, dial
 
+    give_back_at_once()
     if options.threads:
         torch.set_num_threads(options.threads)
     log = EventLog(options.state / "events.jsonl")
