@@ -64,19 +64,20 @@ def build_summary(events: list[dict[str, Any]]) -> dict[str, Any]:
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
     """The devices, and below them the hosts, in units for people; fits into 80 columns."""
-    title = f"{escape(str(summary.get('run') or 'run'))}: {_what_happened(summary)}"
+    title = f"{escape(str(summary.get('run') or 'run'))}: {_what_happened(summary)}\n"
     measure = measure_of(summary.get("task"))
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     table.add_column("node", overflow="fold")  # a long name takes two lines rather than room from the numbers
-    for heading in ("holds", f"held-out\n{measure}", "tokens/s", "sent", "received", "peak\nmemory"):
+    for heading in ("examples\nor layers", f"held-out\n{measure}", "tokens/s", "sent", "received", "peak\nmemory"):
         table.add_column(heading, justify="right", no_wrap=True)
     for device in summary.get("devices") or []:
-        before, after = (human_measure(measure, measured(device, measure, when)) for when in ("_before", "_after"))
         holds, speed = human_number(device.get("examples")), human_number(device.get("tokens_per_s"), 1)
-        table.add_row(_name(device), f"{holds} examples", f"{before} -> {after}", speed, *_bytes_and_memory(device))
+        table.add_row(_name(device), holds, _change(device, measure), speed, *_bytes_and_memory(device))
     table.add_section()
     for host in summary.get("hosts") or []:
-        table.add_row(_name(host), human_layers(host.get("layers")), "", "", *_bytes_and_memory(host))
+        table.add_row(_name(host), _span(host), "", "", *_bytes_and_memory(host))
     return table
 
 
@@ -169,6 +170,16 @@ def human_layers(layers: Any) -> str:
 
 def _name(node: Event) -> str:
     return escape(str(node.get("name")))
+
+
+def _change(device: Event, measure: str) -> str:
+    before, after = (measured(device, measure, when) for when in ("_before", "_after"))
+    text = f"{human_measure(measure, before)} -> {human_measure(measure, after)}"
+    return text if after is None else text.replace(" % ->", " ->")  # one unit for both
+
+
+def _span(host: Event) -> str:
+    return human_layers(host.get("layers")).removeprefix("layers ")
 
 
 def _bytes_and_memory(node: Event) -> list[str]:

@@ -156,7 +156,9 @@ EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\" '&amp;{
 
 
 def test_text_from_outside_stays_text(tmp_path: Path) -> None:
-    plain, attacked = Page(report_of(tmp_path / "plain", a_run())), report_of(tmp_path / "evil", a_run(evil=EVIL))
+    evil_names = tuple(f"{name}{EVIL}" for name in DEVICES)
+    plain = Page(report_of(tmp_path / "plain", [*a_run(), timeline_of(1)]))
+    attacked = report_of(tmp_path / "evil", [*a_run(evil=EVIL), timeline_of(1, device_names=evil_names)])
     page = Page(attacked)
     assert "<script>alert(1)" not in attacked
     assert [line["name"] for line in figures_of(attacked)["loss"]["lines"]] == [
