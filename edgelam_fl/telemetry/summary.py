@@ -52,7 +52,7 @@ def build_summary(events: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "run": started.get("run"),
         "state": run_state(events),
-        "model": _setting(started, "model", "name"),
+        "model": setting(started, "model", "name"),
         "task": task_of(events),
         "devices": _devices(events),
         "hosts": _hosts(events),
@@ -83,7 +83,7 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
 
 def task_of(events: Iterable[Event]) -> str | None:
     """task.kind of the run file."""
-    return _setting(next(of_kind(events, "run_started"), {}), "task", "kind")
+    return setting(next(of_kind(events, "run_started"), {}), "task", "kind")
 
 
 def measure_of(task: str | None) -> str:
@@ -120,6 +120,12 @@ def is_training_round(round_done: Event) -> bool:
 def of_kind(events: Iterable[Event], kind: str) -> Iterator[Event]:
     """The events of one kind, in their order."""
     return (event for event in events if event.get("event") == kind)
+
+
+def setting(started: Event, section: str, key: str) -> Any:
+    """A key of the run file, from run_started."""
+    config = started.get("config")
+    return (config.get(section) or {}).get(key) if isinstance(config, Mapping) else None
 
 
 def by_name(name: Any) -> list[tuple[int, str]]:
@@ -257,11 +263,6 @@ def _quality(records: list[Event] | None, when: str) -> dict[str, Any]:
     """Of at most one record."""
     record = records[0] if records else {}
     return {f"perplexity{when}": record.get("perplexity"), f"metrics{when}": record.get("metrics") or {}}
-
-
-def _setting(started: Event, section: str, key: str) -> Any:
-    config = started.get("config")
-    return (config.get(section) or {}).get(key) if isinstance(config, Mapping) else None
 
 
 def _peak(records: Iterable[Event]) -> int | None:

@@ -390,3 +390,19 @@ def test_picture_of_a_device_that_hosts_for_itself_and_another() -> None:
     picture = split_picture([{"event": "plan", "routes": routes}], {"ann": "--c0", "pi": "--c1"})
     assert [name for kind, name, _ in boxes(picture) if kind == "host"] == ["pi"]
     assert picture.count('<g class="host" style="color: var(--c1)">') == 1
+
+
+def test_picture_and_words_where_the_last_host_sees_the_labels(tmp_path: Path) -> None:
+    routes = [route(name, hop("edge-1", 2, 15), hop("edge-2", 15, 30), back_first=30) for name in ("a", "b")]
+    config = {"split": {"labels": "last-stage"}}
+    events = [{"event": "run_started", "config": config}, {"event": "plan", "round": 1, "routes": routes}]
+    picture = split_picture(events, {})
+    assert boxes(picture) == [
+        *(("own", name, "embedding, layers 0-1") for name in ("a", "b")),
+        ("host", "edge-1", "layers 2-14"),
+        ("host", "edge-2", "layers 15-29, head, loss"),
+    ]
+    assert picture.count('class="way"') == 2 * 2
+    assert "where its text stays; labels go to the last host." in Page(report_of(tmp_path / "last", events)).text
+    events[0]["config"] = {"split": {"labels": "device"}}
+    assert "where its text and labels stay." in Page(report_of(tmp_path / "device", events)).text
