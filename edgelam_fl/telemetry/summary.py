@@ -234,10 +234,9 @@ def _devices(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _hosts(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those that a plan named or a round reports."""
     records = _records(of_kind(events, "round_done"), "hosts")
-    routes = [route for plan in of_kind(events, "plan") for route in plan.get("routes") or []]
-    layers: dict[str, Any] = {
-        hop["node"]: [hop["first"], hop["last"]] for route in routes for hop in route.get("hops") or []
-    }
+    layers: dict[str, Any] = {}
+    for plan in of_kind(events, "plan"):
+        layers |= _slices(plan)
     layers |= {name: own[-1].get("layers") for name, own in records.items()}
     return [
         {
@@ -248,6 +247,15 @@ def _hosts(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         for name in sorted(layers, key=by_name)
     ]
+
+
+def _slices(plan: Event) -> dict[str, list[int]]:
+    """{host: [first, last)}: what the routes of a plan need of it; each may cross less."""
+    slices: dict[str, list[int]] = {}
+    for hop in (hop for route in plan.get("routes") or [] for hop in route.get("hops") or []):
+        first, last = slices.get(hop["node"], (hop["first"], hop["last"]))
+        slices[hop["node"]] = [min(first, hop["first"]), max(last, hop["last"])]
+    return slices
 
 
 def _records(rounds: Iterable[Event], role: str) -> dict[str, list[Event]]:

@@ -146,6 +146,13 @@ def test_layers_are_those_of_the_latest_round() -> None:
     assert [(each["name"], each["layers"]) for each in hosts] == [("edge-2", [4, 9]), ("edge-3", [2, 28])]
 
 
+def test_a_planned_host_holds_what_any_route_needs() -> None:
+    def plan(*spans: tuple[int, int]) -> dict[str, Any]:
+        return {"event": "plan", "routes": [{"hops": [{"node": "pi", "first": a, "last": b}]} for a, b in spans]}
+
+    assert build_summary([plan((0, 9)), plan((2, 27), (1, 4), (4, 28))])["hosts"][0]["layers"] == [1, 28]
+
+
 @pytest.mark.parametrize(
     "events", [[], [{"event": "round_done", "devices": [{"name": "a"}]}], [{"event": "run_failed"}]]
 )
