@@ -266,12 +266,16 @@ def client(
 def report(folder: RunArgument) -> None:
     """Draws a run's page and table again, also of a run that failed or goes on."""
     from edgelam_fl.telemetry.events import read_events
+    from edgelam_fl.telemetry.incidents import failure
     from edgelam_fl.telemetry.report import write_report
     from edgelam_fl.telemetry.summary import build_summary, summary_table
 
     if not (folder / "events.jsonl").is_file():
         raise ConfigError(f"{folder} is no run's folder: it has no events.jsonl")
-    console.print(summary_table(build_summary(list(read_events(folder / "events.jsonl")))))
+    events = list(read_events(folder / "events.jsonl"))
+    console.print(summary_table(build_summary(events)))
+    for heading, text in failure(events):
+        console.print(f"{heading.lower()}: {text}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"page: {write_report(folder)}", highlight=False, soft_wrap=True)
 
 

@@ -2,7 +2,7 @@
 
 Reads the run's folder and nothing else: events.jsonl, and summary.json where the run has written it (its values are the
 ones shown). What comes from events is escaped; the page's own policy forbids it to load anything. `report_page.html`
-holds the looks: here a colour is the name of one of its CSS variables, light or dark.
+holds the looks, `figures.py` what is drawn, `split_picture.py` who holds what, `incidents.py` what went wrong.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from edgelam_fl.errors import UsageError
 from edgelam_fl.telemetry.events import read_events
 from edgelam_fl.telemetry.figures import round_figures, timeline_figures
 from edgelam_fl.telemetry.incidents import failure, incidents
-from edgelam_fl.telemetry.split_picture import split_picture
+from edgelam_fl.telemetry.split_picture import labels_leave, split_picture
 from edgelam_fl.telemetry.summary import (
     ADAPTER_BYTES,
     LINK_BYTES,
@@ -83,8 +83,11 @@ def report_page(events: list[dict[str, Any]], summary: Mapping[str, Any]) -> str
         "measure": measure,
         "better": "higher" if measure == "accuracy" else "lower",
         "hide_timeline": "" if timelines else "hidden",
-        "choices": "".join(f"<option value={i}>round {each['round']}</option>" for i, each in enumerate(timelines)),
+        "choices": "".join(
+            f"<option value={i}>round {escape(str(each['round']))}</option>" for i, each in enumerate(timelines)
+        ),
         "shares": "".join(map(_share_table, phases[len(phases) - len(timelines) :], repeat(colours))),
+        "stays": "its text stays; labels go to the last host" if labels_leave(events) else "its text and labels stay",
         "split": split_picture(events, colours),
         "incidents": _incident_table(events),
         "settings": _table("", "key|value", _settings(started.get("config") or {}), "words"),

@@ -12,9 +12,10 @@ from html import escape
 from itertools import pairwise
 from typing import Any
 
-from edgelam_fl.telemetry.summary import by_name, human_layers, of_kind
+from edgelam_fl.telemetry.summary import Event, by_name, human_layers, of_kind, setting
 
 ROW_HEIGHT, GAP_X, GAP_Y, SITE_GAP = 50, 44, 14, 22  # pixels
+TEXT_SHORT = 13  # letters that fit into BOX_WIDTH
 END_WIDTH, BOX_WIDTH, COLUMN_WIDTH, LAYERS_WIDTH = 186, 116, 24, 520
 EMBEDDING = -1  # stands before layer 0; the head stands after the last layer, as one more
 
@@ -51,12 +52,18 @@ def split_picture(events: list[dict[str, Any]], colours: Mapping[str, str]) -> s
     if not plans:
         return "<p>No plan was made.</p>"
     routes = sorted(plans[-1]["routes"], key=lambda route: (_chain(route), by_name(route["device"])))
-    shapes = [*_ends(routes), *_slices(routes)]
+    given_away = labels_leave(events)
+    shapes = [*_ends(routes, given_away), *_slices(routes, given_away)]
     grid = _grid(routes, shapes)
-    ways = [_arrows(grid, row, cut) for row, route in enumerate(routes) for cut in _cuts(route)]
+    ways = [_arrows(grid, row, cut) for row, route in enumerate(routes) for cut in _cuts(route, given_away)]
     drawn = "".join([*ways, *(_draw(shape, grid, colours) for shape in shapes)])
     size_and_role = f'width="{grid.width + 4}" viewBox="-2 -2 {grid.width + 4} {grid.height + 4}" role="img"'
     return f'<svg {size_and_role} aria-label="which layers stand where">{drawn}</svg>'
+
+
+def labels_leave(events: Iterable[Event]) -> bool:
+    """Whether the last host holds the head and sees the labels."""
+    return setting(next(of_kind(events, "run_started"), {}), "split", "labels") == "last-stage"
 
 
 def _hops(route: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -67,12 +74,12 @@ def _chain(route: Mapping[str, Any]) -> list[Any]:
     return [by_name(hop["node"]) for hop in _hops(route)]
 
 
-def _cuts(route: Mapping[str, Any]) -> list[int]:
+def _cuts(route: Mapping[str, Any], given_away: bool) -> list[int]:
     hops = _hops(route)
-    return [hops[0]["first"], *(hop["last"] for hop in hops)] if hops else []
+    return [*(hop["first"] for hop in hops), *(hop["last"] for hop in hops[-1:] if not given_away)]
 
 
-def _ends(routes: Sequence[Mapping[str, Any]]) -> Iterable[Shape]:
+def _ends(routes: Sequence[Mapping[str, Any]], given_away: bool) -> Iterable[Shape]:
     """What the devices keep: the whole model where a route has no host."""
     for row, route in enumerate(routes):
         name, layers = route["device"], route["num_layers"]
@@ -81,10 +88,11 @@ def _ends(routes: Sequence[Mapping[str, Any]]) -> Iterable[Shape]:
             continue
         front, back = _and_layers(0, route["front"]), _and_layers(route["back_first"], layers)
         yield Shape(name, row, [(EMBEDDING, route["front"])], f"embedding{front}", own=True)
-        yield Shape(name, row, [(route["back_first"], layers + 1)], f"head, loss{back}", own=True)
+        if not given_away:
+            yield Shape(name, row, [(route["back_first"], layers + 1)], f"head, loss{back}", own=True)
 
 
-def _slices(routes: Sequence[Mapping[str, Any]]) -> list[Shape]:
+def _slices(routes: Sequence[Mapping[str, Any]], given_away: bool) -> list[Shape]:
     """The hosts; routes one below the other that cross the same slice share a shape."""
     shapes: list[Shape] = []
     for row, route in enumerate(routes):
@@ -97,7 +105,8 @@ def _slices(routes: Sequence[Mapping[str, Any]]) -> list[Shape]:
                 above.spans.append(span)
     for shape in shapes:
         firsts, lasts = zip(*shape.spans, strict=True)
-        shape.text = human_layers((min(firsts), max(lasts)))
+        head = ", head, loss" if given_away and max(lasts) == routes[shape.row]["num_layers"] else ""
+        shape.text = f"{human_layers((min(firsts), max(lasts)))}{head}"
     return shapes
 
 
@@ -113,7 +122,11 @@ def _grid(routes: Sequence[Mapping[str, Any]], shapes: Sequence[Shape]) -> Grid:
     for shape in shapes:
         for span in shape.spans:
             held = [i for i, (first, last) in enumerate(columns) if span[0] <= first and last <= span[1]]
-            missing = (END_WIDTH if shape.own else BOX_WIDTH) - sum(widths[i] for i in held) - GAP_X * (len(held) - 1)
+            missing = (
+                (BOX_WIDTH if len(shape.text) < TEXT_SHORT else END_WIDTH)
+                - sum(widths[i] for i in held)
+                - GAP_X * (len(held) - 1)
+            )
             widths[held[0] if span[0] == EMBEDDING else held[-1]] += max(0, missing)
     grid, x, y = Grid(), 0, 0
     for (first, last), width in zip(columns, widths, strict=True):

@@ -52,7 +52,7 @@ def build_summary(events: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "run": started.get("run"),
         "state": run_state(events),
-        "model": _setting(started, "model", "name"),
+        "model": setting(started, "model", "name"),
         "task": task_of(events),
         "devices": _devices(events),
         "hosts": _hosts(events),
@@ -64,25 +64,26 @@ def build_summary(events: list[dict[str, Any]]) -> dict[str, Any]:
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
     """The devices, and below them the hosts, in units for people; fits into 80 columns."""
-    title = f"{escape(str(summary.get('run') or 'run'))}: {_what_happened(summary)}"
+    title = f"{escape(str(summary.get('run') or 'run'))}: {_what_happened(summary)}\n"
     measure = measure_of(summary.get("task"))
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     table.add_column("node", overflow="fold")  # a long name takes two lines rather than room from the numbers
-    for heading in ("holds", f"held-out\n{measure}", "tokens/s", "sent", "received", "peak\nmemory"):
+    for heading in ("examples\nor layers", f"held-out\n{measure}", "tokens/s", "sent", "received", "peak\nmemory"):
         table.add_column(heading, justify="right", no_wrap=True)
     for device in summary.get("devices") or []:
-        before, after = (human_measure(measure, measured(device, measure, when)) for when in ("_before", "_after"))
         holds, speed = human_number(device.get("examples")), human_number(device.get("tokens_per_s"), 1)
-        table.add_row(_name(device), f"{holds} examples", f"{before} -> {after}", speed, *_bytes_and_memory(device))
+        table.add_row(_name(device), holds, _change(device, measure), speed, *_bytes_and_memory(device))
     table.add_section()
     for host in summary.get("hosts") or []:
-        table.add_row(_name(host), human_layers(host.get("layers")), "", "", *_bytes_and_memory(host))
+        table.add_row(_name(host), _span(host), "", "", *_bytes_and_memory(host))
     return table
 
 
 def task_of(events: Iterable[Event]) -> str | None:
     """task.kind of the run file."""
-    return _setting(next(of_kind(events, "run_started"), {}), "task", "kind")
+    return setting(next(of_kind(events, "run_started"), {}), "task", "kind")
 
 
 def measure_of(task: str | None) -> str:
@@ -119,6 +120,12 @@ def is_training_round(round_done: Event) -> bool:
 def of_kind(events: Iterable[Event], kind: str) -> Iterator[Event]:
     """The events of one kind, in their order."""
     return (event for event in events if event.get("event") == kind)
+
+
+def setting(started: Event, section: str, key: str) -> Any:
+    """A key of the run file, from run_started."""
+    config = started.get("config")
+    return (config.get(section) or {}).get(key) if isinstance(config, Mapping) else None
 
 
 def by_name(name: Any) -> list[tuple[int, str]]:
@@ -171,6 +178,16 @@ def _name(node: Event) -> str:
     return escape(str(node.get("name")))
 
 
+def _change(device: Event, measure: str) -> str:
+    before, after = (measured(device, measure, when) for when in ("_before", "_after"))
+    text = f"{human_measure(measure, before)} -> {human_measure(measure, after)}"
+    return text if after is None else text.replace(" % ->", " ->")  # one unit for both
+
+
+def _span(host: Event) -> str:
+    return human_layers(host.get("layers")).removeprefix("layers ")
+
+
 def _bytes_and_memory(node: Event) -> list[str]:
     return [human_bytes(node.get(key)) for key in (*LINK_BYTES, "peak_rss_bytes")]
 
@@ -217,10 +234,9 @@ def _devices(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _hosts(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Those that a plan named or a round reports."""
     records = _records(of_kind(events, "round_done"), "hosts")
-    routes = [route for plan in of_kind(events, "plan") for route in plan.get("routes") or []]
-    layers: dict[str, Any] = {
-        hop["node"]: [hop["first"], hop["last"]] for route in routes for hop in route.get("hops") or []
-    }
+    layers: dict[str, Any] = {}
+    for plan in of_kind(events, "plan"):
+        layers |= _slices(plan)
     layers |= {name: own[-1].get("layers") for name, own in records.items()}
     return [
         {
@@ -231,6 +247,15 @@ def _hosts(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         for name in sorted(layers, key=by_name)
     ]
+
+
+def _slices(plan: Event) -> dict[str, list[int]]:
+    """{host: [first, last)}: what the routes of a plan need of it; each may cross less."""
+    slices: dict[str, list[int]] = {}
+    for hop in (hop for route in plan.get("routes") or [] for hop in route.get("hops") or []):
+        first, last = slices.get(hop["node"], (hop["first"], hop["last"]))
+        slices[hop["node"]] = [min(first, hop["first"]), max(last, hop["last"])]
+    return slices
 
 
 def _records(rounds: Iterable[Event], role: str) -> dict[str, list[Event]]:
@@ -246,11 +271,6 @@ def _quality(records: list[Event] | None, when: str) -> dict[str, Any]:
     """Of at most one record."""
     record = records[0] if records else {}
     return {f"perplexity{when}": record.get("perplexity"), f"metrics{when}": record.get("metrics") or {}}
-
-
-def _setting(started: Event, section: str, key: str) -> Any:
-    config = started.get("config")
-    return (config.get(section) or {}).get(key) if isinstance(config, Mapping) else None
 
 
 def _peak(records: Iterable[Event]) -> int | None:

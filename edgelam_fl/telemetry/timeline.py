@@ -13,6 +13,7 @@ from typing import Any
 from edgelam_fl.telemetry.summary import Event, by_name
 
 COMPUTING = ("forward", "backward", "step")
+LONGEST_S = 1e7  # a train phase of four months
 Interval = Sequence[Any]  # kind, role, start_s, seconds, step, micro_batch, peer
 
 
@@ -56,7 +57,8 @@ def read_phase(event: Event) -> Phase | None:
     """None where no node tells anything."""
     rows: dict[tuple[str, str], list[Interval]] = {}
     for node, intervals in (event.get("nodes") or {}).items():
-        for interval in sorted(intervals, key=lambda interval: interval[2]):
+        told = [interval for interval in intervals if _possible(interval[2], interval[3])]
+        for interval in sorted(told, key=lambda interval: interval[2]):
             rows.setdefault((node, interval[1]), []).append(interval)
     if not rows:
         return None
@@ -65,6 +67,11 @@ def read_phase(event: Event) -> Phase | None:
     end = max(start + seconds for own in rows.values() for _, _, start, seconds, *_ in own)
     ordered = sorted(rows, key=lambda key: (key[1] != "device", by_name(key[0])))
     return Phase(event.get("round") or 0, max(starts, default=0.0), end, {key: rows[key] for key in ordered})
+
+
+def _possible(start_s: float | None, seconds: float | None) -> bool:
+    """Nodes are believed what they did, but not everything can be drawn."""
+    return start_s is not None and seconds is not None and 0 <= start_s < LONGEST_S and 0 <= seconds < LONGEST_S
 
 
 def _covered(stretches: Iterable[tuple[float, float]]) -> float:

@@ -52,7 +52,7 @@ class Tab:
 
     def open(self, file: Path) -> None:
         """Returns when the page is loaded and has drawn twice."""
-        self.call("Page.navigate", url=file.as_uri())
+        assert not self.call("Page.navigate", url=file.as_uri()).get("errorText"), f"{file} cannot be opened"
         end = time.monotonic() + DEADLINE_S
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self._read(end)

@@ -50,6 +50,7 @@ def page_of(folder: Path, events: list[dict[str, Any]]) -> Path:
     (folder / "summary.json").write_text(json.dumps(build_summary(events)), encoding="utf-8")
     done = CliRunner().invoke(app, ["report", str(folder)])
     assert done.exit_code == 0, done.output
+    assert ("\nwhat: " in done.output and "\nkept: " in done.output) == (events[-1]["event"] == "run_failed")
     return folder / "report.html"
 
 
@@ -135,6 +136,20 @@ def test_timeline_answers_to_the_pointer_the_buttons_and_the_choice_of_a_round(t
     tab.ask("document.getElementById('all').click()")
     assert tab.ask(box) == pytest.approx([0, 0, width, 30])
     assert tab.complaints() == []
+
+
+def test_names_from_outside_do_nothing(tab: Tab, tmp_path: Path) -> None:
+    evil = "</script><script>document.title = 'taken'</script><img src=x onerror=\"document.title = 'taken'\">"
+    names = tuple(f"{name}{evil}" for name in DEVICES)
+    events = a_run(evil=evil)
+    events.append({"time": 0.0, **timeline_of(1, device_names=names, host_names=(f"edge-1{evil}",))})
+    page = page_of(tmp_path / "run", events)
+    tab.look(width=1280, height=4000)
+    tab.open(page)
+    tab.ask("document.querySelectorAll('.lane rect').forEach(box => box.onclick())")
+    assert tab.ask("document.title") == f"demo{evil} | EdgeLAM-FL"
+    assert tab.ask("document.querySelector('.lane .who').firstElementChild.nextSibling.data") == names[0]
+    assert (tab.complaints(), tab.requests()) == ([], [page.as_uri()])
 
 
 def test_says_why_a_run_failed(tab: Tab, tmp_path: Path) -> None:

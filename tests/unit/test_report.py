@@ -156,7 +156,9 @@ EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\" '&amp;{
 
 
 def test_text_from_outside_stays_text(tmp_path: Path) -> None:
-    plain, attacked = Page(report_of(tmp_path / "plain", a_run())), report_of(tmp_path / "evil", a_run(evil=EVIL))
+    evil_names = tuple(f"{name}{EVIL}" for name in DEVICES)
+    plain = Page(report_of(tmp_path / "plain", [*a_run(), timeline_of(1)]))
+    attacked = report_of(tmp_path / "evil", [*a_run(evil=EVIL), timeline_of(1, device_names=evil_names)])
     page = Page(attacked)
     assert "<script>alert(1)" not in attacked
     assert [line["name"] for line in figures_of(attacked)["loss"]["lines"]] == [
@@ -388,3 +390,19 @@ def test_picture_of_a_device_that_hosts_for_itself_and_another() -> None:
     picture = split_picture([{"event": "plan", "routes": routes}], {"ann": "--c0", "pi": "--c1"})
     assert [name for kind, name, _ in boxes(picture) if kind == "host"] == ["pi"]
     assert picture.count('<g class="host" style="color: var(--c1)">') == 1
+
+
+def test_picture_and_words_where_the_last_host_sees_the_labels(tmp_path: Path) -> None:
+    routes = [route(name, hop("edge-1", 2, 15), hop("edge-2", 15, 30), back_first=30) for name in ("a", "b")]
+    config = {"split": {"labels": "last-stage"}}
+    events = [{"event": "run_started", "config": config}, {"event": "plan", "round": 1, "routes": routes}]
+    picture = split_picture(events, {})
+    assert boxes(picture) == [
+        *(("own", name, "embedding, layers 0-1") for name in ("a", "b")),
+        ("host", "edge-1", "layers 2-14"),
+        ("host", "edge-2", "layers 15-29, head, loss"),
+    ]
+    assert picture.count('class="way"') == 2 * 2
+    assert "where its text stays; labels go to the last host." in Page(report_of(tmp_path / "last", events)).text
+    events[0]["config"] = {"split": {"labels": "device"}}
+    assert "where its text and labels stay." in Page(report_of(tmp_path / "device", events)).text

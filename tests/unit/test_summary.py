@@ -146,6 +146,13 @@ def test_layers_are_those_of_the_latest_round() -> None:
     assert [(each["name"], each["layers"]) for each in hosts] == [("edge-2", [4, 9]), ("edge-3", [2, 28])]
 
 
+def test_a_planned_host_holds_what_any_route_needs() -> None:
+    def plan(*spans: tuple[int, int]) -> dict[str, Any]:
+        return {"event": "plan", "routes": [{"hops": [{"node": "pi", "first": a, "last": b}]} for a, b in spans]}
+
+    assert build_summary([plan((0, 9)), plan((2, 27), (1, 4), (4, 28))])["hosts"][0]["layers"] == [1, 28]
+
+
 @pytest.mark.parametrize(
     "events", [[], [{"event": "round_done", "devices": [{"name": "a"}]}], [{"event": "run_failed"}]]
 )
@@ -162,10 +169,10 @@ def test_table_fits_a_small_terminal() -> None:
     console.print(summary_table(build_summary(a_run())))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert "demo: done, 2 rounds in 3.8 s" in lines[0]
-    assert [" ".join(line.split()) for line in lines if line.startswith((" device-", " edge-"))] == [
-        "device-2 90 examples 90.00 -> 15.50 40.0 2.01 kB 6.00 kB 600 B",
-        "device-10 90 examples 80.00 -> - 25.0 1.00 kB 2.00 kB 500 B",
-        "edge-1 layers 2-27 900 B 1.20 kB 950 B",
+    assert [" ".join(line.split()) for line in lines if line.startswith(("device-", "edge-"))] == [
+        "device-2 90 90.00 -> 15.50 40.0 2.01 kB 6.00 kB 600 B",
+        "device-10 90 80.00 -> - 25.0 1.00 kB 2.00 kB 500 B",
+        "edge-1 2-27 900 B 1.20 kB 950 B",
     ]
 
 
@@ -203,7 +210,7 @@ def test_table_of_classification_shows_accuracy_and_keeps_its_numbers_whole() ->
     assert max(map(len, text.splitlines())) <= 80
     assert "accuracy" in text
     assert "perplexity" not in text
-    for number in ("25.0 % -> 81.2 %", "- -> -", "123,456 examples", "12,345.6", "layers 2-9", "123 MB"):
+    for number in ("25.0 -> 81.2 %", "- -> -", "123,456", "12,345.6", " 2-9 ", "123 MB"):
         assert number in text
 
 

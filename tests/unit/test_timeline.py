@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -39,6 +40,12 @@ def test_the_phase_begins_where_the_most_forgetful_node_begins() -> None:
     found = phase(slow=slow, busy=busy)
     assert (found.start_s, found.end_s) == (6.0, 10.0)
     assert found.shares() == {"busy": Shares(2.0, 0.0, 2.0), "slow": Shares(2.0, 0.0, 2.0)}
+
+
+def test_what_cannot_be_is_left_out() -> None:
+    nonsense = [interval("forward", *pair) for pair in ((math.nan, 1.0), (0.0, math.inf), (-1.0, 1.0), (0.0, -1.0))]
+    found = phase(a=[*nonsense, [*interval("step", 1.0, 0.0)[:3], None, 0, 0, ""], interval("forward", 0.0, 2.0)])
+    assert found.rows == {("a", "device"): [interval("forward", 0.0, 2.0)]}
 
 
 @pytest.mark.parametrize("nodes", [{}, {"a": []}])

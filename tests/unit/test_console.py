@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console
+
+from edgelam_fl.telemetry.console import RunView
+from edgelam_fl.telemetry.timeline import read_phase
+from tests.recorded import STEPS, a_classification, a_failed_run, a_run, a_run_failed_at_once
+
+
+def watch(
+    events: Iterable[Mapping[str, Any]], *of_nodes: tuple[str, Mapping[str, Any]], rounds: int = 4
+) -> tuple[str, list[str]]:
+    """(what was said, the lines of the table) at the end of these events, on a terminal of 80 columns."""
+    console = Console(file=io.StringIO(), width=80)
+    view = RunView(console, rounds, STEPS)
+    for event in events:
+        view.feed(event)
+    for node, event in of_nodes:
+        view.feed(event, node)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    drawn = Console(file=io.StringIO(), width=80)
+    drawn.print(view._draw())
+    lines = drawn.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, lines)) <= 80
+    return said, [" ".join(line.split()) for line in lines]
+
+
+def test_rounds_loss_perplexity_and_bytes() -> None:
+    events = a_run()
+    said, lines = watch(events)
+    last = [event for event in events if event["event"] == "round_done"][-3:]
+    values = " > ".join(f"{event['devices'][0]['perplexity']:.1f}" for event in last)
+    moved = 4 * (4_700_123 + 4_600_321) + 500_000 + 480_000
+    loss = last[1]["devices"][0]["loss"]
+    assert lines[0].startswith("last evaluation, ")
+    assert lines[1] == "node does loss perplexity moved waited"
+    assert lines[2] == f"device-1 waits {loss:.3f} {values} {moved / 1e6:.1f} MB"
+    assert "round 2 of 4: device-1, device-2, device-3" in said
+    assert "round 1 of 4 took 25 s; held-out perplexity at its start: device-1 " in said
+    assert "last evaluation took 29 s; held-out perplexity at the end: device-1 " in said
+
+
+def test_classification_over_two_sites_with_devices_that_host() -> None:
+    events = a_classification()
+    hosted = {"event": "step_closed", "step": 4}
+    own = {"event": "step", "step": 6, "loss": 0.5}
+    said, lines = watch(events, ("edge-1", hosted), ("pi-kitchen-north", own), ("pi-kitchen-north", hosted), rounds=3)
+    assert (
+        "round 1 of 3: bob, pi-kitchen-north over edge-1 > pi-kitchen-north; ann, cat, pi-office over pi-office" in said
+    )
+    phase = read_phase([event for event in events if event["event"] == "timeline"][-1])
+    assert phase is not None
+    waited = {name: f"{100 * shares.waited_s / shares.phase_s:.0f} %" for name, shares in phase.shares().items()}
+    accuracies = [e["devices"][0]["metrics"]["accuracy"] for e in events if e["event"] == "round_done"]
+    ann, *_, edge, north, _ = lines[2:]
+    assert lines[1] == "node does loss accuracy moved waited"
+    assert " > ".join(f"{100 * value:.1f}" for value in accuracies[-3:]) + " %" in ann
+    assert ann.endswith(waited["ann"])
+    assert edge.startswith(f"edge-1 step 5 of {STEPS} ")
+    assert north.startswith(f"pi-kitchen-north step 7 of {STEPS} 0.500 ")
+    device = next(d for d in events[-2]["devices"] if d["name"] == "pi-kitchen-north")
+    assert device["bytes_up"] == 500_000
+    moved = 3 * (4_700_123 + 4_600_321) + 980_000 + sum(5_000_000 + number + 5_100_000 for number in range(1, 5))
+    assert north.endswith(f"{moved / 1e6:.1f} MB {waited['pi-kitchen-north']}")
+
+
+def test_long_names_leave_the_numbers_whole() -> None:
+    names = {"device-1": "raspberry-pi-4-in-the-kitchen-behind-the-window"}
+    events = [_renamed(event, names) for event in a_run()]
+    _, lines = watch(events)
+    assert any("waits" in line and "MB" in line for line in lines)
+    assert "raspberry-pi-4-in-the-kitchen-behind-the-window" in "".join(line.split()[0] for line in lines[2:])
+
+
+def _renamed(value: Any, names: Mapping[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _renamed(item, names) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_renamed(item, names) for item in value]
+    return names.get(value, value) if isinstance(value, str) else value
+
+
+def test_many_names_are_cut() -> None:
+    selected = [f"d{number}" for number in range(11)]
+    said, _ = watch([{"event": "plan", "round": 1, "attempt": 2, "selected": selected, "routes": []}])
+    assert f"round 1 of 4, attempt 2: {', '.join(selected[:8])} and 3 more" in said
+
+
+def test_failed_run() -> None:
+    said, lines = watch(a_failed_run())
+    assert "edge-1 did not finish round 2: silent for 120 s" in said
+    assert lines[0].startswith("failed in round 2 of 4, ")
+    assert not any(" waits " in line for line in lines)
+    assert next(line for line in lines if line.startswith("edge-1")).startswith("edge-1 lost ")
+    _, lines = watch(a_run_failed_at_once())
+    assert lines[0].startswith("failed before the first round, ")
