@@ -237,14 +237,11 @@ def _gib(count: int) -> str:
 
 def check_base(base: str, problem_of: Callable[[str], str] | None = None) -> Finding:
     """Runs the base's kernels on a small matrix, forward and backward."""
-    if base == "nf4" and problem_of is None and importlib.util.find_spec("bitsandbytes") is None:
-        return Finding(
-            "base nf4",
-            "note",
-            "bitsandbytes is not installed",
-            "only model.base = 'nf4' needs it: pip install bitsandbytes",
-        )
-    problem = (problem_of or _base_problem())(base)
+    if problem_of is None:
+        from edgelam_fl.model.bases import base_problem  # brings torch
+
+        problem_of = base_problem
+    problem = problem_of(base)
     if not problem:
         return _ok(f"base {base}", "its kernels run")
     package = "bitsandbytes" if base == "nf4" else "torch"
@@ -252,44 +249,6 @@ def check_base(base: str, problem_of: Callable[[str], str] | None = None) -> Fin
         f"reinstall {package} for this processor (constraints/torch.txt has the builds); until then another model.base"
     )
     return _problem(f"base {base}", problem, fix)
-
-
-def _base_problem() -> Callable[[str], str]:
-    if importlib.util.find_spec("edgelam_fl.model.bases"):
-        found: Callable[[str], str] = importlib.import_module("edgelam_fl.model.bases").base_problem
-        return found
-    return _small_product
-
-
-def _small_product(base: str) -> str:
-    """Why a product with a matrix of this base fails here; empty where it comes out right."""
-    try:
-        import torch
-
-        from edgelam_fl.model.quantized import Int8Linear, quantize_rows
-
-        x = torch.ones(2, 64, dtype=torch.bfloat16 if base == "bf16" else torch.float32, requires_grad=True)
-        layer = torch.nn.Linear(64, 32, bias=False, dtype=x.dtype).requires_grad_(False)
-        layer.weight.fill_(0.5)
-        if base == "int8":
-            quantized = Int8Linear(layer)
-            quantized.weight.data, quantized.weight_scale.data = quantize_rows(layer.weight)
-            layer = quantized
-        elif base == "nf4":
-            layer = _nf4(layer)
-        y = layer(x)
-        y.sum().backward()
-        right = bool((y.float() - 32).abs().max() < 3.2) and x.grad is not None
-        return "" if right else "its kernel gives wrong numbers"
-    except (ImportError, RuntimeError, OSError, AttributeError) as error:
-        return f"its kernel does not run ({' '.join(str(error).split())[:200]})"
-
-
-def _nf4(layer):  # type: ignore[no-untyped-def]
-    bnb = importlib.import_module("bitsandbytes")
-    quantized = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, quant_type="nf4")
-    quantized.weight = bnb.nn.Params4bit(layer.weight, requires_grad=False, quant_type="nf4")
-    return quantized.to("cpu")
 
 
 def check_model(name: str) -> Finding:
