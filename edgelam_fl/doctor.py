@@ -237,6 +237,9 @@ def _gib(count: int) -> str:
 
 def check_base(base: str, problem_of: Callable[[str], str] | None = None) -> Finding:
     """Runs the base's kernels on a small matrix, forward and backward."""
+    if base == "nf4" and problem_of is None and importlib.util.find_spec("bitsandbytes") is None:
+        fix = "only model.base = 'nf4' needs it: pip install bitsandbytes"
+        return Finding("base nf4", "note", "bitsandbytes is not installed", fix)
     if problem_of is None:
         from edgelam_fl.model.bases import base_problem  # brings torch
 
