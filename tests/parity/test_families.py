@@ -340,16 +340,29 @@ def test_files_of_a_model_without_head_lack_a_prefix(family: str, tmp_path: Path
         assert torch.equal(got, whole(input_ids=token_ids()).logits)
 
 
-@torch.no_grad()
-def test_compute_in_another_dtype_than_the_files(built: Built) -> None:
-    """compute = bfloat16 over an fp32 base is the bf16 base."""
+@pytest.mark.parametrize(("base", "compute"), [("int8", ""), ("int8", "bfloat16")])
+def test_slices_of_a_quantized_base_are_the_wholes(built: Built, base: str, compute: str) -> None:
+    """Each matrix is quantized alone: logits and gradients of three stages are those of one."""
+    if built.name == "gpt2":
+        pytest.skip("its matrices lie [in, out], which int8 does not take yet")
     lora = LoraSettings(RANK, ALPHA, built.case.targets)
     results = []
-    for base, compute in (("bf16", ""), ("fp32", "bfloat16")):
-        stages = load_stages(built.source, CUTS["inside"], base, lora, compute=compute, classes=built.case.classes)
-        assert {stage.dtype for stage in stages} == {torch.bfloat16}
-        results.append(through(stages, token_ids(), LENGTHS))
-    assert torch.equal(*results)
+    for spans in ([Span(0, LAYERS, embed=True, head=True)], CUTS["inside"]):
+        stages = load_stages(built.source, spans, base, lora, compute, classes=built.case.classes)
+        assert {stage.dtype for stage in stages} == {torch.bfloat16 if compute else torch.float32}
+        for stage in stages:
+            stage.load_adapter(built.adapter)
+        logits = through(stages, token_ids(), LENGTHS)
+        logits.float().square().sum().backward()
+        results.append({name: p.grad for stage in stages for name, p in stage.adapter_parameters.items()})
+        results[-1]["logits"] = logits.detach()
+    whole, slices = results
+    assert whole.keys() == slices.keys()
+    assert all(torch.equal(tensor, slices[name]) for name, tensor in whole.items())
+    mask, positions = padding(left=False)
+    plain = built.whole()(input_ids=token_ids(), attention_mask=mask, position_ids=positions).logits
+    error = (whole["logits"] - plain).norm() / plain.norm()
+    assert 0 < error < {"int8": 0.15, "nf4": 1.0}[base]
 
 
 def test_the_task_head_is_freed_apart_from_the_layers(built: Built) -> None:
