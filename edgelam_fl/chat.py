@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError
-from edgelam_fl.generate import Message
+
+if TYPE_CHECKING:  # what can be refused without torch is refused at once
+    from edgelam_fl.generate import Message
 
 QUIT = "/quit"
 Write = Callable[[str], None]
@@ -20,10 +23,16 @@ class Says(Protocol):
     def say(self, conversation: Sequence[Message], max_tokens: int, *, tuned: bool = True) -> Iterator[str]: ...
 
 
+def check_can_talk(config: RunConfig, prompt: str | None) -> None:
+    """Raises ConfigError for a run whose model does not talk, and for an empty question."""
+    if config.task.kind != "causal-lm":
+        raise ConfigError(f"task.kind = {config.task.kind!r}: this run's model answers with a class, not with text")
+    if prompt is not None and not prompt.strip():
+        raise ConfigError("--prompt is empty; without it, `edgelam chat` takes one question after the other")
+
+
 def ask(speaker: Says, prompt: str, max_tokens: int, tuned: bool, write: Write) -> None:
     """One question, and nothing but its answer written."""
-    if not prompt.strip():
-        raise ConfigError("--prompt is empty; without it, `edgelam chat` takes one question after the other")
     _answer(speaker, [_user(prompt)], max_tokens, tuned, write)
 
 

@@ -315,11 +315,12 @@ def chat(
 
     Answers are greedy: the same question gives the same words. With --prompt, only the answer is printed.
     """
+    from edgelam_fl.chat import QUIT, ask, check_can_talk, talk, typed_lines, write_now
     from edgelam_fl.results import open_result
 
     result = open_result(folder)
+    check_can_talk(result.config, prompt)
     with errors.status("loading the model"):
-        from edgelam_fl.chat import QUIT, ask, talk, typed_lines, write_now
         from edgelam_fl.generate import Speaker
 
         speaker = Speaker(result.config.model, result.config.task)

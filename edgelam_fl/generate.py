@@ -60,8 +60,6 @@ class Speaker:
     """A run's whole model on this machine: the base, and the run's adapter once it is put on."""
 
     def __init__(self, model: Model, task: Task) -> None:
-        if task.kind != "causal-lm":
-            raise ConfigError(f"task.kind = {task.kind!r}: this run's model answers with a class, not with text")
         self._source = find_model(model.name)
         self._task = CausalLm(
             self._source.folder, template=task.template, max_tokens=task.max_tokens, loss_on=task.loss_on

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from edgelam_fl.chat import ask, talk
+from edgelam_fl.chat import ask, check_can_talk, talk
+from edgelam_fl.config import RunConfig, parse_run_file
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.generate import Message
 
@@ -28,9 +29,18 @@ def test_one_question_writes_the_answer_only_as_it_comes() -> None:
     assert written == ["two", " words", " True", "\n"]
 
 
-def test_an_empty_question() -> None:
-    with pytest.raises(ConfigError, match="--prompt is empty"):
-        ask(Echo(), "  ", 8, True, print)
+@pytest.mark.parametrize(
+    ("overrides", "prompt", "says"),
+    [
+        ([], "  ", "--prompt is empty"),
+        (["task.kind=classification"], "Who?", "answers with a class, not with text"),
+        (["task.kind=classification"], None, "answers with a class, not with text"),
+    ],
+)
+def test_what_cannot_be_talked_to(overrides: list[str], prompt: str | None, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        check_can_talk(parse_run_file("", source="x", overrides=overrides), prompt)
+    check_can_talk(RunConfig(), None)
 
 
 def test_a_conversation_is_told_from_its_beginning_until_quit() -> None:

@@ -133,9 +133,3 @@ def test_the_oldest_turns_go_when_the_context_is_full(tiny: ModelSource, result:
         ConfigError, match=r"the question takes \d+ tokens and the answer up to 10; .* holds 512 together"
     ):
         speaker._prompt_ids([user("a" * 600)], 10)
-
-
-def test_a_classifier_does_not_talk(tmp_path: Path, tiny: ModelSource) -> None:
-    result = open_result(write_result(tmp_path / "class", tiny, "task.kind=classification"))
-    with pytest.raises(ConfigError, match="answers with a class, not with text"):
-        speaker_of(result.config)
