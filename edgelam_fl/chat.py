@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from rich.console import Console
+
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError
 
@@ -18,7 +20,10 @@ Write = Callable[[str], None]
 
 
 class Says(Protocol):
-    """Who answers: a `generate.Speaker`, or another that speaks over a route."""
+    """Who answers: a `generate.Speaker`, in this process or over a route."""
+
+    @property
+    def remembers(self) -> bool: ...
 
     def say(self, conversation: Sequence[Message], max_tokens: int, *, tuned: bool = True) -> Iterator[str]: ...
 
@@ -51,6 +56,16 @@ def talk(speaker: Says, lines: Iterator[str], max_tokens: int, tuned: bool, writ
         except ConfigError as error:
             conversation.pop()
             write(f"{error}\n")
+
+
+def converse(speaker: Says, console: Console, prompt: str | None, max_tokens: int, *, tuned: bool) -> None:
+    """One answer to `prompt`, or a conversation in this terminal. `console`: for what is not an answer."""
+    if prompt is not None:
+        ask(speaker, prompt, max_tokens, tuned, write_now)
+        return
+    turns = "" if speaker.remembers else "; each question stands alone, as the run's task.template has no turns"
+    console.print(f"{QUIT} or Ctrl-D ends it{turns}", style="dim", highlight=False, soft_wrap=True)
+    talk(speaker, typed_lines(), max_tokens, tuned, write_now)
 
 
 def _user(text: str) -> Message:

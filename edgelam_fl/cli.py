@@ -310,25 +310,39 @@ def chat(
     prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="Ask this alone.")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="The longest answer.")] = 128,
     base: Annotated[bool, typer.Option("--base", help="The model as it came, to compare.")] = False,
+    server: Annotated[
+        str,
+        typer.Option("--server", metavar="HOST:PORT", help="Answer over the hosts of the federation at this server."),
+    ] = "",
+    insecure: InsecureOption = False,
 ) -> None:
-    """Talks to a run's result on this machine: the whole model, with the run's adapter.
+    """Talks to a run's result: the whole model on this machine, with the run's adapter.
 
-    Answers are greedy: the same question gives the same words. With --prompt, only the answer is printed.
+    With --server the hosts of a federation compute the layers between, as in training; the text stays here. It is for the
+    server's machine. Answers are greedy: the same question gives the same words. With --prompt, only the answer is printed.
     """
-    from edgelam_fl.chat import QUIT, ask, check_can_talk, talk, typed_lines, write_now
+    from edgelam_fl.chat import check_can_talk, converse
     from edgelam_fl.results import open_result
 
     result = open_result(folder)
     check_can_talk(result.config, prompt)
-    with errors.status("loading the model"):
-        from edgelam_fl.generate import Speaker
+    if server and base:
+        raise ConfigError(
+            "--base and --server do not go together: the hosts hold the run's adapter; leave out --server"
+        )
+    if server:
+        from edgelam_fl.running import check_server
 
-        speaker = Speaker(result.config.model, result.config.task)
-        if not base:
-            speaker.put_on(result.adapter)
-    if prompt is not None:
-        ask(speaker, prompt, max_tokens, not base, write_now)
+        check_server(server, insecure, "edgelam chat")
+        with errors.status("loading PyTorch"):
+            from edgelam_fl.remote import route_speaker
+        with route_speaker(result, server, errors) as speaker:
+            converse(speaker, errors, prompt, max_tokens, tuned=True)
         return
-    turns = "" if speaker.remembers else "; each question stands alone, as the run's task.template has no turns"
-    errors.print(f"{QUIT} or Ctrl-D ends it{turns}", style="dim", highlight=False, soft_wrap=True)
-    talk(speaker, typed_lines(), max_tokens, not base, write_now)
+    with errors.status("loading the model"):
+        from edgelam_fl.generate import LocalSpeaker
+
+        local = LocalSpeaker(result.config.model, result.config.task)
+        if not base:
+            local.put_on(result.adapter)
+    converse(local, errors, prompt, max_tokens, tuned=not base)

@@ -1,13 +1,14 @@
 """Text out of a model, token by token, always the likeliest one.
 
-`greedy` knows neither models nor texts: it asks a function for logits, which may be a model in this process (`Speaker`)
-or a route over other nodes. Shapes: V vocabulary.
+`greedy` knows neither models nor texts: it asks a function for logits, which may be a model in this process
+(`LocalSpeaker`) or a route over other nodes (`remote.RouteSpeaker`). Shapes: V vocabulary.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -56,34 +57,30 @@ def pieces(tokens: Iterable[int], decode: Callable[[list[int]], str]) -> Iterato
         yield rest
 
 
-class Speaker:
-    """A run's whole model on this machine: the base, and the run's adapter once it is put on."""
+class Speaker(ABC):
+    """Answers in text as a run's task puts questions, wherever the model is."""
 
     def __init__(self, model: Model, task: Task) -> None:
         self._source = find_model(model.name)
         self._task = CausalLm(
             self._source.folder, template=task.template, max_tokens=task.max_tokens, loss_on=task.loss_on
         )
-        self._model: Any = load_whole(self._source, "fp32" if model.base == "auto" else model.base)
-        self._adapter: Path | None = None
+
+    @abstractmethod
+    def _opened(self, tuned: bool) -> AbstractContextManager[Step]:
+        """A new text: where its logits come from. `tuned`: with the run's adapter, or the model as it came."""
 
     @property
     def remembers(self) -> bool:
         """Whether earlier turns of a conversation are told to it; only the model's own chat template has turns."""
         return self._task.template == "chat"
 
-    def put_on(self, adapter: Path) -> None:
-        if adapter != self._adapter:
-            base = self._model.unload() if isinstance(self._model, PeftModel) else self._model
-            self._model, self._adapter = put_on(base, adapter), adapter
-
     def say(self, conversation: Sequence[Message], max_tokens: int, *, tuned: bool = True) -> Iterator[str]:
         """The answer to the conversation's last message, in pieces. Raises ConfigError where it is too long for the model."""
         ids = self._prompt_ids(conversation, max_tokens)
         tokenizer = self._task.tokenizer
-        base_only = self._model.disable_adapter() if self._adapter and not tuned else nullcontext()
-        with torch.no_grad(), base_only:
-            tokens = greedy(self._step(), ids, max_tokens, self._stop_ids())
+        with torch.no_grad(), self._opened(tuned) as step:
+            tokens = greedy(step, ids, max_tokens, self._stop_ids())
             yield from pieces(tokens, lambda taken: tokenizer.decode(taken, skip_special_tokens=True))
 
     def _prompt_ids(self, conversation: Sequence[Message], max_tokens: int) -> list[int]:
@@ -111,7 +108,22 @@ class Speaker:
         ends = self._source.config.get("eos_token_id")
         return {self._task.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
-    def _step(self) -> Step:
+
+class LocalSpeaker(Speaker):
+    """A run's whole model on this machine: the base, and the run's adapter once it is put on."""
+
+    def __init__(self, model: Model, task: Task) -> None:
+        super().__init__(model, task)
+        self._model: Any = load_whole(self._source, "fp32" if model.base == "auto" else model.base)
+        self._adapter: Path | None = None
+
+    def put_on(self, adapter: Path) -> None:
+        if adapter != self._adapter:
+            base = self._model.unload() if isinstance(self._model, PeftModel) else self._model
+            self._model, self._adapter = put_on(base, adapter), adapter
+
+    @contextmanager
+    def _opened(self, tuned: bool) -> Iterator[Step]:
         cache = None
 
         def step(ids: Sequence[int], position: int) -> torch.Tensor:
@@ -123,7 +135,8 @@ class Speaker:
             logits_V: torch.Tensor = output.logits[0, -1]
             return logits_V
 
-        return step
+        with self._model.disable_adapter() if self._adapter and not tuned else nullcontext():
+            yield step
 
 
 def answer(config: RunConfig, adapter: Path | None, question: str, max_tokens: int) -> str:
@@ -136,5 +149,5 @@ def answer(config: RunConfig, adapter: Path | None, question: str, max_tokens: i
 
 
 @lru_cache(maxsize=1)
-def _speaker(model: Model, task: Task) -> Speaker:
-    return Speaker(model, task)
+def _speaker(model: Model, task: Task) -> LocalSpeaker:
+    return LocalSpeaker(model, task)

@@ -128,6 +128,13 @@ def _watch(console: Console, node: Node) -> int:
         end_all(list(node.children.values()))
 
 
+def check_server(server: str, insecure: bool, command: str) -> None:
+    """Raises ConfigError or EnvironmentProblem where the address may not be used, or nobody answers there."""
+    host, port = split_address(server, "--server")
+    check_plain_text(host, "--server", insecure)
+    _check_answers(host, port, command)
+
+
 def _check_answers(host: str, port: int, command: str) -> None:
     if not answers(host, port):
         raise EnvironmentProblem(

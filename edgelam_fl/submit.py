@@ -40,10 +40,14 @@ class Submission:
         self._home = home
         self.run_id = 0
 
-    def submit(self, config: RunConfig, out: Path) -> int:
-        """Starts the run; its folder on the server's machine is `out`. Returns Flower's run id."""
+    def submit(self, config: RunConfig, out: Path, chat: Path | None = None) -> int:
+        """Starts the run; its folder on the server's machine is `out`. Returns Flower's run id.
+
+        `chat`: the folder of an adapter to talk to over the hosts, instead of training.
+        """
         text = self._home / "run-config.toml"
-        text.write_text(f"run-toml = {json.dumps(config.to_toml())}\nout = {json.dumps(str(out))}\n", encoding="utf-8")
+        values = {"run-toml": config.to_toml(), "out": str(out), "chat": str(chat.absolute()) if chat else ""}
+        text.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()), encoding="utf-8")
         answer = self._flwr("run", str(app_folder()), "local", "--run-config", str(text))
         self.run_id = int(answer["run-id"])
         return self.run_id

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,7 +122,7 @@ def memory_fleet(source: ModelSource, config: RunConfig, data: Sequence[Path]) -
     """A device a file, and as many edge servers as the run file wants; with host_on = "any" the devices are the hosts."""
     fleet = Fleet(source, config, {}, {})
     nodes: dict[str, StageHost] = {}
-    dial = _memory_dial(nodes)
+    dial = _dial(nodes)
     devices_host = config.split.host_on == "any"
     for number in range(1, 0 if devices_host else config.split.hosts * config.split.sites + 1):
         name = f"edge-{number}"
@@ -141,7 +141,12 @@ def memory_fleet(source: ModelSource, config: RunConfig, data: Sequence[Path]) -
         node.stop()
 
 
-def _memory_dial(nodes: dict[str, StageHost]) -> Dial:
+def memory_dial(fleet: Fleet) -> Dial:
+    """How somebody else reaches the hosts of a fleet in memory."""
+    return _dial({name: host for name, (host, _) in fleet.hosts.items()})
+
+
+def _dial(nodes: Mapping[str, Any]) -> Dial:
     """An address is a node's name."""
 
     def dial(address: str, name: str, hello: pb.Hello, counters: Any, ears: Any, deadlines: Any) -> Any:

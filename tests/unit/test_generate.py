@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError
-from edgelam_fl.generate import Speaker, answer, greedy, pieces
+from edgelam_fl.generate import LocalSpeaker, answer, greedy, pieces
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.results import Result, open_result
 from tests.results import write_result
@@ -66,8 +66,8 @@ def result(tmp_path: Path, tiny: ModelSource) -> Result:
     return open_result(write_result(tmp_path / "run", tiny))
 
 
-def speaker_of(config: RunConfig) -> Speaker:
-    return Speaker(config.model, config.task)
+def speaker_of(config: RunConfig) -> LocalSpeaker:
+    return LocalSpeaker(config.model, config.task)
 
 
 def user(text: str) -> dict[str, str]:

@@ -43,7 +43,7 @@ def measured(stage: Stage, rows: int, tokens: int, hidden_size: int, itemsize: i
 def test_a_unit_of_the_tiny_model(
     tiny: ModelSource, base: str, compute: str, targets: tuple[str, ...], layers: int, rows: int, tokens: int
 ) -> None:
-    (stage,) = load_stages(tiny, [Span(0, layers)], base, LoraSettings(8, 16.0, targets), compute=compute)
+    (stage,) = load_stages(tiny, [Span(0, layers)], base, LoraSettings(8, 16.0, targets), compute)
     itemsize = stage.dtype.itemsize
     estimate = unit_bytes(tiny.config, layers, rows, tokens, itemsize, all_linear=targets == ALL)
     assert estimate == pytest.approx(measured(stage, rows, tokens, tiny.hidden_size, itemsize), rel=0.25)
@@ -53,7 +53,7 @@ def test_a_unit_of_the_tiny_model(
 @pytest.mark.parametrize(("base", "compute"), PAIRS)
 @pytest.mark.parametrize("span", [Span(2, 4), Span(2, 10), Span(29, 30, head=True)])
 def test_a_unit_of_the_real_model(smollm: ModelSource, base: str, compute: str, span: Span) -> None:
-    (stage,) = load_stages(smollm, [span], base, LoraSettings(8, 16.0, ATTENTION), compute=compute)
+    (stage,) = load_stages(smollm, [span], base, LoraSettings(8, 16.0, ATTENTION), compute)
     itemsize = stage.dtype.itemsize
     estimate = unit_bytes(smollm.config, span.last - span.first, 2, 64, itemsize, head=span.head)
     assert estimate == pytest.approx(measured(stage, 2, 64, smollm.hidden_size, itemsize), rel=0.05)
@@ -95,9 +95,7 @@ def test_weights_are_what_the_stages_hold(
     tiny: ModelSource, untied: ModelSource, tied: bool, spans: list[Span], base: str, compute: str
 ) -> None:
     source = tiny if tied else untied
-    assert weights_bytes(source, spans, base, compute) == held_bytes(
-        load_stages(source, spans, base, None, compute=compute)
-    )
+    assert weights_bytes(source, spans, base, compute) == held_bytes(load_stages(source, spans, base, None, compute))
 
 
 @pytest.fixture(scope="module")
