@@ -168,6 +168,13 @@ def test_help_lists_every_command_and_answers_at_once(tmp_path: Path) -> None:
     assert time.monotonic() - began < 5
 
 
+def test_help_needs_neither_torch_nor_flower() -> None:
+    heavy = "{'torch', 'transformers', 'peft', 'flwr', 'plotly'}"
+    program = f"import sys, edgelam_fl.cli; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_report_refuses_what_is_no_run(tmp_path: Path) -> None:
     done = edgelam("report", str(tmp_path), cwd=tmp_path)
     assert done.returncode == 2
