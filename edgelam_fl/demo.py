@@ -13,6 +13,7 @@ from rich.text import Text
 
 from edgelam_fl.config import RunConfig, parse_run_file
 from edgelam_fl.errors import EnvironmentProblem
+from edgelam_fl.machine import memory_free_bytes
 from edgelam_fl.processes import tool_environment
 from edgelam_fl.running import check_run, run_here
 from edgelam_fl.tasks.docstrings import write_device_files
@@ -55,9 +56,7 @@ def run_demo(console: Console, devices: int, out: Path | None, overrides: list[s
 
 
 def _check_memory(devices: int) -> None:
-    import psutil
-
-    available = psutil.virtual_memory().available
+    available = memory_free_bytes()
     needed = _BYTES_FREE + (devices + 1) * _BYTES_A_NODE
     if available < needed:
         raise EnvironmentProblem(

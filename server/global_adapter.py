@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed
@@ -42,5 +41,4 @@ def starting_point(plan: pb.Plan, adapter: Adapter, personal: Mapping[str, Adapt
 
 
 def _start(config: RunConfig, source: ModelSource, rank: int) -> Adapter:
-    classes: dict[str, Any] = {"classes": len(config.task.classes)} if config.task.classes else {}
-    return initial_adapter(source, config.lora.targets, rank, config.run.seed, **classes)
+    return initial_adapter(source, config.lora.targets, rank, config.run.seed, classes=len(config.task.classes))

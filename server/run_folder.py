@@ -28,7 +28,6 @@ class RunFolder:
     def checkpoint(self, adapter: Adapter, round_: int, step_offset: int, personal: dict[str, Adapter]) -> str:
         """Stores the adapter that the next round starts from; returns its path in the folder."""
         lora = self._config.lora
-        classes: dict[str, Any] = {"classes": self._config.task.classes} if self._config.task.classes else {}
         for name, tensors in {"": adapter, **personal}.items():
             folder = self.path / "adapters" / name if name else self.path / "adapter"
             write_peft_folder(
@@ -38,7 +37,7 @@ class RunFolder:
                 rank=lora.rank,
                 alpha=lora.alpha,
                 targets=lora.targets,
-                **classes,
+                classes=self._config.task.classes,
             )
         _write(self.path / "state.json", json.dumps({"round": round_, "step_offset": step_offset}) + "\n")
         return "adapter"

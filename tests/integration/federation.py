@@ -127,7 +127,10 @@ class Federation:
                 asked = time.monotonic()
                 state = status()
                 if state.startswith("finished"):
-                    raise RunFailed(f"Flower says {state}, and no event of the run does")
+                    events.extend(tail.poll())  # what it wrote while Flower was asked
+                    if not any(event["event"] in ("run_done", "run_failed") for event in events):
+                        raise RunFailed(f"Flower says {state}, and no event of the run does")
+                    return True
             return False
 
         self.wait_for(ended, RUN_DEADLINE_S, f"run {name}")
