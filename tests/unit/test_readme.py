@@ -25,6 +25,14 @@ def test_the_demos_output_is_the_recorded_one() -> None:
     assert (ROOT / "benchmarks" / "results" / "demo.txt").read_text(encoding="utf-8").strip() in README
 
 
+def test_the_accuracies_are_the_recorded_ones() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "classification.json").read_text(encoding="utf-8"))
+    accuracies = [f["value"] for f in result["figures"] if f["name"].endswith("held-out accuracy")]
+    paragraph = README[README.index("- **Measured on a task.**") : README.index("- **Counted.**")]
+    order = [0, 2, 1, 3]  # unsplit, an adapter a device, one for all, one device
+    assert re.findall(r"([\d.]+) %", paragraph) == [f"{accuracies[n]:.2f}" for n in order]
+
+
 def test_its_commands_exist() -> None:
     named = set(re.findall(r"^(?:\S*/)?edgelam (\w+)", README, flags=re.MULTILINE))
     assert {"run", "server", "client"} <= named <= set(get_command(app).commands)  # type: ignore[attr-defined]
