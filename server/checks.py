@@ -27,7 +27,12 @@ def check_config(config: RunConfig) -> ModelSource:
 
 def check_together(config: RunConfig) -> None:
     """Raises ConfigError for settings that exclude each other."""
-    split = config.split
+    split, model = config.split, config.model
+    if model.base in ("fp32", "bf16") and model.compute not in ("auto", model.base):
+        raise ConfigError(
+            f"model.compute = {model.compute!r} does not go with model.base = {model.base!r}, which is computed as it is kept; "
+            f"allowed: 'auto' or {model.base!r}"
+        )
     if split.sites > 1 and not split.hosts:
         raise ConfigError(f"split.sites = {split.sites} needs split.hosts of at least 1: a site is a chain of hosts")
     if split.labels == "last-stage" and not split.hosts:

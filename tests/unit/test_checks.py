@@ -29,6 +29,7 @@ def test_what_goes_together(tiny: ModelSource, overrides: list[str]) -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
+        (["model.base=fp32", "model.compute=bf16"], "model.compute = 'bf16' does not go with model.base = 'fp32'"),
         (["split.sites=2", "split.hosts=0"], "split.sites = 2 needs split.hosts of at least 1"),
         (["split.labels=last-stage"], "split.back = 2: split.back must be 0 with split.labels"),
         (["split.labels=last-stage", "split.back=0", "split.backs={'a'=1}"], "split.backs.a = 1: split.back must be 0"),
