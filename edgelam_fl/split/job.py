@@ -16,7 +16,8 @@ from pathlib import Path
 from edgelam_fl.errors import PeerLost, RunFailed
 from edgelam_fl.model.stage import LoraSettings
 from edgelam_fl.split.plan import job_id, part_id
-from edgelam_fl.tasks.base import Task, make_task
+from edgelam_fl.tasks.base import Task
+from edgelam_fl.tasks.kinds import make_task
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.link import Frame, Link
 

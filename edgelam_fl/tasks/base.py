@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -50,27 +49,6 @@ class Task(Protocol):
         A function of tensors only: a host that is sent the labels calls it too.
         """
         ...
-
-
-def make_task(
-    kind: str,
-    tokenizer_folder: Path,
-    *,
-    template: str,
-    max_tokens: int,
-    loss_on: str,
-    classes: Sequence[str] = (),
-    weighting: str = "labels",
-) -> Task:
-    """The task of a run file's [task] section: `kind` "causal-lm" or "classification"."""
-    from edgelam_fl.tasks.causal_lm import CausalLm  # both build on this file
-    from edgelam_fl.tasks.classification import Classification
-
-    if kind == "classification":
-        return Classification(tokenizer_folder, max_tokens=max_tokens, classes=classes)
-    return CausalLm(
-        tokenizer_folder, template=template, max_tokens=max_tokens, loss_on=loss_on, weighting=weighting or "labels"
-    )
 
 
 def cut(examples: Sequence[Example], pieces: int) -> list[list[Example]]:

@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from edgelam_fl.errors import ConfigError, DataError
-from edgelam_fl.tasks.base import make_task
 from edgelam_fl.tasks.classification import Classification
+from edgelam_fl.tasks.kinds import make_task
 
 CLASSES = ("animal", "plant", "person")
 
