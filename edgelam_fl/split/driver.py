@@ -40,6 +40,18 @@ class Route:
     exit: Link | None = None
     window: int = 1  # micro-batches that may be in flight, as all hosts granted
 
+    def next(self, timeout_s: float, what_for: str) -> Frame:
+        """The next frame from the hosts. Raises PeerLost when a link is lost, a host ends the job, or nothing comes."""
+        arrival = self.inbox.get(timeout_s)
+        if arrival is None:
+            raise PeerLost(f"nothing came from the hosts for {timeout_s:.0f} s ({what_for})")
+        link, item = arrival
+        if isinstance(item, Lost):
+            raise PeerLost(f"link {link.name}: {item.reason}")
+        if item.header.kind == pb.CANCEL:
+            raise PeerLost(f"{link.name} ended the job: {item.header.cancel.reason}")
+        return item
+
 
 @dataclass
 class Measured:
@@ -357,15 +369,7 @@ class Driver:
             raise LeftOut(reasons[0] if reasons else "left out")
 
     def _next(self, timeout_s: float) -> Frame:
-        arrival = self.route.inbox.get(timeout_s)
-        if arrival is None:
-            raise PeerLost(f"nothing came from the hosts for {timeout_s:.0f} s (federation.step_deadline_s)")
-        link, item = arrival
-        if isinstance(item, Lost):
-            raise PeerLost(f"link {link.name}: {item.reason}")
-        if item.header.kind == pb.CANCEL:
-            raise PeerLost(f"{link.name} ended the job: {item.header.cancel.reason}")
-        return item
+        return self.route.next(timeout_s, "federation.step_deadline_s")
 
     def _timed(self, kind: str, header: pb.Header, work: Callable[..., Any], *arguments: Any) -> Any:
         began = time.monotonic()

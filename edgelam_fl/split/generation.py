@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from edgelam_fl.errors import PeerLost, ProtocolError
+from edgelam_fl.errors import ProtocolError
 from edgelam_fl.model.stage import Stage
 from edgelam_fl.split.driver import Route
 from edgelam_fl.split.group import Group, relay
@@ -126,23 +126,16 @@ class RouteSession:
         coord = [self._position, len(ids)]
         hidden = self.front(torch.tensor([ids]), [len(ids)], cache=front_cache).to(self.wire)
         self.route.entry.send(pb.Header(kind=pb.KV_STEP, session=self._session, coord=coord), hidden.contiguous())
-        answer = self._answer(coord)
+        answer = self._answer()
         self._position += len(ids)
         logits = self.back(answer.to(self.back.dtype), [answer.shape[1]], cache=back_cache)
         return logits[0, -1]
 
-    def _answer(self, coord: list[int]) -> torch.Tensor:
+    def _answer(self) -> torch.Tensor:
         while True:
-            arrival = self.route.inbox.get(self._patience_s)
-            if arrival is None:
-                raise PeerLost(f"no answer from the hosts within {self._patience_s:.0f} s")
-            link, item = arrival
-            if isinstance(item, Lost):
-                raise PeerLost(f"link {link.name}: {item.reason}")
-            if item.header.kind == pb.CANCEL:
-                raise PeerLost(f"{link.name} ended the session: {item.header.cancel.reason}")
-            if item.header.kind == pb.KV_STEP and item.tensor is not None and item.header.session == self._session:
-                return item.tensor
+            frame = self.route.next(self._patience_s, "the answer to a token")
+            if frame.header.kind == pb.KV_STEP and frame.tensor is not None and frame.header.session == self._session:
+                return frame.tensor
 
     def finish(self) -> None:
         for link in (self.route.exit, self.route.entry):

@@ -33,8 +33,8 @@ def test_one_question_writes_the_answer_only_as_it_comes() -> None:
     ("overrides", "prompt", "says"),
     [
         ([], "  ", "--prompt is empty"),
-        (["task.kind=classification"], "Who?", "answers with a class, not with text"),
-        (["task.kind=classification"], None, "answers with a class, not with text"),
+        (["task.kind=classification", "task.classes=['a', 'b']"], "Who?", "answers with a class, not with text"),
+        (["task.kind=classification", "task.classes=['a', 'b']"], None, "answers with a class, not with text"),
     ],
 )
 def test_what_cannot_be_talked_to(overrides: list[str], prompt: str | None, says: str) -> None:
