@@ -16,6 +16,7 @@ from edgelam_fl.config import RunConfig
 from edgelam_fl.model.adapter import digest, from_bytes, initial_adapter
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.processes import end_all
+from edgelam_fl.wire import edgelam_pb2 as pb
 from tests.integration.proxy import StallingProxy
 from tests.parity.test_grpc_processes import Daemon
 from tests.support import Fleet, check_done, memory_fleet, run_config, write_tiny_llama
