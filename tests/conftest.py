@@ -16,6 +16,7 @@ from tests.support import write_tiny_llama
 SHARED_PROCESSES = {"tests/integration": "federation", "tests/parity/test_grpc_processes.py": "daemons"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before the marks are read
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that share processes run on one worker, in their order; the others wherever there is time (`make test`)."""
     for item in items:

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from edgelam_fl.config import RunConfig, parse_run_file
+from edgelam_fl.errors import Refused
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.split.plan import part_id, spans_of
@@ -157,7 +158,8 @@ def _dial(nodes: Mapping[str, Any]) -> Dial:
             answer = nodes[address].admit(hello, theirs)
             if isinstance(answer, pb.Ready):
                 return ours, answer
-            assert isinstance(answer, pb.NotReady), answer
+            if isinstance(answer, pb.Refuse):
+                raise Refused(f"{name} refuses: {answer.reason}")
             time.sleep(0.01)
         raise AssertionError("the host never took the job")
 

@@ -78,7 +78,8 @@ class Group:
             return pb.Refuse(reason=f"node {hello.node!r} dials its exit here, and this is not its route's last host")
         if self.window < 1:
             return pb.Refuse(
-                reason=f"host {self.plan.node} has no memory for a micro-batch of {len(self.members)} devices"
+                reason=f"host {self.plan.node} has no memory for a micro-batch of each of {len(self.members)} devices; smaller "
+                f"ones (federation.batch_size, split.micro_batches, task.max_tokens) or split.checkpointing would help"
             )
         side = "entry" if entry else "exit"
         with self._door:

@@ -434,6 +434,14 @@ def test_the_door_says_why_not(tiny: ModelSource, wrong: dict[str, Any], words: 
     assert words in answer.reason
 
 
+def test_a_host_without_memory_for_one_micro_batch_refuses(tiny: ModelSource) -> None:
+    site = Site(tiny)
+    site.group.window = 0
+    answer = site.group.admit(hello(site, 0, pb.ENTRY), memory_pair("x", ByteCounters(), ByteCounters())[1])
+    assert isinstance(answer, pb.Refuse)
+    assert answer.reason.startswith("host edge-1 has no memory for a micro-batch of each of 3 devices")
+
+
 def test_a_link_that_is_opened_twice_is_refused(tiny: ModelSource) -> None:
     site = Site(tiny)
     first, second = (memory_pair("x", ByteCounters(), ByteCounters())[1] for _ in range(2))
