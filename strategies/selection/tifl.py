@@ -55,12 +55,11 @@ class TiFL:
 
     def _take(self, state: RoundState, tier: Sequence[Candidate], name: str, label: dict[str, str]) -> Selected:
         ordered = sorted(tier, key=lambda c: c.name)
-        wanted = max(state.at_most() if state.wanted else len(ordered), 1)
-        chosen = drawn(ordered, [1.0] * len(ordered), wanted, state.random)
-        others = [c for c in state.by_name() if c not in set(chosen)]
-        # A small tier must not make a round fail.
-        filling = drawn(others, [1.0] * len(others), max(0, state.least - len(chosen)), state.random)
-        names = {c.name for c in chosen} | {c.name for c in filling}
+        chosen = drawn(ordered, [1.0] * len(ordered), state.wanted or len(ordered), state.random)
+        names = {c.name for c in chosen}
+        if len(names) < state.least:  # a small tier must not make a round fail
+            others = [c for c in state.by_name() if c.name not in names]
+            names |= {c.name for c in drawn(others, [1.0] * len(others), state.least - len(names), state.random)}
         why = {
             c.name: f"{label.get(c.name, 'measured')}: {'chosen' if c.name in names else 'not chosen'}, {name}'s turn"
             for c in state.candidates
