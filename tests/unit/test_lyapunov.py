@@ -71,14 +71,14 @@ def test_the_queue_holds_what_the_rounds_took_too_long() -> None:
 
 def test_the_average_delay_converges_to_the_bound() -> None:
     rounds = 800
-    strict, lenient = follow(1.0, rounds), follow(10.0, rounds)
+    strict, lenient = follow(10.0, rounds), follow(100.0, rounds)
     for followed in (strict, lenient):
         most = BOUND_S * (1 + followed.queue / rounds)
         assert followed.average_s <= most + 1e-9, "the queue is all that the average may be above the bound"
     assert strict.average_s == pytest.approx(BOUND_S, rel=0.01)
     assert lenient.queue > strict.queue, "a larger v bears a longer queue"
     assert lenient.devices > strict.devices, "and takes more devices for it"
-    assert follow(1.0, 50, bound_s=100.0).queue == 0, "a bound that never binds leaves none"
+    assert follow(10.0, 50, bound_s=100.0).queue == 0, "a bound that never binds leaves none"
 
 
 def test_the_reasons_name_share_delay_and_queue() -> None:
