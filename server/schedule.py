@@ -21,6 +21,7 @@ from server.reports import send_rate_bps
 from strategies.base import Candidate, Demand, RoundOutcome, RoundState, Selected, load
 
 _BELOW_SHARE = 0.8  # a device that sends slower than this part of its share is held up by its own link
+_LEAST_OF_ESTIMATE = 0.1  # who moved less last round was left out of steps, and must not be starved for it
 
 
 def unfit(config: RunConfig, profile: pb.Profile) -> str:
@@ -44,8 +45,11 @@ class Schedule:
         self.bandwidth = load("bandwidth", config.strategy.bandwidth, config.strategy.options)
         self._measured: dict[str, Candidate] = {}  # by device, as of its last round
 
-    def select(self, number: int, here: Sequence[pb.Profile]) -> Selected:
-        """The devices of round `number`, with a reason for each that is here. Raises RunFailed for a choice of no use."""
+    def select(self, number: int, here: Sequence[pb.Profile], edges: int = 0) -> Selected:
+        """The devices of round `number`, with a reason for each that is here. Raises RunFailed for a choice of no use.
+
+        `edges`: how many edge servers there are; where they are too few, and devices may host, some of those are added.
+        """
         config = self.config
         left_out = {profile.name: reason for profile in here if (reason := unfit(config, profile))}
         state = RoundState(
@@ -56,7 +60,20 @@ class Schedule:
         chosen = self.selection.select(state)
         names = [str(name) for name in chosen.names]
         check_choice(config, names, {candidate.name for candidate in state.candidates})
-        return Selected(names, {**{name: str(reason) for name, reason in chosen.why.items()}, **left_out})
+        why = {name: str(reason) for name, reason in chosen.why.items()} | left_out
+        listening = sorted(p.name for p in here if p.address and p.name not in left_out)
+        for name in self._missing_hosts(names, listening, edges):
+            names.append(name)
+            why[name] = "takes part because a host is needed (split.host_on)"
+        return Selected(names, why)
+
+    def _missing_hosts(self, names: Sequence[str], listening: Sequence[str], edges: int) -> list[str]:
+        """Devices that must take part too, for a round to have the hosts of one site: a device hosts while it trains."""
+        split = self.config.split
+        if split.host_on != "any":
+            return []
+        missing = split.hosts - edges - len(set(names) & set(listening))
+        return [name for name in listening if name not in names][: max(0, missing)]
 
     def everyone(self, here: Sequence[pb.Profile]) -> Selected:
         """For the evaluation after the last round, which measures on all devices that may take part."""
@@ -79,16 +96,21 @@ class Schedule:
         compute_s = _mean([facts.compute_s for facts in known.values()])
         # The estimate is from above (every example as long as the longest): measured ones say by how much.
         scale = _mean([facts.payload_bytes / estimates[n] for n, facts in known.items() if estimates[n]]) or 1.0
-        return [
-            replace(
-                known.get(device.name)
-                or Candidate(device.name, compute_s=compute_s, payload_bytes=scale * estimates[device.name]),
-                examples=device.examples,
-                tags=frozenset(device.tags),
-                memory_bytes=device.memory_available_bytes,
+        found = []
+        for device in devices:
+            facts = known.get(device.name) or Candidate(device.name, compute_s=compute_s)
+            guess = scale * estimates[device.name]
+            least = guess * _LEAST_OF_ESTIMATE if facts.last_round else guess
+            found.append(
+                replace(
+                    facts,
+                    payload_bytes=max(facts.payload_bytes, least),
+                    examples=device.examples,
+                    tags=frozenset(device.tags),
+                    memory_bytes=device.memory_available_bytes,
+                )
             )
-            for device in devices
-        ]
+        return found
 
     def observe(
         self, number: int, chosen: Collection[str], plans: Mapping[str, pb.Plan], replies: Mapping[str, Reply]

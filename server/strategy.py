@@ -146,12 +146,11 @@ class SplitLora(Strategy):
 
     def _configure(self, number: int, arrays: ArrayRecord, trains: bool) -> list[Message]:
         here = [self.nodes.profiles[name] for name in self.nodes.devices()]
-        chosen = self.schedule.select(number, here) if trains else self.schedule.everyone(here)
+        edges = self.nodes.edges()
+        chosen = self.schedule.select(number, here, len(edges)) if trains else self.schedule.everyone(here)
         tokens = {name: secrets.token_bytes(16) for name in chosen.names}
         devices = [self.nodes.profiles[name] for name in chosen.names]
-        layout = make_layout(
-            self.config, self.source, devices, who_may_host(self.config, [*self.nodes.edges(), *devices])
-        )
+        layout = make_layout(self.config, self.source, devices, who_may_host(self.config, [*edges, *devices]))
         shares = self.schedule.shares(devices)
         steps = planned_steps(self.config, devices) if trains else 0
         facts = RoundFacts(self.run, number, self._attempt, self.step_offset, steps)

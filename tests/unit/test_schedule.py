@@ -148,6 +148,21 @@ def test_shares_that_add_up_to_one_but_for_rounding_are_taken() -> None:
     assert schedule().shares([profile("a"), profile("b")]) == Told.shares
 
 
+@pytest.mark.parametrize(("edges", "expected"), [(0, ["c", "a", "b"]), (1, ["c", "a"]), (2, ["c"])])
+def test_devices_are_added_where_hosts_are_missing(edges: int, expected: list[str]) -> None:
+    """c was chosen and does not listen."""
+    Told.names = ["c"]
+    here = [profile("c"), profile("b"), profile("a"), profile("d")]
+    for device in here[1:]:
+        device.address = "1.2.3.4:5"
+    selected = schedule("split.hosts=2", "split.host_on=any").select(1, here, edges)
+    assert selected.names == expected
+    assert [
+        name for name, why in selected.why.items() if why == "takes part because a host is needed (split.host_on)"
+    ] == ([name for name in expected if name != "c"])
+    assert schedule("split.hosts=2").select(1, here, edges).names == ["c"]
+
+
 # ---------------------------------------------------------------- what is known
 
 
@@ -170,6 +185,15 @@ def test_unmeasured_devices_are_guessed_from_the_measured_ones() -> None:
     assert (a.payload_bytes, a.compute_s, a.last_round, a.last_seconds) == (1000, 3.0, 1, 6.0)
     assert (b.payload_bytes, b.compute_s, b.last_round, b.last_seconds) == (1000 * 32 / 8, 3.0, 0, None)
     assert (b.examples, b.memory_bytes) == (32, 4_000_000_000)
+
+
+def test_a_device_that_was_left_out_of_steps_is_not_starved() -> None:
+    own = schedule()
+    replies = {"a": Reply(report(size=1_000_000)), "b": Reply(report(size=10))}
+    own.observe(1, ["a", "b"], {"a": plan(0), "b": plan(0)}, replies)
+    a, b = own.candidates([profile("a"), profile("b")])
+    assert a.payload_bytes == 1_000_000
+    assert b.payload_bytes == pytest.approx(0.1 * (1_000_000 + 10) / 2)
 
 
 def test_what_a_round_shows_of_a_device() -> None:
