@@ -170,7 +170,7 @@ def load(kind: str, name: str, options: Mapping[str, Mapping[str, Any]] | None =
     values = checked(found, key, given)
     try:
         strategy = found(**values)
-    except ValueError as error:  # options that do not go together
+    except (ConfigError, ValueError) as error:  # options that the class itself refuses
         raise ConfigError(
             f"{key}: {error}" if values else f"strategy.{kind} = {name!r} cannot be loaded: {error}"
         ) from error
