@@ -251,6 +251,12 @@ def client(
     state: Annotated[
         Path | None, typer.Option("--state", metavar="DIR", help="Folder for logs and the node's state.")
     ] = None,
+    tag: Annotated[
+        list[str],
+        typer.Option(
+            "--tag", metavar="NAME", help="A word by which a run may choose it (strategy.require_tags); repeat it."
+        ),
+    ] = [],  # noqa: B006
     insecure: InsecureOption = False,
 ) -> None:
     """This machine joins a federation: as a device with --data, else as an edge server that lends compute.
@@ -259,7 +265,7 @@ def client(
     """
     from edgelam_fl.running import join
 
-    raise typer.Exit(join(console, server, data, name, listen, advertise, threads, state, insecure))
+    raise typer.Exit(join(console, server, data, name, listen, advertise, threads, state, tag, insecure))
 
 
 @app.command()

@@ -7,6 +7,7 @@ any federation.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import tomllib
@@ -127,6 +128,9 @@ class Federation(Section):
     )
     batch_size: int = Field(8, ge=1, le=65_536, description="examples of one device in one step")
     min_nodes: int = Field(1, ge=1, description="devices without which a round does not start")
+    devices_per_round: int = Field(
+        0, ge=0, description="devices that strategy.selection chooses; 0: as many as it likes (fedcs, lyapunov), or all"
+    )
     expect_nodes: int = Field(
         0, ge=0, description="devices to wait for at the start; after join_deadline_s, min_nodes are enough"
     )
@@ -151,8 +155,37 @@ class Optimizer(Section):
 
 class Strategy(Section):
     aggregation: str = Field("fedavg", description="fedavg, none, or package.module:Class")
-    selection: str = Field("all", description="all, or package.module:Class")
-    bandwidth: str = Field("uniform", description="uniform, or package.module:Class")
+    selection: str = Field(
+        "all",
+        description="all, random, round_robin, best_channel, power_of_choice, oort, fedcs (a deadline), tifl (tiers), "
+        "lyapunov (a bound on the average round), or package.module:Class",
+    )
+    bandwidth: str = Field(
+        "uniform",
+        description="uniform, proportional (to payload), equalise (all finish together), lyapunov, or package.module:Class",
+    )
+    options: dict[str, dict[str, Any]] = Field(
+        {}, description="of strategies, by their names, as in { lyapunov = { delay_s = 30, v = 10.0 } }"
+    )
+    require_tags: tuple[str, ...] = Field(
+        (), description="only devices with all of these (edgelam client --tag) take part"
+    )
+    min_memory_bytes: int = Field(0, ge=0, description="only devices with so much free memory take part")
+
+    @field_validator("require_tags", mode="before")
+    @classmethod
+    def tags_as_tuple(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+    @field_validator("options")
+    @classmethod
+    def plain_values(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, options in value.items():
+            for option, given in options.items():
+                number = isinstance(given, int | float) and math.isfinite(given)
+                if not (number or isinstance(given, str)):
+                    raise ValueError(f"must hold texts, numbers and booleans; {name}.{option} = {given!r}")
+        return value
 
 
 class Wire(Section):
@@ -208,6 +241,16 @@ class RunConfig(Section):
             raise ValueError(
                 f"split.micro_batches = {self.split.micro_batches} must be at most federation.batch_size = "
                 f"{self.federation.batch_size}: a piece holds at least one example"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def enough_devices(self) -> RunConfig:
+        federation = self.federation
+        if 0 < federation.devices_per_round < federation.min_nodes:
+            raise ValueError(
+                f"federation.devices_per_round = {federation.devices_per_round} must be at least federation.min_nodes = "
+                f"{federation.min_nodes}, or 0"
             )
         return self
 

@@ -182,6 +182,7 @@ class Node:
     listen: str = ""  # host:port of the data plane; '': an edge server takes a free one, a device only dials
     advertise: str = ""
     threads: int = 0
+    tags: Sequence[str] = ()  # words by which runs may choose it
     children: dict[str, Child] = field(default_factory=dict)
     _restarts: list[float] = field(default_factory=list)
 
@@ -196,6 +197,7 @@ class Node:
         command = [sys.executable, "-m", "edgelam_fl.split.daemon", "--name", self.name, "--state", str(self.state)]
         command += ["--listen", self.listen, "--advertise", self.advertise, "--threads", str(self.threads)]
         command += ["--data", str(self.data.absolute())] if self.data else []
+        command += [f"--tag={tag}" for tag in self.tags]
         # Nodes may share this machine's cores: a thread that spins while it waits takes them from the others.
         # One arena for all threads: what one frees, another can use (the links' threads bring in what compute frees).
         environment = {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_ARENA_MAX": "1"}

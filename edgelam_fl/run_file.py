@@ -188,5 +188,5 @@ def _choice(annotation: Any) -> str:
     if origin is tuple:
         return f"list of {_choice(arguments[0]) or ('texts' if arguments[0] is str else 'numbers')}"
     if origin is dict:
-        return "table of numbers by name"
+        return "table of tables by name" if get_origin(arguments[1]) is dict else "table of numbers by name"
     return ""

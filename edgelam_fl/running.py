@@ -33,6 +33,7 @@ from edgelam_fl.telemetry.events import EventTail
 from edgelam_fl.telemetry.summary import summary_table
 
 INTERRUPTED = 130
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
 _POLL_S = 0.25
 _STATUS_EVERY_S = 15.0
 _EVENTS_LAG_S = 5.0
@@ -88,6 +89,7 @@ def join(
     advertise: str,
     threads: int,
     state: Path | None,
+    tags: Sequence[str],
     insecure: bool,
 ) -> int:
     host, port = split_address(server, "--server")
@@ -97,12 +99,15 @@ def join(
     if advertise:
         check_plain_text(split_address(advertise, "--advertise")[0], "--advertise", insecure)
     name = name or socket.gethostname()
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name):
+    if not re.fullmatch(_NAME, name):
         raise ConfigError(f"--name {name!r} may hold letters, digits, '.', '_' and '-', 63 at most")
+    for tag in tags:
+        if not re.fullmatch(_NAME, tag):
+            raise ConfigError(f"--tag {tag!r} may hold letters, digits, '.', '_' and '-', 63 at most")
     if data is not None:
         read_records(data)
     _check_answers(host, port, "edgelam client")
-    node = Node(name, server, state or Path(".edgelam") / name, data, listen, advertise, threads)
+    node = Node(name, server, state or Path(".edgelam") / name, data, listen, advertise, threads, tags)
     return _watch(console, node)
 
 

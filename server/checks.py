@@ -11,13 +11,12 @@ from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.adapter import target_modules
 from edgelam_fl.model.source import ModelSource, find_model
-from strategies.base import BUILT_IN, load
+from strategies.base import BUILT_IN, load_all
 
 
 def check_config(config: RunConfig) -> ModelSource:
     """Finds the model. Raises ConfigError or ModelError with what is wrong; nothing has been started then."""
-    for kind in BUILT_IN:
-        load(kind, getattr(config.strategy, kind))
+    load_all({kind: getattr(config.strategy, kind) for kind in BUILT_IN}, config.strategy.options)
     check_together(config)
     source = find_model(config.model.name)
     check_cuts(config, source)

@@ -19,6 +19,7 @@ from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.layout import who_may_host
 from server.run_folder import RunFolder
+from server.schedule import unfit
 
 _POLL_S = 0.5
 _QUERY_S = 90.0
@@ -60,14 +61,16 @@ class Nodes:
             devices = max(federation.min_nodes, federation.expect_nodes) if patient else federation.min_nodes
             hosts = config.split.hosts * (config.split.sites if patient else 1)
             here = len(who_may_host(config, self.profiles.values()))
-            short = len(self.devices()) < devices or here < hosts
+            fit = [name for name in self.devices() if not unfit(config, self.profiles[name])]
+            short = len(fit) < devices or here < hosts
             if not news and not short:
                 return
             if late and not news:
                 break
             if not news:
                 time.sleep(_POLL_S)
-        problems = "".join(f"; {name}: {reason}" for name, reason in sorted(self.problems.items()))
+        reasons = {name: unfit(config, self.profiles[name]) for name in self.devices()} | self.problems
+        problems = "".join(f"; {name}: {reason}" for name, reason in sorted(reasons.items()) if reason)
         any_device = " or devices that listen" if config.split.host_on == "any" else ""
         wanted_hosts = f" and {hosts} edge servers{any_device} (split.hosts)" if hosts else ""
         raise RunFailed(
@@ -154,7 +157,7 @@ class Nodes:
         self.folder.emit(
             "node_joined", node=profile.name, role=pb.Role.Name(profile.role).lower(), address=profile.address,
             examples=profile.examples, held_out=profile.held_out,
-            memory_available_bytes=profile.memory_available_bytes, cpu_threads=profile.cpu_threads,
+            memory_available_bytes=profile.memory_available_bytes, cpu_threads=profile.cpu_threads, tags=list(profile.tags),
             base_seconds={key: seconds for key, seconds in profile.base_seconds.items() if math.isfinite(seconds)},
         )  # fmt: skip
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from edgelam_fl.model.adapter import Adapter
+from edgelam_fl.telemetry.timeline import covered
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.contributions import Reply
 
@@ -58,6 +59,15 @@ def describe_timeline(replies: Mapping[str, Reply]) -> dict[str, list[list[Any]]
         for name, reply in sorted(replies.items())
         if reply.report.timeline
     }
+
+
+def send_rate_bps(report: pb.JobReport) -> float | None:
+    """How fast a device's tensors left it, while any did; None where none is known."""
+    sends = [i for i in report.timeline if i.kind == "send" and i.role == "device"]
+    seconds = covered((i.start_s, i.start_s + i.seconds) for i in sends)
+    if not (math.isfinite(seconds) and seconds > 0):
+        return None
+    return 8 * sum(i.tensor_bytes for i in sends) / seconds or None
 
 
 def _learning(report: pb.JobReport) -> dict[str, Any]:

@@ -7,7 +7,6 @@ phase of the round that starts from it; `configure_evaluate` makes the one job a
 
 from __future__ import annotations
 
-import random
 import secrets
 import time
 from collections.abc import Iterable
@@ -31,7 +30,8 @@ from server.nodes import Nodes
 from server.plans import RoundFacts, make_plans, planned_steps
 from server.reports import describe_round, describe_timeline
 from server.run_folder import RunFolder
-from strategies.base import Candidate, Demand, RoundState, load
+from server.schedule import Schedule
+from strategies.base import load
 
 _ATTEMPTS = 3
 _MESSAGES_S = 120.0  # on top of the round's deadline: Flower polls every few seconds and starts a process a message
@@ -51,12 +51,10 @@ class Round:
 class SplitLora(Strategy):
     def __init__(self, config: RunConfig, source: ModelSource, nodes: Nodes, folder: RunFolder, run: str) -> None:
         self.config, self.source, self.nodes, self.folder, self.run = config, source, nodes, folder, run
-        self.selection = load("selection", config.strategy.selection)
-        self.bandwidth = load("bandwidth", config.strategy.bandwidth)
-        self.aggregation = load("aggregation", config.strategy.aggregation)
+        self.schedule = Schedule(config, source)
+        self.aggregation = load("aggregation", config.strategy.aggregation, config.strategy.options)
         self.personal: dict[str, adapters.Adapter] = {}  # source -> tensors it goes on with instead of the global ones
         self.digests: dict[str, str] = {}  # node -> what it holds, as of its last reply
-        self.losses: dict[str, float] = {}
         self.step_offset = 0
         self._attempt = 1
         self._open: Round | None = None
@@ -128,13 +126,13 @@ class SplitLora(Strategy):
             return None, None
         aggregated = self.aggregation.aggregate(contributions)
         self._global = {**self._global, **aggregated.tensors}
-        self.personal = {
-            name: {**self.personal.get(name, {}), **tensors} for name, tensors in aggregated.personal.items()
-        }
+        for name, tensors in aggregated.personal.items():  # who took no part keeps what it had
+            self.personal[name] = {**self.personal.get(name, {}), **tensors}
         self.step_offset += round_.facts.steps
         where = self.folder.checkpoint(
             self._global, server_round, self.step_offset, self._exports(round_.layout, devices)
         )
+        self.schedule.observe(server_round, round_.layout.routes, round_.plans, replies_by_node)
         metrics = self._close(round_, replies_by_node, where)
         return to_record(self._global), metrics
 
@@ -147,26 +145,20 @@ class SplitLora(Strategy):
     # ---------------------------------------------------------------- before
 
     def _configure(self, number: int, arrays: ArrayRecord, trains: bool) -> list[Message]:
-        candidates = [
-            Candidate(name, self.nodes.profiles[name].examples, self.losses.get(name)) for name in self.nodes.devices()
-        ]
-        chosen = self.selection.select(
-            RoundState(number, candidates, random.Random(f"{self.config.run.seed}/select/{number}"))
-        )
+        here = [self.nodes.profiles[name] for name in self.nodes.devices()]
+        edges = self.nodes.edges()
+        chosen = self.schedule.select(number, here, len(edges)) if trains else self.schedule.everyone(here)
         tokens = {name: secrets.token_bytes(16) for name in chosen.names}
         devices = [self.nodes.profiles[name] for name in chosen.names]
-        layout = make_layout(
-            self.config, self.source, devices, who_may_host(self.config, [*self.nodes.edges(), *devices])
-        )
-        capacity_bps = self.config.wire.capacity_bps
-        shares = self.bandwidth.allocate([Demand(name, 1.0, 0.0) for name in chosen.names], capacity_bps)
+        layout = make_layout(self.config, self.source, devices, who_may_host(self.config, [*edges, *devices]))
+        shares = self.schedule.shares(devices)
         steps = planned_steps(self.config, devices) if trains else 0
         facts = RoundFacts(self.run, number, self._attempt, self.step_offset, steps)
         plans = make_plans(self.config, self.source, facts, self.nodes.profiles, layout, shares, tokens)
         self._global = complete(from_record(arrays), plans, self.config, self.source)
         self._open = Round(facts, layout, plans)
         self.folder.emit(
-            "plan", round=number, attempt=self._attempt, selected=list(chosen.names), why=dict(chosen.why), shares=dict(shares),
+            "plan", round=number, attempt=self._attempt, selected=list(chosen.names), why=dict(chosen.why), shares=shares,
             routes=[_picture(route, self.source.num_layers) for route in layout.routes.values()],
             sites=[_site_picture(site) for site in layout.sites if site.hosts],
             nodes={name: _node_picture(plan) for name, plan in plans.items()},
@@ -238,7 +230,6 @@ class SplitLora(Strategy):
             seconds=round(time.monotonic() - round_.began, 3), devices=devices, hosts=hosts, bytes_by_kind=by_kind,
             checkpoint=checkpoint,
         )  # fmt: skip
-        self.losses.update({device["name"]: device["loss"] for device in devices if device["loss"] is not None})
         labels = sum(reply.report.eval_labels for reply in replies.values())
         loss = sum(reply.report.eval_loss_sum for reply in replies.values()) / labels if labels else 0.0
         print(f"round {round_.facts.round}: {len(devices)} devices, held-out loss {loss:.4f} at its start", flush=True)

@@ -48,7 +48,7 @@ def serve(options: argparse.Namespace) -> int:
         host, _, port = listen.rpartition(":")
         data_plane = DataPlaneServer(host, int(port), lambda hello, link: node.admit(hello, link))  # type: ignore[union-attr]
     address = options.advertise or (f"{listen.rpartition(':')[0]}:{data_plane.port}" if data_plane else "")
-    node = StageHost(options.name, dial, log, data=options.data, address=address)
+    node = StageHost(options.name, dial, log, data=options.data, address=address, tags=options.tag)
     control = ControlServer(options.state, {"GetProfile": node.profile, "Submit": node.submit, "Wait": node.wait})
     log("ready", name=options.name, address=address)
     stopped.wait()
@@ -69,6 +69,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "--listen", default="", help="host:port of the data plane; a device without it cannot be a host"
     )
     parser.add_argument("--advertise", default="", help="host:port at which others reach it, if it is not --listen")
+    parser.add_argument("--tag", action="append", default=[], help="a word by which runs may choose it; repeat it")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     return parser.parse_args(arguments)
 

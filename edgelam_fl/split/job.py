@@ -102,9 +102,9 @@ class Timeline:
 
     def sent(self, header: pb.Header, queued: float, left: float) -> None:
         """A tensor's way from the queue into the network; called by the sender."""
-        self._add("send", queued, left, header, "")
+        self._add("send", queued, left, header, "", header.tensor.total_bytes)
 
-    def _add(self, kind: str, began: float, ended: float, header: pb.Header, peer: str) -> None:
+    def _add(self, kind: str, began: float, ended: float, header: pb.Header, peer: str, tensor_bytes: int = 0) -> None:
         if self._zero and began >= self._zero:
             self._intervals.append(
                 pb.Interval(
@@ -115,6 +115,7 @@ class Timeline:
                     step=header.step,
                     micro_batch=header.micro_batch,
                     peer=peer,
+                    tensor_bytes=tensor_bytes,
                 )
             )
 

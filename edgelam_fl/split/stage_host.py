@@ -11,7 +11,7 @@ import importlib.metadata
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,14 +76,18 @@ class StageHost:
         *,
         data: Path | None = None,
         address: str = "",
+        tags: Sequence[str] = (),
     ) -> None:
-        """`data`: a device's examples (None: an edge server). `address`: where others reach this node's data plane."""
+        """`data`: a device's examples (None: an edge server). `address`: where others reach this node's data plane.
+        `tags`: words by which a run may choose it.
+        """
         self.name = name
         self.role = pb.DEVICE if data else pb.EDGE
         self._dial = dial
         self._emit = emit
         self._data = data
         self._address = address
+        self._tags = tuple(tags)
         self._lock = threading.Lock()
         self._parts: dict[str, Part] = {}
         self._current: Part | None = None
@@ -100,6 +104,7 @@ class StageHost:
             name=self.name,
             role=self.role,
             address=self._address,
+            tags=self._tags,
             memory_available_bytes=memory_free_bytes(),
             cpu_threads=torch.get_num_threads(),
             bases=usable_bases(),

@@ -5,9 +5,10 @@ Every line has `time` (Unix seconds) and `event`. Who writes which, and their fi
 the ServerApp, into RUN/events.jsonl
     run_started     run, config (the run file, resolved), versions {package: version}
     node_joined     node, role ("device" | "edge"), address, examples, held_out, memory_available_bytes, cpu_threads,
+                    tags [words],
                     base_seconds {"base/compute": seconds of a layer, forward and backward} (model.base = "auto" only)
     node_refused    node, reason
-    plan            round, attempt, selected [names], why {node: text}, shares {node: share of 1},
+    plan            round, attempt, selected [names], why {node: text} (of each device that is here), shares {node: share of 1},
                     routes [{device, front, back_first, num_layers, hops [{node, first, last}]}],
                     sites [{site, hosts [{node, first, last}], devices [names]}] (a host's layers here are all that it
                     holds; a route's hop may be a part of them), nodes {name: {base, compute, rank}}

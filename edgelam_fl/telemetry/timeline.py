@@ -48,8 +48,8 @@ class Phase:
 
     def _shares(self, intervals: Iterable[Interval]) -> Shares:
         busy = [(kind, max(start, self.start_s), min(start + s, self.end_s)) for kind, _, start, s, *_ in intervals]
-        computed = _covered((start, end) for kind, start, end in busy if kind in COMPUTING)
-        either = _covered((start, end) for _, start, end in busy)
+        computed = covered((start, end) for kind, start, end in busy if kind in COMPUTING)
+        either = covered((start, end) for _, start, end in busy)
         return Shares(computed, either - computed, self.end_s - self.start_s - either)
 
 
@@ -74,7 +74,7 @@ def _possible(start_s: float | None, seconds: float | None) -> bool:
     return start_s is not None and seconds is not None and 0 <= start_s < LONGEST_S and 0 <= seconds < LONGEST_S
 
 
-def _covered(stretches: Iterable[tuple[float, float]]) -> float:
+def covered(stretches: Iterable[tuple[float, float]]) -> float:
     """The length of the union."""
     length, reached = 0.0, float("-inf")
     for start, end in sorted(stretches):

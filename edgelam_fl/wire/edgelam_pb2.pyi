@@ -538,7 +538,7 @@ class ProfileRequest(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., task: _Optional[_Union[TaskSettings, _Mapping]] = ..., measure_model: _Optional[str] = ...) -> None: ...
 
 class Profile(_message.Message):
-    __slots__ = ("protocol_version", "name", "role", "address", "memory_available_bytes", "cpu_threads", "bases", "codecs", "examples", "held_out", "problem", "versions", "base_seconds")
+    __slots__ = ("protocol_version", "name", "role", "address", "memory_available_bytes", "cpu_threads", "bases", "codecs", "examples", "held_out", "problem", "versions", "base_seconds", "tags")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -566,6 +566,7 @@ class Profile(_message.Message):
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
     BASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TAGS_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     name: str
     role: Role
@@ -579,7 +580,8 @@ class Profile(_message.Message):
     problem: str
     versions: _containers.ScalarMap[str, str]
     base_seconds: _containers.ScalarMap[str, float]
-    def __init__(self, protocol_version: _Optional[int] = ..., name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., memory_available_bytes: _Optional[int] = ..., cpu_threads: _Optional[int] = ..., bases: _Optional[_Iterable[str]] = ..., codecs: _Optional[_Iterable[str]] = ..., examples: _Optional[int] = ..., held_out: _Optional[int] = ..., problem: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., base_seconds: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    tags: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, protocol_version: _Optional[int] = ..., name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., memory_available_bytes: _Optional[int] = ..., cpu_threads: _Optional[int] = ..., bases: _Optional[_Iterable[str]] = ..., codecs: _Optional[_Iterable[str]] = ..., examples: _Optional[int] = ..., held_out: _Optional[int] = ..., problem: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., base_seconds: _Optional[_Mapping[str, float]] = ..., tags: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
     __slots__ = ("plan", "adapter")
@@ -719,7 +721,7 @@ class HostPart(_message.Message):
     def __init__(self, first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., compute_seconds: _Optional[float] = ..., bytes: _Optional[_Iterable[_Union[KindBytes, _Mapping]]] = ..., labels_trained: _Optional[int] = ...) -> None: ...
 
 class Interval(_message.Message):
-    __slots__ = ("kind", "start_s", "seconds", "step", "micro_batch", "role", "peer")
+    __slots__ = ("kind", "start_s", "seconds", "step", "micro_batch", "role", "peer", "tensor_bytes")
     KIND_FIELD_NUMBER: _ClassVar[int]
     START_S_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
@@ -727,6 +729,7 @@ class Interval(_message.Message):
     MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     PEER_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_BYTES_FIELD_NUMBER: _ClassVar[int]
     kind: str
     start_s: float
     seconds: float
@@ -734,4 +737,5 @@ class Interval(_message.Message):
     micro_batch: int
     role: str
     peer: str
-    def __init__(self, kind: _Optional[str] = ..., start_s: _Optional[float] = ..., seconds: _Optional[float] = ..., step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., role: _Optional[str] = ..., peer: _Optional[str] = ...) -> None: ...
+    tensor_bytes: int
+    def __init__(self, kind: _Optional[str] = ..., start_s: _Optional[float] = ..., seconds: _Optional[float] = ..., step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., role: _Optional[str] = ..., peer: _Optional[str] = ..., tensor_bytes: _Optional[int] = ...) -> None: ...

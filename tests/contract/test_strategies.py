@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import permutations
+from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import pytest
+from pydantic import Field
 
 from edgelam_fl.errors import ConfigError
-from strategies.base import BUILT_IN, Aggregated, Candidate, Contribution, Demand, RoundState, load
+from strategies.base import (
+    BUILT_IN,
+    Aggregated,
+    Candidate,
+    Contribution,
+    Demand,
+    RoundOutcome,
+    RoundState,
+    load,
+    load_all,
+)
 
 A, B, C = (f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_A.weight" for layer in (0, 3, 5))
 
@@ -90,56 +107,139 @@ def test_none_leaves_each_source_its_own() -> None:
 
 # ---------------------------------------------------------------- selection
 
-CANDIDATES = [Candidate("b", 10, 2.0), Candidate("a", 200, None), Candidate("c", 1, 0.5)]
+CANDIDATES = [
+    Candidate("b", 10, 2.0, 5.0, 3, 9.0, 2.0, 1e6, 3e6, metric=0.5),
+    Candidate("a", 200),
+    Candidate("c", 1, 0.5, 0.3, 1, 4.0, 1.0, 5e6, 1e6, metric=0.25),
+    Candidate("d", 50, 1.0, 1.2, 2, 40.0, 30.0, 2e6, 9e6, metric=0.75, tags=frozenset({"gpu"})),
+]
+TRIED = [replace(candidate, last_round=1, last_seconds=candidate.last_seconds or 7.0) for candidate in CANDIDATES]
+CAPACITY_BPS = 1e7
 
 
-def select(name: str, candidates: Sequence[Candidate]) -> tuple[list[str], dict[str, str]]:
-    selected = load("selection", name).select(RoundState(1, list(candidates), random.Random(7)))
+def state(candidates: Sequence[Candidate], round_: int = 4, wanted: int = 0, least: int = 1) -> RoundState:
+    return RoundState(round_, list(candidates), random.Random(f"7/{round_}"), CAPACITY_BPS, wanted, least)
+
+
+def select(name: str, candidates: Sequence[Candidate], wanted: int = 0) -> tuple[list[str], dict[str, str]]:
+    selected = load("selection", name).select(state(candidates, wanted=wanted))
     return list(selected.names), dict(selected.why)
+
+
+def rounds(name: str, pool: Sequence[Candidate], wanted: int, count: int = 30) -> list[list[str]]:
+    """Choices over rounds in which devices come, go and get lost, with one instance that may remember."""
+    strategy, chosen = load("selection", name), []
+    known = {candidate.name: candidate for candidate in pool}
+    for number in range(1, count + 1):
+        here = [c for c in known.values() if (number + len(c.name) + ord(c.name[-1])) % 5]
+        names = list(strategy.select(state(here, number, wanted)).names)
+        chosen.append(names)
+        lost = names[1:2] if number % 3 == 0 else []
+        for n in set(names) - set(lost):
+            known[n] = replace(known[n], last_round=number, last_seconds=3.0 + ord(n[-1]) % 7, last_loss=1 / number)
+        delivered = [known[n] for n in names if n not in lost]
+        if hasattr(strategy, "observe"):
+            strategy.observe(RoundOutcome(number, 3.0 * len(delivered), delivered, lost))
+    return chosen
 
 
 @pytest.mark.parametrize("name", BUILT_IN["selection"])
 class TestSelection:
-    def test_the_same_whatever_the_order(self, name: str) -> None:
-        results = [select(name, order) for order in permutations(CANDIDATES)]
+    @pytest.mark.parametrize("pool", [CANDIDATES, TRIED], ids=["new", "tried"])
+    @pytest.mark.parametrize("wanted", [0, 1, 2, 9])
+    def test_the_same_whatever_the_order(self, name: str, pool: list[Candidate], wanted: int) -> None:
+        results = [select(name, order, wanted) for order in permutations(pool)]
         assert all(result == results[0] for result in results)
 
-    def test_names_candidates_once_each_and_says_why(self, name: str) -> None:
-        names, why = select(name, CANDIDATES)
-        assert len(set(names)) == len(names)
-        assert set(names) <= set(why) == {"a", "b", "c"}
+    @pytest.mark.parametrize("pool", [CANDIDATES, TRIED], ids=["new", "tried"])
+    @pytest.mark.parametrize("wanted", [0, 1, 2, 9])
+    def test_names_candidates_once_each_and_says_why_of_all(
+        self, name: str, pool: list[Candidate], wanted: int
+    ) -> None:
+        names, why = select(name, pool, wanted)
+        assert names == sorted(set(names))
+        assert set(names) <= set(why) == {"a", "b", "c", "d"}
+        assert all(why.values())
+        # "all" says what it does; others may leave places free where a deadline or a tier demands it
+        assert name == "all" or 1 <= len(names) <= (wanted or 4)
 
     def test_one_device_takes_part(self, name: str) -> None:
         assert select(name, CANDIDATES[:1])[0] == ["b"]
+        assert select(name, TRIED[:1], 3)[0] == ["b"]
 
     def test_no_device(self, name: str) -> None:
         assert select(name, []) == ([], {})
 
+    def test_as_many_as_a_round_needs(self, name: str) -> None:
+        for pool in (CANDIDATES, TRIED):
+            slow = [replace(candidate, compute_s=1e6) for candidate in pool]  # later than any deadline
+            assert len(load("selection", name).select(state(slow, wanted=3, least=3)).names) >= 3
+
+    def test_rounds_with_devices_that_come_and_go_are_the_same_again(self, name: str) -> None:
+        pool = [Candidate(f"device-{n}", 10 + n, compute_s=n, payload_bytes=1e6 * n) for n in range(1, 13)]
+        chosen = rounds(name, pool, wanted=4)
+        assert chosen == rounds(name, pool[::-1], wanted=4)
+        assert all(chosen)
+
+    def test_ten_thousand_devices(self, name: str) -> None:
+        """Select and allocate; below a second each on one idle core, with room here for a busy one."""
+        generator = random.Random(1)
+        pool = [
+            Candidate(
+                f"d{n:05}", generator.randrange(500), generator.random(), None, n % 9, generator.random() * 20 if n % 9 else None,
+                generator.uniform(0, 20), generator.uniform(1, 40) * 1e6, generator.random() * 1e7, metric=generator.random(),
+            )
+            for n in range(10_000)
+        ]  # fmt: skip
+        strategy = load("selection", name, {"lyapunov": {"delay_s": 1000.0}, "fedcs": {"deadline_s": 1000.0}})
+        if hasattr(strategy, "observe"):
+            strategy.observe(RoundOutcome(1, 4000.0, pool[:10]))
+        began = time.process_time()
+        names = strategy.select(replace(state(pool), capacity_bps=1e9)).names
+        assert names
+        assert time.process_time() - began < 3
+
 
 def test_all_selects_all_in_the_order_of_their_names() -> None:
-    assert select("all", CANDIDATES)[0] == ["a", "b", "c"]
+    assert select("all", CANDIDATES)[0] == ["a", "b", "c", "d"]
 
 
 # ---------------------------------------------------------------- bandwidth
 
 DEMANDS = [Demand("b", 1e6, 2.0), Demand("a", 0.0, 0.0), Demand("c", 5e9, 0.1)]
+SLOW_LINK = [Demand("b", 1e6, 2.0, limit_bps=1e3), Demand("a", 2e6, 0.0), Demand("c", 5e6, 0.1)]
+WIRELESS = [Demand("b", 1e6, 2.0, snr=3.0), Demand("a", 2e6, 0.0, snr=0.1), Demand("c", 5e6, 0.1, snr=1e4)]
+IDLE = [Demand(name, 0.0, 1.0) for name in "bac"]
 
 
 @pytest.mark.parametrize("name", BUILT_IN["bandwidth"])
+@pytest.mark.parametrize("demands", [DEMANDS, SLOW_LINK, WIRELESS, IDLE], ids=["wired", "limit", "wireless", "idle"])
 class TestBandwidth:
-    def test_the_same_whatever_the_order(self, name: str) -> None:
-        results = [dict(load("bandwidth", name).allocate(list(order), 1e8)) for order in permutations(DEMANDS)]
+    def test_the_same_whatever_the_order(self, name: str, demands: list[Demand]) -> None:
+        results = [dict(load("bandwidth", name).allocate(list(order), 1e8)) for order in permutations(demands)]
         assert all(result == results[0] for result in results)
 
+    @pytest.mark.parametrize("capacity_bps", [0.0, 1e3, 1e8])
     @pytest.mark.parametrize("devices", [1, 2, 3])
-    def test_shares_sum_to_one(self, name: str, devices: int) -> None:
-        shares = load("bandwidth", name).allocate(DEMANDS[:devices], 1e8)
-        assert set(shares) == {demand.name for demand in DEMANDS[:devices]}
+    def test_shares_sum_to_one(self, name: str, demands: list[Demand], devices: int, capacity_bps: float) -> None:
+        shares = load("bandwidth", name).allocate(demands[:devices], capacity_bps)
+        assert set(shares) == {demand.name for demand in demands[:devices]}
         assert sum(shares.values()) == pytest.approx(1)
         assert all(0 <= share <= 1 for share in shares.values())
 
+
+@pytest.mark.parametrize("name", BUILT_IN["bandwidth"])
+class TestBandwidthSizes:
     def test_no_device_no_shares(self, name: str) -> None:
         assert dict(load("bandwidth", name).allocate([], 1e8)) == {}
+
+    def test_ten_thousand_devices(self, name: str) -> None:
+        generator = random.Random(1)
+        demands = [Demand(f"d{n}", generator.uniform(1, 40), generator.uniform(0, 20)) for n in range(10_000)]
+        began = time.process_time()
+        shares = load("bandwidth", name).allocate(demands, 1e4)
+        assert sum(shares.values()) == pytest.approx(1)
+        assert time.process_time() - began < 3
 
 
 # ---------------------------------------------------------------- by name
@@ -147,6 +247,20 @@ class TestBandwidth:
 
 class NoStrategy:
     pass
+
+
+class WithOptions:
+    def __init__(
+        self, *, alpha: Annotated[float, Field(gt=0)] = 1.0, order: Literal["up", "down"] = "up", n: int = 0
+    ) -> None:
+        if n > alpha:
+            raise ValueError(f"n = {n} must be at most alpha = {alpha}")
+        self.given = (alpha, order, n)
+
+    def aggregate(self, contributions: Sequence[Contribution]) -> Aggregated: ...
+
+
+A_FUNCTION = len
 
 
 class WantsArguments:
@@ -172,6 +286,11 @@ class Mine:
         ("aggregation", ":Class", "cannot be loaded"),
         ("aggregation", ".relative:Class", "cannot be loaded"),
         ("aggregation", "tests.contract.test_strategies:WantsArguments", "cannot be loaded"),
+        (
+            "aggregation",
+            "tests.contract.test_strategies:A_FUNCTION",
+            "cannot be loaded: it is a builtin_function_or_method",
+        ),
         ("aggregation", f"{__name__}:NoStrategy", "has no method aggregate(); it is no aggregation strategy"),
         ("selection", f"{__name__}:Mine", "has no method select(); it is no selection strategy"),
         ("bandwidth", "strategies.selection.all:SelectAll", "has no method allocate(); it is no bandwidth strategy"),
@@ -186,3 +305,82 @@ def test_a_name_that_cannot_be_used_says_why(kind: str, name: str, words: str) -
 
 def test_ones_own_class_is_loaded_by_its_path() -> None:
     assert type(load("aggregation", f"{__name__}:Mine")).__name__ == "Mine"
+
+
+# ---------------------------------------------------------------- options
+
+OWN = f"{__name__}:WithOptions"
+
+
+def options_error(kind: str, name: str, options: dict[str, dict[str, object]]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_all({kind: name}, options)
+    return str(caught.value)
+
+
+def test_options_reach_the_class_of_their_name() -> None:
+    assert load("selection", "lyapunov", {"lyapunov": {"delay_s": 12, "v": 0.5}}).delay_s == 12.0
+    assert load("aggregation", OWN, {"WithOptions": {"order": "down", "alpha": 3}}).given == (3.0, "down", 0)
+    assert load("selection", "lyapunov", {"oort": {"alpha": 3.0}}).delay_s == 30.0, "another's"
+
+
+def test_two_kinds_that_share_a_name_take_their_own_options() -> None:
+    options = {"lyapunov": {"delay_s": 12.0}}
+    loaded = load_all({"selection": "lyapunov", "bandwidth": "lyapunov"}, options)
+    assert loaded["selection"].delay_s == 12.0
+    assert options_error("bandwidth", "lyapunov", {"lyapunov": {"dealy_s": 1.0}}) == (
+        "unknown option strategy.options.lyapunov.dealy_s: it has no options"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lyapunov": {"dely_s": 1}}, "unknown option strategy.options.lyapunov.dely_s: did you mean 'delay_s'?"),
+        ({"lyapunov": {"q": 1}}, "unknown option strategy.options.lyapunov.q: known: delay_s, v"),
+        ({"lyapunov": {"v": -1.0}}, "strategy.options.lyapunov.v = -1.0 must be greater than or equal to 0"),
+        ({"lyapunov": {"delay_s": 0}}, "strategy.options.lyapunov.delay_s = 0 must be greater than 0"),
+        ({"lyapunov": {"v": "big"}}, "strategy.options.lyapunov.v = 'big' must be a valid number"),
+        ({"lyapunov": {"v": float("inf")}}, "strategy.options.lyapunov.v = inf must be a finite number"),
+        ({"oort": {"alpha": True}}, "strategy.options.oort.alpha = True must be a valid number"),
+        ({"tifl": {"tiers": 2.5}}, "strategy.options.tifl.tiers = 2.5 must be a valid integer"),
+        ({"all": {"n": 1}}, "unknown option strategy.options.all.n: it has no options"),
+        ({"ort": {}}, "strategy.options.ort is for no strategy: did you mean 'oort'?"),
+    ],
+)
+def test_options_that_cannot_be_used(options: dict[str, dict[str, object]], message: str) -> None:
+    """Also of strategies that are not in use."""
+    assert options_error("selection", "lyapunov", options).startswith(message)
+    assert options_error("selection", "all", options).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": 0.0}, "strategy.options.WithOptions.alpha = 0.0 must be greater than 0"),
+        ({"order": "left"}, "strategy.options.WithOptions.order = 'left' must be 'up' or 'down'"),
+        ({"n": 2}, "strategy.options.WithOptions: n = 2 must be at most alpha = 1.0"),
+        ({"alhpa": 2}, "unknown option strategy.options.WithOptions.alhpa: did you mean 'alpha'?"),
+    ],
+)
+def test_ones_own_options_are_checked_too(options: dict[str, object], message: str) -> None:
+    assert options_error("aggregation", OWN, {"WithOptions": options}) == message
+
+
+@pytest.mark.parametrize("kind", BUILT_IN)
+def test_every_built_in_is_made_without_options(kind: str) -> None:
+    for name in BUILT_IN[kind]:
+        load(kind, name)
+
+
+def test_a_class_in_the_working_directory(tmp_path: Path) -> None:
+    """In a process of its own: this one's imports must not change."""
+    (tmp_path / "my_pkg").mkdir()
+    (tmp_path / "my_pkg" / "mod.py").write_text(
+        "class Mine:\n    def __init__(self, *, d: int = 1): self.d = d\n    def select(self, state): return None\n"
+    )
+    code = "from strategies.base import load; print(load('selection', 'my_pkg.mod:Mine', {'Mine': {'d': 3}}).d)"
+    root = str(Path(__file__).parents[2])
+    command = [sys.executable, "-c", f"import sys; sys.path = [{root!r}] + [p for p in sys.path if p]; {code}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("3\n", 0), done.stderr

@@ -137,6 +137,7 @@ def test_client_refuses_its_data(tmp_path: Path, content: bytes | None, says: st
         (["--server", "198.51.100.7:8000"], 2, "--insecure"),
         (["--server", "127.0.0.1:1", "--listen", "0.0.0.0:9000"], 2, "--listen = 0.0.0.0 is beyond this machine"),
         (["--server", "127.0.0.1:1", "--name", "a b"], 2, "--name 'a b' may hold letters"),
+        (["--server", "127.0.0.1:1", "--tag", "a b"], 2, "--tag 'a b' may hold letters"),
     ],
 )
 def test_client_refuses(tmp_path: Path, options: list[str], status: int, says: str) -> None:

@@ -190,3 +190,38 @@ def test_classes_belong_to_a_classification(task: dict[str, object], expected: s
     text = "[task]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in task.items())
     with pytest.raises(ConfigError, match=expected):
         parse_run_file(text, source="test")
+
+
+# ---------------------------------------------------------------- strategies
+
+
+def test_options_of_strategies_survive_the_round_trip() -> None:
+    text = """
+        [strategy]
+        selection = "lyapunov"
+        options.lyapunov = { delay_s = 30, v = 10.0 }
+        options.Mine = { word = 'a "b"', on = true }
+        require_tags = ["gpu", "fast"]
+    """
+    config = parse_run_file(
+        text, source="x", overrides=["strategy.options.lyapunov.v=5", "strategy.options.oort.alpha=1.5"]
+    )
+    assert config.strategy.options == {
+        "lyapunov": {"delay_s": 30, "v": 5}, "Mine": {"word": 'a "b"', "on": True}, "oort": {"alpha": 1.5},
+    }  # fmt: skip
+    assert config.strategy.require_tags == ("gpu", "fast")
+    assert parse_run_file(config.to_toml(), source="round trip") == config
+
+
+@pytest.mark.parametrize("value", ["inf", "[1]", "1979-05-27", "{ a = 1 }"])
+def test_options_are_texts_numbers_and_booleans(value: str) -> None:
+    got = message(f"[strategy]\noptions.oort = {{ alpha = {value} }}")
+    assert "must hold texts, numbers and booleans; oort.alpha = " in got
+    assert got.startswith("strategy.options = ")
+
+
+def test_fewer_devices_a_round_than_it_needs_are_refused() -> None:
+    assert message("[federation]\nmin_nodes = 3\ndevices_per_round = 2") == (
+        "federation.devices_per_round = 2 must be at least federation.min_nodes = 3, or 0 (in my.toml)"
+    )
+    assert parse_run_file("[federation]\nmin_nodes = 3\ndevices_per_round = 0", source="x").federation.min_nodes == 3

@@ -77,6 +77,7 @@ def test_every_key_is_described(section: str, key: str) -> None:
         ("lora", "train", "list of front | hosts | back"),
         ("optimizer", "lr", "above 0, at most 10"),
         ("strategy", "aggregation", ""),
+        ("strategy", "options", "table of tables by name"),
     ],
 )
 def test_ranges_are_those_of_the_models(section: str, key: str, expected: str) -> None:

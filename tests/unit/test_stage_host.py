@@ -162,7 +162,9 @@ def test_a_link_to_a_job_that_is_not_here_is_put_off(tiny: ModelSource) -> None:
 
 
 def profile(data: Path | None, source: ModelSource, version: int = 1) -> pb.Profile:
-    node = StageHost("n", lambda *_: None, lambda *_, **__: None, data=data, address="10.0.0.1:7000")  # type: ignore[arg-type, return-value]
+    node = StageHost(
+        "n", lambda *_: None, lambda *_, **__: None, data=data, address="10.0.0.1:7000", tags=["gpu", "lab"]
+    )  # type: ignore[arg-type, return-value]
     return node.profile(pb.ProfileRequest(protocol_version=version, task=task_settings(run_config(source.name))))
 
 
@@ -171,6 +173,7 @@ def test_a_devices_profile_counts_its_examples(tiny: ModelSource, data_files: li
     assert (got.role, got.problem) == (pb.DEVICE, "")
     assert (got.held_out, got.examples + got.held_out) == (round(0.1 * 24), 24)
     assert (got.protocol_version, list(got.bases), got.address) == (1, ["fp32", "bf16", "int8", "nf4"], "10.0.0.1:7000")
+    assert got.tags == ["gpu", "lab"]
     assert got.memory_available_bytes > 1 << 20
     assert set(got.versions) == set(stage_host.VERSIONED)
 

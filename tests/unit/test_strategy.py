@@ -35,6 +35,7 @@ class ByHand:
         self.profile, self.plans, self.held = profile, list[pb.Plan](), adapters.Adapter()
         self.sent = list[bool]()
         self.fails = lambda plan: ""
+        self.moves_bytes = 0
 
     def work(self, plan: pb.Plan, content: RecordDict) -> tuple[pb.JobReport, list[adapters.Adapter]]:
         self.plans.append(plan)
@@ -48,6 +49,7 @@ class ByHand:
         parts = []
         if plan.routes:
             report.eval_loss_sum, report.eval_labels = 4.0, 2
+            report.bytes.add(link="entry e", direction="sent", kind="ACT", payload_bytes=self.moves_bytes)
             report.eval_sums["correct"] = 1
             if plan.steps:
                 report.timeline.add(kind="forward", role="device", seconds=0.5)
@@ -235,3 +237,57 @@ def test_steps_by_epochs(federation: Callable[..., Federation]) -> None:
         (steps, 0), (steps, steps), (0, 2 * steps),
     ]  # fmt: skip
     assert [(plan.own_steps, plan.cursor) for plan in run.nodes["b"].plans[:2]] == [(3, 0), (3, 3)]
+
+
+# ---------------------------------------------------------------- who takes part, with which share
+
+
+def test_some_devices_take_part_in_turn_and_all_measure_the_result(federation: Callable[..., Federation]) -> None:
+    run = federation(
+        "abc", "e", "strategy.selection=round_robin", "federation.devices_per_round=1", "federation.rounds=4",
+        "strategy.aggregation=none",
+    )  # fmt: skip
+    run.run()
+    plans = run.events("plan")
+    assert [event["selected"] for event in plans] == [["a"], ["b"], ["c"], ["a"], ["a", "b", "c"]]
+    assert plans[1]["why"] == {
+        "a": "last took part in round 1: 3 of 3, 1 wanted",
+        "b": "never took part: 1 of 3, 1 wanted",
+        "c": "never took part: 2 of 3, 1 wanted",
+    }
+    assert run.nodes["b"].plans[-1].steps == 0
+    assert sorted(run.strategy.personal) == ["a", "b", "c", "site e"], "who took no part keeps its own"
+
+
+def test_shares_follow_what_was_measured(federation: Callable[..., Federation]) -> None:
+    run = federation("ab", "e", "strategy.bandwidth=equalise", "wire.capacity=8 Mbit/s")
+    moved = {"a": 1_000_000, "b": 3_000_000}
+    for name, size in moved.items():
+        run.nodes[name].moves_bytes = size
+    run.run()
+    first, second, _ = run.events("plan")
+    assert first["shares"] == {"a": pytest.approx(1 / 2), "b": pytest.approx(1 / 2)}, "alike as far as is known"
+    assert second["shares"] == {name: pytest.approx(size / sum(moved.values())) for name, size in moved.items()}
+    assert run.nodes["b"].plans[1].routes[0].share_bps == pytest.approx(8e6 * 3 / 4)
+
+
+def test_a_device_without_the_tag_is_not_asked(federation: Callable[..., Federation]) -> None:
+    run = federation("ab", "e", "strategy.require_tags=lab", "federation.rounds=1")
+    run.nodes["b"].profile.tags.append("lab")
+    run.run()
+    assert [event["selected"] for event in run.events("plan")] == [["b"], ["b"]]
+    assert run.events("plan")[0]["why"]["a"] == "has no tag lab (strategy.require_tags)"
+    assert run.nodes["a"].plans == []
+
+
+def test_too_few_devices_with_the_tag(federation: Callable[..., Federation]) -> None:
+    run = federation("ab", "e", "strategy.require_tags=lab")
+    with pytest.raises(RunFailed, match=r"; a: has no tag lab \(strategy.require_tags\); b: has no tag lab"):
+        run.run()
+
+
+def test_strategies_hear_of_rounds_and_of_who_was_lost(federation: Callable[..., Federation]) -> None:
+    run = federation("ab", "e", "strategy.selection=oort")
+    run.nodes["b"].fails = lambda plan: "unplugged" if plan.round == 2 else ""  # type: ignore[assignment, return-value]
+    run.run()
+    assert run.strategy.schedule.selection._rounds == {"a": 2, "b": 1}

@@ -1,0 +1,213 @@
+"""Who takes part in a round, and with which share of the bandwidth: the strategies, fed with what the rounds measured.
+
+Strategies see plain data and are held to their promises here: what they choose and share out is checked before it is used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from numbers import Real
+from random import Random
+
+from edgelam_fl.config import RunConfig
+from edgelam_fl.errors import RunFailed
+from edgelam_fl.model.source import ModelSource
+from edgelam_fl.wire import edgelam_pb2 as pb
+from server.contributions import Reply
+from server.plans import own_steps
+from server.reports import send_rate_bps
+from strategies.base import Candidate, Demand, RoundOutcome, RoundState, Selected, load
+
+_BELOW_SHARE = 0.8  # a device that sends slower than this part of its share is held up by its own link
+_LEAST_OF_ESTIMATE = 0.1  # who moved less last round was left out of steps, and must not be starved for it
+
+
+def unfit(config: RunConfig, profile: pb.Profile) -> str:
+    """Why a device is not among the candidates; empty if it is."""
+    strategy = config.strategy
+    missing = [tag for tag in strategy.require_tags if tag not in profile.tags]
+    if missing:
+        return f"has no tag {', '.join(missing)} (strategy.require_tags)"
+    if profile.memory_available_bytes < strategy.min_memory_bytes:
+        return (
+            f"has {profile.memory_available_bytes / 1e6:.0f} MB of free memory, "
+            f"{strategy.min_memory_bytes / 1e6:.0f} are required (strategy.min_memory_bytes)"
+        )
+    return ""
+
+
+class Schedule:
+    def __init__(self, config: RunConfig, source: ModelSource) -> None:
+        self.config, self.source = config, source
+        self.selection = load("selection", config.strategy.selection, config.strategy.options)
+        self.bandwidth = load("bandwidth", config.strategy.bandwidth, config.strategy.options)
+        self._measured: dict[str, Candidate] = {}  # by device, as of its last round
+
+    def select(self, number: int, here: Sequence[pb.Profile], edges: int = 0) -> Selected:
+        """The devices of round `number`, with a reason for each that is here. Raises RunFailed for a choice of no use.
+
+        `edges`: how many edge servers there are; where they are too few, and devices may host, some of those are added.
+        """
+        config = self.config
+        left_out = {profile.name: reason for profile in here if (reason := unfit(config, profile))}
+        state = RoundState(
+            number, self.candidates([profile for profile in here if profile.name not in left_out]),
+            Random(f"{config.run.seed}/select/{number}"), capacity_bps=config.wire.capacity_bps,
+            wanted=config.federation.devices_per_round, least=config.federation.min_nodes,
+        )  # fmt: skip
+        chosen = self.selection.select(state)
+        names = [str(name) for name in chosen.names]
+        check_choice(config, names, {candidate.name for candidate in state.candidates})
+        why = {name: str(reason) for name, reason in chosen.why.items()} | left_out
+        listening = sorted(p.name for p in here if p.address and p.name not in left_out)
+        for name in self._missing_hosts(names, listening, edges):
+            names.append(name)
+            why[name] = "takes part because a host is needed (split.host_on)"
+        return Selected(names, why)
+
+    def _missing_hosts(self, names: Sequence[str], listening: Sequence[str], edges: int) -> list[str]:
+        """Devices that must take part too, for a round to have the hosts of one site: a device hosts while it trains."""
+        split = self.config.split
+        if split.host_on != "any":
+            return []
+        missing = split.hosts - edges - len(set(names) & set(listening))
+        return [name for name in listening if name not in names][: max(0, missing)]
+
+    def everyone(self, here: Sequence[pb.Profile]) -> Selected:
+        """For the evaluation after the last round, which measures on all devices that may take part."""
+        reasons = {profile.name: unfit(self.config, profile) for profile in here}
+        names = [name for name, reason in reasons.items() if not reason]
+        return Selected(names, {name: reason or "all measure the result" for name, reason in reasons.items()})
+
+    def shares(self, devices: Sequence[pb.Profile]) -> dict[str, float]:
+        """Of the capacity, by device. Raises RunFailed where the strategy's cannot be used."""
+        demands = [Demand(c.name, c.payload_bytes, c.compute_s, c.limit_bps, c.snr) for c in self.candidates(devices)]
+        capacity_bps = self.config.wire.capacity_bps
+        shares = self.bandwidth.allocate(demands, capacity_bps)
+        check_shares(self.config, shares, {demand.name for demand in demands})
+        return {name: float(share) for name, share in shares.items()}
+
+    def candidates(self, devices: Sequence[pb.Profile]) -> list[Candidate]:
+        """What is known of each. Of those that were never measured, payload and compute are estimated."""
+        estimates = {device.name: estimated_payload_bytes(self.config, self.source, device) for device in devices}
+        known = {name: self._measured[name] for name in estimates if name in self._measured}
+        compute_s = _mean([facts.compute_s for facts in known.values()])
+        # The estimate is from above (every example as long as the longest): measured ones say by how much.
+        scale = _mean([facts.payload_bytes / estimates[n] for n, facts in known.items() if estimates[n]]) or 1.0
+        found = []
+        for device in devices:
+            facts = known.get(device.name) or Candidate(device.name, compute_s=compute_s)
+            guess = scale * estimates[device.name]
+            least = guess * _LEAST_OF_ESTIMATE if facts.last_round else guess
+            found.append(
+                replace(
+                    facts,
+                    payload_bytes=max(facts.payload_bytes, least),
+                    examples=device.examples,
+                    tags=frozenset(device.tags),
+                    memory_bytes=device.memory_available_bytes,
+                )
+            )
+        return found
+
+    def observe(
+        self, number: int, chosen: Collection[str], plans: Mapping[str, pb.Plan], replies: Mapping[str, Reply]
+    ) -> None:
+        """What round `number` showed of the devices that were `chosen`; the strategies that remember are told."""
+        delivered = sorted(name for name in chosen if name in replies)
+        for name in delivered:
+            facts = measured(name, number, replies[name].report)
+            share_bps = plans[name].routes[0].share_bps or math.inf
+            held_up = facts.rate_bps is not None and facts.rate_bps < _BELOW_SHARE * share_bps
+            self._measured[name] = replace(facts, limit_bps=facts.rate_bps if held_up else None)
+        devices = [self._measured[name] for name in delivered]
+        seconds = max((device.last_seconds or 0.0 for device in devices), default=0.0)
+        outcome = RoundOutcome(number, seconds, devices, sorted(set(chosen) - set(delivered)))
+        for strategy in (self.selection, self.bandwidth):
+            if hasattr(strategy, "observe"):
+                strategy.observe(outcome)
+
+
+def measured(name: str, number: int, report: pb.JobReport) -> Candidate:
+    """A device's round in numbers. What a device reports is not trusted to be finite."""
+    steps = [step for step in report.steps if step.counted and step.labels]
+    labels = sum(step.labels for step in steps)
+    loss = sum(step.loss_sum for step in steps) / labels if labels else math.nan
+    squared = sum(step.labels * (step.loss_sum / step.labels) ** 2 for step in steps) / labels if labels else math.nan
+    return Candidate(
+        name,
+        examples=report.examples,
+        last_loss=loss if math.isfinite(loss) else None,
+        squared_loss=squared if math.isfinite(squared) else None,
+        last_round=number,
+        last_seconds=_sane(report.train_seconds) + _sane(report.eval_seconds),
+        compute_s=_sane(report.compute_seconds),
+        payload_bytes=float(sum(count.payload_bytes + count.framing_bytes for count in report.bytes)),
+        rate_bps=send_rate_bps(report),
+        metric=_metric(report),
+    )
+
+
+def estimated_payload_bytes(config: RunConfig, source: ModelSource, device: pb.Profile) -> float:
+    """Both ways in a round, from above: hidden states to the hosts and back, in training their gradients too."""
+    if not config.split.hosts:
+        return 0.0
+    value_bytes = 2 if config.model.base == "bf16" or config.model.compute == "bf16" else 4
+    examples = 4 * own_steps(config, device.examples) * config.federation.batch_size + 2 * device.held_out
+    return float(examples * config.task.max_tokens * source.hidden_size * value_bytes)
+
+
+def check_choice(config: RunConfig, names: Sequence[str], candidates: Collection[str]) -> None:
+    """Raises RunFailed for devices that are not here, named twice, or too few."""
+    who = f"strategy.selection = {config.strategy.selection!r} chose {_listed(names)}"
+    strangers = sorted(set(names) - set(candidates))
+    if strangers:
+        raise RunFailed(f"{who}; {_listed(strangers)} is no candidate (those are {_listed(sorted(candidates))})")
+    if len(set(names)) < len(names):
+        raise RunFailed(f"{who}; each device may be named once")
+    if len(names) < config.federation.min_nodes:
+        raise RunFailed(
+            f"{who} of {len(candidates)} candidates; a round needs {config.federation.min_nodes} (federation.min_nodes)"
+        )
+
+
+def check_shares(config: RunConfig, shares: Mapping[str, float], devices: Collection[str]) -> None:
+    """Raises RunFailed for a share vector that cannot be enforced, with the strategy's name and its values."""
+    values = {str(name): share for name, share in sorted(shares.items())}
+    numbers = all(isinstance(share, Real) and math.isfinite(share) and share >= 0 for share in values.values())
+    problem = ""
+    if not numbers:
+        problem = "each must be a finite number, 0 to 1"
+    elif math.fsum(values.values()) > 1 + 1e-6:
+        problem = f"together they are {math.fsum(values.values()):.6g}, and must be at most 1"
+    elif set(values) != set(devices):
+        problem = f"they must be of the chosen devices, {_listed(sorted(devices))}"
+    elif config.wire.capacity_bps and not all(values.values()):
+        problem = "with wire.capacity each must be above 0, or the device would never be through"
+    if problem:
+        raise RunFailed(f"strategy.bandwidth = {config.strategy.bandwidth!r} gave the shares {values}: {problem}")
+
+
+def _metric(report: pb.JobReport) -> float | None:
+    if not report.eval_labels:
+        return None
+    if "correct" in report.eval_sums:
+        metric = report.eval_sums["correct"] / report.eval_labels
+    else:
+        metric = math.exp(min(-report.eval_loss_sum / report.eval_labels, 0.0))
+    return metric if math.isfinite(metric) else None
+
+
+def _sane(seconds: float) -> float:
+    return seconds if math.isfinite(seconds) and seconds > 0 else 0.0
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return math.fsum(values) / len(values) if values else 0.0
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"

@@ -1,0 +1,21 @@
+"""Shares with which all devices finish together: who computes long sends fast.
+
+No other shares let the slowest device finish earlier. The wired and the wireless form, and why: strategies.bandwidth.links.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from strategies.bandwidth.links import finish_together, needs_of
+from strategies.base import Demand
+
+
+class Equalise:
+    def allocate(self, demands: Sequence[Demand], capacity_bps: float) -> Mapping[str, float]:
+        ordered = sorted(demands, key=lambda demand: demand.name)
+        if not ordered:
+            return {}
+        # Without a limit no share matters; those of a narrow capacity are as good as any.
+        _, shares = finish_together(needs_of(ordered, capacity_bps or 1.0))
+        return {demand.name: float(share) for demand, share in zip(ordered, shares, strict=True)}

@@ -1,0 +1,27 @@
+"""The devices whose links are the fastest; those that were never measured come first, to be measured."""
+
+from __future__ import annotations
+
+import math
+
+from strategies.base import Candidate, RoundState, Selected
+from strategies.selection.ranking import take
+
+
+class BestChannel:
+    def select(self, state: RoundState) -> Selected:
+        order = sorted(state.candidates, key=lambda candidate: (-_quality(candidate), candidate.name))
+        return take(order, state.at_most(), _reason)
+
+
+def _quality(candidate: Candidate) -> float:
+    """A wireless channel's signal-to-noise ratio, else a link's rate: no federation has both."""
+    if candidate.snr is not None:
+        return candidate.snr
+    return math.inf if candidate.rate_bps is None else candidate.rate_bps
+
+
+def _reason(candidate: Candidate) -> str:
+    if candidate.snr is not None:
+        return f"signal-to-noise ratio {candidate.snr:.3g}"
+    return "link never measured" if candidate.rate_bps is None else f"link of {candidate.rate_bps / 1e6:.3g} Mbit/s"

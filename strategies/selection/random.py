@@ -1,0 +1,13 @@
+"""Devices drawn uniformly, without replacement."""
+
+from __future__ import annotations
+
+from strategies.base import RoundState, Selected
+from strategies.selection.ranking import take
+
+
+class RandomSelection:
+    def select(self, state: RoundState) -> Selected:
+        order = state.by_name()
+        state.random.shuffle(order)
+        return take(order, state.at_most(), lambda candidate: "drawn at random")

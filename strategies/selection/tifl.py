@@ -1,0 +1,73 @@
+"""TiFL (arXiv 2001.09249): devices in tiers of like speed; a round takes its devices from one tier, so nobody waits long.
+
+A tier is drawn by how badly its devices do so far (ranks of their mean metric; alike while none is known), and has credits:
+each draw costs one, and when no tier has any left, all get theirs back. Devices that never took part are a tier of their
+own that comes first, in place of the paper's profiling rounds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Annotated
+
+from pydantic import Field
+
+from strategies.base import Candidate, RoundState, Selected
+from strategies.selection.ranking import drawn
+
+
+class TiFL:
+    def __init__(self, *, tiers: Annotated[int, Field(ge=1)] = 5, credits: Annotated[int, Field(ge=1)] = 10) -> None:
+        """`tiers`: of about as many devices each. `credits`: rounds of a tier before the others had theirs."""
+        self.tiers, self.credits = tiers, credits
+        self._left: dict[int, int] = {}
+
+    def select(self, state: RoundState) -> Selected:
+        unmeasured = [c for c in state.by_name() if c.last_seconds is None]
+        if unmeasured:
+            return self._take(state, unmeasured, "unmeasured", {c.name: "unmeasured" for c in unmeasured})
+        tiers = self._tiers(state.by_name())
+        if not tiers:
+            return Selected([])
+        number = self._draw(tiers, state)
+        label = {c.name: f"tier {n} of {len(tiers)}" for n, tier in enumerate(tiers, 1) for c in tier}
+        return self._take(state, tiers[number], f"tier {number + 1} of {len(tiers)}", label)
+
+    def _tiers(self, candidates: Sequence[Candidate]) -> list[list[Candidate]]:
+        """The fastest first."""
+        order = sorted(candidates, key=lambda c: (c.last_seconds or 0.0, c.name))
+        count = min(self.tiers, len(order))
+        borders = [len(order) * number // count for number in range(count + 1)] if count else []
+        return [order[first:last] for first, last in pairwise(borders)]
+
+    def _draw(self, tiers: Sequence[Sequence[Candidate]], state: RoundState) -> int:
+        with_credits = [n for n in range(len(tiers)) if self._left.get(n, self.credits) > 0]
+        if not with_credits:
+            self._left.clear()
+            with_credits = list(range(len(tiers)))
+        metrics = [_mean_metric(tier) for tier in tiers]
+        ranks = [sum(other > metric for other in metrics) for metric in metrics]  # how many tiers do better
+        number = state.random.choices(with_credits, [1.0 + ranks[n] for n in with_credits])[0]
+        self._left[number] = self._left.get(number, self.credits) - 1
+        return number
+
+    def _take(self, state: RoundState, tier: Sequence[Candidate], name: str, label: dict[str, str]) -> Selected:
+        ordered = sorted(tier, key=lambda c: c.name)
+        chosen = drawn(ordered, [1.0] * len(ordered), state.wanted or len(ordered), state.random)
+        names = {c.name for c in chosen}
+        if len(names) < state.least:  # a small tier must not make a round fail
+            others = [c for c in state.by_name() if c.name not in names]
+            names |= {c.name for c in drawn(others, [1.0] * len(others), state.least - len(names), state.random)}
+        why = {
+            c.name: f"{label.get(c.name, 'measured')}: {'chosen' if c.name in names else 'not chosen'}, {name}'s turn"
+            for c in state.candidates
+        }
+        return Selected(sorted(names), why)
+
+
+def _mean_metric(tier: Sequence[Candidate]) -> float:
+    """0 where nothing is known: nothing was learned there."""
+    known = [c.metric for c in tier if c.metric is not None]
+    return math.fsum(known) / len(known) if known else 0.0
