@@ -19,19 +19,20 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from edgelam_fl.config import RunConfig
-from edgelam_fl.errors import RunFailed
+from edgelam_fl.errors import RunFailed, TooFewSources
 from edgelam_fl.flower import from_record, record_bytes, to_record
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.contributions import Reply, broken_sites, collect, problem, read_reply
-from server.global_adapter import complete, starting_point
+from server.global_adapter import as_start, complete, starting_point
 from server.layout import Layout, Site, make_layout, site_source, who_may_host
 from server.nodes import Nodes
 from server.plans import RoundFacts, make_plans, planned_steps
 from server.reports import describe_round, describe_timeline
 from server.run_folder import RunFolder
-from strategies.base import Candidate, Demand, RoundState, load
+from strategies.aggregation.error import aggregation_error
+from strategies.base import Aggregated, Candidate, ClientSettings, Contribution, Demand, RoundState, load
 
 _ATTEMPTS = 3
 _MESSAGES_S = 120.0  # on top of the round's deadline: Flower polls every few seconds and starts a process a message
@@ -61,6 +62,7 @@ class SplitLora(Strategy):
         self._attempt = 1
         self._open: Round | None = None
         self._missing: dict[str, str] = {}
+        self._too_few = ""  # why the newest attempt's contributions could not be aggregated
         self._global: adapters.Adapter = {}
 
     def start(
@@ -90,7 +92,8 @@ class SplitLora(Strategy):
             aggregated, metrics = self.aggregate_train(number, replies)
             if aggregated is not None and metrics is not None:
                 return aggregated, metrics
-        reasons = "; ".join(f"{name}: {problem}" for name, problem in sorted(self.nodes.problems.items()))
+        problems = [f"{name}: {problem}" for name, problem in sorted(self.nodes.problems.items())]
+        reasons = "; ".join(problems + [self._too_few] * bool(self._too_few))
         raise RunFailed(f"round {number} failed {_ATTEMPTS} times: {reasons}")
 
     def summary(self) -> None:
@@ -111,7 +114,10 @@ class SplitLora(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The next adapter, or (None, None) where too few devices came through, or no site with all of its hosts."""
+        """The next adapter, or (None, None) where too few devices came through, or no site with all of its hosts.
+
+        Too few means `min_nodes`, or fewer sources than the aggregation needs.
+        """
         round_, replies_by_node = self._read(replies)
         broken = broken_sites(round_.layout, replies_by_node)
         for site, hosts in broken.items():
@@ -126,7 +132,9 @@ class SplitLora(Strategy):
         contributions = collect(replies_by_node, round_.plans, round_.layout, broken)
         if not contributions or len(devices) < self.config.federation.min_nodes:
             return None, None
-        aggregated = self.aggregation.aggregate(contributions)
+        aggregated, error = self._aggregate(contributions)
+        if aggregated is None:
+            return None, None
         self._global = {**self._global, **aggregated.tensors}
         self.personal = {
             name: {**self.personal.get(name, {}), **tensors} for name, tensors in aggregated.personal.items()
@@ -135,7 +143,7 @@ class SplitLora(Strategy):
         where = self.folder.checkpoint(
             self._global, server_round, self.step_offset, self._exports(round_.layout, devices)
         )
-        metrics = self._close(round_, replies_by_node, where)
+        metrics = self._close(round_, replies_by_node, where, error)
         return to_record(self._global), metrics
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -143,6 +151,17 @@ class SplitLora(Strategy):
         if not any(reply.report.eval_labels for reply in replies_by_node.values()):
             raise RunFailed(f"the evaluation after the last round failed: {self.nodes.problems}")
         return self._close(round_, replies_by_node, "adapter")
+
+    def _aggregate(self, contributions: list[Contribution]) -> tuple[Aggregated | None, float | None]:
+        """What the aggregation makes of them, and its error against the mean of the products; None: too few sources."""
+        start = as_start(self._global, self.config.lora.alpha)
+        try:
+            aggregated = self.aggregation.aggregate(contributions, start)
+        except TooFewSources as problem:
+            self._too_few = str(problem)
+            return None, None
+        self._too_few = ""
+        return aggregated, aggregation_error(contributions, aggregated.tensors, start)
 
     # ---------------------------------------------------------------- before
 
@@ -161,9 +180,11 @@ class SplitLora(Strategy):
         capacity_bps = self.config.wire.capacity_bps
         shares = self.bandwidth.allocate([Demand(name, 1.0, 0.0) for name in chosen.names], capacity_bps)
         steps = planned_steps(self.config, devices) if trains else 0
-        facts = RoundFacts(self.run, number, self._attempt, self.step_offset, steps)
+        unequal_ranks = getattr(self.aggregation, "unequal_ranks", False)
+        asked = getattr(self.aggregation, "client_settings", lambda _: ClientSettings())(number)
+        facts = RoundFacts(self.run, number, self._attempt, self.step_offset, steps, asked, unequal_ranks)
         plans = make_plans(self.config, self.source, facts, self.nodes.profiles, layout, shares, tokens)
-        self._global = complete(from_record(arrays), plans, self.config, self.source)
+        self._global = complete(from_record(arrays), plans, self.config, self.source, unequal_ranks)
         self._open = Round(facts, layout, plans)
         self.folder.emit(
             "plan", round=number, attempt=self._attempt, selected=list(chosen.names), why=dict(chosen.why), shares=dict(shares),
@@ -226,7 +247,9 @@ class SplitLora(Strategy):
         }
         return {name: tensors for name, tensors in own.items() if tensors}
 
-    def _close(self, round_: Round, replies: dict[str, Reply], checkpoint: str) -> MetricRecord:
+    def _close(
+        self, round_: Round, replies: dict[str, Reply], checkpoint: str, error: float | None = None
+    ) -> MetricRecord:
         """The round's events, and its metrics for Flower."""
         started_from = {name: plan.adapter_digest for name, plan in round_.plans.items()}
         devices, hosts, by_kind = describe_round(round_.sent_bytes, started_from, replies)
@@ -236,7 +259,7 @@ class SplitLora(Strategy):
         self.folder.emit(
             "round_done", round=round_.facts.round, attempt=round_.facts.attempt, steps=round_.facts.steps,
             seconds=round(time.monotonic() - round_.began, 3), devices=devices, hosts=hosts, bytes_by_kind=by_kind,
-            checkpoint=checkpoint,
+            checkpoint=checkpoint, aggregation_error=error,
         )  # fmt: skip
         self.losses.update({device["name"]: device["loss"] for device in devices if device["loss"] is not None})
         labels = sum(reply.report.eval_labels for reply in replies.values())

@@ -59,8 +59,11 @@ class Held:
             raise Refused(
                 f"node {plan.node} holds adapter {digest[:12]}, the plan starts from {plan.adapter_digest[:12]}"
             )
-        warm = [self.ends_trainee.start(tensors, ends_train(plan), plan)] if self.ends else []
-        warm += [trainee.start(tensors, hosted_trains(plan), plan) for trainee in self.site_trainees(plan).values()]
+        mu = plan.lora.prox_mu  # of a device's: its ends, and its copies here
+        site_mu = mu if plan.host_mode == _COPIES else 0.0
+        warm = [self.ends_trainee.start(tensors, ends_train(plan), plan, mu)] if self.ends else []
+        for trainee in self.site_trainees(plan).values():
+            warm.append(trainee.start(tensors, hosted_trains(plan), plan, site_mu))
         return all(warm)
 
     def site_trainees(self, plan: pb.Plan) -> dict[str, Trainee]:

@@ -14,7 +14,7 @@ from edgelam_fl.model.adapter import Adapter, initial_adapter
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.wire import edgelam_pb2 as pb
 from strategies.aggregation.fedavg import FedAvg
-from strategies.base import Contribution
+from strategies.base import Contribution, Start
 from tests.parity.reference import Reference
 from tests.support import check_done, device_batches, memory_fleet, relative_distance, run_config, same_bits
 
@@ -48,7 +48,7 @@ def aggregated(reports: Reports) -> Adapter:
         for report in reports.values()
         for contribution in report.contributions
     ]
-    return dict(FedAvg().aggregate(found).tensors)
+    return dict(FedAvg().aggregate(found, Start({})).tensors)
 
 
 def run_rounds(

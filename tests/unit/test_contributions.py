@@ -18,6 +18,7 @@ from server.global_adapter import complete, starting_point
 from server.layout import Layout, make_layout, who_may_host
 from server.plans import RoundFacts, make_plans
 from strategies.aggregation.fedavg import FedAvg
+from strategies.base import Start
 from tests.support import run_config
 
 STEPS, BATCH, TOKENS = 2, 4, 128
@@ -133,7 +134,7 @@ def test_tensors_that_the_plan_does_not_hold(tiny: ModelSource) -> None:
     part, tensors = planned.ends("a", 3, 1)
     hosted, own = planned.layer(3), planned.layer(0)
     wrong = {
-        hosted: (planned.start[hosted], "which its plan does not hold"),
+        hosted: (planned.start[hosted], "which its plan does not let it train"),
         own: (tensors[own][:1], f"is float32 (1, 64), not float32 {tensors[own].shape}"),
     }
     for name, (array, words) in wrong.items():
@@ -151,7 +152,7 @@ def test_a_copy_holds_only_what_its_device_crosses(tiny: ModelSource) -> None:
     assert planned.layer(1) not in tensors
     name = planned.layer(1)  # on the host for a alone
     got = problem(reply((part, {**tensors, name: planned.start[name]})), planned.plans["e"], planned.start)
-    assert got == f"its update has a tensor {name}, which its plan does not hold"
+    assert got == f"its update has a tensor {name}, which its plan does not let it train"
 
 
 def test_a_failed_report_says_why(tiny: ModelSource) -> None:
@@ -193,7 +194,7 @@ def test_a_device_and_the_site_that_it_hosts_are_two(tiny: ModelSource) -> None:
     found = collect({"a": both}, planned.plans, planned.layout, [])
     assert [(c.source, c.weight) for c in found] == [("a", 3), ("site a", 21)]
     shared = planned.layer(2)
-    mean = FedAvg().aggregate(found).tensors[shared]
+    mean = FedAvg().aggregate(found, Start({})).tensors[shared]
     start = planned.start[shared].astype(np.float64)
     expected = (start + np.float32(1)) * 3 / 24 + (start + np.float32(2)) * 21 / 24
     assert np.allclose(mean, expected, rtol=1e-6, atol=1e-6)
