@@ -76,7 +76,7 @@ def _factors(module: str, sources: Sequence[Contribution], start: Start) -> list
 
 
 def stacked(sources: Sequence[Factors]) -> tuple[np.ndarray, np.ndarray]:
-    """Left [O, M] and right [M, I], in float64, whose product is sum_k p_k s_k B_k A_k (FLoRA, arXiv 2409.05976, eq. 7)."""
+    """Left [O, M] and right [M, I], in float64, whose product is sum_k p_k s_k B_k A_k (FLoRA, arXiv 2409.05976)."""
     left_OM = np.concatenate([s.b_OR * np.float64(s.share * s.scale) for s in sources], axis=1)
     right_MI = np.concatenate([s.a_RI for s in sources], axis=0, dtype=np.float64)
     return left_OM, right_MI

@@ -15,11 +15,15 @@ from flwr.serverapp import strategy as flower
 
 from edgelam_fl.errors import ConfigError, TooFewSources
 from strategies.aggregation import flower as ours
+from strategies.aggregation.carry import Carry, added, compressed
 from strategies.aggregation.error import aggregation_error
+from strategies.aggregation.factors import by_module
 from strategies.aggregation.fedavg import FedAvg, WeightedMean
+from strategies.aggregation.fedex import residual
 from strategies.aggregation.fedprox import FedProx
 from strategies.aggregation.ffa import FfaLora
 from strategies.aggregation.flexlora import FlexLora
+from strategies.aggregation.flora import merged
 from strategies.aggregation.hetlora import HetLora
 from strategies.aggregation.rolora import RoLora
 from strategies.base import Aggregation, ClientSettings, Contribution, Start
@@ -161,6 +165,51 @@ def test_the_error_of_nothing_learned_is_none() -> None:
     assert aggregation_error([Contribution("d", 1, zero, scales(4))], zero, start(4)) is None
     head = {"base_model.model.classifier.weight": np.ones((3, 4), np.float32)}
     assert aggregation_error([Contribution("d", 1, head)], head, Start(head)) is None
+
+
+# ---------------------------------------------------------------- carry factors
+
+
+def test_flora_fedex_and_flexlora_are_one_sum() -> None:
+    """FLoRA = FedEx = FlexLoRA at full rank = sum_k p_k s_k B_k A_k; of FedEx's unequal ranks, padded to the largest."""
+    given, full = sources(*RANKS), sum(RANKS)
+    padded = start(8)
+    mean = HetLora().aggregate(given, padded).tensors
+    flex = dict(FlexLora().aggregate(given, start(full)).tensors)
+    for module, of_module in by_module(given, padded).items():
+        expected = wanted(given, module)
+        flora = merged(of_module)
+        assert len(flora.a_MI) == full
+        fedex = residual(of_module, mean[module + A], mean[module + B], ALPHA / 8)
+        for got in (
+            flora.b_OM @ flora.a_MI,
+            product(dict(mean), module, ALPHA / 8) + fedex.b_OM @ fedex.a_MI,
+            product(flex, module, ALPHA / full),
+        ):
+            assert off(got, expected) < 1e-5
+
+
+def test_fedexs_residual_has_rank_k_less_1_times_r() -> None:
+    given, from_ = sources(4, 4, 4, 4), start(4)
+    mean = FedAvg().aggregate(given, from_).tensors
+    carry = residual(by_module(given, from_)[Q], mean[Q + A], mean[Q + B], ALPHA / 4)
+    kept, error = compressed(carry, (len(given) - 1) * 4)
+    assert error == pytest.approx(0, abs=1e-6)
+    assert off(kept.b_OM @ kept.a_MI, carry.b_OM @ carry.a_MI) < 1e-6
+    assert compressed(carry, (len(given) - 1) * 4 - 1)[1] > 1e-3
+
+
+def test_a_carry_over_its_cap_is_cut_to_the_nearest_and_says_how_near() -> None:
+    rng = np.random.default_rng(8)
+    one, other = (Carry(rng.normal(size=(rank, IN)), rng.normal(size=(OUT, rank))) for rank in (5, 6))
+    both = added(one, other)
+    dense = one.b_OM @ one.a_MI + other.b_OM @ other.a_MI
+    assert off(both.b_OM @ both.a_MI, dense) < 1e-12
+    kept, error = compressed(both, 7)
+    values = np.linalg.svd(dense, compute_uv=False)
+    assert error == pytest.approx(np.linalg.norm(values[7:]) / np.linalg.norm(values))
+    assert off(kept.b_OM @ kept.a_MI, dense) == pytest.approx(error)
+    assert compressed(both, 11) == (both, 0.0)
 
 
 # ---------------------------------------------------------------- Flower's own numbers
