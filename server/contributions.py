@@ -84,10 +84,14 @@ def _most_labels(plan: pb.Plan, part: pb.Contribution) -> int:
     return devices * plan.steps * plan.batch_size * plan.task.max_tokens
 
 
+def frozen(plan: pb.Plan, name: str) -> bool:
+    """Whether a tensor is a factor that the plan's round leaves as it is."""
+    return (plan.lora.freeze_a and name.endswith(A)) or (plan.lora.freeze_b and name.endswith(B))
+
+
 def _trained(plan: pb.Plan, held: Adapter) -> Adapter:
     """What a node may contribute of what it holds: in its rank, without a frozen factor."""
-    frozen = tuple(end for end, freeze in ((A, plan.lora.freeze_a), (B, plan.lora.freeze_b)) if freeze)
-    return {n: at_rank(n, array, plan.lora.rank) for n, array in held.items() if not (frozen and n.endswith(frozen))}
+    return {name: at_rank(name, array, plan.lora.rank) for name, array in held.items() if not frozen(plan, name)}
 
 
 def _wrong_tensor(tensors: Adapter, expected: Adapter) -> str:

@@ -24,7 +24,7 @@ from edgelam_fl.flower import from_record, record_bytes, to_record
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.contributions import Reply, broken_sites, collect, problem, read_reply
+from server.contributions import Reply, broken_sites, collect, frozen, problem, read_reply
 from server.global_adapter import as_start, complete, starting_point
 from server.layout import Layout, Site, make_layout, site_source, who_may_host
 from server.nodes import Nodes
@@ -57,6 +57,7 @@ class SplitLora(Strategy):
         self.aggregation = load("aggregation", config.strategy.aggregation)
         self.personal: dict[str, adapters.Adapter] = {}  # source -> tensors it goes on with instead of the global ones
         self.digests: dict[str, str] = {}  # node -> what it holds, as of its last reply
+        self._frozen: dict[str, dict[str, str]] = {}  # node -> digest of each tensor that its last plan froze
         self.losses: dict[str, float] = {}
         self.step_offset = 0
         self._attempt = 1
@@ -200,7 +201,9 @@ class SplitLora(Strategy):
         plan.adapter_digest = adapters.digest(needed)
         content = RecordDict({"plan": ConfigRecord({"plan": plan.SerializeToString()})})
         if self.digests.get(name) != plan.adapter_digest:
-            content["adapter"] = to_record(needed)
+            known = self._frozen.get(name, {})
+            held = {t for t, array in needed.items() if t in known and known[t] == adapters.digest({t: array})}
+            content["adapter"] = to_record({t: array for t, array in needed.items() if t not in held})
             self._open.sent_bytes[name] = record_bytes(content["adapter"])
         return self.nodes.message(name, "train" if plan.steps else "evaluate", content)
 
@@ -230,9 +233,13 @@ class SplitLora(Strategy):
         for name in round_.plans:
             if name in replies:
                 self.digests[name] = replies[name].report.adapter_digest
+                plan = round_.plans[name]
+                held = starting_point(plan, self._global, self.personal).items()
+                self._frozen[name] = {t: adapters.digest({t: array}) for t, array in held if frozen(plan, t)}
                 self.nodes.problems.pop(name, None)
                 continue
             self.digests.pop(name, None)
+            self._frozen.pop(name, None)
             self.nodes.problems[name] = problems.get(name, "no reply")
             self.folder.emit("node_lost", round=round_.facts.round, node=name, reason=self.nodes.problems[name])
             if name in self._missing:

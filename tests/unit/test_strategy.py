@@ -23,6 +23,7 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from server.nodes import Nodes
 from server.run_folder import RunFolder
 from server.strategy import SplitLora
+from strategies.base import RoundState, Selected
 from tests.support import run_config
 
 LABELS = {"a": 3, "b": 17, "c": 1}
@@ -34,13 +35,15 @@ class ByHand:
     def __init__(self, profile: pb.Profile) -> None:
         self.profile, self.plans, self.held = profile, list[pb.Plan](), adapters.Adapter()
         self.sent = list[bool]()
+        self.received = list[adapters.Adapter]()
         self.fails = lambda plan: ""
 
     def work(self, plan: pb.Plan, content: RecordDict) -> tuple[pb.JobReport, list[adapters.Adapter]]:
         self.plans.append(plan)
         self.sent.append("adapter" in content)
         if "adapter" in content:
-            self.held = from_record(content["adapter"])
+            self.received.append(from_record(content["adapter"]))
+            self.held = {**self.held, **self.received[-1]}
         assert adapters.digest(self.held) == plan.adapter_digest
         if self.fails(plan):
             return pb.JobReport(state="failed", error=self.fails(plan)), []
@@ -240,6 +243,26 @@ def test_a_frozen_factor_is_kept(federation: Callable[..., Federation], name: st
     frozen = [(p.lora.freeze_a, p.lora.freeze_b) for p in run.nodes["a"].plans[:2]]
     assert frozen == [(factor == "B", factor == "A") for factor in trained]
     assert [event["aggregation_error"] for event in run.events("round_done")][:2] == pytest.approx([0, 0], abs=1e-6)
+
+
+def test_a_factor_that_a_node_holds_as_it_was_frozen_is_not_sent_again(federation: Callable[..., Federation]) -> None:
+    """Of a and b, which have unlike weights to make unlike means; b sits out round 2, in which A moves without it."""
+
+    class AllButBInRound2:
+        def select(self, state: RoundState) -> Selected:
+            return Selected([c.name for c in state.candidates if c.name != "b" or state.round != 2])
+
+    run = federation("abc", "e", "strategy.aggregation=rolora", "federation.rounds=3")
+    run.strategy.selection = AllButBInRound2()
+    moved = run.nodes["c"]._moved
+    run.nodes["c"]._moved = lambda spans, by: moved(spans, 5 * by)  # type: ignore[method-assign]
+    run.run()
+    factors = {name: [{tensor[-8] for tensor in received} for received in run.nodes[name].received] for name in "abe"}
+    assert factors == {
+        "a": [{"A", "B"}, {"B"}, {"A"}, {"B"}],
+        "b": [{"A", "B"}, {"A", "B"}, {"B"}],
+        "e": [{"A", "B"}],
+    }
 
 
 @pytest.mark.parametrize("name", ["flexlora", "hetlora"])
