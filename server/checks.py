@@ -12,7 +12,7 @@ from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.adapter import target_modules
 from edgelam_fl.model.source import ModelSource, find_model
-from strategies.base import BUILT_IN, ClientSettings, load
+from strategies.base import BUILT_IN, asked_by, load
 
 
 def check_config(config: RunConfig) -> ModelSource:
@@ -60,7 +60,7 @@ def check_aggregation(config: RunConfig, aggregation: Any) -> None:
         return
     where = f"lora.train = ['hosts'] and split.host_mode = {split.host_mode!r}: devices train no layer of their own"
     allowed = "Allowed: lora.train with 'front' or 'back', split.host_mode = 'copies', or split.hosts = 0"
-    if getattr(aggregation, "client_settings", lambda _: ClientSettings())(1).prox_mu:
+    if asked_by(aggregation, 1).prox_mu:
         raise ConfigError(
             f"strategy.aggregation = {name!r} holds devices near the round's start, and has nothing to hold with {where}. {allowed}"
         )

@@ -32,7 +32,7 @@ from server.plans import RoundFacts, make_plans, planned_steps
 from server.reports import describe_round, describe_timeline
 from server.run_folder import RunFolder
 from strategies.aggregation.error import aggregation_error
-from strategies.base import Aggregated, Candidate, ClientSettings, Contribution, Demand, RoundState, load
+from strategies.base import Aggregated, Candidate, Contribution, Demand, RoundState, asked_by, load
 
 _ATTEMPTS = 3
 _MESSAGES_S = 120.0  # on top of the round's deadline: Flower polls every few seconds and starts a process a message
@@ -182,7 +182,7 @@ class SplitLora(Strategy):
         shares = self.bandwidth.allocate([Demand(name, 1.0, 0.0) for name in chosen.names], capacity_bps)
         steps = planned_steps(self.config, devices) if trains else 0
         unequal_ranks = getattr(self.aggregation, "unequal_ranks", False)
-        asked = getattr(self.aggregation, "client_settings", lambda _: ClientSettings())(number)
+        asked = asked_by(self.aggregation, number)
         facts = RoundFacts(self.run, number, self._attempt, self.step_offset, steps, asked, unequal_ranks)
         plans = make_plans(self.config, self.source, facts, self.nodes.profiles, layout, shares, tokens)
         self._global = complete(from_record(arrays), plans, self.config, self.source, unequal_ranks)

@@ -141,6 +141,11 @@ class Aggregation(Protocol):
         return ClientSettings()
 
 
+def asked_by(aggregation: Any, round: int) -> ClientSettings:
+    """What an aggregation asks of the nodes in a round, also where its class does not say."""
+    return aggregation.client_settings(round) if hasattr(aggregation, "client_settings") else ClientSettings()
+
+
 # ---------------------------------------------------------------- by name
 
 

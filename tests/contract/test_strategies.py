@@ -16,10 +16,12 @@ from strategies.base import (
     Aggregated,
     Aggregation,
     Candidate,
+    ClientSettings,
     Contribution,
     Demand,
     RoundState,
     Start,
+    asked_by,
     load,
 )
 
@@ -255,4 +257,7 @@ def test_a_name_that_cannot_be_used_says_why(kind: str, name: str, words: str) -
 
 
 def test_ones_own_class_is_loaded_by_its_path() -> None:
-    assert type(load("aggregation", f"{__name__}:Mine")).__name__ == "Mine"
+    mine = load("aggregation", f"{__name__}:Mine")
+    assert type(mine).__name__ == "Mine"
+    assert asked_by(mine, 1) == ClientSettings(), "it need not say what it asks of nodes"
+    assert asked_by(strategy("ffa"), 1) == ClientSettings(train_a=False)
