@@ -6,16 +6,17 @@ factors as they are. A joint or sequential host does not have it: its adapter be
 
 from __future__ import annotations
 
-from edgelam_fl.errors import ConfigError
+from typing import Annotated
+
+from pydantic import Field
+
 from strategies.aggregation.fedavg import FedAvg
 from strategies.base import ClientSettings
 
 
 class FedProx(FedAvg):
-    def __init__(self, *, mu: float = 0.01) -> None:
+    def __init__(self, *, mu: Annotated[float, Field(ge=0, le=1e6)] = 0.01) -> None:
         """`mu`: weight of the pull to the round's start; 0 is FedAvg."""
-        if not 0 <= mu < 1e6:
-            raise ConfigError(f"fedprox: mu = {mu} must be at least 0 and below 1e6")
         self.mu = mu
 
     def client_settings(self, round: int) -> ClientSettings:
