@@ -154,7 +154,10 @@ class Optimizer(Section):
 
 
 class Strategy(Section):
-    aggregation: str = Field("fedavg", description="fedavg, none, or package.module:Class")
+    aggregation: str = Field(
+        "fedavg",
+        description="fedavg, ffa, rolora, flexlora, hetlora, fedprox, fedadam, fedyogi, fedadagrad, fedavgm, fedmedian, fedtrimmedavg, krum, multikrum, none, or package.module:Class",
+    )
     selection: str = Field(
         "all",
         description="all, random, round_robin, best_channel, power_of_choice, oort, fedcs (a deadline), tifl (tiers), "

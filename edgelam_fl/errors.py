@@ -8,6 +8,7 @@
     |- EnvironmentProblem               3    after mending the machine: a port, a server, a missing package
     `- RunFailed                        4    no: the run started and could not go on
         |- PeerLost                          yes: the other end vanished or stayed silent
+        |- TooFewSources                     yes: when more devices take part
         |- Refused                           no: the other end said why not
         `- ProtocolError                     no: the other end sent what it must not
 
@@ -52,6 +53,10 @@ class RunFailed(EdgelamError):
 
 class PeerLost(RunFailed):
     """A link's other end vanished or stayed silent for longer than its deadline."""
+
+
+class TooFewSources(RunFailed):
+    """Fewer devices or sites trained a module than the aggregation needs."""
 
 
 class Refused(RunFailed):

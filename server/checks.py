@@ -6,18 +6,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import pairwise
+from typing import Any
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.adapter import target_modules
 from edgelam_fl.model.source import ModelSource, find_model
-from strategies.base import BUILT_IN, load_all
+from strategies.base import BUILT_IN, asked_by, load_all
 
 
 def check_config(config: RunConfig) -> ModelSource:
     """Finds the model. Raises ConfigError or ModelError with what is wrong; nothing has been started then."""
-    load_all({kind: getattr(config.strategy, kind) for kind in BUILT_IN}, config.strategy.options)
+    loaded = load_all({kind: getattr(config.strategy, kind) for kind in BUILT_IN}, config.strategy.options)
     check_together(config)
+    check_aggregation(config, loaded["aggregation"])
     source = find_model(config.model.name)
     check_cuts(config, source)
     check_ranks(config, source)
@@ -47,6 +49,25 @@ def check_together(config: RunConfig) -> None:
         raise ConfigError(
             "strategy.aggregation = 'none' does not go with split.host_mode = 'copies': hosts start a round from one adapter, and "
             "without aggregation each device would need its own"
+        )
+
+
+def check_aggregation(config: RunConfig, aggregation: Any) -> None:
+    """Raises ConfigError where an aggregation would have nothing to act on: it takes hold of what devices train."""
+    split, lora, name = config.split, config.lora, config.strategy.aggregation
+    if not split.hosts or split.host_mode == "copies" or lora.train != ("hosts",):
+        return
+    where = f"lora.train = ['hosts'] and split.host_mode = {split.host_mode!r}: devices train no layer of their own"
+    allowed = "Allowed: lora.train with 'front' or 'back', split.host_mode = 'copies', or split.hosts = 0"
+    if asked_by(aggregation, 1).prox_mu:
+        raise ConfigError(
+            f"strategy.aggregation = {name!r} holds devices near the round's start, and has nothing to hold with {where}. {allowed}"
+        )
+    least = getattr(aggregation, "least_sources", 1)
+    if split.sites < least:
+        raise ConfigError(
+            f"strategy.aggregation = {name!r} needs at least {least} sources, and has split.sites = {split.sites} with {where}. "
+            f"{allowed}, or split.sites of at least {least}"
         )
 
 

@@ -18,7 +18,9 @@ from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.adapter import Adapter, Span
 from edgelam_fl.split.plan import end_spans, hosted_span
 from edgelam_fl.wire import edgelam_pb2 as pb
+from server.global_adapter import at_rank
 from server.layout import Layout, site_source
+from strategies.aggregation.factors import A, B, is_factor, module_of
 from strategies.base import Contribution
 
 
@@ -54,7 +56,7 @@ def problem(reply: Reply, plan: pb.Plan, adapter: Adapter) -> str:
         most = _most_labels(plan, part)
         if not (math.isfinite(part.weight) and 0 <= part.weight <= most):
             return f"its contribution of {part.source!r} weighs {part.weight}; the plan allows 0 to {most} labels"
-        wrong = _wrong_tensor(tensors, adapters.slice_of(adapter, where))
+        wrong = _wrong_tensor(tensors, _trained(plan, adapters.slice_of(adapter, where)))
         if wrong:
             return wrong
         names = {(part.scope, part.source, name) for name in tensors}
@@ -82,10 +84,20 @@ def _most_labels(plan: pb.Plan, part: pb.Contribution) -> int:
     return devices * plan.steps * plan.batch_size * plan.task.max_tokens
 
 
+def frozen(plan: pb.Plan, name: str) -> bool:
+    """Whether a tensor is a factor that the plan's round leaves as it is."""
+    return (plan.lora.freeze_a and name.endswith(A)) or (plan.lora.freeze_b and name.endswith(B))
+
+
+def _trained(plan: pb.Plan, held: Adapter) -> Adapter:
+    """What a node may contribute of what it holds: in its rank, without a frozen factor."""
+    return {name: at_rank(name, array, plan.lora.rank) for name, array in held.items() if not frozen(plan, name)}
+
+
 def _wrong_tensor(tensors: Adapter, expected: Adapter) -> str:
     for name, array in tensors.items():
         if name not in expected:
-            return f"its update has a tensor {name}, which its plan does not hold"
+            return f"its update has a tensor {name}, which its plan does not let it train"
         if array.shape != expected[name].shape or array.dtype != np.float32:
             return f"its {name} is {array.dtype} {array.shape}, not float32 {expected[name].shape}"
         if not np.isfinite(array).all():
@@ -109,14 +121,19 @@ def collect(
     the ends of its devices included: they were trained against a middle that is lost.
     """
     merged: dict[tuple[str, float], Adapter] = {}
+    scales: dict[tuple[str, float], dict[str, float]] = {}
     for name, reply in sorted(replies.items()):
         for part, tensors in zip(reply.report.contributions, reply.tensors, strict=True):
             site = layout.site_of(name).name if part.scope == "ends" else plans[name].site
             of_site = part.scope == "site" and plans[name].host_mode != "copies"
             source = site_source(part.source) if of_site else part.source
             if site not in broken and part.weight > 0 and tensors:
-                merged.setdefault((source, part.weight), {}).update(tensors)
-    return [Contribution(source, weight, tensors) for (source, weight), tensors in sorted(merged.items(), key=_key)]
+                key = source, part.weight
+                merged.setdefault(key, {}).update(tensors)
+                lora = plans[name].lora
+                modules = {module_of(tensor) for tensor in tensors if is_factor(tensor)}
+                scales.setdefault(key, {}).update(dict.fromkeys(modules, lora.alpha / lora.rank))
+    return [Contribution(*key, tensors, scales[key]) for key, tensors in sorted(merged.items(), key=_key)]
 
 
 def _key(item: tuple[tuple[str, float], Adapter]) -> tuple[str, float]:

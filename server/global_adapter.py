@@ -1,8 +1,14 @@
-"""The adapter that a round starts from: one tensor a module for all, and what each node takes of it."""
+"""The adapter that a round starts from: one tensor a module for all, and what each node takes of it.
+
+Where an aggregation takes unequal ranks, a module stands here in the largest rank of those who have held it, with its
+rows in the order of their worth, and a node gets the first ones, in its own rank.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+
+import numpy as np
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed
@@ -11,12 +17,17 @@ from edgelam_fl.model.source import ModelSource
 from edgelam_fl.split.plan import end_spans, hosted_span, spans_of
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.layout import site_source
+from strategies.aggregation.factors import A, B, module_of
+from strategies.base import Start
 
 
-def complete(adapter: Adapter, plans: Mapping[str, pb.Plan], config: RunConfig, source: ModelSource) -> Adapter:
+def complete(
+    adapter: Adapter, plans: Mapping[str, pb.Plan], config: RunConfig, source: ModelSource, unequal_ranks: bool = False
+) -> Adapter:
     """`adapter` with the start of each module that it lacks, in the rank of those that hold it.
 
-    Raises RunFailed where a module was trained with another rank than its holders have now.
+    With `unequal_ranks`, in the largest of them. Else raises RunFailed where a module was trained with another rank than
+    its holders have now.
     """
     whole, starts = dict(adapter), dict[int, Adapter]()
     for name, plan in plans.items():
@@ -25,7 +36,9 @@ def complete(adapter: Adapter, plans: Mapping[str, pb.Plan], config: RunConfig, 
             starts[rank] = _start(config, source, rank)
         for tensor, start in slice_of(starts[rank], spans_of(plan)).items():
             known = whole.setdefault(tensor, start)
-            if known.shape != start.shape:
+            if unequal_ranks and min(known.shape) < min(start.shape):
+                whole[tensor] = at_rank(tensor, known, rank, start)
+            if not unequal_ranks and known.shape != start.shape:
                 raise RunFailed(
                     f"{tensor} was trained as {list(known.shape)}; node {name}, which holds it now, has rank {rank} "
                     f"(lora.ranks): give all that may hold a layer the same rank"
@@ -37,7 +50,27 @@ def starting_point(plan: pb.Plan, adapter: Adapter, personal: Mapping[str, Adapt
     """What the plan's node starts from: of the `adapter` what it holds, but for what its source goes on with alone."""
     hosted = hosted_span(plan)
     of_site = slice_of({**adapter, **personal.get(site_source(plan.site), {})}, [hosted]) if hosted is not None else {}
-    return of_site | slice_of({**adapter, **personal.get(plan.node, {})}, end_spans(plan))
+    held = of_site | slice_of({**adapter, **personal.get(plan.node, {})}, end_spans(plan))
+    return {name: at_rank(name, array, plan.lora.rank) for name, array in held.items()}
+
+
+def at_rank(name: str, array: np.ndarray, rank: int, start: np.ndarray | None = None) -> np.ndarray:
+    """A tensor in another rank: the first rows of A and columns of B, or more of them; not a factor: as it is.
+
+    More rows are those of `start` (in the new rank), more columns zero. B is scaled by new rank / old, so that s B A stays
+    what it is with s = alpha / rank.
+    """
+    if name.endswith(A) and len(array) != rank:
+        return array[:rank] if start is None else np.concatenate([array, start[len(array) :]])
+    if name.endswith(B) and array.shape[1] != rank:
+        scaled = array[:, :rank] * np.float32(rank / array.shape[1])
+        return np.pad(scaled, ((0, 0), (0, rank - scaled.shape[1])))
+    return array
+
+
+def as_start(adapter: Adapter, alpha: float) -> Start:
+    """The global adapter as an aggregation sees it."""
+    return Start(adapter, {module_of(name): alpha / len(array) for name, array in adapter.items() if name.endswith(A)})
 
 
 def _start(config: RunConfig, source: ModelSource, rank: int) -> Adapter:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError
@@ -14,6 +14,7 @@ from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.bases import DTYPES, choose_base
 from server.layout import HostRange, Layout, Site, by_name
+from strategies.base import ClientSettings
 
 _READY_DEADLINE_S = 60.0
 _SLOW_CARD_BYTES_S = 20e6  # a small board reads its slice from its card before it is ready
@@ -29,6 +30,8 @@ class RoundFacts:
     attempt: int
     step_offset: int
     steps: int  # 0: evaluation only
+    settings: ClientSettings = field(default_factory=ClientSettings)  # what the aggregation asks of every node
+    unequal_ranks: bool = False  # whether the aggregation takes them
 
 
 def make_plans(
@@ -43,7 +46,7 @@ def make_plans(
     """The plans by node, hosts first: they should listen when the devices dial.
 
     `shares` of the capacity and `tokens` (a secret, shared with the hosts) are by device. Raises ConfigError where the
-    holders of a layer would train unlike ranks.
+    holders of a layer would train unlike ranks, and the aggregation does not take them.
     """
     routes = {name: pb.Route() for name in layout.routes}
     for name, route in routes.items():
@@ -65,7 +68,8 @@ def make_plans(
     computes = {plan.model.compute for plan in plans.values()}
     for plan in plans.values():
         plan.model.wire = "bfloat16" if computes == {"bfloat16"} else "float32"
-    check_ranks(plans)
+    if not facts.unequal_ranks:
+        check_ranks(plans)
     return plans
 
 
@@ -116,7 +120,8 @@ def check_ranks(plans: Mapping[str, pb.Plan]) -> None:
         if len(set(holders.values())) > 1:
             who = ", ".join(f"{name} with rank {rank}" for name, rank in holders.items())
             raise ConfigError(
-                f"layer {layer} is held by {who}: all that hold a layer need the same rank there (lora.rank, lora.ranks)"
+                f"layer {layer} is held by {who}: all that hold a layer need the same rank there (lora.rank, "
+                f"lora.ranks), unless strategy.aggregation is 'flexlora' or 'hetlora'"
             )
 
 
@@ -130,7 +135,7 @@ def _plan(config: RunConfig, source: ModelSource, facts: RoundFacts, profile: pb
         node=profile.name,
         role=profile.role,
         model=pb.ModelRef(name=config.model.name, digest=source.digest, num_layers=source.num_layers),
-        lora=_lora(config, profile.name),
+        lora=_lora(config, profile.name, facts.settings),
         optimizer=_optimizer(config, facts),
         task=task_settings(config),
         host_mode=split.host_mode,
@@ -172,7 +177,7 @@ def _feed(plan: pb.Plan, config: RunConfig, facts: RoundFacts, examples: int) ->
         plan.own_steps, plan.cursor = facts.steps, facts.step_offset
 
 
-def _lora(config: RunConfig, node: str) -> pb.Lora:
+def _lora(config: RunConfig, node: str, settings: ClientSettings) -> pb.Lora:
     lora = config.lora
     return pb.Lora(
         rank=by_name(lora.ranks, node, lora.rank),
@@ -182,6 +187,9 @@ def _lora(config: RunConfig, node: str) -> pb.Lora:
         train_hosts="hosts" in lora.train,
         train_back="back" in lora.train,
         dropout=lora.dropout,
+        freeze_a=not settings.train_a,
+        freeze_b=not settings.train_b,
+        prox_mu=settings.prox_mu,
     )
 
 

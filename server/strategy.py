@@ -18,20 +18,21 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from edgelam_fl.config import RunConfig
-from edgelam_fl.errors import RunFailed
+from edgelam_fl.errors import RunFailed, TooFewSources
 from edgelam_fl.flower import from_record, record_bytes, to_record
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.contributions import Reply, broken_sites, collect, problem, read_reply
-from server.global_adapter import complete, starting_point
+from server.contributions import Reply, broken_sites, collect, frozen, problem, read_reply
+from server.global_adapter import as_start, complete, starting_point
 from server.layout import Layout, Site, make_layout, site_source, who_may_host
 from server.nodes import Nodes
 from server.plans import RoundFacts, make_plans, planned_steps
 from server.reports import describe_round, describe_timeline
 from server.run_folder import RunFolder
 from server.schedule import Schedule
-from strategies.base import load
+from strategies.aggregation.error import aggregation_error
+from strategies.base import Aggregated, Contribution, asked_by, load
 
 _ATTEMPTS = 3
 _MESSAGES_S = 120.0  # on top of the round's deadline: Flower polls every few seconds and starts a process a message
@@ -55,10 +56,12 @@ class SplitLora(Strategy):
         self.aggregation = load("aggregation", config.strategy.aggregation, config.strategy.options)
         self.personal: dict[str, adapters.Adapter] = {}  # source -> tensors it goes on with instead of the global ones
         self.digests: dict[str, str] = {}  # node -> what it holds, as of its last reply
+        self._frozen: dict[str, dict[str, str]] = {}  # node -> digest of each tensor that its last plan froze
         self.step_offset = 0
         self._attempt = 1
         self._open: Round | None = None
         self._missing: dict[str, str] = {}
+        self._too_few = ""  # why the newest attempt's contributions could not be aggregated
         self._global: adapters.Adapter = {}
 
     def start(
@@ -88,7 +91,8 @@ class SplitLora(Strategy):
             aggregated, metrics = self.aggregate_train(number, replies)
             if aggregated is not None and metrics is not None:
                 return aggregated, metrics
-        reasons = "; ".join(f"{name}: {problem}" for name, problem in sorted(self.nodes.problems.items()))
+        problems = [f"{name}: {problem}" for name, problem in sorted(self.nodes.problems.items())]
+        reasons = "; ".join(problems + [self._too_few] * bool(self._too_few))
         raise RunFailed(f"round {number} failed {_ATTEMPTS} times: {reasons}")
 
     def summary(self) -> None:
@@ -109,7 +113,10 @@ class SplitLora(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The next adapter, or (None, None) where too few devices came through, or no site with all of its hosts."""
+        """The next adapter, or (None, None) where too few devices came through, or no site with all of its hosts.
+
+        Too few means `min_nodes`, or fewer sources than the aggregation needs.
+        """
         round_, replies_by_node = self._read(replies)
         broken = broken_sites(round_.layout, replies_by_node)
         for site, hosts in broken.items():
@@ -124,7 +131,9 @@ class SplitLora(Strategy):
         contributions = collect(replies_by_node, round_.plans, round_.layout, broken)
         if not contributions or len(devices) < self.config.federation.min_nodes:
             return None, None
-        aggregated = self.aggregation.aggregate(contributions)
+        aggregated, error = self._aggregate(contributions)
+        if aggregated is None:
+            return None, None
         self._global = {**self._global, **aggregated.tensors}
         for name, tensors in aggregated.personal.items():  # who took no part keeps what it had
             self.personal[name] = {**self.personal.get(name, {}), **tensors}
@@ -133,7 +142,7 @@ class SplitLora(Strategy):
             self._global, server_round, self.step_offset, self._exports(round_.layout, devices)
         )
         self.schedule.observe(server_round, round_.layout.routes, round_.plans, replies_by_node)
-        metrics = self._close(round_, replies_by_node, where)
+        metrics = self._close(round_, replies_by_node, where, error)
         return to_record(self._global), metrics
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -141,6 +150,17 @@ class SplitLora(Strategy):
         if not any(reply.report.eval_labels for reply in replies_by_node.values()):
             raise RunFailed(f"the evaluation after the last round failed: {self.nodes.problems}")
         return self._close(round_, replies_by_node, "adapter")
+
+    def _aggregate(self, contributions: list[Contribution]) -> tuple[Aggregated | None, float | None]:
+        """What the aggregation makes of them, and its error against the mean of the products; None: too few sources."""
+        start = as_start(self._global, self.config.lora.alpha)
+        try:
+            aggregated = self.aggregation.aggregate(contributions, start)
+        except TooFewSources as problem:
+            self._too_few = str(problem)
+            return None, None
+        self._too_few = ""
+        return aggregated, aggregation_error(contributions, aggregated.tensors, start)
 
     # ---------------------------------------------------------------- before
 
@@ -153,9 +173,11 @@ class SplitLora(Strategy):
         layout = make_layout(self.config, self.source, devices, who_may_host(self.config, [*edges, *devices]))
         shares = self.schedule.shares(devices)
         steps = planned_steps(self.config, devices) if trains else 0
-        facts = RoundFacts(self.run, number, self._attempt, self.step_offset, steps)
+        unequal_ranks = getattr(self.aggregation, "unequal_ranks", False)
+        asked = asked_by(self.aggregation, number)
+        facts = RoundFacts(self.run, number, self._attempt, self.step_offset, steps, asked, unequal_ranks)
         plans = make_plans(self.config, self.source, facts, self.nodes.profiles, layout, shares, tokens)
-        self._global = complete(from_record(arrays), plans, self.config, self.source)
+        self._global = complete(from_record(arrays), plans, self.config, self.source, unequal_ranks)
         self._open = Round(facts, layout, plans)
         self.folder.emit(
             "plan", round=number, attempt=self._attempt, selected=list(chosen.names), why=dict(chosen.why), shares=shares,
@@ -171,7 +193,9 @@ class SplitLora(Strategy):
         plan.adapter_digest = adapters.digest(needed)
         content = RecordDict({"plan": ConfigRecord({"plan": plan.SerializeToString()})})
         if self.digests.get(name) != plan.adapter_digest:
-            content["adapter"] = to_record(needed)
+            known = self._frozen.get(name, {})
+            held = {t for t, array in needed.items() if t in known and known[t] == adapters.digest({t: array})}
+            content["adapter"] = to_record({t: array for t, array in needed.items() if t not in held})
             self._open.sent_bytes[name] = record_bytes(content["adapter"])
         return self.nodes.message(name, "train" if plan.steps else "evaluate", content)
 
@@ -201,9 +225,13 @@ class SplitLora(Strategy):
         for name in round_.plans:
             if name in replies:
                 self.digests[name] = replies[name].report.adapter_digest
+                plan = round_.plans[name]
+                held = starting_point(plan, self._global, self.personal).items()
+                self._frozen[name] = {t: adapters.digest({t: array}) for t, array in held if frozen(plan, t)}
                 self.nodes.problems.pop(name, None)
                 continue
             self.digests.pop(name, None)
+            self._frozen.pop(name, None)
             self.nodes.problems[name] = problems.get(name, "no reply")
             self.folder.emit("node_lost", round=round_.facts.round, node=name, reason=self.nodes.problems[name])
             if name in self._missing:
@@ -218,7 +246,9 @@ class SplitLora(Strategy):
         }
         return {name: tensors for name, tensors in own.items() if tensors}
 
-    def _close(self, round_: Round, replies: dict[str, Reply], checkpoint: str) -> MetricRecord:
+    def _close(
+        self, round_: Round, replies: dict[str, Reply], checkpoint: str, error: float | None = None
+    ) -> MetricRecord:
         """The round's events, and its metrics for Flower."""
         started_from = {name: plan.adapter_digest for name, plan in round_.plans.items()}
         devices, hosts, by_kind = describe_round(round_.sent_bytes, started_from, replies)
@@ -228,7 +258,7 @@ class SplitLora(Strategy):
         self.folder.emit(
             "round_done", round=round_.facts.round, attempt=round_.facts.attempt, steps=round_.facts.steps,
             seconds=round(time.monotonic() - round_.began, 3), devices=devices, hosts=hosts, bytes_by_kind=by_kind,
-            checkpoint=checkpoint,
+            checkpoint=checkpoint, aggregation_error=error,
         )  # fmt: skip
         labels = sum(reply.report.eval_labels for reply in replies.values())
         loss = sum(reply.report.eval_loss_sum for reply in replies.values()) / labels if labels else 0.0

@@ -24,6 +24,19 @@ BUILT_IN = {
     "aggregation": {
         "fedavg": "strategies.aggregation.fedavg:FedAvg",
         "none": "strategies.aggregation.none:NoAggregation",
+        "ffa": "strategies.aggregation.ffa:FfaLora",
+        "rolora": "strategies.aggregation.rolora:RoLora",
+        "flexlora": "strategies.aggregation.flexlora:FlexLora",
+        "hetlora": "strategies.aggregation.hetlora:HetLora",
+        "fedprox": "strategies.aggregation.fedprox:FedProx",
+        "fedadam": "strategies.aggregation.flower:FedAdam",
+        "fedyogi": "strategies.aggregation.flower:FedYogi",
+        "fedadagrad": "strategies.aggregation.flower:FedAdagrad",
+        "fedavgm": "strategies.aggregation.flower:FedAvgM",
+        "fedmedian": "strategies.aggregation.flower:FedMedian",
+        "fedtrimmedavg": "strategies.aggregation.flower:FedTrimmedAvg",
+        "krum": "strategies.aggregation.flower:Krum",
+        "multikrum": "strategies.aggregation.flower:MultiKrum",
     },
     "selection": {
         "all": "strategies.selection.all:SelectAll",
@@ -134,6 +147,15 @@ class Bandwidth(Protocol):
 
 
 @dataclass(frozen=True)
+class ClientSettings:
+    """What an aggregation asks of devices and hosts in a round; by default, plain training of both factors."""
+
+    train_a: bool = True
+    train_b: bool = True
+    prox_mu: float = 0.0  # weight of (mu/2)||w - w_start||^2 in the loss of devices' own layers and copies
+
+
+@dataclass(frozen=True)
 class Contribution:
     """What one source trained in a round: a device (its own layers; with copies its adapters on hosts too), or a site
     (its hosts' layers). A source has a second contribution where fewer labels went through some of its layers.
@@ -141,19 +163,44 @@ class Contribution:
 
     source: str  # a device's name, or "site " and the names of its hosts
     weight: float  # labels trained in the round, or examples (task.weighting)
-    tensors: Mapping[str, np.ndarray]  # peft names -> fp32
+    tensors: Mapping[str, np.ndarray]  # peft names -> fp32; a factor that was frozen is not among them
+    scales: Mapping[str, float] = field(default_factory=dict)  # module -> s in W0 + s B A; 1 where none is named
+
+
+@dataclass(frozen=True)
+class Start:
+    """The global adapter that the round started from, each module in the largest rank of those who hold it."""
+
+    tensors: Mapping[str, np.ndarray]
+    scales: Mapping[str, float] = field(default_factory=dict)  # module -> s in this rank; 1 where none is named
 
 
 @dataclass(frozen=True)
 class Aggregated:
-    tensors: Mapping[str, np.ndarray]  # the new values of every contributed name
+    tensors: Mapping[str, np.ndarray]  # the new values of every contributed name, shaped as in the start
     personal: Mapping[str, Mapping[str, np.ndarray]] = field(
         default_factory=dict
     )  # source -> what it starts from instead
 
 
 class Aggregation(Protocol):
-    def aggregate(self, contributions: Sequence[Contribution]) -> Aggregated: ...
+    """How a round's contributions become the next round's adapter. To inherit from it is optional."""
+
+    unequal_ranks: bool = False  # whether sources of one module may differ in rank
+    least_sources: int = 1  # fewer sources of a module than this (but for a single one) cannot be aggregated
+
+    def aggregate(self, contributions: Sequence[Contribution], start: Start) -> Aggregated:
+        """Raises TooFewSources where a module has fewer sources than the rule needs."""
+        ...
+
+    def client_settings(self, round: int) -> ClientSettings:
+        """What devices and hosts must do in this round (the first is 1)."""
+        return ClientSettings()
+
+
+def asked_by(aggregation: Any, round: int) -> ClientSettings:
+    """What an aggregation asks of the nodes in a round, also where its class does not say."""
+    return aggregation.client_settings(round) if hasattr(aggregation, "client_settings") else ClientSettings()
 
 
 # ---------------------------------------------------------------- by name

@@ -28,6 +28,7 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.memory import memory_pair
 from server.layout import make_layout, who_may_host
 from server.plans import RoundFacts, make_plans
+from strategies.base import ClientSettings
 
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 
@@ -79,13 +80,14 @@ class Fleet:
     examples: dict[str, int] = field(default_factory=dict)  # of each device; matters with epochs only
     events: list[dict[str, Any]] = field(default_factory=list)
     round: int = 0
+    settings: ClientSettings = field(default_factory=ClientSettings)  # what an aggregation would ask of the nodes
 
     def run(
         self, adapter: adapters.Adapter, steps: int, *, step_offset: int = 0, send_to: Sequence[str] | None = None
     ) -> dict[str, pb.JobReport]:
         """One round; returns the reports by node. `send_to`: who is sent tensors (default: everyone)."""
         self.round += 1
-        plans = self.plans(RoundFacts(self.name, self.round, 1, step_offset, steps))
+        plans = self.plans(RoundFacts(self.name, self.round, 1, step_offset, steps, self.settings))
         nodes = self.devices | {name: node for name, (node, _) in self.hosts.items()}
         for name, plan in plans.items():
             tensors = adapters.slice_of(adapter, spans_of(plan))

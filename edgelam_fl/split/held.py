@@ -49,18 +49,21 @@ class Held:
     # ---------------------------------------------------------------- a round
 
     def start(self, plan: pb.Plan, given: bytes) -> bool:
-        """Takes the round's first adapter, or goes on with what is here. Returns whether all moments go on.
+        """Takes the round's first adapter: what is `given`, and what is here for the rest. Returns whether all moments go on.
 
-        Raises Refused where neither is what the plan starts from, ProtocolError where tensors are missing.
+        Raises Refused where together they are not what the plan starts from, ProtocolError where tensors are missing.
         """
-        tensors = adapters.from_bytes(given) if given else self.current()
-        digest = adapters.digest(tensors) if tensors is not None else "several copies"
-        if tensors is None or digest != plan.adapter_digest:
+        tensors = self._versions()[0] | (adapters.from_bytes(given) if given else {})
+        digest = adapters.digest(tensors)
+        if digest != plan.adapter_digest:
             raise Refused(
                 f"node {plan.node} holds adapter {digest[:12]}, the plan starts from {plan.adapter_digest[:12]}"
             )
-        warm = [self.ends_trainee.start(tensors, ends_train(plan), plan)] if self.ends else []
-        warm += [trainee.start(tensors, hosted_trains(plan), plan) for trainee in self.site_trainees(plan).values()]
+        mu = plan.lora.prox_mu  # of a device's: its ends, and its copies here
+        site_mu = mu if plan.host_mode == _COPIES else 0.0
+        warm = [self.ends_trainee.start(tensors, ends_train(plan), plan, mu)] if self.ends else []
+        for trainee in self.site_trainees(plan).values():
+            warm.append(trainee.start(tensors, hosted_trains(plan), plan, site_mu))
         return all(warm)
 
     def site_trainees(self, plan: pb.Plan) -> dict[str, Trainee]:
@@ -95,13 +98,19 @@ class Held:
 
     def current(self) -> adapters.Adapter | None:
         """All that is held, by name; None where several versions of a tensor are."""
+        tensors, several = self._versions()
+        return None if several else tensors
+
+    def _versions(self) -> tuple[adapters.Adapter, set[str]]:
+        """What is held in one version alone, and the names of the rest (copies that went apart)."""
         merged: adapters.Adapter = {}
+        several: set[str] = set()
         for trainee in [self.ends_trainee, *self._site.values()]:
             for name, array in trainee.adapter().items():
                 if name in merged and not np.array_equal(merged[name], array):
-                    return None
+                    several.add(name)
                 merged[name] = array
-        return merged
+        return {name: array for name, array in merged.items() if name not in several}, several
 
     def stages(self) -> Iterable[Stage]:
         return [*self.ends, *([self.hosted] if self.hosted is not None else [])]

@@ -32,6 +32,9 @@ class Trainee:
         self.optimizer: torch.optim.Optimizer | None = None
         self._settings: pb.Optimizer | None = None
         self._moments_of: tuple[Any, ...] = ()
+        self._prox_mu = 0.0
+        self._start: list[torch.Tensor] = []  # the parameters as the round began, with prox_mu
+        self._is_pulled = False  # whether the gradient that is set has the pull to the start
 
     def use(self) -> None:
         """Puts this adapter into the stages."""
@@ -39,30 +42,41 @@ class Trainee:
             if stage.adapter_parameters is not one:
                 stage.use(one)
 
-    def start(self, tensors: Mapping[str, np.ndarray], trains: Callable[[int | None], bool], plan: pb.Plan) -> bool:
+    def start(
+        self,
+        tensors: Mapping[str, np.ndarray],
+        trains: Callable[[int | None], bool],
+        plan: pb.Plan,
+        prox_mu: float = 0.0,
+    ) -> bool:
         """Takes a round's first adapter. Returns whether the moments go on: they do from the very adapter they belong to.
 
-        Raises ProtocolError where a tensor is missing or shaped otherwise.
+        A factor that the plan freezes keeps its moments, untouched, for as long as the others keep theirs. `prox_mu`: how
+        strongly the steps are pulled back to this adapter. Raises ProtocolError where a tensor is missing or shaped otherwise.
         """
         self.use()
-        flags = (plan.lora.train_front, plan.lora.train_hosts, plan.lora.train_back, plan.optimizer.name)
         given = {name: tensors[name] for name in self.named if name in tensors}
-        continues = (adapters.digest(given), flags) if plan.optimizer.keep != "always" else ("", flags)
+        continues = _moments_belong_to(given, plan)
         for stage in self.stages:
             stage.load_adapter(dict(tensors))
             stage.set_trainable(trains)
+        in_optimizer = [p for p in self.named.values() if p.requires_grad]
+        for name, parameter in self.named.items():
+            if _frozen(name, plan.lora):
+                parameter.requires_grad_(False)
         self.names = [name for name, p in self.named.items() if p.requires_grad]
         self.parameters = [self.named[name] for name in self.names]
         warm = self.optimizer is not None and continues == self._moments_of
         if not warm:
-            self.optimizer = make_optimizer(self.parameters, plan.optimizer)
+            self.optimizer = make_optimizer(in_optimizer, plan.optimizer)
         self._settings = plan.optimizer
+        self._prox_mu = prox_mu
+        self._start = [p.detach().clone() for p in self.parameters] if prox_mu else []
         return warm
 
     def finish(self, plan: pb.Plan) -> adapters.Adapter:
         """The trained tensors, as the round leaves them; what the next round's moments go by."""
-        flags = (plan.lora.train_front, plan.lora.train_hosts, plan.lora.train_back, plan.optimizer.name)
-        self._moments_of = (adapters.digest(self.adapter()) if plan.optimizer.keep != "always" else "", flags)
+        self._moments_of = _moments_belong_to(self.adapter(), plan)
         return {name: _array(self.named[name]) for name in self.names}
 
     def adapter(self) -> adapters.Adapter:
@@ -75,11 +89,13 @@ class Trainee:
             parameter.grad = gradient
 
     def clear(self) -> None:
+        self._is_pulled = False
         for parameter in self.parameters:
             parameter.grad = None
 
     def squared_norm(self) -> pb.StepReady:
         """Of the gradient that is set, for `clip = "global"`; summed in float64, whatever the order of stages."""
+        self._pull()
         total = sum(float(p.grad.double().square().sum()) for p in self.parameters if p.grad is not None)
         return pb.StepReady(squared_norm=total if math.isfinite(total) else 0.0, finite=math.isfinite(total))
 
@@ -88,6 +104,7 @@ class Trainee:
         assert self._settings is not None
         if self.optimizer is None:
             return
+        self._pull()
         if scale != 1.0:
             for parameter in self.parameters:
                 if parameter.grad is not None:
@@ -98,6 +115,29 @@ class Trainee:
             group["lr"] = self._settings.lrs[number]
         self.optimizer.step()
         self.clear()
+
+    def _pull(self) -> None:
+        """FedProx (arXiv 1812.06127): the gradient of (mu/2)||w - w_start||^2, once a step, before any clipping."""
+        if not self._prox_mu or self._is_pulled:
+            return
+        self._is_pulled = True
+        for parameter, start in zip(self.parameters, self._start, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - start, alpha=self._prox_mu)
+
+
+def _frozen(name: str, lora: pb.Lora) -> bool:
+    """Whether a tensor is a factor that does not learn in this round."""
+    return (lora.freeze_a and name.endswith(".lora_A.weight")) or (lora.freeze_b and name.endswith(".lora_B.weight"))
+
+
+def _moments_belong_to(adapter: adapters.Adapter, plan: pb.Plan) -> tuple[Any, ...]:
+    """What has to be the same again for the moments to go on. With keep = "always", not the adapter nor what is frozen."""
+    lora, optimizer = plan.lora, plan.optimizer
+    same: tuple[Any, ...] = (lora.train_front, lora.train_hosts, lora.train_back, optimizer.name)
+    if optimizer.keep == "always":
+        return same
+    return (*same, lora.freeze_a, lora.freeze_b, adapters.digest(adapter))
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], settings: pb.Optimizer) -> torch.optim.Optimizer | None:

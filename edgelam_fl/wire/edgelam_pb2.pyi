@@ -390,7 +390,7 @@ class ModelRef(_message.Message):
     def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., base: _Optional[str] = ..., num_layers: _Optional[int] = ..., compute: _Optional[str] = ..., wire: _Optional[str] = ...) -> None: ...
 
 class Lora(_message.Message):
-    __slots__ = ("rank", "alpha", "targets", "train_front", "train_hosts", "train_back", "dropout")
+    __slots__ = ("rank", "alpha", "targets", "train_front", "train_hosts", "train_back", "dropout", "freeze_a", "freeze_b", "prox_mu")
     RANK_FIELD_NUMBER: _ClassVar[int]
     ALPHA_FIELD_NUMBER: _ClassVar[int]
     TARGETS_FIELD_NUMBER: _ClassVar[int]
@@ -398,6 +398,9 @@ class Lora(_message.Message):
     TRAIN_HOSTS_FIELD_NUMBER: _ClassVar[int]
     TRAIN_BACK_FIELD_NUMBER: _ClassVar[int]
     DROPOUT_FIELD_NUMBER: _ClassVar[int]
+    FREEZE_A_FIELD_NUMBER: _ClassVar[int]
+    FREEZE_B_FIELD_NUMBER: _ClassVar[int]
+    PROX_MU_FIELD_NUMBER: _ClassVar[int]
     rank: int
     alpha: float
     targets: _containers.RepeatedScalarFieldContainer[str]
@@ -405,7 +408,10 @@ class Lora(_message.Message):
     train_hosts: bool
     train_back: bool
     dropout: float
-    def __init__(self, rank: _Optional[int] = ..., alpha: _Optional[float] = ..., targets: _Optional[_Iterable[str]] = ..., train_front: _Optional[bool] = ..., train_hosts: _Optional[bool] = ..., train_back: _Optional[bool] = ..., dropout: _Optional[float] = ...) -> None: ...
+    freeze_a: bool
+    freeze_b: bool
+    prox_mu: float
+    def __init__(self, rank: _Optional[int] = ..., alpha: _Optional[float] = ..., targets: _Optional[_Iterable[str]] = ..., train_front: _Optional[bool] = ..., train_hosts: _Optional[bool] = ..., train_back: _Optional[bool] = ..., dropout: _Optional[float] = ..., freeze_a: _Optional[bool] = ..., freeze_b: _Optional[bool] = ..., prox_mu: _Optional[float] = ...) -> None: ...
 
 class Optimizer(_message.Message):
     __slots__ = ("name", "step_offset", "lrs", "clip", "max_norm", "keep")

@@ -6,26 +6,59 @@ Inexact as an average of the products B_k A_k, and the baseline everywhere. A mo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from edgelam_fl.errors import ConfigError
-from strategies.base import Aggregated, Contribution
+from strategies.aggregation.factors import in_order, is_factor
+from strategies.base import Aggregated, Aggregation, Contribution, Start
 
 
-class FedAvg:
-    def aggregate(self, contributions: Sequence[Contribution]) -> Aggregated:
-        ordered = sorted(contributions, key=lambda contribution: contribution.source)
-        names = sorted({name for contribution in ordered for name in contribution.tensors})
-        return Aggregated({name: _weighted_mean(name, [c for c in ordered if name in c.tensors]) for name in names})
+class FedAvg(Aggregation):
+    def aggregate(self, contributions: Sequence[Contribution], start: Start) -> Aggregated:
+        mean = WeightedMean()
+        for contribution in in_order(contributions):
+            mean.add(contribution)
+        return Aggregated(mean.result())
 
 
-def _weighted_mean(name: str, sources: list[Contribution]) -> np.ndarray:
-    if len(sources) == 1:
-        return sources[0].tensors[name]
-    shapes = {source.source: source.tensors[name].shape for source in sources}
-    if len(set(shapes.values())) > 1:
-        raise ConfigError(f"fedavg needs equal ranks; {name} has shapes {shapes}")
-    total = sum(source.weight for source in sources)
-    mean = sum(source.tensors[name].astype(np.float64) * (source.weight / total) for source in sources)
-    return np.asarray(mean).astype(np.float32)
+def mean_of_heads(contributions: Sequence[Contribution]) -> dict[str, np.ndarray]:
+    """The weighted mean of what is no factor (a task's head): every rule for factors needs it besides."""
+    mean = WeightedMean()
+    for contribution in in_order(contributions):
+        heads = {name: array for name, array in contribution.tensors.items() if not is_factor(name)}
+        mean.add(replace(contribution, tensors=heads))
+    return mean.result()
+
+
+class WeightedMean:
+    """Takes contributions as they arrive and keeps their sums alone: in float64, the size of two of them.
+
+    The order of arrival can change a sum's last float64 bit, and so a rounded fp32 value once in some hundred million.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, np.ndarray] = {}
+        self._weights: dict[str, float] = {}
+
+    def add(self, contribution: Contribution) -> None:
+        """Raises ConfigError where a tensor is shaped otherwise than that of an earlier source."""
+        for name, array in contribution.tensors.items():
+            weighted = array * np.float64(contribution.weight)
+            known = self._sums.get(name)
+            if known is None:
+                self._sums[name] = weighted
+                self._weights[name] = contribution.weight
+                continue
+            if known.shape != array.shape:
+                raise ConfigError(
+                    f"this aggregation needs equal ranks: {name} is {list(array.shape)} of {contribution.source} and "
+                    f"{list(known.shape)} of others; strategy.aggregation = 'flexlora' or 'hetlora' take unequal ones"
+                )
+            known += weighted
+            self._weights[name] += contribution.weight
+
+    def result(self) -> dict[str, np.ndarray]:
+        """The mean of each tensor over its sources, in fp32."""
+        return {name: (total / self._weights[name]).astype(np.float32) for name, total in self._sums.items()}

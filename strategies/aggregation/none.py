@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from strategies.aggregation.fedavg import FedAvg
-from strategies.base import Aggregated, Contribution
+from strategies.base import Aggregated, Aggregation, Contribution, Start
 
 
-class NoAggregation:
+class NoAggregation(Aggregation):
     """The exported adapter is still the weighted mean, since a folder holds one."""
 
-    def aggregate(self, contributions: Sequence[Contribution]) -> Aggregated:
-        mean = FedAvg().aggregate(contributions)
+    def aggregate(self, contributions: Sequence[Contribution], start: Start) -> Aggregated:
+        mean = FedAvg().aggregate(contributions, start)
         personal: dict[str, dict[str, np.ndarray]] = {}
         for contribution in contributions:  # a source has several where its layers have unlike weights
             personal.setdefault(contribution.source, {}).update(contribution.tensors)

@@ -14,7 +14,10 @@ from edgelam_fl.model.adapter import Adapter, initial_adapter
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.wire import edgelam_pb2 as pb
 from strategies.aggregation.fedavg import FedAvg
-from strategies.base import Contribution
+from strategies.aggregation.fedprox import FedProx
+from strategies.aggregation.ffa import FfaLora
+from strategies.aggregation.rolora import RoLora
+from strategies.base import Aggregation, Contribution, Start
 from tests.parity.reference import Reference
 from tests.support import check_done, device_batches, memory_fleet, relative_distance, run_config, same_bits
 
@@ -48,16 +51,22 @@ def aggregated(reports: Reports) -> Adapter:
         for report in reports.values()
         for contribution in report.contributions
     ]
-    return dict(FedAvg().aggregate(found).tensors)
+    return dict(FedAvg().aggregate(found, Start({})).tensors)
 
 
 def run_rounds(
-    source: ModelSource, config: RunConfig, files: Sequence[Path], rounds: int = 1, steps: int = STEPS
+    source: ModelSource,
+    config: RunConfig,
+    files: Sequence[Path],
+    rounds: int = 1,
+    steps: int = STEPS,
+    rule: Aggregation | None = None,
 ) -> tuple[Reports, Adapter]:
     """The last round's reports, and the adapter after its aggregation."""
     adapter = start_of(source, config)
     with memory_fleet(source, config, files) as fleet:
         for number in range(rounds):
+            fleet.settings = (rule or FedAvg()).client_settings(number + 1)
             reports = fleet.run(adapter, steps, step_offset=number * steps)
             check_done(reports)
             adapter = {**adapter, **aggregated(reports)}
@@ -120,6 +129,27 @@ def test_unlike_cuts_are_averaged_a_module_by_its_own_sources(tiny: ModelSource,
     }
     expected = (ends["device-2"][name] * labels["device-2"] + site[name] * labels["device-1"]) / sum(labels.values())
     np.testing.assert_allclose(adapter[name], expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("rule", "learned", "last"), [(FfaLora(), "B", "B"), (RoLora(), "AB", "A"), (FedProx(mu=20.0), "AB", "AB")]
+)
+def test_what_an_aggregation_asks_of_nodes_is_done_split_as_unsplit(
+    tiny: ModelSource, data_files: list[Path], rule: Aggregation, learned: str, last: str
+) -> None:
+    """Two rounds: the factors that moved, and those that the second round contributed."""
+    split, whole = (run_config(tiny.name, mode) for mode in ("split.host_mode=copies", "split.hosts=0"))
+    reports, got = run_rounds(tiny, split, data_files[:2], rounds=2, steps=2, rule=rule)
+    assert same_bits(got, run_rounds(tiny, whole, data_files[:2], rounds=2, steps=2, rule=rule)[1])
+    start = start_of(tiny, split)
+    assert {name[-8] for name in got if not np.array_equal(got[name], start[name])} == set(learned)
+    for scope in ("ends", "site"):
+        for tensors in by_source(reports, scope).values():
+            assert {name[-8] for name in tensors} == set(last)
+    if isinstance(rule, FedProx):
+        plain = run_rounds(tiny, split, data_files[:2], rounds=2, steps=2)[1]
+        near, far = (sum(float(np.sum((a[n] - start[n]) ** 2)) for n in start) for a in (got, plain))
+        assert near < far
 
 
 @pytest.mark.parametrize("base", ["fp32", "bf16"])

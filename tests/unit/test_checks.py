@@ -20,6 +20,10 @@ CLASSES = ["task.kind=classification", "task.classes=['yes', 'no']"]
         ["federation.epochs=2", "federation.local_steps=5"],
         ["split.fronts={'a'=0, 'b'=5}", "split.backs={'a'=5}", "lora.ranks={'a'=32}", "split.sites=3"],
         ["split.hosts=2", "split.front=1", "split.cuts=[3]"],
+        ["strategy.aggregation=krum", "lora.train=hosts", "split.sites=5"],
+        ["strategy.aggregation=fedprox", "lora.train=hosts", "split.host_mode=copies"],
+        ["strategy.aggregation=fedmedian", "lora.train=hosts", "split.hosts=0"],
+        ["strategy.aggregation=krum", "split.host_mode=copies"],
     ],
 )
 def test_what_goes_together(tiny: ModelSource, overrides: list[str]) -> None:
@@ -42,6 +46,14 @@ def test_what_goes_together(tiny: ModelSource, overrides: list[str]) -> None:
         (["lora.rank=33"], "lora.rank = 33 must be at most 32"),
         (["split.hosts=2", "split.front=1", "split.cuts=[1]"], r"split.cuts = \[1\] must be 1 rising layer numbers"),
         (["strategy.aggregation=fedavgg"], "fedavg"),
+        (
+            ["strategy.aggregation=fedprox", "lora.train=hosts"],
+            r"strategy.aggregation = 'fedprox' .* nothing to hold with lora.train = \['hosts'\] and split.host_mode = 'joint'",
+        ),
+        (
+            ["strategy.aggregation=krum", "lora.train=hosts", "split.sites=2", "split.host_mode=sequential"],
+            r"'krum' needs at least 5 sources, and has split.sites = 2 with lora.train = \['hosts'\] .*'sequential'",
+        ),
     ],
 )
 def test_what_does_not(tiny: ModelSource, overrides: list[str], words: str) -> None:

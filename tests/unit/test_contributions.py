@@ -14,10 +14,11 @@ from edgelam_fl.model.source import ModelSource
 from edgelam_fl.split.plan import Span, end_spans, hosted_span, spans_of
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.contributions import Reply, broken_sites, collect, problem, read_reply
-from server.global_adapter import complete, starting_point
+from server.global_adapter import as_start, complete, starting_point
 from server.layout import Layout, make_layout, who_may_host
 from server.plans import RoundFacts, make_plans
 from strategies.aggregation.fedavg import FedAvg
+from strategies.base import Start
 from tests.support import run_config
 
 STEPS, BATCH, TOKENS = 2, 4, 128
@@ -28,13 +29,19 @@ NODES += [pb.Profile(name=name, role=pb.EDGE, address=f"{name}:1") for name in "
 class Planned:
     """A round of devices a, b, c over hosts e, f; `moved` makes what a node trained: its start plus a number."""
 
-    def __init__(self, source: ModelSource, *overrides: str, nodes: Sequence[pb.Profile] = NODES) -> None:
+    def __init__(
+        self,
+        source: ModelSource,
+        *overrides: str,
+        nodes: Sequence[pb.Profile] = NODES,
+        unequal_ranks: bool = False,
+    ) -> None:
         config = run_config(source.name, *overrides)
         self.layout: Layout = make_layout(config, source, nodes[:3], who_may_host(config, nodes))
         profiles = {profile.name: profile for profile in nodes}
-        facts = RoundFacts("run", 1, 1, 0, STEPS)
+        facts = RoundFacts("run", 1, 1, 0, STEPS, unequal_ranks=unequal_ranks)
         self.plans = make_plans(config, source, facts, profiles, self.layout, {}, dict.fromkeys("abc", b"t"))
-        self.start = complete({}, self.plans, config, source)
+        self.start = complete({}, self.plans, config, source, unequal_ranks)
 
     def moved(self, spans: list[Span], by: float) -> Adapter:
         return {name: array + np.float32(by) for name, array in slice_of(self.start, spans).items()}
@@ -133,7 +140,7 @@ def test_tensors_that_the_plan_does_not_hold(tiny: ModelSource) -> None:
     part, tensors = planned.ends("a", 3, 1)
     hosted, own = planned.layer(3), planned.layer(0)
     wrong = {
-        hosted: (planned.start[hosted], "which its plan does not hold"),
+        hosted: (planned.start[hosted], "which its plan does not let it train"),
         own: (tensors[own][:1], f"is float32 (1, 64), not float32 {tensors[own].shape}"),
     }
     for name, (array, words) in wrong.items():
@@ -145,13 +152,40 @@ def test_tensors_that_the_plan_does_not_hold(tiny: ModelSource) -> None:
         assert words in problem(reply((part, {own: array})), planned.plans["a"], planned.start)
 
 
+def test_a_frozen_factor_is_none_of_its_update(tiny: ModelSource) -> None:
+    planned = Planned(tiny)
+    part, tensors = planned.ends("a", 3, 1)
+    planned.plans["a"].lora.freeze_a = True
+    b_alone = {name: array for name, array in tensors.items() if not name.endswith("lora_A.weight")}
+    assert problem(reply((part, b_alone)), planned.plans["a"], planned.start) == ""
+    assert "lora_A.weight, which its plan does not let it train" in problem(
+        reply((part, tensors)), planned.plans["a"], planned.start
+    )
+
+
+def test_an_update_has_its_own_nodes_rank(tiny: ModelSource) -> None:
+    planned = Planned(tiny, "lora.ranks={'b'=2}", unequal_ranks=True)
+    assert planned.start[planned.layer(0)].shape == (8, 64)
+    for node in "ab":
+        plan = planned.plans[node]
+        part, _ = planned.ends(node, 3, 1)
+        own = slice_of(starting_point(plan, planned.start, {}), end_spans(plan))
+        assert own[planned.layer(0)].shape == (plan.lora.rank, 64)
+        assert problem(reply((part, own)), plan, planned.start) == ""
+    (found,) = collect({"b": reply((part, own))}, planned.plans, planned.layout, [])
+    assert set(found.scales.values()) == {16.0 / 2}
+    assert set(found.scales) == {name.removesuffix(".lora_A.weight") for name in own if "lora_A" in name}
+    wide = reply((part, slice_of(planned.start, end_spans(planned.plans["a"]))))
+    assert "(8, 64), not float32 (2, 64)" in problem(wide, planned.plans["b"], planned.start)
+
+
 def test_a_copy_holds_only_what_its_device_crosses(tiny: ModelSource) -> None:
     planned = Planned(tiny, "split.host_mode=copies", "split.fronts={'a'=1}")
     part, tensors = planned.site("e", 3, 1, source="b")
     assert planned.layer(1) not in tensors
     name = planned.layer(1)  # on the host for a alone
     got = problem(reply((part, {**tensors, name: planned.start[name]})), planned.plans["e"], planned.start)
-    assert got == f"its update has a tensor {name}, which its plan does not hold"
+    assert got == f"its update has a tensor {name}, which its plan does not let it train"
 
 
 def test_a_failed_report_says_why(tiny: ModelSource) -> None:
@@ -193,7 +227,7 @@ def test_a_device_and_the_site_that_it_hosts_are_two(tiny: ModelSource) -> None:
     found = collect({"a": both}, planned.plans, planned.layout, [])
     assert [(c.source, c.weight) for c in found] == [("a", 3), ("site a", 21)]
     shared = planned.layer(2)
-    mean = FedAvg().aggregate(found).tensors[shared]
+    mean = FedAvg().aggregate(found, Start({})).tensors[shared]
     start = planned.start[shared].astype(np.float64)
     expected = (start + np.float32(1)) * 3 / 24 + (start + np.float32(2)) * 21 / 24
     assert np.allclose(mean, expected, rtol=1e-6, atol=1e-6)
@@ -232,6 +266,29 @@ def test_what_was_trained_is_kept_and_another_rank_refused(tiny: ModelSource) ->
         RunFailed, match=r"was trained as \[8, 64\]; node e, which holds it now, has rank 2 \(lora.ranks\)"
     ):
         complete(trained, Planned(tiny, "lora.ranks={'e'=2}").plans, config, tiny)
+
+
+def test_a_larger_rank_than_before_leaves_the_product_as_it_is(tiny: ModelSource) -> None:
+    """A holder of rank 8 comes after rounds at rank 2: more rows, of its own start, that B does not use yet."""
+    narrow = Planned(tiny, "lora.ranks={'*'=2}")
+    trained = narrow.moved([Span(0, 6)], 1)
+    wide = complete(trained, Planned(tiny).plans, run_config(tiny.name), tiny, unequal_ranks=True)
+    a = narrow.layer(0)
+    b = a.replace("lora_A", "lora_B")
+    assert (wide[a].shape, wide[b].shape) == ((8, 64), (trained[b].shape[0], 8))
+    np.testing.assert_allclose(16 / 8 * wide[b] @ wide[a], 16 / 2 * trained[b] @ trained[a], rtol=1e-5)
+    assert np.array_equal(wide[a][2:], initial_adapter(tiny, ["q_proj", "v_proj"], 8, 1)[a][2:])
+    assert not wide[b][:, 2:].any()
+    again = complete(wide, narrow.plans, run_config(tiny.name), tiny, unequal_ranks=True)
+    assert digest(again) == digest(wide), "a smaller rank is cut on the way to its node, not here"
+    sent = starting_point(narrow.plans["a"], wide, {})
+    np.testing.assert_allclose(sent[b] @ sent[a], trained[b] @ trained[a], rtol=1e-5)
+
+
+def test_the_start_carries_each_modules_scale(tiny: ModelSource) -> None:
+    start = as_start(Planned(tiny, "lora.ranks={'e'=2}").start, 16.0)
+    assert set(start.scales.values()) == {16 / 8, 16 / 2}
+    assert len(start.scales) == 2 * 6
 
 
 def test_a_node_starts_from_its_own_where_it_goes_on_alone(tiny: ModelSource) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -13,6 +14,7 @@ from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.layout import make_layout, who_may_host
 from server.plans import RoundFacts, learning_rates, make_plans, planned_steps
+from strategies.base import ClientSettings
 from tests.support import run_config
 
 FACTS = RoundFacts("run", 3, 2, 20, 10)
@@ -228,7 +230,17 @@ def test_a_rank_a_node(tiny: ModelSource) -> None:
     assert {name: plan.lora.rank for name, plan in plans.items()} == {"a": 5, "edge-1": 3}
 
 
-def test_holders_of_a_layer_need_one_rank(tiny: ModelSource) -> None:
+def test_holders_of_a_layer_need_one_rank_unless_the_aggregation_takes_others(tiny: ModelSource) -> None:
     config = run_config("x", "lora.ranks={'b'=2}")
     with pytest.raises(ConfigError, match=r"layer 0 is held by a with rank 8, b with rank 2: .*lora.ranks"):
         plans_of(config, tiny, device("a"), device("b"), edge("e"))
+    plans = plans_of(config, tiny, device("a"), device("b"), edge("e"), facts=replace(FACTS, unequal_ranks=True))
+    assert {name: plan.lora.rank for name, plan in plans.items()} == {"a": 8, "b": 2, "e": 8}
+
+
+def test_what_the_aggregation_asks_for_is_in_every_plan(tiny: ModelSource) -> None:
+    settings = ClientSettings(train_b=False, prox_mu=0.25)
+    plans = plans_of(run_config("x"), tiny, facts=replace(FACTS, settings=settings))
+    assert {(p.lora.freeze_a, p.lora.freeze_b, p.lora.prox_mu) for p in plans.values()} == {(False, True, 0.25)}
+    plain = plans_of(run_config("x"), tiny)
+    assert {(p.lora.freeze_a, p.lora.freeze_b, p.lora.prox_mu) for p in plain.values()} == {(False, False, 0.0)}

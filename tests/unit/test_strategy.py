@@ -23,6 +23,7 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from server.nodes import Nodes
 from server.run_folder import RunFolder
 from server.strategy import SplitLora
+from strategies.base import RoundState, Selected
 from tests.support import run_config
 
 LABELS = {"a": 3, "b": 17, "c": 1}
@@ -34,6 +35,7 @@ class ByHand:
     def __init__(self, profile: pb.Profile) -> None:
         self.profile, self.plans, self.held = profile, list[pb.Plan](), adapters.Adapter()
         self.sent = list[bool]()
+        self.received = list[adapters.Adapter]()
         self.fails = lambda plan: ""
         self.moves_bytes = 0
 
@@ -41,7 +43,8 @@ class ByHand:
         self.plans.append(plan)
         self.sent.append("adapter" in content)
         if "adapter" in content:
-            self.held = from_record(content["adapter"])
+            self.received.append(from_record(content["adapter"]))
+            self.held = {**self.held, **self.received[-1]}
         assert adapters.digest(self.held) == plan.adapter_digest
         if self.fails(plan):
             return pb.JobReport(state="failed", error=self.fails(plan)), []
@@ -67,7 +70,10 @@ class ByHand:
         return report, parts
 
     def _moved(self, spans: list[adapters.Span], by: float) -> adapters.Adapter:
-        return {n: a + np.float32(by) for n, a in adapters.slice_of(self.held, spans).items()}
+        lora = self.plans[-1].lora
+        frozen = {"_A.": lora.freeze_a, "_B.": lora.freeze_b}
+        held = adapters.slice_of(self.held, spans)
+        return {n: a + np.float32(by) for n, a in held.items() if not any(f and end in n for end, f in frozen.items())}
 
 
 class HandGrid:
@@ -226,6 +232,74 @@ def test_alone_each_goes_on_with_its_own(federation: Callable[..., Federation]) 
     assert sorted(path.name for path in exports.iterdir()) == ["a", "b"]
     own = adapters.from_bytes((exports / "b" / "adapter_model.safetensors").read_bytes())
     assert moves(own, run.start) == {0: 2, 1: 2, 2: 4, 3: 4, 4: 2, 5: 2}
+
+
+@pytest.mark.parametrize(("name", "trained"), [("ffa", "BB"), ("rolora", "BA")])
+def test_a_frozen_factor_is_kept(federation: Callable[..., Federation], name: str, trained: str) -> None:
+    run = federation("ab", "e", f"strategy.aggregation={name}")
+    result = run.run()
+    for tensor, array in result.items():
+        rounds = trained.count("A" if "lora_A" in tensor else "B")
+        by = rounds * (2 if ".layers.2." in tensor or ".layers.3." in tensor else 1)
+        np.testing.assert_allclose(array, run.start[tensor] + by, atol=1e-5)
+    frozen = [(p.lora.freeze_a, p.lora.freeze_b) for p in run.nodes["a"].plans[:2]]
+    assert frozen == [(factor == "B", factor == "A") for factor in trained]
+    assert [event["aggregation_error"] for event in run.events("round_done")][:2] == pytest.approx([0, 0], abs=1e-6)
+
+
+def test_a_factor_that_a_node_holds_as_it_was_frozen_is_not_sent_again(federation: Callable[..., Federation]) -> None:
+    """Of a and b, which have unlike weights to make unlike means; b sits out round 2, in which A moves without it."""
+
+    class AllButBInRound2:
+        def select(self, state: RoundState) -> Selected:
+            return Selected([c.name for c in state.candidates if c.name != "b" or state.round != 2])
+
+    run = federation("abc", "e", "strategy.aggregation=rolora", "federation.rounds=3")
+    run.strategy.selection = AllButBInRound2()
+    moved = run.nodes["c"]._moved
+    run.nodes["c"]._moved = lambda spans, by: moved(spans, 5 * by)  # type: ignore[method-assign]
+    run.run()
+    factors = {name: [{tensor[-8] for tensor in received} for received in run.nodes[name].received] for name in "abe"}
+    assert factors == {
+        "a": [{"A", "B"}, {"B"}, {"A"}, {"B"}],
+        "b": [{"A", "B"}, {"A", "B"}, {"B"}],
+        "e": [{"A", "B"}],
+    }
+
+
+@pytest.mark.parametrize("name", ["flexlora", "hetlora"])
+def test_a_rank_a_node(federation: Callable[..., Federation], name: str) -> None:
+    run = federation("abc", "e", f"strategy.aggregation={name}", "lora.ranks={'b'=2, 'c'=3}", "lora.rank=4")
+    result = run.run()
+    assert {array.shape[0] for tensor, array in result.items() if "lora_A" in tensor} == {4}
+    for node, rank in (("a", 4), ("b", 2), ("c", 3), ("e", 4)):
+        ranks = {len(array) for tensor, array in run.nodes[node].held.items() if "lora_A" in tensor}
+        assert (ranks, run.events("plan")[0]["nodes"][node]["rank"]) == ({rank}, rank)
+    errors = [event["aggregation_error"] for event in run.events("round_done")]
+    assert all(error is not None and 0 < error < 1 for error in errors[:2])
+    assert errors[2] is None, "nothing was aggregated after the last round"
+    exported = json.loads((run.folder.path / "adapter" / "adapter_config.json").read_text())
+    assert (exported["r"], exported["rank_pattern"]) == (4, {})
+
+
+def test_a_device_with_values_that_are_not_finite_is_left_out_and_said(federation: Callable[..., Federation]) -> None:
+    run = federation("ab", "e", "federation.rounds=1")
+    moved = run.nodes["b"]._moved
+    run.nodes["b"]._moved = lambda spans, by: {n: a * np.nan for n, a in moved(spans, by).items()}  # type: ignore[method-assign]
+    assert moves(run.run(), run.start) == {0: 1, 1: 1, 2: 2, 3: 2, 4: 1, 5: 1}
+    (lost,) = [event for event in run.events("node_lost") if event["round"] == 1]
+    assert lost["node"] == "b"
+    assert "holds values that are not finite" in lost["reason"]
+
+
+def test_too_few_sources_for_the_rule(federation: Callable[..., Federation]) -> None:
+    run = federation("abc", "e", "strategy.aggregation=fedmedian")
+    assert set(moves(run.run(), run.start).values()) == {2, 4}
+    run.nodes["c"].fails = lambda plan: "unplugged"  # type: ignore[assignment, return-value]
+    with pytest.raises(
+        RunFailed, match=r"round 1 failed 3 times: .*FedMedian\) needs at least 3 sources, .* has 2: a, b"
+    ):
+        run.run()
 
 
 def test_steps_by_epochs(federation: Callable[..., Federation]) -> None:

@@ -1,0 +1,14 @@
+"""FFA-LoRA (arXiv 2403.12313): A stays at its common random start, B is trained and averaged.
+
+Exact: sum p_k B_k A is (sum p_k B_k) A. Half the bytes up. On devices and hosts: every A is frozen in every round.
+"""
+
+from __future__ import annotations
+
+from strategies.aggregation.fedavg import FedAvg
+from strategies.base import ClientSettings
+
+
+class FfaLora(FedAvg):
+    def client_settings(self, round: int) -> ClientSettings:
+        return ClientSettings(train_a=False)

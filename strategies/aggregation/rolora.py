@@ -1,0 +1,14 @@
+"""RoLoRA (arXiv 2409.02346): the factors take turns. Odd rounds train and average B, even rounds A; the other is frozen.
+
+Exact in each round, as FFA-LoRA, and A learns too. B goes first, since it starts at zero and A would get no gradient.
+"""
+
+from __future__ import annotations
+
+from strategies.aggregation.fedavg import FedAvg
+from strategies.base import ClientSettings
+
+
+class RoLora(FedAvg):
+    def client_settings(self, round: int) -> ClientSettings:
+        return ClientSettings(train_a=round % 2 == 0, train_b=round % 2 == 1)
