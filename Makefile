@@ -19,9 +19,8 @@ setup:
 demo: setup
 	@HF_HUB_OFFLINE=1 .venv/bin/edgelam demo $(ARGS)
 
-# Two at a time: what starts a federation mostly waits for it.
 test: setup
-	@$(PYTHON) -m pytest -n 2 --dist loadgroup $(ARGS)
+	@$(PYTHON) -m pytest $(ARGS)
 
 check: setup
 	@$(PYTHON) -m ruff format --check

@@ -13,17 +13,6 @@ import pytest
 from edgelam_fl.model.source import ModelSource, find_model
 from tests.support import write_tiny_llama
 
-SHARED_PROCESSES = {"tests/integration": "federation", "tests/parity/test_grpc_processes.py": "daemons"}
-
-
-@pytest.hookimpl(tryfirst=True)  # before the marks are read
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share processes run on one worker, in their order; the others wherever there is time (`make test`)."""
-    for item in items:
-        group = next((name for place, name in SHARED_PROCESSES.items() if item.nodeid.startswith(place)), None)
-        if group:
-            item.add_marker(pytest.mark.xdist_group(group))
-
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
