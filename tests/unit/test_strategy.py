@@ -255,7 +255,7 @@ def test_a_factor_that_a_node_holds_as_it_was_frozen_is_not_sent_again(federatio
             return Selected([c.name for c in state.candidates if c.name != "b" or state.round != 2])
 
     run = federation("abc", "e", "strategy.aggregation=rolora", "federation.rounds=3")
-    run.strategy.selection = AllButBInRound2()
+    run.strategy.schedule.selection = AllButBInRound2()
     moved = run.nodes["c"]._moved
     run.nodes["c"]._moved = lambda spans, by: moved(spans, 5 * by)  # type: ignore[method-assign]
     run.run()
