@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import queue
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -82,9 +83,15 @@ class Daemon:
 @pytest.fixture(scope="module")
 def daemons(tmp_path_factory: pytest.TempPathFactory, data_files: list[Path]) -> Iterator[dict[str, Daemon]]:
     """edge-1, edge-2 and device-1 to device-3, for all tests here: what they hold changes with the plan."""
-    folder = tmp_path_factory.mktemp("daemons")
-    started = {name: Daemon(name, folder / name) for name in ("edge-1", "edge-2")}
-    for number, file in enumerate(data_files, 1):
+    with running(["edge-1", "edge-2"], data_files, tmp_path_factory.mktemp("daemons")) as started:
+        yield started
+
+
+@contextmanager
+def running(hosts: Sequence[str], files: Sequence[Path], folder: Path) -> Iterator[dict[str, Daemon]]:
+    """Hosts of these names, and a device a file."""
+    started = {name: Daemon(name, folder / name) for name in hosts}
+    for number, file in enumerate(files, 1):
         started[f"device-{number}"] = Daemon(f"device-{number}", folder / f"device-{number}", file)
     try:
         yield started

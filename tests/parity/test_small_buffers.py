@@ -15,10 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from edgelam_fl.config import RunConfig
 from edgelam_fl.model.adapter import digest, from_bytes, initial_adapter
 from edgelam_fl.model.source import ModelSource, find_model
-from edgelam_fl.processes import end_all
 from edgelam_fl.wire import edgelam_pb2 as pb
 from tests.integration.proxy import StallingProxy
-from tests.parity.test_grpc_processes import Daemon
+from tests.parity.test_grpc_processes import Daemon, running
 from tests.support import Fleet, check_done, memory_fleet, run_config, write_tiny_llama
 
 BUFFER_BYTES = 64 << 10
@@ -43,19 +42,10 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
 
 @pytest.fixture(scope="module")
 def daemons(tmp_path_factory: pytest.TempPathFactory, data_files: list[Path]) -> Iterator[dict[str, Daemon]]:
-    folder = tmp_path_factory.mktemp("daemons")
-    started = {name: Daemon(name, folder / name) for name in HOSTS}
-    for number, file in enumerate(data_files, 1):
-        started[f"device-{number}"] = Daemon(f"device-{number}", folder / f"device-{number}", file)
-    try:
+    with running(HOSTS, data_files, tmp_path_factory.mktemp("daemons")) as started:
         yield started
-    finally:
-        for daemon in started.values():
-            daemon.close()
-        end_all([daemon.child for daemon in started.values()])
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize(("window", "steps"), [(1, 200), (2, 20)])  # 2: gradients meet activations on a link
 def test_a_chain_of_stalling_links_with_small_buffers_trains_to_the_same_bits(
     daemons: dict[str, Daemon], wide: ModelSource, data_files: list[Path], window: int, steps: int
