@@ -19,8 +19,9 @@ setup:
 demo: setup
 	@HF_HUB_OFFLINE=1 .venv/bin/edgelam demo $(ARGS)
 
+# Two workers: federations wait much and compute little, so that two at a time fill the cores of a small machine.
 test: setup
-	@$(PYTHON) -m pytest $(ARGS)
+	@$(PYTHON) -m pytest -n 2 $(ARGS)
 
 check: setup
 	@$(PYTHON) -m ruff format --check

@@ -2,8 +2,9 @@
 
 Split against unsplit (the same federation with the whole model on each device), and beside one device that has all data.
 With an adapter a device on the host, split is the very same federation; with one for all (the default) the host learns from
-every device at each step instead of once a round, so it may well be ahead.
---smoke: few examples, one step, split only. The runs stay in runs/benchmark-classification.
+every device at each step instead of once a round. Trained until neither gains any more, and measured on 3,000 definitions: a
+point is then 30 of them. WordNet is fetched with apt-get, without root.
+--smoke: few examples of the sample that lies here, one step, split only. The runs stay in runs/benchmark-classification.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from benchmarks.common import Figure, main
-from benchmarks.data.wordnet import SAMPLE
+from benchmarks.data.wordnet import SAMPLE, definitions, sample, unpacked
+from edgelam_fl.model.source import cache_folder
 
-DEVICES = 3
+DEVICES, EXAMPLES = 3, 12_000
 RUN_FILE = """\
 [model]
 name = "minilm-l6"
@@ -41,15 +42,16 @@ max_tokens = 48
 
 [data]
 fields = {{ prompt = "gloss", answer = "domain" }}
-held_out = 0.2
+held_out = 0.25
 
 [federation]
-rounds = 3
-local_steps = 16
+rounds = 6
+local_steps = 50
 batch_size = 16
 
 [optimizer]
 lr = 3e-3
+schedule = "linear"
 """
 # how the same federation is run: overrides of the run file
 WAYS = {
@@ -66,21 +68,20 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
     out = Path("runs") / ("benchmark-classification-smoke" if smoke else "benchmark-classification")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    rows = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()]
-    rows = in_choosing_order(rows[:90] if smoke else rows)
+    rows = in_choosing_order(few() if smoke else many())
     classes = sorted({row["domain"] for row in rows})
     run_file = out / "wordnet.toml"
     run_file.write_text(RUN_FILE.format(classes=json.dumps(classes)), encoding="utf-8")
     files = [write(out / f"device-{n + 1}.jsonl", rows[n::DEVICES]) for n in range(DEVICES)]
     if smoke:
-        summary, _ = run(run_file, out / "split", files, _SMOKE)
+        summary = run(run_file, out / "split", files, _SMOKE)
         return {"run_file": run_file.read_text("utf-8")}, [accuracy_figure("split", summary)]
     accuracies, figures = {}, []
     everything = [write(out / "all.jsonl", rows)]
     for way, overrides in {**WAYS, "one device with all data": ONE_DEVICE}.items():
         folder = out / way.replace(",", "").replace(" ", "-")
-        summary, seconds = run(run_file, folder, everything if overrides is ONE_DEVICE else files, overrides)
-        figures += [accuracy_figure(way, summary), Figure(f"{way}: whole command", round(seconds, 1), "s")]
+        summary = run(run_file, folder, everything if overrides is ONE_DEVICE else files, overrides)
+        figures.append(accuracy_figure(way, summary))
         accuracies[way] = accuracy(summary, "after")
     figures.append(Figure("before training", accuracy(summary, "before"), "% accuracy"))
     figures.append(Figure("always the largest class", largest_class(rows), "% accuracy"))
@@ -93,6 +94,15 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
     return {"run_file": run_file.read_text("utf-8"), "ways": WAYS, "one_device": ONE_DEVICE}, figures
 
 
+def few() -> list[dict[str, str]]:
+    return [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").splitlines()[:90]]
+
+
+def many() -> list[dict[str, str]]:
+    nouns = unpacked(cache_folder() / "wordnet") / "wordnet" / "data.noun"
+    return [{"gloss": gloss, "domain": domain} for gloss, domain in sample(list(definitions(nouns)), EXAMPLES)]
+
+
 def in_choosing_order(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     """Dealt out in turn from this order, the devices' held-out examples together are those of one file of all: see set_aside."""
     return sorted(rows, key=lambda row: hashlib.sha256(row["gloss"].encode()).hexdigest())
@@ -103,16 +113,15 @@ def write(file: Path, rows: list[dict[str, str]]) -> Path:
     return file
 
 
-def run(run_file: Path, folder: Path, files: list[Path], overrides: list[str]) -> tuple[dict[str, Any], float]:
-    """One federation on this machine: its summary, and the seconds that the whole command took."""
+def run(run_file: Path, folder: Path, files: list[Path], overrides: list[str]) -> dict[str, Any]:
+    """One federation on this machine: its summary."""
     command = [str(Path(sys.executable).with_name("edgelam")), "run", str(run_file), "--out", str(folder)]
     command += ["--local", str(len(files)), *(word for file in files for word in ("--data", str(file)))]
     command += ["--set", f"federation.expect_nodes={len(files)}", *(word for o in overrides for word in ("--set", o))]
-    began = time.monotonic()
     done = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=sys.stderr, check=False)
     if done.returncode:
         raise SystemExit(f"`{' '.join(command)}` ended with status {done.returncode}")
-    return json.loads((folder / "summary.json").read_text(encoding="utf-8")), time.monotonic() - began
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
 def accuracy(summary: dict[str, Any], when: str) -> float:

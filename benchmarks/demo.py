@@ -25,6 +25,8 @@ _SMOKE = [
     "federation.local_steps=1",
     "--set",
     "federation.batch_size=2",
+    "--set",
+    "data.held_out=0.02",
 ]
 
 

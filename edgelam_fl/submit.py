@@ -13,7 +13,7 @@ from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.processes import tool_environment
 
-_DEADLINE_S = 60.0
+_DEADLINE_S = 180.0  # Flower's commands take seconds here, and many on a small board that is busy
 
 
 def app_folder() -> Path:

@@ -1,17 +1,53 @@
-"""Fixtures for all folders: a tiny random Llama with a byte tokenizer, and data files."""
+"""Fixtures for all folders (a tiny random Llama with a byte tokenizer, data files), and how two workers share the tests."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each process: federations and workers side by side fill the cores
 
 import pytest
 
 from edgelam_fl.model.source import ModelSource, find_model
 from tests.support import write_tiny_llama
+
+# What `make test` gives to one worker, longest first: a federation, or stage hosts, that several tests share.
+# Elsewhere in these folders each test stands alone; all other files are units of their own.
+_FEDERATION = [
+    f"tests/integration/test_{name}.py"
+    for name in ("one_run", "privacy_tap", "smollm2", "flwr_by_hand", "chat_route", "lost_device", "report_browser")
+]
+_FIRST = [
+    *_FEDERATION,
+    "tests/parity/test_grpc_processes.py",
+    "tests/integration/",
+    "tests/parity/test_small_buffers.py",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long ones first, so that no worker is left alone with one at the end."""
+    items.sort(
+        key=lambda item: next((n for n, begin in enumerate(_FIRST) if item.nodeid.startswith(begin)), len(_FIRST))
+    )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFederation(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            alone = file in ("tests/integration/test_benchmarks.py",)
+            return "federation" if file in _FEDERATION else nodeid if alone else file
+
+    config.option.loadscopereorder = False
+    return ByFederation(config, log)
 
 
 @pytest.fixture(scope="session")

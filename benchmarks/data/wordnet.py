@@ -45,14 +45,14 @@ def definitions(file: Path) -> Iterator[tuple[str, str]]:
             yield gloss.split('; "')[0].strip(), NOUNS[int(entry.split()[1])]
 
 
-def sample(everything: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """SIZE definitions of the DOMAINS largest domains, as often as they come; none twice, nor in two domains."""
+def sample(everything: list[tuple[str, str]], size: int = SIZE) -> list[tuple[str, str]]:
+    """`size` definitions of the DOMAINS largest domains, as often as they come; none twice, nor in two domains."""
     domains: dict[str, set[str]] = {}
     for gloss, domain in everything:
         domains.setdefault(gloss, set()).add(domain)
     largest = [domain for domain, _ in Counter(domain for _, domain in everything).most_common(DOMAINS)]
     clear = sorted((gloss, *found) for gloss, found in domains.items() if len(found) == 1 and found <= set(largest))
-    return [(gloss, domain) for gloss, domain in random.Random(SEED).sample(clear, SIZE)]
+    return [(gloss, domain) for gloss, domain in random.Random(SEED).sample(clear, size)]
 
 
 def licence(copyright_file: Path) -> str:

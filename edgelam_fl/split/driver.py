@@ -253,7 +253,8 @@ class Driver:
         open_units: dict[int, _Open] = {}
         losses = [0.0] * len(units)
         while waiting or open_units:
-            if waiting and len(open_units) < self.route.window and self.route.inbox.empty():
+            # What lies in the inbox may be about others alone: with nothing in flight there is nothing to wait for.
+            if waiting and len(open_units) < self.route.window and (not open_units or self.route.inbox.empty()):
                 number, unit = waiting.popleft()
                 open_units[number] = self._send_forward(unit, phase, step, number, seeds[number])
                 continue

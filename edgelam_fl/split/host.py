@@ -160,12 +160,12 @@ class Host:
         """The coordinator's word, on the way up; it comes once with each device, and the first copy is acted on."""
         number = self.lanes.index(lane)
         turn = header.step, 0 if lane.joint else header.device_index
-        if header.kind == pb.TABLE_ALL and lane.turns is None:
+        if header.kind == pb.TABLE_ALL and lane.totals is None:
             if len(header.table_all.steps) != self.plan.steps:
                 raise ProtocolError(
                     f"a TABLE_ALL of {len(header.table_all.steps)} steps; the plan has {self.plan.steps}"
                 )
-            self._set_turns(lane, list(header.table_all.steps))
+            lane.totals = list(header.table_all.steps)
         elif header.kind == pb.STEP_CLOSE:
             self._closes.setdefault((number, turn), header.step_close)
         elif header.kind == pb.STEP_APPLY:
@@ -214,7 +214,12 @@ class Host:
 
     def _may_open(self, lane: Lane) -> bool:
         active = [m for m in lane.members if m.active]
-        return self.group.coordinates and bool(self.plan.steps and active) and all(m.table for m in active)
+        if (
+            not self.group.coordinates
+        ):  # the word came with one device; the tables of the others may still be on their way
+            counted = {index for total in lane.totals or [] for index in total.members}
+            active = [m for m in active if m.index in counted]
+        return bool(self.plan.steps and active) and all(m.table for m in active)
 
     def _told(self, lane: Lane) -> pb.StepClose | None:
         return self._closes.get((self.lanes.index(lane), lane.turn_id))
@@ -356,7 +361,10 @@ class Host:
     # ---------------------------------------------------------------- turns
 
     def _open_training(self, lane: Lane) -> None:
-        """All tables are in: sums the labels of every step and tells everyone."""
+        """All tables are in. The coordinator sums the labels of every step and tells everyone."""
+        if lane.totals is not None:
+            self._set_turns(lane, lane.totals)
+            return
         totals = []
         for step in range(self.plan.steps):
             rows = {m.index: m.labels_of(step) for m in lane.members if m.active}

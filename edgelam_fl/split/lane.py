@@ -38,6 +38,7 @@ class Lane:
     members: list[Member]
     trainee: Trainee
     joint: bool
+    totals: list[pb.StepTotal] | None = None  # the coordinator's word; not at the coordinator itself
     turns: list[Turn] | None = None  # unknown until all tables are in
     number: int = 0  # of the open turn
     opened: float = field(default_factory=time.monotonic)

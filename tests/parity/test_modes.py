@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,9 @@ from edgelam_fl.config import RunConfig
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.adapter import Adapter, initial_adapter
 from edgelam_fl.model.source import ModelSource
+from edgelam_fl.split.job import Inbox
 from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.link import Frame, Link
 from strategies.aggregation.fedavg import FedAvg
 from strategies.aggregation.fedprox import FedProx
 from strategies.aggregation.ffa import FfaLora
@@ -99,6 +103,44 @@ def test_three_devices_train_like_one_loop_with_a_shared_middle(
     )
     getattr(reference, mode)(batches_of(tiny, config, data_files, STEPS), STEPS)
     assert_same_as(reports, reference)
+
+
+def test_words_about_others_are_nothing_to_wait_for(
+    tiny: ModelSource, data_files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device finds the close of another's turn in its inbox when its own step begins."""
+    config = run_config(tiny.name, "split.host_mode=sequential", "split.front=1")
+    undisturbed, _ = run_rounds(tiny, config, data_files)
+    monkeypatch.setattr(Inbox, "empty", lambda inbox: False)
+    reports, _ = run_rounds(tiny, config, data_files)
+    for source in ("site", "ends"):
+        got, expected = by_source(reports, source), by_source(undisturbed, source)
+        assert all(same_bits(got[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("mode", ["joint", "sequential"])
+def test_a_table_that_is_later_than_the_word_about_all_is_waited_for(
+    tiny: ModelSource, data_files: list[Path], mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each device's frames go up the chain on a link of their own, and one of them is slow."""
+    config = run_config(tiny.name, f"split.host_mode={mode}", "split.hosts=2", "split.front=1")
+    undisturbed, _ = run_rounds(tiny, config, data_files)
+    on_frame, line = Inbox.on_frame, ThreadPoolExecutor(1)
+
+    def slowly(inbox: Inbox, link: Link, frame: Frame, due: float) -> None:
+        time.sleep(max(0.0, due - time.monotonic()))
+        on_frame(inbox, link, frame)
+
+    def arrives(inbox: Inbox, link: Link, frame: Frame) -> None:
+        if link.name == "entry edge-2 for device-3":
+            line.submit(slowly, inbox, link, frame, time.monotonic() + 0.05)
+        else:
+            on_frame(inbox, link, frame)
+
+    monkeypatch.setattr(Inbox, "on_frame", arrives)
+    reports, _ = run_rounds(tiny, config, data_files)
+    got, expected = by_source(reports, "site"), by_source(undisturbed, "site")
+    assert all(same_bits(got[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("mode", ["joint", "sequential"])
