@@ -34,18 +34,18 @@ def describe_round(
             "digest_after": report.adapter_digest,
         }
         if report.role == pb.DEVICE:
-            moved = traffic(report.bytes, reply.of_scope("ends"), received)
+            traffic = _traffic(report.bytes, reply.of_scope("ends"), received)
             devices.append(
-                {**common, **moved, "compute_seconds": round(report.compute_seconds, 3), **_learning(report)}
+                {**common, **traffic, "compute_seconds": round(report.compute_seconds, 3), **_learning(report)}
             )
             for count in report.bytes:
                 by_kind[count.kind] += count.payload_bytes + count.framing_bytes
             received = 0  # one message for both parts: told once
         if report.HasField("host"):
             host = report.host
-            moved = traffic(host.bytes, reply.of_scope("site"), received)
+            traffic = _traffic(host.bytes, reply.of_scope("site"), received)
             layers = [host.first_layer, host.last_layer]
-            hosts.append({**common, **moved, "compute_seconds": round(host.compute_seconds, 3), "layers": layers})
+            hosts.append({**common, **traffic, "compute_seconds": round(host.compute_seconds, 3), "layers": layers})
     return devices, hosts, dict(by_kind)
 
 
@@ -95,8 +95,7 @@ def _metrics(report: pb.JobReport) -> dict[str, float | None]:
     return {"accuracy": _finite(report.eval_sums["correct"] / report.eval_labels)}
 
 
-def traffic(counts: Iterable[pb.KindBytes], sent: Iterable[Adapter], received_bytes: int) -> dict[str, int]:
-    """Bytes of a node's links, and of the adapters that it sent and received through Flower."""
+def _traffic(counts: Iterable[pb.KindBytes], sent: Iterable[Adapter], received_bytes: int) -> dict[str, int]:
     total = Counter[str]()
     for count in counts:
         total[count.direction] += count.payload_bytes + count.framing_bytes

@@ -7,7 +7,7 @@ of how long anything really took.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from edgelam_fl.config import RunConfig
@@ -17,7 +17,6 @@ from edgelam_fl.wireless.cell import Cell
 from edgelam_fl.wireless.rounds import Load, part_of, virtual_round
 from server.contributions import Reply
 from server.loads import Loads
-from server.reports import traffic
 from strategies.base import Candidate
 
 
@@ -35,21 +34,16 @@ class VirtualTime:
         found = []
         for facts in known:
             part = part_of(self.cell, facts.name, number, expected[facts.name], together)
-            facts = replace(facts, payload_bytes=part.bytes_up, compute_s=part.before_sending_s)
-            found.append(replace(facts, snr=part.snr, limit_bps=None))
+            sends, before_s = part.bytes_up, part.before_sending_s
+            found.append(replace(facts, payload_bytes=sends, compute_s=before_s, snr=part.snr, limit_bps=None))
         return found
 
     def expected(self, devices: Sequence[pb.Profile]) -> dict[str, Load]:
         """Of those that were in no round the estimate, scaled by what it was off for the others."""
         estimates = {device.name: self.loads.estimate(device) for device in devices}
-        pairs = [(self._moved[name], estimates[name]) for name in estimates if name in self._moved]
-        sent = _ratio([(moved.bytes_up, guess.bytes_up) for moved, guess in pairs])
-        computed = _ratio([(moved.operations, guess.operations) for moved, guess in pairs])
-        scaled = {
-            name: replace(guess, bytes_up=sent * guess.bytes_up, operations=computed * guess.operations)
-            for name, guess in estimates.items()
-        }
-        return {name: self._moved.get(name, load) for name, load in scaled.items()}
+        known = [name for name in estimates if name in self._moved]
+        off = _ratios([self._moved[name] for name in known], [estimates[name] for name in known])
+        return {name: self._moved.get(name) or _scaled(guess, off) for name, guess in estimates.items()}
 
     def dropouts(self, number: int, attempt: int, names: Sequence[str]) -> list[str]:
         """Who of the chosen does not deliver; enough for a round always do."""
@@ -69,16 +63,30 @@ class VirtualTime:
         return virtual_round(self.config.wireless, parts, shares, sorted(dropped))
 
     def _load(self, name: str, received_bytes: int, reply: Reply) -> Load:
-        moved = traffic(reply.report.bytes, reply.of_scope("ends"), received_bytes)
+        """Tensors alone: frames' headers and heartbeats depend on the clock, which nothing here may."""
+        report, trained = reply.report, reply.of_scope("ends")
         return Load(
-            bytes_up=moved["adapter_bytes_up"] + moved["bytes_up"],
-            adapter_bytes_down=moved["adapter_bytes_down"],
-            data_bytes_down=moved["bytes_down"],
-            operations=reply.report.tokens_trained * self.loads.operations_a_token(name),
+            bytes_up=sum(array.nbytes for tensors in trained for array in tensors.values()) + _tensors(report, "sent"),
+            adapter_bytes_down=received_bytes,
+            data_bytes_down=_tensors(report, "received"),
+            operations=report.tokens_trained * self.loads.operations_a_token(name),
         )
 
 
-def _ratio(pairs: Sequence[tuple[float, float]]) -> float:
+def _tensors(report: pb.JobReport, direction: str) -> int:
+    """Bytes of hidden states and gradients on the device's links."""
+    return sum(count.payload_bytes for count in report.bytes if count.direction == direction)
+
+
+def _ratios(measured: Sequence[Load], estimated: Sequence[Load]) -> Load:
     """Measured to estimated, of all together; 1 where nothing was measured."""
-    estimated = sum(guess for _, guess in pairs)
-    return sum(value for value, _ in pairs) / estimated if estimated else 1.0
+
+    def ratio(of: str) -> float:
+        guess = sum(getattr(load, of) for load in estimated)
+        return sum(getattr(load, of) for load in measured) / guess if guess else 1.0
+
+    return Load(**{field.name: ratio(field.name) for field in fields(Load)})
+
+
+def _scaled(load: Load, by: Load) -> Load:
+    return Load(**{field.name: getattr(load, field.name) * getattr(by, field.name) for field in fields(Load)})

@@ -30,9 +30,9 @@ the ServerApp, into RUN/events.jsonl
                     and as the node reports it after the round's training)
                     (a device that is a host too is in both; the adapter that it received is told in devices only)
                     virtual: {seconds (of the slowest), bytes, joules (of all devices), devices {name: {seconds = download_s +
-                    compute_s + upload_s, bytes = bytes_up + bytes_down (adapters and tensors), joules, compute_joules,
-                    share (of the band), rate_bps (of the upload), snr (over the whole band)}}, dropped [names] (chosen, and
-                    made to fail by wireless.dropout; they had a share and are in no plan's nodes)}
+                    compute_s + upload_s, bytes = bytes_up + bytes_down (adapters and tensors, without frames' headers),
+                    joules, compute_joules, share (of the band), rate_bps (of the upload), snr (over the whole band)}},
+                    dropped [names] (chosen, and made to fail by wireless.dropout: with a share, in no plan's nodes)}
                     bytes_by_kind {"ACT": n, ...} counted at the devices, both directions
     timeline        round, nodes {name: [[kind, role, start_s, seconds, step, micro_batch, peer], ...]}: who did what in
                     the round's training, before its round_done; kind "forward" | "backward" | "step" | "send", role

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from random import Random
 
 from edgelam_fl.config import Wireless
@@ -33,6 +33,7 @@ class Cell:
         self.noise_w = watts(settings.noise_dbm_hz) * settings.bandwidth_hz  # in the whole band
         self.distance_km = cache(self._distance_km)  # drawn once a device: they stay where they are
         self.flops = cache(self._flops)
+        self.gain = lru_cache(maxsize=100_000)(self._gain)  # asked for several times a round
 
     def _random(self, what: str, name: str) -> Random:
         return Random(f"{self.seed}/{what}/{name}")
@@ -50,7 +51,7 @@ class Cell:
         antennas = self.settings.antennas
         return max(self._random(f"fading/{round}", name).gammavariate(antennas, 1 / antennas), _LEAST_FADING)
 
-    def gain(self, name: str, round: int) -> float:
+    def _gain(self, name: str, round: int) -> float:
         """Received over sent power, the same both ways."""
         return 10 ** (-path_loss_db(self.distance_km(name)) / 10) * self.fading(name, round)
 

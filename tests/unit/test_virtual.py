@@ -83,7 +83,7 @@ def test_a_load_is_what_the_last_round_moved_and_scales_the_others_estimates(tin
     config = run_config("any", BAND, "federation.epochs=1")
     virtual = VirtualTime(config, tiny)
     small, large = device("a", examples=8), device("b", examples=80)
-    sent = [pb.KindBytes(direction="sent", kind="ACT", payload_bytes=990, framing_bytes=10)]
+    sent = [pb.KindBytes(direction="sent", kind="ACT", payload_bytes=1000, framing_bytes=10)]
     received = [pb.KindBytes(direction="received", kind="ACT", payload_bytes=70)]
     report = pb.JobReport(bytes=[*sent, *received], tokens_trained=300)
     virtual.over(1, {"a": 1.0}, [], {"a": 50}, {"a": Reply(report)})
@@ -93,7 +93,7 @@ def test_a_load_is_what_the_last_round_moved_and_scales_the_others_estimates(tin
     assert (a.bytes_up, a.adapter_bytes_down, a.data_bytes_down, a.operations) == (1000, 50, 70, operations)
     estimates = [Loads(config, tiny).estimate(profile) for profile in (small, large)]
     assert expected["b"].bytes_up == pytest.approx(1000 * estimates[1].bytes_up / estimates[0].bytes_up)
-    assert expected["b"].operations == pytest.approx(operations * 10)
+    assert (expected["b"].operations, expected["b"].data_bytes_down) == pytest.approx((operations * 10, 70 * 10))
 
 
 # ---------------------------------------------------------------- runs
