@@ -221,6 +221,36 @@ def _bits_per_second(text: str) -> float:
     return rate
 
 
+class Wireless(Section):
+    """A cell in virtual time (edgelam_fl.wireless); the powers and the noise are of the whole band."""
+
+    bandwidth_hz: float = Field(
+        0.0,
+        ge=0,
+        description="band that the devices share, by strategy.bandwidth: rounds get a virtual time; 0: no wireless model",
+    )
+    radius_m: float = Field(500.0, gt=0, description="of the cell, over which the devices lie evenly")
+    power_dbm: float = Field(23.0, ge=-50, le=100, description="that a device sends with")
+    server_power_dbm: float = Field(
+        46.0, ge=-50, le=100, description="that the server sends with, on a band of its own"
+    )
+    antennas: int = Field(
+        4, ge=1, le=1024, description="of the server, which average the Rayleigh fading; 1: a deep fade takes hours"
+    )
+    noise_dbm_hz: float = Field(-174.0, ge=-250, le=0, description="noise a Hz")
+    flops: float = Field(1e10, gt=0, description="operations a second of a device")
+    speed_spread: float = Field(
+        2.0, ge=1, description="the fastest devices are so many times faster, the slowest slower"
+    )
+    stragglers: float = Field(
+        0.0, ge=0, le=1, description="probability that a device is a straggler, for the whole run"
+    )
+    slowdown: float = Field(10.0, ge=1, description="stragglers compute so many times slower")
+    dropout: float = Field(0.0, ge=0, lt=1, description="probability that a chosen device does not deliver in a round")
+    kappa: float = Field(1e-28, ge=0, description="computing C cycles at f Hz takes kappa C f^2 joules")
+    flops_per_cycle: float = Field(8.0, gt=0, description="operations in one cycle of a device")
+
+
 class Run(Section):
     out: str = Field("runs/{name}-{time}", min_length=1, description="{name}: this file's; {time}: the start")
     seed: int = Field(1, ge=0, lt=2**63, description="of the first adapter, the order of examples and dropout")
@@ -236,6 +266,7 @@ class RunConfig(Section):
     optimizer: Optimizer = Optimizer()
     strategy: Strategy = Strategy()
     wire: Wire = Wire()
+    wireless: Wireless = Wireless()
     run: Run = Run()
 
     @model_validator(mode="after")
@@ -254,6 +285,21 @@ class RunConfig(Section):
             raise ValueError(
                 f"federation.devices_per_round = {federation.devices_per_round} must be at least federation.min_nodes = "
                 f"{federation.min_nodes}, or 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def one_kind_of_capacity(self) -> RunConfig:
+        wireless = self.wireless
+        if wireless.bandwidth_hz and self.wire.capacity:
+            raise ValueError(
+                f"wireless.bandwidth_hz = {wireless.bandwidth_hz:g} does not go with wire.capacity = {self.wire.capacity!r}: "
+                f"devices share one of them"
+            )
+        if wireless.bandwidth_hz and wireless.dropout and self.split.host_on == "any":
+            raise ValueError(
+                f"wireless.dropout = {wireless.dropout:g} does not go with split.host_on = 'any': a device that drops out "
+                f"would take the devices along that it hosts for"
             )
         return self
 

@@ -1,5 +1,6 @@
 """Who takes part in a round, and with which share of the bandwidth: the strategies, fed with what the rounds measured.
 
+With `[wireless]` their facts come from the model of a cell instead (server.virtual), and so does what they are told of a round.
 Strategies see plain data and are held to their promises here: what they choose and share out is checked before it is used.
 """
 
@@ -10,14 +11,17 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
 from random import Random
+from typing import Any
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.contributions import Reply
+from server.loads import value_bytes
 from server.plans import own_steps
 from server.reports import send_rate_bps
+from server.virtual import VirtualTime
 from strategies.base import Candidate, Demand, RoundOutcome, RoundState, Selected, load
 
 _BELOW_SHARE = 0.8  # a device that sends slower than this part of its share is held up by its own link
@@ -43,6 +47,8 @@ class Schedule:
         self.config, self.source = config, source
         self.selection = load("selection", config.strategy.selection, config.strategy.options)
         self.bandwidth = load("bandwidth", config.strategy.bandwidth, config.strategy.options)
+        self.virtual = VirtualTime(config, source) if config.wireless.bandwidth_hz else None
+        self.capacity = config.wireless.bandwidth_hz or config.wire.capacity_bps  # a band in Hz, or bits a second
         self._measured: dict[str, Candidate] = {}  # by device, as of its last round
 
     def select(self, number: int, here: Sequence[pb.Profile], edges: int = 0) -> Selected:
@@ -53,8 +59,8 @@ class Schedule:
         config = self.config
         left_out = {profile.name: reason for profile in here if (reason := unfit(config, profile))}
         state = RoundState(
-            number, self.candidates([profile for profile in here if profile.name not in left_out]),
-            Random(f"{config.run.seed}/select/{number}"), capacity_bps=config.wire.capacity_bps,
+            number, self.candidates([profile for profile in here if profile.name not in left_out], number),
+            Random(f"{config.run.seed}/select/{number}"), capacity_bps=self.capacity,
             wanted=config.federation.devices_per_round, least=config.federation.min_nodes,
         )  # fmt: skip
         chosen = self.selection.select(state)
@@ -81,15 +87,19 @@ class Schedule:
         names = [name for name, reason in reasons.items() if not reason]
         return Selected(names, {name: reason or "all measure the result" for name, reason in reasons.items()})
 
-    def shares(self, devices: Sequence[pb.Profile]) -> dict[str, float]:
+    def demands(self, devices: Sequence[pb.Profile], number: int = 0) -> list[Demand]:
+        """What each has to move in round `number`, which matters with `[wireless]`."""
+        known = self.candidates(devices, number)
+        return [Demand(c.name, c.payload_bytes, c.compute_s, c.limit_bps, c.snr) for c in known]
+
+    def shares(self, devices: Sequence[pb.Profile], number: int = 0) -> dict[str, float]:
         """Of the capacity, by device. Raises RunFailed where the strategy's cannot be used."""
-        demands = [Demand(c.name, c.payload_bytes, c.compute_s, c.limit_bps, c.snr) for c in self.candidates(devices)]
-        capacity_bps = self.config.wire.capacity_bps
-        shares = self.bandwidth.allocate(demands, capacity_bps)
+        demands = self.demands(devices, number)
+        shares = self.bandwidth.allocate(demands, self.capacity)
         check_shares(self.config, shares, {demand.name for demand in demands})
         return {name: float(share) for name, share in shares.items()}
 
-    def candidates(self, devices: Sequence[pb.Profile]) -> list[Candidate]:
+    def candidates(self, devices: Sequence[pb.Profile], number: int = 0) -> list[Candidate]:
         """What is known of each. Of those that were never measured, payload and compute are estimated."""
         estimates = {device.name: estimated_payload_bytes(self.config, self.source, device) for device in devices}
         known = {name: self._measured[name] for name in estimates if name in self._measured}
@@ -110,18 +120,24 @@ class Schedule:
                     memory_bytes=device.memory_available_bytes,
                 )
             )
-        return found
+        return self.virtual.candidates(number, devices, found) if self.virtual else found
 
     def observe(
-        self, number: int, chosen: Collection[str], plans: Mapping[str, pb.Plan], replies: Mapping[str, Reply]
-    ) -> None:
-        """What round `number` showed of the devices that were `chosen`; the strategies that remember are told."""
+        self, number: int, chosen: Collection[str], plans: Mapping[str, pb.Plan], replies: Mapping[str, Reply],
+        virtual: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        """What round `number` showed of the devices that were `chosen`; the strategies that remember are told.
+
+        `virtual`: the round in virtual time, which then counts in the place of the clock.
+        """
         delivered = sorted(name for name in chosen if name in replies)
         for name in delivered:
             facts = measured(name, number, replies[name].report)
             share_bps = plans[name].routes[0].share_bps or math.inf
             held_up = facts.rate_bps is not None and facts.rate_bps < _BELOW_SHARE * share_bps
             self._measured[name] = replace(facts, limit_bps=facts.rate_bps if held_up else None)
+            if virtual:
+                self._measured[name] = _in_virtual_time(facts, virtual["devices"][name])
         devices = [self._measured[name] for name in delivered]
         seconds = max((device.last_seconds or 0.0 for device in devices), default=0.0)
         outcome = RoundOutcome(number, seconds, devices, sorted(set(chosen) - set(delivered)))
@@ -150,13 +166,24 @@ def measured(name: str, number: int, report: pb.JobReport) -> Candidate:
     )
 
 
+def _in_virtual_time(facts: Candidate, device: Mapping[str, Any]) -> Candidate:
+    """`device`: its entry in the round's virtual time."""
+    return replace(
+        facts,
+        last_seconds=device["seconds"],
+        compute_s=device["download_s"] + device["compute_s"],
+        payload_bytes=device["bytes_up"],
+        rate_bps=device["rate_bps"],
+        snr=device["snr"],
+    )
+
+
 def estimated_payload_bytes(config: RunConfig, source: ModelSource, device: pb.Profile) -> float:
     """Both ways in a round, from above: hidden states to the hosts and back, in training their gradients too."""
     if not config.split.hosts:
         return 0.0
-    value_bytes = 2 if config.model.base == "bf16" or config.model.compute == "bf16" else 4
     examples = 4 * own_steps(config, device.examples) * config.federation.batch_size + 2 * device.held_out
-    return float(examples * config.task.max_tokens * source.hidden_size * value_bytes)
+    return float(examples * config.task.max_tokens * source.hidden_size * value_bytes(config))
 
 
 def check_choice(config: RunConfig, names: Sequence[str], candidates: Collection[str]) -> None:
@@ -184,8 +211,9 @@ def check_shares(config: RunConfig, shares: Mapping[str, float], devices: Collec
         problem = f"together they are {math.fsum(values.values()):.6g}, and must be at most 1"
     elif set(values) != set(devices):
         problem = f"they must be of the chosen devices, {_listed(sorted(devices))}"
-    elif config.wire.capacity_bps and not all(values.values()):
-        problem = "with wire.capacity each must be above 0, or the device would never be through"
+    elif (config.wire.capacity_bps or config.wireless.bandwidth_hz) and not all(values.values()):
+        key = "wire.capacity" if config.wire.capacity_bps else "wireless.bandwidth_hz"
+        problem = f"with {key} each must be above 0, or the device would never be through"
     if problem:
         raise RunFailed(f"strategy.bandwidth = {config.strategy.bandwidth!r} gave the shares {values}: {problem}")
 

@@ -32,7 +32,7 @@ from server.reports import describe_round, describe_timeline
 from server.run_folder import RunFolder
 from server.schedule import Schedule
 from strategies.aggregation.error import aggregation_error
-from strategies.base import Aggregated, Contribution, asked_by, load
+from strategies.base import Aggregated, Contribution, Demand, asked_by, load
 
 _ATTEMPTS = 3
 _MESSAGES_S = 120.0  # on top of the round's deadline: Flower polls every few seconds and starts a process a message
@@ -45,6 +45,8 @@ class Round:
     facts: RoundFacts
     layout: Layout
     plans: dict[str, pb.Plan]
+    shares: dict[str, float] = field(default_factory=dict)  # of the devices that were chosen
+    dropped: list[str] = field(default_factory=list)  # chosen devices that the wireless model makes fail
     sent_bytes: dict[str, int] = field(default_factory=dict)  # adapters, by node
     began: float = field(default_factory=time.monotonic)
 
@@ -141,8 +143,10 @@ class SplitLora(Strategy):
         where = self.folder.checkpoint(
             self._global, server_round, self.step_offset, self._exports(round_.layout, devices)
         )
-        self.schedule.observe(server_round, round_.layout.routes, round_.plans, replies_by_node)
-        metrics = self._close(round_, replies_by_node, where, error)
+        virtual = self._virtual(round_, replies_by_node)
+        chosen = [*round_.layout.routes, *round_.dropped]
+        self.schedule.observe(server_round, chosen, round_.plans, replies_by_node, virtual)
+        metrics = self._close(round_, replies_by_node, where, error, virtual)
         return to_record(self._global), metrics
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -169,21 +173,25 @@ class SplitLora(Strategy):
         edges = self.nodes.edges()
         chosen = self.schedule.select(number, here, len(edges)) if trains else self.schedule.everyone(here)
         tokens = {name: secrets.token_bytes(16) for name in chosen.names}
-        devices = [self.nodes.profiles[name] for name in chosen.names]
+        everyone = [self.nodes.profiles[name] for name in chosen.names]
+        shares = self.schedule.shares(everyone, number)  # before anyone knows who will drop out
+        virtual = self.schedule.virtual if trains else None
+        dropped = virtual.dropouts(number, self._attempt, chosen.names) if virtual else []
+        devices = [device for device in everyone if device.name not in dropped]
         layout = make_layout(self.config, self.source, devices, who_may_host(self.config, [*edges, *devices]))
-        shares = self.schedule.shares(devices)
         steps = planned_steps(self.config, devices) if trains else 0
         unequal_ranks = getattr(self.aggregation, "unequal_ranks", False)
         asked = asked_by(self.aggregation, number)
         facts = RoundFacts(self.run, number, self._attempt, self.step_offset, steps, asked, unequal_ranks)
         plans = make_plans(self.config, self.source, facts, self.nodes.profiles, layout, shares, tokens)
         self._global = complete(from_record(arrays), plans, self.config, self.source, unequal_ranks)
-        self._open = Round(facts, layout, plans)
+        self._open = Round(facts, layout, plans, shares, dropped)
         self.folder.emit(
             "plan", round=number, attempt=self._attempt, selected=list(chosen.names), why=dict(chosen.why), shares=shares,
             routes=[_picture(route, self.source.num_layers) for route in layout.routes.values()],
             sites=[_site_picture(site) for site in layout.sites if site.hosts],
             nodes={name: _node_picture(plan) for name, plan in plans.items()},
+            **({"demands": _demands(self.schedule.demands(everyone, number))} if virtual else {}),
         )  # fmt: skip
         return [self._message(name, plan) for name, plan in plans.items()]
 
@@ -246,9 +254,15 @@ class SplitLora(Strategy):
         }
         return {name: tensors for name, tensors in own.items() if tensors}
 
+    def _virtual(self, round_: Round, replies: dict[str, Reply]) -> dict[str, Any] | None:
+        """The round in virtual time, where there is a wireless model."""
+        virtual, number = self.schedule.virtual, round_.facts.round
+        return virtual.over(number, round_.shares, round_.dropped, round_.sent_bytes, replies) if virtual else None
+
     def _close(
-        self, round_: Round, replies: dict[str, Reply], checkpoint: str, error: float | None = None
-    ) -> MetricRecord:
+        self, round_: Round, replies: dict[str, Reply], checkpoint: str, error: float | None = None,
+        virtual: dict[str, Any] | None = None,
+    ) -> MetricRecord:  # fmt: skip
         """The round's events, and its metrics for Flower."""
         started_from = {name: plan.adapter_digest for name, plan in round_.plans.items()}
         devices, hosts, by_kind = describe_round(round_.sent_bytes, started_from, replies)
@@ -258,7 +272,7 @@ class SplitLora(Strategy):
         self.folder.emit(
             "round_done", round=round_.facts.round, attempt=round_.facts.attempt, steps=round_.facts.steps,
             seconds=round(time.monotonic() - round_.began, 3), devices=devices, hosts=hosts, bytes_by_kind=by_kind,
-            checkpoint=checkpoint, aggregation_error=error,
+            checkpoint=checkpoint, aggregation_error=error, **({"virtual": virtual} if virtual else {}),
         )  # fmt: skip
         labels = sum(reply.report.eval_labels for reply in replies.values())
         loss = sum(reply.report.eval_loss_sum for reply in replies.values()) / labels if labels else 0.0
@@ -282,6 +296,11 @@ def _site_picture(site: Site) -> dict[str, Any]:
         "hosts": [{"node": host.name, "first": host.first, "last": host.last} for host in site.hosts],
         "devices": list(site.members),
     }
+
+
+def _demands(demands: Iterable[Demand]) -> dict[str, dict[str, Any]]:
+    """What the bandwidth strategy saw in virtual time, for `server.replay`."""
+    return {d.name: {"payload_bytes": d.payload_bytes, "compute_s": d.compute_s, "snr": d.snr} for d in demands}
 
 
 def _node_picture(plan: pb.Plan) -> dict[str, Any]:

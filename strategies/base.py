@@ -87,7 +87,7 @@ class RoundState:
     round: int
     candidates: Sequence[Candidate]  # in any order, which must not matter
     random: Random  # seeded by run and round; the only source of chance
-    capacity_bps: float = 0.0  # shared by the devices, each way; 0: no limit
+    capacity_bps: float = 0.0  # shared by the devices, each way; 0: no limit; a band in Hz where candidates have an snr
     wanted: int = 0  # devices; 0: as many as the strategy likes
     least: int = 1  # devices without which the round fails
 
@@ -139,7 +139,7 @@ class Bandwidth(Protocol):
     """It may have a method `observe`, as a selection."""
 
     def allocate(self, demands: Sequence[Demand], capacity_bps: float) -> Mapping[str, float]:
-        """Shares of the capacity (0: no limit), each in [0, 1], at most 1 together."""
+        """Shares of the capacity (as in a RoundState), each in [0, 1], at most 1 together."""
         ...
 
 

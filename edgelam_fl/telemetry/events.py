@@ -11,11 +11,12 @@ the ServerApp, into RUN/events.jsonl
     plan            round, attempt, selected [names], why {node: text} (of each device that is here), shares {node: share of 1},
                     routes [{device, front, back_first, num_layers, hops [{node, first, last}]}],
                     sites [{site, hosts [{node, first, last}], devices [names]}] (a host's layers here are all that it
-                    holds; a route's hop may be a part of them), nodes {name: {base, compute, rank}}
+                    holds; a route's hop may be a part of them), nodes {name: {base, compute, rank}},
+                    demands {name: {payload_bytes, compute_s, snr}} (with [wireless] only: what the bandwidth strategy saw)
     round_done      round, seconds, attempt, devices [...], hosts [...], checkpoint (path in RUN),
                     aggregation_error (||s B A - M|| / ||M||, M = sum_k p_k s_k B_k A_k of what the sources k trained in
                     the round, B A the new adapter's product, over all trained modules; null where M is zero, and without
-                    steps)
+                    steps), virtual (with [wireless] only, and with steps: the round in virtual time)
                     (an eval-only job after the last round is round = rounds + 1, with steps = 0)
                     devices: {name, examples, labels, loss (mean a label over the round's steps; null without steps),
                     perplexity (of the adapter the round started from, held-out), metrics (of the same: {"accuracy":
@@ -28,6 +29,10 @@ the ServerApp, into RUN/events.jsonl
                     (digests: SHA-256 of the adapter that the node holds, as the round's plan demands it of the node
                     and as the node reports it after the round's training)
                     (a device that is a host too is in both; the adapter that it received is told in devices only)
+                    virtual: {seconds (of the slowest), bytes, joules (of all devices), devices {name: {seconds = download_s +
+                    compute_s + upload_s, bytes = bytes_up + bytes_down (adapters and tensors, without frames' headers),
+                    joules, compute_joules, share (of the band), rate_bps (of the upload), snr (over the whole band)}},
+                    dropped [names] (chosen, and made to fail by wireless.dropout: with a share, in no plan's nodes)}
                     bytes_by_kind {"ACT": n, ...} counted at the devices, both directions
     timeline        round, nodes {name: [[kind, role, start_s, seconds, step, micro_batch, peer], ...]}: who did what in
                     the round's training, before its round_done; kind "forward" | "backward" | "step" | "send", role

@@ -9,6 +9,7 @@ A value that no event gives is null. Fields of summary.json:
     task            task.kind of the run file
     rounds          training rounds that were closed; the evaluation after the last one is none
     seconds         wall clock from run_started to run_done or run_failed, or to the last event so far
+    virtual         with [wireless] {seconds, bytes, joules}: of all training rounds, in virtual time; else null
     versions        {package: version} on the server
     devices[]       one a device, by name
         name
@@ -58,6 +59,7 @@ def build_summary(events: list[dict[str, Any]]) -> dict[str, Any]:
         "hosts": _hosts(events),
         "rounds": sum(map(is_training_round, of_kind(events, "round_done"))),
         "seconds": _seconds(events),
+        "virtual": _virtual(events),
         "versions": started.get("versions") or {},
     }
 
@@ -205,6 +207,11 @@ def _seconds(events: list[dict[str, Any]]) -> float | None:
         return done.get("seconds")
     end = next(of_kind(events, "run_failed"), events[-1])
     return round(end.get("time", 0.0) - events[0].get("time", 0.0), 3)
+
+
+def _virtual(events: list[dict[str, Any]]) -> dict[str, float] | None:
+    rounds = [event["virtual"] for event in of_kind(events, "round_done") if event.get("virtual")]
+    return {key: sum(r[key] for r in rounds) for key in ("seconds", "bytes", "joules")} if rounds else None
 
 
 def _devices(events: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,11 +3,10 @@
 A device computes for c seconds and moves S bits. Two forms of what a share b of the capacity carries:
 
 - wired, or a token bucket: b C bits a second, so that the delay is c + S / (b C);
-- wireless, where a device has a signal-to-noise ratio g over the whole band of C Hz (its received power over the band's
-  noise): b C log2(1 + g / b) bits a second.
+- wireless, where a device has a signal-to-noise ratio over the whole band of C Hz: `edgelam_fl.wireless.fdma`.
 
 A device needs the smaller a share the longer the round may take; the shares with which all finish together are therefore
-optimal for the slowest (arXiv 2407.02924; the closed form is our derivation).
+optimal for the slowest (arXiv 2407.02924).
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edgelam_fl.wireless.fdma import bits_a_hertz, wireless_share
 from strategies.base import Candidate, Demand
 
 _BISECTIONS = 64
@@ -108,39 +108,6 @@ def fitting(shares: np.ndarray) -> np.ndarray:
 def delay_of(needs: Needs, shares: np.ndarray) -> np.ndarray:
     """Seconds until each device is through, with these shares."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        per_second = shares if needs.snr is None else shares * np.log2(1 + needs.snr / shares)
+        per_second = shares if needs.snr is None else bits_a_hertz(shares, needs.snr)
         sending_s = np.where(needs.alone_s > 0, needs.alone_s / per_second, 0.0)
     return np.maximum(needs.compute_s + sending_s, needs.floor_s)
-
-
-# ---------------------------------------------------------------- wireless
-
-
-def wireless_share(rho: np.ndarray, snr: np.ndarray) -> np.ndarray:
-    """The share b with b ln(1 + snr / b) = rho: what carries rho / ln 2 bit/s a Hz of the band.
-
-    b = -rho / (W(-beta e^-beta) + beta), beta = rho / snr, W the lower real branch of Lambert's function; infinite where
-    beta >= 1, since the rate never reaches that, however wide the band.
-    """
-    beta = rho / snr
-    possible = beta < 1
-    # From 1 on there is no root; next to 0 the share is next to 0 too, and beta e^-beta must stay a number.
-    safe = np.clip(np.where(possible, beta, 0.5), 1e-300, None)
-    y = -lambert_w_lower_log(np.log(safe) - safe)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        share = np.where(y > safe, rho / (y - safe), np.inf)
-    return np.where(rho <= 0, 0.0, np.where(possible, share, np.inf))
-
-
-def lambert_w_lower_log(log_x: np.ndarray) -> np.ndarray:
-    """W with W e^W = -e^log_x and W <= -1, for log_x <= -1 (logarithms, since -x is tiny where a channel is good).
-
-    y = -W solves y - ln y = -log_x. Newton's steps come from above, where the function is convex, and never overshoot; the
-    start is the upper bound 1 + sqrt(2 u) + u, u = -log_x - 1 (Chatzigeorgiou, arXiv 1601.04895).
-    """
-    u = np.maximum(-log_x - 1, 0.0)
-    y = 1 + np.sqrt(2 * u) + u
-    for _ in range(8):
-        step = (y - np.log(y) - 1 - u) * y / np.maximum(y - 1, 1e-300)
-        y = np.maximum(y - np.where(y > 1, step, 0.0), 1.0)
-    return -y

@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 
 from benchmarks.scheduling import pool, ratios
+from edgelam_fl.wireless.fdma import lambert_w_lower_log, wireless_share
 from strategies.bandwidth.links import (
     Needs,
     delay_of,
     finish_together,
-    lambert_w_lower_log,
     least_delays,
     needs_of,
-    wireless_share,
 )
 from strategies.base import Demand, load
 

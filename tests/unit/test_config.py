@@ -225,3 +225,32 @@ def test_fewer_devices_a_round_than_it_needs_are_refused() -> None:
         "federation.devices_per_round = 2 must be at least federation.min_nodes = 3, or 0 (in my.toml)"
     )
     assert parse_run_file("[federation]\nmin_nodes = 3\ndevices_per_round = 0", source="x").federation.min_nodes == 3
+
+
+# ---------------------------------------------------------------- wireless
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("bandwidth_hz = -1.0", "wireless.bandwidth_hz = -1.0 must be greater than or equal to 0 (in my.toml)"),
+        ("dropout = 1.0", "wireless.dropout = 1.0 must be less than 1 (in my.toml)"),
+        ("stragglers = 1.5", "wireless.stragglers = 1.5 must be less than or equal to 1 (in my.toml)"),
+        ("slowdown = 0.5", "wireless.slowdown = 0.5 must be greater than or equal to 1 (in my.toml)"),
+        ("bandwith_hz = 1e6", "unknown key wireless.bandwith_hz in my.toml: did you mean 'wireless.bandwidth_hz'?"),
+    ],
+)
+def test_a_cell_that_cannot_be(text: str, expected: str) -> None:
+    assert message(f"[wireless]\n{text}") == expected
+
+
+def test_one_kind_of_capacity() -> None:
+    assert message("[wireless]\nbandwidth_hz = 1e6\n[wire]\ncapacity = '8 Mbit/s'") == (
+        "wireless.bandwidth_hz = 1e+06 does not go with wire.capacity = '8 Mbit/s': devices share one of them (in my.toml)"
+    )
+
+
+def test_hosts_do_not_drop_out() -> None:
+    text = "[wireless]\nbandwidth_hz = 1e6\ndropout = 0.1\n[split]\nhost_on = 'any'"
+    assert message(text).startswith("wireless.dropout = 0.1 does not go with split.host_on = 'any'")
+    assert parse_run_file(text.replace("any", "edge"), source="x").wireless.dropout == 0.1

@@ -15,7 +15,7 @@ from edgelam_fl.errors import RunFailed
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.contributions import Reply
 from server.reports import send_rate_bps
-from server.schedule import Schedule, estimated_payload_bytes, measured, unfit
+from server.schedule import Schedule, check_shares, estimated_payload_bytes, measured, unfit
 from strategies.base import Demand, RoundOutcome, RoundState, Selected
 from tests.support import run_config
 
@@ -141,6 +141,12 @@ def test_shares_that_cannot_be_enforced(shares: dict[str, Any], words: str) -> N
     with pytest.raises(RunFailed) as caught:
         schedule("wire.capacity=8 Mbit/s").shares([profile("a"), profile("b")])
     assert str(caught.value) == f"strategy.bandwidth = '{HERE}:Told' gave the shares {words}"
+
+
+def test_a_device_without_a_part_of_the_band_would_never_be_through() -> None:
+    config = run_config("any", "wireless.bandwidth_hz=1e6")
+    with pytest.raises(RunFailed, match=r"with wireless.bandwidth_hz each must be above 0"):
+        check_shares(config, {"a": 1.0, "b": 0.0}, {"a", "b"})
 
 
 def test_shares_that_add_up_to_one_but_for_rounding_are_taken() -> None:

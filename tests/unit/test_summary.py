@@ -109,6 +109,7 @@ def test_whole_run() -> None:
         ],
         "rounds": 2,
         "seconds": 3.75,
+        "virtual": None,
         "versions": {"torch": "2.13.0"},
     }
 

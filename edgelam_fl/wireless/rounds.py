@@ -1,0 +1,89 @@
+"""A round in virtual time: what a device does whatever its share of the band, and what the round takes with the shares.
+
+A device receives, computes and sends, one after the other: c + S / R, c being the first two. The round lasts as long as its
+slowest device; who dropped out costs nothing but the share that it had been given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from edgelam_fl.config import Wireless
+from edgelam_fl.wireless.cell import Cell, watts
+from edgelam_fl.wireless.fdma import bits_a_hertz
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a device moves and computes in a round."""
+
+    bytes_up: float  # adapter, hidden states and their gradients
+    adapter_bytes_down: float
+    data_bytes_down: float
+    operations: float  # floating-point
+
+
+@dataclass(frozen=True)
+class Part:
+    """A device's part of a round, but for how long it sends."""
+
+    bytes_up: float
+    bytes_down: float
+    snr: float  # over the whole band
+    compute_s: float
+    download_s: float
+    compute_joules: float
+
+    @property
+    def before_sending_s(self) -> float:
+        return self.download_s + self.compute_s
+
+
+def part_of(cell: Cell, name: str, round: int, load: Load, devices: int) -> Part:
+    """The server sends adapters to all at once, on its whole band; hidden states to `devices` in equal parts of it."""
+    down_bits = 8 * (load.adapter_bytes_down + devices * load.data_bytes_down)
+    return Part(
+        bytes_up=load.bytes_up,
+        bytes_down=load.adapter_bytes_down + load.data_bytes_down,
+        snr=cell.snr(name, round),
+        compute_s=load.operations / cell.flops(name),
+        download_s=down_bits / cell.downlink_bps(name, round),
+        compute_joules=cell.compute_joules(name, load.operations),
+    )
+
+
+def virtual_round(
+    settings: Wireless, parts: Mapping[str, Part], shares: Mapping[str, float], dropped: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The field `virtual` of round_done, as telemetry.events documents it."""
+    devices = {name: _device(settings, parts[name], shares[name]) for name in sorted(parts)}
+    return {
+        "seconds": max((device["seconds"] for device in devices.values()), default=0.0),
+        "bytes": sum(device["bytes"] for device in devices.values()),
+        "joules": sum(device["joules"] for device in devices.values()),
+        "devices": devices,
+        "dropped": sorted(dropped),
+    }
+
+
+def recorded_part(device: Mapping[str, Any]) -> Part:
+    """The part that a device had, from its entry in the field `virtual`."""
+    return Part(**{field.name: device[field.name] for field in fields(Part)})
+
+
+def _device(settings: Wireless, part: Part, share: float) -> dict[str, Any]:
+    rate_bps = settings.bandwidth_hz * float(bits_a_hertz(np.asarray(share), np.asarray(part.snr)))
+    upload_s = 8 * part.bytes_up / rate_bps if part.bytes_up else 0.0
+    return {
+        "seconds": part.before_sending_s + upload_s,
+        "upload_s": upload_s,
+        "bytes": part.bytes_up + part.bytes_down,
+        "joules": part.compute_joules + watts(settings.power_dbm) * upload_s,
+        "share": share,
+        "rate_bps": rate_bps,
+        **asdict(part),
+    }
