@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from flwr.app import RecordDict
@@ -24,18 +24,23 @@ from strategies.aggregation.factors import A, B, is_factor, module_of
 from strategies.base import Contribution
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Reply:
-    report: pb.JobReport
+    given: pb.JobReport | bytes  # bytes: packed, a tenth of the size; read whenever it is asked for
     tensors: tuple[Adapter, ...] = ()  # of the report's contributions, in their order
     let_go_bytes: tuple[int, ...] = ()  # what these took, where they were summed up and let go
+
+    @property
+    def report(self) -> pb.JobReport:
+        return pb.JobReport.FromString(self.given) if isinstance(self.given, bytes) else self.given
 
     def bytes_of(self, scope: str) -> int:
         sizes = self.let_go_bytes or self._sizes()
         return sum(size for part, size in zip(self.report.contributions, sizes, strict=True) if part.scope == scope)
 
     def without_tensors(self) -> Reply:
-        return replace(self, tensors=(), let_go_bytes=self._sizes())
+        """As little as a large round has to keep."""
+        return Reply(self.report.SerializeToString(), let_go_bytes=self._sizes())
 
     def _sizes(self) -> tuple[int, ...]:
         return tuple(sum(array.nbytes for array in tensors.values()) for tensors in self.tensors)

@@ -48,6 +48,7 @@ class Round:
     plans: dict[str, pb.Plan]
     fold: Fold | None = None  # of a large round: what its replies come to, instead of their tensors
     sent_bytes: dict[str, int] = field(default_factory=dict)  # adapters, by node
+    records: dict[tuple[str, frozenset[str]], ArrayRecord] = field(default_factory=dict)  # of adapters to send
     began: float = field(default_factory=time.monotonic)
 
 
@@ -201,7 +202,10 @@ class SplitLora(Strategy):
         if self.digests.get(name) != plan.adapter_digest:
             known = self._frozen.get(name, {})
             held = {t for t, array in needed.items() if t in known and known[t] == adapters.digest({t: array})}
-            content["adapter"] = to_record({t: array for t, array in needed.items() if t not in held})
+            which = plan.adapter_digest, frozenset(held)  # the same for many nodes: made once
+            if which not in self._open.records:
+                self._open.records[which] = to_record({t: array for t, array in needed.items() if t not in held})
+            content["adapter"] = self._open.records[which]
             self._open.sent_bytes[name] = record_bytes(content["adapter"])
         return self.nodes.message(name, "train" if plan.steps else "evaluate", content)
 
