@@ -217,6 +217,26 @@ def test_too_few_devices(federation: Callable[..., Federation]) -> None:
         run.run()
 
 
+def test_every_device_gone(federation: Callable[..., Federation]) -> None:
+    """They leave in the middle of a round."""
+    run = federation("ab", "e")
+    grid: Any = run.grid
+
+    def leave(messages: Iterable[Message]) -> list[str]:
+        ids = HandGrid.push_messages(grid, messages)
+        if any("plan" in message.content for message in grid._waiting.values()):
+            grid.nodes = {number: node for number, node in grid.nodes.items() if node.profile.name == "e"}
+            grid.pull_messages = lambda ids: []
+        return ids
+
+    grid.push_messages = leave
+    run.nodes["e"].fails = lambda plan: "its devices are gone"  # type: ignore[assignment, return-value]
+    with pytest.raises(
+        RunFailed, match=r"0 devices \(none\) .* at least 1 .*a: left the federation; b: left the federation"
+    ):
+        run.strategy.start(grid, to_record({}), 1, timeout=-119.5)  # half a second for the host's reply
+
+
 def test_no_hosts(federation: Callable[..., Federation]) -> None:
     run = federation("ab", "")
     with pytest.raises(
