@@ -6,14 +6,14 @@ Nothing that a node sends is trusted: names, shapes, types, values, sources and 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from flwr.app import RecordDict
 from google.protobuf.message import DecodeError
 
-from edgelam_fl.flower import from_record
+from edgelam_fl.flower import views
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.adapter import Adapter, Span
 from edgelam_fl.split.plan import end_spans, hosted_span
@@ -24,14 +24,26 @@ from strategies.aggregation.factors import A, B, is_factor, module_of
 from strategies.base import Contribution
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Reply:
-    report: pb.JobReport
+    given: pb.JobReport | bytes  # bytes: packed, a tenth of the size; read whenever it is asked for
     tensors: tuple[Adapter, ...] = ()  # of the report's contributions, in their order
+    let_go_bytes: tuple[int, ...] = ()  # what these took, where they were summed up and let go
 
-    def of_scope(self, scope: str) -> list[Adapter]:
-        pairs = zip(self.report.contributions, self.tensors, strict=True)
-        return [tensors for contribution, tensors in pairs if contribution.scope == scope]
+    @property
+    def report(self) -> pb.JobReport:
+        return pb.JobReport.FromString(self.given) if isinstance(self.given, bytes) else self.given
+
+    def bytes_of(self, scope: str) -> int:
+        sizes = self.let_go_bytes or self._sizes()
+        return sum(size for part, size in zip(self.report.contributions, sizes, strict=True) if part.scope == scope)
+
+    def without_tensors(self) -> Reply:
+        """As little as a large round has to keep."""
+        return Reply(self.report.SerializeToString(), let_go_bytes=self._sizes())
+
+    def _sizes(self) -> tuple[int, ...]:
+        return tuple(sum(array.nbytes for array in tensors.values()) for tensors in self.tensors)
 
 
 def read_reply(content: RecordDict) -> Reply:
@@ -39,7 +51,7 @@ def read_reply(content: RecordDict) -> Reply:
     try:
         report = pb.JobReport.FromString(content["report"]["report"])
         count = len(report.contributions)
-        return Reply(report, tuple(from_record(content[f"adapter-{number}"]) for number in range(count)))
+        return Reply(report, tuple(views(content[f"adapter-{number}"]) for number in range(count)))
     except (DecodeError, KeyError, TypeError, ValueError, EOFError, OSError) as error:
         return Reply(pb.JobReport(state="failed", error=f"its reply cannot be read: {type(error).__name__}: {error}"))
 
@@ -123,17 +135,24 @@ def collect(
     merged: dict[tuple[str, float], Adapter] = {}
     scales: dict[tuple[str, float], dict[str, float]] = {}
     for name, reply in sorted(replies.items()):
-        for part, tensors in zip(reply.report.contributions, reply.tensors, strict=True):
-            site = layout.site_of(name).name if part.scope == "ends" else plans[name].site
-            of_site = part.scope == "site" and plans[name].host_mode != "copies"
-            source = site_source(part.source) if of_site else part.source
-            if site not in broken and part.weight > 0 and tensors:
-                key = source, part.weight
-                merged.setdefault(key, {}).update(tensors)
-                lora = plans[name].lora
-                modules = {module_of(tensor) for tensor in tensors if is_factor(tensor)}
-                scales.setdefault(key, {}).update(dict.fromkeys(modules, lora.alpha / lora.rank))
+        for site, one in parts(name, reply, plans[name], layout):
+            if site not in broken:
+                key = one.source, one.weight
+                merged.setdefault(key, {}).update(one.tensors)
+                scales.setdefault(key, {}).update(one.scales)
     return [Contribution(*key, tensors, scales[key]) for key, tensors in sorted(merged.items(), key=_key)]
+
+
+def parts(name: str, reply: Reply, plan: pb.Plan, layout: Layout) -> Iterator[tuple[str, Contribution]]:
+    """What counts of a node's reply, each with the site that it counts with."""
+    for part, tensors in zip(reply.report.contributions, reply.tensors, strict=True):
+        if part.weight > 0 and tensors:
+            of_site = part.scope == "site" and plan.host_mode != "copies"
+            source = site_source(part.source) if of_site else part.source
+            modules = {module_of(tensor) for tensor in tensors if is_factor(tensor)}
+            scales = dict.fromkeys(modules, plan.lora.alpha / plan.lora.rank)
+            site = layout.site_of(name).name if part.scope == "ends" else plan.site
+            yield site, Contribution(source, part.weight, tensors, scales)
 
 
 def _key(item: tuple[tuple[str, float], Adapter]) -> tuple[str, float]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
@@ -108,38 +108,53 @@ class Nodes:
 
     def name_of(self, reply: Message) -> str:
         """Who sent it; empty where it is no node that is known."""
-        names = {node_id: name for name, node_id in self._ids.items()}
-        return names.get(reply.metadata.src_node_id, "")
+        return self._known_as(reply.metadata.src_node_id)
+
+    def _named(self, node_id: int) -> str:
+        return self._known_as(node_id) or str(node_id)
+
+    def _known_as(self, node_id: int) -> str:
+        return next((name for name, known in self._ids.items() if known == node_id), "")
 
     def message(self, name: str, kind: str, content: RecordDict) -> Message:
         return Message(content=content, dst_node_id=self._ids[name], message_type=kind)
 
     def exchange(self, messages: Iterable[Message], timeout_s: float) -> tuple[dict[str, Message], dict[str, str]]:
         """Sends all at once. Returns the replies by node, and for each node without one the reason."""
+        missing: dict[str, str] = {}
+        arrived = self.arriving(messages, timeout_s, missing)
+        return {self._named(message.metadata.src_node_id): message for message in arrived}, missing
+
+    def arriving(
+        self, messages: Iterable[Message], timeout_s: float, missing: dict[str, str], one_by_one: bool = False
+    ) -> Iterator[Message]:
+        """Sends all at once and gives each reply as it comes; `missing` gets the reason of each node without one.
+
+        With `one_by_one` no second reply is fetched before the first was taken, and none is held here.
+        """
         end = time.monotonic() + timeout_s
         messages = list(messages)
-        names = {node_id: name for name, node_id in self._ids.items()}
         destinations = [message.metadata.dst_node_id for message in messages]
         waiting = dict(zip(self.grid.push_messages(messages), destinations, strict=True))
-        replies: dict[str, Message] = {}
-        missing: dict[str, str] = {}
+        del messages  # each holds an adapter
         while waiting and time.monotonic() < end:
-            for reply in self.grid.pull_messages(list(waiting)):
-                node_id = waiting.pop(reply.metadata.reply_to_message_id)
-                name = names.get(node_id, str(node_id))
-                if reply.has_error():
-                    missing[name] = f"its ClientApp failed: {reply.error.reason}"
-                else:
-                    replies[name] = reply
+            for asked in [[message_id] for message_id in waiting] if one_by_one else [list(waiting)]:
+                found = list(self.grid.pull_messages(asked))
+                while found:
+                    node_id = waiting.pop(found[-1].metadata.reply_to_message_id)
+                    if found[-1].has_error():
+                        missing[self._named(node_id)] = f"its ClientApp failed: {found.pop().error.reason}"
+                    else:
+                        yield found.pop()
             present = set(self.grid.get_node_ids()) if waiting else set()
             for message_id, node_id in list(waiting.items()):
                 if node_id not in present:
                     del waiting[message_id]
-                    missing[names.get(node_id, str(node_id))] = "left the federation"
+                    missing[self._named(node_id)] = "left the federation"
             if waiting:
                 time.sleep(_POLL_S)
-        late = f"no reply within {timeout_s:.0f} s"
-        return replies, missing | {names.get(node_id, str(node_id)): late for node_id in waiting.values()}
+        for node_id in waiting.values():
+            missing[self._named(node_id)] = f"no reply within {timeout_s:.0f} s"
 
     def _enrol(self, node_id: int, profile: pb.Profile) -> None:
         problem = profile.problem

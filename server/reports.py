@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from edgelam_fl.model.adapter import Adapter
 from edgelam_fl.telemetry.timeline import covered
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.contributions import Reply
@@ -34,7 +33,7 @@ def describe_round(
             "digest_after": report.adapter_digest,
         }
         if report.role == pb.DEVICE:
-            traffic = _traffic(report.bytes, reply.of_scope("ends"), received)
+            traffic = _traffic(report.bytes, reply.bytes_of("ends"), received)
             devices.append(
                 {**common, **traffic, "compute_seconds": round(report.compute_seconds, 3), **_learning(report)}
             )
@@ -43,7 +42,7 @@ def describe_round(
             received = 0  # one message for both parts: told once
         if report.HasField("host"):
             host = report.host
-            traffic = _traffic(host.bytes, reply.of_scope("site"), received)
+            traffic = _traffic(host.bytes, reply.bytes_of("site"), received)
             layers = [host.first_layer, host.last_layer]
             hosts.append({**common, **traffic, "compute_seconds": round(host.compute_seconds, 3), "layers": layers})
     return devices, hosts, dict(by_kind)
@@ -95,14 +94,14 @@ def _metrics(report: pb.JobReport) -> dict[str, float | None]:
     return {"accuracy": _finite(report.eval_sums["correct"] / report.eval_labels)}
 
 
-def _traffic(counts: Iterable[pb.KindBytes], sent: Iterable[Adapter], received_bytes: int) -> dict[str, int]:
+def _traffic(counts: Iterable[pb.KindBytes], sent_bytes: int, received_bytes: int) -> dict[str, int]:
     total = Counter[str]()
     for count in counts:
         total[count.direction] += count.payload_bytes + count.framing_bytes
     return {
         "bytes_up": total["sent"],
         "bytes_down": total["received"],
-        "adapter_bytes_up": sum(array.nbytes for tensors in sent for array in tensors.values()),
+        "adapter_bytes_up": sent_bytes,
         "adapter_bytes_down": received_bytes,
     }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,8 @@ from edgelam_fl.flower import from_record, record_bytes, to_record
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.contributions import Reply, broken_sites, collect, frozen, problem, read_reply
+from server.contributions import Reply, broken_sites, collect, frozen, parts, problem, read_reply
+from server.fold import Fold, folds
 from server.global_adapter import as_start, complete, starting_point
 from server.layout import Layout, Site, make_layout, site_source, who_may_host
 from server.nodes import Nodes
@@ -47,7 +48,9 @@ class Round:
     plans: dict[str, pb.Plan]
     shares: dict[str, float] = field(default_factory=dict)  # of the devices that were chosen
     dropped: list[str] = field(default_factory=list)  # chosen devices that the wireless model makes fail
+    fold: Fold | None = None  # of a large round: what its replies come to, instead of their tensors
     sent_bytes: dict[str, int] = field(default_factory=dict)  # adapters, by node
+    records: dict[tuple[str, frozenset[str]], ArrayRecord] = field(default_factory=dict)  # of adapters to send
     began: float = field(default_factory=time.monotonic)
 
 
@@ -130,12 +133,16 @@ class SplitLora(Strategy):
             for name in site.members
             if name in replies_by_node
         ]
-        contributions = collect(replies_by_node, round_.plans, round_.layout, broken)
+        if round_.fold is not None:
+            contributions = round_.fold.contributions(broken)
+        else:
+            contributions = collect(replies_by_node, round_.plans, round_.layout, broken)
         if not contributions or len(devices) < self.config.federation.min_nodes:
             return None, None
         aggregated, error = self._aggregate(contributions)
         if aggregated is None:
             return None, None
+        error = None if round_.fold is not None else error  # it needs each source's factors
         self._global = {**self._global, **aggregated.tensors}
         for name, tensors in aggregated.personal.items():  # who took no part keeps what it had
             self.personal[name] = {**self.personal.get(name, {}), **tensors}
@@ -185,7 +192,8 @@ class SplitLora(Strategy):
         facts = RoundFacts(self.run, number, self._attempt, self.step_offset, steps, asked, unequal_ranks)
         plans = make_plans(self.config, self.source, facts, self.nodes.profiles, layout, shares, tokens)
         self._global = complete(from_record(arrays), plans, self.config, self.source, unequal_ranks)
-        self._open = Round(facts, layout, plans, shares, dropped)
+        fold = Fold() if trains and folds(self.aggregation, len(plans)) else None
+        self._open = Round(facts, layout, plans, shares, dropped, fold)
         self.folder.emit(
             "plan", round=number, attempt=self._attempt, selected=list(chosen.names), why=dict(chosen.why), shares=shares,
             routes=[_picture(route, self.source.num_layers) for route in layout.routes.values()],
@@ -203,14 +211,18 @@ class SplitLora(Strategy):
         if self.digests.get(name) != plan.adapter_digest:
             known = self._frozen.get(name, {})
             held = {t for t, array in needed.items() if t in known and known[t] == adapters.digest({t: array})}
-            content["adapter"] = to_record({t: array for t, array in needed.items() if t not in held})
+            which = plan.adapter_digest, frozenset(held)  # the same for many nodes: made once
+            if which not in self._open.records:
+                self._open.records[which] = to_record({t: array for t, array in needed.items() if t not in held})
+            content["adapter"] = self._open.records[which]
             self._open.sent_bytes[name] = record_bytes(content["adapter"])
         return self.nodes.message(name, "train" if plan.steps else "evaluate", content)
 
-    def _exchange(self, messages: Iterable[Message], timeout: float) -> list[Message]:
-        """Flower's replies; why others did not reply is kept for `_read`."""
-        replies, self._missing = self.nodes.exchange(messages, timeout + _MESSAGES_S)
-        return list(replies.values())
+    def _exchange(self, messages: Iterable[Message], timeout: float) -> Iterator[Message]:
+        """Flower's replies as they arrive; why others did not reply is kept for `_read`."""
+        self._missing = {}
+        one_by_one = self._open is not None and self._open.fold is not None
+        return self.nodes.arriving(messages, timeout + _MESSAGES_S, self._missing, one_by_one)
 
     # ---------------------------------------------------------------- after
 
@@ -219,17 +231,13 @@ class SplitLora(Strategy):
         assert self._open is not None
         round_ = self._open
         replies: dict[str, Reply] = {}
-        problems = dict(self._missing)
-        for message in messages:
-            name = self.nodes.name_of(message)
-            if name not in round_.plans:
-                continue
-            reply = read_reply(message.content)
-            wrong = problem(reply, round_.plans[name], self._global)
+        problems: dict[str, str] = {}
+        for name, reply, wrong in map(self._taken, messages):
             if wrong:
                 problems[name] = wrong
-            else:
+            elif name:
                 replies[name] = reply
+        problems |= self._missing
         for name in round_.plans:
             if name in replies:
                 self.digests[name] = replies[name].report.adapter_digest
@@ -245,6 +253,21 @@ class SplitLora(Strategy):
             if name in self._missing:
                 self.nodes.lose(name)
         return round_, replies
+
+    def _taken(self, message: Message) -> tuple[str, Reply, str]:
+        """(node, its reply, why that cannot be used); of a large round without its tensors, which are summed up.
+
+        No node: the message is from none that was asked.
+        """
+        assert self._open is not None
+        name, plans, fold = self.nodes.name_of(message), self._open.plans, self._open.fold
+        if name not in plans:
+            return "", Reply(pb.JobReport()), ""
+        reply = read_reply(message.content)
+        wrong = problem(reply, plans[name], self._global)
+        if fold is not None and not wrong:
+            fold.add(parts(name, reply, plans[name], self._open.layout))
+        return name, reply.without_tensors() if fold is not None else reply, wrong
 
     def _exports(self, layout: Layout, devices: Iterable[str]) -> dict[str, adapters.Adapter]:
         """What devices go on with instead of the global adapter: their own part and that of their site."""

@@ -64,9 +64,9 @@ class VirtualTime:
 
     def _load(self, name: str, received_bytes: int, reply: Reply) -> Load:
         """Tensors alone: frames' headers and heartbeats depend on the clock, which nothing here may."""
-        report, trained = reply.report, reply.of_scope("ends")
+        report = reply.report
         return Load(
-            bytes_up=sum(array.nbytes for tensors in trained for array in tensors.values()) + _tensors(report, "sent"),
+            bytes_up=reply.bytes_of("ends") + _tensors(report, "sent"),
             adapter_bytes_down=received_bytes,
             data_bytes_down=_tensors(report, "received"),
             operations=report.tokens_trained * self.loads.operations_a_token(name),

@@ -188,6 +188,9 @@ class Aggregation(Protocol):
 
     unequal_ranks: bool = False  # whether sources of one module may differ in rank
     least_sources: int = 1  # fewer sources of a module than this (but for a single one) cannot be aggregated
+    of_the_mean: bool = (
+        False  # whether it asks for no more than the weighted mean: large rounds are then summed on arrival
+    )
 
     def aggregate(self, contributions: Sequence[Contribution], start: Start) -> Aggregated:
         """Raises TooFewSources where a module has fewer sources than the rule needs."""

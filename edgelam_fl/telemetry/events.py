@@ -15,8 +15,9 @@ the ServerApp, into RUN/events.jsonl
                     demands {name: {payload_bytes, compute_s, snr}} (with [wireless] only: what the bandwidth strategy saw)
     round_done      round, seconds, attempt, devices [...], hosts [...], checkpoint (path in RUN),
                     aggregation_error (||s B A - M|| / ||M||, M = sum_k p_k s_k B_k A_k of what the sources k trained in
-                    the round, B A the new adapter's product, over all trained modules; null where M is zero, and without
-                    steps), virtual (with [wireless] only, and with steps: the round in virtual time)
+                    the round, B A the new adapter's product, over all trained modules; null where M is zero, without steps,
+                    and where more than 32 nodes took part and their replies were summed up as they arrived),
+                    virtual (with [wireless] only, and with steps: the round in virtual time)
                     (an eval-only job after the last round is round = rounds + 1, with steps = 0)
                     devices: {name, examples, labels, loss (mean a label over the round's steps; null without steps),
                     perplexity (of the adapter the round started from, held-out), metrics (of the same: {"accuracy":

@@ -5,7 +5,7 @@ Inexact as an average of the products B_k A_k, and the baseline everywhere. A mo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +16,8 @@ from strategies.base import Aggregated, Aggregation, Contribution, Start
 
 
 class FedAvg(Aggregation):
+    of_the_mean = True
+
     def aggregate(self, contributions: Sequence[Contribution], start: Start) -> Aggregated:
         mean = WeightedMean()
         for contribution in in_order(contributions):
@@ -58,6 +60,21 @@ class WeightedMean:
                 )
             known += weighted
             self._weights[name] += contribution.weight
+
+    def merge(self, other: WeightedMean) -> None:
+        """Adds what another one took; that must not be used any more."""
+        for name, total in other._sums.items():
+            if name in self._sums:
+                self._sums[name] += total
+            else:
+                self._sums[name] = total
+            self._weights[name] = self._weights.get(name, 0.0) + other._weights[name]
+
+    def by_weight(self) -> Iterator[tuple[float, dict[str, np.ndarray]]]:
+        """The mean of the tensors of each total weight."""
+        result = self.result()
+        for weight in sorted(set(self._weights.values())):
+            yield weight, {name: array for name, array in result.items() if self._weights[name] == weight}
 
     def result(self) -> dict[str, np.ndarray]:
         """The mean of each tensor over its sources, in fp32."""

@@ -35,6 +35,8 @@ Malicious = Annotated[int, Field(ge=0)]
 class _Optimizer(Aggregation):
     """The weighted mean is a step that the server's optimizer takes in its own way."""
 
+    of_the_mean = True
+
     def __init__(self, flowers: type, **options: float) -> None:
         self._flowers, self._options = flowers, options
         self._of_module: dict[str, tuple[Any, int]] = {}  # Flower's object, and how often it was used

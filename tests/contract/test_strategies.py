@@ -1,4 +1,4 @@
-"""What every strategy of a kind promises, over all in the table: a new one is picked up by its line there."""
+"""What every strategy of a kind promises, over all in the table and the examples: a new one is picked up by its line there."""
 
 from __future__ import annotations
 
@@ -36,6 +36,12 @@ from strategies.base import (
 Q, V, K = (f"base_model.model.model.layers.{layer}.self_attn.q_proj" for layer in (0, 3, 5))
 HEAD = "base_model.model.classifier.weight"
 SHAPES = {".lora_A.weight": (2, 6), ".lora_B.weight": (5, 2)}
+EXAMPLES = {
+    "aggregation": "examples.strategies.my_aggregation:OneVoteEach",
+    "selection": "examples.strategies.my_selection:LargestFirst",
+    "bandwidth": "examples.strategies.my_bandwidth:ByRoot",
+}
+NAMES = {kind: [*table, EXAMPLES[kind]] for kind, table in BUILT_IN.items()}
 OPTIMIZERS = {"fedadam", "fedyogi", "fedadagrad", "fedavgm"}  # theirs is a step of their own
 A, B, C = (f"{module}.lora_B.weight" for module in (Q, V, K))
 
@@ -80,7 +86,7 @@ def arrays(result: Aggregated) -> dict[str, bytes]:
 # ---------------------------------------------------------------- aggregation
 
 
-@pytest.mark.parametrize("name", BUILT_IN["aggregation"])
+@pytest.mark.parametrize("name", NAMES["aggregation"])
 class TestAggregation:
     def test_same_input_same_bits(self, name: str) -> None:
         results = [arrays(strategy(name).aggregate(sources(name), START)) for _ in range(2)]
@@ -206,7 +212,7 @@ def rounds(name: str, pool: Sequence[Candidate], wanted: int, count: int = 30) -
     return chosen
 
 
-@pytest.mark.parametrize("name", BUILT_IN["selection"])
+@pytest.mark.parametrize("name", NAMES["selection"])
 class TestSelection:
     @pytest.mark.parametrize("pool", [CANDIDATES, TRIED], ids=["new", "tried"])
     @pytest.mark.parametrize("wanted", [0, 1, 2, 9])
@@ -275,7 +281,7 @@ WIRELESS = [Demand("b", 1e6, 2.0, snr=3.0), Demand("a", 2e6, 0.0, snr=0.1), Dema
 IDLE = [Demand(name, 0.0, 1.0) for name in "bac"]
 
 
-@pytest.mark.parametrize("name", BUILT_IN["bandwidth"])
+@pytest.mark.parametrize("name", NAMES["bandwidth"])
 @pytest.mark.parametrize("demands", [DEMANDS, SLOW_LINK, WIRELESS, IDLE], ids=["wired", "limit", "wireless", "idle"])
 class TestBandwidth:
     def test_the_same_whatever_the_order(self, name: str, demands: list[Demand]) -> None:
@@ -291,7 +297,7 @@ class TestBandwidth:
         assert all(0 <= share <= 1 for share in shares.values())
 
 
-@pytest.mark.parametrize("name", BUILT_IN["bandwidth"])
+@pytest.mark.parametrize("name", NAMES["bandwidth"])
 class TestBandwidthSizes:
     def test_no_device_no_shares(self, name: str) -> None:
         assert dict(load("bandwidth", name).allocate([], 1e8)) == {}
@@ -431,6 +437,16 @@ def test_options_that_cannot_be_used(options: dict[str, dict[str, object]], mess
 )
 def test_ones_own_options_are_checked_too(options: dict[str, object], message: str) -> None:
     assert options_error("aggregation", OWN, {"WithOptions": options}) == message
+
+
+def test_the_examples_do_what_they_say() -> None:
+    given = sources(EXAMPLES["aggregation"])
+    mean = strategy(EXAMPLES["aggregation"]).aggregate(given, START).tensors[A]
+    np.testing.assert_allclose(mean, np.mean([c.tensors[A] for c in given if A in c.tensors], axis=0), atol=1e-6)
+    assert select(EXAMPLES["selection"], CANDIDATES, 2)[0] == ["a", "d"], "those with 200 and 50 examples"
+    demands = [Demand("a", 1e6, 0.0), Demand("b", 9e6, 0.0)]
+    shares = load("bandwidth", EXAMPLES["bandwidth"]).allocate(demands, 1e8)
+    assert shares == pytest.approx({"a": 1 / (1 + 3), "b": 3 / (1 + 3)})
 
 
 @pytest.mark.parametrize("kind", BUILT_IN)

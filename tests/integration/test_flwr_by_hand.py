@@ -1,4 +1,4 @@
-"""`flwr run .` without `edgelam run`: the same nodes, the same result, and Flower's own commands see it."""
+"""`flwr run .` without `edgelam run`, with strategies of one's own that leave the result as it is; Flower's commands see it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ def test_flwr_run_by_hand_gives_the_same_adapter(averaged: Run, federation: Fede
 
     def submit(out: Path) -> Callable[[], str]:
         nonlocal run_id
-        settings = " ".join(small_settings(tiny.name))
+        # Flower ships server/, clients/ and strategies/; these are in the directory that the SuperLink was started from.
+        own = [
+            "strategy.selection=examples.strategies.my_selection:LargestFirst",
+            "strategy.bandwidth=examples.strategies.my_bandwidth:ByRoot",
+        ]
+        settings = " ".join([*small_settings(tiny.name), *own])
         said = federation.flwr("run", ".", "local", "--run-config", f'set="{settings}" out="{out}"', "--format", "json")
         run_id = str(json.loads(said)["run-id"])
         return lambda: str(
@@ -34,6 +39,9 @@ def test_flwr_run_by_hand_gives_the_same_adapter(averaged: Run, federation: Fede
     for device in averaged.summary["devices"]:
         for key in ("perplexity_before", "perplexity_after", "examples"):
             assert by_hand.device(device["name"])[key] == device[key]
+
+    why = by_hand.of_kind("plan")[0]["why"]
+    assert why == {f"device-{n}": f"has 15 examples, place {n}" for n in (1, 2, 3)}
 
     listed = federation.flwr("list", "local")
     assert run_id[:6] in listed

@@ -148,6 +148,7 @@ def test_tensors_that_the_plan_does_not_hold(tiny: ModelSource) -> None:
     for array, words in [
         (tensors[own].astype(np.float64), "is float64"),
         (np.full_like(tensors[own], np.nan), "holds values that are not finite"),
+        (np.full_like(tensors[own], -np.inf), "holds values that are not finite"),
     ]:
         assert words in problem(reply((part, {own: array})), planned.plans["a"], planned.start)
 

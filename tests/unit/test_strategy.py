@@ -20,6 +20,7 @@ from edgelam_fl.model.source import ModelSource
 from edgelam_fl.split.plan import end_spans, hosted_span
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
+from server import fold
 from server.nodes import Nodes
 from server.run_folder import RunFolder
 from server.strategy import SplitLora
@@ -216,6 +217,26 @@ def test_too_few_devices(federation: Callable[..., Federation]) -> None:
         run.run()
 
 
+def test_every_device_gone(federation: Callable[..., Federation]) -> None:
+    """They leave in the middle of a round."""
+    run = federation("ab", "e")
+    grid: Any = run.grid
+
+    def leave(messages: Iterable[Message]) -> list[str]:
+        ids = HandGrid.push_messages(grid, messages)
+        if any("plan" in message.content for message in grid._waiting.values()):
+            grid.nodes = {number: node for number, node in grid.nodes.items() if node.profile.name == "e"}
+            grid.pull_messages = lambda ids: []
+        return ids
+
+    grid.push_messages = leave
+    run.nodes["e"].fails = lambda plan: "its devices are gone"  # type: ignore[assignment, return-value]
+    with pytest.raises(
+        RunFailed, match=r"0 devices \(none\) .* at least 1 .*a: left the federation; b: left the federation"
+    ):
+        run.strategy.start(grid, to_record({}), 1, timeout=-119.5)  # half a second for the host's reply
+
+
 def test_no_hosts(federation: Callable[..., Federation]) -> None:
     run = federation("ab", "")
     with pytest.raises(
@@ -300,6 +321,47 @@ def test_too_few_sources_for_the_rule(federation: Callable[..., Federation]) -> 
         RunFailed, match=r"round 1 failed 3 times: .*FedMedian\) needs at least 3 sources, .* has 2: a, b"
     ):
         run.run()
+
+
+# ---------------------------------------------------------------- a large round
+
+
+def with_losses(run: Federation) -> Federation:
+    """In round 2 host f is lost, and with it device b; device c learns three times as much in round 1, and NaN in round 2."""
+    moved = run.nodes["c"]._moved
+    factors = {1: 3.0, 2: np.nan}
+    run.nodes["f"].fails = lambda plan: "no memory" if plan.round == 2 else ""  # type: ignore[assignment, return-value]
+    run.nodes["c"]._moved = lambda spans, by: moved(spans, by * factors[run.nodes["c"].plans[-1].round])  # type: ignore[method-assign]
+    return run
+
+
+@pytest.mark.parametrize("rule", ["fedavg", "rolora", "fedadam"])
+def test_a_large_round_is_summed_up_as_it_arrives(
+    federation: Callable[..., Federation], monkeypatch: pytest.MonkeyPatch, rule: str
+) -> None:
+    """The same numbers as of replies that are kept; of a site without its host, and of a device with NaN, nothing."""
+    results = []
+    for kept in (fold.KEPT_NODES, 0):
+        monkeypatch.setattr(fold, "KEPT_NODES", kept)
+        settings = ("split.sites=2", f"strategy.aggregation={rule}", "split.fronts={'c'=1}")
+        run = with_losses(federation("abc", "ef", *settings))
+        results.append(run.run())
+        done = run.events("round_done")
+        assert [event["aggregation_error"] is None for event in done[:2]] == [kept == 0] * 2
+        assert all(device["adapter_bytes_up"] > 0 for event in done[:2] for device in event["devices"])
+        assert {event["node"] for event in run.events("node_lost")} == {"c", "f"}
+        run.folder.emit.path.unlink()
+    for name, array in results[0].items():
+        np.testing.assert_allclose(results[1][name], array, rtol=1e-6, atol=1e-7)
+        assert np.isfinite(array).all()
+
+
+def test_a_rule_that_needs_every_reply_has_them_in_a_large_round(
+    federation: Callable[..., Federation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fold, "KEPT_NODES", 0)
+    run = federation("abc", "e", "strategy.aggregation=fedmedian")
+    assert set(moves(run.run(), run.start).values()) == {2, 4}
 
 
 def test_steps_by_epochs(federation: Callable[..., Federation]) -> None:

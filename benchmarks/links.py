@@ -1,0 +1,179 @@
+"""Shares of the bandwidth in a real federation: a round under `equalise` against one under `uniform`, on paced links.
+
+A SuperLink, an edge server and three devices as processes; a random Llama that computes next to nothing; answers so long
+that the devices have to move 1 : 2 : 6. Devices share wire.capacity, which their links keep. The first round's shares rest
+on estimates, the later ones' on what was measured, so the first is not counted. Under both rules the same run moves the
+same tensors. Seconds are the whole round's, Flower's messages included. --smoke: short answers, two rounds under `equalise`, no bars.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import Figure, main
+from edgelam_fl.config import parse_run_file
+from edgelam_fl.processes import Node, end_all, free_port, start_superlink
+from edgelam_fl.submit import Submission
+from edgelam_fl.telemetry.events import EventTail
+from strategies.bandwidth.links import delay_of, needs_of
+from strategies.base import Demand
+from tests.support import write_tiny_llama
+
+RATIOS = {"device-1": 1, "device-2": 2, "device-3": 6}
+RULES = ("uniform", "equalise")
+BAR = 0.85
+SAME = 0.1  # percent: control frames differ, and a retry may
+EXAMPLES = 20
+QUESTION = "Who?"
+AROUND = len("<user></s><assistant></s>") - 2 * len("</s>") + 2  # tokens that the chat template adds: </s> is one
+SETTINGS = {
+    "federation.local_steps": 4, "federation.batch_size": 4, "federation.min_nodes": 3, "federation.expect_nodes": 3,
+    "task.max_tokens": 512, "data.held_out": 0.05,
+}  # fmt: skip
+START_S, RUN_S = 180.0, 1800.0
+
+Events = Sequence[dict[str, Any]]
+
+
+def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
+    tokens, rounds, capacity = (24, 2, "20 Mbit/s") if smoke else (48, 3, "2 Mbit/s")
+    out = Path("runs").absolute() / ("benchmark-links-smoke" if smoke else "benchmark-links")
+    shutil.rmtree(out, ignore_errors=True)
+    model = write_tiny_llama(out / "model")
+    data = [write_pairs(out / f"{name}.jsonl", tokens * ratio) for name, ratio in RATIOS.items()]
+    settings = {**SETTINGS, "federation.rounds": rounds, "wire.capacity": capacity}
+    with _federation(out, data) as server:
+        events = {rule: _run(server, out, model, rule, settings) for rule in (RULES[1:] if smoke else RULES)}
+    capacity_bps = parse_run_file("", source="the benchmark", overrides=_set(settings)).wire.capacity_bps
+    figures = [figure for rule, found in events.items() for figure in of_rule(rule, found, capacity_bps)]
+    return {**settings, "tokens": tokens, "payloads": RATIOS}, figures + (
+        [] if smoke else compared(events, capacity_bps)
+    )
+
+
+def write_pairs(file: Path, tokens: int) -> Path:
+    """Examples of exactly `tokens` bytes and special tokens each, no two alike."""
+    length = tokens - AROUND - len(QUESTION)
+    lines = [json.dumps({"question": QUESTION, "answer": f"{n:02}".ljust(length, ".")}) for n in range(EXAMPLES)]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
+
+
+# ---------------------------------------------------------------- what the events say
+
+
+def of_rule(rule: str, events: Events, capacity_bps: float) -> Iterator[Figure]:
+    """What a run under the rule took, and what its devices moved and computed in a round."""
+    counted = rounds(events)
+    for name in RATIOS:
+        devices = [device for r in counted for device in r["devices"] if device["name"] == name]
+        moved = fmean(device["bytes_up"] + device["bytes_down"] for device in devices)
+        yield Figure(f"{rule}, {name} moves in a round, both ways", round(moved), "bytes")
+        yield Figure(f"{rule}, {name} computes in a round", round(fmean(d["compute_seconds"] for d in devices), 3), "s")
+        yield Figure(f"{rule}, share of {name}", round(_shares(events)[counted[-1]["round"]][name], 4), "")
+    yield Figure(f"{rule}, a round", round(round_s(events), 2), "s")
+    yield Figure(f"{rule}, the slowest device's part of it", round(slowest_s(events), 2), "s")
+    yield Figure(f"{rule}, the same by the formula", round(formula_s(events, capacity_bps), 2), "s")
+
+
+def compared(events: Mapping[str, Events], capacity_bps: float) -> list[Figure]:
+    """`equalise` over `uniform`."""
+    fixed, equal = (events[rule] for rule in RULES)
+    ratio = round_s(equal) / round_s(fixed)
+    moved = [r["bytes_by_kind"]["ACT"] + r["bytes_by_kind"]["GRAD"] for r in rounds(fixed) + rounds(equal)]
+    apart = 100 * (max(moved) / min(moved) - 1)
+    by_formula = formula_s(equal, capacity_bps) / formula_s(fixed, capacity_bps)
+    return [
+        Figure("a round's tensors, most over least", round(apart, 4), "%", f"at most {SAME} %", apart <= SAME),
+        Figure("equalise over uniform, a round", round(ratio, 3), "", f"at most {BAR}", ratio <= BAR),
+        Figure("equalise over uniform, the slowest device's part", round(slowest_s(equal) / slowest_s(fixed), 3), ""),
+        Figure("equalise over uniform, by the formula", round(by_formula, 3), ""),
+    ]
+
+
+def rounds(events: Events) -> list[dict[str, Any]]:
+    """Those that trained, without the first, whose shares rest on estimates."""
+    return [e for e in events if e["event"] == "round_done" and e["round"] > 1 and e["devices"][0]["step_losses"]]
+
+
+def round_s(events: Events) -> float:
+    return fmean(r["seconds"] for r in rounds(events))
+
+
+def slowest_s(events: Events) -> float:
+    return fmean(max(d["eval_seconds"] + d["train_seconds"] for d in r["devices"]) for r in rounds(events))
+
+
+def formula_s(events: Events, capacity_bps: float) -> float:
+    """c + S / (b C) of the slowest device, with each round's measured c and S and the shares b that it had.
+
+    S counts both ways, as the schedulers do: where both are busy at once, as on a window of several pieces, it is an upper
+    bound, of all rules alike.
+    """
+    delays = []
+    for found in rounds(events):
+        devices = found["devices"]
+        demands = [Demand(d["name"], d["bytes_up"] + d["bytes_down"], d["compute_seconds"]) for d in devices]
+        shares = np.array([_shares(events)[found["round"]][d["name"]] for d in devices])
+        delays.append(float(np.max(delay_of(needs_of(demands, capacity_bps), shares))))
+    return fmean(delays)
+
+
+def _shares(events: Events) -> dict[int, dict[str, float]]:
+    return {e["round"]: e["shares"] for e in events if e["event"] == "plan"}
+
+
+# ---------------------------------------------------------------- processes
+
+
+@contextmanager
+def _federation(out: Path, data: Sequence[Path]) -> Iterator[str]:
+    """The SuperLink's address; all processes end with the block."""
+    port = free_port()
+    server, folder = f"127.0.0.1:{port}", out / "nodes"
+    nodes = [Node("edge-1", server, folder / "edge-1", threads=1)]
+    nodes += [Node(file.stem, server, folder / file.stem, file, threads=1) for file in data]
+    children = [start_superlink("127.0.0.1", port, out / "server")]
+    try:
+        for node in nodes:
+            node.start()
+        end = time.monotonic() + START_S
+        while not all(node.ready() for node in nodes):
+            if time.monotonic() > end:
+                raise SystemExit(f"the nodes did not start within {START_S:.0f} s; their logs are in {folder}")
+            time.sleep(0.2)
+        yield server
+    finally:
+        end_all([*(child for node in nodes for child in node.children.values()), *children])
+
+
+def _run(server: str, out: Path, model: Path, rule: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    overrides = [*_set(settings), f"model.name={model}", f"strategy.bandwidth={rule}"]
+    config = parse_run_file("", source="the benchmark", overrides=overrides)
+    Submission(server, out / "flwr").submit(config, out / rule)
+    tail, events, end = EventTail(out / rule / "events.jsonl"), list[dict[str, Any]](), time.monotonic() + RUN_S
+    while not any(event["event"] in ("run_done", "run_failed") for event in events):
+        if time.monotonic() > end:
+            raise SystemExit(f"the run under {rule} was not through within {RUN_S:.0f} s: {out / rule}")
+        time.sleep(0.2)
+        events += tail.poll()
+    if events[-1]["event"] != "run_done":
+        raise SystemExit(f"the run under {rule} failed: {events[-1]}")
+    return events
+
+
+def _set(settings: dict[str, Any]) -> list[str]:
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+if __name__ == "__main__":
+    main("links", measure)

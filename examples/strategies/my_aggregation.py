@@ -1,0 +1,28 @@
+"""An aggregation of one's own: every source counts the same, however many labels it trained, and A stays as it was drawn.
+
+edgelam run mine.toml --set strategy.aggregation=my_aggregation:OneVoteEach
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from strategies.aggregation.fedavg import FedAvg
+from strategies.base import Aggregated, ClientSettings, Contribution, Start
+
+
+class OneVoteEach(FedAvg):
+    of_the_mean = False  # the mean that a large round is summed up to is by labels: hand over every contribution
+
+    def __init__(self, *, freeze_a: bool = True) -> None:
+        """`freeze_a`: train B alone, so that the mean of the factors is the mean of the products."""
+        self.freeze_a = freeze_a
+
+    def aggregate(self, contributions: Sequence[Contribution], start: Start) -> Aggregated:
+        """`contributions`: arrays by name of what each source trained. `start`: what the round began with."""
+        return super().aggregate([replace(contribution, weight=1.0) for contribution in contributions], start)
+
+    def client_settings(self, round: int) -> ClientSettings:
+        """Optional: what devices and hosts must do in this round."""
+        return ClientSettings(train_a=not self.freeze_a)

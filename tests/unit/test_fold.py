@@ -1,0 +1,78 @@
+"""A large round's sums: of which rules, in whatever order, without what broken sites sent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from server.fold import KEPT_NODES, Fold, folds
+from strategies.aggregation.fedavg import FedAvg
+from strategies.base import BUILT_IN, Aggregated, Contribution, Start, load
+
+A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+B = A.replace("lora_A", "lora_B")
+MEANS = {"fedavg", "ffa", "rolora", "fedprox", "fedadam", "fedyogi", "fedadagrad", "fedavgm"}
+
+
+class Otherwise(FedAvg):
+    def aggregate(self, contributions: Sequence[Contribution], start: Start) -> Aggregated:
+        return super().aggregate(contributions[:1], start)
+
+
+class AndSaysSo(Otherwise):
+    of_the_mean = True
+
+
+@pytest.mark.parametrize("name", BUILT_IN["aggregation"])
+def test_rules_that_ask_for_the_mean_alone(name: str) -> None:
+    assert folds(load("aggregation", name), KEPT_NODES + 1) == (name in MEANS)
+    assert not folds(load("aggregation", name), KEPT_NODES)
+
+
+def test_a_rule_that_is_derived_from_such_a_one_and_aggregates_otherwise_gets_all() -> None:
+    assert not folds(Otherwise(), KEPT_NODES + 1)
+    assert folds(AndSaysSo(), KEPT_NODES + 1)
+    assert not folds(object(), KEPT_NODES + 1)
+
+
+def contribution(number: int, *names: str) -> tuple[str, Contribution]:
+    generator = np.random.default_rng(number)
+    tensors = {name: generator.normal(size=(4, 6)).astype(np.float32) for name in names}
+    return f"site-{number % 3}", Contribution(f"d{number}", 10 * number + 1, tensors, {A.split(".lora")[0]: 2.0})
+
+
+def folded(given: Sequence[tuple[str, Contribution]], broken: Sequence[str] = ()) -> list[Contribution]:
+    fold = Fold()
+    for one in given:
+        fold.add([one])
+    return fold.contributions(broken)
+
+
+def test_the_sums_are_the_mean_of_those_whose_site_is_whole() -> None:
+    """Tensors with other total weights come in contributions of their own."""
+    given = [contribution(n, *((A, B) if n % 2 else (A,))) for n in range(12)]
+    whole = [one for site, one in given if site != "site-1"]
+    mean = folded(given, ["site-1"])
+    weights = {name: sum(c.weight for c in whole if name in c.tensors) for name in (A, B)}
+    assert {name: c.weight for c in mean for name in c.tensors} == weights
+    expected = FedAvg().aggregate(whole, Start({})).tensors
+    new = FedAvg().aggregate(mean, Start({})).tensors
+    assert set(new) == {A, B}
+    for name, array in expected.items():
+        np.testing.assert_allclose(new[name], array, rtol=1e-6)
+    assert all(c.scales == given[0][1].scales for c in mean)
+    assert folded(given, ["site-0", "site-1", "site-2"]) == []
+
+
+def test_the_order_of_arrival_changes_no_more_than_a_last_bit() -> None:
+    given = [contribution(n, A) for n in range(50)]
+    (one,), (other,) = folded(given), folded(given[::-1])
+    np.testing.assert_array_max_ulp(one.tensors[A], other.tensors[A], maxulp=1)
+
+
+def test_one_source_keeps_its_bits() -> None:
+    given = contribution(7, A, B)
+    (mean,) = folded([given])
+    assert all(np.array_equal(mean.tensors[name], array) for name, array in given[1].tensors.items())
