@@ -45,16 +45,16 @@ def check_together(config: RunConfig) -> None:
                 f"{key} = {back}: split.back must be 0 with split.labels = 'last-stage', where the last host holds the last "
                 f"layers and the head"
             )
-    if split.host_mode == "copies" and config.strategy.aggregation == "none":
-        raise ConfigError(
-            "strategy.aggregation = 'none' does not go with split.host_mode = 'copies': hosts start a round from one adapter, and "
-            "without aggregation each device would need its own"
-        )
 
 
 def check_aggregation(config: RunConfig, aggregation: Any) -> None:
-    """Raises ConfigError where an aggregation would have nothing to act on: it takes hold of what devices train."""
+    """Raises ConfigError where an aggregation would have nothing to act on, or could not act as it means to."""
     split, lora, name = config.split, config.lora, config.strategy.aggregation
+    if split.hosts and split.host_mode == "copies" and getattr(aggregation, "personal", False):
+        raise ConfigError(
+            f"strategy.aggregation = {name!r} does not go with split.host_mode = 'copies': hosts start a round from one adapter, "
+            f"and each device would need its own there. Allowed: 'joint', 'sequential', or split.hosts = 0"
+        )
     if not split.hosts or split.host_mode == "copies" or lora.train != ("hosts",):
         return
     where = f"lora.train = ['hosts'] and split.host_mode = {split.host_mode!r}: devices train no layer of their own"

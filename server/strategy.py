@@ -56,7 +56,7 @@ class SplitLora(Strategy):
         self.aggregation = load("aggregation", config.strategy.aggregation, config.strategy.options)
         self.personal: dict[str, adapters.Adapter] = {}  # source -> tensors it goes on with instead of the global ones
         self.digests: dict[str, str] = {}  # node -> what it holds, as of its last reply
-        self._frozen: dict[str, dict[str, str]] = {}  # node -> digest of each tensor that its last plan froze
+        self._held: dict[str, dict[str, str]] = {}  # node -> digest of each tensor that is known to be there
         self.step_offset = 0
         self._attempt = 1
         self._open: Round | None = None
@@ -193,7 +193,7 @@ class SplitLora(Strategy):
         plan.adapter_digest = adapters.digest(needed)
         content = RecordDict({"plan": ConfigRecord({"plan": plan.SerializeToString()})})
         if self.digests.get(name) != plan.adapter_digest:
-            known = self._frozen.get(name, {})
+            known = self._held.get(name, {})
             held = {t for t, array in needed.items() if t in known and known[t] == adapters.digest({t: array})}
             content["adapter"] = to_record({t: array for t, array in needed.items() if t not in held})
             self._open.sent_bytes[name] = record_bytes(content["adapter"])
@@ -225,18 +225,25 @@ class SplitLora(Strategy):
         for name in round_.plans:
             if name in replies:
                 self.digests[name] = replies[name].report.adapter_digest
-                plan = round_.plans[name]
-                held = starting_point(plan, self._global, self.personal).items()
-                self._frozen[name] = {t: adapters.digest({t: array}) for t, array in held if frozen(plan, t)}
+                held = self._known_held(round_.plans[name], replies[name])
+                self._held[name] = {tensor: adapters.digest({tensor: array}) for tensor, array in held.items()}
                 self.nodes.problems.pop(name, None)
                 continue
             self.digests.pop(name, None)
-            self._frozen.pop(name, None)
+            self._held.pop(name, None)
             self.nodes.problems[name] = problems.get(name, "no reply")
             self.folder.emit("node_lost", round=round_.facts.round, node=name, reason=self.nodes.problems[name])
             if name in self._missing:
                 self.nodes.lose(name)
         return round_, replies
+
+    def _known_held(self, plan: pb.Plan, reply: Reply) -> adapters.Adapter:
+        """The tensors that a node holds after its round: all of them, if its digest says so, else those that were frozen."""
+        start = starting_point(plan, self._global, self.personal)
+        after = {**start, **{name: array for part in reply.tensors for name, array in part.items()}}
+        if adapters.digest(after) == reply.report.adapter_digest:
+            return after
+        return {name: array for name, array in start.items() if frozen(plan, name)}
 
     def _exports(self, layout: Layout, devices: Iterable[str]) -> dict[str, adapters.Adapter]:
         """What devices go on with instead of the global adapter: their own part and that of their site."""

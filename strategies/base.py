@@ -28,6 +28,7 @@ BUILT_IN = {
         "rolora": "strategies.aggregation.rolora:RoLora",
         "flexlora": "strategies.aggregation.flexlora:FlexLora",
         "hetlora": "strategies.aggregation.hetlora:HetLora",
+        "fedsa": "strategies.aggregation.fedsa:FedSa",
         "fedprox": "strategies.aggregation.fedprox:FedProx",
         "fedadam": "strategies.aggregation.flower:FedAdam",
         "fedyogi": "strategies.aggregation.flower:FedYogi",
@@ -187,6 +188,7 @@ class Aggregation(Protocol):
     """How a round's contributions become the next round's adapter. To inherit from it is optional."""
 
     unequal_ranks: bool = False  # whether sources of one module may differ in rank
+    personal: bool = False  # whether sources go on with tensors of their own (`Aggregated.personal`)
     least_sources: int = 1  # fewer sources of a module than this (but for a single one) cannot be aggregated
 
     def aggregate(self, contributions: Sequence[Contribution], start: Start) -> Aggregated:

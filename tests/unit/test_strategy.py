@@ -267,6 +267,31 @@ def test_a_factor_that_a_node_holds_as_it_was_frozen_is_not_sent_again(federatio
     }
 
 
+def test_a_personal_factor_stays_where_it_is(federation: Callable[..., Federation]) -> None:
+    """FedSA: of a and b, whose steps are 1 and 5, A is averaged and alone comes down again; each keeps its own B."""
+    run = federation("ab", "e", "strategy.aggregation=fedsa")
+    moved = run.nodes["b"]._moved
+    run.nodes["b"]._moved = lambda spans, by: moved(spans, 5 * by)  # type: ignore[method-assign]
+    result = run.run()
+    for name, sent in (("a", ["AB", "A", "A"]), ("b", ["AB", "A", "A"]), ("e", ["AB"])):
+        assert ["".join(sorted({t[-8] for t in got})) for got in run.nodes[name].received] == sent, name
+    mean = 2 * (LABELS["a"] * 1 + LABELS["b"] * 5) / (LABELS["a"] + LABELS["b"])
+    for tensor, start in run.start.items():
+        hosted = ".layers.2." in tensor or ".layers.3." in tensor
+        own = {
+            name: (4 if hosted else 2 * by) if "lora_B" in tensor else 4 if hosted else mean
+            for name, by in (("a", 1), ("b", 5))
+        }
+        np.testing.assert_allclose(result[tensor], start + (4 if hosted else mean), atol=1e-5)
+        for name, by in own.items():
+            exported = adapters.from_bytes(
+                (run.folder.path / "adapters" / name / "adapter_model.safetensors").read_bytes()
+            )
+            np.testing.assert_allclose(exported[tensor], start + by, atol=1e-5)
+            if not hosted:
+                np.testing.assert_allclose(run.nodes[name].held[tensor], start + by, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["flexlora", "hetlora"])
 def test_a_rank_a_node(federation: Callable[..., Federation], name: str) -> None:
     run = federation("abc", "e", f"strategy.aggregation={name}", "lora.ranks={'b'=2, 'c'=3}", "lora.rank=4")
