@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,10 +131,10 @@ class SplitLora(Strategy):
         contributions = collect(replies_by_node, round_.plans, round_.layout, broken)
         if not contributions or len(devices) < self.config.federation.min_nodes:
             return None, None
-        aggregated, error = self._aggregate(contributions)
+        aggregated, error = self._aggregate(contributions, server_round)
         if aggregated is None:
             return None, None
-        self._global = {**self._global, **aggregated.tensors}
+        self._global = {**self._global, **aggregated.tensors, **aggregated.carry}
         for name, tensors in aggregated.personal.items():  # who took no part keeps what it had
             self.personal[name] = {**self.personal.get(name, {}), **tensors}
         self.step_offset += round_.facts.steps
@@ -142,7 +142,7 @@ class SplitLora(Strategy):
             self._global, server_round, self.step_offset, self._exports(round_.layout, devices)
         )
         self.schedule.observe(server_round, round_.layout.routes, round_.plans, replies_by_node)
-        metrics = self._close(round_, replies_by_node, where, error)
+        metrics = self._close(round_, replies_by_node, where, error, aggregated.facts)
         return to_record(self._global), metrics
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -151,16 +151,16 @@ class SplitLora(Strategy):
             raise RunFailed(f"the evaluation after the last round failed: {self.nodes.problems}")
         return self._close(round_, replies_by_node, "adapter")
 
-    def _aggregate(self, contributions: list[Contribution]) -> tuple[Aggregated | None, float | None]:
+    def _aggregate(self, contributions: list[Contribution], number: int) -> tuple[Aggregated | None, float | None]:
         """What the aggregation makes of them, and its error against the mean of the products; None: too few sources."""
-        start = as_start(self._global, self.config.lora.alpha)
+        start = as_start(self._global, self.config, number)
         try:
             aggregated = self.aggregation.aggregate(contributions, start)
         except TooFewSources as problem:
             self._too_few = str(problem)
             return None, None
         self._too_few = ""
-        return aggregated, aggregation_error(contributions, aggregated.tensors, start)
+        return aggregated, aggregation_error(contributions, {**aggregated.tensors, **aggregated.carry}, start)
 
     # ---------------------------------------------------------------- before
 
@@ -254,7 +254,12 @@ class SplitLora(Strategy):
         return {name: tensors for name, tensors in own.items() if tensors}
 
     def _close(
-        self, round_: Round, replies: dict[str, Reply], checkpoint: str, error: float | None = None
+        self,
+        round_: Round,
+        replies: dict[str, Reply],
+        checkpoint: str,
+        error: float | None = None,
+        facts: Mapping[str, float] = {},
     ) -> MetricRecord:
         """The round's events, and its metrics for Flower."""
         started_from = {name: plan.adapter_digest for name, plan in round_.plans.items()}
@@ -265,7 +270,7 @@ class SplitLora(Strategy):
         self.folder.emit(
             "round_done", round=round_.facts.round, attempt=round_.facts.attempt, steps=round_.facts.steps,
             seconds=round(time.monotonic() - round_.began, 3), devices=devices, hosts=hosts, bytes_by_kind=by_kind,
-            checkpoint=checkpoint, aggregation_error=error,
+            checkpoint=checkpoint, aggregation_error=error, aggregation=dict(facts),
         )  # fmt: skip
         labels = sum(reply.report.eval_labels for reply in replies.values())
         loss = sum(reply.report.eval_loss_sum for reply in replies.values()) / labels if labels else 0.0

@@ -13,9 +13,11 @@ the ServerApp, into RUN/events.jsonl
                     sites [{site, hosts [{node, first, last}], devices [names]}] (a host's layers here are all that it
                     holds; a route's hop may be a part of them), nodes {name: {base, compute, rank}}
     round_done      round, seconds, attempt, devices [...], hosts [...], checkpoint (path in RUN),
-                    aggregation_error (||s B A - M|| / ||M||, M = sum_k p_k s_k B_k A_k of what the sources k trained in
-                    the round, B A the new adapter's product, over all trained modules; null where M is zero, and without
-                    steps)
+                    aggregation_error (||s B A + C - M|| / ||M||, M = sum_k p_k s_k B_k A_k of what the sources k trained
+                    in the round, B A the new adapter's product, C what the carry factors gained, over all trained
+                    modules; null where M is zero, and without steps),
+                    aggregation (what the rule tells besides: of flora and fedex carry_bytes, carry_rank (the largest of
+                    a module) and carry_error (share of the carry factors' norm that was cut off in this round); else {})
                     (an eval-only job after the last round is round = rounds + 1, with steps = 0)
                     devices: {name, examples, labels, loss (mean a label over the round's steps; null without steps),
                     perplexity (of the adapter the round started from, held-out), metrics (of the same: {"accuracy":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.flower import from_record, to_record
 from edgelam_fl.model import adapter as adapters
+from edgelam_fl.model.carry import is_carry
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.split.plan import end_spans, hosted_span
 from edgelam_fl.wire import PROTOCOL_VERSION
@@ -290,6 +292,47 @@ def test_a_personal_factor_stays_where_it_is(federation: Callable[..., Federatio
             np.testing.assert_allclose(exported[tensor], start + by, atol=1e-5)
             if not hosted:
                 np.testing.assert_allclose(run.nodes[name].held[tensor], start + by, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["flora", "fedex"])
+def test_carry_factors_go_down_once_and_to_those_that_hold_the_layer(
+    federation: Callable[..., Federation], name: str
+) -> None:
+    """a and b hold layers 0, 1, 4 and 5, and train them together in round 1 alone; layers 2 and 3 have one source."""
+
+    class BothThenOne:
+        def select(self, state: RoundState) -> Selected:
+            return Selected(["a", "b"] if state.round == 1 else ["a"] if state.round % 2 == 0 else ["b"])
+
+    run = federation("ab", "e", f"strategy.aggregation={name}", "federation.rounds=4")
+    run.strategy.schedule.selection = BothThenOne()
+    for node in run.nodes.values():
+        node._moved = partial(uneven, node)  # type: ignore[method-assign]
+    result = run.run()
+    ends = {0, 1, 4, 5}
+    assert carried(result) == ends
+    received = {name: [carried(tensors) for tensors in run.nodes[name].received] for name in "abe"}
+    assert received == {
+        "a": [set(), ends, set()],  # rounds 1 and 2; in round 4 it gets b's factors, and has the carry
+        "b": [set(), ends, set()],  # rounds 1 and 3; measures a's factors at the end
+        "e": [set()],
+    }
+    done = run.events("round_done")
+    rank = 8 + 8 if name == "flora" else 8
+    assert [event["aggregation"].get("carry_rank") for event in done] == [rank] * 4 + [None]
+    assert [event["aggregation_error"] for event in done[:4]] == pytest.approx([0] * 4, abs=1e-5)
+
+
+def uneven(node: ByHand, spans: list[adapters.Span], by: float) -> adapters.Adapter:
+    """What a node trained, each number in a way of its own: equal steps would have products of rank 1."""
+    held = {name: array for name, array in adapters.slice_of(node.held, spans).items() if not is_carry(name)}
+    seeded = np.random.default_rng([len(node.plans), ord(node.profile.name)])
+    return {n: a + np.float32(by) * seeded.normal(size=a.shape).astype(np.float32) for n, a in held.items()}
+
+
+def carried(tensors: adapters.Adapter) -> set[int]:
+    """The layers that have carry factors."""
+    return {int(name.split(".layers.")[1].split(".")[0]) for name in tensors if is_carry(name)}
 
 
 @pytest.mark.parametrize("name", ["flexlora", "hetlora"])
