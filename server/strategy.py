@@ -55,6 +55,7 @@ class SplitLora(Strategy):
         self.schedule = Schedule(config, source)
         self.aggregation = load("aggregation", config.strategy.aggregation, config.strategy.options)
         self.personal: dict[str, adapters.Adapter] = {}  # source -> tensors it goes on with instead of the global ones
+        self._site_of: dict[str, str] = {}  # device -> its newest site, as a source
         self.digests: dict[str, str] = {}  # node -> what it holds, as of its last reply
         self._held: dict[str, dict[str, str]] = {}  # node -> digest of each tensor that is known to be there
         self.step_offset = 0
@@ -137,10 +138,9 @@ class SplitLora(Strategy):
         self._global = {**self._global, **aggregated.tensors, **aggregated.carry}
         for name, tensors in aggregated.personal.items():  # who took no part keeps what it had
             self.personal[name] = {**self.personal.get(name, {}), **tensors}
+        self._site_of |= {name: site_source(round_.layout.site_of(name).name) for name in devices}
         self.step_offset += round_.facts.steps
-        where = self.folder.checkpoint(
-            self._global, server_round, self.step_offset, self._exports(round_.layout, devices)
-        )
+        where = self.folder.checkpoint(self._global, server_round, self.step_offset, self._exports())
         self.schedule.observe(server_round, round_.layout.routes, round_.plans, replies_by_node)
         metrics = self._close(round_, replies_by_node, where, error, aggregated.facts)
         return to_record(self._global), metrics
@@ -245,11 +245,13 @@ class SplitLora(Strategy):
             return after
         return {name: array for name, array in start.items() if frozen(plan, name)}
 
-    def _exports(self, layout: Layout, devices: Iterable[str]) -> dict[str, adapters.Adapter]:
-        """What devices go on with instead of the global adapter: their own part and that of their site."""
+    def _exports(self) -> dict[str, adapters.Adapter]:
+        """What devices go on with instead of the global adapter: their own part and that of their site.
+
+        Of all that ever delivered: what a device shares has moved on also where it took no part in the round.
+        """
         own = {
-            name: {**self.personal.get(site_source(layout.site_of(name).name), {}), **self.personal.get(name, {})}
-            for name in devices
+            name: {**self.personal.get(site, {}), **self.personal.get(name, {})} for name, site in self._site_of.items()
         }
         return {name: tensors for name, tensors in own.items() if tensors}
 

@@ -294,6 +294,24 @@ def test_a_personal_factor_stays_where_it_is(federation: Callable[..., Federatio
                 np.testing.assert_allclose(run.nodes[name].held[tensor], start + by, atol=1e-5)
 
 
+def test_a_personal_adapter_has_the_newest_shared_factor(federation: Callable[..., Federation]) -> None:
+    """FedSA: b takes no part in round 2, in which a moves A on."""
+
+    class ThenAlone:
+        def select(self, state: RoundState) -> Selected:
+            return Selected(["a", "b"] if state.round == 1 else ["a"])
+
+    run = federation("ab", "e", "strategy.aggregation=fedsa")
+    run.strategy.schedule.selection = ThenAlone()
+    result = run.run()
+    exported = adapters.from_bytes((run.folder.path / "adapters/b/adapter_model.safetensors").read_bytes())
+    front = {name: array for name, array in exported.items() if ".layers.0." in name}
+    assert {name: float(np.mean(array - run.start[name]).round(4)) for name, array in front.items()} == {
+        name: 2.0 if "lora_A" in name else 1.0 for name in front
+    }
+    assert all(np.array_equal(front[name], result[name]) for name in front if "lora_A" in name)
+
+
 @pytest.mark.parametrize("name", ["flora", "fedex"])
 def test_carry_factors_go_down_once_and_to_those_that_hold_the_layer(
     federation: Callable[..., Federation], name: str
