@@ -156,7 +156,7 @@ class Optimizer(Section):
 class Strategy(Section):
     aggregation: str = Field(
         "fedavg",
-        description="fedavg, ffa, rolora, flexlora, hetlora, fedprox, fedadam, fedyogi, fedadagrad, fedavgm, fedmedian, fedtrimmedavg, krum, multikrum, none, or package.module:Class",
+        description="fedavg, ffa, rolora, flexlora, hetlora, flora, fedex, fedsa, fedprox, fedadam, fedyogi, fedadagrad, fedavgm, fedmedian, fedtrimmedavg, krum, multikrum, none, or package.module:Class",
     )
     selection: str = Field(
         "all",

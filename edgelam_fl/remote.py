@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from safetensors.numpy import load_file
 
 from edgelam_fl.errors import ConfigError, RunFailed
 from edgelam_fl.generate import Speaker, Step
+from edgelam_fl.model.adapter import read_peft_folder
 from edgelam_fl.model.source import find_model
 from edgelam_fl.model.stage import load_stages
 from edgelam_fl.results import Result
@@ -77,7 +77,7 @@ def _open(result: Result, plan: pb.Plan) -> RouteSession:
     stages = load_stages(source, end_spans(plan), plan.model.base, lora_of(plan), compute=plan.model.compute)
     route = new_route(plan)
     open_route(dial, plan, source, route, ByteCounters())
-    adapter = load_file(result.adapter / "adapter_model.safetensors")
+    adapter = read_peft_folder(result.adapter)
     return RouteSession(stages, adapter, route, wire_dtype(plan), _PATIENCE_S)
 
 

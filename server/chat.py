@@ -13,16 +13,15 @@ from pathlib import Path
 
 from flwr.app import ConfigRecord, RecordDict
 from flwr.serverapp import Grid
-from safetensors.numpy import load_file
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.flower import to_record
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.split.plan import spans_of
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
+from server.global_adapter import starting_point
 from server.layout import make_layout, who_may_host
 from server.nodes import Nodes
 from server.plans import RoundFacts, make_plans, task_settings
@@ -37,12 +36,12 @@ def converse(grid: Grid, config: RunConfig, source: ModelSource, session: Path, 
     folder = RunFolder(session, config, source)
     try:
         plans, nodes = _plan(grid, config, source, folder)
-        held = load_file(adapter / "adapter_model.safetensors")
+        held = adapters.read_peft_folder(adapter)
         messages = []
         for name, plan in plans.items():
             if name == CALLER:
                 continue
-            tensors = adapters.slice_of(held, spans_of(plan))
+            tensors = starting_point(plan, held, {})
             plan.adapter_digest = adapters.digest(tensors)
             content = RecordDict({"plan": ConfigRecord({"plan": plan.SerializeToString()})})
             content["adapter"] = to_record(tensors)

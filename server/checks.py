@@ -23,6 +23,7 @@ def check_config(config: RunConfig) -> ModelSource:
     source = find_model(config.model.name)
     check_cuts(config, source)
     check_ranks(config, source)
+    check_carry(config, source, loaded["aggregation"])
     return source
 
 
@@ -45,16 +46,21 @@ def check_together(config: RunConfig) -> None:
                 f"{key} = {back}: split.back must be 0 with split.labels = 'last-stage', where the last host holds the last "
                 f"layers and the head"
             )
-    if split.host_mode == "copies" and config.strategy.aggregation == "none":
-        raise ConfigError(
-            "strategy.aggregation = 'none' does not go with split.host_mode = 'copies': hosts start a round from one adapter, and "
-            "without aggregation each device would need its own"
-        )
 
 
 def check_aggregation(config: RunConfig, aggregation: Any) -> None:
-    """Raises ConfigError where an aggregation would have nothing to act on: it takes hold of what devices train."""
+    """Raises ConfigError where an aggregation would have nothing to act on, or could not act as it means to."""
     split, lora, name = config.split, config.lora, config.strategy.aggregation
+    if split.hosts and split.host_mode == "copies" and getattr(aggregation, "personal", False):
+        raise ConfigError(
+            f"strategy.aggregation = {name!r} does not go with split.host_mode = 'copies': hosts start a round from one adapter, "
+            f"and each device would need its own there. Allowed: 'joint', 'sequential', or split.hosts = 0"
+        )
+    if getattr(aggregation, "restarts", False) and config.optimizer.keep == "always":
+        raise ConfigError(
+            f"strategy.aggregation = {name!r} starts factors anew in every round, and optimizer.keep = 'always' would go on with the "
+            f"moments of the old ones. Allowed: optimizer.keep = 'exact'"
+        )
     if not split.hosts or split.host_mode == "copies" or lora.train != ("hosts",):
         return
     where = f"lora.train = ['hosts'] and split.host_mode = {split.host_mode!r}: devices train no layer of their own"
@@ -62,6 +68,11 @@ def check_aggregation(config: RunConfig, aggregation: Any) -> None:
     if asked_by(aggregation, 1).prox_mu:
         raise ConfigError(
             f"strategy.aggregation = {name!r} holds devices near the round's start, and has nothing to hold with {where}. {allowed}"
+        )
+    if getattr(aggregation, "carries", False) and split.sites == 1:
+        raise ConfigError(
+            f"strategy.aggregation = {name!r} adds up what several sources trained, and has one, the site, with {where}. {allowed}, or "
+            f"split.sites of at least 2"
         )
     least = getattr(aggregation, "least_sources", 1)
     if split.sites < least:
@@ -103,6 +114,18 @@ def check_ranks(config: RunConfig, source: ModelSource) -> None:
     _check_values("lora.ranks", lora.ranks, 1, most, why)
     if lora.rank > most:
         raise ConfigError(f"lora.rank = {lora.rank} must be at most {most}, {why}")
+
+
+def check_carry(config: RunConfig, source: ModelSource, aggregation: Any) -> None:
+    """Raises ConfigError for a cap on carry factors that no module could pass."""
+    cap = getattr(aggregation, "most_rank", 0)
+    most = max(min(shape) for shape in target_modules(source, config.lora.targets).values())
+    if cap > most:
+        name = config.strategy.aggregation
+        raise ConfigError(
+            f"strategy.options.{name}.residual = 'svd:{cap}' must be at most 'svd:{most}', the largest rank of a module in lora.targets "
+            f"({source.name}), or 'exact'"
+        )
 
 
 def _check_values(key: str, values: Mapping[str, int], least: int, most: int, why: str) -> None:

@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 from edgelam_fl.flower import views
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.adapter import Adapter, Span
+from edgelam_fl.model.carry import is_carry
 from edgelam_fl.split.plan import end_spans, hosted_span
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.global_adapter import at_rank
@@ -97,8 +98,8 @@ def _most_labels(plan: pb.Plan, part: pb.Contribution) -> int:
 
 
 def frozen(plan: pb.Plan, name: str) -> bool:
-    """Whether a tensor is a factor that the plan's round leaves as it is."""
-    return (plan.lora.freeze_a and name.endswith(A)) or (plan.lora.freeze_b and name.endswith(B))
+    """Whether a tensor is a factor that the plan's round leaves as it is; carry factors never learn."""
+    return is_carry(name) or (plan.lora.freeze_a and name.endswith(A)) or (plan.lora.freeze_b and name.endswith(B))
 
 
 def _trained(plan: pb.Plan, held: Adapter) -> Adapter:

@@ -68,9 +68,11 @@ def at_rank(name: str, array: np.ndarray, rank: int, start: np.ndarray | None = 
     return array
 
 
-def as_start(adapter: Adapter, alpha: float) -> Start:
+def as_start(adapter: Adapter, config: RunConfig, round_: int) -> Start:
     """The global adapter as an aggregation sees it."""
-    return Start(adapter, {module_of(name): alpha / len(array) for name, array in adapter.items() if name.endswith(A)})
+    factors = {module_of(name): array for name, array in adapter.items() if name.endswith(A)}
+    scales = {module: config.lora.alpha / len(a_RI) for module, a_RI in factors.items()}
+    return Start(adapter, scales, config.run.seed, round_)
 
 
 def _start(config: RunConfig, source: ModelSource, rank: int) -> Adapter:

@@ -121,7 +121,7 @@ def check_ranks(plans: Mapping[str, pb.Plan]) -> None:
             who = ", ".join(f"{name} with rank {rank}" for name, rank in holders.items())
             raise ConfigError(
                 f"layer {layer} is held by {who}: all that hold a layer need the same rank there (lora.rank, "
-                f"lora.ranks), unless strategy.aggregation is 'flexlora' or 'hetlora'"
+                f"lora.ranks), unless strategy.aggregation is 'flora', 'fedex', 'flexlora' or 'hetlora'"
             )
 
 

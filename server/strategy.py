@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,8 +60,9 @@ class SplitLora(Strategy):
         self.schedule = Schedule(config, source)
         self.aggregation = load("aggregation", config.strategy.aggregation, config.strategy.options)
         self.personal: dict[str, adapters.Adapter] = {}  # source -> tensors it goes on with instead of the global ones
+        self._site_of: dict[str, str] = {}  # device -> its newest site, as a source
         self.digests: dict[str, str] = {}  # node -> what it holds, as of its last reply
-        self._frozen: dict[str, dict[str, str]] = {}  # node -> digest of each tensor that its last plan froze
+        self._held: dict[str, dict[str, str]] = {}  # node -> digest of each tensor that is known to be there
         self.step_offset = 0
         self._attempt = 1
         self._open: Round | None = None
@@ -139,21 +140,20 @@ class SplitLora(Strategy):
             contributions = collect(replies_by_node, round_.plans, round_.layout, broken)
         if not contributions or len(devices) < self.config.federation.min_nodes:
             return None, None
-        aggregated, error = self._aggregate(contributions)
+        aggregated, error = self._aggregate(contributions, server_round)
         if aggregated is None:
             return None, None
         error = None if round_.fold is not None else error  # it needs each source's factors
-        self._global = {**self._global, **aggregated.tensors}
+        self._global = {**self._global, **aggregated.tensors, **aggregated.carry}
         for name, tensors in aggregated.personal.items():  # who took no part keeps what it had
             self.personal[name] = {**self.personal.get(name, {}), **tensors}
+        self._site_of |= {name: site_source(round_.layout.site_of(name).name) for name in devices}
         self.step_offset += round_.facts.steps
-        where = self.folder.checkpoint(
-            self._global, server_round, self.step_offset, self._exports(round_.layout, devices)
-        )
+        where = self.folder.checkpoint(self._global, server_round, self.step_offset, self._exports())
         virtual = self._virtual(round_, replies_by_node)
         chosen = [*round_.layout.routes, *round_.dropped]
         self.schedule.observe(server_round, chosen, round_.plans, replies_by_node, virtual)
-        metrics = self._close(round_, replies_by_node, where, error, virtual)
+        metrics = self._close(round_, replies_by_node, where, error, aggregated.facts, virtual)
         return to_record(self._global), metrics
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -162,16 +162,16 @@ class SplitLora(Strategy):
             raise RunFailed(f"the evaluation after the last round failed: {self.nodes.problems}")
         return self._close(round_, replies_by_node, "adapter")
 
-    def _aggregate(self, contributions: list[Contribution]) -> tuple[Aggregated | None, float | None]:
+    def _aggregate(self, contributions: list[Contribution], number: int) -> tuple[Aggregated | None, float | None]:
         """What the aggregation makes of them, and its error against the mean of the products; None: too few sources."""
-        start = as_start(self._global, self.config.lora.alpha)
+        start = as_start(self._global, self.config, number)
         try:
             aggregated = self.aggregation.aggregate(contributions, start)
         except TooFewSources as problem:
             self._too_few = str(problem)
             return None, None
         self._too_few = ""
-        return aggregated, aggregation_error(contributions, aggregated.tensors, start)
+        return aggregated, aggregation_error(contributions, {**aggregated.tensors, **aggregated.carry}, start)
 
     # ---------------------------------------------------------------- before
 
@@ -209,7 +209,7 @@ class SplitLora(Strategy):
         plan.adapter_digest = adapters.digest(needed)
         content = RecordDict({"plan": ConfigRecord({"plan": plan.SerializeToString()})})
         if self.digests.get(name) != plan.adapter_digest:
-            known = self._frozen.get(name, {})
+            known = self._held.get(name, {})
             held = {t for t, array in needed.items() if t in known and known[t] == adapters.digest({t: array})}
             which = plan.adapter_digest, frozenset(held)  # the same for many nodes: made once
             if which not in self._open.records:
@@ -241,13 +241,12 @@ class SplitLora(Strategy):
         for name in round_.plans:
             if name in replies:
                 self.digests[name] = replies[name].report.adapter_digest
-                plan = round_.plans[name]
-                held = starting_point(plan, self._global, self.personal).items()
-                self._frozen[name] = {t: adapters.digest({t: array}) for t, array in held if frozen(plan, t)}
+                held = self._known_held(round_.plans[name], replies[name])
+                self._held[name] = {tensor: adapters.digest({tensor: array}) for tensor, array in held.items()}
                 self.nodes.problems.pop(name, None)
                 continue
             self.digests.pop(name, None)
-            self._frozen.pop(name, None)
+            self._held.pop(name, None)
             self.nodes.problems[name] = problems.get(name, "no reply")
             self.folder.emit("node_lost", round=round_.facts.round, node=name, reason=self.nodes.problems[name])
             if name in self._missing:
@@ -269,11 +268,21 @@ class SplitLora(Strategy):
             fold.add(parts(name, reply, plans[name], self._open.layout))
         return name, reply.without_tensors() if fold is not None else reply, wrong
 
-    def _exports(self, layout: Layout, devices: Iterable[str]) -> dict[str, adapters.Adapter]:
-        """What devices go on with instead of the global adapter: their own part and that of their site."""
+    def _known_held(self, plan: pb.Plan, reply: Reply) -> adapters.Adapter:
+        """The tensors that a node holds after its round: all of them, if its digest says so, else those that were frozen."""
+        start = starting_point(plan, self._global, self.personal)
+        after = {**start, **{name: array for part in reply.tensors for name, array in part.items()}}
+        if adapters.digest(after) == reply.report.adapter_digest:
+            return after
+        return {name: array for name, array in start.items() if frozen(plan, name)}
+
+    def _exports(self) -> dict[str, adapters.Adapter]:
+        """What devices go on with instead of the global adapter: their own part and that of their site.
+
+        Of all that ever delivered: what a device shares has moved on also where it took no part in the round.
+        """
         own = {
-            name: {**self.personal.get(site_source(layout.site_of(name).name), {}), **self.personal.get(name, {})}
-            for name in devices
+            name: {**self.personal.get(site, {}), **self.personal.get(name, {})} for name, site in self._site_of.items()
         }
         return {name: tensors for name, tensors in own.items() if tensors}
 
@@ -283,9 +292,14 @@ class SplitLora(Strategy):
         return virtual.over(number, round_.shares, round_.dropped, round_.sent_bytes, replies) if virtual else None
 
     def _close(
-        self, round_: Round, replies: dict[str, Reply], checkpoint: str, error: float | None = None,
+        self,
+        round_: Round,
+        replies: dict[str, Reply],
+        checkpoint: str,
+        error: float | None = None,
+        facts: Mapping[str, float] = {},
         virtual: dict[str, Any] | None = None,
-    ) -> MetricRecord:  # fmt: skip
+    ) -> MetricRecord:
         """The round's events, and its metrics for Flower."""
         started_from = {name: plan.adapter_digest for name, plan in round_.plans.items()}
         devices, hosts, by_kind = describe_round(round_.sent_bytes, started_from, replies)
@@ -295,7 +309,8 @@ class SplitLora(Strategy):
         self.folder.emit(
             "round_done", round=round_.facts.round, attempt=round_.facts.attempt, steps=round_.facts.steps,
             seconds=round(time.monotonic() - round_.began, 3), devices=devices, hosts=hosts, bytes_by_kind=by_kind,
-            checkpoint=checkpoint, aggregation_error=error, **({"virtual": virtual} if virtual else {}),
+            checkpoint=checkpoint, aggregation_error=error, aggregation=dict(facts),
+            **({"virtual": virtual} if virtual else {}),
         )  # fmt: skip
         labels = sum(reply.report.eval_labels for reply in replies.values())
         loss = sum(reply.report.eval_loss_sum for reply in replies.values()) / labels if labels else 0.0

@@ -28,6 +28,9 @@ BUILT_IN = {
         "rolora": "strategies.aggregation.rolora:RoLora",
         "flexlora": "strategies.aggregation.flexlora:FlexLora",
         "hetlora": "strategies.aggregation.hetlora:HetLora",
+        "flora": "strategies.aggregation.flora:FLoRA",
+        "fedex": "strategies.aggregation.fedex:FedEx",
+        "fedsa": "strategies.aggregation.fedsa:FedSa",
         "fedprox": "strategies.aggregation.fedprox:FedProx",
         "fedadam": "strategies.aggregation.flower:FedAdam",
         "fedyogi": "strategies.aggregation.flower:FedYogi",
@@ -173,6 +176,8 @@ class Start:
 
     tensors: Mapping[str, np.ndarray]
     scales: Mapping[str, float] = field(default_factory=dict)  # module -> s in this rank; 1 where none is named
+    seed: int = 0  # the run's
+    round: int = 0
 
 
 @dataclass(frozen=True)
@@ -181,12 +186,17 @@ class Aggregated:
     personal: Mapping[str, Mapping[str, np.ndarray]] = field(
         default_factory=dict
     )  # source -> what it starts from instead
+    carry: Mapping[str, np.ndarray] = field(default_factory=dict)  # new carry factors (edgelam_fl.model.carry), by name
+    facts: Mapping[str, float] = field(default_factory=dict)  # what else the round's event tells
 
 
 class Aggregation(Protocol):
     """How a round's contributions become the next round's adapter. To inherit from it is optional."""
 
     unequal_ranks: bool = False  # whether sources of one module may differ in rank
+    carries: bool = False  # whether it gives modules carry factors
+    restarts: bool = False  # whether it starts factors anew
+    personal: bool = False  # whether sources go on with tensors of their own (`Aggregated.personal`)
     least_sources: int = 1  # fewer sources of a module than this (but for a single one) cannot be aggregated
     of_the_mean: bool = (
         False  # whether it asks for no more than the weighted mean: large rounds are then summed on arrival

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from edgelam_fl.model.adapter import Adapter, initial_adapter, write_peft_folder
+from edgelam_fl.model.carry import CARRY_A, CARRY_B
 from edgelam_fl.model.source import ModelSource
 from tests.support import run_config
 
@@ -20,13 +21,25 @@ def trained_adapter(source: ModelSource, rank: int = 8, targets: tuple[str, ...]
     }
 
 
-def write_result(folder: Path, source: ModelSource, *overrides: str) -> Path:
+def with_carry(adapter: Adapter, rank: int, seed: int = 7) -> Adapter:
+    """Carry factors of this rank beside every module's own, but for layer 3, which has none."""
+    generator, found = np.random.default_rng([rank, seed]), dict(adapter)
+    for name, a_RI in sorted(adapter.items()):
+        if name.endswith(".lora_A.weight") and ".layers.3." not in name:
+            module = name.removesuffix(".lora_A.weight")
+            out = len(adapter[module + ".lora_B.weight"])
+            found[module + CARRY_A] = generator.normal(0, 0.3, (rank, a_RI.shape[1])).astype(np.float32)
+            found[module + CARRY_B] = generator.normal(0, 0.3, (out, rank)).astype(np.float32)
+    return found
+
+
+def write_result(folder: Path, source: ModelSource, *overrides: str, adapter: Adapter | None = None) -> Path:
     config = run_config(source.name, *overrides)
     folder.mkdir(parents=True)
     (folder / "config.toml").write_text(config.to_toml(), encoding="utf-8")
     lora = config.lora
     write_peft_folder(
-        trained_adapter(source, lora.rank, lora.targets),
+        adapter or trained_adapter(source, lora.rank, lora.targets),
         folder / "adapter",
         reference=source.reference,
         rank=lora.rank,

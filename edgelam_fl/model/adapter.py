@@ -2,6 +2,7 @@
 
 `base_model.model.model.layers.15.self_attn.q_proj.lora_A.weight` is [rank, in], `...lora_B.weight` is [out, rank].
 A task head is in it as a whole: `base_model.model.classifier.weight` is [classes, hidden], with its `.bias`.
+A module may have carry factors beside its own (`model.carry`).
 The stages of a route hold disjoint sets of names, so joining their adapters is a dict merge.
 """
 
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save, save_file
 
 from edgelam_fl.errors import ConfigError, ProtocolError, nearest
+from edgelam_fl.model import carry
 from edgelam_fl.model.source import ModelSource, layer_number
 
 Adapter = dict[str, np.ndarray]
@@ -142,10 +144,13 @@ def write_peft_folder(
 ) -> None:
     """An adapter folder that `PeftModel.from_pretrained` reads where EdgeLAM-FL is not installed.
 
-    A module whose tensors have another rank than `rank` is scaled by alpha / its own rank, here as there. With classes
-    the base is to be opened by `AutoModelForSequenceClassification` with that many labels.
+    A module whose tensors have another rank than `rank` is scaled by alpha / its own rank, here as there. Carry factors
+    are stacked with the adapter's. With classes the base is to be opened by `AutoModelForSequenceClassification` with that
+    many labels.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    own_ranks = {module: len(adapter[module + _A]) for module in carry.modules_of(adapter)}
+    adapter = carry.stacked(adapter, alpha)
     factors = {name.removesuffix(_A): array for name, array in adapter.items() if name.endswith(_A)}
     heads = {name.rpartition(".")[0] for name in adapter if ".lora_" not in name}
     config = {
@@ -158,6 +163,9 @@ def write_peft_folder(
         # Of a classifier peft would take more for a target than we do: what stands behind the layers, too.
         "target_modules": sorted(_bare(factors)) if classes else _peft_targets(targets),
         "rank_pattern": {module: len(a_RI) for module, a_RI in _bare(factors).items() if len(a_RI) != rank},
+        "alpha_pattern": {
+            module: alpha * len(factors[PREFIX + module]) / own for module, own in _bare(own_ranks).items()
+        },
         "modules_to_save": sorted(_bare(dict.fromkeys(heads))) or None,
         "bias": "none",
         "inference_mode": True,
@@ -168,6 +176,17 @@ def write_peft_folder(
     )
     temporary.replace(folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def read_peft_folder(folder: Path) -> Adapter:
+    """What `write_peft_folder` wrote, with the carry factors apart again (to rounding)."""
+    joined = from_bytes((folder / "adapter_model.safetensors").read_bytes())
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    alpha, alphas = config["lora_alpha"], config.get("alpha_pattern") or {}
+    ranks = {
+        PREFIX + module: round(alpha * len(joined[f"{PREFIX}{module}{_A}"]) / own) for module, own in alphas.items()
+    }
+    return carry.unstacked(joined, alpha, ranks)
 
 
 def _bare(modules: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import DynamicCache
 
 
@@ -41,6 +43,37 @@ class TaskHead(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return super().forward(input.to(self.weight.dtype))
+
+
+class CarryFactors:
+    """Frozen factors beside a frozen linear layer of whatever kind: B A x is added to what it gives out (model.carry).
+
+    The layer itself stays as it is. Shapes: M rank, I in, O out.
+    """
+
+    def __init__(self, linear: nn.Module, dtype: torch.dtype) -> None:
+        self._linear, self._dtype = linear, dtype
+        self._hook: Any = None
+        self._a_MI, self._b_OM = torch.empty(0), torch.empty(0)
+        self.arrays: tuple[np.ndarray, np.ndarray] | None = None  # A and B in fp32, as they were given
+
+    def take(self, arrays: tuple[np.ndarray, np.ndarray] | None) -> None:
+        """Adds these from now on; None: nothing."""
+        if arrays is None or self.arrays is None or not all(map(np.array_equal, arrays, self.arrays)):
+            self._put(arrays)
+
+    def _put(self, arrays: tuple[np.ndarray, np.ndarray] | None) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = self.arrays = None
+        if arrays is not None:
+            a_MI, b_OM = (torch.tensor(array) for array in arrays)
+            self.arrays = a_MI.numpy(), b_OM.numpy()
+            self._a_MI, self._b_OM = a_MI.to(self._dtype), b_OM.to(self._dtype)
+            self._hook = self._linear.register_forward_hook(self._add)
+
+    def _add(self, _: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        return output + functional.linear(functional.linear(inputs[0], self._a_MI), self._b_OM)
 
 
 class UnitSeed:

@@ -25,8 +25,9 @@ from transformers import AutoConfig, PreTrainedModel
 from edgelam_fl.errors import ModelError, ProtocolError
 from edgelam_fl.model.adapter import PREFIX, Adapter, Span, target_modules
 from edgelam_fl.model.bases import compute_dtype, require_base
+from edgelam_fl.model.carry import CARRY_A, CARRY_B
 from edgelam_fl.model.families import Family
-from edgelam_fl.model.modules import Pass, StageCache, UnitDropout, UnitSeed
+from edgelam_fl.model.modules import CarryFactors, Pass, StageCache, UnitDropout, UnitSeed
 from edgelam_fl.model.skeleton import fill_computed, skeleton
 from edgelam_fl.model.source import ModelSource, layer_number
 from edgelam_fl.model.weights import read_tensors
@@ -61,6 +62,11 @@ class Stage(nn.Module):
             for name, module in model.named_modules():
                 if isinstance(module, LoraLayer):
                     module.lora_dropout["default"] = UnitDropout(dropout, name.removeprefix(PREFIX), self._seed)
+        self._carries = {
+            PREFIX + name.removeprefix(PREFIX): CarryFactors(module.get_base_layer(), dtype)
+            for name, module in model.named_modules()
+            if isinstance(module, LoraLayer)
+        }
         self._places = _adapter_places(model, family)
         self.adapter_parameters: AdapterSet = {
             name: module.get_parameter(attribute) for name, (module, attribute) in self._places.items()
@@ -192,14 +198,46 @@ class Stage(nn.Module):
     def adapter(self) -> Adapter:
         return {name: parameter.detach().numpy().copy() for name, parameter in self.adapter_parameters.items()}
 
+    def carry(self) -> Adapter:
+        """The carry factors in use, by name."""
+        return {
+            module + end: array
+            for module, factors in self._carries.items()
+            if factors.arrays is not None
+            for end, array in zip((CARRY_A, CARRY_B), factors.arrays, strict=True)
+        }
+
     def load_adapter(self, adapter: Adapter) -> None:
-        """Takes this stage's tensors out of `adapter`. Raises ProtocolError where one is missing or shaped otherwise."""
+        """Takes this stage's tensors out of `adapter`, carry factors where it has any (all sets of parameters share them).
+
+        Raises ProtocolError where a tensor is missing or shaped otherwise.
+        """
         for name, parameter in self.adapter_parameters.items():
             array = adapter.get(name)
             if array is None or array.shape != tuple(parameter.shape) or array.dtype != np.float32:
                 got = "nothing" if array is None else f"{array.dtype} {list(array.shape)}"
                 raise ProtocolError(f"adapter tensor {name}: expected float32 {list(parameter.shape)}, got {got}")
             parameter.data.copy_(torch.from_numpy(array))
+        for module, factors in self._carries.items():
+            a_MI, b_OM = adapter.get(module + CARRY_A), adapter.get(module + CARRY_B)
+            given = None if a_MI is None and b_OM is None else self._checked_carry(module, a_MI, b_OM)
+            factors.take(given)
+
+    def _checked_carry(
+        self, module: str, a_MI: np.ndarray | None, b_OM: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Raises ProtocolError where they do not fit the module's own factors, or each other."""
+        _, features_in = self.adapter_parameters[module + ".lora_A.weight"].shape
+        features_out, _ = self.adapter_parameters[module + ".lora_B.weight"].shape
+        if a_MI is None or b_OM is None or {a_MI.dtype, b_OM.dtype} != {np.dtype(np.float32)}:
+            raise ProtocolError(f"carry factors of {module}: expected A and B in float32")
+        rank = len(a_MI)
+        if not rank or a_MI.shape != (rank, features_in) or b_OM.shape != (features_out, rank):
+            raise ProtocolError(
+                f"carry factors of {module}: expected A [rank, {features_in}] and B [{features_out}, rank], got "
+                f"{list(a_MI.shape)} and {list(b_OM.shape)}"
+            )
+        return a_MI, b_OM
 
 
 def _adapter_places(model: nn.Module, family: Family) -> dict[str, tuple[nn.Module, str]]:

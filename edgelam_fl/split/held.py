@@ -12,6 +12,7 @@ import numpy as np
 
 from edgelam_fl.errors import Refused
 from edgelam_fl.model import adapter as adapters
+from edgelam_fl.model.carry import without_carry
 from edgelam_fl.model.source import find_model
 from edgelam_fl.model.stage import Stage, load_stages
 from edgelam_fl.split.job import ends_train, hosted_trains, lora_of
@@ -53,7 +54,7 @@ class Held:
 
         Raises Refused where together they are not what the plan starts from, ProtocolError where tensors are missing.
         """
-        tensors = self._versions()[0] | (adapters.from_bytes(given) if given else {})
+        tensors = self._together(adapters.from_bytes(given) if given else {}, plan.adapter_digest)
         digest = adapters.digest(tensors)
         if digest != plan.adapter_digest:
             raise Refused(
@@ -65,6 +66,12 @@ class Held:
         for trainee in self.site_trainees(plan).values():
             warm.append(trainee.start(tensors, hosted_trains(plan), plan, site_mu))
         return all(warm)
+
+    def _together(self, given: adapters.Adapter, digest: str) -> adapters.Adapter:
+        """What is here and what is `given`; without the carry factors here where they are of a run that is over."""
+        here = self._versions()[0]
+        tensors = here | given
+        return tensors if adapters.digest(tensors) == digest else without_carry(here) | given
 
     def site_trainees(self, plan: pb.Plan) -> dict[str, Trainee]:
         """What trains on the hosted stage, by source: one for the site, or with copies one for each device."""
@@ -110,6 +117,8 @@ class Held:
                 if name in merged and not np.array_equal(merged[name], array):
                     several.add(name)
                 merged[name] = array
+        for stage in self.stages():
+            merged |= stage.carry()
         return {name: array for name, array in merged.items() if name not in several}, several
 
     def stages(self) -> Iterable[Stage]:

@@ -14,9 +14,12 @@ the ServerApp, into RUN/events.jsonl
                     holds; a route's hop may be a part of them), nodes {name: {base, compute, rank}},
                     demands {name: {payload_bytes, compute_s, snr}} (with [wireless] only: what the bandwidth strategy saw)
     round_done      round, seconds, attempt, devices [...], hosts [...], checkpoint (path in RUN),
-                    aggregation_error (||s B A - M|| / ||M||, M = sum_k p_k s_k B_k A_k of what the sources k trained in
-                    the round, B A the new adapter's product, over all trained modules; null where M is zero, without steps,
-                    and where more than 32 nodes took part and their replies were summed up as they arrived),
+                    aggregation_error (||s B A + C - M|| / ||M||, M = sum_k p_k s_k B_k A_k of what the sources k trained
+                    in the round, B A the new adapter's product, C what the carry factors gained, over all trained
+                    modules; null where M is zero, without steps, and where more than 32 nodes took part and
+                    their replies were summed up as they arrived),
+                    aggregation (what the rule tells besides: of flora and fedex carry_bytes, carry_rank (the largest of
+                    a module) and carry_error (share of the carry factors' norm that was cut off in this round); else {}),
                     virtual (with [wireless] only, and with steps: the round in virtual time)
                     (an eval-only job after the last round is round = rounds + 1, with steps = 0)
                     devices: {name, examples, labels, loss (mean a label over the round's steps; null without steps),

@@ -56,7 +56,7 @@ class WeightedMean:
             if known.shape != array.shape:
                 raise ConfigError(
                     f"this aggregation needs equal ranks: {name} is {list(array.shape)} of {contribution.source} and "
-                    f"{list(known.shape)} of others; strategy.aggregation = 'flexlora' or 'hetlora' take unequal ones"
+                    f"{list(known.shape)} of others; strategy.aggregation = 'flora', 'fedex', 'flexlora' or 'hetlora' take unequal ones"
                 )
             known += weighted
             self._weights[name] += contribution.weight

@@ -1,6 +1,7 @@
 """FedEx-LoRA (arXiv 2410.09432): factors averaged as FedIT, and what that misses of the products goes to the base.
 
-Exact, and training goes on from the averaged factors. Not in the table of strategies yet: see `carry`.
+Exact, and training goes on from the averaged factors. The base is quantized, so the residual goes to the module's carry
+factors. Factors of unequal ranks are padded with zeros before they are averaged; a node of less rank gets the first rows.
 """
 
 from __future__ import annotations
@@ -9,8 +10,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from strategies.aggregation.carry import Carry
-from strategies.aggregation.factors import Factors, stacked
+from strategies.aggregation.carry import Carry, CarryRule, padded_mean, without_rounding
+from strategies.aggregation.factors import Factors, of_start, product_norm, stacked
+from strategies.base import Start
+
+
+class FedEx(CarryRule):
+    def combine(
+        self, module: str, sources: Sequence[Factors], start: Start
+    ) -> tuple[np.ndarray, np.ndarray, Carry | None]:
+        start_a_RI, _, scale = of_start(module, start, {})
+        a_RI, b_OR = padded_mean(sources, start_a_RI, scale)
+        missed = residual(sources, a_RI, b_OR, scale)
+        return a_RI, b_OR, without_rounding(missed, product_norm(*stacked(sources)))
 
 
 def residual(sources: Sequence[Factors], a_RI: np.ndarray, b_OR: np.ndarray, scale: float) -> Carry:

@@ -1,18 +1,40 @@
 """FLoRA (arXiv 2409.05976): stack the sources' factors, add the product to the base, start new factors.
 
-Exact for unequal ranks; s_k is folded into the weights. Not in the table of strategies yet: see `carry`. Then each round
-begins from a fresh A, seeded by (run, round, module), and B = 0, and a node downloads the carry of the layers it holds.
+Exact, also for unequal ranks; s_k is folded into the weights. The base is quantized, so the product goes to the module's
+carry factors, and each node downloads those of the layers that it holds. A starts anew in every round, seeded by run,
+round and module, and B = 0; so moments are cold. A module with one source goes on with its factors.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 
-from strategies.aggregation.carry import Carry
-from strategies.aggregation.factors import Factors, stacked
+import numpy as np
+
+from strategies.aggregation.carry import Carry, CarryRule
+from strategies.aggregation.factors import A, B, Factors, stacked
+from strategies.base import Start
+
+
+class FLoRA(CarryRule):
+    restarts = True
+
+    def combine(
+        self, module: str, sources: Sequence[Factors], start: Start
+    ) -> tuple[np.ndarray, np.ndarray, Carry | None]:
+        a_RI = start.tensors[module + A]
+        return fresh(module, a_RI.shape, start), np.zeros_like(start.tensors[module + B]), merged(sources)
 
 
 def merged(sources: Sequence[Factors]) -> Carry:
     """What the round adds to the base: sum_k p_k s_k B_k A_k, of the sources' ranks together."""
     left_OM, right_MI = stacked(sources)
     return Carry(right_MI, left_OM)
+
+
+def fresh(module: str, shape: tuple[int, ...], start: Start) -> np.ndarray:
+    """A as peft starts it: uniform in +-1/sqrt(in). Its first rows are the same in every rank."""
+    bound = shape[1] ** -0.5
+    generator = np.random.default_rng([start.seed, start.round, zlib.crc32(module.encode())])
+    return generator.uniform(-bound, bound, shape).astype(np.float32)

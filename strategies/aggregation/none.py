@@ -13,6 +13,8 @@ from strategies.base import Aggregated, Aggregation, Contribution, Start
 class NoAggregation(Aggregation):
     """The exported adapter is still the weighted mean, since a folder holds one."""
 
+    personal = True
+
     def aggregate(self, contributions: Sequence[Contribution], start: Start) -> Aggregated:
         mean = FedAvg().aggregate(contributions, start)
         personal: dict[str, dict[str, np.ndarray]] = {}

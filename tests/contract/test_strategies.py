@@ -17,6 +17,8 @@ import pytest
 from pydantic import Field
 
 from edgelam_fl.errors import ConfigError
+from edgelam_fl.model.carry import CARRY_A, CARRY_B
+from strategies.aggregation.carry import carry_of
 from strategies.base import (
     BUILT_IN,
     Aggregated,
@@ -79,7 +81,7 @@ def sources(name: str) -> list[Contribution]:
 
 
 def arrays(result: Aggregated) -> dict[str, bytes]:
-    named = {"": result.tensors, **result.personal}
+    named = {"": {**result.tensors, **result.carry}, **result.personal}
     return {f"{source}/{name}": array.tobytes() for source, t in named.items() for name, array in t.items()}
 
 
@@ -104,13 +106,29 @@ class TestAggregation:
             assert (array.dtype, array.shape) == (np.float32, START.tensors[n].shape)
             assert np.isfinite(array).all()
 
+    def test_carry_factors_are_of_modules_and_fit_them(self, name: str) -> None:
+        found, given = strategy(name), sources(name)
+        result = found.aggregate(given, START)
+        modules = {n.removesuffix(CARRY_A) for n in result.carry if n.endswith(CARRY_A)}
+        assert bool(modules) == getattr(found, "carries", False)
+        assert set(result.carry) == {module + end for module in modules for end in (CARRY_A, CARRY_B)}
+        assert modules <= {Q, V}, "those that several trained"
+        for module in modules:
+            carry = carry_of(module, result.carry)
+            assert carry is not None
+            assert (carry.a_MI.shape, carry.b_OM.shape) == ((carry.rank, 6), (5, carry.rank))
+            assert {carry.a_MI.dtype, carry.b_OM.dtype} == {np.dtype(np.float32)}
+
     def test_weights_sum_to_one(self, name: str) -> None:
         """Sources that agree on where they started leave it as it is."""
         same = allowed(name, dict(START.tensors))
         agreed = [Contribution(f"d{n}", weight, same, START.scales) for n, weight in enumerate((3, 17, 1, 1, 9))]
-        new = {**START.tensors, **strategy(name).aggregate(agreed, START).tensors}
+        result = strategy(name).aggregate(agreed, START)
+        new = {**START.tensors, **result.tensors}
         for module in (Q, V, K):
             product = new[module + ".lora_B.weight"] @ new[module + ".lora_A.weight"]
+            carry = carry_of(module, result.carry)
+            product += 0 if carry is None else carry.b_OM @ carry.a_MI / START.scales[module]
             expected = START.tensors[module + ".lora_B.weight"] @ START.tensors[module + ".lora_A.weight"]
             np.testing.assert_allclose(product, expected, atol=1e-5)
         np.testing.assert_allclose(new[HEAD], START.tensors[HEAD], atol=1e-7)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import tracemalloc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -15,20 +15,20 @@ from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower
 from pydantic import TypeAdapter, ValidationError
 
-from edgelam_fl.errors import TooFewSources
+from edgelam_fl.errors import ConfigError, TooFewSources
 from strategies.aggregation import flower as ours
-from strategies.aggregation.carry import Carry, added, compressed
+from strategies.aggregation.carry import Carry, CarryRule, added, carry_of, compressed
 from strategies.aggregation.error import aggregation_error
 from strategies.aggregation.factors import by_module
 from strategies.aggregation.fedavg import FedAvg, WeightedMean
-from strategies.aggregation.fedex import residual
+from strategies.aggregation.fedex import FedEx, residual
 from strategies.aggregation.fedprox import FedProx
 from strategies.aggregation.ffa import FfaLora
 from strategies.aggregation.flexlora import FlexLora
-from strategies.aggregation.flora import merged
+from strategies.aggregation.flora import FLoRA
 from strategies.aggregation.hetlora import HetLora
 from strategies.aggregation.rolora import RoLora
-from strategies.base import Aggregation, ClientSettings, Contribution, Start
+from strategies.base import Aggregated, Aggregation, ClientSettings, Contribution, Start, load
 
 Q, V = (f"base_model.model.model.layers.4.self_attn.{leaf}" for leaf in ("q_proj", "v_proj"))
 A, B = ".lora_A.weight", ".lora_B.weight"
@@ -175,30 +175,100 @@ def test_the_error_of_nothing_learned_is_none() -> None:
 def test_flora_fedex_and_flexlora_are_one_sum() -> None:
     """FLoRA = FedEx = FlexLoRA at full rank = sum_k p_k s_k B_k A_k; of FedEx's unequal ranks, padded to the largest."""
     given, full = sources(*RANKS), sum(RANKS)
-    padded = start(8)
-    mean = HetLora().aggregate(given, padded).tensors
+    flora, fedex = (rule.aggregate(given, start(8)) for rule in (FLoRA(), FedEx()))
     flex = dict(FlexLora().aggregate(given, start(full)).tensors)
-    for module, of_module in by_module(given, padded).items():
+    for module in (Q, V):
         expected = wanted(given, module)
-        flora = merged(of_module)
-        assert len(flora.a_MI) == full
-        fedex = residual(of_module, mean[module + A], mean[module + B], ALPHA / 8)
-        for got in (
-            flora.b_OM @ flora.a_MI,
-            product(dict(mean), module, ALPHA / 8) + fedex.b_OM @ fedex.a_MI,
-            product(flex, module, ALPHA / full),
-        ):
-            assert off(got, expected) < 1e-5
+        assert not flora.tensors[module + B].any(), "it starts anew"
+        assert off(product(flex, module, ALPHA / full), expected) < 1e-5
+        for result in (flora, fedex):
+            assert off(product(dict(result.tensors), module, ALPHA / 8) + dense(module, result.carry), expected) < 1e-5
+    for result in (flora, fedex):
+        assert aggregation_error(given, {**result.tensors, **result.carry}, start(8)) == pytest.approx(0, abs=1e-5)
+        assert result.facts["carry_error"] == 0
+    assert carry_rank(flora) == full
+    assert flora.facts["carry_bytes"] == 2 * full * (IN + OUT) * 4
+
+
+@pytest.mark.parametrize("rule", [FLoRA(), FedEx()], ids=["flora", "fedex"])
+def test_a_carry_goes_on_from_round_to_round(rule: CarryRule) -> None:
+    """Each round adds; the full rank of a module, IN = 20, is never passed, and nothing is lost by that."""
+    current, expected = dict(start(8).tensors), np.zeros((OUT, IN))
+    for number in range(4):
+        seen = Start(current, scales(8), seed=3, round=number)
+        result = rule.aggregate(sources(8, 4, 4), seen)
+        # What nodes trained replaces s B A of the round's start; the carry beside it stays.
+        expected = dense(Q, current) + wanted(sources(8, 4, 4), Q)
+        assert aggregation_error(sources(8, 4, 4), {**result.tensors, **result.carry}, seen) == pytest.approx(
+            0, abs=1e-5
+        )
+        current |= {**result.tensors, **result.carry}
+        assert off(product(current, Q, ALPHA / 8) + dense(Q, current), expected) < 1e-5
+        assert carry_rank(result) <= IN
+    assert carry_rank(result) == IN
+
+
+def test_a_capped_carry_says_what_it_lost() -> None:
+    given, seen = sources(*RANKS), start(8)
+    result = FLoRA(residual="svd:5").aggregate(given, seen)
+    values = {module: np.linalg.svd(wanted(given, module), compute_uv=False) for module in (Q, V)}
+    lost, whole = (float(np.linalg.norm([v for of in values.values() for v in of[n:]])) for n in (5, 0))
+    assert result.facts["carry_error"] == pytest.approx(lost / whole, rel=1e-5)
+    assert aggregation_error(given, {**result.tensors, **result.carry}, seen) == pytest.approx(lost / whole, rel=1e-5)
+    assert (carry_rank(result), result.facts["carry_bytes"]) == (5, 2 * 5 * (IN + OUT) * 4)
+
+
+def test_flora_starts_a_anew_by_seed_round_and_module() -> None:
+    def a(seed: int, round_: int, module: str = Q, rank: int = 8) -> np.ndarray:
+        return (
+            FLoRA().aggregate(sources(4, 8), Start(start(rank).tensors, scales(rank), seed, round_)).tensors[module + A]
+        )
+
+    assert np.array_equal(a(1, 2), a(1, 2))
+    assert np.array_equal(a(1, 2, rank=9)[:8], a(1, 2)), "the first rows are a smaller rank's"
+    assert all(not np.array_equal(a(1, 2), other) for other in (a(2, 2), a(1, 3), a(1, 2, V)))
+    assert np.abs(a(1, 2)).max() <= IN**-0.5
+
+
+@pytest.mark.parametrize("rule", [FLoRA(), FedEx()], ids=["flora", "fedex"])
+def test_a_source_alone_of_less_rank_keeps_its_product(rule: CarryRule) -> None:
+    (given,) = sources(3)
+    result = rule.aggregate([given], start(8))
+    assert off(product(dict(result.tensors), Q, ALPHA / 8), wanted([given], Q)) < 1e-6
+    assert np.array_equal(result.tensors[Q + A][3:], start(8).tensors[Q + A][3:]), "rows that can learn"
+    assert not result.carry
+
+
+@pytest.mark.parametrize("residual", ["svd", "svd:0", "svd:-1", "svd:1.5", "exactly"])
+def test_a_residual_that_cannot_be(residual: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"strategy.options.fedex: residual = '{residual}' must be 'exact', or 'svd:RANK'"
+    ):
+        load("aggregation", "fedex", {"fedex": {"residual": residual}})
+
+
+def dense(module: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+    carry = carry_of(module, tensors)
+    return np.zeros((OUT, IN)) if carry is None else carry.b_OM.astype(np.float64) @ carry.a_MI
+
+
+def carry_rank(result: Aggregated) -> int:
+    carry = carry_of(Q, result.carry)
+    assert carry is not None
+    assert carry.rank == result.facts["carry_rank"]
+    return carry.rank
 
 
 def test_fedexs_residual_has_rank_k_less_1_times_r() -> None:
     given, from_ = sources(4, 4, 4, 4), start(4)
     mean = FedAvg().aggregate(given, from_).tensors
     carry = residual(by_module(given, from_)[Q], mean[Q + A], mean[Q + B], ALPHA / 4)
-    kept, error = compressed(carry, (len(given) - 1) * 4)
-    assert error == pytest.approx(0, abs=1e-6)
-    assert off(kept.b_OM @ kept.a_MI, carry.b_OM @ carry.a_MI) < 1e-6
-    assert compressed(carry, (len(given) - 1) * 4 - 1)[1] > 1e-3
+    cut = compressed(carry, (len(given) - 1) * 4)
+    assert cut.lost == pytest.approx(0, abs=1e-6 * cut.whole)
+    assert off(cut.carry.b_OM @ cut.carry.a_MI, carry.b_OM @ carry.a_MI) < 1e-6
+    less = compressed(carry, (len(given) - 1) * 4 - 1)
+    assert less.lost > 1e-3 * less.whole
+    assert carry_rank(FedEx().aggregate(given, from_)) == (len(given) - 1) * 4, "and no rank is spent on rounding"
 
 
 def test_a_carry_over_its_cap_is_cut_to_the_nearest_and_says_how_near() -> None:
@@ -207,11 +277,11 @@ def test_a_carry_over_its_cap_is_cut_to_the_nearest_and_says_how_near() -> None:
     both = added(one, other)
     dense = one.b_OM @ one.a_MI + other.b_OM @ other.a_MI
     assert off(both.b_OM @ both.a_MI, dense) < 1e-12
-    kept, error = compressed(both, 7)
+    cut = compressed(both, 7)
     values = np.linalg.svd(dense, compute_uv=False)
-    assert error == pytest.approx(np.linalg.norm(values[7:]) / np.linalg.norm(values))
-    assert off(kept.b_OM @ kept.a_MI, dense) == pytest.approx(error)
-    assert compressed(both, 11) == (both, 0.0)
+    assert (cut.lost, cut.whole) == pytest.approx((np.linalg.norm(values[7:]), np.linalg.norm(values)))
+    assert off(cut.carry.b_OM @ cut.carry.a_MI, dense) == pytest.approx(cut.lost / cut.whole)
+    assert compressed(both, 11).carry is both
 
 
 # ---------------------------------------------------------------- Flower's own numbers

@@ -24,6 +24,9 @@ CLASSES = ["task.kind=classification", "task.classes=['yes', 'no']"]
         ["strategy.aggregation=fedprox", "lora.train=hosts", "split.host_mode=copies"],
         ["strategy.aggregation=fedmedian", "lora.train=hosts", "split.hosts=0"],
         ["strategy.aggregation=krum", "split.host_mode=copies"],
+        ["strategy.aggregation=fedsa", "split.host_mode=copies", "split.hosts=0"],
+        ["strategy.aggregation=flora", "lora.train=hosts", "split.sites=2", "strategy.options.flora.residual='svd:64'"],
+        ["strategy.aggregation=fedex", "optimizer.keep=always", "lora.ranks={'a'=2}"],
     ],
 )
 def test_what_goes_together(tiny: ModelSource, overrides: list[str]) -> None:
@@ -39,6 +42,22 @@ def test_what_goes_together(tiny: ModelSource, overrides: list[str]) -> None:
         (["split.labels=last-stage", "split.back=0", "split.backs={'a'=1}"], "split.backs.a = 1: split.back must be 0"),
         (["split.labels=last-stage", "split.back=0", "split.hosts=0"], "'last-stage' needs split.hosts of at least 1"),
         (["split.host_mode=copies", "strategy.aggregation=none"], "'none' does not go with split.host_mode = 'copies'"),
+        (
+            ["split.host_mode=copies", "strategy.aggregation=fedsa"],
+            "'fedsa' .* each device would need its own there. Allowed: 'joint', 'sequential'",
+        ),
+        (
+            ["strategy.aggregation=fedex", "lora.train=hosts"],
+            "'fedex' adds up what several sources trained, and has one, the site, with .* or split.sites of at least 2",
+        ),
+        (
+            ["strategy.aggregation=flora", "optimizer.keep=always"],
+            "'flora' starts factors anew in every round, .*Allowed: optimizer.keep = 'exact'",
+        ),
+        (
+            ["strategy.aggregation=flora", "strategy.options.flora.residual='svd:65'"],
+            "strategy.options.flora.residual = 'svd:65' must be at most 'svd:64', the largest rank of a module",
+        ),
         (["split.fronts={'pi-*'=6}"], r"split.fronts: 'pi-\*' = 6 must be 0 to 5"),
         (["split.backs={'a'=-1}"], "split.backs: 'a' = -1 must be 0 to 5"),
         (["lora.ranks={'a'=33}"], "lora.ranks: 'a' = 33 must be 1 to 32, the smallest width"),

@@ -164,6 +164,15 @@ def test_a_frozen_factor_is_none_of_its_update(tiny: ModelSource) -> None:
     )
 
 
+def test_a_carry_factor_is_none_of_its_update(tiny: ModelSource) -> None:
+    planned = Planned(tiny)
+    part, tensors = planned.ends("a", 3, 1)
+    carry = {planned.layer(0).replace("lora_A", "lora_carry_A"): np.ones((3, 64), np.float32)}
+    assert "lora_carry_A.weight, which its plan does not let it train" in problem(
+        reply((part, {**tensors, **carry})), planned.plans["a"], {**planned.start, **carry}
+    )
+
+
 def test_an_update_has_its_own_nodes_rank(tiny: ModelSource) -> None:
     planned = Planned(tiny, "lora.ranks={'b'=2}", unequal_ranks=True)
     assert planned.start[planned.layer(0)].shape == (8, 64)
@@ -287,7 +296,7 @@ def test_a_larger_rank_than_before_leaves_the_product_as_it_is(tiny: ModelSource
 
 
 def test_the_start_carries_each_modules_scale(tiny: ModelSource) -> None:
-    start = as_start(Planned(tiny, "lora.ranks={'e'=2}").start, 16.0)
+    start = as_start(Planned(tiny, "lora.ranks={'e'=2}").start, run_config(tiny.name), 1)
     assert set(start.scales.values()) == {16 / 8, 16 / 2}
     assert len(start.scales) == 2 * 6
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -14,11 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from edgelam_fl import export as module
 from edgelam_fl.errors import ConfigError, EnvironmentProblem, ModelError
 from edgelam_fl.export import export
-from edgelam_fl.model.adapter import Span
+from edgelam_fl.model.adapter import Span, read_peft_folder
+from edgelam_fl.model.carry import CARRY_B
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.stage import LoraSettings, load_stages
 from edgelam_fl.results import open_result
-from tests.results import write_result
+from tests.results import trained_adapter, with_carry, write_result
 from tests.support import plain_model, write_tiny_llama
 
 IDS = torch.tensor([[72, 101, 108, 108, 111, 3, 4, 5]])
@@ -97,6 +99,29 @@ def test_peft_loads_the_copy(tmp_path: Path, tiny: ModelSource) -> None:
     assert sorted(file.name for file in made.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny.folder), made)
     assert torch.equal(logits(model), run_logits(folder, tiny))
+
+
+@pytest.mark.parametrize("alpha", [16.0, 11.0])
+def test_carry_factors_are_exported_with_the_adapter(tmp_path: Path, tiny: ModelSource, alpha: float) -> None:
+    """Layers 0 to 2, 4 and 5 of rank 8 + 5, layer 3 of rank 8: one LoRA each, elsewhere as in the run."""
+    adapter = with_carry(trained_adapter(tiny), 5)
+    folder = write_result(tmp_path / "run", tiny, f"lora.alpha={alpha}", adapter=adapter)
+    lora = LoraSettings(8, alpha, ("q_proj", "v_proj"))
+    (stage,) = load_stages(tiny, [Span(0, 6, embed=True, head=True)], "fp32", lora)
+    stage.load_adapter(adapter)
+    expected = logits(stage.model)
+    made, _ = export(open_result(folder), "peft", tmp_path / "mine")
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny.folder), made)
+    assert (logits(tuned) - expected).norm() < 1e-5 * expected.norm()
+    merged, _ = export(open_result(folder), "merged", None)
+    assert (logits(AutoModelForCausalLM.from_pretrained(merged)) - expected).norm() < 1e-5 * expected.norm()
+    back = read_peft_folder(made)
+    assert set(back) == set(adapter)
+    for name, array in adapter.items():
+        if name.endswith(CARRY_B):
+            np.testing.assert_allclose(back[name], array, rtol=3e-7)
+        else:
+            assert np.array_equal(back[name], array), name
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.flower import from_record, to_record
 from edgelam_fl.model import adapter as adapters
+from edgelam_fl.model.carry import is_carry
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.split.plan import end_spans, hosted_span
 from edgelam_fl.wire import PROTOCOL_VERSION
@@ -286,6 +288,90 @@ def test_a_factor_that_a_node_holds_as_it_was_frozen_is_not_sent_again(federatio
         "b": [{"A", "B"}, {"A", "B"}, {"B"}],
         "e": [{"A", "B"}],
     }
+
+
+def test_a_personal_factor_stays_where_it_is(federation: Callable[..., Federation]) -> None:
+    """FedSA: of a and b, whose steps are 1 and 5, A is averaged and alone comes down again; each keeps its own B."""
+    run = federation("ab", "e", "strategy.aggregation=fedsa")
+    moved = run.nodes["b"]._moved
+    run.nodes["b"]._moved = lambda spans, by: moved(spans, 5 * by)  # type: ignore[method-assign]
+    result = run.run()
+    for name, sent in (("a", ["AB", "A", "A"]), ("b", ["AB", "A", "A"]), ("e", ["AB"])):
+        assert ["".join(sorted({t[-8] for t in got})) for got in run.nodes[name].received] == sent, name
+    mean = 2 * (LABELS["a"] * 1 + LABELS["b"] * 5) / (LABELS["a"] + LABELS["b"])
+    for tensor, start in run.start.items():
+        hosted = ".layers.2." in tensor or ".layers.3." in tensor
+        own = {
+            name: (4 if hosted else 2 * by) if "lora_B" in tensor else 4 if hosted else mean
+            for name, by in (("a", 1), ("b", 5))
+        }
+        np.testing.assert_allclose(result[tensor], start + (4 if hosted else mean), atol=1e-5)
+        for name, by in own.items():
+            exported = adapters.from_bytes(
+                (run.folder.path / "adapters" / name / "adapter_model.safetensors").read_bytes()
+            )
+            np.testing.assert_allclose(exported[tensor], start + by, atol=1e-5)
+            if not hosted:
+                np.testing.assert_allclose(run.nodes[name].held[tensor], start + by, atol=1e-5)
+
+
+def test_a_personal_adapter_has_the_newest_shared_factor(federation: Callable[..., Federation]) -> None:
+    """FedSA: b takes no part in round 2, in which a moves A on."""
+
+    class ThenAlone:
+        def select(self, state: RoundState) -> Selected:
+            return Selected(["a", "b"] if state.round == 1 else ["a"])
+
+    run = federation("ab", "e", "strategy.aggregation=fedsa")
+    run.strategy.schedule.selection = ThenAlone()
+    result = run.run()
+    exported = adapters.from_bytes((run.folder.path / "adapters/b/adapter_model.safetensors").read_bytes())
+    front = {name: array for name, array in exported.items() if ".layers.0." in name}
+    assert {name: float(np.mean(array - run.start[name]).round(4)) for name, array in front.items()} == {
+        name: 2.0 if "lora_A" in name else 1.0 for name in front
+    }
+    assert all(np.array_equal(front[name], result[name]) for name in front if "lora_A" in name)
+
+
+@pytest.mark.parametrize("name", ["flora", "fedex"])
+def test_carry_factors_go_down_once_and_to_those_that_hold_the_layer(
+    federation: Callable[..., Federation], name: str
+) -> None:
+    """a and b hold layers 0, 1, 4 and 5, and train them together in round 1 alone; layers 2 and 3 have one source."""
+
+    class BothThenOne:
+        def select(self, state: RoundState) -> Selected:
+            return Selected(["a", "b"] if state.round == 1 else ["a"] if state.round % 2 == 0 else ["b"])
+
+    run = federation("ab", "e", f"strategy.aggregation={name}", "federation.rounds=4")
+    run.strategy.schedule.selection = BothThenOne()
+    for node in run.nodes.values():
+        node._moved = partial(uneven, node)  # type: ignore[method-assign]
+    result = run.run()
+    ends = {0, 1, 4, 5}
+    assert carried(result) == ends
+    received = {name: [carried(tensors) for tensors in run.nodes[name].received] for name in "abe"}
+    assert received == {
+        "a": [set(), ends, set()],  # rounds 1 and 2; in round 4 it gets b's factors, and has the carry
+        "b": [set(), ends, set()],  # rounds 1 and 3; measures a's factors at the end
+        "e": [set()],
+    }
+    done = run.events("round_done")
+    rank = 8 + 8 if name == "flora" else 8
+    assert [event["aggregation"].get("carry_rank") for event in done] == [rank] * 4 + [None]
+    assert [event["aggregation_error"] for event in done[:4]] == pytest.approx([0] * 4, abs=1e-5)
+
+
+def uneven(node: ByHand, spans: list[adapters.Span], by: float) -> adapters.Adapter:
+    """What a node trained, each number in a way of its own: equal steps would have products of rank 1."""
+    held = {name: array for name, array in adapters.slice_of(node.held, spans).items() if not is_carry(name)}
+    seeded = np.random.default_rng([len(node.plans), ord(node.profile.name)])
+    return {n: a + np.float32(by) * seeded.normal(size=a.shape).astype(np.float32) for n, a in held.items()}
+
+
+def carried(tensors: adapters.Adapter) -> set[int]:
+    """The layers that have carry factors."""
+    return {int(name.split(".layers.")[1].split(".")[0]) for name in tensors if is_carry(name)}
 
 
 @pytest.mark.parametrize("name", ["flexlora", "hetlora"])

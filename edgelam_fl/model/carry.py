@@ -1,0 +1,48 @@
+"""Carry factors by name: what an aggregation added to a module for good, as frozen low-rank factors beside the base (s = 1).
+
+`....q_proj.lora_carry_A.weight` is [M, in], `....lora_carry_B.weight` is [out, M]. Other tools know no such thing, so in a
+peft folder they are stacked with the adapter into one LoRA. Knows arrays alone; `model.modules` computes with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+A, B = ".lora_A.weight", ".lora_B.weight"
+CARRY_A, CARRY_B = ".lora_carry_A.weight", ".lora_carry_B.weight"
+
+
+def is_carry(name: str) -> bool:
+    return name.endswith((CARRY_A, CARRY_B))
+
+
+def modules_of(tensors: Mapping[str, np.ndarray]) -> list[str]:
+    """The modules that have carry factors."""
+    return [name.removesuffix(CARRY_A) for name in tensors if name.endswith(CARRY_A)]
+
+
+def without_carry(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: array for name, array in tensors.items() if not is_carry(name)}
+
+
+def stacked(adapter: Mapping[str, np.ndarray], alpha: float) -> dict[str, np.ndarray]:
+    """One LoRA a module, scaled by alpha / the adapter's rank as before: the carry's B is divided by that, the rest kept."""
+    joined = without_carry(adapter)
+    for module in modules_of(adapter):
+        a_RI, b_OR = adapter[module + A], adapter[module + B]
+        joined[module + A] = np.concatenate([a_RI, adapter[module + CARRY_A]])
+        carry_b_OM = adapter[module + CARRY_B] * np.float32(len(a_RI) / alpha)
+        joined[module + B] = np.concatenate([b_OR, carry_b_OM], axis=1)
+    return joined
+
+
+def unstacked(joined: Mapping[str, np.ndarray], alpha: float, ranks: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """The inverse. `ranks`: of the adapter alone, for the modules where there is more."""
+    adapter = dict(joined)
+    for module, rank in ranks.items():
+        a_MI, b_OM = joined[module + A], joined[module + B]
+        adapter[module + A], adapter[module + B] = a_MI[:rank], b_OM[:, :rank]
+        adapter[module + CARRY_A], adapter[module + CARRY_B] = a_MI[rank:], b_OM[:, rank:] * np.float32(alpha / rank)
+    return adapter
