@@ -35,7 +35,7 @@ from edgelam_fl.telemetry.summary import summary_table
 INTERRUPTED = 130
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
 _POLL_S = 0.25
-_STATUS_EVERY_S = 15.0
+_SILENCE_S = 45.0  # then Flower is asked how the run stands, which costs it seconds of a core
 _EVENTS_LAG_S = 5.0
 _RESULT_LAG_S = 30.0
 
@@ -248,19 +248,20 @@ def follow(
     tails = {"": EventTail(folder / "events.jsonl")} | {
         node.name: EventTail(node.state / "events.jsonl") for node in nodes
     }
-    asked, done = time.monotonic(), False
+    heard, done = time.monotonic(), False
     try:
         with view:
             while not done:
                 for name, tail in tails.items():
                     for event in tail.poll():
+                        heard = time.monotonic()
                         view.feed(event, name)
                         done = done or event["event"] == "run_done"
                         if event["event"] == "run_failed":
                             raise RunFailed(f"the run failed: {event['reason']}; {event['kept']}")
                 watch()
-                if time.monotonic() - asked > _STATUS_EVERY_S:
-                    asked = time.monotonic()
+                if time.monotonic() - heard > _SILENCE_S:
+                    heard = time.monotonic()
                     _check_alive(submission, folder, tails[""])
                 time.sleep(_POLL_S)
     except KeyboardInterrupt:

@@ -79,14 +79,14 @@ class Federation:
             if proxy is not None:
                 proxy.close()
 
-    def wait_for(self, done: Callable[[], bool], deadline_s: float, what: str) -> None:
+    def wait_for(self, done: Callable[[], bool], deadline_s: float, what: str, every_s: float = _POLL_S) -> None:
         """Raises with the end of every log when `done` stays false."""
         end = time.monotonic() + deadline_s
         try:
             while not done():
                 if time.monotonic() > end:
                     raise TimeoutError(f"waited {deadline_s:.0f} s for {what}")
-                time.sleep(_POLL_S)
+                time.sleep(every_s)
         except (TimeoutError, EnvironmentProblem, RunFailed) as error:
             error.add_note(self.logs())
             raise
@@ -115,16 +115,18 @@ class Federation:
         out, known = self.folder / "runs" / name, len(self.data_plane.connections)
         status = submit(out)
         tail, events = EventTail(out / "events.jsonl"), list[dict[str, Any]]()
-        asked = time.monotonic()
+        heard = time.monotonic()
 
         def ended() -> bool:
-            nonlocal asked
+            nonlocal heard
             meanwhile()
-            events.extend(tail.poll())
+            if news := tail.poll():
+                heard = time.monotonic()
+            events.extend(news)
             if any(event["event"] in ("run_done", "run_failed") for event in events):
                 return True
-            if time.monotonic() - asked > 20:  # it may have died before its first event
-                asked = time.monotonic()
+            if time.monotonic() - heard > 45:  # it may have died before its first event
+                heard = time.monotonic()
                 state = status()
                 if state.startswith("finished"):
                     events.extend(tail.poll())  # what it wrote while Flower was asked
@@ -136,7 +138,7 @@ class Federation:
         self.wait_for(ended, RUN_DEADLINE_S, f"run {name}")
         assert events[-1]["event"] == "run_done", f"{events[-1]}\n{self.logs()}"
         self.wait_for(lambda: (out / "report.html").exists(), 30, "the report")
-        self.wait_for(lambda: status() == "finished:completed", 60, f"Flower to close run {name}")
+        self.wait_for(lambda: status() == "finished:completed", 60, f"Flower to close run {name}", every_s=3.0)
         return Run(out, events, by_device(self.data_plane.connections[known:], list(self.data)))
 
     def flwr(self, *arguments: str, expect: int = 0) -> str:
