@@ -143,8 +143,11 @@ def free_port(host: str = "127.0.0.1") -> int:
 # ---------------------------------------------------------------- Flower's and ours
 
 
-def start_superlink(host: str, port: int, state: Path) -> Child:
-    """The SuperLink, answering. It starts the ServerApp of each run as a process of its own."""
+def start_superlink(host: str, port: int, state: Path, simulation: bool = False) -> Child:
+    """The SuperLink, answering. It starts the ServerApp of each run as a process of its own.
+
+    simulation: and Flower's simulation engine with it, which plays the nodes.
+    """
     check_port_free(host, port, "--listen")
     child = Child(
         "SuperLink",
@@ -157,6 +160,7 @@ def start_superlink(host: str, port: int, state: Path) -> Child:
             "--port",
             str(port),
             "--disable-runtime-dependency-installation",
+            *(["--simulation"] if simulation else []),
         ],
         state / "superlink.log",
         {"FLWR_HOME": str(state / "flwr"), "FLWR_TELEMETRY_ENABLED": "0"},

@@ -22,6 +22,7 @@ from server.run_folder import RunFolder
 from server.schedule import unfit
 
 _POLL_S = 0.5
+_FIRST_POLL_S = 0.05  # a simulated node answers at once
 _QUERY_S = 90.0
 
 
@@ -123,6 +124,7 @@ class Nodes:
         waiting = dict(zip(self.grid.push_messages(messages), destinations, strict=True))
         replies: dict[str, Message] = {}
         missing: dict[str, str] = {}
+        pause_s = _FIRST_POLL_S
         while waiting and time.monotonic() < end:
             for reply in self.grid.pull_messages(list(waiting)):
                 node_id = waiting.pop(reply.metadata.reply_to_message_id)
@@ -137,7 +139,8 @@ class Nodes:
                     del waiting[message_id]
                     missing[names.get(node_id, str(node_id))] = "left the federation"
             if waiting:
-                time.sleep(_POLL_S)
+                time.sleep(pause_s)
+                pause_s = min(_POLL_S, 1.2 * pause_s)
         late = f"no reply within {timeout_s:.0f} s"
         return replies, missing | {names.get(node_id, str(node_id)): late for node_id in waiting.values()}
 

@@ -191,7 +191,8 @@ class SplitLora(Strategy):
         assert self._open is not None
         needed = starting_point(plan, self._global, self.personal)
         plan.adapter_digest = adapters.digest(needed)
-        content = RecordDict({"plan": ConfigRecord({"plan": plan.SerializeToString()})})
+        wait = self.config.federation.wait
+        content = RecordDict({"plan": ConfigRecord({"plan": plan.SerializeToString(), "wait": wait})})
         if self.digests.get(name) != plan.adapter_digest:
             known = self._frozen.get(name, {})
             held = {t for t, array in needed.items() if t in known and known[t] == adapters.digest({t: array})}
@@ -200,9 +201,23 @@ class SplitLora(Strategy):
         return self.nodes.message(name, "train" if plan.steps else "evaluate", content)
 
     def _exchange(self, messages: Iterable[Message], timeout: float) -> list[Message]:
-        """Flower's replies; why others did not reply is kept for `_read`."""
+        """Flower's replies; why others did not reply is kept for `_read`.
+
+        With federation.wait = "park" all jobs are handed over first, and then asked for: one ClientApp after the other can
+        do that, where a job needs another node's.
+        """
         replies, self._missing = self.nodes.exchange(messages, timeout + _MESSAGES_S)
+        if self.config.federation.wait == "park":
+            parked = [name for name, reply in replies.items() if read_reply(reply.content).report.state == "running"]
+            finished, missing = self.nodes.exchange(map(self._ask_again, parked), timeout + _MESSAGES_S)
+            replies = {name: reply for name, reply in replies.items() if name not in parked} | finished
+            self._missing |= missing
         return list(replies.values())
+
+    def _ask_again(self, name: str) -> Message:
+        assert self._open is not None
+        plan = ConfigRecord({"plan": self._open.plans[name].SerializeToString()})
+        return self.nodes.message(name, "train.collect", RecordDict({"plan": plan}))
 
     # ---------------------------------------------------------------- after
 
