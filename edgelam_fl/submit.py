@@ -65,6 +65,11 @@ class Submission:
     def stop(self) -> None:
         self._flwr("stop", str(self.run_id), "local")
 
+    def log(self) -> str:
+        """The end of what Flower and the ServerApp printed."""
+        done = self._call("log", str(self.run_id), "local", "--show")
+        return " ".join((done.stdout + done.stderr).split())[-600:]
+
     def how_to(self, folder: Path) -> list[str]:
         """Commands for a user's shell: to see the run in `folder`, what Flower says of it, and to stop it."""
         flwr = f"FLWR_HOME={shlex.quote(str(self._home))} {shlex.quote(_as_typed('flwr'))}"
@@ -75,11 +80,7 @@ class Submission:
         ]
 
     def _flwr(self, command: str, *arguments: str) -> dict[str, Any]:
-        environment = {**tool_environment(), "FLWR_HOME": str(self._home), "FLWR_TELEMETRY_ENABLED": "0"}
-        done = subprocess.run(
-            ["flwr", command, *arguments, "--format", "json"],
-            capture_output=True, text=True, env=environment, timeout=_DEADLINE_S, stdin=subprocess.DEVNULL, check=False,
-        )  # fmt: skip
+        done = self._call(command, *arguments, "--format", "json")
         try:
             answer: dict[str, Any] = json.loads(done.stdout)
         except ValueError as error:
@@ -88,3 +89,13 @@ class Submission:
         if not answer.get("success", True):
             raise RunFailed(f"`flwr {command}` failed: {answer.get('error-message', answer)}")
         return answer
+
+    def _call(self, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = {**tool_environment(), "FLWR_HOME": str(self._home), "FLWR_TELEMETRY_ENABLED": "0"}
+        try:
+            return subprocess.run(
+                ["flwr", command, *arguments],
+                capture_output=True, text=True, env=environment, timeout=_DEADLINE_S, stdin=subprocess.DEVNULL, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            raise RunFailed(f"`flwr {command}` did not answer within {_DEADLINE_S:.0f} s") from error

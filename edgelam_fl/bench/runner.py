@@ -124,15 +124,22 @@ def engine(state: Path) -> Iterator[Engine]:
         command = [sys.executable, "-m", "edgelam_fl.simulation.daemon", "--state", str(fabric)]
         environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
         children.append(Child("the fabric", command, state / "fabric.log", environment))
-        children.append(start_superlink("127.0.0.1", port, state, simulation=True))
-        end = time.monotonic() + _START_S
-        while not (fabric / "endpoint.json").exists():
-            if children[0].ended() or time.monotonic() > end:
-                raise EnvironmentProblem(children[0].ended() or f"the fabric did not start within {_START_S:.0f} s")
-            time.sleep(_POLL_S)
+        quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "OMP_NUM_THREADS": "1"}
+        children.append(start_superlink("127.0.0.1", port, state, quiet))
+        _await(children[0], (fabric / "endpoint.json").exists)
         yield Engine(f"127.0.0.1:{port}", fabric, state / "flwr-cli", children)
     finally:
-        end_all(children)
+        end_all(children[::-1])
+
+
+def _await(child: Child, ready: Callable[[], bool]) -> None:
+    end = time.monotonic() + _START_S
+    while not ready():
+        if child.ended() or time.monotonic() > end:
+            raise EnvironmentProblem(
+                child.ended() or f"{child.name} did not start within {_START_S:.0f} s: {child.log}"
+            )
+        time.sleep(_POLL_S)
 
 
 def run_cell(engine: Engine, config: RunConfig, folder: Path, nodes: int, feed: Callable[[Event], None]) -> list[Event]:
@@ -157,7 +164,7 @@ def run_cell(engine: Engine, config: RunConfig, folder: Path, nodes: int, feed: 
                 asked = time.monotonic()
                 status = submission.status()
                 if status.startswith("finished") and not _ended(tail.path):
-                    raise RunFailed(f"Flower says that the run is {status}; see {engine.children[-1].log}")
+                    raise RunFailed(f"Flower says that the run is {status}: {submission.log()}")
             time.sleep(_POLL_S)
     except KeyboardInterrupt:
         submission.stop()
