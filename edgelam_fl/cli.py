@@ -275,6 +275,7 @@ def bench(
         Path | None,
         typer.Option("--out", metavar="DIR", help="Where results are, or go on; by default runs/bench-<name>."),
     ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, max=16, help="Cells at a time: one starts, one computes.")] = 2,
 ) -> None:
     """Ranks strategies: every combination of a matrix, each a federation on Flower's simulation engine.
 
@@ -283,7 +284,7 @@ def bench(
     """
     from edgelam_fl.bench.command import bench as work
 
-    raise typer.Exit(work(console, file, out))
+    raise typer.Exit(work(console, file, out, jobs))
 
 
 @app.command()

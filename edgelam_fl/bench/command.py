@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +14,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from edgelam_fl.bench import datasets
-from edgelam_fl.bench.matrix import Cell, read_matrix
+from edgelam_fl.bench.matrix import Cell, Matrix, read_matrix
 from edgelam_fl.bench.results import write_results
 from edgelam_fl.bench.runner import Results, check_cells, check_extra, engine, play
+from edgelam_fl.config import RunConfig
 
 INTERRUPTED = 130
 
 
-def bench(console: Console, file: Path, out: Path | None) -> int:
+def bench(console: Console, file: Path, out: Path | None, jobs: int) -> int:
     """Runs what is not finished yet. Returns 0, or 1 where a cell failed."""
     matrix = read_matrix(file)
     check_extra()
@@ -36,19 +40,7 @@ def bench(console: Console, file: Path, out: Path | None) -> int:
             with console.status("measuring the reference lines"):
                 _references(results, matrix, data, configs)
         if left:
-            with (
-                console.status("starting Flower's simulation engine and the fabric"),
-                engine(out / "work") as processes,
-            ):
-                with _progress(console) as progress:
-                    task = progress.add_task("", total=len(cells), completed=len(cells) - len(left), what="")
-                    for cell in left:
-                        feed = _feed(progress, task, cell, configs[cell.name].federation.rounds)
-                        line = play(processes, matrix, cell, configs[cell.name], data, out, feed)
-                        results.add(line)
-                        progress.advance(task)
-                        progress.console.print(_told(line), highlight=False, markup=False)
-                        write_results(out, matrix, results.lines())
+            _run(console, matrix, left, len(cells), configs, data, out, results, jobs)
     except KeyboardInterrupt:
         done = sum(line["state"] == "done" for line in results.lines().values())
         console.print(
@@ -59,6 +51,34 @@ def bench(console: Console, file: Path, out: Path | None) -> int:
     states = Counter(results.lines()[cell.name]["state"] for cell in cells)
     console.print("\n".join(f"{path}" for path in written), highlight=False, soft_wrap=True)
     return 1 if states["failed"] else 0
+
+
+def _run(
+    console: Console, matrix: Matrix, left: list[Cell], total: int, configs: dict[str, RunConfig], data: datasets.Data,
+    out: Path, results: Results, jobs: int,
+) -> None:  # fmt: skip
+    """`jobs` cells at a time: while one starts, another computes."""
+    # The pool is left last: when the processes have ended, the cells that wait for them end too.
+    with ThreadPoolExecutor(jobs, "cell") as pool, ExitStack() as processes:
+        with console.status("starting Flower's simulation engine and the fabric"):
+            shared = processes.enter_context(engine(out / "work" / "engine"))
+        with _progress(console) as progress:
+            task = progress.add_task("", total=total, completed=total - len(left), what="")
+            waiting = []
+            for cell in left:
+                config = configs[cell.name]
+                feed = _feed(progress, task, cell, config.federation.rounds)
+                waiting.append(pool.submit(play, shared, matrix, cell, config, data, out, feed))
+            try:
+                for finished in as_completed(waiting):
+                    line = finished.result()
+                    results.add(line)
+                    progress.advance(task)
+                    progress.console.print(_told(line), highlight=False, markup=False)
+                    write_results(out, matrix, results.lines())
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+    shutil.rmtree(out / "work", ignore_errors=True)
 
 
 def _references(results: Results, matrix: Any, data: datasets.Data, configs: dict[str, Any]) -> None:

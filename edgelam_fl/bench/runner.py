@@ -29,9 +29,9 @@ from edgelam_fl.telemetry.events import EventTail, read_events
 from edgelam_fl.wire.control import FABRIC_SEPARATOR
 
 _POLL_S = 0.1
-_STATUS_EVERY_S = 15.0
+_STATUS_EVERY_S = 20.0  # without an event
 _START_S = 180.0
-_KEPT = ("events.jsonl", "config.toml")  # of a finished cell's folder, unless all is to be kept
+_DONE = "done"  # an empty file in the folder of a cell that came through
 
 Event = dict[str, Any]
 
@@ -105,7 +105,6 @@ class Engine:
 
     server: str
     fabric: Path
-    home: Path
     children: list[Child]
 
     def check(self) -> None:
@@ -127,7 +126,7 @@ def engine(state: Path) -> Iterator[Engine]:
         quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "OMP_NUM_THREADS": "1"}
         children.append(start_superlink("127.0.0.1", port, state, quiet))
         _await(children[0], (fabric / "endpoint.json").exists)
-        yield Engine(f"127.0.0.1:{port}", fabric, state / "flwr-cli", children)
+        yield Engine(f"127.0.0.1:{port}", fabric, children)
     finally:
         end_all(children[::-1])
 
@@ -144,31 +143,28 @@ def _await(child: Child, ready: Callable[[], bool]) -> None:
 
 def run_cell(engine: Engine, config: RunConfig, folder: Path, nodes: int, feed: Callable[[Event], None]) -> list[Event]:
     """One federation from submission to its last event; `feed` sees each event as it comes. Raises RunFailed."""
-    submission = Submission(engine.server, engine.home)
+    submission = Submission(engine.server, folder / "flwr")
     # one worker of Flower's is enough: it hands jobs over and brings reports, the fabric computes
     simulation = f"num-supernodes={nodes} client-resources-num-cpus=1 init-args-num-cpus=1"
     submission.submit(
         config, folder / "run", fabric=f"{engine.fabric}{FABRIC_SEPARATOR}{folder}", simulation=simulation
     )
     tail, asked = EventTail(folder / "run" / "events.jsonl"), time.monotonic()
-    try:
-        while True:
-            for event in tail.poll():
-                feed(event)
-                if event["event"] == "run_done":
-                    return list(read_events(tail.path))
-                if event["event"] == "run_failed":
-                    raise RunFailed(event["reason"])
-            engine.check()
-            if time.monotonic() - asked > _STATUS_EVERY_S:
-                asked = time.monotonic()
-                status = submission.status()
-                if status.startswith("finished") and not _ended(tail.path):
-                    raise RunFailed(f"Flower says that the run is {status}: {submission.log()}")
-            time.sleep(_POLL_S)
-    except KeyboardInterrupt:
-        submission.stop()
-        raise
+    while True:
+        for event in tail.poll():
+            feed(event)
+            asked = time.monotonic()
+            if event["event"] == "run_done":
+                return list(read_events(tail.path))
+            if event["event"] == "run_failed":
+                raise RunFailed(event["reason"])
+        engine.check()
+        if time.monotonic() - asked > _STATUS_EVERY_S:
+            asked = time.monotonic()
+            status = submission.status()
+            if status.startswith("finished") and not _ended(tail.path):
+                raise RunFailed(f"Flower says that the run is {status}: {submission.log()}")
+        time.sleep(_POLL_S)
 
 
 def _ended(path: Path) -> bool:
@@ -197,8 +193,14 @@ def play(
         line |= {"state": "failed", "reason": str(error)}
     line["seconds"] = round(time.monotonic() - began, 1)
     if line["state"] == "done":
-        shutil.rmtree(folder)
+        for older in _finished(folder.parent):  # but this one: its ServerApp still writes its report
+            shutil.rmtree(older, ignore_errors=True)
+        (folder / _DONE).touch()
     return line
+
+
+def _finished(work: Path) -> list[Path]:
+    return [mark.parent for mark in work.glob(f"*/{_DONE}")]
 
 
 def outcome(events: list[Event]) -> dict[str, Any]:
