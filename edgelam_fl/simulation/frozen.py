@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
+from torch.nn import functional
+from transformers.models.bert.modeling_bert import BertLayer
 
 from edgelam_fl.model.adapter import Span, target_modules
 from edgelam_fl.model.source import ModelSource, layer_number
@@ -75,9 +78,30 @@ class OnFrozen(Stage):
     def __init__(self, top: Stage, dropout: float, activations: Activations) -> None:
         super().__init__(top.model, top.span, top.dtype, top._family, dropout)
         self.activations = activations
+        last = self._layers[top.span.last - 1]
+        if isinstance(last, BertLayer):  # its pooler reads the first token alone
+            last.forward = partial(_first_token, last)
 
     def forward(self, inputs: torch.Tensor, row_lengths: list[int], **options: Any) -> torch.Tensor:
         return super().forward(self.activations.batch(inputs, row_lengths), row_lengths, **options)
+
+
+def _first_token(
+    layer: Any, hidden_BTD: torch.Tensor, mask: torch.Tensor | None = None, *_: Any, **__: Any
+) -> torch.Tensor:
+    """A BertLayer's output at the first token, [B, 1, D]: nothing else of the last layer is used. Equal but for rounding."""
+    attention, first_B1D = layer.attention.self, hidden_BTD[:, :1]
+
+    def heads(projected: torch.Tensor) -> torch.Tensor:
+        return projected.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+
+    context = functional.scaled_dot_product_attention(
+        heads(attention.query(first_B1D)), heads(attention.key(hidden_BTD)), heads(attention.value(hidden_BTD)),
+        attn_mask=None if mask is None else mask[..., :1, :], scale=attention.scaling,
+    )  # fmt: skip
+    seen_B1D = layer.attention.output(context.transpose(1, 2).flatten(2), first_B1D)
+    output: torch.Tensor = layer.feed_forward_chunk(seen_B1D)
+    return output
 
 
 def whole_model(span: Span, source: ModelSource) -> bool:
