@@ -15,11 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from edgelam_fl.bench import datasets
 from edgelam_fl.bench.matrix import Cell, Matrix, read_matrix
+from edgelam_fl.bench.reference import ONE_DEVICE, WHAT_ONE_DEVICE, one_device
 from edgelam_fl.bench.results import write_results
 from edgelam_fl.bench.runner import Results, check_cells, check_extra, engine, play
 from edgelam_fl.config import RunConfig
 
 INTERRUPTED = 130
+_OF_A_REFERENCE = ("accuracy", "perplexity", "bytes", "seconds")
 
 
 def bench(console: Console, file: Path, out: Path | None, jobs: int) -> int:
@@ -65,6 +67,11 @@ def _run(
         with _progress(console) as progress:
             task = progress.add_task("", total=total, completed=total - len(left), what="")
             waiting = []
+            if matrix.bench.references and data.classes and ONE_DEVICE not in results.lines():
+                alone = one_device(matrix)
+                cell = alone.cells()[0]
+                config, feed = alone.config(cell, data.classes), _feed(progress, task, cell, 0)
+                waiting.append(pool.submit(_as_reference, shared, alone, cell, config, data, out / "alone", feed))
             for cell in left:
                 config = configs[cell.name]
                 feed = _feed(progress, task, cell, config.federation.rounds)
@@ -73,12 +80,20 @@ def _run(
                 for finished in as_completed(waiting):
                     line = finished.result()
                     results.add(line)
-                    progress.advance(task)
+                    progress.advance(task, line["state"] != "reference")
                     progress.console.print(_told(line), highlight=False, markup=False)
                     write_results(out, matrix, results.lines())
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
-    shutil.rmtree(out / "work", ignore_errors=True)
+    for folder in ("work", "alone"):
+        shutil.rmtree(out / folder, ignore_errors=True)
+
+
+def _as_reference(*arguments: Any) -> dict[str, Any]:
+    line = play(*arguments)
+    if line["state"] == "failed":
+        return {**line, "name": ONE_DEVICE}
+    return {"name": ONE_DEVICE, "state": "reference", "what": WHAT_ONE_DEVICE, **{k: line[k] for k in _OF_A_REFERENCE}}
 
 
 def _references(results: Results, matrix: Any, data: datasets.Data, configs: dict[str, Any]) -> None:

@@ -133,7 +133,7 @@ def read_matrix(path: Path) -> Matrix:
 
 
 def parse_matrix(data: Mapping[str, Any], path: Path) -> Matrix:
-    sections = {"bench": Bench, "axes": Axes, "protocols": Protocols}
+    sections: dict[str, type[Section]] = {"bench": Bench, "axes": Axes, "protocols": Protocols}
     for name in data:
         if name not in (*sections, "base"):
             raise ConfigError(f"unknown section [{name}] in {path}: {nearest(name, [*sections, 'base'])}")

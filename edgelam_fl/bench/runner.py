@@ -29,7 +29,7 @@ from edgelam_fl.telemetry.events import EventTail, read_events
 from edgelam_fl.wire.control import FABRIC_SEPARATOR
 
 _POLL_S = 0.1
-_STATUS_EVERY_S = 20.0  # without an event
+_STATUS_EVERY_S = 60.0  # without an event
 _START_S = 180.0
 _DONE = "done"  # an empty file in the folder of a cell that came through
 
@@ -160,11 +160,19 @@ def run_cell(engine: Engine, config: RunConfig, folder: Path, nodes: int, feed: 
                 raise RunFailed(event["reason"])
         engine.check()
         if time.monotonic() - asked > _STATUS_EVERY_S:
+            status = _status(submission)
             asked = time.monotonic()
-            status = submission.status()
             if status.startswith("finished") and not _ended(tail.path):
                 raise RunFailed(f"Flower says that the run is {status}: {submission.log()}")
         time.sleep(_POLL_S)
+
+
+def _status(submission: Submission) -> str:
+    """Empty where Flower's own command does not answer, as on a machine that is very busy: that is no reason to give up."""
+    try:
+        return submission.status()
+    except RunFailed:
+        return ""
 
 
 def _ended(path: Path) -> bool:

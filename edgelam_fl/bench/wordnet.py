@@ -64,4 +64,4 @@ def clear(everything: list[tuple[str, str]]) -> list[tuple[str, str]]:
     for gloss, domain in everything:
         domains.setdefault(gloss, set()).add(domain)
     largest = {domain for domain, _ in Counter(domain for _, domain in everything).most_common(DOMAINS)}
-    return sorted((gloss, *found) for gloss, found in domains.items() if len(found) == 1 and found <= largest)
+    return sorted((gloss, min(found)) for gloss, found in domains.items() if len(found) == 1 and found <= largest)
