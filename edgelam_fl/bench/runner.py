@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from edgelam_fl.bench import datasets
 from edgelam_fl.bench.matrix import Axes, Cell, Matrix
 from edgelam_fl.config import RunConfig
@@ -128,7 +130,18 @@ def engine(state: Path) -> Iterator[Engine]:
         _await(children[0], (fabric / "endpoint.json").exists)
         yield Engine(f"127.0.0.1:{port}", fabric, children)
     finally:
+        left = [process for child in children for process in _descendants(child)]
         end_all(children[::-1])
+        for process in left:  # Flower's simulations and their Rays outlive the SuperLink that started them
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def _descendants(child: Child) -> list[psutil.Process]:
+    try:
+        return psutil.Process(child.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _await(child: Child, ready: Callable[[], bool]) -> None:
