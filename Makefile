@@ -1,7 +1,7 @@
 # Every target that needs the environment makes it first; once made, that costs a few milliseconds and no network.
 PYTHON := .venv/bin/python
 
-.PHONY: help setup demo test check protos constraints clean
+.PHONY: help setup demo test check bench-smoke protos constraints clean
 
 help:
 	@echo "make setup        make .venv with all that is needed (about 0.7 GB to download, no root)"
@@ -9,6 +9,7 @@ help:
 	@echo "                  ARGS=... goes to 'edgelam demo', for example: make demo ARGS='--devices 1'"
 	@echo "make test         all tests"
 	@echo "make check        before a commit: format, lint, types, imports, fast tests"
+	@echo "make bench-smoke  three tiny cells of \`edgelam bench\`: minutes"
 	@echo "make protos       regenerate the protobuf code from edgelam_fl/wire/edgelam.proto"
 	@echo "make constraints  write down the versions in .venv as the tested ones"
 	@echo "make clean        remove .venv, caches and builds (runs/ stay)"
@@ -29,6 +30,10 @@ check: setup
 	@$(PYTHON) -m mypy
 	@.venv/bin/lint-imports
 	@$(PYTHON) -m pytest -q tests/unit tests/contract
+
+bench-smoke: setup
+	@rm -rf runs/bench-smoke
+	@HF_HUB_OFFLINE=1 .venv/bin/edgelam bench benchmarks/matrices/smoke.toml
 
 protos: setup
 	$(PYTHON) -m grpc_tools.protoc -I edgelam_fl/wire --python_out=edgelam_fl/wire --pyi_out=edgelam_fl/wire \

@@ -1,12 +1,14 @@
 """The Flower ClientApp: hands plans to this node's stage host and brings its reports back.
 
 Flower starts it anew for every message, so it stays thin: no torch, no model, no state. The node's state folder, where
-the stage host wrote its endpoint, comes as `--node-config state="..."`.
+the stage host wrote its endpoint, comes as `--node-config state="..."`. In a simulation one process plays all stage hosts:
+its state folder comes as the run's `fabric` setting, and which of them is meant is Flower's number of the node.
 """
 
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -16,7 +18,7 @@ from edgelam_fl.flower import from_record, to_record
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.split.plan import part_id
 from edgelam_fl.wire import edgelam_pb2 as pb
-from edgelam_fl.wire.control import control
+from edgelam_fl.wire.control import FABRIC_SEPARATOR, ControlClient, control
 
 _ANSWER_S = 60.0
 _POLL_S = 30.0
@@ -28,19 +30,47 @@ app = ClientApp()
 def query(message: Message, context: Context) -> Message:
     """This node's profile."""
     request = pb.ProfileRequest.FromString(message.content["query"]["request"])
-    with control(_state(context)) as stage_host:
+    with _stage_host(context) as stage_host:
         profile = stage_host.call("GetProfile", request, _ANSWER_S)
     return _reply(message, ConfigRecord({"profile": profile.SerializeToString()}))
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """This node's part in a round: evaluation of the adapter that it starts from, then training."""
+    """This node's part in a round: evaluation of the adapter that it starts from, then training.
+
+    Waits for it, unless the message says `wait = "park"`: then the answer is "running", and `train.collect` brings the rest.
+    """
     plan = pb.Plan.FromString(message.content["plan"]["plan"])
     tensors = b""
     if "adapter" in message.content:
         tensors = adapters.to_bytes(from_record(message.content["adapter"]))
-    report = _run(_state(context), plan, tensors)
+    with _stage_host(context) as stage_host:
+        verdict = stage_host.call("Submit", pb.SubmitRequest(plan=plan, adapter=tensors), _ANSWER_S)
+        if not verdict.accepted:
+            report = _unfinished(plan, "failed", verdict.reason)
+        elif message.content["plan"].get("wait") == "park":
+            report = _unfinished(plan, "running")
+        else:
+            report = _wait(stage_host, plan)
+    return _answer(message, report)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Evaluation only: a plan without steps."""
+    return train(message, context)
+
+
+@app.train("collect")
+def collect(message: Message, context: Context) -> Message:
+    """The report of a part that was handed over before."""
+    plan = pb.Plan.FromString(message.content["plan"]["plan"])
+    with _stage_host(context) as stage_host:
+        return _answer(message, _wait(stage_host, plan))
+
+
+def _answer(message: Message, report: pb.JobReport) -> Message:
     trained = [adapters.from_bytes(part.adapter) if part.adapter else {} for part in report.contributions]
     for part in report.contributions:
         part.ClearField("adapter")  # it goes beside the report, where Flower's strategies look for arrays
@@ -54,32 +84,27 @@ def train(message: Message, context: Context) -> Message:
     return reply
 
 
-@app.evaluate()
-def evaluate(message: Message, context: Context) -> Message:
-    """Evaluation only: a plan without steps."""
-    return train(message, context)
-
-
-def _run(state: Path, plan: pb.Plan, tensors: bytes) -> pb.JobReport:
-    """Submits and waits. The job is the stage host's: were this process killed, the same plan would attach to it."""
+def _wait(stage_host: ControlClient, plan: pb.Plan) -> pb.JobReport:
+    """The job is the stage host's: were this process killed, the same plan would attach to it."""
     end = time.monotonic() + plan.deadlines.round_s + _ANSWER_S
-    job = part_id(plan)
-    with control(state) as stage_host:
-        verdict = stage_host.call("Submit", pb.SubmitRequest(plan=plan, adapter=tensors), _ANSWER_S)
-        if not verdict.accepted:
-            return pb.JobReport(job=job, node=plan.node, role=plan.role, state="failed", error=verdict.reason)
-        while True:
-            report = stage_host.call("Wait", pb.WaitRequest(job=job, timeout_s=_POLL_S), _POLL_S + _ANSWER_S)
-            if report.state != "running":
-                return report
-            if time.monotonic() > end:
-                return pb.JobReport(
-                    job=job, node=plan.node, role=plan.role, state="failed", error="the round's deadline has passed"
-                )
+    while True:
+        report = stage_host.call("Wait", pb.WaitRequest(job=part_id(plan), timeout_s=_POLL_S), _POLL_S + _ANSWER_S)
+        if report.state != "running":
+            return report
+        if time.monotonic() > end:
+            return _unfinished(plan, "failed", "the round's deadline has passed")
 
 
-def _state(context: Context) -> Path:
-    return Path(str(context.node_config["state"]))
+def _unfinished(plan: pb.Plan, state: str, error: str = "") -> pb.JobReport:
+    return pb.JobReport(job=part_id(plan), node=plan.node, role=plan.role, state=state, error=error)
+
+
+def _stage_host(context: Context) -> AbstractContextManager[ControlClient]:
+    fabric = str(context.run_config.get("fabric", ""))
+    if not fabric:
+        return control(Path(str(context.node_config["state"])))
+    state, _, federation = fabric.partition(FABRIC_SEPARATOR)
+    return control(Path(state), node=f"{federation}{FABRIC_SEPARATOR}{context.node_config['partition-id']}")
 
 
 def _reply(message: Message, record: ConfigRecord) -> Message:

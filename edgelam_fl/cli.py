@@ -269,6 +269,25 @@ def client(
 
 
 @app.command()
+def bench(
+    file: Annotated[Path, typer.Argument(metavar="MATRIX.toml", help="The matrix: data, axes, what all cells share.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Where results are, or go on; by default runs/bench-<name>."),
+    ] = None,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, max=16, help="Cells at a time: one starts, one computes.")] = 2,
+) -> None:
+    """Ranks strategies: every combination of a matrix, each a federation on Flower's simulation engine.
+
+    Finished cells are kept in cells.jsonl and never run again, so an interrupted matrix goes on where it was. Leaves tables
+    (results.md) and a page of plots (results.html). Needs the extra: pip install 'edgelam-fl\\[bench]'.
+    """
+    from edgelam_fl.bench.command import bench as work
+
+    raise typer.Exit(work(console, file, out, jobs))
+
+
+@app.command()
 def report(folder: RunArgument) -> None:
     """Draws a run's page and table again, also of a run that failed or goes on."""
     from edgelam_fl.telemetry.events import read_events

@@ -134,6 +134,11 @@ class Federation(Section):
     expect_nodes: int = Field(
         0, ge=0, description="devices to wait for at the start; after join_deadline_s, min_nodes are enough"
     )
+    wait: Literal["block", "park"] = Field(
+        "block",
+        description="a node's ClientApp waits for its job, or hands it over and is asked again (simulations need it)",
+    )
+    evaluate_every: int = Field(1, ge=1, description="rounds between two measurements; the result is always measured")
     join_deadline_s: float = Field(120.0, gt=0, description="how long to wait for min_nodes devices and for a host")
     step_deadline_s: float = Field(120.0, gt=0, description="a device that is later than this is left out of the step")
     round_deadline_s: float = Field(3600.0, gt=0, description="a node that is later than this is left out of the round")

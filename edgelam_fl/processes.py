@@ -143,8 +143,11 @@ def free_port(host: str = "127.0.0.1") -> int:
 # ---------------------------------------------------------------- Flower's and ours
 
 
-def start_superlink(host: str, port: int, state: Path) -> Child:
-    """The SuperLink, answering. It starts the ServerApp of each run as a process of its own."""
+def start_superlink(host: str, port: int, state: Path, simulation: dict[str, str] | None = None) -> Child:
+    """The SuperLink, answering. It starts the ServerApp of each run as a process of its own.
+
+    simulation: and Flower's simulation engine with it, which plays the nodes, in this environment.
+    """
     check_port_free(host, port, "--listen")
     child = Child(
         "SuperLink",
@@ -157,9 +160,10 @@ def start_superlink(host: str, port: int, state: Path) -> Child:
             "--port",
             str(port),
             "--disable-runtime-dependency-installation",
+            *(["--simulation"] if simulation is not None else []),
         ],
         state / "superlink.log",
-        {"FLWR_HOME": str(state / "flwr"), "FLWR_TELEMETRY_ENABLED": "0"},
+        {"FLWR_HOME": str(state / "flwr"), "FLWR_TELEMETRY_ENABLED": "0", **(simulation or {})},
     )
     end = time.monotonic() + _START_DEADLINE_S
     while not answers(host, port, 0.5):

@@ -40,15 +40,20 @@ class Submission:
         self._home = home
         self.run_id = 0
 
-    def submit(self, config: RunConfig, out: Path, chat: Path | None = None) -> int:
+    def submit(
+        self, config: RunConfig, out: Path, chat: Path | None = None, fabric: str = "", simulation: str = ""
+    ) -> int:
         """Starts the run; its folder on the server's machine is `out`. Returns Flower's run id.
 
-        `chat`: the folder of an adapter to talk to over the hosts, instead of training.
+        `chat`: the folder of an adapter to talk to over the hosts, instead of training. `fabric`, `simulation`: who plays
+        the nodes, and Flower's settings for its simulation engine.
         """
         text = self._home / "run-config.toml"
-        values = {"run-toml": config.to_toml(), "out": str(out), "chat": str(chat.absolute()) if chat else ""}
+        values = {"run-toml": config.to_toml(), "out": str(out), "chat": str(chat.absolute()) if chat else "",
+                  "fabric": fabric}  # fmt: skip
         text.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()), encoding="utf-8")
-        answer = self._flwr("run", str(app_folder()), "local", "--run-config", str(text))
+        engine = ["--federation-config", simulation] if simulation else []
+        answer = self._flwr("run", str(app_folder()), "local", "--run-config", str(text), *engine)
         self.run_id = int(answer["run-id"])
         return self.run_id
 
@@ -60,6 +65,11 @@ class Submission:
     def stop(self) -> None:
         self._flwr("stop", str(self.run_id), "local")
 
+    def log(self) -> str:
+        """The end of what Flower and the ServerApp printed."""
+        done = self._call("log", str(self.run_id), "local", "--show")
+        return " ".join((done.stdout + done.stderr).split())[-600:]
+
     def how_to(self, folder: Path) -> list[str]:
         """Commands for a user's shell: to see the run in `folder`, what Flower says of it, and to stop it."""
         flwr = f"FLWR_HOME={shlex.quote(str(self._home))} {shlex.quote(_as_typed('flwr'))}"
@@ -70,11 +80,7 @@ class Submission:
         ]
 
     def _flwr(self, command: str, *arguments: str) -> dict[str, Any]:
-        environment = {**tool_environment(), "FLWR_HOME": str(self._home), "FLWR_TELEMETRY_ENABLED": "0"}
-        done = subprocess.run(
-            ["flwr", command, *arguments, "--format", "json"],
-            capture_output=True, text=True, env=environment, timeout=_DEADLINE_S, stdin=subprocess.DEVNULL, check=False,
-        )  # fmt: skip
+        done = self._call(command, *arguments, "--format", "json")
         try:
             answer: dict[str, Any] = json.loads(done.stdout)
         except ValueError as error:
@@ -83,3 +89,13 @@ class Submission:
         if not answer.get("success", True):
             raise RunFailed(f"`flwr {command}` failed: {answer.get('error-message', answer)}")
         return answer
+
+    def _call(self, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        environment = {**tool_environment(), "FLWR_HOME": str(self._home), "FLWR_TELEMETRY_ENABLED": "0"}
+        try:
+            return subprocess.run(
+                ["flwr", command, *arguments],
+                capture_output=True, text=True, env=environment, timeout=_DEADLINE_S, stdin=subprocess.DEVNULL, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            raise RunFailed(f"`flwr {command}` did not answer within {_DEADLINE_S:.0f} s") from error

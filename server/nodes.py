@@ -22,6 +22,7 @@ from server.run_folder import RunFolder
 from server.schedule import unfit
 
 _POLL_S = 0.5
+_FIRST_POLL_S = 0.05  # a simulated node answers at once
 _QUERY_S = 90.0
 
 
@@ -137,6 +138,7 @@ class Nodes:
         destinations = [message.metadata.dst_node_id for message in messages]
         waiting = dict(zip(self.grid.push_messages(messages), destinations, strict=True))
         del messages  # each holds an adapter
+        pause_s = _FIRST_POLL_S
         while waiting and time.monotonic() < end:
             for asked in [[message_id] for message_id in waiting] if one_by_one else [list(waiting)]:
                 found = list(self.grid.pull_messages(asked))
@@ -152,7 +154,8 @@ class Nodes:
                     del waiting[message_id]
                     missing[self._named(node_id)] = "left the federation"
             if waiting:
-                time.sleep(_POLL_S)
+                time.sleep(pause_s)
+                pause_s = min(_POLL_S, 1.2 * pause_s)
         for node_id in waiting.values():
             missing[self._named(node_id)] = f"no reply within {timeout_s:.0f} s"
 

@@ -141,7 +141,7 @@ def _plan(config: RunConfig, source: ModelSource, facts: RoundFacts, profile: pb
         host_mode=split.host_mode,
         labels=split.labels,
         checkpointing=split.checkpointing,
-        evaluate=True,
+        evaluate=not facts.steps or (facts.round - 1) % federation.evaluate_every == 0,
         steps=facts.steps,
         batch_size=federation.batch_size,
         micro_batches=split.micro_batches,

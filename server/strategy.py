@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -207,7 +208,8 @@ class SplitLora(Strategy):
         assert self._open is not None
         needed = starting_point(plan, self._global, self.personal)
         plan.adapter_digest = adapters.digest(needed)
-        content = RecordDict({"plan": ConfigRecord({"plan": plan.SerializeToString()})})
+        wait = self.config.federation.wait
+        content = RecordDict({"plan": ConfigRecord({"plan": plan.SerializeToString(), "wait": wait})})
         if self.digests.get(name) != plan.adapter_digest:
             known = self._held.get(name, {})
             held = {t for t, array in needed.items() if t in known and known[t] == adapters.digest({t: array})}
@@ -219,10 +221,24 @@ class SplitLora(Strategy):
         return self.nodes.message(name, "train" if plan.steps else "evaluate", content)
 
     def _exchange(self, messages: Iterable[Message], timeout: float) -> Iterator[Message]:
-        """Flower's replies as they arrive; why others did not reply is kept for `_read`."""
-        self._missing = {}
+        """Flower's replies as they arrive; why others did not reply is kept for `_read`.
+
+        With federation.wait = "park" all jobs are handed over first, and then asked for: one ClientApp after the other can
+        do that, where a job needs another node's.
+        """
+        self._missing, limit_s = {}, timeout + _MESSAGES_S
         one_by_one = self._open is not None and self._open.fold is not None
-        return self.nodes.arriving(messages, timeout + _MESSAGES_S, self._missing, one_by_one)
+        if self.config.federation.wait != "park":
+            return self.nodes.arriving(messages, limit_s, self._missing, one_by_one)
+        replies, self._missing = self.nodes.exchange(messages, limit_s)
+        parked = [name for name, reply in replies.items() if read_reply(reply.content).report.state == "running"]
+        failed = [reply for name, reply in replies.items() if name not in parked]
+        return chain(failed, self.nodes.arriving(map(self._ask_again, parked), limit_s, self._missing, one_by_one))
+
+    def _ask_again(self, name: str) -> Message:
+        assert self._open is not None
+        plan = ConfigRecord({"plan": self._open.plans[name].SerializeToString()})
+        return self.nodes.message(name, "train.collect", RecordDict({"plan": plan}))
 
     # ---------------------------------------------------------------- after
 

@@ -9,50 +9,20 @@ from __future__ import annotations
 import json
 import random
 import re
-import subprocess
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
+from edgelam_fl.bench.wordnet import clear, definitions, unpacked
 from edgelam_fl.model.source import cache_folder
 
 HERE = Path(__file__).parent
 SAMPLE, LICENCE = HERE / "wordnet_sample.jsonl", HERE / "LICENSE.wordnet"
-SIZE, DOMAINS, SEED = 3000, 10, 1
-# man 5 lexnames: the number in the second column of data.noun
-NAMES = """
-    Tops act animal artifact attribute body cognition communication event feeling food group location motive object person
-    phenomenon plant possession process quantity relation shape state substance time
-"""
-NOUNS = dict(enumerate(NAMES.split(), start=3))
-
-
-def unpacked(folder: Path) -> Path:
-    """The package's files under `folder`, fetched where they are not there yet."""
-    if not (folder / "usr").is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["apt-get", "download", "wordnet-base"], cwd=folder, check=True)
-        (package,) = folder.glob("wordnet-base_*.deb")
-        subprocess.run(["dpkg-deb", "-x", package, folder], check=True)
-    return folder / "usr" / "share"
-
-
-def definitions(file: Path) -> Iterator[tuple[str, str]]:
-    """(definition, domain) of each noun. What follows a definition are sentences with the word itself."""
-    for line in file.read_text(encoding="utf-8").splitlines():
-        if not line.startswith(" "):  # the licence stands in front
-            entry, gloss = line.split(" | ", 1)
-            yield gloss.split('; "')[0].strip(), NOUNS[int(entry.split()[1])]
+SIZE, SEED = 3000, 1
 
 
 def sample(everything: list[tuple[str, str]], size: int = SIZE) -> list[tuple[str, str]]:
-    """`size` definitions of the DOMAINS largest domains, as often as they come; none twice, nor in two domains."""
-    domains: dict[str, set[str]] = {}
-    for gloss, domain in everything:
-        domains.setdefault(gloss, set()).add(domain)
-    largest = [domain for domain, _ in Counter(domain for _, domain in everything).most_common(DOMAINS)]
-    clear = sorted((gloss, *found) for gloss, found in domains.items() if len(found) == 1 and found <= set(largest))
-    return [(gloss, domain) for gloss, domain in random.Random(SEED).sample(clear, size)]
+    """`size` definitions of the largest domains, as often as they come; none twice, nor in two domains."""
+    return random.Random(SEED).sample(clear(everything), size)
 
 
 def licence(copyright_file: Path) -> str:

@@ -9,7 +9,7 @@ Shapes: B rows, T tokens, D hidden, V vocabulary.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +33,7 @@ from edgelam_fl.model.source import ModelSource, layer_number
 from edgelam_fl.model.weights import read_tensors
 
 AdapterSet = dict[str, nn.Parameter]
+ReadTensors = Callable[[ModelSource, list[str], str, str], Iterable[tuple[str, torch.Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -277,12 +278,13 @@ def load_stages(
     compute: str = "",
     *,
     classes: int = 0,
+    read: ReadTensors = read_tensors,
 ) -> list[Stage]:
     """Builds the stages that one node holds. A tensor that two of them need (a tied embedding) is one tensor.
 
     Reads only the spans' tensors: resident memory grows with the slice, never with the model. compute: "float32",
     "bfloat16", or "" for what the base has. classes: the outputs of a classifier; its head is zero until an adapter
-    is loaded.
+    is loaded. read: where the tensors come from.
     """
     config, family = AutoConfig.from_pretrained(source.folder), source.family
     dtype = compute_dtype(base, compute)
@@ -293,7 +295,7 @@ def load_stages(
         for model in models
         for name in _frozen(model, family)
     }
-    tensors = dict(read_tensors(source, sorted(wanted), base, compute))
+    tensors = dict(read(source, sorted(wanted), base, compute))
     stages = []
     for model, span in zip(models, spans, strict=True):
         own = {name: tensors[_stored_name(source, name)] for name in _frozen(model, family)}

@@ -49,7 +49,8 @@ def serve(options: argparse.Namespace) -> int:
         data_plane = DataPlaneServer(host, int(port), lambda hello, link: node.admit(hello, link))  # type: ignore[union-attr]
     address = options.advertise or (f"{listen.rpartition(':')[0]}:{data_plane.port}" if data_plane else "")
     node = StageHost(options.name, dial, log, data=options.data, address=address, tags=options.tag)
-    control = ControlServer(options.state, {"GetProfile": node.profile, "Submit": node.submit, "Wait": node.wait})
+    handlers = {"GetProfile": node.profile, "Submit": node.submit, "Wait": node.wait}
+    control = ControlServer(options.state, lambda _: handlers)
     log("ready", name=options.name, address=address)
     stopped.wait()
     node.stop()

@@ -26,8 +26,8 @@ _COPIES = "copies"
 class Held:
     """The stages of one node: the ends of its own route, and what it hosts for others."""
 
-    def __init__(self, plan: pb.Plan) -> None:
-        """Loads the slices. Raises Refused where the model here is not the server's."""
+    def __init__(self, plan: pb.Plan, load: Callable[..., list[Stage]] = load_stages) -> None:
+        """Loads the slices, by `load`. Raises Refused where the model here is not the server's."""
         self.key = slice_key(plan)
         self.source = find_model(plan.model.name)
         if self.source.digest != plan.model.digest:
@@ -35,7 +35,7 @@ class Held:
                 f"model {plan.model.name} is {self.source.digest[:12]} on node {plan.node} and {plan.model.digest[:12]} at the "
                 f"server: they must be the same files"
             )
-        stages = load_stages(
+        stages = load(
             self.source, spans_of(plan), plan.model.base, lora_of(plan),
             compute=plan.model.compute, classes=len(plan.task.classes),
         )  # fmt: skip

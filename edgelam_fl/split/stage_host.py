@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +24,7 @@ from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.bases import usable_bases
 from edgelam_fl.model.source import find_model
 from edgelam_fl.model.speed import measure_bases
+from edgelam_fl.model.stage import Stage, load_stages
 from edgelam_fl.split.driver import Driver
 from edgelam_fl.split.generation import HostSessions
 from edgelam_fl.split.group import Group
@@ -32,7 +34,7 @@ from edgelam_fl.split.job import Inbox, job_id, part_id, peak_rss_bytes, task_of
 from edgelam_fl.split.links import Dial, new_route, open_link, open_route, wire_dtype
 from edgelam_fl.split.window import affordable_window
 from edgelam_fl.tasks.base import Example, Task
-from edgelam_fl.tasks.data import device_pairs
+from edgelam_fl.tasks.data import Pair, device_pairs
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.codec import CODECS
@@ -77,9 +79,11 @@ class StageHost:
         data: Path | None = None,
         address: str = "",
         tags: Sequence[str] = (),
+        read: Callable[[Path, Any], tuple[list[Pair], list[Pair]]] = device_pairs,
+        load: Callable[..., list[Stage]] = load_stages,
     ) -> None:
         """`data`: a device's examples (None: an edge server). `address`: where others reach this node's data plane.
-        `tags`: words by which a run may choose it.
+        `tags`: words by which a run may choose it. `read`: (training, held-out) pairs out of the data. `load`: slices.
         """
         self.name = name
         self.role = pb.DEVICE if data else pb.EDGE
@@ -88,6 +92,7 @@ class StageHost:
         self._data = data
         self._address = address
         self._tags = tuple(tags)
+        self._read, self._load = read, load
         self._lock = threading.Lock()
         self._parts: dict[str, Part] = {}
         self._current: Part | None = None
@@ -115,7 +120,7 @@ class StageHost:
             profile.problem = f"speaks protocol version {PROTOCOL_VERSION}, the server {request.protocol_version}"
         elif self._data is not None:
             try:
-                training, held_out = device_pairs(self._data, request.task)
+                training, held_out = self._read(self._data, request.task)
                 profile.examples, profile.held_out = len(training), len(held_out)
             except DataError as error:
                 profile.problem = str(error)
@@ -233,7 +238,7 @@ class StageHost:
     def _hold(self, plan: pb.Plan) -> Held:
         if self._held is None or self._held.key != slice_key(plan):
             self._held = None  # the old slice goes before the new one comes
-            self._held = Held(plan)
+            self._held = Held(plan, self._load)
         return self._held
 
     def _play(self, part: Part, held: Held, emit: Callable[..., None]) -> Callable[[str, str], int] | None:
@@ -310,7 +315,7 @@ class StageHost:
         settings = plan.task
         key = settings.SerializeToString(deterministic=True) + str(os.stat(self._data).st_mtime_ns).encode()
         if self._examples is None or self._examples[0] != key:
-            training, held_out = device_pairs(self._data, settings)
+            training, held_out = self._read(self._data, settings)
             self._examples = key, (task.examples(training), task.examples(held_out))
         return self._examples[1]
 

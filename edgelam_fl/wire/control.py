@@ -11,16 +11,17 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import grpc
 
-from edgelam_fl.errors import EnvironmentProblem
+from edgelam_fl.errors import EdgelamError, EnvironmentProblem
 from edgelam_fl.wire import edgelam_pb2 as pb
 
+FABRIC_SEPARATOR = "::"  # between the parts of what names a node that a fabric plays: state folder, federation, number
 _SERVICE = "edgelam.v1.Control"
 _METHODS: dict[str, tuple[Any, Any]] = {
     "GetProfile": (pb.ProfileRequest, pb.Profile),
@@ -34,30 +35,40 @@ _OPTIONS = [
 ]
 
 
+Handlers = Mapping[str, Callable[[Any], Any]]  # by method
+
+
 class ControlServer:
     """Serves the three methods on a free loopback port, and writes port and token to `state/endpoint.json` (0600)."""
 
-    def __init__(self, state: Path, handlers: dict[str, Callable[[Any], Any]]) -> None:
+    def __init__(self, state: Path, node: Callable[[str], Handlers], threads: int = 8) -> None:
+        """`node`: the handlers of the node that a call names; a process that is one node has them for any name.
+
+        `threads`: calls that may wait at a time.
+        """
         token = secrets.token_hex(32)
 
-        def guarded(handler: Callable[[Any], Any]) -> Callable[[Any, grpc.ServicerContext], Any]:
+        def guarded(method: str) -> Callable[[Any, grpc.ServicerContext], Any]:
             def call(request: Any, context: grpc.ServicerContext) -> Any:
-                given = dict(context.invocation_metadata()).get("token", "")
-                if not hmac.compare_digest(given, token):
+                given = dict(context.invocation_metadata())
+                if not hmac.compare_digest(given.get("token", ""), token):
                     context.abort(grpc.StatusCode.UNAUTHENTICATED, "wrong token")
-                return handler(request)
+                try:
+                    return node(given.get("node", ""))[method](request)
+                except EdgelamError as error:
+                    context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
 
             return call
 
         methods = {
             name: grpc.unary_unary_rpc_method_handler(
-                guarded(handlers[name]),
+                guarded(name),
                 request_deserializer=request.FromString,
                 response_serializer=reply.SerializeToString,
             )
             for name, (request, reply) in _METHODS.items()
         }
-        self._server = grpc.server(ThreadPoolExecutor(8, "control"), options=_OPTIONS)
+        self._server = grpc.server(ThreadPoolExecutor(threads, "control"), options=_OPTIONS)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, methods),))
         port = self._server.add_insecure_port("127.0.0.1:0")
         self._server.start()
@@ -70,7 +81,7 @@ class ControlServer:
 class ControlClient:
     """Calls a stage host of this machine by its state folder; one that is just starting is waited for."""
 
-    def __init__(self, state: Path, start_deadline_s: float) -> None:
+    def __init__(self, state: Path, start_deadline_s: float, node: str = "") -> None:
         file, end = state / "endpoint.json", time.monotonic() + start_deadline_s
         while not file.exists() and time.monotonic() < end:
             time.sleep(0.1)
@@ -78,7 +89,7 @@ class ControlClient:
             endpoint = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise EnvironmentProblem(f"no stage host has written {file}; `edgelam client` starts one") from error
-        self._metadata = (("token", endpoint["token"]),)
+        self._metadata = (("token", endpoint["token"]), ("node", node))
         self._channel = grpc.insecure_channel(endpoint["address"], options=_OPTIONS)
 
     def call(self, method: str, request: Any, timeout_s: float) -> Any:
@@ -100,8 +111,9 @@ class ControlClient:
 
 
 @contextlib.contextmanager
-def control(state: Path, start_deadline_s: float = 60.0) -> Iterator[ControlClient]:
-    client = ControlClient(state, start_deadline_s)
+def control(state: Path, start_deadline_s: float = 60.0, node: str = "") -> Iterator[ControlClient]:
+    """`node`: which one, where a process plays several (edgelam_fl.simulation.fabric)."""
+    client = ControlClient(state, start_deadline_s, node)
     try:
         yield client
     finally:

@@ -16,6 +16,7 @@ from clients import app
 from edgelam_fl.flower import to_record
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.control import ControlServer
 from server.contributions import read_reply
 
 
@@ -29,23 +30,38 @@ def test_the_client_app_loads_neither_torch_nor_transformers() -> None:
     assert not loaded & {"torch", "transformers", "peft", "gguf", "plotly"}
 
 
-def test_contributions_travel_as_arrays_beside_the_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("wait", ["block", "park"])
+def test_contributions_travel_as_arrays_beside_the_report(
+    wait: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     parts = [{"m": np.arange(3, dtype=np.float32)}, {"n": np.ones((2, 2), np.float32)}]
     report = pb.JobReport(state="done", node="a", labels_trained=7, eval_loss_sum=6.0, eval_labels=4)
     for scope, tensors in zip(("ends", "site"), parts, strict=True):
         report.contributions.add(scope=scope, source="a", weight=7, adapter=adapters.to_bytes(tensors))
-    given = list[tuple[pb.Plan, bytes]]()
-    monkeypatch.setattr(app, "_run", lambda state, plan, tensors: given.append((plan, tensors)) or report)
+    given = list[pb.SubmitRequest]()
+    stage_host = {
+        "Submit": lambda request: given.append(request) or pb.SubmitReply(accepted=True),
+        "Wait": lambda request: report,
+    }
     for name in ("_run_id", "_node_id", "_task_id"):  # Flower sets them in the process of a ClientApp
         monkeypatch.setattr(TaskIdentity, name, 1)
-    content = RecordDict({"plan": ConfigRecord({"plan": pb.Plan(node="a").SerializeToString()})})
+    plan = pb.Plan(node="a", deadlines=pb.Deadlines(round_s=5)).SerializeToString()
+    content = RecordDict({"plan": ConfigRecord({"plan": plan, "wait": wait})})
     content["adapter"] = to_record(parts[0])
     context = Context(1, 1, {"state": str(tmp_path)}, RecordDict(), {})
-    answer = app.train(Message(content, dst_node_id=1, message_type="train"), context)
+    server = ControlServer(tmp_path, lambda node: stage_host)
+    try:
+        answer = app.train(Message(content, dst_node_id=1, message_type="train"), context)
+        if wait == "park":
+            assert read_reply(answer.content).report.state == "running"
+            content = RecordDict({"plan": ConfigRecord({"plan": plan})})
+            answer = app.collect(Message(content, dst_node_id=1, message_type="train.collect"), context)
+    finally:
+        server.stop()
 
-    ((plan, sent),) = given
-    assert plan.node == "a"
-    assert adapters.digest(adapters.from_bytes(sent)) == adapters.digest(parts[0])
+    (submitted,) = given
+    assert submitted.plan.node == "a"
+    assert adapters.digest(adapters.from_bytes(submitted.adapter)) == adapters.digest(parts[0])
     reply = read_reply(answer.content)
     assert [(part.scope, part.weight, part.adapter) for part in reply.report.contributions] == [
         ("ends", 7, b""),

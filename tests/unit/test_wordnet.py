@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from benchmarks.data.wordnet import DOMAINS, LICENCE, NOUNS, SAMPLE, SIZE, definitions, licence, sample
+from benchmarks.data.wordnet import LICENCE, SAMPLE, SIZE, definitions, licence, sample
+from edgelam_fl.bench.wordnet import DOMAINS, NOUNS
 from edgelam_fl.tasks.data import read_pairs
 
 

@@ -1,0 +1,135 @@
+"""`edgelam bench`: what it shows while it works, and in which order. Results are drawn again after each cell."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from edgelam_fl.bench import datasets
+from edgelam_fl.bench.matrix import Cell, Matrix, read_matrix
+from edgelam_fl.bench.reference import ONE_DEVICE, WHAT_ONE_DEVICE, one_device
+from edgelam_fl.bench.results import write_results
+from edgelam_fl.bench.runner import Results, check_cells, check_extra, engine, play
+from edgelam_fl.config import RunConfig
+
+INTERRUPTED = 130
+_OF_A_REFERENCE = ("accuracy", "perplexity", "bytes", "seconds")
+
+
+def bench(console: Console, file: Path, out: Path | None, jobs: int) -> int:
+    """Runs what is not finished yet. Returns 0, or 1 where a cell failed."""
+    matrix = read_matrix(file)
+    check_extra()
+    with console.status(f"reading {matrix.bench.dataset}"):
+        data = datasets.load(matrix.bench, matrix.folder)
+        configs = check_cells(matrix, data.classes)
+    out = (out or Path("runs") / f"bench-{matrix.name}").expanduser().absolute()
+    results = Results(out, matrix)
+    cells = matrix.cells()
+    left = [cell for cell in cells if results.lines().get(cell.name, {}).get("state") != "done"]
+    if len(left) < len(cells):
+        console.print(f"{len(cells) - len(left)} of {len(cells)} cells are finished in {results.path}", highlight=False)
+    try:
+        if matrix.bench.references:
+            with console.status("measuring the reference lines"):
+                _references(results, matrix, data, configs)
+        if left:
+            _run(console, matrix, left, len(cells), configs, data, out, results, jobs)
+    except KeyboardInterrupt:
+        done = sum(line["state"] == "done" for line in results.lines().values())
+        console.print(
+            f"interrupted; {done} of {len(cells)} cells are finished in {results.path}; the same command goes on"
+        )
+        return INTERRUPTED
+    written = write_results(out, matrix, results.lines())
+    states = Counter(results.lines()[cell.name]["state"] for cell in cells)
+    console.print("\n".join(f"{path}" for path in written), highlight=False, soft_wrap=True)
+    return 1 if states["failed"] else 0
+
+
+def _run(
+    console: Console, matrix: Matrix, left: list[Cell], total: int, configs: dict[str, RunConfig], data: datasets.Data,
+    out: Path, results: Results, jobs: int,
+) -> None:  # fmt: skip
+    """`jobs` cells at a time: while one starts, another computes."""
+    # The pool is left last: when the processes have ended, the cells that wait for them end too.
+    with ThreadPoolExecutor(jobs, "cell") as pool, ExitStack() as processes:
+        with console.status("starting Flower's simulation engine and the fabric"):
+            shared = processes.enter_context(engine(out / "work" / "engine"))
+        with _progress(console) as progress:
+            task = progress.add_task("", total=total, completed=total - len(left), what="")
+            waiting = []
+            if matrix.bench.references and data.classes and ONE_DEVICE not in results.lines():
+                alone = one_device(matrix)
+                cell = alone.cells()[0]
+                config, feed = alone.config(cell, data.classes), _feed(progress, task, cell, 0)
+                waiting.append(pool.submit(_as_reference, shared, alone, cell, config, data, out / "alone", feed))
+            for cell in left:
+                config = configs[cell.name]
+                feed = _feed(progress, task, cell, config.federation.rounds)
+                waiting.append(pool.submit(play, shared, matrix, cell, config, data, out, feed))
+            try:
+                for finished in as_completed(waiting):
+                    line = finished.result()
+                    results.add(line)
+                    progress.advance(task, line["state"] != "reference")
+                    progress.console.print(_told(line), highlight=False, markup=False)
+                    write_results(out, matrix, results.lines())
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+    for folder in ("work", "alone"):
+        shutil.rmtree(out / folder, ignore_errors=True)
+
+
+def _as_reference(*arguments: Any) -> dict[str, Any]:
+    line = play(*arguments)
+    if line["state"] == "failed":
+        return {**line, "name": ONE_DEVICE}
+    return {"name": ONE_DEVICE, "state": "reference", "what": WHAT_ONE_DEVICE, **{k: line[k] for k in _OF_A_REFERENCE}}
+
+
+def _references(results: Results, matrix: Any, data: datasets.Data, configs: dict[str, Any]) -> None:
+    from edgelam_fl.bench.reference import measure
+
+    known = results.lines()
+    for name, line in measure(matrix, data, configs, known):
+        results.add({"name": name, "state": "reference", **line})
+
+
+def _progress(console: Console) -> Progress:
+    columns = (
+        SpinnerColumn(),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[what]}"),
+    )
+    return Progress(*columns, console=console)
+
+
+def _feed(progress: Progress, task: Any, cell: Cell, rounds: int) -> Any:
+    began = time.monotonic()
+
+    def feed(event: dict[str, Any]) -> None:
+        if event["event"] == "plan":
+            at = f"round {event['round']} of {rounds}" if event["round"] <= rounds else "measuring"
+            progress.update(task, what=f"{cell.name}: {at}, {time.monotonic() - began:.0f} s")
+
+    return feed
+
+
+def _told(line: dict[str, Any]) -> str:
+    if line["state"] == "failed":
+        return f"{line['name']} failed: {line['reason']}"
+    quality = (
+        f"accuracy {line['accuracy']:.4f}" if line["accuracy"] is not None else f"perplexity {line['perplexity']:.2f}"
+    )
+    return f"{line['name']}: {quality}, {line['bytes'] / 1e6:.1f} MB, {line['seconds']:.0f} s"

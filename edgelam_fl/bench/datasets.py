@@ -1,0 +1,86 @@
+"""The data sets of a matrix: rows of prompt and answer; a test set that all share; the rest dealt to devices as files."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgelam_fl.bench import wordnet
+from edgelam_fl.bench.matrix import Bench, Cell, attackers
+from edgelam_fl.bench.partition import deal
+from edgelam_fl.errors import ConfigError
+from edgelam_fl.simulation.fabric import NodeFacts, write_federation
+from edgelam_fl.tasks.files import read_records
+
+Row = tuple[str, str]  # prompt, answer
+_CHOICE_SEED = 1
+_FIELDS = (("gloss", "domain"), ("prompt", "answer"), ("question", "answer"), ("text", "label"))
+
+
+@dataclass(frozen=True)
+class Data:
+    training: list[Row]
+    test: list[Row]
+    classes: tuple[str, ...]  # of a classification; none: answers are texts
+
+
+def load(bench: Bench, folder: Path) -> Data:
+    """`folder`: what a data file's path is relative to. The test set is the same for every cell."""
+    rows = _rows(bench.dataset, folder)
+    chosen = random.Random(_CHOICE_SEED)
+    if bench.examples > len(rows):
+        raise ConfigError(f"bench.examples = {bench.examples} must be at most {len(rows)}, what {bench.dataset} has")
+    rows = chosen.sample(rows, bench.examples or len(rows))
+    answers = {answer for _, answer in rows}
+    classes = tuple(sorted(answers)) if len(answers) <= 100 else ()
+    count = max(1, round(bench.test * len(rows)))
+    return Data(rows[count:], rows[:count], classes)
+
+
+def _rows(dataset: str, folder: Path) -> list[Row]:
+    if dataset == "wordnet":
+        return wordnet.rows()
+    if dataset == "docstrings":
+        from edgelam_fl.tasks.docstrings import docstring_pairs
+
+        return sorted({(pair.prompt, pair.answer) for pair in docstring_pairs()})
+    path = folder / dataset
+    if not path.exists():
+        raise ConfigError(
+            f"bench.dataset = {dataset!r} must be 'wordnet', 'docstrings' or a data file; none is at {path}"
+        )
+    records = [values for _, values in read_records(path)]
+    for prompt, answer in _FIELDS:
+        if all(isinstance(record.get(name), str) for record in records for name in (prompt, answer)):
+            return [(record[prompt], record[answer]) for record in records]
+    raise ConfigError(f"{path} needs two fields: {', or '.join(' and '.join(pair) for pair in _FIELDS)}")
+
+
+def write_cell(folder: Path, data: Data, bench: Bench, cell: Cell, hosts: int) -> None:
+    """A cell's federation: each device's own examples, and its part of the test set, which all of them measure together.
+
+    So the accuracy over all devices is the shared adapter's on the whole test set; of personal adapters it is the mean of
+    each on its part. The malicious devices are the first ones, which for dealt data are any.
+    """
+    seed, kind_count = int(cell.values["seed"]), attackers(str(cell.values["attack"]))
+    dealt = deal([answer for _, answer in data.training], bench.devices, str(cell.values["partition"]), seed)
+    nodes = [NodeFacts(name=f"edge-{number}") for number in range(1, hosts + 1)]
+    for number, chosen in enumerate(dealt):
+        name = device_name(number)
+        _write(folder / f"{name}.jsonl", [data.training[row] for row in chosen])
+        _write(folder / f"{name}.test.jsonl", data.test[number :: bench.devices])
+        attack = kind_count[0] if number < kind_count[1] else ""
+        nodes.append(NodeFacts(name=name, data=f"{name}.jsonl", held_out=f"{name}.test.jsonl", attack=attack))
+    write_federation(folder, nodes)
+
+
+def device_name(number: int) -> str:
+    return f"device-{number + 1:03d}"
+
+
+def _write(path: Path, rows: list[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"prompt": prompt, "answer": answer}, ensure_ascii=False) + "\n" for prompt, answer in rows]
+    path.write_text("".join(lines), encoding="utf-8")

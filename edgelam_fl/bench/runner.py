@@ -1,0 +1,270 @@
+"""Runs the cells of a matrix, one after the other, on one SuperLink and one fabric; a finished cell is one line of a file.
+
+What is finished is skipped the next time; a cell that fails leaves its reason, and the others go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from edgelam_fl.bench import datasets
+from edgelam_fl.bench.matrix import Axes, Cell, Matrix
+from edgelam_fl.config import RunConfig
+from edgelam_fl.errors import ConfigError, EdgelamError, EnvironmentProblem, RunFailed
+from edgelam_fl.processes import Child, end_all, free_port, start_superlink
+from edgelam_fl.submit import Submission, app_folder
+from edgelam_fl.telemetry.events import EventTail, read_events
+from edgelam_fl.wire.control import FABRIC_SEPARATOR
+
+_POLL_S = 0.1
+_STATUS_EVERY_S = 60.0  # without an event
+_START_S = 180.0
+_DONE = "done"  # an empty file in the folder of a cell that came through
+
+Event = dict[str, Any]
+
+
+def check_extra() -> None:
+    """Raises EnvironmentProblem where Flower's simulation engine is not installed."""
+    for module in ("ray", "sklearn"):
+        if importlib.util.find_spec(module) is None:
+            raise EnvironmentProblem(
+                f"edgelam bench needs the package {module}, which is not here: pip install 'edgelam-fl[bench]' "
+                f"(in a checkout: make setup)"
+            )
+
+
+def check_cells(matrix: Matrix, classes: tuple[str, ...]) -> dict[str, RunConfig]:
+    """The run file of each cell, by its name; what is wrong in any is said before the first one starts."""
+    sys.path.insert(0, str(app_folder()))
+    check = importlib.import_module("server.checks").check_config
+    configs = {}
+    for cell in matrix.cells():
+        configs[cell.name] = matrix.config(cell, classes)
+        check(configs[cell.name])
+    return configs
+
+
+# ---------------------------------------------------------------- what is finished
+
+
+class Results:
+    """cells.jsonl in the out folder: a line a cell that ended."""
+
+    def __init__(self, out: Path, matrix: Matrix) -> None:
+        """Raises ConfigError where the folder holds the cells of another matrix."""
+        out.mkdir(parents=True, exist_ok=True)
+        self.path = out / "cells.jsonl"
+        mark, of_matrix = out / "matrix.sha256", _digest(matrix)
+        if mark.exists() and mark.read_text(encoding="utf-8").strip() != of_matrix:
+            raise ConfigError(
+                f"{out} holds cells of another matrix ([bench] or [base] differ); choose another --out, or remove {out}"
+            )
+        mark.write_text(of_matrix + "\n", encoding="utf-8")
+
+    def lines(self) -> dict[str, Any]:
+        """The newest line of each cell, by the cell's name."""
+        if not self.path.exists():
+            return {}
+        found = {}
+        for text in self.path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):  # the last one, of a command that was killed
+                line = json.loads(text)
+                found[line["name"]] = line
+        return found
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _digest(matrix: Matrix) -> str:
+    """Of what all cells share: more values on an axis are the same matrix, continued."""
+    shared = {"bench": matrix.bench.model_dump(mode="json"), "base": matrix.base}
+    return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------- the processes
+
+
+@dataclass
+class Engine:
+    """The processes that all cells share."""
+
+    server: str
+    fabric: Path
+    children: list[Child]
+
+    def check(self) -> None:
+        for child in self.children:
+            if child.ended():
+                raise RunFailed(child.ended())
+
+
+@contextlib.contextmanager
+def engine(state: Path) -> Iterator[Engine]:
+    """A SuperLink with Flower's simulation engine, and a fabric beside it."""
+    children: list[Child] = []
+    fabric, port = state / "fabric", free_port()
+    try:
+        (fabric / "endpoint.json").unlink(missing_ok=True)
+        command = [sys.executable, "-m", "edgelam_fl.simulation.daemon", "--state", str(fabric)]
+        environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
+        children.append(Child("the fabric", command, state / "fabric.log", environment))
+        quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "OMP_NUM_THREADS": "1"}
+        children.append(start_superlink("127.0.0.1", port, state, quiet))
+        _await(children[0], (fabric / "endpoint.json").exists)
+        yield Engine(f"127.0.0.1:{port}", fabric, children)
+    finally:
+        left = [process for child in children for process in _descendants(child)]
+        end_all(children[::-1])
+        for process in left:  # Flower's simulations and their Rays outlive the SuperLink that started them
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def _descendants(child: Child) -> list[psutil.Process]:
+    try:
+        return psutil.Process(child.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _await(child: Child, ready: Callable[[], bool]) -> None:
+    end = time.monotonic() + _START_S
+    while not ready():
+        if child.ended() or time.monotonic() > end:
+            raise EnvironmentProblem(
+                child.ended() or f"{child.name} did not start within {_START_S:.0f} s: {child.log}"
+            )
+        time.sleep(_POLL_S)
+
+
+def run_cell(engine: Engine, config: RunConfig, folder: Path, nodes: int, feed: Callable[[Event], None]) -> list[Event]:
+    """One federation from submission to its last event; `feed` sees each event as it comes. Raises RunFailed."""
+    submission = Submission(engine.server, folder / "flwr")
+    # one worker of Flower's is enough: it hands jobs over and brings reports, the fabric computes
+    simulation = f"num-supernodes={nodes} client-resources-num-cpus=1 init-args-num-cpus=1"
+    submission.submit(
+        config, folder / "run", fabric=f"{engine.fabric}{FABRIC_SEPARATOR}{folder}", simulation=simulation
+    )
+    tail, asked = EventTail(folder / "run" / "events.jsonl"), time.monotonic()
+    while True:
+        for event in tail.poll():
+            feed(event)
+            asked = time.monotonic()
+            if event["event"] == "run_done":
+                return list(read_events(tail.path))
+            if event["event"] == "run_failed":
+                raise RunFailed(event["reason"])
+        engine.check()
+        if time.monotonic() - asked > _STATUS_EVERY_S:
+            status = _status(submission)
+            asked = time.monotonic()
+            if status.startswith("finished") and not _ended(tail.path):
+                raise RunFailed(f"Flower says that the run is {status}: {submission.log()}")
+        time.sleep(_POLL_S)
+
+
+def _status(submission: Submission) -> str:
+    """Empty where Flower's own command does not answer, as on a machine that is very busy: that is no reason to give up."""
+    try:
+        return submission.status()
+    except RunFailed:
+        return ""
+
+
+def _ended(path: Path) -> bool:
+    return path.exists() and any(event["event"] in ("run_done", "run_failed") for event in read_events(path))
+
+
+# ---------------------------------------------------------------- one cell
+
+
+def play(
+    engine: Engine, matrix: Matrix, cell: Cell, config: RunConfig, data: datasets.Data, out: Path,
+    feed: Callable[[Event], None],
+) -> dict[str, Any]:  # fmt: skip
+    """A cell's line: what it came to, or why it failed."""
+    folder = out / "work" / cell.name
+    shutil.rmtree(folder, ignore_errors=True)
+    began = time.monotonic()
+    hosts = config.split.hosts * config.split.sites if config.split.host_on == "edge" else 0
+    line: dict[str, Any] = {"name": cell.name, "cell": {axis: cell.values[axis] for axis in Axes.model_fields}}
+    try:
+        datasets.write_cell(folder, data, matrix.bench, cell, hosts)
+        events = run_cell(engine, config, folder, hosts + matrix.bench.devices, feed)
+        line |= {"state": "done", **outcome(events)}
+    except EdgelamError as error:
+        engine.check()  # without its processes no other cell would fare better
+        line |= {"state": "failed", "reason": str(error)}
+    line["seconds"] = round(time.monotonic() - began, 1)
+    if line["state"] == "done":
+        for older in _finished(folder.parent):  # but this one: its ServerApp still writes its report
+            shutil.rmtree(older, ignore_errors=True)
+        (folder / _DONE).touch()
+    return line
+
+
+def _finished(work: Path) -> list[Path]:
+    return [mark.parent for mark in work.glob(f"*/{_DONE}")]
+
+
+def outcome(events: list[Event]) -> dict[str, Any]:
+    """What a run's events say: the quality over bytes, rounds and virtual time, and the end of each."""
+    curve: list[dict[str, Any]] = []
+    spent = {"bytes": 0, "virtual_seconds": 0.0, "joules": 0.0}
+    errors = []
+    personal = any(event["event"] == "plan" and event.get("personal") for event in events)
+    for event in events:
+        if event["event"] != "round_done":
+            continue
+        quality = _quality(event["devices"])
+        if quality:
+            curve.append({"round": event["round"] - 1, **quality, **spent})
+        if not event["steps"]:
+            continue  # the measurement after the last round costs the federation nothing that it had not learned for
+        spent["bytes"] += sum(_bytes(node) for node in [*event["devices"], *event["hosts"]])
+        virtual = event.get("virtual") or {}
+        spent["virtual_seconds"] += virtual.get("seconds") or 0.0
+        spent["joules"] += virtual.get("joules") or 0.0
+        errors.append(event.get("aggregation_error"))
+    known = [error for error in errors if error is not None]
+    last = curve[-1] if curve else {}
+    return {
+        "accuracy": last.get("accuracy"), "perplexity": last.get("perplexity"), **spent, "personal": personal,
+        "aggregation_error": sum(known) / len(known) if known else None, "curve": curve,
+    }  # fmt: skip
+
+
+def _quality(devices: list[dict[str, Any]]) -> dict[str, float]:
+    """Over all devices that measured, each with its equal part of the test set."""
+    found = {}
+    accuracies = [device["metrics"]["accuracy"] for device in devices if device["metrics"].get("accuracy") is not None]
+    perplexities = [device["perplexity"] for device in devices if device["perplexity"]]
+    if accuracies:
+        found["accuracy"] = sum(accuracies) / len(accuracies)
+    elif perplexities:
+        product = 1.0
+        for value in perplexities:
+            product *= value ** (1 / len(perplexities))
+        found["perplexity"] = product
+    return found
+
+
+def _bytes(node: Mapping[str, Any]) -> int:
+    return int(node["bytes_up"] + node["bytes_down"] + node["adapter_bytes_up"] + node["adapter_bytes_down"])

@@ -1,0 +1,176 @@
+"""A matrix file: its cells, and one clear message for each way in which it can be wrong."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgelam_fl.bench import runner
+from edgelam_fl.bench.datasets import load, write_cell
+from edgelam_fl.bench.matrix import Bench, read_matrix
+from edgelam_fl.bench.partition import deal
+from edgelam_fl.bench.results import at_budget, cost_to, differences, markdown
+from edgelam_fl.errors import ConfigError, EnvironmentProblem
+from edgelam_fl.simulation.attacks import noise, sign_flip
+from edgelam_fl.simulation.fabric import read_federation
+
+MATRICES = Path(__file__).parents[2] / "benchmarks" / "matrices"
+GOOD = '[axes]\naggregation = ["fedavg", "ffa"]\nseed = [1, 2]\n[base.model]\nname = "minilm-l6"\n'
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "m.toml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[axes]\nagregation = ['fedavg']", "unknown axis axes.agregation in .*: did you mean 'aggregation'"),
+        ("[axis]\nseed = [1]", r"unknown section \[axis\] in .*: did you mean 'axes'"),
+        ("[bench]\ndevices = 0", "bench.devices = 0 must be greater than or equal to 1"),
+        ("[bench]\ndevice = 3", "unknown key bench.device in .*: did you mean 'devices'"),
+        ("[axes]\nseed = []", r"axes.seed = \[\] must hold at least one value, each once"),
+        ("[axes]\npartition = 'dirichlet'", "axes.partition = 'dirichlet' in .* must be 'iid', 'dirichlet:ALPHA'"),
+        ("[axes]\npartition = 'dirichlet:-1'", "axes.partition = 'dirichlet:-1'"),
+        ("[axes]\npartition = 'iid:2'", "axes.partition = 'iid:2'"),
+        ("[axes]\npartition = 'size:big'", "axes.partition = 'size:big'"),
+        ("[axes]\nattack = 'signflip:2'", "axes.attack = 'signflip:2' in .* is not known; did you mean 'sign-flip'"),
+        ("[axes]\nattack = 'noise'", "axes.attack = 'noise' in .* must say how many of the 20 devices"),
+        ("[axes]\nattack = 'noise:20'", "1 to 19"),
+        ("[base.lora]\nrank = 4", "base.lora.rank in .* is an axis: write it as axes.rank"),
+        ("[base.federation]\nround = 2", "unknown key federation.round in .*: did you mean 'federation.rounds'"),
+        ("[base]\nmodel = 'x'", r"\[base\] in .* holds sections of a run file"),
+        ("axes = ", "is not TOML"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_matrix(written(tmp_path, text))
+
+
+def test_an_unknown_strategy_is_said_with_the_nearest_before_anything_starts(tmp_path: Path) -> None:
+    matrix = read_matrix(written(tmp_path, "[axes]\naggregation = ['fedavg', 'flexlorra']"))
+    with pytest.raises(ConfigError, match=r"strategy.aggregation = 'flexlorra' is not known; did you mean 'flexlora'"):
+        runner.check_cells(matrix, ())
+
+
+def test_a_missing_extra_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EnvironmentProblem, match=r"pip install 'edgelam-fl\[bench\]'"):
+        runner.check_extra()
+
+
+def test_another_matrix_in_the_same_folder_is_refused_and_a_longer_axis_is_not(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    runner.Results(out, read_matrix(written(tmp_path, GOOD))).add({"name": "x", "state": "done"})
+    longer = read_matrix(written(tmp_path, GOOD.replace("[1, 2]", "[1, 2, 3]")))
+    assert runner.Results(out, longer).lines() == {"x": {"name": "x", "state": "done"}}
+    with pytest.raises(ConfigError, match="cells of another matrix"):
+        runner.Results(out, read_matrix(written(tmp_path, GOOD + "[bench]\ndevices = 7")))
+
+
+def test_a_line_that_was_cut_off_is_no_cell(tmp_path: Path) -> None:
+    results = runner.Results(tmp_path, read_matrix(written(tmp_path, GOOD)))
+    results.add({"name": "x", "state": "failed"})
+    results.add({"name": "x", "state": "done"})
+    with results.path.open("a") as file:
+        file.write('{"name": "y", "sta')
+    assert results.lines() == {"x": {"name": "x", "state": "done"}}
+
+
+@pytest.mark.parametrize("file", sorted(MATRICES.glob("*.toml")), ids=lambda file: file.stem)
+def test_the_committed_matrices_can_be_read(file: Path) -> None:
+    matrix = read_matrix(file)
+    cells = matrix.cells()
+    assert len({cell.name for cell in cells}) == len(cells)
+    assert len(cells) == np.prod([len(getattr(matrix.axes, axis)) for axis in type(matrix.axes).model_fields])
+
+
+# ---------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize("partition", ["iid", "dirichlet:0.1", "size:1.0"])
+def test_every_example_goes_to_one_device(partition: str) -> None:
+    answers = [f"class {number % 10}" for number in range(4000)]
+    dealt = deal(answers, 10, partition, seed=3)
+    assert sorted(row for part in dealt for row in part) == list(range(4000))
+    assert dealt == deal(answers, 10, partition, seed=3)
+    assert dealt != deal(answers, 10, partition, seed=4)
+
+
+def test_a_skew_by_label_and_one_by_size_are_skewed() -> None:
+    answers = [f"class {number % 10}" for number in range(4000)]
+    by_label = [Counter(answers[row] for row in part) for part in deal(answers, 10, "dirichlet:0.1", 1)]
+    assert np.mean([max(counts.values()) / counts.total() for counts in by_label]) > 0.4
+    sizes = [len(part) for part in deal(answers, 10, "size:1.0", 1)]
+    assert max(sizes) > 4 * min(sizes)
+    assert {len(part) for part in deal(answers, 10, "iid", 1)} == {400}
+
+
+def test_too_few_examples_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"30 training examples are too few for 20 devices \(bench.devices\)"):
+        deal(["a"] * 30, 20, "iid", 1)
+
+
+def test_devices_share_out_the_test_set_and_the_first_ones_attack(tmp_path: Path) -> None:
+    matrix = read_matrix(written(tmp_path, "[bench]\ndevices = 3\n[axes]\nattack = 'noise:2'"))
+    bench = Bench(dataset="../data/wordnet_sample.jsonl", examples=500, devices=3)
+    data = load(bench, MATRICES)
+    assert (len(data.training), len(data.test)) == (400, 100)
+    write_cell(tmp_path, data, matrix.bench, matrix.cells()[0], hosts=1)
+    nodes = read_federation(tmp_path)
+    assert [(node.name, node.attack) for node in nodes] == [
+        ("edge-1", ""), ("device-001", "noise"), ("device-002", "noise"), ("device-003", ""),
+    ]  # fmt: skip
+    measured = [(tmp_path / node.held_out).read_text("utf-8").splitlines() for node in nodes[1:]]
+    assert list(map(len, measured)) == [34, 33, 33]
+    assert len({line for lines in measured for line in lines}) == len(data.test)
+
+
+def test_attacks_turn_the_update_round_or_drown_it() -> None:
+    start, trained = {"m": np.zeros(2000, np.float32)}, {"m": np.full(2000, 0.5, np.float32)}
+    assert np.allclose(sign_flip(start, trained, "")["m"], -0.5)
+    sent = noise(start, trained, "seed")["m"]
+    assert sent.dtype == np.float32
+    assert np.std(sent) == pytest.approx(10 * 0.5, rel=0.1)
+    assert np.array_equal(sent, noise(start, trained, "seed")["m"])
+    assert not np.array_equal(sent, noise(start, trained, "other")["m"])
+
+
+# ---------------------------------------------------------------- results
+
+
+def line(aggregation: str, seed: int, accuracy: float) -> dict[str, object]:
+    cell = {
+        "aggregation": aggregation, "selection": "all", "bandwidth": "uniform", "partition": "iid", "rank": 8,
+        "attack": "none", "seed": seed,
+    }  # fmt: skip
+    curve = [{"round": number, "accuracy": accuracy * number, "bytes": 100 * number} for number in (0, 1)]
+    return {
+        "name": f"{aggregation}_all_uniform_iid_8_none_{seed}", "cell": cell, "state": "done", "accuracy": accuracy,
+        "perplexity": None, "bytes": 100, "aggregation_error": None, "seconds": 1.0, "curve": curve,
+    }  # fmt: skip
+
+
+def test_differences_are_taken_seed_by_seed(tmp_path: Path) -> None:
+    matrix = read_matrix(written(tmp_path, GOOD))
+    found = [line("fedavg", 1, 0.5), line("fedavg", 2, 0.7), line("ffa", 1, 0.6), line("ffa", 2, 0.81)]
+    lines = {str(each["name"]): each for each in found}
+    assert differences(matrix, lines)[("ffa",)] == pytest.approx([0.6 - 0.5, 0.81 - 0.7])
+    text = markdown(matrix, lines)
+    assert f"| ffa | {100 * (0.6 + 0.81) / 2:.2f} |" in text  # the seeds differ by 20 points, the pairs by one
+    assert "Beyond the spread of the paired differences to fedavg: ffa (+10.50 points)." in text
+
+
+def test_protocols_read_the_curve() -> None:
+    cell = line("fedavg", 1, 0.5)
+    assert at_budget(cell, "bytes", 99) == 0.0
+    assert at_budget(cell, "bytes", 100) == 0.5
+    assert cost_to(cell, "bytes", 0.5) == 100
+    assert cost_to(cell, "bytes", 0.6) is None
