@@ -11,7 +11,8 @@ import pytest
 
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.split import held, stage_host
+from edgelam_fl.model.stage import load_stages
+from edgelam_fl.split import stage_host
 from edgelam_fl.split.plan import spans_of
 from edgelam_fl.split.stage_host import StageHost
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -35,11 +36,10 @@ def a_plan(source: ModelSource, attempt: int = 1, **other: Any) -> pb.SubmitRequ
     return pb.SubmitRequest(plan=plan, adapter=adapters.to_bytes(tensors))
 
 
-def edge(events: list[dict[str, Any]] | None = None) -> StageHost:
+def edge(events: list[dict[str, Any]] | None = None, **options: Any) -> StageHost:
     log = [] if events is None else events
-    return StageHost(
-        "edge-1", lambda *_: pytest.fail("a host dials nobody"), lambda e, **f: log.append({"event": e, **f})
-    )
+    emit = lambda e, **f: log.append({"event": e, **f})  # noqa: E731
+    return StageHost("edge-1", lambda *_: pytest.fail("a host dials nobody"), emit, **options)
 
 
 def report(node: StageHost, attempt: int = 1, timeout_s: float = 8.0) -> pb.JobReport:
@@ -122,18 +122,15 @@ def test_a_newer_attempt_cancels_the_older(tiny: ModelSource) -> None:
     node.stop()
 
 
-def test_a_newer_attempt_cancels_an_older_one_that_is_still_loading(
-    tiny: ModelSource, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loading, go_on, load = threading.Event(), threading.Event(), held.load_stages
+def test_a_newer_attempt_cancels_an_older_one_that_is_still_loading(tiny: ModelSource) -> None:
+    loading, go_on = threading.Event(), threading.Event()
 
     def slowly(*arguments: Any, **options: Any) -> Any:
         loading.set()
         go_on.wait(8)
-        return load(*arguments, **options)
+        return load_stages(*arguments, **options)
 
-    monkeypatch.setattr(held, "load_stages", slowly)
-    node = edge()
+    node = edge(load=slowly)
     node.submit(a_plan(tiny))
     assert loading.wait(8)
     assert node.submit(a_plan(tiny, attempt=2)).accepted
