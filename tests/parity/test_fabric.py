@@ -1,0 +1,68 @@
+"""All nodes in one process, as `edgelam bench` plays them: the same bits as stage hosts of their own, split and unsplit."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from edgelam_fl.model.adapter import Adapter, initial_adapter
+from edgelam_fl.model.source import ModelSource
+from edgelam_fl.simulation.fabric import Fabric, NodeFacts, write_federation
+from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.control import FABRIC_SEPARATOR
+from tests.support import Fleet, check_done, joined, memory_fleet, run_config, same_bits
+
+STEPS = 3
+
+
+class Node:
+    """One of a fabric's, by the name that a ClientApp would use."""
+
+    def __init__(self, fabric: Fabric, folder: Path, number: int) -> None:
+        handlers = fabric.node(f"{folder}{FABRIC_SEPARATOR}{number}")
+        self._submit, self._wait = handlers["Submit"], handlers["Wait"]
+
+    def submit(self, request: pb.SubmitRequest) -> pb.SubmitReply:
+        return self._submit(request)
+
+    def wait(self, request: pb.WaitRequest) -> pb.JobReport:
+        return self._wait(request)
+
+
+def fabric_fleet(source: ModelSource, settings: list[str], files: list[Path], folder: Path) -> Fleet:
+    config, fabric = run_config(source.name, *settings), Fabric(seats=2)
+    edges = [f"edge-{number}" for number in range(1, config.split.hosts + 1)]
+    devices = {f"device-{number}": file for number, file in enumerate(files, 1)}
+    facts = [NodeFacts(name=name) for name in edges]
+    facts += [NodeFacts(name=name, data=os.path.relpath(file, folder)) for name, file in devices.items()]
+    write_federation(folder, facts)
+    nodes = {fact.name: Node(fabric, folder, number) for number, fact in enumerate(facts)}
+    return Fleet(source, config, {d: nodes[d] for d in devices}, {edge: (nodes[edge], edge) for edge in edges})
+
+
+def trained(fleet: Fleet) -> tuple[Adapter, dict[str, float]]:
+    lora = fleet.config.lora
+    reports = fleet.run(initial_adapter(fleet.source, lora.targets, lora.rank, fleet.config.run.seed), STEPS)
+    check_done(reports)
+    return joined(reports), {name: reports[name].eval_loss_sum for name in fleet.devices}
+
+
+@pytest.mark.parametrize("mode", ["joint", "copies"])
+def test_a_fabrics_nodes_train_like_stage_hosts_of_their_own(
+    tiny: ModelSource, data_files: list[Path], tmp_path: Path, mode: str
+) -> None:
+    settings = ["split.hosts=1", f"split.host_mode={mode}"]
+    files = data_files[:1] if mode == "copies" else data_files
+    got, losses = trained(fabric_fleet(tiny, settings, files, tmp_path))
+    with memory_fleet(tiny, run_config(tiny.name, *settings), files) as fleet:
+        expected, expected_losses = trained(fleet)
+    assert same_bits(got, expected)
+    assert losses == expected_losses
+
+
+def test_a_split_cell_is_its_unsplit_twin(tiny: ModelSource, data_files: list[Path], tmp_path: Path) -> None:
+    split, _ = trained(fabric_fleet(tiny, ["split.hosts=1"], data_files[:1], tmp_path / "split"))
+    whole, _ = trained(fabric_fleet(tiny, ["split.hosts=0"], data_files[:1], tmp_path / "whole"))
+    assert same_bits(split, whole)
