@@ -40,7 +40,9 @@ def train(message: Message, context: Context) -> Message:
     tensors = b""
     if "adapter" in message.content:
         tensors = adapters.to_bytes(from_record(message.content["adapter"]))
-    report = _run(_state(context), plan, tensors)
+    beside = [from_record(message.content[f"correction-{number}"]) for number in range(len(plan.corrections))]
+    request = pb.SubmitRequest(plan=plan, adapter=tensors, corrections=map(adapters.to_bytes, beside))
+    report = _run(_state(context), request)
     trained = [adapters.from_bytes(part.adapter) if part.adapter else {} for part in report.contributions]
     for part in report.contributions:
         part.ClearField("adapter")  # it goes beside the report, where Flower's strategies look for arrays
@@ -60,12 +62,13 @@ def evaluate(message: Message, context: Context) -> Message:
     return train(message, context)
 
 
-def _run(state: Path, plan: pb.Plan, tensors: bytes) -> pb.JobReport:
+def _run(state: Path, request: pb.SubmitRequest) -> pb.JobReport:
     """Submits and waits. The job is the stage host's: were this process killed, the same plan would attach to it."""
+    plan = request.plan
     end = time.monotonic() + plan.deadlines.round_s + _ANSWER_S
     job = part_id(plan)
     with control(state) as stage_host:
-        verdict = stage_host.call("Submit", pb.SubmitRequest(plan=plan, adapter=tensors), _ANSWER_S)
+        verdict = stage_host.call("Submit", request, _ANSWER_S)
         if not verdict.accepted:
             return pb.JobReport(job=job, node=plan.node, role=plan.role, state="failed", error=verdict.reason)
         while True:

@@ -34,18 +34,21 @@ def test_contributions_travel_as_arrays_beside_the_report(monkeypatch: pytest.Mo
     report = pb.JobReport(state="done", node="a", labels_trained=7, eval_loss_sum=6.0, eval_labels=4)
     for scope, tensors in zip(("ends", "site"), parts, strict=True):
         report.contributions.add(scope=scope, source="a", weight=7, adapter=adapters.to_bytes(tensors))
-    given = list[tuple[pb.Plan, bytes]]()
-    monkeypatch.setattr(app, "_run", lambda state, plan, tensors: given.append((plan, tensors)) or report)
+    given = list[pb.SubmitRequest]()
+    monkeypatch.setattr(app, "_run", lambda state, request: given.append(request) or report)
     for name in ("_run_id", "_node_id", "_task_id"):  # Flower sets them in the process of a ClientApp
         monkeypatch.setattr(TaskIdentity, name, 1)
-    content = RecordDict({"plan": ConfigRecord({"plan": pb.Plan(node="a").SerializeToString()})})
-    content["adapter"] = to_record(parts[0])
+    content = RecordDict(
+        {"plan": ConfigRecord({"plan": pb.Plan(node="a", corrections=[pb.Correction()]).SerializeToString()})}
+    )
+    content["adapter"], content["correction-0"] = map(to_record, parts)
     context = Context(1, 1, {"state": str(tmp_path)}, RecordDict(), {})
     answer = app.train(Message(content, dst_node_id=1, message_type="train"), context)
 
-    ((plan, sent),) = given
-    assert plan.node == "a"
-    assert adapters.digest(adapters.from_bytes(sent)) == adapters.digest(parts[0])
+    (request,) = given
+    assert request.plan.node == "a"
+    sent = [request.adapter, *request.corrections]
+    assert [adapters.digest(adapters.from_bytes(data)) for data in sent] == [adapters.digest(part) for part in parts]
     reply = read_reply(answer.content)
     assert [(part.scope, part.weight, part.adapter) for part in reply.report.contributions] == [
         ("ends", 7, b""),
