@@ -45,8 +45,10 @@ def train(message: Message, context: Context) -> Message:
     tensors = b""
     if "adapter" in message.content:
         tensors = adapters.to_bytes(from_record(message.content["adapter"]))
+    beside = [from_record(message.content[f"correction-{number}"]) for number in range(len(plan.corrections))]
+    request = pb.SubmitRequest(plan=plan, adapter=tensors, corrections=map(adapters.to_bytes, beside))
     with _stage_host(context) as stage_host:
-        verdict = stage_host.call("Submit", pb.SubmitRequest(plan=plan, adapter=tensors), _ANSWER_S)
+        verdict = stage_host.call("Submit", request, _ANSWER_S)
         if not verdict.accepted:
             report = _unfinished(plan, "failed", verdict.reason)
         elif message.content["plan"].get("wait") == "park":

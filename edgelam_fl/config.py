@@ -145,7 +145,7 @@ class Federation(Section):
 
 
 class Optimizer(Section):
-    name: Literal["adamw"] = Field("adamw", description="without weight decay")
+    name: Literal["adamw", "sgd"] = Field("adamw", description="without weight decay; sgd: plain, without momentum")
     lr: float = Field(1e-3, gt=0, le=10, description="learning rate")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="of lr, over all planned steps")
     warmup_steps: int = Field(0, ge=0, description="lr rises to its value over these first steps of the run")
@@ -161,7 +161,7 @@ class Optimizer(Section):
 class Strategy(Section):
     aggregation: str = Field(
         "fedavg",
-        description="fedavg, ffa, rolora, flexlora, hetlora, flora, fedex, fedsa, fedprox, fedadam, fedyogi, fedadagrad, fedavgm, fedmedian, fedtrimmedavg, krum, multikrum, none, or package.module:Class",
+        description="fedavg, ffa, rolora, flexlora, hetlora, flora, fedex, fedsa, fedprox, scaffold (with sgd), fedadam, fedyogi, fedadagrad, fedavgm, fedmedian, fedtrimmedavg, krum, multikrum, none, or package.module:Class",
     )
     selection: str = Field(
         "all",

@@ -61,6 +61,8 @@ def check_aggregation(config: RunConfig, aggregation: Any) -> None:
             f"strategy.aggregation = {name!r} starts factors anew in every round, and optimizer.keep = 'always' would go on with the "
             f"moments of the old ones. Allowed: optimizer.keep = 'exact'"
         )
+    if getattr(aggregation, "corrects_sgd", False):
+        check_correction(config)
     if not split.hosts or split.host_mode == "copies" or lora.train != ("hosts",):
         return
     where = f"lora.train = ['hosts'] and split.host_mode = {split.host_mode!r}: devices train no layer of their own"
@@ -74,11 +76,36 @@ def check_aggregation(config: RunConfig, aggregation: Any) -> None:
             f"strategy.aggregation = {name!r} adds up what several sources trained, and has one, the site, with {where}. {allowed}, or "
             f"split.sites of at least 2"
         )
+    if getattr(aggregation, "corrects_sgd", False) and split.sites == 1:
+        raise ConfigError(
+            f"strategy.aggregation = {name!r} corrects how sources differ, and has one, the site, with {where}. {allowed}, or "
+            f"split.sites of at least 2"
+        )
     least = getattr(aggregation, "least_sources", 1)
     if split.sites < least:
         raise ConfigError(
             f"strategy.aggregation = {name!r} needs at least {least} sources, and has split.sites = {split.sites} with {where}. "
             f"{allowed}, or split.sites of at least {least}"
+        )
+
+
+def check_correction(config: RunConfig) -> None:
+    """Raises ConfigError where what a source moved by is not the sum of its corrected gradients."""
+    split, optimizer, who = config.split, config.optimizer, f"strategy.aggregation = {config.strategy.aggregation!r}"
+    if optimizer.name != "sgd":
+        raise ConfigError(
+            f"{who} reads gradients off what a source moved by, and goes with plain SGD alone; optimizer.name = {optimizer.name!r} "
+            f"moves by something else. Allowed: optimizer.name = 'sgd'"
+        )
+    if optimizer.clip != "none":
+        raise ConfigError(
+            f"{who} reads gradients off what a source moved by, and optimizer.clip = {optimizer.clip!r} would shorten that. "
+            f"Allowed: optimizer.clip = 'none'"
+        )
+    if split.hosts and split.host_mode == "sequential":
+        raise ConfigError(
+            f"{who} does not go with split.host_mode = 'sequential': there devices move one adapter in turn, and what it moved by "
+            f"is no device's. Allowed: 'joint', 'copies', or split.hosts = 0"
         )
 
 

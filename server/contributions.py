@@ -24,6 +24,8 @@ from server.layout import Layout, site_source
 from strategies.aggregation.factors import A, B, is_factor, module_of
 from strategies.base import Contribution
 
+_ROUNDING = 1e-9  # of a sum of learning rates
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
@@ -63,12 +65,14 @@ def problem(reply: Reply, plan: pb.Plan, adapter: Adapter) -> str:
         return reply.report.error or f"its report says {reply.report.state!r}"
     seen: set[tuple[str, str, str]] = set()
     for part, tensors in zip(reply.report.contributions, reply.tensors, strict=True):
-        where = _where(plan, part)
+        where = spans_of_source(plan, part.scope, part.source)
         if where is None:
             return f"its contribution {part.scope!r} of {part.source!r} is none of its plan's"
         most = _most_labels(plan, part)
         if not (math.isfinite(part.weight) and 0 <= part.weight <= most):
             return f"its contribution of {part.source!r} weighs {part.weight}; the plan allows 0 to {most} labels"
+        if part.lr_sum and not _least_lr(plan) <= part.lr_sum <= _most_lr(plan, part):
+            return f"its contribution of {part.source!r} has a sum of learning rates, {part.lr_sum}, which its plan's cannot"
         wrong = _wrong_tensor(tensors, _trained(plan, adapters.slice_of(adapter, where)))
         if wrong:
             return wrong
@@ -79,22 +83,33 @@ def problem(reply: Reply, plan: pb.Plan, adapter: Adapter) -> str:
     return ""
 
 
-def _where(plan: pb.Plan, part: pb.Contribution) -> list[Span] | None:
-    """The layers that a contribution may hold; None where the plan's node has none to make."""
-    if part.scope == "ends":
-        return end_spans(plan) if plan.routes and part.source == plan.node else None
+def spans_of_source(plan: pb.Plan, scope: str, source: str) -> list[Span] | None:
+    """The layers that a source trains at the plan's node; None where it has no such source."""
+    if scope == "ends":
+        return end_spans(plan) if plan.routes and source == plan.node else None
     hosted = hosted_span(plan)
-    if part.scope != "site" or hosted is None:
+    if scope != "site" or hosted is None:
         return None
     if plan.host_mode != "copies":
-        return [hosted] if part.source == plan.site else None
-    hops = [hop for route in plan.serves if route.device == part.source for hop in route.hops if hop.node == plan.node]
+        return [hosted] if source == plan.site else None
+    hops = [hop for route in plan.serves if route.device == source for hop in route.hops if hop.node == plan.node]
     return [Span(hop.first, hop.last, head=hosted.head) for hop in hops] or None
 
 
 def _most_labels(plan: pb.Plan, part: pb.Contribution) -> int:
     devices = len(plan.serves) if part.scope == "site" and plan.host_mode != "copies" else 1
     return devices * plan.steps * plan.batch_size * plan.task.max_tokens
+
+
+def _least_lr(plan: pb.Plan) -> float:
+    """Of one step."""
+    return min(plan.optimizer.lrs, default=0.0) * (1 - _ROUNDING)
+
+
+def _most_lr(plan: pb.Plan, part: pb.Contribution) -> float:
+    """Of all steps; a sequential host makes one for each device."""
+    times = len(plan.serves) if part.scope == "site" and plan.host_mode == "sequential" else 1
+    return times * math.fsum(plan.optimizer.lrs) * (1 + _ROUNDING)
 
 
 def frozen(plan: pb.Plan, name: str) -> bool:
@@ -133,15 +148,17 @@ def collect(
     has several weights where fewer devices' labels went through some of its layers. Of a `broken` site nothing counts,
     the ends of its devices included: they were trained against a middle that is lost.
     """
-    merged: dict[tuple[str, float], Adapter] = {}
-    scales: dict[tuple[str, float], dict[str, float]] = {}
+    merged: dict[tuple[str, float, float], Adapter] = {}
+    scales: dict[tuple[str, float, float], dict[str, float]] = {}
     for name, reply in sorted(replies.items()):
         for site, one in parts(name, reply, plans[name], layout):
             if site not in broken:
-                key = one.source, one.weight
+                key = one.source, one.weight, one.lr_sum
                 merged.setdefault(key, {}).update(one.tensors)
                 scales.setdefault(key, {}).update(one.scales)
-    return [Contribution(*key, tensors, scales[key]) for key, tensors in sorted(merged.items(), key=_key)]
+    return [
+        Contribution(key[0], key[1], tensors, scales[key], key[2]) for key, tensors in sorted(merged.items(), key=_key)
+    ]
 
 
 def parts(name: str, reply: Reply, plan: pb.Plan, layout: Layout) -> Iterator[tuple[str, Contribution]]:
@@ -153,8 +170,8 @@ def parts(name: str, reply: Reply, plan: pb.Plan, layout: Layout) -> Iterator[tu
             modules = {module_of(tensor) for tensor in tensors if is_factor(tensor)}
             scales = dict.fromkeys(modules, plan.lora.alpha / plan.lora.rank)
             site = layout.site_of(name).name if part.scope == "ends" else plan.site
-            yield site, Contribution(source, part.weight, tensors, scales)
+            yield site, Contribution(source, part.weight, tensors, scales, part.lr_sum)
 
 
-def _key(item: tuple[tuple[str, float], Adapter]) -> tuple[str, float]:
+def _key(item: tuple[tuple[str, float, float], Adapter]) -> tuple[str, float, float]:
     return item[0]

@@ -25,6 +25,7 @@ from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.contributions import Reply, broken_sites, collect, frozen, parts, problem, read_reply
+from server.corrections import add_corrections
 from server.fold import Fold, folds
 from server.global_adapter import as_start, complete, starting_point
 from server.layout import Layout, Site, make_layout, site_source, who_may_host
@@ -208,8 +209,13 @@ class SplitLora(Strategy):
         assert self._open is not None
         needed = starting_point(plan, self._global, self.personal)
         plan.adapter_digest = adapters.digest(needed)
+        beside = [to_record(tensors) for tensors in add_corrections(plan, self.aggregation, self._global)]
         wait = self.config.federation.wait
         content = RecordDict({"plan": ConfigRecord({"plan": plan.SerializeToString(), "wait": wait})})
+        for number, record in enumerate(beside):
+            content[f"correction-{number}"] = record
+        if beside:
+            self._open.sent_bytes[name] = sum(map(record_bytes, beside))
         if self.digests.get(name) != plan.adapter_digest:
             known = self._held.get(name, {})
             held = {t for t, array in needed.items() if t in known and known[t] == adapters.digest({t: array})}
@@ -217,7 +223,7 @@ class SplitLora(Strategy):
             if which not in self._open.records:
                 self._open.records[which] = to_record({t: array for t, array in needed.items() if t not in held})
             content["adapter"] = self._open.records[which]
-            self._open.sent_bytes[name] = record_bytes(content["adapter"])
+            self._open.sent_bytes[name] = record_bytes(content["adapter"]) + self._open.sent_bytes.get(name, 0)
         return self.nodes.message(name, "train" if plan.steps else "evaluate", content)
 
     def _exchange(self, messages: Iterable[Message], timeout: float) -> Iterator[Message]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -32,6 +32,7 @@ BUILT_IN = {
         "fedex": "strategies.aggregation.fedex:FedEx",
         "fedsa": "strategies.aggregation.fedsa:FedSa",
         "fedprox": "strategies.aggregation.fedprox:FedProx",
+        "scaffold": "strategies.aggregation.scaffold:Scaffold",
         "fedadam": "strategies.aggregation.flower:FedAdam",
         "fedyogi": "strategies.aggregation.flower:FedYogi",
         "fedadagrad": "strategies.aggregation.flower:FedAdagrad",
@@ -168,6 +169,7 @@ class Contribution:
     weight: float  # labels trained in the round, or examples (task.weighting)
     tensors: Mapping[str, np.ndarray]  # peft names -> fp32; a factor that was frozen is not among them
     scales: Mapping[str, float] = field(default_factory=dict)  # module -> s in W0 + s B A; 1 where none is named
+    lr_sum: float = 0.0  # of the learning rates of the steps that made it; 0: not known
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,7 @@ class Aggregation(Protocol):
     carries: bool = False  # whether it gives modules carry factors
     restarts: bool = False  # whether it starts factors anew
     personal: bool = False  # whether sources go on with tensors of their own (`Aggregated.personal`)
+    corrects_sgd: bool = False  # whether it adds to the gradients of sources that train by plain SGD (`correction`)
     least_sources: int = 1  # fewer sources of a module than this (but for a single one) cannot be aggregated
     of_the_mean: bool = (
         False  # whether it asks for no more than the weighted mean: large rounds are then summed on arrival
@@ -209,6 +212,10 @@ class Aggregation(Protocol):
     def client_settings(self, round: int) -> ClientSettings:
         """What devices and hosts must do in this round (the first is 1)."""
         return ClientSettings()
+
+    def correction(self, source: str, names: Iterable[str]) -> Mapping[str, np.ndarray]:
+        """What `source` adds to the gradient of each step of the coming round, of the `names` that have any."""
+        return {}
 
 
 def asked_by(aggregation: Any, round: int) -> ClientSettings:

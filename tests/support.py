@@ -26,6 +26,7 @@ from edgelam_fl.tasks.causal_lm import CausalLm, labelled, loss_sum, make_units
 from edgelam_fl.tasks.data import batch_indices, read_pairs, set_aside
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.memory import memory_pair
+from server.corrections import add_corrections
 from server.layout import make_layout, who_may_host
 from server.plans import RoundFacts, make_plans
 from strategies.base import ClientSettings
@@ -81,6 +82,7 @@ class Fleet:
     events: list[dict[str, Any]] = field(default_factory=list)
     round: int = 0
     settings: ClientSettings = field(default_factory=ClientSettings)  # what an aggregation would ask of the nodes
+    aggregation: Any = None  # the one that corrects gradients, where one does
 
     def run(
         self, adapter: adapters.Adapter, steps: int, *, step_offset: int = 0, send_to: Sequence[str] | None = None
@@ -93,7 +95,8 @@ class Fleet:
             tensors = adapters.slice_of(adapter, spans_of(plan))
             plan.adapter_digest = adapters.digest(tensors)
             data = adapters.to_bytes(tensors) if send_to is None or name in send_to else b""
-            reply = nodes[name].submit(pb.SubmitRequest(plan=plan, adapter=data))
+            beside = map(adapters.to_bytes, add_corrections(plan, self.aggregation, adapter))
+            reply = nodes[name].submit(pb.SubmitRequest(plan=plan, adapter=data, corrections=beside))
             assert reply.accepted, reply.reason
         return {
             name: nodes[name].wait(pb.WaitRequest(job=part_id(plan), timeout_s=300)) for name, plan in plans.items()
@@ -276,7 +279,7 @@ def plain_training(
         parameter.requires_grad_(".lora_" in name and learns(name))
         if parameter.requires_grad:
             parameters.append(parameter)
-    optimizer = torch.optim.AdamW(parameters, lr=config.optimizer.lr, weight_decay=0.0)
+    optimizer = plain_optimizer(parameters, config)
     for devices in steps:
         union = sum(unit.count for units in devices for unit in units)
         totals: list[torch.Tensor | None] = [None] * len(parameters)
@@ -290,6 +293,12 @@ def plain_training(
             parameter.grad = total
         optimizer.step()
         optimizer.zero_grad()
+
+
+def plain_optimizer(parameters: list[torch.nn.Parameter], config: RunConfig) -> torch.optim.Optimizer:
+    if config.optimizer.name == "sgd":
+        return torch.optim.SGD(parameters, lr=config.optimizer.lr)
+    return torch.optim.AdamW(parameters, lr=config.optimizer.lr, weight_decay=0.0)
 
 
 def same_bits(left: adapters.Adapter, right: adapters.Adapter) -> bool:

@@ -52,7 +52,7 @@ class Axes(Section):
     @classmethod
     def as_tuple(cls, value: Any) -> Any:
         """A single value is an axis of one."""
-        values = tuple(value) if isinstance(value, list) else (value,)
+        values = tuple(value) if isinstance(value, list | tuple) else (value,)
         if not values or len(set(values)) < len(values):
             raise ValueError("must hold at least one value, each once")
         return values

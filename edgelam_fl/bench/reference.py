@@ -20,7 +20,7 @@ def one_device(matrix: Matrix) -> Matrix:
     steps = federation.get("local_steps", RunConfig().federation.local_steps)
     federation |= {"local_steps": matrix.bench.devices * steps, "min_nodes": 1, "devices_per_round": 0}
     base = {**matrix.base, "federation": federation, "split": {**matrix.base.get("split", {}), "hosts": 0}}
-    axes = Axes(seed=list(matrix.axes.seed[:1]), rank=list(matrix.axes.rank[:1]))
+    axes = Axes(seed=matrix.axes.seed[:1], rank=matrix.axes.rank[:1])
     return replace(matrix, bench=matrix.bench.model_copy(update={"devices": 1}), axes=axes, base=base)
 
 

@@ -145,11 +145,11 @@ class VirtualNode(StageHost):
             )  # fmt: skip
         return self._examples[1]
 
-    def _run_part(self, part: Part, adapter: bytes, emit: Callable[..., None]) -> None:
+    def _run_part(self, part: Part, request: pb.SubmitRequest, emit: Callable[..., None]) -> None:
         plan = part.plan
         waits_for_others = plan.serves or any(route.hops for route in plan.routes)
         with contextlib.nullcontext() if waits_for_others else self._shared.seats:
-            super()._run_part(part, adapter, emit)
+            super()._run_part(part, request, emit)
         if self._attack is not None:
             for number, contribution in enumerate(part.report.contributions):
                 trained = adapters.from_bytes(contribution.adapter)

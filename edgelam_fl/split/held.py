@@ -5,7 +5,7 @@ Knows plans and tensors; knows nothing about links or batches. `split.stage_host
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.carry import without_carry
 from edgelam_fl.model.source import find_model
 from edgelam_fl.model.stage import Stage, load_stages
+from edgelam_fl.split.corrections import read_corrections
 from edgelam_fl.split.job import ends_train, hosted_trains, lora_of
 from edgelam_fl.split.plan import end_spans, hosted_span, spans_of
 from edgelam_fl.split.trainee import Trainee
@@ -49,10 +50,11 @@ class Held:
 
     # ---------------------------------------------------------------- a round
 
-    def start(self, plan: pb.Plan, given: bytes) -> bool:
+    def start(self, plan: pb.Plan, given: bytes, corrections: Sequence[bytes] = ()) -> bool:
         """Takes the round's first adapter: what is `given`, and what is here for the rest. Returns whether all moments go on.
 
-        Raises Refused where together they are not what the plan starts from, ProtocolError where tensors are missing.
+        `corrections`: the tensors of each of the plan's. Raises Refused where together they are not what the plan starts
+        from, or the corrections not the plan's, ProtocolError where tensors are missing.
         """
         tensors = self._together(adapters.from_bytes(given) if given else {}, plan.adapter_digest)
         digest = adapters.digest(tensors)
@@ -62,9 +64,11 @@ class Held:
             )
         mu = plan.lora.prox_mu  # of a device's: its ends, and its copies here
         site_mu = mu if plan.host_mode == _COPIES else 0.0
-        warm = [self.ends_trainee.start(tensors, ends_train(plan), plan, mu)] if self.ends else []
-        for trainee in self.site_trainees(plan).values():
-            warm.append(trainee.start(tensors, hosted_trains(plan), plan, site_mu))
+        adds = read_corrections(plan, corrections)
+        own = adds.get(("ends", plan.node), {})
+        warm = [self.ends_trainee.start(tensors, ends_train(plan), plan, mu, own)] if self.ends else []
+        for source, trainee in self.site_trainees(plan).items():
+            warm.append(trainee.start(tensors, hosted_trains(plan), plan, site_mu, adds.get(("site", source), {})))
         return all(warm)
 
     def _together(self, given: adapters.Adapter, digest: str) -> adapters.Adapter:
@@ -91,15 +95,18 @@ class Held:
 
         A layer that only some routes cross learned from their labels alone, so a site's tensors may differ in weight.
         """
-        found = [("ends", plan.node, own_labels, self.ends_trainee.finish(plan))] if self.ends else []
+        ends = self.ends_trainee
+        found = [("ends", plan.node, own_labels, ends.finish(plan), ends.lr_sum)] if self.ends else []
         for source, trainee in self._site.items() if self.hosted is not None else []:
             tensors = trainee.finish(plan)
             for weight in sorted({site_labels(source, name) for name in tensors}):
                 part = {name: array for name, array in tensors.items() if site_labels(source, name) == weight}
-                found.append(("site", source, weight, part))
+                found.append(("site", source, weight, part, trainee.lr_sum))
         return [
-            pb.Contribution(scope=scope, source=source, weight=weight, adapter=adapters.to_bytes(tensors))
-            for scope, source, weight, tensors in found
+            pb.Contribution(
+                scope=scope, source=source, weight=weight, adapter=adapters.to_bytes(tensors), lr_sum=lr_sum
+            )
+            for scope, source, weight, tensors, lr_sum in found
             if weight and tensors
         ]
 

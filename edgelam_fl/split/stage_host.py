@@ -149,7 +149,7 @@ class StageHost:
             if previous is not None:
                 previous.cancel(f"{part_id(plan)} takes its place")
             self._worker = threading.Thread(
-                target=self._work, args=(part, request.adapter, previous_worker), name="compute", daemon=True
+                target=self._work, args=(part, request, previous_worker), name="compute", daemon=True
             )
             self._worker.start()
         return pb.SubmitReply(accepted=True)
@@ -201,13 +201,13 @@ class StageHost:
 
     # ---------------------------------------------------------------- the compute thread
 
-    def _work(self, part: Part, adapter: bytes, previous: threading.Thread | None) -> None:
+    def _work(self, part: Part, request: pb.SubmitRequest, previous: threading.Thread | None) -> None:
         if previous is not None:
             previous.join()
         report = part.report
         emit = lambda event, **fields: self._emit(event, job=report.job, **fields)  # noqa: E731
         try:
-            self._run_part(part, adapter, emit)
+            self._run_part(part, request, emit)
             report.state = "done"
         except EdgelamError as error:
             report.state, report.error = "failed", str(error)
@@ -220,10 +220,10 @@ class StageHost:
             emit("job_done", state=report.state, error=report.error)
             part.finished.set()
 
-    def _run_part(self, part: Part, adapter: bytes, emit: Callable[..., None]) -> None:
+    def _run_part(self, part: Part, request: pb.SubmitRequest, emit: Callable[..., None]) -> None:
         plan, report, began = part.plan, part.report, time.monotonic()
         held = self._hold(plan)
-        report.moments = "warm" if held.start(plan, adapter) else "cold"
+        report.moments = "warm" if held.start(plan, request.adapter, request.corrections) else "cold"
         emit(
             "job_started",
             role=pb.Role.Name(plan.role).lower(),

@@ -34,7 +34,9 @@ class Trainee:
         self._moments_of: tuple[Any, ...] = ()
         self._prox_mu = 0.0
         self._start: list[torch.Tensor] = []  # the parameters as the round began, with prox_mu
-        self._is_pulled = False  # whether the gradient that is set has the pull to the start
+        self._correction: list[torch.Tensor | None] = []  # of each parameter's gradient, where the round has any
+        self._is_pulled = False  # whether the gradient that is set has the pull to the start and the correction
+        self.lr_sum = 0.0  # of the learning rates of the round's steps
 
     def use(self) -> None:
         """Puts this adapter into the stages."""
@@ -48,11 +50,13 @@ class Trainee:
         trains: Callable[[int | None], bool],
         plan: pb.Plan,
         prox_mu: float = 0.0,
+        correction: Mapping[str, np.ndarray] = {},
     ) -> bool:
         """Takes a round's first adapter. Returns whether the moments go on: they do from the very adapter they belong to.
 
         A factor that the plan freezes keeps its moments, untouched, for as long as the others keep theirs. `prox_mu`: how
-        strongly the steps are pulled back to this adapter. Raises ProtocolError where a tensor is missing or shaped otherwise.
+        strongly the steps are pulled back to this adapter. `correction`: what is added to the gradient of each step. Raises
+        ProtocolError where a tensor is missing or shaped otherwise.
         """
         self.use()
         given = {name: tensors[name] for name in self.named if name in tensors}
@@ -72,7 +76,19 @@ class Trainee:
         self._settings = plan.optimizer
         self._prox_mu = prox_mu
         self._start = [p.detach().clone() for p in self.parameters] if prox_mu else []
+        self._correction = [self._checked(name, correction) for name in self.names] if correction else []
+        self.lr_sum = 0.0
         return warm
+
+    def _checked(self, name: str, correction: Mapping[str, np.ndarray]) -> torch.Tensor | None:
+        found, wanted = correction.get(name), self.named[name]
+        if found is None:
+            return None
+        if found.dtype != np.float32 or found.shape != wanted.shape:
+            raise ProtocolError(
+                f"the correction of {name} is {found.dtype} {list(found.shape)}; allowed: float32 {list(wanted.shape)}"
+            )
+        return torch.from_numpy(found.copy())
 
     def finish(self, plan: pb.Plan) -> adapters.Adapter:
         """The trained tensors, as the round leaves them; what the next round's moments go by."""
@@ -114,16 +130,24 @@ class Trainee:
         for group in self.optimizer.param_groups:
             group["lr"] = self._settings.lrs[number]
         self.optimizer.step()
+        self.lr_sum += self._settings.lrs[number]
         self.clear()
 
     def _pull(self) -> None:
-        """FedProx (arXiv 1812.06127): the gradient of (mu/2)||w - w_start||^2, once a step, before any clipping."""
-        if not self._prox_mu or self._is_pulled:
+        """What the aggregation adds to the gradient, once a step, before any clipping.
+
+        FedProx (arXiv 1812.06127): the gradient of (mu/2)||w - w_start||^2. SCAFFOLD (arXiv 1910.06378): c - c_i.
+        """
+        if self._is_pulled:
             return
         self._is_pulled = True
-        for parameter, start in zip(self.parameters, self._start, strict=True):
-            if parameter.grad is not None:
-                parameter.grad.add_(parameter.detach() - start, alpha=self._prox_mu)
+        gradients = [p.grad for p in self.parameters]  # beside a start and a correction for each, or for none
+        for parameter, gradient, start in zip(self.parameters, gradients, self._start, strict=False):
+            if gradient is not None:
+                gradient.add_(parameter.detach() - start, alpha=self._prox_mu)
+        for gradient, correction in zip(gradients, self._correction, strict=False):
+            if gradient is not None and correction is not None:
+                gradient.add_(correction)
 
 
 def _frozen(name: str, lora: pb.Lora) -> bool:
@@ -141,10 +165,12 @@ def _moments_belong_to(adapter: adapters.Adapter, plan: pb.Plan) -> tuple[Any, .
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], settings: pb.Optimizer) -> torch.optim.Optimizer | None:
-    """AdamW without weight decay; None where nothing trains."""
-    if settings.name != "adamw":
-        raise ProtocolError(f"optimizer {settings.name!r} is not known here; known: adamw")
-    return torch.optim.AdamW(parameters, weight_decay=0.0) if parameters else None
+    """AdamW without weight decay, or SGD without momentum; None where nothing trains."""
+    if settings.name not in ("adamw", "sgd"):
+        raise ProtocolError(f"optimizer {settings.name!r} is not known here; known: adamw, sgd")
+    if not parameters:
+        return None
+    return torch.optim.SGD(parameters) if settings.name == "sgd" else torch.optim.AdamW(parameters, weight_decay=0.0)
 
 
 def judge(parts: Sequence[pb.StepReady], max_norm: float) -> pb.StepApply:

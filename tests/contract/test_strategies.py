@@ -156,6 +156,21 @@ class TestAggregation:
         if name not in OPTIMIZERS:
             assert all(np.array_equal(result.tensors[n], array) for n, array in own.items() if n.startswith(K))
 
+    def test_what_it_adds_to_gradients_is_in_fp32_and_hangs_on_no_order(self, name: str) -> None:
+        added = []
+        for order in (1, -1):
+            found, given = strategy(name), [replace(source, lr_sum=0.5) for source in sources(name)][::order]
+            found.aggregate(given, START)
+            correct = found.correction if getattr(found, "corrects_sgd", False) else lambda *_: {}
+            added.append({c.source: dict(correct(c.source, [*c.tensors, "unknown"])) for c in given})
+        assert added[0].keys() == added[1].keys()
+        for source, of_source in added[0].items():
+            assert bool(of_source) == getattr(found, "corrects_sgd", False)
+            for n, array in of_source.items():
+                assert (array.dtype, array.shape) == (np.float32, START.tensors[n].shape)
+                assert not n.startswith(K), "one source: it differs from nobody"
+                assert np.array_equal(array, added[1][source][n])
+
     def test_its_input_is_left_alone(self, name: str) -> None:
         given = sources(name)
         before = [{n: a.copy() for n, a in c.tensors.items()} for c in given]

@@ -16,7 +16,7 @@ from edgelam_fl.config import RunConfig
 from edgelam_fl.model.adapter import Adapter
 from edgelam_fl.model.source import ModelSource, layer_number
 from edgelam_fl.tasks.base import Unit
-from tests.support import forward, loss_sum, plain_model
+from tests.support import forward, loss_sum, plain_model, plain_optimizer
 
 Batches = Mapping[str, Sequence[Sequence[Unit]]]  # device -> steps -> micro-batches
 
@@ -30,6 +30,7 @@ class Reference:
         self.devices = sorted(kept)
         self.models: dict[str, Any] = {name: plain_model(source, config, start) for name in self.devices}
         self.shared: dict[str, torch.nn.Parameter] = {}
+        self.corrections: Mapping[str, Adapter] = {}
         self.own: dict[str, dict[str, torch.nn.Parameter]] = {name: {} for name in self.devices}
         for device, model in self.models.items():
             for name, parameter in list(model.named_parameters()):
@@ -41,10 +42,9 @@ class Reference:
                     model.get_submodule(module)._parameters[leaf] = self.shared.setdefault(name, parameter)
                 else:
                     self.own[device][name] = parameter
-        lr = config.optimizer.lr
-        self.site = torch.optim.AdamW([p for p in self.shared.values() if p.requires_grad], lr=lr, weight_decay=0.0)
+        self.site = plain_optimizer([p for p in self.shared.values() if p.requires_grad], config)
         self.ends = {
-            device: torch.optim.AdamW([p for p in own.values() if p.requires_grad], lr=lr, weight_decay=0.0)
+            device: plain_optimizer([p for p in own.values() if p.requires_grad], config)
             for device, own in self.own.items()
             if any(p.requires_grad for p in own.values())
         }
@@ -60,6 +60,11 @@ class Reference:
         return part in self.config.lora.train
 
     # ---------------------------------------------------------------- steps
+
+    def corrected_joint(self, batches: Batches, step: int, corrections: Mapping[str, Adapter]) -> None:
+        """A step in which each device adds its correction to the gradient of what it alone trains (SCAFFOLD)."""
+        self.corrections = corrections
+        self.joint(batches, 1, step)
 
     def joint(self, batches: Batches, steps: int, first: int = 0) -> None:
         for step in range(first, first + steps):
@@ -110,6 +115,10 @@ class Reference:
         for parameter in self.own[device].values():
             if parameter.grad is not None and factor != 1.0:
                 parameter.grad.mul_(factor)
+        for name, array in self.corrections.get(device, {}).items():
+            held = {**self.shared, **self.own[device]}
+            parameter = held[name.removesuffix(".weight") + ".default.weight"]
+            parameter.grad = parameter.grad + torch.from_numpy(array)  # type: ignore[operator]
 
     def _clip(self, parameters: list[torch.nn.Parameter]) -> None:
         if self.config.optimizer.clip == "global":

@@ -45,6 +45,19 @@ def test_one_device_trains_like_the_plain_loop(
     assert same_bits(joined(reports), plain_adapter(model))
 
 
+@pytest.mark.parametrize("hosts", [0, 1])
+def test_plain_sgd_trains_like_the_plain_loop(tiny: ModelSource, data_files: list[Path], hosts: int) -> None:
+    config = run_config(tiny.name, f"split.hosts={hosts}", "optimizer.name=sgd", "optimizer.lr=0.5")
+    start = initial_adapter(tiny, config.lora.targets, config.lora.rank, 1)
+    batches = device_batches(tiny, config, data_files[0], "device-1", 5)
+    with memory_fleet(tiny, config, data_files[:1]) as fleet:
+        reports = fleet.run(start, 5)
+    check_done(reports)
+    model = plain_model(tiny, config, start)
+    plain_training(model, config, [[units] for units in batches])
+    assert same_bits(joined(reports), plain_adapter(model))
+
+
 @pytest.mark.parametrize("hosts", [1, 2])
 def test_three_devices_with_frozen_ends_train_like_the_plain_loop(
     tiny: ModelSource, data_files: list[Path], hosts: int

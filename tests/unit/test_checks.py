@@ -27,6 +27,9 @@ CLASSES = ["task.kind=classification", "task.classes=['yes', 'no']"]
         ["strategy.aggregation=fedsa", "split.host_mode=copies", "split.hosts=0"],
         ["strategy.aggregation=flora", "lora.train=hosts", "split.sites=2", "strategy.options.flora.residual='svd:64'"],
         ["strategy.aggregation=fedex", "optimizer.keep=always", "lora.ranks={'a'=2}"],
+        ["strategy.aggregation=scaffold", "optimizer.name=sgd", "optimizer.schedule=cosine"],
+        ["strategy.aggregation=scaffold", "optimizer.name=sgd", "split.hosts=0", "split.host_mode=sequential"],
+        ["strategy.aggregation=scaffold", "optimizer.name=sgd", "lora.train=hosts", "split.sites=2"],
     ],
 )
 def test_what_goes_together(tiny: ModelSource, overrides: list[str]) -> None:
@@ -57,6 +60,22 @@ def test_what_goes_together(tiny: ModelSource, overrides: list[str]) -> None:
         (
             ["strategy.aggregation=flora", "strategy.options.flora.residual='svd:65'"],
             "strategy.options.flora.residual = 'svd:65' must be at most 'svd:64', the largest rank of a module",
+        ),
+        (
+            ["strategy.aggregation=scaffold"],
+            "'scaffold' .* plain SGD alone; optimizer.name = 'adamw' .* Allowed: optimizer.name = 'sgd'",
+        ),
+        (
+            ["strategy.aggregation=scaffold", "optimizer.name=sgd", "optimizer.clip=stage"],
+            "'scaffold' .* optimizer.clip = 'stage' would shorten that. Allowed: optimizer.clip = 'none'",
+        ),
+        (
+            ["strategy.aggregation=scaffold", "optimizer.name=sgd", "split.host_mode=sequential"],
+            "'scaffold' does not go with split.host_mode = 'sequential': .* Allowed: 'joint', 'copies', or split.hosts = 0",
+        ),
+        (
+            ["strategy.aggregation=scaffold", "optimizer.name=sgd", "lora.train=hosts"],
+            "'scaffold' corrects how sources differ, and has one, the site, with .* or split.sites of at least 2",
         ),
         (["split.fronts={'pi-*'=6}"], r"split.fronts: 'pi-\*' = 6 must be 0 to 5"),
         (["split.backs={'a'=-1}"], "split.backs: 'a' = -1 must be 0 to 5"),

@@ -45,9 +45,9 @@ def test_contributions_travel_as_arrays_beside_the_report(
     }
     for name in ("_run_id", "_node_id", "_task_id"):  # Flower sets them in the process of a ClientApp
         monkeypatch.setattr(TaskIdentity, name, 1)
-    plan = pb.Plan(node="a", deadlines=pb.Deadlines(round_s=5)).SerializeToString()
+    plan = pb.Plan(node="a", corrections=[pb.Correction()], deadlines=pb.Deadlines(round_s=5)).SerializeToString()
     content = RecordDict({"plan": ConfigRecord({"plan": plan, "wait": wait})})
-    content["adapter"] = to_record(parts[0])
+    content["adapter"], content["correction-0"] = map(to_record, parts)
     context = Context(1, 1, {"state": str(tmp_path)}, RecordDict(), {})
     server = ControlServer(tmp_path, lambda node: stage_host)
     try:
@@ -59,9 +59,10 @@ def test_contributions_travel_as_arrays_beside_the_report(
     finally:
         server.stop()
 
-    (submitted,) = given
-    assert submitted.plan.node == "a"
-    assert adapters.digest(adapters.from_bytes(submitted.adapter)) == adapters.digest(parts[0])
+    (request,) = given
+    assert request.plan.node == "a"
+    sent = [request.adapter, *request.corrections]
+    assert [adapters.digest(adapters.from_bytes(data)) for data in sent] == [adapters.digest(part) for part in parts]
     reply = read_reply(answer.content)
     assert [(part.scope, part.weight, part.adapter) for part in reply.report.contributions] == [
         ("ends", 7, b""),

@@ -112,6 +112,21 @@ def test_a_site_may_have_unlike_weights_but_no_tensor_twice(tiny: ModelSource) -
     assert problem(reply(*split, split[0]), planned.plans["e"], planned.start) == f"it contributes {one} of 'e' twice"
 
 
+@pytest.mark.parametrize("mode", ["joint", "sequential"])
+def test_learning_rates_sum_to_what_the_plan_has(tiny: ModelSource, mode: str) -> None:
+    """From one step to all of them; in turn a host makes one for each of its devices."""
+    planned = Planned(tiny, f"split.host_mode={mode}", "optimizer.schedule=linear")
+    for node, (part, tensors) in (("a", planned.ends("a", 3, 1)), ("e", planned.site("e", 21, 1))):
+        rates = planned.plans[node].optimizer.lrs
+        most = sum(rates) * (len(planned.plans[node].serves) if (node, mode) == ("e", "sequential") else 1)
+        for lr_sum in (0.0, min(rates), most):
+            part.lr_sum = lr_sum
+            assert problem(reply((part, tensors)), planned.plans[node], planned.start) == ""
+        for lr_sum in (-min(rates), min(rates) / 2, most * 1.01, math.nan, math.inf):
+            part.lr_sum = lr_sum
+            assert "which its plan's cannot" in problem(reply((part, tensors)), planned.plans[node], planned.start)
+
+
 @pytest.mark.parametrize(
     ("node", "scope", "source", "words"),
     [

@@ -41,6 +41,8 @@ class ByHand:
         self.received = list[adapters.Adapter]()
         self.fails = lambda plan: ""
         self.moves_bytes = 0
+        self.by = 1.0
+        self.corrections: list[list[adapters.Adapter]] = []
 
     def work(self, plan: pb.Plan, content: RecordDict) -> tuple[pb.JobReport, list[adapters.Adapter]]:
         self.plans.append(plan)
@@ -49,24 +51,25 @@ class ByHand:
             self.received.append(from_record(content["adapter"]))
             self.held = {**self.held, **self.received[-1]}
         assert adapters.digest(self.held) == plan.adapter_digest
+        self.corrections.append([from_record(content[f"correction-{n}"]) for n in range(len(plan.corrections))])
         if self.fails(plan):
             return pb.JobReport(state="failed", error=self.fails(plan)), []
         report = pb.JobReport(state="done", node=plan.node, role=plan.role)
-        parts = []
+        parts, lr_sum = [], sum(plan.optimizer.lrs)
         if plan.routes:
             report.eval_loss_sum, report.eval_labels = 4.0, 2
             report.bytes.add(link="entry e", direction="sent", kind="ACT", payload_bytes=self.moves_bytes)
             report.eval_sums["correct"] = 1
             if plan.steps:
                 report.timeline.add(kind="forward", role="device", seconds=0.5)
-                report.contributions.add(scope="ends", source=plan.node, weight=LABELS[plan.node])
-                parts.append(self._moved(end_spans(plan), 1))
+                report.contributions.add(scope="ends", source=plan.node, weight=LABELS[plan.node], lr_sum=lr_sum)
+                parts.append(self._moved(end_spans(plan), self.by))
         hosted = hosted_span(plan)
         if hosted is not None:
             report.host.first_layer, report.host.last_layer = hosted.first, hosted.last
             if plan.steps:
                 weight = sum(LABELS[route.device] for route in plan.serves)
-                report.contributions.add(scope="site", source=plan.site, weight=weight)
+                report.contributions.add(scope="site", source=plan.site, weight=weight, lr_sum=lr_sum)
                 parts.append(self._moved([hosted], 2))
         self.held = self.held | {name: array for part in parts for name, array in part.items()}
         report.adapter_digest = adapters.digest(self.held)
@@ -331,6 +334,32 @@ def test_a_personal_adapter_has_the_newest_shared_factor(federation: Callable[..
         name: 2.0 if "lora_A" in name else 1.0 for name in front
     }
     assert all(np.array_equal(front[name], result[name]) for name in front if "lora_A" in name)
+
+
+def test_corrections_go_down_beside_the_adapter_where_sources_differ(federation: Callable[..., Federation]) -> None:
+    settings = ["optimizer.name=sgd", "strategy.aggregation=scaffold", "federation.local_steps=4", "optimizer.lr=0.5"]
+    run = federation("ab", "e", *settings)
+    run.nodes["b"].by = 3.0
+    run.run()
+    a, b = LABELS["a"], LABELS["b"]
+    c_a, c_b = -1 / (4 * 0.5), -3 / (4 * 0.5)  # (x - y) / (K eta)
+    common = (a * c_a + b * c_b) / (a + b)
+    names = {n for n in run.start if ".layers.2." not in n and ".layers.3." not in n}
+    for node, own in (("a", c_a), ("b", c_b)):
+        none, (found,), evaluates = run.nodes[node].corrections
+        assert none == evaluates == []
+        assert set(found) == names, "its ends"
+        assert all(np.allclose(array, common - own, atol=1e-5) for array in found.values())
+        (named,) = run.nodes[node].plans[1].corrections
+        assert (named.scope, named.source, named.digest) == ("ends", node, adapters.digest(found))
+        first, second, last = (device_of(event, node)["adapter_bytes_down"] for event in run.events("round_done"))
+        assert 0 < first == last < second < 2.01 * first
+    assert run.nodes["e"].corrections == [[], [], []], "the only source of its layers"
+    assert moves(run.strategy._global, run.start)[2] == 4
+
+
+def device_of(event: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(device for device in event["devices"] if device["name"] == name)
 
 
 @pytest.mark.parametrize("name", ["flora", "fedex"])

@@ -1,0 +1,28 @@
+"""What an aggregation adds to the gradients of a node's sources in a round: the tensors that came beside a plan, read.
+
+They are no part of an adapter: they do not count in its digest, and are gone when the round is over. Knows nothing
+about what they mean (strategies.aggregation.scaffold does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from edgelam_fl.errors import Refused
+from edgelam_fl.model import adapter as adapters
+from edgelam_fl.wire import edgelam_pb2 as pb
+
+
+def read_corrections(plan: pb.Plan, given: Sequence[bytes]) -> dict[tuple[str, str], adapters.Adapter]:
+    """By scope and source. Raises Refused where they are not those that the plan names."""
+    if len(given) != len(plan.corrections):
+        raise Refused(f"node {plan.node} got {len(given)} corrections; its plan names {len(plan.corrections)}")
+    found: dict[tuple[str, str], adapters.Adapter] = {}
+    for named, data in zip(plan.corrections, given, strict=True):
+        tensors = found[named.scope, named.source] = adapters.from_bytes(data)
+        digest = adapters.digest(tensors)
+        if digest != named.digest:
+            raise Refused(
+                f"node {plan.node} got correction {digest[:12]} of {named.source!r}, its plan names {named.digest[:12]}"
+            )
+    return found

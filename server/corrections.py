@@ -1,0 +1,37 @@
+"""What an aggregation adds to gradients, cut for each source that a plan's node has. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from edgelam_fl.model import adapter as adapters
+from edgelam_fl.wire import edgelam_pb2 as pb
+from server.contributions import frozen, spans_of_source
+from server.layout import site_source
+
+
+def add_corrections(plan: pb.Plan, aggregation: Any, adapter: Mapping[str, np.ndarray]) -> list[adapters.Adapter]:
+    """Names them in the plan, and returns their tensors in that order. `adapter`: the global one, for the names."""
+    if not (plan.steps and getattr(aggregation, "corrects_sgd", False)):
+        return []
+    found = []
+    for scope, source in _sources(plan):
+        held = adapters.slice_of(adapter, spans_of_source(plan, scope, source) or [])
+        as_seen = site_source(source) if scope == "site" and plan.host_mode != "copies" else source
+        tensors = dict(aggregation.correction(as_seen, [name for name in held if not frozen(plan, name)]))
+        if tensors:
+            plan.corrections.add(scope=scope, source=source, digest=adapters.digest(tensors))
+            found.append(tensors)
+    return found
+
+
+def _sources(plan: pb.Plan) -> Iterator[tuple[str, str]]:
+    if plan.routes:
+        yield "ends", plan.node
+    if plan.serves and plan.host_mode != "copies":
+        yield "site", plan.site
+    elif plan.serves:
+        yield from (("site", route.device) for route in plan.serves)
