@@ -222,8 +222,9 @@ def test_too_few_devices(federation: Callable[..., Federation]) -> None:
         run.run()
 
 
-def test_every_device_gone(federation: Callable[..., Federation]) -> None:
-    """They leave in the middle of a round."""
+def test_every_device_gone(federation: Callable[..., Federation], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They leave in the middle of a round, and the network with them."""
+    monkeypatch.setattr("server.nodes._QUERY_S", 0.5)  # the host is asked again, and cannot answer
     run = federation("ab", "e")
     grid: Any = run.grid
 
