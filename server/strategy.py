@@ -201,6 +201,7 @@ class SplitLora(Strategy):
             routes=[_picture(route, self.source.num_layers) for route in layout.routes.values()],
             sites=[_site_picture(site) for site in layout.sites if site.hosts],
             nodes={name: _node_picture(plan) for name, plan in plans.items()},
+            personal=getattr(self.aggregation, "personal", False),
             **({"demands": _demands(self.schedule.demands(everyone, number))} if virtual else {}),
         )  # fmt: skip
         return [self._message(name, plan) for name, plan in plans.items()]

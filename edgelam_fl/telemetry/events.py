@@ -12,6 +12,7 @@ the ServerApp, into RUN/events.jsonl
                     routes [{device, front, back_first, num_layers, hops [{node, first, last}]}],
                     sites [{site, hosts [{node, first, last}], devices [names]}] (a host's layers here are all that it
                     holds; a route's hop may be a part of them), nodes {name: {base, compute, rank}},
+                    personal (whether the aggregation lets devices go on with tensors of their own),
                     demands {name: {payload_bytes, compute_s, snr}} (with [wireless] only: what the bandwidth strategy saw)
     round_done      round, seconds, attempt, devices [...], hosts [...], checkpoint (path in RUN),
                     aggregation_error (||s B A + C - M|| / ||M||, M = sum_k p_k s_k B_k A_k of what the sources k trained
