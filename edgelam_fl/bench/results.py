@@ -107,20 +107,22 @@ def _table(matrix: Matrix, lines: Lines) -> str:
     heads = [*axes, name, "spread", f"less {matrix.bench.baseline}", "spread of it", "aggregation error"]
     rows = [heads + [COSTS[cost] for cost in costs], ["---"] * (len(heads) + len(costs))]
     for group, found in groups(matrix, lines).items():
-        mean, spread = mean_and_spread([abs(quality(line)) for line in found])
-        pairs = apart.get(group)
         scale = 100 if percent else 1
-        row = [str(value) for value in group] + [f"{scale * mean:.2f}", f"{scale * spread:.2f}"]
-        row += (
-            [f"{scale * mean_and_spread(pairs)[0]:+.2f}", f"{scale * mean_and_spread(pairs)[1]:.2f}"]
-            if pairs
-            else ["", ""]
-        )
+        row = [str(value) for value in group] + _shown([scale * abs(quality(line)) for line in found], "")
+        row += _shown([scale * apart_by for apart_by in apart.get(group, [])], "+")
         errors = [line["aggregation_error"] for line in found if line["aggregation_error"] is not None]
         row.append(f"{fmean(errors):.3g}" if errors else "")
         row += [f"{fmean(line[cost] for line in found) / _SCALE[cost]:.1f}" for cost in costs]
         rows.append(row)
     return _rows(rows)
+
+
+def _shown(values: list[float], sign: str) -> list[str]:
+    """Mean and spread as two cells; of one value there is no spread."""
+    if not values:
+        return ["", ""]
+    mean, spread = mean_and_spread(values)
+    return [f"{mean:{sign}.2f}", f"{spread:.2f}" if len(values) > 1 else ""]
 
 
 def _rows(rows: Iterable[list[str]]) -> str:
@@ -139,6 +141,8 @@ def _sentences(matrix: Matrix, lines: Lines) -> str:
             within.append(name)
     if not beyond and not within:
         return ""
+    if len(matrix.axes.seed) < 2:
+        return "\nOne seed: how far another would be from it is not known, so no difference is called one.\n"
     return (
         f"\nBeyond the spread of the paired differences to {matrix.bench.baseline}: {', '.join(beyond) or 'none'}.\n"
         f"Within it, so not told apart by these seeds: {', '.join(within) or 'none'}.\n"
