@@ -1,4 +1,4 @@
-"""Runs the cells of a matrix, one after the other, on one SuperLink and one fabric; a finished cell is one line of a file.
+"""Runs the cells of a matrix on one SuperLink and one fabric; a finished cell is one line of a file.
 
 What is finished is skipped the next time; a cell that fails leaves its reason, and the others go on.
 """
@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, geometric_mean
 from typing import Any
 
 import psutil
@@ -257,12 +258,9 @@ def _quality(devices: list[dict[str, Any]]) -> dict[str, float]:
     accuracies = [device["metrics"]["accuracy"] for device in devices if device["metrics"].get("accuracy") is not None]
     perplexities = [device["perplexity"] for device in devices if device["perplexity"]]
     if accuracies:
-        found["accuracy"] = sum(accuracies) / len(accuracies)
+        found["accuracy"] = fmean(accuracies)
     elif perplexities:
-        product = 1.0
-        for value in perplexities:
-            product *= value ** (1 / len(perplexities))
-        found["perplexity"] = product
+        found["perplexity"] = geometric_mean(perplexities)
     return found
 
 
