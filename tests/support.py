@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,16 +15,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from edgelam_fl.config import RunConfig, parse_run_file
-from edgelam_fl.errors import Refused
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.source import ModelSource
+from edgelam_fl.split import links
 from edgelam_fl.split.plan import part_id, spans_of
 from edgelam_fl.split.stage_host import Dial, StageHost
 from edgelam_fl.tasks.base import Example, Unit
 from edgelam_fl.tasks.causal_lm import CausalLm, labelled, loss_sum, make_units
 from edgelam_fl.tasks.data import batch_indices, read_pairs, set_aside
 from edgelam_fl.wire import edgelam_pb2 as pb
-from edgelam_fl.wire.memory import memory_pair
 from server.corrections import add_corrections
 from server.layout import make_layout, who_may_host
 from server.plans import RoundFacts, make_plans
@@ -128,7 +126,7 @@ def memory_fleet(source: ModelSource, config: RunConfig, data: Sequence[Path]) -
     """A device a file, and as many edge servers as the run file wants; with host_on = "any" the devices are the hosts."""
     fleet = Fleet(source, config, {}, {})
     nodes: dict[str, StageHost] = {}
-    dial = _dial(nodes)
+    dial = links.memory_dial(nodes)
     devices_host = config.split.host_on == "any"
     for number in range(1, 0 if devices_host else config.split.hosts * config.split.sites + 1):
         name = f"edge-{number}"
@@ -149,26 +147,7 @@ def memory_fleet(source: ModelSource, config: RunConfig, data: Sequence[Path]) -
 
 def memory_dial(fleet: Fleet) -> Dial:
     """How somebody else reaches the hosts of a fleet in memory."""
-    return _dial({name: host for name, (host, _) in fleet.hosts.items()})
-
-
-def _dial(nodes: Mapping[str, Any]) -> Dial:
-    """An address is a node's name."""
-
-    def dial(address: str, name: str, hello: pb.Hello, counters: Any, ears: Any, deadlines: Any) -> Any:
-        end = time.monotonic() + deadlines.ready_s
-        while time.monotonic() < end:
-            ours, theirs = memory_pair(name, counters, counters)
-            ours.attach(*ears)
-            answer = nodes[address].admit(hello, theirs)
-            if isinstance(answer, pb.Ready):
-                return ours, answer
-            if isinstance(answer, pb.Refuse):
-                raise Refused(f"{name} refuses: {answer.reason}")
-            time.sleep(0.01)
-        raise AssertionError("the host never took the job")
-
-    return dial
+    return links.memory_dial({name: host for name, (host, _) in fleet.hosts.items()})
 
 
 def check_done(reports: dict[str, pb.JobReport]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from edgelam_fl.errors import DataError, PeerLost, Refused
+from edgelam_fl.errors import DataError
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.source import ModelSource
@@ -28,18 +27,15 @@ from edgelam_fl.simulation.attacks import ATTACKS
 from edgelam_fl.simulation.frozen import Activations, OnFrozen, frozen_layers, whole_model
 from edgelam_fl.split.held import Held
 from edgelam_fl.split.job import task_of
+from edgelam_fl.split.links import memory_dial
 from edgelam_fl.split.stage_host import Part, StageHost
 from edgelam_fl.tasks.base import Example, Task
 from edgelam_fl.tasks.data import Pair, device_pairs, read_pairs
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.control import FABRIC_SEPARATOR, Handlers
-from edgelam_fl.wire.counters import ByteCounters
-from edgelam_fl.wire.link import Ears, Link
-from edgelam_fl.wire.memory import memory_pair
 
 _FEDERATIONS_KEPT = 4
-_RETRY_S = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +123,7 @@ class VirtualNode(StageHost):
 
     def __init__(self, folder: Path, facts: NodeFacts, others: Mapping[str, StageHost], shared: Shared) -> None:
         super().__init__(
-            facts.name, _dialler(others), lambda *_, **__: None,
+            facts.name, memory_dial(others), lambda *_, **__: None,
             data=folder / facts.data if facts.data else None, address=facts.name,
             read=_reader(folder / facts.held_out if facts.held_out else None), load=shared.load,
         )  # fmt: skip
@@ -204,25 +200,3 @@ def _reader(held_out: Path | None) -> Callable[[Path, Any], tuple[list[Pair], li
         return read_pairs(path, *fields), read_pairs(held_out, *fields)
 
     return read
-
-
-def _dialler(nodes: Mapping[str, StageHost]) -> Callable[..., tuple[Link, pb.Ready]]:
-    """An address is a node's name."""
-
-    def dial(
-        address: str, name: str, hello: pb.Hello, counters: ByteCounters, ears: Ears, deadlines: pb.Deadlines
-    ) -> tuple[Link, pb.Ready]:
-        end = time.monotonic() + deadlines.ready_s
-        while time.monotonic() < end:
-            # what the host's end counts, the host's group sets
-            ours, theirs = memory_pair(name, counters, ByteCounters())
-            ours.attach(*ears)
-            answer = nodes[address].admit(hello, theirs)
-            if isinstance(answer, pb.Ready):
-                return ours, answer
-            if isinstance(answer, pb.Refuse):
-                raise Refused(f"{name} refuses: {answer.reason}")
-            time.sleep(_RETRY_S)
-        raise PeerLost(f"{name} has not received this job within {deadlines.ready_s:.0f} s")
-
-    return dial

@@ -1,15 +1,17 @@
 """Opening a node's links as its plan says: a device's to both ends of its route, a host's to the next one.
 
-Knows plans and handshakes; how bytes travel is `Dial`'s: `wire.grpc_link.dial`, or queues inside one process.
+Knows plans and handshakes; how bytes travel is `Dial`'s: `wire.grpc_link.dial`, or `memory_dial` inside one process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import torch
 
-from edgelam_fl.errors import PeerLost
+from edgelam_fl.errors import PeerLost, Refused
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.split.driver import Route
 from edgelam_fl.split.job import Inbox
@@ -20,10 +22,40 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.codec import CODECS
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.link import Ears, Link
+from edgelam_fl.wire.memory import memory_pair
 from edgelam_fl.wire.pace import Pace
 
 # address, link name, hello, counters, ears, deadlines -> an open link and READY
 Dial = Callable[[str, str, pb.Hello, ByteCounters, Ears, pb.Deadlines], tuple[Link, pb.Ready]]
+_MEMORY_RETRY_S = 0.01
+
+
+class Admits(Protocol):
+    """A stage host, as whoever dials it sees it."""
+
+    def admit(self, hello: pb.Hello, link: Link) -> pb.Ready | pb.NotReady | pb.Refuse: ...
+
+
+def memory_dial(nodes: Mapping[str, Admits]) -> Dial:
+    """Links between stage hosts of one process: an address is a node's name. `nodes` may still grow."""
+
+    def dial(
+        address: str, name: str, hello: pb.Hello, counters: ByteCounters, ears: Ears, deadlines: pb.Deadlines
+    ) -> tuple[Link, pb.Ready]:
+        end = time.monotonic() + deadlines.ready_s
+        while time.monotonic() < end:
+            # what the host's end counts, the host's group sets
+            ours, theirs = memory_pair(name, counters, ByteCounters())
+            ours.attach(*ears)
+            answer = nodes[address].admit(hello, theirs)
+            if isinstance(answer, pb.Ready):
+                return ours, answer
+            if isinstance(answer, pb.Refuse):
+                raise Refused(f"{name} refuses: {answer.reason}")
+            time.sleep(_MEMORY_RETRY_S)
+        raise PeerLost(f"{name} has not received this job within {deadlines.ready_s:.0f} s")
+
+    return dial
 
 
 def open_link(
