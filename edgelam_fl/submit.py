@@ -58,8 +58,14 @@ class Submission:
         return self.run_id
 
     def status(self) -> str:
-        """Flower's word for how the run stands: "running", "finished:completed", "finished:failed", ..."""
-        runs = self._flwr("list", "local", "--run-id", str(self.run_id)).get("runs", [])
+        """Flower's word for how the run stands: "running", "finished:completed", "finished:failed", ...
+
+        "unknown" where its command does not answer, as on a machine that is very busy: no reason to give a run up.
+        """
+        try:
+            runs = self._flwr("list", "local", "--run-id", str(self.run_id)).get("runs", [])
+        except RunFailed:
+            return "unknown"
         return str(runs[0]["status"]) if runs else "unknown"
 
     def stop(self) -> None:

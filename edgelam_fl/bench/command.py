@@ -71,17 +71,17 @@ def _run(
                 alone = one_device(matrix)
                 cell = alone.cells()[0]
                 config, feed = alone.config(cell, data.classes), _feed(progress, task, cell, 0)
-                waiting.append(pool.submit(_as_reference, shared, alone, cell, config, data, out / "alone", feed))
-            for cell in left:
-                config = configs[cell.name]
-                feed = _feed(progress, task, cell, config.federation.rounds)
-                waiting.append(pool.submit(play, shared, matrix, cell, config, data, out, feed))
+                waiting.append(pool.submit(_as_reference, shared, alone, [cell], config, data, out / "alone", feed))
+            for cells in matrix.trainings(left):
+                config = configs[cells[0].name]
+                feed = _feed(progress, task, cells[0], config.federation.rounds)
+                waiting.append(pool.submit(play, shared, matrix, cells, config, data, out, feed))
             try:
                 for finished in as_completed(waiting):
-                    line = finished.result()
-                    results.add(line)
-                    progress.advance(task, line["state"] != "reference")
-                    progress.console.print(_told(line), highlight=False, markup=False)
+                    for line in finished.result():
+                        results.add(line)
+                        progress.advance(task, line["state"] != "reference")
+                        progress.console.print(_told(line), highlight=False, markup=False)
                     write_results(out, matrix, results.lines())
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -89,11 +89,12 @@ def _run(
         shutil.rmtree(out / folder, ignore_errors=True)
 
 
-def _as_reference(*arguments: Any) -> dict[str, Any]:
-    line = play(*arguments)
+def _as_reference(*arguments: Any) -> list[dict[str, Any]]:
+    (line,) = play(*arguments)
     if line["state"] == "failed":
-        return {**line, "name": ONE_DEVICE}
-    return {"name": ONE_DEVICE, "state": "reference", "what": WHAT_ONE_DEVICE, **{k: line[k] for k in _OF_A_REFERENCE}}
+        return [{**line, "name": ONE_DEVICE}]
+    kept = {key: line[key] for key in _OF_A_REFERENCE}
+    return [{"name": ONE_DEVICE, "state": "reference", "what": WHAT_ONE_DEVICE, **kept}]
 
 
 def _references(results: Results, matrix: Any, data: datasets.Data, configs: dict[str, Any]) -> None:
@@ -132,4 +133,6 @@ def _told(line: dict[str, Any]) -> str:
     quality = (
         f"accuracy {line['accuracy']:.4f}" if line["accuracy"] is not None else f"perplexity {line['perplexity']:.2f}"
     )
-    return f"{line['name']}: {quality}, {line['bytes'] / 1e6:.1f} MB, {line['seconds']:.0f} s"
+    virtual = f", {line['virtual_seconds']:.0f} virtual s" if line["virtual_seconds"] else ""
+    real = f"time replayed from {line['trained']}" if "trained" in line else f"{line['seconds']:.0f} s"
+    return f"{line['name']}: {quality}, {line['bytes'] / 1e6:.1f} MB{virtual}, {real}"

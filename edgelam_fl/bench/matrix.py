@@ -35,7 +35,9 @@ class Bench(Section):
     examples: int = Field(0, ge=0, description="of the data set, chosen by a fixed seed; 0: all")
     test: float = Field(0.2, gt=0, lt=1, description="share that is measured, the same for all cells of a seed")
     devices: int = Field(20, ge=1, le=1000, description="that the rest is dealt to")
-    baseline: str = Field("fedavg", description="the aggregation that the others are compared with")
+    baseline: str = Field(
+        "fedavg", description="the aggregation, selection or bandwidth that the others are compared with"
+    )
     references: bool = Field(True, description="measure TF-IDF with logistic regression, and one device with all data")
 
 
@@ -95,6 +97,23 @@ class Matrix:
         axes = {name: getattr(self.axes, name) for name in Axes.model_fields}
         names = ["seed", *(name for name in axes if name != "seed")]
         return [Cell(dict(zip(names, values, strict=True))) for values in itertools.product(*(axes[n] for n in names))]
+
+    def trainings(self, cells: Sequence[Cell]) -> list[list[Cell]]:
+        """`cells` by what has to be trained once: on the wireless model those that differ in the bandwidth are one training.
+
+        What a round learns does not depend on how the band was shared out, so the other cells' times are replayed.
+        """
+        replays = bool(self.base.get("wireless", {}).get("bandwidth_hz"))
+        found: dict[Any, list[Cell]] = {}
+        for cell in cells:
+            found.setdefault(cell.same_but("bandwidth") if replays else cell.name, []).append(cell)
+        return list(found.values())
+
+    @property
+    def compared(self) -> str:
+        """The axis that the baseline is a value of."""
+        axes = ("aggregation", "selection", "bandwidth")
+        return next((axis for axis in axes if self.bench.baseline in getattr(self.axes, axis)), axes[0])
 
     def varied(self) -> list[str]:
         """The axes with more than one value, but the seed."""

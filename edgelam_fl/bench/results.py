@@ -62,14 +62,14 @@ def differences(matrix: Matrix, lines: Lines) -> dict[Group, list[float]]:
     """A group's quality less the baseline's, seed by seed, everything else the same. Nothing where there is no pair."""
     axes = matrix.varied() or ["aggregation"]
     by_key = {
-        (Cell(line["cell"]).same_but("aggregation"), line["cell"]["aggregation"]): line
+        (Cell(line["cell"]).same_but(matrix.compared), line["cell"][matrix.compared]): line
         for line in lines.values()
         if line["state"] == "done"
     }
     found: dict[Group, list[float]] = {}
-    for (rest, aggregation), line in by_key.items():
+    for (rest, value), line in by_key.items():
         base = by_key.get((rest, matrix.bench.baseline))
-        if base is not None and aggregation != matrix.bench.baseline:
+        if base is not None and value != matrix.bench.baseline:
             found.setdefault(tuple(line["cell"][axis] for axis in axes), []).append(quality(line) - quality(base))
     return found
 

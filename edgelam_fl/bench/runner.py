@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, geometric_mean
@@ -127,6 +127,7 @@ def engine(state: Path) -> Iterator[Engine]:
         environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
         children.append(Child("the fabric", command, state / "fabric.log", environment))
         quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "OMP_NUM_THREADS": "1"}
+        quiet["RAY_worker_niceness"] = "0"  # Ray's 15 starves the nodes' messages where anything else computes
         children.append(start_superlink("127.0.0.1", port, state, quiet))
         _await(children[0], (fabric / "endpoint.json").exists)
         yield Engine(f"127.0.0.1:{port}", fabric, children)
@@ -174,19 +175,10 @@ def run_cell(engine: Engine, config: RunConfig, folder: Path, nodes: int, feed: 
                 raise RunFailed(event["reason"])
         engine.check()
         if time.monotonic() - asked > _STATUS_EVERY_S:
-            status = _status(submission)
-            asked = time.monotonic()
+            status, asked = submission.status(), time.monotonic()
             if status.startswith("finished") and not _ended(tail.path):
                 raise RunFailed(f"Flower says that the run is {status}: {submission.log()}")
         time.sleep(_POLL_S)
-
-
-def _status(submission: Submission) -> str:
-    """Empty where Flower's own command does not answer, as on a machine that is very busy: that is no reason to give up."""
-    try:
-        return submission.status()
-    except RunFailed:
-        return ""
 
 
 def _ended(path: Path) -> bool:
@@ -197,28 +189,44 @@ def _ended(path: Path) -> bool:
 
 
 def play(
-    engine: Engine, matrix: Matrix, cell: Cell, config: RunConfig, data: datasets.Data, out: Path,
+    engine: Engine, matrix: Matrix, cells: Sequence[Cell], config: RunConfig, data: datasets.Data, out: Path,
     feed: Callable[[Event], None],
-) -> dict[str, Any]:  # fmt: skip
-    """A cell's line: what it came to, or why it failed."""
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Trains the first of `cells` and replays its time for the others: a line each, what it came to or why it failed."""
+    cell = cells[0]
     folder = out / "work" / cell.name
     shutil.rmtree(folder, ignore_errors=True)
     began = time.monotonic()
     hosts = config.split.hosts * config.split.sites if config.split.host_on == "edge" else 0
-    line: dict[str, Any] = {"name": cell.name, "cell": {axis: cell.values[axis] for axis in Axes.model_fields}}
     try:
         datasets.write_cell(folder, data, matrix.bench, cell, hosts)
         events = run_cell(engine, config, folder, hosts + matrix.bench.devices, feed)
-        line |= {"state": "done", **outcome(events)}
+        ends = [{"state": "done", **outcome(_replayed(events, config, cell, each))} for each in cells]
     except EdgelamError as error:
         engine.check()  # without its processes no other cell would fare better
-        line |= {"state": "failed", "reason": str(error)}
-    line["seconds"] = round(time.monotonic() - began, 1)
-    if line["state"] == "done":
+        ends = [{"state": "failed", "reason": str(error)} for _ in cells]
+    if ends[0]["state"] == "done":
         for older in _finished(folder.parent):  # but this one: its ServerApp still writes its report
             shutil.rmtree(older, ignore_errors=True)
         (folder / _DONE).touch()
-    return line
+    ends[0]["seconds"] = round(time.monotonic() - began, 1)
+    for end in ends[1:]:
+        end |= {"seconds": 0.0, "trained": cell.name}
+    named = [{"name": each.name, "cell": {axis: each.values[axis] for axis in Axes.model_fields}} for each in cells]
+    return [{**name, **end} for name, end in zip(named, ends, strict=True)]
+
+
+def _replayed(events: list[Event], config: RunConfig, trained: Cell, cell: Cell) -> list[Event]:
+    """The events of the cell that was trained, in the virtual time of another's bandwidth strategy."""
+    if cell is trained:
+        return events
+    replay = importlib.import_module("server.replay").replay
+    rounds = iter(replay(events, config, cell.values["bandwidth"]))
+    return [{**event, "virtual": next(rounds)} if _has_time(event) else event for event in events]
+
+
+def _has_time(event: Event) -> bool:
+    return event["event"] == "round_done" and bool(event.get("virtual"))
 
 
 def _finished(work: Path) -> list[Path]:

@@ -24,6 +24,7 @@ references = false
 
 [axes]
 aggregation = ["fedavg", "ffa"]
+bandwidth = ["uniform", "equalise"]
 
 [base.model]
 name = "minilm-l6"
@@ -38,6 +39,9 @@ targets = ["5.attention.self.query", "5.attention.self.value"]
 rounds = 1
 local_steps = 1
 batch_size = 4
+
+[base.wireless]
+bandwidth_hz = 1e5
 """
 DEADLINE_S = 240
 
@@ -46,24 +50,29 @@ def test_a_matrix_goes_on_behind_its_finished_cells(tmp_path: Path) -> None:
     file, out = tmp_path / "two.toml", tmp_path / "out"
     file.write_text(MATRIX, encoding="utf-8")
     matrix = read_matrix(file)
-    first, second = matrix.cells()
-    before = {
-        "name": first.name,
-        "cell": dict(first.values),
-        "state": "done",
-        **outcome([]),
-        "accuracy": 0.5,
-        "seconds": 1.0,
-    }
-    Results(out, matrix).add(before)  # as a command that was interrupted after it would have left it
+    *finished, uniform, equalise = matrix.cells()
+    before = [
+        {
+            "name": cell.name, "cell": dict(cell.values), "state": "done", **outcome([]), "accuracy": 0.5, "seconds": 1.0,
+        }
+        for cell in finished
+    ]  # fmt: skip
+    for line in before:  # as a command that was interrupted after them would have left it
+        Results(out, matrix).add(line)
 
     command = [str(Path(sys.executable).with_name("edgelam")), "bench", str(file), "--out", str(out), "--jobs", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 of 2 cells are finished" in done.stdout + done.stderr
-    kept, new = [json.loads(line) for line in (out / "cells.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert "2 of 4 cells are finished" in done.stdout + done.stderr
+    *kept, trained, replayed = [json.loads(line) for line in (out / "cells.jsonl").read_text("utf-8").splitlines()]
     assert kept == before
-    assert (new["name"], new["state"]) == (second.name, "done")
-    assert 0 <= new["accuracy"] <= 1
-    assert new["bytes"] > 0
+    assert [(line["name"], line["state"]) for line in (trained, replayed)] == [
+        (uniform.name, "done"),
+        (equalise.name, "done"),
+    ]
+    assert "trained" not in trained
+    assert replayed["trained"] == uniform.name
+    assert 0 <= trained["accuracy"] <= 1
+    assert [replayed[same] for same in ("accuracy", "bytes")] == [trained[same] for same in ("accuracy", "bytes")]
+    assert 0 < replayed["virtual_seconds"] != trained["virtual_seconds"] > 0
     assert "ffa" in (out / "results.md").read_text(encoding="utf-8")

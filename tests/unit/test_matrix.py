@@ -84,6 +84,18 @@ def test_a_line_that_was_cut_off_is_no_cell(tmp_path: Path) -> None:
     assert results.lines() == {"x": {"name": "x", "state": "done"}}
 
 
+def test_allocators_share_a_training_where_time_is_virtual(tmp_path: Path) -> None:
+    axes = "[axes]\nselection = ['all', 'random']\nbandwidth = ['uniform', 'equalise', 'lyapunov']\n"
+    matrix = read_matrix(written(tmp_path, axes))
+    assert [len(cells) for cells in matrix.trainings(matrix.cells())] == [1] * 6
+    matrix = read_matrix(written(tmp_path, axes + "[base.wireless]\nbandwidth_hz = 1e5"))
+    trainings = matrix.trainings(matrix.cells())
+    assert [[cell.values["bandwidth"] for cell in cells] for cells in trainings] == [
+        ["uniform", "equalise", "lyapunov"]
+    ] * 2
+    assert [{cell.values["selection"] for cell in cells} for cells in trainings] == [{"all"}, {"random"}]
+
+
 @pytest.mark.parametrize("file", sorted(MATRICES.glob("*.toml")), ids=lambda file: file.stem)
 def test_the_committed_matrices_can_be_read(file: Path) -> None:
     matrix = read_matrix(file)
@@ -166,6 +178,19 @@ def test_differences_are_taken_seed_by_seed(tmp_path: Path) -> None:
     text = markdown(matrix, lines)
     assert f"| ffa | {100 * (0.6 + 0.81) / 2:.2f} |" in text  # the seeds differ by 20 points, the pairs by one
     assert "Beyond the spread of the paired differences to fedavg: ffa (+10.50 points)." in text
+
+
+def test_a_selection_may_be_what_the_others_are_compared_with(tmp_path: Path) -> None:
+    text = "[bench]\nbaseline = 'random'\n[axes]\nselection = ['random', 'all']\nbandwidth = ['uniform', 'equalise']\n"
+    matrix = read_matrix(written(tmp_path, text))
+    cells = [line("fedavg", 1, accuracy) for accuracy in (0.5, 0.6, 0.7, 0.8)]
+    for each, cell in zip(cells, matrix.cells(), strict=True):
+        each |= {"name": cell.name, "cell": cell.values}
+    lines = {str(each["name"]): each for each in cells}
+    apart = differences(matrix, lines)
+    assert apart == {
+        ("all", "uniform"): [pytest.approx(0.7 - 0.5)], ("all", "equalise"): [pytest.approx(0.8 - 0.6)],
+    }  # fmt: skip
 
 
 def test_protocols_read_the_curve() -> None:
