@@ -78,7 +78,7 @@ def slowest_s(devices: Sequence[Candidate], shares: Mapping[str, float]) -> floa
 
 
 def allocate(devices: Sequence[Candidate], bandwidth: str) -> Mapping[str, float]:
-    demands = [Demand(d.name, d.payload_bytes, d.compute_s) for d in devices]
+    demands = [Demand(d.name, d.payload_bytes, d.compute_s, snr=d.snr) for d in devices]
     return load("bandwidth", bandwidth).allocate(demands, CAPACITY_BPS)  # type: ignore[no-any-return]
 
 
@@ -158,15 +158,20 @@ def follow(v: float, rounds: int, bound_s: float = BOUND_S) -> Followed:
 
 
 def _speeds(count: int, smoke: bool) -> list[Figure]:
-    """One decision: select among `count` devices and share out among those that were selected."""
+    """One decision: select among `count` devices and share out among those that were selected; on wires and on a band."""
     generator = random.Random(1)
-    devices = [
+    wired = [
         replace(
             device, examples=generator.randrange(1, 500), last_loss=generator.random(), last_round=1,
             last_seconds=generator.uniform(1, 30), metric=generator.random(), rate_bps=generator.random(),
         )
         for device in pool(generator, count)
     ]  # fmt: skip
+    wireless = [replace(device, snr=10 ** generator.uniform(0, 5)) for device in wired]
+    return [*_speeds_of(wired, "", smoke), *_speeds_of(wireless, " on a band", smoke)]
+
+
+def _speeds_of(devices: Sequence[Candidate], where: str, smoke: bool) -> list[Figure]:
     options = {"lyapunov": {"delay_s": 100.0}, "fedcs": {"deadline_s": 1000.0}}
     figures = []
     for selection in BUILT_IN["selection"]:
@@ -174,7 +179,8 @@ def _speeds(count: int, smoke: bool) -> list[Figure]:
             seconds = _seconds_of_a_decision(devices, selection, bandwidth, options)
             bar = None if smoke else "below 1 s"
             holds = None if smoke else seconds < 1
-            figures.append(Figure(f"{selection} + {bandwidth}, {count} devices", round(seconds, 3), "s", bar, holds))
+            name = f"{selection} + {bandwidth}, {len(devices)} devices{where}"
+            figures.append(Figure(name, round(seconds, 3), "s", bar, holds))
     return figures
 
 

@@ -35,11 +35,12 @@ def lambert_w_lower_log(log_x: np.ndarray) -> np.ndarray:
     """W with W e^W = -e^log_x and W <= -1, for log_x <= -1 (logarithms, since -x is tiny where a channel is good).
 
     y = -W solves y - ln y = -log_x. Newton's steps come from above, where the function is convex, and never overshoot; the
-    start is the upper bound 1 + sqrt(2 u) + u, u = -log_x - 1 (Chatzigeorgiou, arXiv 1601.04895).
+    start is the upper bound 1 + sqrt(2 u) + u, u = -log_x - 1 (Chatzigeorgiou, arXiv 1601.04895), at most 14 % off: after
+    three steps nothing but rounding is left.
     """
     u = np.maximum(-log_x - 1, 0.0)
     y = 1 + np.sqrt(2 * u) + u
-    for _ in range(8):
+    for _ in range(4):
         step = (y - np.log(y) - 1 - u) * y / np.maximum(y - 1, 1e-300)
         y = np.maximum(y - np.where(y > 1, step, 0.0), 1.0)
     return -y
