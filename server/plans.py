@@ -148,7 +148,7 @@ def _plan(config: RunConfig, source: ModelSource, facts: RoundFacts, profile: pb
         window=split.window,
         min_devices=1,
         deadlines=pb.Deadlines(
-            ready_s=_READY_DEADLINE_S + source.fp32_bytes / _SLOW_CARD_BYTES_S,
+            ready_s=max(federation.join_deadline_s, _READY_DEADLINE_S + source.fp32_bytes / _SLOW_CARD_BYTES_S),
             step_s=federation.step_deadline_s,
             round_s=federation.round_deadline_s,
             silent_s=_SILENT_S,
