@@ -56,7 +56,7 @@ if [ -n "$uninstall" ]; then
       rm -rf $units/edgelam-$role.service $units/edgelam-$role.service.d $units/multi-user.target.wants/edgelam-$role.service
     done
     systemd daemon-reload
-    rm -rf /etc/edgelam
+    rm -rf /etc/edgelam /opt/edgelam-python
   fi
   rm -rf "$venv"
   say "removed $venv${root:+ and the services; kept: /var/lib/edgelam (state, copies of data)}"
@@ -140,13 +140,18 @@ service() { # role, its options
   say "edgelam-$1 starts at boot; its log: journalctl -u edgelam-$1"
 }
 
-if [ -n "$data" ] && ! setpriv --reuid edgelam --regid edgelam --clear-groups test -r "$data"; then
+as_edgelam() { setpriv --reuid edgelam --regid edgelam --clear-groups "$@"; }
+
+if [ -n "$data" ] && ! as_edgelam test -r "$data"; then
   copy=/var/lib/edgelam/$(basename "$data")
   cp "$data" "$copy"
   chown edgelam: "$copy"
   chmod 600 "$copy"
   say "the service may not read $data; it gets a copy of its own, $copy"
   data=$copy
+fi
+if [ -n "$models" ]; then # their vocabularies are read once, which may take a board longer than a run waits
+  as_edgelam env HOME=/var/lib/edgelam /opt/edgelam/bin/edgelam doctor --model smollm2-135m || true
 fi
 [ -z "$serve" ] || service server "--listen $serve $insecure"
 [ -z "$server" ] || service client "--server $server ${data:+--data \"$data\"} ${name:+--name $name} $insecure $more"

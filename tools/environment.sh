@@ -56,12 +56,12 @@ install_with_torch() { # backend (cpu, or as in --torch-backend), what else
   backend=$1
   shift
   cpu_torch=$(sed -n 's/^\(torch==[0-9.]*\) ;.*x86_64.*/\1+cpu/p' constraints/torch.txt)
-  for link in $links; do set -- --find-links "$link" "$@"; done
   if [ "$system $machine" != 'Linux x86_64' ]; then
     uv_install torch "$@" # the index's build for this platform is the CPU's
   elif [ "$backend" != cpu ]; then
     uv_install --torch-backend="$backend" torch "$@"
   elif [ -n "$links" ] && has_wheel "$cpu_torch"; then
+    for link in $links; do set -- --find-links "$link" "$@"; done
     uv_install "$cpu_torch" "$@" # a wheel that pip was told of
   else
     uv_install --torch-backend=cpu "$cpu_torch" "$@"
