@@ -257,6 +257,9 @@ def client(
             "--tag", metavar="NAME", help="A word by which a run may choose it (strategy.require_tags); repeat it."
         ),
     ] = [],  # noqa: B006
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait for a server that does not answer yet, as a service at boot must.")
+    ] = False,
     insecure: InsecureOption = False,
 ) -> None:
     """This machine joins a federation: as a device with --data, else as an edge server that lends compute.
@@ -265,7 +268,7 @@ def client(
     """
     from edgelam_fl.running import join
 
-    raise typer.Exit(join(console, server, data, name, listen, advertise, threads, state, tag, insecure))
+    raise typer.Exit(join(console, server, data, name, listen, advertise, threads, state, tag, insecure, wait))
 
 
 @app.command()

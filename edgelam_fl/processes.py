@@ -25,6 +25,7 @@ _GRACE_S = 5.0
 _START_DEADLINE_S = 180.0
 _RESTARTS, _RESTARTS_WITHIN_S = 3, 120.0
 _PR_SET_PDEATHSIG = 1
+_MOST_LOG_BYTES, _KEPT_LOG_BYTES = 4 << 20, 256 << 10  # a board's card is small, and a node may run for years
 
 
 class Child:
@@ -33,6 +34,7 @@ class Child:
     def __init__(self, name: str, command: Sequence[str], log: Path, environment: dict[str, str] | None = None) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         self.name, self.log = name, log
+        shorten(log)
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 command,
@@ -88,6 +90,18 @@ def log_tail(log: Path, lines: int = 3) -> str:
         kept = deque((line.strip() for line in file if line.strip()), maxlen=lines)
         return " | ".join(kept) or "it said nothing"
     return "it left no log"
+
+
+def shorten(log: Path) -> None:
+    """Leaves the end of a log that has grown long. Its writers, which append, go on behind that."""
+    if not log.exists() or log.stat().st_size <= _MOST_LOG_BYTES:
+        return
+    with log.open("rb") as old:
+        old.seek(-_KEPT_LOG_BYTES, os.SEEK_END)
+        kept = old.read().partition(b"\n")[2]
+    os.truncate(log, 0)  # in place: its writers have it open
+    with log.open("ab") as new:
+        new.write(kept)
 
 
 # ---------------------------------------------------------------- addresses
@@ -227,6 +241,7 @@ class Node:
     def watch(self) -> str:
         """Starts again what has ended; returns what happened, if anything. Raises RunFailed when it keeps ending."""
         for kind, child in self.children.items():
+            shorten(child.log)
             problem = child.ended()
             if not problem:
                 continue

@@ -23,6 +23,7 @@ from edgelam_fl.processes import (
     end_all,
     free_port,
     log_tail,
+    shorten,
     split_address,
     start_superlink,
 )
@@ -38,6 +39,7 @@ _POLL_S = 0.25
 _SILENCE_S = 45.0  # then Flower is asked how the run stands, which costs it seconds of a core
 _EVENTS_LAG_S = 5.0
 _RESULT_LAG_S = 30.0
+_LONGEST_PAUSE_S = 30.0  # between two looks for a server
 
 
 def check_run(config: RunConfig, name: str, out: Path | None) -> Path:
@@ -71,6 +73,7 @@ def serve(console: Console, listen: str, state: Path, insecure: bool) -> int:
     console.print(f"then:                edgelam run RUN.toml --server {listen}", highlight=False, soft_wrap=True)
     try:
         while not superlink.ended():
+            shorten(superlink.log)
             time.sleep(0.5)
         raise RunFailed(superlink.ended())
     except KeyboardInterrupt:
@@ -91,7 +94,9 @@ def join(
     state: Path | None,
     tags: Sequence[str],
     insecure: bool,
+    wait: bool = False,
 ) -> int:
+    """`wait`: until the server answers, instead of refusing. Once it has answered, the node rejoins whenever it comes back."""
     host, port = split_address(server, "--server")
     check_plain_text(host, "--server", insecure)
     if listen:
@@ -106,7 +111,10 @@ def join(
             raise ConfigError(f"--tag {tag!r} may hold letters, digits, '.', '_' and '-', 63 at most")
     if data is not None:
         read_records(data)
-    _check_answers(host, port, "edgelam client")
+    if wait:
+        _await_answer(console, host, port)
+    else:
+        _check_answers(host, port, "edgelam client")
     node = Node(name, server, state or Path(".edgelam") / name, data, listen, advertise, threads, tags)
     return _watch(console, node)
 
@@ -131,6 +139,16 @@ def _watch(console: Console, node: Node) -> int:
         return INTERRUPTED
     finally:
         end_all(list(node.children.values()))
+
+
+def _await_answer(console: Console, host: str, port: int) -> None:
+    if answers(host, port):
+        return
+    console.print(f"no server answers at {host}:{port} yet; waiting for it", highlight=False, soft_wrap=True)
+    pause_s = 1.0
+    while not answers(host, port):
+        time.sleep(pause_s)
+        pause_s = min(_LONGEST_PAUSE_S, 1.5 * pause_s)
 
 
 def check_server(server: str, insecure: bool, command: str) -> None:

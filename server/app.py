@@ -58,7 +58,7 @@ def _run(grid: Grid, config: RunConfig, folder: RunFolder, source: ModelSource, 
         task=task_settings(config),
         measure_model=config.model.name if config.model.base == "auto" else "",
     )
-    nodes = Nodes(grid, folder, request)
+    nodes = Nodes(grid, folder, request, config.federation.join_deadline_s)
     strategy = SplitLora(config, source, nodes, folder, run)
     print(f"run folder: {folder.path}", flush=True)
     # The first plan adds each module's start: only then is known who holds it, and in which rank.

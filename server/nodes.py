@@ -33,11 +33,12 @@ class Nodes:
     grid: Grid
     folder: RunFolder
     request: pb.ProfileRequest
+    patience_s: float = 0.0  # for an answer to a query, where it is longer: a small board starts Python for minutes
     profiles: dict[str, pb.Profile] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)  # nodes that are here and cannot take part
     _ids: dict[str, int] = field(default_factory=dict)
     _known: set[int] = field(default_factory=set)
-    _lost: set[int] = field(default_factory=set)  # did not deliver; here again once they answer a query
+    _lost: set[int] = field(default_factory=set)  # not here, and asked again when a round starts
 
     def devices(self) -> list[str]:
         return sorted(name for name, profile in self.profiles.items() if profile.role == pb.DEVICE)
@@ -98,14 +99,15 @@ class Nodes:
             return False
         content = RecordDict({"query": ConfigRecord({"request": self.request.SerializeToString()})})
         messages = [Message(content=content, dst_node_id=node_id, message_type=MessageType.QUERY) for node_id in fresh]
-        replies, missing = self.exchange(messages, _QUERY_S)
-        news = bool(replies) or bool(fresh - self._known)
+        replies, missing = self.exchange(messages, max(_QUERY_S, self.patience_s))
+        before, new = set(self.profiles), fresh - self._known
         self._known |= fresh
+        self._lost |= fresh  # those that can take part are taken out again
         for reply in replies.values():
             self._enrol(reply.metadata.src_node_id, pb.Profile.FromString(reply.content["profile"]["profile"]))
         for name, reason in missing.items():
             self._refuse(name, reason)
-        return news
+        return bool(new) or set(self.profiles) != before
 
     def name_of(self, reply: Message) -> str:
         """Who sent it; empty where it is no node that is known."""

@@ -18,7 +18,7 @@ from strategies.base import ClientSettings
 
 _READY_DEADLINE_S = 60.0
 _SLOW_CARD_BYTES_S = 20e6  # a small board reads its slice from its card before it is ready
-_SILENT_S = 10.0
+_SILENT_S, _STEP_IN_SILENCES = 10.0, 12  # who gives nodes more time for a step may have some that breathe slowly
 
 
 @dataclass(frozen=True)
@@ -148,10 +148,10 @@ def _plan(config: RunConfig, source: ModelSource, facts: RoundFacts, profile: pb
         window=split.window,
         min_devices=1,
         deadlines=pb.Deadlines(
-            ready_s=_READY_DEADLINE_S + source.fp32_bytes / _SLOW_CARD_BYTES_S,
+            ready_s=max(federation.join_deadline_s, _READY_DEADLINE_S + source.fp32_bytes / _SLOW_CARD_BYTES_S),
             step_s=federation.step_deadline_s,
             round_s=federation.round_deadline_s,
-            silent_s=_SILENT_S,
+            silent_s=max(_SILENT_S, federation.step_deadline_s / _STEP_IN_SILENCES),
         ),
         seed=config.run.seed,
         protocol_version=PROTOCOL_VERSION,

@@ -14,6 +14,8 @@ from pathlib import Path
 from edgelam_fl.errors import EdgelamError
 from edgelam_fl.telemetry.events import EventLog
 
+_MOST_EVENTS_BYTES = 8 << 20  # and as much again set aside: a board's card is small
+
 
 def main() -> int:
     options = _parse(sys.argv[1:])
@@ -40,7 +42,7 @@ def serve(options: argparse.Namespace) -> int:
     give_back_at_once()
     if options.threads:
         torch.set_num_threads(options.threads)
-    log = EventLog(options.state / "events.jsonl")
+    log = EventLog(options.state / "events.jsonl", _MOST_EVENTS_BYTES)
     node: StageHost | None = None
     data_plane = None
     listen = options.listen or ("" if options.data else "127.0.0.1:0")

@@ -69,19 +69,30 @@ from typing import Any
 
 
 class EventLog:
-    """Appends events to one file; safe to call from any thread."""
+    """Appends events to one file; safe to call from any thread.
 
-    def __init__(self, path: Path) -> None:
+    most_bytes: a file that has grown so long is set aside as PATH.old, in place of an older one; 0: it grows.
+    """
+
+    def __init__(self, path: Path, most_bytes: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
+        self.path, self._most_bytes = path, most_bytes
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._lock = threading.Lock()
 
     def __call__(self, event: str, **fields: Any) -> None:
         line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}, ensure_ascii=False)
         with self._lock:
-            if not self._file.closed:
-                self._file.write(line + "\n")
+            if self._file.closed:
+                return
+            if self._most_bytes and self._file.tell() >= self._most_bytes:
+                self._begin_anew()
+            self._file.write(line + "\n")
+
+    def _begin_anew(self) -> None:
+        self._file.close()
+        self.path.replace(self.path.with_name(f"{self.path.name}.old"))
+        self._file = self.path.open("a", encoding="utf-8", buffering=1)
 
     def close(self) -> None:
         with self._lock:
@@ -107,6 +118,8 @@ class EventTail:
         if not self.path.exists():
             return []
         with self.path.open("rb") as file:
+            if self.path.stat().st_size < self._offset:
+                self._offset = 0  # its writer has begun anew
             file.seek(self._offset)
             data = file.read()
         whole = data[: data.rfind(b"\n") + 1]

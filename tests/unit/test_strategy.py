@@ -243,6 +243,49 @@ def test_every_device_gone(federation: Callable[..., Federation], monkeypatch: p
         run.strategy.start(grid, to_record({}), 1, timeout=-119.5)  # half a second for the host's reply
 
 
+def test_a_board_that_is_back_before_its_old_self_is_missed(federation: Callable[..., Federation]) -> None:
+    """As after a power cut: for a minute Flower lists both."""
+    run = federation("ab", "e")
+    grid, nodes = run.grid, run.strategy.nodes
+    nodes.refresh()
+    grid.nodes[9] = ByHand(run.nodes["b"].profile)
+    nodes.refresh()
+    assert nodes.problems == {"b": "another node has this name already; give each its own with --name"}
+    del grid.nodes[2]
+    assert list(grid.nodes) == [1, 3, 9]
+    nodes.refresh(ask_lost=True)
+    assert nodes.devices() == ["a", "b"]
+    assert nodes.message("b", "train", RecordDict()).metadata.dst_node_id == 9
+    assert nodes.problems == {}
+
+
+def test_a_node_that_could_not_answer_is_asked_again(federation: Callable[..., Federation]) -> None:
+    """As at boot: its stage host may take longer to start than its SuperNode."""
+    run = federation("ab", "e")
+    grid, nodes = run.grid, run.strategy.nodes
+    answer = grid._answer
+    grid._answer = lambda message: (
+        Message(Error(code=0, reason="no endpoint"), reply_to=message)
+        if message.metadata.dst_node_id == 2
+        else answer(message)
+    )
+    nodes.refresh()
+    assert nodes.devices() == ["a"]
+    grid._answer = answer
+    nodes.refresh()
+    assert nodes.devices() == ["a"], "asked once a round"
+    nodes.refresh(ask_lost=True)
+    assert nodes.devices() == ["a", "b"]
+
+
+def test_a_node_that_is_refused_holds_nobody_up(federation: Callable[..., Federation]) -> None:
+    """It answers whenever it is asked, and that is no news."""
+    run = federation("ab", "e", "federation.min_nodes=2")
+    run.nodes["b"].profile.protocol_version = PROTOCOL_VERSION + 1
+    with pytest.raises(RunFailed, match=r"1 devices \(a\) .* at least 2 .*; b: speaks protocol version"):
+        run.run()
+
+
 def test_no_hosts(federation: Callable[..., Federation]) -> None:
     run = federation("ab", "")
     with pytest.raises(
