@@ -201,6 +201,7 @@ def play(
     try:
         datasets.write_cell(folder, data, matrix.bench, cell, hosts)
         events = run_cell(engine, config, folder, hosts + matrix.bench.devices, feed)
+        check_complete(events, matrix.bench.devices, cell.values["attack"] == "none")
         ends = [{"state": "done", **outcome(_replayed(events, config, cell, each))} for each in cells]
     except EdgelamError as error:
         engine.check()  # without its processes no other cell would fare better
@@ -214,6 +215,23 @@ def play(
         end |= {"seconds": 0.0, "trained": cell.name}
     named = [{"name": each.name, "cell": {axis: each.values[axis] for axis in Axes.model_fields}} for each in cells]
     return [{**name, **end} for name, end in zip(named, ends, strict=True)]
+
+
+def check_complete(events: list[Event], devices: int, honest: bool) -> None:
+    """Raises RunFailed where fewer devices came than the matrix has, or one was lost, as on a machine that is far too busy.
+
+    Losing one that attacks, or dropping out with `[wireless]`, is part of what is measured.
+    """
+    joined = {event["node"] for event in events if event["event"] == "node_joined" and event["role"] == "device"}
+    lost = [event for event in events if event["event"] == "node_lost"]
+    if len(joined) < devices:
+        raise RunFailed(
+            f"{len(joined)} of {devices} devices answered: this machine was too busy; run the command again"
+        )
+    if lost and honest:
+        raise RunFailed(
+            f"{lost[0]['node']} was lost in round {lost[0]['round']} ({lost[0]['reason']}): run the command again"
+        )
 
 
 def _replayed(events: list[Event], config: RunConfig, trained: Cell, cell: Cell) -> list[Event]:

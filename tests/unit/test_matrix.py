@@ -14,7 +14,7 @@ from edgelam_fl.bench.datasets import load, write_cell
 from edgelam_fl.bench.matrix import Bench, read_matrix
 from edgelam_fl.bench.partition import deal
 from edgelam_fl.bench.results import at_budget, cost_to, differences, markdown
-from edgelam_fl.errors import ConfigError, EnvironmentProblem
+from edgelam_fl.errors import ConfigError, EnvironmentProblem, RunFailed
 from edgelam_fl.simulation.attacks import noise, sign_flip
 from edgelam_fl.simulation.fabric import read_federation
 
@@ -153,6 +153,17 @@ def test_attacks_turn_the_update_round_or_drown_it() -> None:
     assert np.std(sent) == pytest.approx(10 * 0.5, rel=0.1)
     assert np.array_equal(sent, noise(start, trained, "seed")["m"])
     assert not np.array_equal(sent, noise(start, trained, "other")["m"])
+
+
+def test_a_cell_without_all_its_devices_is_no_result() -> None:
+    joined = [{"event": "node_joined", "node": name, "role": "device"} for name in ("a", "b")]
+    lost = {"event": "node_lost", "round": 2, "node": "b", "reason": "no reply within 120 s"}
+    runner.check_complete(joined, 2, honest=True)
+    runner.check_complete([*joined, lost], 2, honest=False)
+    with pytest.raises(RunFailed, match="2 of 3 devices answered: this machine was too busy; run the command again"):
+        runner.check_complete([*joined, joined[0]], 3, honest=True)
+    with pytest.raises(RunFailed, match=r"b was lost in round 2 \(no reply within 120 s\)"):
+        runner.check_complete([*joined, lost], 2, honest=True)
 
 
 # ---------------------------------------------------------------- results
