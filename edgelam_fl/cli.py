@@ -171,6 +171,23 @@ def doctor(
 
 
 @app.command()
+def top(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="RUN", help="A run's folder; by default the newest under runs/.")
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="Print one table and end.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """A run's nodes: what each holds, busy and waiting time, bytes, and why any left; live, until the run ends.
+
+    Busy and waiting are of the latest round's training. With --json, one object as things are now.
+    """
+    from edgelam_fl.telemetry.top import follow, newest_run
+
+    follow(console, folder or newest_run(), once, as_json)
+
+
+@app.command()
 def run(
     file: Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run file: model, split, training.")],
     server: ServerOption = "127.0.0.1:8000",
