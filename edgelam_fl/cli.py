@@ -6,6 +6,7 @@ Imports at the top stay light, so that `--help` answers at once; what needs torc
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -31,6 +32,23 @@ errors = Console(stderr=True)
 ServerOption = Annotated[str, typer.Option("--server", metavar="HOST:PORT", help="Where `edgelam server` listens.")]
 InsecureOption = Annotated[
     bool, typer.Option("--insecure", help="Allow plain text beyond this machine, on a network that you trust.")
+]
+
+
+def _go_offline(value: bool) -> bool:
+    """Before anything asks: the libraries read it when they are imported, and every process started here inherits it."""
+    if value:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    return value
+
+
+OfflineOption = Annotated[
+    bool,
+    typer.Option(
+        "--offline",
+        callback=_go_offline,
+        help="Download from no model hub of the internet; slices of the model still come from the federation's server.",
+    ),
 ]
 SetOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the run file; may be repeated.")
@@ -153,6 +171,23 @@ def doctor(
 
 
 @app.command()
+def top(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="RUN", help="A run's folder; by default the newest under runs/.")
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="Print one table and end.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """A run's nodes: what each holds, busy and waiting time, bytes, and why any left; live, until the run ends.
+
+    Busy and waiting are of the latest round's training. With --json, one object as things are now.
+    """
+    from edgelam_fl.telemetry.top import follow, newest_run
+
+    follow(console, folder or newest_run(), once, as_json)
+
+
+@app.command()
 def run(
     file: Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run file: model, split, training.")],
     server: ServerOption = "127.0.0.1:8000",
@@ -176,6 +211,7 @@ def run(
         bool, typer.Option("--explain", help="Print what would be used, every key with its range; start nothing.")
     ] = False,
     insecure: InsecureOption = False,
+    offline: OfflineOption = False,
 ) -> None:
     """Fine-tunes as a run file says, on the nodes that have joined a server.
 
@@ -214,15 +250,24 @@ def server(
     listen: Annotated[
         str, typer.Option("--listen", metavar="HOST:PORT", help="Where nodes and runs reach this server.")
     ] = "127.0.0.1:8000",
+    data_plane: Annotated[
+        str,
+        typer.Option(
+            "--data-plane",
+            metavar="HOST:PORT",
+            help="Where nodes reach its hub, which serves slices of the model; by default --listen's host, its port + 1.",
+        ),
+    ] = "",
     state: Annotated[Path, typer.Option("--state", metavar="DIR", help="Folder for logs and Flower's state.")] = Path(
         ".edgelam/server"
     ),
     insecure: InsecureOption = False,
+    offline: OfflineOption = False,
 ) -> None:
-    """The federation's server: Flower's SuperLink. Ctrl-C ends it."""
+    """The federation's server: Flower's SuperLink, and the data plane's hub. Ctrl-C ends it."""
     from edgelam_fl.running import serve
 
-    raise typer.Exit(serve(console, listen, state, insecure))
+    raise typer.Exit(serve(console, listen, data_plane, state, insecure))
 
 
 @app.command()
@@ -261,6 +306,7 @@ def client(
         bool, typer.Option("--wait", help="Wait for a server that does not answer yet, as a service at boot must.")
     ] = False,
     insecure: InsecureOption = False,
+    offline: OfflineOption = False,
 ) -> None:
     """This machine joins a federation: as a device with --data, else as an edge server that lends compute.
 

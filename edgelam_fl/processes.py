@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from edgelam_fl import hub
 from edgelam_fl.errors import ConfigError, EnvironmentProblem, RunFailed
 
 _GRACE_S = 5.0
@@ -157,10 +158,12 @@ def free_port(host: str = "127.0.0.1") -> int:
 # ---------------------------------------------------------------- Flower's and ours
 
 
-def start_superlink(host: str, port: int, state: Path, simulation: dict[str, str] | None = None) -> Child:
+def start_superlink(
+    host: str, port: int, state: Path, simulation: dict[str, str] | None = None, beside: Hub | None = None
+) -> Child:
     """The SuperLink, answering. It starts the ServerApp of each run as a process of its own.
 
-    simulation: and Flower's simulation engine with it, which plays the nodes, in this environment.
+    simulation: and Flower's simulation engine with it, which plays the nodes, in this environment. beside: the hub.
     """
     check_port_free(host, port, "--listen")
     child = Child(
@@ -177,16 +180,70 @@ def start_superlink(host: str, port: int, state: Path, simulation: dict[str, str
             *(["--simulation"] if simulation is not None else []),
         ],
         state / "superlink.log",
-        {"FLWR_HOME": str(state / "flwr"), "FLWR_TELEMETRY_ENABLED": "0", **(simulation or {})},
+        {
+            "FLWR_HOME": str(state / "flwr"),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            **(simulation or {}),
+            **(beside.environment if beside else {}),
+        },
     )
+    _await_answer(child, host, port)
+    return child
+
+
+def _await_answer(child: Child, host: str, port: int) -> None:
     end = time.monotonic() + _START_DEADLINE_S
     while not answers(host, port, 0.5):
         if child.ended() or time.monotonic() > end:
             problem = child.ended() or f"no answer within {_START_DEADLINE_S:.0f} s"
             end_all([child])
-            raise EnvironmentProblem(f"the SuperLink did not start: {problem}")
+            raise EnvironmentProblem(f"the {child.name} did not start: {problem}")
         time.sleep(0.1)
-    return child
+
+
+@dataclass
+class Hub:
+    """The server's end of the data plane (edgelam_fl.hub): a process beside the SuperLink."""
+
+    host: str
+    port: int
+    state: Path
+    child: Child | None = None
+    _restarts: list[float] = field(default_factory=list)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a SuperLink hands on to its ServerApps, so that they find the hub."""
+        return {hub.PORT: str(self.port), hub.STATE: str(self.state.absolute())}
+
+    def start(self) -> None:
+        """Starts it, answering."""
+        check_port_free(self.host, self.port, "--data-plane")
+        self._start()
+        assert self.child is not None
+        _await_answer(self.child, self.host, self.port)
+
+    def _start(self) -> None:
+        listen = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        command = [sys.executable, "-m", "edgelam_fl.hub.daemon", "--listen", listen, "--state", str(self.state)]
+        self.child = Child("hub", command, self.state / "hub.log")
+
+    def watch(self) -> str:
+        """Starts it again where it has ended; returns what happened, if anything. Raises RunFailed when it keeps ending."""
+        problem = self.child.ended() if self.child else ""
+        if not problem:
+            return ""
+        _note_restart(self._restarts, problem)
+        self._start()
+        return f"{problem}; it was started again"
+
+
+def _note_restart(restarts: list[float], problem: str) -> None:
+    """Adds one to `restarts`. Raises RunFailed where there are too many in a short time."""
+    now = time.monotonic()
+    restarts[:] = [moment for moment in restarts if now - moment < _RESTARTS_WITHIN_S] + [now]
+    if len(restarts) > _RESTARTS:
+        raise RunFailed(f"{problem} (for the {len(restarts)}th time in {_RESTARTS_WITHIN_S:.0f} s)")
 
 
 @dataclass
@@ -214,6 +271,7 @@ class Node:
         (self.state / "endpoint.json").unlink(missing_ok=True)  # an older one's: whoever calls now waits for the new
         command = [sys.executable, "-m", "edgelam_fl.split.daemon", "--name", self.name, "--state", str(self.state)]
         command += ["--listen", self.listen, "--advertise", self.advertise, "--threads", str(self.threads)]
+        command += ["--server", self.server]
         command += ["--data", str(self.data.absolute())] if self.data else []
         command += [f"--tag={tag}" for tag in self.tags]
         # Nodes may share this machine's cores: a thread that spins while it waits takes them from the others.
@@ -245,10 +303,7 @@ class Node:
             problem = child.ended()
             if not problem:
                 continue
-            now = time.monotonic()
-            self._restarts = [moment for moment in self._restarts if now - moment < _RESTARTS_WITHIN_S] + [now]
-            if len(self._restarts) > _RESTARTS:
-                raise RunFailed(f"{problem} (for the {len(self._restarts)}th time in {_RESTARTS_WITHIN_S:.0f} s)")
+            _note_restart(self._restarts, problem)
             if kind == "stage host":
                 self._start_stage_host()
             else:

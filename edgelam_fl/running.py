@@ -17,6 +17,8 @@ from rich.console import Console
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, EnvironmentProblem, RunFailed
 from edgelam_fl.processes import (
+    Child,
+    Hub,
     Node,
     answers,
     check_plain_text,
@@ -59,12 +61,36 @@ def check_run(config: RunConfig, name: str, out: Path | None) -> Path:
 # ---------------------------------------------------------------- a server, a node
 
 
-def serve(console: Console, listen: str, state: Path, insecure: bool) -> int:
+def serve(console: Console, listen: str, data_plane: str, state: Path, insecure: bool) -> int:
     host, port = split_address(listen, "--listen")
     check_plain_text(host, "--listen", insecure)
-    with console.status("starting Flower's SuperLink"):
-        superlink = start_superlink(host, port, state)
-    console.print(f"SuperLink listens on {listen}; logs in {superlink.log}", highlight=False, soft_wrap=True)
+    hub = Hub(*_hub_address(host, port, data_plane), state / "hub")
+    check_plain_text(hub.host, "--data-plane", insecure)
+    superlink = None
+    try:
+        with console.status("starting Flower's SuperLink"):
+            hub.start()
+            superlink = start_superlink(host, port, state, beside=hub)
+        return _watch_server(console, listen, hub, superlink)
+    finally:
+        end_all([child for child in (superlink, hub.child) if child is not None])
+
+
+def _hub_address(host: str, port: int, data_plane: str) -> tuple[str, int]:
+    """Beside the SuperLink, one port further, unless the option says otherwise."""
+    if data_plane:
+        return split_address(data_plane, "--data-plane")
+    if port == 65535:
+        raise ConfigError(f"--listen = {host}:{port} leaves no port after it for the data plane; give --data-plane")
+    return host, port + 1
+
+
+def _watch_server(console: Console, listen: str, hub: Hub, superlink: Child) -> int:
+    console.print(
+        f"SuperLink listens on {listen}, the data plane's hub on port {hub.port}; logs in {superlink.log.parent}",
+        highlight=False,
+        soft_wrap=True,
+    )
     console.print(
         f"next, on each node:  edgelam client --server {listen} --data FILE   (an edge server: without --data)",
         highlight=False,
@@ -75,12 +101,12 @@ def serve(console: Console, listen: str, state: Path, insecure: bool) -> int:
         while not superlink.ended():
             shorten(superlink.log)
             time.sleep(0.5)
+            if news := hub.watch():
+                console.print(news, highlight=False, soft_wrap=True)
         raise RunFailed(superlink.ended())
     except KeyboardInterrupt:
         console.print("server ended; runs in progress end with it, their last checkpoints stay in their folders")
         return INTERRUPTED
-    finally:
-        end_all([superlink])
 
 
 def join(
@@ -207,6 +233,7 @@ def run_here(console: Console, config: RunConfig, folder: Path, data: Sequence[P
     nodes = edge + devices
     try:
         with console.status("starting Flower's SuperLink"):
+            # Without a hub: all nodes are on this machine and have what it has, the model too.
             children.append(start_superlink("127.0.0.1", port, folder / "server"))
         for node in nodes:
             node.start()

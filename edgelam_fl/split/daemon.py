@@ -72,6 +72,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "--listen", default="", help="host:port of the data plane; a device without it cannot be a host"
     )
     parser.add_argument("--advertise", default="", help="host:port at which others reach it, if it is not --listen")
+    parser.add_argument("--server", default="", help="host:port of the SuperLink; the hub is on the same host")
     parser.add_argument("--tag", action="append", default=[], help="a word by which runs may choose it; repeat it")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     return parser.parse_args(arguments)
