@@ -2,7 +2,7 @@
 
 The first half is computed here: `search` tries all hosts in all orders with all cuts, and knows nothing of `split.planner` but
 the words of its first page. The second half, `compared`, reads runs with split.cuts = "auto" that were done elsewhere:
-`python -m benchmarks.planner --run FOLDER --run FOLDER ...` writes its figures too.
+`python -m benchmarks.planner --run FOLDER [--run FOLDER ...] [--equal FOLDER]` writes results/planner_runs.json.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from itertools import combinations, pairwise, permutations
 from pathlib import Path
 from random import Random
 from statistics import median
 from typing import Any
 
-from benchmarks.common import Figure, main
+from benchmarks.common import RESULTS, Figure, machine, main
 from edgelam_fl.errors import DoesNotFit
 from edgelam_fl.split.planner import Footprint, Member, Node, Plan, Run, best_plan
 from edgelam_fl.telemetry.events import read_events
 
 INSTANCES, SMOKE_INSTANCES = 500, 25
-TIME_OFF, MEMORY_OFF = 0.2, 0.15  # the bars
+TIME_OFF, MEMORY_OFF, FASTER = 0.2, 0.15, 1.3  # the bars
 EQUAL = 1e-9
 
 
@@ -70,6 +71,73 @@ def _large_s() -> float:
     began = time.perf_counter()
     best_plan(run, members, hosts)
     return time.perf_counter() - began
+
+
+# ---------------------------------------------------------------- finished runs
+
+
+def compared(folder: Path) -> list[Figure]:
+    """What the planner predicted for the last round that trained, over what was measured: its step, and each node's memory."""
+    placements, rounds = _by_round(folder, "placement"), _by_round(folder, "round_done")
+    trained = [number for number in sorted(placements) if rounds.get(number, {}).get("steps")]
+    if not trained:
+        raise SystemExit(f"{folder} has no round that trained by a plan (split.cuts = 'auto')")
+    placement, done = placements[trained[-1]], rounds[trained[-1]]
+    name, step = folder.name, measured_step_s(done)
+    figures = [
+        Figure(f"{name}: a step, predicted", round(placement["step_s"], 3), "s"),
+        Figure(f"{name}: a step, measured", round(step, 3), "s"),
+        _near(f"{name}: a step, predicted over measured", placement["step_s"] / step, TIME_OFF),
+    ]
+    peaks = {node["name"]: node["peak_rss_bytes"] for node in [*done["devices"], *done["hosts"]]}
+    for site in placement["sites"]:
+        predicted = {part["node"]: part["memory_bytes"] for part in [*site["devices"], *site["hosts"]]}
+        figures += [
+            _near(f"{name}: memory of {node}, predicted over measured", size / peaks[node], MEMORY_OFF)
+            for node, size in sorted(predicted.items())
+            if peaks.get(node)
+        ]
+    return figures
+
+
+def speed_up(planned_run: Path, equal_run: Path) -> Figure:
+    """Two runs of the same nodes, data and seed: by the planner, and with equal cuts."""
+    seconds = []
+    for folder in (planned_run, equal_run):
+        rounds = [done for done in _by_round(folder, "round_done").values() if done["steps"]]
+        seconds.append(measured_step_s(rounds[-1]))
+    return Figure(
+        f"a step with equal cuts over one by the planner ({planned_run.name})", round(seconds[1] / seconds[0], 3), "",
+        f"at least {FASTER}", seconds[1] >= FASTER * seconds[0],
+    )  # fmt: skip
+
+
+def measured_step_s(done: Mapping[str, Any]) -> float:
+    """Of the slowest device: its training, over its steps."""
+    return max(d["train_seconds"] / len(d["step_losses"]) for d in done["devices"] if d["step_losses"])
+
+
+def _by_round(folder: Path, event: str) -> dict[int, dict[str, Any]]:
+    """The newest attempt at each round counts."""
+    return {line["round"]: line for line in read_events(folder / "events.jsonl") if line["event"] == event}
+
+
+def _near(name: str, ratio: float, off: float) -> Figure:
+    return Figure(name, round(ratio, 3), "", f"within {off:.0%} of 1", abs(ratio - 1) <= off)
+
+
+def _runs() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.planner --run FOLDER")
+    parser.add_argument(
+        "--run", type=Path, action="append", required=True, help="a finished run with split.cuts = 'auto'"
+    )
+    parser.add_argument("--equal", type=Path, help="the first one's nodes, data and seed with equal cuts")
+    chosen = parser.parse_args()
+    figures = [figure for folder in chosen.run for figure in compared(folder)]
+    figures += [speed_up(chosen.run[0], chosen.equal)] if chosen.equal else []
+    written = {"name": "planner_runs", "machine": machine(), "figures": [asdict(figure) for figure in figures]}
+    (RESULTS / "planner_runs.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(written))
 
 
 # ---------------------------------------------------------------- every plan there is
@@ -210,3 +278,7 @@ def _way_s(run: Run, dialler: Node, dialled: Node, back: int) -> float:
     ways = [(dialler.up_bps, dialled.down_bps)] + [(dialled.up_bps, dialler.down_bps)] * back
     apart_s = (dialler.round_trip_s + dialled.round_trip_s) / 2 + added_s
     return sum(8 * run.tensor_bytes / min(*way, relay_bps) + apart_s / 2 for way in ways)
+
+
+if __name__ == "__main__":
+    _runs() if "--run" in sys.argv else main("planner", measure)

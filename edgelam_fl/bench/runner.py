@@ -204,7 +204,7 @@ def play(
     folder = out / "work" / cell.name
     shutil.rmtree(folder, ignore_errors=True)
     began = time.monotonic()
-    hosts = config.split.hosts * config.split.sites if config.split.host_on == "edge" else 0
+    hosts = config.split.least_hosts * config.split.sites if config.split.host_on == "edge" else 0
     line: dict[str, Any] = {"name": cell.name, "cell": {axis: cell.values[axis] for axis in Axes.model_fields}}
     try:
         datasets.write_cell(folder, data, matrix.bench, cell, hosts)

@@ -196,13 +196,16 @@ def rated(run: Run, members: Sequence[Member], hosts: Sequence[Node], chain: Cha
     return site.plan(label)
 
 
-def choose(old: Plan | None, new: Plan, gain: float = 0.1) -> tuple[Plan, str]:
-    """The plan to go on with, and why: the new one only if it is more than `gain` faster. `old`: as rated now."""
+def choose(old: Sequence[Plan] | None, new: Sequence[Plan], gain: float = 0.1) -> tuple[Sequence[Plan], str]:
+    """The plans of all sites to go on with, and why: the new ones only if their steps are more than `gain` faster.
+
+    `old`: as rated now; None where one of them is no longer possible.
+    """
     if old is None:
         return new, "the old plan is no longer possible"
-    if old.chain == new.chain:
+    if [plan.chain for plan in old] == [plan.chain for plan in new]:
         return new, "as before"
-    faster = old.step_s / new.step_s - 1
+    faster = max(plan.step_s for plan in old) / max(plan.step_s for plan in new) - 1
     if faster > gain:
         return new, f"{faster:.0%} faster than the old plan"
     return old, f"a new plan would be {faster:.0%} faster, which is not more than {gain:.0%}"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import pytest
 
-from benchmarks.planner import planned, random_instance, search
+from benchmarks.planner import compared, planned, random_instance, search, speed_up
 from edgelam_fl.errors import DoesNotFit, RunFailed
 from edgelam_fl.split.planner import Footprint, Member, Node, Plan, Run, best_plan, choose, deal, rated
 
@@ -157,13 +159,16 @@ def test_an_old_plan_stays_until_a_new_one_wins_clearly() -> None:
     old = best_plan(RUN, MEMBERS, hosts)
     for slower, stays in ((1.01, True), (10.0, False)):
         now = [replace(hosts[0], layer_s={"fp32": slower}), hosts[1]]
-        new = best_plan(RUN, MEMBERS, now)
-        chosen, why = choose(rated(RUN, MEMBERS, now, old.chain), new)
+        again = rated(RUN, MEMBERS, now, old.chain)
+        assert again is not None
+        (chosen,), why = choose([again], [best_plan(RUN, MEMBERS, now)])
         assert (chosen.chain == old.chain) == stays
         assert why.endswith("faster than the old plan") == (not stays)
     barely = replace(old, step_s=1.09 * old.step_s, hosts=old.hosts[:1])
-    assert choose(barely, old) == (barely, "a new plan would be 9% faster, which is not more than 10%")
-    assert choose(barely, old, gain=0.08)[0] == old
+    assert choose([barely], [old]) == ([barely], "a new plan would be 9% faster, which is not more than 10%")
+    assert choose([barely], [old], gain=0.08)[0] == [old]
+    other = replace(old, step_s=2 * old.step_s)
+    assert choose([barely, other], [old, other])[0] == [barely, other], "the slowest site counts"
 
 
 def test_an_old_plan_is_rated_as_it_would_do_now() -> None:
@@ -172,7 +177,7 @@ def test_an_old_plan_is_rated_as_it_would_do_now() -> None:
     again = rated(RUN, MEMBERS, hosts, plan.chain)
     assert again is not None
     assert replace(again, left_out=plan.left_out, memory_limit=plan.memory_limit) == plan
-    assert choose(again, plan) == (plan, "as before")
+    assert choose([again], [plan]) == ([plan], "as before")
 
 
 @pytest.mark.parametrize("hosts", [[host("a")], [host("a", memory_bytes=1), host("b")]])
@@ -180,9 +185,39 @@ def test_an_old_plan_without_its_host_or_memory_is_given_up(hosts: list[Node]) -
     plan = best_plan(RUN, MEMBERS, [host("a"), host("b")])
     assert len(plan.hosts) == 2
     assert rated(RUN, MEMBERS, hosts, plan.chain) is None
-    assert choose(None, plan) == (plan, "the old plan is no longer possible")
+    assert choose(None, [plan]) == ([plan], "the old plan is no longer possible")
 
 
 def test_hosts_are_dealt_to_sites_there_and_back() -> None:
     hosts = [host(name, speed) for name, speed in (("a", 4.0), ("b", 1.0), ("c", 3.0), ("d", 2.0))]
     assert [[node.name for node in site] for site in deal(hosts, 2)] == [["b", "a"], ["d", "c"]]
+
+
+# ---------------------------------------------------------------- a finished run
+
+
+def write_run(folder: Path, step_s: float) -> Path:
+    """Two rounds of ten steps and the evaluation; the second plan says 2 s a step and 100 MB a node."""
+    parts = {"devices": [{"node": "d", "memory_bytes": 100e6}], "hosts": [{"node": "h", "memory_bytes": 100e6}]}
+    lines = []
+    for number, steps, predicted in ((1, 10, 50.0), (2, 10, 2.0), (3, 0, 2.0)):
+        losses = [0.5] * steps
+        device = {"name": "d", "train_seconds": step_s * steps, "step_losses": losses, "peak_rss_bytes": 110e6}
+        done = {"round": number, "steps": steps, "devices": [device], "hosts": [{"name": "h", "peak_rss_bytes": 50e6}]}
+        lines.append({"event": "placement", "round": number, "step_s": predicted, "sites": [parts]})
+        lines.append({"event": "round_done", **done})
+    folder.mkdir()
+    (folder / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return folder
+
+
+def test_a_finished_run_is_held_against_its_plan(tmp_path: Path) -> None:
+    run, equal = write_run(tmp_path / "auto", 2.2), write_run(tmp_path / "equal", 3.0)
+    figures = {figure.name.removeprefix("auto: "): figure for figure in compared(run)}
+    step, device, node = (
+        figures[f"{what}, predicted over measured"] for what in ("a step", "memory of d", "memory of h")
+    )
+    assert [step.value, device.value, node.value] == pytest.approx([2 / 2.2, 100 / 110, 100 / 50], abs=1e-3)
+    assert [step.holds, device.holds, node.holds] == [True, True, False]
+    assert (speed_up(run, equal).value, speed_up(run, equal).holds) == (pytest.approx(3 / 2.2, abs=1e-3), True)
+    assert not speed_up(equal, run).holds
