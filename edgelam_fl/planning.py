@@ -109,8 +109,11 @@ def _profile(file: Path, entry: Any) -> pb.Profile:
         raise ConfigError(f"--profiles {file}: {entry!r:.80} is no profile; it has no name")
     values = {key: value for key, value in entry.items() if key not in _NOT_IN_A_PROFILE and value is not None}
     role = str(entry.get("role") or "device").upper()
+    if role not in ("DEVICE", "EDGE"):
+        raise ConfigError(f"--profiles {file}: {name} has role = {entry['role']!r}, which must be 'device' or 'edge'")
     try:
-        return ParseDict({**values, "name": name, "role": role}, pb.Profile(), ignore_unknown_fields=True)
+        found: pb.Profile = ParseDict({**values, "name": name, "role": role}, pb.Profile(), ignore_unknown_fields=True)
+        return found
     except ParseError as error:
         raise ConfigError(f"--profiles {file}: the profile of {name} cannot be read: {error}") from error
 
