@@ -31,7 +31,8 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 _POLL_S = 0.25
 _MESSAGES_S = 180.0  # on top of the time for nodes to join: handing over, and a process a message
 _STATUS_EVERY_S = 20.0
-_NOT_IN_A_PROFILE = ("time", "event", "node", "role", "findings")
+_NOT_IN_A_PROFILE = ("time", "event", "node", "role", "findings", "profile")
+_TOKENS = 128  # that base_seconds are for
 
 
 def plan_of_profiles(config: RunConfig, file: Path) -> dict[str, Any]:
@@ -77,6 +78,7 @@ def _await_placement(submission: Submission, out: Path, deadline_s: float) -> di
 def read_profiles(file: Path) -> list[pb.Profile]:
     """Of `edgelam doctor --measure --json` (one, or a list of them), or of a run's events.jsonl: each node once, the newest.
 
+    The doctor does not know what a node is for: `"role": "edge"` beside its "profile" makes it a host, else it is a device.
     Raises ConfigError for what is none.
     """
     try:
@@ -99,7 +101,9 @@ def _from_events(file: Path) -> Iterable[Mapping[str, Any]]:
 def _from_json(file: Path) -> Iterable[Mapping[str, Any]]:
     content = json.loads(file.read_text(encoding="utf-8"))
     entries = content if isinstance(content, list) else [content]
-    return [entry.get("profile", entry) if isinstance(entry, dict) else entry for entry in entries]
+    return [
+        {**entry, **entry["profile"]} if isinstance(entry, dict) and "profile" in entry else entry for entry in entries
+    ]
 
 
 def _profile(file: Path, entry: Any) -> pb.Profile:
@@ -108,14 +112,32 @@ def _profile(file: Path, entry: Any) -> pb.Profile:
     if not name:
         raise ConfigError(f"--profiles {file}: {entry!r:.80} is no profile; it has no name")
     values = {key: value for key, value in entry.items() if key not in _NOT_IN_A_PROFILE and value is not None}
+    values |= _of_doctor(entry)
     role = str(entry.get("role") or "device").upper()
     if role not in ("DEVICE", "EDGE"):
         raise ConfigError(f"--profiles {file}: {name} has role = {entry['role']!r}, which must be 'device' or 'edge'")
+    if role == "EDGE":
+        values.setdefault("address", f"{name}:0")  # it will have one when it joins
     try:
         found: pb.Profile = ParseDict({**values, "name": name, "role": role}, pb.Profile(), ignore_unknown_fields=True)
         return found
     except ParseError as error:
         raise ConfigError(f"--profiles {file}: the profile of {name} cannot be read: {error}") from error
+
+
+def _of_doctor(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that a profile of the doctor's calls otherwise, as the wire calls them."""
+    link, layers = entry.get("link"), entry.get("layer_seconds")
+    found: dict[str, Any] = {}
+    if "memory_free_bytes" in entry:
+        found["memory_available_bytes"] = entry["memory_free_bytes"]
+    if isinstance(link, dict):
+        found |= {f"link_{way}": link.get(way) for way in ("up_bps", "down_bps")}
+        found["round_trip_s"] = link.get("round_trip_s")
+    if isinstance(layers, dict) and layers:
+        tokens = min(layers, key=lambda size: abs(int(size) - _TOKENS))
+        found["base_seconds"] = {pair: seconds * _TOKENS / int(tokens) for pair, seconds in layers[tokens].items()}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 # ---------------------------------------------------------------- what is printed

@@ -1,7 +1,7 @@
 """Where layers go with split.cuts = "auto": profiles and rounds become the planner's numbers, its plan becomes a layout.
 
-The time of a layer comes from `Profile.base_seconds`, a layer's matrices over 128 tokens, taken to grow with rows x tokens. That is
-off for the first plan: attention, norms, LoRA and what else a core does are not in it (a real step takes 1.2 to 2 times as
+The time of a layer comes from the profile: of a whole layer at the nearest number of tokens, where nodes measured that, else
+`base_seconds`, a layer's matrices over 128 tokens; both are taken to grow with rows x tokens. The latter is off for the first plan: attention, norms, LoRA and what else a core does are not in it (a real step takes 1.2 to 2 times as
 long), and a few tokens take longer than their part. Between nodes the error is much the same, so cuts suffer less than seconds.
 From the first round on what training took, from each node's timeline, is put in its place.
 
@@ -110,40 +110,28 @@ class Placement:
     def propose(
         self, devices: Sequence[pb.Profile], hosts: Sequence[pb.Profile], shares: Mapping[str, float] = {}
     ) -> Proposal:
-        """The plan to go on with; changes nothing but what is remembered of it."""
-        try:
-            window, problems = self._fitting(devices, hosts, shares)
-        except DoesNotFit as error:
-            nearest = nearest_that_fits(self.config, self.source, devices, hosts)
-            raise DoesNotFit(f"no split fits: {error}. {nearest}", error.missing_bytes) from error
-        if self._newest and self._newest[0] == problems:
-            return replace(self._newest[1], reason="nothing has changed", changed=False)
-        proposal = self._chosen(problems, window)
-        self._newest = problems, proposal
-        return proposal
-
-    def _fitting(
-        self, devices: Sequence[pb.Profile], hosts: Sequence[pb.Profile], shares: Mapping[str, float]
-    ) -> tuple[int, list[Problem]]:
-        """The problems with the largest window that memory allows: a host too grants less where it must."""
+        """The plan to go on with. With the largest window that memory allows: a host too grants less where it must."""
         for window in range(self.config.split.window, 0, -1):
             problems = self._model.problems(devices, hosts, shares, window)
+            if self._newest and self._newest[0] == problems:
+                return replace(self._newest[1], reason="nothing has changed", changed=False)
             try:
-                for problem in problems:
-                    best_plan(problem.run, problem.members, problem.hosts, self._count)
-            except DoesNotFit:
-                if window == 1:
-                    raise
-            else:
-                break
-        return window, problems
+                new = [best_plan(problem.run, problem.members, problem.hosts, self._count) for problem in problems]
+            except DoesNotFit as error:
+                if window > 1:
+                    continue
+                nearest = nearest_that_fits(self.config, self.source, devices, hosts)
+                raise DoesNotFit(f"no split fits: {error}. {nearest}", error.missing_bytes) from error
+            break
+        proposal = self._chosen(problems, new, window)
+        self._newest = problems, proposal
+        return proposal
 
     @property
     def _count(self) -> int | None:
         return None if self.config.split.hosts == "auto" else self.config.split.hosts
 
-    def _chosen(self, problems: Sequence[Problem], window: int) -> Proposal:
-        new = [best_plan(problem.run, problem.members, problem.hosts, self._count) for problem in problems]
+    def _chosen(self, problems: Sequence[Problem], new: Sequence[Plan], window: int) -> Proposal:
         tokens = self._model.tokens
         if not self._chains:
             return Proposal(tuple(new), window, tokens)
@@ -219,7 +207,10 @@ class Costs:
     ) -> Problem:  # fmt: skip
         """`measured`: all nodes whose speeds are known."""
         members = {device.name: self._member(device, measured, shares, window) for device in devices}
-        nodes = tuple(self._host(host, measured, members.get(host.name)) for host in hosts)
+        # A device that hosts trains too, here or at another site.
+        elsewhere = [host for host in hosts if host.role == pb.DEVICE and host.name not in members]
+        as_device = members | {host.name: self._member(host, measured, shares, window) for host in elsewhere}
+        nodes = tuple(self._host(host, measured, as_device.get(host.name)) for host in hosts)
         bases = {base for node in nodes for base in node.layer_s}
         run = self._run(sorted(bases), len(members), window, [node.round_trip_s for node in nodes])
         return Problem(run, tuple(members.values()), nodes)
@@ -295,11 +286,15 @@ class Costs:
         return known or max(others, default=0.0) or _UNKNOWN_S / _MEASURED_TOKENS
 
     def _profiled(self, profile: pb.Profile, pair: str) -> float:
-        seconds = profile.base_seconds.get(pair, 0.0)
-        if not (math.isfinite(seconds) and seconds > 0):
+        """For one position: of a whole layer and the nearest number of tokens, where that was measured; 0 where nothing was."""
+        measured = [(time.tokens, time.seconds.get(pair, 0.0)) for time in getattr(profile, "layer_times", ())]
+        measured.append((_MEASURED_TOKENS, profile.base_seconds.get(pair, 0.0)))
+        known = [(size, s) for size, s in measured if size and math.isfinite(s) and s > 0]
+        if not known:
             return 0.0
+        tokens, seconds = min(known, key=lambda size: abs(math.log(size[0] / (self.rows * self.tokens))))
         again = 4 / 3 if self.config.split.checkpointing else 1.0  # forward, forward again, backward of twice that
-        return again * seconds / _MEASURED_TOKENS
+        return again * seconds / tokens
 
     def measured_layer_s(self, plan: pb.Plan, report: pb.JobReport) -> float:
         """Of one unit, from the timeline of a round's training; 0 where it says nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -93,6 +94,15 @@ def test_the_fastest_measured_base_that_fits_is_settled_in_the_layout(tiny: Mode
     assert pairs(placed.config, both) == ["int8/bf16", "fp32/fp32"]
     assert placed.layout(both).bases == {"a": ("int8", "bf16")}
     assert pairs(run_config("x", "model.base=auto", "model.compute=fp32"), both) == ["fp32/fp32"]
+
+
+def test_a_whole_layer_of_about_the_same_size_is_believed_more_than_matrices(tiny: ModelSource) -> None:
+    costs = Costs(run_config(tiny.name), tiny)
+    positions = 2 * 128
+    times = [SimpleNamespace(tokens=tokens, seconds={"fp32/fp32": s}) for tokens, s in ((200, 3.0), (512, 50.0))]
+    whole: Any = SimpleNamespace(name="n", base_seconds={"fp32/fp32": 1.0}, layer_times=times)
+    assert costs.layer_s(whole, "fp32/fp32", []) == pytest.approx(3.0 * positions / 200)
+    assert costs.layer_s(edge("n"), "fp32/fp32", []) == pytest.approx(1.0 * positions / 128)
 
 
 # ---------------------------------------------------------------- memory
@@ -231,3 +241,13 @@ def test_hosts_are_chosen_only_with_the_cuts(tiny: ModelSource) -> None:
 def test_a_number_of_hosts_that_is_none(value: str) -> None:
     with pytest.raises(ConfigError, match=r"split.hosts = .* must be 0 to 64, or 'auto'"):
         run_config("x", f"split.hosts={value}")
+
+
+def test_a_device_that_hosts_has_its_own_work_too(tiny: ModelSource) -> None:
+    """Of two hosts as fast, the one that trains as a device gets fewer layers."""
+    busy = edge("d1", 1.0)
+    busy.role = pb.DEVICE
+    placed = Placed(tiny, "split.host_on=any", "split.micro_batches=4")
+    placed.devices = [busy, device("d2")]
+    held = placed.held(edge("a", 1.0), busy)
+    assert held.get("d1", 0) < held["a"]

@@ -48,6 +48,18 @@ def test_profiles_of_the_doctor_and_of_a_run_are_the_same(profiles: Path, tmp_pa
     )  # fmt: skip
 
 
+def test_what_the_doctor_measures_is_a_host_where_it_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "doctor.json"
+    profile = {
+        "name": "pi", "memory_free_bytes": 5, "cpu_threads": 4, "disk_free_bytes": 9,
+        "layer_seconds": {"256": {"fp32/fp32": 1.0}, "2048": {"fp32/fp32": 9.0}}, "link": None,
+    }  # fmt: skip
+    file.write_text(json.dumps({"findings": [], "role": "edge", "profile": profile}), encoding="utf-8")
+    (found,) = read_profiles(file)
+    assert (found.role, found.address, found.memory_available_bytes, found.cpu_threads) == (pb.EDGE, "pi:0", 5, 4)
+    assert dict(found.base_seconds) == {"fp32/fp32": 1.0 * 128 / 256}
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
