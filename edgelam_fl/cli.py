@@ -188,6 +188,48 @@ def top(
 
 
 @app.command()
+def plan(
+    file: Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run file: model, split, training.")],
+    profiles: Annotated[
+        Path | None,
+        typer.Option(
+            "--profiles",
+            metavar="FILE",
+            help="What the nodes can do: a JSON list of what `edgelam doctor --measure --json` prints on each, or a run's events.jsonl.",
+        ),
+    ] = None,
+    server: Annotated[
+        str, typer.Option("--server", metavar="HOST:PORT", help="Ask the nodes that have joined this server.")
+    ] = "",
+    overrides: SetOption = [],  # noqa: B006
+    as_json: JsonOption = False,
+    insecure: InsecureOption = False,
+) -> None:
+    """Who would hold what, with predicted memory, time and bytes, and what limits it; changes nothing.
+
+    With split.cuts = "auto" it is what the planner would choose; --set tries another run file on the same nodes.
+    """
+    from edgelam_fl.config import read_run_file
+    from edgelam_fl.planning import plan_of_profiles, plan_on_server, plan_view
+
+    config = read_run_file(file, overrides)
+    if (profiles is None) == (not server):
+        raise ConfigError("edgelam plan needs either --profiles FILE or --server HOST:PORT, to know the nodes")
+    if profiles is not None:
+        placement = plan_of_profiles(config, profiles)
+    else:
+        from edgelam_fl.model.source import find_model
+        from edgelam_fl.running import check_server
+
+        check_server(server, insecure, "edgelam plan")
+        placement = plan_on_server(errors, config, find_model(config.model.name), server)
+    if as_json:
+        _say(json.dumps(placement, indent=2))
+    else:
+        console.print(plan_view(placement), highlight=False, soft_wrap=True)
+
+
+@app.command()
 def run(
     file: Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run file: model, split, training.")],
     server: ServerOption = "127.0.0.1:8000",

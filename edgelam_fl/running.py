@@ -255,7 +255,7 @@ def _local_nodes(config: RunConfig, folder: Path, address: str, data: Sequence[P
     """Edge servers and devices, the machine's cores shared out. Where devices host, there are no edge servers."""
     split, cores = config.split, os.cpu_count() or 1
     devices_host = split.host_on == "any"
-    edges = 0 if devices_host else split.hosts * split.sites
+    edges = 0 if devices_host else split.least_hosts * split.sites
     edge = [
         Node(f"edge-{n}", address, folder / "nodes" / f"edge-{n}", threads=max(1, cores // edges))
         for n in range(1, edges + 1)

@@ -18,6 +18,7 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from server.chat import converse
 from server.checks import check_config
 from server.nodes import Nodes
+from server.placement import needs_speeds, propose
 from server.plans import task_settings
 from server.run_folder import RunFolder
 from server.strategy import SplitLora
@@ -39,6 +40,9 @@ def main(grid: Grid, context: Context) -> None:
         return
     folder = RunFolder(Path(out).absolute(), config, source)
     try:
+        if str(context.run_config["plan"]):
+            propose(Nodes(grid, folder, _request(config)), config, source, folder)
+            return
         _run(grid, config, folder, source, f"{Path(out).name}-{time.time_ns():x}")
     except EdgelamError as error:
         folder.fail(str(error))
@@ -53,15 +57,18 @@ def _run(grid: Grid, config: RunConfig, folder: RunFolder, source: ModelSource, 
         "run_started", run=folder.path.name, config=config.model_dump(mode="json"),
         versions={package: version(package) for package in _VERSIONED},
     )  # fmt: skip
-    request = pb.ProfileRequest(
-        protocol_version=PROTOCOL_VERSION,
-        task=task_settings(config),
-        measure_model=config.model.name if config.model.base == "auto" else "",
-    )
-    nodes = Nodes(grid, folder, request, config.federation.join_deadline_s)
+    nodes = Nodes(grid, folder, _request(config), config.federation.join_deadline_s)
     strategy = SplitLora(config, source, nodes, folder, run)
     print(f"run folder: {folder.path}", flush=True)
     # The first plan adds each module's start: only then is known who holds it, and in which rank.
     strategy.start(grid, to_record({}), num_rounds=config.federation.rounds, timeout=config.federation.round_deadline_s)
     folder.finish()
     print(f"done: {folder.path / 'summary.json'}", flush=True)
+
+
+def _request(config: RunConfig) -> pb.ProfileRequest:
+    return pb.ProfileRequest(
+        protocol_version=PROTOCOL_VERSION,
+        task=task_settings(config),
+        measure_model=config.model.name if needs_speeds(config) else "",
+    )

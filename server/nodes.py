@@ -61,7 +61,7 @@ class Nodes:
             late = time.monotonic() > end
             patient = at_start and not late
             devices = max(federation.min_nodes, federation.expect_nodes) if patient else federation.min_nodes
-            hosts = config.split.hosts * (config.split.sites if patient else 1)
+            hosts = config.split.least_hosts * (config.split.sites if patient else 1)
             here = len(who_may_host(config, self.profiles.values()))
             fit = [name for name in self.devices() if not unfit(config, self.profiles[name])]
             short = len(fit) < devices or here < hosts

@@ -63,7 +63,8 @@ def make_plans(
         plans[name].routes.append(route)
         _feed(plans[name], config, facts, profiles[name].examples)
     for name, plan in plans.items():
-        plan.model.base, compute = choose_base(config, source, profiles[name], spans_of(plan))
+        settled = layout.bases.get(name)
+        plan.model.base, compute = settled or choose_base(config, source, profiles[name], spans_of(plan))
         plan.model.compute = DTYPES[compute]
     computes = {plan.model.compute for plan in plans.values()}
     for plan in plans.values():

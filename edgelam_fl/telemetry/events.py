@@ -14,6 +14,13 @@ the ServerApp, into RUN/events.jsonl
                     holds; a route's hop may be a part of them), nodes {name: {base, compute, rank}},
                     personal (whether the aggregation lets devices go on with tensors of their own),
                     demands {name: {payload_bytes, compute_s, snr}} (with [wireless] only: what the bandwidth strategy saw)
+    placement       before its plan, with split.cuts = "auto": round, changed (whether layers moved), reason (text), step_s (predicted,
+                    of the slowest site), window (micro-batches in flight that memory allows), tokens (a row, that times were
+                    predicted with), measured [texts] (nodes that the round before showed to be far off),
+                    sites [{step_s, limit (text: what a step waits for), memory_limit (text; "": no host would hold more),
+                    left_out [hosts without which it is faster], hosts [...], devices [...]}]
+                    hosts, devices: {node, first, last, base ("base/compute"; "" of devices), memory_bytes (of the process, at
+                    its peak), compute_s, up_bytes, down_bytes (of a step)}; a host holds layers [first, last), a device the others
     round_done      round, seconds, attempt, devices [...], hosts [...], checkpoint (path in RUN),
                     aggregation_error (||s B A + C - M|| / ||M||, M = sum_k p_k s_k B_k A_k of what the sources k trained
                     in the round, B A the new adapter's product, C what the carry factors gained, over all trained
