@@ -147,6 +147,14 @@ def demo(
 def doctor(
     server: Annotated[str, typer.Option("--server", metavar="HOST:PORT", help="Also check the way to a server.")] = "",
     model: Annotated[str, typer.Option("--model", metavar="NAME", help="Also check that a model is here.")] = "",
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Also measure: memory, disk, a layer of --model, the link to --server's hub."),
+    ] = False,
+    data_plane: Annotated[
+        str,
+        typer.Option("--data-plane", metavar="HOST:PORT", help="The hub's address, if it is not --server's port + 1."),
+    ] = "",
     as_json: JsonOption = False,
 ) -> None:
     """What is wrong on this machine, and what mends it; changes nothing. Exit code 3 if something is wrong.
@@ -161,11 +169,25 @@ def doctor(
     address = split_address(server, "--server") if server else None
     with errors.status("looking"):
         findings = list(examine(address, model))
+    profile = None
+    if measure:
+        from edgelam_fl.profile.doctor import measured
+
+        with errors.status("measuring") as status:
+            more, profile = measured(model, address, data_plane, status.update)
+        findings += more
     problems = sum(finding.state == "problem" for finding in findings)
-    if as_json:
+    if as_json and measure:
+        found = {"findings": list(map(asdict, findings)), "profile": profile and profile.model_dump(mode="json")}
+        _say(json.dumps(found, indent=2))
+    elif as_json:
         _say(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
         console.print(findings_table(findings))
+        if profile is not None:
+            from edgelam_fl.profile.show import profile_table
+
+            console.print(profile_table(profile))
         _say(f"{problems} of {len(findings)} checks found something to mend" if problems else "nothing to mend")
     raise typer.Exit(3 if problems else 0)
 

@@ -25,6 +25,7 @@ from edgelam_fl.model.bases import usable_bases
 from edgelam_fl.model.source import find_model
 from edgelam_fl.model.speed import measure_bases
 from edgelam_fl.model.stage import Stage, load_stages
+from edgelam_fl.profile.node import add_measured
 from edgelam_fl.split.driver import Driver
 from edgelam_fl.split.generation import HostSessions
 from edgelam_fl.split.group import Group
@@ -81,9 +82,11 @@ class StageHost:
         tags: Sequence[str] = (),
         read: Callable[[Path, Any], tuple[list[Pair], list[Pair]]] = device_pairs,
         load: Callable[..., list[Stage]] = load_stages,
+        server_host: str = "",
     ) -> None:
         """`data`: a device's examples (None: an edge server). `address`: where others reach this node's data plane.
         `tags`: words by which a run may choose it. `read`: (training, held-out) pairs out of the data. `load`: slices.
+        `server_host`: where the hub is too.
         """
         self.name = name
         self.role = pb.DEVICE if data else pb.EDGE
@@ -93,6 +96,7 @@ class StageHost:
         self._address = address
         self._tags = tuple(tags)
         self._read, self._load = read, load
+        self._server_host = server_host
         self._lock = threading.Lock()
         self._parts: dict[str, Part] = {}
         self._current: Part | None = None
@@ -126,6 +130,8 @@ class StageHost:
                 profile.problem = str(error)
         if request.measure_model and not profile.problem:
             profile.base_seconds.update(measure_bases(find_model(request.measure_model)))
+        if not profile.problem:
+            add_measured(profile, request, self._server_host)
         return profile
 
     def submit(self, request: pb.SubmitRequest) -> pb.SubmitReply:

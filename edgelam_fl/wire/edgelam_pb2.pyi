@@ -546,17 +546,36 @@ class Slice(_message.Message):
     def __init__(self, first: _Optional[int] = ..., last: _Optional[int] = ...) -> None: ...
 
 class ProfileRequest(_message.Message):
-    __slots__ = ("protocol_version", "task", "measure_model")
+    __slots__ = ("protocol_version", "task", "measure_model", "measure_layers", "measure_link_port")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
     MEASURE_MODEL_FIELD_NUMBER: _ClassVar[int]
+    MEASURE_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    MEASURE_LINK_PORT_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     task: TaskSettings
     measure_model: str
-    def __init__(self, protocol_version: _Optional[int] = ..., task: _Optional[_Union[TaskSettings, _Mapping]] = ..., measure_model: _Optional[str] = ...) -> None: ...
+    measure_layers: str
+    measure_link_port: int
+    def __init__(self, protocol_version: _Optional[int] = ..., task: _Optional[_Union[TaskSettings, _Mapping]] = ..., measure_model: _Optional[str] = ..., measure_layers: _Optional[str] = ..., measure_link_port: _Optional[int] = ...) -> None: ...
+
+class LayerTime(_message.Message):
+    __slots__ = ("tokens", "seconds")
+    class SecondsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    tokens: int
+    seconds: _containers.ScalarMap[str, float]
+    def __init__(self, tokens: _Optional[int] = ..., seconds: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class Profile(_message.Message):
-    __slots__ = ("protocol_version", "name", "role", "address", "memory_available_bytes", "cpu_threads", "bases", "codecs", "examples", "held_out", "problem", "versions", "base_seconds", "tags")
+    __slots__ = ("protocol_version", "name", "role", "address", "memory_available_bytes", "cpu_threads", "bases", "codecs", "examples", "held_out", "problem", "versions", "base_seconds", "tags", "link_up_bps", "link_down_bps", "round_trip_s", "disk_free_bytes", "layer_times", "disk_write_bytes_per_s")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -585,6 +604,12 @@ class Profile(_message.Message):
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
     BASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     TAGS_FIELD_NUMBER: _ClassVar[int]
+    LINK_UP_BPS_FIELD_NUMBER: _ClassVar[int]
+    LINK_DOWN_BPS_FIELD_NUMBER: _ClassVar[int]
+    ROUND_TRIP_S_FIELD_NUMBER: _ClassVar[int]
+    DISK_FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LAYER_TIMES_FIELD_NUMBER: _ClassVar[int]
+    DISK_WRITE_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     name: str
     role: Role
@@ -599,7 +624,13 @@ class Profile(_message.Message):
     versions: _containers.ScalarMap[str, str]
     base_seconds: _containers.ScalarMap[str, float]
     tags: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, protocol_version: _Optional[int] = ..., name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., memory_available_bytes: _Optional[int] = ..., cpu_threads: _Optional[int] = ..., bases: _Optional[_Iterable[str]] = ..., codecs: _Optional[_Iterable[str]] = ..., examples: _Optional[int] = ..., held_out: _Optional[int] = ..., problem: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., base_seconds: _Optional[_Mapping[str, float]] = ..., tags: _Optional[_Iterable[str]] = ...) -> None: ...
+    link_up_bps: float
+    link_down_bps: float
+    round_trip_s: float
+    disk_free_bytes: int
+    layer_times: _containers.RepeatedCompositeFieldContainer[LayerTime]
+    disk_write_bytes_per_s: float
+    def __init__(self, protocol_version: _Optional[int] = ..., name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., memory_available_bytes: _Optional[int] = ..., cpu_threads: _Optional[int] = ..., bases: _Optional[_Iterable[str]] = ..., codecs: _Optional[_Iterable[str]] = ..., examples: _Optional[int] = ..., held_out: _Optional[int] = ..., problem: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., base_seconds: _Optional[_Mapping[str, float]] = ..., tags: _Optional[_Iterable[str]] = ..., link_up_bps: _Optional[float] = ..., link_down_bps: _Optional[float] = ..., round_trip_s: _Optional[float] = ..., disk_free_bytes: _Optional[int] = ..., layer_times: _Optional[_Iterable[_Union[LayerTime, _Mapping]]] = ..., disk_write_bytes_per_s: _Optional[float] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
     __slots__ = ("plan", "adapter", "corrections")
