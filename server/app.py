@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from edgelam_fl import hub
 from edgelam_fl.config import RunConfig, parse_run_file
 from edgelam_fl.errors import EdgelamError
 from edgelam_fl.flower import to_record
@@ -41,7 +43,7 @@ def main(grid: Grid, context: Context) -> None:
     folder = RunFolder(Path(out).absolute(), config, source)
     try:
         if str(context.run_config["plan"]):
-            propose(Nodes(grid, folder, _request(config)), config, source, folder)
+            propose(_nodes(grid, folder, config), config, source, folder)
             return
         _run(grid, config, folder, source, f"{Path(out).name}-{time.time_ns():x}")
     except EdgelamError as error:
@@ -57,7 +59,7 @@ def _run(grid: Grid, config: RunConfig, folder: RunFolder, source: ModelSource, 
         "run_started", run=folder.path.name, config=config.model_dump(mode="json"),
         versions={package: version(package) for package in _VERSIONED},
     )  # fmt: skip
-    nodes = Nodes(grid, folder, _request(config), config.federation.join_deadline_s)
+    nodes = _nodes(grid, folder, config)
     strategy = SplitLora(config, source, nodes, folder, run)
     print(f"run folder: {folder.path}", flush=True)
     # The first plan adds each module's start: only then is known who holds it, and in which rank.
@@ -66,9 +68,12 @@ def _run(grid: Grid, config: RunConfig, folder: RunFolder, source: ModelSource, 
     print(f"done: {folder.path / 'summary.json'}", flush=True)
 
 
-def _request(config: RunConfig) -> pb.ProfileRequest:
-    return pb.ProfileRequest(
+def _nodes(grid: Grid, folder: RunFolder, config: RunConfig) -> Nodes:
+    request = pb.ProfileRequest(
         protocol_version=PROTOCOL_VERSION,
         task=task_settings(config),
         measure_model=config.model.name if needs_speeds(config) else "",
+        measure_layers=config.model.name if config.split.cuts == "auto" else "",
+        measure_link_port=int(os.environ.get(hub.PORT, 0)) if config.split.cuts == "auto" else 0,
     )
+    return Nodes(grid, folder, request, config.federation.join_deadline_s)

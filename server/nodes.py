@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -178,7 +179,7 @@ class Nodes:
             "node_joined", node=profile.name, role=pb.Role.Name(profile.role).lower(), address=profile.address,
             examples=profile.examples, held_out=profile.held_out,
             memory_available_bytes=profile.memory_available_bytes, cpu_threads=profile.cpu_threads, tags=list(profile.tags),
-            base_seconds={key: seconds for key, seconds in profile.base_seconds.items() if math.isfinite(seconds)},
+            base_seconds=_finite(profile.base_seconds), **_measured(profile),
         )  # fmt: skip
 
     def _refuse(self, name: str, reason: str) -> None:
@@ -190,3 +191,14 @@ class Nodes:
         self.profiles.pop(name, None)
         self._ids.pop(name, None)
         self.problems[name] = reason
+
+
+def _measured(profile: pb.Profile) -> dict[str, Any]:
+    """What a node measures only where it is asked to."""
+    link = _finite({key: getattr(profile, key) for key in ("link_up_bps", "link_down_bps", "round_trip_s")})
+    layers = [{"tokens": time.tokens, "seconds": _finite(time.seconds)} for time in profile.layer_times]
+    return {key: value for key, value in {**link, "layer_times": layers}.items() if value}
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float]:
+    return {key: value for key, value in values.items() if math.isfinite(value)}

@@ -287,7 +287,7 @@ class Costs:
 
     def _profiled(self, profile: pb.Profile, pair: str) -> float:
         """For one position: of a whole layer and the nearest number of tokens, where that was measured; 0 where nothing was."""
-        measured = [(time.tokens, time.seconds.get(pair, 0.0)) for time in getattr(profile, "layer_times", ())]
+        measured = [(time.tokens, time.seconds.get(pair, 0.0)) for time in profile.layer_times]
         measured.append((_MEASURED_TOKENS, profile.base_seconds.get(pair, 0.0)))
         known = [(size, s) for size, s in measured if size and math.isfinite(s) and s > 0]
         if not known:

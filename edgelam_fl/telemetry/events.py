@@ -6,7 +6,9 @@ the ServerApp, into RUN/events.jsonl
     run_started     run, config (the run file, resolved), versions {package: version}
     node_joined     node, role ("device" | "edge"), address, examples, held_out, memory_available_bytes, cpu_threads,
                     tags [words],
-                    base_seconds {"base/compute": seconds of a layer, forward and backward} (model.base = "auto" only)
+                    base_seconds {"base/compute": seconds of a layer, forward and backward} (model.base = "auto" only);
+                    with split.cuts = "auto", as far as it could be measured: layer_times [{tokens, seconds {"base/compute": ...}}],
+                    link_up_bps, link_down_bps, round_trip_s (to the server's hub)
     node_refused    node, reason
     plan            round, attempt, selected [names], why {node: text} (of each device that is here), shares {node: share of 1},
                     routes [{device, front, back_first, num_layers, hops [{node, first, last}]}],
