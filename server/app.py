@@ -15,6 +15,7 @@ from edgelam_fl.flower import to_record
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
+from server import hub
 from server.chat import converse
 from server.checks import check_config
 from server.nodes import Nodes
@@ -34,6 +35,7 @@ def main(grid: Grid, context: Context) -> None:
     )
     out = str(context.run_config["out"]) or f"runs/flwr-{context.run_id}"
     source = check_config(config)
+    hub.offer(source)
     if str(context.run_config["chat"]):
         converse(grid, config, source, session=Path(out).absolute(), adapter=Path(str(context.run_config["chat"])))
         return
@@ -57,6 +59,8 @@ def _run(grid: Grid, config: RunConfig, folder: RunFolder, source: ModelSource, 
         protocol_version=PROTOCOL_VERSION,
         task=task_settings(config),
         measure_model=config.model.name if config.model.base == "auto" else "",
+        model_digest=source.digest,
+        hub_port=hub.port(),
     )
     nodes = Nodes(grid, folder, request)
     strategy = SplitLora(config, source, nodes, folder, run)

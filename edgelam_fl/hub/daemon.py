@@ -20,7 +20,9 @@ import grpc
 from edgelam_fl.errors import EdgelamError, EnvironmentProblem
 from edgelam_fl.hub import STATE
 
-PARTS: tuple[str, ...] = ()  # each has `handlers()`: a list of generic handlers of gRPC
+PARTS = (  # each has `handlers()`: a list of generic handlers of gRPC
+    "edgelam_fl.hub.slices",
+)
 _MAX_STREAMS = 512  # each keeps a thread; a part limits its own further
 _OPTIONS = [
     ("grpc.max_receive_message_length", 6 << 20),  # as on a link
