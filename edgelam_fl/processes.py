@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import ipaddress
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -219,6 +220,7 @@ class Hub:
     def start(self) -> None:
         """Starts it, answering."""
         check_port_free(self.host, self.port, "--data-plane")
+        shutil.rmtree(self.state, ignore_errors=True)  # what runs of an earlier server let it do
         self._start()
         assert self.child is not None
         _await_answer(self.child, self.host, self.port)
@@ -226,7 +228,7 @@ class Hub:
     def _start(self) -> None:
         listen = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
         command = [sys.executable, "-m", "edgelam_fl.hub.daemon", "--listen", listen, "--state", str(self.state)]
-        self.child = Child("hub", command, self.state / "hub.log")
+        self.child = Child("hub", command, self.state.parent / "hub.log")
 
     def watch(self) -> str:
         """Starts it again where it has ended; returns what happened, if anything. Raises RunFailed when it keeps ending."""

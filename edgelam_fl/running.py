@@ -22,6 +22,7 @@ from edgelam_fl.processes import (
     Node,
     answers,
     check_plain_text,
+    check_port_free,
     end_all,
     free_port,
     log_tail,
@@ -69,6 +70,7 @@ def serve(console: Console, listen: str, data_plane: str, state: Path, insecure:
     superlink = None
     try:
         with console.status("starting Flower's SuperLink"):
+            check_port_free(host, port, "--listen")
             hub.start()
             superlink = start_superlink(host, port, state, beside=hub)
         return _watch_server(console, listen, hub, superlink)

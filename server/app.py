@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -10,13 +9,13 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from edgelam_fl import hub
 from edgelam_fl.config import RunConfig, parse_run_file
 from edgelam_fl.errors import EdgelamError
 from edgelam_fl.flower import to_record
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
+from server import hub
 from server.chat import converse
 from server.checks import check_config
 from server.nodes import Nodes
@@ -37,13 +36,14 @@ def main(grid: Grid, context: Context) -> None:
     )
     out = str(context.run_config["out"]) or f"runs/flwr-{context.run_id}"
     source = check_config(config)
+    hub.offer(source)
     if str(context.run_config["chat"]):
         converse(grid, config, source, session=Path(out).absolute(), adapter=Path(str(context.run_config["chat"])))
         return
     folder = RunFolder(Path(out).absolute(), config, source)
     try:
         if str(context.run_config["plan"]):
-            propose(_nodes(grid, folder, config), config, source, folder)
+            propose(_nodes(grid, folder, config, source), config, source, folder)
             return
         _run(grid, config, folder, source, f"{Path(out).name}-{time.time_ns():x}")
     except EdgelamError as error:
@@ -59,7 +59,7 @@ def _run(grid: Grid, config: RunConfig, folder: RunFolder, source: ModelSource, 
         "run_started", run=folder.path.name, config=config.model_dump(mode="json"),
         versions={package: version(package) for package in _VERSIONED},
     )  # fmt: skip
-    nodes = _nodes(grid, folder, config)
+    nodes = _nodes(grid, folder, config, source)
     strategy = SplitLora(config, source, nodes, folder, run)
     print(f"run folder: {folder.path}", flush=True)
     # The first plan adds each module's start: only then is known who holds it, and in which rank.
@@ -68,12 +68,13 @@ def _run(grid: Grid, config: RunConfig, folder: RunFolder, source: ModelSource, 
     print(f"done: {folder.path / 'summary.json'}", flush=True)
 
 
-def _nodes(grid: Grid, folder: RunFolder, config: RunConfig) -> Nodes:
+def _nodes(grid: Grid, folder: RunFolder, config: RunConfig, source: ModelSource) -> Nodes:
     request = pb.ProfileRequest(
         protocol_version=PROTOCOL_VERSION,
         task=task_settings(config),
         measure_model=config.model.name if needs_speeds(config) else "",
         measure_layers=config.model.name if config.split.cuts == "auto" else "",
-        measure_link_port=int(os.environ.get(hub.PORT, 0)) if config.split.cuts == "auto" else 0,
+        model_digest=source.digest,
+        hub_port=hub.port(),
     )
     return Nodes(grid, folder, request, config.federation.join_deadline_s)

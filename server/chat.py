@@ -21,6 +21,7 @@ from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
+from server import hub
 from server.global_adapter import starting_point
 from server.layout import who_may_host
 from server.nodes import Nodes
@@ -66,7 +67,7 @@ def _plan(grid: Grid, config: RunConfig, source: ModelSource, folder: RunFolder)
             time.sleep(_POLL_S)
     caller = pb.Profile(name=CALLER, role=pb.DEVICE)
     layout = Placement(config, source).layout(1, [caller], who_may_host(config, nodes.profiles.values()))
-    facts = RoundFacts(f"{folder.path.name}-{time.time_ns():x}", 1, 1, 0, 0)
+    facts = RoundFacts(f"{folder.path.name}-{time.time_ns():x}", 1, 1, 0, 0, hub_port=hub.port())
     profiles = {**nodes.profiles, CALLER: caller}
     plans = make_plans(config, source, facts, profiles, layout, {}, {CALLER: secrets.token_bytes(16)})
     for plan in plans.values():

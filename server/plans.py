@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError
+from edgelam_fl.model.memory import weights_bytes
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.split.plan import spans_of
 from edgelam_fl.wire import PROTOCOL_VERSION
@@ -19,6 +20,7 @@ from strategies.base import ClientSettings
 _READY_DEADLINE_S = 60.0
 _SLOW_CARD_BYTES_S = 20e6  # a small board reads its slice from its card before it is ready
 _SILENT_S, _STEP_IN_SILENCES = 10.0, 12  # who gives nodes more time for a step may have some that breathe slowly
+_SLOW_LINK_BYTES_S = 0.6e6  # and where it lacks the model, fetches it over 5 Mbit/s
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class RoundFacts:
     steps: int  # 0: evaluation only
     settings: ClientSettings = field(default_factory=ClientSettings)  # what the aggregation asks of every node
     unequal_ranks: bool = False  # whether the aggregation takes them
+    hub_port: int = 0  # of this server's hub; 0: it has none
 
 
 def make_plans(
@@ -66,6 +69,8 @@ def make_plans(
         settled = layout.bases.get(name)
         plan.model.base, compute = settled or choose_base(config, source, profiles[name], spans_of(plan))
         plan.model.compute = DTYPES[compute]
+    if facts.hub_port:
+        patient_with_fetching(source, plans.values())
     computes = {plan.model.compute for plan in plans.values()}
     for plan in plans.values():
         plan.model.wire = "bfloat16" if computes == {"bfloat16"} else "float32"
@@ -156,7 +161,16 @@ def _plan(config: RunConfig, source: ModelSource, facts: RoundFacts, profile: pb
         ),
         seed=config.run.seed,
         protocol_version=PROTOCOL_VERSION,
+        hub_port=facts.hub_port,
     )
+
+
+def patient_with_fetching(source: ModelSource, plans: Iterable[pb.Plan]) -> None:
+    """Everyone waits until the node with the most to fetch is ready: who has the model is known to the nodes alone."""
+    plans = list(plans)
+    most = max(weights_bytes(source, spans_of(plan), plan.model.base, plan.model.compute) for plan in plans)
+    for plan in plans:
+        plan.deadlines.ready_s += most / _SLOW_LINK_BYTES_S
 
 
 def _serve(plan: pb.Plan, config: RunConfig, host: HostRange, site: Site, routes: Mapping[str, pb.Route]) -> None:

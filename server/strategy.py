@@ -24,6 +24,7 @@ from edgelam_fl.flower import from_record, record_bytes, to_record
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.wire import edgelam_pb2 as pb
+from server import hub
 from server.contributions import Reply, broken_sites, collect, frozen, parts, problem, read_reply
 from server.corrections import add_corrections
 from server.fold import Fold, folds
@@ -195,7 +196,7 @@ class SplitLora(Strategy):
         steps = planned_steps(self.config, devices) if trains else 0
         unequal_ranks = getattr(self.aggregation, "unequal_ranks", False)
         asked = asked_by(self.aggregation, number)
-        facts = RoundFacts(self.run, number, self._attempt, self.step_offset, steps, asked, unequal_ranks)
+        facts = RoundFacts(self.run, number, self._attempt, self.step_offset, steps, asked, unequal_ranks, hub.port())
         plans = make_plans(self.config, self.source, facts, self.nodes.profiles, layout, shares, tokens)
         self._global = complete(from_record(arrays), plans, self.config, self.source, unequal_ranks)
         fold = Fold() if trains and folds(self.aggregation, len(plans)) else None

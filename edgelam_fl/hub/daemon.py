@@ -20,7 +20,7 @@ import grpc
 from edgelam_fl.errors import EdgelamError, EnvironmentProblem
 from edgelam_fl.hub import STATE
 
-PARTS: tuple[str, ...] = ("edgelam_fl.hub.echo",)  # each has `handlers()`: a list of generic handlers of gRPC
+PARTS = ("edgelam_fl.hub.echo", "edgelam_fl.hub.slices")  # each has `handlers()`: a list of generic handlers of gRPC
 _MAX_STREAMS = 512  # each keeps a thread; a part limits its own further
 _OPTIONS = [
     ("grpc.max_receive_message_length", 6 << 20),  # as on a link

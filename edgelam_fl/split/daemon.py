@@ -50,10 +50,8 @@ def serve(options: argparse.Namespace) -> int:
         host, _, port = listen.rpartition(":")
         data_plane = DataPlaneServer(host, int(port), lambda hello, link: node.admit(hello, link))  # type: ignore[union-attr]
     address = options.advertise or (f"{listen.rpartition(':')[0]}:{data_plane.port}" if data_plane else "")
-    server_host = options.server.rpartition(":")[0].strip("[]")
-    node = StageHost(
-        options.name, dial, log, data=options.data, address=address, tags=options.tag, server_host=server_host
-    )
+    server = options.server.rpartition(":")[0]
+    node = StageHost(options.name, dial, log, data=options.data, address=address, tags=options.tag, server=server)
     handlers = {"GetProfile": node.profile, "Submit": node.submit, "Wait": node.wait}
     control = ControlServer(options.state, lambda _: handlers)
     log("ready", name=options.name, address=address)

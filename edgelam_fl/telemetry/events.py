@@ -59,6 +59,8 @@ the ServerApp, into RUN/events.jsonl
 
 a stage host, into its own state folder's events.jsonl
     job_started     job, role, layers [[first, last], ...], seconds (loading)
+    slice_coming    model, bytes, of (of the missing tensors; every few seconds while they come from the server's hub)
+    slice_received  model, base, tensors, slice_bytes, bytes (that came now), seconds
     evaluated       job, loss_sum, labels, seconds
     step            job, step, loss (mean a label), labels, seconds, bytes_sent, bytes_received
     step_closed     job, step, counted [names], left_out [{node, reason}]

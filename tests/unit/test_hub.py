@@ -38,7 +38,7 @@ def test_a_port_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(EnvironmentProblem, match=f"port {port} on 127.0.0.1 .*--data-plane"):
             HubServer("127.0.0.1", port, tmp_path)
         with pytest.raises(EnvironmentProblem, match=f"port {port} on 127.0.0.1 .*--data-plane"):
-            Hub("127.0.0.1", port, tmp_path).start()
+            Hub("127.0.0.1", port, tmp_path / "hub").start()
 
 
 def test_where_the_hub_is() -> None:
@@ -50,8 +50,8 @@ def test_where_the_hub_is() -> None:
 
 @pytest.mark.processes
 def test_a_hub_that_is_killed_is_started_again(tmp_path: Path) -> None:
-    hub = Hub("127.0.0.1", free_port(), tmp_path)
-    assert hub.environment == {PORT: str(hub.port), STATE: str(tmp_path)}
+    hub = Hub("127.0.0.1", free_port(), tmp_path / "hub")
+    assert hub.environment == {PORT: str(hub.port), STATE: str(tmp_path / "hub")}
     try:
         hub.start()
         assert hub.child is not None
