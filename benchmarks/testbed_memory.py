@@ -293,12 +293,15 @@ def _table(title: str, found: Found) -> str:
 
 
 def page(tables: list[str], figures: list[Figure]) -> str:
-    asked = [
-        f"- {'holds' if f.holds else 'MISSED'}: {f.name} = {f.value:.6g} {f.unit}({f.bar})" for f in figures if f.bar
-    ]
+    asked = [_verdict(figure) for figure in figures if figure.bar]
     head = "# Memory a container\n\nWritten by `python -m benchmarks.testbed_memory`. "
     head += "The device's count of killed processes includes the unsplit attempt's."
     return "\n\n".join([head, *tables, "\n".join(asked)]) + "\n"
+
+
+def _verdict(figure: Figure) -> str:
+    value = f"{figure.value:.6g} {figure.unit}".strip()
+    return f"- {'holds' if figure.holds else 'MISSED'}: {figure.name} = {value} ({figure.bar})"
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ def run(
         list[str], typer.Option("--set", metavar="KEY=VALUE", help="Of the run file; repeat it.")
     ] = [],  # noqa: B006
     project: Annotated[str, typer.Option("--project", help="Name of the Compose project.")] = "edgelam-testbed",
+    image: Annotated[str, typer.Option("--image", help="Use this image, which is here already, and build none.")] = "",
     base_image: Annotated[str, typer.Option("--base-image", help="What the image is built on.")] = "",
 ) -> None:
     """Builds the image, starts the testbed, trains on it, brings the run's folder here, and ends the containers."""
@@ -69,9 +70,10 @@ def run(
     read_run_file(run_file, overrides)
     check_engine()
     folder = new_folder(out or Path("runs") / f"testbed-{time.strftime('%Y%m%d-%H%M%S')}")
-    console.print("building the image (minutes the first time, seconds after that)")
-    build(IMAGE, base_image)
-    with started(testbed, folder, project, console) as containers:
+    if not image:
+        console.print("building the image (minutes the first time, seconds after that)")
+        build(IMAGE, base_image)
+    with started(testbed, folder, project, console, image=image or IMAGE) as containers:
         train(containers, testbed, folder, run_file, overrides)
         memory = memory_table(containers, testbed)
     console.print(summary_table(json.loads((folder / "summary.json").read_text(encoding="utf-8"))))
@@ -107,9 +109,10 @@ def started(
     console: Console,
     data: Sequence[Path] = (),
     mounts: Mapping[str, str] = MappingProxyType({}),
+    image: str = IMAGE,
 ) -> Iterator[Project]:
     """The running containers; all are gone afterwards. What they said stays in containers.log where something failed."""
-    containers = Project(name, write_testbed(testbed, folder, IMAGE, data, mounts))
+    containers = Project(name, write_testbed(testbed, folder, image, data, mounts))
     containers.down()  # what an earlier one left that was killed
     try:
         console.print(f"starting {1 + len(testbed.nodes)} containers: {SERVER}, {_listed(testbed)}", highlight=False)
@@ -155,14 +158,22 @@ def memory_table(containers: Project, testbed: Testbed) -> Table:
 
 
 def main() -> None:
+    """Exit codes as the ones of `edgelam`."""
     try:
-        app(standalone_mode=False)
+        status = app(standalone_mode=False)
     except EdgelamError as error:
         print(f"edgelam testbed: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         print("edgelam testbed: interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        show = getattr(error, "show", None)  # click's own usage errors
+        if show is None:
+            raise
+        show()
+        sys.exit(2)
+    sys.exit(status or 0)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -101,7 +101,9 @@ class Project:
         _checked(command, _ASK_S, text)
 
     def copy_out(self, service: str, folder: str, to: Path) -> None:
-        """A folder's content, where there is any."""
+        """A folder's content, where it is there."""
+        if not self.ask(service, f"test -d {shlex.quote(folder)} && echo yes"):
+            return
         to.mkdir(parents=True, exist_ok=True)
         _checked(["docker", "cp", f"{self.container(service)}:{folder}/.", str(to)], _START_S)
 
@@ -135,10 +137,9 @@ def inspect(container: str) -> dict[str, object]:
 
 
 def _checked(command: Sequence[str], timeout_s: float, text: str = "") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "COMPOSE_IGNORE_ORPHANS": "1"}
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout_s, check=False, env=environment, input=text
+            command, capture_output=True, text=True, timeout=timeout_s, check=False, input=text
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise RunFailed(f"`{' '.join(command)}` did not end within {timeout_s:.0f} s") from error

@@ -84,7 +84,7 @@ def test_the_files_that_come_with_it_are_sound(tmp_path: Path) -> None:
     testbed = read_testbed(FILE, cores=2)
     assert [node.name for node in testbed.devices] == ["zero-1", "pi4-1", "pi5-1"]
     zero = testbed.shapes["zero"]
-    assert (zero.memory_bytes, zero.cpus, zero.up_kbit, zero.down_kbit) == (512 * MIB, 0.2, 5000, 5000)
+    assert (zero.memory_bytes, zero.cpus, zero.up_kbit, zero.down_kbit) == (1024 * MIB, 0.2, 5000, 5000)
     content = json.loads(write_testbed(testbed, new_folder(tmp_path / "new"), IMAGE).read_text(encoding="utf-8"))
     for service in content["services"].values():
         for volume in service.get("volumes", []):
