@@ -22,7 +22,8 @@ def compose_file(
 ) -> dict[str, Any]:
     """`data`: a file of examples for each device. `mounts`: folders that all read, and where they find them."""
     shared = [f"{folder}:{inside}:ro" for folder, inside in mounts.items()]
-    services = {SERVER: _service(SERVER, testbed.shapes[testbed.server], image, _serve())}
+    server = _service(SERVER, testbed.shapes[testbed.server], image, _serve())
+    services = {SERVER: server | {"healthcheck": {"interval": "3s", "retries": 100}}}  # all others wait for it
     for node in testbed.nodes:
         service = _service(node.name, testbed.shape_of(node), image, _join(node))
         service["depends_on"] = {SERVER: {"condition": "service_healthy"}}
