@@ -15,7 +15,7 @@ find /opt/edgelam -name __pycache__ -prune -exec rm -rf {} +
 import importlib
 
 for module in (
-    "bitsandbytes", "peft", "plotly.graph_objects", "flwr.server.app", "flwr.clientapp", "flwr.serverapp", "safetensors.torch",
+    "bitsandbytes", "peft", "plotly.graph_objects", "flwr.clientapp", "flwr.serverapp", "safetensors.torch",
     "transformers.models.llama.modeling_llama", "transformers.models.llama.tokenization_llama", "transformers.tokenization_utils_fast",
     "edgelam_fl.cli", "edgelam_fl.running", "edgelam_fl.generate", "edgelam_fl.split.daemon", "edgelam_fl.split.stage_host",
     "edgelam_fl.telemetry.report", "edgelam_fl.wire.grpc_link", "edgelam_fl.wire.control",
