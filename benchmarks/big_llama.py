@@ -34,7 +34,9 @@ def write_llama(folder: Path, config: dict[str, Any] = CONFIG, seed: int = 1) ->
     generator = torch.Generator().manual_seed(seed)
     for part, shapes in enumerate(_parts(config)):
         tensors = {name: _tensor(shape, config["initializer_range"], generator) for name, shape in shapes.items()}
-        save_file(tensors, folder / f"model-{part:03d}.safetensors", metadata={"format": "pt"})
+        file = folder / f"model-{part:03d}.safetensors"
+        save_file(tensors, file, metadata={"format": "pt"})
+        file.chmod(0o644)  # safetensors writes for its user alone, and a container's is another
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return folder
 
