@@ -1,12 +1,14 @@
 # Every target that needs the environment makes it first; once made, that costs a few milliseconds and no network.
 PYTHON := .venv/bin/python
 
-.PHONY: help setup demo test check bench-smoke protos constraints clean
+.PHONY: help setup demo testbed test check bench-smoke protos constraints clean
 
 help:
 	@echo "make setup        make .venv with all that is needed (about 0.7 GB to download, no root)"
 	@echo "make demo         fine-tune a real model, split over processes, on this machine: minutes"
 	@echo "                  ARGS=... goes to 'edgelam demo', for example: make demo ARGS='--devices 1'"
+	@echo "make testbed      the same in containers as small and as slow as boards; needs a Docker engine"
+	@echo "                  ARGS=... goes to 'python -m testbed run', for example: make testbed ARGS='--devices 2'"
 	@echo "make test         all tests"
 	@echo "make check        before a commit: format, lint, types, imports, fast tests"
 	@echo "make bench-smoke  three tiny cells of \`edgelam bench\`: minutes"
@@ -19,6 +21,9 @@ setup:
 
 demo: setup
 	@HF_HUB_OFFLINE=1 .venv/bin/edgelam demo $(ARGS)
+
+testbed: setup
+	@HF_HUB_OFFLINE=1 $(PYTHON) -m testbed run $(ARGS)
 
 # Two workers: federations wait much and compute little, so that two at a time fill the cores of a small machine.
 test: setup

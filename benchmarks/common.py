@@ -31,14 +31,21 @@ class Figure:
     holds: bool | None = None
 
 
-def main(name: str, measure: Callable[[bool], tuple[dict[str, Any], list[Figure]]]) -> None:
-    """Runs `measure(smoke)`, which returns its settings and figures."""
+def main(
+    name: str,
+    measure: Callable[..., tuple[dict[str, Any], list[Figure]]],
+    add_options: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> None:
+    """Runs `measure(smoke)`, which returns its settings and figures; with options of its own, `measure(smoke, options)`."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
     parser.add_argument(
         "--smoke", action="store_true", help="the smallest run that exercises everything; writes no result"
     )
-    smoke = parser.parse_args().smoke
-    settings, figures = measure(smoke)
+    if add_options is not None:
+        add_options(parser)
+    options = parser.parse_args()
+    smoke = options.smoke
+    settings, figures = measure(smoke, options) if add_options is not None else measure(smoke)
     result = {
         "name": name,
         "command": f"python -m benchmarks.{name}",

@@ -6,6 +6,7 @@ Imports at the top stay light, so that `--help` answers at once; what needs torc
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -31,6 +32,23 @@ errors = Console(stderr=True)
 ServerOption = Annotated[str, typer.Option("--server", metavar="HOST:PORT", help="Where `edgelam server` listens.")]
 InsecureOption = Annotated[
     bool, typer.Option("--insecure", help="Allow plain text beyond this machine, on a network that you trust.")
+]
+
+
+def _go_offline(value: bool) -> bool:
+    """Before anything asks: the libraries read it when they are imported, and every process started here inherits it."""
+    if value:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    return value
+
+
+OfflineOption = Annotated[
+    bool,
+    typer.Option(
+        "--offline",
+        callback=_go_offline,
+        help="Download from no model hub of the internet; slices of the model still come from the federation's server.",
+    ),
 ]
 SetOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the run file; may be repeated.")
@@ -129,6 +147,14 @@ def demo(
 def doctor(
     server: Annotated[str, typer.Option("--server", metavar="HOST:PORT", help="Also check the way to a server.")] = "",
     model: Annotated[str, typer.Option("--model", metavar="NAME", help="Also check that a model is here.")] = "",
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Also measure: memory, disk, a layer of --model, the link to --server's hub."),
+    ] = False,
+    data_plane: Annotated[
+        str,
+        typer.Option("--data-plane", metavar="HOST:PORT", help="The hub's address, if it is not --server's port + 1."),
+    ] = "",
     as_json: JsonOption = False,
 ) -> None:
     """What is wrong on this machine, and what mends it; changes nothing. Exit code 3 if something is wrong.
@@ -143,13 +169,86 @@ def doctor(
     address = split_address(server, "--server") if server else None
     with errors.status("looking"):
         findings = list(examine(address, model))
+    profile = None
+    if measure:
+        from edgelam_fl.profile.doctor import measured
+
+        with errors.status("measuring") as status:
+            more, profile = measured(model, address, data_plane, status.update)
+        findings += more
     problems = sum(finding.state == "problem" for finding in findings)
-    if as_json:
+    if as_json and measure:
+        found = {"findings": list(map(asdict, findings)), "profile": profile and profile.model_dump(mode="json")}
+        _say(json.dumps(found, indent=2))
+    elif as_json:
         _say(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
         console.print(findings_table(findings))
+        if profile is not None:
+            from edgelam_fl.profile.show import profile_table
+
+            console.print(profile_table(profile))
         _say(f"{problems} of {len(findings)} checks found something to mend" if problems else "nothing to mend")
     raise typer.Exit(3 if problems else 0)
+
+
+@app.command()
+def top(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="RUN", help="A run's folder; by default the newest under runs/.")
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="Print one table and end.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """A run's nodes: what each holds, busy and waiting time, bytes, and why any left; live, until the run ends.
+
+    Busy and waiting are of the latest round's training. With --json, one object as things are now.
+    """
+    from edgelam_fl.telemetry.top import follow, newest_run
+
+    follow(console, folder or newest_run(), once, as_json)
+
+
+@app.command()
+def plan(
+    file: Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run file: model, split, training.")],
+    profiles: Annotated[
+        Path | None,
+        typer.Option(
+            "--profiles",
+            metavar="FILE",
+            help="What the nodes can do: a JSON list of what `edgelam doctor --measure --json` prints on each, or a run's events.jsonl.",
+        ),
+    ] = None,
+    server: Annotated[
+        str, typer.Option("--server", metavar="HOST:PORT", help="Ask the nodes that have joined this server.")
+    ] = "",
+    overrides: SetOption = [],  # noqa: B006
+    as_json: JsonOption = False,
+    insecure: InsecureOption = False,
+) -> None:
+    """Who would hold what, with predicted memory, time and bytes, and what limits it; changes nothing.
+
+    With split.cuts = "auto" it is what the planner would choose; --set tries another run file on the same nodes.
+    """
+    from edgelam_fl.config import read_run_file
+    from edgelam_fl.planning import plan_of_profiles, plan_on_server, plan_view
+
+    config = read_run_file(file, overrides)
+    if (profiles is None) == (not server):
+        raise ConfigError("edgelam plan needs either --profiles FILE or --server HOST:PORT, to know the nodes")
+    if profiles is not None:
+        placement = plan_of_profiles(config, profiles)
+    else:
+        from edgelam_fl.model.source import find_model
+        from edgelam_fl.running import check_server
+
+        check_server(server, insecure, "edgelam plan")
+        placement = plan_on_server(errors, config, find_model(config.model.name), server)
+    if as_json:
+        _say(json.dumps(placement, indent=2))
+    else:
+        console.print(plan_view(placement), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -176,6 +275,7 @@ def run(
         bool, typer.Option("--explain", help="Print what would be used, every key with its range; start nothing.")
     ] = False,
     insecure: InsecureOption = False,
+    offline: OfflineOption = False,
 ) -> None:
     """Fine-tunes as a run file says, on the nodes that have joined a server.
 
@@ -214,15 +314,24 @@ def server(
     listen: Annotated[
         str, typer.Option("--listen", metavar="HOST:PORT", help="Where nodes and runs reach this server.")
     ] = "127.0.0.1:8000",
+    data_plane: Annotated[
+        str,
+        typer.Option(
+            "--data-plane",
+            metavar="HOST:PORT",
+            help="Where nodes reach its hub, which serves slices of the model; by default --listen's host, its port + 1.",
+        ),
+    ] = "",
     state: Annotated[Path, typer.Option("--state", metavar="DIR", help="Folder for logs and Flower's state.")] = Path(
         ".edgelam/server"
     ),
     insecure: InsecureOption = False,
+    offline: OfflineOption = False,
 ) -> None:
-    """The federation's server: Flower's SuperLink. Ctrl-C ends it."""
+    """The federation's server: Flower's SuperLink, and the data plane's hub. Ctrl-C ends it."""
     from edgelam_fl.running import serve
 
-    raise typer.Exit(serve(console, listen, state, insecure))
+    raise typer.Exit(serve(console, listen, data_plane, state, insecure))
 
 
 @app.command()
@@ -257,7 +366,11 @@ def client(
             "--tag", metavar="NAME", help="A word by which a run may choose it (strategy.require_tags); repeat it."
         ),
     ] = [],  # noqa: B006
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait for a server that does not answer yet, as a service at boot must.")
+    ] = False,
     insecure: InsecureOption = False,
+    offline: OfflineOption = False,
 ) -> None:
     """This machine joins a federation: as a device with --data, else as an edge server that lends compute.
 
@@ -265,7 +378,7 @@ def client(
     """
     from edgelam_fl.running import join
 
-    raise typer.Exit(join(console, server, data, name, listen, advertise, threads, state, tag, insecure))
+    raise typer.Exit(join(console, server, data, name, listen, advertise, threads, state, tag, insecure, wait))
 
 
 @app.command()

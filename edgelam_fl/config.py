@@ -39,15 +39,21 @@ class Split(Section):
     back: int = Field(2, ge=0, description="last layers before the head on the device; 0 lets hosts solve the labels")
     fronts: dict[str, int] = Field({}, description="front of the devices whose names match, as in { 'pi-*' = 1 }")
     backs: dict[str, int] = Field({}, description="back of the devices whose names match")
-    hosts: int = Field(1, ge=0, le=64, description="hosts on a route; 0: each device trains the whole model")
+    hosts: int | Literal["auto"] = Field(
+        1,
+        description="hosts on a route, 0 to 64; 0: each device trains the whole model; auto (with cuts = 'auto'): as many of "
+        "those that are here as make a step the shortest",
+    )
     sites: int = Field(
         1, ge=1, le=256, description="chains of hosts that train the same layers, each for its own devices"
     )
     host_on: Literal["edge", "any"] = Field(
         "edge", description="who may be a host: edge servers, or after them also devices that listen (--listen)"
     )
-    cuts: Literal["equal"] | tuple[int, ...] = Field(
-        "equal", description="layers at which the hosts after the first begin"
+    cuts: Literal["equal", "auto"] | tuple[int, ...] = Field(
+        "equal",
+        description="layers at which the hosts after the first begin; auto: chosen, with the hosts and their order, from what "
+        "the nodes measured, anew where nodes come, go or slow down",
     )
     host_mode: Literal["joint", "sequential", "copies"] = Field(
         "joint",
@@ -60,6 +66,18 @@ class Split(Section):
     checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, more time")
     micro_batches: int = Field(2, ge=1, le=256, description="pieces that a device's batch is cut into")
     window: int = Field(2, ge=1, le=256, description="pieces of one device in flight at a time; bounds a host's memory")
+
+    @property
+    def least_hosts(self) -> int:
+        """Of a site: with fewer none is made."""
+        return 1 if self.hosts == "auto" else self.hosts
+
+    @field_validator("hosts", mode="before")
+    @classmethod
+    def number_of_hosts(cls, value: Any) -> Any:
+        if value != "auto" and not (type(value) is int and 0 <= value <= 64):
+            raise ValueError("must be 0 to 64, or 'auto'")
+        return value
 
     @field_validator("cuts", mode="before")
     @classmethod

@@ -11,9 +11,12 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import platform
 import shutil
 import socket
+import struct
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +36,7 @@ MEMORY_NEEDED_BYTES = 1200 << 20  # a node of the demo's model at its peak
 DISK_NEEDED_BYTES = 1 << 30  # the demo's model, unpacked and converted, twice
 PYTHONS = (3, 11), (3, 13)
 TOOLS = ("flwr", "flower-superlink", "flower-supernode")
+_ANY = ("0.0.0.0", "::")
 _HTTP_DEADLINE_S = 5.0
 _MAX_ANSWER_BYTES = 4 << 20
 
@@ -58,6 +62,7 @@ def _problem(check: str, found: str, fix: str) -> Finding:
 def examine(server: tuple[str, int] | None, model: str) -> Iterator[Finding]:
     """All checks, one after the other; those of a server or a model where one is named."""
     yield check_python()
+    yield check_userland()
     yield from check_packages()
     yield from check_tools()
     yield check_own_name()
@@ -65,6 +70,7 @@ def examine(server: tuple[str, int] | None, model: str) -> Iterator[Finding]:
     yield check_memory()
     for place, folder in (("cache", cache_folder()), ("this folder", Path.cwd())):
         yield check_disk(place, folder)
+    yield check_cache_writable(cache_folder())
     for base in ("fp32", "bf16", "int8", "nf4"):
         yield check_base(base)
     if model:
@@ -80,6 +86,14 @@ def check_python(version: tuple[int, int] = sys.version_info[:2]) -> Finding:
         return _ok("Python", found)
     fix = f"tested are {low} to {high}: `make setup` takes one of them, or uv brings one (`uv venv --python {high}`)"
     return _problem("Python", found, fix) if version < PYTHONS[0] else Finding("Python", "note", found, fix)
+
+
+def check_userland(bits: int = 8 * struct.calcsize("P"), machine: str = platform.machine()) -> Finding:
+    """Raspberry Pi OS comes with 32 bits too, also over a 64-bit kernel, which `machine` then tells of."""
+    if bits >= 64:
+        return _ok("system", f"{bits}-bit, {machine}")
+    fix = "install the 64-bit system (Raspberry Pi OS 64-bit, or Debian arm64): there is no PyTorch for 32 bits"
+    return _problem("system", f"programs have {bits} bits on {machine}; 64 are needed", fix)
 
 
 def check_packages(
@@ -142,6 +156,9 @@ def _resolve(host: str) -> str:
 
 def check_server(host: str, port: int) -> list[Finding]:
     """Name, port, and whether what answers there is Flower's SuperLink; stops at the first that is wrong."""
+    if host in _ANY:
+        fix = "give the server's own address, as `ip -brief address` on the server shows it: --server ADDRESS:PORT"
+        return [_problem("server's name", f"{host} is where a server listens, not where it is reached", fix)]
     address = _resolve(host)
     if not address:
         fix = f"check its spelling; else give the server's IP address, or add a line `ADDRESS {host}` to /etc/hosts"
@@ -154,6 +171,14 @@ def check_server(host: str, port: int) -> list[Finding]:
         )
         return [name, _problem("server", f"nothing answers at {host}:{port}", fix)]
     return [name, _check_superlink(host, port)]
+
+
+def check_hub(host: str, port: int) -> Finding:
+    """The server's end of the data plane."""
+    if answers(host, port):
+        return _ok("hub", f"{host}:{port} answers")
+    fix = f"on the server, let the firewall pass TCP port {port} too, or start it with `edgelam server --data-plane HOST:PORT`"
+    return _problem("hub", f"nothing answers at {host}:{port}, the server's data plane", fix)
 
 
 def _check_superlink(host: str, port: int) -> Finding:
@@ -226,6 +251,18 @@ def check_disk(place: str, folder: Path, free: int | None = None, needed: int = 
         "or set EDGELAM_CACHE to a folder with more room" if place == "cache" else "or work in a folder with more room"
     )
     return _problem(f"disk, {place}", f"{found}; {_gib(needed)} are needed", fix)
+
+
+def check_cache_writable(folder: Path) -> Finding:
+    """Really writes a file, since permissions do not tell of a card that has become read-only."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    except OSError as error:
+        fix = f"give it to this user (`sudo chown -R $USER {folder}`), or set EDGELAM_CACHE to a folder that can be written"
+        return _problem("cache", f"{folder} cannot be written: {error.strerror}", fix)
+    return _ok("cache", f"{folder} can be written")
 
 
 def _gib(count: int) -> str:

@@ -9,6 +9,7 @@
     `- RunFailed                        4    no: the run started and could not go on
         |- PeerLost                          yes: the other end vanished or stayed silent
         |- TooFewSources                     yes: when more devices take part
+        |- DoesNotFit                        no: no split of the model fits the nodes' memory
         |- Refused                           no: the other end said why not
         `- ProtocolError                     no: the other end sent what it must not
 
@@ -57,6 +58,14 @@ class PeerLost(RunFailed):
 
 class TooFewSources(RunFailed):
     """Fewer devices or sites trained a module than the aggregation needs."""
+
+
+class DoesNotFit(RunFailed):
+    """The nodes that are here have too little memory, by `missing_bytes`."""
+
+    def __init__(self, message: str, missing_bytes: float = 0.0) -> None:
+        super().__init__(message)
+        self.missing_bytes = missing_bytes
 
 
 class Refused(RunFailed):

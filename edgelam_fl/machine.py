@@ -4,9 +4,29 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 CGROUP = Path("/sys/fs/cgroup")
 _UNLIMITED = 2**63
+
+
+class _Version(NamedTuple):
+    """Of control groups: where they are, how /proc/self/cgroup marks the own one, and its files."""
+
+    folder: str
+    mark: str
+    limit: str
+    used: str
+    cached: tuple[str, str]
+
+
+_VERSIONS = (
+    _Version("", "0::", "memory.max", "memory.current", ("inactive_file", "active_file")),
+    _Version(
+        "memory", ":memory:", "memory.limit_in_bytes", "memory.usage_in_bytes",
+        ("total_inactive_file", "total_active_file"),
+    ),
+)  # fmt: skip
 
 
 def memory_free_bytes(cgroup: Path = CGROUP, own: str = "") -> int:
@@ -17,33 +37,36 @@ def memory_free_bytes(cgroup: Path = CGROUP, own: str = "") -> int:
     """
     import psutil
 
-    group = cgroup / (own or _own_group()).strip("/")
-    groups = [group, *(parent for parent in group.parents if parent.is_relative_to(cgroup))]
-    return min([int(psutil.virtual_memory().available), *map(_left, groups)])
+    found = [int(psutil.virtual_memory().available)]
+    for version in _VERSIONS:
+        root = cgroup / version.folder
+        group = root / (own or _own_group(version)).strip("/")
+        found += [_left(each, version) for each in (group, *group.parents) if each.is_relative_to(root)]
+    return min(found)
 
 
-def _own_group() -> str:
+def _own_group(version: _Version) -> str:
     try:
         lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
         return ""
-    return next((line.removeprefix("0::") for line in lines if line.startswith("0::")), "")
+    return next((line.partition(version.mark)[2] for line in lines if version.mark in line), "")
 
 
-def _left(group: Path) -> int:
+def _left(group: Path, version: _Version) -> int:
     """What a group's limit leaves; more than any machine has, where there is none."""
     try:
-        limit = (group / "memory.max").read_text(encoding="ascii").strip()
-        used = int((group / "memory.current").read_text(encoding="ascii"))
-        return _UNLIMITED if limit == "max" else max(0, int(limit) - used + _cached(group))
+        limit = (group / version.limit).read_text(encoding="ascii").strip()
+        used = int((group / version.used).read_text(encoding="ascii"))
+        return _UNLIMITED if limit == "max" else max(0, int(limit) - used + _cached(group, version))
     except (OSError, ValueError):
         return _UNLIMITED
 
 
-def _cached(group: Path) -> int:
+def _cached(group: Path, version: _Version) -> int:
     """File pages, which count as used and are given back when asked for."""
     lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.split()[0] in ("inactive_file", "active_file"))
+    return sum(int(line.split()[1]) for line in lines if line.split()[0] in version.cached)
 
 
 def disk_free_bytes(folder: Path) -> int:

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import ipaddress
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,12 +20,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from edgelam_fl import hub
 from edgelam_fl.errors import ConfigError, EnvironmentProblem, RunFailed
 
 _GRACE_S = 5.0
 _START_DEADLINE_S = 180.0
 _RESTARTS, _RESTARTS_WITHIN_S = 3, 120.0
 _PR_SET_PDEATHSIG = 1
+_MOST_LOG_BYTES, _KEPT_LOG_BYTES = 4 << 20, 256 << 10  # a board's card is small, and a node may run for years
 
 
 class Child:
@@ -33,6 +36,7 @@ class Child:
     def __init__(self, name: str, command: Sequence[str], log: Path, environment: dict[str, str] | None = None) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         self.name, self.log = name, log
+        shorten(log)
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 command,
@@ -90,6 +94,18 @@ def log_tail(log: Path, lines: int = 3) -> str:
     return "it left no log"
 
 
+def shorten(log: Path) -> None:
+    """Leaves the end of a log that has grown long. Its writers, which append, go on behind that."""
+    if not log.exists() or log.stat().st_size <= _MOST_LOG_BYTES:
+        return
+    with log.open("rb") as old:
+        old.seek(-_KEPT_LOG_BYTES, os.SEEK_END)
+        kept = old.read().partition(b"\n")[2]
+    os.truncate(log, 0)  # in place: its writers have it open
+    with log.open("ab") as new:
+        new.write(kept)
+
+
 # ---------------------------------------------------------------- addresses
 
 
@@ -143,10 +159,12 @@ def free_port(host: str = "127.0.0.1") -> int:
 # ---------------------------------------------------------------- Flower's and ours
 
 
-def start_superlink(host: str, port: int, state: Path, simulation: dict[str, str] | None = None) -> Child:
+def start_superlink(
+    host: str, port: int, state: Path, simulation: dict[str, str] | None = None, beside: Hub | None = None
+) -> Child:
     """The SuperLink, answering. It starts the ServerApp of each run as a process of its own.
 
-    simulation: and Flower's simulation engine with it, which plays the nodes, in this environment.
+    simulation: and Flower's simulation engine with it, which plays the nodes, in this environment. beside: the hub.
     """
     check_port_free(host, port, "--listen")
     child = Child(
@@ -163,16 +181,71 @@ def start_superlink(host: str, port: int, state: Path, simulation: dict[str, str
             *(["--simulation"] if simulation is not None else []),
         ],
         state / "superlink.log",
-        {"FLWR_HOME": str(state / "flwr"), "FLWR_TELEMETRY_ENABLED": "0", **(simulation or {})},
+        {
+            "FLWR_HOME": str(state / "flwr"),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            **(simulation or {}),
+            **(beside.environment if beside else {}),
+        },
     )
+    _await_answer(child, host, port)
+    return child
+
+
+def _await_answer(child: Child, host: str, port: int) -> None:
     end = time.monotonic() + _START_DEADLINE_S
     while not answers(host, port, 0.5):
         if child.ended() or time.monotonic() > end:
             problem = child.ended() or f"no answer within {_START_DEADLINE_S:.0f} s"
             end_all([child])
-            raise EnvironmentProblem(f"the SuperLink did not start: {problem}")
+            raise EnvironmentProblem(f"the {child.name} did not start: {problem}")
         time.sleep(0.1)
-    return child
+
+
+@dataclass
+class Hub:
+    """The server's end of the data plane (edgelam_fl.hub): a process beside the SuperLink."""
+
+    host: str
+    port: int
+    state: Path
+    child: Child | None = None
+    _restarts: list[float] = field(default_factory=list)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a SuperLink hands on to its ServerApps, so that they find the hub."""
+        return {hub.PORT: str(self.port), hub.STATE: str(self.state.absolute())}
+
+    def start(self) -> None:
+        """Starts it, answering."""
+        check_port_free(self.host, self.port, "--data-plane")
+        shutil.rmtree(self.state, ignore_errors=True)  # what runs of an earlier server let it do
+        self._start()
+        assert self.child is not None
+        _await_answer(self.child, self.host, self.port)
+
+    def _start(self) -> None:
+        listen = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        command = [sys.executable, "-m", "edgelam_fl.hub.daemon", "--listen", listen, "--state", str(self.state)]
+        self.child = Child("hub", command, self.state.parent / "hub.log")
+
+    def watch(self) -> str:
+        """Starts it again where it has ended; returns what happened, if anything. Raises RunFailed when it keeps ending."""
+        problem = self.child.ended() if self.child else ""
+        if not problem:
+            return ""
+        _note_restart(self._restarts, problem)
+        self._start()
+        return f"{problem}; it was started again"
+
+
+def _note_restart(restarts: list[float], problem: str) -> None:
+    """Adds one to `restarts`. Raises RunFailed where there are too many in a short time."""
+    now = time.monotonic()
+    restarts[:] = [moment for moment in restarts if now - moment < _RESTARTS_WITHIN_S] + [now]
+    if len(restarts) > _RESTARTS:
+        raise RunFailed(f"{problem} (for the {len(restarts)}th time in {_RESTARTS_WITHIN_S:.0f} s)")
 
 
 @dataclass
@@ -200,6 +273,7 @@ class Node:
         (self.state / "endpoint.json").unlink(missing_ok=True)  # an older one's: whoever calls now waits for the new
         command = [sys.executable, "-m", "edgelam_fl.split.daemon", "--name", self.name, "--state", str(self.state)]
         command += ["--listen", self.listen, "--advertise", self.advertise, "--threads", str(self.threads)]
+        command += ["--server", self.server]
         command += ["--data", str(self.data.absolute())] if self.data else []
         command += [f"--tag={tag}" for tag in self.tags]
         # Nodes may share this machine's cores: a thread that spins while it waits takes them from the others.
@@ -227,13 +301,11 @@ class Node:
     def watch(self) -> str:
         """Starts again what has ended; returns what happened, if anything. Raises RunFailed when it keeps ending."""
         for kind, child in self.children.items():
+            shorten(child.log)
             problem = child.ended()
             if not problem:
                 continue
-            now = time.monotonic()
-            self._restarts = [moment for moment in self._restarts if now - moment < _RESTARTS_WITHIN_S] + [now]
-            if len(self._restarts) > _RESTARTS:
-                raise RunFailed(f"{problem} (for the {len(self._restarts)}th time in {_RESTARTS_WITHIN_S:.0f} s)")
+            _note_restart(self._restarts, problem)
             if kind == "stage host":
                 self._start_stage_host()
             else:

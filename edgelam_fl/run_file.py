@@ -184,7 +184,7 @@ def _choice(annotation: Any) -> str:
     if origin is Literal:
         return " | ".join(arguments)
     if origin in (Union, types.UnionType):
-        return " | ".join(_choice(part) for part in arguments)
+        return " | ".join("number" if part is int else _choice(part) for part in arguments)
     if origin is tuple:
         return f"list of {_choice(arguments[0]) or ('texts' if arguments[0] is str else 'numbers')}"
     if origin is dict:

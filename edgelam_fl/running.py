@@ -17,12 +17,16 @@ from rich.console import Console
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, EnvironmentProblem, RunFailed
 from edgelam_fl.processes import (
+    Child,
+    Hub,
     Node,
     answers,
     check_plain_text,
+    check_port_free,
     end_all,
     free_port,
     log_tail,
+    shorten,
     split_address,
     start_superlink,
 )
@@ -38,6 +42,7 @@ _POLL_S = 0.25
 _SILENCE_S = 45.0  # then Flower is asked how the run stands, which costs it seconds of a core
 _EVENTS_LAG_S = 5.0
 _RESULT_LAG_S = 30.0
+_LONGEST_PAUSE_S = 30.0  # between two looks for a server
 
 
 def check_run(config: RunConfig, name: str, out: Path | None) -> Path:
@@ -57,12 +62,37 @@ def check_run(config: RunConfig, name: str, out: Path | None) -> Path:
 # ---------------------------------------------------------------- a server, a node
 
 
-def serve(console: Console, listen: str, state: Path, insecure: bool) -> int:
+def serve(console: Console, listen: str, data_plane: str, state: Path, insecure: bool) -> int:
     host, port = split_address(listen, "--listen")
     check_plain_text(host, "--listen", insecure)
-    with console.status("starting Flower's SuperLink"):
-        superlink = start_superlink(host, port, state)
-    console.print(f"SuperLink listens on {listen}; logs in {superlink.log}", highlight=False, soft_wrap=True)
+    hub = Hub(*_hub_address(host, port, data_plane), state / "hub")
+    check_plain_text(hub.host, "--data-plane", insecure)
+    superlink = None
+    try:
+        with console.status("starting Flower's SuperLink"):
+            check_port_free(host, port, "--listen")
+            hub.start()
+            superlink = start_superlink(host, port, state, beside=hub)
+        return _watch_server(console, listen, hub, superlink)
+    finally:
+        end_all([child for child in (superlink, hub.child) if child is not None])
+
+
+def _hub_address(host: str, port: int, data_plane: str) -> tuple[str, int]:
+    """Beside the SuperLink, one port further, unless the option says otherwise."""
+    if data_plane:
+        return split_address(data_plane, "--data-plane")
+    if port == 65535:
+        raise ConfigError(f"--listen = {host}:{port} leaves no port after it for the data plane; give --data-plane")
+    return host, port + 1
+
+
+def _watch_server(console: Console, listen: str, hub: Hub, superlink: Child) -> int:
+    console.print(
+        f"SuperLink listens on {listen}, the data plane's hub on port {hub.port}; logs in {superlink.log.parent}",
+        highlight=False,
+        soft_wrap=True,
+    )
     console.print(
         f"next, on each node:  edgelam client --server {listen} --data FILE   (an edge server: without --data)",
         highlight=False,
@@ -71,13 +101,14 @@ def serve(console: Console, listen: str, state: Path, insecure: bool) -> int:
     console.print(f"then:                edgelam run RUN.toml --server {listen}", highlight=False, soft_wrap=True)
     try:
         while not superlink.ended():
+            shorten(superlink.log)
             time.sleep(0.5)
+            if news := hub.watch():
+                console.print(news, highlight=False, soft_wrap=True)
         raise RunFailed(superlink.ended())
     except KeyboardInterrupt:
         console.print("server ended; runs in progress end with it, their last checkpoints stay in their folders")
         return INTERRUPTED
-    finally:
-        end_all([superlink])
 
 
 def join(
@@ -91,7 +122,9 @@ def join(
     state: Path | None,
     tags: Sequence[str],
     insecure: bool,
+    wait: bool = False,
 ) -> int:
+    """`wait`: until the server answers, instead of refusing. Once it has answered, the node rejoins whenever it comes back."""
     host, port = split_address(server, "--server")
     check_plain_text(host, "--server", insecure)
     if listen:
@@ -106,7 +139,10 @@ def join(
             raise ConfigError(f"--tag {tag!r} may hold letters, digits, '.', '_' and '-', 63 at most")
     if data is not None:
         read_records(data)
-    _check_answers(host, port, "edgelam client")
+    if wait:
+        _await_answer(console, host, port)
+    else:
+        _check_answers(host, port, "edgelam client")
     node = Node(name, server, state or Path(".edgelam") / name, data, listen, advertise, threads, tags)
     return _watch(console, node)
 
@@ -131,6 +167,16 @@ def _watch(console: Console, node: Node) -> int:
         return INTERRUPTED
     finally:
         end_all(list(node.children.values()))
+
+
+def _await_answer(console: Console, host: str, port: int) -> None:
+    if answers(host, port):
+        return
+    console.print(f"no server answers at {host}:{port} yet; waiting for it", highlight=False, soft_wrap=True)
+    pause_s = 1.0
+    while not answers(host, port):
+        time.sleep(pause_s)
+        pause_s = min(_LONGEST_PAUSE_S, 1.5 * pause_s)
 
 
 def check_server(server: str, insecure: bool, command: str) -> None:
@@ -189,6 +235,7 @@ def run_here(console: Console, config: RunConfig, folder: Path, data: Sequence[P
     nodes = edge + devices
     try:
         with console.status("starting Flower's SuperLink"):
+            # Without a hub: all nodes are on this machine and have what it has, the model too.
             children.append(start_superlink("127.0.0.1", port, folder / "server"))
         for node in nodes:
             node.start()
@@ -210,7 +257,7 @@ def _local_nodes(config: RunConfig, folder: Path, address: str, data: Sequence[P
     """Edge servers and devices, the machine's cores shared out. Where devices host, there are no edge servers."""
     split, cores = config.split, os.cpu_count() or 1
     devices_host = split.host_on == "any"
-    edges = 0 if devices_host else split.hosts * split.sites
+    edges = 0 if devices_host else split.least_hosts * split.sites
     edge = [
         Node(f"edge-{n}", address, folder / "nodes" / f"edge-{n}", threads=max(1, cores // edges))
         for n in range(1, edges + 1)

@@ -41,16 +41,22 @@ class Submission:
         self.run_id = 0
 
     def submit(
-        self, config: RunConfig, out: Path, chat: Path | None = None, fabric: str = "", simulation: str = ""
+        self,
+        config: RunConfig,
+        out: Path,
+        chat: Path | None = None,
+        fabric: str = "",
+        simulation: str = "",
+        plan: bool = False,
     ) -> int:
         """Starts the run; its folder on the server's machine is `out`. Returns Flower's run id.
 
         `chat`: the folder of an adapter to talk to over the hosts, instead of training. `fabric`, `simulation`: who plays
-        the nodes, and Flower's settings for its simulation engine.
+        the nodes, and Flower's settings for its simulation engine. `plan`: only say who would hold what.
         """
         text = self._home / "run-config.toml"
         values = {"run-toml": config.to_toml(), "out": str(out), "chat": str(chat.absolute()) if chat else "",
-                  "fabric": fabric}  # fmt: skip
+                  "fabric": fabric, "plan": "yes" if plan else ""}  # fmt: skip
         text.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()), encoding="utf-8")
         engine = ["--federation-config", simulation] if simulation else []
         answer = self._flwr("run", str(app_folder()), "local", "--run-config", str(text), *engine)

@@ -15,9 +15,11 @@ from edgelam_fl.flower import to_record
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
+from server import hub
 from server.chat import converse
 from server.checks import check_config
 from server.nodes import Nodes
+from server.placement import needs_speeds, propose
 from server.plans import task_settings
 from server.run_folder import RunFolder
 from server.strategy import SplitLora
@@ -34,11 +36,15 @@ def main(grid: Grid, context: Context) -> None:
     )
     out = str(context.run_config["out"]) or f"runs/flwr-{context.run_id}"
     source = check_config(config)
+    hub.offer(source)
     if str(context.run_config["chat"]):
         converse(grid, config, source, session=Path(out).absolute(), adapter=Path(str(context.run_config["chat"])))
         return
     folder = RunFolder(Path(out).absolute(), config, source)
     try:
+        if str(context.run_config["plan"]):
+            propose(_nodes(grid, folder, config, source), config, source, folder)
+            return
         _run(grid, config, folder, source, f"{Path(out).name}-{time.time_ns():x}")
     except EdgelamError as error:
         folder.fail(str(error))
@@ -53,15 +59,22 @@ def _run(grid: Grid, config: RunConfig, folder: RunFolder, source: ModelSource, 
         "run_started", run=folder.path.name, config=config.model_dump(mode="json"),
         versions={package: version(package) for package in _VERSIONED},
     )  # fmt: skip
-    request = pb.ProfileRequest(
-        protocol_version=PROTOCOL_VERSION,
-        task=task_settings(config),
-        measure_model=config.model.name if config.model.base == "auto" else "",
-    )
-    nodes = Nodes(grid, folder, request)
+    nodes = _nodes(grid, folder, config, source)
     strategy = SplitLora(config, source, nodes, folder, run)
     print(f"run folder: {folder.path}", flush=True)
     # The first plan adds each module's start: only then is known who holds it, and in which rank.
     strategy.start(grid, to_record({}), num_rounds=config.federation.rounds, timeout=config.federation.round_deadline_s)
     folder.finish()
     print(f"done: {folder.path / 'summary.json'}", flush=True)
+
+
+def _nodes(grid: Grid, folder: RunFolder, config: RunConfig, source: ModelSource) -> Nodes:
+    request = pb.ProfileRequest(
+        protocol_version=PROTOCOL_VERSION,
+        task=task_settings(config),
+        measure_model=config.model.name if needs_speeds(config) else "",
+        measure_layers=config.model.name if config.split.cuts == "auto" else "",
+        model_digest=source.digest,
+        hub_port=hub.port(),
+    )
+    return Nodes(grid, folder, request, config.federation.join_deadline_s)

@@ -21,9 +21,11 @@ from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
+from server import hub
 from server.global_adapter import starting_point
-from server.layout import make_layout, who_may_host
+from server.layout import who_may_host
 from server.nodes import Nodes
+from server.placement import Placement
 from server.plans import RoundFacts, make_plans, task_settings
 from server.run_folder import RunFolder
 
@@ -60,12 +62,12 @@ def _plan(grid: Grid, config: RunConfig, source: ModelSource, folder: RunFolder)
     """Waits for the hosts of one site. Raises RunFailed when they do not come."""
     nodes = Nodes(grid, folder, pb.ProfileRequest(protocol_version=PROTOCOL_VERSION, task=task_settings(config)))
     end = time.monotonic() + config.federation.join_deadline_s
-    while len(who_may_host(config, nodes.profiles.values())) < config.split.hosts and time.monotonic() < end:
+    while len(who_may_host(config, nodes.profiles.values())) < config.split.least_hosts and time.monotonic() < end:
         if not nodes.refresh():
             time.sleep(_POLL_S)
     caller = pb.Profile(name=CALLER, role=pb.DEVICE)
-    layout = make_layout(config, source, [caller], who_may_host(config, nodes.profiles.values()))
-    facts = RoundFacts(f"{folder.path.name}-{time.time_ns():x}", 1, 1, 0, 0)
+    layout = Placement(config, source).layout(1, [caller], who_may_host(config, nodes.profiles.values()))
+    facts = RoundFacts(f"{folder.path.name}-{time.time_ns():x}", 1, 1, 0, 0, hub_port=hub.port())
     profiles = {**nodes.profiles, CALLER: caller}
     plans = make_plans(config, source, facts, profiles, layout, {}, {CALLER: secrets.token_bytes(16)})
     for plan in plans.values():

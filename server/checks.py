@@ -35,6 +35,12 @@ def check_together(config: RunConfig) -> None:
             f"model.compute = {model.compute!r} does not go with model.base = {model.base!r}, which is computed as it is kept; "
             f"allowed: 'auto' or {model.base!r}"
         )
+    if split.hosts == "auto" and split.cuts != "auto":
+        cuts = repr(split.cuts) if split.cuts == "equal" else list(split.cuts)
+        raise ConfigError(
+            f"split.hosts = 'auto' does not go with split.cuts = {cuts}: how many hosts, and where they are cut, is one choice. "
+            f"Allowed: split.cuts = 'auto', or a number of hosts"
+        )
     if split.sites > 1 and not split.hosts:
         raise ConfigError(f"split.sites = {split.sites} needs split.hosts of at least 1: a site is a chain of hosts")
     if split.labels == "last-stage" and not split.hosts:
@@ -112,23 +118,24 @@ def check_correction(config: RunConfig) -> None:
 def check_cuts(config: RunConfig, source: ModelSource) -> None:
     """Raises ConfigError where the device's layers do not fit the model."""
     split, layers = config.split, source.num_layers
-    room = layers - split.hosts
+    hosts = split.least_hosts
+    room = layers - hosts
     if split.front + split.back > room:
         raise ConfigError(
             f"split.front + split.back = {split.front} + {split.back} is outside the model: {source.name} has {layers} layers"
-            + (f", and {split.hosts} hosts need at least one each" if split.hosts else "")
+            + (f", and {hosts} hosts need at least one each" if hosts else "")
             + f"; together they may be at most {room}"
         )
     _check_values("split.fronts", split.fronts, 0, room, f"{source.name}'s layers without one a host")
     _check_values("split.backs", split.backs, 0, room, f"{source.name}'s layers without one a host")
     first, last = split.front, layers - split.back
-    if split.cuts != "equal":
+    if isinstance(split.cuts, tuple):
         borders = [first, *split.cuts, last]
         rising = all(low < high for low, high in pairwise(borders))
-        if len(split.cuts) != max(0, split.hosts - 1) or not rising:
+        if len(split.cuts) != max(0, hosts - 1) or not rising:
             raise ConfigError(
-                f"split.cuts = {list(split.cuts)} must be {max(0, split.hosts - 1)} rising layer numbers for {split.hosts} hosts, "
-                f"each above {first} and below {last} (or 'equal')"
+                f"split.cuts = {list(split.cuts)} must be {max(0, hosts - 1)} rising layer numbers for {hosts} hosts, "
+                f"each above {first} and below {last} (or 'equal', 'auto')"
             )
 
 

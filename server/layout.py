@@ -7,7 +7,7 @@ so a route may enter the first host and leave the last one at any layer inside; 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import pairwise
 
@@ -41,6 +41,9 @@ class Site:
 class Layout:
     sites: tuple[Site, ...]
     routes: Mapping[str, pb.Route]  # by device, by name; without token and share
+    bases: Mapping[str, tuple[str, str]] = field(
+        default_factory=dict
+    )  # (base, compute) of the nodes where it is settled
 
     def site_of(self, device: str) -> Site:
         return next(site for site in self.sites if device in site.members)
@@ -74,19 +77,31 @@ def make_layout(
     enough hosts for one, ConfigError where a route would not cross each host of its site.
     """
     names = sorted(device.name for device in devices)
-    length = config.split.hosts
+    length = config.split.least_hosts
     if len(hosts) < length:
         raise RunFailed(
             f"a site needs {length} hosts (split.hosts), and {len(hosts)} nodes can be one: "
             f"{', '.join(host.name for host in hosts) or 'none'} (split.host_on = {config.split.host_on!r})"
         )
     count = min(config.split.sites, len(names), len(hosts) // length if length else 1)
+    chains = []
+    for number in range(count):
+        ends = [device_ends(config, source, name) for name in names[number::count]]
+        chains.append(_ranges(config, hosts[number * length : (number + 1) * length], ends))
+    return lay_out(config, source, names, chains)
+
+
+def lay_out(
+    config: RunConfig, source: ModelSource, devices: Iterable[str], chains: Sequence[Sequence[HostRange]]
+) -> Layout:
+    """Sites of these chains, to which the devices are dealt in turn, by name; their routes."""
+    names = sorted(devices)
     ends = {name: device_ends(config, source, name) for name in names}
     indices = {name: index for index, name in enumerate(names)}
     sites, routes = [], {}
-    for number in range(count):
-        members = names[number::count]
-        site = _site(config, hosts[number * length : (number + 1) * length], {name: ends[name] for name in members})
+    for number, chain in enumerate(chains):
+        members = names[number :: len(chains)]
+        site = Site(tuple(chain), tuple(members))
         sites.append(site)
         for name in members:
             front, back_first = ends[name]
@@ -115,20 +130,19 @@ def device_ends(config: RunConfig, source: ModelSource, device: str) -> tuple[in
 
 def cut_layers(config: RunConfig, first: int, last: int) -> list[int]:
     """The borders of the hosts' slices: `first`, the cuts, `last`. Equal cuts differ by one layer at most."""
-    hosts = config.split.hosts
+    hosts = config.split.least_hosts
     if not hosts:
         return [first]
-    if config.split.cuts != "equal":
+    if isinstance(config.split.cuts, tuple):
         return [first, *config.split.cuts, last]
     return [first + (last - first) * number // hosts for number in range(hosts + 1)]
 
 
-def _site(config: RunConfig, hosts: Sequence[pb.Profile], ends: Mapping[str, tuple[int, int]]) -> Site:
+def _ranges(config: RunConfig, hosts: Sequence[pb.Profile], ends: Sequence[tuple[int, int]]) -> list[HostRange]:
     """The hosts' ranges cover what any member's route needs."""
-    first, last = min(front for front, _ in ends.values()), max(back_first for _, back_first in ends.values())
+    first, last = min(front for front, _ in ends), max(back_first for _, back_first in ends)
     borders = pairwise(cut_layers(config, first, last))
-    ranges = (HostRange(host.name, host.address, low, high) for host, (low, high) in zip(hosts, borders, strict=True))
-    return Site(tuple(ranges), tuple(ends))
+    return [HostRange(host.name, host.address, low, high) for host, (low, high) in zip(hosts, borders, strict=True)]
 
 
 def _hop(config: RunConfig, host: HostRange, device: str, front: int, back_first: int) -> pb.Hop:

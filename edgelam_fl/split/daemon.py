@@ -14,6 +14,8 @@ from pathlib import Path
 from edgelam_fl.errors import EdgelamError
 from edgelam_fl.telemetry.events import EventLog
 
+_MOST_EVENTS_BYTES = 8 << 20  # and as much again set aside: a board's card is small
+
 
 def main() -> int:
     options = _parse(sys.argv[1:])
@@ -40,7 +42,7 @@ def serve(options: argparse.Namespace) -> int:
     give_back_at_once()
     if options.threads:
         torch.set_num_threads(options.threads)
-    log = EventLog(options.state / "events.jsonl")
+    log = EventLog(options.state / "events.jsonl", _MOST_EVENTS_BYTES)
     node: StageHost | None = None
     data_plane = None
     listen = options.listen or ("" if options.data else "127.0.0.1:0")
@@ -48,7 +50,8 @@ def serve(options: argparse.Namespace) -> int:
         host, _, port = listen.rpartition(":")
         data_plane = DataPlaneServer(host, int(port), lambda hello, link: node.admit(hello, link))  # type: ignore[union-attr]
     address = options.advertise or (f"{listen.rpartition(':')[0]}:{data_plane.port}" if data_plane else "")
-    node = StageHost(options.name, dial, log, data=options.data, address=address, tags=options.tag)
+    server = options.server.rpartition(":")[0]
+    node = StageHost(options.name, dial, log, data=options.data, address=address, tags=options.tag, server=server)
     handlers = {"GetProfile": node.profile, "Submit": node.submit, "Wait": node.wait}
     control = ControlServer(options.state, lambda _: handlers)
     log("ready", name=options.name, address=address)
@@ -70,6 +73,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "--listen", default="", help="host:port of the data plane; a device without it cannot be a host"
     )
     parser.add_argument("--advertise", default="", help="host:port at which others reach it, if it is not --listen")
+    parser.add_argument("--server", default="", help="host:port of the SuperLink; the hub is on the same host")
     parser.add_argument("--tag", action="append", default=[], help="a word by which runs may choose it; repeat it")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     return parser.parse_args(arguments)

@@ -13,7 +13,7 @@ import numpy as np
 from edgelam_fl.errors import Refused
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.carry import without_carry
-from edgelam_fl.model.source import find_model
+from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.stage import Stage, load_stages
 from edgelam_fl.split.corrections import read_corrections
 from edgelam_fl.split.job import ends_train, hosted_trains, lora_of
@@ -27,10 +27,15 @@ _COPIES = "copies"
 class Held:
     """The stages of one node: the ends of its own route, and what it hosts for others."""
 
-    def __init__(self, plan: pb.Plan, load: Callable[..., list[Stage]] = load_stages) -> None:
-        """Loads the slices, by `load`. Raises Refused where the model here is not the server's."""
+    def __init__(
+        self,
+        plan: pb.Plan,
+        load: Callable[..., list[Stage]] = load_stages,
+        find: Callable[[pb.Plan], ModelSource] = lambda plan: find_model(plan.model.name),
+    ) -> None:
+        """Loads the slices, by `load`, of what `find` finds. Raises Refused where the model here is not the server's."""
         self.key = slice_key(plan)
-        self.source = find_model(plan.model.name)
+        self.source = find(plan)
         if self.source.digest != plan.model.digest:
             raise Refused(
                 f"model {plan.model.name} is {self.source.digest[:12]} on node {plan.node} and {plan.model.digest[:12]} at the "

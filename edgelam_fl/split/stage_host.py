@@ -19,12 +19,14 @@ from typing import Any
 import torch
 
 from edgelam_fl.errors import DataError, EdgelamError
+from edgelam_fl.hub.fetch import open_model
 from edgelam_fl.machine import memory_free_bytes
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.bases import usable_bases
-from edgelam_fl.model.source import find_model
+from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.speed import measure_bases
 from edgelam_fl.model.stage import Stage, load_stages
+from edgelam_fl.profile.node import add_measured
 from edgelam_fl.split.driver import Driver
 from edgelam_fl.split.generation import HostSessions
 from edgelam_fl.split.group import Group
@@ -32,6 +34,7 @@ from edgelam_fl.split.held import Held, slice_key
 from edgelam_fl.split.host import Host
 from edgelam_fl.split.job import Inbox, job_id, part_id, peak_rss_bytes, task_of
 from edgelam_fl.split.links import Dial, new_route, open_link, open_route, wire_dtype
+from edgelam_fl.split.plan import hosted_span
 from edgelam_fl.split.window import affordable_window
 from edgelam_fl.tasks.base import Example, Task
 from edgelam_fl.tasks.data import Pair, device_pairs
@@ -79,11 +82,13 @@ class StageHost:
         data: Path | None = None,
         address: str = "",
         tags: Sequence[str] = (),
+        server: str = "",
         read: Callable[[Path, Any], tuple[list[Pair], list[Pair]]] = device_pairs,
         load: Callable[..., list[Stage]] = load_stages,
     ) -> None:
         """`data`: a device's examples (None: an edge server). `address`: where others reach this node's data plane.
-        `tags`: words by which a run may choose it. `read`: (training, held-out) pairs out of the data. `load`: slices.
+        `tags`: words by which a run may choose it. `server`: the host on which the server's hub is. `read`: (training,
+        held-out) pairs out of the data. `load`: slices.
         """
         self.name = name
         self.role = pb.DEVICE if data else pb.EDGE
@@ -92,6 +97,7 @@ class StageHost:
         self._data = data
         self._address = address
         self._tags = tuple(tags)
+        self._server = server
         self._read, self._load = read, load
         self._lock = threading.Lock()
         self._parts: dict[str, Part] = {}
@@ -125,8 +131,22 @@ class StageHost:
             except DataError as error:
                 profile.problem = str(error)
         if request.measure_model and not profile.problem:
-            profile.base_seconds.update(measure_bases(find_model(request.measure_model)))
+            profile.base_seconds.update(
+                measure_bases(self._find(request.measure_model, request.model_digest, request.hub_port))
+            )
+        if not profile.problem:
+            add_measured(profile, request, self._find, self._server)
         return profile
+
+    def _find(self, name: str, digest: str, hub_port: int, tokenizer: bool = False) -> ModelSource:
+        """The model, from this machine or the server's hub."""
+        hub = f"{self._server}:{hub_port}" if self._server and hub_port else ""
+        return open_model(name, digest, hub, tokenizer=tokenizer, emit=self._emit)
+
+    def _find_planned(self, plan: pb.Plan) -> ModelSource:
+        hosted = hosted_span(plan)
+        reads_text = bool(plan.routes) or (hosted is not None and hosted.head)
+        return self._find(plan.model.name, plan.model.digest, plan.hub_port, reads_text)
 
     def submit(self, request: pb.SubmitRequest) -> pb.SubmitReply:
         """Starts a part; the same part again attaches to it. A newer attempt cancels what runs."""
@@ -238,7 +258,7 @@ class StageHost:
     def _hold(self, plan: pb.Plan) -> Held:
         if self._held is None or self._held.key != slice_key(plan):
             self._held = None  # the old slice goes before the new one comes
-            self._held = Held(plan, self._load)
+            self._held = Held(plan, self._load, self._find_planned)
         return self._held
 
     def _play(self, part: Part, held: Held, emit: Callable[..., None]) -> Callable[[str, str], int] | None:

@@ -14,7 +14,15 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from edgelam_fl.telemetry.summary import by_name, human_bytes, human_measure, measure_of, measured, task_of
+from edgelam_fl.telemetry.summary import (
+    by_name,
+    human_bytes,
+    human_layers,
+    human_measure,
+    measure_of,
+    measured,
+    task_of,
+)
 from edgelam_fl.telemetry.timeline import read_phase
 
 NAMES_SHOWN = 8
@@ -78,6 +86,14 @@ class RunView:
 
     def _on_node_refused(self, event: Mapping[str, Any], _: str) -> None:
         self.say(f"{event['node']} cannot take part: {event['reason']}")
+
+    def _on_placement(self, event: Mapping[str, Any], _: str) -> None:
+        for text in event["measured"]:
+            self.say(text)
+        if event["changed"]:
+            held = [h for site in event["sites"] for h in site["hosts"]]
+            layers = ", ".join(f"{h['node']} {human_layers([h['first'], h['last']])}" for h in held)
+            self.say(f"{layers}: {event['reason']}; a step of training should take {event['step_s']:.3g} s")
 
     def _on_plan(self, event: Mapping[str, Any], _: str) -> None:
         self._round = event["round"]

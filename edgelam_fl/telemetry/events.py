@@ -6,7 +6,9 @@ the ServerApp, into RUN/events.jsonl
     run_started     run, config (the run file, resolved), versions {package: version}
     node_joined     node, role ("device" | "edge"), address, examples, held_out, memory_available_bytes, cpu_threads,
                     tags [words],
-                    base_seconds {"base/compute": seconds of a layer, forward and backward} (model.base = "auto" only)
+                    base_seconds {"base/compute": seconds of a layer, forward and backward} (model.base = "auto" only);
+                    with split.cuts = "auto", as far as it could be measured: layer_times [{tokens, seconds {"base/compute": ...}}],
+                    link_up_bps, link_down_bps, round_trip_s (to the server's hub)
     node_refused    node, reason
     plan            round, attempt, selected [names], why {node: text} (of each device that is here), shares {node: share of 1},
                     routes [{device, front, back_first, num_layers, hops [{node, first, last}]}],
@@ -14,6 +16,13 @@ the ServerApp, into RUN/events.jsonl
                     holds; a route's hop may be a part of them), nodes {name: {base, compute, rank}},
                     personal (whether the aggregation lets devices go on with tensors of their own),
                     demands {name: {payload_bytes, compute_s, snr}} (with [wireless] only: what the bandwidth strategy saw)
+    placement       before its plan, with split.cuts = "auto": round, changed (whether layers moved), reason (text), step_s (predicted,
+                    of the slowest site), window (micro-batches in flight that memory allows), tokens (a row, that times were
+                    predicted with), measured [texts] (nodes that the round before showed to be far off),
+                    sites [{step_s, limit (text: what a step waits for), memory_limit (text; "": no host would hold more),
+                    left_out [hosts without which it is faster], hosts [...], devices [...]}]
+                    hosts, devices: {node, first, last, base ("base/compute"; "" of devices), memory_bytes (of the process, at
+                    its peak), compute_s, up_bytes, down_bytes (of a step)}; a host holds layers [first, last), a device the others
     round_done      round, seconds, attempt, devices [...], hosts [...], checkpoint (path in RUN),
                     aggregation_error (||s B A + C - M|| / ||M||, M = sum_k p_k s_k B_k A_k of what the sources k trained
                     in the round, B A the new adapter's product, C what the carry factors gained, over all trained
@@ -50,6 +59,8 @@ the ServerApp, into RUN/events.jsonl
 
 a stage host, into its own state folder's events.jsonl
     job_started     job, role, layers [[first, last], ...], seconds (loading)
+    slice_coming    model, bytes, of (of the missing tensors; every few seconds while they come from the server's hub)
+    slice_received  model, base, tensors, slice_bytes, bytes (that came now), seconds
     evaluated       job, loss_sum, labels, seconds
     step            job, step, loss (mean a label), labels, seconds, bytes_sent, bytes_received
     step_closed     job, step, counted [names], left_out [{node, reason}]
@@ -69,19 +80,30 @@ from typing import Any
 
 
 class EventLog:
-    """Appends events to one file; safe to call from any thread."""
+    """Appends events to one file; safe to call from any thread.
 
-    def __init__(self, path: Path) -> None:
+    most_bytes: a file that has grown so long is set aside as PATH.old, in place of an older one; 0: it grows.
+    """
+
+    def __init__(self, path: Path, most_bytes: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
+        self.path, self._most_bytes = path, most_bytes
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._lock = threading.Lock()
 
     def __call__(self, event: str, **fields: Any) -> None:
         line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}, ensure_ascii=False)
         with self._lock:
-            if not self._file.closed:
-                self._file.write(line + "\n")
+            if self._file.closed:
+                return
+            if self._most_bytes and self._file.tell() >= self._most_bytes:
+                self._begin_anew()
+            self._file.write(line + "\n")
+
+    def _begin_anew(self) -> None:
+        self._file.close()
+        self.path.replace(self.path.with_name(f"{self.path.name}.old"))
+        self._file = self.path.open("a", encoding="utf-8", buffering=1)
 
     def close(self) -> None:
         with self._lock:
@@ -107,6 +129,8 @@ class EventTail:
         if not self.path.exists():
             return []
         with self.path.open("rb") as file:
+            if self.path.stat().st_size < self._offset:
+                self._offset = 0  # its writer has begun anew
             file.seek(self._offset)
             data = file.read()
         whole = data[: data.rfind(b"\n") + 1]

@@ -11,10 +11,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from edgelam_fl.config import RunConfig, parse_run_file
 from edgelam_fl.errors import EnvironmentProblem, RunFailed
-from edgelam_fl.processes import Child, Node, end_all, free_port, log_tail, start_superlink, tool_environment
+from edgelam_fl.processes import Child, Hub, Node, end_all, free_port, log_tail, start_superlink, tool_environment
 from edgelam_fl.submit import Submission
 from edgelam_fl.telemetry.events import EventTail
 from tests.integration.proxy import Connection, CountingProxy
@@ -53,6 +54,11 @@ class Federation:
     data_plane: CountingProxy | None = None
     control_plane: CountingProxy | None = None  # between the devices and the SuperLink
 
+    @property
+    def server_models(self) -> Path:
+        """A hub's cache that the server has and no node."""
+        return self.folder / "server-models"
+
     # ---------------------------------------------------------------- its life
 
     def start(self) -> None:
@@ -68,7 +74,12 @@ class Federation:
             self.nodes[name] = Node(
                 name, self.control_plane.address, self.folder / "nodes" / name, data=file, threads=1
             )
-        self.children.append(start_superlink("127.0.0.1", port, self.folder / "server"))
+        hub = Hub("127.0.0.1", free_port(), self.folder / "hub")
+        hub.start()
+        assert hub.child is not None
+        self.children.append(hub.child)
+        with patch.dict(os.environ, {"HF_HUB_CACHE": str(self.server_models)}):
+            self.children.append(start_superlink("127.0.0.1", port, self.folder / "server", beside=hub))
         for node in self.nodes.values():
             node.start()
         self.wait_for(lambda: all(node.ready() for node in self.nodes.values()), START_DEADLINE_S, "the nodes")

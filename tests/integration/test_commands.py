@@ -164,7 +164,7 @@ def test_help_lists_every_command_and_answers_at_once(tmp_path: Path) -> None:
     began = time.monotonic()
     done = edgelam("--help", cwd=tmp_path)
     assert done.returncode == 0
-    for command in ("init", "demo", "doctor", "run", "server", "client", "report", "export", "chat"):
+    for command in ("init", "demo", "doctor", "top", "run", "server", "client", "report", "export", "chat"):
         assert command in done.stdout
     assert time.monotonic() - began < 5
 

@@ -140,6 +140,24 @@ def test_a_route_over_a_host_equals_the_route_over_none(tiny: ModelSource, data_
     assert results[0][1] == results[1][1]
 
 
+def test_a_change_of_cuts_between_rounds_changes_no_number(tiny: ModelSource, data_files: list[Path]) -> None:
+    """Layers move from one host to the other, their adapters with them. Plain SGD: AdamW's moments do not travel."""
+    results = []
+    for second in (2, 4):
+        settings = ["split.hosts=2", "split.front=1", "split.back=1", "optimizer.name=sgd", "optimizer.lr=0.5"]
+        config = run_config(tiny.name, *settings, "split.cuts=[2]")
+        start = initial_adapter(tiny, config.lora.targets, config.lora.rank, 1)
+        with memory_fleet(tiny, config, data_files) as fleet:
+            first = fleet.run(start, 3)
+            check_done(first)
+            fleet.config = run_config(tiny.name, *settings, f"split.cuts=[{second}]")
+            reports = fleet.run(joined(first), 3, step_offset=3)
+        check_done(reports)
+        assert (reports["edge-1"].host.first_layer, reports["edge-1"].host.last_layer) == (1, second)
+        results.append(joined(reports))
+    assert same_bits(*results)
+
+
 def test_a_device_lost_in_a_chain_costs_its_own_micro_batches(tiny: ModelSource, data_files: list[Path]) -> None:
     """Three devices over two hosts; one goes after its third step. Both hosts finish, on the same members in every step."""
     config = run_config(tiny.name, "split.hosts=2")

@@ -46,7 +46,7 @@ def test_an_unknown_key_names_the_nearest(text: str, expected: str) -> None:
         ('[model]\nbase = "fp16"', "model.base = 'fp16' must be 'fp32', 'bf16', 'int8', 'nf4' or 'auto' (in my.toml)"),
         ('[task]\ntemplate = "{answer} {prompt}"', "task.template = '{answer} {prompt}' must be 'chat', 'plain', or a"),
         ("[split]\nfront = true", "split.front = True must be a valid integer (in my.toml)"),
-        ("[split]\nhosts = 65", "split.hosts = 65 must be less than or equal to 64 (in my.toml)"),
+        ("[split]\nhosts = 65", "split.hosts = 65 must be 0 to 64, or 'auto' (in my.toml)"),
         ("model = 3", "model = 3 must be a valid dictionary"),
     ],
 )  # fmt: skip

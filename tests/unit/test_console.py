@@ -98,3 +98,16 @@ def test_failed_run() -> None:
     assert next(line for line in lines if line.startswith("edge-1")).startswith("edge-1 lost ")
     _, lines = watch(a_run_failed_at_once())
     assert lines[0].startswith("failed before the first round, ")
+
+
+def test_where_layers_go_is_said_when_it_changes() -> None:
+    hosts = [{"node": "edge-1", "first": 2, "last": 20}, {"node": "edge-2", "first": 20, "last": 28}]
+    event = {
+        "event": "placement", "sites": [{"hosts": hosts}], "step_s": 2.5, "reason": "the first plan", "changed": True,
+        "measured": ["edge-2 took 3.0 times as long"],
+    }  # fmt: skip
+    said, _ = watch([event, {**event, "changed": False, "reason": "as before", "measured": []}])
+    words = " ".join(said.split())
+    assert "edge-1 layers 2-19, edge-2 layers 20-27: the first plan; a step of training should take 2.5 s" in words
+    assert "edge-2 took 3.0 times as long" in words
+    assert "as before" not in words

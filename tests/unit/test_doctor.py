@@ -195,6 +195,17 @@ def test_a_containers_limit_counts(tmp_path: Path) -> None:
     assert memory_free_bytes(tmp_path, "/system/unit") == 400 - 100, "a group above limits too"
 
 
+def test_the_limit_of_an_older_kernels_container_counts(tmp_path: Path) -> None:
+    group = tmp_path / "memory" / "docker" / "one"
+    group.mkdir(parents=True)
+    (group / "memory.limit_in_bytes").write_text("1000\n")
+    (group / "memory.usage_in_bytes").write_text("700\n")
+    (group / "memory.stat").write_text("cache 1\ntotal_inactive_file 150\ntotal_active_file 50\ninactive_file 9\n")
+    assert memory_free_bytes(tmp_path, "/docker/one") == 1000 - 700 + 200
+    (group / "memory.limit_in_bytes").write_text(f"{2**63 - 4096}\n")
+    assert memory_free_bytes(tmp_path, "/docker/one") > GIB // 8, "the machine's"
+
+
 # ---------------------------------------------------------------- computing
 
 

@@ -19,6 +19,7 @@ from edgelam_fl.processes import (
     end_all,
     free_port,
     log_tail,
+    shorten,
     split_address,
 )
 
@@ -124,6 +125,37 @@ def test_log_tail(tmp_path: Path) -> None:
     assert log_tail(tmp_path / "none") == "it left no log"
     (tmp_path / "log").write_bytes(b"a\nb\xff\nc\nd\n")
     assert log_tail(tmp_path / "log") == "b\ufffd | c | d"
+
+
+def test_a_log_that_has_grown_long_is_shortened_under_its_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgelam_fl.processes._MOST_LOG_BYTES", 1000)
+    monkeypatch.setattr("edgelam_fl.processes._KEPT_LOG_BYTES", 25)
+    log, lines = tmp_path / "log", [f"line {n:04}\n" for n in range(101)]  # of 10 bytes
+    code = (
+        "import sys; print(*(f'line {n:04}' for n in range(100)), sep='\\n', flush=True); input(); print('line 0100')"
+    )
+    with log.open("ab") as output:
+        writer = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=output)
+    until(lambda: log.stat().st_size == 1000)
+    shorten(log)
+    assert log.read_text() == "".join(lines[:100]), "at the limit it stays"
+    with log.open("a") as more:
+        more.write("a last line\n")
+    shorten(log)
+    assert log.read_text() == lines[99] + "a last line\n", "whole lines of the last 25 bytes"
+    writer.communicate(b"\n")
+    assert log.read_text() == lines[99] + "a last line\n" + lines[100]
+
+
+def test_a_log_is_shortened_before_a_child_appends_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgelam_fl.processes._MOST_LOG_BYTES", 100)
+    monkeypatch.setattr("edgelam_fl.processes._KEPT_LOG_BYTES", 8)
+    (tmp_path / "log").write_text("x" * 100 + "\nold\n")
+    child = python("print('new')", tmp_path / "log")
+    until(child.ended)
+    assert (tmp_path / "log").read_text() == "old\nnew\n"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")

@@ -68,8 +68,8 @@ def test_every_key_is_described(section: str, key: str) -> None:
     [
         ("model", "base", "fp32 | bf16 | int8 | nf4 | auto"),
         ("split", "front", "0 or more"),
-        ("split", "hosts", "0 to 64"),
-        ("split", "cuts", "equal | list of numbers"),
+        ("split", "hosts", "number | auto"),
+        ("split", "cuts", "equal | auto | list of numbers"),
         ("split", "fronts", "table of numbers by name"),
         ("split", "checkpointing", "true | false"),
         ("lora", "alpha", "above 0"),

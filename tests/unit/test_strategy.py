@@ -24,6 +24,7 @@ from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server import fold
 from server.nodes import Nodes
+from server.placement import propose
 from server.run_folder import RunFolder
 from server.strategy import SplitLora
 from strategies.base import RoundState, Selected
@@ -205,6 +206,34 @@ def test_a_run_starts_with_the_sites_that_came(federation: Callable[..., Federat
     assert [[site["devices"] for site in event["sites"]] for event in run.events("plan")] == [[["a", "b"]]] * 2
 
 
+def test_cuts_are_chosen_and_chosen_anew_where_a_host_is_gone(federation: Callable[..., Federation]) -> None:
+    """Nobody measured anything, so hosts are taken to be alike; in round 2, at its second attempt, f holds the middle alone."""
+    run = federation("ab", "ef", "split.cuts=auto", "split.hosts=auto", "split.front=1", "split.back=1")
+    run.nodes["e"].fails = lambda plan: "crash" if plan.round == 2 and plan.attempt == 1 else ""  # type: ignore[assignment, return-value]
+    leave = run.strategy.nodes.lose
+
+    def lose(name: str) -> None:
+        leave(name)
+        run.grid.nodes = {number: node for number, node in run.grid.nodes.items() if node.profile.name != name}
+
+    run.strategy.nodes.lose = lose  # type: ignore[method-assign]
+    assert moves(run.run(), run.start) == {0: 2, 1: 4, 2: 4, 3: 4, 4: 4, 5: 2}
+    held = [{h["node"]: h["last"] - h["first"] for h in e["sites"][0]["hosts"]} for e in run.events("placement")]
+    assert held == [{"e": 2, "f": 2}, {"e": 2, "f": 2}, {"f": 4}, {"f": 4}]
+    assert [event["round"] for event in run.events("placement")] == [1, 2, 2, 3]
+    assert run.events("placement")[2]["reason"] == "the old plan is no longer possible"
+
+
+def test_a_plan_alone_is_told_and_nothing_is_trained(federation: Callable[..., Federation]) -> None:
+    run = federation("ab", "ef", "split.hosts=2", "split.front=1", "split.back=1")
+    propose(run.strategy.nodes, run.config, run.strategy.source, run.folder)
+    (told,) = run.events("placement")
+    assert [(h["node"], h["first"], h["last"]) for h in told["sites"][0]["hosts"]] == [("e", 1, 3), ("f", 3, 5)]
+    assert told["reason"] == "split.cuts = equal"
+    assert not run.events("plan")
+    assert run.events("run_done")
+
+
 def test_a_round_without_a_whole_site_is_tried_again(federation: Callable[..., Federation]) -> None:
     run = federation("ab", "e", "federation.rounds=1")
     run.nodes["e"].fails = lambda plan: "crash" if plan.attempt == 1 and plan.steps else ""  # type: ignore[assignment, return-value]
@@ -241,6 +270,49 @@ def test_every_device_gone(federation: Callable[..., Federation], monkeypatch: p
         RunFailed, match=r"0 devices \(none\) .* at least 1 .*a: left the federation; b: left the federation"
     ):
         run.strategy.start(grid, to_record({}), 1, timeout=-119.5)  # half a second for the host's reply
+
+
+def test_a_board_that_is_back_before_its_old_self_is_missed(federation: Callable[..., Federation]) -> None:
+    """As after a power cut: for a minute Flower lists both."""
+    run = federation("ab", "e")
+    grid, nodes = run.grid, run.strategy.nodes
+    nodes.refresh()
+    grid.nodes[9] = ByHand(run.nodes["b"].profile)
+    nodes.refresh()
+    assert nodes.problems == {"b": "another node has this name already; give each its own with --name"}
+    del grid.nodes[2]
+    assert list(grid.nodes) == [1, 3, 9]
+    nodes.refresh(ask_lost=True)
+    assert nodes.devices() == ["a", "b"]
+    assert nodes.message("b", "train", RecordDict()).metadata.dst_node_id == 9
+    assert nodes.problems == {}
+
+
+def test_a_node_that_could_not_answer_is_asked_again(federation: Callable[..., Federation]) -> None:
+    """As at boot: its stage host may take longer to start than its SuperNode."""
+    run = federation("ab", "e")
+    grid, nodes = run.grid, run.strategy.nodes
+    answer = grid._answer
+    grid._answer = lambda message: (
+        Message(Error(code=0, reason="no endpoint"), reply_to=message)
+        if message.metadata.dst_node_id == 2
+        else answer(message)
+    )
+    nodes.refresh()
+    assert nodes.devices() == ["a"]
+    grid._answer = answer
+    nodes.refresh()
+    assert nodes.devices() == ["a"], "asked once a round"
+    nodes.refresh(ask_lost=True)
+    assert nodes.devices() == ["a", "b"]
+
+
+def test_a_node_that_is_refused_holds_nobody_up(federation: Callable[..., Federation]) -> None:
+    """It answers whenever it is asked, and that is no news."""
+    run = federation("ab", "e", "federation.min_nodes=2")
+    run.nodes["b"].profile.protocol_version = PROTOCOL_VERSION + 1
+    with pytest.raises(RunFailed, match=r"1 devices \(a\) .* at least 2 .*; b: speaks protocol version"):
+        run.run()
 
 
 def test_no_hosts(federation: Callable[..., Federation]) -> None:

@@ -1,0 +1,118 @@
+"""A device behind 5, 20 and 100 Mbit/s, by `tc` in its container: the time of a step against the formula.
+
+Needs a Docker engine. One device, one edge server, a random Llama that computes little and moves much: a step is m
+micro-batches of B x T tokens, and a route over one host moves 2 B T D fp32 numbers a micro-batch each way (activations of the
+front and gradients of the back go up, the others come down). Transfers overlap compute, so a step should take
+
+    (m + p - 1) max(max_i t_i, S / R)
+
+with p = 2 ends of the link, t_i what node i computes a micro-batch (measured in the same run), S the bytes a micro-batch and
+direction, R the rate that tc was given; frames, gRPC, TCP and Ethernet headers are in the measured time alone. The first
+round is not counted. It measures time: run it on a machine that does nothing else. --smoke: 100 Mbit/s alone, no bars.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.big_llama import CONFIG, write_llama
+from benchmarks.common import Figure, main
+from benchmarks.links import write_pairs
+from testbed.__main__ import IMAGE, started, train
+from testbed.engine import build, check_engine
+from testbed.shapes import Node, Shape, Testbed
+
+RATES_MBPS = (5, 20, 100)
+MICRO_BATCHES, TOKENS, STEPS, ENDS = 8, 256, 4, 2
+OFF = 0.15
+HIDDEN = 512
+MODEL = {
+    **CONFIG, "vocab_size": 300, "hidden_size": HIDDEN, "intermediate_size": 64, "num_hidden_layers": 3,
+    "num_attention_heads": 8, "num_key_value_heads": 1,
+}  # fmt: skip
+RUN = f"""\
+[model]
+name = "/models/llama"
+[split]
+front = 1
+back = 1
+micro_batches = {MICRO_BATCHES}
+window = {MICRO_BATCHES}
+[federation]
+rounds = 2
+local_steps = {STEPS}
+batch_size = {MICRO_BATCHES}
+join_deadline_s = 400
+step_deadline_s = 600
+[task]
+max_tokens = {TOKENS}
+[data]
+held_out = 0.05
+"""
+
+
+def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
+    check_engine()
+    build(IMAGE)
+    out = Path("runs").absolute() / ("benchmark-links-tc-smoke" if smoke else "benchmark-links-tc")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    model = write_llama(out / "model", MODEL)
+    data = write_pairs(out / "pairs.jsonl", TOKENS)
+    figures = []
+    for rate in RATES_MBPS[-1:] if smoke else RATES_MBPS:
+        figures += of_rate(rate, _run(out / f"{rate}-mbps", rate, data, model), bar=not smoke)
+    settings = {"run": RUN, "rates_mbps": RATES_MBPS, "bytes_a_micro_batch": micro_batch_bytes(), "model": MODEL}
+    return settings, figures
+
+
+def micro_batch_bytes() -> int:
+    """Each way."""
+    return 2 * TOKENS * HIDDEN * 4
+
+
+def predicted_s(rate_mbps: float, compute_s: float) -> float:
+    return (MICRO_BATCHES + ENDS - 1) * max(compute_s, micro_batch_bytes() * 8 / (rate_mbps * 1e6))
+
+
+def of_rate(rate: int, round_done: dict[str, Any], bar: bool) -> list[Figure]:
+    """Of the second round."""
+    (device,) = round_done["devices"]
+    micro_batches = STEPS * MICRO_BATCHES
+    compute_s = max(node["compute_seconds"] for node in [device, *round_done["hosts"]]) / micro_batches
+    step_s, formula_s = device["train_seconds"] / STEPS, predicted_s(rate, compute_s)
+    off = step_s / formula_s - 1
+    asked = f"within {OFF:.0%} of the formula" if bar else None
+    return [
+        Figure(f"{rate} Mbit/s: largest compute a micro-batch", round(compute_s, 4), "s"),
+        Figure(f"{rate} Mbit/s: transfer a micro-batch", round(micro_batch_bytes() * 8 / (rate * 1e6), 4), "s"),
+        Figure(f"{rate} Mbit/s: a step by the formula", round(formula_s, 3), "s"),
+        Figure(f"{rate} Mbit/s: a step", round(step_s, 3), "s", asked, abs(off) <= OFF if bar else None),
+        Figure(f"{rate} Mbit/s: off the formula", round(100 * off, 1), "%"),
+    ]
+
+
+def _run(folder: Path, rate: int, data: Path, model: Path) -> dict[str, Any]:
+    shapes = {
+        "server": Shape(memory="2 GiB", cpus=0.3),
+        "edge": Shape(memory="2 GiB", cpus=0.75),
+        "device": Shape(memory="2 GiB", cpus=0.75, up=f"{rate} Mbit/s", down=f"{rate} Mbit/s"),
+    }
+    nodes = (Node(shape="edge", name="edge-1", role="edge"), Node(shape="device", name="device-1"))
+    testbed = Testbed(shapes=shapes, server="server", nodes=nodes)
+    run_file = folder / "links.toml"
+    folder.mkdir()
+    run_file.write_text(RUN, encoding="utf-8")
+    with started(testbed, folder, "edgelam-links-tc", Console(), [data], {str(model): "/models/llama"}) as containers:
+        train(containers, testbed, folder, run_file)
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    return next(event for event in events if event["event"] == "round_done" and event["round"] == 2)
+
+
+if __name__ == "__main__":
+    main("links_tc", measure)

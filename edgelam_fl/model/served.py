@@ -1,0 +1,199 @@
+"""A model whose files are elsewhere: its tensors come one by one, checked, and are kept on disk. Knows no network.
+
+What comes is bytes of named parts, from `Stream`; each part is a file, named `.part` until its SHA-256 is right. A broken
+stream, or an end of this process, costs what was on the way: the part goes on at its byte.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgelam_fl.errors import EnvironmentProblem, PeerLost, ProtocolError
+from edgelam_fl.machine import disk_free_bytes
+from edgelam_fl.model.source import write_atomically
+
+_DTYPES = {  # safetensors' name -> torch's, bytes of an element
+    "F32": ("float32", 4), "BF16": ("bfloat16", 2), "F16": ("float16", 2), "I8": ("int8", 1), "U8": ("uint8", 1),
+    "I32": ("int32", 4), "I64": ("int64", 8), "BOOL": ("bool", 1),
+}  # fmt: skip
+_PATIENCE_S = 180.0  # without a byte; a server that has the model in another form makes it first
+_RETRY_S = 1.0
+_TRIES = 3  # for a part that comes with wrong bytes
+_ROOM_BYTES = 16 << 20  # left free on the disk
+
+
+@dataclass(frozen=True)
+class Part:
+    """Announced: a tensor, or a small file (without dtype)."""
+
+    name: str
+    size: int
+    sha256: str
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+
+
+# (part, bytes of it that are here) for each -> what is missing of them, in order, in pieces that are of one part each
+Stream = Callable[[Sequence[tuple[Part, int]]], Iterator[bytes]]
+
+
+def check_part(part: Part, most_bytes: int) -> None:
+    """Raises ProtocolError for what must not be announced, before anything of it is asked for."""
+    if not re.fullmatch(r"\w[\w.-]{0,250}", part.name) or not re.fullmatch("[0-9a-f]{64}", part.sha256):
+        raise ProtocolError(
+            f"the hub announced a part with the name {part.name[:80]!r} and the hash {part.sha256[:80]!r}"
+        )
+    if part.dtype and part.dtype not in _DTYPES:
+        raise ProtocolError(f"the hub announced {part.name} in {part.dtype[:20]!r}; known: {', '.join(_DTYPES)}")
+    exact = not part.dtype or part.size == math.prod(part.shape) * _DTYPES[part.dtype][1]
+    if part.size > most_bytes or not exact:
+        raise ProtocolError(
+            f"the hub announced {part.size} bytes for {part.name} of shape {list(part.shape)[:8]} in {part.dtype or 'a file'}; "
+            f"it may have {most_bytes} at most"
+        )
+
+
+def mapped(folder: Path, part: Part) -> Any:
+    """The tensor in its file; memory is taken when it is touched, and shared with other processes."""
+    import torch
+
+    array = np.memmap(folder / part.name, np.uint8, "c")
+    return torch.from_numpy(array).view(getattr(torch, _DTYPES[part.dtype][0])).view(part.shape)
+
+
+def read_manifest(folder: Path) -> dict[str, Part]:
+    try:
+        entries = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return {name: Part(**{**entry, "shape": tuple(entry["shape"])}) for name, entry in entries.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}  # absent, or cut short with the power: it is asked for again
+
+
+def write_manifest(folder: Path, parts: dict[str, Part]) -> None:
+    write_atomically(folder / "manifest.json", json.dumps({name: asdict(part) for name, part in parts.items()}))
+
+
+def complete(
+    folder: Path,
+    wanted: Sequence[Part],
+    stream: Stream,
+    *,
+    free: Callable[[Path], int] = disk_free_bytes,
+    patience_s: float = _PATIENCE_S,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> int:
+    """Fetches what of `wanted` is not in `folder`, or not as announced; returns the bytes that came.
+
+    `progress`: told the bytes of the missing parts that are here, and all of theirs. Raises EnvironmentProblem where the disk
+    is too small, the stream gives nothing for `patience_s`, or a part stays wrong.
+    """
+    missing = [part for part in wanted if not _is_right(folder / part.name, part)]
+    for part in missing:
+        (folder / part.name).unlink(missing_ok=True)  # whoever has it mapped keeps it
+    total, came, heard = sum(part.size for part in missing), 0, time.monotonic()
+    _check_room(folder, sum(part.size - _begun(folder, part) for part in missing), free)
+    wrong: dict[str, int] = {}
+    while missing:
+        begun = total - sum(part.size - _begun(folder, part) for part in missing)
+        problem = "it ended early"
+        try:
+            for size in _receive(folder, missing, stream, wrong):
+                came, begun, heard = came + size, begun + size, time.monotonic()
+                progress(begun, total)
+        except PeerLost as error:
+            problem = str(error)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise _full(folder, sum(part.size - _begun(folder, part) for part in missing), free) from error
+        missing = [part for part in missing if not (folder / part.name).exists()]
+        if missing and time.monotonic() - heard > patience_s:
+            raise EnvironmentProblem(
+                f"{len(missing)} of {len(wanted)} tensors of the slice did not come from the server's hub for {patience_s:.0f} s: "
+                f"{problem}. What is here is kept and goes on from there"
+            )
+        if missing:
+            time.sleep(min(_RETRY_S, patience_s / 10))
+    return came
+
+
+def _receive(folder: Path, parts: Sequence[Part], stream: Stream, wrong: dict[str, int]) -> Iterator[int]:
+    """One stream's pieces into the parts' files; yields the size of each."""
+    pieces = stream([(part, _begun(folder, part)) for part in parts])
+    for part in parts:
+        begun, path = _begun(folder, part), _partial(folder, part)
+        with path.open("ab", buffering=0) as file:
+            while begun < part.size:
+                piece = next(pieces, None)
+                if piece is None:
+                    return
+                if begun + len(piece) > part.size:
+                    raise ProtocolError(f"the hub sent more than the {part.size} bytes of {part.name}")
+                _write_all(file, piece)
+                begun += len(piece)
+                yield len(piece)
+        _finish(folder, part, wrong)
+
+
+def _write_all(file: object, piece: bytes) -> None:
+    view = memoryview(piece)
+    while view:
+        view = view[file.write(view) :]  # type: ignore[attr-defined]
+
+
+def _finish(folder: Path, part: Part, wrong: dict[str, int]) -> None:
+    """In place if the bytes are the announced ones, else begun again: this part alone."""
+    path = _partial(folder, part)
+    if _is_right(path, part):
+        path.replace(folder / part.name)
+        return
+    path.unlink()
+    wrong[part.name] = wrong.get(part.name, 0) + 1
+    if wrong[part.name] >= _TRIES:
+        raise EnvironmentProblem(
+            f"{part.name} came from the server's hub {_TRIES} times with other bytes than announced; look after the network or "
+            f"the disk under {folder}"
+        )
+
+
+def _is_right(path: Path, part: Part) -> bool:
+    if not path.is_file() or path.stat().st_size != part.size:
+        return False
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == part.sha256
+
+
+def _partial(folder: Path, part: Part) -> Path:
+    return folder / f"{part.name}.{part.sha256[:8]}.part"
+
+
+def _begun(folder: Path, part: Part) -> int:
+    path = _partial(folder, part)
+    size = path.stat().st_size if path.exists() else 0
+    if size > part.size:
+        path.unlink()
+        return 0
+    return size
+
+
+def _check_room(folder: Path, needed: int, free: Callable[[Path], int]) -> None:
+    if needed and free(folder) < needed + _ROOM_BYTES:
+        raise _full(folder, needed, free)
+
+
+def _full(folder: Path, needed: int, free: Callable[[Path], int]) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        f"the slice needs {needed / 1e6:.0f} MB more under {folder} (and {_ROOM_BYTES / 1e6:.0f} MB beside it), "
+        f"{free(folder) / 1e6:.0f} MB are free there; make room, or let EDGELAM_CACHE name a folder on a larger disk"
+    )

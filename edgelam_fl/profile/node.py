@@ -1,0 +1,39 @@
+"""What a stage host adds to its answer to the server: its profile as protobuf. A part that fails stays unmeasured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from edgelam_fl.errors import EnvironmentProblem, ModelError
+from edgelam_fl.machine import disk_free_bytes
+from edgelam_fl.model.layer_speed import measure_layers
+from edgelam_fl.model.source import ModelSource, cache_folder
+from edgelam_fl.profile.link import measure_link
+from edgelam_fl.profile.measure import disk_write_bytes_per_s
+from edgelam_fl.wire import edgelam_pb2 as pb
+
+
+def add_measured(
+    profile: pb.Profile, request: pb.ProfileRequest, find: Callable[..., ModelSource], server: str
+) -> None:
+    """`find`: a model by name, digest and the hub's port. `server`: the host that the hub is on; "": there is none."""
+    profile.disk_free_bytes = disk_free_bytes(cache_folder())
+    if not request.measure_layers:
+        return
+    try:
+        source = find(request.measure_layers, request.model_digest, request.hub_port)
+        for tokens, seconds in measure_layers(source).items():
+            profile.layer_times.add(tokens=tokens, seconds=seconds)
+        profile.disk_write_bytes_per_s = disk_write_bytes_per_s(cache_folder())
+    except (ModelError, EnvironmentProblem):  # the model is not here; a cache that is read only
+        return
+    if request.hub_port and server:
+        _add_link(profile, server, request.hub_port)
+
+
+def _add_link(profile: pb.Profile, host: str, port: int) -> None:
+    try:
+        link = measure_link(host, port)
+    except EnvironmentProblem:  # an older server has no hub
+        return
+    profile.link_up_bps, profile.link_down_bps, profile.round_trip_s = link.up_bps, link.down_bps, link.round_trip_s

@@ -1,0 +1,180 @@
+"""`python -m testbed`: the demo on a testbed of containers that are as small and as slow as boards.
+
+`run` is what `make testbed` does: image, containers, a run, its report, and the containers gone again. `compose` only
+writes the Compose file. Needs no more rights than `docker` itself.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from edgelam_fl.config import read_run_file
+from edgelam_fl.errors import ConfigError, EdgelamError, RunFailed
+from edgelam_fl.tasks.docstrings import write_device_files
+from edgelam_fl.telemetry.summary import human_bytes, summary_table
+from testbed.compose import RUNS, SERVER, SERVER_ADDRESS, compose_file, write_compose_file
+from testbed.engine import ROOT, Project, build, check_engine
+from testbed.shapes import Testbed, read_testbed
+
+IMAGE = "edgelam:testbed"
+_FILES = ROOT / "docker"
+
+app = typer.Typer(
+    help="Testbeds of containers.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
+FileOption = Annotated[Path, typer.Option("--file", metavar="TOML", help="The machines to play.")]
+DevicesOption = Annotated[
+    int | None, typer.Option("--devices", help="So many devices, of the file's shapes in turn; by default as listed.")
+]
+
+
+@app.command()
+def compose(
+    out: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder for the file and the devices' data.")],
+    file: FileOption = _FILES / "devices.toml",
+    devices: DevicesOption = None,
+    image: Annotated[str, typer.Option("--image", help="The image of all containers.")] = IMAGE,
+) -> None:
+    """Writes FOLDER/docker-compose.yml, and the devices' data beside it; starts nothing, needs no engine."""
+    print(write_testbed(read_testbed(file, devices), new_folder(out), image))
+
+
+@app.command()
+def run(
+    file: FileOption = _FILES / "devices.toml",
+    devices: DevicesOption = None,
+    run_file: Annotated[Path, typer.Option("--run", metavar="TOML", help="The run file.")] = _FILES / "run.toml",
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="By default runs/testbed-<time>.")] = None,
+    overrides: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Of the run file; repeat it.")
+    ] = [],  # noqa: B006
+    project: Annotated[str, typer.Option("--project", help="Name of the Compose project.")] = "edgelam-testbed",
+    image: Annotated[str, typer.Option("--image", help="Use this image, which is here already, and build none.")] = "",
+    base_image: Annotated[str, typer.Option("--base-image", help="What the image is built on.")] = "",
+) -> None:
+    """Builds the image, starts the testbed, trains on it, brings the run's folder here, and ends the containers."""
+    console = Console()
+    testbed = read_testbed(file, devices)
+    read_run_file(run_file, overrides)
+    check_engine()
+    folder = new_folder(out or Path("runs") / f"testbed-{time.strftime('%Y%m%d-%H%M%S')}")
+    if not image:
+        console.print("building the image (minutes the first time, seconds after that)")
+        build(IMAGE, base_image)
+    with started(testbed, folder, project, console, image=image or IMAGE) as containers:
+        train(containers, testbed, folder, run_file, overrides)
+        memory = memory_table(containers, testbed)
+    console.print(summary_table(json.loads((folder / "summary.json").read_text(encoding="utf-8"))))
+    console.print(memory)
+    console.print(f"run: {folder}\npage: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def new_folder(folder: Path) -> Path:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"the folder {folder} exists; choose another one (nothing is ever overwritten)")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder.absolute()
+
+
+def write_testbed(
+    testbed: Testbed,
+    folder: Path,
+    image: str,
+    data: Sequence[Path] = (),
+    mounts: Mapping[str, str] = MappingProxyType({}),
+) -> Path:
+    """The Compose file. `data`: a file a device, by default the demo's docstrings. `mounts`: as in `compose_file`."""
+    files = data or write_device_files(folder / "data", len(testbed.devices))
+    of_device = {node.name: file for node, file in zip(testbed.devices, files, strict=True)}
+    return write_compose_file(folder / "docker-compose.yml", compose_file(testbed, of_device, image, mounts))
+
+
+@contextmanager
+def started(
+    testbed: Testbed,
+    folder: Path,
+    name: str,
+    console: Console,
+    data: Sequence[Path] = (),
+    mounts: Mapping[str, str] = MappingProxyType({}),
+    image: str = IMAGE,
+) -> Iterator[Project]:
+    """The running containers; all are gone afterwards. What they said stays in containers.log where something failed."""
+    containers = Project(name, write_testbed(testbed, folder, image, data, mounts))
+    containers.down()  # what an earlier one left that was killed
+    try:
+        console.print(f"starting {1 + len(testbed.nodes)} containers: {SERVER}, {_listed(testbed)}", highlight=False)
+        containers.up()
+        yield containers
+    except BaseException:
+        (folder / "containers.log").write_text(containers.logs(), encoding="utf-8")
+        console.print(f"what the containers said: {folder / 'containers.log'}", highlight=False, soft_wrap=True)
+        raise
+    finally:
+        containers.down()
+
+
+def _listed(testbed: Testbed) -> str:
+    return ", ".join(node.name for node in testbed.nodes)
+
+
+def train(
+    containers: Project, testbed: Testbed, folder: Path, run_file: Path, overrides: Sequence[str] = (), name: str = ""
+) -> None:
+    """`edgelam run` on the server, and its folder copied here. Raises RunFailed where it did not end well."""
+    inside = f"{RUNS}/{name or 'testbed'}"
+    config = read_run_file(run_file, [*overrides, f"federation.expect_nodes={len(testbed.devices)}"])
+    containers.put(SERVER, config.to_toml(), f"{inside}.toml")
+    command = ["edgelam", "run", f"{inside}.toml", "--server", SERVER_ADDRESS, "--insecure", "--out", inside]
+    try:
+        status = containers.follow(SERVER, command)
+    finally:
+        containers.copy_out(SERVER, inside, folder)
+    if status:
+        raise RunFailed(f"the run on the testbed ended with status {status}; its folder is {folder}")
+
+
+def memory_table(containers: Project, testbed: Testbed) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    for heading in ("container", "shape", "memory limit", "peak with file pages", "killed for memory"):
+        table.add_column(heading, justify="left" if heading in ("container", "shape") else "right")
+    for service, shape in [(SERVER, testbed.server), *((node.name, node.shape) for node in testbed.nodes)]:
+        peak, kills = containers.peak_memory_bytes(service), containers.memory_kills(service)
+        limit = testbed.shapes[shape].memory_bytes
+        table.add_row(service, shape, human_bytes(limit), human_bytes(peak), "-" if kills is None else str(kills))
+    return table
+
+
+def main() -> None:
+    """Exit codes as the ones of `edgelam`."""
+    try:
+        status = app(standalone_mode=False)
+    except EdgelamError as error:
+        print(f"edgelam testbed: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        print("edgelam testbed: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        show = getattr(error, "show", None)  # click's own usage errors
+        if show is None:
+            raise
+        show()
+        sys.exit(2)
+    sys.exit(status or 0)
+
+
+if __name__ == "__main__":
+    main()

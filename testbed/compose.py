@@ -1,0 +1,78 @@
+"""A testbed as a Compose file, for docker-compose 1.27 and later and for `docker compose`. Starts nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from testbed.shapes import SERVER, Node, Shape, Testbed
+
+SERVER_ADDRESS = f"{SERVER}:8000"
+RUNS = "/runs"  # in the server's container, where the ServerApp writes
+_DATA_PLANE = 9000
+_DATA = "/data/examples.jsonl"
+_THREADS = 1  # of torch: a container that has a part of a core gains nothing from a second one
+
+
+def compose_file(
+    testbed: Testbed, data: Mapping[str, Path], image: str, mounts: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Any]:
+    """`data`: a file of examples for each device. `mounts`: folders that all read, and where they find them."""
+    shared = [f"{folder}:{inside}:ro" for folder, inside in mounts.items()]
+    server = _service(SERVER, testbed.shapes[testbed.server], image, _serve())
+    services = {SERVER: server | {"healthcheck": {"interval": "3s", "retries": 100}}}  # all others wait for it
+    for node in testbed.nodes:
+        service = _service(node.name, testbed.shape_of(node), image, _join(node))
+        service["depends_on"] = {SERVER: {"condition": "service_healthy"}}
+        if node.role == "device":
+            service["volumes"] = [f"{data[node.name].absolute()}:{_DATA}:ro"]
+        services[node.name] = service
+    for service in services.values() if shared else ():
+        service["volumes"] = [*service.get("volumes", []), *shared]
+    return {"services": services, "networks": {"plane": {}}}
+
+
+def write_compose_file(file: Path, content: Mapping[str, Any]) -> Path:
+    """As JSON, which is YAML too."""
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return file
+
+
+def _serve() -> list[str]:
+    return ["edgelam", "server", "--listen", "0.0.0.0:8000", "--state", "/state", "--insecure"]
+
+
+def _join(node: Node) -> list[str]:
+    command = ["edgelam", "client", "--server", SERVER_ADDRESS, "--name", node.name, "--state", "/state", "--insecure"]
+    command += ["--threads", str(_THREADS)]
+    if node.role == "device":
+        return [*command, "--data", _DATA]
+    return [*command, "--listen", f"0.0.0.0:{_DATA_PLANE}", "--advertise", f"{node.name}:{_DATA_PLANE}"]
+
+
+def _service(name: str, shape: Shape, image: str, command: list[str]) -> dict[str, Any]:
+    service = {
+        "image": image,
+        "hostname": name,
+        "command": command,
+        "init": True,
+        "networks": ["plane"],
+        "mem_limit": shape.memory_bytes,
+        "memswap_limit": shape.memory_bytes,  # memory and swap together: none beside it
+        "cpus": shape.cpus,
+        "environment": {"OMP_NUM_THREADS": str(_THREADS), "COLUMNS": "100"},
+    }
+    return service | (_shaped(shape, service["environment"]) if shape.up or shape.down or shape.delay_ms else {})
+
+
+def _shaped(shape: Shape, environment: Any) -> dict[str, Any]:
+    """Root sets the link's rates and then drops all rights: see entry.sh."""
+    limits = {
+        "EDGELAM_UP_KBIT": str(shape.up_kbit or ""),
+        "EDGELAM_DOWN_KBIT": str(shape.down_kbit or ""),
+        "EDGELAM_DELAY_MS": str(shape.delay_ms),
+    }
+    return {"user": "root", "cap_add": ["NET_ADMIN"], "environment": {**environment, **limits}}

@@ -1,0 +1,148 @@
+"""Docker and Compose by their command lines: is there an engine, build, start, ask, end. Knows nothing of federations."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from edgelam_fl.errors import EnvironmentProblem, RunFailed
+
+ROOT = Path(__file__).parents[1]
+# A base that is here already comes before one that has to be fetched; the last one is the Dockerfile's own.
+_BASES = ("python:3.11-slim-bookworm", "python:3.11-slim")
+_ASK_S, _START_S = 60.0, 600.0
+# By version of cgroups; without the files nothing is known. The engine's own "OOMKilled" speaks of the first process alone.
+_PEAK = "cat /sys/fs/cgroup/memory.peak 2>/dev/null || cat /sys/fs/cgroup/memory/memory.max_usage_in_bytes"
+_KILLS = "cat /sys/fs/cgroup/memory.events 2>/dev/null || cat /sys/fs/cgroup/memory/memory.oom_control"
+_STAT = "cat /sys/fs/cgroup/memory.stat 2>/dev/null || cat /sys/fs/cgroup/memory/memory.stat"
+
+
+def engine_problem() -> str:
+    """Why containers cannot be started here; empty where they can."""
+    if not shutil.which("docker"):
+        return "the command `docker` is not on PATH: install Docker Engine"
+    try:
+        done = subprocess.run(["docker", "info"], capture_output=True, text=True, timeout=_ASK_S, check=False)
+    except subprocess.TimeoutExpired:
+        return f"`docker info` did not answer within {_ASK_S:.0f} s"
+    if done.returncode:
+        return f"`docker info` failed: {' '.join(done.stderr.split())[-200:] or 'it said nothing'}"
+    return "" if _compose_commands() else "there is neither `docker compose` nor `docker-compose`: install one of them"
+
+
+def check_engine() -> None:
+    problem = engine_problem()
+    if problem:
+        raise EnvironmentProblem(f"a testbed needs a Docker engine and Compose, and {problem}")
+
+
+def _compose_commands() -> list[list[str]]:
+    candidates = (["docker", "compose"], ["docker-compose"])
+    return [command for command in candidates if shutil.which(command[0]) and _works([*command, "version"])]
+
+
+def _works(command: Sequence[str]) -> bool:
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def build(image: str, base: str = "") -> None:
+    """Shows the build's steps. Raises RunFailed with the end of its output."""
+    base = base or next((base for base in _BASES if _works(["docker", "image", "inspect", base])), "")
+    arguments = ["--build-arg", f"BASE_IMAGE={base}"] if base else []
+    command = ["docker", "build", "-f", "docker/Dockerfile", *arguments, "-t", image, "."]
+    said: list[str] = []
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            said.append(line.rstrip())
+            if line.startswith(("Step ", "#")) and " : " in line:
+                print(f"    {line.rstrip()[:110]}", flush=True)
+    if process.returncode:
+        raise RunFailed(f"`{' '.join(command)}` failed: " + " | ".join(said[-5:])[-800:])
+
+
+class Project:
+    """The containers of one Compose file, under a project name of their own."""
+
+    def __init__(self, name: str, file: Path) -> None:
+        self.name = name
+        self._command = [*_compose_commands()[0], "-p", name, "-f", str(file)]
+
+    def up(self) -> None:
+        """Returns when all are started; those that depend on a healthy one have waited for it."""
+        self._compose("up", "-d", timeout_s=_START_S)
+
+    def down(self) -> None:
+        self._compose("down", "--volumes", "--remove-orphans", "--timeout", "5", timeout_s=_START_S)
+
+    def logs(self) -> str:
+        return self._compose("logs", "--no-color", "--tail", "200", timeout_s=_ASK_S).stdout
+
+    def follow(self, service: str, command: Sequence[str]) -> int:
+        """Runs a command in a service's container, its output on ours. Returns its exit status."""
+        exec_in = ["docker", "exec", self.container(service), *command]
+        return subprocess.run(exec_in, check=False).returncode
+
+    def ask(self, service: str, command: str) -> str:
+        """What a shell command in a service's container prints; empty where it fails."""
+        done = subprocess.run(
+            ["docker", "exec", self.container(service), "sh", "-c", command],
+            capture_output=True, text=True, timeout=_ASK_S, check=False,
+        )  # fmt: skip
+        return done.stdout if done.returncode == 0 else ""
+
+    def put(self, service: str, text: str, path: str) -> None:
+        """Writes a file in a service's container."""
+        command = ["docker", "exec", "-i", self.container(service), "sh", "-c", 'cat > "$0"', path]
+        _checked(command, _ASK_S, text)
+
+    def copy_out(self, service: str, folder: str, to: Path) -> None:
+        """A folder's content, where it is there."""
+        if not self.ask(service, f"test -d {shlex.quote(folder)} && echo yes"):
+            return
+        to.mkdir(parents=True, exist_ok=True)
+        _checked(["docker", "cp", f"{self.container(service)}:{folder}/.", str(to)], _START_S)
+
+    def container(self, service: str) -> str:
+        found = self._compose("ps", "-q", service, timeout_s=_ASK_S).stdout.split()
+        if not found:
+            raise RunFailed(f"{service} of the testbed {self.name} has no container; it ended, or was never started")
+        return found[0]
+
+    def peak_memory_bytes(self, service: str) -> int | None:
+        """The largest use of its control group, pages of files among it, so a limit that is met says little."""
+        said = self.ask(service, _PEAK).split()
+        return int(said[0]) if said else None
+
+    def memory_kills(self, service: str) -> int | None:
+        """How many of its processes the kernel ended for want of memory."""
+        lines = [line.split() for line in self.ask(service, _KILLS).splitlines()]
+        return next((int(words[1]) for words in lines if words[:1] == ["oom_kill"]), None)
+
+    def own_memory_bytes(self, service: str) -> int | None:
+        """What its processes hold now that is not a file's pages, which the kernel cannot take back without swap."""
+        lines = [line.split() for line in self.ask(service, _STAT).splitlines()]
+        return next((int(words[1]) for words in lines if words[:1] in (["anon"], ["total_rss"])), None)
+
+    def _compose(self, *arguments: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
+        return _checked([*self._command, *arguments], timeout_s)
+
+
+def inspect(container: str) -> dict[str, object]:
+    return json.loads(_checked(["docker", "inspect", container], _ASK_S).stdout)[0]
+
+
+def _checked(command: Sequence[str], timeout_s: float, text: str = "") -> subprocess.CompletedProcess[str]:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout_s, check=False, input=text
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise RunFailed(f"`{' '.join(command)}` did not end within {timeout_s:.0f} s") from error
+    if done.returncode:
+        raise RunFailed(f"`{' '.join(command)}` failed: {' '.join(done.stderr.split())[-600:] or 'it said nothing'}")
+    return done

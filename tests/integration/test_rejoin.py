@@ -1,0 +1,43 @@
+"""A node at boot, and when its server comes back: nobody has to start anything again."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from edgelam_fl.processes import Child, end_all, free_port, log_tail, start_superlink
+
+pytestmark = pytest.mark.processes
+
+
+def test_a_client_waits_for_its_server_and_joins_it_again_after_a_restart(tmp_path: Path) -> None:
+    port, log, supernode = free_port(), tmp_path / "client.log", tmp_path / "node" / "supernode.log"
+    command = [str(Path(sys.executable).with_name("edgelam")), "client", "--wait", "--server", f"127.0.0.1:{port}"]
+    client = Child("client", [*command, "--name", "board", "--state", str(tmp_path / "node")], log)
+    children = [client]
+
+    def until(happened: Callable[[], bool], seconds: float = 180) -> None:
+        end = time.monotonic() + seconds
+        while not happened():
+            assert not client.ended(), client.ended()
+            assert time.monotonic() < end, f"{log_tail(log)}; {log_tail(supernode, 10)}"
+            time.sleep(0.2)
+
+    def said(text: str, file: Path) -> int:
+        return file.read_text(encoding="utf-8").count(text) if file.exists() else 0
+
+    try:
+        until(lambda: said(f"no server answers at 127.0.0.1:{port} yet; waiting for it", log) == 1)
+        assert not supernode.exists()
+        children.append(start_superlink("127.0.0.1", port, tmp_path / "server"))
+        until(lambda: said("SuperNode ID: ", supernode) == 1)
+        end_all([children.pop()])
+        children.append(start_superlink("127.0.0.1", port, tmp_path / "server"))  # it has forgotten its nodes
+        until(lambda: said("SuperNode ID: ", supernode) == 2)
+        until(lambda: said("it was started again", log) == 1)
+    finally:
+        end_all(children)

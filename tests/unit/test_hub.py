@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import grpc
+import pytest
+
+from edgelam_fl.errors import ConfigError, EnvironmentProblem
+from edgelam_fl.hub import PORT, STATE
+from edgelam_fl.hub.daemon import HubServer
+from edgelam_fl.processes import Hub, answers, end_all, free_port
+from edgelam_fl.running import _hub_address
+
+
+def test_the_hub_listens_on_a_free_port_and_tells_its_parts_the_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(STATE, "")
+    server = HubServer("127.0.0.1", 0, tmp_path / "hub")
+    try:
+        channel = grpc.insecure_channel(f"127.0.0.1:{server.port}")
+        with pytest.raises(grpc.RpcError) as caught:
+            channel.unary_unary("/edgelam.v1.Nothing/AtAll")(b"", timeout=10)
+        assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+        assert os.environ[STATE] == str(tmp_path / "hub")
+    finally:
+        server.stop()
+
+
+def test_a_port_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(STATE, "")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(EnvironmentProblem, match=f"port {port} on 127.0.0.1 .*--data-plane"):
+            HubServer("127.0.0.1", port, tmp_path)
+        with pytest.raises(EnvironmentProblem, match=f"port {port} on 127.0.0.1 .*--data-plane"):
+            Hub("127.0.0.1", port, tmp_path / "hub").start()
+
+
+def test_where_the_hub_is() -> None:
+    assert _hub_address("10.0.0.1", 8000, "") == ("10.0.0.1", 8001)
+    assert _hub_address("10.0.0.1", 8000, "0.0.0.0:9") == ("0.0.0.0", 9)
+    with pytest.raises(ConfigError, match="--data-plane"):
+        _hub_address("10.0.0.1", 65535, "")
+
+
+@pytest.mark.processes
+def test_a_hub_that_is_killed_is_started_again(tmp_path: Path) -> None:
+    hub = Hub("127.0.0.1", free_port(), tmp_path / "hub")
+    assert hub.environment == {PORT: str(hub.port), STATE: str(tmp_path / "hub")}
+    try:
+        hub.start()
+        assert hub.child is not None
+        assert hub.watch() == ""
+        os.kill(hub.child.pid, signal.SIGKILL)
+        end, news = time.monotonic() + 30, ""
+        while not news and time.monotonic() < end:
+            news = hub.watch()
+            time.sleep(0.05)
+        assert "status -9" in news
+        assert "started again" in news
+        while not answers(hub.host, hub.port) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert answers(hub.host, hub.port)
+    finally:
+        end_all([hub.child] if hub.child else [])

@@ -1,0 +1,112 @@
+"""The install script for boards and its systemd units, as far as that goes without installing."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "clients" / "install.sh"
+UNITS = sorted((ROOT / "clients" / "systemd").glob("*.service"))
+SHELL_SCRIPTS = [
+    SCRIPT,
+    ROOT / "tools" / "setup.sh",
+    ROOT / "tools" / "environment.sh",
+    ROOT / "tools" / "clean-container",
+]
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="for Linux machines")
+
+
+def install(*options: str, path: Path | None = None, home: Path) -> subprocess.CompletedProcess[str]:
+    """Runs the script. `path`: a folder of programs that stand before the machine's own."""
+    environment = {"PATH": f"{path}:/usr/bin:/bin" if path else "/usr/bin:/bin", "HOME": str(home)}
+    command = ["/bin/sh", str(SCRIPT), *options]
+    return subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, timeout=60, check=False)
+
+
+def programs(folder: Path, scripts: dict[str, str]) -> Path:
+    """Stand-ins of one line each: a script cannot be given another machine otherwise."""
+    folder.mkdir()
+    for name, line in scripts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{line}\n", encoding="utf-8")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+# ---------------------------------------------------------------- what the script refuses, before it changes anything
+
+OLD = dict.fromkeys(("python3", "python3.11", "python3.12", "python3.13"), "echo Python 3.9.2; exit 1")
+RISCV = {"uname": '[ "$1" = -s ] && echo Linux || echo riscv64'}
+
+
+@pytest.mark.parametrize(
+    ("options", "scripts", "says"),
+    [
+        (["--server", "10.0.0.1:8000"], {}, "services that start at boot need root: sudo sh clients/install.sh"),
+        ([], {"getconf": "echo 32"}, "this system is 32-bit (a 64-bit kernel does not help)"),
+        ([], RISCV, "riscv64 is not supported"),
+        (["--board", "pi9"], {}, "--board = pi9 must be pi4, pi5, jetson, arm64 or x86"),
+        (["--data", "none.jsonl"], {}, "--data = none.jsonl is no file that can be read"),
+        (["--server"], {}, "--server needs a value"),
+        (["--srever", "x"], {}, "unknown option --srever"),
+        ([], {"awk": "echo 500"}, "500 MB of memory; a node needs 0.8 GB"),
+        ([], OLD, "no usable Python 3.11 to 3.13 (here: Python 3.9.2)"),
+    ],
+)
+def test_it_refuses(tmp_path: Path, options: list[str], scripts: dict[str, str], says: str) -> None:
+    path = programs(tmp_path / "bin", {"id": "echo 1000", **scripts})
+    done = install(*options, path=path, home=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert says in done.stderr
+    assert not (tmp_path / ".local").exists()
+
+
+def test_help_is_the_scripts_own_beginning(tmp_path: Path) -> None:
+    done = install("--help", home=tmp_path)
+    assert done.returncode == 0
+    assert done.stdout.startswith("Makes this machine a node of a federation")
+    assert done.stdout.rstrip().endswith("or with other options.")
+
+
+def test_the_tested_torch_of_every_board_is_one_that_the_package_takes() -> None:
+    needs = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    torch = next(each for each in map(Requirement, needs) if each.name == "torch")
+    known = re.findall(r"\bboard=(\w+)", SCRIPT.read_text(encoding="utf-8"))
+    assert set(known) == {"pi4", "pi5", "jetson", "arm64", "x86"}
+    for board in known:
+        pins = [
+            line
+            for line in (ROOT / "constraints" / f"{board}.txt").read_text(encoding="utf-8").splitlines()
+            if not line.startswith("#")
+        ]
+        (version,) = re.findall(r"^torch==([0-9.]+)$", "\n".join(pins), re.MULTILINE)
+        assert torch.specifier.contains(version), board
+
+
+# ---------------------------------------------------------------- tools that not every machine has
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not here")
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
+def test_systemd_takes_the_unit(unit: Path, tmp_path: Path) -> None:
+    text = unit.read_text(encoding="utf-8")
+    assert "/opt/edgelam/bin/edgelam " in text
+    (tmp_path / unit.name).write_text(text.replace("/opt/edgelam/bin/edgelam ", "/bin/true "), encoding="utf-8")
+    command = ["systemd-analyze", "verify", "--man=no", str(tmp_path / unit.name)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not here")
+@pytest.mark.parametrize("script", SHELL_SCRIPTS, ids=lambda script: script.name)
+def test_shellcheck_has_nothing_to_say(script: Path) -> None:
+    done = subprocess.run(["shellcheck", "-x", str(script)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+from pydantic import ValidationError
+
+from edgelam_fl.errors import EnvironmentProblem
+from edgelam_fl.hub import echo
+from edgelam_fl.processes import free_port
+from edgelam_fl.profile import link
+from edgelam_fl.profile.doctor import hub_address, measured
+from edgelam_fl.profile.measure import disk_write_bytes_per_s
+from edgelam_fl.profile.profile import Profile
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("EDGELAM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    server = grpc.server(ThreadPoolExecutor(8))
+    server.add_generic_rpc_handlers(tuple(echo.handlers()))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(None)
+
+
+def test_a_profile_with_a_link_survives_json(hub: str, cache: Path) -> None:
+    said: list[str] = []
+    findings, profile = measured("", None, hub, said.append)
+    assert findings == []
+    assert profile is not None
+    assert profile.link is not None
+    assert said == ["measuring the disk", f"measuring the link to {hub}"]
+    assert Profile.model_validate_json(profile.model_dump_json()) == profile
+    assert list(cache.iterdir()) == [], "what the disk was measured with is gone"
+
+
+def test_without_a_hub_the_rest_is_measured_and_the_fault_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "_ANSWER_S", 0.5)
+    findings, profile = measured("", ("127.0.0.1", free_port() - 1), "", lambda _: None)
+    assert [finding.state for finding in findings] == ["problem"]
+    assert "--data-plane" in findings[0].fix
+    assert profile is not None
+    assert profile.link is None
+
+
+def test_a_model_that_is_not_here_is_a_note() -> None:
+    findings, profile = measured("no/such-model", None, "", lambda _: None)
+    assert [finding.state for finding in findings] == ["note"]
+    assert profile is not None
+    assert (profile.model, profile.layer_seconds) == ("", {})
+
+
+def test_where_the_hub_is() -> None:
+    assert hub_address(("10.0.0.1", 8000), "") == ("10.0.0.1", 8001)
+    assert hub_address(("10.0.0.1", 8000), "h:9") == ("h", 9)
+    assert hub_address(None, "") is None
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EnvironmentProblem, match="EDGELAM_CACHE"):
+        disk_write_bytes_per_s(tmp_path / "file" / "cache")
+
+
+def test_impossible_figures_are_refused() -> None:
+    good = {"name": "pi", "memory_free_bytes": 0, "cpu_threads": 1, "disk_free_bytes": 0}
+    assert Profile.model_validate(good).link is None
+    for wrong in ({"memory_free_bytes": -1}, {"cpu_threads": 0}, {"layer_seconds": {128: {"fp32/fp32": 0}}}):
+        with pytest.raises(ValidationError):
+            Profile.model_validate(good | wrong)
