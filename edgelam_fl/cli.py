@@ -58,15 +58,19 @@ RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder
 
 
 def main() -> None:
-    """Runs a command; every foreseen error ends in one message and its exit code."""
+    run_commands(app, "edgelam")
+
+
+def run_commands(app: typer.Typer, name: str) -> None:
+    """Runs a command of `app`; every foreseen error ends in one message and its exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # systemd's way to say Ctrl-C
     try:
         status = app(standalone_mode=False)
     except EdgelamError as error:
-        errors.print(f"[bold red]edgelam:[/bold red] {_plain(str(error))}", highlight=False, soft_wrap=True)
+        errors.print(f"[bold red]{name}:[/bold red] {_plain(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        errors.print("edgelam: interrupted")
+        errors.print(f"{name}: interrupted")
         sys.exit(130)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)

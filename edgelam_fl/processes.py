@@ -116,6 +116,11 @@ def split_address(address: str, option: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def join_address(host: str, port: int) -> str:
+    """HOST:PORT, as `split_address` takes it apart."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def check_plain_text(host: str, option: str, insecure: bool) -> None:
     """Raises ConfigError for an address beyond this machine, unless plain text was agreed to."""
     if insecure or is_loopback(host):
@@ -226,8 +231,8 @@ class Hub:
         _await_answer(self.child, self.host, self.port)
 
     def _start(self) -> None:
-        listen = f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-        command = [sys.executable, "-m", "edgelam_fl.hub.daemon", "--listen", listen, "--state", str(self.state)]
+        command = [sys.executable, "-m", "edgelam_fl.hub.daemon", "--listen", join_address(self.host, self.port)]
+        command += ["--state", str(self.state)]
         self.child = Child("hub", command, self.state.parent / "hub.log")
 
     def watch(self) -> str:

@@ -41,9 +41,7 @@ class Site:
 class Layout:
     sites: tuple[Site, ...]
     routes: Mapping[str, pb.Route]  # by device, by name; without token and share
-    bases: Mapping[str, tuple[str, str]] = field(
-        default_factory=dict
-    )  # (base, compute) of the nodes where it is settled
+    bases: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # (base, compute) of nodes, where settled
 
     def site_of(self, device: str) -> Site:
         return next(site for site in self.sites if device in site.members)

@@ -1,8 +1,9 @@
 """Where layers go with split.cuts = "auto": profiles and rounds become the planner's numbers, its plan becomes a layout.
 
 The time of a layer comes from the profile: of a whole layer at the nearest number of tokens, where nodes measured that, else
-`base_seconds`, a layer's matrices over 128 tokens; both are taken to grow with rows x tokens. The latter is off for the first plan: attention, norms, LoRA and what else a core does are not in it (a real step takes 1.2 to 2 times as
-long), and a few tokens take longer than their part. Between nodes the error is much the same, so cuts suffer less than seconds.
+`base_seconds`, a layer's matrices over 128 tokens; both are taken to grow with rows x tokens. The latter is off for the
+first plan: attention, norms, LoRA and what else a core does are not in it (a real step takes 1.2 to 2 times as long), and
+a few tokens take longer than their part. Between nodes the error is much the same, so cuts suffer less than seconds.
 From the first round on what training took, from each node's timeline, is put in its place.
 
 Free memory is that of a node before it held anything, as it was when the node joined.
@@ -33,9 +34,8 @@ from server.run_folder import RunFolder
 GAIN = 0.1  # a new plan must be so much faster than the old one
 MIB = 2**20
 IDLE_BYTES = 435 * MIB  # resident, of a stage host that waits; x86, torch 2.13
-_GROWS_BYTES = (
-    40 * MIB
-)  # code and buffers that the first slice brings; `benchmarks.memory`, over weights and activations
+# Code and buffers that the first slice brings; `benchmarks.memory`, over weights and activations.
+_GROWS_BYTES = 40 * MIB
 _MEASURED_TOKENS = 128
 _UNKNOWN_S = 0.01  # a layer of a node, where no node measured any: hosts are then taken to be alike
 _WEIGHT_BYTES = 4  # of an adapter's weight
@@ -259,9 +259,9 @@ class Costs:
         return Node(
             profile.name,
             memory_bytes=profile.memory_available_bytes or math.inf,
-            up_bps=_known(profile, "link_up_bps") or math.inf,
-            down_bps=_known(profile, "link_down_bps") or math.inf,
-            round_trip_s=_known(profile, "round_trip_s"),
+            up_bps=_known(profile.link_up_bps) or math.inf,
+            down_bps=_known(profile.link_down_bps) or math.inf,
+            round_trip_s=_known(profile.round_trip_s),
             reachable=not profile.address.startswith("relay:"),
         )
 
@@ -429,9 +429,8 @@ def _pair(text: str) -> tuple[str, str]:
     return base, compute
 
 
-def _known(profile: pb.Profile, name: str) -> float:
-    """A measured number of a profile; 0 where it was not measured."""
-    value = float(getattr(profile, name, 0.0))
+def _known(value: float) -> float:
+    """A number that a node measured, or says so; 0 where it did not."""
     return value if math.isfinite(value) and value > 0 else 0.0
 
 

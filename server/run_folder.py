@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.model.adapter import Adapter, write_peft_folder
-from edgelam_fl.model.source import ModelSource
+from edgelam_fl.model.source import ModelSource, write_atomically
 from edgelam_fl.telemetry.events import EventLog, read_events
 from edgelam_fl.telemetry.summary import build_summary
 
@@ -39,7 +38,7 @@ class RunFolder:
                 targets=lora.targets,
                 classes=self._config.task.classes,
             )
-        _write(self.path / "state.json", json.dumps({"round": round_, "step_offset": step_offset}) + "\n")
+        write_atomically(self.path / "state.json", json.dumps({"round": round_, "step_offset": step_offset}) + "\n")
         return "adapter"
 
     def finish(self) -> dict[str, Any]:
@@ -48,7 +47,7 @@ class RunFolder:
 
         self.emit("run_done", summary="summary.json")
         summary = build_summary(list(read_events(self.emit.path)))
-        _write(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
         write_report(self.path)
         return summary
 
@@ -61,9 +60,3 @@ class RunFolder:
         kept = f"the adapter after round {done} is kept in {self.path / 'adapter'}" if done else "no round was finished"
         self.emit("run_failed", reason=reason, kept=kept)
         write_report(self.path)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

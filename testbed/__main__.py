@@ -7,7 +7,6 @@ writes the Compose file. Needs no more rights than `docker` itself.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,8 +19,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from edgelam_fl.cli import run_commands
 from edgelam_fl.config import read_run_file
-from edgelam_fl.errors import ConfigError, EdgelamError, RunFailed
+from edgelam_fl.errors import ConfigError, RunFailed
 from edgelam_fl.tasks.docstrings import write_device_files
 from edgelam_fl.telemetry.summary import human_bytes, summary_table
 from testbed.compose import RUNS, SERVER, SERVER_ADDRESS, compose_file, write_compose_file
@@ -157,24 +157,5 @@ def memory_table(containers: Project, testbed: Testbed) -> Table:
     return table
 
 
-def main() -> None:
-    """Exit codes as the ones of `edgelam`."""
-    try:
-        status = app(standalone_mode=False)
-    except EdgelamError as error:
-        print(f"edgelam testbed: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        print("edgelam testbed: interrupted", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        show = getattr(error, "show", None)  # click's own usage errors
-        if show is None:
-            raise
-        show()
-        sys.exit(2)
-    sys.exit(status or 0)
-
-
 if __name__ == "__main__":
-    main()
+    run_commands(app, "edgelam testbed")

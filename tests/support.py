@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import grpc
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
@@ -289,3 +292,22 @@ def relative_distance(got: adapters.Adapter, reference: adapters.Adapter, start:
     apart = sum(float(np.sum((got[n].astype(np.float64) - reference[n]) ** 2)) for n in got)
     moved = sum(float(np.sum((reference[n].astype(np.float64) - start[n]) ** 2)) for n in got)
     return (apart / moved) ** 0.5
+
+
+@contextmanager
+def grpc_server(handlers: Sequence[grpc.GenericRpcHandler]) -> Iterator[int]:
+    """A server of these on a free port of this machine."""
+    server = grpc.server(ThreadPoolExecutor(16))
+    server.add_generic_rpc_handlers(tuple(handlers))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield port
+    server.stop(None)
+
+
+def hang_up_on_all(server: socket.socket) -> None:
+    try:
+        while True:
+            server.accept()[0].close()
+    except OSError:
+        return

@@ -126,8 +126,12 @@ def engine(state: Path) -> Iterator[Engine]:
         command = [sys.executable, "-m", "edgelam_fl.simulation.daemon", "--state", str(fabric)]
         environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
         children.append(Child("the fabric", command, state / "fabric.log", environment))
-        quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "OMP_NUM_THREADS": "1"}
-        quiet["RAY_worker_niceness"] = "0"  # Ray's 15 starves the nodes' messages where anything else computes
+        quiet = {
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+            "RAY_worker_niceness": "0",  # Ray's 15 starves the nodes' messages where anything else computes
+            "OMP_NUM_THREADS": "1",
+        }
         children.append(start_superlink("127.0.0.1", port, state, quiet))
         _await(children[0], (fabric / "endpoint.json").exists)
         yield Engine(f"127.0.0.1:{port}", fabric, children)

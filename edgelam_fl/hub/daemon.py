@@ -19,6 +19,7 @@ import grpc
 
 from edgelam_fl.errors import EdgelamError, EnvironmentProblem
 from edgelam_fl.hub import STATE
+from edgelam_fl.processes import join_address, split_address
 
 PARTS = ("edgelam_fl.hub.echo", "edgelam_fl.hub.slices")  # each has `handlers()`: a list of generic handlers of gRPC
 _MAX_STREAMS = 512  # each keeps a thread; a part limits its own further
@@ -43,7 +44,7 @@ class HubServer:
         for part in PARTS:
             self._server.add_generic_rpc_handlers(tuple(importlib.import_module(part).handlers()))
         try:
-            self.port = self._server.add_insecure_port(f"{f'[{host}]' if ':' in host else host}:{port}")
+            self.port = self._server.add_insecure_port(join_address(host, port))
         except RuntimeError as error:
             raise EnvironmentProblem(
                 f"port {port} on {host} cannot be opened (in use, or not this machine's address); choose another with "
@@ -63,9 +64,9 @@ def main() -> int:
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
-    host, _, port = options.listen.rpartition(":")
     try:
-        server = HubServer(host.strip("[]"), int(port), options.state)
+        host, port = split_address(options.listen, "--listen")
+        server = HubServer(host, port, options.state)
     except EdgelamError as error:
         print(f"edgelam hub: {error}", file=sys.stderr)
         return error.exit_code

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from filelock import FileLock
@@ -16,7 +16,7 @@ from filelock import FileLock
 from edgelam_fl.errors import EnvironmentProblem, ModelError, PeerLost, ProtocolError, Refused
 from edgelam_fl.hub.slices import CHUNK_BYTES, CONFIG, SERVICE, TOKENIZER
 from edgelam_fl.model.served import Part, check_part, complete, mapped, read_manifest, write_manifest
-from edgelam_fl.model.source import ModelSource, TensorEntry, cache_folder, find_model
+from edgelam_fl.model.source import ModelSource, TensorEntry, cache_folder, find_model, write_atomically
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.grpc_link import grpc_reason
 
@@ -34,6 +34,7 @@ _OPTIONS = [
     ("grpc.enable_http_proxy", 0),
 ]
 Emit = Callable[..., None]
+T = TypeVar("T")
 
 
 def open_model(
@@ -81,9 +82,7 @@ class Served:
             except (ProtocolError, ValueError):
                 note.unlink()  # cut short with the power
         model = self._checked(self._describe())
-        temporary = note.with_suffix(".new")
-        temporary.write_bytes(model.SerializeToString())
-        temporary.replace(note)
+        write_atomically(note, model.SerializeToString())
         return model
 
     def _checked(self, model: pb.SliceModel) -> pb.SliceModel:
@@ -138,23 +137,19 @@ class Served:
     def _list(self, names: Sequence[str], base: str, compute: str) -> list[Part]:
         """What the named tensors will come as. The server may have to make them first, so it is asked again where it is slow."""
         found: dict[str, Part] = {}
-        for tries in range(_TRIES):
+
+        def ask_for_the_rest() -> None:
+            last = next(reversed(found), "").removesuffix("_scale")
+            for name in (last, f"{last}_scale"):  # the newest one's scales may not have come
+                found.pop(name, None)
             left = [name for name in names if name not in found]
-            try:
-                for tensor in self._call(
-                    "List", self._request(base, compute, [(name, 0) for name in left], False), _CALL_S
-                ):
-                    part = Part(tensor.name, tensor.size_bytes, tensor.sha256, tensor.dtype, tuple(tensor.shape))
-                    check_part(part, self._most_bytes(part.name, left))
-                    found[part.name] = part
-                break
-            except PeerLost as error:
-                if tries == _TRIES - 1:
-                    raise EnvironmentProblem(f"{error}; the slice of {self._name} cannot be fetched") from error
-                last = next(reversed(found), "").removesuffix("_scale")
-                for name in (last, f"{last}_scale"):  # the newest one's scales may not have come
-                    found.pop(name, None)
-                time.sleep(_RETRY_S)
+            request = self._request(base, compute, [(name, 0) for name in left], False)
+            for tensor in self._call("List", request, _CALL_S):
+                part = Part(tensor.name, tensor.size_bytes, tensor.sha256, tensor.dtype, tuple(tensor.shape))
+                check_part(part, self._most_bytes(part.name, left))
+                found[part.name] = part
+
+        _until_answered(ask_for_the_rest, lambda lost: f"{lost}; the slice of {self._name} cannot be fetched")
         lacking = [name for name in names if name not in found]
         if lacking:
             raise ProtocolError(f"the hub announced {len(found)} tensors and left out {lacking[0]}")
@@ -172,18 +167,14 @@ class Served:
     # ---------------------------------------------------------------- calls
 
     def _describe(self) -> pb.SliceModel:
-        for tries in range(_TRIES):
-            try:
-                (model,) = self._call("Describe", self._request("", "", [], False), _ANSWER_S)
-                return model
-            except PeerLost as error:
-                if tries == _TRIES - 1:
-                    raise EnvironmentProblem(
-                        f"model {self._name} is not on this node, and {error}; it listens where `edgelam server` says, and that "
-                        "port must be open to this node"
-                    ) from error
-                time.sleep(_RETRY_S)
-        raise AssertionError
+        (model,) = _until_answered(
+            lambda: list(self._call("Describe", self._request("", "", [], False), _ANSWER_S)),
+            lambda lost: (
+                f"model {self._name} is not on this node, and {lost}; it listens where `edgelam server` says, and that port must "
+                "be open to this node"
+            ),
+        )
+        return model
 
     def _stream(self, base: str, compute: str, parts: Sequence[tuple[Part, int]]) -> Iterator[bytes]:
         """model.served.Stream. Raises PeerLost where it breaks."""
@@ -213,3 +204,15 @@ class Served:
                 raise PeerLost(
                     f"the server's hub at {self._hub} did not answer {method}: {grpc_reason(error)}"
                 ) from error
+
+
+def _until_answered(ask: Callable[[], T], otherwise: Callable[[PeerLost], str]) -> T:
+    """What `ask` returns, asked a few times. Raises EnvironmentProblem with the words of `otherwise` in the end."""
+    for tries in range(_TRIES):
+        try:
+            return ask()
+        except PeerLost as lost:
+            if tries == _TRIES - 1:
+                raise EnvironmentProblem(otherwise(lost)) from lost
+            time.sleep(_RETRY_S)
+    raise AssertionError("the last try returns or raises")

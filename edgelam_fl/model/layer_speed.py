@@ -5,12 +5,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 
@@ -18,42 +14,31 @@ from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.bases import COMPUTES, DTYPE, usable_bases
 from edgelam_fl.model.quantized import QUANTIZED
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.model.speed import SHORT, speed_note
+from edgelam_fl.model.speed import SHORT, kept_or_measured, median_s
 from edgelam_fl.model.stage import LoraSettings, Stage, load_stages
 
 TOKENS = (128, 512)  # of a micro-batch
 _ROW = 128  # tokens of one row: a micro-batch of more has more rows, as in training
 _RANK = 8
 _BUDGET_S = 0.3
-_RUNS = (3, 9)
 LayerSeconds = dict[int, dict[str, float]]  # tokens -> "base/compute" -> seconds
 
 
 def measure_layers(source: ModelSource, say: Callable[[str], None] = lambda _: None) -> LayerSeconds:
     """Seconds of layer 0 forward and backward; kept in the cache for this model, torch, number of threads and machine."""
-    bases = usable_bases()
-    note = speed_note(source, bases, "layer")
-    try:
-        kept = json.loads(note.read_text(encoding="utf-8"))
-        return {int(tokens): seconds for tokens, seconds in kept.items()}
-    except (FileNotFoundError, json.JSONDecodeError):
-        pass
+    measured = kept_or_measured(source, "layer", lambda: _measured(source, say))
+    return {int(tokens): seconds for tokens, seconds in measured.items()}
+
+
+def _measured(source: ModelSource, say: Callable[[str], None]) -> LayerSeconds:
     measured: LayerSeconds = {tokens: {} for tokens in TOKENS}
-    for base, compute in [(each, compute) for each in bases for compute in COMPUTES[each]]:
+    for base, compute in [(each, compute) for each in usable_bases() for compute in COMPUTES[each]]:
         key = f"{base}/{SHORT[compute]}"
         say(f"measuring a layer of {source.name} in {key}")
         stage = random_layer(source, base, compute)
         for tokens in TOKENS:
             measured[tokens][key] = _seconds(stage, source, tokens)
-    _keep(note, measured)
     return measured
-
-
-def _keep(note: Path, measured: LayerSeconds) -> None:
-    note.parent.mkdir(parents=True, exist_ok=True)
-    temporary = note.with_name(f".{note.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(measured), encoding="utf-8")
-    temporary.replace(note)
 
 
 def random_layer(source: ModelSource, base: str, compute: str) -> Stage:
@@ -83,16 +68,10 @@ def _random_tensors(
 
 @torch.enable_grad()
 def _seconds(stage: Stage, source: ModelSource, tokens: int) -> float:
-    """The median of a few runs; the first one, which makes the kernels ready, is left out."""
     rows = tokens // _ROW
     hidden_BTD = torch.randn(rows, _ROW, source.hidden_size, generator=torch.Generator().manual_seed(2))
     hidden_BTD = hidden_BTD.to(stage.dtype).requires_grad_()
-    _run(stage, hidden_BTD)
-    least, most = _RUNS
-    began, taken = time.perf_counter(), [_run(stage, hidden_BTD) for _ in range(least)]
-    while len(taken) < most and time.perf_counter() - began < _BUDGET_S:
-        taken.append(_run(stage, hidden_BTD))
-    return statistics.median(taken)
+    return median_s(lambda: _run(stage, hidden_BTD), _BUDGET_S)
 
 
 def _run(stage: Stage, hidden_BTD: torch.Tensor) -> float:

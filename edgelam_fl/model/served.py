@@ -23,7 +23,7 @@ from edgelam_fl.errors import EnvironmentProblem, PeerLost, ProtocolError
 from edgelam_fl.machine import disk_free_bytes
 from edgelam_fl.model.source import write_atomically
 
-_DTYPES = {  # safetensors' name -> torch's, bytes of an element
+SAFETENSORS_DTYPES = {  # safetensors' name -> torch's, bytes of an element
     "F32": ("float32", 4), "BF16": ("bfloat16", 2), "F16": ("float16", 2), "I8": ("int8", 1), "U8": ("uint8", 1),
     "I32": ("int32", 4), "I64": ("int64", 8), "BOOL": ("bool", 1),
 }  # fmt: skip
@@ -54,9 +54,11 @@ def check_part(part: Part, most_bytes: int) -> None:
         raise ProtocolError(
             f"the hub announced a part with the name {part.name[:80]!r} and the hash {part.sha256[:80]!r}"
         )
-    if part.dtype and part.dtype not in _DTYPES:
-        raise ProtocolError(f"the hub announced {part.name} in {part.dtype[:20]!r}; known: {', '.join(_DTYPES)}")
-    exact = not part.dtype or part.size == math.prod(part.shape) * _DTYPES[part.dtype][1]
+    if part.dtype and part.dtype not in SAFETENSORS_DTYPES:
+        raise ProtocolError(
+            f"the hub announced {part.name} in {part.dtype[:20]!r}; known: {', '.join(SAFETENSORS_DTYPES)}"
+        )
+    exact = not part.dtype or part.size == math.prod(part.shape) * SAFETENSORS_DTYPES[part.dtype][1]
     if part.size > most_bytes or not exact:
         raise ProtocolError(
             f"the hub announced {part.size} bytes for {part.name} of shape {list(part.shape)[:8]} in {part.dtype or 'a file'}; "
@@ -69,7 +71,7 @@ def mapped(folder: Path, part: Part) -> Any:
     import torch
 
     array = np.memmap(folder / part.name, np.uint8, "c")
-    return torch.from_numpy(array).view(getattr(torch, _DTYPES[part.dtype][0])).view(part.shape)
+    return torch.from_numpy(array).view(getattr(torch, SAFETENSORS_DTYPES[part.dtype][0])).view(part.shape)
 
 
 def read_manifest(folder: Path) -> dict[str, Part]:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import statistics
 import time
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from torch import nn
 from edgelam_fl.errors import ModelError
 from edgelam_fl.model.bases import COMPUTES, DTYPE, usable_bases
 from edgelam_fl.model.quantized import QUANTIZED
-from edgelam_fl.model.source import ModelSource, cache_folder, layer_number
+from edgelam_fl.model.source import ModelSource, cache_folder, layer_number, write_atomically
 
 _TOKENS = 128
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
@@ -32,31 +32,44 @@ def measure_bases(source: ModelSource) -> dict[str, float]:
 
     About 2 s where it was never measured; kept in the cache for this model, torch, number of threads and machine.
     """
-    bases = usable_bases()
-    note = speed_note(source, bases)
-    try:
-        kept: dict[str, float] = json.loads(note.read_text(encoding="utf-8"))
-        return kept
-    except (FileNotFoundError, json.JSONDecodeError):
-        pass
-    shapes = _layer_shapes(source)
-    measured = {
-        f"{base}/{SHORT[compute]}": _seconds(shapes, base, DTYPE[compute])
-        for base in bases
-        for compute in COMPUTES[base]
-    }
-    note.parent.mkdir(parents=True, exist_ok=True)
-    temporary = note.with_name(f".{note.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(measured), encoding="utf-8")
-    temporary.replace(note)
+    measured: dict[str, float] = kept_or_measured(source, "", lambda: _measured(source))
     return measured
 
 
-def speed_note(source: ModelSource, bases: tuple[str, ...], what: str = "") -> Path:
-    """Where a measurement is kept; `what` tells one kind from another."""
+def kept_or_measured(source: ModelSource, what: str, measure: Callable[[], Any]) -> Any:
+    """What `measure` came to, as JSON has it, once for this model, torch, number of threads and machine.
+
+    `what` tells one kind of measurement from another.
+    """
     machine = (platform.node(), platform.machine(), torch.backends.cpu.get_cpu_capability())
-    known = json.dumps([source.digest, torch.__version__, torch.get_num_threads(), machine, bases, what])
-    return cache_folder() / "speed" / f"{hashlib.sha256(known.encode()).hexdigest()[:24]}.json"
+    known = json.dumps([source.digest, torch.__version__, torch.get_num_threads(), machine, usable_bases(), what])
+    note = cache_folder() / "speed" / f"{hashlib.sha256(known.encode()).hexdigest()[:24]}.json"
+    try:
+        return json.loads(note.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        text = json.dumps(measure())
+    note.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(note, text)
+    return json.loads(text)
+
+
+def median_s(run: Callable[[], float], budget_s: float) -> float:
+    """Of a few runs, each of which returns its seconds; the first one, which makes the kernels ready, is left out."""
+    run()
+    least, most = _RUNS
+    began, taken = time.perf_counter(), [run() for _ in range(least)]
+    while len(taken) < most and time.perf_counter() - began < budget_s:
+        taken.append(run())
+    return statistics.median(taken)
+
+
+def _measured(source: ModelSource) -> dict[str, float]:
+    shapes = _layer_shapes(source)
+    return {
+        f"{base}/{SHORT[compute]}": _seconds(shapes, base, DTYPE[compute])
+        for base in usable_bases()
+        for compute in COMPUTES[base]
+    }
 
 
 def _layer_shapes(source: ModelSource) -> list[tuple[int, int]]:
@@ -67,7 +80,7 @@ def _layer_shapes(source: ModelSource) -> list[tuple[int, int]]:
 
 
 def _seconds(shapes: list[tuple[int, int]], base: str, dtype: torch.dtype) -> float:
-    """The median of a few runs, each over all matrices; the first run, which makes the kernels ready, is left out."""
+    """The median of a few runs, each over all matrices."""
     generator = torch.Generator().manual_seed(1)
     pairs = []
     for out_features, in_features in shapes:
@@ -78,12 +91,7 @@ def _seconds(shapes: list[tuple[int, int]], base: str, dtype: torch.dtype) -> fl
             layer = nn.Linear(in_features, out_features, bias=False, device="meta")
             layer.weight = nn.Parameter(weight_OI.to(dtype), requires_grad=False)
         pairs.append((layer, torch.randn(_TOKENS, in_features, generator=generator).to(dtype).requires_grad_()))
-    _run(pairs)
-    least, most = _RUNS
-    began, taken = time.perf_counter(), [_run(pairs) for _ in range(least)]
-    while len(taken) < most and time.perf_counter() - began < _BUDGET_S:
-        taken.append(_run(pairs))
-    return statistics.median(taken)
+    return median_s(lambda: _run(pairs), _BUDGET_S)
 
 
 def _run(pairs: list[tuple[nn.Module, torch.Tensor]]) -> float:

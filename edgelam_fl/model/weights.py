@@ -24,14 +24,12 @@ from edgelam_fl.errors import ModelError
 from edgelam_fl.model import gguf
 from edgelam_fl.model.bases import compute_dtype
 from edgelam_fl.model.quantized import QUANTIZED
+from edgelam_fl.model.served import SAFETENSORS_DTYPES
 from edgelam_fl.model.source import ModelSource, cache_folder, layer_number
 
 _PLAIN = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _STORED_DTYPE = {"fp32": "F32", "bf16": "BF16"}
-SAFETENSORS_NAME = {
-    torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: "I8", torch.uint8: "U8", torch.int32: "I32",
-    torch.int64: "I64", torch.bool: "BOOL",
-}  # fmt: skip
+_SAFETENSORS_NAME = {getattr(torch, name): stored for stored, (name, _) in SAFETENSORS_DTYPES.items()}
 
 
 def read_tensors(
@@ -44,14 +42,15 @@ def read_tensors(
     if source.read is not None:
         yield from source.read(list(names), base, compute)
         return
-    files: dict[Path, list[str]] = {}
+    files: dict[Path, list[tuple[str, str]]] = {}
     for name in names:
-        files.setdefault(tensor_file(source, name, base, compute)[0], []).append(name)
+        file, stored = tensor_file(source, name, base, compute)
+        files.setdefault(file, []).append((name, stored))
     for file, wanted in files.items():
         with safe_open(file, framework="pt") as tensors:
             available = set(tensors.keys())
-            for name in wanted:
-                yield name, tensors.get_tensor(tensor_file(source, name, base, compute)[1])
+            for name, stored in wanted:
+                yield name, tensors.get_tensor(stored)
                 if f"{name}_scale" in available:
                     yield f"{name}_scale", tensors.get_tensor(f"{name}_scale")
 
@@ -135,7 +134,7 @@ class PartWriter:
         for dtype in dtypes:
             for name, shape, size in self._entries[dtype]:
                 header[name] = {
-                    "dtype": SAFETENSORS_NAME[dtype], "shape": list(shape), "data_offsets": [offset, offset + size],
+                    "dtype": _SAFETENSORS_NAME[dtype], "shape": list(shape), "data_offsets": [offset, offset + size],
                 }  # fmt: skip
                 offset += size
         text = json.dumps(header).encode()

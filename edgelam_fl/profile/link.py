@@ -14,6 +14,7 @@ import grpc
 
 from edgelam_fl.errors import EnvironmentProblem
 from edgelam_fl.hub.echo import CHUNK_BYTES, MAX_BYTES, MAX_SECONDS, SERVICE
+from edgelam_fl.processes import join_address
 
 _PINGS = 5
 _FIRST_BYTES = 64 << 10
@@ -31,7 +32,7 @@ class Link:
 
 def measure_link(host: str, port: int) -> Link:
     """Moves at most twice 21 MiB, and stops after about a second on a slow link. EnvironmentProblem where no hub answers."""
-    address = f"{f'[{host}]' if ':' in host else host}:{port}"
+    address = join_address(host, port)
     with grpc.insecure_channel(address) as channel:
         try:
             ping = channel.unary_unary(f"/{SERVICE}/Ping")

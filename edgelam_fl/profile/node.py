@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 from edgelam_fl.errors import EnvironmentProblem, ModelError
 from edgelam_fl.machine import disk_free_bytes
@@ -20,20 +21,13 @@ def add_measured(
     profile.disk_free_bytes = disk_free_bytes(cache_folder())
     if not request.measure_layers:
         return
-    try:
+    with suppress(ModelError, EnvironmentProblem):  # the model is not here; a cache that is read only
         source = find(request.measure_layers, request.model_digest, request.hub_port)
         for tokens, seconds in measure_layers(source).items():
             profile.layer_times.add(tokens=tokens, seconds=seconds)
         profile.disk_write_bytes_per_s = disk_write_bytes_per_s(cache_folder())
-    except (ModelError, EnvironmentProblem):  # the model is not here; a cache that is read only
-        return
     if request.hub_port and server:
-        _add_link(profile, server, request.hub_port)
-
-
-def _add_link(profile: pb.Profile, host: str, port: int) -> None:
-    try:
-        link = measure_link(host, port)
-    except EnvironmentProblem:  # an older server has no hub
-        return
-    profile.link_up_bps, profile.link_down_bps, profile.round_trip_s = link.up_bps, link.down_bps, link.round_trip_s
+        with suppress(EnvironmentProblem):  # nothing answers there
+            link = measure_link(server, request.hub_port)
+            profile.link_up_bps, profile.link_down_bps = link.up_bps, link.down_bps
+            profile.round_trip_s = link.round_trip_s

@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 from edgelam_fl.errors import EdgelamError
+from edgelam_fl.processes import split_address
 from edgelam_fl.telemetry.events import EventLog
 
 _MOST_EVENTS_BYTES = 8 << 20  # and as much again set aside: a board's card is small
@@ -50,7 +51,7 @@ def serve(options: argparse.Namespace) -> int:
         host, _, port = listen.rpartition(":")
         data_plane = DataPlaneServer(host, int(port), lambda hello, link: node.admit(hello, link))  # type: ignore[union-attr]
     address = options.advertise or (f"{listen.rpartition(':')[0]}:{data_plane.port}" if data_plane else "")
-    server = options.server.rpartition(":")[0]
+    server = split_address(options.server, "--server")[0] if options.server else ""
     node = StageHost(options.name, dial, log, data=options.data, address=address, tags=options.tag, server=server)
     handlers = {"GetProfile": node.profile, "Submit": node.submit, "Wait": node.wait}
     control = ControlServer(options.state, lambda _: handlers)

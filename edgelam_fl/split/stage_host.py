@@ -26,6 +26,7 @@ from edgelam_fl.model.bases import usable_bases
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.speed import measure_bases
 from edgelam_fl.model.stage import Stage, load_stages
+from edgelam_fl.processes import join_address
 from edgelam_fl.profile.node import add_measured
 from edgelam_fl.split.driver import Driver
 from edgelam_fl.split.generation import HostSessions
@@ -140,7 +141,7 @@ class StageHost:
 
     def _find(self, name: str, digest: str, hub_port: int, tokenizer: bool = False) -> ModelSource:
         """The model, from this machine or the server's hub."""
-        hub = f"{self._server}:{hub_port}" if self._server and hub_port else ""
+        hub = join_address(self._server, hub_port) if self._server and hub_port else ""
         return open_model(name, digest, hub, tokenizer=tokenizer, emit=self._emit)
 
     def _find_planned(self, plan: pb.Plan) -> ModelSource:

@@ -18,6 +18,7 @@ from edgelam_fl import doctor
 from edgelam_fl.doctor import Finding
 from edgelam_fl.machine import disk_free_bytes, memory_free_bytes
 from edgelam_fl.processes import free_port
+from tests.support import hang_up_on_all
 
 GIB = 1 << 30
 
@@ -113,17 +114,9 @@ def test_no_server_at_the_port() -> None:
 
 def test_another_program_at_the_servers_port() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
-        threading.Thread(target=_hang_up, args=(other,), daemon=True).start()
+        threading.Thread(target=hang_up_on_all, args=(other,), daemon=True).start()
         finding = doctor.check_server("127.0.0.1", other.getsockname()[1])[1]
     assert "is no Flower SuperLink" in problem(finding).found
-
-
-def _hang_up(server: socket.socket) -> None:
-    try:
-        while True:
-            server.accept()[0].close()
-    except OSError:
-        return
 
 
 def test_a_web_server_that_is_no_superlink(superlink: tuple[int, dict[str, str]]) -> None:
@@ -147,7 +140,7 @@ def test_a_superlink_of_this_version_and_of_another(superlink: tuple[int, dict[s
 def test_a_port_in_use(superlink: tuple[int, dict[str, str]]) -> None:
     assert doctor.check_port(free_port()).state == "ok"
     with socket.create_server(("127.0.0.1", 0)) as other:
-        threading.Thread(target=_hang_up, args=(other,), daemon=True).start()
+        threading.Thread(target=hang_up_on_all, args=(other,), daemon=True).start()
         port = other.getsockname()[1]
         finding = problem(doctor.check_port(port))
     assert finding.found == f"{port} is in use by another program"

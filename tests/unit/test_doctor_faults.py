@@ -17,6 +17,7 @@ from edgelam_fl import doctor
 from edgelam_fl.doctor import Finding
 from edgelam_fl.machine import memory_free_bytes
 from edgelam_fl.processes import free_port
+from tests.support import hang_up_on_all
 
 GIB = 1 << 30
 Seed = Callable[[Path, ExitStack], Finding]
@@ -26,16 +27,8 @@ Seed = Callable[[Path, ExitStack], Finding]
 def listener() -> Iterator[int]:
     """A program that hangs up on everybody."""
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
-        threading.Thread(target=_hang_up, args=(server,), daemon=True).start()
+        threading.Thread(target=hang_up_on_all, args=(server,), daemon=True).start()
         yield server.getsockname()[1]
-
-
-def _hang_up(server: socket.socket) -> None:
-    try:
-        while True:
-            server.accept()[0].close()
-    except OSError:
-        return
 
 
 @contextmanager

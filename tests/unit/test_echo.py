@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
@@ -12,16 +11,13 @@ from edgelam_fl.errors import EnvironmentProblem
 from edgelam_fl.hub import echo
 from edgelam_fl.processes import free_port
 from edgelam_fl.profile import link
+from tests.support import grpc_server
 
 
 @pytest.fixture
 def port() -> Iterator[int]:
-    server = grpc.server(ThreadPoolExecutor(16))
-    server.add_generic_rpc_handlers(tuple(echo.handlers()))
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    yield port
-    server.stop(None)
+    with grpc_server(echo.handlers()) as port:
+        yield port
 
 
 @pytest.fixture

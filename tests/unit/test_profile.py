@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import grpc
 import pytest
 from pydantic import ValidationError
 
@@ -15,6 +13,7 @@ from edgelam_fl.profile import link
 from edgelam_fl.profile.doctor import hub_address, measured
 from edgelam_fl.profile.measure import disk_write_bytes_per_s
 from edgelam_fl.profile.profile import Profile
+from tests.support import grpc_server
 
 
 @pytest.fixture(autouse=True)
@@ -25,12 +24,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def hub() -> Iterator[str]:
-    server = grpc.server(ThreadPoolExecutor(8))
-    server.add_generic_rpc_handlers(tuple(echo.handlers()))
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    yield f"127.0.0.1:{port}"
-    server.stop(None)
+    with grpc_server(echo.handlers()) as port:
+        yield f"127.0.0.1:{port}"
 
 
 def test_a_profile_with_a_link_survives_json(hub: str, cache: Path) -> None:
