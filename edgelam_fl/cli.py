@@ -353,7 +353,7 @@ def client(
         typer.Option(
             "--listen",
             metavar="HOST:PORT",
-            help="Where other nodes reach it. An edge server without it takes a free port of this machine; a device with it may host layers for others (split.host_on = 'any').",
+            help="Where other nodes reach it; 'relay': nowhere (behind a router), so they come through the server. An edge server without it takes a free port of this machine; a device with it may host layers for others (split.host_on = 'any').",
         ),
     ] = "",
     advertise: Annotated[
