@@ -25,7 +25,7 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.link import Ears, Frame, Link
 from edgelam_fl.wire.outbox import Outbox
-from edgelam_fl.wire.relay import ACCEPT, BEHIND, DIAL, LISTEN, Metadata, Relay, number_metadata, path
+from edgelam_fl.wire.relay import ACCEPT, BEHIND, BY_RELAY, DIAL, LISTEN, Metadata, Relay, number_metadata, path
 
 _METHOD = "/edgelam.v1.DataPlane/Link"
 _HELLO_DEADLINE_S = 10.0
@@ -125,7 +125,7 @@ def dial(
     end = time.monotonic() + deadlines.ready_s
     ways = deque([_Way(address)] if not address.startswith(BEHIND) else [])
     if relay is not None:
-        ways.append(_Way(relay.hub, path(DIAL), relay.metadata, " by relay"))
+        ways.append(_Way(relay.hub, path(DIAL), relay.metadata, BY_RELAY))
     problem = "no answer" if ways else "it can be reached by a relay alone, and this server has none"
     while ways and time.monotonic() < end:
         way = ways[0]

@@ -14,6 +14,7 @@ SERVICE = "edgelam.v1.Relay"
 LISTEN, DIAL, ACCEPT = "Listen", "Dial", "Accept"
 RELAY = "relay"  # in the place of an address to listen on: nobody can dial this node
 BEHIND = f"{RELAY}:"  # begins such a node's address
+BY_RELAY = " by relay"  # ends the name of such a link at the end that dialled
 _PART, _TOKEN, _NUMBER = "part-bin", "token-bin", "number-bin"
 Metadata = tuple[tuple[str, bytes], ...]
 
