@@ -52,6 +52,7 @@ class Node:
     reachable: bool = True  # others can dial it; else only through the relay
     own_s: float = 0.0  # as a device: its own layers, head and loss, for one unit
     own_bytes: int = 0  # as a device: what it needs for them
+    idle_bytes: int = 0  # what its process takes before it holds anything; gone from the free memory already
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,7 @@ class Run:
     front_learns: bool = True  # gradients go down to the devices' front
     back_on_device: bool = True  # hidden states come back to the device, and gradients leave there
     tail_layers: float = 0.0  # the head, in layers' time, where the last host holds it
-    process_bytes: int = 0  # of a node's process beside what is counted here
-    idle_bytes: int = 0  # the part of it that an idle process takes, and that is gone from the free memory already
+    grows_bytes: int = 0  # of a node's process with its first slice, beside what is counted here
     unit_share: float = 0.8  # of what is free beside the weights, units get so much (`split.window`)
     relay_bps: float = math.inf
     relay_round_trip_s: float = 0.0  # on top of the direct way
@@ -474,14 +474,12 @@ class _Site:
         """What a host is short of for a slice; at most 0 where it fits."""
         run = self.run
         weights, units = self.used_bytes(base, first, last)
-        grown = run.process_bytes - run.idle_bytes
-        return weights + units / run.unit_share + grown + host.own_bytes - host.memory_bytes
+        return weights + units / run.unit_share + run.grows_bytes + host.own_bytes - host.memory_bytes
 
     def check_devices(self) -> None:
         """Raises DoesNotFit for a device that cannot hold what it keeps."""
-        grown = self.run.process_bytes - self.run.idle_bytes
         for member in self.members:
-            short = member.node.own_bytes + grown - member.node.memory_bytes
+            short = member.node.own_bytes + self.run.grows_bytes - member.node.memory_bytes
             if short > 0:
                 raise DoesNotFit(
                     f"device {member.node.name} keeps layers 0 to {member.front} and those from {member.back_first} on: "
@@ -529,15 +527,17 @@ class _Site:
     def _host_part(self, host: Node, base: str, first: int, last: int) -> Part:
         used = sum(self.used_bytes(base, first, last)) + host.own_bytes
         moved = [self.units * self._tensors(first, last, up) * self.run.tensor_bytes for up in (True, False)]
-        return Part(
-            host.name, first, last, base, self.run.process_bytes + used, self.compute_s(host, base, first, last), *moved
-        )
+        memory, compute_s = self._process_bytes(host) + used, self.compute_s(host, base, first, last)
+        return Part(host.name, first, last, base, memory, compute_s, *moved)
 
     def _device_part(self, member: Member) -> Part:
         node, run = member.node, self.run
         moved = [run.micro_batches * self._own_tensors(up) * run.tensor_bytes for up in (True, False)]
-        memory, compute_s = run.process_bytes + node.own_bytes, run.micro_batches * node.own_s
+        memory, compute_s = self._process_bytes(node) + node.own_bytes, run.micro_batches * node.own_s
         return Part(node.name, member.front, member.back_first, "", memory, compute_s, *moved)
+
+    def _process_bytes(self, node: Node) -> int:
+        return node.idle_bytes + self.run.grows_bytes
 
     def _limit(self, label: _Label, hosts: Sequence[Part]) -> str:
         """What is busiest in a step, or the window where units wait for that."""

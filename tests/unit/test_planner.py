@@ -121,9 +121,10 @@ def test_the_first_base_that_fits_is_taken() -> None:
 
 def test_units_in_flight_are_reserved_as_the_host_does_it() -> None:
     needs = Footprint((0,) * LAYERS, unit=2, unit_layer=1)
-    run = replace(RUN, bases={"fp32": needs}, process_bytes=30, idle_bytes=20)
+    run = replace(RUN, bases={"fp32": needs}, grows_bytes=10)
     reserved = (2 + MIDDLE) / run.unit_share + 10
-    assert best_plan(run, MEMBERS, [host("h", memory_bytes=reserved)]).hosts[0].memory_bytes == 30 + 2 + MIDDLE
+    fits = host("h", memory_bytes=reserved, idle_bytes=20)
+    assert best_plan(run, MEMBERS, [fits]).hosts[0].memory_bytes == 20 + 10 + 2 + MIDDLE
     with pytest.raises(DoesNotFit):
         best_plan(run, MEMBERS, [host("h", memory_bytes=reserved - 0.1)])
 
