@@ -14,13 +14,13 @@ from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.bases import COMPUTES, DTYPE, usable_bases
 from edgelam_fl.model.quantized import QUANTIZED
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.model.speed import SHORT, kept_or_measured, median_s
+from edgelam_fl.model.speed import SHORT, kept_or_measured, mean_s
 from edgelam_fl.model.stage import LoraSettings, Stage, load_stages
 
 TOKENS = (128, 512)  # of a micro-batch
 _ROW = 128  # tokens of one row: a micro-batch of more has more rows, as in training
 _RANK = 8
-_BUDGET_S = 0.3
+_BUDGET_S = 0.5  # several of the turns in which a container gets its share of a core
 LayerSeconds = dict[int, dict[str, float]]  # tokens -> "base/compute" -> seconds
 
 
@@ -71,7 +71,7 @@ def _seconds(stage: Stage, source: ModelSource, tokens: int) -> float:
     rows = tokens // _ROW
     hidden_BTD = torch.randn(rows, _ROW, source.hidden_size, generator=torch.Generator().manual_seed(2))
     hidden_BTD = hidden_BTD.to(stage.dtype).requires_grad_()
-    return median_s(lambda: _run(stage, hidden_BTD), _BUDGET_S)
+    return mean_s(lambda: _run(stage, hidden_BTD), _BUDGET_S)
 
 
 def _run(stage: Stage, hidden_BTD: torch.Tensor) -> float:
