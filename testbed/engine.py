@@ -113,6 +113,11 @@ class Project:
             raise RunFailed(f"{service} of the testbed {self.name} has no container; it ended, or was never started")
         return found[0]
 
+    def limit_cpus(self, service: str, period: int, quota: int) -> None:
+        """From now on, in microseconds; as `compose.cpu_limit` makes them."""
+        limits = ["--cpu-period", str(period), "--cpu-quota", str(quota)]
+        _checked(["docker", "update", *limits, self.container(service)], _ASK_S)
+
     def peak_memory_bytes(self, service: str) -> int | None:
         """The largest use of its control group, pages of files among it, so a limit that is met says little."""
         said = self.ask(service, _PEAK).split()
