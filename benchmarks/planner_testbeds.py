@@ -12,11 +12,13 @@ Like with like, all of the second and last round that trains (`benchmarks.planne
 
 The second round's plan knows the times of the first; what profiles alone had predicted for the first stands beside it, without
 a bar. Containers start with all cores, and so does the ServerApp: seconds are taken when each has its share.
-It measures time: run it on a machine that does nothing else. --smoke: the first testbed, one step a round, no bars.
+It measures time: run it on a machine that does nothing else; how many cores others used meanwhile is told. A testbed that was
+finished in runs/benchmark-planner-testbeds is not run again: remove its folder there to measure it anew. --smoke: the first testbed, one step a round, no bars.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
@@ -27,6 +29,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -48,6 +51,7 @@ MODEL = {
     "num_attention_heads": 8, "num_key_value_heads": 2,
 }  # fmt: skip
 SERVER_CPUS = 0.2
+_FINISHED = "finished.json"
 RUN = """\
 [model]
 name = "{model}"
@@ -134,12 +138,18 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
     check_engine()
     build(IMAGE)
     out = Path("runs").absolute() / ("benchmark-planner-testbeds" + ("-smoke" if smoke else ""))
-    shutil.rmtree(out, ignore_errors=True)
+    if smoke:
+        shutil.rmtree(out, ignore_errors=True)
     model = write_llama(out.parent / "benchmark-llama-wide", MODEL)
-    began, figures = time.monotonic(), list[Figure]()
+    figures, took_s = list[Figure](), 0.0
     for bed in [replace(BEDS[0], steps=1)] if smoke else BEDS:
-        figures += run_bed(bed, out / bed.name, model, equal=bed.name == BEDS[0].name)
-    figures.append(Figure("whole command", round(time.monotonic() - began, 1), "s"))
+        equal = bed.name == BEDS[0].name
+        if not (out / bed.name / _FINISHED).exists():
+            shutil.rmtree(out / bed.name, ignore_errors=True)
+            run_bed(bed, out / bed.name, model, equal=equal)
+        figures += of_bed(out / bed.name, equal=equal)
+        took_s += json.loads((out / bed.name / _FINISHED).read_text(encoding="utf-8"))["seconds"]
+    figures.append(Figure("all testbeds together", round(took_s, 1), "s"))
     if smoke:
         figures = [replace(figure, bar=None, holds=None) for figure in figures]
     Console().print(table(figures))
@@ -161,19 +171,28 @@ def table(figures: Sequence[Figure]) -> Table:
     return shown
 
 
-def run_bed(bed: Bed, folder: Path, model: Path, *, equal: bool) -> list[Figure]:
+def of_bed(folder: Path, *, equal: bool) -> list[Figure]:
+    """Of a finished one."""
+    others = json.loads((folder / _FINISHED).read_text(encoding="utf-8"))["others_cores"]
+    figures = [*compared(folder / folder.name), predicted_first(folder / folder.name)]
+    figures.append(Figure(f"{folder.name}: cores that others used meanwhile", round(max(others), 2), ""))
+    return [*figures, speed_up(folder / folder.name, folder / "equal")] if equal else figures
+
+
+def run_bed(bed: Bed, folder: Path, model: Path, *, equal: bool) -> None:
     folder.mkdir(parents=True)
+    began = time.monotonic()
     testbed, run_file = bed.testbed(), folder / "run.toml"
     run_file.write_text(bed.run_file, encoding="utf-8")
     mounts = {} if bed.model != LLAMA else {str(model): LLAMA}
     console = Console()
     with started(testbed, folder, PROJECT, console, _data(bed, folder), mounts, lend=True) as containers:
-        _train(containers, testbed, folder / bed.name, run_file, [])
+        others = [_train(containers, testbed, folder / bed.name, run_file, [])]
         if equal:
             cuts = ["split.cuts=equal", f"split.hosts={len(bed.edges)}"]
-            _train(containers, testbed, folder / "equal", run_file, cuts)
-    figures = [*compared(folder / bed.name), predicted_first(folder / bed.name)]
-    return [*figures, speed_up(folder / bed.name, folder / "equal")] if equal else figures
+            others.append(_train(containers, testbed, folder / "equal", run_file, cuts))
+    finished = {"others_cores": others, "seconds": time.monotonic() - began}
+    (folder / _FINISHED).write_text(json.dumps(finished) + "\n", encoding="utf-8")
 
 
 def _data(bed: Bed, folder: Path) -> list[Path]:
@@ -182,9 +201,23 @@ def _data(bed: Bed, folder: Path) -> list[Path]:
     return [write_pairs(folder / f"device-{n}.jsonl", bed.tokens) for n in range(1, len(bed.devices) + 1)]
 
 
-def _train(containers: Project, testbed: Testbed, folder: Path, run_file: Path, overrides: Sequence[str]) -> None:
+def _train(containers: Project, testbed: Testbed, folder: Path, run_file: Path, overrides: Sequence[str]) -> float:
+    """Returns the cores that others used meanwhile."""
+    began, ours_s, busy_s = time.monotonic(), _computed_s(containers, testbed), _busy_s()
     with _server_lent_cores(containers, testbed, f"{RUNS}/{folder.name}/events.jsonl"):
         train(containers, testbed, folder, run_file, overrides, name=folder.name)
+    ours_s = _computed_s(containers, testbed) - ours_s
+    return (_busy_s() - busy_s - ours_s) / (time.monotonic() - began)
+
+
+def _computed_s(containers: Project, testbed: Testbed) -> float:
+    return sum(containers.cpu_seconds(service) or 0.0 for service, _ in testbed.services())
+
+
+def _busy_s() -> float:
+    """Of all cores of this machine."""
+    times = psutil.cpu_times()
+    return sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
 
 
 @contextmanager

@@ -20,12 +20,16 @@ from edgelam_fl.model.stage import LoraSettings, Stage, load_stages
 TOKENS = (128, 512)  # of a micro-batch
 _ROW = 128  # tokens of one row: a micro-batch of more has more rows, as in training
 _RANK = 8
+_SLOW_S = 0.25  # of the smaller size: then the larger one, which would take minutes for all pairs, is left out
 _BUDGET_S = 0.5  # several of the turns in which a container gets its share of a core
 LayerSeconds = dict[int, dict[str, float]]  # tokens -> "base/compute" -> seconds
 
 
 def measure_layers(source: ModelSource, say: Callable[[str], None] = lambda _: None) -> LayerSeconds:
-    """Seconds of layer 0 forward and backward; kept in the cache for this model, torch, number of threads and machine."""
+    """Seconds of layer 0 forward and backward; kept in the cache for this model, torch, number of threads and machine.
+
+    Where a layer is slow, only of the smaller size.
+    """
     measured = kept_or_measured(source, "layer", lambda: _measured(source, say))
     return {int(tokens): seconds for tokens, seconds in measured.items()}
 
@@ -38,6 +42,8 @@ def _measured(source: ModelSource, say: Callable[[str], None]) -> LayerSeconds:
         stage = random_layer(source, base, compute)
         for tokens in TOKENS:
             measured[tokens][key] = _seconds(stage, source, tokens)
+            if measured[tokens][key] > _SLOW_S:
+                break
     return measured
 
 
