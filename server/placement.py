@@ -234,11 +234,13 @@ class Costs:
         if self.config.split.labels == "device":
             spans.append(Span(back_first, self.source.num_layers, head=True))
         base, compute = choose_base(self.config, self.source, device, spans)
-        layers = sum(span.last - span.first + (self.head_layers if span.head else 0) for span in spans)
+        layers = [span.last - span.first + (self.head_layers if span.head else 0) for span in spans]
+        layer_s = self.layer_s(device, f"{base}/{compute}", measured)
         share_bps = shares.get(device.name, 0.0) * self.config.wire.capacity_bps or math.inf
         node = replace(
             self._node(device),
-            own_s=layers * self.layer_s(device, f"{base}/{compute}", measured),
+            own_s=sum(layers) * layer_s,
+            back_s=sum(layers[1:]) * layer_s,
             own_bytes=self._own_bytes(device.name, spans, base, compute, window),
         )
         return Member(
