@@ -65,6 +65,7 @@ window = {micro_batches}
 [federation]
 rounds = 2
 local_steps = {steps}
+evaluate_every = 2
 batch_size = {batch}
 join_deadline_s = 600
 step_deadline_s = 600
@@ -117,7 +118,7 @@ class Bed:
 
 
 BEDS = (
-    Bed("unlike", [Machine(1.0, 100), Machine(0.4, 20)], [Machine(0.2, 5)], micro_batches=8, tokens=64),
+    Bed("unlike", [Machine(1.0, 100), Machine(0.4, 20)], [Machine(0.2, 5)], micro_batches=8, tokens=64, steps=1),
     Bed(
         "alike", [Machine(0.5, 100), Machine(0.5, 100)], [Machine(0.6, 100)], micro_batches=4, tokens=64, rows=2,
         model="smollm2-135m", ends=2,
