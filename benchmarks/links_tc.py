@@ -108,7 +108,9 @@ def _run(folder: Path, rate: int, data: Path, model: Path) -> dict[str, Any]:
     run_file = folder / "links.toml"
     folder.mkdir()
     run_file.write_text(RUN, encoding="utf-8")
-    with started(testbed, folder, "edgelam-links-tc", Console(), [data], {str(model): "/models/llama"}) as containers:
+    with started(
+        testbed, folder, "edgelam-links-tc", Console(), [data], {str(model): "/models/llama"}, lend=True
+    ) as containers:
         train(containers, testbed, folder, run_file)
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     return next(event for event in events if event["event"] == "round_done" and event["round"] == 2)
