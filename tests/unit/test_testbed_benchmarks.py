@@ -51,7 +51,7 @@ def test_a_step_is_held_against_the_prediction(slower: float, holds: bool) -> No
     assert figures[-1].value == pytest.approx(100 * (slower - 1), abs=0.1)
 
 
-@pytest.mark.parametrize("text", [testbed_memory.SMOL, testbed_memory.LLAMA, links_tc.RUN])
+@pytest.mark.parametrize("text", [testbed_memory.SMOL, testbed_memory.LLAMA, links_tc.run_text(5)])
 def test_their_run_files_are_sound(text: str) -> None:
     assert parse_run_file(text, source="a benchmark", overrides=["split.hosts=4"])
 
