@@ -18,6 +18,7 @@ finished in runs/benchmark-planner-testbeds is not run again: remove its folder 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -135,22 +136,25 @@ BEDS = (
 )  # fmt: skip
 
 
-def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
-    check_engine()
-    build(IMAGE)
+def measure(smoke: bool, options: argparse.Namespace) -> tuple[dict[str, Any], list[Figure]]:
     out = Path("runs").absolute() / ("benchmark-planner-testbeds" + ("-smoke" if smoke else ""))
     if smoke:
         shutil.rmtree(out, ignore_errors=True)
+    beds = [replace(BEDS[0], steps=1)] if smoke else BEDS
+    beds = [bed for bed in beds if not options.finished or (out / bed.name / _FINISHED).exists()]
+    if not options.finished:
+        check_engine()
+        build(IMAGE)
     model = write_llama(out.parent / "benchmark-llama-wide", MODEL)
     figures, took_s = list[Figure](), 0.0
-    for bed in [replace(BEDS[0], steps=1)] if smoke else BEDS:
+    for bed in beds:
         equal = bed.name == BEDS[0].name
         if not (out / bed.name / _FINISHED).exists():
             shutil.rmtree(out / bed.name, ignore_errors=True)
             run_bed(bed, out / bed.name, model, equal=equal)
         figures += of_bed(out / bed.name, equal=equal)
         took_s += json.loads((out / bed.name / _FINISHED).read_text(encoding="utf-8"))["seconds"]
-    figures.append(Figure("all testbeds together", round(took_s, 1), "s"))
+    figures.append(Figure(f"{len(beds)} testbeds of {len(BEDS)} together", round(took_s, 1), "s"))
     if smoke:
         figures = [replace(figure, bar=None, holds=None) for figure in figures]
     Console().print(table(figures))
@@ -160,6 +164,10 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
         "server_cpus": SERVER_CPUS, "cores": os.cpu_count(), "model": MODEL,
     }  # fmt: skip
     return settings, figures
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--finished", action="store_true", help="tell of the finished testbeds; run none")
 
 
 def table(figures: Sequence[Figure]) -> Table:
@@ -242,4 +250,4 @@ def _server_lent_cores(containers: Project, testbed: Testbed, events: str) -> It
 
 
 if __name__ == "__main__":
-    main("planner_testbeds", measure)
+    main("planner_testbeds", measure, add_options)

@@ -75,7 +75,7 @@ def run(
     if not image:
         console.print("building the image (minutes the first time, seconds after that)")
         build(IMAGE, base_image)
-    with started(testbed, folder, project, console, image=image or IMAGE) as containers:
+    with started(testbed, folder, project, console, image=image or IMAGE, lend=True) as containers:
         train(containers, testbed, folder, run_file, overrides)
         memory = memory_table(containers, testbed)
     console.print(summary_table(json.loads((folder / "summary.json").read_text(encoding="utf-8"))))

@@ -72,12 +72,16 @@ class Project:
     def __init__(self, name: str, file: Path) -> None:
         self.name = name
         self._command = [*_compose_commands()[0], "-p", name, "-f", str(file)]
+        self._ids: dict[
+            str, str
+        ] = {}  # of containers that were asked before: Compose takes half a second of a core to tell
 
     def up(self) -> None:
         """Returns when all are started; those that depend on a healthy one have waited for it."""
         self._compose("up", "-d", timeout_s=_START_S)
 
     def down(self) -> None:
+        self._ids.clear()
         self._compose("down", "--volumes", "--remove-orphans", "--timeout", "5", timeout_s=_START_S)
 
     def logs(self) -> str:
@@ -109,10 +113,14 @@ class Project:
         _checked(["docker", "cp", f"{self.container(service)}:{folder}/.", str(to)], _START_S)
 
     def container(self, service: str) -> str:
-        found = self._compose("ps", "-q", service, timeout_s=_ASK_S).stdout.split()
-        if not found:
-            raise RunFailed(f"{service} of the testbed {self.name} has no container; it ended, or was never started")
-        return found[0]
+        if service not in self._ids:
+            found = self._compose("ps", "-q", service, timeout_s=_ASK_S).stdout.split()
+            if not found:
+                raise RunFailed(
+                    f"{service} of the testbed {self.name} has no container; it ended, or was never started"
+                )
+            self._ids[service] = found[0]
+        return self._ids[service]
 
     def limit_cpus(self, service: str, period: int, quota: int) -> None:
         """From now on, in microseconds; as `compose.cpu_limit` makes them."""
