@@ -7,7 +7,10 @@ front and gradients of the back go up, the others come down). Transfers overlap 
     (m + p - 1) max(max_i t_i, S / R)
 
 with p = 2 ends of the link, t_i what node i computes a micro-batch (measured in the same run), S the bytes a micro-batch and
-direction, R the rate that tc was given; frames, gRPC, TCP and Ethernet headers are in the measured time alone. The first
+direction, R the rate that tc was given; frames, gRPC, TCP and Ethernet headers are in the measured time alone. The run file
+names the rate (wire.capacity), so that both ends pace what they send and no queue grows before the link: in a router's
+400 ms of queue the acknowledgements of one direction wait behind the data of the other, and both stand still at times. What tc
+counts beside the data is left to it: headers of 66 bytes a frame of 1514, and a frame of 66 for two the other way. The first
 round is not counted. It measures time: run it on a machine that does nothing else. --smoke: 100 Mbit/s alone, no bars.
 """
 
@@ -29,30 +32,33 @@ from testbed.shapes import Node, Shape, Testbed
 
 RATES_MBPS = (5, 20, 100)
 MICRO_BATCHES, TOKENS, STEPS, ENDS = 8, 256, 4, 2
+DATA = 1 - 66 / 1514 - 66 / (2 * 1514)  # share of the rate
 OFF = 0.15
 HIDDEN = 512
 MODEL = {
     **CONFIG, "vocab_size": 300, "hidden_size": HIDDEN, "intermediate_size": 64, "num_hidden_layers": 3,
     "num_attention_heads": 8, "num_key_value_heads": 1,
 }  # fmt: skip
-RUN = f"""\
+RUN = """\
 [model]
 name = "/models/llama"
 [split]
 front = 1
 back = 1
-micro_batches = {MICRO_BATCHES}
-window = {MICRO_BATCHES}
+micro_batches = {micro_batches}
+window = {micro_batches}
 [federation]
 rounds = 2
-local_steps = {STEPS}
-batch_size = {MICRO_BATCHES}
+local_steps = {steps}
+batch_size = {micro_batches}
 join_deadline_s = 400
 step_deadline_s = 600
 [task]
-max_tokens = {TOKENS}
+max_tokens = {tokens}
 [data]
 held_out = 0.05
+[wire]
+capacity = "{capacity:.0f} kbit/s"
 """
 
 
@@ -69,6 +75,11 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
         figures += of_rate(rate, _run(out / f"{rate}-mbps", rate, data, model), bar=not smoke)
     settings = {"run": RUN, "rates_mbps": RATES_MBPS, "bytes_a_micro_batch": micro_batch_bytes(), "model": MODEL}
     return settings, figures
+
+
+def run_text(rate_mbps: float) -> str:
+    capacity = DATA * rate_mbps * 1e3
+    return RUN.format(micro_batches=MICRO_BATCHES, steps=STEPS, tokens=TOKENS, capacity=capacity)
 
 
 def micro_batch_bytes() -> int:
@@ -107,8 +118,10 @@ def _run(folder: Path, rate: int, data: Path, model: Path) -> dict[str, Any]:
     testbed = Testbed(shapes=shapes, server="server", nodes=nodes)
     run_file = folder / "links.toml"
     folder.mkdir()
-    run_file.write_text(RUN, encoding="utf-8")
-    with started(testbed, folder, "edgelam-links-tc", Console(), [data], {str(model): "/models/llama"}) as containers:
+    run_file.write_text(run_text(rate), encoding="utf-8")
+    with started(
+        testbed, folder, "edgelam-links-tc", Console(), [data], {str(model): "/models/llama"}, lend=True
+    ) as containers:
         train(containers, testbed, folder, run_file)
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     return next(event for event in events if event["event"] == "round_done" and event["round"] == 2)

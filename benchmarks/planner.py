@@ -100,6 +100,16 @@ def compared(folder: Path) -> list[Figure]:
     return figures
 
 
+def predicted_first(folder: Path) -> Figure:
+    """Of the first round that trained, whose plan knows profiles alone."""
+    placements, rounds = _by_round(folder, "placement"), _by_round(folder, "round_done")
+    first = min(number for number in placements if rounds.get(number, {}).get("steps"))
+    ratio = placements[first]["step_s"] / measured_step_s(rounds[first])
+    return Figure(
+        f"{folder.name}: a step of round {first}, predicted from profiles alone over measured", round(ratio, 3), ""
+    )
+
+
 def speed_up(planned_run: Path, equal_run: Path) -> Figure:
     """Two runs of the same nodes, data and seed: by the planner, and with equal cuts."""
     seconds = []
@@ -161,8 +171,7 @@ def random_instance(rng: Random, *, hosts: int, layers: int) -> tuple[Run, list[
         front_learns=rng.random() < 0.7,
         back_on_device=rng.random() < 0.8,
         tail_layers=rng.choice((0.0, 2.0)),
-        process_bytes=rng.randint(3, 5),
-        idle_bytes=rng.randint(0, 3),
+        grows_bytes=rng.randint(0, 5),
         relay_bps=rng.choice((math.inf, rng.uniform(1e6, 2e7))),
         relay_round_trip_s=rng.uniform(0, 0.5),
     )  # fmt: skip
@@ -198,8 +207,7 @@ def _rate(rng: Random) -> float:
 
 def search(run: Run, members: Sequence[Member], hosts: Sequence[Node]) -> float | None:
     """The shortest step of all chains of hosts that fit, by trying each; None where there is none."""
-    grown = run.process_bytes - run.idle_bytes
-    if any(m.node.own_bytes + grown > m.node.memory_bytes for m in members):
+    if any(m.node.own_bytes + run.grows_bytes > m.node.memory_bytes for m in members):
         return None
     steps = (step_s(run, members, chain) for chain in chains(members, hosts))
     return min((seconds for seconds in steps if seconds is not None), default=None)
@@ -265,7 +273,7 @@ def _base(run: Run, devices: int, chain: Sequence[Piece], number: int) -> str | 
         needs = run.bases[base]
         kept = devices * (needs.unit + (last - first) * needs.unit_layer) / run.unit_share
         weights = sum(needs.layers[first:last]) + (needs.tail if number == len(chain) - 1 else 0)
-        if kept + weights + host.own_bytes + run.process_bytes - run.idle_bytes <= host.memory_bytes:
+        if kept + weights + host.own_bytes + run.grows_bytes <= host.memory_bytes:
             return base
     return None
 

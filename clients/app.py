@@ -21,6 +21,7 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.control import FABRIC_SEPARATOR, ControlClient, control
 
 _ANSWER_S = 60.0
+_PROFILE_S = 600.0  # on a fifth of a core, measuring a layer in every base takes minutes
 _POLL_S = 30.0
 
 app = ClientApp()
@@ -31,7 +32,7 @@ def query(message: Message, context: Context) -> Message:
     """This node's profile."""
     request = pb.ProfileRequest.FromString(message.content["query"]["request"])
     with _stage_host(context) as stage_host:
-        profile = stage_host.call("GetProfile", request, _ANSWER_S)
+        profile = stage_host.call("GetProfile", request, _PROFILE_S)
     return _reply(message, ConfigRecord({"profile": profile.SerializeToString()}))
 
 

@@ -45,6 +45,13 @@ def memory_free_bytes(cgroup: Path = CGROUP, own: str = "") -> int:
     return min(found)
 
 
+def resident_bytes() -> int:
+    """Of this process, now."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
 def _own_group(version: _Version) -> str:
     try:
         lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()

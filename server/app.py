@@ -19,7 +19,7 @@ from server import hub
 from server.chat import converse
 from server.checks import check_config
 from server.nodes import Nodes
-from server.placement import needs_speeds, propose
+from server.placement import propose
 from server.plans import task_settings
 from server.run_folder import RunFolder
 from server.strategy import SplitLora
@@ -72,7 +72,7 @@ def _nodes(grid: Grid, folder: RunFolder, config: RunConfig, source: ModelSource
     request = pb.ProfileRequest(
         protocol_version=PROTOCOL_VERSION,
         task=task_settings(config),
-        measure_model=config.model.name if needs_speeds(config) else "",
+        measure_model=config.model.name if config.model.base == "auto" else "",
         measure_layers=config.model.name if config.split.cuts == "auto" else "",
         model_digest=source.digest,
         hub_port=hub.port(),

@@ -200,7 +200,8 @@ def _measured(profile: pb.Profile) -> dict[str, Any]:
     """What a node measures only where it is asked to."""
     link = _finite({key: getattr(profile, key) for key in ("link_up_bps", "link_down_bps", "round_trip_s")})
     layers = [{"tokens": time.tokens, "seconds": _finite(time.seconds)} for time in profile.layer_times]
-    return {key: value for key, value in {**link, "layer_times": layers}.items() if value}
+    found = {**link, "layer_times": layers, "idle_bytes": profile.idle_bytes}
+    return {key: value for key, value in found.items() if value}
 
 
 def _finite(values: Mapping[str, float]) -> dict[str, float]:

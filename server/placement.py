@@ -34,7 +34,7 @@ from server.run_folder import RunFolder
 
 GAIN = 0.1  # a new plan must be so much faster than the old one
 MIB = 2**20
-IDLE_BYTES = 435 * MIB  # resident, of a stage host that waits; x86, torch 2.13
+IDLE_BYTES = 435 * MIB  # resident, of a stage host that did not say; x86, torch 2.13
 # Code and buffers that the first slice brings; `benchmarks.memory`, over weights and activations.
 _GROWS_BYTES = 40 * MIB
 _MEASURED_TOKENS = 128
@@ -43,11 +43,6 @@ _WEIGHT_BYTES = 4  # of an adapter's weight
 _KEPT_BYTES = 16  # and for each device its gradient, moments and accumulator, as `split.window` reserves them
 _FAR_OFF = 1.5
 _NEWEST = 0.5  # weight of the newest round in what is known of a node
-
-
-def needs_speeds(config: RunConfig) -> bool:
-    """Whether nodes have to measure how fast they are."""
-    return config.model.base == "auto" or config.split.cuts == "auto"
 
 
 @dataclass(frozen=True)
@@ -227,8 +222,7 @@ class Costs:
             front_learns="front" in config.lora.train,
             back_on_device=not at_host,
             tail_layers=self.head_layers if at_host else 0.0,
-            process_bytes=IDLE_BYTES + _GROWS_BYTES,
-            idle_bytes=IDLE_BYTES,
+            grows_bytes=_GROWS_BYTES,
             # By the server instead of directly, which is taken to be half as far.
             relay_round_trip_s=mean(round_trips),
         )
@@ -241,11 +235,13 @@ class Costs:
         if self.config.split.labels == "device":
             spans.append(Span(back_first, self.source.num_layers, head=True))
         base, compute = choose_base(self.config, self.source, device, spans)
-        layers = sum(span.last - span.first + (self.head_layers if span.head else 0) for span in spans)
+        layers = [span.last - span.first + (self.head_layers if span.head else 0) for span in spans]
+        layer_s = self.layer_s(device, f"{base}/{compute}", measured)
         share_bps = shares.get(device.name, 0.0) * self.config.wire.capacity_bps or math.inf
         node = replace(
             self._node(device),
-            own_s=layers * self.layer_s(device, f"{base}/{compute}", measured),
+            own_s=sum(layers) * layer_s,
+            back_s=sum(layers[1:]) * layer_s,
             own_bytes=self._own_bytes(device.name, spans, base, compute, window),
         )
         return Member(
@@ -260,6 +256,7 @@ class Costs:
         return Node(
             profile.name,
             memory_bytes=profile.memory_available_bytes or math.inf,
+            idle_bytes=profile.idle_bytes or IDLE_BYTES,
             up_bps=_known(profile.link_up_bps) or math.inf,
             down_bps=_known(profile.link_down_bps) or math.inf,
             round_trip_s=_known(profile.round_trip_s),

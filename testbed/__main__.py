@@ -7,6 +7,7 @@ writes the Compose file. Needs no more rights than `docker` itself.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,12 +25,13 @@ from edgelam_fl.config import read_run_file
 from edgelam_fl.errors import ConfigError, RunFailed
 from edgelam_fl.tasks.docstrings import write_device_files
 from edgelam_fl.telemetry.summary import human_bytes, summary_table
-from testbed.compose import RUNS, SERVER, SERVER_ADDRESS, compose_file, write_compose_file
+from testbed.compose import RUNS, SERVER, SERVER_ADDRESS, compose_file, cpu_limit, write_compose_file
 from testbed.engine import ROOT, Project, build, check_engine
 from testbed.shapes import Testbed, read_testbed
 
 IMAGE = "edgelam:testbed"
 _FILES = ROOT / "docker"
+_SERVES = "test -f /state/endpoint.json && echo yes"  # of a node: written when its stage host listens
 
 app = typer.Typer(
     help="Testbeds of containers.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
@@ -73,7 +75,7 @@ def run(
     if not image:
         console.print("building the image (minutes the first time, seconds after that)")
         build(IMAGE, base_image)
-    with started(testbed, folder, project, console, image=image or IMAGE) as containers:
+    with started(testbed, folder, project, console, image=image or IMAGE, lend=True) as containers:
         train(containers, testbed, folder, run_file, overrides)
         memory = memory_table(containers, testbed)
     console.print(summary_table(json.loads((folder / "summary.json").read_text(encoding="utf-8"))))
@@ -110,13 +112,23 @@ def started(
     data: Sequence[Path] = (),
     mounts: Mapping[str, str] = MappingProxyType({}),
     image: str = IMAGE,
+    lend: bool = False,
 ) -> Iterator[Project]:
-    """The running containers; all are gone afterwards. What they said stays in containers.log where something failed."""
-    containers = Project(name, write_testbed(testbed, folder, image, data, mounts))
+    """The running containers; all are gone afterwards. What they said stays in containers.log where something failed.
+
+    `lend`: while they start, each may take all cores; from then on its shape's share. A fifth of a core loads PyTorch for
+    half a minute, which is no part of what a testbed measures.
+    """
+    as_started = unlimited(testbed) if lend else testbed
+    containers = Project(name, write_testbed(as_started, folder, image, data, mounts))
     containers.down()  # what an earlier one left that was killed
     try:
         console.print(f"starting {1 + len(testbed.nodes)} containers: {SERVER}, {_listed(testbed)}", highlight=False)
         containers.up()
+        if lend:
+            wait_until_all_serve(containers, testbed)
+            for service, shape in testbed.services():
+                containers.limit_cpus(service, **cpu_limit(shape.cpus))
         yield containers
     except BaseException:
         (folder / "containers.log").write_text(containers.logs(), encoding="utf-8")
@@ -124,6 +136,22 @@ def started(
         raise
     finally:
         containers.down()
+
+
+def unlimited(testbed: Testbed) -> Testbed:
+    """The same with all cores for each."""
+    cores = float(os.cpu_count() or 1)
+    shapes = {name: shape.model_copy(update={"cpus": cores}) for name, shape in testbed.shapes.items()}
+    return testbed.model_copy(update={"shapes": shapes, "timed": False})
+
+
+def wait_until_all_serve(containers: Project, testbed: Testbed, deadline_s: float = 300.0) -> None:
+    """Raises RunFailed with who does not."""
+    waiting, end = [node.name for node in testbed.nodes], time.monotonic() + deadline_s
+    while waiting := [name for name in waiting if not containers.ask(name, _SERVES)]:
+        if time.monotonic() > end:
+            raise RunFailed(f"after {deadline_s:.0f} s {', '.join(waiting)} of the testbed do not serve")
+        time.sleep(1.0)
 
 
 def _listed(testbed: Testbed) -> str:
@@ -150,10 +178,11 @@ def memory_table(containers: Project, testbed: Testbed) -> Table:
     table = Table(box=SIMPLE_HEAD)
     for heading in ("container", "shape", "memory limit", "peak with file pages", "killed for memory"):
         table.add_column(heading, justify="left" if heading in ("container", "shape") else "right")
-    for service, shape in [(SERVER, testbed.server), *((node.name, node.shape) for node in testbed.nodes)]:
+    names = {SERVER: testbed.server} | {node.name: node.shape for node in testbed.nodes}
+    for service, shape in testbed.services():
         peak, kills = containers.peak_memory_bytes(service), containers.memory_kills(service)
-        limit = testbed.shapes[shape].memory_bytes
-        table.add_row(service, shape, human_bytes(limit), human_bytes(peak), "-" if kills is None else str(kills))
+        known = human_bytes(peak), "-" if kills is None else str(kills)
+        table.add_row(service, names[service], human_bytes(shape.memory_bytes), *known)
     return table
 
 

@@ -14,6 +14,9 @@ SERVER_ADDRESS = f"{SERVER}:8000"
 RUNS = "/runs"  # in the server's container, where the ServerApp writes
 _DATA_PLANE = 9000
 _DATA = "/data/examples.jsonl"
+# A limit is kept by pauses. In turns of 100 ms, which `cpus` means, a slow machine would be a fast one that often stands
+# still, and a short task would take none of its pauses.
+_TURN_US = 20_000
 _THREADS = 1  # of torch: a container that has a part of a core gains nothing from a second one
 
 
@@ -62,10 +65,15 @@ def _service(name: str, shape: Shape, image: str, command: list[str]) -> dict[st
         "networks": ["plane"],
         "mem_limit": shape.memory_bytes,
         "memswap_limit": shape.memory_bytes,  # memory and swap together: none beside it
-        "cpus": shape.cpus,
         "environment": {"OMP_NUM_THREADS": str(_THREADS), "COLUMNS": "100"},
     }
+    service |= {f"cpu_{name}": microseconds for name, microseconds in cpu_limit(shape.cpus).items()}
     return service | (_shaped(shape, service["environment"]) if shape.up or shape.down or shape.delay_ms else {})
+
+
+def cpu_limit(cpus: float) -> dict[str, int]:
+    """Microseconds: of each period, a quota."""
+    return {"period": _TURN_US, "quota": round(cpus * _TURN_US)}
 
 
 def _shaped(shape: Shape, environment: Any) -> dict[str, Any]:

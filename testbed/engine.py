@@ -18,6 +18,7 @@ _ASK_S, _START_S = 60.0, 600.0
 # By version of cgroups; without the files nothing is known. The engine's own "OOMKilled" speaks of the first process alone.
 _PEAK = "cat /sys/fs/cgroup/memory.peak 2>/dev/null || cat /sys/fs/cgroup/memory/memory.max_usage_in_bytes"
 _KILLS = "cat /sys/fs/cgroup/memory.events 2>/dev/null || cat /sys/fs/cgroup/memory/memory.oom_control"
+_CPU = "cat /sys/fs/cgroup/cpu.stat 2>/dev/null || cat /sys/fs/cgroup/cpuacct/cpuacct.usage"
 _STAT = "cat /sys/fs/cgroup/memory.stat 2>/dev/null || cat /sys/fs/cgroup/memory/memory.stat"
 
 
@@ -71,12 +72,16 @@ class Project:
     def __init__(self, name: str, file: Path) -> None:
         self.name = name
         self._command = [*_compose_commands()[0], "-p", name, "-f", str(file)]
+        self._ids: dict[
+            str, str
+        ] = {}  # of containers that were asked before: Compose takes half a second of a core to tell
 
     def up(self) -> None:
         """Returns when all are started; those that depend on a healthy one have waited for it."""
         self._compose("up", "-d", timeout_s=_START_S)
 
     def down(self) -> None:
+        self._ids.clear()
         self._compose("down", "--volumes", "--remove-orphans", "--timeout", "5", timeout_s=_START_S)
 
     def logs(self) -> str:
@@ -108,10 +113,26 @@ class Project:
         _checked(["docker", "cp", f"{self.container(service)}:{folder}/.", str(to)], _START_S)
 
     def container(self, service: str) -> str:
-        found = self._compose("ps", "-q", service, timeout_s=_ASK_S).stdout.split()
-        if not found:
-            raise RunFailed(f"{service} of the testbed {self.name} has no container; it ended, or was never started")
-        return found[0]
+        if service not in self._ids:
+            found = self._compose("ps", "-q", service, timeout_s=_ASK_S).stdout.split()
+            if not found:
+                raise RunFailed(
+                    f"{service} of the testbed {self.name} has no container; it ended, or was never started"
+                )
+            self._ids[service] = found[0]
+        return self._ids[service]
+
+    def limit_cpus(self, service: str, period: int, quota: int) -> None:
+        """From now on, in microseconds; as `compose.cpu_limit` makes them."""
+        limits = ["--cpu-period", str(period), "--cpu-quota", str(quota)]
+        _checked(["docker", "update", *limits, self.container(service)], _ASK_S)
+
+    def cpu_seconds(self, service: str) -> float | None:
+        """That its processes have computed so far."""
+        words = self.ask(service, _CPU).split()
+        if "usage_usec" in words:
+            return int(words[words.index("usage_usec") + 1]) / 1e6
+        return int(words[0]) / 1e9 if words and words[0].isdigit() else None
 
     def peak_memory_bytes(self, service: str) -> int | None:
         """The largest use of its control group, pages of files among it, so a limit that is met says little."""

@@ -87,6 +87,10 @@ class Testbed(Section):
     def shape_of(self, node: Node) -> Shape:
         return self.shapes[node.shape]
 
+    def services(self) -> list[tuple[str, Shape]]:
+        """All containers."""
+        return [(SERVER, self.shapes[self.server]), *((node.name, self.shape_of(node)) for node in self.nodes)]
+
 
 def read_testbed(file: Path, devices: int | None = None, cores: int = os.cpu_count() or 1) -> Testbed:
     """The file's testbed, each node named. `devices`: so many, of the shapes of the file's devices in turn.

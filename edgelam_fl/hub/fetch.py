@@ -28,6 +28,10 @@ _MOST_INDEX_BYTES = 32 << 20
 _PROGRESS_EVERY_S = 5.0
 _OPTIONS = [
     ("grpc.max_receive_message_length", _MOST_INDEX_BYTES),
+    # What is under way is lost where the connection breaks, and comes again. gRPC would let it grow to megabytes; this is
+    # enough for 80 Mbit/s at 50 ms.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 512 << 10),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.use_local_subchannel_pool", 1),

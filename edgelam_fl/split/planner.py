@@ -27,6 +27,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 from edgelam_fl.errors import DoesNotFit, RunFailed
@@ -51,7 +52,9 @@ class Node:
     round_trip_s: float = 0.0  # to the server
     reachable: bool = True  # others can dial it; else only through the relay
     own_s: float = 0.0  # as a device: its own layers, head and loss, for one unit
+    back_s: float = 0.0  # the part of it that comes behind the hosts
     own_bytes: int = 0  # as a device: what it needs for them
+    idle_bytes: int = 0  # what its process takes before it holds anything; gone from the free memory already
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,7 @@ class Run:
     front_learns: bool = True  # gradients go down to the devices' front
     back_on_device: bool = True  # hidden states come back to the device, and gradients leave there
     tail_layers: float = 0.0  # the head, in layers' time, where the last host holds it
-    process_bytes: int = 0  # of a node's process beside what is counted here
-    idle_bytes: int = 0  # the part of it that an idle process takes, and that is gone from the free memory already
+    grows_bytes: int = 0  # of a node's process with its first slice, beside what is counted here
     unit_share: float = 0.8  # of what is free beside the weights, units get so much (`split.window`)
     relay_bps: float = math.inf
     relay_round_trip_s: float = 0.0  # on top of the direct way
@@ -102,7 +104,7 @@ class Part:
     first: int
     last: int
     base: str
-    memory_bytes: int  # of its whole process
+    memory_bytes: int  # of its whole process, at its peak
     compute_s: float
     up_bytes: int
     down_bytes: int
@@ -474,14 +476,12 @@ class _Site:
         """What a host is short of for a slice; at most 0 where it fits."""
         run = self.run
         weights, units = self.used_bytes(base, first, last)
-        grown = run.process_bytes - run.idle_bytes
-        return weights + units / run.unit_share + grown + host.own_bytes - host.memory_bytes
+        return weights + units / run.unit_share + run.grows_bytes + host.own_bytes - host.memory_bytes
 
     def check_devices(self) -> None:
         """Raises DoesNotFit for a device that cannot hold what it keeps."""
-        grown = self.run.process_bytes - self.run.idle_bytes
         for member in self.members:
-            short = member.node.own_bytes + grown - member.node.memory_bytes
+            short = member.node.own_bytes + self.run.grows_bytes - member.node.memory_bytes
             if short > 0:
                 raise DoesNotFit(
                     f"device {member.node.name} keeps layers 0 to {member.front} and those from {member.back_first} on: "
@@ -517,27 +517,68 @@ class _Site:
     # ------------------------------------------------------------ the answer
 
     def plan(self, label: _Label) -> Plan:
-        hosts, first = [], self.first
-        for number, last in label.chain:
-            stage = self.stage(number, first, last)
-            assert stage is not None
-            hosts.append(self._host_part(self.hosts[number], stage.base, first, last))
-            first = last
+        hosts = [
+            self._host_part(host, stage.base, first, last, in_flight)
+            for (host, stage, first, last), in_flight in zip(
+                self._slices_of(label), self._in_flight(label), strict=True
+            )
+        ]
         devices = tuple(map(self._device_part, self.members))
         return Plan(tuple(hosts), devices, self.step_s(label), label.cycle_s, self._limit(label, hosts))
 
-    def _host_part(self, host: Node, base: str, first: int, last: int) -> Part:
-        used = sum(self.used_bytes(base, first, last)) + host.own_bytes
+    def _slices_of(self, label: _Label) -> list[tuple[Node, _Stage, int, int]]:
+        found, first = [], self.first
+        for number, last in label.chain:
+            stage = self.stage(number, first, last)
+            assert stage is not None
+            found.append((self.hosts[number], stage, first, last))
+            first = last
+        return found
+
+    @property
+    def _most_in_flight(self) -> int:
+        """What the window allows, and hosts reserve memory for."""
+        return len(self.members) * min(self.run.window, self.run.micro_batches)
+
+    def _in_flight(self, label: _Label) -> list[int]:
+        """The most units that each host will keep for their backward pass.
+
+        Between a unit's two passes lies its way through all that follows. Meanwhile others come, as often as the slowest
+        before lets them. A pass of a frozen layer takes about as long backward as forward.
+        """
+        slices, away_s = self._slices_of(label), 0.0
+        if self.run.back_on_device:
+            last = slices[-1][0]
+            away_s = self.slowest.back_s + self._link_s(last, self.slowest, True, relayed=not last.reachable)
+        away = [away_s]
+        for (before, *_), (host, stage, *_) in reversed(list(pairwise(slices))):
+            away_s += stage.cycle_s + self._link_s(before, host, True, relayed=not host.reachable)
+            away.insert(0, away_s)
+        found, every_s = [], 1 / sum(1 / max(self._comes_every_s(m.node), _INSTANT_S) for m in self.members)
+        for away_s, (_, stage, *_) in zip(away, slices, strict=True):
+            every_s = max(every_s, stage.cycle_s / 2)
+            found.append(min(self._most_in_flight, 1 + math.ceil(away_s / every_s - _INSTANT_S)))
+        return found
+
+    def _comes_every_s(self, device: Node) -> float:
+        """A unit out of a device."""
+        return max((device.own_s - device.back_s) / 2, _seconds(self.run.tensor_bytes, device.up_bps))
+
+    def _host_part(self, host: Node, base: str, first: int, last: int, in_flight: int) -> Part:
+        weights, units = self.used_bytes(base, first, last)
+        used = weights + round(units * in_flight / self._most_in_flight) + host.own_bytes
         moved = [self.units * self._tensors(first, last, up) * self.run.tensor_bytes for up in (True, False)]
-        return Part(
-            host.name, first, last, base, self.run.process_bytes + used, self.compute_s(host, base, first, last), *moved
-        )
+        memory, compute_s = self._process_bytes(host) + used, self.compute_s(host, base, first, last)
+        return Part(host.name, first, last, base, memory, compute_s, *moved)
 
     def _device_part(self, member: Member) -> Part:
         node, run = member.node, self.run
         moved = [run.micro_batches * self._own_tensors(up) * run.tensor_bytes for up in (True, False)]
-        memory, compute_s = run.process_bytes + node.own_bytes, run.micro_batches * node.own_s
+        memory, compute_s = self._process_bytes(node) + node.own_bytes, run.micro_batches * node.own_s
         return Part(node.name, member.front, member.back_first, "", memory, compute_s, *moved)
+
+    def _process_bytes(self, node: Node) -> int:
+        return node.idle_bytes + self.run.grows_bytes
 
     def _limit(self, label: _Label, hosts: Sequence[Part]) -> str:
         """What is busiest in a step, or the window where units wait for that."""

@@ -8,7 +8,8 @@ the ServerApp, into RUN/events.jsonl
                     tags [words],
                     base_seconds {"base/compute": seconds of a layer, forward and backward} (model.base = "auto" only);
                     with split.cuts = "auto", as far as it could be measured: layer_times [{tokens, seconds {"base/compute": ...}}],
-                    link_up_bps, link_down_bps, round_trip_s (to the server's hub)
+                    link_up_bps, link_down_bps, round_trip_s (to the server's hub), idle_bytes (resident memory of its stage
+                    host before it held anything)
     node_refused    node, reason
     plan            round, attempt, selected [names], why {node: text} (of each device that is here), shares {node: share of 1},
                     routes [{device, front, back_first, num_layers, hops [{node, first, last}]}],

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 # Those that need an emulated machine or a Docker engine have tests of their own: tests/unit/test_benchmark_boards.py,
 # tests/unit/test_testbed_benchmarks.py.
-APART = ("__init__", "common", "boards", "big_llama", "links_tc", "testbed_memory")
+APART = ("__init__", "common", "boards", "big_llama", "links_tc", "testbed_memory", "planner_testbeds")
 NAMES = sorted(file.stem for file in (ROOT / "benchmarks").glob("*.py") if file.stem not in APART)
 
 

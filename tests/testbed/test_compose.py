@@ -50,7 +50,7 @@ def test_the_shapes_become_limits_without_swap(tmp_path: Path) -> None:
         "server": 512 * MIB, "edge-1": 512 * MIB, "slow-1": 1024 * MIB, "slow-2": 1024 * MIB,
     }  # fmt: skip
     assert all(service["memswap_limit"] == service["mem_limit"] for service in found.values())
-    assert [service["cpus"] for service in found.values()] == [0.1, 0.1, 0.2, 0.2]
+    assert [service["cpu_quota"] / service["cpu_period"] for service in found.values()] == [0.1, 0.1, 0.2, 0.2]
 
 
 def test_a_link_is_limited_from_inside_and_only_there_are_rights(tmp_path: Path) -> None:

@@ -29,6 +29,15 @@ def test_a_real_layer_is_measured_once_for_each_pair_and_size(
     assert said == []
 
 
+def test_a_slow_layer_is_measured_with_few_tokens_alone(tiny: ModelSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        layer_speed, "_seconds", lambda stage, source, tokens: 1.0 if stage.dtype.itemsize == 4 else 0.1
+    )
+    few, many = layer_speed.measure_layers(tiny).values()
+    assert {"fp32/fp32", "int8/fp32"} <= set(few) - set(many)
+    assert {"bf16/bf16", "int8/bf16"} <= set(many)
+
+
 def test_the_layer_has_attention_and_lora(tiny: ModelSource) -> None:
     stage = layer_speed.random_layer(tiny, "fp32", "float32")
     modules = [name for name in tiny.linear_modules() if ".layers.0." in name]

@@ -121,11 +121,24 @@ def test_the_first_base_that_fits_is_taken() -> None:
 
 def test_units_in_flight_are_reserved_as_the_host_does_it() -> None:
     needs = Footprint((0,) * LAYERS, unit=2, unit_layer=1)
-    run = replace(RUN, bases={"fp32": needs}, process_bytes=30, idle_bytes=20)
+    run = replace(RUN, bases={"fp32": needs}, grows_bytes=10)
     reserved = (2 + MIDDLE) / run.unit_share + 10
-    assert best_plan(run, MEMBERS, [host("h", memory_bytes=reserved)]).hosts[0].memory_bytes == 30 + 2 + MIDDLE
+    fits = host("h", memory_bytes=reserved, idle_bytes=20)
+    slow = [replace(member, node=replace(member.node, own_s=1e6, back_s=1e6)) for member in MEMBERS]
+    assert best_plan(run, slow, [fits]).hosts[0].memory_bytes == 20 + 10 + 2 + MIDDLE
     with pytest.raises(DoesNotFit):
         best_plan(run, MEMBERS, [host("h", memory_bytes=reserved - 0.1)])
+
+
+def test_a_host_keeps_the_units_that_come_while_one_is_away() -> None:
+    """Two hosts of four layers, 4 s a unit: a pass of 2 s is the most often that units come."""
+    needs = Footprint((0,) * LAYERS, unit_layer=30)  # 12 micro-batches in flight
+    run = replace(RUN, bases={"fp32": needs}, micro_batches=12, window=12)
+    device = Member(Node("d", own_s=3.0, back_s=2.9), 1, LAYERS - 1)
+    plan = best_plan(run, [device], [host("a"), host("b")], count=2)
+    first, last = plan.hosts
+    assert last.memory_bytes == 4 * 30 / 12 * (1 + 2)  # away for the device's back: ceil(2.9 / 2)
+    assert first.memory_bytes == 4 * 30 / 12 * (1 + 4)  # and for the last host: ceil((2.9 + 4) / 2)
 
 
 def test_what_is_missing_is_told() -> None:

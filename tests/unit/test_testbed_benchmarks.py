@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from benchmarks import big_llama, links_tc, testbed_memory
+from benchmarks import big_llama, links_tc, planner_testbeds, testbed_memory
 from benchmarks.common import Figure
 from edgelam_fl.config import parse_run_file
 from edgelam_fl.model.source import find_model
@@ -51,9 +51,26 @@ def test_a_step_is_held_against_the_prediction(slower: float, holds: bool) -> No
     assert figures[-1].value == pytest.approx(100 * (slower - 1), abs=0.1)
 
 
-@pytest.mark.parametrize("text", [testbed_memory.SMOL, testbed_memory.LLAMA, links_tc.RUN])
+@pytest.mark.parametrize("text", [testbed_memory.SMOL, testbed_memory.LLAMA, links_tc.run_text(5)])
 def test_their_run_files_are_sound(text: str) -> None:
     assert parse_run_file(text, source="a benchmark", overrides=["split.hosts=4"])
+
+
+@pytest.mark.parametrize("bed", planner_testbeds.BEDS, ids=lambda bed: bed.name)
+def test_the_planners_testbeds_are_within_the_cores_and_their_run_files_sound(bed: planner_testbeds.Bed) -> None:
+    testbed = bed.testbed()
+    assert sum(shape.cpus for _, shape in testbed.services()) <= 0.9 * 2 + 1e-9
+    assert len(testbed.devices) == len(bed.devices)
+    config = parse_run_file(bed.run_file, source="a benchmark")
+    assert (config.split.hosts, config.split.cuts) == ("auto", "auto")
+    assert config.federation.batch_size == bed.rows * bed.micro_batches
+
+
+def test_the_planners_testbeds_are_unlike_and_the_first_is_the_one_that_was_asked_for() -> None:
+    first = planner_testbeds.BEDS[0]
+    machines = [(machine.cpus, machine.mbps) for machine in [*first.edges, *first.devices]]
+    assert machines == [(1.0, 100), (0.4, 20), (0.2, 5)]
+    assert len({str(bed) for bed in planner_testbeds.BEDS}) == len(planner_testbeds.BEDS) == 5
 
 
 def test_the_page_says_what_was_missed() -> None:
