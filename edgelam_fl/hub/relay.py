@@ -86,7 +86,8 @@ class HubRelay:
             _end(older)
         if full:
             _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, f"the relay serves {_MOST_LISTENERS} hosts already")
-        context.add_callback(lambda: self._forget(part, calls))
+        if not context.add_callback(lambda: self._forget(part, calls)):
+            self._forget(part, calls)  # the call has ended already
         yield b""
         while context.is_active():
             try:
