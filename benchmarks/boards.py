@@ -33,10 +33,12 @@ from edgelam_fl.model.adapter import Adapter, initial_adapter, read_peft_folder
 from edgelam_fl.model.source import find_model, layer_number
 from edgelam_fl.processes import Child, Node, end_all, free_port, start_superlink
 from edgelam_fl.submit import Submission
+from edgelam_fl.tasks.data import read_pairs
 from edgelam_fl.tasks.docstrings import write_device_files
+from edgelam_fl.tasks.kinds import make_task
 from edgelam_fl.telemetry.events import EventTail
 
-MODEL, TOKENS, STEPS, PAIRS = "smollm2-135m", 32, 5, 12
+MODEL, LEAST_TOKENS, TOKENS, STEPS, PAIRS = "smollm2-135m", 17, 32, 5, 12
 LOSS_APART, COSINE = 1e-4, 0.999  # the bars
 # Python alone takes most of a minute to start under emulation.
 SETTINGS = {
@@ -112,11 +114,15 @@ def measure(smoke: bool, options: argparse.Namespace) -> tuple[dict[str, Any], l
 
 
 def few_pairs(out: Path) -> dict[str, Path]:
-    """Some short docstrings for each board."""
+    """For each board some short docstrings, whole in LEAST_TOKENS to TOKENS tokens: one of them is a step."""
     files = write_device_files(out / "data", 2)
+    task = make_task("causal-lm", find_model(MODEL).folder, template="plain", max_tokens=2 * TOKENS, loss_on="all")
     for file in files:
         lines = file.read_text(encoding="utf-8").splitlines()
-        file.write_text("\n".join(sorted(lines, key=len)[:PAIRS]) + "\n", encoding="utf-8")
+        pairs = read_pairs(file, "question", "answer")
+        sizes = [len(example.ids) for pair in pairs for example in task.examples([pair])]
+        short = [line for line, size in zip(lines, sizes, strict=True) if LEAST_TOKENS <= size <= TOKENS]
+        file.write_text("\n".join(short[:PAIRS]) + "\n", encoding="utf-8")
     return dict(zip(("pi4", "pi5"), files, strict=True))
 
 

@@ -167,18 +167,20 @@ def doctor(
     """
     from dataclasses import asdict
 
-    from edgelam_fl.doctor import examine, findings_table
+    from edgelam_fl.doctor import examine, findings_table, hub_address
     from edgelam_fl.processes import split_address
 
     address = split_address(server, "--server") if server else None
+    hub = hub_address(address, data_plane)
     with errors.status("looking"):
-        findings = list(examine(address, model))
+        findings = list(examine(address, hub, model))
     profile = None
     if measure:
         from edgelam_fl.profile.doctor import measured
 
         with errors.status("measuring") as status:
-            more, profile = measured(model, address, data_plane, status.update)
+            shut = any(finding.check == "hub" and finding.state == "problem" for finding in findings)
+            more, profile = measured(model, None if shut else hub, status.update)
         findings += more
     problems = sum(finding.state == "problem" for finding in findings)
     if as_json and measure:
@@ -353,7 +355,7 @@ def client(
         typer.Option(
             "--listen",
             metavar="HOST:PORT",
-            help="Where other nodes reach it. An edge server without it takes a free port of this machine; a device with it may host layers for others (split.host_on = 'any').",
+            help="Where other nodes reach it; 'relay': nowhere (behind a router), so they come through the server. An edge server without it takes a free port of this machine; a device with it may host layers for others (split.host_on = 'any').",
         ),
     ] = "",
     advertise: Annotated[

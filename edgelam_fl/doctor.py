@@ -28,7 +28,7 @@ from rich.table import Table
 from edgelam_fl.errors import EdgelamError
 from edgelam_fl.machine import disk_free_bytes, memory_free_bytes
 from edgelam_fl.model.source import BUILT_IN, cache_folder, find_model
-from edgelam_fl.processes import answers, check_port_free, is_loopback, tool_environment
+from edgelam_fl.processes import answers, check_port_free, is_loopback, split_address, tool_environment
 
 PACKAGE = "edgelam-fl"
 DEFAULT_PORT = 8000
@@ -59,14 +59,23 @@ def _problem(check: str, found: str, fix: str) -> Finding:
     return Finding(check, "problem", found, fix)
 
 
-def examine(server: tuple[str, int] | None, model: str) -> Iterator[Finding]:
-    """All checks, one after the other; those of a server or a model where one is named."""
+def hub_address(server: tuple[str, int] | None, data_plane: str) -> tuple[str, int] | None:
+    """Where the hub is by default: the server's host, its port + 1."""
+    if data_plane:
+        return split_address(data_plane, "--data-plane")
+    return (server[0], server[1] + 1) if server else None
+
+
+def examine(server: tuple[str, int] | None, hub: tuple[str, int] | None, model: str) -> Iterator[Finding]:
+    """All checks, one after the other; those of a server, its hub or a model where one is named."""
     yield check_python()
     yield check_userland()
     yield from check_packages()
     yield from check_tools()
     yield check_own_name()
     yield from check_server(*server) if server else [check_port()]
+    if hub:
+        yield check_hub(*hub)
     yield check_memory()
     for place, folder in (("cache", cache_folder()), ("this folder", Path.cwd())):
         yield check_disk(place, folder)

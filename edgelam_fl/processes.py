@@ -261,7 +261,7 @@ class Node:
     server: str  # host:port of the SuperLink
     state: Path
     data: Path | None = None
-    listen: str = ""  # host:port of the data plane; '': an edge server takes a free one, a device only dials
+    listen: str = ""  # host:port of the data plane; 'relay': only through the hub; '': an edge server takes a free one, a device only dials
     advertise: str = ""
     threads: int = 0
     tags: Sequence[str] = ()  # words by which runs may choose it

@@ -18,6 +18,7 @@ from edgelam_fl.generate import Speaker, Step
 from edgelam_fl.model.adapter import read_peft_folder
 from edgelam_fl.model.source import find_model
 from edgelam_fl.model.stage import load_stages
+from edgelam_fl.processes import join_address, split_address
 from edgelam_fl.results import Result
 from edgelam_fl.split.generation import RouteSession
 from edgelam_fl.split.job import lora_of
@@ -60,9 +61,8 @@ def route_speaker(result: Result, server: str, console: Console) -> Iterator[Rou
         submission.submit(result.config, folder, chat=result.adapter)
         session = None
         try:
-            session = _open(
-                result, _await_route(submission, folder, result.config.federation.join_deadline_s + _PATIENCE_S)
-            )
+            plan = _await_route(submission, folder, result.config.federation.join_deadline_s + _PATIENCE_S)
+            session = _open(result, plan, server)
         finally:
             if session is None:
                 submission.stop()
@@ -72,11 +72,12 @@ def route_speaker(result: Result, server: str, console: Console) -> Iterator[Rou
         session.finish()
 
 
-def _open(result: Result, plan: pb.Plan) -> RouteSession:
+def _open(result: Result, plan: pb.Plan, server: str) -> RouteSession:
     source = find_model(plan.model.name)
     stages = load_stages(source, end_spans(plan), plan.model.base, lora_of(plan), compute=plan.model.compute)
     route = new_route(plan)
-    open_route(dial, plan, source, route, ByteCounters())
+    hub = join_address(split_address(server, "--server")[0], plan.hub_port) if plan.hub_port else ""
+    open_route(dial, plan, source, route, ByteCounters(), hub=hub)
     adapter = read_peft_folder(result.adapter)
     return RouteSession(stages, adapter, route, wire_dtype(plan), _PATIENCE_S)
 

@@ -35,6 +35,7 @@ from edgelam_fl.tasks.files import read_records
 from edgelam_fl.telemetry.console import RunView
 from edgelam_fl.telemetry.events import EventTail
 from edgelam_fl.telemetry.summary import summary_table
+from edgelam_fl.wire.relay import RELAY
 
 INTERRUPTED = 130
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
@@ -127,8 +128,12 @@ def join(
     """`wait`: until the server answers, instead of refusing. Once it has answered, the node rejoins whenever it comes back."""
     host, port = split_address(server, "--server")
     check_plain_text(host, "--server", insecure)
-    if listen:
+    if listen and listen != RELAY:
         check_plain_text(split_address(listen, "--listen")[0], "--listen", insecure)
+    if advertise and listen == RELAY:
+        raise ConfigError(
+            f"--listen {RELAY} means that nobody can dial this node, so it has no --advertise {advertise}"
+        )
     if advertise:
         check_plain_text(split_address(advertise, "--advertise")[0], "--advertise", insecure)
     name = name or socket.gethostname()

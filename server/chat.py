@@ -60,14 +60,20 @@ def converse(grid: Grid, config: RunConfig, source: ModelSource, session: Path, 
 
 def _plan(grid: Grid, config: RunConfig, source: ModelSource, folder: RunFolder) -> tuple[dict[str, pb.Plan], Nodes]:
     """Waits for the hosts of one site. Raises RunFailed when they do not come."""
-    nodes = Nodes(grid, folder, pb.ProfileRequest(protocol_version=PROTOCOL_VERSION, task=task_settings(config)))
+    nodes = Nodes(
+        grid,
+        folder,
+        pb.ProfileRequest(protocol_version=PROTOCOL_VERSION, task=task_settings(config), hub_port=hub.port()),
+    )
     end = time.monotonic() + config.federation.join_deadline_s
     while len(who_may_host(config, nodes.profiles.values())) < config.split.least_hosts and time.monotonic() < end:
         if not nodes.refresh():
             time.sleep(_POLL_S)
     caller = pb.Profile(name=CALLER, role=pb.DEVICE)
     layout = Placement(config, source).layout(1, [caller], who_may_host(config, nodes.profiles.values()))
-    facts = RoundFacts(f"{folder.path.name}-{time.time_ns():x}", 1, 1, 0, 0, hub_port=hub.port())
+    facts = RoundFacts(
+        f"{folder.path.name}-{time.time_ns():x}", 1, 1, 0, 0, hub_port=hub.port(), relay_key=hub.secret()
+    )
     profiles = {**nodes.profiles, CALLER: caller}
     plans = make_plans(config, source, facts, profiles, layout, {}, {CALLER: secrets.token_bytes(16)})
     for plan in plans.values():

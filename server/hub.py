@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from edgelam_fl import hub
+from edgelam_fl.hub.relay import relay_key
 from edgelam_fl.hub.slices import offer_model
 from edgelam_fl.model.source import ModelSource
 
@@ -13,6 +14,11 @@ from edgelam_fl.model.source import ModelSource
 def port() -> int:
     """0: there is none, or it is not this server's."""
     return int(os.environ.get(hub.PORT) or 0)
+
+
+def secret() -> bytes:
+    """What lets nodes use its relay is made with it; empty where there is none."""
+    return relay_key(Path(os.environ[hub.STATE])) if port() else b""
 
 
 def offer(source: ModelSource) -> None:

@@ -18,6 +18,7 @@ from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.relay import BEHIND
 from server.layout import who_may_host
 from server.run_folder import RunFolder
 from server.schedule import unfit
@@ -168,6 +169,8 @@ class Nodes:
             problem = f"speaks protocol version {profile.protocol_version}, this server {PROTOCOL_VERSION}: install the same edgelam-fl"
         elif profile.name in self._ids and self._ids[profile.name] != node_id and profile.name in self.profiles:
             problem = "another node has this name already; give each its own with --name"
+        elif profile.address.startswith(BEHIND) and not self.request.hub_port:
+            problem = "can be reached by a relay alone (--listen relay), and this server has none: start it with `edgelam server`"
         if problem:
             self._refuse(profile.name, problem)
             return

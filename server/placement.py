@@ -24,6 +24,7 @@ from edgelam_fl.model.memory import unit_bytes, weights_bytes
 from edgelam_fl.model.source import ModelSource, layer_number
 from edgelam_fl.split.planner import Chain, Footprint, Member, Node, Plan, Run, best_plan, choose, deal, rated
 from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.relay import BEHIND
 from server.bases import BASES, DTYPES, choose_base
 from server.contributions import Reply
 from server.layout import HostRange, Layout, by_name, device_ends, lay_out, make_layout, who_may_host
@@ -259,7 +260,7 @@ class Costs:
             up_bps=_known(profile.link_up_bps) or math.inf,
             down_bps=_known(profile.link_down_bps) or math.inf,
             round_trip_s=_known(profile.round_trip_s),
-            reachable=not profile.address.startswith("relay:"),
+            reachable=not profile.address.startswith(BEHIND),
         )
 
     # ------------------------------------------------------------ time

@@ -10,9 +10,10 @@ from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.memory import weights_bytes
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.split.plan import spans_of
+from edgelam_fl.split.plan import part_id, spans_of
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.relay import DIAL, LISTEN, make_token
 from server.bases import DTYPES, choose_base
 from server.layout import HostRange, Layout, Site, by_name
 from strategies.base import ClientSettings
@@ -35,6 +36,7 @@ class RoundFacts:
     settings: ClientSettings = field(default_factory=ClientSettings)  # what the aggregation asks of every node
     unequal_ranks: bool = False  # whether the aggregation takes them
     hub_port: int = 0  # of this server's hub; 0: it has none
+    relay_key: bytes = b""  # of its relay
 
 
 def make_plans(
@@ -55,11 +57,15 @@ def make_plans(
     for name, route in routes.items():
         route.CopyFrom(layout.routes[name])
         route.token, route.share_bps = tokens[name], shares.get(name, 0.0) * config.wire.capacity_bps
+        for hop in route.hops if facts.relay_key else ():
+            hop.relay_token = make_token(facts.relay_key, DIAL, f"{facts.run}/{facts.round}/{facts.attempt}/{hop.node}")
     plans: dict[str, pb.Plan] = {}
     for site in layout.sites:
         for host in site.hosts:
             plans[host.name] = _plan(config, source, facts, profiles[host.name])
             _serve(plans[host.name], config, host, site, routes)
+            if facts.relay_key:
+                plans[host.name].relay_token = make_token(facts.relay_key, LISTEN, part_id(plans[host.name]))
     for name, route in routes.items():
         if name not in plans:
             plans[name] = _plan(config, source, facts, profiles[name])

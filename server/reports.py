@@ -10,6 +10,7 @@ from typing import Any
 
 from edgelam_fl.telemetry.timeline import covered
 from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.relay import BY_RELAY
 from server.contributions import Reply
 
 _INTERVALS = 1000  # of a node and round; it sends a few hundred
@@ -98,9 +99,12 @@ def _traffic(counts: Iterable[pb.KindBytes], sent_bytes: int, received_bytes: in
     total = Counter[str]()
     for count in counts:
         total[count.direction] += count.payload_bytes + count.framing_bytes
+        if count.link.endswith(BY_RELAY):
+            total["relayed"] += count.payload_bytes + count.framing_bytes
     return {
         "bytes_up": total["sent"],
         "bytes_down": total["received"],
+        "bytes_relayed": total["relayed"],
         "adapter_bytes_up": sent_bytes,
         "adapter_bytes_down": received_bytes,
     }

@@ -196,7 +196,9 @@ class SplitLora(Strategy):
         steps = planned_steps(self.config, devices) if trains else 0
         unequal_ranks = getattr(self.aggregation, "unequal_ranks", False)
         asked = asked_by(self.aggregation, number)
-        facts = RoundFacts(self.run, number, self._attempt, self.step_offset, steps, asked, unequal_ranks, hub.port())
+        facts = RoundFacts(
+            self.run, number, self._attempt, self.step_offset, steps, asked, unequal_ranks, hub.port(), hub.secret()
+        )
         plans = make_plans(self.config, self.source, facts, self.nodes.profiles, layout, shares, tokens)
         self._global = complete(from_record(arrays), plans, self.config, self.source, unequal_ranks)
         fold = Fold() if trains and folds(self.aggregation, len(plans)) else None

@@ -295,11 +295,11 @@ def relative_distance(got: adapters.Adapter, reference: adapters.Adapter, start:
 
 
 @contextmanager
-def grpc_server(handlers: Sequence[grpc.GenericRpcHandler]) -> Iterator[int]:
-    """A server of these on a free port of this machine."""
+def grpc_server(handlers: Sequence[grpc.GenericRpcHandler], port: int = 0) -> Iterator[int]:
+    """A server of these on a port of this machine; 0: a free one."""
     server = grpc.server(ThreadPoolExecutor(16))
     server.add_generic_rpc_handlers(tuple(handlers))
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = server.add_insecure_port(f"127.0.0.1:{port}")
     server.start()
     yield port
     server.stop(None)

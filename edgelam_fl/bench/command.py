@@ -133,6 +133,6 @@ def _told(line: dict[str, Any]) -> str:
     quality = (
         f"accuracy {line['accuracy']:.4f}" if line["accuracy"] is not None else f"perplexity {line['perplexity']:.2f}"
     )
-    virtual = f", {line['virtual_seconds']:.0f} virtual s" if line["virtual_seconds"] else ""
+    virtual = f", {line['virtual_seconds']:.0f} virtual s" if line.get("virtual_seconds") else ""
     real = f"time replayed from {line['trained']}" if "trained" in line else f"{line['seconds']:.0f} s"
     return f"{line['name']}: {quality}, {line['bytes'] / 1e6:.1f} MB{virtual}, {real}"

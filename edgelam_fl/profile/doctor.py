@@ -6,24 +6,16 @@ from collections.abc import Callable
 
 from edgelam_fl.doctor import Finding
 from edgelam_fl.errors import EdgelamError, ModelError
-from edgelam_fl.processes import split_address
 from edgelam_fl.profile.measure import measure_profile
 from edgelam_fl.profile.profile import Profile
 
 
-def hub_address(server: tuple[str, int] | None, data_plane: str) -> tuple[str, int] | None:
-    """Where the hub is by default: the server's host, its port + 1."""
-    if data_plane:
-        return split_address(data_plane, "--data-plane")
-    return (server[0], server[1] + 1) if server else None
-
-
 def measured(
-    model: str, server: tuple[str, int] | None, data_plane: str, say: Callable[[str], None]
+    model: str, hub: tuple[str, int] | None, say: Callable[[str], None]
 ) -> tuple[list[Finding], Profile | None]:
     """What cannot be measured is left out, and found; the rest is measured all the same."""
     findings: list[Finding] = []
-    asked = {"model": model, "hub": hub_address(server, data_plane)}
+    asked = {"model": model, "hub": hub}
     while True:
         try:
             return findings, measure_profile(asked["model"], asked["hub"], say)  # type: ignore[arg-type]

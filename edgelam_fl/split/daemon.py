@@ -38,7 +38,8 @@ def serve(options: argparse.Namespace) -> int:
     from edgelam_fl.model.allocator import give_back_at_once
     from edgelam_fl.split.stage_host import StageHost
     from edgelam_fl.wire.control import ControlServer
-    from edgelam_fl.wire.grpc_link import DataPlaneServer, dial
+    from edgelam_fl.wire.grpc_link import DataPlaneServer, RelayedDoor, dial
+    from edgelam_fl.wire.relay import BEHIND, RELAY
 
     give_back_at_once()
     if options.threads:
@@ -47,12 +48,14 @@ def serve(options: argparse.Namespace) -> int:
     node: StageHost | None = None
     data_plane = None
     listen = options.listen or ("" if options.data else "127.0.0.1:0")
+    if listen == RELAY:
+        listen, options.advertise = "", BEHIND + options.name
     if listen:  # a device that only dials has none
         host, _, port = listen.rpartition(":")
         data_plane = DataPlaneServer(host, int(port), lambda hello, link: node.admit(hello, link))  # type: ignore[union-attr]
     address = options.advertise or (f"{listen.rpartition(':')[0]}:{data_plane.port}" if data_plane else "")
     server = split_address(options.server, "--server")[0] if options.server else ""
-    node = StageHost(options.name, dial, log, data=options.data, address=address, tags=options.tag, server=server)
+    node = StageHost(options.name, dial, log, data=options.data, address=address, tags=options.tag, server=server, open_door=RelayedDoor)  # fmt: skip
     handlers = {"GetProfile": node.profile, "Submit": node.submit, "Wait": node.wait}
     control = ControlServer(options.state, lambda _: handlers)
     log("ready", name=options.name, address=address)
@@ -71,7 +74,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--state", type=Path, required=True, help="folder for the endpoint and the events")
     parser.add_argument("--data", type=Path, help="a device's examples; absent: an edge server")
     parser.add_argument(
-        "--listen", default="", help="host:port of the data plane; a device without it cannot be a host"
+        "--listen", default="", help="host:port of the data plane, or 'relay'; a device without it cannot be a host"
     )
     parser.add_argument("--advertise", default="", help="host:port at which others reach it, if it is not --listen")
     parser.add_argument("--server", default="", help="host:port of the SuperLink; the hub is on the same host")

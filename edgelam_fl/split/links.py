@@ -24,9 +24,10 @@ from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.link import Ears, Link
 from edgelam_fl.wire.memory import memory_pair
 from edgelam_fl.wire.pace import Pace
+from edgelam_fl.wire.relay import Relay
 
-# address, link name, hello, counters, ears, deadlines -> an open link and READY
-Dial = Callable[[str, str, pb.Hello, ByteCounters, Ears, pb.Deadlines], tuple[Link, pb.Ready]]
+# address, link name, hello, counters, ears, deadlines, the way round -> an open link and READY
+Dial = Callable[[str, str, pb.Hello, ByteCounters, Ears, pb.Deadlines, Relay | None], tuple[Link, pb.Ready]]
 _MEMORY_RETRY_S = 0.01
 
 
@@ -40,8 +41,9 @@ def memory_dial(nodes: Mapping[str, Admits]) -> Dial:
     """Links between stage hosts of one process: an address is a node's name. `nodes` may still grow."""
 
     def dial(
-        address: str, name: str, hello: pb.Hello, counters: ByteCounters, ears: Ears, deadlines: pb.Deadlines
-    ) -> tuple[Link, pb.Ready]:
+        address: str, name: str, hello: pb.Hello, counters: ByteCounters, ears: Ears, deadlines: pb.Deadlines,
+        relay: Relay | None = None,
+    ) -> tuple[Link, pb.Ready]:  # fmt: skip
         end = time.monotonic() + deadlines.ready_s
         while time.monotonic() < end:
             # what the host's end counts, the host's group sets
@@ -67,8 +69,12 @@ def open_link(
     side: pb.LinkRole,
     counters: ByteCounters,
     ears: Ears,
+    hub: str = "",
 ) -> tuple[Link, int]:
-    """Dials a hop of a route and sets the link up as both ends agreed; returns it with the window granted."""
+    """Dials a hop of a route and sets the link up as both ends agreed; returns it with the window granted.
+
+    `hub`: HOST:PORT of the server's, which relays where the hop cannot be reached; empty: there is none.
+    """
     hop = route.hops[number]
     hello = pb.Hello(
         version=PROTOCOL_VERSION, job=job_id(plan), node=plan.node, device_index=route.device_index, link=side,
@@ -76,7 +82,8 @@ def open_link(
     )  # fmt: skip
     name = f"{'entry' if side == pb.ENTRY else 'exit'} {hop.node}"
     name += f" for {route.device}" if route.device != plan.node else ""
-    link, ready = dial(hop.address, name, hello, counters, ears, plan.deadlines)
+    relay = Relay(hub, f"{job_id(plan)}/{hop.node}", hop.relay_token) if hub and hop.relay_token else None
+    link, ready = dial(hop.address, name, hello, counters, ears, plan.deadlines, relay)
     if ready.codec not in CODECS or not ready.window >= 1:
         raise PeerLost(f"{name} granted codec {ready.codec!r} and window {ready.window}")
     link.max_tensor_bytes = unit_rows(plan) * plan.task.max_tokens * source.hidden_size * wire_dtype(plan).itemsize
@@ -91,14 +98,18 @@ def open_route(
     route: Route,
     counters: ByteCounters,
     on_sent: Callable[[pb.Header, float, float], None] | None = None,
+    hub: str = "",
 ) -> None:
-    """A device's two links, into `route`; over no host there is nothing to open. One pace for all that it sends."""
+    """A device's two links, into `route`; over no host there is nothing to open. One pace for all that it sends.
+
+    `hub`: as of `open_link`.
+    """
     own = plan.routes[0]
     if not own.hops:
         return
     ears = (route.inbox.on_frame, route.inbox.on_lost)
-    route.entry, entry_window = open_link(dial, plan, source, own, 0, pb.ENTRY, counters, ears)
-    route.exit, exit_window = open_link(dial, plan, source, own, len(own.hops) - 1, pb.EXIT, counters, ears)
+    route.entry, entry_window = open_link(dial, plan, source, own, 0, pb.ENTRY, counters, ears, hub)
+    route.exit, exit_window = open_link(dial, plan, source, own, len(own.hops) - 1, pb.EXIT, counters, ears, hub)
     route.window = min(plan.window, entry_window, exit_window)
     pace = Pace(own.share_bps / 8) if own.share_bps else None
     for link in (route.entry, route.exit):

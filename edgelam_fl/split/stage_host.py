@@ -12,9 +12,10 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -44,11 +45,20 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.codec import CODECS
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.link import Ears, Link
+from edgelam_fl.wire.relay import Relay
 
 _RETRY_MS = 200
 _RESULTS_KEPT = 2
 VERSIONED = ("edgelam-fl", "flwr", "torch", "transformers", "peft", "grpcio", "numpy")
 HOST_MODES = ("joint", "sequential", "copies")
+
+
+class Closes(Protocol):
+    def close(self) -> object: ...
+
+
+# the relay, the doorkeeper -> open until it is closed
+OpenDoor = Callable[[Relay, Callable[[pb.Hello, Link], pb.Ready | pb.NotReady | pb.Refuse]], Closes]
 
 
 @dataclass
@@ -86,10 +96,11 @@ class StageHost:
         server: str = "",
         read: Callable[[Path, Any], tuple[list[Pair], list[Pair]]] = device_pairs,
         load: Callable[..., list[Stage]] = load_stages,
+        open_door: OpenDoor | None = None,
     ) -> None:
         """`data`: a device's examples (None: an edge server). `address`: where others reach this node's data plane.
         `tags`: words by which a run may choose it. `server`: the host on which the server's hub is. `read`: (training,
-        held-out) pairs out of the data. `load`: slices.
+        held-out) pairs out of the data. `load`: slices. `open_door`: how others may reach it through the server's hub.
         """
         self.name = name
         self.role = pb.DEVICE if data else pb.EDGE
@@ -99,7 +110,7 @@ class StageHost:
         self._address = address
         self._tags = tuple(tags)
         self._server = server
-        self._read, self._load = read, load
+        self._read, self._load, self._open_door = read, load, open_door
         self._lock = threading.Lock()
         self._parts: dict[str, Part] = {}
         self._current: Part | None = None
@@ -141,8 +152,11 @@ class StageHost:
 
     def _find(self, name: str, digest: str, hub_port: int, tokenizer: bool = False) -> ModelSource:
         """The model, from this machine or the server's hub."""
-        hub = join_address(self._server, hub_port) if self._server and hub_port else ""
-        return open_model(name, digest, hub, tokenizer=tokenizer, emit=self._emit)
+        return open_model(name, digest, self._hub(hub_port), tokenizer=tokenizer, emit=self._emit)
+
+    def _hub(self, port: int) -> str:
+        """Its HOST:PORT; empty: there is none."""
+        return join_address(self._server, port) if self._server and port else ""
 
     def _find_planned(self, plan: pb.Plan) -> ModelSource:
         hosted = hosted_span(plan)
@@ -228,7 +242,8 @@ class StageHost:
         report = part.report
         emit = lambda event, **fields: self._emit(event, job=report.job, **fields)  # noqa: E731
         try:
-            self._run_part(part, request, emit)
+            with self._door(part.plan):
+                self._run_part(part, request, emit)
             report.state = "done"
         except EdgelamError as error:
             report.state, report.error = "failed", str(error)
@@ -240,6 +255,13 @@ class StageHost:
             self._hosting = None
             emit("job_done", state=report.state, error=report.error)
             part.finished.set()
+
+    def _door(self, plan: pb.Plan) -> AbstractContextManager[object]:
+        """Open while a host has its part: those who cannot reach it here come by the hub."""
+        hub = self._hub(plan.hub_port)
+        if self._open_door is None or not (hub and plan.relay_token):
+            return nullcontext()
+        return closing(self._open_door(Relay(hub, part_id(plan), plan.relay_token), self.admit))
 
     def _run_part(self, part: Part, request: pb.SubmitRequest, emit: Callable[..., None]) -> None:
         plan, report, began = part.plan, part.report, time.monotonic()
@@ -310,7 +332,8 @@ class StageHost:
         part.attach(route.inbox)
         driver = Driver(plan, held.ends, held.ends_trainee, route, task, wire_dtype(plan), emit)
         try:
-            open_route(self._dial, plan, held.source, route, counters, driver.timeline.sent)
+            hub = self._hub(plan.hub_port)
+            open_route(self._dial, plan, held.source, route, counters, driver.timeline.sent, hub)
             if plan.evaluate:
                 driver.evaluate(held_out)
             if plan.steps:
@@ -354,7 +377,8 @@ class StageHost:
         plan = part.plan
 
         def dial_next(route: pb.Route, number: int, counters: ByteCounters, ears: Ears) -> tuple[Link, int]:
-            return open_link(self._dial, plan, held.source, route, number, pb.ENTRY, counters, ears)
+            hub = self._hub(plan.hub_port)
+            return open_link(self._dial, plan, held.source, route, number, pb.ENTRY, counters, ears, hub)
 
         assert held.hosted is not None
         size = sum(parameter.numel() for parameter in held.hosted.adapter_parameters.values())

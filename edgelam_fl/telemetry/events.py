@@ -36,10 +36,11 @@ the ServerApp, into RUN/events.jsonl
                     devices: {name, examples, labels, loss (mean a label over the round's steps; null without steps),
                     perplexity (of the adapter the round started from, held-out), metrics (of the same: {"accuracy":
                     share of 1}, {} where the task has no other), tokens, train_seconds, eval_seconds,
-                    compute_seconds, bytes_up, bytes_down, adapter_bytes_up, adapter_bytes_down, peak_rss_bytes,
+                    compute_seconds, bytes_up, bytes_down, bytes_relayed (of links that it dialled through the hub), adapter_bytes_up,
+                    adapter_bytes_down, peak_rss_bytes,
                     step_losses [mean loss a label, a step], left_out [{step, reason}], moments ("warm" | "cold"),
                     digest_before, digest_after}
-                    hosts: {name, layers [first, last], bytes_up, bytes_down, adapter_bytes_up, adapter_bytes_down,
+                    hosts: {name, layers [first, last], bytes_up, bytes_down, bytes_relayed, adapter_bytes_up, adapter_bytes_down,
                     compute_seconds, peak_rss_bytes, moments, digest_before, digest_after}
                     (digests: SHA-256 of the adapter that the node holds, as the round's plan demands it of the node
                     and as the node reports it after the round's training)

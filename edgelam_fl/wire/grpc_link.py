@@ -1,5 +1,6 @@
 """Links over gRPC: one bidirectional stream of raw messages a link, dialled by the one that may sit behind a NAT.
 
+Where it reaches nobody, the server's hub joins it to the other end, which has dialled the hub too (hub.relay).
 The service knows the handshake (HELLO -> READY, NOT_READY or REFUSE) and nothing else: whom to let in is decided by the
 `Doorkeeper` that it is given. Threads, not asyncio: a link has one that reads and gRPC's own that sends, and tensors are
 computed on neither.
@@ -9,8 +10,12 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
 
 import grpc
 
@@ -20,10 +25,12 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.link import Ears, Frame, Link
 from edgelam_fl.wire.outbox import Outbox
+from edgelam_fl.wire.relay import ACCEPT, BEHIND, BY_RELAY, DIAL, LISTEN, Metadata, Relay, number_metadata, path
 
 _METHOD = "/edgelam.v1.DataPlane/Link"
 _HELLO_DEADLINE_S = 10.0
 _RETRY_S = 0.5
+_LISTEN_RETRY_S = 2.0
 _PING_EVERY_S = 2.0
 _MAX_STREAMS = 512
 _OPTIONS = [
@@ -71,32 +78,73 @@ class GrpcLink(Link):
             else:
                 self.send(pb.Header(kind=pb.PING, progress=self.progress))
 
+    def read_from(self, messages: Iterator[bytes], then: Callable[[], object] = lambda: None) -> None:
+        """Starts the thread that receives, until there are no more messages; `then` is called at its end."""
+
+        def read() -> None:
+            try:
+                for message in messages:
+                    self.receive(message)
+                self.lost("the other end closed the link")
+            except grpc.RpcError as error:
+                self.lost(grpc_reason(error))
+            except Exception as error:  # noqa: BLE001 - grpc raises a bare Exception when the peer vanishes
+                self.lost(f"the connection broke ({error or 'the peer vanished'})")
+            then()
+
+        threading.Thread(target=read, name=f"read {self.name}", daemon=True).start()
+
 
 # ---------------------------------------------------------------- the end that dials
 
 
+@dataclass(frozen=True)
+class _Way:
+    """Where to dial for a link, and how."""
+
+    address: str
+    method: str = _METHOD
+    metadata: Metadata = ()
+    suffix: str = ""  # of the link's name
+
+
 def dial(
-    address: str, link_name: str, hello: pb.Hello, counters: ByteCounters, ears: Ears, deadlines: pb.Deadlines
+    address: str,
+    link_name: str,
+    hello: pb.Hello,
+    counters: ByteCounters,
+    ears: Ears,
+    deadlines: pb.Deadlines,
+    relay: Relay | None = None,
 ) -> tuple[Link, pb.Ready]:
     """Opens a link and attaches `ears` to it. Repeats while the host is not up or has no such job yet.
 
+    `relay`: the way by which it goes where nobody answers at `address`.
     Raises Refused with the host's reason, PeerLost when `deadlines.ready_s` seconds have passed.
     """
     end = time.monotonic() + deadlines.ready_s
-    problem, name = "no answer", link_name
-    while time.monotonic() < end:
-        channel = grpc.insecure_channel(address, options=_OPTIONS)
+    ways = deque([_Way(address)] if not address.startswith(BEHIND) else [])
+    if relay is not None:
+        ways.append(_Way(relay.hub, path(DIAL), relay.metadata, BY_RELAY))
+    problem = "no answer" if ways else "it can be reached by a relay alone, and this server has none"
+    while ways and time.monotonic() < end:
+        way = ways[0]
+        channel = grpc.insecure_channel(way.address, options=_OPTIONS)
         try:
             grpc.channel_ready_future(channel).result(timeout=max(0.1, min(5.0, end - time.monotonic())))
-            outcome = _say_hello(channel, GrpcLink(name, counters, deadlines.silent_s), hello, ears)
+            link = GrpcLink(link_name + way.suffix, counters, deadlines.silent_s)
+            outcome = _say_hello(channel, way, link, hello, ears)
         except grpc.FutureTimeoutError:
             problem = "nobody listens there"
             channel.close()
+            ways.rotate()
             continue
         except PeerLost as error:
             problem = str(error)
             channel.close()
             time.sleep(_RETRY_S)
+            if way.suffix:
+                ways.rotate()
             continue
         if isinstance(outcome, pb.NotReady):
             problem = "it has not received this job yet"
@@ -104,16 +152,16 @@ def dial(
             time.sleep(min(outcome.retry_ms / 1000, 5.0))
             continue
         return outcome
-    raise PeerLost(f"{name} at {address} could not be reached within {deadlines.ready_s:.0f} s: {problem}")
+    raise PeerLost(f"{link_name} at {address} could not be reached within {deadlines.ready_s:.0f} s: {problem}")
 
 
 def _say_hello(
-    channel: grpc.Channel, link: GrpcLink, hello: pb.Hello, ears: Ears
+    channel: grpc.Channel, way: _Way, link: GrpcLink, hello: pb.Hello, ears: Ears
 ) -> tuple[Link, pb.Ready] | pb.NotReady:
     """Raises Refused, or PeerLost when no answer comes."""
     name = link.name
     link.send(pb.Header(kind=pb.HELLO, hello=hello))
-    call = channel.stream_stream(_METHOD)(iter(link.outbox))
+    call = channel.stream_stream(way.method)(iter(link.outbox), metadata=way.metadata)
     answer: list[pb.Header] = []
     problems: list[str] = []
     answered = threading.Event()
@@ -129,17 +177,7 @@ def _say_hello(
         answered.set()
 
     link.attach(first_frame, lost)
-
-    def read() -> None:
-        try:
-            for message in call:
-                link.receive(message)
-            link.lost("the other end closed the link")
-        except grpc.RpcError as error:
-            link.lost(grpc_reason(error))
-        channel.close()
-
-    threading.Thread(target=read, name=f"read {name}", daemon=True).start()
+    link.read_from(call, then=channel.close)
     answered.wait(_HELLO_DEADLINE_S)
     if answer and answer[0].kind == pb.READY:
         link.start_pulse(call.cancel)
@@ -163,6 +201,9 @@ def grpc_reason(error: grpc.RpcError) -> str:
         grpc.StatusCode.CANCELLED: "the link was given up",
         grpc.StatusCode.DEADLINE_EXCEEDED: "no answer in time",
         grpc.StatusCode.RESOURCE_EXHAUSTED: "a message above the size limit",
+        grpc.StatusCode.NOT_FOUND: "it has not dialled the server's relay yet",
+        grpc.StatusCode.FAILED_PRECONDITION: "the server's relay is full",
+        grpc.StatusCode.PERMISSION_DENIED: "the server's relay does not know this run",
         grpc.StatusCode.UNIMPLEMENTED: "something else than a stage host answers there",
     }
     return known.get(code, f"gRPC {code.name if code else error}")
@@ -196,39 +237,73 @@ class DataPlaneServer:
 
     def _link(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         link = GrpcLink(context.peer(), ByteCounters(), silent_s=_HELLO_DEADLINE_S)
-        link.attach(self._hello, lambda _, reason: None)
-
-        def read() -> None:
-            try:
-                for message in requests:
-                    link.receive(message)
-                link.lost("the other end closed the link")
-            except grpc.RpcError as error:
-                link.lost(grpc_reason(error))
-            except Exception as error:  # noqa: BLE001 - grpc raises a bare Exception when the peer vanishes
-                link.lost(f"the connection broke ({error or 'the peer vanished'})")
-
-        threading.Thread(target=read, name=f"read {link.name}", daemon=True).start()
-        link.start_pulse(context.cancel)
+        _answer(link, requests, self._doorkeeper, context.cancel)
         yield from link.outbox
 
-    def _hello(self, link: Link, frame: Frame) -> None:
-        header = frame.header
-        if header.kind != pb.HELLO:
-            answer: pb.Ready | pb.NotReady | pb.Refuse = pb.Refuse(reason="the first frame must be HELLO")
-        elif header.hello.version != PROTOCOL_VERSION:
-            answer = pb.Refuse(
-                reason=f"protocol version {header.hello.version} of node {header.hello.node!r}; this host speaks "
-                f"{PROTOCOL_VERSION}: install the same edgelam-fl on both"
-            )
-        else:
-            answer = self._doorkeeper(header.hello, link)
-        if isinstance(answer, pb.Ready):
-            link.send(pb.Header(kind=pb.READY, ready=answer))
-            link.job_token = answer.job_token  # no later frame is read before this thread is through
-        else:
-            refused = isinstance(answer, pb.Refuse)
-            link.send(
-                pb.Header(kind=pb.REFUSE, refuse=answer) if refused else pb.Header(kind=pb.NOT_READY, not_ready=answer)
-            )
-            link.close()
+
+class RelayedDoor:
+    """Lets a node be dialled through the server's hub, from now until `close`. Where the hub is away, it tries again."""
+
+    def __init__(self, relay: Relay, doorkeeper: Doorkeeper) -> None:
+        self._relay, self._doorkeeper = relay, doorkeeper
+        self._closed = threading.Event()
+        self._calls: grpc.Call | None = None
+        threading.Thread(target=self._listen, name="relay", daemon=True).start()
+
+    def close(self) -> None:
+        """Links that are open stay open."""
+        self._closed.set()
+        if self._calls is not None:
+            self._calls.cancel()
+
+    def _listen(self) -> None:
+        while not self._closed.is_set():
+            with grpc.insecure_channel(self._relay.hub, options=_OPTIONS) as channel, suppress(grpc.RpcError):
+                self._calls = channel.unary_stream(path(LISTEN))(b"", metadata=self._relay.metadata)
+                for number in self._calls:
+                    if self._closed.is_set():
+                        return
+                    if number:  # an empty one only says that the hub is there
+                        self._accept(number)
+            self._closed.wait(_LISTEN_RETRY_S)
+
+    def _accept(self, number: bytes) -> None:
+        channel = grpc.insecure_channel(self._relay.hub, options=_OPTIONS)
+        link = GrpcLink("a link by relay", ByteCounters(), silent_s=_HELLO_DEADLINE_S)
+        call = channel.stream_stream(path(ACCEPT))(iter(link.outbox), metadata=number_metadata(number))
+        _answer(link, call, self._doorkeeper, call.cancel, then=channel.close)
+
+
+def _answer(
+    link: GrpcLink,
+    messages: Iterator[bytes],
+    doorkeeper: Doorkeeper,
+    hang_up: Callable[[], object],
+    then: Callable[[], object] = lambda: None,
+) -> None:
+    """Starts the dialled end of a link."""
+    link.attach(partial(_hear_hello, doorkeeper), lambda _, reason: None)
+    link.read_from(messages, then)
+    link.start_pulse(hang_up)
+
+
+def _hear_hello(doorkeeper: Doorkeeper, link: Link, frame: Frame) -> None:
+    header = frame.header
+    if header.kind != pb.HELLO:
+        answer: pb.Ready | pb.NotReady | pb.Refuse = pb.Refuse(reason="the first frame must be HELLO")
+    elif header.hello.version != PROTOCOL_VERSION:
+        answer = pb.Refuse(
+            reason=f"protocol version {header.hello.version} of node {header.hello.node!r}; this host speaks "
+            f"{PROTOCOL_VERSION}: install the same edgelam-fl on both"
+        )
+    else:
+        answer = doorkeeper(header.hello, link)
+    if isinstance(answer, pb.Ready):
+        link.send(pb.Header(kind=pb.READY, ready=answer))
+        link.job_token = answer.job_token  # no later frame is read before this thread is through
+    else:
+        refused = isinstance(answer, pb.Refuse)
+        link.send(
+            pb.Header(kind=pb.REFUSE, refuse=answer) if refused else pb.Header(kind=pb.NOT_READY, not_ready=answer)
+        )
+        link.close()

@@ -116,7 +116,11 @@ class Federation:
             submission.submit(config, out)
             return submission.status
 
-        return self.follow(name, submit, meanwhile)
+        try:
+            return self.follow(name, submit, meanwhile)
+        except RunFailed as error:
+            error.add_note(f"Flower's log: {submission.log()}")
+            raise
 
     def follow(
         self, name: str, submit: Callable[[Path], Callable[[], str]], meanwhile: Callable[[], object] = lambda: None

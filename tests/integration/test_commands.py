@@ -230,7 +230,7 @@ def test_doctor_finds_what_is_wrong_and_says_what_mends_it(tmp_path: Path) -> No
     assert done.returncode == 3, done.stderr
     findings = {each["check"]: each for each in json.loads(done.stdout)}
     wrong = {check: each for check, each in findings.items() if each["state"] == "problem"}
-    assert {"server", "model"} <= wrong.keys()
+    assert {"server", "hub", "model"} <= wrong.keys()
     assert "edgelam server --listen 127.0.0.1:1" in wrong["server"]["fix"]
     assert all(each["fix"] for each in wrong.values())
     for check in ("Python", "packages", "base fp32", "base bf16", "base int8", "memory", "disk, cache", "own name"):

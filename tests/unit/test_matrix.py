@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgelam_fl.bench import runner
+from edgelam_fl.bench import command, runner
 from edgelam_fl.bench.datasets import load, write_cell
 from edgelam_fl.bench.matrix import Bench, read_matrix
 from edgelam_fl.bench.partition import deal
@@ -210,3 +210,12 @@ def test_protocols_read_the_curve() -> None:
     assert at_budget(cell, "bytes", 100) == 0.5
     assert cost_to(cell, "bytes", 0.5) == 100
     assert cost_to(cell, "bytes", 0.6) is None
+
+
+def test_every_kind_of_line_is_told() -> None:
+    """A reference has no virtual time: where its training came through as the first of all, telling so must not end the matrix."""
+    done = {"state": "done", "perplexity": None, "accuracy": 0.5, "bytes": 2e6, "virtual_seconds": 3.0, "seconds": 4.0}
+    reference = {key: value for key, value in done.items() if key in command._OF_A_REFERENCE}
+    assert command._told({"name": "a", **done}) == "a: accuracy 0.5000, 2.0 MB, 3 virtual s, 4 s"
+    assert command._told({"name": "b", "state": "reference", **reference}) == "b: accuracy 0.5000, 2.0 MB, 4 s"
+    assert command._told({"name": "c", "state": "failed", "reason": "busy"}) == "c failed: busy"

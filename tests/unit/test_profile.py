@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from edgelam_fl.doctor import hub_address
 from edgelam_fl.errors import EnvironmentProblem
 from edgelam_fl.hub import echo
-from edgelam_fl.processes import free_port
+from edgelam_fl.processes import free_port, split_address
 from edgelam_fl.profile import link
-from edgelam_fl.profile.doctor import hub_address, measured
+from edgelam_fl.profile.doctor import measured
 from edgelam_fl.profile.measure import disk_write_bytes_per_s
 from edgelam_fl.profile.profile import Profile
 from tests.support import grpc_server
@@ -30,7 +31,7 @@ def hub() -> Iterator[str]:
 
 def test_a_profile_with_a_link_survives_json(hub: str, cache: Path) -> None:
     said: list[str] = []
-    findings, profile = measured("", None, hub, said.append)
+    findings, profile = measured("", split_address(hub, "hub"), said.append)
     assert findings == []
     assert profile is not None
     assert profile.link is not None
@@ -41,7 +42,7 @@ def test_a_profile_with_a_link_survives_json(hub: str, cache: Path) -> None:
 
 def test_without_a_hub_the_rest_is_measured_and_the_fault_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(link, "_ANSWER_S", 0.5)
-    findings, profile = measured("", ("127.0.0.1", free_port() - 1), "", lambda _: None)
+    findings, profile = measured("", ("127.0.0.1", free_port()), lambda _: None)
     assert [finding.state for finding in findings] == ["problem"]
     assert "--data-plane" in findings[0].fix
     assert profile is not None
@@ -49,7 +50,7 @@ def test_without_a_hub_the_rest_is_measured_and_the_fault_found(monkeypatch: pyt
 
 
 def test_a_model_that_is_not_here_is_a_note() -> None:
-    findings, profile = measured("no/such-model", None, "", lambda _: None)
+    findings, profile = measured("no/such-model", None, lambda _: None)
     assert [finding.state for finding in findings] == ["note"]
     assert profile is not None
     assert (profile.model, profile.layer_seconds) == ("", {})

@@ -70,7 +70,7 @@ def test_a_share_paces_both_ends_of_both_links(tiny: ModelSource) -> None:
     plan = fleet.plans(RoundFacts("r", 1, 1, 0, 1))["device-1"]
     plan.routes[0].share_bps = 0.25 * 8e6
 
-    def dial(address: str, name: str, hello: pb.Hello, counters: ByteCounters, ears: Any, deadlines: Any) -> Any:
+    def dial(address: str, name: str, hello: pb.Hello, counters: ByteCounters, ears: Any, *_: Any) -> Any:
         return memory_pair(name, counters, counters)[0], pb.Ready(window=1, codec="raw", job_token=1)
 
     route = new_route(plan)

@@ -1,0 +1,137 @@
+"""Nodes in network namespaces of their own that reach the server and nobody else, and whom nobody reaches.
+
+`home` holds a device, `away` an edge server that listens nowhere. The other edge server listens on this machine's loopback,
+where the other devices find it and the one at home does not. Nobody told anyone who reaches whom, but for `--listen relay`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from edgelam_fl.model.source import ModelSource
+from edgelam_fl.processes import Child, Hub, end_all, free_port, log_tail, start_superlink
+from edgelam_fl.submit import Submission
+from edgelam_fl.telemetry.events import EventTail
+from tests.integration.federation import RUN_DEADLINE_S, Run, config_of
+
+pytestmark = pytest.mark.processes
+
+NUMBER = os.getpid() % 250  # of this test's networks, should two run at a time
+
+
+@dataclass(frozen=True)
+class Namespace:
+    name: str
+    server: str  # this machine's address in it
+
+    def run(self, *command: str) -> None:
+        subprocess.run(self.inside(*command), check=True, capture_output=True, text=True)
+
+    def inside(self, *command: str) -> list[str]:
+        return ["ip", "netns", "exec", self.name, *command]
+
+
+def ip(words: str) -> None:
+    subprocess.run(["ip", *words.split()], check=True, capture_output=True, text=True)
+
+
+def make(name: str, number: int) -> Namespace:
+    """Joined to this machine by a wire: no route leads further, and nothing that is begun outside comes in."""
+    space = Namespace(f"edgelam-{name}-{os.getpid()}", f"10.{NUMBER}.{number}.1")
+    outer, inner = f"el{number}o{os.getpid()}", f"el{number}i{os.getpid()}"
+    ip(f"netns add {space.name}")
+    ip(f"link add {outer} type veth peer name {inner} netns {space.name}")
+    ip(f"addr add {space.server}/30 dev {outer}")
+    ip(f"link set {outer} up")
+    for words in (
+        "link set lo up",
+        f"addr add 10.{NUMBER}.{number}.2/30 dev {inner}",
+        f"link set {inner} up",
+    ):
+        space.run("ip", *words.split())
+    space.run("iptables", "-A", "INPUT", "-i", inner, "-p", "tcp", "--syn", "-j", "DROP")
+    return space
+
+
+@pytest.fixture
+def spaces() -> Iterator[tuple[Namespace, Namespace]]:
+    if os.geteuid() or not (shutil.which("ip") and shutil.which("iptables")):
+        pytest.skip("network namespaces need root, ip and iptables")
+    try:
+        yield make("home", 1), make("away", 2)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"network namespaces cannot be made here: {error.stderr}")
+    finally:
+        for name in ("home", "away"):
+            subprocess.run(["ip", "netns", "del", f"edgelam-{name}-{os.getpid()}"], check=False, capture_output=True)
+
+
+def test_nodes_that_reach_the_server_alone_train_through_its_relay(
+    spaces: tuple[Namespace, Namespace],
+    few_pairs: dict[str, Path],
+    averaged: Run,
+    tiny: ModelSource,
+    tmp_path: Path,
+) -> None:
+    home, away = spaces
+    port = free_port()
+    hub = Hub("0.0.0.0", free_port(), tmp_path / "hub")
+    children: list[Child] = []
+    try:
+        hub.start()
+        assert hub.child is not None
+        children = [hub.child, start_superlink("0.0.0.0", port, tmp_path / "server", beside=hub)]
+        here = Namespace("", "127.0.0.1")
+        for name, space in {
+            "device-1": home,
+            "device-2": here,
+            "device-3": here,
+            "edge-1": here,
+            "edge-2": away,
+        }.items():
+            command = [str(Path(sys.executable).with_name("edgelam")), "client", "--insecure", "--threads", "1"]
+            command += ["--server", f"{space.server}:{port}", "--name", name, "--state", str(tmp_path / name)]
+            command += ["--data", str(few_pairs[name])] if name in few_pairs else []
+            command += ["--listen", "relay"] if name == "edge-2" else []
+            children.append(Child(name, space.inside(*command) if space.name else command, tmp_path / f"{name}.log"))
+        events = train(f"127.0.0.1:{port}", tiny, tmp_path, children)
+    finally:
+        end_all(children)
+    ours, theirs = (load_file(path / "adapter/adapter_model.safetensors") for path in (tmp_path / "run", averaged.path))
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+    trained = [event for event in events if event["event"] == "round_done"]
+    for device in (device for event in trained for device in event["devices"]):
+        assert device["bytes_relayed"] > 0, "its exit is the host that nobody reaches"
+        everything = device["bytes_relayed"] == device["bytes_up"] + device["bytes_down"]
+        assert everything == (device["name"] == "device-1"), "the others find their entry themselves"
+
+
+def train(server: str, model: ModelSource, folder: Path, children: list[Child]) -> list[dict[str, Any]]:
+    """The events of a run over both edge servers."""
+    Submission(server, folder / "flwr").submit(config_of(model.name, "split.hosts=2"), folder / "run")
+    tail, events, end = (
+        EventTail(folder / "run/events.jsonl"),
+        list[dict[str, Any]](),
+        time.monotonic() + RUN_DEADLINE_S,
+    )
+    while not any(event["event"] in ("run_done", "run_failed") for event in events):
+        logs = "\n".join(f"{log.name}: {log_tail(log, 5)}" for log in sorted(folder.rglob("*.log")))
+        assert time.monotonic() < end, logs
+        assert not any(child.ended() for child in children), logs
+        time.sleep(0.2)
+        events += tail.poll()
+    assert events[-1]["event"] == "run_done", events[-1]
+    return events
