@@ -107,16 +107,17 @@ def measure(smoke: bool, options: argparse.Namespace) -> tuple[dict[str, Any], l
     config = TINY_LLAMA if smoke else CONFIG
     halves = {} if smoke else {"smollm2": smol}
     halves["llama"] = partial(llama, config=config, model="smoke" if smoke else "1.1b")
-    tables, figures = list[str](), list[Figure]()
-    with (out / "lock").open("w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two at once would end each other's containers
-        for name, run in halves.items():
-            if not options.finished:
+    if not options.finished:
+        with (out / "lock").open("w", encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two at once would end each other's containers
+            for name, run in halves.items():
                 _run_half(out / name, run)
-            if (out / name / _FINISHED).exists():
-                half = json.loads((out / name / _FINISHED).read_text(encoding="utf-8"))
-                figures += [Figure(**figure) for figure in half["figures"]]
-                tables.append(half["table"])
+    tables, figures = list[str](), list[Figure]()
+    for file in (out / name / _FINISHED for name in halves):
+        if file.exists():
+            half = json.loads(file.read_text(encoding="utf-8"))
+            figures += [Figure(**figure) for figure in half["figures"]]
+            tables.append(half["table"])
     if not smoke:
         (RESULTS / "testbed_memory.md").write_text(page(tables, figures), encoding="utf-8")
     settings = {
