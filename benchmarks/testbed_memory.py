@@ -7,20 +7,25 @@ without a limit, then split over five containers of 1 GiB, 3 steps.
 
 Memory is the control group's: the peak of all it was charged for, pages of files among it (the kernel takes these back
 when it needs them, so this peak may touch the limit), and the largest sample of what cannot be taken back. Losses and
-perplexities do not depend on how busy the machine is; seconds are not reported. --smoke: a tiny model, nothing is killed.
+perplexities do not depend on how busy the machine is; seconds are not reported. A half that was finished in
+runs/benchmark-testbed-memory is not run again: remove its folder there to measure it anew. --smoke: a tiny model,
+nothing is killed.
 """
 
 from __future__ import annotations
 
+import argparse
+import fcntl
 import json
 import re
 import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +45,7 @@ HOSTS = 4
 SAME = 1e-3
 KILLED = 128 + 9  # a shell's word for SIGKILL, which is how the kernel ends what takes too much
 KILL_S = 900.0
+_FINISHED = "finished.json"
 # Flower's processes and PyTorch take 600 MB. A micro-batch of 512 tokens takes 0.79 GB more unsplit and 0.37 GB on the
 # split device, most of it logits (model/memory.py): the limit lies between, with 0.2 GB on either side.
 SMOL_LIMIT, LLAMA_LIMIT, ENOUGH = "1200 MiB", "1 GiB", "12 GiB"
@@ -64,25 +70,25 @@ held_out = 0.04
 [optimizer]
 lr = 2e-3
 """
-# Held in bf16, computed in fp32: bf16 on a processor without instructions for it takes a minute for 16 tokens.
+# Few tokens: a bf16 base is computed in bf16 (server.checks), and a processor without instructions for that takes a minute
+# for 16 of them, backward most of it.
 LLAMA = """\
 [model]
 name = "/models/llama"
 base = "bf16"
-compute = "fp32"
 [split]
 front = 2
 back = 2
-micro_batches = 2
+micro_batches = 1
 window = 1
 [federation]
 rounds = 1
 local_steps = 3
-batch_size = 2
+batch_size = 1
 join_deadline_s = 600
 step_deadline_s = 900
 [task]
-max_tokens = 32
+max_tokens = 16
 loss_on = "all"
 template = "plain"
 [data]
@@ -93,21 +99,25 @@ lr = 1e-3
 TINY_LLAMA = {**CONFIG, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8, "vocab_size": 300}
 
 
-def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
-    check_engine()
-    build(IMAGE)
+def measure(smoke: bool, options: argparse.Namespace) -> tuple[dict[str, Any], list[Figure]]:
     out = Path("runs").absolute() / ("benchmark-testbed-memory-smoke" if smoke else "benchmark-testbed-memory")
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    if smoke:
+        shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
     config = TINY_LLAMA if smoke else CONFIG
-    model = write_llama(out.parent / ("benchmark-llama-smoke" if smoke else "benchmark-llama-1.1b"), config)
-    tables, figures = [], []
-    if not smoke:
-        found, table = smol(out)
-        figures, tables = found, [table]
-    found, table = llama(out, model)
-    figures += found
-    tables.append(table)
+    halves = {} if smoke else {"smollm2": smol}
+    halves["llama"] = partial(llama, config=config, model="smoke" if smoke else "1.1b")
+    if not options.finished:
+        with (out / "lock").open("w", encoding="utf-8") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two at once would end each other's containers
+            for name, run in halves.items():
+                _run_half(out / name, run)
+    tables, figures = list[str](), list[Figure]()
+    for file in (out / name / _FINISHED for name in halves):
+        if file.exists():
+            half = json.loads(file.read_text(encoding="utf-8"))
+            figures += [Figure(**figure) for figure in half["figures"]]
+            tables.append(half["table"])
     if not smoke:
         (RESULTS / "testbed_memory.md").write_text(page(tables, figures), encoding="utf-8")
     settings = {
@@ -115,6 +125,23 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
         "llama_parameters": parameters(config),
     }  # fmt: skip
     return settings, figures
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--finished", action="store_true", help="tell of the halves that are finished; run none")
+
+
+def _run_half(out: Path, run: Callable[[Path], tuple[list[Figure], str]]) -> None:
+    """Leaves what it came to in a file; does nothing where that is there."""
+    if (out / _FINISHED).exists():
+        return
+    check_engine()
+    build(IMAGE)
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    figures, table = run(out)
+    text = json.dumps({"figures": list(map(asdict, figures)), "table": table})
+    (out / _FINISHED).write_text(text, encoding="utf-8")
 
 
 # ---------------------------------------------------------------- the two shows
@@ -143,11 +170,12 @@ def smol(out: Path) -> tuple[list[Figure], str]:
     return figures, _table(f"{name}, each container limited to {SMOL_LIMIT}", found)
 
 
-def llama(out: Path, model: Path) -> tuple[list[Figure], str]:
+def llama(out: Path, config: dict[str, Any], model: str) -> tuple[list[Figure], str]:
+    files = write_llama(out.parents[1] / f"benchmark-llama-{model}", config)
     data = _passages(out / "llama-device.jsonl", count=80)
     run_file = _written(out / "llama.toml", LLAMA)
-    whole = _unsplit(out / "llama-whole", run_file, data, model)
-    with _containers(out / "llama-split", LLAMA_LIMIT, data, model) as found:
+    whole = _unsplit(out / "llama-whole", run_file, data, files)
+    with _containers(out / "llama-split", LLAMA_LIMIT, data, files) as found:
         _train(found, run_file, [f"split.hosts={HOSTS}"])
     losses, same = _losses(found.folder), _losses(out / "llama-whole")
     apart = max(abs(ours / theirs - 1) for ours, theirs in zip(losses, same, strict=True))
@@ -311,4 +339,4 @@ def _verdict(figure: Figure) -> str:
 
 
 if __name__ == "__main__":
-    main("testbed_memory", measure)
+    main("testbed_memory", measure, add_options)

@@ -33,6 +33,17 @@ def test_the_accuracies_are_the_recorded_ones() -> None:
     assert re.findall(r"([\d.]+) %", paragraph) == [f"{accuracies[n]:.2f}" for n in order]
 
 
+def test_the_containers_memory_is_the_recorded_one() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "testbed_memory.json").read_text(encoding="utf-8"))
+    values = {figure["name"]: figure["value"] for figure in result["figures"]}
+    paragraph = README[README.index("What fits into none") :].split("\n\n")[0]
+    kinds = ("split, limited", "unsplit, unlimited")
+    recorded = [f"{values[f'SmolLM2-135M perplexity after, {kind}']:.4f}" for kind in kinds]
+    assert re.findall(r"\d\.\d{4}", paragraph) == recorded
+    assert values["SmolLM2-135M unsplit, limited: processes killed for memory"] >= 1
+    assert result["settings"]["smollm2_limit"] in paragraph.replace("\n", " ")
+
+
 def test_its_commands_exist() -> None:
     named = set(re.findall(r"^(?:\S*/)?edgelam (\w+)", README, flags=re.MULTILINE))
     assert {"run", "server", "client"} <= named <= set(get_command(app).commands)  # type: ignore[attr-defined]
