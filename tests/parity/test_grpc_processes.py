@@ -197,9 +197,10 @@ def test_logits_over_a_host_process_are_the_models(
 
 
 def three_devices_against_the_plain_loop(
-    daemons: dict[str, Daemon], name: str, source: ModelSource, config: RunConfig, files: list[Path]
-) -> None:
-    """Bit for bit over the same pieces in device order; within 1e-5 of the update over the union's one padded batch."""
+    daemons: dict[str, Daemon], name: str, source: ModelSource, config: RunConfig, files: list[Path],
+    apart: float = 1e-5,
+) -> None:  # fmt: skip
+    """Bit for bit over the same pieces in device order; within `apart` of the update over the union's one padded batch."""
     fleet, start = fleet_of(daemons, name, source, config, 3)
     devices = [device_batches(source, config, file, f"device-{n}", STEPS) for n, file in enumerate(files, 1)]
     reports = fleet.run(start, STEPS)
@@ -214,7 +215,7 @@ def three_devices_against_the_plain_loop(
         return {name: array for name, array in plain_adapter(model).items() if name in got}
 
     assert same_bits(got, reference(list(zip(*devices, strict=True))))
-    assert relative_distance(got, reference(union_batches(devices)), start) < 1e-5
+    assert relative_distance(got, reference(union_batches(devices)), start) < apart
 
 
 FROZEN_ENDS = ("lora.train=hosts", "federation.min_nodes=3")
@@ -232,7 +233,8 @@ def test_smollm2_on_three_devices_trains_like_the_plain_loop(
     daemons: dict[str, Daemon], smollm: ModelSource, data_files: list[Path]
 ) -> None:
     config = run_config(smollm.name, *FROZEN_ENDS, *SHORT)
-    three_devices_against_the_plain_loop(daemons, "smollm2-joint", smollm, config, data_files)
+    # Two plain loops, which sum in another order: below 1e-5 on a processor with AVX-512, 4.9e-5 on one without.
+    three_devices_against_the_plain_loop(daemons, "smollm2-joint", smollm, config, data_files, apart=1e-4)
 
 
 @pytest.mark.real_model
