@@ -53,12 +53,13 @@ def make_plans(
     `shares` of the capacity and `tokens` (a secret, shared with the hosts) are by device. Raises ConfigError where the
     holders of a layer would train unlike ranks, and the aggregation does not take them.
     """
+    job = pb.Plan(run=facts.run, round=facts.round, attempt=facts.attempt)
     routes = {name: pb.Route() for name in layout.routes}
     for name, route in routes.items():
         route.CopyFrom(layout.routes[name])
         route.token, route.share_bps = tokens[name], shares.get(name, 0.0) * config.wire.capacity_bps
         for hop in route.hops if facts.relay_key else ():
-            hop.relay_token = make_token(facts.relay_key, DIAL, f"{facts.run}/{facts.round}/{facts.attempt}/{hop.node}")
+            hop.relay_token = make_token(facts.relay_key, DIAL, part_id(job, hop.node))
     plans: dict[str, pb.Plan] = {}
     for site in layout.sites:
         for host in site.hosts:

@@ -72,9 +72,8 @@ class Project:
     def __init__(self, name: str, file: Path) -> None:
         self.name = name
         self._command = [*_compose_commands()[0], "-p", name, "-f", str(file)]
-        self._ids: dict[
-            str, str
-        ] = {}  # of containers that were asked before: Compose takes half a second of a core to tell
+        # Of containers that were asked before: Compose takes half a second of a core to tell.
+        self._ids: dict[str, str] = {}
 
     def up(self) -> None:
         """Returns when all are started; those that depend on a healthy one have waited for it."""

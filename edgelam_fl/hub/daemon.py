@@ -21,11 +21,8 @@ from edgelam_fl.errors import EdgelamError, EnvironmentProblem
 from edgelam_fl.hub import STATE
 from edgelam_fl.processes import join_address, split_address
 
-PARTS = (
-    "edgelam_fl.hub.echo",
-    "edgelam_fl.hub.relay",
-    "edgelam_fl.hub.slices",
-)  # each has `handlers()`: a list of generic handlers of gRPC
+# Each has `handlers()`: a list of generic handlers of gRPC.
+PARTS = ("edgelam_fl.hub.echo", "edgelam_fl.hub.relay", "edgelam_fl.hub.slices")
 _MAX_STREAMS = 512  # each keeps a thread; a part limits its own further
 _OPTIONS = [
     ("grpc.max_receive_message_length", 6 << 20),  # as on a link

@@ -16,7 +16,7 @@ from edgelam_fl.model.source import ModelSource
 from edgelam_fl.split.driver import Route
 from edgelam_fl.split.job import Inbox
 from edgelam_fl.split.member import unit_rows
-from edgelam_fl.split.plan import job_id
+from edgelam_fl.split.plan import job_id, part_id
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.codec import CODECS
@@ -82,7 +82,7 @@ def open_link(
     )  # fmt: skip
     name = f"{'entry' if side == pb.ENTRY else 'exit'} {hop.node}"
     name += f" for {route.device}" if route.device != plan.node else ""
-    relay = Relay(hub, f"{job_id(plan)}/{hop.node}", hop.relay_token) if hub and hop.relay_token else None
+    relay = Relay(hub, part_id(plan, hop.node), hop.relay_token) if hub and hop.relay_token else None
     link, ready = dial(hop.address, name, hello, counters, ears, plan.deadlines, relay)
     if ready.codec not in CODECS or not ready.window >= 1:
         raise PeerLost(f"{name} granted codec {ready.codec!r} and window {ready.window}")

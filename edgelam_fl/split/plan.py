@@ -14,9 +14,9 @@ def job_id(plan: pb.Plan) -> str:
     return f"{plan.run}/{plan.round}/{plan.attempt}"
 
 
-def part_id(plan: pb.Plan) -> str:
-    """This node's part in it: what Submit and Wait name."""
-    return f"{job_id(plan)}/{plan.node}"
+def part_id(plan: pb.Plan, node: str = "") -> str:
+    """A node's part in it, this one's by default: what Submit and Wait name, and what a relay joins links for."""
+    return f"{job_id(plan)}/{node or plan.node}"
 
 
 def end_spans(plan: pb.Plan) -> list[Span]:
