@@ -12,6 +12,7 @@ from edgelam_fl.model.source import ModelSource
 from edgelam_fl.split.plan import end_spans, hosted_span, job_id, part_id, spans_of
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.relay import DIAL, LISTEN, make_token
 from server.layout import make_layout, who_may_host
 from server.plans import RoundFacts, learning_rates, make_plans, planned_steps
 from strategies.base import ClientSettings
@@ -244,3 +245,14 @@ def test_what_the_aggregation_asks_for_is_in_every_plan(tiny: ModelSource) -> No
     assert {(p.lora.freeze_a, p.lora.freeze_b, p.lora.prox_mu) for p in plans.values()} == {(False, True, 0.25)}
     plain = plans_of(run_config("x"), tiny)
     assert {(p.lora.freeze_a, p.lora.freeze_b, p.lora.prox_mu) for p in plain.values()} == {(False, False, 0.0)}
+
+
+def test_a_relays_two_tokens_are_of_the_same_part(tiny: ModelSource) -> None:
+    """The host's lets it listen, that of each hop to it lets others dial; the hub makes both from the part's name."""
+    plans = plans_of(run_config("x"), tiny, device("a"), edge("e"), facts=replace(FACTS, relay_key=b"key"))
+    part = part_id(plans["e"])
+    assert plans["e"].relay_token == make_token(b"key", LISTEN, part)
+    assert [hop.relay_token for hop in plans["a"].routes[0].hops] == [make_token(b"key", DIAL, part)]
+    without = plans_of(run_config("x"), tiny, device("a"), edge("e"))
+    assert not without["e"].relay_token
+    assert not without["a"].routes[0].hops[0].relay_token
