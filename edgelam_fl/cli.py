@@ -394,7 +394,9 @@ def bench(
         Path | None,
         typer.Option("--out", metavar="DIR", help="Where results are, or go on; by default runs/bench-<name>."),
     ] = None,
-    jobs: Annotated[int, typer.Option("--jobs", min=1, max=16, help="Cells at a time: one starts, one computes.")] = 2,
+    jobs: Annotated[
+        int, typer.Option("--jobs", min=1, max=16, help="Cells at a time, each with a process for its nodes.")
+    ] = 2,
 ) -> None:
     """Ranks strategies: every combination of a matrix, each a federation on Flower's simulation engine.
 

@@ -32,6 +32,7 @@ from server.layout import make_layout, who_may_host
 from server.plans import RoundFacts, make_plans
 from strategies.base import ClientSettings
 
+WAIT_S = 540.0  # for a node's part: far beyond what one takes, so that a slow machine is no failure
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 
 
@@ -100,7 +101,7 @@ class Fleet:
             reply = nodes[name].submit(pb.SubmitRequest(plan=plan, adapter=data, corrections=beside))
             assert reply.accepted, reply.reason
         return {
-            name: nodes[name].wait(pb.WaitRequest(job=part_id(plan), timeout_s=300)) for name, plan in plans.items()
+            name: nodes[name].wait(pb.WaitRequest(job=part_id(plan), timeout_s=WAIT_S)) for name, plan in plans.items()
         }
 
     def plans(self, facts: RoundFacts) -> dict[str, pb.Plan]:

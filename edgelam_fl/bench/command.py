@@ -59,11 +59,11 @@ def _run(
     console: Console, matrix: Matrix, left: list[Cell], total: int, configs: dict[str, RunConfig], data: datasets.Data,
     out: Path, results: Results, jobs: int,
 ) -> None:  # fmt: skip
-    """`jobs` cells at a time: while one starts, another computes."""
+    """`jobs` cells at a time."""
     # The pool is left last: when the processes have ended, the cells that wait for them end too.
     with ThreadPoolExecutor(jobs, "cell") as pool, ExitStack() as processes:
         with console.status("starting Flower's simulation engine and the fabric"):
-            shared = processes.enter_context(engine(out / "work" / "engine"))
+            shared = processes.enter_context(engine(out / "work" / "engine", jobs))
         with _progress(console) as progress:
             task = progress.add_task("", total=total, completed=total - len(left), what="")
             waiting = []

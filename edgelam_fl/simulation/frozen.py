@@ -2,7 +2,7 @@
 
 Each text goes through them alone or beside texts of its own length, never beside padding, so what is kept does not depend
 on the batch that asked first. A batch that was padded as a whole differs from it by rounding, about 1e-6.
-Shapes: B rows, T tokens, D hidden.
+Shapes: B rows, T tokens, D hidden, N tokens of all rows.
 """
 
 from __future__ import annotations
@@ -41,12 +41,15 @@ class Activations:
 
     def batch(self, ids_BT: torch.Tensor, row_lengths: list[int]) -> torch.Tensor:
         """[B, T, D], with zeros where padding is."""
-        rows = [ids_BT[row, :length] for row, length in enumerate(row_lengths)]
-        hidden = self._of(rows)
+        hidden = self._of(_rows(ids_BT, row_lengths))
         padded_BTD = hidden[0].new_zeros(*ids_BT.shape, hidden[0].shape[1])
         for row, hidden_TD in enumerate(hidden):
             padded_BTD[row, : len(hidden_TD)] = hidden_TD
         return padded_BTD
+
+    def packed(self, ids_BT: torch.Tensor, row_lengths: list[int]) -> torch.Tensor:
+        """[1, N, D]: row after row, without padding."""
+        return torch.cat(self._of(_rows(ids_BT, row_lengths)))[None]
 
     def warm(self, texts: Iterable[list[int]]) -> None:
         """Computes those that are not there yet."""
@@ -72,36 +75,53 @@ class Activations:
                 self._kept.update(zip(some, hidden_BTD.unbind(), strict=True))
 
 
+def _rows(ids_BT: torch.Tensor, row_lengths: list[int]) -> list[torch.Tensor]:
+    return [ids_BT[row, :length] for row, length in enumerate(row_lengths)]
+
+
 class OnFrozen(Stage):
-    """The layers above, as a stage of the whole model: token ids in, what is below them looked up."""
+    """The layers above, as a stage of the whole model: token ids in, what is below them looked up.
+
+    BERT's compute rows one after the other as one, without padding, and the last layer at each row's first token alone,
+    which is all that the pooler reads: a third less to compute, and equal but for rounding. Not with dropout, whose masks
+    are those of padded rows.
+    """
 
     def __init__(self, top: Stage, dropout: float, activations: Activations) -> None:
         super().__init__(top.model, top.span, top.dtype, top._family, dropout)
         self.activations = activations
-        last = self._layers[top.span.last - 1]
-        if isinstance(last, BertLayer):  # its pooler reads the first token alone
-            last.forward = partial(_first_token, last)
+        layers: list[Any] = [self._layers[number] for number in range(top.span.first, top.span.last)]
+        self._packs = not dropout and all(isinstance(layer, BertLayer) for layer in layers)
+        self._starts_B, self._same_row_NN = torch.empty(0), torch.empty(0)  # of the rows that are computed
+        for layer in layers if self._packs else ():
+            layer.forward = partial(self._first_tokens if layer is layers[-1] else self._packed, layer)
 
     def forward(self, inputs: torch.Tensor, row_lengths: list[int], **options: Any) -> torch.Tensor:
-        return super().forward(self.activations.batch(inputs, row_lengths), row_lengths, **options)
+        if not self._packs:
+            return super().forward(self.activations.batch(inputs, row_lengths), row_lengths, **options)
+        lengths_B = torch.tensor(row_lengths)
+        row_N = torch.arange(len(row_lengths)).repeat_interleave(lengths_B)
+        self._starts_B, self._same_row_NN = lengths_B.cumsum(0) - lengths_B, row_N[:, None] == row_N
+        return super().forward(self.activations.packed(inputs, row_lengths), [len(row_N)], **options)
 
+    def _packed(self, layer: BertLayer, hidden_1ND: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        output: torch.Tensor = BertLayer.forward(layer, hidden_1ND, self._same_row_NN[None, None])
+        return output
 
-def _first_token(
-    layer: Any, hidden_BTD: torch.Tensor, mask: torch.Tensor | None = None, *_: Any, **__: Any
-) -> torch.Tensor:
-    """A BertLayer's output at the first token, [B, 1, D]: nothing else of the last layer is used. Equal but for rounding."""
-    attention, first_B1D = layer.attention.self, hidden_BTD[:, :1]
+    def _first_tokens(self, layer: Any, hidden_1ND: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """[B, 1, D]"""
+        attention, first_1BD = layer.attention.self, hidden_1ND[:, self._starts_B]
 
-    def heads(projected: torch.Tensor) -> torch.Tensor:
-        return projected.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
+        def heads(projected: torch.Tensor) -> torch.Tensor:
+            return projected.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
 
-    context = functional.scaled_dot_product_attention(
-        heads(attention.query(first_B1D)), heads(attention.key(hidden_BTD)), heads(attention.value(hidden_BTD)),
-        attn_mask=None if mask is None else mask[..., :1, :], scale=attention.scaling,
-    )  # fmt: skip
-    seen_B1D = layer.attention.output(context.transpose(1, 2).flatten(2), first_B1D)
-    output: torch.Tensor = layer.feed_forward_chunk(seen_B1D)
-    return output
+        context = functional.scaled_dot_product_attention(
+            heads(attention.query(first_1BD)), heads(attention.key(hidden_1ND)), heads(attention.value(hidden_1ND)),
+            attn_mask=self._same_row_NN[self._starts_B], scale=attention.scaling,
+        )  # fmt: skip
+        seen_1BD = layer.attention.output(context.transpose(1, 2).flatten(2), first_1BD)
+        output_1BD: torch.Tensor = layer.feed_forward_chunk(seen_1BD)
+        return output_1BD.transpose(0, 1)
 
 
 def whole_model(span: Span, source: ModelSource) -> bool:

@@ -43,7 +43,7 @@ batch_size = 4
 [base.wireless]
 bandwidth_hz = 1e5
 """
-DEADLINE_S = 240
+DEADLINE_S = 540
 
 
 def test_a_matrix_goes_on_behind_its_finished_cells(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ NAMES = sorted(file.stem for file in (ROOT / "benchmarks").glob("*.py") if file.
 @pytest.mark.parametrize("name", NAMES)
 def test_smoke(name: str) -> None:
     command = [sys.executable, "-m", f"benchmarks.{name}", "--smoke"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=540, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["name"] == name

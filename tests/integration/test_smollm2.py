@@ -39,7 +39,7 @@ def plain(run: Run, few_pairs: dict[str, Path], smollm: ModelSource) -> dict[str
     }
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("plain_perplexity.py"))],
-        input=json.dumps(task), capture_output=True, text=True, timeout=240, check=False,
+        input=json.dumps(task), capture_output=True, text=True, timeout=540, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
