@@ -92,11 +92,12 @@ class Project:
         return subprocess.run(exec_in, check=False).returncode
 
     def ask(self, service: str, command: str) -> str:
-        """What a shell command in a service's container prints; empty where it fails."""
-        done = subprocess.run(
-            ["docker", "exec", self.container(service), "sh", "-c", command],
-            capture_output=True, text=True, timeout=_ASK_S, check=False,
-        )  # fmt: skip
+        """What a shell command in a service's container prints; empty where it fails, or is not through in a minute."""
+        exec_in = ["docker", "exec", self.container(service), "sh", "-c", command]
+        try:
+            done = subprocess.run(exec_in, capture_output=True, text=True, timeout=_ASK_S, check=False)
+        except subprocess.TimeoutExpired:
+            return ""
         return done.stdout if done.returncode == 0 else ""
 
     def put(self, service: str, text: str, path: str) -> None:

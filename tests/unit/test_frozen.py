@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,17 +24,19 @@ def logits_and_gradients(stage: Stage) -> list[torch.Tensor]:
     torch.manual_seed(3)
     for parameter in stage.adapter_parameters.values():
         parameter.data.copy_(0.1 * torch.randn(parameter.shape))
-    logits_BC = stage(pad(ROWS, 0), [len(row) for row in ROWS])
+    logits_BC = stage(pad(ROWS, 0), [len(row) for row in ROWS], unit_seed=5)
     (logits_BC**2).sum().backward()
     return [logits_BC.detach(), *(p.grad for p in stage.adapter_parameters.values() if p.grad is not None)]
 
 
-def test_what_is_kept_gives_the_whole_models_logits_and_gradients(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_what_is_kept_gives_the_whole_models_logits_and_gradients(dropout: float) -> None:
     source = find_model("minilm-l6")
     whole = Span(0, source.num_layers, embed=True, head=True)
-    (plain,) = load_stages(source, [whole], "fp32", TOP, classes=3)
+    lora = replace(TOP, dropout=dropout)
+    (plain,) = load_stages(source, [whole], "fp32", lora, classes=3)
     shared = Shared(threading.Semaphore(1))
-    first, second = (shared.load(source, [whole], "fp32", TOP, compute="", classes=3)[0] for _ in range(2))
+    first, second = (shared.load(source, [whole], "fp32", lora, compute="", classes=3)[0] for _ in range(2))
     assert frozen_layers(source, TOP) == 4
     assert isinstance(first, OnFrozen)
     assert isinstance(second, OnFrozen)
