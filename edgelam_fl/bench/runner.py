@@ -177,15 +177,10 @@ def _await(child: Child, ready: Callable[[], bool]) -> None:
         time.sleep(_POLL_S)
 
 
-def run_cell(engine: Engine, config: RunConfig, folder: Path, nodes: int, feed: Callable[[Event], None]) -> list[Event]:
-    """One federation from submission to its last event; `feed` sees each event as it comes. Raises RunFailed."""
-    with engine.fabric() as fabric:
-        return _run_on(fabric, engine, config, folder, nodes, feed)
-
-
-def _run_on(
-    fabric: Path, engine: Engine, config: RunConfig, folder: Path, nodes: int, feed: Callable[[Event], None]
+def run_cell(
+    engine: Engine, fabric: Path, config: RunConfig, folder: Path, nodes: int, feed: Callable[[Event], None]
 ) -> list[Event]:
+    """One federation from submission to its last event; `feed` sees each event as it comes. Raises RunFailed."""
     submission = Submission(engine.server, folder / "flwr")
     # one worker of Flower's is enough: it hands jobs over and brings reports, the fabric computes
     simulation = f"num-supernodes={nodes} client-resources-num-cpus=1 init-args-num-cpus=1"
@@ -226,7 +221,8 @@ def play(
     hosts = config.split.least_hosts * config.split.sites if config.split.host_on == "edge" else 0
     try:
         datasets.write_cell(folder, data, matrix.bench, cell, hosts)
-        events = run_cell(engine, config, folder, hosts + matrix.bench.devices, feed)
+        with engine.fabric() as fabric:
+            events = run_cell(engine, fabric, config, folder, hosts + matrix.bench.devices, feed)
         check_complete(events, matrix.bench.devices, cell.values["attack"] == "none")
         ends = [{"state": "done", **outcome(_replayed(events, config, cell, each))} for each in cells]
     except EdgelamError as error:
