@@ -130,14 +130,24 @@ class Engine:
 def engine(state: Path, cells: int) -> Iterator[Engine]:
     """A SuperLink with Flower's simulation engine, and a fabric for each of so many cells at a time.
 
-    A process each: nodes in one wait for Python's lock, and two computed at 1.4 cores' speed.
+    A process each, together with as many nodes computing as there are cores: two nodes in one process wait for Python's
+    lock, and ran at the speed of 1.4 cores.
     """
     children: list[Child] = []
     fabrics, port = [state / f"fabric-{number}" for number in range(1, cells + 1)], free_port()
+    seats = -(-(os.cpu_count() or 1) // cells)
     try:
         for fabric in fabrics:
             (fabric / "endpoint.json").unlink(missing_ok=True)
-            command = [sys.executable, "-m", "edgelam_fl.simulation.daemon", "--state", str(fabric)]
+            command = [
+                sys.executable,
+                "-m",
+                "edgelam_fl.simulation.daemon",
+                "--state",
+                str(fabric),
+                "--seats",
+                str(seats),
+            ]
             environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
             children.append(Child(f"the {fabric.name}", command, state / f"{fabric.name}.log", environment))
         quiet = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from edgelam_fl.model.source import ModelSource, layer_number
 from edgelam_fl.model.stage import LoraSettings, Stage
 
 _ROWS_AT_ONCE = 64
+_ROWS_ATTEND = 4  # to themselves at once
 
 
 def frozen_layers(source: ModelSource, lora: LoraSettings) -> int:
@@ -93,8 +95,10 @@ class OnFrozen(Stage):
         layers: list[Any] = [self._layers[number] for number in range(top.span.first, top.span.last)]
         self._packs = not dropout and all(isinstance(layer, BertLayer) for layer in layers)
         self._starts_B, self._same_row_NN = torch.empty(0), torch.empty(0)  # of the rows that are computed
-        for layer in layers if self._packs else ():
-            layer.forward = partial(self._first_tokens if layer is layers[-1] else self._packed, layer)
+        if self._packs:
+            for layer in layers[:-1]:
+                layer.attention.self.forward = partial(self._attention, layer.attention.self)
+            layers[-1].forward = partial(self._first_tokens, layers[-1])
 
     def forward(self, inputs: torch.Tensor, row_lengths: list[int], **options: Any) -> torch.Tensor:
         if not self._packs:
@@ -104,24 +108,36 @@ class OnFrozen(Stage):
         self._starts_B, self._same_row_NN = lengths_B.cumsum(0) - lengths_B, row_N[:, None] == row_N
         return super().forward(self.activations.packed(inputs, row_lengths), [len(row_N)], **options)
 
-    def _packed(self, layer: BertLayer, hidden_1ND: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        output: torch.Tensor = BertLayer.forward(layer, hidden_1ND, self._same_row_NN[None, None])
-        return output
+    def _attention(self, attention: Any, hidden_1ND: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
+        """Of each row to itself; a few rows at a time, because what is masked is computed too."""
+        query, key, value = (
+            _heads(attention, of(hidden_1ND)) for of in (attention.query, attention.key, attention.value)
+        )
+        ends = [*self._starts_B[_ROWS_ATTEND::_ROWS_ATTEND].tolist(), hidden_1ND.shape[1]]
+        context = [
+            functional.scaled_dot_product_attention(
+                query[:, :, a:b], key[:, :, a:b], value[:, :, a:b],
+                attn_mask=self._same_row_NN[a:b, a:b], scale=attention.scaling,
+            )
+            for a, b in pairwise([0, *ends])
+        ]  # fmt: skip
+        return torch.cat(context, dim=2).transpose(1, 2).flatten(2), None
 
     def _first_tokens(self, layer: Any, hidden_1ND: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """[B, 1, D]"""
         attention, first_1BD = layer.attention.self, hidden_1ND[:, self._starts_B]
-
-        def heads(projected: torch.Tensor) -> torch.Tensor:
-            return projected.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
-
         context = functional.scaled_dot_product_attention(
-            heads(attention.query(first_1BD)), heads(attention.key(hidden_1ND)), heads(attention.value(hidden_1ND)),
+            _heads(attention, attention.query(first_1BD)), _heads(attention, attention.key(hidden_1ND)),
+            _heads(attention, attention.value(hidden_1ND)),
             attn_mask=self._same_row_NN[self._starts_B], scale=attention.scaling,
         )  # fmt: skip
         seen_1BD = layer.attention.output(context.transpose(1, 2).flatten(2), first_1BD)
         output_1BD: torch.Tensor = layer.feed_forward_chunk(seen_1BD)
         return output_1BD.transpose(0, 1)
+
+
+def _heads(attention: Any, projected: torch.Tensor) -> torch.Tensor:
+    return projected.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
 
 
 def whole_model(span: Span, source: ModelSource) -> bool:
