@@ -1,8 +1,9 @@
 """The planner against every plan there is, on random small instances; and what it predicted of a finished run against what was.
 
-The first half is computed here: `search` tries all hosts in all orders with all cuts, and knows nothing of `split.planner` but
-the words of its first page. The second half, `compared`, reads runs with split.cuts = "auto" that were done elsewhere:
-`python -m benchmarks.planner --run FOLDER [--run FOLDER ...] [--equal FOLDER]` writes results/planner_runs.json.
+The first half is computed here: `search` tries all hosts in all orders with all cuts, and knows nothing of `split.planner`,
+and of `split.costs` but the words of its first page. The second half, `compared`, reads runs with split.cuts = "auto" that
+were done elsewhere: `python -m benchmarks.planner --run FOLDER [--run FOLDER ...] [--equal FOLDER]` writes
+results/planner_runs.json.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from typing import Any
 
 from benchmarks.common import RESULTS, Figure, machine, main
 from edgelam_fl.errors import DoesNotFit
-from edgelam_fl.split.planner import Footprint, Member, Node, Plan, Run, best_plan
+from edgelam_fl.split.costs import Footprint, Member, Node, Plan, Run
+from edgelam_fl.split.planner import best_plan
 from edgelam_fl.telemetry.events import read_events
 
 INSTANCES, SMOKE_INSTANCES = 500, 25
@@ -228,7 +230,7 @@ def chains(members: Sequence[Member], hosts: Sequence[Node]) -> Iterator[list[Pi
 
 
 def step_s(run: Run, members: Sequence[Member], chain: Sequence[Piece]) -> float | None:
-    """One chain's step by the words of `split.planner`; None where a host has not the memory."""
+    """One chain's step by the words of `split.costs`; None where a host has not the memory."""
     bases = [_base(run, len(members), chain, number) for number in range(len(chain))]
     if None in bases:
         return None

@@ -22,7 +22,8 @@ from edgelam_fl.errors import ConfigError, DoesNotFit, RunFailed
 from edgelam_fl.model.adapter import Span, target_modules
 from edgelam_fl.model.memory import unit_bytes, weights_bytes
 from edgelam_fl.model.source import ModelSource, layer_number
-from edgelam_fl.split.planner import Chain, Footprint, Member, Node, Plan, Run, best_plan, choose, deal, rated
+from edgelam_fl.split.costs import Chain, Footprint, Member, Node, Plan, Run
+from edgelam_fl.split.planner import best_plan, choose, deal, rated
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.relay import BEHIND
 from server.bases import BASES, DTYPES, choose_base
