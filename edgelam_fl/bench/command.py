@@ -59,7 +59,10 @@ def _run(
     console: Console, matrix: Matrix, left: list[Cell], total: int, configs: dict[str, RunConfig], data: datasets.Data,
     out: Path, results: Results, jobs: int,
 ) -> None:  # fmt: skip
-    """`jobs` cells at a time."""
+    """`jobs` cells at a time, each with a fabric: no more of them than there are trainings."""
+    trainings = matrix.trainings(left)
+    measures_one = matrix.bench.references and bool(data.classes) and ONE_DEVICE not in results.lines()
+    jobs = min(jobs, len(trainings) + measures_one)
     # The pool is left last: when the processes have ended, the cells that wait for them end too.
     with ThreadPoolExecutor(jobs, "cell") as pool, ExitStack() as processes:
         with console.status("starting Flower's simulation engine and the fabric"):
@@ -67,12 +70,12 @@ def _run(
         with _progress(console) as progress:
             task = progress.add_task("", total=total, completed=total - len(left), what="")
             waiting = []
-            if matrix.bench.references and data.classes and ONE_DEVICE not in results.lines():
+            if measures_one:
                 alone = one_device(matrix)
                 cell = alone.cells()[0]
                 config, feed = alone.config(cell, data.classes), _feed(progress, task, cell, 0)
                 waiting.append(pool.submit(_as_reference, shared, alone, [cell], config, data, out / "alone", feed))
-            for cells in matrix.trainings(left):
+            for cells in trainings:
                 config = configs[cells[0].name]
                 feed = _feed(progress, task, cells[0], config.federation.rounds)
                 waiting.append(pool.submit(play, shared, matrix, cells, config, data, out, feed))

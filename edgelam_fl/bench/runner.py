@@ -134,22 +134,12 @@ def engine(state: Path, cells: int) -> Iterator[Engine]:
     lock, and ran at the speed of 1.4 cores.
     """
     children: list[Child] = []
-    fabrics, port = [state / f"fabric-{number}" for number in range(1, cells + 1)], free_port()
-    seats = -(-(os.cpu_count() or 1) // cells)
+    idle: queue.SimpleQueue[Path] = queue.SimpleQueue()
+    port, seats = free_port(), -(-(os.cpu_count() or 1) // cells)
     try:
+        fabrics = [state / f"fabric-{number}" for number in range(1, cells + 1)]
         for fabric in fabrics:
-            (fabric / "endpoint.json").unlink(missing_ok=True)
-            command = [
-                sys.executable,
-                "-m",
-                "edgelam_fl.simulation.daemon",
-                "--state",
-                str(fabric),
-                "--seats",
-                str(seats),
-            ]
-            environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
-            children.append(Child(f"the {fabric.name}", command, state / f"{fabric.name}.log", environment))
+            children.append(_start_fabric(fabric, seats))
         quiet = {
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -157,8 +147,7 @@ def engine(state: Path, cells: int) -> Iterator[Engine]:
             "OMP_NUM_THREADS": "1",
         }
         children.append(start_superlink("127.0.0.1", port, state, quiet))
-        idle: queue.SimpleQueue[Path] = queue.SimpleQueue()
-        for child, fabric in zip(children, fabrics, strict=False):
+        for child, fabric in zip(children[:cells], fabrics, strict=True):
             _await(child, (fabric / "endpoint.json").exists)
             idle.put(fabric)
         yield Engine(f"127.0.0.1:{port}", children, idle)
@@ -168,6 +157,13 @@ def engine(state: Path, cells: int) -> Iterator[Engine]:
         for process in left:  # Flower's simulations and their Rays outlive the SuperLink that started them
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
+
+
+def _start_fabric(folder: Path, seats: int) -> Child:
+    (folder / "endpoint.json").unlink(missing_ok=True)
+    command = [sys.executable, "-m", "edgelam_fl.simulation.daemon", "--state", str(folder), "--seats", str(seats)]
+    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
+    return Child(folder.name, command, folder.with_suffix(".log"), environment)
 
 
 def _descendants(child: Child) -> list[psutil.Process]:
