@@ -14,7 +14,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import combinations, pairwise, permutations
 from pathlib import Path
 from random import Random
@@ -92,14 +92,16 @@ def compared(folder: Path) -> list[Figure]:
         _near(f"{name}: a step, predicted over measured", placement["step_s"] / step, TIME_OFF),
     ]
     peaks = {node["name"]: node["peak_rss_bytes"] for node in [*done["devices"], *done["hosts"]]}
-    for site in placement["sites"]:
-        predicted = {part["node"]: part["memory_bytes"] for part in [*site["devices"], *site["hosts"]]}
-        figures += [
-            _near(f"{name}: memory of {node}, predicted over measured", size / peaks[node], MEMORY_OFF)
-            for node, size in sorted(predicted.items())
-            if peaks.get(node)
-        ]
-    return figures
+    predicted: dict[str, int] = {}  # a peak is that of all rounds so far, and so is this
+    for number in trained:
+        for site in placements[number]["sites"]:
+            for part in [*site["devices"], *site["hosts"]]:
+                predicted[part["node"]] = max(predicted.get(part["node"], 0), part["memory_bytes"])
+    return figures + [
+        _near(f"{name}: memory of {node}, predicted over measured", size / peaks[node], MEMORY_OFF)
+        for node, size in sorted(predicted.items())
+        if peaks.get(node)
+    ]
 
 
 def predicted_first(folder: Path) -> Figure:
@@ -192,7 +194,8 @@ def random_instance(rng: Random, *, hosts: int, layers: int) -> tuple[Run, list[
             own.name, found[0].layer_s, found[0].memory_bytes, own.up_bps, own.down_bps, own.round_trip_s,
             own_s=own.own_s, own_bytes=own.own_bytes,
         )  # fmt: skip
-    return run, members, found
+    pairs = [(dialler.name, host.name) for dialler in [*found, *(m.node for m in members)] for host in found]
+    return replace(run, by_relay=frozenset(pair for pair in pairs if rng.random() < 0.15)), members, found
 
 
 def _node(rng: Random, name: str, run: Run) -> Node:
@@ -242,30 +245,38 @@ def step_s(run: Run, members: Sequence[Member], chain: Sequence[Piece]) -> float
         for name, d in devices.items()
     }
     slowest = max(devices.values(), key=lambda d: (sum(per_unit[d.name]), d.name))
-    cycle_s = slowest.own_s
-    waits = [(m - 1) * busy for times in per_unit.values() for busy in times]
-    relayed = 0
+    cycle_s, outside_s = slowest.own_s, slowest.own_s - slowest.back_s
+    steps = [m * own_s for own_s, *_ in per_unit.values()]
+    passes = [(m - 1) * max(d.back_s, (d.own_s - d.back_s) / 2) for d in devices.values()]
+    passes += [(m - 1) * tensor_s / min(d.up_bps, d.down_bps) for d in devices.values()]
+    relayed = 0.0
     for number, ((host, first, last), base) in enumerate(zip(chain, bases, strict=True)):
         before = chain[number - 1][0] if number else slowest
         is_first, is_last = number == 0, number == len(chain) - 1
         tail = run.tail_layers if is_last else 0
         layer_s = host.layer_s[str(base)]
         back, on = (down_entry if is_first else 1), (exits if is_last else 1)
-        cycle_s += layer_s * (last - first + tail) + _way_s(run, before, host, back)
+        way_s, one_s = _way_s(run, before, host, back), layer_s * (last - first + tail)
         crossed = sum(min(last, d.back_first) - max(first, d.front) + tail for d in members)
         own = per_unit.get(host.name, (0.0, 0.0, 0.0))
-        compute_first_s = layer_s * (last - first + tail) + (
-            own[0] if host is slowest or host.name == slowest.name else 0
-        )
-        waits.append(m * (layer_s * crossed + own[0]) - compute_first_s)
-        waits.append((units - 1) * tensor_s * (on + back) / host.up_bps + m * own[1])
-        waits.append((units - 1) * tensor_s * (1 + on) / host.down_bps + m * own[2])
-        relayed += 0 if host.reachable else 1 + back + (2 * exits if is_last else 0)
+        own_first_s = slowest.own_s - slowest.back_s if host.name == slowest.name else 0.0
+        steps.append(outside_s + way_s + m * (layer_s * crossed + own[0]) - own_first_s)
+        steps.append(outside_s + units * tensor_s * (on + back) / host.up_bps + m * own[1])
+        steps.append(outside_s + units * tensor_s * (1 + on) / host.down_bps + m * own[2])
+        passes.append((m * layer_s * crossed - one_s) / 2)
+        passes.append((units - 1) * tensor_s / min(host.up_bps, host.down_bps))
+        cycle_s, outside_s = cycle_s + way_s + one_s, outside_s + way_s + one_s
+        ways = [_relays(run, device, host) for device in devices.values()]
+        of_devices = sum(ways) / len(ways)
+        relayed += (1 + back) * (
+            of_devices if is_first else _relays(run, before, host)
+        ) + 2 * exits * is_last * of_devices
     if exits:
         cycle_s += _way_s(run, slowest, chain[-1][0], 1)
-    waits.append((units - 1) * relayed * tensor_s / run.relay_bps)
-    waits.append((math.ceil(m / run.window) - 1) * cycle_s)
-    return cycle_s + max(waits)
+    passes.append((units - 1) * relayed * tensor_s / run.relay_bps)
+    steps += [cycle_s + max(passes), math.ceil(m / run.window) * cycle_s]
+    steps += [cycle_s / 2 + m * busy_s for times in per_unit.values() for busy_s in times[1:]]
+    return max(steps)
 
 
 def _base(run: Run, devices: int, chain: Sequence[Piece], number: int) -> str | None:
@@ -280,11 +291,15 @@ def _base(run: Run, devices: int, chain: Sequence[Piece], number: int) -> str | 
     return None
 
 
+def _relays(run: Run, dialler: Node, dialled: Node) -> bool:
+    return not dialled.reachable or (dialler.name, dialled.name) in run.by_relay
+
+
 def _way_s(run: Run, dialler: Node, dialled: Node, back: int) -> float:
     """A tensor to the node that is dialled, and one back where there is one; the exit is dialled by the device."""
     if dialler.name == dialled.name:
         return 0.0
-    relay_bps, added_s = (math.inf, 0.0) if dialled.reachable else (run.relay_bps, run.relay_round_trip_s)
+    relay_bps, added_s = (run.relay_bps, run.relay_round_trip_s) if _relays(run, dialler, dialled) else (math.inf, 0.0)
     ways = [(dialler.up_bps, dialled.down_bps)] + [(dialled.up_bps, dialler.down_bps)] * back
     apart_s = (dialler.round_trip_s + dialled.round_trip_s) / 2 + added_s
     return sum(8 * run.tensor_bytes / min(*way, relay_bps) + apart_s / 2 for way in ways)

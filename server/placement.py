@@ -23,9 +23,10 @@ from edgelam_fl.model.adapter import Span, target_modules
 from edgelam_fl.model.memory import unit_bytes, weights_bytes
 from edgelam_fl.model.source import ModelSource, layer_number
 from edgelam_fl.split.costs import Chain, Footprint, Member, Node, Plan, Run
+from edgelam_fl.split.plan import dialled_links
 from edgelam_fl.split.planner import best_plan, choose, deal, rated
 from edgelam_fl.wire import edgelam_pb2 as pb
-from edgelam_fl.wire.relay import BEHIND
+from edgelam_fl.wire.relay import BEHIND, BY_RELAY
 from server.bases import BASES, DTYPES, choose_base
 from server.contributions import Reply
 from server.layout import HostRange, Layout, by_name, device_ends, lay_out, make_layout, who_may_host
@@ -147,7 +148,7 @@ class Placement:
         return [plan for plan in plans if plan is not None] if all(plans) else None
 
     def observe(self, plans: Mapping[str, pb.Plan], replies: Mapping[str, Reply]) -> None:
-        """What a round showed: the time of a layer at each node, and how long examples really are."""
+        """What a round showed: a layer's time at each node, who reached whom how, and how long examples really are."""
         if self.config.split.cuts != "auto":
             return
         tokens = tokens_a_row(plans, replies)
@@ -158,6 +159,7 @@ class Placement:
             seconds, model = self._model.measured_layer_s(plans[name], reply.report), plans[name].model
             if seconds:
                 measured[name, f"{model.base}/{_SHORT[model.compute]}"] = seconds
+            self._notes += self._model.learn_ways(plans[name], reply.report)
         self._notes += self._model.learn(measured)
 
 
@@ -173,6 +175,7 @@ class Costs:
         self._known: dict[tuple[str, str], float] = {}  # seconds of a layer for one position, by node and pair
         self._planned: dict[tuple[str, str], float] = {}  # the same, as the newest plan took it
         self._layer_bytes: dict[str, list[int]] = {}
+        self._by_relay: set[tuple[str, str]] = set()  # (who dialled, whom), by the newest link of each pair
 
     @property
     def rows(self) -> int:
@@ -224,6 +227,8 @@ class Costs:
             back_on_device=not at_host,
             tail_layers=self.head_layers if at_host else 0.0,
             grows_bytes=_GROWS_BYTES,
+            by_relay=frozenset(self._by_relay),
+            relay_bps=config.wire.capacity_bps or math.inf,
             # By the server instead of directly, which is taken to be half as far.
             relay_round_trip_s=mean(round_trips),
         )
@@ -296,15 +301,22 @@ class Costs:
         return again * seconds / tokens
 
     def measured_layer_s(self, plan: pb.Plan, report: pb.JobReport) -> float:
-        """Of one unit, from the timeline of a round's training; 0 where it says nothing."""
-        of_unit = {("host", device): layers for device, layers in _hosted_layers(plan).items()}
-        of_unit["device", ""] = self._own_layers(plan)
+        """Of one unit, from the timeline of a round's training; 0 where it says nothing.
+
+        Each unit counts as the median one: the first few of a node take longer, with weights and memory new to it.
+        """
+        layers = {("host", device): count for device, count in _hosted_layers(plan).items()}
+        layers["device", ""] = self._own_layers(plan)
         total = 0.0
         for kind in ("forward", "backward"):
-            own = [i for i in report.timeline if i.kind == kind and 0 <= i.seconds < math.inf]
-            units = {(i.role, i.peer, i.step, i.micro_batch) for i in own}
-            layers = sum(of_unit.get((role, peer), 0.0) for role, peer, _, _ in units)
-            total += sum(i.seconds for i in own) / layers if layers else 0.0
+            of_unit: dict[tuple[str, str], dict[tuple[int, int], float]] = {}
+            for i in report.timeline:
+                if i.kind == kind and 0 <= i.seconds < math.inf and layers.get((i.role, i.peer)):
+                    units = of_unit.setdefault((i.role, i.peer), {})
+                    units[i.step, i.micro_batch] = units.get((i.step, i.micro_batch), 0.0) + i.seconds
+            passed = sum(layers[part] * len(units) for part, units in of_unit.items())
+            seconds = sum(median(units.values()) * len(units) for units in of_unit.values())
+            total += seconds / passed if passed else 0.0
         return total
 
     def _own_layers(self, plan: pb.Plan) -> float:
@@ -331,6 +343,19 @@ class Costs:
             for (name, _), ratio in sorted(off.items())
             if not 1 / _FAR_OFF <= ratio / usual <= _FAR_OFF
         ]
+
+    def learn_ways(self, plan: pb.Plan, report: pb.JobReport) -> list[str]:
+        """Takes which of a node's links passed the relay; tells what is new."""
+        names, notes = {count.link for count in [*report.bytes, *report.host.bytes]}, []
+        for name, host in dialled_links(plan).items():
+            pair = plan.node, host
+            if name + BY_RELAY in names and pair not in self._by_relay:
+                self._by_relay.add(pair)
+                notes.append(f"{plan.node} reaches {host} through the server's relay alone")
+            elif name in names and pair in self._by_relay:
+                self._by_relay.remove(pair)
+                notes.append(f"{plan.node} reaches {host} without the relay again")
+        return notes
 
     # ------------------------------------------------------------ memory
 

@@ -4,17 +4,21 @@ Numbers in, numbers out: knows no model, no protobuf, no torch. `server.placemen
 `split.planner` looks for the chain with the shortest step.
 
 A unit is one micro-batch of one device. Its way takes `cycle_s`: through the device's own layers, each host's, and over
-each link, forward and back. The other units of a step follow it, and are held up by what is busiest:
+each link, forward and back. A step takes as long as the longest of
 
-    step_s = cycle_s + max(max_r (busy_r - first_r), (ceil(m / W) - 1) cycle_s)
+    outside_r + busy_r          for each r: a node's processor, its uplink, its downlink
+    cycle_s + (n_r - 1) pass_r  for each r, and for the relay
+    ceil(m / W) cycle_s
 
-busy_r is what r (a node's processor, its uplink, its downlink, the relay) does in a whole step, first_r its part of the cycle,
-m a device's micro-batches and W its window. p stages that are all alike take (m + p - 1) t, as GPipe and 1F1B do. Transfers
-overlap computing; optimizer steps, and waiting of one device for another's unit on the way, are left out.
+busy_r is what r does in a whole step; outside_r is what the first unit takes to get to r and the last one from there back, when
+r has nothing to do. In between other units are there, so what lies behind r costs nothing as long as it is quicker. Each of
+its n_r units has to pass r, one behind the other, in both directions: `pass_r` is the longer of the two passes. m is a device's
+micro-batches, W its window. p stages that are all alike take (m + p - 1) t, as GPipe and 1F1B do. Transfers overlap computing;
+optimizer steps, and waiting of one device for another's unit on the way, are left out.
 
 A link is as fast as the slower of its two ends; both directions, and all links of a node, share that node's. What cannot be
-dialled is reached through the relay: its links take the relay's time too. Without the relay two nodes are half of both
-round trips apart, which were measured to the server.
+dialled, by anyone or by the one node that would have to, is reached through the relay: such links take the relay's time too.
+Without the relay two nodes are half of both round trips apart, which were measured to the server.
 """
 
 from __future__ import annotations
@@ -84,6 +88,7 @@ class Run:
     tail_layers: float = 0.0  # the head, in layers' time, where the last host holds it
     grows_bytes: int = 0  # of a node's process with its first slice, beside what is counted here
     unit_share: float = 0.8  # of what is free beside the weights, units get so much (`split.window`)
+    by_relay: frozenset[tuple[str, str]] = frozenset()  # (who dials, who is dialled): pairs that found no other way
     relay_bps: float = math.inf
     relay_round_trip_s: float = 0.0  # on top of the direct way
 
@@ -129,22 +134,20 @@ class Stage(NamedTuple):
 
     base: str
     cycle_s: float
-    held_up_s: float  # busy - first, of the busiest of its three resources
+    held_up_s: float  # (n - 1) passes, of the slowest of its three resources
+    compute_s: float  # in a step; without what it did as the slowest device while nothing had come here yet
+    link_s: float  # the same of the busier of its two links
 
 
 class Label(NamedTuple):
     """A beginning of a chain."""
 
     cycle_s: float
-    held_up_s: float
-    relayed: int  # tensors of a unit that pass the relay
+    held_up_s: float  # (n - 1) passes, of the slowest resource
+    busiest_s: float  # outside + busy, of the resource with the most
+    relayed: float  # tensors of a unit that pass the relay, the mean of all devices' units
     chain: tuple[tuple[int, int], ...]  # (host, where it ends)
     taken: int  # the same hosts, a bit each
-
-    def beats(self, other: Label) -> bool:
-        return (
-            self.cycle_s <= other.cycle_s and self.held_up_s <= other.held_up_s and self.relayed <= other.relayed
-        )  # fmt: skip
 
 
 class Site:
@@ -172,8 +175,9 @@ class Site:
 
     def begin(self) -> Label:
         """With the devices alone."""
-        held_up = [self._device_held_up_s(member.node) for member in self.members]
-        return Label(self.slowest.own_s, max(held_up), 0, (), 0)
+        devices = [member.node for member in self.members]
+        busiest_s = self.run.micro_batches * max(device.own_s for device in devices)
+        return Label(self.slowest.own_s, max(map(self._device_held_up_s, devices)), busiest_s, 0.0, (), 0)
 
     # ------------------------------------------------------------ times
 
@@ -189,36 +193,65 @@ class Site:
         if base is None:
             return None
         one_s = host.layer_s[base] * (last - first + self._tail(last))
-        own_first_s = host.own_s if host.name == self.slowest.name else 0.0
-        busy = [self.compute_s(host, base, first, last) - one_s - own_first_s]
-        busy += [
-            (self.units - 1) * _seconds(self._tensors(first, last, up) * self.run.tensor_bytes, bps)
+        hosting_s = self.compute_s(host, base, first, last)
+        own_s = self.run.micro_batches * host.own_s
+        own_first_s = host.own_s - host.back_s if host.name == self.slowest.name else 0.0
+        # A pass of frozen layers takes about as long backward as forward.
+        held_up = [(hosting_s - own_s - one_s) / 2]
+        held_up += [(self.units - 1) * _seconds(self.run.tensor_bytes, bps) for bps in (host.up_bps, host.down_bps)]
+        links = [
+            self.units * _seconds(self._tensors(first, last, up) * self.run.tensor_bytes, bps)
             + (self.run.micro_batches * self._own_link_s(host, up) if self._is_device(host) else 0.0)
             for up, bps in ((True, host.up_bps), (False, host.down_bps))
         ]
-        return Stage(base, one_s, max(busy))
+        return Stage(base, one_s, max(held_up), hosting_s - own_first_s, max(links))
 
     def extended(self, label: Label, number: int, end: int, stage: Stage) -> Label:
         """One host more: its own cycle, the link to it, and after the last one the link back to the device."""
         host = self.hosts[number]
-        before = self.hosts[label.chain[-1][0]] if label.chain else self.slowest
-        back = bool(label.chain) or self.run.front_learns
-        cycle_s = label.cycle_s + stage.cycle_s + self._link_s(before, host, back, relayed=not host.reachable)
-        relayed = label.relayed + (0 if host.reachable else 1 + back)
+        before = self.hosts[label.chain[-1][0]] if label.chain else None
+        back = before is not None or self.run.front_learns
+        link_s = self._link_s(before or self.slowest, host, back)
+        outside_s = label.cycle_s - self.slowest.back_s
+        busiest_s = max(label.busiest_s, outside_s + stage.link_s, outside_s + link_s + stage.compute_s)
+        cycle_s = label.cycle_s + link_s + stage.cycle_s
+        relayed = label.relayed + (1 + back) * self._relayed(before, host)
         if end == self.last and self.run.back_on_device:
-            cycle_s += self._link_s(host, self.slowest, True, relayed=not host.reachable)
-            relayed += 0 if host.reachable else 2
+            cycle_s += self._link_s(self.slowest, host, True)
+            relayed += 2 * self._relayed(None, host)
         return Label(
             cycle_s,
             max(label.held_up_s, stage.held_up_s),
+            busiest_s,
             relayed,
             (*label.chain, (number, end)),
             label.taken | 1 << number,
         )
 
     def step_s(self, label: Label) -> float:
-        waits_s = (self.rounds - 1) * label.cycle_s
-        return label.cycle_s + max(label.held_up_s, self.relay_held_up_s(label), waits_s)
+        return self.least_s(label, label.cycle_s, label.busiest_s, label.held_up_s)
+
+    def beats(self, one: Label, other: Label) -> bool:
+        """Whether `one` is at least as good for whatever follows: that adds to both cycles alike, and to both sums."""
+        return (
+            one.cycle_s <= other.cycle_s
+            and one.busiest_s <= other.busiest_s
+            and one.cycle_s + one.held_up_s <= other.cycle_s + other.held_up_s
+            and one.cycle_s + self.relay_held_up_s(one) <= other.cycle_s + self.relay_held_up_s(other)
+        )
+
+    def least_s(self, label: Label, cycle_s: float, busiest_s: float, held_up_s: float) -> float:
+        """What a step takes, or more, with a cycle and resources at least as busy as these."""
+        return max(
+            cycle_s + max(held_up_s, self.relay_held_up_s(label)), busiest_s, cycle_s / 2 + self._own_links_s,
+            self.rounds * cycle_s,
+        )  # fmt: skip
+
+    @cached_property
+    def _own_links_s(self) -> float:
+        """Of the busiest of the devices' links. It waits for the hosts' half of the cycle: forward or backward."""
+        ways = [self._own_link_s(member.node, up) for member in self.members for up in (True, False)]
+        return self.run.micro_batches * max(ways)
 
     @cached_property
     def rounds(self) -> int:
@@ -228,11 +261,19 @@ class Site:
     def relay_held_up_s(self, label: Label) -> float:
         return (self.units - 1) * _seconds(label.relayed * self.run.tensor_bytes, self.run.relay_bps)
 
-    def _link_s(self, dialler: Node, dialled: Node, back: bool, *, relayed: bool) -> float:
+    def _by_relay(self, dialler: Node, dialled: Node) -> bool:
+        return not dialled.reachable or (dialler.name, dialled.name) in self.run.by_relay
+
+    def _relayed(self, before: Node | None, host: Node) -> float:
+        """The part of all units whose link from the host before it, or from their device, passes the relay."""
+        diallers = [before] if before is not None else [member.node for member in self.members]
+        return sum(self._by_relay(dialler, host) for dialler in diallers) / len(diallers)
+
+    def _link_s(self, dialler: Node, dialled: Node, back: bool) -> float:
         """A tensor along a link, and one `back`."""
         if dialler.name == dialled.name:
             return 0.0
-        run = self.run
+        run, relayed = self.run, self._by_relay(dialler, dialled)
         most_bps = run.relay_bps if relayed else math.inf
         ways_s = (dialler.round_trip_s + dialled.round_trip_s) / 2 + (run.relay_round_trip_s if relayed else 0.0)
         there_s = _seconds(run.tensor_bytes, min(dialler.up_bps, dialled.down_bps, most_bps))
@@ -272,8 +313,9 @@ class Site:
         return node.own_s + self._own_link_s(node, True) + self._own_link_s(node, False)
 
     def _device_held_up_s(self, node: Node) -> float:
-        busiest = max(node.own_s, self._own_link_s(node, True), self._own_link_s(node, False))
-        return (self.run.micro_batches - 1) * busiest
+        passes = [node.back_s, (node.own_s - node.back_s) / 2]
+        passes += [_seconds(self.run.tensor_bytes, bps) for bps in (node.up_bps, node.down_bps)]
+        return (self.run.micro_batches - 1) * max(passes)
 
     # ------------------------------------------------------------ memory
 
@@ -359,11 +401,10 @@ class Site:
         """
         slices, away_s = self._slices_of(label), 0.0
         if self.run.back_on_device:
-            last = slices[-1][0]
-            away_s = self.slowest.back_s + self._link_s(last, self.slowest, True, relayed=not last.reachable)
+            away_s = self.slowest.back_s + self._link_s(self.slowest, slices[-1][0], True)
         away = [away_s]
         for (before, *_), (host, stage, *_) in reversed(list(pairwise(slices))):
-            away_s += stage.cycle_s + self._link_s(before, host, True, relayed=not host.reachable)
+            away_s += stage.cycle_s + self._link_s(before, host, True)
             away.insert(0, away_s)
         found, every_s = [], 1 / sum(1 / max(self._comes_every_s(m.node), INSTANT_S) for m in self.members)
         for away_s, (_, stage, *_) in zip(away, slices, strict=True):
@@ -393,7 +434,7 @@ class Site:
 
     def _limit(self, label: Label, hosts: Sequence[Part]) -> str:
         """What is busiest in a step, or the window where units wait for that."""
-        if (self.rounds - 1) * label.cycle_s > max(label.held_up_s, self.relay_held_up_s(label)):
+        if self.rounds > 1 and self.step_s(label) <= self.rounds * label.cycle_s:
             return f"the window of {self.run.window} micro-batches in flight (split.window)"
         busy: dict[str, float] = {}
         nodes = {host.name: host for host in self.hosts} | {m.node.name: m.node for m in self.members}

@@ -16,7 +16,7 @@ from edgelam_fl.model.source import ModelSource
 from edgelam_fl.split.driver import Route
 from edgelam_fl.split.job import Inbox
 from edgelam_fl.split.member import unit_rows
-from edgelam_fl.split.plan import job_id, part_id
+from edgelam_fl.split.plan import job_id, link_name, part_id
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.codec import CODECS
@@ -80,8 +80,7 @@ def open_link(
         version=PROTOCOL_VERSION, job=job_id(plan), node=plan.node, device_index=route.device_index, link=side,
         route_token=route.token, model_digest=source.digest, window=plan.window, codecs=list(CODECS),
     )  # fmt: skip
-    name = f"{'entry' if side == pb.ENTRY else 'exit'} {hop.node}"
-    name += f" for {route.device}" if route.device != plan.node else ""
+    name = link_name(plan, route, number, side)
     relay = Relay(hub, part_id(plan, hop.node), hop.relay_token) if hub and hop.relay_token else None
     link, ready = dial(hop.address, name, hello, counters, ears, plan.deadlines, relay)
     if ready.codec not in CODECS or not ready.window >= 1:

@@ -19,6 +19,23 @@ def part_id(plan: pb.Plan, node: str = "") -> str:
     return f"{job_id(plan)}/{node or plan.node}"
 
 
+def link_name(plan: pb.Plan, route: pb.Route, number: int, side: pb.LinkRole) -> str:
+    """What the node that dials the route's hop `number` calls the link; its bytes are counted under it."""
+    name = f"{'entry' if side == pb.ENTRY else 'exit'} {route.hops[number].node}"
+    return name if route.device == plan.node else f"{name} for {route.device}"
+
+
+def dialled_links(plan: pb.Plan) -> dict[str, str]:
+    """The names of all links that the node dials, and the host at each one's other end."""
+    dialled = [(route, number, side) for route in plan.routes if route.hops
+               for number, side in ((0, pb.ENTRY), (len(route.hops) - 1, pb.EXIT))]  # fmt: skip
+    for route in plan.serves:
+        own = [hop.node for hop in route.hops].index(plan.node)
+        if own + 1 < len(route.hops):
+            dialled.append((route, own + 1, pb.ENTRY))
+    return {link_name(plan, route, number, side): route.hops[number].node for route, number, side in dialled}
+
+
 def end_spans(plan: pb.Plan) -> list[Span]:
     """What a device holds of its own route, in the route's order; nothing on an edge server."""
     if not plan.routes:

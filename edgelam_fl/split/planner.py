@@ -1,9 +1,9 @@
 """Which hosts a site's routes cross, in which order, and which layers each of them holds: the shortest step that fits.
 
 What a chain costs is `split.costs`'. The search goes over the cuts from the first layer to the last, and keeps for each (hosts
-taken, newest host, cut) every beginning that no other one beats in all of: cycle, what is busiest, links relayed. So it is exact
+taken, newest host, cut) every beginning that no other one beats in all that a step's length is made of. So it is exact
 for up to `ALL_ORDERS` hosts. Of more it tries one order alone, from those behind the relay and the slow to the fast, each taken
-or left out: exact still where all links are alike, nobody is behind the relay and all devices keep the same layers, else near.
+or left out: exact still where all links are alike, none passes the relay and all devices keep the same layers, else near.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
+from itertools import combinations
 
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.split.costs import INSTANT_S, Chain, Label, Member, Node, Plan, Run, Site, Stage, quickness
@@ -103,7 +105,8 @@ class _Search(Site):
 
     def __init__(self, run: Run, members: Sequence[Member], hosts: Sequence[Node]) -> None:
         super().__init__(run, members, hosts)
-        self._lefts: dict[int, list[float]] = {}
+        self._lefts: dict[int, list[tuple[float, int]]] = {}
+        self._quickest: dict[tuple[int, int], float] = {}
         self._evens: dict[tuple[int, int], float] = {}
 
     def search(self, count: int | None) -> Label | None:
@@ -133,8 +136,14 @@ class _Search(Site):
                             best, best_s = longer, self.step_s(longer)
                         else:
                             key = _key(longer, count, every_order)
-                            _keep(waiting.setdefault(end, {}).setdefault(key, []), longer)
+                            self._keep(waiting.setdefault(end, {}).setdefault(key, []), longer)
         return best
+
+    def _keep(self, labels: list[Label], label: Label) -> None:
+        if any(self.beats(other, label) for other in labels):
+            return
+        labels[:] = [other for other in labels if not self.beats(label, other)]
+        labels.append(label)
 
     def _next_hosts(self, label: Label, count: int | None, every_order: bool) -> Iterator[int]:
         if count is not None and len(label.chain) == count:
@@ -156,50 +165,68 @@ class _Search(Site):
         """No chain that begins so takes less: the hosts that are left, without their links, share the layers that are left."""
         if at == self.last:
             return self.step_s(label)
-        left = self._left(label.taken)
-        if not left:
-            return math.inf
-        for_all = max(0, self.crossed_until - max(at, self.crossed_from))
-        others_s = (self.last - at - for_all) * left[0]
-        held_up_s = max(label.held_up_s, self._even_held_up_s(label.taken, for_all), self.relay_held_up_s(label))
-        together_s = label.cycle_s + others_s + held_up_s + self._fill_s(left, for_all, held_up_s)
-        return max(together_s, self.rounds * (label.cycle_s + (self.last - at) * left[0]))
+        cycle_s = label.cycle_s + self._quickest_s(label.taken, self.last - at)
+        even_s = self._even_s(label.taken, max(0, self.crossed_until - max(at, self.crossed_from)))
+        busiest_s = max(label.busiest_s, label.cycle_s - self.slowest.back_s + self.units * even_s)
+        return self.least_s(label, cycle_s, busiest_s, label.held_up_s)
 
-    def _left(self, taken: int) -> list[float]:
-        """Seconds a layer of the hosts that are not taken, the fast ones first."""
+    def _left(self, taken: int) -> list[tuple[float, int]]:
+        """Of the hosts that are not taken, the fast ones first: seconds a layer, and the most layers that fit."""
         if taken not in self._lefts:
             self._lefts[taken] = sorted(
-                min(host.layer_s.values(), default=math.inf)
+                (quickness(host)[0], self._most[number])
                 for number, host in enumerate(self.hosts)
                 if not taken >> number & 1
             )
         return self._lefts[taken]
 
-    def _even_held_up_s(self, taken: int, layers: int) -> float:
-        """How much the busiest of those hosts is held up where they share `layers`, and the step is the shortest.
+    @cached_property
+    def _most(self) -> list[int]:
+        """The most layers that each host can hold, wherever they are."""
+        bounds = [self.first, *self.cuts, self.last]
+        return [
+            max((end - at for at, end in combinations(bounds, 2) if self.stage(number, at, end)), default=0)
+            for number in range(len(self.hosts))
+        ]
 
-        With the fastest j of them sharing evenly in time, each host is held up by `layers` (units - 1) / sum of 1 / s.
+    def _quickest_s(self, taken: int, layers: int) -> float:
+        """A unit's time at those hosts, where the fast ones take all they can of `layers`, and on the way to one and back.
+
+        Infinite where the layers do not fit.
+        """
+        key = taken, layers
+        if key not in self._quickest:
+            total = 0.0
+            for layer_s, most in self._left(taken):
+                total += layer_s * min(most, layers)
+                layers -= min(most, layers)
+            ways = [way_s for number, way_s in enumerate(self._ways_s) if not taken >> number & 1]
+            self._quickest[key] = total + min(ways) if ways and not layers else math.inf
+        return self._quickest[key]
+
+    @cached_property
+    def _ways_s(self) -> list[float]:
+        """A unit's shortest way to each host, and if it is the last one's, to the device and back."""
+        found = []
+        for host in self.hosts:
+            ways = [self._link_s(other, host, True) for other in self.hosts if other is not host]
+            ways.append(self._link_s(self.slowest, host, self.run.front_learns))
+            found.append(min(ways) + (self._link_s(self.slowest, host, True) if self.run.back_on_device else 0.0))
+        return found
+
+    def _even_s(self, taken: int, layers: int) -> float:
+        """A unit's time at the first of those hosts, where they share `layers` such that each makes the step as long.
+
+        Each host has all units to do and those before it outside, so it may take a unit's part less than the one before it.
         """
         key = taken, layers
         if key not in self._evens:
-            rate, found = 0.0, [(math.inf, 0.0)]
-            for number, layer_s in enumerate(self._left(taken), 1):
-                rate += 1 / max(layer_s, INSTANT_S)
-                held_up_s = layers * (self.units - 1) / rate
-                found.append((held_up_s + number * layers / rate, held_up_s))
-            self._evens[key] = min(found)[1]
+            rate = sum(
+                (1 - 1 / self.units) ** place / max(layer_s, INSTANT_S)
+                for place, (layer_s, _) in enumerate(self._left(taken))
+            )
+            self._evens[key] = layers / rate if rate else math.inf
         return self._evens[key]
-
-    def _fill_s(self, left: Sequence[float], layers: float, held_up_s: float) -> float:
-        """The part of the cycle where none is held up for longer: the fast hosts take what they can."""
-        total = 0.0
-        for layer_s in left:
-            most = held_up_s / ((self.units - 1) * layer_s) if self.units > 1 and layer_s else math.inf
-            total += min(layers, most) * layer_s
-            layers -= min(layers, most)
-            if layers <= 0:
-                break
-        return total
 
 
 def _key(label: Label, count: int | None, every_order: bool) -> object:
@@ -208,10 +235,3 @@ def _key(label: Label, count: int | None, every_order: bool) -> object:
     if every_order:
         return label.taken, newest
     return newest, len(label.chain) if count is not None else 0
-
-
-def _keep(labels: list[Label], label: Label) -> None:
-    if any(other.beats(label) for other in labels):
-        return
-    labels[:] = [other for other in labels if not label.beats(other)]
-    labels.append(label)

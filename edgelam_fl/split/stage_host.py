@@ -7,6 +7,7 @@ and queues inside one are the same code.
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import os
 import threading
@@ -280,7 +281,8 @@ class StageHost:
 
     def _hold(self, plan: pb.Plan) -> Held:
         if self._held is None or self._held.key != slice_key(plan):
-            self._held = None  # the old slice goes before the new one comes
+            self._held = None  # the old slice goes before the new one comes: there is memory for one
+            gc.collect()  # modules know each other in rings
             self._held = Held(plan, self._load, self._find_planned)
         return self._held
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from edgelam_fl.model.adapter import initial_adapter
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.model.stage import LoraSettings, Span, load_stages
+from edgelam_fl.model.stage import LoraSettings, Span, Stage, load_stages
 from tests.support import (
     Fleet,
     check_done,
@@ -156,6 +158,28 @@ def test_a_change_of_cuts_between_rounds_changes_no_number(tiny: ModelSource, da
         assert (reports["edge-1"].host.first_layer, reports["edge-1"].host.last_layer) == (1, second)
         results.append(joined(reports))
     assert same_bits(*results)
+
+
+def test_a_slice_is_gone_before_another_one_is_loaded(tiny: ModelSource, data_files: list[Path]) -> None:
+    """A host has memory for one of them."""
+    config = run_config(tiny.name, "split.hosts=2", "split.front=1", "split.back=1", "split.cuts=[2]")
+    start = initial_adapter(tiny, config.lora.targets, config.lora.rank, 1)
+    seen: list[weakref.ref[Stage]] = []
+    left: list[int] = []
+
+    def load(*arguments: Any, **options: Any) -> list[Stage]:
+        left.append(sum(stage() is not None for stage in seen))
+        stages = load_stages(*arguments, **options)
+        seen.extend(map(weakref.ref, stages))
+        return stages
+
+    with memory_fleet(tiny, config, data_files[:1]) as fleet:
+        fleet.hosts["edge-1"][0]._load = load  # type: ignore[attr-defined]
+        first = fleet.run(start, 3)
+        check_done(first)
+        fleet.config = run_config(tiny.name, "split.hosts=2", "split.front=1", "split.back=1", "split.cuts=[4]")
+        check_done(fleet.run(joined(first), 3, step_offset=3))
+    assert left == [0, 0]
 
 
 def test_a_device_lost_in_a_chain_costs_its_own_micro_batches(tiny: ModelSource, data_files: list[Path]) -> None:

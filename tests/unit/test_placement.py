@@ -207,6 +207,32 @@ def test_what_moves_little_changes_nothing(tiny: ModelSource) -> None:
     assert (placed.events[-1]["changed"], placed.events[-1]["measured"]) == (False, [])
 
 
+def test_a_link_that_passed_the_relay_counts_in_the_next_plan(tiny: ModelSource) -> None:
+    placed, hosts = Placed(tiny, "split.hosts=1", "wire.capacity=1 kbit/s"), [edge("a"), edge("b")]
+    (held,) = _ranges(first := placed.layout(*hosts))
+    taken, other = held[0], {"a": "b", "b": "a"}[held[0]]
+    plan = pb.Plan(node="d1", routes=[first.routes["d1"]])
+    round_ = pb.JobReport(node="d1", bytes=[pb.KindBytes(link=f"{end} {taken} by relay") for end in ("entry", "exit")])
+    placed.placement.observe({"d1": plan}, {"d1": Reply(round_)})
+    assert placed.held(*hosts) == {other: 4}
+    assert placed.events[-1]["measured"] == [f"d1 reaches {taken} through the server's relay alone"]
+
+    for count in round_.bytes:
+        count.link = count.link.removesuffix(" by relay")
+    placed.placement.observe({"d1": plan}, {"d1": Reply(round_)})
+    placed.layout(*hosts)
+    assert placed.events[-1]["measured"] == [f"d1 reaches {taken} without the relay again"]
+
+
+def test_the_first_units_of_a_round_count_as_the_others(tiny: ModelSource) -> None:
+    placed = Placed(tiny)
+    plan = host_plan(placed.layout(edge("a"), edge("b")), "a")
+    slow_at_first = report(plan, 1.0, units=7)
+    for interval in slow_at_first.report.timeline[:4]:
+        interval.seconds *= 3
+    assert Costs(placed.config, tiny).measured_layer_s(plan, slow_at_first.report) == pytest.approx(1.0)
+
+
 def test_hosts_that_come_and_go(tiny: ModelSource) -> None:
     placed = Placed(tiny)
     assert placed.held(edge("a")) == {"a": 4}

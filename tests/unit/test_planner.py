@@ -60,6 +60,21 @@ def test_stages_that_are_alike_take_what_the_pipeline_formula_says(stages: int, 
     assert plan.step_s == pytest.approx((micro_batches + stages - 1) * each)
 
 
+def test_what_lies_behind_the_busiest_host_costs_nothing_while_it_is_quicker() -> None:
+    """Six units through 4 s and 1 s: the second host's passes fall between those of the first, the first's not the other way round."""
+    run = replace(RUN, micro_batches=6, window=6)
+    device = Member(Node("d", own_s=0.5, back_s=0.1), 0, 2)
+    slow, fast = host("slow", 4.0), host("fast", 1.0)
+    first, last = (
+        rated(run, [device], [slow, fast], ((one, 1), (other, 2)))
+        for one, other in (("slow", "fast"), ("fast", "slow"))
+    )
+    assert first is not None
+    assert first.step_s == pytest.approx(0.4 + 6 * 4)
+    assert last is not None
+    assert last.step_s == pytest.approx(0.4 + 1 + 6 * 4)
+
+
 def test_a_host_is_multiplied_by_its_devices() -> None:
     three = [Member(Node(f"d{n}", own_s=0.1), 1, LAYERS - 1) for n in range(3)]
     units = 3 * RUN.micro_batches
@@ -85,8 +100,8 @@ def test_a_slow_link_is_told_as_the_limit() -> None:
     assert plan.limit == "uplink of device"
     sent = 2 * run.tensor_bytes  # hidden states to the first host, the gradient to the last
     assert plan.devices[0].up_bytes == run.micro_batches * sent
-    later_s = (run.micro_batches - 1) * 8 * sent / 1e6
-    assert plan.step_s == pytest.approx(0.1 + MIDDLE * 0.01 + 8 * sent / 1e6 + later_s)
+    cycle_s = 0.1 + MIDDLE * 0.01 + 8 * sent / 1e6
+    assert plan.step_s == pytest.approx(cycle_s / 2 + run.micro_batches * 8 * sent / 1e6)
 
 
 def test_a_window_of_one_makes_units_wait_for_each_other() -> None:
