@@ -2,12 +2,12 @@
 
 Needs a Docker engine. A server, a device and four edge servers, each of the last five in a container of the same limit
 without swap. SmolLM2: the same run file first unsplit without a limit; then unsplit on the limited device, whose stage
-host the kernel kills; then split over the same containers. The Llama (bf16, 2.2 GB, mounted read-only): unsplit
-without a limit, then split over five containers of 1 GiB, 3 steps.
+host the kernel kills; then split over the same containers. The Llama (bf16, 2.2 GB, in the server's container alone, which
+sends each node the tensors of its slice): unsplit without a limit, then split over five containers of 1 GiB, 3 steps.
 
 Memory is the control group's: the peak of all it was charged for, pages of files among it (the kernel takes these back
-when it needs them, so this peak may touch the limit), and the largest sample of what cannot be taken back. The mounted Llama's
-pages are charged to whoever read them first, and may so be missing in a container's peak. Losses and
+when it needs them, so this peak may touch the limit), and the largest sample of what cannot be taken back. A slice's file is
+written and read by its node alone, so that its pages are in that node's peak. Losses and
 perplexities do not depend on how busy the machine is; seconds are not reported. A half that was finished in
 runs/benchmark-testbed-memory is not run again: remove its folder there to measure it anew. --smoke: a tiny model,
 nothing is killed.
@@ -224,7 +224,7 @@ def _containers(folder: Path, limit: str, data: Path, model: Path | None = None,
     folder.mkdir(parents=True)
     mounts = {f"{model}": "/models/llama"} if model else {}
     stop = threading.Event()
-    with started(testbed, folder, "edgelam-testbed-memory", Console(), [data], mounts) as containers:
+    with started(testbed, folder, "edgelam-testbed-memory", Console(), [data], mounts, server_alone=True) as containers:
         found = Found(testbed, containers, folder)
         names = [node.name for node in testbed.nodes]
         sampler = threading.Thread(target=_sample, args=(containers, names, found.own, stop), daemon=True)
@@ -330,8 +330,8 @@ def _table(title: str, found: Found) -> str:
 def page(tables: list[str], figures: list[Figure]) -> str:
     asked = [_verdict(figure) for figure in figures if figure.bar]
     head = "# Memory a container\n\nWritten by `python -m benchmarks.testbed_memory`. "
-    head += "The device's count of killed processes includes the unsplit attempt's. Pages of a mounted model's files are charged to "
-    head += "whoever read them first, perhaps outside the containers: of the Llama's 0.44 GB a host, its peak need not have any."
+    head += "The device's count of killed processes includes the unsplit attempt's. The Llama's nodes have their slices from the "
+    head += "server: the pages of a slice's file (0.44 GB a host) are in its container's peak, and the kernel takes them back at need."
     return "\n\n".join([head, *tables, "\n".join(asked)]) + "\n"
 
 

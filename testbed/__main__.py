@@ -96,11 +96,15 @@ def write_testbed(
     image: str,
     data: Sequence[Path] = (),
     mounts: Mapping[str, str] = MappingProxyType({}),
+    *,
+    server_alone: bool = False,
 ) -> Path:
-    """The Compose file. `data`: a file a device, by default the demo's docstrings. `mounts`: as in `compose_file`."""
+    """The Compose file. `data`: a file a device, by default the demo's docstrings. The rest: as in `compose_file`."""
     files = data or write_device_files(folder / "data", len(testbed.devices))
     of_device = {node.name: file for node, file in zip(testbed.devices, files, strict=True)}
-    return write_compose_file(folder / "docker-compose.yml", compose_file(testbed, of_device, image, mounts))
+    return write_compose_file(
+        folder / "docker-compose.yml", compose_file(testbed, of_device, image, mounts, server_alone=server_alone)
+    )
 
 
 @contextmanager
@@ -113,14 +117,17 @@ def started(
     mounts: Mapping[str, str] = MappingProxyType({}),
     image: str = IMAGE,
     lend: bool = False,
+    server_alone: bool = False,
 ) -> Iterator[Project]:
     """The running containers; all are gone afterwards. What they said stays in containers.log where something failed.
 
+    `mounts`, `server_alone`: as in `compose_file`.
     `lend`: while they start, each may take all cores; from then on its shape's share. A fifth of a core loads PyTorch for
     half a minute, which is no part of what a testbed measures.
     """
     as_started = unlimited(testbed) if lend else testbed
-    containers = Project(name, write_testbed(as_started, folder, image, data, mounts))
+    file = write_testbed(as_started, folder, image, data, mounts, server_alone=server_alone)
+    containers = Project(name, file)
     containers.down()  # what an earlier one left that was killed
     try:
         console.print(f"starting {1 + len(testbed.nodes)} containers: {SERVER}, {_listed(testbed)}", highlight=False)

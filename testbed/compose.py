@@ -21,9 +21,17 @@ _THREADS = 1  # of torch: a container that has a part of a core gains nothing fr
 
 
 def compose_file(
-    testbed: Testbed, data: Mapping[str, Path], image: str, mounts: Mapping[str, str] = MappingProxyType({})
+    testbed: Testbed,
+    data: Mapping[str, Path],
+    image: str,
+    mounts: Mapping[str, str] = MappingProxyType({}),
+    *,
+    server_alone: bool = False,
 ) -> dict[str, Any]:
-    """`data`: a file of examples for each device. `mounts`: folders that all read, and where they find them."""
+    """`data`: a file of examples for each device. `mounts`: folders that all read, and where they find them.
+
+    `server_alone`: nobody but the server reads these.
+    """
     shared = [f"{folder}:{inside}:ro" for folder, inside in mounts.items()]
     server = _service(SERVER, testbed.shapes[testbed.server], image, _serve())
     services = {SERVER: server | {"healthcheck": {"interval": "3s", "retries": 100}}}  # all others wait for it
@@ -33,8 +41,9 @@ def compose_file(
         if node.role == "device":
             service["volumes"] = [f"{data[node.name].absolute()}:{_DATA}:ro"]
         services[node.name] = service
-    for service in services.values() if shared else ():
-        service["volumes"] = [*service.get("volumes", []), *shared]
+    for name, service in services.items() if shared else ():
+        if name == SERVER or not server_alone:
+            service["volumes"] = [*service.get("volumes", []), *shared]
     return {"services": services, "networks": {"plane": {}}}
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from edgelam_fl.errors import ConfigError
 from testbed.__main__ import IMAGE, memory_table, new_folder, started, train, write_testbed
-from testbed.compose import compose_file
+from testbed.compose import SERVER, compose_file
 from testbed.engine import ROOT, build, engine_problem
 from testbed.shapes import MOST_NODES, read_testbed
 
@@ -78,6 +78,15 @@ def test_each_device_has_its_own_data_and_one_thread(tmp_path: Path) -> None:
 @pytest.mark.parametrize("devices", [1, 5, MOST_NODES])
 def test_so_many_devices_of_the_shapes_in_turn(tmp_path: Path, devices: int) -> None:
     assert len(services(tmp_path, devices)) == 2 + devices
+
+
+@pytest.mark.parametrize("server_alone", [False, True])
+def test_who_reads_what_is_mounted(tmp_path: Path, server_alone: bool) -> None:
+    testbed = read_testbed(written(tmp_path, SMALL), cores=64)
+    data = {node.name: tmp_path / "examples.jsonl" for node in testbed.devices}
+    content = compose_file(testbed, data, IMAGE, {"/here": "/models"}, server_alone=server_alone)["services"]
+    readers = {name for name, service in content.items() if "/here:/models:ro" in service.get("volumes", [])}
+    assert readers == ({SERVER} if server_alone else set(content))
 
 
 def test_the_files_that_come_with_it_are_sound(tmp_path: Path) -> None:
