@@ -6,7 +6,6 @@ writes the Compose file. Needs no more rights than `docker` itself.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from edgelam_fl.cli import run_commands
 from edgelam_fl.config import read_run_file
 from edgelam_fl.errors import ConfigError, RunFailed
 from edgelam_fl.tasks.docstrings import write_device_files
-from edgelam_fl.telemetry.summary import human_bytes, summary_table
+from edgelam_fl.telemetry.summary import human_bytes
 from testbed.compose import RUNS, SERVER, SERVER_ADDRESS, compose_file, cpu_limit, write_compose_file
 from testbed.engine import ROOT, Project, build, check_engine
 from testbed.shapes import Testbed, read_testbed
@@ -78,7 +77,6 @@ def run(
     with started(testbed, folder, project, console, image=image or IMAGE, lend=True) as containers:
         train(containers, testbed, folder, run_file, overrides)
         memory = memory_table(containers, testbed)
-    console.print(summary_table(json.loads((folder / "summary.json").read_text(encoding="utf-8"))))
     console.print(memory)
     console.print(f"run: {folder}\npage: {folder / 'report.html'}", highlight=False, soft_wrap=True)
 
