@@ -18,7 +18,7 @@ from dataclasses import asdict, replace
 from itertools import combinations, pairwise, permutations
 from pathlib import Path
 from random import Random
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from benchmarks.common import RESULTS, Figure, machine, main
@@ -79,17 +79,20 @@ def _large_s() -> float:
 
 
 def compared(folder: Path) -> list[Figure]:
-    """What the planner predicted for the last round that trained, over what was measured: its step, and each node's memory."""
+    """What the planner predicted, over what was measured: a step, and each node's memory.
+
+    A step is the mean of all rounds that trained but the first, whose plan knows profiles alone (`predicted_first`).
+    """
     placements, rounds = _by_round(folder, "placement"), _by_round(folder, "round_done")
     trained = [number for number in sorted(placements) if rounds.get(number, {}).get("steps")]
     if not trained:
         raise SystemExit(f"{folder} has no round that trained by a plan (split.cuts = 'auto')")
-    placement, done = placements[trained[-1]], rounds[trained[-1]]
-    name, step = folder.name, measured_step_s(done)
+    name, done, later = folder.name, rounds[trained[-1]], trained[1:] or trained
+    foreseen, step = mean(placements[n]["step_s"] for n in later), mean(measured_step_s(rounds[n]) for n in later)
     figures = [
-        Figure(f"{name}: a step, predicted", round(placement["step_s"], 3), "s"),
+        Figure(f"{name}: a step, predicted", round(foreseen, 3), "s"),
         Figure(f"{name}: a step, measured", round(step, 3), "s"),
-        _near(f"{name}: a step, predicted over measured", placement["step_s"] / step, TIME_OFF),
+        _near(f"{name}: a step, predicted over measured", foreseen / step, TIME_OFF),
     ]
     peaks = {node["name"]: node["peak_rss_bytes"] for node in [*done["devices"], *done["hosts"]]}
     predicted: dict[str, int] = {}  # a peak is that of all rounds so far, and so is this
@@ -115,11 +118,11 @@ def predicted_first(folder: Path) -> Figure:
 
 
 def speed_up(planned_run: Path, equal_run: Path) -> Figure:
-    """Two runs of the same nodes, data and seed: by the planner, and with equal cuts."""
+    """Two runs of the same nodes, data and seed: by the planner, and with equal cuts. Their first rounds do not count."""
     seconds = []
     for folder in (planned_run, equal_run):
-        rounds = [done for done in _by_round(folder, "round_done").values() if done["steps"]]
-        seconds.append(measured_step_s(rounds[-1]))
+        steps = [measured_step_s(done) for done in _by_round(folder, "round_done").values() if done["steps"]]
+        seconds.append(mean(steps[1:] or steps))
     return Figure(
         f"a step with equal cuts over one by the planner ({planned_run.name})", round(seconds[1] / seconds[0], 3), "",
         f"at least {FASTER}", seconds[1] >= FASTER * seconds[0],

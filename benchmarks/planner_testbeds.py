@@ -5,14 +5,16 @@ of memory and `tc` rates each way; together at most 0.9 of this machine's cores,
 each. Where layers go is the planner's (split.hosts = split.cuts = "auto"). The first one, CPUs 1.0 / 0.4 / 0.2 and links of 100 / 20 / 5 Mbit/s
 (two edge servers, and the device with the data), is run again by the same containers with equal cuts.
 
-Like with like, all of the second and last round that trains (`benchmarks.planner.compared`):
+Like with like, of three rounds that train (`benchmarks.planner.compared`):
 
-    step      `step_s` of its plan, against the training of the slowest device over its steps, as its JobReport tells it
-    memory    `memory_bytes` of its plan, which is the stage host's process at its peak, against its peak_rss_bytes
+    step      `step_s` of the plans of rounds 2 and 3, against the training of the slowest device over its steps, as its
+              JobReport tells it
+    memory    `memory_bytes`, which is the stage host's process at its peak, against its peak_rss_bytes
 
-The second round's plan knows the times of the first; what profiles alone had predicted for the first stands beside it, without
+A plan knows the times of the rounds before it; what profiles alone had predicted for the first stands beside it, without
 a bar. Containers start with all cores, and so does the ServerApp: seconds are taken when each has its share.
-It measures time: run it on a machine that does nothing else; how many cores others used meanwhile is told. A testbed that was
+It measures time: run it on a machine that does nothing else; how many cores others used meanwhile is told, and how many the
+machine's own host took away (steal). A testbed that was
 finished in runs/benchmark-planner-testbeds is not run again: remove its folder there to measure it anew. --smoke: the first testbed, one step a round, no bars.
 """
 
@@ -64,9 +66,9 @@ cuts = "auto"
 micro_batches = {micro_batches}
 window = {micro_batches}
 [federation]
-rounds = 2
+rounds = 3
 local_steps = {steps}
-evaluate_every = 2
+evaluate_every = 3
 batch_size = {batch}
 join_deadline_s = 600
 step_deadline_s = 600
@@ -182,9 +184,10 @@ def table(figures: Sequence[Figure]) -> Table:
 
 def of_bed(folder: Path, *, equal: bool) -> list[Figure]:
     """Of a finished one."""
-    others = json.loads((folder / _FINISHED).read_text(encoding="utf-8"))["others_cores"]
+    finished = json.loads((folder / _FINISHED).read_text(encoding="utf-8"))
     figures = [*compared(folder / folder.name), predicted_first(folder / folder.name)]
-    figures.append(Figure(f"{folder.name}: cores that others used meanwhile", round(max(others), 2), ""))
+    for key, words in (("others", "others used meanwhile"), ("stolen", "were stolen meanwhile")):
+        figures.append(Figure(f"{folder.name}: cores that {words}", round(max(finished[key]), 2), ""))
     return [*figures, speed_up(folder / folder.name, folder / "equal")] if equal else figures
 
 
@@ -196,11 +199,11 @@ def run_bed(bed: Bed, folder: Path, model: Path, *, equal: bool) -> None:
     mounts = {} if bed.model != LLAMA else {str(model): LLAMA}
     console = Console()
     with started(testbed, folder, PROJECT, console, _data(bed, folder), mounts, lend=True) as containers:
-        others = [_train(containers, testbed, folder / bed.name, run_file, [])]
+        runs = [_train(containers, testbed, folder / bed.name, run_file, [])]
         if equal:
             cuts = ["split.cuts=equal", f"split.hosts={len(bed.edges)}"]
-            others.append(_train(containers, testbed, folder / "equal", run_file, cuts))
-    finished = {"others_cores": others, "seconds": time.monotonic() - began}
+            runs.append(_train(containers, testbed, folder / "equal", run_file, cuts))
+    finished = {**{key: [run[key] for run in runs] for key in runs[0]}, "seconds": time.monotonic() - began}
     (folder / _FINISHED).write_text(json.dumps(finished) + "\n", encoding="utf-8")
 
 
@@ -210,23 +213,28 @@ def _data(bed: Bed, folder: Path) -> list[Path]:
     return [write_pairs(folder / f"device-{n}.jsonl", bed.tokens) for n in range(1, len(bed.devices) + 1)]
 
 
-def _train(containers: Project, testbed: Testbed, folder: Path, run_file: Path, overrides: Sequence[str]) -> float:
-    """Returns the cores that others used meanwhile."""
-    began, ours_s, busy_s = time.monotonic(), _computed_s(containers, testbed), _busy_s()
+def _train(
+    containers: Project, testbed: Testbed, folder: Path, run_file: Path, overrides: Sequence[str]
+) -> dict[str, float]:
+    """Returns how many cores others used meanwhile, and how many were stolen."""
+    began, ours_s, busy_s, stolen_s = time.monotonic(), _computed_s(containers, testbed), *_busy_s()
     with _server_lent_cores(containers, testbed, f"{RUNS}/{folder.name}/events.jsonl"):
         train(containers, testbed, folder, run_file, overrides, name=folder.name)
     ours_s = _computed_s(containers, testbed) - ours_s
-    return (_busy_s() - busy_s - ours_s) / (time.monotonic() - began)
+    busy_later_s, stolen_later_s = _busy_s()
+    took_s = time.monotonic() - began
+    return {"others": (busy_later_s - busy_s - ours_s) / took_s, "stolen": (stolen_later_s - stolen_s) / took_s}
 
 
 def _computed_s(containers: Project, testbed: Testbed) -> float:
     return sum(containers.cpu_seconds(service) or 0.0 for service, _ in testbed.services())
 
 
-def _busy_s() -> float:
-    """Of all cores of this machine."""
+def _busy_s() -> tuple[float, float]:
+    """Of all cores of this machine: computing, and stolen."""
     times = psutil.cpu_times()
-    return sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0)
+    stolen_s = getattr(times, "steal", 0.0)
+    return sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0) - stolen_s, stolen_s
 
 
 @contextmanager
