@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -42,6 +43,17 @@ def test_the_containers_memory_is_the_recorded_one() -> None:
     assert re.findall(r"\d\.\d{4}", paragraph) == recorded
     assert values["SmolLM2-135M unsplit, limited: processes killed for memory"] >= 1
     assert result["settings"]["smollm2_limit"] in paragraph.replace("\n", " ")
+
+
+def test_what_the_planner_predicts_is_as_near_as_recorded() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "planner_testbeds.json").read_text(encoding="utf-8"))
+    values = {figure["name"]: figure["value"] for figure in result["figures"]}
+    apart = {what: max(abs(value - 1) for name, value in values.items() if f": {what}" in name and name.endswith("predicted over measured"))
+             for what in ("a step", "memory")}  # fmt: skip
+    (faster,) = (value for name, value in values.items() if name.startswith("a step with equal cuts"))
+    paragraph = README[README.index("On five unlike testbeds") :].split("\n\n")[0]
+    assert re.findall(r"(\d+) %", paragraph) == [str(math.ceil(100 * apart[what])) for what in ("a step", "memory")]
+    assert re.findall(r"([\d.]+) times", paragraph) == [f"{faster:.2f}"]
 
 
 def test_its_commands_exist() -> None:
