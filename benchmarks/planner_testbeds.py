@@ -14,8 +14,8 @@ Like with like, of three rounds that train (`benchmarks.planner.compared`):
 A plan knows the times of the rounds before it; what profiles alone had predicted for the first stands beside it, without
 a bar. Containers start with all cores, and so does the ServerApp: seconds are taken when each has its share.
 It measures time: run it on a machine that does nothing else; how many cores others used meanwhile is told, and how many the
-machine's own host took away (steal). A testbed that was
-finished in runs/benchmark-planner-testbeds is not run again: remove its folder there to measure it anew. --smoke: the first testbed, one step a round, no bars.
+machine's own host took away (steal). A testbed that was finished in runs/benchmark-planner-testbeds is not run again: remove
+its folder there to measure it anew. --smoke: the first testbed, one step a round, no bars.
 """
 
 from __future__ import annotations

@@ -11,10 +11,11 @@ each link, forward and back. A step takes as long as the longest of
     ceil(m / W) cycle_s
 
 busy_r is what r does in a whole step; outside_r is what the first unit takes to get to r and the last one from there back, when
-r has nothing to do. In between other units are there, so what lies behind r costs nothing as long as it is quicker. Each of
-its n_r units has to pass r, one behind the other, in both directions: `pass_r` is the longer of the two passes. m is a device's
-micro-batches, W its window. p stages that are all alike take (m + p - 1) t, as GPipe and 1F1B do. Transfers overlap computing;
-optimizer steps, and waiting of one device for another's unit on the way, are left out.
+r has nothing to do; of a device's own links that is taken to be half the cycle. In between other units are there, so what lies
+behind r costs nothing as long as it is quicker. Each of its n_r units has to pass r, one behind the other, in both directions:
+`pass_r` is the longer of the two passes. m is a device's micro-batches, W its window. p stages that are all alike take
+(m + p - 1) t, as GPipe and 1F1B do. Transfers overlap computing; optimizer steps, and waiting of one device for another's unit
+on the way, are left out.
 
 A link is as fast as the slower of its two ends; both directions, and all links of a node, share that node's. What cannot be
 dialled, by anyone or by the one node that would have to, is reached through the relay: such links take the relay's time too.

@@ -162,7 +162,7 @@ class _Search(Site):
                 yield end, stage
 
     def _bound_s(self, label: Label, at: int) -> float:
-        """No chain that begins so takes less: the hosts that are left, without their links, share the layers that are left."""
+        """No chain that begins so takes less: the hosts that are left share the layers that are left, over the shortest ways."""
         if at == self.last:
             return self.step_s(label)
         cycle_s = label.cycle_s + self._quickest_s(label.taken, self.last - at)

@@ -19,7 +19,7 @@ the ServerApp, into RUN/events.jsonl
                     demands {name: {payload_bytes, compute_s, snr}} (with [wireless] only: what the bandwidth strategy saw)
     placement       before its plan, with split.cuts = "auto": round, changed (whether layers moved), reason (text), step_s (predicted,
                     of the slowest site), window (micro-batches in flight that memory allows), tokens (a row, that times were
-                    predicted with), measured [texts] (nodes that the round before showed to be far off),
+                    predicted with), measured [texts] (of the round before: nodes that were far off, pairs that only the relay joins),
                     sites [{step_s, limit (text: what a step waits for), memory_limit (text; "": no host would hold more),
                     left_out [hosts without which it is faster], hosts [...], devices [...]}]
                     hosts, devices: {node, first, last, base ("base/compute"; "" of devices), memory_bytes (of the process, at
