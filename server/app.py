@@ -74,6 +74,7 @@ def _nodes(grid: Grid, folder: RunFolder, config: RunConfig, source: ModelSource
         task=task_settings(config),
         measure_model=config.model.name if config.model.base == "auto" else "",
         measure_layers=config.model.name if config.split.cuts == "auto" else "",
+        measure_link=config.split.cuts == "auto",
         model_digest=source.digest,
         hub_port=hub.port(),
     )

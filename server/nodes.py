@@ -26,6 +26,7 @@ from server.schedule import unfit
 _POLL_S = 0.5
 _FIRST_POLL_S = 0.05  # a simulated node answers at once
 _QUERY_S = 90.0
+_LINK = ("link_up_bps", "link_down_bps", "round_trip_s")
 
 
 @dataclass
@@ -110,6 +111,20 @@ class Nodes:
         for name, reason in missing.items():
             self._refuse(name, reason)
         return bool(new) or set(self.profiles) != before
+
+    def measure_links(self, names: Iterable[str]) -> None:
+        """Has nodes measure their links to the hub anew, and takes that into their profiles. Who does not answer keeps its own."""
+        request = pb.ProfileRequest(
+            protocol_version=PROTOCOL_VERSION, task=self.request.task, hub_port=self.request.hub_port, measure_link=True
+        )
+        content = RecordDict({"query": ConfigRecord({"request": request.SerializeToString()})})
+        replies, _ = self.exchange([self.message(name, MessageType.QUERY, content) for name in names], _QUERY_S)
+        for name, reply in sorted(replies.items()):
+            new = pb.Profile.FromString(reply.content["profile"]["profile"])
+            if name in self.profiles and new.round_trip_s > 0:  # it measured something
+                for key in _LINK:
+                    setattr(self.profiles[name], key, getattr(new, key))
+                self.folder.emit("link_measured", node=name, **_link(new))
 
     def name_of(self, reply: Message) -> str:
         """Who sent it; empty where it is no node that is known."""
@@ -198,10 +213,13 @@ class Nodes:
 
 def _measured(profile: pb.Profile) -> dict[str, Any]:
     """What a node measures only where it is asked to."""
-    link = _finite({key: getattr(profile, key) for key in ("link_up_bps", "link_down_bps", "round_trip_s")})
     layers = [{"tokens": time.tokens, "seconds": _finite(time.seconds)} for time in profile.layer_times]
-    found = {**link, "layer_times": layers, "idle_bytes": profile.idle_bytes}
+    found = {**_link(profile), "layer_times": layers, "idle_bytes": profile.idle_bytes}
     return {key: value for key, value in found.items() if value}
+
+
+def _link(profile: pb.Profile) -> dict[str, float]:
+    return _finite({key: getattr(profile, key) for key in _LINK})
 
 
 def _finite(values: Mapping[str, float]) -> dict[str, float]:

@@ -32,7 +32,7 @@ from server.layout import make_layout, who_may_host
 from server.plans import RoundFacts, make_plans
 from strategies.base import ClientSettings
 
-WAIT_S = 540.0  # for a node's part: far beyond what one takes, so that a slow machine is no failure
+WAIT_S = 540.0  # for a node's part, a command, a run: far beyond what one takes, so that a slow machine is no failure
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 
 

@@ -20,16 +20,15 @@ def add_measured(
 ) -> None:
     """`find`: a model by name, digest and the hub's port. `server`: the host that the hub is on; "": there is none."""
     profile.disk_free_bytes = disk_free_bytes(cache_folder())
-    if not request.measure_layers:
-        return
-    with suppress(ModelError, EnvironmentProblem):  # the model is not here; a cache that is read only
-        source = find(request.measure_layers, request.model_digest, request.hub_port)
-        for tokens, seconds in measure_layers(source).items():
-            profile.layer_times.add(tokens=tokens, seconds=seconds)
-        profile.disk_write_bytes_per_s = disk_write_bytes_per_s(cache_folder())
-    # Both of the same moment: what was imported for measuring stays, and is no longer free.
-    profile.idle_bytes, profile.memory_available_bytes = _idle_bytes(), memory_free_bytes()
-    if request.hub_port and server:
+    if request.measure_layers:
+        with suppress(ModelError, EnvironmentProblem):  # the model is not here; a cache that is read only
+            source = find(request.measure_layers, request.model_digest, request.hub_port)
+            for tokens, seconds in measure_layers(source).items():
+                profile.layer_times.add(tokens=tokens, seconds=seconds)
+            profile.disk_write_bytes_per_s = disk_write_bytes_per_s(cache_folder())
+        # Both of the same moment: what was imported for measuring stays, and is no longer free.
+        profile.idle_bytes, profile.memory_available_bytes = _idle_bytes(), memory_free_bytes()
+    if request.measure_link and request.hub_port and server:
         with suppress(EnvironmentProblem):  # nothing answers there
             link = measure_link(server, request.hub_port)
             profile.link_up_bps, profile.link_down_bps = link.up_bps, link.down_bps

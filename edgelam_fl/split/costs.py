@@ -1,6 +1,6 @@
 """What a chain of hosts costs in a step: seconds, bytes, memory. Each with the layers that it is given, none chosen here.
 
-Numbers in, numbers out: knows no model, no protobuf, no torch. `server.placement` makes the numbers of profiles, and
+Numbers in, numbers out: knows no model, no protobuf, no torch. `server.node_costs` makes the numbers of profiles, and
 `split.planner` looks for the chain with the shortest step.
 
 A unit is one micro-batch of one device. Its way takes `cycle_s`: through the device's own layers, each host's, and over

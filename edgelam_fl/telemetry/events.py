@@ -11,6 +11,7 @@ the ServerApp, into RUN/events.jsonl
                     link_up_bps, link_down_bps, round_trip_s (to the server's hub), idle_bytes (resident memory of its stage
                     host before it held anything)
     node_refused    node, reason
+    link_measured   node, link_up_bps, link_down_bps, round_trip_s: anew, since a round's steps took another time than foreseen
     plan            round, attempt, selected [names], why {node: text} (of each device that is here), shares {node: share of 1},
                     routes [{device, front, back_first, num_layers, hops [{node, first, last}]}],
                     sites [{site, hosts [{node, first, last}], devices [names]}] (a host's layers here are all that it
@@ -19,7 +20,8 @@ the ServerApp, into RUN/events.jsonl
                     demands {name: {payload_bytes, compute_s, snr}} (with [wireless] only: what the bandwidth strategy saw)
     placement       before its plan, with split.cuts = "auto": round, changed (whether layers moved), reason (text), step_s (predicted,
                     of the slowest site), window (micro-batches in flight that memory allows), tokens (a row, that times were
-                    predicted with), measured [texts] (of the round before: nodes that were far off, pairs that only the relay joins),
+                    predicted with), measured [texts] (of the round before: nodes that were far off, pairs that only the relay joins,
+                    steps so far off that links were measured anew),
                     sites [{step_s, limit (text: what a step waits for), memory_limit (text; "": no host would hold more),
                     left_out [hosts without which it is faster], hosts [...], devices [...]}]
                     hosts, devices: {node, first, last, base ("base/compute"; "" of devices), memory_bytes (of the process, at

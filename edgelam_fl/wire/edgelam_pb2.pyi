@@ -552,20 +552,22 @@ class Slice(_message.Message):
     def __init__(self, first: _Optional[int] = ..., last: _Optional[int] = ...) -> None: ...
 
 class ProfileRequest(_message.Message):
-    __slots__ = ("protocol_version", "task", "measure_model", "model_digest", "hub_port", "measure_layers")
+    __slots__ = ("protocol_version", "task", "measure_model", "model_digest", "hub_port", "measure_layers", "measure_link")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
     MEASURE_MODEL_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     HUB_PORT_FIELD_NUMBER: _ClassVar[int]
     MEASURE_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    MEASURE_LINK_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     task: TaskSettings
     measure_model: str
     model_digest: str
     hub_port: int
     measure_layers: str
-    def __init__(self, protocol_version: _Optional[int] = ..., task: _Optional[_Union[TaskSettings, _Mapping]] = ..., measure_model: _Optional[str] = ..., model_digest: _Optional[str] = ..., hub_port: _Optional[int] = ..., measure_layers: _Optional[str] = ...) -> None: ...
+    measure_link: bool
+    def __init__(self, protocol_version: _Optional[int] = ..., task: _Optional[_Union[TaskSettings, _Mapping]] = ..., measure_model: _Optional[str] = ..., model_digest: _Optional[str] = ..., hub_port: _Optional[int] = ..., measure_layers: _Optional[str] = ..., measure_link: _Optional[bool] = ...) -> None: ...
 
 class LayerTime(_message.Message):
     __slots__ = ("tokens", "seconds")

@@ -19,10 +19,10 @@ from edgelam_fl.processes import Child, Hub, Node, end_all, free_port, log_tail,
 from edgelam_fl.submit import Submission
 from edgelam_fl.telemetry.events import EventTail
 from tests.integration.proxy import Connection, CountingProxy
+from tests.support import WAIT_S
 
 # Far beyond what any of it takes: a slow machine is no failure, and what hangs ends.
 START_DEADLINE_S = 300.0
-RUN_DEADLINE_S = 540.0
 _POLL_S = 0.2
 
 
@@ -151,7 +151,7 @@ class Federation:
                     return True
             return False
 
-        self.wait_for(ended, RUN_DEADLINE_S, f"run {name}")
+        self.wait_for(ended, WAIT_S, f"run {name}")
         assert events[-1]["event"] == "run_done", f"{events[-1]}\n{self.logs()}"
         self.wait_for(lambda: (out / "report.html").exists(), 30, "the report")
         self.wait_for(lambda: status() == "finished:completed", 60, f"Flower to close run {name}", every_s=3.0)

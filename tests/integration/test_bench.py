@@ -11,6 +11,7 @@ import pytest
 
 from edgelam_fl.bench.matrix import read_matrix
 from edgelam_fl.bench.runner import Results, outcome
+from tests.support import WAIT_S
 
 pytestmark = [pytest.mark.processes, pytest.mark.real_model]
 
@@ -43,7 +44,6 @@ batch_size = 4
 [base.wireless]
 bandwidth_hz = 1e5
 """
-DEADLINE_S = 540
 
 
 def test_a_matrix_goes_on_behind_its_finished_cells(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_a_matrix_goes_on_behind_its_finished_cells(tmp_path: Path) -> None:
         Results(out, matrix).add(line)
 
     command = [str(Path(sys.executable).with_name("edgelam")), "bench", str(file), "--out", str(out), "--jobs", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 of 4 cells are finished" in done.stdout + done.stderr
     *kept, trained, replayed = [json.loads(line) for line in (out / "cells.jsonl").read_text("utf-8").splitlines()]

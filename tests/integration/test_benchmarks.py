@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import WAIT_S
+
 ROOT = Path(__file__).parents[2]
 # Those that need an emulated machine or a Docker engine have tests of their own: tests/unit/test_benchmark_boards.py,
 # tests/unit/test_testbed_benchmarks.py.
@@ -21,7 +23,7 @@ NAMES = sorted(file.stem for file in (ROOT / "benchmarks").glob("*.py") if file.
 @pytest.mark.parametrize("name", NAMES)
 def test_smoke(name: str) -> None:
     command = [sys.executable, "-m", f"benchmarks.{name}", "--smoke"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=540, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["name"] == name

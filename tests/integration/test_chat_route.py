@@ -15,6 +15,7 @@ from edgelam_fl.generate import LocalSpeaker, Speaker, greedy
 from edgelam_fl.remote import route_speaker
 from edgelam_fl.results import open_result
 from tests.integration.federation import Federation, Run
+from tests.support import WAIT_S
 
 pytestmark = pytest.mark.processes
 
@@ -26,7 +27,7 @@ NEW = 12
 def chat(run: Run, *more: str) -> subprocess.CompletedProcess[str]:
     command = [EDGELAM, "chat", str(run.path), "--prompt", PROMPT, "--max-tokens", "16", *more]
     environment = {**os.environ, "PYTHONUTF8": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=540, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=WAIT_S, check=False)
 
 
 def test_the_tokens_over_the_route_are_those_at_home(averaged: Run, federation: Federation) -> None:

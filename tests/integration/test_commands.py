@@ -24,11 +24,12 @@ from edgelam_fl.model.source import ModelSource
 from edgelam_fl.processes import Child, end_all, free_port, split_address, start_superlink
 from edgelam_fl.results import open_result
 from tests.results import write_result
+from tests.support import WAIT_S
 
 EDGELAM = str(Path(sys.executable).with_name("edgelam"))
 
 
-def edgelam(*arguments: str, cwd: Path, timeout: float = 540, typed: str = "") -> subprocess.CompletedProcess[str]:
+def edgelam(*arguments: str, cwd: Path, timeout: float = WAIT_S, typed: str = "") -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "400"}
     return subprocess.run(
         [EDGELAM, *arguments],

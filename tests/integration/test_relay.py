@@ -24,7 +24,8 @@ from edgelam_fl.model.source import ModelSource
 from edgelam_fl.processes import Child, Hub, end_all, free_port, log_tail, start_superlink
 from edgelam_fl.submit import Submission
 from edgelam_fl.telemetry.events import EventTail
-from tests.integration.federation import RUN_DEADLINE_S, Run, config_of
+from tests.integration.federation import Run, config_of
+from tests.support import WAIT_S
 
 pytestmark = pytest.mark.processes
 
@@ -125,7 +126,7 @@ def train(server: str, model: ModelSource, folder: Path, children: list[Child]) 
     tail, events, end = (
         EventTail(folder / "run/events.jsonl"),
         list[dict[str, Any]](),
-        time.monotonic() + RUN_DEADLINE_S,
+        time.monotonic() + WAIT_S,
     )
     while not any(event["event"] in ("run_done", "run_failed") for event in events):
         logs = "\n".join(f"{log.name}: {log_tail(log, 5)}" for log in sorted(folder.rglob("*.log")))

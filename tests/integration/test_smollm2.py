@@ -12,6 +12,7 @@ import pytest
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.tasks.data import read_pairs, set_aside
 from tests.integration.federation import Federation, Run, config_of
+from tests.support import WAIT_S
 
 pytestmark = [pytest.mark.processes, pytest.mark.real_model]
 
@@ -39,7 +40,7 @@ def plain(run: Run, few_pairs: dict[str, Path], smollm: ModelSource) -> dict[str
     }
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("plain_perplexity.py"))],
-        input=json.dumps(task), capture_output=True, text=True, timeout=540, check=False,
+        input=json.dumps(task), capture_output=True, text=True, timeout=WAIT_S, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)

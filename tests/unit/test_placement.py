@@ -16,7 +16,8 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from server.checks import check_config
 from server.contributions import Reply
 from server.layout import Layout
-from server.placement import IDLE_BYTES, Costs, Placement, pairs, tokens_a_row
+from server.node_costs import IDLE_BYTES, Costs, pairs, tokens_a_row
+from server.placement import Placement
 from tests.support import run_config
 
 AUTO = ("split.cuts=auto", "split.hosts=auto", "split.front=1", "split.back=1")
@@ -231,6 +232,43 @@ def test_the_first_units_of_a_round_count_as_the_others(tiny: ModelSource) -> No
     for interval in slow_at_first.report.timeline[:4]:
         interval.seconds *= 3
     assert Costs(placed.config, tiny).measured_layer_s(plan, slow_at_first.report) == pytest.approx(1.0)
+
+
+def test_links_are_measured_anew_once_where_steps_are_not_explained(tiny: ModelSource) -> None:
+    placed, hosts, asked = Placed(tiny), [edge("a"), edge("b")], list[str]()
+
+    def round_takes(times_as_long: float, *, then: float | None = None) -> str:
+        """How the next plan was made; `then`: the rate of d1's link as it is found to be, in bits a second."""
+
+        def measure() -> None:
+            asked.append("asked")
+            placed.devices[0].link_up_bps = placed.devices[0].link_down_bps = then or 0.0
+
+        placed.layout(*hosts)
+        steps = [
+            pb.StepReport(counted=True, seconds=times_as_long * placed.events[-1]["step_s"] * k) for k in (3, 1, 1)
+        ]
+        placed.placement.observe({"d1": pb.Plan(batch_size=1)}, {"d1": Reply(pb.JobReport(steps=steps))})
+        placed.placement.check_links(placed.devices, hosts, {}, measure)
+        placed.layout(*hosts)
+        return "".join(placed.events[-1]["measured"])
+
+    assert (round_takes(1.4), asked) == ("", [])
+    assert round_takes(4.0).startswith("a step took 4.0 times as long as was foreseen, so links were")
+    assert len(asked) == 1, "what no link explains is usual from now on"
+    assert (round_takes(4.0), len(asked)) == ("", 1)
+    assert (round_takes(1.0), len(asked)) == ("", 1)
+    before_s = placed.events[-1]["step_s"]
+    assert round_takes(4.0, then=8e3)
+    assert placed.events[-1]["step_s"] > before_s, "the link that was found is planned with"
+
+
+def test_steps_that_cost_a_round_less_than_measuring_are_let_be(tiny: ModelSource) -> None:
+    placed, hosts = Placed(tiny), [edge("a", 1e-6), edge("b", 1e-6)]
+    placed.layout(*hosts)
+    steps = [pb.StepReport(counted=True, seconds=0.01)]
+    placed.placement.observe({"d1": pb.Plan(batch_size=1)}, {"d1": Reply(pb.JobReport(steps=steps))})
+    placed.placement.check_links(placed.devices, hosts, {}, lambda: pytest.fail("nothing to find"))
 
 
 def test_hosts_that_come_and_go(tiny: ModelSource) -> None:

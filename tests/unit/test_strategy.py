@@ -43,6 +43,7 @@ class ByHand:
         self.fails = lambda plan: ""
         self.moves_bytes = 0
         self.by = 1.0
+        self.step_s = 0.0
         self.corrections: list[list[adapters.Adapter]] = []
 
     def work(self, plan: pb.Plan, content: RecordDict) -> tuple[pb.JobReport, list[adapters.Adapter]]:
@@ -62,6 +63,7 @@ class ByHand:
             report.bytes.add(link="entry e", direction="sent", kind="ACT", payload_bytes=self.moves_bytes)
             report.eval_sums["correct"] = 1
             if plan.steps:
+                report.steps.add(counted=True, seconds=self.step_s)
                 report.timeline.add(kind="forward", role="device", seconds=0.5)
                 report.contributions.add(scope="ends", source=plan.node, weight=LABELS[plan.node], lr_sum=lr_sum)
                 parts.append(self._moved(end_spans(plan), self.by))
@@ -174,6 +176,21 @@ def test_two_rounds(federation: Callable[..., Federation]) -> None:
     assert run.events("plan")[0]["sites"] == [
         {"site": "e", "hosts": [{"node": "e", "first": 2, "last": 4}], "devices": ["a", "b"]}
     ]
+
+
+def test_nodes_measure_their_links_anew_where_a_round_took_far_longer_than_foreseen(
+    federation: Callable[..., Federation],
+) -> None:
+    run = federation("ab", "e", "split.cuts=auto", "split.hosts=auto", "federation.rounds=3")
+    for node in run.nodes.values():
+        node.profile.base_seconds["fp32/fp32"] = 0.01
+    run.nodes["a"].step_s = 600.0
+    run.nodes["e"].profile.round_trip_s, run.nodes["e"].profile.link_up_bps = 0.25, 1e6
+    run.run()
+    (measured,) = run.events("link_measured")
+    assert (measured["node"], measured["link_up_bps"], measured["round_trip_s"]) == ("e", 1e6, 0.25)
+    told = [" ".join(event["measured"]) for event in run.events("placement")[:3]]
+    assert [("links were measured anew" in text) for text in told] == [False, True, False]
 
 
 def test_unlike_ends_are_averaged_with_the_host_by_labels(federation: Callable[..., Federation]) -> None:
