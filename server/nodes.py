@@ -120,11 +120,11 @@ class Nodes:
         content = RecordDict({"query": ConfigRecord({"request": request.SerializeToString()})})
         replies, _ = self.exchange([self.message(name, MessageType.QUERY, content) for name in names], _QUERY_S)
         for name, reply in sorted(replies.items()):
-            new = pb.Profile.FromString(reply.content["profile"]["profile"])
-            if name in self.profiles and new.round_trip_s > 0:  # it measured something
-                for key in _LINK:
-                    setattr(self.profiles[name], key, getattr(new, key))
-                self.folder.emit("link_measured", node=name, **_link(new))
+            link = _link(pb.Profile.FromString(reply.content["profile"]["profile"]))
+            if name in self.profiles and all(link.get(key, 0.0) > 0 for key in _LINK):
+                for key, value in link.items():
+                    setattr(self.profiles[name], key, value)
+                self.folder.emit("link_measured", node=name, **link)
 
     def name_of(self, reply: Message) -> str:
         """Who sent it; empty where it is no node that is known."""

@@ -87,6 +87,14 @@ class RunView:
     def _on_node_refused(self, event: Mapping[str, Any], _: str) -> None:
         self.say(f"{event['node']} cannot take part: {event['reason']}")
 
+    def _on_link_measured(self, event: Mapping[str, Any], _: str) -> None:
+        up, down = (
+            f"{event[key] / 1e6:.3g} Mbit/s {way}" for key, way in (("link_up_bps", "up"), ("link_down_bps", "down"))
+        )
+        self.say(
+            f"{event['node']}'s link to the server now: {up}, {down}, round trip {1e3 * event['round_trip_s']:.3g} ms"
+        )
+
     def _on_placement(self, event: Mapping[str, Any], _: str) -> None:
         for text in event["measured"]:
             self.say(text)

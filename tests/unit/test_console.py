@@ -111,3 +111,9 @@ def test_where_layers_go_is_said_when_it_changes() -> None:
     assert "edge-1 layers 2-19, edge-2 layers 20-27: the first plan; a step of training should take 2.5 s" in words
     assert "edge-2 took 3.0 times as long" in words
     assert "as before" not in words
+
+
+def test_a_link_that_was_measured_anew_is_told() -> None:
+    link = {"link_up_bps": 1.25e6, "link_down_bps": 95e6, "round_trip_s": 0.0123}
+    said, _ = watch([{"event": "link_measured", "node": "pi", **link}])
+    assert said.endswith("pi's link to the server now: 1.25 Mbit/s up, 95 Mbit/s down, round trip 12.3 ms\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -185,10 +186,13 @@ def test_nodes_measure_their_links_anew_where_a_round_took_far_longer_than_fores
     for node in run.nodes.values():
         node.profile.base_seconds["fp32/fp32"] = 0.01
     run.nodes["a"].step_s = 600.0
-    run.nodes["e"].profile.round_trip_s, run.nodes["e"].profile.link_up_bps = 0.25, 1e6
+    for name, down_bps in (("b", math.nan), ("e", 2e6)):
+        profile = run.nodes[name].profile
+        profile.round_trip_s, profile.link_up_bps, profile.link_down_bps = 0.25, 1e6, down_bps
     run.run()
-    (measured,) = run.events("link_measured")
-    assert (measured["node"], measured["link_up_bps"], measured["round_trip_s"]) == ("e", 1e6, 0.25)
+    (measured,) = run.events("link_measured")  # of a and b nothing is usable
+    link = [measured[key] for key in ("node", "link_up_bps", "link_down_bps", "round_trip_s")]
+    assert link == ["e", 1e6, 2e6, 0.25]
     told = [" ".join(event["measured"]) for event in run.events("placement")[:3]]
     assert [("links were measured anew" in text) for text in told] == [False, True, False]
 
