@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -87,16 +87,18 @@ class Fleet:
     aggregation: Any = None  # the one that corrects gradients, where one does
 
     def run(
-        self, adapter: adapters.Adapter, steps: int, *, step_offset: int = 0, send_to: Sequence[str] | None = None
-    ) -> dict[str, pb.JobReport]:
-        """One round; returns the reports by node. `send_to`: who is sent tensors (default: everyone)."""
+        self, adapter: adapters.Adapter, steps: int, *, step_offset: int = 0, send_to: Sequence[str] | None = None,
+        known: Mapping[str, adapters.Adapter] = {},
+    ) -> dict[str, pb.JobReport]:  # fmt: skip
+        """One round; returns the reports by node. `send_to`: who is sent tensors (default: everyone), but for those `known`."""
         self.round += 1
         plans = self.plans(RoundFacts(self.name, self.round, 1, step_offset, steps, self.settings))
         nodes = self.devices | {name: node for name, (node, _) in self.hosts.items()}
         for name, plan in plans.items():
             tensors = adapters.slice_of(adapter, spans_of(plan))
             plan.adapter_digest = adapters.digest(tensors)
-            data = adapters.to_bytes(tensors) if send_to is None or name in send_to else b""
+            missing = {tensor: array for tensor, array in tensors.items() if tensor not in known.get(name, {})}
+            data = adapters.to_bytes(missing) if send_to is None or name in send_to else b""
             beside = map(adapters.to_bytes, add_corrections(plan, self.aggregation, adapter))
             reply = nodes[name].submit(pb.SubmitRequest(plan=plan, adapter=data, corrections=beside))
             assert reply.accepted, reply.reason

@@ -5,7 +5,7 @@ Knows plans and tensors; knows nothing about links or batches. `split.stage_host
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,8 +32,12 @@ class Held:
         plan: pb.Plan,
         load: Callable[..., list[Stage]] = load_stages,
         find: Callable[[pb.Plan], ModelSource] = lambda plan: find_model(plan.model.name),
+        before: Mapping[str, np.ndarray] = {},
     ) -> None:
-        """Loads the slices, by `load`, of what `find` finds. Raises Refused where the model here is not the server's."""
+        """Loads the slices, by `load`, of what `find` finds. Raises Refused where the model here is not the server's.
+
+        `before`: what the node held until now (`known`). The server sends it only what it does not hold, also of other layers.
+        """
         self.key = slice_key(plan)
         self.source = find(plan)
         if self.source.digest != plan.model.digest:
@@ -51,6 +55,7 @@ class Held:
         for stage in stages:
             stage.set_checkpointing(plan.checkpointing)
         self.ends_trainee = Trainee(self.ends)
+        self._before = adapters.slice_of(before, spans_of(plan))  # until the first adapter has come
         self._site: dict[str, Trainee] = {}  # by source: the site, or with copies each device
 
     # ---------------------------------------------------------------- a round
@@ -74,11 +79,12 @@ class Held:
         warm = [self.ends_trainee.start(tensors, ends_train(plan), plan, mu, own)] if self.ends else []
         for source, trainee in self.site_trainees(plan).items():
             warm.append(trainee.start(tensors, hosted_trains(plan), plan, site_mu, adds.get(("site", source), {})))
+        self._before = {}
         return all(warm)
 
     def _together(self, given: adapters.Adapter, digest: str) -> adapters.Adapter:
         """What is here and what is `given`; without the carry factors here where they are of a run that is over."""
-        here = self._versions()[0]
+        here = self.known()
         tensors = here | given
         return tensors if adapters.digest(tensors) == digest else without_carry(here) | given
 
@@ -119,6 +125,10 @@ class Held:
         """All that is held, by name; None where several versions of a tensor are."""
         tensors, several = self._versions()
         return None if several else tensors
+
+    def known(self) -> adapters.Adapter:
+        """What the server may take to be here: all tensors that are held in one version."""
+        return self._versions()[0] | self._before
 
     def _versions(self) -> tuple[adapters.Adapter, set[str]]:
         """What is held in one version alone, and the names of the rest (copies that went apart)."""

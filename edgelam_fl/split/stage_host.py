@@ -205,6 +205,11 @@ class StageHost:
         """The data plane's doorkeeper."""
         group = self._hosting
         if group is None or job_id(group.plan) != hello.job:
+            part = self._parts.get(f"{hello.job}/{self.name}")  # `part_id`
+            if part is not None and part.report.state == "failed":
+                return pb.Refuse(
+                    reason=f"node {self.name} has given up its part of {hello.job}; the server was told why"
+                )
             return pb.NotReady(retry_ms=_RETRY_MS)
         return group.admit(hello, link)
 
@@ -281,9 +286,10 @@ class StageHost:
 
     def _hold(self, plan: pb.Plan) -> Held:
         if self._held is None or self._held.key != slice_key(plan):
+            before = self._held.known() if self._held is not None else {}
             self._held = None  # the old slice goes before the new one comes: there is memory for one
             gc.collect()  # modules know each other in rings
-            self._held = Held(plan, self._load, self._find_planned)
+            self._held = Held(plan, self._load, self._find_planned, before)
         return self._held
 
     def _play(self, part: Part, held: Held, emit: Callable[..., None]) -> Callable[[str, str], int] | None:

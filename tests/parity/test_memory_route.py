@@ -12,6 +12,7 @@ import torch
 from edgelam_fl.model.adapter import initial_adapter
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import LoraSettings, Span, Stage, load_stages
+from edgelam_fl.wire import edgelam_pb2 as pb
 from tests.support import (
     Fleet,
     check_done,
@@ -143,7 +144,10 @@ def test_a_route_over_a_host_equals_the_route_over_none(tiny: ModelSource, data_
 
 
 def test_a_change_of_cuts_between_rounds_changes_no_number(tiny: ModelSource, data_files: list[Path]) -> None:
-    """Layers move from one host to the other, their adapters with them. Plain SGD: AdamW's moments do not travel."""
+    """Layers move from one host to the other, their adapters with them; those of layers that stay are not sent again.
+
+    Plain SGD: AdamW's moments do not travel.
+    """
     results = []
     for second in (2, 4):
         settings = ["split.hosts=2", "split.front=1", "split.back=1", "optimizer.name=sgd", "optimizer.lr=0.5"]
@@ -153,11 +157,21 @@ def test_a_change_of_cuts_between_rounds_changes_no_number(tiny: ModelSource, da
             first = fleet.run(start, 3)
             check_done(first)
             fleet.config = run_config(tiny.name, *settings, f"split.cuts=[{second}]")
-            reports = fleet.run(joined(first), 3, step_offset=3)
+            known = {name: joined({name: report}) for name, report in first.items() if report.role == pb.EDGE}
+            reports = fleet.run(joined(first), 3, step_offset=3, known=known)
         check_done(reports)
         assert (reports["edge-1"].host.first_layer, reports["edge-1"].host.last_layer) == (1, second)
         results.append(joined(reports))
     assert same_bits(*results)
+
+
+def test_a_host_that_gave_up_its_part_is_not_waited_for(tiny: ModelSource, data_files: list[Path]) -> None:
+    config = run_config(tiny.name)
+    start = initial_adapter(tiny, config.lora.targets, config.lora.rank, 1)
+    with memory_fleet(tiny, config, data_files[:1]) as fleet:
+        reports = fleet.run(start, 1, send_to=["device-1"])
+    assert reports["edge-1"].error.startswith("node edge-1 holds adapter ")
+    assert "node edge-1 has given up its part of test/1/1" in reports["device-1"].error
 
 
 def test_a_slice_is_gone_before_another_one_is_loaded(tiny: ModelSource, data_files: list[Path]) -> None:
