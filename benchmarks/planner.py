@@ -83,7 +83,7 @@ def compared(folder: Path) -> list[Figure]:
 
     A step is the mean of all rounds that trained but the first, whose plan knows profiles alone (`predicted_first`).
     """
-    placements, rounds = _by_round(folder, "placement"), _by_round(folder, "round_done")
+    placements, rounds = by_round(folder, "placement"), by_round(folder, "round_done")
     trained = [number for number in sorted(placements) if rounds.get(number, {}).get("steps")]
     if not trained:
         raise SystemExit(f"{folder} has no round that trained by a plan (split.cuts = 'auto')")
@@ -92,7 +92,7 @@ def compared(folder: Path) -> list[Figure]:
     figures = [
         Figure(f"{name}: a step, predicted", round(foreseen, 3), "s"),
         Figure(f"{name}: a step, measured", round(step, 3), "s"),
-        _near(f"{name}: a step, predicted over measured", foreseen / step, TIME_OFF),
+        near(f"{name}: a step, predicted over measured", foreseen / step, TIME_OFF),
     ]
     peaks = {node["name"]: node["peak_rss_bytes"] for node in [*done["devices"], *done["hosts"]]}
     predicted: dict[str, int] = {}  # a peak is that of all rounds so far, and so is this
@@ -101,7 +101,7 @@ def compared(folder: Path) -> list[Figure]:
             for part in [*site["devices"], *site["hosts"]]:
                 predicted[part["node"]] = max(predicted.get(part["node"], 0), part["memory_bytes"])
     return figures + [
-        _near(f"{name}: memory of {node}, predicted over measured", size / peaks[node], MEMORY_OFF)
+        near(f"{name}: memory of {node}, predicted over measured", size / peaks[node], MEMORY_OFF)
         for node, size in sorted(predicted.items())
         if peaks.get(node)
     ]
@@ -109,7 +109,7 @@ def compared(folder: Path) -> list[Figure]:
 
 def predicted_first(folder: Path) -> Figure:
     """Of the first round that trained, whose plan knows profiles alone."""
-    placements, rounds = _by_round(folder, "placement"), _by_round(folder, "round_done")
+    placements, rounds = by_round(folder, "placement"), by_round(folder, "round_done")
     first = min(number for number in placements if rounds.get(number, {}).get("steps"))
     ratio = placements[first]["step_s"] / measured_step_s(rounds[first])
     return Figure(
@@ -121,7 +121,7 @@ def speed_up(planned_run: Path, equal_run: Path) -> Figure:
     """Two runs of the same nodes, data and seed: by the planner, and with equal cuts. Their first rounds do not count."""
     seconds = []
     for folder in (planned_run, equal_run):
-        steps = [measured_step_s(done) for done in _by_round(folder, "round_done").values() if done["steps"]]
+        steps = [measured_step_s(done) for done in by_round(folder, "round_done").values() if done["steps"]]
         seconds.append(mean(steps[1:] or steps))
     return Figure(
         f"a step with equal cuts over one by the planner ({planned_run.name})", round(seconds[1] / seconds[0], 3), "",
@@ -134,12 +134,12 @@ def measured_step_s(done: Mapping[str, Any]) -> float:
     return max(d["train_seconds"] / len(d["step_losses"]) for d in done["devices"] if d["step_losses"])
 
 
-def _by_round(folder: Path, event: str) -> dict[int, dict[str, Any]]:
+def by_round(folder: Path, event: str) -> dict[int, dict[str, Any]]:
     """The newest attempt at each round counts."""
     return {line["round"]: line for line in read_events(folder / "events.jsonl") if line["event"] == event}
 
 
-def _near(name: str, ratio: float, off: float) -> Figure:
+def near(name: str, ratio: float, off: float) -> Figure:
     return Figure(name, round(ratio, 3), "", f"within {off:.0%} of 1", abs(ratio - 1) <= off)
 
 

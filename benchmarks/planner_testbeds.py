@@ -66,9 +66,9 @@ cuts = "auto"
 micro_batches = {micro_batches}
 window = {micro_batches}
 [federation]
-rounds = 3
+rounds = {rounds}
 local_steps = {steps}
-evaluate_every = 3
+evaluate_every = {rounds}
 batch_size = {batch}
 join_deadline_s = 600
 step_deadline_s = 600
@@ -99,13 +99,14 @@ class Bed:
     steps: int = 2
     model: str = LLAMA
     ends: int = 1  # layers at each end of a device
+    rounds: int = 3
 
     @property
     def run_file(self) -> str:
         batch = self.rows * self.micro_batches
         return RUN.format(
             model=self.model, ends=self.ends, micro_batches=self.micro_batches, steps=self.steps, batch=batch,
-            tokens=self.tokens,
+            tokens=self.tokens, rounds=self.rounds,
         )  # fmt: skip
 
     def testbed(self) -> Testbed:
@@ -198,22 +199,22 @@ def run_bed(bed: Bed, folder: Path, model: Path, *, equal: bool) -> None:
     run_file.write_text(bed.run_file, encoding="utf-8")
     mounts = {} if bed.model != LLAMA else {str(model): LLAMA}
     console = Console()
-    with started(testbed, folder, PROJECT, console, _data(bed, folder), mounts, lend=True) as containers:
-        runs = [_train(containers, testbed, folder / bed.name, run_file, [])]
+    with started(testbed, folder, PROJECT, console, write_data(bed, folder), mounts, lend=True) as containers:
+        runs = [train_bed(containers, testbed, folder / bed.name, run_file, [])]
         if equal:
             cuts = ["split.cuts=equal", f"split.hosts={len(bed.edges)}"]
-            runs.append(_train(containers, testbed, folder / "equal", run_file, cuts))
+            runs.append(train_bed(containers, testbed, folder / "equal", run_file, cuts))
     finished = {**{key: [run[key] for run in runs] for key in runs[0]}, "seconds": time.monotonic() - began}
     (folder / _FINISHED).write_text(json.dumps(finished) + "\n", encoding="utf-8")
 
 
-def _data(bed: Bed, folder: Path) -> list[Path]:
+def write_data(bed: Bed, folder: Path) -> list[Path]:
     if bed.model != LLAMA:
         return list(write_device_files(folder / "data", len(bed.devices)))
     return [write_pairs(folder / f"device-{n}.jsonl", bed.tokens) for n in range(1, len(bed.devices) + 1)]
 
 
-def _train(
+def train_bed(
     containers: Project, testbed: Testbed, folder: Path, run_file: Path, overrides: Sequence[str]
 ) -> dict[str, float]:
     """Returns how many cores others used meanwhile, and how many were stolen."""

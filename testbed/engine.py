@@ -91,9 +91,10 @@ class Project:
         exec_in = ["docker", "exec", self.container(service), *command]
         return subprocess.run(exec_in, check=False).returncode
 
-    def ask(self, service: str, command: str) -> str:
+    def ask(self, service: str, command: str, user: str = "") -> str:
         """What a shell command in a service's container prints; empty where it fails, or is not through in a minute."""
-        exec_in = ["docker", "exec", self.container(service), "sh", "-c", command]
+        as_user = ["--user", user] if user else []
+        exec_in = ["docker", "exec", *as_user, self.container(service), "sh", "-c", command]
         try:
             done = subprocess.run(exec_in, capture_output=True, text=True, timeout=_ASK_S, check=False)
         except subprocess.TimeoutExpired:

@@ -14,7 +14,7 @@ from tests.support import WAIT_S
 ROOT = Path(__file__).parents[2]
 # Those that need an emulated machine or a Docker engine have tests of their own: tests/unit/test_benchmark_boards.py,
 # tests/unit/test_testbed_benchmarks.py.
-APART = ("__init__", "common", "boards", "big_llama", "links_tc", "testbed_memory", "planner_testbeds")
+APART = ("__init__", "common", "boards", "big_llama", "links_tc", "testbed_memory", "planner_testbeds", "link_change")
 NAMES = sorted(file.stem for file in (ROOT / "benchmarks").glob("*.py") if file.stem not in APART)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import safe_open
 
-from benchmarks import big_llama, links_tc, planner_testbeds, testbed_memory
+from benchmarks import big_llama, link_change, links_tc, planner_testbeds, testbed_memory
 from benchmarks.common import Figure
 from edgelam_fl.config import parse_run_file
 from edgelam_fl.model.source import find_model
@@ -56,7 +58,7 @@ def test_their_run_files_are_sound(text: str) -> None:
     assert parse_run_file(text, source="a benchmark", overrides=["split.hosts=4"])
 
 
-@pytest.mark.parametrize("bed", planner_testbeds.BEDS, ids=lambda bed: bed.name)
+@pytest.mark.parametrize("bed", [*planner_testbeds.BEDS, link_change.BED], ids=lambda bed: bed.name)
 def test_the_planners_testbeds_are_within_the_cores_and_their_run_files_sound(bed: planner_testbeds.Bed) -> None:
     testbed = bed.testbed()
     assert sum(shape.cpus for _, shape in testbed.services()) <= 0.9 * 2 + 1e-9
@@ -71,6 +73,26 @@ def test_the_planners_testbeds_are_unlike_and_the_first_is_the_one_that_was_aske
     machines = [(machine.cpus, machine.mbps) for machine in [*first.edges, *first.devices]]
     assert machines == [(1.0, 100), (0.4, 20), (0.2, 5)]
     assert len({str(bed) for bed in planner_testbeds.BEDS}) == len(planner_testbeds.BEDS) == 5
+
+
+def test_a_changed_link_is_held_against_what_came_of_it(tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = []
+    for number, (layers, step_s, attempt) in enumerate([(13, 9.0, 1), (13, 40.0, 1), (0, 18.0, 2)], 1):
+        hosts = [
+            {"node": "edge-1", "first": 1, "last": 1 + layers},
+            {"node": "edge-2", "first": 1 + layers, "last": 21},
+        ]
+        events.append({"event": "placement", "round": number, "step_s": 17.0, "sites": [{"hosts": hosts}]})
+        devices = [{"train_seconds": 2 * step_s, "step_losses": [2.0, 1.0]}]
+        events.append({"event": "round_done", "round": number, "steps": 2, "devices": devices, "attempt": attempt})
+    events.append({"event": "link_measured", "node": "edge-1", "link_up_bps": 3e5, "link_down_bps": 2e5})
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+    figures = {figure.name: figure for figure in link_change.of_run(tmp_path)}
+    assert figures["edge-1's link, found anew, down"].value == 0.2
+    assert figures["layers of the slow node in the last plan"].holds
+    assert figures["a step with the last plan, predicted over measured"].value == pytest.approx(17 / 18, abs=1e-3)
+    assert figures["a step with the old plan over one with the last"].value == pytest.approx(2.222)
+    assert figures["attempts that a round took, at most"].holds is False
 
 
 def test_the_page_says_what_was_missed() -> None:

@@ -1,0 +1,110 @@
+"""A link that gets slow in the middle of a run: when the planner finds out, and what it makes of it.
+
+Needs a Docker engine. Two edge servers and a device, as the testbeds of `benchmarks.planner_testbeds` are made, all on links of
+100 Mbit/s. After the first round `tc` gives the quicker edge server 0.3 Mbit/s each way. The second round still has the
+old plan; its steps tell that something is wrong, the nodes measure their links anew, and the layers move. It measures
+time: run it on a machine that does nothing else. --smoke: two rounds of one step, no bars.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.big_llama import write_llama
+from benchmarks.common import Figure, main
+from benchmarks.planner import FASTER, TIME_OFF, by_round, measured_step_s, near
+from benchmarks.planner_testbeds import LLAMA, MODEL, Bed, Machine, table, train_bed, write_data
+from edgelam_fl.telemetry.events import read_events
+from testbed.__main__ import IMAGE, started
+from testbed.compose import RUNS, SERVER
+from testbed.engine import Project, build, check_engine
+
+BED = Bed(
+    "link-change", [Machine(0.5, 100), Machine(0.4, 100)], [Machine(0.5, 100)], micro_batches=4, tokens=64, rounds=4
+)
+SLOW, SLOW_KBIT = "edge-1", 300
+# The bucket of docker/entry.sh, at another rate; a kernel without ifb has no second device, and limits one way alone.
+_CHANGE = "tc qdisc change dev {device} root tbf rate {kbit}kbit burst 6000 latency 400ms"
+
+
+def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
+    bed = replace(BED, rounds=2, steps=1) if smoke else BED
+    folder = Path("runs").absolute() / ("benchmark-link-change" + ("-smoke" if smoke else ""))
+    check_engine()
+    build(IMAGE)
+    model = write_llama(folder.parent / "benchmark-llama-wide", MODEL)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    testbed, run_file = bed.testbed(), folder / "run.toml"
+    run_file.write_text(bed.run_file, encoding="utf-8")
+    data, mounts = write_data(bed, folder), {str(model): LLAMA}
+    with (
+        started(testbed, folder, "edgelam-link-change", Console(), data, mounts, lend=True) as containers,
+        _slowed_after_a_round(containers, f"{RUNS}/{bed.name}/events.jsonl"),
+    ):
+        train_bed(containers, testbed, folder / bed.name, run_file, [])
+    figures = of_run(folder / bed.name)
+    if smoke:
+        figures = [replace(figure, bar=None, holds=None) for figure in figures]
+    Console().print(table(figures))
+    return {"bed": str(bed), "run": bed.run_file, "slow": SLOW, "slow_kbit": SLOW_KBIT, "model": MODEL}, figures
+
+
+@contextmanager
+def _slowed_after_a_round(containers: Project, events: str) -> Iterator[None]:
+    stop = threading.Event()
+
+    def slow() -> None:
+        while not stop.wait(1.0):
+            if containers.ask(SERVER, f"grep -q round_done {events} && echo yes"):
+                changes = [_CHANGE.format(device=device, kbit=SLOW_KBIT) for device in ("eth0", "ifb0")]
+                told = containers.ask(SLOW, f"{changes[0]} && {{ {changes[1]}; echo yes; }}", user="root")
+                print(f"{SLOW}'s link: {SLOW_KBIT / 1e3:g} Mbit/s from now on" if told else "tc failed", flush=True)
+                return
+
+    waiter = threading.Thread(target=slow, daemon=True)
+    waiter.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        waiter.join()
+
+
+def of_run(folder: Path) -> list[Figure]:
+    """The first round had the quick link, the second the slow one and the old plan, the last one what came of it."""
+    plans, rounds = by_round(folder, "placement"), by_round(folder, "round_done")
+    trained = [number for number, done in sorted(rounds.items()) if done["steps"]]
+    steps = {number: measured_step_s(rounds[number]) for number in trained}
+    first, second, *_, last = [*trained, trained[-1]]
+    links = [event for event in read_events(folder / "events.jsonl") if event["event"] == "link_measured"]
+    quicker, attempts = steps[second] / steps[last], max(rounds[number]["attempt"] for number in trained)
+    return [
+        Figure("a step before", round(steps[first], 3), "s"),
+        Figure("a step with the slow link and the old plan", round(steps[second], 3), "s"),
+        *(Figure(f"{SLOW}'s link, found anew, {way}", round(link[f"link_{way}_bps"] / 1e6, 3), "Mbit/s")
+          for link in links if link["node"] == SLOW for way in ("up", "down")),
+        Figure("layers of the slow node in the last plan", _layers(plans[last], SLOW), "", "fewer", _layers(plans[last], SLOW) < _layers(plans[first], SLOW)),
+        Figure("a step with the last plan", round(steps[last], 3), "s"),
+        near("a step with the last plan, predicted over measured", plans[last]["step_s"] / steps[last], TIME_OFF),
+        Figure("a step with the old plan over one with the last", round(quicker, 3), "x", f"at least {FASTER} x", quicker >= FASTER),
+        Figure("attempts that a round took, at most", attempts, "", "1", attempts == 1),
+    ]  # fmt: skip
+
+
+def _layers(placement: Mapping[str, Any], node: str) -> int:
+    return sum(
+        part["last"] - part["first"] for site in placement["sites"] for part in site["hosts"] if part["node"] == node
+    )
+
+
+if __name__ == "__main__":
+    main("link_change", measure)
