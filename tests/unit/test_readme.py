@@ -56,6 +56,14 @@ def test_what_the_planner_predicts_is_as_near_as_recorded() -> None:
     assert re.findall(r"([\d.]+) times", paragraph) == [f"{faster:.2f}"]
 
 
+def test_what_comes_of_a_slow_link_is_as_recorded() -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / "link_change.json").read_text(encoding="utf-8"))
+    values = {figure["name"]: figure["value"] for figure in result["figures"]}
+    later, before = (values[f"a step with {plan}"] for plan in ("the last plan", "the slow link and the old plan"))
+    assert f"a step took {later:.1f} s instead of {before:.1f} s" in README.replace("\n", " ")
+    assert f"{result['settings']['slow_kbit'] / 1e3:g} Mbit/s in the middle of a run" in README.replace("\n", " ")
+
+
 def test_its_commands_exist() -> None:
     named = set(re.findall(r"^(?:\S*/)?edgelam (\w+)", README, flags=re.MULTILINE))
     assert {"run", "server", "client"} <= named <= set(get_command(app).commands)  # type: ignore[attr-defined]
