@@ -26,16 +26,6 @@ from server.what_fits import nearest_that_fits
 
 GAIN = 0.1  # a new plan must be so much faster than the old one
 _MEASURING_S = 2.0  # about what measuring the links takes: a difference of less in a round is not worth it
-MIB = 2**20
-IDLE_BYTES = 435 * MIB  # resident, of a stage host that did not say; x86, torch 2.13
-# Code and buffers that the first slice brings; `benchmarks.memory`, over weights and activations.
-_GROWS_BYTES = 40 * MIB
-_MEASURED_TOKENS = 128
-_UNKNOWN_S = 0.01  # a layer of a node, where no node measured any: hosts are then taken to be alike
-_WEIGHT_BYTES = 4  # of an adapter's weight
-_KEPT_BYTES = 16  # and for each device its gradient, moments and accumulator, as `split.window` reserves them
-_FAR_OFF = 1.5
-_NEWEST = 0.5  # weight of the newest round in what is known of a node
 
 
 @dataclass(frozen=True)
@@ -148,6 +138,8 @@ class Placement:
         Of layers each round tells; of links it tells only that the steps took another time than these can take. `measure`
         changes the profiles. What stays unexplained then is taken to be usual, so that nothing is measured round by round.
         """
+        if not self._took_s or not self._chains:
+            return
         ratio = self._unexplained(devices, hosts, shares)
         if _near(ratio, 1.0):
             self._usual = 1.0
@@ -155,13 +147,12 @@ class Placement:
             self._notes.append(f"a step took {ratio:.1f} times as long as was foreseen, so links were measured anew")
             measure()
             self._usual = self._unexplained(devices, hosts, shares)
+        self._took_s = 0.0  # a second attempt at the round may have other cuts, which these steps say nothing of
 
     def _unexplained(
         self, devices: Sequence[pb.Profile], hosts: Sequence[pb.Profile], shares: Mapping[str, float]
     ) -> float:
         """How many times as long the newest round's steps took as its plan says today; 1 where it is no matter."""
-        if not self._took_s or not self._chains:
-            return 1.0
         plans = self._old(self._costs.problems(devices, hosts, shares, self._window))
         if plans is None:
             return 1.0

@@ -250,6 +250,7 @@ def test_links_are_measured_anew_once_where_steps_are_not_explained(tiny: ModelS
         ]
         placed.placement.observe({"d1": pb.Plan(batch_size=1)}, {"d1": Reply(pb.JobReport(steps=steps))})
         placed.placement.check_links(placed.devices, hosts, {}, measure)
+        placed.placement.check_links(placed.devices, hosts, {}, lambda: pytest.fail("a round is looked at once"))
         placed.layout(*hosts)
         return "".join(placed.events[-1]["measured"])
 
