@@ -9,9 +9,7 @@ time: run it on a machine that does nothing else. --smoke: two rounds of one ste
 from __future__ import annotations
 
 import shutil
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,11 @@ from rich.console import Console
 from benchmarks.big_llama import write_llama
 from benchmarks.common import Figure, main
 from benchmarks.planner import FASTER, TIME_OFF, by_round, measured_step_s, near
-from benchmarks.planner_testbeds import LLAMA, MODEL, Bed, Machine, table, train_bed, write_data
+from benchmarks.planner_testbeds import MODEL, Bed, Machine, bed_started, once, table, train_bed
 from edgelam_fl.telemetry.events import read_events
-from testbed.__main__ import IMAGE, started
-from testbed.compose import RUNS, SERVER
-from testbed.engine import Project, build, check_engine
+from testbed.__main__ import IMAGE
+from testbed.compose import RUNS
+from testbed.engine import build, check_engine
 
 BED = Bed(
     "link-change", [Machine(0.5, 100), Machine(0.4, 100)], [Machine(0.5, 100)], micro_batches=4, tokens=64, rounds=4
@@ -42,41 +40,21 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
     build(IMAGE)
     model = write_llama(folder.parent / "benchmark-llama-wide", MODEL)
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    testbed, run_file = bed.testbed(), folder / "run.toml"
-    run_file.write_text(bed.run_file, encoding="utf-8")
-    data, mounts = write_data(bed, folder), {str(model): LLAMA}
-    with (
-        started(testbed, folder, "edgelam-link-change", Console(), data, mounts, lend=True) as containers,
-        _slowed_after_a_round(containers, f"{RUNS}/{bed.name}/events.jsonl"),
-    ):
-        train_bed(containers, testbed, folder / bed.name, run_file, [])
+    with bed_started(bed, folder, model) as containers:
+
+        def slow(round_done: bool) -> None:
+            if round_done:
+                changes = [_CHANGE.format(device=device, kbit=SLOW_KBIT) for device in ("eth0", "ifb0")]
+                told = containers.ask(SLOW, f"{changes[0]} && {{ {changes[1]}; echo yes; }}", user="root")
+                print(f"{SLOW}'s link: {SLOW_KBIT / 1e3:g} Mbit/s from now on" if told else "tc failed", flush=True)
+
+        with once(containers, f"grep -q round_done {RUNS}/{bed.name}/events.jsonl", slow):
+            train_bed(bed, containers, folder / bed.name)
     figures = of_run(folder / bed.name)
     if smoke:
         figures = [replace(figure, bar=None, holds=None) for figure in figures]
     Console().print(table(figures))
     return {"bed": str(bed), "run": bed.run_file, "slow": SLOW, "slow_kbit": SLOW_KBIT, "model": MODEL}, figures
-
-
-@contextmanager
-def _slowed_after_a_round(containers: Project, events: str) -> Iterator[None]:
-    stop = threading.Event()
-
-    def slow() -> None:
-        while not stop.wait(1.0):
-            if containers.ask(SERVER, f"grep -q round_done {events} && echo yes"):
-                changes = [_CHANGE.format(device=device, kbit=SLOW_KBIT) for device in ("eth0", "ifb0")]
-                told = containers.ask(SLOW, f"{changes[0]} && {{ {changes[1]}; echo yes; }}", user="root")
-                print(f"{SLOW}'s link: {SLOW_KBIT / 1e3:g} Mbit/s from now on" if told else "tc failed", flush=True)
-                return
-
-    waiter = threading.Thread(target=slow, daemon=True)
-    waiter.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        waiter.join()
 
 
 def of_run(folder: Path) -> list[Figure]:

@@ -26,7 +26,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -193,31 +193,35 @@ def of_bed(folder: Path, *, equal: bool) -> list[Figure]:
 
 
 def run_bed(bed: Bed, folder: Path, model: Path, *, equal: bool) -> None:
-    folder.mkdir(parents=True)
     began = time.monotonic()
-    testbed, run_file = bed.testbed(), folder / "run.toml"
-    run_file.write_text(bed.run_file, encoding="utf-8")
-    mounts = {} if bed.model != LLAMA else {str(model): LLAMA}
-    console = Console()
-    with started(testbed, folder, PROJECT, console, write_data(bed, folder), mounts, lend=True) as containers:
-        runs = [train_bed(containers, testbed, folder / bed.name, run_file, [])]
+    with bed_started(bed, folder, model) as containers:
+        runs = [train_bed(bed, containers, folder / bed.name)]
         if equal:
             cuts = ["split.cuts=equal", f"split.hosts={len(bed.edges)}"]
-            runs.append(train_bed(containers, testbed, folder / "equal", run_file, cuts))
+            runs.append(train_bed(bed, containers, folder / "equal", cuts))
     finished = {**{key: [run[key] for run in runs] for key in runs[0]}, "seconds": time.monotonic() - began}
     (folder / _FINISHED).write_text(json.dumps(finished) + "\n", encoding="utf-8")
 
 
-def write_data(bed: Bed, folder: Path) -> list[Path]:
+@contextmanager
+def bed_started(bed: Bed, folder: Path, model: Path) -> Iterator[Project]:
+    """Its containers, of a new folder."""
+    folder.mkdir(parents=True)
+    mounts = {} if bed.model != LLAMA else {str(model): LLAMA}
+    with started(bed.testbed(), folder, PROJECT, Console(), _data(bed, folder), mounts, lend=True) as containers:
+        yield containers
+
+
+def _data(bed: Bed, folder: Path) -> list[Path]:
     if bed.model != LLAMA:
         return list(write_device_files(folder / "data", len(bed.devices)))
     return [write_pairs(folder / f"device-{n}.jsonl", bed.tokens) for n in range(1, len(bed.devices) + 1)]
 
 
-def train_bed(
-    containers: Project, testbed: Testbed, folder: Path, run_file: Path, overrides: Sequence[str]
-) -> dict[str, float]:
+def train_bed(bed: Bed, containers: Project, folder: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
     """Returns how many cores others used meanwhile, and how many were stolen."""
+    testbed, run_file = bed.testbed(), folder.with_name("run.toml")
+    run_file.write_text(bed.run_file, encoding="utf-8")
     began, ours_s, busy_s, stolen_s = time.monotonic(), _computed_s(containers, testbed), *_busy_s()
     with _server_lent_cores(containers, testbed, f"{RUNS}/{folder.name}/events.jsonl"):
         train(containers, testbed, folder, run_file, overrides, name=folder.name)
@@ -241,15 +245,24 @@ def _busy_s() -> tuple[float, float]:
 @contextmanager
 def _server_lent_cores(containers: Project, testbed: Testbed, events: str) -> Iterator[None]:
     """All of them for the server until its ServerApp has loaded, which is when a run's events begin."""
-    stop, own = threading.Event(), testbed.shapes[testbed.server].cpus
-
-    def give_back() -> None:
-        while not stop.wait(1.0) and not containers.ask(SERVER, f"test -s {events} && echo yes"):
-            pass
-        containers.limit_cpus(SERVER, **cpu_limit(own))
-
+    own = testbed.shapes[testbed.server].cpus
     containers.limit_cpus(SERVER, **cpu_limit(float(os.cpu_count() or 1)))
-    waiter = threading.Thread(target=give_back, daemon=True)
+    with once(containers, f"test -s {events}", lambda _: containers.limit_cpus(SERVER, **cpu_limit(own))):
+        yield
+
+
+@contextmanager
+def once(containers: Project, test: str, act: Callable[[bool], None]) -> Iterator[None]:
+    """Meanwhile tries a shell's `test` on the server every second; calls `act` when it holds, or else at the end: whether it did."""
+    stop = threading.Event()
+
+    def wait() -> None:
+        held = False
+        while not held and not stop.wait(1.0):
+            held = bool(containers.ask(SERVER, f"{test} && echo yes"))
+        act(held)
+
+    waiter = threading.Thread(target=wait, daemon=True)
     waiter.start()
     try:
         yield

@@ -39,7 +39,7 @@ _MEASURED_TOKENS = 128
 _UNKNOWN_S = 0.01  # a layer of a node, where no node measured any: hosts are then taken to be alike
 _WEIGHT_BYTES = 4  # of an adapter's weight
 _KEPT_BYTES = 16  # and for each device its gradient, moments and accumulator, as `split.window` reserves them
-FAR_OFF = 1.5  # times as much, or as little, is told
+_FAR_OFF = 1.5  # times as much, or as little, is told
 _SHORT = {dtype: short for short, dtype in DTYPES.items()}
 _NEWEST = 0.5  # weight of the newest round in what is known of a node
 
@@ -243,7 +243,7 @@ class Costs:
         return [
             f"{name} took {ratio / usual:.1f} times as long for a layer as was planned with, against the other nodes"
             for (name, _), ratio in sorted(off.items())
-            if not 1 / FAR_OFF <= ratio / usual <= FAR_OFF
+            if not near(ratio, usual)
         ]
 
     def _learn_ways(self, plan: pb.Plan, report: pb.JobReport) -> list[str]:
@@ -309,6 +309,10 @@ class Costs:
         units = window * self._unit(pair, spans[0].last)
         units += sum(self._unit(pair, span.last - span.first, head=True) for span in spans[1:])
         return self._weights(spans, pair) + round((_WEIGHT_BYTES + _KEPT_BYTES) * rank * adapters) + units
+
+
+def near(ratio: float, other: float) -> bool:
+    return 1 / _FAR_OFF <= ratio / other <= _FAR_OFF
 
 
 def _hosted_layers(plan: pb.Plan) -> dict[str, float]:

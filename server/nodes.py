@@ -100,9 +100,7 @@ class Nodes:
         fresh = present - self._known | (self._lost if ask_lost else set())
         if not fresh:
             return False
-        content = RecordDict({"query": ConfigRecord({"request": self.request.SerializeToString()})})
-        messages = [Message(content=content, dst_node_id=node_id, message_type=MessageType.QUERY) for node_id in fresh]
-        replies, missing = self.exchange(messages, max(_QUERY_S, self.patience_s))
+        replies, missing = self._query(fresh, self.request, max(_QUERY_S, self.patience_s))
         before, new = set(self.profiles), fresh - self._known
         self._known |= fresh
         self._lost |= fresh  # those that can take part are taken out again
@@ -117,14 +115,20 @@ class Nodes:
         request = pb.ProfileRequest(
             protocol_version=PROTOCOL_VERSION, task=self.request.task, hub_port=self.request.hub_port, measure_link=True
         )
-        content = RecordDict({"query": ConfigRecord({"request": request.SerializeToString()})})
-        replies, _ = self.exchange([self.message(name, MessageType.QUERY, content) for name in names], _QUERY_S)
+        replies, _ = self._query([self._ids[name] for name in names], request, _QUERY_S)
         for name, reply in sorted(replies.items()):
             link = _link(pb.Profile.FromString(reply.content["profile"]["profile"]))
             if name in self.profiles and all(link.get(key, 0.0) > 0 for key in _LINK):
                 for key, value in link.items():
                     setattr(self.profiles[name], key, value)
                 self.folder.emit("link_measured", node=name, **link)
+
+    def _query(
+        self, node_ids: Iterable[int], request: pb.ProfileRequest, timeout_s: float
+    ) -> tuple[dict[str, Message], dict[str, str]]:
+        content = RecordDict({"query": ConfigRecord({"request": request.SerializeToString()})})
+        messages = [Message(content=content, dst_node_id=n, message_type=MessageType.QUERY) for n in node_ids]
+        return self.exchange(messages, timeout_s)
 
     def name_of(self, reply: Message) -> str:
         """Who sent it; empty where it is no node that is known."""

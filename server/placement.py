@@ -19,7 +19,7 @@ from edgelam_fl.split.planner import best_plan, choose, rated
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.contributions import Reply
 from server.layout import HostRange, Layout, lay_out, make_layout, who_may_host
-from server.node_costs import FAR_OFF, Costs, Problem, split_pair
+from server.node_costs import Costs, Problem, near, split_pair
 from server.nodes import Nodes
 from server.run_folder import RunFolder
 from server.what_fits import nearest_that_fits
@@ -57,7 +57,6 @@ class Placement:
         self._chains: tuple[Chain, ...] = ()
         self._newest: tuple[list[Problem], Proposal] | None = None
         self._notes: list[str] = []
-        self._window = config.split.window
         self._took_s = 0.0  # a step of the newest round
         self._usual = 1.0  # times as long as foreseen, with links newly measured
 
@@ -97,7 +96,7 @@ class Placement:
                 raise DoesNotFit(f"no split fits: {error}. {nearest}", error.missing_bytes) from error
             break
         proposal = self._chosen(problems, new, window)
-        self._newest, self._window = (problems, proposal), window
+        self._newest = problems, proposal
         return proposal
 
     @property
@@ -138,31 +137,26 @@ class Placement:
         Of layers each round tells; of links it tells only that the steps took another time than these can take. `measure`
         changes the profiles. What stays unexplained then is taken to be usual, so that nothing is measured round by round.
         """
-        if not self._took_s or not self._chains:
+        if not self._took_s or self._newest is None:
             return
-        ratio = self._unexplained(devices, hosts, shares)
-        if _near(ratio, 1.0):
+        window = self._newest[1].window
+        ratio = self._unexplained(self._costs.problems(devices, hosts, shares, window))
+        if near(ratio, 1.0):
             self._usual = 1.0
-        elif not _near(ratio, self._usual):
+        elif not near(ratio, self._usual):
             self._notes.append(f"a step took {ratio:.1f} times as long as was foreseen, so links were measured anew")
             measure()
-            self._usual = self._unexplained(devices, hosts, shares)
+            self._usual = self._unexplained(self._costs.problems(devices, hosts, shares, window))
         self._took_s = 0.0  # a second attempt at the round may have other cuts, which these steps say nothing of
 
-    def _unexplained(
-        self, devices: Sequence[pb.Profile], hosts: Sequence[pb.Profile], shares: Mapping[str, float]
-    ) -> float:
+    def _unexplained(self, problems: Sequence[Problem]) -> float:
         """How many times as long the newest round's steps took as its plan says today; 1 where it is no matter."""
-        plans = self._old(self._costs.problems(devices, hosts, shares, self._window))
+        plans = self._old(problems)
         if plans is None:
             return 1.0
         foreseen_s = max(plan.step_s for plan in plans)
         matters = abs(self._took_s - foreseen_s) * self.config.federation.local_steps > _MEASURING_S
         return self._took_s / foreseen_s if matters else 1.0
-
-
-def _near(ratio: float, other: float) -> bool:
-    return 1 / FAR_OFF <= ratio / other <= FAR_OFF
 
 
 def step_seconds(reports: Iterable[pb.JobReport]) -> float:

@@ -193,8 +193,9 @@ class SplitLora(Strategy):
         dropped = virtual.dropouts(number, self._attempt, chosen.names) if virtual else []
         devices = [device for device in everyone if device.name not in dropped]
         hosts = who_may_host(self.config, [*edges, *devices])
-        names = {node.name for node in [*devices, *hosts]}
-        self.placement.check_links(devices, hosts, shares, partial(self.nodes.measure_links, names))
+        if trains:  # an evaluation alone is not worth it
+            names = {node.name for node in [*devices, *hosts]}
+            self.placement.check_links(devices, hosts, shares, partial(self.nodes.measure_links, names))
         layout = self.placement.layout(number, devices, hosts, shares)
         steps = planned_steps(self.config, devices) if trains else 0
         unequal_ranks = getattr(self.aggregation, "unequal_ranks", False)
