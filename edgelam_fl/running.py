@@ -314,7 +314,7 @@ def follow(
                 watch()
                 if time.monotonic() - heard > _SILENCE_S:
                     heard = time.monotonic()
-                    _check_alive(submission, folder, tails[""])
+                    _check_alive(view, submission, folder, tails[""])
                 time.sleep(_POLL_S)
     except KeyboardInterrupt:
         console.print(f"stopping the run. {_kept(folder)}", soft_wrap=True)
@@ -332,9 +332,11 @@ def _show_result(console: Console, folder: Path) -> None:
     console.print(f"run: {folder}\npage: {folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 
-def _check_alive(submission: Submission, folder: Path, tail: EventTail) -> None:
-    """Flower knows of runs that ended without a word in the events."""
+def _check_alive(view: RunView, submission: Submission, folder: Path, tail: EventTail) -> None:
+    """Flower knows of runs that never began, and of runs that ended without a word in the events."""
     status = submission.status()
+    if status in ("pending", "starting"):
+        view.say(f"nothing was heard of the run for {_SILENCE_S:.0f} s; Flower says that it is {status}")
     if not status.startswith("finished"):
         return
     time.sleep(_EVENTS_LAG_S)

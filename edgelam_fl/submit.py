@@ -59,9 +59,21 @@ class Submission:
                   "fabric": fabric, "plan": "yes" if plan else ""}  # fmt: skip
         text.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()), encoding="utf-8")
         engine = ["--federation-config", simulation] if simulation else []
-        answer = self._flwr("run", str(app_folder()), "local", "--run-config", str(text), *engine)
+        answer = self._flwr("run", str(self.app()), "local", "--run-config", str(text), *engine)
         self.run_id = int(answer["run-id"])
         return self.run_id
+
+    def app(self) -> Path:
+        """The Flower App without what lies beside it: Flower looks at every file, and a repository has 30,000 in .venv."""
+        app = app_folder()
+        if app.name == "_app":
+            return app
+        alone = self._home / "app"
+        shutil.rmtree(alone, ignore_errors=True)  # an older one's
+        for part in ("server", "clients", "strategies"):
+            shutil.copytree(app / part, alone / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(app / "pyproject.toml", alone)
+        return alone
 
     def status(self) -> str:
         """Flower's word for how the run stands: "running", "finished:completed", "finished:failed", ...

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,26 @@ _POLL_S = 0.5
 _FIRST_POLL_S = 0.05  # a simulated node answers at once
 _QUERY_S = 90.0
 _LINK = ("link_up_bps", "link_down_bps", "round_trip_s")
+
+
+@dataclass
+class Ending:
+    """A site whose parts end together: once a host of it has replied, or each of its members, the others have `limit_s` more.
+
+    Flower goes on listing a SuperNode that lost a message, as it does where the ClientApp ended before it had fetched it, and
+    would be waited for until the round's deadline.
+    """
+
+    hosts: frozenset[str]
+    members: frozenset[str]
+    limit_s: float
+    _since: float = math.inf
+
+    def late(self, silent: Set[str]) -> Set[str]:
+        """Those of the silent nodes whose time is up."""
+        over = not self.hosts <= silent or not self.members & silent
+        self._since = min(self._since, time.monotonic()) if over else math.inf
+        return (self.hosts | self.members) & silent if time.monotonic() - self._since > self.limit_s else frozenset()
 
 
 @dataclass
@@ -150,11 +170,17 @@ class Nodes:
         return {self._named(message.metadata.src_node_id): message for message in arrived}, missing
 
     def arriving(
-        self, messages: Iterable[Message], timeout_s: float, missing: dict[str, str], one_by_one: bool = False
+        self,
+        messages: Iterable[Message],
+        timeout_s: float,
+        missing: dict[str, str],
+        one_by_one: bool = False,
+        sites: Sequence[Ending] = (),
     ) -> Iterator[Message]:
         """Sends all at once and gives each reply as it comes; `missing` gets the reason of each node without one.
 
-        With `one_by_one` no second reply is fetched before the first was taken, and none is held here.
+        With `one_by_one` no second reply is fetched before the first was taken, and none is held here. Of `sites` those
+        are given up that stay silent behind the others.
         """
         end = time.monotonic() + timeout_s
         messages = list(messages)
@@ -172,10 +198,13 @@ class Nodes:
                     else:
                         yield found.pop()
             present = set(self.grid.get_node_ids()) if waiting else set()
+            silent = {self._named(node_id) for node_id in waiting.values()}
+            late = {name: f"no reply {s.limit_s:.0f} s after its site" for s in sites for name in s.late(silent)}
             for message_id, node_id in list(waiting.items()):
-                if node_id not in present:
+                name = self._named(node_id)
+                if node_id not in present or name in late:
                     del waiting[message_id]
-                    missing[self._named(node_id)] = "left the federation"
+                    missing[name] = late.get(name, "left the federation")
             if waiting:
                 time.sleep(pause_s)
                 pause_s = min(_POLL_S, 1.2 * pause_s)

@@ -31,7 +31,7 @@ from server.corrections import add_corrections
 from server.fold import Fold, folds
 from server.global_adapter import as_start, complete, starting_point
 from server.layout import Layout, Site, site_source, who_may_host
-from server.nodes import Nodes
+from server.nodes import Ending, Nodes
 from server.placement import Placement
 from server.plans import RoundFacts, make_plans, planned_steps
 from server.reports import describe_round, describe_timeline
@@ -246,12 +246,25 @@ class SplitLora(Strategy):
         """
         self._missing, limit_s = {}, timeout + _MESSAGES_S
         one_by_one = self._open is not None and self._open.fold is not None
+        sites = self._endings()
         if self.config.federation.wait != "park":
-            return self.nodes.arriving(messages, limit_s, self._missing, one_by_one)
+            return self.nodes.arriving(messages, limit_s, self._missing, one_by_one, sites)
         replies, self._missing = self.nodes.exchange(messages, limit_s)
         parked = [name for name, reply in replies.items() if read_reply(reply.content).report.state == "running"]
         failed = [reply for name, reply in replies.items() if name not in parked]
-        return chain(failed, self.nodes.arriving(map(self._ask_again, parked), limit_s, self._missing, one_by_one))
+        asked = map(self._ask_again, parked)
+        return chain(failed, self.nodes.arriving(asked, limit_s, self._missing, one_by_one, sites))
+
+    def _endings(self) -> list[Ending]:
+        """The sites whose nodes wait for each other in the open round: a part that began late waits for its peers, too."""
+        assert self._open is not None
+        deadlines = next(iter(self._open.plans.values())).deadlines
+        limit_s = deadlines.ready_s + deadlines.step_s + _MESSAGES_S
+        return [
+            Ending(frozenset(host.name for host in site.hosts), frozenset(site.members), limit_s)
+            for site in self._open.layout.sites
+            if site.hosts
+        ]
 
     def _ask_again(self, name: str) -> Message:
         assert self._open is not None

@@ -153,8 +153,8 @@ class Federation:
 
         self.wait_for(ended, WAIT_S, f"run {name}")
         assert events[-1]["event"] == "run_done", f"{events[-1]}\n{self.logs()}"
-        self.wait_for(lambda: (out / "report.html").exists(), 30, "the report")
-        self.wait_for(lambda: status() == "finished:completed", 60, f"Flower to close run {name}", every_s=3.0)
+        self.wait_for(lambda: (out / "report.html").exists(), WAIT_S, "the report")
+        self.wait_for(lambda: status() == "finished:completed", WAIT_S, f"Flower to close run {name}", every_s=3.0)
         return Run(out, events, by_device(self.data_plane.connections[known:], list(self.data)))
 
     def flwr(self, *arguments: str, expect: int = 0) -> str:
@@ -166,7 +166,7 @@ class Federation:
         repository = Path(__file__).parents[2]
         done = subprocess.run(
             ["flwr", *arguments], cwd=repository, env=environment, stdin=subprocess.DEVNULL,
-            capture_output=True, text=True, timeout=90, check=False,
+            capture_output=True, text=True, timeout=WAIT_S, check=False,
         )  # fmt: skip
         assert done.returncode == expect, f"flwr {' '.join(arguments)}: {done.stdout}{done.stderr}"
         return done.stdout + done.stderr

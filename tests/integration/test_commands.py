@@ -21,7 +21,7 @@ from edgelam_fl.config import parse_run_file, read_run_file
 from edgelam_fl.doctor import check_server, superlink_version
 from edgelam_fl.generate import answer
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.processes import Child, end_all, free_port, split_address, start_superlink
+from edgelam_fl.processes import Child, end_all, free_port, log_tail, split_address, start_superlink
 from edgelam_fl.results import open_result
 from tests.results import write_result
 from tests.support import WAIT_S
@@ -344,13 +344,13 @@ def test_a_detached_run_goes_on_and_can_be_stopped_as_was_said(
     assert run_id, first
     assert report.split(": ", 1)[1].strip() == f"edgelam report {tmp_path}/run"
     assert f" log {run_id[1]} local" in log
-    events, end = tmp_path / "run" / "events.jsonl", time.monotonic() + 300
+    events, end = tmp_path / "run" / "events.jsonl", time.monotonic() + WAIT_S
     while not events.exists() and time.monotonic() < end:
         time.sleep(0.2)
     assert events.exists(), "the run goes on without the command"
 
     def flwr(command: str) -> str:
-        return subprocess.run(command, shell=True, capture_output=True, text=True, timeout=300, check=True).stdout
+        return subprocess.run(command, shell=True, capture_output=True, text=True, timeout=WAIT_S, check=True).stdout
 
     ask = f"{stop.split(':', 1)[1].split(' stop ')[0]} list local --run-id {run_id[1]} --format json"
     assert json.loads(flwr(ask))["runs"][0]["status"] == "running"
@@ -418,15 +418,16 @@ def test_interrupt_ends_all_children_and_says_what_is_kept(tmp_path: Path, tiny_
             command, cwd=tmp_path, stdout=output, stderr=output, env={**os.environ, "COLUMNS": "400"},
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
         )  # fmt: skip
-        end = time.monotonic() + 400
+        end = time.monotonic() + WAIT_S
         while not (tmp_path / "run" / "state.json").exists() and time.monotonic() < end and process.poll() is None:
             time.sleep(0.2)
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
-        status = process.wait(60)
+        status = process.wait(WAIT_S)
     said = (tmp_path / "out.txt").read_text()
+    logs = "\n".join(f"{log}: {log_tail(log, 12)}" for log in sorted((tmp_path / "run").rglob("*.log")))
     assert status == 130, said
-    assert "Kept: the adapter after the last finished round" in said
+    assert "Kept: the adapter after the last finished round" in said, f"{said}\n{logs}"
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
     assert len(children) >= 5  # SuperLink, two stage hosts, two SuperNodes
     _, alive = psutil.wait_procs(children, timeout=10)

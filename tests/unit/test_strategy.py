@@ -293,6 +293,32 @@ def test_every_device_gone(federation: Callable[..., Federation], monkeypatch: p
         run.strategy.start(grid, to_record({}), 1, timeout=-119.5)  # half a second for the host's reply
 
 
+@pytest.mark.parametrize("mute", ["b", "e"])
+def test_a_node_that_lost_its_message_holds_nobody_up_for_an_hour(
+    federation: Callable[..., Federation], monkeypatch: pytest.MonkeyPatch, mute: str
+) -> None:
+    """Flower lists it and it answers queries; the rest of its site is through."""
+    monkeypatch.setattr("server.plans._READY_DEADLINE_S", 0.1)
+    monkeypatch.setattr("server.strategy._MESSAGES_S", 0.0)
+    run = federation("ab", "e", "federation.step_deadline_s=0.2", "federation.rounds=1")
+    grid: Any = run.grid
+
+    def lost(message: Message) -> bool:
+        plan = pb.Plan.FromString(message.content["plan"]["plan"]) if "plan" in message.content else pb.Plan()
+        return plan.steps > 0 and plan.node == mute
+
+    def pull(ids: list[str]) -> list[Message]:
+        return HandGrid.pull_messages(grid, [number for number in ids if not lost(grid._waiting[number])])
+
+    grid.pull_messages = pull
+    if mute == "b":
+        assert moves(run.run(), run.start)[0] == 1
+    else:
+        with pytest.raises(RunFailed, match=r"round 1 failed 3 times: e: no reply \d s after its site"):
+            run.run()
+    assert {event["node"] for event in run.events("node_lost")} == {mute}
+
+
 def test_a_board_that_is_back_before_its_old_self_is_missed(federation: Callable[..., Federation]) -> None:
     """As after a power cut: for a minute Flower lists both."""
     run = federation("ab", "e")
