@@ -167,11 +167,12 @@ def doctor(
     """
     from dataclasses import asdict
 
-    from edgelam_fl.doctor import examine, findings_table, hub_address
-    from edgelam_fl.processes import split_address
+    from edgelam_fl.doctor import examine, findings_table
+    from edgelam_fl.processes import hub_address, split_address
 
     address = split_address(server, "--server") if server else None
-    hub = hub_address(address, data_plane)
+    alone = split_address(data_plane, "--data-plane") if data_plane else None
+    hub = hub_address(*address, data_plane) if address else alone
     with errors.status("looking"):
         findings = list(examine(address, hub, model))
     profile = None

@@ -28,7 +28,7 @@ from rich.table import Table
 from edgelam_fl.errors import EdgelamError
 from edgelam_fl.machine import disk_free_bytes, memory_free_bytes
 from edgelam_fl.model.source import BUILT_IN, cache_folder, find_model
-from edgelam_fl.processes import answers, check_port_free, is_loopback, split_address, tool_environment
+from edgelam_fl.processes import answers, check_port_free, is_loopback, tool_environment
 
 PACKAGE = "edgelam-fl"
 DEFAULT_PORT = 8000
@@ -57,13 +57,6 @@ def _ok(check: str, found: str) -> Finding:
 
 def _problem(check: str, found: str, fix: str) -> Finding:
     return Finding(check, "problem", found, fix)
-
-
-def hub_address(server: tuple[str, int] | None, data_plane: str) -> tuple[str, int] | None:
-    """Where the hub is by default: the server's host, its port + 1."""
-    if data_plane:
-        return split_address(data_plane, "--data-plane")
-    return (server[0], server[1] + 1) if server else None
 
 
 def examine(server: tuple[str, int] | None, hub: tuple[str, int] | None, model: str) -> Iterator[Finding]:

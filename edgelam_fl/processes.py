@@ -121,6 +121,15 @@ def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def hub_address(host: str, port: int, data_plane: str = "") -> tuple[str, int]:
+    """The server's end of the data plane: `data_plane` (HOST:PORT), or one port after its SuperLink's."""
+    if data_plane:
+        return split_address(data_plane, "--data-plane")
+    if port == 65535:
+        raise ConfigError(f"port {port} of {host} leaves none after it for the data plane; give --data-plane HOST:PORT")
+    return host, port + 1
+
+
 def check_plain_text(host: str, option: str, insecure: bool) -> None:
     """Raises ConfigError for an address beyond this machine, unless plain text was agreed to."""
     if insecure or is_loopback(host):

@@ -25,6 +25,7 @@ from edgelam_fl.processes import (
     check_port_free,
     end_all,
     free_port,
+    hub_address,
     log_tail,
     shorten,
     split_address,
@@ -66,7 +67,7 @@ def check_run(config: RunConfig, name: str, out: Path | None) -> Path:
 def serve(console: Console, listen: str, data_plane: str, state: Path, insecure: bool) -> int:
     host, port = split_address(listen, "--listen")
     check_plain_text(host, "--listen", insecure)
-    hub = Hub(*_hub_address(host, port, data_plane), state / "hub")
+    hub = Hub(*hub_address(host, port, data_plane), state / "hub")
     check_plain_text(hub.host, "--data-plane", insecure)
     superlink = None
     try:
@@ -77,15 +78,6 @@ def serve(console: Console, listen: str, data_plane: str, state: Path, insecure:
         return _watch_server(console, listen, hub, superlink)
     finally:
         end_all([child for child in (superlink, hub.child) if child is not None])
-
-
-def _hub_address(host: str, port: int, data_plane: str) -> tuple[str, int]:
-    """Beside the SuperLink, one port further, unless the option says otherwise."""
-    if data_plane:
-        return split_address(data_plane, "--data-plane")
-    if port == 65535:
-        raise ConfigError(f"--listen = {host}:{port} leaves no port after it for the data plane; give --data-plane")
-    return host, port + 1
 
 
 def _watch_server(console: Console, listen: str, hub: Hub, superlink: Child) -> int:

@@ -6,7 +6,6 @@ that only this user can read. The caller (`edgelam chat --server`) then dials th
 
 from __future__ import annotations
 
-import os
 import secrets
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.control import write_private
 from server import hub
 from server.global_adapter import starting_point
 from server.layout import who_may_host
@@ -48,7 +48,7 @@ def converse(grid: Grid, config: RunConfig, source: ModelSource, session: Path, 
             content = RecordDict({"plan": ConfigRecord({"plan": plan.SerializeToString()})})
             content["adapter"] = to_record(tensors)
             messages.append(nodes.message(name, "evaluate", content))
-        _leave(session / "route", plans[CALLER])
+        write_private(session / "route", plans[CALLER].SerializeToString())
         _, missing = nodes.exchange(messages, config.federation.round_deadline_s)
         if missing:
             raise RunFailed("; ".join(f"{name}: {reason}" for name, reason in sorted(missing.items())))
@@ -81,10 +81,3 @@ def _plan(grid: Grid, config: RunConfig, source: ModelSource, folder: RunFolder)
         plan.window = plan.micro_batches = plan.batch_size = 1
         plan.task.max_tokens = int(source.config.get("max_position_embeddings", plan.task.max_tokens))
     return plans, nodes
-
-
-def _leave(path: Path, plan: pb.Plan) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(plan.SerializeToString())
-    temporary.replace(path)

@@ -201,7 +201,15 @@ class SplitLora(Strategy):
         unequal_ranks = getattr(self.aggregation, "unequal_ranks", False)
         asked = asked_by(self.aggregation, number)
         facts = RoundFacts(
-            self.run, number, self._attempt, self.step_offset, steps, asked, unequal_ranks, hub.port(), hub.secret()
+            self.run,
+            number,
+            self._attempt,
+            self.step_offset,
+            steps,
+            asked,
+            unequal_ranks,
+            hub_port=hub.port(),
+            relay_key=hub.secret(),
         )
         plans = make_plans(self.config, self.source, facts, self.nodes.profiles, layout, shares, tokens)
         self._global = complete(from_record(arrays), plans, self.config, self.source, unequal_ranks)

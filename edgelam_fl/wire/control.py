@@ -72,7 +72,7 @@ class ControlServer:
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, methods),))
         port = self._server.add_insecure_port("127.0.0.1:0")
         self._server.start()
-        _write_private(state / "endpoint.json", json.dumps({"address": f"127.0.0.1:{port}", "token": token}))
+        write_private(state / "endpoint.json", json.dumps({"address": f"127.0.0.1:{port}", "token": token}))
 
     def stop(self) -> None:
         self._server.stop(grace=0.5)
@@ -120,10 +120,10 @@ def control(state: Path, start_deadline_s: float = 60.0, node: str = "") -> Iter
         client.close()
 
 
-def _write_private(path: Path, text: str) -> None:
+def write_private(path: Path, content: str | bytes) -> None:
+    """For this user's eyes alone, whole at any moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
     temporary.replace(path)

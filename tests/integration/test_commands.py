@@ -421,13 +421,14 @@ def test_interrupt_ends_all_children_and_says_what_is_kept(tmp_path: Path, tiny_
         end = time.monotonic() + WAIT_S
         while not (tmp_path / "run" / "state.json").exists() and time.monotonic() < end and process.poll() is None:
             time.sleep(0.2)
+        early, took_s = process.poll(), time.monotonic() - end + WAIT_S
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGINT)
         status = process.wait(WAIT_S)
     said = (tmp_path / "out.txt").read_text()
     logs = "\n".join(f"{log}: {log_tail(log, 12)}" for log in sorted((tmp_path / "run").rglob("*.log")))
     assert status == 130, said
-    assert "Kept: the adapter after the last finished round" in said, f"{said}\n{logs}"
+    assert "Kept: the adapter after the last finished round" in said, f"{took_s:.0f} s, early: {early}\n{said}\n{logs}"
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
     assert len(children) >= 5  # SuperLink, two stage hosts, two SuperNodes
     _, alive = psutil.wait_procs(children, timeout=10)

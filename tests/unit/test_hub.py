@@ -12,8 +12,7 @@ import pytest
 from edgelam_fl.errors import ConfigError, EnvironmentProblem
 from edgelam_fl.hub import PORT, STATE
 from edgelam_fl.hub.daemon import HubServer
-from edgelam_fl.processes import Hub, answers, end_all, free_port
-from edgelam_fl.running import _hub_address
+from edgelam_fl.processes import Hub, answers, end_all, free_port, hub_address
 
 
 def test_the_hub_listens_on_a_free_port_and_tells_its_parts_the_state(
@@ -42,10 +41,10 @@ def test_a_port_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_where_the_hub_is() -> None:
-    assert _hub_address("10.0.0.1", 8000, "") == ("10.0.0.1", 8001)
-    assert _hub_address("10.0.0.1", 8000, "0.0.0.0:9") == ("0.0.0.0", 9)
+    assert hub_address("10.0.0.1", 8000) == ("10.0.0.1", 8001)
+    assert hub_address("10.0.0.1", 8000, "0.0.0.0:9") == ("0.0.0.0", 9)
     with pytest.raises(ConfigError, match="--data-plane"):
-        _hub_address("10.0.0.1", 65535, "")
+        hub_address("10.0.0.1", 65535)
 
 
 @pytest.mark.processes

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from edgelam_fl.doctor import hub_address
 from edgelam_fl.errors import EnvironmentProblem
 from edgelam_fl.hub import echo
 from edgelam_fl.processes import free_port, split_address
@@ -54,12 +53,6 @@ def test_a_model_that_is_not_here_is_a_note() -> None:
     assert [finding.state for finding in findings] == ["note"]
     assert profile is not None
     assert (profile.model, profile.layer_seconds) == ("", {})
-
-
-def test_where_the_hub_is() -> None:
-    assert hub_address(("10.0.0.1", 8000), "") == ("10.0.0.1", 8001)
-    assert hub_address(("10.0.0.1", 8000), "h:9") == ("h", 9)
-    assert hub_address(None, "") is None
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
