@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import ipaddress
 import os
+import re
 import shutil
 import signal
 import socket
@@ -27,6 +28,7 @@ _GRACE_S = 5.0
 _START_DEADLINE_S = 180.0
 _RESTARTS, _RESTARTS_WITHIN_S = 3, 120.0
 _PR_SET_PDEATHSIG = 1
+_COLOUR = re.compile("\x1b\\[[0-9;]*m")  # Flower's logs have some
 _MOST_LOG_BYTES, _KEPT_LOG_BYTES = 4 << 20, 256 << 10  # a board's card is small, and a node may run for years
 
 
@@ -54,19 +56,30 @@ class Child:
 
     def ended(self) -> str:
         """Empty while it runs; else its exit status and the end of its log."""
-        status = self._process.poll()
+        status = self._status()
         return "" if status is None else f"{self.name} ended with status {status}: {log_tail(self.log)}"
 
-    def ask_to_end(self) -> None:
+    def _status(self) -> int | None:
+        """None while it runs. What an ended one left behind in its session ends at once: later its number may be another's."""
+        if self._process.returncode is None and self._process.poll() is not None:
+            self._signal(signal.SIGKILL)
+        return self._process.returncode
+
+    def _signal(self, number: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGTERM)
+            os.killpg(self.pid, number)
+
+    def ask_to_end(self) -> None:
+        if self._status() is None:
+            self._signal(signal.SIGTERM)
 
     def make_end(self, grace_s: float = _GRACE_S) -> None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(grace_s)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)  # also what it may have left behind in its session
-        self._process.wait()
+        end = time.monotonic() + grace_s
+        while self._status() is None and time.monotonic() < end:
+            time.sleep(0.02)
+        if self._status() is None:
+            self._signal(signal.SIGKILL)
+            self._process.wait()
 
 
 def tool_environment() -> dict[str, str]:
@@ -89,7 +102,7 @@ def end_all(children: Sequence[Child]) -> None:
 
 def log_tail(log: Path, lines: int = 3) -> str:
     with contextlib.suppress(OSError), log.open(encoding="utf-8", errors="replace") as file:
-        kept = deque((line.strip() for line in file if line.strip()), maxlen=lines)
+        kept = deque((_COLOUR.sub("", line).strip() for line in file if line.strip()), maxlen=lines)
         return " | ".join(kept) or "it said nothing"
     return "it left no log"
 

@@ -233,7 +233,8 @@ def run_here(console: Console, config: RunConfig, folder: Path, data: Sequence[P
     try:
         with console.status("starting Flower's SuperLink"):
             # Without a hub: all nodes are on this machine and have what it has, the model too.
-            children.append(start_superlink("127.0.0.1", port, folder / "server"))
+            superlink = start_superlink("127.0.0.1", port, folder / "server")
+            children.append(superlink)
         for node in nodes:
             node.start()
         view.say(
@@ -242,7 +243,7 @@ def run_here(console: Console, config: RunConfig, folder: Path, data: Sequence[P
         here = config.model_copy(
             update={"federation": config.federation.model_copy(update={"expect_nodes": len(devices)})}
         )
-        return follow(console, view, here, folder, address, nodes, lambda: _watch_all(view, nodes))
+        return follow(console, view, here, folder, address, nodes, lambda: _watch_all(view, folder, superlink, nodes))
     except KeyboardInterrupt:
         console.print(_kept(folder))
         return INTERRUPTED
@@ -268,7 +269,9 @@ def _local_nodes(config: RunConfig, folder: Path, address: str, data: Sequence[P
     return edge, devices
 
 
-def _watch_all(view: RunView, nodes: Sequence[Node]) -> None:
+def _watch_all(view: RunView, folder: Path, superlink: Child, nodes: Sequence[Node]) -> None:
+    if problem := superlink.ended():
+        raise RunFailed(f"{problem}. The run ended with it. {_kept(folder)}")
     for node in nodes:
         news = node.watch()
         if news:

@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from edgelam_fl.errors import ConfigError, EnvironmentProblem
+from edgelam_fl.errors import ConfigError, EnvironmentProblem, RunFailed
 from edgelam_fl.processes import (
     Child,
     answers,
@@ -22,6 +23,8 @@ from edgelam_fl.processes import (
     shorten,
     split_address,
 )
+from edgelam_fl.running import _watch_all
+from edgelam_fl.telemetry.console import RunView
 
 
 @pytest.mark.parametrize(
@@ -121,9 +124,32 @@ def test_a_child_that_does_not_listen_is_killed_with_its_own_children(tmp_path: 
     until(lambda: not is_running(grandchild))
 
 
+def test_what_a_child_leaves_behind_ends_with_it_and_nothing_is_signalled_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numbers of processes come back: 32,768 of them, threads included, are through in minutes."""
+    sleeper = "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    child = python(f"import subprocess, sys; print({sleeper}.pid)", tmp_path / "log")
+    until(child.ended)
+    grandchild = int((tmp_path / "log").read_text())
+    until(lambda: not is_running(grandchild))
+    monkeypatch.setattr("edgelam_fl.processes.os.killpg", lambda *_: pytest.fail("it is another process's number"))
+    end_all([child])
+
+
+def test_a_run_here_ends_with_its_superlink(tmp_path: Path) -> None:
+    superlink = python("import sys; sys.exit('no space left on device')", tmp_path / "log", "SuperLink")
+    until(superlink.ended)
+    view = RunView(Console(quiet=True), rounds=1, steps=1)
+    with pytest.raises(
+        RunFailed, match=r"SuperLink ended with status 1: no space left on device.* No round was finished"
+    ):
+        _watch_all(view, tmp_path, superlink, [])
+
+
 def test_log_tail(tmp_path: Path) -> None:
     assert log_tail(tmp_path / "none") == "it left no log"
-    (tmp_path / "log").write_bytes(b"a\nb\xff\nc\nd\n")
+    (tmp_path / "log").write_bytes(b"a\nb\xff\n\x1b[92mc\x1b[0m\nd\n")
     assert log_tail(tmp_path / "log") == "b\ufffd | c | d"
 
 
