@@ -23,7 +23,8 @@ from rich.text import Text
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, RunFailed
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.submit import Submission, app_folder
+from edgelam_fl.processes import app_folder
+from edgelam_fl.submit import Submission
 from edgelam_fl.telemetry.events import EventTail, read_events
 from edgelam_fl.telemetry.summary import human_bytes, human_layers
 from edgelam_fl.wire import edgelam_pb2 as pb

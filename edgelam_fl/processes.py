@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edgelam_fl import hub
+from edgelam_fl import clientapps, hub
 from edgelam_fl.errors import ConfigError, EnvironmentProblem, RunFailed
 
 _GRACE_S = 5.0
@@ -85,6 +85,12 @@ class Child:
 def tool_environment() -> dict[str, str]:
     """This process's environment with this Python's console scripts on PATH: Flower's own start each other by name."""
     return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
+
+
+def app_folder() -> Path:
+    """The Flower App: the repository itself, or its copy inside an installed package."""
+    package = Path(__file__).parent
+    return package / "_app" if (package / "_app").is_dir() else package.parent
 
 
 def _end_with_parent() -> None:
@@ -277,7 +283,7 @@ def _note_restart(restarts: list[float], problem: str) -> None:
 
 @dataclass
 class Node:
-    """A node of the federation: its stage host and its SuperNode."""
+    """A node of the federation: its stage host, its SuperNode, and what this one's ClientApps are forked from."""
 
     name: str
     server: str  # host:port of the SuperLink
@@ -291,9 +297,10 @@ class Node:
     _restarts: list[float] = field(default_factory=list)
 
     def start(self) -> None:
-        """Starts both. `wait_ready` tells when the stage host serves."""
+        """Starts all three. `ready` tells when the stage host serves."""
         self.state.mkdir(parents=True, exist_ok=True)
         self._start_stage_host()
+        self._start_clientapps()
         self._start_supernode()
 
     def _start_stage_host(self) -> None:
@@ -310,13 +317,23 @@ class Node:
             f"{self.name}'s stage host", command, self.state / "stage-host.log", environment
         )
 
+    def _start_clientapps(self) -> None:
+        fifo = clientapps.prepare(self.state.absolute())
+        command = [sys.executable, "-m", clientapps.__name__, str(fifo), str(app_folder())]
+        self.children["ClientApps"] = Child(
+            f"{self.name}'s ClientApps", command, self.state / "clientapps.log", self._for_flower()
+        )
+
     def _start_supernode(self) -> None:
         command = ["flower-supernode", "--insecure", "--superlink", self.server, "--port", str(free_port())]
         command += ["--node-config", f'state="{self.state.absolute()}" name="{self.name}"']
-        environment = {"FLWR_HOME": str(self.state / "flwr"), "FLWR_TELEMETRY_ENABLED": "0"}
         self.children["SuperNode"] = Child(
-            f"{self.name}'s SuperNode", command, self.state / "supernode.log", environment
+            f"{self.name}'s SuperNode", command, self.state / "supernode.log", self._for_flower()
         )
+
+    def _for_flower(self) -> dict[str, str]:
+        path = f"{clientapps.folder(self.state.absolute())}{os.pathsep}{tool_environment()['PATH']}"
+        return {"FLWR_HOME": str(self.state / "flwr"), "FLWR_TELEMETRY_ENABLED": "0", "PATH": path}
 
     def ready(self) -> bool:
         """Whether the stage host serves. Raises EnvironmentProblem when it ended instead."""
@@ -333,9 +350,11 @@ class Node:
             if not problem:
                 continue
             _note_restart(self._restarts, problem)
-            if kind == "stage host":
-                self._start_stage_host()
-            else:
-                self._start_supernode()
+            start = {
+                "stage host": self._start_stage_host,
+                "ClientApps": self._start_clientapps,
+                "SuperNode": self._start_supernode,
+            }
+            start[kind]()
             return f"{problem}; it was started again"
         return ""

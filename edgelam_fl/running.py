@@ -21,6 +21,7 @@ from edgelam_fl.processes import (
     Hub,
     Node,
     answers,
+    app_folder,
     check_plain_text,
     check_port_free,
     end_all,
@@ -31,7 +32,7 @@ from edgelam_fl.processes import (
     split_address,
     start_superlink,
 )
-from edgelam_fl.submit import Submission, app_folder
+from edgelam_fl.submit import Submission
 from edgelam_fl.tasks.files import read_records
 from edgelam_fl.telemetry.console import RunView
 from edgelam_fl.telemetry.events import EventTail
@@ -238,7 +239,7 @@ def run_here(console: Console, config: RunConfig, folder: Path, data: Sequence[P
         for node in nodes:
             node.start()
         view.say(
-            f"started a SuperLink, {len(edge)} edge servers and {len(devices)} devices as {1 + 2 * len(nodes)} processes"
+            f"started a SuperLink, {len(edge)} edge servers and {len(devices)} devices as {1 + 3 * len(nodes)} processes"
         )
         here = config.model_copy(
             update={"federation": config.federation.model_copy(update={"expect_nodes": len(devices)})}

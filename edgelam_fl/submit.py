@@ -11,15 +11,9 @@ from typing import Any
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed
-from edgelam_fl.processes import tool_environment
+from edgelam_fl.processes import app_folder, tool_environment
 
 _DEADLINE_S = 180.0  # Flower's commands take seconds here, and many on a small board that is busy
-
-
-def app_folder() -> Path:
-    """The Flower App: the repository itself, or its copy inside an installed package."""
-    package = Path(__file__).parent
-    return package / "_app" if (package / "_app").is_dir() else package.parent
 
 
 def _as_typed(tool: str) -> str:

@@ -27,8 +27,8 @@ from edgelam_fl.bench import datasets
 from edgelam_fl.bench.matrix import Axes, Cell, Matrix
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, EdgelamError, EnvironmentProblem, RunFailed
-from edgelam_fl.processes import Child, end_all, free_port, start_superlink
-from edgelam_fl.submit import Submission, app_folder
+from edgelam_fl.processes import Child, app_folder, end_all, free_port, start_superlink
+from edgelam_fl.submit import Submission
 from edgelam_fl.telemetry.events import EventTail, read_events
 from edgelam_fl.wire.control import FABRIC_SEPARATOR
 
