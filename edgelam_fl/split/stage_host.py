@@ -12,6 +12,7 @@ import importlib.metadata
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
@@ -50,6 +51,7 @@ from edgelam_fl.wire.relay import Relay
 
 _RETRY_MS = 200
 _RESULTS_KEPT = 2
+_GONE_S = 2.0
 VERSIONED = ("edgelam-fl", "flwr", "torch", "transformers", "peft", "grpcio", "numpy")
 HOST_MODES = ("joint", "sequential", "copies")
 
@@ -287,8 +289,9 @@ class StageHost:
     def _hold(self, plan: pb.Plan) -> Held:
         if self._held is None or self._held.key != slice_key(plan):
             before = self._held.known() if self._held is not None else {}
+            old = [weakref.ref(stage) for stage in self._held.stages()] if self._held is not None else []
             self._held = None  # the old slice goes before the new one comes: there is memory for one
-            gc.collect()  # modules know each other in rings
+            _await_gone(old)
             self._held = Held(plan, self._load, self._find_planned, before)
         return self._held
 
@@ -428,3 +431,13 @@ class StageHost:
             )
         )  # fmt: skip
         report.timeline.extend(host.timeline.report())
+
+
+def _await_gone(stages: Sequence[weakref.ref[Stage]]) -> None:
+    """Modules know each other in rings. While another thread collects, a collection here does nothing, so it is repeated."""
+    end = time.monotonic() + _GONE_S
+    while any(stage() is not None for stage in stages):
+        gc.collect()
+        if time.monotonic() > end:
+            return
+        time.sleep(0.01)
