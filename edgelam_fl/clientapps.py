@@ -1,6 +1,6 @@
 """A node's ClientApps, forked from a process that has imported them already (`python -m edgelam_fl.clientapps`).
 
-Flower's SuperExec starts the command `flwr-clientapp` anew for every message. Its imports take a small board most of the half
+Flower's SuperExec starts the command `flwr-clientapp` anew for every message. Its imports can take a small board most of the half
 minute after which Flower holds the start for lost, and every node of a round waits for them. SuperExec finds the command on
 PATH: `prepare` makes one that hands its arguments over to this process, which forks for each. The fork is Flower's own code.
 """
@@ -65,11 +65,11 @@ def _forked(fifo: str) -> list[str]:
                 return line.split(_BETWEEN)
 
 
-def _import_app(folder: str) -> None:
+def _import_app(app: str) -> None:
     """What the App imports; its own module comes from the run's archive, and must not be here already."""
-    sys.path.insert(0, folder)
+    sys.path.insert(0, app)
     importlib.import_module("clients.app")
-    sys.path.remove(folder)
+    sys.path.remove(app)
     for name in ("clients.app", "clients"):
         del sys.modules[name]
 

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -299,9 +299,16 @@ class Node:
     def start(self) -> None:
         """Starts all three. `ready` tells when the stage host serves."""
         self.state.mkdir(parents=True, exist_ok=True)
-        self._start_stage_host()
-        self._start_clientapps()
-        self._start_supernode()
+        for start in self._starters().values():
+            start()
+
+    def _starters(self) -> dict[str, Callable[[], None]]:
+        """By the child's kind."""
+        return {
+            "stage host": self._start_stage_host,
+            "ClientApps": self._start_clientapps,
+            "SuperNode": self._start_supernode,
+        }
 
     def _start_stage_host(self) -> None:
         (self.state / "endpoint.json").unlink(missing_ok=True)  # an older one's: whoever calls now waits for the new
@@ -350,11 +357,6 @@ class Node:
             if not problem:
                 continue
             _note_restart(self._restarts, problem)
-            start = {
-                "stage host": self._start_stage_host,
-                "ClientApps": self._start_clientapps,
-                "SuperNode": self._start_supernode,
-            }
-            start[kind]()
+            self._starters()[kind]()
             return f"{problem}; it was started again"
         return ""

@@ -287,12 +287,14 @@ class StageHost:
         report.adapter_digest = adapters.digest(current) if current is not None else ""
 
     def _hold(self, plan: pb.Plan) -> Held:
-        if self._held is None or self._held.key != slice_key(plan):
-            before = self._held.known() if self._held is not None else {}
-            old = [weakref.ref(stage) for stage in self._held.stages()] if self._held is not None else []
-            self._held = None  # the old slice goes before the new one comes: there is memory for one
-            _await_gone(old)
-            self._held = Held(plan, self._load, self._find_planned, before)
+        if self._held is not None and self._held.key == slice_key(plan):
+            return self._held
+        before, old = {}, list[weakref.ref[Stage]]()
+        if self._held is not None:
+            before, old = self._held.known(), [weakref.ref(stage) for stage in self._held.stages()]
+        self._held = None  # the old slice goes before the new one comes: there is memory for one
+        _await_gone(old)
+        self._held = Held(plan, self._load, self._find_planned, before)
         return self._held
 
     def _play(self, part: Part, held: Held, emit: Callable[..., None]) -> Callable[[str, str], int] | None:
