@@ -76,9 +76,9 @@ def _round(rule: str, devices: int, result: Connection) -> None:
     from edgelam_fl.model.source import find_model
     from edgelam_fl.wire import PROTOCOL_VERSION
     from edgelam_fl.wire import edgelam_pb2 as pb
-    from server.nodes import Nodes
+    from server.exchange import Nodes
+    from server.rounds import SplitLora
     from server.run_folder import RunFolder
-    from server.strategy import SplitLora
 
     logging.getLogger("flwr").setLevel(logging.WARNING)
     for name in ("_run_id", "_node_id", "_task_id"):  # Flower sets them in the process of a ServerApp

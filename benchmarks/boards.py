@@ -28,11 +28,15 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import Figure, main
+from edgelam_fl.addresses import free_port
 from edgelam_fl.config import RunConfig, parse_run_file
+from edgelam_fl.federation.child import Child, end_all
+from edgelam_fl.federation.node_process import Node
+from edgelam_fl.federation.submission import Submission
+from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.model.adapter import Adapter, initial_adapter, read_peft_folder
-from edgelam_fl.model.source import find_model, layer_number
-from edgelam_fl.processes import Child, Node, end_all, free_port, start_superlink
-from edgelam_fl.submit import Submission
+from edgelam_fl.model.index import layer_number
+from edgelam_fl.model.source import find_model
 from edgelam_fl.tasks.data import read_pairs
 from edgelam_fl.tasks.docstrings import write_device_files
 from edgelam_fl.tasks.kinds import make_task

@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.common import Figure, main
 from benchmarks.data.wordnet import SAMPLE, definitions, sample, unpacked
-from edgelam_fl.model.source import cache_folder
+from edgelam_fl.files import cache_folder
 
 DEVICES, EXAMPLES = 3, 12_000
 RUN_FILE = """\

@@ -20,12 +20,15 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import Figure, main
+from edgelam_fl.addresses import free_port
 from edgelam_fl.config import parse_run_file
-from edgelam_fl.processes import Node, end_all, free_port, start_superlink
-from edgelam_fl.submit import Submission
+from edgelam_fl.federation.child import end_all
+from edgelam_fl.federation.node_process import Node
+from edgelam_fl.federation.submission import Submission
+from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.telemetry.events import EventTail
+from strategies.api import Demand
 from strategies.bandwidth.links import delay_of, needs_of
-from strategies.base import Demand
 from tests.support import write_tiny_llama
 
 RATIOS = {"device-1": 1, "device-2": 2, "device-3": 6}

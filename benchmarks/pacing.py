@@ -19,7 +19,8 @@ from benchmarks.common import Figure, main
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
-from edgelam_fl.wire.grpc_link import DataPlaneServer, dial
+from edgelam_fl.wire.grpc.dial import dial
+from edgelam_fl.wire.grpc.serve import DataPlaneServer
 from edgelam_fl.wire.link import Frame, Link
 from edgelam_fl.wire.pace import Pace
 

@@ -23,8 +23,8 @@ from typing import Any
 
 from benchmarks.common import RESULTS, Figure, machine, main
 from edgelam_fl.errors import DoesNotFit
-from edgelam_fl.split.costs import Footprint, Member, Node, Plan, Run
-from edgelam_fl.split.planner import best_plan
+from edgelam_fl.plan.chain_cost import Footprint, Member, Node, Plan, Run
+from edgelam_fl.plan.search import best_plan
 from edgelam_fl.telemetry.events import read_events
 
 INSTANCES, SMOKE_INSTANCES = 500, 25

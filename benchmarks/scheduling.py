@@ -16,7 +16,8 @@ from itertools import combinations
 from typing import Any
 
 from benchmarks.common import RESULTS, Figure, main
-from strategies.base import BUILT_IN, Candidate, Demand, RoundOutcome, RoundState, load
+from strategies.api import Candidate, Demand, RoundOutcome, RoundState
+from strategies.registry import BUILT_IN, load
 from strategies.selection.lyapunov import LyapunovSelection
 
 CAPACITY_BPS = 10.0

@@ -17,19 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import Figure, main
+from edgelam_fl.addresses import free_port
 from edgelam_fl.config import parse_run_file
+from edgelam_fl.federation.child import Child, end_all
+from edgelam_fl.federation.hub_process import Hub
 from edgelam_fl.hub.slices import offer_model
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.adapter import Span, initial_adapter
 from edgelam_fl.model.memory import weights_bytes
 from edgelam_fl.model.source import ModelSource, find_model
-from edgelam_fl.processes import Child, Hub, end_all, free_port
-from edgelam_fl.split.plan import spans_of
+from edgelam_fl.plan.layout import make_layout
+from edgelam_fl.plan.making import RoundFacts, make_plans
+from edgelam_fl.plan.reading import spans_of
 from edgelam_fl.telemetry.events import EventTail
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.control import ControlClient
-from server.layout import make_layout
-from server.plans import RoundFacts, make_plans
 from tests.integration.proxy import Proxy
 
 BASES = ("fp32", "bf16", "int8", "nf4")
@@ -133,7 +135,7 @@ class Node:
     def __init__(self, source: ModelSource, base: str, proxy: Proxy, folder: Path) -> None:
         state = folder / "state"
         (state / "endpoint.json").unlink(missing_ok=True)
-        command = [sys.executable, "-m", "edgelam_fl.split.daemon", "--name", "edge-1", "--state", str(state)]
+        command = [sys.executable, "-m", "edgelam_fl.node.daemon", "--name", "edge-1", "--state", str(state)]
         command += ["--threads", "1", "--server", "127.0.0.1:1"]
         home = {"HOME": str(folder / "home"), "EDGELAM_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
         self._child = Child("edge-1's stage host", command, state / "stage-host.log", home)

@@ -34,7 +34,7 @@ from rich.console import Console
 
 from benchmarks.big_llama import CONFIG, parameters, write_llama
 from benchmarks.common import RESULTS, Figure, main
-from edgelam_fl.config import read_run_file
+from edgelam_fl.config import read_run_file, to_toml
 from edgelam_fl.tasks.docstrings import docstring_pairs
 from edgelam_fl.telemetry.summary import human_bytes
 from testbed.__main__ import IMAGE, started, train
@@ -264,7 +264,7 @@ def _killed(found: Found, run_file: Path) -> tuple[int, int]:
     """Unsplit on the limited device, until the kernel ends its stage host: how many were killed, and the exit status."""
     containers, end = found.containers, time.monotonic() + KILL_S
     config = read_run_file(run_file, ["split.hosts=0", "federation.expect_nodes=1"])
-    containers.put(SERVER, config.to_toml(), f"{RUNS}/unsplit.toml")
+    containers.put(SERVER, to_toml(config), f"{RUNS}/unsplit.toml")
     command = f"echo $$ > /tmp/unsplit; exec edgelam run {RUNS}/unsplit.toml --server {SERVER_ADDRESS} --insecure --out {RUNS}/unsplit"
     with subprocess.Popen(["docker", "exec", containers.container(SERVER), "sh", "-c", command]) as process:
         while process.poll() is None and time.monotonic() < end and not containers.memory_kills("device-1"):

@@ -1,0 +1,1 @@
+"""The Flower ClientApp: hands plans to a node's stage host."""

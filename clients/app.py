@@ -16,7 +16,7 @@ from flwr.clientapp import ClientApp
 
 from edgelam_fl.flower import from_record, to_record
 from edgelam_fl.model import adapter as adapters
-from edgelam_fl.split.plan import part_id
+from edgelam_fl.plan.reading import part_id
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.control import FABRIC_SEPARATOR, ControlClient, control
 

@@ -108,7 +108,7 @@ install_with_torch cpu --compile-bytecode --reinstall-package edgelam-fl "$from"
 "$venv/bin/python" - "$server" "$serve" $insecure <<'END' || exit
 import sys
 from edgelam_fl.errors import EdgelamError
-from edgelam_fl.processes import check_plain_text, split_address
+from edgelam_fl.addresses import check_plain_text, split_address
 try:
     for option, address in zip(("--server", "--serve"), sys.argv[1:3]):
         if address:

@@ -17,8 +17,8 @@ import importlib
 for module in (
     "bitsandbytes", "peft", "plotly.graph_objects", "flwr.clientapp", "flwr.serverapp", "safetensors.torch",
     "transformers.models.llama.modeling_llama", "transformers.models.llama.tokenization_llama", "transformers.tokenization_utils_fast",
-    "edgelam_fl.cli", "edgelam_fl.running", "edgelam_fl.generate", "edgelam_fl.split.daemon", "edgelam_fl.split.stage_host",
-    "edgelam_fl.telemetry.report", "edgelam_fl.wire.grpc_link", "edgelam_fl.wire.control",
+    "edgelam_fl.cli.main", "edgelam_fl.federation.runs", "edgelam_fl.serving.generate", "edgelam_fl.node.daemon", "edgelam_fl.node.service",
+    "edgelam_fl.telemetry.report.page", "edgelam_fl.wire.grpc.dial", "edgelam_fl.wire.control",
 ):
     try:
         importlib.import_module(module)

@@ -1,0 +1,1 @@
+"""The Flower ServerApp: rounds of split federated training."""

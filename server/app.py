@@ -13,16 +13,16 @@ from edgelam_fl.config import RunConfig, parse_run_file
 from edgelam_fl.errors import EdgelamError
 from edgelam_fl.flower import to_record
 from edgelam_fl.model.source import ModelSource
+from edgelam_fl.plan.making import task_settings
+from edgelam_fl.plan.placement import foresee
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server import hub
 from server.chat import converse
 from server.checks import check_config
-from server.nodes import Nodes
-from server.placement import propose
-from server.plans import task_settings
+from server.exchange import Nodes
+from server.rounds import SplitLora
 from server.run_folder import RunFolder
-from server.strategy import SplitLora
 
 _VERSIONED = ("edgelam-fl", "flwr", "torch", "transformers", "peft", "grpcio")
 
@@ -79,3 +79,10 @@ def _nodes(grid: Grid, folder: RunFolder, config: RunConfig, source: ModelSource
         hub_port=hub.port(),
     )
     return Nodes(grid, folder, request, config.federation.join_deadline_s)
+
+
+def propose(nodes: Nodes, config: RunConfig, source: ModelSource, folder: RunFolder) -> None:
+    """Asks the nodes that are here, says who would hold what, and ends."""
+    nodes.gather(config, at_start=True)
+    folder.emit("placement", round=0, **foresee(config, source, list(nodes.profiles.values())).event(), measured=[])
+    folder.emit("run_done", summary="")

@@ -15,18 +15,18 @@ from flwr.serverapp import Grid
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed
+from edgelam_fl.files import write_private
 from edgelam_fl.flower import to_record
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.source import ModelSource
+from edgelam_fl.plan.layout import who_may_host
+from edgelam_fl.plan.making import RoundFacts, make_plans, task_settings
+from edgelam_fl.plan.placement import Placement
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
-from edgelam_fl.wire.control import write_private
 from server import hub
+from server.exchange import Nodes
 from server.global_adapter import starting_point
-from server.layout import who_may_host
-from server.nodes import Nodes
-from server.placement import Placement
-from server.plans import RoundFacts, make_plans, task_settings
 from server.run_folder import RunFolder
 
 CALLER = "chat"

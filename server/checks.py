@@ -12,7 +12,7 @@ from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.adapter import target_modules
 from edgelam_fl.model.source import ModelSource, find_model
-from strategies.base import BUILT_IN, asked_by, load_all
+from strategies.registry import BUILT_IN, asked_by, load_all
 
 
 def check_config(config: RunConfig) -> ModelSource:

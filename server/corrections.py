@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from edgelam_fl.model import adapter as adapters
+from edgelam_fl.plan.layout import site_source
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.contributions import frozen, spans_of_source
-from server.layout import site_source
+from server.replies import frozen, spans_of_source
 
 
 def add_corrections(plan: pb.Plan, aggregation: Any, adapter: Mapping[str, np.ndarray]) -> list[adapters.Adapter]:

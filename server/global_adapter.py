@@ -14,11 +14,11 @@ from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.model.adapter import Adapter, initial_adapter, slice_of
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.split.plan import end_spans, hosted_span, spans_of
+from edgelam_fl.plan.layout import site_source
+from edgelam_fl.plan.reading import end_spans, hosted_span, spans_of
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.layout import site_source
 from strategies.aggregation.factors import A, B, module_of
-from strategies.base import Start
+from strategies.api import Start
 
 
 def complete(

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from edgelam_fl.config import RunConfig
+from edgelam_fl.config import RunConfig, to_toml
+from edgelam_fl.files import write_atomically
 from edgelam_fl.model.adapter import Adapter, write_peft_folder
-from edgelam_fl.model.source import ModelSource, write_atomically
+from edgelam_fl.model.source import ModelSource
 from edgelam_fl.telemetry.events import EventLog, read_events
 from edgelam_fl.telemetry.summary import build_summary
 
@@ -21,7 +22,7 @@ class RunFolder:
         self.path = path
         self._config = config
         self._source = source
-        (path / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+        (path / "config.toml").write_text(to_toml(config), encoding="utf-8")
         self.emit = EventLog(path / "events.jsonl")
 
     def checkpoint(self, adapter: Adapter, round_: int, step_offset: int, personal: dict[str, Adapter]) -> str:
@@ -43,7 +44,7 @@ class RunFolder:
 
     def finish(self) -> dict[str, Any]:
         """Writes summary.json and report.html from the events; returns the summary."""
-        from edgelam_fl.telemetry.report import write_report  # plotly is a second that only the end needs
+        from edgelam_fl.telemetry.report.page import write_report  # plotly is a second that only the end needs
 
         self.emit("run_done", summary="summary.json")
         summary = build_summary(list(read_events(self.emit.path)))
@@ -53,7 +54,7 @@ class RunFolder:
 
     def fail(self, reason: str) -> None:
         """Says why the run ended early and what is left of it."""
-        from edgelam_fl.telemetry.report import write_report
+        from edgelam_fl.telemetry.report.page import write_report
 
         state = self.path / "state.json"
         done = json.loads(state.read_text(encoding="utf-8"))["round"] if state.exists() else 0

@@ -1,6 +1,6 @@
 """Who takes part in a round, and with which share of the bandwidth: the strategies, fed with what the rounds measured.
 
-With `[wireless]` their facts come from the model of a cell instead (server.virtual), and so does what they are told of a round.
+With `[wireless]` their facts come from the model of a cell instead (server.virtual.clock), and so does what they are told of a round.
 Strategies see plain data and are held to their promises here: what they choose and share out is checked before it is used.
 """
 
@@ -16,13 +16,13 @@ from typing import Any
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.model.source import ModelSource
+from edgelam_fl.plan.making import own_steps, value_bytes
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.contributions import Reply
-from server.loads import value_bytes
-from server.plans import own_steps
-from server.reports import send_rate_bps
-from server.virtual import VirtualTime
-from strategies.base import Candidate, Demand, RoundOutcome, RoundState, Selected, load
+from server.events_of_round import send_rate_bps
+from server.replies import Reply
+from server.virtual.clock import VirtualTime
+from strategies.api import Candidate, Demand, RoundOutcome, RoundState, Selected
+from strategies.registry import load
 
 _BELOW_SHARE = 0.8  # a device that sends slower than this part of its share is held up by its own link
 _LEAST_OF_ESTIMATE = 0.1  # who moved less last round was left out of steps, and must not be starved for it

@@ -19,8 +19,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from edgelam_fl.cli import run_commands
-from edgelam_fl.config import read_run_file
+from edgelam_fl.cli.main import run_commands
+from edgelam_fl.config import read_run_file, to_toml
 from edgelam_fl.errors import ConfigError, RunFailed
 from edgelam_fl.tasks.docstrings import write_device_files
 from edgelam_fl.telemetry.summary import human_bytes
@@ -169,7 +169,7 @@ def train(
     """`edgelam run` on the server, and its folder copied here. Raises RunFailed where it did not end well."""
     inside = f"{RUNS}/{name or 'testbed'}"
     config = read_run_file(run_file, [*overrides, f"federation.expect_nodes={len(testbed.devices)}"])
-    containers.put(SERVER, config.to_toml(), f"{inside}.toml")
+    containers.put(SERVER, to_toml(config), f"{inside}.toml")
     command = ["edgelam", "run", f"{inside}.toml", "--server", SERVER_ADDRESS, "--insecure", "--out", inside]
     try:
         status = containers.follow(SERVER, command)

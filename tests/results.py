@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edgelam_fl.config import to_toml
 from edgelam_fl.model.adapter import Adapter, initial_adapter, write_peft_folder
 from edgelam_fl.model.carry import CARRY_A, CARRY_B
 from edgelam_fl.model.source import ModelSource
@@ -36,7 +37,7 @@ def with_carry(adapter: Adapter, rank: int, seed: int = 7) -> Adapter:
 def write_result(folder: Path, source: ModelSource, *overrides: str, adapter: Adapter | None = None) -> Path:
     config = run_config(source.name, *overrides)
     folder.mkdir(parents=True)
-    (folder / "config.toml").write_text(config.to_toml(), encoding="utf-8")
+    (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
     lora = config.lora
     write_peft_folder(
         adapter or trained_adapter(source, lora.rank, lora.targets),

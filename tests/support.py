@@ -20,17 +20,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from edgelam_fl.config import RunConfig, parse_run_file
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.split import links
-from edgelam_fl.split.plan import part_id, spans_of
-from edgelam_fl.split.stage_host import Dial, StageHost
+from edgelam_fl.node.service import Dial, StageHost
+from edgelam_fl.plan.layout import make_layout, who_may_host
+from edgelam_fl.plan.making import ClientSettings, RoundFacts, make_plans
+from edgelam_fl.plan.reading import part_id, spans_of
+from edgelam_fl.split import route
 from edgelam_fl.tasks.base import Example, Unit
 from edgelam_fl.tasks.causal_lm import CausalLm, labelled, loss_sum, make_units
 from edgelam_fl.tasks.data import batch_indices, read_pairs, set_aside
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.corrections import add_corrections
-from server.layout import make_layout, who_may_host
-from server.plans import RoundFacts, make_plans
-from strategies.base import ClientSettings
 
 WAIT_S = 540.0  # for a node's part, a command, a run: far beyond what one takes, so that a slow machine is no failure
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -132,7 +131,7 @@ def memory_fleet(source: ModelSource, config: RunConfig, data: Sequence[Path]) -
     """A device a file, and as many edge servers as the run file wants; with host_on = "any" the devices are the hosts."""
     fleet = Fleet(source, config, {}, {})
     nodes: dict[str, StageHost] = {}
-    dial = links.memory_dial(nodes)
+    dial = route.memory_dial(nodes)
     devices_host = config.split.host_on == "any"
     for number in range(1, 0 if devices_host else config.split.hosts * config.split.sites + 1):
         name = f"edge-{number}"
@@ -153,7 +152,7 @@ def memory_fleet(source: ModelSource, config: RunConfig, data: Sequence[Path]) -
 
 def memory_dial(fleet: Fleet) -> Dial:
     """How somebody else reaches the hosts of a fleet in memory."""
-    return links.memory_dial({name: host for name, (host, _) in fleet.hosts.items()})
+    return route.memory_dial({name: host for name, (host, _) in fleet.hosts.items()})
 
 
 def check_done(reports: dict[str, pb.JobReport]) -> None:

@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 
 from edgelam_fl.bench.wordnet import clear, definitions, unpacked
-from edgelam_fl.model.source import cache_folder
+from edgelam_fl.files import cache_folder
 
 HERE = Path(__file__).parent
 SAMPLE, LICENCE = HERE / "wordnet_sample.jsonl", HERE / "LICENSE.wordnet"

@@ -37,7 +37,7 @@ th:first-child, td:first-child {{ text-align: left; }}
 
 
 def page(matrix: Matrix, lines: Mapping[str, Mapping[str, Any]]) -> str:
-    from edgelam_fl.bench.results import groups, markdown
+    from edgelam_fl.bench.tables import groups, markdown
 
     found = groups(matrix, lines)
     drawn = [

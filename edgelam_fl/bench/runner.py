@@ -23,12 +23,15 @@ from typing import Any
 
 import psutil
 
+from edgelam_fl.addresses import free_port
 from edgelam_fl.bench import datasets
 from edgelam_fl.bench.matrix import Axes, Cell, Matrix
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, EdgelamError, EnvironmentProblem, RunFailed
-from edgelam_fl.processes import Child, app_folder, end_all, free_port, start_superlink
-from edgelam_fl.submit import Submission
+from edgelam_fl.federation.child import Child, end_all
+from edgelam_fl.federation.flower_app import app_module
+from edgelam_fl.federation.submission import Submission
+from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.telemetry.events import EventTail, read_events
 from edgelam_fl.wire.control import FABRIC_SEPARATOR
 
@@ -52,8 +55,7 @@ def check_extra() -> None:
 
 def check_cells(matrix: Matrix, classes: tuple[str, ...]) -> dict[str, RunConfig]:
     """The run file of each cell, by its name; what is wrong in any is said before the first one starts."""
-    sys.path.insert(0, str(app_folder()))
-    check = importlib.import_module("server.checks").check_config
+    check = app_module("server.checks").check_config
     configs = {}
     for cell in matrix.cells():
         configs[cell.name] = matrix.config(cell, classes)
@@ -266,7 +268,7 @@ def _replayed(events: list[Event], config: RunConfig, trained: Cell, cell: Cell)
     """The events of the cell that was trained, in the virtual time of another's bandwidth strategy."""
     if cell is trained:
         return events
-    replay = importlib.import_module("server.replay").replay
+    replay = app_module("server.virtual.replay").replay
     rounds = iter(replay(events, config, cell.values["bandwidth"]))
     return [{**event, "virtual": next(rounds)} if _has_time(event) else event for event in events]
 

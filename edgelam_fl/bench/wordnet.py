@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from edgelam_fl.errors import EnvironmentProblem
-from edgelam_fl.model.source import cache_folder
+from edgelam_fl.files import cache_folder
 
 DOMAINS = 10
 # man 5 lexnames: the number in the second column of data.noun

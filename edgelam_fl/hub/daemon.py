@@ -17,9 +17,9 @@ from pathlib import Path
 
 import grpc
 
+from edgelam_fl.addresses import join_address, split_address
 from edgelam_fl.errors import EdgelamError, EnvironmentProblem
 from edgelam_fl.hub import STATE
-from edgelam_fl.processes import join_address, split_address
 
 # Each has `handlers()`: a list of generic handlers of gRPC.
 PARTS = ("edgelam_fl.hub.echo", "edgelam_fl.hub.relay", "edgelam_fl.hub.slices")

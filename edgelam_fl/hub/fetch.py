@@ -14,11 +14,13 @@ import grpc
 from filelock import FileLock
 
 from edgelam_fl.errors import EnvironmentProblem, ModelError, PeerLost, ProtocolError, Refused
+from edgelam_fl.files import cache_folder, write_atomically
 from edgelam_fl.hub.slices import CHUNK_BYTES, CONFIG, SERVICE, TOKENIZER
+from edgelam_fl.model.index import TensorEntry
 from edgelam_fl.model.served import Part, check_part, complete, mapped, read_manifest, write_manifest
-from edgelam_fl.model.source import ModelSource, TensorEntry, cache_folder, find_model, write_atomically
+from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.wire import edgelam_pb2 as pb
-from edgelam_fl.wire.grpc_link import grpc_reason
+from edgelam_fl.wire.grpc.options import grpc_reason
 
 _CALL_S = 120.0  # of one call; a transfer that takes longer goes on in the next one
 _ANSWER_S = 30.0

@@ -23,8 +23,10 @@ from typing import Any
 import grpc
 
 from edgelam_fl.errors import EdgelamError, ModelError
+from edgelam_fl.files import write_atomically
 from edgelam_fl.hub import STATE
-from edgelam_fl.model.source import ModelSource, find_model, layer_number, safetensors_header, write_atomically
+from edgelam_fl.model.index import layer_number, safetensors_header
+from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 SERVICE = "edgelam.v1.Slices"

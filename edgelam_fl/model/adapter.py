@@ -22,7 +22,8 @@ from safetensors.numpy import load, save, save_file
 
 from edgelam_fl.errors import ConfigError, ProtocolError, nearest
 from edgelam_fl.model import carry
-from edgelam_fl.model.source import ModelSource, layer_number
+from edgelam_fl.model.index import layer_number
+from edgelam_fl.model.source import ModelSource
 
 Adapter = dict[str, np.ndarray]
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from edgelam_fl.errors import ModelError
 from edgelam_fl.model.families import family_of
-from edgelam_fl.model.source import TensorEntry
+from edgelam_fl.model.index import TensorEntry
 
 
 def unpack_metadata(path: Path, folder: Path) -> dict[str, TensorEntry]:

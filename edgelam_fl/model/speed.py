@@ -17,9 +17,11 @@ import torch
 from torch import nn
 
 from edgelam_fl.errors import ModelError
+from edgelam_fl.files import cache_folder, write_atomically
 from edgelam_fl.model.bases import COMPUTES, DTYPE, usable_bases
+from edgelam_fl.model.index import layer_number
 from edgelam_fl.model.quantized import QUANTIZED
-from edgelam_fl.model.source import ModelSource, cache_folder, layer_number, write_atomically
+from edgelam_fl.model.source import ModelSource
 
 _TOKENS = 128
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}

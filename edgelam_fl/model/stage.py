@@ -27,9 +27,10 @@ from edgelam_fl.model.adapter import PREFIX, Adapter, Span, target_modules
 from edgelam_fl.model.bases import compute_dtype, require_base
 from edgelam_fl.model.carry import CARRY_A, CARRY_B
 from edgelam_fl.model.families import Family
+from edgelam_fl.model.index import layer_number
 from edgelam_fl.model.modules import CarryFactors, Pass, StageCache, UnitDropout, UnitSeed
 from edgelam_fl.model.skeleton import fill_computed, skeleton
-from edgelam_fl.model.source import ModelSource, layer_number
+from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.weights import read_tensors
 
 AdapterSet = dict[str, nn.Parameter]

@@ -21,11 +21,13 @@ from filelock import FileLock
 from safetensors import safe_open
 
 from edgelam_fl.errors import ModelError
+from edgelam_fl.files import cache_folder
 from edgelam_fl.model import gguf
 from edgelam_fl.model.bases import compute_dtype
+from edgelam_fl.model.index import layer_number
 from edgelam_fl.model.quantized import QUANTIZED
 from edgelam_fl.model.served import SAFETENSORS_DTYPES
-from edgelam_fl.model.source import ModelSource, cache_folder, layer_number
+from edgelam_fl.model.source import ModelSource
 
 _PLAIN = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _STORED_DTYPE = {"fp32": "F32", "bf16": "BF16"}

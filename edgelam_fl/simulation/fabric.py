@@ -19,16 +19,17 @@ import torch
 
 from edgelam_fl.errors import DataError
 from edgelam_fl.model import adapter as adapters
+from edgelam_fl.model.activation_cache import Activations
 from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import LoraSettings, Stage, load_stages
 from edgelam_fl.model.weights import read_tensors
+from edgelam_fl.node.examples import task_of
+from edgelam_fl.node.held import Held
+from edgelam_fl.node.service import Part, StageHost
 from edgelam_fl.simulation.attacks import ATTACKS
-from edgelam_fl.simulation.frozen import Activations, OnFrozen, frozen_layers, whole_model
-from edgelam_fl.split.held import Held
-from edgelam_fl.split.job import task_of
-from edgelam_fl.split.links import memory_dial
-from edgelam_fl.split.stage_host import Part, StageHost
+from edgelam_fl.simulation.frozen import OnFrozen, frozen_layers, whole_model
+from edgelam_fl.split.route import memory_dial
 from edgelam_fl.tasks.base import Example, Task
 from edgelam_fl.tasks.data import Pair, device_pairs, read_pairs
 from edgelam_fl.wire import PROTOCOL_VERSION

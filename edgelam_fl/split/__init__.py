@@ -1,0 +1,1 @@
+"""Trains over a route: devices and hosts exchange activations and gradients, step by step."""

@@ -1,7 +1,7 @@
 """The device's end of a route: its batches through front, hosts and back, forward and backward, step by step.
 
 Knows batches and losses; knows links only as something to send to. One activation's way: this file -> wire.link ->
-wire.grpc_link -> split.group (lets the link in) -> split.host, and back.
+wire.grpc -> split.group (lets the link in) -> split.host, and back.
 
     micro-batch u:   front forward --ACT--> hosts --ACT--> back forward, loss, back backward
                      front backward <--GRAD-- hosts <--GRAD--'
@@ -19,38 +19,18 @@ from typing import Any
 
 import torch
 
-from edgelam_fl.errors import PeerLost, ProtocolError
+from edgelam_fl.errors import ProtocolError
 from edgelam_fl.model.stage import Stage
-from edgelam_fl.split.job import Inbox, Lost, Timeline, unit_seed
+from edgelam_fl.plan.reading import unit_seed
+from edgelam_fl.split.route import Route
+from edgelam_fl.split.timeline import Timeline
 from edgelam_fl.split.trainee import Trainee, judge
 from edgelam_fl.tasks.base import Example, Task, Unit
 from edgelam_fl.tasks.data import batch_indices
 from edgelam_fl.wire import edgelam_pb2 as pb
-from edgelam_fl.wire.link import Frame, Link
+from edgelam_fl.wire.link import Frame
 
 _GRADIENTS = {pb.GRAD, pb.GRAD_END}  # one or the other ends a unit
-
-
-@dataclass
-class Route:
-    """The links of one device and the inbox behind them. Both links are None on a route over no host."""
-
-    inbox: Inbox
-    entry: Link | None = None
-    exit: Link | None = None
-    window: int = 1  # micro-batches that may be in flight, as all hosts granted
-
-    def next(self, timeout_s: float, what_for: str) -> Frame:
-        """The next frame from the hosts. Raises PeerLost when a link is lost, a host ends the job, or nothing comes."""
-        arrival = self.inbox.get(timeout_s)
-        if arrival is None:
-            raise PeerLost(f"nothing came from the hosts for {timeout_s:.0f} s ({what_for})")
-        link, item = arrival
-        if isinstance(item, Lost):
-            raise PeerLost(f"link {link.name}: {item.reason}")
-        if item.header.kind == pb.CANCEL:
-            raise PeerLost(f"{link.name} ended the job: {item.header.cancel.reason}")
-        return item
 
 
 @dataclass

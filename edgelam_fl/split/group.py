@@ -17,11 +17,12 @@ from collections.abc import Callable
 import torch
 
 from edgelam_fl.errors import EdgelamError, PeerLost
-from edgelam_fl.split.job import Inbox, job_id
-from edgelam_fl.split.member import Member, unit_rows
+from edgelam_fl.plan.reading import job_id, unit_rows
+from edgelam_fl.split.inbox import Inbox
+from edgelam_fl.split.member import Member
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
-from edgelam_fl.wire.codec import CODECS
+from edgelam_fl.wire.codecs.raw import CODECS
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.link import Ears, Link
 from edgelam_fl.wire.pace import Pace

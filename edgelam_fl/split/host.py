@@ -19,8 +19,9 @@ import torch
 
 from edgelam_fl.errors import ProtocolError, RunFailed
 from edgelam_fl.model.stage import Stage
+from edgelam_fl.plan.reading import unit_seed
 from edgelam_fl.split.group import Group, relay
-from edgelam_fl.split.job import Lost, Timeline, unit_seed
+from edgelam_fl.split.inbox import Lost
 from edgelam_fl.split.lane import Lane, TurnId, accumulate, joint_turns, own_turns, sequential_turns
 from edgelam_fl.split.member import (
     Gradients,
@@ -31,6 +32,7 @@ from edgelam_fl.split.member import (
     gradient_problem,
     unit_id,
 )
+from edgelam_fl.split.timeline import Timeline
 from edgelam_fl.split.trainee import Trainee, judge
 from edgelam_fl.tasks.base import Task
 from edgelam_fl.wire import edgelam_pb2 as pb

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from edgelam_fl.errors import ProtocolError
-from edgelam_fl.model.source import layer_number
+from edgelam_fl.model.index import layer_number
+from edgelam_fl.plan.reading import unit_rows
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.link import Frame, Link
 
@@ -80,11 +81,6 @@ class Member:
 
 def unit_id(header: pb.Header) -> UnitId:
     return header.phase, header.step, header.micro_batch
-
-
-def unit_rows(plan: pb.Plan) -> int:
-    """The most rows that a micro-batch of the plan has."""
-    return -(-plan.batch_size // plan.micro_batches)
 
 
 def checked_table(table: pb.Table, member: Member, plan: pb.Plan) -> list[pb.StepRow]:

@@ -15,7 +15,7 @@ import torch
 
 from edgelam_fl.errors import ProtocolError
 from edgelam_fl.model import adapter as adapters
-from edgelam_fl.model.stage import Stage
+from edgelam_fl.model.stage import LoraSettings, Stage
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 Gradients = Sequence[torch.Tensor | None]
@@ -181,3 +181,7 @@ def judge(parts: Sequence[pb.StepReady], max_norm: float) -> pb.StepApply:
 
 def _array(parameter: torch.nn.Parameter) -> np.ndarray:
     return parameter.detach().numpy().copy()
+
+
+def lora_of(plan: pb.Plan) -> LoraSettings:
+    return LoraSettings(plan.lora.rank, plan.lora.alpha, tuple(plan.lora.targets), plan.lora.dropout)

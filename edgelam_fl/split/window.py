@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from edgelam_fl.model.memory import unit_bytes
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.split.member import unit_rows
+from edgelam_fl.plan.reading import unit_rows
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 _SHARE = 0.8  # of the free memory; the rest is for buffers and for whoever else lives here

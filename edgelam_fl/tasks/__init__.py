@@ -1,0 +1,1 @@
+"""Tasks, one file each: examples, batches, loss and metrics; and the data files they read."""

@@ -1,0 +1,1 @@
+"""Shows what happens: events, summaries, reports and live views."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hmac
 import json
-import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +18,7 @@ from typing import Any
 import grpc
 
 from edgelam_fl.errors import EdgelamError, EnvironmentProblem
+from edgelam_fl.files import write_private
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 FABRIC_SEPARATOR = "::"  # between the parts of what names a node that a fabric plays: state folder, federation, number
@@ -118,12 +118,3 @@ def control(state: Path, start_deadline_s: float = 60.0, node: str = "") -> Iter
         yield client
     finally:
         client.close()
-
-
-def write_private(path: Path, content: str | bytes) -> None:
-    """For this user's eyes alone, whole at any moment."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-    temporary.replace(path)

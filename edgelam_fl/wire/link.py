@@ -3,7 +3,7 @@
 `send` never waits for the network; received frames go to a callback, on the transport's thread. This module cuts tensors
 into chunks, says how urgent each is, puts chunks together again under the link's limits, and counts every byte. It does
 not know what a frame means.
-Neighbours: `split.driver` and `split.host` above; `wire.memory` and `wire.grpc_link` below, with `wire.outbox`.
+Neighbours: `split.driver` and `split.host` above; `wire.memory` and `wire.grpc` below, with `wire.outbox`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from google.protobuf.message import DecodeError
 
 from edgelam_fl.errors import ProtocolError
-from edgelam_fl.wire import codec as codecs
 from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.codecs import raw as codecs
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.outbox import ACTIVATIONS, CONTROL, GRADIENTS
 from edgelam_fl.wire.pace import Pace

@@ -1,7 +1,7 @@
 """What waits to be sent on a link: control before gradients before activations, switched between chunks, data at its pace.
 
 Knows messages and their urgency, not what is in them.
-Neighbours: `wire.grpc_link` fills it and gives its iterator to gRPC; `wire.pace` says when data may leave.
+Neighbours: `wire.grpc` fills it and gives its iterator to gRPC; `wire.pace` says when data may leave.
 """
 
 from __future__ import annotations

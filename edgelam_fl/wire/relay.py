@@ -1,6 +1,6 @@
 """How two nodes that cannot reach each other have a link all the same: both dial the server's hub, which joins the two ends.
 
-What both sides of it must agree on. The hub's side is edgelam_fl.hub.relay, the nodes' is wire.grpc_link.
+What both sides of it must agree on. The hub's side is edgelam_fl.hub.relay, the nodes' is wire.grpc.
 """
 
 from __future__ import annotations

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from edgelam_fl.plan.making import ClientSettings
 from strategies.aggregation.fedavg import FedAvg
-from strategies.base import Aggregated, ClientSettings, Contribution, Start
+from strategies.api import Aggregated, Contribution, Start
 
 
 class OneVoteEach(FedAvg):

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from strategies.base import Demand
+from strategies.api import Demand
 
 
 class ByRoot:

@@ -5,7 +5,7 @@ edgelam run mine.toml --set strategy.selection=my_selection:LargestFirst
 
 from __future__ import annotations
 
-from strategies.base import Candidate, RoundOutcome, RoundState, Selected
+from strategies.api import Candidate, RoundOutcome, RoundState, Selected
 
 
 class LargestFirst:

@@ -17,7 +17,7 @@ import numpy as np
 from edgelam_fl.model.carry import CARRY_A, CARRY_B, is_carry
 from strategies.aggregation.factors import A, B, Factors, by_module, of_start, svd
 from strategies.aggregation.fedavg import mean_of_heads
-from strategies.base import Aggregated, Aggregation, Contribution, Start
+from strategies.api import Aggregated, Aggregation, Contribution, Start
 
 _ROUNDING = 1e-7  # of the whole: singular values below are fp32's, and no part of a residual
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from strategies.aggregation.carry import product_of
 from strategies.aggregation.factors import by_module, product_norm, stacked
-from strategies.base import Contribution, Start
+from strategies.api import Contribution, Start
 
 
 def aggregation_error(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from strategies.base import Contribution, Start
+from strategies.api import Contribution, Start
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 

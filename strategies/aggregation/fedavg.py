@@ -12,7 +12,7 @@ import numpy as np
 
 from edgelam_fl.errors import ConfigError
 from strategies.aggregation.factors import in_order, is_factor
-from strategies.base import Aggregated, Aggregation, Contribution, Start
+from strategies.api import Aggregated, Aggregation, Contribution, Start
 
 
 class FedAvg(Aggregation):

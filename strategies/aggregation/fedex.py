@@ -12,7 +12,7 @@ import numpy as np
 
 from strategies.aggregation.carry import Carry, CarryRule, padded_mean, without_rounding
 from strategies.aggregation.factors import Factors, of_start, product_norm, stacked
-from strategies.base import Start
+from strategies.api import Start
 
 
 class FedEx(CarryRule):

@@ -10,8 +10,8 @@ from typing import Annotated
 
 from pydantic import Field
 
+from edgelam_fl.plan.making import ClientSettings
 from strategies.aggregation.fedavg import FedAvg
-from strategies.base import ClientSettings
 
 
 class FedProx(FedAvg):

@@ -13,7 +13,7 @@ import numpy as np
 
 from strategies.aggregation.factors import B
 from strategies.aggregation.fedavg import FedAvg
-from strategies.base import Aggregated, Contribution, Start
+from strategies.api import Aggregated, Contribution, Start
 
 
 class FedSa(FedAvg):

@@ -5,8 +5,8 @@ Exact: sum p_k B_k A is (sum p_k B_k) A. Half the bytes up. On devices and hosts
 
 from __future__ import annotations
 
+from edgelam_fl.plan.making import ClientSettings
 from strategies.aggregation.fedavg import FedAvg
-from strategies.base import ClientSettings
 
 
 class FfaLora(FedAvg):

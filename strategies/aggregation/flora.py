@@ -14,7 +14,7 @@ import numpy as np
 
 from strategies.aggregation.carry import Carry, CarryRule
 from strategies.aggregation.factors import A, B, Factors, stacked
-from strategies.base import Start
+from strategies.api import Start
 
 
 class FLoRA(CarryRule):

@@ -19,9 +19,10 @@ from flwr.serverapp import strategy as flower
 from pydantic import Field
 
 from edgelam_fl.errors import ConfigError, TooFewSources
+from edgelam_fl.plan.making import ClientSettings
 from strategies.aggregation.factors import in_order, module_of
 from strategies.aggregation.fedavg import FedAvg
-from strategies.base import Aggregated, Aggregation, ClientSettings, Contribution, Start
+from strategies.api import Aggregated, Aggregation, Contribution, Start
 
 Tensors = Mapping[str, np.ndarray]
 Positive = Annotated[float, Field(gt=0)]

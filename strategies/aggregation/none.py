@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from strategies.aggregation.fedavg import FedAvg
-from strategies.base import Aggregated, Aggregation, Contribution, Start
+from strategies.api import Aggregated, Aggregation, Contribution, Start
 
 
 class NoAggregation(Aggregation):

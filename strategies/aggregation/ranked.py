@@ -9,7 +9,7 @@ import numpy as np
 
 from strategies.aggregation.factors import A, B, Factors, by_module, of_start
 from strategies.aggregation.fedavg import mean_of_heads
-from strategies.base import Aggregated, Aggregation, Contribution, Start
+from strategies.api import Aggregated, Aggregation, Contribution, Start
 
 
 class RankedRule(Aggregation, ABC):

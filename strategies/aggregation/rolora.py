@@ -5,8 +5,8 @@ Exact in each round, as FFA-LoRA, and A learns too. B goes first, since it start
 
 from __future__ import annotations
 
+from edgelam_fl.plan.making import ClientSettings
 from strategies.aggregation.fedavg import FedAvg
-from strategies.base import ClientSettings
 
 
 class RoLora(FedAvg):

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from strategies.aggregation.factors import in_order
 from strategies.aggregation.fedavg import FedAvg, WeightedMean
-from strategies.base import Aggregated, Aggregation, Contribution, Start
+from strategies.api import Aggregated, Aggregation, Contribution, Start
 
 _ZERO = np.float32(0)
 

@@ -1,0 +1,1 @@
+"""Bandwidth rules: shares of the capacity, per device."""

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from strategies.api import Demand
 from strategies.bandwidth.links import finish_together, needs_of
-from strategies.base import Demand
 
 
 class Equalise:

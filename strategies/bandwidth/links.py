@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgelam_fl.wireless.fdma import bits_a_hertz, wireless_share
-from strategies.base import Candidate, Demand
+from strategies.api import Candidate, Demand
 
 _BISECTIONS = 64
 _DOUBLINGS = 200

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from strategies.base import Demand
+from strategies.api import Demand
 
 
 class Proportional:

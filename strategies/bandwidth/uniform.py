@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from strategies.base import Demand
+from strategies.api import Demand
 
 
 class Uniform:

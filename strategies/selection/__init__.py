@@ -1,0 +1,1 @@
+"""Selection rules: the devices of a round."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from strategies.base import Candidate, RoundState, Selected
+from strategies.api import Candidate, RoundState, Selected
 from strategies.selection.ranking import take
 
 

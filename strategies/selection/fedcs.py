@@ -12,8 +12,8 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
+from strategies.api import Candidate, RoundState, Selected
 from strategies.bandwidth.links import Needs, delay_of, needs_of
-from strategies.base import Candidate, RoundState, Selected
 
 _EXACT_UP_TO = 64
 _PARTS = 200

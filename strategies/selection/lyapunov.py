@@ -17,8 +17,8 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
+from strategies.api import RoundOutcome, RoundState, Selected
 from strategies.bandwidth.links import Needs, fitting, least_delays, needs_of
-from strategies.base import RoundOutcome, RoundState, Selected
 
 EXACT_UP_TO = 64
 _TOLERANCE = 5e-4

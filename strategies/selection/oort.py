@@ -16,7 +16,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from strategies.base import Candidate, RoundOutcome, RoundState, Selected
+from strategies.api import Candidate, RoundOutcome, RoundState, Selected
 from strategies.selection.ranking import drawn
 
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from strategies.base import Candidate, RoundState, Selected
+from strategies.api import Candidate, RoundState, Selected
 from strategies.selection.ranking import drawn, loss_or_highest, take
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from strategies.base import RoundState, Selected
+from strategies.api import RoundState, Selected
 from strategies.selection.ranking import take
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from random import Random
 
-from strategies.base import Candidate, Selected
+from strategies.api import Candidate, Selected
 
 
 def take(ordered: Sequence[Candidate], count: int, reason: Callable[[Candidate], str]) -> Selected:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from strategies.base import Candidate, RoundState, Selected
+from strategies.api import Candidate, RoundState, Selected
 from strategies.selection.ranking import take
 
 

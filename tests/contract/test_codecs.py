@@ -7,7 +7,7 @@ import torch
 
 from edgelam_fl.errors import ProtocolError
 from edgelam_fl.wire import edgelam_pb2 as pb
-from edgelam_fl.wire.codec import CODECS, NUMBERS, check, describe
+from edgelam_fl.wire.codecs.raw import CODECS, NUMBERS, check, describe
 
 LOSSLESS = {"raw"}
 TENSORS = {

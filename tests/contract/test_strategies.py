@@ -18,22 +18,10 @@ from pydantic import Field
 
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.carry import CARRY_A, CARRY_B
+from edgelam_fl.plan.making import ClientSettings
 from strategies.aggregation.carry import carry_of
-from strategies.base import (
-    BUILT_IN,
-    Aggregated,
-    Aggregation,
-    Candidate,
-    ClientSettings,
-    Contribution,
-    Demand,
-    RoundOutcome,
-    RoundState,
-    Start,
-    asked_by,
-    load,
-    load_all,
-)
+from strategies.api import Aggregated, Aggregation, Candidate, Contribution, Demand, RoundOutcome, RoundState, Start
+from strategies.registry import BUILT_IN, asked_by, load, load_all
 
 Q, V, K = (f"base_model.model.model.layers.{layer}.self_attn.q_proj" for layer in (0, 3, 5))
 HEAD = "base_model.model.classifier.weight"
@@ -494,7 +482,7 @@ def test_a_class_in_the_working_directory(tmp_path: Path) -> None:
     (tmp_path / "my_pkg" / "mod.py").write_text(
         "class Mine:\n    def __init__(self, *, d: int = 1): self.d = d\n    def select(self, state): return None\n"
     )
-    code = "from strategies.base import load; print(load('selection', 'my_pkg.mod:Mine', {'Mine': {'d': 3}}).d)"
+    code = "from strategies.registry import load; print(load('selection', 'my_pkg.mod:Mine', {'Mine': {'d': 3}}).d)"
     root = str(Path(__file__).parents[2])
     command = [sys.executable, "-c", f"import sys; sys.path = [{root!r}] + [p for p in sys.path if p]; {code}"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

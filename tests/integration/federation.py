@@ -13,10 +13,14 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from edgelam_fl.addresses import free_port
 from edgelam_fl.config import RunConfig, parse_run_file
 from edgelam_fl.errors import EnvironmentProblem, RunFailed
-from edgelam_fl.processes import Child, Hub, Node, end_all, free_port, log_tail, start_superlink, tool_environment
-from edgelam_fl.submit import Submission
+from edgelam_fl.federation.child import Child, end_all, log_tail, tool_environment
+from edgelam_fl.federation.hub_process import Hub
+from edgelam_fl.federation.node_process import Node
+from edgelam_fl.federation.submission import Submission
+from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.telemetry.events import EventTail
 from tests.integration.proxy import Connection, CountingProxy
 from tests.support import WAIT_S

@@ -11,9 +11,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from edgelam_fl.generate import LocalSpeaker, Speaker, greedy
-from edgelam_fl.remote import route_speaker
-from edgelam_fl.results import open_result
+from edgelam_fl.federation.remote import route_speaker
+from edgelam_fl.serving.generate import LocalSpeaker, Speaker, greedy
+from edgelam_fl.serving.results import open_result
 from tests.integration.federation import Federation, Run
 from tests.support import WAIT_S
 

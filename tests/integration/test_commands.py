@@ -17,12 +17,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from edgelam_fl.addresses import free_port, split_address
 from edgelam_fl.config import parse_run_file, read_run_file
-from edgelam_fl.doctor import check_server, superlink_version
-from edgelam_fl.generate import answer
+from edgelam_fl.doctor.checks import check_server, superlink_version
+from edgelam_fl.federation.child import Child, end_all, log_tail
+from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.processes import Child, end_all, free_port, log_tail, split_address, start_superlink
-from edgelam_fl.results import open_result
+from edgelam_fl.serving.generate import answer
+from edgelam_fl.serving.results import open_result
 from tests.results import write_result
 from tests.support import WAIT_S
 
@@ -172,7 +174,7 @@ def test_help_lists_every_command_and_answers_at_once(tmp_path: Path) -> None:
 
 def test_help_needs_neither_torch_nor_flower() -> None:
     heavy = "{'torch', 'transformers', 'peft', 'flwr', 'plotly'}"
-    program = f"import sys, edgelam_fl.cli; print(sorted({heavy} & set(sys.modules)))"
+    program = f"import sys, edgelam_fl.cli.main; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -307,7 +309,9 @@ def superlink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def _client(folder: Path, server: str, name: str, *options: str, patch: str = "") -> Child:
     """A client process; `patch` runs before it, in the same interpreter."""
-    program = f"import sys; {patch}\nfrom edgelam_fl.cli import main\nsys.argv = ['edgelam', *sys.argv[1:]]\nmain()"
+    program = (
+        f"import sys; {patch}\nfrom edgelam_fl.cli.main import main\nsys.argv = ['edgelam', *sys.argv[1:]]\nmain()"
+    )
     command = [
         sys.executable,
         "-c",

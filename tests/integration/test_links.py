@@ -13,10 +13,14 @@ import pytest
 import torch
 
 from edgelam_fl.errors import PeerLost
-from edgelam_fl.wire import PROTOCOL_VERSION, grpc_link
+from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
-from edgelam_fl.wire.grpc_link import DataPlaneServer, dial
+from edgelam_fl.wire.grpc import dial as dialling
+from edgelam_fl.wire.grpc import options as grpc_options
+from edgelam_fl.wire.grpc import serve as serving
+from edgelam_fl.wire.grpc.dial import dial
+from edgelam_fl.wire.grpc.serve import DataPlaneServer
 from edgelam_fl.wire.link import CHUNK_BYTES, MIN_CHUNK_BYTES, Frame, Link
 from edgelam_fl.wire.pace import Pace
 
@@ -55,7 +59,7 @@ def open_pair(silent_s: float) -> Iterator[tuple[Link, Heard, Link, Heard]]:
 
 def test_a_paced_link_is_not_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks that are due every two seconds, and pings that come through between them."""
-    monkeypatch.setattr(grpc_link, "_PING_EVERY_S", 0.2)
+    monkeypatch.setattr(grpc_options, "_PING_EVERY_S", 0.2)
     with open_pair(silent_s=1.5) as (near, near_heard, far, far_heard):
         near.pace = Pace(MIN_CHUNK_BYTES / 2)
         far.pace = Pace(MIN_CHUNK_BYTES / 2)
@@ -82,10 +86,11 @@ def test_an_idle_link_lives(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hundred times faster than real: gRPC's own keepalive, and not a word of ours. A host that thought these too many
     pings would end the link at the third."""
     faster = {"grpc.keepalive_time_ms", "grpc.http2.min_ping_interval_without_data_ms"}
-    options = [(name, value // 100 if name in faster else value) for name, value in grpc_link._OPTIONS]
-    assert options != grpc_link._OPTIONS
-    monkeypatch.setattr(grpc_link, "_OPTIONS", options)
-    monkeypatch.setattr(grpc_link, "_PING_EVERY_S", 3600.0)
+    options = [(name, value // 100 if name in faster else value) for name, value in grpc_options._OPTIONS]
+    assert options != grpc_options._OPTIONS
+    for module in (dialling, serving):
+        monkeypatch.setattr(module, "_OPTIONS", options)
+    monkeypatch.setattr(grpc_options, "_PING_EVERY_S", 3600.0)
     with open_pair(silent_s=3600.0) as (near, near_heard, _, far_heard):
         time.sleep(4.0)
         near.send(pb.Header(kind=pb.DONE))

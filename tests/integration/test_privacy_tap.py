@@ -14,7 +14,8 @@ from edgelam_fl.tasks.data import read_pairs
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
-from edgelam_fl.wire.grpc_link import DataPlaneServer, dial
+from edgelam_fl.wire.grpc.dial import dial
+from edgelam_fl.wire.grpc.serve import DataPlaneServer
 from edgelam_fl.wire.link import Link
 from tests.integration.federation import Federation, Run
 from tests.integration.proxy import CountingProxy

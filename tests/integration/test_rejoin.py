@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from edgelam_fl.processes import Child, end_all, free_port, log_tail, start_superlink
+from edgelam_fl.addresses import free_port
+from edgelam_fl.federation.child import Child, end_all, log_tail
+from edgelam_fl.federation.superlink import start_superlink
 
 pytestmark = pytest.mark.processes
 

@@ -20,9 +20,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from edgelam_fl.addresses import free_port
+from edgelam_fl.federation.child import Child, end_all, log_tail
+from edgelam_fl.federation.hub_process import Hub
+from edgelam_fl.federation.submission import Submission
+from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.processes import Child, Hub, end_all, free_port, log_tail, start_superlink
-from edgelam_fl.submit import Submission
 from edgelam_fl.telemetry.events import EventTail
 from tests.integration.federation import Run, config_of
 from tests.support import WAIT_S

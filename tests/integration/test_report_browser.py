@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from edgelam_fl.cli import app
+from edgelam_fl.cli.main import app
 from edgelam_fl.telemetry.summary import build_summary, measure_of, measured
 from tests.integration.browser import Tab, chromium, find_chromium
 from tests.integration.federation import Run

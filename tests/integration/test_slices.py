@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from edgelam_fl.model.source import ModelSource, cache_folder
+from edgelam_fl.files import cache_folder
+from edgelam_fl.model.source import ModelSource
 from edgelam_fl.telemetry.events import EventTail
 from tests.integration.federation import Federation, Run, config_of
 

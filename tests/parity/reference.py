@@ -14,7 +14,8 @@ import torch
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.model.adapter import Adapter
-from edgelam_fl.model.source import ModelSource, layer_number
+from edgelam_fl.model.index import layer_number
+from edgelam_fl.model.source import ModelSource
 from edgelam_fl.tasks.base import Unit
 from tests.support import forward, loss_sum, plain_model, plain_optimizer
 

@@ -21,7 +21,7 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from server.global_adapter import as_start
 from strategies.aggregation.error import aggregation_error
 from strategies.aggregation.flora import FLoRA
-from strategies.base import Contribution
+from strategies.api import Contribution
 from tests.results import trained_adapter, with_carry
 from tests.support import Fleet, check_done, joined, memory_fleet, run_config, same_bits
 

@@ -14,13 +14,13 @@ from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.adapter import Adapter, initial_adapter
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import load_stages
-from edgelam_fl.split.generation import RouteSession
-from edgelam_fl.split.job import lora_of
-from edgelam_fl.split.links import new_route, open_route, wire_dtype
-from edgelam_fl.split.plan import end_spans, part_id, spans_of
+from edgelam_fl.plan.making import RoundFacts
+from edgelam_fl.plan.reading import end_spans, part_id, spans_of
+from edgelam_fl.serving.sessions import RouteSession
+from edgelam_fl.split.route import new_route, open_route, wire_dtype
+from edgelam_fl.split.trainee import lora_of
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
-from server.plans import RoundFacts
 from tests.support import Fleet, memory_dial, memory_fleet, plain_model, run_config
 
 PROMPT, NEW = [5, 77, 130, 9, 254, 31, 8], 12

@@ -13,18 +13,19 @@ import pytest
 import torch
 
 from edgelam_fl.config import RunConfig
+from edgelam_fl.federation.child import Child, end_all, log_tail
 from edgelam_fl.model.adapter import Adapter, digest, initial_adapter, slice_of, to_bytes
-from edgelam_fl.model.source import ModelSource, layer_number
+from edgelam_fl.model.index import layer_number
+from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import LoraSettings, load_stages
-from edgelam_fl.processes import Child, end_all, log_tail
-from edgelam_fl.split.plan import job_id, part_id, spans_of
+from edgelam_fl.plan.making import RoundFacts
+from edgelam_fl.plan.reading import job_id, part_id, spans_of
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.control import ControlClient
 from edgelam_fl.wire.counters import ByteCounters
-from edgelam_fl.wire.grpc_link import dial
+from edgelam_fl.wire.grpc.dial import dial
 from edgelam_fl.wire.link import Frame
-from server.plans import RoundFacts
 from tests.support import (
     Fleet,
     check_done,
@@ -53,7 +54,7 @@ class Daemon:
     """A stage host in a process of its own; takes plans as a `StageHost` does."""
 
     def __init__(self, name: str, state: Path, data: Path | None = None) -> None:
-        command = [sys.executable, "-m", "edgelam_fl.split.daemon", "--name", name, "--state", str(state)]
+        command = [sys.executable, "-m", "edgelam_fl.node.daemon", "--name", name, "--state", str(state)]
         command += ["--threads", "1", *(["--data", str(data)] if data else [])]
         self._state = state
         self.child = Child(name, command, state / "stage-host.log")

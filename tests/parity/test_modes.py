@@ -14,14 +14,14 @@ from edgelam_fl.config import RunConfig
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.adapter import Adapter, initial_adapter
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.split.job import Inbox
+from edgelam_fl.split.inbox import Inbox
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.link import Frame, Link
 from strategies.aggregation.fedavg import FedAvg
 from strategies.aggregation.fedprox import FedProx
 from strategies.aggregation.ffa import FfaLora
 from strategies.aggregation.rolora import RoLora
-from strategies.base import Aggregation, Contribution, Start
+from strategies.api import Aggregation, Contribution, Start
 from tests.parity.reference import Reference
 from tests.support import check_done, device_batches, memory_fleet, relative_distance, run_config, same_bits
 

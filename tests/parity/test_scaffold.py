@@ -11,11 +11,11 @@ import pytest
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.adapter import Adapter, initial_adapter
 from edgelam_fl.model.source import ModelSource
+from edgelam_fl.plan.layout import site_source
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.layout import site_source
 from strategies.aggregation.fedavg import FedAvg
 from strategies.aggregation.scaffold import Scaffold
-from strategies.base import Contribution, Start
+from strategies.api import Contribution, Start
 from tests.parity.reference import Reference
 from tests.support import check_done, device_batches, memory_fleet, relative_distance, run_config, same_bits
 

@@ -16,6 +16,7 @@ from flwr.serverapp import strategy as flower
 from pydantic import TypeAdapter, ValidationError
 
 from edgelam_fl.errors import ConfigError, TooFewSources
+from edgelam_fl.plan.making import ClientSettings
 from strategies.aggregation import flower as ours
 from strategies.aggregation.carry import Carry, CarryRule, added, carry_of, compressed
 from strategies.aggregation.error import aggregation_error
@@ -28,7 +29,8 @@ from strategies.aggregation.flexlora import FlexLora
 from strategies.aggregation.flora import FLoRA
 from strategies.aggregation.hetlora import HetLora
 from strategies.aggregation.rolora import RoLora
-from strategies.base import Aggregated, Aggregation, ClientSettings, Contribution, Start, load
+from strategies.api import Aggregated, Aggregation, Contribution, Start
+from strategies.registry import load
 
 Q, V = (f"base_model.model.model.layers.4.self_attn.{leaf}" for leaf in ("q_proj", "v_proj"))
 A, B = ".lora_A.weight", ".lora_B.weight"

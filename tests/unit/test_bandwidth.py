@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.scheduling import pool, ratios
 from edgelam_fl.wireless.fdma import lambert_w_lower_log, wireless_share
+from strategies.api import Demand
 from strategies.bandwidth.links import (
     Needs,
     delay_of,
@@ -17,7 +18,7 @@ from strategies.bandwidth.links import (
     least_delays,
     needs_of,
 )
-from strategies.base import Demand, load
+from strategies.registry import load
 
 
 def slowest(demands: list[Demand], capacity_bps: float, strategy: str) -> float:

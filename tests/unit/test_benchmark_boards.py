@@ -11,7 +11,8 @@ import pytest
 
 from benchmarks import boards
 from edgelam_fl.model import adapter as adapters
-from edgelam_fl.model.source import ModelSource, layer_number
+from edgelam_fl.model.index import layer_number
+from edgelam_fl.model.source import ModelSource
 
 
 def events(**losses: list[float]) -> list[dict[str, Any]]:

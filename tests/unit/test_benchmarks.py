@@ -16,7 +16,8 @@ from edgelam_fl.model.source import ModelSource
 from edgelam_fl.tasks.causal_lm import CausalLm
 from edgelam_fl.tasks.data import device_pairs, read_pairs
 from edgelam_fl.wire import edgelam_pb2 as pb
-from strategies.base import Demand, load
+from strategies.api import Demand
+from strategies.registry import load
 
 
 def test_three_devices_and_one_are_measured_on_the_same_definitions(tmp_path: Path) -> None:

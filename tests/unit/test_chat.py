@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from edgelam_fl.chat import ask, check_can_talk, talk
 from edgelam_fl.config import RunConfig, parse_run_file
 from edgelam_fl.errors import ConfigError
-from edgelam_fl.generate import Message
+from edgelam_fl.serving.chat import ask, check_can_talk, talk
+from edgelam_fl.serving.generate import Message
 
 
 class Echo:

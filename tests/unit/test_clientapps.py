@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from edgelam_fl.clientapps import COMMAND, folder, prepare
-from edgelam_fl.processes import Child, app_folder, end_all
+from edgelam_fl.federation.child import Child, end_all
+from edgelam_fl.federation.clientapps import COMMAND, folder, prepare
+from edgelam_fl.federation.flower_app import app_folder
 
 
 def call(state: Path, *arguments: str) -> None:
@@ -34,7 +35,7 @@ def test_arguments_arrive_as_they_were(tmp_path: Path) -> None:
 @pytest.mark.processes
 def test_each_call_is_flowers_own_command(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    command = [sys.executable, "-m", "edgelam_fl.clientapps", str(prepare(tmp_path)), str(app_folder())]
+    command = [sys.executable, "-m", "edgelam_fl.federation.clientapps", str(prepare(tmp_path)), str(app_folder())]
     child = Child("ClientApps", command, log)
     try:
         call(tmp_path, "--version")  # it waits until there is a reader, as at boot

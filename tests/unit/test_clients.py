@@ -17,7 +17,7 @@ from edgelam_fl.flower import to_record
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.control import ControlServer
-from server.contributions import read_reply
+from server.replies import read_reply
 
 
 def test_the_client_app_loads_neither_torch_nor_transformers() -> None:

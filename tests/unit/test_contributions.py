@@ -11,14 +11,14 @@ from edgelam_fl.errors import RunFailed
 from edgelam_fl.flower import to_record
 from edgelam_fl.model.adapter import Adapter, digest, initial_adapter, slice_of
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.split.plan import Span, end_spans, hosted_span, spans_of
+from edgelam_fl.plan.layout import Layout, make_layout, who_may_host
+from edgelam_fl.plan.making import RoundFacts, make_plans
+from edgelam_fl.plan.reading import Span, end_spans, hosted_span, spans_of
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.contributions import Reply, broken_sites, collect, problem, read_reply
 from server.global_adapter import as_start, complete, starting_point
-from server.layout import Layout, make_layout, who_may_host
-from server.plans import RoundFacts, make_plans
+from server.replies import Reply, broken_sites, collect, problem, read_reply
 from strategies.aggregation.fedavg import FedAvg
-from strategies.base import Start
+from strategies.api import Start
 from tests.support import run_config
 
 STEPS, BATCH, TOKENS = 2, 4, 128

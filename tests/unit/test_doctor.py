@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from edgelam_fl import doctor
-from edgelam_fl.doctor import Finding
+from edgelam_fl.addresses import free_port
+from edgelam_fl.doctor import checks as doctor
+from edgelam_fl.doctor.checks import Finding
 from edgelam_fl.machine import disk_free_bytes, memory_free_bytes
-from edgelam_fl.processes import free_port
 from tests.support import hang_up_on_all
 
 GIB = 1 << 30

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import grpc
 import pytest
 
+from edgelam_fl.addresses import free_port
 from edgelam_fl.errors import EnvironmentProblem
 from edgelam_fl.hub import echo
-from edgelam_fl.processes import free_port
-from edgelam_fl.profile import link
+from edgelam_fl.hub import link_speed as link
 from tests.support import grpc_server
 
 

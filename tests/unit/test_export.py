@@ -12,14 +12,14 @@ from peft import PeftModel
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from edgelam_fl import export as module
 from edgelam_fl.errors import ConfigError, EnvironmentProblem, ModelError
-from edgelam_fl.export import export
 from edgelam_fl.model.adapter import Span, read_peft_folder
 from edgelam_fl.model.carry import CARRY_B
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.stage import LoraSettings, load_stages
-from edgelam_fl.results import open_result
+from edgelam_fl.serving import export as module
+from edgelam_fl.serving.export import export
+from edgelam_fl.serving.results import open_result
 from tests.results import trained_adapter, with_carry, write_result
 from tests.support import plain_model, write_tiny_llama
 

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from server.fold import KEPT_NODES, Fold, folds
+from server.replies import KEPT_NODES, Fold, folds
 from strategies.aggregation.fedavg import FedAvg
-from strategies.base import BUILT_IN, Aggregated, Contribution, Start, load
+from strategies.api import Aggregated, Contribution, Start
+from strategies.registry import BUILT_IN, load
 
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 B = A.replace("lora_A", "lora_B")

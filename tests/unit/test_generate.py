@@ -10,9 +10,9 @@ from safetensors.numpy import load_file
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError
-from edgelam_fl.generate import LocalSpeaker, answer, greedy, pieces
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.results import Result, open_result
+from edgelam_fl.serving.generate import LocalSpeaker, answer, greedy, pieces
+from edgelam_fl.serving.results import Result, open_result
 from tests.results import write_result
 from tests.support import plain_model
 

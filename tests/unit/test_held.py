@@ -8,12 +8,11 @@ import pytest
 from edgelam_fl.errors import Refused
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.split.held import Held
-from edgelam_fl.split.plan import spans_of
+from edgelam_fl.node.held import Held
+from edgelam_fl.plan.layout import make_layout
+from edgelam_fl.plan.making import ClientSettings, RoundFacts, make_plans
+from edgelam_fl.plan.reading import spans_of
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.layout import make_layout
-from server.plans import RoundFacts, make_plans
-from strategies.base import ClientSettings
 from tests.support import run_config
 
 FROZEN = ".lora_A.weight"

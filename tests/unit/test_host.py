@@ -13,16 +13,16 @@ from edgelam_fl.errors import EdgelamError, PeerLost
 from edgelam_fl.model.adapter import Span, initial_adapter
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import LoraSettings, Stage, load_stages
+from edgelam_fl.plan.layout import make_layout
+from edgelam_fl.plan.making import RoundFacts, make_plans
+from edgelam_fl.plan.reading import hosted_trains
 from edgelam_fl.split.group import Group
 from edgelam_fl.split.host import Host
-from edgelam_fl.split.job import hosted_trains
 from edgelam_fl.split.trainee import Trainee
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.link import Frame, Link
 from edgelam_fl.wire.memory import MemoryLink, memory_pair
-from server.layout import make_layout
-from server.plans import RoundFacts, make_plans
 from tests.support import run_config
 
 LABELS = {0: 3, 1: 17, 2: 1}  # so unequal that a mean of means would be far off

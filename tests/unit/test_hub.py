@@ -9,10 +9,12 @@ from pathlib import Path
 import grpc
 import pytest
 
+from edgelam_fl.addresses import answers, free_port, hub_address
 from edgelam_fl.errors import ConfigError, EnvironmentProblem
+from edgelam_fl.federation.child import end_all
+from edgelam_fl.federation.hub_process import Hub
 from edgelam_fl.hub import PORT, STATE
 from edgelam_fl.hub.daemon import HubServer
-from edgelam_fl.processes import Hub, answers, end_all, free_port, hub_address
 
 
 def test_the_hub_listens_on_a_free_port_and_tells_its_parts_the_state(

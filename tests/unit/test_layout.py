@@ -5,9 +5,9 @@ import pytest
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, RunFailed
 from edgelam_fl.model.source import ModelSource
+from edgelam_fl.plan.layout import Layout, by_name, make_layout, who_may_host
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.checks import check_cuts
-from server.layout import Layout, by_name, make_layout, who_may_host
 from tests.support import run_config
 
 

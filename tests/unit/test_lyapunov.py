@@ -10,8 +10,8 @@ from itertools import combinations
 import pytest
 
 from benchmarks.scheduling import BOUND_S, CAPACITY_BPS, excess_over_brute_force, follow, pool
+from strategies.api import Candidate, RoundOutcome, RoundState
 from strategies.bandwidth.links import finish_together, least_delays, needs_of
-from strategies.base import Candidate, RoundOutcome, RoundState
 from strategies.selection.lyapunov import LyapunovSelection, best_count
 
 

@@ -13,7 +13,7 @@ from edgelam_fl.bench import command, runner
 from edgelam_fl.bench.datasets import load, write_cell
 from edgelam_fl.bench.matrix import Bench, read_matrix
 from edgelam_fl.bench.partition import deal
-from edgelam_fl.bench.results import at_budget, cost_to, differences, markdown
+from edgelam_fl.bench.tables import at_budget, cost_to, differences, markdown
 from edgelam_fl.errors import ConfigError, EnvironmentProblem, RunFailed
 from edgelam_fl.simulation.attacks import noise, sign_flip
 from edgelam_fl.simulation.fabric import read_federation

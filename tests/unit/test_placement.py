@@ -12,12 +12,11 @@ from edgelam_fl.errors import ConfigError, DoesNotFit, RunFailed
 from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.memory import unit_bytes, weights_bytes
 from edgelam_fl.model.source import ModelSource
+from edgelam_fl.plan.layout import Layout
+from edgelam_fl.plan.placement import Placement
+from edgelam_fl.plan.speeds import IDLE_BYTES, Costs, pairs, tokens_a_row
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.checks import check_config
-from server.contributions import Reply
-from server.layout import Layout
-from server.node_costs import IDLE_BYTES, Costs, pairs, tokens_a_row
-from server.placement import Placement
 from tests.support import run_config
 
 AUTO = ("split.cuts=auto", "split.hosts=auto", "split.front=1", "split.back=1")
@@ -164,7 +163,7 @@ def test_a_device_without_memory_for_its_ends_is_told_to_keep_fewer(tiny: ModelS
 # ---------------------------------------------------------------- from round to round
 
 
-def report(plan: pb.Plan, layer_s: float, units: int = 4) -> Reply:
+def report(plan: pb.Plan, layer_s: float, units: int = 4) -> pb.JobReport:
     """A host's that took so long for a layer of each of its devices' units."""
     found = pb.JobReport(node=plan.node, role=pb.EDGE)
     layers = plan.hosted.last - plan.hosted.first
@@ -173,7 +172,7 @@ def report(plan: pb.Plan, layer_s: float, units: int = 4) -> Reply:
             found.timeline.add(
                 kind=kind, role="host", micro_batch=number, peer="d1", seconds=part * layer_s * layers,
             )  # fmt: skip
-    return Reply(found)
+    return found
 
 
 def host_plan(layout: Layout, name: str) -> pb.Plan:
@@ -214,13 +213,13 @@ def test_a_link_that_passed_the_relay_counts_in_the_next_plan(tiny: ModelSource)
     taken, other = held[0], {"a": "b", "b": "a"}[held[0]]
     plan = pb.Plan(node="d1", routes=[first.routes["d1"]])
     round_ = pb.JobReport(node="d1", bytes=[pb.KindBytes(link=f"{end} {taken} by relay") for end in ("entry", "exit")])
-    placed.placement.observe({"d1": plan}, {"d1": Reply(round_)})
+    placed.placement.observe({"d1": plan}, {"d1": round_})
     assert placed.held(*hosts) == {other: 4}
     assert placed.events[-1]["measured"] == [f"d1 reaches {taken} through the server's relay alone"]
 
     for count in round_.bytes:
         count.link = count.link.removesuffix(" by relay")
-    placed.placement.observe({"d1": plan}, {"d1": Reply(round_)})
+    placed.placement.observe({"d1": plan}, {"d1": round_})
     placed.layout(*hosts)
     assert placed.events[-1]["measured"] == [f"d1 reaches {taken} without the relay again"]
 
@@ -229,9 +228,9 @@ def test_the_first_units_of_a_round_count_as_the_others(tiny: ModelSource) -> No
     placed = Placed(tiny)
     plan = host_plan(placed.layout(edge("a"), edge("b")), "a")
     slow_at_first = report(plan, 1.0, units=7)
-    for interval in slow_at_first.report.timeline[:4]:
+    for interval in slow_at_first.timeline[:4]:
         interval.seconds *= 3
-    assert Costs(placed.config, tiny).measured_layer_s(plan, slow_at_first.report) == pytest.approx(1.0)
+    assert Costs(placed.config, tiny).measured_layer_s(plan, slow_at_first) == pytest.approx(1.0)
 
 
 def test_links_are_measured_anew_once_where_steps_are_not_explained(tiny: ModelSource) -> None:
@@ -248,7 +247,7 @@ def test_links_are_measured_anew_once_where_steps_are_not_explained(tiny: ModelS
         steps = [
             pb.StepReport(counted=True, seconds=times_as_long * placed.events[-1]["step_s"] * k) for k in (3, 1, 1)
         ]
-        placed.placement.observe({"d1": pb.Plan(batch_size=1)}, {"d1": Reply(pb.JobReport(steps=steps))})
+        placed.placement.observe({"d1": pb.Plan(batch_size=1)}, {"d1": pb.JobReport(steps=steps)})
         placed.placement.check_links(placed.devices, hosts, {}, measure)
         placed.placement.check_links(placed.devices, hosts, {}, lambda: pytest.fail("a round is looked at once"))
         placed.layout(*hosts)
@@ -268,7 +267,7 @@ def test_steps_that_cost_a_round_less_than_measuring_are_let_be(tiny: ModelSourc
     placed, hosts = Placed(tiny), [edge("a", 1e-6), edge("b", 1e-6)]
     placed.layout(*hosts)
     steps = [pb.StepReport(counted=True, seconds=0.01)]
-    placed.placement.observe({"d1": pb.Plan(batch_size=1)}, {"d1": Reply(pb.JobReport(steps=steps))})
+    placed.placement.observe({"d1": pb.Plan(batch_size=1)}, {"d1": pb.JobReport(steps=steps)})
     placed.placement.check_links(placed.devices, hosts, {}, lambda: pytest.fail("nothing to find"))
 
 
@@ -285,8 +284,8 @@ def test_the_length_of_examples_is_what_was_trained() -> None:
     reply = pb.JobReport(tokens_trained=240)
     for _ in range(3):
         reply.steps.add(counted=True)
-    assert tokens_a_row({"d": pb.Plan(batch_size=4)}, {"d": Reply(reply)}) == 240 / (3 * 4)
-    assert tokens_a_row({"d": pb.Plan(batch_size=4)}, {"d": Reply(pb.JobReport())}) == 0
+    assert tokens_a_row({"d": pb.Plan(batch_size=4)}, {"d": reply}) == 240 / (3 * 4)
+    assert tokens_a_row({"d": pb.Plan(batch_size=4)}, {"d": pb.JobReport()}) == 0
 
 
 def _ranges(layout: Layout) -> list[tuple[str, int, int]]:

@@ -12,8 +12,8 @@ import pytest
 
 from benchmarks.planner import compared, planned, random_instance, search, speed_up
 from edgelam_fl.errors import DoesNotFit, RunFailed
-from edgelam_fl.split.costs import Footprint, Member, Node, Plan, Run
-from edgelam_fl.split.planner import best_plan, choose, deal, rated
+from edgelam_fl.plan.chain_cost import Footprint, Member, Node, Plan, Run
+from edgelam_fl.plan.search import best_plan, choose, deal, rated
 
 LAYERS = 10
 RUN = Run(

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from edgelam_fl import cli
+from edgelam_fl.cli import main as cli
 from edgelam_fl.errors import ConfigError, RunFailed
+from edgelam_fl.federation.plan_view import plan_of_profiles, plan_view, read_profiles
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.planning import plan_of_profiles, plan_view, read_profiles
 from edgelam_fl.wire import edgelam_pb2 as pb
 from tests.support import run_config
 

@@ -9,13 +9,12 @@ from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.split.plan import end_spans, hosted_span, job_id, part_id, spans_of
+from edgelam_fl.plan.layout import make_layout, who_may_host
+from edgelam_fl.plan.making import ClientSettings, RoundFacts, learning_rates, make_plans, planned_steps
+from edgelam_fl.plan.reading import end_spans, hosted_span, job_id, part_id, spans_of
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.relay import DIAL, LISTEN, make_token
-from server.layout import make_layout, who_may_host
-from server.plans import RoundFacts, learning_rates, make_plans, planned_steps
-from strategies.base import ClientSettings
 from tests.support import run_config
 
 FACTS = RoundFacts("run", 3, 2, 20, 10)

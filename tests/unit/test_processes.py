@@ -11,19 +11,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from edgelam_fl.addresses import answers, check_plain_text, check_port_free, free_port, split_address
 from edgelam_fl.errors import ConfigError, EnvironmentProblem, RunFailed
-from edgelam_fl.processes import (
-    Child,
-    answers,
-    check_plain_text,
-    check_port_free,
-    end_all,
-    free_port,
-    log_tail,
-    shorten,
-    split_address,
-)
-from edgelam_fl.running import _watch_all
+from edgelam_fl.federation.child import Child, end_all, log_tail, shorten
+from edgelam_fl.federation.runs import _watch_all
 from edgelam_fl.telemetry.console import RunView
 
 
@@ -133,7 +124,9 @@ def test_what_a_child_leaves_behind_ends_with_it_and_nothing_is_signalled_later(
     until(child.ended)
     grandchild = int((tmp_path / "log").read_text())
     until(lambda: not is_running(grandchild))
-    monkeypatch.setattr("edgelam_fl.processes.os.killpg", lambda *_: pytest.fail("it is another process's number"))
+    monkeypatch.setattr(
+        "edgelam_fl.federation.child.os.killpg", lambda *_: pytest.fail("it is another process's number")
+    )
     end_all([child])
 
 
@@ -156,8 +149,8 @@ def test_log_tail(tmp_path: Path) -> None:
 def test_a_log_that_has_grown_long_is_shortened_under_its_writer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgelam_fl.processes._MOST_LOG_BYTES", 1000)
-    monkeypatch.setattr("edgelam_fl.processes._KEPT_LOG_BYTES", 25)
+    monkeypatch.setattr("edgelam_fl.federation.child._MOST_LOG_BYTES", 1000)
+    monkeypatch.setattr("edgelam_fl.federation.child._KEPT_LOG_BYTES", 25)
     log, lines = tmp_path / "log", [f"line {n:04}\n" for n in range(101)]  # of 10 bytes
     code = (
         "import sys; print(*(f'line {n:04}' for n in range(100)), sep='\\n', flush=True); input(); print('line 0100')"
@@ -176,8 +169,8 @@ def test_a_log_that_has_grown_long_is_shortened_under_its_writer(
 
 
 def test_a_log_is_shortened_before_a_child_appends_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgelam_fl.processes._MOST_LOG_BYTES", 100)
-    monkeypatch.setattr("edgelam_fl.processes._KEPT_LOG_BYTES", 8)
+    monkeypatch.setattr("edgelam_fl.federation.child._MOST_LOG_BYTES", 100)
+    monkeypatch.setattr("edgelam_fl.federation.child._KEPT_LOG_BYTES", 8)
     (tmp_path / "log").write_text("x" * 100 + "\nold\n")
     child = python("print('new')", tmp_path / "log")
     until(child.ended)
@@ -187,7 +180,7 @@ def test_a_log_is_shortened_before_a_child_appends_to_it(tmp_path: Path, monkeyp
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
 def test_a_child_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from edgelam_fl.processes import Child;"
+        "import sys, time; from pathlib import Path; from edgelam_fl.federation.child import Child;"
         "c = Child('c', [sys.executable, '-c', 'import time; time.sleep(60)'], Path(sys.argv[1]));"
         "print(c.pid, flush=True); time.sleep(60)"
     )

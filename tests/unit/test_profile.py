@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from edgelam_fl.addresses import free_port, split_address
+from edgelam_fl.doctor.measured import measured
 from edgelam_fl.errors import EnvironmentProblem
 from edgelam_fl.hub import echo
-from edgelam_fl.processes import free_port, split_address
-from edgelam_fl.profile import link
-from edgelam_fl.profile.doctor import measured
-from edgelam_fl.profile.measure import disk_write_bytes_per_s
-from edgelam_fl.profile.profile import Profile
+from edgelam_fl.hub import link_speed as link
+from edgelam_fl.node.profile.data import Profile
+from edgelam_fl.node.profile.measure import disk_write_bytes_per_s
 from tests.support import grpc_server
 
 

@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 from typer.main import get_command
 
-from edgelam_fl.cli import app
+from edgelam_fl.cli.main import app
 from edgelam_fl.config import parse_run_file
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.tasks.causal_lm import CausalLm

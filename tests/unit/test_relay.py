@@ -13,13 +13,15 @@ import grpc
 import pytest
 import torch
 
+from edgelam_fl.addresses import free_port
 from edgelam_fl.errors import PeerLost, Refused
 from edgelam_fl.hub import STATE, relay
-from edgelam_fl.processes import free_port
-from edgelam_fl.wire import PROTOCOL_VERSION, grpc_link
+from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
-from edgelam_fl.wire.grpc_link import DataPlaneServer, RelayedDoor, dial
+from edgelam_fl.wire.grpc import serve
+from edgelam_fl.wire.grpc.dial import dial
+from edgelam_fl.wire.grpc.serve import DataPlaneServer, RelayedDoor
 from edgelam_fl.wire.link import Frame, Link
 from edgelam_fl.wire.relay import ACCEPT, BEHIND, DIAL, LISTEN, Relay, make_token, number_metadata, path
 from tests.support import grpc_server
@@ -183,7 +185,7 @@ def test_a_host_that_came_back_takes_the_place_of_its_lost_self(way: Callable[[s
 
 def test_a_host_outlives_a_hub_that_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(STATE, str(tmp_path))
-    monkeypatch.setattr(grpc_link, "_LISTEN_RETRY_S", 0.2)
+    monkeypatch.setattr(serve, "_LISTEN_RETRY_S", 0.2)
     key = relay.relay_key(tmp_path)
     assert relay.relay_key(tmp_path) == key
     host, heard = Host(), Heard()

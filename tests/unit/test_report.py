@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from edgelam_fl.errors import UsageError
-from edgelam_fl.telemetry.figures import BARS_SHOWN, timeline_figures
-from edgelam_fl.telemetry.incidents import failure
-from edgelam_fl.telemetry.report import write_report
-from edgelam_fl.telemetry.split_picture import split_picture
+from edgelam_fl.telemetry.report.figures import BARS_SHOWN, timeline_figures
+from edgelam_fl.telemetry.report.incidents import failure
+from edgelam_fl.telemetry.report.page import write_report
+from edgelam_fl.telemetry.report.split_picture import split_picture
 from edgelam_fl.telemetry.summary import build_summary, human_bytes
 from edgelam_fl.telemetry.timeline import read_phase
 from tests.recorded import DEVICES, a_classification, a_run, a_run_failed_at_once, timeline_of

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.contributions import Reply
-from server.reports import describe_round, describe_timeline
+from server.events_of_round import describe_round, describe_timeline
+from server.replies import Reply
 
 
 def device_report(**other: object) -> pb.JobReport:

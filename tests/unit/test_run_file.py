@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from edgelam_fl.cli.run_file import COMMON, allowed, choose_fields, described, explain, text_fields, write_run_file
 from edgelam_fl.config import RunConfig, known_keys, parse_run_file
 from edgelam_fl.errors import ConfigError, DataError, ModelError
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.run_file import COMMON, allowed, choose_fields, described, explain, text_fields, write_run_file
 from tests.support import write_tiny_llama
 
 SECTIONS = {name: field.annotation for name, field in RunConfig.model_fields.items()}

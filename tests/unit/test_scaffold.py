@@ -15,7 +15,7 @@ from edgelam_fl.split.corrections import read_corrections
 from edgelam_fl.wire import edgelam_pb2 as pb
 from strategies.aggregation.fedavg import FedAvg
 from strategies.aggregation.scaffold import Scaffold
-from strategies.base import Aggregation, Contribution, Start
+from strategies.api import Aggregation, Contribution, Start
 from tests.unit.test_trainee import NAMES, START, trainee
 
 CURVES = {"a": np.array([1.0, 0.2]), "b": np.array([0.3, 2.0]), "c": np.array([0.5, 0.5])}

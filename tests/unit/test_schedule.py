@@ -13,10 +13,10 @@ import pytest
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.contributions import Reply
-from server.reports import send_rate_bps
+from server.events_of_round import send_rate_bps
+from server.replies import Reply
 from server.schedule import Schedule, check_shares, estimated_payload_bytes, measured, unfit
-from strategies.base import Demand, RoundOutcome, RoundState, Selected
+from strategies.api import Demand, RoundOutcome, RoundState, Selected
 from tests.support import run_config
 
 SOURCE: Any = SimpleNamespace(hidden_size=64)

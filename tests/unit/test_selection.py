@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import pytest
 
-from strategies.base import Candidate, RoundOutcome, RoundState, load
+from strategies.api import Candidate, RoundOutcome, RoundState
+from strategies.registry import load
 from strategies.selection.oort import Oort
 from strategies.selection.tifl import TiFL
 

@@ -25,8 +25,8 @@ from edgelam_fl.model.memory import weights_bytes
 from edgelam_fl.model.served import Part, check_part, complete
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.weights import read_tensors
+from edgelam_fl.plan.making import RoundFacts
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.plans import RoundFacts
 from tests.support import Fleet, run_config, write_tiny_llama
 
 NAME = "elsewhere/tiny"

@@ -7,8 +7,10 @@ import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from edgelam_fl.errors import ModelError
+from edgelam_fl.files import cache_folder
 from edgelam_fl.model.families import FAMILIES, full_names
-from edgelam_fl.model.source import BUILT_IN, ModelSource, cache_folder, find_model, layer_number
+from edgelam_fl.model.index import layer_number
+from edgelam_fl.model.source import BUILT_IN, ModelSource, find_model
 from tests.support import write_tiny_llama
 
 

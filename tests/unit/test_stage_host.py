@@ -12,12 +12,12 @@ import pytest
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import load_stages
-from edgelam_fl.split import stage_host
-from edgelam_fl.split.plan import spans_of
-from edgelam_fl.split.stage_host import StageHost
+from edgelam_fl.node import service as stage_host
+from edgelam_fl.node.service import StageHost
+from edgelam_fl.plan.layout import make_layout
+from edgelam_fl.plan.making import RoundFacts, make_plans, task_settings
+from edgelam_fl.plan.reading import spans_of
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.layout import make_layout
-from server.plans import RoundFacts, make_plans, task_settings
 from tests.support import check_done, joined, memory_fleet, run_config, same_bits
 
 

@@ -20,15 +20,15 @@ from edgelam_fl.flower import from_record, to_record
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.carry import is_carry
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.split.plan import end_spans, hosted_span
+from edgelam_fl.plan.reading import end_spans, hosted_span
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server import fold
-from server.nodes import Nodes
-from server.placement import propose
+from server import replies
+from server.app import propose
+from server.exchange import Nodes
+from server.rounds import SplitLora
 from server.run_folder import RunFolder
-from server.strategy import SplitLora
-from strategies.base import RoundState, Selected
+from strategies.api import RoundState, Selected
 from tests.support import run_config
 
 LABELS = {"a": 3, "b": 17, "c": 1}
@@ -274,7 +274,7 @@ def test_too_few_devices(federation: Callable[..., Federation]) -> None:
 
 def test_every_device_gone(federation: Callable[..., Federation], monkeypatch: pytest.MonkeyPatch) -> None:
     """They leave in the middle of a round, and the network with them."""
-    monkeypatch.setattr("server.nodes._QUERY_S", 0.5)  # the host is asked again, and cannot answer
+    monkeypatch.setattr("server.exchange._QUERY_S", 0.5)  # the host is asked again, and cannot answer
     run = federation("ab", "e")
     grid: Any = run.grid
 
@@ -298,8 +298,8 @@ def test_a_node_that_lost_its_message_holds_nobody_up_for_an_hour(
     federation: Callable[..., Federation], monkeypatch: pytest.MonkeyPatch, mute: str
 ) -> None:
     """Flower lists it and it answers queries; the rest of its site is through."""
-    monkeypatch.setattr("server.plans._READY_DEADLINE_S", 0.1)
-    monkeypatch.setattr("server.strategy._MESSAGES_S", 0.0)
+    monkeypatch.setattr("edgelam_fl.plan.making._READY_DEADLINE_S", 0.1)
+    monkeypatch.setattr("server.rounds._MESSAGES_S", 0.0)
     run = federation("ab", "e", "federation.step_deadline_s=0.2", "federation.rounds=1")
     grid: Any = run.grid
 
@@ -576,8 +576,8 @@ def test_a_large_round_is_summed_up_as_it_arrives(
 ) -> None:
     """The same numbers as of replies that are kept; of a site without its host, and of a device with NaN, nothing."""
     results = []
-    for kept in (fold.KEPT_NODES, 0):
-        monkeypatch.setattr(fold, "KEPT_NODES", kept)
+    for kept in (replies.KEPT_NODES, 0):
+        monkeypatch.setattr(replies, "KEPT_NODES", kept)
         settings = ("split.sites=2", f"strategy.aggregation={rule}", "split.fronts={'c'=1}")
         run = with_losses(federation("abc", "ef", *settings))
         results.append(run.run())
@@ -594,7 +594,7 @@ def test_a_large_round_is_summed_up_as_it_arrives(
 def test_a_rule_that_needs_every_reply_has_them_in_a_large_round(
     federation: Callable[..., Federation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fold, "KEPT_NODES", 0)
+    monkeypatch.setattr(replies, "KEPT_NODES", 0)
     run = federation("abc", "e", "strategy.aggregation=fedmedian")
     assert set(moves(run.run(), run.start).values()) == {2, 4}
 

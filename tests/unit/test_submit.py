@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgelam_fl.submit import Submission
+from edgelam_fl.federation.submission import Submission
 
 ROOT = Path(__file__).parents[2]
 

@@ -17,11 +17,11 @@ from edgelam_fl.model.source import ModelSource
 from edgelam_fl.telemetry.summary import build_summary
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wireless.cell import Cell
-from server.contributions import Reply
-from server.loads import Loads
-from server.replay import replay
-from server.virtual import VirtualTime
-from strategies.base import RoundOutcome
+from server.replies import Reply
+from server.virtual.clock import VirtualTime
+from server.virtual.loads import Loads
+from server.virtual.replay import replay
+from strategies.api import RoundOutcome
 from tests.support import run_config
 from tests.unit.test_strategy import Federation
 

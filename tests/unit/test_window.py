@@ -10,13 +10,13 @@ import pytest
 from edgelam_fl.model.adapter import initial_adapter
 from edgelam_fl.model.memory import unit_bytes
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.split import stage_host
-from edgelam_fl.split.links import new_route, open_route
+from edgelam_fl.node import service as stage_host
+from edgelam_fl.plan.making import RoundFacts
+from edgelam_fl.split.route import new_route, open_route
 from edgelam_fl.split.window import affordable_window
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.memory import memory_pair
-from server.plans import RoundFacts
 from tests.support import Fleet, check_done, memory_fleet, run_config
 
 ADAPTER = 4096  # elements of it

@@ -13,7 +13,8 @@ from edgelam_fl.config import Wireless
 from edgelam_fl.wireless.cell import NEAREST_KM, Cell, path_loss_db, watts
 from edgelam_fl.wireless.fdma import bits_a_hertz, wireless_share
 from edgelam_fl.wireless.rounds import Load, Part, part_of, recorded_part, virtual_round
-from strategies.base import Candidate, Demand, RoundOutcome, RoundState, load
+from strategies.api import Candidate, Demand, RoundOutcome, RoundState
+from strategies.registry import load
 from strategies.selection.lyapunov import LyapunovSelection
 
 NAMES = [f"device-{n}" for n in range(2000)]

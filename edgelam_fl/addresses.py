@@ -1,0 +1,72 @@
+"""HOST:PORT addresses: parses and joins them, finds free ports, and checks what listens."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import socket
+
+from edgelam_fl.errors import ConfigError, EnvironmentProblem
+
+# ---------------------------------------------------------------- addresses
+
+
+def split_address(address: str, option: str) -> tuple[str, int]:
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdigit() or not 0 <= int(port) < 65536:
+        raise ConfigError(f"{option} = {address!r} must be HOST:PORT, as in 127.0.0.1:8000")
+    return host.strip("[]"), int(port)
+
+
+def join_address(host: str, port: int) -> str:
+    """HOST:PORT, as `split_address` takes it apart."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def hub_address(host: str, port: int, data_plane: str = "") -> tuple[str, int]:
+    """The server's end of the data plane: `data_plane` (HOST:PORT), or one port after its SuperLink's."""
+    if data_plane:
+        return split_address(data_plane, "--data-plane")
+    if port == 65535:
+        raise ConfigError(f"port {port} of {host} leaves none after it for the data plane; give --data-plane HOST:PORT")
+    return host, port + 1
+
+
+def check_plain_text(host: str, option: str, insecure: bool) -> None:
+    """Raises ConfigError for an address beyond this machine, unless plain text was agreed to."""
+    if insecure or is_loopback(host):
+        return
+    raise ConfigError(
+        f"{option} = {host} is beyond this machine, and this version sends plain text: whoever is on the way can read and "
+        f"change activations, gradients and adapters, and anyone can join. Use it on a network that you trust, with --insecure"
+    )
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def answers(host: str, port: int, timeout_s: float = 2.0) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout_s):
+        return True
+    return False
+
+
+def check_port_free(host: str, port: int, option: str) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"port {port} on {host} cannot be opened ({error.strerror}); end what uses it or choose another with {option}"
+            ) from error
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])

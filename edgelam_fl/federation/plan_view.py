@@ -1,0 +1,206 @@
+"""`edgelam plan`: who would hold what, what it would take, and why; nothing is started or changed on any node.
+
+The numbers are those of the event `placement` (`telemetry.events`), made by the server's own code, from profiles in a file or from
+the nodes that are at a server.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.json_format import ParseDict, ParseError
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from edgelam_fl.config import RunConfig
+from edgelam_fl.errors import ConfigError, RunFailed
+from edgelam_fl.federation.flower_app import app_module
+from edgelam_fl.federation.submission import Submission
+from edgelam_fl.model.source import ModelSource
+from edgelam_fl.plan.placement import foresee
+from edgelam_fl.telemetry.events import EventTail, read_events
+from edgelam_fl.telemetry.summary import human_bytes, human_layers
+from edgelam_fl.wire import edgelam_pb2 as pb
+
+_POLL_S = 0.25
+_MESSAGES_S = 180.0  # on top of the time for nodes to join: handing over, and a process a message
+_STATUS_EVERY_S = 20.0
+_NOT_IN_A_PROFILE = ("time", "event", "node", "role", "findings", "profile")
+_TOKENS = 128  # that base_seconds are for
+
+
+def plan_of_profiles(config: RunConfig, file: Path) -> dict[str, Any]:
+    """The placement for the nodes whose profiles a file holds. Raises ConfigError, or what a run would raise."""
+    profiles = read_profiles(file)
+    source = app_module("server.checks").check_config(config)
+    proposal: dict[str, Any] = foresee(config, source, profiles).event()
+    return {**proposal, "num_layers": source.num_layers}
+
+
+def plan_on_server(console: Console, config: RunConfig, source: ModelSource, server: str) -> dict[str, Any]:
+    """The placement for the nodes that are at a server: a run that asks for profiles, and ends."""
+    with tempfile.TemporaryDirectory(prefix="edgelam-plan-") as folder, console.status("asking the nodes"):
+        out = Path(folder) / "plan"
+        submission = Submission(server, Path(folder) / "flwr")
+        submission.submit(config, out, plan=True)
+        event = _await_placement(submission, out, config.federation.join_deadline_s + _MESSAGES_S)
+    return {**event, "num_layers": source.num_layers}
+
+
+def _await_placement(submission: Submission, out: Path, deadline_s: float) -> dict[str, Any]:
+    tail, end, asked = EventTail(out / "events.jsonl"), time.monotonic() + deadline_s, time.monotonic()
+    while time.monotonic() < end:
+        for event in tail.poll():
+            if event["event"] == "placement":
+                return event
+            if event["event"] == "run_failed":
+                raise RunFailed(f"the server could not plan: {event['reason']}")
+        if time.monotonic() - asked > _STATUS_EVERY_S:
+            asked = time.monotonic()
+            if submission.status().startswith("finished") and not tail.path.exists():
+                raise RunFailed(f"the server ended before it planned: {submission.log()}")
+        time.sleep(_POLL_S)
+    submission.stop()
+    raise RunFailed(f"the server made no plan within {deadline_s:.0f} s")
+
+
+# ---------------------------------------------------------------- profiles in a file
+
+
+def read_profiles(file: Path) -> list[pb.Profile]:
+    """Of `edgelam doctor --measure --json` (one, or a list of them), or of a run's events.jsonl: each node once, the newest.
+
+    The doctor does not know what a node is for: `"role": "edge"` beside its "profile" makes it a host, else it is a device.
+    Raises ConfigError for what is none.
+    """
+    try:
+        found = _from_events(file) if file.suffix == ".jsonl" else _from_json(file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--profiles {file} cannot be read: {error}") from error
+    profiles = {profile.name: profile for profile in (_profile(file, entry) for entry in found)}
+    if not profiles:
+        raise ConfigError(
+            f"--profiles {file} holds no profile; it takes a list of what `edgelam doctor --measure --json` prints on each node, "
+            f"or a run's events.jsonl"
+        )
+    return list(profiles.values())
+
+
+def _from_events(file: Path) -> Iterable[Mapping[str, Any]]:
+    return [event for event in read_events(file) if event.get("event") == "node_joined"]
+
+
+def _from_json(file: Path) -> Iterable[Mapping[str, Any]]:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    entries = content if isinstance(content, list) else [content]
+    return [
+        {**entry, **entry["profile"]} if isinstance(entry, dict) and "profile" in entry else entry for entry in entries
+    ]
+
+
+def _profile(file: Path, entry: Any) -> pb.Profile:
+    """Fields that this version does not know are left out."""
+    name = entry.get("name") or entry.get("node") if isinstance(entry, dict) else None
+    if not name:
+        raise ConfigError(f"--profiles {file}: {entry!r:.80} is no profile; it has no name")
+    values = {key: value for key, value in entry.items() if key not in _NOT_IN_A_PROFILE and value is not None}
+    values |= _of_doctor(entry)
+    role = str(entry.get("role") or "device").upper()
+    if role not in ("DEVICE", "EDGE"):
+        raise ConfigError(f"--profiles {file}: {name} has role = {entry['role']!r}, which must be 'device' or 'edge'")
+    if role == "EDGE":
+        values.setdefault("address", f"{name}:0")  # it will have one when it joins
+    try:
+        found: pb.Profile = ParseDict({**values, "name": name, "role": role}, pb.Profile(), ignore_unknown_fields=True)
+        return found
+    except ParseError as error:
+        raise ConfigError(f"--profiles {file}: the profile of {name} cannot be read: {error}") from error
+
+
+def _of_doctor(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that a profile of the doctor's calls otherwise, as the wire calls them."""
+    link, layers = entry.get("link"), entry.get("layer_seconds")
+    found: dict[str, Any] = {}
+    if "memory_free_bytes" in entry:
+        found["memory_available_bytes"] = entry["memory_free_bytes"]
+    if isinstance(link, dict):
+        found |= {f"link_{way}": link.get(way) for way in ("up_bps", "down_bps")}
+        found["round_trip_s"] = link.get("round_trip_s")
+    if isinstance(layers, dict) and layers:
+        tokens = min(layers, key=lambda size: abs(int(size) - _TOKENS))
+        found["base_seconds"] = {pair: seconds * _TOKENS / int(tokens) for pair, seconds in layers[tokens].items()}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+# ---------------------------------------------------------------- what is printed
+
+
+def plan_view(placement: Mapping[str, Any]) -> Group:
+    """A picture and a table a site, and what it comes to."""
+    parts: list[Any] = []
+    for number, site in enumerate(placement["sites"], 1):
+        title = f"site {number}" if len(placement["sites"]) > 1 else ""
+        parts += [_picture(site, placement["num_layers"]), _table(site, placement["num_layers"], title), _words(site)]
+    closing = f"a step takes {placement['step_s']:.3g} s, as predicted; micro-batches in flight: {placement['window']}"
+    return Group(*parts, Text(closing))
+
+
+def _picture(site: Mapping[str, Any], layers: int) -> Text:
+    lines = []
+    for (first, last), names in _by_ends(site["devices"]).items():
+        ways = [f"{', '.join(names)} [embedding{_and(0, first)}]"]
+        ways += [f"{host['node']} [{_layers(host, first, last)}]" for host in site["hosts"]]
+        lines.append(" ─▶ ".join([*ways, f"{', '.join(names)} [{_and(last, layers)[2:] or 'no layer'}, head]"]))
+    return Text("\n".join(lines))
+
+
+def _by_ends(devices: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], list[str]]:
+    found: dict[tuple[int, int], list[str]] = {}
+    for device in devices:
+        found.setdefault((device["first"], device["last"]), []).append(device["node"])
+    return found
+
+
+def _layers(host: Mapping[str, Any], first: int, last: int) -> str:
+    """Those that a route crosses there."""
+    return human_layers([max(first, host["first"]), min(last, host["last"])])
+
+
+def _and(first: int, last: int) -> str:
+    return f", {human_layers([first, last])}" if last > first else ""
+
+
+def _table(site: Mapping[str, Any], layers: int, title: str) -> Table:
+    table = Table(title=title or None, box=None, pad_edge=False, header_style="bold")
+    for column in ("node", "holds", "base"):
+        table.add_column(column)
+    for column in ("memory", "computes", "sends", "receives"):
+        table.add_column(column, justify="right")
+    for host in site["hosts"]:
+        table.add_row(host["node"], human_layers([host["first"], host["last"]]), host["base"], *_figures(host))
+    for device in site["devices"]:
+        kept = device["first"] + layers - device["last"]
+        table.add_row(device["node"], f"{kept} layers at its ends", device["base"], *_figures(device))
+    return table
+
+
+def _figures(part: Mapping[str, Any]) -> list[str]:
+    return [
+        human_bytes(part["memory_bytes"]), f"{part['compute_s']:.3g} s", human_bytes(part["up_bytes"]),
+        human_bytes(part["down_bytes"]),
+    ]  # fmt: skip
+
+
+def _words(site: Mapping[str, Any]) -> Text:
+    lines = [f"times and bytes are a step's; it takes {site['step_s']:.3g} s and waits for {site['limit']}"]
+    if site["memory_limit"]:
+        lines.append(f"held back by the {site['memory_limit']}")
+    if site["left_out"]:
+        lines.append(f"not used: {', '.join(site['left_out'])}; without them a step is no longer")
+    return Text("\n".join(lines))

@@ -1,0 +1,102 @@
+"""Generation over the hosts of a live federation: this machine has embedding, ends and text, the hosts the layers between.
+
+Asks the server to let it in as one more device for the time of a conversation. Neighbours: `server.chat` plans it,
+`split.generation` does the work on both ends of the links.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+
+from edgelam_fl.addresses import join_address, split_address
+from edgelam_fl.errors import ConfigError, RunFailed
+from edgelam_fl.federation.submission import Submission
+from edgelam_fl.model.adapter import read_peft_folder
+from edgelam_fl.model.source import find_model
+from edgelam_fl.model.stage import load_stages
+from edgelam_fl.plan.reading import end_spans
+from edgelam_fl.serving.generate import Speaker, Step
+from edgelam_fl.serving.results import Result
+from edgelam_fl.serving.sessions import RouteSession
+from edgelam_fl.split.route import new_route, open_route, wire_dtype
+from edgelam_fl.split.trainee import lora_of
+from edgelam_fl.telemetry.events import EventTail
+from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.counters import ByteCounters
+from edgelam_fl.wire.grpc.dial import dial
+
+_POLL_S = 0.2
+_STATUS_EVERY_S = 15.0
+_PATIENCE_S = 120.0  # for one token
+
+
+class RouteSpeaker(Speaker):
+    """A run's model over a route: greedy answers with the run's adapter."""
+
+    def __init__(self, result: Result, session: RouteSession) -> None:
+        super().__init__(result.config.model, result.config.task)
+        self._session = session
+
+    @contextmanager
+    def _opened(self, tuned: bool) -> Iterator[Step]:
+        self._session.reset()
+        yield lambda ids, position: self._session.step(list(ids))
+
+
+@contextmanager
+def route_speaker(result: Result, server: str, console: Console) -> Iterator[RouteSpeaker]:
+    """Opens the way through the federation at `server`; closes it at the end. Raises RunFailed, PeerLost, Refused."""
+    if not result.config.split.hosts:
+        raise ConfigError(
+            f"split.hosts = 0 in {result.folder}: this run had no hosts; `edgelam chat` without --server answers"
+        )
+    folder = result.folder / "chats" / time.strftime("%Y%m%d-%H%M%S")
+    submission = Submission(server, folder / "flwr")
+    with console.status("opening the way through the federation"):
+        submission.submit(result.config, folder, chat=result.adapter)
+        session = None
+        try:
+            plan = _await_route(submission, folder, result.config.federation.join_deadline_s + _PATIENCE_S)
+            session = _open(result, plan, server)
+        finally:
+            if session is None:
+                submission.stop()
+    try:
+        yield RouteSpeaker(result, session)
+    finally:
+        session.finish()
+
+
+def _open(result: Result, plan: pb.Plan, server: str) -> RouteSession:
+    source = find_model(plan.model.name)
+    stages = load_stages(source, end_spans(plan), plan.model.base, lora_of(plan), compute=plan.model.compute)
+    route = new_route(plan)
+    hub = join_address(split_address(server, "--server")[0], plan.hub_port) if plan.hub_port else ""
+    open_route(dial, plan, source, route, ByteCounters(), hub=hub)
+    adapter = read_peft_folder(result.adapter)
+    return RouteSession(stages, adapter, route, wire_dtype(plan), _PATIENCE_S)
+
+
+def _await_route(submission: Submission, folder: Path, deadline_s: float) -> pb.Plan:
+    """The caller's plan, once the server has made it."""
+    end, asked = time.monotonic() + deadline_s, time.monotonic()
+    tail, file = EventTail(folder / "events.jsonl"), folder / "route"
+    while time.monotonic() < end:
+        if file.exists():
+            plan = pb.Plan.FromString(file.read_bytes())
+            file.unlink()  # its token is of no use to anyone else
+            return plan
+        for event in tail.poll():
+            if event["event"] == "run_failed":
+                raise RunFailed(f"the server could not open a route: {event['reason']}")
+        if time.monotonic() - asked > _STATUS_EVERY_S:
+            asked = time.monotonic()
+            if submission.status().startswith("finished"):
+                raise RunFailed(f"the server ended the conversation before it began; see {folder}")
+        time.sleep(_POLL_S)
+    raise RunFailed(f"no route through the federation within {deadline_s:.0f} s")

@@ -1,0 +1,215 @@
+"""Runs a federation from a run file: on a server, or on this machine as processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from edgelam_fl.addresses import answers, check_plain_text, free_port, split_address
+from edgelam_fl.config import RunConfig
+from edgelam_fl.errors import ConfigError, EnvironmentProblem, RunFailed
+from edgelam_fl.federation.child import Child, end_all, log_tail
+from edgelam_fl.federation.flower_app import app_module
+from edgelam_fl.federation.node_process import Node
+from edgelam_fl.federation.submission import Submission
+from edgelam_fl.federation.superlink import start_superlink
+from edgelam_fl.tasks.files import read_records
+from edgelam_fl.telemetry.console import RunView
+from edgelam_fl.telemetry.events import EventTail
+from edgelam_fl.telemetry.summary import summary_table
+
+INTERRUPTED = 130
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
+_POLL_S = 0.25
+_SILENCE_S = 45.0  # then Flower is asked how the run stands, which costs it seconds of a core
+_EVENTS_LAG_S = 5.0
+_RESULT_LAG_S = 30.0
+
+
+def check_run(config: RunConfig, name: str, out: Path | None) -> Path:
+    """Everything that can be wrong with a run file is said before anything starts. Returns the run's folder, still absent."""
+    app_module("server.checks").check_config(config)
+    pattern = str(out) if out else config.run.out
+    folder = (
+        Path(pattern.replace("{name}", name).replace("{time}", time.strftime("%Y%m%d-%H%M%S"))).expanduser().absolute()
+    )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"the run's folder {folder} exists; choose another with --out (nothing is ever overwritten)")
+    return folder
+
+
+def check_server(server: str, insecure: bool, command: str) -> None:
+    """Raises ConfigError or EnvironmentProblem where the address may not be used, or nobody answers there."""
+    host, port = split_address(server, "--server")
+    check_plain_text(host, "--server", insecure)
+    _check_answers(host, port, command)
+
+
+def _check_answers(host: str, port: int, command: str) -> None:
+    if not answers(host, port):
+        raise EnvironmentProblem(
+            f"no server answers at {host}:{port}; start one there with `edgelam server --listen {host}:{port}`, "
+            f"or give `{command}` another --server"
+        )
+
+
+# ---------------------------------------------------------------- a run
+
+
+def run_on_server(console: Console, config: RunConfig, folder: Path, server: str, insecure: bool) -> int:
+    _check_server(server, insecure)
+    view = RunView(console, config.federation.rounds, config.federation.local_steps)
+    return follow(console, view, config, folder, server, [], lambda: None)
+
+
+def leave_on_server(console: Console, config: RunConfig, folder: Path, server: str, insecure: bool) -> int:
+    """Submits the run and says how to follow and to stop it; it goes on without this command."""
+    _check_server(server, insecure)
+    submission = Submission(server, folder / "flwr")
+    with console.status("handing the run to Flower"):
+        run_id = submission.submit(config, folder)
+    lines = [f"Flower run {run_id}; folder {folder}, on the server's machine", "", *submission.how_to(folder)]
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _check_server(server: str, insecure: bool) -> None:
+    host, port = split_address(server, "--server")
+    check_plain_text(host, "--server", insecure)
+    if not answers(host, port):
+        raise EnvironmentProblem(
+            f"no server answers at {server}. Two ways out: start one with `edgelam server` and let nodes join with "
+            f"`edgelam client`, or let this machine play all parts: add --local 3 --data FILE --data FILE --data FILE"
+        )
+
+
+def run_here(console: Console, config: RunConfig, folder: Path, data: Sequence[Path]) -> int:
+    """A federation of separate processes on this machine, from start to end of one run."""
+    for file in data:
+        read_records(file)
+    port, children = free_port(), []
+    view = RunView(console, config.federation.rounds, config.federation.local_steps)
+    address = f"127.0.0.1:{port}"
+    edge, devices = _local_nodes(config, folder, address, data)
+    nodes = edge + devices
+    try:
+        with console.status("starting Flower's SuperLink"):
+            # Without a hub: all nodes are on this machine and have what it has, the model too.
+            superlink = start_superlink("127.0.0.1", port, folder / "server")
+            children.append(superlink)
+        for node in nodes:
+            node.start()
+        view.say(
+            f"started a SuperLink, {len(edge)} edge servers and {len(devices)} devices as {1 + 3 * len(nodes)} processes"
+        )
+        here = config.model_copy(
+            update={"federation": config.federation.model_copy(update={"expect_nodes": len(devices)})}
+        )
+        return follow(console, view, here, folder, address, nodes, lambda: _watch_all(view, folder, superlink, nodes))
+    except KeyboardInterrupt:
+        console.print(_kept(folder))
+        return INTERRUPTED
+    finally:
+        end_all([*(child for node in nodes for child in node.children.values()), *children])
+
+
+def _local_nodes(config: RunConfig, folder: Path, address: str, data: Sequence[Path]) -> tuple[list[Node], list[Node]]:
+    """Edge servers and devices, the machine's cores shared out. Where devices host, there are no edge servers."""
+    split, cores = config.split, os.cpu_count() or 1
+    devices_host = split.host_on == "any"
+    edges = 0 if devices_host else split.least_hosts * split.sites
+    edge = [
+        Node(f"edge-{n}", address, folder / "nodes" / f"edge-{n}", threads=max(1, cores // edges))
+        for n in range(1, edges + 1)
+    ]
+    listen = "127.0.0.1:0" if devices_host else ""
+    threads = max(1, cores // (len(data) + 1))
+    devices = [
+        Node(f"device-{n}", address, folder / "nodes" / f"device-{n}", file, listen, threads=threads)
+        for n, file in enumerate(data, 1)
+    ]
+    return edge, devices
+
+
+def _watch_all(view: RunView, folder: Path, superlink: Child, nodes: Sequence[Node]) -> None:
+    if problem := superlink.ended():
+        raise RunFailed(f"{problem}. The run ended with it. {_kept(folder)}")
+    for node in nodes:
+        news = node.watch()
+        if news:
+            view.say(news)
+
+
+def follow(
+    console: Console,
+    view: RunView,
+    config: RunConfig,
+    folder: Path,
+    server: str,
+    nodes: Sequence[Node],
+    watch: Callable[[], None],
+) -> int:
+    """Submits the run and shows its events until it ends. Returns 0; raises RunFailed with the run's own reason."""
+    submission = Submission(server, folder / "flwr")
+    with console.status("handing the run to Flower"):
+        run_id = submission.submit(config, folder)
+    view.say(f"Flower run {run_id}; folder {folder}")
+    tails = {"": EventTail(folder / "events.jsonl")} | {
+        node.name: EventTail(node.state / "events.jsonl") for node in nodes
+    }
+    heard, done = time.monotonic(), False
+    try:
+        with view:
+            while not done:
+                for name, tail in tails.items():
+                    for event in tail.poll():
+                        heard = time.monotonic()
+                        view.feed(event, name)
+                        done = done or event["event"] == "run_done"
+                        if event["event"] == "run_failed":
+                            raise RunFailed(f"the run failed: {event['reason']}; {event['kept']}")
+                watch()
+                if time.monotonic() - heard > _SILENCE_S:
+                    heard = time.monotonic()
+                    _check_alive(view, submission, folder, tails[""])
+                time.sleep(_POLL_S)
+    except KeyboardInterrupt:
+        console.print(f"stopping the run. {_kept(folder)}", soft_wrap=True)
+        submission.stop()
+        return INTERRUPTED
+    _show_result(console, folder)
+    return 0
+
+
+def _show_result(console: Console, folder: Path) -> None:
+    end = time.monotonic() + _RESULT_LAG_S  # the event comes first, the files that it speaks of next
+    while not (folder / "report.html").exists() and time.monotonic() < end:
+        time.sleep(_POLL_S)
+    console.print(summary_table(json.loads((folder / "summary.json").read_text(encoding="utf-8"))))
+    console.print(f"run: {folder}\npage: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _check_alive(view: RunView, submission: Submission, folder: Path, tail: EventTail) -> None:
+    """Flower knows of runs that never began, and of runs that ended without a word in the events."""
+    status = submission.status()
+    if status in ("pending", "starting"):
+        view.say(f"nothing was heard of the run for {_SILENCE_S:.0f} s; Flower says that it is {status}")
+    if not status.startswith("finished"):
+        return
+    time.sleep(_EVENTS_LAG_S)
+    words = [event for event in EventTail(tail.path).poll() if event["event"] in ("run_done", "run_failed")]
+    if not words:
+        said = log_tail(folder / "server" / "superlink.log") if (folder / "server").exists() else "see `flwr log`"
+        raise RunFailed(f"Flower says that the run is {status}, and it left no reason: {said}")
+
+
+def _kept(folder: Path) -> str:
+    checkpoint = folder / "adapter"
+    if checkpoint.is_dir():
+        return f"Kept: the adapter after the last finished round, in {checkpoint}, and events.jsonl beside it."
+    return f"No round was finished; {folder} holds the events so far."

@@ -1,0 +1,29 @@
+"""Files of this machine: the cache folder, atomic writes, private files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_folder() -> Path:
+    root = os.environ.get("EDGELAM_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "edgelam-fl"
+    )
+    return Path(root)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Whoever reads it finds the old content or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    temporary.replace(path)
+
+
+def write_private(path: Path, content: str | bytes) -> None:
+    """For this user's eyes alone, whole at any moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+    temporary.replace(path)

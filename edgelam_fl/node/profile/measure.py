@@ -1,0 +1,74 @@
+"""Measures this machine's profile. What torch is needed for, a layer's time, is kept in the cache by `model.layer_speed`.
+
+Memory, disk and link change by the hour and are measured each time.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from edgelam_fl.errors import EnvironmentProblem
+from edgelam_fl.files import cache_folder
+from edgelam_fl.hub.link_speed import measure_link
+from edgelam_fl.machine import disk_free_bytes, memory_free_bytes
+from edgelam_fl.model.source import find_model
+from edgelam_fl.node.profile.data import LinkProfile, Profile
+
+_WRITE_BYTES = 16 << 20
+_BLOCK_BYTES = 1 << 20
+_WRITE_BUDGET_S = 2.0  # a worn card writes less in it
+
+
+def measure_profile(
+    model: str, hub: tuple[str, int] | None, say: Callable[[str], None] = lambda _: None, name: str = ""
+) -> Profile:
+    """model: empty, or a model's name, for the time of its layers. hub: where a server's is, for the link.
+
+    Some 10 s for a model that was never measured here. `say` gets what is being measured.
+    """
+    import torch
+
+    from edgelam_fl.model.layer_speed import measure_layers
+
+    memory = memory_free_bytes()  # before a layer is loaded
+    layers = measure_layers(find_model(model), say) if model else {}
+    say("measuring the disk")
+    write_speed = disk_write_bytes_per_s(cache_folder())
+    link = None
+    if hub is not None:
+        say(f"measuring the link to {hub[0]}:{hub[1]}")
+        found = measure_link(*hub)
+        link = LinkProfile(up_bps=found.up_bps, down_bps=found.down_bps, round_trip_s=found.round_trip_s)
+    return Profile(
+        name=name or platform.node(),
+        memory_free_bytes=memory,
+        cpu_threads=torch.get_num_threads(),
+        disk_free_bytes=disk_free_bytes(cache_folder()),
+        disk_write_bytes_per_s=write_speed,
+        model=model,
+        layer_seconds=layers,
+        link=link,
+    )
+
+
+def disk_write_bytes_per_s(folder: Path, size: int = _WRITE_BYTES) -> float:
+    """Of a file that reached the disk; it is removed again. EnvironmentProblem where nothing can be written."""
+    block = os.urandom(_BLOCK_BYTES)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            began, written = time.perf_counter(), 0
+            while written < size and time.perf_counter() - began < _WRITE_BUDGET_S:
+                written += file.write(block)
+                os.fsync(file.fileno())
+            return written / (time.perf_counter() - began)
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"{folder} cannot be written ({error.strerror}); it is the cache: free some of it, give it to this user "
+            f"(`sudo chown -R $USER {folder}`), or set EDGELAM_CACHE to another folder"
+        ) from error

@@ -1,0 +1,258 @@
+"""What each node does in a round: one plan a node, from the layout, the profiles and the run file. Pure functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from edgelam_fl.config import RunConfig
+from edgelam_fl.errors import ConfigError
+from edgelam_fl.model.memory import weights_bytes
+from edgelam_fl.model.source import ModelSource
+from edgelam_fl.plan.bases import DTYPES, choose_base
+from edgelam_fl.plan.layout import HostRange, Layout, Site, by_name
+from edgelam_fl.plan.reading import part_id, spans_of
+from edgelam_fl.wire import PROTOCOL_VERSION
+from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.relay import DIAL, LISTEN, make_token
+
+FP32_BYTES = 4
+_READY_DEADLINE_S = 60.0
+_SLOW_CARD_BYTES_S = 20e6  # a small board reads its slice from its card before it is ready
+_SILENT_S, _STEP_IN_SILENCES = 10.0, 12  # who gives nodes more time for a step may have some that breathe slowly
+_SLOW_LINK_BYTES_S = 0.6e6  # and where it lacks the model, fetches it over 5 Mbit/s
+
+
+@dataclass(frozen=True)
+class ClientSettings:
+    """What an aggregation asks of devices and hosts in a round; by default, plain training of both factors."""
+
+    train_a: bool = True
+    train_b: bool = True
+    prox_mu: float = 0.0  # weight of (mu/2)||w - w_start||^2 in the loss of devices' own layers and copies
+
+
+@dataclass(frozen=True)
+class RoundFacts:
+    """What is the same for every node of a round."""
+
+    run: str
+    round: int
+    attempt: int
+    step_offset: int
+    steps: int  # 0: evaluation only
+    settings: ClientSettings = field(default_factory=ClientSettings)  # what the aggregation asks of every node
+    unequal_ranks: bool = False  # whether the aggregation takes them
+    hub_port: int = 0  # of this server's hub; 0: it has none
+    relay_key: bytes = b""  # of its relay
+
+
+def make_plans(
+    config: RunConfig,
+    source: ModelSource,
+    facts: RoundFacts,
+    profiles: Mapping[str, pb.Profile],
+    layout: Layout,
+    shares: Mapping[str, float],
+    tokens: Mapping[str, bytes],
+) -> dict[str, pb.Plan]:
+    """The plans by node, hosts first: they should listen when the devices dial.
+
+    `shares` of the capacity and `tokens` (a secret, shared with the hosts) are by device. Raises ConfigError where the
+    holders of a layer would train unlike ranks, and the aggregation does not take them.
+    """
+    job = pb.Plan(run=facts.run, round=facts.round, attempt=facts.attempt)
+    routes = {name: pb.Route() for name in layout.routes}
+    for name, route in routes.items():
+        route.CopyFrom(layout.routes[name])
+        route.token, route.share_bps = tokens[name], shares.get(name, 0.0) * config.wire.capacity_bps
+        for hop in route.hops if facts.relay_key else ():
+            hop.relay_token = make_token(facts.relay_key, DIAL, part_id(job, hop.node))
+    plans: dict[str, pb.Plan] = {}
+    for site in layout.sites:
+        for host in site.hosts:
+            plans[host.name] = _plan(config, source, facts, profiles[host.name])
+            _serve(plans[host.name], config, host, site, routes)
+            if facts.relay_key:
+                plans[host.name].relay_token = make_token(facts.relay_key, LISTEN, part_id(plans[host.name]))
+    for name, route in routes.items():
+        if name not in plans:
+            plans[name] = _plan(config, source, facts, profiles[name])
+        plans[name].routes.append(route)
+        _feed(plans[name], config, facts, profiles[name].examples)
+    for name, plan in plans.items():
+        settled = layout.bases.get(name)
+        plan.model.base, compute = settled or choose_base(config, source, profiles[name], spans_of(plan))
+        plan.model.compute = DTYPES[compute]
+    if facts.hub_port:
+        patient_with_fetching(source, plans.values())
+    computes = {plan.model.compute for plan in plans.values()}
+    for plan in plans.values():
+        plan.model.wire = "bfloat16" if computes == {"bfloat16"} else "float32"
+    if not facts.unequal_ranks:
+        check_ranks(plans)
+    return plans
+
+
+def own_steps(config: RunConfig, examples: int) -> int:
+    """The steps that a device has batches for in a round."""
+    federation = config.federation
+    if not federation.epochs:
+        return federation.local_steps
+    return math.ceil(federation.epochs * examples / federation.batch_size)
+
+
+def planned_steps(config: RunConfig, devices: Iterable[pb.Profile]) -> int:
+    """The steps of a round: as many as the device with the most has."""
+    return max(own_steps(config, device.examples) for device in devices)
+
+
+def learning_rates(config: RunConfig, facts: RoundFacts) -> list[float]:
+    """Of each step of the round: a rise over the run's first steps, then the schedule, 0 at the end of all planned steps."""
+    optimizer = config.optimizer
+    rounds_left = max(1, config.federation.rounds - facts.round + 1)
+    planned = facts.step_offset + rounds_left * facts.steps
+    return [
+        learning_rate(optimizer.lr, optimizer.schedule, optimizer.warmup_steps, step, planned)
+        for step in range(facts.step_offset, facts.step_offset + facts.steps)
+    ]
+
+
+def learning_rate(lr: float, schedule: str, warmup: int, step: int, planned: int) -> float:
+    """At `step` (from 0) of `planned`."""
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    done = (step - warmup) / (planned - warmup)
+    if schedule == "linear":
+        return lr * (1 - done)
+    if schedule == "cosine":
+        return lr * (1 + math.cos(math.pi * done)) / 2
+    return lr
+
+
+def check_ranks(plans: Mapping[str, pb.Plan]) -> None:
+    """Raises ConfigError where nodes that hold the same layer have unlike ranks: there would be nothing to average."""
+    ranks: dict[int, dict[str, int]] = {}
+    for name, plan in sorted(plans.items()):
+        for span in spans_of(plan):
+            for layer in range(span.first, span.last):
+                ranks.setdefault(layer, {})[name] = plan.lora.rank
+    for layer, holders in sorted(ranks.items()):
+        if len(set(holders.values())) > 1:
+            who = ", ".join(f"{name} with rank {rank}" for name, rank in holders.items())
+            raise ConfigError(
+                f"layer {layer} is held by {who}: all that hold a layer need the same rank there (lora.rank, "
+                f"lora.ranks), unless strategy.aggregation is 'flora', 'fedex', 'flexlora' or 'hetlora'"
+            )
+
+
+def _plan(config: RunConfig, source: ModelSource, facts: RoundFacts, profile: pb.Profile) -> pb.Plan:
+    """A node's plan without its part: neither route nor what it hosts."""
+    federation, split = config.federation, config.split
+    return pb.Plan(
+        run=facts.run,
+        round=facts.round,
+        attempt=facts.attempt,
+        node=profile.name,
+        role=profile.role,
+        model=pb.ModelRef(name=config.model.name, digest=source.digest, num_layers=source.num_layers),
+        lora=_lora(config, profile.name, facts.settings),
+        optimizer=_optimizer(config, facts),
+        task=task_settings(config),
+        host_mode=split.host_mode,
+        labels=split.labels,
+        checkpointing=split.checkpointing,
+        evaluate=not facts.steps or (facts.round - 1) % federation.evaluate_every == 0,
+        steps=facts.steps,
+        batch_size=federation.batch_size,
+        micro_batches=split.micro_batches,
+        window=split.window,
+        min_devices=1,
+        deadlines=pb.Deadlines(
+            ready_s=max(federation.join_deadline_s, _READY_DEADLINE_S + source.fp32_bytes / _SLOW_CARD_BYTES_S),
+            step_s=federation.step_deadline_s,
+            round_s=federation.round_deadline_s,
+            silent_s=max(_SILENT_S, federation.step_deadline_s / _STEP_IN_SILENCES),
+        ),
+        seed=config.run.seed,
+        protocol_version=PROTOCOL_VERSION,
+        hub_port=facts.hub_port,
+    )
+
+
+def patient_with_fetching(source: ModelSource, plans: Iterable[pb.Plan]) -> None:
+    """Everyone waits until the node with the most to fetch is ready: who has the model is known to the nodes alone."""
+    plans = list(plans)
+    most = max(weights_bytes(source, spans_of(plan), plan.model.base, plan.model.compute) for plan in plans)
+    for plan in plans:
+        plan.deadlines.ready_s += most / _SLOW_LINK_BYTES_S
+
+
+def _serve(plan: pb.Plan, config: RunConfig, host: HostRange, site: Site, routes: Mapping[str, pb.Route]) -> None:
+    """Makes the plan's node a host of the site."""
+    plan.serves.extend(routes[member] for member in site.members)
+    plan.hosted.CopyFrom(pb.Slice(first=host.first, last=host.last))
+    plan.site = site.name
+    # Without so many of its devices the round would have too few, even if all other sites kept theirs.
+    elsewhere = len(routes) - len(site.members)
+    plan.min_devices = max(1, min(config.federation.min_nodes - elsewhere, len(site.members)))
+
+
+def _feed(plan: pb.Plan, config: RunConfig, facts: RoundFacts, examples: int) -> None:
+    """How many batches a device draws, and where it goes on: with epochs it counts its own steps, else the run's."""
+    if config.federation.epochs:
+        own = own_steps(config, examples)
+        plan.own_steps, plan.cursor = min(facts.steps, own), (facts.round - 1) * own
+    else:
+        plan.own_steps, plan.cursor = facts.steps, facts.step_offset
+
+
+def _lora(config: RunConfig, node: str, settings: ClientSettings) -> pb.Lora:
+    lora = config.lora
+    return pb.Lora(
+        rank=by_name(lora.ranks, node, lora.rank),
+        alpha=lora.alpha,
+        targets=lora.targets,
+        train_front="front" in lora.train,
+        train_hosts="hosts" in lora.train,
+        train_back="back" in lora.train,
+        dropout=lora.dropout,
+        freeze_a=not settings.train_a,
+        freeze_b=not settings.train_b,
+        prox_mu=settings.prox_mu,
+    )
+
+
+def _optimizer(config: RunConfig, facts: RoundFacts) -> pb.Optimizer:
+    optimizer = config.optimizer
+    return pb.Optimizer(
+        name=optimizer.name,
+        step_offset=facts.step_offset,
+        lrs=learning_rates(config, facts),
+        clip=optimizer.clip,
+        max_norm=optimizer.max_norm,
+        keep=optimizer.keep,
+    )
+
+
+def task_settings(config: RunConfig) -> pb.TaskSettings:
+    return pb.TaskSettings(
+        kind=config.task.kind,
+        max_tokens=config.task.max_tokens,
+        template=config.task.template,
+        loss_on=config.task.loss_on,
+        prompt_field=config.data.fields.prompt,
+        answer_field=config.data.fields.answer,
+        held_out=config.data.held_out,
+        classes=config.task.classes,
+        weighting=config.task.weighting,
+    )
+
+
+def value_bytes(config: RunConfig) -> int:
+    """Of a number that travels between devices and hosts, as far as the run file tells."""
+    return 2 if config.model.base == "bf16" or config.model.compute == "bf16" else FP32_BYTES
+
+
+# ---------------------------------------------------------------- aggregation

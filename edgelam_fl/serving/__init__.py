@@ -1,0 +1,1 @@
+"""Uses a run's result: generates, chats, exports."""

@@ -1,0 +1,96 @@
+"""Talking to a run's result in a terminal. Knows lines of text; `generate` knows the model."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from rich.console import Console
+
+from edgelam_fl.config import RunConfig
+from edgelam_fl.errors import ConfigError
+
+if TYPE_CHECKING:  # what can be refused without torch is refused at once
+    from edgelam_fl.serving.generate import Message
+
+QUIT = "/quit"
+Write = Callable[[str], None]
+
+
+class Says(Protocol):
+    """Who answers: a `generate.Speaker`, in this process or over a route."""
+
+    @property
+    def remembers(self) -> bool: ...
+
+    def say(self, conversation: Sequence[Message], max_tokens: int, *, tuned: bool = True) -> Iterator[str]: ...
+
+
+def check_can_talk(config: RunConfig, prompt: str | None) -> None:
+    """Raises ConfigError for a run whose model does not talk, and for an empty question."""
+    if config.task.kind != "causal-lm":
+        raise ConfigError(f"task.kind = {config.task.kind!r}: this run's model answers with a class, not with text")
+    if prompt is not None and not prompt.strip():
+        raise ConfigError("--prompt is empty; without it, `edgelam chat` takes one question after the other")
+
+
+def ask(speaker: Says, prompt: str, max_tokens: int, tuned: bool, write: Write) -> None:
+    """One question, and nothing but its answer written."""
+    _answer(speaker, [_user(prompt)], max_tokens, tuned, write)
+
+
+def talk(speaker: Says, lines: Iterator[str], max_tokens: int, tuned: bool, write: Write) -> None:
+    """A conversation until /quit or the end of `lines`. A question that is too long is said to be, and forgotten."""
+    conversation: list[Message] = []
+    for line in lines:
+        if line.strip() == QUIT:
+            return
+        if not line.strip():
+            continue
+        conversation.append(_user(line))
+        try:
+            said = _answer(speaker, conversation, max_tokens, tuned, write)
+            conversation.append({"role": "assistant", "content": said})
+        except ConfigError as error:
+            conversation.pop()
+            write(f"{error}\n")
+
+
+def converse(speaker: Says, console: Console, prompt: str | None, max_tokens: int, *, tuned: bool) -> None:
+    """One answer to `prompt`, or a conversation in this terminal. `console`: for what is not an answer."""
+    if prompt is not None:
+        ask(speaker, prompt, max_tokens, tuned, write_now)
+        return
+    turns = "" if speaker.remembers else "; each question stands alone, as the run's task.template has no turns"
+    console.print(f"{QUIT} or Ctrl-D ends it{turns}", style="dim", highlight=False, soft_wrap=True)
+    talk(speaker, typed_lines(), max_tokens, tuned, write_now)
+
+
+def _user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def _answer(speaker: Says, conversation: Sequence[Message], max_tokens: int, tuned: bool, write: Write) -> str:
+    """Writes the answer as it comes, without white space before it; returns it."""
+    said = ""
+    for piece in speaker.say(conversation, max_tokens, tuned=tuned):
+        new = piece if said else piece.lstrip()
+        said += new
+        write(new)
+    write("\n")
+    return said
+
+
+def typed_lines() -> Iterator[str]:
+    """What the user types, with line editing and a prompt where there is a terminal; ends at Ctrl-D."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - input() uses it
+    with contextlib.suppress(EOFError):
+        while True:
+            yield input("> " if sys.stdin.isatty() else "")
+
+
+def write_now(text: str) -> None:
+    print(text, end="", flush=True)

@@ -1,0 +1,123 @@
+"""A run's result for other tools: the adapter as a peft folder, or merged into its base as a plain Hugging Face model.
+
+Knows nothing about federations. What it writes needs no EdgeLAM-FL to be loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from edgelam_fl.errors import ConfigError, EnvironmentProblem
+from edgelam_fl.machine import disk_free_bytes, memory_free_bytes
+from edgelam_fl.model.source import ModelSource, find_model
+from edgelam_fl.serving.results import Result
+
+BYTES_A_NUMBER = {"fp32": 4, "bf16": 2}
+
+
+def export(result: Result, kind: str, out: Path | None, dtype: str = "") -> tuple[Path, str]:
+    """Writes `kind` "peft" or "merged" to `out` (default: a folder of that name in the run's).
+
+    Returns the folder, and how to load it elsewhere. Raises ConfigError where the folder exists; a folder that is
+    there is whole.
+    """
+    if kind not in ("peft", "merged"):
+        raise ConfigError(
+            f"--to {kind!r} must be 'peft' (the adapter alone) or 'merged' (base and adapter as one model)"
+        )
+    if kind == "peft" and dtype:
+        raise ConfigError("--dtype belongs to --to merged; an adapter stays fp32, as it was trained")
+    if dtype not in ("", *BYTES_A_NUMBER):
+        raise ConfigError(f"--dtype {dtype!r} must be {' or '.join(BYTES_A_NUMBER)}")
+    folder = out or result.folder / kind
+    if folder.exists():
+        raise ConfigError(f"{folder} exists; choose another with --out (nothing is ever overwritten)")
+    source = find_model(result.config.model.name)
+    if kind == "peft":
+        _check_adapter(result, source)
+        _whole_or_nothing(folder, lambda part: _copy(result.adapter, part))
+        return folder, _load_peft(folder, source)
+    _check_room(source, folder, dtype or "fp32")
+    _whole_or_nothing(folder, lambda part: _merge(result, source, part, dtype or "fp32"))
+    return folder, f'model = AutoModelForCausalLM.from_pretrained("{folder}")    # from transformers'
+
+
+def _whole_or_nothing(folder: Path, write: Callable[[Path], None]) -> None:
+    part = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        write(part)
+        part.rename(folder)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- the adapter alone
+
+
+def _copy(adapter: Path, folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(adapter / name, folder / name)
+
+
+def _check_adapter(result: Result, source: ModelSource) -> None:
+    """Lets peft put the adapter on its base. The base is a skeleton without storage: this costs no model's memory."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from edgelam_fl.model.whole import put_on
+
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source.folder))
+    put_on(base, result.adapter)
+
+
+def _load_peft(folder: Path, source: ModelSource) -> str:
+    gguf = f', gguf_file="{source.gguf.name}"' if source.gguf and source.reference == str(source.gguf) else ""
+    base = str(source.gguf.parent) if source.gguf and gguf else source.reference
+    return (
+        f'base = AutoModelForCausalLM.from_pretrained("{base}"{gguf})    # from transformers\n'
+        f'model = PeftModel.from_pretrained(base, "{folder}")    # from peft'
+    )
+
+
+# ---------------------------------------------------------------- base and adapter as one model
+
+
+def _check_room(source: ModelSource, folder: Path, dtype: str) -> None:
+    """The model is merged in fp32, whole in memory."""
+    needed, free = source.fp32_bytes, memory_free_bytes()
+    if free < needed:
+        raise EnvironmentProblem(
+            f"merging {source.name} takes {_gb(needed)} of memory (4 bytes a weight), {_gb(free)} are free here; end "
+            f"something, or merge on a larger machine: the run's folder and the model are all it needs"
+        )
+    needed, free = source.fp32_bytes * BYTES_A_NUMBER[dtype] // 4, disk_free_bytes(folder)
+    if free < needed:
+        raise EnvironmentProblem(
+            f"{folder} takes {_gb(needed)} in {dtype}, {_gb(free)} are free there; see --out, --dtype"
+        )
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"
+
+
+def _merge(result: Result, source: ModelSource, folder: Path, dtype: str) -> None:
+    import torch
+    from transformers import AutoTokenizer
+
+    from edgelam_fl.model.whole import load_whole, put_on
+
+    # Our own loading rather than from_pretrained: a GGUF file is read from the cache, and saves like any other model.
+    merged: Any = put_on(load_whole(source, "fp32"), result.adapter).merge_and_unload()
+    if dtype == "bf16":
+        merged.to(torch.bfloat16)
+    merged.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source.folder).save_pretrained(folder)

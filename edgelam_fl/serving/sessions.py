@@ -1,0 +1,144 @@
+"""Generation over a route: hidden states of new tokens go through the hosts, each keeps what it needs of the earlier ones.
+
+The device holds embedding, first and last layers: it alone sees text, and picks the tokens. Hosts see hidden states, as
+in training. Neighbours: `split.group` holds a host's links, `edgelam_fl.serving.generate` the loop that asks for the next token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from edgelam_fl.errors import ProtocolError
+from edgelam_fl.model.stage import Stage
+from edgelam_fl.split.group import Group, relay
+from edgelam_fl.split.inbox import Lost
+from edgelam_fl.split.member import Member
+from edgelam_fl.split.route import Route
+from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.link import Frame, Link
+
+_SESSIONS = 4  # of one device at a time
+
+
+class HostSessions:
+    """A host's part: a cache a session, until every device is done."""
+
+    def __init__(self, plan: pb.Plan, stage: Stage, group: Group) -> None:
+        self.plan, self.stage, self.group = plan, stage, group
+
+    def run(self) -> None:
+        if not self.group.coordinates:
+            self.group.dial_downstream()
+        self.group.gather(lambda: self._take(0.05))
+        while self.group.active():
+            self._take(self.plan.deadlines.round_s)
+        self.group.check_enough()
+
+    def _take(self, wait_s: float) -> None:
+        arrival = self.group.inbox.get(wait_s)
+        if arrival is None:
+            return
+        link, item = arrival
+        member = self.group.owner(link)
+        try:
+            if isinstance(item, Lost):
+                if not member.done:
+                    self.group.lose(member, link, f"link {link.name}: {item.reason}")
+            else:
+                self._read(member, link, item)
+        except ProtocolError as error:
+            self.group.lose(member, link, f"broke the protocol: {error}")
+
+    def _read(self, member: Member, link: Link, frame: Frame) -> None:
+        header = frame.header
+        if header.kind == pb.DONE:
+            self.group.done(member, link, header)
+        elif header.kind == pb.CANCEL:
+            self.group.lose(member, member.upstream, header.cancel.reason)
+        elif header.kind == pb.KV_STEP and link is member.upstream:
+            self._step(member, header, frame.tensor)
+        elif header.kind == pb.KV_DROP and link is member.upstream:
+            member.caches.pop(header.session, None)
+            relay(member.downstream if not self.group.coordinates else None, header)
+
+    @torch.no_grad()
+    def _step(self, member: Member, header: pb.Header, inputs: torch.Tensor | None) -> None:
+        position, length = self._checked(member, header, inputs)
+        assert inputs is not None
+        if position == 0:
+            if len(member.caches) >= _SESSIONS and header.session not in member.caches:
+                raise ProtocolError(f"more than {_SESSIONS} generation sessions at a time")
+            member.caches[header.session] = (0, self.stage.new_cache())
+        cache = member.caches[header.session][1]
+        hidden = self.stage(inputs.to(self.stage.dtype), [length], layers=member.layers, cache=cache)
+        member.caches[header.session] = (position + length, cache)
+        if self.group.coordinates and member.route.back_first >= self.plan.model.num_layers:
+            hidden = hidden[:, -1:]  # no layer of the device attends to the others: the next token is all it asks for
+        answer = pb.Header(
+            kind=pb.KV_STEP, session=header.session, coord=header.coord, device_index=header.device_index
+        )
+        assert member.downstream is not None
+        member.downstream.send(answer, hidden.to(self.group.wire).contiguous())
+
+    def _checked(self, member: Member, header: pb.Header, inputs: torch.Tensor | None) -> tuple[int, int]:
+        """(position, length). Raises ProtocolError where they fit neither the tensor nor the session."""
+        if len(header.coord) != 2 or inputs is None:
+            raise ProtocolError("a KV_STEP without position, length or hidden states")
+        position, length = header.coord
+        known = member.caches.get(header.session, (0, None))[0]
+        if tuple(inputs.shape) != (1, length, self.group.hidden_size) or inputs.dtype != self.group.wire or not length:
+            raise ProtocolError(f"hidden states {list(inputs.shape)} of {inputs.dtype} for {length} new tokens")
+        if position not in (0, known) or position + length > self.plan.task.max_tokens:
+            raise ProtocolError(
+                f"tokens {position} to {position + length} of a session that holds {known}, at most {self.plan.task.max_tokens}"
+            )
+        return position, length
+
+
+class RouteSession:
+    """The device's part: token ids in, the next token's logits out."""
+
+    def __init__(
+        self, stages: list[Stage], adapter: Mapping[str, np.ndarray], route: Route, wire: torch.dtype, patience_s: float
+    ) -> None:
+        self.front, self.back, self.route, self.wire, self._patience_s = stages[0], stages[-1], route, wire, patience_s
+        for stage in (self.front, self.back):
+            stage.load_adapter(dict(adapter))
+        self._session, self._position = 0, 0
+        self._caches = self.front.new_cache(), self.back.new_cache()
+
+    def reset(self) -> None:
+        """A new text: hosts drop what they keep of the old one."""
+        assert self.route.entry is not None
+        if self._position:
+            self.route.entry.send(pb.Header(kind=pb.KV_DROP, session=self._session))
+        self._session, self._position = self._session + 1, 0
+        self._caches = self.front.new_cache(), self.back.new_cache()
+
+    @torch.no_grad()
+    def step(self, ids: list[int]) -> torch.Tensor:
+        """Logits [V] of the token after `ids`, which follow what was given before. Raises PeerLost."""
+        assert self.route.entry is not None
+        front_cache, back_cache = self._caches
+        coord = [self._position, len(ids)]
+        hidden = self.front(torch.tensor([ids]), [len(ids)], cache=front_cache).to(self.wire)
+        self.route.entry.send(pb.Header(kind=pb.KV_STEP, session=self._session, coord=coord), hidden.contiguous())
+        answer = self._answer()
+        self._position += len(ids)
+        logits = self.back(answer.to(self.back.dtype), [answer.shape[1]], cache=back_cache)
+        return logits[0, -1]
+
+    def _answer(self) -> torch.Tensor:
+        while True:
+            frame = self.route.next(self._patience_s, "the answer to a token")
+            if frame.header.kind == pb.KV_STEP and frame.tensor is not None and frame.header.session == self._session:
+                return frame.tensor
+
+    def finish(self) -> None:
+        for link in (self.route.exit, self.route.entry):
+            if link is not None:
+                link.send(pb.Header(kind=pb.DONE, done=pb.Done()))
+                link.close()

@@ -1,0 +1,1 @@
+"""A run's page: figures, tables and incidents drawn from its events."""

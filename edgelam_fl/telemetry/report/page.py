@@ -1,0 +1,201 @@
+"""RUN/report.html: one page without network access that shows a run, also one that goes on or failed.
+
+Reads the run's folder and nothing else: events.jsonl, and summary.json where the run has written it (its values are the
+ones shown). What comes from events is escaped; the page's own policy forbids it to load anything. `page.html`
+holds the looks, `figures.py` what is drawn, `split_picture.py` who holds what, `incidents.py` what went wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from html import escape
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+from plotly.offline import get_plotlyjs
+
+from edgelam_fl.errors import UsageError
+from edgelam_fl.telemetry.events import read_events
+from edgelam_fl.telemetry.report.figures import round_figures, timeline_figures
+from edgelam_fl.telemetry.report.incidents import failure, incidents
+from edgelam_fl.telemetry.report.split_picture import labels_leave, split_picture
+from edgelam_fl.telemetry.summary import (
+    ADAPTER_BYTES,
+    LINK_BYTES,
+    Event,
+    build_summary,
+    human_bytes,
+    human_layers,
+    human_measure,
+    human_number,
+    human_seconds,
+    measure_of,
+    measured,
+    of_kind,
+    total,
+)
+from edgelam_fl.telemetry.timeline import Phase, read_phase
+
+TEMPLATE = Path(__file__).with_name("page.html")
+INCIDENTS_SHOWN = 200
+NO_ROUND = ("No round was closed, so there are no figures.", "No round is closed yet.")
+DEVICE_HEADINGS = (
+    "device|examples|{measure} before|{measure} after|tokens/s|"
+    "sent|received|adapters sent|adapters received|peak memory"
+)
+
+
+def write_report(run_dir: Path) -> Path:
+    """Writes run_dir/report.html (about 5 MB, plotly.js inside) in one move and returns its path.
+
+    Raises UsageError where there are no events.
+    """
+    source, written, unfinished = (run_dir / name for name in ("events.jsonl", "summary.json", "report.html.part"))
+    if not source.is_file():
+        raise UsageError(f"{run_dir} is no run's folder: it holds no events.jsonl")
+    events = list(read_events(source))
+    summary = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else build_summary(events)
+    unfinished.write_text(report_page(events, summary), encoding="utf-8")
+    return unfinished.replace(run_dir / "report.html")
+
+
+def report_page(events: list[dict[str, Any]], summary: Mapping[str, Any]) -> str:
+    """The page's text."""
+    started = next(of_kind(events, "run_started"), {})
+    rounds = list(of_kind(events, "round_done"))
+    phases = [phase for phase in map(read_phase, of_kind(events, "timeline")) if phase]
+    colours = {device["name"]: f"--c{i % 8}" for i, device in enumerate(summary["devices"])}
+    measure = measure_of(summary.get("task"))
+    timelines = timeline_figures(phases, colours)
+    parts = {
+        "name": escape(str(summary["run"] or "unnamed run")),
+        "state": escape(summary["state"]),
+        "subtitle": escape(_subtitle(summary)),
+        "failure": _banner(failure(events)),
+        "tiles": "".join(f'<div class="card muted">{what}<b>{value}</b></div>' for what, value in _tiles(summary)),
+        "devices": _device_table(summary["devices"], colours, measure),
+        "hosts": _host_table(summary["hosts"], colours),
+        "no_round": "" if rounds else f'<p class="card muted">{NO_ROUND[summary["state"] == "running"]}</p>',
+        "hide_figures": "" if rounds else "hidden",
+        "measure": measure,
+        "better": "higher" if measure == "accuracy" else "lower",
+        "hide_timeline": "" if timelines else "hidden",
+        "choices": "".join(
+            f"<option value={i}>round {escape(str(each['round']))}</option>" for i, each in enumerate(timelines)
+        ),
+        "shares": "".join(map(_share_table, phases[len(phases) - len(timelines) :], repeat(colours))),
+        "stays": "its text stays; labels go to the last host" if labels_leave(events) else "its text and labels stay",
+        "split": split_picture(events, colours),
+        "incidents": _incident_table(events),
+        "settings": _table("", "key|value", _settings(started.get("config") or {}), "words"),
+        "plotly": get_plotlyjs() if rounds else "",
+        "figures": _json(round_figures(rounds, colours, measure)),
+        "timelines": _json(timelines),
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8"))
+
+
+def _json(value: Any) -> str:
+    """For a script element: no text in it can end the element."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _subtitle(summary: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{package} {version}" for package, version in summary["versions"].items())
+    return " | ".join(filter(None, (summary["model"], summary.get("task"), versions)))
+
+
+def _banner(facts: list[tuple[str, str]]) -> str:
+    rows = "".join(f"<dt>{heading}</dt><dd>{escape(text)}</dd>" for heading, text in facts)
+    return (
+        f'<section class="card banner"><h2 class="failed">The run failed</h2><dl>{rows}</dl></section>' if rows else ""
+    )
+
+
+def _tiles(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    devices = summary["devices"]
+    yield "time", human_seconds(summary["seconds"])
+    yield "rounds", human_number(summary["rounds"])
+    yield "devices", human_number(len(devices))
+    yield "hosts", human_number(len(summary["hosts"]))
+    yield "over links", human_bytes(total(device[key] for device in devices for key in LINK_BYTES))
+    yield "adapters via Flower", human_bytes(total(device[key] for device in devices for key in ADAPTER_BYTES))
+
+
+def _device_table(devices: list[dict[str, Any]], colours: Mapping[str, str], measure: str) -> str:
+    rows = [
+        [
+            _node(device["name"], colours),
+            human_number(device["examples"]),
+            *(_exact(value, human_measure(measure, value)) for value in _before_and_after(device, measure)),
+            _exact(device["tokens_per_s"], human_number(device["tokens_per_s"], 1)),
+            *(_exact_bytes(device[key]) for key in (*LINK_BYTES, *ADAPTER_BYTES, "peak_rss_bytes")),
+        ]
+        for device in devices
+    ]
+    return _table("Devices", DEVICE_HEADINGS.format(measure=measure), rows)
+
+
+def _before_and_after(device: Event, measure: str) -> tuple[float | None, float | None]:
+    return measured(device, measure, "_before"), measured(device, measure, "_after")
+
+
+def _host_table(hosts: list[dict[str, Any]], colours: Mapping[str, str]) -> str:
+    rows = [
+        [_node(host["name"], colours), human_layers(host["layers"])]
+        + [_exact_bytes(host[key]) for key in (*LINK_BYTES, "peak_rss_bytes")]
+        for host in hosts
+    ]
+    return _table("Hosts", "host|holds|sent|received|peak memory", rows, "narrow")
+
+
+def _share_table(phase: Phase, colours: Mapping[str, str]) -> str:
+    """What each node did with a round's train phase; the exact seconds in tooltips."""
+    rows = []
+    for name, shares in phase.shares().items():
+        seconds = (shares.computed_s, shares.sent_s, shares.waited_s)
+        cells = [_exact(round(s, 4), f"{s / (shares.phase_s or 1):.0%}".replace("%", " %"), " s") for s in seconds]
+        rows.append([_node(name, colours), *cells])
+    return f"<div hidden>{_table('', 'node|computed|sent|waited', rows)}</div>"
+
+
+def _node(name: str, colours: Mapping[str, str]) -> str:
+    """With the colour that stands for it in every figure; hosts have none of their own."""
+    return f'<span class="swatch" style="background: var({colours.get(name, "--muted")})"></span>{escape(name)}'
+
+
+def _incident_table(events: list[dict[str, Any]]) -> str:
+    """Empty when all went well."""
+    rows = [[escape(words) for words in incident] for incident in incidents(events)]
+    table = _table("Incidents", "after|what|who|why", rows[:INCIDENTS_SHOWN], "words")
+    more = f"<p>and {len(rows) - INCIDENTS_SHOWN} more in events.jsonl</p>" if len(rows) > INCIDENTS_SHOWN else ""
+    return f'<section class="card">{table}{more}</section>' if rows else ""
+
+
+def _settings(config: Any, path: str = "") -> Iterator[list[str]]:
+    """A row for every key of the run file, with its path."""
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            yield from _settings(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield [escape(path), escape(json.dumps(config, ensure_ascii=False))]
+
+
+def _table(title: str, headings: str, rows: Iterable[list[str]], style: str = "") -> str:
+    """A table of cells that are HTML already, under its title; empty without rows."""
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    head = "".join(f"<th>{heading}</th>" for heading in headings.split("|"))
+    heading = f"<h2>{title}</h2>" if title else ""
+    return f'{heading}<div class="scroll"><table class="{style}"><tr>{head}</tr>{body}</table></div>' if body else ""
+
+
+def _exact(value: float | None, shown: str, unit: str = "") -> str:
+    """A rounded value, the exact one in its tooltip."""
+    return shown if value is None else f'<span title="{value}{unit}">{shown}</span>'
+
+
+def _exact_bytes(count: int | None) -> str:
+    return _exact(count, human_bytes(count), " B")

@@ -1,0 +1,1 @@
+"""Codecs, one file each: tensors to bytes and back."""

@@ -1,0 +1,1 @@
+"""Virtual time: what a round takes on the wireless model instead of the clock."""

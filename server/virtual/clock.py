@@ -1,0 +1,92 @@
+"""Virtual time: what the wireless model says of a round's devices before it, and of the round once it is over.
+
+Before a device was in a round, its load is estimated; then what it moved and trained in its last one is taken. Knows nothing
+of how long anything really took.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+from edgelam_fl.config import RunConfig
+from edgelam_fl.model.source import ModelSource
+from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wireless.cell import Cell
+from edgelam_fl.wireless.rounds import Load, part_of, virtual_round
+from server.replies import Reply
+from server.virtual.loads import Loads
+from strategies.api import Candidate
+
+
+class VirtualTime:
+    def __init__(self, config: RunConfig, source: ModelSource) -> None:
+        self.config = config
+        self.cell = Cell(config.wireless, config.run.seed)
+        self.loads = Loads(config, source)
+        self._moved: dict[str, Load] = {}  # by device, in its last round
+
+    def candidates(self, number: int, devices: Sequence[pb.Profile], known: Sequence[Candidate]) -> list[Candidate]:
+        """`known`, with what holds in the cell in round `number` in the place of what was measured."""
+        expected = self.expected(devices)
+        together = min(self.config.federation.devices_per_round or len(devices), len(devices))
+        found = []
+        for facts in known:
+            part = part_of(self.cell, facts.name, number, expected[facts.name], together)
+            sends, before_s = part.bytes_up, part.before_sending_s
+            found.append(replace(facts, payload_bytes=sends, compute_s=before_s, snr=part.snr, limit_bps=None))
+        return found
+
+    def expected(self, devices: Sequence[pb.Profile]) -> dict[str, Load]:
+        """Of those that were in no round the estimate, scaled by what it was off for the others."""
+        estimates = {device.name: self.loads.estimate(device) for device in devices}
+        known = [name for name in estimates if name in self._moved]
+        off = _ratios([self._moved[name] for name in known], [estimates[name] for name in known])
+        return {name: self._moved.get(name) or _scaled(guess, off) for name, guess in estimates.items()}
+
+    def dropouts(self, number: int, attempt: int, names: Sequence[str]) -> list[str]:
+        """Who of the chosen does not deliver; enough for a round always do."""
+        return self.cell.dropouts(names, number, attempt, self.config.federation.min_nodes)
+
+    def over(
+        self, number: int, shares: Mapping[str, float], dropped: Collection[str], received: Mapping[str, int],
+        replies: Mapping[str, Reply],
+    ) -> dict[str, Any]:  # fmt: skip
+        """Round `number` as it went for those who replied, for round_done; the next rounds expect the same of them.
+
+        `received`: bytes of the adapter that each was sent.
+        """
+        delivered = sorted(name for name in shares if name in replies)
+        self._moved |= {name: self._load(name, received.get(name, 0), replies[name]) for name in delivered}
+        parts = {name: part_of(self.cell, name, number, self._moved[name], len(delivered)) for name in delivered}
+        return virtual_round(self.config.wireless, parts, shares, sorted(dropped))
+
+    def _load(self, name: str, received_bytes: int, reply: Reply) -> Load:
+        """Tensors alone: frames' headers and heartbeats depend on the clock, which nothing here may."""
+        report = reply.report
+        return Load(
+            bytes_up=reply.bytes_of("ends") + _tensors(report, "sent"),
+            adapter_bytes_down=received_bytes,
+            data_bytes_down=_tensors(report, "received"),
+            operations=report.tokens_trained * self.loads.operations_a_token(name),
+        )
+
+
+def _tensors(report: pb.JobReport, direction: str) -> int:
+    """Bytes of hidden states and gradients on the device's links."""
+    return sum(count.payload_bytes for count in report.bytes if count.direction == direction)
+
+
+def _ratios(measured: Sequence[Load], estimated: Sequence[Load]) -> Load:
+    """Measured to estimated, of all together; 1 where nothing was measured."""
+
+    def ratio(of: str) -> float:
+        guess = sum(getattr(load, of) for load in estimated)
+        return sum(getattr(load, of) for load in measured) / guess if guess else 1.0
+
+    return Load(**{field.name: ratio(field.name) for field in fields(Load)})
+
+
+def _scaled(load: Load, by: Load) -> Load:
+    return Load(**{field.name: getattr(load, field.name) * getattr(by, field.name) for field in fields(Load)})
