@@ -74,6 +74,7 @@ def _round(rule: str, devices: int, result: Connection) -> None:
     from edgelam_fl.config import parse_run_file
     from edgelam_fl.flower import to_record
     from edgelam_fl.model.source import find_model
+    from edgelam_fl.plan.spec import RunSpec
     from edgelam_fl.wire import PROTOCOL_VERSION
     from edgelam_fl.wire import edgelam_pb2 as pb
     from server.exchange import Nodes
@@ -86,11 +87,11 @@ def _round(rule: str, devices: int, result: Connection) -> None:
     overrides = ["model.name=smollm2-135m", "split.hosts=0", f"strategy.aggregation={rule}", "lora.rank=8"]
     overrides += [f"federation.local_steps={STEPS}", f"federation.min_nodes={devices}"]
     config = parse_run_file("", source="the benchmark", overrides=overrides)
-    source, grid = find_model(config.model.name), Grid(devices)
+    spec, grid = RunSpec(config, find_model(config.model.name)), Grid(devices)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
-        run = RunFolder(Path(folder), config, source)
+        run = RunFolder(Path(folder), spec)
         nodes = Nodes(grid, run, pb.ProfileRequest(protocol_version=PROTOCOL_VERSION))  # type: ignore[arg-type]
-        SplitLora(config, source, nodes, run, "run")._round(1, to_record({}), ConfigRecord(), grid, 600)  # type: ignore[arg-type]
+        SplitLora(spec, nodes, run, "run")._round(1, to_record({}), ConfigRecord(), grid, 600)  # type: ignore[arg-type]
     result.send((max(grid.resident) - grid.resident[0], grid.update_bytes, grid.last - grid.first))
 
 

@@ -13,15 +13,14 @@ from pathlib import Path
 from flwr.app import ConfigRecord, RecordDict
 from flwr.serverapp import Grid
 
-from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.files import write_private
 from edgelam_fl.flower import to_record
 from edgelam_fl.model import adapter as adapters
-from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.layout import who_may_host
 from edgelam_fl.plan.making import RoundFacts, make_plans, task_settings
 from edgelam_fl.plan.placement import Placement
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server import hub
@@ -33,11 +32,11 @@ CALLER = "chat"
 _POLL_S = 0.5
 
 
-def converse(grid: Grid, config: RunConfig, source: ModelSource, session: Path, adapter: Path) -> None:
+def converse(grid: Grid, spec: RunSpec, session: Path, adapter: Path) -> None:
     """Serves one conversation; returns when the caller has left. `session`: a folder for its events and the route."""
-    folder = RunFolder(session, config, source)
+    folder = RunFolder(session, spec)
     try:
-        plans, nodes = _plan(grid, config, source, folder)
+        plans, nodes = _plan(grid, spec, folder)
         held = adapters.read_peft_folder(adapter)
         messages = []
         for name, plan in plans.items():
@@ -49,7 +48,7 @@ def converse(grid: Grid, config: RunConfig, source: ModelSource, session: Path, 
             content["adapter"] = to_record(tensors)
             messages.append(nodes.message(name, "evaluate", content))
         write_private(session / "route", plans[CALLER].SerializeToString())
-        _, missing = nodes.exchange(messages, config.federation.round_deadline_s)
+        _, missing = nodes.exchange(messages, spec.config.federation.round_deadline_s)
         if missing:
             raise RunFailed("; ".join(f"{name}: {reason}" for name, reason in sorted(missing.items())))
     except RunFailed as error:
@@ -58,8 +57,9 @@ def converse(grid: Grid, config: RunConfig, source: ModelSource, session: Path, 
     folder.emit("run_done", summary="")
 
 
-def _plan(grid: Grid, config: RunConfig, source: ModelSource, folder: RunFolder) -> tuple[dict[str, pb.Plan], Nodes]:
+def _plan(grid: Grid, spec: RunSpec, folder: RunFolder) -> tuple[dict[str, pb.Plan], Nodes]:
     """Waits for the hosts of one site. Raises RunFailed when they do not come."""
+    config, source = spec.config, spec.source
     nodes = Nodes(
         grid,
         folder,

@@ -13,17 +13,15 @@ import numpy as np
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.model.adapter import Adapter, initial_adapter, slice_of
-from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.layout import site_source
 from edgelam_fl.plan.reading import end_spans, hosted_span, spans_of
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import edgelam_pb2 as pb
 from strategies.aggregation.factors import A, B, module_of
 from strategies.api import Start
 
 
-def complete(
-    adapter: Adapter, plans: Mapping[str, pb.Plan], config: RunConfig, source: ModelSource, unequal_ranks: bool = False
-) -> Adapter:
+def complete(adapter: Adapter, plans: Mapping[str, pb.Plan], spec: RunSpec, unequal_ranks: bool = False) -> Adapter:
     """`adapter` with the start of each module that it lacks, in the rank of those that hold it.
 
     With `unequal_ranks`, in the largest of them. Else raises RunFailed where a module was trained with another rank than
@@ -33,7 +31,7 @@ def complete(
     for name, plan in plans.items():
         rank = plan.lora.rank
         if rank not in starts:
-            starts[rank] = _start(config, source, rank)
+            starts[rank] = _start(spec, rank)
         for tensor, start in slice_of(starts[rank], spans_of(plan)).items():
             known = whole.setdefault(tensor, start)
             if unequal_ranks and min(known.shape) < min(start.shape):
@@ -75,5 +73,6 @@ def as_start(adapter: Adapter, config: RunConfig, round_: int) -> Start:
     return Start(adapter, scales, config.run.seed, round_)
 
 
-def _start(config: RunConfig, source: ModelSource, rank: int) -> Adapter:
-    return initial_adapter(source, config.lora.targets, rank, config.run.seed, classes=len(config.task.classes))
+def _start(spec: RunSpec, rank: int) -> Adapter:
+    config = spec.config
+    return initial_adapter(spec.source, config.lora.targets, rank, config.run.seed, classes=len(config.task.classes))

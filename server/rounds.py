@@ -19,14 +19,13 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed, TooFewSources
 from edgelam_fl.flower import from_record, record_bytes, to_record
 from edgelam_fl.model import adapter as adapters
-from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.layout import Layout, Site, site_source, who_may_host
 from edgelam_fl.plan.making import RoundFacts, make_plans, planned_steps
 from edgelam_fl.plan.placement import Placement
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server import hub
 from server.corrections import add_corrections
@@ -60,9 +59,17 @@ class Round:
 
 
 class SplitLora(Strategy):
-    def __init__(self, config: RunConfig, source: ModelSource, nodes: Nodes, folder: RunFolder, run: str) -> None:
-        self.config, self.source, self.nodes, self.folder, self.run = config, source, nodes, folder, run
-        self.schedule = Schedule(config, source)
+    def __init__(self, spec: RunSpec, nodes: Nodes, folder: RunFolder, run: str) -> None:
+        config, source = spec.config, spec.source
+        self.spec, self.config, self.source, self.nodes, self.folder, self.run = (
+            spec,
+            config,
+            source,
+            nodes,
+            folder,
+            run,
+        )
+        self.schedule = Schedule(spec)
         self.placement = Placement(config, source, folder.emit)
         self.aggregation = load("aggregation", config.strategy.aggregation, config.strategy.options)
         self.personal: dict[str, adapters.Adapter] = {}  # source -> tensors it goes on with instead of the global ones
@@ -212,7 +219,7 @@ class SplitLora(Strategy):
             relay_key=hub.secret(),
         )
         plans = make_plans(self.config, self.source, facts, self.nodes.profiles, layout, shares, tokens)
-        self._global = complete(from_record(arrays), plans, self.config, self.source, unequal_ranks)
+        self._global = complete(from_record(arrays), plans, self.spec, unequal_ranks)
         fold = Fold() if trains and folds(self.aggregation, len(plans)) else None
         self._open = Round(facts, layout, plans, shares, dropped, fold)
         self.folder.emit(

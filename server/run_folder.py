@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from edgelam_fl.config import RunConfig, to_toml
+from edgelam_fl.config import to_toml
 from edgelam_fl.files import write_atomically
 from edgelam_fl.model.adapter import Adapter, write_peft_folder
-from edgelam_fl.model.source import ModelSource
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.telemetry.events import EventLog, read_events
 from edgelam_fl.telemetry.summary import build_summary
 
@@ -17,27 +17,26 @@ from edgelam_fl.telemetry.summary import build_summary
 class RunFolder:
     """Everything that a run leaves behind. `adapter/` holds the newest checkpoint, whole at any moment."""
 
-    def __init__(self, path: Path, config: RunConfig, source: ModelSource) -> None:
+    def __init__(self, path: Path, spec: RunSpec) -> None:
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._config = config
-        self._source = source
-        (path / "config.toml").write_text(to_toml(config), encoding="utf-8")
+        self._spec = spec
+        (path / "config.toml").write_text(to_toml(spec.config), encoding="utf-8")
         self.emit = EventLog(path / "events.jsonl")
 
     def checkpoint(self, adapter: Adapter, round_: int, step_offset: int, personal: dict[str, Adapter]) -> str:
         """Stores the adapter that the next round starts from; returns its path in the folder."""
-        lora = self._config.lora
+        lora = self._spec.config.lora
         for name, tensors in {"": adapter, **personal}.items():
             folder = self.path / "adapters" / name if name else self.path / "adapter"
             write_peft_folder(
                 {**adapter, **tensors},
                 folder,
-                reference=self._source.reference,
+                reference=self._spec.source.reference,
                 rank=lora.rank,
                 alpha=lora.alpha,
                 targets=lora.targets,
-                classes=self._config.task.classes,
+                classes=self._spec.config.task.classes,
             )
         write_atomically(self.path / "state.json", json.dumps({"round": round_, "step_offset": step_offset}) + "\n")
         return "adapter"

@@ -15,8 +15,8 @@ from typing import Any
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed
-from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.making import own_steps, value_bytes
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.events_of_round import send_rate_bps
 from server.replies import Reply
@@ -43,11 +43,12 @@ def unfit(config: RunConfig, profile: pb.Profile) -> str:
 
 
 class Schedule:
-    def __init__(self, config: RunConfig, source: ModelSource) -> None:
-        self.config, self.source = config, source
+    def __init__(self, spec: RunSpec) -> None:
+        self.spec, self.config = spec, spec.config
+        config = spec.config
         self.selection = load("selection", config.strategy.selection, config.strategy.options)
         self.bandwidth = load("bandwidth", config.strategy.bandwidth, config.strategy.options)
-        self.virtual = VirtualTime(config, source) if config.wireless.bandwidth_hz else None
+        self.virtual = VirtualTime(spec) if config.wireless.bandwidth_hz else None
         self.capacity = config.wireless.bandwidth_hz or config.wire.capacity_bps  # a band in Hz, or bits a second
         self._measured: dict[str, Candidate] = {}  # by device, as of its last round
 
@@ -101,7 +102,7 @@ class Schedule:
 
     def candidates(self, devices: Sequence[pb.Profile], number: int = 0) -> list[Candidate]:
         """What is known of each. Of those that were never measured, payload and compute are estimated."""
-        estimates = {device.name: estimated_payload_bytes(self.config, self.source, device) for device in devices}
+        estimates = {device.name: estimated_payload_bytes(self.spec, device) for device in devices}
         known = {name: self._measured[name] for name in estimates if name in self._measured}
         compute_s = _mean([facts.compute_s for facts in known.values()])
         # The estimate is from above (every example as long as the longest): measured ones say by how much.
@@ -178,12 +179,13 @@ def _in_virtual_time(facts: Candidate, device: Mapping[str, Any]) -> Candidate:
     )
 
 
-def estimated_payload_bytes(config: RunConfig, source: ModelSource, device: pb.Profile) -> float:
+def estimated_payload_bytes(spec: RunSpec, device: pb.Profile) -> float:
     """Both ways in a round, from above: hidden states to the hosts and back, in training their gradients too."""
+    config = spec.config
     if not config.split.hosts:
         return 0.0
     examples = 4 * own_steps(config, device.examples) * config.federation.batch_size + 2 * device.held_out
-    return float(examples * config.task.max_tokens * source.hidden_size * value_bytes(config))
+    return float(examples * config.task.max_tokens * spec.source.hidden_size * value_bytes(config))
 
 
 def check_choice(config: RunConfig, names: Sequence[str], candidates: Collection[str]) -> None:

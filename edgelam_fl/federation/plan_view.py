@@ -48,7 +48,7 @@ def plan_on_server(console: Console, config: RunConfig, source: ModelSource, ser
     with tempfile.TemporaryDirectory(prefix="edgelam-plan-") as folder, console.status("asking the nodes"):
         out = Path(folder) / "plan"
         submission = Submission(server, Path(folder) / "flwr")
-        submission.submit(config, out, plan=True)
+        submission.submit(config, out, "plan")
         event = _await_placement(submission, out, config.federation.join_deadline_s + _MESSAGES_S)
     return {**event, "num_layers": source.num_layers}
 

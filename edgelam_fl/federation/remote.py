@@ -58,7 +58,7 @@ def route_speaker(result: Result, server: str, console: Console) -> Iterator[Rou
     folder = result.folder / "chats" / time.strftime("%Y%m%d-%H%M%S")
     submission = Submission(server, folder / "flwr")
     with console.status("opening the way through the federation"):
-        submission.submit(result.config, folder, chat=result.adapter)
+        submission.submit(result.config, folder, "chat", result.adapter)
         session = None
         try:
             plan = _await_route(submission, folder, result.config.federation.join_deadline_s + _PATIENCE_S)

@@ -39,19 +39,19 @@ class Submission:
         self,
         config: RunConfig,
         out: Path,
-        chat: Path | None = None,
+        command: str = "run",
+        adapter: Path | None = None,
         fabric: str = "",
         simulation: str = "",
-        plan: bool = False,
     ) -> int:
         """Starts the run; its folder on the server's machine is `out`. Returns Flower's run id.
 
-        `chat`: the folder of an adapter to talk to over the hosts, instead of training. `fabric`, `simulation`: who plays
-        the nodes, and Flower's settings for its simulation engine. `plan`: only say who would hold what.
+        `command`: "run" trains; "plan" only says who would hold what; "chat" talks over the hosts to the `adapter` in a
+        folder. `fabric`, `simulation`: who plays the nodes, and Flower's settings for its simulation engine.
         """
         text = self._home / "run-config.toml"
-        values = {"run-toml": to_toml(config), "out": str(out), "chat": str(chat.absolute()) if chat else "",
-                  "fabric": fabric, "plan": "yes" if plan else ""}  # fmt: skip
+        values = {"run-toml": to_toml(config), "out": str(out), "command": command,
+                  "adapter": str(adapter.absolute()) if adapter else "", "fabric": fabric}  # fmt: skip
         text.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()), encoding="utf-8")
         engine = ["--federation-config", simulation] if simulation else []
         answer = self._flwr("run", str(self.app()), "local", "--run-config", str(text), *engine)

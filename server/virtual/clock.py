@@ -10,8 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from edgelam_fl.config import RunConfig
-from edgelam_fl.model.source import ModelSource
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wireless.cell import Cell
 from edgelam_fl.wireless.rounds import Load, part_of, virtual_round
@@ -21,10 +20,10 @@ from strategies.api import Candidate
 
 
 class VirtualTime:
-    def __init__(self, config: RunConfig, source: ModelSource) -> None:
-        self.config = config
-        self.cell = Cell(config.wireless, config.run.seed)
-        self.loads = Loads(config, source)
+    def __init__(self, spec: RunSpec) -> None:
+        self.config = spec.config
+        self.cell = Cell(self.config.wireless, self.config.run.seed)
+        self.loads = Loads(spec)
         self._moved: dict[str, Load] = {}  # by device, in its last round
 
     def candidates(self, number: int, devices: Sequence[pb.Profile], known: Sequence[Candidate]) -> list[Candidate]:

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from functools import cached_property
 
-from edgelam_fl.config import RunConfig
 from edgelam_fl.model.adapter import target_modules
 from edgelam_fl.model.index import layer_number
-from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.layout import by_name, device_ends
 from edgelam_fl.plan.making import FP32_BYTES, own_steps, value_bytes
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wireless.rounds import Load
 
 
 class Loads:
-    def __init__(self, config: RunConfig, source: ModelSource) -> None:
-        self.config, self.source = config, source
+    def __init__(self, spec: RunSpec) -> None:
+        self.config, self.source = spec.config, spec.source
         self._operations: dict[tuple[int, int], float] = {}  # a token, by where a device's layers end and begin again
 
     def estimate(self, device: pb.Profile) -> Load:

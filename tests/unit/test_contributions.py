@@ -14,6 +14,7 @@ from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.layout import Layout, make_layout, who_may_host
 from edgelam_fl.plan.making import RoundFacts, make_plans
 from edgelam_fl.plan.reading import Span, end_spans, hosted_span, spans_of
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.global_adapter import as_start, complete, starting_point
 from server.replies import Reply, broken_sites, collect, problem, read_reply
@@ -41,7 +42,7 @@ class Planned:
         profiles = {profile.name: profile for profile in nodes}
         facts = RoundFacts("run", 1, 1, 0, STEPS, unequal_ranks=unequal_ranks)
         self.plans = make_plans(config, source, facts, profiles, self.layout, {}, dict.fromkeys("abc", b"t"))
-        self.start = complete({}, self.plans, config, source, unequal_ranks)
+        self.start = complete({}, self.plans, RunSpec(config, source), unequal_ranks)
 
     def moved(self, spans: list[Span], by: float) -> Adapter:
         return {name: array + np.float32(by) for name, array in slice_of(self.start, spans).items()}
@@ -286,25 +287,25 @@ def test_what_was_trained_is_kept_and_another_rank_refused(tiny: ModelSource) ->
     planned = Planned(tiny)
     trained = planned.moved([Span(0, 6)], 1)
     config = run_config(tiny.name)
-    assert digest(complete(trained, planned.plans, config, tiny)) == digest(trained)
+    assert digest(complete(trained, planned.plans, RunSpec(config, tiny))) == digest(trained)
     with pytest.raises(
         RunFailed, match=r"was trained as \[8, 64\]; node e, which holds it now, has rank 2 \(lora.ranks\)"
     ):
-        complete(trained, Planned(tiny, "lora.ranks={'e'=2}").plans, config, tiny)
+        complete(trained, Planned(tiny, "lora.ranks={'e'=2}").plans, RunSpec(config, tiny))
 
 
 def test_a_larger_rank_than_before_leaves_the_product_as_it_is(tiny: ModelSource) -> None:
     """A holder of rank 8 comes after rounds at rank 2: more rows, of its own start, that B does not use yet."""
     narrow = Planned(tiny, "lora.ranks={'*'=2}")
     trained = narrow.moved([Span(0, 6)], 1)
-    wide = complete(trained, Planned(tiny).plans, run_config(tiny.name), tiny, unequal_ranks=True)
+    wide = complete(trained, Planned(tiny).plans, RunSpec(run_config(tiny.name), tiny), unequal_ranks=True)
     a = narrow.layer(0)
     b = a.replace("lora_A", "lora_B")
     assert (wide[a].shape, wide[b].shape) == ((8, 64), (trained[b].shape[0], 8))
     np.testing.assert_allclose(16 / 8 * wide[b] @ wide[a], 16 / 2 * trained[b] @ trained[a], rtol=1e-5)
     assert np.array_equal(wide[a][2:], initial_adapter(tiny, ["q_proj", "v_proj"], 8, 1)[a][2:])
     assert not wide[b][:, 2:].any()
-    again = complete(wide, narrow.plans, run_config(tiny.name), tiny, unequal_ranks=True)
+    again = complete(wide, narrow.plans, RunSpec(run_config(tiny.name), tiny), unequal_ranks=True)
     assert digest(again) == digest(wide), "a smaller rank is cut on the way to its node, not here"
     sent = starting_point(narrow.plans["a"], wide, {})
     np.testing.assert_allclose(sent[b] @ sent[a], trained[b] @ trained[a], rtol=1e-5)

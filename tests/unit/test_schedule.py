@@ -12,6 +12,7 @@ import pytest
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.events_of_round import send_rate_bps
 from server.replies import Reply
@@ -48,7 +49,7 @@ class Told:
 
 def schedule(*overrides: str) -> Any:
     own = [f"strategy.selection={HERE}:Told", f"strategy.bandwidth={HERE}:Told"]
-    return Schedule(run_config("any", *own, *overrides), SOURCE)
+    return Schedule(RunSpec(run_config("any", *own, *overrides), SOURCE))
 
 
 def profile(name: str, examples: int = 9, memory: int = 4_000_000_000, tags: Sequence[str] = ()) -> pb.Profile:
@@ -179,8 +180,8 @@ def test_a_payload_is_estimated_from_above_until_it_is_measured() -> None:
     tensors = (
         4 * 5 * config.federation.batch_size + 2 * 3
     )  # to the hosts and back, gradients too; held-out ones without
-    assert estimated_payload_bytes(config, SOURCE, device) == tensors * config.task.max_tokens * 64 * 4
-    assert estimated_payload_bytes(run_config("any", "split.hosts=0"), SOURCE, device) == 0
+    assert estimated_payload_bytes(RunSpec(config, SOURCE), device) == tensors * config.task.max_tokens * 64 * 4
+    assert estimated_payload_bytes(RunSpec(run_config("any", "split.hosts=0"), SOURCE), device) == 0
 
 
 def test_unmeasured_devices_are_guessed_from_the_measured_ones() -> None:

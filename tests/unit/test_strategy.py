@@ -21,6 +21,7 @@ from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.carry import is_carry
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.reading import end_spans, hosted_span
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server import replies
@@ -124,6 +125,7 @@ class Federation:
     def __init__(self, source: ModelSource, folder: Path, devices: str, edges: str, *overrides: str) -> None:
         small = ["federation.join_deadline_s=0.5", "federation.rounds=2"]
         self.config: RunConfig = run_config(source.name, *small, *overrides)
+        spec = RunSpec(self.config, source)
         self.nodes = {
             name: ByHand(
                 pb.Profile(name=name, role=role, address=f"{name}:1", examples=9, protocol_version=PROTOCOL_VERSION)
@@ -131,10 +133,10 @@ class Federation:
             for names, role in ((devices, pb.DEVICE), (edges, pb.EDGE))
             for name in names
         }
-        self.folder = RunFolder(folder, self.config, source)
+        self.folder = RunFolder(folder, spec)
         grid: Any = HandGrid(list(self.nodes.values()))
         nodes = Nodes(grid, self.folder, pb.ProfileRequest(protocol_version=PROTOCOL_VERSION))
-        self.strategy = SplitLora(self.config, source, nodes, self.folder, "run")
+        self.strategy = SplitLora(spec, nodes, self.folder, "run")
         self.grid = grid
         self.start = adapters.initial_adapter(source, self.config.lora.targets, self.config.lora.rank, 1)
 
@@ -247,7 +249,7 @@ def test_cuts_are_chosen_and_chosen_anew_where_a_host_is_gone(federation: Callab
 
 def test_a_plan_alone_is_told_and_nothing_is_trained(federation: Callable[..., Federation]) -> None:
     run = federation("ab", "ef", "split.hosts=2", "split.front=1", "split.back=1")
-    propose(run.strategy.nodes, run.config, run.strategy.source, run.folder)
+    propose(run.strategy.nodes, run.strategy.spec, run.folder)
     (told,) = run.events("placement")
     assert [(h["node"], h["first"], h["last"]) for h in told["sites"][0]["hosts"]] == [("e", 1, 3), ("f", 3, 5)]
     assert told["reason"] == "split.cuts = equal"

@@ -14,6 +14,7 @@ from edgelam_fl.config import Wireless
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.adapter import initial_adapter
 from edgelam_fl.model.source import ModelSource
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.telemetry.summary import build_summary
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wireless.cell import Cell
@@ -58,14 +59,14 @@ def layer_weights(source: ModelSource) -> int:
 )
 def test_operations_of_a_token(tiny: ModelSource, overrides: list[str], forward: int, backward: int) -> None:
     """Two a weight in each direction; backward down to the lowest adapter that learns."""
-    loads = Loads(run_config("any", *overrides), tiny)
+    loads = Loads(RunSpec(run_config("any", *overrides), tiny))
     head = tiny.config["vocab_size"] * tiny.hidden_size
     assert loads.operations_a_token("a") == 2 * (forward + backward) * layer_weights(tiny) + 4 * head
 
 
 def test_a_load_before_the_first_round(tiny: ModelSource) -> None:
     config = run_config("any", "federation.local_steps=5", "lora.ranks={'a'=2}", "split.front=1", "split.back=0")
-    load = Loads(config, tiny).estimate(device(held_out=3))
+    load = Loads(RunSpec(config, tiny)).estimate(device(held_out=3))
     adapter_bytes = sum(
         array.nbytes
         for name, array in initial_adapter(tiny, config.lora.targets, 2, 1).items()
@@ -76,12 +77,12 @@ def test_a_load_before_the_first_round(tiny: ModelSource) -> None:
     assert load.adapter_bytes_down == adapter_bytes
     assert load.data_bytes_down == (2 * learned + 3) * state_bytes
     assert load.bytes_up == adapter_bytes + load.data_bytes_down
-    assert load.operations == learned * config.task.max_tokens * Loads(config, tiny).operations_a_token("a")
+    assert load.operations == learned * config.task.max_tokens * Loads(RunSpec(config, tiny)).operations_a_token("a")
 
 
 def test_a_load_is_what_the_last_round_moved_and_scales_the_others_estimates(tiny: ModelSource) -> None:
     config = run_config("any", BAND, "federation.epochs=1")
-    virtual = VirtualTime(config, tiny)
+    virtual = VirtualTime(RunSpec(config, tiny))
     small, large = device("a", examples=8), device("b", examples=80)
     sent = [pb.KindBytes(direction="sent", kind="ACT", payload_bytes=1000, framing_bytes=10)]
     received = [pb.KindBytes(direction="received", kind="ACT", payload_bytes=70)]
@@ -89,9 +90,9 @@ def test_a_load_is_what_the_last_round_moved_and_scales_the_others_estimates(tin
     virtual.over(1, {"a": 1.0}, [], {"a": 50}, {"a": Reply(report)})
     expected = virtual.expected([small, large])
     a = expected["a"]
-    operations = 300 * Loads(config, tiny).operations_a_token("a")
+    operations = 300 * Loads(RunSpec(config, tiny)).operations_a_token("a")
     assert (a.bytes_up, a.adapter_bytes_down, a.data_bytes_down, a.operations) == (1000, 50, 70, operations)
-    estimates = [Loads(config, tiny).estimate(profile) for profile in (small, large)]
+    estimates = [Loads(RunSpec(config, tiny)).estimate(profile) for profile in (small, large)]
     assert expected["b"].bytes_up == pytest.approx(1000 * estimates[1].bytes_up / estimates[0].bytes_up)
     assert (expected["b"].operations, expected["b"].data_bytes_down) == pytest.approx((operations * 10, 70 * 10))
 
