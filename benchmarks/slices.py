@@ -29,6 +29,7 @@ from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.plan.layout import make_layout
 from edgelam_fl.plan.making import RoundFacts, make_plans
 from edgelam_fl.plan.reading import spans_of
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.telemetry.events import EventTail
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.control import ControlClient
@@ -175,10 +176,10 @@ def _plan(source: ModelSource, base: str, port: int) -> tuple[pb.Plan, bytes]:
     overrides = ["model.name=smollm2-135m", f"model.base={base}", f"split.front={FIRST}", f"split.back={back}"]
     config = parse_run_file("", source="the benchmark", overrides=overrides)
     device, edge = pb.Profile(name="device-1", role=pb.DEVICE), pb.Profile(name="edge-1", role=pb.EDGE, address="x:1")
-    layout = make_layout(config, source, [device], [edge])
+    layout = make_layout(RunSpec(config, source), [device], [edge])
     facts = RoundFacts(f"slices-{time.time_ns():x}", 1, 1, 0, 1, hub_port=port)
     profiles = {"device-1": device, "edge-1": edge}
-    plan = make_plans(config, source, facts, profiles, layout, {}, {"device-1": bytes(16)})["edge-1"]
+    plan = make_plans(RunSpec(config, source), facts, profiles, layout, {}, {"device-1": bytes(16)})["edge-1"]
     plan.model.name = "elsewhere/smollm2"
     start = initial_adapter(source, config.lora.targets, config.lora.rank, 1)
     tensors = adapters.slice_of(start, spans_of(plan))

@@ -39,7 +39,7 @@ def main(grid: Grid, context: Context) -> None:
         raise ConfigError(f"command = {command!r} in the run config must be one of {', '.join(_COMMANDS)}")
     config = parse_run_file(given["run-toml"], source="the run file", overrides=given["set"])
     out = Path(given["out"] or f"runs/flwr-{context.run_id}").absolute()
-    spec = RunSpec(config, check_config(config))
+    spec = check_config(config)
     hub.offer(spec.source)
     if command == "chat":
         converse(grid, spec, session=out, adapter=Path(given["adapter"]))
@@ -89,8 +89,7 @@ def _nodes(grid: Grid, folder: RunFolder, spec: RunSpec) -> Nodes:
 
 def propose(nodes: Nodes, spec: RunSpec, folder: RunFolder) -> None:
     """Asks the nodes that are here, says who would hold what, and ends."""
-    config = spec.config
-    nodes.gather(config, at_start=True)
-    proposal = foresee(config, spec.source, list(nodes.profiles.values()))
+    nodes.gather(spec.config, at_start=True)
+    proposal = foresee(spec, list(nodes.profiles.values()))
     folder.emit("placement", round=0, **proposal.event(), measured=[])
     folder.emit("run_done", summary="")

@@ -59,7 +59,7 @@ def converse(grid: Grid, spec: RunSpec, session: Path, adapter: Path) -> None:
 
 def _plan(grid: Grid, spec: RunSpec, folder: RunFolder) -> tuple[dict[str, pb.Plan], Nodes]:
     """Waits for the hosts of one site. Raises RunFailed when they do not come."""
-    config, source = spec.config, spec.source
+    config = spec.config
     nodes = Nodes(
         grid,
         folder,
@@ -70,14 +70,14 @@ def _plan(grid: Grid, spec: RunSpec, folder: RunFolder) -> tuple[dict[str, pb.Pl
         if not nodes.refresh():
             time.sleep(_POLL_S)
     caller = pb.Profile(name=CALLER, role=pb.DEVICE)
-    layout = Placement(config, source).layout(1, [caller], who_may_host(config, nodes.profiles.values()))
+    layout = Placement(spec).layout(1, [caller], who_may_host(config, nodes.profiles.values()))
     facts = RoundFacts(
         f"{folder.path.name}-{time.time_ns():x}", 1, 1, 0, 0, hub_port=hub.port(), relay_key=hub.secret()
     )
     profiles = {**nodes.profiles, CALLER: caller}
-    plans = make_plans(config, source, facts, profiles, layout, {}, {CALLER: secrets.token_bytes(16)})
+    plans = make_plans(spec, facts, profiles, layout, {}, {CALLER: secrets.token_bytes(16)})
     for plan in plans.values():
         plan.generate, plan.evaluate = True, False
         plan.window = plan.micro_batches = plan.batch_size = 1
-        plan.task.max_tokens = int(source.config.get("max_position_embeddings", plan.task.max_tokens))
+        plan.task.max_tokens = int(spec.source.config.get("max_position_embeddings", plan.task.max_tokens))
     return plans, nodes

@@ -11,20 +11,21 @@ from typing import Any
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.adapter import target_modules
-from edgelam_fl.model.source import ModelSource, find_model
+from edgelam_fl.model.source import find_model
+from edgelam_fl.plan.spec import RunSpec
 from strategies.registry import BUILT_IN, asked_by, load_all
 
 
-def check_config(config: RunConfig) -> ModelSource:
+def check_config(config: RunConfig) -> RunSpec:
     """Finds the model. Raises ConfigError or ModelError with what is wrong; nothing has been started then."""
     loaded = load_all({kind: getattr(config.strategy, kind) for kind in BUILT_IN}, config.strategy.options)
     check_together(config)
     check_aggregation(config, loaded["aggregation"])
-    source = find_model(config.model.name)
-    check_cuts(config, source)
-    check_ranks(config, source)
-    check_carry(config, source, loaded["aggregation"])
-    return source
+    spec = RunSpec(config, find_model(config.model.name))
+    check_cuts(spec)
+    check_ranks(spec)
+    check_carry(spec, loaded["aggregation"])
+    return spec
 
 
 def check_together(config: RunConfig) -> None:
@@ -115,9 +116,10 @@ def check_correction(config: RunConfig) -> None:
         )
 
 
-def check_cuts(config: RunConfig, source: ModelSource) -> None:
+def check_cuts(spec: RunSpec) -> None:
     """Raises ConfigError where the device's layers do not fit the model."""
-    split, layers = config.split, source.num_layers
+    split, source = spec.config.split, spec.source
+    layers = source.num_layers
     hosts = split.least_hosts
     room = layers - hosts
     if split.front + split.back > room:
@@ -139,9 +141,9 @@ def check_cuts(config: RunConfig, source: ModelSource) -> None:
             )
 
 
-def check_ranks(config: RunConfig, source: ModelSource) -> None:
+def check_ranks(spec: RunSpec) -> None:
     """Raises ConfigError for a target that the model lacks, or a rank that a matched matrix cannot have."""
-    lora = config.lora
+    lora, source = spec.config.lora, spec.source
     shapes = target_modules(source, lora.targets).values()
     most = min(min(shape) for shape in shapes)
     why = f"the smallest width of the modules in lora.targets ({source.name})"
@@ -150,8 +152,9 @@ def check_ranks(config: RunConfig, source: ModelSource) -> None:
         raise ConfigError(f"lora.rank = {lora.rank} must be at most {most}, {why}")
 
 
-def check_carry(config: RunConfig, source: ModelSource, aggregation: Any) -> None:
+def check_carry(spec: RunSpec, aggregation: Any) -> None:
     """Raises ConfigError for a cap on carry factors that no module could pass."""
+    config, source = spec.config, spec.source
     cap = getattr(aggregation, "most_rank", 0)
     most = max(min(shape) for shape in target_modules(source, config.lora.targets).values())
     if cap > most:

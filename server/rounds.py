@@ -60,17 +60,11 @@ class Round:
 
 class SplitLora(Strategy):
     def __init__(self, spec: RunSpec, nodes: Nodes, folder: RunFolder, run: str) -> None:
-        config, source = spec.config, spec.source
-        self.spec, self.config, self.source, self.nodes, self.folder, self.run = (
-            spec,
-            config,
-            source,
-            nodes,
-            folder,
-            run,
-        )
+        config = spec.config
+        self.spec, self.config, self.source = spec, config, spec.source
+        self.nodes, self.folder, self.run = nodes, folder, run
         self.schedule = Schedule(spec)
-        self.placement = Placement(config, source, folder.emit)
+        self.placement = Placement(spec, folder.emit)
         self.aggregation = load("aggregation", config.strategy.aggregation, config.strategy.options)
         self.personal: dict[str, adapters.Adapter] = {}  # source -> tensors it goes on with instead of the global ones
         self._site_of: dict[str, str] = {}  # device -> its newest site, as a source
@@ -218,7 +212,7 @@ class SplitLora(Strategy):
             hub_port=hub.port(),
             relay_key=hub.secret(),
         )
-        plans = make_plans(self.config, self.source, facts, self.nodes.profiles, layout, shares, tokens)
+        plans = make_plans(self.spec, facts, self.nodes.profiles, layout, shares, tokens)
         self._global = complete(from_record(arrays), plans, self.spec, unequal_ranks)
         fold = Fold() if trains and folds(self.aggregation, len(plans)) else None
         self._open = Round(facts, layout, plans, shares, dropped, fold)

@@ -24,6 +24,7 @@ from edgelam_fl.node.service import Dial, StageHost
 from edgelam_fl.plan.layout import make_layout, who_may_host
 from edgelam_fl.plan.making import ClientSettings, RoundFacts, make_plans
 from edgelam_fl.plan.reading import part_id, spans_of
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.split import route
 from edgelam_fl.tasks.base import Example, Unit
 from edgelam_fl.tasks.causal_lm import CausalLm, labelled, loss_sum, make_units
@@ -117,10 +118,10 @@ class Fleet:
             )
             for name in self.devices
         ]
-        layout = make_layout(self.config, self.source, devices, who_may_host(self.config, edges + devices))
+        layout = make_layout(RunSpec(self.config, self.source), devices, who_may_host(self.config, edges + devices))
         profiles = {profile.name: profile for profile in edges + devices}
         tokens = {name: name.encode() * 4 for name in self.devices}
-        return make_plans(self.config, self.source, facts, profiles, layout, {}, tokens)
+        return make_plans(RunSpec(self.config, self.source), facts, profiles, layout, {}, tokens)
 
     def emit(self, event: str, **fields: Any) -> None:
         self.events.append({"event": event, **fields})

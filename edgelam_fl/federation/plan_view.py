@@ -24,6 +24,7 @@ from edgelam_fl.federation.flower_app import app_module
 from edgelam_fl.federation.submission import Submission
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.placement import foresee
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.telemetry.events import EventTail, read_events
 from edgelam_fl.telemetry.summary import human_bytes, human_layers
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -38,9 +39,9 @@ _TOKENS = 128  # that base_seconds are for
 def plan_of_profiles(config: RunConfig, file: Path) -> dict[str, Any]:
     """The placement for the nodes whose profiles a file holds. Raises ConfigError, or what a run would raise."""
     profiles = read_profiles(file)
-    source = app_module("server.checks").check_config(config)
-    proposal: dict[str, Any] = foresee(config, source, profiles).event()
-    return {**proposal, "num_layers": source.num_layers}
+    spec: RunSpec = app_module("server.checks").check_config(config)
+    proposal: dict[str, Any] = foresee(spec, profiles).event()
+    return {**proposal, "num_layers": spec.source.num_layers}
 
 
 def plan_on_server(console: Console, config: RunConfig, source: ModelSource, server: str) -> dict[str, Any]:

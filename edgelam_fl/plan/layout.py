@@ -13,7 +13,7 @@ from itertools import pairwise
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, RunFailed
-from edgelam_fl.model.source import ModelSource
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 
@@ -66,14 +66,13 @@ def who_may_host(config: RunConfig, profiles: Iterable[pb.Profile]) -> list[pb.P
     return sorted(allowed, key=lambda profile: (profile.role == pb.DEVICE, profile.name))
 
 
-def make_layout(
-    config: RunConfig, source: ModelSource, devices: Sequence[pb.Profile], hosts: Sequence[pb.Profile]
-) -> Layout:
+def make_layout(spec: RunSpec, devices: Sequence[pb.Profile], hosts: Sequence[pb.Profile]) -> Layout:
     """Deals the devices, by name, to the sites in turn, and to each site the next `split.hosts` of `hosts`.
 
     Where hosts or devices are missing for all `split.sites`, fewer sites are made. Raises RunFailed where there are not
     enough hosts for one, ConfigError where a route would not cross each host of its site.
     """
+    config = spec.config
     names = sorted(device.name for device in devices)
     length = config.split.least_hosts
     if len(hosts) < length:
@@ -84,17 +83,15 @@ def make_layout(
     count = min(config.split.sites, len(names), len(hosts) // length if length else 1)
     chains = []
     for number in range(count):
-        ends = [device_ends(config, source, name) for name in names[number::count]]
+        ends = [device_ends(spec, name) for name in names[number::count]]
         chains.append(_ranges(config, hosts[number * length : (number + 1) * length], ends))
-    return lay_out(config, source, names, chains)
+    return lay_out(spec, names, chains)
 
 
-def lay_out(
-    config: RunConfig, source: ModelSource, devices: Iterable[str], chains: Sequence[Sequence[HostRange]]
-) -> Layout:
+def lay_out(spec: RunSpec, devices: Iterable[str], chains: Sequence[Sequence[HostRange]]) -> Layout:
     """Sites of these chains, to which the devices are dealt in turn, by name; their routes."""
     names = sorted(devices)
-    ends = {name: device_ends(config, source, name) for name in names}
+    ends = {name: device_ends(spec, name) for name in names}
     indices = {name: index for index, name in enumerate(names)}
     sites, routes = [], {}
     for number, chain in enumerate(chains):
@@ -108,14 +105,14 @@ def lay_out(
                 device_index=indices[name],
                 front=front,
                 back_first=back_first,
-                hops=[_hop(config, host, name, front, back_first) for host in site.hosts],
+                hops=[_hop(spec.config, host, name, front, back_first) for host in site.hosts],
             )
     return Layout(tuple(sites), {name: routes[name] for name in names})
 
 
-def device_ends(config: RunConfig, source: ModelSource, device: str) -> tuple[int, int]:
+def device_ends(spec: RunSpec, device: str) -> tuple[int, int]:
     """(front, back_first): layers [0, front) and [back_first, all) stay on the device."""
-    split = config.split
+    split, source = spec.config.split, spec.source
     front = by_name(split.fronts, device, split.front)
     back = 0 if split.labels == "last-stage" else by_name(split.backs, device, split.back)
     if front + back > source.num_layers:

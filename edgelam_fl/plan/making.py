@@ -13,6 +13,7 @@ from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.bases import DTYPES, choose_base
 from edgelam_fl.plan.layout import HostRange, Layout, Site, by_name
 from edgelam_fl.plan.reading import part_id, spans_of
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.relay import DIAL, LISTEN, make_token
@@ -49,8 +50,7 @@ class RoundFacts:
 
 
 def make_plans(
-    config: RunConfig,
-    source: ModelSource,
+    spec: RunSpec,
     facts: RoundFacts,
     profiles: Mapping[str, pb.Profile],
     layout: Layout,
@@ -62,6 +62,7 @@ def make_plans(
     `shares` of the capacity and `tokens` (a secret, shared with the hosts) are by device. Raises ConfigError where the
     holders of a layer would train unlike ranks, and the aggregation does not take them.
     """
+    config = spec.config
     job = pb.Plan(run=facts.run, round=facts.round, attempt=facts.attempt)
     routes = {name: pb.Route() for name in layout.routes}
     for name, route in routes.items():
@@ -72,21 +73,21 @@ def make_plans(
     plans: dict[str, pb.Plan] = {}
     for site in layout.sites:
         for host in site.hosts:
-            plans[host.name] = _plan(config, source, facts, profiles[host.name])
+            plans[host.name] = _plan(spec, facts, profiles[host.name])
             _serve(plans[host.name], config, host, site, routes)
             if facts.relay_key:
                 plans[host.name].relay_token = make_token(facts.relay_key, LISTEN, part_id(plans[host.name]))
     for name, route in routes.items():
         if name not in plans:
-            plans[name] = _plan(config, source, facts, profiles[name])
+            plans[name] = _plan(spec, facts, profiles[name])
         plans[name].routes.append(route)
         _feed(plans[name], config, facts, profiles[name].examples)
     for name, plan in plans.items():
         settled = layout.bases.get(name)
-        plan.model.base, compute = settled or choose_base(config, source, profiles[name], spans_of(plan))
+        plan.model.base, compute = settled or choose_base(spec, profiles[name], spans_of(plan))
         plan.model.compute = DTYPES[compute]
     if facts.hub_port:
-        patient_with_fetching(source, plans.values())
+        patient_with_fetching(spec.source, plans.values())
     computes = {plan.model.compute for plan in plans.values()}
     for plan in plans.values():
         plan.model.wire = "bfloat16" if computes == {"bfloat16"} else "float32"
@@ -147,8 +148,9 @@ def check_ranks(plans: Mapping[str, pb.Plan]) -> None:
             )
 
 
-def _plan(config: RunConfig, source: ModelSource, facts: RoundFacts, profile: pb.Profile) -> pb.Plan:
+def _plan(spec: RunSpec, facts: RoundFacts, profile: pb.Profile) -> pb.Plan:
     """A node's plan without its part: neither route nor what it hosts."""
+    config, source = spec.config, spec.source
     federation, split = config.federation, config.split
     return pb.Plan(
         run=facts.run,

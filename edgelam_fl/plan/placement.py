@@ -11,12 +11,11 @@ from dataclasses import asdict, dataclass, replace
 from statistics import median_low
 from typing import Any
 
-from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, DoesNotFit, RunFailed
-from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.chain_cost import Chain, Plan
 from edgelam_fl.plan.layout import HostRange, Layout, lay_out, make_layout, who_may_host
 from edgelam_fl.plan.search import best_plan, choose, rated
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.plan.speeds import Costs, Problem, near, split_pair
 from edgelam_fl.plan.what_fits import nearest_that_fits
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -46,11 +45,9 @@ class Proposal:
 class Placement:
     """Makes the layout of each round, and learns from the rounds."""
 
-    def __init__(
-        self, config: RunConfig, source: ModelSource, emit: Callable[..., None] = lambda *_, **__: None
-    ) -> None:
-        self.config, self.source, self.emit = config, source, emit
-        self._costs = Costs(config, source)
+    def __init__(self, spec: RunSpec, emit: Callable[..., None] = lambda *_, **__: None) -> None:
+        self.spec, self.config, self.emit = spec, spec.config, emit
+        self._costs = Costs(spec)
         self._chains: tuple[Chain, ...] = ()
         self._newest: tuple[list[Problem], Proposal] | None = None
         self._notes: list[str] = []
@@ -62,7 +59,7 @@ class Placement:
     ) -> Layout:
         """Of round `number`. Raises as `make_layout` does, and DoesNotFit with what would fit."""
         if self.config.split.cuts != "auto" or not self.config.split.hosts:
-            return make_layout(self.config, self.source, devices, hosts)
+            return make_layout(self.spec, devices, hosts)
         proposal = self.propose(devices, hosts, shares)
         notes, self._notes = self._notes, []
         self.emit("placement", round=number, **proposal.event(), measured=notes)
@@ -72,7 +69,7 @@ class Placement:
             [HostRange(part.node, addresses[part.node], part.first, part.last) for part in plan.hosts]
             for plan in proposal.plans
         ]
-        layout = lay_out(self.config, self.source, [device.name for device in devices], chains)
+        layout = lay_out(self.spec, [device.name for device in devices], chains)
         bases = {part.node: split_pair(part.base) for plan in proposal.plans for part in plan.hosts}
         return replace(layout, bases=bases)
 
@@ -89,7 +86,7 @@ class Placement:
             except DoesNotFit as error:
                 if window > 1:
                     continue
-                nearest = nearest_that_fits(self.config, self.source, devices, hosts)
+                nearest = nearest_that_fits(self.spec, devices, hosts)
                 raise DoesNotFit(f"no split fits: {error}. {nearest}", error.missing_bytes) from error
             break
         proposal = self._chosen(problems, new, window)
@@ -176,8 +173,9 @@ def _described(plan: Plan) -> dict[str, Any]:
 # ---------------------------------------------------------------- before a run
 
 
-def foresee(config: RunConfig, source: ModelSource, profiles: Sequence[pb.Profile]) -> Proposal:
+def foresee(spec: RunSpec, profiles: Sequence[pb.Profile]) -> Proposal:
     """What a run of all these nodes would begin with; also of cuts that are given, rated as the planner rates its own."""
+    config = spec.config
     devices = sorted((p for p in profiles if p.role == pb.DEVICE), key=lambda device: device.name)
     hosts = who_may_host(config, profiles)
     if not config.split.hosts:
@@ -185,9 +183,9 @@ def foresee(config: RunConfig, source: ModelSource, profiles: Sequence[pb.Profil
     if not devices:
         raise RunFailed("no device is among the nodes, so nobody would train; a node with data is a device (role)")
     if config.split.cuts == "auto":
-        return Placement(config, source).propose(devices, hosts)
-    layout = make_layout(config, source, devices, hosts)
-    costs, plans = Costs(config, source), []
+        return Placement(spec).propose(devices, hosts)
+    layout = make_layout(spec, devices, hosts)
+    costs, plans = Costs(spec), []
     for site in layout.sites:
         own = [device for device in devices if device.name in site.members]
         chain = [host for host in hosts if host.name in {part.name for part in site.hosts}]

@@ -21,13 +21,13 @@ from edgelam_fl.errors import RunFailed
 from edgelam_fl.model.adapter import Span, target_modules
 from edgelam_fl.model.index import layer_number
 from edgelam_fl.model.memory import unit_bytes, weights_bytes
-from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.bases import BASES, DTYPES, choose_base
 from edgelam_fl.plan.chain_cost import Footprint, Member, Node, Run
 from edgelam_fl.plan.layout import by_name, device_ends, make_layout
 from edgelam_fl.plan.making import value_bytes
 from edgelam_fl.plan.reading import dialled_links
 from edgelam_fl.plan.search import deal
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.relay import BEHIND, BY_RELAY
 
@@ -56,9 +56,9 @@ class Problem:
 class Costs:
     """What nodes need in time and memory for layers of a run's model."""
 
-    def __init__(self, config: RunConfig, source: ModelSource) -> None:
-        self.config, self.source = config, source
-        self.tokens = float(config.task.max_tokens)  # a row, for times; memory is for the longest rows always
+    def __init__(self, spec: RunSpec) -> None:
+        self.spec, self.config, self.source = spec, spec.config, spec.source
+        self.tokens = float(spec.config.task.max_tokens)  # a row, for times; memory is for the longest rows always
         self._known: dict[tuple[str, str], float] = {}  # seconds of a layer for one position, by node and pair
         self._planned: dict[tuple[str, str], float] = {}  # the same, as the newest plan took it
         self._layer_bytes: dict[str, list[int]] = {}
@@ -76,7 +76,7 @@ class Costs:
         """A problem a site: devices dealt by name in turn, hosts by how fast they are. Fewer sites where hosts are missing."""
         split = self.config.split
         if len(hosts) < split.least_hosts or not devices:
-            make_layout(self.config, self.source, devices, hosts)  # says what is missing
+            make_layout(self.spec, devices, hosts)  # says what is missing
             raise RunFailed("no device is here to plan for")
         ordered = sorted(devices, key=lambda device: device.name)
         count = min(split.sites, len(ordered), len(hosts) // split.least_hosts)
@@ -123,11 +123,11 @@ class Costs:
     def _member(
         self, device: pb.Profile, measured: Sequence[pb.Profile], shares: Mapping[str, float], window: int
     ) -> Member:
-        front, back_first = device_ends(self.config, self.source, device.name)
+        front, back_first = device_ends(self.spec, device.name)
         spans = [Span(0, front, embed=True)]
         if self.config.split.labels == "device":
             spans.append(Span(back_first, self.source.num_layers, head=True))
-        base, compute = choose_base(self.config, self.source, device, spans)
+        base, compute = choose_base(self.spec, device, spans)
         layers = [span.last - span.first + (self.head_layers if span.head else 0) for span in spans]
         layer_s = self.layer_s(device, f"{base}/{compute}", measured)
         share_bps = shares.get(device.name, 0.0) * self.config.wire.capacity_bps or math.inf

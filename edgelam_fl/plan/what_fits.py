@@ -7,31 +7,30 @@ from typing import Any
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import DoesNotFit
-from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.bases import BASES
 from edgelam_fl.plan.search import best_plan
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.plan.speeds import Costs
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 
-def nearest_that_fits(
-    config: RunConfig, source: ModelSource, devices: Sequence[pb.Profile], hosts: Sequence[pb.Profile]
-) -> str:
+def nearest_that_fits(spec: RunSpec, devices: Sequence[pb.Profile], hosts: Sequence[pb.Profile]) -> str:
     """A sentence: of each kind of change the smallest that fits."""
     found = []
-    for variants in _variants(config):
+    for variants in _variants(spec.config):
         for words, changed in variants:
-            if _fits(changed, source, devices, hosts):
+            if _fits(RunSpec(changed, spec.source), devices, hosts):
                 found.append(words)
                 break
-    found += _more_hosts(config, source, devices, hosts)
+    found += _more_hosts(spec, devices, hosts)
     return f"It fits with {' or '.join(found)}" if found else "No single change of the run file makes it fit"
 
 
-def _fits(config: RunConfig, source: ModelSource, devices: Sequence[pb.Profile], hosts: Sequence[pb.Profile]) -> bool:
-    count = None if config.split.hosts == "auto" else config.split.hosts
+def _fits(spec: RunSpec, devices: Sequence[pb.Profile], hosts: Sequence[pb.Profile]) -> bool:
+    hosts_asked = spec.config.split.hosts
+    count = None if hosts_asked == "auto" else hosts_asked
     try:
-        for problem in Costs(config, source).problems(devices, hosts, {}, 1):
+        for problem in Costs(spec).problems(devices, hosts, {}, 1):
             best_plan(problem.run, problem.members, problem.hosts, count)
     except DoesNotFit:
         return False
@@ -59,19 +58,17 @@ def _with(config: RunConfig, section: str, **values: Any) -> RunConfig:
     return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
 
 
-def _more_hosts(
-    config: RunConfig, source: ModelSource, devices: Sequence[pb.Profile], hosts: Sequence[pb.Profile]
-) -> list[str]:
+def _more_hosts(spec: RunSpec, devices: Sequence[pb.Profile], hosts: Sequence[pb.Profile]) -> list[str]:
     """How many more like the one with the most memory would do."""
     largest = max(hosts, key=lambda host: (host.memory_available_bytes, host.name))
-    changed = _with(config, "split", hosts="auto")
+    changed = RunSpec(_with(spec.config, "split", hosts="auto"), spec.source)
     for more in range(1, 9):
         copies = []
         for number in range(more):
             copies.append(pb.Profile())
             copies[-1].CopyFrom(largest)
             copies[-1].name = f"{largest.name} {number}"
-        if _fits(changed, source, devices, [*hosts, *copies]):
-            auto = "" if config.split.hosts == "auto" else " and split.hosts = 'auto'"
+        if _fits(changed, devices, [*hosts, *copies]):
+            auto = "" if spec.config.split.hosts == "auto" else " and split.hosts = 'auto'"
             return [f"{more} more {'host' if more == 1 else 'hosts'} like {largest.name}{auto}"]
     return []

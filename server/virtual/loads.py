@@ -16,7 +16,7 @@ from edgelam_fl.wireless.rounds import Load
 
 class Loads:
     def __init__(self, spec: RunSpec) -> None:
-        self.config, self.source = spec.config, spec.source
+        self.spec, self.config, self.source = spec, spec.config, spec.source
         self._operations: dict[tuple[int, int], float] = {}  # a token, by where a device's layers end and begin again
 
     def estimate(self, device: pb.Profile) -> Load:
@@ -36,7 +36,7 @@ class Loads:
         A frozen weight has no gradient of its own, and none passes below the lowest adapter that learns. Attention's own
         products and those of the adapters are left out: a few percent.
         """
-        front, back_first = ends = device_ends(self.config, self.source, name)
+        front, back_first = ends = device_ends(self.spec, name)
         if ends not in self._operations:
             held = {layer: n for layer, n in self._weights.items() if self._holds(layer, front, back_first)}
             learning = (layer for layer in self._widths if self._learns(layer, front, back_first))
@@ -48,7 +48,7 @@ class Loads:
     def adapter_bytes(self, name: str) -> int:
         """Of what a device trains, a head with it."""
         lora = self.config.lora
-        front, back_first = device_ends(self.config, self.source, name)
+        front, back_first = device_ends(self.spec, name)
         widths = sum(
             width
             for layer, width in self._widths.items()

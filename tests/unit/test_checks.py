@@ -33,7 +33,7 @@ CLASSES = ["task.kind=classification", "task.classes=['yes', 'no']"]
     ],
 )
 def test_what_goes_together(tiny: ModelSource, overrides: list[str]) -> None:
-    assert check_config(run_config(tiny.name, *overrides)).digest == tiny.digest
+    assert check_config(run_config(tiny.name, *overrides)).source.digest == tiny.digest
 
 
 @pytest.mark.parametrize(

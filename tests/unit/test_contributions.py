@@ -38,11 +38,12 @@ class Planned:
         unequal_ranks: bool = False,
     ) -> None:
         config = run_config(source.name, *overrides)
-        self.layout: Layout = make_layout(config, source, nodes[:3], who_may_host(config, nodes))
+        spec = RunSpec(config, source)
+        self.layout: Layout = make_layout(spec, nodes[:3], who_may_host(config, nodes))
         profiles = {profile.name: profile for profile in nodes}
         facts = RoundFacts("run", 1, 1, 0, STEPS, unequal_ranks=unequal_ranks)
-        self.plans = make_plans(config, source, facts, profiles, self.layout, {}, dict.fromkeys("abc", b"t"))
-        self.start = complete({}, self.plans, RunSpec(config, source), unequal_ranks)
+        self.plans = make_plans(spec, facts, profiles, self.layout, {}, dict.fromkeys("abc", b"t"))
+        self.start = complete({}, self.plans, spec, unequal_ranks)
 
     def moved(self, spans: list[Span], by: float) -> Adapter:
         return {name: array + np.float32(by) for name, array in slice_of(self.start, spans).items()}

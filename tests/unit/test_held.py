@@ -12,6 +12,7 @@ from edgelam_fl.node.held import Held
 from edgelam_fl.plan.layout import make_layout
 from edgelam_fl.plan.making import ClientSettings, RoundFacts, make_plans
 from edgelam_fl.plan.reading import spans_of
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import edgelam_pb2 as pb
 from tests.support import run_config
 
@@ -23,9 +24,9 @@ def host_plan(source: ModelSource, mode: str) -> tuple[pb.Plan, adapters.Adapter
     config = run_config(source.name, f"split.host_mode={mode}")
     devices = [pb.Profile(name=name, role=pb.DEVICE) for name in "ab"]
     edge = pb.Profile(name="e", role=pb.EDGE, address="e:1")
-    layout, profiles = make_layout(config, source, devices, [edge]), {p.name: p for p in (*devices, edge)}
+    layout, profiles = make_layout(RunSpec(config, source), devices, [edge]), {p.name: p for p in (*devices, edge)}
     facts = RoundFacts("run", 1, 1, 0, 1, ClientSettings(train_a=False))
-    plan = make_plans(config, source, facts, profiles, layout, {}, dict.fromkeys("ab", b"t"))["e"]
+    plan = make_plans(RunSpec(config, source), facts, profiles, layout, {}, dict.fromkeys("ab", b"t"))["e"]
     start = adapters.initial_adapter(source, config.lora.targets, config.lora.rank, 1)
     return plan, adapters.slice_of(start, spans_of(plan))
 

@@ -16,6 +16,7 @@ from edgelam_fl.model.stage import LoraSettings, Stage, load_stages
 from edgelam_fl.plan.layout import make_layout
 from edgelam_fl.plan.making import RoundFacts, make_plans
 from edgelam_fl.plan.reading import hosted_trains
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.split.group import Group
 from edgelam_fl.split.host import Host
 from edgelam_fl.split.trainee import Trainee
@@ -44,10 +45,10 @@ class Site:
         config = run_config(source.name, f"optimizer.lr={LR}", *overrides)
         names = [f"device-{number}" for number in range(devices)]
         edge, members = pb.Profile(name="edge-1", role=pb.EDGE), [pb.Profile(name=n, role=pb.DEVICE) for n in names]
-        layout = make_layout(config, source, members, [edge])
+        layout = make_layout(RunSpec(config, source), members, [edge])
         facts, tokens = RoundFacts("run", 1, 1, 0, steps), {n: n.encode() for n in names}
         profiles = {profile.name: profile for profile in [edge, *members]}
-        self.plan = make_plans(config, source, facts, profiles, layout, {}, tokens)["edge-1"]
+        self.plan = make_plans(RunSpec(config, source), facts, profiles, layout, {}, tokens)["edge-1"]
         for name, seconds in deadlines.items():
             setattr(self.plan.deadlines, name, seconds)
         self.stage = middle(source)

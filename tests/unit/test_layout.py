@@ -6,6 +6,7 @@ from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, RunFailed
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.layout import Layout, by_name, make_layout, who_may_host
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.checks import check_cuts
 from tests.support import run_config
@@ -14,8 +15,7 @@ from tests.support import run_config
 def layout(config: RunConfig, source: ModelSource, devices: str, hosts: str) -> Layout:
     """One node a letter."""
     return make_layout(
-        config,
-        source,
+        RunSpec(config, source),
         [pb.Profile(name=name, role=pb.DEVICE) for name in devices],
         [pb.Profile(name=name, role=pb.EDGE, address=f"{name}:1") for name in hosts],
     )
@@ -31,7 +31,8 @@ def hops(layout: Layout, device: str) -> list[tuple[str, int, int]]:
 
 @pytest.mark.parametrize(("front", "back", "hosts"), [(2, 2, 1), (0, 0, 1), (5, 0, 1), (3, 3, 0), (0, 6, 0)])
 def test_cuts_inside_the_model(tiny: ModelSource, front: int, back: int, hosts: int) -> None:
-    check_cuts(run_config("x", f"split.front={front}", f"split.back={back}", f"split.hosts={hosts}"), tiny)
+    config = run_config("x", f"split.front={front}", f"split.back={back}", f"split.hosts={hosts}")
+    check_cuts(RunSpec(config, tiny))
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def test_cuts_inside_the_model(tiny: ModelSource, front: int, back: int, hosts: 
 def test_a_cut_outside_the_model(tiny: ModelSource, front: int, back: int, hosts: int, rest: str) -> None:
     config = run_config("x", f"split.front={front}", f"split.back={back}", f"split.hosts={hosts}")
     with pytest.raises(ConfigError) as caught:
-        check_cuts(config, tiny)
+        check_cuts(RunSpec(config, tiny))
     assert str(caught.value) == (
         f"split.front + split.back = {front} + {back} is outside the model: {tiny.name} has {rest}"
     )

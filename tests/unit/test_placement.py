@@ -14,6 +14,7 @@ from edgelam_fl.model.memory import unit_bytes, weights_bytes
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.layout import Layout
 from edgelam_fl.plan.placement import Placement
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.plan.speeds import IDLE_BYTES, Costs, pairs, tokens_a_row
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.checks import check_config
@@ -37,7 +38,7 @@ class Placed:
     def __init__(self, source: ModelSource, *overrides: str) -> None:
         self.events: list[dict[str, Any]] = []
         self.config: RunConfig = run_config(source.name, *AUTO, *overrides)
-        self.placement = Placement(self.config, source, lambda event, **fields: self.events.append(fields))
+        self.placement = Placement(RunSpec(self.config, source), lambda event, **fields: self.events.append(fields))
         self.devices = [device("d1"), device("d2")]
 
     def layout(self, *hosts: pb.Profile) -> Layout:
@@ -97,7 +98,7 @@ def test_the_fastest_measured_base_that_fits_is_settled_in_the_layout(tiny: Mode
 
 
 def test_a_whole_layer_of_about_the_same_size_is_believed_more_than_matrices(tiny: ModelSource) -> None:
-    costs = Costs(run_config(tiny.name), tiny)
+    costs = Costs(RunSpec(run_config(tiny.name), tiny))
     positions = 2 * 128
     times = [SimpleNamespace(tokens=tokens, seconds={"fp32/fp32": s}) for tokens, s in ((200, 3.0), (512, 50.0))]
     whole: Any = SimpleNamespace(name="n", base_seconds={"fp32/fp32": 1.0}, layer_times=times)
@@ -121,7 +122,7 @@ def test_a_hosts_memory_is_what_the_library_computes(tiny: ModelSource) -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_footprint_is_unit_bytes_for_any_number_of_layers(tiny: ModelSource, checkpointing: bool) -> None:
-    costs = Costs(run_config(tiny.name, f"split.checkpointing={str(checkpointing).lower()}"), tiny)
+    costs = Costs(RunSpec(run_config(tiny.name, f"split.checkpointing={str(checkpointing).lower()}"), tiny))
     needs = costs.footprint("fp32/fp32", devices=1, window=3)
     for layers in (1, 2, 5):
         unit = unit_bytes(tiny.config, layers, 2, 128, 4, checkpointing=checkpointing)
@@ -151,7 +152,7 @@ def test_what_does_not_fit_is_told_with_what_would(tiny: ModelSource) -> None:
 
 def test_a_device_without_memory_for_its_ends_is_told_to_keep_fewer(tiny: ModelSource) -> None:
     placed = Placed(tiny, "split.front=2", "split.back=2")
-    costs = Costs(placed.config, tiny)
+    costs = Costs(RunSpec(placed.config, tiny))
     need = costs.problems([device("d1")], [edge("a")], {}, 1)[0].members[0].node.own_bytes
     placed.devices = [device("d1", free=40 * 2**20 + need - 10_000)]
     with pytest.raises(
@@ -230,7 +231,7 @@ def test_the_first_units_of_a_round_count_as_the_others(tiny: ModelSource) -> No
     slow_at_first = report(plan, 1.0, units=7)
     for interval in slow_at_first.timeline[:4]:
         interval.seconds *= 3
-    assert Costs(placed.config, tiny).measured_layer_s(plan, slow_at_first) == pytest.approx(1.0)
+    assert Costs(RunSpec(placed.config, tiny)).measured_layer_s(plan, slow_at_first) == pytest.approx(1.0)
 
 
 def test_links_are_measured_anew_once_where_steps_are_not_explained(tiny: ModelSource) -> None:
@@ -298,7 +299,7 @@ def _ranges(layout: Layout) -> list[tuple[str, int, int]]:
 def test_hosts_are_chosen_only_with_the_cuts(tiny: ModelSource) -> None:
     with pytest.raises(ConfigError, match=r"split.hosts = 'auto' does not go with split.cuts = 'equal'"):
         check_config(run_config(tiny.name, "split.hosts=auto"))
-    assert check_config(run_config(tiny.name, *AUTO)).digest == tiny.digest
+    assert check_config(run_config(tiny.name, *AUTO)).source.digest == tiny.digest
 
 
 @pytest.mark.parametrize("value", ["many", "-1", "65", "true", "1.5"])

@@ -12,6 +12,7 @@ from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.layout import make_layout, who_may_host
 from edgelam_fl.plan.making import ClientSettings, RoundFacts, learning_rates, make_plans, planned_steps
 from edgelam_fl.plan.reading import end_spans, hosted_span, job_id, part_id, spans_of
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.relay import DIAL, LISTEN, make_token
@@ -34,9 +35,10 @@ def plans_of(
     """One device "a" and host "edge-1" without profiles."""
     known = {profile.name: profile for profile in profiles or (device("a"), edge("edge-1"))}
     devices = [profile for profile in known.values() if profile.role == pb.DEVICE]
-    layout = make_layout(config, source, devices, who_may_host(config, known.values()))
+    spec = RunSpec(config, source)
+    layout = make_layout(spec, devices, who_may_host(config, known.values()))
     tokens = {profile.name: profile.name.encode() for profile in devices}
-    return make_plans(config, source, facts, known, layout, {d.name: 1 / len(devices) for d in devices}, tokens)
+    return make_plans(spec, facts, known, layout, {d.name: 1 / len(devices) for d in devices}, tokens)
 
 
 # ---------------------------------------------------------------- who holds what

@@ -17,6 +17,7 @@ from edgelam_fl.node.service import StageHost
 from edgelam_fl.plan.layout import make_layout
 from edgelam_fl.plan.making import RoundFacts, make_plans, task_settings
 from edgelam_fl.plan.reading import spans_of
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import edgelam_pb2 as pb
 from tests.support import check_done, joined, memory_fleet, run_config, same_bits
 
@@ -24,10 +25,11 @@ from tests.support import check_done, joined, memory_fleet, run_config, same_bit
 def a_plan(source: ModelSource, attempt: int = 1, **other: Any) -> pb.SubmitRequest:
     """An edge server's part for one device, which never comes."""
     config = run_config(source.name)
+    spec = RunSpec(config, source)
     edge, device = pb.Profile(name="edge-1", role=pb.EDGE), pb.Profile(name="device-1", role=pb.DEVICE)
-    layout = make_layout(config, source, [device], [edge])
+    layout = make_layout(spec, [device], [edge])
     profiles, tokens = {"edge-1": edge, "device-1": device}, {"device-1": b"secret"}
-    plan = make_plans(config, source, RoundFacts("run", 1, attempt, 0, 1), profiles, layout, {}, tokens)["edge-1"]
+    plan = make_plans(spec, RoundFacts("run", 1, attempt, 0, 1), profiles, layout, {}, tokens)["edge-1"]
     start = adapters.initial_adapter(source, config.lora.targets, config.lora.rank, 1)
     tensors = adapters.slice_of(start, spans_of(plan))
     plan.adapter_digest = adapters.digest(tensors)
