@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each process: federations an
 import pytest
 
 from edgelam_fl.model.source import ModelSource, find_model
-from tests.support import write_tiny_llama
+from tests.support import write_data_files, write_tiny_llama
 
 # What `make test` gives to one worker, longest first: a federation, or stage hosts, that several tests share.
 # Elsewhere in these folders each test stands alone; all other files are units of their own.
@@ -78,15 +77,4 @@ def smollm() -> ModelSource:
 
 @pytest.fixture(scope="session")
 def data_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Three devices' data: different words, different answer lengths, so that label counts are unequal."""
-    folder = tmp_path_factory.mktemp("data")
-    files = []
-    for device in range(3):
-        lines = [
-            {"question": f"What is {device}.{n}?", "answer": f"It is {'word ' * (device * 3 + n % 4 + 1)}number {n}."}
-            for n in range(24 + 7 * device)
-        ]
-        file = folder / f"device-{device + 1}.jsonl"
-        file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        files.append(file)
-    return files
+    return write_data_files(tmp_path_factory.mktemp("data"))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,6 +60,20 @@ def write_tiny_llama(folder: Path, *, layers: int = 6, tied: bool = True, seed: 
 def run_config(model: str, *overrides: str) -> RunConfig:
     small = [f"model.name={model}", "federation.batch_size=4", "split.micro_batches=2", "task.max_tokens=128"]
     return parse_run_file("", source="test", overrides=[*small, *overrides])
+
+
+def write_data_files(folder: Path) -> list[Path]:
+    """Writes three devices' data: different words, different answer lengths, so that label counts are unequal."""
+    files = []
+    for device in range(3):
+        lines = [
+            {"question": f"What is {device}.{n}?", "answer": f"It is {'word ' * (device * 3 + n % 4 + 1)}number {n}."}
+            for n in range(24 + 7 * device)
+        ]
+        file = folder / f"device-{device + 1}.jsonl"
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        files.append(file)
+    return files
 
 
 # ---------------------------------------------------------------- a fleet of stage hosts
@@ -175,11 +192,8 @@ def joined(reports: dict[str, pb.JobReport]) -> adapters.Adapter:
 
 
 def plain_model(source: ModelSource, config: RunConfig, adapter: adapters.Adapter) -> Any:
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.model.base]
-    if source.gguf is not None:
-        model = AutoModelForCausalLM.from_pretrained(source.gguf.parent, gguf_file=source.gguf.name, dtype=dtype)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype)
+    """The whole model with peft's adapter on it, by transformers and peft alone; in eval mode."""
+    model = copy.deepcopy(plain_base(source.folder, source.gguf, config.model.base))
     settings = LoraConfig(
         r=config.lora.rank,
         lora_alpha=config.lora.alpha,
@@ -189,6 +203,15 @@ def plain_model(source: ModelSource, config: RunConfig, adapter: adapters.Adapte
     model = get_peft_model(model, settings)
     set_peft_model_state_dict(model, {name: torch.from_numpy(array.copy()) for name, array in adapter.items()})
     return model.train(False)
+
+
+@lru_cache(maxsize=2)
+def plain_base(folder: Path, gguf: Path | None, base: str) -> Any:
+    """Read once: transformers takes many seconds to unpack a GGUF file."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[base]
+    if gguf is not None:
+        return AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
 def plain_adapter(model: Any) -> adapters.Adapter:

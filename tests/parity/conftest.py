@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+from tests.parity.daemons import Daemon, running
 
 
 @pytest.fixture(autouse=True)
@@ -15,3 +18,10 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def daemons(tmp_path_factory: pytest.TempPathFactory, data_files: list[Path]) -> Iterator[dict[str, Daemon]]:
+    """edge-1 to edge-3 and device-1 to device-3, for all tests of this folder: what they hold changes with the plan."""
+    with running(["edge-1", "edge-2", "edge-3"], data_files, tmp_path_factory.mktemp("daemons")) as started:
+        yield started

@@ -33,6 +33,7 @@ from edgelam_fl.errors import ConfigError, ModelError
 from edgelam_fl.model.adapter import Adapter, Span, initial_adapter, write_peft_folder
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.stage import LoraSettings, Stage, load_stages
+from tests.support import plain_base
 
 VOCABULARY, HIDDEN, LAYERS, WINDOW = 96, 32, 6, 8
 RANK, ALPHA = 4, 8.0
@@ -401,5 +402,4 @@ def test_smollm2(smollm: ModelSource, smollm_whole: Any, cuts: tuple[int, int]) 
 
 @pytest.fixture(scope="module")
 def smollm_whole(smollm: ModelSource) -> Any:
-    assert smollm.gguf is not None
-    return AutoModelForCausalLM.from_pretrained(smollm.gguf.parent, gguf_file=smollm.gguf.name, dtype=torch.float32)
+    return plain_base(smollm.folder, smollm.gguf, "fp32")

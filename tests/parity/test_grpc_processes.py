@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import queue
-import sys
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 from edgelam_fl.config import RunConfig
-from edgelam_fl.federation.child import Child, end_all, log_tail
 from edgelam_fl.model.adapter import Adapter, digest, initial_adapter, slice_of, to_bytes
 from edgelam_fl.model.index import layer_number
 from edgelam_fl.model.source import ModelSource
@@ -22,10 +18,10 @@ from edgelam_fl.plan.making import RoundFacts
 from edgelam_fl.plan.reading import job_id, part_id, spans_of
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
-from edgelam_fl.wire.control import ControlClient
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.grpc.dial import dial
 from edgelam_fl.wire.link import Frame
+from tests.parity.daemons import Daemon
 from tests.support import (
     Fleet,
     check_done,
@@ -45,63 +41,7 @@ from tests.support import (
 pytestmark = pytest.mark.processes
 
 STEPS = 20
-# A processor without instructions for bf16 takes 15 s for a step of SmolLM2 in it.
-BF16_STEPS = STEPS if torch.ops.mkldnn._is_mkldnn_bf16_supported() else 5
-START_DEADLINE_S = 300.0
-
-
-class Daemon:
-    """A stage host in a process of its own; takes plans as a `StageHost` does."""
-
-    def __init__(self, name: str, state: Path, data: Path | None = None) -> None:
-        command = [sys.executable, "-m", "edgelam_fl.node.daemon", "--name", name, "--state", str(state)]
-        command += ["--threads", "1", *(["--data", str(data)] if data else [])]
-        self._state = state
-        self.child = Child(name, command, state / "stage-host.log")
-        self._client: ControlClient | None = None
-
-    def _call(self, method: str, request: object, timeout_s: float) -> object:
-        if self._client is None:
-            self._client = ControlClient(self._state, START_DEADLINE_S)
-        try:
-            return self._client.call(method, request, timeout_s)
-        except Exception as error:
-            error.add_note(f"{self.child.name}: {self.child.ended() or log_tail(self.child.log, 20)}")
-            raise
-
-    def submit(self, request: pb.SubmitRequest) -> pb.SubmitReply:
-        return self._call("Submit", request, 60.0)  # type: ignore[return-value]
-
-    def wait(self, request: pb.WaitRequest) -> pb.JobReport:
-        return self._call("Wait", request, request.timeout_s + 10)  # type: ignore[return-value]
-
-    def address(self) -> str:
-        return self._call("GetProfile", pb.ProfileRequest(protocol_version=PROTOCOL_VERSION), 60.0).address  # type: ignore[attr-defined]
-
-    def close(self) -> None:
-        if self._client is not None:
-            self._client.close()
-
-
-@pytest.fixture(scope="module")
-def daemons(tmp_path_factory: pytest.TempPathFactory, data_files: list[Path]) -> Iterator[dict[str, Daemon]]:
-    """edge-1, edge-2 and device-1 to device-3, for all tests here: what they hold changes with the plan."""
-    with running(["edge-1", "edge-2"], data_files, tmp_path_factory.mktemp("daemons")) as started:
-        yield started
-
-
-@contextmanager
-def running(hosts: Sequence[str], files: Sequence[Path], folder: Path) -> Iterator[dict[str, Daemon]]:
-    """Hosts of these names, and a device a file."""
-    started = {name: Daemon(name, folder / name) for name in hosts}
-    for number, file in enumerate(files, 1):
-        started[f"device-{number}"] = Daemon(f"device-{number}", folder / f"device-{number}", file)
-    try:
-        yield started
-    finally:
-        for daemon in started.values():
-            daemon.close()
-        end_all([daemon.child for daemon in started.values()])
+REAL_STEPS = 5  # of SmolLM2; `python -m benchmarks.exactness` takes STEPS of it
 
 
 def fleet_of(
@@ -202,20 +142,20 @@ def test_logits_over_a_host_process_are_the_models(
 
 def three_devices_against_the_plain_loop(
     daemons: dict[str, Daemon], name: str, source: ModelSource, config: RunConfig, files: list[Path],
-    apart: float = 1e-5,
+    apart: float = 1e-5, steps: int = STEPS,
 ) -> None:  # fmt: skip
     """Bit for bit over the same pieces in device order; within `apart` of the update over the union's one padded batch."""
     fleet, start = fleet_of(daemons, name, source, config, 3)
-    devices = [device_batches(source, config, file, f"device-{n}", STEPS) for n, file in enumerate(files, 1)]
-    reports = fleet.run(start, STEPS)
+    devices = [device_batches(source, config, file, f"device-{n}", steps) for n, file in enumerate(files, 1)]
+    reports = fleet.run(start, steps)
     check_done(reports)
     got = joined(reports)
     middle = range(config.split.front, source.num_layers - config.split.back)
     assert {layer_number(name) for name in got} == set(middle)
 
-    def reference(steps: list) -> Adapter:
+    def reference(batches: list) -> Adapter:
         model = plain_model(source, config, start)
-        plain_training(model, config, steps, learns=lambda name: layer_number(name) in middle)
+        plain_training(model, config, batches, learns=lambda name: layer_number(name) in middle)
         return {name: array for name, array in plain_adapter(model).items() if name in got}
 
     assert same_bits(got, reference(list(zip(*devices, strict=True))))
@@ -238,7 +178,9 @@ def test_smollm2_on_three_devices_trains_like_the_plain_loop(
 ) -> None:
     config = run_config(smollm.name, *FROZEN_ENDS, *SHORT)
     # Two plain loops, which sum in another order: below 1e-5 on a processor with AVX-512, 4.9e-5 on one without.
-    three_devices_against_the_plain_loop(daemons, "smollm2-joint", smollm, config, data_files, apart=1e-4)
+    three_devices_against_the_plain_loop(
+        daemons, "smollm2-joint", smollm, config, data_files, apart=1e-4, steps=REAL_STEPS
+    )
 
 
 @pytest.mark.real_model
@@ -247,5 +189,4 @@ def test_smollm2_trains_like_the_plain_loop(
     daemons: dict[str, Daemon], smollm: ModelSource, data_files: list[Path], base: str
 ) -> None:
     config = run_config(smollm.name, f"model.base={base}", *SHORT)
-    steps = {"fp32": STEPS, "bf16": BF16_STEPS}[base]
-    one_device_against_the_plain_loop(daemons, f"smollm2-{base}", smollm, config, data_files[0], steps)
+    one_device_against_the_plain_loop(daemons, f"smollm2-{base}", smollm, config, data_files[0], REAL_STEPS)

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from edgelam_fl.errors import ModelError
 from edgelam_fl.model import weights
 from edgelam_fl.model.quantized import QUANTIZED
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.weights import read_tensors
-from tests.support import write_tiny_llama
+from tests.support import plain_base, write_tiny_llama
 
 LAYER = "model.layers.3."
 
@@ -38,8 +38,7 @@ def test_a_layer_of_the_real_gguf_is_transformers_own(smollm: ModelSource, cache
     assert smollm.gguf is not None
     got = dict(read_tensors(smollm, names_of_layer(smollm), "fp32"))
     assert parts(cache) == ["fp32/layer-003.safetensors"], "more than the slice was converted"
-    model = AutoModelForCausalLM.from_pretrained(smollm.gguf.parent, gguf_file=smollm.gguf.name, dtype=torch.float32)
-    reference = model.state_dict()
+    reference = plain_base(smollm.folder, smollm.gguf, "fp32").state_dict()
     assert len(got) == 9
     for name, tensor in got.items():
         assert torch.equal(tensor, reference[name]), name

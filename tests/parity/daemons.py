@@ -1,0 +1,62 @@
+"""Stage hosts in processes of their own, which take plans as a `StageHost` in this process does."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from edgelam_fl.federation.child import Child, end_all, log_tail
+from edgelam_fl.wire import PROTOCOL_VERSION
+from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.control import ControlClient
+
+START_DEADLINE_S = 300.0
+
+
+class Daemon:
+    """A stage host in a process of its own; takes plans as a `StageHost` does."""
+
+    def __init__(self, name: str, state: Path, data: Path | None = None) -> None:
+        command = [sys.executable, "-m", "edgelam_fl.node.daemon", "--name", name, "--state", str(state)]
+        command += ["--threads", "1", *(["--data", str(data)] if data else [])]
+        self._state = state
+        self.child = Child(name, command, state / "stage-host.log")
+        self._client: ControlClient | None = None
+
+    def _call(self, method: str, request: object, timeout_s: float) -> object:
+        if self._client is None:
+            self._client = ControlClient(self._state, START_DEADLINE_S)
+        try:
+            return self._client.call(method, request, timeout_s)
+        except Exception as error:
+            error.add_note(f"{self.child.name}: {self.child.ended() or log_tail(self.child.log, 20)}")
+            raise
+
+    def submit(self, request: pb.SubmitRequest) -> pb.SubmitReply:
+        return self._call("Submit", request, 60.0)  # type: ignore[return-value]
+
+    def wait(self, request: pb.WaitRequest) -> pb.JobReport:
+        return self._call("Wait", request, request.timeout_s + 10)  # type: ignore[return-value]
+
+    def address(self) -> str:
+        return self._call("GetProfile", pb.ProfileRequest(protocol_version=PROTOCOL_VERSION), 60.0).address  # type: ignore[attr-defined]
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+
+
+@contextmanager
+def running(hosts: Sequence[str], files: Sequence[Path], folder: Path) -> Iterator[dict[str, Daemon]]:
+    """Hosts of these names, and a device a file."""
+    started = {name: Daemon(name, folder / name) for name in hosts}
+    for number, file in enumerate(files, 1):
+        started[f"device-{number}"] = Daemon(f"device-{number}", folder / f"device-{number}", file)
+    try:
+        yield started
+    finally:
+        for daemon in started.values():
+            daemon.close()
+        end_all([daemon.child for daemon in started.values()])
