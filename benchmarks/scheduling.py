@@ -80,7 +80,7 @@ def slowest_s(devices: Sequence[Candidate], shares: Mapping[str, float]) -> floa
 
 def allocate(devices: Sequence[Candidate], bandwidth: str) -> Mapping[str, float]:
     demands = [Demand(d.name, d.payload_bytes, d.compute_s, snr=d.snr) for d in devices]
-    return load("bandwidth", bandwidth).allocate(demands, CAPACITY_BPS)  # type: ignore[no-any-return]
+    return load("bandwidth", bandwidth).rule.allocate(demands, CAPACITY_BPS)  # type: ignore[no-any-return]
 
 
 # ---------------------------------------------------------------- figures
@@ -189,11 +189,10 @@ def _seconds_of_a_decision(
     devices: Sequence[Candidate], selection: str, bandwidth: str, options: dict[str, dict[str, float]]
 ) -> float:
     chooser = load("selection", selection, options)
-    if hasattr(chooser, "observe"):
-        chooser.observe(RoundOutcome(1, 400.0, devices[:10]))
+    chooser.capabilities.observe(RoundOutcome(1, 400.0, devices[:10]))
     by_name = {device.name: device for device in devices}
     began = time.perf_counter()
-    names = chooser.select(RoundState(2, devices, random.Random(2), CAPACITY_BPS)).names
+    names = chooser.rule.select(RoundState(2, devices, random.Random(2), CAPACITY_BPS)).names
     allocate([by_name[name] for name in names], bandwidth)
     return time.perf_counter() - began
 

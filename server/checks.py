@@ -6,25 +6,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.adapter import target_modules
 from edgelam_fl.model.source import find_model
 from edgelam_fl.plan.spec import RunSpec
-from strategies.registry import BUILT_IN, asked_by, load_all
+from strategies.registry import BUILT_IN, Capabilities, load_all
 
 
 def check_config(config: RunConfig) -> RunSpec:
     """Finds the model. Raises ConfigError or ModelError with what is wrong; nothing has been started then."""
     loaded = load_all({kind: getattr(config.strategy, kind) for kind in BUILT_IN}, config.strategy.options)
     check_together(config)
-    check_aggregation(config, loaded["aggregation"])
+    aggregation = loaded["aggregation"].capabilities
+    check_aggregation(config, aggregation)
     spec = RunSpec(config, find_model(config.model.name))
     check_cuts(spec)
     check_ranks(spec)
-    check_carry(spec, loaded["aggregation"])
+    check_carry(spec, aggregation)
     return spec
 
 
@@ -55,40 +55,40 @@ def check_together(config: RunConfig) -> None:
             )
 
 
-def check_aggregation(config: RunConfig, aggregation: Any) -> None:
+def check_aggregation(config: RunConfig, aggregation: Capabilities) -> None:
     """Raises ConfigError where an aggregation would have nothing to act on, or could not act as it means to."""
     split, lora, name = config.split, config.lora, config.strategy.aggregation
-    if split.hosts and split.host_mode == "copies" and getattr(aggregation, "personal", False):
+    if split.hosts and split.host_mode == "copies" and aggregation.personal:
         raise ConfigError(
             f"strategy.aggregation = {name!r} does not go with split.host_mode = 'copies': hosts start a round from one adapter, "
             f"and each device would need its own there. Allowed: 'joint', 'sequential', or split.hosts = 0"
         )
-    if getattr(aggregation, "restarts", False) and config.optimizer.keep == "always":
+    if aggregation.restarts_factors and config.optimizer.keep == "always":
         raise ConfigError(
             f"strategy.aggregation = {name!r} starts factors anew in every round, and optimizer.keep = 'always' would go on with the "
             f"moments of the old ones. Allowed: optimizer.keep = 'exact'"
         )
-    if getattr(aggregation, "corrects_sgd", False):
+    if aggregation.corrects_sgd:
         check_correction(config)
     if not split.hosts or split.host_mode == "copies" or lora.train != ("hosts",):
         return
     where = f"lora.train = ['hosts'] and split.host_mode = {split.host_mode!r}: devices train no layer of their own"
     allowed = "Allowed: lora.train with 'front' or 'back', split.host_mode = 'copies', or split.hosts = 0"
-    if asked_by(aggregation, 1).prox_mu:
+    if aggregation.client_settings(1).prox_mu:
         raise ConfigError(
             f"strategy.aggregation = {name!r} holds devices near the round's start, and has nothing to hold with {where}. {allowed}"
         )
-    if getattr(aggregation, "carries", False) and split.sites == 1:
+    if aggregation.carries and split.sites == 1:
         raise ConfigError(
             f"strategy.aggregation = {name!r} adds up what several sources trained, and has one, the site, with {where}. {allowed}, or "
             f"split.sites of at least 2"
         )
-    if getattr(aggregation, "corrects_sgd", False) and split.sites == 1:
+    if aggregation.corrects_sgd and split.sites == 1:
         raise ConfigError(
             f"strategy.aggregation = {name!r} corrects how sources differ, and has one, the site, with {where}. {allowed}, or "
             f"split.sites of at least 2"
         )
-    least = getattr(aggregation, "least_sources", 1)
+    least = aggregation.least_sources
     if split.sites < least:
         raise ConfigError(
             f"strategy.aggregation = {name!r} needs at least {least} sources, and has split.sites = {split.sites} with {where}. "
@@ -152,10 +152,10 @@ def check_ranks(spec: RunSpec) -> None:
         raise ConfigError(f"lora.rank = {lora.rank} must be at most {most}, {why}")
 
 
-def check_carry(spec: RunSpec, aggregation: Any) -> None:
+def check_carry(spec: RunSpec, aggregation: Capabilities) -> None:
     """Raises ConfigError for a cap on carry factors that no module could pass."""
     config, source = spec.config, spec.source
-    cap = getattr(aggregation, "most_rank", 0)
+    cap = aggregation.most_carry_rank
     most = max(min(shape) for shape in target_modules(source, config.lora.targets).values())
     if cap > most:
         name = config.strategy.aggregation

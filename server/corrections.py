@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 
@@ -11,11 +10,14 @@ from edgelam_fl.model import adapter as adapters
 from edgelam_fl.plan.layout import site_source
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.replies import frozen, spans_of_source
+from strategies.registry import Capabilities
 
 
-def add_corrections(plan: pb.Plan, aggregation: Any, adapter: Mapping[str, np.ndarray]) -> list[adapters.Adapter]:
+def add_corrections(
+    plan: pb.Plan, aggregation: Capabilities, adapter: Mapping[str, np.ndarray]
+) -> list[adapters.Adapter]:
     """Names them in the plan, and returns their tensors in that order. `adapter`: the global one, for the names."""
-    if not (plan.steps and getattr(aggregation, "corrects_sgd", False)):
+    if not (plan.steps and aggregation.corrects_sgd):
         return []
     found = []
     for scope, source in _sources(plan):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from flwr.app import RecordDict
@@ -25,6 +24,7 @@ from server.global_adapter import at_rank
 from strategies.aggregation.factors import A, B, is_factor, module_of
 from strategies.aggregation.fedavg import WeightedMean
 from strategies.api import Contribution
+from strategies.registry import Capabilities
 
 _ROUNDING = 1e-9  # of a sum of learning rates
 
@@ -182,17 +182,9 @@ def _key(item: tuple[tuple[str, float, float], Adapter]) -> tuple[str, float, fl
 KEPT_NODES = 32  # that take part in a round whose replies are kept
 
 
-def folds(aggregation: Any, nodes: int) -> bool:
-    """Whether a round of so many nodes is summed up as it arrives.
-
-    The class that says `of_the_mean` must be the one whose `aggregate` is used: one derived from it may do otherwise.
-    """
-    for known in type(aggregation).__mro__:
-        if "of_the_mean" in vars(known):
-            return nodes > KEPT_NODES and bool(known.of_the_mean)  # type: ignore[attr-defined]
-        if "aggregate" in vars(known):
-            return False
-    return False
+def folds(aggregation: Capabilities, nodes: int) -> bool:
+    """Whether a round of so many nodes is summed up as its replies arrive."""
+    return nodes > KEPT_NODES and aggregation.needs_only_mean
 
 
 class Fold:

@@ -37,7 +37,7 @@ from server.run_folder import RunFolder
 from server.schedule import Schedule
 from strategies.aggregation.error import aggregation_error
 from strategies.api import Aggregated, Contribution, Demand
-from strategies.registry import asked_by, load
+from strategies.registry import load
 
 _ATTEMPTS = 3
 _MESSAGES_S = 120.0  # on top of the round's deadline: Flower polls every few seconds and starts a process a message
@@ -174,7 +174,7 @@ class SplitLora(Strategy):
         """What the aggregation makes of them, and its error against the mean of the products; None: too few sources."""
         start = as_start(self._global, self.config, number)
         try:
-            aggregated = self.aggregation.aggregate(contributions, start)
+            aggregated = self.aggregation.rule.aggregate(contributions, start)
         except TooFewSources as problem:
             self._too_few = str(problem)
             return None, None
@@ -199,8 +199,8 @@ class SplitLora(Strategy):
             self.placement.check_links(devices, hosts, shares, partial(self.nodes.measure_links, names))
         layout = self.placement.layout(number, devices, hosts, shares)
         steps = planned_steps(self.config, devices) if trains else 0
-        unequal_ranks = getattr(self.aggregation, "unequal_ranks", False)
-        asked = asked_by(self.aggregation, number)
+        unequal_ranks = self.aggregation.capabilities.unequal_ranks
+        asked = self.aggregation.capabilities.client_settings(number)
         facts = RoundFacts(
             self.run,
             number,
@@ -214,14 +214,14 @@ class SplitLora(Strategy):
         )
         plans = make_plans(self.spec, facts, self.nodes.profiles, layout, shares, tokens)
         self._global = complete(from_record(arrays), plans, self.spec, unequal_ranks)
-        fold = Fold() if trains and folds(self.aggregation, len(plans)) else None
+        fold = Fold() if trains and folds(self.aggregation.capabilities, len(plans)) else None
         self._open = Round(facts, layout, plans, shares, dropped, fold)
         self.folder.emit(
             "plan", round=number, attempt=self._attempt, selected=list(chosen.names), why=dict(chosen.why), shares=shares,
             routes=[_picture(route, self.source.num_layers) for route in layout.routes.values()],
             sites=[_site_picture(site) for site in layout.sites if site.hosts],
             nodes={name: _node_picture(plan) for name, plan in plans.items()},
-            personal=getattr(self.aggregation, "personal", False),
+            personal=self.aggregation.capabilities.personal,
             **({"demands": _demands(self.schedule.demands(everyone, number))} if virtual else {}),
         )  # fmt: skip
         return [self._message(name, plan) for name, plan in plans.items()]
@@ -230,7 +230,7 @@ class SplitLora(Strategy):
         assert self._open is not None
         needed = starting_point(plan, self._global, self.personal)
         plan.adapter_digest = adapters.digest(needed)
-        beside = [to_record(tensors) for tensors in add_corrections(plan, self.aggregation, self._global)]
+        beside = [to_record(tensors) for tensors in add_corrections(plan, self.aggregation.capabilities, self._global)]
         wait = self.config.federation.wait
         content = RecordDict({"plan": ConfigRecord({"plan": plan.SerializeToString(), "wait": wait})})
         for number, record in enumerate(beside):

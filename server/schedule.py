@@ -64,7 +64,7 @@ class Schedule:
             Random(f"{config.run.seed}/select/{number}"), capacity_bps=self.capacity,
             wanted=config.federation.devices_per_round, least=config.federation.min_nodes,
         )  # fmt: skip
-        chosen = self.selection.select(state)
+        chosen = self.selection.rule.select(state)
         names = [str(name) for name in chosen.names]
         check_choice(config, names, {candidate.name for candidate in state.candidates})
         why = {name: str(reason) for name, reason in chosen.why.items()} | left_out
@@ -96,7 +96,7 @@ class Schedule:
     def shares(self, devices: Sequence[pb.Profile], number: int = 0) -> dict[str, float]:
         """Of the capacity, by device. Raises RunFailed where the strategy's cannot be used."""
         demands = self.demands(devices, number)
-        shares = self.bandwidth.allocate(demands, self.capacity)
+        shares = self.bandwidth.rule.allocate(demands, self.capacity)
         check_shares(self.config, shares, {demand.name for demand in demands})
         return {name: float(share) for name, share in shares.items()}
 
@@ -143,8 +143,7 @@ class Schedule:
         seconds = max((device.last_seconds or 0.0 for device in devices), default=0.0)
         outcome = RoundOutcome(number, seconds, devices, sorted(set(chosen) - set(delivered)))
         for strategy in (self.selection, self.bandwidth):
-            if hasattr(strategy, "observe"):
-                strategy.observe(outcome)
+            strategy.capabilities.observe(outcome)
 
 
 def measured(name: str, number: int, report: pb.JobReport) -> Candidate:

@@ -138,13 +138,12 @@ class Aggregation(Protocol):
 
     unequal_ranks: bool = False  # whether sources of one module may differ in rank
     carries: bool = False  # whether it gives modules carry factors
-    restarts: bool = False  # whether it starts factors anew
+    restarts_factors: bool = False  # whether it gives modules new factors in every round
     personal: bool = False  # whether sources go on with tensors of their own (`Aggregated.personal`)
     corrects_sgd: bool = False  # whether it adds to the gradients of sources that train by plain SGD (`correction`)
     least_sources: int = 1  # fewer sources of a module than this (but for a single one) cannot be aggregated
-    of_the_mean: bool = (
-        False  # whether it asks for no more than the weighted mean: large rounds are then summed on arrival
-    )
+    needs_only_mean: bool = False  # whether the weighted mean is enough: large rounds are then summed up on arrival
+    most_carry_rank: int = 0  # to which it cuts carry factors; 0: a module's full rank
 
     def aggregate(self, contributions: Sequence[Contribution], start: Start) -> Aggregated:
         """Raises TooFewSources where a module has fewer sources than the rule needs."""

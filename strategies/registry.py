@@ -1,15 +1,23 @@
-"""Finds strategies by the names of a run file, and loads them with their options checked."""
+"""Finds strategies by the names of a run file, checks their options, and reads once what each of them can do.
+
+The only place that asks a strategy for its optional attributes and methods. Knows nothing about rounds or nodes.
+A new built-in strategy is one file and one line in `BUILT_IN`.
+"""
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from edgelam_fl.errors import ConfigError, nearest
 from edgelam_fl.plan.making import ClientSettings
+from strategies.api import RoundOutcome
 from strategies.options import checked, parameters
 
 BUILT_IN = {
@@ -55,19 +63,92 @@ BUILT_IN = {
 _METHODS = {"aggregation": "aggregate", "selection": "select", "bandwidth": "allocate"}
 
 
-def asked_by(aggregation: Any, round: int) -> ClientSettings:
-    """What an aggregation asks of the nodes in a round, also where its class does not say."""
-    return aggregation.client_settings(round) if hasattr(aggregation, "client_settings") else ClientSettings()
+# ---------------------------------------------------------------- what a strategy can do
+
+
+def _forget(outcome: RoundOutcome) -> None:
+    """Ignores the outcome of a round: the `observe` of a strategy that has none."""
+
+
+def _plain_training(round: int) -> ClientSettings:
+    """Asks nothing of the nodes: the `client_settings` of an aggregation that has none."""
+    return ClientSettings()
+
+
+def _no_correction(source: str, names: Iterable[str]) -> Mapping[str, np.ndarray]:
+    """Adds nothing to gradients: the `correction` of an aggregation that has none."""
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """What a strategy can do beyond the one method of its kind; `strategies.api` documents each name.
+
+    A strategy that lacks an attribute or a method gets the default given here.
+    """
+
+    observe: Callable[[RoundOutcome], None] = _forget
+    client_settings: Callable[[int], ClientSettings] = _plain_training
+    correction: Callable[[str, Iterable[str]], Mapping[str, np.ndarray]] = _no_correction
+    unequal_ranks: bool = False
+    carries: bool = False
+    restarts_factors: bool = False
+    personal: bool = False
+    corrects_sgd: bool = False
+    needs_only_mean: bool = False
+    least_sources: int = 1
+    most_carry_rank: int = 0
+
+
+@dataclass(frozen=True)
+class LoadedStrategy:
+    """A strategy of a run: the rule is the author's object, and the capabilities say what else may be asked of it."""
+
+    rule: Any
+    capabilities: Capabilities
+
+
+def with_capabilities(rule: Any) -> LoadedStrategy:
+    """Reads the capabilities of a rule. Raises ConfigError for an attribute of another type than its default."""
+    given = {field.name: getattr(rule, field.name) for field in fields(Capabilities) if hasattr(rule, field.name)}
+    for field in fields(Capabilities):
+        if field.name in given:
+            _check_capability(field.name, given[field.name], field.default)
+    if given.get("corrects_sgd") and "correction" not in given:
+        raise ConfigError("corrects_sgd = True needs a method correction(source, names)")
+    given["needs_only_mean"] = _needs_only_mean(type(rule))
+    return LoadedStrategy(rule, Capabilities(**given))
+
+
+def _check_capability(name: str, value: Any, default: Any) -> None:
+    if callable(default):
+        fits, wanted = callable(value), "a method"
+    elif isinstance(default, bool):
+        fits, wanted = isinstance(value, bool), "True or False"
+    else:
+        fits, wanted = isinstance(value, int) and not isinstance(value, bool) and value >= 0, "a number of 0 or more"
+    if not fits:
+        raise ConfigError(f"its {name} = {value!r:.60} must be {wanted}")
+
+
+def _needs_only_mean(rule: type) -> bool:
+    """Whether the class that sets `needs_only_mean` also defines the `aggregate` in use: a subclass may need more."""
+    for known in rule.__mro__:
+        if "needs_only_mean" in vars(known):
+            return bool(vars(known)["needs_only_mean"])
+        if "aggregate" in vars(known):
+            return False
+    return False
 
 
 # ---------------------------------------------------------------- by name
 
 
-def load(kind: str, name: str, options: Mapping[str, Mapping[str, Any]] | None = None) -> Any:
-    """An instance of the named strategy, with its part of the run file's `strategy.options`.
+def load(kind: str, name: str, options: Mapping[str, Mapping[str, Any]] | None = None) -> LoadedStrategy:
+    """Makes the named strategy with its part of the run file's `strategy.options`, and reads its capabilities.
 
-    A module of the user's own is found on Python's path and in the working directory. Raises ConfigError naming the known
-    strategies, what the module lacks, or the option that cannot be used.
+    A module of the user's own is found on Python's path and in the working directory. Raises ConfigError with the known
+    strategies, with what the class lacks, or with the option that cannot be used.
     """
     found = _class(kind, name)
     key, given = _own_options(kind, name, found, options or {})
@@ -82,13 +163,18 @@ def load(kind: str, name: str, options: Mapping[str, Mapping[str, Any]] | None =
         raise ConfigError(f"strategy.{kind} = {name!r} cannot be loaded: {error}") from error
     if not callable(getattr(strategy, _METHODS[kind], None)):
         raise ConfigError(f"strategy.{kind} = {name!r} has no method {_METHODS[kind]}(); it is no {kind} strategy")
-    return strategy
+    try:
+        return with_capabilities(strategy)
+    except ConfigError as error:
+        raise ConfigError(f"strategy.{kind} = {name!r} cannot be loaded: {error}") from error
 
 
-def load_all(names: Mapping[str, str], options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The strategies by kind. Raises ConfigError too where options are for none of these, and for no built-in one."""
+def load_all(names: Mapping[str, str], options: Mapping[str, Mapping[str, Any]]) -> dict[str, LoadedStrategy]:
+    """Loads a strategy of each kind in `names`. Raises ConfigError also for options of a strategy that does not exist."""
     loaded = {kind: load(kind, name, options) for kind, name in names.items()}
-    known = {name for table in BUILT_IN.values() for name in table} | {type(s).__name__ for s in loaded.values()}
+    known = {name for table in BUILT_IN.values() for name in table} | {
+        type(strategy.rule).__name__ for strategy in loaded.values()
+    }
     for name in options:
         if name not in known:
             raise ConfigError(

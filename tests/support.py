@@ -34,6 +34,7 @@ from edgelam_fl.tasks.causal_lm import CausalLm, labelled, loss_sum, make_units
 from edgelam_fl.tasks.data import batch_indices, read_pairs, set_aside
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.corrections import add_corrections
+from strategies.registry import Capabilities
 
 WAIT_S = 540.0  # for a node's part, a command, a run: far beyond what one takes, so that a slow machine is no failure
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -101,7 +102,7 @@ class Fleet:
     events: list[dict[str, Any]] = field(default_factory=list)
     round: int = 0
     settings: ClientSettings = field(default_factory=ClientSettings)  # what an aggregation would ask of the nodes
-    aggregation: Any = None  # the one that corrects gradients, where one does
+    aggregation: Capabilities = field(default_factory=Capabilities)  # of the rule that corrects gradients, if any
 
     def run(
         self, adapter: adapters.Adapter, steps: int, *, step_offset: int = 0, send_to: Sequence[str] | None = None,

@@ -14,7 +14,7 @@ from strategies.api import Aggregated, Contribution, Start
 
 
 class OneVoteEach(FedAvg):
-    of_the_mean = False  # the mean that a large round is summed up to is by labels: hand over every contribution
+    needs_only_mean = False  # the mean that a large round is summed up to is by labels: hand over every contribution
 
     def __init__(self, *, freeze_a: bool = True) -> None:
         """`freeze_a`: train B alone, so that the mean of the factors is the mean of the products."""

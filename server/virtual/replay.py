@@ -24,7 +24,7 @@ def replay(events: Iterable[Mapping[str, Any]], config: RunConfig, bandwidth: st
     """
     strategy = config.strategy.model_copy(update={"bandwidth": bandwidth})
     config = config.model_copy(update={"strategy": strategy})
-    allocator = load("bandwidth", bandwidth, strategy.options)
+    allocator = load("bandwidth", bandwidth, strategy.options).rule
     rounds, demands = [], list[Demand]()
     for event in events:
         if event.get("event") == "plan":

@@ -81,7 +81,7 @@ class CarryRule(Aggregation, ABC):
         """
         if not re.fullmatch(r"exact|svd:[1-9]\d{0,4}", residual):
             raise ValueError(f"residual = {residual!r} must be 'exact', or 'svd:RANK' as in 'svd:64'")
-        self.most_rank = 0 if residual == "exact" else int(residual.removeprefix("svd:"))  # 0: the full rank
+        self.most_carry_rank = 0 if residual == "exact" else int(residual.removeprefix("svd:"))  # 0: the full rank
 
     def aggregate(self, contributions: Sequence[Contribution], start: Start) -> Aggregated:
         new, carries, cuts = mean_of_heads(contributions), dict[str, np.ndarray](), list[Cut]()
@@ -105,7 +105,7 @@ class CarryRule(Aggregation, ABC):
 
     def _cut(self, carry: Carry) -> Cut:
         full_rank = min(carry.a_MI.shape[1], len(carry.b_OM))
-        return compressed(carry, min(self.most_rank or full_rank, full_rank))
+        return compressed(carry, min(self.most_carry_rank or full_rank, full_rank))
 
 
 def padded_mean(sources: Sequence[Factors], start_a_RI: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:

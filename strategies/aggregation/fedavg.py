@@ -16,7 +16,7 @@ from strategies.api import Aggregated, Aggregation, Contribution, Start
 
 
 class FedAvg(Aggregation):
-    of_the_mean = True
+    needs_only_mean = True
 
     def aggregate(self, contributions: Sequence[Contribution], start: Start) -> Aggregated:
         mean = WeightedMean()

@@ -18,7 +18,7 @@ from strategies.api import Start
 
 
 class FLoRA(CarryRule):
-    restarts = True
+    restarts_factors = True
 
     def combine(
         self, module: str, sources: Sequence[Factors], start: Start

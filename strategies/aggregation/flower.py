@@ -36,7 +36,7 @@ Malicious = Annotated[int, Field(ge=0)]
 class _Optimizer(Aggregation):
     """The weighted mean is a step that the server's optimizer takes in its own way."""
 
-    of_the_mean = True
+    needs_only_mean = True
 
     def __init__(self, flowers: type, **options: float) -> None:
         self._flowers, self._options = flowers, options

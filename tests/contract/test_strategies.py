@@ -1,13 +1,17 @@
-"""What every strategy of a kind promises, over all in the table and the examples: a new one is picked up by its line there."""
+"""What every strategy of a kind promises: checked over the table, the examples and strategies written to a file here.
+
+A new strategy is picked up by its line in the table.
+"""
 
 from __future__ import annotations
 
+import ast
 import random
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from itertools import islice, permutations
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,7 +25,7 @@ from edgelam_fl.model.carry import CARRY_A, CARRY_B
 from edgelam_fl.plan.making import ClientSettings
 from strategies.aggregation.carry import carry_of
 from strategies.api import Aggregated, Aggregation, Candidate, Contribution, Demand, RoundOutcome, RoundState, Start
-from strategies.registry import BUILT_IN, asked_by, load, load_all
+from strategies.registry import BUILT_IN, Capabilities, load, load_all, with_capabilities
 
 Q, V, K = (f"base_model.model.model.layers.{layer}.self_attn.q_proj" for layer in (0, 3, 5))
 HEAD = "base_model.model.classifier.weight"
@@ -31,9 +35,55 @@ EXAMPLES = {
     "selection": "examples.strategies.my_selection:LargestFirst",
     "bandwidth": "examples.strategies.my_bandwidth:ByRoot",
 }
-NAMES = {kind: [*table, EXAMPLES[kind]] for kind, table in BUILT_IN.items()}
+# Each as an author would write it: one file, no base class, nothing but what its kind's method needs.
+WRITTEN = {
+    "aggregation": """
+import numpy as np
+
+from edgelam_fl.errors import ConfigError
+from strategies.api import Aggregated
+
+
+class Mine:
+    def aggregate(self, contributions, start):
+        sums, weights = {}, {}
+        for one in sorted(contributions, key=lambda one: (one.source, one.weight)):
+            for name, array in one.tensors.items():
+                if array.shape != start.tensors[name].shape:
+                    raise ConfigError(f"this aggregation needs equal ranks: {name}")
+                sums[name] = sums.get(name, 0) + np.float64(one.weight) * array
+                weights[name] = weights.get(name, 0) + one.weight
+        return Aggregated({name: (total / weights[name]).astype(np.float32) for name, total in sums.items()})
+""",
+    "selection": """
+from strategies.api import Selected
+
+
+class Mine:
+    def select(self, state):
+        names = sorted(candidate.name for candidate in state.candidates)
+        return Selected(names[: state.at_most()], {name: f"place {n} by name" for n, name in enumerate(names, 1)})
+""",
+    "bandwidth": """
+class Mine:
+    def allocate(self, demands, capacity_bps):
+        return {demand.name: 1 / len(demands) for demand in demands}
+""",
+}
+NAMES = {kind: [*table, EXAMPLES[kind], f"written_{kind}:Mine"] for kind, table in BUILT_IN.items()}
 OPTIMIZERS = {"fedadam", "fedyogi", "fedadagrad", "fedavgm"}  # theirs is a step of their own
 A, B, C = (f"{module}.lora_B.weight" for module in (Q, V, K))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def written_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Puts the written strategies where `load` finds an author's module: on Python's path."""
+    folder = tmp_path_factory.mktemp("written")
+    for kind, text in WRITTEN.items():
+        (folder / f"written_{kind}.py").write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield folder
 
 
 def tensors(seed: int, *modules: str) -> dict[str, np.ndarray]:
@@ -52,12 +102,16 @@ SOURCES = {
 
 
 def strategy(name: str) -> Aggregation:
-    return load("aggregation", name)
+    return load("aggregation", name).rule
+
+
+def capabilities(name: str) -> Capabilities:
+    return load("aggregation", name).capabilities
 
 
 def allowed(name: str, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """What devices contribute of these tensors in the first round: no frozen factor."""
-    settings = strategy(name).client_settings(1)
+    settings = capabilities(name).client_settings(1)
     frozen = [end for end, trains in zip(SHAPES, (settings.train_a, settings.train_b), strict=True) if not trains]
     return {n: array for n, array in found.items() if not n.endswith(tuple(frozen))}
 
@@ -98,7 +152,7 @@ class TestAggregation:
         found, given = strategy(name), sources(name)
         result = found.aggregate(given, START)
         modules = {n.removesuffix(CARRY_A) for n in result.carry if n.endswith(CARRY_A)}
-        assert bool(modules) == getattr(found, "carries", False)
+        assert bool(modules) == capabilities(name).carries
         assert set(result.carry) == {module + end for module in modules for end in (CARRY_A, CARRY_B)}
         assert modules <= {Q, V}, "those that several trained"
         for module in modules:
@@ -149,11 +203,11 @@ class TestAggregation:
         for order in (1, -1):
             found, given = strategy(name), [replace(source, lr_sum=0.5) for source in sources(name)][::order]
             found.aggregate(given, START)
-            correct = found.correction if getattr(found, "corrects_sgd", False) else lambda *_: {}
+            correct = with_capabilities(found).capabilities.correction
             added.append({c.source: dict(correct(c.source, [*c.tensors, "unknown"])) for c in given})
         assert added[0].keys() == added[1].keys()
         for source, of_source in added[0].items():
-            assert bool(of_source) == getattr(found, "corrects_sgd", False)
+            assert bool(of_source) == capabilities(name).corrects_sgd
             for n, array in of_source.items():
                 assert (array.dtype, array.shape) == (np.float32, START.tensors[n].shape)
                 assert not n.startswith(K), "one source: it differs from nobody"
@@ -166,12 +220,12 @@ class TestAggregation:
         assert all(np.array_equal(c.tensors[n], old[n]) for c, old in zip(given, before, strict=True) for n in old)
 
     def test_one_factor_trains_at_least_and_ranks_are_refused_or_taken(self, name: str) -> None:
-        settings = [strategy(name).client_settings(number) for number in range(1, 5)]
+        settings = [capabilities(name).client_settings(number) for number in range(1, 5)]
         assert all(one.train_a or one.train_b for one in settings)
         given = sources(name)
         cut = {n: a[:, :1] if n.endswith("B.weight") else a[:1] for n, a in given[0].tensors.items() if n != HEAD}
         given[0] = replace(given[0], tensors=cut)
-        if strategy(name).unequal_ranks:
+        if capabilities(name).unequal_ranks:
             result = strategy(name).aggregate(given, START)
             assert all(array.shape == START.tensors[n].shape for n, array in result.tensors.items())
         else:
@@ -212,13 +266,13 @@ def state(candidates: Sequence[Candidate], round_: int = 4, wanted: int = 0, lea
 
 
 def select(name: str, candidates: Sequence[Candidate], wanted: int = 0) -> tuple[list[str], dict[str, str]]:
-    selected = load("selection", name).select(state(candidates, wanted=wanted))
+    selected = load("selection", name).rule.select(state(candidates, wanted=wanted))
     return list(selected.names), dict(selected.why)
 
 
 def rounds(name: str, pool: Sequence[Candidate], wanted: int, count: int = 30) -> list[list[str]]:
     """Choices over rounds in which devices come, go and get lost, with one instance that may remember."""
-    strategy, chosen = load("selection", name), []
+    strategy, chosen = load("selection", name).rule, []
     known = {candidate.name: candidate for candidate in pool}
     for number in range(1, count + 1):
         here = [c for c in known.values() if (number + len(c.name) + ord(c.name[-1])) % 5]
@@ -228,8 +282,7 @@ def rounds(name: str, pool: Sequence[Candidate], wanted: int, count: int = 30) -
         for n in set(names) - set(lost):
             known[n] = replace(known[n], last_round=number, last_seconds=3.0 + ord(n[-1]) % 7, last_loss=1 / number)
         delivered = [known[n] for n in names if n not in lost]
-        if hasattr(strategy, "observe"):
-            strategy.observe(RoundOutcome(number, 3.0 * len(delivered), delivered, lost))
+        with_capabilities(strategy).capabilities.observe(RoundOutcome(number, 3.0 * len(delivered), delivered, lost))
     return chosen
 
 
@@ -263,7 +316,7 @@ class TestSelection:
     def test_as_many_as_a_round_needs(self, name: str) -> None:
         for pool in (CANDIDATES, TRIED):
             slow = [replace(candidate, compute_s=1e6) for candidate in pool]  # later than any deadline
-            assert len(load("selection", name).select(state(slow, wanted=3, least=3)).names) >= 3
+            assert len(load("selection", name).rule.select(state(slow, wanted=3, least=3)).names) >= 3
 
     def test_rounds_with_devices_that_come_and_go_are_the_same_again(self, name: str) -> None:
         pool = [Candidate(f"device-{n}", 10 + n, compute_s=n, payload_bytes=1e6 * n) for n in range(1, 13)]
@@ -281,9 +334,8 @@ class TestSelection:
             )
             for n in range(10_000)
         ]  # fmt: skip
-        strategy = load("selection", name, {"lyapunov": {"delay_s": 1000.0}, "fedcs": {"deadline_s": 1000.0}})
-        if hasattr(strategy, "observe"):
-            strategy.observe(RoundOutcome(1, 4000.0, pool[:10]))
+        strategy = load("selection", name, {"lyapunov": {"delay_s": 1000.0}, "fedcs": {"deadline_s": 1000.0}}).rule
+        with_capabilities(strategy).capabilities.observe(RoundOutcome(1, 4000.0, pool[:10]))
         began = time.process_time()
         names = strategy.select(replace(state(pool), capacity_bps=1e9)).names
         assert names
@@ -306,13 +358,13 @@ IDLE = [Demand(name, 0.0, 1.0) for name in "bac"]
 @pytest.mark.parametrize("demands", [DEMANDS, SLOW_LINK, WIRELESS, IDLE], ids=["wired", "limit", "wireless", "idle"])
 class TestBandwidth:
     def test_the_same_whatever_the_order(self, name: str, demands: list[Demand]) -> None:
-        results = [dict(load("bandwidth", name).allocate(list(order), 1e8)) for order in permutations(demands)]
+        results = [dict(load("bandwidth", name).rule.allocate(list(order), 1e8)) for order in permutations(demands)]
         assert all(result == results[0] for result in results)
 
     @pytest.mark.parametrize("capacity_bps", [0.0, 1e3, 1e8])
     @pytest.mark.parametrize("devices", [1, 2, 3])
     def test_shares_sum_to_one(self, name: str, demands: list[Demand], devices: int, capacity_bps: float) -> None:
-        shares = load("bandwidth", name).allocate(demands[:devices], capacity_bps)
+        shares = load("bandwidth", name).rule.allocate(demands[:devices], capacity_bps)
         assert set(shares) == {demand.name for demand in demands[:devices]}
         assert sum(shares.values()) == pytest.approx(1)
         assert all(0 <= share <= 1 for share in shares.values())
@@ -321,13 +373,13 @@ class TestBandwidth:
 @pytest.mark.parametrize("name", NAMES["bandwidth"])
 class TestBandwidthSizes:
     def test_no_device_no_shares(self, name: str) -> None:
-        assert dict(load("bandwidth", name).allocate([], 1e8)) == {}
+        assert dict(load("bandwidth", name).rule.allocate([], 1e8)) == {}
 
     def test_ten_thousand_devices(self, name: str) -> None:
         generator = random.Random(1)
         demands = [Demand(f"d{n}", generator.uniform(1, 40), generator.uniform(0, 20)) for n in range(10_000)]
         began = time.process_time()
-        shares = load("bandwidth", name).allocate(demands, 1e4)
+        shares = load("bandwidth", name).rule.allocate(demands, 1e4)
         assert sum(shares.values()) == pytest.approx(1)
         assert time.process_time() - began < 3
 
@@ -394,10 +446,87 @@ def test_a_name_that_cannot_be_used_says_why(kind: str, name: str, words: str) -
 
 
 def test_ones_own_class_is_loaded_by_its_path() -> None:
-    mine = load("aggregation", f"{__name__}:Mine")
-    assert type(mine).__name__ == "Mine"
-    assert asked_by(mine, 1) == ClientSettings(), "it need not say what it asks of nodes"
-    assert asked_by(strategy("ffa"), 1) == ClientSettings(train_a=False)
+    assert type(strategy(f"{__name__}:Mine")).__name__ == "Mine"
+
+
+@pytest.mark.parametrize("kind", BUILT_IN)
+def test_a_built_in_is_one_file_and_one_line(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BUILT_IN[kind], "mine", f"written_{kind}:Mine")
+    assert type(load(kind, "mine").rule).__module__ == f"written_{kind}"
+    assert (
+        options_error(kind, "mine", {"mine": {"n": 1}}) == "unknown option strategy.options.mine.n: it has no options"
+    )
+    with pytest.raises(ConfigError, match="did you mean 'mine'"):
+        load(kind, "minne")
+
+
+# ---------------------------------------------------------------- capabilities
+
+
+def test_a_strategy_need_say_nothing_beyond_its_method() -> None:
+    for kind in BUILT_IN:
+        assert load(kind, f"written_{kind}:Mine").capabilities == Capabilities()
+    assert Capabilities().client_settings(1) == ClientSettings()
+    assert dict(Capabilities().correction("d1", [A])) == {}
+
+
+def test_capabilities_are_what_the_class_and_its_options_say() -> None:
+    assert capabilities("ffa").client_settings(1) == ClientSettings(train_a=False)
+    assert capabilities("fedsa").personal
+    assert capabilities("flora").carries
+    assert capabilities("flora").restarts_factors
+    assert load("aggregation", "krum", {"krum": {"malicious": 2}}).capabilities.least_sources == 2 * 2 + 3
+    assert load("aggregation", "fedex", {"fedex": {"residual": "svd:7"}}).capabilities.most_carry_rank == 7
+    oort = load("selection", "oort")
+    oort.capabilities.observe(RoundOutcome(1, 1.0, CANDIDATES[:1]))
+    assert oort.rule._rounds == {"b": 1}
+
+
+class MisspeltType(Mine):
+    personal = "yes"
+
+
+class NegativeSources(Mine):
+    least_sources = -1
+
+
+class NoMethod(Mine):
+    client_settings = ClientSettings()
+
+
+class CorrectsWithNothing(Mine):
+    corrects_sgd = True
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("MisspeltType", "its personal = 'yes' must be True or False"),
+        ("NegativeSources", "its least_sources = -1 must be a number of 0 or more"),
+        ("NoMethod", "its client_settings = ClientSettings(train_a=True, train_b=True, prox_mu=0.0) must be a method"),
+        ("CorrectsWithNothing", "corrects_sgd = True needs a method correction(source, names)"),
+    ],
+)
+def test_a_capability_that_cannot_be_used(name: str, problem: str) -> None:
+    path = f"{__name__}:{name}"
+    with pytest.raises(ConfigError) as caught:
+        load("aggregation", path)
+    assert str(caught.value) == f"strategy.aggregation = {path!r} cannot be loaded: {problem}"
+
+
+def test_only_the_registry_asks_a_strategy_for_what_it_can_do() -> None:
+    names, root = {field.name for field in fields(Capabilities)}, Path(__file__).parents[2]
+    for file in (
+        f for folder in ("edgelam_fl", "server", "strategies", "benchmarks") for f in root.glob(f"{folder}/**/*.py")
+    ):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id in ("getattr", "hasattr")
+            ):
+                asked = node.args[1]
+                assert not (isinstance(asked, ast.Constant) and asked.value in names), f"{file}, line {node.lineno}"
 
 
 # ---------------------------------------------------------------- options
@@ -412,15 +541,15 @@ def options_error(kind: str, name: str, options: dict[str, dict[str, object]]) -
 
 
 def test_options_reach_the_class_of_their_name() -> None:
-    assert load("selection", "lyapunov", {"lyapunov": {"delay_s": 12, "v": 0.5}}).delay_s == 12.0
-    assert load("aggregation", OWN, {"WithOptions": {"order": "down", "alpha": 3}}).given == (3.0, "down", 0)
-    assert load("selection", "lyapunov", {"oort": {"alpha": 3.0}}).delay_s == 30.0, "another's"
+    assert load("selection", "lyapunov", {"lyapunov": {"delay_s": 12, "v": 0.5}}).rule.delay_s == 12.0
+    assert load("aggregation", OWN, {"WithOptions": {"order": "down", "alpha": 3}}).rule.given == (3.0, "down", 0)
+    assert load("selection", "lyapunov", {"oort": {"alpha": 3.0}}).rule.delay_s == 30.0, "another's"
 
 
 def test_two_kinds_that_share_a_name_take_their_own_options() -> None:
     options = {"lyapunov": {"delay_s": 12.0}}
     loaded = load_all({"selection": "lyapunov", "bandwidth": "lyapunov"}, options)
-    assert loaded["selection"].delay_s == 12.0
+    assert loaded["selection"].rule.delay_s == 12.0
     assert options_error("bandwidth", "lyapunov", {"lyapunov": {"dealy_s": 1.0}}) == (
         "unknown option strategy.options.lyapunov.dealy_s: it has no options"
     )
@@ -466,7 +595,7 @@ def test_the_examples_do_what_they_say() -> None:
     np.testing.assert_allclose(mean, np.mean([c.tensors[A] for c in given if A in c.tensors], axis=0), atol=1e-6)
     assert select(EXAMPLES["selection"], CANDIDATES, 2)[0] == ["a", "d"], "those with 200 and 50 examples"
     demands = [Demand("a", 1e6, 0.0), Demand("b", 9e6, 0.0)]
-    shares = load("bandwidth", EXAMPLES["bandwidth"]).allocate(demands, 1e8)
+    shares = load("bandwidth", EXAMPLES["bandwidth"]).rule.allocate(demands, 1e8)
     assert shares == pytest.approx({"a": 1 / (1 + 3), "b": 3 / (1 + 3)})
 
 
@@ -482,7 +611,9 @@ def test_a_class_in_the_working_directory(tmp_path: Path) -> None:
     (tmp_path / "my_pkg" / "mod.py").write_text(
         "class Mine:\n    def __init__(self, *, d: int = 1): self.d = d\n    def select(self, state): return None\n"
     )
-    code = "from strategies.registry import load; print(load('selection', 'my_pkg.mod:Mine', {'Mine': {'d': 3}}).d)"
+    code = (
+        "from strategies.registry import load; print(load('selection', 'my_pkg.mod:Mine', {'Mine': {'d': 3}}).rule.d)"
+    )
     root = str(Path(__file__).parents[2])
     command = [sys.executable, "-c", f"import sys; sys.path = [{root!r}] + [p for p in sys.path if p]; {code}"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -16,6 +16,7 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from strategies.aggregation.fedavg import FedAvg
 from strategies.aggregation.scaffold import Scaffold
 from strategies.api import Contribution, Start
+from strategies.registry import with_capabilities
 from tests.parity.reference import Reference
 from tests.support import check_done, device_batches, memory_fleet, relative_distance, run_config, same_bits
 
@@ -31,7 +32,7 @@ def rounds(
     config = run_config(source.name, *SGD, *settings)
     current, found = initial_adapter(source, config.lora.targets, config.lora.rank, 1), []
     with memory_fleet(source, config, files) as fleet:
-        fleet.aggregation = rule
+        fleet.aggregation = with_capabilities(rule).capabilities
         for number in range(2):
             reports = fleet.run(current, STEPS, step_offset=STEPS * number)
             check_done(reports)

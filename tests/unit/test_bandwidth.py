@@ -22,7 +22,7 @@ from strategies.registry import load
 
 
 def slowest(demands: list[Demand], capacity_bps: float, strategy: str) -> float:
-    shares = load("bandwidth", strategy).allocate(demands, capacity_bps)
+    shares = load("bandwidth", strategy).rule.allocate(demands, capacity_bps)
     return max(d.compute_s + 8 * d.payload_bytes / (shares[d.name] * capacity_bps) for d in demands)
 
 
@@ -41,7 +41,7 @@ def test_finishing_together_is_never_slower() -> None:
 
 def test_all_finish_together() -> None:
     demands = instance(random.Random(3))
-    shares = load("bandwidth", "equalise").allocate(demands, 10.0)
+    shares = load("bandwidth", "equalise").rule.allocate(demands, 10.0)
     ends = [d.compute_s + 8 * d.payload_bytes / (10 * shares[d.name]) for d in demands]
     np.testing.assert_allclose(ends, ends[0], rtol=1e-9)
 
@@ -49,7 +49,7 @@ def test_all_finish_together() -> None:
 def test_with_equal_compute_all_send_equally_long() -> None:
     payloads, capacity = (1, 2, 6), 10.0
     demands = [Demand(f"d{n}", payload / 8, 5.0) for n, payload in enumerate(payloads)]
-    shares = load("bandwidth", "equalise").allocate(demands, capacity)
+    shares = load("bandwidth", "equalise").rule.allocate(demands, capacity)
     assert list(shares.values()) == pytest.approx([payload / sum(payloads) for payload in payloads])
     # The round that real links are held to: 5 + 9 / 10 against 5 + 6 / (10 / 3).
     assert slowest(demands, capacity, "equalise") == pytest.approx(5 + sum(payloads) / capacity)
@@ -79,7 +79,7 @@ def test_no_payload_is_through_when_it_has_computed() -> None:
 
 def test_proportional_is_by_payload() -> None:
     demands = [Demand("a", 1.0, 9.0), Demand("b", 3.0, 0.0)]
-    assert load("bandwidth", "proportional").allocate(demands, 1.0) == {"a": 1 / 4, "b": 3 / 4}
+    assert load("bandwidth", "proportional").rule.allocate(demands, 1.0) == {"a": 1 / 4, "b": 3 / 4}
 
 
 # ---------------------------------------------------------------- wireless

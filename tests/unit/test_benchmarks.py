@@ -45,7 +45,7 @@ CAPACITY_BPS, SIZE, COMPUTE_S, MESSAGES_S = 8e6, 1_000_000, 2.0, 5.0
 def run_under(rule: str) -> list[dict[str, Any]]:
     """Two rounds and the evaluation, as devices would have them that take what the formula says."""
     sizes = {name: SIZE * ratio for name, ratio in links.RATIOS.items()}
-    shares = load("bandwidth", rule).allocate([Demand(n, s, COMPUTE_S) for n, s in sizes.items()], CAPACITY_BPS)
+    shares = load("bandwidth", rule).rule.allocate([Demand(n, s, COMPUTE_S) for n, s in sizes.items()], CAPACITY_BPS)
     first = dict.fromkeys(sizes, 1 / 3)
     events: list[dict[str, Any]] = []
     for number, of_round in ((1, first), (2, shares), (3, shares)):

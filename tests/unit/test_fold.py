@@ -10,7 +10,7 @@ import pytest
 from server.replies import KEPT_NODES, Fold, folds
 from strategies.aggregation.fedavg import FedAvg
 from strategies.api import Aggregated, Contribution, Start
-from strategies.registry import BUILT_IN, load
+from strategies.registry import BUILT_IN, load, with_capabilities
 
 A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 B = A.replace("lora_A", "lora_B")
@@ -23,19 +23,19 @@ class Otherwise(FedAvg):
 
 
 class AndSaysSo(Otherwise):
-    of_the_mean = True
+    needs_only_mean = True
 
 
 @pytest.mark.parametrize("name", BUILT_IN["aggregation"])
 def test_rules_that_ask_for_the_mean_alone(name: str) -> None:
-    assert folds(load("aggregation", name), KEPT_NODES + 1) == (name in MEANS)
-    assert not folds(load("aggregation", name), KEPT_NODES)
+    assert folds(load("aggregation", name).capabilities, KEPT_NODES + 1) == (name in MEANS)
+    assert not folds(load("aggregation", name).capabilities, KEPT_NODES)
 
 
 def test_a_rule_that_is_derived_from_such_a_one_and_aggregates_otherwise_gets_all() -> None:
-    assert not folds(Otherwise(), KEPT_NODES + 1)
-    assert folds(AndSaysSo(), KEPT_NODES + 1)
-    assert not folds(object(), KEPT_NODES + 1)
+    assert not folds(with_capabilities(Otherwise()).capabilities, KEPT_NODES + 1)
+    assert folds(with_capabilities(AndSaysSo()).capabilities, KEPT_NODES + 1)
+    assert not folds(with_capabilities(object()).capabilities, KEPT_NODES + 1)
 
 
 def contribution(number: int, *names: str) -> tuple[str, Contribution]:

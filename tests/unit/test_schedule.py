@@ -85,7 +85,7 @@ def test_who_is_left_out_is_no_candidate_and_has_a_reason() -> None:
     own = schedule("strategy.require_tags=gpu", "federation.devices_per_round=3", "wire.capacity=8 Mbit/s")
     selected = own.select(4, [profile("a", tags=["gpu"]), profile("b")])
     assert selected.why == {"a": "because", "b": "has no tag gpu (strategy.require_tags)"}
-    (state,) = own.selection.states
+    (state,) = own.selection.rule.states
     assert [c.name for c in state.candidates] == ["a"]
     assert (state.round, state.wanted, state.least, state.capacity_bps) == (4, 3, 1, 8e6)
 
@@ -104,7 +104,7 @@ def test_chance_comes_from_the_runs_seed_and_the_round() -> None:
     for seed, round_ in ((1, 1), (1, 1), (1, 2), (2, 1)):
         own = schedule(f"run.seed={seed}")
         own.select(round_, [profile("a")])
-        drawn.append(own.selection.states[0].random.random())
+        drawn.append(own.selection.rule.states[0].random.random())
     assert drawn[0] == drawn[1]
     assert len(set(drawn)) == 3
 
@@ -253,14 +253,14 @@ def test_a_link_slower_than_its_share_is_its_own_limit(share_bps: float, limit: 
     assert (a.rate_bps, a.limit_bps) == (1600.0, limit)
     Told.shares = {"a": 1.0}
     own.shares([profile("a")])
-    assert own.bandwidth.demands == [Demand("a", 1000, 1.0, limit)]
+    assert own.bandwidth.rule.demands == [Demand("a", 1000, 1.0, limit)]
 
 
 def test_strategies_that_remember_are_told_what_became_of_a_round() -> None:
     own = schedule()
     replies = {"a": Reply(report(seconds=3.0)), "c": Reply(report(seconds=5.0)), "edge": Reply(pb.JobReport())}
     own.observe(2, ["a", "b", "c"], {name: plan(0) for name in "abc"}, replies)
-    (outcome,) = own.selection.outcomes
-    assert own.bandwidth.outcomes == [outcome]
+    (outcome,) = own.selection.rule.outcomes
+    assert own.bandwidth.rule.outcomes == [outcome]
     assert (outcome.round, outcome.seconds, list(outcome.lost)) == (2, 5.0, ["b"])
     assert [replace(c, limit_bps=None) for c in outcome.devices] == [measured(n, 2, replies[n].report) for n in "ac"]

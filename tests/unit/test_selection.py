@@ -21,7 +21,7 @@ def state(candidates: Sequence[Candidate], wanted: int = 0, round_: int = 1, **o
 
 
 def select(name: str, candidates: Sequence[Candidate], wanted: int, **options: object) -> list[str]:
-    return list(load("selection", name, {name: options}).select(state(candidates, wanted)).names)
+    return list(load("selection", name, {name: options}).rule.select(state(candidates, wanted)).names)
 
 
 def devices(**of_each: Sequence[object]) -> list[Candidate]:
@@ -30,7 +30,7 @@ def devices(**of_each: Sequence[object]) -> list[Candidate]:
 
 
 def test_random_draws_all_alike() -> None:
-    strategy, drawn = load("selection", "random"), Counter[str]()
+    strategy, drawn = load("selection", "random").rule, Counter[str]()
     pool = devices(examples=[1, 100, 10_000, 0])
     for round_ in range(2000):
         drawn.update(strategy.select(state(pool, 1, round_)).names)
@@ -54,14 +54,18 @@ def test_best_channel_measures_first_and_then_takes_the_fastest() -> None:
 def test_power_of_choice_keeps_the_largest_losses_of_those_drawn() -> None:
     pool = devices(examples=[1] * 6, last_loss=[0.5, 2.0, None, 1.0, 3.0, 0.1])
     assert select("power_of_choice", pool, 3, d=6) == ["d1", "d2", "d4"]
-    two = load("selection", "power_of_choice", {"power_of_choice": {"d": 2}}).select(state(pool, 1))
+    two = load("selection", "power_of_choice", {"power_of_choice": {"d": 2}}).rule.select(state(pool, 1))
     assert sum(reason.startswith("drawn") for reason in two.why.values()) == 2
     drawn = [pool[int(name[1])] for name, reason in two.why.items() if reason.startswith("drawn")]
     assert list(two.names) == [max(drawn, key=lambda c: math.inf if c.last_loss is None else c.last_loss).name]
 
 
 def test_power_of_choice_draws_by_the_amount_of_data() -> None:
-    strategy, drawn, rounds = load("selection", "power_of_choice", {"power_of_choice": {"d": 1}}), Counter[str](), 3000
+    strategy, drawn, rounds = (
+        load("selection", "power_of_choice", {"power_of_choice": {"d": 1}}).rule,
+        Counter[str](),
+        3000,
+    )
     pool = devices(examples=[1, 3, 0], last_loss=[1.0, 1.0, 9.0])
     for round_ in range(rounds):
         drawn.update(strategy.select(state(pool, 1, round_)).names)
@@ -89,7 +93,7 @@ def test_oort_punishes_slow_devices_by_the_power() -> None:
     fixed = {"epsilon": 0.0, "epsilon_least": 0.0, "cut_off": 1.0, "clip": 1.0, "percentile": 50.0}
     assert select("oort", pool, 1, alpha=0.0, **fixed) == ["d0"]
     assert select("oort", pool, 1, alpha=2.0, **fixed) == ["d1"]
-    why = load("selection", "oort", {"oort": {"alpha": 2.0, **fixed}}).select(state(pool, 1)).why
+    why = load("selection", "oort", {"oort": {"alpha": 2.0, **fixed}}).rule.select(state(pool, 1)).why
     assert why["d0"].startswith(f"score {1 * (1 / 4) ** 2:.3g}: not drawn")
 
 
@@ -131,19 +135,19 @@ def test_oorts_pacer_waits_longer_when_nothing_more_is_gained() -> None:
 def test_fedcs_adds_what_lengthens_the_round_least_while_the_deadline_holds() -> None:
     """Capacity 1 byte a second; alone d0 takes 1 + 1, d1 0 + 3, d2 9 + 1 and d3 0 + 20 seconds."""
     pool = devices(compute_s=[1.0, 0.0, 9.0, 0.0], payload_bytes=[1.0, 3.0, 1.0, 20.0])
-    fits = load("selection", "fedcs", {"fedcs": {"deadline_s": 11.0}}).select(state(pool, capacity_bps=8.0))
+    fits = load("selection", "fedcs", {"fedcs": {"deadline_s": 11.0}}).rule.select(state(pool, capacity_bps=8.0))
     assert list(fits.names) == ["d0", "d1", "d2"]
     assert fits.why["d0"].startswith("added as number 1 at 2 s of ")
     # d0 and d1 together: 1 / (t - 1) + 3 / t = 1, t^2 - 5 t + 3 = 0
     assert fits.why["d1"].startswith(f"added as number 2 at {(5 + math.sqrt(25 - 12)) / 2:.3g} s")
     assert fits.why["d3"] == "does not fit into 11 s beside the 3 chosen"
-    two = load("selection", "fedcs", {"fedcs": {"deadline_s": 100.0}}).select(state(pool, 2, capacity_bps=8.0))
+    two = load("selection", "fedcs", {"fedcs": {"deadline_s": 100.0}}).rule.select(state(pool, 2, capacity_bps=8.0))
     assert list(two.names) == ["d0", "d1"]
 
 
 def test_fedcs_takes_the_quickest_where_nobody_is_in_time() -> None:
     pool = devices(compute_s=[9.0, 3.0, 5.0])
-    selected = load("selection", "fedcs", {"fedcs": {"deadline_s": 1.0}}).select(state(pool, least=2))
+    selected = load("selection", "fedcs", {"fedcs": {"deadline_s": 1.0}}).rule.select(state(pool, least=2))
     assert list(selected.names) == ["d1", "d2"]
     assert selected.why["d1"] == "misses 1 s, but the round needs more devices"
 

@@ -30,6 +30,7 @@ from server.exchange import Nodes
 from server.rounds import SplitLora
 from server.run_folder import RunFolder
 from strategies.api import RoundState, Selected
+from strategies.registry import with_capabilities
 from tests.support import run_config
 
 LABELS = {"a": 3, "b": 17, "c": 1}
@@ -403,7 +404,7 @@ def test_a_factor_that_a_node_holds_as_it_was_frozen_is_not_sent_again(federatio
             return Selected([c.name for c in state.candidates if c.name != "b" or state.round != 2])
 
     run = federation("abc", "e", "strategy.aggregation=rolora", "federation.rounds=3")
-    run.strategy.schedule.selection = AllButBInRound2()
+    run.strategy.schedule.selection = with_capabilities(AllButBInRound2())
     moved = run.nodes["c"]._moved
     run.nodes["c"]._moved = lambda spans, by: moved(spans, 5 * by)  # type: ignore[method-assign]
     run.run()
@@ -448,7 +449,7 @@ def test_a_personal_adapter_has_the_newest_shared_factor(federation: Callable[..
             return Selected(["a", "b"] if state.round == 1 else ["a"])
 
     run = federation("ab", "e", "strategy.aggregation=fedsa")
-    run.strategy.schedule.selection = ThenAlone()
+    run.strategy.schedule.selection = with_capabilities(ThenAlone())
     result = run.run()
     exported = adapters.from_bytes((run.folder.path / "adapters/b/adapter_model.safetensors").read_bytes())
     front = {name: array for name, array in exported.items() if ".layers.0." in name}
@@ -495,7 +496,7 @@ def test_carry_factors_go_down_once_and_to_those_that_hold_the_layer(
             return Selected(["a", "b"] if state.round == 1 else ["a"] if state.round % 2 == 0 else ["b"])
 
     run = federation("ab", "e", f"strategy.aggregation={name}", "federation.rounds=4")
-    run.strategy.schedule.selection = BothThenOne()
+    run.strategy.schedule.selection = with_capabilities(BothThenOne())
     for node in run.nodes.values():
         node._moved = partial(uneven, node)  # type: ignore[method-assign]
     result = run.run()
@@ -663,4 +664,4 @@ def test_strategies_hear_of_rounds_and_of_who_was_lost(federation: Callable[...,
     run = federation("ab", "e", "strategy.selection=oort")
     run.nodes["b"].fails = lambda plan: "unplugged" if plan.round == 2 else ""  # type: ignore[assignment, return-value]
     run.run()
-    assert run.strategy.schedule.selection._rounds == {"a": 2, "b": 1}
+    assert run.strategy.schedule.selection.rule._rounds == {"a": 2, "b": 1}

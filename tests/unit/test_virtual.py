@@ -23,6 +23,7 @@ from server.virtual.clock import VirtualTime
 from server.virtual.loads import Loads
 from server.virtual.replay import replay
 from strategies.api import RoundOutcome
+from strategies.registry import Capabilities, LoadedStrategy
 from tests.support import run_config
 from tests.unit.test_strategy import Federation
 
@@ -129,7 +130,8 @@ def test_rounds_have_a_delay_a_payload_and_an_energy(federation: Callable[..., F
 def test_strategies_see_virtual_time_alone(federation: Callable[..., Federation]) -> None:
     run = federation("ab", "e", BAND, "strategy.selection=best_channel", "federation.devices_per_round=1")
     outcomes: list[RoundOutcome] = []
-    run.strategy.schedule.selection.observe = outcomes.append
+    schedule = run.strategy.schedule
+    schedule.selection = LoadedStrategy(schedule.selection.rule, Capabilities(observe=outcomes.append))
     run.run()
     own = Cell(Wireless(bandwidth_hz=1e6), seed=1)
     for number, (plan, done) in enumerate(zip(run.events("plan"), run.events("round_done")[:2], strict=False), 1):

@@ -163,7 +163,7 @@ def test_the_online_scheduler_keeps_the_average_delay_near_its_bound() -> None:
     """200 rounds of 8 devices that move 3 MB and compute for a second or so."""
     bound_s, rounds, band_hz = 2.5, 200, 10e6
     own = cell(flops=2e10)
-    scheduler, allocator = LyapunovSelection(delay_s=bound_s, v=2.0), load("bandwidth", "lyapunov")
+    scheduler, allocator = LyapunovSelection(delay_s=bound_s, v=2.0), load("bandwidth", "lyapunov").rule
 
     def seconds(candidates: list[Candidate], parts: dict[str, Part]) -> float:
         shares = allocator.allocate(
