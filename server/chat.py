@@ -48,6 +48,7 @@ def converse(grid: Grid, spec: RunSpec, session: Path, adapter: Path) -> None:
             content["adapter"] = to_record(tensors)
             messages.append(nodes.message(name, "evaluate", content))
         write_private(session / "route", plans[CALLER].SerializeToString())
+        folder.emit("route_ready")
         _, missing = nodes.exchange(messages, spec.config.federation.round_deadline_s)
         if missing:
             raise RunFailed("; ".join(f"{name}: {reason}" for name, reason in sorted(missing.items())))

@@ -30,13 +30,12 @@ from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, EdgelamError, EnvironmentProblem, RunFailed
 from edgelam_fl.federation.child import Child, end_all
 from edgelam_fl.federation.flower_app import app_module
-from edgelam_fl.federation.submission import Submission
+from edgelam_fl.federation.submission import Submission, Timing
 from edgelam_fl.federation.superlink import start_superlink
-from edgelam_fl.telemetry.events import EventTail, read_events
 from edgelam_fl.wire.control import FABRIC_SEPARATOR
 
 _POLL_S = 0.1
-_STATUS_EVERY_S = 60.0  # without an event
+_TIMING = Timing(poll_s=_POLL_S, silence_s=60.0)
 _START_S = 180.0
 _DONE = "done"  # an empty file in the folder of a cell that came through
 
@@ -193,25 +192,13 @@ def run_cell(
     # one worker of Flower's is enough: it hands jobs over and brings reports, the fabric computes
     simulation = f"num-supernodes={nodes} client-resources-num-cpus=1 init-args-num-cpus=1"
     submission.submit(config, folder / "run", fabric=f"{fabric}{FABRIC_SEPARATOR}{folder}", simulation=simulation)
-    tail, asked = EventTail(folder / "run" / "events.jsonl"), time.monotonic()
-    while True:
-        for event in tail.poll():
-            feed(event)
-            asked = time.monotonic()
-            if event["event"] == "run_done":
-                return list(read_events(tail.path))
-            if event["event"] == "run_failed":
-                raise RunFailed(event["reason"])
-        engine.check()
-        if time.monotonic() - asked > _STATUS_EVERY_S:
-            status, asked = submission.status(), time.monotonic()
-            if status.startswith("finished") and not _ended(tail.path):
-                raise RunFailed(f"Flower says that the run is {status}: {submission.log()}")
-        time.sleep(_POLL_S)
-
-
-def _ended(path: Path) -> bool:
-    return path.exists() and any(event["event"] in ("run_done", "run_failed") for event in read_events(path))
+    events = []
+    for event in submission.events(meanwhile=engine.check, timing=_TIMING):
+        feed(event)
+        events.append(event)
+        if event["event"] == "run_failed":
+            raise RunFailed(event["reason"])
+    return events
 
 
 # ---------------------------------------------------------------- one cell

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,17 +20,16 @@ from rich.text import Text
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, RunFailed
 from edgelam_fl.federation.flower_app import app_module
-from edgelam_fl.federation.submission import Submission
+from edgelam_fl.federation.submission import Submission, Timing
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.placement import foresee
 from edgelam_fl.plan.spec import RunSpec
-from edgelam_fl.telemetry.events import EventTail, read_events
+from edgelam_fl.telemetry.events import read_events
 from edgelam_fl.telemetry.summary import human_bytes, human_layers
 from edgelam_fl.wire import edgelam_pb2 as pb
 
-_POLL_S = 0.25
 _MESSAGES_S = 180.0  # on top of the time for nodes to join: handing over, and a process a message
-_STATUS_EVERY_S = 20.0
+_TIMING = Timing(silence_s=20.0)  # somebody waits for the answer
 _NOT_IN_A_PROFILE = ("time", "event", "node", "role", "findings", "profile")
 _TOKENS = 128  # that base_seconds are for
 
@@ -50,25 +48,18 @@ def plan_on_server(console: Console, config: RunConfig, source: ModelSource, ser
         out = Path(folder) / "plan"
         submission = Submission(server, Path(folder) / "flwr")
         submission.submit(config, out, "plan")
-        event = _await_placement(submission, out, config.federation.join_deadline_s + _MESSAGES_S)
+        with submission.stopped_on_error():
+            event = _await_placement(submission, config.federation.join_deadline_s + _MESSAGES_S)
     return {**event, "num_layers": source.num_layers}
 
 
-def _await_placement(submission: Submission, out: Path, deadline_s: float) -> dict[str, Any]:
-    tail, end, asked = EventTail(out / "events.jsonl"), time.monotonic() + deadline_s, time.monotonic()
-    while time.monotonic() < end:
-        for event in tail.poll():
-            if event["event"] == "placement":
-                return event
-            if event["event"] == "run_failed":
-                raise RunFailed(f"the server could not plan: {event['reason']}")
-        if time.monotonic() - asked > _STATUS_EVERY_S:
-            asked = time.monotonic()
-            if submission.status().startswith("finished") and not tail.path.exists():
-                raise RunFailed(f"the server ended before it planned: {submission.log()}")
-        time.sleep(_POLL_S)
-    submission.stop()
-    raise RunFailed(f"the server made no plan within {deadline_s:.0f} s")
+def _await_placement(submission: Submission, deadline_s: float) -> dict[str, Any]:
+    for event in submission.events(deadline_s, awaited="the server's plan", timing=_TIMING):
+        if event["event"] == "placement":
+            return event
+        if event["event"] == "run_failed":
+            raise RunFailed(f"the server could not plan: {event['reason']}")
+    raise RunFailed("the server ended before it planned")
 
 
 # ---------------------------------------------------------------- profiles in a file

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from edgelam_fl.addresses import join_address, split_address
 from edgelam_fl.errors import ConfigError, RunFailed
-from edgelam_fl.federation.submission import Submission
+from edgelam_fl.federation.submission import Submission, Timing
 from edgelam_fl.model.adapter import read_peft_folder
 from edgelam_fl.model.source import find_model
 from edgelam_fl.model.stage import load_stages
@@ -25,13 +25,11 @@ from edgelam_fl.serving.results import Result
 from edgelam_fl.serving.sessions import RouteSession
 from edgelam_fl.split.route import new_route, open_route, wire_dtype
 from edgelam_fl.split.trainee import lora_of
-from edgelam_fl.telemetry.events import EventTail
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.grpc.dial import dial
 
-_POLL_S = 0.2
-_STATUS_EVERY_S = 15.0
+_TIMING = Timing(poll_s=0.2, silence_s=15.0)  # somebody waits for the answer
 _PATIENCE_S = 120.0  # for one token
 
 
@@ -59,13 +57,9 @@ def route_speaker(result: Result, server: str, console: Console) -> Iterator[Rou
     submission = Submission(server, folder / "flwr")
     with console.status("opening the way through the federation"):
         submission.submit(result.config, folder, "chat", result.adapter)
-        session = None
-        try:
+        with submission.stopped_on_error():
             plan = _await_route(submission, folder, result.config.federation.join_deadline_s + _PATIENCE_S)
             session = _open(result, plan, server)
-        finally:
-            if session is None:
-                submission.stop()
     try:
         yield RouteSpeaker(result, session)
     finally:
@@ -83,20 +77,13 @@ def _open(result: Result, plan: pb.Plan, server: str) -> RouteSession:
 
 
 def _await_route(submission: Submission, folder: Path, deadline_s: float) -> pb.Plan:
-    """The caller's plan, once the server has made it."""
-    end, asked = time.monotonic() + deadline_s, time.monotonic()
-    tail, file = EventTail(folder / "events.jsonl"), folder / "route"
-    while time.monotonic() < end:
-        if file.exists():
+    """Returns the caller's plan, once the server has made it."""
+    for event in submission.events(deadline_s, awaited="a route through the federation", timing=_TIMING):
+        if event["event"] == "run_failed":
+            raise RunFailed(f"the server could not open a route: {event['reason']}")
+        if event["event"] == "route_ready":
+            file = folder / "route"
             plan = pb.Plan.FromString(file.read_bytes())
             file.unlink()  # its token is of no use to anyone else
             return plan
-        for event in tail.poll():
-            if event["event"] == "run_failed":
-                raise RunFailed(f"the server could not open a route: {event['reason']}")
-        if time.monotonic() - asked > _STATUS_EVERY_S:
-            asked = time.monotonic()
-            if submission.status().startswith("finished"):
-                raise RunFailed(f"the server ended the conversation before it began; see {folder}")
-        time.sleep(_POLL_S)
-    raise RunFailed(f"no route through the federation within {deadline_s:.0f} s")
+    raise RunFailed(f"the server ended the conversation before it began; see {folder}")

@@ -13,7 +13,7 @@ from rich.console import Console
 from edgelam_fl.addresses import answers, check_plain_text, free_port, split_address
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, EnvironmentProblem, RunFailed
-from edgelam_fl.federation.child import Child, end_all, log_tail
+from edgelam_fl.federation.child import Child, end_all
 from edgelam_fl.federation.flower_app import app_module
 from edgelam_fl.federation.node_process import Node
 from edgelam_fl.federation.submission import Submission
@@ -26,8 +26,6 @@ from edgelam_fl.telemetry.summary import summary_table
 INTERRUPTED = 130
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
 _POLL_S = 0.25
-_SILENCE_S = 45.0  # then Flower is asked how the run stands, which costs it seconds of a core
-_EVENTS_LAG_S = 5.0
 _RESULT_LAG_S = 30.0
 
 
@@ -159,25 +157,22 @@ def follow(
     with console.status("handing the run to Flower"):
         run_id = submission.submit(config, folder)
     view.say(f"Flower run {run_id}; folder {folder}")
-    tails = {"": EventTail(folder / "events.jsonl")} | {
-        node.name: EventTail(node.state / "events.jsonl") for node in nodes
-    }
-    heard, done = time.monotonic(), False
+    tails = {node.name: EventTail(node.state / "events.jsonl") for node in nodes}
+
+    def meanwhile() -> bool:
+        """Shows the nodes' own events and looks after the processes; true if a node was heard."""
+        news = [(event, name) for name, tail in tails.items() for event in tail.poll()]
+        for event, name in news:
+            view.feed(event, name)
+        watch()
+        return bool(news)
+
     try:
         with view:
-            while not done:
-                for name, tail in tails.items():
-                    for event in tail.poll():
-                        heard = time.monotonic()
-                        view.feed(event, name)
-                        done = done or event["event"] == "run_done"
-                        if event["event"] == "run_failed":
-                            raise RunFailed(f"the run failed: {event['reason']}; {event['kept']}")
-                watch()
-                if time.monotonic() - heard > _SILENCE_S:
-                    heard = time.monotonic()
-                    _check_alive(view, submission, folder, tails[""])
-                time.sleep(_POLL_S)
+            for event in submission.events(meanwhile=meanwhile, say=view.say):
+                view.feed(event)
+                if event["event"] == "run_failed":
+                    raise RunFailed(f"the run failed: {event['reason']}; {event['kept']}")
     except KeyboardInterrupt:
         console.print(f"stopping the run. {_kept(folder)}", soft_wrap=True)
         submission.stop()
@@ -192,20 +187,6 @@ def _show_result(console: Console, folder: Path) -> None:
         time.sleep(_POLL_S)
     console.print(summary_table(json.loads((folder / "summary.json").read_text(encoding="utf-8"))))
     console.print(f"run: {folder}\npage: {folder / 'report.html'}", highlight=False, soft_wrap=True)
-
-
-def _check_alive(view: RunView, submission: Submission, folder: Path, tail: EventTail) -> None:
-    """Flower knows of runs that never began, and of runs that ended without a word in the events."""
-    status = submission.status()
-    if status in ("pending", "starting"):
-        view.say(f"nothing was heard of the run for {_SILENCE_S:.0f} s; Flower says that it is {status}")
-    if not status.startswith("finished"):
-        return
-    time.sleep(_EVENTS_LAG_S)
-    words = [event for event in EventTail(tail.path).poll() if event["event"] in ("run_done", "run_failed")]
-    if not words:
-        said = log_tail(folder / "server" / "superlink.log") if (folder / "server").exists() else "see `flwr log`"
-        raise RunFailed(f"Flower says that the run is {status}, and it left no reason: {said}")
 
 
 def _kept(folder: Path) -> str:

@@ -58,6 +58,7 @@ the ServerApp, into RUN/events.jsonl
                     for or the node sent to
     node_lost       round, node, reason
     site_lost       round, site, missing [hosts]: nothing of this site is aggregated in this attempt
+    route_ready     (of a conversation only): the caller's plan is in RUN/route
     run_done        seconds, summary (path in RUN)
     run_failed      reason, kept (text: what is left in RUN)
 

@@ -19,9 +19,8 @@ from edgelam_fl.errors import EnvironmentProblem, RunFailed
 from edgelam_fl.federation.child import Child, end_all, log_tail, tool_environment
 from edgelam_fl.federation.hub_process import Hub
 from edgelam_fl.federation.node_process import Node
-from edgelam_fl.federation.submission import Submission
+from edgelam_fl.federation.submission import Submission, run_events
 from edgelam_fl.federation.superlink import start_superlink
-from edgelam_fl.telemetry.events import EventTail
 from tests.integration.proxy import Connection, CountingProxy
 from tests.support import WAIT_S
 
@@ -134,28 +133,11 @@ class Federation:
         assert self.data_plane is not None
         out, known = self.folder / "runs" / name, len(self.data_plane.connections)
         status = submit(out)
-        tail, events = EventTail(out / "events.jsonl"), list[dict[str, Any]]()
-        heard = time.monotonic()
-
-        def ended() -> bool:
-            nonlocal heard
-            meanwhile()
-            if news := tail.poll():
-                heard = time.monotonic()
-            events.extend(news)
-            if any(event["event"] in ("run_done", "run_failed") for event in events):
-                return True
-            if time.monotonic() - heard > 45:  # it may have died before its first event
-                heard = time.monotonic()
-                state = status()
-                if state.startswith("finished"):
-                    events.extend(tail.poll())  # what it wrote while Flower was asked
-                    if not any(event["event"] in ("run_done", "run_failed") for event in events):
-                        raise RunFailed(f"Flower says {state}, and no event of the run does")
-                    return True
-            return False
-
-        self.wait_for(ended, WAIT_S, f"run {name}")
+        try:
+            events = list(run_events(out / "events.jsonl", status, WAIT_S, meanwhile=meanwhile))
+        except (EnvironmentProblem, RunFailed) as error:
+            error.add_note(self.logs())
+            raise
         assert events[-1]["event"] == "run_done", f"{events[-1]}\n{self.logs()}"
         self.wait_for(lambda: (out / "report.html").exists(), WAIT_S, "the report")
         self.wait_for(lambda: status() == "finished:completed", WAIT_S, f"Flower to close run {name}", every_s=3.0)

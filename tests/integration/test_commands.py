@@ -307,25 +307,9 @@ def superlink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     end_all([child])
 
 
-def _client(folder: Path, server: str, name: str, *options: str, patch: str = "") -> Child:
-    """A client process; `patch` runs before it, in the same interpreter."""
-    program = (
-        f"import sys; {patch}\nfrom edgelam_fl.cli.main import main\nsys.argv = ['edgelam', *sys.argv[1:]]\nmain()"
-    )
-    command = [
-        sys.executable,
-        "-c",
-        program,
-        "client",
-        "--server",
-        server,
-        "--name",
-        name,
-        "--state",
-        str(folder / name),
-        *options,
-    ]
-    return Child(name, [*command, "--threads", "1"], folder / f"{name}.log")
+def _client(folder: Path, server: str, name: str, *options: str, environment: dict[str, str] | None = None) -> Child:
+    command = [EDGELAM, "client", "--server", server, "--name", name, "--state", str(folder / name), "--threads", "1"]
+    return Child(name, [*command, *options], folder / f"{name}.log", environment)
 
 
 @pytest.mark.processes
@@ -368,15 +352,10 @@ def test_nodes_that_cannot_take_part_fail_the_run_with_their_reasons(
 ) -> None:
     """A data file that lacks the run's field, and a node of another protocol version."""
     wrong_field = _client(tmp_path, superlink, "wrong-field", "--data", pairs_file(tmp_path))
-    # The stage host is a process of its own: the environment carries the patch there.
-    other = tmp_path / "sitecustomize.py"
-    other.write_text("import edgelam_fl.wire\nedgelam_fl.wire.PROTOCOL_VERSION = 99\n")
-    os.environ["PYTHONPATH"] = str(tmp_path)
-    try:
-        newer = _client(tmp_path, superlink, "newer", "--data", pairs_file(tmp_path, "more.jsonl"))
-        time.sleep(5)  # until its stage host has started with that path
-    finally:
-        del os.environ["PYTHONPATH"]
+    # The stage host is a process of its own: the environment carries the other version there.
+    (tmp_path / "sitecustomize.py").write_text("import edgelam_fl.wire\nedgelam_fl.wire.PROTOCOL_VERSION = 99\n")
+    path = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    newer = _client(tmp_path, superlink, "newer", "--data", pairs_file(tmp_path, "more.jsonl"), environment=path)
     try:
         overrides = [
             f"model.name={tiny_folder}",

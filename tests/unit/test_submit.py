@@ -1,10 +1,16 @@
-"""What Flower is handed: the App's files and nothing else."""
+"""Submitting a run and following its events, with a stand-in for Flower's answers."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from edgelam_fl.federation.submission import Submission
+import pytest
+
+from edgelam_fl.errors import RunFailed
+from edgelam_fl.federation.submission import Submission, Timing, run_events
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,3 +27,119 @@ def test_flower_is_handed_the_app_alone(tmp_path: Path) -> None:
     assert {file for file in _files(app, "*") if file.endswith(".py")} == parts
     assert (app / "pyproject.toml").read_bytes() == (ROOT / "pyproject.toml").read_bytes()
     assert not list(app.rglob("__pycache__"))
+
+
+# ---------------------------------------------------------------- following a run
+
+AT_ONCE = Timing(poll_s=0.0, silence_s=0.0, lag_s=0.0)
+NEVER_ASKS = Timing(poll_s=0.0, silence_s=3600.0)
+
+
+class Writer:
+    """Writes a run's events, some at each of the follower's looks."""
+
+    def __init__(self, file: Path, *looks: list[str]) -> None:
+        self.file, self._looks = file, iter(looks)
+
+    def __call__(self) -> None:
+        for event in next(self._looks, []):
+            with self.file.open("a") as out:
+                out.write(json.dumps({"event": event}) + "\n")
+
+
+def never() -> str:
+    pytest.fail("Flower was asked although the run was heard")
+
+
+def kinds(events: Iterator[dict[str, Any]]) -> list[str]:
+    return [event["event"] for event in events]
+
+
+@pytest.mark.parametrize("last", ["run_done", "run_failed"])
+def test_events_come_as_they_are_written_and_end_with_the_last(tmp_path: Path, last: str) -> None:
+    file = tmp_path / "events.jsonl"
+    write = Writer(file, [], ["run_started", "plan"], [], [last, "written later"])
+    followed = run_events(file, never, meanwhile=write, timing=NEVER_ASKS)
+    assert next(followed)["event"] == "run_started"
+    assert kinds(followed) == ["plan", last]
+
+
+def test_flower_is_asked_only_after_a_silence(tmp_path: Path) -> None:
+    file, asked = tmp_path / "events.jsonl", []
+    write = Writer(file, ["run_started"], ["plan"], [], [], ["run_done"])
+
+    def status() -> str:
+        asked.append(file.read_text().count("\n"))
+        return "running"
+
+    assert kinds(run_events(file, status, meanwhile=write, timing=AT_ONCE)) == ["run_started", "plan", "run_done"]
+    assert asked == [1, 2, 3], "before the first event and in two looks behind the plan; not when events came"
+
+
+def test_a_sign_of_life_from_elsewhere_keeps_flower_from_being_asked(tmp_path: Path) -> None:
+    write = Writer(tmp_path / "events.jsonl", *[[]] * 5, ["run_done"])
+
+    def node_was_heard() -> bool:
+        write()
+        return True
+
+    followed = run_events(tmp_path / "events.jsonl", never, meanwhile=node_was_heard, timing=AT_ONCE)
+    assert kinds(followed) == ["run_done"]
+
+
+def test_a_run_that_flower_has_not_begun_is_said(tmp_path: Path) -> None:
+    write, said = Writer(tmp_path / "events.jsonl", [], [], [], ["run_done"]), list[str]()
+    answers = iter(["unknown", "pending", "starting", "running", "running"])
+    list(run_events(tmp_path / "events.jsonl", lambda: next(answers), meanwhile=write, say=said.append, timing=AT_ONCE))
+    assert said[0] == "nothing was heard of the run for 0 s; Flower says that it is pending"
+    assert len(said) <= 2, "running and unknown are no news"
+
+
+def test_a_run_that_ends_without_a_word_fails_with_flowers_log(tmp_path: Path) -> None:
+    followed = run_events(
+        tmp_path / "events.jsonl", lambda: "finished:failed", log=lambda: "no space left on device", timing=AT_ONCE
+    )
+    with pytest.raises(RunFailed) as caught:
+        list(followed)
+    assert str(caught.value) == (
+        "Flower says that the run is finished:failed, and it left no reason: no space left on device"
+    )
+
+
+def test_a_last_event_that_is_written_while_flower_is_asked_counts(tmp_path: Path) -> None:
+    write = Writer(tmp_path / "events.jsonl", ["run_done"])
+
+    def status() -> str:
+        write()
+        return "finished:completed"
+
+    patient = Timing(poll_s=0.0, silence_s=0.0, lag_s=3600.0)
+    assert kinds(run_events(tmp_path / "events.jsonl", status, timing=patient)) == ["run_done"]
+
+
+def test_the_deadline_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match=r"^the server's plan did not come within 0 s$"):
+        list(run_events(tmp_path / "none", never, 0.0, awaited="the server's plan", timing=NEVER_ASKS))
+
+
+class Flower(Submission):
+    """Answers in place of Flower's command."""
+
+    def __init__(self, home: Path, state: str) -> None:
+        super().__init__("127.0.0.1:1", home)
+        self.state, self.calls = state, list[str]()
+
+    def flwr(self, command: str, *arguments: str) -> dict[str, Any]:
+        self.calls.append(command)
+        if command == "stop" and self.state.startswith("finished"):
+            raise RunFailed("`flwr stop` failed: run is already finished")
+        return {"runs": [{"status": self.state}]}
+
+
+def test_a_run_that_ended_needs_no_stop_and_its_own_reason_is_kept(tmp_path: Path) -> None:
+    Flower(tmp_path, "finished:completed").stop()
+    ended, running = Flower(tmp_path, "finished:failed"), Flower(tmp_path, "running")
+    for submission in (ended, running):
+        with pytest.raises(RunFailed, match="the server could not plan"), submission.stopped_on_error():
+            raise RunFailed("the server could not plan: no device is here")
+    assert running.calls == ["stop"]
