@@ -28,7 +28,7 @@ from benchmarks.common import Figure, main
 from benchmarks.links import write_pairs
 from testbed.__main__ import IMAGE, started, train
 from testbed.engine import build, check_engine
-from testbed.shapes import Node, Shape, Testbed
+from testbed.shapes import MachineShape, Testbed, TestbedNode
 
 RATES_MBPS = (5, 20, 100)
 MICRO_BATCHES, TOKENS, STEPS, ENDS = 8, 256, 4, 2
@@ -110,11 +110,11 @@ def of_rate(rate: int, round_done: dict[str, Any], bar: bool) -> list[Figure]:
 
 def _run(folder: Path, rate: int, data: Path, model: Path) -> dict[str, Any]:
     shapes = {
-        "server": Shape(memory="2 GiB", cpus=0.3),
-        "edge": Shape(memory="2 GiB", cpus=0.75),
-        "device": Shape(memory="2 GiB", cpus=0.75, up=f"{rate} Mbit/s", down=f"{rate} Mbit/s"),
+        "server": MachineShape(memory="2 GiB", cpus=0.3),
+        "edge": MachineShape(memory="2 GiB", cpus=0.75),
+        "device": MachineShape(memory="2 GiB", cpus=0.75, up=f"{rate} Mbit/s", down=f"{rate} Mbit/s"),
     }
-    nodes = (Node(shape="edge", name="edge-1", role="edge"), Node(shape="device", name="device-1"))
+    nodes = (TestbedNode(shape="edge", name="edge-1", role="edge"), TestbedNode(shape="device", name="device-1"))
     testbed = Testbed(shapes=shapes, server="server", nodes=nodes)
     run_file = folder / "links.toml"
     folder.mkdir()

@@ -44,7 +44,7 @@ from edgelam_fl.tasks.docstrings import write_device_files
 from testbed.__main__ import IMAGE, started, train
 from testbed.compose import RUNS, SERVER, cpu_limit
 from testbed.engine import Project, build, check_engine
-from testbed.shapes import Node, Shape, Testbed
+from testbed.shapes import MachineShape, Testbed, TestbedNode
 
 PROJECT = "edgelam-planner"
 LLAMA = "/models/llama"
@@ -113,11 +113,13 @@ class Bed:
         machines = {f"edge-{n}": machine for n, machine in enumerate(self.edges, 1)}
         machines |= {f"device-{n}": machine for n, machine in enumerate(self.devices, 1)}
         shapes = {
-            name: Shape(memory=m.memory, cpus=m.cpus, up=f"{m.mbps:g} Mbit/s", down=f"{m.mbps:g} Mbit/s")
+            name: MachineShape(memory=m.memory, cpus=m.cpus, up=f"{m.mbps:g} Mbit/s", down=f"{m.mbps:g} Mbit/s")
             for name, m in machines.items()
         }
-        nodes = tuple(Node(shape=name, name=name, role="edge" if "edge" in name else "device") for name in machines)
-        server = {"server": Shape(memory="2 GiB", cpus=SERVER_CPUS)}
+        nodes = tuple(
+            TestbedNode(shape=name, name=name, role="edge" if "edge" in name else "device") for name in machines
+        )
+        server = {"server": MachineShape(memory="2 GiB", cpus=SERVER_CPUS)}
         return Testbed(shapes=shapes | server, server="server", nodes=nodes)
 
 

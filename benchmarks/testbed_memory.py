@@ -40,7 +40,7 @@ from edgelam_fl.telemetry.summary import human_bytes
 from testbed.__main__ import IMAGE, started, train
 from testbed.compose import RUNS, SERVER, SERVER_ADDRESS
 from testbed.engine import Project, build, check_engine
-from testbed.shapes import Node, Shape, Testbed
+from testbed.shapes import MachineShape, Testbed, TestbedNode
 
 HOSTS = 4
 SAME = 1e-3
@@ -240,12 +240,12 @@ def _containers(folder: Path, limit: str, data: Path, model: Path | None = None,
 
 def _testbed(limit: str, hosts: int) -> Testbed:
     """One computes at a time on a route, so CPUs are not shared out: nothing is timed."""
-    node = Shape(memory=limit, cpus=2.0)
+    node = MachineShape(memory=limit, cpus=2.0)
     nodes = (
-        *(Node(shape="node", name=f"edge-{n}", role="edge") for n in range(1, hosts + 1)),
-        Node(shape="node", name="device-1"),
+        *(TestbedNode(shape="node", name=f"edge-{n}", role="edge") for n in range(1, hosts + 1)),
+        TestbedNode(shape="node", name="device-1"),
     )
-    shapes = {"node": node, "server": Shape(memory="2 GiB", cpus=2.0)}
+    shapes = {"node": node, "server": MachineShape(memory="2 GiB", cpus=2.0)}
     return Testbed(shapes=shapes, server="server", nodes=nodes, timed=False)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from testbed.shapes import SERVER, Node, Shape, Testbed
+from testbed.shapes import SERVER, MachineShape, Testbed, TestbedNode
 
 SERVER_ADDRESS = f"{SERVER}:8000"
 RUNS = "/runs"  # in the server's container, where the ServerApp writes
@@ -57,7 +57,7 @@ def _serve() -> list[str]:
     return ["edgelam", "server", "--listen", "0.0.0.0:8000", "--state", "/state", "--insecure"]
 
 
-def _join(node: Node) -> list[str]:
+def _join(node: TestbedNode) -> list[str]:
     command = ["edgelam", "client", "--server", SERVER_ADDRESS, "--name", node.name, "--state", "/state", "--insecure"]
     command += ["--threads", str(_THREADS)]
     if node.role == "device":
@@ -65,7 +65,7 @@ def _join(node: Node) -> list[str]:
     return [*command, "--listen", f"0.0.0.0:{_DATA_PLANE}", "--advertise", f"{node.name}:{_DATA_PLANE}"]
 
 
-def _service(name: str, shape: Shape, image: str, command: list[str]) -> dict[str, Any]:
+def _service(name: str, shape: MachineShape, image: str, command: list[str]) -> dict[str, Any]:
     service = {
         "image": image,
         "hostname": name,
@@ -85,7 +85,7 @@ def cpu_limit(cpus: float) -> dict[str, int]:
     return {"period": _TURN_US, "quota": round(cpus * _TURN_US)}
 
 
-def _shaped(shape: Shape, environment: Any) -> dict[str, Any]:
+def _shaped(shape: MachineShape, environment: Any) -> dict[str, Any]:
     """Root sets the link's rates and then drops all rights: see entry.sh."""
     limits = {
         "EDGELAM_UP_KBIT": str(shape.up_kbit or ""),

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
-from edgelam_fl.config import Section, Wire
+from edgelam_fl.config import Section, WireSection
 from edgelam_fl.errors import ConfigError, nearest
 
 MOST_NODES = 64  # a container takes a third of a GiB before it holds a layer
@@ -23,7 +23,7 @@ _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")  # a host name, which 
 _UNITS = {"MiB": 2**20, "GiB": 2**30}
 
 
-class Shape(Section):
+class MachineShape(Section):
     memory: str = Field(description="limit, with no swap beside it, as '512 MiB' or '8 GiB'")
     cpus: float = Field(gt=0, le=1024, description="cores of this machine, of which it may be a part")
     up: str = Field("", description="what it sends at most, as '5 Mbit/s'; '': unlimited")
@@ -42,7 +42,7 @@ class Shape(Section):
     @classmethod
     def a_rate(cls, value: str) -> str:
         try:
-            bps = Wire(capacity=value).capacity_bps
+            bps = WireSection(capacity=value).capacity_bps
         except ValidationError:
             bps = -1.0
         if not (value == "" or bps >= 1000):
@@ -56,23 +56,23 @@ class Shape(Section):
 
     @property
     def up_kbit(self) -> int:
-        return int(Wire(capacity=self.up).capacity_bps / 1000)
+        return int(WireSection(capacity=self.up).capacity_bps / 1000)
 
     @property
     def down_kbit(self) -> int:
-        return int(Wire(capacity=self.down).capacity_bps / 1000)
+        return int(WireSection(capacity=self.down).capacity_bps / 1000)
 
 
-class Node(Section):
+class TestbedNode(Section):
     shape: str = Field(description="one of [shapes]")
     name: str = Field("", description="unique; by default the shape's name and a number")
     role: Literal["device", "edge"] = Field("device", description="has data, or lends compute")
 
 
 class Testbed(Section):
-    shapes: dict[str, Shape] = Field(description="kinds of machines, by name")
+    shapes: dict[str, MachineShape] = Field(description="kinds of machines, by name")
     server: str = Field(description="the server's shape")
-    nodes: tuple[Node, ...] = Field(description="the machines that join it")
+    nodes: tuple[TestbedNode, ...] = Field(description="the machines that join it")
     timed: bool = Field(True, description="refuse more CPU than this machine has: seconds would mean nothing")
 
     @field_validator("nodes", mode="before")
@@ -81,13 +81,13 @@ class Testbed(Section):
         return tuple(value) if isinstance(value, list) else value
 
     @property
-    def devices(self) -> list[Node]:
+    def devices(self) -> list[TestbedNode]:
         return [node for node in self.nodes if node.role == "device"]
 
-    def shape_of(self, node: Node) -> Shape:
+    def shape_of(self, node: TestbedNode) -> MachineShape:
         return self.shapes[node.shape]
 
-    def services(self) -> list[tuple[str, Shape]]:
+    def services(self) -> list[tuple[str, MachineShape]]:
         """All containers."""
         return [(SERVER, self.shapes[self.server]), *((node.name, self.shape_of(node)) for node in self.nodes)]
 
@@ -119,7 +119,7 @@ def _with_devices(testbed: Testbed, devices: int, file: Path) -> Testbed:
         raise ConfigError(f"{file} has no device whose shape {devices} devices could take; add one under [[nodes]]")
     shapes = islice(cycle(node.shape for node in testbed.devices), devices)
     edges = [node for node in testbed.nodes if node.role == "edge"]
-    return testbed.model_copy(update={"nodes": (*edges, *(Node(shape=shape) for shape in shapes))})
+    return testbed.model_copy(update={"nodes": (*edges, *(TestbedNode(shape=shape) for shape in shapes))})
 
 
 def _check_count(devices: int, file: Path) -> None:
@@ -127,7 +127,7 @@ def _check_count(devices: int, file: Path) -> None:
         raise ConfigError(f"a testbed has 1 to {MOST_NODES} devices, got {devices} (in {file} or --devices)")
 
 
-def _named(nodes: Sequence[Node]) -> Iterator[Node]:
+def _named(nodes: Sequence[TestbedNode]) -> Iterator[TestbedNode]:
     numbers: Counter[str] = Counter()
     for node in nodes:
         numbers[node.shape] += 1
@@ -163,7 +163,7 @@ def _too_much_cpu(testbed: Testbed, cores: int) -> Iterator[str]:
 def _explain(problem: Any, file: Path) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        known = {**Testbed.model_fields, **Shape.model_fields, **Node.model_fields}
+        known = {**Testbed.model_fields, **MachineShape.model_fields, **TestbedNode.model_fields}
         return f"unknown key {key} in {file}: {nearest(key.rpartition('.')[2], known)}"
     if problem["type"] == "missing":
         return f"{key} is missing in {file}"

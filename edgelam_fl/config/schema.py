@@ -16,7 +16,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class Model(Section):
+class ModelSection(Section):
     name: str = Field("smollm2-135m", min_length=1, description="built-in name, folder, .gguf file or hub name")
     base: Literal["fp32", "bf16", "int8", "nf4", "auto"] = Field(
         "fp32", description="frozen weights; int8 is by row; auto: the fastest that fits, measured on each node"
@@ -26,7 +26,7 @@ class Model(Section):
     )
 
 
-class Split(Section):
+class SplitSection(Section):
     front: int = Field(2, ge=0, description="layers after the embedding on the device; 0 lets hosts read the text")
     back: int = Field(2, ge=0, description="last layers before the head on the device; 0 lets hosts solve the labels")
     fronts: dict[str, int] = Field({}, description="front of the devices whose names match, as in { 'pi-*' = 1 }")
@@ -77,7 +77,7 @@ class Split(Section):
         return tuple(value) if isinstance(value, list) else value
 
 
-class Lora(Section):
+class LoraSection(Section):
     rank: int = Field(8, ge=1, le=1024, description="rank of every adapter")
     ranks: dict[str, int] = Field({}, description="rank on the nodes whose names match, as in { 'zero-*' = 2 }")
     alpha: float = Field(16.0, gt=0, description="the adapter's output is scaled by alpha / rank")
@@ -96,12 +96,12 @@ class Lora(Section):
         return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
-class Fields(Section):
+class FieldNames(Section):
     prompt: str = Field("question", min_length=1, description="what the model is asked")
     answer: str = Field("answer", min_length=1, description="what it should say; of a classification the label")
 
 
-class Task(Section):
+class TaskSection(Section):
     kind: Literal["causal-lm", "classification"] = Field("causal-lm", description="what is learned")
     classes: tuple[str, ...] = Field((), description="classification: the labels, as the answers of the data name them")
     max_tokens: int = Field(96, ge=8, le=32768, description="longer examples are cut at the end")
@@ -125,12 +125,12 @@ class Task(Section):
         return value
 
 
-class Data(Section):
-    fields: Fields = Field(Fields(), description="the names that the devices' data give to question and answer")
+class DataSection(Section):
+    fields: FieldNames = Field(FieldNames(), description="the names that the devices' data give to question and answer")
     held_out: float = Field(0.1, gt=0, lt=1, description="share of a device's examples that is measured, never learned")
 
 
-class Federation(Section):
+class FederationSection(Section):
     rounds: int = Field(4, ge=1, le=100_000, description="aggregations in the run")
     local_steps: int = Field(10, ge=1, le=100_000, description="optimizer steps between two aggregations")
     epochs: int = Field(
@@ -154,7 +154,7 @@ class Federation(Section):
     round_deadline_s: float = Field(3600.0, gt=0, description="a node that is later than this is left out of the round")
 
 
-class Optimizer(Section):
+class OptimizerSection(Section):
     name: Literal["adamw", "sgd"] = Field("adamw", description="without weight decay; sgd: plain, without momentum")
     lr: float = Field(1e-3, gt=0, le=10, description="learning rate")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="of lr, over all planned steps")
@@ -168,7 +168,7 @@ class Optimizer(Section):
     )
 
 
-class Strategy(Section):
+class StrategySection(Section):
     aggregation: str = Field(
         "fedavg",
         description="fedavg, ffa, rolora, flexlora, hetlora, flora, fedex, fedsa, fedprox, scaffold (with sgd), fedadam, fedyogi, fedadagrad, fedavgm, fedmedian, fedtrimmedavg, krum, multikrum, none, or package.module:Class",
@@ -206,7 +206,7 @@ class Strategy(Section):
         return value
 
 
-class Wire(Section):
+class WireSection(Section):
     capacity: str = Field(
         "", description="of the server's uplink and downlink, shared out by strategy.bandwidth; '': unlimited"
     )
@@ -236,7 +236,7 @@ def _bits_per_second(text: str) -> float:
     return rate
 
 
-class Wireless(Section):
+class WirelessSection(Section):
     """A cell in virtual time (edgelam_fl.wireless); the powers and the noise are of the whole band."""
 
     bandwidth_hz: float = Field(
@@ -266,23 +266,23 @@ class Wireless(Section):
     flops_per_cycle: float = Field(8.0, gt=0, description="operations in one cycle of a device")
 
 
-class Run(Section):
+class RunSection(Section):
     out: str = Field("runs/{name}-{time}", min_length=1, description="{name}: this file's; {time}: the start")
     seed: int = Field(1, ge=0, lt=2**63, description="of the first adapter, the order of examples and dropout")
 
 
 class RunConfig(Section):
-    model: Model = Model()
-    split: Split = Split()
-    lora: Lora = Lora()
-    task: Task = Task()
-    data: Data = Data()
-    federation: Federation = Federation()
-    optimizer: Optimizer = Optimizer()
-    strategy: Strategy = Strategy()
-    wire: Wire = Wire()
-    wireless: Wireless = Wireless()
-    run: Run = Run()
+    model: ModelSection = ModelSection()
+    split: SplitSection = SplitSection()
+    lora: LoraSection = LoraSection()
+    task: TaskSection = TaskSection()
+    data: DataSection = DataSection()
+    federation: FederationSection = FederationSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    strategy: StrategySection = StrategySection()
+    wire: WireSection = WireSection()
+    wireless: WirelessSection = WirelessSection()
+    run: RunSection = RunSection()
 
     @model_validator(mode="after")
     def consistent(self) -> RunConfig:

@@ -17,7 +17,7 @@ from edgelam_fl.errors import EnvironmentProblem, ModelError, PeerLost, Protocol
 from edgelam_fl.files import cache_folder, write_atomically
 from edgelam_fl.hub.slices import CHUNK_BYTES, CONFIG, SERVICE, TOKENIZER
 from edgelam_fl.model.index import TensorEntry
-from edgelam_fl.model.served import Part, check_part, complete, mapped, read_manifest, write_manifest
+from edgelam_fl.model.served import AnnouncedPart, check_part, complete, mapped, read_manifest, write_manifest
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.grpc.options import grpc_reason
@@ -73,7 +73,7 @@ class Served:
         with FileLock(self._folder / "lock"):
             model = self._model()
             files = [file for file in model.files if file.name == CONFIG or tokenizer]
-            parts = [Part(file.name, file.size_bytes, file.sha256) for file in files]
+            parts = [AnnouncedPart(file.name, file.size_bytes, file.sha256) for file in files]
             complete(self._folder, parts, functools.partial(self._stream, "", ""))
         self._shapes = {entry.name: tuple(entry.shape) for entry in model.tensors}
         index = {name: TensorEntry(shape, "", name, "") for name, shape in self._shapes.items()}
@@ -99,7 +99,7 @@ class Served:
         for file in model.files:
             if file.name not in (CONFIG, *TOKENIZER):
                 raise ProtocolError(f"the hub announced a file {file.name[:80]!r}, which no model needs")
-            check_part(Part(file.name, file.size_bytes, file.sha256), _MOST_FILE_BYTES)
+            check_part(AnnouncedPart(file.name, file.size_bytes, file.sha256), _MOST_FILE_BYTES)
         if not model.tensors or CONFIG not in {file.name for file in model.files}:
             raise ProtocolError("the hub described a model without config.json or tensors")
         return model
@@ -140,9 +140,9 @@ class Served:
 
         return say
 
-    def _list(self, names: Sequence[str], base: str, compute: str) -> list[Part]:
+    def _list(self, names: Sequence[str], base: str, compute: str) -> list[AnnouncedPart]:
         """What the named tensors will come as. The server may have to make them first, so it is asked again where it is slow."""
-        found: dict[str, Part] = {}
+        found: dict[str, AnnouncedPart] = {}
 
         def ask_for_the_rest() -> None:
             last = next(reversed(found), "").removesuffix("_scale")
@@ -151,7 +151,7 @@ class Served:
             left = [name for name in names if name not in found]
             request = self._request(base, compute, [(name, 0) for name in left], False)
             for tensor in self._call("List", request, _CALL_S):
-                part = Part(tensor.name, tensor.size_bytes, tensor.sha256, tensor.dtype, tuple(tensor.shape))
+                part = AnnouncedPart(tensor.name, tensor.size_bytes, tensor.sha256, tensor.dtype, tuple(tensor.shape))
                 check_part(part, self._most_bytes(part.name, left))
                 found[part.name] = part
 
@@ -182,7 +182,7 @@ class Served:
         )
         return model
 
-    def _stream(self, base: str, compute: str, parts: Sequence[tuple[Part, int]]) -> Iterator[bytes]:
+    def _stream(self, base: str, compute: str, parts: Sequence[tuple[AnnouncedPart, int]]) -> Iterator[bytes]:
         """model.served.Stream. Raises PeerLost where it breaks."""
         asked = [(part.name, begun) for part, begun in parts]
         for piece in self._call("Fetch", self._request(base, compute, asked, not base), _CALL_S):

@@ -34,7 +34,7 @@ _ROOM_BYTES = 16 << 20  # left free on the disk
 
 
 @dataclass(frozen=True)
-class Part:
+class AnnouncedPart:
     """Announced: a tensor, or a small file (without dtype)."""
 
     name: str
@@ -45,10 +45,10 @@ class Part:
 
 
 # (part, bytes of it that are here) for each -> what is missing of them, in order, in pieces that are of one part each
-Stream = Callable[[Sequence[tuple[Part, int]]], Iterator[bytes]]
+Stream = Callable[[Sequence[tuple[AnnouncedPart, int]]], Iterator[bytes]]
 
 
-def check_part(part: Part, most_bytes: int) -> None:
+def check_part(part: AnnouncedPart, most_bytes: int) -> None:
     """Raises ProtocolError for what must not be announced, before anything of it is asked for."""
     if not re.fullmatch(r"\w[\w.-]{0,250}", part.name) or not re.fullmatch("[0-9a-f]{64}", part.sha256):
         raise ProtocolError(
@@ -66,7 +66,7 @@ def check_part(part: Part, most_bytes: int) -> None:
         )
 
 
-def mapped(folder: Path, part: Part) -> Any:
+def mapped(folder: Path, part: AnnouncedPart) -> Any:
     """The tensor in its file; memory is taken when it is touched, and shared with other processes."""
     import torch
 
@@ -74,21 +74,21 @@ def mapped(folder: Path, part: Part) -> Any:
     return torch.from_numpy(array).view(getattr(torch, SAFETENSORS_DTYPES[part.dtype][0])).view(part.shape)
 
 
-def read_manifest(folder: Path) -> dict[str, Part]:
+def read_manifest(folder: Path) -> dict[str, AnnouncedPart]:
     try:
         entries = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        return {name: Part(**{**entry, "shape": tuple(entry["shape"])}) for name, entry in entries.items()}
+        return {name: AnnouncedPart(**{**entry, "shape": tuple(entry["shape"])}) for name, entry in entries.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}  # absent, or cut short with the power: it is asked for again
 
 
-def write_manifest(folder: Path, parts: dict[str, Part]) -> None:
+def write_manifest(folder: Path, parts: dict[str, AnnouncedPart]) -> None:
     write_atomically(folder / "manifest.json", json.dumps({name: asdict(part) for name, part in parts.items()}))
 
 
 def complete(
     folder: Path,
-    wanted: Sequence[Part],
+    wanted: Sequence[AnnouncedPart],
     stream: Stream,
     *,
     free: Callable[[Path], int] = disk_free_bytes,
@@ -130,7 +130,7 @@ def complete(
     return came
 
 
-def _receive(folder: Path, parts: Sequence[Part], stream: Stream, wrong: dict[str, int]) -> Iterator[int]:
+def _receive(folder: Path, parts: Sequence[AnnouncedPart], stream: Stream, wrong: dict[str, int]) -> Iterator[int]:
     """One stream's pieces into the parts' files; yields the size of each."""
     pieces = stream([(part, _begun(folder, part)) for part in parts])
     for part in parts:
@@ -154,7 +154,7 @@ def _write_all(file: object, piece: bytes) -> None:
         view = view[file.write(view) :]  # type: ignore[attr-defined]
 
 
-def _finish(folder: Path, part: Part, wrong: dict[str, int]) -> None:
+def _finish(folder: Path, part: AnnouncedPart, wrong: dict[str, int]) -> None:
     """In place if the bytes are the announced ones, else begun again: this part alone."""
     path = _partial(folder, part)
     if _is_right(path, part):
@@ -169,18 +169,18 @@ def _finish(folder: Path, part: Part, wrong: dict[str, int]) -> None:
         )
 
 
-def _is_right(path: Path, part: Part) -> bool:
+def _is_right(path: Path, part: AnnouncedPart) -> bool:
     if not path.is_file() or path.stat().st_size != part.size:
         return False
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() == part.sha256
 
 
-def _partial(folder: Path, part: Part) -> Path:
+def _partial(folder: Path, part: AnnouncedPart) -> Path:
     return folder / f"{part.name}.{part.sha256[:8]}.part"
 
 
-def _begun(folder: Path, part: Part) -> int:
+def _begun(folder: Path, part: AnnouncedPart) -> int:
     path = _partial(folder, part)
     size = path.stat().st_size if path.exists() else 0
     if size > part.size:

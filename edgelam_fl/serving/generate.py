@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from edgelam_fl.config import Model, RunConfig, Task
+from edgelam_fl.config import ModelSection, RunConfig, TaskSection
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.source import find_model
 from edgelam_fl.model.whole import load_whole, put_on
@@ -60,7 +60,7 @@ def pieces(tokens: Iterable[int], decode: Callable[[list[int]], str]) -> Iterato
 class Speaker(ABC):
     """Answers in text as a run's task puts questions, wherever the model is."""
 
-    def __init__(self, model: Model, task: Task) -> None:
+    def __init__(self, model: ModelSection, task: TaskSection) -> None:
         self._source = find_model(model.name)
         self._task = CausalLm(
             self._source.folder, template=task.template, max_tokens=task.max_tokens, loss_on=task.loss_on
@@ -112,7 +112,7 @@ class Speaker(ABC):
 class LocalSpeaker(Speaker):
     """A run's whole model on this machine: the base, and the run's adapter once it is put on."""
 
-    def __init__(self, model: Model, task: Task) -> None:
+    def __init__(self, model: ModelSection, task: TaskSection) -> None:
         super().__init__(model, task)
         self._model: Any = load_whole(self._source, "fp32" if model.base == "auto" else model.base)
         self._adapter: Path | None = None
@@ -149,5 +149,5 @@ def answer(config: RunConfig, adapter: Path | None, question: str, max_tokens: i
 
 
 @lru_cache(maxsize=1)
-def _speaker(model: Model, task: Task) -> LocalSpeaker:
+def _speaker(model: ModelSection, task: TaskSection) -> LocalSpeaker:
     return LocalSpeaker(model, task)

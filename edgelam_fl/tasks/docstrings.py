@@ -52,7 +52,7 @@ OTHER_HOMES = {"posix": "os", "nt": "os", "genericpath": "posixpath"}
 
 
 @dataclass(frozen=True)
-class Pair:
+class DocstringPair:
     """One question and its answer; `module` (dotted name) says who owns it."""
 
     module: str
@@ -60,13 +60,13 @@ class Pair:
     answer: str
 
 
-def docstring_pairs() -> list[Pair]:
+def docstring_pairs() -> list[DocstringPair]:
     """All pairs, in the order of THEMES, then by name; the same list in every process under one Python.
 
     No answer equals another, or stands inside another, even after case, punctuation and white space are taken away:
     however the pairs are dealt out, no held-out answer can be read in anyone's training text.
     """
-    by_answer: dict[str, Pair] = {}
+    by_answer: dict[str, DocstringPair] = {}
     for name in " ".join(THEMES.values()).split():
         for pair in _module_pairs(name):
             by_answer.setdefault(normalised(pair.answer), pair)
@@ -79,12 +79,12 @@ def normalised(text: str) -> str:
     return " ".join(re.sub(r"[^\w\s]|_", "", text.casefold()).split())
 
 
-def split_by_module(pairs: list[Pair], owners: int) -> list[list[Pair]]:
+def split_by_module(pairs: list[DocstringPair], owners: int) -> list[list[DocstringPair]]:
     """The pairs of each owner: whole modules, neighbours in THEMES together, counts as even as modules allow.
 
     Raises DataError when there are fewer modules than owners.
     """
-    modules: dict[str, list[Pair]] = {}
+    modules: dict[str, list[DocstringPair]] = {}
     for pair in pairs:
         modules.setdefault(pair.module, []).append(pair)
     if not 1 <= owners <= len(modules):
@@ -113,7 +113,7 @@ def write_device_files(folder: Path, owners: int) -> list[Path]:
     return paths
 
 
-def _module_pairs(name: str) -> Iterator[Pair]:
+def _module_pairs(name: str) -> Iterator[DocstringPair]:
     """The pairs of one module; none where this Python was built without it."""
     try:
         module = importlib.import_module(name)
@@ -127,7 +127,7 @@ def _module_pairs(name: str) -> Iterator[Pair]:
         if _worth_asking(answer):
             full_name = public if name == "builtins" else f"{name}.{public}"
             question = f"What is {full_name}?" if inspect.isclass(thing) else f"What does {full_name} do?"
-            yield Pair(name, question, answer)
+            yield DocstringPair(name, question, answer)
 
 
 def _worth_asking(answer: str) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import cache, lru_cache
 from random import Random
 
-from edgelam_fl.config import Wireless
+from edgelam_fl.config import WirelessSection
 
 NEAREST_KM = 0.01  # the path loss holds from here on
 _LEAST_FADING = 1e-9  # a channel is never quite gone
@@ -26,8 +26,8 @@ def watts(power_dbm: float) -> float:
     return 10 ** (power_dbm / 10 - 3)
 
 
-class Cell:
-    def __init__(self, settings: Wireless, seed: int) -> None:
+class RadioCell:
+    def __init__(self, settings: WirelessSection, seed: int) -> None:
         self.settings, self.seed = settings, seed
         self.power_w = watts(settings.power_dbm)
         self.noise_w = watts(settings.noise_dbm_hz) * settings.bandwidth_hz  # in the whole band

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from edgelam_fl.config import Wireless
-from edgelam_fl.wireless.cell import Cell, watts
+from edgelam_fl.config import WirelessSection
+from edgelam_fl.wireless.cell import RadioCell, watts
 from edgelam_fl.wireless.fdma import bits_a_hertz
 
 
@@ -28,7 +28,7 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Part:
+class DeviceRound:
     """A device's part of a round, but for how long it sends."""
 
     bytes_up: float
@@ -43,10 +43,10 @@ class Part:
         return self.download_s + self.compute_s
 
 
-def part_of(cell: Cell, name: str, round: int, load: Load, devices: int) -> Part:
+def device_round(cell: RadioCell, name: str, round: int, load: Load, devices: int) -> DeviceRound:
     """The server sends adapters to all at once, on its whole band; hidden states to `devices` in equal parts of it."""
     down_bits = 8 * (load.adapter_bytes_down + devices * load.data_bytes_down)
-    return Part(
+    return DeviceRound(
         bytes_up=load.bytes_up,
         bytes_down=load.adapter_bytes_down + load.data_bytes_down,
         snr=cell.snr(name, round),
@@ -57,7 +57,10 @@ def part_of(cell: Cell, name: str, round: int, load: Load, devices: int) -> Part
 
 
 def virtual_round(
-    settings: Wireless, parts: Mapping[str, Part], shares: Mapping[str, float], dropped: Sequence[str] = ()
+    settings: WirelessSection,
+    parts: Mapping[str, DeviceRound],
+    shares: Mapping[str, float],
+    dropped: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The field `virtual` of round_done, as telemetry.events documents it."""
     devices = {name: _device(settings, parts[name], shares[name]) for name in sorted(parts)}
@@ -70,12 +73,12 @@ def virtual_round(
     }
 
 
-def recorded_part(device: Mapping[str, Any]) -> Part:
+def recorded_device_round(device: Mapping[str, Any]) -> DeviceRound:
     """The part that a device had, from its entry in the field `virtual`."""
-    return Part(**{field.name: device[field.name] for field in fields(Part)})
+    return DeviceRound(**{field.name: device[field.name] for field in fields(DeviceRound)})
 
 
-def _device(settings: Wireless, part: Part, share: float) -> dict[str, Any]:
+def _device(settings: WirelessSection, part: DeviceRound, share: float) -> dict[str, Any]:
     rate_bps = settings.bandwidth_hz * float(bits_a_hertz(np.asarray(share), np.asarray(part.snr)))
     upload_s = 8 * part.bytes_up / rate_bps if part.bytes_up else 0.0
     return {

@@ -12,8 +12,8 @@ from typing import Any
 
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import edgelam_pb2 as pb
-from edgelam_fl.wireless.cell import Cell
-from edgelam_fl.wireless.rounds import Load, part_of, virtual_round
+from edgelam_fl.wireless.cell import RadioCell
+from edgelam_fl.wireless.rounds import Load, device_round, virtual_round
 from server.replies import Reply
 from server.virtual.loads import Loads
 from strategies.api import Candidate
@@ -22,7 +22,7 @@ from strategies.api import Candidate
 class VirtualTime:
     def __init__(self, spec: RunSpec) -> None:
         self.config = spec.config
-        self.cell = Cell(self.config.wireless, self.config.run.seed)
+        self.cell = RadioCell(self.config.wireless, self.config.run.seed)
         self.loads = Loads(spec)
         self._moved: dict[str, Load] = {}  # by device, in its last round
 
@@ -32,7 +32,7 @@ class VirtualTime:
         together = min(self.config.federation.devices_per_round or len(devices), len(devices))
         found = []
         for facts in known:
-            part = part_of(self.cell, facts.name, number, expected[facts.name], together)
+            part = device_round(self.cell, facts.name, number, expected[facts.name], together)
             sends, before_s = part.bytes_up, part.before_sending_s
             found.append(replace(facts, payload_bytes=sends, compute_s=before_s, snr=part.snr, limit_bps=None))
         return found
@@ -58,7 +58,7 @@ class VirtualTime:
         """
         delivered = sorted(name for name in shares if name in replies)
         self._moved |= {name: self._load(name, received.get(name, 0), replies[name]) for name in delivered}
-        parts = {name: part_of(self.cell, name, number, self._moved[name], len(delivered)) for name in delivered}
+        parts = {name: device_round(self.cell, name, number, self._moved[name], len(delivered)) for name in delivered}
         return virtual_round(self.config.wireless, parts, shares, sorted(dropped))
 
     def _load(self, name: str, received_bytes: int, reply: Reply) -> Load:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from edgelam_fl.config import RunConfig
-from edgelam_fl.wireless.rounds import recorded_part, virtual_round
+from edgelam_fl.wireless.rounds import recorded_device_round, virtual_round
 from server.schedule import check_shares
 from strategies.api import Demand
 from strategies.registry import load
@@ -33,6 +33,6 @@ def replay(events: Iterable[Mapping[str, Any]], config: RunConfig, bandwidth: st
             shares = allocator.allocate(demands, config.wireless.bandwidth_hz)
             check_shares(config, shares, {demand.name for demand in demands})
             virtual = event["virtual"]
-            parts = {name: recorded_part(device) for name, device in virtual["devices"].items()}
+            parts = {name: recorded_device_round(device) for name, device in virtual["devices"].items()}
             rounds.append(virtual_round(config.wireless, parts, shares, virtual["dropped"]))
     return rounds

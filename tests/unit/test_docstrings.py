@@ -13,7 +13,7 @@ import pytest
 from edgelam_fl.errors import DataError
 from edgelam_fl.tasks.docstrings import (
     THEMES,
-    Pair,
+    DocstringPair,
     _worth_asking,
     docstring_pairs,
     first_paragraph,
@@ -32,23 +32,29 @@ assert not {"torch", "transformers", "tkinter", "turtle", "this", "antigravity",
 
 
 @pytest.fixture(scope="module")
-def pairs() -> list[Pair]:
+def pairs() -> list[DocstringPair]:
     return docstring_pairs()
 
 
-def pairs_of(**counts: int) -> list[Pair]:
-    return [Pair(module, f"{module} {i}?", f"{module} {i}!") for module, count in counts.items() for i in range(count)]
+def pairs_of(**counts: int) -> list[DocstringPair]:
+    return [
+        DocstringPair(module, f"{module} {i}?", f"{module} {i}!")
+        for module, count in counts.items()
+        for i in range(count)
+    ]
 
 
-def test_known_pairs(pairs: list[Pair]) -> None:
+def test_known_pairs(pairs: list[DocstringPair]) -> None:
     by_prompt = {pair.prompt: pair for pair in pairs}
-    assert by_prompt["What does math.gcd do?"] == Pair("math", "What does math.gcd do?", "Greatest Common Divisor.")
+    assert by_prompt["What does math.gcd do?"] == DocstringPair(
+        "math", "What does math.gcd do?", "Greatest Common Divisor."
+    )
     assert by_prompt["What does hasattr do?"].module == "builtins"
     assert by_prompt["What does os.path.getsize do?"].answer == "Return the size of a file, reported by os.stat()."
     assert by_prompt["What is threading.Barrier?"].answer == "Implements a Barrier."
 
 
-def test_shape_and_volume(pairs: list[Pair]) -> None:
+def test_shape_and_volume(pairs: list[DocstringPair]) -> None:
     assert len(pairs) >= 1500
     assert len({pair.prompt for pair in pairs}) == len(pairs)
     for pair in pairs:
@@ -59,7 +65,7 @@ def test_shape_and_volume(pairs: list[Pair]) -> None:
     assert docstring_pairs() == pairs
 
 
-def test_no_answer_stands_in_another_owners_text(pairs: list[Pair]) -> None:
+def test_no_answer_stands_in_another_owners_text(pairs: list[DocstringPair]) -> None:
     texts = [f"{pair.prompt} {pair.answer}" for pair in pairs]
     plain, stripped = "\n".join(texts), "\n".join(map(normalised, texts))
     assert [pair for pair in pairs if plain.count(pair.answer) != 1] == []
@@ -103,7 +109,7 @@ def test_what_is_worth_asking(answer: str, worth: bool) -> None:
     assert _worth_asking(answer) is worth
 
 
-def test_only_what_the_module_defines(pairs: list[Pair]) -> None:
+def test_only_what_the_module_defines(pairs: list[DocstringPair]) -> None:
     prompts = {pair.prompt for pair in pairs}
     assert "What does urllib.parse.urljoin do?" in prompts
     assert "What does urllib.request.urljoin do?" not in prompts
@@ -152,14 +158,14 @@ def test_too_few_modules_are_refused(owners: int) -> None:
 
 
 @pytest.mark.parametrize("owners", [1, 2, 3, 8, 40])
-def test_real_split(pairs: list[Pair], owners: int) -> None:
+def test_real_split(pairs: list[DocstringPair], owners: int) -> None:
     parts = split_by_module(pairs, owners)
     assert [pair for part in parts for pair in part] == pairs
     assert sum(len({pair.module for pair in part}) for part in parts) == len({pair.module for pair in pairs})
     assert owners != 3 or min(map(len, parts)) >= 400
 
 
-def test_device_files(tmp_path: Path, pairs: list[Pair]) -> None:
+def test_device_files(tmp_path: Path, pairs: list[DocstringPair]) -> None:
     paths = write_device_files(tmp_path / "data", 3)
     assert [path.name for path in paths] == ["device-1.jsonl", "device-2.jsonl", "device-3.jsonl"]
     rows = [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]

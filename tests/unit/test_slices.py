@@ -22,7 +22,7 @@ from edgelam_fl.hub.slices import CHUNK_BYTES, SERVICE, offer_model
 from edgelam_fl.model import served
 from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.memory import weights_bytes
-from edgelam_fl.model.served import Part, check_part, complete
+from edgelam_fl.model.served import AnnouncedPart, check_part, complete
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.weights import read_tensors
 from edgelam_fl.plan.making import RoundFacts
@@ -207,19 +207,21 @@ def test_with_a_hub_everyone_waits_for_the_node_with_the_most_to_fetch(tiny: Mod
 # ---------------------------------------------------------------- streams that go wrong
 
 
-def made(sizes: Sequence[int], seed: int = 1) -> dict[Part, bytes]:
+def made(sizes: Sequence[int], seed: int = 1) -> dict[AnnouncedPart, bytes]:
     rng = random.Random(seed)
     contents = [rng.randbytes(size) for size in sizes]
     return {
-        Part(f"t{n}", len(content), hashlib.sha256(content).hexdigest(), "U8", (len(content),)): content
+        AnnouncedPart(f"t{n}", len(content), hashlib.sha256(content).hexdigest(), "U8", (len(content),)): content
         for n, content in enumerate(contents)
     }
 
 
-def streams(contents: dict[Part, bytes], piece: int, break_at: Callable[[], int], log: list[int]) -> served.Stream:
+def streams(
+    contents: dict[AnnouncedPart, bytes], piece: int, break_at: Callable[[], int], log: list[int]
+) -> served.Stream:
     """Sends in pieces, and breaks before the byte that `break_at` says of each stream; `log` gets the bytes sent of each."""
 
-    def stream(parts: Sequence[tuple[Part, int]]) -> Iterator[bytes]:
+    def stream(parts: Sequence[tuple[AnnouncedPart, int]]) -> Iterator[bytes]:
         left = break_at()
         log.append(0)
         for part, begun in parts:
@@ -260,7 +262,7 @@ def test_another_process_goes_on_where_one_ended(tmp_path: Path) -> None:
 
 
 def stop_after(stream: served.Stream, pieces: int) -> served.Stream:
-    def stopping(parts: Sequence[tuple[Part, int]]) -> Iterator[bytes]:
+    def stopping(parts: Sequence[tuple[AnnouncedPart, int]]) -> Iterator[bytes]:
         for number, piece in enumerate(stream(parts)):
             if number == pieces:
                 raise KeyboardInterrupt
@@ -272,7 +274,7 @@ def stop_after(stream: served.Stream, pieces: int) -> served.Stream:
 def test_a_part_that_comes_wrong_is_fetched_again_alone(tmp_path: Path) -> None:
     contents, asked = made([500, 400, 300]), list[list[str]]()
 
-    def stream(parts: Sequence[tuple[Part, int]]) -> Iterator[bytes]:
+    def stream(parts: Sequence[tuple[AnnouncedPart, int]]) -> Iterator[bytes]:
         asked.append([part.name for part, _ in parts])
         for part, begun in parts:
             first_time = len(asked) == 1 and part.name == "t1"
@@ -306,7 +308,7 @@ def test_a_disk_that_is_too_small_says_so_before_a_byte_is_asked_for(tmp_path: P
 
 
 def test_a_disk_that_fills_up_on_the_way(tmp_path: Path) -> None:
-    def stream(parts: Sequence[tuple[Part, int]]) -> Iterator[bytes]:
+    def stream(parts: Sequence[tuple[AnnouncedPart, int]]) -> Iterator[bytes]:
         yield bytes(4)
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -323,7 +325,7 @@ def test_a_disk_that_fills_up_on_the_way(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_what_must_not_be_announced(change: dict[str, object]) -> None:
-    part = Part("a.weight", 40, "0" * 64, "F32", (10,))
+    part = AnnouncedPart("a.weight", 40, "0" * 64, "F32", (10,))
     check_part(part, 80)
     with pytest.raises(ProtocolError):
         check_part(replace(part, **change), 80)  # type: ignore[arg-type]

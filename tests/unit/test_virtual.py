@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from flwr.supercore.task_identity import TaskIdentity
 
-from edgelam_fl.config import Wireless
+from edgelam_fl.config import WirelessSection
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.adapter import initial_adapter
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.telemetry.summary import build_summary
 from edgelam_fl.wire import edgelam_pb2 as pb
-from edgelam_fl.wireless.cell import Cell
+from edgelam_fl.wireless.cell import RadioCell
 from server.replies import Reply
 from server.virtual.clock import VirtualTime
 from server.virtual.loads import Loads
@@ -107,7 +107,7 @@ def test_rounds_have_a_delay_a_payload_and_an_energy(federation: Callable[..., F
     run.run()
     first, second, evaluation = run.events("round_done")
     assert "virtual" not in evaluation, "the clock stands still where nothing is learned"
-    own = Cell(Wireless(bandwidth_hz=1e6), seed=1)
+    own = RadioCell(WirelessSection(bandwidth_hz=1e6), seed=1)
     for number, done in ((1, first), (2, second)):
         virtual, recorded = done["virtual"], {record["name"]: record for record in done["devices"]}
         assert sum(of["share"] for of in virtual["devices"].values()) == pytest.approx(1)
@@ -133,7 +133,7 @@ def test_strategies_see_virtual_time_alone(federation: Callable[..., Federation]
     schedule = run.strategy.schedule
     schedule.selection = LoadedStrategy(schedule.selection.rule, Capabilities(observe=outcomes.append))
     run.run()
-    own = Cell(Wireless(bandwidth_hz=1e6), seed=1)
+    own = RadioCell(WirelessSection(bandwidth_hz=1e6), seed=1)
     for number, (plan, done) in enumerate(zip(run.events("plan"), run.events("round_done")[:2], strict=False), 1):
         assert plan["selected"] == [max("ab", key=lambda name, number=number: own.snr(name, number))]
         assert plan["demands"][plan["selected"][0]]["snr"] == own.snr(plan["selected"][0], number)
@@ -148,7 +148,7 @@ def test_who_drops_out_has_a_share_and_no_plan(federation: Callable[..., Federat
     run.run()
     *rounds, evaluation = run.events("round_done")
     plans = run.events("plan")
-    own = Cell(Wireless(bandwidth_hz=1e6, dropout=0.5), seed=1)
+    own = RadioCell(WirelessSection(bandwidth_hz=1e6, dropout=0.5), seed=1)
     for done, plan in zip(rounds, plans, strict=False):
         dropped = done["virtual"]["dropped"]
         assert dropped == own.dropouts("abc", done["round"], 1, 1)

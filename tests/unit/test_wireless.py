@@ -9,10 +9,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from edgelam_fl.config import Wireless
-from edgelam_fl.wireless.cell import NEAREST_KM, Cell, path_loss_db, watts
+from edgelam_fl.config import WirelessSection
+from edgelam_fl.wireless.cell import NEAREST_KM, RadioCell, path_loss_db, watts
 from edgelam_fl.wireless.fdma import bits_a_hertz, wireless_share
-from edgelam_fl.wireless.rounds import Load, Part, part_of, recorded_part, virtual_round
+from edgelam_fl.wireless.rounds import DeviceRound, Load, device_round, recorded_device_round, virtual_round
 from strategies.api import Candidate, Demand, RoundOutcome, RoundState
 from strategies.registry import load
 from strategies.selection.lyapunov import LyapunovSelection
@@ -20,8 +20,8 @@ from strategies.selection.lyapunov import LyapunovSelection
 NAMES = [f"device-{n}" for n in range(2000)]
 
 
-def cell(seed: int = 1, **settings: float) -> Cell:
-    return Cell(Wireless(**{"bandwidth_hz": 10e6, **settings}), seed)
+def cell(seed: int = 1, **settings: float) -> RadioCell:
+    return RadioCell(WirelessSection(**{"bandwidth_hz": 10e6, **settings}), seed)
 
 
 # ---------------------------------------------------------------- channels
@@ -77,7 +77,7 @@ def test_the_ratio_is_power_over_noise() -> None:
 
 
 def test_seeds_reproduce_and_names_differ() -> None:
-    def facts(own: Cell, name: str, round_: int) -> list[float]:
+    def facts(own: RadioCell, name: str, round_: int) -> list[float]:
         return [own.distance_km(name), own.flops(name), own.fading(name, round_)]
 
     assert facts(cell(), "a", 1) == facts(cell(), "a", 1)
@@ -127,8 +127,8 @@ def test_enough_devices_always_deliver() -> None:
 
 def test_a_device_alone_by_hand() -> None:
     """Rates: 3 on the whole band is 2 bits a hertz; half of it carries log2(1 + 3 / 0.5) / 2."""
-    settings = Wireless(bandwidth_hz=1e6, power_dbm=30.0)
-    part = Part(bytes_up=1e6, bytes_down=5e5, snr=3.0, compute_s=4.0, download_s=1.0, compute_joules=7.0)
+    settings = WirelessSection(bandwidth_hz=1e6, power_dbm=30.0)
+    part = DeviceRound(bytes_up=1e6, bytes_down=5e5, snr=3.0, compute_s=4.0, download_s=1.0, compute_joules=7.0)
     whole = virtual_round(settings, {"a": part}, {"a": 1.0}, ["b"])
     upload_s = 8e6 / 2e6
     assert (whole["seconds"], whole["bytes"], whole["joules"]) == pytest.approx((1 + 4 + upload_s, 1.5e6, 7 + upload_s))
@@ -136,12 +136,12 @@ def test_a_device_alone_by_hand() -> None:
     half = virtual_round(settings, {"a": part}, {"a": 0.5})["devices"]["a"]
     assert half["rate_bps"] == pytest.approx(1e6 * math.log2(7) / 2)
     assert half["seconds"] == half["download_s"] + half["compute_s"] + half["upload_s"]
-    assert recorded_part(half) == part
+    assert recorded_device_round(half) == part
 
 
 def test_a_round_is_its_slowest_device_and_all_energy() -> None:
-    settings = Wireless(bandwidth_hz=1e6)
-    part = Part(bytes_up=1000, bytes_down=0, snr=1.0, compute_s=1.0, download_s=0.0, compute_joules=1.0)
+    settings = WirelessSection(bandwidth_hz=1e6)
+    part = DeviceRound(bytes_up=1000, bytes_down=0, snr=1.0, compute_s=1.0, download_s=0.0, compute_joules=1.0)
     parts = {"a": part, "b": replace(part, compute_s=9.0)}
     whole = virtual_round(settings, parts, {"a": 0.5, "b": 0.5, "c": 0.0})
     assert whole["seconds"] == whole["devices"]["b"]["seconds"]
@@ -151,7 +151,7 @@ def test_a_round_is_its_slowest_device_and_all_energy() -> None:
 
 def test_what_a_load_takes() -> None:
     own = cell(kappa=1e-27, flops=8e9, speed_spread=1.0, flops_per_cycle=8.0)
-    part = part_of(own, "a", 2, Load(100, 200, 30, operations=16e9), devices=4)
+    part = device_round(own, "a", 2, Load(100, 200, 30, operations=16e9), devices=4)
     assert (part.bytes_up, part.bytes_down, part.compute_s) == (100, 230, 2.0)
     assert part.download_s == pytest.approx(8 * (200 + 4 * 30) / own.downlink_bps("a", 2)), (
         "adapters are for all at once"
@@ -165,7 +165,7 @@ def test_the_online_scheduler_keeps_the_average_delay_near_its_bound() -> None:
     own = cell(flops=2e10)
     scheduler, allocator = LyapunovSelection(delay_s=bound_s, v=2.0), load("bandwidth", "lyapunov").rule
 
-    def seconds(candidates: list[Candidate], parts: dict[str, Part]) -> float:
+    def seconds(candidates: list[Candidate], parts: dict[str, DeviceRound]) -> float:
         shares = allocator.allocate(
             [Demand(c.name, c.payload_bytes, c.compute_s, snr=c.snr) for c in candidates], band_hz
         )
@@ -173,7 +173,7 @@ def test_the_online_scheduler_keeps_the_average_delay_near_its_bound() -> None:
 
     delays, of_all = [], []
     for number in range(1, rounds + 1):
-        parts = {name: part_of(own, name, number, Load(3e6, 3e6, 0, 2e10), 8) for name in NAMES[:8]}
+        parts = {name: device_round(own, name, number, Load(3e6, 3e6, 0, 2e10), 8) for name in NAMES[:8]}
         candidates = [
             Candidate(name, payload_bytes=part.bytes_up, compute_s=part.before_sending_s, snr=part.snr)
             for name, part in parts.items()
