@@ -11,6 +11,8 @@ import multiprocessing
 import queue
 import threading
 import time
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,12 +25,13 @@ from edgelam_fl.wire.grpc.dial import dial
 from edgelam_fl.wire.grpc.serve import DataPlaneServer
 from edgelam_fl.wire.link import Frame, Link
 from edgelam_fl.wire.pace import Pace
+from edgelam_fl.wire.terms import MakeTerms, link_terms
 
 CAPACITY_BPS = 20e6
 SHARES = {"device-1": 1, "device-2": 2, "device-3": 4}
 BAR_PERCENT = 5.0
 SHAPE = (2, 128, 576)  # of a frame: two rows of SmolLM2-135M's hidden states
-DEADLINES = pb.Deadlines(ready_s=60, step_s=60, round_s=600, silent_s=10)
+READY_S, SILENT_S = 60.0, 10.0
 START_S = 120.0  # for three processes that import torch
 
 Samples = list[tuple[float, int]]  # moment, bytes received until then
@@ -94,20 +97,20 @@ def _run(seconds: float) -> dict[str, Samples]:
 def _host(address: Any, results: Any, ready: Any, seconds: float) -> None:
     counters = {name: ByteCounters() for name in SHARES}
     paces = {name: Pace(_share_bps(name) / 8) for name in SHARES}
-    links: list[tuple[Link, int]] = []
+    loads: list[_Load] = []
 
     def admit(hello: pb.Hello, link: Link) -> pb.Ready:
-        link.counters, link.pace = counters[hello.node], paces[hello.node]
-        link.silent_s, link.max_tensor_bytes = DEADLINES.silent_s, 4 * SHAPE[0] * SHAPE[1] * SHAPE[2]
-        link.attach(_ignore, _ignore)
-        links.append((link, pb.GRAD if hello.link == pb.ENTRY else pb.ACT))
-        return pb.Ready(version=PROTOCOL_VERSION, window=1, codec="raw", job_token=1)
+        load = _Load(pb.GRAD if hello.link == pb.ENTRY else pb.ACT, link)
+        loads.append(load)
+        ready = pb.Ready(version=PROTOCOL_VERSION, window=1, codec="raw", job_token=1)
+        link.open(_make_terms(paces[hello.node], load)(hello.node, counters[hello.node], ready))
+        return ready
 
     server = DataPlaneServer("127.0.0.1", 0, admit)
     address.put(f"127.0.0.1:{server.port}")
     ready.wait(START_S)
-    for link, kind in links:
-        _load(link, kind)
+    for load in loads:
+        load.start()
     for name, samples in _sample(counters, seconds).items():
         results.put((f"{name} up", samples))
     threading.Event().wait()  # the links stay loaded until every device has its numbers; then we are ended
@@ -115,29 +118,40 @@ def _host(address: Any, results: Any, ready: Any, seconds: float) -> None:
 
 def _device(name: str, address: str, results: Any, ready: Any, seconds: float) -> None:
     counters, pace = ByteCounters(), Pace(_share_bps(name) / 8)
-    links = []
+    loads = []
     for side, kind in ((pb.ENTRY, pb.ACT), (pb.EXIT, pb.GRAD)):
         hello = pb.Hello(version=PROTOCOL_VERSION, job="pacing", node=name, link=side, window=1, codecs=["raw"])
-        link, answer = dial(address, pb.LinkRole.Name(side).lower(), hello, counters, (_ignore, _ignore), DEADLINES)
-        link.job_token, link.pace, link.max_tensor_bytes = answer.job_token, pace, 4 * SHAPE[0] * SHAPE[1] * SHAPE[2]
-        links.append((link, kind))
+        load = _Load(kind)
+        load.link = dial(address, pb.LinkRole.Name(side).lower(), hello, counters, _make_terms(pace, load), READY_S)
+        loads.append(load)
     ready.wait(START_S)
-    for link, kind in links:
-        _load(link, kind)
+    for load in loads:
+        load.start()
     results.put((f"{name} down", _sample({name: counters}, seconds)[name]))
     threading.Event().wait()
 
 
-def _load(link: Link, kind: int) -> None:
-    """Keeps two frames in the queue: what left is followed by the next."""
-    tensor = torch.zeros(SHAPE)
+@dataclass
+class _Load:
+    """Keeps two frames in a link's queue: the next one follows each that has left."""
 
-    def send(*_: object) -> None:
-        link.send(pb.Header(kind=kind, phase=pb.TRAIN), tensor)  # type: ignore[arg-type]
+    kind: int
+    link: Link | None = None
 
-    link.on_sent = send
-    send()
-    send()
+    def start(self) -> None:
+        self.send()
+        self.send()
+
+    def send(self, *_: object) -> None:
+        assert self.link is not None
+        self.link.send(pb.Header(kind=self.kind, phase=pb.TRAIN), torch.zeros(SHAPE))  # type: ignore[arg-type]
+
+
+def _make_terms(pace: Pace, load: _Load) -> MakeTerms:
+    return partial(
+        link_terms, pace=pace, most_bytes=4 * SHAPE[0] * SHAPE[1] * SHAPE[2], silent_s=SILENT_S,
+        on_frame=_ignore, on_lost=_ignore, on_sent=load.send,
+    )  # fmt: skip
 
 
 def _sample(counters: dict[str, ByteCounters], seconds: float) -> dict[str, Samples]:

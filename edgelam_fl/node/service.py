@@ -45,10 +45,11 @@ from edgelam_fl.tasks.base import Example, Task
 from edgelam_fl.tasks.data import Pair, device_pairs
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
-from edgelam_fl.wire.codecs.raw import CODECS
+from edgelam_fl.wire.codecs import CODECS
 from edgelam_fl.wire.counters import ByteCounters
-from edgelam_fl.wire.link import Ears, Link
+from edgelam_fl.wire.link import Link
 from edgelam_fl.wire.relay import Relay
+from edgelam_fl.wire.terms import MakeTerms
 
 _RETRY_MS = 200
 _RESULTS_KEPT = 2
@@ -390,9 +391,9 @@ class StageHost:
     def _make_group(self, part: Part, held: Held, emit: Callable[..., None]) -> Group:
         plan = part.plan
 
-        def dial_next(route: pb.Route, number: int, counters: ByteCounters, ears: Ears) -> tuple[Link, int]:
+        def dial_next(route: pb.Route, number: int, counters: ByteCounters, make_terms: MakeTerms) -> Link:
             hub = self._hub(plan.hub_port)
-            return open_link(self._dial, plan, held.source, route, number, pb.ENTRY, counters, ears, hub)
+            return open_link(self._dial, plan, held.source, route, number, pb.ENTRY, counters, make_terms, hub)
 
         assert held.hosted is not None
         size = sum(parameter.numel() for parameter in held.hosted.adapter_parameters.values())

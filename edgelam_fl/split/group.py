@@ -13,24 +13,27 @@ import hmac
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from edgelam_fl.errors import EdgelamError, PeerLost
-from edgelam_fl.plan.reading import job_id, unit_rows
+from edgelam_fl.plan.reading import job_id
 from edgelam_fl.split.inbox import Inbox
 from edgelam_fl.split.member import Member
+from edgelam_fl.split.route import most_bytes
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
-from edgelam_fl.wire.codecs.raw import CODECS
+from edgelam_fl.wire.codecs import CODECS
 from edgelam_fl.wire.counters import ByteCounters
-from edgelam_fl.wire.link import Ears, Link
+from edgelam_fl.wire.link import Link
 from edgelam_fl.wire.pace import Pace
+from edgelam_fl.wire.terms import LinkTerms, MakeTerms, OnSent, link_terms
 
 _RETRY_MS = 200
 
-# route, hop number, counters, ears -> an open entry link to that hop, and the window it granted
-DialNext = Callable[[pb.Route, int, ByteCounters, Ears], tuple[Link, int]]
+# route, hop number, counters, terms -> an open entry link to that hop
+DialNext = Callable[[pb.Route, int, ByteCounters, MakeTerms], Link]
 
 
 class Group:
@@ -53,7 +56,7 @@ class Group:
         self.chain_length = len(chain)
         self.inbox = Inbox(plan.deadlines.round_s)
         self.members = {route.device_index: Member(route, route.hops[self.position]) for route in plan.serves}
-        self.on_sent: Callable[[pb.Header, float, float], None] | None = None
+        self.on_sent: OnSent | None = None
         self._door = threading.Lock()
         self._owners: dict[int, Member] = {}
         self._paces: dict[int, Pace] = {}
@@ -88,28 +91,25 @@ class Group:
                 return pb.Refuse(reason=f"the {side} link of {hello.node!r} was opened before")
             if entry and not self.coordinates and not member.window:
                 return pb.NotReady(retry_ms=_RETRY_MS)  # the way down is not open: what it grants bounds what we grant
-            link.name = f"{side} {member.route.device}"
-            link.counters = self.counters
-            self._set_up(member, link)
-            link.silent_s = self.plan.deadlines.silent_s
+            granted = self._granted(hello.window, *([member.window] if entry and not self.coordinates else []))
+            ready = pb.Ready(
+                version=PROTOCOL_VERSION, window=granted, codec=shared[0], job_token=hello.device_index + 1
+            )
+            to_device = not entry or self.position == 0  # else within the chain, where nothing is paced
+            pace = self._pace_to(member) if to_device else None
+            link.open(self._make_terms()(f"{side} {member.route.device}", self.counters, ready, pace=pace))
+            self._owners[id(link)] = member
             if entry:
                 member.upstream = link
             else:
-                member.downstream = link
-                member.window = self._granted(hello.window)
-            granted = self._granted(hello.window, *([member.window] if not self.coordinates else []))
-            if (entry and self.position == 0) or not entry:  # towards the device itself, not within the chain
-                link.pace = self._pace_to(member)
-        return pb.Ready(version=PROTOCOL_VERSION, window=granted, codec=shared[0], job_token=hello.device_index + 1)
+                member.downstream, member.window = link, self._granted(hello.window)
+        return ready
 
-    def _set_up(self, member: Member, link: Link) -> None:
-        plan = self.plan
-        link.max_tensor_bytes = max(
-            unit_rows(plan) * plan.task.max_tokens * size for size in (self.hidden_size * self.wire.itemsize, 8)
-        )
-        link.on_sent = self.on_sent
-        link.attach(self.inbox.on_frame, self.inbox.on_lost)
-        self._owners[id(link)] = member
+    def _make_terms(self) -> partial[LinkTerms]:
+        return partial(
+            link_terms, most_bytes=most_bytes(self.plan, self.hidden_size), silent_s=self.plan.deadlines.silent_s,
+            on_frame=self.inbox.on_frame, on_lost=self.inbox.on_lost, on_sent=self.on_sent,
+        )  # fmt: skip
 
     def _granted(self, *windows: int) -> int:
         return min(self.window, self.plan.window, *(window for window in windows if window))
@@ -126,15 +126,13 @@ class Group:
         """Opens every route's link to the next host; a device whose way cannot be opened is out."""
         for member in self.members.values():
             try:
-                link, window = self._dial(
-                    member.route, self.position + 1, self.counters, (self.inbox.on_frame, self.inbox.on_lost)
-                )
+                link = self._dial(member.route, self.position + 1, self.counters, self._make_terms())
             except EdgelamError as error:
                 self.dismiss(member, str(error))
                 continue
             with self._door:
-                self._set_up(member, link)
-                member.downstream, member.window = link, window
+                self._owners[id(link)] = member
+                member.downstream, member.window = link, link.terms.window
 
     def gather(self, take: Callable[[], object]) -> None:
         """Waits for the devices, until all are here or the deadline. `take` handles what arrives meanwhile.

@@ -357,7 +357,7 @@ class Host:
             kind=kind, phase=of.phase, step=of.step, micro_batch=of.micro_batch, device_index=of.device_index,
             row_lengths=of.row_lengths,
         )  # fmt: skip
-        link.progress.phase, link.progress.step = of.phase, of.step
+        link.note_progress(of.phase, of.step)
         link.send(header, tensor)
 
     # ---------------------------------------------------------------- turns

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -18,15 +19,16 @@ from edgelam_fl.plan.reading import job_id, link_name, part_id, unit_rows
 from edgelam_fl.split.inbox import Inbox, Lost
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
-from edgelam_fl.wire.codecs.raw import CODECS
+from edgelam_fl.wire.codecs import CODECS
 from edgelam_fl.wire.counters import ByteCounters
-from edgelam_fl.wire.link import Ears, Frame, Link
+from edgelam_fl.wire.link import Frame, Link
 from edgelam_fl.wire.memory import memory_pair
 from edgelam_fl.wire.pace import Pace
 from edgelam_fl.wire.relay import Relay
+from edgelam_fl.wire.terms import MakeTerms, OnSent, link_terms
 
-# address, link name, hello, counters, ears, deadlines, the way round -> an open link and READY
-Dial = Callable[[str, str, pb.Hello, ByteCounters, Ears, pb.Deadlines, Relay | None], tuple[Link, pb.Ready]]
+# address, link name, hello, counters, terms, seconds until the host must be ready, the way round -> an open link
+Dial = Callable[[str, str, pb.Hello, ByteCounters, MakeTerms, float, Relay | None], Link]
 _MEMORY_RETRY_S = 0.01
 
 
@@ -40,21 +42,21 @@ def memory_dial(nodes: Mapping[str, Admits]) -> Dial:
     """Links between stage hosts of one process: an address is a node's name. `nodes` may still grow."""
 
     def dial(
-        address: str, name: str, hello: pb.Hello, counters: ByteCounters, ears: Ears, deadlines: pb.Deadlines,
+        address: str, name: str, hello: pb.Hello, counters: ByteCounters, make_terms: MakeTerms, ready_s: float,
         relay: Relay | None = None,
-    ) -> tuple[Link, pb.Ready]:  # fmt: skip
-        end = time.monotonic() + deadlines.ready_s
+    ) -> Link:  # fmt: skip
+        end = time.monotonic() + ready_s
         while time.monotonic() < end:
-            # what the host's end counts, the host's group sets
             ours, theirs = memory_pair(name, counters, ByteCounters())
-            ours.attach(*ears)
-            answer = nodes[address].admit(hello, theirs)
-            if isinstance(answer, pb.Ready):
-                return ours, answer
+            with theirs.holding_back():
+                answer = nodes[address].admit(hello, theirs)
+                if isinstance(answer, pb.Ready):
+                    ours.open(make_terms(name, counters, answer))
+                    return ours
             if isinstance(answer, pb.Refuse):
                 raise Refused(f"{name} refuses: {answer.reason}")
             time.sleep(_MEMORY_RETRY_S)
-        raise PeerLost(f"{name} has not received this job within {deadlines.ready_s:.0f} s")
+        raise PeerLost(f"{name} has not received this job within {ready_s:.0f} s")
 
     return dial
 
@@ -67,10 +69,10 @@ def open_link(
     number: int,
     side: pb.LinkRole,
     counters: ByteCounters,
-    ears: Ears,
+    make_terms: MakeTerms,
     hub: str = "",
-) -> tuple[Link, int]:
-    """Dials a hop of a route and sets the link up as both ends agreed; returns it with the window granted.
+) -> Link:
+    """Dials a hop of a route and returns the open link.
 
     `hub`: HOST:PORT of the server's, which relays where the hop cannot be reached; empty: there is none.
     """
@@ -81,12 +83,12 @@ def open_link(
     )  # fmt: skip
     name = link_name(plan, route, number, side)
     relay = Relay(hub, part_id(plan, hop.node), hop.relay_token) if hub and hop.relay_token else None
-    link, ready = dial(hop.address, name, hello, counters, ears, plan.deadlines, relay)
-    if ready.codec not in CODECS or not ready.window >= 1:
-        raise PeerLost(f"{name} granted codec {ready.codec!r} and window {ready.window}")
-    link.max_tensor_bytes = unit_rows(plan) * plan.task.max_tokens * source.hidden_size * wire_dtype(plan).itemsize
-    link.job_token, link.codec = ready.job_token, ready.codec
-    return link, ready.window
+    return dial(hop.address, name, hello, counters, make_terms, plan.deadlines.ready_s, relay)
+
+
+def most_bytes(plan: pb.Plan, hidden_size: int) -> int:
+    """Returns the size of the largest tensor on any link of the plan: a micro-batch's hidden states, or its labels."""
+    return unit_rows(plan) * plan.task.max_tokens * max(hidden_size * wire_dtype(plan).itemsize, torch.int64.itemsize)
 
 
 def open_route(
@@ -95,7 +97,7 @@ def open_route(
     source: ModelSource,
     route: Route,
     counters: ByteCounters,
-    on_sent: Callable[[pb.Header, float, float], None] | None = None,
+    on_sent: OnSent | None = None,
     hub: str = "",
 ) -> None:
     """A device's two links, into `route`; over no host there is nothing to open. One pace for all that it sends.
@@ -105,13 +107,14 @@ def open_route(
     own = plan.routes[0]
     if not own.hops:
         return
-    ears = (route.inbox.on_frame, route.inbox.on_lost)
-    route.entry, entry_window = open_link(dial, plan, source, own, 0, pb.ENTRY, counters, ears, hub)
-    route.exit, exit_window = open_link(dial, plan, source, own, len(own.hops) - 1, pb.EXIT, counters, ears, hub)
-    route.window = min(plan.window, entry_window, exit_window)
-    pace = Pace(own.share_bps / 8) if own.share_bps else None
-    for link in (route.entry, route.exit):
-        link.pace, link.on_sent = pace, on_sent
+    make_terms = partial(
+        link_terms, most_bytes=most_bytes(plan, source.hidden_size), silent_s=plan.deadlines.silent_s,
+        pace=Pace(own.share_bps / 8) if own.share_bps else None,
+        on_frame=route.inbox.on_frame, on_lost=route.inbox.on_lost, on_sent=on_sent,
+    )  # fmt: skip
+    route.entry = open_link(dial, plan, source, own, 0, pb.ENTRY, counters, make_terms, hub)
+    route.exit = open_link(dial, plan, source, own, len(own.hops) - 1, pb.EXIT, counters, make_terms, hub)
+    route.window = min(plan.window, route.entry.terms.window, route.exit.terms.window)
 
 
 def new_route(plan: pb.Plan) -> Route:

@@ -1,9 +1,10 @@
 """A link: one bidirectional stream of frames between two neighbouring stages of a route.
 
 `send` never waits for the network; received frames go to a callback, on the transport's thread. This module cuts tensors
-into chunks, says how urgent each is, puts chunks together again under the link's limits, and counts every byte. It does
+into chunks, orders frames by urgency, puts chunks together again within the link's terms, and counts every byte. It does
 not know what a frame means.
-Neighbours: `split.driver` and `split.host` above; `wire.memory` and `wire.grpc` below, with `wire.outbox`.
+Neighbours: `wire.terms` says what both ends agreed on; `split.driver` and `split.host` are above; `wire.memory` and
+`wire.grpc` are below, with `wire.outbox`.
 """
 
 from __future__ import annotations
@@ -11,46 +12,46 @@ from __future__ import annotations
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from google.protobuf.message import DecodeError
 
-from edgelam_fl.errors import ProtocolError
+from edgelam_fl.errors import PeerLost, ProtocolError
+from edgelam_fl.wire import PROTOCOL_VERSION, codecs
 from edgelam_fl.wire import edgelam_pb2 as pb
-from edgelam_fl.wire.codecs import raw as codecs
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.outbox import ACTIVATIONS, CONTROL, GRADIENTS
 from edgelam_fl.wire.pace import Pace
+from edgelam_fl.wire.terms import LinkTerms, OnFrame, OnLost, OnSent
 
-MAX_CHUNK_BYTES = 1 << 20  # that a sender may choose
-MIN_CHUNK_BYTES = 16 << 10  # of all chunks but a tensor's last: a flood of crumbs costs more time than it has bytes
-MAX_HEADER_BYTES = 4 << 20  # a TABLE of very many steps is the largest
-CHUNK_BYTES = 256 << 10  # that we choose: over 1 Mbit/s, on two links at once, pings still come every few seconds
-_PACED_CHUNK_S = 0.05  # of a paced link, so that what is more urgent soon gets its turn
+MAX_CHUNK_BYTES = 1 << 20  # the largest chunk that a receiver takes
+MIN_CHUNK_BYTES = 16 << 10  # the smallest, but for a tensor's last chunk: a flood of crumbs costs more time than bytes
+MAX_HEADER_BYTES = 4 << 20  # the TABLE of a phase with very many steps is the largest header
+CHUNK_BYTES = (
+    256 << 10
+)  # our senders' choice: over 1 Mbit/s, with two links at once, pings still pass every few seconds
+_PACED_CHUNK_S = 0.05  # how long a chunk of a paced link takes: more urgent frames soon get their turn
 _PRIORITY = {
     pb.GRAD: GRADIENTS, pb.GRAD_END: GRADIENTS,
     pb.ACT: ACTIVATIONS, pb.LABELS: ACTIVATIONS, pb.KV_STEP: ACTIVATIONS,
 }  # fmt: skip
-_UNDERSTOOD = {
-    pb.HELLO, pb.READY, pb.NOT_READY, pb.REFUSE, pb.TABLE, pb.TABLE_ALL, pb.ACT, pb.GRAD, pb.GRAD_END,
-    pb.STEP_CLOSE, pb.STEP_READY, pb.STEP_APPLY, pb.DONE, pb.CANCEL, pb.PING, pb.PONG, pb.ERROR,
-    pb.LABELS, pb.KV_STEP, pb.KV_DROP,
+_HANDSHAKE = {pb.HELLO, pb.READY, pb.NOT_READY, pb.REFUSE}  # before a link is open, and only then
+_ANY_TIME = {pb.PING, pb.PONG, pb.ERROR}
+_OPEN = {
+    pb.TABLE, pb.TABLE_ALL, pb.ACT, pb.GRAD, pb.GRAD_END, pb.STEP_CLOSE, pb.STEP_READY, pb.STEP_APPLY, pb.DONE,
+    pb.CANCEL, pb.LABELS, pb.KV_STEP, pb.KV_DROP,
 }  # fmt: skip
 _WITH_TENSOR = {pb.ACT, pb.GRAD, pb.LABELS, pb.KV_STEP}
-_DTYPES = {pb.LABELS: codecs.NUMBERS}  # all else: codecs.HIDDEN
-_LOSSLESS = "raw"  # numbers are never rounded, whatever the link's codec
-
-
-# What a link tells those above: frames, and once that it is lost and why.
-Ears = tuple[Callable[["Link", "Frame"], None], Callable[["Link", str], None]]
+_DTYPES = {pb.LABELS: codecs.NUMBERS}  # all other kinds: codecs.HIDDEN
 
 
 @dataclass
 class _Partial:
-    """A tensor of which some chunks have arrived, in order."""
+    """A tensor on its way: its first chunks have arrived, in order."""
 
     header: pb.Header
     data: bytearray
@@ -77,29 +78,32 @@ class _Partial:
 
 @dataclass(frozen=True)
 class Frame:
+    """One message of a link as its receiver gets it, with the whole tensor if the message has one."""
+
     header: pb.Header
     tensor: torch.Tensor | None = None
 
 
-class Link:
-    """One end of a link. Transports subclass it: `_transmit` sends messages, and they call `receive` and `lost`."""
+def _ignore(*_: object) -> None:
+    """Takes what nobody listens to."""
 
-    def __init__(self, name: str, counters: ByteCounters, *, max_tensor_bytes: int = 0, codec: str = "raw") -> None:
-        self.name = name
-        self.counters = counters
-        self.max_tensor_bytes = max_tensor_bytes
-        self.codec = codec
-        self.silent_s = 0.0  # without a word for longer, the link is given up; 0: never (in memory)
-        self.job_token = 0
-        self.progress = pb.Progress()  # what our PONGs tell
-        # These two are set before data flows. Links may share a pace; without a network (in memory) it limits nothing.
-        self.pace: Pace | None = None
-        # Called when a tensor has left, with its header, when it was queued and when it left (time.monotonic()).
-        self.on_sent: Callable[[pb.Header, float, float], None] | None = None
+
+class Link:
+    """One end of a link. Transports subclass it: `_transmit` sends messages, and they call `receive` and `lost`.
+
+    A new link can only shake hands. `open` hands it its terms, once; from then on it carries every other kind.
+    """
+
+    def __init__(
+        self, name: str, counters: ByteCounters, on_frame: OnFrame = _ignore, on_lost: OnLost = _ignore
+    ) -> None:
+        """`name`, `counters` and the two callbacks serve the handshake; the terms bring those that follow."""
+        self._name, self._counters = name, counters
+        self._on_frame, self._on_lost = on_frame, on_lost
+        self._terms: LinkTerms | None = None
         self.last_heard = time.monotonic()
         self.closed = False
-        self._on_frame: Callable[[Link, Frame], None] = lambda link, frame: None
-        self._on_lost: Callable[[Link, str], None] = lambda link, reason: None
+        self._progress = pb.Progress()
         self._sent_seq = 0
         self._send_lock = threading.RLock()
         self._lost_lock = threading.Lock()
@@ -107,38 +111,82 @@ class Link:
 
     # ---- for those above
 
-    def attach(self, on_frame: Callable[[Link, Frame], None], on_lost: Callable[[Link, str], None]) -> None:
-        """`on_lost` is called once, with the reason, unless this end closes first."""
-        self._on_frame, self._on_lost = on_frame, on_lost
+    @property
+    def name(self) -> str:
+        return self._terms.name if self._terms is not None else self._name
+
+    @property
+    def counters(self) -> ByteCounters:
+        return self._terms.counters if self._terms is not None else self._counters
+
+    @property
+    def terms(self) -> LinkTerms:
+        """Returns what both ends agreed on. RuntimeError before the handshake is over: a mistake of the caller."""
+        if self._terms is None:
+            raise RuntimeError(f"link {self._name} has no terms yet: it is still shaking hands")
+        return self._terms
+
+    @property
+    def is_open(self) -> bool:
+        return self._terms is not None
+
+    @property
+    def pending_bytes(self) -> int:
+        """Counts the memory held for tensors of which chunks are still to come."""
+        return sum(len(partial_.data) for partial_ in self._partial.values())
+
+    def open(self, terms: LinkTerms) -> None:
+        """Ends the handshake: from now on the link goes by `terms`. Raises PeerLost if the link has ended meanwhile."""
+        with self._lost_lock:
+            if self._terms is not None:
+                raise RuntimeError(f"link {self.name} has its terms already")
+            if self.closed:
+                raise PeerLost(f"{terms.name} was lost during the handshake")
+            self._on_frame, self._on_lost = terms.on_frame, terms.on_lost
+            self._terms = terms
+
+    @contextmanager
+    def holding_back(self) -> Iterator[None]:
+        """Lets other threads' frames wait until the block ends, so that the handshake's own frames come first."""
+        with self._send_lock:
+            yield
+
+    def note_progress(self, phase: pb.Phase, step: int) -> None:
+        """Notes how far the work is; pings and pongs carry it to the other end."""
+        self._progress.phase, self._progress.step = phase, step
+
+    def ping(self) -> None:
+        """Asks the other end for a sign of life, and gives one."""
+        self.send(pb.Header(kind=pb.PING, progress=self._progress))
 
     def send(self, header: pb.Header, tensor: torch.Tensor | None = None) -> None:
-        """Queues a frame. On a closed link the frame is dropped: whoever cares was told by `on_lost`."""
-        header.job_token = self.job_token
+        """Queues a frame. A closed link drops it: `on_lost` has already been called with the reason."""
+        if header.kind in _OPEN or self.is_open:
+            header.job_token = self.terms.job_token
         payloads: list[bytes | memoryview] = [b""]
         left = None
         if tensor is not None:
-            codec = _LOSSLESS if header.kind in _DTYPES else self.codec
-            header.tensor.CopyFrom(codecs.describe(tensor, codec, _DTYPES.get(header.kind, codecs.HIDDEN)))
-            data = memoryview(codecs.CODECS[codec].encode(tensor))
-            header.tensor.total_bytes = len(data)
-            size = self._chunk_bytes()
-            payloads = [data[start : start + size] for start in range(0, max(1, len(data)), size)]
-            if self.on_sent is not None:
-                left = partial(_tell, self.on_sent, header, time.monotonic())
+            payloads = self._encode(header, tensor)
+            if self.terms.on_sent is not None:
+                left = partial(_report_sent, self.terms.on_sent, header, time.monotonic())
         with self._send_lock:  # sequence numbers must leave in the order of a queue
             if not self.closed:
                 self._enqueue(header, payloads, left)
+
+    def _encode(self, header: pb.Header, tensor: torch.Tensor) -> list[bytes | memoryview]:
+        """Describes the tensor in `header`; returns its bytes in chunks, at least one."""
+        codec = codecs.LOSSLESS if header.kind in _DTYPES else self.terms.codec
+        header.tensor.CopyFrom(codecs.describe(tensor, codec, _DTYPES.get(header.kind, codecs.HIDDEN)))
+        data = memoryview(codecs.CODECS[codec].encode(tensor))
+        header.tensor.total_bytes = len(data)
+        size = _chunk_bytes(self.terms.pace)
+        return [data[start : start + size] for start in range(0, max(1, len(data)), size)]
 
     def close(self) -> None:
         """Ends the link from this side; queued frames are still sent."""
         with self._lost_lock:
             self.closed = True
         self._shut(lost=False)
-
-    def _chunk_bytes(self) -> int:
-        if self.pace is None:
-            return CHUNK_BYTES
-        return int(max(MIN_CHUNK_BYTES, min(CHUNK_BYTES, self.pace.bytes_per_s * _PACED_CHUNK_S)))
 
     def _enqueue(
         self, header: pb.Header, payloads: Sequence[bytes | memoryview], left: Callable[[], None] | None = None
@@ -155,14 +203,14 @@ class Link:
     # ---- for transports
 
     def _transmit(self, priority: int, messages: list[bytes], left: Callable[[], None] | None) -> None:
-        """Sends them in order, each when its turn comes, and then calls `left`."""
+        """Sends the messages in order, each when its turn comes, and then calls `left`."""
         raise NotImplementedError("a transport sends messages")
 
     def _shut(self, lost: bool) -> None:
-        """Lets the transport go. `lost`: nobody waits for the data that has not left."""
+        """Ends the transport. `lost`: queued tensors are dropped, because nobody waits for them."""
 
     def receive(self, message: bytes) -> None:
-        """One message from the other end. What breaks the protocol ends the link, with the reason told to both ends."""
+        """Takes one message from the other end. A message that breaks the protocol ends the link; both ends get the reason."""
         if self.closed:
             return
         self.last_heard = time.monotonic()
@@ -175,14 +223,14 @@ class Link:
         if frame is None:
             return
         if frame.header.kind == pb.PING:
-            self.send(pb.Header(kind=pb.PONG, progress=self.progress))
+            self.send(pb.Header(kind=pb.PONG, progress=self._progress))
         elif frame.header.kind == pb.ERROR and frame.header.error.scope != "unit":
             self.lost(f"the other end reports {frame.header.error.code}: {frame.header.error.text}")
         elif frame.header.kind != pb.PONG:
             self._on_frame(self, frame)
 
     def lost(self, reason: str, farewell: pb.Header | None = None) -> None:
-        """Ends the link for `reason`; the other end may be told a `farewell` first."""
+        """Ends the link for `reason`, after a last frame to the other end, the `farewell`, if there is one."""
         with self._lost_lock:
             if self.closed:
                 return
@@ -204,14 +252,13 @@ class Link:
         return message
 
     def _parse(self, message: bytes) -> Frame | None:
+        """Returns the frame that the message completes. None: its tensor is not complete, or its kind is unknown."""
         header, payload = _split(message)
         self.counters.add(self.name, "received", header.kind, len(payload), len(message))
-        if self.job_token and header.job_token not in (0, self.job_token):
-            raise ProtocolError(f"a frame of job {header.job_token} on a link of job {self.job_token}")
-        if header.kind not in _UNDERSTOOD:
-            if not header.optional:
-                text = f"kind {header.kind} is not supported in version 1"
-                self.send(pb.Header(kind=pb.ERROR, error=pb.Error(code="unsupported", scope="unit", text=text)))
+        expected = self._terms.job_token if self._terms is not None else 0
+        if expected and header.job_token not in (0, expected):
+            raise ProtocolError(f"a frame of job {header.job_token} on a link of job {expected}")
+        if not self._understands(header):
             return None
         if header.HasField("tensor"):
             return self._assemble(header, payload)
@@ -219,15 +266,29 @@ class Link:
             raise ProtocolError(f"{len(payload)} bytes without a tensor in a frame of kind {header.kind}")
         return Frame(header)
 
+    def _understands(self, header: pb.Header) -> bool:
+        """Answers an unknown kind, unless it is optional. Raises ProtocolError for a known kind at the wrong time."""
+        if header.kind in _ANY_TIME or header.kind in (_OPEN if self.is_open else _HANDSHAKE):
+            return True
+        if header.kind in _OPEN | _HANDSHAKE:
+            when = "after the handshake" if self.is_open else "before the handshake is over"
+            raise ProtocolError(f"a frame of kind {pb.Kind.Name(header.kind)} {when}")
+        if not header.optional:
+            text = f"kind {header.kind} is not supported in version {PROTOCOL_VERSION}"
+            self.send(pb.Header(kind=pb.ERROR, error=pb.Error(code="unsupported", scope="unit", text=text)))
+        return False
+
     def _assemble(self, header: pb.Header, payload: memoryview) -> Frame | None:
-        """Takes a chunk; the frame with the tensor when it was the last one. The sender chooses the chunks' sizes."""
+        """Takes a chunk; returns the frame with the tensor if the chunk was the last. The sender chooses the sizes."""
         if header.kind not in _WITH_TENSOR:
             raise ProtocolError(f"a tensor in a frame of kind {header.kind}")
         priority, meta = _PRIORITY[header.kind], header.tensor
         if meta.chunk == 0:
             if priority in self._partial:
                 raise ProtocolError("a tensor began before the one before it was complete")
-            codecs.check(meta, self.max_tensor_bytes, _DTYPES.get(header.kind, codecs.HIDDEN))
+            codecs.check(meta, self.terms.most_bytes, _DTYPES.get(header.kind, codecs.HIDDEN))
+            if meta.codec not in (self.terms.codec, codecs.LOSSLESS):
+                raise ProtocolError(f"codec {meta.codec!r} on a link that agreed on {self.terms.codec!r}")
             self._partial[priority] = _Partial(header, bytearray(meta.total_bytes))
         open_tensor = self._partial.get(priority)
         if open_tensor is None:
@@ -240,11 +301,18 @@ class Link:
         return Frame(header, codecs.CODECS[meta.codec].decode(open_tensor.data, open_tensor.header.tensor))
 
 
-def _tell(on_sent: Callable[[pb.Header, float, float], None], header: pb.Header, queued: float) -> None:
+def _report_sent(on_sent: OnSent, header: pb.Header, queued: float) -> None:
     on_sent(header, queued, time.monotonic())
 
 
+def _chunk_bytes(pace: Pace | None) -> int:
+    if pace is None:
+        return CHUNK_BYTES
+    return int(max(MIN_CHUNK_BYTES, min(CHUNK_BYTES, pace.bytes_per_s * _PACED_CHUNK_S)))
+
+
 def _split(message: bytes) -> tuple[pb.Header, memoryview]:
+    """Returns the header and the payload. Raises ProtocolError for bytes that are not a message."""
     if len(message) < 4:
         raise ProtocolError(f"a message of {len(message)} bytes is shorter than its own length field")
     (length,) = struct.unpack_from("<I", message)

@@ -9,7 +9,7 @@ from edgelam_fl.wire.link import Link
 
 
 class MemoryLink(Link):
-    """Hands each message to its peer at once, on the sender's thread."""
+    """One end of a link in memory: hands each message to its peer at once, on the sender's thread; a pace limits nothing."""
 
     peer: MemoryLink
 
@@ -24,6 +24,7 @@ class MemoryLink(Link):
 
 
 def memory_pair(name: str, left: ByteCounters, right: ByteCounters) -> tuple[MemoryLink, MemoryLink]:
+    """Returns the two ends of a new link, neither of them open yet."""
     one, two = MemoryLink(name, left), MemoryLink(name, right)
     one.peer, two.peer = two, one
     return one, two

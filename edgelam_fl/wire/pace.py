@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 
-_BURST_S = 0.02  # what an idle link may save up; short, because the share of others is taken meanwhile
+BURST_S = 0.02  # what an idle link may save up; short, because the share of others is taken meanwhile
 
 
 class Pace:
@@ -31,6 +31,6 @@ class Pace:
         Bookings are served in their order. A negative count gives back what was booked and is not sent.
         """
         with self._lock:
-            moment = max(self._free_at, self.clock() - _BURST_S)
+            moment = max(self._free_at, self.clock() - BURST_S)
             self._free_at = moment + count_bytes / self.bytes_per_s
         return moment

@@ -2,67 +2,58 @@
 
 from __future__ import annotations
 
-import queue
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import grpc
 import pytest
 import torch
 
 from edgelam_fl.errors import PeerLost
-from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
-from edgelam_fl.wire.grpc import dial as dialling
-from edgelam_fl.wire.grpc import options as grpc_options
-from edgelam_fl.wire.grpc import serve as serving
 from edgelam_fl.wire.grpc.dial import dial
+from edgelam_fl.wire.grpc.options import DEFAULT_TIMING, Timing
 from edgelam_fl.wire.grpc.serve import DataPlaneServer
 from edgelam_fl.wire.link import CHUNK_BYTES, MIN_CHUNK_BYTES, Frame, Link
 from edgelam_fl.wire.pace import Pace
-
-Heard = queue.Queue[Frame | str]
-
-
-def ears(heard: Heard) -> tuple[Callable[[Link, Frame], None], Callable[[Link, str], None]]:
-    return (lambda link, frame: heard.put(frame)), (lambda link, reason: heard.put(reason))
-
-
-def hello() -> pb.Hello:
-    return pb.Hello(version=PROTOCOL_VERSION, job="test/1/1", node="device-1", window=1, codecs=["raw"])
+from tests.links import Heard, hello, make_terms, ready, terms
 
 
 @contextmanager
-def open_pair(silent_s: float) -> Iterator[tuple[Link, Heard, Link, Heard]]:
-    """Both ends of a link over loopback, and what they hear: the dialler's, the host's."""
+def linked(
+    silent_s: float, timing: Timing = DEFAULT_TIMING, bytes_per_s: float | None = None, **of_dialler: Any
+) -> Iterator[tuple[Link, Heard, Link, Heard]]:
+    """Both ends of a link over loopback, and what they hear: the dialler's, the host's. `of_dialler`: its other terms."""
     near_heard, far_heard, admitted = Heard(), Heard(), list[Link]()
+    pace = lambda: Pace(bytes_per_s) if bytes_per_s else None  # noqa: E731
 
     def admit(hello: pb.Hello, link: Link) -> pb.Ready:
-        link.attach(*ears(far_heard))
-        link.silent_s, link.max_tensor_bytes = silent_s, 1 << 20
+        link.open(terms(answer=ready(), heard=far_heard, silent_s=silent_s, pace=pace()))
         admitted.append(link)
-        return pb.Ready(version=PROTOCOL_VERSION, window=1, codec="raw", job_token=7)
+        return ready()
 
-    server = DataPlaneServer("127.0.0.1", 0, admit)
-    deadlines = pb.Deadlines(ready_s=30, silent_s=silent_s)
+    server = DataPlaneServer("127.0.0.1", 0, admit, timing)
+    make = make_terms(near_heard, silent_s=silent_s, pace=pace())
     try:
-        near, ready = dial(f"127.0.0.1:{server.port}", "entry", hello(), ByteCounters(), ears(near_heard), deadlines)
-        near.job_token, near.max_tensor_bytes = ready.job_token, 1 << 20
-        yield near, near_heard, admitted[0], far_heard
-        near.close()
+        link = dial(
+            f"127.0.0.1:{server.port}", "entry", hello(), ByteCounters(),
+            lambda *given: replace(make(*given), **of_dialler), ready_s=30, timing=timing,
+        )  # fmt: skip
+        yield link, near_heard, admitted[0], far_heard
+        link.close()
     finally:
         server.stop()
 
 
-def test_a_paced_link_is_not_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_paced_link_is_not_silent() -> None:
     """Chunks that are due every two seconds, and pings that come through between them."""
-    monkeypatch.setattr(grpc_options, "_PING_EVERY_S", 0.2)
-    with open_pair(silent_s=1.5) as (near, near_heard, far, far_heard):
-        near.pace = Pace(MIN_CHUNK_BYTES / 2)
-        far.pace = Pace(MIN_CHUNK_BYTES / 2)
+    timing, bytes_per_s = Timing(ping_every_s=0.2), MIN_CHUNK_BYTES / 2
+    with linked(1.5, timing, bytes_per_s) as (near, near_heard, far, far_heard):
         for link in (near, far):
             link.send(pb.Header(kind=pb.ACT), torch.zeros(1, 4, MIN_CHUNK_BYTES // 4))
         time.sleep(4.5)
@@ -82,16 +73,14 @@ def test_a_ping_comes_through_a_slow_network_that_is_not_paced() -> None:
     assert links * CHUNK_BYTES / bytes_per_s < silent_s / 2
 
 
-def test_an_idle_link_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_idle_link_lives() -> None:
     """A hundred times faster than real: gRPC's own keepalive, and not a word of ours. A host that thought these too many
     pings would end the link at the third."""
-    faster = {"grpc.keepalive_time_ms", "grpc.http2.min_ping_interval_without_data_ms"}
-    options = [(name, value // 100 if name in faster else value) for name, value in grpc_options._OPTIONS]
-    assert options != grpc_options._OPTIONS
-    for module in (dialling, serving):
-        monkeypatch.setattr(module, "_OPTIONS", options)
-    monkeypatch.setattr(grpc_options, "_PING_EVERY_S", 3600.0)
-    with open_pair(silent_s=3600.0) as (near, near_heard, _, far_heard):
+    timing = Timing(
+        ping_every_s=3600.0, keepalive_s=DEFAULT_TIMING.keepalive_s / 100,
+        keepalive_least_s=DEFAULT_TIMING.keepalive_least_s / 100,
+    )  # fmt: skip
+    with linked(3600.0, timing) as (near, near_heard, _, far_heard):
         time.sleep(4.0)
         near.send(pb.Header(kind=pb.DONE))
         frame = far_heard.get(timeout=30)
@@ -100,8 +89,7 @@ def test_an_idle_link_lives(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_host_too_takes_no_frames_of_another_job() -> None:
-    with open_pair(silent_s=10.0) as (near, near_heard, _, far_heard):
-        near.job_token = 8
+    with linked(10.0, job_token=8) as (near, near_heard, _, far_heard):
         near.send(pb.Header(kind=pb.DONE))
         assert "a frame of job 8 on a link of job 7" in str(far_heard.get(timeout=30))
         assert "a frame of job 8 on a link of job 7" in str(near_heard.get(timeout=30))
@@ -113,7 +101,7 @@ def test_dialling_something_else_says_so() -> None:
     server.start()
     try:
         with pytest.raises(PeerLost, match="something else than a stage host answers there"):
-            dial(f"127.0.0.1:{port}", "entry", hello(), ByteCounters(), ears(Heard()), pb.Deadlines(ready_s=2))
+            dial(f"127.0.0.1:{port}", "entry", hello(), ByteCounters(), make_terms(), ready_s=2)
     finally:
         server.stop(grace=0)
 
@@ -122,4 +110,4 @@ def test_dialling_where_nobody_listens_says_so() -> None:
     with pytest.raises(
         PeerLost, match=r"entry at 127\.0\.0\.1:9 could not be reached within 1 s: nobody listens there"
     ):
-        dial("127.0.0.1:9", "entry", hello(), ByteCounters(), ears(Heard()), pb.Deadlines(ready_s=1))
+        dial("127.0.0.1:9", "entry", hello(), ByteCounters(), make_terms(), ready_s=1)

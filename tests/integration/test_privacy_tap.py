@@ -11,7 +11,6 @@ import torch
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.tasks.causal_lm import CausalLm
 from edgelam_fl.tasks.data import read_pairs
-from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.grpc.dial import dial
@@ -20,6 +19,7 @@ from edgelam_fl.wire.link import Link
 from tests.integration.federation import Federation, Run
 from tests.integration.proxy import CountingProxy
 from tests.integration.tap import ENCODINGS, TOKENS, Secrets, leaks
+from tests.links import hello, make_terms, ready, terms
 
 pytestmark = pytest.mark.processes
 
@@ -89,21 +89,15 @@ def _sent_through_the_proxy(leak: bytes, secrets: Secrets) -> set[str]:
     arrived = threading.Event()
 
     def admit(hello: pb.Hello, link: Link) -> pb.Ready:
-        link.attach(lambda _link, frame: arrived.set(), lambda _link, reason: None)
-        link.max_tensor_bytes = 1 << 20
-        return pb.Ready(version=PROTOCOL_VERSION, window=1, codec="raw", job_token=1)
+        link.open(terms(on_frame=lambda _link, frame: arrived.set(), answer=ready(1)))
+        return ready(1)
 
     hidden = torch.rand(8, 1024).view(torch.uint8).flatten()
     hidden[12_345 : 12_345 + len(leak)] = torch.frombuffer(bytearray(leak), dtype=torch.uint8)
     host = DataPlaneServer("127.0.0.1", 0, admit)
     proxy = CountingProxy(f"127.0.0.1:{host.port}")
     try:
-        hello = pb.Hello(version=PROTOCOL_VERSION, job="planted/1/1", node="device-1", codecs=["raw"], window=1)
-        ears = (lambda *_: None, lambda *_: None)
-        link, ready = dial(
-            proxy.address, "entry edge-1", hello, ByteCounters(), ears, pb.Deadlines(ready_s=20, silent_s=10)
-        )
-        link.job_token = ready.job_token
+        link = dial(proxy.address, "entry edge-1", hello("planted/1/1"), ByteCounters(), make_terms(silent_s=10), 20)
         link.send(pb.Header(kind=pb.ACT, phase=pb.TRAIN), hidden.view(torch.float32).view(8, 1024))
         assert arrived.wait(20)
         link.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 from edgelam_fl.config import RunConfig
+from edgelam_fl.errors import PeerLost
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.adapter import Adapter, initial_adapter
 from edgelam_fl.model.source import ModelSource
@@ -102,12 +102,8 @@ def test_a_session_that_does_not_fit_costs_the_caller_only(tiny: ModelSource, da
     with memory_fleet(tiny, config, data_files[:1]) as fleet:
         session, _ = open_session(fleet, trained_adapter(tiny, config))
         session.step(PROMPT)
-        told = threading.Event()
-        assert session.route.exit is not None
-        session.route.exit.attach(
-            lambda link, frame: told.set() if frame.header.kind == pb.CANCEL else None, lambda *_: None
-        )
         assert session.route.entry is not None
         hidden = torch.zeros(1, 1, tiny.hidden_size)
         session.route.entry.send(pb.Header(kind=pb.KV_STEP, session=0, coord=[3, 1]), hidden)
-        assert told.wait(10), "a position that the session does not have"
+        with pytest.raises(PeerLost, match=r"ended the job: .*tokens 3 to 4 of a session that holds 7"):
+            session.route.next(10, "the answer to a position that the session does not have")

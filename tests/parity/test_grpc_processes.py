@@ -21,6 +21,7 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.grpc.dial import dial
 from edgelam_fl.wire.link import Frame
+from tests.links import make_terms
 from tests.parity.daemons import Daemon
 from tests.support import (
     Fleet,
@@ -114,16 +115,14 @@ def test_logits_over_a_host_process_are_the_models(
     lora = LoraSettings(config.lora.rank, config.lora.alpha, config.lora.targets)
     front, back = load_stages(source, spans_of(plans["device-1"]), base, lora)
     arrived: queue.Queue[Frame] = queue.Queue()
-    ears = (lambda link, frame: arrived.put(frame), lambda link, reason: None)
+    terms = make_terms(on_frame=lambda link, frame: arrived.put(frame))
     links = []
     for side in (pb.ENTRY, pb.EXIT):
         hello = pb.Hello(
             version=PROTOCOL_VERSION, job=job_id(plan), node="device-1", link=side, route_token=route.token,
             model_digest=source.digest, window=1, codecs=["raw"],
         )  # fmt: skip
-        link, ready = dial(route.hops[0].address, "by hand", hello, ByteCounters(), ears, plan.deadlines)
-        link.job_token, link.max_tensor_bytes = ready.job_token, 1 << 24
-        links.append(link)
+        links.append(dial(route.hops[0].address, "by hand", hello, ByteCounters(), terms, plan.deadlines.ready_s))
     unit = device_batches(source, config, data_files[2], "device-1", 1)[0][1]
     with torch.no_grad():
         for stage in (front, back):

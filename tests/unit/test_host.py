@@ -24,6 +24,7 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.link import Frame, Link
 from edgelam_fl.wire.memory import MemoryLink, memory_pair
+from tests.links import make_terms
 from tests.support import run_config
 
 LABELS = {0: 3, 1: 17, 2: 1}  # so unequal that a mean of means would be far off
@@ -112,10 +113,10 @@ class Device:
 
     def _link(self, side: int) -> MemoryLink:
         ours, theirs = memory_pair(str(side), ByteCounters(), ByteCounters())
-        ours.max_tensor_bytes = 1 << 20
-        ours.attach(self._heard, lambda link, reason: None)
-        answer = self.site.group.admit(hello(self.site, self.index, side), theirs)
-        assert isinstance(answer, pb.Ready), answer
+        with theirs.holding_back():
+            answer = self.site.group.admit(hello(self.site, self.index, side), theirs)
+            assert isinstance(answer, pb.Ready), answer
+            ours.open(make_terms(on_frame=self._heard)(str(side), ByteCounters(), answer))
         return ours
 
     def _heard(self, _: Any, frame: Frame) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgelam_fl.errors import PeerLost, ProtocolError
 from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.codecs import CODECS
+from edgelam_fl.wire.codecs.raw import RawCodec
 from edgelam_fl.wire.counters import GRPC_MESSAGE_FRAME_BYTES, ByteCounters
 from edgelam_fl.wire.link import (
     CHUNK_BYTES,
@@ -22,6 +26,7 @@ from edgelam_fl.wire.link import (
 )
 from edgelam_fl.wire.memory import MemoryLink, memory_pair
 from edgelam_fl.wire.outbox import Outbox
+from tests.links import ready, terms
 
 LIMIT = 3 << 20
 RESERVED = sorted(
@@ -33,15 +38,20 @@ RESERVED = sorted(
 class End:
     """One end of a memory pair, with what it heard."""
 
-    def __init__(self, link: MemoryLink) -> None:
+    def __init__(self, link: MemoryLink, job_token: int) -> None:
         self.link, self.frames, self.reasons = link, list[Frame](), list[str]()
-        link.max_tensor_bytes = LIMIT
-        link.attach(lambda _, frame: self.frames.append(frame), lambda _, reason: self.reasons.append(reason))
+        link.open(
+            terms(
+                answer=ready(job_token), most_bytes=LIMIT,
+                on_frame=lambda _, frame: self.frames.append(frame),
+                on_lost=lambda _, reason: self.reasons.append(reason),
+            )
+        )  # fmt: skip
 
 
-def pair() -> tuple[End, End]:
+def pair(job_token: int = 0) -> tuple[End, End]:
     left, right = memory_pair("entry x", ByteCounters(), ByteCounters())
-    return End(left), End(right)
+    return End(left, job_token), End(right, job_token)
 
 
 def message(header: pb.Header, payload: bytes = b"") -> bytes:
@@ -72,6 +82,93 @@ def chunk(
     return message(
         header, bytes(min(MAX_CHUNK_BYTES, total - number * MAX_CHUNK_BYTES) if payload is None else payload)
     )
+
+
+# ---------------------------------------------------------------- the handshake and its terms
+
+
+@pytest.mark.parametrize("kind", [pb.ACT, pb.TABLE, pb.STEP_CLOSE, pb.DONE, pb.CANCEL, pb.KV_STEP])
+def test_before_its_terms_a_link_can_only_shake_hands(kind: int) -> None:
+    left, right = memory_pair("entry x", ByteCounters(), ByteCounters())
+    with pytest.raises(RuntimeError, match="entry x has no terms yet"):
+        left.send(pb.Header(kind=kind))
+    right.receive(chunk(kind=kind) if kind in (pb.ACT, pb.KV_STEP) else message(pb.Header(kind=kind)))
+    assert right.closed
+    assert right.pending_bytes == 0
+
+
+def test_a_handshake_passes_and_the_name_of_a_link_is_that_of_its_terms() -> None:
+    heard: list[int] = []
+    left, right = memory_pair("from 10.0.0.7", ByteCounters(), ByteCounters())
+    left.send(pb.Header(kind=pb.HELLO))
+    right.open(terms("entry device-1", on_frame=lambda _, frame: heard.append(frame.header.kind)))
+    assert (right.name, right.terms.name) == ("entry device-1", "entry device-1")
+    right.send(pb.Header(kind=pb.READY))
+    left.open(terms("entry edge-1"))
+    left.send(pb.Header(kind=pb.DONE))
+    assert heard == [pb.DONE]
+    assert not left.closed
+
+
+@pytest.mark.parametrize("kind", [pb.HELLO, pb.READY, pb.NOT_READY, pb.REFUSE])
+def test_a_second_handshake_ends_the_link(kind: int) -> None:
+    left, right = pair()
+    right.link.receive(message(pb.Header(kind=kind)))
+    assert f"a frame of kind {pb.Kind.Name(kind)} after the handshake" in left.reasons[0]
+
+
+def test_terms_are_handed_over_once_and_never_change() -> None:
+    left, _ = pair()
+    with pytest.raises(RuntimeError, match="entry x has its terms already"):
+        left.link.open(terms())
+    for name in ("terms", "name", "counters"):
+        with pytest.raises(AttributeError):
+            setattr(left.link, name, None)
+    with pytest.raises(AttributeError):
+        left.link.terms.codec = "other"  # type: ignore[misc]
+
+
+def test_a_link_that_was_lost_during_its_handshake_says_so() -> None:
+    left, right = memory_pair("entry x", ByteCounters(), ByteCounters())
+    left.close()
+    with pytest.raises(PeerLost, match="entry x was lost during the handshake"):
+        right.open(terms())
+
+
+@pytest.mark.parametrize("answer", [pb.Ready(window=1, codec="int3"), pb.Ready(window=0, codec="raw")])
+def test_a_ready_of_no_use_is_refused(answer: pb.Ready) -> None:
+    with pytest.raises(ProtocolError, match=f"entry x granted codec '{answer.codec}' and window {answer.window}"):
+        terms(answer=answer)
+
+
+def test_what_others_send_waits_until_the_handshake_has_been_answered() -> None:
+    kinds: list[int] = []
+    left, right = memory_pair("entry x", ByteCounters(), ByteCounters())
+    left.receive = lambda data: kinds.append(pb.Header.FromString(data[4:]).kind)  # type: ignore[method-assign]
+    begun = threading.Event()
+
+    def close_step() -> None:
+        begun.set()
+        right.send(pb.Header(kind=pb.STEP_CLOSE))
+
+    with right.holding_back():
+        right.open(terms())
+        host = threading.Thread(target=close_step)
+        host.start()
+        assert begun.wait(30)
+        right.send(pb.Header(kind=pb.READY))
+    host.join(30)
+    assert kinds == [pb.READY, pb.STEP_CLOSE]
+
+
+def test_only_the_codec_of_the_terms_and_the_lossless_one_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OtherCodec(RawCodec):
+        name = "other"
+
+    monkeypatch.setitem(CODECS, "other", OtherCodec())
+    left, right = pair()
+    right.link.receive(chunk(codec="other"))
+    assert "codec 'other' on a link that agreed on 'raw'" in left.reasons[0]
 
 
 # ---------------------------------------------------------------- what honest ends do
@@ -119,6 +216,7 @@ def test_hidden_states_of_a_generation_and_labels_wait_behind_gradients() -> Non
             outbox.append(priority)
 
     link = Queued("x", ByteCounters())
+    link.open(terms())
     link.send(pb.Header(kind=pb.KV_STEP), torch.zeros(1, 1, 4))
     link.send(pb.Header(kind=pb.LABELS), torch.zeros(1, 1, dtype=torch.int64))
     link.send(pb.Header(kind=pb.GRAD), torch.zeros(1, 1, 4))
@@ -200,9 +298,10 @@ def test_a_gradient_overtakes_an_activation_between_its_chunks() -> None:
 
     class Queued(Link):
         def _transmit(self, priority: int, messages: list[bytes], left: Callable[[], None] | None) -> None:
-            outbox.put(priority, messages, self.pace, left)
+            outbox.put(priority, messages, None, left)
 
     outbox, sender = Outbox(), Queued("x", ByteCounters())
+    sender.open(terms())
     activation, gradient = torch.full((1, 1, 655_360), 2.0), torch.full((1, 1, 400_000), 3.0)
     sender.send(pb.Header(kind=pb.ACT, micro_batch=1), activation)
     messages = iter(outbox)
@@ -219,7 +318,7 @@ def test_a_gradient_overtakes_an_activation_between_its_chunks() -> None:
 
 def test_a_ping_is_answered_with_our_progress() -> None:
     left, right = pair()
-    right.link.progress.step = 7
+    right.link.note_progress(pb.TRAIN, 7)
     heard: list[pb.Header] = []
     left.link.receive = lambda m: heard.append(pb.Header.FromString(m[4:]))  # type: ignore[method-assign]
     left.link.send(pb.Header(kind=pb.PING))
@@ -286,7 +385,7 @@ def test_the_end_that_found_a_hostile_message_names_it_too() -> None:
 def test_nothing_is_allocated_for_a_tensor_that_is_refused(case: str) -> None:
     _, right = pair()
     right.link.receive(HOSTILE[case][0])
-    assert right.link._partial == {}
+    assert right.link.pending_bytes == 0
 
 
 @pytest.mark.parametrize(
@@ -370,8 +469,7 @@ def test_nothing_is_delivered_after_the_link_was_ended() -> None:
 
 
 def test_a_frame_of_another_job_ends_the_link() -> None:
-    left, right = pair()
-    right.link.job_token = 3
+    left, right = pair(job_token=3)
     right.link.receive(message(pb.Header(kind=pb.DONE, job_token=4)))
     assert "a frame of job 4 on a link of job 3" in left.reasons[0]
 
@@ -427,5 +525,5 @@ def test_no_bytes_raise_or_take_more_than_the_limit(received: list[bytes]) -> No
     _, right = pair()
     for data in received:
         right.link.receive(data)
-    assert sum(len(open_.data) for open_ in right.link._partial.values()) <= 2 * LIMIT
+    assert right.link.pending_bytes <= 2 * LIMIT
     assert len(right.reasons) <= 1

@@ -6,19 +6,20 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from edgelam_fl.wire import edgelam_pb2 as pb
-from edgelam_fl.wire.counters import GRPC_MESSAGE_FRAME_BYTES, ByteCounters
+from edgelam_fl.wire.counters import GRPC_MESSAGE_FRAME_BYTES
 from edgelam_fl.wire.link import CHUNK_BYTES, MIN_CHUNK_BYTES, Frame
-from edgelam_fl.wire.memory import memory_pair
 from edgelam_fl.wire.outbox import ACTIVATIONS, CONTROL, GRADIENTS, Outbox
-from edgelam_fl.wire.pace import _BURST_S, Pace
+from edgelam_fl.wire.pace import BURST_S, Pace
+from tests.links import open_pair, terms
 
 RATE = 1024.0  # a power of two, so that times are exact
+BOOKED_AND_SENT = 2  # bookings of a data message: its turn, and the difference to what took that turn
 
 
 class Clock:
@@ -26,6 +27,21 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+class Watched(Pace):
+    """A pace that says when its n-th booking has been made."""
+
+    def __init__(self, bytes_per_s: float, clock: Callable[[], float], bookings: int) -> None:
+        super().__init__(bytes_per_s, clock)
+        self._left, self.booked = bookings, threading.Event()
+
+    def book(self, count_bytes: float) -> float:
+        moment = super().book(count_bytes)
+        self._left -= 1
+        if self._left == 0:
+            self.booked.set()
+        return moment
 
 
 def size_of(cost_bytes: int) -> bytes:
@@ -57,7 +73,7 @@ def test_no_window_carries_more_than_the_rate_and_a_burst() -> None:
         carried = 0
         for moment, size in left[first:]:
             carried += size
-            assert carried - size <= RATE * (moment - start + _BURST_S) + 1e-6
+            assert carried - size <= RATE * (moment - start + BURST_S) + 1e-6
 
 
 def test_a_debt_is_paid_before_more_leaves_and_what_is_given_back_counts() -> None:
@@ -80,15 +96,14 @@ def test_a_pace_that_nothing_could_keep_is_refused(rate: float) -> None:
 
 def test_a_gradient_takes_the_turn_of_an_activation_and_pays_for_itself() -> None:
     clock = Clock()
-    pace, outbox = Pace(RATE, clock), Outbox()
+    pace, outbox = Watched(RATE, clock, BOOKED_AND_SENT + 1), Outbox()
     sender = iter(outbox)
     outbox.put(ACTIVATIONS, [size_of(512), size_of(512)], pace)
     assert len(next(sender)) == len(size_of(512))
     heard: queue.Queue[bytes] = queue.Queue()
     waiting = threading.Thread(target=lambda: heard.put(next(sender)))  # books the turn of the second activation
     waiting.start()
-    while outbox._turn is None:
-        time.sleep(0.001)
+    assert pace.booked.wait(30)
     outbox.put(GRADIENTS, [size_of(64)], pace)
     clock.now += 512 / RATE  # the sender looks at it again after as many real seconds
     assert len(heard.get(timeout=30)) == len(size_of(64))
@@ -101,7 +116,7 @@ def test_a_gradient_takes_the_turn_of_an_activation_and_pays_for_itself() -> Non
 @pytest.fixture
 def stuck() -> Iterator[tuple[Outbox, Pace, queue.Queue[bytes]]]:
     """An outbox whose next data message has its turn in an hour, and what its sender sends."""
-    pace, outbox, sent = Pace(1.0), Outbox(), queue.Queue[bytes]()
+    pace, outbox, sent = Watched(1.0, time.monotonic, BOOKED_AND_SENT + 1), Outbox(), queue.Queue[bytes]()
 
     def send() -> None:
         for message in outbox:
@@ -110,8 +125,7 @@ def stuck() -> Iterator[tuple[Outbox, Pace, queue.Queue[bytes]]]:
     threading.Thread(target=send, daemon=True).start()
     outbox.put(ACTIVATIONS, [size_of(3600), b"late"], pace)
     assert len(sent.get(timeout=30)) == len(size_of(3600))
-    while outbox._turn is None:
-        time.sleep(0.001)
+    assert pace.booked.wait(30)
     return outbox, pace, sent
 
 
@@ -152,7 +166,7 @@ def test_two_links_share_a_pace_evenly() -> None:
     for sender in senders:
         sender.join(timeout=30)
     assert len(sent) == 2 * count
-    assert time.monotonic() - began >= (2 * count - 1) * cost / pace.bytes_per_s - _BURST_S - 1e-3
+    assert time.monotonic() - began >= (2 * count - 1) * cost / pace.bytes_per_s - BURST_S - 1e-3
     middle = sent[count // 2 : -count // 2]
     assert count // 2 - 4 <= sum(middle) <= count // 2 + 4
 
@@ -184,11 +198,11 @@ def test_the_sender_tells_when_the_last_of_its_messages_has_left() -> None:
     ],
 )
 def test_chunks_are_short_in_time_and_arrive_whole(bytes_per_s: float | None, chunk_bytes: int) -> None:
-    left, right = memory_pair("entry x", ByteCounters(), ByteCounters())
     frames: list[Frame] = []
-    right.max_tensor_bytes = 3 << 20
-    right.attach(lambda _, frame: frames.append(frame), lambda _, reason: None)
-    left.pace = Pace(bytes_per_s) if bytes_per_s else None
+    left, right = open_pair(
+        terms(pace=Pace(bytes_per_s) if bytes_per_s else None),
+        terms(on_frame=lambda _, frame: frames.append(frame)),
+    )
     tensor = torch.randn(1, 5, 100_001, generator=torch.Generator().manual_seed(1))
     began = time.monotonic()
     left.send(pb.Header(kind=pb.GRAD), tensor)
@@ -199,10 +213,8 @@ def test_chunks_are_short_in_time_and_arrive_whole(bytes_per_s: float | None, ch
 
 
 def test_a_link_tells_what_it_sent_and_when() -> None:
-    left, right = memory_pair("entry x", ByteCounters(), ByteCounters())
-    right.max_tensor_bytes = 1 << 20
     told: list[tuple[pb.Header, float, float]] = []
-    left.on_sent = lambda header, queued, gone: told.append((header, queued, gone))
+    left, _ = open_pair(terms(on_sent=lambda header, queued, gone: told.append((header, queued, gone))), terms())
     before = time.monotonic()
     left.send(pb.Header(kind=pb.ACT, step=3), torch.zeros(1, 2, 4))
     left.send(pb.Header(kind=pb.GRAD_END, step=4))

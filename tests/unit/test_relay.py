@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,18 +15,17 @@ import torch
 from edgelam_fl.addresses import free_port
 from edgelam_fl.errors import PeerLost, Refused
 from edgelam_fl.hub import STATE, relay
-from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
-from edgelam_fl.wire.grpc import serve
 from edgelam_fl.wire.grpc.dial import dial
+from edgelam_fl.wire.grpc.options import Timing
 from edgelam_fl.wire.grpc.serve import DataPlaneServer, RelayedDoor
 from edgelam_fl.wire.link import Frame, Link
 from edgelam_fl.wire.relay import ACCEPT, BEHIND, DIAL, LISTEN, Relay, make_token, number_metadata, path
+from tests.links import Heard, hello, make_terms, ready, terms
 from tests.support import grpc_server
 
 PART = "rün/1/1/edge-1"
-Heard = queue.Queue[Frame | str]
 
 
 @pytest.fixture
@@ -55,22 +53,14 @@ class Host:
             return pb.Refuse(reason="no route here")
         if not self.ready.is_set():
             return pb.NotReady(retry_ms=50)
-        link.attach(*ears(self.heard))
-        link.silent_s, link.max_tensor_bytes = self.silent_s, 64 << 20
+        link.open(terms(answer=ready(), heard=self.heard, silent_s=self.silent_s))
         self.links.append(link)
-        return pb.Ready(version=PROTOCOL_VERSION, window=1, codec="raw", job_token=7)
-
-
-def ears(heard: Heard) -> tuple[Callable[[Link, Frame], None], Callable[[Link, str], None]]:
-    return (lambda link, frame: heard.put(frame)), (lambda link, reason: heard.put(reason))
+        return ready()
 
 
 def call(address: str, way: Relay | None, heard: Heard, ready_s: float = 20, node: str = "device-1") -> Link:
-    hello = pb.Hello(version=PROTOCOL_VERSION, job="rün/1/1", node=node, window=1, codecs=["raw"])
-    deadlines = pb.Deadlines(ready_s=ready_s, silent_s=30)
-    link, ready = dial(address, "entry edge-1", hello, ByteCounters(), ears(heard), deadlines, way)
-    link.job_token, link.max_tensor_bytes = ready.job_token, 64 << 20
-    return link
+    terms = make_terms(heard, silent_s=30)
+    return dial(address, "entry edge-1", hello("rün/1/1", node), ByteCounters(), terms, ready_s, way)
 
 
 def test_frames_go_both_ways_and_an_end_that_closes_ends_the_other(way: Callable[[str], Relay]) -> None:
@@ -185,13 +175,12 @@ def test_a_host_that_came_back_takes_the_place_of_its_lost_self(way: Callable[[s
 
 def test_a_host_outlives_a_hub_that_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(STATE, str(tmp_path))
-    monkeypatch.setattr(serve, "_LISTEN_RETRY_S", 0.2)
     key = relay.relay_key(tmp_path)
     assert relay.relay_key(tmp_path) == key
     host, heard = Host(), Heard()
     port = free_port()
     ways = {m: Relay(f"127.0.0.1:{port}", PART, make_token(key, m, PART)) for m in (LISTEN, DIAL)}
-    door = RelayedDoor(ways[LISTEN], host.admit)
+    door = RelayedDoor(ways[LISTEN], host.admit, Timing(listen_again_s=0.2))
     for _ in range(2):
         with grpc_server(relay.handlers(), port=port):
             call(BEHIND + "edge-1", ways[DIAL], heard)

@@ -16,7 +16,9 @@ from edgelam_fl.split.route import new_route, open_route
 from edgelam_fl.split.window import affordable_window
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
+from edgelam_fl.wire.link import Link
 from edgelam_fl.wire.memory import memory_pair
+from edgelam_fl.wire.terms import MakeTerms
 from tests.support import Fleet, check_done, memory_fleet, run_config
 
 ADAPTER = 4096  # elements of it
@@ -70,13 +72,15 @@ def test_a_share_paces_both_ends_of_both_links(tiny: ModelSource) -> None:
     plan = fleet.plans(RoundFacts("r", 1, 1, 0, 1))["device-1"]
     plan.routes[0].share_bps = 0.25 * 8e6
 
-    def dial(address: str, name: str, hello: pb.Hello, counters: ByteCounters, ears: Any, *_: Any) -> Any:
-        return memory_pair(name, counters, counters)[0], pb.Ready(window=1, codec="raw", job_token=1)
+    def dial(address: str, name: str, hello: pb.Hello, counters: ByteCounters, make_terms: MakeTerms, *_: Any) -> Link:
+        link, _ = memory_pair(name, counters, counters)
+        link.open(make_terms(name, counters, pb.Ready(window=1, codec="raw", job_token=1)))
+        return link
 
     route = new_route(plan)
     open_route(dial, plan, tiny, route, ByteCounters())
     assert route.entry is not None
     assert route.exit is not None
-    assert route.entry.pace is not None
-    assert route.entry.pace is route.exit.pace
-    assert route.entry.pace.bytes_per_s == 0.25 * 8e6 / 8
+    assert route.entry.terms.pace is not None
+    assert route.entry.terms.pace is route.exit.terms.pace
+    assert route.entry.terms.pace.bytes_per_s == 0.25 * 8e6 / 8

@@ -1,63 +1,65 @@
-"""Dials links over gRPC: directly, or through the relay of the hub."""
+"""The end of a link that dials: directly, or through the relay of the server's hub. Knows handshakes; knows no plans."""
 
 from __future__ import annotations
 
-import threading
+import queue
 import time
 from collections import deque
 from dataclasses import dataclass
 
 import grpc
 
-from edgelam_fl.errors import PeerLost, ProtocolError, Refused
+from edgelam_fl.errors import EdgelamError, PeerLost, ProtocolError, Refused
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
-from edgelam_fl.wire.grpc.options import _HELLO_DEADLINE_S, _METHOD, _OPTIONS, GrpcLink
-from edgelam_fl.wire.link import Ears, Frame, Link
+from edgelam_fl.wire.grpc.link import GrpcLink
+from edgelam_fl.wire.grpc.options import DEFAULT_TIMING, LINK, Timing, channel_options
+from edgelam_fl.wire.link import Frame, Link
 from edgelam_fl.wire.relay import BEHIND, BY_RELAY, DIAL, Metadata, Relay, path
+from edgelam_fl.wire.terms import MakeTerms
 
-_RETRY_S = 0.5
-
-
-# ---------------------------------------------------------------- the end that dials
+_LEAST_CONNECT_S = 0.1  # an attempt shortly before the deadline still gets so long
+_MOST_RETRY_S = 5.0  # a host that asks for a longer pause is asked again all the same
 
 
 @dataclass(frozen=True)
 class _Way:
-    """Where to dial for a link, and how."""
+    """Where and how to dial for one link."""
 
     address: str
-    method: str = _METHOD
+    method: str = LINK
     metadata: Metadata = ()
     suffix: str = ""  # of the link's name
 
 
 def dial(
     address: str,
-    link_name: str,
+    name: str,
     hello: pb.Hello,
     counters: ByteCounters,
-    ears: Ears,
-    deadlines: pb.Deadlines,
+    make_terms: MakeTerms,
+    ready_s: float,
     relay: Relay | None = None,
-) -> tuple[Link, pb.Ready]:
-    """Opens a link and attaches `ears` to it. Repeats while the host is not up or has no such job yet.
+    timing: Timing = DEFAULT_TIMING,
+) -> Link:
+    """Opens a link called `name` with the terms that `make_terms` makes of the host's READY.
 
-    `relay`: the way by which it goes where nobody answers at `address`.
-    Raises Refused with the host's reason, PeerLost when `deadlines.ready_s` seconds have passed.
+    Tries again while the host is not up or has no such job yet. If nobody answers at `address`, the link goes through
+    `relay`; None: there is no such way. Raises Refused with the host's reason, PeerLost after `ready_s` seconds, and what
+    `make_terms` raises.
     """
-    end = time.monotonic() + deadlines.ready_s
+    end = time.monotonic() + ready_s
     ways = deque([_Way(address)] if not address.startswith(BEHIND) else [])
     if relay is not None:
         ways.append(_Way(relay.hub, path(DIAL), relay.metadata, BY_RELAY))
     problem = "no answer" if ways else "it can be reached by a relay alone, and this server has none"
     while ways and time.monotonic() < end:
         way = ways[0]
-        channel = grpc.insecure_channel(way.address, options=_OPTIONS)
+        channel = grpc.insecure_channel(way.address, options=channel_options(timing))
         try:
-            grpc.channel_ready_future(channel).result(timeout=max(0.1, min(5.0, end - time.monotonic())))
-            link = GrpcLink(link_name + way.suffix, counters, deadlines.silent_s)
-            outcome = _say_hello(channel, way, link, hello, ears)
+            left_s = end - time.monotonic()
+            grpc.channel_ready_future(channel).result(timeout=max(_LEAST_CONNECT_S, min(timing.connect_s, left_s)))
+            outcome = _say_hello(channel, way, name + way.suffix, hello, counters, make_terms, timing)
         except grpc.FutureTimeoutError:
             problem = "nobody listens there"
             channel.close()
@@ -66,52 +68,55 @@ def dial(
         except PeerLost as error:
             problem = str(error)
             channel.close()
-            time.sleep(_RETRY_S)
+            time.sleep(timing.redial_s)
             if way.suffix:
                 ways.rotate()
             continue
-        if isinstance(outcome, pb.NotReady):
-            problem = "it has not received this job yet"
-            channel.close()
-            time.sleep(min(outcome.retry_ms / 1000, 5.0))
-            continue
-        return outcome
-    raise PeerLost(f"{link_name} at {address} could not be reached within {deadlines.ready_s:.0f} s: {problem}")
+        if isinstance(outcome, Link):
+            return outcome
+        problem = "it has not received this job yet"
+        channel.close()
+        time.sleep(min(outcome.retry_ms / 1000, _MOST_RETRY_S))
+    raise PeerLost(f"{name} at {address} could not be reached within {ready_s:.0f} s: {problem}")
 
 
 def _say_hello(
-    channel: grpc.Channel, way: _Way, link: GrpcLink, hello: pb.Hello, ears: Ears
-) -> tuple[Link, pb.Ready] | pb.NotReady:
-    """Raises Refused, or PeerLost when no answer comes."""
-    name = link.name
+    channel: grpc.Channel, way: _Way, name: str, hello: pb.Hello, counters: ByteCounters, make_terms: MakeTerms,
+    timing: Timing,
+) -> Link | pb.NotReady:  # fmt: skip
+    """Shakes hands; returns the open link, or the host's wish to be asked later.
+
+    Raises Refused with the host's reason, PeerLost without an answer, and what `make_terms` raises.
+    """
+    answers: queue.SimpleQueue[pb.Header | EdgelamError] = queue.SimpleQueue()
+
+    def take_answer(link: Link, frame: Frame) -> None:
+        try:
+            if frame.header.kind == pb.READY:
+                link.open(
+                    make_terms(name, counters, frame.header.ready)
+                )  # on the reading thread: before it reads a later frame
+            answers.put(frame.header)
+        except EdgelamError as error:
+            answers.put(error)
+
+    link = GrpcLink(name, counters, take_answer, lambda _, reason: answers.put(PeerLost(reason)), timing)
     link.send(pb.Header(kind=pb.HELLO, hello=hello))
     call = channel.stream_stream(way.method)(iter(link.outbox), metadata=way.metadata)
-    answer: list[pb.Header] = []
-    problems: list[str] = []
-    answered = threading.Event()
-
-    def first_frame(_: Link, frame: Frame) -> None:
-        if frame.header.kind == pb.READY:
-            link.attach(*ears)  # on the reading thread, so that no later frame slips through
-        answer.append(frame.header)
-        answered.set()
-
-    def lost(_: Link, reason: str) -> None:
-        problems.append(reason)
-        answered.set()
-
-    link.attach(first_frame, lost)
     link.read_from(call, then=channel.close)
-    answered.wait(_HELLO_DEADLINE_S)
-    if answer and answer[0].kind == pb.READY:
+    try:
+        answer = answers.get(timeout=timing.hello_s)
+    except queue.Empty:
+        answer = PeerLost(f"no answer to HELLO within {timing.hello_s:.0f} s")
+    if isinstance(answer, pb.Header) and answer.kind == pb.READY:
         link.start_pulse(call.cancel)
-        return link, answer[0].ready
+        return link
     link.close()
     call.cancel()
-    if not answer:
-        raise PeerLost(problems[0] if problems else f"no answer to HELLO within {_HELLO_DEADLINE_S:.0f} s")
-    if answer[0].kind == pb.REFUSE:
-        raise Refused(f"{name} refuses: {answer[0].refuse.reason}")
-    if answer[0].kind != pb.NOT_READY:
-        raise ProtocolError(f"{name} answered HELLO with {pb.Kind.Name(answer[0].kind)}")
-    return answer[0].not_ready
+    if isinstance(answer, EdgelamError):
+        raise answer
+    if answer.kind == pb.REFUSE:
+        raise Refused(f"{name} refuses: {answer.refuse.reason}")
+    if answer.kind != pb.NOT_READY:
+        raise ProtocolError(f"{name} answered HELLO with {pb.Kind.Name(answer.kind)}")
+    return answer.not_ready

@@ -1,4 +1,4 @@
-"""Serves links over gRPC: those that are dialled here, and those that the relay brings."""
+"""The end of a link that is dialled: directly, or through the relay of the server's hub. Knows handshakes; knows no plans."""
 
 from __future__ import annotations
 
@@ -14,27 +14,24 @@ from edgelam_fl.errors import EnvironmentProblem
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
-from edgelam_fl.wire.grpc.options import _HELLO_DEADLINE_S, _OPTIONS, GrpcLink
+from edgelam_fl.wire.grpc.link import GrpcLink
+from edgelam_fl.wire.grpc.options import DEFAULT_TIMING, Timing, channel_options
 from edgelam_fl.wire.link import Frame, Link
 from edgelam_fl.wire.relay import ACCEPT, LISTEN, Relay, number_metadata, path
 
-_LISTEN_RETRY_S = 2.0
 _MAX_STREAMS = 512
 
-# Asked for every HELLO: lets the link in (after attaching to it) or says why not.
+# Asked about every HELLO. Returns READY after it has opened the link, else when to ask again, or why never.
 Doorkeeper = Callable[[pb.Hello, Link], pb.Ready | pb.NotReady | pb.Refuse]
 
 
-# ---------------------------------------------------------------- the end that is dialled
-
-
 class DataPlaneServer:
-    """Listens for links. `port` is the real one when 0 was asked for."""
+    """A port that listens for links. `port` is the real one if 0 was asked for."""
 
-    def __init__(self, host: str, port: int, doorkeeper: Doorkeeper) -> None:
-        self._doorkeeper = doorkeeper
+    def __init__(self, host: str, port: int, doorkeeper: Doorkeeper, timing: Timing = DEFAULT_TIMING) -> None:
+        self._doorkeeper, self._timing = doorkeeper, timing
         self._server = grpc.server(
-            ThreadPoolExecutor(_MAX_STREAMS, "link"), options=[*_OPTIONS, ("grpc.so_reuseport", 0)]
+            ThreadPoolExecutor(_MAX_STREAMS, "link"), options=[*channel_options(timing), ("grpc.so_reuseport", 0)]
         )
         handler = grpc.stream_stream_rpc_method_handler(self._link)
         self._server.add_generic_rpc_handlers(
@@ -52,74 +49,74 @@ class DataPlaneServer:
         self._server.stop(grace=0.5)
 
     def _link(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        link = GrpcLink(context.peer(), ByteCounters(), silent_s=_HELLO_DEADLINE_S)
-        _answer(link, requests, self._doorkeeper, context.cancel)
+        link = _served_link(context.peer(), self._doorkeeper, self._timing)
+        link.read_from(requests)
+        link.start_pulse(context.cancel)
         yield from link.outbox
 
 
 class RelayedDoor:
-    """Lets a node be dialled through the server's hub, from now until `close`. Where the hub is away, it tries again."""
+    """A way to this node through the server's hub, open until `close`. Calls the hub again if it goes away."""
 
-    def __init__(self, relay: Relay, doorkeeper: Doorkeeper) -> None:
-        self._relay, self._doorkeeper = relay, doorkeeper
+    def __init__(self, relay: Relay, doorkeeper: Doorkeeper, timing: Timing = DEFAULT_TIMING) -> None:
+        self._relay, self._doorkeeper, self._timing = relay, doorkeeper, timing
         self._closed = threading.Event()
         self._calls: grpc.Call | None = None
         threading.Thread(target=self._listen, name="relay", daemon=True).start()
 
     def close(self) -> None:
-        """Links that are open stay open."""
+        """Takes no more links; open ones stay open."""
         self._closed.set()
         if self._calls is not None:
             self._calls.cancel()
 
     def _listen(self) -> None:
         while not self._closed.is_set():
-            with grpc.insecure_channel(self._relay.hub, options=_OPTIONS) as channel, suppress(grpc.RpcError):
+            with (
+                grpc.insecure_channel(self._relay.hub, options=channel_options(self._timing)) as channel,
+                suppress(grpc.RpcError),
+            ):
                 self._calls = channel.unary_stream(path(LISTEN))(b"", metadata=self._relay.metadata)
                 for number in self._calls:
                     if self._closed.is_set():
                         return
                     if number:  # an empty one only says that the hub is there
                         self._accept(number)
-            self._closed.wait(_LISTEN_RETRY_S)
+            self._closed.wait(self._timing.listen_again_s)
 
     def _accept(self, number: bytes) -> None:
-        channel = grpc.insecure_channel(self._relay.hub, options=_OPTIONS)
-        link = GrpcLink("a link by relay", ByteCounters(), silent_s=_HELLO_DEADLINE_S)
+        channel = grpc.insecure_channel(self._relay.hub, options=channel_options(self._timing))
+        link = _served_link("a link by relay", self._doorkeeper, self._timing)
         call = channel.stream_stream(path(ACCEPT))(iter(link.outbox), metadata=number_metadata(number))
-        _answer(link, call, self._doorkeeper, call.cancel, then=channel.close)
+        link.read_from(call, then=channel.close)
+        link.start_pulse(call.cancel)
 
 
-def _answer(
-    link: GrpcLink,
-    messages: Iterator[bytes],
-    doorkeeper: Doorkeeper,
-    hang_up: Callable[[], object],
-    then: Callable[[], object] = lambda: None,
-) -> None:
-    """Starts the dialled end of a link."""
-    link.attach(partial(_hear_hello, doorkeeper), lambda _, reason: None)
-    link.read_from(messages, then)
-    link.start_pulse(hang_up)
+def _served_link(name: str, doorkeeper: Doorkeeper, timing: Timing) -> GrpcLink:
+    """Returns a link that waits for HELLO. `name` and its byte counts serve until the doorkeeper has opened it."""
+    return GrpcLink(name, ByteCounters(), partial(_answer_hello, doorkeeper), lambda _, reason: None, timing)
 
 
-def _hear_hello(doorkeeper: Doorkeeper, link: Link, frame: Frame) -> None:
-    header = frame.header
+def _answer_hello(doorkeeper: Doorkeeper, link: Link, frame: Frame) -> None:
+    """Answers the dialler's first frame, before any frame that the host sends on the link that it has let in."""
+    with link.holding_back():
+        answer = _verdict(doorkeeper, link, frame.header)
+        if isinstance(answer, pb.Ready):
+            link.send(pb.Header(kind=pb.READY, ready=answer))
+            return
+    if isinstance(answer, pb.Refuse):
+        link.send(pb.Header(kind=pb.REFUSE, refuse=answer))
+    else:
+        link.send(pb.Header(kind=pb.NOT_READY, not_ready=answer))
+    link.close()
+
+
+def _verdict(doorkeeper: Doorkeeper, link: Link, header: pb.Header) -> pb.Ready | pb.NotReady | pb.Refuse:
     if header.kind != pb.HELLO:
-        answer: pb.Ready | pb.NotReady | pb.Refuse = pb.Refuse(reason="the first frame must be HELLO")
-    elif header.hello.version != PROTOCOL_VERSION:
-        answer = pb.Refuse(
+        return pb.Refuse(reason="the first frame must be HELLO")
+    if header.hello.version != PROTOCOL_VERSION:
+        return pb.Refuse(
             reason=f"protocol version {header.hello.version} of node {header.hello.node!r}; this host speaks "
             f"{PROTOCOL_VERSION}: install the same edgelam-fl on both"
         )
-    else:
-        answer = doorkeeper(header.hello, link)
-    if isinstance(answer, pb.Ready):
-        link.send(pb.Header(kind=pb.READY, ready=answer))
-        link.job_token = answer.job_token  # no later frame is read before this thread is through
-    else:
-        refused = isinstance(answer, pb.Refuse)
-        link.send(
-            pb.Header(kind=pb.REFUSE, refuse=answer) if refused else pb.Header(kind=pb.NOT_READY, not_ready=answer)
-        )
-        link.close()
+    return doorkeeper(header.hello, link)

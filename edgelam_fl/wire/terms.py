@@ -1,0 +1,74 @@
+"""The terms of one link: everything that its two ends settle before the first tensor travels.
+
+A link gets its terms once, from `Link.open`, when the handshake is over; until then it can only shake hands. Knows plans
+and transports no more than the link does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgelam_fl.errors import ProtocolError
+from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.codecs import CODECS
+from edgelam_fl.wire.counters import ByteCounters
+from edgelam_fl.wire.pace import Pace
+
+if TYPE_CHECKING:
+    from edgelam_fl.wire.link import Frame, Link
+
+OnFrame = Callable[["Link", "Frame"], None]
+OnLost = Callable[["Link", str], None]
+OnSent = Callable[[pb.Header, float, float], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkTerms:
+    """What one end of a link goes by for as long as the link lives."""
+
+    name: str  # in events, byte counts and messages: "entry device-1"
+    job_token: int  # short number of the job, in every frame; frames of another job end the link; 0: not checked
+    codec: str  # key of the codec for hidden states and gradients, in both directions
+    window: int  # micro-batches that may be in flight, as the host granted
+    most_bytes: int  # size of the largest tensor that may arrive, encoded or decoded
+    silent_s: float  # the link counts as lost after so long without a message; 0: never
+    counters: ByteCounters
+    pace: Pace | None  # how fast this end sends data, perhaps shared with other links; None: no limit
+    on_frame: OnFrame  # called with every frame, on the transport's thread
+    on_lost: OnLost  # called once, with the reason, unless this end closes the link first
+    on_sent: (
+        OnSent | None
+    )  # called after a tensor has left: its header, when it was queued, when it left (monotonic, s)
+
+
+# name, counters, the host's READY -> the terms of the end that dialled; raises ProtocolError if READY is of no use
+MakeTerms = Callable[[str, ByteCounters, pb.Ready], LinkTerms]
+
+
+def link_terms(
+    name: str,
+    counters: ByteCounters,
+    ready: pb.Ready,
+    *,
+    most_bytes: int,
+    on_frame: OnFrame,
+    on_lost: OnLost,
+    silent_s: float = 0.0,
+    pace: Pace | None = None,
+    on_sent: OnSent | None = None,
+) -> LinkTerms:
+    """Returns the terms that READY grants, with what this end adds. Both ends make theirs here.
+
+    Raises ProtocolError for a codec that is not known here and for a window without room for a micro-batch.
+    """
+    if ready.codec not in CODECS or not ready.window >= 1:
+        raise ProtocolError(
+            f"{name} granted codec {ready.codec!r} and window {ready.window}; known codecs: {', '.join(CODECS)}; "
+            "a window is at least 1"
+        )
+    return LinkTerms(
+        name=name, job_token=ready.job_token, codec=ready.codec, window=ready.window, most_bytes=most_bytes,
+        silent_s=silent_s, counters=counters, pace=pace, on_frame=on_frame, on_lost=on_lost, on_sent=on_sent,
+    )  # fmt: skip
