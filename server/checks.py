@@ -11,6 +11,7 @@ from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.adapter import target_modules
 from edgelam_fl.model.source import find_model
+from edgelam_fl.plan.modes import host_mode, label_place
 from edgelam_fl.plan.spec import RunSpec
 from strategies.registry import BUILT_IN, Capabilities, load_all
 
@@ -44,10 +45,11 @@ def check_together(config: RunConfig) -> None:
         )
     if split.sites > 1 and not split.hosts:
         raise ConfigError(f"split.sites = {split.sites} needs split.hosts of at least 1: a site is a chain of hosts")
-    if split.labels == "last-stage" and not split.hosts:
+    on_device = label_place(split.labels).on_device
+    if not on_device and not split.hosts:
         raise ConfigError("split.labels = 'last-stage' needs split.hosts of at least 1: the last host holds the head")
     backs = {"split.back": split.back} | {f"split.backs.{name}": back for name, back in split.backs.items()}
-    for key, back in backs.items() if split.labels == "last-stage" else ():
+    for key, back in () if on_device else backs.items():
         if back:
             raise ConfigError(
                 f"{key} = {back}: split.back must be 0 with split.labels = 'last-stage', where the last host holds the last "
@@ -58,7 +60,8 @@ def check_together(config: RunConfig) -> None:
 def check_aggregation(config: RunConfig, aggregation: Capabilities) -> None:
     """Raises ConfigError where an aggregation would have nothing to act on, or could not act as it means to."""
     split, lora, name = config.split, config.lora, config.strategy.aggregation
-    if split.hosts and split.host_mode == "copies" and aggregation.personal:
+    mode = host_mode(split.host_mode)
+    if split.hosts and mode.has_copies and aggregation.personal:
         raise ConfigError(
             f"strategy.aggregation = {name!r} does not go with split.host_mode = 'copies': hosts start a round from one adapter, "
             f"and each device would need its own there. Allowed: 'joint', 'sequential', or split.hosts = 0"
@@ -70,7 +73,7 @@ def check_aggregation(config: RunConfig, aggregation: Capabilities) -> None:
         )
     if aggregation.corrects_sgd:
         check_correction(config)
-    if not split.hosts or split.host_mode == "copies" or lora.train != ("hosts",):
+    if not split.hosts or mode.has_copies or lora.train != ("hosts",):
         return
     where = f"lora.train = ['hosts'] and split.host_mode = {split.host_mode!r}: devices train no layer of their own"
     allowed = "Allowed: lora.train with 'front' or 'back', split.host_mode = 'copies', or split.hosts = 0"
@@ -109,7 +112,7 @@ def check_correction(config: RunConfig) -> None:
             f"{who} reads gradients off what a source moved by, and optimizer.clip = {optimizer.clip!r} would shorten that. "
             f"Allowed: optimizer.clip = 'none'"
         )
-    if split.hosts and split.host_mode == "sequential":
+    if split.hosts and host_mode(split.host_mode).steps_in_turn:
         raise ConfigError(
             f"{who} does not go with split.host_mode = 'sequential': there devices move one adapter in turn, and what it moved by "
             f"is no device's. Allowed: 'joint', 'copies', or split.hosts = 0"

@@ -8,6 +8,7 @@ import numpy as np
 
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.plan.layout import site_source
+from edgelam_fl.plan.modes import host_mode
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.replies import frozen, spans_of_source
 from strategies.registry import Capabilities
@@ -22,7 +23,7 @@ def add_corrections(
     found = []
     for scope, source in _sources(plan):
         held = adapters.slice_of(adapter, spans_of_source(plan, scope, source) or [])
-        as_seen = site_source(source) if scope == "site" and plan.host_mode != "copies" else source
+        as_seen = site_source(source) if host_mode(plan.host_mode).is_shared(scope) else source
         tensors = dict(aggregation.correction(as_seen, [name for name in held if not frozen(plan, name)]))
         if tensors:
             plan.corrections.add(scope=scope, source=source, digest=adapters.digest(tensors))
@@ -33,7 +34,6 @@ def add_corrections(
 def _sources(plan: pb.Plan) -> Iterator[tuple[str, str]]:
     if plan.routes:
         yield "ends", plan.node
-    if plan.serves and plan.host_mode != "copies":
-        yield "site", plan.site
-    elif plan.serves:
-        yield from (("site", route.device) for route in plan.serves)
+    if plan.serves:
+        devices = [route.device for route in plan.serves]
+        yield from (("site", source) for source in host_mode(plan.host_mode).sources(plan.site, devices))

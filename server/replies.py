@@ -18,6 +18,7 @@ from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.adapter import Adapter, Span
 from edgelam_fl.model.carry import is_carry
 from edgelam_fl.plan.layout import Layout, site_source
+from edgelam_fl.plan.modes import host_mode
 from edgelam_fl.plan.reading import end_spans, hosted_span
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.global_adapter import at_rank
@@ -92,14 +93,14 @@ def spans_of_source(plan: pb.Plan, scope: str, source: str) -> list[Span] | None
     hosted = hosted_span(plan)
     if scope != "site" or hosted is None:
         return None
-    if plan.host_mode != "copies":
+    if host_mode(plan.host_mode).is_shared(scope):
         return [hosted] if source == plan.site else None
     hops = [hop for route in plan.serves if route.device == source for hop in route.hops if hop.node == plan.node]
     return [Span(hop.first, hop.last, head=hosted.head) for hop in hops] or None
 
 
 def _most_labels(plan: pb.Plan, part: pb.Contribution) -> int:
-    devices = len(plan.serves) if part.scope == "site" and plan.host_mode != "copies" else 1
+    devices = len(plan.serves) if host_mode(plan.host_mode).is_shared(part.scope) else 1
     return devices * plan.steps * plan.batch_size * plan.task.max_tokens
 
 
@@ -110,7 +111,7 @@ def _least_lr(plan: pb.Plan) -> float:
 
 def _most_lr(plan: pb.Plan, part: pb.Contribution) -> float:
     """Of all steps; a sequential host makes one for each device."""
-    times = len(plan.serves) if part.scope == "site" and plan.host_mode == "sequential" else 1
+    times = host_mode(plan.host_mode).steps_of_source(part.scope, len(plan.serves))
     return times * math.fsum(plan.optimizer.lrs) * (1 + _ROUNDING)
 
 
@@ -167,7 +168,7 @@ def parts(name: str, reply: Reply, plan: pb.Plan, layout: Layout) -> Iterator[tu
     """What counts of a node's reply, each with the site that it counts with."""
     for part, tensors in zip(reply.report.contributions, reply.tensors, strict=True):
         if part.weight > 0 and tensors:
-            of_site = part.scope == "site" and plan.host_mode != "copies"
+            of_site = host_mode(plan.host_mode).is_shared(part.scope)
             source = site_source(part.source) if of_site else part.source
             modules = {module_of(tensor) for tensor in tensors if is_factor(tensor)}
             scales = dict.fromkeys(modules, plan.lora.alpha / plan.lora.rank)

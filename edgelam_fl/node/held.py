@@ -15,12 +15,11 @@ from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.carry import without_carry
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.stage import Stage, load_stages
+from edgelam_fl.plan.modes import host_mode
 from edgelam_fl.plan.reading import end_spans, ends_train, hosted_span, hosted_trains, spans_of
 from edgelam_fl.split.corrections import read_corrections
 from edgelam_fl.split.trainee import Trainee, lora_of
 from edgelam_fl.wire import edgelam_pb2 as pb
-
-_COPIES = "copies"
 
 
 class Held:
@@ -72,7 +71,7 @@ class Held:
                 f"node {plan.node} holds adapter {digest[:12]}, the plan starts from {plan.adapter_digest[:12]}"
             )
         mu = plan.lora.prox_mu  # of a device's: its ends, and its copies here
-        site_mu = mu if plan.host_mode == _COPIES else 0.0
+        site_mu = mu if host_mode(plan.host_mode).has_copies else 0.0
         adds = read_corrections(plan, corrections)
         own = adds.get(("ends", plan.node), {})
         warm = [self.ends_trainee.start(tensors, ends_train(plan), plan, mu, own)] if self.ends else []
@@ -91,12 +90,12 @@ class Held:
         """What trains on the hosted stage, by source: one for the site, or with copies one for each device."""
         if self.hosted is None:
             return {}
-        copies = plan.host_mode == _COPIES
+        mode = host_mode(plan.host_mode)
         routes = sorted(plan.serves, key=lambda route: route.device_index)
-        sources = [route.device for route in routes] if copies else [plan.site]
+        sources = mode.sources(plan.site, [route.device for route in routes])
         for source in sources:
             if source not in self._site:
-                self._site[source] = Trainee([self.hosted], own=copies)
+                self._site[source] = Trainee([self.hosted], own=mode.has_copies)
         self._site = {source: self._site[source] for source in sources}
         return self._site
 
@@ -149,7 +148,7 @@ class Held:
 def slice_key(plan: pb.Plan) -> tuple[Any, ...]:
     """What would make it another slice."""
     model = plan.model
-    copies = plan.host_mode == _COPIES
+    copies = host_mode(plan.host_mode).has_copies
     return (
         model.digest, model.base, model.compute, tuple(spans_of(plan)), lora_of(plan), plan.checkpointing, copies,
         len(plan.task.classes),

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 
 from edgelam_fl.addresses import join_address
-from edgelam_fl.errors import DataError, EdgelamError
+from edgelam_fl.errors import DataError, EdgelamError, Refused
 from edgelam_fl.hub.fetch import open_model
 from edgelam_fl.machine import memory_free_bytes, peak_rss_bytes
 from edgelam_fl.model import adapter as adapters
@@ -33,6 +33,7 @@ from edgelam_fl.model.stage import Stage, load_stages
 from edgelam_fl.node.examples import task_of
 from edgelam_fl.node.held import Held, slice_key
 from edgelam_fl.node.profile.answer import add_measured
+from edgelam_fl.plan.modes import host_mode, label_place
 from edgelam_fl.plan.reading import hosted_span, job_id, part_id
 from edgelam_fl.serving.sessions import HostSessions
 from edgelam_fl.split.driver import Driver
@@ -55,7 +56,6 @@ _RETRY_MS = 200
 _RESULTS_KEPT = 2
 _GONE_S = 2.0
 VERSIONED = ("edgelam-fl", "flwr", "torch", "transformers", "peft", "grpcio", "numpy")
-HOST_MODES = ("joint", "sequential", "copies")
 
 
 class Closes(Protocol):
@@ -240,8 +240,12 @@ class StageHost:
             return "a plan without route, batch size, micro-batches, window or deadlines"
         if len(plan.routes) != (self._data is not None and not plan.generate):
             return f"a plan with {len(plan.routes)} routes of its own for {pb.Role.Name(self.role)} {self.name!r}"
-        if len(plan.optimizer.lrs) != plan.steps or plan.host_mode not in HOST_MODES:
-            return f"a plan of {plan.steps} steps with {len(plan.optimizer.lrs)} learning rates, host mode {plan.host_mode!r}"
+        if len(plan.optimizer.lrs) != plan.steps:
+            return f"a plan of {plan.steps} steps with {len(plan.optimizer.lrs)} learning rates"
+        try:
+            host_mode(plan.host_mode), label_place(plan.labels)
+        except Refused as error:
+            return str(error)
         return ""
 
     # ---------------------------------------------------------------- the compute thread

@@ -13,6 +13,7 @@ from itertools import pairwise
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, RunFailed
+from edgelam_fl.plan.modes import label_place
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import edgelam_pb2 as pb
 
@@ -114,7 +115,7 @@ def device_ends(spec: RunSpec, device: str) -> tuple[int, int]:
     """(front, back_first): layers [0, front) and [back_first, all) stay on the device."""
     split, source = spec.config.split, spec.source
     front = by_name(split.fronts, device, split.front)
-    back = 0 if split.labels == "last-stage" else by_name(split.backs, device, split.back)
+    back = by_name(split.backs, device, split.back) if label_place(split.labels).on_device else 0
     if front + back > source.num_layers:
         raise ConfigError(
             f"device {device} would keep {front} layers in front and {back} at the back (split.fronts, split.backs); "

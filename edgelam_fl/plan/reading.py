@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable
 
 from edgelam_fl.model.adapter import Span
+from edgelam_fl.plan.modes import label_place
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 
@@ -47,9 +48,8 @@ def end_spans(plan: pb.Plan) -> list[Span]:
     if not route.hops:
         return [Span(0, layers, embed=True, head=True)]
     front = Span(0, route.front, embed=True)
-    if plan.labels == "last-stage":
-        return [front]
-    return [front, Span(route.back_first, layers, head=True)]
+    back = [Span(route.back_first, layers, head=True)] if label_place(plan.labels).on_device else []
+    return [front, *back]
 
 
 def hosted_span(plan: pb.Plan) -> Span | None:
@@ -57,7 +57,7 @@ def hosted_span(plan: pb.Plan) -> Span | None:
     if not plan.serves:
         return None
     last = plan.serves[0].hops[-1].node == plan.node
-    return Span(plan.hosted.first, plan.hosted.last, head=last and plan.labels == "last-stage")
+    return Span(plan.hosted.first, plan.hosted.last, head=last and not label_place(plan.labels).on_device)
 
 
 def spans_of(plan: pb.Plan) -> list[Span]:

@@ -25,6 +25,7 @@ from edgelam_fl.plan.bases import BASES, DTYPES, choose_base
 from edgelam_fl.plan.chain_cost import Footprint, Member, Node, Run
 from edgelam_fl.plan.layout import by_name, device_ends, make_layout
 from edgelam_fl.plan.making import value_bytes
+from edgelam_fl.plan.modes import label_place
 from edgelam_fl.plan.reading import dialled_links
 from edgelam_fl.plan.search import deal
 from edgelam_fl.plan.spec import RunSpec
@@ -104,15 +105,15 @@ class Costs:
 
     def _run(self, bases: Sequence[str], devices: int, window: int, round_trips: Sequence[float]) -> Run:
         config, split = self.config, self.config.split
-        at_host = split.labels == "last-stage"
+        on_device = label_place(split.labels).on_device
         return Run(
             bases={base: self.footprint(base, devices, window) for base in bases},
             tensor_bytes=round(self.rows * self.tokens * self.source.hidden_size * value_bytes(config)),
             micro_batches=split.micro_batches,
             window=window,
             front_learns="front" in config.lora.train,
-            back_on_device=not at_host,
-            tail_layers=self.head_layers if at_host else 0.0,
+            back_on_device=on_device,
+            tail_layers=0.0 if on_device else self.head_layers,
             grows_bytes=_GROWS_BYTES,
             by_relay=frozenset(self._by_relay),
             relay_bps=config.wire.capacity_bps or math.inf,
@@ -125,7 +126,7 @@ class Costs:
     ) -> Member:
         front, back_first = device_ends(self.spec, device.name)
         spans = [Span(0, front, embed=True)]
-        if self.config.split.labels == "device":
+        if label_place(self.config.split.labels).on_device:
             spans.append(Span(back_first, self.source.num_layers, head=True))
         base, compute = choose_base(self.spec, device, spans)
         layers = [span.last - span.first + (self.head_layers if span.head else 0) for span in spans]
@@ -226,8 +227,9 @@ class Costs:
         if not plan.routes or not plan.routes[0].hops:
             return 0.0
         route = plan.routes[0]
-        at_device = 0.0 if plan.labels == "last-stage" else self.head_layers + plan.model.num_layers - route.back_first
-        return route.front + at_device
+        if not label_place(plan.labels).on_device:
+            return float(route.front)
+        return route.front + (self.head_layers + plan.model.num_layers - route.back_first)
 
     def _learn(self, measured: Mapping[tuple[str, str], float]) -> list[str]:
         """Takes the times of a layer of one unit in a round, by node and pair; tells who is far off what was planned with.
@@ -265,7 +267,7 @@ class Costs:
         """Of a host with so many devices and units of each in flight."""
         one, two = (self._unit(pair, layers) for layers in (1, 2))
         tail = 0
-        if self.config.split.labels == "last-stage":
+        if not label_place(self.config.split.labels).on_device:
             last = self.source.num_layers
             tail = self._weights([Span(last, last, head=True)], pair)
             tail += devices * window * (self._unit(pair, 0, head=True) - self._unit(pair, 0))

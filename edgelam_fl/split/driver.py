@@ -21,6 +21,7 @@ import torch
 
 from edgelam_fl.errors import ProtocolError
 from edgelam_fl.model.stage import Stage
+from edgelam_fl.plan.modes import host_mode, label_place
 from edgelam_fl.plan.reading import unit_seed
 from edgelam_fl.split.route import Route
 from edgelam_fl.split.timeline import Timeline
@@ -81,11 +82,11 @@ class Driver:
         self._index, self._device = own.device_index, own.device
         self._front_trains = any(p.requires_grad for p in self.front.parameters())
         self._grad_below = self._front_trains or bool(own.hops and plan.lora.train_hosts)
-        self._keeps_labels = plan.labels != "last-stage"
+        self._keeps_labels = label_place(plan.labels).on_device
+        self._mode = host_mode(plan.host_mode)
         self._gradients_due = 0  # micro-batches of the open step whose gradient was not sent yet
         self._closed_step = -1  # the newest that the coordinator closed with this device counted
-        # A coordinator waits step_s for the others of a joint step; turns of others come one after the other.
-        self._patience_s = 2 * plan.deadlines.step_s if plan.host_mode == "joint" else plan.deadlines.round_s
+        self._patience_s = self._mode.patience_s(plan.deadlines)
 
     # ---------------------------------------------------------------- phases
 
@@ -151,7 +152,7 @@ class Driver:
                     raise ProtocolError(
                         f"TABLE_ALL counts {totals[:3]}... labels a step; this device alone has {own[:3]}..."
                     )
-                return totals if self.plan.host_mode == "joint" else own
+                return [self._mode.divisor(total, n) for total, n in zip(totals, own, strict=True)]
 
     def _train_step(self, step: int, units: list[Unit], divisor: int) -> None:
         began = time.monotonic()
@@ -332,8 +333,9 @@ class Driver:
             return header, frame.tensor
 
     def _concerns(self, header: pb.Header, step: int) -> bool:
-        """Whether a close or its verdict is about this device's step: in joint mode all are, else those of its own turns."""
-        return header.step == step and (self.plan.host_mode == "joint" or header.device_index == self._index)
+        """Returns whether a close or its verdict is about this device's turn of a step."""
+        turn_index = self._mode.turn_index
+        return header.step == step and turn_index(header.device_index) == turn_index(self._index)
 
     def _await_close(self, step: int) -> None:
         if self.route.exit is None or self._closed_step == step:

@@ -19,10 +19,11 @@ import torch
 
 from edgelam_fl.errors import ProtocolError, RunFailed
 from edgelam_fl.model.stage import Stage
+from edgelam_fl.plan.modes import host_mode
 from edgelam_fl.plan.reading import unit_seed
 from edgelam_fl.split.group import Group, relay
 from edgelam_fl.split.inbox import Lost
-from edgelam_fl.split.lane import Lane, TurnId, accumulate, joint_turns, own_turns, sequential_turns
+from edgelam_fl.split.lane import Lane, TurnId, accumulate
 from edgelam_fl.split.member import (
     Gradients,
     Member,
@@ -61,11 +62,11 @@ class Host:
         self.timeline = Timeline("host")
         group.on_sent = self.timeline.sent
         everyone = [group.members[index] for index in sorted(group.members)]
-        joint = plan.host_mode == "joint"
-        if plan.host_mode == "copies":
-            self.lanes = [Lane([m], trainee, joint) for m, trainee in zip(everyone, trainees, strict=True)]
-        else:
-            self.lanes = [Lane(everyone, trainees[0], joint)]
+        self._mode = host_mode(plan.host_mode)
+        self.lanes = [
+            Lane(members, trainee, self._mode)
+            for members, trainee in zip(self._mode.lanes(everyone), trainees, strict=True)
+        ]
         self._lane_of = {m.index: lane for lane in self.lanes for m in lane.members}
         self._served: deque[int] = deque(group.members)  # whose forward pass is the longest ago comes first
         self._closes: dict[
@@ -95,7 +96,7 @@ class Host:
     def labels_of(self, source: str, name: str) -> int:
         """The labels that a tensor learned from: of the devices whose routes cross its layer; of a copy, its device's."""
         members = [m for m in self.group.members.values() if m.crosses(name)]
-        if self.plan.host_mode == "copies":
+        if self._mode.has_copies:
             members = [m for m in members if m.route.device == source]
         return sum(self.labels_trained[m.index] for m in members)
 
@@ -161,7 +162,7 @@ class Host:
     def _take_decision(self, lane: Lane, header: pb.Header) -> None:
         """The coordinator's word, on the way up; it comes once with each device, and the first copy is acted on."""
         number = self.lanes.index(lane)
-        turn = header.step, 0 if lane.joint else header.device_index
+        turn = header.step, self._mode.turn_index(header.device_index)
         if header.kind == pb.TABLE_ALL and lane.totals is None:
             if len(header.table_all.steps) != self.plan.steps:
                 raise ProtocolError(
@@ -177,18 +178,15 @@ class Host:
         """A stage's part of the gradient's norm, on its way to the coordinator (clip = "global")."""
         if not self.group.coordinates:
             relay(member.downstream, header)
-        elif lane.turn is not None and lane.turn_id == (header.step, 0 if lane.joint else header.device_index):
+        elif lane.turn is not None and lane.turn_id == (header.step, self._mode.turn_index(header.device_index)):
             name = f"host {header.coord[0] if header.coord else 0}" if from_below else member.route.device
             lane.norms.setdefault(name, header.step_ready)
 
     def _set_turns(self, lane: Lane, totals: list[pb.StepTotal]) -> None:
-        if self.plan.host_mode == "copies":
-            lane.turns = own_turns(lane.members[0])
-        elif lane.joint:
-            lane.turns = joint_turns(totals)
-        else:
-            first = self.plan.optimizer.step_offset
-            lane.turns = sequential_turns(totals, self.group.members, self.plan.seed, first)
+        lane.turns = self._mode.turns(
+            totals, lambda index, step: self.group.members[index].labels_of(step), self.plan.seed,
+            self.plan.optimizer.step_offset,
+        )  # fmt: skip
         lane.opened = time.monotonic()
         self.timeline.open()
 
@@ -241,7 +239,7 @@ class Host:
 
     def _timed_lanes(self) -> list[Lane]:
         """Those whose open turn has a deadline here. A copy waits for nobody, so nobody waits for it."""
-        if not self.group.coordinates or self.plan.host_mode == "copies":
+        if not (self.group.coordinates and self._mode.waits_for_others):
             return []
         return [lane for lane in self.lanes if lane.turn is not None]
 
@@ -440,12 +438,12 @@ class Host:
         self._closes.pop((self.lanes.index(lane), lane.turn_id), None)
         lane.next()
         left = [m for m in lane.members if m.present]
-        if self.group.coordinates and self.plan.host_mode != "copies" and len(left) < self.plan.min_devices:
+        if self.group.coordinates and self._mode.waits_for_others and len(left) < self.plan.min_devices:
             raise RunFailed(f"{len(left)} devices are left; at least {self.plan.min_devices} are needed")
 
     def _decide(self, lane: Lane, header: pb.Header) -> None:
-        if not lane.joint and lane.turn is not None:
-            header.device_index = lane.turn.members[0]
+        if lane.turn is not None:
+            header.device_index = lane.turn_id[1]
         self.group.decide(lane.members, header)
 
     def _tell_left_out(self, lane: Lane, counted: list[Member], left_out: list[Member]) -> None:

@@ -1,43 +1,29 @@
-"""A host's lane: one adapter, and the order in which it steps. A turn is what one step is made of.
-
-    joint        one lane; a turn is a step of the whole group
-    sequential   one lane; a turn is a step of one device, in an order drawn for each step from the run's seed
-    copies       a lane a device; a turn is a step of that device
+"""A host's lane: one adapter, and the order in which it steps (`plan.modes`).
 
 Knows gradients and counts; knows no links. `split.host` decides when a turn closes, and tells the others.
 """
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from edgelam_fl.plan.modes import HostMode, Turn
 from edgelam_fl.split.member import Gradients, Member
 from edgelam_fl.split.trainee import Trainee
 from edgelam_fl.wire import edgelam_pb2 as pb
 
-TurnId = tuple[int, int]  # step, device index (0 in joint mode, whose turns are everybody's)
-
-
-@dataclass(frozen=True)
-class Turn:
-    step: int
-    members: tuple[int, ...]
-    labels: int  # what each member divides its loss by
-
-    def of(self, index: int, step: int) -> bool:
-        return step == self.step and index in self.members
+TurnId = tuple[int, int]  # step, device index as HostMode.turn_index gives it
 
 
 @dataclass
 class Lane:
     members: list[Member]
     trainee: Trainee
-    joint: bool
+    mode: HostMode
     totals: list[pb.StepTotal] | None = None  # the coordinator's word; not at the coordinator itself
     turns: list[Turn] | None = None  # unknown until all tables are in
     number: int = 0  # of the open turn
@@ -55,7 +41,7 @@ class Lane:
     def turn_id(self) -> TurnId:
         turn = self.turn
         assert turn is not None
-        return turn.step, 0 if self.joint else turn.members[0]
+        return turn.step, self.mode.turn_index(turn.members[0])
 
     @property
     def is_through(self) -> bool:
@@ -65,10 +51,10 @@ class Lane:
         """Whether a device's part in a step is closed here."""
         if self.turns is None:
             return False
-        return not any(turn.of(index, step) for turn in self.turns[self.number :])
+        return not any(turn.has(index, step) for turn in self.turns[self.number :])
 
     def is_open(self, index: int, step: int) -> bool:
-        return self.turn is not None and self.closing is None and self.turn.of(index, step)
+        return self.turn is not None and self.closing is None and self.turn.has(index, step)
 
     def pending(self, counted: Sequence[int] | None) -> list[Member]:
         """Members of the open turn whose gradients are still to come. `counted`: who is in it by the coordinator's word."""
@@ -128,25 +114,3 @@ def accumulate(member: Member, gradients: Gradients) -> None:
         old = member.gradients[number]
         if new is not None:
             member.gradients[number] = new if old is None else old.add_(new)
-
-
-def joint_turns(totals: Sequence[pb.StepTotal]) -> list[Turn]:
-    return [Turn(step, tuple(total.members), total.labels) for step, total in enumerate(totals) if total.members]
-
-
-def sequential_turns(
-    totals: Sequence[pb.StepTotal], members: Mapping[int, Member], seed: int, first: int
-) -> list[Turn]:
-    """A turn for each device with labels in a step. `first`: global number of the phase's first step."""
-    turns = []
-    for step, total in enumerate(totals):
-        order = sorted(total.members)
-        random.Random(f"{seed}/order/{first + step}").shuffle(order)
-        turns += [Turn(step, (index,), members[index].labels_of(step)) for index in order]
-    return turns
-
-
-def own_turns(member: Member) -> list[Turn]:
-    """Copies: the device's own steps."""
-    steps = range(len(member.table or []))
-    return [Turn(step, (member.index,), member.labels_of(step)) for step in steps if member.labels_of(step)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from edgelam_fl.model.memory import unit_bytes
 from edgelam_fl.model.source import ModelSource
+from edgelam_fl.plan.modes import label_place
 from edgelam_fl.plan.reading import unit_rows
 from edgelam_fl.wire import edgelam_pb2 as pb
 
@@ -22,10 +23,9 @@ def affordable_window(plan: pb.Plan, source: ModelSource, itemsize: int, adapter
     span = plan.hosted
     unit = unit_bytes(
         source.config, span.last - span.first, unit_rows(plan), plan.task.max_tokens, itemsize,
-        checkpointing=plan.checkpointing, head=plan.labels == "last-stage",
+        checkpointing=plan.checkpointing, head=not label_place(plan.labels).on_device,
         all_linear=list(plan.lora.targets) == ["all-linear"],
     )  # fmt: skip
     routes = len(plan.serves)
-    copies = routes if plan.host_mode == "copies" else 1
-    kept = adapter_size * _KEPT_A_WEIGHT * max(routes, copies)
+    kept = adapter_size * _KEPT_A_WEIGHT * routes
     return max(0, min(plan.window, int((free_bytes * _SHARE - kept) // (unit * routes))))

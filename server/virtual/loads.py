@@ -9,6 +9,7 @@ from edgelam_fl.model.adapter import target_modules
 from edgelam_fl.model.index import layer_number
 from edgelam_fl.plan.layout import by_name, device_ends
 from edgelam_fl.plan.making import FP32_BYTES, own_steps, value_bytes
+from edgelam_fl.plan.modes import label_place
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wireless.rounds import Load
@@ -83,7 +84,7 @@ class Loads:
     @cached_property
     def _head_weights(self) -> int:
         """Of the device's; a host has it where it sees the labels."""
-        if self.config.split.labels != "device":
+        if not label_place(self.config.split.labels).on_device:
             return 0
         outputs = len(self.config.task.classes) or int(self.source.config["vocab_size"])
         return outputs * self.source.hidden_size

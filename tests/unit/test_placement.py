@@ -212,7 +212,7 @@ def test_a_link_that_passed_the_relay_counts_in_the_next_plan(tiny: ModelSource)
     placed, hosts = Placed(tiny, "split.hosts=1", "wire.capacity=1 kbit/s"), [edge("a"), edge("b")]
     (held,) = _ranges(first := placed.layout(*hosts))
     taken, other = held[0], {"a": "b", "b": "a"}[held[0]]
-    plan = pb.Plan(node="d1", routes=[first.routes["d1"]])
+    plan = pb.Plan(node="d1", labels="device", routes=[first.routes["d1"]])
     round_ = pb.JobReport(node="d1", bytes=[pb.KindBytes(link=f"{end} {taken} by relay") for end in ("entry", "exit")])
     placed.placement.observe({"d1": plan}, {"d1": round_})
     assert placed.held(*hosts) == {other: 4}

@@ -17,6 +17,7 @@ from edgelam_fl.telemetry.summary import Event, by_name, human_layers, of_kind, 
 ROW_HEIGHT, GAP_X, GAP_Y, SITE_GAP = 50, 44, 14, 22  # pixels
 TEXT_SHORT = 13  # letters that fit into BOX_WIDTH
 END_WIDTH, BOX_WIDTH, COLUMN_WIDTH, LAYERS_WIDTH = 186, 116, 24, 520
+_LABELS_LEAVE = {"device": False, "last-stage": True}  # by the word that the run's events give for split.labels
 EMBEDDING = -1  # stands before layer 0; the head stands after the last layer, as one more
 
 
@@ -63,7 +64,7 @@ def split_picture(events: list[dict[str, Any]], colours: Mapping[str, str]) -> s
 
 def labels_leave(events: Iterable[Event]) -> bool:
     """Whether the last host holds the head and sees the labels."""
-    return setting(next(of_kind(events, "run_started"), {}), "split", "labels") == "last-stage"
+    return _LABELS_LEAVE.get(str(setting(next(of_kind(events, "run_started"), {}), "split", "labels")), False)
 
 
 def _hops(route: Mapping[str, Any]) -> list[Mapping[str, Any]]:
