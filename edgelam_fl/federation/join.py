@@ -13,8 +13,9 @@ from rich.console import Console
 from edgelam_fl.addresses import answers, check_plain_text, split_address
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.federation.child import end_all
+from edgelam_fl.federation.local import POLL_S
 from edgelam_fl.federation.node_process import Node
-from edgelam_fl.federation.runs import _NAME, _POLL_S, INTERRUPTED, _check_answers
+from edgelam_fl.federation.runs import _NAME, INTERRUPTED, _check_answers
 from edgelam_fl.tasks.files import read_records
 from edgelam_fl.wire.relay import RELAY
 
@@ -66,7 +67,7 @@ def _watch(console: Console, node: Node) -> int:
         node.start()
         with console.status(f"{node.name}: loading PyTorch"):
             while not node.ready():
-                time.sleep(_POLL_S)
+                time.sleep(POLL_S)
         role = "device" if node.data else "edge server"
         console.print(
             f"{node.name} is here as {role}; logs in {node.state}. Ctrl-C ends it.", highlight=False, soft_wrap=True

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
 
-from edgelam_fl.addresses import answers, check_plain_text, free_port, split_address
+from edgelam_fl.addresses import answers, check_plain_text, split_address
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, EnvironmentProblem, RunFailed
-from edgelam_fl.federation.child import Child, end_all
 from edgelam_fl.federation.flower_app import app_module
+from edgelam_fl.federation.local import await_result, kept, local_federation
 from edgelam_fl.federation.node_process import Node
 from edgelam_fl.federation.submission import Submission
-from edgelam_fl.federation.superlink import start_superlink
-from edgelam_fl.tasks.files import read_records
 from edgelam_fl.telemetry.console import RunView
 from edgelam_fl.telemetry.events import EventTail
 from edgelam_fl.telemetry.summary import summary_table
 
 INTERRUPTED = 130
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
-_POLL_S = 0.25
-_RESULT_LAG_S = 30.0
 
 
 def check_run(config: RunConfig, name: str, out: Path | None) -> Path:
@@ -87,60 +83,24 @@ def _check_server(server: str, insecure: bool) -> None:
 
 
 def run_here(console: Console, config: RunConfig, folder: Path, data: Sequence[Path]) -> int:
-    """A federation of separate processes on this machine, from start to end of one run."""
-    for file in data:
-        read_records(file)
-    port, children = free_port(), []
+    """Plays a federation of separate processes on this machine, from start to end of one run. Returns the exit code."""
     view = RunView(console, config.federation.rounds, config.federation.local_steps)
-    address = f"127.0.0.1:{port}"
-    edge, devices = _local_nodes(config, folder, address, data)
-    nodes = edge + devices
-    try:
-        with console.status("starting Flower's SuperLink"):
-            # Without a hub: all nodes are on this machine and have what it has, the model too.
-            superlink = start_superlink("127.0.0.1", port, folder / "server")
-            children.append(superlink)
-        for node in nodes:
-            node.start()
-        view.say(
-            f"started a SuperLink, {len(edge)} edge servers and {len(devices)} devices as {1 + 3 * len(nodes)} processes"
-        )
-        here = config.model_copy(
-            update={"federation": config.federation.model_copy(update={"expect_nodes": len(devices)})}
-        )
-        return follow(console, view, here, folder, address, nodes, lambda: _watch_all(view, folder, superlink, nodes))
-    except KeyboardInterrupt:
-        console.print(_kept(folder))
-        return INTERRUPTED
-    finally:
-        end_all([*(child for node in nodes for child in node.children.values()), *children])
 
-
-def _local_nodes(config: RunConfig, folder: Path, address: str, data: Sequence[Path]) -> tuple[list[Node], list[Node]]:
-    """Edge servers and devices, the machine's cores shared out. Where devices host, there are no edge servers."""
-    split, cores = config.split, os.cpu_count() or 1
-    devices_host = split.host_on == "any"
-    edges = 0 if devices_host else split.least_hosts * split.sites
-    edge = [
-        Node(f"edge-{n}", address, folder / "nodes" / f"edge-{n}", threads=max(1, cores // edges))
-        for n in range(1, edges + 1)
-    ]
-    listen = "127.0.0.1:0" if devices_host else ""
-    threads = max(1, cores // (len(data) + 1))
-    devices = [
-        Node(f"device-{n}", address, folder / "nodes" / f"device-{n}", file, listen, threads=threads)
-        for n, file in enumerate(data, 1)
-    ]
-    return edge, devices
-
-
-def _watch_all(view: RunView, folder: Path, superlink: Child, nodes: Sequence[Node]) -> None:
-    if problem := superlink.ended():
-        raise RunFailed(f"{problem}. The run ended with it. {_kept(folder)}")
-    for node in nodes:
-        news = node.watch()
-        if news:
+    def watch() -> None:
+        for news in here.watch():
             view.say(news)
+
+    try:
+        with ExitStack() as stack:
+            with console.status("starting Flower's SuperLink"):
+                here = stack.enter_context(local_federation(config, data, folder))
+            view.say(
+                f"started a SuperLink, {len(here.edges)} edge servers and {len(here.devices)} devices as {here.processes} processes"
+            )
+            return follow(console, view, here.config, folder, here.server, here.nodes, watch)
+    except KeyboardInterrupt:
+        console.print(kept(folder))
+        return INTERRUPTED
 
 
 def follow(
@@ -174,7 +134,7 @@ def follow(
                 if event["event"] == "run_failed":
                     raise RunFailed(f"the run failed: {event['reason']}; {event['kept']}")
     except KeyboardInterrupt:
-        console.print(f"stopping the run. {_kept(folder)}", soft_wrap=True)
+        console.print(f"stopping the run. {kept(folder)}", soft_wrap=True)
         submission.stop()
         return INTERRUPTED
     _show_result(console, folder)
@@ -182,15 +142,6 @@ def follow(
 
 
 def _show_result(console: Console, folder: Path) -> None:
-    end = time.monotonic() + _RESULT_LAG_S  # the event comes first, the files that it speaks of next
-    while not (folder / "report.html").exists() and time.monotonic() < end:
-        time.sleep(_POLL_S)
+    await_result(folder)
     console.print(summary_table(json.loads((folder / "summary.json").read_text(encoding="utf-8"))))
     console.print(f"run: {folder}\npage: {folder / 'report.html'}", highlight=False, soft_wrap=True)
-
-
-def _kept(folder: Path) -> str:
-    checkpoint = folder / "adapter"
-    if checkpoint.is_dir():
-        return f"Kept: the adapter after the last finished round, in {checkpoint}, and events.jsonl beside it."
-    return f"No round was finished; {folder} holds the events so far."

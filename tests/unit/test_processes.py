@@ -9,13 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from edgelam_fl.addresses import answers, check_plain_text, check_port_free, free_port, split_address
+from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, EnvironmentProblem, RunFailed
 from edgelam_fl.federation.child import Child, end_all, log_tail, shorten
-from edgelam_fl.federation.runs import _watch_all
-from edgelam_fl.telemetry.console import RunView
+from edgelam_fl.federation.local import LocalFederation
 
 
 @pytest.mark.parametrize(
@@ -133,11 +132,13 @@ def test_what_a_child_leaves_behind_ends_with_it_and_nothing_is_signalled_later(
 def test_a_run_here_ends_with_its_superlink(tmp_path: Path) -> None:
     superlink = python("import sys; sys.exit('no space left on device')", tmp_path / "log", "SuperLink")
     until(superlink.ended)
-    view = RunView(Console(quiet=True), rounds=1, steps=1)
+    here = LocalFederation(
+        config=RunConfig(), folder=tmp_path, server="127.0.0.1:1", superlink=superlink, edges=[], devices=[]
+    )
     with pytest.raises(
         RunFailed, match=r"SuperLink ended with status 1: no space left on device.* No round was finished"
     ):
-        _watch_all(view, tmp_path, superlink, [])
+        here.watch()
 
 
 def test_log_tail(tmp_path: Path) -> None:

@@ -1,0 +1,139 @@
+"""A whole federation as processes of this machine: a SuperLink, edge servers and devices, for one run.
+
+Knows no console: `federation.runs` shows a run, `run_local` yields its events to a program.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgelam_fl.addresses import free_port
+from edgelam_fl.config import RunConfig
+from edgelam_fl.errors import RunFailed
+from edgelam_fl.federation.child import Child, end_all
+from edgelam_fl.federation.flower_app import app_module
+from edgelam_fl.federation.node_process import Node
+from edgelam_fl.federation.submission import Event, Submission
+from edgelam_fl.federation.superlink import start_superlink
+from edgelam_fl.tasks.files import read_records
+
+POLL_S = 0.25
+_RESULT_LAG_S = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalFederation:
+    """The processes of one federation on this machine."""
+
+    config: RunConfig
+    """The run's, which waits at its start for all devices."""
+    folder: Path
+    server: str
+    """The SuperLink's HOST:PORT."""
+    superlink: Child
+    edges: Sequence[Node]
+    devices: Sequence[Node]
+
+    @property
+    def nodes(self) -> list[Node]:
+        return [*self.edges, *self.devices]
+
+    @property
+    def processes(self) -> int:
+        """Number of processes at the start: the SuperLink, and per node a SuperNode, its stage host and its ClientApps."""
+        return 1 + 3 * len(self.nodes)
+
+    def watch(self) -> list[str]:
+        """Starts ended processes of nodes again; returns what happened. Raises RunFailed if the SuperLink has ended."""
+        if problem := self.superlink.ended():
+            raise RunFailed(f"{problem}. The run ended with it. {kept(self.folder)}")
+        return [news for node in self.nodes if (news := node.watch())]
+
+
+@contextmanager
+def local_federation(config: RunConfig, data: Sequence[Path], folder: Path) -> Iterator[LocalFederation]:
+    """Starts a federation for one run, with one device per file of `data`; ends its processes when the context ends.
+
+    folder: the run's folder, which holds the nodes' logs too. Raises DataError for a file that cannot be read, before
+    anything starts.
+    """
+    for file in data:
+        read_records(file)
+    port = free_port()
+    server = f"127.0.0.1:{port}"
+    edges, devices = _local_nodes(config, folder, server, data)
+    expecting = config.federation.model_copy(update={"expect_nodes": len(devices)})
+    children: list[Child] = []
+    try:
+        # Without a hub: all nodes are on this machine and have what it has, the model too.
+        children.append(start_superlink("127.0.0.1", port, folder / "server"))
+        for node in edges + devices:
+            node.start()
+        yield LocalFederation(
+            config=config.model_copy(update={"federation": expecting}),
+            folder=folder,
+            server=server,
+            superlink=children[0],
+            edges=edges,
+            devices=devices,
+        )
+    finally:
+        end_all([*(child for node in edges + devices for child in node.children.values()), *children])
+
+
+def _local_nodes(config: RunConfig, folder: Path, server: str, data: Sequence[Path]) -> tuple[list[Node], list[Node]]:
+    """Returns edge servers and devices, with shares of the machine's cores. If devices host, there are no edge servers."""
+    split, cores = config.split, os.cpu_count() or 1
+    devices_host = split.host_on == "any"
+    edges = 0 if devices_host else split.least_hosts * split.sites
+    edge = [
+        Node(f"edge-{n}", server, folder / "nodes" / f"edge-{n}", threads=max(1, cores // edges))
+        for n in range(1, edges + 1)
+    ]
+    listen = "127.0.0.1:0" if devices_host else ""
+    threads = max(1, cores // (len(data) + 1))
+    devices = [
+        Node(f"device-{n}", server, folder / "nodes" / f"device-{n}", file, listen, threads=threads)
+        for n, file in enumerate(data, 1)
+    ]
+    return edge, devices
+
+
+def run_local(config: RunConfig, data: Sequence[Path], folder: Path) -> Iterator[Event]:
+    """Trains as `config` says, with one device per file of `data`, and yields the run's events as they come.
+
+    All processes of the federation are this machine's; they end with the iterator: after the last event, when the
+    iterator is closed, or with an exception. The last event is `run_done` or `run_failed`; after it, `folder` holds the
+    whole result (`open_result`). folder: absent or empty.
+
+    Raises ConfigError, ModelError or DataError before anything starts, and RunFailed if the federation itself ends.
+    """
+    app_module("server.checks").check_config(config)
+    folder = folder.absolute()
+    with local_federation(config, data, folder) as here:
+        submission = Submission(here.server, folder / "flwr")
+        submission.submit(here.config, folder)
+        for event in submission.events(meanwhile=here.watch):
+            if event["event"] == "run_done":
+                await_result(folder)
+            yield event
+
+
+def await_result(folder: Path) -> None:
+    """Waits for the files of a run that is done: its last event comes before them."""
+    end = time.monotonic() + _RESULT_LAG_S
+    while not (folder / "report.html").exists() and time.monotonic() < end:
+        time.sleep(POLL_S)
+
+
+def kept(folder: Path) -> str:
+    """Returns a sentence: what is left of a run that did not end well."""
+    checkpoint = folder / "adapter"
+    if checkpoint.is_dir():
+        return f"Kept: the adapter after the last finished round, in {checkpoint}, and events.jsonl beside it."
+    return f"No round was finished; {folder} holds the events so far."
