@@ -29,7 +29,7 @@ import numpy as np
 
 from benchmarks.common import Figure, main
 from edgelam_fl.addresses import free_port
-from edgelam_fl.config import RunConfig, parse_run_file
+from edgelam_fl.config import RunConfig, TaskSection, parse_run_file
 from edgelam_fl.federation.child import Child, end_all
 from edgelam_fl.federation.node_process import Node
 from edgelam_fl.federation.submission import Submission
@@ -120,7 +120,8 @@ def measure(smoke: bool, options: argparse.Namespace) -> tuple[dict[str, Any], l
 def few_pairs(out: Path) -> dict[str, Path]:
     """For each board some short docstrings, whole in LEAST_TOKENS to TOKENS tokens: one of them is a step."""
     files = write_device_files(out / "data", 2)
-    task = make_task("causal-lm", find_model(MODEL).folder, template="plain", max_tokens=2 * TOKENS, loss_on="all")
+    settings = TaskSection(template="plain", max_tokens=2 * TOKENS, loss_on="all")
+    task = make_task(settings, find_model(MODEL).folder)
     for file in files:
         lines = file.read_text(encoding="utf-8").splitlines()
         pairs = read_pairs(file, "question", "answer")

@@ -13,6 +13,7 @@ from edgelam_fl.model.adapter import target_modules
 from edgelam_fl.model.source import find_model
 from edgelam_fl.plan.modes import host_mode, label_place
 from edgelam_fl.plan.spec import RunSpec
+from edgelam_fl.tasks.kinds import check_task
 from strategies.registry import BUILT_IN, Capabilities, load_all
 
 
@@ -20,6 +21,7 @@ def check_config(config: RunConfig) -> RunSpec:
     """Finds the model. Raises ConfigError or ModelError with what is wrong; nothing has been started then."""
     loaded = load_all({kind: getattr(config.strategy, kind) for kind in BUILT_IN}, config.strategy.options)
     check_together(config)
+    check_task(config.task)
     aggregation = loaded["aggregation"].capabilities
     check_aggregation(config, aggregation)
     spec = RunSpec(config, find_model(config.model.name))

@@ -244,9 +244,7 @@ def device_batches(source: ModelSource, config: RunConfig, file: Path, name: str
 
 
 def _task(source: ModelSource, config: RunConfig) -> CausalLm:
-    return CausalLm(
-        source.folder, template=config.task.template, max_tokens=config.task.max_tokens, loss_on=config.task.loss_on
-    )
+    return CausalLm(source.folder, config.task)
 
 
 def union_batches(devices: Sequence[Sequence[Sequence[Unit]]]) -> list[list[list[Unit]]]:

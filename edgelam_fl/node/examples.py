@@ -10,8 +10,4 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 
 
 def task_of(plan: pb.Plan, tokenizer_folder: Path) -> Task:
-    task = plan.task
-    return make_task(
-        task.kind, tokenizer_folder, template=task.template, max_tokens=task.max_tokens, loss_on=task.loss_on,
-        classes=tuple(task.classes), weighting=task.weighting or "labels",
-    )  # fmt: skip
+    return make_task(plan.task, tokenizer_folder)

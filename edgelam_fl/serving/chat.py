@@ -30,7 +30,7 @@ class Says(Protocol):
 
 def check_can_talk(config: RunConfig, prompt: str | None) -> None:
     """Raises ConfigError for a run whose model does not talk, and for an empty question."""
-    if config.task.kind != "causal-lm":
+    if config.task.classes:
         raise ConfigError(f"task.kind = {config.task.kind!r}: this run's model answers with a class, not with text")
     if prompt is not None and not prompt.strip():
         raise ConfigError("--prompt is empty; without it, `edgelam chat` takes one question after the other")

@@ -62,9 +62,7 @@ class Speaker(ABC):
 
     def __init__(self, model: ModelSection, task: TaskSection) -> None:
         self._source = find_model(model.name)
-        self._task = CausalLm(
-            self._source.folder, template=task.template, max_tokens=task.max_tokens, loss_on=task.loss_on
-        )
+        self._task = CausalLm(self._source.folder, task)
 
     @abstractmethod
     def _opened(self, tuned: bool) -> AbstractContextManager[Step]:

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from edgelam_fl.errors import ConfigError, DataError
 from edgelam_fl.tasks.base import Example, Unit, cut, pad
-from edgelam_fl.tasks.data import Pair, Prompt
+from edgelam_fl.tasks.data import Pair, Prompt, TaskSettings
 
 IGNORED = -100  # a position without a label
 
@@ -27,11 +27,10 @@ class CausalLm:
     `weighting` "labels": every labelled token counts alike; "examples": every example does, by its mean token loss.
     """
 
-    def __init__(
-        self, tokenizer_folder: Path, *, template: str, max_tokens: int, loss_on: str, weighting: str = "labels"
-    ) -> None:
+    def __init__(self, tokenizer_folder: Path, settings: TaskSettings) -> None:
         self._tokenizer_folder = tokenizer_folder
-        self.template, self.max_tokens, self.loss_on, self.weighting = template, max_tokens, loss_on, weighting
+        self.template, self.max_tokens = settings.template, settings.max_tokens
+        self.loss_on, self.weighting = settings.loss_on, settings.weighting
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -13,19 +13,17 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from edgelam_fl.errors import ConfigError, DataError, nearest
+from edgelam_fl.errors import DataError, nearest
 from edgelam_fl.tasks.base import Example, Unit, cut, pad
-from edgelam_fl.tasks.data import Pair, Prompt
+from edgelam_fl.tasks.data import Pair, Prompt, TaskSettings
 
 
 class Classification:
     """The prompt of a pair is the text, its answer the name of the class; every example counts alike."""
 
-    def __init__(self, tokenizer_folder: Path, *, max_tokens: int, classes: Sequence[str]) -> None:
-        if len(classes) < 2 or len(set(classes)) < len(classes):
-            raise ConfigError(f"task.classes = {list(classes)!r:.80} must name at least 2 classes, each once")
+    def __init__(self, tokenizer_folder: Path, settings: TaskSettings) -> None:
         self._tokenizer_folder = tokenizer_folder
-        self.max_tokens, self.classes = max_tokens, tuple(classes)
+        self.max_tokens, self.classes = settings.max_tokens, tuple(settings.classes)
 
     @cached_property
     def tokenizer(self) -> Any:

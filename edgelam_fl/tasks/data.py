@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from edgelam_fl.errors import DataError, nearest
 from edgelam_fl.tasks.files import PASSAGE, Record, read_records
@@ -17,25 +17,39 @@ Pair = tuple[Prompt, str]  # prompt and answer; of a classification the text and
 _ROLES = ("system", "user", "assistant")
 
 
-class Settings(Protocol):
-    """What a run file's [task] and [data] say about a device's file; a plan's task settings have it."""
-
-    kind: str
-    template: str
-    loss_on: str
-    prompt_field: str
-    answer_field: str
-    held_out: float
+class TaskSettings(Protocol):
+    """What a run file's [task] section says; the task settings of a plan say the same."""
 
     @property
+    def kind(self) -> str: ...
+    @property
     def classes(self) -> Sequence[str]: ...
+    @property
+    def max_tokens(self) -> int: ...
+    @property
+    def template(self) -> str: ...
+    @property
+    def loss_on(self) -> str: ...
+    @property
+    def weighting(self) -> str: ...
 
 
-def device_pairs(path: Path, settings: Settings) -> tuple[list[Pair], list[Pair]]:
+class DataSettings(TaskSettings, Protocol):
+    """What a run file's [task] and [data] sections say about a device's file; the task settings of a plan say the same."""
+
+    @property
+    def prompt_field(self) -> str: ...
+    @property
+    def answer_field(self) -> str: ...
+    @property
+    def held_out(self) -> float: ...
+
+
+def device_pairs(path: Path, settings: DataSettings) -> tuple[list[Pair], list[Pair]]:
     """(training, held-out) of a device's file, nothing tokenized. Raises DataError where it does not fit the task."""
     pairs = read_pairs(path, settings.prompt_field, settings.answer_field, settings.classes)
     _check_prompts(path, pairs, settings)
-    return set_aside(pairs, settings.held_out, settings.kind)
+    return set_aside(pairs, settings.held_out, by="prompt" if settings.classes else "answer")
 
 
 def read_pairs(path: Path, prompt_field: str, answer_field: str, classes: Sequence[str] = ()) -> list[Pair]:
@@ -89,11 +103,11 @@ def _turn(where: str, message: Any) -> Turn:
     return role, content
 
 
-def _check_prompts(path: Path, pairs: list[Pair], settings: Settings) -> None:
+def _check_prompts(path: Path, pairs: list[Pair], settings: DataSettings) -> None:
     """Passages have no prompt and chats no plain one: only some settings can learn from them."""
     passages = any(prompt == "" for prompt, _ in pairs)
     chats = any(isinstance(prompt, tuple) for prompt, _ in pairs)
-    if settings.kind == "classification":
+    if settings.classes:
         if passages or chats:
             raise DataError(
                 f"{path} holds {'passages' if passages else 'chats'}; a classification needs a text and a class"
@@ -107,12 +121,15 @@ def _check_prompts(path: Path, pairs: list[Pair], settings: Settings) -> None:
         raise DataError(f"{path} holds chats: they need task.template = 'chat', got {settings.template!r}")
 
 
-def set_aside(pairs: list[Pair], held_out: float, kind: str = "causal-lm") -> tuple[list[Pair], list[Pair]]:
-    """(training, held-out). Chosen by content, so the split is the same in every round, run and order of the file.
+def set_aside(
+    pairs: list[Pair], held_out: float, by: Literal["prompt", "answer"] = "answer"
+) -> tuple[list[Pair], list[Pair]]:
+    """Splits pairs into (training, held-out) by their content: the same in every round, run and order of the file.
 
-    Pairs with one and the same answer go to one side together; of a classification, those with the same text.
+    Pairs with the same answer go to one side together; with `by` "prompt", pairs with the same prompt do, for answers that
+    are classes. Raises DataError if all are the same.
     """
-    deciding, word = (0, "text") if kind == "classification" else (1, "answer")
+    deciding, word = (0, "text") if by == "prompt" else (1, "answer")
 
     def rank(pair: Pair) -> str:
         return hashlib.sha256(str(pair[deciding]).encode()).hexdigest()

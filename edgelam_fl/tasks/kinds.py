@@ -1,28 +1,60 @@
-"""The tasks by the name that a run file has for them: a new one is one file and one line here."""
+"""The tasks, by the names that a run file has for them. Imports no torch: the server reads this table too.
+
+A new task is one file with a class that keeps `tasks.base.Task`, and one line in `TASKS`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-from edgelam_fl.tasks.base import Task
-from edgelam_fl.tasks.causal_lm import CausalLm
-from edgelam_fl.tasks.classification import Classification
+from edgelam_fl.errors import ConfigError, nearest
+from edgelam_fl.tasks.data import TaskSettings
+
+if TYPE_CHECKING:
+    from edgelam_fl.tasks.base import Task
 
 
-def make_task(
-    kind: str,
-    tokenizer_folder: Path,
-    *,
-    template: str,
-    max_tokens: int,
-    loss_on: str,
-    classes: Sequence[str] = (),
-    weighting: str = "labels",
-) -> Task:
-    """The task of a run file's [task] section: `kind` "causal-lm" or "classification"."""
-    if kind == "classification":
-        return Classification(tokenizer_folder, max_tokens=max_tokens, classes=classes)
-    return CausalLm(
-        tokenizer_folder, template=template, max_tokens=max_tokens, loss_on=loss_on, weighting=weighting or "labels"
-    )
+@dataclass(frozen=True)
+class TaskKind:
+    """One task as a run file knows it.
+
+    A task that answers with a class needs `task.classes` and a model with a task head, and is measured by accuracy; a task
+    that answers with text is measured by perplexity.
+    """
+
+    path: str  # module:class, imported when a node makes the task as class(tokenizer_folder, settings)
+    answers: Literal["text", "class"] = "text"
+
+
+TASKS = {
+    "causal-lm": TaskKind("edgelam_fl.tasks.causal_lm:CausalLm"),
+    "classification": TaskKind("edgelam_fl.tasks.classification:Classification", answers="class"),
+}
+
+
+def check_task(settings: TaskSettings) -> None:
+    """Raises ConfigError for an unknown task, and for classes that are missing, doubled or not for this task."""
+    classes = list(settings.classes)
+    if _kind(settings.kind).answers == "text":
+        if classes:
+            with_classes = " or ".join(repr(name) for name, kind in TASKS.items() if kind.answers == "class")
+            raise ConfigError(f"task.classes is for task.kind = {with_classes}, got {settings.kind!r}")
+    elif not 2 <= len(set(classes)) == len(classes):
+        raise ConfigError(f"task.classes = {classes!r:.80} must name at least 2 classes, each once")
+
+
+def make_task(settings: TaskSettings, tokenizer_folder: Path) -> Task:
+    """Makes the task of a run file's [task] section, or of a plan. Raises ConfigError as `check_task`."""
+    check_task(settings)
+    module, _, name = _kind(settings.kind).path.partition(":")
+    task: Task = getattr(importlib.import_module(module), name)(tokenizer_folder, settings)
+    return task
+
+
+def _kind(name: str) -> TaskKind:
+    if name not in TASKS:
+        raise ConfigError(f"task.kind = {name!r} is not known: {nearest(name, TASKS)}")
+    return TASKS[name]

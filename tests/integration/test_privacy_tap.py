@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from edgelam_fl.config import TaskSection
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.tasks.causal_lm import CausalLm
 from edgelam_fl.tasks.data import read_pairs
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.processes
 @pytest.fixture(scope="module")
 def examples(tiny: ModelSource, few_pairs: dict[str, Path]) -> list[tuple[str, tuple[str, str], list[int], list[int]]]:
     """(owner, pair, ids, labels) of everything that the devices hold, training and held-out alike."""
-    task = CausalLm(tiny.folder, template="chat", max_tokens=96, loss_on="answer")
+    task = CausalLm(tiny.folder, TaskSection())
     found = []
     for name, file in few_pairs.items():
         for pair in read_pairs(file, "question", "answer"):

@@ -11,7 +11,7 @@ import pytest
 from benchmarks import links
 from benchmarks.classification import DEVICES, RUN_FILE, in_choosing_order, write
 from benchmarks.data.wordnet import SAMPLE
-from edgelam_fl.config import parse_run_file
+from edgelam_fl.config import TaskSection, parse_run_file
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.tasks.causal_lm import CausalLm
 from edgelam_fl.tasks.data import device_pairs, read_pairs
@@ -88,7 +88,7 @@ def test_rounds_on_links_are_compared_without_the_first_and_the_evaluation() -> 
 
 
 def test_examples_on_links_are_as_long_as_asked_for(tiny: ModelSource, tmp_path: Path) -> None:
-    task = CausalLm(tiny.folder, template="chat", max_tokens=512, loss_on="answer")
+    task = CausalLm(tiny.folder, TaskSection(max_tokens=512))
     pairs = read_pairs(links.write_pairs(tmp_path / "pairs.jsonl", 48), "question", "answer")
     assert {len(example.ids) for example in task.examples(pairs)} == {48}
     assert len(set(pairs)) == links.EXAMPLES

@@ -10,6 +10,7 @@ from edgelam_fl.errors import ConfigError, DataError
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.tasks.base import Example
 from edgelam_fl.tasks.causal_lm import IGNORED, CausalLm, labelled, loss_sum, make_units, sum_of_means
+from edgelam_fl.wire import edgelam_pb2 as pb
 
 
 def task(
@@ -19,7 +20,9 @@ def task(
     loss_on: str = "answer",
     weighting: str = "labels",
 ) -> CausalLm:
-    return CausalLm(source.folder, template=template, max_tokens=max_tokens, loss_on=loss_on, weighting=weighting)
+    return CausalLm(
+        source.folder, pb.TaskSettings(template=template, max_tokens=max_tokens, loss_on=loss_on, weighting=weighting)
+    )
 
 
 @pytest.mark.parametrize(
@@ -102,7 +105,7 @@ def test_examples_without_room_for_an_answer_go_and_none_left_is_an_error(tiny: 
 def test_the_tokenizer_is_loaded_with_the_first_examples(tiny: ModelSource, tmp_path: Path) -> None:
     """A host that is sent labels has the task and no tokenizer."""
     logits, labels = torch.zeros(1, 3, 5), torch.tensor([[IGNORED, 1, 2]])
-    language = CausalLm(tmp_path / "none", template="plain", max_tokens=8, loss_on="all")
+    language = CausalLm(tmp_path / "none", pb.TaskSettings(template="plain", max_tokens=8, loss_on="all"))
     assert float(language.loss(logits, labels)[0]) == pytest.approx(2 * math.log(5))
     with pytest.raises(OSError, match="none"):
         language.examples([("a", "b")])

@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from edgelam_fl.config import TaskSection
 from edgelam_fl.errors import ConfigError, DataError
 from edgelam_fl.tasks.classification import Classification
 from edgelam_fl.tasks.kinds import make_task
@@ -30,9 +31,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def task(folder: Path, max_tokens: int = 64) -> Classification:
-    made = make_task(
-        "classification", folder, template="chat", max_tokens=max_tokens, loss_on="answer", classes=CLASSES
-    )
+    made = make_task(TaskSection(kind="classification", max_tokens=max_tokens, classes=CLASSES), folder)
     assert isinstance(made, Classification)
     return made
 
@@ -77,4 +76,4 @@ def test_an_unknown_class_is_named_with_the_nearest(words: Path) -> None:
 @pytest.mark.parametrize("classes", [(), ("one",), ("one", "two", "one")])
 def test_classes_are_two_at_least_and_differ(classes: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError, match=r"task\.classes = .* must name at least 2 classes, each once"):
-        Classification(Path("none"), max_tokens=8, classes=classes)
+        make_task(TaskSection(kind="classification", classes=classes), Path("none"))

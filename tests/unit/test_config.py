@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -176,20 +175,6 @@ def test_a_file_is_read_with_its_overrides(tmp_path: Path) -> None:
 
 def test_known_keys_hold_sections_and_nested_ones() -> None:
     assert {"model", "model.name", "data.fields", "data.fields.answer", "run.seed"} <= set(known_keys())
-
-
-@pytest.mark.parametrize(
-    ("task", "expected"),
-    [
-        ({"kind": "classification"}, r"task\.classes = \[\] must name at least 2 classes, each once"),
-        ({"kind": "classification", "classes": ["a", "b", "a"]}, "must name at least 2 classes, each once"),
-        ({"classes": ["a", "b"]}, r"task\.classes is for task\.kind = 'classification', got 'causal-lm'"),
-    ],
-)
-def test_classes_belong_to_a_classification(task: dict[str, object], expected: str) -> None:
-    text = "[task]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in task.items())
-    with pytest.raises(ConfigError, match=expected):
-        parse_run_file(text, source="test")
 
 
 # ---------------------------------------------------------------- strategies

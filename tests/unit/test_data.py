@@ -131,9 +131,9 @@ CHATS = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "
     [
         ("p.txt", PASSAGES, {}, "holds passages without questions: they need task.template = 'plain' and task.loss_on = 'all', got 'chat' and 'answer'"),
         ("p.txt", PASSAGES, {"template": "plain"}, "holds passages without questions: they need task.template = 'plain' and task.loss_on = 'all', got 'plain' and 'answer'"),
-        ("p.txt", PASSAGES, {"kind": "classification"}, "holds passages; a classification needs a text and a class"),
+        ("p.txt", PASSAGES, {"kind": "classification", "classes": ["b", "c"]}, "holds passages; a classification needs a text and a class"),
         ("c.jsonl", CHATS % 1 + CHATS % 2, {"template": "plain"}, "holds chats: they need task.template = 'chat', got 'plain'"),
-        ("c.jsonl", CHATS % 1 + CHATS % 2, {"kind": "classification"}, "holds chats; a classification needs a text and a class"),
+        ("c.jsonl", CHATS % 1 + CHATS % 2, {"kind": "classification", "classes": ["b", "c"]}, "holds chats; a classification needs a text and a class"),
         ("q.jsonl", GOOD + GOOD, {"kind": "classification", "classes": ["b", "c"]}, ", line 1: 'a' is none of task.classes (known: b, c)"),
     ],
 )  # fmt: skip
@@ -178,12 +178,12 @@ def test_pairs_with_the_same_answer_stay_together() -> None:
 
 def test_a_classification_sets_texts_aside_and_not_classes() -> None:
     pairs = [(f"text {n % 30}", f"class {n % 3}") for n in range(60)]
-    training, held_out = set_aside(pairs, 0.2, "classification")
+    training, held_out = set_aside(pairs, 0.2, by="prompt")
     assert len(held_out) == round(0.2 * 30) * 2
     assert not {text for text, _ in training} & {text for text, _ in held_out}
     assert {name for _, name in training} == {"class 0", "class 1", "class 2"}
     with pytest.raises(DataError, match="all examples have the same text"):
-        set_aside([("a", "x"), ("a", "y")], 0.2, "classification")
+        set_aside([("a", "x"), ("a", "y")], 0.2, by="prompt")
 
 
 @pytest.mark.parametrize(("held_out", "expected"), [(0.001, 1), (0.999, 2 - 1)])

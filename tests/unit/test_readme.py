@@ -13,7 +13,7 @@ import pytest
 from typer.main import get_command
 
 from edgelam_fl.cli.main import app
-from edgelam_fl.config import parse_run_file
+from edgelam_fl.config import TaskSection, parse_run_file
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.tasks.causal_lm import CausalLm
 from edgelam_fl.tasks.data import read_pairs
@@ -112,7 +112,7 @@ def test_its_data_files_are_read_as_it_says(tmp_path: Path) -> None:
 def test_its_templates_write_what_it_says(tiny: ModelSource) -> None:
     for name, cell in table("`task.template`").items():
         template = codes(name)[0].strip('"')
-        task = CausalLm(tiny.folder, template=template, max_tokens=200, loss_on="all")
+        task = CausalLm(tiny.folder, TaskSection(template=template, max_tokens=200, loss_on="all"))
         (example,) = task.examples([("Who keeps the data?", "The device that owns them.")])
         text = task.tokenizer.decode(example.ids)
         if template == "chat":
