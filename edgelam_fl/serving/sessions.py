@@ -61,34 +61,33 @@ class HostSessions:
         elif header.kind == pb.KV_STEP and link is member.upstream:
             self._step(member, header, frame.tensor)
         elif header.kind == pb.KV_DROP and link is member.upstream:
-            member.caches.pop(header.session, None)
+            member.caches.pop(header.kv_drop.session, None)
             relay(member.downstream if not self.group.coordinates else None, header)
 
     @torch.no_grad()
     def _step(self, member: Member, header: pb.Header, inputs: torch.Tensor | None) -> None:
         position, length = self._checked(member, header, inputs)
         assert inputs is not None
+        session = header.kv_step.session
         if position == 0:
-            if len(member.caches) >= _SESSIONS and header.session not in member.caches:
+            if len(member.caches) >= _SESSIONS and session not in member.caches:
                 raise ProtocolError(f"more than {_SESSIONS} generation sessions at a time")
-            member.caches[header.session] = (0, self.stage.new_cache())
-        cache = member.caches[header.session][1]
+            member.caches[session] = (0, self.stage.new_cache())
+        cache = member.caches[session][1]
         hidden = self.stage(inputs.to(self.stage.dtype), [length], layers=member.layers, cache=cache)
-        member.caches[header.session] = (position + length, cache)
+        member.caches[session] = (position + length, cache)
         if self.group.coordinates and member.route.back_first >= self.plan.model.num_layers:
             hidden = hidden[:, -1:]  # no layer of the device attends to the others: the next token is all it asks for
-        answer = pb.Header(
-            kind=pb.KV_STEP, session=header.session, coord=header.coord, device_index=header.device_index
-        )
+        answer = pb.Header(kind=pb.KV_STEP, kv_step=header.kv_step, device_index=header.device_index)
         assert member.downstream is not None
         member.downstream.send(answer, hidden.to(self.group.wire).contiguous())
 
     def _checked(self, member: Member, header: pb.Header, inputs: torch.Tensor | None) -> tuple[int, int]:
         """(position, length). Raises ProtocolError where they fit neither the tensor nor the session."""
-        if len(header.coord) != 2 or inputs is None:
+        if not header.HasField("kv_step") or inputs is None:
             raise ProtocolError("a KV_STEP without position, length or hidden states")
-        position, length = header.coord
-        known = member.caches.get(header.session, (0, None))[0]
+        position, length = header.kv_step.position, header.kv_step.length
+        known = member.caches.get(header.kv_step.session, (0, None))[0]
         if tuple(inputs.shape) != (1, length, self.group.hidden_size) or inputs.dtype != self.group.wire or not length:
             raise ProtocolError(f"hidden states {list(inputs.shape)} of {inputs.dtype} for {length} new tokens")
         if position not in (0, known) or position + length > self.plan.task.max_tokens:
@@ -114,7 +113,7 @@ class RouteSession:
         """A new text: hosts drop what they keep of the old one."""
         assert self.route.entry is not None
         if self._position:
-            self.route.entry.send(pb.Header(kind=pb.KV_DROP, session=self._session))
+            self.route.entry.send(pb.Header(kind=pb.KV_DROP, kv_drop=pb.KvDrop(session=self._session)))
         self._session, self._position = self._session + 1, 0
         self._caches = self.front.new_cache(), self.back.new_cache()
 
@@ -123,9 +122,9 @@ class RouteSession:
         """Logits [V] of the token after `ids`, which follow what was given before. Raises PeerLost."""
         assert self.route.entry is not None
         front_cache, back_cache = self._caches
-        coord = [self._position, len(ids)]
+        new = pb.KvStep(session=self._session, position=self._position, length=len(ids))
         hidden = self.front(torch.tensor([ids]), [len(ids)], cache=front_cache).to(self.wire)
-        self.route.entry.send(pb.Header(kind=pb.KV_STEP, session=self._session, coord=coord), hidden.contiguous())
+        self.route.entry.send(pb.Header(kind=pb.KV_STEP, kv_step=new), hidden.contiguous())
         answer = self._answer()
         self._position += len(ids)
         logits = self.back(answer.to(self.back.dtype), [answer.shape[1]], cache=back_cache)
@@ -134,7 +133,8 @@ class RouteSession:
     def _answer(self) -> torch.Tensor:
         while True:
             frame = self.route.next(self._patience_s, "the answer to a token")
-            if frame.header.kind == pb.KV_STEP and frame.tensor is not None and frame.header.session == self._session:
+            of_session = frame.header.kind == pb.KV_STEP and frame.header.kv_step.session == self._session
+            if of_session and frame.tensor is not None:
                 return frame.tensor
 
     def finish(self) -> None:

@@ -179,7 +179,7 @@ class Host:
         if not self.group.coordinates:
             relay(member.downstream, header)
         elif lane.turn is not None and lane.turn_id == (header.step, self._mode.turn_index(header.device_index)):
-            name = f"host {header.coord[0] if header.coord else 0}" if from_below else member.route.device
+            name = f"host {header.step_ready.host}" if from_below else member.route.device
             lane.norms.setdefault(name, header.step_ready)
 
     def _set_turns(self, lane: Lane, totals: list[pb.StepTotal]) -> None:
@@ -403,7 +403,7 @@ class Host:
         elif not self.group.coordinates:
             ready = pb.Header(kind=pb.STEP_READY, phase=pb.TRAIN, step=turn.step, device_index=lane.turn_id[1])
             ready.step_ready.CopyFrom(lane.trainee.squared_norm())
-            ready.coord.append(self.group.position)
+            ready.step_ready.host = self.group.position
             self.group.pass_down(ready)
         if lane.verdict is not None:
             self._apply(lane)

@@ -22,24 +22,14 @@ class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     STEP_CLOSE: _ClassVar[Kind]
     STEP_READY: _ClassVar[Kind]
     STEP_APPLY: _ClassVar[Kind]
-    PHASE: _ClassVar[Kind]
     DONE: _ClassVar[Kind]
     CANCEL: _ClassVar[Kind]
     PING: _ClassVar[Kind]
     PONG: _ClassVar[Kind]
-    RESUME: _ClassVar[Kind]
-    SNAPSHOT: _ClassVar[Kind]
-    ROLLBACK: _ClassVar[Kind]
     ERROR: _ClassVar[Kind]
     LABELS: _ClassVar[Kind]
-    REF: _ClassVar[Kind]
-    MISS: _ClassVar[Kind]
-    KV_OPEN: _ClassVar[Kind]
     KV_STEP: _ClassVar[Kind]
     KV_DROP: _ClassVar[Kind]
-    PARTIAL: _ClassVar[Kind]
-    REDUCED: _ClassVar[Kind]
-    LOWRANK: _ClassVar[Kind]
 
 class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -71,24 +61,14 @@ GRAD_END: Kind
 STEP_CLOSE: Kind
 STEP_READY: Kind
 STEP_APPLY: Kind
-PHASE: Kind
 DONE: Kind
 CANCEL: Kind
 PING: Kind
 PONG: Kind
-RESUME: Kind
-SNAPSHOT: Kind
-ROLLBACK: Kind
 ERROR: Kind
 LABELS: Kind
-REF: Kind
-MISS: Kind
-KV_OPEN: Kind
 KV_STEP: Kind
 KV_DROP: Kind
-PARTIAL: Kind
-REDUCED: Kind
-LOWRANK: Kind
 PHASE_UNSPECIFIED: Phase
 EVAL: Phase
 TRAIN: Phase
@@ -99,26 +79,28 @@ ROLE_UNSPECIFIED: Role
 DEVICE: Role
 EDGE: Role
 
+class RawBytes(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class Tensor(_message.Message):
-    __slots__ = ("dtype", "shape", "codec", "codec_meta", "total_bytes", "chunk", "offset")
+    __slots__ = ("dtype", "shape", "codec", "total_bytes", "chunk", "offset")
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
-    CODEC_META_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     dtype: str
     shape: _containers.RepeatedScalarFieldContainer[int]
     codec: str
-    codec_meta: bytes
     total_bytes: int
     chunk: int
     offset: int
-    def __init__(self, dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., codec: _Optional[str] = ..., codec_meta: _Optional[bytes] = ..., total_bytes: _Optional[int] = ..., chunk: _Optional[int] = ..., offset: _Optional[int] = ...) -> None: ...
+    def __init__(self, dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., codec: _Optional[str] = ..., total_bytes: _Optional[int] = ..., chunk: _Optional[int] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class Header(_message.Message):
-    __slots__ = ("kind", "optional", "last_chunk", "cached", "rows_selected", "job_token", "phase", "step", "micro_batch", "device_index", "coord", "tensor", "seq", "send_ns", "epoch", "row_lengths", "loss_sum", "session", "sums", "hello", "ready", "not_ready", "refuse", "table", "table_all", "step_close", "done", "cancel", "error", "progress", "step_ready", "step_apply")
+    __slots__ = ("kind", "optional", "last_chunk", "job_token", "phase", "step", "micro_batch", "device_index", "tensor", "seq", "send_ns", "row_lengths", "loss_sum", "sums", "hello", "ready", "not_ready", "refuse", "table", "table_all", "step_close", "done", "cancel", "error", "progress", "step_ready", "step_apply", "kv_step", "kv_drop")
     class SumsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -129,22 +111,16 @@ class Header(_message.Message):
     KIND_FIELD_NUMBER: _ClassVar[int]
     OPTIONAL_FIELD_NUMBER: _ClassVar[int]
     LAST_CHUNK_FIELD_NUMBER: _ClassVar[int]
-    CACHED_FIELD_NUMBER: _ClassVar[int]
-    ROWS_SELECTED_FIELD_NUMBER: _ClassVar[int]
     JOB_TOKEN_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
-    TRY_FIELD_NUMBER: _ClassVar[int]
     DEVICE_INDEX_FIELD_NUMBER: _ClassVar[int]
-    COORD_FIELD_NUMBER: _ClassVar[int]
     TENSOR_FIELD_NUMBER: _ClassVar[int]
     SEQ_FIELD_NUMBER: _ClassVar[int]
     SEND_NS_FIELD_NUMBER: _ClassVar[int]
-    EPOCH_FIELD_NUMBER: _ClassVar[int]
     ROW_LENGTHS_FIELD_NUMBER: _ClassVar[int]
     LOSS_SUM_FIELD_NUMBER: _ClassVar[int]
-    SESSION_FIELD_NUMBER: _ClassVar[int]
     SUMS_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
@@ -159,24 +135,21 @@ class Header(_message.Message):
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     STEP_READY_FIELD_NUMBER: _ClassVar[int]
     STEP_APPLY_FIELD_NUMBER: _ClassVar[int]
+    KV_STEP_FIELD_NUMBER: _ClassVar[int]
+    KV_DROP_FIELD_NUMBER: _ClassVar[int]
     kind: Kind
     optional: bool
     last_chunk: bool
-    cached: bool
-    rows_selected: bool
     job_token: int
     phase: Phase
     step: int
     micro_batch: int
     device_index: int
-    coord: _containers.RepeatedScalarFieldContainer[int]
     tensor: Tensor
     seq: int
     send_ns: int
-    epoch: int
     row_lengths: _containers.RepeatedScalarFieldContainer[int]
     loss_sum: float
-    session: int
     sums: _containers.ScalarMap[str, float]
     hello: Hello
     ready: Ready
@@ -191,12 +164,13 @@ class Header(_message.Message):
     progress: Progress
     step_ready: StepReady
     step_apply: StepApply
-    def __init__(self, kind: _Optional[_Union[Kind, str]] = ..., optional: _Optional[bool] = ..., last_chunk: _Optional[bool] = ..., cached: _Optional[bool] = ..., rows_selected: _Optional[bool] = ..., job_token: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., device_index: _Optional[int] = ..., coord: _Optional[_Iterable[int]] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., seq: _Optional[int] = ..., send_ns: _Optional[int] = ..., epoch: _Optional[int] = ..., row_lengths: _Optional[_Iterable[int]] = ..., loss_sum: _Optional[float] = ..., session: _Optional[int] = ..., sums: _Optional[_Mapping[str, float]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., not_ready: _Optional[_Union[NotReady, _Mapping]] = ..., refuse: _Optional[_Union[Refuse, _Mapping]] = ..., table: _Optional[_Union[Table, _Mapping]] = ..., table_all: _Optional[_Union[TableAll, _Mapping]] = ..., step_close: _Optional[_Union[StepClose, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., step_ready: _Optional[_Union[StepReady, _Mapping]] = ..., step_apply: _Optional[_Union[StepApply, _Mapping]] = ..., **kwargs) -> None: ...
+    kv_step: KvStep
+    kv_drop: KvDrop
+    def __init__(self, kind: _Optional[_Union[Kind, str]] = ..., optional: _Optional[bool] = ..., last_chunk: _Optional[bool] = ..., job_token: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., device_index: _Optional[int] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., seq: _Optional[int] = ..., send_ns: _Optional[int] = ..., row_lengths: _Optional[_Iterable[int]] = ..., loss_sum: _Optional[float] = ..., sums: _Optional[_Mapping[str, float]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., not_ready: _Optional[_Union[NotReady, _Mapping]] = ..., refuse: _Optional[_Union[Refuse, _Mapping]] = ..., table: _Optional[_Union[Table, _Mapping]] = ..., table_all: _Optional[_Union[TableAll, _Mapping]] = ..., step_close: _Optional[_Union[StepClose, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., step_ready: _Optional[_Union[StepReady, _Mapping]] = ..., step_apply: _Optional[_Union[StepApply, _Mapping]] = ..., kv_step: _Optional[_Union[KvStep, _Mapping]] = ..., kv_drop: _Optional[_Union[KvDrop, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("version", "features", "job", "node", "device_index", "link", "route_token", "model_digest", "window", "codecs")
+    __slots__ = ("version", "job", "node", "device_index", "link", "route_token", "model_digest", "window", "codecs")
     VERSION_FIELD_NUMBER: _ClassVar[int]
-    FEATURES_FIELD_NUMBER: _ClassVar[int]
     JOB_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_INDEX_FIELD_NUMBER: _ClassVar[int]
@@ -206,7 +180,6 @@ class Hello(_message.Message):
     WINDOW_FIELD_NUMBER: _ClassVar[int]
     CODECS_FIELD_NUMBER: _ClassVar[int]
     version: int
-    features: _containers.RepeatedScalarFieldContainer[str]
     job: str
     node: str
     device_index: int
@@ -215,21 +188,19 @@ class Hello(_message.Message):
     model_digest: str
     window: int
     codecs: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, version: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., job: _Optional[str] = ..., node: _Optional[str] = ..., device_index: _Optional[int] = ..., link: _Optional[_Union[LinkRole, str]] = ..., route_token: _Optional[bytes] = ..., model_digest: _Optional[str] = ..., window: _Optional[int] = ..., codecs: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, version: _Optional[int] = ..., job: _Optional[str] = ..., node: _Optional[str] = ..., device_index: _Optional[int] = ..., link: _Optional[_Union[LinkRole, str]] = ..., route_token: _Optional[bytes] = ..., model_digest: _Optional[str] = ..., window: _Optional[int] = ..., codecs: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Ready(_message.Message):
-    __slots__ = ("version", "features", "window", "job_token", "codec")
+    __slots__ = ("version", "window", "job_token", "codec")
     VERSION_FIELD_NUMBER: _ClassVar[int]
-    FEATURES_FIELD_NUMBER: _ClassVar[int]
     WINDOW_FIELD_NUMBER: _ClassVar[int]
     JOB_TOKEN_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
     version: int
-    features: _containers.RepeatedScalarFieldContainer[str]
     window: int
     job_token: int
     codec: str
-    def __init__(self, version: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., window: _Optional[int] = ..., job_token: _Optional[int] = ..., codec: _Optional[str] = ...) -> None: ...
+    def __init__(self, version: _Optional[int] = ..., window: _Optional[int] = ..., job_token: _Optional[int] = ..., codec: _Optional[str] = ...) -> None: ...
 
 class NotReady(_message.Message):
     __slots__ = ("retry_ms",)
@@ -292,12 +263,14 @@ class LeftOut(_message.Message):
     def __init__(self, device_index: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class StepReady(_message.Message):
-    __slots__ = ("squared_norm", "finite")
+    __slots__ = ("squared_norm", "finite", "host")
     SQUARED_NORM_FIELD_NUMBER: _ClassVar[int]
     FINITE_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
     squared_norm: float
     finite: bool
-    def __init__(self, squared_norm: _Optional[float] = ..., finite: _Optional[bool] = ...) -> None: ...
+    host: int
+    def __init__(self, squared_norm: _Optional[float] = ..., finite: _Optional[bool] = ..., host: _Optional[int] = ...) -> None: ...
 
 class StepApply(_message.Message):
     __slots__ = ("scale", "skip")
@@ -308,14 +281,12 @@ class StepApply(_message.Message):
     def __init__(self, scale: _Optional[float] = ..., skip: _Optional[bool] = ...) -> None: ...
 
 class Done(_message.Message):
-    __slots__ = ("loss_sum", "labels", "units")
+    __slots__ = ("loss_sum", "labels")
     LOSS_SUM_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
-    UNITS_FIELD_NUMBER: _ClassVar[int]
     loss_sum: float
     labels: int
-    units: int
-    def __init__(self, loss_sum: _Optional[float] = ..., labels: _Optional[int] = ..., units: _Optional[int] = ...) -> None: ...
+    def __init__(self, loss_sum: _Optional[float] = ..., labels: _Optional[int] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("reason",)
@@ -334,14 +305,28 @@ class Error(_message.Message):
     def __init__(self, code: _Optional[str] = ..., scope: _Optional[str] = ..., text: _Optional[str] = ...) -> None: ...
 
 class Progress(_message.Message):
-    __slots__ = ("phase", "step", "units_done")
+    __slots__ = ("phase", "step")
     PHASE_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
-    UNITS_DONE_FIELD_NUMBER: _ClassVar[int]
     phase: Phase
     step: int
-    units_done: int
-    def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., step: _Optional[int] = ..., units_done: _Optional[int] = ...) -> None: ...
+    def __init__(self, phase: _Optional[_Union[Phase, str]] = ..., step: _Optional[int] = ...) -> None: ...
+
+class KvStep(_message.Message):
+    __slots__ = ("session", "position", "length")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    session: int
+    position: int
+    length: int
+    def __init__(self, session: _Optional[int] = ..., position: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
+
+class KvDrop(_message.Message):
+    __slots__ = ("session",)
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    session: int
+    def __init__(self, session: _Optional[int] = ...) -> None: ...
 
 class Hop(_message.Message):
     __slots__ = ("node", "first", "last", "address", "relay_token")

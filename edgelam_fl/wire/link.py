@@ -326,8 +326,8 @@ def _split(message: bytes) -> tuple[pb.Header, memoryview]:
 
 
 def _same_tensor(first: pb.Header, other: pb.Header) -> bool:
-    unit = ("kind", "phase", "step", "micro_batch", "try", "device_index")
-    described = ("dtype", "shape", "codec", "codec_meta", "total_bytes")
+    unit = ("kind", "phase", "step", "micro_batch", "device_index", "kv_step")
+    described = ("dtype", "shape", "codec", "total_bytes")
     return all(getattr(first, field) == getattr(other, field) for field in unit) and all(
         getattr(first.tensor, field) == getattr(other.tensor, field) for field in described
     )

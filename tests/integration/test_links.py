@@ -13,11 +13,12 @@ import grpc
 import pytest
 import torch
 
-from edgelam_fl.errors import PeerLost
+from edgelam_fl.errors import PeerLost, Refused
+from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.grpc.dial import dial
-from edgelam_fl.wire.grpc.options import DEFAULT_TIMING, Timing
+from edgelam_fl.wire.grpc.options import DEFAULT_TIMING, LinkTiming
 from edgelam_fl.wire.grpc.serve import DataPlaneServer
 from edgelam_fl.wire.link import CHUNK_BYTES, MIN_CHUNK_BYTES, Frame, Link
 from edgelam_fl.wire.pace import Pace
@@ -26,7 +27,7 @@ from tests.links import Heard, hello, make_terms, ready, terms
 
 @contextmanager
 def linked(
-    silent_s: float, timing: Timing = DEFAULT_TIMING, bytes_per_s: float | None = None, **of_dialler: Any
+    silent_s: float, timing: LinkTiming = DEFAULT_TIMING, bytes_per_s: float | None = None, **of_dialler: Any
 ) -> Iterator[tuple[Link, Heard, Link, Heard]]:
     """Both ends of a link over loopback, and what they hear: the dialler's, the host's. `of_dialler`: its other terms."""
     near_heard, far_heard, admitted = Heard(), Heard(), list[Link]()
@@ -52,7 +53,7 @@ def linked(
 
 def test_a_paced_link_is_not_silent() -> None:
     """Chunks that are due every two seconds, and pings that come through between them."""
-    timing, bytes_per_s = Timing(ping_every_s=0.2), MIN_CHUNK_BYTES / 2
+    timing, bytes_per_s = LinkTiming(ping_every_s=0.2), MIN_CHUNK_BYTES / 2
     with linked(1.5, timing, bytes_per_s) as (near, near_heard, far, far_heard):
         for link in (near, far):
             link.send(pb.Header(kind=pb.ACT), torch.zeros(1, 4, MIN_CHUNK_BYTES // 4))
@@ -76,7 +77,7 @@ def test_a_ping_comes_through_a_slow_network_that_is_not_paced() -> None:
 def test_an_idle_link_lives() -> None:
     """A hundred times faster than real: gRPC's own keepalive, and not a word of ours. A host that thought these too many
     pings would end the link at the third."""
-    timing = Timing(
+    timing = LinkTiming(
         ping_every_s=3600.0, keepalive_s=DEFAULT_TIMING.keepalive_s / 100,
         keepalive_least_s=DEFAULT_TIMING.keepalive_least_s / 100,
     )  # fmt: skip
@@ -93,6 +94,19 @@ def test_the_host_too_takes_no_frames_of_another_job() -> None:
         near.send(pb.Header(kind=pb.DONE))
         assert "a frame of job 8 on a link of job 7" in str(far_heard.get(timeout=30))
         assert "a frame of job 8 on a link of job 7" in str(near_heard.get(timeout=30))
+
+
+@pytest.mark.parametrize("version", [PROTOCOL_VERSION - 1, PROTOCOL_VERSION + 1])
+def test_a_dialler_of_another_version_is_refused_with_the_way_out(version: int) -> None:
+    server = DataPlaneServer("127.0.0.1", 0, lambda hello, link: pb.Refuse(reason="asked, in spite of the version"))
+    words = f"protocol version {version} of node 'device-1'; this host speaks {PROTOCOL_VERSION}: install the same"
+    try:
+        with pytest.raises(Refused, match=words):
+            dial(
+                f"127.0.0.1:{server.port}", "entry", hello(version=version), ByteCounters(), make_terms(), ready_s=30
+            )  # fmt: skip
+    finally:
+        server.stop()
 
 
 def test_dialling_something_else_says_so() -> None:

@@ -1,4 +1,4 @@
-"""The committed protobuf code is what the .proto generates (`make protos`)."""
+"""The wire's declaration: the committed code is what it generates, and every field has a comment."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from edgelam_fl.hub import STATE, relay
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.grpc.dial import dial
-from edgelam_fl.wire.grpc.options import Timing
+from edgelam_fl.wire.grpc.options import LinkTiming
 from edgelam_fl.wire.grpc.serve import DataPlaneServer, RelayedDoor
 from edgelam_fl.wire.link import Frame, Link
 from edgelam_fl.wire.relay import ACCEPT, BEHIND, DIAL, LISTEN, Relay, make_token, number_metadata, path
@@ -180,7 +180,7 @@ def test_a_host_outlives_a_hub_that_is_started_again(tmp_path: Path, monkeypatch
     host, heard = Host(), Heard()
     port = free_port()
     ways = {m: Relay(f"127.0.0.1:{port}", PART, make_token(key, m, PART)) for m in (LISTEN, DIAL)}
-    door = RelayedDoor(ways[LISTEN], host.admit, Timing(listen_again_s=0.2))
+    door = RelayedDoor(ways[LISTEN], host.admit, LinkTiming(listen_again_s=0.2))
     for _ in range(2):
         with grpc_server(relay.handlers(), port=port):
             call(BEHIND + "edge-1", ways[DIAL], heard)

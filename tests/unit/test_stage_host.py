@@ -18,6 +18,7 @@ from edgelam_fl.plan.layout import make_layout
 from edgelam_fl.plan.making import RoundFacts, make_plans, task_settings
 from edgelam_fl.plan.reading import spans_of
 from edgelam_fl.plan.spec import RunSpec
+from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from tests.support import check_done, joined, memory_fleet, run_config, same_bits
 
@@ -59,7 +60,7 @@ def await_start(events: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
-        ({"protocol_version": 2}, "a plan of protocol version 2; node edge-1 speaks 1"),
+        ({"protocol_version": 99}, f"a plan of protocol version 99; node edge-1 speaks {PROTOCOL_VERSION}"),
         ({"node": "edge-2"}, "a plan for EDGE 'edge-2'; this is EDGE 'edge-1'"),
         ({"role": pb.DEVICE}, "a plan for DEVICE 'edge-1'; this is EDGE 'edge-1'"),
         ({"window": 0}, "a plan without route, batch size, micro-batches, window or deadlines"),
@@ -160,7 +161,7 @@ def test_a_link_to_a_job_that_is_not_here_is_put_off(tiny: ModelSource) -> None:
 # ---------------------------------------------------------------- profile
 
 
-def profile(data: Path | None, source: ModelSource, version: int = 1) -> pb.Profile:
+def profile(data: Path | None, source: ModelSource, version: int = PROTOCOL_VERSION) -> pb.Profile:
     node = StageHost(
         "n", lambda *_: None, lambda *_, **__: None, data=data, address="10.0.0.1:7000", tags=["gpu", "lab"]
     )  # type: ignore[arg-type, return-value]
@@ -171,7 +172,8 @@ def test_a_devices_profile_counts_its_examples(tiny: ModelSource, data_files: li
     got = profile(data_files[0], tiny)
     assert (got.role, got.problem) == (pb.DEVICE, "")
     assert (got.held_out, got.examples + got.held_out) == (round(0.1 * 24), 24)
-    assert (got.protocol_version, list(got.bases), got.address) == (1, ["fp32", "bf16", "int8", "nf4"], "10.0.0.1:7000")
+    assert (got.protocol_version, got.address) == (PROTOCOL_VERSION, "10.0.0.1:7000")
+    assert list(got.bases) == ["fp32", "bf16", "int8", "nf4"]
     assert got.tags == ["gpu", "lab"]
     assert got.memory_available_bytes > 1 << 20
     assert set(got.versions) == set(stage_host.VERSIONED)
@@ -180,7 +182,7 @@ def test_a_devices_profile_counts_its_examples(tiny: ModelSource, data_files: li
 def test_a_profile_names_what_keeps_the_node_out(tiny: ModelSource, data_files: list[Path], tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     assert "holds 0 examples" in profile(tmp_path / "empty", tiny).problem
-    assert profile(data_files[0], tiny, 2).problem == "speaks protocol version 1, the server 2"
+    assert profile(data_files[0], tiny, 99).problem == f"speaks protocol version {PROTOCOL_VERSION}, the server 99"
     assert profile(None, tiny).role == pb.EDGE
 
 

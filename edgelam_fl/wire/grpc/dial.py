@@ -13,7 +13,7 @@ from edgelam_fl.errors import EdgelamError, PeerLost, ProtocolError, Refused
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.grpc.link import GrpcLink
-from edgelam_fl.wire.grpc.options import DEFAULT_TIMING, LINK, Timing, channel_options
+from edgelam_fl.wire.grpc.options import DEFAULT_TIMING, LINK, LinkTiming, channel_options
 from edgelam_fl.wire.link import Frame, Link
 from edgelam_fl.wire.relay import BEHIND, BY_RELAY, DIAL, Metadata, Relay, path
 from edgelam_fl.wire.terms import MakeTerms
@@ -40,7 +40,7 @@ def dial(
     make_terms: MakeTerms,
     ready_s: float,
     relay: Relay | None = None,
-    timing: Timing = DEFAULT_TIMING,
+    timing: LinkTiming = DEFAULT_TIMING,
 ) -> Link:
     """Opens a link called `name` with the terms that `make_terms` makes of the host's READY.
 
@@ -82,7 +82,7 @@ def dial(
 
 def _say_hello(
     channel: grpc.Channel, way: _Way, name: str, hello: pb.Hello, counters: ByteCounters, make_terms: MakeTerms,
-    timing: Timing,
+    timing: LinkTiming,
 ) -> Link | pb.NotReady:  # fmt: skip
     """Shakes hands; returns the open link, or the host's wish to be asked later.
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import grpc
 
 from edgelam_fl.wire.counters import ByteCounters
-from edgelam_fl.wire.grpc.options import Timing, grpc_reason
+from edgelam_fl.wire.grpc.options import LinkTiming, grpc_reason
 from edgelam_fl.wire.link import Link
 from edgelam_fl.wire.outbox import Outbox
 from edgelam_fl.wire.terms import OnFrame, OnLost
@@ -21,7 +21,9 @@ from edgelam_fl.wire.terms import OnFrame, OnLost
 class GrpcLink(Link):
     """A link whose messages gRPC takes from `outbox`."""
 
-    def __init__(self, name: str, counters: ByteCounters, on_frame: OnFrame, on_lost: OnLost, timing: Timing) -> None:
+    def __init__(
+        self, name: str, counters: ByteCounters, on_frame: OnFrame, on_lost: OnLost, timing: LinkTiming
+    ) -> None:
         super().__init__(name, counters, on_frame, on_lost)
         self.outbox = Outbox()
         self._timing = timing

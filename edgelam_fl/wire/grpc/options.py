@@ -11,7 +11,7 @@ Options = list[tuple[str, int]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Timing:
+class LinkTiming:
     """How long the ends of a link wait, and how often they speak. Seconds, all of them."""
 
     ping_every_s: float = 2.0  # our own PING, from a thread outside compute
@@ -24,10 +24,10 @@ class Timing:
     keepalive_least_s: float = 5.0  # more frequent pings are taken for an attack
 
 
-DEFAULT_TIMING = Timing()
+DEFAULT_TIMING = LinkTiming()
 
 
-def channel_options(timing: Timing = DEFAULT_TIMING) -> Options:
+def channel_options(timing: LinkTiming = DEFAULT_TIMING) -> Options:
     """Returns gRPC's options for a channel or a server that carries links."""
     return [
         ("grpc.max_receive_message_length", 6 << 20),  # a chunk and the largest header

@@ -15,7 +15,7 @@ from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.grpc.link import GrpcLink
-from edgelam_fl.wire.grpc.options import DEFAULT_TIMING, Timing, channel_options
+from edgelam_fl.wire.grpc.options import DEFAULT_TIMING, LinkTiming, channel_options
 from edgelam_fl.wire.link import Frame, Link
 from edgelam_fl.wire.relay import ACCEPT, LISTEN, Relay, number_metadata, path
 
@@ -28,7 +28,7 @@ Doorkeeper = Callable[[pb.Hello, Link], pb.Ready | pb.NotReady | pb.Refuse]
 class DataPlaneServer:
     """A port that listens for links. `port` is the real one if 0 was asked for."""
 
-    def __init__(self, host: str, port: int, doorkeeper: Doorkeeper, timing: Timing = DEFAULT_TIMING) -> None:
+    def __init__(self, host: str, port: int, doorkeeper: Doorkeeper, timing: LinkTiming = DEFAULT_TIMING) -> None:
         self._doorkeeper, self._timing = doorkeeper, timing
         self._server = grpc.server(
             ThreadPoolExecutor(_MAX_STREAMS, "link"), options=[*channel_options(timing), ("grpc.so_reuseport", 0)]
@@ -58,7 +58,7 @@ class DataPlaneServer:
 class RelayedDoor:
     """A way to this node through the server's hub, open until `close`. Calls the hub again if it goes away."""
 
-    def __init__(self, relay: Relay, doorkeeper: Doorkeeper, timing: Timing = DEFAULT_TIMING) -> None:
+    def __init__(self, relay: Relay, doorkeeper: Doorkeeper, timing: LinkTiming = DEFAULT_TIMING) -> None:
         self._relay, self._doorkeeper, self._timing = relay, doorkeeper, timing
         self._closed = threading.Event()
         self._calls: grpc.Call | None = None
@@ -92,7 +92,7 @@ class RelayedDoor:
         link.start_pulse(call.cancel)
 
 
-def _served_link(name: str, doorkeeper: Doorkeeper, timing: Timing) -> GrpcLink:
+def _served_link(name: str, doorkeeper: Doorkeeper, timing: LinkTiming) -> GrpcLink:
     """Returns a link that waits for HELLO. `name` and its byte counts serve until the doorkeeper has opened it."""
     return GrpcLink(name, ByteCounters(), partial(_answer_hello, doorkeeper), lambda _, reason: None, timing)
 
