@@ -18,7 +18,6 @@ import os
 import shlex
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from benchmarks.common import Figure, main
 from edgelam_fl.addresses import free_port
 from edgelam_fl.config import RunConfig, TaskSection, parse_run_file
 from edgelam_fl.federation.child import Child, end_all
-from edgelam_fl.federation.node_process import Node
+from edgelam_fl.federation.node_process import NodeProcesses
 from edgelam_fl.federation.submission import Submission
 from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.model.adapter import Adapter, initial_adapter, read_peft_folder
@@ -40,7 +39,6 @@ from edgelam_fl.model.source import find_model
 from edgelam_fl.tasks.data import read_pairs
 from edgelam_fl.tasks.docstrings import write_device_files
 from edgelam_fl.tasks.kinds import make_task
-from edgelam_fl.telemetry.events import EventTail
 
 MODEL, LEAST_TOKENS, TOKENS, STEPS, PAIRS = "smollm2-135m", 17, 32, 5, 12
 LOSS_APART, COSINE = 1e-4, 0.999  # the bars
@@ -189,16 +187,11 @@ def cosines(start: Adapter, reference: Adapter, result: Adapter, layers: int) ->
 
 def _federate(out: Path, config: RunConfig, data: Mapping[str, Path], emulated: Sequence[Board]) -> Result:
     with _federation(out, data, emulated) as (server, watch):
-        Submission(server, out / "flwr").submit(config, out / "run")
-        tail, events, end = EventTail(out / "run/events.jsonl"), list[dict[str, Any]](), time.monotonic() + RUN_S
-        while not any(event["event"] in ("run_done", "run_failed") for event in events):
-            if time.monotonic() > end:
-                raise SystemExit(f"the run was not through within {RUN_S:.0f} s: {out}")
-            watch()
-            time.sleep(0.5)
-            for event in tail.poll():
-                events.append(event)
-                print(f"{out.name}: {event['event']} {event.get('node', '')}{event.get('reason', '')}", flush=True)
+        submission, events = Submission(server, out / "flwr"), list[dict[str, Any]]()
+        submission.submit(config, out / "run")
+        for event in submission.events(RUN_S, awaited=f"the run's end ({out})", meanwhile=watch):
+            events.append(event)
+            print(f"{out.name}: {event['event']} {event.get('node', '')}{event.get('reason', '')}", flush=True)
     if events[-1]["event"] != "run_done":
         raise SystemExit(f"the run failed: {events[-1]}")
     return Result(events, read_peft_folder(out / "run/adapter"))
@@ -211,9 +204,9 @@ def _federation(
     """The SuperLink's address, and what looks after the processes; all of them end with the block."""
     port = free_port()
     server, folder = f"127.0.0.1:{port}", out / "nodes"
-    nodes = [Node(f"edge-{n}", server, folder / f"edge-{n}", threads=1) for n in (1, 2)]
+    nodes = [NodeProcesses(f"edge-{n}", server, folder / f"edge-{n}", threads=1) for n in (1, 2)]
     own = [] if emulated else list(data)
-    nodes += [Node(name, server, folder / name, data[name], threads=1) for name in own]
+    nodes += [NodeProcesses(name, server, folder / name, data[name], threads=1) for name in own]
     children = [start_superlink("127.0.0.1", port, out / "server")]
 
     def watch() -> None:

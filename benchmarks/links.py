@@ -23,10 +23,9 @@ from benchmarks.common import Figure, main
 from edgelam_fl.addresses import free_port
 from edgelam_fl.config import parse_run_file
 from edgelam_fl.federation.child import end_all
-from edgelam_fl.federation.node_process import Node
+from edgelam_fl.federation.node_process import NodeProcesses
 from edgelam_fl.federation.submission import Submission
 from edgelam_fl.federation.superlink import start_superlink
-from edgelam_fl.telemetry.events import EventTail
 from strategies.api import Demand
 from strategies.bandwidth.links import delay_of, needs_of
 from tests.support import write_tiny_llama
@@ -143,8 +142,8 @@ def _federation(out: Path, data: Sequence[Path]) -> Iterator[str]:
     """The SuperLink's address; all processes end with the block."""
     port = free_port()
     server, folder = f"127.0.0.1:{port}", out / "nodes"
-    nodes = [Node("edge-1", server, folder / "edge-1", threads=1)]
-    nodes += [Node(file.stem, server, folder / file.stem, file, threads=1) for file in data]
+    nodes = [NodeProcesses("edge-1", server, folder / "edge-1", threads=1)]
+    nodes += [NodeProcesses(file.stem, server, folder / file.stem, file, threads=1) for file in data]
     children = [start_superlink("127.0.0.1", port, out / "server")]
     try:
         for node in nodes:
@@ -162,13 +161,9 @@ def _federation(out: Path, data: Sequence[Path]) -> Iterator[str]:
 def _run(server: str, out: Path, model: Path, rule: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
     overrides = [*_set(settings), f"model.name={model}", f"strategy.bandwidth={rule}"]
     config = parse_run_file("", source="the benchmark", overrides=overrides)
-    Submission(server, out / "flwr").submit(config, out / rule)
-    tail, events, end = EventTail(out / rule / "events.jsonl"), list[dict[str, Any]](), time.monotonic() + RUN_S
-    while not any(event["event"] in ("run_done", "run_failed") for event in events):
-        if time.monotonic() > end:
-            raise SystemExit(f"the run under {rule} was not through within {RUN_S:.0f} s: {out / rule}")
-        time.sleep(0.2)
-        events += tail.poll()
+    submission = Submission(server, out / "flwr")
+    submission.submit(config, out / rule)
+    events = list(submission.events(RUN_S, awaited=f"the end of the run under {rule} ({out / rule})"))
     if events[-1]["event"] != "run_done":
         raise SystemExit(f"the run under {rule} failed: {events[-1]}")
     return events

@@ -20,7 +20,7 @@ from benchmarks.common import Figure, main
 from edgelam_fl.addresses import free_port
 from edgelam_fl.config import parse_run_file
 from edgelam_fl.federation.child import Child, end_all
-from edgelam_fl.federation.hub_process import Hub
+from edgelam_fl.federation.hub_process import HubProcess
 from edgelam_fl.hub.slices import offer_model
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.adapter import Span, initial_adapter
@@ -44,7 +44,7 @@ DEADLINE_S = 900.0
 def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
     source, figures = find_model("smollm2-135m"), list[Figure]()
     with tempfile.TemporaryDirectory() as folder:
-        hub = Hub("127.0.0.1", free_port(), Path(folder) / "hub")
+        hub = HubProcess("127.0.0.1", free_port(), Path(folder) / "hub")
         try:
             hub.start()
             offer_model(source, hub.state)
@@ -57,7 +57,7 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
     return settings, figures
 
 
-def _whole(source: ModelSource, hub: Hub, base: str, folder: Path) -> list[Figure]:
+def _whole(source: ModelSource, hub: HubProcess, base: str, folder: Path) -> list[Figure]:
     size = weights_bytes(source, [Span(FIRST, FIRST + LAYERS)], base)
     proxy = Counting(f"127.0.0.1:{hub.port}")
     node = Node(source, base, proxy, folder)
@@ -77,7 +77,7 @@ def _whole(source: ModelSource, hub: Hub, base: str, folder: Path) -> list[Figur
     ]
 
 
-def _interrupted(source: ModelSource, hub: Hub, base: str, folder: Path) -> list[Figure]:
+def _interrupted(source: ModelSource, hub: HubProcess, base: str, folder: Path) -> list[Figure]:
     """The connection breaks at one random byte, the stage host is killed at a later one, and starts again."""
     rng = random.Random(SEED)
     size = weights_bytes(source, [Span(FIRST, FIRST + LAYERS)], base)

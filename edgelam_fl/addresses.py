@@ -1,4 +1,4 @@
-"""HOST:PORT addresses: parses and joins them, finds free ports, and checks what listens."""
+"""HOST:PORT addresses: parses and joins them, finds free ports and checks what listens. Knows no protocol."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import socket
 
 from edgelam_fl.errors import ConfigError, EnvironmentProblem
 
-# ---------------------------------------------------------------- addresses
-
 
 def split_address(address: str, option: str) -> tuple[str, int]:
+    """Splits HOST:PORT into (host, port), an IPv6 host without its brackets. ConfigError names the `option`."""
     host, colon, port = address.rpartition(":")
     if not colon or not host or not port.isdigit() or not 0 <= int(port) < 65536:
         raise ConfigError(f"{option} = {address!r} must be HOST:PORT, as in 127.0.0.1:8000")
@@ -19,12 +18,12 @@ def split_address(address: str, option: str) -> tuple[str, int]:
 
 
 def join_address(host: str, port: int) -> str:
-    """HOST:PORT, as `split_address` takes it apart."""
+    """Joins host and port to HOST:PORT, the inverse of `split_address`."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def hub_address(host: str, port: int, data_plane: str = "") -> tuple[str, int]:
-    """The server's end of the data plane: `data_plane` (HOST:PORT), or one port after its SuperLink's."""
+    """Returns where the server's hub listens: at `data_plane` (HOST:PORT), or one port after its SuperLink at host:port."""
     if data_plane:
         return split_address(data_plane, "--data-plane")
     if port == 65535:
@@ -33,7 +32,7 @@ def hub_address(host: str, port: int, data_plane: str = "") -> tuple[str, int]:
 
 
 def check_plain_text(host: str, option: str, insecure: bool) -> None:
-    """Raises ConfigError for an address beyond this machine, unless plain text was agreed to."""
+    """Raises ConfigError for an address beyond this machine, unless the user allowed plain text (`insecure`)."""
     if insecure or is_loopback(host):
         return
     raise ConfigError(
@@ -42,7 +41,20 @@ def check_plain_text(host: str, option: str, insecure: bool) -> None:
     )
 
 
+def check_server_answers(server: str, insecure: bool, way_out: str = "") -> None:
+    """Raises ConfigError if `server` (HOST:PORT) may not be used, EnvironmentProblem if nobody answers there.
+
+    way_out: the end of the message, with what to do; by default to start a server there or to name another.
+    """
+    host, port = split_address(server, "--server")
+    check_plain_text(host, "--server", insecure)
+    if not answers(host, port):
+        way_out = way_out or f"; start one there with `edgelam server --listen {server}`, or give another --server"
+        raise EnvironmentProblem(f"no server answers at {server}{way_out}")
+
+
 def is_loopback(host: str) -> bool:
+    """Returns whether the host is this machine by its loopback address; a name other than localhost is not."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -50,12 +62,14 @@ def is_loopback(host: str) -> bool:
 
 
 def answers(host: str, port: int, timeout_s: float = 2.0) -> bool:
+    """Returns whether something accepts a TCP connection there."""
     with contextlib.suppress(OSError), socket.create_connection((host, port), timeout_s):
         return True
     return False
 
 
 def check_port_free(host: str, port: int, option: str) -> None:
+    """Raises EnvironmentProblem if the port cannot be opened; `option` is the one that chooses another."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -67,6 +81,7 @@ def check_port_free(host: str, port: int, option: str) -> None:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
+    """Returns a port that the system had free a moment ago."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])

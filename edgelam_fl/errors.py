@@ -5,7 +5,7 @@
     |   |- ConfigError
     |   |- DataError
     |   `- ModelError
-    |- EnvironmentProblem               3    after mending the machine: a port, a server, a missing package
+    |- EnvironmentProblem               3    once the machine is repaired: a port, a server, a missing package
     `- RunFailed                        4    no: the run started and could not go on
         |- PeerLost                          yes: the other end vanished or stayed silent
         |- TooFewSources                     yes: when more devices take part
@@ -13,7 +13,7 @@
         |- Refused                           no: the other end said why not
         `- ProtocolError                     no: the other end sent what it must not
 
-A message says what is wrong, the value got, the value allowed and where to mend it.
+A message says what is wrong, the value got, the value allowed and where to change it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+INTERRUPTED = 130  # exit code after Ctrl-C, which is no error
+
 
 class EdgelamError(Exception):
+    """Any of the errors below."""
+
     exit_code = 4
 
 
 class UsageError(EdgelamError):
+    """The command line, the run file or the data is wrong."""
+
     exit_code = 2
 
 
@@ -77,7 +83,7 @@ class ProtocolError(RunFailed):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A closing half-sentence for messages about unknown words: the nearest known one, or all of them if few."""
+    """Returns a half-sentence to close a message about an unknown word: the closest known word, else all of them."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     if close:

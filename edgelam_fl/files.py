@@ -1,4 +1,4 @@
-"""Files of this machine: the cache folder, atomic writes, private files."""
+"""Files of this machine: the cache folder, atomic writes, private files. Knows nothing about their contents."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
+    """Returns the user's cache folder for models and what is made of them: EDGELAM_CACHE, or the system's place."""
     root = os.environ.get("EDGELAM_CACHE") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "edgelam-fl"
     )
@@ -14,14 +15,14 @@ def cache_folder() -> Path:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Whoever reads it finds the old content or the new one, never a part."""
+    """Replaces a file in one step: a reader finds the old content or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     temporary.replace(path)
 
 
 def write_private(path: Path, content: str | bytes) -> None:
-    """For this user's eyes alone, whole at any moment."""
+    """Replaces a file in one step, readable by this user only; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:

@@ -1,4 +1,4 @@
-"""What is free on this machine: memory, with a container's limit in it, and disk."""
+"""Measures free memory, within a container's limit, free disk space and this process's memory. Knows no models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _UNLIMITED = 2**63
 
 
 class _Version(NamedTuple):
-    """Of control groups: where they are, how /proc/self/cgroup marks the own one, and its files."""
+    """One version of control groups: their folder, the own group's mark in /proc/self/cgroup, and a group's files."""
 
     folder: str
     mark: str
@@ -32,10 +32,10 @@ _VERSIONS = (
 
 
 def memory_free_bytes(cgroup: Path = CGROUP, own: str = "") -> int:
-    """What can be taken before something is killed: the machine's, or what the limit of a control group leaves, if less.
+    """Returns how much memory can be taken before the kernel kills something: the least of machine and control groups.
 
-    `own`: this process's group, by default what the kernel says. The groups above it limit it too; in a container its
-    own is the root.
+    own: this process's control group, by default the one that the kernel names. The groups above it limit it too; in a
+    container its own is the root.
     """
     import psutil
 
@@ -48,7 +48,7 @@ def memory_free_bytes(cgroup: Path = CGROUP, own: str = "") -> int:
 
 
 def resident_bytes() -> int:
-    """Of this process, now."""
+    """Returns the resident memory of this process now."""
     import psutil
 
     return int(psutil.Process().memory_info().rss)
@@ -63,7 +63,7 @@ def _own_group(version: _Version) -> str:
 
 
 def _left(group: Path, version: _Version) -> int:
-    """What a group's limit leaves; more than any machine has, where there is none."""
+    """Returns what a group's limit leaves; without a limit, more than any machine has."""
     try:
         limit = (group / version.limit).read_text(encoding="ascii").strip()
         used = int((group / version.used).read_text(encoding="ascii"))
@@ -73,19 +73,19 @@ def _left(group: Path, version: _Version) -> int:
 
 
 def _cached(group: Path, version: _Version) -> int:
-    """File pages, which count as used and are given back when asked for."""
+    """Counts the bytes of file pages, which a group counts as used and gives back on demand."""
     lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
     return sum(int(line.split()[1]) for line in lines if line.split()[0] in version.cached)
 
 
 def disk_free_bytes(folder: Path) -> int:
-    """Of the file system that `folder` is on, or would be."""
+    """Returns the free space of the file system that `folder` is on, or would be on once made."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return shutil.disk_usage(folder).free
 
 
 def peak_rss_bytes() -> int:
-    """The largest resident memory of this process so far."""
+    """Returns the largest resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -19,8 +19,8 @@ from edgelam_fl.bench.reference import ONE_DEVICE, WHAT_ONE_DEVICE, one_device
 from edgelam_fl.bench.results import write_results
 from edgelam_fl.bench.runner import Results, check_cells, check_extra, engine, play
 from edgelam_fl.config import RunConfig
+from edgelam_fl.errors import INTERRUPTED
 
-INTERRUPTED = 130
 _OF_A_REFERENCE = ("accuracy", "perplexity", "bytes", "seconds")
 
 

@@ -247,10 +247,10 @@ def plan(
     if profiles is not None:
         placement = plan_of_profiles(config, profiles)
     else:
-        from edgelam_fl.federation.runs import check_server
+        from edgelam_fl.addresses import check_server_answers
         from edgelam_fl.model.source import find_model
 
-        check_server(server, insecure, "edgelam plan")
+        check_server_answers(server, insecure)
         placement = plan_on_server(errors, config, find_model(config.model.name), server)
     if as_json:
         _say(json.dumps(placement, indent=2))
@@ -385,7 +385,12 @@ def client(
     """
     from edgelam_fl.federation.join import join
 
-    raise typer.Exit(join(console, server, data, name, listen, advertise, threads, state, tag, insecure, wait))
+    raise typer.Exit(
+        join(
+            console, server=server, data=data, name=name, listen=listen, advertise=advertise, threads=threads, state=state,
+            tags=tag, insecure=insecure, wait=wait,
+        )
+    )  # fmt: skip
 
 
 @app.command()
@@ -478,9 +483,9 @@ def chat(
             "--base and --server do not go together: the hosts hold the run's adapter; leave out --server"
         )
     if server:
-        from edgelam_fl.federation.runs import check_server
+        from edgelam_fl.addresses import check_server_answers
 
-        check_server(server, insecure, "edgelam chat")
+        check_server_answers(server, insecure)
         with errors.status("loading PyTorch"):
             from edgelam_fl.federation.remote import route_speaker
         with route_speaker(result, server, errors) as speaker:

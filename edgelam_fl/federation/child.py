@@ -1,6 +1,6 @@
-"""Starts, watches and ends child processes, which end with their parent.
+"""Starts, watches and ends child processes, which end with their parent, and keeps their logs short.
 
-Knows nothing of what the processes say to each other.
+Knows neither Flower nor nodes nor what the processes say to each other.
 """
 
 from __future__ import annotations
@@ -20,18 +20,16 @@ from pathlib import Path
 from edgelam_fl.addresses import answers
 from edgelam_fl.errors import EnvironmentProblem, RunFailed
 
-_GRACE_S = 5.0
-_START_DEADLINE_S = 180.0
-_RESTARTS, _RESTARTS_WITHIN_S = 3, 120.0
+GRACE_S = 5.0  # between SIGTERM and SIGKILL
 _PR_SET_PDEATHSIG = 1
 _COLOUR = re.compile("\x1b\\[[0-9;]*m")  # Flower's logs have some
-_MOST_LOG_BYTES, _KEPT_LOG_BYTES = 4 << 20, 256 << 10  # a board's card is small, and a node may run for years
 
 
 class Child:
     """One process in a session of its own, its output in a log file."""
 
     def __init__(self, name: str, command: Sequence[str], log: Path, environment: dict[str, str] | None = None) -> None:
+        """Starts `command` with this process's environment and what `environment` adds; appends its output to `log`."""
         log.parent.mkdir(parents=True, exist_ok=True)
         self.name, self.log = name, log
         shorten(log)
@@ -51,12 +49,12 @@ class Child:
         return self._process.pid
 
     def ended(self) -> str:
-        """Empty while it runs; else its exit status and the end of its log."""
+        """Returns the exit status and the end of the log, as one line; empty while the process runs."""
         status = self._status()
         return "" if status is None else f"{self.name} ended with status {status}: {log_tail(self.log)}"
 
     def _status(self) -> int | None:
-        """None while it runs. What an ended one left behind in its session ends at once: later its number may be another's."""
+        """Exit status, None while running. Kills leftovers of the session on exit, before the pid can be reused."""
         if self._process.returncode is None and self._process.poll() is not None:
             self._signal(signal.SIGKILL)
         return self._process.returncode
@@ -66,10 +64,12 @@ class Child:
             os.killpg(self.pid, number)
 
     def ask_to_end(self) -> None:
+        """Sends SIGTERM to the process and its own children."""
         if self._status() is None:
             self._signal(signal.SIGTERM)
 
-    def make_end(self, grace_s: float = _GRACE_S) -> None:
+    def make_end(self, grace_s: float = GRACE_S) -> None:
+        """Waits `grace_s` for the process to end, then kills it and its own children."""
         end = time.monotonic() + grace_s
         while self._status() is None and time.monotonic() < end:
             time.sleep(0.02)
@@ -79,7 +79,7 @@ class Child:
 
 
 def tool_environment() -> dict[str, str]:
-    """This process's environment with this Python's console scripts on PATH: Flower's own start each other by name."""
+    """Returns this process's environment with this Python's scripts on PATH: Flower's tools start each other by name."""
     return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
 
 
@@ -88,46 +88,62 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def end_all(children: Sequence[Child]) -> None:
+def end_all(children: Sequence[Child], grace_s: float = GRACE_S) -> None:
+    """Ends all processes, which share one grace period."""
     for child in children:
         child.ask_to_end()
-    end = time.monotonic() + _GRACE_S
+    end = time.monotonic() + grace_s
     for child in children:
         child.make_end(max(0.1, end - time.monotonic()))
 
 
+def await_answer(child: Child, host: str, port: int, deadline_s: float = 180.0) -> None:
+    """Waits until the process answers at its port. Ends the process and raises EnvironmentProblem if it does not."""
+    end = time.monotonic() + deadline_s
+    while not answers(host, port, 0.5):
+        if child.ended() or time.monotonic() > end:
+            problem = child.ended() or f"no answer within {deadline_s:.0f} s"
+            end_all([child])
+            raise EnvironmentProblem(f"the {child.name} did not start: {problem}")
+        time.sleep(0.1)
+
+
+class Restarts:
+    """Counts the restarts of a group of processes, to give up on one that keeps ending."""
+
+    def __init__(self, most: int = 3, within_s: float = 120.0) -> None:
+        self._most, self._within_s = most, within_s
+        self._moments: list[float] = []
+
+    def note(self, problem: str) -> None:
+        """Counts one restart. Raises RunFailed if there were more than `most` within the last `within_s` seconds."""
+        now = time.monotonic()
+        self._moments = [moment for moment in self._moments if now - moment < self._within_s] + [now]
+        if len(self._moments) > self._most:
+            raise RunFailed(f"{problem} (restart {len(self._moments)} within {self._within_s:.0f} s)")
+
+
+# ---------------------------------------------------------------- logs
+
+
 def log_tail(log: Path, lines: int = 3) -> str:
+    """Returns the last lines of a log that are not empty, as one line."""
     with contextlib.suppress(OSError), log.open(encoding="utf-8", errors="replace") as file:
         kept = deque((_COLOUR.sub("", line).strip() for line in file if line.strip()), maxlen=lines)
         return " | ".join(kept) or "it said nothing"
     return "it left no log"
 
 
-def shorten(log: Path) -> None:
-    """Leaves the end of a log that has grown long. Its writers, which append, go on behind that."""
-    if not log.exists() or log.stat().st_size <= _MOST_LOG_BYTES:
+def shorten(log: Path, most_bytes: int = 4 << 20, kept_bytes: int = 256 << 10) -> None:
+    """Cuts a log that is longer than `most_bytes` down to whole lines of its last `kept_bytes`, while others append.
+
+    A board's card is small, and a node may run for years.
+    """
+    if not log.exists() or log.stat().st_size <= most_bytes:
         return
     with log.open("rb") as old:
-        old.seek(-_KEPT_LOG_BYTES, os.SEEK_END)
+        old.seek(-kept_bytes, os.SEEK_END)
         kept = old.read().partition(b"\n")[2]
     os.truncate(log, 0)  # in place: its writers have it open
     with log.open("ab") as new:
         new.write(kept)
-
-
-def _await_answer(child: Child, host: str, port: int) -> None:
-    end = time.monotonic() + _START_DEADLINE_S
-    while not answers(host, port, 0.5):
-        if child.ended() or time.monotonic() > end:
-            problem = child.ended() or f"no answer within {_START_DEADLINE_S:.0f} s"
-            end_all([child])
-            raise EnvironmentProblem(f"the {child.name} did not start: {problem}")
-        time.sleep(0.1)
-
-
-def _note_restart(restarts: list[float], problem: str) -> None:
-    """Adds one to `restarts`. Raises RunFailed where there are too many in a short time."""
-    now = time.monotonic()
-    restarts[:] = [moment for moment in restarts if now - moment < _RESTARTS_WITHIN_S] + [now]
-    if len(restarts) > _RESTARTS:
-        raise RunFailed(f"{problem} (for the {len(restarts)}th time in {_RESTARTS_WITHIN_S:.0f} s)")

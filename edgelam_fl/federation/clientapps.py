@@ -1,8 +1,9 @@
-"""A node's ClientApps, forked from a process that has imported them already (`python -m edgelam_fl.federation.clientapps`).
+"""Forks a node's ClientApps from a process with their imports already done (`python -m edgelam_fl.federation.clientapps`).
 
-Flower's SuperExec starts the command `flwr-clientapp` anew for every message. Its imports can take a small board most of the half
-minute after which Flower holds the start for lost, and every node of a round waits for them. SuperExec finds the command on
-PATH: `prepare` makes one that hands its arguments over to this process, which forks for each. The fork is Flower's own code.
+Flower's SuperExec starts the command `flwr-clientapp` for every message. Its imports can take a small board most of the half
+minute after which Flower gives the start up, and every node of a round waits for them. SuperExec finds the command on PATH:
+`prepare` makes one that passes its arguments to this process, which forks for each. The fork runs Flower's own code. Knows
+neither the messages nor what a ClientApp does with them.
 """
 
 from __future__ import annotations
@@ -18,23 +19,23 @@ from edgelam_fl.federation.flower_app import preload_clientapp
 from edgelam_fl.flower import flower_clientapp
 
 COMMAND = "flwr-clientapp"
-_BETWEEN = "\x1f"  # arguments of one line
+_BETWEEN = "\x1f"  # separates the arguments of one line
 
 
 def folder(state: Path) -> Path:
-    """Where a node's command is, which its PATH must begin with."""
+    """Returns the folder of a node's own `flwr-clientapp`, with which the node's PATH must begin."""
     return state / "clientapps"
 
 
 def prepare(state: Path) -> Path:
-    """Makes the command in the node's state folder, and the FIFO that it writes to; returns that."""
+    """Makes the command in the node's state folder; returns the FIFO that the command writes its arguments to."""
     place = folder(state)
     place.mkdir(parents=True, exist_ok=True)
     requests = place / "requests"
     if not requests.is_fifo():  # else one of these commands may be waiting for it
         os.mkfifo(requests, 0o600)
     command = place / COMMAND
-    # One write of less than PIPE_BUF bytes: lines of several do not mix. It waits for a reader, as when that one starts again.
+    # One write of less than PIPE_BUF bytes: lines of several commands do not mix. It waits for a reader, also for a restarted one.
     command.write_text(
         f"#!/bin/sh\nIFS=$(printf '\\037')\nprintf '%s\\n' \"$*\" > {shlex.quote(str(requests))}\n",
         encoding="utf-8",
@@ -44,7 +45,7 @@ def prepare(state: Path) -> Path:
 
 
 def main() -> None:
-    """Forks a ClientApp for each line of arguments. Its own are the FIFO, and the folder of the Flower App."""
+    """Forks a ClientApp for each line of arguments. Its own two are the FIFO and the folder of the Flower App."""
     fifo, app = sys.argv[1:]
     run = flower_clientapp()
     preload_clientapp(app)
@@ -57,8 +58,8 @@ def main() -> None:
 
 
 def _forked(fifo: str) -> list[str]:
-    """Forks for each line; returns its arguments there, and never here."""
-    # Open for writing too, or it would end with the first who has written.
+    """Forks for each line; returns its arguments in the child, and never in the parent."""
+    # Open for writing too: else the first writer that closes it would end the loop.
     with os.fdopen(os.open(fifo, os.O_RDWR), encoding="utf-8") as requests:
         while True:
             line = requests.readline().rstrip("\n")

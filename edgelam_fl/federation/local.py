@@ -1,4 +1,4 @@
-"""A whole federation as processes of this machine: a SuperLink, edge servers and devices, for one run.
+"""Runs a whole federation as processes of this machine: a SuperLink, edge servers and devices, for one run.
 
 Knows no console: `federation.runs` shows a run, `run_local` yields its events to a program.
 """
@@ -17,12 +17,12 @@ from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.federation.child import Child, end_all
 from edgelam_fl.federation.flower_app import app_module
-from edgelam_fl.federation.node_process import Node
+from edgelam_fl.federation.node_process import NodeProcesses
 from edgelam_fl.federation.submission import Event, Submission
 from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.tasks.files import read_records
 
-POLL_S = 0.25
+_POLL_S = 0.25
 _RESULT_LAG_S = 30.0
 
 
@@ -31,25 +31,25 @@ class LocalFederation:
     """The processes of one federation on this machine."""
 
     config: RunConfig
-    """The run's, which waits at its start for all devices."""
+    """The run's configuration; the run waits at its start for all devices."""
     folder: Path
     server: str
     """The SuperLink's HOST:PORT."""
     superlink: Child
-    edges: Sequence[Node]
-    devices: Sequence[Node]
+    edges: Sequence[NodeProcesses]
+    devices: Sequence[NodeProcesses]
 
     @property
-    def nodes(self) -> list[Node]:
+    def nodes(self) -> list[NodeProcesses]:
         return [*self.edges, *self.devices]
 
-    @property
-    def processes(self) -> int:
-        """Number of processes at the start: the SuperLink, and per node a SuperNode, its stage host and its ClientApps."""
-        return 1 + 3 * len(self.nodes)
+    def __str__(self) -> str:
+        processes = 1 + 3 * len(self.nodes)  # per node a stage host, a SuperNode and the one that forks its ClientApps
+        parts = f"{_counted(self.edges, 'edge server')} and {_counted(self.devices, 'device')}"
+        return f"a SuperLink, {parts} as {processes} processes"
 
     def watch(self) -> list[str]:
-        """Starts ended processes of nodes again; returns what happened. Raises RunFailed if the SuperLink has ended."""
+        """Restarts processes of nodes that have ended; returns what happened. Raises RunFailed if the SuperLink has ended."""
         if problem := self.superlink.ended():
             raise RunFailed(f"{problem}. The run ended with it. {kept(self.folder)}")
         return [news for node in self.nodes if (news := node.watch())]
@@ -86,22 +86,28 @@ def local_federation(config: RunConfig, data: Sequence[Path], folder: Path) -> I
         end_all([*(child for node in edges + devices for child in node.children.values()), *children])
 
 
-def _local_nodes(config: RunConfig, folder: Path, server: str, data: Sequence[Path]) -> tuple[list[Node], list[Node]]:
+def _local_nodes(
+    config: RunConfig, folder: Path, server: str, data: Sequence[Path]
+) -> tuple[list[NodeProcesses], list[NodeProcesses]]:
     """Returns edge servers and devices, with shares of the machine's cores. If devices host, there are no edge servers."""
     split, cores = config.split, os.cpu_count() or 1
     devices_host = split.host_on == "any"
     edges = 0 if devices_host else split.least_hosts * split.sites
     edge = [
-        Node(f"edge-{n}", server, folder / "nodes" / f"edge-{n}", threads=max(1, cores // edges))
+        NodeProcesses(f"edge-{n}", server, folder / "nodes" / f"edge-{n}", threads=max(1, cores // edges))
         for n in range(1, edges + 1)
     ]
     listen = "127.0.0.1:0" if devices_host else ""
     threads = max(1, cores // (len(data) + 1))
     devices = [
-        Node(f"device-{n}", server, folder / "nodes" / f"device-{n}", file, listen, threads=threads)
+        NodeProcesses(f"device-{n}", server, folder / "nodes" / f"device-{n}", file, listen, threads=threads)
         for n, file in enumerate(data, 1)
     ]
     return edge, devices
+
+
+def _counted(things: Sequence[object], name: str) -> str:
+    return f"{len(things)} {name}" if len(things) == 1 else f"{len(things)} {name}s"
 
 
 def run_local(config: RunConfig, data: Sequence[Path], folder: Path) -> Iterator[Event]:
@@ -125,14 +131,14 @@ def run_local(config: RunConfig, data: Sequence[Path], folder: Path) -> Iterator
 
 
 def await_result(folder: Path) -> None:
-    """Waits for the files of a run that is done: its last event comes before them."""
+    """Waits for the files of a run that is done, which are written after its last event."""
     end = time.monotonic() + _RESULT_LAG_S
     while not (folder / "report.html").exists() and time.monotonic() < end:
-        time.sleep(POLL_S)
+        time.sleep(_POLL_S)
 
 
 def kept(folder: Path) -> str:
-    """Returns a sentence: what is left of a run that did not end well."""
+    """Returns a sentence that names what is left of a run that did not end well."""
     checkpoint = folder / "adapter"
     if checkpoint.is_dir():
         return f"Kept: the adapter after the last finished round, in {checkpoint}, and events.jsonl beside it."

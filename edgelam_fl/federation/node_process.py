@@ -1,4 +1,7 @@
-"""Starts and watches the processes of one node: its stage host, its SuperNode and its ClientApps."""
+"""Starts the processes of one node (stage host, SuperNode, ClientApps) and restarts those that end.
+
+Knows their command lines and environments; knows neither runs nor what the processes compute.
+"""
 
 from __future__ import annotations
 
@@ -11,33 +14,42 @@ from pathlib import Path
 from edgelam_fl.addresses import free_port
 from edgelam_fl.errors import EnvironmentProblem
 from edgelam_fl.federation import clientapps
-from edgelam_fl.federation.child import Child, _note_restart, shorten, tool_environment
+from edgelam_fl.federation.child import Child, Restarts, end_all, shorten, tool_environment
 from edgelam_fl.federation.flower_app import app_folder
 
 
 @dataclass
-class Node:
-    """A node of the federation: its stage host, its SuperNode, and what this one's ClientApps are forked from."""
+class NodeProcesses:
+    """A node of the federation as processes: its stage host, its SuperNode and the one that forks its ClientApps."""
 
     name: str
-    server: str  # host:port of the SuperLink
+    server: str
+    """HOST:PORT of the SuperLink."""
     state: Path
+    """Folder for logs and for what the node keeps between runs."""
     data: Path | None = None
-    listen: str = ""  # host:port of the data plane; 'relay': only through the hub; '': an edge server takes a free one, a device only dials
+    """A device's examples; None: an edge server."""
+    listen: str = ""
+    """HOST:PORT of the data plane; "relay": reachable through the hub only; "": an edge server takes a free port, a
+    device only dials."""
     advertise: str = ""
+    """HOST:PORT of the data plane as other nodes see it; "": as `listen`."""
     threads: int = 0
-    tags: Sequence[str] = ()  # words by which runs may choose it
+    """CPU threads; 0: all."""
+    tags: Sequence[str] = ()
+    """Words by which a run may choose the node."""
     children: dict[str, Child] = field(default_factory=dict)
-    _restarts: list[float] = field(default_factory=list)
+    """The processes by their kind, once started."""
+    _restarts: Restarts = field(default_factory=Restarts)
 
     def start(self) -> None:
-        """Starts all three. `ready` tells when the stage host serves."""
+        """Starts all processes; the stage host serves once `ready` is true."""
         self.state.mkdir(parents=True, exist_ok=True)
         for start in self._starters().values():
             start()
 
     def _starters(self) -> dict[str, Callable[[], None]]:
-        """By the child's kind."""
+        """How to start each process, by its kind."""
         return {
             "stage host": self._start_stage_host,
             "ClientApps": self._start_clientapps,
@@ -54,43 +66,45 @@ class Node:
         # Nodes may share this machine's cores: a thread that spins while it waits takes them from the others.
         # One arena for all threads: what one frees, another can use (the links' threads bring in what compute frees).
         environment = {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_ARENA_MAX": "1"}
-        self.children["stage host"] = Child(
-            f"{self.name}'s stage host", command, self.state / "stage-host.log", environment
-        )
+        self._start_child("stage host", command, "stage-host.log", environment)
 
     def _start_clientapps(self) -> None:
         fifo = clientapps.prepare(self.state.absolute())
         command = [sys.executable, "-m", clientapps.__name__, str(fifo), str(app_folder())]
-        self.children["ClientApps"] = Child(
-            f"{self.name}'s ClientApps", command, self.state / "clientapps.log", self._for_flower()
-        )
+        self._start_child("ClientApps", command, "clientapps.log", self._for_flower())
 
     def _start_supernode(self) -> None:
         command = ["flower-supernode", "--insecure", "--superlink", self.server, "--port", str(free_port())]
         command += ["--node-config", f'state="{self.state.absolute()}" name="{self.name}"']
-        self.children["SuperNode"] = Child(
-            f"{self.name}'s SuperNode", command, self.state / "supernode.log", self._for_flower()
-        )
+        self._start_child("SuperNode", command, "supernode.log", self._for_flower())
+
+    def _start_child(self, kind: str, command: Sequence[str], log: str, environment: dict[str, str]) -> None:
+        self.children[kind] = Child(f"{self.name}'s {kind}", command, self.state / log, environment)
 
     def _for_flower(self) -> dict[str, str]:
+        """Environment of Flower's processes: its own folder, no telemetry, and our `flwr-clientapp` found first."""
         path = f"{clientapps.folder(self.state.absolute())}{os.pathsep}{tool_environment()['PATH']}"
         return {"FLWR_HOME": str(self.state / "flwr"), "FLWR_TELEMETRY_ENABLED": "0", "PATH": path}
 
     def ready(self) -> bool:
-        """Whether the stage host serves. Raises EnvironmentProblem when it ended instead."""
+        """Returns whether the stage host serves. Raises EnvironmentProblem if it has ended instead."""
         problem = self.children["stage host"].ended()
         if problem:
             raise EnvironmentProblem(problem)
         return (self.state / "endpoint.json").exists()
 
     def watch(self) -> str:
-        """Starts again what has ended; returns what happened, if anything. Raises RunFailed when it keeps ending."""
+        """Restarts a process that has ended; returns what happened, empty if nothing. Raises RunFailed if it keeps ending."""
         for kind, child in self.children.items():
             shorten(child.log)
             problem = child.ended()
             if not problem:
                 continue
-            _note_restart(self._restarts, problem)
+            self._restarts.note(problem)
             self._starters()[kind]()
             return f"{problem}; it was started again"
         return ""
+
+    def end(self) -> None:
+        """Ends all processes."""
+        end_all(list(self.children.values()))

@@ -1,7 +1,7 @@
-"""`edgelam plan`: who would hold what, what it would take, and why; nothing is started or changed on any node.
+"""Answers `edgelam plan`: which node would hold which layers, at what cost and why; changes nothing on any node.
 
-The numbers are those of the event `placement` (`telemetry.events`), made by the server's own code, from profiles in a file or from
-the nodes that are at a server.
+The numbers are those of the event `placement` (`telemetry.events`), made by the server's own code, from profiles in a file or
+from the nodes that have joined a server. Reads and prints them; knows no planning.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from edgelam_fl.telemetry.events import read_events
 from edgelam_fl.telemetry.summary import human_bytes, human_layers
 from edgelam_fl.wire import edgelam_pb2 as pb
 
-_MESSAGES_S = 180.0  # on top of the time for nodes to join: handing over, and a process a message
+_MESSAGES_S = 180.0  # on top of the time for nodes to join: submission, and a process per message
 _TIMING = Timing(silence_s=20.0)  # somebody waits for the answer
 _NOT_IN_A_PROFILE = ("time", "event", "node", "role", "findings", "profile")
-_TOKENS = 128  # that base_seconds are for
+_TOKENS = 128  # of the micro-batch that base_seconds are for
 
 
 def plan_of_profiles(config: RunConfig, file: Path) -> dict[str, Any]:
-    """The placement for the nodes whose profiles a file holds. Raises ConfigError, or what a run would raise."""
+    """Returns the placement for the nodes whose profiles a file holds. Raises ConfigError, or what a run would raise."""
     profiles = read_profiles(file)
     spec: RunSpec = app_module("server.checks").check_config(config)
     proposal: dict[str, Any] = foresee(spec, profiles).event()
@@ -43,7 +43,10 @@ def plan_of_profiles(config: RunConfig, file: Path) -> dict[str, Any]:
 
 
 def plan_on_server(console: Console, config: RunConfig, source: ModelSource, server: str) -> dict[str, Any]:
-    """The placement for the nodes that are at a server: a run that asks for profiles, and ends."""
+    """Returns the placement for the nodes that have joined a server, by a run that asks for profiles and ends.
+
+    Raises RunFailed if the server cannot plan, or does not in time.
+    """
     with tempfile.TemporaryDirectory(prefix="edgelam-plan-") as folder, console.status("asking the nodes"):
         out = Path(folder) / "plan"
         submission = Submission(server, Path(folder) / "flwr")
@@ -66,10 +69,10 @@ def _await_placement(submission: Submission, deadline_s: float) -> dict[str, Any
 
 
 def read_profiles(file: Path) -> list[pb.Profile]:
-    """Of `edgelam doctor --measure --json` (one, or a list of them), or of a run's events.jsonl: each node once, the newest.
+    """Reads the newest profile of each node from a JSON file or from a run's events.jsonl.
 
-    The doctor does not know what a node is for: `"role": "edge"` beside its "profile" makes it a host, else it is a device.
-    Raises ConfigError for what is none.
+    The JSON is what `edgelam doctor --measure --json` prints, once or as a list. The doctor does not know a node's role:
+    `"role": "edge"` beside its "profile" makes the node a host, else it is a device. Raises ConfigError for anything else.
     """
     try:
         found = _from_events(file) if file.suffix == ".jsonl" else _from_json(file)
@@ -97,7 +100,7 @@ def _from_json(file: Path) -> Iterable[Mapping[str, Any]]:
 
 
 def _profile(file: Path, entry: Any) -> pb.Profile:
-    """Fields that this version does not know are left out."""
+    """Reads one profile; leaves out fields that this version does not know."""
     name = entry.get("name") or entry.get("node") if isinstance(entry, dict) else None
     if not name:
         raise ConfigError(f"--profiles {file}: {entry!r:.80} is no profile; it has no name")
@@ -116,7 +119,7 @@ def _profile(file: Path, entry: Any) -> pb.Profile:
 
 
 def _of_doctor(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that a profile of the doctor's calls otherwise, as the wire calls them."""
+    """Translates the fields that have another name in a profile of the doctor's than on the wire."""
     link, layers = entry.get("link"), entry.get("layer_seconds")
     found: dict[str, Any] = {}
     if "memory_free_bytes" in entry:
@@ -134,7 +137,7 @@ def _of_doctor(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plan_view(placement: Mapping[str, Any]) -> Group:
-    """A picture and a table a site, and what it comes to."""
+    """Draws a picture and a table per site, and the predicted time per step."""
     parts: list[Any] = []
     for number, site in enumerate(placement["sites"], 1):
         title = f"site {number}" if len(placement["sites"]) > 1 else ""
@@ -160,7 +163,7 @@ def _by_ends(devices: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], list
 
 
 def _layers(host: Mapping[str, Any], first: int, last: int) -> str:
-    """Those that a route crosses there."""
+    """Names the layers at the host that a route from `first` to `last` crosses."""
     return human_layers([max(first, host["first"]), min(last, host["last"])])
 
 

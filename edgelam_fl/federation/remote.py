@@ -1,7 +1,7 @@
-"""Generation over the hosts of a live federation: this machine has embedding, ends and text, the hosts the layers between.
+"""Generates over the hosts of a live federation: this machine holds embedding, end layers and text, hosts the rest.
 
-Asks the server to let it in as one more device for the time of a conversation. Neighbours: `server.chat` plans it,
-`split.generation` does the work on both ends of the links.
+Asks the server to admit this machine as one more device for one conversation. Neighbours: `server.chat` plans it,
+`serving.sessions` does the work on both ends of the links. Knows nothing about training.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.grpc.dial import dial
 
 _TIMING = Timing(poll_s=0.2, silence_s=15.0)  # somebody waits for the answer
-_PATIENCE_S = 120.0  # for one token
+_PATIENCE_S = 120.0  # for a route, and for one token
 
 
 class RouteSpeaker(Speaker):
-    """A run's model over a route: greedy answers with the run's adapter."""
+    """A run's model over a route: answers greedily, with the run's adapter."""
 
     def __init__(self, result: Result, session: RouteSession) -> None:
         super().__init__(result.config.model, result.config.task)
@@ -48,7 +48,11 @@ class RouteSpeaker(Speaker):
 
 @contextmanager
 def route_speaker(result: Result, server: str, console: Console) -> Iterator[RouteSpeaker]:
-    """Opens the way through the federation at `server`; closes it at the end. Raises RunFailed, PeerLost, Refused."""
+    """Opens a route through the federation at `server` (HOST:PORT) and closes it after the block.
+
+    Raises ConfigError for a run without hosts, RunFailed if the server opens no route, PeerLost or Refused if a host
+    cannot be reached.
+    """
     if not result.config.split.hosts:
         raise ConfigError(
             f"split.hosts = 0 in {result.folder}: this run had no hosts; `edgelam chat` without --server answers"

@@ -1,4 +1,4 @@
-"""Runs `edgelam server`: Flower's SuperLink and the hub, watched until Ctrl-C."""
+"""Runs `edgelam server`: Flower's SuperLink and the hub, watched until Ctrl-C. Knows neither runs nor nodes."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from pathlib import Path
 from rich.console import Console
 
 from edgelam_fl.addresses import check_plain_text, check_port_free, hub_address, split_address
-from edgelam_fl.errors import RunFailed
+from edgelam_fl.errors import INTERRUPTED, RunFailed
 from edgelam_fl.federation.child import Child, end_all, shorten
-from edgelam_fl.federation.hub_process import Hub
-from edgelam_fl.federation.runs import INTERRUPTED
+from edgelam_fl.federation.hub_process import HubProcess
 from edgelam_fl.federation.superlink import start_superlink
-
-# ---------------------------------------------------------------- a server, a node
 
 
 def serve(console: Console, listen: str, data_plane: str, state: Path, insecure: bool) -> int:
+    """Starts SuperLink and hub and watches them until Ctrl-C; returns the exit code.
+
+    Raises UsageError for an address that may not be used, EnvironmentProblem for a port that is taken, RunFailed if a
+    process ends.
+    """
     host, port = split_address(listen, "--listen")
     check_plain_text(host, "--listen", insecure)
-    hub = Hub(*hub_address(host, port, data_plane), state / "hub")
+    hub = HubProcess(*hub_address(host, port, data_plane), state / "hub")
     check_plain_text(hub.host, "--data-plane", insecure)
     superlink = None
     try:
@@ -28,23 +30,18 @@ def serve(console: Console, listen: str, data_plane: str, state: Path, insecure:
             check_port_free(host, port, "--listen")
             hub.start()
             superlink = start_superlink(host, port, state, beside=hub)
-        return _watch_server(console, listen, hub, superlink)
+        return _watch(console, listen, hub, superlink)
     finally:
         end_all([child for child in (superlink, hub.child) if child is not None])
 
 
-def _watch_server(console: Console, listen: str, hub: Hub, superlink: Child) -> int:
-    console.print(
+def _watch(console: Console, listen: str, hub: HubProcess, superlink: Child) -> int:
+    for line in (
         f"SuperLink listens on {listen}, the data plane's hub on port {hub.port}; logs in {superlink.log.parent}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    console.print(
         f"next, on each node:  edgelam client --server {listen} --data FILE   (an edge server: without --data)",
-        highlight=False,
-        soft_wrap=True,
-    )
-    console.print(f"then:                edgelam run RUN.toml --server {listen}", highlight=False, soft_wrap=True)
+        f"then:                edgelam run RUN.toml --server {listen}",
+    ):
+        console.print(line, highlight=False, soft_wrap=True)
     try:
         while not superlink.ended():
             shorten(superlink.log)

@@ -194,7 +194,7 @@ class Submission:
         """Lists commands for a user's shell: they report on the run in `folder`, show Flower's log and stop the run."""
         flwr = f"FLWR_HOME={shlex.quote(str(self._home))} {shlex.quote(_as_typed('flwr'))}"
         return [
-            f"how it stands:  edgelam report {shlex.quote(str(folder))}",
+            f"its state:      edgelam report {shlex.quote(str(folder))}",
             f"its log:        {flwr} log {self.run_id} local",
             f"stop it:        {flwr} stop {self.run_id} local",
         ]

@@ -27,6 +27,6 @@ def open_result(folder: Path) -> Result:
     result = Result(folder, read_run_file(folder / "config.toml"))
     if not all((result.adapter / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors")):
         raise ConfigError(
-            f"{folder} has no adapter: the run has not finished a round; `edgelam report {folder}` says how it stands"
+            f"{folder} has no adapter: the run has not finished a round; `edgelam report {folder}` reports on it"
         )
     return result

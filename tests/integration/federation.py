@@ -17,8 +17,8 @@ from edgelam_fl.addresses import free_port
 from edgelam_fl.config import RunConfig, parse_run_file
 from edgelam_fl.errors import EnvironmentProblem, RunFailed
 from edgelam_fl.federation.child import Child, end_all, log_tail, tool_environment
-from edgelam_fl.federation.hub_process import Hub
-from edgelam_fl.federation.node_process import Node
+from edgelam_fl.federation.hub_process import HubProcess
+from edgelam_fl.federation.node_process import NodeProcesses
 from edgelam_fl.federation.submission import Submission, run_events
 from edgelam_fl.federation.superlink import start_superlink
 from tests.integration.proxy import Connection, CountingProxy
@@ -52,7 +52,7 @@ class Run:
 class Federation:
     folder: Path
     data: dict[str, Path]
-    nodes: dict[str, Node] = field(default_factory=dict)
+    nodes: dict[str, NodeProcesses] = field(default_factory=dict)
     children: list[Child] = field(default_factory=list)
     server: str = ""
     data_plane: CountingProxy | None = None
@@ -70,15 +70,15 @@ class Federation:
         self.server = f"127.0.0.1:{port}"
         listen = f"127.0.0.1:{free_port()}"
         self.data_plane, self.control_plane = CountingProxy(listen), CountingProxy(self.server)
-        edge = Node(
+        edge = NodeProcesses(
             "edge-1", self.server, self.folder / "nodes/edge-1", listen=listen, advertise=self.data_plane.address, threads=1
         )  # fmt: skip
         self.nodes["edge-1"] = edge
         for name, file in self.data.items():
-            self.nodes[name] = Node(
+            self.nodes[name] = NodeProcesses(
                 name, self.control_plane.address, self.folder / "nodes" / name, data=file, threads=1
             )
-        hub = Hub("127.0.0.1", free_port(), self.folder / "hub")
+        hub = HubProcess("127.0.0.1", free_port(), self.folder / "hub")
         hub.start()
         assert hub.child is not None
         self.children.append(hub.child)

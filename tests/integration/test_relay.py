@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +20,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from edgelam_fl.addresses import free_port
+from edgelam_fl.errors import RunFailed
 from edgelam_fl.federation.child import Child, end_all, log_tail
-from edgelam_fl.federation.hub_process import Hub
+from edgelam_fl.federation.hub_process import HubProcess
 from edgelam_fl.federation.submission import Submission
 from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.telemetry.events import EventTail
 from tests.integration.federation import Run, config_of
 from tests.support import WAIT_S
 
@@ -91,7 +90,7 @@ def test_nodes_that_reach_the_server_alone_train_through_its_relay(
 ) -> None:
     home, away = spaces
     port = free_port()
-    hub = Hub("0.0.0.0", free_port(), tmp_path / "hub")
+    hub = HubProcess("0.0.0.0", free_port(), tmp_path / "hub")
     children: list[Child] = []
     try:
         hub.start()
@@ -124,18 +123,19 @@ def test_nodes_that_reach_the_server_alone_train_through_its_relay(
 
 
 def train(server: str, model: ModelSource, folder: Path, children: list[Child]) -> list[dict[str, Any]]:
-    """The events of a run over both edge servers."""
-    Submission(server, folder / "flwr").submit(config_of(model.name, "split.hosts=2"), folder / "run")
-    tail, events, end = (
-        EventTail(folder / "run/events.jsonl"),
-        list[dict[str, Any]](),
-        time.monotonic() + WAIT_S,
-    )
-    while not any(event["event"] in ("run_done", "run_failed") for event in events):
-        logs = "\n".join(f"{log.name}: {log_tail(log, 5)}" for log in sorted(folder.rglob("*.log")))
-        assert time.monotonic() < end, logs
-        assert not any(child.ended() for child in children), logs
-        time.sleep(0.2)
-        events += tail.poll()
+    """Trains over both edge servers; returns the run's events."""
+    submission = Submission(server, folder / "flwr")
+    submission.submit(config_of(model.name, "split.hosts=2"), folder / "run")
+
+    def all_run() -> None:
+        ended = [child.ended() for child in children if child.ended()]
+        if ended:
+            raise RunFailed("; ".join(ended))
+
+    try:
+        events = list(submission.events(WAIT_S, meanwhile=all_run))
+    except RunFailed as error:
+        error.add_note("\n".join(f"{log.name}: {log_tail(log, 5)}" for log in sorted(folder.rglob("*.log"))))
+        raise
     assert events[-1]["event"] == "run_done", events[-1]
     return events

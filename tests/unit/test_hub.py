@@ -12,7 +12,7 @@ import pytest
 from edgelam_fl.addresses import answers, free_port, hub_address
 from edgelam_fl.errors import ConfigError, EnvironmentProblem
 from edgelam_fl.federation.child import end_all
-from edgelam_fl.federation.hub_process import Hub
+from edgelam_fl.federation.hub_process import HubProcess
 from edgelam_fl.hub import PORT, STATE
 from edgelam_fl.hub.daemon import HubServer
 
@@ -39,7 +39,7 @@ def test_a_port_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(EnvironmentProblem, match=f"port {port} on 127.0.0.1 .*--data-plane"):
             HubServer("127.0.0.1", port, tmp_path)
         with pytest.raises(EnvironmentProblem, match=f"port {port} on 127.0.0.1 .*--data-plane"):
-            Hub("127.0.0.1", port, tmp_path / "hub").start()
+            HubProcess("127.0.0.1", port, tmp_path / "hub").start()
 
 
 def test_where_the_hub_is() -> None:
@@ -51,7 +51,7 @@ def test_where_the_hub_is() -> None:
 
 @pytest.mark.processes
 def test_a_hub_that_is_killed_is_started_again(tmp_path: Path) -> None:
-    hub = Hub("127.0.0.1", free_port(), tmp_path / "hub")
+    hub = HubProcess("127.0.0.1", free_port(), tmp_path / "hub")
     assert hub.environment == {PORT: str(hub.port), STATE: str(tmp_path / "hub")}
     try:
         hub.start()

@@ -13,8 +13,9 @@ import pytest
 from edgelam_fl.addresses import answers, check_plain_text, check_port_free, free_port, split_address
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, EnvironmentProblem, RunFailed
-from edgelam_fl.federation.child import Child, end_all, log_tail, shorten
+from edgelam_fl.federation.child import Child, Restarts, end_all, log_tail, shorten
 from edgelam_fl.federation.local import LocalFederation
+from edgelam_fl.federation.node_process import NodeProcesses
 
 
 @pytest.mark.parametrize(
@@ -141,17 +142,39 @@ def test_a_run_here_ends_with_its_superlink(tmp_path: Path) -> None:
         here.watch()
 
 
+@pytest.mark.parametrize(
+    ("edges", "devices", "words"),
+    [(1, 3, "1 edge server and 3 devices as 13 processes"), (0, 1, "0 edge servers and 1 device as 4 processes")],
+)
+def test_what_was_started_is_counted(tmp_path: Path, edges: int, devices: int, words: str) -> None:
+    superlink = python("pass", tmp_path / "log", "SuperLink")
+    here = LocalFederation(
+        config=RunConfig(), folder=tmp_path, server="127.0.0.1:1", superlink=superlink,
+        edges=[NodeProcesses("edge", "127.0.0.1:1", tmp_path)] * edges,
+        devices=[NodeProcesses("device", "127.0.0.1:1", tmp_path)] * devices,
+    )  # fmt: skip
+    assert str(here) == f"a SuperLink, {words}"
+    end_all([superlink])
+
+
+def test_a_process_that_keeps_ending_is_given_up() -> None:
+    restarts = Restarts(most=2, within_s=3600.0)
+    restarts.note("it ended")
+    restarts.note("it ended")
+    with pytest.raises(RunFailed, match=r"^it ended \(restart 3 within 3600 s\)$"):
+        restarts.note("it ended")
+    rare = Restarts(most=1, within_s=0.0)
+    for _ in range(3):
+        rare.note("older ones do not count")
+
+
 def test_log_tail(tmp_path: Path) -> None:
     assert log_tail(tmp_path / "none") == "it left no log"
     (tmp_path / "log").write_bytes(b"a\nb\xff\n\x1b[92mc\x1b[0m\nd\n")
     assert log_tail(tmp_path / "log") == "b\ufffd | c | d"
 
 
-def test_a_log_that_has_grown_long_is_shortened_under_its_writer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("edgelam_fl.federation.child._MOST_LOG_BYTES", 1000)
-    monkeypatch.setattr("edgelam_fl.federation.child._KEPT_LOG_BYTES", 25)
+def test_a_log_that_has_grown_long_is_shortened_under_its_writer(tmp_path: Path) -> None:
     log, lines = tmp_path / "log", [f"line {n:04}\n" for n in range(101)]  # of 10 bytes
     code = (
         "import sys; print(*(f'line {n:04}' for n in range(100)), sep='\\n', flush=True); input(); print('line 0100')"
@@ -159,20 +182,18 @@ def test_a_log_that_has_grown_long_is_shortened_under_its_writer(
     with log.open("ab") as output:
         writer = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=output)
     until(lambda: log.stat().st_size == 1000)
-    shorten(log)
+    shorten(log, most_bytes=1000, kept_bytes=25)
     assert log.read_text() == "".join(lines[:100]), "at the limit it stays"
     with log.open("a") as more:
         more.write("a last line\n")
-    shorten(log)
+    shorten(log, most_bytes=1000, kept_bytes=25)
     assert log.read_text() == lines[99] + "a last line\n", "whole lines of the last 25 bytes"
     writer.communicate(b"\n")
     assert log.read_text() == lines[99] + "a last line\n" + lines[100]
 
 
-def test_a_log_is_shortened_before_a_child_appends_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgelam_fl.federation.child._MOST_LOG_BYTES", 100)
-    monkeypatch.setattr("edgelam_fl.federation.child._KEPT_LOG_BYTES", 8)
-    (tmp_path / "log").write_text("x" * 100 + "\nold\n")
+def test_a_log_is_shortened_before_a_child_appends_to_it(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("x" * (4 << 20) + "\nold\n")
     child = python("print('new')", tmp_path / "log")
     until(child.ended)
     assert (tmp_path / "log").read_text() == "old\nnew\n"
