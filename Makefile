@@ -1,7 +1,7 @@
 # Every target that needs the environment makes it first; once made, that costs a few milliseconds and no network.
 PYTHON := .venv/bin/python
 
-.PHONY: help setup demo testbed test check bench-smoke protos constraints clean
+.PHONY: help setup demo testbed test check docs bench-smoke protos constraints clean
 
 help:
 	@echo "make setup        make .venv with all that is needed (about 0.7 GB to download, no root)"
@@ -11,6 +11,7 @@ help:
 	@echo "                  ARGS=... goes to 'python -m testbed run', for example: make testbed ARGS='--devices 2'"
 	@echo "make test         all tests"
 	@echo "make check        before a commit: format, lint, types, imports, fast tests"
+	@echo "make docs         the site, into site/: every link and anchor is checked"
 	@echo "make bench-smoke  three tiny cells of \`edgelam bench\`: minutes"
 	@echo "make protos       regenerate the protobuf code from edgelam_fl/wire/edgelam.proto"
 	@echo "make constraints  write down the versions in .venv as the tested ones"
@@ -36,6 +37,11 @@ check: setup
 	@.venv/bin/lint-imports
 	@$(PYTHON) -m pytest -q tests/unit tests/contract
 
+docs: setup
+	@$(PYTHON) tools/figures.py README.md $$(find docs -name '*.md')
+	@NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --quiet
+	@echo "site/index.html"
+
 bench-smoke: setup
 	@rm -rf runs/bench-smoke
 	@HF_HUB_OFFLINE=1 .venv/bin/edgelam bench benchmarks/matrices/smoke.toml
@@ -52,5 +58,5 @@ constraints: setup
 	@mv constraints/tested.new constraints/tested.txt
 
 clean:
-	rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv dist build site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
