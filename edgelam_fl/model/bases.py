@@ -12,15 +12,9 @@ import torch
 from torch import nn
 
 from edgelam_fl.errors import EnvironmentProblem, ModelError
+from edgelam_fl.model.base_names import BASES, COMPUTES
 from edgelam_fl.model.quantized import QUANTIZED
 
-BASES = ("fp32", "bf16", "int8", "nf4")
-COMPUTES = {
-    "fp32": ("float32",),
-    "bf16": ("bfloat16",),
-    "int8": ("float32", "bfloat16"),
-    "nf4": ("float32", "bfloat16"),
-}
 DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

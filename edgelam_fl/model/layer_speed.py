@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 import torch
 
 from edgelam_fl.model.adapter import Span
-from edgelam_fl.model.bases import COMPUTES, DTYPE, usable_bases
+from edgelam_fl.model.base_names import COMPUTES, SHORT
+from edgelam_fl.model.bases import DTYPE, usable_bases
 from edgelam_fl.model.quantized import QUANTIZED
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.model.speed import SHORT, kept_or_measured, mean_s
+from edgelam_fl.model.speed import kept_or_measured, mean_s
 from edgelam_fl.model.stage import LoraSettings, Stage, load_stages
 
 TOKENS = (128, 512)  # of a micro-batch

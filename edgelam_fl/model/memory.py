@@ -12,11 +12,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from edgelam_fl.model.adapter import Span
+from edgelam_fl.model.base_names import FP32_BYTES, ITEM_BYTES
 from edgelam_fl.model.index import TensorEntry, layer_number
 from edgelam_fl.model.source import ModelSource
 
-_FP32 = 4
-_ITEMSIZE = {"float32": 4, "bfloat16": 2}
 _NF4_BLOCK = 64
 _PLAIN_NORMS = ("gpt2", "bert")  # their layer norm works in the dtype computed in, others' in fp32
 _FEED_FORWARD_KEPT = {"gpt2": 4, "bert": 1}  # tensors of size I a layer; elsewhere gate, its activation, and up
@@ -24,7 +23,7 @@ _FEED_FORWARD_KEPT = {"gpt2": 4, "bert": 1}  # tensors of size I a layer; elsewh
 
 def weights_bytes(source: ModelSource, spans: Iterable[Span], base: str, compute: str = "") -> int:
     """The frozen weights of all `spans` of one node; a tensor that two of them need (a tied embedding) counts once."""
-    itemsize = _ITEMSIZE[compute or ("bfloat16" if base == "bf16" else "float32")]
+    itemsize = ITEM_BYTES[compute or ("bfloat16" if base == "bf16" else "float32")]
     names = {name for span in spans for name in source.index if _needs(source, span, name)}
     return sum(_tensor_bytes(source, name, source.index[name], base, itemsize) for name in names)
 
@@ -44,8 +43,8 @@ def _tensor_bytes(source: ModelSource, name: str, entry: TensorEntry, base: str,
     if base not in ("int8", "nf4") or layer_number(name) is None or len(entry.shape) != 2:
         return size * itemsize
     if base == "nf4":
-        return -(size // -_NF4_BLOCK) * (_NF4_BLOCK // 2 + _FP32)
-    return size + entry.shape[source.family.input_first] * _FP32
+        return -(size // -_NF4_BLOCK) * (_NF4_BLOCK // 2 + FP32_BYTES)
+    return size + entry.shape[source.family.input_first] * FP32_BYTES
 
 
 def unit_bytes(
@@ -71,7 +70,7 @@ def unit_bytes(
     if not head:
         return hidden + saved + 2 * hidden
     # Logits, their gradient, and the log-probabilities, which are fp32 always; and the final norm.
-    return hidden + saved + hidden + positions * int(config["vocab_size"]) * (2 * itemsize + _FP32)
+    return hidden + saved + hidden + positions * int(config["vocab_size"]) * (2 * itemsize + FP32_BYTES)
 
 
 def _layer_bytes(config: Mapping[str, Any], itemsize: int, all_linear: bool) -> int:
@@ -82,11 +81,11 @@ def _layer_bytes(config: Mapping[str, Any], itemsize: int, all_linear: bool) -> 
     head_size = config.get("head_dim") or d // heads
     a, k = heads * head_size, (config.get("num_key_value_heads") or heads) * head_size
     i = config.get("intermediate_size") or config.get("n_inner") or 4 * d
-    norm = itemsize if kind in _PLAIN_NORMS else _FP32
+    norm = itemsize if kind in _PLAIN_NORMS else FP32_BYTES
     kept = 2 * d * norm + itemsize * (2 * a + 2 * k + _FEED_FORWARD_KEPT.get(kind, 3) * i)
     if kind == "qwen3":
         kept += (a + k) * norm  # queries and keys before their own norms
-    return kept + _FP32 * _lora_inputs(d, a, i, copied=itemsize != _FP32, all_linear=all_linear)
+    return kept + FP32_BYTES * _lora_inputs(d, a, i, copied=itemsize != FP32_BYTES, all_linear=all_linear)
 
 
 def _lora_inputs(d: int, a: int, i: int, *, copied: bool, all_linear: bool) -> int:

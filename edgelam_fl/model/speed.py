@@ -18,13 +18,12 @@ from torch import nn
 
 from edgelam_fl.errors import ModelError
 from edgelam_fl.files import cache_folder, write_atomically
-from edgelam_fl.model.bases import COMPUTES, DTYPE, usable_bases
+from edgelam_fl.model.base_names import COMPUTES, PROFILED_TOKENS, SHORT
+from edgelam_fl.model.bases import DTYPE, usable_bases
 from edgelam_fl.model.index import layer_number
 from edgelam_fl.model.quantized import QUANTIZED
 from edgelam_fl.model.source import ModelSource
 
-_TOKENS = 128
-SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 _BUDGET_S = 0.25  # for each pair; a layer too large for it is still run as often as _RUNS says
 _RUNS = (3, 50)
 _LONG_RUN = 8  # times the budget: such a run is not repeated
@@ -98,7 +97,7 @@ def _seconds(shapes: list[tuple[int, int]], base: str, dtype: torch.dtype) -> fl
         else:
             layer = nn.Linear(in_features, out_features, bias=False, device="meta")
             layer.weight = nn.Parameter(weight_OI.to(dtype), requires_grad=False)
-        pairs.append((layer, torch.randn(_TOKENS, in_features, generator=generator).to(dtype).requires_grad_()))
+        pairs.append((layer, torch.randn(PROFILED_TOKENS, in_features, generator=generator).to(dtype).requires_grad_()))
     return mean_s(lambda: _run(pairs), _BUDGET_S)
 
 
