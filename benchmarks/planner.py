@@ -1,8 +1,8 @@
-"""The planner against every plan there is, on random small instances; and what it predicted of a finished run against what was.
+"""Compares the planner with all plans there are, on random small instances, and its predictions with finished runs.
 
-The first half is computed here: `search` tries all hosts in all orders with all cuts, and knows nothing of `split.planner`,
-and of `split.costs` but the words of its first page. The second half, `compared`, reads runs with split.cuts = "auto" that
-were done elsewhere: `python -m benchmarks.planner --run FOLDER [--run FOLDER ...] [--equal FOLDER]` writes
+The first half is computed here: `search` tries all hosts in all orders with all cuts. It uses nothing of `plan.search`, and
+of `plan.chain_cost` nothing except the formulas in docs/planner.md. The second half, `compared`, reads runs with split.cuts = "auto"
+that were done elsewhere: `python -m benchmarks.planner --run FOLDER [--run FOLDER ...] [--equal FOLDER]` writes
 results/planner_runs.json.
 """
 
@@ -23,8 +23,9 @@ from typing import Any
 
 from benchmarks.common import RESULTS, Figure, machine, main
 from edgelam_fl.errors import DoesNotFit
-from edgelam_fl.plan.chain_cost import Footprint, Member, Node, Plan, Run
-from edgelam_fl.plan.search import best_plan
+from edgelam_fl.plan.chain_memory import UNITS_SHARE
+from edgelam_fl.plan.facts import ChainCost, DeviceEnds, Footprint, NodeFacts, SiteInstance, StepFacts
+from edgelam_fl.plan.search import best_chain
 from edgelam_fl.telemetry.events import read_events
 
 INSTANCES, SMOKE_INSTANCES = 500, 25
@@ -38,14 +39,14 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
     for seed in range(count):
         instance = random_instance(Random(seed), hosts=4, layers=6)
         began = time.process_time()
-        found = planned(*instance)
+        found = planned(instance)
         took.append(time.process_time() - began)
-        best = search(*instance)
+        best = search(instance)
         equal += (found is None) == (best is None) and (
             found is None or math.isclose(found.step_s, best, rel_tol=EQUAL)
         )
         impossible += best is None
-        fewer += found is not None and len(found.hosts) < len(instance[2])
+        fewer += found is not None and len(found.hosts) < len(instance.hosts)
     figures = [
         Figure("instances on which the planner finds the best plan", equal, "", f"all {count}", equal == count),
         Figure("instances that fit nowhere, and are refused", impossible, ""),
@@ -57,21 +58,22 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
     return {"instances": count, "hosts": "1 to 4", "layers": "3 to 6", "devices": "1 to 3"}, figures
 
 
-def planned(run: Run, members: Sequence[Member], hosts: Sequence[Node]) -> Plan | None:
+def planned(instance: SiteInstance) -> ChainCost | None:
     try:
-        return best_plan(run, members, hosts)
+        return best_chain(instance)
     except DoesNotFit:
         return None
 
 
 def _large_s() -> float:
     rng = Random(1)
-    run, members, _ = random_instance(rng, hosts=4, layers=6)
-    run = Run({name: Footprint((10,) * 30) for name in run.bases}, run.tensor_bytes, 4, 3)
-    members = [Member(member.node, 2, 28) for member in members]
-    hosts = [_node(rng, f"host-{number}", run) for number in range(8)]
+    small = random_instance(rng, hosts=4, layers=6)
+    footprints = {name: Footprint((10,) * 30) for name in small.step.footprints}
+    step = StepFacts(footprints, small.step.tensor_bytes, 4, 3)
+    devices = tuple(DeviceEnds(device.node, 2, 28) for device in small.devices)
+    hosts = tuple(_node(rng, f"host-{number}", step) for number in range(8))
     began = time.process_time()
-    best_plan(run, members, hosts)
+    best_chain(SiteInstance(step, devices, hosts))
     return time.process_time() - began
 
 
@@ -79,27 +81,27 @@ def _large_s() -> float:
 
 
 def compared(folder: Path) -> list[Figure]:
-    """What the planner predicted, over what was measured: a step, and each node's memory.
+    """Returns what the planner predicted over what was measured: of a step, and of each node's memory.
 
-    A step is the mean of all rounds that trained but the first, whose plan knows profiles alone (`predicted_first`).
+    A step is the mean over all rounds that trained except the first, whose plan knows only profiles (`predicted_first`).
     """
     placements, rounds = by_round(folder, "placement"), by_round(folder, "round_done")
     trained = [number for number in sorted(placements) if rounds.get(number, {}).get("steps")]
     if not trained:
         raise SystemExit(f"{folder} has no round that trained by a plan (split.cuts = 'auto')")
     name, done, later = folder.name, rounds[trained[-1]], trained[1:] or trained
-    foreseen, step = mean(placements[n]["step_s"] for n in later), mean(measured_step_s(rounds[n]) for n in later)
+    predicted_s, step = mean(placements[n]["step_s"] for n in later), mean(measured_step_s(rounds[n]) for n in later)
     figures = [
-        Figure(f"{name}: a step, predicted", round(foreseen, 3), "s"),
+        Figure(f"{name}: a step, predicted", round(predicted_s, 3), "s"),
         Figure(f"{name}: a step, measured", round(step, 3), "s"),
-        near(f"{name}: a step, predicted over measured", foreseen / step, TIME_OFF),
+        near(f"{name}: a step, predicted over measured", predicted_s / step, TIME_OFF),
     ]
     peaks = {node["name"]: node["peak_rss_bytes"] for node in [*done["devices"], *done["hosts"]]}
-    predicted: dict[str, int] = {}  # a peak is that of all rounds so far, and so is this
+    predicted: dict[str, int] = {}  # like a peak, over all rounds so far
     for number in trained:
         for site in placements[number]["sites"]:
-            for part in [*site["devices"], *site["hosts"]]:
-                predicted[part["node"]] = max(predicted.get(part["node"], 0), part["memory_bytes"])
+            for load in [*site["devices"], *site["hosts"]]:
+                predicted[load["node"]] = max(predicted.get(load["node"], 0), load["memory_bytes"])
     return figures + [
         near(f"{name}: memory of {node}, predicted over measured", size / peaks[node], MEMORY_OFF)
         for node, size in sorted(predicted.items())
@@ -108,7 +110,7 @@ def compared(folder: Path) -> list[Figure]:
 
 
 def predicted_first(folder: Path) -> Figure:
-    """Of the first round that trained, whose plan knows profiles alone."""
+    """Returns predicted over measured step of the first round that trained, whose plan knows only profiles."""
     placements, rounds = by_round(folder, "placement"), by_round(folder, "round_done")
     first = min(number for number in placements if rounds.get(number, {}).get("steps"))
     ratio = placements[first]["step_s"] / measured_step_s(rounds[first])
@@ -118,7 +120,7 @@ def predicted_first(folder: Path) -> Figure:
 
 
 def speed_up(planned_run: Path, equal_run: Path) -> Figure:
-    """Two runs of the same nodes, data and seed: by the planner, and with equal cuts. Their first rounds do not count."""
+    """Compares two runs of the same nodes, data and seed, by the planner and with equal cuts, without their first rounds."""
     seconds = []
     for folder in (planned_run, equal_run):
         steps = [measured_step_s(done) for done in by_round(folder, "round_done").values() if done["steps"]]
@@ -130,12 +132,12 @@ def speed_up(planned_run: Path, equal_run: Path) -> Figure:
 
 
 def measured_step_s(done: Mapping[str, Any]) -> float:
-    """Of the slowest device: its training, over its steps."""
+    """Seconds per step of the slowest device: its training over its number of steps."""
     return max(d["train_seconds"] / len(d["step_losses"]) for d in done["devices"] if d["step_losses"])
 
 
 def by_round(folder: Path, event: str) -> dict[int, dict[str, Any]]:
-    """The newest attempt at each round counts."""
+    """Returns the events of one kind by round, of the newest attempt at each."""
     return {line["round"]: line for line in read_events(folder / "events.jsonl") if line["event"] == event}
 
 
@@ -148,7 +150,9 @@ def _runs() -> None:
     parser.add_argument(
         "--run", type=Path, action="append", required=True, help="a finished run with split.cuts = 'auto'"
     )
-    parser.add_argument("--equal", type=Path, help="the first one's nodes, data and seed with equal cuts")
+    parser.add_argument(
+        "--equal", type=Path, help="a run with equal cuts and the nodes, data and seed of the first --run"
+    )
     chosen = parser.parse_args()
     figures = [figure for folder in chosen.run for figure in compared(folder)]
     figures += [speed_up(chosen.run[0], chosen.equal)] if chosen.equal else []
@@ -160,15 +164,15 @@ def _runs() -> None:
 # ---------------------------------------------------------------- every plan there is
 
 
-def random_instance(rng: Random, *, hosts: int, layers: int) -> tuple[Run, list[Member], list[Node]]:
-    """A few devices, hosts and layers; times around a second, links around a tensor a second, memory often short."""
+def random_instance(rng: Random, *, hosts: int, layers: int) -> SiteInstance:
+    """Draws a few devices, hosts and layers; times around a second, links around a tensor per second, memory often short."""
     total = rng.randint(3, layers)
     names = rng.sample(("fp32", "int8", "nf4"), rng.randint(1, 2))
-    run = Run(
-        bases={
+    step = StepFacts(
+        footprints={
             name: Footprint(
-                tuple(rng.randint(5, 12) for _ in range(total)), unit=rng.randint(0, 3), unit_layer=rng.randint(0, 2),
-                tail=rng.randint(0, 4),
+                tuple(rng.randint(5, 12) for _ in range(total)), unit_bytes=rng.randint(0, 3),
+                unit_layer_bytes=rng.randint(0, 2), head_bytes=rng.randint(0, 4),
             )
             for name in names
         },
@@ -177,35 +181,33 @@ def random_instance(rng: Random, *, hosts: int, layers: int) -> tuple[Run, list[
         window=rng.randint(1, 4),
         front_learns=rng.random() < 0.7,
         back_on_device=rng.random() < 0.8,
-        tail_layers=rng.choice((0.0, 2.0)),
-        grows_bytes=rng.randint(0, 5),
+        head_layers=rng.choice((0.0, 2.0)),
+        growth_bytes=rng.randint(0, 5),
         relay_bps=rng.choice((math.inf, rng.uniform(1e6, 2e7))),
         relay_round_trip_s=rng.uniform(0, 0.5),
     )  # fmt: skip
-    members = []
+    devices = []
     for number in range(rng.randint(1, 3)):
         front = rng.randint(0, 1)
-        device = Node(
+        node = NodeFacts(
             f"device-{number}", up_bps=_rate(rng), down_bps=_rate(rng), round_trip_s=rng.uniform(0, 0.2),
-            own_s=rng.uniform(0, 2), own_bytes=rng.randint(0, 3), memory_bytes=30,
+            ends_s=rng.uniform(0, 2), ends_bytes=rng.randint(0, 3), free_bytes=30,
         )  # fmt: skip
-        members.append(Member(device, front, rng.randint(max(front + 1, total - 1), total)))
-    found = [_node(rng, f"host-{number}", run) for number in range(rng.randint(1, hosts))]
+        devices.append(DeviceEnds(node, front, rng.randint(max(front + 1, total - 1), total)))
+    found = [_node(rng, f"host-{number}", step) for number in range(rng.randint(1, hosts))]
     if rng.random() < 0.2:  # a device that hosts
-        own = members[0].node
-        found[0] = Node(
-            own.name, found[0].layer_s, found[0].memory_bytes, own.up_bps, own.down_bps, own.round_trip_s,
-            own_s=own.own_s, own_bytes=own.own_bytes,
-        )  # fmt: skip
-    pairs = [(dialler.name, host.name) for dialler in [*found, *(m.node for m in members)] for host in found]
-    return replace(run, by_relay=frozenset(pair for pair in pairs if rng.random() < 0.15)), members, found
+        found[0] = replace(devices[0].node, layer_s=found[0].layer_s, free_bytes=found[0].free_bytes)
+    pairs = [(node.name, host.name) for node in [*found, *(device.node for device in devices)] for host in found]
+    step = replace(step, by_relay=frozenset(pair for pair in pairs if rng.random() < 0.15))
+    return SiteInstance(step, tuple(devices), tuple(found))
 
 
-def _node(rng: Random, name: str, run: Run) -> Node:
+def _node(rng: Random, name: str, step: StepFacts) -> NodeFacts:
     speed = rng.choice((0.2, 0.4, 1.0))
-    return Node(
-        name, {base: rng.uniform(0.1, 1) / speed for base in run.bases}, memory_bytes=rng.choice((25, 45, 80, math.inf)),
-        up_bps=_rate(rng), down_bps=_rate(rng), round_trip_s=rng.uniform(0, 0.2), reachable=rng.random() < 0.8,
+    return NodeFacts(
+        name, {base: rng.uniform(0.1, 1) / speed for base in step.footprints},
+        free_bytes=rng.choice((25, 45, 80, math.inf)), up_bps=_rate(rng), down_bps=_rate(rng),
+        round_trip_s=rng.uniform(0, 0.2), reachable=rng.random() < 0.8,
     )  # fmt: skip
 
 
@@ -213,99 +215,103 @@ def _rate(rng: Random) -> float:
     return rng.choice((math.inf, 5e6, 1e6, rng.uniform(5e5, 1e8)))
 
 
-def search(run: Run, members: Sequence[Member], hosts: Sequence[Node]) -> float | None:
-    """The shortest step of all chains of hosts that fit, by trying each; None where there is none."""
-    if any(m.node.own_bytes + run.grows_bytes > m.node.memory_bytes for m in members):
+def search(instance: SiteInstance) -> float | None:
+    """Returns the shortest step of all chains of hosts that fit, by trying each; None if none fits."""
+    nodes = [device.node for device in instance.devices]
+    if any(node.ends_bytes + instance.step.growth_bytes > node.free_bytes for node in nodes):
         return None
-    steps = (step_s(run, members, chain) for chain in chains(members, hosts))
+    steps = (step_s(instance, chain) for chain in chains(instance))
     return min((seconds for seconds in steps if seconds is not None), default=None)
 
 
-Piece = tuple[Node, int, int]
+Piece = tuple[NodeFacts, int, int]
 
 
-def chains(members: Sequence[Member], hosts: Sequence[Node]) -> Iterator[list[Piece]]:
-    """Every ordered choice of hosts, with every way to cut the layers that all routes cross."""
-    first, last = min(m.front for m in members), max(m.back_first for m in members)
+def chains(instance: SiteInstance) -> Iterator[list[Piece]]:
+    """Yields every ordered choice of hosts, with every way to cut the layers that all routes cross."""
+    devices, hosts = instance.devices, instance.hosts
+    first, last = min(d.front for d in devices), max(d.back_first for d in devices)
     for length in range(1, len(hosts) + 1):
         for cuts in combinations(range(first + 1, last), length - 1):
             pieces = list(pairwise([first, *cuts, last]))
-            if all(min(b, m.back_first) > max(a, m.front) for a, b in pieces for m in members):
+            if all(min(b, d.back_first) > max(a, d.front) for a, b in pieces for d in devices):
                 for order in permutations(hosts, length):
                     yield [(host, a, b) for host, (a, b) in zip(order, pieces, strict=True)]
 
 
-def step_s(run: Run, members: Sequence[Member], chain: Sequence[Piece]) -> float | None:
-    """One chain's step by the words of `split.costs`; None where a host has not the memory."""
-    bases = [_base(run, len(members), chain, number) for number in range(len(chain))]
+def step_s(instance: SiteInstance, chain: Sequence[Piece]) -> float | None:
+    """Returns one chain's step by the formulas of docs/planner.md; None if a host lacks the memory."""
+    step, ends = instance.step, instance.devices
+    bases = [_base(step, len(ends), chain, number) for number in range(len(chain))]
     if None in bases:
         return None
-    m, units, tensor_s = run.micro_batches, run.micro_batches * len(members), 8 * run.tensor_bytes
-    down_entry, exits = int(run.front_learns), int(run.back_on_device)
-    devices = {member.node.name: member.node for member in members}
+    m, units, tensor_bits = step.micro_batches, step.micro_batches * len(ends), 8 * step.tensor_bytes
+    returns, exits = int(step.front_learns), int(step.back_on_device)
+    devices = {device.node.name: device.node for device in ends}
     per_unit = {
-        name: (d.own_s, tensor_s * (1 + exits) / d.up_bps, tensor_s * (exits + down_entry) / d.down_bps)
+        name: (d.ends_s, tensor_bits * (1 + exits) / d.up_bps, tensor_bits * (exits + returns) / d.down_bps)
         for name, d in devices.items()
     }
     slowest = max(devices.values(), key=lambda d: (sum(per_unit[d.name]), d.name))
-    cycle_s, outside_s = slowest.own_s, slowest.own_s - slowest.back_s
-    steps = [m * own_s for own_s, *_ in per_unit.values()]
-    passes = [(m - 1) * max(d.back_s, (d.own_s - d.back_s) / 2) for d in devices.values()]
-    passes += [(m - 1) * tensor_s / min(d.up_bps, d.down_bps) for d in devices.values()]
+    cycle_s, outside_s = slowest.ends_s, slowest.ends_s - slowest.back_s
+    steps = [m * ends_s for ends_s, *_ in per_unit.values()]
+    queues = [(m - 1) * max(d.back_s, (d.ends_s - d.back_s) / 2) for d in devices.values()]
+    queues += [(m - 1) * tensor_bits / min(d.up_bps, d.down_bps) for d in devices.values()]
     relayed = 0.0
     for number, ((host, first, last), base) in enumerate(zip(chain, bases, strict=True)):
         before = chain[number - 1][0] if number else slowest
         is_first, is_last = number == 0, number == len(chain) - 1
-        tail = run.tail_layers if is_last else 0
+        head = step.head_layers if is_last else 0
         layer_s = host.layer_s[str(base)]
-        back, on = (down_entry if is_first else 1), (exits if is_last else 1)
-        way_s, one_s = _way_s(run, before, host, back), layer_s * (last - first + tail)
-        crossed = sum(min(last, d.back_first) - max(first, d.front) + tail for d in members)
+        back, on = (returns if is_first else 1), (exits if is_last else 1)
+        link_s, unit_s = _link_s(step, before, host, back), layer_s * (last - first + head)
+        crossed = sum(min(last, d.back_first) - max(first, d.front) + head for d in ends)
         own = per_unit.get(host.name, (0.0, 0.0, 0.0))
-        own_first_s = slowest.own_s - slowest.back_s if host.name == slowest.name else 0.0
-        steps.append(outside_s + way_s + m * (layer_s * crossed + own[0]) - own_first_s)
-        steps.append(outside_s + units * tensor_s * (on + back) / host.up_bps + m * own[1])
-        steps.append(outside_s + units * tensor_s * (1 + on) / host.down_bps + m * own[2])
-        passes.append((m * layer_s * crossed - one_s) / 2)
-        passes.append((units - 1) * tensor_s / min(host.up_bps, host.down_bps))
-        cycle_s, outside_s = cycle_s + way_s + one_s, outside_s + way_s + one_s
-        ways = [_relays(run, device, host) for device in devices.values()]
-        of_devices = sum(ways) / len(ways)
+        own_first_s = slowest.ends_s - slowest.back_s if host.name == slowest.name else 0.0
+        steps.append(outside_s + link_s + m * (layer_s * crossed + own[0]) - own_first_s)
+        steps.append(outside_s + units * tensor_bits * (on + back) / host.up_bps + m * own[1])
+        steps.append(outside_s + units * tensor_bits * (1 + on) / host.down_bps + m * own[2])
+        queues.append((m * layer_s * crossed - unit_s) / 2)
+        queues.append((units - 1) * tensor_bits / min(host.up_bps, host.down_bps))
+        cycle_s, outside_s = cycle_s + link_s + unit_s, outside_s + link_s + unit_s
+        by_device = [_relays(step, device, host) for device in devices.values()]
+        of_devices = sum(by_device) / len(by_device)
         relayed += (1 + back) * (
-            of_devices if is_first else _relays(run, before, host)
+            of_devices if is_first else _relays(step, before, host)
         ) + 2 * exits * is_last * of_devices
     if exits:
-        cycle_s += _way_s(run, slowest, chain[-1][0], 1)
-    passes.append((units - 1) * relayed * tensor_s / run.relay_bps)
-    steps += [cycle_s + max(passes), math.ceil(m / run.window) * cycle_s]
+        cycle_s += _link_s(step, slowest, chain[-1][0], 1)
+    queues.append((units - 1) * relayed * tensor_bits / step.relay_bps)
+    steps += [cycle_s + max(queues), math.ceil(m / step.window) * cycle_s]
     steps += [cycle_s / 2 + m * busy_s for times in per_unit.values() for busy_s in times[1:]]
     return max(steps)
 
 
-def _base(run: Run, devices: int, chain: Sequence[Piece], number: int) -> str | None:
-    """The first base in which the slice fits."""
+def _base(step: StepFacts, devices: int, chain: Sequence[Piece], number: int) -> str | None:
+    """Returns the first base in which a slice of the chain fits its host; None if it fits in none."""
     host, first, last = chain[number]
     for base in host.layer_s:
-        needs = run.bases[base]
-        kept = devices * (needs.unit + (last - first) * needs.unit_layer) / run.unit_share
-        weights = sum(needs.layers[first:last]) + (needs.tail if number == len(chain) - 1 else 0)
-        if kept + weights + host.own_bytes + run.grows_bytes <= host.memory_bytes:
+        needs = step.footprints[base]
+        kept = devices * (needs.unit_bytes + (last - first) * needs.unit_layer_bytes) / UNITS_SHARE
+        weights = sum(needs.layer_bytes[first:last]) + (needs.head_bytes if number == len(chain) - 1 else 0)
+        if kept + weights + host.ends_bytes + step.growth_bytes <= host.free_bytes:
             return base
     return None
 
 
-def _relays(run: Run, dialler: Node, dialled: Node) -> bool:
-    return not dialled.reachable or (dialler.name, dialled.name) in run.by_relay
+def _relays(step: StepFacts, dialling: NodeFacts, dialled: NodeFacts) -> bool:
+    return not dialled.reachable or (dialling.name, dialled.name) in step.by_relay
 
 
-def _way_s(run: Run, dialler: Node, dialled: Node, back: int) -> float:
-    """A tensor to the node that is dialled, and one back where there is one; the exit is dialled by the device."""
-    if dialler.name == dialled.name:
+def _link_s(step: StepFacts, dialling: NodeFacts, dialled: NodeFacts, back: int) -> float:
+    """Seconds for a tensor to the dialled node, and with `back` one in return; a device dials its last host itself."""
+    if dialling.name == dialled.name:
         return 0.0
-    relay_bps, added_s = (run.relay_bps, run.relay_round_trip_s) if _relays(run, dialler, dialled) else (math.inf, 0.0)
-    ways = [(dialler.up_bps, dialled.down_bps)] + [(dialled.up_bps, dialler.down_bps)] * back
-    apart_s = (dialler.round_trip_s + dialled.round_trip_s) / 2 + added_s
-    return sum(8 * run.tensor_bytes / min(*way, relay_bps) + apart_s / 2 for way in ways)
+    relayed = _relays(step, dialling, dialled)
+    relay_bps, added_s = (step.relay_bps, step.relay_round_trip_s) if relayed else (math.inf, 0.0)
+    ways = [(dialling.up_bps, dialled.down_bps)] + [(dialled.up_bps, dialling.down_bps)] * back
+    round_trip_s = (dialling.round_trip_s + dialled.round_trip_s) / 2 + added_s
+    return sum(8 * step.tensor_bytes / min(*way, relay_bps) + round_trip_s / 2 for way in ways)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from edgelam_fl.config import parse_run_file
 from edgelam_fl.errors import ConfigError, EdgelamError
 from edgelam_fl.flower import to_record
 from edgelam_fl.plan.making import task_settings
-from edgelam_fl.plan.placement import foresee
+from edgelam_fl.plan.placement import first_proposal
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -90,6 +90,6 @@ def _nodes(grid: Grid, folder: RunFolder, spec: RunSpec) -> Nodes:
 def propose(nodes: Nodes, spec: RunSpec, folder: RunFolder) -> None:
     """Asks the nodes that are here, says who would hold what, and ends."""
     nodes.gather(spec.config, at_start=True)
-    proposal = foresee(spec, list(nodes.profiles.values()))
+    proposal = first_proposal(spec, list(nodes.profiles.values()))
     folder.emit("placement", round=0, **proposal.event(), measured=[])
     folder.emit("run_done", summary="")

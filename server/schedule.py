@@ -15,7 +15,8 @@ from typing import Any
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed
-from edgelam_fl.plan.making import own_steps, value_bytes
+from edgelam_fl.plan.bases import value_bytes
+from edgelam_fl.plan.making import own_steps
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.events_of_round import send_rate_bps

@@ -21,8 +21,9 @@ from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, RunFailed
 from edgelam_fl.federation.flower_app import app_module
 from edgelam_fl.federation.submission import Submission, Timing
+from edgelam_fl.model.base_names import PROFILED_TOKENS
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.plan.placement import foresee
+from edgelam_fl.plan.placement import first_proposal
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.telemetry.events import read_events
 from edgelam_fl.telemetry.summary import human_bytes, human_layers
@@ -31,14 +32,13 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 _MESSAGES_S = 180.0  # on top of the time for nodes to join: submission, and a process per message
 _TIMING = Timing(silence_s=20.0)  # somebody waits for the answer
 _NOT_IN_A_PROFILE = ("time", "event", "node", "role", "findings", "profile")
-_TOKENS = 128  # of the micro-batch that base_seconds are for
 
 
 def plan_of_profiles(config: RunConfig, file: Path) -> dict[str, Any]:
     """Returns the placement for the nodes whose profiles a file holds. Raises ConfigError, or what a run would raise."""
     profiles = read_profiles(file)
     spec: RunSpec = app_module("server.checks").check_config(config)
-    proposal: dict[str, Any] = foresee(spec, profiles).event()
+    proposal: dict[str, Any] = first_proposal(spec, profiles).event()
     return {**proposal, "num_layers": spec.source.num_layers}
 
 
@@ -128,8 +128,10 @@ def _of_doctor(entry: Mapping[str, Any]) -> dict[str, Any]:
         found |= {f"link_{way}": link.get(way) for way in ("up_bps", "down_bps")}
         found["round_trip_s"] = link.get("round_trip_s")
     if isinstance(layers, dict) and layers:
-        tokens = min(layers, key=lambda size: abs(int(size) - _TOKENS))
-        found["base_seconds"] = {pair: seconds * _TOKENS / int(tokens) for pair, seconds in layers[tokens].items()}
+        tokens = min(layers, key=lambda size: abs(int(size) - PROFILED_TOKENS))
+        found["base_seconds"] = {
+            pair: seconds * PROFILED_TOKENS / int(tokens) for pair, seconds in layers[tokens].items()
+        }
     return {key: value for key, value in found.items() if value is not None}
 
 

@@ -1,7 +1,8 @@
-"""Who holds which layers in a round: the sites, their chains of hosts, and a route a device. Pure functions.
+"""Says who holds which layers in a round: sites, their chains of hosts, and one route per device. Pure functions.
 
-A site is a chain of hosts and the devices whose routes cross it. Devices may keep unlike numbers of layers at their ends,
+A site is a chain of hosts and the devices whose routes cross it. Devices may keep different numbers of layers at their ends,
 so a route may enter the first host and leave the last one at any layer inside; a host holds what any of its routes needs.
+Knows neither speeds nor memory (`placement` does), and no tokens and bandwidth shares (`making` adds them).
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ class HostRange:
 
 @dataclass(frozen=True)
 class Site:
-    hosts: tuple[HostRange, ...]  # in the routes' order; none: each member runs the whole model
+    """A chain of hosts, in the routes' order, and its member devices. Without hosts each member runs the whole model."""
+
+    hosts: tuple[HostRange, ...]
     members: tuple[str, ...]
 
     @property
@@ -40,21 +43,26 @@ class Site:
 
 @dataclass(frozen=True)
 class Layout:
+    """All sites of a round and the routes over them."""
+
     sites: tuple[Site, ...]
-    routes: Mapping[str, pb.Route]  # by device, by name; without token and share
-    bases: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # (base, compute) of nodes, where settled
+    routes: Mapping[str, pb.Route]  # by device, in the order of names; without token and share
+    bases: Mapping[str, tuple[str, str]] = field(
+        default_factory=dict
+    )  # (base, compute) of nodes that it is settled for
 
     def site_of(self, device: str) -> Site:
+        """Returns the site that a device is a member of."""
         return next(site for site in self.sites if device in site.members)
 
 
 def site_source(site: str) -> str:
-    """A site's name as strategies see it: never that of a device, which may be the site's only host."""
+    """Returns a site's name as strategies see it, which differs from that of a device that is the site's only host."""
     return f"site {site}"
 
 
 def by_name(patterns: Mapping[str, int], name: str, default: int) -> int:
-    """The value for a node: of its exact name, else of the longest pattern that matches it, else the default."""
+    """Returns a node's value: that of its exact name, else of the longest pattern that matches, else the default."""
     if name in patterns:
         return patterns[name]
     matching = sorted((pattern for pattern in patterns if fnmatchcase(name, pattern)), key=lambda p: (-len(p), p))
@@ -62,44 +70,49 @@ def by_name(patterns: Mapping[str, int], name: str, default: int) -> int:
 
 
 def who_may_host(config: RunConfig, profiles: Iterable[pb.Profile]) -> list[pb.Profile]:
-    """The nodes that others can dial: edge servers by name; with split.host_on = "any" the devices after them."""
+    """Lists the nodes that others can dial: edge servers by name, then devices if split.host_on = "any"."""
     allowed = [p for p in profiles if p.address and (p.role == pb.EDGE or config.split.host_on == "any")]
     return sorted(allowed, key=lambda profile: (profile.role == pb.DEVICE, profile.name))
 
 
-def make_layout(spec: RunSpec, devices: Sequence[pb.Profile], hosts: Sequence[pb.Profile]) -> Layout:
-    """Deals the devices, by name, to the sites in turn, and to each site the next `split.hosts` of `hosts`.
-
-    Where hosts or devices are missing for all `split.sites`, fewer sites are made. Raises RunFailed where there are not
-    enough hosts for one, ConfigError where a route would not cross each host of its site.
-    """
-    config = spec.config
-    names = sorted(device.name for device in devices)
-    length = config.split.least_hosts
-    if len(hosts) < length:
+def check_hosts(config: RunConfig, hosts: Sequence[pb.Profile]) -> None:
+    """Raises RunFailed if there are too few hosts for one site."""
+    least = config.split.least_hosts
+    if len(hosts) < least:
         raise RunFailed(
-            f"a site needs {length} hosts (split.hosts), and {len(hosts)} nodes can be one: "
+            f"a site needs {least} hosts (split.hosts), and only {len(hosts)} of the nodes can be one: "
             f"{', '.join(host.name for host in hosts) or 'none'} (split.host_on = {config.split.host_on!r})"
         )
+
+
+def make_layout(spec: RunSpec, devices: Sequence[pb.Profile], hosts: Sequence[pb.Profile]) -> Layout:
+    """Assigns devices to sites in turn, by name, and to each site the next `split.hosts` of `hosts`.
+
+    Makes fewer sites than `split.sites` if hosts or devices are missing. Raises RunFailed if there are not enough hosts for
+    one site, ConfigError if a route would not cross each host of its site.
+    """
+    config = spec.config
+    check_hosts(config, hosts)
+    names = sorted(device.name for device in devices)
+    length = config.split.least_hosts
     count = min(config.split.sites, len(names), len(hosts) // length if length else 1)
     chains = []
     for number in range(count):
         ends = [device_ends(spec, name) for name in names[number::count]]
         chains.append(_ranges(config, hosts[number * length : (number + 1) * length], ends))
-    return lay_out(spec, names, chains)
+    return layout_of_chains(spec, names, chains)
 
 
-def lay_out(spec: RunSpec, devices: Iterable[str], chains: Sequence[Sequence[HostRange]]) -> Layout:
-    """Sites of these chains, to which the devices are dealt in turn, by name; their routes."""
+def layout_of_chains(spec: RunSpec, devices: Iterable[str], chains: Sequence[Sequence[HostRange]]) -> Layout:
+    """Makes a site of each chain, assigns the devices to them in turn, by name, and makes their routes."""
     names = sorted(devices)
     ends = {name: device_ends(spec, name) for name in names}
     indices = {name: index for index, name in enumerate(names)}
     sites, routes = [], {}
     for number, chain in enumerate(chains):
-        members = names[number :: len(chains)]
-        site = Site(tuple(chain), tuple(members))
+        site = Site(tuple(chain), tuple(names[number :: len(chains)]))
         sites.append(site)
-        for name in members:
+        for name in site.members:
             front, back_first = ends[name]
             routes[name] = pb.Route(
                 device=name,
@@ -112,7 +125,7 @@ def lay_out(spec: RunSpec, devices: Iterable[str], chains: Sequence[Sequence[Hos
 
 
 def device_ends(spec: RunSpec, device: str) -> tuple[int, int]:
-    """(front, back_first): layers [0, front) and [back_first, all) stay on the device."""
+    """Returns (front, back_first): layers [0, front) and [back_first, all) stay on the device."""
     split, source = spec.config.split, spec.source
     front = by_name(split.fronts, device, split.front)
     back = by_name(split.backs, device, split.back) if label_place(split.labels).on_device else 0
@@ -125,7 +138,7 @@ def device_ends(spec: RunSpec, device: str) -> tuple[int, int]:
 
 
 def cut_layers(config: RunConfig, first: int, last: int) -> list[int]:
-    """The borders of the hosts' slices: `first`, the cuts, `last`. Equal cuts differ by one layer at most."""
+    """Returns the borders of the hosts' slices: `first`, the cuts, `last`. Equal slices differ by one layer at most."""
     hosts = config.split.least_hosts
     if not hosts:
         return [first]
@@ -135,18 +148,19 @@ def cut_layers(config: RunConfig, first: int, last: int) -> list[int]:
 
 
 def _ranges(config: RunConfig, hosts: Sequence[pb.Profile], ends: Sequence[tuple[int, int]]) -> list[HostRange]:
-    """The hosts' ranges cover what any member's route needs."""
+    """Cuts the layers that any member's route needs into the hosts' ranges."""
     first, last = min(front for front, _ in ends), max(back_first for _, back_first in ends)
     borders = pairwise(cut_layers(config, first, last))
     return [HostRange(host.name, host.address, low, high) for host, (low, high) in zip(hosts, borders, strict=True)]
 
 
 def _hop(config: RunConfig, host: HostRange, device: str, front: int, back_first: int) -> pb.Hop:
+    """Returns the part of a host's range that a device's route crosses."""
     first, last = max(front, host.first), min(back_first, host.last)
     if first >= last:
         raise ConfigError(
             f"device {device} keeps layers 0 to {front} and those from {back_first} on, so its route does not cross host "
-            f"{host.name} with layers {host.first} to {host.last}; it must cross each host of its site by one layer at least "
+            f"{host.name} with layers {host.first} to {host.last}; it must cross each host of its site by at least one layer "
             f"(split.fronts, split.backs, split.cuts = {config.split.cuts!r})"
         )
     return pb.Hop(node=host.name, first=first, last=last, address=host.address)

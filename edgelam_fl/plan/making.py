@@ -1,4 +1,7 @@
-"""What each node does in a round: one plan a node, from the layout, the profiles and the run file. Pure functions."""
+"""Makes one plan per node: what the node does in a round, from the layout, the profiles and the run file. Pure functions.
+
+Chooses no layers (`layout`, `placement`) and no devices; knows nothing of how a plan is sent or carried out.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,10 @@ from dataclasses import dataclass, field
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError
+from edgelam_fl.model.base_names import DTYPES
 from edgelam_fl.model.memory import weights_bytes
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.plan.bases import DTYPES, choose_base
+from edgelam_fl.plan.bases import choose_base
 from edgelam_fl.plan.layout import HostRange, Layout, Site, by_name
 from edgelam_fl.plan.reading import part_id, spans_of
 from edgelam_fl.plan.spec import RunSpec
@@ -18,35 +22,38 @@ from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.relay import DIAL, LISTEN, make_token
 
-FP32_BYTES = 4
 _READY_DEADLINE_S = 60.0
 _SLOW_CARD_BYTES_S = 20e6  # a small board reads its slice from its card before it is ready
-_SILENT_S, _STEP_IN_SILENCES = 10.0, 12  # who gives nodes more time for a step may have some that breathe slowly
-_SLOW_LINK_BYTES_S = 0.6e6  # and where it lacks the model, fetches it over 5 Mbit/s
+_SLOW_LINK_BYTES_S = 0.6e6  # a node that lacks the model downloads its slice over 5 Mbit/s
+# A node counts as gone after so long without a sign of life, or this part of federation.step_deadline_s if that is longer:
+# a run file that allows long steps may have nodes that answer slowly.
+_SILENT_S, _SILENT_PART = 10.0, 12
 
 
 @dataclass(frozen=True)
 class ClientSettings:
-    """What an aggregation asks of devices and hosts in a round; by default, plain training of both factors."""
+    """What an aggregation asks of devices and hosts in a round; by default plain training of both LoRA factors."""
 
     train_a: bool = True
     train_b: bool = True
-    prox_mu: float = 0.0  # weight of (mu/2)||w - w_start||^2 in the loss of devices' own layers and copies
+    prox_mu: float = (
+        0.0  # weight of (mu/2)||w - w_start||^2 in the loss of devices' own layers and of their copies at hosts
+    )
 
 
 @dataclass(frozen=True)
 class RoundFacts:
-    """What is the same for every node of a round."""
+    """Facts about a round that are the same for every node."""
 
     run: str
     round: int
     attempt: int
     step_offset: int
-    steps: int  # 0: evaluation only
-    settings: ClientSettings = field(default_factory=ClientSettings)  # what the aggregation asks of every node
-    unequal_ranks: bool = False  # whether the aggregation takes them
-    hub_port: int = 0  # of this server's hub; 0: it has none
-    relay_key: bytes = b""  # of its relay
+    steps: int  # 0: only evaluate
+    settings: ClientSettings = field(default_factory=ClientSettings)
+    unequal_ranks: bool = False  # whether the aggregation accepts them
+    hub_port: int = 0  # 0: the server has no hub
+    relay_key: bytes = b""  # signs the tokens of the hub's relay; empty: there is no relay
 
 
 def make_plans(
@@ -57,47 +64,39 @@ def make_plans(
     shares: Mapping[str, float],
     tokens: Mapping[str, bytes],
 ) -> dict[str, pb.Plan]:
-    """The plans by node, hosts first: they should listen when the devices dial.
+    """Returns the plans by node, hosts first: they should listen by the time the devices dial.
 
-    `shares` of the capacity and `tokens` (a secret, shared with the hosts) are by device. Raises ConfigError where the
-    holders of a layer would train unlike ranks, and the aggregation does not take them.
+    `shares` of the capacity and `tokens` (a secret between a device and its hosts) are by device. Raises ConfigError if the
+    holders of a layer would train different ranks and the aggregation does not accept that.
     """
-    config = spec.config
-    job = pb.Plan(run=facts.run, round=facts.round, attempt=facts.attempt)
-    routes = {name: pb.Route() for name in layout.routes}
-    for name, route in routes.items():
-        route.CopyFrom(layout.routes[name])
-        route.token, route.share_bps = tokens[name], shares.get(name, 0.0) * config.wire.capacity_bps
-        for hop in route.hops if facts.relay_key else ():
-            hop.relay_token = make_token(facts.relay_key, DIAL, part_id(job, hop.node))
+    routes = _routes(spec.config, facts, layout, shares, tokens)
     plans: dict[str, pb.Plan] = {}
     for site in layout.sites:
         for host in site.hosts:
             plans[host.name] = _plan(spec, facts, profiles[host.name])
-            _serve(plans[host.name], config, host, site, routes)
+            _set_hosted(plans[host.name], spec.config, host, site, routes)
             if facts.relay_key:
                 plans[host.name].relay_token = make_token(facts.relay_key, LISTEN, part_id(plans[host.name]))
     for name, route in routes.items():
         if name not in plans:
             plans[name] = _plan(spec, facts, profiles[name])
         plans[name].routes.append(route)
-        _feed(plans[name], config, facts, profiles[name].examples)
+        _set_batches(plans[name], spec.config, facts, profiles[name].examples)
     for name, plan in plans.items():
-        settled = layout.bases.get(name)
-        plan.model.base, compute = settled or choose_base(spec, profiles[name], spans_of(plan))
-        plan.model.compute = DTYPES[compute]
-    if facts.hub_port:
-        patient_with_fetching(spec.source, plans.values())
+        base, compute = layout.bases.get(name) or choose_base(spec, profiles[name], spans_of(plan))
+        plan.model.base, plan.model.compute = base, DTYPES[compute]
     computes = {plan.model.compute for plan in plans.values()}
     for plan in plans.values():
         plan.model.wire = "bfloat16" if computes == {"bfloat16"} else "float32"
+    if facts.hub_port:
+        allow_for_downloads(spec.source, plans.values())
     if not facts.unequal_ranks:
-        check_ranks(plans)
+        check_equal_ranks(plans)
     return plans
 
 
 def own_steps(config: RunConfig, examples: int) -> int:
-    """The steps that a device has batches for in a round."""
+    """Returns the steps that a device has batches for in a round."""
     federation = config.federation
     if not federation.epochs:
         return federation.local_steps
@@ -105,12 +104,15 @@ def own_steps(config: RunConfig, examples: int) -> int:
 
 
 def planned_steps(config: RunConfig, devices: Iterable[pb.Profile]) -> int:
-    """The steps of a round: as many as the device with the most has."""
+    """Returns the steps of a round: as many as the device with the most batches has."""
     return max(own_steps(config, device.examples) for device in devices)
 
 
 def learning_rates(config: RunConfig, facts: RoundFacts) -> list[float]:
-    """Of each step of the round: a rise over the run's first steps, then the schedule, 0 at the end of all planned steps."""
+    """Returns the learning rate of each step of the round: a rise over the run's first steps, then the schedule.
+
+    The schedule ends with the last step of the last round.
+    """
     optimizer = config.optimizer
     rounds_left = max(1, config.federation.rounds - facts.round + 1)
     planned = facts.step_offset + rounds_left * facts.steps
@@ -121,7 +123,7 @@ def learning_rates(config: RunConfig, facts: RoundFacts) -> list[float]:
 
 
 def learning_rate(lr: float, schedule: str, warmup: int, step: int, planned: int) -> float:
-    """At `step` (from 0) of `planned`."""
+    """Returns the learning rate of one step, counted from 0, of a run of `planned` steps with `warmup` steps of rise."""
     if step < warmup:
         return lr * (step + 1) / warmup
     done = (step - warmup) / (planned - warmup)
@@ -132,8 +134,8 @@ def learning_rate(lr: float, schedule: str, warmup: int, step: int, planned: int
     return lr
 
 
-def check_ranks(plans: Mapping[str, pb.Plan]) -> None:
-    """Raises ConfigError where nodes that hold the same layer have unlike ranks: there would be nothing to average."""
+def check_equal_ranks(plans: Mapping[str, pb.Plan]) -> None:
+    """Raises ConfigError if nodes that hold the same layer have different ranks: their factors could not be averaged."""
     ranks: dict[int, dict[str, int]] = {}
     for name, plan in sorted(plans.items()):
         for span in spans_of(plan):
@@ -143,13 +145,27 @@ def check_ranks(plans: Mapping[str, pb.Plan]) -> None:
         if len(set(holders.values())) > 1:
             who = ", ".join(f"{name} with rank {rank}" for name, rank in holders.items())
             raise ConfigError(
-                f"layer {layer} is held by {who}: all that hold a layer need the same rank there (lora.rank, "
+                f"layer {layer} is held by {who}: all nodes that hold a layer need the same rank (lora.rank, "
                 f"lora.ranks), unless strategy.aggregation is 'flora', 'fedex', 'flexlora' or 'hetlora'"
             )
 
 
+def _routes(
+    config: RunConfig, facts: RoundFacts, layout: Layout, shares: Mapping[str, float], tokens: Mapping[str, bytes]
+) -> dict[str, pb.Route]:
+    """Copies the layout's routes and adds secrets, shares and the relay's tokens."""
+    job, routes = pb.Plan(run=facts.run, round=facts.round, attempt=facts.attempt), {}
+    for name, laid_out in layout.routes.items():
+        routes[name] = route = pb.Route()
+        route.CopyFrom(laid_out)
+        route.token, route.share_bps = tokens[name], shares.get(name, 0.0) * config.wire.capacity_bps
+        for hop in route.hops if facts.relay_key else ():
+            hop.relay_token = make_token(facts.relay_key, DIAL, part_id(job, hop.node))
+    return routes
+
+
 def _plan(spec: RunSpec, facts: RoundFacts, profile: pb.Profile) -> pb.Plan:
-    """A node's plan without its part: neither route nor what it hosts."""
+    """Makes what a plan says to any node, without routes and hosted layers."""
     config, source = spec.config, spec.source
     federation, split = config.federation, config.split
     return pb.Plan(
@@ -175,7 +191,7 @@ def _plan(spec: RunSpec, facts: RoundFacts, profile: pb.Profile) -> pb.Plan:
             ready_s=max(federation.join_deadline_s, _READY_DEADLINE_S + source.fp32_bytes / _SLOW_CARD_BYTES_S),
             step_s=federation.step_deadline_s,
             round_s=federation.round_deadline_s,
-            silent_s=max(_SILENT_S, federation.step_deadline_s / _STEP_IN_SILENCES),
+            silent_s=max(_SILENT_S, federation.step_deadline_s / _SILENT_PART),
         ),
         seed=config.run.seed,
         protocol_version=PROTOCOL_VERSION,
@@ -183,26 +199,29 @@ def _plan(spec: RunSpec, facts: RoundFacts, profile: pb.Profile) -> pb.Plan:
     )
 
 
-def patient_with_fetching(source: ModelSource, plans: Iterable[pb.Plan]) -> None:
-    """Everyone waits until the node with the most to fetch is ready: who has the model is known to the nodes alone."""
+def allow_for_downloads(source: ModelSource, plans: Iterable[pb.Plan]) -> None:
+    """Extends all nodes' time to get ready by the largest download, as only the nodes know whether they have the model."""
     plans = list(plans)
     most = max(weights_bytes(source, spans_of(plan), plan.model.base, plan.model.compute) for plan in plans)
     for plan in plans:
         plan.deadlines.ready_s += most / _SLOW_LINK_BYTES_S
 
 
-def _serve(plan: pb.Plan, config: RunConfig, host: HostRange, site: Site, routes: Mapping[str, pb.Route]) -> None:
+def _set_hosted(plan: pb.Plan, config: RunConfig, host: HostRange, site: Site, routes: Mapping[str, pb.Route]) -> None:
     """Makes the plan's node a host of the site."""
     plan.serves.extend(routes[member] for member in site.members)
     plan.hosted.CopyFrom(pb.Slice(first=host.first, last=host.last))
     plan.site = site.name
-    # Without so many of its devices the round would have too few, even if all other sites kept theirs.
+    # With fewer of its devices the round would have too few, even if all other sites kept theirs.
     elsewhere = len(routes) - len(site.members)
     plan.min_devices = max(1, min(config.federation.min_nodes - elsewhere, len(site.members)))
 
 
-def _feed(plan: pb.Plan, config: RunConfig, facts: RoundFacts, examples: int) -> None:
-    """How many batches a device draws, and where it goes on: with epochs it counts its own steps, else the run's."""
+def _set_batches(plan: pb.Plan, config: RunConfig, facts: RoundFacts, examples: int) -> None:
+    """Sets how many batches a device draws and where it continues in its data.
+
+    With `federation.epochs` the position counts the device's own steps, else the run's.
+    """
     if config.federation.epochs:
         own = own_steps(config, examples)
         plan.own_steps, plan.cursor = min(facts.steps, own), (facts.round - 1) * own
@@ -239,6 +258,7 @@ def _optimizer(config: RunConfig, facts: RoundFacts) -> pb.Optimizer:
 
 
 def task_settings(config: RunConfig) -> pb.TaskSettings:
+    """Returns the part of a plan that says how a device makes batches of its data."""
     return pb.TaskSettings(
         kind=config.task.kind,
         max_tokens=config.task.max_tokens,
@@ -250,11 +270,3 @@ def task_settings(config: RunConfig) -> pb.TaskSettings:
         classes=config.task.classes,
         weighting=config.task.weighting,
     )
-
-
-def value_bytes(config: RunConfig) -> int:
-    """Of a number that travels between devices and hosts, as far as the run file tells."""
-    return 2 if config.model.base == "bf16" or config.model.compute == "bf16" else FP32_BYTES
-
-
-# ---------------------------------------------------------------- aggregation

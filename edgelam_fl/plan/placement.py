@@ -1,6 +1,6 @@
-"""Where layers go with split.cuts = "auto": what is known of the nodes becomes a plan, the plan becomes a layout.
+"""Decides where layers go with split.cuts = "auto": facts about the nodes become a plan, the plan becomes a layout.
 
-`node_costs` has the numbers, `split.planner` finds the plan. Layers move between rounds, where a new plan wins clearly.
+`instance` has the facts, `search` finds the chains. Layers move between rounds if new chains are clearly faster.
 """
 
 from __future__ import annotations
@@ -12,33 +12,36 @@ from statistics import median_low
 from typing import Any
 
 from edgelam_fl.errors import ConfigError, DoesNotFit, RunFailed
-from edgelam_fl.plan.chain_cost import Chain, Plan
-from edgelam_fl.plan.layout import HostRange, Layout, lay_out, make_layout, who_may_host
-from edgelam_fl.plan.search import best_plan, choose, rated
+from edgelam_fl.plan.bases import split_pair
+from edgelam_fl.plan.facts import Chain, ChainCost, SiteInstance
+from edgelam_fl.plan.footprint import Footprints
+from edgelam_fl.plan.instance import InstanceMaker, planned_times
+from edgelam_fl.plan.layout import HostRange, Layout, layout_of_chains, make_layout, who_may_host
+from edgelam_fl.plan.search import best_chain, cost_of, shortage
 from edgelam_fl.plan.spec import RunSpec
-from edgelam_fl.plan.speeds import Costs, Problem, near, split_pair
-from edgelam_fl.plan.what_fits import nearest_that_fits
+from edgelam_fl.plan.speeds import before_rounds, learned, near
+from edgelam_fl.plan.what_fits import hosts_wanted, nearest_that_fits
 from edgelam_fl.wire import edgelam_pb2 as pb
 
-GAIN = 0.1  # a new plan must be so much faster than the old one
-_MEASURING_S = 2.0  # about what measuring the links takes: a difference of less in a round is not worth it
+GAIN = 0.1  # new chains must be so much faster than the old ones
+_MEASURING_S = 2.0  # roughly what measuring the links takes: a smaller difference per round is not worth it
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """Plans for all sites, and why they are these."""
+    """The chains of all sites, with what they cost and why they were chosen."""
 
-    plans: tuple[Plan, ...]
+    chains: tuple[ChainCost, ...]
     window: int
-    tokens: float
+    tokens: float  # per row, as planned with
     reason: str = "the first plan"
     changed: bool = True
 
     def event(self) -> dict[str, Any]:
-        """As `telemetry.events` documents it."""
+        """Returns the fields of the event `placement`, as `telemetry.events` documents them."""
         return {
-            "changed": self.changed, "reason": self.reason, "step_s": round(max(p.step_s for p in self.plans), 4),
-            "window": self.window, "tokens": round(self.tokens, 1), "sites": [_described(plan) for plan in self.plans],
+            "changed": self.changed, "reason": self.reason, "step_s": round(longest_step_s(self.chains), 4),
+            "window": self.window, "tokens": round(self.tokens, 1), "sites": [_described(cost) for cost in self.chains],
         }  # fmt: skip
 
 
@@ -47,114 +50,149 @@ class Placement:
 
     def __init__(self, spec: RunSpec, emit: Callable[..., None] = lambda *_, **__: None) -> None:
         self.spec, self.config, self.emit = spec, spec.config, emit
-        self._costs = Costs(spec)
-        self._chains: tuple[Chain, ...] = ()
-        self._newest: tuple[list[Problem], Proposal] | None = None
-        self._notes: list[str] = []
-        self._took_s = 0.0  # a step of the newest round
-        self._usual = 1.0  # times as long as foreseen, with links newly measured
+        self._footprints, self._speeds = Footprints(spec), before_rounds(spec.config)
+        self._chains: tuple[Chain, ...] = ()  # of the newest layout, one per site
+        self._newest: tuple[list[SiteInstance], Proposal] | None = None
+        self._notes: list[str] = []  # surprises that the next event will mention
+        self._took_s = 0.0  # per step of the newest round; 0 once it was compared with its plan
+        self._usual = 1.0  # measured over predicted step, with links newly measured
 
     def layout(
         self, number: int, devices: Sequence[pb.Profile], hosts: Sequence[pb.Profile], shares: Mapping[str, float] = {}
     ) -> Layout:
-        """Of round `number`. Raises as `make_layout` does, and DoesNotFit with what would fit."""
+        """Returns the layout of round `number`. Raises what `make_layout` does, and DoesNotFit with what would fit."""
         if self.config.split.cuts != "auto" or not self.config.split.hosts:
             return make_layout(self.spec, devices, hosts)
         proposal = self.propose(devices, hosts, shares)
         notes, self._notes = self._notes, []
         self.emit("placement", round=number, **proposal.event(), measured=notes)
-        self._chains = tuple(plan.chain for plan in proposal.plans)
+        self._chains = tuple(cost.chain for cost in proposal.chains)
         addresses = {host.name: host.address for host in hosts}
         chains = [
-            [HostRange(part.node, addresses[part.node], part.first, part.last) for part in plan.hosts]
-            for plan in proposal.plans
+            [HostRange(host.node, addresses[host.node], host.first, host.last) for host in cost.hosts]
+            for cost in proposal.chains
         ]
-        layout = lay_out(self.spec, [device.name for device in devices], chains)
-        bases = {part.node: split_pair(part.base) for plan in proposal.plans for part in plan.hosts}
+        layout = layout_of_chains(self.spec, [device.name for device in devices], chains)
+        bases = {host.node: split_pair(host.base) for cost in proposal.chains for host in cost.hosts}
         return replace(layout, bases=bases)
 
     def propose(
         self, devices: Sequence[pb.Profile], hosts: Sequence[pb.Profile], shares: Mapping[str, float] = {}
     ) -> Proposal:
-        """The plan to go on with. With the largest window that memory allows: a host too grants less where it must."""
+        """Returns the chains for the next round, with the largest window that memory allows.
+
+        A host grants a smaller window itself if its memory requires that, so a smaller one is better than none.
+        """
         for window in range(self.config.split.window, 0, -1):
-            problems = self._costs.problems(devices, hosts, shares, window)
-            if self._newest and self._newest[0] == problems:
+            instances = self._instances(devices, hosts, shares, window)
+            if self._newest and self._newest[0] == instances:
                 return replace(self._newest[1], reason="nothing has changed", changed=False)
             try:
-                new = [best_plan(problem.run, problem.members, problem.hosts, self._count) for problem in problems]
+                new = [best_chain(instance, hosts_wanted(self.config)) for instance in instances]
             except DoesNotFit as error:
                 if window > 1:
                     continue
                 nearest = nearest_that_fits(self.spec, devices, hosts)
                 raise DoesNotFit(f"no split fits: {error}. {nearest}", error.missing_bytes) from error
             break
-        proposal = self._chosen(problems, new, window)
-        self._newest = problems, proposal
+        proposal = self._chosen(instances, new, window)
+        self._newest = instances, proposal
         return proposal
 
-    @property
-    def _count(self) -> int | None:
-        return None if self.config.split.hosts == "auto" else self.config.split.hosts
-
-    def _chosen(self, problems: Sequence[Problem], new: Sequence[Plan], window: int) -> Proposal:
-        tokens = self._costs.tokens
-        if not self._chains:
-            return Proposal(tuple(new), window, tokens)
-        plans, reason = choose(self._old(problems), new, GAIN)
-        changed = tuple(plan.chain for plan in plans) != self._chains
-        return Proposal(tuple(plans), window, tokens, reason, changed)
-
-    def _old(self, problems: Sequence[Problem]) -> list[Plan] | None:
-        """The plans that are in use, as they would do now; None where one is impossible."""
-        everyone = [host for problem in problems for host in problem.hosts]
-        if len(self._chains) != len(problems):
-            return None
-        if self._count is not None and any(len(chain) != self._count for chain in self._chains):
-            return None
-        plans = [rated(p.run, p.members, everyone, chain) for p, chain in zip(problems, self._chains, strict=True)]
-        return [plan for plan in plans if plan is not None] if all(plans) else None
-
     def observe(self, plans: Mapping[str, pb.Plan], reports: Mapping[str, pb.JobReport]) -> None:
-        """What a round showed: see `Costs.observe`; and how long its steps took."""
+        """Learns from a round: times, the length of examples, links over the relay, and how long steps took."""
         if self.config.split.cuts != "auto":
             return
-        self._notes += self._costs.observe(plans, reports)
+        planned = planned_times(self._newest[0]) if self._newest else {}
+        self._speeds, notes = learned(self.spec, self._speeds, planned, plans, reports)
+        self._notes += notes
         self._took_s = step_seconds(reports.values())
 
     def check_links(
         self, devices: Sequence[pb.Profile], hosts: Sequence[pb.Profile], shares: Mapping[str, float],
         measure: Callable[[], None],
     ) -> None:  # fmt: skip
-        """Has nodes `measure` their links anew where the newest round's steps are not explained by what is known of them.
+        """Calls `measure` if the newest round's steps took a time that is far off the predicted one.
 
-        Of layers each round tells; of links it tells only that the steps took another time than these can take. `measure`
-        changes the profiles. What stays unexplained then is taken to be usual, so that nothing is measured round by round.
+        A round shows the time of layers, but of links only that steps took longer or shorter than predicted. `measure` has
+        nodes measure their links again and changes the profiles. A difference that remains counts as usual from then on,
+        so that links are not measured in every round.
         """
         if not self._took_s or self._newest is None:
             return
         window = self._newest[1].window
-        ratio = self._unexplained(self._costs.problems(devices, hosts, shares, window))
+        ratio = self._took_over_predicted(self._instances(devices, hosts, shares, window))
         if near(ratio, 1.0):
             self._usual = 1.0
         elif not near(ratio, self._usual):
-            self._notes.append(f"a step took {ratio:.1f} times as long as was foreseen, so links were measured anew")
+            self._notes.append(f"a step took {ratio:.1f} times as long as predicted, so links were measured again")
             measure()
-            self._usual = self._unexplained(self._costs.problems(devices, hosts, shares, window))
-        self._took_s = 0.0  # a second attempt at the round may have other cuts, which these steps say nothing of
+            self._usual = self._took_over_predicted(self._instances(devices, hosts, shares, window))
+        self._took_s = 0.0  # a second attempt at the round may have other cuts, which these steps do not describe
 
-    def _unexplained(self, problems: Sequence[Problem]) -> float:
-        """How many times as long the newest round's steps took as its plan says today; 1 where it is no matter."""
-        plans = self._old(problems)
-        if plans is None:
+    def _instances(
+        self, devices: Sequence[pb.Profile], hosts: Sequence[pb.Profile], shares: Mapping[str, float], window: int
+    ) -> list[SiteInstance]:
+        maker = InstanceMaker(self._footprints, self._speeds, [*devices, *hosts], window, shares)
+        return maker.of_sites(devices, hosts)
+
+    def _chosen(self, instances: Sequence[SiteInstance], new: Sequence[ChainCost], window: int) -> Proposal:
+        tokens = self._speeds.tokens
+        if not self._chains:
+            return Proposal(tuple(new), window, tokens)
+        chains, reason = keep_or_change(self._in_use(instances), new)
+        changed = tuple(cost.chain for cost in chains) != self._chains
+        return Proposal(tuple(chains), window, tokens, reason, changed)
+
+    def _in_use(self, instances: Sequence[SiteInstance]) -> list[ChainCost] | None:
+        """Returns what the chains in use would cost now; None if one of them is no longer possible."""
+        if len(self._chains) != len(instances):
+            return None
+        count = hosts_wanted(self.config)
+        if count is not None and any(len(chain) != count for chain in self._chains):
+            return None
+        everyone = tuple(host for instance in instances for host in instance.hosts)
+        costs = [
+            cost_of(replace(instance, hosts=everyone), chain)
+            for instance, chain in zip(instances, self._chains, strict=True)
+        ]
+        possible = [cost for cost in costs if cost is not None]
+        return possible if len(possible) == len(costs) else None
+
+    def _took_over_predicted(self, instances: Sequence[SiteInstance]) -> float:
+        """Returns the newest round's step over the one predicted now; 1 if the difference does not matter."""
+        costs = self._in_use(instances)
+        if costs is None:
             return 1.0
-        foreseen_s = max(plan.step_s for plan in plans)
-        matters = abs(self._took_s - foreseen_s) * self.config.federation.local_steps > _MEASURING_S
-        return self._took_s / foreseen_s if matters else 1.0
+        predicted_s = longest_step_s(costs)
+        matters = abs(self._took_s - predicted_s) * self.config.federation.local_steps > _MEASURING_S
+        return self._took_s / predicted_s if matters else 1.0
+
+
+def keep_or_change(
+    old: Sequence[ChainCost] | None, new: Sequence[ChainCost], gain: float = GAIN
+) -> tuple[Sequence[ChainCost], str]:
+    """Returns the chains of all sites to use, and why: the new ones only if a step is more than `gain` faster.
+
+    `old` is what the chains in use cost now; None if one of them is no longer possible.
+    """
+    if old is None:
+        return new, "the old plan is no longer possible"
+    if [cost.chain for cost in old] == [cost.chain for cost in new]:
+        return new, "as before"
+    faster = longest_step_s(old) / longest_step_s(new) - 1
+    if faster > gain:
+        return new, f"{faster:.0%} faster than the old plan"
+    return old, f"a new plan would be {faster:.0%} faster, which is not more than {gain:.0%}"
+
+
+def longest_step_s(chains: Iterable[ChainCost]) -> float:
+    """Returns the step of the slowest site, for which all others wait."""
+    return max(cost.step_s for cost in chains)
 
 
 def step_seconds(reports: Iterable[pb.JobReport]) -> float:
-    """The usual step of the slowest device; 0 where none is known. The first step of a round may take longer."""
+    """Returns the slowest device's median step; 0 if none is known. The first step of a round may take longer."""
     usual = []
     for report in reports:
         seconds = [step.seconds for step in report.steps if step.counted and 0 < step.seconds < math.inf]
@@ -162,40 +200,43 @@ def step_seconds(reports: Iterable[pb.JobReport]) -> float:
     return max(usual, default=0.0)
 
 
-def _described(plan: Plan) -> dict[str, Any]:
+def _described(cost: ChainCost) -> dict[str, Any]:
     return {
-        "hosts": [asdict(part) for part in plan.hosts], "devices": [asdict(part) for part in plan.devices],
-        "step_s": round(plan.step_s, 4), "limit": plan.limit, "memory_limit": plan.memory_limit,
-        "left_out": list(plan.left_out),
+        "hosts": [asdict(host) for host in cost.hosts], "devices": [asdict(device) for device in cost.devices],
+        "step_s": round(cost.step_s, 4), "limit": cost.limit, "memory_limit": cost.memory_limit,
+        "left_out": list(cost.left_out),
     }  # fmt: skip
 
 
 # ---------------------------------------------------------------- before a run
 
 
-def foresee(spec: RunSpec, profiles: Sequence[pb.Profile]) -> Proposal:
-    """What a run of all these nodes would begin with; also of cuts that are given, rated as the planner rates its own."""
-    config = spec.config
+def first_proposal(spec: RunSpec, profiles: Sequence[pb.Profile]) -> Proposal:
+    """Returns what a run of all these nodes would begin with. Cuts that the run file gives are costed, not changed.
+
+    Raises ConfigError if the run file splits nothing, RunFailed if nodes are missing, DoesNotFit if memory is.
+    """
+    split = spec.config.split
     devices = sorted((p for p in profiles if p.role == pb.DEVICE), key=lambda device: device.name)
-    hosts = who_may_host(config, profiles)
-    if not config.split.hosts:
+    hosts = who_may_host(spec.config, profiles)
+    if not split.hosts:
         raise ConfigError("split.hosts = 0: each device trains the whole model, and there is nothing to plan")
     if not devices:
         raise RunFailed("no device is among the nodes, so nobody would train; a node with data is a device (role)")
-    if config.split.cuts == "auto":
+    if split.cuts == "auto":
         return Placement(spec).propose(devices, hosts)
     layout = make_layout(spec, devices, hosts)
-    costs, plans = Costs(spec), []
+    maker = InstanceMaker(Footprints(spec), before_rounds(spec.config), [*devices, *hosts], split.window)
+    chains = []
     for site in layout.sites:
-        own = [device for device in devices if device.name in site.members]
-        chain = [host for host in hosts if host.name in {part.name for part in site.hosts}]
-        problem = costs.site(own, chain, [*devices, *hosts], {}, config.split.window)
-        plan = rated(problem.run, problem.members, problem.hosts, tuple((h.name, h.last) for h in site.hosts))
-        if plan is None:
-            best_plan(problem.run, problem.members, problem.hosts, len(chain))  # says what is short, where any cut is
-            raise DoesNotFit(
+        members = [device for device in devices if device.name in site.members]
+        names = [host.name for host in site.hosts]
+        instance = maker.of_site(members, [host for host in hosts if host.name in names])
+        cost = cost_of(instance, tuple((host.name, host.last) for host in site.hosts))
+        if cost is None:
+            raise shortage(instance, len(names)) or DoesNotFit(
                 f"the slices of site {site.name} do not fit its hosts; with split.cuts = 'auto' they would"
             )
-        plans.append(plan)
-    reason = f"split.cuts = {config.split.cuts if config.split.cuts == 'equal' else list(config.split.cuts)}"
-    return Proposal(tuple(plans), config.split.window, costs.tokens, reason)
+        chains.append(cost)
+    reason = f"split.cuts = {split.cuts if split.cuts == 'equal' else list(split.cuts)}"
+    return Proposal(tuple(chains), split.window, maker.speeds.tokens, reason)

@@ -1,6 +1,6 @@
-"""What a plan says about its node: the names of its job, and the layers that it holds. Imports no torch.
+"""Reads a node's plan: the names of its job and links, the layers that it holds, and which of them learn. Imports no torch.
 
-Read by the server, which slices adapters with it, and by the stage host, which loads these slices.
+The server slices adapters with these functions, the stage host loads its slices with them. Makes no plans (`making`).
 """
 
 from __future__ import annotations
@@ -14,23 +14,26 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 
 
 def job_id(plan: pb.Plan) -> str:
-    """The round's attempt, the same at all nodes: what HELLO carries."""
+    """Returns the name of a round's attempt, the same at all nodes, which HELLO carries."""
     return f"{plan.run}/{plan.round}/{plan.attempt}"
 
 
 def part_id(plan: pb.Plan, node: str = "") -> str:
-    """A node's part in it, this one's by default: what Submit and Wait name, and what a relay joins links for."""
+    """Returns the name of one node's part in a job, by default of the plan's own node.
+
+    Submit and Wait name a part by it, and a relay connects links that name the same part.
+    """
     return f"{job_id(plan)}/{node or plan.node}"
 
 
 def link_name(plan: pb.Plan, route: pb.Route, number: int, side: pb.LinkRole) -> str:
-    """What the node that dials the route's hop `number` calls the link; its bytes are counted under it."""
+    """Returns the name of the link to a route's hop `number`, as its dialling node calls it and counts bytes under it."""
     name = f"{'entry' if side == pb.ENTRY else 'exit'} {route.hops[number].node}"
     return name if route.device == plan.node else f"{name} for {route.device}"
 
 
 def dialled_links(plan: pb.Plan) -> dict[str, str]:
-    """The names of all links that the node dials, and the host at each one's other end."""
+    """Returns the host at the other end of each link that the node dials, by the link's name."""
     dialled = [(route, number, side) for route in plan.routes if route.hops
                for number, side in ((0, pb.ENTRY), (len(route.hops) - 1, pb.EXIT))]  # fmt: skip
     for route in plan.serves:
@@ -41,7 +44,7 @@ def dialled_links(plan: pb.Plan) -> dict[str, str]:
 
 
 def end_spans(plan: pb.Plan) -> list[Span]:
-    """What a device holds of its own route, in the route's order; nothing on an edge server."""
+    """Lists the spans of its own route that a device holds, in the route's order; none for an edge server."""
     if not plan.routes:
         return []
     route, layers = plan.routes[0], plan.model.num_layers
@@ -53,7 +56,7 @@ def end_spans(plan: pb.Plan) -> list[Span]:
 
 
 def hosted_span(plan: pb.Plan) -> Span | None:
-    """What the node holds for the routes that cross it; None where it is no host."""
+    """Returns the span that a host holds for the routes that cross it; None if the node is no host."""
     if not plan.serves:
         return None
     last = plan.serves[0].hops[-1].node == plan.node
@@ -61,20 +64,20 @@ def hosted_span(plan: pb.Plan) -> Span | None:
 
 
 def spans_of(plan: pb.Plan) -> list[Span]:
-    """All that the node holds: its own ends, then what it hosts."""
+    """Lists all spans that a node holds: its own ends, then the hosted span."""
     hosted = hosted_span(plan)
     return end_spans(plan) + ([hosted] if hosted is not None else [])
 
 
 def unit_rows(plan: pb.Plan) -> int:
-    """The most rows that a micro-batch of the plan has."""
+    """Returns the most rows in a micro-batch: ceil(batch_size / micro_batches)."""
     return -(-plan.batch_size // plan.micro_batches)
 
 
 def ends_train(plan: pb.Plan) -> Callable[[int | None], bool]:
-    """Which of a device's own layers learn: front, middle and back apart, also where no host is.
+    """Returns a test of whether one of a device's own layers learns: front, middle and back apart, also without hosts.
 
-    What stands outside the layers (None: a task's head) belongs to the back.
+    The test takes a layer number, or None for a task's head outside the layers, which counts as the back.
     """
     route, lora = plan.routes[0], plan.lora
 
@@ -87,11 +90,12 @@ def ends_train(plan: pb.Plan) -> Callable[[int | None], bool]:
 
 
 def hosted_trains(plan: pb.Plan) -> Callable[[int | None], bool]:
+    """Returns a test of whether a hosted layer learns, by its number, or None for a task's head."""
     return lambda layer: plan.lora.train_back if layer is None else plan.lora.train_hosts
 
 
 def unit_seed(plan: pb.Plan, device: str, step: int, micro_batch: int) -> int | None:
-    """What a unit's dropout masks are drawn from, the same at every stage of its route; None without dropout."""
+    """Returns the seed of a unit's dropout masks, the same at every stage of its route; None without dropout."""
     if not plan.lora.dropout:
         return None
     unit = f"{plan.seed}/{device}/{plan.optimizer.step_offset + step}/{micro_batch}"

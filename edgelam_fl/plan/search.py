@@ -1,237 +1,240 @@
-"""Which hosts a site's routes cross, in which order, and which layers each of them holds: the shortest step that fits.
+"""Finds the chain of hosts with the shortest step that fits: which hosts, in which order, with which layers.
 
-What a chain costs is `split.costs`'. The search goes over the cuts from the first layer to the last, and keeps for each (hosts
-taken, newest host, cut) every beginning that no other one beats in all that a step's length is made of. So it is exact
-for up to `ALL_ORDERS` hosts. Of more it tries one order alone, from those behind the relay and the slow to the fast, each taken
-or left out: exact still where all links are alike, none passes the relay and all devices keep the same layers, else near.
+Costs come from `chain_cost`. The search goes over the cuts from the first layer to the last. For each (hosts taken, newest
+host, cut) it keeps every partial chain that no other one matches in all parts of a step's length, so it is exact for up to
+`ALL_ORDERS` hosts. With more hosts it tries one order alone, from unreachable and slow hosts to fast ones, each taken or left
+out: still exact if all links are alike, none passes the relay and all devices keep the same layers; close to it otherwise.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from itertools import combinations
 
-from edgelam_fl.errors import RunFailed
-from edgelam_fl.plan.chain_cost import INSTANT_S, Chain, Label, Member, Node, Plan, Run, Site, Stage, quickness
+from edgelam_fl.errors import DoesNotFit, RunFailed
+from edgelam_fl.plan.chain_cost import INSTANT_S, CostModel, HostSlice, PartialChain, fastest_layer_s
+from edgelam_fl.plan.chain_memory import device_shortage, host_shortage
+from edgelam_fl.plan.facts import Chain, ChainCost, SiteInstance
 
 ALL_ORDERS = 8
 
 
-def best_plan(run: Run, members: Sequence[Member], hosts: Sequence[Node], count: int | None = None) -> Plan:
-    """The plan with the shortest step; with `count`, of those with so many hosts.
+def best_chain(instance: SiteInstance, count: int | None = None) -> ChainCost:
+    """Returns the chain with the shortest step; of those with `count` hosts if it is given.
 
-    Raises DoesNotFit where memory is short, with how much, RunFailed where there are too few hosts.
+    Raises DoesNotFit with the missing bytes if memory is short, RunFailed if there are fewer hosts than `count`.
     """
-    least = 1 if count is None else count
-    if len(hosts) < least:
-        raise RunFailed(f"a site needs {least} hosts, and {len(hosts)} nodes can be one")
-    site = _Search(run, members, hosts)
-    site.check_devices()
-    label = site.search(count)
-    if label is None:
-        raise site.too_small(count)
-    plan = site.plan(label)
-    unlimited = _Search(run, members, [replace(host, memory_bytes=math.inf) for host in hosts])
-    free = unlimited.search_one_order(count, plan.step_s * (1 - 1e-9))
-    if free is not None:
-        plan = replace(plan, memory_limit=_held_back(plan, unlimited.plan(free)))
-    return replace(plan, left_out=tuple(sorted({host.name for host in hosts} - {part.node for part in plan.hosts})))
+    found = _fitting_chain(instance, count)
+    if isinstance(found, DoesNotFit):
+        raise found
+    names = {host.name for host in instance.hosts}
+    left_out = tuple(sorted(names - {host.node for host in found.hosts}))
+    return replace(found, memory_limit=_memory_limit(instance, count, found), left_out=left_out)
 
 
-def rated(run: Run, members: Sequence[Member], hosts: Sequence[Node], chain: Chain) -> Plan | None:
-    """A given chain as it would do now; None where it is impossible: a host is not here, too small, or not crossed.
+def shortage(instance: SiteInstance, count: int | None = None) -> DoesNotFit | None:
+    """Says why no chain, or none with `count` hosts, fits the nodes' memory; None if one does.
 
-    The last host ends where the members' layers now end.
+    Raises RunFailed if there are fewer hosts than `count`.
     """
-    site = Site(run, members, hosts)
-    numbers = {host.name: number for number, host in enumerate(site.hosts)}
+    found = _fitting_chain(instance, count)
+    return found if isinstance(found, DoesNotFit) else None
+
+
+def cost_of(instance: SiteInstance, chain: Chain) -> ChainCost | None:
+    """Returns what a given chain would cost now; None if a host is gone, too small, or not crossed by every route.
+
+    The last host's slice ends where the hosts' layers end now, whatever the chain says.
+    """
+    costs = CostModel(instance)
+    numbers = {host.name: number for number, host in enumerate(costs.hosts)}
     if not chain or not all(name in numbers for name, _ in chain):
         return None
-    label = site.begin()
+    partial, at = costs.empty_chain(), costs.first
     for place, (name, cut) in enumerate(chain, 1):
-        end = site.last if place == len(chain) else cut
-        at = label.chain[-1][1] if label.chain else site.first
-        if (end != site.last and end not in site.cuts) or end <= at:
+        end = costs.last if place == len(chain) else cut
+        if (end != costs.last and end not in costs.cuts) or end <= at:
             return None
-        stage = site.stage(numbers[name], at, end)
-        if stage is None:
+        added = costs.host_slice(numbers[name], at, end)
+        if added is None:
             return None
-        label = site.extended(label, numbers[name], end, stage)
-    return site.plan(label)
+        partial, at = costs.extended(partial, numbers[name], end, added), end
+    return costs.cost(partial)
 
 
-def choose(old: Sequence[Plan] | None, new: Sequence[Plan], gain: float = 0.1) -> tuple[Sequence[Plan], str]:
-    """The plans of all sites to go on with, and why: the new ones only if their steps are more than `gain` faster.
+def _fitting_chain(instance: SiteInstance, count: int | None) -> ChainCost | DoesNotFit:
+    """Returns the best chain, without its memory limit and the hosts left out, or why none fits."""
+    least = 1 if count is None else count
+    if len(instance.hosts) < least:
+        raise RunFailed(f"a site needs {least} hosts, and only {len(instance.hosts)} of the nodes can be one")
+    short = device_shortage(instance)
+    if short is not None:
+        return short
+    search = _Search(instance, count)
+    found = search.best()
+    return host_shortage(instance, count) if found is None else search.costs.cost(found)
 
-    `old`: as rated now; None where one of them is no longer possible.
+
+def _memory_limit(instance: SiteInstance, count: int | None, best: ChainCost) -> str:
+    """Names the host whose memory takes most layers from it, with the step that all would have with endless memory.
+
+    Empty if memory changes nothing.
     """
-    if old is None:
-        return new, "the old plan is no longer possible"
-    if [plan.chain for plan in old] == [plan.chain for plan in new]:
-        return new, "as before"
-    faster = max(plan.step_s for plan in old) / max(plan.step_s for plan in new) - 1
-    if faster > gain:
-        return new, f"{faster:.0%} faster than the old plan"
-    return old, f"a new plan would be {faster:.0%} faster, which is not more than {gain:.0%}"
-
-
-def deal(hosts: Sequence[Node], sites: int) -> list[list[Node]]:
-    """Hosts for each of several sites, the fast ones spread: dealt there and back, as teams are picked. Not a search."""
-    ordered = sorted(hosts, key=quickness)
-    dealt: list[list[Node]] = [[] for _ in range(sites)]
-    for number, host in enumerate(ordered):
-        turn, place = divmod(number, sites)
-        dealt[place if turn % 2 == 0 else sites - 1 - place].append(host)
-    return dealt
-
-
-def _held_back(plan: Plan, free: Plan) -> str:
-    """The host whose memory costs the most layers."""
-    wanted = {part.node: part.last - part.first for part in free.hosts}
-    short = {
-        part.node: wanted.get(part.node, 0) - (part.last - part.first)
-        for part in plan.hosts
-    }  # fmt: skip
-    short |= {name: layers for name, layers in wanted.items() if name not in short}
-    name = max(sorted(short), key=lambda node: short[node])
+    endless = replace(instance, hosts=tuple(replace(host, free_bytes=math.inf) for host in instance.hosts))
+    search = _Search(endless, count)
+    found = search.best_in_one_order(below_s=best.step_s * (1 - 1e-9))
+    if found is None:
+        return ""
+    free = search.costs.cost(found)
+    wanted = {host.node: host.last - host.first for host in free.hosts}
+    lacking = {host.node: wanted.get(host.node, 0) - (host.last - host.first) for host in best.hosts}
+    lacking |= {name: layers for name, layers in wanted.items() if name not in lacking}
+    name = max(sorted(lacking), key=lambda node: lacking[node])
     return f"memory of {name}: with more, a step would take {free.step_s:.3g} s"
 
 
-class _Search(Site):
-    """A site's best chain."""
+class _Search:
+    """One search over the chains of one instance, of `count` hosts if it is given."""
 
-    def __init__(self, run: Run, members: Sequence[Member], hosts: Sequence[Node]) -> None:
-        super().__init__(run, members, hosts)
-        self._lefts: dict[int, list[tuple[float, int]]] = {}
-        self._quickest: dict[tuple[int, int], float] = {}
-        self._evens: dict[tuple[int, int], float] = {}
+    def __init__(self, instance: SiteInstance, count: int | None) -> None:
+        self.costs, self._count = CostModel(instance), count
+        self._remaining: dict[int, list[tuple[float, int]]] = {}
+        self._fastest: dict[tuple[int, int], float] = {}
+        self._even: dict[tuple[int, int], float] = {}
 
-    def search(self, count: int | None) -> Label | None:
-        """The best chain; None where nothing fits."""
-        found = self.search_one_order(count)
-        if len(self.hosts) <= ALL_ORDERS:
-            found = self._search(count, found, math.inf if found is None else self.step_s(found), every_order=True)
+    def best(self) -> PartialChain | None:
+        """Returns the best complete chain; None if nothing fits."""
+        found = self.best_in_one_order()
+        if len(self.costs.hosts) <= ALL_ORDERS:
+            best_s = math.inf if found is None else self.costs.step_s(found)
+            found = self._search(found, best_s, every_order=True)
         return found
 
-    def search_one_order(self, count: int | None, below_s: float = math.inf) -> Label | None:
-        """With each host taken or left out; None where nothing takes less than `below_s` either."""
-        return self._search(count, None, below_s, every_order=False)
+    def best_in_one_order(self, below_s: float = math.inf) -> PartialChain | None:
+        """Returns the best chain with the hosts in the model's order; None if no step is shorter than `below_s`."""
+        return self._search(None, below_s, every_order=False)
 
-    def _search(self, count: int | None, best: Label | None, best_s: float, *, every_order: bool) -> Label | None:
-        """Labels by the cut that they reach, from the first to the last; `best` takes `best_s`."""
-        waiting: dict[int, dict[object, list[Label]]] = {self.first: {0: [self.begin()]}}
-        for at in [self.first, *self.cuts]:
-            for label in [label for labels in waiting.pop(at, {}).values() for label in labels]:
-                if self._bound_s(label, at) >= best_s:
+    def _search(self, best: PartialChain | None, best_s: float, *, every_order: bool) -> PartialChain | None:
+        """Extends partial chains cut by cut; `best`, with a step of `best_s`, is the best complete chain so far."""
+        costs = self.costs
+        waiting: dict[int, dict[object, list[PartialChain]]] = {costs.first: {0: [costs.empty_chain()]}}
+        for at in [costs.first, *costs.cuts]:
+            for chain in [chain for chains in waiting.pop(at, {}).values() for chain in chains]:
+                if self._bound_s(chain, at) >= best_s:
                     continue
-                for number in self._next_hosts(label, count, every_order):
-                    for end, stage in self._slices(number, at, len(label.chain) + 1, count):
-                        longer = self.extended(label, number, end, stage)
+                for number in self._next_hosts(chain, every_order):
+                    for end, added in self._slices(number, at, len(chain.hosts) + 1):
+                        longer = costs.extended(chain, number, end, added)
                         if self._bound_s(longer, end) >= best_s:
                             continue
-                        if end == self.last:
-                            best, best_s = longer, self.step_s(longer)
+                        if end == costs.last:
+                            best, best_s = longer, costs.step_s(longer)
                         else:
-                            key = _key(longer, count, every_order)
+                            key = self._comparable(longer, every_order)
                             self._keep(waiting.setdefault(end, {}).setdefault(key, []), longer)
         return best
 
-    def _keep(self, labels: list[Label], label: Label) -> None:
-        if any(self.beats(other, label) for other in labels):
+    def _keep(self, chains: list[PartialChain], chain: PartialChain) -> None:
+        """Adds a chain to those that are alike, and drops all that another one makes needless."""
+        if any(self.costs.at_least_as_good(other, chain) for other in chains):
             return
-        labels[:] = [other for other in labels if not self.beats(label, other)]
-        labels.append(label)
+        chains[:] = [other for other in chains if not self.costs.at_least_as_good(chain, other)]
+        chains.append(chain)
 
-    def _next_hosts(self, label: Label, count: int | None, every_order: bool) -> Iterator[int]:
-        if count is not None and len(label.chain) == count:
+    def _comparable(self, chain: PartialChain, every_order: bool) -> object:
+        """Returns the key of chains with the same ways to continue: of these the worse ones are dropped."""
+        newest = chain.hosts[-1][0]
+        if every_order:
+            return chain.taken, newest
+        return newest, len(chain.hosts) if self._count is not None else 0
+
+    def _next_hosts(self, chain: PartialChain, every_order: bool) -> Iterator[int]:
+        if self._count is not None and len(chain.hosts) == self._count:
             return
-        begin = 0 if every_order or not label.chain else label.chain[-1][0] + 1
-        yield from (number for number in range(begin, len(self.hosts)) if not label.taken >> number & 1)
+        begin = 0 if every_order or not chain.hosts else chain.hosts[-1][0] + 1
+        yield from (number for number in range(begin, len(self.costs.hosts)) if not chain.taken >> number & 1)
 
-    def _slices(self, number: int, at: int, length: int, count: int | None) -> Iterator[tuple[int, Stage]]:
-        """What a host can hold from `at` on, as the chain's host number `length`."""
-        ends = [cut for cut in self.cuts if cut > at] if length != count else []
-        if count is None or length == count:
-            ends = [*ends, self.last]
+    def _slices(self, number: int, at: int, length: int) -> Iterator[tuple[int, HostSlice]]:
+        """Yields the slices from layer `at` on that fit a host, as number `length` of the chain, each with its end."""
+        ends = [cut for cut in self.costs.cuts if cut > at] if length != self._count else []
+        if self._count is None or length == self._count:
+            ends = [*ends, self.costs.last]
         for end in ends:
-            stage = self.stage(number, at, end)
-            if stage is not None:
-                yield end, stage
+            added = self.costs.host_slice(number, at, end)
+            if added is not None:
+                yield end, added
 
-    def _bound_s(self, label: Label, at: int) -> float:
-        """No chain that begins so takes less: the hosts that are left share the layers that are left, over the shortest ways."""
-        if at == self.last:
-            return self.step_s(label)
-        cycle_s = label.cycle_s + self._quickest_s(label.taken, self.last - at)
-        even_s = self._even_s(label.taken, max(0, self.crossed_until - max(at, self.crossed_from)))
-        busiest_s = max(label.busiest_s, label.cycle_s - self.slowest.back_s + self.units * even_s)
-        return self.least_s(label, cycle_s, busiest_s, label.held_up_s)
+    # ------------------------------------------------------------ a lower bound
 
-    def _left(self, taken: int) -> list[tuple[float, int]]:
-        """Of the hosts that are not taken, the fast ones first: seconds a layer, and the most layers that fit."""
-        if taken not in self._lefts:
-            self._lefts[taken] = sorted(
-                (quickness(host)[0], self._most[number])
-                for number, host in enumerate(self.hosts)
+    def _bound_s(self, chain: PartialChain, at: int) -> float:
+        """Seconds that a step takes at least over any chain that begins so: the remaining hosts share the remaining layers."""
+        costs = self.costs
+        if at == costs.last:
+            return costs.step_s(chain)
+        cycle_s = chain.cycle_s + self._fastest_s(chain.taken, costs.last - at)
+        even_s = self._even_s(chain.taken, max(0, costs.crossed_until - max(at, costs.crossed_from)))
+        busiest_s = max(chain.busiest_s, chain.cycle_s - costs.slowest.back_s + costs.units * even_s)
+        return costs.least_step_s(chain, cycle_s, busiest_s, chain.queue_s)
+
+    def _remaining_hosts(self, taken: int) -> list[tuple[float, int]]:
+        """Lists (seconds per layer, most layers that fit) of the hosts that are not taken, the fast ones first."""
+        if taken not in self._remaining:
+            self._remaining[taken] = sorted(
+                (fastest_layer_s(host), self._most_layers[number])
+                for number, host in enumerate(self.costs.hosts)
                 if not taken >> number & 1
             )
-        return self._lefts[taken]
+        return self._remaining[taken]
 
     @cached_property
-    def _most(self) -> list[int]:
-        """The most layers that each host can hold, wherever they are."""
-        bounds = [self.first, *self.cuts, self.last]
+    def _most_layers(self) -> list[int]:
+        """The most layers that each host can hold, wherever in the model they are."""
+        costs = self.costs
+        bounds = [costs.first, *costs.cuts, costs.last]
         return [
-            max((end - at for at, end in combinations(bounds, 2) if self.stage(number, at, end)), default=0)
-            for number in range(len(self.hosts))
+            max((end - at for at, end in combinations(bounds, 2) if costs.host_slice(number, at, end)), default=0)
+            for number in range(len(costs.hosts))
         ]
 
-    def _quickest_s(self, taken: int, layers: int) -> float:
-        """A unit's time at those hosts, where the fast ones take all they can of `layers`, and on the way to one and back.
+    def _fastest_s(self, taken: int, layers: int) -> float:
+        """Seconds for a unit at the remaining hosts if the fast ones take all layers they can, plus the shortest link.
 
-        Infinite where the layers do not fit.
+        Infinite if the layers do not fit.
         """
         key = taken, layers
-        if key not in self._quickest:
+        if key not in self._fastest:
             total = 0.0
-            for layer_s, most in self._left(taken):
+            for layer_s, most in self._remaining_hosts(taken):
                 total += layer_s * min(most, layers)
                 layers -= min(most, layers)
-            ways = [way_s for number, way_s in enumerate(self._ways_s) if not taken >> number & 1]
-            self._quickest[key] = total + min(ways) if ways and not layers else math.inf
-        return self._quickest[key]
+            links = [link_s for number, link_s in enumerate(self._links_s) if not taken >> number & 1]
+            self._fastest[key] = total + min(links) if links and not layers else math.inf
+        return self._fastest[key]
 
     @cached_property
-    def _ways_s(self) -> list[float]:
-        """A unit's shortest way to each host, and if it is the last one's, to the device and back."""
-        found = []
-        for host in self.hosts:
-            ways = [self._link_s(other, host, True) for other in self.hosts if other is not host]
-            ways.append(self._link_s(self.slowest, host, self.run.front_learns))
-            found.append(min(ways) + (self._link_s(self.slowest, host, True) if self.run.back_on_device else 0.0))
+    def _links_s(self) -> list[float]:
+        """Seconds of a unit's shortest link to each host, plus those of the link between the last host and the device."""
+        costs, found = self.costs, []
+        for host in costs.hosts:
+            links = [costs.link_s(other, host, True) for other in costs.hosts if other is not host]
+            links.append(costs.link_s(costs.slowest, host, costs.step.front_learns))
+            exit_s = costs.link_s(costs.slowest, host, True) if costs.step.back_on_device else 0.0
+            found.append(min(links) + exit_s)
         return found
 
     def _even_s(self, taken: int, layers: int) -> float:
-        """A unit's time at the first of those hosts, where they share `layers` such that each makes the step as long.
+        """Seconds for a unit at the first of the remaining hosts if they share `layers` so that all end the step together.
 
-        Each host has all units to do and those before it outside, so it may take a unit's part less than the one before it.
+        Each host computes all units while the hosts before it count as outside, so its share is smaller by one unit's part.
         """
         key = taken, layers
-        if key not in self._evens:
+        if key not in self._even:
             rate = sum(
-                (1 - 1 / self.units) ** place / max(layer_s, INSTANT_S)
-                for place, (layer_s, _) in enumerate(self._left(taken))
+                (1 - 1 / self.costs.units) ** place / max(layer_s, INSTANT_S)
+                for place, (layer_s, _) in enumerate(self._remaining_hosts(taken))
             )
-            self._evens[key] = layers / rate if rate else math.inf
-        return self._evens[key]
-
-
-def _key(label: Label, count: int | None, every_order: bool) -> object:
-    """What decides how a chain can go on; labels alike in it are compared."""
-    newest = label.chain[-1][0]
-    if every_order:
-        return label.taken, newest
-    return newest, len(label.chain) if count is not None else 0
+            self._even[key] = layers / rate if rate else math.inf
+        return self._even[key]

@@ -14,3 +14,8 @@ class RunSpec:
 
     config: RunConfig
     source: ModelSource
+
+    @property
+    def unit_rows(self) -> int:
+        """The most rows in one micro-batch of a device: ceil(batch_size / micro_batches)."""
+        return -(-self.config.federation.batch_size // self.config.split.micro_batches)

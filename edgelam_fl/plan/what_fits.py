@@ -1,4 +1,4 @@
-"""What to change in a run file that asks for more memory than the nodes have."""
+"""Suggests what to change in a run file that asks for more memory than the nodes have."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from edgelam_fl.config import RunConfig
-from edgelam_fl.errors import DoesNotFit
-from edgelam_fl.plan.bases import BASES
-from edgelam_fl.plan.search import best_plan
+from edgelam_fl.model.base_names import BASES
+from edgelam_fl.plan.footprint import Footprints
+from edgelam_fl.plan.instance import InstanceMaker
+from edgelam_fl.plan.search import shortage
 from edgelam_fl.plan.spec import RunSpec
-from edgelam_fl.plan.speeds import Costs
+from edgelam_fl.plan.speeds import before_rounds
 from edgelam_fl.wire import edgelam_pb2 as pb
+
+_LEAST_TOKENS = 8
+_MOST_ADDED_HOSTS = 8
 
 
 def nearest_that_fits(spec: RunSpec, devices: Sequence[pb.Profile], hosts: Sequence[pb.Profile]) -> str:
-    """A sentence: of each kind of change the smallest that fits."""
+    """Returns a sentence with the smallest change of each kind that fits."""
     found = []
     for variants in _variants(spec.config):
         for words, changed in variants:
@@ -26,18 +30,20 @@ def nearest_that_fits(spec: RunSpec, devices: Sequence[pb.Profile], hosts: Seque
     return f"It fits with {' or '.join(found)}" if found else "No single change of the run file makes it fit"
 
 
+def hosts_wanted(config: RunConfig) -> int | None:
+    """Returns the number of hosts per site that the run file asks for; None if the planner chooses it."""
+    return None if config.split.hosts == "auto" else config.split.hosts
+
+
 def _fits(spec: RunSpec, devices: Sequence[pb.Profile], hosts: Sequence[pb.Profile]) -> bool:
-    hosts_asked = spec.config.split.hosts
-    count = None if hosts_asked == "auto" else hosts_asked
-    try:
-        for problem in Costs(spec).problems(devices, hosts, {}, 1):
-            best_plan(problem.run, problem.members, problem.hosts, count)
-    except DoesNotFit:
-        return False
-    return True
+    """Whether each site has a chain that fits, with one micro-batch of each device in flight."""
+    maker = InstanceMaker(Footprints(spec), before_rounds(spec.config), [*devices, *hosts], window=1)
+    count = hosts_wanted(spec.config)
+    return all(shortage(instance, count) is None for instance in maker.of_sites(devices, hosts))
 
 
 def _variants(config: RunConfig) -> Iterator[Iterator[tuple[str, RunConfig]]]:
+    """Yields one iterator per kind of change, over (words, changed run file), the smallest change first."""
     split, bases = config.split, list(BASES)
     ends = ((front, back) for front in range(split.front, 0, -1) for back in (min(split.back, front),))
     smaller = bases[bases.index(config.model.base) + 1 :] if config.model.base in bases else []
@@ -48,7 +54,9 @@ def _variants(config: RunConfig) -> Iterator[Iterator[tuple[str, RunConfig]]]:
     yield ((f"model.base = {base!r}", _with(config, "model", base=base, compute="auto")) for base in smaller)
     lengths = (config.task.max_tokens >> shift for shift in range(1, 12))
     yield (
-        (f"task.max_tokens = {tokens}", _with(config, "task", max_tokens=tokens)) for tokens in lengths if tokens >= 8
+        (f"task.max_tokens = {tokens}", _with(config, "task", max_tokens=tokens))
+        for tokens in lengths
+        if tokens >= _LEAST_TOKENS
     )
     if not split.checkpointing:
         yield iter([("split.checkpointing = true", _with(config, "split", checkpointing=True))])
@@ -59,10 +67,10 @@ def _with(config: RunConfig, section: str, **values: Any) -> RunConfig:
 
 
 def _more_hosts(spec: RunSpec, devices: Sequence[pb.Profile], hosts: Sequence[pb.Profile]) -> list[str]:
-    """How many more like the one with the most memory would do."""
+    """Says how many more hosts like the one with the most memory would be enough; empty if even the most are not."""
     largest = max(hosts, key=lambda host: (host.memory_available_bytes, host.name))
     changed = RunSpec(_with(spec.config, "split", hosts="auto"), spec.source)
-    for more in range(1, 9):
+    for more in range(1, _MOST_ADDED_HOSTS + 1):
         copies = []
         for number in range(more):
             copies.append(pb.Profile())

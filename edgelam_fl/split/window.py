@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from edgelam_fl.model.memory import unit_bytes
 from edgelam_fl.model.source import ModelSource
+from edgelam_fl.plan.chain_memory import UNITS_SHARE
+from edgelam_fl.plan.footprint import LEARNING_BYTES
 from edgelam_fl.plan.modes import label_place
 from edgelam_fl.plan.reading import unit_rows
 from edgelam_fl.wire import edgelam_pb2 as pb
-
-_SHARE = 0.8  # of the free memory; the rest is for buffers and for whoever else lives here
-_KEPT_A_WEIGHT = 16  # bytes of an adapter's weight: its gradient, two moments, and a device's accumulator, in fp32
 
 
 def affordable_window(plan: pb.Plan, source: ModelSource, itemsize: int, adapter_size: int, free_bytes: int) -> int:
@@ -27,5 +26,5 @@ def affordable_window(plan: pb.Plan, source: ModelSource, itemsize: int, adapter
         all_linear=list(plan.lora.targets) == ["all-linear"],
     )  # fmt: skip
     routes = len(plan.serves)
-    kept = adapter_size * _KEPT_A_WEIGHT * routes
-    return max(0, min(plan.window, int((free_bytes * _SHARE - kept) // (unit * routes))))
+    kept = adapter_size * LEARNING_BYTES * routes
+    return max(0, min(plan.window, int((free_bytes * UNITS_SHARE - kept) // (unit * routes))))

@@ -6,9 +6,11 @@ from collections import Counter
 from functools import cached_property
 
 from edgelam_fl.model.adapter import target_modules
+from edgelam_fl.model.base_names import FP32_BYTES
 from edgelam_fl.model.index import layer_number
+from edgelam_fl.plan.bases import value_bytes
 from edgelam_fl.plan.layout import by_name, device_ends
-from edgelam_fl.plan.making import FP32_BYTES, own_steps, value_bytes
+from edgelam_fl.plan.making import own_steps
 from edgelam_fl.plan.modes import label_place
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import edgelam_pb2 as pb

@@ -104,7 +104,9 @@ def test_fewer_sites_where_hosts_are_missing(tiny: ModelSource) -> None:
 
 def test_too_few_hosts_for_one_site(tiny: ModelSource) -> None:
     config = run_config("x", "split.hosts=2", "split.front=1")
-    with pytest.raises(RunFailed, match=r"a site needs 2 hosts \(split.hosts\), and 1 nodes can be one: e "):
+    with pytest.raises(
+        RunFailed, match=r"a site needs 2 hosts \(split.hosts\), and only 1 of the nodes can be one: e "
+    ):
         layout(config, tiny, "ab", "e")
 
 

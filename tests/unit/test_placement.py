@@ -12,10 +12,13 @@ from edgelam_fl.errors import ConfigError, DoesNotFit, RunFailed
 from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.memory import unit_bytes, weights_bytes
 from edgelam_fl.model.source import ModelSource
+from edgelam_fl.plan.bases import host_pairs
+from edgelam_fl.plan.footprint import GROWTH_BYTES, IDLE_BYTES, LEARNING_BYTES, Footprints
+from edgelam_fl.plan.instance import InstanceMaker
 from edgelam_fl.plan.layout import Layout
 from edgelam_fl.plan.placement import Placement
 from edgelam_fl.plan.spec import RunSpec
-from edgelam_fl.plan.speeds import IDLE_BYTES, Costs, pairs, tokens_a_row
+from edgelam_fl.plan.speeds import before_rounds, layer_s, measured_layer_s, tokens_per_row
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.checks import check_config
 from tests.support import run_config
@@ -57,7 +60,9 @@ def test_cuts_follow_what_nodes_measured(tiny: ModelSource) -> None:
 
 def test_a_number_of_hosts_is_kept(tiny: ModelSource) -> None:
     assert Placed(tiny, "split.hosts=2").held(edge("a"), edge("b", 100.0), edge("c", 200.0)) == {"a": 3, "b": 1}
-    with pytest.raises(RunFailed, match=r"a site needs 2 hosts \(split.hosts\), and 1 nodes can be one: a "):
+    with pytest.raises(
+        RunFailed, match=r"a site needs 2 hosts \(split.hosts\), and only 1 of the nodes can be one: a "
+    ):
         Placed(tiny, "split.hosts=2").layout(edge("a"))
 
 
@@ -92,18 +97,19 @@ def test_the_fastest_measured_base_that_fits_is_settled_in_the_layout(tiny: Mode
     both.base_seconds["int8/bf16"] = 0.5
     both.base_seconds["gold/fp32"] = 0.1
     placed = Placed(tiny, "model.base=auto")
-    assert pairs(placed.config, both) == ["int8/bf16", "fp32/fp32"]
+    assert host_pairs(placed.config, both) == ["int8/bf16", "fp32/fp32"]
     assert placed.layout(both).bases == {"a": ("int8", "bf16")}
-    assert pairs(run_config("x", "model.base=auto", "model.compute=fp32"), both) == ["fp32/fp32"]
+    assert host_pairs(run_config("x", "model.base=auto", "model.compute=fp32"), both) == ["fp32/fp32"]
 
 
 def test_a_whole_layer_of_about_the_same_size_is_believed_more_than_matrices(tiny: ModelSource) -> None:
-    costs = Costs(RunSpec(run_config(tiny.name), tiny))
+    spec = RunSpec(run_config(tiny.name), tiny)
+    speeds = before_rounds(spec.config)
     positions = 2 * 128
     times = [SimpleNamespace(tokens=tokens, seconds={"fp32/fp32": s}) for tokens, s in ((200, 3.0), (512, 50.0))]
     whole: Any = SimpleNamespace(name="n", base_seconds={"fp32/fp32": 1.0}, layer_times=times)
-    assert costs.layer_s(whole, "fp32/fp32", []) == pytest.approx(3.0 * positions / 200)
-    assert costs.layer_s(edge("n"), "fp32/fp32", []) == pytest.approx(1.0 * positions / 128)
+    assert layer_s(spec, speeds, whole, "fp32/fp32", []) == pytest.approx(3.0 * positions / 200)
+    assert layer_s(spec, speeds, edge("n"), "fp32/fp32", []) == pytest.approx(1.0 * positions / 128)
 
 
 # ---------------------------------------------------------------- memory
@@ -115,22 +121,22 @@ def test_a_hosts_memory_is_what_the_library_computes(tiny: ModelSource) -> None:
     (host,) = placed.events[0]["sites"][0]["hosts"]
     units = unit_bytes(tiny.config, 4, 2, 128, 4)
     adapters = 4 * 8 * ((64 + 64) + (64 + 32))  # of queries and values, with two groups of keys
-    kept = adapters * (4 + 16 * 2)
-    process = IDLE_BYTES + 40 * 2**20
+    kept = adapters * (4 + LEARNING_BYTES * 2)
+    process = IDLE_BYTES + GROWTH_BYTES
     assert host["memory_bytes"] == process + weights_bytes(tiny, [Span(1, 5)], "fp32") + kept + 2 * units  # in flight
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_footprint_is_unit_bytes_for_any_number_of_layers(tiny: ModelSource, checkpointing: bool) -> None:
-    costs = Costs(RunSpec(run_config(tiny.name, f"split.checkpointing={str(checkpointing).lower()}"), tiny))
-    needs = costs.footprint("fp32/fp32", devices=1, window=3)
+    config = run_config(tiny.name, f"split.checkpointing={str(checkpointing).lower()}")
+    footprint = Footprints(RunSpec(config, tiny)).of_host("fp32/fp32", devices=1, window=3)
     for layers in (1, 2, 5):
         unit = unit_bytes(tiny.config, layers, 2, 128, 4, checkpointing=checkpointing)
-        assert needs.unit + layers * needs.unit_layer == 3 * unit
+        assert footprint.unit_bytes + layers * footprint.unit_layer_bytes == 3 * unit
 
 
 def test_less_memory_means_fewer_layers_then_a_smaller_window_then_a_message(tiny: ModelSource) -> None:
-    free = 40 * 2**20 + 10_000_000
+    free = GROWTH_BYTES + 10_000_000
     placed = Placed(tiny)
     assert placed.held(edge("a", free=free), edge("b", 3.0)) == {"a": 2, "b": 2}
     assert placed.events[0]["sites"][0]["memory_limit"].startswith("memory of a: with more, a step would take ")
@@ -139,7 +145,7 @@ def test_less_memory_means_fewer_layers_then_a_smaller_window_then_a_message(tin
 
 
 def test_what_does_not_fit_is_told_with_what_would(tiny: ModelSource) -> None:
-    small = edge("a", free=40 * 2**20 + 3_500_000)
+    small = edge("a", free=GROWTH_BYTES + 3_500_000)
     with pytest.raises(DoesNotFit) as caught:
         Placed(tiny).layout(small)
     words = str(caught.value)
@@ -152,9 +158,12 @@ def test_what_does_not_fit_is_told_with_what_would(tiny: ModelSource) -> None:
 
 def test_a_device_without_memory_for_its_ends_is_told_to_keep_fewer(tiny: ModelSource) -> None:
     placed = Placed(tiny, "split.front=2", "split.back=2")
-    costs = Costs(RunSpec(placed.config, tiny))
-    need = costs.problems([device("d1")], [edge("a")], {}, 1)[0].members[0].node.own_bytes
-    placed.devices = [device("d1", free=40 * 2**20 + need - 10_000)]
+    devices, hosts = [device("d1")], [edge("a")]
+    maker = InstanceMaker(
+        Footprints(RunSpec(placed.config, tiny)), before_rounds(placed.config), [*devices, *hosts], window=1
+    )
+    need = maker.of_site(devices, hosts).devices[0].node.ends_bytes
+    placed.devices = [device("d1", free=GROWTH_BYTES + need - 10_000)]
     with pytest.raises(
         DoesNotFit, match=r"device d1 keeps layers 0 to 2 .* It fits with split.front = 1 and split.back = 1"
     ):
@@ -231,7 +240,7 @@ def test_the_first_units_of_a_round_count_as_the_others(tiny: ModelSource) -> No
     slow_at_first = report(plan, 1.0, units=7)
     for interval in slow_at_first.timeline[:4]:
         interval.seconds *= 3
-    assert Costs(RunSpec(placed.config, tiny)).measured_layer_s(plan, slow_at_first) == pytest.approx(1.0)
+    assert measured_layer_s(RunSpec(placed.config, tiny), plan, slow_at_first) == pytest.approx(1.0)
 
 
 def test_links_are_measured_anew_once_where_steps_are_not_explained(tiny: ModelSource) -> None:
@@ -255,7 +264,7 @@ def test_links_are_measured_anew_once_where_steps_are_not_explained(tiny: ModelS
         return "".join(placed.events[-1]["measured"])
 
     assert (round_takes(1.4), asked) == ("", [])
-    assert round_takes(4.0).startswith("a step took 4.0 times as long as was foreseen, so links were")
+    assert round_takes(4.0).startswith("a step took 4.0 times as long as predicted, so links were")
     assert len(asked) == 1, "what no link explains is usual from now on"
     assert (round_takes(4.0), len(asked)) == ("", 1)
     assert (round_takes(1.0), len(asked)) == ("", 1)
@@ -285,8 +294,8 @@ def test_the_length_of_examples_is_what_was_trained() -> None:
     reply = pb.JobReport(tokens_trained=240)
     for _ in range(3):
         reply.steps.add(counted=True)
-    assert tokens_a_row({"d": pb.Plan(batch_size=4)}, {"d": reply}) == 240 / (3 * 4)
-    assert tokens_a_row({"d": pb.Plan(batch_size=4)}, {"d": pb.JobReport()}) == 0
+    assert tokens_per_row({"d": pb.Plan(batch_size=4)}, {"d": reply}) == 240 / (3 * 4)
+    assert tokens_per_row({"d": pb.Plan(batch_size=4)}, {"d": pb.JobReport()}) == 0
 
 
 def _ranges(layout: Layout) -> list[tuple[str, int, int]]:

@@ -197,7 +197,7 @@ def test_nodes_measure_their_links_anew_where_a_round_took_far_longer_than_fores
     link = [measured[key] for key in ("node", "link_up_bps", "link_down_bps", "round_trip_s")]
     assert link == ["e", 1e6, 2e6, 0.25]
     told = [" ".join(event["measured"]) for event in run.events("placement")[:3]]
-    assert [("links were measured anew" in text) for text in told] == [False, True, False]
+    assert [("links were measured again" in text) for text in told] == [False, True, False]
 
 
 def test_unlike_ends_are_averaged_with_the_host_by_labels(federation: Callable[..., Federation]) -> None:
