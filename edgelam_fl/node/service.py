@@ -435,7 +435,7 @@ class StageHost:
         report.host.CopyFrom(
             pb.HostPart(
                 first_layer=span.first, last_layer=span.last, compute_seconds=host.compute_seconds,
-                bytes=group.counters.report(), labels_trained=sum(host.labels_trained.values()),
+                bytes=group.counters.report(), labels_trained=host.labels_trained,
             )
         )  # fmt: skip
         report.timeline.extend(host.timeline.report())

@@ -31,7 +31,7 @@ class HostSessions:
 
     def run(self) -> None:
         if not self.group.coordinates:
-            self.group.dial_downstream()
+            self.group.dial_next()
         self.group.gather(lambda: self._take(0.05))
         while self.group.active():
             self._take(self.plan.deadlines.round_s)
@@ -57,12 +57,12 @@ class HostSessions:
         if header.kind == pb.DONE:
             self.group.done(member, link, header)
         elif header.kind == pb.CANCEL:
-            self.group.lose(member, member.upstream, header.cancel.reason)
-        elif header.kind == pb.KV_STEP and link is member.upstream:
+            self.group.lose(member, member.previous, header.cancel.reason)
+        elif header.kind == pb.KV_STEP and link is member.previous:
             self._step(member, header, frame.tensor)
-        elif header.kind == pb.KV_DROP and link is member.upstream:
+        elif header.kind == pb.KV_DROP and link is member.previous:
             member.caches.pop(header.kv_drop.session, None)
-            relay(member.downstream if not self.group.coordinates else None, header)
+            relay(member.next if not self.group.coordinates else None, header)
 
     @torch.no_grad()
     def _step(self, member: Member, header: pb.Header, inputs: torch.Tensor | None) -> None:
@@ -79,8 +79,8 @@ class HostSessions:
         if self.group.coordinates and member.route.back_first >= self.plan.model.num_layers:
             hidden = hidden[:, -1:]  # no layer of the device attends to the others: the next token is all it asks for
         answer = pb.Header(kind=pb.KV_STEP, kv_step=header.kv_step, device_index=header.device_index)
-        assert member.downstream is not None
-        member.downstream.send(answer, hidden.to(self.group.wire).contiguous())
+        assert member.next is not None
+        member.next.send(answer, hidden.to(self.group.wire).contiguous())
 
     def _checked(self, member: Member, header: pb.Header, inputs: torch.Tensor | None) -> tuple[int, int]:
         """(position, length). Raises ProtocolError where they fit neither the tensor nor the session."""

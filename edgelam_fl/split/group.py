@@ -1,10 +1,11 @@
-"""The devices that a host serves in a round, and the links to them and to the neighbours in the chain.
+"""The devices that a host serves in a round, and the links to the nodes before and after it on their routes.
 
-Lets links in, passes the coordinator's words up the chain, notes who is lost and why. Knows nothing about layers or steps;
+Lets links in, passes decisions of the coordinator on, notes who is lost and why. Knows nothing about layers or steps;
 `split.host` computes, `wire.link` brings the frames.
 
-Hosts stand in a chain; a device reaches the first by its entry link and the last by its exit link. The last one
-coordinates: what it decides goes to the devices and up the chain along every route's links.
+Hosts form a chain; a device reaches the first by its entry link and the last by its exit link. On every route, `previous` is
+the host before this one, or the device's front at the first host; `next` is the host after it, or the device's back at the
+last host. The last host coordinates: its decisions go to the devices, and along their routes to the hosts before it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import hmac
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -37,6 +38,8 @@ DialNext = Callable[[pb.Route, int, ByteCounters, MakeTerms], Link]
 
 
 class Group:
+    """The members of a host's group, their links, and the inbox behind all of them."""
+
     def __init__(
         self,
         plan: pb.Plan,
@@ -46,7 +49,11 @@ class Group:
         dial: DialNext,
         emit: Callable[..., None],
     ) -> None:
-        """`window`: the micro-batches of one device that this host has memory for."""
+        """Prepares a group in which no link is open yet.
+
+        `wire`: what hidden states travel in. `window`: the micro-batches of one device that this host has memory for.
+        `dial`: opens a link to the next host.
+        """
         self.plan, self.window, self.emit = plan, window, emit
         self.hidden_size, self.wire = hidden_size, wire
         self.counters = ByteCounters()
@@ -64,33 +71,22 @@ class Group:
     # ---------------------------------------------------------------- links come and go
 
     def admit(self, hello: pb.Hello, link: Link) -> pb.Ready | pb.NotReady | pb.Refuse:
-        """The handshake's verdict, from any thread; attaches to the link before READY leaves."""
-        member = self.members.get(hello.device_index)
+        """Answers a handshake, on any thread; opens the link before READY leaves."""
+        member, shared = self.members.get(hello.device_index), [name for name in hello.codecs if name in CODECS]
         if member is None or not hmac.compare_digest(member.route.token, hello.route_token):
             return pb.Refuse(
                 reason=f"node {hello.node!r} has no route here in {job_id(self.plan)}, or a wrong route token"
             )
-        if hello.model_digest != self.plan.model.digest:
-            return pb.Refuse(
-                reason=f"node {hello.node!r} has another model ({hello.model_digest[:12]}), the plan's is {self.plan.model.digest[:12]}"
-            )
-        shared = [name for name in hello.codecs if name in CODECS]
-        if not shared:
-            return pb.Refuse(reason=f"no codec in common: {list(hello.codecs)} and {list(CODECS)}")
+        refusal = self._refusal(hello, shared)
+        if refusal:
+            return pb.Refuse(reason=refusal)
         entry = hello.link == pb.ENTRY
-        if not entry and not self.coordinates:
-            return pb.Refuse(reason=f"node {hello.node!r} dials its exit here, and this is not its route's last host")
-        if self.window < 1:
-            return pb.Refuse(
-                reason=f"host {self.plan.node} has no memory for a micro-batch of each of {len(self.members)} devices; smaller "
-                f"ones (federation.batch_size, split.micro_batches, task.max_tokens) or split.checkpointing would help"
-            )
         side = "entry" if entry else "exit"
         with self._door:
-            if (member.upstream if entry else member.downstream) is not None or member.gone:
+            if (member.previous if entry else member.next) is not None or member.gone:
                 return pb.Refuse(reason=f"the {side} link of {hello.node!r} was opened before")
             if entry and not self.coordinates and not member.window:
-                return pb.NotReady(retry_ms=_RETRY_MS)  # the way down is not open: what it grants bounds what we grant
+                return pb.NotReady(retry_ms=_RETRY_MS)  # the window of the next link, not open yet, bounds this one's
             granted = self._granted(hello.window, *([member.window] if entry and not self.coordinates else []))
             ready = pb.Ready(
                 version=PROTOCOL_VERSION, window=granted, codec=shared[0], job_token=hello.device_index + 1
@@ -100,10 +96,26 @@ class Group:
             link.open(self._make_terms()(f"{side} {member.route.device}", self.counters, ready, pace=pace))
             self._owners[id(link)] = member
             if entry:
-                member.upstream = link
+                member.previous = link
             else:
-                member.downstream, member.window = link, self._granted(hello.window)
+                member.next, member.window = link, self._granted(hello.window)
         return ready
+
+    def _refusal(self, hello: pb.Hello, shared_codecs: list[str]) -> str:
+        """Returns why a member of the group cannot be let in; empty if it can."""
+        if hello.model_digest != self.plan.model.digest:
+            own = self.plan.model.digest
+            return f"node {hello.node!r} has another model ({hello.model_digest[:12]}), the plan's is {own[:12]}"
+        if not shared_codecs:
+            return f"no codec in common: {list(hello.codecs)} and {list(CODECS)}"
+        if hello.link != pb.ENTRY and not self.coordinates:
+            return f"node {hello.node!r} dials its exit here, and this is not its route's last host"
+        if self.window < 1:
+            return (
+                f"host {self.plan.node} has no memory for a micro-batch of each of {len(self.members)} devices; smaller "
+                f"ones (federation.batch_size, split.micro_batches, task.max_tokens) or split.checkpointing would help"
+            )
+        return ""
 
     def _make_terms(self) -> partial[LinkTerms]:
         return partial(
@@ -115,15 +127,15 @@ class Group:
         return min(self.window, self.plan.window, *(window for window in windows if window))
 
     def _pace_to(self, member: Member) -> Pace | None:
-        """One bucket a device for all that goes down to it from here; two hosts (first and last) take half each."""
+        """Returns the one pace of all that goes from here to a device; its first and its last host take half each."""
         share_bps = member.route.share_bps
         if not share_bps:
             return None
         ends = 1 if self.chain_length == 1 else 2
         return self._paces.setdefault(member.index, Pace(share_bps / 8 / ends))
 
-    def dial_downstream(self) -> None:
-        """Opens every route's link to the next host; a device whose way cannot be opened is out."""
+    def dial_next(self) -> None:
+        """Opens every route's link to the next host; dismisses a device whose link cannot be opened."""
         for member in self.members.values():
             try:
                 link = self._dial(member.route, self.position + 1, self.counters, self._make_terms())
@@ -132,12 +144,12 @@ class Group:
                 continue
             with self._door:
                 self._owners[id(link)] = member
-                member.downstream, member.window = link, link.terms.window
+                member.next, member.window = link, link.terms.window
 
     def gather(self, take: Callable[[], object]) -> None:
-        """Waits for the devices, until all are here or the deadline. `take` handles what arrives meanwhile.
+        """Waits until all devices are here or the deadline has passed. `take` handles what arrives meanwhile.
 
-        Raises PeerLost with fewer than `min_devices` of them.
+        Raises PeerLost with fewer than `min_devices` devices.
         """
         end = time.monotonic() + self.plan.deadlines.ready_s
         while time.monotonic() < end and not all(m.present or m.gone for m in self.members.values()):
@@ -151,9 +163,9 @@ class Group:
             raise PeerLost(f"{here} of {len(self.members)} devices came; at least {self.plan.min_devices} are needed")
 
     def close(self, reason: str) -> None:
-        """Ends all links; those still open hear why."""
+        """Ends all links; sends the reason over those that are open."""
         for member in self.members.values():
-            for link in (member.upstream, member.downstream):
+            for link in (member.previous, member.next):
                 if link is not None:
                     if not member.done:
                         link.send(pb.Header(kind=pb.CANCEL, cancel=pb.Cancel(reason=reason)))
@@ -162,30 +174,35 @@ class Group:
     # ---------------------------------------------------------------- who is here
 
     def owner(self, link: Link) -> Member:
+        """Returns the device whose route a link belongs to."""
         return self._owners[id(link)]
 
     def active(self) -> list[Member]:
+        """Lists the devices that are here and not done."""
         return [member for member in self.members.values() if member.active]
 
     def check_enough(self) -> None:
-        """Raises PeerLost when every device was lost."""
+        """Raises PeerLost if every device was lost."""
         if not any(member.done for member in self.members.values()):
             raise PeerLost(
                 "every device was lost: " + "; ".join(f"{m.route.device}: {m.gone}" for m in self.members.values())
             )
 
     def lose(self, member: Member, link: Link | None, reason: str) -> None:
-        """A link failed. The coordinator lets the device go; the others stop its forward passes, pass that on, and wait:
-        gradients of a step that the coordinator has closed with it are still on their way up."""
-        if self.coordinates or link is member.downstream:
+        """Handles a failed link.
+
+        The coordinator dismisses the device. Another host stops its forward passes, passes the reason on and waits:
+        gradients of a step that the coordinator has counted are still on their way.
+        """
+        if self.coordinates or link is member.next:
             self.dismiss(member, reason)
         elif not member.leaving and not member.gone:
             self._note_loss(member, reason)
             cancel = pb.Header(kind=pb.CANCEL, cancel=pb.Cancel(reason=reason))
-            relay(member.upstream, cancel)
-            relay(member.downstream, cancel)
-            if member.upstream is not None:
-                member.upstream.close()
+            relay(member.previous, cancel)
+            relay(member.next, cancel)
+            if member.previous is not None:
+                member.previous.close()
 
     def _note_loss(self, member: Member, reason: str) -> None:
         if not member.leaving:
@@ -194,48 +211,56 @@ class Group:
             self.emit("link_lost", link=member.route.device, reason=reason)
 
     def dismiss(self, member: Member, reason: str) -> None:
-        """A device is out of the round: its unfinished micro-batches go, its earlier steps stay."""
+        """Takes a device out of the round: drops its unfinished micro-batches, keeps its earlier steps."""
         if member.gone:
             return
         self._note_loss(member, reason)
         member.gone = member.leaving
         member.caches.clear()
-        for link in (member.upstream, member.downstream):
+        for link in (member.previous, member.next):
             if link is not None and not link.closed:
                 link.send(pb.Header(kind=pb.CANCEL, cancel=pb.Cancel(reason=reason)))
                 link.close()
 
-    # ---------------------------------------------------------------- words along the chain
+    # ---------------------------------------------------------------- along the routes
 
-    def done(self, member: Member, link: Link, header: pb.Header) -> None:
-        """DONE, told on both links: the first to be read must not look like a loss. On to the route's other hosts."""
+    def done(self, member: Member, link: Link | None, header: pb.Header) -> None:
+        """Notes that a device has finished, and passes DONE on to the other hosts of its route.
+
+        The device says it on both of its links, so that whichever ends first does not look like a loss.
+        """
         member.done = not member.gone
-        if link is member.upstream and not self.coordinates:
-            relay(member.downstream, header)
-        elif link is member.downstream:
-            self.pass_up(member, header)
+        if link is member.previous and not self.coordinates:
+            self.send_next(member, header)
+        elif link is member.next:
+            self.send_previous(member, header)
 
-    def decide(self, members: list[Member], header: pb.Header) -> None:
-        """The coordinator's word, to devices and up every chain."""
+    def decide(self, members: Sequence[Member], header: pb.Header) -> None:
+        """Sends a decision of the coordinator to devices, and along their routes to the hosts before."""
         for member in members:
             if member.active:
-                relay(member.downstream, header)
-                self.pass_up(member, header)
+                self.send_next(member, header)
+                self.send_previous(member, header)
 
-    def pass_up(self, member: Member, header: pb.Header) -> None:
-        """To the host before; the device itself hears the coordinator on its exit link."""
+    def send_previous(self, member: Member, header: pb.Header) -> None:
+        """Sends a control frame to the host before, if there is one: a device listens to the coordinator at its exit."""
         if self.position > 0:
-            relay(member.upstream, header)
+            relay(member.previous, header)
 
-    def pass_down(self, header: pb.Header) -> None:
-        """To the next host, on any link that is open."""
-        member = next((m for m in self.active() if m.downstream is not None), None)
+    def send_next(self, member: Member, header: pb.Header) -> None:
+        """Sends a control frame to the host after, or from the last host to the device."""
+        relay(member.next, header)
+
+    def send_next_over_any(self, header: pb.Header) -> None:
+        """Sends a control frame to the host after, on the link of any device."""
+        member = next((m for m in self.active() if m.next is not None), None)
         if member is not None:
-            relay(member.downstream, header)
+            relay(member.next, header)
 
 
 def relay(link: Link | None, header: pb.Header) -> None:
+    """Sends a copy of a control frame: a link writes numbers of its own into what it sends. None: sends nothing."""
     if link is not None:
         copy = pb.Header()
-        copy.CopyFrom(header)  # a link writes its own numbers into what it sends
+        copy.CopyFrom(header)
         link.send(copy)

@@ -1,6 +1,6 @@
-"""A host's lane: one adapter, and the order in which it steps (`plan.modes`).
+"""A host's lane: one adapter, the order in which it steps, and what was decided about its turns.
 
-Knows gradients and counts; knows no links. `split.host` decides when a turn closes, and tells the others.
+Knows gradients and counts; knows no links. `split.turns` opens, closes and applies the turns.
 """
 
 from __future__ import annotations
@@ -12,52 +12,70 @@ from dataclasses import dataclass, field
 import torch
 
 from edgelam_fl.plan.modes import HostMode, Turn
-from edgelam_fl.split.member import Gradients, Member
+from edgelam_fl.split.member import Member
 from edgelam_fl.split.trainee import Trainee
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 TurnId = tuple[int, int]  # step, device index as HostMode.turn_index gives it
 
 
-@dataclass
+@dataclass(eq=False)
 class Lane:
+    """One adapter and the devices that train it; at most one of its turns is open at a time."""
+
     members: list[Member]
     trainee: Trainee
     mode: HostMode
-    totals: list[pb.StepTotal] | None = None  # the coordinator's word; not at the coordinator itself
-    turns: list[Turn] | None = None  # unknown until all tables are in
+    turns: list[Turn] | None = None  # None: the devices' label counts are not known yet
     number: int = 0  # of the open turn
-    opened: float = field(default_factory=time.monotonic)
-    closing: pb.StepClose | None = None  # the open turn is closed and waits for STEP_APPLY (clip = "global")
-    norms: dict[str, pb.StepReady] = field(default_factory=dict)  # by stage, at the coordinator
-    verdict: pb.StepApply | None = None
+    opened: float = field(default_factory=time.monotonic)  # when the open turn became the open one
+    closing: pb.StepClose | None = None  # the open turn is closed and waits to be applied (clip = "global")
+    verdict: pb.StepApply | None = None  # how the open turn will be applied
+    norms: dict[str, pb.StepReady] = field(default_factory=dict)  # by stage; at the coordinator
+    # What the coordinator decided, as it arrived at another host; of turns that are not applied here yet.
+    totals: list[pb.StepTotal] | None = None
+    closes: dict[TurnId, pb.StepClose] = field(default_factory=dict)
+    verdicts: dict[TurnId, pb.StepApply] = field(default_factory=dict)
+
+    # ---------------------------------------------------------------- the open turn
 
     @property
     def turn(self) -> Turn | None:
-        """The open one; None before the first and after the last."""
+        """The open turn; None before the first and after the last."""
         return self.turns[self.number] if self.turns is not None and self.number < len(self.turns) else None
 
     @property
     def turn_id(self) -> TurnId:
+        """The name of the open turn on the wire."""
         turn = self.turn
         assert turn is not None
         return turn.step, self.mode.turn_index(turn.members[0])
 
     @property
     def is_through(self) -> bool:
+        """Whether all turns are applied."""
         return self.turns is not None and self.number >= len(self.turns)
 
+    @property
+    def decided_close(self) -> pb.StepClose | None:
+        """What the coordinator decided about the open turn; None as long as that has not arrived."""
+        return self.closes.get(self.turn_id) if self.turn is not None else None
+
     def is_past(self, index: int, step: int) -> bool:
-        """Whether a device's part in a step is closed here."""
+        """Returns whether the turn with a device's batch of `step` is applied."""
         if self.turns is None:
             return False
         return not any(turn.has(index, step) for turn in self.turns[self.number :])
 
     def is_open(self, index: int, step: int) -> bool:
+        """Returns whether the open turn takes the gradient of a device's batch of `step`."""
         return self.turn is not None and self.closing is None and self.turn.has(index, step)
 
-    def pending(self, counted: Sequence[int] | None) -> list[Member]:
-        """Members of the open turn whose gradients are still to come. `counted`: who is in it by the coordinator's word."""
+    def pending(self, counted: Sequence[int] | None = None) -> list[Member]:
+        """Lists the members of the open turn whose gradients are still to come.
+
+        `counted`: device indices that the coordinator counted; None: all of the turn.
+        """
         turn = self.turn
         assert turn is not None
         wanted = turn.members if counted is None else counted
@@ -66,15 +84,32 @@ class Lane:
             if m.index in wanted and m.present and not m.problem and m.backwards_done < m.units_of(turn.step)
         ]  # fmt: skip
 
-    def ready(self, counted: Sequence[int] | None) -> list[Member]:
-        """Members of the open turn all of whose gradients are here, in device order."""
+    def ready(self, counted: Sequence[int] | None = None) -> list[Member]:
+        """Lists the members of the open turn whose gradients are complete, in device order. `counted`: as of `pending`."""
         turn = self.turn
         assert turn is not None
         wanted = [m for m in self.members if m.index in turn.members and (counted is None or m.index in counted)]
         return [m for m in wanted if not m.problem and m.table and m.backwards_done == m.units_of(turn.step)]
 
+    # ---------------------------------------------------------------- its course
+
+    def begin(self, turns: list[Turn]) -> None:
+        """Opens the first of the lane's turns."""
+        self.turns, self.opened = turns, time.monotonic()
+
+    def close(self, counted: Sequence[Member], left_out: Sequence[Member]) -> pb.StepClose:
+        """Closes the open turn: from here on no gradient is added to it."""
+        turn = self.turn
+        assert turn is not None
+        self.closing = pb.StepClose(
+            counted=[m.index for m in counted],
+            labels_counted=sum(m.labels_of(turn.step) for m in counted),
+            left_out=[pb.LeftOut(device_index=m.index, reason=m.gone or m.problem) for m in left_out],
+        )
+        return self.closing
+
     def gather_gradients(self, counted: Sequence[Member]) -> None:
-        """Sets the step's gradient: the counted members' sums, in device order, whoever came first.
+        """Sets the step's gradient: the sum over the counted members, in device order whatever order they came in.
 
         Each member divided by the turn's labels. A layer that only some counted members cross learns from their labels
         alone (protocol section 5), so its sum is scaled by all labels over theirs.
@@ -84,18 +119,19 @@ class Lane:
         total: list[torch.Tensor | None] = []
         for number, name in enumerate(self.trainee.names):
             crossing = [m for m in counted if m.crosses(name)]
-            parts = [m.gradients[number] for m in crossing if m.gradients and m.gradients[number] is not None]
-            summed = parts[0] if parts else None
-            for part in parts[1:]:
-                summed = summed + part  # type: ignore[operator]
+            gradients = [m.gradients[number] for m in crossing if m.gradients and m.gradients[number] is not None]
+            summed = gradients[0] if gradients else None
+            for gradient in gradients[1:]:
+                summed = summed + gradient  # type: ignore[operator]
             labels = sum(m.labels_of(turn.step) for m in crossing)
             total.append(summed if summed is None or labels == turn.labels else summed * (turn.labels / labels))
         self.trainee.set_gradients(total)
 
-    def next(self) -> None:
-        """The open turn is behind; whatever is left of it is dropped."""
+    def advance(self) -> None:
+        """Leaves the open turn behind, drops what is left of it and opens the next one."""
         turn = self.turn
         assert turn is not None
+        self.closes.pop(self.turn_id, None)
         for member in self.members:
             if member.index in turn.members:
                 member.forget(turn.step)
@@ -103,14 +139,3 @@ class Lane:
         self.closing, self.verdict = None, None
         self.norms.clear()
         self.opened = time.monotonic()
-
-
-def accumulate(member: Member, gradients: Gradients) -> None:
-    """One accumulator a device, in micro-batch order: who arrives first must not change the sum."""
-    if member.gradients is None:
-        member.gradients = gradients
-        return
-    for number, new in enumerate(gradients):
-        old = member.gradients[number]
-        if new is not None:
-            member.gradients[number] = new if old is None else old.add_(new)

@@ -1,6 +1,6 @@
-"""One device of a host's group: what the host keeps of it in a round, and the checks of what it sends.
+"""One device of a host's group: what the host keeps for it in a round, and the checks of what it sends.
 
-Nothing here computes or sends; `split.host` does. Shapes: rows, tokens, hidden.
+Knows nothing about layers and sends nothing; `split.host` computes, `split.group` sends. Shapes: rows, tokens, hidden.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from edgelam_fl.plan.reading import unit_rows
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.link import Frame, Link
 
-Gradients = list[torch.Tensor | None]
 UnitId = tuple[int, int, int]  # phase, step, micro-batch
 
 
@@ -26,53 +25,69 @@ class Member:
     """One device of the group, as its host sees it."""
 
     route: pb.Route
-    hop: pb.Hop  # this host's on the route
-    upstream: Link | None = None  # to the device's front, or to the host before
-    downstream: Link | None = None  # to the device's back, or to the host after
-    window: int = 0  # granted downstream; 0: the link is not open yet
-    table: list[pb.StepRow] | None = None
-    forwards: deque[Frame] = field(default_factory=deque)
-    labels: dict[UnitId, torch.Tensor] = field(default_factory=dict)  # labels = "last-stage"
+    hop: pb.Hop  # this host on the route
+    previous: Link | None = None  # to the host before, or to the device's front
+    next: Link | None = None  # to the host after, or to the device's back
+    window: int = 0  # micro-batches that the next link admits; 0: that link is not open yet
+    table: list[pb.StepRow] | None = None  # label counts per step; None: not here yet
+    forwards: deque[Frame] = field(default_factory=deque)  # activations whose forward pass is due
+    labels: dict[UnitId, torch.Tensor] = field(default_factory=dict)  # at a last stage that holds the head
     saved: dict[UnitId, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # input, output
-    caches: dict[int, Any] = field(default_factory=dict)  # generation sessions
-    gradients: Gradients | None = None  # accumulated over the open step's micro-batches
-    backwards_done: int = 0
+    caches: dict[int, Any] = field(default_factory=dict)  # by generation session
+    gradients: list[torch.Tensor | None] | None = None  # sums over the micro-batches of the open step
+    backwards_done: int = 0  # micro-batches of the open step
     problem: str = ""  # why the open step cannot count this device
-    late_steps: int = 0
-    leaving: str = ""  # why nothing more comes from it; the coordinator may still count what came before
+    late_steps: int = 0  # in a row
+    labels_trained: int = 0  # in the steps that counted this device
+    leaving: str = ""  # why no forward pass is due any more; the coordinator may still count earlier ones
     gone: str = ""  # why this device is out of the round
     done: bool = False
 
     @property
     def index(self) -> int:
+        """The device's number on the wire, and its place in the order of sums."""
         return self.route.device_index
 
     @property
     def present(self) -> bool:
-        return self.upstream is not None and self.downstream is not None and not self.gone
+        """Whether both links are open and the device is in the round."""
+        return self.previous is not None and self.next is not None and not self.gone
 
     @property
     def active(self) -> bool:
+        """Whether the device is present and still has something to send."""
         return self.present and not self.done
 
     @property
     def layers(self) -> tuple[int, int]:
-        """What its route computes here."""
+        """The layers [first, last) that the route computes here."""
         return self.hop.first, self.hop.last
 
     def crosses(self, name: str) -> bool:
-        """Whether its route computes the layer of a tensor; what stands outside the layers it does."""
+        """Returns whether the route computes the layer of a tensor; always for tensors outside the layers."""
         layer = layer_number(name)
         return layer is None or self.hop.first <= layer < self.hop.last
 
     def units_of(self, step: int) -> int:
+        """Counts the device's micro-batches in a step."""
         return len(self.table[step].rows) if self.table else 0
 
     def labels_of(self, step: int) -> int:
+        """Counts the device's labels in a step."""
         return self.table[step].labels if self.table else 0
 
+    def accumulate(self, gradients: list[torch.Tensor | None]) -> None:
+        """Adds the gradients of one micro-batch. Per device, so that the order of arrivals does not change a sum."""
+        if self.gradients is None:
+            self.gradients = gradients
+            return
+        for number, new in enumerate(gradients):
+            old = self.gradients[number]
+            if new is not None:
+                self.gradients[number] = new if old is None else old.add_(new)
+
     def forget(self, step: int) -> None:
-        """A step of it is closed: what it left is of no use any more."""
+        """Drops what is left of a closed step."""
         self.gradients, self.backwards_done, self.problem = None, 0, ""
         self.saved = {unit: kept for unit, kept in self.saved.items() if unit[:2] != (pb.TRAIN, step)}
         self.labels = {unit: kept for unit, kept in self.labels.items() if unit[:2] != (pb.TRAIN, step)}
@@ -80,11 +95,12 @@ class Member:
 
 
 def unit_id(header: pb.Header) -> UnitId:
+    """Returns the name of the micro-batch that a frame belongs to."""
     return header.phase, header.step, header.micro_batch
 
 
 def checked_table(table: pb.Table, member: Member, plan: pb.Plan) -> list[pb.StepRow]:
-    """The rows of a TABLE. Raises ProtocolError where they do not fit the plan."""
+    """Returns the rows of a TABLE. Raises ProtocolError if they do not fit the plan."""
     if len(table.steps) != plan.steps or member.table is not None:
         raise ProtocolError(f"a TABLE of {len(table.steps)} steps; the plan has {plan.steps}, once")
     for row in table.steps:
@@ -97,7 +113,7 @@ def checked_table(table: pb.Table, member: Member, plan: pb.Plan) -> list[pb.Ste
 
 
 def check_activation(frame: Frame, member: Member, plan: pb.Plan, hidden_size: int, dtype: torch.dtype) -> None:
-    """Raises ProtocolError where hidden states do not fit the model, the plan or the member's window."""
+    """Raises ProtocolError if hidden states do not fit the model, the plan or the member's window."""
     header, tensor = frame.header, frame.tensor
     if tensor is None or tensor.dim() != 3 or tensor.shape[2] != hidden_size or tensor.dtype != dtype:
         got = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
@@ -115,7 +131,7 @@ def check_activation(frame: Frame, member: Member, plan: pb.Plan, hidden_size: i
 
 
 def check_labels(frame: Frame, plan: pb.Plan) -> torch.Tensor:
-    """The labels of a unit, with `labels = "last-stage"`. Raises ProtocolError where they do not fit the plan."""
+    """Returns the labels of a micro-batch, at a last stage. Raises ProtocolError if they do not fit the plan."""
     tensor = frame.tensor
     if tensor is None or tensor.dtype != torch.int64 or tensor.dim() not in (1, 2) or not tensor.numel():
         raise ProtocolError("labels must be int64 [rows] or [rows, tokens]")
@@ -125,7 +141,7 @@ def check_labels(frame: Frame, plan: pb.Plan) -> torch.Tensor:
 
 
 def gradient_problem(grad: torch.Tensor | None, output: torch.Tensor, dtype: torch.dtype) -> str:
-    """Why a gradient cannot be used; empty if it can. `dtype`: what travels."""
+    """Returns why a gradient cannot be used; empty if it can. `dtype`: what hidden states travel in."""
     if grad is None or grad.shape != output.shape or grad.dtype != dtype:
         return "a gradient of another shape or dtype than the activation"
     if not torch.isfinite(grad).all():

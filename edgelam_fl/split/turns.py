@@ -1,0 +1,363 @@
+"""The turns of a host's lanes: when each opens, closes and is applied.
+
+The last host of a chain decides (`DecidesTurns`), the others follow its decisions (`FollowsTurns`). Knows who is counted and
+when the optimizer steps; knows nothing about activations. Neighbours: `split.host` computes the gradients, `split.lane` holds
+the state of one adapter's turns, `split.group` carries decisions along the chain.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from edgelam_fl.errors import ProtocolError, RunFailed
+from edgelam_fl.split.group import Group
+from edgelam_fl.split.lane import Lane
+from edgelam_fl.split.member import Member, checked_table
+from edgelam_fl.split.timeline import Timeline
+from edgelam_fl.split.trainee import judge
+from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.link import Frame
+
+LATE_STEPS_ALLOWED = 3  # in a row, before a device is out of the round
+Handler = Callable[[Member, Frame], None]
+
+
+class Turns(ABC):
+    """The turns of one host in one round."""
+
+    def __init__(
+        self, plan: pb.Plan, group: Group, lanes: Sequence[Lane], timeline: Timeline, emit: Callable[..., None]
+    ) -> None:
+        self.plan, self.group, self.lanes, self.timeline, self.emit = plan, group, lanes, timeline, emit
+        self.lane_of = {member.index: lane for lane in lanes for member in lane.members}
+        self._mode = lanes[0].mode
+        self._clips_globally = plan.optimizer.clip == "global"
+        self._known_left_out: set[int] = set()  # so that an event is written per change, not per step
+
+    # ---------------------------------------------------------------- what arrives
+
+    def take_table(self, member: Member, frame: Frame) -> None:
+        """Takes a device's label counts. Raises ProtocolError where they do not fit the plan."""
+        member.table = checked_table(frame.header.table, member, self.plan)
+        self.group.send_previous(member, frame.header)
+
+    @abstractmethod
+    def handlers_from_next(self) -> Mapping[int, Handler]:
+        """Returns what else to do with frames from the next node of a route, by kind."""
+
+    @abstractmethod
+    def take_norm_of_host(self, member: Member, frame: Frame) -> None:
+        """Takes a STEP_READY of a host before this one: its part of the gradient's norm (clip = "global")."""
+
+    @abstractmethod
+    def take_unusable_gradient(self, member: Member, problem: str) -> None:
+        """Notes that a device's gradient of the open turn cannot be used."""
+
+    # ---------------------------------------------------------------- what is due
+
+    def next_work(self) -> Callable[[], None] | None:
+        """Returns what is due first: to open a lane's turns, or to close or apply an open turn. None: nothing."""
+        for lane in self.lanes:
+            if lane.turns is None:
+                if self._may_begin(lane):
+                    return partial(self._begin, lane)
+            elif lane.closing is not None:
+                if self._verdict(lane) is not None:
+                    return partial(self._apply, lane)
+            elif lane.turn is not None and self._may_close(lane):
+                return partial(self._close, lane)
+        return None
+
+    @abstractmethod
+    def patience_s(self) -> float:
+        """Returns how long the host may wait for frames before `give_up_on_the_late` is due, in seconds."""
+
+    @abstractmethod
+    def give_up_on_the_late(self) -> None:
+        """Goes on without the devices whose part of an open turn is later than its deadline."""
+
+    def still_to_come(self) -> bool:
+        """Returns whether turns of devices that are through are not applied here yet: decisions are on their way."""
+        return False
+
+    def awaits_close(self, member: Member) -> bool:
+        """Returns whether the decision about a device's open turn has not arrived yet."""
+        return False
+
+    @abstractmethod
+    def is_out(self, member: Member) -> bool:
+        """Returns whether no gradient of a device is needed any more."""
+
+    # ---------------------------------------------------------------- a turn's course
+
+    def _may_begin(self, lane: Lane) -> bool:
+        active = self._whose_tables_matter(lane)
+        return bool(self.plan.steps and active) and all(member.table for member in active)
+
+    def _begin(self, lane: Lane) -> None:
+        """Opens the first turn of a lane: the label counts of all its devices are here."""
+        totals = self._totals(lane)
+        labels_of = lambda index, step: self.group.members[index].labels_of(step)  # noqa: E731
+        lane.begin(self._mode.turns(totals, labels_of, self.plan.seed, self.plan.optimizer.step_offset))
+        self.timeline.open()
+        self._announce(lane, pb.Header(kind=pb.TABLE_ALL, phase=pb.TRAIN, table_all=pb.TableAll(steps=totals)))
+
+    def _close(self, lane: Lane) -> None:
+        """Fixes who counts in the open turn, and sums their gradients."""
+        turn = lane.turn
+        assert turn is not None
+        counted = self._counted(lane)
+        left_out = [self.group.members[index] for index in turn.members if self.group.members[index] not in counted]
+        close = lane.close(counted, left_out)
+        self._announce(lane, pb.Header(kind=pb.STEP_CLOSE, phase=pb.TRAIN, step=turn.step, step_close=close))
+        self._note_left_out(turn.step, counted, left_out)
+        for member in counted:
+            member.late_steps = 0
+            member.labels_trained += member.labels_of(turn.step)
+        lane.gather_gradients(counted)
+        if not self._clips_globally or not counted:
+            lane.verdict = pb.StepApply(scale=1.0, skip=not counted)
+            self._apply(lane)
+        else:
+            self._report_norm(lane)
+
+    def _apply(self, lane: Lane) -> None:
+        """Makes the optimizer step of the closed turn."""
+        turn, verdict = lane.turn, lane.verdict
+        assert turn is not None
+        assert verdict is not None
+        if self._clips_globally:
+            self._announce(lane, pb.Header(kind=pb.STEP_APPLY, phase=pb.TRAIN, step=turn.step, step_apply=verdict))
+        if verdict.skip:
+            lane.trainee.clear()
+        else:
+            with self.timeline.interval("step", pb.Header(step=turn.step)):
+                lane.trainee.step(turn.step, verdict.scale)
+        lane.advance()
+        self._check_enough(lane)
+
+    @abstractmethod
+    def _whose_tables_matter(self, lane: Lane) -> list[Member]: ...
+
+    @abstractmethod
+    def _totals(self, lane: Lane) -> list[pb.StepTotal]: ...
+
+    @abstractmethod
+    def _may_close(self, lane: Lane) -> bool: ...
+
+    @abstractmethod
+    def _counted(self, lane: Lane) -> list[Member]: ...
+
+    @abstractmethod
+    def _verdict(self, lane: Lane) -> pb.StepApply | None:
+        """Returns how the closed turn is applied; None as long as that is not known."""
+
+    @abstractmethod
+    def _report_norm(self, lane: Lane) -> None:
+        """Sends this stage's part of the gradient's norm to the coordinator."""
+
+    @abstractmethod
+    def _announce(self, lane: Lane, header: pb.Header) -> None:
+        """Sends a decision to a lane's devices, and along their routes to the other hosts."""
+
+    @abstractmethod
+    def _check_enough(self, lane: Lane) -> None:
+        """Raises RunFailed with fewer devices than the plan needs."""
+
+    def _note_left_out(self, step: int, counted: Sequence[Member], left_out: Sequence[Member]) -> None:
+        new = {m.index for m in left_out} - self._known_left_out
+        self._known_left_out -= {m.index for m in counted}
+        self._known_left_out |= {m.index for m in left_out}
+        if new:
+            self.emit(
+                "step_closed", step=step, counted=[m.route.device for m in counted],
+                left_out=[{"node": m.route.device, "reason": m.gone or m.problem} for m in left_out],
+            )  # fmt: skip
+
+
+class DecidesTurns(Turns):
+    """The turns at the last host of a chain, the coordinator: it closes them when all gradients are in, or late."""
+
+    def handlers_from_next(self) -> Mapping[int, Handler]:
+        return {pb.STEP_READY: self._take_norm_of_device}
+
+    def take_norm_of_host(self, member: Member, frame: Frame) -> None:
+        self._take_norm(member, _host_name(frame.header.step_ready.host), frame.header)
+
+    def _take_norm_of_device(self, member: Member, frame: Frame) -> None:
+        self._take_norm(member, member.route.device, frame.header)
+
+    def _take_norm(self, member: Member, stage: str, header: pb.Header) -> None:
+        """Notes a stage's part of the norm of the open turn; of the copies that come along several routes, the first."""
+        lane = self.lane_of[member.index]
+        if lane.turn is not None and lane.turn_id == (header.step, self._mode.turn_index(header.device_index)):
+            lane.norms.setdefault(stage, header.step_ready)
+
+    def take_unusable_gradient(self, member: Member, problem: str) -> None:
+        member.problem = problem
+
+    def patience_s(self) -> float:
+        """The time until the next deadline; without one, pings find those who are lost."""
+        deadline_s = self.plan.deadlines.step_s
+        left = [lane.opened + deadline_s - time.monotonic() for lane in self._lanes_with_deadline()]
+        return max(0.0, min(left, default=self.plan.deadlines.round_s))
+
+    def give_up_on_the_late(self) -> None:
+        deadline_s = self.plan.deadlines.step_s
+        for lane in self._lanes_with_deadline():
+            if time.monotonic() < lane.opened + deadline_s:
+                continue
+            if lane.closing is not None:
+                lane.verdict = self._judge(lane)  # the others step without the norms that did not come
+                continue
+            for member in lane.pending():
+                member.problem = f"later than {deadline_s:.0f} s"
+                member.late_steps += 1
+                if member.late_steps >= LATE_STEPS_ALLOWED:
+                    self.group.dismiss(member, f"late in {LATE_STEPS_ALLOWED} steps")
+
+    def is_out(self, member: Member) -> bool:
+        return bool(member.gone)
+
+    def _lanes_with_deadline(self) -> list[Lane]:
+        return [lane for lane in self.lanes if lane.turn is not None] if self._mode.waits_for_others else []
+
+    def _whose_tables_matter(self, lane: Lane) -> list[Member]:
+        return [member for member in lane.members if member.active]
+
+    def _totals(self, lane: Lane) -> list[pb.StepTotal]:
+        """Sums the labels of each step over the devices that are here."""
+        totals = []
+        for step in range(self.plan.steps):
+            labels = {member.index: member.labels_of(step) for member in lane.members if member.active}
+            members = [index for index, count in sorted(labels.items()) if count]
+            totals.append(pb.StepTotal(labels=sum(labels.values()), members=members))
+        return totals
+
+    def _may_close(self, lane: Lane) -> bool:
+        return not lane.pending()
+
+    def _counted(self, lane: Lane) -> list[Member]:
+        return [member for member in lane.ready() if member.present]
+
+    def _verdict(self, lane: Lane) -> pb.StepApply | None:
+        if lane.verdict is None and lane.closing is not None:
+            counted = [self.group.members[index] for index in lane.closing.counted]
+            stages = {member.route.device for member in counted if member.active}
+            stages |= {_host_name(position) for position in range(self.group.chain_length - 1)}
+            if stages <= lane.norms.keys():
+                lane.verdict = self._judge(lane)
+        return lane.verdict
+
+    def _judge(self, lane: Lane) -> pb.StepApply:
+        return judge([lane.trainee.squared_norm(), *lane.norms.values()], self.plan.optimizer.max_norm)
+
+    def _report_norm(self, lane: Lane) -> None:
+        """Sends nothing: the norms of all stages come together here."""
+
+    def _announce(self, lane: Lane, header: pb.Header) -> None:
+        if lane.turn is not None:
+            header.device_index = lane.turn_id[1]
+        self.group.decide(lane.members, header)
+
+    def _check_enough(self, lane: Lane) -> None:
+        left = [member for member in lane.members if member.present]
+        if self._mode.waits_for_others and len(left) < self.plan.min_devices:
+            raise RunFailed(f"{len(left)} devices are left; at least {self.plan.min_devices} are needed")
+
+
+class FollowsTurns(Turns):
+    """The turns at any other host of a chain: it counts whom the coordinator counted, and waits for their gradients."""
+
+    def handlers_from_next(self) -> Mapping[int, Handler]:
+        """Each decision comes once per device; the first copy is used, all are passed on."""
+        decisions = {
+            pb.TABLE_ALL: self._take_totals, pb.STEP_CLOSE: self._take_close, pb.STEP_APPLY: self._take_verdict,
+        }  # fmt: skip
+        return {kind: partial(self._take_decision, take) for kind, take in decisions.items()}
+
+    def _take_decision(self, take: Callable[[Lane, pb.Header], None], member: Member, frame: Frame) -> None:
+        take(self.lane_of[member.index], frame.header)
+        self.group.send_previous(member, frame.header)
+
+    def _take_totals(self, lane: Lane, header: pb.Header) -> None:
+        steps = header.table_all.steps
+        if lane.totals is None and len(steps) != self.plan.steps:
+            raise ProtocolError(f"a TABLE_ALL of {len(steps)} steps; the plan has {self.plan.steps}")
+        if lane.totals is None:
+            lane.totals = list(steps)
+
+    def _take_close(self, lane: Lane, header: pb.Header) -> None:
+        lane.closes.setdefault((header.step, self._mode.turn_index(header.device_index)), header.step_close)
+
+    def _take_verdict(self, lane: Lane, header: pb.Header) -> None:
+        lane.verdicts.setdefault((header.step, self._mode.turn_index(header.device_index)), header.step_apply)
+
+    def take_norm_of_host(self, member: Member, frame: Frame) -> None:
+        self.group.send_next(member, frame.header)
+
+    def take_unusable_gradient(self, member: Member, problem: str) -> None:
+        """Dismisses the device: the coordinator counts it, as its gradient was usable there."""
+        self.group.dismiss(member, problem)
+
+    def patience_s(self) -> float:
+        return self.plan.deadlines.round_s
+
+    def give_up_on_the_late(self) -> None:
+        """Does nothing: the coordinator goes on without them."""
+
+    def still_to_come(self) -> bool:
+        unfinished = [lane for lane in self.lanes if lane.turns is not None and not lane.is_through]
+        return any(member.present for lane in unfinished for member in lane.members)
+
+    def awaits_close(self, member: Member) -> bool:
+        lane = self.lane_of[member.index]
+        return lane.turn is not None and lane.decided_close is None and self.still_to_come()
+
+    def is_out(self, member: Member) -> bool:
+        """Never: gradients of a step that the coordinator has counted are needed, whatever became of the device."""
+        return False
+
+    def _whose_tables_matter(self, lane: Lane) -> list[Member]:
+        """The totals came with one device; the tables of the other devices may still be on their way."""
+        counted = {index for total in lane.totals or [] for index in total.members}
+        return [member for member in lane.members if member.active and member.index in counted]
+
+    def _totals(self, lane: Lane) -> list[pb.StepTotal]:
+        assert lane.totals is not None
+        return lane.totals
+
+    def _may_close(self, lane: Lane) -> bool:
+        close = lane.decided_close
+        return close is not None and not lane.pending(list(close.counted))
+
+    def _counted(self, lane: Lane) -> list[Member]:
+        close = lane.decided_close
+        assert close is not None
+        return lane.ready(list(close.counted))
+
+    def _verdict(self, lane: Lane) -> pb.StepApply | None:
+        if lane.verdict is None:
+            lane.verdict = lane.verdicts.pop(lane.turn_id, None)
+        return lane.verdict
+
+    def _report_norm(self, lane: Lane) -> None:
+        step, device_index = lane.turn_id
+        ready = pb.Header(kind=pb.STEP_READY, phase=pb.TRAIN, step=step, device_index=device_index)
+        ready.step_ready.CopyFrom(lane.trainee.squared_norm())
+        ready.step_ready.host = self.group.position
+        self.group.send_next_over_any(ready)
+
+    def _announce(self, lane: Lane, header: pb.Header) -> None:
+        """Sends nothing: what the coordinator decided was passed on when it came."""
+
+    def _check_enough(self, lane: Lane) -> None:
+        """Checks nothing: the coordinator does."""
+
+
+def _host_name(position: int) -> str:
+    """Names a host of the chain among the stages whose norms are summed."""
+    return f"host {position}"
