@@ -68,18 +68,18 @@ def _measured(rule: str, devices: int) -> tuple[int, int, float]:
 
 
 def _round(rule: str, devices: int, result: Connection) -> None:
-    from flwr.app import ConfigRecord
     from flwr.supercore.task_identity import TaskIdentity
 
     from edgelam_fl.config import parse_run_file
-    from edgelam_fl.flower import to_record
     from edgelam_fl.model.source import find_model
     from edgelam_fl.plan.spec import RunSpec
     from edgelam_fl.wire import PROTOCOL_VERSION
     from edgelam_fl.wire import edgelam_pb2 as pb
-    from server.exchange import Nodes
-    from server.rounds import SplitLora
+    from server.exchange import Exchange, Timing
+    from server.roster import Roster
+    from server.rounds import Rounds
     from server.run_folder import RunFolder
+    from server.state import FederationState
 
     logging.getLogger("flwr").setLevel(logging.WARNING)
     for name in ("_run_id", "_node_id", "_task_id"):  # Flower sets them in the process of a ServerApp
@@ -90,8 +90,9 @@ def _round(rule: str, devices: int, result: Connection) -> None:
     spec, grid = RunSpec(config, find_model(config.model.name)), Grid(devices)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         run = RunFolder(Path(folder), spec)
-        nodes = Nodes(grid, run, pb.ProfileRequest(protocol_version=PROTOCOL_VERSION))  # type: ignore[arg-type]
-        SplitLora(spec, nodes, run, "run")._round(1, to_record({}), ConfigRecord(), grid, 600)  # type: ignore[arg-type]
+        exchange = Exchange(grid, Timing())  # type: ignore[arg-type]
+        roster = Roster(exchange, run, pb.ProfileRequest(protocol_version=PROTOCOL_VERSION))
+        Rounds(spec, exchange, roster, run, "run").round_after(FederationState())
     result.send((max(grid.resident) - grid.resident[0], grid.update_bytes, grid.last - grid.first))
 
 
@@ -127,14 +128,14 @@ class Grid:
     def pull_messages(self, ids: Iterable[str]) -> list[Any]:
         asked = [number for number in ids if number in self._plans]
         if asked and self._plans[asked[0]] is None:
-            return [Reply(number, self._profile(number)) for number in asked]
+            return [FlowerMessage(number, self._profile(number)) for number in asked]
         if not self.resident:
             _give_back()
             self.first = time.monotonic()
         found = []
         for number in asked:
             self._note()
-            found.append(Reply(number, self._update(number)))
+            found.append(FlowerMessage(number, self._update(number)))
             self._note()
         self.last = time.monotonic()
         return found
@@ -173,7 +174,7 @@ class Grid:
         return RecordDict({"report": ConfigRecord({"report": report.SerializeToString()}), "adapter-0": trained})
 
 
-class Reply:
+class FlowerMessage:
     """What the server reads of Flower's Message."""
 
     def __init__(self, number: str, content: Any) -> None:

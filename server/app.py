@@ -11,7 +11,6 @@ from flwr.serverapp import Grid, ServerApp
 
 from edgelam_fl.config import parse_run_file
 from edgelam_fl.errors import ConfigError, EdgelamError
-from edgelam_fl.flower import to_record
 from edgelam_fl.plan.making import task_settings
 from edgelam_fl.plan.placement import first_proposal
 from edgelam_fl.plan.spec import RunSpec
@@ -20,8 +19,9 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from server import hub
 from server.chat import converse
 from server.checks import check_config
-from server.exchange import Nodes
-from server.rounds import SplitLora
+from server.exchange import Exchange, Timing
+from server.roster import Roster
+from server.rounds import Rounds
 from server.run_folder import RunFolder
 
 _COMMANDS = ("run", "plan", "chat")
@@ -46,10 +46,12 @@ def main(grid: Grid, context: Context) -> None:
         return
     folder = RunFolder(out, spec)
     try:
+        exchange = Exchange(grid, Timing())
+        roster = Roster(exchange, folder, _profile_request(spec), patience_s=config.federation.join_deadline_s)
         if command == "plan":
-            propose(_nodes(grid, folder, spec), spec, folder)
+            propose(roster, spec, folder)
         else:
-            _run(grid, spec, folder)
+            _run(exchange, roster, spec, folder)
     except EdgelamError as error:
         folder.fail(str(error))
         raise
@@ -58,24 +60,20 @@ def main(grid: Grid, context: Context) -> None:
         raise
 
 
-def _run(grid: Grid, spec: RunSpec, folder: RunFolder) -> None:
-    federation = spec.config.federation
+def _run(exchange: Exchange, roster: Roster, spec: RunSpec, folder: RunFolder) -> None:
     folder.emit(
         "run_started", run=folder.path.name, config=spec.config.model_dump(mode="json"),
         versions={package: version(package) for package in _VERSIONED},
     )  # fmt: skip
-    nodes = _nodes(grid, folder, spec)
-    strategy = SplitLora(spec, nodes, folder, f"{folder.path.name}-{time.time_ns():x}")
     print(f"run folder: {folder.path}", flush=True)
-    # The first plan adds each module's start: only then is known who holds it, and in which rank.
-    strategy.start(grid, to_record({}), num_rounds=federation.rounds, timeout=federation.round_deadline_s)
+    Rounds(spec, exchange, roster, folder, f"{folder.path.name}-{time.time_ns():x}").run()
     folder.finish()
     print(f"done: {folder.path / 'summary.json'}", flush=True)
 
 
-def _nodes(grid: Grid, folder: RunFolder, spec: RunSpec) -> Nodes:
+def _profile_request(spec: RunSpec) -> pb.ProfileRequest:
     config = spec.config
-    request = pb.ProfileRequest(
+    return pb.ProfileRequest(
         protocol_version=PROTOCOL_VERSION,
         task=task_settings(config),
         measure_model=config.model.name if config.model.base == "auto" else "",
@@ -84,12 +82,11 @@ def _nodes(grid: Grid, folder: RunFolder, spec: RunSpec) -> Nodes:
         model_digest=spec.source.digest,
         hub_port=hub.port(),
     )
-    return Nodes(grid, folder, request, config.federation.join_deadline_s)
 
 
-def propose(nodes: Nodes, spec: RunSpec, folder: RunFolder) -> None:
-    """Asks the nodes that are here, says who would hold what, and ends."""
-    nodes.gather(spec.config, at_start=True)
-    proposal = first_proposal(spec, list(nodes.profiles.values()))
+def propose(roster: Roster, spec: RunSpec, folder: RunFolder) -> None:
+    """Waits for the nodes, emits who would hold which layers, and ends: nothing is trained."""
+    roster.gather(spec.config, at_start=True)
+    proposal = first_proposal(spec, list(roster.profiles.values()))
     folder.emit("placement", round=0, **proposal.event(), measured=[])
     folder.emit("run_done", summary="")

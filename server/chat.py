@@ -1,7 +1,7 @@
-"""A conversation with a run's result over the federation's hosts: who asks is one more device, and trains nothing.
+"""A conversation with a run's result over the federation's hosts: the caller is one more device, and trains nothing.
 
 The hosts get plans that serve generation; the caller's own plan, with its route and its secret token, is left in a file
-that only this user can read. The caller (`edgelam chat --server`) then dials the hosts itself: no text comes by here.
+that only this user can read. The caller (`edgelam chat --server`) then dials the hosts itself: no text passes the server.
 """
 
 from __future__ import annotations
@@ -24,21 +24,27 @@ from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server import hub
-from server.exchange import Nodes
+from server.exchange import Exchange, Missing, Timing
 from server.global_adapter import starting_point
+from server.roster import Roster
 from server.run_folder import RunFolder
 
 CALLER = "chat"
-_POLL_S = 0.5
 
 
 def converse(grid: Grid, spec: RunSpec, session: Path, adapter: Path) -> None:
-    """Serves one conversation; returns when the caller has left. `session`: a folder for its events and the route."""
-    folder = RunFolder(session, spec)
+    """Serves one conversation; returns when the caller has left. `session`: a folder for its events and the route.
+
+    Raises RunFailed if the hosts of one site do not come, or leave.
+    """
+    folder, exchange = RunFolder(session, spec), Exchange(grid, Timing())
+    request = pb.ProfileRequest(protocol_version=PROTOCOL_VERSION, task=task_settings(spec.config), hub_port=hub.port())
+    roster = Roster(exchange, folder, request)
     try:
-        plans, nodes = _plan(grid, spec, folder)
+        roster.await_hosts(spec.config)
+        plans = _plan(spec, roster, folder)
         held = adapters.read_peft_folder(adapter)
-        messages = []
+        jobs = []
         for name, plan in plans.items():
             if name == CALLER:
                 continue
@@ -46,10 +52,11 @@ def converse(grid: Grid, spec: RunSpec, session: Path, adapter: Path) -> None:
             plan.adapter_digest = adapters.digest(tensors)
             content = RecordDict({"plan": ConfigRecord({"plan": plan.SerializeToString()})})
             content["adapter"] = to_record(tensors)
-            messages.append(nodes.message(name, "evaluate", content))
+            jobs.append(roster.request(name, "evaluate", content))
         write_private(session / "route", plans[CALLER].SerializeToString())
         folder.emit("route_ready")
-        _, missing = nodes.exchange(messages, spec.config.federation.round_deadline_s)
+        answers = list(exchange.replies(jobs, spec.config.federation.round_deadline_s))
+        missing = {answer.name: answer.reason for answer in answers if isinstance(answer, Missing)}
         if missing:
             raise RunFailed("; ".join(f"{name}: {reason}" for name, reason in sorted(missing.items())))
     except RunFailed as error:
@@ -58,27 +65,17 @@ def converse(grid: Grid, spec: RunSpec, session: Path, adapter: Path) -> None:
     folder.emit("run_done", summary="")
 
 
-def _plan(grid: Grid, spec: RunSpec, folder: RunFolder) -> tuple[dict[str, pb.Plan], Nodes]:
-    """Waits for the hosts of one site. Raises RunFailed when they do not come."""
-    config = spec.config
-    nodes = Nodes(
-        grid,
-        folder,
-        pb.ProfileRequest(protocol_version=PROTOCOL_VERSION, task=task_settings(config), hub_port=hub.port()),
-    )
-    end = time.monotonic() + config.federation.join_deadline_s
-    while len(who_may_host(config, nodes.profiles.values())) < config.split.least_hosts and time.monotonic() < end:
-        if not nodes.refresh():
-            time.sleep(_POLL_S)
+def _plan(spec: RunSpec, roster: Roster, folder: RunFolder) -> dict[str, pb.Plan]:
+    """Returns the plans of the caller and of its hosts. Raises RunFailed if there are too few hosts for one site."""
     caller = pb.Profile(name=CALLER, role=pb.DEVICE)
-    layout = Placement(spec).layout(1, [caller], who_may_host(config, nodes.profiles.values()))
+    layout = Placement(spec).layout(1, [caller], who_may_host(spec.config, roster.profiles.values()))
     facts = RoundFacts(
         f"{folder.path.name}-{time.time_ns():x}", 1, 1, 0, 0, hub_port=hub.port(), relay_key=hub.secret()
     )
-    profiles = {**nodes.profiles, CALLER: caller}
+    profiles = {**roster.profiles, CALLER: caller}
     plans = make_plans(spec, facts, profiles, layout, {}, {CALLER: secrets.token_bytes(16)})
     for plan in plans.values():
         plan.generate, plan.evaluate = True, False
         plan.window = plan.micro_batches = plan.batch_size = 1
         plan.task.max_tokens = int(spec.source.config.get("max_position_embeddings", plan.task.max_tokens))
-    return plans, nodes
+    return plans

@@ -1,4 +1,4 @@
-"""What the nodes' reports of a round say, as the fields of the events `round_done` and `timeline`."""
+"""What a round's plan and its nodes' reports say, as the fields of the events `plan`, `round_done` and `timeline`."""
 
 from __future__ import annotations
 
@@ -8,24 +8,49 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from edgelam_fl.telemetry.timeline import covered
+from edgelam_fl.plan.layout import Site
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.relay import BY_RELAY
 from server.replies import Reply
+from server.state import PlannedRound
 
-_INTERVALS = 1000  # of a node and round; it sends a few hundred
+_INTERVALS = 1000  # the most per node and round; a node sends a few hundred
+
+
+def describe_plan(planned: PlannedRound, num_layers: int, personal: bool) -> dict[str, Any]:
+    """Returns the fields of the event `plan`. `personal`: whether sources may go on with tensors of their own."""
+    lineup, layout = planned.lineup, planned.layout
+    fields = {
+        "round": planned.facts.round,
+        "attempt": planned.facts.attempt,
+        "selected": list(lineup.selected.names),
+        "why": dict(lineup.selected.why),
+        "shares": lineup.shares,
+        "routes": [_route(route, num_layers) for route in layout.routes.values()],
+        "sites": [_site(site) for site in layout.sites if site.hosts],
+        "nodes": {
+            name: {"base": plan.model.base, "compute": plan.model.compute, "rank": plan.lora.rank}
+            for name, plan in planned.plans.items()
+        },
+        "personal": personal,
+    }
+    if lineup.demands is not None:  # for `server.virtual.replay`
+        fields["demands"] = {
+            d.name: {"payload_bytes": d.payload_bytes, "compute_s": d.compute_s, "snr": d.snr} for d in lineup.demands
+        }
+    return fields
 
 
 def describe_round(
-    sent_bytes: Mapping[str, int], started_from: Mapping[str, str], replies: Mapping[str, Reply]
+    received_bytes: Mapping[str, int], started_from: Mapping[str, str], replies: Mapping[str, Reply]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, int]]:
-    """(devices, hosts, bytes by kind) as telemetry.events documents them; a device that is a host is in both.
+    """Returns (devices, hosts, bytes by kind) as telemetry.events documents them; a device that is a host is in both.
 
-    `sent_bytes`: of the adapters sent to each node. `started_from`: the digest of the adapter in each node's plan.
+    `received_bytes`: of the tensors that each node was sent. `started_from`: the digest of the adapter in each node's plan.
     """
     devices, hosts, by_kind = [], [], Counter[str]()
     for name, reply in sorted(replies.items()):
-        report, received = reply.report, sent_bytes.get(name, 0)
+        report, received = reply.report, received_bytes.get(name, 0)
         common = {
             "name": name,
             "peak_rss_bytes": report.peak_rss_bytes,
@@ -40,7 +65,7 @@ def describe_round(
             )
             for count in report.bytes:
                 by_kind[count.kind] += count.payload_bytes + count.framing_bytes
-            received = 0  # one message for both parts: told once
+            received = 0  # one message for both parts: counted once
         if report.HasField("host"):
             host = report.host
             traffic = _traffic(host.bytes, reply.bytes_of("site"), received)
@@ -50,7 +75,7 @@ def describe_round(
 
 
 def describe_timeline(replies: Mapping[str, Reply]) -> dict[str, list[list[Any]]]:
-    """Who did what, when, by node; without those that say nothing."""
+    """Returns who did what and when, by node. Nodes that sent no intervals are left out."""
     return {
         name: [
             [i.kind, i.role, _finite(round(i.start_s, 6)), _finite(round(i.seconds, 6)), i.step, i.micro_batch, i.peer]
@@ -61,13 +86,22 @@ def describe_timeline(replies: Mapping[str, Reply]) -> dict[str, list[list[Any]]
     }
 
 
-def send_rate_bps(report: pb.JobReport) -> float | None:
-    """How fast a device's tensors left it, while any did; None where none is known."""
-    sends = [i for i in report.timeline if i.kind == "send" and i.role == "device"]
-    seconds = covered((i.start_s, i.start_s + i.seconds) for i in sends)
-    if not (math.isfinite(seconds) and seconds > 0):
-        return None
-    return 8 * sum(i.tensor_bytes for i in sends) / seconds or None
+def _route(route: pb.Route, num_layers: int) -> dict[str, Any]:
+    return {
+        "device": route.device,
+        "front": route.front,
+        "back_first": route.back_first,
+        "num_layers": num_layers,
+        "hops": [{"node": hop.node, "first": hop.first, "last": hop.last} for hop in route.hops],
+    }
+
+
+def _site(site: Site) -> dict[str, Any]:
+    return {
+        "site": site.name,
+        "hosts": [{"node": host.name, "first": host.first, "last": host.last} for host in site.hosts],
+        "devices": list(site.members),
+    }
 
 
 def _learning(report: pb.JobReport) -> dict[str, Any]:
@@ -111,7 +145,7 @@ def _traffic(counts: Iterable[pb.KindBytes], sent_bytes: int, received_bytes: in
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no infinity: a diverged number is null."""
+    """Returns None for a diverged number: JSON has no infinity."""
     return value if math.isfinite(value) else None
 
 

@@ -180,12 +180,12 @@ def _key(item: tuple[tuple[str, float, float], Adapter]) -> tuple[str, float, fl
     return item[0]
 
 
-KEPT_NODES = 32  # that take part in a round whose replies are kept
+KEPT_NODES = 32  # the most nodes of a round whose replies are kept
 
 
-def folds(aggregation: Capabilities, nodes: int) -> bool:
-    """Whether a round of so many nodes is summed up as its replies arrive."""
-    return nodes > KEPT_NODES and aggregation.needs_only_mean
+def folds(aggregation: Capabilities, nodes: int, kept_nodes: int = KEPT_NODES) -> bool:
+    """Returns whether the replies of `nodes` nodes are summed up as they arrive, instead of being kept."""
+    return nodes > kept_nodes and aggregation.needs_only_mean
 
 
 class Fold:

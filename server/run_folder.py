@@ -8,10 +8,11 @@ from typing import Any
 
 from edgelam_fl.config import to_toml
 from edgelam_fl.files import write_atomically
-from edgelam_fl.model.adapter import Adapter, write_peft_folder
+from edgelam_fl.model.adapter import write_peft_folder
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.telemetry.events import EventLog, read_events
 from edgelam_fl.telemetry.summary import build_summary
+from server.state import FederationState
 
 
 class RunFolder:
@@ -24,13 +25,13 @@ class RunFolder:
         (path / "config.toml").write_text(to_toml(spec.config), encoding="utf-8")
         self.emit = EventLog(path / "events.jsonl")
 
-    def checkpoint(self, adapter: Adapter, round_: int, step_offset: int, personal: dict[str, Adapter]) -> str:
-        """Stores the adapter that the next round starts from; returns its path in the folder."""
+    def checkpoint(self, state: FederationState) -> str:
+        """Stores the adapter that the next round starts from; returns its path, relative to this folder."""
         lora = self._spec.config.lora
-        for name, tensors in {"": adapter, **personal}.items():
+        for name, tensors in {"": state.adapter, **state.exports()}.items():
             folder = self.path / "adapters" / name if name else self.path / "adapter"
             write_peft_folder(
-                {**adapter, **tensors},
+                {**state.adapter, **tensors},
                 folder,
                 reference=self._spec.source.reference,
                 rank=lora.rank,
@@ -38,7 +39,8 @@ class RunFolder:
                 targets=lora.targets,
                 classes=self._spec.config.task.classes,
             )
-        write_atomically(self.path / "state.json", json.dumps({"round": round_, "step_offset": step_offset}) + "\n")
+        counts = {"round": state.round, "step_offset": state.step_offset}
+        write_atomically(self.path / "state.json", json.dumps(counts) + "\n")
         return "adapter"
 
     def finish(self) -> dict[str, Any]:

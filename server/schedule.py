@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from numbers import Real
 from random import Random
 from typing import Any
@@ -18,8 +18,8 @@ from edgelam_fl.errors import RunFailed
 from edgelam_fl.plan.bases import value_bytes
 from edgelam_fl.plan.making import own_steps
 from edgelam_fl.plan.spec import RunSpec
+from edgelam_fl.telemetry.timeline import covered
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.events_of_round import send_rate_bps
 from server.replies import Reply
 from server.virtual.clock import VirtualTime
 from strategies.api import Candidate, Demand, RoundOutcome, RoundState, Selected
@@ -41,6 +41,23 @@ def unfit(config: RunConfig, profile: pb.Profile) -> str:
             f"{strategy.min_memory_bytes / 1e6:.0f} are required (strategy.min_memory_bytes)"
         )
     return ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lineup:
+    """The devices of a round, and their shares of the capacity."""
+
+    selected: Selected
+    shares: Mapping[str, float]
+    dropped: Sequence[str] = ()
+    """Selected devices that the wireless model makes fail: with a share, in no plan."""
+    demands: Sequence[Demand] | None = None
+    """What the bandwidth strategy saw; None without virtual time."""
+
+    @property
+    def names(self) -> list[str]:
+        """The devices that get a plan, in the order of their selection."""
+        return [name for name in self.selected.names if name not in self.dropped]
 
 
 class Schedule:
@@ -82,6 +99,21 @@ class Schedule:
             return []
         missing = split.least_hosts - edges - len(set(names) & set(listening))
         return [name for name in listening if name not in names][: max(0, missing)]
+
+    def lineup(self, number: int, attempt: int, here: Sequence[pb.Profile], edges: int) -> Lineup:
+        """Returns who trains in an attempt at round `number`. Shares are settled before it is known who drops out."""
+        selected = self.select(number, here, edges)
+        devices = _named(here, selected.names)
+        shares = self.shares(devices, number)
+        if self.virtual is None:
+            return Lineup(selected=selected, shares=shares)
+        dropped = self.virtual.dropouts(number, attempt, selected.names)
+        return Lineup(selected=selected, shares=shares, dropped=dropped, demands=self.demands(devices, number))
+
+    def lineup_for_evaluation(self, number: int, here: Sequence[pb.Profile]) -> Lineup:
+        """Returns all devices that may take part: each measures the result."""
+        selected = self.everyone(here)
+        return Lineup(selected=selected, shares=self.shares(_named(here, selected.names), number))
 
     def everyone(self, here: Sequence[pb.Profile]) -> Selected:
         """For the evaluation after the last round, which measures on all devices that may take part."""
@@ -165,6 +197,20 @@ def measured(name: str, number: int, report: pb.JobReport) -> Candidate:
         rate_bps=send_rate_bps(report),
         metric=_metric(report),
     )
+
+
+def send_rate_bps(report: pb.JobReport) -> float | None:
+    """Returns how fast a device's tensors left it while any did; None: unknown."""
+    sends = [i for i in report.timeline if i.kind == "send" and i.role == "device"]
+    seconds = covered((i.start_s, i.start_s + i.seconds) for i in sends)
+    if not (math.isfinite(seconds) and seconds > 0):
+        return None
+    return 8 * sum(i.tensor_bytes for i in sends) / seconds or None
+
+
+def _named(profiles: Iterable[pb.Profile], names: Iterable[str]) -> list[pb.Profile]:
+    known = {profile.name: profile for profile in profiles}
+    return [known[name] for name in names]
 
 
 def _in_virtual_time(facts: Candidate, device: Mapping[str, Any]) -> Candidate:

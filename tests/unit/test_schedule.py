@@ -14,9 +14,8 @@ from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.events_of_round import send_rate_bps
 from server.replies import Reply
-from server.schedule import Schedule, check_shares, estimated_payload_bytes, measured, unfit
+from server.schedule import Schedule, check_shares, estimated_payload_bytes, measured, send_rate_bps, unfit
 from strategies.api import Demand, RoundOutcome, RoundState, Selected
 from tests.support import run_config
 

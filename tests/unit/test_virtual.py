@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.supercore.task_identity import TaskIdentity
 
 from edgelam_fl.config import WirelessSection
 from edgelam_fl.errors import ConfigError
@@ -24,17 +21,11 @@ from server.virtual.loads import Loads
 from server.virtual.replay import replay
 from strategies.api import RoundOutcome
 from strategies.registry import Capabilities, LoadedStrategy
+from tests.by_hand import FederationByHand
 from tests.support import run_config
-from tests.unit.test_strategy import Federation
+from tests.unit.conftest import MakeFederation
 
 BAND = "wireless.bandwidth_hz=1e6"
-
-
-@pytest.fixture
-def federation(tiny: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Federation]:
-    for name in ("_run_id", "_node_id", "_task_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
-    return lambda *arguments: Federation(tiny, tmp_path, *arguments)
 
 
 def device(name: str = "a", examples: int = 9, held_out: int = 0) -> pb.Profile:
@@ -101,7 +92,7 @@ def test_a_load_is_what_the_last_round_moved_and_scales_the_others_estimates(tin
 # ---------------------------------------------------------------- runs
 
 
-def test_rounds_have_a_delay_a_payload_and_an_energy(federation: Callable[..., Federation]) -> None:
+def test_rounds_have_a_delay_a_payload_and_an_energy(federation: MakeFederation) -> None:
     run = federation("ab", "e", BAND, "strategy.bandwidth=equalise")
     run.nodes["b"].moves_bytes = 400_000
     run.run()
@@ -127,10 +118,10 @@ def test_rounds_have_a_delay_a_payload_and_an_energy(federation: Callable[..., F
     assert totals == {k: first["virtual"][k] + second["virtual"][k] for k in ("seconds", "bytes", "joules")}
 
 
-def test_strategies_see_virtual_time_alone(federation: Callable[..., Federation]) -> None:
+def test_strategies_see_virtual_time_alone(federation: MakeFederation) -> None:
     run = federation("ab", "e", BAND, "strategy.selection=best_channel", "federation.devices_per_round=1")
     outcomes: list[RoundOutcome] = []
-    schedule = run.strategy.schedule
+    schedule = run.rounds.schedule
     schedule.selection = LoadedStrategy(schedule.selection.rule, Capabilities(observe=outcomes.append))
     run.run()
     own = RadioCell(WirelessSection(bandwidth_hz=1e6), seed=1)
@@ -143,7 +134,7 @@ def test_strategies_see_virtual_time_alone(federation: Callable[..., Federation]
         assert (seen.rate_bps, seen.snr, seen.limit_bps) == (of["rate_bps"], of["snr"], None)
 
 
-def test_who_drops_out_has_a_share_and_no_plan(federation: Callable[..., Federation]) -> None:
+def test_who_drops_out_has_a_share_and_no_plan(federation: MakeFederation) -> None:
     run = federation("abc", "e", BAND, "wireless.dropout=0.5", "federation.rounds=6", "strategy.selection=oort")
     run.run()
     *rounds, evaluation = run.events("round_done")
@@ -162,7 +153,7 @@ def test_who_drops_out_has_a_share_and_no_plan(federation: Callable[..., Federat
     assert run.events("node_lost") == [], "it is no fault of theirs"
 
 
-def test_without_a_cell_nothing_is_virtual(federation: Callable[..., Federation]) -> None:
+def test_without_a_cell_nothing_is_virtual(federation: MakeFederation) -> None:
     run = federation("ab", "e", "wireless.dropout=0.9")
     run.run()
     assert not any("virtual" in done for done in run.events("round_done"))
@@ -172,11 +163,11 @@ def test_without_a_cell_nothing_is_virtual(federation: Callable[..., Federation]
 # ---------------------------------------------------------------- the same rounds again
 
 
-def all_events(run: Federation) -> list[dict[str, Any]]:
+def all_events(run: FederationByHand) -> list[dict[str, Any]]:
     return sorted((event for kind in ("plan", "round_done") for event in run.events(kind)), key=lambda e: e["round"])
 
 
-def test_replaying_a_runs_own_shares_gives_its_rounds(federation: Callable[..., Federation]) -> None:
+def test_replaying_a_runs_own_shares_gives_its_rounds(federation: MakeFederation) -> None:
     run = federation("abc", "e", BAND, "strategy.bandwidth=equalise", "wireless.dropout=0.3", "federation.rounds=3")
     for size, name in enumerate("abc", 1):
         run.nodes[name].moves_bytes = 100_000 * size

@@ -1,0 +1,84 @@
+"""From a round's answers to its outcome: what can be used of them, and what the aggregation makes of that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from flwr.app import RecordDict
+
+from edgelam_fl.config import RunConfig
+from edgelam_fl.errors import TooFewSources
+from edgelam_fl.wire import edgelam_pb2 as pb
+from server.exchange import Arrived, Missing
+from server.global_adapter import as_start, starting_point
+from server.holdings import NodeHoldings, holdings_after
+from server.replies import Fold, Reply, broken_sites, collect, parts, problem, read_reply
+from server.state import Outcome, PlannedRound, Received
+from strategies.aggregation.error import aggregation_error
+from strategies.api import Aggregation
+
+
+def receive(planned: PlannedRound, answers: Iterable[Arrived | Missing]) -> Received:
+    """Reads the answers as they arrive and checks each against its plan. Of a large round, no tensors are kept."""
+    fold = Fold() if planned.folds else None
+    replies: dict[str, Reply] = {}
+    problems, silent = dict.fromkeys(planned.plans, "no reply"), set()
+    for answer in answers:
+        if isinstance(answer, Missing):
+            problems[answer.name] = answer.reason
+            silent.add(answer.name)
+            continue
+        reply, wrong = _read(planned, answer.name, answer.content, fold)
+        if wrong:
+            problems[answer.name] = wrong
+        else:
+            replies[answer.name] = reply
+        del answer, reply  # an update; else the next one would be fetched while this one is still here
+    broken = broken_sites(planned.layout, replies)
+    return Received(
+        replies=replies,
+        problems={name: reason for name, reason in problems.items() if name not in replies},
+        silent=frozenset(silent),
+        broken=broken,
+        devices=[
+            name for site in planned.layout.sites if site.name not in broken for name in site.members if name in replies
+        ],
+        contributions=fold.contributions(broken) if fold else collect(replies, planned.plans, planned.layout, broken),
+        holdings={name: _held(planned, plan, replies.get(name)) for name, plan in planned.plans.items()},
+    )
+
+
+def conclude(planned: PlannedRound, received: Received, rule: Aggregation, config: RunConfig) -> Outcome:
+    """Aggregates what counts. Too few devices (`min_nodes`), no whole site, or fewer sources than the rule needs: no
+    aggregate.
+    """
+    outcome = Outcome(planned=planned, received=received)
+    contributions = received.contributions
+    if not contributions or len(received.devices) < config.federation.min_nodes:
+        return outcome
+    start = as_start(planned.start.adapter, config, planned.facts.round)
+    try:
+        new = rule.aggregate(contributions, start)
+    except TooFewSources as problem:
+        return Outcome(planned=planned, received=received, too_few=str(problem))
+    # The error needs the factors of each source, which a large round does not keep.
+    error = None if planned.folds else aggregation_error(contributions, {**new.tensors, **new.carry}, start)
+    return Outcome(planned=planned, received=received, aggregated=new, error=error)
+
+
+def _read(planned: PlannedRound, name: str, content: RecordDict, fold: Fold | None) -> tuple[Reply, str]:
+    """Returns the reply and why it cannot be used ("": it can). With a `fold`, its tensors are added there and dropped."""
+    plan = planned.plans[name]
+    reply = read_reply(content)
+    wrong = problem(reply, plan, planned.start.adapter)
+    if fold is None:
+        return reply, wrong
+    if not wrong:
+        fold.add(parts(name, reply, plan, planned.layout))
+    return reply.without_tensors(), wrong
+
+
+def _held(planned: PlannedRound, plan: pb.Plan, reply: Reply | None) -> NodeHoldings | None:
+    if reply is None:
+        return None
+    return holdings_after(plan, starting_point(plan, planned.start.adapter, planned.start.personal), reply)

@@ -1,0 +1,70 @@
+"""The tensors that a round sends to each node: the part of its starting point that it lacks, and its corrections."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from flwr.app import ArrayRecord
+
+from edgelam_fl.flower import to_record
+from edgelam_fl.model import adapter as adapters
+from edgelam_fl.plan.layout import site_source
+from edgelam_fl.plan.modes import host_mode
+from edgelam_fl.wire import edgelam_pb2 as pb
+from server.global_adapter import starting_point
+from server.replies import frozen, spans_of_source
+from server.state import FederationState, Parcel
+from strategies.registry import Capabilities
+
+
+def make_parcels(plans: Mapping[str, pb.Plan], start: FederationState, aggregation: Capabilities) -> dict[str, Parcel]:
+    """Returns the parcel of each node. Completes the plans: with the digest of what each starts from, and its corrections.
+
+    Nodes that are sent the same tensors share one record.
+    """
+    records: dict[tuple[str, frozenset[str]], ArrayRecord] = {}
+    parcels = {}
+    for name, plan in plans.items():
+        needed = starting_point(plan, start.adapter, start.personal)
+        plan.adapter_digest = adapters.digest(needed)
+        corrections = tuple(map(to_record, add_corrections(plan, aggregation, start.adapter)))
+        lacking = start.holdings.lacking(name, needed, plan.adapter_digest)
+        if lacking is None:
+            parcels[name] = Parcel(None, corrections)
+            continue
+        which = plan.adapter_digest, frozenset(lacking)
+        if which not in records:
+            records[which] = to_record(lacking)
+        parcels[name] = Parcel(records[which], corrections)
+    return parcels
+
+
+def add_corrections(
+    plan: pb.Plan, aggregation: Capabilities, adapter: Mapping[str, np.ndarray]
+) -> list[adapters.Adapter]:
+    """Returns what the aggregation adds to the gradients of each of the node's sources, and names it in the plan.
+
+    In the plan's order. `adapter`: the global one, for the names of the tensors. Empty without training, and for an
+    aggregation that does not correct.
+    """
+    if not (plan.steps and aggregation.corrects_sgd):
+        return []
+    found = []
+    for scope, source in _sources(plan):
+        held = adapters.slice_of(adapter, spans_of_source(plan, scope, source) or [])
+        as_seen = site_source(source) if host_mode(plan.host_mode).is_shared(scope) else source
+        tensors = dict(aggregation.correction(as_seen, [name for name in held if not frozen(plan, name)]))
+        if tensors:
+            plan.corrections.add(scope=scope, source=source, digest=adapters.digest(tensors))
+            found.append(tensors)
+    return found
+
+
+def _sources(plan: pb.Plan) -> Iterator[tuple[str, str]]:
+    """Yields (scope, source) of everything that the plan's node trains."""
+    if plan.routes:
+        yield "ends", plan.node
+    if plan.serves:
+        devices = [route.device for route in plan.serves]
+        yield from (("site", source) for source in host_mode(plan.host_mode).sources(plan.site, devices))

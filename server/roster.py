@@ -1,0 +1,218 @@
+"""The nodes of the federation as the server knows them: who is here, with which profile, and who cannot take part.
+
+Asks nodes for their profiles and measurements. Knows nothing about rounds, plans and adapters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from flwr.app import ConfigRecord, MessageType, RecordDict
+
+from edgelam_fl.config import RunConfig
+from edgelam_fl.errors import RunFailed
+from edgelam_fl.plan.layout import who_may_host
+from edgelam_fl.wire import PROTOCOL_VERSION
+from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.relay import BEHIND
+from server.exchange import Arrived, Exchange, Missing, Request
+from server.run_folder import RunFolder
+from server.schedule import unfit
+
+_LINK = ("link_up_bps", "link_down_bps", "round_trip_s")
+
+
+class Roster:
+    """Profiles of the nodes that can take part, by name, and the problems of those that cannot."""
+
+    def __init__(
+        self, exchange: Exchange, folder: RunFolder, request: pb.ProfileRequest, patience_s: float = 0.0
+    ) -> None:
+        """Starts empty. `patience_s`: the time for an answer to `request`, if longer than the exchange's own limit for
+        queries: a small board needs minutes to start Python.
+        """
+        self.profiles: dict[str, pb.Profile] = {}
+        self.problems: dict[str, str] = {}
+        self._exchange, self._folder, self._request = exchange, folder, request
+        self._limit_s = max(exchange.timing.query_s, patience_s)
+        self._ids: dict[str, int] = {}  # Flower's node ids, by name
+        self._known: set[int] = set()  # asked at least once
+        self._lost: set[int] = set()  # out of the rounds, and asked again when a round starts
+
+    def devices(self) -> list[str]:
+        """Returns the names of the devices, sorted."""
+        return sorted(name for name, profile in self.profiles.items() if profile.role == pb.DEVICE)
+
+    def edges(self) -> list[pb.Profile]:
+        """Returns the edge servers, by name."""
+        found = (p for p in self.profiles.values() if p.role == pb.EDGE)
+        return sorted(found, key=lambda profile: profile.name)
+
+    def gather(self, config: RunConfig, at_start: bool) -> None:
+        """Waits for `min_nodes` devices and the hosts of one site; at the start until the deadline for all expected nodes.
+
+        Raises RunFailed with a list of the nodes that are here.
+        """
+        federation, timing = config.federation, self._exchange.timing
+        end = timing.now() + federation.join_deadline_s
+        short = True  # lost nodes are asked when a round starts, and again while too few nodes are here
+        while True:
+            news = self.refresh(ask_lost=short)
+            late = timing.now() > end
+            patient = at_start and not late
+            devices = max(federation.min_nodes, federation.expect_nodes) if patient else federation.min_nodes
+            hosts = config.split.least_hosts * (config.split.sites if patient else 1)
+            here = len(who_may_host(config, self.profiles.values()))
+            fit = [name for name in self.devices() if not unfit(config, self.profiles[name])]
+            short = len(fit) < devices or here < hosts
+            if not news and not short:
+                return
+            if late and not news:
+                raise self._too_few(config, hosts)
+            if not news:
+                timing.sleep(timing.poll_s)
+
+    def await_hosts(self, config: RunConfig) -> None:
+        """Waits until the hosts of one site are here, or until the deadline."""
+        timing = self._exchange.timing
+        end = timing.now() + config.federation.join_deadline_s
+        while len(who_may_host(config, self.profiles.values())) < config.split.least_hosts and timing.now() < end:
+            if not self.refresh():
+                timing.sleep(timing.poll_s)
+
+    def refresh(self, ask_lost: bool = False) -> bool:
+        """Asks new nodes for their profiles and forgets nodes that left; returns whether anything changed."""
+        present = set(self._exchange.grid.get_node_ids())
+        for name, node_id in list(self._ids.items()):
+            if node_id not in present:
+                self._forget(name, "left the federation")
+        self._lost &= present
+        self._known &= present
+        asked = present - self._known | (self._lost if ask_lost else set())
+        if not asked:
+            return False
+        names = {name: node_id for node_id in asked if (name := self._name_of(node_id))}
+        found, missing = self._query(names, self._request, self._limit_s)
+        before, new = set(self.profiles), asked - self._known
+        self._known |= asked
+        self._lost |= asked  # until they turn out to be able to take part
+        for name, profile in found.items():
+            self._enrol(names[name], profile)
+        for name, reason in missing.items():
+            self._refuse(name, reason)
+        return bool(new) or set(self.profiles) != before
+
+    def measure_links(self, names: Iterable[str]) -> None:
+        """Has nodes measure their links to the hub, and updates their profiles. A node without an answer keeps its values."""
+        request = pb.ProfileRequest(
+            protocol_version=PROTOCOL_VERSION,
+            task=self._request.task,
+            hub_port=self._request.hub_port,
+            measure_link=True,
+        )
+        limit_s = self._exchange.timing.query_s
+        found, _ = self._query({name: self._ids[name] for name in names}, request, limit_s)
+        for name, profile in sorted(found.items()):
+            link = _link(profile)
+            if name in self.profiles and all(link.get(key, 0.0) > 0 for key in _LINK):
+                for key, value in link.items():
+                    setattr(self.profiles[name], key, value)
+                self._folder.emit("link_measured", node=name, **link)
+
+    def request(self, name: str, kind: str, content: RecordDict) -> Request:
+        """Addresses a message to a node that is here."""
+        return Request(name, self._ids[name], kind, content)
+
+    def delivered(self, name: str) -> None:
+        """Forgets the problem of a node that has delivered."""
+        self.problems.pop(name, None)
+
+    def failed(self, name: str, reason: str, *, silent: bool) -> None:
+        """Notes why a node did not deliver. A `silent` one is in no plan until it answers a query: others would wait for it."""
+        self.problems[name] = reason
+        if silent:
+            self.lose(name)
+
+    def lose(self, name: str) -> None:
+        """Takes a node out of the coming plans until it answers a query."""
+        self.profiles.pop(name, None)
+        self._lost.add(self._ids[name])
+
+    def _query(
+        self, node_ids: Mapping[str, int], request: pb.ProfileRequest, limit_s: float
+    ) -> tuple[dict[str, pb.Profile], dict[str, str]]:
+        """Returns the profiles of the nodes that answered, and why the others did not, by name."""
+        content = RecordDict({"query": ConfigRecord({"request": request.SerializeToString()})})
+        requests = [Request(name, node_id, MessageType.QUERY, content) for name, node_id in node_ids.items()]
+        answers = list(self._exchange.replies(requests, limit_s))
+        found = {
+            answer.name: pb.Profile.FromString(answer.content["profile"]["profile"])
+            for answer in answers
+            if isinstance(answer, Arrived)
+        }
+        return found, {answer.name: answer.reason for answer in answers if isinstance(answer, Missing)}
+
+    def _name_of(self, node_id: int) -> str:
+        """Returns a node's name, or its number before it has told its name."""
+        return next((name for name, known in self._ids.items() if known == node_id), str(node_id))
+
+    def _enrol(self, node_id: int, profile: pb.Profile) -> None:
+        problem = profile.problem
+        if profile.protocol_version != PROTOCOL_VERSION:
+            problem = f"speaks protocol version {profile.protocol_version}, this server {PROTOCOL_VERSION}: install the same edgelam-fl"
+        elif profile.name in self._ids and self._ids[profile.name] != node_id and profile.name in self.profiles:
+            problem = "another node has this name already; give each its own with --name"
+        elif profile.address.startswith(BEHIND) and not self._request.hub_port:
+            problem = "can be reached by a relay alone (--listen relay), and this server has none: start it with `edgelam server`"
+        if problem:
+            self._refuse(profile.name, problem)
+            return
+        self._lost.discard(node_id)
+        self._ids[profile.name] = node_id
+        self.profiles[profile.name] = profile
+        self.problems.pop(profile.name, None)
+        self._folder.emit(
+            "node_joined", node=profile.name, role=pb.Role.Name(profile.role).lower(), address=profile.address,
+            examples=profile.examples, held_out=profile.held_out,
+            memory_available_bytes=profile.memory_available_bytes, cpu_threads=profile.cpu_threads, tags=list(profile.tags),
+            base_seconds=_finite(profile.base_seconds), **_measured(profile),
+        )  # fmt: skip
+
+    def _refuse(self, name: str, reason: str) -> None:
+        if self.problems.get(name) != reason:  # a lost node is asked again and again
+            self._folder.emit("node_refused", node=name, reason=reason)
+        self.problems[name] = reason
+
+    def _forget(self, name: str, reason: str) -> None:
+        self.profiles.pop(name, None)
+        self._ids.pop(name, None)
+        self.problems[name] = reason
+
+    def _too_few(self, config: RunConfig, hosts: int) -> RunFailed:
+        federation, devices = config.federation, self.devices()
+        reasons = {name: unfit(config, self.profiles[name]) for name in devices} | self.problems
+        problems = "".join(f"; {name}: {reason}" for name, reason in sorted(reasons.items()) if reason)
+        any_device = " or devices that listen" if config.split.host_on == "any" else ""
+        wanted_hosts = f" and {hosts} edge servers{any_device} (split.hosts)" if hosts else ""
+        return RunFailed(
+            f"after {federation.join_deadline_s:.0f} s {len(devices)} devices ({', '.join(devices) or 'none'}) and "
+            f"{len(self.edges())} edge servers are here; the run needs at least {federation.min_nodes}{wanted_hosts} "
+            f"(federation.min_nodes, federation.join_deadline_s){problems}"
+        )
+
+
+def _measured(profile: pb.Profile) -> dict[str, Any]:
+    """Returns what a node measures only on request."""
+    layers = [{"tokens": time.tokens, "seconds": _finite(time.seconds)} for time in profile.layer_times]
+    found = {**_link(profile), "layer_times": layers, "idle_bytes": profile.idle_bytes}
+    return {key: value for key, value in found.items() if value}
+
+
+def _link(profile: pb.Profile) -> dict[str, float]:
+    return _finite({key: getattr(profile, key) for key in _LINK})
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float]:
+    return {key: value for key, value in values.items() if math.isfinite(value)}

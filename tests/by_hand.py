@@ -1,0 +1,203 @@
+"""A federation without a network or models: nodes that answer by hand, behind a grid that stands in for Flower's.
+
+The server's own code runs on it, by a clock that only moves when the server sleeps: no test waits.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+
+from edgelam_fl.config import RunConfig
+from edgelam_fl.flower import from_record, to_record
+from edgelam_fl.model import adapter as adapters
+from edgelam_fl.model.source import ModelSource
+from edgelam_fl.plan.reading import end_spans, hosted_span
+from edgelam_fl.plan.spec import RunSpec
+from edgelam_fl.wire import PROTOCOL_VERSION
+from edgelam_fl.wire import edgelam_pb2 as pb
+from server.exchange import Exchange, Timing
+from server.replies import KEPT_NODES
+from server.roster import Roster
+from server.rounds import Rounds
+from server.run_folder import RunFolder
+from server.state import FederationState
+from tests.support import run_config
+
+LABELS = {"a": 3, "b": 17, "c": 1}
+
+
+class ByHand:
+    """A node that adds 1 to what a device trains and 2 to what a host trains, and remembers what it was sent."""
+
+    def __init__(self, profile: pb.Profile) -> None:
+        self.profile, self.plans, self.held = profile, list[pb.Plan](), adapters.Adapter()
+        self.sent = list[bool]()
+        self.received = list[adapters.Adapter]()
+        self.fails: Callable[[pb.Plan], str] = lambda plan: ""
+        """Why its part fails; "crash": its ClientApp does."""
+        self.loses: Callable[[pb.Plan | None], bool] = lambda plan: False
+        """Whether its ClientApp ends before it has fetched this plan, or a query (None)."""
+        self.leaves: Callable[[pb.Plan], bool] = lambda plan: False
+        """Whether it is switched off when it gets this plan."""
+        self.moves_bytes = 0
+        self.by = 1.0
+        self.step_s = 0.0
+        self.corrections: list[list[adapters.Adapter]] = []
+
+    def work(self, plan: pb.Plan, content: RecordDict) -> tuple[pb.JobReport, list[adapters.Adapter]]:
+        self.plans.append(plan)
+        self.sent.append("adapter" in content)
+        if "adapter" in content:
+            self.received.append(from_record(content["adapter"]))
+            self.held = {**self.held, **self.received[-1]}
+        assert adapters.digest(self.held) == plan.adapter_digest
+        self.corrections.append([from_record(content[f"correction-{n}"]) for n in range(len(plan.corrections))])
+        if self.fails(plan):
+            return pb.JobReport(state="failed", error=self.fails(plan)), []
+        report = pb.JobReport(state="done", node=plan.node, role=plan.role)
+        parts, lr_sum = [], sum(plan.optimizer.lrs)
+        if plan.routes:
+            report.eval_loss_sum, report.eval_labels = 4.0, 2
+            report.bytes.add(link="entry e", direction="sent", kind="ACT", payload_bytes=self.moves_bytes)
+            report.eval_sums["correct"] = 1
+            if plan.steps:
+                report.steps.add(counted=True, seconds=self.step_s)
+                report.timeline.add(kind="forward", role="device", seconds=0.5)
+                report.contributions.add(scope="ends", source=plan.node, weight=LABELS[plan.node], lr_sum=lr_sum)
+                parts.append(self._moved(end_spans(plan), self.by))
+        hosted = hosted_span(plan)
+        if hosted is not None:
+            report.host.first_layer, report.host.last_layer = hosted.first, hosted.last
+            if plan.steps:
+                weight = sum(LABELS[route.device] for route in plan.serves)
+                report.contributions.add(scope="site", source=plan.site, weight=weight, lr_sum=lr_sum)
+                parts.append(self._moved([hosted], 2))
+        self.held = self.held | {name: array for part in parts for name, array in part.items()}
+        report.adapter_digest = adapters.digest(self.held)
+        return report, parts
+
+    def _moved(self, spans: list[adapters.Span], by: float) -> adapters.Adapter:
+        lora = self.plans[-1].lora
+        frozen = {"_A.": lora.freeze_a, "_B.": lora.freeze_b}
+        held = adapters.slice_of(self.held, spans)
+        return {n: a + np.float32(by) for n, a in held.items() if not any(f and end in n for end, f in frozen.items())}
+
+
+class HandGrid:
+    """Flower's grid, as far as the server uses it."""
+
+    def __init__(self, nodes: Sequence[ByHand]) -> None:
+        self.nodes = dict(enumerate(nodes, 1))
+        self._waiting: dict[str, Message] = {}
+        self._parked: dict[int, RecordDict] = {}  # what a node was handed over, and is to be asked for
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = []
+        for number, message in enumerate(messages, len(self._waiting)):
+            message.metadata.__dict__["_message_id"] = f"m{number}"
+            ids.append(message.metadata.message_id)
+            self._waiting[ids[-1]] = message
+        return ids
+
+    def pull_messages(self, ids: list[str]) -> list[Message]:
+        answers = (self._answer(self._waiting[number]) for number in ids)
+        return [answer for answer in answers if answer is not None]
+
+    def _answer(self, message: Message) -> Message | None:
+        node_id, content = message.metadata.dst_node_id, message.content
+        node = self.nodes.get(node_id)
+        plan = pb.Plan.FromString(content["plan"]["plan"]) if "plan" in content else None
+        if node is None or node.loses(plan):
+            return None
+        if plan is None:
+            found = RecordDict({"profile": ConfigRecord({"profile": node.profile.SerializeToString()})})
+            return Message(found, reply_to=message)
+        if node.leaves(plan):
+            del self.nodes[node_id]
+            return None
+        if node.fails(plan) == "crash":
+            return Message(Error(code=0, reason="crashed"), reply_to=message)
+        if content["plan"].get("wait") == "park":
+            self._parked[node_id] = content
+            running = pb.JobReport(state="running").SerializeToString()
+            return Message(RecordDict({"report": ConfigRecord({"report": running})}), reply_to=message)
+        report, parts = node.work(plan, self._parked.pop(node_id, content))
+        content = RecordDict({"report": ConfigRecord({"report": report.SerializeToString()})})
+        for number, part in enumerate(parts):
+            content[f"adapter-{number}"] = to_record(part)
+        return Message(content, reply_to=message)
+
+
+class HandClock:
+    """Moves only when somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def now(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+class FederationByHand:
+    """Devices and edge servers with names of one letter, and the server's rounds over them."""
+
+    def __init__(
+        self,
+        source: ModelSource,
+        folder: Path,
+        devices: str,
+        edges: str,
+        *overrides: str,
+        kept_nodes: int = KEPT_NODES,
+    ) -> None:
+        self.config: RunConfig = run_config(source.name, "federation.rounds=2", *overrides)
+        self.spec = RunSpec(self.config, source)
+        self.nodes = {
+            name: ByHand(
+                pb.Profile(name=name, role=role, address=f"{name}:1", examples=9, protocol_version=PROTOCOL_VERSION)
+            )
+            for names, role in ((devices, pb.DEVICE), (edges, pb.EDGE))
+            for name in names
+        }
+        self.folder = RunFolder(folder, self.spec)
+        self.clock = HandClock()
+        self.grid: Any = HandGrid(list(self.nodes.values()))
+        exchange = Exchange(self.grid, Timing(now=self.clock.now, sleep=self.clock.sleep))
+        self.roster = Roster(exchange, self.folder, pb.ProfileRequest(protocol_version=PROTOCOL_VERSION))
+        self.rounds = Rounds(self.spec, exchange, self.roster, self.folder, "run", kept_nodes=kept_nodes)
+        self.start = adapters.initial_adapter(source, self.config.lora.targets, self.config.lora.rank, 1)
+
+    def state(self) -> FederationState:
+        """Runs all rounds."""
+        return self.rounds.run()
+
+    def run(self) -> adapters.Adapter:
+        """Runs all rounds; returns the global adapter."""
+        return self.state().adapter
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        lines = map(json.loads, self.folder.emit.path.read_text().splitlines())
+        return [event for event in lines if event["event"] == kind]
+
+
+def moves(result: adapters.Adapter, start: adapters.Adapter) -> dict[int, float]:
+    """Returns how far each layer's tensors went, which must be the same for all of them."""
+    found: dict[int, float] = {}
+    for name, array in result.items():
+        by = float(np.mean(array - start[name]))
+        assert np.allclose(array - start[name], by, atol=1e-5), "one number per tensor"
+        layer = int(name.split(".layers.")[1].split(".")[0])
+        assert found.setdefault(layer, round(by, 4)) == round(by, 4)
+    return dict(sorted(found.items()))

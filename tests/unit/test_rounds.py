@@ -1,0 +1,407 @@
+"""Rounds as the ServerApp runs them, over nodes that answer by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgelam_fl.errors import RunFailed
+from edgelam_fl.model import adapter as adapters
+from edgelam_fl.model.carry import is_carry
+from server.replies import KEPT_NODES
+from strategies.api import RoundState, Selected
+from strategies.registry import with_capabilities
+from tests.by_hand import LABELS, ByHand, FederationByHand, moves
+from tests.unit.conftest import MakeFederation
+
+
+def test_two_rounds(federation: MakeFederation) -> None:
+    run = federation("ab", "e")
+    result = run.run()
+    assert moves(result, run.start) == {0: 2, 1: 2, 2: 4, 3: 4, 4: 2, 5: 2}
+    assert run.nodes["e"].sent == [True, False, False], "a site's host holds what it needs already"
+    assert run.nodes["a"].sent == [True, False, False], "equal updates have an equal mean"
+    last = run.events("round_done")[-1]
+    assert (last["steps"], [d["metrics"] for d in last["devices"]]) == (0, [{"accuracy": 1 / 2}] * 2)
+    assert [event["round"] for event in run.events("timeline")] == [1, 2]
+    assert run.events("plan")[0]["nodes"]["e"] == {"base": "fp32", "compute": "float32", "rank": 8}
+    assert run.events("plan")[0]["sites"] == [
+        {"site": "e", "hosts": [{"node": "e", "first": 2, "last": 4}], "devices": ["a", "b"]}
+    ]
+
+
+def test_nodes_measure_their_links_anew_where_a_round_took_far_longer_than_foreseen(
+    federation: MakeFederation,
+) -> None:
+    run = federation("ab", "e", "split.cuts=auto", "split.hosts=auto", "federation.rounds=3")
+    for node in run.nodes.values():
+        node.profile.base_seconds["fp32/fp32"] = 0.01
+    run.nodes["a"].step_s = 600.0
+    for name, down_bps in (("b", math.nan), ("e", 2e6)):
+        profile = run.nodes[name].profile
+        profile.round_trip_s, profile.link_up_bps, profile.link_down_bps = 0.25, 1e6, down_bps
+    run.run()
+    (measured,) = run.events("link_measured")  # of a and b nothing is usable
+    link = [measured[key] for key in ("node", "link_up_bps", "link_down_bps", "round_trip_s")]
+    assert link == ["e", 1e6, 2e6, 0.25]
+    told = [" ".join(event["measured"]) for event in run.events("placement")[:3]]
+    assert [("links were measured again" in text) for text in told] == [False, True, False]
+
+
+@pytest.mark.parametrize("overrides", [[], ["strategy.aggregation=fedsa"], ["split.sites=2"]])
+def test_jobs_that_are_handed_over_and_asked_for_later_come_to_the_same(
+    federation: MakeFederation, overrides: list[str]
+) -> None:
+    results = []
+    for wait in ("block", "park"):
+        run = federation("abc", "ef", f"federation.wait={wait}", *overrides)
+        run.nodes["c"].fails = lambda plan: "crash" if plan.round == 1 else ""
+        results.append((adapters.digest(run.run()), run.events("plan"), run.events("node_lost")))
+        run.folder.emit.path.unlink()
+    for event in (event for _, plans, lost in results for event in plans + lost):
+        del event["time"]
+    assert results[0] == results[1]
+    assert results[0][2], "a ClientApp that crashes at the hand-over is lost as usual"
+
+
+def test_unlike_ends_are_averaged_with_the_host_by_labels(federation: MakeFederation) -> None:
+    run = federation("ab", "e", "split.fronts={'a'=1}", "federation.rounds=1")
+    b, site = LABELS["b"], LABELS["a"] + LABELS["b"]
+    expected = (b * 1 + site * 2) / (b + site)  # layer 1: device b's own, and on the host
+    assert moves(run.run(), run.start)[1] == round(expected, 4)
+
+
+def test_a_device_that_hosts(federation: MakeFederation) -> None:
+    run = federation("ab", "", "split.host_on=any", "federation.rounds=1")
+    assert moves(run.run(), run.start) == {0: 1, 1: 1, 2: 2, 3: 2, 4: 1, 5: 1}
+    done = run.events("round_done")[0]
+    assert [[node["name"] for node in done[kind]] for kind in ("devices", "hosts")] == [["a", "b"], ["a"]]
+
+
+def test_the_other_sites_results_stand(federation: MakeFederation) -> None:
+    """Round 1: host e fails, so devices a and c have no middle; b's site goes on alone."""
+    run = federation("abc", "ef", "split.sites=2", "federation.rounds=1")
+    run.nodes["e"].fails = lambda plan: "no memory" if plan.steps else ""
+    assert moves(run.run(), run.start) == {0: 1, 1: 1, 2: 2, 3: 2, 4: 1, 5: 1}
+    (lost,) = run.events("site_lost")
+    assert (lost["round"], lost["site"], lost["missing"]) == (1, "e", ["e"])
+    assert [event["attempt"] for event in run.events("plan")] == [1, 1]
+
+
+def test_a_run_starts_with_the_sites_that_came(federation: MakeFederation) -> None:
+    run = federation("ab", "e", "split.sites=2", "federation.rounds=1")
+    run.run()
+    assert [[site["devices"] for site in event["sites"]] for event in run.events("plan")] == [[["a", "b"]]] * 2
+
+
+def test_cuts_are_chosen_and_chosen_anew_where_a_host_is_gone(federation: MakeFederation) -> None:
+    """Nobody measured anything, so hosts are taken to be alike; in round 2, at its second attempt, f holds the middle alone."""
+    run = federation("ab", "ef", "split.cuts=auto", "split.hosts=auto", "split.front=1", "split.back=1")
+    run.nodes["e"].leaves = lambda plan: plan.round == 2
+    assert moves(run.run(), run.start) == {0: 2, 1: 4, 2: 4, 3: 4, 4: 4, 5: 2}
+    held = [{h["node"]: h["last"] - h["first"] for h in e["sites"][0]["hosts"]} for e in run.events("placement")]
+    assert held == [{"e": 2, "f": 2}, {"e": 2, "f": 2}, {"f": 4}, {"f": 4}]
+    assert [event["round"] for event in run.events("placement")] == [1, 2, 2, 3]
+    assert run.events("placement")[2]["reason"] == "the old plan is no longer possible"
+
+
+def test_a_round_without_a_whole_site_is_tried_again(federation: MakeFederation) -> None:
+    run = federation("ab", "e", "federation.rounds=1")
+    run.nodes["e"].fails = lambda plan: "crash" if plan.attempt == 1 and plan.steps else ""
+    assert moves(run.run(), run.start)[2] == 2
+    assert [event["attempt"] for event in run.events("plan")] == [1, 2, 1]
+    run.nodes["e"].fails = lambda plan: "no memory"
+    with pytest.raises(RunFailed, match="round 1 failed 3 times: e: no memory"):
+        run.run()
+
+
+def test_too_few_devices(federation: MakeFederation) -> None:
+    run = federation("ab", "e", "federation.min_nodes=2")
+    run.nodes["b"].fails = lambda plan: "unplugged"
+    with pytest.raises(RunFailed, match="round 1 failed 3 times: b: unplugged"):
+        run.run()
+
+
+def test_alone_each_goes_on_with_its_own(federation: MakeFederation) -> None:
+    run = federation("ab", "ef", "split.sites=2", "strategy.aggregation=none")
+    run.run()
+    assert all(node.sent == [True, False, False] for node in run.nodes.values())
+    exports = run.folder.path / "adapters"
+    assert sorted(path.name for path in exports.iterdir()) == ["a", "b"]
+    own = adapters.from_bytes((exports / "b" / "adapter_model.safetensors").read_bytes())
+    assert moves(own, run.start) == {0: 2, 1: 2, 2: 4, 3: 4, 4: 2, 5: 2}
+
+
+@pytest.mark.parametrize(("name", "trained"), [("ffa", "BB"), ("rolora", "BA")])
+def test_a_frozen_factor_is_kept(federation: MakeFederation, name: str, trained: str) -> None:
+    run = federation("ab", "e", f"strategy.aggregation={name}")
+    result = run.run()
+    for tensor, array in result.items():
+        rounds = trained.count("A" if "lora_A" in tensor else "B")
+        by = rounds * (2 if ".layers.2." in tensor or ".layers.3." in tensor else 1)
+        np.testing.assert_allclose(array, run.start[tensor] + by, atol=1e-5)
+    frozen = [(p.lora.freeze_a, p.lora.freeze_b) for p in run.nodes["a"].plans[:2]]
+    assert frozen == [(factor == "B", factor == "A") for factor in trained]
+    assert [event["aggregation_error"] for event in run.events("round_done")][:2] == pytest.approx([0, 0], abs=1e-6)
+
+
+def test_a_factor_that_a_node_holds_as_it_was_frozen_is_not_sent_again(federation: MakeFederation) -> None:
+    """Of a and b, which have unlike weights to make unlike means; b sits out round 2, in which A moves without it."""
+
+    class AllButBInRound2:
+        def select(self, state: RoundState) -> Selected:
+            return Selected([c.name for c in state.candidates if c.name != "b" or state.round != 2])
+
+    run = federation("abc", "e", "strategy.aggregation=rolora", "federation.rounds=3")
+    run.rounds.schedule.selection = with_capabilities(AllButBInRound2())
+    moved = run.nodes["c"]._moved
+    run.nodes["c"]._moved = lambda spans, by: moved(spans, 5 * by)  # type: ignore[method-assign]
+    run.run()
+    factors = {name: [{tensor[-8] for tensor in received} for received in run.nodes[name].received] for name in "abe"}
+    assert factors == {
+        "a": [{"A", "B"}, {"B"}, {"A"}, {"B"}],
+        "b": [{"A", "B"}, {"A", "B"}, {"B"}],
+        "e": [{"A", "B"}],
+    }
+
+
+def test_a_personal_factor_stays_where_it_is(federation: MakeFederation) -> None:
+    """FedSA: of a and b, whose steps are 1 and 5, A is averaged and alone comes down again; each keeps its own B."""
+    run = federation("ab", "e", "strategy.aggregation=fedsa")
+    moved = run.nodes["b"]._moved
+    run.nodes["b"]._moved = lambda spans, by: moved(spans, 5 * by)  # type: ignore[method-assign]
+    result = run.run()
+    for name, sent in (("a", ["AB", "A", "A"]), ("b", ["AB", "A", "A"]), ("e", ["AB"])):
+        assert ["".join(sorted({t[-8] for t in got})) for got in run.nodes[name].received] == sent, name
+    mean = 2 * (LABELS["a"] * 1 + LABELS["b"] * 5) / (LABELS["a"] + LABELS["b"])
+    for tensor, start in run.start.items():
+        hosted = ".layers.2." in tensor or ".layers.3." in tensor
+        own = {
+            name: (4 if hosted else 2 * by) if "lora_B" in tensor else 4 if hosted else mean
+            for name, by in (("a", 1), ("b", 5))
+        }
+        np.testing.assert_allclose(result[tensor], start + (4 if hosted else mean), atol=1e-5)
+        for name, by in own.items():
+            exported = adapters.from_bytes(
+                (run.folder.path / "adapters" / name / "adapter_model.safetensors").read_bytes()
+            )
+            np.testing.assert_allclose(exported[tensor], start + by, atol=1e-5)
+            if not hosted:
+                np.testing.assert_allclose(run.nodes[name].held[tensor], start + by, atol=1e-5)
+
+
+def test_a_personal_adapter_has_the_newest_shared_factor(federation: MakeFederation) -> None:
+    """FedSA: b takes no part in round 2, in which a moves A on."""
+
+    class ThenAlone:
+        def select(self, state: RoundState) -> Selected:
+            return Selected(["a", "b"] if state.round == 1 else ["a"])
+
+    run = federation("ab", "e", "strategy.aggregation=fedsa")
+    run.rounds.schedule.selection = with_capabilities(ThenAlone())
+    result = run.run()
+    exported = adapters.from_bytes((run.folder.path / "adapters/b/adapter_model.safetensors").read_bytes())
+    front = {name: array for name, array in exported.items() if ".layers.0." in name}
+    assert {name: float(np.mean(array - run.start[name]).round(4)) for name, array in front.items()} == {
+        name: 2.0 if "lora_A" in name else 1.0 for name in front
+    }
+    assert all(np.array_equal(front[name], result[name]) for name in front if "lora_A" in name)
+
+
+def test_corrections_go_down_beside_the_adapter_where_sources_differ(federation: MakeFederation) -> None:
+    settings = ["optimizer.name=sgd", "strategy.aggregation=scaffold", "federation.local_steps=4", "optimizer.lr=0.5"]
+    run = federation("ab", "e", *settings)
+    run.nodes["b"].by = 3.0
+    state = run.state()
+    a, b = LABELS["a"], LABELS["b"]
+    c_a, c_b = -1 / (4 * 0.5), -3 / (4 * 0.5)  # (x - y) / (K eta)
+    common = (a * c_a + b * c_b) / (a + b)
+    names = {n for n in run.start if ".layers.2." not in n and ".layers.3." not in n}
+    for node, own in (("a", c_a), ("b", c_b)):
+        none, (found,), evaluates = run.nodes[node].corrections
+        assert none == evaluates == []
+        assert set(found) == names, "its ends"
+        assert all(np.allclose(array, common - own, atol=1e-5) for array in found.values())
+        (named,) = run.nodes[node].plans[1].corrections
+        assert (named.scope, named.source, named.digest) == ("ends", node, adapters.digest(found))
+        first, second, last = (device_of(event, node)["adapter_bytes_down"] for event in run.events("round_done"))
+        assert 0 < first == last < second < 2.01 * first
+    assert run.nodes["e"].corrections == [[], [], []], "the only source of its layers"
+    assert moves(state.adapter, run.start)[2] == 4
+
+
+def device_of(event: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(device for device in event["devices"] if device["name"] == name)
+
+
+@pytest.mark.parametrize("name", ["flora", "fedex"])
+def test_carry_factors_go_down_once_and_to_those_that_hold_the_layer(federation: MakeFederation, name: str) -> None:
+    """a and b hold layers 0, 1, 4 and 5, and train them together in round 1 alone; layers 2 and 3 have one source."""
+
+    class BothThenOne:
+        def select(self, state: RoundState) -> Selected:
+            return Selected(["a", "b"] if state.round == 1 else ["a"] if state.round % 2 == 0 else ["b"])
+
+    run = federation("ab", "e", f"strategy.aggregation={name}", "federation.rounds=4")
+    run.rounds.schedule.selection = with_capabilities(BothThenOne())
+    for node in run.nodes.values():
+        node._moved = partial(uneven, node)  # type: ignore[method-assign]
+    result = run.run()
+    ends = {0, 1, 4, 5}
+    assert carried(result) == ends
+    received = {name: [carried(tensors) for tensors in run.nodes[name].received] for name in "abe"}
+    assert received == {
+        "a": [set(), ends, set()],  # rounds 1 and 2; in round 4 it gets b's factors, and has the carry
+        "b": [set(), ends, set()],  # rounds 1 and 3; measures a's factors at the end
+        "e": [set()],
+    }
+    done = run.events("round_done")
+    rank = 8 + 8 if name == "flora" else 8
+    assert [event["aggregation"].get("carry_rank") for event in done] == [rank] * 4 + [None]
+    assert [event["aggregation_error"] for event in done[:4]] == pytest.approx([0] * 4, abs=1e-5)
+
+
+def uneven(node: ByHand, spans: list[adapters.Span], by: float) -> adapters.Adapter:
+    """What a node trained, each number in a way of its own: equal steps would have products of rank 1."""
+    held = {name: array for name, array in adapters.slice_of(node.held, spans).items() if not is_carry(name)}
+    seeded = np.random.default_rng([len(node.plans), ord(node.profile.name)])
+    return {n: a + np.float32(by) * seeded.normal(size=a.shape).astype(np.float32) for n, a in held.items()}
+
+
+def carried(tensors: adapters.Adapter) -> set[int]:
+    """The layers that have carry factors."""
+    return {int(name.split(".layers.")[1].split(".")[0]) for name in tensors if is_carry(name)}
+
+
+@pytest.mark.parametrize("name", ["flexlora", "hetlora"])
+def test_a_rank_a_node(federation: MakeFederation, name: str) -> None:
+    run = federation("abc", "e", f"strategy.aggregation={name}", "lora.ranks={'b'=2, 'c'=3}", "lora.rank=4")
+    result = run.run()
+    assert {array.shape[0] for tensor, array in result.items() if "lora_A" in tensor} == {4}
+    for node, rank in (("a", 4), ("b", 2), ("c", 3), ("e", 4)):
+        ranks = {len(array) for tensor, array in run.nodes[node].held.items() if "lora_A" in tensor}
+        assert (ranks, run.events("plan")[0]["nodes"][node]["rank"]) == ({rank}, rank)
+    errors = [event["aggregation_error"] for event in run.events("round_done")]
+    assert all(error is not None and 0 < error < 1 for error in errors[:2])
+    assert errors[2] is None, "nothing was aggregated after the last round"
+    exported = json.loads((run.folder.path / "adapter" / "adapter_config.json").read_text())
+    assert (exported["r"], exported["rank_pattern"]) == (4, {})
+
+
+def test_a_device_with_values_that_are_not_finite_is_left_out_and_said(federation: MakeFederation) -> None:
+    run = federation("ab", "e", "federation.rounds=1")
+    moved = run.nodes["b"]._moved
+    run.nodes["b"]._moved = lambda spans, by: {n: a * np.nan for n, a in moved(spans, by).items()}  # type: ignore[method-assign]
+    assert moves(run.run(), run.start) == {0: 1, 1: 1, 2: 2, 3: 2, 4: 1, 5: 1}
+    (lost,) = [event for event in run.events("node_lost") if event["round"] == 1]
+    assert lost["node"] == "b"
+    assert "holds values that are not finite" in lost["reason"]
+
+
+def test_too_few_sources_for_the_rule(federation: MakeFederation) -> None:
+    run = federation("abc", "e", "strategy.aggregation=fedmedian")
+    assert set(moves(run.run(), run.start).values()) == {2, 4}
+    run.nodes["c"].fails = lambda plan: "unplugged"
+    with pytest.raises(
+        RunFailed, match=r"round 1 failed 3 times: .*FedMedian\) needs at least 3 sources, .* has 2: a, b"
+    ):
+        run.run()
+
+
+# ---------------------------------------------------------------- a large round
+
+
+def with_losses(run: FederationByHand) -> FederationByHand:
+    """In round 2 host f is lost, and with it device b; device c learns three times as much in round 1, and NaN in round 2."""
+    moved = run.nodes["c"]._moved
+    factors = {1: 3.0, 2: np.nan}
+    run.nodes["f"].fails = lambda plan: "no memory" if plan.round == 2 else ""
+    run.nodes["c"]._moved = lambda spans, by: moved(spans, by * factors[run.nodes["c"].plans[-1].round])  # type: ignore[method-assign]
+    return run
+
+
+@pytest.mark.parametrize("rule", ["fedavg", "rolora", "fedadam"])
+def test_a_large_round_is_summed_up_as_it_arrives(federation: MakeFederation, rule: str) -> None:
+    """The same numbers as of replies that are kept; of a site without its host, and of a device with NaN, nothing."""
+    results = []
+    for kept in (KEPT_NODES, 0):
+        settings = ("split.sites=2", f"strategy.aggregation={rule}", "split.fronts={'c'=1}")
+        run = with_losses(federation("abc", "ef", *settings, kept_nodes=kept))
+        results.append(run.run())
+        done = run.events("round_done")
+        assert [event["aggregation_error"] is None for event in done[:2]] == [kept == 0] * 2
+        assert all(device["adapter_bytes_up"] > 0 for event in done[:2] for device in event["devices"])
+        assert {event["node"] for event in run.events("node_lost")} == {"c", "f"}
+        run.folder.emit.path.unlink()
+    for name, array in results[0].items():
+        np.testing.assert_allclose(results[1][name], array, rtol=1e-6, atol=1e-7)
+        assert np.isfinite(array).all()
+
+
+def test_a_rule_that_needs_every_reply_has_them_in_a_large_round(federation: MakeFederation) -> None:
+    run = federation("abc", "e", "strategy.aggregation=fedmedian", kept_nodes=0)
+    assert set(moves(run.run(), run.start).values()) == {2, 4}
+
+
+def test_steps_by_epochs(federation: MakeFederation) -> None:
+    run = federation("ab", "e", "federation.epochs=3", "federation.batch_size=4")
+    run.nodes["b"].profile.examples = 4
+    run.run()
+    steps = -(-3 * 9 // 4)
+    assert [(plan.steps, plan.optimizer.step_offset) for plan in run.nodes["e"].plans] == [
+        (steps, 0), (steps, steps), (0, 2 * steps),
+    ]  # fmt: skip
+    assert [(plan.own_steps, plan.cursor) for plan in run.nodes["b"].plans[:2]] == [(3, 0), (3, 3)]
+
+
+# ---------------------------------------------------------------- who takes part, with which share
+
+
+def test_some_devices_take_part_in_turn_and_all_measure_the_result(federation: MakeFederation) -> None:
+    run = federation(
+        "abc", "e", "strategy.selection=round_robin", "federation.devices_per_round=1", "federation.rounds=4",
+        "strategy.aggregation=none",
+    )  # fmt: skip
+    state = run.state()
+    plans = run.events("plan")
+    assert [event["selected"] for event in plans] == [["a"], ["b"], ["c"], ["a"], ["a", "b", "c"]]
+    assert plans[1]["why"] == {
+        "a": "last took part in round 1: 3 of 3, 1 wanted",
+        "b": "never took part: 1 of 3, 1 wanted",
+        "c": "never took part: 2 of 3, 1 wanted",
+    }
+    assert run.nodes["b"].plans[-1].steps == 0
+    assert sorted(state.personal) == ["a", "b", "c", "site e"], "who took no part keeps its own"
+
+
+def test_shares_follow_what_was_measured(federation: MakeFederation) -> None:
+    run = federation("ab", "e", "strategy.bandwidth=equalise", "wire.capacity=8 Mbit/s")
+    moved = {"a": 1_000_000, "b": 3_000_000}
+    for name, size in moved.items():
+        run.nodes[name].moves_bytes = size
+    run.run()
+    first, second, _ = run.events("plan")
+    assert first["shares"] == {"a": pytest.approx(1 / 2), "b": pytest.approx(1 / 2)}, "alike as far as is known"
+    assert second["shares"] == {name: pytest.approx(size / sum(moved.values())) for name, size in moved.items()}
+    assert run.nodes["b"].plans[1].routes[0].share_bps == pytest.approx(8e6 * 3 / 4)
+
+
+def test_a_device_without_the_tag_is_not_asked(federation: MakeFederation) -> None:
+    run = federation("ab", "e", "strategy.require_tags=lab", "federation.rounds=1")
+    run.nodes["b"].profile.tags.append("lab")
+    run.run()
+    assert [event["selected"] for event in run.events("plan")] == [["b"], ["b"]]
+    assert run.events("plan")[0]["why"]["a"] == "has no tag lab (strategy.require_tags)"
+    assert run.nodes["a"].plans == []
+
+
+def test_strategies_hear_of_rounds_and_of_who_was_lost(federation: MakeFederation) -> None:
+    run = federation("ab", "e", "strategy.selection=oort")
+    run.nodes["b"].fails = lambda plan: "unplugged" if plan.round == 2 else ""
+    run.run()
+    assert run.rounds.schedule.selection.rule._rounds == {"a": 2, "b": 1}
