@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from edgelam_fl.cli import main as cli
+from edgelam_fl.cli import runs as cli
 from edgelam_fl.errors import ConfigError, RunFailed
 from edgelam_fl.federation.plan_view import plan_of_profiles, plan_view, read_profiles
 from edgelam_fl.model.source import ModelSource

@@ -1,0 +1,148 @@
+"""Commands for machines: doctor, server, client. They parse and print; the work is done by the modules that they import."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgelam_fl.cli.options import (
+    InsecureOption,
+    JsonOption,
+    OfflineOption,
+    ServerOption,
+    console,
+    messages,
+    say,
+)
+from edgelam_fl.errors import EnvironmentProblem
+
+
+def doctor(
+    server: Annotated[str, typer.Option("--server", metavar="HOST:PORT", help="Also check the way to a server.")] = "",
+    model: Annotated[str, typer.Option("--model", metavar="NAME", help="Also check that a model is here.")] = "",
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Also measure: memory, disk, a layer of --model, the link to --server's hub."),
+    ] = False,
+    data_plane: Annotated[
+        str,
+        typer.Option("--data-plane", metavar="HOST:PORT", help="The hub's address, if it is not --server's port + 1."),
+    ] = "",
+    as_json: JsonOption = False,
+) -> None:
+    """Checks this machine and suggests fixes; changes nothing. Exit code 3 if something is wrong.
+
+    Python, packages, Flower's tools, names, ports, memory and disk, and a kernel of each base, really run.
+    """
+    from dataclasses import asdict
+
+    from edgelam_fl.addresses import hub_address, split_address
+    from edgelam_fl.doctor.checks import examine, findings_table
+
+    address = split_address(server, "--server") if server else None
+    alone = split_address(data_plane, "--data-plane") if data_plane else None
+    hub = hub_address(*address, data_plane) if address else alone
+    with messages.status("checking"):
+        findings = list(examine(address, hub, model))
+    profile = None
+    if measure:
+        from edgelam_fl.doctor.measured import measured
+
+        with messages.status("measuring") as status:
+            shut = any(finding.check == "hub" and finding.state == "problem" for finding in findings)
+            more, profile = measured(model, None if shut else hub, status.update)
+        findings += more
+    problems = sum(finding.state == "problem" for finding in findings)
+    if as_json and measure:
+        found = {"findings": list(map(asdict, findings)), "profile": profile and profile.model_dump(mode="json")}
+        say(json.dumps(found, indent=2))
+    elif as_json:
+        say(json.dumps([asdict(finding) for finding in findings], indent=2))
+    else:
+        console.print(findings_table(findings))
+        if profile is not None:
+            from edgelam_fl.doctor.show import profile_table
+
+            console.print(profile_table(profile))
+        say(f"{problems} of {len(findings)} checks found a problem" if problems else "all checks passed")
+    raise typer.Exit(EnvironmentProblem.exit_code if problems else 0)
+
+
+def server(
+    listen: Annotated[
+        str, typer.Option("--listen", metavar="HOST:PORT", help="Where nodes and runs reach this server.")
+    ] = "127.0.0.1:8000",
+    data_plane: Annotated[
+        str,
+        typer.Option(
+            "--data-plane",
+            metavar="HOST:PORT",
+            help="Where nodes reach its hub, which serves slices of the model; by default --listen's host, its port + 1.",
+        ),
+    ] = "",
+    state: Annotated[Path, typer.Option("--state", metavar="DIR", help="Folder for logs and Flower's state.")] = Path(
+        ".edgelam/server"
+    ),
+    insecure: InsecureOption = False,
+    offline: OfflineOption = False,
+) -> None:
+    """Runs the federation's server: Flower's SuperLink, and the data plane's hub. Ctrl-C ends it."""
+    from edgelam_fl.federation.server import serve
+
+    raise typer.Exit(serve(console, listen, data_plane, state, insecure))
+
+
+def client(
+    server: ServerOption,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data", metavar="FILE", help="This device's examples (.jsonl, .csv, .txt ...). Without: an edge server."
+        ),
+    ] = None,
+    name: Annotated[str, typer.Option("--name", help="Unique in the federation; by default the host's name.")] = "",
+    listen: Annotated[
+        str,
+        typer.Option(
+            "--listen",
+            metavar="HOST:PORT",
+            help="Where other nodes reach this node; 'relay': nowhere (behind a router), so they come through the server. An edge server without it takes a free port of this machine; a device with it may host layers for others (split.host_on = 'any').",
+        ),
+    ] = "",
+    advertise: Annotated[
+        str,
+        typer.Option("--advertise", metavar="HOST:PORT", help="Edge server: its address as other nodes see it."),
+    ] = "",
+    threads: Annotated[int, typer.Option("--threads", min=0, help="CPU threads; 0: all.")] = 0,
+    state: Annotated[
+        Path | None, typer.Option("--state", metavar="DIR", help="Folder for logs and the node's state.")
+    ] = None,
+    tag: Annotated[
+        list[str],
+        typer.Option(
+            "--tag",
+            metavar="NAME",
+            help="A word by which a run may choose this node (strategy.require_tags); repeat it.",
+        ),
+    ] = [],  # noqa: B006
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait for a server that does not answer yet, as a service at boot must.")
+    ] = False,
+    insecure: InsecureOption = False,
+    offline: OfflineOption = False,
+) -> None:
+    """Joins this machine to a federation: as a device with --data, else as an edge server that lends compute.
+
+    The data never leave the machine: what travels is hidden states, gradients and adapters. Ctrl-C ends it.
+    """
+    from edgelam_fl.federation.join import join
+
+    raise typer.Exit(
+        join(
+            console, server=server, data=data, name=name, listen=listen, advertise=advertise, threads=threads, state=state,
+            tags=tag, insecure=insecure, wait=wait,
+        )
+    )  # fmt: skip

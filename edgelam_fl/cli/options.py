@@ -1,0 +1,50 @@
+"""What the commands share: the two consoles, and the options that several commands take. Knows no command.
+
+Imports nothing heavy: `edgelam --help` loads this module.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+console = Console()
+"""What a command was asked for: results, and the course of a run."""
+messages = Console(stderr=True)
+"""Errors and waiting, so that the output of a command can be piped."""
+
+
+def say(text: str) -> None:
+    """Prints text as it is: without markup, colours or line breaks of its own."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _go_offline(value: bool) -> bool:
+    """Sets the environment early: the libraries read it when they are imported, and every process started here inherits it."""
+    if value:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    return value
+
+
+ServerOption = Annotated[str, typer.Option("--server", metavar="HOST:PORT", help="Where `edgelam server` listens.")]
+InsecureOption = Annotated[
+    bool, typer.Option("--insecure", help="Allow plain text beyond this machine, on a network that you trust.")
+]
+OfflineOption = Annotated[
+    bool,
+    typer.Option(
+        "--offline",
+        callback=_go_offline,
+        help="Download from no model hub of the internet; slices of the model still come from the federation's server.",
+    ),
+]
+SetOption = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the run file; may be repeated.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
+RunFileArgument = Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run file: model, split, training.")]

@@ -1,0 +1,94 @@
+"""Commands for a run's folder: report, export, chat. They parse and print; the work is done by the modules that they import."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgelam_fl.cli.options import InsecureOption, RunArgument, console, messages, say
+from edgelam_fl.errors import ConfigError
+
+
+def report(folder: RunArgument) -> None:
+    """Draws a run's page and table again, also if the run failed or is still going."""
+    from edgelam_fl.telemetry.events import read_events
+    from edgelam_fl.telemetry.report.incidents import failure
+    from edgelam_fl.telemetry.report.page import write_report
+    from edgelam_fl.telemetry.summary import build_summary, summary_table
+
+    if not (folder / "events.jsonl").is_file():
+        raise ConfigError(f"{folder} is no run's folder: it has no events.jsonl")
+    events = list(read_events(folder / "events.jsonl"))
+    console.print(summary_table(build_summary(events)))
+    for heading, text in failure(events):
+        say(f"{heading.lower()}: {text}")
+    say(f"page: {write_report(folder)}")
+
+
+def export(
+    folder: RunArgument,
+    to: Annotated[str, typer.Option("--to", metavar="peft|merged", help="The adapter alone, or merged into its base.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="A new folder; by default RUN/peft or RUN/merged.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="fp32|bf16", help="merged: of the weights; by default fp32.")
+    ] = "",
+) -> None:
+    """Writes a run's result in a form that other tools load without EdgeLAM-FL.
+
+    peft: the adapter, a few MB, checked against its base. merged: a Hugging Face model folder; this takes the whole model
+    in memory, 4 bytes per weight, and merges into the base as it was before any quantization.
+    """
+    from edgelam_fl.serving.export import export as write
+    from edgelam_fl.serving.results import open_result
+
+    result = open_result(folder)
+    with console.status("exporting"):
+        made, how = write(result, to, out, dtype)
+    say(f"wrote {made}; elsewhere:\n{how}")
+
+
+def chat(
+    folder: RunArgument,
+    prompt: Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="Ask this alone.")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="The longest answer.")] = 128,
+    base: Annotated[bool, typer.Option("--base", help="The model without the run's adapter, to compare.")] = False,
+    server: Annotated[
+        str,
+        typer.Option("--server", metavar="HOST:PORT", help="Answer over the hosts of the federation at this server."),
+    ] = "",
+    insecure: InsecureOption = False,
+) -> None:
+    """Answers questions with a run's result: the whole model on this machine, with the run's adapter.
+
+    With --server the hosts of a federation compute the layers between, as in training; the text stays here. This works on
+    the server's machine. Answers are greedy: the same question gives the same words. With --prompt, only the answer is printed.
+    """
+    from edgelam_fl.serving.chat import check_can_talk, converse
+    from edgelam_fl.serving.results import open_result
+
+    result = open_result(folder)
+    check_can_talk(result.config, prompt)
+    if server and base:
+        raise ConfigError(
+            "--base and --server do not go together: the hosts hold the run's adapter; leave out --server"
+        )
+    if server:
+        from edgelam_fl.addresses import check_server_answers
+
+        check_server_answers(server, insecure)
+        with messages.status("loading PyTorch"):
+            from edgelam_fl.federation.remote import route_speaker
+        with route_speaker(result, server, messages) as speaker:
+            converse(speaker, messages, prompt, max_tokens, tuned=True)
+        return
+    with messages.status("loading the model"):
+        from edgelam_fl.serving.generate import LocalSpeaker
+
+        local = LocalSpeaker(result.config.model, result.config.task)
+        if not base:
+            local.put_on(result.adapter)
+    converse(local, messages, prompt, max_tokens, tuned=not base)
