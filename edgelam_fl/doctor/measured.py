@@ -6,19 +6,20 @@ from collections.abc import Callable
 
 from edgelam_fl.doctor.checks import Finding
 from edgelam_fl.errors import EdgelamError, ModelError
+from edgelam_fl.hub.link_speed import HUB_ANSWER_S
 from edgelam_fl.node.profile.data import Profile
 from edgelam_fl.node.profile.measure import measure_profile
 
 
 def measured(
-    model: str, hub: tuple[str, int] | None, say: Callable[[str], None]
+    model: str, hub: tuple[str, int] | None, say: Callable[[str], None], hub_answer_s: float = HUB_ANSWER_S
 ) -> tuple[list[Finding], Profile | None]:
     """What cannot be measured is left out, and found; the rest is measured all the same."""
     findings: list[Finding] = []
     asked = {"model": model, "hub": hub}
     while True:
         try:
-            return findings, measure_profile(asked["model"], asked["hub"], say)  # type: ignore[arg-type]
+            return findings, measure_profile(asked["model"], asked["hub"], say, hub_answer_s=hub_answer_s)  # type: ignore[arg-type]
         except ModelError as error:
             asked["model"] = ""
             findings.append(Finding("layer's time", "note", str(error), "give --model one that is here"))

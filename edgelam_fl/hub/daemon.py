@@ -1,17 +1,16 @@
-"""The hub's process: one gRPC server made of its parts. Knows none of what they do. Started and watched by `edgelam server`.
+"""The hub's process: one gRPC server made of its parts. Knows nothing of what they do. `edgelam server` starts and watches it.
 
-What a run lets the hub do stands in small files in its state folder, written by the run's ServerApp, which finds folder and
-port in its environment; so does each part, in its `handlers()`.
+A run's ServerApp says what the hub may do for the run in small files in the hub's state folder; it finds folder and port in
+its environment (`edgelam_fl.hub`).
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import os
 import signal
 import sys
 import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,31 +18,22 @@ import grpc
 
 from edgelam_fl.addresses import join_address, split_address
 from edgelam_fl.errors import EdgelamError, EnvironmentProblem
-from edgelam_fl.hub import STATE
+from edgelam_fl.hub import echo, relay, slices
+from edgelam_fl.wire.grpc.options import channel_options
 
-# Each has `handlers()`: a list of generic handlers of gRPC.
-PARTS = ("edgelam_fl.hub.echo", "edgelam_fl.hub.relay", "edgelam_fl.hub.slices")
-_MAX_STREAMS = 512  # each keeps a thread; a part limits its own further
-_OPTIONS = [
-    ("grpc.max_receive_message_length", 6 << 20),  # as on a link
-    ("grpc.max_send_message_length", -1),
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    ("grpc.so_reuseport", 0),
-]
+MakeService = Callable[[Path], grpc.GenericRpcHandler]  # the hub's state folder -> a service
+SERVICES: tuple[MakeService, ...] = (echo.make_service, relay.make_service, slices.make_service)
+_MAX_STREAMS = 512  # each keeps a thread; the services limit their own further
 
 
 class HubServer:
-    """Listens at once. `port` is the real one when 0 was asked for."""
+    """A port that serves the hub's services. `port` is the real one if 0 was asked for."""
 
-    def __init__(self, host: str, port: int, state: Path) -> None:
+    def __init__(self, host: str, port: int, state: Path, services: Sequence[MakeService] = SERVICES) -> None:
         state.mkdir(parents=True, exist_ok=True)
-        os.environ[STATE] = str(state.absolute())
-        self._server = grpc.server(ThreadPoolExecutor(_MAX_STREAMS, "hub"), options=_OPTIONS)
-        for part in PARTS:
-            self._server.add_generic_rpc_handlers(tuple(importlib.import_module(part).handlers()))
+        options = [*channel_options(most_sent_bytes=-1), ("grpc.so_reuseport", 0)]
+        self._server = grpc.server(ThreadPoolExecutor(_MAX_STREAMS, "hub"), options=options)
+        self._server.add_generic_rpc_handlers(tuple(make(state) for make in services))
         try:
             self.port = self._server.add_insecure_port(join_address(host, port))
         except RuntimeError as error:
@@ -58,9 +48,9 @@ class HubServer:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="edgelam hub", description=__doc__)
+    parser = argparse.ArgumentParser(prog="edgelam hub", description="Serves a federation's hub.")
     parser.add_argument("--listen", required=True, metavar="HOST:PORT")
-    parser.add_argument("--state", type=Path, required=True, help="folder for what runs let the hub do")
+    parser.add_argument("--state", type=Path, required=True, help="folder with the files by which runs direct the hub")
     options = parser.parse_args()
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

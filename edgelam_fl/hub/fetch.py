@@ -1,6 +1,7 @@
-"""A node's end of the hub's slices: a model whose config and index come first, and each tensor when it is first needed.
+"""A node's end of the hub's slices: fetches a model's config and index first, and each tensor when it is first needed.
 
-What is here already is never asked for, so a node that has its slice needs no hub. Nodes of one machine share the folder.
+Never asks for what is on this machine already, so a node that has its slice needs no hub. The nodes of a machine share the
+folder. Knows models and the hub; knows no plans.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
@@ -15,22 +17,19 @@ from filelock import FileLock
 
 from edgelam_fl.errors import EnvironmentProblem, ModelError, PeerLost, ProtocolError, Refused
 from edgelam_fl.files import cache_folder, write_atomically
-from edgelam_fl.hub.slices import CHUNK_BYTES, CONFIG, SERVICE, TOKENIZER
+from edgelam_fl.hub.slices import CHUNK_BYTES, CONFIG, SLICES_SERVICE, TOKENIZER
 from edgelam_fl.model.index import TensorEntry
 from edgelam_fl.model.served import AnnouncedPart, check_part, complete, mapped, read_manifest, write_manifest
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.grpc.options import grpc_reason
+from edgelam_fl.wire.grpc.services import stub
 
-_CALL_S = 120.0  # of one call; a transfer that takes longer goes on in the next one
-_ANSWER_S = 30.0
-_TRIES, _RETRY_S = 4, 2.0
 _MOST_FILE_BYTES = 64 << 20
 _MOST_INDEX_BYTES = 32 << 20
-_PROGRESS_EVERY_S = 5.0
 _OPTIONS = [
     ("grpc.max_receive_message_length", _MOST_INDEX_BYTES),
-    # What is under way is lost where the connection breaks, and comes again. gRPC would let it grow to megabytes; this is
+    # Bytes on their way are lost with the connection and sent again. gRPC would let them grow to megabytes; this much is
     # enough for 80 Mbit/s at 50 ms.
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", 512 << 10),
@@ -43,12 +42,33 @@ Emit = Callable[..., None]
 T = TypeVar("T")
 
 
-def open_model(
-    name: str, digest: str, hub: str, *, tokenizer: bool = False, emit: Emit = lambda *_, **__: None
-) -> ModelSource:
-    """The model of a plan: this machine's own where it has it, else served by the hub at `hub` ("": there is none).
+@dataclass(frozen=True, kw_only=True)
+class FetchTiming:
+    """How long a node waits for the hub, and how often it asks again."""
 
-    `tokenizer`: whether the node handles text. Raises ModelError where it is neither here nor served.
+    call_s: float = 120.0  # for one call; a longer transfer is continued by the next call
+    answer_s: float = 30.0  # for the description of a model
+    tries: int = 4
+    retry_s: float = 2.0  # between two tries
+    progress_every_s: float = 5.0  # between two events while tensors come
+
+
+DEFAULT_FETCH_TIMING = FetchTiming()
+
+
+def open_model(
+    name: str,
+    digest: str,
+    hub: str,
+    *,
+    tokenizer: bool = False,
+    emit: Emit = lambda *_, **__: None,
+    timing: FetchTiming = DEFAULT_FETCH_TIMING,
+) -> ModelSource:
+    """Returns the model of a plan: this machine's own if it has the model, else the one that the hub serves.
+
+    `hub` is HOST:PORT, empty if there is no hub; `tokenizer` says whether the node handles text. Raises ModelError if the
+    model is neither here nor served.
     """
     try:
         source = find_model(name, download=not hub)
@@ -57,18 +77,21 @@ def open_model(
     except ModelError:
         if not (hub and digest):
             raise
-    return Served(name, digest, hub, emit).source(tokenizer)
+    return Served(name, digest, hub, emit, timing).source(tokenizer)
 
 
 class Served:
-    """One model on this machine's disk, as far as it was needed, by what the server's hub has of it."""
+    """A model that the hub serves: on this machine's disk are the files and tensors that were needed so far."""
 
-    def __init__(self, name: str, digest: str, hub: str, emit: Emit) -> None:
-        self._name, self._digest, self._hub, self._emit = name, digest, hub, emit
+    def __init__(
+        self, name: str, digest: str, hub: str, emit: Emit, timing: FetchTiming = DEFAULT_FETCH_TIMING
+    ) -> None:
+        self._name, self._digest, self._hub, self._emit, self._timing = name, digest, hub, emit, timing
         self._folder = cache_folder() / "slices" / digest[:32]
         self._shapes: dict[str, tuple[int, ...]] = {}
 
     def source(self, tokenizer: bool) -> ModelSource:
+        """Returns the model; its small files are on the disk then, those of the tokenizer only if asked for."""
         self._folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self._folder / "lock"):
             model = self._model()
@@ -80,34 +103,24 @@ class Served:
         return ModelSource(self._name, self._folder, index, self._digest, self._name, read=self._read)
 
     def _model(self) -> pb.SliceModel:
-        """Kept on disk; what is there is checked like what comes."""
+        """Returns the model's description, from the disk if it is there; checks both alike."""
         note = self._folder / "index"
         if note.is_file():
             try:
-                return self._checked(pb.SliceModel.FromString(note.read_bytes()))
+                model = pb.SliceModel.FromString(note.read_bytes())
+                check_model(model, self._digest)
+                return model
             except (ProtocolError, ValueError):
-                note.unlink()  # cut short with the power
-        model = self._checked(self._describe())
+                note.unlink()  # cut short when the power went
+        model = self._describe()
+        check_model(model, self._digest)
         write_atomically(note, model.SerializeToString())
-        return model
-
-    def _checked(self, model: pb.SliceModel) -> pb.SliceModel:
-        if model.model_digest != self._digest:
-            raise ProtocolError(
-                f"the hub described model {model.model_digest[:12]!r}, the plan has {self._digest[:12]}: start the run again"
-            )
-        for file in model.files:
-            if file.name not in (CONFIG, *TOKENIZER):
-                raise ProtocolError(f"the hub announced a file {file.name[:80]!r}, which no model needs")
-            check_part(AnnouncedPart(file.name, file.size_bytes, file.sha256), _MOST_FILE_BYTES)
-        if not model.tensors or CONFIG not in {file.name for file in model.files}:
-            raise ProtocolError("the hub described a model without config.json or tensors")
         return model
 
     # ---------------------------------------------------------------- tensors
 
     def _read(self, names: Sequence[str], base: str, compute: str) -> Iterator[tuple[str, Any]]:
-        """As model.weights.read_tensors."""
+        """Reads tensors like model.weights.read_tensors; fetches those that are not here yet."""
         for name in names:
             if name not in self._shapes:
                 raise ModelError(f"model {self._name} has no tensor {name}")
@@ -134,28 +147,28 @@ class Served:
         last = [time.monotonic()]
 
         def say(done: int, total: int) -> None:
-            if time.monotonic() - last[0] > _PROGRESS_EVERY_S:
+            if time.monotonic() - last[0] > self._timing.progress_every_s:
                 last[0] = time.monotonic()
                 self._emit("slice_coming", model=self._name, bytes=done, of=total)
 
         return say
 
     def _list(self, names: Sequence[str], base: str, compute: str) -> list[AnnouncedPart]:
-        """What the named tensors will come as. The server may have to make them first, so it is asked again where it is slow."""
+        """Returns what the hub announces for the named tensors. Asks again if the server, which may make them first, is slow."""
         found: dict[str, AnnouncedPart] = {}
 
         def ask_for_the_rest() -> None:
             last = next(reversed(found), "").removesuffix("_scale")
-            for name in (last, f"{last}_scale"):  # the newest one's scales may not have come
+            for name in (last, f"{last}_scale"):  # the scales of the newest tensor may not have come
                 found.pop(name, None)
             left = [name for name in names if name not in found]
             request = self._request(base, compute, [(name, 0) for name in left], False)
-            for tensor in self._call("List", request, _CALL_S):
+            for tensor in self._call("List", request, self._timing.call_s):
                 part = AnnouncedPart(tensor.name, tensor.size_bytes, tensor.sha256, tensor.dtype, tuple(tensor.shape))
                 check_part(part, self._most_bytes(part.name, left))
                 found[part.name] = part
 
-        _until_answered(ask_for_the_rest, lambda lost: f"{lost}; the slice of {self._name} cannot be fetched")
+        self._until_answered(ask_for_the_rest, lambda lost: f"{lost}; the slice of {self._name} cannot be fetched")
         lacking = [name for name in names if name not in found]
         if lacking:
             raise ProtocolError(f"the hub announced {len(found)} tensors and left out {lacking[0]}")
@@ -165,7 +178,7 @@ class Served:
         matrix = name if name in self._shapes else name.removesuffix("_scale")
         if matrix not in asked:
             raise ProtocolError(f"the hub announced {name[:80]!r}, which was not asked for")
-        size = 8  # of the widest element
+        size = 8  # bytes of the widest element
         for length in self._shapes[matrix]:
             size *= length
         return size
@@ -173,19 +186,19 @@ class Served:
     # ---------------------------------------------------------------- calls
 
     def _describe(self) -> pb.SliceModel:
-        (model,) = _until_answered(
-            lambda: list(self._call("Describe", self._request("", "", [], False), _ANSWER_S)),
+        (model,) = self._until_answered(
+            lambda: list(self._call("Describe", self._request("", "", [], False), self._timing.answer_s)),
             lambda lost: (
-                f"model {self._name} is not on this node, and {lost}; it listens where `edgelam server` says, and that port must "
-                "be open to this node"
+                f"model {self._name} is not on this node, and {lost}; `edgelam server` prints where the hub listens, and that "
+                "port must be open to this node"
             ),
         )
         return model
 
     def _stream(self, base: str, compute: str, parts: Sequence[tuple[AnnouncedPart, int]]) -> Iterator[bytes]:
-        """model.served.Stream. Raises PeerLost where it breaks."""
+        """Streams the parts' bytes, as a model.served.Stream. Raises PeerLost if the stream breaks."""
         asked = [(part.name, begun) for part, begun in parts]
-        for piece in self._call("Fetch", self._request(base, compute, asked, not base), _CALL_S):
+        for piece in self._call("Fetch", self._request(base, compute, asked, not base), self._timing.call_s):
             if not 0 < len(piece) <= CHUNK_BYTES:
                 raise ProtocolError(f"the hub sent a piece of {len(piece)} bytes; at most {CHUNK_BYTES} are allowed")
             yield piece
@@ -195,14 +208,10 @@ class Served:
         return pb.SliceRequest(model_digest=self._digest, base=base, compute=compute, parts=named)
 
     def _call(self, method: str, request: pb.SliceRequest, timeout_s: float) -> Iterator[Any]:
-        """The answers. Raises Refused with the hub's reason, PeerLost for what a repetition may mend."""
-        reply = {"Describe": pb.SliceModel.FromString, "List": pb.SliceTensor.FromString, "Fetch": None}[method]
+        """Yields the answers. Raises Refused with the hub's reason, PeerLost if another try may succeed."""
         with grpc.insecure_channel(self._hub, options=_OPTIONS) as channel:
-            make = channel.unary_unary if method == "Describe" else channel.unary_stream
             try:
-                answer = make(f"/{SERVICE}/{method}", pb.SliceRequest.SerializeToString, reply)(
-                    request, timeout=timeout_s
-                )
+                answer = stub(channel, SLICES_SERVICE, method)(request, timeout=timeout_s)
                 yield from [answer] if method == "Describe" else answer
             except grpc.RpcError as error:
                 if error.code() == grpc.StatusCode.FAILED_PRECONDITION:
@@ -211,14 +220,27 @@ class Served:
                     f"the server's hub at {self._hub} did not answer {method}: {grpc_reason(error)}"
                 ) from error
 
+    def _until_answered(self, ask: Callable[[], T], problem: Callable[[PeerLost], str]) -> T:
+        """Returns what `ask` returns. Asks a few times; at last raises EnvironmentProblem with the words of `problem`."""
+        for tries in range(self._timing.tries):
+            try:
+                return ask()
+            except PeerLost as lost:
+                if tries == self._timing.tries - 1:
+                    raise EnvironmentProblem(problem(lost)) from lost
+                time.sleep(self._timing.retry_s)
+        raise AssertionError("the last try returns or raises")
 
-def _until_answered(ask: Callable[[], T], otherwise: Callable[[PeerLost], str]) -> T:
-    """What `ask` returns, asked a few times. Raises EnvironmentProblem with the words of `otherwise` in the end."""
-    for tries in range(_TRIES):
-        try:
-            return ask()
-        except PeerLost as lost:
-            if tries == _TRIES - 1:
-                raise EnvironmentProblem(otherwise(lost)) from lost
-            time.sleep(_RETRY_S)
-    raise AssertionError("the last try returns or raises")
+
+def check_model(model: pb.SliceModel, digest: str) -> None:
+    """Raises ProtocolError unless the hub's description is that of the plan's model, with files that a model needs."""
+    if model.model_digest != digest:
+        raise ProtocolError(
+            f"the hub described model {model.model_digest[:12]!r}, the plan has {digest[:12]}: start the run again"
+        )
+    for file in model.files:
+        if file.name not in (CONFIG, *TOKENIZER):
+            raise ProtocolError(f"the hub announced a file {file.name[:80]!r}, which no model needs")
+        check_part(AnnouncedPart(file.name, file.size_bytes, file.sha256), _MOST_FILE_BYTES)
+    if not model.tensors or CONFIG not in {file.name for file in model.files}:
+        raise ProtocolError("the hub described a model without config.json or tensors")

@@ -1,6 +1,6 @@
-"""Rate and round trip of the way to the server's hub, measured with real bytes. Knows no plans.
+"""Measures the link to the server's hub with real bytes: rate each way, round trip. Knows no plans.
 
-The rate is of one stream while nothing else moves: several nodes on one medium share it.
+The rate is that of one stream while nothing else moves: several nodes on one medium share it.
 """
 
 from __future__ import annotations
@@ -14,33 +14,39 @@ import grpc
 
 from edgelam_fl.addresses import join_address
 from edgelam_fl.errors import EnvironmentProblem
-from edgelam_fl.hub.echo import CHUNK_BYTES, MAX_BYTES, MAX_SECONDS, SERVICE
+from edgelam_fl.hub.echo import CHUNK_BYTES, ECHO_SERVICE, LIMITS, write_length
+from edgelam_fl.wire.grpc.services import stub
 
+HUB_ANSWER_S = 10.0  # patience with a hub that does not answer
 _PINGS = 5
 _FIRST_BYTES = 64 << 10
-_LONG_ENOUGH_S = 0.4  # for buffers on the way to weigh little; a faster transfer is repeated with more bytes
-_ANSWER_S = 10.0
+_LONG_ENOUGH_S = 0.4  # buffers on the way then weigh little; a faster transfer is repeated with more bytes
 _BUSY_WAIT_S, _BUSY_TRIES = 1.0, 30
 
 
 @dataclass(frozen=True)
-class Link:
+class LinkSpeed:
+    """A measured link: bits per second from and to this machine, and the round trip in seconds."""
+
     up_bps: float
     down_bps: float
     round_trip_s: float
 
 
-def measure_link(host: str, port: int) -> Link:
-    """Moves at most twice 21 MiB, and stops after about a second on a slow link. EnvironmentProblem where no hub answers."""
+def measure_link(host: str, port: int, answer_s: float = HUB_ANSWER_S) -> LinkSpeed:
+    """Measures the link to the hub at `host` and `port`, with twice 21 MiB at most; a slow link takes about a second.
+
+    Raises EnvironmentProblem if no hub answers within `answer_s` seconds.
+    """
     address = join_address(host, port)
     with grpc.insecure_channel(address) as channel:
         try:
-            ping = channel.unary_unary(f"/{SERVICE}/Ping")
-            ping(b"", timeout=_ANSWER_S, wait_for_ready=True)  # opens the connection
-            round_trip_s = statistics.median(_timed(lambda: ping(b"", timeout=_ANSWER_S)) for _ in range(_PINGS))
-            return Link(
-                _rate(lambda size: _up(channel, size), round_trip_s),
-                _rate(lambda size: _down(channel, size), round_trip_s),
+            ping = stub(channel, ECHO_SERVICE, "Ping")
+            ping(b"", timeout=answer_s, wait_for_ready=True)  # opens the connection
+            round_trip_s = statistics.median(_seconds(lambda: ping(b"", timeout=answer_s)) for _ in range(_PINGS))
+            return LinkSpeed(
+                rate_bps(lambda size: _seconds_when_free(lambda: _send(channel, size)), round_trip_s),
+                rate_bps(lambda size: _seconds_when_free(lambda: _receive(channel, size)), round_trip_s),
                 round_trip_s,
             )
         except grpc.RpcError as error:
@@ -51,21 +57,24 @@ def measure_link(host: str, port: int) -> Link:
             ) from error
 
 
-def _rate(move: Callable[[int], None], round_trip_s: float) -> float:
-    """Bits a second, of the first size that takes long enough."""
+def rate_bps(seconds_for: Callable[[int], float], round_trip_s: float) -> float:
+    """Returns bits per second, from the first number of bytes whose transfer takes long enough.
+
+    `seconds_for` moves that many bytes and returns the seconds taken, the round trip included.
+    """
     size = _FIRST_BYTES
     while True:
-        seconds = _when_free(move, size)
-        if seconds >= _LONG_ENOUGH_S or 4 * size > MAX_BYTES:
+        seconds = seconds_for(size)
+        if seconds >= _LONG_ENOUGH_S or 4 * size > LIMITS.most_bytes:
             return 8 * size / max(seconds - round_trip_s, seconds / 10)
         size *= 4
 
 
-def _when_free(move: Callable[[int], None], size: int) -> float:
-    """Few may measure at once; others wait for their turn."""
+def _seconds_when_free(move: Callable[[], None]) -> float:
+    """Times a transfer; waits for its turn if the hub has no place, because few may measure at once."""
     for attempt in range(_BUSY_TRIES):
         try:
-            return _timed(lambda: move(size))
+            return _seconds(move)
         except grpc.RpcError as error:
             if error.code() != grpc.StatusCode.RESOURCE_EXHAUSTED or attempt == _BUSY_TRIES - 1:
                 raise
@@ -73,14 +82,14 @@ def _when_free(move: Callable[[int], None], size: int) -> float:
     raise AssertionError("the last attempt returns or raises")
 
 
-def _timed(work: Callable[[], object]) -> float:
+def _seconds(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
 
 
-def _up(channel: grpc.Channel, size: int) -> None:
-    channel.stream_unary(f"/{SERVICE}/Take")(_chunks(size), timeout=MAX_SECONDS)
+def _send(channel: grpc.Channel, size: int) -> None:
+    stub(channel, ECHO_SERVICE, "Take")(_chunks(size), timeout=LIMITS.most_s)
 
 
 def _chunks(size: int) -> Iterator[bytes]:
@@ -89,6 +98,6 @@ def _chunks(size: int) -> Iterator[bytes]:
         yield chunk
 
 
-def _down(channel: grpc.Channel, size: int) -> None:
-    for _ in channel.unary_stream(f"/{SERVICE}/Give")(size.to_bytes(8, "big"), timeout=MAX_SECONDS):
+def _receive(channel: grpc.Channel, size: int) -> None:
+    for _ in stub(channel, ECHO_SERVICE, "Give")(write_length(size), timeout=LIMITS.most_s):
         pass

@@ -1,11 +1,11 @@
-"""The hub's part for nodes that cannot reach each other: it joins the two ends of a link, both of which dialled it.
+"""The hub's service for nodes that cannot reach each other: joins the two ends of a link, both of which dialled the hub.
 
-A host with a part in a round keeps one call open here (Listen). Who wants a link to it calls Dial; the host is told a
-number and answers it (Accept). From then on what one end sends goes to the other as it is, message by message: nothing is
-kept or understood here, and an end that reads slowly slows the other, as on a wire. The handshake of a link, with the
-route's secret in it, goes through like the rest.
+A host with a part in a round keeps one call open here (Listen). A node that wants a link to the host calls Dial; the host
+gets a number and answers with it (Accept). From then on each end's messages pass to the other as they are: nothing is kept
+or understood here, and an end that reads slowly slows the other down, as on a wire. A link's handshake, with the route's
+secret in it, passes like the rest.
 
-Whoever listens or dials shows a token of the part in question, which only this server's runs can make.
+Both sides show a token of the host's part, which only this server's runs can make.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from typing import NoReturn
 
 import grpc
 
-from edgelam_fl.hub import STATE
-from edgelam_fl.wire.relay import ACCEPT, DIAL, LISTEN, SERVICE, make_token, read_metadata, read_number
+from edgelam_fl.wire.grpc.services import service_handler
+from edgelam_fl.wire.relay import ACCEPT, DIAL, LISTEN, RELAY_SERVICE, make_token, read_metadata, read_number
 
 _KEY_FILE, _KEY_BYTES = "relay.key", 32
-_MOST_LISTENERS, _MOST_LINKS = 128, 128  # a thread each, two of a link
-_MOST_UNANSWERED = 64  # of one host
+_MOST_LISTENERS, _MOST_LINKS = 128, 128  # a listener takes a thread, a link two
+_MOST_UNANSWERED = 64  # diallers that wait for one host
 _ACCEPT_S = 10.0
-_STILL_HERE_S = 10.0  # how often a host hears from here: an idle connection would be cut by the routers between
+_STILL_HERE_S = 10.0  # how often a host hears from the hub: routers on the way cut idle connections
 
 
 def relay_key(state: Path) -> bytes:
-    """The server's secret in the hub's state folder; made by whoever needs it first."""
+    """Returns the server's secret from the hub's state folder; the first caller makes it."""
     file = state / _KEY_FILE
     try:
         with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as made:
@@ -42,18 +42,14 @@ def relay_key(state: Path) -> bytes:
     return file.read_bytes()
 
 
-def handlers() -> list[grpc.GenericRpcHandler]:
-    relay = HubRelay(relay_key(Path(os.environ[STATE])))
-    methods = {
-        LISTEN: grpc.unary_stream_rpc_method_handler(relay.listen),
-        DIAL: grpc.stream_stream_rpc_method_handler(relay.dial),
-        ACCEPT: grpc.stream_stream_rpc_method_handler(relay.accept),
-    }
-    return [grpc.method_handlers_generic_handler(SERVICE, methods)]
+def make_service(state: Path) -> grpc.GenericRpcHandler:
+    """Returns the service, with the secret in the hub's state folder."""
+    relay = HubRelay(relay_key(state))
+    return service_handler(RELAY_SERVICE, {LISTEN: relay.listen, DIAL: relay.dial, ACCEPT: relay.accept})
 
 
 class _Call:
-    """A link in the making: what the dialler sends, and then what the host answers with."""
+    """A link in the making: the dialler's messages, and the host's once it has accepted."""
 
     def __init__(self, messages: Iterator[bytes]) -> None:
         self.messages = messages
@@ -66,19 +62,21 @@ class _Call:
 
 
 class HubRelay:
+    """The service's three methods, and who waits for whom. `key` is the server's secret."""
+
     def __init__(self, key: bytes) -> None:
         self._key = key
         self._lock = threading.Lock()
-        self._listeners: dict[str, queue.Queue[bytes | None]] = {}  # by part: the numbers of its calls; None: the end
+        self._listeners: dict[str, queue.Queue[bytes | None]] = {}  # part -> its diallers' numbers; None: the end
         self._calls: dict[bytes, _Call] = {}
         self._links = threading.BoundedSemaphore(_MOST_LINKS)
 
     def listen(self, _: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
-        """Numbers to accept, and now and then an empty message."""
+        """Sends a host the numbers of its diallers, and now and then an empty message."""
         part = self._allowed(LISTEN, context)
         calls: queue.Queue[bytes | None] = queue.Queue(_MOST_UNANSWERED + 1)
         with self._lock:
-            older = self._listeners.pop(part, None)  # the node came back before its loss was noticed
+            older = self._listeners.pop(part, None)  # the host came back before the hub noticed its loss
             full = len(self._listeners) >= _MOST_LISTENERS
             if not full:
                 self._listeners[part] = calls
@@ -105,6 +103,7 @@ class HubRelay:
         _end(calls)
 
     def dial(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        """Joins a dialler to the host whose part its token names; returns the host's messages."""
         part = self._allowed(DIAL, context)
         if not self._links.acquire(blocking=False):
             _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, f"the relay carries {_MOST_LINKS} links already")
@@ -114,7 +113,7 @@ class HubRelay:
             self._links.release()
 
     def _connect(self, part: str, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        """What the host sends. Aborts the call where it does not accept."""
+        """Returns the host's messages. Aborts the call if the host does not accept."""
         number, call = secrets.token_bytes(16), _Call(messages)
         with self._lock:
             listener = self._listeners.get(part)
@@ -133,7 +132,7 @@ class HubRelay:
         return call.answer
 
     def accept(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        """Whoever knows a number was told it over a host's call."""
+        """Joins a host to the dialler whose number it knows from its own call; returns the dialler's messages."""
         with self._lock:
             call = self._calls.pop(read_number(context.invocation_metadata()), None)
         if call is None:
@@ -142,6 +141,7 @@ class HubRelay:
         yield from _passed(call.messages, context)
 
     def _allowed(self, method: str, context: grpc.ServicerContext) -> str:
+        """Returns the part that the caller's token allows `method` for. Aborts the call if it allows none."""
         part, token = read_metadata(context.invocation_metadata())
         if not hmac.compare_digest(token, make_token(self._key, method, part)):
             _refuse(context, grpc.StatusCode.PERMISSION_DENIED, "no token of this server for that")
@@ -149,19 +149,19 @@ class HubRelay:
 
 
 def _passed(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-    """One end's messages, for the other. An end that vanishes takes the other's call with it."""
+    """Passes one end's messages to the other. An end that vanishes takes the other's call with it."""
     try:
         yield from messages
-    except Exception:  # noqa: BLE001 - what grpc raises where the peer of a call has vanished
+    except Exception:  # noqa: BLE001 - grpc raises it if the peer of a call has vanished
         _refuse(context, grpc.StatusCode.UNAVAILABLE, "the other end of the link vanished")
 
 
 def _end(calls: queue.Queue[bytes | None]) -> None:
-    """There is always room for it: of the numbers one place is kept free."""
+    """Ends a host's call. The queue has room for that: numbers never take its last place."""
     try:
         calls.put_nowait(None)
     except queue.Full:
-        return  # it was ended before
+        return  # the end is in it already
 
 
 def _refuse(context: grpc.ServicerContext, code: grpc.StatusCode, reason: str) -> NoReturn:

@@ -1,18 +1,17 @@
-"""The hub's slices: tensors of a model for nodes that do not have it, as they will hold them, from the server's own files.
+"""The hub's service for models: sends a node the tensors that it needs, in the form in which it will hold them.
 
-It sends byte ranges of the files that a node of this machine would map (`model.weights` makes them, one tensor in memory at
-a time), so what a node receives is bit-equal to what it would have made of the whole model. Serves the models that a run's
-ServerApp has offered, by digest; a path that a client names is never opened.
+The bytes are ranges of the files that a node on this machine would map (`model.weights` makes them, one tensor in memory at
+a time), so a node receives bit for bit what it would have made of the whole model. Serves the models that a run's ServerApp
+has offered, by digest; never opens a path that a client names.
 
-The hashes guard against broken transfers and disks, not against the hub: whoever runs the server chooses the model, and
-could send other weights under the plan's digest. Nodes trust it for that, as they trust its plans.
+The hashes guard against broken transfers and disks, not against the hub: the server's owner chooses the model, and could
+send other weights under the plan's digest. Nodes trust the server for that, as they trust its plans.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import threading
 from collections.abc import Iterator, Sequence
@@ -24,38 +23,30 @@ import grpc
 
 from edgelam_fl.errors import EdgelamError, ModelError
 from edgelam_fl.files import write_atomically
-from edgelam_fl.hub import STATE
 from edgelam_fl.model.index import layer_number, safetensors_header
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.grpc.services import service_handler
 
-SERVICE = "edgelam.v1.Slices"
-CHUNK_BYTES = 1 << 20
+SLICES_SERVICE = "Slices"
+CHUNK_BYTES = 1 << 20  # most bytes per message of Fetch
 CONFIG = "config.json"
-TOKENIZER = (  # whichever of them a model has
+TOKENIZER = (  # a model has some of them
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "spiece.model",
     "sentencepiece.bpe.model",
 )  # fmt: skip
-_FETCHES = 32  # at a time; a node that comes too many asks again
+_FETCHES = 32  # at a time; one node more is told to ask again
 
 
-def handlers() -> list[grpc.GenericRpcHandler]:
-    slices = Slices(Path(os.environ[STATE]))
-    methods = {
-        "Describe": grpc.unary_unary_rpc_method_handler(
-            slices.describe, pb.SliceRequest.FromString, pb.SliceModel.SerializeToString
-        ),
-        "List": grpc.unary_stream_rpc_method_handler(
-            slices.list, pb.SliceRequest.FromString, pb.SliceTensor.SerializeToString
-        ),
-        "Fetch": grpc.unary_stream_rpc_method_handler(slices.fetch, pb.SliceRequest.FromString),
-    }
-    return [grpc.method_handlers_generic_handler(SERVICE, methods)]
+def make_service(state: Path, chunk_bytes: int = CHUNK_BYTES) -> grpc.GenericRpcHandler:
+    """Returns the service of the models that are offered in the hub's state folder."""
+    slices = Slices(state, chunk_bytes)
+    return service_handler(SLICES_SERVICE, {"Describe": slices.describe, "List": slices.list, "Fetch": slices.fetch})
 
 
 def offer_model(source: ModelSource, state: Path) -> None:
-    """From now on a hub with this state folder serves the model."""
+    """Lets every hub with this state folder serve the model from now on."""
     note = _note(state, source.digest)
     note.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(note, json.dumps({"place": str(source.gguf or source.folder)}))
@@ -67,7 +58,7 @@ def _note(state: Path, digest: str) -> Path:
 
 @dataclass(frozen=True)
 class Blob:
-    """Bytes of a file."""
+    """A range of bytes in a file, with the element type and shape of the tensor that it holds, if it is one."""
 
     path: Path
     offset: int
@@ -77,8 +68,10 @@ class Blob:
 
 
 class Slices:
-    def __init__(self, state: Path) -> None:
-        self._state = state
+    """The service's three methods, and what it knows about the offered models' files."""
+
+    def __init__(self, state: Path, chunk_bytes: int = CHUNK_BYTES) -> None:
+        self._state, self._chunk_bytes = state, chunk_bytes
         self._sources: dict[str, ModelSource] = {}
         self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
         self._hashes: dict[Blob, str] = {}
@@ -88,6 +81,7 @@ class Slices:
     # ---------------------------------------------------------------- the three methods
 
     def describe(self, request: pb.SliceRequest, context: grpc.ServicerContext) -> pb.SliceModel:
+        """Returns the model's small files and the names and shapes of all its tensors."""
         try:
             source = self._source(request.model_digest)
             files = [
@@ -102,7 +96,7 @@ class Slices:
             raise
 
     def list(self, request: pb.SliceRequest, context: grpc.ServicerContext) -> Iterator[pb.SliceTensor]:
-        """The named tensors as they will be sent; each one's scales follow it where it has any."""
+        """Describes the named tensors as Fetch sends them; the scales of a tensor that has any follow it."""
         try:
             source = self._source(request.model_digest)
             for part in request.parts:
@@ -116,12 +110,13 @@ class Slices:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
 
     def fetch(self, request: pb.SliceRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
+        """Sends the named parts' bytes, each from its offset on."""
         if not self._fetches.acquire(blocking=False):
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{_FETCHES} nodes are being served; ask again")
         try:
             source = self._source(request.model_digest)
             for part in request.parts:
-                yield from _chunks(self._blob(source, part, request), part.offset)
+                yield from _chunks(self._blob(source, part, request), part.offset, self._chunk_bytes)
         except EdgelamError as error:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         finally:
@@ -154,7 +149,7 @@ class Slices:
         return Blob(path, 0, path.stat().st_size) if path.is_file() else None
 
     def _tensor(self, source: ModelSource, name: str, base: str, compute: str) -> Blob | None:
-        """None where a tensor has no such scales. Raises ModelError for a name or a base that is none."""
+        """Returns None for the scales of a tensor without any. Raises ModelError for an unknown name or base."""
         from edgelam_fl.model.weights import tensor_file  # PyTorch, once the first node asks
 
         matrix = name if name in source.index else name.removesuffix("_scale")
@@ -168,7 +163,7 @@ class Slices:
         return Blob(path, begin + first, end - first, entry["dtype"], tuple(entry["shape"]))
 
     def _header(self, path: Path) -> tuple[int, dict[str, Any]]:
-        """Where a safetensors file's data begin, and what is there."""
+        """Returns where a safetensors file's data begin, and the header that says what they are."""
         if path not in self._headers:
             with path.open("rb") as file:
                 begin = 8 + int.from_bytes(file.read(8), "little")
@@ -178,25 +173,25 @@ class Slices:
     def _hash(self, blob: Blob) -> str:
         if blob not in self._hashes:
             digest = hashlib.sha256()
-            for chunk in _chunks(blob, 0):
+            for chunk in _chunks(blob, 0, CHUNK_BYTES):
                 digest.update(chunk)
             self._hashes[blob] = digest.hexdigest()
         return self._hashes[blob]
 
 
 def _shape(source: ModelSource, name: str) -> Sequence[int]:
-    """As the model has it: a GGUF file's index has the matrices of GPT-2 the other way round."""
+    """Returns the tensor's shape in the model. A GGUF file's index has GPT-2's matrices transposed."""
     shape = source.index[name].shape
     turned = source.gguf is not None and source.family.input_first and layer_number(name) is not None
     return shape[::-1] if turned and len(shape) == 2 else shape
 
 
-def _chunks(blob: Blob, offset: int) -> Iterator[bytes]:
+def _chunks(blob: Blob, offset: int, chunk_bytes: int) -> Iterator[bytes]:
     with blob.path.open("rb") as file:
         file.seek(blob.offset + offset)
         left = blob.size - offset
         while left:
-            chunk = file.read(min(CHUNK_BYTES, left))
+            chunk = file.read(min(chunk_bytes, left))
             if not chunk:
                 raise ModelError(f"{blob.path} has become shorter on the server")
             left -= len(chunk)

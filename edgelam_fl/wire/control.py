@@ -1,6 +1,6 @@
-"""Local control of a stage host: Profile, Submit and Wait over loopback, with a token that only this user can read.
+"""Local control of a stage host: GetProfile, Submit and Wait over loopback, with a token that only this user can read.
 
-The ClientApp imports this for every message, so it imports no torch.
+The ClientApp imports this for every message, so it imports no torch. Knows nothing about what a plan says.
 """
 
 from __future__ import annotations
@@ -19,15 +19,11 @@ import grpc
 
 from edgelam_fl.errors import EdgelamError, EnvironmentProblem
 from edgelam_fl.files import write_private
-from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.grpc.services import declared_methods, service_handler, stub
 
-FABRIC_SEPARATOR = "::"  # between the parts of what names a node that a fabric plays: state folder, federation, number
-_SERVICE = "edgelam.v1.Control"
-_METHODS: dict[str, tuple[Any, Any]] = {
-    "GetProfile": (pb.ProfileRequest, pb.Profile),
-    "Submit": (pb.SubmitRequest, pb.SubmitReply),
-    "Wait": (pb.WaitRequest, pb.JobReport),
-}
+FABRIC_SEPARATOR = "::"  # joins state folder, federation and number into the name of a node that a fabric plays
+_SERVICE = "Control"
+_POLL_S = 0.1
 _OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -35,16 +31,15 @@ _OPTIONS = [
 ]
 
 
-Handlers = Mapping[str, Callable[[Any], Any]]  # by method
+Handlers = Mapping[str, Callable[[Any], Any]]  # method -> what answers a request
 
 
 class ControlServer:
-    """Serves the three methods on a free loopback port, and writes port and token to `state/endpoint.json` (0600)."""
+    """The control of one process: a free loopback port; port and token are in `state/endpoint.json` (0600)."""
 
     def __init__(self, state: Path, node: Callable[[str], Handlers], threads: int = 8) -> None:
-        """`node`: the handlers of the node that a call names; a process that is one node has them for any name.
-
-        `threads`: calls that may wait at a time.
+        """Starts to serve. `node` returns the handlers of the node that a call names; a process that is a single node
+        returns the same for any name. `threads` is the number of calls that may wait at a time.
         """
         token = secrets.token_hex(32)
 
@@ -60,16 +55,9 @@ class ControlServer:
 
             return call
 
-        methods = {
-            name: grpc.unary_unary_rpc_method_handler(
-                guarded(name),
-                request_deserializer=request.FromString,
-                response_serializer=reply.SerializeToString,
-            )
-            for name, (request, reply) in _METHODS.items()
-        }
         self._server = grpc.server(ThreadPoolExecutor(threads, "control"), options=_OPTIONS)
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, methods),))
+        methods = {name: guarded(name) for name in declared_methods(_SERVICE)}
+        self._server.add_generic_rpc_handlers((service_handler(_SERVICE, methods),))
         port = self._server.add_insecure_port("127.0.0.1:0")
         self._server.start()
         write_private(state / "endpoint.json", json.dumps({"address": f"127.0.0.1:{port}", "token": token}))
@@ -79,12 +67,12 @@ class ControlServer:
 
 
 class ControlClient:
-    """Calls a stage host of this machine by its state folder; one that is just starting is waited for."""
+    """A caller of a stage host on this machine, found by its state folder. Waits for a stage host that is starting."""
 
     def __init__(self, state: Path, start_deadline_s: float, node: str = "") -> None:
         file, end = state / "endpoint.json", time.monotonic() + start_deadline_s
         while not file.exists() and time.monotonic() < end:
-            time.sleep(0.1)
+            time.sleep(_POLL_S)
         try:
             endpoint = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -93,14 +81,9 @@ class ControlClient:
         self._channel = grpc.insecure_channel(endpoint["address"], options=_OPTIONS)
 
     def call(self, method: str, request: Any, timeout_s: float) -> Any:
-        reply = _METHODS[method][1]
-        stub = self._channel.unary_unary(
-            f"/{_SERVICE}/{method}",
-            request_serializer=type(request).SerializeToString,
-            response_deserializer=reply.FromString,
-        )
+        """Returns the method's answer. Raises EnvironmentProblem if the stage host fails or does not answer in time."""
         try:
-            return stub(request, timeout=timeout_s, metadata=self._metadata)
+            return stub(self._channel, _SERVICE, method)(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise EnvironmentProblem(
                 f"the stage host did not answer {method}: {error.code().name}: {error.details()}"
@@ -112,7 +95,7 @@ class ControlClient:
 
 @contextlib.contextmanager
 def control(state: Path, start_deadline_s: float = 60.0, node: str = "") -> Iterator[ControlClient]:
-    """`node`: which one, where a process plays several (edgelam_fl.simulation.fabric)."""
+    """Opens a client for the block. `node` names the node in a process that plays several (simulation.fabric)."""
     client = ControlClient(state, start_deadline_s, node)
     try:
         yield client

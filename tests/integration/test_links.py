@@ -68,6 +68,14 @@ def test_a_paced_link_is_not_silent() -> None:
         assert 1 <= counted["received", "ACT"] <= 4
 
 
+def test_without_a_limit_of_silence_a_link_is_never_silent() -> None:
+    with linked(0.0, LinkTiming(ping_every_s=0.01)) as (near, near_heard, _, far_heard):
+        while sum(count.messages for count in near.counters.report() if count.kind == "PONG") < 20:
+            assert near_heard.empty(), near_heard.get()
+            time.sleep(0.001)
+        assert far_heard.empty()
+
+
 def test_a_ping_comes_through_a_slow_network_that_is_not_paced() -> None:
     """Two links of 1 Mbit/s in all: the message under way on each leaves time for a ping within half of the silence."""
     silent_s, links, bytes_per_s = 10.0, 2, 1e6 / 8

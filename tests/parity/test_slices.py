@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from edgelam_fl.hub import STATE
 from edgelam_fl.hub.daemon import HubServer
 from edgelam_fl.hub.fetch import open_model
 from edgelam_fl.hub.slices import offer_model
@@ -22,7 +21,6 @@ TARGETS = ("q_proj", "v_proj")
 def test_a_stage_of_a_served_slice_trains_like_one_of_the_whole_model(
     tiny: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str
 ) -> None:
-    monkeypatch.setenv(STATE, "")
     monkeypatch.setenv("EDGELAM_CACHE", str(tmp_path / "cache"))
     server = HubServer("127.0.0.1", 0, tmp_path / "hub")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import grpc
 import pytest
@@ -10,13 +11,14 @@ import pytest
 from edgelam_fl.addresses import free_port
 from edgelam_fl.errors import EnvironmentProblem
 from edgelam_fl.hub import echo
-from edgelam_fl.hub import link_speed as link
+from edgelam_fl.hub.link_speed import measure_link, rate_bps
+from edgelam_fl.wire.grpc.services import stub
 from tests.support import grpc_server
 
 
 @pytest.fixture
-def port() -> Iterator[int]:
-    with grpc_server(echo.handlers()) as port:
+def port(tmp_path: Path) -> Iterator[int]:
+    with grpc_server([echo.make_service(tmp_path)]) as port:
         yield port
 
 
@@ -35,49 +37,47 @@ def refused(call: object, *arguments: object, **options: object) -> grpc.StatusC
 
 def test_bytes_are_taken_and_given(channel: grpc.Channel) -> None:
     chunks = [bytes(3), bytes(5)]
-    taken = channel.stream_unary(f"/{echo.SERVICE}/Take")(iter(chunks), timeout=10)
+    taken = stub(channel, "Echo", "Take")(iter(chunks), timeout=10)
     assert int.from_bytes(taken, "big") == 3 + 5
     size = 2 * echo.CHUNK_BYTES + 1
-    given = channel.unary_stream(f"/{echo.SERVICE}/Give")(size.to_bytes(8, "big"), timeout=10)
+    given = stub(channel, "Echo", "Give")(size.to_bytes(8, "big"), timeout=10)
     assert sum(map(len, given)) == size
 
 
 def test_limits_of_bytes_and_time(channel: grpc.Channel) -> None:
-    give = channel.unary_stream(f"/{echo.SERVICE}/Give")
-    take = channel.stream_unary(f"/{echo.SERVICE}/Take")
+    give, take, most_bytes = stub(channel, "Echo", "Give"), stub(channel, "Echo", "Take"), echo.LIMITS.most_bytes
     invalid = grpc.StatusCode.INVALID_ARGUMENT
-    assert refused(give, (echo.MAX_BYTES + 1).to_bytes(8, "big"), timeout=10) == invalid
+    assert refused(give, (most_bytes + 1).to_bytes(8, "big"), timeout=10) == invalid
     assert refused(give, b"", timeout=10) == invalid
     assert refused(give, (1).to_bytes(8, "big")) == invalid, "without a deadline"
-    too_many = (bytes(echo.CHUNK_BYTES) for _ in range(echo.MAX_BYTES // echo.CHUNK_BYTES + 1))
+    too_many = (bytes(echo.CHUNK_BYTES) for _ in range(most_bytes // echo.CHUNK_BYTES + 1))
     assert refused(take, too_many, timeout=20) == invalid
     assert sum(map(len, give((7).to_bytes(8, "big"), timeout=10))) == 7, "refused calls have left their places"
 
 
-def test_few_measure_at_once(channel: grpc.Channel, monkeypatch: pytest.MonkeyPatch) -> None:
-    for _ in range(echo.MAX_CALLS):
-        assert echo._calls.acquire(blocking=False)
-    try:
-        give = channel.unary_stream(f"/{echo.SERVICE}/Give")
-        assert refused(give, bytes(8), timeout=10) == grpc.StatusCode.RESOURCE_EXHAUSTED
-    finally:
-        for _ in range(echo.MAX_CALLS):
-            echo._calls.release()
+def test_few_measure_at_once(channel: grpc.Channel) -> None:
+    """Calls of which one message was read: they have their places, and the rest of their bytes waits for a reader."""
+    give = stub(channel, "Echo", "Give")
+    most = echo.write_length(echo.LIMITS.most_bytes)
+    measuring = [give(most, timeout=20) for _ in range(echo.LIMITS.most_calls)]
+    for call in measuring:
+        assert next(call)
+    assert refused(give, echo.write_length(0), timeout=10) == grpc.StatusCode.RESOURCE_EXHAUSTED
+    for call in measuring:
+        call.cancel()
 
 
 def test_a_link_is_measured(port: int) -> None:
-    found = link.measure_link("127.0.0.1", port)
+    found = measure_link("127.0.0.1", port)
     assert min(found.up_bps, found.down_bps) > 1e6
     assert 0 < found.round_trip_s < 5
 
 
-def test_no_hub_at_the_port(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link, "_ANSWER_S", 0.5)
+def test_no_hub_at_the_port() -> None:
     with pytest.raises(EnvironmentProblem, match=r"hub at 127\.0\.0\.1:.*--data-plane"):
-        link.measure_link("127.0.0.1", free_port())
+        measure_link("127.0.0.1", free_port(), answer_s=0.5)
 
 
 @pytest.mark.parametrize("bps", [1e6, 5e6])
-def test_the_rate_is_bits_a_second(bps: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link, "_timed", lambda work: work())
-    assert link._rate(lambda size: 0.02 + 8 * size / bps, 0.02) == pytest.approx(bps)  # type: ignore[arg-type, return-value]
+def test_the_rate_is_bits_per_second(bps: float) -> None:
+    assert rate_bps(lambda size: 0.02 + 8 * size / bps, round_trip_s=0.02) == pytest.approx(bps)

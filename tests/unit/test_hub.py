@@ -13,27 +13,27 @@ from edgelam_fl.addresses import answers, free_port, hub_address
 from edgelam_fl.errors import ConfigError, EnvironmentProblem
 from edgelam_fl.federation.child import end_all
 from edgelam_fl.federation.hub_process import HubProcess
-from edgelam_fl.hub import PORT, STATE
+from edgelam_fl.hub import PORT, STATE, echo
 from edgelam_fl.hub.daemon import HubServer
 
 
-def test_the_hub_listens_on_a_free_port_and_tells_its_parts_the_state(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(STATE, "")
-    server = HubServer("127.0.0.1", 0, tmp_path / "hub")
+def test_the_hub_listens_on_a_free_port_and_its_services_get_its_state_folder(tmp_path: Path) -> None:
+    told: list[Path] = []
+    services = [lambda state: told.append(state) or echo.make_service(state)]  # type: ignore[func-returns-value]
+    server = HubServer("127.0.0.1", 0, tmp_path / "hub", services)
     try:
         channel = grpc.insecure_channel(f"127.0.0.1:{server.port}")
+        assert channel.unary_unary("/edgelam.v1.Echo/Ping")(b"", timeout=10) == b""
         with pytest.raises(grpc.RpcError) as caught:
             channel.unary_unary("/edgelam.v1.Nothing/AtAll")(b"", timeout=10)
         assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
-        assert os.environ[STATE] == str(tmp_path / "hub")
+        assert told == [tmp_path / "hub"]
+        assert (tmp_path / "hub").is_dir()
     finally:
         server.stop()
 
 
-def test_a_port_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(STATE, "")
+def test_a_port_that_is_taken(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(EnvironmentProblem, match=f"port {port} on 127.0.0.1 .*--data-plane"):

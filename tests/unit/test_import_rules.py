@@ -8,7 +8,6 @@ ROOT = Path(__file__).parents[2]
 ALLOWED = {
     "edgelam_fl/__init__.py",  # the public names, from the modules of a literal table
     "edgelam_fl/federation/flower_app.py",
-    "edgelam_fl/hub/daemon.py",
     "edgelam_fl/tasks/kinds.py",  # of a literal table that is read where there is no torch
     "edgelam_fl/tasks/docstrings.py",  # the demo's data are the standard library's modules, by the names of a literal list
     "strategies/registry.py",

@@ -10,7 +10,6 @@ from edgelam_fl.addresses import free_port, split_address
 from edgelam_fl.doctor.measured import measured
 from edgelam_fl.errors import EnvironmentProblem
 from edgelam_fl.hub import echo
-from edgelam_fl.hub import link_speed as link
 from edgelam_fl.node.profile.data import Profile
 from edgelam_fl.node.profile.measure import disk_write_bytes_per_s
 from tests.support import grpc_server
@@ -23,8 +22,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def hub() -> Iterator[str]:
-    with grpc_server(echo.handlers()) as port:
+def hub(tmp_path: Path) -> Iterator[str]:
+    with grpc_server([echo.make_service(tmp_path)]) as port:
         yield f"127.0.0.1:{port}"
 
 
@@ -39,9 +38,8 @@ def test_a_profile_with_a_link_survives_json(hub: str, cache: Path) -> None:
     assert list(cache.iterdir()) == [], "what the disk was measured with is gone"
 
 
-def test_without_a_hub_the_rest_is_measured_and_the_fault_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link, "_ANSWER_S", 0.5)
-    findings, profile = measured("", ("127.0.0.1", free_port()), lambda _: None)
+def test_without_a_hub_the_rest_is_measured_and_the_fault_found() -> None:
+    findings, profile = measured("", ("127.0.0.1", free_port()), lambda _: None, hub_answer_s=0.5)
     assert [finding.state for finding in findings] == ["problem"]
     assert "--data-plane" in findings[0].fix
     assert profile is not None

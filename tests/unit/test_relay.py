@@ -14,14 +14,15 @@ import torch
 
 from edgelam_fl.addresses import free_port
 from edgelam_fl.errors import PeerLost, Refused
-from edgelam_fl.hub import STATE, relay
+from edgelam_fl.hub import relay
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.grpc.dial import dial
 from edgelam_fl.wire.grpc.options import LinkTiming
 from edgelam_fl.wire.grpc.serve import DataPlaneServer, RelayedDoor
+from edgelam_fl.wire.grpc.services import stub
 from edgelam_fl.wire.link import Frame, Link
-from edgelam_fl.wire.relay import ACCEPT, BEHIND, DIAL, LISTEN, Relay, make_token, number_metadata, path
+from edgelam_fl.wire.relay import ACCEPT, BEHIND, DIAL, LISTEN, RELAY_SERVICE, Relay, make_token, number_metadata
 from tests.links import Heard, hello, make_terms, ready, terms
 from tests.support import grpc_server
 
@@ -29,9 +30,8 @@ PART = "rün/1/1/edge-1"
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setenv(STATE, str(tmp_path))
-    with grpc_server(relay.handlers()) as port:
+def hub(tmp_path: Path) -> Iterator[str]:
+    with grpc_server([relay.make_service(tmp_path)]) as port:
         yield f"127.0.0.1:{port}"
 
 
@@ -155,16 +155,16 @@ def test_calls_without_tokens_or_numbers(hub: str) -> None:
     with grpc.insecure_channel(hub) as channel:
         for method, metadata in ((DIAL, ()), (ACCEPT, ()), (ACCEPT, number_metadata(b"x" * 16))):
             with pytest.raises(grpc.RpcError) as caught:
-                list(channel.stream_stream(path(method))(iter([]), metadata=metadata, timeout=10))
+                list(stub(channel, RELAY_SERVICE, method)(iter([]), metadata=metadata, timeout=10))
             assert caught.value.code() in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.NOT_FOUND)
         with pytest.raises(grpc.RpcError) as caught:
-            list(channel.unary_stream(path(LISTEN))(b"", timeout=10))
+            list(stub(channel, RELAY_SERVICE, LISTEN)(b"", timeout=10))
         assert caught.value.code() == grpc.StatusCode.PERMISSION_DENIED
 
 
 def test_a_host_that_came_back_takes_the_place_of_its_lost_self(way: Callable[[str], Relay], hub: str) -> None:
     with grpc.insecure_channel(hub) as channel:
-        silent = channel.unary_stream(path(LISTEN))(b"", metadata=way(LISTEN).metadata)
+        silent = stub(channel, RELAY_SERVICE, LISTEN)(b"", metadata=way(LISTEN).metadata)
         assert next(silent) == b""
         host, heard = Host(), Heard()
         door = RelayedDoor(way(LISTEN), host.admit)
@@ -173,8 +173,7 @@ def test_a_host_that_came_back_takes_the_place_of_its_lost_self(way: Callable[[s
         door.close()
 
 
-def test_a_host_outlives_a_hub_that_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(STATE, str(tmp_path))
+def test_a_host_outlives_a_hub_that_is_started_again(tmp_path: Path) -> None:
     key = relay.relay_key(tmp_path)
     assert relay.relay_key(tmp_path) == key
     host, heard = Host(), Heard()
@@ -182,7 +181,7 @@ def test_a_host_outlives_a_hub_that_is_started_again(tmp_path: Path, monkeypatch
     ways = {m: Relay(f"127.0.0.1:{port}", PART, make_token(key, m, PART)) for m in (LISTEN, DIAL)}
     door = RelayedDoor(ways[LISTEN], host.admit, LinkTiming(listen_again_s=0.2))
     for _ in range(2):
-        with grpc_server(relay.handlers(), port=port):
+        with grpc_server([relay.make_service(tmp_path)], port=port):
             call(BEHIND + "edge-1", ways[DIAL], heard)
     door.close()
 
@@ -199,10 +198,10 @@ def test_a_slow_reader_slows_the_sender_and_the_relay_keeps_nothing(way: Callabl
             yield bytes(256 << 10)
 
     with grpc.insecure_channel(hub) as here, grpc.insecure_channel(hub) as there:
-        numbers = here.unary_stream(path(LISTEN))(b"", metadata=way(LISTEN).metadata)
+        numbers = stub(here, RELAY_SERVICE, LISTEN)(b"", metadata=way(LISTEN).metadata)
         assert next(numbers) == b""
-        dialled = there.stream_stream(path(DIAL))(messages(), metadata=way(DIAL).metadata)
-        accepted = here.stream_stream(path(ACCEPT))(
+        dialled = stub(there, RELAY_SERVICE, DIAL)(messages(), metadata=way(DIAL).metadata)
+        accepted = stub(here, RELAY_SERVICE, ACCEPT)(
             iter(lambda: time.sleep(60), 0), metadata=number_metadata(next(numbers))
         )
         next(accepted)

@@ -15,10 +15,9 @@ import pytest
 import torch
 
 from edgelam_fl.errors import EnvironmentProblem, ModelError, PeerLost, ProtocolError, Refused
-from edgelam_fl.hub import STATE
 from edgelam_fl.hub.daemon import HubServer
-from edgelam_fl.hub.fetch import Served, open_model
-from edgelam_fl.hub.slices import CHUNK_BYTES, SERVICE, offer_model
+from edgelam_fl.hub.fetch import FetchTiming, Served, check_model, open_model
+from edgelam_fl.hub.slices import CHUNK_BYTES, make_service, offer_model
 from edgelam_fl.model import served
 from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.memory import weights_bytes
@@ -27,7 +26,7 @@ from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.weights import read_tensors
 from edgelam_fl.plan.making import RoundFacts
 from edgelam_fl.wire import edgelam_pb2 as pb
-from tests.support import Fleet, run_config, write_tiny_llama
+from tests.support import Fleet, grpc_server, run_config, write_tiny_llama
 
 NAME = "elsewhere/tiny"
 
@@ -35,7 +34,6 @@ NAME = "elsewhere/tiny"
 @pytest.fixture
 def hub(tiny: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The address of a hub that serves the tiny model; everything here caches in folders of the test's own."""
-    monkeypatch.setenv(STATE, "")
     monkeypatch.setenv("EDGELAM_CACHE", str(tmp_path / "cache"))
     server = HubServer("127.0.0.1", 0, tmp_path / "hub")
     offer_model(tiny, tmp_path / "hub")
@@ -55,7 +53,7 @@ def call(hub: str, method: str, **fields: object) -> list[bytes]:
     with grpc.insecure_channel(hub) as channel:
         request = pb.SliceRequest(**fields)  # type: ignore[arg-type]
         return list(
-            channel.unary_stream(f"/{SERVICE}/{method}", pb.SliceRequest.SerializeToString)(request, timeout=30)
+            channel.unary_stream(f"/edgelam.v1.Slices/{method}", pb.SliceRequest.SerializeToString)(request, timeout=30)
         )
 
 
@@ -145,13 +143,11 @@ def test_what_the_hub_does_not_send(tiny: ModelSource, hub: str, part: pb.SliceP
     assert refusal(hub, "Fetch", model_digest=tiny.digest, base=base, parts=[part])
 
 
-def test_pieces_are_of_one_part_and_of_a_mebibyte_at_most(
-    tiny: ModelSource, hub: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("edgelam_fl.hub.slices.CHUNK_BYTES", 10_000)
+def test_pieces_are_of_one_part_and_of_a_mebibyte_at_most(tiny: ModelSource, hub: str, tmp_path: Path) -> None:
     names = ["model.layers.2.mlp.up_proj.weight", "model.norm.weight"]
     parts = [pb.SlicePart(name=names[0], offset=1), pb.SlicePart(name=names[1])]
-    pieces = call(hub, "Fetch", model_digest=tiny.digest, base="fp32", parts=parts)
+    with grpc_server([make_service(tmp_path / "hub", chunk_bytes=10_000)]) as port:
+        pieces = call(f"127.0.0.1:{port}", "Fetch", model_digest=tiny.digest, base="fp32", parts=parts)
     matrix, norm = 4 * 128 * 64 - 1, 4 * 64
     assert [len(piece) for piece in pieces] == [10_000] * (matrix // 10_000) + [matrix % 10_000, norm]
     assert CHUNK_BYTES == 1 << 20
@@ -171,17 +167,17 @@ def test_without_a_hub_the_model_must_be_here(tiny: ModelSource) -> None:
         open_model(NAME, tiny.digest, "")
 
 
-def test_a_hub_that_does_not_answer(tiny: ModelSource, hub: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgelam_fl.hub.fetch._RETRY_S", 0.01)
+def test_a_hub_that_does_not_answer(tiny: ModelSource, hub: str) -> None:
     with pytest.raises(
         EnvironmentProblem, match=r"is not on this node, and the server's hub at 127.0.0.1:1 .*edgelam server"
     ):
-        open_model(NAME, tiny.digest, "127.0.0.1:1")
+        open_model(NAME, tiny.digest, "127.0.0.1:1", timing=FetchTiming(retry_s=0.01))
 
 
 def test_an_index_of_another_model_is_refused(tiny: ModelSource, hub: str) -> None:
-    served_ = Served(NAME, tiny.digest, hub, lambda *_, **__: None)
-    model = served_._describe()
+    (described,) = call(hub, "Describe", model_digest=tiny.digest)
+    model = pb.SliceModel.FromString(described)
+    check_model(model, tiny.digest)
     for change, says in (
         (pb.SliceModel(model_digest="1" * 64), "the plan has"),
         (pb.SliceModel(files=[pb.SliceFile(name="setup.py", size_bytes=1, sha256="0" * 64)]), "no model needs"),
@@ -191,7 +187,7 @@ def test_an_index_of_another_model_is_refused(tiny: ModelSource, hub: str) -> No
         changed.CopyFrom(model)
         changed.MergeFrom(change)
         with pytest.raises(ProtocolError, match=says):
-            served_._checked(changed)
+            check_model(changed, tiny.digest)
 
 
 def test_with_a_hub_everyone_waits_for_the_node_with_the_most_to_fetch(tiny: ModelSource) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from edgelam_fl.errors import EnvironmentProblem
 from edgelam_fl.files import cache_folder
-from edgelam_fl.hub.link_speed import measure_link
+from edgelam_fl.hub.link_speed import HUB_ANSWER_S, measure_link
 from edgelam_fl.machine import disk_free_bytes, memory_free_bytes
 from edgelam_fl.model.source import find_model
 from edgelam_fl.node.profile.data import LinkProfile, Profile
@@ -25,7 +25,11 @@ _WRITE_BUDGET_S = 2.0  # a worn card writes less in it
 
 
 def measure_profile(
-    model: str, hub: tuple[str, int] | None, say: Callable[[str], None] = lambda _: None, name: str = ""
+    model: str,
+    hub: tuple[str, int] | None,
+    say: Callable[[str], None] = lambda _: None,
+    name: str = "",
+    hub_answer_s: float = HUB_ANSWER_S,
 ) -> Profile:
     """model: empty, or a model's name, for the time of its layers. hub: where a server's is, for the link.
 
@@ -42,7 +46,7 @@ def measure_profile(
     link = None
     if hub is not None:
         say(f"measuring the link to {hub[0]}:{hub[1]}")
-        found = measure_link(*hub)
+        found = measure_link(*hub, hub_answer_s)
         link = LinkProfile(up_bps=found.up_bps, down_bps=found.down_bps, round_trip_s=found.round_trip_s)
     return Profile(
         name=name or platform.node(),

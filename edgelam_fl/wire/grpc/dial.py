@@ -13,9 +13,10 @@ from edgelam_fl.errors import EdgelamError, PeerLost, ProtocolError, Refused
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.grpc.link import GrpcLink
-from edgelam_fl.wire.grpc.options import DEFAULT_TIMING, LINK, LinkTiming, channel_options
+from edgelam_fl.wire.grpc.options import DEFAULT_TIMING, LinkTiming, channel_options
+from edgelam_fl.wire.grpc.services import stub
 from edgelam_fl.wire.link import Frame, Link
-from edgelam_fl.wire.relay import BEHIND, BY_RELAY, DIAL, Metadata, Relay, path
+from edgelam_fl.wire.relay import BEHIND, BY_RELAY, DIAL, RELAY_SERVICE, Metadata, Relay
 from edgelam_fl.wire.terms import MakeTerms
 
 _LEAST_CONNECT_S = 0.1  # an attempt shortly before the deadline still gets so long
@@ -27,7 +28,8 @@ class _Way:
     """Where and how to dial for one link."""
 
     address: str
-    method: str = LINK
+    service: str = "DataPlane"
+    method: str = "Link"
     metadata: Metadata = ()
     suffix: str = ""  # of the link's name
 
@@ -51,7 +53,7 @@ def dial(
     end = time.monotonic() + ready_s
     ways = deque([_Way(address)] if not address.startswith(BEHIND) else [])
     if relay is not None:
-        ways.append(_Way(relay.hub, path(DIAL), relay.metadata, BY_RELAY))
+        ways.append(_Way(relay.hub, RELAY_SERVICE, DIAL, relay.metadata, BY_RELAY))
     problem = "no answer" if ways else "it can be reached by a relay alone, and this server has none"
     while ways and time.monotonic() < end:
         way = ways[0]
@@ -102,7 +104,7 @@ def _say_hello(
 
     link = GrpcLink(name, counters, take_answer, lambda _, reason: answers.put(PeerLost(reason)), timing)
     link.send(pb.Header(kind=pb.HELLO, hello=hello))
-    call = channel.stream_stream(way.method)(iter(link.outbox), metadata=way.metadata)
+    call = stub(channel, way.service, way.method)(iter(link.outbox), metadata=way.metadata)
     link.read_from(call, then=channel.close)
     try:
         answer = answers.get(timeout=timing.hello_s)

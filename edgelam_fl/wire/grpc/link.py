@@ -45,7 +45,8 @@ class GrpcLink(Link):
             if self.closed:
                 return
             silent_s = time.monotonic() - self.last_heard
-            if silent_s > (self.terms.silent_s if self.is_open else self._timing.hello_s):
+            limit_s = self.terms.silent_s if self.is_open else self._timing.hello_s
+            if 0 < limit_s < silent_s:
                 self.lost(f"silent for {silent_s:.0f} s")
                 hang_up()
             else:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import grpc
 
-LINK = "/edgelam.v1.DataPlane/Link"  # the method of a stage host that carries a link
 Options = list[tuple[str, int]]
+MESSAGE_BYTES = 6 << 20  # enough for a chunk with the largest header
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +27,14 @@ class LinkTiming:
 DEFAULT_TIMING = LinkTiming()
 
 
-def channel_options(timing: LinkTiming = DEFAULT_TIMING) -> Options:
-    """Returns gRPC's options for a channel or a server that carries links."""
+def channel_options(timing: LinkTiming = DEFAULT_TIMING, most_sent_bytes: int = MESSAGE_BYTES) -> Options:
+    """Returns gRPC's options for a channel or a server that carries links.
+
+    `most_sent_bytes` limits the messages that this end sends; -1: no limit.
+    """
     return [
-        ("grpc.max_receive_message_length", 6 << 20),  # a chunk and the largest header
-        ("grpc.max_send_message_length", 6 << 20),
+        ("grpc.max_receive_message_length", MESSAGE_BYTES),
+        ("grpc.max_send_message_length", most_sent_bytes),
         ("grpc.keepalive_time_ms", round(1000 * timing.keepalive_s)),
         ("grpc.keepalive_timeout_ms", round(1000 * timing.keepalive_answer_s)),
         ("grpc.keepalive_permit_without_calls", 1),

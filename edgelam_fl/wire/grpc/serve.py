@@ -10,14 +10,16 @@ from functools import partial
 
 import grpc
 
+from edgelam_fl.addresses import join_address
 from edgelam_fl.errors import EnvironmentProblem
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.grpc.link import GrpcLink
 from edgelam_fl.wire.grpc.options import DEFAULT_TIMING, LinkTiming, channel_options
+from edgelam_fl.wire.grpc.services import service_handler, stub
 from edgelam_fl.wire.link import Frame, Link
-from edgelam_fl.wire.relay import ACCEPT, LISTEN, Relay, number_metadata, path
+from edgelam_fl.wire.relay import ACCEPT, LISTEN, RELAY_SERVICE, Relay, number_metadata
 
 _MAX_STREAMS = 512
 
@@ -33,12 +35,9 @@ class DataPlaneServer:
         self._server = grpc.server(
             ThreadPoolExecutor(_MAX_STREAMS, "link"), options=[*channel_options(timing), ("grpc.so_reuseport", 0)]
         )
-        handler = grpc.stream_stream_rpc_method_handler(self._link)
-        self._server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler("edgelam.v1.DataPlane", {"Link": handler}),)
-        )
+        self._server.add_generic_rpc_handlers((service_handler("DataPlane", {"Link": self._link}),))
         try:
-            self.port = self._server.add_insecure_port(f"{host}:{port}")
+            self.port = self._server.add_insecure_port(join_address(host, port))
         except RuntimeError as error:
             raise EnvironmentProblem(
                 f"port {port} on {host} cannot be opened (in use, or not this machine's address); choose another with --port"
@@ -76,7 +75,7 @@ class RelayedDoor:
                 grpc.insecure_channel(self._relay.hub, options=channel_options(self._timing)) as channel,
                 suppress(grpc.RpcError),
             ):
-                self._calls = channel.unary_stream(path(LISTEN))(b"", metadata=self._relay.metadata)
+                self._calls = stub(channel, RELAY_SERVICE, LISTEN)(b"", metadata=self._relay.metadata)
                 for number in self._calls:
                     if self._closed.is_set():
                         return
@@ -87,7 +86,7 @@ class RelayedDoor:
     def _accept(self, number: bytes) -> None:
         channel = grpc.insecure_channel(self._relay.hub, options=channel_options(self._timing))
         link = _served_link("a link by relay", self._doorkeeper, self._timing)
-        call = channel.stream_stream(path(ACCEPT))(iter(link.outbox), metadata=number_metadata(number))
+        call = stub(channel, RELAY_SERVICE, ACCEPT)(iter(link.outbox), metadata=number_metadata(number))
         link.read_from(call, then=channel.close)
         link.start_pulse(call.cancel)
 
