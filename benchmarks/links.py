@@ -26,6 +26,7 @@ from edgelam_fl.federation.child import end_all
 from edgelam_fl.federation.node_process import NodeProcesses
 from edgelam_fl.federation.submission import Submission
 from edgelam_fl.federation.superlink import start_superlink
+from edgelam_fl.federation.template import can_fork
 from strategies.api import Demand
 from strategies.bandwidth.links import delay_of, needs_of
 from tests.support import write_tiny_llama
@@ -142,8 +143,8 @@ def _federation(out: Path, data: Sequence[Path]) -> Iterator[str]:
     """The SuperLink's address; all processes end with the block."""
     port = free_port()
     server, folder = f"127.0.0.1:{port}", out / "nodes"
-    nodes = [NodeProcesses("edge-1", server, folder / "edge-1", threads=1)]
-    nodes += [NodeProcesses(file.stem, server, folder / file.stem, file, threads=1) for file in data]
+    nodes = [NodeProcesses("edge-1", server, folder / "edge-1", threads=1, forked=can_fork())]
+    nodes += [NodeProcesses(file.stem, server, folder / file.stem, file, threads=1, forked=can_fork()) for file in data]
     children = [start_superlink("127.0.0.1", port, out / "server")]
     try:
         for node in nodes:

@@ -6,7 +6,6 @@ Knows neither Flower nor nodes nor what the processes say to each other.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import signal
@@ -19,20 +18,36 @@ from pathlib import Path
 
 from edgelam_fl.addresses import answers
 from edgelam_fl.errors import EnvironmentProblem, RunFailed
+from edgelam_fl.federation.template import ForkedProcess, end_with_parent
 
 GRACE_S = 5.0  # between SIGTERM and SIGKILL
-_PR_SET_PDEATHSIG = 1
 _COLOUR = re.compile("\x1b\\[[0-9;]*m")  # Flower's logs have some
 
 
 class Child:
     """One process in a session of its own, its output in a log file."""
 
-    def __init__(self, name: str, command: Sequence[str], log: Path, environment: dict[str, str] | None = None) -> None:
-        """Starts `command` with this process's environment and what `environment` adds; appends its output to `log`."""
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        log: Path,
+        environment: dict[str, str] | None = None,
+        forked: bool = False,
+    ) -> None:
+        """Starts `command` with this process's environment and what `environment` adds; appends its output to `log`.
+
+        forked: for `python -m MODULE ...` only: forks it from the template of stage hosts, which has its own `environment`.
+        """
         log.parent.mkdir(parents=True, exist_ok=True)
         self.name, self.log = name, log
+        self._process: subprocess.Popen[bytes] | ForkedProcess
         shorten(log)
+        if forked:
+            _python, _m, module, *arguments = command
+            log.touch()
+            self._process = ForkedProcess(module, arguments, log)
+            return
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 command,
@@ -40,7 +55,7 @@ class Child:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,  # Ctrl-C reaches the parent alone, which ends its children in order
-                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+                preexec_fn=end_with_parent if sys.platform == "linux" else None,
                 env={**tool_environment(), **(environment or {})},
             )
 
@@ -81,11 +96,6 @@ class Child:
 def tool_environment() -> dict[str, str]:
     """Returns this process's environment with this Python's scripts on PATH: Flower's tools start each other by name."""
     return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
-
-
-def _end_with_parent() -> None:
-    # However the parent ends, kill -9 included, the kernel then sends SIGTERM here.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def end_all(children: Sequence[Child], grace_s: float = GRACE_S) -> None:

@@ -16,6 +16,7 @@ from edgelam_fl.errors import EnvironmentProblem
 from edgelam_fl.federation import clientapps
 from edgelam_fl.federation.child import Child, Restarts, end_all, shorten, tool_environment
 from edgelam_fl.federation.flower_app import app_folder
+from edgelam_fl.federation.template import STAGE_HOST_ENVIRONMENT
 
 
 @dataclass
@@ -38,6 +39,8 @@ class NodeProcesses:
     """CPU threads; 0: all."""
     tags: Sequence[str] = ()
     """Words by which a run may choose the node."""
+    forked: bool = False
+    """Whether its stage host is forked from a template: for several nodes of one machine."""
     children: dict[str, Child] = field(default_factory=dict)
     """The processes by their kind, once started."""
     _restarts: Restarts = field(default_factory=Restarts)
@@ -63,10 +66,7 @@ class NodeProcesses:
         command += ["--server", self.server]
         command += ["--data", str(self.data.absolute())] if self.data else []
         command += [f"--tag={tag}" for tag in self.tags]
-        # Nodes may share this machine's cores: a thread that spins while it waits takes them from the others.
-        # One arena for all threads: what one frees, another can use (the links' threads bring in what compute frees).
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_ARENA_MAX": "1"}
-        self._start_child("stage host", command, "stage-host.log", environment)
+        self._start_child("stage host", command, "stage-host.log", STAGE_HOST_ENVIRONMENT, self.forked)
 
     def _start_clientapps(self) -> None:
         fifo = clientapps.prepare(self.state.absolute())
@@ -78,8 +78,10 @@ class NodeProcesses:
         command += ["--node-config", f'state="{self.state.absolute()}" name="{self.name}"']
         self._start_child("SuperNode", command, "supernode.log", self._for_flower())
 
-    def _start_child(self, kind: str, command: Sequence[str], log: str, environment: dict[str, str]) -> None:
-        self.children[kind] = Child(f"{self.name}'s {kind}", command, self.state / log, environment)
+    def _start_child(
+        self, kind: str, command: Sequence[str], log: str, environment: dict[str, str], forked: bool = False
+    ) -> None:
+        self.children[kind] = Child(f"{self.name}'s {kind}", command, self.state / log, environment, forked)
 
     def _for_flower(self) -> dict[str, str]:
         """Environment of Flower's processes: its own folder, no telemetry, and our `flwr-clientapp` found first."""

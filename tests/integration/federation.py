@@ -21,6 +21,7 @@ from edgelam_fl.federation.hub_process import HubProcess
 from edgelam_fl.federation.node_process import NodeProcesses
 from edgelam_fl.federation.submission import Submission, run_events
 from edgelam_fl.federation.superlink import start_superlink
+from edgelam_fl.federation.template import can_fork, warm_template
 from tests.integration.proxy import Connection, CountingProxy
 from tests.support import WAIT_S
 
@@ -66,17 +67,25 @@ class Federation:
     # ---------------------------------------------------------------- its life
 
     def start(self) -> None:
+        if can_fork():
+            warm_template()
         port = free_port()
         self.server = f"127.0.0.1:{port}"
         listen = f"127.0.0.1:{free_port()}"
         self.data_plane, self.control_plane = CountingProxy(listen), CountingProxy(self.server)
         edge = NodeProcesses(
-            "edge-1", self.server, self.folder / "nodes/edge-1", listen=listen, advertise=self.data_plane.address, threads=1
+            "edge-1", self.server, self.folder / "nodes/edge-1", listen=listen, advertise=self.data_plane.address, threads=1,
+            forked=can_fork(),
         )  # fmt: skip
         self.nodes["edge-1"] = edge
         for name, file in self.data.items():
             self.nodes[name] = NodeProcesses(
-                name, self.control_plane.address, self.folder / "nodes" / name, data=file, threads=1
+                name,
+                self.control_plane.address,
+                self.folder / "nodes" / name,
+                data=file,
+                threads=1,
+                forked=can_fork(),
             )
         hub = HubProcess("127.0.0.1", free_port(), self.folder / "hub")
         hub.start()

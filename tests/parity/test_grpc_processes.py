@@ -115,7 +115,7 @@ def test_logits_over_a_host_process_are_the_models(
     lora = LoraSettings(config.lora.rank, config.lora.alpha, config.lora.targets)
     front, back = load_stages(source, spans_of(plans["device-1"]), base, lora)
     arrived: queue.Queue[Frame] = queue.Queue()
-    terms = make_terms(on_frame=lambda link, frame: arrived.put(frame))
+    terms = make_terms(on_frame=lambda link, frame: arrived.put(frame), most_bytes=1 << 24)
     links = []
     for side in (pb.ENTRY, pb.EXIT):
         hello = pb.Hello(
