@@ -39,6 +39,8 @@ from edgelam_fl.model.source import find_model
 from edgelam_fl.tasks.data import read_pairs
 from edgelam_fl.tasks.docstrings import write_device_files
 from edgelam_fl.tasks.kinds import make_task
+from edgelam_fl.telemetry.events import DeviceResult, Event, RoundDone, RunDone, of_kind
+from edgelam_fl.telemetry.summary import is_training_round
 
 MODEL, LEAST_TOKENS, TOKENS, STEPS, PAIRS = "smollm2-135m", 17, 32, 5, 12
 LOSS_APART, COSINE = 1e-4, 0.999  # the bars
@@ -145,27 +147,27 @@ def _prepared(board: Board) -> str:
 
 @dataclass(frozen=True)
 class Result:
-    events: Sequence[Mapping[str, Any]]
+    events: Sequence[Event]
     adapter: Adapter
 
 
-def losses_apart(reference: Sequence[Mapping[str, Any]], result: Sequence[Mapping[str, Any]]) -> Iterator[Figure]:
-    """Of each device: its farthest loss of a step, and how long a step took (to be seen, not to be compared)."""
+def losses_apart(reference: Sequence[Event], result: Sequence[Event]) -> Iterator[Figure]:
+    """Yields per device how far a step's loss was off at most, and how long a step took (shown, not compared)."""
     for name, device in trained(result).items():
-        ours, theirs = trained(reference)[name]["step_losses"], device["step_losses"]
+        ours, theirs = trained(reference)[name].step_losses, device.step_losses
         apart = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
         bar = f"at most {LOSS_APART:g} in each of {len(ours)} steps"
         yield Figure(f"{name}: loss of a step, farthest from x86", float(f"{apart:.2g}"), "", bar, apart <= LOSS_APART)
         yield Figure(f"{name}: loss of the first step", ours[0], "")
         yield Figure(f"{name}: loss of the last step", ours[-1], "")
-        yield Figure(f"{name}: tokens a step", round(device["tokens"] / len(ours), 1), "")
-        yield Figure(f"{name}: a step under emulation", round(device["train_seconds"] / len(ours), 1), "s")
+        yield Figure(f"{name}: tokens a step", round(device.tokens / len(ours), 1), "")
+        yield Figure(f"{name}: a step under emulation", round(device.train_seconds / len(ours), 1), "s")
 
 
-def trained(events: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """The devices of the round that trained."""
-    (found,) = (e for e in events if e["event"] == "round_done" and any(d["step_losses"] for d in e["devices"]))
-    return {device["name"]: device for device in found["devices"]}
+def trained(events: Sequence[Event]) -> dict[str, DeviceResult]:
+    """Returns the devices of the round that trained."""
+    (found,) = filter(is_training_round, of_kind(events, RoundDone))
+    return {device.name: device for device in found.devices}
 
 
 def cosines(start: Adapter, reference: Adapter, result: Adapter, layers: int) -> Iterator[Figure]:
@@ -187,12 +189,13 @@ def cosines(start: Adapter, reference: Adapter, result: Adapter, layers: int) ->
 
 def _federate(out: Path, config: RunConfig, data: Mapping[str, Path], emulated: Sequence[Board]) -> Result:
     with _federation(out, data, emulated) as (server, watch):
-        submission, events = Submission(server, out / "flwr"), list[dict[str, Any]]()
+        submission, events = Submission(server, out / "flwr"), list[Event]()
         submission.submit(config, out / "run")
         for event in submission.events(RUN_S, awaited=f"the run's end ({out})", meanwhile=watch):
             events.append(event)
-            print(f"{out.name}: {event['event']} {event.get('node', '')}{event.get('reason', '')}", flush=True)
-    if events[-1]["event"] != "run_done":
+            about = (getattr(event, name, "") for name in ("node", "reason"))
+            print(f"{out.name}: {type(event).__name__} {''.join(about)}", flush=True)
+    if not isinstance(events[-1], RunDone):
         raise SystemExit(f"the run failed: {events[-1]}")
     return Result(events, read_peft_folder(out / "run/adapter"))
 

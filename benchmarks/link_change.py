@@ -9,7 +9,6 @@ time: run it on a machine that does nothing else. --smoke: two rounds of one ste
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from benchmarks.big_llama import write_llama
 from benchmarks.common import Figure, main
 from benchmarks.planner import FASTER, TIME_OFF, by_round, measured_step_s, near
 from benchmarks.planner_testbeds import MODEL, Bed, Machine, bed_started, once, table, train_bed
-from edgelam_fl.telemetry.events import read_events
+from edgelam_fl.telemetry.events import LinkMeasured, PlacementMade, RoundDone, of_kind, read_events
 from testbed.__main__ import IMAGE
 from testbed.compose import RUNS
 from testbed.engine import build, check_engine
@@ -59,29 +58,28 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
 
 def of_run(folder: Path) -> list[Figure]:
     """The first round had the quick link, the second the slow one and the old plan, the last one what came of it."""
-    plans, rounds = by_round(folder, "placement"), by_round(folder, "round_done")
-    trained = [number for number, done in sorted(rounds.items()) if done["steps"]]
+    plans, rounds = by_round(folder, PlacementMade), by_round(folder, RoundDone)
+    trained = [number for number, done in sorted(rounds.items()) if done.steps]
     steps = {number: measured_step_s(rounds[number]) for number in trained}
     first, second, *_, last = [*trained, trained[-1]]
-    links = [event for event in read_events(folder / "events.jsonl") if event["event"] == "link_measured"]
-    quicker, attempts = steps[second] / steps[last], max(rounds[number]["attempt"] for number in trained)
+    links = list(of_kind(read_events(folder / "events.jsonl"), LinkMeasured))
+    quicker, attempts = steps[second] / steps[last], max(rounds[number].attempt for number in trained)
     return [
         Figure("a step before", round(steps[first], 3), "s"),
         Figure("a step with the slow link and the old plan", round(steps[second], 3), "s"),
-        *(Figure(f"{SLOW}'s link, found anew, {way}", round(link[f"link_{way}_bps"] / 1e6, 3), "Mbit/s")
-          for link in links if link["node"] == SLOW for way in ("up", "down")),
+        *(Figure(f"{SLOW}'s link, found anew, {way}", round(bps / 1e6, 3), "Mbit/s")
+          for link in links if link.node == SLOW
+          for way, bps in (("up", link.link_up_bps), ("down", link.link_down_bps))),
         Figure("layers of the slow node in the last plan", _layers(plans[last], SLOW), "", "fewer", _layers(plans[last], SLOW) < _layers(plans[first], SLOW)),
         Figure("a step with the last plan", round(steps[last], 3), "s"),
-        near("a step with the last plan, predicted over measured", plans[last]["step_s"] / steps[last], TIME_OFF),
+        near("a step with the last plan, predicted over measured", plans[last].step_s / steps[last], TIME_OFF),
         Figure("a step with the old plan over one with the last", round(quicker, 3), "x", f"at least {FASTER} x", quicker >= FASTER),
         Figure("attempts that a round took, at most", attempts, "", "1", attempts == 1),
     ]  # fmt: skip
 
 
-def _layers(placement: Mapping[str, Any], node: str) -> int:
-    return sum(
-        part["last"] - part["first"] for site in placement["sites"] for part in site["hosts"] if part["node"] == node
-    )
+def _layers(placement: PlacementMade, node: str) -> int:
+    return sum(host.last - host.first for site in placement.sites for host in site.hosts if host.node == node)
 
 
 if __name__ == "__main__":

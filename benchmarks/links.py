@@ -27,6 +27,8 @@ from edgelam_fl.federation.node_process import NodeProcesses
 from edgelam_fl.federation.submission import Submission
 from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.federation.template import can_fork
+from edgelam_fl.telemetry.events import Event, PlanMade, RoundDone, RunDone, of_kind
+from edgelam_fl.telemetry.summary import is_training_round
 from strategies.api import Demand
 from strategies.bandwidth.links import delay_of, needs_of
 from tests.support import write_tiny_llama
@@ -44,7 +46,7 @@ SETTINGS = {
 }  # fmt: skip
 START_S, RUN_S = 180.0, 1800.0
 
-Events = Sequence[dict[str, Any]]
+Events = Sequence[Event]
 
 
 def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
@@ -78,11 +80,11 @@ def of_rule(rule: str, events: Events, capacity_bps: float) -> Iterator[Figure]:
     """What a run under the rule took, and what its devices moved and computed in a round."""
     counted = rounds(events)
     for name in RATIOS:
-        devices = [device for r in counted for device in r["devices"] if device["name"] == name]
-        moved = fmean(device["bytes_up"] + device["bytes_down"] for device in devices)
+        devices = [device for r in counted for device in r.devices if device.name == name]
+        moved = fmean(device.bytes_up + device.bytes_down for device in devices)
         yield Figure(f"{rule}, {name} moves in a round, both ways", round(moved), "bytes")
-        yield Figure(f"{rule}, {name} computes in a round", round(fmean(d["compute_seconds"] for d in devices), 3), "s")
-        yield Figure(f"{rule}, share of {name}", round(_shares(events)[counted[-1]["round"]][name], 4), "")
+        yield Figure(f"{rule}, {name} computes in a round", round(fmean(d.compute_seconds for d in devices), 3), "s")
+        yield Figure(f"{rule}, share of {name}", round(_shares(events)[counted[-1].round][name], 4), "")
     yield Figure(f"{rule}, a round", round(round_s(events), 2), "s")
     yield Figure(f"{rule}, the slowest device's part of it", round(slowest_s(events), 2), "s")
     yield Figure(f"{rule}, the same by the formula", round(formula_s(events, capacity_bps), 2), "s")
@@ -92,7 +94,7 @@ def compared(events: Mapping[str, Events], capacity_bps: float) -> list[Figure]:
     """`equalise` over `uniform`."""
     fixed, equal = (events[rule] for rule in RULES)
     ratio = round_s(equal) / round_s(fixed)
-    moved = [r["bytes_by_kind"]["ACT"] + r["bytes_by_kind"]["GRAD"] for r in rounds(fixed) + rounds(equal)]
+    moved = [r.bytes_by_kind["ACT"] + r.bytes_by_kind["GRAD"] for r in rounds(fixed) + rounds(equal)]
     apart = 100 * (max(moved) / min(moved) - 1)
     by_formula = formula_s(equal, capacity_bps) / formula_s(fixed, capacity_bps)
     return [
@@ -103,17 +105,17 @@ def compared(events: Mapping[str, Events], capacity_bps: float) -> list[Figure]:
     ]
 
 
-def rounds(events: Events) -> list[dict[str, Any]]:
-    """Those that trained, without the first, whose shares rest on estimates."""
-    return [e for e in events if e["event"] == "round_done" and e["round"] > 1 and e["devices"][0]["step_losses"]]
+def rounds(events: Events) -> list[RoundDone]:
+    """Returns the rounds that trained, without the first, whose shares rest on estimates."""
+    return [done for done in of_kind(events, RoundDone) if done.round > 1 and is_training_round(done)]
 
 
 def round_s(events: Events) -> float:
-    return fmean(r["seconds"] for r in rounds(events))
+    return fmean(r.seconds for r in rounds(events))
 
 
 def slowest_s(events: Events) -> float:
-    return fmean(max(d["eval_seconds"] + d["train_seconds"] for d in r["devices"]) for r in rounds(events))
+    return fmean(max(d.eval_seconds + d.train_seconds for d in r.devices) for r in rounds(events))
 
 
 def formula_s(events: Events, capacity_bps: float) -> float:
@@ -124,15 +126,15 @@ def formula_s(events: Events, capacity_bps: float) -> float:
     """
     delays = []
     for found in rounds(events):
-        devices = found["devices"]
-        demands = [Demand(d["name"], d["bytes_up"] + d["bytes_down"], d["compute_seconds"]) for d in devices]
-        shares = np.array([_shares(events)[found["round"]][d["name"]] for d in devices])
+        devices = found.devices
+        demands = [Demand(d.name, d.bytes_up + d.bytes_down, d.compute_seconds) for d in devices]
+        shares = np.array([_shares(events)[found.round][d.name] for d in devices])
         delays.append(float(np.max(delay_of(needs_of(demands, capacity_bps), shares))))
     return fmean(delays)
 
 
-def _shares(events: Events) -> dict[int, dict[str, float]]:
-    return {e["round"]: e["shares"] for e in events if e["event"] == "plan"}
+def _shares(events: Events) -> dict[int, Mapping[str, float]]:
+    return {plan.round: plan.shares for plan in of_kind(events, PlanMade)}
 
 
 # ---------------------------------------------------------------- processes
@@ -159,13 +161,13 @@ def _federation(out: Path, data: Sequence[Path]) -> Iterator[str]:
         end_all([*(child for node in nodes for child in node.children.values()), *children])
 
 
-def _run(server: str, out: Path, model: Path, rule: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
+def _run(server: str, out: Path, model: Path, rule: str, settings: dict[str, Any]) -> list[Event]:
     overrides = [*_set(settings), f"model.name={model}", f"strategy.bandwidth={rule}"]
     config = parse_run_file("", source="the benchmark", overrides=overrides)
     submission = Submission(server, out / "flwr")
     submission.submit(config, out / rule)
     events = list(submission.events(RUN_S, awaited=f"the end of the run under {rule} ({out / rule})"))
-    if events[-1]["event"] != "run_done":
+    if not isinstance(events[-1], RunDone):
         raise SystemExit(f"the run under {rule} failed: {events[-1]}")
     return events
 

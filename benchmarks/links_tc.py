@@ -16,7 +16,6 @@ round is not counted. It measures time: run it on a machine that does nothing el
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from rich.console import Console
 from benchmarks.big_llama import CONFIG, write_llama
 from benchmarks.common import Figure, main
 from benchmarks.links import write_pairs
+from edgelam_fl.telemetry.events import RoundDone, of_kind, read_events
 from testbed.__main__ import IMAGE, started, train
 from testbed.engine import build, check_engine
 from testbed.shapes import MachineShape, Testbed, TestbedNode
@@ -91,12 +91,12 @@ def predicted_s(rate_mbps: float, compute_s: float) -> float:
     return (MICRO_BATCHES + ENDS - 1) * max(compute_s, micro_batch_bytes() * 8 / (rate_mbps * 1e6))
 
 
-def of_rate(rate: int, round_done: dict[str, Any], bar: bool) -> list[Figure]:
-    """Of the second round."""
-    (device,) = round_done["devices"]
+def of_rate(rate: int, done: RoundDone, bar: bool) -> list[Figure]:
+    """Compares a round of one device with the formula."""
+    (device,) = done.devices
     micro_batches = STEPS * MICRO_BATCHES
-    compute_s = max(node["compute_seconds"] for node in [device, *round_done["hosts"]]) / micro_batches
-    step_s, formula_s = device["train_seconds"] / STEPS, predicted_s(rate, compute_s)
+    compute_s = max(node.compute_seconds for node in (device, *done.hosts)) / micro_batches
+    step_s, formula_s = device.train_seconds / STEPS, predicted_s(rate, compute_s)
     off = step_s / formula_s - 1
     asked = f"within {OFF:.0%} of the formula" if bar else None
     return [
@@ -108,7 +108,7 @@ def of_rate(rate: int, round_done: dict[str, Any], bar: bool) -> list[Figure]:
     ]
 
 
-def _run(folder: Path, rate: int, data: Path, model: Path) -> dict[str, Any]:
+def _run(folder: Path, rate: int, data: Path, model: Path) -> RoundDone:
     shapes = {
         "server": MachineShape(memory="2 GiB", cpus=0.3),
         "edge": MachineShape(memory="2 GiB", cpus=0.75),
@@ -123,8 +123,7 @@ def _run(folder: Path, rate: int, data: Path, model: Path) -> dict[str, Any]:
         testbed, folder, "edgelam-links-tc", Console(), [data], {str(model): "/models/llama"}, lend=True
     ) as containers:
         train(containers, testbed, folder, run_file)
-    events = [json.loads(line) for line in (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()]
-    return next(event for event in events if event["event"] == "round_done" and event["round"] == 2)
+    return next(done for done in of_kind(read_events(folder / "events.jsonl"), RoundDone) if done.round == 2)
 
 
 if __name__ == "__main__":

@@ -13,24 +13,25 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from itertools import combinations, pairwise, permutations
 from pathlib import Path
 from random import Random
 from statistics import mean, median
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.common import RESULTS, Figure, machine, main
 from edgelam_fl.errors import DoesNotFit
 from edgelam_fl.plan.chain_memory import UNITS_SHARE
 from edgelam_fl.plan.facts import ChainCost, DeviceEnds, Footprint, NodeFacts, SiteInstance, StepFacts
 from edgelam_fl.plan.search import best_chain
-from edgelam_fl.telemetry.events import read_events
+from edgelam_fl.telemetry.events import PlacementMade, RoundDone, of_kind, read_events
 
 INSTANCES, SMOKE_INSTANCES = 500, 25
 TIME_OFF, MEMORY_OFF, FASTER = 0.2, 0.15, 1.3  # the bars
 EQUAL = 1e-9
+_OfRound = TypeVar("_OfRound", PlacementMade, RoundDone)
 
 
 def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
@@ -85,23 +86,23 @@ def compared(folder: Path) -> list[Figure]:
 
     A step is the mean over all rounds that trained except the first, whose plan knows only profiles (`predicted_first`).
     """
-    placements, rounds = by_round(folder, "placement"), by_round(folder, "round_done")
-    trained = [number for number in sorted(placements) if rounds.get(number, {}).get("steps")]
+    placements, rounds = by_round(folder, PlacementMade), by_round(folder, RoundDone)
+    trained = [number for number in sorted(placements) if number in rounds and rounds[number].steps]
     if not trained:
         raise SystemExit(f"{folder} has no round that trained by a plan (split.cuts = 'auto')")
     name, done, later = folder.name, rounds[trained[-1]], trained[1:] or trained
-    predicted_s, step = mean(placements[n]["step_s"] for n in later), mean(measured_step_s(rounds[n]) for n in later)
+    predicted_s, step = mean(placements[n].step_s for n in later), mean(measured_step_s(rounds[n]) for n in later)
     figures = [
         Figure(f"{name}: a step, predicted", round(predicted_s, 3), "s"),
         Figure(f"{name}: a step, measured", round(step, 3), "s"),
         near(f"{name}: a step, predicted over measured", predicted_s / step, TIME_OFF),
     ]
-    peaks = {node["name"]: node["peak_rss_bytes"] for node in [*done["devices"], *done["hosts"]]}
-    predicted: dict[str, int] = {}  # like a peak, over all rounds so far
+    peaks = {node.name: node.peak_rss_bytes for node in (*done.devices, *done.hosts)}
+    predicted: dict[str, float] = {}  # like a peak, over all rounds so far
     for number in trained:
-        for site in placements[number]["sites"]:
-            for load in [*site["devices"], *site["hosts"]]:
-                predicted[load["node"]] = max(predicted.get(load["node"], 0), load["memory_bytes"])
+        for site in placements[number].sites:
+            for load in (*site.devices, *site.hosts):
+                predicted[load.node] = max(predicted.get(load.node, 0), load.memory_bytes)
     return figures + [
         near(f"{name}: memory of {node}, predicted over measured", size / peaks[node], MEMORY_OFF)
         for node, size in sorted(predicted.items())
@@ -111,9 +112,9 @@ def compared(folder: Path) -> list[Figure]:
 
 def predicted_first(folder: Path) -> Figure:
     """Returns predicted over measured step of the first round that trained, whose plan knows only profiles."""
-    placements, rounds = by_round(folder, "placement"), by_round(folder, "round_done")
-    first = min(number for number in placements if rounds.get(number, {}).get("steps"))
-    ratio = placements[first]["step_s"] / measured_step_s(rounds[first])
+    placements, rounds = by_round(folder, PlacementMade), by_round(folder, RoundDone)
+    first = min(number for number in placements if number in rounds and rounds[number].steps)
+    ratio = placements[first].step_s / measured_step_s(rounds[first])
     return Figure(
         f"{folder.name}: a step of round {first}, predicted from profiles alone over measured", round(ratio, 3), ""
     )
@@ -123,7 +124,7 @@ def speed_up(planned_run: Path, equal_run: Path) -> Figure:
     """Compares two runs of the same nodes, data and seed, by the planner and with equal cuts, without their first rounds."""
     seconds = []
     for folder in (planned_run, equal_run):
-        steps = [measured_step_s(done) for done in by_round(folder, "round_done").values() if done["steps"]]
+        steps = [measured_step_s(done) for done in by_round(folder, RoundDone).values() if done.steps]
         seconds.append(mean(steps[1:] or steps))
     return Figure(
         f"a step with equal cuts over one by the planner ({planned_run.name})", round(seconds[1] / seconds[0], 3), "",
@@ -131,14 +132,14 @@ def speed_up(planned_run: Path, equal_run: Path) -> Figure:
     )  # fmt: skip
 
 
-def measured_step_s(done: Mapping[str, Any]) -> float:
-    """Seconds per step of the slowest device: its training over its number of steps."""
-    return max(d["train_seconds"] / len(d["step_losses"]) for d in done["devices"] if d["step_losses"])
+def measured_step_s(done: RoundDone) -> float:
+    """Returns seconds per training step of the slowest device."""
+    return max(device.train_seconds / len(device.step_losses) for device in done.devices if device.step_losses)
 
 
-def by_round(folder: Path, event: str) -> dict[int, dict[str, Any]]:
-    """Returns the events of one kind by round, of the newest attempt at each."""
-    return {line["round"]: line for line in read_events(folder / "events.jsonl") if line["event"] == event}
+def by_round(folder: Path, kind: type[_OfRound]) -> dict[int, _OfRound]:
+    """Returns the events of a kind per round; the newest attempt at each round counts."""
+    return {event.round: event for event in of_kind(read_events(folder / "events.jsonl"), kind)}
 
 
 def near(name: str, ratio: float, off: float) -> Figure:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.common import Figure, main
 from edgelam_fl.addresses import free_port
@@ -30,7 +30,7 @@ from edgelam_fl.plan.layout import make_layout
 from edgelam_fl.plan.making import RoundFacts, make_plans
 from edgelam_fl.plan.reading import spans_of
 from edgelam_fl.plan.spec import RunSpec
-from edgelam_fl.telemetry.events import EventTail
+from edgelam_fl.telemetry.events import Event, EventTail, JobDone, JobStarted, SliceReceived
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.control import ControlClient
 from tests.integration.proxy import Proxy
@@ -39,6 +39,7 @@ BASES = ("fp32", "bf16", "int8", "nf4")
 FIRST, LAYERS, OVER, SEED = 2, 13, 0.05, 1
 MB = 1e6
 DEADLINE_S = 900.0
+_Kind = TypeVar("_Kind", bound=Event)
 
 
 def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
@@ -62,8 +63,8 @@ def _whole(source: ModelSource, hub: HubProcess, base: str, folder: Path) -> lis
     proxy = Counting(f"127.0.0.1:{hub.port}")
     node = Node(source, base, proxy, folder)
     try:
-        event = node.until("slice_received")
-        node.until("job_started")
+        event = node.until(SliceReceived)
+        node.until(JobStarted)
     finally:
         node.end()
         proxy.close()
@@ -73,7 +74,7 @@ def _whole(source: ModelSource, hub: HubProcess, base: str, folder: Path) -> lis
         Figure(f"{name}the slice's own size", _mb(size), "MB"),
         _bar(f"{name}on the wire", proxy.passed, size),
         _bar(f"{name}on disk", kept, size),
-        Figure(f"{name}seconds, the server's first conversion not among them", event["seconds"], "s"),
+        Figure(f"{name}seconds, the server's first conversion not among them", event.seconds, "s"),
     ]
 
 
@@ -90,7 +91,7 @@ def _interrupted(source: ModelSource, hub: HubProcess, base: str, folder: Path) 
         node.end(kill=True)
         proxy.go_on.set()
         node = Node(source, base, proxy, folder)
-        event = node.until("slice_received")
+        event = node.until(SliceReceived)
     finally:
         node.end()
         proxy.close()
@@ -100,7 +101,7 @@ def _interrupted(source: ModelSource, hub: HubProcess, base: str, folder: Path) 
         Figure(f"{name}bytes when the connection was cut", _mb(cut), "MB"),
         Figure(f"{name}bytes when the stage host was killed", _mb(at_kill), "MB"),
         Figure(f"{name}bytes after its restart", _mb(after), "MB"),
-        Figure(f"{name}of the slice, what it still asked for", _mb(event["bytes"]), "MB"),
+        Figure(f"{name}of the slice, what it still asked for", _mb(event.bytes), "MB"),
         _bar(f"{name}on the wire, all in all", proxy.passed, size),
     ]
 
@@ -149,19 +150,20 @@ class Node:
         if not answer.accepted:
             raise SystemExit(answer.reason)
 
-    def until(self, event: str) -> dict[str, Any]:
-        found: list[dict[str, Any]] = []
+    def until(self, kind: type[_Kind]) -> _Kind:
+        """Waits for the next event of a kind; ends the benchmark if the job fails before it."""
+        found: list[_Kind] = []
 
         def came() -> bool:
             for each in self._tail.poll():
-                if each["event"] == "job_done":
-                    raise SystemExit(f"the stage host gave up: {each['error']}")
-                if each["event"] == event:
+                if isinstance(each, JobDone):
+                    raise SystemExit(f"the stage host gave up: {each.error}")
+                if isinstance(each, kind):
                     found.append(each)
                     return True
             return False
 
-        _wait(came, event)
+        _wait(came, kind.__name__)
         return found[0]
 
     def end(self, kill: bool = False) -> None:

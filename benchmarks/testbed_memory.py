@@ -36,7 +36,8 @@ from benchmarks.big_llama import CONFIG, parameters, write_llama
 from benchmarks.common import RESULTS, Figure, main
 from edgelam_fl.config import read_run_file, to_toml
 from edgelam_fl.tasks.docstrings import docstring_pairs
-from edgelam_fl.telemetry.summary import human_bytes
+from edgelam_fl.telemetry.events import RoundDone, of_kind, read_events
+from edgelam_fl.telemetry.human import human_bytes
 from testbed.__main__ import IMAGE, started, train
 from testbed.compose import RUNS, SERVER, SERVER_ADDRESS
 from testbed.engine import Project, build, check_engine
@@ -306,10 +307,8 @@ def _device(folder: Path) -> dict[str, Any]:
 
 
 def _losses(folder: Path) -> list[float]:
-    events = [json.loads(line) for line in (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()]
-    first = next(event for event in events if event["event"] == "round_done")
-    losses: list[float] = first["devices"][0]["step_losses"]
-    return losses
+    first = next(of_kind(read_events(folder / "events.jsonl"), RoundDone))
+    return list(first.devices[0].step_losses)
 
 
 def _table(title: str, found: Found) -> str:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import edgelam_fl
+from edgelam_fl.telemetry.events import NodeJoined, RoundDone, RunFailure
 
 
 def main(run_file: str, folder: str, *rest: str) -> None:
@@ -19,14 +20,15 @@ def main(run_file: str, folder: str, *rest: str) -> None:
     data = [Path(word) for word in rest if "=" not in word]
     losses: dict[str, list[float]] = {}
     for event in edgelam_fl.run_local(config, data, Path(folder)):
-        if event["event"] == "node_joined":
-            print(f"{event['node']} joined with {event['examples']} examples")
-        if event["event"] == "round_done":
-            for device in event["devices"]:
-                losses.setdefault(device["name"], []).extend(device["step_losses"])
-                print(f"round {event['round']}: {device['name']} at perplexity {device['perplexity']:.2f}")
-        if event["event"] == "run_failed":
-            sys.exit(f"the run failed: {event['reason']}")
+        match event:
+            case NodeJoined():
+                print(f"{event.node} joined with {event.examples} examples")
+            case RoundDone():
+                for device in event.devices:
+                    losses.setdefault(device.name, []).extend(device.step_losses)
+                    print(f"round {event.round}: {device.name} at perplexity {device.perplexity:.2f}")
+            case RunFailure():
+                sys.exit(f"the run failed: {event.reason}")
     result = edgelam_fl.open_result(Path(folder))
     for name, of_steps in losses.items():
         print(f"{name}: {len(of_steps)} steps, mean loss {math.fsum(of_steps) / max(1, len(of_steps)):.3f}")

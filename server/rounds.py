@@ -11,7 +11,6 @@ import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from flwr.app import ConfigRecord, RecordDict
 
@@ -20,6 +19,7 @@ from edgelam_fl.plan.layout import Layout, who_may_host
 from edgelam_fl.plan.making import RoundFacts, make_plans, planned_steps
 from edgelam_fl.plan.placement import Placement
 from edgelam_fl.plan.spec import RunSpec
+from edgelam_fl.telemetry.events import VirtualRound
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server import hub
 from server.events_of_round import describe_plan, describe_round, describe_timeline
@@ -229,7 +229,7 @@ class Rounds:
         checkpoint: str,
         error: float | None = None,
         facts: Mapping[str, float] = {},
-        virtual: dict[str, Any] | None = None,
+        virtual: VirtualRound | None = None,
     ) -> None:
         """Emits the round's last events."""
         started_from = {name: plan.adapter_digest for name, plan in planned.plans.items()}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from edgelam_fl.config import to_toml
 from edgelam_fl.files import write_atomically
 from edgelam_fl.model.adapter import write_peft_folder
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.telemetry.events import EventLog, read_events
+from edgelam_fl.telemetry.records import as_json
 from edgelam_fl.telemetry.summary import build_summary
 from server.state import FederationState
 
@@ -43,15 +43,14 @@ class RunFolder:
         write_atomically(self.path / "state.json", json.dumps(counts) + "\n")
         return "adapter"
 
-    def finish(self) -> dict[str, Any]:
-        """Writes summary.json and report.html from the events; returns the summary."""
+    def finish(self) -> None:
+        """Writes summary.json and report.html from the events."""
         from edgelam_fl.telemetry.report.page import write_report  # plotly is a second that only the end needs
 
         self.emit("run_done", summary="summary.json")
         summary = build_summary(list(read_events(self.emit.path)))
-        write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_atomically(self.path / "summary.json", json.dumps(as_json(summary), indent=2) + "\n")
         write_report(self.path)
-        return summary
 
     def fail(self, reason: str) -> None:
         """Says why the run ended early and what is left of it."""

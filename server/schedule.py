@@ -11,13 +11,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from random import Random
-from typing import Any
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.plan.bases import value_bytes
 from edgelam_fl.plan.making import own_steps
 from edgelam_fl.plan.spec import RunSpec
+from edgelam_fl.telemetry.events import VirtualDevice, VirtualRound
 from edgelam_fl.telemetry.timeline import covered
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.replies import Reply
@@ -158,7 +158,7 @@ class Schedule:
 
     def observe(
         self, number: int, chosen: Collection[str], plans: Mapping[str, pb.Plan], replies: Mapping[str, Reply],
-        virtual: Mapping[str, Any] | None = None,
+        virtual: VirtualRound | None = None,
     ) -> None:  # fmt: skip
         """What round `number` showed of the devices that were `chosen`; the strategies that remember are told.
 
@@ -171,7 +171,7 @@ class Schedule:
             held_up = facts.rate_bps is not None and facts.rate_bps < _BELOW_SHARE * share_bps
             self._measured[name] = replace(facts, limit_bps=facts.rate_bps if held_up else None)
             if virtual:
-                self._measured[name] = _in_virtual_time(facts, virtual["devices"][name])
+                self._measured[name] = _in_virtual_time(facts, virtual.devices[name])
         devices = [self._measured[name] for name in delivered]
         seconds = max((device.last_seconds or 0.0 for device in devices), default=0.0)
         outcome = RoundOutcome(number, seconds, devices, sorted(set(chosen) - set(delivered)))
@@ -213,15 +213,15 @@ def _named(profiles: Iterable[pb.Profile], names: Iterable[str]) -> list[pb.Prof
     return [known[name] for name in names]
 
 
-def _in_virtual_time(facts: Candidate, device: Mapping[str, Any]) -> Candidate:
-    """`device`: its entry in the round's virtual time."""
+def _in_virtual_time(facts: Candidate, device: VirtualDevice) -> Candidate:
+    """Replaces what was measured by what the device did in virtual time."""
     return replace(
         facts,
-        last_seconds=device["seconds"],
-        compute_s=device["download_s"] + device["compute_s"],
-        payload_bytes=device["bytes_up"],
-        rate_bps=device["rate_bps"],
-        snr=device["snr"],
+        last_seconds=device.seconds,
+        compute_s=device.download_s + device.compute_s,
+        payload_bytes=device.bytes_up,
+        rate_bps=device.rate_bps,
+        snr=device.snr,
     )
 
 

@@ -23,7 +23,7 @@ from edgelam_fl.cli.main import run_commands
 from edgelam_fl.config import read_run_file, to_toml
 from edgelam_fl.errors import ConfigError, RunFailed
 from edgelam_fl.tasks.docstrings import write_device_files
-from edgelam_fl.telemetry.summary import human_bytes
+from edgelam_fl.telemetry.human import human_bytes
 from testbed.compose import RUNS, SERVER, SERVER_ADDRESS, compose_file, cpu_limit, write_compose_file
 from testbed.engine import ROOT, Project, build, check_engine
 from testbed.shapes import Testbed, read_testbed

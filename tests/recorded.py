@@ -1,17 +1,25 @@
-"""Events of runs as a ServerApp records them, for tests of what is made from events. The numbers are drawn, from a seed."""
+"""Lines of events.jsonl as a ServerApp writes them, for tests of what is made from events. The numbers come from a seed."""
 
 from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from edgelam_fl.telemetry.events import Event, parse_event
 
 DEVICES = ("device-1", "device-2", "device-3")
 ROUNDS, STEPS = 4, 10
 
 
+def as_events(lines: Iterable[Mapping[str, Any]]) -> list[Event]:
+    """Reads lines as `read_events` reads those of a file."""
+    return [parse_event(line) for line in lines]
+
+
 def a_run(*, evil: str = "", lost: bool = False) -> list[dict[str, Any]]:
-    """A run's events in the style of the demo; `evil` goes wherever text from outside can stand."""
+    """Returns a run in the style of the demo; `evil` is put wherever text can come from outside."""
     draw = random.Random(7)
     config = {
         "model": {"name": f"smollm2-135m{evil}", "base": "fp32"},
@@ -89,7 +97,7 @@ def a_device(name: str, number: int, draw: random.Random, evil: str) -> dict[str
 def timeline_of(
     number: int, *, device_names: tuple[str, ...] = DEVICES, host_names: tuple[str, ...] = ("edge-1",)
 ) -> dict[str, Any]:
-    """A round's timeline: the devices take turns at the hosts, two micro-batches a step."""
+    """Returns a round's timeline: the devices take turns at the hosts, two micro-batches per step."""
     draw = random.Random(number)
     nodes: dict[str, list[list[Any]]] = {name: [] for name in (*device_names, *host_names)}
     now = 0.05
@@ -124,7 +132,7 @@ def timeline_of(
 
 
 def a_classification() -> list[dict[str, Any]]:
-    """Two sites, five devices with unlike ends, two hosts that are devices too, one edge server; all goes well."""
+    """Returns a run without incidents: two sites, five devices with different ends, two devices that host, one edge server."""
     names, draw = ("ann", "bob", "cat", "pi-kitchen-north", "pi-office"), random.Random(3)
     layers = {"ann": (1, 10), "bob": (2, 11), "cat": (4, 10), "pi-kitchen-north": (2, 10), "pi-office": (2, 10)}
     sites = (("pi-office",), ("edge-1", "pi-kitchen-north"))
@@ -171,7 +179,7 @@ def a_classification() -> list[dict[str, Any]]:
 
 
 def a_failed_run() -> list[dict[str, Any]]:
-    """One round is closed, the host is lost in the second."""
+    """Returns a run in which one round is closed and the host is lost in the second."""
     events = a_run()[:9]
     last = events[-1]["time"]
     return [
@@ -183,7 +191,7 @@ def a_failed_run() -> list[dict[str, Any]]:
 
 
 def a_run_failed_at_once() -> list[dict[str, Any]]:
-    """Nothing was planned yet."""
+    """Returns a run that failed before a plan was made."""
     events = a_run()[:3]
     reason = "2 of 3 devices joined within 120 s (federation.min_nodes = 3)"
     return [

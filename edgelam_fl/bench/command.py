@@ -20,6 +20,7 @@ from edgelam_fl.bench.results import write_results
 from edgelam_fl.bench.runner import Results, check_cells, check_extra, engine, play
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import INTERRUPTED
+from edgelam_fl.telemetry.events import Event, PlanMade
 
 _OF_A_REFERENCE = ("accuracy", "perplexity", "bytes", "seconds")
 
@@ -122,9 +123,9 @@ def _progress(console: Console) -> Progress:
 def _feed(progress: Progress, task: Any, cell: Cell, rounds: int) -> Any:
     began = time.monotonic()
 
-    def feed(event: dict[str, Any]) -> None:
-        if event["event"] == "plan":
-            at = f"round {event['round']} of {rounds}" if event["round"] <= rounds else "measuring"
+    def feed(event: Event) -> None:
+        if isinstance(event, PlanMade):
+            at = f"round {event.round} of {rounds}" if event.round <= rounds else "measuring"
             progress.update(task, what=f"{cell.name}: {at}, {time.monotonic() - began:.0f} s")
 
     return feed

@@ -15,8 +15,8 @@ import queue
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, geometric_mean
 from typing import Any
@@ -32,14 +32,24 @@ from edgelam_fl.federation.child import Child, end_all
 from edgelam_fl.federation.flower_app import app_module
 from edgelam_fl.federation.submission import Submission, Timing
 from edgelam_fl.federation.superlink import start_superlink
+from edgelam_fl.telemetry.events import (
+    DeviceResult,
+    Event,
+    NodeJoined,
+    NodeLost,
+    NodeResult,
+    PlanMade,
+    RoundDone,
+    RunFailure,
+    of_kind,
+)
+from edgelam_fl.telemetry.human import total
 from edgelam_fl.wire.control import FABRIC_SEPARATOR
 
 _POLL_S = 0.1
 _TIMING = Timing(poll_s=_POLL_S, silence_s=60.0)
 _START_S = 180.0
 _DONE = "done"  # an empty file in the folder of a cell that came through
-
-Event = dict[str, Any]
 
 
 def check_extra() -> None:
@@ -192,12 +202,12 @@ def run_cell(
     # one worker of Flower's is enough: it hands jobs over and brings reports, the fabric computes
     simulation = f"num-supernodes={nodes} client-resources-num-cpus=1 init-args-num-cpus=1"
     submission.submit(config, folder / "run", fabric=f"{fabric}{FABRIC_SEPARATOR}{folder}", simulation=simulation)
-    events = []
+    events: list[Event] = []
     for event in submission.events(meanwhile=engine.check, timing=_TIMING):
         feed(event)
         events.append(event)
-        if event["event"] == "run_failed":
-            raise RunFailed(event["reason"])
+        if isinstance(event, RunFailure):
+            raise RunFailed(event.reason)
     return events
 
 
@@ -239,16 +249,14 @@ def check_complete(events: list[Event], devices: int, honest: bool) -> None:
 
     Losing one that attacks, or dropping out with `[wireless]`, is part of what is measured.
     """
-    joined = {event["node"] for event in events if event["event"] == "node_joined" and event["role"] == "device"}
-    lost = [event for event in events if event["event"] == "node_lost"]
+    joined = {event.node for event in of_kind(events, NodeJoined) if event.role == "device"}
+    lost = list(of_kind(events, NodeLost))
     if len(joined) < devices:
         raise RunFailed(
             f"{len(joined)} of {devices} devices answered: this machine was too busy; run the command again"
         )
     if lost and honest:
-        raise RunFailed(
-            f"{lost[0]['node']} was lost in round {lost[0]['round']} ({lost[0]['reason']}): run the command again"
-        )
+        raise RunFailed(f"{lost[0].node} was lost in round {lost[0].round} ({lost[0].reason}): run the command again")
 
 
 def _replayed(events: list[Event], config: RunConfig, trained: Cell, cell: Cell) -> list[Event]:
@@ -257,36 +265,32 @@ def _replayed(events: list[Event], config: RunConfig, trained: Cell, cell: Cell)
         return events
     replay = app_module("server.virtual.replay").replay
     rounds = iter(replay(events, config, cell.values["bandwidth"]))
-    return [{**event, "virtual": next(rounds)} if _has_time(event) else event for event in events]
-
-
-def _has_time(event: Event) -> bool:
-    return event["event"] == "round_done" and bool(event.get("virtual"))
+    return [
+        replace(event, virtual=next(rounds)) if isinstance(event, RoundDone) and event.virtual else event
+        for event in events
+    ]
 
 
 def _finished(work: Path) -> list[Path]:
     return [mark.parent for mark in work.glob(f"*/{_DONE}")]
 
 
-def outcome(events: list[Event]) -> dict[str, Any]:
-    """What a run's events say: the quality over bytes, rounds and virtual time, and the end of each."""
+def outcome(events: Sequence[Event]) -> dict[str, Any]:
+    """Sums up a run's events: the quality over bytes, rounds and virtual time, and the end of each."""
     curve: list[dict[str, Any]] = []
     spent = {"bytes": 0, "virtual_seconds": 0.0, "joules": 0.0}
     errors = []
-    personal = any(event["event"] == "plan" and event.get("personal") for event in events)
-    for event in events:
-        if event["event"] != "round_done":
-            continue
-        quality = _quality(event["devices"])
+    personal = any(plan.personal for plan in of_kind(events, PlanMade))
+    for done in of_kind(events, RoundDone):
+        quality = _quality(done.devices)
         if quality:
-            curve.append({"round": event["round"] - 1, **quality, **spent})
-        if not event["steps"]:
+            curve.append({"round": done.round - 1, **quality, **spent})
+        if not done.steps:
             continue  # the measurement after the last round costs the federation nothing that it had not learned for
-        spent["bytes"] += sum(_bytes(node) for node in [*event["devices"], *event["hosts"]])
-        virtual = event.get("virtual") or {}
-        spent["virtual_seconds"] += virtual.get("seconds") or 0.0
-        spent["joules"] += virtual.get("joules") or 0.0
-        errors.append(event.get("aggregation_error"))
+        spent["bytes"] += sum(_bytes(node) for node in (*done.devices, *done.hosts))
+        spent["virtual_seconds"] += done.virtual.seconds if done.virtual else 0.0
+        spent["joules"] += done.virtual.joules if done.virtual else 0.0
+        errors.append(done.aggregation_error)
     known = [error for error in errors if error is not None]
     last = curve[-1] if curve else {}
     return {
@@ -295,17 +299,14 @@ def outcome(events: list[Event]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _quality(devices: list[dict[str, Any]]) -> dict[str, float]:
-    """Over all devices that measured, each with its equal part of the test set."""
-    found = {}
-    accuracies = [device["metrics"]["accuracy"] for device in devices if device["metrics"].get("accuracy") is not None]
-    perplexities = [device["perplexity"] for device in devices if device["perplexity"]]
+def _quality(devices: Iterable[DeviceResult]) -> dict[str, float]:
+    """Averages over all devices that measured, each with its equal part of the test set."""
+    accuracies = [accuracy for device in devices if (accuracy := device.metrics.get("accuracy")) is not None]
+    perplexities = [device.perplexity for device in devices if device.perplexity]
     if accuracies:
-        found["accuracy"] = fmean(accuracies)
-    elif perplexities:
-        found["perplexity"] = geometric_mean(perplexities)
-    return found
+        return {"accuracy": fmean(accuracies)}
+    return {"perplexity": geometric_mean(perplexities)} if perplexities else {}
 
 
-def _bytes(node: Mapping[str, Any]) -> int:
-    return int(node["bytes_up"] + node["bytes_down"] + node["adapter_bytes_up"] + node["adapter_bytes_down"])
+def _bytes(node: NodeResult) -> int:
+    return int(total((node.bytes_up, node.bytes_down, node.adapter_bytes_up, node.adapter_bytes_down)) or 0)

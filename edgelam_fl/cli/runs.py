@@ -104,17 +104,17 @@ def plan(
     if (profiles is None) == (not server):
         raise ConfigError("edgelam plan needs either --profiles FILE or --server HOST:PORT, to know the nodes")
     if profiles is not None:
-        placement = plan_of_profiles(config, profiles)
+        plan = plan_of_profiles(config, profiles)
     else:
         from edgelam_fl.addresses import check_server_answers
         from edgelam_fl.model.source import find_model
 
         check_server_answers(server, insecure)
-        placement = plan_on_server(messages, config, find_model(config.model.name), server)
+        plan = plan_on_server(messages, config, find_model(config.model.name), server)
     if as_json:
-        say(json.dumps(placement, indent=2))
+        say(json.dumps(plan.to_json(), indent=2))
     else:
-        console.print(plan_view(placement), highlight=False, soft_wrap=True)
+        console.print(plan_view(plan), highlight=False, soft_wrap=True)
 
 
 def run(

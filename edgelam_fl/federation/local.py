@@ -18,10 +18,11 @@ from edgelam_fl.errors import RunFailed
 from edgelam_fl.federation.child import Child, end_all
 from edgelam_fl.federation.flower_app import app_module
 from edgelam_fl.federation.node_process import NodeProcesses
-from edgelam_fl.federation.submission import Event, Submission
+from edgelam_fl.federation.submission import Submission
 from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.federation.template import can_fork, warm_template
 from edgelam_fl.tasks.files import read_records
+from edgelam_fl.telemetry.events import Event, RunDone
 
 _POLL_S = 0.25
 _RESULT_LAG_S = 30.0
@@ -121,7 +122,7 @@ def run_local(config: RunConfig, data: Sequence[Path], folder: Path) -> Iterator
     """Trains as `config` says, with one device per file of `data`, and yields the run's events as they come.
 
     All processes of the federation are this machine's; they end with the iterator: after the last event, when the
-    iterator is closed, or with an exception. The last event is `run_done` or `run_failed`; after it, `folder` holds the
+    iterator is closed, or with an exception. The last event is a `RunDone` or `RunFailure`; after it, `folder` holds the
     whole result (`open_result`). folder: absent or empty.
 
     Raises ConfigError, ModelError or DataError before anything starts, and RunFailed if the federation itself ends.
@@ -132,7 +133,7 @@ def run_local(config: RunConfig, data: Sequence[Path], folder: Path) -> Iterator
         submission = Submission(here.server, folder / "flwr")
         submission.submit(here.config, folder)
         for event in submission.events(meanwhile=here.watch):
-            if event["event"] == "run_done":
+            if isinstance(event, RunDone):
                 await_result(folder)
             yield event
 

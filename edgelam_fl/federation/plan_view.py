@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,17 @@ from edgelam_fl.model.base_names import PROFILED_TOKENS
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.placement import first_proposal
 from edgelam_fl.plan.spec import RunSpec
-from edgelam_fl.telemetry.events import read_events
-from edgelam_fl.telemetry.summary import human_bytes, human_layers
+from edgelam_fl.telemetry.events import (
+    NodeJoined,
+    NodePlaced,
+    PlacementMade,
+    RunFailure,
+    SitePlaced,
+    of_kind,
+    read_events,
+)
+from edgelam_fl.telemetry.human import human_bytes, human_layers
+from edgelam_fl.telemetry.records import as_json, read_record
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 _MESSAGES_S = 180.0  # on top of the time for nodes to join: submission, and a process per message
@@ -34,16 +44,28 @@ _TIMING = Timing(silence_s=20.0)  # somebody waits for the answer
 _NOT_IN_A_PROFILE = ("time", "event", "node", "role", "findings", "profile")
 
 
-def plan_of_profiles(config: RunConfig, file: Path) -> dict[str, Any]:
-    """Returns the placement for the nodes whose profiles a file holds. Raises ConfigError, or what a run would raise."""
+@dataclass(frozen=True)
+class ForeseenPlan:
+    """What a run would begin with."""
+
+    placement: PlacementMade
+    num_layers: int  # of the model
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns what `--json` prints: the fields of the event `placement`, and num_layers."""
+        return {**as_json(self.placement), "num_layers": self.num_layers}
+
+
+def plan_of_profiles(config: RunConfig, file: Path) -> ForeseenPlan:
+    """Plans for the nodes whose profiles a file holds. Raises ConfigError, or what a run would raise."""
     profiles = read_profiles(file)
     spec: RunSpec = app_module("server.checks").check_config(config)
-    proposal: dict[str, Any] = first_proposal(spec, profiles).event()
-    return {**proposal, "num_layers": spec.source.num_layers}
+    placement = read_record(PlacementMade, first_proposal(spec, profiles).event())
+    return ForeseenPlan(placement, spec.source.num_layers)
 
 
-def plan_on_server(console: Console, config: RunConfig, source: ModelSource, server: str) -> dict[str, Any]:
-    """Returns the placement for the nodes that have joined a server, by a run that asks for profiles and ends.
+def plan_on_server(console: Console, config: RunConfig, source: ModelSource, server: str) -> ForeseenPlan:
+    """Plans for the nodes that have joined a server, by a run that asks for profiles and ends.
 
     Raises RunFailed if the server cannot plan, or does not in time.
     """
@@ -53,15 +75,15 @@ def plan_on_server(console: Console, config: RunConfig, source: ModelSource, ser
         submission.submit(config, out, "plan")
         with submission.stopped_on_error():
             event = _await_placement(submission, config.federation.join_deadline_s + _MESSAGES_S)
-    return {**event, "num_layers": source.num_layers}
+    return ForeseenPlan(event, source.num_layers)
 
 
-def _await_placement(submission: Submission, deadline_s: float) -> dict[str, Any]:
+def _await_placement(submission: Submission, deadline_s: float) -> PlacementMade:
     for event in submission.events(deadline_s, awaited="the server's plan", timing=_TIMING):
-        if event["event"] == "placement":
+        if isinstance(event, PlacementMade):
             return event
-        if event["event"] == "run_failed":
-            raise RunFailed(f"the server could not plan: {event['reason']}")
+        if isinstance(event, RunFailure):
+            raise RunFailed(f"the server could not plan: {event.reason}")
     raise RunFailed("the server ended before it planned")
 
 
@@ -88,7 +110,7 @@ def read_profiles(file: Path) -> list[pb.Profile]:
 
 
 def _from_events(file: Path) -> Iterable[Mapping[str, Any]]:
-    return [event for event in read_events(file) if event.get("event") == "node_joined"]
+    return [{**as_json(event), "name": event.node} for event in of_kind(read_events(file), NodeJoined)]
 
 
 def _from_json(file: Path) -> Iterable[Mapping[str, Any]]:
@@ -138,66 +160,68 @@ def _of_doctor(entry: Mapping[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------- what is printed
 
 
-def plan_view(placement: Mapping[str, Any]) -> Group:
+def plan_view(plan: ForeseenPlan) -> Group:
     """Draws a picture and a table per site, and the predicted time per step."""
+    sites, layers = plan.placement.sites, plan.num_layers
     parts: list[Any] = []
-    for number, site in enumerate(placement["sites"], 1):
-        title = f"site {number}" if len(placement["sites"]) > 1 else ""
-        parts += [_picture(site, placement["num_layers"]), _table(site, placement["num_layers"], title), _words(site)]
-    closing = f"a step takes {placement['step_s']:.3g} s, as predicted; micro-batches in flight: {placement['window']}"
+    for number, site in enumerate(sites, 1):
+        title = f"site {number}" if len(sites) > 1 else ""
+        parts += [_picture(site, layers), _table(site, layers, title), _words(site)]
+    step_s, window = plan.placement.step_s, plan.placement.window
+    closing = f"a step takes {step_s:.3g} s, as predicted; micro-batches in flight: {window}"
     return Group(*parts, Text(closing))
 
 
-def _picture(site: Mapping[str, Any], layers: int) -> Text:
+def _picture(site: SitePlaced, layers: int) -> Text:
     lines = []
-    for (first, last), names in _by_ends(site["devices"]).items():
+    for (first, last), names in _by_ends(site.devices).items():
         ways = [f"{', '.join(names)} [embedding{_and(0, first)}]"]
-        ways += [f"{host['node']} [{_layers(host, first, last)}]" for host in site["hosts"]]
+        ways += [f"{host.node} [{_layers(host, first, last)}]" for host in site.hosts]
         lines.append(" ─▶ ".join([*ways, f"{', '.join(names)} [{_and(last, layers)[2:] or 'no layer'}, head]"]))
     return Text("\n".join(lines))
 
 
-def _by_ends(devices: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], list[str]]:
+def _by_ends(devices: Iterable[NodePlaced]) -> dict[tuple[int, int], list[str]]:
     found: dict[tuple[int, int], list[str]] = {}
     for device in devices:
-        found.setdefault((device["first"], device["last"]), []).append(device["node"])
+        found.setdefault((device.first, device.last), []).append(device.node)
     return found
 
 
-def _layers(host: Mapping[str, Any], first: int, last: int) -> str:
+def _layers(host: NodePlaced, first: int, last: int) -> str:
     """Names the layers at the host that a route from `first` to `last` crosses."""
-    return human_layers([max(first, host["first"]), min(last, host["last"])])
+    return human_layers([max(first, host.first), min(last, host.last)])
 
 
 def _and(first: int, last: int) -> str:
     return f", {human_layers([first, last])}" if last > first else ""
 
 
-def _table(site: Mapping[str, Any], layers: int, title: str) -> Table:
+def _table(site: SitePlaced, layers: int, title: str) -> Table:
     table = Table(title=title or None, box=None, pad_edge=False, header_style="bold")
     for column in ("node", "holds", "base"):
         table.add_column(column)
     for column in ("memory", "computes", "sends", "receives"):
         table.add_column(column, justify="right")
-    for host in site["hosts"]:
-        table.add_row(host["node"], human_layers([host["first"], host["last"]]), host["base"], *_figures(host))
-    for device in site["devices"]:
-        kept = device["first"] + layers - device["last"]
-        table.add_row(device["node"], f"{kept} layers at its ends", device["base"], *_figures(device))
+    for host in site.hosts:
+        table.add_row(host.node, human_layers([host.first, host.last]), host.base, *_figures(host))
+    for device in site.devices:
+        kept = device.first + layers - device.last
+        table.add_row(device.node, f"{kept} layers at its ends", device.base, *_figures(device))
     return table
 
 
-def _figures(part: Mapping[str, Any]) -> list[str]:
+def _figures(part: NodePlaced) -> list[str]:
     return [
-        human_bytes(part["memory_bytes"]), f"{part['compute_s']:.3g} s", human_bytes(part["up_bytes"]),
-        human_bytes(part["down_bytes"]),
+        human_bytes(part.memory_bytes), f"{part.compute_s:.3g} s", human_bytes(part.up_bytes),
+        human_bytes(part.down_bytes),
     ]  # fmt: skip
 
 
-def _words(site: Mapping[str, Any]) -> Text:
-    lines = [f"times and bytes are a step's; it takes {site['step_s']:.3g} s and waits for {site['limit']}"]
-    if site["memory_limit"]:
-        lines.append(f"held back by the {site['memory_limit']}")
-    if site["left_out"]:
-        lines.append(f"not used: {', '.join(site['left_out'])}; without them a step is no longer")
+def _words(site: SitePlaced) -> Text:
+    lines = [f"times and bytes are a step's; it takes {site.step_s:.3g} s and waits for {site.limit}"]
+    if site.memory_limit:
+        lines.append(f"held back by the {site.memory_limit}")
+    if site.left_out:
+        lines.append(f"not used: {', '.join(site.left_out)}; without them a step is no longer")
     return Text("\n".join(lines))

@@ -25,6 +25,7 @@ from edgelam_fl.serving.results import Result
 from edgelam_fl.serving.sessions import RouteSession
 from edgelam_fl.split.route import new_route, open_route, wire_dtype
 from edgelam_fl.split.trainee import lora_of
+from edgelam_fl.telemetry.events import RouteReady, RunFailure
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.grpc.dial import dial
@@ -83,9 +84,9 @@ def _open(result: Result, plan: pb.Plan, server: str) -> RouteSession:
 def _await_route(submission: Submission, folder: Path, deadline_s: float) -> pb.Plan:
     """Returns the caller's plan, once the server has made it."""
     for event in submission.events(deadline_s, awaited="a route through the federation", timing=_TIMING):
-        if event["event"] == "run_failed":
-            raise RunFailed(f"the server could not open a route: {event['reason']}")
-        if event["event"] == "route_ready":
+        if isinstance(event, RunFailure):
+            raise RunFailed(f"the server could not open a route: {event.reason}")
+        if isinstance(event, RouteReady):
             file = folder / "route"
             plan = pb.Plan.FromString(file.read_bytes())
             file.unlink()  # its token is of no use to anyone else

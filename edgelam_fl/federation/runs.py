@@ -5,7 +5,6 @@ Knows processes, events and the run's folder; knows neither what the nodes compu
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -20,8 +19,8 @@ from edgelam_fl.federation.flower_app import app_module
 from edgelam_fl.federation.local import LocalFederation, await_result, kept, local_federation
 from edgelam_fl.federation.submission import Submission
 from edgelam_fl.telemetry.console import RunView
-from edgelam_fl.telemetry.events import EventTail
-from edgelam_fl.telemetry.summary import summary_table
+from edgelam_fl.telemetry.events import EventTail, RunFailure
+from edgelam_fl.telemetry.summary import read_summary, summary_table
 
 _WAYS_OUT = (
     ". Two ways out: start one with `edgelam server` and let nodes join with `edgelam client`, or let this machine play all "
@@ -116,8 +115,8 @@ def follow(
         with view:
             for event in submission.events(meanwhile=meanwhile, say=view.say):
                 view.feed(event)
-                if event["event"] == "run_failed":
-                    raise RunFailed(f"the run failed: {event['reason']}; {event['kept']}")
+                if isinstance(event, RunFailure):
+                    raise RunFailed(f"the run failed: {event.reason}; {event.kept}")
     except KeyboardInterrupt:
         console.print(f"stopping the run. {kept(folder)}", soft_wrap=True)
         submission.stop()
@@ -128,5 +127,5 @@ def follow(
 
 def _show_result(console: Console, folder: Path) -> None:
     await_result(folder)
-    console.print(summary_table(json.loads((folder / "summary.json").read_text(encoding="utf-8"))))
+    console.print(summary_table(read_summary(folder / "summary.json")))
     console.print(f"run: {folder}\npage: {folder / 'report.html'}", highlight=False, soft_wrap=True)

@@ -21,12 +21,9 @@ from edgelam_fl.config import RunConfig, to_toml
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.federation.child import tool_environment
 from edgelam_fl.federation.flower_app import app_folder
-from edgelam_fl.telemetry.events import EventTail
+from edgelam_fl.telemetry.events import RUN_ENDS, Event, EventTail
 
-LAST_EVENTS = ("run_done", "run_failed")
 _COMMAND_DEADLINE_S = 180.0  # Flower's commands take seconds here, and many on a small board that is busy
-
-Event = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +49,7 @@ def run_events(
     log: Callable[[], str] = lambda: "see `flwr log`",
     timing: Timing = Timing(),
 ) -> Iterator[Event]:
-    """Yields the events of a run from `file` as they come; ends after `run_done` or `run_failed`.
+    """Yields the events of a run from `file` as they come; ends after `RunDone` or `RunFailure`.
 
     status: asks Flower for the run's status, after a silence only. meanwhile: called at every look; a true result is a
     sign of life from elsewhere, so that Flower is not asked. say: receives a line if Flower has not begun the run. log:
@@ -66,7 +63,7 @@ def run_events(
         news = tail.poll()
         for event in news:
             yield event
-            if event["event"] in LAST_EVENTS:
+            if isinstance(event, RUN_ENDS):
                 return
         alive, now = meanwhile(), time.monotonic()
         if finished:

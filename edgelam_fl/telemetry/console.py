@@ -1,9 +1,9 @@
-"""The run on a terminal: what the events say, drawn again as they come. Without a terminal, one line a milestone."""
+"""The run on a terminal: a table that is drawn again with each event. Without a terminal, one line per milestone."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -14,15 +14,26 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from edgelam_fl.telemetry.summary import (
-    by_name,
-    human_bytes,
-    human_layers,
-    human_measure,
-    measure_of,
-    measured,
-    task_of,
+from edgelam_fl.telemetry.events import (
+    Evaluated,
+    Event,
+    JobDone,
+    JobStarted,
+    LinkMeasured,
+    NodeJoined,
+    NodeLost,
+    NodeRefused,
+    PlacementMade,
+    PlanMade,
+    RoundDone,
+    RoundTimeline,
+    RunFailure,
+    RunStarted,
+    StepClosed,
+    StepDone,
 )
+from edgelam_fl.telemetry.human import by_name, human_bytes, human_layers, human_measure, total
+from edgelam_fl.telemetry.summary import measure_of, measured, task_of
 from edgelam_fl.telemetry.timeline import read_phase
 
 NAMES_SHOWN = 8
@@ -36,13 +47,13 @@ class _Row:
     role: str = ""
     doing: str = "starting"
     loss: float | None = None
-    quality: list[float] = field(default_factory=list)  # held-out, a round
+    quality: list[float] = field(default_factory=list)  # held-out, per round
     bytes_moved: int = 0
-    waited: float | None = None  # the share of the latest train phase
+    waited: float | None = None  # share of the latest train phase, in [0, 1]
 
 
 class RunView:
-    """Feed it every event; use it as a context manager around the run."""
+    """The view of one run: takes every event, and is a context manager around the run."""
 
     def __init__(self, console: Console, rounds: int, steps: int) -> None:
         self._console, self._rounds, self._steps = console, rounds, steps
@@ -52,6 +63,23 @@ class RunView:
         self._stage = "starting"
         self._began = time.monotonic()
         self._live = Live(console=console, refresh_per_second=4, get_renderable=self._draw)
+        self._handlers: dict[type[Event], Callable[[Any, str], None]] = {
+            RunStarted: self._on_run_started,
+            NodeJoined: self._on_node_joined,
+            NodeRefused: self._on_node_refused,
+            LinkMeasured: self._on_link_measured,
+            PlacementMade: self._on_placement,
+            PlanMade: self._on_plan,
+            RoundDone: self._on_round_done,
+            RoundTimeline: self._on_timeline,
+            NodeLost: self._on_node_lost,
+            RunFailure: self._on_run_failed,
+            JobStarted: self._on_job_started,
+            Evaluated: self._on_evaluated,
+            StepDone: self._on_step,
+            StepClosed: self._on_step_closed,
+            JobDone: self._on_job_done,
+        }
 
     def __enter__(self) -> RunView:
         if self._console.is_terminal:
@@ -63,103 +91,100 @@ class RunView:
             self._live.__exit__(None, None, None)
 
     def say(self, text: str) -> None:
-        """A milestone: stays on the screen, above the table."""
+        """Prints a milestone, which stays on the screen above the table."""
         elapsed = time.monotonic() - self._began
         self._console.print(f"[dim]{elapsed:5.0f} s[/dim]  {escape(text)}", highlight=False, soft_wrap=True)
 
-    def feed(self, event: Mapping[str, Any], node: str = "") -> None:
-        """One event of the ServerApp, or (with its name) of a node's stage host."""
-        handler = getattr(self, f"_on_{event['event']}", None)
+    def feed(self, event: Event, node: str = "") -> None:
+        """Takes an event of the ServerApp or, with the node's name, of a stage host."""
+        handler = self._handlers.get(type(event))
         if handler is not None:
             handler(event, node)
 
     # ---------------------------------------------------------------- the ServerApp's events
 
-    def _on_run_started(self, event: Mapping[str, Any], _: str) -> None:
+    def _on_run_started(self, event: RunStarted, _: str) -> None:
         self._measure = measure_of(task_of([event]))
 
-    def _on_node_joined(self, event: Mapping[str, Any], _: str) -> None:
-        row = self._row(event["node"])
-        row.role, row.doing = event["role"], "joined"
-        holds = f"{event['examples']} examples, {event['held_out']} held out" if row.role == "device" else "no data"
-        self.say(f"{event['node']} joined ({holds})")
+    def _on_node_joined(self, event: NodeJoined, _: str) -> None:
+        row = self._row(event.node)
+        row.role, row.doing = event.role, "joined"
+        holds = f"{event.examples} examples, {event.held_out} held out" if row.role == "device" else "no data"
+        self.say(f"{event.node} joined ({holds})")
 
-    def _on_node_refused(self, event: Mapping[str, Any], _: str) -> None:
-        self.say(f"{event['node']} cannot take part: {event['reason']}")
+    def _on_node_refused(self, event: NodeRefused, _: str) -> None:
+        self.say(f"{event.node} cannot take part: {event.reason}")
 
-    def _on_link_measured(self, event: Mapping[str, Any], _: str) -> None:
-        up, down = (
-            f"{event[key] / 1e6:.3g} Mbit/s {way}" for key, way in (("link_up_bps", "up"), ("link_down_bps", "down"))
-        )
-        self.say(
-            f"{event['node']}'s link to the server now: {up}, {down}, round trip {1e3 * event['round_trip_s']:.3g} ms"
-        )
+    def _on_link_measured(self, event: LinkMeasured, _: str) -> None:
+        up, down = (f"{bps / 1e6:.3g} Mbit/s" for bps in (event.link_up_bps, event.link_down_bps))
+        round_trip = f"round trip {1e3 * event.round_trip_s:.3g} ms"
+        self.say(f"{event.node}'s link to the server now: {up} up, {down} down, {round_trip}")
 
-    def _on_placement(self, event: Mapping[str, Any], _: str) -> None:
-        for text in event["measured"]:
+    def _on_placement(self, event: PlacementMade, _: str) -> None:
+        for text in event.measured:
             self.say(text)
-        if event["changed"]:
-            held = [h for site in event["sites"] for h in site["hosts"]]
-            layers = ", ".join(f"{h['node']} {human_layers([h['first'], h['last']])}" for h in held)
-            self.say(f"{layers}: {event['reason']}; a step of training should take {event['step_s']:.3g} s")
+        if event.changed:
+            held = [host for site in event.sites for host in site.hosts]
+            layers = ", ".join(f"{host.node} {human_layers((host.first, host.last))}" for host in held)
+            self.say(f"{layers}: {event.reason}; a step of training should take {event.step_s:.3g} s")
 
-    def _on_plan(self, event: Mapping[str, Any], _: str) -> None:
-        self._round = event["round"]
+    def _on_plan(self, event: PlanMade, _: str) -> None:
+        self._round = event.round
         self._stage = f"round {self._round} of {self._rounds}" if self._round <= self._rounds else "last evaluation"
-        attempt = f", attempt {event['attempt']}" if event["attempt"] > 1 else ""
+        attempt = f", attempt {event.attempt}" if event.attempt > 1 else ""
         if self._round <= self._rounds:
             self.say(f"{self._stage}{attempt}: {_over_sites(event)}")
 
-    def _on_round_done(self, event: Mapping[str, Any], _: str) -> None:
+    def _on_round_done(self, event: RoundDone, _: str) -> None:
         shown = []
-        for device in event["devices"]:
-            row = self._row(device["name"])
-            row.loss = device["loss"] if device["loss"] is not None else row.loss
-            row.bytes_moved += device["bytes_up"] + device["bytes_down"]
+        for device in event.devices:
+            row = self._row(device.name)
+            row.loss = device.loss if device.loss is not None else row.loss
+            row.bytes_moved += total((device.bytes_up, device.bytes_down)) or 0
             row.doing = "waits"
             value = measured(device, self._measure)
             if value is not None:
                 row.quality.append(value)
-                shown.append(f"{device['name']} {self._short(value)}")
-        for host in event["hosts"]:
-            self._row(host["name"]).bytes_moved += host["bytes_up"] + host["bytes_down"]
-        when = "at its start" if event["steps"] else "at the end"
-        self.say(f"{self._stage} took {event['seconds']:.0f} s; held-out {self._measure} {when}: {_first_of(shown)}")
+                shown.append(f"{device.name} {self._short(value)}")
+        for host in event.hosts:
+            self._row(host.name).bytes_moved += total((host.bytes_up, host.bytes_down)) or 0
+        when = "at its start" if event.steps else "at the end"
+        self.say(f"{self._stage} took {event.seconds:.0f} s; held-out {self._measure} {when}: {_first_of(shown)}")
 
-    def _on_timeline(self, event: Mapping[str, Any], _: str) -> None:
+    def _on_timeline(self, event: RoundTimeline, _: str) -> None:
         phase = read_phase(event)
         for name, shares in phase.shares().items() if phase else ():
             self._row(name).waited = shares.waited_s / (shares.phase_s or 1)
 
-    def _on_node_lost(self, event: Mapping[str, Any], _: str) -> None:
-        self._row(event["node"]).doing = "lost"
-        self.say(f"{event['node']} did not finish round {event['round']}: {event['reason']}")
+    def _on_node_lost(self, event: NodeLost, _: str) -> None:
+        self._row(event.node).doing = "lost"
+        self.say(f"{event.node} did not finish round {event.round}: {event.reason}")
 
-    def _on_run_failed(self, _: Mapping[str, Any], __: str) -> None:
-        """Whoever follows the run says why."""
+    def _on_run_failed(self, _: RunFailure, __: str) -> None:
+        """Shows that the run failed; the command that follows the run says why."""
         self._stage = f"failed in {self._stage}" if self._round else "failed before the first round"
         for row in self._rows.values():
             row.doing = row.doing if row.doing == "lost" else ""
 
     # ---------------------------------------------------------------- the stage hosts' events
 
-    def _on_job_started(self, event: Mapping[str, Any], node: str) -> None:
-        self._row(node).doing = "evaluates" if event["role"] == "device" else "serves"
+    def _on_job_started(self, event: JobStarted, node: str) -> None:
+        self._row(node).doing = "evaluates" if event.role == "device" else "serves"
 
-    def _on_evaluated(self, _: Mapping[str, Any], node: str) -> None:
+    def _on_evaluated(self, _: Evaluated, node: str) -> None:
         self._row(node).doing = "evaluated"
 
-    def _on_step(self, event: Mapping[str, Any], node: str) -> None:
+    def _on_step(self, event: StepDone, node: str) -> None:
         row = self._row(node)
-        row.doing, row.loss = f"step {event['step'] + 1} of {self._steps}", event["loss"]
+        row.doing, row.loss = f"step {event.step + 1} of {self._steps}", event.loss
 
-    def _on_step_closed(self, event: Mapping[str, Any], node: str) -> None:
-        """A host's word; a device that hosts too tells of its own steps."""
+    def _on_step_closed(self, event: StepClosed, node: str) -> None:
+        """Shows the step of a host; a device that hosts too reports its own steps."""
         if self._row(node).role != "device":
-            self._row(node).doing = f"step {event['step'] + 1} of {self._steps}"
+            self._row(node).doing = f"step {event.step + 1} of {self._steps}"
 
-    def _on_job_done(self, event: Mapping[str, Any], node: str) -> None:
-        self._row(node).doing = "waits" if event["state"] == "done" else "failed"
+    def _on_job_done(self, event: JobDone, node: str) -> None:
+        self._row(node).doing = "waits" if event.state == "done" else "failed"
 
     # ---------------------------------------------------------------- drawing
 
@@ -167,7 +192,7 @@ class RunView:
         return self._rows.setdefault(name, _Row())
 
     def _draw(self) -> RenderableType:
-        """Fits 80 columns: a long name takes two lines rather than room from the numbers."""
+        """Draws the table for 80 columns: a long name takes two lines rather than room from the numbers."""
         table = Table(box=None, padding=(0, 2, 0, 0))
         table.add_column("node", overflow="fold")
         table.add_column("does", no_wrap=True)
@@ -193,13 +218,11 @@ class RunView:
         )
 
 
-def _over_sites(plan: Mapping[str, Any]) -> str:
-    """The selected devices; with their hosts where they go over several sites."""
-    ways = {
-        route["device"]: tuple(hop["node"] for hop in route.get("hops") or []) for route in plan.get("routes") or []
-    }
+def _over_sites(plan: PlanMade) -> str:
+    """Names the selected devices, with their hosts if they train over several sites."""
+    ways = {route.device: tuple(hop.node for hop in route.hops) for route in plan.routes}
     if len(set(ways.values())) < 2:
-        return _first_of(plan["selected"])
+        return _first_of(plan.selected)
     grouped = groupby(sorted(ways, key=lambda name: (ways[name], by_name(name))), key=lambda name: ways[name])
     return "; ".join(f"{_first_of(names)} over {' > '.join(way) or 'no host'}" for way, names in grouped)
 

@@ -1,15 +1,15 @@
-"""`edgelam top`: who is here, what each node holds and does, made from a run's events. Knows no processes.
+"""`edgelam top`: who is here, what each node holds and does, from a run's events. Knows no processes.
 
-The busy and waiting times are of the latest round whose timeline came, in seconds of its train phase.
+The busy and waiting times are of the latest round with a timeline, in seconds of its train phase.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -18,44 +18,92 @@ from rich.markup import escape
 from rich.table import Table
 
 from edgelam_fl.errors import ConfigError
-from edgelam_fl.telemetry.events import EventTail
-from edgelam_fl.telemetry.summary import (
-    LINK_BYTES,
-    NOTHING,
+from edgelam_fl.telemetry.events import (
     Event,
-    build_summary,
+    EventTail,
+    NodeJoined,
+    NodeLost,
+    NodeRefused,
+    NodeResult,
+    PlanMade,
+    RoundDone,
+    RoundTimeline,
+    SiteLost,
+    of_kind,
+)
+from edgelam_fl.telemetry.human import (
+    NOTHING,
     by_name,
     human_bytes,
     human_layers,
     human_number,
     human_seconds,
-    of_kind,
-    run_state,
     total,
 )
+from edgelam_fl.telemetry.records import as_json
+from edgelam_fl.telemetry.summary import build_summary, run_state
 from edgelam_fl.telemetry.timeline import Shares, read_phase
 
 EVENTS = "events.jsonl"
-_GONE = ("node_lost", "node_refused")
 _REFRESH_S = 1.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class NodeNow:
+    """One node as it is now. Seconds and bytes are None if they are not known."""
+
+    name: str
+    role: str | None  # "device", "edge"; None if it never joined
+    state: str  # "here", "gone"
+    holds: tuple[tuple[int, int], ...]  # layers [first, last) that the latest plan gives it; a device's ends are two
+    reason: str | None  # why it is gone
+    computed_s: float | None
+    sent_s: float | None
+    waited_s: float | None
+    bytes_up: int | None  # over all rounds
+    bytes_down: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Departure:
+    """A node or site that was lost or refused, even if it came back."""
+
+    time: float | None  # Unix seconds
+    round: int | None  # None: outside of a round
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A run as it is now; `--json` prints it with these names."""
+
+    run: str | None
+    state: str  # "running", "done", "failed"
+    round: int  # of the latest plan; 0 before the first
+    seconds: float | None
+    steps_per_s: float | None
+    nodes: tuple[NodeNow, ...]
+    departures: tuple[Departure, ...]
+
+
 def newest_run(root: Path = Path("runs")) -> Path:
-    """The folder under `root` whose events are the newest."""
+    """Returns the folder under `root` whose events are the newest."""
     found = sorted(root.glob(f"*/{EVENTS}"), key=lambda file: file.stat().st_mtime)
     if not found:
         raise ConfigError(f"no run under {root.absolute()}; name a run's folder: edgelam top RUN")
     return found[-1].parent
 
 
-def follow(console: Console, folder: Path, once: bool, as_json: bool) -> None:
-    """Shows the run until it ends; `once` and `as_json`: as it is now."""
+def follow(console: Console, folder: Path, once: bool, as_json_text: bool) -> None:
+    """Shows the run until it ends; with `once` or `as_json_text` only as it is now."""
     if not (folder / EVENTS).is_file():
         raise ConfigError(f"{folder} is no run's folder: it has no {EVENTS}")
     tail = EventTail(folder / EVENTS)
     events = tail.poll()
-    if as_json:
-        console.print(json.dumps(snapshot(events), indent=2), markup=False, highlight=False, soft_wrap=True)
+    if as_json_text:
+        text = json.dumps(as_json(snapshot(events)), indent=2)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
         return
     if once or not console.is_terminal:
         console.print(top_table(snapshot(events)))
@@ -67,126 +115,136 @@ def follow(console: Console, folder: Path, once: bool, as_json: bool) -> None:
             live.update(top_table(snapshot(events)), refresh=True)
 
 
-def snapshot(events: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What `--json` prints: {run, state, round, seconds, steps_per_s, nodes [{name, role, state, holds, computed_s, sent_s,
-    waited_s, bytes_up, bytes_down, reason}], departures [{time, round, name, reason}]}. Unknown is null."""
-    summary, rounds = build_summary(list(events)), list(of_kind(events, "round_done"))
+def snapshot(events: Sequence[Event]) -> Snapshot:
+    """Returns the run as the events so far show it."""
+    summary, rounds = build_summary(events), list(of_kind(events, RoundDone))
     shares, holds, gone = _shares(events), _holds(events), _gone(events)
-    roles = {e["node"]: e.get("role") for e in of_kind(events, "node_joined")}
+    roles = {event.node: event.role for event in of_kind(events, NodeJoined)}
     names = sorted({*roles, *gone, *holds, *shares}, key=by_name)
-    return {
-        "run": summary["run"],
-        "state": summary["state"],
-        "round": max((e.get("round") or 0 for e in of_kind(events, "plan")), default=0),
-        "seconds": summary["seconds"],
-        "steps_per_s": _step_rate(rounds),
-        "nodes": [
-            {"name": name, "role": roles.get(name), "state": "gone" if name in gone else "here"}
-            | {"holds": holds.get(name, []), "reason": gone.get(name)}
-            | _spent(shares.get(name))
-            | _moved(name, rounds)
+    return Snapshot(
+        run=summary.run,
+        state=summary.state,
+        round=max((plan.round for plan in of_kind(events, PlanMade)), default=0),
+        seconds=summary.seconds,
+        steps_per_s=_step_rate(rounds),
+        nodes=tuple(
+            _node(name, roles.get(name), gone.get(name), holds.get(name, ()), shares.get(name), rounds)
             for name in names
-        ],
-        "departures": departures(events),
-    }
+        ),
+        departures=departures(events),
+    )
 
 
-def departures(events: Sequence[Event]) -> list[dict[str, Any]]:
-    """Every one, oldest first, of sites too, also of nodes that came back."""
-    kinds = (*_GONE, "site_lost")
-    return [
-        {"time": e.get("time"), "round": e.get("round"), "name": e.get("node") or e.get("site"), "reason": _reason(e)}
-        for e in events
-        if e.get("event") in kinds
-    ]
+def departures(events: Iterable[Event]) -> tuple[Departure, ...]:
+    """Returns all departures, oldest first: of sites too, and of nodes that came back."""
+    found = []
+    for event in events:
+        match event:
+            case NodeLost():
+                found.append(Departure(time=event.time, round=event.round, name=event.node, reason=event.reason))
+            case NodeRefused():
+                found.append(Departure(time=event.time, round=None, name=event.node, reason=event.reason))
+            case SiteLost():
+                reason = f"its hosts are missing: {', '.join(event.missing)}"
+                found.append(Departure(time=event.time, round=event.round, name=event.site, reason=reason))
+    return tuple(found)
 
 
-def _reason(event: Event) -> str:
-    return str(event.get("reason") or f"its hosts are missing: {', '.join(event.get('missing') or [])}")
-
-
-def _gone(events: Sequence[Event]) -> dict[str, str]:
-    """{node: why}, of those that have not come back since."""
+def _gone(events: Iterable[Event]) -> dict[str, str]:
+    """Returns the reason per node that left and has not come back."""
     gone: dict[str, str] = {}
     for event in events:
-        if event.get("event") in _GONE:
-            gone[event["node"]] = _reason(event)
-        elif event.get("event") == "node_joined":
-            gone.pop(event["node"], None)
+        if isinstance(event, NodeLost | NodeRefused):
+            gone[event.node] = event.reason
+        elif isinstance(event, NodeJoined):
+            gone.pop(event.node, None)
     return gone
 
 
-def _holds(events: Sequence[Event]) -> dict[str, list[list[int]]]:
-    """{node: the layers [first, last) that the latest plan gives it}; a device's front and back are two."""
-    plan = next(of_kind(reversed(events), "plan"), {})
-    holds: dict[str, list[list[int]]] = {}
-    for route in plan.get("routes") or []:
-        ends = [[0, route["front"]], [route["back_first"], route["num_layers"]]]
-        holds.setdefault(route["device"], []).extend(span for span in ends if span[0] < span[1])
-        for hop in route.get("hops") or []:
-            spans = holds.setdefault(hop["node"], [])
-            if [hop["first"], hop["last"]] not in spans:
-                spans.append([hop["first"], hop["last"]])
+def _holds(events: Sequence[Event]) -> dict[str, tuple[tuple[int, int], ...]]:
+    """Returns the layers [first, last) per node of the latest plan; a device's front and back are two ranges."""
+    plan = next(of_kind(reversed(events), PlanMade), None)
+    holds: dict[str, tuple[tuple[int, int], ...]] = {}
+    for route in plan.routes if plan else ():
+        ends = ((0, route.front), (route.back_first, route.num_layers))
+        holds[route.device] = (*holds.get(route.device, ()), *(span for span in ends if span[0] < span[1]))
+        for hop in route.hops:
+            spans, span = holds.get(hop.node, ()), (hop.first, hop.last)
+            holds[hop.node] = spans if span in spans else (*spans, span)
     return holds
 
 
 def _shares(events: Sequence[Event]) -> dict[str, Shares]:
-    phase = next(filter(None, map(read_phase, of_kind(reversed(events), "timeline"))), None)
+    phase = next(filter(None, map(read_phase, of_kind(reversed(events), RoundTimeline))), None)
     return phase.shares() if phase else {}
 
 
-def _spent(shares: Shares | None) -> dict[str, float | None]:
-    keys = ("computed_s", "sent_s", "waited_s")
-    return {key: round(getattr(shares, key), 3) if shares else None for key in keys}
+def _node(
+    name: str,
+    role: str | None,
+    reason: str | None,
+    holds: tuple[tuple[int, int], ...],
+    shares: Shares | None,
+    rounds: Iterable[RoundDone],
+) -> NodeNow:
+    """Describes one node. A device that is a host too moved what it counted as each."""
+    moved = [record for done in rounds for record in _records(done) if record.name == name]
+    return NodeNow(
+        name=name,
+        role=role,
+        state="here" if reason is None else "gone",
+        holds=holds,
+        reason=reason,
+        computed_s=round(shares.computed_s, 3) if shares else None,
+        sent_s=round(shares.sent_s, 3) if shares else None,
+        waited_s=round(shares.waited_s, 3) if shares else None,
+        bytes_up=total(record.bytes_up for record in moved),
+        bytes_down=total(record.bytes_down for record in moved),
+    )
 
 
-def _moved(name: str, rounds: Sequence[Event]) -> dict[str, int | None]:
-    """Of all rounds. A device that is a host too is in both lists, with what it counted as each."""
-    records = [r for done in rounds for role in ("devices", "hosts") for r in done.get(role) or [] if r["name"] == name]
-    return {key: total(record.get(key) for record in records) for key in LINK_BYTES}
+def _records(done: RoundDone) -> tuple[NodeResult, ...]:
+    return (*done.devices, *done.hosts)
 
 
-def _step_rate(rounds: Sequence[Event]) -> float | None:
-    """Steps a second of the latest round that trained: of the device with the most steps."""
+def _step_rate(rounds: Sequence[RoundDone]) -> float | None:
+    """Returns steps per second in the latest round that trained, of the device with the most steps."""
     for done in reversed(rounds):
-        rates = [
-            (len(device["step_losses"]), device["train_seconds"])
-            for device in done.get("devices") or []
-            if device.get("step_losses") and device.get("train_seconds")
-        ]
+        rates = [(len(d.step_losses), d.train_seconds) for d in done.devices if d.step_losses and d.train_seconds]
         if rates:
             steps, seconds = max(rates)
             return round(steps / seconds, 4)
     return None
 
 
-def top_table(shown: dict[str, Any]) -> Table:
-    rate = f"{human_number(shown['steps_per_s'], 2)} steps/s"
-    title = f"{escape(str(shown['run'] or 'run'))}: {shown['state']}, round {shown['round']}, {rate}"
+def top_table(shown: Snapshot) -> Table:
+    """Draws a snapshot: a row per node, the departures below."""
+    rate = f"{human_number(shown.steps_per_s, 2)} steps/s"
+    title = f"{escape(str(shown.run or 'run'))}: {shown.state}, round {shown.round}, {rate}"
     table = Table(
-        title=f"{title}, {human_seconds(shown['seconds'])}\n", title_justify="left", box=SIMPLE_HEAD, show_edge=False
+        title=f"{title}, {human_seconds(shown.seconds)}\n", title_justify="left", box=SIMPLE_HEAD, show_edge=False
     )
     for heading in ("node", "holds"):
         table.add_column(heading, overflow="fold")
     for heading in ("busy", "waiting", "sent", "received"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for node in shown["nodes"]:
+    for node in shown.nodes:
         table.add_row(*_cells(node))
-    for gone in shown["departures"]:
-        when = f" in round {gone['round']}" if gone["round"] else ""
-        table.caption = f"{table.caption or ''}{escape(str(gone['name']))} left{when}: {escape(gone['reason'])}\n"
+    for gone in shown.departures:
+        when = f" in round {gone.round}" if gone.round else ""
+        table.caption = f"{table.caption or ''}{escape(gone.name)} left{when}: {escape(gone.reason)}\n"
     table.caption_justify = "left"
     return table
 
 
-def _cells(node: dict[str, Any]) -> list[str]:
-    busy = total((node["computed_s"], node["sent_s"]))
-    name = escape(str(node["name"]))
+def _cells(node: NodeNow) -> list[str]:
+    busy = total((node.computed_s, node.sent_s))
+    name = escape(node.name)
     return [
-        f"[dim]{name} (gone)[/dim]" if node["state"] == "gone" else name,
-        ", ".join(map(human_layers, node["holds"])) or NOTHING,
+        f"[dim]{name} (gone)[/dim]" if node.state == "gone" else name,
+        ", ".join(map(human_layers, node.holds)) or NOTHING,
         human_seconds(busy),
-        human_seconds(node["waited_s"]),
-        human_bytes(node["bytes_up"]),
-        human_bytes(node["bytes_down"]),
+        human_seconds(node.waited_s),
+        human_bytes(node.bytes_up),
+        human_bytes(node.bytes_down),
     ]

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
 
 import numpy as np
 
 from edgelam_fl.config import WirelessSection
+from edgelam_fl.telemetry.events import VirtualDevice, VirtualRound
 from edgelam_fl.wireless.cell import RadioCell, watts
 from edgelam_fl.wireless.fdma import bits_a_hertz
 
@@ -61,32 +61,32 @@ def virtual_round(
     parts: Mapping[str, DeviceRound],
     shares: Mapping[str, float],
     dropped: Sequence[str] = (),
-) -> dict[str, Any]:
-    """The field `virtual` of round_done, as telemetry.events documents it."""
+) -> VirtualRound:
+    """Returns the round in virtual time with these shares of the band; `dropped`: devices that failed in it."""
     devices = {name: _device(settings, parts[name], shares[name]) for name in sorted(parts)}
-    return {
-        "seconds": max((device["seconds"] for device in devices.values()), default=0.0),
-        "bytes": sum(device["bytes"] for device in devices.values()),
-        "joules": sum(device["joules"] for device in devices.values()),
-        "devices": devices,
-        "dropped": sorted(dropped),
-    }
+    return VirtualRound(
+        seconds=max((device.seconds for device in devices.values()), default=0.0),
+        bytes=sum(device.bytes for device in devices.values()),
+        joules=sum(device.joules for device in devices.values()),
+        devices=devices,
+        dropped=tuple(sorted(dropped)),
+    )
 
 
-def recorded_device_round(device: Mapping[str, Any]) -> DeviceRound:
-    """The part that a device had, from its entry in the field `virtual`."""
-    return DeviceRound(**{field.name: device[field.name] for field in fields(DeviceRound)})
+def recorded_device_round(device: VirtualDevice) -> DeviceRound:
+    """Returns the part that a device had in a round that an event describes."""
+    return DeviceRound(**{field.name: getattr(device, field.name) for field in fields(DeviceRound)})
 
 
-def _device(settings: WirelessSection, part: DeviceRound, share: float) -> dict[str, Any]:
+def _device(settings: WirelessSection, part: DeviceRound, share: float) -> VirtualDevice:
     rate_bps = settings.bandwidth_hz * float(bits_a_hertz(np.asarray(share), np.asarray(part.snr)))
     upload_s = 8 * part.bytes_up / rate_bps if part.bytes_up else 0.0
-    return {
-        "seconds": part.before_sending_s + upload_s,
-        "upload_s": upload_s,
-        "bytes": part.bytes_up + part.bytes_down,
-        "joules": part.compute_joules + watts(settings.power_dbm) * upload_s,
-        "share": share,
-        "rate_bps": rate_bps,
+    return VirtualDevice(
+        seconds=part.before_sending_s + upload_s,
+        upload_s=upload_s,
+        bytes=part.bytes_up + part.bytes_down,
+        joules=part.compute_joules + watts(settings.power_dbm) * upload_s,
+        share=share,
+        rate_bps=rate_bps,
         **asdict(part),
-    }
+    )

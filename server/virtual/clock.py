@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any
 
 from edgelam_fl.plan.spec import RunSpec
+from edgelam_fl.telemetry.events import VirtualRound
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wireless.cell import RadioCell
 from edgelam_fl.wireless.rounds import Load, device_round, virtual_round
@@ -51,7 +51,7 @@ class VirtualTime:
     def over(
         self, number: int, shares: Mapping[str, float], dropped: Collection[str], received: Mapping[str, int],
         replies: Mapping[str, Reply],
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> VirtualRound:  # fmt: skip
         """Round `number` as it went for those who replied, for round_done; the next rounds expect the same of them.
 
         `received`: bytes of the adapter that each was sent.

@@ -6,17 +6,17 @@ that remembers how long rounds took might have chosen others under other shares;
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from edgelam_fl.config import RunConfig
+from edgelam_fl.telemetry.events import Event, PlanMade, RoundDone, VirtualRound
 from edgelam_fl.wireless.rounds import recorded_device_round, virtual_round
 from server.schedule import check_shares
 from strategies.api import Demand
 from strategies.registry import load
 
 
-def replay(events: Iterable[Mapping[str, Any]], config: RunConfig, bandwidth: str) -> list[dict[str, Any]]:
+def replay(events: Iterable[Event], config: RunConfig, bandwidth: str) -> list[VirtualRound]:
     """The field `virtual` of each training round, with the shares of the strategy `bandwidth`.
 
     `events` of a run with `[wireless]`, and its run file. The strategy sees what the run's own saw before each round; it is not
@@ -27,12 +27,12 @@ def replay(events: Iterable[Mapping[str, Any]], config: RunConfig, bandwidth: st
     allocator = load("bandwidth", bandwidth, strategy.options).rule
     rounds, demands = [], list[Demand]()
     for event in events:
-        if event.get("event") == "plan":
-            demands = [Demand(name, **facts) for name, facts in (event.get("demands") or {}).items()]
-        elif event.get("event") == "round_done" and event.get("virtual"):
+        if isinstance(event, PlanMade):
+            seen = event.demands or {}
+            demands = [Demand(name, of.payload_bytes, of.compute_s, snr=of.snr) for name, of in seen.items()]
+        elif isinstance(event, RoundDone) and event.virtual is not None:
             shares = allocator.allocate(demands, config.wireless.bandwidth_hz)
             check_shares(config, shares, {demand.name for demand in demands})
-            virtual = event["virtual"]
-            parts = {name: recorded_device_round(device) for name, device in virtual["devices"].items()}
-            rounds.append(virtual_round(config.wireless, parts, shares, virtual["dropped"]))
+            parts = {name: recorded_device_round(device) for name, device in event.virtual.devices.items()}
+            rounds.append(virtual_round(config.wireless, parts, shares, event.virtual.dropped))
     return rounds

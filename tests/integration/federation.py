@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import time
@@ -10,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 from unittest.mock import patch
 
 from edgelam_fl.addresses import free_port
@@ -22,12 +21,15 @@ from edgelam_fl.federation.node_process import NodeProcesses
 from edgelam_fl.federation.submission import Submission, run_events
 from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.federation.template import can_fork, warm_template
+from edgelam_fl.telemetry.events import Event, RunDone, of_kind
+from edgelam_fl.telemetry.summary import DeviceSummary, Summary, read_summary
 from tests.integration.proxy import Connection, CountingProxy
 from tests.support import WAIT_S
 
 # Far beyond what any of it takes: a slow machine is no failure, and what hangs ends.
 START_DEADLINE_S = 300.0
 _POLL_S = 0.2
+_Kind = TypeVar("_Kind", bound=Event)
 
 
 @dataclass
@@ -35,18 +37,18 @@ class Run:
     """What a run left."""
 
     path: Path
-    events: list[dict[str, Any]]
+    events: list[Event]
     links: dict[str, list[Connection]]  # of each device, its connections to the edge server's data plane
 
     @property
-    def summary(self) -> dict[str, Any]:
-        return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+    def summary(self) -> Summary:
+        return read_summary(self.path / "summary.json")
 
-    def device(self, name: str) -> dict[str, Any]:
-        return next(device for device in self.summary["devices"] if device["name"] == name)
+    def device(self, name: str) -> DeviceSummary:
+        return next(device for device in self.summary.devices if device.name == name)
 
-    def of_kind(self, kind: str) -> list[dict[str, Any]]:
-        return [event for event in self.events if event["event"] == kind]
+    def of_kind(self, kind: type[_Kind]) -> list[_Kind]:
+        return list(of_kind(self.events, kind))
 
 
 @dataclass
@@ -147,7 +149,7 @@ class Federation:
         except (EnvironmentProblem, RunFailed) as error:
             error.add_note(self.logs())
             raise
-        assert events[-1]["event"] == "run_done", f"{events[-1]}\n{self.logs()}"
+        assert isinstance(events[-1], RunDone), f"{events[-1]}\n{self.logs()}"
         self.wait_for(lambda: (out / "report.html").exists(), WAIT_S, "the report")
         self.wait_for(lambda: status() == "finished:completed", WAIT_S, f"Flower to close run {name}", every_s=3.0)
         return Run(out, events, by_device(self.data_plane.connections[known:], list(self.data)))

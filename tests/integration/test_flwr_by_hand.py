@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from edgelam_fl.model.adapter import digest
 from edgelam_fl.model.source import ModelSource
+from edgelam_fl.telemetry.events import PlanMade
 from tests.integration.federation import Federation, Run, small_settings
 
 pytestmark = pytest.mark.processes
@@ -36,11 +37,12 @@ def test_flwr_run_by_hand_gives_the_same_adapter(averaged: Run, federation: Fede
     by_hand = federation.follow("by-hand", submit)
     ours, theirs = (load_file(run.path / "adapter/adapter_model.safetensors") for run in (averaged, by_hand))
     assert digest(ours) == digest(theirs)
-    for device in averaged.summary["devices"]:
-        for key in ("perplexity_before", "perplexity_after", "examples"):
-            assert by_hand.device(device["name"])[key] == device[key]
+    for device in averaged.summary.devices:
+        same = by_hand.device(device.name)
+        assert (same.perplexity_before, same.perplexity_after) == (device.perplexity_before, device.perplexity_after)
+        assert same.examples == device.examples
 
-    why = by_hand.of_kind("plan")[0]["why"]
+    why = by_hand.of_kind(PlanMade)[0].why
     assert why == {f"device-{n}": f"has 15 examples, place {n}" for n in (1, 2, 3)}
 
     listed = federation.flwr("list", "local")

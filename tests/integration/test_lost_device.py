@@ -7,7 +7,7 @@ import time
 import pytest
 
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.telemetry.events import EventTail
+from edgelam_fl.telemetry.events import EventTail, LinkLost, NodeLost, RoundDone, StepDone, of_kind
 from tests.integration.federation import START_DEADLINE_S, Federation, config_of, kill
 
 pytestmark = pytest.mark.processes
@@ -22,7 +22,7 @@ def test_a_killed_stage_host_does_not_end_the_run(federation: Federation, tiny: 
 
     def kill_in_training() -> None:
         nonlocal killed_at
-        if not killed_at and any(event["event"] == "step" and event["step"] >= 5 for event in tail.poll()):
+        if not killed_at and any(event.step >= 5 for event in of_kind(tail.poll(), StepDone)):
             kill(victim.children["stage host"])
             killed_at = time.monotonic()
         elif killed_at:
@@ -37,18 +37,18 @@ def test_a_killed_stage_host_does_not_end_the_run(federation: Federation, tiny: 
     assert any("started again" in what for what in watched)
 
     summary = run.summary
-    assert (summary["state"], summary["rounds"]) == ("done", 2)
-    (lost, *_) = run.of_kind("node_lost")
-    assert (lost["round"], lost["node"]) == (1, "device-2")
-    assert "stage host" in lost["reason"]
-    links = [event for event in hosts.poll() if event["event"] == "link_lost"]
-    assert [event["link"] for event in links][:1] == ["device-2"]
-    assert all(event["reason"] for event in links)
-    first, second, evaluation = run.of_kind("round_done")
-    assert [device["name"] for device in first["devices"]] == ["device-1", "device-3"]
-    assert all(not device["left_out"] for device in first["devices"])
-    back = "device-2" in [device["name"] for device in evaluation["devices"]]
-    assert (run.device("device-2")["perplexity_after"] is not None) == back
+    assert (summary.state, summary.rounds) == ("done", 2)
+    (lost, *_) = run.of_kind(NodeLost)
+    assert (lost.round, lost.node) == (1, "device-2")
+    assert "stage host" in lost.reason
+    links = list(of_kind(hosts.poll(), LinkLost))
+    assert [event.link for event in links][:1] == ["device-2"]
+    assert all(event.reason for event in links)
+    first, second, evaluation = run.of_kind(RoundDone)
+    assert [device.name for device in first.devices] == ["device-1", "device-3"]
+    assert all(not device.left_out for device in first.devices)
+    back = "device-2" in [device.name for device in evaluation.devices]
+    assert (run.device("device-2").perplexity_after is not None) == back
     for name in ("device-1", "device-3"):
-        assert run.device(name)["perplexity_after"] > 1
-    assert second["seconds"] < 120, "a dead device must not hold up the next round"
+        assert run.device(name).perplexity_after > 1
+    assert second.seconds < 120, "a dead device must not hold up the next round"

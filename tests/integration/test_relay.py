@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +25,7 @@ from edgelam_fl.federation.hub_process import HubProcess
 from edgelam_fl.federation.submission import Submission
 from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.model.source import ModelSource
+from edgelam_fl.telemetry.events import Event, RoundDone, RunDone, of_kind
 from tests.integration.federation import Run, config_of
 from tests.support import WAIT_S
 
@@ -115,14 +115,15 @@ def test_nodes_that_reach_the_server_alone_train_through_its_relay(
     ours, theirs = (load_file(path / "adapter/adapter_model.safetensors") for path in (tmp_path / "run", averaged.path))
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
-    trained = [event for event in events if event["event"] == "round_done"]
-    for device in (device for event in trained for device in event["devices"]):
-        assert device["bytes_relayed"] > 0, "its exit is the host that nobody reaches"
-        everything = device["bytes_relayed"] == device["bytes_up"] + device["bytes_down"]
-        assert everything == (device["name"] == "device-1"), "the others find their entry themselves"
+    trained = [device for done in of_kind(events, RoundDone) for device in done.devices]
+    assert trained
+    for device in trained:
+        assert device.bytes_relayed > 0, "its exit is the host that nobody reaches"
+        everything = device.bytes_relayed == device.bytes_up + device.bytes_down
+        assert everything == (device.name == "device-1"), "the others find their entry themselves"
 
 
-def train(server: str, model: ModelSource, folder: Path, children: list[Child]) -> list[dict[str, Any]]:
+def train(server: str, model: ModelSource, folder: Path, children: list[Child]) -> list[Event]:
     """Trains over both edge servers; returns the run's events."""
     submission = Submission(server, folder / "flwr")
     submission.submit(config_of(model.name, "split.hosts=2"), folder / "run")
@@ -137,5 +138,5 @@ def train(server: str, model: ModelSource, folder: Path, children: list[Child]) 
     except RunFailed as error:
         error.add_note("\n".join(f"{log.name}: {log_tail(log, 5)}" for log in sorted(folder.rglob("*.log"))))
         raise
-    assert events[-1]["event"] == "run_done", events[-1]
+    assert isinstance(events[-1], RunDone), events[-1]
     return events

@@ -11,10 +11,11 @@ import pytest
 from typer.testing import CliRunner
 
 from edgelam_fl.cli.main import app
-from edgelam_fl.telemetry.summary import build_summary, measure_of, measured
+from edgelam_fl.telemetry.records import as_json
+from edgelam_fl.telemetry.summary import before_and_after, build_summary, measure_of, read_summary
 from tests.integration.browser import Tab, chromium, find_chromium
 from tests.integration.federation import Run
-from tests.recorded import DEVICES, a_classification, a_failed_run, a_run, a_run_failed_at_once, timeline_of
+from tests.recorded import DEVICES, a_classification, a_failed_run, a_run, a_run_failed_at_once, as_events, timeline_of
 
 PROGRAM = find_chromium()
 pytestmark = [
@@ -47,7 +48,7 @@ def page_of(folder: Path, events: list[dict[str, Any]]) -> Path:
     """What `edgelam report` makes of a run's folder."""
     folder.mkdir()
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
-    (folder / "summary.json").write_text(json.dumps(build_summary(events)), encoding="utf-8")
+    (folder / "summary.json").write_text(json.dumps(as_json(build_summary(as_events(events)))), encoding="utf-8")
     done = CliRunner().invoke(app, ["report", str(folder)])
     assert done.exit_code == 0, done.output
     assert ("\nwhat: " in done.output and "\nkept: " in done.output) == (events[-1]["event"] == "run_failed")
@@ -56,21 +57,21 @@ def page_of(folder: Path, events: list[dict[str, Any]]) -> Path:
 
 def assert_shows_its_summary(tab: Tab, page: Path) -> None:
     """Opens the page; every value of summary.json stands in it, exact where a rounded one is shown."""
-    summary = json.loads((page.parent / "summary.json").read_text(encoding="utf-8"))
+    summary = read_summary(page.parent / "summary.json")
     tab.open(page)
     assert (tab.complaints(), tab.requests()) == ([], [page.as_uri()])
-    assert tab.ask("document.querySelector('h1').innerText") == summary["run"]
-    assert tab.ask("document.querySelector('.state').innerText") == summary["state"]
-    measure = measure_of(summary["task"])
+    assert tab.ask("document.querySelector('h1').innerText") == summary.run
+    assert tab.ask("document.querySelector('.state').innerText") == summary.state
+    measure = measure_of(summary.task)
     wanted = []
-    for device in summary["devices"]:
-        quality = [measured(device, measure, when) for when in ("_before", "_after")]
-        wanted.append([device["name"], device["examples"], *quality, device["tokens_per_s"], *map(device.get, BYTES)])
+    for device in summary.devices:
+        quality, moved = before_and_after(device, measure), (getattr(device, key) for key in BYTES)
+        wanted.append([device.name, device.examples, *quality, device.tokens_per_s, *moved])
     assert [read(row, 1) for row in tab.ask(TABLE % "device")] == wanted
-    hosts = [[host["name"], *(host[key] for key in (*BYTES[:2], BYTES[4]))] for host in summary["hosts"]]
+    hosts = [[host.name, host.bytes_up, host.bytes_down, host.peak_rss_bytes] for host in summary.hosts]
     assert [[row[0], *read(row[1:], 1)[1:]] for row in tab.ask(TABLE % "host")] == hosts
     tiles = tab.ask("[...document.querySelectorAll('.tiles b')].map(b => b.innerText)")
-    assert tiles[1:4] == [str(summary["rounds"]), str(len(summary["devices"])), str(len(summary["hosts"]))]
+    assert tiles[1:4] == [str(summary.rounds), str(len(summary.devices)), str(len(summary.hosts))]
 
 
 def read(cells: list[str], names: int) -> list[Any]:

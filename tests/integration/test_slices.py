@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from edgelam_fl.files import cache_folder
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.telemetry.events import EventTail
+from edgelam_fl.telemetry.events import EventTail, SliceReceived, of_kind
 from tests.integration.federation import Federation, Run, config_of
 
 pytestmark = pytest.mark.processes
@@ -34,12 +34,12 @@ def test_nodes_without_the_model_train_what_nodes_with_it_do(
         assert (kept / "tokenizer.json").exists()
     finally:
         shutil.rmtree(kept, ignore_errors=True)
-    received = {name: [e for e in tail.poll() if e["event"] == "slice_received"] for name, tail in tails.items()}
+    received = {name: list(of_kind(tail.poll(), SliceReceived)) for name, tail in tails.items()}
     (host,) = received.pop("edge-1")
     layer = sum(np.prod(entry.shape) for name, entry in tiny.index.items() if ".layers.2." in name)
-    assert host["bytes"] == host["slice_bytes"] == 4 * 2 * layer, "layers 2 and 3 and nothing else"
+    assert host.bytes == host.slice_bytes == 4 * 2 * layer, "layers 2 and 3 and nothing else"
     # The devices are on one machine here: whoever comes first fetches what all of them hold.
-    assert sum(event["bytes"] for events in received.values() for event in events) == tiny.fp32_bytes - host["bytes"]
+    assert sum(event.bytes for events in received.values() for event in events) == tiny.fp32_bytes - host.bytes
     ours, theirs = (load_file(run.path / "adapter/adapter_model.safetensors") for run in (averaged, served))
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)

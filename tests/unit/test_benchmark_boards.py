@@ -13,15 +13,18 @@ from benchmarks import boards
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.index import layer_number
 from edgelam_fl.model.source import ModelSource
+from edgelam_fl.telemetry.events import Event
+from tests.recorded import as_events
 
 
-def events(**losses: list[float]) -> list[dict[str, Any]]:
+def events(**losses: list[float]) -> list[Event]:
     devices = [
         {"name": name, "step_losses": found, "tokens": 20 * len(found), "train_seconds": 3.0 * len(found)}
         for name, found in losses.items()
     ]
     evaluation = {"event": "round_done", "devices": [{**device, "step_losses": []} for device in devices]}
-    return [{"event": "plan"}, {"event": "round_done", "devices": devices}, evaluation, {"event": "run_done"}]
+    lines = [{"event": "plan"}, {"event": "round_done", "devices": devices}, evaluation, {"event": "run_done"}]
+    return as_events(lines)
 
 
 def test_the_farthest_step_counts() -> None:

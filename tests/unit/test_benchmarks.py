@@ -18,6 +18,7 @@ from edgelam_fl.tasks.data import device_pairs, read_pairs
 from edgelam_fl.wire import edgelam_pb2 as pb
 from strategies.api import Demand
 from strategies.registry import load
+from tests.recorded import as_events
 
 
 def test_three_devices_and_one_are_measured_on_the_same_definitions(tmp_path: Path) -> None:
@@ -63,7 +64,7 @@ def run_under(rule: str) -> list[dict[str, Any]]:
             {"event": "plan", "round": number, "shares": dict(of_round)},
             {"event": "round_done", "round": number, "seconds": seconds, "devices": devices, "bytes_by_kind": kinds},
         ]
-    return events
+    return as_events(events)
 
 
 def test_rounds_on_links_are_compared_without_the_first_and_the_evaluation() -> None:

@@ -7,8 +7,9 @@ from typing import Any
 from rich.console import Console
 
 from edgelam_fl.telemetry.console import RunView
+from edgelam_fl.telemetry.events import RoundTimeline, of_kind, parse_event
 from edgelam_fl.telemetry.timeline import read_phase
-from tests.recorded import STEPS, a_classification, a_failed_run, a_run, a_run_failed_at_once
+from tests.recorded import STEPS, a_classification, a_failed_run, a_run, a_run_failed_at_once, as_events
 
 
 def watch(
@@ -17,10 +18,10 @@ def watch(
     """(what was said, the lines of the table) at the end of these events, on a terminal of 80 columns."""
     console = Console(file=io.StringIO(), width=80)
     view = RunView(console, rounds, STEPS)
-    for event in events:
+    for event in as_events(events):
         view.feed(event)
-    for node, event in of_nodes:
-        view.feed(event, node)
+    for node, line in of_nodes:
+        view.feed(parse_event(line), node)
     said = console.file.getvalue()  # type: ignore[attr-defined]
     drawn = Console(file=io.StringIO(), width=80)
     drawn.print(view._draw())
@@ -52,7 +53,8 @@ def test_classification_over_two_sites_with_devices_that_host() -> None:
     assert (
         "round 1 of 3: bob, pi-kitchen-north over edge-1 > pi-kitchen-north; ann, cat, pi-office over pi-office" in said
     )
-    phase = read_phase([event for event in events if event["event"] == "timeline"][-1])
+    *_, timeline = of_kind(as_events(events), RoundTimeline)
+    phase = read_phase(timeline)
     assert phase is not None
     waited = {name: f"{100 * shares.waited_s / shares.phase_s:.0f} %" for name, shares in phase.shares().items()}
     accuracies = [e["devices"][0]["metrics"]["accuracy"] for e in events if e["event"] == "round_done"]
@@ -113,7 +115,7 @@ def test_where_layers_go_is_said_when_it_changes() -> None:
     assert "as before" not in words
 
 
-def test_a_link_that_was_measured_anew_is_told() -> None:
+def test_a_link_that_was_measured_again_is_told() -> None:
     link = {"link_up_bps": 1.25e6, "link_down_bps": 95e6, "round_trip_s": 0.0123}
     said, _ = watch([{"event": "link_measured", "node": "pi", **link}])
     assert said.endswith("pi's link to the server now: 1.25 Mbit/s up, 95 Mbit/s down, round trip 12.3 ms\n")

@@ -17,6 +17,8 @@ from edgelam_fl.bench.tables import at_budget, cost_to, differences, markdown
 from edgelam_fl.errors import ConfigError, EnvironmentProblem, RunFailed
 from edgelam_fl.simulation.attacks import noise, sign_flip
 from edgelam_fl.simulation.fabric import read_federation
+from edgelam_fl.telemetry.events import NodeLost
+from tests.recorded import as_events
 
 MATRICES = Path(__file__).parents[2] / "benchmarks" / "matrices"
 GOOD = '[axes]\naggregation = ["fedavg", "ffa"]\nseed = [1, 2]\n[base.model]\nname = "minilm-l6"\n'
@@ -156,8 +158,8 @@ def test_attacks_turn_the_update_round_or_drown_it() -> None:
 
 
 def test_a_cell_without_all_its_devices_is_no_result() -> None:
-    joined = [{"event": "node_joined", "node": name, "role": "device"} for name in ("a", "b")]
-    lost = {"event": "node_lost", "round": 2, "node": "b", "reason": "no reply within 120 s"}
+    joined = as_events({"event": "node_joined", "node": name, "role": "device"} for name in ("a", "b"))
+    lost = NodeLost(round=2, node="b", reason="no reply within 120 s")
     runner.check_complete(joined, 2, honest=True)
     runner.check_complete([*joined, lost], 2, honest=False)
     with pytest.raises(RunFailed, match="2 of 3 devices answered: this machine was too busy; run the command again"):

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from edgelam_fl.cli import runs as cli
 from edgelam_fl.errors import ConfigError, RunFailed
-from edgelam_fl.federation.plan_view import plan_of_profiles, plan_view, read_profiles
+from edgelam_fl.federation.plan_view import ForeseenPlan, plan_of_profiles, plan_view, read_profiles
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.wire import edgelam_pb2 as pb
 from tests.support import run_config
@@ -78,30 +78,32 @@ def test_what_is_no_profile(tmp_path: Path, text: str, words: str) -> None:
         read_profiles(file)
 
 
-def shown(placement: dict[str, Any]) -> str:
+def shown(plan: ForeseenPlan) -> str:
     console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(plan_view(placement), soft_wrap=True)
+    console.print(plan_view(plan), soft_wrap=True)
     return console.export_text()
 
 
 def test_what_the_planner_would_choose(tiny: ModelSource, profiles: Path) -> None:
-    placement = plan_of_profiles(run_config(tiny.name, *ENDS, "split.cuts=auto", "split.hosts=auto"), profiles)
-    (site,) = placement["sites"]
-    layers = {host["node"]: host["last"] - host["first"] for host in site["hosts"]}
+    plan = plan_of_profiles(run_config(tiny.name, *ENDS, "split.cuts=auto", "split.hosts=auto"), profiles)
+    (site,) = plan.placement.sites
+    layers = {host.node: host.last - host.first for host in site.hosts}
     assert layers == {"fast": 3, "slow": 1}
-    text = shown(json.loads(json.dumps(placement)))
+    printed = json.loads(json.dumps(plan.to_json()))
+    assert (printed["sites"][0]["hosts"][0]["node"], printed["num_layers"]) == (site.hosts[0].node, tiny.num_layers)
+    text = shown(plan)
     (picture,) = [line for line in text.splitlines() if "embedding" in line]
     assert picture.startswith("pi, pi-2 [embedding, layer 0] ─▶ ")
     assert picture.rstrip().endswith("─▶ pi, pi-2 [layer 5, head]")
-    assert f"{placement['step_s']:.3g} s and waits for {site['limit']}" in text
+    assert f"{plan.placement.step_s:.3g} s and waits for {site.limit}" in text
     assert "2 layers at its ends" in text
 
 
 def test_equal_cuts_are_rated_by_the_same_rule(tiny: ModelSource, profiles: Path) -> None:
     equal = plan_of_profiles(run_config(tiny.name, *ENDS, "split.hosts=2"), profiles)
     auto = plan_of_profiles(run_config(tiny.name, *ENDS, "split.cuts=auto", "split.hosts=2"), profiles)
-    assert [host["last"] - host["first"] for host in equal["sites"][0]["hosts"]] == [2, 2]
-    assert auto["step_s"] < equal["step_s"]
+    assert [host.last - host.first for host in equal.placement.sites[0].hosts] == [2, 2]
+    assert auto.placement.step_s < equal.placement.step_s
 
 
 def test_nothing_to_plan(tiny: ModelSource, profiles: Path, tmp_path: Path) -> None:

@@ -12,20 +12,23 @@ from typing import Any
 import pytest
 
 from edgelam_fl.errors import UsageError
+from edgelam_fl.telemetry.events import RoundTimeline, of_kind
+from edgelam_fl.telemetry.human import human_bytes
+from edgelam_fl.telemetry.records import as_json
 from edgelam_fl.telemetry.report.figures import BARS_SHOWN, timeline_figures
 from edgelam_fl.telemetry.report.incidents import failure
 from edgelam_fl.telemetry.report.page import write_report
 from edgelam_fl.telemetry.report.split_picture import split_picture
-from edgelam_fl.telemetry.summary import build_summary, human_bytes
+from edgelam_fl.telemetry.summary import Summary, build_summary
 from edgelam_fl.telemetry.timeline import read_phase
-from tests.recorded import DEVICES, a_classification, a_run, a_run_failed_at_once, timeline_of
+from tests.recorded import DEVICES, a_classification, a_run, a_run_failed_at_once, as_events, timeline_of
 
 
-def report_of(folder: Path, events: list[dict[str, Any]], *, summary: dict[str, Any] | None = None) -> str:
+def report_of(folder: Path, events: list[dict[str, Any]], *, summary: Summary | None = None) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
     if summary is not None:
-        (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+        (folder / "summary.json").write_text(json.dumps(as_json(summary)), encoding="utf-8")
     path = write_report(folder)
     assert path == folder / "report.html"
     assert not (folder / "report.html.part").exists()
@@ -86,20 +89,23 @@ class Page(HTMLParser):
 
 def test_values_are_those_of_summary_json(tmp_path: Path) -> None:
     events = a_run(lost=True)
-    summary = build_summary(events)
-    summary["devices"][0]["bytes_up"] = 1_234_567  # the file's word counts, not the events'
+    summary = build_summary(as_events(events))
+    first, *others = summary.devices
+    changed = replace(first, bytes_up=1_234_567)  # what the file says counts, not what the events say
+    summary = replace(summary, devices=(changed, *others))
     page = Page(report_of(tmp_path, events, summary=summary))
-    for device in summary["devices"]:
-        row = next(row for row in page.rows if row[0] == device["name"])
-        before, after = device["perplexity_before"], device["perplexity_after"]
-        assert row[1:5] == ["512", f"{before:.2f}", f"{after:.2f}" if after else "-", f"{device['tokens_per_s']:,.1f}"]
-        counts = [device[key] for key in ("bytes_up", "bytes_down", "adapter_bytes_up", "adapter_bytes_down")]
-        assert row[5:] == [human_bytes(count) for count in (*counts, device["peak_rss_bytes"])]
+    assert len(summary.devices) == 3
+    for device in summary.devices:
+        row = next(row for row in page.rows if row[0] == device.name)
+        before, after = device.perplexity_before, device.perplexity_after
+        assert row[1:5] == ["512", f"{before:.2f}", f"{after:.2f}" if after else "-", f"{device.tokens_per_s:,.1f}"]
+        counts = [device.bytes_up, device.bytes_down, device.adapter_bytes_up, device.adapter_bytes_down]
+        assert row[5:] == [human_bytes(count) for count in (*counts, device.peak_rss_bytes)]
         assert {f"{count} B" for count in counts} <= set(page.titles())
-        assert {str(before), str(device["tokens_per_s"])} <= set(page.titles())
+        assert {str(before), str(device.tokens_per_s)} <= set(page.titles())
     assert ["device-1", "1.23 MB"] in [[row[0], row[5]] for row in page.rows if len(row) == 10]
     assert ["edge-1", "layers 2-27", "45.5 MB", "45.0 MB", "712 MB"] in page.rows
-    assert summary["devices"][2]["perplexity_after"] is None
+    assert summary.devices[2].perplexity_after is None
 
 
 def test_loss_curve_counts_steps_over_the_run(tmp_path: Path) -> None:
@@ -117,9 +123,9 @@ def test_loss_curve_counts_steps_over_the_run(tmp_path: Path) -> None:
 def test_perplexity_stands_at_the_rounds_that_came_before(tmp_path: Path) -> None:
     events = a_run()
     line = figures_of(report_of(tmp_path, events))["quality"]["lines"][0]
-    device = build_summary(events)["devices"][0]
+    device = build_summary(as_events(events)).devices[0]
     assert line["x"] == [0, 1, 2, 3, 4]
-    assert (line["y"][0], line["y"][-1]) == (device["perplexity_before"], device["perplexity_after"])
+    assert (line["y"][0], line["y"][-1]) == (device.perplexity_before, device.perplexity_after)
 
 
 def test_bars_stack_bytes_and_seconds(tmp_path: Path) -> None:
@@ -205,7 +211,7 @@ def test_run_that_failed_before_its_first_round(tmp_path: Path) -> None:
 
 def test_where_a_run_failed() -> None:
     def where(*events: dict[str, Any]) -> str:
-        return dict(failure(events))["Where"]
+        return dict(failure(as_events(events)))["Where"]
 
     started = {"event": "run_started", "config": {"federation": {"rounds": 2}}}
     plans = [{"event": "plan", "round": number} for number in (1, 2, 3)]
@@ -215,25 +221,26 @@ def test_where_a_run_failed() -> None:
     assert where(started, plans[0], {**failed, "node": "edge-1", "round": 2}) == "in round 2 of 2, at edge-1"
     assert where(started, plans[1], {"event": "round_done", "round": 2}, failed) == "after round 2 of 2"
     assert where(started, *plans, failed) == "in the evaluation after the last round"
-    assert failure([started, *plans]) == []
+    assert failure(as_events([started, *plans])) == []
 
 
 def test_only_a_few_of_many_lost_nodes_stand_at_the_top() -> None:
     lost = [{"event": "node_lost", "round": 1, "node": f"n{i}", "reason": "silent"} for i in range(8)]
-    facts = dict(failure([{"event": "plan", "round": 1}, *lost, {"event": "run_failed", "reason": "all lost"}]))
+    lines = [{"event": "plan", "round": 1}, *lost, {"event": "run_failed", "reason": "all lost"}]
+    facts = dict(failure(as_events(lines)))
     assert facts["Lost before"].splitlines() == [*(f"n{i}: silent" for i in range(5)), "and 3 more, below"]
 
 
 def test_classification_shows_accuracy(tmp_path: Path) -> None:
     events = a_classification()
     text = report_of(tmp_path, events)
-    page, device = Page(text), build_summary(events)["devices"][0]
+    page, device = Page(text), build_summary(as_events(events)).devices[0]
     quality = figures_of(text)["quality"]
     assert (quality["y"], quality["share"]) == ("accuracy", True)
-    values = [device["metrics_before"]["accuracy"], device["metrics_after"]["accuracy"]]
+    values = [device.metrics_before["accuracy"], device.metrics_after["accuracy"]]
     assert [quality["lines"][0]["y"][0], quality["lines"][0]["y"][-1]] == values
-    row = next(row for row in page.rows if row[0] == device["name"])
-    assert row[2:4] == [f"{100 * value:.1f} %" for value in values]
+    row = next(row for row in page.rows if row[0] == device.name)
+    assert row[2:4] == [f"{100 * (value or 0):.1f} %" for value in values]
     assert {str(value) for value in values} <= set(page.titles())
     assert "Held-out accuracy" in page.text
     assert "perplexity" not in page.text
@@ -242,14 +249,14 @@ def test_classification_shows_accuracy(tmp_path: Path) -> None:
 def test_timeline_of_every_round_with_its_shares(tmp_path: Path) -> None:
     events = a_classification()
     text = report_of(tmp_path, events)
-    timelines, told = figures_of(text, "timelines"), [event for event in events if event["event"] == "timeline"]
+    timelines, told = figures_of(text, "timelines"), list(of_kind(as_events(events), RoundTimeline))
     assert [each["round"] for each in timelines] == [1, 2, 3]
     assert [(row["node"], row["role"]) for row in timelines[0]["rows"]] == [
         *((name, "device") for name in ("ann", "bob", "cat", "pi-kitchen-north", "pi-office")),
         *((name, "host") for name in ("edge-1", "pi-kitchen-north", "pi-office")),
     ]
     assert {(row["node"], row["color"]) for row in timelines[0]["rows"]} >= {("ann", "--c0"), ("edge-1", "--muted")}
-    kind, _, *rest = told[2]["nodes"]["ann"][0]
+    kind, _, *rest = told[2].nodes["ann"][0]
     assert timelines[2]["rows"][0]["bars"][0] == [kind, *rest]
     page = Page(text)
     starts = [i for i, row in enumerate(page.rows) if row == ["node", "computed", "sent", "waited"]]
@@ -265,8 +272,13 @@ def test_timeline_of_every_round_with_its_shares(tmp_path: Path) -> None:
             }
 
 
+def a_timeline() -> RoundTimeline:
+    (timeline,) = of_kind(as_events([timeline_of(1)]), RoundTimeline)
+    return timeline
+
+
 def test_only_the_newest_timelines_are_kept_where_they_are_many() -> None:
-    phase = read_phase(timeline_of(1))
+    phase = read_phase(a_timeline())
     assert phase is not None
     count = sum(map(len, phase.rows.values()))
     fit = BARS_SHOWN // count
@@ -360,7 +372,8 @@ def test_picture_of_unlike_routes() -> None:
         route("a", hop("edge-1", 2, 15), hop("edge-2", 15, 30), back_first=30),
     ]
     plans = [{"event": "plan", "routes": routes[:1]}, {"event": "plan", "routes": routes}]
-    picture = split_picture([*plans, {"event": "plan", "routes": []}], {"a": "--c0", "b": "--c1"})
+    events = as_events([*plans, {"event": "plan", "routes": []}])
+    picture = split_picture(events, {"a": "--c0", "b": "--c1"})
     ends = [
         ("own", "c", "the whole model, layers 0-29"),
         *(("own", "d", text) for text in ("embedding, layers 0-1", "head, loss, layers 28-29")),
@@ -379,7 +392,9 @@ def test_picture_of_unlike_cuts_keeps_the_layers_in_order() -> None:
     fronts = (1, 4)
     routes = [route(f"d{front}", hop("edge-1", front, 28), front=front) for front in fronts]
     (left_1, right_1), (left_4, right_4) = sides(
-        split_picture([{"event": "plan", "routes": routes}], {}), "embedding, layer 0", "embedding, layers 0-3"
+        split_picture(as_events([{"event": "plan", "routes": routes}]), {}),
+        "embedding, layer 0",
+        "embedding, layers 0-3",
     )
     assert left_1 == left_4
     assert right_1 < right_4
@@ -387,7 +402,7 @@ def test_picture_of_unlike_cuts_keeps_the_layers_in_order() -> None:
 
 def test_picture_of_a_device_that_hosts_for_itself_and_another() -> None:
     routes = [route(name, hop("pi", 2, 28)) for name in ("ann", "pi")]
-    picture = split_picture([{"event": "plan", "routes": routes}], {"ann": "--c0", "pi": "--c1"})
+    picture = split_picture(as_events([{"event": "plan", "routes": routes}]), {"ann": "--c0", "pi": "--c1"})
     assert [name for kind, name, _ in boxes(picture) if kind == "host"] == ["pi"]
     assert picture.count('<g class="host" style="color: var(--c1)">') == 1
 
@@ -396,7 +411,7 @@ def test_picture_and_words_where_the_last_host_sees_the_labels(tmp_path: Path) -
     routes = [route(name, hop("edge-1", 2, 15), hop("edge-2", 15, 30), back_first=30) for name in ("a", "b")]
     config = {"split": {"labels": "last-stage"}}
     events = [{"event": "run_started", "config": config}, {"event": "plan", "round": 1, "routes": routes}]
-    picture = split_picture(events, {})
+    picture = split_picture(as_events(events), {})
     assert boxes(picture) == [
         *(("own", name, "embedding, layers 0-1") for name in ("a", "b")),
         ("host", "edge-1", "layers 2-14"),

@@ -11,6 +11,8 @@ import pytest
 
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.federation.submission import Submission, Timing, run_events
+from edgelam_fl.telemetry.events import Event
+from edgelam_fl.telemetry.events.table import kind_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,8 +53,8 @@ def never() -> str:
     pytest.fail("Flower was asked although the run was heard")
 
 
-def kinds(events: Iterator[dict[str, Any]]) -> list[str]:
-    return [event["event"] for event in events]
+def kinds(events: Iterator[Event]) -> list[str]:
+    return [kind_of(event) for event in events]
 
 
 @pytest.mark.parametrize("last", ["run_done", "run_failed"])
@@ -60,7 +62,7 @@ def test_events_come_as_they_are_written_and_end_with_the_last(tmp_path: Path, l
     file = tmp_path / "events.jsonl"
     write = Writer(file, [], ["run_started", "plan"], [], [last, "written later"])
     followed = run_events(file, never, meanwhile=write, timing=NEVER_ASKS)
-    assert next(followed)["event"] == "run_started"
+    assert kind_of(next(followed)) == "run_started"
     assert kinds(followed) == ["plan", last]
 
 

@@ -1,21 +1,25 @@
 from __future__ import annotations
 
 import io
+import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from edgelam_fl.telemetry.summary import (
-    build_summary,
+from edgelam_fl.telemetry.human import (
     by_name,
     human_bytes,
     human_layers,
     human_measure,
     human_number,
     human_seconds,
-    summary_table,
 )
+from edgelam_fl.telemetry.records import as_json
+from edgelam_fl.telemetry.summary import Summary, build_summary, read_summary, summary_table
+from tests.recorded import as_events
 
 
 def device(name: str, perplexity: float | None, *, loss: float | None = 2.0, **fields: Any) -> dict[str, Any]:
@@ -68,8 +72,12 @@ def a_run() -> list[dict[str, Any]]:
     ]
 
 
+def summary_of(lines: list[dict[str, Any]]) -> Summary:
+    return build_summary(as_events(lines))
+
+
 def test_whole_run() -> None:
-    assert build_summary(a_run()) == {
+    assert as_json(summary_of(a_run())) == {
         "run": "demo",
         "state": "done",
         "model": "smollm2-135m",
@@ -116,26 +124,26 @@ def test_whole_run() -> None:
 
 def test_failed_before_the_first_round_closed() -> None:
     events = [*a_run()[:5], {"event": "run_failed", "time": 107.5, "reason": "edge-1 vanished", "kept": "nothing"}]
-    summary = build_summary(events)
-    assert (summary["state"], summary["rounds"], summary["seconds"]) == ("failed", 0, 7.5)
-    assert [(d["name"], d["examples"], d["bytes_up"]) for d in summary["devices"]] == [
+    summary = summary_of(events)
+    assert (summary.state, summary.rounds, summary.seconds) == ("failed", 0, 7.5)
+    assert [(d.name, d.examples, d.bytes_up) for d in summary.devices] == [
         ("device-2", 90, None),
         ("device-10", 90, None),
     ]
-    assert summary["hosts"] == [
+    assert as_json(summary.hosts) == [
         {"name": "edge-1", "layers": [2, 28], "peak_rss_bytes": None, "bytes_up": None, "bytes_down": None}
     ]
 
 
 def test_one_closed_round_says_nothing_about_after() -> None:
-    summary = build_summary(a_run()[:6])
-    assert (summary["state"], summary["seconds"], summary["rounds"]) == ("running", 1.0, 1)
-    assert [(d["perplexity_before"], d["perplexity_after"]) for d in summary["devices"]] == [(90.0, None), (80.0, None)]
+    summary = summary_of(a_run()[:6])
+    assert (summary.state, summary.seconds, summary.rounds) == ("running", 1.0, 1)
+    assert [(d.perplexity_before, d.perplexity_after) for d in summary.devices] == [(90.0, None), (80.0, None)]
 
 
 def test_who_comes_later_has_no_before() -> None:
     events = [round_done(1, [device("a", 9.0)], []), round_done(2, [device("a", 5.0), device("b", 6.0)], [])]
-    pairs = {d["name"]: (d["perplexity_before"], d["perplexity_after"]) for d in build_summary(events)["devices"]}
+    pairs = {d.name: (d.perplexity_before, d.perplexity_after) for d in summary_of(events).devices}
     assert pairs == {"a": (9.0, 5.0), "b": (None, 6.0)}
 
 
@@ -143,31 +151,46 @@ def test_layers_are_those_of_the_latest_round() -> None:
     hop = {"node": "edge-2", "first": 2, "last": 28}
     plan = {"event": "plan", "time": 0.0, "round": 1, "routes": [{"device": "a", "hops": [hop]}]}
     rounds = [round_done(1, [], [host("edge-2")]), round_done(2, [], [host("edge-2", layers=[4, 9]), host("edge-3")])]
-    hosts = build_summary([plan, *rounds])["hosts"]
-    assert [(each["name"], each["layers"]) for each in hosts] == [("edge-2", [4, 9]), ("edge-3", [2, 28])]
+    hosts = summary_of([plan, *rounds]).hosts
+    assert [(each.name, each.layers) for each in hosts] == [("edge-2", (4, 9)), ("edge-3", (2, 28))]
 
 
 def test_a_planned_host_holds_what_any_route_needs() -> None:
     def plan(*spans: tuple[int, int]) -> dict[str, Any]:
         return {"event": "plan", "routes": [{"hops": [{"node": "pi", "first": a, "last": b}]} for a, b in spans]}
 
-    assert build_summary([plan((0, 9)), plan((2, 27), (1, 4), (4, 28))])["hosts"][0]["layers"] == [1, 28]
+    assert summary_of([plan((0, 9)), plan((2, 27), (1, 4), (4, 28))]).hosts[0].layers == (1, 28)
 
 
-@pytest.mark.parametrize(
-    "events", [[], [{"event": "round_done", "devices": [{"name": "a"}]}], [{"event": "run_failed"}]]
-)
-def test_missing_pieces(events: list[dict[str, Any]]) -> None:
-    summary = build_summary(events)
-    assert (summary["run"], summary["model"], summary["hosts"], summary["versions"]) == (None, None, [], {})
-    device = {key: value for key, value in (summary["devices"] or [{}])[0].items() if key != "name"}
-    assert all(value in (None, {}) for value in device.values())
+@pytest.mark.parametrize("lines", [[], [{"event": "run_failed"}], [{"event": "round_done"}]])
+def test_missing_pieces(lines: list[dict[str, Any]]) -> None:
+    summary = summary_of(lines)
+    assert (summary.run, summary.model, summary.devices, summary.hosts, summary.versions) == (None, None, (), (), {})
     Console(file=io.StringIO()).print(summary_table(summary))
+
+
+def test_what_a_device_did_not_say_is_null() -> None:
+    summary = summary_of([{"event": "round_done", "devices": [{"name": "a"}]}])
+    (device,) = as_json(summary.devices)
+    assert len(device) == 12
+    metrics = {"metrics_before": {}, "metrics_after": {}}
+    assert device == {**dict.fromkeys(device), "name": "a", **metrics}
+    Console(file=io.StringIO()).print(summary_table(summary))
+
+
+def test_a_summary_of_another_version_can_be_read(tmp_path: Path) -> None:
+    file, summary = tmp_path / "summary.json", summary_of(a_run())
+    file.write_text(json.dumps(as_json(summary)), encoding="utf-8")
+    assert read_summary(file) == summary
+    file.write_text('{"run": "demo", "of tomorrow": 1, "devices": [{"name": "a", "bytes_up": 7}]}', encoding="utf-8")
+    old = read_summary(file)
+    assert (old.run, old.task, old.hosts) == ("demo", None, ())
+    assert [(d.name, d.bytes_up, d.metrics_after) for d in old.devices] == [("a", 7, {})]
 
 
 def test_table_fits_a_small_terminal() -> None:
     console = Console(file=io.StringIO(), width=80)
-    console.print(summary_table(build_summary(a_run())))
+    console.print(summary_table(summary_of(a_run())))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert "demo: done, 2 rounds in 3.8 s" in lines[0]
     assert [" ".join(line.split()) for line in lines if line.startswith(("device-", "edge-"))] == [
@@ -191,20 +214,20 @@ def a_classification() -> list[dict[str, Any]]:
 
 
 def test_metrics_of_classification() -> None:
-    summary = build_summary(a_classification())
-    assert summary["task"] == "classification"
-    found = {d["name"]: (d["metrics_before"], d["metrics_after"], d["perplexity_after"]) for d in summary["devices"]}
+    summary = summary_of(a_classification())
+    assert summary.task == "classification"
+    found = {d.name: (d.metrics_before, d.metrics_after, d.perplexity_after) for d in summary.devices}
     assert found == {
         "late": ({}, {}, None),
         "pi-kitchen-north-window": ({"accuracy": 0.25}, {"accuracy": 0.8125}, None),
     }
-    assert [(h["name"], h["layers"]) for h in summary["hosts"]] == [("pi-kitchen-north-window", [2, 10])]
+    assert [(h.name, h.layers) for h in summary.hosts] == [("pi-kitchen-north-window", (2, 10))]
 
 
 def test_table_of_classification_shows_accuracy_and_keeps_its_numbers_whole() -> None:
-    summary = build_summary(a_classification())
-    for each in summary["devices"]:
-        each.update(examples=123_456, tokens_per_s=12_345.6)
+    summary = summary_of(a_classification())
+    large = tuple(replace(each, examples=123_456, tokens_per_s=12_345.6) for each in summary.devices)
+    summary = replace(summary, devices=large)
     console = Console(file=io.StringIO(), width=80)
     console.print(summary_table(summary))
     text = console.file.getvalue()  # type: ignore[attr-defined]
@@ -217,7 +240,7 @@ def test_table_of_classification_shows_accuracy_and_keeps_its_numbers_whole() ->
 
 def test_names_are_not_markup() -> None:
     console = Console(file=io.StringIO(), width=120)
-    console.print(summary_table(build_summary([round_done(1, [device("[red]x[/nope]", 9.0)], [])])))
+    console.print(summary_table(summary_of([round_done(1, [device("[red]x[/nope]", 9.0)], [])])))
     assert "[red]x[/nope]" in console.file.getvalue()  # type: ignore[attr-defined]
 
 

@@ -13,6 +13,8 @@ from benchmarks import big_llama, link_change, links_tc, planner_testbeds, testb
 from benchmarks.common import Figure
 from edgelam_fl.config import parse_run_file
 from edgelam_fl.model.source import find_model
+from edgelam_fl.telemetry.events import RoundDone, of_kind
+from tests.recorded import as_events
 
 LLAMA = {**big_llama.CONFIG, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 300}
 
@@ -48,7 +50,9 @@ def test_a_step_is_held_against_the_prediction(slower: float, holds: bool) -> No
     steps, transfer_s = links_tc.STEPS, links_tc.micro_batch_bytes() * 8 / 20e6
     train_s = slower * (links_tc.MICRO_BATCHES + 1) * transfer_s * steps
     node = {"compute_seconds": 0.01}
-    figures = links_tc.of_rate(20, {"devices": [{**node, "train_seconds": train_s}], "hosts": [node]}, bar=True)
+    line = {"event": "round_done", "devices": [{**node, "train_seconds": train_s}], "hosts": [node]}
+    (done,) = of_kind(as_events([line]), RoundDone)
+    figures = links_tc.of_rate(20, done, bar=True)
     assert [figure.holds for figure in figures if figure.bar] == [holds]
     assert figures[-1].value == pytest.approx(100 * (slower - 1), abs=0.1)
 

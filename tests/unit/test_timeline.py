@@ -1,19 +1,23 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 
-from edgelam_fl.telemetry.timeline import Shares, read_phase
+from edgelam_fl.telemetry.events import RoundTimeline, TimelineInterval
+from edgelam_fl.telemetry.timeline import BusyTime, Phase, Shares, read_phase
 
 
-def interval(kind: str, start: float, seconds: float, *, role: str = "device", step: int = 0) -> list[Any]:
-    return [kind, role, start, seconds, step, 0, ""]
+def interval(
+    kind: str, start: float | None, seconds: float | None, *, role: str = "device", step: int = 0
+) -> TimelineInterval:
+    return TimelineInterval(kind, role, start, seconds, step, 0, "")
 
 
-def phase(**nodes: list[list[Any]]) -> Any:
-    return read_phase({"event": "timeline", "round": 2, "nodes": nodes})
+def phase(**nodes: list[TimelineInterval]) -> Phase:
+    found = read_phase(RoundTimeline(round=2, nodes={name: tuple(own) for name, own in nodes.items()}))
+    assert found is not None
+    return found
 
 
 def test_shares_count_what_overlaps_once_and_add_up_to_the_phase() -> None:
@@ -43,11 +47,12 @@ def test_the_phase_begins_where_the_most_forgetful_node_begins() -> None:
 
 
 def test_what_cannot_be_is_left_out() -> None:
-    nonsense = [interval("forward", *pair) for pair in ((math.nan, 1.0), (0.0, math.inf), (-1.0, 1.0), (0.0, -1.0))]
-    found = phase(a=[*nonsense, [*interval("step", 1.0, 0.0)[:3], None, 0, 0, ""], interval("forward", 0.0, 2.0)])
-    assert found.rows == {("a", "device"): [interval("forward", 0.0, 2.0)]}
+    pairs = ((math.nan, 1.0), (0.0, math.inf), (-1.0, 1.0), (0.0, -1.0), (1.0, None), (None, 1.0))
+    nonsense = [interval("forward", *pair) for pair in pairs]
+    found = phase(a=[*nonsense, interval("forward", 0.0, 2.0)])
+    assert found.rows == {("a", "device"): [BusyTime("forward", 0.0, 2.0, 0, 0, "")]}
 
 
-@pytest.mark.parametrize("nodes", [{}, {"a": []}])
-def test_a_silent_round(nodes: dict[str, list[list[Any]]]) -> None:
-    assert phase(**nodes) is None
+@pytest.mark.parametrize("nodes", [{}, {"a": ()}, {"a": (interval("step", None, 1.0),)}])
+def test_a_silent_round(nodes: dict[str, tuple[TimelineInterval, ...]]) -> None:
+    assert read_phase(RoundTimeline(round=2, nodes=nodes)) is None

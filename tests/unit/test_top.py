@@ -7,56 +7,81 @@ import pytest
 from rich.console import Console
 
 from edgelam_fl.errors import ConfigError
+from edgelam_fl.telemetry.events import RoundDone, RoundTimeline, of_kind, parse_event
+from edgelam_fl.telemetry.records import as_json
 from edgelam_fl.telemetry.timeline import read_phase
 from edgelam_fl.telemetry.top import newest_run, snapshot, top_table
-from tests.recorded import ROUNDS, STEPS, a_run, timeline_of
+from tests.recorded import ROUNDS, STEPS, a_run, as_events, timeline_of
 
 
 def test_nodes_what_they_hold_and_what_they_moved() -> None:
-    events = a_run()
-    shown = snapshot(events)
-    assert (shown["state"], shown["round"]) == ("done", ROUNDS + 1)
+    shown = snapshot(as_events(a_run()))
+    assert (shown.state, shown.round) == ("done", ROUNDS + 1)
+    nodes = {node.name: node for node in shown.nodes}
+    assert nodes["edge-1"].holds == ((2, 28),)
+    assert nodes["device-1"].holds == ((0, 2), (28, 30))
+    assert nodes["device-1"].bytes_up == ROUNDS * 4_700_123 + 500_000
+    assert nodes["edge-1"].bytes_down == (ROUNDS + 1) * 9_000_000
+
+
+def test_json_has_every_field_also_of_what_is_not_known() -> None:
+    shown = as_json(snapshot(as_events(a_run(lost=True)[:7])))
+    assert list(shown) == ["run", "state", "round", "seconds", "steps_per_s", "nodes", "departures"]
     nodes = {node["name"]: node for node in shown["nodes"]}
+    assert nodes["old-pi"] == {
+        "name": "old-pi", "role": None, "state": "gone", "holds": [], "reason": "speaks protocol 0, this run speaks 1",
+        **dict.fromkeys(("computed_s", "sent_s", "waited_s", "bytes_up", "bytes_down")),
+    }  # fmt: skip
     assert nodes["edge-1"]["holds"] == [[2, 28]]
-    assert nodes["device-1"]["holds"] == [[0, 2], [28, 30]]
-    assert nodes["device-1"]["bytes_up"] == ROUNDS * 4_700_123 + 500_000
-    assert nodes["edge-1"]["bytes_down"] == (ROUNDS + 1) * 9_000_000
 
 
 def test_the_step_rate_is_of_the_latest_round_that_trained() -> None:
-    events = a_run()
-    last = [e for e in events if e["event"] == "round_done"][ROUNDS - 1]
-    slowest = max(device["train_seconds"] for device in last["devices"])
-    assert snapshot(events)["steps_per_s"] == round(STEPS / slowest, 4)
-    assert snapshot(events[:3])["steps_per_s"] is None
+    events = as_events(a_run())
+    last = list(of_kind(events, RoundDone))[ROUNDS - 1]
+    slowest = max(device.train_seconds or 0.0 for device in last.devices)
+    assert snapshot(events).steps_per_s == round(STEPS / slowest, 4)
+    assert snapshot(events[:3]).steps_per_s is None
 
 
 def test_busy_and_waiting_are_the_newest_timelines() -> None:
-    old, new = timeline_of(1), timeline_of(2)
-    phase = read_phase(new)
+    events = as_events([*a_run(), timeline_of(1), timeline_of(2)])
+    _, newest = of_kind(events, RoundTimeline)
+    phase = read_phase(newest)
     assert phase is not None
-    nodes = {node["name"]: node for node in snapshot([*a_run(), old, new])["nodes"]}
+    nodes = {node.name: node for node in snapshot(events).nodes}
+    assert len(phase.shares()) == 4
     for name, shares in phase.shares().items():
-        assert nodes[name]["computed_s"] == round(shares.computed_s, 3)
-        assert nodes[name]["waited_s"] == round(shares.waited_s, 3)
+        assert nodes[name].computed_s == round(shares.computed_s, 3)
+        assert nodes[name].waited_s == round(shares.waited_s, 3)
 
 
 def test_every_departure_has_its_reason_and_who_comes_back_is_here() -> None:
-    events = a_run(lost=True)
+    events = as_events(a_run(lost=True))
     shown = snapshot(events)
-    left = {gone["name"]: gone for gone in shown["departures"]}
-    assert (left["device-3"]["round"], left["device-3"]["reason"]) == (3, "silent for 120 s")
-    assert "protocol 0" in left["old-pi"]["reason"]
-    states = {node["name"]: node["state"] for node in shown["nodes"]}
+    left = {gone.name: gone for gone in shown.departures}
+    assert (left["device-3"].round, left["device-3"].reason) == (3, "silent for 120 s")
+    assert "protocol 0" in left["old-pi"].reason
+    states = {node.name: node.state for node in shown.nodes}
     assert (states["device-3"], states["device-1"]) == ("gone", "here")
-    back = snapshot([*events, {"event": "node_joined", "node": "device-3", "role": "device"}])
-    assert {node["name"]: node["state"] for node in back["nodes"]}["device-3"] == "here"
-    assert len(back["departures"]) == len(shown["departures"])
+    back = snapshot([*events, parse_event({"event": "node_joined", "node": "device-3", "role": "device"})])
+    assert {node.name: node.state for node in back.nodes}["device-3"] == "here"
+    assert back.departures == shown.departures
+
+
+def test_a_site_that_was_lost_is_among_the_departures() -> None:
+    lost = {"event": "site_lost", "time": 9.0, "round": 2, "site": "edge-1, edge-2", "missing": ["edge-2"]}
+    (gone,) = snapshot(as_events([lost])).departures
+    assert (gone.time, gone.round, gone.name, gone.reason) == (
+        9.0,
+        2,
+        "edge-1, edge-2",
+        "its hosts are missing: edge-2",
+    )
 
 
 def test_the_table_shows_names_from_outside_as_they_are() -> None:
     console = Console(width=140, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(top_table(snapshot(a_run(evil="[bold]", lost=True))))
+    console.print(top_table(snapshot(as_events(a_run(evil="[bold]", lost=True)))))
     text = console.export_text()
     assert "edge-1[bold]" in text
     assert "device-3[bold] left in round 3: silent for 120 s[bold]" in text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 
@@ -12,6 +11,8 @@ from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.adapter import initial_adapter
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.spec import RunSpec
+from edgelam_fl.telemetry.events import Event
+from edgelam_fl.telemetry.records import as_json
 from edgelam_fl.telemetry.summary import build_summary
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wireless.cell import RadioCell
@@ -22,6 +23,7 @@ from server.virtual.replay import replay
 from strategies.api import RoundOutcome
 from strategies.registry import Capabilities, LoadedStrategy
 from tests.by_hand import FederationByHand
+from tests.recorded import as_events
 from tests.support import run_config
 from tests.unit.conftest import MakeFederation
 
@@ -114,8 +116,8 @@ def test_rounds_have_a_delay_a_payload_and_an_energy(federation: MakeFederation)
         assert virtual["dropped"] == []
     a, b = (second["virtual"]["devices"][name]["upload_s"] for name in "ab")
     assert a == pytest.approx(b, rel=0.2), "both are through at once, as far as the first round told"
-    totals = build_summary([first, second, evaluation])["virtual"]
-    assert totals == {k: first["virtual"][k] + second["virtual"][k] for k in ("seconds", "bytes", "joules")}
+    totals = build_summary(as_events([first, second, evaluation])).virtual
+    assert as_json(totals) == {k: first["virtual"][k] + second["virtual"][k] for k in ("seconds", "bytes", "joules")}
 
 
 def test_strategies_see_virtual_time_alone(federation: MakeFederation) -> None:
@@ -163,8 +165,9 @@ def test_without_a_cell_nothing_is_virtual(federation: MakeFederation) -> None:
 # ---------------------------------------------------------------- the same rounds again
 
 
-def all_events(run: FederationByHand) -> list[dict[str, Any]]:
-    return sorted((event for kind in ("plan", "round_done") for event in run.events(kind)), key=lambda e: e["round"])
+def all_events(run: FederationByHand) -> list[Event]:
+    lines = (line for kind in ("plan", "round_done") for line in run.events(kind))
+    return as_events(sorted(lines, key=lambda line: line["round"]))
 
 
 def test_replaying_a_runs_own_shares_gives_its_rounds(federation: MakeFederation) -> None:
@@ -174,8 +177,8 @@ def test_replaying_a_runs_own_shares_gives_its_rounds(federation: MakeFederation
     run.run()
     events = all_events(run)
     recorded = [done["virtual"] for done in run.events("round_done") if "virtual" in done]
-    assert replay(events, run.config, "equalise") == recorded
-    uniform = replay(events, run.config, "uniform")
+    assert as_json(replay(events, run.config, "equalise")) == recorded
+    uniform = as_json(replay(events, run.config, "uniform"))
     for mine, other in zip(uniform, recorded, strict=True):
         assert mine["bytes"] == other["bytes"]
         assert mine["dropped"] == other["dropped"]

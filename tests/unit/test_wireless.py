@@ -131,11 +131,11 @@ def test_a_device_alone_by_hand() -> None:
     part = DeviceRound(bytes_up=1e6, bytes_down=5e5, snr=3.0, compute_s=4.0, download_s=1.0, compute_joules=7.0)
     whole = virtual_round(settings, {"a": part}, {"a": 1.0}, ["b"])
     upload_s = 8e6 / 2e6
-    assert (whole["seconds"], whole["bytes"], whole["joules"]) == pytest.approx((1 + 4 + upload_s, 1.5e6, 7 + upload_s))
-    assert whole["dropped"] == ["b"]
-    half = virtual_round(settings, {"a": part}, {"a": 0.5})["devices"]["a"]
-    assert half["rate_bps"] == pytest.approx(1e6 * math.log2(7) / 2)
-    assert half["seconds"] == half["download_s"] + half["compute_s"] + half["upload_s"]
+    assert (whole.seconds, whole.bytes, whole.joules) == pytest.approx((1 + 4 + upload_s, 1.5e6, 7 + upload_s))
+    assert whole.dropped == ("b",)
+    half = virtual_round(settings, {"a": part}, {"a": 0.5}).devices["a"]
+    assert half.rate_bps == pytest.approx(1e6 * math.log2(7) / 2)
+    assert half.seconds == half.download_s + half.compute_s + half.upload_s
     assert recorded_device_round(half) == part
 
 
@@ -144,9 +144,9 @@ def test_a_round_is_its_slowest_device_and_all_energy() -> None:
     part = DeviceRound(bytes_up=1000, bytes_down=0, snr=1.0, compute_s=1.0, download_s=0.0, compute_joules=1.0)
     parts = {"a": part, "b": replace(part, compute_s=9.0)}
     whole = virtual_round(settings, parts, {"a": 0.5, "b": 0.5, "c": 0.0})
-    assert whole["seconds"] == whole["devices"]["b"]["seconds"]
-    assert whole["joules"] == sum(device["joules"] for device in whole["devices"].values()) > 2
-    assert virtual_round(settings, {}, {}, ["a"])["seconds"] == 0
+    assert whole.seconds == whole.devices["b"].seconds
+    assert whole.joules == sum(device.joules for device in whole.devices.values()) > 2
+    assert virtual_round(settings, {}, {}, ["a"]).seconds == 0
 
 
 def test_what_a_load_takes() -> None:
@@ -169,7 +169,7 @@ def test_the_online_scheduler_keeps_the_average_delay_near_its_bound() -> None:
         shares = allocator.allocate(
             [Demand(c.name, c.payload_bytes, c.compute_s, snr=c.snr) for c in candidates], band_hz
         )
-        return virtual_round(own.settings, {c.name: parts[c.name] for c in candidates}, shares)["seconds"]
+        return virtual_round(own.settings, {c.name: parts[c.name] for c in candidates}, shares).seconds
 
     delays, of_all = [], []
     for number in range(1, rounds + 1):

@@ -6,19 +6,21 @@ A colour is the name of one of the page's CSS variables, light or dark. Numbers 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from edgelam_fl.telemetry.summary import ADAPTER_BYTES, Event, is_training_round, measured, total
+from edgelam_fl.telemetry.events import RoundDone
+from edgelam_fl.telemetry.human import total
+from edgelam_fl.telemetry.summary import is_training_round, measured
 from edgelam_fl.telemetry.timeline import Phase
 
 FRAMES = {"ACT": "activations", "GRAD": "gradients"}  # every other kind of frame counts as control
 BARS_SHOWN = 30_000  # of all timelines together: about 1.5 MB of the page
 
 
-def round_figures(rounds: list[Event], colours: Mapping[str, str], measure: str) -> dict[str, Any]:
-    """By the id of their place on the page; empty while no round is closed."""
+def round_figures(rounds: Sequence[RoundDone], colours: Mapping[str, str], measure: str) -> dict[str, Any]:
+    """Returns the figures by the id of their place on the page; empty while no round is closed."""
     if not rounds:
         return {}
     figures = {
@@ -30,8 +32,8 @@ def round_figures(rounds: list[Event], colours: Mapping[str, str], measure: str)
     return finite(figures)
 
 
-def timeline_figures(phases: list[Phase], colours: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The newest rounds, as many as `BARS_SHOWN` allows and one at least, oldest first."""
+def timeline_figures(phases: Sequence[Phase], colours: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Returns the newest rounds' timelines, oldest first: as many as `BARS_SHOWN` allows, at least one."""
     figures: list[dict[str, Any]] = []
     room = BARS_SHOWN
     for phase in reversed(phases):
@@ -39,22 +41,21 @@ def timeline_figures(phases: list[Phase], colours: Mapping[str, str]) -> list[di
         if figures and room < 0:
             break
         rows = [
-            {"node": node, "role": role, "color": colours.get(node, "--muted"), "bars": [[i[0], *i[2:7]] for i in own]}
+            {"node": node, "role": role, "color": colours.get(node, "--muted"), "bars": own}
             for (node, role), own in phase.rows.items()
         ]
         figures.insert(0, {"round": phase.round, "start": phase.start_s, "end": phase.end_s, "rows": rows})
     return finite(figures)
 
 
-def _loss_figure(rounds: list[Event], colours: Mapping[str, str]) -> dict[str, Any]:
-    """Loss a device over the run's steps, counted on from round to round; `marks` are the aggregations between."""
+def _loss_figure(rounds: Iterable[RoundDone], colours: Mapping[str, str]) -> dict[str, Any]:
+    """Draws the loss per device over the run's steps, counted on from round to round; `marks` are the aggregations."""
     points: dict[str, list[tuple[float, Any]]] = {name: [] for name in colours}
     marks, offset = [], 0
-    for round_done in rounds:
-        losses = {device["name"]: device.get("step_losses") or [] for device in round_done.get("devices") or []}
-        for name, values in losses.items():
-            points.setdefault(name, []).extend(enumerate(values, start=offset + 1))
-        offset += max(map(len, losses.values()), default=0)
+    for done in rounds:
+        for device in done.devices:
+            points.setdefault(device.name, []).extend(enumerate(device.step_losses, start=offset + 1))
+        offset += max((len(device.step_losses) for device in done.devices), default=0)
         marks.append(offset + 0.5)
     return {
         "x": "step",
@@ -64,32 +65,32 @@ def _loss_figure(rounds: list[Event], colours: Mapping[str, str]) -> dict[str, A
     }
 
 
-def _quality_figure(rounds: list[Event], colours: Mapping[str, str], measure: str) -> dict[str, Any]:
-    """A round measures the adapter that it starts from, so round 1 stands at 0 rounds of training."""
+def _quality_figure(rounds: Iterable[RoundDone], colours: Mapping[str, str], measure: str) -> dict[str, Any]:
+    """Draws the held-out measure. A round measures the adapter it starts from, so round 1 is at 0 rounds of training."""
     points: dict[str, list[tuple[float, Any]]] = {name: [] for name in colours}
-    for round_done in rounds:
-        for device in round_done.get("devices") or []:
-            points.setdefault(device["name"], []).append((round_done["round"] - 1, measured(device, measure)))
+    for done in rounds:
+        for device in done.devices:
+            points.setdefault(device.name, []).append((done.round - 1, measured(device, measure)))
     lines = _lines(points, colours)
     return {"x": "rounds of training", "y": measure, "lines": lines, "dots": True, "share": measure == "accuracy"}
 
 
-def _bytes_figure(rounds: list[Event]) -> dict[str, Any]:
+def _bytes_figure(rounds: Sequence[RoundDone]) -> dict[str, Any]:
     stacks: dict[str, list[float]] = {kind: [0.0] * len(rounds) for kind in (*FRAMES.values(), "adapters", "control")}
-    for i, round_done in enumerate(rounds):
-        for kind, count in (round_done.get("bytes_by_kind") or {}).items():
+    for i, done in enumerate(rounds):
+        for kind, count in done.bytes_by_kind.items():
             stacks[FRAMES.get(kind, "control")][i] += count / 1e6
-        for device in round_done.get("devices") or []:
-            stacks["adapters"][i] += (total(device.get(key) for key in ADAPTER_BYTES) or 0) / 1e6
+        for device in done.devices:
+            stacks["adapters"][i] += (total((device.adapter_bytes_up, device.adapter_bytes_down)) or 0) / 1e6
     return {"x": "round", "y": "megabytes (MB)", "bars": _bars(rounds, stacks, ("--k0", "--k1", "--k2", "--k3"))}
 
 
-def _seconds_figure(rounds: list[Event]) -> dict[str, Any]:
+def _seconds_figure(rounds: Sequence[RoundDone]) -> dict[str, Any]:
     stacks: dict[str, list[float]] = {"training": [], "evaluation": [], "the rest": []}
-    for round_done in rounds:
-        spent = [(d.get("train_seconds") or 0, d.get("eval_seconds") or 0) for d in round_done.get("devices") or []]
+    for done in rounds:
+        spent = [(device.train_seconds or 0, device.eval_seconds or 0) for device in done.devices]
         training, evaluation = max(spent, key=sum, default=(0, 0))
-        rest = max(0, (round_done.get("seconds") or 0) - training - evaluation)
+        rest = max(0, done.seconds - training - evaluation)
         for stack, seconds in zip(stacks.values(), (training, evaluation, rest), strict=True):
             stack.append(seconds)
     return {"x": "round", "y": "seconds (s)", "bars": _bars(rounds, stacks, ("--k0", "--k1", "--k3"))}
@@ -103,14 +104,16 @@ def _lines(points: Mapping[str, list[tuple[float, Any]]], colours: Mapping[str, 
     ]
 
 
-def _bars(rounds: list[Event], stacks: Mapping[str, list[float]], colours: Iterable[str]) -> list[dict[str, Any]]:
-    names = [str(event["round"]) if is_training_round(event) else "evaluation" for event in rounds]
+def _bars(
+    rounds: Iterable[RoundDone], stacks: Mapping[str, list[float]], colours: Iterable[str]
+) -> list[dict[str, Any]]:
+    names = [str(done.round) if is_training_round(done) else "evaluation" for done in rounds]
     coloured = zip(stacks.items(), colours, strict=True)
     return [{"name": kind, "color": colour, "x": names, "y": values} for (kind, values), colour in coloured]
 
 
 def finite(value: Any) -> Any:
-    """Without nan and infinities (a run that diverged has them), which JSON cannot say."""
+    """Returns the value with None for nan and infinities (a run that diverged has them), which JSON cannot hold."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,15 +1,15 @@
-"""RUN/report.html: one page without network access that shows a run, also one that goes on or failed.
+"""RUN/report.html: one page without network access that shows a run, also a run in progress or one that failed.
 
-Reads the run's folder and nothing else: events.jsonl, and summary.json where the run has written it (its values are the
-ones shown). What comes from events is escaped; the page's own policy forbids it to load anything. `page.html`
-holds the looks, `figures.py` what is drawn, `split_picture.py` who holds what, `incidents.py` what went wrong.
+Reads the run's folder and nothing else: events.jsonl, and summary.json if the run has written it (its values are shown
+then). Texts of events are escaped; the page's own policy forbids it to load anything. `page.html` holds the looks,
+`figures.py` what is drawn, `split_picture.py` who holds what, `incidents.py` what went wrong.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from itertools import repeat
 from pathlib import Path
@@ -18,24 +18,28 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from edgelam_fl.errors import UsageError
-from edgelam_fl.telemetry.events import read_events
+from edgelam_fl.telemetry.events import Event, RoundDone, RoundTimeline, RunStarted, of_kind, read_events
+from edgelam_fl.telemetry.human import (
+    human_bytes,
+    human_layers,
+    human_measure,
+    human_number,
+    human_seconds,
+    total,
+)
 from edgelam_fl.telemetry.report.figures import round_figures, timeline_figures
 from edgelam_fl.telemetry.report.incidents import failure, incidents
 from edgelam_fl.telemetry.report.split_picture import labels_leave, split_picture
 from edgelam_fl.telemetry.summary import (
     ADAPTER_BYTES,
     LINK_BYTES,
-    Event,
+    DeviceSummary,
+    HostSummary,
+    Summary,
+    before_and_after,
     build_summary,
-    human_bytes,
-    human_layers,
-    human_measure,
-    human_number,
-    human_seconds,
     measure_of,
-    measured,
-    of_kind,
-    total,
+    read_summary,
 )
 from edgelam_fl.telemetry.timeline import Phase, read_phase
 
@@ -51,34 +55,34 @@ DEVICE_HEADINGS = (
 def write_report(run_dir: Path) -> Path:
     """Writes run_dir/report.html (about 5 MB, plotly.js inside) in one move and returns its path.
 
-    Raises UsageError where there are no events.
+    Raises UsageError if the folder holds no events.
     """
     source, written, unfinished = (run_dir / name for name in ("events.jsonl", "summary.json", "report.html.part"))
     if not source.is_file():
         raise UsageError(f"{run_dir} is no run's folder: it holds no events.jsonl")
     events = list(read_events(source))
-    summary = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else build_summary(events)
+    summary = read_summary(written) if written.is_file() else build_summary(events)
     unfinished.write_text(report_page(events, summary), encoding="utf-8")
     return unfinished.replace(run_dir / "report.html")
 
 
-def report_page(events: list[dict[str, Any]], summary: Mapping[str, Any]) -> str:
-    """The page's text."""
-    started = next(of_kind(events, "run_started"), {})
-    rounds = list(of_kind(events, "round_done"))
-    phases = [phase for phase in map(read_phase, of_kind(events, "timeline")) if phase]
-    colours = {device["name"]: f"--c{i % 8}" for i, device in enumerate(summary["devices"])}
-    measure = measure_of(summary.get("task"))
+def report_page(events: Sequence[Event], summary: Summary) -> str:
+    """Returns the page's text."""
+    config = next((started.config for started in of_kind(events, RunStarted)), {})
+    rounds = list(of_kind(events, RoundDone))
+    phases = [phase for phase in map(read_phase, of_kind(events, RoundTimeline)) if phase]
+    colours = {device.name: f"--c{i % 8}" for i, device in enumerate(summary.devices)}
+    measure = measure_of(summary.task)
     timelines = timeline_figures(phases, colours)
     parts = {
-        "name": escape(str(summary["run"] or "unnamed run")),
-        "state": escape(summary["state"]),
+        "name": escape(str(summary.run or "unnamed run")),
+        "state": escape(summary.state),
         "subtitle": escape(_subtitle(summary)),
         "failure": _banner(failure(events)),
         "tiles": "".join(f'<div class="card muted">{what}<b>{value}</b></div>' for what, value in _tiles(summary)),
-        "devices": _device_table(summary["devices"], colours, measure),
-        "hosts": _host_table(summary["hosts"], colours),
-        "no_round": "" if rounds else f'<p class="card muted">{NO_ROUND[summary["state"] == "running"]}</p>',
+        "devices": _device_table(summary.devices, colours, measure),
+        "hosts": _host_table(summary.hosts, colours),
+        "no_round": "" if rounds else f'<p class="card muted">{NO_ROUND[summary.state == "running"]}</p>',
         "hide_figures": "" if rounds else "hidden",
         "measure": measure,
         "better": "higher" if measure == "accuracy" else "lower",
@@ -90,7 +94,7 @@ def report_page(events: list[dict[str, Any]], summary: Mapping[str, Any]) -> str
         "stays": "its text stays; labels go to the last host" if labels_leave(events) else "its text and labels stay",
         "split": split_picture(events, colours),
         "incidents": _incident_table(events),
-        "settings": _table("", "key|value", _settings(started.get("config") or {}), "words"),
+        "settings": _table("", "key|value", _settings(config), "words"),
         "plotly": get_plotlyjs() if rounds else "",
         "figures": _json(round_figures(rounds, colours, measure)),
         "timelines": _json(timelines),
@@ -99,13 +103,13 @@ def report_page(events: list[dict[str, Any]], summary: Mapping[str, Any]) -> str
 
 
 def _json(value: Any) -> str:
-    """For a script element: no text in it can end the element."""
+    """Returns JSON for a script element: no text in it can end the element."""
     return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _subtitle(summary: Mapping[str, Any]) -> str:
-    versions = ", ".join(f"{package} {version}" for package, version in summary["versions"].items())
-    return " | ".join(filter(None, (summary["model"], summary.get("task"), versions)))
+def _subtitle(summary: Summary) -> str:
+    versions = ", ".join(f"{package} {version}" for package, version in summary.versions.items())
+    return " | ".join(filter(None, (summary.model, summary.task, versions)))
 
 
 def _banner(facts: list[tuple[str, str]]) -> str:
@@ -115,45 +119,41 @@ def _banner(facts: list[tuple[str, str]]) -> str:
     )
 
 
-def _tiles(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    devices = summary["devices"]
-    yield "time", human_seconds(summary["seconds"])
-    yield "rounds", human_number(summary["rounds"])
+def _tiles(summary: Summary) -> Iterator[tuple[str, str]]:
+    devices = summary.devices
+    yield "time", human_seconds(summary.seconds)
+    yield "rounds", human_number(summary.rounds)
     yield "devices", human_number(len(devices))
-    yield "hosts", human_number(len(summary["hosts"]))
-    yield "over links", human_bytes(total(device[key] for device in devices for key in LINK_BYTES))
-    yield "adapters via Flower", human_bytes(total(device[key] for device in devices for key in ADAPTER_BYTES))
+    yield "hosts", human_number(len(summary.hosts))
+    yield "over links", human_bytes(total(getattr(device, key) for device in devices for key in LINK_BYTES))
+    yield "adapters via Flower", human_bytes(total(getattr(device, key) for device in devices for key in ADAPTER_BYTES))
 
 
-def _device_table(devices: list[dict[str, Any]], colours: Mapping[str, str], measure: str) -> str:
+def _device_table(devices: Iterable[DeviceSummary], colours: Mapping[str, str], measure: str) -> str:
     rows = [
         [
-            _node(device["name"], colours),
-            human_number(device["examples"]),
-            *(_exact(value, human_measure(measure, value)) for value in _before_and_after(device, measure)),
-            _exact(device["tokens_per_s"], human_number(device["tokens_per_s"], 1)),
-            *(_exact_bytes(device[key]) for key in (*LINK_BYTES, *ADAPTER_BYTES, "peak_rss_bytes")),
+            _node(device.name, colours),
+            human_number(device.examples),
+            *(_exact(value, human_measure(measure, value)) for value in before_and_after(device, measure)),
+            _exact(device.tokens_per_s, human_number(device.tokens_per_s, 1)),
+            *(_exact_bytes(getattr(device, key)) for key in (*LINK_BYTES, *ADAPTER_BYTES, "peak_rss_bytes")),
         ]
         for device in devices
     ]
     return _table("Devices", DEVICE_HEADINGS.format(measure=measure), rows)
 
 
-def _before_and_after(device: Event, measure: str) -> tuple[float | None, float | None]:
-    return measured(device, measure, "_before"), measured(device, measure, "_after")
-
-
-def _host_table(hosts: list[dict[str, Any]], colours: Mapping[str, str]) -> str:
+def _host_table(hosts: Iterable[HostSummary], colours: Mapping[str, str]) -> str:
     rows = [
-        [_node(host["name"], colours), human_layers(host["layers"])]
-        + [_exact_bytes(host[key]) for key in (*LINK_BYTES, "peak_rss_bytes")]
+        [_node(host.name, colours), human_layers(host.layers)]
+        + [_exact_bytes(getattr(host, key)) for key in (*LINK_BYTES, "peak_rss_bytes")]
         for host in hosts
     ]
     return _table("Hosts", "host|holds|sent|received|peak memory", rows, "narrow")
 
 
 def _share_table(phase: Phase, colours: Mapping[str, str]) -> str:
-    """What each node did with a round's train phase; the exact seconds in tooltips."""
+    """Draws what each node did with a round's train phase; the exact seconds are in tooltips."""
     rows = []
     for name, shares in phase.shares().items():
         seconds = (shares.computed_s, shares.sent_s, shares.waited_s)
@@ -163,12 +163,12 @@ def _share_table(phase: Phase, colours: Mapping[str, str]) -> str:
 
 
 def _node(name: str, colours: Mapping[str, str]) -> str:
-    """With the colour that stands for it in every figure; hosts have none of their own."""
+    """Names a node beside its colour in all figures; hosts have none of their own."""
     return f'<span class="swatch" style="background: var({colours.get(name, "--muted")})"></span>{escape(name)}'
 
 
-def _incident_table(events: list[dict[str, Any]]) -> str:
-    """Empty when all went well."""
+def _incident_table(events: Sequence[Event]) -> str:
+    """Draws the incidents; empty if there was none."""
     rows = [[escape(words) for words in incident] for incident in incidents(events)]
     table = _table("Incidents", "after|what|who|why", rows[:INCIDENTS_SHOWN], "words")
     more = f"<p>and {len(rows) - INCIDENTS_SHOWN} more in events.jsonl</p>" if len(rows) > INCIDENTS_SHOWN else ""
@@ -176,7 +176,7 @@ def _incident_table(events: list[dict[str, Any]]) -> str:
 
 
 def _settings(config: Any, path: str = "") -> Iterator[list[str]]:
-    """A row for every key of the run file, with its path."""
+    """Yields a row per key of the run file, with its path."""
     if isinstance(config, Mapping):
         for key, value in config.items():
             yield from _settings(value, f"{path}.{key}" if path else str(key))
@@ -185,7 +185,7 @@ def _settings(config: Any, path: str = "") -> Iterator[list[str]]:
 
 
 def _table(title: str, headings: str, rows: Iterable[list[str]], style: str = "") -> str:
-    """A table of cells that are HTML already, under its title; empty without rows."""
+    """Draws a table of cells that are HTML already, under its title; empty without rows."""
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
     head = "".join(f"<th>{heading}</th>" for heading in headings.split("|"))
     heading = f"<h2>{title}</h2>" if title else ""
@@ -193,7 +193,7 @@ def _table(title: str, headings: str, rows: Iterable[list[str]], style: str = ""
 
 
 def _exact(value: float | None, shown: str, unit: str = "") -> str:
-    """A rounded value, the exact one in its tooltip."""
+    """Shows a rounded value, with the exact one in its tooltip."""
     return shown if value is None else f'<span title="{value}{unit}">{shown}</span>'
 
 

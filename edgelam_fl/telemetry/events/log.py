@@ -1,0 +1,92 @@
+"""Events in a file: one JSON object per line, appended as things happen. Knows nothing about what the fields mean."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from edgelam_fl.telemetry.events.base import Event, UnknownEvent
+from edgelam_fl.telemetry.events.table import EVENTS, kind_of
+from edgelam_fl.telemetry.records import as_json, read_record
+
+_Kind = TypeVar("_Kind", bound=Event)
+
+
+class EventLog:
+    """Appends events to one file; safe to call from any thread.
+
+    most_bytes: size at which the file is set aside as PATH.old, in place of an older one; 0: no limit.
+    """
+
+    def __init__(self, path: Path, most_bytes: int = 0) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self._most_bytes = path, most_bytes
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._lock = threading.Lock()
+
+    def __call__(self, event: Event | str, **fields: Any) -> None:
+        kind = event if isinstance(event, str) else kind_of(event)
+        values = as_json(fields if isinstance(event, str) else event)
+        line = json.dumps({"time": round(time.time(), 3), "event": kind, **values}, ensure_ascii=False)
+        with self._lock:
+            if self._file.closed:
+                return
+            if self._most_bytes and self._file.tell() >= self._most_bytes:
+                self._start_new_file()
+            self._file.write(line + "\n")
+
+    def _start_new_file(self) -> None:
+        self._file.close()
+        self.path.replace(self.path.with_name(f"{self.path.name}.old"))
+        self._file = self.path.open("a", encoding="utf-8", buffering=1)
+
+    def close(self) -> None:
+        """Closes the file; later events are dropped."""
+        with self._lock:
+            self._file.close()
+
+
+def parse_event(line: Mapping[str, Any]) -> Event:
+    """Makes an event of the JSON object of its line."""
+    kind = line.get("event")
+    if kind not in EVENTS:
+        return UnknownEvent(time=line.get("time"), kind=str(kind), fields=line)
+    return read_record(EVENTS[kind], line)
+
+
+def read_events(path: Path) -> Iterator[Event]:
+    """Yields the events of a file, oldest first. A half-written last line (a run in progress, a crash) is left out."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield parse_event(json.loads(line))
+
+
+def of_kind(events: Iterable[Event], kind: type[_Kind]) -> Iterator[_Kind]:
+    """Yields the events of one class, in their order."""
+    return (event for event in events if isinstance(event, kind))
+
+
+class EventTail:
+    """Follows a file that another process is writing: each `poll` returns the events added since the last one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._offset = 0
+
+    def poll(self) -> list[Event]:
+        """Returns the new events, oldest first; none while there is no file."""
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as file:
+            if self.path.stat().st_size < self._offset:
+                self._offset = 0  # its writer has started a new file
+            file.seek(self._offset)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return [parse_event(json.loads(line)) for line in whole.splitlines()]

@@ -1,0 +1,147 @@
+"""The work of one node. Written by its stage host into events.jsonl of the node's own state folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgelam_fl.telemetry.events.base import Event
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeReady(Event):
+    """The stage host listens and takes jobs."""
+
+    name: str
+    """Name of the node."""
+    address: str
+    """HOST:PORT at which others reach it; "" for a device that only dials."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SliceComing(Event):
+    """Tensors are on their way from the server's hub; repeated every few seconds."""
+
+    model: str
+    """Name of the model."""
+    bytes: int
+    """Bytes that have come."""
+    of: int
+    """Bytes of all tensors that were missing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SliceReceived(Event):
+    """All tensors that a job needs are here."""
+
+    model: str
+    """Name of the model."""
+    base: str
+    """Format of the frozen weights."""
+    tensors: int
+    """Number of tensors of the slice."""
+    bytes: int
+    """Bytes that came now."""
+    slice_bytes: int
+    """Bytes of the whole slice."""
+    seconds: float
+    """Seconds that the transfer took."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobEvent(Event):
+    """An event of one job: a node's part of one attempt at a round."""
+
+    job: str = ""
+    """Name of the job. The stage host adds it to the events of the parts that it runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobStarted(JobEvent):
+    """The layers are loaded and the job begins."""
+
+    role: str
+    """Either "device" or "edge": the node's role in the plan."""
+    layers: tuple[tuple[int, ...], ...]
+    """The layers that it holds, as [first, last) each."""
+    seconds: float
+    """Seconds of loading."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowGranted(JobEvent):
+    """A host has memory for fewer micro-batches per device in flight than the plan asks for."""
+
+    granted: int
+    """Micro-batches that it takes."""
+    asked: int
+    """Micro-batches that the plan asks for."""
+    memory_free_bytes: int
+    """Free memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated(JobEvent):
+    """A device has measured the adapter that it received."""
+
+    loss_sum: float
+    """Sum of the losses of all held-out labels, in nats."""
+    labels: int
+    """Held-out labels."""
+    seconds: float
+    """Seconds that it took."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepDone(JobEvent):
+    """A device has finished a training step."""
+
+    step: int
+    """Number of the step in the round, from 0."""
+    loss: float
+    """Mean loss per label, in nats."""
+    labels: int
+    """Labels of the step."""
+    seconds: float
+    """Seconds that it took."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeLeftOut:
+    """A device whose part of a step was not counted."""
+
+    node: str
+    """Name of the device."""
+    reason: str
+    """Why it was not counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepClosed(JobEvent):
+    """A host closed a step without some device; written when the set of missing devices grows."""
+
+    step: int
+    """Number of the step in the round, from 0."""
+    counted: tuple[str, ...]
+    """Devices whose part was counted."""
+    left_out: tuple[NodeLeftOut, ...]
+    """Devices whose part was not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkLost(JobEvent):
+    """A link of a host broke before its device had finished."""
+
+    link: str
+    """Name of the device whose route the link belongs to."""
+    reason: str
+    """Why it broke."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobDone(JobEvent):
+    """The job is over."""
+
+    state: str
+    """Either "done" or "failed"."""
+    error: str
+    """Why it failed; else ""."""

@@ -1,0 +1,374 @@
+"""A round: who does what, what came of it, who was lost. Written by the ServerApp into RUN/events.jsonl.
+
+Layers are numbered from 0; a range of layers is [first, last), so `last` is the first layer after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from edgelam_fl.telemetry.events.base import Event
+
+# ---------------------------------------------------------------- before
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayersHeld:
+    """Layers [first, last) at one node."""
+
+    node: str
+    """Name of the host."""
+    first: int
+    """Its first layer."""
+    last: int
+    """The first layer after its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutePicture:
+    """The way of one device's activations: its first layers, hosts, its last layers."""
+
+    device: str
+    """Name of the device."""
+    front: int
+    """Number of layers that the device keeps before the hosts."""
+    back_first: int
+    """First of the layers that it keeps after the hosts."""
+    num_layers: int
+    """Number of layers of the model."""
+    hops: tuple[LayersHeld, ...]
+    """The hosts on the way, with the layers that this route uses there; empty if the device trains the whole model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SitePicture:
+    """A chain of hosts and the devices that train over it."""
+
+    site: str
+    """Name of the site."""
+    hosts: tuple[LayersHeld, ...]
+    """The hosts with all layers that they hold; a route may use a part of them."""
+    devices: tuple[str, ...]
+    """Names of its devices."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodePicture:
+    """How one node holds its part of the model."""
+
+    base: str
+    """Format of the frozen weights: "fp32", "bf16", "int8" or "nf4"."""
+    compute: str
+    """Format that it computes in: "fp32" or "bf16"."""
+    rank: int
+    """Rank of its adapter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemandSeen:
+    """What the bandwidth strategy knew of one device before the round."""
+
+    payload_bytes: float
+    """Bytes that the device was expected to send."""
+    compute_s: float
+    """Virtual seconds that it was expected to receive and compute."""
+    snr: float | None
+    """Signal-to-noise ratio over the whole band."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanMade(Event):
+    """An attempt at a round begins. The evaluation after the last round is round = rounds + 1."""
+
+    round: int
+    """Number of the round, from 1."""
+    attempt: int
+    """Number of the attempt at it, from 1."""
+    selected: tuple[str, ...]
+    """Names of the devices that the selection chose."""
+    why: Mapping[str, str]
+    """Reason per device that is here, chosen or not."""
+    shares: Mapping[str, float]
+    """Share of the capacity per chosen device, in [0, 1]."""
+    routes: tuple[RoutePicture, ...]
+    """A route per device that trains."""
+    sites: tuple[SitePicture, ...]
+    """The sites that have hosts."""
+    nodes: Mapping[str, NodePicture]
+    """Formats and rank per node of the plan."""
+    personal: bool
+    """Whether the aggregation lets devices continue with tensors of their own."""
+    demands: Mapping[str, DemandSeen] | None = None
+    """What the bandwidth strategy saw, per chosen device; None without [wireless]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodePlaced:
+    """One node's part of a chain, with what a training step is predicted to cost there."""
+
+    node: str
+    """Name of the node."""
+    first: int
+    """A host holds layers [first, last), a device all others."""
+    last: int
+    """See `first`."""
+    base: str
+    """The host's "base/compute"; "" for a device."""
+    memory_bytes: float
+    """Memory of its process at the peak."""
+    compute_s: float
+    """Seconds of computing per step."""
+    up_bytes: float
+    """Bytes sent per step."""
+    down_bytes: float
+    """Bytes received per step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SitePlaced:
+    """One site's chain, with what it is predicted to cost."""
+
+    hosts: tuple[NodePlaced, ...]
+    """The hosts, in the order of their layers."""
+    devices: tuple[NodePlaced, ...]
+    """The devices of the site."""
+    step_s: float
+    """Predicted seconds of a training step."""
+    limit: str
+    """What a step waits for, in words."""
+    memory_limit: str
+    """Whose memory keeps a step from being faster, in words; "" if no host would hold more."""
+    left_out: tuple[str, ...]
+    """Hosts without which a step is no longer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlacementMade(Event):
+    """The planner chose who holds which layers, before the round's plan; only with split.cuts = "auto"."""
+
+    round: int
+    """Number of the round; 0: no training follows (`edgelam plan`)."""
+    changed: bool
+    """Whether layers moved."""
+    reason: str
+    """Why this placement, in words."""
+    step_s: float
+    """Predicted seconds of a training step at the slowest site."""
+    window: int
+    """Micro-batches per device in flight, as memory allows."""
+    tokens: float
+    """Tokens per row that times were predicted with."""
+    sites: tuple[SitePlaced, ...]
+    """The chains."""
+    measured: tuple[str, ...]
+    """What the round before showed, in words: nodes or steps far from the prediction, pairs that only the relay joins."""
+
+
+# ---------------------------------------------------------------- during
+
+
+class TimelineInterval(NamedTuple):
+    """A stretch of time in which a node did one thing; an array in the file."""
+
+    kind: str
+    """Either "forward", "backward", "step" (of the optimizer) or "send"."""
+    role: str
+    """Either "device" or "host": the part that the node played."""
+    start_s: float | None
+    """Seconds since training opened at that node; None if it was not finite."""
+    seconds: float | None
+    """Length; None if it was not finite."""
+    step: int
+    """Number of the training step in the round, from 0."""
+    micro_batch: int
+    """Number of the micro-batch in the step, from 0."""
+    peer: str
+    """The device that a host worked for, or the node that was sent to; else ""."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundTimeline(Event):
+    """Who did what in a round's training; written before the round's end. A node keeps its newest intervals only."""
+
+    round: int
+    """Number of the round."""
+    nodes: Mapping[str, tuple[TimelineInterval, ...]]
+    """The intervals per node."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeLost(Event):
+    """A node of the plan delivered nothing that can be used."""
+
+    round: int
+    """Number of the round."""
+    node: str
+    """Name of the node."""
+    reason: str
+    """What it failed to do, in words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteLost(Event):
+    """A site lacks a host's reply, so nothing of this site is aggregated in this attempt."""
+
+    round: int
+    """Number of the round."""
+    site: str
+    """Name of the site."""
+    missing: tuple[str, ...]
+    """The hosts that did not deliver."""
+
+
+# ---------------------------------------------------------------- after
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeResult:
+    """What a node did in a round, as a device or as a host. Bytes and seconds are None if the file does not say."""
+
+    name: str
+    """Name of the node."""
+    peak_rss_bytes: int | None
+    """Largest resident memory of its stage host's process."""
+    moments: str
+    """Either "warm" (its optimizer kept the moments of the round before) or "cold" (it began with empty ones)."""
+    digest_before: str
+    """SHA-256 of the adapter that the plan demands of the node."""
+    digest_after: str
+    """SHA-256 of the adapter that it reports after training."""
+    bytes_up: int | None
+    """Bytes sent on its links, all kinds of frames."""
+    bytes_down: int | None
+    """Bytes received on its links."""
+    bytes_relayed: int
+    """The part of both that went over links that it dialled through the hub."""
+    adapter_bytes_up: int | None
+    """Bytes of adapters that it sent to the server, through Flower."""
+    adapter_bytes_down: int | None
+    """Bytes of adapters that it received from there; of a device that is a host too, counted at the device."""
+    compute_seconds: float
+    """Seconds of computing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepLeftOut:
+    """A step of a device that was not counted."""
+
+    step: int
+    """Number of the step in the round, from 0."""
+    reason: str
+    """Why it was not counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceResult(NodeResult):
+    """What a device trained and measured in a round."""
+
+    examples: int | None
+    """Examples that it trains on."""
+    labels: int
+    """Labels that it trained on."""
+    loss: float | None
+    """Mean loss per label over the round's counted steps, in nats; None without steps."""
+    perplexity: float | None
+    """Held-out perplexity of the adapter that the round started from; None if it was not measured or overflowed."""
+    metrics: Mapping[str, float | None]
+    """Other held-out measures of the same adapter, as "accuracy" in [0, 1]; empty if the task has none."""
+    tokens: int | None
+    """Tokens that it trained on."""
+    train_seconds: float | None
+    """Seconds of training, waiting for others included."""
+    eval_seconds: float | None
+    """Seconds of the evaluation before it."""
+    step_losses: tuple[float | None, ...]
+    """Mean loss per label of each step, in nats; None for a step without labels."""
+    left_out: tuple[StepLeftOut, ...]
+    """The steps that were not counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostResult(NodeResult):
+    """What a host did in a round. A device that is a host too has one of both."""
+
+    layers: tuple[int, ...] | None
+    """Its layers as [first, last)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VirtualDevice:
+    """A device's part of a round in virtual time. Bytes are adapters and tensors, without the headers of frames."""
+
+    seconds: float
+    """download_s + compute_s + upload_s."""
+    upload_s: float
+    """Seconds of sending."""
+    bytes: float
+    """bytes_up + bytes_down."""
+    joules: float
+    """Energy of computing and sending."""
+    share: float
+    """Share of the band, in [0, 1]."""
+    rate_bps: float
+    """Rate of the upload with this share."""
+    bytes_up: float
+    """Bytes sent."""
+    bytes_down: float
+    """Bytes received."""
+    snr: float
+    """Signal-to-noise ratio over the whole band."""
+    compute_s: float
+    """Seconds of computing."""
+    download_s: float
+    """Seconds of receiving."""
+    compute_joules: float
+    """Energy of computing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VirtualRound:
+    """A round in the virtual time of the wireless model."""
+
+    seconds: float
+    """Seconds of the slowest device."""
+    bytes: float
+    """Bytes of all devices."""
+    joules: float
+    """Energy of all devices."""
+    devices: Mapping[str, VirtualDevice]
+    """The part of each device that delivered."""
+    dropped: tuple[str, ...]
+    """Devices that were chosen and then failed by wireless.dropout: they have a share, and no plan."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundDone(Event):
+    """A round is closed and its checkpoint written; also the evaluation after the last round, with steps = 0."""
+
+    round: int
+    """Number of the round."""
+    attempt: int
+    """Number of the attempt that succeeded."""
+    steps: int
+    """Training steps planned for the round."""
+    seconds: float
+    """Wall-clock seconds since the plan."""
+    devices: tuple[DeviceResult, ...]
+    """The devices that delivered."""
+    hosts: tuple[HostResult, ...]
+    """The hosts that delivered."""
+    bytes_by_kind: Mapping[str, int]
+    """Bytes per kind of frame ("ACT", "GRAD", ...), counted at the devices in both directions."""
+    checkpoint: str
+    """Path of the adapter in RUN."""
+    aggregation_error: float | None
+    """||s B A + C - M|| / ||M|| over all trained modules: M = sum_k p_k s_k B_k A_k of what the sources k trained in the
+    round, B A the product of the new adapter's factors, C what the carry factors gained. None without steps, if M is
+    zero, and if the replies of more than 32 nodes were summed up as they arrived."""
+    aggregation: Mapping[str, float]
+    """Figures of the rule's own. flora and fedex: carry_bytes, carry_rank (the largest of all modules) and carry_error
+    (share of the carry factors' norm that was cut off in this round)."""
+    virtual: VirtualRound | None = None
+    """The round in virtual time; None without [wireless] and without steps."""

@@ -1,0 +1,121 @@
+"""A run from start to end, and the nodes that come and go. Written by the ServerApp into RUN/events.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from edgelam_fl.telemetry.events.base import Event
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunStarted(Event):
+    """The ServerApp has accepted the run file and waits for nodes."""
+
+    run: str | None
+    """Name of the run: that of its folder."""
+    config: Mapping[str, Any]
+    """The run file with every key resolved, by section."""
+    versions: Mapping[str, str]
+    """Version per package on the server."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSeconds:
+    """Time of one layer, as a node measured it."""
+
+    tokens: int
+    """Tokens in the micro-batch that was measured."""
+    seconds: Mapping[str, float]
+    """Seconds of one layer, forward and backward, per "base/compute"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeJoined(Event):
+    """A node answered with its profile and can take part."""
+
+    node: str
+    """Name of the node."""
+    role: str
+    """Either "device" or "edge"."""
+    address: str
+    """HOST:PORT at which others reach it; "" for a device that only dials."""
+    examples: int
+    """Examples that it trains on."""
+    held_out: int
+    """Examples that it measures with."""
+    memory_available_bytes: int
+    """Free memory."""
+    cpu_threads: int
+    """Threads that it computes with."""
+    tags: tuple[str, ...]
+    """Words that its owner gave it."""
+    base_seconds: Mapping[str, float]
+    """Seconds of one layer, forward and backward, per "base/compute"; empty unless model.base = "auto"."""
+    link_up_bps: float = 0
+    """Rate of its link towards the server's hub; 0 if it was not measured, as without split.cuts = "auto"."""
+    link_down_bps: float = 0
+    """Rate of its link from the hub; 0 if it was not measured."""
+    round_trip_s: float = 0
+    """Round trip to the hub; 0 if it was not measured."""
+    layer_times: tuple[LayerSeconds, ...] = ()
+    """Time of a layer for micro-batches of several sizes; only with split.cuts = "auto"."""
+    idle_bytes: int = 0
+    """Resident memory of its stage host before that held anything; 0 if it was not measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeRefused(Event):
+    """A node is here and cannot take part."""
+
+    node: str
+    """Name of the node, or its number if it gave no name."""
+    reason: str
+    """What prevents it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkMeasured(Event):
+    """A node measured its link to the hub again, because a round's steps did not take as long as predicted."""
+
+    node: str
+    """Name of the node."""
+    link_up_bps: float
+    """Rate towards the hub."""
+    link_down_bps: float
+    """Rate from the hub."""
+    round_trip_s: float
+    """Round trip to the hub."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouteReady(Event):
+    """A conversation over the hosts can begin: the caller's plan is in RUN/route."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunDone(Event):
+    """The run reached its end. Its report may still be on its way to the disk."""
+
+    summary: str
+    """Path of summary.json in RUN; "" for a run that only planned or served a conversation."""
+    seconds: float | None = None
+    """Wall-clock seconds of the run; None: the time between its first and its last event."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFailure(Event):
+    """The run ended early."""
+
+    reason: str
+    """Why it ended, in words."""
+    kept: str
+    """What is left in RUN."""
+    node: str = ""
+    """The node at which it failed; "" if it was none, or if that is not known."""
+    round: int = 0
+    """The round in which it failed; 0: the round that was planned last."""
+
+
+RUN_ENDS = (RunDone, RunFailure)

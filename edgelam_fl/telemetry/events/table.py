@@ -1,0 +1,39 @@
+"""The kinds of events: what a line calls itself, and the dataclass that it is read into. One line per event."""
+
+from __future__ import annotations
+
+from edgelam_fl.telemetry.events import nodes, rounds, run
+from edgelam_fl.telemetry.events.base import Event, UnknownEvent
+
+EVENTS: dict[str, type[Event]] = {
+    "run_started": run.RunStarted,
+    "node_joined": run.NodeJoined,
+    "node_refused": run.NodeRefused,
+    "link_measured": run.LinkMeasured,
+    "placement": rounds.PlacementMade,
+    "plan": rounds.PlanMade,
+    "node_lost": rounds.NodeLost,
+    "site_lost": rounds.SiteLost,
+    "timeline": rounds.RoundTimeline,
+    "round_done": rounds.RoundDone,
+    "route_ready": run.RouteReady,
+    "run_done": run.RunDone,
+    "run_failed": run.RunFailure,
+    "ready": nodes.NodeReady,
+    "slice_coming": nodes.SliceComing,
+    "slice_received": nodes.SliceReceived,
+    "job_started": nodes.JobStarted,
+    "window": nodes.WindowGranted,
+    "evaluated": nodes.Evaluated,
+    "step": nodes.StepDone,
+    "step_closed": nodes.StepClosed,
+    "link_lost": nodes.LinkLost,
+    "job_done": nodes.JobDone,
+}
+
+
+def kind_of(event: Event) -> str:
+    """Returns what an event's line calls itself."""
+    if isinstance(event, UnknownEvent):
+        return event.kind
+    return next(kind for kind, cls in EVENTS.items() if cls is type(event))
