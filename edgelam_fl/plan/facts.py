@@ -52,7 +52,7 @@ class Footprint:
     layer_bytes: tuple[int, ...]  # weights and adapters of each layer of the model
     unit_bytes: int = 0  # kept for the units in flight of one device, however many layers the slice has
     unit_layer_bytes: int = 0  # kept for the same units, per layer
-    head_bytes: int = 0  # added if the slice ends with the head
+    head_bytes: int = 0  # of the head and its units, at the last host; 0 if devices hold the head
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,7 @@ class Speeds:
 
     tokens: float  # per row, on average, for times; memory is always counted for the longest rows
     position_s: LayerTimes = field(default_factory=dict)  # per layer and position (one token of one row)
-    by_relay: frozenset[tuple[str, str]] = (
-        frozenset()
-    )  # (dialling node, dialled node): their newest link passed the relay
+    by_relay: frozenset[tuple[str, str]] = frozenset()  # (dialling, dialled node): the newest link passed the relay
 
 
 def before_rounds(config: RunConfig) -> Speeds:
