@@ -1,5 +1,6 @@
-"""What can be wrong with a run file beyond its keys: against the model, against the strategies that there are, and what
-does not go together. Everything is refused before anything has been started, each with its reason.
+"""Checks a run file beyond its keys: against the model, against the strategies that exist, and for settings that exclude each other.
+
+Runs before anything is started. Knows nothing of nodes: what they cannot do shows when they join.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from strategies.registry import BUILT_IN, Capabilities, load_all
 
 
 def check_config(config: RunConfig) -> RunSpec:
-    """Finds the model. Raises ConfigError or ModelError with what is wrong; nothing has been started then."""
+    """Finds the run's model. Raises ConfigError or ModelError with the first problem."""
     loaded = load_all({kind: getattr(config.strategy, kind) for kind in BUILT_IN}, config.strategy.options)
     check_together(config)
     check_task(config.task)
@@ -36,13 +37,13 @@ def check_together(config: RunConfig) -> None:
     split, model = config.split, config.model
     if model.base in ("fp32", "bf16") and model.compute not in ("auto", model.base):
         raise ConfigError(
-            f"model.compute = {model.compute!r} does not go with model.base = {model.base!r}, which is computed as it is kept; "
+            f"model.compute = {model.compute!r} cannot be combined with model.base = {model.base!r}, which is computed as it is kept; "
             f"allowed: 'auto' or {model.base!r}"
         )
     if split.hosts == "auto" and split.cuts != "auto":
         cuts = repr(split.cuts) if split.cuts == "equal" else list(split.cuts)
         raise ConfigError(
-            f"split.hosts = 'auto' does not go with split.cuts = {cuts}: how many hosts, and where they are cut, is one choice. "
+            f"split.hosts = 'auto' cannot be combined with split.cuts = {cuts}: the number of hosts and the cuts are one choice. "
             f"Allowed: split.cuts = 'auto', or a number of hosts"
         )
     if split.sites > 1 and not split.hosts:
@@ -54,24 +55,24 @@ def check_together(config: RunConfig) -> None:
     for key, back in () if on_device else backs.items():
         if back:
             raise ConfigError(
-                f"{key} = {back}: split.back must be 0 with split.labels = 'last-stage', where the last host holds the last "
-                f"layers and the head"
+                f"{key} = {back}: split.back must be 0 with split.labels = 'last-stage', as the last host then holds the "
+                f"last layers and the head"
             )
 
 
 def check_aggregation(config: RunConfig, aggregation: Capabilities) -> None:
-    """Raises ConfigError where an aggregation would have nothing to act on, or could not act as it means to."""
+    """Raises ConfigError if an aggregation would have nothing to act on, or could not do what it is for."""
     split, lora, name = config.split, config.lora, config.strategy.aggregation
     mode = host_mode(split.host_mode)
     if split.hosts and mode.has_copies and aggregation.personal:
         raise ConfigError(
-            f"strategy.aggregation = {name!r} does not go with split.host_mode = 'copies': hosts start a round from one adapter, "
-            f"and each device would need its own there. Allowed: 'joint', 'sequential', or split.hosts = 0"
+            f"strategy.aggregation = {name!r} cannot be combined with split.host_mode = 'copies': hosts start a round from one "
+            f"adapter, and each device would need its own there. Allowed: 'joint', 'sequential', or split.hosts = 0"
         )
     if aggregation.restarts_factors and config.optimizer.keep == "always":
         raise ConfigError(
-            f"strategy.aggregation = {name!r} starts factors anew in every round, and optimizer.keep = 'always' would go on with the "
-            f"moments of the old ones. Allowed: optimizer.keep = 'exact'"
+            f"strategy.aggregation = {name!r} starts with new factors in every round, and optimizer.keep = 'always' would keep the "
+            f"moments of the old factors. Allowed: optimizer.keep = 'exact'"
         )
     if aggregation.corrects_sgd:
         check_correction(config)
@@ -85,13 +86,13 @@ def check_aggregation(config: RunConfig, aggregation: Capabilities) -> None:
         )
     if aggregation.carries and split.sites == 1:
         raise ConfigError(
-            f"strategy.aggregation = {name!r} adds up what several sources trained, and has one, the site, with {where}. {allowed}, or "
-            f"split.sites of at least 2"
+            f"strategy.aggregation = {name!r} adds up the updates of several sources, and has one source, the site, with {where}. "
+            f"{allowed}, or split.sites of at least 2"
         )
     if aggregation.corrects_sgd and split.sites == 1:
         raise ConfigError(
-            f"strategy.aggregation = {name!r} corrects how sources differ, and has one, the site, with {where}. {allowed}, or "
-            f"split.sites of at least 2"
+            f"strategy.aggregation = {name!r} corrects how sources differ, and has one source, the site, with {where}. {allowed}, "
+            f"or split.sites of at least 2"
         )
     least = aggregation.least_sources
     if split.sites < least:
@@ -102,27 +103,27 @@ def check_aggregation(config: RunConfig, aggregation: Capabilities) -> None:
 
 
 def check_correction(config: RunConfig) -> None:
-    """Raises ConfigError where what a source moved by is not the sum of its corrected gradients."""
+    """Raises ConfigError if a source's update would not be the sum of its corrected gradients."""
     split, optimizer, who = config.split, config.optimizer, f"strategy.aggregation = {config.strategy.aggregation!r}"
     if optimizer.name != "sgd":
         raise ConfigError(
-            f"{who} reads gradients off what a source moved by, and goes with plain SGD alone; optimizer.name = {optimizer.name!r} "
-            f"moves by something else. Allowed: optimizer.name = 'sgd'"
+            f"{who} takes gradients from a source's update, which only plain SGD allows; optimizer.name = "
+            f"{optimizer.name!r} updates by something else. Allowed: optimizer.name = 'sgd'"
         )
     if optimizer.clip != "none":
         raise ConfigError(
-            f"{who} reads gradients off what a source moved by, and optimizer.clip = {optimizer.clip!r} would shorten that. "
+            f"{who} takes gradients from a source's update, and optimizer.clip = {optimizer.clip!r} would shorten it. "
             f"Allowed: optimizer.clip = 'none'"
         )
     if split.hosts and host_mode(split.host_mode).steps_in_turn:
         raise ConfigError(
-            f"{who} does not go with split.host_mode = 'sequential': there devices move one adapter in turn, and what it moved by "
-            f"is no device's. Allowed: 'joint', 'copies', or split.hosts = 0"
+            f"{who} cannot be combined with split.host_mode = 'sequential': devices then update one adapter in turn, and "
+            f"its update belongs to no single device. Allowed: 'joint', 'copies', or split.hosts = 0"
         )
 
 
 def check_cuts(spec: RunSpec) -> None:
-    """Raises ConfigError where the device's layers do not fit the model."""
+    """Raises ConfigError if the layers at the devices' ends, or the given cuts, do not fit the model."""
     split, source = spec.config.split, spec.source
     layers = source.num_layers
     hosts = split.least_hosts
@@ -133,8 +134,8 @@ def check_cuts(spec: RunSpec) -> None:
             + (f", and {hosts} hosts need at least one each" if hosts else "")
             + f"; together they may be at most {room}"
         )
-    _check_values("split.fronts", split.fronts, 0, room, f"{source.name}'s layers without one a host")
-    _check_values("split.backs", split.backs, 0, room, f"{source.name}'s layers without one a host")
+    _check_values("split.fronts", split.fronts, 0, room, f"{source.name}'s layers minus one per host")
+    _check_values("split.backs", split.backs, 0, room, f"{source.name}'s layers minus one per host")
     first, last = split.front, layers - split.back
     if isinstance(split.cuts, tuple):
         borders = [first, *split.cuts, last]
@@ -158,7 +159,7 @@ def check_ranks(spec: RunSpec) -> None:
 
 
 def check_carry(spec: RunSpec, aggregation: Capabilities) -> None:
-    """Raises ConfigError for a cap on carry factors that no module could pass."""
+    """Raises ConfigError for a limit on the rank of carry factors that is above every module's rank."""
     config, source = spec.config, spec.source
     cap = aggregation.most_carry_rank
     most = max(min(shape) for shape in target_modules(source, config.lora.targets).values())
@@ -171,6 +172,7 @@ def check_carry(spec: RunSpec, aggregation: Capabilities) -> None:
 
 
 def _check_values(key: str, values: Mapping[str, int], least: int, most: int, why: str) -> None:
+    """Raises ConfigError for a value of a table by node name outside `least` to `most`; `why`: what `most` is."""
     for pattern, value in values.items():
         if not least <= value <= most:
             raise ConfigError(f"{key}: {pattern!r} = {value} must be {least} to {most}, {why}")

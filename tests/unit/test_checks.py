@@ -32,30 +32,36 @@ CLASSES = ["task.kind=classification", "task.classes=['yes', 'no']"]
         ["strategy.aggregation=scaffold", "optimizer.name=sgd", "lora.train=hosts", "split.sites=2"],
     ],
 )
-def test_what_goes_together(tiny: ModelSource, overrides: list[str]) -> None:
+def test_settings_that_can_be_combined(tiny: ModelSource, overrides: list[str]) -> None:
     assert check_config(run_config(tiny.name, *overrides)).source.digest == tiny.digest
 
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["model.base=fp32", "model.compute=bf16"], "model.compute = 'bf16' does not go with model.base = 'fp32'"),
+        (
+            ["model.base=fp32", "model.compute=bf16"],
+            "model.compute = 'bf16' cannot be combined with model.base = 'fp32'",
+        ),
         (["split.sites=2", "split.hosts=0"], "split.sites = 2 needs split.hosts of at least 1"),
         (["split.labels=last-stage"], "split.back = 2: split.back must be 0 with split.labels"),
         (["split.labels=last-stage", "split.back=0", "split.backs={'a'=1}"], "split.backs.a = 1: split.back must be 0"),
         (["split.labels=last-stage", "split.back=0", "split.hosts=0"], "'last-stage' needs split.hosts of at least 1"),
-        (["split.host_mode=copies", "strategy.aggregation=none"], "'none' does not go with split.host_mode = 'copies'"),
+        (
+            ["split.host_mode=copies", "strategy.aggregation=none"],
+            "'none' cannot be combined with split.host_mode = 'copies'",
+        ),
         (
             ["split.host_mode=copies", "strategy.aggregation=fedsa"],
             "'fedsa' .* each device would need its own there. Allowed: 'joint', 'sequential'",
         ),
         (
             ["strategy.aggregation=fedex", "lora.train=hosts"],
-            "'fedex' adds up what several sources trained, and has one, the site, with .* or split.sites of at least 2",
+            "'fedex' adds up the updates of several sources, and has one source, the site, with .* or split.sites of at least 2",
         ),
         (
             ["strategy.aggregation=flora", "optimizer.keep=always"],
-            "'flora' starts factors anew in every round, .*Allowed: optimizer.keep = 'exact'",
+            "'flora' starts with new factors in every round, .*Allowed: optimizer.keep = 'exact'",
         ),
         (
             ["strategy.aggregation=flora", "strategy.options.flora.residual='svd:65'"],
@@ -63,19 +69,19 @@ def test_what_goes_together(tiny: ModelSource, overrides: list[str]) -> None:
         ),
         (
             ["strategy.aggregation=scaffold"],
-            "'scaffold' .* plain SGD alone; optimizer.name = 'adamw' .* Allowed: optimizer.name = 'sgd'",
+            "'scaffold' .* only plain SGD allows; optimizer.name = 'adamw' .* Allowed: optimizer.name = 'sgd'",
         ),
         (
             ["strategy.aggregation=scaffold", "optimizer.name=sgd", "optimizer.clip=stage"],
-            "'scaffold' .* optimizer.clip = 'stage' would shorten that. Allowed: optimizer.clip = 'none'",
+            "'scaffold' .* optimizer.clip = 'stage' would shorten it. Allowed: optimizer.clip = 'none'",
         ),
         (
             ["strategy.aggregation=scaffold", "optimizer.name=sgd", "split.host_mode=sequential"],
-            "'scaffold' does not go with split.host_mode = 'sequential': .* Allowed: 'joint', 'copies', or split.hosts = 0",
+            "'scaffold' cannot be combined with split.host_mode = 'sequential': .* Allowed: 'joint', 'copies', or split.hosts = 0",
         ),
         (
             ["strategy.aggregation=scaffold", "optimizer.name=sgd", "lora.train=hosts"],
-            "'scaffold' corrects how sources differ, and has one, the site, with .* or split.sites of at least 2",
+            "'scaffold' corrects how sources differ, and has one source, the site, with .* or split.sites of at least 2",
         ),
         (["split.fronts={'pi-*'=6}"], r"split.fronts: 'pi-\*' = 6 must be 0 to 5"),
         (["split.backs={'a'=-1}"], "split.backs: 'a' = -1 must be 0 to 5"),
@@ -94,6 +100,6 @@ def test_what_goes_together(tiny: ModelSource, overrides: list[str]) -> None:
         ),
     ],
 )
-def test_what_does_not(tiny: ModelSource, overrides: list[str], words: str) -> None:
+def test_settings_that_cannot_be_combined(tiny: ModelSource, overrides: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         check_config(run_config(tiny.name, *overrides))

@@ -306,7 +306,7 @@ def _ranges(layout: Layout) -> list[tuple[str, int, int]]:
 
 
 def test_hosts_are_chosen_only_with_the_cuts(tiny: ModelSource) -> None:
-    with pytest.raises(ConfigError, match=r"split.hosts = 'auto' does not go with split.cuts = 'equal'"):
+    with pytest.raises(ConfigError, match=r"split.hosts = 'auto' cannot be combined with split.cuts = 'equal'"):
         check_config(run_config(tiny.name, "split.hosts=auto"))
     assert check_config(run_config(tiny.name, *AUTO)).source.digest == tiny.digest
 
