@@ -98,7 +98,7 @@ def compared(folder: Path) -> list[Figure]:
         near(f"{name}: a step, predicted over measured", predicted_s / step, TIME_OFF),
     ]
     peaks = {node.name: node.peak_rss_bytes for node in (*done.devices, *done.hosts)}
-    predicted: dict[str, float] = {}  # like a peak, over all rounds so far
+    predicted: dict[str, int] = {}  # like a peak, over all rounds so far
     for number in trained:
         for site in placements[number].sites:
             for load in (*site.devices, *site.hosts):

@@ -14,6 +14,7 @@ from edgelam_fl.errors import ConfigError, EdgelamError
 from edgelam_fl.plan.making import task_settings
 from edgelam_fl.plan.placement import first_proposal
 from edgelam_fl.plan.spec import RunSpec
+from edgelam_fl.telemetry.events import RunDone, RunStarted
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server import hub
@@ -61,10 +62,8 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _run(exchange: Exchange, roster: Roster, spec: RunSpec, folder: RunFolder) -> None:
-    folder.emit(
-        "run_started", run=folder.path.name, config=spec.config.model_dump(mode="json"),
-        versions={package: version(package) for package in _VERSIONED},
-    )  # fmt: skip
+    versions = {package: version(package) for package in _VERSIONED}
+    folder.emit(RunStarted(run=folder.path.name, config=spec.config.model_dump(mode="json"), versions=versions))
     print(f"run folder: {folder.path}", flush=True)
     Rounds(spec, exchange, roster, folder, f"{folder.path.name}-{time.time_ns():x}").run()
     folder.finish()
@@ -88,5 +87,5 @@ def propose(roster: Roster, spec: RunSpec, folder: RunFolder) -> None:
     """Waits for the nodes, emits who would hold which layers, and ends: nothing is trained."""
     roster.gather(spec.config, at_start=True)
     proposal = first_proposal(spec, list(roster.profiles.values()))
-    folder.emit("placement", round=0, **proposal.event(), measured=[])
-    folder.emit("run_done", summary="")
+    folder.emit(proposal.event())
+    folder.emit(RunDone(summary=""))

@@ -21,6 +21,7 @@ from edgelam_fl.plan.layout import who_may_host
 from edgelam_fl.plan.making import RoundFacts, make_plans, task_settings
 from edgelam_fl.plan.placement import Placement
 from edgelam_fl.plan.spec import RunSpec
+from edgelam_fl.telemetry.events import RouteReady, RunDone, RunFailure
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server import hub
@@ -54,15 +55,15 @@ def converse(grid: Grid, spec: RunSpec, session: Path, adapter: Path) -> None:
             content["adapter"] = to_record(tensors)
             jobs.append(roster.request(name, "evaluate", content))
         write_private(session / "route", plans[CALLER].SerializeToString())
-        folder.emit("route_ready")
+        folder.emit(RouteReady())
         answers = list(exchange.replies(jobs, spec.config.federation.round_deadline_s))
         missing = {answer.name: answer.reason for answer in answers if isinstance(answer, Missing)}
         if missing:
             raise RunFailed("; ".join(f"{name}: {reason}" for name, reason in sorted(missing.items())))
     except RunFailed as error:
-        folder.emit("run_failed", reason=str(error), kept="the run itself is untouched")
+        folder.emit(RunFailure(reason=str(error), kept="the run itself is untouched"))
         raise
-    folder.emit("run_done", summary="")
+    folder.emit(RunDone(summary=""))
 
 
 def _plan(spec: RunSpec, roster: Roster, folder: RunFolder) -> dict[str, pb.Plan]:

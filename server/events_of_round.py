@@ -1,4 +1,4 @@
-"""What a round's plan and its nodes' reports say, as the fields of the events `plan`, `round_done` and `timeline`."""
+"""Makes the events `PlanMade`, `RoundDone` and `RoundTimeline` of a round's plan and its nodes' reports."""
 
 from __future__ import annotations
 
@@ -9,6 +9,18 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from edgelam_fl.plan.layout import Site
+from edgelam_fl.telemetry.events import (
+    DemandSeen,
+    DeviceResult,
+    HostResult,
+    LayersHeld,
+    NodePicture,
+    PlanMade,
+    RoutePicture,
+    SitePicture,
+    StepLeftOut,
+    TimelineInterval,
+)
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.relay import BY_RELAY
 from server.replies import Reply
@@ -17,41 +29,43 @@ from server.state import PlannedRound
 _INTERVALS = 1000  # the most per node and round; a node sends a few hundred
 
 
-def describe_plan(planned: PlannedRound, num_layers: int, personal: bool) -> dict[str, Any]:
-    """Returns the fields of the event `plan`. `personal`: whether sources may go on with tensors of their own."""
+def describe_plan(planned: PlannedRound, num_layers: int, personal: bool) -> PlanMade:
+    """Makes the event of a plan. `personal`: whether sources may go on with tensors of their own."""
     lineup, layout = planned.lineup, planned.layout
-    fields = {
-        "round": planned.facts.round,
-        "attempt": planned.facts.attempt,
-        "selected": list(lineup.selected.names),
-        "why": dict(lineup.selected.why),
-        "shares": lineup.shares,
-        "routes": [_route(route, num_layers) for route in layout.routes.values()],
-        "sites": [_site(site) for site in layout.sites if site.hosts],
-        "nodes": {
-            name: {"base": plan.model.base, "compute": plan.model.compute, "rank": plan.lora.rank}
+    demands = None
+    if lineup.demands is not None:  # for `server.virtual.replay`
+        demands = {
+            demand.name: DemandSeen(payload_bytes=demand.payload_bytes, compute_s=demand.compute_s, snr=demand.snr)
+            for demand in lineup.demands
+        }
+    return PlanMade(
+        round=planned.facts.round,
+        attempt=planned.facts.attempt,
+        selected=tuple(lineup.selected.names),
+        why=dict(lineup.selected.why),
+        shares=lineup.shares,
+        routes=tuple(_route(route, num_layers) for route in layout.routes.values()),
+        sites=tuple(_site(site) for site in layout.sites if site.hosts),
+        nodes={
+            name: NodePicture(base=plan.model.base, compute=plan.model.compute, rank=plan.lora.rank)
             for name, plan in planned.plans.items()
         },
-        "personal": personal,
-    }
-    if lineup.demands is not None:  # for `server.virtual.replay`
-        fields["demands"] = {
-            d.name: {"payload_bytes": d.payload_bytes, "compute_s": d.compute_s, "snr": d.snr} for d in lineup.demands
-        }
-    return fields
+        personal=personal,
+        demands=demands,
+    )
 
 
 def describe_round(
     received_bytes: Mapping[str, int], started_from: Mapping[str, str], replies: Mapping[str, Reply]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, int]]:
-    """Returns (devices, hosts, bytes by kind) as telemetry.events documents them; a device that is a host is in both.
+) -> tuple[tuple[DeviceResult, ...], tuple[HostResult, ...], dict[str, int]]:
+    """Returns (devices, hosts, bytes by kind) of `RoundDone`; a device that is a host is in both.
 
     `received_bytes`: of the tensors that each node was sent. `started_from`: the digest of the adapter in each node's plan.
     """
-    devices, hosts, by_kind = [], [], Counter[str]()
+    devices, hosts, by_kind = list[DeviceResult](), list[HostResult](), Counter[str]()
     for name, reply in sorted(replies.items()):
         report, received = reply.report, received_bytes.get(name, 0)
-        common = {
+        common: dict[str, Any] = {
             "name": name,
             "peak_rss_bytes": report.peak_rss_bytes,
             "moments": report.moments,
@@ -60,67 +74,76 @@ def describe_round(
         }
         if report.role == pb.DEVICE:
             traffic = _traffic(report.bytes, reply.bytes_of("ends"), received)
-            devices.append(
-                {**common, **traffic, "compute_seconds": round(report.compute_seconds, 3), **_learning(report)}
-            )
+            devices.append(_device(report, {**common, **traffic}))
             for count in report.bytes:
                 by_kind[count.kind] += count.payload_bytes + count.framing_bytes
             received = 0  # one message for both parts: counted once
         if report.HasField("host"):
             host = report.host
             traffic = _traffic(host.bytes, reply.bytes_of("site"), received)
-            layers = [host.first_layer, host.last_layer]
-            hosts.append({**common, **traffic, "compute_seconds": round(host.compute_seconds, 3), "layers": layers})
-    return devices, hosts, dict(by_kind)
+            layers, seconds = (host.first_layer, host.last_layer), round(host.compute_seconds, 3)
+            hosts.append(HostResult(**common, **traffic, compute_seconds=seconds, layers=layers))
+    return tuple(devices), tuple(hosts), dict(by_kind)
 
 
-def describe_timeline(replies: Mapping[str, Reply]) -> dict[str, list[list[Any]]]:
+def describe_timeline(replies: Mapping[str, Reply]) -> dict[str, tuple[TimelineInterval, ...]]:
     """Returns who did what and when, by node. Nodes that sent no intervals are left out."""
     return {
-        name: [
-            [i.kind, i.role, _finite(round(i.start_s, 6)), _finite(round(i.seconds, 6)), i.step, i.micro_batch, i.peer]
+        name: tuple(
+            TimelineInterval(
+                i.kind,
+                i.role,
+                _finite(round(i.start_s, 6)),
+                _finite(round(i.seconds, 6)),
+                i.step,
+                i.micro_batch,
+                i.peer,
+            )
             for i in reply.report.timeline[-_INTERVALS:]
-        ]
+        )
         for name, reply in sorted(replies.items())
         if reply.report.timeline
     }
 
 
-def _route(route: pb.Route, num_layers: int) -> dict[str, Any]:
-    return {
-        "device": route.device,
-        "front": route.front,
-        "back_first": route.back_first,
-        "num_layers": num_layers,
-        "hops": [{"node": hop.node, "first": hop.first, "last": hop.last} for hop in route.hops],
-    }
+def _route(route: pb.Route, num_layers: int) -> RoutePicture:
+    return RoutePicture(
+        device=route.device,
+        front=route.front,
+        back_first=route.back_first,
+        num_layers=num_layers,
+        hops=tuple(LayersHeld(node=hop.node, first=hop.first, last=hop.last) for hop in route.hops),
+    )
 
 
-def _site(site: Site) -> dict[str, Any]:
-    return {
-        "site": site.name,
-        "hosts": [{"node": host.name, "first": host.first, "last": host.last} for host in site.hosts],
-        "devices": list(site.members),
-    }
+def _site(site: Site) -> SitePicture:
+    return SitePicture(
+        site=site.name,
+        hosts=tuple(LayersHeld(node=host.name, first=host.first, last=host.last) for host in site.hosts),
+        devices=tuple(site.members),
+    )
 
 
-def _learning(report: pb.JobReport) -> dict[str, Any]:
+def _device(report: pb.JobReport, common: Mapping[str, Any]) -> DeviceResult:
+    """Makes a device's part of the event. `common`: the fields that hosts have too."""
     counted = [step for step in report.steps if step.counted]
     labels = sum(step.labels for step in counted)
-    return {
-        "examples": report.examples,
-        "labels": report.labels_trained,
-        "loss": _finite(sum(step.loss_sum for step in counted) / labels) if labels else None,
-        "perplexity": _perplexity(report.eval_loss_sum / report.eval_labels) if report.eval_labels else None,
-        "metrics": _metrics(report),
-        "tokens": report.tokens_trained,
-        "train_seconds": round(report.train_seconds, 3),
-        "eval_seconds": round(report.eval_seconds, 3),
-        "step_losses": [
+    return DeviceResult(
+        **common,
+        compute_seconds=round(report.compute_seconds, 3),
+        examples=report.examples,
+        labels=report.labels_trained,
+        loss=_finite(sum(step.loss_sum for step in counted) / labels) if labels else None,
+        perplexity=_perplexity(report.eval_loss_sum / report.eval_labels) if report.eval_labels else None,
+        metrics=_metrics(report),
+        tokens=report.tokens_trained,
+        train_seconds=round(report.train_seconds, 3),
+        eval_seconds=round(report.eval_seconds, 3),
+        step_losses=tuple(
             _finite(round(step.loss_sum / step.labels, 5)) if step.labels else None for step in report.steps
-        ],
-        "left_out": [{"step": step.step, "reason": step.reason} for step in report.steps if not step.counted],
-    }
+        ),
+        left_out=tuple(StepLeftOut(step=step.step, reason=step.reason) for step in report.steps if not step.counted),
+    )
 
 
 def _metrics(report: pb.JobReport) -> dict[str, float | None]:
@@ -129,7 +152,7 @@ def _metrics(report: pb.JobReport) -> dict[str, float | None]:
     return {"accuracy": _finite(report.eval_sums["correct"] / report.eval_labels)}
 
 
-def _traffic(counts: Iterable[pb.KindBytes], sent_bytes: int, received_bytes: int) -> dict[str, int]:
+def _traffic(counts: Iterable[pb.KindBytes], sent_bytes: int, received_bytes: int) -> dict[str, Any]:
     total = Counter[str]()
     for count in counts:
         total[count.direction] += count.payload_bytes + count.framing_bytes

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from flwr.app import ConfigRecord, MessageType, RecordDict
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.plan.layout import who_may_host
+from edgelam_fl.telemetry.events import LayerSeconds, LinkMeasured, NodeJoined, NodeRefused
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.relay import BEHIND
@@ -119,7 +119,7 @@ class Roster:
             if name in self.profiles and all(link.get(key, 0.0) > 0 for key in _LINK):
                 for key, value in link.items():
                     setattr(self.profiles[name], key, value)
-                self._folder.emit("link_measured", node=name, **link)
+                self._folder.emit(LinkMeasured(node=name, **link))
 
     def request(self, name: str, kind: str, content: RecordDict) -> Request:
         """Addresses a message to a node that is here."""
@@ -173,16 +173,18 @@ class Roster:
         self._ids[profile.name] = node_id
         self.profiles[profile.name] = profile
         self.problems.pop(profile.name, None)
-        self._folder.emit(
-            "node_joined", node=profile.name, role=pb.Role.Name(profile.role).lower(), address=profile.address,
+        joined = NodeJoined(
+            node=profile.name, role=pb.Role.Name(profile.role).lower(), address=profile.address,
             examples=profile.examples, held_out=profile.held_out,
-            memory_available_bytes=profile.memory_available_bytes, cpu_threads=profile.cpu_threads, tags=list(profile.tags),
-            base_seconds=_finite(profile.base_seconds), **_measured(profile),
+            memory_available_bytes=profile.memory_available_bytes, cpu_threads=profile.cpu_threads, tags=tuple(profile.tags),
+            base_seconds=_finite(profile.base_seconds), idle_bytes=profile.idle_bytes, layer_times=_layer_times(profile),
+            **_link(profile),
         )  # fmt: skip
+        self._folder.emit(joined)
 
     def _refuse(self, name: str, reason: str) -> None:
         if self.problems.get(name) != reason:  # a lost node is asked again and again
-            self._folder.emit("node_refused", node=name, reason=reason)
+            self._folder.emit(NodeRefused(node=name, reason=reason))
         self.problems[name] = reason
 
     def _forget(self, name: str, reason: str) -> None:
@@ -203,11 +205,8 @@ class Roster:
         )
 
 
-def _measured(profile: pb.Profile) -> dict[str, Any]:
-    """Returns what a node measures only on request."""
-    layers = [{"tokens": time.tokens, "seconds": _finite(time.seconds)} for time in profile.layer_times]
-    found = {**_link(profile), "layer_times": layers, "idle_bytes": profile.idle_bytes}
-    return {key: value for key, value in found.items() if value}
+def _layer_times(profile: pb.Profile) -> tuple[LayerSeconds, ...]:
+    return tuple(LayerSeconds(tokens=time.tokens, seconds=_finite(time.seconds)) for time in profile.layer_times)
 
 
 def _link(profile: pb.Profile) -> dict[str, float]:

@@ -19,7 +19,7 @@ from edgelam_fl.plan.layout import Layout, who_may_host
 from edgelam_fl.plan.making import RoundFacts, make_plans, planned_steps
 from edgelam_fl.plan.placement import Placement
 from edgelam_fl.plan.spec import RunSpec
-from edgelam_fl.telemetry.events import VirtualRound
+from edgelam_fl.telemetry.events import NodeLost, RoundDone, RoundTimeline, SiteLost, VirtualRound
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server import hub
 from server.events_of_round import describe_plan, describe_round, describe_timeline
@@ -133,7 +133,7 @@ class Rounds:
             parcels=make_parcels(plans, start, rule),
             folds=trains and folds(rule, len(plans), self._kept_nodes),
         )
-        self.folder.emit("plan", **describe_plan(planned, self.spec.source.num_layers, rule.personal))
+        self.folder.emit(describe_plan(planned, self.spec.source.num_layers, rule.personal))
         return planned
 
     def _layout(self, number: int, lineup: Lineup, trains: bool) -> Layout:
@@ -203,10 +203,10 @@ class Rounds:
                 continue
             reason = received.problems[name]
             self.roster.failed(name, reason, silent=name in received.silent)
-            self.folder.emit("node_lost", round=number, node=name, reason=reason)
+            self.folder.emit(NodeLost(round=number, node=name, reason=reason))
         if planned.facts.steps:
             for site, hosts in received.broken.items():
-                self.folder.emit("site_lost", round=number, site=site, missing=hosts)
+                self.folder.emit(SiteLost(round=number, site=site, missing=tuple(hosts)))
 
     def _finish(self, outcome: Outcome, state: FederationState) -> None:
         """Stores the new adapter, and lets strategies and placement learn from a round that came to one."""
@@ -237,13 +237,13 @@ class Rounds:
         timeline = describe_timeline(received.replies)
         number = planned.facts.round
         if timeline:
-            self.folder.emit("timeline", round=number, nodes=timeline)
-        self.folder.emit(
-            "round_done", round=number, attempt=planned.facts.attempt, steps=planned.facts.steps,
+            self.folder.emit(RoundTimeline(round=number, nodes=timeline))
+        done = RoundDone(
+            round=number, attempt=planned.facts.attempt, steps=planned.facts.steps,
             seconds=round(self._timing.now() - planned.began_s, 3), devices=devices, hosts=hosts, bytes_by_kind=by_kind,
-            checkpoint=checkpoint, aggregation_error=error, aggregation=dict(facts),
-            **({"virtual": virtual} if virtual else {}),
+            checkpoint=checkpoint, aggregation_error=error, aggregation=dict(facts), virtual=virtual,
         )  # fmt: skip
+        self.folder.emit(done)
         labels, loss_sum = 0, 0.0
         for reply in received.replies.values():
             report = reply.report

@@ -9,7 +9,7 @@ from edgelam_fl.config import to_toml
 from edgelam_fl.files import write_atomically
 from edgelam_fl.model.adapter import write_peft_folder
 from edgelam_fl.plan.spec import RunSpec
-from edgelam_fl.telemetry.events import EventLog, read_events
+from edgelam_fl.telemetry.events import EventLog, RunDone, RunFailure, read_events
 from edgelam_fl.telemetry.records import as_json
 from edgelam_fl.telemetry.summary import build_summary
 from server.state import FederationState
@@ -47,7 +47,7 @@ class RunFolder:
         """Writes summary.json and report.html from the events."""
         from edgelam_fl.telemetry.report.page import write_report  # plotly is a second that only the end needs
 
-        self.emit("run_done", summary="summary.json")
+        self.emit(RunDone(summary="summary.json"))
         summary = build_summary(list(read_events(self.emit.path)))
         write_atomically(self.path / "summary.json", json.dumps(as_json(summary), indent=2) + "\n")
         write_report(self.path)
@@ -59,5 +59,5 @@ class RunFolder:
         state = self.path / "state.json"
         done = json.loads(state.read_text(encoding="utf-8"))["round"] if state.exists() else 0
         kept = f"the adapter after round {done} is kept in {self.path / 'adapter'}" if done else "no round was finished"
-        self.emit("run_failed", reason=reason, kept=kept)
+        self.emit(RunFailure(reason=reason, kept=kept))
         write_report(self.path)

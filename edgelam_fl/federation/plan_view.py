@@ -36,7 +36,7 @@ from edgelam_fl.telemetry.events import (
     read_events,
 )
 from edgelam_fl.telemetry.human import human_bytes, human_layers
-from edgelam_fl.telemetry.records import as_json, read_record
+from edgelam_fl.telemetry.records import as_json
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 _MESSAGES_S = 180.0  # on top of the time for nodes to join: submission, and a process per message
@@ -60,8 +60,7 @@ def plan_of_profiles(config: RunConfig, file: Path) -> ForeseenPlan:
     """Plans for the nodes whose profiles a file holds. Raises ConfigError, or what a run would raise."""
     profiles = read_profiles(file)
     spec: RunSpec = app_module("server.checks").check_config(config)
-    placement = read_record(PlacementMade, first_proposal(spec, profiles).event())
-    return ForeseenPlan(placement, spec.source.num_layers)
+    return ForeseenPlan(first_proposal(spec, profiles).event(), spec.source.num_layers)
 
 
 def plan_on_server(console: Console, config: RunConfig, source: ModelSource, server: str) -> ForeseenPlan:

@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median_low
-from typing import Any
 
 from edgelam_fl.errors import ConfigError, DoesNotFit, RunFailed
 from edgelam_fl.plan.bases import split_pair
@@ -21,6 +20,7 @@ from edgelam_fl.plan.search import best_chain, cost_of, shortage
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.plan.speeds import before_rounds, learned, near
 from edgelam_fl.plan.what_fits import hosts_wanted, nearest_that_fits
+from edgelam_fl.telemetry.events import Event, NodePlaced, PlacementMade, SitePlaced
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 GAIN = 0.1  # new chains must be so much faster than the old ones
@@ -37,18 +37,19 @@ class Proposal:
     reason: str = "the first plan"
     changed: bool = True
 
-    def event(self) -> dict[str, Any]:
-        """Returns the fields of the event `placement`, as `telemetry.events` documents them."""
-        return {
-            "changed": self.changed, "reason": self.reason, "step_s": round(longest_step_s(self.chains), 4),
-            "window": self.window, "tokens": round(self.tokens, 1), "sites": [_described(cost) for cost in self.chains],
-        }  # fmt: skip
+    def event(self, number: int = 0, measured: Sequence[str] = ()) -> PlacementMade:
+        """Makes the event of the proposal. `number`: that of the round, 0 if no training follows. `measured`: what the round before showed."""
+        return PlacementMade(
+            round=number, changed=self.changed, reason=self.reason, step_s=round(longest_step_s(self.chains), 4),
+            window=self.window, tokens=round(self.tokens, 1), sites=tuple(map(_described, self.chains)),
+            measured=tuple(measured),
+        )  # fmt: skip
 
 
 class Placement:
     """Makes the layout of each round, and learns from the rounds."""
 
-    def __init__(self, spec: RunSpec, emit: Callable[..., None] = lambda *_, **__: None) -> None:
+    def __init__(self, spec: RunSpec, emit: Callable[[Event], None] = lambda event: None) -> None:
         self.spec, self.config, self.emit = spec, spec.config, emit
         self._footprints, self._speeds = Footprints(spec), before_rounds(spec.config)
         self._chains: tuple[Chain, ...] = ()  # of the newest layout, one per site
@@ -65,7 +66,7 @@ class Placement:
             return make_layout(self.spec, devices, hosts)
         proposal = self.propose(devices, hosts, shares)
         notes, self._notes = self._notes, []
-        self.emit("placement", round=number, **proposal.event(), measured=notes)
+        self.emit(proposal.event(number, notes))
         self._chains = tuple(cost.chain for cost in proposal.chains)
         addresses = {host.name: host.address for host in hosts}
         chains = [
@@ -200,12 +201,15 @@ def step_seconds(reports: Iterable[pb.JobReport]) -> float:
     return max(usual, default=0.0)
 
 
-def _described(cost: ChainCost) -> dict[str, Any]:
-    return {
-        "hosts": [asdict(host) for host in cost.hosts], "devices": [asdict(device) for device in cost.devices],
-        "step_s": round(cost.step_s, 4), "limit": cost.limit, "memory_limit": cost.memory_limit,
-        "left_out": list(cost.left_out),
-    }  # fmt: skip
+def _described(cost: ChainCost) -> SitePlaced:
+    return SitePlaced(
+        hosts=tuple(NodePlaced(**asdict(host)) for host in cost.hosts),
+        devices=tuple(NodePlaced(**asdict(device)) for device in cost.devices),
+        step_s=round(cost.step_s, 4),
+        limit=cost.limit,
+        memory_limit=cost.memory_limit,
+        left_out=tuple(cost.left_out),
+    )
 
 
 # ---------------------------------------------------------------- before a run

@@ -39,9 +39,9 @@ def device(name: str, seconds: float = 0.01, free: int = GIB) -> pb.Profile:
 
 class Placed:
     def __init__(self, source: ModelSource, *overrides: str) -> None:
-        self.events: list[dict[str, Any]] = []
+        self.events: list[Any] = []
         self.config: RunConfig = run_config(source.name, *AUTO, *overrides)
-        self.placement = Placement(RunSpec(self.config, source), lambda event, **fields: self.events.append(fields))
+        self.placement = Placement(RunSpec(self.config, source), self.events.append)
         self.devices = [device("d1"), device("d2")]
 
     def layout(self, *hosts: pb.Profile) -> Layout:
@@ -70,11 +70,11 @@ def test_routes_and_the_event_say_the_same(tiny: ModelSource) -> None:
     placed = Placed(tiny)
     layout = placed.layout(edge("a"), edge("b", 3.0))
     (event,) = placed.events
-    (site,) = event["sites"]
-    told = [(host["node"], host["first"], host["last"]) for host in site["hosts"]]
+    (site,) = event.sites
+    told = [(host.node, host.first, host.last) for host in site.hosts]
     assert told == [(hop.node, hop.first, hop.last) for hop in layout.routes["d1"].hops]
     assert layout.routes["d2"].hops[0].address == f"{told[0][0]}:1"
-    assert (event["round"], event["changed"], event["reason"]) == (1, True, "the first plan")
+    assert (event.round, event.changed, event.reason) == (1, True, "the first plan")
     assert layout.bases == {"a": ("fp32", "fp32"), "b": ("fp32", "fp32")}
 
 
@@ -118,12 +118,12 @@ def test_a_whole_layer_of_about_the_same_size_is_believed_more_than_matrices(tin
 def test_a_hosts_memory_is_what_the_library_computes(tiny: ModelSource) -> None:
     placed = Placed(tiny, "split.window=2")
     placed.layout(edge("a"))
-    (host,) = placed.events[0]["sites"][0]["hosts"]
+    (host,) = placed.events[0].sites[0].hosts
     units = unit_bytes(tiny.config, 4, 2, 128, 4)
     adapters = 4 * 8 * ((64 + 64) + (64 + 32))  # of queries and values, with two groups of keys
     kept = adapters * (4 + LEARNING_BYTES * 2)
     process = IDLE_BYTES + GROWTH_BYTES
-    assert host["memory_bytes"] == process + weights_bytes(tiny, [Span(1, 5)], "fp32") + kept + 2 * units  # in flight
+    assert host.memory_bytes == process + weights_bytes(tiny, [Span(1, 5)], "fp32") + kept + 2 * units  # in flight
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -139,9 +139,9 @@ def test_less_memory_means_fewer_layers_then_a_smaller_window_then_a_message(tin
     free = GROWTH_BYTES + 10_000_000
     placed = Placed(tiny)
     assert placed.held(edge("a", free=free), edge("b", 3.0)) == {"a": 2, "b": 2}
-    assert placed.events[0]["sites"][0]["memory_limit"].startswith("memory of a: with more, a step would take ")
+    assert placed.events[0].sites[0].memory_limit.startswith("memory of a: with more, a step would take ")
     assert placed.held(edge("a", free=free)) == {"a": 4}
-    assert [event["window"] for event in placed.events] == [2, 1]
+    assert [event.window for event in placed.events] == [2, 1]
 
 
 def test_what_does_not_fit_is_told_with_what_would(tiny: ModelSource) -> None:
@@ -201,20 +201,20 @@ def test_a_host_that_slows_down_gives_layers_away(tiny: ModelSource) -> None:
     placed.placement.observe(plans, {"a": report(plans["a"], 1.0), "b": report(plans["b"], 8.0)})
     assert {name: last - first for name, first, last in _ranges(placed.layout(*hosts))} == {"a": 4}
     last = placed.events[-1]
-    assert last["changed"]
-    assert last["reason"].endswith("faster than the old plan")
-    assert any(text.startswith("b took ") for text in last["measured"])
+    assert last.changed
+    assert last.reason.endswith("faster than the old plan")
+    assert any(text.startswith("b took ") for text in last.measured)
 
 
 def test_what_moves_little_changes_nothing(tiny: ModelSource) -> None:
     placed, hosts = Placed(tiny), [edge("a"), edge("b")]
     first = placed.layout(*hosts)
     assert _ranges(placed.layout(*hosts)) == _ranges(first)
-    assert (placed.events[-1]["changed"], placed.events[-1]["reason"]) == (False, "nothing has changed")
+    assert (placed.events[-1].changed, placed.events[-1].reason) == (False, "nothing has changed")
     plans = {name: host_plan(first, name) for name in "ab"}
     placed.placement.observe(plans, {name: report(plan, 2.0 if name == "a" else 2.1) for name, plan in plans.items()})
     assert _ranges(placed.layout(*hosts)) == _ranges(first)
-    assert (placed.events[-1]["changed"], placed.events[-1]["measured"]) == (False, [])
+    assert (placed.events[-1].changed, placed.events[-1].measured) == (False, ())
 
 
 def test_a_link_that_passed_the_relay_counts_in_the_next_plan(tiny: ModelSource) -> None:
@@ -225,13 +225,13 @@ def test_a_link_that_passed_the_relay_counts_in_the_next_plan(tiny: ModelSource)
     round_ = pb.JobReport(node="d1", bytes=[pb.KindBytes(link=f"{end} {taken} by relay") for end in ("entry", "exit")])
     placed.placement.observe({"d1": plan}, {"d1": round_})
     assert placed.held(*hosts) == {other: 4}
-    assert placed.events[-1]["measured"] == [f"d1 reaches {taken} through the server's relay alone"]
+    assert placed.events[-1].measured == (f"d1 reaches {taken} through the server's relay alone",)
 
     for count in round_.bytes:
         count.link = count.link.removesuffix(" by relay")
     placed.placement.observe({"d1": plan}, {"d1": round_})
     placed.layout(*hosts)
-    assert placed.events[-1]["measured"] == [f"d1 reaches {taken} without the relay again"]
+    assert placed.events[-1].measured == (f"d1 reaches {taken} without the relay again",)
 
 
 def test_the_first_units_of_a_round_count_as_the_others(tiny: ModelSource) -> None:
@@ -254,23 +254,21 @@ def test_links_are_measured_anew_once_where_steps_are_not_explained(tiny: ModelS
             placed.devices[0].link_up_bps = placed.devices[0].link_down_bps = then or 0.0
 
         placed.layout(*hosts)
-        steps = [
-            pb.StepReport(counted=True, seconds=times_as_long * placed.events[-1]["step_s"] * k) for k in (3, 1, 1)
-        ]
+        steps = [pb.StepReport(counted=True, seconds=times_as_long * placed.events[-1].step_s * k) for k in (3, 1, 1)]
         placed.placement.observe({"d1": pb.Plan(batch_size=1)}, {"d1": pb.JobReport(steps=steps)})
         placed.placement.check_links(placed.devices, hosts, {}, measure)
         placed.placement.check_links(placed.devices, hosts, {}, lambda: pytest.fail("a round is looked at once"))
         placed.layout(*hosts)
-        return "".join(placed.events[-1]["measured"])
+        return "".join(placed.events[-1].measured)
 
     assert (round_takes(1.4), asked) == ("", [])
     assert round_takes(4.0).startswith("a step took 4.0 times as long as predicted, so links were")
     assert len(asked) == 1, "what no link explains is usual from now on"
     assert (round_takes(4.0), len(asked)) == ("", 1)
     assert (round_takes(1.0), len(asked)) == ("", 1)
-    before_s = placed.events[-1]["step_s"]
+    before_s = placed.events[-1].step_s
     assert round_takes(4.0, then=8e3)
-    assert placed.events[-1]["step_s"] > before_s, "the link that was found is planned with"
+    assert placed.events[-1].step_s > before_s, "the link that was found is planned with"
 
 
 def test_steps_that_cost_a_round_less_than_measuring_are_let_be(tiny: ModelSource) -> None:
@@ -285,9 +283,9 @@ def test_hosts_that_come_and_go(tiny: ModelSource) -> None:
     placed = Placed(tiny)
     assert placed.held(edge("a")) == {"a": 4}
     assert placed.held(edge("a"), edge("b")) == {"a": 2, "b": 2}
-    assert placed.events[-1]["reason"].endswith("faster than the old plan")
+    assert placed.events[-1].reason.endswith("faster than the old plan")
     assert placed.held(edge("b")) == {"b": 4}
-    assert placed.events[-1]["reason"] == "the old plan is no longer possible"
+    assert placed.events[-1].reason == "the old plan is no longer possible"
 
 
 def test_the_length_of_examples_is_what_was_trained() -> None:

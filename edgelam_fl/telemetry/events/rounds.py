@@ -116,13 +116,13 @@ class NodePlaced:
     """See `first`."""
     base: str
     """The host's "base/compute"; "" for a device."""
-    memory_bytes: float
+    memory_bytes: int
     """Memory of its process at the peak."""
     compute_s: float
     """Seconds of computing per step."""
-    up_bytes: float
+    up_bytes: int
     """Bytes sent per step."""
-    down_bytes: float
+    down_bytes: int
     """Bytes received per step."""
 
 
