@@ -13,7 +13,7 @@ help:
 	@echo "make check        before a commit: format, lint, types, imports, fast tests"
 	@echo "make docs         the site, into site/: every link and anchor is checked"
 	@echo "make bench-smoke  three tiny cells of \`edgelam bench\`: minutes"
-	@echo "make protos       regenerate the protobuf code from edgelam_fl/wire/edgelam.proto"
+	@echo "make protos       regenerate the protobuf code and docs/protocol.md from edgelam_fl/wire/edgelam.proto"
 	@echo "make constraints  write down the versions in .venv as the tested ones"
 	@echo "make clean        remove .venv, caches and builds (runs/ stay)"
 
@@ -49,6 +49,7 @@ bench-smoke: setup
 protos: setup
 	$(PYTHON) -m grpc_tools.protoc -I edgelam_fl/wire --python_out=edgelam_fl/wire --pyi_out=edgelam_fl/wire \
 		edgelam_fl/wire/edgelam.proto
+	$(PYTHON) -m tools.protocol_page
 
 # torch is left out because constraints/torch.txt pins it by platform.
 constraints: setup
