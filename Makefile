@@ -1,7 +1,7 @@
 # Every target that needs the environment makes it first; once made, that costs a few milliseconds and no network.
 PYTHON := .venv/bin/python
 
-.PHONY: help setup demo testbed test check docs bench-smoke protos constraints clean
+.PHONY: help setup demo testbed test lint check docs bench-smoke protos constraints clean
 
 help:
 	@echo "make setup        make .venv with all that is needed (about 0.7 GB to download, no root)"
@@ -10,7 +10,8 @@ help:
 	@echo "make testbed      the same in containers as small and as slow as boards; needs a Docker engine"
 	@echo "                  ARGS=... goes to 'python -m testbed run', for example: make testbed ARGS='--devices 2'"
 	@echo "make test         all tests"
-	@echo "make check        before a commit: format, lint, types, imports, fast tests"
+	@echo "make lint         format, lint, types, import contracts"
+	@echo "make check        before a commit: make lint, and the tests that need neither processes nor a real model"
 	@echo "make docs         the site, into site/: every link and anchor is checked"
 	@echo "make bench-smoke  three tiny cells of \`edgelam bench\`: minutes"
 	@echo "make protos       regenerate the protobuf code and docs/protocol.md from edgelam_fl/wire/edgelam.proto"
@@ -26,16 +27,18 @@ demo: setup
 testbed: setup
 	@HF_HUB_OFFLINE=1 $(PYTHON) -m testbed run $(ARGS)
 
-# Two workers: federations wait much and compute little, so that two at a time fill the cores of a small machine.
+# More workers than a small machine has cores: federations wait much and compute little.
 test: setup
-	@$(PYTHON) -m pytest -n 2 $(ARGS)
+	@$(PYTHON) -m pytest -n 3 $(ARGS)
 
-check: setup
+lint: setup
 	@$(PYTHON) -m ruff format --check
 	@$(PYTHON) -m ruff check
 	@$(PYTHON) -m mypy
 	@.venv/bin/lint-imports
-	@$(PYTHON) -m pytest -q tests/unit tests/contract
+
+check: lint
+	@$(PYTHON) -m pytest -q -n 2 -m "not processes and not real_model" tests/unit tests/contract
 
 docs: setup
 	@$(PYTHON) tools/figures.py README.md $$(find docs -name '*.md')

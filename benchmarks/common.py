@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -35,15 +35,19 @@ def main(
     name: str,
     measure: Callable[..., tuple[dict[str, Any], list[Figure]]],
     add_options: Callable[[argparse.ArgumentParser], None] | None = None,
+    arguments: Sequence[str] | None = None,
 ) -> None:
-    """Runs `measure(smoke)`, which returns its settings and figures; with options of its own, `measure(smoke, options)`."""
+    """Runs `measure(smoke)`, which returns its settings and figures; with options of its own, `measure(smoke, options)`.
+
+    arguments: of the command line; None: this process's.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
     parser.add_argument(
         "--smoke", action="store_true", help="the smallest run that exercises everything; writes no result"
     )
     if add_options is not None:
         add_options(parser)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     smoke = options.smoke
     settings, figures = measure(smoke, options) if add_options is not None else measure(smoke)
     result = {

@@ -2,7 +2,7 @@
 
 The same comparisons as tests/parity, which takes fewer steps of them: one device over one host in fp32 and bf16, three
 devices that share a host, and a chain of three hosts behind sockets of 64 KiB whose links stall at random. A figure is 1 if
-adapters and losses were equal to the bit, else the benchmark ends with what differs. --smoke: two steps of each.
+adapters and losses were equal to the bit, else the benchmark ends with what differs. --smoke: two steps of each, of a tiny random model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.parity.test_grpc_processes import (
     three_devices_against_the_plain_loop,
 )
 from tests.parity.test_small_buffers import stalling_links_train_to_the_same_bits, write_wide_llama
-from tests.support import run_config, write_data_files
+from tests.support import run_config, write_data_files, write_tiny_llama
 
 STALLING_STEPS = 200
 BAR = "equal to the bit"
@@ -33,24 +33,25 @@ BAR = "equal to the bit"
 def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
     steps, stalling = (2, 2) if smoke else (STEPS, STALLING_STEPS)
     torch.set_num_threads(1)  # the number of threads decides how sums are cut
-    smollm, figures = find_model("smollm2-135m"), []
+    figures: list[Figure] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         files = write_data_files(folder)
+        model = find_model(str(write_tiny_llama(folder / "tiny")) if smoke else "smollm2-135m")
         wide = write_wide_llama(folder / "wide")
         with running(["edge-1", "edge-2", "edge-3"], files, folder / "daemons") as daemons:
             for base in ("fp32", "bf16"):
-                config = run_config(smollm.name, f"model.base={base}", *SHORT)
-                one_device_against_the_plain_loop(daemons, f"one-{base}", smollm, config, files[0], steps)
+                config = run_config(model.name, f"model.base={base}", *SHORT)
+                one_device_against_the_plain_loop(daemons, f"one-{base}", model, config, files[0], steps)
                 figures.append(Figure(f"one device, {base}, {steps} steps", 1, "", BAR, True))
-            config = run_config(smollm.name, *FROZEN_ENDS, *SHORT)
-            three_devices_against_the_plain_loop(daemons, "three", smollm, config, files, apart=1e-4, steps=steps)
+            config = run_config(model.name, *FROZEN_ENDS, *SHORT)
+            three_devices_against_the_plain_loop(daemons, "three", model, config, files, apart=1e-4, steps=steps)
             figures.append(Figure(f"three devices, joint, {steps} steps", 1, "", BAR, True))
             stalling_links_train_to_the_same_bits(daemons, wide, files, 1, stalling)
             figures.append(
                 Figure(f"three devices over three hosts, stalling links, {stalling} steps", 1, "", BAR, True)
             )
-    return {"model": "smollm2-135m", "steps": steps, "stalling_steps": stalling}, figures
+    return {"model": model.name, "steps": steps, "stalling_steps": stalling}, figures
 
 
 if __name__ == "__main__":

@@ -76,7 +76,8 @@ def _window_rates_bps(samples: Samples, window_s: float) -> list[float]:
 
 def _run(seconds: float) -> dict[str, Samples]:
     """What each end received: "device-1 up" at the host, "device-1 down" at the device."""
-    context = multiprocessing.get_context("spawn")  # gRPC's threads do not survive a fork
+    context = multiprocessing.get_context("forkserver")  # gRPC's threads do not survive a fork of this process
+    context.set_forkserver_preload(["torch", "edgelam_fl.wire.grpc.dial", "edgelam_fl.wire.grpc.serve"])
     address, results, ready = context.Queue(), context.Queue(), context.Barrier(1 + len(SHARES))
     processes = [context.Process(target=_host, args=(address, results, ready, seconds))]
     processes[0].start()

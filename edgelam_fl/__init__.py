@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from edgelam_fl.serving.results import open_result as open_result
     from edgelam_fl.telemetry.events import read_events as read_events
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "EdgelamError",
     "Result",

@@ -14,27 +14,31 @@ import pytest
 from edgelam_fl.model.source import ModelSource, find_model
 from tests.support import write_data_files, write_tiny_llama
 
-# What `make test` gives to one worker, longest first: a federation, or stage hosts, that several tests share.
-# Elsewhere in these folders each test stands alone; all other files are units of their own.
-_FEDERATION = [
-    f"tests/integration/test_{name}.py"
-    for name in (
-        "one_run",
-        "privacy_tap",
-        "smollm2",
-        "flwr_by_hand",
-        "chat_route",
-        "lost_device",
-        "slices",
-        "report_browser",
-    )
-]
-_FIRST = [
-    *_FEDERATION,
-    "tests/parity/test_grpc_processes.py",
-    "tests/integration/",
-    "tests/parity/test_small_buffers.py",
-]
+# What `make test` gives to one worker, because its tests share something that is slow to make: a federation; stage hosts in
+# processes of their own and the real model's reference. Of benchmarks each test is a unit; else each file is one.
+_SHARED = {
+    "federation": [
+        f"tests/integration/test_{name}.py"
+        for name in (
+            "one_run",
+            "privacy_tap",
+            "smollm2",
+            "flwr_by_hand",
+            "chat_route",
+            "lost_device",
+            "slices",
+            "report_browser",
+        )
+    ],
+    "stage hosts": [
+        "tests/parity/test_grpc_processes.py",
+        "tests/parity/test_small_buffers.py",
+        "tests/parity/test_families.py",
+        "tests/unit/test_weights_gguf.py",
+    ],
+}
+_EACH_TEST = ("tests/integration/test_benchmarks.py",)
+_FIRST = [*_SHARED["federation"], *_SHARED["stage hosts"][:2], "tests/integration/"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,14 +52,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadScopeScheduling
 
-    class ByFederation(LoadScopeScheduling):
+    class BySharedParts(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            alone = file in ("tests/integration/test_benchmarks.py",)
-            return "federation" if file in _FEDERATION else nodeid if alone else file
+            if file in _EACH_TEST:
+                return nodeid
+            return next((name for name, files in _SHARED.items() if file in files), file)
 
     config.option.loadscopereorder = False
-    return ByFederation(config, log)
+    return BySharedParts(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support import WAIT_S
+from benchmarks import common
 
 ROOT = Path(__file__).parents[2]
 # Those that need an emulated machine or a Docker engine have tests of their own: tests/unit/test_benchmark_boards.py,
@@ -21,11 +20,12 @@ NAMES = sorted(file.stem for file in (ROOT / "benchmarks").glob("*.py") if file.
 @pytest.mark.processes
 @pytest.mark.real_model
 @pytest.mark.parametrize("name", NAMES)
-def test_smoke(name: str) -> None:
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--smoke"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+def test_smoke(name: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """In this process, whose imports are done: `python -m benchmarks.NAME --smoke` calls the same."""
+    monkeypatch.chdir(ROOT)
+    module = importlib.import_module(f"benchmarks.{name}")
+    common.main(name, module.measure, getattr(module, "add_options", None), ["--smoke"])
+    result = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert result["name"] == name
     assert result["figures"]
     assert all(set(figure) == {"name", "value", "unit", "bar", "holds"} for figure in result["figures"])
