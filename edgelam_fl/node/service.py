@@ -37,6 +37,7 @@ from edgelam_fl.plan.modes import host_mode, label_place
 from edgelam_fl.plan.reading import hosted_span, job_id, part_id
 from edgelam_fl.serving.sessions import HostSessions
 from edgelam_fl.split.driver import Driver
+from edgelam_fl.split.ends import Ends
 from edgelam_fl.split.group import Group
 from edgelam_fl.split.host import Host
 from edgelam_fl.split.inbox import Inbox
@@ -349,7 +350,8 @@ class StageHost:
         training, held_out = self._load_examples(plan, task)
         counters, route = ByteCounters(), new_route(plan)
         part.attach(route.inbox)
-        driver = Driver(plan, held.ends, held.ends_trainee, route, task, wire_dtype(plan), emit)
+        ends = Ends(plan, held.ends, task, wire_dtype(plan))
+        driver = Driver(plan, ends, held.ends_trainee, route, task, emit)
         try:
             hub = self._hub(plan.hub_port)
             open_route(self._dial, plan, held.source, route, counters, driver.timeline.sent, hub)

@@ -1,0 +1,63 @@
+"""A device's own layers in a round: the front before its hosts, the back after them, and the loss.
+
+Knows micro-batches and gradients; knows no links. Neighbour: `split.driver` sends what the front makes, and brings what the
+back needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from edgelam_fl.model.stage import Stage
+from edgelam_fl.plan.modes import label_place
+from edgelam_fl.plan.reading import unit_seed
+from edgelam_fl.tasks.base import Task, Unit
+from edgelam_fl.wire import edgelam_pb2 as pb
+
+
+class Ends:
+    """The front and the back of one device; one and the same stage on a route over no host."""
+
+    def __init__(self, plan: pb.Plan, stages: Sequence[Stage], task: Task, wire: torch.dtype) -> None:
+        """`wire`: what hidden states travel in."""
+        self._plan, self._task, self._wire = plan, task, wire
+        self._front, self._back = stages[0], stages[-1]
+        own = plan.routes[0]
+        self._is_split = bool(own.hops)
+        self.has_labels = label_place(plan.labels).on_device
+        front_trains = any(parameter.requires_grad for parameter in self._front.parameters())
+        self._gradient_needed = self._is_split and (front_trains or plan.lora.train_hosts)
+
+    def forward_front(self, unit: Unit, step: int, number: int, *, training: bool) -> torch.Tensor:
+        """Returns the hidden states [rows, tokens, hidden] of a micro-batch for the first host."""
+        seed = self._seed(step, number) if training else None
+        return self._front(unit.ids_BT, unit.row_lengths, unit_seed=seed).to(self._wire)
+
+    def evaluate(self, unit: Unit, inputs: torch.Tensor) -> tuple[float, dict[str, float]]:
+        """Returns a micro-batch's loss sum and its sums of other metrics. `inputs`: as of `train`."""
+        loss, sums = self._task.loss(self._forward_back(unit, inputs, None), unit.labels)
+        return float(loss), sums
+
+    def train(
+        self, unit: Unit, inputs: torch.Tensor, step: int, number: int, divisor: int
+    ) -> tuple[float, torch.Tensor | None]:
+        """Adds to the back's gradients; returns the loss sum and the gradient for the last host, None if none is needed.
+
+        `inputs`: the last host's hidden states; on a route over no host, token ids. `divisor`: labels of all devices in
+        the turn, by which the loss is divided.
+        """
+        if self._gradient_needed:
+            inputs.requires_grad_(True)
+        loss, _ = self._task.loss(self._forward_back(unit, inputs, self._seed(step, number)), unit.labels)
+        if loss.requires_grad:
+            (loss / divisor).backward()
+        return float(loss.detach()), inputs.grad
+
+    def _forward_back(self, unit: Unit, inputs: torch.Tensor, seed: int | None) -> torch.Tensor:
+        inputs = inputs.to(self._back.dtype) if self._is_split else inputs
+        return self._back(inputs, unit.row_lengths, unit_seed=seed)
+
+    def _seed(self, step: int, number: int) -> int | None:
+        return unit_seed(self._plan, self._plan.routes[0].device, step, number)
