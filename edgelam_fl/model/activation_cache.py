@@ -1,4 +1,7 @@
-"""Keeps what the frozen lower layers make of a text, computed once for every run and device that has the text."""
+"""Caches the output of frozen lower layers: computed once per text, whatever the number of runs and devices that have it.
+
+Knows no adapters and no batches. Shapes: B rows, T tokens, D hidden, N tokens of all rows.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,10 @@ _ROWS_AT_ONCE = 64
 
 
 class Activations:
-    """Hidden states above the frozen layers, by the token ids of a text."""
+    """The hidden states above the frozen layers, by the token ids of a text. Any thread may ask."""
 
     def __init__(self, below: Stage) -> None:
+        """`below`: the embedding and the frozen layers."""
         self._below = below
         self._kept: dict[bytes, torch.Tensor] = {}
         self._lock = threading.Lock()
@@ -24,7 +28,7 @@ class Activations:
         return len(self._kept)
 
     def batch(self, ids_BT: torch.Tensor, row_lengths: list[int]) -> torch.Tensor:
-        """[B, T, D], with zeros where padding is."""
+        """Returns the hidden states [B, T, D] of a padded batch, with zeros for padding."""
         hidden = self._of(_rows(ids_BT, row_lengths))
         padded_BTD = hidden[0].new_zeros(*ids_BT.shape, hidden[0].shape[1])
         for row, hidden_TD in enumerate(hidden):
@@ -32,11 +36,11 @@ class Activations:
         return padded_BTD
 
     def packed(self, ids_BT: torch.Tensor, row_lengths: list[int]) -> torch.Tensor:
-        """[1, N, D]: row after row, without padding."""
+        """Returns the hidden states [1, N, D] of a batch, row after row, without padding."""
         return torch.cat(self._of(_rows(ids_BT, row_lengths)))[None]
 
     def warm(self, texts: Iterable[list[int]]) -> None:
-        """Computes those that are not there yet."""
+        """Computes the texts that are not in the cache yet."""
         self._of([torch.tensor(ids) for ids in texts])
 
     def _of(self, rows: list[torch.Tensor]) -> list[torch.Tensor]:

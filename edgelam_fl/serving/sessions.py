@@ -132,7 +132,7 @@ class RouteSession:
 
     def _answer(self) -> torch.Tensor:
         while True:
-            frame = self.route.next(self._patience_s, "the answer to a token")
+            frame = self.route.receive(self._patience_s, "the answer to a token")
             of_session = frame.header.kind == pb.KV_STEP and frame.header.kv_step.session == self._session
             if of_session and frame.tensor is not None:
                 return frame.tensor

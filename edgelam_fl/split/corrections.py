@@ -1,7 +1,7 @@
-"""What an aggregation adds to the gradients of a node's sources in a round: the tensors that came beside a plan, read.
+"""Corrections: tensors beside a plan that an aggregation adds to the gradients of a node's sources for one round.
 
-They are no part of an adapter: they do not count in its digest, and are gone when the round is over. Knows nothing
-about what they mean (strategies.aggregation.scaffold does).
+They do not belong to an adapter, nor count in its digest. Knows nothing about what they mean
+(`strategies.aggregation.scaffold` does).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 
 
 def read_corrections(plan: pb.Plan, given: Sequence[bytes]) -> dict[tuple[str, str], adapters.Adapter]:
-    """By scope and source. Raises Refused where they are not those that the plan names."""
+    """Returns the corrections by scope and source. Raises Refused if they are not those that the plan names."""
     if len(given) != len(plan.corrections):
         raise Refused(f"node {plan.node} got {len(given)} corrections; its plan names {len(plan.corrections)}")
     found: dict[tuple[str, str], adapters.Adapter] = {}

@@ -107,7 +107,7 @@ class Driver:
         self.route.exit.send(pb.Header(kind=pb.TABLE, phase=pb.TRAIN, table=pb.Table(steps=rows)))
         header = pb.Header()
         while header.kind != pb.TABLE_ALL:
-            header = self.route.next(self.plan.deadlines.round_s, "federation.step_deadline_s").header
+            header = self.route.receive(self.plan.deadlines.round_s, "federation.step_deadline_s").header
         totals = [total.labels for total in header.table_all.steps]
         if len(totals) != len(own) or any(total < n for total, n in zip(totals, own, strict=True)):
             raise ProtocolError(f"TABLE_ALL counts {totals[:3]}... labels per step; this device alone has {own[:3]}...")

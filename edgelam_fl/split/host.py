@@ -19,11 +19,11 @@ import torch
 from edgelam_fl.errors import ProtocolError
 from edgelam_fl.model.stage import Stage
 from edgelam_fl.plan.modes import host_mode
-from edgelam_fl.plan.reading import unit_seed
+from edgelam_fl.plan.reading import unit_rows, unit_seed
 from edgelam_fl.split.group import Group, relay
 from edgelam_fl.split.inbox import Lost
 from edgelam_fl.split.lane import Lane
-from edgelam_fl.split.member import Member, check_activation, check_labels, gradient_problem, unit_id
+from edgelam_fl.split.member import Member, unit_id
 from edgelam_fl.split.timeline import Timeline
 from edgelam_fl.split.trainee import Trainee
 from edgelam_fl.split.turns import DecidesTurns, FollowsTurns, Handler, Turns
@@ -275,3 +275,40 @@ class Host:
         )  # fmt: skip
         link.note_progress(of.phase, of.step)
         link.send(header, tensor)
+
+
+def check_activation(frame: Frame, member: Member, plan: pb.Plan, hidden_size: int, dtype: torch.dtype) -> None:
+    """Raises ProtocolError if hidden states do not fit the model, the plan or the member's window."""
+    header, tensor = frame.header, frame.tensor
+    if tensor is None or tensor.dim() != 3 or tensor.shape[2] != hidden_size or tensor.dtype != dtype:
+        got = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+        raise ProtocolError(f"hidden states must be {dtype} [rows, tokens, {hidden_size}], got {got}")
+    rows, tokens, _ = tensor.shape
+    if not (1 <= rows <= unit_rows(plan) and 1 <= tokens <= plan.task.max_tokens):
+        raise ProtocolError(
+            f"hidden states of {rows} rows of {tokens} tokens; the plan allows 1 to {unit_rows(plan)} rows of 1 to "
+            f"{plan.task.max_tokens}"
+        )
+    if len(header.row_lengths) != rows or not all(1 <= length <= tokens for length in header.row_lengths):
+        raise ProtocolError(f"row lengths {list(header.row_lengths)[:8]} do not fit {rows} rows of {tokens} tokens")
+    if len(member.forwards) + len(member.saved) >= plan.window:
+        raise ProtocolError(f"more than {plan.window} micro-batches in flight (split.window)")
+
+
+def check_labels(frame: Frame, plan: pb.Plan) -> torch.Tensor:
+    """Returns the labels of a micro-batch, at a last stage. Raises ProtocolError if they do not fit the plan."""
+    tensor = frame.tensor
+    if tensor is None or tensor.dtype != torch.int64 or tensor.dim() not in (1, 2) or not tensor.numel():
+        raise ProtocolError("labels must be int64 [rows] or [rows, tokens]")
+    if tensor.shape[0] > unit_rows(plan) or (tensor.dim() == 2 and tensor.shape[1] > plan.task.max_tokens):
+        raise ProtocolError(f"labels of shape {list(tensor.shape)} do not fit the plan")
+    return tensor
+
+
+def gradient_problem(grad: torch.Tensor | None, output: torch.Tensor, dtype: torch.dtype) -> str:
+    """Returns why a gradient cannot be used; empty if it can. `dtype`: what hidden states travel in."""
+    if grad is None or grad.shape != output.shape or grad.dtype != dtype:
+        return "a gradient of another shape or dtype than the activation"
+    if not torch.isfinite(grad).all():
+        return "a gradient that is not finite"
+    return ""

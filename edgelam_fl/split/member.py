@@ -1,6 +1,6 @@
-"""One device of a host's group: what the host keeps for it in a round, and the checks of what it sends.
+"""One device of a host's group: what the host keeps for it in a round.
 
-Knows nothing about layers and sends nothing; `split.host` computes, `split.group` sends. Shapes: rows, tokens, hidden.
+Knows nothing about layers and sends nothing; `split.host` computes, `split.group` sends.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 
 from edgelam_fl.errors import ProtocolError
 from edgelam_fl.model.index import layer_number
-from edgelam_fl.plan.reading import unit_rows
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.link import Frame, Link
 
@@ -110,40 +109,3 @@ def checked_table(table: pb.Table, member: Member, plan: pb.Plan) -> list[pb.Ste
         if row.labels > plan.batch_size * plan.task.max_tokens:
             raise ProtocolError(f"a TABLE row of {row.labels} labels, more than the batch has tokens")
     return list(table.steps)
-
-
-def check_activation(frame: Frame, member: Member, plan: pb.Plan, hidden_size: int, dtype: torch.dtype) -> None:
-    """Raises ProtocolError if hidden states do not fit the model, the plan or the member's window."""
-    header, tensor = frame.header, frame.tensor
-    if tensor is None or tensor.dim() != 3 or tensor.shape[2] != hidden_size or tensor.dtype != dtype:
-        got = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-        raise ProtocolError(f"hidden states must be {dtype} [rows, tokens, {hidden_size}], got {got}")
-    rows, tokens, _ = tensor.shape
-    if not (1 <= rows <= unit_rows(plan) and 1 <= tokens <= plan.task.max_tokens):
-        raise ProtocolError(
-            f"hidden states of {rows} rows of {tokens} tokens; the plan allows 1 to {unit_rows(plan)} rows of 1 to "
-            f"{plan.task.max_tokens}"
-        )
-    if len(header.row_lengths) != rows or not all(1 <= length <= tokens for length in header.row_lengths):
-        raise ProtocolError(f"row lengths {list(header.row_lengths)[:8]} do not fit {rows} rows of {tokens} tokens")
-    if len(member.forwards) + len(member.saved) >= plan.window:
-        raise ProtocolError(f"more than {plan.window} micro-batches in flight (split.window)")
-
-
-def check_labels(frame: Frame, plan: pb.Plan) -> torch.Tensor:
-    """Returns the labels of a micro-batch, at a last stage. Raises ProtocolError if they do not fit the plan."""
-    tensor = frame.tensor
-    if tensor is None or tensor.dtype != torch.int64 or tensor.dim() not in (1, 2) or not tensor.numel():
-        raise ProtocolError("labels must be int64 [rows] or [rows, tokens]")
-    if tensor.shape[0] > unit_rows(plan) or (tensor.dim() == 2 and tensor.shape[1] > plan.task.max_tokens):
-        raise ProtocolError(f"labels of shape {list(tensor.shape)} do not fit the plan")
-    return tensor
-
-
-def gradient_problem(grad: torch.Tensor | None, output: torch.Tensor, dtype: torch.dtype) -> str:
-    """Returns why a gradient cannot be used; empty if it can. `dtype`: what hidden states travel in."""
-    if grad is None or grad.shape != output.shape or grad.dtype != dtype:
-        return "a gradient of another shape or dtype than the activation"
-    if not torch.isfinite(grad).all():
-        return "a gradient that is not finite"
-    return ""

@@ -1,6 +1,7 @@
-"""Opening a node's links as its plan says: a device's to both ends of its route, a host's to the next one.
+"""Opens the links that a plan asks for: a device's to both ends of its route, a host's to the next host.
 
-Knows plans and handshakes; how bytes travel is `Dial`'s: `wire.grpc.dial`, or `memory_dial` inside one process.
+Knows plans and handshakes; does not know how bytes travel, which a `Dial` does: `wire.grpc.dial`, or `memory_dial` inside one
+process.
 """
 
 from __future__ import annotations
@@ -27,19 +28,21 @@ from edgelam_fl.wire.pace import Pace
 from edgelam_fl.wire.relay import Relay
 from edgelam_fl.wire.terms import MakeTerms, OnSent, link_terms
 
-# address, link name, hello, counters, terms, seconds until the host must be ready, the way round -> an open link
+# address, link name, hello, counters, terms, seconds until the host must be ready, relay to try -> an open link
 Dial = Callable[[str, str, pb.Hello, ByteCounters, MakeTerms, float, Relay | None], Link]
 _MEMORY_RETRY_S = 0.01
 
 
 class Admits(Protocol):
-    """A stage host, as whoever dials it sees it."""
+    """A stage host, as seen by those who dial it."""
 
-    def admit(self, hello: pb.Hello, link: Link) -> pb.Ready | pb.NotReady | pb.Refuse: ...
+    def admit(self, hello: pb.Hello, link: Link) -> pb.Ready | pb.NotReady | pb.Refuse:
+        """Answers a handshake; opens the link if the answer is READY."""
+        ...
 
 
 def memory_dial(nodes: Mapping[str, Admits]) -> Dial:
-    """Links between stage hosts of one process: an address is a node's name. `nodes` may still grow."""
+    """Returns a dial between stage hosts of one process. An address is a node's name; `nodes` may still grow."""
 
     def dial(
         address: str, name: str, hello: pb.Hello, counters: ByteCounters, make_terms: MakeTerms, ready_s: float,
@@ -74,7 +77,7 @@ def open_link(
 ) -> Link:
     """Dials a hop of a route and returns the open link.
 
-    `hub`: HOST:PORT of the server's, which relays where the hop cannot be reached; empty: there is none.
+    `number`: of the hop. `hub`: HOST:PORT of the server's hub, the relay for hops that cannot be reached; empty: no hub.
     """
     hop = route.hops[number]
     hello = pb.Hello(
@@ -100,9 +103,9 @@ def open_route(
     on_sent: OnSent | None = None,
     hub: str = "",
 ) -> None:
-    """A device's two links, into `route`; over no host there is nothing to open. One pace for all that it sends.
+    """Opens the two links of a device and puts them into `route`; opens nothing if the plan's route has no host.
 
-    `hub`: as of `open_link`.
+    Both links share one pace. `hub`: as of `open_link`.
     """
     own = plan.routes[0]
     if not own.hops:
@@ -118,25 +121,30 @@ def open_route(
 
 
 def new_route(plan: pb.Plan) -> Route:
+    """Returns the route of a plan's device, with no link open yet."""
     return Route(Inbox(plan.deadlines.round_s), window=plan.window)
 
 
 def wire_dtype(plan: pb.Plan) -> torch.dtype:
-    """What travels on every link of the run, whatever a node computes in."""
+    """Returns the dtype in which hidden states travel on every link of the run, whatever a node computes in."""
     return torch.bfloat16 if plan.model.wire == "bfloat16" else torch.float32
 
 
 @dataclass
 class Route:
-    """The links of one device and the inbox behind them. Both links are None on a route over no host."""
+    """The links of one device and the inbox behind them. Both links are None as long as they are not open, or without hosts."""
 
     inbox: Inbox
     entry: Link | None = None
     exit: Link | None = None
-    window: int = 1  # micro-batches that may be in flight, as all hosts granted
+    window: int = 1  # micro-batches that may be under way; the least that a host granted
 
-    def next(self, timeout_s: float, what_for: str) -> Frame:
-        """The next frame from the hosts. Raises PeerLost when a link is lost, a host ends the job, or nothing comes."""
+    def receive(self, timeout_s: float, what_for: str) -> Frame:
+        """Returns the next frame from the hosts.
+
+        `what_for`: names the wait in the message. Raises PeerLost if a link is lost, a host ends the job, or nothing comes
+        for `timeout_s` seconds.
+        """
         arrival = self.inbox.get(timeout_s)
         if arrival is None:
             raise PeerLost(f"nothing came from the hosts for {timeout_s:.0f} s ({what_for})")

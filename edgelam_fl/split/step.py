@@ -235,7 +235,7 @@ class DeviceStep:
         self._is_closed = True
 
     def _next(self) -> Frame:
-        return self._route.next(self._patience_s, "federation.step_deadline_s")
+        return self._route.receive(self._patience_s, "federation.step_deadline_s")
 
 
 def _checked(tensor: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""An adapter that trains: the LoRA of one or more stages, its optimizer, and what the optimizer's moments belong to.
+"""A trainee: an adapter that trains, its optimizer, and the adapter to which the optimizer's moments belong.
 
-A device has one for its ends, a host one for its site, or (copies) one for each device. Knows gradients and steps;
-knows nothing about who computed a gradient or when a step is due.
+A device has one trainee for its own layers; a host has one for its site, or one for each device (host_mode = "copies").
+Knows gradients and steps; knows nothing about who computed a gradient or when a step is due.
 """
 
 from __future__ import annotations
@@ -22,21 +22,23 @@ Gradients = Sequence[torch.Tensor | None]
 
 
 class Trainee:
+    """The LoRA tensors of one or more stages, and their optimizer."""
+
     def __init__(self, stages: Sequence[Stage], *, own: bool = False) -> None:
-        """`own`: a set of parameters of its own, so that several trainees share the stages (copies)."""
+        """`own`: gives the trainee parameters of its own, so that several trainees can share the stages (copies)."""
         self.stages = list(stages)
         self._sets = [stage.new_adapter_set() if own else stage.adapter_parameters for stage in stages]
         self.named = {name: p for one in self._sets for name, p in one.items()}
-        self.parameters: list[torch.nn.Parameter] = []  # those that learn, in the order of the stages' names
+        self.parameters: list[torch.nn.Parameter] = []  # of the tensors that learn, in the order of the stages' names
         self.names: list[str] = []
         self.optimizer: torch.optim.Optimizer | None = None
         self._settings: pb.Optimizer | None = None
         self._moments_of: tuple[Any, ...] = ()
         self._prox_mu = 0.0
-        self._start: list[torch.Tensor] = []  # the parameters as the round began, with prox_mu
-        self._correction: list[torch.Tensor | None] = []  # of each parameter's gradient, where the round has any
-        self._is_pulled = False  # whether the gradient that is set has the pull to the start and the correction
-        self.lr_sum = 0.0  # of the learning rates of the round's steps
+        self._start: list[torch.Tensor] = []  # values of the parameters when the round began; only with prox_mu
+        self._correction: list[torch.Tensor | None] = []  # per parameter; empty if the round has none
+        self._is_pulled = False  # whether the current gradient includes the pull to the start and the correction
+        self.lr_sum = 0.0  # sum of the learning rates of the round's steps
 
     def use(self) -> None:
         """Puts this adapter into the stages."""
@@ -52,11 +54,11 @@ class Trainee:
         prox_mu: float = 0.0,
         correction: Mapping[str, np.ndarray] = {},
     ) -> bool:
-        """Takes a round's first adapter. Returns whether the moments go on: they do from the very adapter they belong to.
+        """Takes the adapter that a round starts from. Returns whether the optimizer's moments are kept.
 
-        A factor that the plan freezes keeps its moments, untouched, for as long as the others keep theirs. `prox_mu`: how
-        strongly the steps are pulled back to this adapter. `correction`: what is added to the gradient of each step. Raises
-        ProtocolError where a tensor is missing or shaped otherwise.
+        They are kept if this is the adapter to which they belong; those of a factor that the plan freezes stay untouched.
+        `trains`: whether a layer learns. `prox_mu`: how strongly the steps are pulled back to this adapter. `correction`: is
+        added to the gradient of each step. Raises ProtocolError if a tensor is missing or has another shape.
         """
         self.use()
         given = {name: tensors[name] for name in self.named if name in tensors}
@@ -91,32 +93,38 @@ class Trainee:
         return torch.from_numpy(found.copy())
 
     def finish(self, plan: pb.Plan) -> adapters.Adapter:
-        """The trained tensors, as the round leaves them; what the next round's moments go by."""
+        """Ends a round: returns the trained tensors, and notes to which adapter the moments belong now."""
         self._moments_of = _moments_belong_to(self.adapter(), plan)
         return {name: _array(self.named[name]) for name in self.names}
 
     def adapter(self) -> adapters.Adapter:
+        """Returns a copy of all tensors, trained or not."""
         return {name: _array(parameter) for name, parameter in self.named.items()}
 
     # ---------------------------------------------------------------- a step
 
     def set_gradients(self, gradients: Gradients) -> None:
+        """Sets the gradient of the next step, in the order of `parameters`; None: no gradient."""
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
 
     def clear(self) -> None:
+        """Drops the gradient."""
         self._is_pulled = False
         for parameter in self.parameters:
             parameter.grad = None
 
     def squared_norm(self) -> pb.StepReady:
-        """Of the gradient that is set, for `clip = "global"`; summed in float64, whatever the order of stages."""
+        """Returns the squared norm of the gradient, in float64 (clip = "global")."""
         self._pull()
         total = sum(float(p.grad.double().square().sum()) for p in self.parameters if p.grad is not None)
         return pb.StepReady(squared_norm=total if math.isfinite(total) else 0.0, finite=math.isfinite(total))
 
     def step(self, number: int, scale: float = 1.0) -> None:
-        """One optimizer step at the learning rate of the phase's step `number`; the gradients are gone after it."""
+        """Makes one optimizer step at the learning rate of the phase's step `number`, and drops the gradient.
+
+        `scale`: multiplies the gradient first.
+        """
         assert self._settings is not None
         if self.optimizer is None:
             return
@@ -134,7 +142,7 @@ class Trainee:
         self.clear()
 
     def _pull(self) -> None:
-        """What the aggregation adds to the gradient, once a step, before any clipping.
+        """Adds the aggregation's part to the gradient: once per step, before any clipping.
 
         FedProx (arXiv 1812.06127): the gradient of (mu/2)||w - w_start||^2. SCAFFOLD (arXiv 1910.06378): c - c_i.
         """
@@ -151,12 +159,15 @@ class Trainee:
 
 
 def _frozen(name: str, lora: pb.Lora) -> bool:
-    """Whether a tensor is a factor that does not learn in this round."""
+    """Returns whether a tensor is a factor that does not learn in this round."""
     return (lora.freeze_a and name.endswith(".lora_A.weight")) or (lora.freeze_b and name.endswith(".lora_B.weight"))
 
 
 def _moments_belong_to(adapter: adapters.Adapter, plan: pb.Plan) -> tuple[Any, ...]:
-    """What has to be the same again for the moments to go on. With keep = "always", not the adapter nor what is frozen."""
+    """Returns what must be equal in the next round for the moments to be kept.
+
+    With optimizer.keep = "always", neither the adapter nor the frozen factors count.
+    """
     lora, optimizer = plan.lora, plan.optimizer
     same: tuple[Any, ...] = (lora.train_front, lora.train_hosts, lora.train_back, optimizer.name)
     if optimizer.keep == "always":
@@ -165,7 +176,7 @@ def _moments_belong_to(adapter: adapters.Adapter, plan: pb.Plan) -> tuple[Any, .
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], settings: pb.Optimizer) -> torch.optim.Optimizer | None:
-    """AdamW without weight decay, or SGD without momentum; None where nothing trains."""
+    """Returns AdamW without weight decay, or SGD without momentum; None if nothing trains."""
     if settings.name not in ("adamw", "sgd"):
         raise ProtocolError(f"optimizer {settings.name!r} is not known here; known: adamw, sgd")
     if not parameters:
@@ -174,7 +185,7 @@ def make_optimizer(parameters: list[torch.nn.Parameter], settings: pb.Optimizer)
 
 
 def judge(parts: Sequence[pb.StepReady], max_norm: float) -> pb.StepApply:
-    """clip = "global": one scale for all stages, from the norm over all of them, as torch's clip_grad_norm_ has it."""
+    """Returns one scale for the gradients of all stages, from the norm over all of them, as torch's clip_grad_norm_ does."""
     norm = math.sqrt(sum(part.squared_norm for part in parts))
     return pb.StepApply(scale=min(1.0, max_norm / (norm + 1e-6)), skip=not all(part.finite for part in parts))
 
@@ -184,4 +195,5 @@ def _array(parameter: torch.nn.Parameter) -> np.ndarray:
 
 
 def lora_of(plan: pb.Plan) -> LoraSettings:
+    """Returns the LoRA settings of a plan."""
     return LoraSettings(plan.lora.rank, plan.lora.alpha, tuple(plan.lora.targets), plan.lora.dropout)

@@ -1,6 +1,7 @@
-"""How many micro-batches of each device a host has memory for: reserved for all routes before the first link opens.
+"""The window of a host: the micro-batches per device that it has memory for.
 
-An admitted micro-batch never waits for memory, so a window is granted at READY or not at all (protocol section 4).
+Granted at READY for all routes at once or not at all (protocol section 4), so that an admitted micro-batch never waits for
+memory. Knows sizes; knows no links.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 
 
 def affordable_window(plan: pb.Plan, source: ModelSource, itemsize: int, adapter_size: int, free_bytes: int) -> int:
-    """Of the plan's window what fits into `free_bytes` for every route at once; 0: not even one micro-batch each.
+    """Returns how many micro-batches per route fit into `free_bytes`, at most the plan's window; 0: not even one.
 
-    `itemsize`: bytes of an element computed with. `adapter_size`: elements of the hosted adapter.
+    `itemsize`: bytes per element computed with. `adapter_size`: elements of the hosted adapter.
     """
     span = plan.hosted
     unit = unit_bytes(

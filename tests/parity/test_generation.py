@@ -106,4 +106,4 @@ def test_a_session_that_does_not_fit_costs_the_caller_only(tiny: ModelSource, da
         hidden = torch.zeros(1, 1, tiny.hidden_size)
         session.route.entry.send(pb.Header(kind=pb.KV_STEP, kv_step=pb.KvStep(position=3, length=1)), hidden)
         with pytest.raises(PeerLost, match=r"ended the job: .*tokens 3 to 4 of a session that holds 7"):
-            session.route.next(10, "the answer to a position that the session does not have")
+            session.route.receive(10, "the answer to a position that the session does not have")
