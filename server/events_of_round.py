@@ -87,7 +87,7 @@ def describe_round(
 
 
 def describe_timeline(replies: Mapping[str, Reply]) -> dict[str, tuple[TimelineInterval, ...]]:
-    """Returns who did what and when, by node. Nodes that sent no intervals are left out."""
+    """Returns the intervals of each node. Nodes that sent no intervals are left out."""
     return {
         name: tuple(
             TimelineInterval(

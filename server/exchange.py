@@ -1,7 +1,7 @@
 """One message per node, with a deadline: yields each reply as it arrives, and a reason for each node without one.
 
 Flower's own `send_and_receive` waits for all nodes until its time is up; here a node that Flower no longer lists is given
-up at once. Knows nothing about what the messages say, nor which nodes there are.
+up at once. Knows nothing about the contents of messages, nor which nodes there are.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class Exchange:
             yield Missing(peer.name, f"no reply within {limit_s:.0f} s")
 
     def _send(self, requests: Iterable[Request]) -> dict[str, _Peer]:
-        """Returns who got which message, by Flower's message id. The messages, each with an adapter, are not kept."""
+        """Returns the receivers by Flower's message ids. The messages, each with an adapter, are not kept."""
         messages, peers = [], []
         for request in requests:
             messages.append(Message(content=request.content, dst_node_id=request.node_id, message_type=request.kind))

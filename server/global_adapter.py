@@ -1,7 +1,7 @@
-"""The adapter that a round starts from: one tensor a module for all, and what each node takes of it.
+"""The global adapter that a round starts from: each module's factors, and the part that a node takes of them.
 
-Where an aggregation takes unequal ranks, a module stands here in the largest rank of those who have held it, with its
-rows in the order of their worth, and a node gets the first ones, in its own rank.
+If the aggregation takes unequal ranks, a module is kept here in the largest rank of all nodes that have held it, with its
+rows in the order of their worth; a node of a smaller rank takes the first rows. Knows nothing about messages.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from strategies.aggregation.factors import A, B, module_of
 from strategies.api import Start
 
 
-def complete(adapter: Adapter, plans: Mapping[str, pb.Plan], spec: RunSpec, unequal_ranks: bool = False) -> Adapter:
-    """`adapter` with the start of each module that it lacks, in the rank of those that hold it.
+def with_missing_modules(
+    adapter: Adapter, plans: Mapping[str, pb.Plan], spec: RunSpec, unequal_ranks: bool = False
+) -> Adapter:
+    """Returns `adapter` and the initial values of each module that it lacks, in the rank of the nodes that hold the module.
 
-    With `unequal_ranks`, in the largest of them. Else raises RunFailed where a module was trained with another rank than
-    its holders have now.
+    With `unequal_ranks`, that is the largest of their ranks; without, raises RunFailed if a module was trained in another
+    rank than its holders have now.
     """
     whole, starts = dict(adapter), dict[int, Adapter]()
     for name, plan in plans.items():
@@ -45,7 +47,9 @@ def complete(adapter: Adapter, plans: Mapping[str, pb.Plan], spec: RunSpec, uneq
 
 
 def starting_point(plan: pb.Plan, adapter: Adapter, personal: Mapping[str, Adapter]) -> Adapter:
-    """What the plan's node starts from: of the `adapter` what it holds, but for what its source goes on with alone."""
+    """Returns the tensors that the plan's node starts from: its slice of the `adapter`, and the `personal` tensors of its
+    sources in place of the global ones.
+    """
     hosted = hosted_span(plan)
     of_site = slice_of({**adapter, **personal.get(site_source(plan.site), {})}, [hosted]) if hosted is not None else {}
     held = of_site | slice_of({**adapter, **personal.get(plan.node, {})}, end_spans(plan))
@@ -53,10 +57,10 @@ def starting_point(plan: pb.Plan, adapter: Adapter, personal: Mapping[str, Adapt
 
 
 def at_rank(name: str, array: np.ndarray, rank: int, start: np.ndarray | None = None) -> np.ndarray:
-    """A tensor in another rank: the first rows of A and columns of B, or more of them; not a factor: as it is.
+    """Returns a factor in another rank, with the first rows of A or columns of B; any other tensor as it is.
 
-    More rows are those of `start` (in the new rank), more columns zero. B is scaled by new rank / old, so that s B A stays
-    what it is with s = alpha / rank.
+    For a larger rank, A gets the further rows of `start` (which has the new rank), and B columns of zeros. B is scaled by
+    new rank / old rank: with s = alpha / rank, s B A keeps its value.
     """
     if name.endswith(A) and len(array) != rank:
         return array[:rank] if start is None else np.concatenate([array, start[len(array) :]])
@@ -67,7 +71,7 @@ def at_rank(name: str, array: np.ndarray, rank: int, start: np.ndarray | None = 
 
 
 def as_start(adapter: Adapter, config: RunConfig, round_: int) -> Start:
-    """The global adapter as an aggregation sees it."""
+    """Returns the global adapter as an aggregation sees it."""
     factors = {module_of(name): array for name, array in adapter.items() if name.endswith(A)}
     scales = {module: config.lora.alpha / len(a_RI) for module, a_RI in factors.items()}
     return Start(adapter, scales, config.run.seed, round_)

@@ -1,6 +1,6 @@
 """What each node holds, as far as the server knows: so that only tensors that changed are sent. Plain values.
 
-Known are digests alone, as of a node's last reply. Knows nothing about messages, nor where the needed tensors come from.
+Only digests are known, from a node's last reply. Knows nothing about messages, nor about the source of needed tensors.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from edgelam_fl.model.adapter import Adapter, digest
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.replies import Reply, frozen
+from server.replies import Reply, is_frozen
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Holdings:
 
 
 def holdings_after(plan: pb.Plan, start: Adapter, reply: Reply) -> NodeHoldings:
-    """Returns what a node holds after its part of a round that it began with `start`.
+    """Returns the holdings of a node that began its part with `start` and sent `reply`.
 
     Every tensor is known if start and reply together have the digest that the node reports; else only the tensors that
     the plan froze are.
@@ -55,7 +55,7 @@ def holdings_after(plan: pb.Plan, start: Adapter, reply: Reply) -> NodeHoldings:
     after = {**start, **{name: array for part in reply.tensors for name, array in part.items()}}
     reported = reply.report.adapter_digest
     if digest(after) != reported:
-        after = {name: array for name, array in start.items() if frozen(plan, name)}
+        after = {name: array for name, array in start.items() if is_frozen(plan, name)}
     return NodeHoldings(reported, {name: _digest(name, after) for name in after})
 
 

@@ -1,4 +1,4 @@
-"""The hub beside this run's SuperLink (edgelam_fl.hub), as the environment names it; without one nothing is offered."""
+"""The hub beside this run's SuperLink (edgelam_fl.hub), as the environment names it. Without a hub, nothing is offered."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from edgelam_fl.model.source import ModelSource
 
 
 def port() -> int:
-    """0: there is none, or it is not this server's."""
+    """Returns the hub's port; 0: there is no hub, or it is not this server's."""
     return int(os.environ.get(hub.PORT) or 0)
 
 
 def secret() -> bytes:
-    """What lets nodes use its relay is made with it; empty where there is none."""
+    """Returns the key that signs the nodes' tokens for the relay; empty: there is no hub."""
     return relay_key(Path(os.environ[hub.STATE])) if port() else b""
 
 
 def offer(source: ModelSource) -> None:
-    """Lets nodes that lack the model have slices of it."""
+    """Lets nodes that lack the model fetch slices of it from the hub."""
     if port():
         offer_model(source, Path(os.environ[hub.STATE]))

@@ -1,4 +1,4 @@
-"""From a round's answers to its outcome: what can be used of them, and what the aggregation makes of that."""
+"""From a round's answers to its outcome: reads and checks them, then aggregates. Knows nothing about the next round."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from server.exchange import Arrived, Missing
 from server.global_adapter import as_start, starting_point
 from server.holdings import NodeHoldings, holdings_after
-from server.replies import Fold, Reply, broken_sites, collect, parts, problem, read_reply
+from server.replies import Reply, RunningMeans, broken_sites, contributions_of, parts_by_site, read_reply, why_unusable
 from server.state import Outcome, PlannedRound, Received
 from strategies.aggregation.error import aggregation_error
 from strategies.api import Aggregation
@@ -20,7 +20,7 @@ from strategies.api import Aggregation
 
 def receive(planned: PlannedRound, answers: Iterable[Arrived | Missing]) -> Received:
     """Reads the answers as they arrive and checks each against its plan. Of a large round, no tensors are kept."""
-    fold = Fold() if planned.folds else None
+    means = RunningMeans() if planned.sums_on_arrival else None
     replies: dict[str, Reply] = {}
     problems, silent = dict.fromkeys(planned.plans, "no reply"), set()
     for answer in answers:
@@ -28,7 +28,7 @@ def receive(planned: PlannedRound, answers: Iterable[Arrived | Missing]) -> Rece
             problems[answer.name] = answer.reason
             silent.add(answer.name)
             continue
-        reply, wrong = _read(planned, answer.name, answer.content, fold)
+        reply, wrong = _read(planned, answer.name, answer.content, means)
         if wrong:
             problems[answer.name] = wrong
         else:
@@ -43,14 +43,16 @@ def receive(planned: PlannedRound, answers: Iterable[Arrived | Missing]) -> Rece
         devices=[
             name for site in planned.layout.sites if site.name not in broken for name in site.members if name in replies
         ],
-        contributions=fold.contributions(broken) if fold else collect(replies, planned.plans, planned.layout, broken),
+        contributions=means.contributions(broken)
+        if means is not None
+        else contributions_of(replies, planned.plans, planned.layout, broken),
         holdings={name: _held(planned, plan, replies.get(name)) for name, plan in planned.plans.items()},
     )
 
 
 def conclude(planned: PlannedRound, received: Received, rule: Aggregation, config: RunConfig) -> Outcome:
-    """Aggregates what counts. Too few devices (`min_nodes`), no whole site, or fewer sources than the rule needs: no
-    aggregate.
+    """Aggregates the contributions. The outcome has no aggregate if there are too few devices (`min_nodes`), no whole
+    site, or fewer sources than the rule needs.
     """
     outcome = Outcome(planned=planned, received=received)
     contributions = received.contributions
@@ -62,19 +64,19 @@ def conclude(planned: PlannedRound, received: Received, rule: Aggregation, confi
     except TooFewSources as problem:
         return Outcome(planned=planned, received=received, too_few=str(problem))
     # The error needs the factors of each source, which a large round does not keep.
-    error = None if planned.folds else aggregation_error(contributions, {**new.tensors, **new.carry}, start)
+    error = None if planned.sums_on_arrival else aggregation_error(contributions, {**new.tensors, **new.carry}, start)
     return Outcome(planned=planned, received=received, aggregated=new, error=error)
 
 
-def _read(planned: PlannedRound, name: str, content: RecordDict, fold: Fold | None) -> tuple[Reply, str]:
-    """Returns the reply and why it cannot be used ("": it can). With a `fold`, its tensors are added there and dropped."""
+def _read(planned: PlannedRound, name: str, content: RecordDict, means: RunningMeans | None) -> tuple[Reply, str]:
+    """Returns the reply and why it cannot be used ("": it can). Its tensors are dropped if they go into `means`."""
     plan = planned.plans[name]
     reply = read_reply(content)
-    wrong = problem(reply, plan, planned.start.adapter)
-    if fold is None:
+    wrong = why_unusable(reply, plan, planned.start.adapter)
+    if means is None:
         return reply, wrong
     if not wrong:
-        fold.add(parts(name, reply, plan, planned.layout))
+        means.add(parts_by_site(name, reply, plan, planned.layout))
     return reply.without_tensors(), wrong
 
 

@@ -13,13 +13,13 @@ from edgelam_fl.plan.layout import site_source
 from edgelam_fl.plan.modes import host_mode
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.global_adapter import starting_point
-from server.replies import frozen, spans_of_source
+from server.replies import is_frozen, spans_of_source
 from server.state import FederationState, Parcel
 from strategies.registry import Capabilities
 
 
 def make_parcels(plans: Mapping[str, pb.Plan], start: FederationState, aggregation: Capabilities) -> dict[str, Parcel]:
-    """Returns the parcel of each node. Completes the plans: with the digest of what each starts from, and its corrections.
+    """Returns the parcel of each node. Completes the plans: with the digest of each starting point, and the corrections.
 
     Nodes that are sent the same tensors share one record.
     """
@@ -43,10 +43,10 @@ def make_parcels(plans: Mapping[str, pb.Plan], start: FederationState, aggregati
 def add_corrections(
     plan: pb.Plan, aggregation: Capabilities, adapter: Mapping[str, np.ndarray]
 ) -> list[adapters.Adapter]:
-    """Returns what the aggregation adds to the gradients of each of the node's sources, and names it in the plan.
+    """Names the node's corrections in its plan: what the aggregation adds to the gradients of each source. Returns their tensors.
 
-    In the plan's order. `adapter`: the global one, for the names of the tensors. Empty without training, and for an
-    aggregation that does not correct.
+    One adapter per correction, in the plan's order; none without training, or if the aggregation does not correct.
+    `adapter`: the global one, for the names of the tensors.
     """
     if not (plan.steps and aggregation.corrects_sgd):
         return []
@@ -54,7 +54,7 @@ def add_corrections(
     for scope, source in _sources(plan):
         held = adapters.slice_of(adapter, spans_of_source(plan, scope, source) or [])
         as_seen = site_source(source) if host_mode(plan.host_mode).is_shared(scope) else source
-        tensors = dict(aggregation.correction(as_seen, [name for name in held if not frozen(plan, name)]))
+        tensors = dict(aggregation.correction(as_seen, [name for name in held if not is_frozen(plan, name)]))
         if tensors:
             plan.corrections.add(scope=scope, source=source, digest=adapters.digest(tensors))
             found.append(tensors)

@@ -1,6 +1,7 @@
-"""What nodes trained: read out of their replies, checked against their plans, and put together a source.
+"""What nodes trained: read from their replies, checked against their plans, and joined to one contribution per source.
 
-Nothing that a node sends is trusted: names, shapes, types, values, sources and weights are held against its plan.
+Nothing that a node sends is trusted: names, shapes, types, values, sources and weights are checked against its plan. Knows
+nothing about aggregation, nor how replies travel.
 """
 
 from __future__ import annotations
@@ -27,33 +28,40 @@ from strategies.aggregation.fedavg import WeightedMean
 from strategies.api import Contribution
 from strategies.registry import Capabilities
 
-_ROUNDING = 1e-9  # of a sum of learning rates
+_ROUNDING = 1e-9  # relative, of a sum of learning rates
+KEPT_NODES = 32  # the most nodes of a round whose replies are kept
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    given: pb.JobReport | bytes  # bytes: packed, a tenth of the size; read whenever it is asked for
-    tensors: tuple[Adapter, ...] = ()  # of the report's contributions, in their order
-    let_go_bytes: tuple[int, ...] = ()  # what these took, where they were summed up and let go
+    """One node's reply: its report, and the tensors of the report's contributions, in their order."""
+
+    stored: pb.JobReport | bytes
+    """Bytes: packed, at a tenth of the size, and unpacked whenever the report is read."""
+    tensors: tuple[Adapter, ...] = ()
+    dropped_bytes: tuple[int, ...] = ()
+    """The size of each contribution's tensors, if they were dropped."""
 
     @property
     def report(self) -> pb.JobReport:
-        return pb.JobReport.FromString(self.given) if isinstance(self.given, bytes) else self.given
+        """The report; unpacked by every call if it is stored packed."""
+        return pb.JobReport.FromString(self.stored) if isinstance(self.stored, bytes) else self.stored
 
     def bytes_of(self, scope: str) -> int:
-        sizes = self.let_go_bytes or self._sizes()
+        """Returns the bytes of all tensors of a scope ("ends", "site")."""
+        sizes = self.dropped_bytes or self._sizes()
         return sum(size for part, size in zip(self.report.contributions, sizes, strict=True) if part.scope == scope)
 
     def without_tensors(self) -> Reply:
-        """As little as a large round has to keep."""
-        return Reply(self.report.SerializeToString(), let_go_bytes=self._sizes())
+        """Returns the little of the reply that a large round keeps."""
+        return Reply(self.report.SerializeToString(), dropped_bytes=self._sizes())
 
     def _sizes(self) -> tuple[int, ...]:
         return tuple(sum(array.nbytes for array in tensors.values()) for tensors in self.tensors)
 
 
 def read_reply(content: RecordDict) -> Reply:
-    """A node's report; the tensors of contribution i came beside it as "adapter-i". Garbage is a report that failed."""
+    """Reads a reply: its report, and the tensors of contribution i from "adapter-i". Garbage becomes a failed report."""
     try:
         report = pb.JobReport.FromString(content["report"]["report"])
         count = len(report.contributions)
@@ -62,8 +70,8 @@ def read_reply(content: RecordDict) -> Reply:
         return Reply(pb.JobReport(state="failed", error=f"its reply cannot be read: {type(error).__name__}: {error}"))
 
 
-def problem(reply: Reply, plan: pb.Plan, adapter: Adapter) -> str:
-    """Why a reply cannot be used; empty if it can. `adapter`: the global one, for the shapes."""
+def why_unusable(reply: Reply, plan: pb.Plan, adapter: Adapter) -> str:
+    """Returns why a reply cannot be used; empty: it can. `adapter`: the global one, for the shapes."""
     if reply.report.state != "done":
         return reply.report.error or f"its report says {reply.report.state!r}"
     seen: set[tuple[str, str, str]] = set()
@@ -87,7 +95,7 @@ def problem(reply: Reply, plan: pb.Plan, adapter: Adapter) -> str:
 
 
 def spans_of_source(plan: pb.Plan, scope: str, source: str) -> list[Span] | None:
-    """The layers that a source trains at the plan's node; None where it has no such source."""
+    """Returns the layers that a source trains at the plan's node; None: the node has no such source."""
     if scope == "ends":
         return end_spans(plan) if plan.routes and source == plan.node else None
     hosted = hosted_span(plan)
@@ -100,32 +108,34 @@ def spans_of_source(plan: pb.Plan, scope: str, source: str) -> list[Span] | None
 
 
 def _most_labels(plan: pb.Plan, part: pb.Contribution) -> int:
+    """Returns the labels of a full round of the contribution's devices."""
     devices = len(plan.serves) if host_mode(plan.host_mode).is_shared(part.scope) else 1
     return devices * plan.steps * plan.batch_size * plan.task.max_tokens
 
 
 def _least_lr(plan: pb.Plan) -> float:
-    """Of one step."""
+    """Returns the smallest learning rate of any step."""
     return min(plan.optimizer.lrs, default=0.0) * (1 - _ROUNDING)
 
 
 def _most_lr(plan: pb.Plan, part: pb.Contribution) -> float:
-    """Of all steps; a sequential host makes one for each device."""
+    """Returns the sum of the learning rates of all steps that the source makes."""
     times = host_mode(plan.host_mode).steps_of_source(part.scope, len(plan.serves))
     return times * math.fsum(plan.optimizer.lrs) * (1 + _ROUNDING)
 
 
-def frozen(plan: pb.Plan, name: str) -> bool:
-    """Whether a tensor is a factor that the plan's round leaves as it is; carry factors never learn."""
+def is_frozen(plan: pb.Plan, name: str) -> bool:
+    """Returns whether a tensor is a factor that the round does not train. Carry factors never learn."""
     return is_carry(name) or (plan.lora.freeze_a and name.endswith(A)) or (plan.lora.freeze_b and name.endswith(B))
 
 
 def _trained(plan: pb.Plan, held: Adapter) -> Adapter:
-    """What a node may contribute of what it holds: in its rank, without a frozen factor."""
-    return {name: at_rank(name, array, plan.lora.rank) for name, array in held.items() if not frozen(plan, name)}
+    """Returns the held tensors that a node may contribute: in its rank, without frozen factors."""
+    return {name: at_rank(name, array, plan.lora.rank) for name, array in held.items() if not is_frozen(plan, name)}
 
 
 def _wrong_tensor(tensors: Adapter, expected: Adapter) -> str:
+    """Returns what is wrong with the first bad tensor; empty: all are as expected."""
     for name, array in tensors.items():
         if name not in expected:
             return f"its update has a tensor {name}, which its plan does not let it train"
@@ -137,24 +147,24 @@ def _wrong_tensor(tensors: Adapter, expected: Adapter) -> str:
 
 
 def broken_sites(layout: Layout, present: Collection[str]) -> dict[str, list[str]]:
-    """The sites that lack a host, and who is missing: half of a chain's update fits nothing."""
+    """Returns the sites that lack hosts, with the names of these hosts: half of a chain's update fits nothing."""
     missing = {site.name: [host.name for host in site.hosts if host.name not in present] for site in layout.sites}
     return {site: hosts for site, hosts in missing.items() if hosts}
 
 
-def collect(
+def contributions_of(
     replies: Mapping[str, Reply], plans: Mapping[str, pb.Plan], layout: Layout, broken: Collection[str]
 ) -> list[Contribution]:
-    """One contribution a source and weight, in an order that the replies' order does not change.
+    """Returns one contribution per source and weight, in an order that does not depend on the order of the replies.
 
-    A source is a device with its ends and, with copies, its adapters on hosts; or a site with the layers of its chain. It
-    has several weights where fewer devices' labels went through some of its layers. Of a `broken` site nothing counts,
-    the ends of its devices included: they were trained against a middle that is lost.
+    A source is a device with its ends and, with copies, its adapters on hosts; or a site with the layers of its chain. A
+    source has several weights if fewer devices' labels went through some of its layers. Nothing of a `broken` site counts,
+    nor the ends of its devices: they were trained against a middle that is lost.
     """
     merged: dict[tuple[str, float, float], Adapter] = {}
     scales: dict[tuple[str, float, float], dict[str, float]] = {}
     for name, reply in sorted(replies.items()):
-        for site, one in parts(name, reply, plans[name], layout):
+        for site, one in parts_by_site(name, reply, plans[name], layout):
             if site not in broken:
                 key = one.source, one.weight, one.lr_sum
                 merged.setdefault(key, {}).update(one.tensors)
@@ -164,8 +174,8 @@ def collect(
     ]
 
 
-def parts(name: str, reply: Reply, plan: pb.Plan, layout: Layout) -> Iterator[tuple[str, Contribution]]:
-    """What counts of a node's reply, each with the site that it counts with."""
+def parts_by_site(name: str, reply: Reply, plan: pb.Plan, layout: Layout) -> Iterator[tuple[str, Contribution]]:
+    """Yields each part of a node's reply that has weight and tensors, with the site whose loss would make it worthless."""
     for part, tensors in zip(reply.report.contributions, reply.tensors, strict=True):
         if part.weight > 0 and tensors:
             of_site = host_mode(plan.host_mode).is_shared(part.scope)
@@ -180,27 +190,29 @@ def _key(item: tuple[tuple[str, float, float], Adapter]) -> tuple[str, float, fl
     return item[0]
 
 
-KEPT_NODES = 32  # the most nodes of a round whose replies are kept
+# ---------------------------------------------------------------- large rounds
 
 
-def folds(aggregation: Capabilities, nodes: int, kept_nodes: int = KEPT_NODES) -> bool:
+def sums_on_arrival(aggregation: Capabilities, nodes: int, kept_nodes: int = KEPT_NODES) -> bool:
     """Returns whether the replies of `nodes` nodes are summed up as they arrive, instead of being kept."""
     return nodes > kept_nodes and aggregation.needs_only_mean
 
 
-class Fold:
+class RunningMeans:
+    """The weighted means of what has arrived, per site: as large as two updates each, however many arrive."""
+
     def __init__(self) -> None:
         self._of_site: dict[str, WeightedMean] = {}
         self._scales: dict[str, float] = {}
 
     def add(self, parts: Iterable[tuple[str, Contribution]]) -> None:
-        """Of one reply, each part with its site."""
+        """Adds the parts of one reply, each with its site. Keeps none of their tensors."""
         for site, contribution in parts:
             self._of_site.setdefault(site, WeightedMean()).add(contribution)
             self._scales.update(contribution.scales)
 
     def contributions(self, broken: Collection[str]) -> list[Contribution]:
-        """One for all tensors of the same total weight; nothing of the `broken` sites is in them."""
+        """Returns one contribution per total weight, without the `broken` sites. Takes the sums out: a second call has none."""
         mean = WeightedMean()
         for site in sorted(self._of_site.keys() - set(broken)):
             mean.merge(self._of_site.pop(site))

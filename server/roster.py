@@ -1,4 +1,4 @@
-"""The nodes of the federation as the server knows them: who is here, with which profile, and who cannot take part.
+"""The roster of the federation: nodes that are here, with their profiles, and nodes that cannot take part.
 
 Asks nodes for their profiles and measurements. Knows nothing about rounds, plans and adapters.
 """
@@ -155,7 +155,7 @@ class Roster:
         return found, {answer.name: answer.reason for answer in answers if isinstance(answer, Missing)}
 
     def _name_of(self, node_id: int) -> str:
-        """Returns a node's name, or its number before it has told its name."""
+        """Returns a node's name; its number if the name is not known yet."""
         return next((name for name, known in self._ids.items() if known == node_id), str(node_id))
 
     def _enrol(self, node_id: int, profile: pb.Profile) -> None:

@@ -1,8 +1,8 @@
 """Rounds of split federated LoRA. A round, top to bottom: plan -> exchange -> receive -> conclude -> the next state.
 
 An adapter is evaluated in the first phase of the round that starts from it; after the last round one more job evaluates
-the result. Everything that changes from round to round is in a `FederationState`, but for what strategies, placement and
-roster remember.
+the result. Everything that changes from round to round is in a `FederationState`, except for the memories of strategies,
+placement and roster.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from server import hub
 from server.events_of_round import describe_plan, describe_round, describe_timeline
 from server.exchange import Arrived, Exchange, Missing, Request, SiteDeadline
-from server.global_adapter import complete
+from server.global_adapter import with_missing_modules
 from server.outcome import conclude, receive
 from server.parcels import make_parcels
-from server.replies import KEPT_NODES, folds, read_reply
+from server.replies import KEPT_NODES, read_reply, sums_on_arrival
 from server.roster import Roster
 from server.run_folder import RunFolder
 from server.schedule import Lineup, Schedule
@@ -105,7 +105,7 @@ class Rounds:
     def _plan(
         self, number: int, attempt: int, lineup: Lineup, state: FederationState, trains: bool = True
     ) -> PlannedRound:
-        """Settles who holds which layers, and what every node does and is sent."""
+        """Plans one attempt: layers per node, a plan per node, and the tensors to send. Emits `plan`."""
         layout = self._layout(number, lineup, trains)
         devices = [self.roster.profiles[name] for name in lineup.names]
         rule = self.aggregation.capabilities
@@ -122,7 +122,7 @@ class Rounds:
         )
         tokens = {name: secrets.token_bytes(16) for name in lineup.names}
         plans = make_plans(self.spec, facts, self.roster.profiles, layout, lineup.shares, tokens)
-        start = replace(state, adapter=complete(state.adapter, plans, self.spec, rule.unequal_ranks))
+        start = replace(state, adapter=with_missing_modules(state.adapter, plans, self.spec, rule.unequal_ranks))
         planned = PlannedRound(
             began_s=self._timing.now(),
             facts=facts,
@@ -131,7 +131,7 @@ class Rounds:
             plans=plans,
             start=start,
             parcels=make_parcels(plans, start, rule),
-            folds=trains and folds(rule, len(plans), self._kept_nodes),
+            sums_on_arrival=trains and sums_on_arrival(rule, len(plans), self._kept_nodes),
         )
         self.folder.emit(describe_plan(planned, self.spec.source.num_layers, rule.personal))
         return planned
@@ -157,7 +157,7 @@ class Rounds:
         jobs = (self._job(planned, name) for name in planned.plans)
         sites = self._site_deadlines(planned)
         if self.config.federation.wait != "park":
-            yield from self._exchange.replies(jobs, limit_s, one_by_one=planned.folds, sites=sites)
+            yield from self._exchange.replies(jobs, limit_s, one_by_one=planned.sums_on_arrival, sites=sites)
             return
         parked = []
         for answer in self._exchange.replies(jobs, limit_s):
@@ -166,7 +166,7 @@ class Rounds:
             else:
                 yield answer
         reports = (self._collect(planned, name) for name in parked)
-        yield from self._exchange.replies(reports, limit_s, one_by_one=planned.folds, sites=sites)
+        yield from self._exchange.replies(reports, limit_s, one_by_one=planned.sums_on_arrival, sites=sites)
 
     def _job(self, planned: PlannedRound, name: str) -> Request:
         plan, parcel = planned.plans[name], planned.parcels[name]
@@ -192,7 +192,7 @@ class Rounds:
             if site.hosts
         ]
 
-    # ---------------------------------------------------------------- what came of it
+    # ---------------------------------------------------------------- after the exchange
 
     def _note(self, planned: PlannedRound, received: Received) -> None:
         """Notes which nodes and sites were lost, in the roster and as events."""

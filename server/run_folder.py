@@ -16,9 +16,10 @@ from server.state import FederationState
 
 
 class RunFolder:
-    """Everything that a run leaves behind. `adapter/` holds the newest checkpoint, whole at any moment."""
+    """Writes everything that a run leaves behind. `adapter/` holds the newest checkpoint, whole at any moment."""
 
     def __init__(self, path: Path, spec: RunSpec) -> None:
+        """Makes the folder, if need be, and writes the run's configuration into it."""
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._spec = spec
@@ -45,7 +46,7 @@ class RunFolder:
 
     def finish(self) -> None:
         """Writes summary.json and report.html from the events."""
-        from edgelam_fl.telemetry.report.page import write_report  # plotly is a second that only the end needs
+        from edgelam_fl.telemetry.report.page import write_report  # its plotly takes a second to import
 
         self.emit(RunDone(summary="summary.json"))
         summary = build_summary(list(read_events(self.emit.path)))
@@ -53,7 +54,7 @@ class RunFolder:
         write_report(self.path)
 
     def fail(self, reason: str) -> None:
-        """Says why the run ended early and what is left of it."""
+        """Emits why the run ended early and what is kept of it, and writes the report."""
         from edgelam_fl.telemetry.report.page import write_report
 
         state = self.path / "state.json"

@@ -1,7 +1,7 @@
-"""Who takes part in a round, and with which share of the bandwidth: the strategies, fed with what the rounds measured.
+"""The devices of a round and their shares of the bandwidth, as the strategies choose them from what rounds measured.
 
-With `[wireless]` their facts come from the model of a cell instead (server.virtual.clock), and so does what they are told of a round.
-Strategies see plain data and are held to their promises here: what they choose and share out is checked before it is used.
+With `[wireless]`, the numbers come from the model of a cell instead (server.virtual.clock). Strategies see plain data; their
+choices and shares are checked here before use.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from strategies.api import Candidate, Demand, RoundOutcome, RoundState, Selected
 from strategies.registry import load
 
 _BELOW_SHARE = 0.8  # a device that sends slower than this part of its share is held up by its own link
-_LEAST_OF_ESTIMATE = 0.1  # who moved less last round was left out of steps, and must not be starved for it
+_LEAST_OF_ESTIMATE = 0.1  # a device that moved less was left out of steps, and must not get a smaller share for it
 
 
 def unfit(config: RunConfig, profile: pb.Profile) -> str:
-    """Why a device is not among the candidates; empty if it is."""
+    """Returns why a device is not a candidate; empty: it is one."""
     strategy = config.strategy
     missing = [tag for tag in strategy.require_tags if tag not in profile.tags]
     if missing:
@@ -67,13 +67,14 @@ class Schedule:
         self.selection = load("selection", config.strategy.selection, config.strategy.options)
         self.bandwidth = load("bandwidth", config.strategy.bandwidth, config.strategy.options)
         self.virtual = VirtualTime(spec) if config.wireless.bandwidth_hz else None
-        self.capacity = config.wireless.bandwidth_hz or config.wire.capacity_bps  # a band in Hz, or bits a second
+        self.capacity = config.wireless.bandwidth_hz or config.wire.capacity_bps  # a band in Hz, or bits per second
         self._measured: dict[str, Candidate] = {}  # by device, as of its last round
 
     def select(self, number: int, here: Sequence[pb.Profile], edges: int = 0) -> Selected:
-        """The devices of round `number`, with a reason for each that is here. Raises RunFailed for a choice of no use.
+        """Returns the devices of round `number`, with a reason per device that is here. Raises RunFailed for a choice that
+        cannot be used.
 
-        `edges`: how many edge servers there are; where they are too few, and devices may host, some of those are added.
+        `edges`: the number of edge servers. If there are too few, and devices may host, listening devices are added.
         """
         config = self.config
         left_out = {profile.name: reason for profile in here if (reason := unfit(config, profile))}
@@ -93,7 +94,7 @@ class Schedule:
         return Selected(names, why)
 
     def _missing_hosts(self, names: Sequence[str], listening: Sequence[str], edges: int) -> list[str]:
-        """Devices that must take part too, for a round to have the hosts of one site: a device hosts while it trains."""
+        """Returns the devices that must take part too, so that one site has its hosts: a device hosts while it trains."""
         split = self.config.split
         if split.host_on != "any":
             return []
@@ -101,7 +102,7 @@ class Schedule:
         return [name for name in listening if name not in names][: max(0, missing)]
 
     def lineup(self, number: int, attempt: int, here: Sequence[pb.Profile], edges: int) -> Lineup:
-        """Returns who trains in an attempt at round `number`. Shares are settled before it is known who drops out."""
+        """Returns the devices that train in an attempt at round `number`. Devices that will drop out get shares, too."""
         selected = self.select(number, here, edges)
         devices = _named(here, selected.names)
         shares = self.shares(devices, number)
@@ -116,25 +117,25 @@ class Schedule:
         return Lineup(selected=selected, shares=self.shares(_named(here, selected.names), number))
 
     def everyone(self, here: Sequence[pb.Profile]) -> Selected:
-        """For the evaluation after the last round, which measures on all devices that may take part."""
+        """Selects all devices that may take part: for the evaluation after the last round."""
         reasons = {profile.name: unfit(self.config, profile) for profile in here}
         names = [name for name, reason in reasons.items() if not reason]
         return Selected(names, {name: reason or "all measure the result" for name, reason in reasons.items()})
 
     def demands(self, devices: Sequence[pb.Profile], number: int = 0) -> list[Demand]:
-        """What each has to move in round `number`, which matters with `[wireless]`."""
+        """Returns what each device has to move. With `[wireless]`, that differs from round to round."""
         known = self.candidates(devices, number)
         return [Demand(c.name, c.payload_bytes, c.compute_s, c.limit_bps, c.snr) for c in known]
 
     def shares(self, devices: Sequence[pb.Profile], number: int = 0) -> dict[str, float]:
-        """Of the capacity, by device. Raises RunFailed where the strategy's cannot be used."""
+        """Returns each device's share of the capacity. Raises RunFailed if the strategy's shares cannot be used."""
         demands = self.demands(devices, number)
         shares = self.bandwidth.rule.allocate(demands, self.capacity)
         check_shares(self.config, shares, {demand.name for demand in demands})
         return {name: float(share) for name, share in shares.items()}
 
     def candidates(self, devices: Sequence[pb.Profile], number: int = 0) -> list[Candidate]:
-        """What is known of each. Of those that were never measured, payload and compute are estimated."""
+        """Returns the candidates with all that is known of them. Payload and compute of unmeasured devices are estimated."""
         estimates = {device.name: estimated_payload_bytes(self.spec, device) for device in devices}
         known = {name: self._measured[name] for name in estimates if name in self._measured}
         compute_s = _mean([facts.compute_s for facts in known.values()])
@@ -160,9 +161,9 @@ class Schedule:
         self, number: int, chosen: Collection[str], plans: Mapping[str, pb.Plan], replies: Mapping[str, Reply],
         virtual: VirtualRound | None = None,
     ) -> None:  # fmt: skip
-        """What round `number` showed of the devices that were `chosen`; the strategies that remember are told.
+        """Remembers what round `number` showed of the `chosen` devices, and shows it to strategies that observe.
 
-        `virtual`: the round in virtual time, which then counts in the place of the clock.
+        `virtual`: the round in virtual time, which then replaces measured times.
         """
         delivered = sorted(name for name in chosen if name in replies)
         for name in delivered:
@@ -180,7 +181,7 @@ class Schedule:
 
 
 def measured(name: str, number: int, report: pb.JobReport) -> Candidate:
-    """A device's round in numbers. What a device reports is not trusted to be finite."""
+    """Returns a device's round in numbers. The reported numbers are not trusted to be finite."""
     steps = [step for step in report.steps if step.counted and step.labels]
     labels = sum(step.labels for step in steps)
     loss = sum(step.loss_sum for step in steps) / labels if labels else math.nan
@@ -214,7 +215,7 @@ def _named(profiles: Iterable[pb.Profile], names: Iterable[str]) -> list[pb.Prof
 
 
 def _in_virtual_time(facts: Candidate, device: VirtualDevice) -> Candidate:
-    """Replaces what was measured by what the device did in virtual time."""
+    """Replaces measured times and rates by those of the device in virtual time."""
     return replace(
         facts,
         last_seconds=device.seconds,
@@ -226,7 +227,7 @@ def _in_virtual_time(facts: Candidate, device: VirtualDevice) -> Candidate:
 
 
 def estimated_payload_bytes(spec: RunSpec, device: pb.Profile) -> float:
-    """Both ways in a round, from above: hidden states to the hosts and back, in training their gradients too."""
+    """Returns an upper bound on the bytes per round, both ways: hidden states, and in training their gradients."""
     config = spec.config
     if not config.split.hosts:
         return 0.0

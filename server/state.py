@@ -88,7 +88,7 @@ class Parcel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedRound:
-    """One attempt at a round, or the evaluation after the last round: who does what, and starts from what."""
+    """One attempt at a round, or the evaluation after the last round: each node's plan and starting point."""
 
     facts: RoundFacts
     lineup: Lineup
@@ -99,7 +99,7 @@ class PlannedRound:
     """The state before the round, with the start of each module that its adapter lacked."""
     parcels: Mapping[str, Parcel]
     """By node."""
-    folds: bool
+    sums_on_arrival: bool
     """Whether replies are summed up as they arrive, and their tensors let go."""
     began_s: float
     """By the clock of the server's `Timing`."""
@@ -127,7 +127,7 @@ class Received:
     contributions: Sequence[Contribution]
     """What counts, per source and weight; of a large round the mean, per weight."""
     holdings: Mapping[str, NodeHoldings | None]
-    """Per node of the plan, what it holds now; None: unknown."""
+    """The holdings of each planned node; None: unknown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

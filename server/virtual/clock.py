@@ -1,7 +1,6 @@
-"""Virtual time: what the wireless model says of a round's devices before it, and of the round once it is over.
+"""Virtual time: what the wireless model predicts of a round's devices, and computes of the round when it is over.
 
-Before a device was in a round, its load is estimated; then what it moved and trained in its last one is taken. Knows nothing
-of how long anything really took.
+A device's load is that of its last round, and an estimate before its first. Knows nothing of how long anything really took.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class VirtualTime:
         self._moved: dict[str, Load] = {}  # by device, in its last round
 
     def candidates(self, number: int, devices: Sequence[pb.Profile], known: Sequence[Candidate]) -> list[Candidate]:
-        """`known`, with what holds in the cell in round `number` in the place of what was measured."""
+        """Returns `known` with the cell's values for round `number` in the place of measured ones."""
         expected = self.expected(devices)
         together = min(self.config.federation.devices_per_round or len(devices), len(devices))
         found = []
@@ -38,23 +37,25 @@ class VirtualTime:
         return found
 
     def expected(self, devices: Sequence[pb.Profile]) -> dict[str, Load]:
-        """Of those that were in no round the estimate, scaled by what it was off for the others."""
+        """Returns each device's load in its last round. A device that was in no round has its estimate, scaled by measured
+        to estimated load of the others.
+        """
         estimates = {device.name: self.loads.estimate(device) for device in devices}
         known = [name for name in estimates if name in self._moved]
         off = _ratios([self._moved[name] for name in known], [estimates[name] for name in known])
         return {name: self._moved.get(name) or _scaled(guess, off) for name, guess in estimates.items()}
 
     def dropouts(self, number: int, attempt: int, names: Sequence[str]) -> list[str]:
-        """Who of the chosen does not deliver; enough for a round always do."""
+        """Returns the devices that do not deliver. Enough for a round always do."""
         return self.cell.dropouts(names, number, attempt, self.config.federation.min_nodes)
 
     def over(
         self, number: int, shares: Mapping[str, float], dropped: Collection[str], received: Mapping[str, int],
         replies: Mapping[str, Reply],
     ) -> VirtualRound:  # fmt: skip
-        """Round `number` as it went for those who replied, for round_done; the next rounds expect the same of them.
+        """Returns round `number` in virtual time, for `round_done`. The next rounds expect the same loads of its devices.
 
-        `received`: bytes of the adapter that each was sent.
+        `received`: bytes of the tensors that each device was sent.
         """
         delivered = sorted(name for name in shares if name in replies)
         self._moved |= {name: self._load(name, received.get(name, 0), replies[name]) for name in delivered}
@@ -62,23 +63,23 @@ class VirtualTime:
         return virtual_round(self.config.wireless, parts, shares, sorted(dropped))
 
     def _load(self, name: str, received_bytes: int, reply: Reply) -> Load:
-        """Tensors alone: frames' headers and heartbeats depend on the clock, which nothing here may."""
+        """Counts tensors alone: headers of frames and heartbeats depend on the clock, and nothing here may."""
         report = reply.report
         return Load(
             bytes_up=reply.bytes_of("ends") + _tensors(report, "sent"),
             adapter_bytes_down=received_bytes,
             data_bytes_down=_tensors(report, "received"),
-            operations=report.tokens_trained * self.loads.operations_a_token(name),
+            operations=report.tokens_trained * self.loads.operations_per_token(name),
         )
 
 
 def _tensors(report: pb.JobReport, direction: str) -> int:
-    """Bytes of hidden states and gradients on the device's links."""
+    """Returns the bytes of hidden states and gradients on the device's links."""
     return sum(count.payload_bytes for count in report.bytes if count.direction == direction)
 
 
 def _ratios(measured: Sequence[Load], estimated: Sequence[Load]) -> Load:
-    """Measured to estimated, of all together; 1 where nothing was measured."""
+    """Returns measured / estimated load, all devices together; 1 if nothing was measured."""
 
     def ratio(of: str) -> float:
         guess = sum(getattr(load, of) for load in estimated)

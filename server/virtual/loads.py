@@ -1,4 +1,4 @@
-"""What a device has to move and compute in a round, before it was in one: from the run file and the model's index."""
+"""Estimates what a device has to move and compute per round, from the run file and the model's index alone."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ from edgelam_fl.wireless.rounds import Load
 class Loads:
     def __init__(self, spec: RunSpec) -> None:
         self.spec, self.config, self.source = spec, spec.config, spec.source
-        self._operations: dict[tuple[int, int], float] = {}  # a token, by where a device's layers end and begin again
+        self._operations: dict[tuple[int, int], float] = {}  # per token, by (front, back_first)
 
     def estimate(self, device: pb.Profile) -> Load:
-        """From above: every example as long as the longest."""
+        """Returns an upper bound: every example counts as long as the longest allowed."""
         federation, max_tokens = self.config.federation, self.config.task.max_tokens
         trained = own_steps(self.config, device.examples) * federation.batch_size
-        # Each way a hidden state of every example; of those that are learned its gradient too.
+        # Each way: a hidden state per example, and its gradient if the example is learned.
         tensors = 2 * trained + device.held_out if self.config.split.hosts else 0
         data_bytes = tensors * max_tokens * self.source.hidden_size * value_bytes(self.config)
         adapter_bytes = self.adapter_bytes(device.name)
-        operations = trained * max_tokens * self.operations_a_token(device.name)
+        operations = trained * max_tokens * self.operations_per_token(device.name)
         return Load(adapter_bytes + data_bytes, adapter_bytes, data_bytes, operations)
 
-    def operations_a_token(self, name: str) -> float:
-        """Forward and backward through a device's layers and head: two operations a weight, two more where a gradient passes.
+    def operations_per_token(self, name: str) -> float:
+        """Returns operations per token, forward and backward through a device's layers and head: two per weight, and two
+        more per weight that a gradient passes.
 
         A frozen weight has no gradient of its own, and none passes below the lowest adapter that learns. Attention's own
         products and those of the adapters are left out: a few percent.
@@ -49,7 +50,7 @@ class Loads:
         return self._operations[ends]
 
     def adapter_bytes(self, name: str) -> int:
-        """Of what a device trains, a head with it."""
+        """Returns the bytes of the tensors that a device trains, with its head."""
         lora = self.config.lora
         front, back_first = device_ends(self.spec, name)
         widths = sum(
@@ -69,7 +70,7 @@ class Loads:
 
     @cached_property
     def _weights(self) -> Counter[int]:
-        """By layer."""
+        """Number of weights per layer."""
         weights = Counter[int]()
         for module, (rows, columns) in self.source.linear_modules().items():
             weights[_layer(module)] += rows * columns
@@ -77,7 +78,7 @@ class Loads:
 
     @cached_property
     def _widths(self) -> Counter[int]:
-        """Of the modules with adapters, both sides together, by layer."""
+        """Per layer, rows plus columns of the modules with adapters."""
         widths = Counter[int]()
         for module, (rows, columns) in target_modules(self.source, self.config.lora.targets).items():
             widths[_layer(module)] += rows + columns
@@ -85,7 +86,7 @@ class Loads:
 
     @cached_property
     def _head_weights(self) -> int:
-        """Of the device's; a host has it where it sees the labels."""
+        """Number of weights of the head on the device; 0 if the last host has the head."""
         if not label_place(self.config.split.labels).on_device:
             return 0
         outputs = len(self.config.task.classes) or int(self.source.config["vocab_size"])

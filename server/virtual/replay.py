@@ -1,7 +1,7 @@
-"""The rounds of a run in virtual time, as another bandwidth strategy would have made them.
+"""Replays the rounds of a run in virtual time under another bandwidth strategy.
 
-What a round learns does not depend on how the band was shared out, so one run for each selection is enough. (A selection
-that remembers how long rounds took might have chosen others under other shares; here the recorded choice stands.)
+What a round learns does not depend on how the band was shared, so one run per selection is enough. (A selection that
+remembers how long rounds took might have chosen other devices under other shares; the recorded choice is kept here.)
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from strategies.registry import load
 
 
 def replay(events: Iterable[Event], config: RunConfig, bandwidth: str) -> list[VirtualRound]:
-    """The field `virtual` of each training round, with the shares of the strategy `bandwidth`.
+    """Returns the field `virtual` of each training round, with the shares of the strategy `bandwidth`.
 
-    `events` of a run with `[wireless]`, and its run file. The strategy sees what the run's own saw before each round; it is not
-    told what became of it. Raises ConfigError for an unknown strategy, RunFailed for shares that cannot be used.
+    `events`, `config`: of a run with `[wireless]`. The strategy sees what the run's own strategy saw before each round, and
+    observes no outcome. Raises ConfigError for an unknown strategy, RunFailed for shares that cannot be used.
     """
     strategy = config.strategy.model_copy(update={"bandwidth": bandwidth})
     config = config.model_copy(update={"strategy": strategy})

@@ -16,8 +16,8 @@ from edgelam_fl.plan.making import RoundFacts, make_plans
 from edgelam_fl.plan.reading import Span, end_spans, hosted_span, spans_of
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.global_adapter import as_start, complete, starting_point
-from server.replies import Reply, broken_sites, collect, problem, read_reply
+from server.global_adapter import as_start, starting_point, with_missing_modules
+from server.replies import Reply, broken_sites, contributions_of, read_reply, why_unusable
 from strategies.aggregation.fedavg import FedAvg
 from strategies.api import Start
 from tests.support import run_config
@@ -43,7 +43,7 @@ class Planned:
         profiles = {profile.name: profile for profile in nodes}
         facts = RoundFacts("run", 1, 1, 0, STEPS, unequal_ranks=unequal_ranks)
         self.plans = make_plans(spec, facts, profiles, self.layout, {}, dict.fromkeys("abc", b"t"))
-        self.start = complete({}, self.plans, spec, unequal_ranks)
+        self.start = with_missing_modules({}, self.plans, spec, unequal_ranks)
 
     def moved(self, spans: list[Span], by: float) -> Adapter:
         return {name: array + np.float32(by) for name, array in slice_of(self.start, spans).items()}
@@ -98,11 +98,11 @@ def test_garbage_is_a_failed_report(content: RecordDict) -> None:
 
 def test_good_contributions(tiny: ModelSource) -> None:
     planned = Planned(tiny)
-    assert problem(reply(planned.ends("a", 3, 1)), planned.plans["a"], planned.start) == ""
-    assert problem(reply(planned.site("e", 21, 1)), planned.plans["e"], planned.start) == ""
+    assert why_unusable(reply(planned.ends("a", 3, 1)), planned.plans["a"], planned.start) == ""
+    assert why_unusable(reply(planned.site("e", 21, 1)), planned.plans["e"], planned.start) == ""
     copies = Planned(tiny, "split.host_mode=copies")
     parts = [copies.site("e", 3, 1, source=name) for name in "abc"]
-    assert problem(reply(*parts), copies.plans["e"], copies.start) == ""
+    assert why_unusable(reply(*parts), copies.plans["e"], copies.start) == ""
 
 
 def test_a_site_may_have_unlike_weights_but_no_tensor_twice(tiny: ModelSource) -> None:
@@ -110,8 +110,10 @@ def test_a_site_may_have_unlike_weights_but_no_tensor_twice(tiny: ModelSource) -
     part, tensors = planned.site("e", 3, 1)
     one, other = (planned.layer(n) for n in (2, 3))
     split = [(part, {one: tensors[one]}), (part, {other: tensors[other]})]
-    assert problem(reply(*split), planned.plans["e"], planned.start) == ""
-    assert problem(reply(*split, split[0]), planned.plans["e"], planned.start) == f"it contributes {one} of 'e' twice"
+    assert why_unusable(reply(*split), planned.plans["e"], planned.start) == ""
+    assert (
+        why_unusable(reply(*split, split[0]), planned.plans["e"], planned.start) == f"it contributes {one} of 'e' twice"
+    )
 
 
 @pytest.mark.parametrize("mode", ["joint", "sequential"])
@@ -123,10 +125,10 @@ def test_learning_rates_sum_to_what_the_plan_has(tiny: ModelSource, mode: str) -
         most = sum(rates) * (len(planned.plans[node].serves) if (node, mode) == ("e", "sequential") else 1)
         for lr_sum in (0.0, min(rates), most):
             part.lr_sum = lr_sum
-            assert problem(reply((part, tensors)), planned.plans[node], planned.start) == ""
+            assert why_unusable(reply((part, tensors)), planned.plans[node], planned.start) == ""
         for lr_sum in (-min(rates), min(rates) / 2, most * 1.01, math.nan, math.inf):
             part.lr_sum = lr_sum
-            assert "which its plan's cannot" in problem(reply((part, tensors)), planned.plans[node], planned.start)
+            assert "which its plan's cannot" in why_unusable(reply((part, tensors)), planned.plans[node], planned.start)
 
 
 @pytest.mark.parametrize(
@@ -142,13 +144,13 @@ def test_learning_rates_sum_to_what_the_plan_has(tiny: ModelSource, mode: str) -
 def test_a_source_that_is_not_the_nodes(tiny: ModelSource, node: str, scope: str, source: str, words: str) -> None:
     planned = Planned(tiny)
     got = reply((pb.Contribution(scope=scope, source=source, weight=1), {}))
-    assert words in problem(got, planned.plans[node], planned.start)
+    assert words in why_unusable(got, planned.plans[node], planned.start)
 
 
 @pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf, STEPS * BATCH * TOKENS + 1])
 def test_a_weight_that_the_plan_does_not_allow(tiny: ModelSource, weight: float) -> None:
     planned = Planned(tiny)
-    got = problem(reply(planned.ends("a", weight, 1)), planned.plans["a"], planned.start)
+    got = why_unusable(reply(planned.ends("a", weight, 1)), planned.plans["a"], planned.start)
     assert f"the plan allows 0 to {STEPS * BATCH * TOKENS} labels" in got
 
 
@@ -161,13 +163,13 @@ def test_tensors_that_the_plan_does_not_hold(tiny: ModelSource) -> None:
         own: (tensors[own][:1], f"is float32 (1, 64), not float32 {tensors[own].shape}"),
     }
     for name, (array, words) in wrong.items():
-        assert words in problem(reply((part, {**tensors, name: array})), planned.plans["a"], planned.start)
+        assert words in why_unusable(reply((part, {**tensors, name: array})), planned.plans["a"], planned.start)
     for array, words in [
         (tensors[own].astype(np.float64), "is float64"),
         (np.full_like(tensors[own], np.nan), "holds values that are not finite"),
         (np.full_like(tensors[own], -np.inf), "holds values that are not finite"),
     ]:
-        assert words in problem(reply((part, {own: array})), planned.plans["a"], planned.start)
+        assert words in why_unusable(reply((part, {own: array})), planned.plans["a"], planned.start)
 
 
 def test_a_frozen_factor_is_none_of_its_update(tiny: ModelSource) -> None:
@@ -175,8 +177,8 @@ def test_a_frozen_factor_is_none_of_its_update(tiny: ModelSource) -> None:
     part, tensors = planned.ends("a", 3, 1)
     planned.plans["a"].lora.freeze_a = True
     b_alone = {name: array for name, array in tensors.items() if not name.endswith("lora_A.weight")}
-    assert problem(reply((part, b_alone)), planned.plans["a"], planned.start) == ""
-    assert "lora_A.weight, which its plan does not let it train" in problem(
+    assert why_unusable(reply((part, b_alone)), planned.plans["a"], planned.start) == ""
+    assert "lora_A.weight, which its plan does not let it train" in why_unusable(
         reply((part, tensors)), planned.plans["a"], planned.start
     )
 
@@ -185,7 +187,7 @@ def test_a_carry_factor_is_none_of_its_update(tiny: ModelSource) -> None:
     planned = Planned(tiny)
     part, tensors = planned.ends("a", 3, 1)
     carry = {planned.layer(0).replace("lora_A", "lora_carry_A"): np.ones((3, 64), np.float32)}
-    assert "lora_carry_A.weight, which its plan does not let it train" in problem(
+    assert "lora_carry_A.weight, which its plan does not let it train" in why_unusable(
         reply((part, {**tensors, **carry})), planned.plans["a"], {**planned.start, **carry}
     )
 
@@ -198,12 +200,12 @@ def test_an_update_has_its_own_nodes_rank(tiny: ModelSource) -> None:
         part, _ = planned.ends(node, 3, 1)
         own = slice_of(starting_point(plan, planned.start, {}), end_spans(plan))
         assert own[planned.layer(0)].shape == (plan.lora.rank, 64)
-        assert problem(reply((part, own)), plan, planned.start) == ""
-    (found,) = collect({"b": reply((part, own))}, planned.plans, planned.layout, [])
+        assert why_unusable(reply((part, own)), plan, planned.start) == ""
+    (found,) = contributions_of({"b": reply((part, own))}, planned.plans, planned.layout, [])
     assert set(found.scales.values()) == {16.0 / 2}
     assert set(found.scales) == {name.removesuffix(".lora_A.weight") for name in own if "lora_A" in name}
     wide = reply((part, slice_of(planned.start, end_spans(planned.plans["a"]))))
-    assert "(8, 64), not float32 (2, 64)" in problem(wide, planned.plans["b"], planned.start)
+    assert "(8, 64), not float32 (2, 64)" in why_unusable(wide, planned.plans["b"], planned.start)
 
 
 def test_a_copy_holds_only_what_its_device_crosses(tiny: ModelSource) -> None:
@@ -211,14 +213,14 @@ def test_a_copy_holds_only_what_its_device_crosses(tiny: ModelSource) -> None:
     part, tensors = planned.site("e", 3, 1, source="b")
     assert planned.layer(1) not in tensors
     name = planned.layer(1)  # on the host for a alone
-    got = problem(reply((part, {**tensors, name: planned.start[name]})), planned.plans["e"], planned.start)
+    got = why_unusable(reply((part, {**tensors, name: planned.start[name]})), planned.plans["e"], planned.start)
     assert got == f"its update has a tensor {name}, which its plan does not let it train"
 
 
 def test_a_failed_report_says_why(tiny: ModelSource) -> None:
     plan = Planned(tiny).plans["a"]
-    assert problem(Reply(pb.JobReport(state="failed", error="no memory")), plan, {}) == "no memory"
-    assert problem(Reply(pb.JobReport(state="running")), plan, {}) == "its report says 'running'"
+    assert why_unusable(Reply(pb.JobReport(state="failed", error="no memory")), plan, {}) == "no memory"
+    assert why_unusable(Reply(pb.JobReport(state="running")), plan, {}) == "its report says 'running'"
 
 
 # ---------------------------------------------------------------- a source
@@ -227,7 +229,7 @@ def test_a_failed_report_says_why(tiny: ModelSource) -> None:
 def test_a_chain_of_hosts_is_one_source(tiny: ModelSource) -> None:
     planned = Planned(tiny, "split.hosts=2", "split.front=1")
     replies = {"f": reply(planned.site("f", 21, 2)), "e": reply(planned.site("e", 21, 1))}
-    (site,) = collect(replies, planned.plans, planned.layout, [])
+    (site,) = contributions_of(replies, planned.plans, planned.layout, [])
     assert (site.source, site.weight) == ("site e+f", 21)
     assert set(site.tensors) == set(planned.moved([Span(1, 4)], 0))
     name = planned.layer(3)
@@ -238,7 +240,7 @@ def test_a_devices_ends_and_copies_are_one_source(tiny: ModelSource) -> None:
     planned = Planned(tiny, "split.host_mode=copies")
     hosted = reply(*(planned.site("e", weight, 1, source=name) for name, weight in zip("abc", (3, 17, 1), strict=True)))
     replies = {"e": hosted, "a": reply(planned.ends("a", 3, 1)), "b": reply(planned.ends("b", 17, 1))}
-    found = collect(replies, planned.plans, planned.layout, [])
+    found = contributions_of(replies, planned.plans, planned.layout, [])
     assert [(c.source, c.weight, len(c.tensors) == len(planned.start)) for c in found] == [
         ("a", 3, True),
         ("b", 17, True),
@@ -250,8 +252,8 @@ def test_a_device_and_the_site_that_it_hosts_are_two(tiny: ModelSource) -> None:
     """Its own ends hold layer 2, and so does its part as a host, for the others."""
     planned = Planned(tiny, "split.host_on=any", "split.fronts={'a'=3}", nodes=NODES[:3])
     both = reply(planned.ends("a", 3, 1), planned.site("a", 21, 2))
-    assert problem(both, planned.plans["a"], planned.start) == ""
-    found = collect({"a": both}, planned.plans, planned.layout, [])
+    assert why_unusable(both, planned.plans["a"], planned.start) == ""
+    found = contributions_of({"a": both}, planned.plans, planned.layout, [])
     assert [(c.source, c.weight) for c in found] == [("a", 3), ("site a", 21)]
     shared = planned.layer(2)
     mean = FedAvg().aggregate(found, Start({})).tensors[shared]
@@ -265,12 +267,12 @@ def test_nothing_of_a_broken_site_counts(tiny: ModelSource) -> None:
     replies = {name: reply(planned.ends(name, 3, 1)) for name in "abc"} | {"f": reply(planned.site("f", 3, 1))}
     broken = broken_sites(planned.layout, replies)
     assert broken == {"e": ["e"]}
-    assert [c.source for c in collect(replies, planned.plans, planned.layout, broken)] == ["b", "site f"]
+    assert [c.source for c in contributions_of(replies, planned.plans, planned.layout, broken)] == ["b", "site f"]
 
 
 def test_no_weight_no_contribution(tiny: ModelSource) -> None:
     planned = Planned(tiny)
-    assert collect({"a": reply(planned.ends("a", 0, 1))}, planned.plans, planned.layout, []) == []
+    assert contributions_of({"a": reply(planned.ends("a", 0, 1))}, planned.plans, planned.layout, []) == []
 
 
 # ---------------------------------------------------------------- where a round starts
@@ -288,25 +290,25 @@ def test_what_was_trained_is_kept_and_another_rank_refused(tiny: ModelSource) ->
     planned = Planned(tiny)
     trained = planned.moved([Span(0, 6)], 1)
     config = run_config(tiny.name)
-    assert digest(complete(trained, planned.plans, RunSpec(config, tiny))) == digest(trained)
+    assert digest(with_missing_modules(trained, planned.plans, RunSpec(config, tiny))) == digest(trained)
     with pytest.raises(
         RunFailed, match=r"was trained as \[8, 64\]; node e, which holds it now, has rank 2 \(lora.ranks\)"
     ):
-        complete(trained, Planned(tiny, "lora.ranks={'e'=2}").plans, RunSpec(config, tiny))
+        with_missing_modules(trained, Planned(tiny, "lora.ranks={'e'=2}").plans, RunSpec(config, tiny))
 
 
 def test_a_larger_rank_than_before_leaves_the_product_as_it_is(tiny: ModelSource) -> None:
     """A holder of rank 8 comes after rounds at rank 2: more rows, of its own start, that B does not use yet."""
     narrow = Planned(tiny, "lora.ranks={'*'=2}")
     trained = narrow.moved([Span(0, 6)], 1)
-    wide = complete(trained, Planned(tiny).plans, RunSpec(run_config(tiny.name), tiny), unequal_ranks=True)
+    wide = with_missing_modules(trained, Planned(tiny).plans, RunSpec(run_config(tiny.name), tiny), unequal_ranks=True)
     a = narrow.layer(0)
     b = a.replace("lora_A", "lora_B")
     assert (wide[a].shape, wide[b].shape) == ((8, 64), (trained[b].shape[0], 8))
     np.testing.assert_allclose(16 / 8 * wide[b] @ wide[a], 16 / 2 * trained[b] @ trained[a], rtol=1e-5)
     assert np.array_equal(wide[a][2:], initial_adapter(tiny, ["q_proj", "v_proj"], 8, 1)[a][2:])
     assert not wide[b][:, 2:].any()
-    again = complete(wide, narrow.plans, RunSpec(run_config(tiny.name), tiny), unequal_ranks=True)
+    again = with_missing_modules(wide, narrow.plans, RunSpec(run_config(tiny.name), tiny), unequal_ranks=True)
     assert digest(again) == digest(wide), "a smaller rank is cut on the way to its node, not here"
     sent = starting_point(narrow.plans["a"], wide, {})
     np.testing.assert_allclose(sent[b] @ sent[a], trained[b] @ trained[a], rtol=1e-5)

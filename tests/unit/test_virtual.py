@@ -55,7 +55,7 @@ def test_operations_of_a_token(tiny: ModelSource, overrides: list[str], forward:
     """Two a weight in each direction; backward down to the lowest adapter that learns."""
     loads = Loads(RunSpec(run_config("any", *overrides), tiny))
     head = tiny.config["vocab_size"] * tiny.hidden_size
-    assert loads.operations_a_token("a") == 2 * (forward + backward) * layer_weights(tiny) + 4 * head
+    assert loads.operations_per_token("a") == 2 * (forward + backward) * layer_weights(tiny) + 4 * head
 
 
 def test_a_load_before_the_first_round(tiny: ModelSource) -> None:
@@ -71,7 +71,7 @@ def test_a_load_before_the_first_round(tiny: ModelSource) -> None:
     assert load.adapter_bytes_down == adapter_bytes
     assert load.data_bytes_down == (2 * learned + 3) * state_bytes
     assert load.bytes_up == adapter_bytes + load.data_bytes_down
-    assert load.operations == learned * config.task.max_tokens * Loads(RunSpec(config, tiny)).operations_a_token("a")
+    assert load.operations == learned * config.task.max_tokens * Loads(RunSpec(config, tiny)).operations_per_token("a")
 
 
 def test_a_load_is_what_the_last_round_moved_and_scales_the_others_estimates(tiny: ModelSource) -> None:
@@ -84,7 +84,7 @@ def test_a_load_is_what_the_last_round_moved_and_scales_the_others_estimates(tin
     virtual.over(1, {"a": 1.0}, [], {"a": 50}, {"a": Reply(report)})
     expected = virtual.expected([small, large])
     a = expected["a"]
-    operations = 300 * Loads(RunSpec(config, tiny)).operations_a_token("a")
+    operations = 300 * Loads(RunSpec(config, tiny)).operations_per_token("a")
     assert (a.bytes_up, a.adapter_bytes_down, a.data_bytes_down, a.operations) == (1000, 50, 70, operations)
     estimates = [Loads(RunSpec(config, tiny)).estimate(profile) for profile in (small, large)]
     assert expected["b"].bytes_up == pytest.approx(1000 * estimates[1].bytes_up / estimates[0].bytes_up)

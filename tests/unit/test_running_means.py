@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from server.replies import KEPT_NODES, Fold, folds
+from server.replies import KEPT_NODES, RunningMeans, sums_on_arrival
 from strategies.aggregation.fedavg import FedAvg
 from strategies.api import Aggregated, Contribution, Start
 from strategies.registry import BUILT_IN, load, with_capabilities
@@ -28,14 +28,14 @@ class AndSaysSo(Otherwise):
 
 @pytest.mark.parametrize("name", BUILT_IN["aggregation"])
 def test_rules_that_ask_for_the_mean_alone(name: str) -> None:
-    assert folds(load("aggregation", name).capabilities, KEPT_NODES + 1) == (name in MEANS)
-    assert not folds(load("aggregation", name).capabilities, KEPT_NODES)
+    assert sums_on_arrival(load("aggregation", name).capabilities, KEPT_NODES + 1) == (name in MEANS)
+    assert not sums_on_arrival(load("aggregation", name).capabilities, KEPT_NODES)
 
 
 def test_a_rule_that_is_derived_from_such_a_one_and_aggregates_otherwise_gets_all() -> None:
-    assert not folds(with_capabilities(Otherwise()).capabilities, KEPT_NODES + 1)
-    assert folds(with_capabilities(AndSaysSo()).capabilities, KEPT_NODES + 1)
-    assert not folds(with_capabilities(object()).capabilities, KEPT_NODES + 1)
+    assert not sums_on_arrival(with_capabilities(Otherwise()).capabilities, KEPT_NODES + 1)
+    assert sums_on_arrival(with_capabilities(AndSaysSo()).capabilities, KEPT_NODES + 1)
+    assert not sums_on_arrival(with_capabilities(object()).capabilities, KEPT_NODES + 1)
 
 
 def contribution(number: int, *names: str) -> tuple[str, Contribution]:
@@ -44,18 +44,18 @@ def contribution(number: int, *names: str) -> tuple[str, Contribution]:
     return f"site-{number % 3}", Contribution(f"d{number}", 10 * number + 1, tensors, {A.split(".lora")[0]: 2.0})
 
 
-def folded(given: Sequence[tuple[str, Contribution]], broken: Sequence[str] = ()) -> list[Contribution]:
-    fold = Fold()
+def averaged(given: Sequence[tuple[str, Contribution]], broken: Sequence[str] = ()) -> list[Contribution]:
+    means = RunningMeans()
     for one in given:
-        fold.add([one])
-    return fold.contributions(broken)
+        means.add([one])
+    return means.contributions(broken)
 
 
 def test_the_sums_are_the_mean_of_those_whose_site_is_whole() -> None:
     """Tensors with other total weights come in contributions of their own."""
     given = [contribution(n, *((A, B) if n % 2 else (A,))) for n in range(12)]
     whole = [one for site, one in given if site != "site-1"]
-    mean = folded(given, ["site-1"])
+    mean = averaged(given, ["site-1"])
     weights = {name: sum(c.weight for c in whole if name in c.tensors) for name in (A, B)}
     assert {name: c.weight for c in mean for name in c.tensors} == weights
     expected = FedAvg().aggregate(whole, Start({})).tensors
@@ -64,16 +64,16 @@ def test_the_sums_are_the_mean_of_those_whose_site_is_whole() -> None:
     for name, array in expected.items():
         np.testing.assert_allclose(new[name], array, rtol=1e-6)
     assert all(c.scales == given[0][1].scales for c in mean)
-    assert folded(given, ["site-0", "site-1", "site-2"]) == []
+    assert averaged(given, ["site-0", "site-1", "site-2"]) == []
 
 
 def test_the_order_of_arrival_changes_no_more_than_a_last_bit() -> None:
     given = [contribution(n, A) for n in range(50)]
-    (one,), (other,) = folded(given), folded(given[::-1])
+    (one,), (other,) = averaged(given), averaged(given[::-1])
     np.testing.assert_array_max_ulp(one.tensors[A], other.tensors[A], maxulp=1)
 
 
 def test_one_source_keeps_its_bits() -> None:
     given = contribution(7, A, B)
-    (mean,) = folded([given])
+    (mean,) = averaged([given])
     assert all(np.array_equal(mean.tensors[name], array) for name, array in given[1].tensors.items())
