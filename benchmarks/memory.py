@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS, Figure, main
+from edgelam_fl.model.base_names import BASES
 
-BASES = ("fp32", "bf16", "int8", "nf4")
 SLICES = (2, 8, 15, 26)
 FIRST_LAYER, ROWS, TOKENS, THREADS = 2, 4, 64, 1
 MIB = 2**20

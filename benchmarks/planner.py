@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from benchmarks.common import RESULTS, Figure, machine, main
 from edgelam_fl.errors import DoesNotFit
 from edgelam_fl.plan.chain_memory import UNITS_SHARE
-from edgelam_fl.plan.facts import ChainCost, DeviceEnds, Footprint, NodeFacts, SiteInstance, StepFacts
+from edgelam_fl.plan.facts import ChainCost, DeviceEnds, Footprint, NodeResources, SiteInstance, StepFacts
 from edgelam_fl.plan.search import best_chain
 from edgelam_fl.telemetry.events import PlacementMade, RoundDone, of_kind, read_events
 
@@ -190,7 +190,7 @@ def random_instance(rng: Random, *, hosts: int, layers: int) -> SiteInstance:
     devices = []
     for number in range(rng.randint(1, 3)):
         front = rng.randint(0, 1)
-        node = NodeFacts(
+        node = NodeResources(
             f"device-{number}", up_bps=_rate(rng), down_bps=_rate(rng), round_trip_s=rng.uniform(0, 0.2),
             ends_s=rng.uniform(0, 2), ends_bytes=rng.randint(0, 3), free_bytes=30,
         )  # fmt: skip
@@ -203,9 +203,9 @@ def random_instance(rng: Random, *, hosts: int, layers: int) -> SiteInstance:
     return SiteInstance(step, tuple(devices), tuple(found))
 
 
-def _node(rng: Random, name: str, step: StepFacts) -> NodeFacts:
+def _node(rng: Random, name: str, step: StepFacts) -> NodeResources:
     speed = rng.choice((0.2, 0.4, 1.0))
-    return NodeFacts(
+    return NodeResources(
         name, {base: rng.uniform(0.1, 1) / speed for base in step.footprints},
         free_bytes=rng.choice((25, 45, 80, math.inf)), up_bps=_rate(rng), down_bps=_rate(rng),
         round_trip_s=rng.uniform(0, 0.2), reachable=rng.random() < 0.8,
@@ -225,7 +225,7 @@ def search(instance: SiteInstance) -> float | None:
     return min((seconds for seconds in steps if seconds is not None), default=None)
 
 
-Piece = tuple[NodeFacts, int, int]
+Piece = tuple[NodeResources, int, int]
 
 
 def chains(instance: SiteInstance) -> Iterator[list[Piece]]:
@@ -300,11 +300,11 @@ def _base(step: StepFacts, devices: int, chain: Sequence[Piece], number: int) ->
     return None
 
 
-def _relays(step: StepFacts, dialling: NodeFacts, dialled: NodeFacts) -> bool:
+def _relays(step: StepFacts, dialling: NodeResources, dialled: NodeResources) -> bool:
     return not dialled.reachable or (dialling.name, dialled.name) in step.by_relay
 
 
-def _link_s(step: StepFacts, dialling: NodeFacts, dialled: NodeFacts, back: int) -> float:
+def _link_s(step: StepFacts, dialling: NodeResources, dialled: NodeResources, back: int) -> float:
     """Seconds for a tensor to the dialled node, and with `back` one in return; a device dials its last host itself."""
     if dialling.name == dialled.name:
         return 0.0

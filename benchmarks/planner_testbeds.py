@@ -1,21 +1,20 @@
-"""What the planner predicts against what is measured, on five unlike testbeds; and its plan against equal cuts on one of them.
+"""Compares what the planner predicts with what is measured on five unlike testbeds, and its plan with equal cuts on one of them.
 
-Needs a Docker engine. Each testbed is a server, edge servers and devices as containers with their share of a core, a limit
-of memory and `tc` rates each way; together at most 0.9 of this machine's cores, the server's among them, one torch thread
-each. Where layers go is the planner's (split.hosts = split.cuts = "auto"). The first one, CPUs 1.0 / 0.4 / 0.2 and links of 100 / 20 / 5 Mbit/s
-(two edge servers, and the device with the data), is run again by the same containers with equal cuts.
+Needs a Docker engine. Each testbed is a server, edge servers and devices as containers, each with its share of a core, its memory
+limit and `tc` rates both ways; together they use at most 0.9 of this machine's cores, with one torch thread each. The planner
+chooses where layers go (split.hosts = split.cuts = "auto"). The first testbed has CPUs of 1.0, 0.4 and 0.2 and links of 100, 20
+and 5 Mbit/s (two edge servers, and the device with the data); the same containers run it a second time with equal cuts.
 
-Like with like, of three rounds that train (`benchmarks.planner.compared`):
+Compared over three rounds that train (`benchmarks.planner.compared`):
 
-    step      `step_s` of the plans of rounds 2 and 3, against the training of the slowest device over its steps, as its
-              JobReport tells it
-    memory    `memory_bytes`, which is the stage host's process at its peak, against its peak_rss_bytes
+    step      `step_s` of the plans of rounds 2 and 3, and the training of the slowest device per step, from its JobReport
+    memory    `memory_bytes`, the predicted peak of the stage host's process, and its peak_rss_bytes
 
-A plan knows the times of the rounds before it; what profiles alone had predicted for the first stands beside it, without
-a bar. Containers start with all cores, and so does the ServerApp: seconds are taken when each has its share.
-It measures time: run it on a machine that does nothing else; how many cores others used meanwhile is told, and how many the
-machine's own host took away (steal). A testbed that was finished in runs/benchmark-planner-testbeds is not run again: remove
-its folder there to measure it anew. --smoke: the first testbed, one step a round, no bars.
+A plan knows the times of the rounds before it. What profiles alone predicted for the first round is shown too, without a bar.
+Containers start with all cores, and so does the ServerApp: seconds are measured once each has its share.
+This measures time: run it on a machine that does nothing else. The output says how many cores other programs used meanwhile, and
+how many the machine's own host took away (steal). A testbed that is finished in runs/benchmark-planner-testbeds is not run again:
+remove its folder there to repeat it. --smoke: the first testbed, one step per round, no bars.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ from testbed.shapes import MachineShape, Testbed, TestbedNode
 
 PROJECT = "edgelam-planner"
 LLAMA = "/models/llama"
-# Much to compute for what it moves, so that hosts count and not only links.
+# Much to compute per byte that moves, so that hosts count and not only links.
 MODEL = {
     **CONFIG, "vocab_size": 300, "hidden_size": 512, "intermediate_size": 6144, "num_hidden_layers": 22,
     "num_attention_heads": 8, "num_key_value_heads": 2,
@@ -88,7 +87,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Bed:
-    """One testbed, and what is trained on it."""
+    """One testbed and the run on it."""
 
     name: str
     edges: Sequence[Machine]
@@ -186,7 +185,7 @@ def table(figures: Sequence[Figure]) -> Table:
 
 
 def of_bed(folder: Path, *, equal: bool) -> list[Figure]:
-    """Of a finished one."""
+    """Returns the figures of a finished testbed."""
     finished = json.loads((folder / _FINISHED).read_text(encoding="utf-8"))
     figures = [*compared(folder / folder.name), predicted_first(folder / folder.name)]
     for key, words in (("others", "others used meanwhile"), ("stolen", "were stolen meanwhile")):
@@ -207,7 +206,7 @@ def run_bed(bed: Bed, folder: Path, model: Path, *, equal: bool) -> None:
 
 @contextmanager
 def bed_started(bed: Bed, folder: Path, model: Path) -> Iterator[Project]:
-    """Its containers, of a new folder."""
+    """Makes a new folder and starts the testbed's containers with it."""
     folder.mkdir(parents=True)
     mounts = {} if bed.model != LLAMA else {str(model): LLAMA}
     with started(bed.testbed(), folder, PROJECT, Console(), _data(bed, folder), mounts, lend=True) as containers:
@@ -221,7 +220,7 @@ def _data(bed: Bed, folder: Path) -> list[Path]:
 
 
 def train_bed(bed: Bed, containers: Project, folder: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
-    """Returns how many cores others used meanwhile, and how many were stolen."""
+    """Runs the testbed; returns how many cores other programs used meanwhile, and how many were stolen."""
     testbed, run_file = bed.testbed(), folder.with_name("run.toml")
     run_file.write_text(bed.run_file, encoding="utf-8")
     began, ours_s, busy_s, stolen_s = time.monotonic(), _computed_s(containers, testbed), *_busy_s()
@@ -238,7 +237,7 @@ def _computed_s(containers: Project, testbed: Testbed) -> float:
 
 
 def _busy_s() -> tuple[float, float]:
-    """Of all cores of this machine: computing, and stolen."""
+    """Returns the seconds, summed over all cores of this machine, spent computing and stolen."""
     times = psutil.cpu_times()
     stolen_s = getattr(times, "steal", 0.0)
     return sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0) - stolen_s, stolen_s
@@ -246,7 +245,7 @@ def _busy_s() -> tuple[float, float]:
 
 @contextmanager
 def _server_lent_cores(containers: Project, testbed: Testbed, events: str) -> Iterator[None]:
-    """All of them for the server until its ServerApp has loaded, which is when a run's events begin."""
+    """Gives the server all cores until its ServerApp has loaded, which is when a run's events begin."""
     own = testbed.shapes[testbed.server].cpus
     containers.limit_cpus(SERVER, **cpu_limit(float(os.cpu_count() or 1)))
     with once(containers, f"test -s {events}", lambda _: containers.limit_cpus(SERVER, **cpu_limit(own))):
@@ -255,7 +254,7 @@ def _server_lent_cores(containers: Project, testbed: Testbed, events: str) -> It
 
 @contextmanager
 def once(containers: Project, test: str, act: Callable[[bool], None]) -> Iterator[None]:
-    """Meanwhile tries a shell's `test` on the server every second; calls `act` when it holds, or else at the end: whether it did."""
+    """Tries a shell's `test` on the server every second; calls `act(True)` when it holds, or `act(False)` at the end."""
     stop = threading.Event()
 
     def wait() -> None:

@@ -24,6 +24,7 @@ from edgelam_fl.federation.hub_process import HubProcess
 from edgelam_fl.hub.slices import offer_model
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.adapter import Span, initial_adapter
+from edgelam_fl.model.base_names import BASES
 from edgelam_fl.model.memory import weights_bytes
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.plan.layout import make_layout
@@ -35,7 +36,6 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.control import ControlClient
 from tests.integration.proxy import Proxy
 
-BASES = ("fp32", "bf16", "int8", "nf4")
 FIRST, LAYERS, OVER, SEED = 2, 13, 0.05, 1
 MB = 1e6
 DEADLINE_S = 900.0

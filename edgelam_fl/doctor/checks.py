@@ -30,6 +30,7 @@ from edgelam_fl.errors import EdgelamError
 from edgelam_fl.federation.child import tool_environment
 from edgelam_fl.files import cache_folder
 from edgelam_fl.machine import disk_free_bytes, memory_free_bytes
+from edgelam_fl.model.base_names import BASES
 from edgelam_fl.model.source import BUILT_IN, find_model
 
 PACKAGE = "edgelam-fl"
@@ -75,7 +76,7 @@ def examine(server: tuple[str, int] | None, hub: tuple[str, int] | None, model: 
     for place, folder in (("cache", cache_folder()), ("this folder", Path.cwd())):
         yield check_disk(place, folder)
     yield check_cache_writable(cache_folder())
-    for base in ("fp32", "bf16", "int8", "nf4"):
+    for base in BASES:
         yield check_base(base)
     if model:
         yield check_model(model)

@@ -22,7 +22,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from edgelam_fl.plan.chain_memory import fitting_base, slice_bytes
-from edgelam_fl.plan.facts import ChainCost, DeviceEnds, NodeFacts, NodeLoad, SiteInstance
+from edgelam_fl.plan.facts import ChainCost, DeviceEnds, NodeLoad, NodeResources, SiteInstance
 
 INSTANT_S = 1e-12
 
@@ -92,7 +92,7 @@ class CostModel:
             self._slices[key] = self._host_slice(self.hosts[number], first, last)
         return self._slices[key]
 
-    def _host_slice(self, host: NodeFacts, first: int, last: int) -> HostSlice | None:
+    def _host_slice(self, host: NodeResources, first: int, last: int) -> HostSlice | None:
         base = fitting_base(self.instance, host, first, last)
         if base is None:
             return None
@@ -154,7 +154,7 @@ class CostModel:
 
     # ------------------------------------------------------------ computing
 
-    def compute_s(self, host: NodeFacts, base: str, first: int, last: int) -> float:
+    def compute_s(self, host: NodeResources, base: str, first: int, last: int) -> float:
         """Seconds that a host computes in a step: the layers that each route crosses there, and its own ends as a device."""
         crossed = sum(
             min(last, device.back_first) - max(first, device.front) + self._head_layers(last) for device in self.devices
@@ -164,12 +164,12 @@ class CostModel:
     def _head_layers(self, last: int) -> float:
         return self.step.head_layers if last == self.last else 0.0
 
-    def _is_device(self, host: NodeFacts) -> bool:
+    def _is_device(self, host: NodeResources) -> bool:
         return any(host.name == device.node.name for device in self.devices)
 
     # ------------------------------------------------------------ links
 
-    def link_s(self, dialling: NodeFacts, dialled: NodeFacts, returns: bool) -> float:
+    def link_s(self, dialling: NodeResources, dialled: NodeResources, returns: bool) -> float:
         """Seconds for one tensor over a link, and if it `returns`, for its gradient back."""
         if dialling.name == dialled.name:
             return 0.0
@@ -181,10 +181,10 @@ class CostModel:
         back_s = _seconds(step.tensor_bytes, min(dialled.up_bps, dialling.down_bps, most_bps))
         return there_s + back_s + round_trip_s if returns else there_s + round_trip_s / 2
 
-    def _needs_relay(self, dialling: NodeFacts, dialled: NodeFacts) -> bool:
+    def _needs_relay(self, dialling: NodeResources, dialled: NodeResources) -> bool:
         return not dialled.reachable or (dialling.name, dialled.name) in self.step.by_relay
 
-    def _relayed_share(self, before: NodeFacts | None, host: NodeFacts) -> float:
+    def _relayed_share(self, before: NodeResources | None, host: NodeResources) -> float:
         """Share of all units that reach a host through the relay, from the host before it or, if None, from their device."""
         dialling = [before] if before is not None else [device.node for device in self.devices]
         return sum(self._needs_relay(node, host) for node in dialling) / len(dialling)
@@ -200,7 +200,7 @@ class CostModel:
         """Number of tensors per unit that a device sends (`up`) or receives."""
         return self.step.back_on_device + (1 if up else self.step.front_learns)
 
-    def _device_link_s(self, node: NodeFacts, up: bool) -> float:
+    def _device_link_s(self, node: NodeResources, up: bool) -> float:
         """Seconds per unit of a device's uplink or downlink."""
         return _seconds(self._device_tensors(up) * self.step.tensor_bytes, node.up_bps if up else node.down_bps)
 
@@ -210,11 +210,11 @@ class CostModel:
         links = [self._device_link_s(device.node, up) for device in self.devices for up in (True, False)]
         return self.step.micro_batches * max(links)
 
-    def _alone_s(self, node: NodeFacts) -> float:
+    def _alone_s(self, node: NodeResources) -> float:
         """Seconds of one unit at a device and on its two links."""
         return node.ends_s + self._device_link_s(node, True) + self._device_link_s(node, False)
 
-    def _device_queue_s(self, node: NodeFacts) -> float:
+    def _device_queue_s(self, node: NodeResources) -> float:
         """Returns (micro_batches - 1) * pass_s of the slowest of a device's processor, uplink and downlink."""
         passes = [node.back_s, (node.ends_s - node.back_s) / 2]
         passes += [_seconds(self.step.tensor_bytes, bps) for bps in (node.up_bps, node.down_bps)]
@@ -232,7 +232,7 @@ class CostModel:
         devices = tuple(map(self._device_load, self.devices))
         return ChainCost(tuple(hosts), devices, self.step_s(chain), chain.cycle_s, self._limit(chain, hosts))
 
-    def _slices_of(self, chain: PartialChain) -> list[tuple[NodeFacts, HostSlice, int, int]]:
+    def _slices_of(self, chain: PartialChain) -> list[tuple[NodeResources, HostSlice, int, int]]:
         found, first = [], self.first
         for number, last in chain.hosts:
             added = self.host_slice(number, first, last)
@@ -265,11 +265,11 @@ class CostModel:
             found.append(min(self._most_in_flight, 1 + math.ceil(away_s / every_s - INSTANT_S)))
         return found
 
-    def _sends_every_s(self, device: NodeFacts) -> float:
+    def _sends_every_s(self, device: NodeResources) -> float:
         """Seconds between two units that a device sends."""
         return max((device.ends_s - device.back_s) / 2, _seconds(self.step.tensor_bytes, device.up_bps))
 
-    def _host_load(self, host: NodeFacts, base: str, first: int, last: int, in_flight: int) -> NodeLoad:
+    def _host_load(self, host: NodeResources, base: str, first: int, last: int, in_flight: int) -> NodeLoad:
         weights, units = slice_bytes(self.instance, base, first, last)
         used = weights + round(units * in_flight / self._most_in_flight) + host.ends_bytes
         moved = [self.units * self._host_tensors(first, last, up) * self.step.tensor_bytes for up in (True, False)]
@@ -282,7 +282,7 @@ class CostModel:
         memory, compute_s = self._process_bytes(node) + node.ends_bytes, step.micro_batches * node.ends_s
         return NodeLoad(node.name, device.front, device.back_first, "", memory, compute_s, *moved)
 
-    def _process_bytes(self, node: NodeFacts) -> int:
+    def _process_bytes(self, node: NodeResources) -> int:
         return node.idle_bytes + self.step.growth_bytes
 
     def _limit(self, chain: PartialChain, hosts: Sequence[NodeLoad]) -> str:
@@ -303,7 +303,7 @@ class CostModel:
         return max(busy_s, key=lambda name: busy_s[name])
 
 
-def fastest_layer_s(node: NodeFacts) -> float:
+def fastest_layer_s(node: NodeResources) -> float:
     """Seconds per layer and unit in the node's fastest base; infinite if it has none."""
     return min(node.layer_s.values(), default=math.inf)
 

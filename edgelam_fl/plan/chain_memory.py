@@ -6,7 +6,7 @@ Knows neither times nor the order of hosts. Sizes come from `Footprint`; `footpr
 from __future__ import annotations
 
 from edgelam_fl.errors import DoesNotFit
-from edgelam_fl.plan.facts import NodeFacts, SiteInstance
+from edgelam_fl.plan.facts import NodeResources, SiteInstance
 
 UNITS_SHARE = (
     0.8  # units in flight may fill this share of a host's free memory; the rest is for buffers and other programs
@@ -22,13 +22,13 @@ def slice_bytes(instance: SiteInstance, base: str, first: int, last: int) -> tup
     return weights, len(instance.devices) * per_device
 
 
-def missing_bytes(instance: SiteInstance, host: NodeFacts, base: str, first: int, last: int) -> float:
+def missing_bytes(instance: SiteInstance, host: NodeResources, base: str, first: int, last: int) -> float:
     """Returns the bytes that a host lacks for a slice; 0 or less if the slice fits."""
     weights, units = slice_bytes(instance, base, first, last)
     return weights + units / UNITS_SHARE + instance.step.growth_bytes + host.ends_bytes - host.free_bytes
 
 
-def fitting_base(instance: SiteInstance, host: NodeFacts, first: int, last: int) -> str | None:
+def fitting_base(instance: SiteInstance, host: NodeResources, first: int, last: int) -> str | None:
     """Returns the first of the host's bases in which the slice fits; None if it fits in none."""
     return next((base for base in host.layer_s if missing_bytes(instance, host, base, first, last) <= 0), None)
 
@@ -64,14 +64,14 @@ def host_shortage(instance: SiteInstance, count: int | None) -> DoesNotFit:
     )
 
 
-def _most_layers(instance: SiteInstance, host: NodeFacts) -> int:
+def _most_layers(instance: SiteInstance, host: NodeResources) -> int:
     """Counts the layers that a host can hold from the first on."""
     ends = range(instance.first + 1, instance.last + 1)
     fitting = (end for end in ends if fitting_base(instance, host, instance.first, end) is not None)
     return max(fitting, default=instance.first) - instance.first
 
 
-def _short_bytes(instance: SiteInstance, host: NodeFacts, layers: int) -> float:
+def _short_bytes(instance: SiteInstance, host: NodeResources, layers: int) -> float:
     """Returns the bytes that a host lacks for `layers`, or for one layer more than it can hold, whichever is more."""
     last = min(instance.last, instance.first + max(layers, _most_layers(instance, host) + 1))
     return max(0.0, min(missing_bytes(instance, host, base, instance.first, last) for base in host.layer_s))

@@ -20,7 +20,7 @@ Chain = tuple[tuple[str, int], ...]  # (host, the layer at which its slice ends)
 
 
 @dataclass(frozen=True)
-class NodeFacts:
+class NodeResources:
     """Speed, memory and links of one node. An unknown rate or memory is infinite."""
 
     name: str
@@ -40,7 +40,7 @@ class NodeFacts:
 class DeviceEnds:
     """A device of the site and the layers that it keeps: [0, front), and from `back_first` on."""
 
-    node: NodeFacts
+    node: NodeResources
     front: int
     back_first: int
 
@@ -78,7 +78,7 @@ class SiteInstance:
 
     step: StepFacts
     devices: tuple[DeviceEnds, ...]
-    hosts: tuple[NodeFacts, ...]
+    hosts: tuple[NodeResources, ...]
 
     @cached_property
     def first(self) -> int:

@@ -14,7 +14,7 @@ from edgelam_fl.errors import RunFailed
 from edgelam_fl.model.adapter import Span
 from edgelam_fl.plan.bases import choose_base, host_pairs, value_bytes
 from edgelam_fl.plan.chain_cost import fastest_layer_s
-from edgelam_fl.plan.facts import DeviceEnds, NodeFacts, SiteInstance, StepFacts
+from edgelam_fl.plan.facts import DeviceEnds, NodeResources, SiteInstance, StepFacts
 from edgelam_fl.plan.footprint import GROWTH_BYTES, IDLE_BYTES, Footprints
 from edgelam_fl.plan.layout import check_hosts, device_ends
 from edgelam_fl.plan.modes import label_place
@@ -107,14 +107,14 @@ class InstanceMaker:
         )
         return DeviceEnds(node, front, back_first)
 
-    def _host(self, host: pb.Profile, as_device: DeviceEnds | None) -> NodeFacts:
+    def _host(self, host: pb.Profile, as_device: DeviceEnds | None) -> NodeResources:
         """`as_device`: what the host keeps and does as a device, if it is one."""
         node = as_device.node if as_device is not None else self._node(host)
         pairs = host_pairs(self.spec.config, host)
         return replace(node, layer_s={pair: self._layer_s(host, pair) for pair in pairs})
 
-    def _node(self, profile: pb.Profile) -> NodeFacts:
-        return NodeFacts(
+    def _node(self, profile: pb.Profile) -> NodeResources:
+        return NodeResources(
             profile.name,
             free_bytes=profile.memory_available_bytes or math.inf,
             up_bps=_measured(profile.link_up_bps) or math.inf,
@@ -134,10 +134,10 @@ def planned_times(instances: Iterable[SiteInstance]) -> LayerTimes:
     return {(node.name, pair): seconds for node in nodes for pair, seconds in node.layer_s.items()}
 
 
-def share_out_hosts(hosts: Sequence[NodeFacts], sites: int) -> list[list[NodeFacts]]:
+def share_out_hosts(hosts: Sequence[NodeResources], sites: int) -> list[list[NodeResources]]:
     """Shares out hosts among sites so that each gets fast and slow ones: in turn by speed, there and back. Not a search."""
     ordered = sorted(hosts, key=lambda host: (fastest_layer_s(host), host.name))
-    shared_out: list[list[NodeFacts]] = [[] for _ in range(sites)]
+    shared_out: list[list[NodeResources]] = [[] for _ in range(sites)]
     for number, host in enumerate(ordered):
         turn, place = divmod(number, sites)
         shared_out[place if turn % 2 == 0 else sites - 1 - place].append(host)

@@ -11,29 +11,29 @@ from dataclasses import replace
 import pytest
 
 from edgelam_fl.plan.chain_memory import UNITS_SHARE, missing_bytes
-from edgelam_fl.plan.facts import ChainCost, DeviceEnds, Footprint, NodeFacts, SiteInstance, StepFacts
+from edgelam_fl.plan.facts import ChainCost, DeviceEnds, Footprint, NodeResources, SiteInstance, StepFacts
 from edgelam_fl.plan.search import cost_of
 
 BITS = 8 * 100_000  # of a tensor
-D = NodeFacts(
+D = NodeResources(
     "d", free_bytes=5_000, up_bps=8e6, down_bps=16e6, round_trip_s=0.02, ends_s=0.6, back_s=0.2, ends_bytes=700,
     idle_bytes=50,
 )  # fmt: skip
-A = NodeFacts("a", {"fp32": 0.5}, free_bytes=5_000, up_bps=80e6, down_bps=40e6, round_trip_s=0.04, idle_bytes=60)
-B = NodeFacts("b", {"fp32": 0.25}, free_bytes=5_000, up_bps=20e6, down_bps=10e6, round_trip_s=0.06, idle_bytes=70)
+A = NodeResources("a", {"fp32": 0.5}, free_bytes=5_000, up_bps=80e6, down_bps=40e6, round_trip_s=0.04, idle_bytes=60)
+B = NodeResources("b", {"fp32": 0.25}, free_bytes=5_000, up_bps=20e6, down_bps=10e6, round_trip_s=0.06, idle_bytes=70)
 STEP = StepFacts(
     {"fp32": Footprint((100, 110, 120, 130, 140), unit_bytes=30, unit_layer_bytes=20)},
     tensor_bytes=100_000, micro_batches=3, window=2, growth_bytes=5, relay_bps=4e6, relay_round_trip_s=0.1,
 )  # fmt: skip
 
 
-def cost(step: StepFacts = STEP, d: NodeFacts = D, a: NodeFacts = A, b: NodeFacts = B) -> ChainCost:
+def cost(step: StepFacts = STEP, d: NodeResources = D, a: NodeResources = A, b: NodeResources = B) -> ChainCost:
     found = cost_of(SiteInstance(step, (DeviceEnds(d, 1, 4),), (a, b)), (("a", 3), ("b", 4)))
     assert found is not None
     return found
 
 
-def terms(step: StepFacts, d: NodeFacts, a: NodeFacts, b: NodeFacts) -> tuple[float, dict[str, float]]:
+def terms(step: StepFacts, d: NodeResources, a: NodeResources, b: NodeResources) -> tuple[float, dict[str, float]]:
     """(cycle_s, what a step is at least as long as), for links that are direct except a -> b if b is not reachable."""
     m = units = step.micro_batches
     relay_bps = math.inf if b.reachable else step.relay_bps
@@ -96,7 +96,7 @@ MANY = replace(STEP, micro_batches=12, window=12)
     ],
 )
 def test_a_step_is_as_long_as_the_longest_term(
-    longest: str, step: StepFacts, d: NodeFacts, a: NodeFacts, b: NodeFacts
+    longest: str, step: StepFacts, d: NodeResources, a: NodeResources, b: NodeResources
 ) -> None:
     cycle_s, expected = terms(step, d, a, b)
     found = cost(step, d, a, b)

@@ -13,7 +13,7 @@ from tests.support import run_config
 
 
 def layout(config: RunConfig, source: ModelSource, devices: str, hosts: str) -> Layout:
-    """One node a letter."""
+    """Makes a layout of one node per letter."""
     return make_layout(
         RunSpec(config, source),
         [pb.Profile(name=name, role=pb.DEVICE) for name in devices],
@@ -78,7 +78,7 @@ def test_a_route_that_misses_a_host_is_refused_with_numbers(tiny: ModelSource) -
         layout(config, tiny, "ab", "ef")
 
 
-def test_devices_are_dealt_to_the_sites_in_turn(tiny: ModelSource) -> None:
+def test_sites_get_devices_in_turn(tiny: ModelSource) -> None:
     config = run_config("x", "split.sites=2", "split.hosts=2", "split.front=1", "split.back=1")
     found = layout(config, tiny, "cbade", "wxyz")
     assert [(site.name, site.members) for site in found.sites] == [("w+x", ("a", "c", "e")), ("y+z", ("b", "d"))]
@@ -97,7 +97,7 @@ def test_a_sites_range_is_that_of_its_own_members(tiny: ModelSource) -> None:
     assert ranges(found) == [("e", 1, 4), ("f", 2, 4)]
 
 
-def test_fewer_sites_where_hosts_are_missing(tiny: ModelSource) -> None:
+def test_fewer_sites_if_hosts_are_missing(tiny: ModelSource) -> None:
     found = layout(run_config("x", "split.sites=2"), tiny, "ab", "e")
     assert [(site.name, site.members) for site in found.sites] == [("e", ("a", "b"))]
 

@@ -1,4 +1,4 @@
-"""From profiles to a layout with split.cuts = "auto"; the tiny model has 6 layers, of which hosts get 2 to 4."""
+"""Makes layouts from profiles with split.cuts = "auto"; the tiny model has 6 layers, of which hosts get 2 to 4."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_the_fastest_measured_base_that_fits_is_settled_in_the_layout(tiny: Mode
     assert host_pairs(run_config("x", "model.base=auto", "model.compute=fp32"), both) == ["fp32/fp32"]
 
 
-def test_a_whole_layer_of_about_the_same_size_is_believed_more_than_matrices(tiny: ModelSource) -> None:
+def test_a_whole_layer_of_similar_size_counts_before_matrices(tiny: ModelSource) -> None:
     spec = RunSpec(run_config(tiny.name), tiny)
     speeds = before_rounds(spec.config)
     positions = 2 * 128
@@ -144,7 +144,7 @@ def test_less_memory_means_fewer_layers_then_a_smaller_window_then_a_message(tin
     assert [event.window for event in placed.events] == [2, 1]
 
 
-def test_what_does_not_fit_is_told_with_what_would(tiny: ModelSource) -> None:
+def test_the_message_names_changes_that_would_fit(tiny: ModelSource) -> None:
     small = edge("a", free=GROWTH_BYTES + 3_500_000)
     with pytest.raises(DoesNotFit) as caught:
         Placed(tiny).layout(small)
@@ -156,7 +156,7 @@ def test_what_does_not_fit_is_told_with_what_would(tiny: ModelSource) -> None:
     assert caught.value.missing_bytes > 0
 
 
-def test_a_device_without_memory_for_its_ends_is_told_to_keep_fewer(tiny: ModelSource) -> None:
+def test_the_message_advises_a_small_device_to_keep_fewer_layers(tiny: ModelSource) -> None:
     placed = Placed(tiny, "split.front=2", "split.back=2")
     devices, hosts = [device("d1")], [edge("a")]
     maker = InstanceMaker(
@@ -174,7 +174,7 @@ def test_a_device_without_memory_for_its_ends_is_told_to_keep_fewer(tiny: ModelS
 
 
 def report(plan: pb.Plan, layer_s: float, units: int = 4) -> pb.JobReport:
-    """A host's that took so long for a layer of each of its devices' units."""
+    """Makes the report of a host that took `layer_s` seconds per layer for each unit of its devices."""
     found = pb.JobReport(node=plan.node, role=pb.EDGE)
     layers = plan.hosted.last - plan.hosted.first
     for number in range(units):
@@ -206,7 +206,7 @@ def test_a_host_that_slows_down_gives_layers_away(tiny: ModelSource) -> None:
     assert any(text.startswith("b took ") for text in last.measured)
 
 
-def test_what_moves_little_changes_nothing(tiny: ModelSource) -> None:
+def test_small_differences_change_nothing(tiny: ModelSource) -> None:
     placed, hosts = Placed(tiny), [edge("a"), edge("b")]
     first = placed.layout(*hosts)
     assert _ranges(placed.layout(*hosts)) == _ranges(first)
@@ -243,11 +243,11 @@ def test_the_first_units_of_a_round_count_as_the_others(tiny: ModelSource) -> No
     assert measured_layer_s(RunSpec(placed.config, tiny), plan, slow_at_first) == pytest.approx(1.0)
 
 
-def test_links_are_measured_anew_once_where_steps_are_not_explained(tiny: ModelSource) -> None:
+def test_links_are_measured_again_once_if_layers_do_not_explain_the_steps(tiny: ModelSource) -> None:
     placed, hosts, asked = Placed(tiny), [edge("a"), edge("b")], list[str]()
 
     def round_takes(times_as_long: float, *, then: float | None = None) -> str:
-        """How the next plan was made; `then`: the rate of d1's link as it is found to be, in bits a second."""
+        """Returns what the next plan says it learned; `then`: the rate of d1's link when measured again, in bit/s."""
 
         def measure() -> None:
             asked.append("asked")
@@ -271,7 +271,7 @@ def test_links_are_measured_anew_once_where_steps_are_not_explained(tiny: ModelS
     assert placed.events[-1].step_s > before_s, "the link that was found is planned with"
 
 
-def test_steps_that_cost_a_round_less_than_measuring_are_let_be(tiny: ModelSource) -> None:
+def test_links_are_not_measured_for_less_than_measuring_takes(tiny: ModelSource) -> None:
     placed, hosts = Placed(tiny), [edge("a", 1e-6), edge("b", 1e-6)]
     placed.layout(*hosts)
     steps = [pb.StepReport(counted=True, seconds=0.01)]
@@ -303,20 +303,20 @@ def _ranges(layout: Layout) -> list[tuple[str, int, int]]:
 # ---------------------------------------------------------------- the run file
 
 
-def test_hosts_are_chosen_only_with_the_cuts(tiny: ModelSource) -> None:
+def test_hosts_are_chosen_only_together_with_cuts(tiny: ModelSource) -> None:
     with pytest.raises(ConfigError, match=r"split.hosts = 'auto' cannot be combined with split.cuts = 'equal'"):
         check_config(run_config(tiny.name, "split.hosts=auto"))
     assert check_config(run_config(tiny.name, *AUTO)).source.digest == tiny.digest
 
 
 @pytest.mark.parametrize("value", ["many", "-1", "65", "true", "1.5"])
-def test_a_number_of_hosts_that_is_none(value: str) -> None:
+def test_invalid_numbers_of_hosts(value: str) -> None:
     with pytest.raises(ConfigError, match=r"split.hosts = .* must be 0 to 64, or 'auto'"):
         run_config("x", f"split.hosts={value}")
 
 
 def test_a_device_that_hosts_has_its_own_work_too(tiny: ModelSource) -> None:
-    """Of two hosts as fast, the one that trains as a device gets fewer layers."""
+    """Compares two equally fast hosts: the one that is also a device gets fewer layers."""
     busy = edge("d1", 1.0)
     busy.role = pb.DEVICE
     placed = Placed(tiny, "split.host_on=any", "split.micro_batches=4")

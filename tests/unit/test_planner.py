@@ -1,4 +1,4 @@
-"""The planner's chains against all chains that there are, and what a user reads of them. Numbers are small, so formulas stay short."""
+"""Compares the planner's chains with all chains there are, and checks what a user reads of them. Small numbers keep formulas short."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from benchmarks.planner import compared, planned, random_instance, search, speed_up
 from edgelam_fl.errors import DoesNotFit, RunFailed
 from edgelam_fl.plan.chain_memory import UNITS_SHARE
-from edgelam_fl.plan.facts import Chain, ChainCost, DeviceEnds, Footprint, NodeFacts, SiteInstance, StepFacts
+from edgelam_fl.plan.facts import Chain, ChainCost, DeviceEnds, Footprint, NodeResources, SiteInstance, StepFacts
 from edgelam_fl.plan.instance import share_out_hosts
 from edgelam_fl.plan.placement import keep_or_change
 from edgelam_fl.plan.search import best_chain, cost_of, shortage
@@ -23,22 +23,24 @@ LAYERS = 10
 STEP = StepFacts(
     {"fp32": Footprint((1,) * LAYERS), "int8": Footprint((0,) * LAYERS)}, tensor_bytes=0, micro_batches=4, window=4
 )
-DEVICE = NodeFacts("device", ends_s=0.1)
+DEVICE = NodeResources("device", ends_s=0.1)
 DEVICES = [DeviceEnds(DEVICE, 1, LAYERS - 1)]
 MIDDLE = LAYERS - 2
 
 
-def host(name: str, layer_s: float = 1.0, **more: float | bool) -> NodeFacts:
-    return NodeFacts(name, {"fp32": layer_s}, **more)  # type: ignore[arg-type]
+def host(name: str, layer_s: float = 1.0, **more: float | bool) -> NodeResources:
+    return NodeResources(name, {"fp32": layer_s}, **more)  # type: ignore[arg-type]
 
 
 def best(
-    step: StepFacts, devices: Sequence[DeviceEnds], hosts: Sequence[NodeFacts], count: int | None = None
+    step: StepFacts, devices: Sequence[DeviceEnds], hosts: Sequence[NodeResources], count: int | None = None
 ) -> ChainCost:
     return best_chain(SiteInstance(step, tuple(devices), tuple(hosts)), count)
 
 
-def cost(step: StepFacts, devices: Sequence[DeviceEnds], hosts: Sequence[NodeFacts], chain: Chain) -> ChainCost | None:
+def cost(
+    step: StepFacts, devices: Sequence[DeviceEnds], hosts: Sequence[NodeResources], chain: Chain
+) -> ChainCost | None:
     return cost_of(SiteInstance(step, tuple(devices), tuple(hosts)), chain)
 
 
@@ -47,7 +49,7 @@ def held(found: ChainCost) -> dict[str, int]:
 
 
 def test_the_planner_finds_the_best_of_all_plans() -> None:
-    """500 instances: unlike devices, hosts, links, memory, bases and ends, some behind the relay, some devices that host."""
+    """Draws 500 instances: unlike devices, hosts, links, memory, bases and ends, some behind the relay, some devices that host."""
     refused = 0
     for seed in range(500):
         instance = random_instance(Random(f"test {seed}"), hosts=3, layers=5)
@@ -70,15 +72,15 @@ def test_stages_that_are_alike_take_what_the_pipeline_formula_says(stages: int, 
     each = MIDDLE // (stages - 1) if stages > 1 else 0
     step = replace(STEP, micro_batches=micro_batches, window=micro_batches)
     last = 1 + each * (stages - 1)
-    devices = [DeviceEnds(NodeFacts("device", ends_s=float(each)), 1, last)]
+    devices = [DeviceEnds(NodeResources("device", ends_s=float(each)), 1, last)]
     found = best(step, devices, [host(f"h{n}") for n in range(stages - 1)], count=stages - 1)
     assert found.step_s == pytest.approx((micro_batches + stages - 1) * each)
 
 
-def test_what_lies_behind_the_busiest_host_costs_nothing_while_it_is_quicker() -> None:
-    """Six units through 4 s and 1 s: the second host's passes fall between those of the first, the first's not the other way round."""
+def test_hosts_behind_the_busiest_host_cost_nothing_if_they_are_faster() -> None:
+    """Six units cross a host of 4 s and one of 1 s. Behind the slow host the fast one works meanwhile; before it, its 1 s counts."""
     step = replace(STEP, micro_batches=6, window=6)
-    device = DeviceEnds(NodeFacts("d", ends_s=0.5, back_s=0.1), 0, 2)
+    device = DeviceEnds(NodeResources("d", ends_s=0.5, back_s=0.1), 0, 2)
     slow, fast = host("slow", 4.0), host("fast", 1.0)
     first, last = (
         cost(step, [device], [slow, fast], ((one, 1), (other, 2)))
@@ -90,8 +92,8 @@ def test_what_lies_behind_the_busiest_host_costs_nothing_while_it_is_quicker() -
     assert last.step_s == pytest.approx(0.4 + 1 + 6 * 4)
 
 
-def test_a_host_is_multiplied_by_its_devices() -> None:
-    three = [DeviceEnds(NodeFacts(f"d{n}", ends_s=0.1), 1, LAYERS - 1) for n in range(3)]
+def test_a_hosts_time_grows_with_its_devices() -> None:
+    three = [DeviceEnds(NodeResources(f"d{n}", ends_s=0.1), 1, LAYERS - 1) for n in range(3)]
     units = 3 * STEP.micro_batches
     assert best(STEP, three, [host("h")]).step_s == pytest.approx(0.1 + units * MIDDLE)
 
@@ -108,7 +110,7 @@ def test_a_host_whose_absence_is_faster_is_left_out() -> None:
     assert held(best(STEP, DEVICES, [host("fast"), host("hopeless", 1000.0)], count=2))["hopeless"] == 1
 
 
-def test_a_slow_link_is_told_as_the_limit() -> None:
+def test_a_slow_link_is_named_as_the_limit() -> None:
     step = replace(STEP, tensor_bytes=1_000_000)
     devices = [DeviceEnds(replace(DEVICE, up_bps=1e6), 1, LAYERS - 1)]
     found = best(step, devices, [host("h", 0.01)])
@@ -125,7 +127,7 @@ def test_a_window_of_one_makes_units_wait_for_each_other() -> None:
     assert found.limit.startswith("the window of 1 ")
 
 
-def test_the_relay_costs_its_time_and_is_avoided_where_another_host_is_as_good() -> None:
+def test_the_relay_costs_its_time_and_is_avoided_if_another_host_is_as_good() -> None:
     step = replace(STEP, tensor_bytes=1000, relay_bps=1e3)
     hidden = host("hidden", reachable=False)
     relayed_s = 8 * 4 * step.tensor_bytes / step.relay_bps  # there and back, at the entry and at the exit
@@ -138,14 +140,14 @@ def test_the_relay_costs_its_time_and_is_avoided_where_another_host_is_as_good()
 # ---------------------------------------------------------------- memory
 
 
-def test_memory_moves_the_cut_and_is_told() -> None:
+def test_memory_moves_the_cut_and_is_named_as_a_limit() -> None:
     found = best(STEP, DEVICES, [host("small", 0.1, free_bytes=3), host("large", 1.0)])
     assert held(found) == {"small": 3, "large": MIDDLE - 3}
     assert found.memory_limit.startswith("memory of small: with more, a step would take ")
 
 
 def test_the_first_base_that_fits_is_taken() -> None:
-    both = NodeFacts("h", {"fp32": 1.0, "int8": 0.5}, free_bytes=MIDDLE)
+    both = NodeResources("h", {"fp32": 1.0, "int8": 0.5}, free_bytes=MIDDLE)
     assert best(STEP, DEVICES, [both]).hosts[0].base == "fp32"
     assert best(STEP, DEVICES, [replace(both, free_bytes=MIDDLE - 1)]).hosts[0].base == "int8"
 
@@ -162,17 +164,17 @@ def test_units_in_flight_are_reserved_as_the_host_does_it() -> None:
 
 
 def test_a_host_keeps_the_units_that_come_while_one_is_away() -> None:
-    """Two hosts of four layers, 4 s a unit: a pass of 2 s is the most often that units come."""
+    """Two hosts of four layers take 4 s per unit, so a unit arrives every 2 s at most."""
     needs = Footprint((0,) * LAYERS, unit_layer_bytes=30)  # 12 micro-batches in flight
     step = replace(STEP, footprints={"fp32": needs}, micro_batches=12, window=12)
-    device = DeviceEnds(NodeFacts("d", ends_s=3.0, back_s=2.9), 1, LAYERS - 1)
+    device = DeviceEnds(NodeResources("d", ends_s=3.0, back_s=2.9), 1, LAYERS - 1)
     found = best(step, [device], [host("a"), host("b")], count=2)
     first, last = found.hosts
     assert last.memory_bytes == 4 * 30 / 12 * (1 + 2)  # away for the device's back: ceil(2.9 / 2)
     assert first.memory_bytes == 4 * 30 / 12 * (1 + 4)  # and for the last host: ceil((2.9 + 4) / 2)
 
 
-def test_what_is_missing_is_told() -> None:
+def test_the_message_says_what_is_missing() -> None:
     step = replace(STEP, footprints={"fp32": Footprint((1_000_000,) * LAYERS)})
     with pytest.raises(DoesNotFit) as caught:
         best(step, DEVICES, [host("a", free_bytes=3e6), host("b", free_bytes=2e6)])
@@ -191,7 +193,7 @@ def test_a_shortage_is_known_without_the_best_chain(free_bytes: int, fits: bool)
 
 
 def test_a_device_that_cannot_hold_its_own_layers() -> None:
-    small = [DeviceEnds(NodeFacts("pi", ends_s=1.0, ends_bytes=70_000_000, free_bytes=50e6), 1, 9)]
+    small = [DeviceEnds(NodeResources("pi", ends_s=1.0, ends_bytes=70_000_000, free_bytes=50e6), 1, 9)]
     with pytest.raises(
         DoesNotFit, match=r"device pi keeps layers 0 to 1 and those from 9 on: 20 MB more than its 50 MB"
     ):
@@ -223,7 +225,7 @@ def test_an_old_plan_stays_until_a_new_one_wins_clearly() -> None:
     assert keep_or_change([barely, other], [old, other])[0] == [barely, other], "the slowest site counts"
 
 
-def test_an_old_plan_is_rated_as_it_would_do_now() -> None:
+def test_chains_in_use_are_costed_with_todays_numbers() -> None:
     hosts = [host("a"), host("b", 2.0)]
     found = best(STEP, DEVICES, hosts)
     again = cost(STEP, DEVICES, hosts, found.chain)
@@ -233,14 +235,14 @@ def test_an_old_plan_is_rated_as_it_would_do_now() -> None:
 
 
 @pytest.mark.parametrize("hosts", [[host("a")], [host("a", free_bytes=1), host("b")]])
-def test_an_old_plan_without_its_host_or_memory_is_given_up(hosts: list[NodeFacts]) -> None:
+def test_an_old_plan_without_its_host_or_memory_is_given_up(hosts: list[NodeResources]) -> None:
     found = best(STEP, DEVICES, [host("a"), host("b")])
     assert len(found.hosts) == 2
     assert cost(STEP, DEVICES, hosts, found.chain) is None
     assert keep_or_change(None, [found]) == ([found], "the old plan is no longer possible")
 
 
-def test_hosts_are_dealt_to_sites_there_and_back() -> None:
+def test_hosts_are_shared_out_there_and_back() -> None:
     hosts = [host(name, speed) for name, speed in (("a", 4.0), ("b", 1.0), ("c", 3.0), ("d", 2.0))]
     assert [[node.name for node in site] for site in share_out_hosts(hosts, 2)] == [["b", "a"], ["d", "c"]]
 
@@ -249,7 +251,7 @@ def test_hosts_are_dealt_to_sites_there_and_back() -> None:
 
 
 def write_run(folder: Path, step_s: float) -> Path:
-    """Two rounds of ten steps and the evaluation; the second plan says 2 s a step and 100 MB a node."""
+    """Two rounds of ten steps and the evaluation; the second plan predicts 2 s per step and 100 MB per node."""
     parts = {"devices": [{"node": "d", "memory_bytes": 100e6}], "hosts": [{"node": "h", "memory_bytes": 100e6}]}
     lines = []
     for number, steps, predicted in ((1, 10, 50.0), (2, 10, 2.0), (3, 0, 2.0)):
@@ -263,7 +265,7 @@ def write_run(folder: Path, step_s: float) -> Path:
     return folder
 
 
-def test_a_finished_run_is_held_against_its_plan(tmp_path: Path) -> None:
+def test_a_finished_run_is_compared_with_its_plan(tmp_path: Path) -> None:
     run, equal = write_run(tmp_path / "auto", 2.2), write_run(tmp_path / "equal", 3.0)
     figures = {figure.name.removeprefix("auto: "): figure for figure in compared(run)}
     step, device, node = (

@@ -32,7 +32,7 @@ def edge(name: str) -> pb.Profile:
 def plans_of(
     config: RunConfig, source: ModelSource, *profiles: pb.Profile, facts: RoundFacts = FACTS
 ) -> dict[str, pb.Plan]:
-    """One device "a" and host "edge-1" without profiles."""
+    """Makes the plans of a round, without profiles for one device "a" and one host "edge-1"."""
     known = {profile.name: profile for profile in profiles or (device("a"), edge("edge-1"))}
     devices = [profile for profile in known.values() if profile.role == pb.DEVICE]
     spec = RunSpec(config, source)
@@ -157,7 +157,7 @@ def test_rates_over_all_planned_steps(schedule: str, rates: list[float]) -> None
     assert found == pytest.approx(rates, rel=1e-12)
 
 
-def test_rates_stand_in_the_plan(tiny: ModelSource) -> None:
+def test_a_plan_contains_the_rates_of_its_steps(tiny: ModelSource) -> None:
     plan = plans_of(run_config("x", "optimizer.lr=0.5"), tiny)["edge-1"]
     assert list(plan.optimizer.lrs) == [0.5] * 10
 
@@ -184,7 +184,7 @@ def test_without_epochs_all_have_the_same_steps(tiny: ModelSource) -> None:
 
 
 def measured(name: str, free_bytes: int, role: pb.Role = pb.DEVICE, **seconds: float) -> pb.Profile:
-    """Keys of `seconds` with "_" for "/"."""
+    """Makes the profile of a node that measured `seconds`, with "_" for the "/" of pairs."""
     pairs = {key.replace("_", "/"): value for key, value in seconds.items()}
     return pb.Profile(name=name, role=role, address="x:1", memory_available_bytes=free_bytes, base_seconds=pairs)
 
@@ -226,13 +226,13 @@ def test_auto_keeps_to_the_compute_that_is_asked_for(tiny: ModelSource) -> None:
 # ---------------------------------------------------------------- ranks
 
 
-def test_a_rank_a_node(tiny: ModelSource) -> None:
+def test_one_rank_per_node(tiny: ModelSource) -> None:
     config = run_config("x", "lora.ranks={'e*'=2, 'edge-1'=3}", "lora.rank=5")
     plans = plans_of(config, tiny)
     assert {name: plan.lora.rank for name, plan in plans.items()} == {"a": 5, "edge-1": 3}
 
 
-def test_holders_of_a_layer_need_one_rank_unless_the_aggregation_takes_others(tiny: ModelSource) -> None:
+def test_holders_of_a_layer_need_one_rank_unless_the_aggregation_accepts_others(tiny: ModelSource) -> None:
     config = run_config("x", "lora.ranks={'b'=2}")
     with pytest.raises(ConfigError, match=r"layer 0 is held by a with rank 8, b with rank 2: .*lora.ranks"):
         plans_of(config, tiny, device("a"), device("b"), edge("e"))
@@ -249,7 +249,7 @@ def test_what_the_aggregation_asks_for_is_in_every_plan(tiny: ModelSource) -> No
 
 
 def test_a_relays_two_tokens_are_of_the_same_part(tiny: ModelSource) -> None:
-    """The host's lets it listen, that of each hop to it lets others dial; the hub makes both from the part's name."""
+    """The host listens with one token, others dial it with another; the hub makes both from the part's name."""
     plans = plans_of(run_config("x"), tiny, device("a"), edge("e"), facts=replace(FACTS, relay_key=b"key"))
     part = part_id(plans["e"])
     assert plans["e"].relay_token == make_token(b"key", LISTEN, part)
