@@ -38,7 +38,7 @@ _OPTIONS = [
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_http_proxy", 0),
 ]
-Emit = Callable[..., None]
+Emit = Callable[..., None]  # writes an event
 T = TypeVar("T")
 
 

@@ -36,7 +36,7 @@ TOKENIZER = (  # a model has some of them
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "spiece.model",
     "sentencepiece.bpe.model",
 )  # fmt: skip
-_FETCHES = 32  # at a time; one node more is told to ask again
+_FETCHES = 32  # at a time; a further one has to ask again
 
 
 def make_service(state: Path, chunk_bytes: int = CHUNK_BYTES) -> grpc.GenericRpcHandler:
@@ -122,7 +122,7 @@ class Slices:
         finally:
             self._fetches.release()
 
-    # ---------------------------------------------------------------- where the bytes are
+    # ---------------------------------------------------------------- places of the bytes
 
     def _source(self, digest: str) -> ModelSource:
         if not re.fullmatch("[0-9a-f]{64}", digest) or not _note(self._state, digest).is_file():

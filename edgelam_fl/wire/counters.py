@@ -1,4 +1,4 @@
-"""Bytes by link, direction and kind, counted where messages enter and leave the transport."""
+"""Counts bytes by link, direction and kind, where messages enter and leave the transport. Knows no frames."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from collections import defaultdict
 
 from edgelam_fl.wire import edgelam_pb2 as pb
 
-GRPC_MESSAGE_FRAME_BYTES = 5  # one flag and a length before every message
+GRPC_MESSAGE_FRAME_BYTES = 5  # gRPC's prefix of every message: a flag and a length
 
 
 class ByteCounters:
-    """Counts of one job; safe to call from any thread."""
+    """The byte counts of one job. Safe to call from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: dict[tuple[str, str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
 
     def add(self, link: str, direction: str, kind: int, payload_bytes: int, message_bytes: int) -> None:
+        """Counts one message. `message_bytes` includes the payload."""
         name = pb.Kind.Name(kind) if kind in pb.Kind.values() else f"KIND_{kind}"
         with self._lock:
             count = self._counts[(link, direction, name)]
@@ -26,11 +27,12 @@ class ByteCounters:
             count[2] += 1
 
     def total(self, direction: str) -> int:
-        """Payload and framing of all links in one direction ("sent" or "received"), in bytes."""
+        """Returns payload and framing of all links in one direction ("sent" or "received"), in bytes."""
         with self._lock:
             return sum(count[0] + count[1] for key, count in self._counts.items() if key[1] == direction)
 
     def report(self) -> list[pb.KindBytes]:
+        """Returns the counts per link, direction and kind, sorted."""
         with self._lock:
             return [
                 pb.KindBytes(

@@ -85,7 +85,7 @@ class Frame:
 
 
 def _ignore(*_: object) -> None:
-    """Takes what nobody listens to."""
+    """Drops its arguments: the default for callbacks."""
 
 
 class Link:
@@ -97,7 +97,7 @@ class Link:
     def __init__(
         self, name: str, counters: ByteCounters, on_frame: OnFrame = _ignore, on_lost: OnLost = _ignore
     ) -> None:
-        """`name`, `counters` and the two callbacks serve the handshake; the terms bring those that follow."""
+        """`name`, `counters` and the two callbacks serve the handshake only; the terms replace all four."""
         self._name, self._counters = name, counters
         self._on_frame, self._on_lost = on_frame, on_lost
         self._terms: LinkTerms | None = None
@@ -109,7 +109,7 @@ class Link:
         self._lost_lock = threading.Lock()
         self._partial: dict[int, _Partial] = {}
 
-    # ---- for those above
+    # ---- for the layers above
 
     @property
     def name(self) -> str:
@@ -136,7 +136,7 @@ class Link:
         return sum(len(partial_.data) for partial_ in self._partial.values())
 
     def open(self, terms: LinkTerms) -> None:
-        """Ends the handshake: from now on the link goes by `terms`. Raises PeerLost if the link has ended meanwhile."""
+        """Ends the handshake: from now on `terms` hold. Raises PeerLost if the link has ended meanwhile."""
         with self._lost_lock:
             if self._terms is not None:
                 raise RuntimeError(f"link {self.name} has its terms already")

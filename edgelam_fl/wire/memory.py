@@ -1,4 +1,4 @@
-"""Links inside one process: the same frames, chunks, checks and byte counts as over gRPC, without a network."""
+"""Links inside one process: frames, chunks, checks and byte counts as over gRPC, without a network and without waiting."""
 
 from __future__ import annotations
 

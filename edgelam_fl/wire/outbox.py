@@ -1,6 +1,6 @@
-"""What waits to be sent on a link: control before gradients before activations, switched between chunks, data at its pace.
+"""Orders the messages of a link: control before gradients before activations, changed between chunks, data at its pace.
 
-Knows messages and their urgency, not what is in them.
+Knows messages and their urgency; does not know what is in them.
 Neighbours: `wire.grpc` fills it and gives its iterator to gRPC; `wire.pace` says when data may leave.
 """
 
@@ -14,31 +14,34 @@ from dataclasses import dataclass
 from edgelam_fl.wire.counters import GRPC_MESSAGE_FRAME_BYTES
 from edgelam_fl.wire.pace import Pace
 
-CONTROL, GRADIENTS, ACTIVATIONS = 0, 1, 2  # the queues, the most urgent first
+CONTROL, GRADIENTS, ACTIVATIONS = 0, 1, 2  # numbers of the queues, the most urgent first
 
 
 @dataclass
 class _Parcel:
+    """A message in its queue."""
+
     message: bytes
     pace: Pace | None
-    left: Callable[[], None] | None = None  # called when the transport has taken the message
+    left: Callable[[], None] | None = None  # called after the transport has taken the message
 
     @property
     def cost_bytes(self) -> int:
+        """Returns what the message costs on the wire, with gRPC's prefix."""
         return len(self.message) + GRPC_MESSAGE_FRAME_BYTES
 
 
 class Outbox:
-    """The sender's three queues. Iterating over it is the sender: it waits, yields the most urgent message, ends on close.
+    """The three queues of a link's sender. An iteration is the sender: waits, yields the most urgent message, ends on close.
 
-    Data waits for its turn at the pace while it is still in its queue, so that what is more urgent never waits behind it.
+    Data waits for its turn at the pace while it is still in its queue, so a more urgent message never waits behind it.
     """
 
     def __init__(self) -> None:
         self._queues: tuple[deque[_Parcel], ...] = (deque(), deque(), deque())
         self._changed = threading.Condition()
         self._closed = False
-        self._turn: tuple[float, int] | None = None  # when the next data message may leave, and the bytes booked for it
+        self._turn: tuple[float, int] | None = None  # moment and bytes booked for the next data message
 
     def put(
         self,
@@ -47,7 +50,7 @@ class Outbox:
         pace: Pace | None = None,
         left: Callable[[], None] | None = None,
     ) -> None:
-        """`left` is called, on the sender's thread, when the last of `messages` has left."""
+        """Queues the messages. `left` is called, on the sender's thread, after the last of them has left."""
         parcels = [_Parcel(message, pace) for message in messages]
         parcels[-1].left = left
         with self._changed:
@@ -55,7 +58,7 @@ class Outbox:
             self._changed.notify()
 
     def close(self, drop_data: bool = False) -> None:
-        """What was put before is still sent; `drop_data`: only the control messages of it."""
+        """Ends the iteration after the queued messages; with `drop_data` only queued control messages are still sent."""
         with self._changed:
             self._closed = True
             for queue in self._queues[GRADIENTS:] if drop_data else ():
@@ -65,7 +68,7 @@ class Outbox:
     def __iter__(self) -> Iterator[bytes]:
         while (parcel := self._next()) is not None:
             yield parcel.message
-            if parcel.left is not None:  # asked for the next one: gRPC does so when this one is out of its hands
+            if parcel.left is not None:  # gRPC asks for the next message after it has passed this one on
                 parcel.left()
 
     def _next(self) -> _Parcel | None:
@@ -81,7 +84,7 @@ class Outbox:
                 self._changed.wait(wait_s)
 
     def _wait_s(self, parcel: _Parcel, priority: int) -> float:
-        """Books `parcel`; above 0, it has to wait so long, and what comes meanwhile may take its turn."""
+        """Books the parcel; returns the seconds that it has to wait. A message that comes meanwhile may take its turn."""
         pace, cost = parcel.pace, parcel.cost_bytes
         if pace is None:
             return 0.0

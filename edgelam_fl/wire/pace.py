@@ -1,7 +1,7 @@
-"""A share of the bandwidth, enforced: a token bucket on bytes that the links of one direction share.
+"""Enforces a share of the bandwidth: a token bucket on bytes, shared by links that send in the same direction.
 
-Senders book bytes and are told the moment at which these may leave; that moment lies further ahead the more has been
-booked. Knows nothing about links, frames or what is urgent: who need not wait books and does not look at the moment.
+Senders book bytes and get the moment at which these may leave; the more is booked, the further ahead the moment. Knows
+nothing about links, frames or urgency: a sender with an urgent message books it and ignores the moment.
 Neighbour: `wire.outbox`, which waits.
 """
 
@@ -11,24 +11,26 @@ import threading
 import time
 from collections.abc import Callable
 
-BURST_S = 0.02  # what an idle link may save up; short, because the share of others is taken meanwhile
+BURST_S = 0.02  # how much of its share an idle link saves up; short, because others use the medium meanwhile
 
 
 class Pace:
-    """At most `bytes_per_s` over any time that is long against a chunk; safe to call from any thread."""
+    """A rate limit: at most `bytes_per_s` over any time that is long against a chunk. Safe to call from any thread."""
 
     def __init__(self, bytes_per_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         if not bytes_per_s > 0:
-            raise ValueError(f"a pace of {bytes_per_s} bytes a second; it must be above 0 (no limit: no pace)")
+            raise ValueError(
+                f"a pace of {bytes_per_s} bytes per second; it must be above 0 (for no limit give no pace)"
+            )
         self.bytes_per_s = bytes_per_s
         self.clock = clock
         self._lock = threading.Lock()
         self._free_at = clock()
 
     def book(self, count_bytes: float) -> float:
-        """Takes bytes out of the bucket, into debt where it is empty; returns when, by `clock`, they may leave.
+        """Takes bytes out of the bucket, or into debt if it is empty; returns the moment, by `clock`, when they may leave.
 
-        Bookings are served in their order. A negative count gives back what was booked and is not sent.
+        Serves bookings in their order. A negative count gives back booked bytes that are not sent.
         """
         with self._lock:
             moment = max(self._free_at, self.clock() - BURST_S)

@@ -1,7 +1,7 @@
 """The terms of one link: everything that its two ends settle before the first tensor travels.
 
-A link gets its terms once, from `Link.open`, when the handshake is over; until then it can only shake hands. Knows plans
-and transports no more than the link does.
+A link gets its terms once, by `Link.open` at the end of the handshake; until then it can only shake hands. Knows neither
+plans nor transports.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ OnSent = Callable[[pb.Header, float, float], None]
 
 @dataclass(frozen=True, kw_only=True)
 class LinkTerms:
-    """What one end of a link goes by for as long as the link lives."""
+    """The terms of a link at one of its ends: fixed in the handshake, the same until the link ends."""
 
     name: str  # in events, byte counts and messages: "entry device-1"
     job_token: int  # short number of the job, in every frame; frames of another job end the link; 0: not checked

@@ -1,4 +1,4 @@
-"""Real links where the network is slow, idle, or not what it should be."""
+"""Links over gRPC on a network that is slow or idle, and with the wrong peer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The hub's echo over real sockets, and what measures a link with it."""
+"""The hub's echo over real sockets, and the measuring of a link with it."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""The hub's process: its port, its services, and its restart after it was killed."""
+
 from __future__ import annotations
 
 import os

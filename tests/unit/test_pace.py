@@ -1,4 +1,4 @@
-"""Pace: the rate holds over every window, however the bytes come; and what is urgent does not wait for it."""
+"""Pace: the rate holds over every window, however the bytes come; urgent messages do not wait for it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Watched(Pace):
 
 
 def size_of(cost_bytes: int) -> bytes:
-    """A message that costs so much with what gRPC adds."""
+    """Makes a message that costs so many bytes with gRPC's prefix."""
     return bytes(cost_bytes - GRPC_MESSAGE_FRAME_BYTES)
 
 
