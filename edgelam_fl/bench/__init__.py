@@ -1,1 +1,1 @@
-"""`edgelam bench`: a matrix of strategies, partitions and seeds; each cell is a federation on Flower's simulation engine."""
+"""Runs matrices of strategies, partitions and seeds; each cell is a federation on Flower's simulation engine."""

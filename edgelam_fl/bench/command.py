@@ -1,4 +1,4 @@
-"""`edgelam bench`: what it shows while it works, and in which order. Results are drawn again after each cell."""
+"""Runs `edgelam bench`: the order of the work and its progress on the terminal. Knows neither Flower nor the fabric."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import INTERRUPTED
 from edgelam_fl.telemetry.events import Event, PlanMade
 
-_OF_A_REFERENCE = ("accuracy", "perplexity", "bytes", "seconds")
+REFERENCE_KEYS = ("accuracy", "perplexity", "bytes", "seconds")
 
 
 def bench(console: Console, file: Path, out: Path | None, jobs: int) -> int:
-    """Runs what is not finished yet. Returns 0, or 1 where a cell failed."""
+    """Runs the cells of a matrix file that are not finished yet; returns 0, or 1 if a cell failed.
+
+    out: folder of the results, new or to resume; None: runs/bench-<name>. jobs: cells at a time.
+    """
     matrix = read_matrix(file)
     check_extra()
     with console.status(f"reading {matrix.bench.dataset}"):
@@ -47,7 +50,7 @@ def bench(console: Console, file: Path, out: Path | None, jobs: int) -> int:
     except KeyboardInterrupt:
         done = sum(line["state"] == "done" for line in results.lines().values())
         console.print(
-            f"interrupted; {done} of {len(cells)} cells are finished in {results.path}; the same command goes on"
+            f"interrupted; {done} of {len(cells)} cells are finished in {results.path}; the same command resumes"
         )
         return INTERRUPTED
     written = write_results(out, matrix, results.lines())
@@ -60,11 +63,11 @@ def _run(
     console: Console, matrix: Matrix, left: list[Cell], total: int, configs: dict[str, RunConfig], data: datasets.Data,
     out: Path, results: Results, jobs: int,
 ) -> None:  # fmt: skip
-    """`jobs` cells at a time, each with a fabric: no more of them than there are trainings."""
+    """Runs `jobs` cells at a time, each with a fabric of its own, and draws the results again after each cell."""
     trainings = matrix.trainings(left)
     measures_one = matrix.bench.references and bool(data.classes) and ONE_DEVICE not in results.lines()
     jobs = min(jobs, len(trainings) + measures_one)
-    # The pool is left last: when the processes have ended, the cells that wait for them end too.
+    # The pool is left last: once the processes have ended, the cells that wait for them end too.
     with ThreadPoolExecutor(jobs, "cell") as pool, ExitStack() as processes:
         with console.status("starting Flower's simulation engine and the fabric"):
             shared = processes.enter_context(engine(out / "work" / "engine", jobs))
@@ -85,7 +88,7 @@ def _run(
                     for line in finished.result():
                         results.add(line)
                         progress.advance(task, line["state"] != "reference")
-                        progress.console.print(_told(line), highlight=False, markup=False)
+                        progress.console.print(summary_line(line), highlight=False, markup=False)
                     write_results(out, matrix, results.lines())
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -97,7 +100,7 @@ def _as_reference(*arguments: Any) -> list[dict[str, Any]]:
     (line,) = play(*arguments)
     if line["state"] == "failed":
         return [{**line, "name": ONE_DEVICE}]
-    kept = {key: line[key] for key in _OF_A_REFERENCE}
+    kept = {key: line[key] for key in REFERENCE_KEYS}
     return [{"name": ONE_DEVICE, "state": "reference", "what": WHAT_ONE_DEVICE, **kept}]
 
 
@@ -131,7 +134,8 @@ def _feed(progress: Progress, task: Any, cell: Cell, rounds: int) -> Any:
     return feed
 
 
-def _told(line: dict[str, Any]) -> str:
+def summary_line(line: dict[str, Any]) -> str:
+    """Formats a cell's or a reference's line for the terminal."""
     if line["state"] == "failed":
         return f"{line['name']} failed: {line['reason']}"
     quality = (

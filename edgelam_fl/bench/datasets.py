@@ -1,4 +1,4 @@
-"""The data sets of a matrix: rows of prompt and answer; a test set that all share; the rest dealt to devices as files."""
+"""Loads the data set of a matrix and deals it to devices as files, but for a test set that all share. Knows no run."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ _FIELDS = (("gloss", "domain"), ("prompt", "answer"), ("question", "answer"), ("
 
 @dataclass(frozen=True)
 class Data:
+    """The rows of a matrix: those to learn from and those to measure."""
+
     training: list[Row]
     test: list[Row]
-    classes: tuple[str, ...]  # of a classification; none: answers are texts
+    classes: tuple[str, ...]  # the answers of a classification; empty: answers are texts
 
 
 def load(bench: Bench, folder: Path) -> Data:
-    """`folder`: what a data file's path is relative to. The test set is the same for every cell."""
+    """Loads the data set; the test set is the same for every cell. folder: a data file's path is relative to it."""
     rows = _rows(bench.dataset, folder)
     chosen = random.Random(_CHOICE_SEED)
     if bench.examples > len(rows):
@@ -59,10 +61,11 @@ def _rows(dataset: str, folder: Path) -> list[Row]:
 
 
 def write_cell(folder: Path, data: Data, bench: Bench, cell: Cell, hosts: int) -> None:
-    """A cell's federation: each device's own examples, and its part of the test set, which all of them measure together.
+    """Writes a cell's federation: per device its own examples and its part of the test set.
 
-    So the accuracy over all devices is the shared adapter's on the whole test set; of personal adapters it is the mean of
-    each on its part. The malicious devices are the first ones, which for dealt data are any.
+    All devices together measure the whole test set: their mean is the accuracy of the shared adapter on it; with personal
+    adapters, the mean of each adapter on its part. The malicious devices are the first ones: since the data are dealt at
+    random, that is no special choice.
     """
     seed, kind_count = int(cell.values["seed"]), attackers(str(cell.values["attack"]))
     dealt = deal([answer for _, answer in data.training], bench.devices, str(cell.values["partition"]), seed)
@@ -77,6 +80,7 @@ def write_cell(folder: Path, data: Data, bench: Bench, cell: Cell, hosts: int) -
 
 
 def device_name(number: int) -> str:
+    """Returns the name of a device, counted from 0."""
     return f"device-{number + 1:03d}"
 
 

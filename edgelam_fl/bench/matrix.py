@@ -1,7 +1,7 @@
-"""A matrix file: what all cells share, and the axes that tell them apart. One TOML file, every value checked.
+"""Reads and checks a matrix file: the settings that all cells have in common, and the axes in which they differ.
 
-[bench] says on what data and devices, [base] is any part of a run file ([base.model], [base.federation], ...), [axes] the
-values that are tried in every combination, [protocols] how the results are read.
+[bench] has the data and the devices, [base] any part of a run file ([base.model], [base.federation], ...), [axes] the
+values to try in every combination, [protocols] how to read the results. Knows no process and no data.
 """
 
 from __future__ import annotations
@@ -31,17 +31,21 @@ RUN_KEYS = {
 
 
 class Bench(Section):
+    """The section [bench]: data, devices and what to compare with."""
+
     dataset: str = Field("wordnet", min_length=1, description="wordnet, docstrings, or a data file beside the matrix")
-    examples: int = Field(0, ge=0, description="of the data set, chosen by a fixed seed; 0: all")
-    test: float = Field(0.2, gt=0, lt=1, description="share that is measured, the same for all cells of a seed")
-    devices: int = Field(20, ge=1, le=1000, description="that the rest is dealt to")
-    baseline: str = Field(
-        "fedavg", description="the aggregation, selection or bandwidth that the others are compared with"
+    examples: int = Field(0, ge=0, description="examples of the data set, chosen by a fixed seed; 0: all")
+    test: float = Field(0.2, gt=0, lt=1, description="share of the examples to measure with, the same for all cells")
+    devices: int = Field(20, ge=1, le=1000, description="devices that the other examples are dealt to")
+    baseline: str = Field("fedavg", description="the aggregation, selection or bandwidth to compare the others with")
+    references: bool = Field(
+        True, description="also measure TF-IDF with logistic regression, and one device with all data"
     )
-    references: bool = Field(True, description="measure TF-IDF with logistic regression, and one device with all data")
 
 
 class Axes(Section):
+    """The section [axes]: the values to try, in every combination."""
+
     aggregation: tuple[str, ...] = ("fedavg",)
     selection: tuple[str, ...] = ("all",)
     bandwidth: tuple[str, ...] = ("uniform",)
@@ -53,7 +57,7 @@ class Axes(Section):
     @field_validator("*", mode="before")
     @classmethod
     def as_tuple(cls, value: Any) -> Any:
-        """A single value is an axis of one."""
+        """Makes a single value an axis of one."""
         values = tuple(value) if isinstance(value, list | tuple) else (value,)
         if not values or len(set(values)) < len(values):
             raise ValueError("must hold at least one value, each once")
@@ -61,47 +65,57 @@ class Axes(Section):
 
 
 class Protocols(Section):
-    budget_bytes: float = Field(0.0, ge=0, description="quality when so many bytes have gone up and down; 0: not asked")
-    budget_seconds: float = Field(0.0, ge=0, description="quality after so many virtual seconds")
-    budget_joules: float = Field(0.0, ge=0, description="quality when so much energy is spent")
-    target: float = Field(0.0, ge=0, description="bytes, seconds and energy until the quality is so good")
+    """The section [protocols]: at which budget or target to read the results."""
+
+    budget_bytes: float = Field(
+        0.0, ge=0, description="read the quality once this many bytes were sent and received; 0: do not"
+    )
+    budget_seconds: float = Field(0.0, ge=0, description="read the quality after this many virtual seconds; 0: do not")
+    budget_joules: float = Field(
+        0.0, ge=0, description="read the quality once this much energy was spent, in joules; 0: do not"
+    )
+    target: float = Field(
+        0.0, ge=0, description="read bytes, seconds and energy when the quality first reaches this; 0: do not"
+    )
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One federation of the matrix: an axis' value by its name."""
+    """One federation of the matrix: a value per axis, by the axis' name."""
 
     values: Mapping[str, Any]
 
     @property
     def name(self) -> str:
-        """Of its folder; the same whatever the order of the axes."""
+        """The cell's name and its folder's; independent of the order of the axes in the file."""
         return "_".join(str(self.values[axis]).replace(":", "-") for axis in Axes.model_fields)
 
     def same_but(self, *axes: str) -> tuple[Any, ...]:
-        """What it shares with the cells that differ in these axes only."""
+        """Returns a key that this cell has in common with the cells that differ in `axes` only."""
         return tuple(value for axis, value in sorted(self.values.items()) if axis not in axes)
 
 
 @dataclass(frozen=True)
 class Matrix:
+    """A matrix file, read and checked."""
+
     name: str
-    folder: Path  # where the file lies
+    folder: Path  # the file's
     bench: Bench
     axes: Axes
     protocols: Protocols
     base: Mapping[str, Any]
 
     def cells(self) -> list[Cell]:
-        """Seed by seed, so that an interrupted matrix has whole comparisons."""
+        """Lists the cells seed by seed, so that an interrupted matrix has whole comparisons."""
         axes = {name: getattr(self.axes, name) for name in Axes.model_fields}
         names = ["seed", *(name for name in axes if name != "seed")]
         return [Cell(dict(zip(names, values, strict=True))) for values in itertools.product(*(axes[n] for n in names))]
 
     def trainings(self, cells: Sequence[Cell]) -> list[list[Cell]]:
-        """`cells` by what has to be trained once: on the wireless model those that differ in the bandwidth are one training.
+        """Groups `cells` by training: with a wireless model, cells that differ in the bandwidth only need one training.
 
-        What a round learns does not depend on how the band was shared out, so the other cells' times are replayed.
+        What a round learns does not depend on the shares of the band, so the times of the other cells are replayed.
         """
         replays = bool(self.base.get("wireless", {}).get("bandwidth_hz"))
         found: dict[Any, list[Cell]] = {}
@@ -111,16 +125,16 @@ class Matrix:
 
     @property
     def compared(self) -> str:
-        """The axis that the baseline is a value of."""
+        """The axis that has the baseline among its values."""
         axes = ("aggregation", "selection", "bandwidth")
         return next((axis for axis in axes if self.bench.baseline in getattr(self.axes, axis)), axes[0])
 
     def varied(self) -> list[str]:
-        """The axes with more than one value, but the seed."""
+        """Lists the axes with more than one value, without the seed."""
         return [name for name in Axes.model_fields if name != "seed" and len(getattr(self.axes, name)) > 1]
 
     def config(self, cell: Cell, classes: Sequence[str]) -> RunConfig:
-        """The run file of a cell. Raises ConfigError where it cannot be one."""
+        """Returns the run file of a cell. Raises ConfigError for a value that no run file may have."""
         data = {section: dict(keys) for section, keys in self.base.items()}
         for axis, key in RUN_KEYS.items():
             section, name = key.split(".")
@@ -139,7 +153,7 @@ class Matrix:
 
 
 def read_matrix(path: Path) -> Matrix:
-    """Raises ConfigError with what is wrong in the file."""
+    """Reads a matrix file. Raises ConfigError with the first key or value that is wrong."""
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -152,6 +166,7 @@ def read_matrix(path: Path) -> Matrix:
 
 
 def parse_matrix(data: Mapping[str, Any], path: Path) -> Matrix:
+    """Checks the content of a matrix file; `path` is the file's. Raises ConfigError as `read_matrix`."""
     sections: dict[str, type[Section]] = {"bench": Bench, "axes": Axes, "protocols": Protocols}
     for name in data:
         if name not in (*sections, "base"):
@@ -172,7 +187,7 @@ def parse_matrix(data: Mapping[str, Any], path: Path) -> Matrix:
     for attack in axes.attack:
         _check_attack(attack, bench.devices, path)
     matrix = Matrix(path.stem, path.parent, bench, axes, protocols, base)
-    matrix.config(matrix.cells()[0], ())  # a misspelt key of the run file is said before data are fetched
+    matrix.config(matrix.cells()[0], ())  # refuses a misspelt key of the run file before data are fetched
     return matrix
 
 
@@ -192,7 +207,7 @@ def _section(name: str, kind: type[Section], values: Any, path: Path) -> Any:
 
 
 def attackers(attack: str) -> tuple[str, int]:
-    """(kind, how many devices) of "sign-flip:4"; ("", 0) of "none"."""
+    """Splits an attack into (kind, number of devices): "sign-flip:4"; ("", 0) for "none"."""
     kind, _, count = attack.partition(":")
     return ("", 0) if attack == "none" else (kind, int(count))
 

@@ -1,4 +1,7 @@
-"""A matrix as one page that needs no network: its tables, and the quality over rounds, bytes and virtual time."""
+"""Draws a matrix as one page that needs no network: tables, and the quality over rounds, bytes and virtual time.
+
+Knows no processes; the numbers and the tables are those of `tables`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from edgelam_fl.bench.matrix import Matrix
+from edgelam_fl.bench.tables import Lines, groups, markdown
 
 _COSTS = {
     "round": "rounds",
@@ -36,9 +40,8 @@ th:first-child, td:first-child {{ text-align: left; }}
 """
 
 
-def page(matrix: Matrix, lines: Mapping[str, Mapping[str, Any]]) -> str:
-    from edgelam_fl.bench.tables import groups, markdown
-
+def page(matrix: Matrix, lines: Lines) -> str:
+    """Returns the page as HTML. lines: the newest line of each cell and reference, by name."""
     found = groups(matrix, lines)
     drawn = [
         cost for cost in _COSTS if cost == "round" or any(line.get(cost) for group in found.values() for line in group)
@@ -54,7 +57,7 @@ def page(matrix: Matrix, lines: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
-def _figure(found: Mapping[Any, Any], cost: str, lines: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _figure(found: Mapping[Any, Any], cost: str, lines: Lines) -> dict[str, Any]:
     data = []
     for group, cells in found.items():
         points = list(zip(*(cell["curve"] for cell in cells), strict=False))
@@ -78,7 +81,7 @@ def _figure(found: Mapping[Any, Any], cost: str, lines: Mapping[str, Mapping[str
 
 
 def _html(text: str) -> str:
-    """The little Markdown that the tables are written in."""
+    """Translates the Markdown of `tables` to HTML: headings, tables and paragraphs."""
     parts: list[str] = []
     rows: list[list[str]] = []
     for line in [*text.splitlines(), ""]:

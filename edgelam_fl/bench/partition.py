@@ -1,4 +1,4 @@
-"""Who owns which examples: a data set dealt to devices. Pure functions of rows, a partition's text and a seed."""
+"""Deals a data set to devices. Pure functions of rows, a partition's text and a seed; knows no files."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 from edgelam_fl.errors import ConfigError
 
 KINDS = "'iid', 'dirichlet:ALPHA' (label skew; ALPHA above 0, as 0.1) or 'size:SIGMA' (size skew, log-normal; as 1.0)"
-_LEAST = 8  # examples a device; a skew that leaves one fewer is drawn again
+_LEAST = 8  # examples per device; a draw that leaves a device fewer is repeated
 _DRAWS = 10_000
 
 
 def check_partition(partition: str, path: Path | str = "the matrix") -> tuple[str, float]:
-    """(kind, parameter). Raises ConfigError with what would be allowed."""
+    """Splits a partition into (kind, parameter). Raises ConfigError with the forms that are allowed."""
     kind, colon, text = partition.partition(":")
     try:
         value = float(text) if colon else 0.0
@@ -29,9 +29,9 @@ def check_partition(partition: str, path: Path | str = "the matrix") -> tuple[st
 
 
 def deal(answers: Sequence[str], devices: int, partition: str, seed: int) -> list[list[int]]:
-    """The numbers of each device's examples. `answers`: of all of them; a label skew is by these.
+    """Returns the numbers of each device's examples. answers: those of all examples; the labels of a label skew.
 
-    Raises ConfigError where there are too few for so many devices or so strong a skew.
+    Raises ConfigError if the examples are too few for the devices or the skew.
     """
     kind, value = check_partition(partition)
     if len(answers) < _LEAST * devices:
@@ -55,7 +55,7 @@ def deal(answers: Sequence[str], devices: int, partition: str, seed: int) -> lis
 
 
 def _by_label(labels: np.ndarray, devices: int, alpha: float, rng: np.random.Generator) -> list[np.ndarray]:
-    """Each label's examples in shares from a symmetric Dirichlet distribution (arXiv 1909.06335, by label)."""
+    """Deals each label's examples in shares from a symmetric Dirichlet distribution (arXiv 1909.06335, by label)."""
     parts: list[list[np.ndarray]] = [[] for _ in range(devices)]
     for label in np.unique(labels):
         (rows,) = np.nonzero(labels == label)

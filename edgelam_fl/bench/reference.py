@@ -1,4 +1,7 @@
-"""What the federations are held against: TF-IDF with logistic regression, and one device that has all data."""
+"""Measures what to compare federations with: TF-IDF with logistic regression, and one device that has all data.
+
+Knows no processes: the one device is a matrix of one cell, which `command` runs.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ WHAT_ONE_DEVICE = "one device that has all data, the same layers, as many exampl
 
 
 def one_device(matrix: Matrix) -> Matrix:
-    """A matrix of one cell: all data on one device, which makes the steps of all, in one federation of its own."""
+    """Returns a matrix of one cell: a federation of one device, which has all data and makes the steps of all devices."""
     federation = dict(matrix.base.get("federation", {}))
     steps = federation.get("local_steps", RunConfig().federation.local_steps)
     federation |= {"local_steps": matrix.bench.devices * steps, "min_nodes": 1, "devices_per_round": 0}
@@ -27,13 +30,13 @@ def one_device(matrix: Matrix) -> Matrix:
 def measure(
     matrix: Matrix, data: Data, configs: Mapping[str, Any], known: Mapping[str, Any]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The lines that are not known yet, by name. Of a causal LM there are none."""
+    """Yields (name, line) of the references that are not in `known` yet; none for a causal language model."""
     if data.classes and "reference tf-idf" not in known:
         yield "reference tf-idf", {"what": "TF-IDF of 1 and 2 words, logistic regression", "accuracy": tf_idf(data)}
 
 
 def tf_idf(data: Data) -> float:
-    """Accuracy on the test set, fitted on all training examples."""
+    """Returns the accuracy on the test set of a model fitted on all training examples."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

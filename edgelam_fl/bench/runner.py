@@ -1,6 +1,7 @@
-"""Runs the cells of a matrix on one SuperLink and one fabric; a finished cell is one line of a file.
+"""Runs the cells of a matrix on one SuperLink and some fabrics; a finished cell is one line of a file.
 
-What is finished is skipped the next time; a cell that fails leaves its reason, and the others go on.
+The next run of the same matrix skips finished cells; a cell that fails leaves its reason, and the others go on. Knows
+neither the terminal nor how results are compared.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, EdgelamError, EnvironmentProblem, RunFailed
 from edgelam_fl.federation.child import Child, end_all
 from edgelam_fl.federation.flower_app import app_module
-from edgelam_fl.federation.submission import Submission, Timing
+from edgelam_fl.federation.submission import FollowTiming, Submission
 from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.telemetry.events import (
     DeviceResult,
@@ -47,13 +48,13 @@ from edgelam_fl.telemetry.human import total
 from edgelam_fl.wire.control import FABRIC_SEPARATOR
 
 _POLL_S = 0.1
-_TIMING = Timing(poll_s=_POLL_S, silence_s=60.0)
+_TIMING = FollowTiming(poll_s=_POLL_S, silence_s=60.0)
 _START_S = 180.0
-_DONE = "done"  # an empty file in the folder of a cell that came through
+_DONE = "done"  # an empty file in the folder of a cell that finished
 
 
 def check_extra() -> None:
-    """Raises EnvironmentProblem where Flower's simulation engine is not installed."""
+    """Raises EnvironmentProblem if a package of the extra is not installed."""
     for module in ("ray", "sklearn"):
         if importlib.util.find_spec(module) is None:
             raise EnvironmentProblem(
@@ -63,7 +64,7 @@ def check_extra() -> None:
 
 
 def check_cells(matrix: Matrix, classes: tuple[str, ...]) -> dict[str, RunConfig]:
-    """The run file of each cell, by its name; what is wrong in any is said before the first one starts."""
+    """Returns the run file of each cell, by its name. Raises UsageError for a wrong one, before the first cell starts."""
     check = app_module("server.checks").check_config
     configs = {}
     for cell in matrix.cells():
@@ -76,10 +77,10 @@ def check_cells(matrix: Matrix, classes: tuple[str, ...]) -> dict[str, RunConfig
 
 
 class Results:
-    """cells.jsonl in the out folder: a line a cell that ended."""
+    """The file cells.jsonl in the out folder: one line per cell that ended."""
 
     def __init__(self, out: Path, matrix: Matrix) -> None:
-        """Raises ConfigError where the folder holds the cells of another matrix."""
+        """Raises ConfigError if the folder holds the cells of another matrix."""
         out.mkdir(parents=True, exist_ok=True)
         self.path = out / "cells.jsonl"
         mark, of_matrix = out / "matrix.sha256", _digest(matrix)
@@ -90,23 +91,24 @@ class Results:
         mark.write_text(of_matrix + "\n", encoding="utf-8")
 
     def lines(self) -> dict[str, Any]:
-        """The newest line of each cell, by the cell's name."""
+        """Returns the newest line of each cell, by the cell's name."""
         if not self.path.exists():
             return {}
         found = {}
         for text in self.path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):  # the last one, of a command that was killed
+            with contextlib.suppress(ValueError):  # the last line of a command that was killed
                 line = json.loads(text)
                 found[line["name"]] = line
         return found
 
     def add(self, line: Mapping[str, Any]) -> None:
+        """Appends the line of a cell that ended."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 
 def _digest(matrix: Matrix) -> str:
-    """Of what all cells share: more values on an axis are the same matrix, continued."""
+    """Hashes the settings that all cells have in common: a matrix with more values on an axis is still the same one."""
     shared = {"bench": matrix.bench.model_dump(mode="json"), "base": matrix.base}
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
 
@@ -116,20 +118,21 @@ def _digest(matrix: Matrix) -> str:
 
 @dataclass
 class Engine:
-    """The processes that all cells share."""
+    """The processes that all cells use: a SuperLink and the fabrics, each of which plays the nodes of one cell."""
 
     server: str
     children: list[Child]
-    idle: queue.SimpleQueue[Path]  # the fabrics that no cell has
+    idle: queue.SimpleQueue[Path]  # the folders of the fabrics that no cell uses
 
     def check(self) -> None:
+        """Raises RunFailed if a process has ended."""
         for child in self.children:
             if child.ended():
                 raise RunFailed(child.ended())
 
     @contextlib.contextmanager
     def fabric(self) -> Iterator[Path]:
-        """One for a cell alone."""
+        """Lends a fabric to one cell, once one is idle; gives its folder."""
         fabric = self.idle.get()
         try:
             yield fabric
@@ -139,10 +142,10 @@ class Engine:
 
 @contextlib.contextmanager
 def engine(state: Path, cells: int) -> Iterator[Engine]:
-    """A SuperLink with Flower's simulation engine, and a fabric for each of so many cells at a time.
+    """Starts a SuperLink with Flower's simulation engine and a fabric per cell at a time; ends them after the block.
 
-    A process each, together with as many nodes computing as there are cores: two nodes in one process wait for Python's
-    lock, and ran at the speed of 1.4 cores.
+    Each fabric is a process; together as many nodes compute at a time as there are cores: two nodes in one process wait
+    for Python's lock, and ran at the speed of 1.4 cores.
     """
     children: list[Child] = []
     idle: queue.SimpleQueue[Path] = queue.SimpleQueue()
@@ -197,9 +200,9 @@ def _await(child: Child, ready: Callable[[], bool]) -> None:
 def run_cell(
     engine: Engine, fabric: Path, config: RunConfig, folder: Path, nodes: int, feed: Callable[[Event], None]
 ) -> list[Event]:
-    """One federation from submission to its last event; `feed` sees each event as it comes. Raises RunFailed."""
+    """Runs one federation and returns its events; `feed` receives each as it comes. Raises RunFailed with its reason."""
     submission = Submission(engine.server, folder / "flwr")
-    # one worker of Flower's is enough: it hands jobs over and brings reports, the fabric computes
+    # One worker of Flower's is enough: it passes jobs and reports on, the fabric computes.
     simulation = f"num-supernodes={nodes} client-resources-num-cpus=1 init-args-num-cpus=1"
     submission.submit(config, folder / "run", fabric=f"{fabric}{FABRIC_SEPARATOR}{folder}", simulation=simulation)
     events: list[Event] = []
@@ -218,7 +221,7 @@ def play(
     engine: Engine, matrix: Matrix, cells: Sequence[Cell], config: RunConfig, data: datasets.Data, out: Path,
     feed: Callable[[Event], None],
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Trains the first of `cells` and replays its time for the others: a line each, what it came to or why it failed."""
+    """Trains the first of `cells` and replays its time for the others; returns a line per cell, with results or a reason."""
     cell = cells[0]
     folder = out / "work" / cell.name
     shutil.rmtree(folder, ignore_errors=True)
@@ -231,10 +234,10 @@ def play(
         check_complete(events, matrix.bench.devices, cell.values["attack"] == "none")
         ends = [{"state": "done", **outcome(_replayed(events, config, cell, each))} for each in cells]
     except EdgelamError as error:
-        engine.check()  # without its processes no other cell would fare better
+        engine.check()  # without its processes every other cell would fail too
         ends = [{"state": "failed", "reason": str(error)} for _ in cells]
     if ends[0]["state"] == "done":
-        for older in _finished(folder.parent):  # but this one: its ServerApp still writes its report
+        for older in _finished(folder.parent):  # without this one, whose ServerApp still writes its report
             shutil.rmtree(older, ignore_errors=True)
         (folder / _DONE).touch()
     ends[0]["seconds"] = round(time.monotonic() - began, 1)
@@ -245,9 +248,9 @@ def play(
 
 
 def check_complete(events: list[Event], devices: int, honest: bool) -> None:
-    """Raises RunFailed where fewer devices came than the matrix has, or one was lost, as on a machine that is far too busy.
+    """Raises RunFailed if devices did not join or one was lost, as on a machine that is far too busy.
 
-    Losing one that attacks, or dropping out with `[wireless]`, is part of what is measured.
+    honest: no device attacks. To lose an attacker, or a device that [wireless] drops, is part of the measurement.
     """
     joined = {event.node for event in of_kind(events, NodeJoined) if event.role == "device"}
     lost = list(of_kind(events, NodeLost))
@@ -260,7 +263,7 @@ def check_complete(events: list[Event], devices: int, honest: bool) -> None:
 
 
 def _replayed(events: list[Event], config: RunConfig, trained: Cell, cell: Cell) -> list[Event]:
-    """The events of the cell that was trained, in the virtual time of another's bandwidth strategy."""
+    """Returns the events of the cell that was trained, in the virtual time of `cell`'s bandwidth strategy."""
     if cell is trained:
         return events
     replay = app_module("server.virtual.replay").replay
@@ -276,7 +279,7 @@ def _finished(work: Path) -> list[Path]:
 
 
 def outcome(events: Sequence[Event]) -> dict[str, Any]:
-    """Sums up a run's events: the quality over bytes, rounds and virtual time, and the end of each."""
+    """Sums up a run's events: the quality over bytes, rounds and virtual time, and the last value of each."""
     curve: list[dict[str, Any]] = []
     spent = {"bytes": 0, "virtual_seconds": 0.0, "joules": 0.0}
     errors = []
@@ -286,7 +289,7 @@ def outcome(events: Sequence[Event]) -> dict[str, Any]:
         if quality:
             curve.append({"round": done.round - 1, **quality, **spent})
         if not done.steps:
-            continue  # the measurement after the last round costs the federation nothing that it had not learned for
+            continue  # the measurement after the last round is no cost of learning
         spent["bytes"] += sum(_bytes(node) for node in (*done.devices, *done.hosts))
         spent["virtual_seconds"] += done.virtual.seconds if done.virtual else 0.0
         spent["joules"] += done.virtual.joules if done.virtual else 0.0
@@ -300,7 +303,7 @@ def outcome(events: Sequence[Event]) -> dict[str, Any]:
 
 
 def _quality(devices: Iterable[DeviceResult]) -> dict[str, float]:
-    """Averages over all devices that measured, each with its equal part of the test set."""
+    """Averages over all devices that measured, each on its equal part of the test set."""
     accuracies = [accuracy for device in devices if (accuracy := device.metrics.get("accuracy")) is not None]
     perplexities = [device.perplexity for device in devices if device.perplexity]
     if accuracies:

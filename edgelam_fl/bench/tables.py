@@ -1,4 +1,4 @@
-"""What a matrix came to: tables in Markdown and one page of plots, from the lines of its cells. Knows no processes.
+"""Compares the cells of a matrix and writes tables in Markdown, from the lines of its cells. Knows no processes.
 
 Accuracies are compared seed by seed: both runs of a pair had the same data, dealt alike, and started from the same adapter.
 """
@@ -11,14 +11,14 @@ from typing import Any
 
 from edgelam_fl.bench.matrix import Cell, Matrix
 
-Lines = Mapping[str, Mapping[str, Any]]
-Group = tuple[Any, ...]  # an aggregation (or another varied axis) and the rest of a row
+Lines = Mapping[str, Mapping[str, Any]]  # the newest line of each cell and reference, by name
+Group = tuple[Any, ...]  # a value per varied axis, without the seed: one row of a table
 COSTS = {"bytes": "MB", "virtual_seconds": "virtual s", "joules": "J"}
 _SCALE = {"bytes": 1e6, "virtual_seconds": 1.0, "joules": 1.0}
 
 
 def groups(matrix: Matrix, lines: Lines) -> dict[Group, list[Mapping[str, Any]]]:
-    """The finished cells by everything but the seed, in the order of the axes."""
+    """Groups the lines of finished cells by all axes but the seed, in the order of the table."""
     found: dict[Group, list[Mapping[str, Any]]] = {}
     axes = matrix.varied() or ["aggregation"]
     for cell in sorted(matrix.cells(), key=lambda cell: _order(matrix, cell)):
@@ -29,26 +29,26 @@ def groups(matrix: Matrix, lines: Lines) -> dict[Group, list[Mapping[str, Any]]]
 
 
 def _order(matrix: Matrix, cell: Cell) -> list[int]:
-    """By partition and attack first, so that a table has what is compared beside each other."""
+    """Sorts by partition and attack first, so that a table has the compared rows beside each other."""
     last = [axis for axis in ("partition", "attack") if axis in matrix.varied()]
     axes = last + [axis for axis in matrix.varied() if axis not in last]
     return [getattr(matrix.axes, axis).index(cell.values[axis]) for axis in axes]
 
 
 def quality(line: Mapping[str, Any]) -> float:
-    """Higher is better: accuracy, or perplexity below zero."""
+    """Returns a number of which higher is better: the accuracy, or the negative perplexity."""
     if line["accuracy"] is not None:
         return float(line["accuracy"])
     return -float(line["perplexity"])
 
 
 def mean_and_spread(values: list[float]) -> tuple[float, float]:
-    """The spread is the sample standard deviation; of one value 0."""
+    """Returns mean and sample standard deviation; the deviation of one value is 0."""
     return fmean(values), stdev(values) if len(values) > 1 else 0.0
 
 
 def differences(matrix: Matrix, lines: Lines) -> dict[Group, list[float]]:
-    """A group's quality less the baseline's, seed by seed, everything else the same. Nothing where there is no pair."""
+    """Returns each group's quality minus the baseline's, seed by seed, all else equal. Groups without a pair are absent."""
     axes = matrix.varied() or ["aggregation"]
     by_key = {
         (Cell(line["cell"]).same_but(matrix.compared), line["cell"][matrix.compared]): line
@@ -67,6 +67,7 @@ def differences(matrix: Matrix, lines: Lines) -> dict[Group, list[float]]:
 
 
 def markdown(matrix: Matrix, lines: Lines) -> str:
+    """Returns the results as Markdown: tables, what differs beyond the spread, references, protocols, failures."""
     parts = [f"# {matrix.name}\n", _about(matrix, lines), _table(matrix, lines), _sentences(matrix, lines)]
     parts += [_references(lines), _protocols(matrix, lines), _failures(lines)]
     return "\n".join(part for part in parts if part)
@@ -107,7 +108,7 @@ def _table(matrix: Matrix, lines: Lines) -> str:
 
 
 def _shown(values: list[float], sign: str) -> list[str]:
-    """Mean and spread as two cells; of one value there is no spread."""
+    """Formats mean and spread as two table cells; one value has no spread."""
     if not values:
         return ["", ""]
     mean, spread = mean_and_spread(values)
@@ -119,7 +120,7 @@ def _rows(rows: Iterable[list[str]]) -> str:
 
 
 def _sentences(matrix: Matrix, lines: Lines) -> str:
-    """Which differences are larger than what another seed would make of them."""
+    """Names the differences that are larger than the spread over the seeds."""
     beyond, within = [], []
     for group, pairs in differences(matrix, lines).items():
         mean, spread = mean_and_spread(pairs)
@@ -131,7 +132,7 @@ def _sentences(matrix: Matrix, lines: Lines) -> str:
     if not beyond and not within:
         return ""
     if len(matrix.axes.seed) < 2:
-        return "\nOne seed: how far another would be from it is not known, so no difference is called one.\n"
+        return "\nOne seed: the spread over seeds is not known, so no difference is called one.\n"
     return (
         f"\nBeyond the spread of the paired differences to {matrix.bench.baseline}: {', '.join(beyond) or 'none'}.\n"
         f"Within it, so not told apart by these seeds: {', '.join(within) or 'none'}.\n"
@@ -159,13 +160,13 @@ def _failures(lines: Lines) -> str:
 
 
 def at_budget(line: Mapping[str, Any], cost: str, budget: float) -> float | None:
-    """The last quality that was measured before the budget was spent."""
+    """Returns the last quality that was measured before the budget was spent; None: none was."""
     within = [point for point in line["curve"] if point[cost] <= budget]
     return quality({"accuracy": None, "perplexity": None, **within[-1]}) if within else None
 
 
 def cost_to(line: Mapping[str, Any], cost: str, target: float) -> float | None:
-    """What had been spent when the quality was first measured at the target; None: never."""
+    """Returns the cost when the quality first reached the target; None: it never did."""
     for point in line["curve"]:
         if quality({"accuracy": None, "perplexity": None, **point}) >= target:
             return float(point[cost])

@@ -1,6 +1,6 @@
-"""Definitions of WordNet 3.0 and the domain that each belongs to, for a classification.
+"""Reads definitions of WordNet 3.0 and the domain of each, for a classification. Knows no model and no device.
 
-On a Debian or Ubuntu, without root: the package wordnet-base (6.5 MB) is fetched and unpacked into the user's cache.
+On Debian or Ubuntu, without root, the package wordnet-base (6.5 MB) is downloaded and unpacked into the user's cache.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ NOUNS = dict(enumerate(NAMES.split(), start=3))
 
 
 def rows() -> list[tuple[str, str]]:
-    """(definition, domain) of the DOMAINS largest domains, sorted; none twice, nor in two domains."""
+    """Returns (definition, domain) of the DOMAINS largest domains, sorted and without definitions of two domains."""
     return clear(list(definitions(unpacked(cache_folder() / "wordnet") / "wordnet" / "data.noun")))
 
 
 def unpacked(folder: Path) -> Path:
-    """The package's files under `folder`, fetched where they are not there yet."""
+    """Returns the folder of the package's files under `folder`; downloads and unpacks the package if absent.
+
+    Raises EnvironmentProblem without Debian's tools, or if one fails.
+    """
     share = folder / "usr" / "share"
     if not (share / "wordnet").is_dir():
         folder.mkdir(parents=True, exist_ok=True)
@@ -51,15 +54,15 @@ def _run(command: list[str], folder: Path) -> None:
 
 
 def definitions(file: Path) -> Iterator[tuple[str, str]]:
-    """(definition, domain) of each noun. What follows a definition are sentences with the word itself."""
+    """Yields (definition, domain) of each noun, without the example sentences, which have the word itself."""
     for line in file.read_text(encoding="utf-8").splitlines():
-        if not line.startswith(" "):  # the licence stands in front
+        if not line.startswith(" "):  # the licence comes first, indented
             entry, gloss = line.split(" | ", 1)
             yield gloss.split('; "')[0].strip(), NOUNS[int(entry.split()[1])]
 
 
 def clear(everything: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Those of the largest domains that stand in one domain only, each once, sorted."""
+    """Returns the definitions of the largest domains that are in one domain only, each once, sorted."""
     domains: dict[str, set[str]] = {}
     for gloss, domain in everything:
         domains.setdefault(gloss, set()).add(domain)

@@ -1,6 +1,6 @@
-"""A run file as people read it: every key with its range and description, taken from config.py's models.
+"""Writes run files for people: every key with its range and description, as the models of `config` have them.
 
-`edgelam init` writes one, `edgelam run --explain` prints one. Knows no key by itself but those that most people touch.
+`edgelam init` writes a file, `edgelam run --explain` prints one. Knows no key by itself but those that most people touch.
 Lines of text begin with "# "; a line that begins with "#" and a key is that key at its default.
 """
 
@@ -28,7 +28,7 @@ COMMON = {
 _PROMPTS = ("question", "prompt", "instruction", "input", "query", "problem", "text", "sentence", "user", "context")
 _ANSWERS = ("answer", "response", "completion", "output", "reply", "solution", "label", "target", "assistant", "class")
 _HEADER = """\
-# A run file of EdgeLAM-FL. Every key has a default: what stands behind a '#' is that default, so take the '#' away and
+# A run file of EdgeLAM-FL. Every key has a default: a key behind a '#' has that default, so take the '#' away and
 # change the value. `edgelam run {name} --explain` shows what a run would use; `--set lora.rank=4` overrides for once.
 """
 _INDENT, _WIDTH = 36, 120
@@ -38,9 +38,9 @@ _INDENT, _WIDTH = 36, 120
 
 
 def write_run_file(file: Path, data: Path | None, model: str) -> list[str]:
-    """Writes a new run file for `data`'s fields and for `model` ("": the default). Returns what was chosen, to be said.
+    """Writes a new run file for the fields of `data` and for `model` ("": the default). Returns the choices as lines.
 
-    Raises ConfigError where `file` exists: nothing is ever overwritten.
+    Raises ConfigError if `file` exists: nothing is ever overwritten.
     """
     if file.exists():
         raise ConfigError(f"{file} exists; give another name (nothing is ever overwritten)")
@@ -66,7 +66,7 @@ def write_run_file(file: Path, data: Path | None, model: str) -> list[str]:
 
 
 def _for_model(source: ModelSource) -> dict[str, dict[str, Any]]:
-    """What has to differ from the defaults so that the file runs with this model."""
+    """Returns the keys that must differ from their defaults so that the file runs with this model."""
     sections: dict[str, dict[str, Any]] = {"model": {"name": source.name}}
     standard = RunConfig()
     ends = min(standard.split.front, (source.num_layers - 1) // 2)  # one layer at least is left for a host
@@ -80,7 +80,7 @@ def _for_model(source: ModelSource) -> dict[str, dict[str, Any]]:
 
 
 def text_fields(data: Path) -> list[str]:
-    """The fields that hold a text in every example, in the order of the file."""
+    """Lists the fields that hold a text in every example, in the order of the file."""
     records = [record for _, record in read_records(data)]
     return [
         name
@@ -90,7 +90,7 @@ def text_fields(data: Path) -> list[str]:
 
 
 def choose_fields(data: Path, names: list[str]) -> tuple[str, str]:
-    """(prompt, answer): by the names that data sets commonly use, else the first two. DataError for fewer than two."""
+    """Chooses (prompt, answer) by names that are common in data sets, else the first two. DataError for fewer than two."""
     if len(names) < 2:
         raise DataError(
             f"{data} has {len(names)} fields with a text in every example ({', '.join(names) or 'none'}); two are needed, "
@@ -112,7 +112,10 @@ def _known(names: list[str], known: tuple[str, ...]) -> str:
 
 
 def described(config: RunConfig, *, shown: Collection[str] | None = None, mark_changed: bool = False) -> str:
-    """The run file of `config`. Keys that are not `shown` are commented out; None shows all."""
+    """Returns the run file of `config` as text.
+
+    shown: keys as section.key; all others are commented out; None: no key is. mark_changed: notes keys off their default.
+    """
     values = config.model_dump(mode="json")
     sections = []
     for name, field in RunConfig.model_fields.items():
@@ -142,7 +145,7 @@ def _plain(value: Any) -> Any:
 
 
 def _lines(assignment: str, text: str) -> Iterator[str]:
-    """The key, its explanation beside it; the explanation's further lines, or all where the key is long, on their own."""
+    """Yields the key with its explanation beside it, or below it if the key is long, in lines of limited width."""
     first, *rest = textwrap.wrap(text, _WIDTH - _INDENT - 2, break_long_words=False, break_on_hyphens=False)
     if len(assignment) >= _INDENT:
         yield assignment
@@ -153,7 +156,7 @@ def _lines(assignment: str, text: str) -> Iterator[str]:
 
 
 def explain(field: FieldInfo) -> str:
-    """A key's range and description."""
+    """Returns a key's range and description as one text."""
     text = ": ".join(part for part in (allowed(field), field.description) if part)
     if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
         text += "".join(f"; {key}: {inner.description}" for key, inner in field.annotation.model_fields.items())
@@ -161,7 +164,7 @@ def explain(field: FieldInfo) -> str:
 
 
 def allowed(field: FieldInfo) -> str:
-    """What a key may be, in words; empty where any text is allowed, or the description says it."""
+    """Returns a key's allowed values in words; empty if any text is allowed, or if the description names them."""
     limits = {
         word: getattr(rule, word) for rule in field.metadata for word in ("ge", "gt", "le", "lt") if hasattr(rule, word)
     }

@@ -1,6 +1,6 @@
-"""What is wrong with this machine for EdgeLAM-FL, and what mends it.
+"""Checks whether this machine can run EdgeLAM-FL, and suggests fixes.
 
-Each check is a function of what it looks at, with the real thing as the default, and returns findings; it changes
+Each check is a function of the things that it looks at, with the real ones as defaults, and returns findings; it changes
 nothing and raises nothing. Knows nothing about runs.
 """
 
@@ -46,12 +46,12 @@ _MAX_ANSWER_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found. A note is no fault: something that only some runs need is not here."""
+    """The result of one check. A note is no fault: only some runs need what is missing."""
 
     check: str
     state: Literal["ok", "note", "problem"]
     found: str
-    fix: str = ""  # what to do; empty where all is well
+    fix: str = ""  # what to do; empty if nothing
 
 
 def _ok(check: str, found: str) -> Finding:
@@ -63,7 +63,7 @@ def _problem(check: str, found: str, fix: str) -> Finding:
 
 
 def examine(server: tuple[str, int] | None, hub: tuple[str, int] | None, model: str) -> Iterator[Finding]:
-    """All checks, one after the other; those of a server, its hub or a model where one is named."""
+    """Runs all checks, one after the other; those of a server, a hub or a model only if it is named."""
     yield check_python()
     yield check_userland()
     yield from check_packages()
@@ -94,7 +94,7 @@ def check_python(version: tuple[int, int] = sys.version_info[:2]) -> Finding:
 
 
 def check_userland(bits: int = 8 * struct.calcsize("P"), machine: str = platform.machine()) -> Finding:
-    """Raspberry Pi OS comes with 32 bits too, also over a 64-bit kernel, which `machine` then tells of."""
+    """Checks the programs' bits: Raspberry Pi OS also comes with 32, even over a 64-bit kernel, which `machine` names."""
     if bits >= 64:
         return _ok("system", f"{bits}-bit, {machine}")
     fix = "install the 64-bit system (Raspberry Pi OS 64-bit, or Debian arm64): there is no PyTorch for 32 bits"
@@ -104,7 +104,7 @@ def check_userland(bits: int = 8 * struct.calcsize("P"), machine: str = platform
 def check_packages(
     requires: Sequence[str] | None = None, version_of: Callable[[str], str] = importlib.metadata.version
 ) -> list[Finding]:
-    """The installed versions against the ranges of pyproject.toml; a finding for each that is out, or one for all."""
+    """Checks the installed versions against pyproject.toml's ranges: a finding per package outside, or one for all."""
     if requires is None:
         try:
             requires = importlib.metadata.requires(PACKAGE) or []
@@ -130,7 +130,7 @@ def _check_package(needed: Requirement, version_of: Callable[[str], str]) -> lis
 
 
 def check_tools(path: str | None = None) -> list[Finding]:
-    """Flower's own commands start each other by name."""
+    """Checks that Flower's commands are on PATH: they start each other by name."""
     path = tool_environment()["PATH"] if path is None else path
     missing = [tool for tool in TOOLS if not shutil.which(tool, path=path)]
     if missing:
@@ -143,6 +143,7 @@ def check_tools(path: str | None = None) -> list[Finding]:
 
 
 def check_own_name(name: str = "") -> Finding:
+    """Checks that this machine's own name resolves."""
     name = name or socket.gethostname()
     address = _resolve(name)
     if address:
@@ -160,10 +161,10 @@ def _resolve(host: str) -> str:
 
 
 def check_server(host: str, port: int) -> list[Finding]:
-    """Name, port, and whether what answers there is Flower's SuperLink; stops at the first that is wrong."""
+    """Checks name and port, and that a SuperLink answers there; stops at the first problem."""
     if host in _ANY:
         fix = "give the server's own address, as `ip -brief address` on the server shows it: --server ADDRESS:PORT"
-        return [_problem("server's name", f"{host} is where a server listens, not where it is reached", fix)]
+        return [_problem("server's name", f"{host} is where a server listens, not an address to reach it", fix)]
     address = _resolve(host)
     if not address:
         fix = f"check its spelling; else give the server's IP address, or add a line `ADDRESS {host}` to /etc/hosts"
@@ -179,7 +180,7 @@ def check_server(host: str, port: int) -> list[Finding]:
 
 
 def check_hub(host: str, port: int) -> Finding:
-    """The server's end of the data plane."""
+    """Checks that the server's end of the data plane answers."""
     if answers(host, port):
         return _ok("hub", f"{host}:{port} answers")
     fix = f"on the server, let the firewall pass TCP port {port} too, or start it with `edgelam server --data-plane HOST:PORT`"
@@ -205,7 +206,7 @@ def _installed(package: str) -> str:
 
 
 def superlink_version(host: str, port: int) -> str:
-    """The Flower version of the SuperLink that answers there; empty where something else does."""
+    """Returns the Flower version of the SuperLink that answers there; empty if something else or nothing does."""
     connection = http.client.HTTPConnection(host, port, timeout=_HTTP_DEADLINE_S)
     try:
         connection.request("GET", "/openapi.json")
@@ -218,7 +219,7 @@ def superlink_version(host: str, port: int) -> str:
 
 
 def check_port(port: int = DEFAULT_PORT, host: str = "127.0.0.1") -> Finding:
-    """The port that `edgelam server` opens by default; all others are chosen freely."""
+    """Checks the port that `edgelam server` opens by default; all others are chosen freely."""
     try:
         check_port_free(host, port, "--listen")
         return _ok("port", f"{port} is free for `edgelam server`")
@@ -236,18 +237,20 @@ def check_port(port: int = DEFAULT_PORT, host: str = "127.0.0.1") -> Finding:
 
 
 def check_memory(free: int | None = None, needed: int = MEMORY_NEEDED_BYTES) -> Finding:
+    """Checks free memory, in bytes, against what a node of the demo's model needs."""
     free = memory_free_bytes() if free is None else free
     found = f"{_gib(free)} free"
     if free >= needed:
         return _ok("memory", found)
     fix = (
-        "end something, add swap, raise the container's limit, or take less: a smaller model, model.base = 'int8', "
+        "end another program, add swap, raise the container's limit, or take less: a smaller model, model.base = 'int8', "
         "split.checkpointing = true"
     )
     return _problem("memory", f"{found}; a node of the demo's model takes {_gib(needed)}", fix)
 
 
 def check_disk(place: str, folder: Path, free: int | None = None, needed: int = DISK_NEEDED_BYTES) -> Finding:
+    """Checks the free space, in bytes, where `folder` is; `place` names the folder's purpose."""
     free = disk_free_bytes(folder) if free is None else free
     found = f"{_gib(free)} free in {folder}"
     if free >= needed:
@@ -259,7 +262,7 @@ def check_disk(place: str, folder: Path, free: int | None = None, needed: int = 
 
 
 def check_cache_writable(folder: Path) -> Finding:
-    """Really writes a file, since permissions do not tell of a card that has become read-only."""
+    """Checks the cache by writing a file: permissions look right on a card that has become read-only."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -278,7 +281,7 @@ def _gib(count: int) -> str:
 
 
 def check_base(base: str, problem_of: Callable[[str], str] | None = None) -> Finding:
-    """Runs the base's kernels on a small matrix, forward and backward."""
+    """Checks a base by running its kernels on a small matrix, forward and backward."""
     if base == "nf4" and problem_of is None and importlib.util.find_spec("bitsandbytes") is None:
         fix = "only model.base = 'nf4' needs it: pip install bitsandbytes"
         return Finding("base nf4", "note", "bitsandbytes is not installed", fix)
@@ -297,6 +300,7 @@ def check_base(base: str, problem_of: Callable[[str], str] | None = None) -> Fin
 
 
 def check_model(name: str) -> Finding:
+    """Checks that a model is on this machine and can be read."""
     try:
         source = find_model(name)
     except EdgelamError as error:
@@ -309,6 +313,7 @@ def check_model(name: str) -> Finding:
 
 
 def findings_table(findings: Sequence[Finding]) -> Table:
+    """Draws the findings as a table, each fix below what was found."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("", "check", "found"):
         table.add_column(title, overflow="fold")

@@ -1,4 +1,4 @@
-"""`edgelam doctor --measure`: the profile, or the findings that say why a part of it could not be measured."""
+"""Measures for `edgelam doctor --measure`, with a finding for each part that cannot be measured. Knows no checks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from edgelam_fl.node.profile.measure import measure_profile
 def measured(
     model: str, hub: tuple[str, int] | None, say: Callable[[str], None], hub_answer_s: float = HUB_ANSWER_S
 ) -> tuple[list[Finding], Profile | None]:
-    """What cannot be measured is left out, and found; the rest is measured all the same."""
+    """Returns the profile and a finding for each part that could not be measured and is left out; None: nothing could.
+
+    model: whose layers to time; empty: none. hub: (host, port) to measure the link to; None: none. say: receives progress.
+    """
     findings: list[Finding] = []
     asked = {"model": model, "hub": hub}
     while True:

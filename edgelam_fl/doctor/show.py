@@ -1,4 +1,4 @@
-"""A profile as a table for people."""
+"""Draws a node's profile as a table for people. Knows no checks and measures nothing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from edgelam_fl.node.profile.data import Profile
 
 
 def profile_table(profile: Profile) -> Table:
+    """Draws what was measured; leaves out what was not."""
     table = Table(title=f"profile of {escape(profile.name)}", title_justify="left", box=None, padding=(0, 2, 0, 0))
     table.add_column("what", overflow="fold")
     table.add_column("measured", justify="right")

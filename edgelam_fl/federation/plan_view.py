@@ -21,7 +21,7 @@ from rich.text import Text
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, RunFailed
 from edgelam_fl.federation.flower_app import app_module
-from edgelam_fl.federation.submission import Submission, Timing
+from edgelam_fl.federation.submission import FollowTiming, Submission
 from edgelam_fl.model.base_names import PROFILED_TOKENS
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.placement import first_proposal
@@ -40,7 +40,7 @@ from edgelam_fl.telemetry.records import as_json
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 _MESSAGES_S = 180.0  # on top of the time for nodes to join: submission, and a process per message
-_TIMING = Timing(silence_s=20.0)  # somebody waits for the answer
+_TIMING = FollowTiming(silence_s=20.0)  # somebody waits for the answer
 _NOT_IN_A_PROFILE = ("time", "event", "node", "role", "findings", "profile")
 
 

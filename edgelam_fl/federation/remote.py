@@ -15,7 +15,7 @@ from rich.console import Console
 
 from edgelam_fl.addresses import join_address, split_address
 from edgelam_fl.errors import ConfigError, RunFailed
-from edgelam_fl.federation.submission import Submission, Timing
+from edgelam_fl.federation.submission import FollowTiming, Submission
 from edgelam_fl.model.adapter import read_peft_folder
 from edgelam_fl.model.source import find_model
 from edgelam_fl.model.stage import load_stages
@@ -30,7 +30,7 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.grpc.dial import dial
 
-_TIMING = Timing(poll_s=0.2, silence_s=15.0)  # somebody waits for the answer
+_TIMING = FollowTiming(poll_s=0.2, silence_s=15.0)  # somebody waits for the answer
 _PATIENCE_S = 120.0  # for a route, and for one token
 
 

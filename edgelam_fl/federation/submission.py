@@ -27,7 +27,7 @@ _COMMAND_DEADLINE_S = 180.0  # Flower's commands take seconds here, and many on 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Timing:
+class FollowTiming:
     """How a run is followed. The defaults suit a run that takes minutes or hours."""
 
     poll_s: float = 0.25
@@ -47,7 +47,7 @@ def run_events(
     meanwhile: Callable[[], object] = lambda: None,
     say: Callable[[str], None] = lambda text: None,
     log: Callable[[], str] = lambda: "see `flwr log`",
-    timing: Timing = Timing(),
+    timing: FollowTiming = FollowTiming(),
 ) -> Iterator[Event]:
     """Yields the events of a run from `file` as they come; ends after `RunDone` or `RunFailure`.
 
@@ -136,7 +136,7 @@ class Submission:
         awaited: str = "the run's end",
         meanwhile: Callable[[], object] = lambda: None,
         say: Callable[[str], None] = lambda text: None,
-        timing: Timing = Timing(),
+        timing: FollowTiming = FollowTiming(),
     ) -> Iterator[Event]:
         """Yields the submitted run's events as they come, the last one included. Options and errors: `run_events`."""
         return run_events(

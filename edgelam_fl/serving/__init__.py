@@ -1,1 +1,1 @@
-"""Uses a run's result: generates, chats, exports."""
+"""Uses a run's result: generates text, chats, exports. Knows neither processes nor how the result was trained."""

@@ -1,4 +1,4 @@
-"""Talking to a run's result in a terminal. Knows lines of text; `generate` knows the model."""
+"""Holds a conversation with a run's result in a terminal. Knows lines of text; `generate` knows the model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError
 
-if TYPE_CHECKING:  # what can be refused without torch is refused at once
+if TYPE_CHECKING:  # without torch a wrong command is refused at once
     from edgelam_fl.serving.generate import Message
 
 QUIT = "/quit"
@@ -20,7 +20,7 @@ Write = Callable[[str], None]
 
 
 class Says(Protocol):
-    """Who answers: a `generate.Speaker`, in this process or over a route."""
+    """Anything that answers in text, as `generate.Speaker` does, in this process or over a route."""
 
     @property
     def remembers(self) -> bool: ...
@@ -29,7 +29,7 @@ class Says(Protocol):
 
 
 def check_can_talk(config: RunConfig, prompt: str | None) -> None:
-    """Raises ConfigError for a run whose model does not talk, and for an empty question."""
+    """Raises ConfigError for a run whose model answers with a class, and for an empty question."""
     if config.task.classes:
         raise ConfigError(f"task.kind = {config.task.kind!r}: this run's model answers with a class, not with text")
     if prompt is not None and not prompt.strip():
@@ -37,12 +37,12 @@ def check_can_talk(config: RunConfig, prompt: str | None) -> None:
 
 
 def ask(speaker: Says, prompt: str, max_tokens: int, tuned: bool, write: Write) -> None:
-    """One question, and nothing but its answer written."""
+    """Asks one question and writes nothing but its answer."""
     _answer(speaker, [_user(prompt)], max_tokens, tuned, write)
 
 
 def talk(speaker: Says, lines: Iterator[str], max_tokens: int, tuned: bool, write: Write) -> None:
-    """A conversation until /quit or the end of `lines`. A question that is too long is said to be, and forgotten."""
+    """Holds a conversation until /quit or the end of `lines`. Writes the error for a question that is too long and drops it."""
     conversation: list[Message] = []
     for line in lines:
         if line.strip() == QUIT:
@@ -59,12 +59,16 @@ def talk(speaker: Says, lines: Iterator[str], max_tokens: int, tuned: bool, writ
 
 
 def converse(speaker: Says, console: Console, prompt: str | None, max_tokens: int, *, tuned: bool) -> None:
-    """One answer to `prompt`, or a conversation in this terminal. `console`: for what is not an answer."""
+    """Answers `prompt`, or holds a conversation in this terminal if it is None. console: for all but the answers."""
     if prompt is not None:
         ask(speaker, prompt, max_tokens, tuned, write_now)
         return
-    turns = "" if speaker.remembers else "; each question stands alone, as the run's task.template has no turns"
-    console.print(f"{QUIT} or Ctrl-D ends it{turns}", style="dim", highlight=False, soft_wrap=True)
+    turns = (
+        ""
+        if speaker.remembers
+        else "; each question is answered without the earlier ones, since the run's task.template has no turns"
+    )
+    console.print(f"{QUIT} or Ctrl-D ends the conversation{turns}", style="dim", highlight=False, soft_wrap=True)
     talk(speaker, typed_lines(), max_tokens, tuned, write_now)
 
 
@@ -73,7 +77,7 @@ def _user(text: str) -> Message:
 
 
 def _answer(speaker: Says, conversation: Sequence[Message], max_tokens: int, tuned: bool, write: Write) -> str:
-    """Writes the answer as it comes, without white space before it; returns it."""
+    """Writes the answer as it comes, without leading white space; returns the answer."""
     said = ""
     for piece in speaker.say(conversation, max_tokens, tuned=tuned):
         new = piece if said else piece.lstrip()
@@ -84,7 +88,7 @@ def _answer(speaker: Says, conversation: Sequence[Message], max_tokens: int, tun
 
 
 def typed_lines() -> Iterator[str]:
-    """What the user types, with line editing and a prompt where there is a terminal; ends at Ctrl-D."""
+    """Yields the lines that the user types until Ctrl-D; at a terminal with line editing and a prompt."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - input() uses it
     with contextlib.suppress(EOFError):
@@ -93,4 +97,5 @@ def typed_lines() -> Iterator[str]:
 
 
 def write_now(text: str) -> None:
+    """Prints a piece of an answer at once."""
     print(text, end="", flush=True)

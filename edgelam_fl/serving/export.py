@@ -1,6 +1,6 @@
-"""A run's result for other tools: the adapter as a peft folder, or merged into its base as a plain Hugging Face model.
+"""Exports a run's result for other tools: the adapter as a peft folder, or merged into its base as a Hugging Face model.
 
-Knows nothing about federations. What it writes needs no EdgeLAM-FL to be loaded.
+Knows nothing about federations. Other tools load the files without EdgeLAM-FL.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from edgelam_fl.machine import disk_free_bytes, memory_free_bytes
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.serving.results import Result
 
-BYTES_A_NUMBER = {"fp32": 4, "bf16": 2}
+BYTES_PER_NUMBER = {"fp32": 4, "bf16": 2}
 
 
 def export(result: Result, kind: str, out: Path | None, dtype: str = "") -> tuple[Path, str]:
-    """Writes `kind` "peft" or "merged" to `out` (default: a folder of that name in the run's).
+    """Writes the result as `kind` "peft" or "merged" to `out` (None: a folder of that name in the run's folder).
 
-    Returns the folder, and how to load it elsewhere. Raises ConfigError where the folder exists; a folder that is
-    there is whole.
+    Returns the folder and the code that loads it elsewhere. The folder appears complete or not at all. Raises ConfigError
+    if it exists or an option is wrong, EnvironmentProblem if memory or disk is short.
     """
     if kind not in ("peft", "merged"):
         raise ConfigError(
@@ -31,8 +31,8 @@ def export(result: Result, kind: str, out: Path | None, dtype: str = "") -> tupl
         )
     if kind == "peft" and dtype:
         raise ConfigError("--dtype belongs to --to merged; an adapter stays fp32, as it was trained")
-    if dtype not in ("", *BYTES_A_NUMBER):
-        raise ConfigError(f"--dtype {dtype!r} must be {' or '.join(BYTES_A_NUMBER)}")
+    if dtype not in ("", *BYTES_PER_NUMBER):
+        raise ConfigError(f"--dtype {dtype!r} must be {' or '.join(BYTES_PER_NUMBER)}")
     folder = out or result.folder / kind
     if folder.exists():
         raise ConfigError(f"{folder} exists; choose another with --out (nothing is ever overwritten)")
@@ -67,7 +67,7 @@ def _copy(adapter: Path, folder: Path) -> None:
 
 
 def _check_adapter(result: Result, source: ModelSource) -> None:
-    """Lets peft put the adapter on its base. The base is a skeleton without storage: this costs no model's memory."""
+    """Lets peft put the adapter on its base, which has no storage here: the check takes no memory for a model."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -91,14 +91,14 @@ def _load_peft(folder: Path, source: ModelSource) -> str:
 
 
 def _check_room(source: ModelSource, folder: Path, dtype: str) -> None:
-    """The model is merged in fp32, whole in memory."""
+    """Raises EnvironmentProblem if memory or disk is short: the whole model is merged in fp32, in memory."""
     needed, free = source.fp32_bytes, memory_free_bytes()
     if free < needed:
         raise EnvironmentProblem(
-            f"merging {source.name} takes {_gb(needed)} of memory (4 bytes a weight), {_gb(free)} are free here; end "
-            f"something, or merge on a larger machine: the run's folder and the model are all it needs"
+            f"merging {source.name} takes {_gb(needed)} of memory (4 bytes per weight), {_gb(free)} are free here; end "
+            f"another program, or merge on a larger machine: the run's folder and the model are all it needs"
         )
-    needed, free = source.fp32_bytes * BYTES_A_NUMBER[dtype] // 4, disk_free_bytes(folder)
+    needed, free = source.fp32_bytes * BYTES_PER_NUMBER[dtype] // 4, disk_free_bytes(folder)
     if free < needed:
         raise EnvironmentProblem(
             f"{folder} takes {_gb(needed)} in {dtype}, {_gb(free)} are free there; see --out, --dtype"

@@ -1,7 +1,7 @@
-"""Text out of a model, token by token, always the likeliest one.
+"""Generates text from a model greedily: each new token is the likeliest.
 
 `greedy` knows neither models nor texts: it asks a function for logits, which may be a model in this process
-(`LocalSpeaker`) or a route over other nodes (`remote.RouteSpeaker`). Shapes: V vocabulary.
+(`LocalSpeaker`) or a route over other nodes (`federation.remote.RouteSpeaker`). Knows no network. Shapes: V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from edgelam_fl.model.whole import load_whole, put_on
 from edgelam_fl.tasks.causal_lm import CausalLm
 
 Step = Callable[[Sequence[int], int], torch.Tensor]
-"""(ids, position) -> logits [V] behind the last of `ids`, the first of which stands at `position` of the text.
+"""(ids, position) -> logits [V] after the last of `ids`, whose first is at `position` of the text.
 
-Called with the whole prompt at 0, then with each new token alone: what came before is remembered, in a KV cache.
+Called with the whole prompt at position 0, then with each new token alone: a KV cache keeps the earlier tokens.
 """
 Message = dict[str, str]  # role and content, as chat templates have them
 _HALF_A_CHARACTER = "\ufffd"
 
 
 def greedy(step: Step, ids: Sequence[int], max_tokens: int, stop_ids: Collection[int]) -> Iterator[int]:
-    """At most `max_tokens` tokens that follow `ids`, as they come; none of `stop_ids`, the first of which ends it."""
+    """Yields at most `max_tokens` tokens that follow `ids`; ends before the first of `stop_ids`."""
     feed, position = list(ids), 0
     for _ in range(max_tokens):
         token = int(step(feed, position).argmax())
@@ -43,7 +43,7 @@ def greedy(step: Step, ids: Sequence[int], max_tokens: int, stop_ids: Collection
 
 
 def pieces(tokens: Iterable[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
-    """The text of `tokens`, in pieces as it grows. A character of several tokens comes when it is whole."""
+    """Yields the text of `tokens` in pieces as it grows. A character of several tokens is yielded once complete."""
     taken: list[int] = []
     said = ""
     for token in tokens:
@@ -58,7 +58,7 @@ def pieces(tokens: Iterable[int], decode: Callable[[list[int]], str]) -> Iterato
 
 
 class Speaker(ABC):
-    """Answers in text as a run's task puts questions, wherever the model is."""
+    """Answers questions in text, put as a run's task puts them. Subclasses know where the model is."""
 
     def __init__(self, model: ModelSection, task: TaskSection) -> None:
         self._source = find_model(model.name)
@@ -66,15 +66,15 @@ class Speaker(ABC):
 
     @abstractmethod
     def _opened(self, tuned: bool) -> AbstractContextManager[Step]:
-        """A new text: where its logits come from. `tuned`: with the run's adapter, or the model as it came."""
+        """Begins a new text; gives the function for its logits. tuned: with the run's adapter, else without."""
 
     @property
     def remembers(self) -> bool:
-        """Whether earlier turns of a conversation are told to it; only the model's own chat template has turns."""
+        """Whether the answer depends on earlier turns of a conversation; only the model's own chat template has turns."""
         return self._task.template == "chat"
 
     def say(self, conversation: Sequence[Message], max_tokens: int, *, tuned: bool = True) -> Iterator[str]:
-        """The answer to the conversation's last message, in pieces. Raises ConfigError where it is too long for the model."""
+        """Yields the answer to the last message in pieces. Raises ConfigError if the message is too long for the model."""
         ids = self._prompt_ids(conversation, max_tokens)
         tokenizer = self._task.tokenizer
         with torch.no_grad(), self._opened(tuned) as step:
@@ -82,7 +82,7 @@ class Speaker(ABC):
             yield from pieces(tokens, lambda taken: tokenizer.decode(taken, skip_special_tokens=True))
 
     def _prompt_ids(self, conversation: Sequence[Message], max_tokens: int) -> list[int]:
-        """Leaves out the oldest turns where the model's context is too short for all of them."""
+        """Returns the prompt's tokens; leaves out the oldest turns if the model's context is too short for all."""
         room = self._source.config.get("max_position_embeddings", 2**31) - max_tokens
         turns = list(conversation) if self.remembers else [conversation[-1]]
         while len(ids := self._ids(turns)) > room and len(turns) > 1:
@@ -108,7 +108,7 @@ class Speaker(ABC):
 
 
 class LocalSpeaker(Speaker):
-    """A run's whole model on this machine: the base, and the run's adapter once it is put on."""
+    """A run's whole model on this machine: the base, with the run's adapter after `put_on`."""
 
     def __init__(self, model: ModelSection, task: TaskSection) -> None:
         super().__init__(model, task)
@@ -116,6 +116,7 @@ class LocalSpeaker(Speaker):
         self._adapter: Path | None = None
 
     def put_on(self, adapter: Path) -> None:
+        """Puts the adapter of a folder on the base, in place of an earlier one."""
         if adapter != self._adapter:
             base = self._model.unload() if isinstance(self._model, PeftModel) else self._model
             self._model, self._adapter = put_on(base, adapter), adapter
@@ -138,7 +139,7 @@ class LocalSpeaker(Speaker):
 
 
 def answer(config: RunConfig, adapter: Path | None, question: str, max_tokens: int) -> str:
-    """The whole answer to one question. `adapter`: a run's adapter folder; None: the model as it came."""
+    """Returns the whole answer to one question. adapter: a run's adapter folder; None: the base alone."""
     speaker = _speaker(config.model, config.task)
     if adapter is not None:
         speaker.put_on(adapter)

@@ -1,4 +1,4 @@
-"""A run's folder as later commands find it: its configuration, its adapter. Imports no torch."""
+"""Opens a run's folder for later commands: its configuration and its adapter. Imports no torch, reads no tensor."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from edgelam_fl.errors import ConfigError
 
 @dataclass(frozen=True)
 class Result:
+    """A run's folder that has an adapter."""
+
     folder: Path
     config: RunConfig
 
@@ -21,7 +23,7 @@ class Result:
 
 
 def open_result(folder: Path) -> Result:
-    """Raises ConfigError for a folder that is no run's, or of a run that has not finished a round."""
+    """Opens a run's folder. Raises ConfigError if the folder is no run's, or the run has not finished a round."""
     if not (folder / "config.toml").is_file():
         raise ConfigError(f"{folder} is no run's folder: it has no config.toml")
     result = Result(folder, read_run_file(folder / "config.toml"))

@@ -1,7 +1,8 @@
-"""Generation over a route: hidden states of new tokens go through the hosts, each keeps what it needs of the earlier ones.
+"""Generates over a route: hidden states of new tokens pass through the hosts, each of which caches the earlier tokens.
 
 The device holds embedding, first and last layers: it alone sees text, and picks the tokens. Hosts see hidden states, as
-in training. Neighbours: `split.group` holds a host's links, `edgelam_fl.serving.generate` the loop that asks for the next token.
+in training, and know no tokens. Neighbours: `split.group` holds a host's links, `serving.generate` the loop that asks for
+the next token.
 """
 
 from __future__ import annotations
@@ -20,16 +21,17 @@ from edgelam_fl.split.route import Route
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.link import Frame, Link
 
-_SESSIONS = 4  # of one device at a time
+_SESSIONS = 4  # per device at a time
 
 
 class HostSessions:
-    """A host's part: a cache a session, until every device is done."""
+    """The host's end: keeps one KV cache per session, until every device is done."""
 
     def __init__(self, plan: pb.Plan, stage: Stage, group: Group) -> None:
         self.plan, self.stage, self.group = plan, stage, group
 
     def run(self) -> None:
+        """Serves the devices of the plan until all are done. Raises PeerLost if every device was lost."""
         if not self.group.coordinates:
             self.group.dial_next()
         self.group.gather(lambda: self._take(0.05))
@@ -83,7 +85,7 @@ class HostSessions:
         member.next.send(answer, hidden.to(self.group.wire).contiguous())
 
     def _checked(self, member: Member, header: pb.Header, inputs: torch.Tensor | None) -> tuple[int, int]:
-        """(position, length). Raises ProtocolError where they fit neither the tensor nor the session."""
+        """Returns (position, length). Raises ProtocolError if they do not fit the tensor and the session."""
         if not header.HasField("kv_step") or inputs is None:
             raise ProtocolError("a KV_STEP without position, length or hidden states")
         position, length = header.kv_step.position, header.kv_step.length
@@ -98,7 +100,7 @@ class HostSessions:
 
 
 class RouteSession:
-    """The device's part: token ids in, the next token's logits out."""
+    """The device's end: takes token ids, gives the next token's logits."""
 
     def __init__(
         self, stages: list[Stage], adapter: Mapping[str, np.ndarray], route: Route, wire: torch.dtype, patience_s: float
@@ -110,7 +112,7 @@ class RouteSession:
         self._caches = self.front.new_cache(), self.back.new_cache()
 
     def reset(self) -> None:
-        """A new text: hosts drop what they keep of the old one."""
+        """Begins a new text; the hosts drop their cache of the old one."""
         assert self.route.entry is not None
         if self._position:
             self.route.entry.send(pb.Header(kind=pb.KV_DROP, kv_drop=pb.KvDrop(session=self._session)))
@@ -119,7 +121,7 @@ class RouteSession:
 
     @torch.no_grad()
     def step(self, ids: list[int]) -> torch.Tensor:
-        """Logits [V] of the token after `ids`, which follow what was given before. Raises PeerLost."""
+        """Returns the logits [V] of the token after `ids`, which continue the text so far. Raises PeerLost."""
         assert self.route.entry is not None
         front_cache, back_cache = self._caches
         new = pb.KvStep(session=self._session, position=self._position, length=len(ids))
@@ -138,6 +140,7 @@ class RouteSession:
                 return frame.tensor
 
     def finish(self) -> None:
+        """Ends the conversation: tells the hosts and closes the links."""
         for link in (self.route.exit, self.route.entry):
             if link is not None:
                 link.send(pb.Header(kind=pb.DONE, done=pb.Done()))

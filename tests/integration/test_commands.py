@@ -336,7 +336,7 @@ def test_chat_answers_one_question_or_one_after_the_other(edgelam: Edgelam, tmp_
     assert done.stdout.strip() == base
     done = edgelam("chat", "run", "--max-tokens", "8", typed="Hello\n\n/quit\nHello\n")
     assert (done.returncode, done.stdout.strip()) == (0, tuned)
-    assert "/quit or Ctrl-D ends it" in done.stderr
+    assert "/quit or Ctrl-D ends the conversation" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Faults are seeded one by one; each must be found, with what mends it beside it."""
+"""Faults are seeded one by one; each must be found, with a fix beside it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Twelve faults that people really meet, seeded one by one: `edgelam doctor` names each one and what mends it."""
+"""Twelve faults that people really meet, seeded one by one: `edgelam doctor` names each one with its fix."""
 
 from __future__ import annotations
 

@@ -217,7 +217,7 @@ def test_protocols_read_the_curve() -> None:
 def test_every_kind_of_line_is_told() -> None:
     """A reference has no virtual time: where its training came through as the first of all, telling so must not end the matrix."""
     done = {"state": "done", "perplexity": None, "accuracy": 0.5, "bytes": 2e6, "virtual_seconds": 3.0, "seconds": 4.0}
-    reference = {key: value for key, value in done.items() if key in command._OF_A_REFERENCE}
-    assert command._told({"name": "a", **done}) == "a: accuracy 0.5000, 2.0 MB, 3 virtual s, 4 s"
-    assert command._told({"name": "b", "state": "reference", **reference}) == "b: accuracy 0.5000, 2.0 MB, 4 s"
-    assert command._told({"name": "c", "state": "failed", "reason": "busy"}) == "c failed: busy"
+    reference = {key: value for key, value in done.items() if key in command.REFERENCE_KEYS}
+    assert command.summary_line({"name": "a", **done}) == "a: accuracy 0.5000, 2.0 MB, 3 virtual s, 4 s"
+    assert command.summary_line({"name": "b", "state": "reference", **reference}) == "b: accuracy 0.5000, 2.0 MB, 4 s"
+    assert command.summary_line({"name": "c", "state": "failed", "reason": "busy"}) == "c failed: busy"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("edgelam_fl", "server", "strategies", "clients", "testbed")
-STILL_DOUBLE = {"Member", "Node", "Part", "Site", "Stage", "Timing"}  # no name is added here
+STILL_DOUBLE = {"Member", "Node", "Part", "Site", "Stage"}  # no name is added here
 
 
 def public_classes() -> dict[str, list[str]]:

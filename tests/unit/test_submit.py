@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from edgelam_fl.errors import RunFailed
-from edgelam_fl.federation.submission import Submission, Timing, run_events
+from edgelam_fl.federation.submission import FollowTiming, Submission, run_events
 from edgelam_fl.telemetry.events import Event
 from edgelam_fl.telemetry.events.table import kind_of
 
@@ -33,8 +33,8 @@ def test_flower_is_handed_the_app_alone(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- following a run
 
-AT_ONCE = Timing(poll_s=0.0, silence_s=0.0, lag_s=0.0)
-NEVER_ASKS = Timing(poll_s=0.0, silence_s=3600.0)
+AT_ONCE = FollowTiming(poll_s=0.0, silence_s=0.0, lag_s=0.0)
+NEVER_ASKS = FollowTiming(poll_s=0.0, silence_s=3600.0)
 
 
 class Writer:
@@ -115,7 +115,7 @@ def test_a_last_event_that_is_written_while_flower_is_asked_counts(tmp_path: Pat
         write()
         return "finished:completed"
 
-    patient = Timing(poll_s=0.0, silence_s=0.0, lag_s=3600.0)
+    patient = FollowTiming(poll_s=0.0, silence_s=0.0, lag_s=3600.0)
     assert kinds(run_events(tmp_path / "events.jsonl", status, timing=patient)) == ["run_done"]
 
 
