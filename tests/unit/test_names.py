@@ -7,6 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+GLOSSARY = ROOT / "docs" / "glossary.md"
 FOLDERS = ("edgelam_fl", "server", "strategies", "clients", "testbed")
 STILL_DOUBLE = {"Member", "Node", "Part", "Site", "Stage"}  # no name is added here
 
@@ -27,3 +28,15 @@ def test_a_public_class_has_a_name_of_its_own() -> None:
     assert len(classes) > 100, "the search found the program"
     double = {name: modules for name, modules in classes.items() if len(modules) > 1 and name not in STILL_DOUBLE}
     assert double == {}, "rename one of each; docs/glossary.md says which word means what"
+
+
+def test_the_glossary_has_each_word_once_with_a_package_that_exists() -> None:
+    rows = [line.strip("|").split("|") for line in GLOSSARY.read_text(encoding="utf-8").splitlines() if line[:1] == "|"]
+    rows = [[cell.strip() for cell in row] for row in rows if set(row[0]) != {"-"} and row[0] != "word"]
+    words = [word for row in rows for word in row[0].split(", ")]
+    assert len(words) > 60
+    assert len(set(words)) == len(words)
+    for _, meaning, places in rows:
+        assert meaning
+        for place in places.split(", "):
+            assert (ROOT / place.strip("`")).is_dir(), place
