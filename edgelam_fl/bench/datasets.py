@@ -11,7 +11,7 @@ from edgelam_fl.bench import wordnet
 from edgelam_fl.bench.matrix import Bench, Cell, attackers
 from edgelam_fl.bench.partition import deal
 from edgelam_fl.errors import ConfigError
-from edgelam_fl.simulation.fabric import NodeFacts, write_federation
+from edgelam_fl.simulation.fabric import SimulatedNode, write_federation
 from edgelam_fl.tasks.files import read_records
 
 Row = tuple[str, str]  # prompt, answer
@@ -69,13 +69,13 @@ def write_cell(folder: Path, data: Data, bench: Bench, cell: Cell, hosts: int) -
     """
     seed, kind_count = int(cell.values["seed"]), attackers(str(cell.values["attack"]))
     dealt = deal([answer for _, answer in data.training], bench.devices, str(cell.values["partition"]), seed)
-    nodes = [NodeFacts(name=f"edge-{number}") for number in range(1, hosts + 1)]
+    nodes = [SimulatedNode(name=f"edge-{number}") for number in range(1, hosts + 1)]
     for number, chosen in enumerate(dealt):
         name = device_name(number)
         _write(folder / f"{name}.jsonl", [data.training[row] for row in chosen])
         _write(folder / f"{name}.test.jsonl", data.test[number :: bench.devices])
         attack = kind_count[0] if number < kind_count[1] else ""
-        nodes.append(NodeFacts(name=name, data=f"{name}.jsonl", held_out=f"{name}.test.jsonl", attack=attack))
+        nodes.append(SimulatedNode(name=name, data=f"{name}.jsonl", held_out=f"{name}.test.jsonl", attack=attack))
     write_federation(folder, nodes)
 
 

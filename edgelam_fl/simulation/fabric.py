@@ -40,7 +40,7 @@ _FEDERATIONS_KEPT = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class NodeFacts:
+class SimulatedNode:
     """A node as a federation's file has it. Paths are relative to that file."""
 
     name: str
@@ -49,16 +49,16 @@ class NodeFacts:
     attack: str = ""  # what it does to its updates (edgelam_fl.simulation.attacks); '': nothing
 
 
-def write_federation(folder: Path, nodes: Iterable[NodeFacts]) -> None:
+def write_federation(folder: Path, nodes: Iterable[SimulatedNode]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"nodes": [vars(node) for node in nodes]}, indent=1)
     (folder / "federation.json").write_text(text + "\n", encoding="utf-8")
 
 
-def read_federation(folder: Path) -> list[NodeFacts]:
+def read_federation(folder: Path) -> list[SimulatedNode]:
     try:
         entries = json.loads((folder / "federation.json").read_text(encoding="utf-8"))["nodes"]
-        return [NodeFacts(**entry) for entry in entries]
+        return [SimulatedNode(**entry) for entry in entries]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder / 'federation.json'} does not describe a federation: {error}") from error
 
@@ -122,7 +122,7 @@ def _one(task: Task, pair: Pair) -> list[Example]:
 class VirtualNode(StageHost):
     """A stage host that shares a process with others."""
 
-    def __init__(self, folder: Path, facts: NodeFacts, others: Mapping[str, StageHost], shared: Shared) -> None:
+    def __init__(self, folder: Path, facts: SimulatedNode, others: Mapping[str, StageHost], shared: Shared) -> None:
         super().__init__(
             facts.name, memory_dial(others), lambda *_, **__: None,
             data=folder / facts.data if facts.data else None, address=facts.name,

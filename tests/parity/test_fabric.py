@@ -9,7 +9,7 @@ import pytest
 
 from edgelam_fl.model.adapter import Adapter, initial_adapter
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.simulation.fabric import Fabric, NodeFacts, write_federation
+from edgelam_fl.simulation.fabric import Fabric, SimulatedNode, write_federation
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.control import FABRIC_SEPARATOR
 from tests.support import Fleet, check_done, joined, memory_fleet, run_config, same_bits
@@ -35,8 +35,8 @@ def fabric_fleet(source: ModelSource, settings: list[str], files: list[Path], fo
     config, fabric = run_config(source.name, *settings), Fabric(seats=2)
     edges = [f"edge-{number}" for number in range(1, config.split.hosts + 1)]
     devices = {f"device-{number}": file for number, file in enumerate(files, 1)}
-    facts = [NodeFacts(name=name) for name in edges]
-    facts += [NodeFacts(name=name, data=os.path.relpath(file, folder)) for name, file in devices.items()]
+    facts = [SimulatedNode(name=name) for name in edges]
+    facts += [SimulatedNode(name=name, data=os.path.relpath(file, folder)) for name, file in devices.items()]
     write_federation(folder, facts)
     nodes = {fact.name: Node(fabric, folder, number) for number, fact in enumerate(facts)}
     return Fleet(source, config, {d: nodes[d] for d in devices}, {edge: (nodes[edge], edge) for edge in edges})
