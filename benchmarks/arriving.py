@@ -75,7 +75,7 @@ def _round(rule: str, devices: int, result: Connection) -> None:
     from edgelam_fl.plan.spec import RunSpec
     from edgelam_fl.wire import PROTOCOL_VERSION
     from edgelam_fl.wire import edgelam_pb2 as pb
-    from server.exchange import Exchange, Timing
+    from server.exchange import Exchange, ExchangeTiming
     from server.roster import Roster
     from server.rounds import Rounds
     from server.run_folder import RunFolder
@@ -90,7 +90,7 @@ def _round(rule: str, devices: int, result: Connection) -> None:
     spec, grid = RunSpec(config, find_model(config.model.name)), Grid(devices)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         run = RunFolder(Path(folder), spec)
-        exchange = Exchange(grid, Timing())  # type: ignore[arg-type]
+        exchange = Exchange(grid, ExchangeTiming())  # type: ignore[arg-type]
         roster = Roster(exchange, run, pb.ProfileRequest(protocol_version=PROTOCOL_VERSION))
         Rounds(spec, exchange, roster, run, "run").round_after(FederationState())
     result.send((max(grid.resident) - grid.resident[0], grid.update_bytes, grid.last - grid.first))

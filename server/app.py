@@ -20,7 +20,7 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from server import hub
 from server.chat import converse
 from server.checks import check_config
-from server.exchange import Exchange, Timing
+from server.exchange import Exchange, ExchangeTiming
 from server.roster import Roster
 from server.rounds import Rounds
 from server.run_folder import RunFolder
@@ -47,7 +47,7 @@ def main(grid: Grid, context: Context) -> None:
         return
     folder = RunFolder(out, spec)
     try:
-        exchange = Exchange(grid, Timing())
+        exchange = Exchange(grid, ExchangeTiming())
         roster = Roster(exchange, folder, _profile_request(spec), patience_s=config.federation.join_deadline_s)
         if command == "plan":
             propose(roster, spec, folder)

@@ -25,7 +25,7 @@ from edgelam_fl.telemetry.events import RouteReady, RunDone, RunFailure
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server import hub
-from server.exchange import Exchange, Missing, Timing
+from server.exchange import Exchange, ExchangeTiming, Missing
 from server.global_adapter import starting_point
 from server.roster import Roster
 from server.run_folder import RunFolder
@@ -38,7 +38,7 @@ def converse(grid: Grid, spec: RunSpec, session: Path, adapter: Path) -> None:
 
     Raises RunFailed if the hosts of one site do not come, or leave.
     """
-    folder, exchange = RunFolder(session, spec), Exchange(grid, Timing())
+    folder, exchange = RunFolder(session, spec), Exchange(grid, ExchangeTiming())
     request = pb.ProfileRequest(protocol_version=PROTOCOL_VERSION, task=task_settings(spec.config), hub_port=hub.port())
     roster = Roster(exchange, folder, request)
     try:

@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Timing:
+class ExchangeTiming:
     """How long the server waits, and by which clock."""
 
     query_s: float = 90.0
@@ -83,7 +83,7 @@ class _Peer:
 class Exchange:
     """Sends requests over Flower's grid and collects what comes back."""
 
-    def __init__(self, grid: Grid, timing: Timing) -> None:
+    def __init__(self, grid: Grid, timing: ExchangeTiming) -> None:
         self.grid, self.timing = grid, timing
 
     def replies(

@@ -102,7 +102,7 @@ class PlannedRound:
     sums_on_arrival: bool
     """Whether replies are summed up as they arrive, and their tensors let go."""
     began_s: float
-    """By the clock of the server's `Timing`."""
+    """By the clock of the server's `ExchangeTiming`."""
 
     @property
     def received_bytes(self) -> dict[str, int]:

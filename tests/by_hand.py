@@ -21,7 +21,7 @@ from edgelam_fl.plan.reading import end_spans, hosted_span
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.exchange import Exchange, Timing
+from server.exchange import Exchange, ExchangeTiming
 from server.replies import KEPT_NODES
 from server.roster import Roster
 from server.rounds import Rounds
@@ -174,7 +174,7 @@ class FederationByHand:
         self.folder = RunFolder(folder, self.spec)
         self.clock = HandClock()
         self.grid: Any = HandGrid(list(self.nodes.values()))
-        exchange = Exchange(self.grid, Timing(now=self.clock.now, sleep=self.clock.sleep))
+        exchange = Exchange(self.grid, ExchangeTiming(now=self.clock.now, sleep=self.clock.sleep))
         self.roster = Roster(exchange, self.folder, pb.ProfileRequest(protocol_version=PROTOCOL_VERSION))
         self.rounds = Rounds(self.spec, exchange, self.roster, self.folder, "run", kept_nodes=kept_nodes)
         self.start = adapters.initial_adapter(source, self.config.lora.targets, self.config.lora.rank, 1)

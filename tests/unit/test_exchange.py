@@ -12,7 +12,7 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.exchange import Arrived, Exchange, Missing, Request, SiteDeadline, Timing
+from server.exchange import Arrived, Exchange, ExchangeTiming, Missing, Request, SiteDeadline
 from tests.by_hand import HandClock, moves
 from tests.unit.conftest import MakeFederation
 
@@ -31,7 +31,7 @@ class TimedGrid:
 
     def exchange(self) -> Exchange:
         grid: Any = self
-        return Exchange(grid, Timing(now=self.clock.now, sleep=self.clock.sleep))
+        return Exchange(grid, ExchangeTiming(now=self.clock.now, sleep=self.clock.sleep))
 
     def requests(self) -> Iterable[Request]:
         return [Request(f"n{node}", node, "train", RecordDict()) for node in self.answers_at_s]
