@@ -32,6 +32,7 @@ from edgelam_fl.split import route
 from edgelam_fl.tasks.base import Example, Unit
 from edgelam_fl.tasks.causal_lm import CausalLm, labelled, loss_sum, make_units
 from edgelam_fl.tasks.data import batch_indices, read_pairs, set_aside
+from edgelam_fl.telemetry.events import Event
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.parcels import add_corrections
 from strategies.registry import Capabilities
@@ -99,7 +100,7 @@ class Fleet:
     name: str = "test"
     listening: dict[str, str] = field(default_factory=dict)  # devices that may host: the address of the data plane
     examples: dict[str, int] = field(default_factory=dict)  # of each device; matters with epochs only
-    events: list[dict[str, Any]] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
     round: int = 0
     settings: ClientSettings = field(default_factory=ClientSettings)  # what an aggregation would ask of the nodes
     aggregation: Capabilities = field(default_factory=Capabilities)  # of the rule that corrects gradients, if any
@@ -141,8 +142,8 @@ class Fleet:
         tokens = {name: name.encode() * 4 for name in self.devices}
         return make_plans(RunSpec(self.config, self.source), facts, profiles, layout, {}, tokens)
 
-    def emit(self, event: str, **fields: Any) -> None:
-        self.events.append({"event": event, **fields})
+    def emit(self, event: Event) -> None:
+        self.events.append(event)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from edgelam_fl.hub.slices import CHUNK_BYTES, CONFIG, SLICES_SERVICE, TOKENIZER
 from edgelam_fl.model.index import TensorEntry
 from edgelam_fl.model.served import AnnouncedPart, check_part, complete, mapped, read_manifest, write_manifest
 from edgelam_fl.model.source import ModelSource, find_model
+from edgelam_fl.telemetry.events import Emit, SliceComing, SliceReceived
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.grpc.options import grpc_reason
 from edgelam_fl.wire.grpc.services import stub
@@ -38,7 +39,6 @@ _OPTIONS = [
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_http_proxy", 0),
 ]
-Emit = Callable[..., None]  # writes an event
 T = TypeVar("T")
 
 
@@ -62,7 +62,7 @@ def open_model(
     hub: str,
     *,
     tokenizer: bool = False,
-    emit: Emit = lambda *_, **__: None,
+    emit: Emit = lambda event: None,
     timing: FetchTiming = DEFAULT_FETCH_TIMING,
 ) -> ModelSource:
     """Returns the model of a plan: this machine's own if it has the model, else the one that the hub serves.
@@ -136,10 +136,11 @@ class Served:
             began, said = time.monotonic(), self._progress()
             came = complete(folder, wanted, functools.partial(self._stream, base, compute), progress=said)
         if came:
-            self._emit(
-                "slice_received", model=self._name, base=base, tensors=len(wanted), bytes=came,
+            received = SliceReceived(
+                model=self._name, base=base, tensors=len(wanted), bytes=came,
                 slice_bytes=sum(part.size for part in wanted), seconds=round(time.monotonic() - began, 3),
             )  # fmt: skip
+            self._emit(received)
         for part in wanted:
             yield part.name, mapped(folder, part)
 
@@ -149,7 +150,7 @@ class Served:
         def say(done: int, total: int) -> None:
             if time.monotonic() - last[0] > self._timing.progress_every_s:
                 last[0] = time.monotonic()
-                self._emit("slice_coming", model=self._name, bytes=done, of=total)
+                self._emit(SliceComing(model=self._name, bytes=done, of=total))
 
         return say
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from edgelam_fl.addresses import split_address
 from edgelam_fl.errors import EdgelamError
-from edgelam_fl.telemetry.events import EventLog
+from edgelam_fl.telemetry.events import EventLog, NodeReady
 
 _MOST_EVENTS_BYTES = 8 << 20  # and as much again set aside: a board's card is small
 
@@ -59,7 +59,7 @@ def serve(options: argparse.Namespace) -> int:
     node = StageHost(options.name, dial, log, data=options.data, address=address, tags=options.tag, server=server, open_door=RelayedDoor)  # fmt: skip
     handlers = {"GetProfile": node.profile, "Submit": node.submit, "Wait": node.wait}
     control = ControlServer(options.state, lambda _: handlers)
-    log("ready", name=options.name, address=address)
+    log(NodeReady(name=options.name, address=address))
     stopped.wait()
     node.stop()
     control.stop()

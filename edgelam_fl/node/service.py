@@ -15,7 +15,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,6 +45,7 @@ from edgelam_fl.split.route import Dial, new_route, open_link, open_route, wire_
 from edgelam_fl.split.window import affordable_window
 from edgelam_fl.tasks.base import Example, Task
 from edgelam_fl.tasks.data import Pair, device_pairs
+from edgelam_fl.telemetry.events import Emit, EmitInJob, JobDone, JobEvent, JobStarted, WindowGranted
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.codecs import CODECS
@@ -94,7 +95,7 @@ class StageHost:
         self,
         name: str,
         dial: Dial,
-        emit: Callable[..., None],
+        emit: Emit,
         *,
         data: Path | None = None,
         address: str = "",
@@ -255,7 +256,10 @@ class StageHost:
         if previous is not None:
             previous.join()
         report = part.report
-        emit = lambda event, **fields: self._emit(event, job=report.job, **fields)  # noqa: E731
+
+        def emit(event: JobEvent) -> None:
+            self._emit(replace(event, job=report.job))
+
         try:
             with self._door(part.plan):
                 self._run_part(part, request, emit)
@@ -268,7 +272,7 @@ class StageHost:
         finally:
             report.peak_rss_bytes = peak_rss_bytes()
             self._hosting = None
-            emit("job_done", state=report.state, error=report.error)
+            emit(JobDone(state=report.state, error=report.error))
             part.finished.set()
 
     def _door(self, plan: pb.Plan) -> AbstractContextManager[object]:
@@ -278,16 +282,16 @@ class StageHost:
             return nullcontext()
         return closing(self._open_door(Relay(hub, part_id(plan), plan.relay_token), self.admit))
 
-    def _run_part(self, part: Part, request: pb.SubmitRequest, emit: Callable[..., None]) -> None:
+    def _run_part(self, part: Part, request: pb.SubmitRequest, emit: EmitInJob) -> None:
         plan, report, began = part.plan, part.report, time.monotonic()
         held = self._hold(plan)
         report.moments = "warm" if held.start(plan, request.adapter, request.corrections) else "cold"
-        emit(
-            "job_started",
+        started = JobStarted(
             role=pb.Role.Name(plan.role).lower(),
-            layers=[[stage.span.first, stage.span.last] for stage in held.stages()],
+            layers=tuple((stage.span.first, stage.span.last) for stage in held.stages()),
             seconds=round(time.monotonic() - began, 3),
         )
+        emit(started)
         site_labels = self._play(part, held, emit) or (lambda source, name: 0)
         report.contributions.extend(held.finish(plan, report.labels_trained, site_labels) if plan.steps else [])
         current = held.current()
@@ -304,7 +308,7 @@ class StageHost:
         self._held = Held(plan, self._load, self._find_planned, before)
         return self._held
 
-    def _play(self, part: Part, held: Held, emit: Callable[..., None]) -> Callable[[str, str], int] | None:
+    def _play(self, part: Part, held: Held, emit: EmitInJob) -> Callable[[str, str], int] | None:
         """The node's part as a host, as a device, or as both at once. Returns what hosted tensors learned from, in labels."""
         if not part.plan.serves:
             self._drive(part, held, emit)
@@ -319,7 +323,7 @@ class StageHost:
             self._host_and_drive(part, held, host, group, emit)
         return host.labels_of
 
-    def _host_and_drive(self, part: Part, held: Held, host: Host, group: Group, emit: Callable[..., None]) -> None:
+    def _host_and_drive(self, part: Part, held: Held, host: Host, group: Group, emit: EmitInJob) -> None:
         """The host on a thread of its own, so that it computes for others while the device waits for its own route."""
         failed: list[EdgelamError] = []
 
@@ -344,7 +348,7 @@ class StageHost:
 
     # ---------------------------------------------------------------- as a device
 
-    def _drive(self, part: Part, held: Held, emit: Callable[..., None]) -> None:
+    def _drive(self, part: Part, held: Held, emit: EmitInJob) -> None:
         plan, report = part.plan, part.report
         task = task_of(plan, held.source.folder)
         training, held_out = self._load_examples(plan, task)
@@ -386,7 +390,7 @@ class StageHost:
 
     # ---------------------------------------------------------------- as a host
 
-    def _make_host(self, part: Part, held: Held, emit: Callable[..., None]) -> tuple[Host, Group]:
+    def _make_host(self, part: Part, held: Held, emit: EmitInJob) -> tuple[Host, Group]:
         assert held.hosted is not None
         group = self._make_group(part, held, emit)
         task = task_of(part.plan, held.source.folder) if held.hosted.span.head else None
@@ -394,7 +398,7 @@ class StageHost:
         self._hosting = group  # from here on HELLO is answered
         return host, group
 
-    def _make_group(self, part: Part, held: Held, emit: Callable[..., None]) -> Group:
+    def _make_group(self, part: Part, held: Held, emit: EmitInJob) -> Group:
         plan = part.plan
 
         def dial_next(route: pb.Route, number: int, counters: ByteCounters, make_terms: MakeTerms) -> Link:
@@ -405,12 +409,12 @@ class StageHost:
         size = sum(parameter.numel() for parameter in held.hosted.adapter_parameters.values())
         window = affordable_window(plan, held.source, held.hosted.dtype.itemsize, size, memory_free_bytes())
         if window < plan.window:
-            emit("window", granted=window, asked=plan.window, memory_free_bytes=memory_free_bytes())
+            emit(WindowGranted(granted=window, asked=plan.window, memory_free_bytes=memory_free_bytes()))
         group = Group(plan, held.source.hidden_size, wire_dtype(plan), window, dial_next, emit)
         part.attach(group.inbox)
         return group
 
-    def _generate(self, part: Part, held: Held, emit: Callable[..., None]) -> None:
+    def _generate(self, part: Part, held: Held, emit: EmitInJob) -> None:
         assert held.hosted is not None
         held.site_trainees(part.plan)[part.plan.site].use()
         group = self._make_group(part, held, emit)

@@ -20,7 +20,7 @@ from edgelam_fl.plan.search import best_chain, cost_of, shortage
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.plan.speeds import before_rounds, learned, near
 from edgelam_fl.plan.what_fits import hosts_wanted, nearest_that_fits
-from edgelam_fl.telemetry.events import Event, NodePlaced, PlacementMade, SitePlaced
+from edgelam_fl.telemetry.events import Emit, NodePlaced, PlacementMade, SitePlaced
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 GAIN = 0.1  # new chains must be so much faster than the old ones
@@ -49,7 +49,7 @@ class Proposal:
 class Placement:
     """Makes the layout of each round, and learns from the rounds."""
 
-    def __init__(self, spec: RunSpec, emit: Callable[[Event], None] = lambda event: None) -> None:
+    def __init__(self, spec: RunSpec, emit: Emit = lambda event: None) -> None:
         self.spec, self.config, self.emit = spec, spec.config, emit
         self._footprints, self._speeds = Footprints(spec), before_rounds(spec.config)
         self._chains: tuple[Chain, ...] = ()  # of the newest layout, one per site

@@ -32,6 +32,7 @@ from edgelam_fl.simulation.frozen import OnFrozen, frozen_layers, whole_model
 from edgelam_fl.split.route import memory_dial
 from edgelam_fl.tasks.base import Example, Task
 from edgelam_fl.tasks.data import Pair, device_pairs, read_pairs
+from edgelam_fl.telemetry.events import EmitInJob
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.control import FABRIC_SEPARATOR, Handlers
@@ -142,7 +143,7 @@ class VirtualNode(StageHost):
             )  # fmt: skip
         return self._examples[1]
 
-    def _run_part(self, part: Part, request: pb.SubmitRequest, emit: Callable[..., None]) -> None:
+    def _run_part(self, part: Part, request: pb.SubmitRequest, emit: EmitInJob) -> None:
         plan = part.plan
         waits_for_others = plan.serves or any(route.hops for route in plan.routes)
         with contextlib.nullcontext() if waits_for_others else self._shared.seats:
@@ -154,7 +155,7 @@ class VirtualNode(StageHost):
                 sent = self._attack(start, trained, f"{plan.seed}/{plan.node}/{plan.round}/{number}")
                 contribution.adapter = adapters.to_bytes(sent)
 
-    def _drive(self, part: Part, held: Held, emit: Callable[..., None]) -> None:
+    def _drive(self, part: Part, held: Held, emit: EmitInJob) -> None:
         self._started_from = held.ends_trainee.adapter()
         if isinstance(held.ends[0], OnFrozen):
             training, held_out = self._load_examples(part.plan, task_of(part.plan, held.source.folder))

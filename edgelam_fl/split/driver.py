@@ -6,7 +6,7 @@ Knows batches, labels and the optimizer; `split.step` takes the micro-batches ov
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from edgelam_fl.split.timeline import Timeline
 from edgelam_fl.split.trainee import Trainee, judge
 from edgelam_fl.tasks.base import Example, Task, Unit
 from edgelam_fl.tasks.data import batch_indices
+from edgelam_fl.telemetry.events import EmitInJob, Evaluated, StepDone
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 
@@ -42,9 +43,7 @@ class Measured:
 class Driver:
     """The driver of one device in one round."""
 
-    def __init__(
-        self, plan: pb.Plan, ends: Ends, trainee: Trainee, route: Route, task: Task, emit: Callable[..., None]
-    ) -> None:
+    def __init__(self, plan: pb.Plan, ends: Ends, trainee: Trainee, route: Route, task: Task, emit: EmitInJob) -> None:
         """`trainee`: the adapter of the device's own layers. `route`: its links need not be open yet."""
         self.plan, self.ends, self.trainee, self.route, self.task, self.emit = plan, ends, trainee, route, task, emit
         self.measured = Measured()
@@ -61,10 +60,8 @@ class Driver:
         self._run(step)
         measured.eval_loss_sum, measured.eval_labels, measured.eval_sums = sum(step.losses), step.labels, step.sums
         measured.eval_seconds = time.monotonic() - began
-        self.emit(
-            "evaluated", loss_sum=measured.eval_loss_sum, labels=measured.eval_labels,
-            seconds=round(measured.eval_seconds, 3),
-        )  # fmt: skip
+        seconds = round(measured.eval_seconds, 3)
+        self.emit(Evaluated(loss_sum=measured.eval_loss_sum, labels=measured.eval_labels, seconds=seconds))
 
     def train(self, examples: list[Example]) -> None:
         """Makes the plan's optimizer steps; sits out those for which this device has no batch."""
@@ -145,10 +142,8 @@ class Driver:
             counted=not reason, reason=reason,
         )  # fmt: skip
         self.measured.steps.append(report)
-        self.emit(
-            "step", step=step.number, loss=report.loss_sum / step.labels, labels=step.labels,
-            seconds=round(report.seconds, 3),
-        )  # fmt: skip
+        loss, seconds = report.loss_sum / step.labels, round(report.seconds, 3)
+        self.emit(StepDone(step=step.number, loss=loss, labels=step.labels, seconds=seconds))
 
     def _apply(self, step: DeviceStep) -> None:
         """Makes the optimizer step of the own layers, which learn from the mean over the device's own labels."""

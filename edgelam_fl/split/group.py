@@ -23,6 +23,7 @@ from edgelam_fl.plan.reading import job_id
 from edgelam_fl.split.inbox import Inbox
 from edgelam_fl.split.member import Member
 from edgelam_fl.split.route import most_bytes
+from edgelam_fl.telemetry.events import EmitInJob, LinkLost
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.codecs import CODECS
@@ -47,7 +48,7 @@ class Group:
         wire: torch.dtype,
         window: int,
         dial: DialNext,
-        emit: Callable[..., None],
+        emit: EmitInJob,
     ) -> None:
         """Prepares a group in which no link is open yet.
 
@@ -208,7 +209,7 @@ class Group:
         if not member.leaving:
             member.leaving = reason
             member.forwards.clear()
-            self.emit("link_lost", link=member.route.device, reason=reason)
+            self.emit(LinkLost(link=member.route.device, reason=reason))
 
     def dismiss(self, member: Member, reason: str) -> None:
         """Takes a device out of the round: drops its unfinished micro-batches, keeps its earlier steps."""

@@ -28,6 +28,7 @@ from edgelam_fl.split.timeline import Timeline
 from edgelam_fl.split.trainee import Trainee
 from edgelam_fl.split.turns import DecidesTurns, FollowsTurns, Handler, Turns
 from edgelam_fl.tasks.base import Task
+from edgelam_fl.telemetry.events import EmitInJob
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.link import Frame, Link
 
@@ -45,7 +46,7 @@ class Host:
         group: Group,
         trainees: Sequence[Trainee],
         task: Task | None,
-        emit: Callable[..., None],
+        emit: EmitInJob,
     ) -> None:
         """Prepares the lanes of a round.
 

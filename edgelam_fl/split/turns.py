@@ -18,6 +18,7 @@ from edgelam_fl.split.lane import Lane
 from edgelam_fl.split.member import Member, checked_table
 from edgelam_fl.split.timeline import Timeline
 from edgelam_fl.split.trainee import judge
+from edgelam_fl.telemetry.events import EmitInJob, NodeLeftOut, StepClosed
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.link import Frame
 
@@ -28,9 +29,7 @@ Handler = Callable[[Member, Frame], None]
 class Turns(ABC):
     """The turns of one host in one round."""
 
-    def __init__(
-        self, plan: pb.Plan, group: Group, lanes: Sequence[Lane], timeline: Timeline, emit: Callable[..., None]
-    ) -> None:
+    def __init__(self, plan: pb.Plan, group: Group, lanes: Sequence[Lane], timeline: Timeline, emit: EmitInJob) -> None:
         self.plan, self.group, self.lanes, self.timeline, self.emit = plan, group, lanes, timeline, emit
         self.lane_of = {member.index: lane for lane in lanes for member in lane.members}
         self._mode = lanes[0].mode
@@ -172,10 +171,8 @@ class Turns(ABC):
         self._known_left_out -= {m.index for m in counted}
         self._known_left_out |= {m.index for m in left_out}
         if new:
-            self.emit(
-                "step_closed", step=step, counted=[m.route.device for m in counted],
-                left_out=[{"node": m.route.device, "reason": m.gone or m.problem} for m in left_out],
-            )  # fmt: skip
+            missing = tuple(NodeLeftOut(node=m.route.device, reason=m.gone or m.problem) for m in left_out)
+            self.emit(StepClosed(step=step, counted=tuple(m.route.device for m in counted), left_out=missing))
 
 
 class DecidesTurns(Turns):

@@ -12,6 +12,7 @@ import torch
 from edgelam_fl.model.adapter import initial_adapter
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import LoraSettings, Span, Stage, load_stages
+from edgelam_fl.telemetry.events import Event, StepClosed, StepDone, of_kind
 from edgelam_fl.wire import edgelam_pb2 as pb
 from tests.support import (
     Fleet,
@@ -203,9 +204,9 @@ def test_a_device_lost_in_a_chain_costs_its_own_micro_batches(tiny: ModelSource,
     with memory_fleet(tiny, config, data_files) as fleet:
         lost = fleet.devices["device-3"]
 
-        def watch(event: str, **fields: object) -> None:
-            Fleet.emit(fleet, event, **fields)
-            if event == "step" and fields["job"] == "test/1/1/device-3" and fields["step"] == 2:
+        def watch(event: Event) -> None:
+            Fleet.emit(fleet, event)
+            if isinstance(event, StepDone) and (event.job, event.step) == ("test/1/1/device-3", 2):
                 lost._current.cancel("unplugged")  # type: ignore[attr-defined]
 
         lost._emit = watch  # type: ignore[attr-defined]
@@ -213,9 +214,9 @@ def test_a_device_lost_in_a_chain_costs_its_own_micro_batches(tiny: ModelSource,
     assert reports["device-3"].error == "unplugged"
     check_done({name: report for name, report in reports.items() if name != "device-3"})
     stayed = sum(step.labels for name in ("device-1", "device-2") for step in reports[name].steps)
-    done = [e["labels"] for e in fleet.events if e["event"] == "step" and e["job"] == "test/1/1/device-3"]
+    done = [step.labels for step in of_kind(fleet.events, StepDone) if step.job == "test/1/1/device-3"]
     assert len(done) == 3
     assert reports["edge-1"].host.labels_trained == reports["edge-2"].host.labels_trained >= stayed + sum(done)
-    closed = [event for event in fleet.events if event["event"] == "step_closed"]
-    assert {event["job"].split("/")[-1] for event in closed} == {"edge-1", "edge-2"}
-    assert all(event["left_out"][0]["node"] == "device-3" for event in closed)
+    closed = list(of_kind(fleet.events, StepClosed))
+    assert {event.job.split("/")[-1] for event in closed} == {"edge-1", "edge-2"}
+    assert all(event.left_out[0].node == "device-3" for event in closed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.split.group import Group
 from edgelam_fl.split.host import Host
 from edgelam_fl.split.trainee import Trainee
+from edgelam_fl.telemetry.events import JobEvent, LinkLost, NodeLeftOut, StepClosed, of_kind
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.link import Frame, Link
@@ -30,6 +31,7 @@ from tests.support import run_config
 LABELS = {0: 3, 1: 17, 2: 1}  # so unequal that a mean of means would be far off
 TOKENS, LR = 20, 1.0
 WAIT_S = 6.0
+_Kind = TypeVar("_Kind", bound=JobEvent)
 
 
 def dials_nobody(*_: Any) -> Link:
@@ -42,7 +44,7 @@ class Site:
     def __init__(
         self, source: ModelSource, devices: int = 3, *overrides: str, steps: int = 1, **deadlines: float
     ) -> None:
-        self.source, self.events = source, list[dict[str, Any]]()
+        self.source, self.events = source, list[JobEvent]()
         config = run_config(source.name, f"optimizer.lr={LR}", *overrides)
         names = [f"device-{number}" for number in range(devices)]
         edge, members = pb.Profile(name="edge-1", role=pb.EDGE), [pb.Profile(name=n, role=pb.DEVICE) for n in names]
@@ -54,7 +56,7 @@ class Site:
             setattr(self.plan.deadlines, name, seconds)
         self.stage = middle(source)
         self.start = {name: p.detach().clone() for name, p in self.stage.adapter_parameters.items()}
-        emit = lambda event, **fields: self.events.append({"event": event, **fields})  # noqa: E731
+        emit = self.events.append
         self.group = Group(self.plan, source.hidden_size, torch.float32, self.plan.window, dials_nobody, emit)
         trainee = Trainee([self.stage])
         trainee.start(self.stage.adapter(), hosted_trains(self.plan), self.plan)
@@ -80,8 +82,8 @@ class Site:
     def moved(self) -> dict[str, torch.Tensor]:
         return {name: p.detach() - self.start[name] for name, p in self.stage.adapter_parameters.items()}
 
-    def event(self, name: str) -> dict[str, Any]:
-        return next(event for event in self.events if event["event"] == name)
+    def event(self, kind: type[_Kind]) -> _Kind:
+        return next(of_kind(self.events, kind))
 
 
 def middle(source: ModelSource) -> Stage:
@@ -240,13 +242,9 @@ def test_a_device_lost_in_mid_step_costs_only_its_own_part(tiny: ModelSource) ->
     site.end()
     assert site.problem is None
     assert_moved(site, expected_move(tiny, rest))
-    lost = site.event("link_lost")
-    assert lost == {
-        "event": "link_lost",
-        "link": "device-1",
-        "reason": "link entry device-1: the other end closed the link",
-    }
-    assert site.event("step_closed")["left_out"] == [{"node": "device-1", "reason": lost["reason"]}]
+    reason = "link entry device-1: the other end closed the link"
+    assert site.event(LinkLost) == LinkLost(link="device-1", reason=reason)
+    assert site.event(StepClosed).left_out == (NodeLeftOut(node="device-1", reason=reason),)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -333,7 +331,7 @@ def test_units_of_a_closed_step_do_not_count_against_the_window(tiny: ModelSourc
     bad.done()
     good.done()
     site.end()
-    assert [event for event in site.events if event["event"] == "link_lost"] == []
+    assert list(of_kind(site.events, LinkLost)) == []
 
 
 def test_a_window_overrun_is_dismissed(tiny: ModelSource) -> None:
@@ -468,4 +466,4 @@ def test_a_host_does_not_wait_for_a_device_that_never_came(tiny: ModelSource) ->
     device.await_frame(pb.STEP_CLOSE)
     device.done()
     site.end()
-    assert site.event("link_lost") == {"event": "link_lost", "link": "device-1", "reason": "not here after 0 s"}
+    assert site.event(LinkLost) == LinkLost(link="device-1", reason="not here after 0 s")

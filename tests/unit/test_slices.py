@@ -25,6 +25,7 @@ from edgelam_fl.model.served import AnnouncedPart, check_part, complete
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.weights import read_tensors
 from edgelam_fl.plan.making import RoundFacts
+from edgelam_fl.telemetry.events import Event, SliceReceived, of_kind
 from edgelam_fl.wire import edgelam_pb2 as pb
 from tests.support import Fleet, grpc_server, run_config, write_tiny_llama
 
@@ -103,9 +104,8 @@ def test_a_slice_that_is_here_needs_no_hub(tiny: ModelSource, hub: str) -> None:
 def test_a_tensor_harmed_on_the_disk_is_fetched_again_and_no_other(tiny: ModelSource, hub: str, harm: str) -> None:
     came: list[int] = []
 
-    def emit(event: str, **fields: object) -> None:
-        if event == "slice_received":
-            came.append(fields["bytes"])  # type: ignore[arg-type]
+    def emit(event: Event) -> None:
+        came.extend(received.bytes for received in of_kind([event], SliceReceived))
 
     source = Served(NAME, tiny.digest, hub, emit).source(tokenizer=False)
     names = slice_names(tiny)

@@ -18,6 +18,7 @@ from edgelam_fl.plan.layout import make_layout
 from edgelam_fl.plan.making import RoundFacts, make_plans, task_settings
 from edgelam_fl.plan.reading import spans_of
 from edgelam_fl.plan.spec import RunSpec
+from edgelam_fl.telemetry.events import Event, JobDone, JobStarted, of_kind
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from tests.support import check_done, joined, memory_fleet, run_config, same_bits
@@ -39,9 +40,8 @@ def a_plan(source: ModelSource, attempt: int = 1, **other: Any) -> pb.SubmitRequ
     return pb.SubmitRequest(plan=plan, adapter=adapters.to_bytes(tensors))
 
 
-def edge(events: list[dict[str, Any]] | None = None, **options: Any) -> StageHost:
-    log = [] if events is None else events
-    emit = lambda e, **f: log.append({"event": e, **f})  # noqa: E731
+def edge(events: list[Event] | None = None, **options: Any) -> StageHost:
+    emit = ([] if events is None else events).append
     return StageHost("edge-1", lambda *_: pytest.fail("a host dials nobody"), emit, **options)
 
 
@@ -49,9 +49,9 @@ def report(node: StageHost, attempt: int = 1, timeout_s: float = 8.0) -> pb.JobR
     return node.wait(pb.WaitRequest(job=f"run/1/{attempt}/edge-1", timeout_s=timeout_s))
 
 
-def await_start(events: list[dict[str, Any]]) -> None:
+def await_start(events: list[Event]) -> None:
     end = time.monotonic() + 8
-    while not any(event["event"] == "job_started" for event in events):
+    while not any(of_kind(events, JobStarted)):
         assert time.monotonic() < end
         time.sleep(0.01)
     time.sleep(0.1)  # the links' door opens right after
@@ -101,7 +101,7 @@ def test_a_part_that_cannot_begin_is_reported_with_its_reason(tiny: ModelSource,
 
 
 def test_the_same_part_again_attaches_to_it(tiny: ModelSource) -> None:
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     node, request = edge(events), a_plan(tiny)
     assert node.submit(request).accepted
     await_start(events)
@@ -111,11 +111,11 @@ def test_the_same_part_again_attaches_to_it(tiny: ModelSource) -> None:
     assert report(node).state == "failed"
     assert node.submit(request).accepted, "a finished part gives its stored report"
     assert report(node, timeout_s=0).error == "node edge-1 is shutting down"
-    assert [event["event"] for event in events].count("job_done") == 1
+    assert len(list(of_kind(events, JobDone))) == 1
 
 
 def test_a_newer_attempt_cancels_the_older(tiny: ModelSource) -> None:
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     node = edge(events)
     node.submit(a_plan(tiny))
     await_start(events)

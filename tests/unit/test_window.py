@@ -14,6 +14,7 @@ from edgelam_fl.node import service as stage_host
 from edgelam_fl.plan.making import RoundFacts
 from edgelam_fl.split.route import new_route, open_route
 from edgelam_fl.split.window import affordable_window
+from edgelam_fl.telemetry.events import WindowGranted, of_kind
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.link import Link
@@ -61,8 +62,8 @@ def test_a_host_short_of_memory_grants_less(
     with memory_fleet(tiny, config, data_files[:1]) as fleet:
         check_done(fleet.run(start, 2))
     assert opened == [1]
-    told = next(event for event in fleet.events if event["event"] == "window")
-    assert (told["job"], told["granted"], told["asked"]) == ("test/1/1/edge-2", 1, WINDOW)
+    told = next(of_kind(fleet.events, WindowGranted))
+    assert (told.job, told.granted, told.asked) == ("test/1/1/edge-2", 1, WINDOW)
 
 
 def test_a_share_paces_both_ends_of_both_links(tiny: ModelSource) -> None:

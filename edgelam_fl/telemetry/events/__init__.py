@@ -3,9 +3,10 @@
 A new event is one dataclass in `run`, `rounds` or `nodes`, by who writes it, and one line in `table`.
 """
 
-from edgelam_fl.telemetry.events.base import Event, UnknownEvent
+from edgelam_fl.telemetry.events.base import Emit, Event, UnknownEvent
 from edgelam_fl.telemetry.events.log import EventLog, EventTail, of_kind, parse_event, read_events
 from edgelam_fl.telemetry.events.nodes import (
+    EmitInJob,
     Evaluated,
     JobDone,
     JobEvent,
@@ -57,6 +58,8 @@ __all__ = [
     "RUN_ENDS",
     "DemandSeen",
     "DeviceResult",
+    "Emit",
+    "EmitInJob",
     "Evaluated",
     "Event",
     "EventLog",

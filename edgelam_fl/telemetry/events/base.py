@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,3 +23,6 @@ class UnknownEvent(Event):
     """Its name in the file."""
     fields: Mapping[str, Any]
     """Everything that its line holds."""
+
+
+Emit = Callable[[Event], None]  # takes an event as it happens

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,16 +29,16 @@ class EventLog:
         self._file = path.open("a", encoding="utf-8", buffering=1)
         self._lock = threading.Lock()
 
-    def __call__(self, event: Event | str, **fields: Any) -> None:
-        kind = event if isinstance(event, str) else kind_of(event)
-        values = as_json(fields if isinstance(event, str) else event)
-        line = json.dumps({"time": round(time.time(), 3), "event": kind, **values}, ensure_ascii=False)
+    def __call__(self, event: Event) -> None:
+        """Writes one line, with the time of now."""
+        line = {"time": round(time.time(), 3), "event": kind_of(event), **as_json(replace(event, time=None))}
+        text = json.dumps(line, ensure_ascii=False)
         with self._lock:
             if self._file.closed:
                 return
             if self._most_bytes and self._file.tell() >= self._most_bytes:
                 self._start_new_file()
-            self._file.write(line + "\n")
+            self._file.write(text + "\n")
 
     def _start_new_file(self) -> None:
         self._file.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from edgelam_fl.telemetry.events.base import Event
@@ -53,6 +54,9 @@ class JobEvent(Event):
 
     job: str = ""
     """Name of the job. The stage host adds it to the events of the parts that it runs."""
+
+
+EmitInJob = Callable[[JobEvent], None]  # takes an event of one job, which it need not name
 
 
 @dataclass(frozen=True, kw_only=True)
