@@ -108,21 +108,23 @@ class Rounds:
         """Plans one attempt: layers per node, a plan per node, and the tensors to send. Emits `plan`."""
         layout = self._layout(number, lineup, trains)
         devices = [self.roster.profiles[name] for name in lineup.names]
-        rule = self.aggregation.capabilities
+        capabilities = self.aggregation.capabilities
         facts = RoundFacts(
             run=self._run,
             round=number,
             attempt=attempt,
             step_offset=state.step_offset,
             steps=planned_steps(self.config, devices) if trains else 0,
-            settings=rule.client_settings(number),
-            unequal_ranks=rule.unequal_ranks,
+            settings=capabilities.client_settings(number),
+            unequal_ranks=capabilities.unequal_ranks,
             hub_port=hub.port(),
             relay_key=hub.secret(),
         )
         tokens = {name: secrets.token_bytes(16) for name in lineup.names}
         plans = make_plans(self.spec, facts, self.roster.profiles, layout, lineup.shares, tokens)
-        start = replace(state, adapter=with_missing_modules(state.adapter, plans, self.spec, rule.unequal_ranks))
+        start = replace(
+            state, adapter=with_missing_modules(state.adapter, plans, self.spec, capabilities.unequal_ranks)
+        )
         planned = PlannedRound(
             began_s=self._timing.now(),
             facts=facts,
@@ -130,10 +132,10 @@ class Rounds:
             layout=layout,
             plans=plans,
             start=start,
-            parcels=make_parcels(plans, start, rule),
-            sums_on_arrival=trains and sums_on_arrival(rule, len(plans), self._kept_nodes),
+            parcels=make_parcels(plans, start, capabilities),
+            sums_on_arrival=trains and sums_on_arrival(capabilities, len(plans), self._kept_nodes),
         )
-        self.folder.emit(describe_plan(planned, self.spec.source.num_layers, rule.personal))
+        self.folder.emit(describe_plan(planned, self.spec.source.num_layers, capabilities.personal))
         return planned
 
     def _layout(self, number: int, lineup: Lineup, trains: bool) -> Layout:

@@ -70,19 +70,19 @@ class ByHand:
                 report.steps.add(counted=True, seconds=self.step_s)
                 report.timeline.add(kind="forward", role="device", seconds=0.5)
                 report.contributions.add(scope="ends", source=plan.node, weight=LABELS[plan.node], lr_sum=lr_sum)
-                parts.append(self._moved(end_spans(plan), self.by))
+                parts.append(self.trained(end_spans(plan), self.by))
         hosted = hosted_span(plan)
         if hosted is not None:
             report.host.first_layer, report.host.last_layer = hosted.first, hosted.last
             if plan.steps:
                 weight = sum(LABELS[route.device] for route in plan.serves)
                 report.contributions.add(scope="site", source=plan.site, weight=weight, lr_sum=lr_sum)
-                parts.append(self._moved([hosted], 2))
+                parts.append(self.trained([hosted], 2))
         self.held = self.held | {name: array for part in parts for name, array in part.items()}
         report.adapter_digest = adapters.digest(self.held)
         return report, parts
 
-    def _moved(self, spans: list[adapters.Span], by: float) -> adapters.Adapter:
+    def trained(self, spans: list[adapters.Span], by: float) -> adapters.Adapter:
         lora = self.plans[-1].lora
         frozen = {"_A.": lora.freeze_a, "_B.": lora.freeze_b}
         held = adapters.slice_of(self.held, spans)

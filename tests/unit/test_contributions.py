@@ -1,3 +1,5 @@
+"""What counts of nodes' replies, and the adapter that a round starts from."""
+
 from __future__ import annotations
 
 import math
@@ -28,7 +30,7 @@ NODES += [pb.Profile(name=name, role=pb.EDGE, address=f"{name}:1") for name in "
 
 
 class Planned:
-    """A round of devices a, b, c over hosts e, f; `moved` makes what a node trained: its start plus a number."""
+    """A planned round of devices a, b, c over hosts e, f. `moved` makes what a node trained: its start plus a number."""
 
     def __init__(
         self,
@@ -59,7 +61,7 @@ class Planned:
         return pb.Contribution(scope="site", source=source or plan.site, weight=weight), self.moved(spans, by)  # type: ignore[arg-type]
 
     def layer(self, number: int) -> str:
-        """The name of one tensor of a layer."""
+        """Returns the name of one tensor of a layer."""
         return next(name for name in self.start if f".layers.{number}." in name and "lora_A" in name)
 
 
@@ -118,7 +120,7 @@ def test_a_site_may_have_unlike_weights_but_no_tensor_twice(tiny: ModelSource) -
 
 @pytest.mark.parametrize("mode", ["joint", "sequential"])
 def test_learning_rates_sum_to_what_the_plan_has(tiny: ModelSource, mode: str) -> None:
-    """From one step to all of them; in turn a host makes one for each of its devices."""
+    """A source makes one step at least and all at most; a sequential host makes them once per device."""
     planned = Planned(tiny, f"split.host_mode={mode}", "optimizer.schedule=linear")
     for node, (part, tensors) in (("a", planned.ends("a", 3, 1)), ("e", planned.site("e", 21, 1))):
         rates = planned.plans[node].optimizer.lrs
@@ -212,7 +214,7 @@ def test_a_copy_holds_only_what_its_device_crosses(tiny: ModelSource) -> None:
     planned = Planned(tiny, "split.host_mode=copies", "split.fronts={'a'=1}")
     part, tensors = planned.site("e", 3, 1, source="b")
     assert planned.layer(1) not in tensors
-    name = planned.layer(1)  # on the host for a alone
+    name = planned.layer(1)  # the host holds it for device a only
     got = why_unusable(reply((part, {**tensors, name: planned.start[name]})), planned.plans["e"], planned.start)
     assert got == f"its update has a tensor {name}, which its plan does not let it train"
 
@@ -249,7 +251,7 @@ def test_a_devices_ends_and_copies_are_one_source(tiny: ModelSource) -> None:
 
 
 def test_a_device_and_the_site_that_it_hosts_are_two(tiny: ModelSource) -> None:
-    """Its own ends hold layer 2, and so does its part as a host, for the others."""
+    """Layer 2 is in its own ends, and in its slice as a host for the other devices."""
     planned = Planned(tiny, "split.host_on=any", "split.fronts={'a'=3}", nodes=NODES[:3])
     both = reply(planned.ends("a", 3, 1), planned.site("a", 21, 2))
     assert why_unusable(both, planned.plans["a"], planned.start) == ""
@@ -298,7 +300,7 @@ def test_what_was_trained_is_kept_and_another_rank_refused(tiny: ModelSource) ->
 
 
 def test_a_larger_rank_than_before_leaves_the_product_as_it_is(tiny: ModelSource) -> None:
-    """A holder of rank 8 comes after rounds at rank 2: more rows, of its own start, that B does not use yet."""
+    """A holder of rank 8 after rounds at rank 2: A gets more rows, of the initial values, and B does not use them yet."""
     narrow = Planned(tiny, "lora.ranks={'*'=2}")
     trained = narrow.moved([Span(0, 6)], 1)
     wide = with_missing_modules(trained, Planned(tiny).plans, RunSpec(run_config(tiny.name), tiny), unequal_ranks=True)

@@ -1,4 +1,4 @@
-"""Who is here: profiles, nodes that cannot take part, and nodes that were lost."""
+"""The nodes that are here, cannot take part, or were lost."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_node_that_could_not_answer_is_asked_again(federation: MakeFederation)
 
 
 def test_a_node_that_is_refused_holds_nobody_up(federation: MakeFederation) -> None:
-    """It answers whenever it is asked, and that is no news."""
+    """The node answers each query, and its answer changes nothing."""
     run = federation("ab", "e", "federation.min_nodes=2")
     run.nodes["b"].profile.protocol_version = PROTOCOL_VERSION + 1
     with pytest.raises(RunFailed, match=r"1 devices \(a\) .* at least 2 .*; b: speaks protocol version"):

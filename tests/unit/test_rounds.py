@@ -14,6 +14,7 @@ from edgelam_fl.errors import RunFailed
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.carry import is_carry
 from server.replies import KEPT_NODES
+from server.state import FederationState
 from strategies.api import RoundState, Selected
 from strategies.registry import with_capabilities
 from tests.by_hand import LABELS, ByHand, FederationByHand, moves
@@ -35,7 +36,7 @@ def test_two_rounds(federation: MakeFederation) -> None:
     ]
 
 
-def test_nodes_measure_their_links_anew_where_a_round_took_far_longer_than_foreseen(
+def test_nodes_measure_their_links_again_after_a_round_that_took_far_longer_than_predicted(
     federation: MakeFederation,
 ) -> None:
     run = federation("ab", "e", "split.cuts=auto", "split.hosts=auto", "federation.rounds=3")
@@ -46,11 +47,41 @@ def test_nodes_measure_their_links_anew_where_a_round_took_far_longer_than_fores
         profile = run.nodes[name].profile
         profile.round_trip_s, profile.link_up_bps, profile.link_down_bps = 0.25, 1e6, down_bps
     run.run()
-    (measured,) = run.events("link_measured")  # of a and b nothing is usable
+    (measured,) = run.events("link_measured")  # a and b sent no usable values
     link = [measured[key] for key in ("node", "link_up_bps", "link_down_bps", "round_trip_s")]
     assert link == ["e", 1e6, 2e6, 0.25]
     told = [" ".join(event["measured"]) for event in run.events("placement")[:3]]
     assert [("links were measured again" in text) for text in told] == [False, True, False]
+
+
+@pytest.mark.parametrize("rule", ["fedavg", "fedsa", "rolora"])
+def test_a_state_is_all_that_the_next_round_needs_of_earlier_ones(federation: MakeFederation, rule: str) -> None:
+    """Another `Rounds` that gets the state after round 2 of 3 sends and computes the same as one that ran all three."""
+    settings = ("ab", "e", f"strategy.aggregation={rule}", "federation.rounds=3", "optimizer.schedule=linear")
+    whole = federation(*settings)
+    expected = whole.state()
+    before, after = federation(*settings), federation(*settings)
+    state = before.rounds.round_after(before.rounds.round_after(FederationState()))
+    after.grid.nodes = before.grid.nodes
+    state = after.rounds.round_after(state)
+    assert adapters.digest(state.adapter) == adapters.digest(expected.adapter)
+    assert (state.round, state.step_offset) == (expected.round, expected.step_offset)
+    assert state.exports().keys() == expected.exports().keys()
+    for name, node in before.nodes.items():
+        digests = [[adapters.digest(got) for got in n.received] for n in (node, whole.nodes[name])]
+        assert digests[0] == digests[1][: len(digests[0])]
+        assert node.sent == whole.nodes[name].sent[:3]
+        rates = [[list(plan.optimizer.lrs) for plan in n.plans[:3]] for n in (node, whole.nodes[name])]
+        assert rates[0] == rates[1]
+
+
+def test_an_attempt_that_fails_changes_holdings_alone(federation: MakeFederation) -> None:
+    """At the second attempt, the nodes that replied are sent only what they lack."""
+    run = federation("ab", "e", "federation.rounds=1")
+    run.nodes["e"].fails = lambda plan: "no memory" if plan.steps and plan.attempt == 1 else ""
+    assert moves(run.run(), run.start) == {0: 1, 1: 1, 2: 2, 3: 2, 4: 1, 5: 1}
+    assert run.nodes["a"].sent[:2] == run.nodes["e"].sent[:2] == [True, True], "a has trained; of e nothing is known"
+    assert [event["attempt"] for event in run.events("plan")] == [1, 2, 1]
 
 
 @pytest.mark.parametrize("overrides", [[], ["strategy.aggregation=fedsa"], ["split.sites=2"]])
@@ -83,7 +114,7 @@ def test_a_device_that_hosts(federation: MakeFederation) -> None:
     assert [[node["name"] for node in done[kind]] for kind in ("devices", "hosts")] == [["a", "b"], ["a"]]
 
 
-def test_the_other_sites_results_stand(federation: MakeFederation) -> None:
+def test_the_other_sites_results_count(federation: MakeFederation) -> None:
     """Round 1: host e fails, so devices a and c have no middle; b's site goes on alone."""
     run = federation("abc", "ef", "split.sites=2", "federation.rounds=1")
     run.nodes["e"].fails = lambda plan: "no memory" if plan.steps else ""
@@ -99,8 +130,8 @@ def test_a_run_starts_with_the_sites_that_came(federation: MakeFederation) -> No
     assert [[site["devices"] for site in event["sites"]] for event in run.events("plan")] == [[["a", "b"]]] * 2
 
 
-def test_cuts_are_chosen_and_chosen_anew_where_a_host_is_gone(federation: MakeFederation) -> None:
-    """Nobody measured anything, so hosts are taken to be alike; in round 2, at its second attempt, f holds the middle alone."""
+def test_cuts_are_chosen_and_chosen_again_when_a_host_is_gone(federation: MakeFederation) -> None:
+    """Without measurements, hosts count as alike. In round 2, host e leaves; at the second attempt f holds the middle alone."""
     run = federation("ab", "ef", "split.cuts=auto", "split.hosts=auto", "split.front=1", "split.back=1")
     run.nodes["e"].leaves = lambda plan: plan.round == 2
     assert moves(run.run(), run.start) == {0: 2, 1: 4, 2: 4, 3: 4, 4: 4, 5: 2}
@@ -151,7 +182,7 @@ def test_a_frozen_factor_is_kept(federation: MakeFederation, name: str, trained:
 
 
 def test_a_factor_that_a_node_holds_as_it_was_frozen_is_not_sent_again(federation: MakeFederation) -> None:
-    """Of a and b, which have unlike weights to make unlike means; b sits out round 2, in which A moves without it."""
+    """Device b takes no part in round 2, in which A changes: b lacks both factors in round 3, the others only the trained one."""
 
     class AllButBInRound2:
         def select(self, state: RoundState) -> Selected:
@@ -159,8 +190,8 @@ def test_a_factor_that_a_node_holds_as_it_was_frozen_is_not_sent_again(federatio
 
     run = federation("abc", "e", "strategy.aggregation=rolora", "federation.rounds=3")
     run.rounds.schedule.selection = with_capabilities(AllButBInRound2())
-    moved = run.nodes["c"]._moved
-    run.nodes["c"]._moved = lambda spans, by: moved(spans, 5 * by)  # type: ignore[method-assign]
+    moved = run.nodes["c"].trained
+    run.nodes["c"].trained = lambda spans, by: moved(spans, 5 * by)  # type: ignore[method-assign]
     run.run()
     factors = {name: [{tensor[-8] for tensor in received} for received in run.nodes[name].received] for name in "abe"}
     assert factors == {
@@ -171,10 +202,10 @@ def test_a_factor_that_a_node_holds_as_it_was_frozen_is_not_sent_again(federatio
 
 
 def test_a_personal_factor_stays_where_it_is(federation: MakeFederation) -> None:
-    """FedSA: of a and b, whose steps are 1 and 5, A is averaged and alone comes down again; each keeps its own B."""
+    """FedSA: the mean of A is sent to a and b, whose steps are 1 and 5; each keeps its own B."""
     run = federation("ab", "e", "strategy.aggregation=fedsa")
-    moved = run.nodes["b"]._moved
-    run.nodes["b"]._moved = lambda spans, by: moved(spans, 5 * by)  # type: ignore[method-assign]
+    moved = run.nodes["b"].trained
+    run.nodes["b"].trained = lambda spans, by: moved(spans, 5 * by)  # type: ignore[method-assign]
     result = run.run()
     for name, sent in (("a", ["AB", "A", "A"]), ("b", ["AB", "A", "A"]), ("e", ["AB"])):
         assert ["".join(sorted({t[-8] for t in got})) for got in run.nodes[name].received] == sent, name
@@ -196,7 +227,7 @@ def test_a_personal_factor_stays_where_it_is(federation: MakeFederation) -> None
 
 
 def test_a_personal_adapter_has_the_newest_shared_factor(federation: MakeFederation) -> None:
-    """FedSA: b takes no part in round 2, in which a moves A on."""
+    """FedSA: b takes no part in round 2, in which a changes A."""
 
     class ThenAlone:
         def select(self, state: RoundState) -> Selected:
@@ -241,7 +272,7 @@ def device_of(event: dict[str, Any], name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["flora", "fedex"])
 def test_carry_factors_go_down_once_and_to_those_that_hold_the_layer(federation: MakeFederation, name: str) -> None:
-    """a and b hold layers 0, 1, 4 and 5, and train them together in round 1 alone; layers 2 and 3 have one source."""
+    """Devices a and b hold layers 0, 1, 4 and 5, and train them together only in round 1; layers 2 and 3 have one source."""
 
     class BothThenOne:
         def select(self, state: RoundState) -> Selected:
@@ -250,7 +281,7 @@ def test_carry_factors_go_down_once_and_to_those_that_hold_the_layer(federation:
     run = federation("ab", "e", f"strategy.aggregation={name}", "federation.rounds=4")
     run.rounds.schedule.selection = with_capabilities(BothThenOne())
     for node in run.nodes.values():
-        node._moved = partial(uneven, node)  # type: ignore[method-assign]
+        node.trained = partial(uneven, node)  # type: ignore[method-assign]
     result = run.run()
     ends = {0, 1, 4, 5}
     assert carried(result) == ends
@@ -267,19 +298,19 @@ def test_carry_factors_go_down_once_and_to_those_that_hold_the_layer(federation:
 
 
 def uneven(node: ByHand, spans: list[adapters.Span], by: float) -> adapters.Adapter:
-    """What a node trained, each number in a way of its own: equal steps would have products of rank 1."""
+    """Returns what a node trained, with a random step per number: equal steps would have products of rank 1."""
     held = {name: array for name, array in adapters.slice_of(node.held, spans).items() if not is_carry(name)}
     seeded = np.random.default_rng([len(node.plans), ord(node.profile.name)])
     return {n: a + np.float32(by) * seeded.normal(size=a.shape).astype(np.float32) for n, a in held.items()}
 
 
 def carried(tensors: adapters.Adapter) -> set[int]:
-    """The layers that have carry factors."""
+    """Returns the layers that have carry factors."""
     return {int(name.split(".layers.")[1].split(".")[0]) for name in tensors if is_carry(name)}
 
 
 @pytest.mark.parametrize("name", ["flexlora", "hetlora"])
-def test_a_rank_a_node(federation: MakeFederation, name: str) -> None:
+def test_a_rank_per_node(federation: MakeFederation, name: str) -> None:
     run = federation("abc", "e", f"strategy.aggregation={name}", "lora.ranks={'b'=2, 'c'=3}", "lora.rank=4")
     result = run.run()
     assert {array.shape[0] for tensor, array in result.items() if "lora_A" in tensor} == {4}
@@ -293,10 +324,10 @@ def test_a_rank_a_node(federation: MakeFederation, name: str) -> None:
     assert (exported["r"], exported["rank_pattern"]) == (4, {})
 
 
-def test_a_device_with_values_that_are_not_finite_is_left_out_and_said(federation: MakeFederation) -> None:
+def test_a_device_with_values_that_are_not_finite_is_left_out_with_an_event(federation: MakeFederation) -> None:
     run = federation("ab", "e", "federation.rounds=1")
-    moved = run.nodes["b"]._moved
-    run.nodes["b"]._moved = lambda spans, by: {n: a * np.nan for n, a in moved(spans, by).items()}  # type: ignore[method-assign]
+    moved = run.nodes["b"].trained
+    run.nodes["b"].trained = lambda spans, by: {n: a * np.nan for n, a in moved(spans, by).items()}  # type: ignore[method-assign]
     assert moves(run.run(), run.start) == {0: 1, 1: 1, 2: 2, 3: 2, 4: 1, 5: 1}
     (lost,) = [event for event in run.events("node_lost") if event["round"] == 1]
     assert lost["node"] == "b"
@@ -317,17 +348,17 @@ def test_too_few_sources_for_the_rule(federation: MakeFederation) -> None:
 
 
 def with_losses(run: FederationByHand) -> FederationByHand:
-    """In round 2 host f is lost, and with it device b; device c learns three times as much in round 1, and NaN in round 2."""
-    moved = run.nodes["c"]._moved
+    """Loses host f in round 2, and device b with it; device c trains three times as far in round 1, and to NaN in round 2."""
+    moved = run.nodes["c"].trained
     factors = {1: 3.0, 2: np.nan}
     run.nodes["f"].fails = lambda plan: "no memory" if plan.round == 2 else ""
-    run.nodes["c"]._moved = lambda spans, by: moved(spans, by * factors[run.nodes["c"].plans[-1].round])  # type: ignore[method-assign]
+    run.nodes["c"].trained = lambda spans, by: moved(spans, by * factors[run.nodes["c"].plans[-1].round])  # type: ignore[method-assign]
     return run
 
 
 @pytest.mark.parametrize("rule", ["fedavg", "rolora", "fedadam"])
 def test_a_large_round_is_summed_up_as_it_arrives(federation: MakeFederation, rule: str) -> None:
-    """The same numbers as of replies that are kept; of a site without its host, and of a device with NaN, nothing."""
+    """Sums give the same numbers as kept replies. A site without its host and a device with NaN count in neither."""
     results = []
     for kept in (KEPT_NODES, 0):
         settings = ("split.sites=2", f"strategy.aggregation={rule}", "split.fronts={'c'=1}")
@@ -400,7 +431,7 @@ def test_a_device_without_the_tag_is_not_asked(federation: MakeFederation) -> No
     assert run.nodes["a"].plans == []
 
 
-def test_strategies_hear_of_rounds_and_of_who_was_lost(federation: MakeFederation) -> None:
+def test_strategies_observe_rounds_and_lost_devices(federation: MakeFederation) -> None:
     run = federation("ab", "e", "strategy.selection=oort")
     run.nodes["b"].fails = lambda plan: "unplugged" if plan.round == 2 else ""
     run.run()

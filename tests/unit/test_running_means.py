@@ -1,4 +1,4 @@
-"""A large round's sums: of which rules, in whatever order, without what broken sites sent."""
+"""The sums of a large round: for rules that need only the mean, in any order of arrival, without broken sites."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def averaged(given: Sequence[tuple[str, Contribution]], broken: Sequence[str] = 
 
 
 def test_the_sums_are_the_mean_of_those_whose_site_is_whole() -> None:
-    """Tensors with other total weights come in contributions of their own."""
+    """Tensors with different total weights are in different contributions."""
     given = [contribution(n, *((A, B) if n % 2 else (A,))) for n in range(12)]
     whole = [one for site, one in given if site != "site-1"]
     mean = averaged(given, ["site-1"])

@@ -24,7 +24,7 @@ HERE = __name__
 
 
 class Told:
-    """Chooses what it is told to, and remembers what it saw."""
+    """Chooses the given devices, and remembers what it saw."""
 
     names: Sequence[str] = ()
     shares: Mapping[str, Any] = {}
@@ -156,7 +156,7 @@ def test_shares_that_add_up_to_one_but_for_rounding_are_taken() -> None:
 
 @pytest.mark.parametrize(("edges", "expected"), [(0, ["c", "a", "b"]), (1, ["c", "a"]), (2, ["c"])])
 def test_devices_are_added_where_hosts_are_missing(edges: int, expected: list[str]) -> None:
-    """c was chosen and does not listen."""
+    """Device c was chosen and does not listen."""
     Told.names = ["c"]
     here = [profile("c"), profile("b"), profile("a"), profile("d")]
     for device in here[1:]:

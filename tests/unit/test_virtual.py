@@ -52,7 +52,7 @@ def layer_weights(source: ModelSource) -> int:
     ],
 )
 def test_operations_of_a_token(tiny: ModelSource, overrides: list[str], forward: int, backward: int) -> None:
-    """Two a weight in each direction; backward down to the lowest adapter that learns."""
+    """Two per weight and direction; backward down to the lowest adapter that learns."""
     loads = Loads(RunSpec(run_config("any", *overrides), tiny))
     head = tiny.config["vocab_size"] * tiny.hidden_size
     assert loads.operations_per_token("a") == 2 * (forward + backward) * layer_weights(tiny) + 4 * head
