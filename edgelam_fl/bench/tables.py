@@ -135,7 +135,7 @@ def _sentences(matrix: Matrix, lines: Lines) -> str:
         return "\nOne seed: the spread over seeds is not known, so no difference is called one.\n"
     return (
         f"\nBeyond the spread of the paired differences to {matrix.bench.baseline}: {', '.join(beyond) or 'none'}.\n"
-        f"Within it, so not told apart by these seeds: {', '.join(within) or 'none'}.\n"
+        f"Within it, so these seeds do not separate them: {', '.join(within) or 'none'}.\n"
     )
 
 

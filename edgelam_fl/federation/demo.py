@@ -68,7 +68,7 @@ def _check_memory(devices: int) -> None:
     if available < needed:
         raise EnvironmentProblem(
             f"{devices} devices and an edge server on one machine take about {needed / 2**30:.1f} GiB; {available / 2**30:.1f} GiB "
-            f"are free. Try --devices 1 ({(_BYTES_FREE + 2 * _BYTES_PER_NODE) / 2**30:.1f} GiB), or end something else"
+            f"are free. Try --devices 1 ({(_BYTES_FREE + 2 * _BYTES_PER_NODE) / 2**30:.1f} GiB), or end another program"
         )
 
 

@@ -46,7 +46,7 @@ _NOT_IN_A_PROFILE = ("time", "event", "node", "role", "findings", "profile")
 
 @dataclass(frozen=True)
 class ForeseenPlan:
-    """What a run would begin with."""
+    """The placement with which a run would begin."""
 
     placement: PlacementMade
     num_layers: int  # of the model
@@ -126,7 +126,7 @@ def _profile(file: Path, entry: Any) -> pb.Profile:
     if not name:
         raise ConfigError(f"--profiles {file}: {entry!r:.80} is no profile; it has no name")
     values = {key: value for key, value in entry.items() if key not in _NOT_IN_A_PROFILE and value is not None}
-    values |= _of_doctor(entry)
+    values |= _doctor_fields(entry)
     role = str(entry.get("role") or "device").upper()
     if role not in ("DEVICE", "EDGE"):
         raise ConfigError(f"--profiles {file}: {name} has role = {entry['role']!r}, which must be 'device' or 'edge'")
@@ -139,7 +139,7 @@ def _profile(file: Path, entry: Any) -> pb.Profile:
         raise ConfigError(f"--profiles {file}: the profile of {name} cannot be read: {error}") from error
 
 
-def _of_doctor(entry: Mapping[str, Any]) -> dict[str, Any]:
+def _doctor_fields(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Translates the fields that have another name in a profile of the doctor's than on the wire."""
     link, layers = entry.get("link"), entry.get("layer_seconds")
     found: dict[str, Any] = {}
@@ -174,13 +174,14 @@ def plan_view(plan: ForeseenPlan) -> Group:
 def _picture(site: SitePlaced, layers: int) -> Text:
     lines = []
     for (first, last), names in _by_ends(site.devices).items():
-        ways = [f"{', '.join(names)} [embedding{_and(0, first)}]"]
+        ways = [f"{', '.join(names)} [embedding{_then(0, first)}]"]
         ways += [f"{host.node} [{_layers(host, first, last)}]" for host in site.hosts]
-        lines.append(" ─▶ ".join([*ways, f"{', '.join(names)} [{_and(last, layers)[2:] or 'no layer'}, head]"]))
+        lines.append(" ─▶ ".join([*ways, f"{', '.join(names)} [{_then(last, layers)[2:] or 'no layer'}, head]"]))
     return Text("\n".join(lines))
 
 
 def _by_ends(devices: Iterable[NodePlaced]) -> dict[tuple[int, int], list[str]]:
+    """Groups the devices' names by the layers [first, last) that they leave to hosts."""
     found: dict[tuple[int, int], list[str]] = {}
     for device in devices:
         found.setdefault((device.first, device.last), []).append(device.node)
@@ -192,7 +193,8 @@ def _layers(host: NodePlaced, first: int, last: int) -> str:
     return human_layers([max(first, host.first), min(last, host.last)])
 
 
-def _and(first: int, last: int) -> str:
+def _then(first: int, last: int) -> str:
+    """Continues a list with the layers [first, last); empty for none."""
     return f", {human_layers([first, last])}" if last > first else ""
 
 
@@ -218,9 +220,9 @@ def _figures(part: NodePlaced) -> list[str]:
 
 
 def _words(site: SitePlaced) -> Text:
-    lines = [f"times and bytes are a step's; it takes {site.step_s:.3g} s and waits for {site.limit}"]
+    lines = [f"times and bytes are per step; a step takes {site.step_s:.3g} s and waits for {site.limit}"]
     if site.memory_limit:
-        lines.append(f"held back by the {site.memory_limit}")
+        lines.append(f"limited by the {site.memory_limit}")
     if site.left_out:
-        lines.append(f"not used: {', '.join(site.left_out)}; without them a step is no longer")
+        lines.append(f"not used: {', '.join(site.left_out)}; a step is as short without them")
     return Text("\n".join(lines))

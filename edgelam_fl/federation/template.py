@@ -35,6 +35,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def can_fork() -> bool:
+    """Returns whether this system can fork stage hosts from a template."""
     return sys.platform == "linux"
 
 
