@@ -2,7 +2,7 @@
 
 The overview is README.md, and CONTRIBUTING.md is a page too; the page of the run file comes from the pydantic models, the page of the commands from the
 command line itself. None of them is kept in the repository, so none is ever stale. A link from a page to a file outside
-docs/ leads to a copy in the site: the site works without the repository and without a network.
+docs/ leads to a copy in the site, and diagrams are drawn here: the site works without the repository and without a network.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ from typer.main import get_command
 from edgelam_fl.cli.main import app
 from edgelam_fl.cli.run_file import allowed
 from edgelam_fl.config import RunConfig, toml_value
+from tools import sequence
 
 ROOT = Path(__file__).parents[1]
-_COMING = {"planner.md", "architecture.md", "protocol.md", "events.md", "extending.md", "glossary.md"}
+_COMING = {"glossary.md"}
+_LINK_TO_A_FOLDER = re.compile(r"\[([^\]]+)\]\((\.\./[^)\s]*/)\)")
+_DIAGRAM = re.compile(r"^```mermaid\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 
 
@@ -71,7 +74,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return match[0]
         return f"{match[1]}{relpath(path, folder)}{match[3] or ''}{match[4]}"
 
-    return _LINK.sub(inside, markdown)
+    markdown = _LINK_TO_A_FOLDER.sub(lambda match: f"`{match[1]}`", markdown)  # the site has no lists of files
+    return _DIAGRAM.sub(lambda match: sequence.svg(match[1]), _LINK.sub(inside, markdown))
 
 
 def _outside(file: File) -> Iterator[str]:

@@ -18,6 +18,7 @@ import huggingface_hub
 import pytest
 from typer.main import get_command
 
+from edgelam_fl import __version__
 from edgelam_fl.cli.main import app
 from edgelam_fl.config import TaskSection, parse_run_file
 from edgelam_fl.model.source import ModelSource, find_model
@@ -25,7 +26,7 @@ from edgelam_fl.tasks.causal_lm import CausalLm
 from edgelam_fl.tasks.data import read_pairs
 from testbed.__main__ import app as testbed_app
 from testbed.shapes import read_testbed
-from tools import figures
+from tools import figures, sequence
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -125,6 +126,7 @@ def test_the_readme_is_short_and_shows_the_demo() -> None:
     assert len(quoted.splitlines()) == 6
     assert all(line in [full.rstrip() for full in recorded] for line in quoted.splitlines())
     assert "docs/report.png" in README
+    assert f"Status: {__version__.rpartition('.')[0]}" in README
 
 
 # ---------------------------------------------------------------- commands
@@ -271,15 +273,30 @@ def test_quoted_messages_are_the_programs_own() -> None:
 # ---------------------------------------------------------------- the site
 
 
+def test_a_sequence_diagram_is_drawn() -> None:
+    lines = ["participant D as device", "participant H", "D->>H: ACT <1>", "H-->>D: GRAD", "Note over D,H: step"]
+    drawn = sequence.svg("\n".join(["sequenceDiagram", *lines, "opt clip", "D->>H: norm", "end"]))
+    assert re.findall(r"<text[^>]*>([^<]*)</text>", drawn) == [
+        "device", "H", "ACT &lt;1&gt;", "GRAD", "step", "norm", "only if clip",
+    ]  # fmt: skip
+    assert drawn.count('stroke-dasharray="5 4"') == 1, "the answer"
+    with pytest.raises(ValueError, match="loop"):
+        sequence.svg("sequenceDiagram\nloop for ever")
+
+
 def test_the_site_builds_strictly_and_asks_no_other_server(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    drawn = []
     for page in (tmp_path / "site").rglob("*.html"):
         text = page.read_text(encoding="utf-8")
         assert not re.findall(r'<(?:script|img|iframe)[^>]* src="https?:', text), page
         assert not re.findall(r'<link[^>]* rel="(?:stylesheet|preconnect|icon)"[^>]* href="https?:', text), page
         assert 'class="mermaid"' not in text, f"{page}: its program would come from another server"
+        if "<svg viewBox" in text and "sequence" in text:
+            drawn.append(page.name)
+    assert drawn == ["protocol.html"]
     text = (tmp_path / "site" / "run-file.html").read_text(encoding="utf-8")
     assert "micro_batches" in text
     assert "bandwidth_hz" in text
