@@ -1,4 +1,4 @@
-"""Every error that a user or a peer can cause, in one tree; the CLI prints the text and exits with the class's code.
+"""Every error that a user or a peer can cause, in one tree. The CLI prints the text and exits with the class's code.
 
     EdgelamError                       exit  retry makes sense
     |- UsageError                       2    no: the command line, the run file or the data is wrong
@@ -6,10 +6,10 @@
     |   |- DataError
     |   `- ModelError
     |- EnvironmentProblem               3    once the machine is repaired: a port, a server, a missing package
-    `- RunFailed                        4    no: the run started and could not go on
+    `- RunFailed                        4    no: the run started and could not continue
         |- PeerLost                          yes: the other end vanished or stayed silent
         |- TooFewSources                     yes: when more devices take part
-        |- DoesNotFit                        no: no split of the model fits the nodes' memory
+        |- DoesNotFit                        no: no split of the model fits the memory of the nodes
         |- Refused                           no: the other end said why not
         `- ProtocolError                     no: the other end sent what it must not
 
@@ -25,12 +25,16 @@ INTERRUPTED = 130  # exit code after Ctrl-C, which is no error
 
 
 class EdgelamError(Exception):
+    """The root of the tree."""
+
     """Any of the errors below."""
 
     exit_code = 4
 
 
 class UsageError(EdgelamError):
+    """The command line, the run file or the data is wrong; nothing was started."""
+
     """The command line, the run file or the data is wrong."""
 
     exit_code = 2
@@ -49,13 +53,13 @@ class ModelError(UsageError):
 
 
 class EnvironmentProblem(EdgelamError):
-    """This machine or the network is not as the command needs it."""
+    """This machine or the network lacks something that the command needs."""
 
     exit_code = 3
 
 
 class RunFailed(EdgelamError):
-    """A run that had started and could not go on."""
+    """A run that had started and could not continue."""
 
 
 class PeerLost(RunFailed):
@@ -67,7 +71,7 @@ class TooFewSources(RunFailed):
 
 
 class DoesNotFit(RunFailed):
-    """The nodes that are here have too little memory, by `missing_bytes`."""
+    """The available nodes have too little memory; `missing_bytes` says how much is missing."""
 
     def __init__(self, message: str, missing_bytes: float = 0.0) -> None:
         super().__init__(message)

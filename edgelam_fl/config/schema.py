@@ -1,4 +1,4 @@
-"""The run file: one TOML file, every key with a default, every value checked, an unknown key answered by the nearest.
+"""The keys of a run file, each with a default, a rule and a description; the classes are named after the sections.
 
 Knows nothing about devices: data paths, memory and addresses belong to `edgelam client`, so that the same file runs on
 any federation.
@@ -13,55 +13,67 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 
 class Section(BaseModel):
+    """A section of a run file: frozen, without unknown keys, and without conversions between types."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
     name: str = Field("smollm2-135m", min_length=1, description="built-in name, folder, .gguf file or hub name")
     base: Literal["fp32", "bf16", "int8", "nf4", "auto"] = Field(
-        "fp32", description="frozen weights; int8 is by row; auto: the fastest that fits, measured on each node"
+        "fp32",
+        description="format of the frozen weights; int8: one scale per row; auto: the fastest that fits, measured on each node",
     )
     compute: Literal["fp32", "bf16", "auto"] = Field(
-        "auto", description="auto: bf16 where the base is bf16, else fp32; with base = 'auto' measured too"
+        "auto",
+        description="format of the arithmetic; auto: bf16 if the base is bf16, else fp32; measured too if base = 'auto'",
     )
 
 
 class SplitSection(Section):
-    front: int = Field(2, ge=0, description="layers after the embedding on the device; 0 lets hosts read the text")
-    back: int = Field(2, ge=0, description="last layers before the head on the device; 0 lets hosts solve the labels")
-    fronts: dict[str, int] = Field({}, description="front of the devices whose names match, as in { 'pi-*' = 1 }")
-    backs: dict[str, int] = Field({}, description="back of the devices whose names match")
+    front: int = Field(
+        2, ge=0, description="layers after the embedding that a device keeps; 0 lets hosts read the text"
+    )
+    back: int = Field(
+        2, ge=0, description="last layers before the head that a device keeps; 0 lets hosts solve for the labels"
+    )
+    fronts: dict[str, int] = Field({}, description="front for devices whose names match, as in { 'pi-*' = 1 }")
+    backs: dict[str, int] = Field({}, description="back for devices whose names match")
     hosts: int | Literal["auto"] = Field(
         1,
-        description="hosts on a route, 0 to 64; 0: each device trains the whole model; auto (with cuts = 'auto'): as many of "
-        "those that are here as make a step the shortest",
+        description="hosts on a route, 0 to 64; 0: each device trains the whole model; auto (with cuts = 'auto'): the number "
+        "of available hosts that makes a step shortest",
     )
     sites: int = Field(
         1, ge=1, le=256, description="chains of hosts that train the same layers, each for its own devices"
     )
     host_on: Literal["edge", "any"] = Field(
-        "edge", description="who may be a host: edge servers, or after them also devices that listen (--listen)"
+        "edge",
+        description="nodes that may be hosts: edge servers only, or after them also devices that listen (--listen)",
     )
     cuts: Literal["equal", "auto"] | tuple[int, ...] = Field(
         "equal",
-        description="layers at which the hosts after the first begin; auto: chosen, with the hosts and their order, from what "
-        "the nodes measured, anew where nodes come, go or slow down",
+        description="layers at which the hosts after the first begin; auto: cuts, hosts and their order are chosen from what the "
+        "nodes measured, again whenever nodes come, go or slow down",
     )
     host_mode: Literal["joint", "sequential", "copies"] = Field(
         "joint",
-        description="several devices on a host: one step together | a step each in turn | an adapter each, averaged later",
+        description="how a host trains for several devices: one step for all | one step per device in turn | one adapter per "
+        "device, averaged later",
     )
     labels: Literal["device", "last-stage"] = Field(
         "device",
-        description="last-stage: the last host sees the labels and holds the head, only to compare with SplitLoRA",
+        description="place of the labels; last-stage: the last host gets them and holds the head, only to compare with SplitLoRA",
     )
     checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, more time")
     micro_batches: int = Field(2, ge=1, le=256, description="pieces that a device's batch is cut into")
-    window: int = Field(2, ge=1, le=256, description="pieces of one device in flight at a time; bounds a host's memory")
+    window: int = Field(
+        2, ge=1, le=256, description="micro-batches of one device under way at a time; bounds a host's memory"
+    )
 
     @property
     def least_hosts(self) -> int:
-        """Of a site: with fewer none is made."""
+        """The fewest hosts that a site can have."""
         return 1 if self.hosts == "auto" else self.hosts
 
     @field_validator("hosts", mode="before")
@@ -79,37 +91,41 @@ class SplitSection(Section):
 
 class LoraSection(Section):
     rank: int = Field(8, ge=1, le=1024, description="rank of every adapter")
-    ranks: dict[str, int] = Field({}, description="rank on the nodes whose names match, as in { 'zero-*' = 2 }")
+    ranks: dict[str, int] = Field({}, description="rank on nodes whose names match, as in { 'zero-*' = 2 }")
     alpha: float = Field(16.0, gt=0, description="the adapter's output is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="share of an adapter's inputs that is dropped in training")
     targets: tuple[str, ...] = Field(
         ("q_proj", "v_proj"), min_length=1, description="module names inside the layers, or 'all-linear'"
     )
     train: tuple[Literal["front", "hosts", "back"], ...] = Field(
-        ("front", "hosts", "back"), min_length=1, description="where adapters learn; the others stay frozen"
+        ("front", "hosts", "back"), min_length=1, description="places where adapters learn; all others stay frozen"
     )
 
     @field_validator("targets", "train", mode="before")
     @classmethod
     def as_tuple(cls, value: Any) -> Any:
-        """TOML has lists; a single word is a list of one."""
+        """Turns a list of TOML into a tuple; a single word counts as a list of one."""
         return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
 class FieldNames(Section):
     prompt: str = Field("question", min_length=1, description="what the model is asked")
-    answer: str = Field("answer", min_length=1, description="what it should say; of a classification the label")
+    answer: str = Field(
+        "answer", min_length=1, description="what the model should answer; in a classification the class"
+    )
 
 
 class TaskSection(Section):
     kind: str = Field("causal-lm", description="what is learned: causal-lm, or classification (with classes)")
-    classes: tuple[str, ...] = Field((), description="classification: the labels, as the answers of the data name them")
+    classes: tuple[str, ...] = Field(
+        (), description="names of the classes, as the answers in the data spell them; for a classification only"
+    )
     max_tokens: int = Field(96, ge=8, le=32768, description="longer examples are cut at the end")
     template: str = Field("chat", description="'chat' (the model's own), 'plain', or a text with {prompt} and {answer}")
-    loss_on: Literal["answer", "all"] = Field("answer", description="which tokens are learned")
+    loss_on: Literal["answer", "all"] = Field("answer", description="tokens that are learned")
 
     weighting: Literal["labels", "examples"] = Field(
-        "labels", description="what losses and aggregation are weighted by: labelled tokens, or examples alike"
+        "labels", description="weights of losses and of the aggregation: the number of labelled tokens, or of examples"
     )
 
     @field_validator("classes", mode="before")
@@ -126,45 +142,55 @@ class TaskSection(Section):
 
 
 class DataSection(Section):
-    fields: FieldNames = Field(FieldNames(), description="the names that the devices' data give to question and answer")
-    held_out: float = Field(0.1, gt=0, lt=1, description="share of a device's examples that is measured, never learned")
+    fields: FieldNames = Field(FieldNames(), description="names of the question and the answer in the devices' data")
+    held_out: float = Field(
+        0.1, gt=0, lt=1, description="share of a device's examples that is only measured and never learned"
+    )
 
 
 class FederationSection(Section):
     rounds: int = Field(4, ge=1, le=100_000, description="aggregations in the run")
     local_steps: int = Field(10, ge=1, le=100_000, description="optimizer steps between two aggregations")
     epochs: int = Field(
-        0, ge=0, description="passes over each device's data a round, instead of local_steps; 0: local_steps"
+        0, ge=0, description="passes over each device's data per round, instead of local_steps; 0: local_steps"
     )
-    batch_size: int = Field(8, ge=1, le=65_536, description="examples of one device in one step")
-    min_nodes: int = Field(1, ge=1, description="devices without which a round does not start")
+    batch_size: int = Field(8, ge=1, le=65_536, description="examples of one device per step")
+    min_nodes: int = Field(1, ge=1, description="devices that a round needs")
     devices_per_round: int = Field(
-        0, ge=0, description="devices that strategy.selection chooses; 0: as many as it likes (fedcs, lyapunov), or all"
+        0,
+        ge=0,
+        description="devices that strategy.selection chooses; 0: as many as it wants (fedcs, lyapunov), else all",
     )
     expect_nodes: int = Field(
         0, ge=0, description="devices to wait for at the start; after join_deadline_s, min_nodes are enough"
     )
     wait: Literal["block", "park"] = Field(
         "block",
-        description="a node's ClientApp waits for its job, or hands it over and is asked again (simulations need it)",
+        description="a node's ClientApp waits for its job to end, or hands the job over and is asked again (simulations need park)",
     )
-    evaluate_every: int = Field(1, ge=1, description="rounds between two measurements; the result is always measured")
-    join_deadline_s: float = Field(120.0, gt=0, description="how long to wait for min_nodes devices and for a host")
-    step_deadline_s: float = Field(120.0, gt=0, description="a device that is later than this is left out of the step")
-    round_deadline_s: float = Field(3600.0, gt=0, description="a node that is later than this is left out of the round")
+    evaluate_every: int = Field(1, ge=1, description="rounds between two evaluations; the result is always evaluated")
+    join_deadline_s: float = Field(120.0, gt=0, description="longest wait for min_nodes devices and for a host")
+    step_deadline_s: float = Field(120.0, gt=0, description="a device that takes longer is left out of the step")
+    round_deadline_s: float = Field(3600.0, gt=0, description="a node that takes longer is left out of the round")
 
 
 class OptimizerSection(Section):
-    name: Literal["adamw", "sgd"] = Field("adamw", description="without weight decay; sgd: plain, without momentum")
-    lr: float = Field(1e-3, gt=0, le=10, description="learning rate")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="of lr, over all planned steps")
-    warmup_steps: int = Field(0, ge=0, description="lr rises to its value over these first steps of the run")
-    clip: Literal["none", "stage", "global"] = Field(
-        "none", description="limit the gradient's norm: of each node's part | of all nodes' parts together"
+    name: Literal["adamw", "sgd"] = Field(
+        "adamw", description="adamw: without weight decay; sgd: plain, without momentum"
     )
-    max_norm: float = Field(1.0, gt=0, description="the limit")
+    lr: float = Field(1e-3, gt=0, le=10, description="learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="how lr changes over all planned steps"
+    )
+    warmup_steps: int = Field(0, ge=0, description="first steps of the run, over which lr rises to its value")
+    clip: Literal["none", "stage", "global"] = Field(
+        "none",
+        description="limit the norm of the gradient: stage: on each node alone | global: over all nodes together",
+    )
+    max_norm: float = Field(1.0, gt=0, description="limit of the norm, for clip")
     keep: Literal["exact", "always"] = Field(
-        "exact", description="moments go on only from the very adapter that they belong to, or always"
+        "exact",
+        description="when a node keeps its moments: only if it starts from exactly the adapter that they belong to, or always",
     )
 
 
@@ -183,12 +209,12 @@ class StrategySection(Section):
         description="uniform, proportional (to payload), equalise (all finish together), lyapunov, or package.module:Class",
     )
     options: dict[str, dict[str, Any]] = Field(
-        {}, description="of strategies, by their names, as in { lyapunov = { delay_s = 30, v = 10.0 } }"
+        {}, description="options per strategy, by its name, as in { lyapunov = { delay_s = 30, v = 10.0 } }"
     )
     require_tags: tuple[str, ...] = Field(
-        (), description="only devices with all of these (edgelam client --tag) take part"
+        (), description="tags that a device must have to take part (edgelam client --tag)"
     )
-    min_memory_bytes: int = Field(0, ge=0, description="only devices with so much free memory take part")
+    min_memory_bytes: int = Field(0, ge=0, description="free memory that a device must have to take part")
 
     @field_validator("require_tags", mode="before")
     @classmethod
@@ -208,12 +234,12 @@ class StrategySection(Section):
 
 class WireSection(Section):
     capacity: str = Field(
-        "", description="of the server's uplink and downlink, shared out by strategy.bandwidth; '': unlimited"
+        "", description="rate of the server's uplink and downlink, shared out by strategy.bandwidth; '': unlimited"
     )
 
     @property
     def capacity_bps(self) -> float:
-        """In bits per second; 0: unlimited."""
+        """The capacity in bits per second; 0: unlimited."""
         return _bits_per_second(self.capacity) if self.capacity else 0.0
 
     @field_validator("capacity")
@@ -237,38 +263,45 @@ def _bits_per_second(text: str) -> float:
 
 
 class WirelessSection(Section):
-    """A cell in virtual time (edgelam_fl.wireless); the powers and the noise are of the whole band."""
+    """A radio cell in virtual time (edgelam_fl.wireless); powers and noise refer to the whole band."""
 
     bandwidth_hz: float = Field(
         0.0,
         ge=0,
-        description="band that the devices share, by strategy.bandwidth: rounds get a virtual time; 0: no wireless model",
+        description="band that strategy.bandwidth shares out to the devices: rounds get a virtual time; 0: no wireless model",
     )
-    radius_m: float = Field(500.0, gt=0, description="of the cell, over which the devices lie evenly")
-    power_dbm: float = Field(23.0, ge=-50, le=100, description="that a device sends with")
+    radius_m: float = Field(500.0, gt=0, description="radius of the cell; devices are spread evenly over its area")
+    power_dbm: float = Field(23.0, ge=-50, le=100, description="transmit power of a device")
     server_power_dbm: float = Field(
-        46.0, ge=-50, le=100, description="that the server sends with, on a band of its own"
+        46.0, ge=-50, le=100, description="transmit power of the server, on a band of its own"
     )
     antennas: int = Field(
-        4, ge=1, le=1024, description="of the server, which average the Rayleigh fading; 1: a deep fade takes hours"
+        4,
+        ge=1,
+        le=1024,
+        description="antennas of the server, which average the Rayleigh fading; 1: a deep fade takes hours",
     )
-    noise_dbm_hz: float = Field(-174.0, ge=-250, le=0, description="noise a Hz")
-    flops: float = Field(1e10, gt=0, description="operations a second of a device")
+    noise_dbm_hz: float = Field(-174.0, ge=-250, le=0, description="noise power per Hz")
+    flops: float = Field(1e10, gt=0, description="operations per second of a device")
     speed_spread: float = Field(
-        2.0, ge=1, description="the fastest devices are so many times faster, the slowest slower"
+        2.0, ge=1, description="factor by which the fastest devices are faster and the slowest slower"
     )
     stragglers: float = Field(
         0.0, ge=0, le=1, description="probability that a device is a straggler, for the whole run"
     )
-    slowdown: float = Field(10.0, ge=1, description="stragglers compute so many times slower")
+    slowdown: float = Field(10.0, ge=1, description="factor by which stragglers compute slower")
     dropout: float = Field(0.0, ge=0, lt=1, description="probability that a chosen device does not deliver in a round")
     kappa: float = Field(1e-28, ge=0, description="computing C cycles at f Hz takes kappa C f^2 joules")
     flops_per_cycle: float = Field(8.0, gt=0, description="operations in one cycle of a device")
 
 
 class RunSection(Section):
-    out: str = Field("runs/{name}-{time}", min_length=1, description="{name}: this file's; {time}: the start")
-    seed: int = Field(1, ge=0, lt=2**63, description="of the first adapter, the order of examples and dropout")
+    out: str = Field(
+        "runs/{name}-{time}",
+        min_length=1,
+        description="folder of the results; {name}: the name of this file; {time}: the start",
+    )
+    seed: int = Field(1, ge=0, lt=2**63, description="seed of the first adapter, the order of examples and dropout")
 
 
 class RunConfig(Section):
@@ -289,7 +322,7 @@ class RunConfig(Section):
         if self.split.micro_batches > self.federation.batch_size:
             raise ValueError(
                 f"split.micro_batches = {self.split.micro_batches} must be at most federation.batch_size = "
-                f"{self.federation.batch_size}: a piece holds at least one example"
+                f"{self.federation.batch_size}: a micro-batch holds at least one example"
             )
         return self
 
@@ -309,11 +342,11 @@ class RunConfig(Section):
         if wireless.bandwidth_hz and self.wire.capacity:
             raise ValueError(
                 f"wireless.bandwidth_hz = {wireless.bandwidth_hz:g} does not go with wire.capacity = {self.wire.capacity!r}: "
-                f"devices share one of them"
+                f"devices share either a band or a rate"
             )
         if wireless.bandwidth_hz and wireless.dropout and self.split.host_on == "any":
             raise ValueError(
                 f"wireless.dropout = {wireless.dropout:g} does not go with split.host_on = 'any': a device that drops out "
-                f"would take the devices along that it hosts for"
+                f"would also stop the devices that it hosts for"
             )
         return self

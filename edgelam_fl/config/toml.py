@@ -1,4 +1,4 @@
-"""Reads and writes run files in TOML: parses, overrides, explains what is wrong."""
+"""Reads and writes run files in TOML: parses them, applies overrides, explains what is wrong with them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from edgelam_fl.errors import ConfigError, nearest
 
 
 def toml_value(value: Any) -> str:
-    """One value as a run file spells it."""
+    """Writes one value as a run file spells it."""
     if not value and isinstance(value, dict):
         return "{}"
     if isinstance(value, dict):
@@ -33,7 +33,7 @@ def _toml_key(key: str) -> str:
 
 
 def to_toml(config: RunConfig) -> str:
-    """The whole configuration as a run file."""
+    """Writes the whole configuration as a run file."""
     sections = []
     for name, section in config.model_dump(mode="json").items():
         lines = [f"{key} = {toml_value(value)}" for key, value in section.items()]
@@ -42,9 +42,9 @@ def to_toml(config: RunConfig) -> str:
 
 
 def parse_run_file(text: str, *, source: str, overrides: str | list[str] = ()) -> RunConfig:  # type: ignore[assignment]
-    """A run file's text and `section.key=value` overrides, checked.
+    """Parses and checks a run file's text with its `section.key=value` overrides.
 
-    Raises ConfigError with the key, the value, the rule and `source` (where the text came from).
+    `source` says in messages where the text came from. Raises ConfigError with the key, the value and the rule.
     """
     try:
         data = tomllib.loads(text)
@@ -63,6 +63,7 @@ def parse_run_file(text: str, *, source: str, overrides: str | list[str] = ()) -
 
 
 def read_run_file(path: Path, overrides: list[str] = ()) -> RunConfig:  # type: ignore[assignment]
+    """Reads a run file and applies `overrides`. Raises ConfigError if it is missing, unreadable or wrong."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -91,7 +92,7 @@ def _override(data: dict[str, Any], override: str) -> None:
 
 
 def _explain(problem: Mapping[str, Any], source: str) -> str:
-    """One pydantic problem as one line: key, value, rule, place."""
+    """Turns one pydantic problem into one line with key, value, rule and place."""
     where = [str(part) for part in problem["loc"] if not isinstance(part, int)]
     key, value, context = ".".join(where), problem["input"], problem.get("ctx", {})
     if problem["type"] == "extra_forbidden":
@@ -109,7 +110,7 @@ def _explain(problem: Mapping[str, Any], source: str) -> str:
 
 
 def known_keys() -> list[str]:
-    """Every key of a run file, dotted, sections among them."""
+    """Lists every key of a run file with its dots, and every section."""
     keys = []
     for section, field in RunConfig.model_fields.items():
         keys.append(section)

@@ -1,7 +1,7 @@
 """What a share of a band carries: frequency division, no interference. Arrays over devices.
 
 A device has a signal-to-noise ratio g over the whole band of B Hz (its received power over the band's noise). On a share b of
-the band it puts its power into less noise: b B log2(1 + g / b) bits a second (arXiv 2407.02924).
+the band its power meets less noise: b B log2(1 + g / b) bits per second (arXiv 2407.02924).
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ from __future__ import annotations
 import numpy as np
 
 
-def bits_a_hertz(share: np.ndarray, snr: np.ndarray) -> np.ndarray:
-    """b log2(1 + g / b): bits a second that a share carries, a Hz of the whole band; 0 without a share."""
+def bits_per_hertz(share: np.ndarray, snr: np.ndarray) -> np.ndarray:
+    """b log2(1 + g / b): bits per second that a share carries, per Hz of the whole band; 0 for a share of 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(share > 0, share * np.log2(1 + snr / share), 0.0)
 
 
 def wireless_share(rho: np.ndarray, snr: np.ndarray) -> np.ndarray:
-    """The share b with b ln(1 + snr / b) = rho: what carries rho / ln 2 bit/s a Hz of the band.
+    """Share b with b ln(1 + snr / b) = rho, which carries rho / ln 2 bit/s per Hz of the band.
 
-    b = -rho / (W(-beta e^-beta) + beta), beta = rho / snr, W the lower real branch of Lambert's function; infinite where
-    beta >= 1, since the rate never reaches that, however wide the band. (The closed form is our derivation.)
+    b = -rho / (W(-beta e^-beta) + beta), beta = rho / snr, W the lower real branch of Lambert's function; infinite if
+    beta >= 1, since no band is wide enough for that rate. (The closed form is our derivation.)
     """
     beta = rho / snr
     possible = beta < 1
@@ -32,11 +32,11 @@ def wireless_share(rho: np.ndarray, snr: np.ndarray) -> np.ndarray:
 
 
 def lambert_w_lower_log(log_x: np.ndarray) -> np.ndarray:
-    """W with W e^W = -e^log_x and W <= -1, for log_x <= -1 (logarithms, since -x is tiny where a channel is good).
+    """W with W e^W = -e^log_x and W <= -1, for log_x <= -1 (logarithms, since x is tiny if a channel is good).
 
     y = -W solves y - ln y = -log_x. Newton's steps come from above, where the function is convex, and never overshoot; the
     start is the upper bound 1 + sqrt(2 u) + u, u = -log_x - 1 (Chatzigeorgiou, arXiv 1601.04895), at most 14 % off: after
-    three steps nothing but rounding is left.
+    three steps only rounding is left.
     """
     u = np.maximum(-log_x - 1, 0.0)
     y = 1 + np.sqrt(2 * u) + u

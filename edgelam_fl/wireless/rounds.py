@@ -1,7 +1,7 @@
-"""A round in virtual time: what a device does whatever its share of the band, and what the round takes with the shares.
+"""A round in virtual time: what each device does at any share of the band, and what the round takes with given shares.
 
-A device receives, computes and sends, one after the other: c + S / R, c being the first two. The round lasts as long as its
-slowest device; who dropped out costs nothing but the share that it had been given.
+A device receives, computes and sends, one after the other: it takes c + S / R, c being the time of the first two. The round
+lasts as long as its slowest device. A device that drops out costs only the share that it had been given.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import numpy as np
 from edgelam_fl.config import WirelessSection
 from edgelam_fl.telemetry.events import VirtualDevice, VirtualRound
 from edgelam_fl.wireless.cell import RadioCell, watts
-from edgelam_fl.wireless.fdma import bits_a_hertz
+from edgelam_fl.wireless.fdma import bits_per_hertz
 
 
 @dataclass(frozen=True)
 class Load:
-    """What a device moves and computes in a round."""
+    """Bytes that a device moves and operations that it computes in a round."""
 
     bytes_up: float  # adapter, hidden states and their gradients
     adapter_bytes_down: float
@@ -29,7 +29,7 @@ class Load:
 
 @dataclass(frozen=True)
 class DeviceRound:
-    """A device's part of a round, but for how long it sends."""
+    """What one device does in a round, apart from how long it sends."""
 
     bytes_up: float
     bytes_down: float
@@ -44,7 +44,9 @@ class DeviceRound:
 
 
 def device_round(cell: RadioCell, name: str, round: int, load: Load, devices: int) -> DeviceRound:
-    """The server sends adapters to all at once, on its whole band; hidden states to `devices` in equal parts of it."""
+    """Computes a device's round from its load: the server sends adapters on its whole band, hidden states to each of
+    `devices` on an equal part of it.
+    """
     down_bits = 8 * (load.adapter_bytes_down + devices * load.data_bytes_down)
     return DeviceRound(
         bytes_up=load.bytes_up,
@@ -79,7 +81,7 @@ def recorded_device_round(device: VirtualDevice) -> DeviceRound:
 
 
 def _device(settings: WirelessSection, part: DeviceRound, share: float) -> VirtualDevice:
-    rate_bps = settings.bandwidth_hz * float(bits_a_hertz(np.asarray(share), np.asarray(part.snr)))
+    rate_bps = settings.bandwidth_hz * float(bits_per_hertz(np.asarray(share), np.asarray(part.snr)))
     upload_s = 8 * part.bytes_up / rate_bps if part.bytes_up else 0.0
     return VirtualDevice(
         seconds=part.before_sending_s + upload_s,

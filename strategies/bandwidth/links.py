@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgelam_fl.wireless.fdma import bits_a_hertz, wireless_share
+from edgelam_fl.wireless.fdma import bits_per_hertz, wireless_share
 from strategies.api import Candidate, Demand
 
 _BISECTIONS = 64
@@ -108,6 +108,6 @@ def fitting(shares: np.ndarray) -> np.ndarray:
 def delay_of(needs: Needs, shares: np.ndarray) -> np.ndarray:
     """Seconds until each device is through, with these shares."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        per_second = shares if needs.snr is None else bits_a_hertz(shares, needs.snr)
+        per_second = shares if needs.snr is None else bits_per_hertz(shares, needs.snr)
         sending_s = np.where(needs.alone_s > 0, needs.alone_s / per_second, 0.0)
     return np.maximum(needs.compute_s + sending_s, needs.floor_s)

@@ -62,7 +62,7 @@ def test_every_problem_is_named_a_line_each() -> None:
 
 def test_more_pieces_than_examples_are_refused() -> None:
     assert message("[split]\nmicro_batches = 9\n[federation]\nbatch_size = 8") == (
-        "split.micro_batches = 9 must be at most federation.batch_size = 8: a piece holds at least one example (in my.toml)"
+        "split.micro_batches = 9 must be at most federation.batch_size = 8: a micro-batch holds at least one example (in my.toml)"
     )
     assert parse_run_file("[split]\nmicro_batches = 8", source="x").split.micro_batches == 8
 
@@ -231,7 +231,7 @@ def test_a_cell_that_cannot_be(text: str, expected: str) -> None:
 
 def test_one_kind_of_capacity() -> None:
     assert message("[wireless]\nbandwidth_hz = 1e6\n[wire]\ncapacity = '8 Mbit/s'") == (
-        "wireless.bandwidth_hz = 1e+06 does not go with wire.capacity = '8 Mbit/s': devices share one of them (in my.toml)"
+        "wireless.bandwidth_hz = 1e+06 does not go with wire.capacity = '8 Mbit/s': devices share either a band or a rate (in my.toml)"
     )
 
 

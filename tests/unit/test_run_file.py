@@ -85,7 +85,9 @@ def test_ranges_are_those_of_the_models(section: str, key: str, expected: str) -
 
 
 def test_a_key_of_keys_explains_each() -> None:
-    assert "prompt: what the model is asked; answer: what it should say" in explain(field_of("data", "fields"))
+    assert "prompt: what the model is asked; answer: what the model should answer" in explain(
+        field_of("data", "fields")
+    )
 
 
 def test_what_is_explained_is_a_run_file_of_the_same_configuration() -> None:

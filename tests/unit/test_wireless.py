@@ -11,7 +11,7 @@ import pytest
 
 from edgelam_fl.config import WirelessSection
 from edgelam_fl.wireless.cell import NEAREST_KM, RadioCell, path_loss_db, watts
-from edgelam_fl.wireless.fdma import bits_a_hertz, wireless_share
+from edgelam_fl.wireless.fdma import bits_per_hertz, wireless_share
 from edgelam_fl.wireless.rounds import DeviceRound, Load, device_round, recorded_device_round, virtual_round
 from strategies.api import Candidate, Demand, RoundOutcome, RoundState
 from strategies.registry import load
@@ -41,10 +41,10 @@ def test_decibels() -> None:
 def test_a_share_carries_its_rate_and_the_rate_asks_for_its_share() -> None:
     generator = np.random.default_rng(3)
     share, snr = generator.uniform(1e-4, 1, 500), 10 ** generator.uniform(-1, 6, 500)
-    carried = bits_a_hertz(share, snr)
+    carried = bits_per_hertz(share, snr)
     np.testing.assert_allclose(carried, share * np.log(1 + snr / share) / np.log(2), rtol=1e-12)
     np.testing.assert_allclose(wireless_share(carried * math.log(2), snr), share, rtol=1e-9)
-    assert list(bits_a_hertz(np.array([0.0, 1.0]), np.array([3.0, 3.0]))) == [0, 2]
+    assert list(bits_per_hertz(np.array([0.0, 1.0]), np.array([3.0, 3.0]))) == [0, 2]
 
 
 def test_places_are_even_over_the_disc() -> None:
