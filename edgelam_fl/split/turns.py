@@ -39,7 +39,7 @@ class Turns(ABC):
     # ---------------------------------------------------------------- what arrives
 
     def take_table(self, member: Member, frame: Frame) -> None:
-        """Takes a device's label counts. Raises ProtocolError where they do not fit the plan."""
+        """Takes a device's label counts. Raises ProtocolError if they do not fit the plan."""
         member.table = checked_table(frame.header.table, member, self.plan)
         self.group.send_previous(member, frame.header)
 
@@ -139,16 +139,20 @@ class Turns(ABC):
         self._check_enough(lane)
 
     @abstractmethod
-    def _whose_tables_matter(self, lane: Lane) -> list[Member]: ...
+    def _whose_tables_matter(self, lane: Lane) -> list[Member]:
+        """Lists the devices whose label counts a lane needs before its first turn opens."""
 
     @abstractmethod
-    def _totals(self, lane: Lane) -> list[pb.StepTotal]: ...
+    def _totals(self, lane: Lane) -> list[pb.StepTotal]:
+        """Returns labels and members of each step of the phase."""
 
     @abstractmethod
-    def _may_close(self, lane: Lane) -> bool: ...
+    def _may_close(self, lane: Lane) -> bool:
+        """Returns whether all is here that closing the open turn needs."""
 
     @abstractmethod
-    def _counted(self, lane: Lane) -> list[Member]: ...
+    def _counted(self, lane: Lane) -> list[Member]:
+        """Lists the devices that count in the open turn, in device order."""
 
     @abstractmethod
     def _verdict(self, lane: Lane) -> pb.StepApply | None:

@@ -1,4 +1,4 @@
-"""What every test of bit-equality needs."""
+"""Fixtures that every test of bit-equality needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.parity.daemons import Daemon, running
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """The number of threads decides how sums are cut, so references use as many as the stage hosts: one."""
+    """Gives references one thread, as stage hosts have: the number of threads changes the order of sums."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

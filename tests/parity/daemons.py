@@ -51,7 +51,7 @@ class Daemon:
 
 @contextmanager
 def running(hosts: Sequence[str], files: Sequence[Path], folder: Path) -> Iterator[dict[str, Daemon]]:
-    """Hosts of these names, and a device a file."""
+    """Starts hosts of these names and a device per file; yields them by name."""
     started = {name: Daemon(name, folder / name) for name in hosts}
     for number, file in enumerate(files, 1):
         started[f"device-{number}"] = Daemon(f"device-{number}", folder / f"device-{number}", file)

@@ -1,4 +1,4 @@
-"""Split federated training as one plain loop of transformers and peft: a model a device, with the hosts' LoRA shared.
+"""Split federated training as one plain loop of transformers and peft: a model per device, with the hosts' LoRA shared.
 
 Written from protocol.md section 5 alone; nothing of the split code is used. Every device has its own copy of the layers
 that it holds itself; a layer that hosts compute for several devices is one set of parameters in all their models.
@@ -26,7 +26,7 @@ class Reference:
     def __init__(
         self, source: ModelSource, config: RunConfig, start: Adapter, kept: Mapping[str, tuple[int, int]]
     ) -> None:
-        """`kept`: of each device the first layer that hosts compute, and the first after them."""
+        """`kept`: per device, the first layer that hosts compute and the first layer after them."""
         self.config, self.kept = config, kept
         self.devices = sorted(kept)
         self.models: dict[str, Any] = {name: plain_model(source, config, start) for name in self.devices}
@@ -63,7 +63,7 @@ class Reference:
     # ---------------------------------------------------------------- steps
 
     def corrected_joint(self, batches: Batches, step: int, corrections: Mapping[str, Adapter]) -> None:
-        """A step in which each device adds its correction to the gradient of what it alone trains (SCAFFOLD)."""
+        """Makes a step in which each device adds its correction to the gradient of what it alone trains (SCAFFOLD)."""
         self.corrections = corrections
         self.joint(batches, 1, step)
 
@@ -104,7 +104,7 @@ class Reference:
                 self._clear()
 
     def _backward(self, device: str, units: Sequence[Unit], divisor: int) -> dict[str, torch.Tensor | None]:
-        """Gradients of the shared parameters from one device's micro-batches; its own keep theirs in `.grad`."""
+        """Returns the gradients of the shared parameters from one device's micro-batches; its own parameters keep theirs in `.grad`."""
         for unit in units:
             (loss_sum(forward(self.models[device], unit), unit.labels) / divisor).backward()
         parts = {}

@@ -98,7 +98,7 @@ def followed() -> Iterator[Follower]:
 
 
 def named_files(section: str) -> list[str]:
-    """The files of a section's numbered list, in order."""
+    """Returns the files of a section's numbered list, in order."""
     text = PAGE.read_text(encoding="utf-8").partition(f"\n## {section}\n")[2].partition("\n## ")[0]
     return re.findall(r"^\d+\. `([\w/]+\.py)`", text, re.MULTILINE)
 

@@ -80,7 +80,7 @@ def test_a_carry_is_part_of_every_weight(tiny: ModelSource) -> None:
 
 @pytest.mark.parametrize("base", ["fp32", "bf16", "int8", "int8 bf16", "nf4", "nf4 bf16"])
 def test_three_slices_with_a_carry_are_the_whole(tiny: ModelSource, base: str) -> None:
-    """Logits, gradients, recomputed or not."""
+    """Logits and gradients, recomputed or not."""
     adapter = with_carry(trained_adapter(tiny), 3)
     results = []
     for spans, recomputed in (([WHOLE], False), (THREE, False), (THREE, True)):
@@ -139,7 +139,7 @@ def _less(adapter: Adapter, name: str) -> Adapter:
 def test_a_route_with_a_carry_equals_the_route_over_no_host(
     tiny: ModelSource, data_files: list[Path], base: str
 ) -> None:
-    """Three rounds: a carry, another of more rank, and the same again, which nobody is sent a second time."""
+    """Three rounds: a carry, another of more rank, and the same again, which is not sent a second time."""
     results = []
     kept, _, computed = base.partition(" ")
     for hosts in (0, 2):

@@ -18,7 +18,7 @@ STEPS = 3
 
 
 class Node:
-    """One of a fabric's, by the name that a ClientApp would use."""
+    """A node of a fabric, by the name that a ClientApp would use."""
 
     def __init__(self, fabric: Fabric, folder: Path, number: int) -> None:
         handlers = fabric.node(f"{folder}{FABRIC_SEPARATOR}{number}")

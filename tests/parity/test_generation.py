@@ -32,7 +32,7 @@ def trained_adapter(source: ModelSource, config: RunConfig) -> Adapter:
 
 
 def open_session(fleet: Fleet, adapter: Adapter) -> tuple[RouteSession, dict[str, pb.Plan]]:
-    """As `server.chat` plans it: the fleet's one device is the caller."""
+    """Makes the plans that `server.chat` would make: the fleet's one device is the caller."""
     plans = fleet.plans(RoundFacts("chat", 1, 1, 0, 0))
     for plan in plans.values():
         plan.generate, plan.evaluate, plan.window, plan.micro_batches, plan.batch_size = True, False, 1, 1, 1
@@ -87,7 +87,7 @@ def test_a_route_generates_what_the_whole_model_does(
 
 
 def step_by_step(model: Any, tokens: list[int]) -> list[torch.Tensor]:
-    """The whole model's logits, one call a step as a route makes them; `generate` itself asks for the last row alone."""
+    """Returns the whole model's logits, from one call per step as a route makes them; `generate` itself asks for the last row alone."""
     cache, logits = None, []
     for feed in [PROMPT, *([token] for token in tokens[:-1])]:
         with torch.no_grad():

@@ -48,7 +48,7 @@ REAL_STEPS = 5  # of SmolLM2; `python -m benchmarks.exactness` takes STEPS of it
 def fleet_of(
     daemons: dict[str, Daemon], name: str, source: ModelSource, config: RunConfig, devices: int
 ) -> tuple[Fleet, Adapter]:
-    """A fleet of some of the daemons under a job name of its own, and the adapter to start from."""
+    """Returns a fleet of some of the daemons, under a job name of its own, and the adapter to start from."""
     chosen = {f"device-{number}": daemons[f"device-{number}"] for number in range(1, devices + 1)}
     names = [f"edge-{number}" for number in range(1, config.split.hosts + 1)]
     hosts: dict = {name: (daemons[name], daemons[name].address()) for name in names}
@@ -143,7 +143,7 @@ def three_devices_against_the_plain_loop(
     daemons: dict[str, Daemon], name: str, source: ModelSource, config: RunConfig, files: list[Path],
     apart: float = 1e-5, steps: int = STEPS,
 ) -> None:  # fmt: skip
-    """Bit for bit over the same pieces in device order; within `apart` of the update over the union's one padded batch."""
+    """Trains bit for bit like the same pieces in device order, and within `apart` of the update over the union's one padded batch."""
     fleet, start = fleet_of(daemons, name, source, config, 3)
     devices = [device_batches(source, config, file, f"device-{n}", steps) for n, file in enumerate(files, 1)]
     reports = fleet.run(start, steps)

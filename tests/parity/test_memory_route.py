@@ -81,7 +81,7 @@ def test_three_devices_with_frozen_ends_train_like_the_plain_loop(
 
 
 def _middle(name: str) -> str:
-    """The name itself for layers 2 and 3, the host's; nothing for the devices'."""
+    """Returns the name itself for layers 2 and 3, the host's; an empty text for the devices' layers."""
     return name if any(f".layers.{layer}." in name for layer in (2, 3)) else ""
 
 
@@ -111,7 +111,7 @@ def test_logits_of_the_route_are_the_models(
 
 
 def test_union_batch_is_within_tolerance(tiny: ModelSource, data_files: list[Path]) -> None:
-    """Joint training against one concatenated, padded batch a step: the same update within 1e-5."""
+    """Joint training against one concatenated, padded batch per step: the same update within 1e-5."""
     config = run_config(tiny.name, "lora.train=hosts")
     start = initial_adapter(tiny, config.lora.targets, config.lora.rank, 1)
     devices = [device_batches(tiny, config, file, f"device-{n}", STEPS) for n, file in enumerate(data_files, 1)]
@@ -126,7 +126,7 @@ def test_union_batch_is_within_tolerance(tiny: ModelSource, data_files: list[Pat
 
 @pytest.mark.parametrize("base", ["fp32", "bf16", "int8", "int8 bf16", "nf4", "nf4 bf16"])
 def test_a_route_over_a_host_equals_the_route_over_none(tiny: ModelSource, data_files: list[Path], base: str) -> None:
-    """Each tensor is quantized alone, so a slice holds the whole model's numbers; two rounds, so that moments go on too."""
+    """Each tensor is quantized alone, so a slice holds the whole model's numbers; two rounds, so that moments are kept too."""
     results = []
     kept, _, computed = base.partition(" ")
     for hosts in (0, 1):
@@ -198,7 +198,7 @@ def test_a_slice_is_gone_before_another_one_is_loaded(tiny: ModelSource, data_fi
 
 
 def test_a_device_lost_in_a_chain_costs_its_own_micro_batches(tiny: ModelSource, data_files: list[Path]) -> None:
-    """Three devices over two hosts; one goes after its third step. Both hosts finish, on the same members in every step."""
+    """Three devices train over two hosts; one leaves after its third step. Both hosts finish, with the same members in every step."""
     config = run_config(tiny.name, "split.hosts=2")
     start = initial_adapter(tiny, config.lora.targets, config.lora.rank, 1)
     with memory_fleet(tiny, config, data_files) as fleet:

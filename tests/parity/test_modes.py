@@ -40,7 +40,7 @@ def batches_of(source: ModelSource, config: RunConfig, files: Sequence[Path], st
 
 
 def by_source(reports: Reports, scope: str) -> dict[str, Adapter]:
-    """What each source trained; a chain's hosts share a source."""
+    """Returns the tensors that each source trained; the hosts of a chain share a source."""
     found: dict[str, Adapter] = {}
     for report in reports.values():
         for contribution in report.contributions:
@@ -66,7 +66,7 @@ def run_rounds(
     steps: int = STEPS,
     rule: Aggregation | None = None,
 ) -> tuple[Reports, Adapter]:
-    """The last round's reports, and the adapter after its aggregation."""
+    """Runs rounds; returns the last round's reports, and the adapter after its aggregation."""
     adapter = start_of(source, config)
     with memory_fleet(source, config, files) as fleet:
         for number in range(rounds):
@@ -105,7 +105,7 @@ def test_three_devices_train_like_one_loop_with_a_shared_middle(
     assert_same_as(reports, reference)
 
 
-def test_words_about_others_are_nothing_to_wait_for(
+def test_a_device_does_not_wait_for_decisions_about_others(
     tiny: ModelSource, data_files: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A device finds the close of another's turn in its inbox when its own step begins."""
@@ -119,10 +119,10 @@ def test_words_about_others_are_nothing_to_wait_for(
 
 
 @pytest.mark.parametrize("mode", ["joint", "sequential"])
-def test_a_table_that_is_later_than_the_word_about_all_is_waited_for(
+def test_a_host_waits_for_a_table_that_is_later_than_the_totals(
     tiny: ModelSource, data_files: list[Path], mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each device's frames go up the chain on a link of their own, and one of them is slow."""
+    """Each device's frames go along the chain on a link of their own, and one of the links is slow."""
     config = run_config(tiny.name, f"split.host_mode={mode}", "split.hosts=2", "split.front=1")
     undisturbed, _ = run_rounds(tiny, config, data_files)
     on_frame, line = Inbox.on_frame, ThreadPoolExecutor(1)
@@ -159,7 +159,7 @@ def test_devices_with_unlike_cuts_share_the_layers_that_their_routes_cross(
     assert_same_as(reports, reference)
 
 
-def test_unlike_cuts_are_averaged_a_module_by_its_own_sources(tiny: ModelSource, data_files: list[Path]) -> None:
+def test_unlike_cuts_are_averaged_per_module_by_its_own_sources(tiny: ModelSource, data_files: list[Path]) -> None:
     config = run_config(tiny.name, "split.fronts={ device-1 = 1, device-2 = 4 }", "split.back=1")
     reports, adapter = run_rounds(tiny, config, data_files[:2])
     ends, (site,) = by_source(reports, "ends"), by_source(reports, "site").values()
@@ -223,7 +223,7 @@ def test_sites_train_apart_and_are_averaged(tiny: ModelSource, data_files: list[
 
 
 @pytest.mark.parametrize("mode", ["joint", "sequential"])
-def test_devices_that_host_a_slice_each_train_the_same(tiny: ModelSource, data_files: list[Path], mode: str) -> None:
+def test_devices_that_each_host_a_slice_train_the_same(tiny: ModelSource, data_files: list[Path], mode: str) -> None:
     """No edge server: device-1 hosts layer 2, device-2 layer 3, and both train over their own and each other's."""
     config = run_config(tiny.name, f"split.host_mode={mode}", "split.host_on=any", "split.hosts=2")
     reports, _ = run_rounds(tiny, config, data_files)

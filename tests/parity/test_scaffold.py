@@ -28,7 +28,7 @@ Sources = dict[str, tuple[float, Adapter]]  # labels and tensors
 def rounds(
     source: ModelSource, files: list[Path], settings: list[str], rule: Scaffold
 ) -> list[tuple[Adapter, Sources]]:
-    """Of two rounds, what each started from and what each source made of it."""
+    """Runs two rounds; returns what each started from and what each source made of it."""
     config = run_config(source.name, *SGD, *settings)
     current, found = initial_adapter(source, config.lora.targets, config.lora.rank, 1), []
     with memory_fleet(source, config, files) as fleet:
@@ -44,7 +44,7 @@ def rounds(
 
 
 def contributions(reports: Mapping[str, pb.JobReport], settings: list[str]) -> list[Contribution]:
-    """A device's ends and its copy as one; a joint site as another source."""
+    """Joins a device's ends and its copy; a joint site is another source."""
     found: dict[str, Contribution] = {}
     for part in (part for report in reports.values() for part in report.contributions):
         joint = part.scope == "site" and "split.host_mode=copies" not in settings
@@ -55,7 +55,7 @@ def contributions(reports: Mapping[str, pb.JobReport], settings: list[str]) -> l
 
 
 def controls(start: Adapter, first: Sources) -> dict[str, Adapter]:
-    """c - c_i after the first round, whose c and c_i were 0: c_i = (x - y) / (K eta), c their mean by labels."""
+    """Returns c - c_i after the first round, whose c and c_i were 0: c_i = (x - y) / (K eta), c their mean by labels."""
     own = {
         s: {n: (start[n].astype(np.float64) - y) / (STEPS * LR) for n, y in t.items()} for s, (_, t) in first.items()
     }

@@ -41,7 +41,7 @@ def stages_of(source: ModelSource, base: str) -> list[Stage]:
 
 
 def trained(front: Stage, back: Stage, tiny: ModelSource) -> dict[str, torch.Tensor]:
-    """Logits, and the gradient of every factor."""
+    """Returns logits, and the gradient of every factor."""
     ids_BT = torch.arange(24).view(2, 12)
     gradients = {}
     for stage in (front, back):

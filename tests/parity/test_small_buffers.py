@@ -1,4 +1,4 @@
-"""No cycle of waits: sockets that hold a fraction of an activation, links that stall, and one unit in flight a device.
+"""No cycle of waits: sockets that hold a fraction of an activation, links that stall, and one micro-batch in flight per device.
 
 A chain of three host processes and three device processes; every link runs through a proxy. The same round in memory,
 which nothing disturbs, is what it must equal.
@@ -79,7 +79,7 @@ def stalling_links_train_to_the_same_bits(
 
 
 def _config(source: ModelSource, window: int) -> RunConfig:
-    """As many pieces of one row as may be in flight."""
+    """Cuts a batch into as many pieces of one row as may be in flight."""
     return run_config(
         source.name, "split.hosts=3", "split.front=1", "split.back=1", f"split.window={window}",
         f"split.micro_batches={window}", f"federation.batch_size={window}", "federation.min_nodes=3",
@@ -88,5 +88,5 @@ def _config(source: ModelSource, window: int) -> RunConfig:
 
 
 def trained(report: pb.JobReport) -> dict[tuple[str, str], str]:
-    """The digest of what each source trained."""
+    """Returns the digest of what each source trained."""
     return {(c.scope, c.source): digest(from_bytes(c.adapter)) for c in report.contributions}

@@ -1,4 +1,4 @@
-"""What a stage can do besides running its layers changes no bit: adapter sets, routes inside it, dropout, checkpointing."""
+"""Adapter sets, routes inside a stage, dropout and checkpointing change no bit of what its layers compute."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def load(source: ModelSource, *spans: Span, dropout: float = 0.0, base: str = "f
 
 
 def trained(source: ModelSource) -> Adapter:
-    """An adapter whose every factor matters: B is not zero."""
+    """Returns an adapter in which every factor matters: B is not zero."""
     start = initial_adapter(source, TARGETS, 4, 1)
     other = initial_adapter(source, TARGETS, 4, 2)
     lent = {name: other[name.replace("lora_B", "lora_A")] for name in start}
@@ -50,7 +50,7 @@ def through(stages: list[Stage], inputs: torch.Tensor, **options: Any) -> torch.
 
 
 def gradients(stages: list[Stage], inputs: torch.Tensor, **options: Any) -> dict[str, torch.Tensor]:
-    """Of every adapter parameter, by name; and of the inputs, if they are hidden states."""
+    """Returns the gradient of every adapter parameter, by name, and of the inputs if they are hidden states."""
     through(stages, inputs, **options).square().sum().backward()
     found = {name: p.grad for stage in stages for name, p in stage.adapter_parameters.items()}
     assert all(grad is not None for grad in found.values())
@@ -190,7 +190,7 @@ def test_dropout_is_the_same_for_the_whole_and_for_slices(tiny: ModelSource) -> 
 
 
 def saved_bytes(work: Callable[[], object]) -> int:
-    """What autograd keeps for the backward pass, each storage once."""
+    """Counts the bytes that autograd keeps for the backward pass, each storage once."""
     kept: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The joint host, driven by hand-made frames over memory links: what it adds up, whom it lets in and leaves out."""
+"""A joint host gets hand-made frames over memory links: the sums that it makes, the devices that it lets in or leaves out."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def dials_nobody(*_: Any) -> Link:
 
 
 class Site:
-    """A host of layers [2, 4) on a thread of its own, and what it told the event log."""
+    """A host of layers [2, 4) on a thread of its own, and the events that it emitted."""
 
     def __init__(
         self, source: ModelSource, devices: int = 3, *overrides: str, steps: int = 1, **deadlines: float
@@ -102,7 +102,7 @@ def hello(site: Site, index: int, side: int, **other: Any) -> pb.Hello:
 
 
 class Device:
-    """A device's two links, moved by hand. Its loss on one row: sum over its labels of hidden[t] . target."""
+    """A device whose two links are used by hand. Its loss on one row: the sum over its labels of hidden[t] . target."""
 
     def __init__(self, site: Site, index: int) -> None:
         self.site, self.index, self.labels = site, index, LABELS[index]
@@ -167,7 +167,7 @@ class Device:
 
 
 def expected_move(source: ModelSource, devices: list[Device]) -> dict[str, torch.Tensor]:
-    """-lr * gradient of (sum of the losses) / (sum of the labels), by plain torch on a stage of its own."""
+    """Returns -lr * gradient of (sum of the losses) / (sum of the labels), by plain torch on a stage of its own."""
     stage = middle(source)
     total = sum(device.loss(stage(device.hidden, [TOKENS])) for device in devices)
     (total / sum(device.labels for device in devices)).backward()
@@ -198,7 +198,7 @@ def test_a_joint_step_is_the_gradient_of_the_union(tiny: ModelSource) -> None:
     assert site.host.labels_trained == union
 
 
-def test_the_gradient_for_the_device_below_is_plain_torchs(tiny: ModelSource) -> None:
+def test_the_gradient_for_the_device_is_plain_torchs(tiny: ModelSource) -> None:
     site = Site(tiny, 1)
     (device,) = site.open(1)
     device.table()
@@ -212,7 +212,9 @@ def test_the_gradient_for_the_device_below_is_plain_torchs(tiny: ModelSource) ->
 
 
 @pytest.mark.parametrize(("train", "kind"), [("hosts", pb.GRAD_END), ("front", pb.GRAD), ("back", pb.GRAD_END)])
-def test_a_gradient_goes_below_only_where_something_learns(tiny: ModelSource, train: str, kind: int) -> None:
+def test_a_gradient_goes_to_the_previous_node_only_if_something_learns_there(
+    tiny: ModelSource, train: str, kind: int
+) -> None:
     site = Site(tiny, 1, f"lora.train={train}")
     (device,) = site.open(1)
     device.table()
@@ -304,7 +306,7 @@ def test_a_device_late_in_three_steps_is_out_of_the_round(tiny: ModelSource) -> 
 
 
 def test_units_of_a_closed_step_do_not_count_against_the_window(tiny: ModelSource) -> None:
-    """A device that was left out drops its open units and sends the next step's: never more than `window` are open."""
+    """A device that was left out drops its open micro-batches and sends those of the next step: at most `window` are open."""
     site = Site(tiny, 2, steps=2)
     bad, good = site.open(2)
     union = LABELS[0] + LABELS[1]

@@ -18,7 +18,7 @@ START = {name: np.array([1.0, -2.0], np.float32) for name in NAMES}
 
 
 class Parameters:
-    """What a trainee uses of a stage."""
+    """The part of a stage that a trainee uses."""
 
     def __init__(self) -> None:
         self.adapter_parameters = {name: torch.nn.Parameter(torch.zeros(2)) for name in NAMES}
@@ -45,7 +45,7 @@ def plan(*, freeze_a: bool = False, freeze_b: bool = False, keep: str = "exact",
 def learn(
     found: Trainee, settings: pb.Plan, start: dict[str, np.ndarray], mu: float = 0.0
 ) -> tuple[bool, dict[str, np.ndarray]]:
-    """A round of two steps whose loss has gradient 1 everywhere. Whether it was warm, and what it contributes."""
+    """Trains a round of two steps whose loss has gradient 1 everywhere; returns whether it was warm, and its contribution."""
     warm = found.start(start, lambda layer: True, settings, mu)
     for step in range(2):
         found.set_gradients([torch.ones(2) for _ in found.parameters])
@@ -117,7 +117,7 @@ def test_the_pull_is_mu_times_the_way_from_the_start() -> None:
 
 
 def test_the_norm_and_the_step_see_one_pull() -> None:
-    """clip = "global": the norm is asked for before the step; a cleared gradient takes its pull with it."""
+    """With clip = "global" the norm is computed before the step; clearing a gradient clears its pull too."""
     found = trainee()
     found.start(START, lambda layer: True, plan(), MU)
     found.named[A].data.add_(1.0)

@@ -1,4 +1,4 @@
-"""How many micro-batches a host grants, and what a share of the bandwidth does to a route's links."""
+"""The number of micro-batches that a host grants, and the pace that a share of the bandwidth gives to a route's links."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_what_fits_for_every_route_at_once_is_granted(tiny: ModelSource, fitting
 
 
 def test_checkpointing_makes_room(tiny: ModelSource) -> None:
-    """Two layers keep 1.56 times as much as their inputs and one layer's activations: three fit where two did."""
+    """Two layers keep 1.56 times as much as their inputs and one layer's activations: three micro-batches fit instead of two."""
     free = int((unit_bytes(tiny.config, 2, 2, 128, 4) * 2 * 2 + ADAPTER * 32) / 0.8 * 1.01)
     plain, thrifty = plan_of(tiny), plan_of(tiny, "split.checkpointing=true")
     assert affordable_window(plain, tiny, 4, ADAPTER, free) == 2
@@ -67,7 +67,7 @@ def test_a_host_short_of_memory_grants_less(
 
 
 def test_a_share_paces_both_ends_of_both_links(tiny: ModelSource) -> None:
-    """One bucket for all that the device sends; the host has one for all that goes down to it."""
+    """The device has one bucket for all that it sends; the host has one for all that it sends to the device."""
     nodes: dict[str, Any] = {"device-1": None}
     fleet = Fleet(tiny, run_config(tiny.name, "wire.capacity=8 Mbit/s"), nodes, {"edge-1": (None, "edge-1")})  # type: ignore[dict-item]
     plan = fleet.plans(RoundFacts("r", 1, 1, 0, 1))["device-1"]
