@@ -16,6 +16,7 @@ from edgelam_fl.split.lane import Lane
 from edgelam_fl.split.member import Member
 from edgelam_fl.split.timeline import Timeline
 from edgelam_fl.split.turns import LATE_STEPS_ALLOWED, DecidesTurns, FollowsTurns, Turns
+from edgelam_fl.telemetry.events import JobEvent, LinkLost, StepClosed
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.link import Frame
 from tests.support import Fleet, run_config
@@ -73,8 +74,8 @@ class Site:
         config = run_config(source.name, "split.hosts=2", *overrides)
         facts = RoundFacts("run", 1, 1, 0, STEPS)
         self.plan = Fleet(source, config, nodes, hosts).plans(facts)[node]
-        self.events: list[str] = []
-        emit = lambda event, **_: self.events.append(event)  # noqa: E731
+        self.events: list[JobEvent] = []
+        emit = self.events.append
         self.group = Group(self.plan, source.hidden_size, torch.float32, 2, lambda *_: None, emit)  # type: ignore[arg-type, return-value]
         self.members = [self.group.members[index] for index in sorted(LABELS)]
         for member in self.members:
@@ -223,7 +224,7 @@ def test_the_coordinator_goes_on_without_the_late_and_dismisses_those_who_stay_l
     assert late.gone == f"late in {LATE_STEPS_ALLOWED} steps"
     assert site.work() == 1
     assert (prompt.labels_trained, late.labels_trained) == (LABELS[0], 0)
-    assert site.events == ["link_lost", "step_closed"]
+    assert [type(event) for event in site.events] == [LinkLost, StepClosed]
 
 
 def test_copies_have_no_deadline(tiny: ModelSource) -> None:
