@@ -27,28 +27,12 @@ from edgelam_fl.config import RunConfig, toml_value
 from tools import sequence
 
 ROOT = Path(__file__).parents[1]
-_COMING = {"glossary.md"}
 _LINK_TO_A_FOLDER = re.compile(r"\[([^\]]+)\]\((\.\./[^)\s]*/)\)")
 _DIAGRAM = re.compile(r"^```mermaid\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 
 
 # ---------------------------------------------------------------- mkdocs calls these
-
-
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    config.nav = list(_written(config.nav or []))
-    return config
-
-
-def _written(nav: list[Any]) -> Iterator[Any]:
-    """Yields the entries of the nav without those pages that are not written yet."""
-    for entry in nav:
-        (page,) = entry.values() if isinstance(entry, dict) else (entry,)
-        if isinstance(page, list):
-            yield {next(iter(entry)): list(_written(page))}
-        elif page not in _COMING or (ROOT / "docs" / page).is_file():
-            yield entry
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
