@@ -80,7 +80,7 @@ def slowest_s(devices: Sequence[Candidate], shares: Mapping[str, float]) -> floa
 
 def allocate(devices: Sequence[Candidate], bandwidth: str) -> Mapping[str, float]:
     demands = [Demand(d.name, d.payload_bytes, d.compute_s, snr=d.snr) for d in devices]
-    return load("bandwidth", bandwidth).rule.allocate(demands, CAPACITY_BPS)  # type: ignore[no-any-return]
+    return load("bandwidth", bandwidth).rule.allocate(demands, CAPACITY_BPS)
 
 
 # ---------------------------------------------------------------- figures

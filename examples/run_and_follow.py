@@ -25,7 +25,7 @@ def main(run_file: str, folder: str, *rest: str) -> None:
                 print(f"{event.node} joined with {event.examples} examples")
             case RoundDone():
                 for device in event.devices:
-                    losses.setdefault(device.name, []).extend(device.step_losses)
+                    losses.setdefault(device.name, []).extend(loss for loss in device.step_losses if loss is not None)
                     print(f"round {event.round}: {device.name} at perplexity {device.perplexity:.2f}")
             case RunFailure():
                 sys.exit(f"the run failed: {event.reason}")

@@ -18,7 +18,8 @@ Heard = queue.Queue[Frame | str]
 
 
 def hello(job: str = "test/1/1", node: str = "device-1", **fields: Any) -> pb.Hello:
-    return pb.Hello(**{"version": PROTOCOL_VERSION, "job": job, "node": node, "window": 1, "codecs": ["raw"]} | fields)
+    standard: dict[str, Any] = {"version": PROTOCOL_VERSION, "job": job, "node": node, "window": 1, "codecs": ["raw"]}
+    return pb.Hello(**standard | fields)
 
 
 def ready(job_token: int = 7, codec: str = "raw") -> pb.Ready:

@@ -156,7 +156,7 @@ def a_classification() -> list[dict[str, Any]]:
         for device in devices:
             device["perplexity"] = None
             device["metrics"] = {"accuracy": round(0.9 - 0.6 * math.exp(1 - number) + 0.02 * draw.random(), 4)}
-        hosts = [
+        slice_hosts = [
             {
                 "name": name,
                 "layers": held,
@@ -173,7 +173,7 @@ def a_classification() -> list[dict[str, Any]]:
             )
         steps, kinds = (STEPS, {"ACT": 9_000_000, "GRAD": 8_000_000}) if number <= 3 else (0, {"ACT": 2_000_000})
         done = {"event": "round_done", "round": number, "attempt": 1, "steps": steps, "seconds": 20.0 + number}
-        events.append(done | {"devices": devices, "hosts": hosts, "bytes_by_kind": kinds})
+        events.append(done | {"devices": devices, "hosts": slice_hosts, "bytes_by_kind": kinds})
     events.append({"event": "run_done", "seconds": 95.25, "summary": "summary.json"})
     return [{"time": 1_750_000_000.0 + 6 * i, **event} for i, event in enumerate(events)]
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import grpc
 import numpy as np
@@ -153,7 +153,7 @@ def memory_fleet(source: ModelSource, config: RunConfig, data: Sequence[Path]) -
     nodes: dict[str, StageHost] = {}
     dial = route.memory_dial(nodes)
     devices_host = config.split.host_on == "any"
-    for number in range(1, 0 if devices_host else config.split.hosts * config.split.sites + 1):
+    for number in range(1, 0 if devices_host else config.split.least_hosts * config.split.sites + 1):
         name = f"edge-{number}"
         nodes[name] = StageHost(name, dial, fleet.emit, address=name)
         fleet.hosts[name] = (nodes[name], name)
@@ -172,7 +172,7 @@ def memory_fleet(source: ModelSource, config: RunConfig, data: Sequence[Path]) -
 
 def memory_dial(fleet: Fleet) -> Dial:
     """How somebody else reaches the hosts of a fleet in memory."""
-    return route.memory_dial({name: host for name, (host, _) in fleet.hosts.items()})
+    return route.memory_dial({name: cast(StageHost, host) for name, (host, _) in fleet.hosts.items()})
 
 
 def check_done(reports: dict[str, pb.JobReport]) -> None:
@@ -296,7 +296,7 @@ def plain_training(
                 (loss_sum(forward(model, unit), unit.labels) / union).backward()
             for number, parameter in enumerate(parameters):
                 part, parameter.grad = parameter.grad, None
-                totals[number] = part if totals[number] is None else totals[number] + part  # type: ignore[operator]
+                totals[number] = part if totals[number] is None else totals[number] + part
         for parameter, total in zip(parameters, totals, strict=True):
             parameter.grad = total
         optimizer.step()

@@ -8,6 +8,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -21,7 +22,7 @@ def main() -> None:
     gguf = Path(task["gguf"])
     base = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     examples = {
-        device: [tokens_of(tokenizer, *pair, task["max_tokens"]) for pair in pairs]
+        device: [tokens_of(tokenizer, prompt, answer, task["max_tokens"]) for prompt, answer in pairs]
         for device, pairs in task["pairs"].items()
     }
     before = {device: perplexity(base, own) for device, own in examples.items()}
@@ -30,7 +31,7 @@ def main() -> None:
     json.dump({device: [before[device], perplexity(tuned, own)] for device, own in examples.items()}, sys.stdout)
 
 
-def tokens_of(tokenizer, prompt, answer, max_tokens):
+def tokens_of(tokenizer: Any, prompt: str, answer: str, max_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids, labels): the chat template's whole conversation, of which the answer's turn is learned."""
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     asked = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
@@ -43,7 +44,7 @@ def tokens_of(tokenizer, prompt, answer, max_tokens):
 
 
 @torch.no_grad()
-def perplexity(model, examples):
+def perplexity(model: Any, examples: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
     model.train(False)
     loss, count = 0.0, 0
     for ids, labels in examples:

@@ -76,7 +76,7 @@ class Secrets:
             here = sum(block[i : len(block) - _KEY + 1 + i].astype(np.uint64) << np.uint64(8 * i) for i in range(_KEY))
             if len(block) < _KEY:
                 continue
-            slots = np.minimum(np.searchsorted(keys, here), len(keys) - 1)  # type: ignore[arg-type]
+            slots = np.minimum(np.searchsorted(keys, here), len(keys) - 1)
             for position in np.flatnonzero(keys[slots] == here) + start:
                 key = int.from_bytes(data[position : position + _KEY], "little")
                 found |= {w for pattern, w in self._by_key[key].items() if data.startswith(pattern, int(position))}

@@ -92,7 +92,7 @@ def test_each_trains(
     write_federation(tmp_path, write_data(config, tmp_path))
     keys = {"command": "run", "run-toml": to_toml(config), "set": "", "out": str(tmp_path / "run")}
     here = Context(1, 0, {}, RecordDict(), keys)
-    server_app(Grid(f"{fabric}{FABRIC_SEPARATOR}{tmp_path}"), here)  # type: ignore[arg-type]
+    server_app(Grid(f"{fabric}{FABRIC_SEPARATOR}{tmp_path}"), here)
     assert open_result(tmp_path / "run").config == config
 
 

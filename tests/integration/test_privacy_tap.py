@@ -11,7 +11,7 @@ import torch
 from edgelam_fl.config import TaskSection
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.tasks.causal_lm import CausalLm
-from edgelam_fl.tasks.data import read_pairs
+from edgelam_fl.tasks.data import Pair, read_pairs
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.grpc.dial import dial
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.processes
 
 
 @pytest.fixture(scope="module")
-def examples(tiny: ModelSource, few_pairs: dict[str, Path]) -> list[tuple[str, tuple[str, str], list[int], list[int]]]:
+def examples(tiny: ModelSource, few_pairs: dict[str, Path]) -> list[tuple[str, Pair, list[int], list[int]]]:
     """(owner, pair, ids, labels) of everything that the devices hold, training and held-out alike."""
     task = CausalLm(tiny.folder, TaskSection())
     found = []

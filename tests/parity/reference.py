@@ -119,7 +119,7 @@ class Reference:
         for name, array in self.corrections.get(device, {}).items():
             held = {**self.shared, **self.own[device]}
             parameter = held[name.removesuffix(".weight") + ".default.weight"]
-            parameter.grad = parameter.grad + torch.from_numpy(array)  # type: ignore[operator]
+            parameter.grad = parameter.grad + torch.from_numpy(array)
 
     def _clip(self, parameters: list[torch.nn.Parameter]) -> None:
         if self.config.optimizer.clip == "global":

@@ -75,7 +75,7 @@ class Follower:
     def _carries(self, value: Any) -> bool:
         if isinstance(value, torch.Tensor):
             end = value.detach().flatten()[-NEEDLE_ELEMENTS:]
-            return end.dtype == torch.float32 and torch.equal(end, self._needle)  # type: ignore[arg-type]
+            return end.dtype == torch.float32 and torch.equal(end, self._needle)
         if isinstance(value, Frame):
             return value.tensor is not None and self._carries(value.tensor)
         if isinstance(value, bytes | bytearray | memoryview):

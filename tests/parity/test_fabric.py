@@ -33,7 +33,7 @@ class Node:
 
 def fabric_fleet(source: ModelSource, settings: list[str], files: list[Path], folder: Path) -> Fleet:
     config, fabric = run_config(source.name, *settings), Fabric(seats=2)
-    edges = [f"edge-{number}" for number in range(1, config.split.hosts + 1)]
+    edges = [f"edge-{number}" for number in range(1, config.split.least_hosts + 1)]
     devices = {f"device-{number}": file for number, file in enumerate(files, 1)}
     facts = [SimulatedNode(name=name) for name in edges]
     facts += [SimulatedNode(name=name, data=os.path.relpath(file, folder)) for name, file in devices.items()]

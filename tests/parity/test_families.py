@@ -248,8 +248,8 @@ def test_gradients(built: Built, checkpointing: bool) -> None:
     assert set(names) == set(get_peft_model_state_dict(whole)) == set(built.adapter) == set(expected)
     for stage in stages:
         for name, parameter in stage.adapter_parameters.items():
-            assert torch.equal(parameter.grad, expected[name]), name  # type: ignore[arg-type]
-            assert parameter.grad.any(), name  # type: ignore[union-attr]
+            assert torch.equal(parameter.grad, expected[name]), name
+            assert parameter.grad.any(), name
 
 
 @torch.no_grad()
@@ -389,7 +389,7 @@ def test_smollm2(smollm: ModelSource, smollm_whole: Any, cuts: tuple[int, int]) 
     prompt = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     made = smollm_whole.generate(input_ids=prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)
     caches = [stage.new_cache() for stage in stages]
-    ids, answer = prompt, []
+    ids, answer = prompt, list[int]()
     while len(answer) < made.shape[1] - prompt.shape[1]:
         hidden = ids
         for stage, cache in zip(stages, caches, strict=True):

@@ -50,7 +50,7 @@ def fleet_of(
 ) -> tuple[Fleet, Adapter]:
     """Returns a fleet of some of the daemons, under a job name of its own, and the adapter to start from."""
     chosen = {f"device-{number}": daemons[f"device-{number}"] for number in range(1, devices + 1)}
-    names = [f"edge-{number}" for number in range(1, config.split.hosts + 1)]
+    names = [f"edge-{number}" for number in range(1, config.split.least_hosts + 1)]
     hosts: dict = {name: (daemons[name], daemons[name].address()) for name in names}
     fleet = Fleet(source, config, dict(chosen), hosts, name)
     return fleet, initial_adapter(source, config.lora.targets, config.lora.rank, config.run.seed)

@@ -54,7 +54,7 @@ def gradients(stages: list[Stage], inputs: torch.Tensor, **options: Any) -> dict
     through(stages, inputs, **options).square().sum().backward()
     found = {name: p.grad for stage in stages for name, p in stage.adapter_parameters.items()}
     assert all(grad is not None for grad in found.values())
-    return {**found, **({"inputs": inputs.grad} if inputs.grad is not None else {})}  # type: ignore[dict-item]
+    return {**found, **({"inputs": inputs.grad} if inputs.grad is not None else {})}
 
 
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
@@ -155,8 +155,8 @@ def test_a_route_inside_a_stage_equals_a_smaller_stage(tiny: ModelSource, span: 
         for output in outputs:
             output.square().sum().backward()
         grads = {name: p.grad for name, p in large.adapter_parameters.items() if p.grad is not None}
-        assert same(grads, {name: p.grad for name, p in small.adapter_parameters.items()})  # type: ignore[misc]
-        assert span.embed or torch.equal(inputs[0].grad, inputs[1].grad)  # type: ignore[arg-type]
+        assert same(grads, {name: p.grad for name, p in small.adapter_parameters.items()})
+        assert span.embed or torch.equal(inputs[0].grad, inputs[1].grad)
     assert torch.equal(through([large], token_ids() if span.embed else hidden()), whole_before)
 
 

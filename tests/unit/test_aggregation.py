@@ -133,7 +133,7 @@ def test_fedit_is_not_exact_and_says_by_how_much(capsys: pytest.CaptureFixture[s
     off_, whole = ([np.linalg.norm(x) for x in column] for column in zip(*(
         (product(dict(new), module, ALPHA / 4) - wanted(given, module), wanted(given, module)) for module in (Q, V)
     ), strict=True))  # fmt: skip
-    assert error == pytest.approx(np.hypot(*off_) / np.hypot(*whole), rel=1e-6)
+    assert error == pytest.approx(np.linalg.norm(off_) / np.linalg.norm(whole), rel=1e-6)
     with capsys.disabled():
         print(f"FedIT's error on unrelated factors: {error:.3f}")
     assert error > 0.1

@@ -23,7 +23,12 @@ def events(**losses: list[float]) -> list[Event]:
         for name, found in losses.items()
     ]
     evaluation = {"event": "round_done", "devices": [{**device, "step_losses": []} for device in devices]}
-    lines = [{"event": "plan"}, {"event": "round_done", "devices": devices}, evaluation, {"event": "run_done"}]
+    lines: list[dict] = [
+        {"event": "plan"},
+        {"event": "round_done", "devices": devices},
+        evaluation,
+        {"event": "run_done"},
+    ]
     return as_events(lines)
 
 

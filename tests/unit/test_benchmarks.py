@@ -15,6 +15,7 @@ from edgelam_fl.config import TaskSection, parse_run_file
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.tasks.causal_lm import CausalLm
 from edgelam_fl.tasks.data import device_pairs, read_pairs
+from edgelam_fl.telemetry.events import Event
 from edgelam_fl.wire import edgelam_pb2 as pb
 from strategies.api import Demand
 from strategies.registry import load
@@ -43,14 +44,14 @@ def test_three_devices_and_one_are_measured_on_the_same_definitions(tmp_path: Pa
 CAPACITY_BPS, SIZE, COMPUTE_S, MESSAGES_S = 8e6, 1_000_000, 2.0, 5.0
 
 
-def run_under(rule: str) -> list[dict[str, Any]]:
+def run_under(rule: str) -> list[Event]:
     """Two rounds and the evaluation, as devices would have them that take what the formula says."""
     sizes = {name: SIZE * ratio for name, ratio in links.RATIOS.items()}
     shares = load("bandwidth", rule).rule.allocate([Demand(n, s, COMPUTE_S) for n, s in sizes.items()], CAPACITY_BPS)
     first = dict.fromkeys(sizes, 1 / 3)
     events: list[dict[str, Any]] = []
     for number, of_round in ((1, first), (2, shares), (3, shares)):
-        devices = [
+        devices: list[dict[str, Any]] = [
             {
                 "name": name, "bytes_up": size / 4, "bytes_down": size * 3 / 4, "compute_seconds": COMPUTE_S,
                 "eval_seconds": 1.0, "train_seconds": COMPUTE_S - 1.0 + 8 * size / (of_round[name] * CAPACITY_BPS),

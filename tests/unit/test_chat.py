@@ -13,6 +13,8 @@ from edgelam_fl.serving.generate import Message
 class Echo:
     """Answers with what it was last told, a word at a time; refuses the word "long"."""
 
+    remembers = True
+
     def __init__(self) -> None:
         self.told: list[list[str]] = []
 

@@ -34,7 +34,7 @@ def test_the_client_app_loads_neither_torch_nor_transformers() -> None:
 def test_contributions_travel_as_arrays_beside_the_report(
     wait: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    parts = [{"m": np.arange(3, dtype=np.float32)}, {"n": np.ones((2, 2), np.float32)}]
+    parts: list[dict] = [{"m": np.arange(3, dtype=np.float32)}, {"n": np.ones((2, 2), np.float32)}]
     report = pb.JobReport(state="done", node="a", labels_trained=7, eval_loss_sum=6.0, eval_labels=4)
     for scope, tensors in zip(("ends", "site"), parts, strict=True):
         report.contributions.add(scope=scope, source="a", weight=7, adapter=adapters.to_bytes(tensors))

@@ -58,7 +58,7 @@ class Planned:
         spans = [hosted_span(plan)]
         if source:
             spans = [Span(h.first, h.last) for r in plan.serves if r.device == source for h in r.hops if h.node == name]
-        return pb.Contribution(scope="site", source=source or plan.site, weight=weight), self.moved(spans, by)  # type: ignore[arg-type]
+        return pb.Contribution(scope="site", source=source or plan.site, weight=weight), self.moved(spans, by)
 
     def layer(self, number: int) -> str:
         """Returns the name of one tensor of a layer."""

@@ -4,11 +4,12 @@ import json
 import random
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from edgelam_fl.errors import DataError
-from edgelam_fl.tasks.data import batch_indices, device_pairs, read_pairs, set_aside
+from edgelam_fl.tasks.data import Pair, batch_indices, device_pairs, read_pairs, set_aside
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 GOOD = '{"question": "q", "answer": "a"}\n'
@@ -116,10 +117,10 @@ def test_an_unknown_class_is_named_with_line_and_nearest(tmp_path: Path) -> None
     assert str(caught.value) == f"{file}, line 3: 'animals' is none of task.classes (did you mean 'animal'?)"
 
 
-def settings(**changes: object) -> pb.TaskSettings:
+def settings(**changes: Any) -> pb.TaskSettings:
     """What a plan tells a device."""
     usual = {"kind": "causal-lm", "template": "chat", "loss_on": "answer", "held_out": 0.5}
-    return pb.TaskSettings(prompt_field="question", answer_field="answer", **{**usual, **changes})  # type: ignore[arg-type]
+    return pb.TaskSettings(prompt_field="question", answer_field="answer", **{**usual, **changes})
 
 
 PASSAGES = "One passage.\n\nAnother\none.\n"
@@ -156,7 +157,7 @@ def test_files_that_fit_are_split(tmp_path: Path) -> None:
     assert [len(side) for side in device_pairs(chats, settings())] == [1, 1]
 
 
-def some_pairs(answers: int, copies: int) -> list[tuple[str, str]]:
+def some_pairs(answers: int, copies: int) -> list[Pair]:
     return [(f"q{a}.{c}", f"a{a}") for a in range(answers) for c in range(copies)]
 
 
@@ -177,7 +178,7 @@ def test_pairs_with_the_same_answer_stay_together() -> None:
 
 
 def test_a_classification_sets_texts_aside_and_not_classes() -> None:
-    pairs = [(f"text {n % 30}", f"class {n % 3}") for n in range(60)]
+    pairs: list[Pair] = [(f"text {n % 30}", f"class {n % 3}") for n in range(60)]
     training, held_out = set_aside(pairs, 0.2, by="prompt")
     assert len(held_out) == round(0.2 * 30) * 2
     assert not {text for text, _ in training} & {text for text, _ in held_out}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -28,7 +29,7 @@ def channel(port: int) -> Iterator[grpc.Channel]:
         yield channel
 
 
-def refused(call: object, *arguments: object, **options: object) -> grpc.StatusCode:
+def refused(call: object, *arguments: object, **options: Any) -> grpc.StatusCode:
     with pytest.raises(grpc.RpcError) as caught:
         list(call(*arguments, **options))  # type: ignore[operator]
     code: grpc.StatusCode = caught.value.code()

@@ -42,7 +42,7 @@ class Site:
     """A host of layers [2, 4) on a thread of its own, and the events that it emitted."""
 
     def __init__(
-        self, source: ModelSource, devices: int = 3, *overrides: str, steps: int = 1, **deadlines: float
+        self, source: ModelSource, devices: int = 3, *overrides: str, steps: int = 1, **deadlines: Any
     ) -> None:
         self.source, self.events = source, list[JobEvent]()
         config = run_config(source.name, f"optimizer.lr={LR}", *overrides)
@@ -169,7 +169,7 @@ class Device:
 def expected_move(source: ModelSource, devices: list[Device]) -> dict[str, torch.Tensor]:
     """Returns -lr * gradient of (sum of the losses) / (sum of the labels), by plain torch on a stage of its own."""
     stage = middle(source)
-    total = sum(device.loss(stage(device.hidden, [TOKENS])) for device in devices)
+    total: Any = sum(device.loss(stage(device.hidden, [TOKENS])) for device in devices)
     (total / sum(device.labels for device in devices)).backward()
     return {name: -LR * p.grad for name, p in stage.adapter_parameters.items()}
 

@@ -21,7 +21,7 @@ from edgelam_fl.hub.daemon import HubServer
 
 def test_the_hub_listens_on_a_free_port_and_its_services_get_its_state_folder(tmp_path: Path) -> None:
     told: list[Path] = []
-    services = [lambda state: told.append(state) or echo.make_service(state)]  # type: ignore[func-returns-value]
+    services = [lambda state: told.append(state) or echo.make_service(state)]
     server = HubServer("127.0.0.1", 0, tmp_path / "hub", services)
     try:
         channel = grpc.insecure_channel(f"127.0.0.1:{server.port}")

@@ -22,12 +22,12 @@ def test_a_rotation_of_the_embeddings_is_read_back_and_noise_is_not() -> None:
     turn_DD = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator)).Q
     public_N, private_N = (torch.randint(WORDS, (TOKENS,), generator=generator) for _ in range(2))
     turned = [seen(embeddings_VD[ids_N] @ turn_DD, ids_N) for ids_N in (public_N, private_N)]
-    leak = read_back(*turned, 1, embeddings_VD)
+    leak = read_back(turned[0], turned[1], 1, embeddings_VD)
     assert (leak.first, leak.among) == (1.0, 1.0)
     assert leak.nearest < 0.5, "the map is needed"
     assert torch.equal(leak.first_ids_N, private_N)
     noise = [seen(torch.randn(TOKENS, WIDTH, generator=generator), ids_N) for ids_N in (public_N, private_N)]
-    assert read_back(*noise, 1, embeddings_VD).first < 0.1
+    assert read_back(noise[0], noise[1], 1, embeddings_VD).first < 0.1
 
 
 def test_the_states_at_cut_0_are_the_embeddings(tiny: ModelSource) -> None:

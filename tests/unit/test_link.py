@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -62,8 +63,8 @@ def chunk(
     *,
     last: bool = False,
     shape: tuple[int, ...] = (1, 1, 655_360),  # 2.5 MiB in fp32
-    kind: int = pb.ACT,
-    **meta: object,
+    kind: pb.Kind = pb.ACT,
+    **meta: Any,
 ) -> bytes:
     """A chunk of an ACT as long as allowed, unless `kind` and `meta` say otherwise."""
     total = 4 * shape[0] * shape[1] * shape[2]
@@ -85,7 +86,7 @@ def chunk(
 
 
 @pytest.mark.parametrize("kind", [pb.ACT, pb.TABLE, pb.STEP_CLOSE, pb.DONE, pb.CANCEL, pb.KV_STEP])
-def test_before_its_terms_a_link_can_only_shake_hands(kind: int) -> None:
+def test_before_its_terms_a_link_can_only_shake_hands(kind: pb.Kind) -> None:
     left, right = memory_pair("entry x", ByteCounters(), ByteCounters())
     with pytest.raises(RuntimeError, match="entry x has no terms yet"):
         left.send(pb.Header(kind=kind))
@@ -108,7 +109,7 @@ def test_a_handshake_passes_and_the_name_of_a_link_is_that_of_its_terms() -> Non
 
 
 @pytest.mark.parametrize("kind", [pb.HELLO, pb.READY, pb.NOT_READY, pb.REFUSE])
-def test_a_second_handshake_ends_the_link(kind: int) -> None:
+def test_a_second_handshake_ends_the_link(kind: pb.Kind) -> None:
     left, right = pair()
     right.link.receive(message(pb.Header(kind=kind)))
     assert f"a frame of kind {pb.Kind.Name(kind)} after the handshake" in left.reasons[0]
@@ -141,7 +142,7 @@ def test_a_ready_of_no_use_is_refused(answer: pb.Ready) -> None:
 def test_what_others_send_waits_until_the_handshake_has_been_answered() -> None:
     kinds: list[int] = []
     left, right = memory_pair("entry x", ByteCounters(), ByteCounters())
-    left.receive = lambda data: kinds.append(pb.Header.FromString(data[4:]).kind)  # type: ignore[method-assign]
+    left.receive = lambda data: kinds.append(pb.Header.FromString(data[4:]).kind)  # type: ignore[method-assign, assignment]
     begun = threading.Event()
 
     def close_step() -> None:
@@ -196,7 +197,7 @@ def test_labels_arrive_number_for_number() -> None:
 
 
 @pytest.mark.parametrize("kind", [pb.STEP_READY, pb.STEP_APPLY, pb.KV_DROP])
-def test_kinds_of_later_versions_that_are_understood_now(kind: int) -> None:
+def test_kinds_of_later_versions_that_are_understood_now(kind: pb.Kind) -> None:
     left, right = pair()
     header = pb.Header(kind=kind, step=2)
     if kind == pb.STEP_APPLY:
@@ -259,7 +260,7 @@ def test_both_ends_count_the_same_bytes() -> None:
 def test_sequence_numbers_count_the_messages_of_a_direction() -> None:
     left, _ = pair()
     sent: list[bytes] = []
-    left.link.peer.receive = sent.append  # type: ignore[method-assign]
+    left.link.peer.receive = sent.append  # type: ignore[method-assign, assignment]
     left.link.send(pb.Header(kind=pb.ACT), torch.zeros(1, 1, 5 * CHUNK_BYTES // 8))  # two chunks and a half
     left.link.send(pb.Header(kind=pb.DONE))
     headers = [pb.Header.FromString(m[4 : 4 + struct.unpack_from("<I", m)[0]]) for m in sent]
@@ -317,7 +318,7 @@ def test_a_ping_is_answered_with_our_progress() -> None:
     left, right = pair()
     right.link.note_progress(pb.TRAIN, 7)
     heard: list[pb.Header] = []
-    left.link.receive = lambda m: heard.append(pb.Header.FromString(m[4:]))  # type: ignore[method-assign]
+    left.link.receive = lambda m: heard.append(pb.Header.FromString(m[4:]))  # type: ignore[method-assign, assignment]
     left.link.send(pb.Header(kind=pb.PING))
     assert (heard[0].kind, heard[0].progress.step) == (pb.PONG, 7)
     assert right.frames == []
@@ -345,7 +346,7 @@ HOSTILE = {
     "one element too many": (chunk(shape=(1, 1, LIMIT // 4 + 1)), f"{LIMIT + 4} bytes; this link's plan allows {LIMIT}"),
     "unknown dtype": (chunk(dtype="float64"), "dtype 'float64'; known: float32, bfloat16"),
     "unknown codec": (chunk(codec="int3"), "codec 'int3' is not known"),
-    "five dimensions": (chunk(**{"shape": (1, 1, 1, 1, 655_360)}, payload=0), "5 dimensions"),
+    "five dimensions": (chunk(shape=(1, 1, 1, 1, 655_360), payload=0), "5 dimensions"),
     "no dimensions": (message(pb.Header(kind=pb.ACT, tensor=pb.Tensor(dtype="float32", codec="raw"))), "0 dimensions"),
     "later chunk first": (chunk(1), "before its first"),
     "chunk too long": (chunk(0, MAX_CHUNK_BYTES + 1), f"chunk 0 has {MAX_CHUNK_BYTES + 1} bytes"),
@@ -437,7 +438,7 @@ def test_a_wrong_later_chunk_ends_the_link(case: str) -> None:
 
 
 @pytest.mark.parametrize("meta", [{"codec": "int3"}, {"shape": (7,)}, {"dtype": "bfloat16"}, {"dtype": "nonsense"}])
-def test_a_last_chunk_that_describes_another_tensor_ends_the_link(meta: dict[str, object]) -> None:
+def test_a_last_chunk_that_describes_another_tensor_ends_the_link(meta: dict[str, Any]) -> None:
     _, right = pair()
     right.link.receive(chunk(0))
     right.link.receive(chunk(1))
@@ -472,7 +473,7 @@ def test_a_frame_of_another_job_ends_the_link() -> None:
 
 
 @pytest.mark.parametrize("kind", UNKNOWN)
-def test_an_unknown_kind_is_answered_and_the_link_lives(kind: int) -> None:
+def test_an_unknown_kind_is_answered_and_the_link_lives(kind: pb.Kind) -> None:
     left, right = pair()
     left.link.send(pb.Header(kind=kind))
     (answer,) = left.frames
@@ -485,7 +486,7 @@ def test_an_unknown_kind_is_answered_and_the_link_lives(kind: int) -> None:
 
 
 @pytest.mark.parametrize("kind", UNKNOWN)
-def test_an_unknown_kind_that_is_optional_is_skipped(kind: int) -> None:
+def test_an_unknown_kind_that_is_optional_is_skipped(kind: pb.Kind) -> None:
     left, right = pair()
     left.link.send(pb.Header(kind=kind, optional=True))
     assert (left.frames, right.frames, left.reasons, right.reasons) == ([], [], [], [])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,7 +83,7 @@ def test_what_follows_from_a_mode(
 
 @pytest.mark.parametrize("key", ["host_mode", "labels"])
 def test_the_run_file_and_the_objects_know_the_same_words(key: str) -> None:
-    table = {"host_mode": HOST_MODES, "labels": LABEL_PLACES}[key]
+    table: Mapping[str, Any] = {"host_mode": HOST_MODES, "labels": LABEL_PLACES}[key]
     for word, known in table.items():
         split = parse_run_file("", source="test", overrides=[f"split.{key}={word}"]).split
         assert getattr(split, key) == known.word == word

@@ -6,7 +6,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -114,7 +114,7 @@ def test_a_gradient_takes_the_turn_of_an_activation_and_pays_for_itself() -> Non
 
 
 @pytest.fixture
-def stuck() -> Iterator[tuple[Outbox, Pace, queue.Queue[bytes]]]:
+def stuck() -> tuple[Outbox, Pace, queue.Queue[bytes]]:
     """An outbox whose next data message has its turn in an hour, and what its sender sends."""
     pace, outbox, sent = Watched(1.0, time.monotonic, BOOKED_AND_SENT + 1), Outbox(), queue.Queue[bytes]()
 

@@ -226,7 +226,7 @@ def test_where_a_run_failed() -> None:
 
 def test_only_a_few_of_many_lost_nodes_stand_at_the_top() -> None:
     lost = [{"event": "node_lost", "round": 1, "node": f"n{i}", "reason": "silent"} for i in range(8)]
-    lines = [{"event": "plan", "round": 1}, *lost, {"event": "run_failed", "reason": "all lost"}]
+    lines: list[dict] = [{"event": "plan", "round": 1}, *lost, {"event": "run_failed", "reason": "all lost"}]
     facts = dict(failure(as_events(lines)))
     assert facts["Lost before"].splitlines() == [*(f"n{i}: silent" for i in range(5)), "and 3 more, below"]
 
@@ -410,7 +410,7 @@ def test_picture_of_a_device_that_hosts_for_itself_and_another() -> None:
 def test_picture_and_words_where_the_last_host_sees_the_labels(tmp_path: Path) -> None:
     routes = [route(name, hop("edge-1", 2, 15), hop("edge-2", 15, 30), back_first=30) for name in ("a", "b")]
     config = {"split": {"labels": "last-stage"}}
-    events = [{"event": "run_started", "config": config}, {"event": "plan", "round": 1, "routes": routes}]
+    events: list[dict] = [{"event": "run_started", "config": config}, {"event": "plan", "round": 1, "routes": routes}]
     picture = split_picture(as_events(events), {})
     assert boxes(picture) == [
         *(("own", name, "embedding, layers 0-1") for name in ("a", "b")),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from server.events_of_round import describe_round, describe_timeline
 from server.replies import Reply
 
 
-def device_report(**other: object) -> pb.JobReport:
+def device_report(**other: Any) -> pb.JobReport:
     fields = {
         "role": pb.DEVICE, "examples": 9, "labels_trained": 3 + 17, "eval_loss_sum": 6.0, "eval_labels": 4, "adapter_digest": "after",
         "steps": [

@@ -15,7 +15,7 @@ from edgelam_fl.model.source import ModelSource
 from tests.support import write_tiny_llama
 
 SECTIONS = {name: field.annotation for name, field in RunConfig.model_fields.items()}
-KEYS = [(section, key) for section, model in SECTIONS.items() for key in model.model_fields]  # type: ignore[union-attr]
+KEYS = [(section, key) for section, model in SECTIONS.items() for key in model.model_fields]
 
 
 def uncommented(text: str) -> str:
@@ -24,7 +24,7 @@ def uncommented(text: str) -> str:
 
 
 def field_of(section: str, key: str):  # type: ignore[no-untyped-def]
-    return SECTIONS[section].model_fields[key]  # type: ignore[union-attr]
+    return SECTIONS[section].model_fields[key]
 
 
 def data_file(folder: Path, *rows: dict[str, object]) -> Path:

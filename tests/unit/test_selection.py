@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -16,11 +17,11 @@ from strategies.selection.oort import Oort
 from strategies.selection.tifl import TiFL
 
 
-def state(candidates: Sequence[Candidate], wanted: int = 0, round_: int = 1, **other: float) -> RoundState:
-    return RoundState(round_, candidates, random.Random(f"1/{round_}"), wanted=wanted, **other)  # type: ignore[arg-type]
+def state(candidates: Sequence[Candidate], wanted: int = 0, round_: int = 1, **other: Any) -> RoundState:
+    return RoundState(round_, candidates, random.Random(f"1/{round_}"), wanted=wanted, **other)
 
 
-def select(name: str, candidates: Sequence[Candidate], wanted: int, **options: object) -> list[str]:
+def select(name: str, candidates: Sequence[Candidate], wanted: int, **options: Any) -> list[str]:
     return list(load("selection", name, {name: options}).rule.select(state(candidates, wanted)).names)
 
 
@@ -78,7 +79,7 @@ def test_power_of_choice_draws_by_the_amount_of_data() -> None:
 
 def known(**of_each: Sequence[object]) -> list[Candidate]:
     count = len(next(iter(of_each.values())))
-    standard = {"examples": [10] * count, "last_round": [1] * count, "last_seconds": [1.0] * count}
+    standard: dict[str, Any] = {"examples": [10] * count, "last_round": [1] * count, "last_seconds": [1.0] * count}
     return devices(**{**standard, "squared_loss": [1.0] * count, **of_each})
 
 

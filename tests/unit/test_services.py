@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -26,7 +27,7 @@ def ports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     """The addresses of everything that serves gRPC here: a stage host's data plane and control, a server's hub."""
     state = tmp_path_factory.mktemp("state")
     with ExitStack() as stack:
-        servers = [
+        servers: list[Any] = [
             DataPlaneServer("127.0.0.1", 0, lambda hello, link: pb.Refuse(reason="nobody is let in")),
             HubServer("127.0.0.1", 0, state / "hub"),
         ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -154,7 +154,7 @@ def test_two_parts_reports_are_kept(tiny: ModelSource) -> None:
 
 
 def test_a_link_to_a_job_that_is_not_here_is_put_off(tiny: ModelSource) -> None:
-    answer = edge().admit(pb.Hello(job="run/1/1", device_index=0), None)  # type: ignore[arg-type]
+    answer = edge().admit(pb.Hello(job="run/1/1", device_index=0), None)
     assert answer == pb.NotReady(retry_ms=200)
 
 
@@ -163,8 +163,8 @@ def test_a_link_to_a_job_that_is_not_here_is_put_off(tiny: ModelSource) -> None:
 
 def profile(data: Path | None, source: ModelSource, version: int = PROTOCOL_VERSION) -> pb.Profile:
     node = StageHost(
-        "n", lambda *_: None, lambda *_, **__: None, data=data, address="10.0.0.1:7000", tags=["gpu", "lab"]
-    )  # type: ignore[arg-type, return-value]
+        "n", cast(Any, None), lambda *_, **__: None, data=data, address="10.0.0.1:7000", tags=["gpu", "lab"]
+    )
     return node.profile(pb.ProfileRequest(protocol_version=version, task=task_settings(run_config(source.name))))
 
 

@@ -173,7 +173,7 @@ def test_what_a_device_did_not_say_is_null() -> None:
     summary = summary_of([{"event": "round_done", "devices": [{"name": "a"}]}])
     (device,) = as_json(summary.devices)
     assert len(device) == 12
-    metrics = {"metrics_before": {}, "metrics_after": {}}
+    metrics: dict[str, dict] = {"metrics_before": {}, "metrics_after": {}}
     assert device == {**dict.fromkeys(device), "name": "a", **metrics}
     Console(file=io.StringIO()).print(summary_table(summary))
 

@@ -54,7 +54,7 @@ def learn(
 
 
 @pytest.mark.parametrize(("flags", "frozen"), [({"freeze_a": True}, A), ({"freeze_b": True}, B)])
-def test_a_frozen_factor_stays_and_is_not_contributed(flags: dict[str, bool], frozen: str) -> None:
+def test_a_frozen_factor_stays_and_is_not_contributed(flags: dict[str, Any], frozen: str) -> None:
     found = trainee()
     _, contributed = learn(found, plan(**flags), START)
     assert set(contributed) == set(NAMES) - {frozen}
@@ -78,7 +78,7 @@ def test_what_is_not_frozen_learns_as_if_alone() -> None:
         ("always", {"freeze_b": True}, True),
     ],
 )
-def test_moments_go_on_with_the_same_flags(keep: str, second: dict[str, bool], warm: bool) -> None:
+def test_moments_go_on_with_the_same_flags(keep: str, second: dict[str, Any], warm: bool) -> None:
     found = trainee()
     learn(found, plan(freeze_a=True, keep=keep), START)
     assert learn(found, plan(keep=keep, **second), found.adapter())[0] == warm
@@ -87,9 +87,9 @@ def test_moments_go_on_with_the_same_flags(keep: str, second: dict[str, bool], w
 def test_a_frozen_factors_moments_stay_untouched() -> None:
     """RoLoRA with keep = "always": the round that trained A leaves B's moments as the round before left them."""
     found = trainee()
-    moments = []
-    for flags in ({"freeze_a": True}, {"freeze_b": True}, {"freeze_a": True}):
-        learn(found, plan(keep="always", **flags), found.adapter() if moments else START)
+    moments: list = []
+    for frozen in ("freeze_a", "freeze_b", "freeze_a"):
+        learn(found, plan(keep="always", **dict[str, Any]({frozen: True})), found.adapter() if moments else START)
         assert found.optimizer is not None
         state = {k: v.clone() for k, v in found.optimizer.state[found.named[B]].items()}
         moments.append(state)

@@ -128,7 +128,7 @@ def test_strategies_see_virtual_time_alone(federation: MakeFederation) -> None:
     run.run()
     own = RadioCell(WirelessSection(bandwidth_hz=1e6), seed=1)
     for number, (plan, done) in enumerate(zip(run.events("plan"), run.events("round_done")[:2], strict=False), 1):
-        assert plan["selected"] == [max("ab", key=lambda name, number=number: own.snr(name, number))]
+        assert plan["selected"] == [max("ab", key={name: own.snr(name, number) for name in "ab"}.__getitem__)]
         assert plan["demands"][plan["selected"][0]]["snr"] == own.snr(plan["selected"][0], number)
         (seen,) = outcomes[number - 1].devices
         of = done["virtual"]["devices"][seen.name]

@@ -29,7 +29,7 @@ WINDOW = 4
 def plan_of(source: ModelSource, *overrides: str) -> pb.Plan:
     nodes: dict[str, Any] = {"device-1": None, "device-2": None}
     config = run_config(source.name, f"split.window={WINDOW}", *overrides)
-    return Fleet(source, config, nodes, {"edge-1": (None, "edge-1")}).plans(RoundFacts("r", 1, 1, 0, 1))["edge-1"]  # type: ignore[dict-item]
+    return Fleet(source, config, nodes, {"edge-1": (None, "edge-1")}).plans(RoundFacts("r", 1, 1, 0, 1))["edge-1"]
 
 
 @pytest.mark.parametrize("fitting", [0, 1, 3, 4, 9])
@@ -69,14 +69,14 @@ def test_a_host_short_of_memory_grants_less(
 def test_a_share_paces_both_ends_of_both_links(tiny: ModelSource) -> None:
     """The device has one bucket for all that it sends; the host has one for all that it sends to the device."""
     nodes: dict[str, Any] = {"device-1": None}
-    fleet = Fleet(tiny, run_config(tiny.name, "wire.capacity=8 Mbit/s"), nodes, {"edge-1": (None, "edge-1")})  # type: ignore[dict-item]
+    fleet = Fleet(tiny, run_config(tiny.name, "wire.capacity=8 Mbit/s"), nodes, {"edge-1": (None, "edge-1")})
     plan = fleet.plans(RoundFacts("r", 1, 1, 0, 1))["device-1"]
     plan.routes[0].share_bps = 0.25 * 8e6
 
     def dial(address: str, name: str, hello: pb.Hello, counters: ByteCounters, make_terms: MakeTerms, *_: Any) -> Link:
-        link, _ = memory_pair(name, counters, counters)
-        link.open(make_terms(name, counters, pb.Ready(window=1, codec="raw", job_token=1)))
-        return link
+        near, _far = memory_pair(name, counters, counters)
+        near.open(make_terms(name, counters, pb.Ready(window=1, codec="raw", job_token=1)))
+        return near
 
     route = new_route(plan)
     open_route(dial, plan, tiny, route, ByteCounters())

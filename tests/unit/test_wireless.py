@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from strategies.selection.lyapunov import LyapunovSelection
 NAMES = [f"device-{n}" for n in range(2000)]
 
 
-def cell(seed: int = 1, **settings: float) -> RadioCell:
+def cell(seed: int = 1, **settings: Any) -> RadioCell:
     return RadioCell(WirelessSection(**{"bandwidth_hz": 10e6, **settings}), seed)
 
 
