@@ -57,7 +57,7 @@ def _measured(rule: str, devices: int) -> tuple[int, int, float]:
     process.start()
     there.close()
     try:
-        return here.recv()  # type: ignore[no-any-return]
+        return here.recv()
     except EOFError as error:
         raise SystemExit(f"the process of {rule} ended early") from error
     finally:
@@ -90,7 +90,7 @@ def _round(rule: str, devices: int, result: Connection) -> None:
     spec, grid = RunSpec(config, find_model(config.model.name)), Grid(devices)
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         run = RunFolder(Path(folder), spec)
-        exchange = Exchange(grid, ExchangeTiming())  # type: ignore[arg-type]
+        exchange = Exchange(grid, ExchangeTiming())
         roster = Roster(exchange, run, pb.ProfileRequest(protocol_version=PROTOCOL_VERSION))
         Rounds(spec, exchange, roster, run, "run").round_after(FederationState())
     result.send((max(grid.resident) - grid.resident[0], grid.update_bytes, grid.last - grid.first))

@@ -16,7 +16,7 @@ from clients.app import app as client_app
 from edgelam_fl import open_result, read_run_file
 from edgelam_fl.config import RunConfig, to_toml
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.simulation.fabric import Fabric, NodeFacts, write_federation
+from edgelam_fl.simulation.fabric import Fabric, SimulatedNode, write_federation
 from edgelam_fl.wire.control import FABRIC_SEPARATOR, ControlServer
 from server.app import app as server_app
 from tests.support import WAIT_S
@@ -65,17 +65,17 @@ def fabric(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     control.stop()
 
 
-def write_data(config: RunConfig, folder: Path) -> list[NodeFacts]:
+def write_data(config: RunConfig, folder: Path) -> list[SimulatedNode]:
     """One file per device, with the fields and classes of the run file."""
     fields, classes = config.data.fields, config.task.classes
-    facts = [NodeFacts(name=name) for name in EDGES if config.split.host_on == "edge"]
+    facts = [SimulatedNode(name=name) for name in EDGES if config.split.host_on == "edge"]
     for number, name in enumerate(DEVICES):
         rows = [
             {fields.prompt: f"What is {number}.{n}?", fields.answer: classes[n % len(classes)] if classes else f"It is {n}."}
             for n in range(12 + number)
         ]  # fmt: skip
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        facts.append(NodeFacts(name=name, data=f"{name}.jsonl"))
+        facts.append(SimulatedNode(name=name, data=f"{name}.jsonl"))
     return facts
 
 

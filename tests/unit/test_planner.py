@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -28,8 +29,8 @@ DEVICES = [DeviceEnds(DEVICE, 1, LAYERS - 1)]
 MIDDLE = LAYERS - 2
 
 
-def host(name: str, layer_s: float = 1.0, **more: float | bool) -> NodeResources:
-    return NodeResources(name, {"fp32": layer_s}, **more)  # type: ignore[arg-type]
+def host(name: str, layer_s: float = 1.0, **more: Any | bool) -> NodeResources:
+    return NodeResources(name, {"fp32": layer_s}, **more)
 
 
 def best(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ from tests.support import run_config
 FACTS = RoundFacts("run", 3, 2, 20, 10)
 
 
-def device(name: str, address: str = "", **other: object) -> pb.Profile:
+def device(name: str, address: str = "", **other: Any) -> pb.Profile:
     return pb.Profile(name=name, role=pb.DEVICE, address=address, **other)
 
 
@@ -183,7 +184,7 @@ def test_without_epochs_all_have_the_same_steps(tiny: ModelSource) -> None:
 # ---------------------------------------------------------------- bases
 
 
-def measured(name: str, free_bytes: int, role: pb.Role = pb.DEVICE, **seconds: float) -> pb.Profile:
+def measured(name: str, free_bytes: int, role: pb.Role = pb.DEVICE, **seconds: Any) -> pb.Profile:
     """Makes the profile of a node that measured `seconds`, with "_" for the "/" of pairs."""
     pairs = {key.replace("_", "/"): value for key, value in seconds.items()}
     return pb.Profile(name=name, role=role, address="x:1", memory_available_bytes=free_bytes, base_seconds=pairs)
@@ -209,7 +210,7 @@ def test_the_fastest_base_that_fits_half_of_the_memory(tiny: ModelSource) -> Non
         2 * 4 * sum(8 * 8 * n for n in (64, 64, 32, 32, 128, 128, 128))
     )  # layers 2 and 3 of tiny in fp32 are about this
     config = run_config("x", "model.base=auto")
-    seconds = {"fp32_fp32": 1.0, "int8_bf16": 2.0, "bf16_bf16": 3.0}
+    seconds: dict[str, Any] = {"fp32_fp32": 1.0, "int8_bf16": 2.0, "bf16_bf16": 3.0}
     devices = [measured("a", 1 << 40, **seconds), device("b")]
     plans = plans_of(config, tiny, *devices, measured("e", host, pb.EDGE, **seconds))
     chosen = {name: (plan.model.base, plan.model.compute) for name, plan in plans.items()}

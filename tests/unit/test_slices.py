@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -50,15 +51,15 @@ def slice_names(tiny: ModelSource) -> list[str]:
     return [name for name in tiny.index if ".layers.2." in name or ".layers.3." in name]
 
 
-def call(hub: str, method: str, **fields: object) -> list[bytes]:
+def call(hub: str, method: str, **fields: Any) -> list[bytes]:
     with grpc.insecure_channel(hub) as channel:
-        request = pb.SliceRequest(**fields)  # type: ignore[arg-type]
+        request = pb.SliceRequest(**fields)
         return list(
             channel.unary_stream(f"/edgelam.v1.Slices/{method}", pb.SliceRequest.SerializeToString)(request, timeout=30)
         )
 
 
-def refusal(hub: str, method: str, **fields: object) -> str:
+def refusal(hub: str, method: str, **fields: Any) -> str:
     with pytest.raises(grpc.RpcError) as caught:
         call(hub, method, **fields)
     assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
@@ -191,7 +192,7 @@ def test_an_index_of_another_model_is_refused(tiny: ModelSource, hub: str) -> No
 
 
 def test_with_a_hub_everyone_waits_for_the_node_with_the_most_to_fetch(tiny: ModelSource) -> None:
-    fleet = Fleet(tiny, run_config(tiny.name), {"device-1": None}, {"edge-1": (None, "x:1")})  # type: ignore[dict-item]
+    fleet = Fleet(tiny, run_config(tiny.name), {"device-1": None}, {"edge-1": (None, "x:1")})
     without, with_ = (fleet.plans(RoundFacts("run", 1, 1, 0, 1, hub_port=port)) for port in (0, 8001))
     most = weights_bytes(tiny, [Span(0, 2, embed=True), Span(4, 6, head=True)], "fp32")
     for name in ("device-1", "edge-1"):
