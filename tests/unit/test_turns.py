@@ -76,7 +76,7 @@ class Site:
         self.plan = Fleet(source, config, nodes, hosts).plans(facts)[node]
         self.events: list[JobEvent] = []
         emit = self.events.append
-        self.group = Group(self.plan, source.hidden_size, torch.float32, 2, lambda *_: None, emit)  # type: ignore[arg-type, return-value]
+        self.group = Group(self.plan, source.hidden_size, torch.float32, 2, lambda *_: None, emit)
         self.members = [self.group.members[index] for index in sorted(LABELS)]
         for member in self.members:
             member.previous, member.next = Sent(), Sent()  # type: ignore[assignment]
@@ -109,7 +109,7 @@ class Site:
 
 def sent(member: Member) -> tuple[list[str], list[str]]:
     """Returns the kinds of frames that went to the previous and to the next node of a device's route."""
-    return member.previous.kinds(), member.next.kinds()  # type: ignore[union-attr]
+    return member.previous.kinds(), member.next.kinds()  # type: ignore[attr-defined]
 
 
 TOTALS = pb.TableAll(steps=[pb.StepTotal(labels=8, members=[0, 1])] * STEPS)
@@ -192,7 +192,7 @@ def test_a_global_norm_goes_to_the_coordinator_and_its_scale_comes_back(tiny: Mo
         site.gradients(*site.members)
     follower.hear(follower.members[0], kind=pb.STEP_CLOSE, step=0, step_close=CLOSE)
     follower.work()
-    (ready,) = [header for header in follower.members[0].next.headers if header.kind == pb.STEP_READY]  # type: ignore[union-attr]
+    (ready,) = [header for header in follower.members[0].next.headers if header.kind == pb.STEP_READY]  # type: ignore[attr-defined]
     coordinator.work()
     assert (follower.trainee.steps, coordinator.trainee.steps) == ([], [])
 
@@ -204,7 +204,7 @@ def test_a_global_norm_goes_to_the_coordinator_and_its_scale_comes_back(tiny: Mo
     coordinator.work()
     scale = 1.0 / ((9.0 + 9.0 + 7.0) ** 0.5 + 1e-6)
     assert coordinator.trainee.steps == [(0, pytest.approx(scale))]
-    apply = coordinator.members[0].previous.headers[-1]  # type: ignore[union-attr]
+    apply = coordinator.members[0].previous.headers[-1]  # type: ignore[attr-defined]
     assert apply.kind == pb.STEP_APPLY
     follower.turns.handlers_from_next()[pb.STEP_APPLY](follower.members[0], Frame(apply))
     follower.work()
