@@ -53,10 +53,10 @@ _START_S = 180.0
 _DONE = "done"  # an empty file in the folder of a cell that finished
 
 
-def check_extra() -> None:
+def check_extra(find_module: Callable[[str], object] = importlib.util.find_spec) -> None:
     """Raises EnvironmentProblem if a package of the extra is not installed."""
     for module in ("ray", "sklearn"):
-        if importlib.util.find_spec(module) is None:
+        if find_module(module) is None:
             raise EnvironmentProblem(
                 f"edgelam bench needs the package {module}, which is not here: pip install 'edgelam-fl[bench]' "
                 f"(in a checkout: make setup)"

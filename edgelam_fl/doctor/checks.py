@@ -102,18 +102,20 @@ def check_userland(bits: int = 8 * struct.calcsize("P"), machine: str = platform
 
 
 def check_packages(
-    requires: Sequence[str] | None = None, version_of: Callable[[str], str] = importlib.metadata.version
+    requires: Sequence[str] | None = None,
+    version_of: Callable[[str], str] = importlib.metadata.version,
+    package: str = PACKAGE,
 ) -> list[Finding]:
     """Checks the installed versions against pyproject.toml's ranges: a finding per package outside, or one for all."""
     if requires is None:
         try:
-            requires = importlib.metadata.requires(PACKAGE) or []
+            requires = importlib.metadata.requires(package) or []
         except importlib.metadata.PackageNotFoundError:
             fix = "install it, so that its parts find each other: `make setup`, or `pip install -e .`"
-            return [_problem("packages", f"{PACKAGE} itself is not installed", fix)]
+            return [_problem("packages", f"{package} itself is not installed", fix)]
     needed = [each for each in map(Requirement, requires) if not each.marker or each.marker.evaluate({"extra": ""})]
     problems = [finding for each in needed for finding in _check_package(each, version_of)]
-    return problems or [_ok("packages", f"all {len(needed)} within {PACKAGE}'s ranges")]
+    return problems or [_ok("packages", f"all {len(needed)} within {package}'s ranges")]
 
 
 def _check_package(needed: Requirement, version_of: Callable[[str], str]) -> list[Finding]:
@@ -280,9 +282,13 @@ def _gib(count: int) -> str:
 # ---------------------------------------------------------------- computing
 
 
-def check_base(base: str, problem_of: Callable[[str], str] | None = None) -> Finding:
+def check_base(
+    base: str,
+    problem_of: Callable[[str], str] | None = None,
+    find_module: Callable[[str], object] = importlib.util.find_spec,
+) -> Finding:
     """Checks a base by running its kernels on a small matrix, forward and backward."""
-    if base == "nf4" and problem_of is None and importlib.util.find_spec("bitsandbytes") is None:
+    if base == "nf4" and problem_of is None and find_module("bitsandbytes") is None:
         fix = "only model.base = 'nf4' needs it: pip install bitsandbytes"
         return Finding("base nf4", "note", "bitsandbytes is not installed", fix)
     if problem_of is None:

@@ -42,7 +42,7 @@ class RouteSpeaker(Speaker):
         self._session = session
 
     @contextmanager
-    def _opened(self, tuned: bool) -> Iterator[Step]:
+    def opened(self, tuned: bool) -> Iterator[Step]:
         self._session.reset()
         yield lambda ids, position: self._session.step(list(ids))
 

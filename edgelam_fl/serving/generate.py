@@ -65,7 +65,7 @@ class Speaker(ABC):
         self._task = CausalLm(self._source.folder, task)
 
     @abstractmethod
-    def _opened(self, tuned: bool) -> AbstractContextManager[Step]:
+    def opened(self, tuned: bool) -> AbstractContextManager[Step]:
         """Begins a new text; gives the function for its logits. tuned: with the run's adapter, else without."""
 
     @property
@@ -77,7 +77,7 @@ class Speaker(ABC):
         """Yields the answer to the last message in pieces. Raises ConfigError if the message is too long for the model."""
         ids = self._prompt_ids(conversation, max_tokens)
         tokenizer = self._task.tokenizer
-        with torch.no_grad(), self._opened(tuned) as step:
+        with torch.no_grad(), self.opened(tuned) as step:
             tokens = greedy(step, ids, max_tokens, self._stop_ids())
             yield from pieces(tokens, lambda taken: tokenizer.decode(taken, skip_special_tokens=True))
 
@@ -122,7 +122,7 @@ class LocalSpeaker(Speaker):
             self._model, self._adapter = put_on(base, adapter), adapter
 
     @contextmanager
-    def _opened(self, tuned: bool) -> Iterator[Step]:
+    def opened(self, tuned: bool) -> Iterator[Step]:
         cache = None
 
         def step(ids: Sequence[int], position: int) -> torch.Tensor:

@@ -45,7 +45,7 @@ def test_the_tokens_over_the_route_are_those_at_home(averaged: Run, federation: 
 
 
 def tokens(speaker: Speaker) -> list[int]:
-    with torch.no_grad(), speaker._opened(tuned=True) as step:
+    with torch.no_grad(), speaker.opened(tuned=True) as step:
         return list(greedy(step, [5, 77, 130, 9, 254, 31], NEW, stop_ids=()))
 
 

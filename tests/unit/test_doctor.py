@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import socket
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -74,9 +73,8 @@ def test_a_missing_package_and_one_out_of_range() -> None:
     assert fine == Finding("packages", "ok", "all 2 within edgelam-fl's ranges")
 
 
-def test_the_package_itself_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "PACKAGE", "no-such-package")
-    (finding,) = doctor.check_packages()
+def test_the_package_itself_is_not_installed() -> None:
+    (finding,) = doctor.check_packages(package="no-such-package")
     assert "make setup" in problem(finding).fix
 
 
@@ -213,10 +211,8 @@ def test_a_kernel_that_fails() -> None:
     assert "another model.base" in finding.fix
 
 
-def test_without_bitsandbytes_nf4_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    finding = doctor.check_base("nf4")
+def test_without_bitsandbytes_nf4_is_a_note() -> None:
+    finding = doctor.check_base("nf4", find_module=lambda name: None)
     assert (finding.state, "pip install bitsandbytes" in finding.fix) == ("note", True)
 
 

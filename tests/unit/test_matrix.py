@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections import Counter
 from pathlib import Path
 
@@ -62,10 +61,9 @@ def test_an_unknown_strategy_is_said_with_the_nearest_before_anything_starts(tmp
         runner.check_cells(matrix, ())
 
 
-def test_a_missing_extra_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+def test_a_missing_extra_says_how_to_install_it() -> None:
     with pytest.raises(EnvironmentProblem, match=r"pip install 'edgelam-fl\[bench\]'"):
-        runner.check_extra()
+        runner.check_extra(find_module=lambda name: None)
 
 
 def test_another_matrix_in_the_same_folder_is_refused_and_a_longer_axis_is_not(tmp_path: Path) -> None:
