@@ -14,7 +14,7 @@ from tests.support import run_config
 
 
 def trained_adapter(source: ModelSource, rank: int = 8, targets: tuple[str, ...] = ("q_proj", "v_proj")) -> Adapter:
-    """A start whose B is not zero, as after training."""
+    """Returns an adapter whose B is not zero, as after training."""
     adapter, generator = initial_adapter(source, targets, rank, 1), np.random.default_rng(2)
     return {
         name: array if "lora_A" in name else generator.normal(0, 0.3, array.shape).astype(np.float32)
@@ -23,7 +23,7 @@ def trained_adapter(source: ModelSource, rank: int = 8, targets: tuple[str, ...]
 
 
 def with_carry(adapter: Adapter, rank: int, seed: int = 7) -> Adapter:
-    """Carry factors of this rank beside every module's own, but for layer 3, which has none."""
+    """Adds carry factors of this rank to every module, except for layer 3."""
     generator, found = np.random.default_rng([rank, seed]), dict(adapter)
     for name, a_RI in sorted(adapter.items()):
         if name.endswith(".lora_A.weight") and ".layers.3." not in name:

@@ -161,7 +161,7 @@ class RunView:
         self.say(f"{event.node} did not finish round {event.round}: {event.reason}")
 
     def _on_run_failed(self, _: RunFailure, __: str) -> None:
-        """Shows that the run failed; the command that follows the run says why."""
+        """Shows that the run failed; the command that follows the run prints the reason."""
         self._stage = f"failed in {self._stage}" if self._round else "failed before the first round"
         for row in self._rows.values():
             row.doing = row.doing if row.doing == "lost" else ""

@@ -15,7 +15,7 @@ def by_name(name: Any) -> list[tuple[int, str]]:
 
 
 def total(values: Iterable[float | None]) -> Any:
-    """Adds the values that are known; None if none is."""
+    """Adds the values that are known; returns None if none is."""
     known = [value for value in values if value is not None]
     return sum(known) if known else None
 

@@ -1,4 +1,4 @@
-"""What a run came to, from its events alone: the content of RUN/summary.json, and a table of it.
+"""The summary of a run, made from its events alone: the content of RUN/summary.json, and a table of it.
 
 Knows nothing about how a run goes on; `report` draws the same values.
 """
@@ -45,7 +45,7 @@ ADAPTER_BYTES = ("adapter_bytes_up", "adapter_bytes_down")
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceSummary:
-    """What one device did and measured in a run."""
+    """One device over a whole run."""
 
     name: str
     """Name of the device."""
@@ -76,7 +76,7 @@ class DeviceSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class HostSummary:
-    """What one host did in a run. A device that is a host too is among the devices as well."""
+    """One host over a whole run. A device that is a host too is among the devices as well."""
 
     name: str
     """Name of the host."""
@@ -104,7 +104,7 @@ class VirtualTotals:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What a run came to. A value that no event gives is null."""
+    """The result of one run. A value that no event gives is null."""
 
     run: str | None
     """Name of the run."""
@@ -201,7 +201,7 @@ def run_state(events: Iterable[Event]) -> str:
 
 
 def is_training_round(done: RoundDone) -> bool:
-    """Tells if a device took a step in the round: false for the evaluation after the last round."""
+    """Returns whether a device took a step in the round: false for the evaluation after the last round."""
     return any(device.step_losses or device.loss is not None for device in done.devices)
 
 

@@ -1,4 +1,4 @@
-"""Who computed, sent and waited in a round's train phase, from the event `RoundTimeline`.
+"""Shares of computing, sending and waiting in a round's train phase, from the event `RoundTimeline`.
 
 Each node counts from the moment at which the phase opened there, so rows of different nodes are shifted by at most the time
 of a message. A node keeps its newest intervals only: shares are taken over the time that all nodes still know.
@@ -19,7 +19,7 @@ LONGEST_S = 1e7  # a train phase of four months
 
 @dataclass(frozen=True)
 class Shares:
-    """What a node did with the phase, in seconds; the three add up to the phase."""
+    """One node's time in the phase, in seconds; the three add up to the phase."""
 
     computed_s: float
     sent_s: float  # while it did not compute
@@ -84,7 +84,7 @@ def read_phase(event: RoundTimeline) -> Phase | None:
 
 
 def _possible(intervals: Iterable[TimelineInterval]) -> Iterable[tuple[str, BusyTime]]:
-    """Yields (role, interval) of what can be drawn: nodes report what they like."""
+    """Yields (role, interval) of the intervals that can be drawn; nodes may report any number."""
     for kind, role, start_s, seconds, step, micro_batch, peer in intervals:
         if start_s is None or seconds is None:
             continue

@@ -1,4 +1,4 @@
-"""`edgelam top`: who is here, what each node holds and does, from a run's events. Knows no processes.
+"""`edgelam top`: the nodes of a run with their layers and work, from the run's events. Knows no processes.
 
 The busy and waiting times are of the latest round with a timeline, in seconds of its train phase.
 """
@@ -187,7 +187,7 @@ def _node(
     shares: Shares | None,
     rounds: Iterable[RoundDone],
 ) -> NodeNow:
-    """Describes one node. A device that is a host too moved what it counted as each."""
+    """Describes one node. The bytes of a device that is a host too are those of both its parts."""
     moved = [record for done in rounds for record in _records(done) if record.name == name]
     return NodeNow(
         name=name,

@@ -15,7 +15,7 @@ from tests.recorded import STEPS, a_classification, a_failed_run, a_run, a_run_f
 def watch(
     events: Iterable[Mapping[str, Any]], *of_nodes: tuple[str, Mapping[str, Any]], rounds: int = 4
 ) -> tuple[str, list[str]]:
-    """(what was said, the lines of the table) at the end of these events, on a terminal of 80 columns."""
+    """Returns (text printed, lines of the table) after these events, on a terminal of 80 columns."""
     console = Console(file=io.StringIO(), width=80)
     view = RunView(console, rounds, STEPS)
     for event in as_events(events):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,14 @@ from edgelam_fl.telemetry.events import (
     of_kind,
     parse_event,
     read_events,
+    rounds,
 )
 from edgelam_fl.telemetry.events.table import EVENTS
 from edgelam_fl.telemetry.records import as_json
 from tests.recorded import a_classification, a_failed_run, a_run, as_events
 from tools import events_page
+
+ROOT = Path(__file__).parents[2]
 
 
 def step(number: int) -> StepDone:
@@ -188,7 +193,7 @@ def test_recorded_runs_are_read_whole(lines: list[dict[str, Any]]) -> None:
 
 
 def assert_within(less: Any, more: Any) -> None:
-    """Everything in `less` is in `more`; objects in `more` may have more fields."""
+    """Checks that all of `less` is in `more`; objects in `more` may have more fields."""
     if isinstance(less, dict):
         assert less.keys() <= more.keys()
         for name, value in less.items():
@@ -206,7 +211,24 @@ def test_kinds_have_classes_of_their_own() -> None:
     assert EVENTS["node_lost"] is NodeLost
 
 
-# ---------------------------------------------------------------- the reference page
+# ---------------------------------------------------------------- a new event, and the reference page
+
+
+def test_a_new_event_is_one_dataclass_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Does what the section "An event" of docs/extending.md says."""
+    section = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8").partition("## An event")[2]
+    blocks = re.findall(r"^( *)```python\n(.*?)^ *```", section, re.DOTALL | re.MULTILINE)
+    dataclass, line, use = (textwrap.dedent(block) for _, block in blocks[:3])
+    module = dict(vars(rounds))
+    exec(dataclass, module)
+    kind, name = re.fullmatch(r'"(\w+)": rounds\.(\w+),\n', line).groups()
+    monkeypatch.setitem(EVENTS, kind, module[name])
+    log = EventLog(tmp_path / "events.jsonl")
+    exec(use, {name: module[name], "emit": log})
+    (event,) = read_events(log.path)
+    assert type(event) is module[name]
+    assert json.loads(log.path.read_text()) == {"event": kind, **as_json(event)}
+    assert parse_event({"event": kind}) == module[name](node="", celsius=None), "a line of an older version"
 
 
 def test_the_reference_page_is_not_stale() -> None:

@@ -78,7 +78,7 @@ class Page(HTMLParser):
         return dict(zip(self.terms[::2], self.terms[1::2], strict=True))
 
     def hidden(self) -> set[str | None]:
-        """The parts of the page that are not shown."""
+        """Returns the parts of the page that are not shown."""
         return {
             attrs.get("id") or attrs.get("class") for tag, attrs in self.tags if "hidden" in attrs and len(attrs) > 1
         }
@@ -264,7 +264,9 @@ def test_timeline_of_every_round_with_its_shares(tmp_path: Path) -> None:
     for i, event in zip(starts, told, strict=True):
         phase = read_phase(event)
         assert phase is not None
-        for row, (name, shares) in zip(page.rows[i + 1 :], phase.shares().items(), strict=False):
+        found = phase.shares()
+        assert len(found) == 6
+        for row, (name, shares) in zip(page.rows[i + 1 : i + 1 + len(found)], found.items(), strict=True):
             parts = (shares.computed_s, shares.sent_s, shares.waited_s)
             assert row == [name, *(f"{100 * part / phase.end_s:.0f} %" for part in parts)]
             assert {f"{part:.4f}".rstrip("0").rstrip(".") for part in parts} <= {
@@ -349,14 +351,14 @@ def route(device: str, *hops: dict[str, Any], front: int = 2, back_first: int = 
 
 
 def boxes(picture: str) -> list[tuple[str, str, str]]:
-    """(class, name, text) of every shape."""
+    """Returns (class, name, text) of every box."""
     return re.findall(
         r'<g class="(\w+)"[^>]*>.*?<text class="name"[^>]*>(.*?)</text><text [^>]*>(.*?)</text></g>', picture
     )
 
 
 def sides(picture: str, *texts: str) -> list[tuple[int, int]]:
-    """(left, right) of the rectangles with these texts."""
+    """Returns (left, right) of the rectangles with these texts."""
     pattern = (
         r'<rect class="box" x="(\d+)" y="\d+" width="(\d+)" [^>]*/><text [^>]*>[^<]*</text><text [^>]*>(.*?)</text>'
     )

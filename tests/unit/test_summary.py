@@ -55,7 +55,7 @@ def round_done(number: int, devices: list[dict[str, Any]], hosts: list[dict[str,
 
 
 def a_run() -> list[dict[str, Any]]:
-    """Two rounds and the last evaluation; device-10 is lost in round 2."""
+    """Returns two rounds and the last evaluation; device-10 is lost in round 2."""
     config = {"model": {"name": "smollm2-135m"}, "task": {"kind": "causal-lm"}}
     hop = {"node": "edge-1", "first": 2, "last": 28}
     return [
@@ -201,7 +201,7 @@ def test_table_fits_a_small_terminal() -> None:
 
 
 def a_classification() -> list[dict[str, Any]]:
-    """One round and the last evaluation; the node `pi-kitchen-north-window` is a device and a host."""
+    """Returns one round and the last evaluation; the node `pi-kitchen-north-window` is a device and a host."""
     name = "pi-kitchen-north-window"
     config = {"model": {"name": "minilm"}, "task": {"kind": "classification"}}
     first = [device(name, None, metrics={"accuracy": 0.25}), device("late", None)]

@@ -159,7 +159,9 @@ def test_without_a_cell_nothing_is_virtual(federation: MakeFederation) -> None:
     run = federation("ab", "e", "wireless.dropout=0.9")
     run.run()
     assert not any("virtual" in done for done in run.events("round_done"))
-    assert all(set(plan["selected"]) < set(plan["nodes"]) and "demands" not in plan for plan in run.events("plan"))
+    plans = run.events("plan")
+    assert len(plans) == run.config.federation.rounds + 1
+    assert all(set(plan["selected"]) < set(plan["nodes"]) and "demands" not in plan for plan in plans)
 
 
 # ---------------------------------------------------------------- the same rounds again

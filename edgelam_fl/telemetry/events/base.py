@@ -1,4 +1,4 @@
-"""What all events have in common. Knows no event."""
+"""The base class of all events. Knows no event."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class UnknownEvent(Event):
     """An event of a kind that this version does not know, as a newer version may write."""
 
     kind: str
-    """Its name in the file."""
+    """Name of the kind in the file."""
     fields: Mapping[str, Any]
-    """Everything that its line holds."""
+    """All fields of the line."""
 
 
 Emit = Callable[[Event], None]  # takes an event as it happens

@@ -30,7 +30,7 @@ class EventLog:
         self._lock = threading.Lock()
 
     def __call__(self, event: Event) -> None:
-        """Writes one line, with the time of now."""
+        """Writes one line, with the current time."""
         line = {"time": round(time.time(), 3), "event": kind_of(event), **as_json(replace(event, time=None))}
         text = json.dumps(line, ensure_ascii=False)
         with self._lock:
@@ -52,7 +52,7 @@ class EventLog:
 
 
 def parse_event(line: Mapping[str, Any]) -> Event:
-    """Makes an event of the JSON object of its line."""
+    """Makes an event of the JSON object of a line; an `UnknownEvent` if this version does not know the kind."""
     kind = line.get("event")
     if kind not in EVENTS:
         return UnknownEvent(time=line.get("time"), kind=str(kind), fields=line)

@@ -116,7 +116,7 @@ class NodeLeftOut:
     node: str
     """Name of the device."""
     reason: str
-    """Why it was not counted."""
+    """Reason, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ class LinkLost(JobEvent):
     link: str
     """Name of the device whose route the link belongs to."""
     reason: str
-    """Why it broke."""
+    """Reason, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,4 +148,4 @@ class JobDone(JobEvent):
     state: str
     """Either "done" or "failed"."""
     error: str
-    """Why it failed; else ""."""
+    """Reason, in words, if it failed; else ""."""

@@ -1,4 +1,4 @@
-"""A round: who does what, what came of it, who was lost. Written by the ServerApp into RUN/events.jsonl.
+"""A round: its plan, its result and its losses. Written by the ServerApp into RUN/events.jsonl.
 
 Layers are numbered from 0; a range of layers is [first, last), so `last` is the first layer after it.
 """
@@ -56,7 +56,7 @@ class SitePicture:
 
 @dataclass(frozen=True, kw_only=True)
 class NodePicture:
-    """How one node holds its part of the model."""
+    """Formats and rank of one node's part of the model."""
 
     base: str
     """Format of the frozen weights: "fp32", "bf16", "int8" or "nf4"."""
@@ -68,7 +68,7 @@ class NodePicture:
 
 @dataclass(frozen=True, kw_only=True)
 class DemandSeen:
-    """What the bandwidth strategy knew of one device before the round."""
+    """One device before the round, as the bandwidth strategy saw it."""
 
     payload_bytes: float
     """Bytes that the device was expected to send."""
@@ -101,7 +101,7 @@ class PlanMade(Event):
     personal: bool
     """Whether the aggregation lets devices continue with tensors of their own."""
     demands: Mapping[str, DemandSeen] | None = None
-    """What the bandwidth strategy saw, per chosen device; None without [wireless]."""
+    """Input of the bandwidth strategy per chosen device; None without [wireless]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,16 +137,16 @@ class SitePlaced:
     step_s: float
     """Predicted seconds of a training step."""
     limit: str
-    """What a step waits for, in words."""
+    """The bottleneck of a step, in words."""
     memory_limit: str
-    """Whose memory keeps a step from being faster, in words; "" if no host would hold more."""
+    """The node whose memory keeps a step from being faster, in words; "" if no host would hold more."""
     left_out: tuple[str, ...]
     """Hosts without which a step is no longer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlacementMade(Event):
-    """The planner chose who holds which layers, before the round's plan; only with split.cuts = "auto"."""
+    """The planner chose the layers of each node, before the round's plan; only with split.cuts = "auto"."""
 
     round: int
     """Number of the round; 0: no training follows (`edgelam plan`)."""
@@ -163,7 +163,7 @@ class PlacementMade(Event):
     sites: tuple[SitePlaced, ...]
     """The chains."""
     measured: tuple[str, ...]
-    """What the round before showed, in words: nodes or steps far from the prediction, pairs that only the relay joins."""
+    """Observations of the round before, in words: nodes or steps far from the prediction, pairs that only the relay joins."""
 
 
 # ---------------------------------------------------------------- during
@@ -190,7 +190,7 @@ class TimelineInterval(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RoundTimeline(Event):
-    """Who did what in a round's training; written before the round's end. A node keeps its newest intervals only."""
+    """The work of each node in a round's training; written before `round_done`. A node keeps its newest intervals only."""
 
     round: int
     """Number of the round."""
@@ -207,7 +207,7 @@ class NodeLost(Event):
     node: str
     """Name of the node."""
     reason: str
-    """What it failed to do, in words."""
+    """Reason, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +227,7 @@ class SiteLost(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class NodeResult:
-    """What a node did in a round, as a device or as a host. Bytes and seconds are None if the file does not say."""
+    """One node's part of a round, as a device or as a host. Bytes and seconds are None if the file does not say."""
 
     name: str
     """Name of the node."""
@@ -260,12 +260,12 @@ class StepLeftOut:
     step: int
     """Number of the step in the round, from 0."""
     reason: str
-    """Why it was not counted."""
+    """Reason, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceResult(NodeResult):
-    """What a device trained and measured in a round."""
+    """One device's training and measurements in a round."""
 
     examples: int | None
     """Examples that it trains on."""
@@ -291,7 +291,7 @@ class DeviceResult(NodeResult):
 
 @dataclass(frozen=True, kw_only=True)
 class HostResult(NodeResult):
-    """What a host did in a round. A device that is a host too has one of both."""
+    """One host's part of a round. A device that is a host too is among the devices as well."""
 
     layers: tuple[int, ...] | None
     """Its layers as [first, last)."""
@@ -364,7 +364,7 @@ class RoundDone(Event):
     checkpoint: str
     """Path of the adapter in RUN."""
     aggregation_error: float | None
-    """||s B A + C - M|| / ||M|| over all trained modules: M = sum_k p_k s_k B_k A_k of what the sources k trained in the
+    """||s B A + C - M|| / ||M|| over all trained modules: M = sum_k p_k s_k B_k A_k trained by the sources k in the
     round, B A the product of the new adapter's factors, C what the carry factors gained. None without steps, if M is
     zero, and if the replies of more than 32 nodes were summed up as they arrived."""
     aggregation: Mapping[str, float]

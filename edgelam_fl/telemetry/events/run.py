@@ -72,7 +72,7 @@ class NodeRefused(Event):
     node: str
     """Name of the node, or its number if it gave no name."""
     reason: str
-    """What prevents it."""
+    """Reason, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +109,9 @@ class RunFailure(Event):
     """The run ended early."""
 
     reason: str
-    """Why it ended, in words."""
+    """Reason, in words."""
     kept: str
-    """What is left in RUN."""
+    """Files that are left in RUN, in words."""
     node: str = ""
     """The node at which it failed; "" if it was none, or if that is not known."""
     round: int = 0

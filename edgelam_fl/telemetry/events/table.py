@@ -1,4 +1,4 @@
-"""The kinds of events: what a line calls itself, and the dataclass that it is read into. One line per event."""
+"""The kinds of events: the name in the file, and the dataclass that a line is read into. One line per event."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EVENTS: dict[str, type[Event]] = {
 
 
 def kind_of(event: Event) -> str:
-    """Returns what an event's line calls itself."""
+    """Returns the name of an event's kind in the file."""
     if isinstance(event, UnknownEvent):
         return event.kind
     return next(kind for kind, cls in EVENTS.items() if cls is type(event))

@@ -1,4 +1,4 @@
-"""The figures of the report's page as plain data: what to draw, not how; `page.html` draws them.
+"""The figures of the report's page as plain data; `page.html` decides how they are drawn.
 
 A colour is the name of one of the page's CSS variables, light or dark. Numbers stay as the events give them.
 """

@@ -1,4 +1,4 @@
-"""What went wrong in a run, from its events: why it failed, and who was refused, lost or left out. Plain text, no looks."""
+"""Failure and incidents of a run, from its events: nodes refused, lost or left out. Plain text, no looks."""
 
 from __future__ import annotations
 

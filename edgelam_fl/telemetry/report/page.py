@@ -2,7 +2,7 @@
 
 Reads the run's folder and nothing else: events.jsonl, and summary.json if the run has written it (its values are shown
 then). Texts of events are escaped; the page's own policy forbids it to load anything. `page.html` holds the looks,
-`figures.py` what is drawn, `split_picture.py` who holds what, `incidents.py` what went wrong.
+`figures.py` the curves and bars, `split_picture.py` the layers per node, `incidents.py` the failures.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def _host_table(hosts: Iterable[HostSummary], colours: Mapping[str, str]) -> str
 
 
 def _share_table(phase: Phase, colours: Mapping[str, str]) -> str:
-    """Draws what each node did with a round's train phase; the exact seconds are in tooltips."""
+    """Draws the shares of each node in a round's train phase; the exact seconds are in tooltips."""
     rows = []
     for name, shares in phase.shares().items():
         seconds = (shares.computed_s, shares.sent_s, shares.waited_s)

@@ -67,7 +67,7 @@ def split_picture(events: Sequence[Event], colours: Mapping[str, str]) -> str:
 
 
 def labels_leave(events: Iterable[Event]) -> bool:
-    """Tells if the last host holds the head and sees the labels."""
+    """Returns whether the last host holds the head and sees the labels."""
     return _WITH_HEAD.get(str(setting(events, "split", "labels")), False)
 
 
