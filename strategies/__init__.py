@@ -1,1 +1,1 @@
-"""Strategies: selection, bandwidth and aggregation, one file each; plain data in, plain data out."""
+"""Strategies: rules for selection, bandwidth and aggregation, one file each. They take plain data and return plain data."""

@@ -1,7 +1,7 @@
-"""The run file's `strategy.options`: checked against the arguments of the class that they are for.
+"""Checks the run file's `strategy.options` against the arguments of the classes that they are for.
 
 A strategy's `__init__` has keyword-only arguments with defaults; their annotations are the rules, as in
-`v: Annotated[float, Field(gt=0)] = 10.0`. Knows nothing about what the options mean.
+`v: Annotated[float, Field(gt=0)] = 10.0`. Does not know what the options mean.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from edgelam_fl.errors import ConfigError, nearest
 
 
 def parameters(strategy: type) -> dict[str, inspect.Parameter]:
-    """The options that a class takes, by name."""
+    """Returns the options that a class takes, by name."""
     if strategy.__init__ is object.__init__:  # type: ignore[misc]
         return {}
     kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -24,9 +24,9 @@ def parameters(strategy: type) -> dict[str, inspect.Parameter]:
 
 
 def checked(strategy: type, key: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given`, each value as its argument's annotation demands. `key`: where they stand in the run file.
+    """Returns the `given` options, each converted as its annotation says. `key` is their place in the run file.
 
-    Raises ConfigError for an option that the class does not take, with the nearest, and for a value of another type or range.
+    Raises ConfigError for an unknown option, with the closest known one, and for a value of a wrong type or range.
     """
     known = parameters(strategy)
     for name in given:

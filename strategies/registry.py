@@ -145,9 +145,9 @@ def _needs_only_mean(rule: type) -> bool:
 
 
 def load(kind: str, name: str, options: Mapping[str, Mapping[str, Any]] | None = None) -> LoadedStrategy:
-    """Makes the named strategy with its part of the run file's `strategy.options`, and reads its capabilities.
+    """Makes the named strategy with its options of the run file, and reads its capabilities.
 
-    A module of the user's own is found on Python's path and in the working directory. Raises ConfigError with the known
+    A module of the user is found on Python's path and in the working directory. Raises ConfigError with the known
     strategies, with what the class lacks, or with the option that cannot be used.
     """
     found = _class(kind, name)
@@ -155,7 +155,7 @@ def load(kind: str, name: str, options: Mapping[str, Mapping[str, Any]] | None =
     values = checked(found, key, given)
     try:
         strategy = found(**values)
-    except (ConfigError, ValueError) as error:  # options that the class itself refuses
+    except (ConfigError, ValueError) as error:  # the class itself refuses the options
         raise ConfigError(
             f"{key}: {error}" if values else f"strategy.{kind} = {name!r} cannot be loaded: {error}"
         ) from error
@@ -181,7 +181,7 @@ def load_all(names: Mapping[str, str], options: Mapping[str, Mapping[str, Any]])
                 f"strategy.options.{name} is for no strategy: {nearest(name, known)} (a built-in's name, or that of the "
                 f"class of your own that the run uses)"
             )
-    for kind, table in BUILT_IN.items():  # also of those that are not in use: they may be with the next --set
+    for kind, table in BUILT_IN.items():  # unused strategies too: the next --set may use them
         for name in table.keys() & options.keys():
             load(kind, name, options)
     return loaded
@@ -196,7 +196,7 @@ def _class(kind: str, name: str) -> type:
         )
     here = str(Path.cwd())
     if here not in sys.path:
-        sys.path.append(here)  # last: nothing of the user's takes the place of what is installed
+        sys.path.append(here)  # last, so that no module of the user replaces an installed one
     try:
         found = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError, ValueError, TypeError, SyntaxError) as error:
@@ -209,7 +209,10 @@ def _class(kind: str, name: str) -> type:
 def _own_options(
     kind: str, name: str, found: type, options: Mapping[str, Mapping[str, Any]]
 ) -> tuple[str, Mapping[str, Any]]:
-    """(key in the run file, options). Strategies of two kinds may share a name and its options: each takes its own."""
+    """Returns (key in the run file, options of the strategy).
+
+    Strategies of two kinds may share a name and its section of options: each takes the options that it knows.
+    """
     label = name if name in BUILT_IN[kind] else found.__name__
     given = options.get(label, {})
     others = [other for other, table in BUILT_IN.items() if other != kind and name in table and name in BUILT_IN[kind]]

@@ -1,4 +1,4 @@
-"""An aggregation of one's own: every source counts the same, however many labels it trained, and A stays as it was drawn.
+"""An aggregation of your own: every source counts the same, however many labels it trained, and A stays at its start.
 
 edgelam run mine.toml --set strategy.aggregation=my_aggregation:OneVoteEach
 """
@@ -14,16 +14,16 @@ from strategies.api import Aggregated, Contribution, Start
 
 
 class OneVoteEach(FedAvg):
-    needs_only_mean = False  # the mean that a large round is summed up to is by labels: hand over every contribution
+    needs_only_mean = False  # large rounds are summed up weighted by labels: ask for every contribution
 
     def __init__(self, *, freeze_a: bool = True) -> None:
-        """`freeze_a`: train B alone, so that the mean of the factors is the mean of the products."""
+        """`freeze_a`: train only B, so that the mean of the factors is the mean of the products."""
         self.freeze_a = freeze_a
 
     def aggregate(self, contributions: Sequence[Contribution], start: Start) -> Aggregated:
-        """`contributions`: arrays by name of what each source trained. `start`: what the round began with."""
+        """`contributions`: what each source trained, as arrays by name. `start`: what the round began with."""
         return super().aggregate([replace(contribution, weight=1.0) for contribution in contributions], start)
 
     def client_settings(self, round: int) -> ClientSettings:
-        """Optional: what devices and hosts must do in this round."""
+        """Optional: says what devices and hosts must do in this round."""
         return ClientSettings(train_a=not self.freeze_a)

@@ -1,4 +1,4 @@
-"""A bandwidth rule of one's own: shares by the root of what a device moves, between uniform and proportional.
+"""A bandwidth rule of your own: shares by the root of what a device moves, between uniform and proportional.
 
 edgelam run mine.toml --set strategy.bandwidth=my_bandwidth:ByRoot
 """
@@ -16,7 +16,7 @@ from strategies.api import Demand
 
 class ByRoot:
     def __init__(self, *, power: Annotated[float, Field(ge=0, le=1)] = 0.5) -> None:
-        """`power`: 0 is uniform, 1 proportional. The annotation is the rule that the run file is held against."""
+        """`power`: 0 is uniform, 1 proportional. The annotation is the rule that the run file's value is checked against."""
         self.power = power
 
     def allocate(self, demands: Sequence[Demand], capacity_bps: float) -> Mapping[str, float]:

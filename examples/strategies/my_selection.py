@@ -1,4 +1,4 @@
-"""A selection of one's own: the devices with the most examples first, but none twice in a row while others wait.
+"""A selection of your own: the devices with the most examples first, but none twice in a row while others wait.
 
 edgelam run mine.toml --set strategy.selection=my_selection:LargestFirst
 """
@@ -10,18 +10,18 @@ from strategies.api import Candidate, RoundOutcome, RoundState, Selected
 
 class LargestFirst:
     def __init__(self, *, rest: bool = True) -> None:
-        """`rest`: whether those of the last round come last. In the run file: [strategy.options.LargestFirst]."""
+        """`rest`: whether the devices of the last round come last. In the run file: [strategy.options.LargestFirst]."""
         self.rest = rest
         self._last: frozenset[str] = frozenset()
 
     def select(self, state: RoundState) -> Selected:
-        order = sorted(state.candidates, key=self._rank)  # by name at last: the given order must not matter
+        order = sorted(state.candidates, key=self._rank)  # names break ties, so that the given order does not matter
         count = max(state.at_most(), min(state.least, len(order)))
         why = {device.name: f"has {device.examples} examples, place {n}" for n, device in enumerate(order, 1)}
         return Selected(sorted(device.name for device in order[:count]), why)
 
     def observe(self, outcome: RoundOutcome) -> None:
-        """Optional: what became of a round."""
+        """Optional: is told what happened in each round."""
         self._last = frozenset(device.name for device in outcome.devices)
 
     def _rank(self, device: Candidate) -> tuple[bool, int, str]:

@@ -1,1 +1,1 @@
-"""Aggregation rules: many adapters become one."""
+"""Aggregation rules: they make one adapter of many."""

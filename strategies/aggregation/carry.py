@@ -1,7 +1,7 @@
-"""Carry factors: what a rule adds to a module for good, as low-rank factors beside a base that never changes (s = 1).
+"""Carry factors: low-rank factors that a rule adds to a module for good, beside a base that never changes (s = 1).
 
-Their mathematics, and the frame of the rules that have them: `edgelam_fl.model.carry` says how they are named. Shapes:
-O out, I in, M rank.
+Holds their mathematics and the base class of the rules that make them; `edgelam_fl.model.carry` says how they are named.
+Shapes: O out, I in, M rank.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from strategies.aggregation.factors import A, B, Factors, by_module, of_start, s
 from strategies.aggregation.fedavg import mean_of_heads
 from strategies.api import Aggregated, Aggregation, Contribution, Start
 
-_ROUNDING = 1e-7  # of the whole: singular values below are fp32's, and no part of a residual
+_ROUNDING = 1e-7  # share of the whole: smaller singular values are the rounding of fp32, not part of a residual
 
 
 @dataclass(frozen=True)
 class Carry:
-    """Shapes: a [M, I], b [O, M]; their product is added to the module's weight."""
+    """The carry factors of one module, a [M, I] and b [O, M]; their product is added to the module's weight."""
 
     a_MI: np.ndarray
     b_OM: np.ndarray
@@ -35,12 +35,13 @@ class Carry:
 
 
 def carry_of(module: str, tensors: Mapping[str, np.ndarray]) -> Carry | None:
+    """Returns the carry factors of a module; None if it has none."""
     a_MI = tensors.get(module + CARRY_A)
     return None if a_MI is None else Carry(a_MI, tensors[module + CARRY_B])
 
 
 def added(one: Carry | None, other: Carry) -> Carry:
-    """The sum of two, exact: the ranks add up, and the first keeps its place."""
+    """Adds two carries exactly: the ranks add up, and the factors of the first come first."""
     if one is None:
         return other
     return Carry(np.concatenate([one.a_MI, other.a_MI]), np.concatenate([one.b_OM, other.b_OM], axis=1))
@@ -48,13 +49,15 @@ def added(one: Carry | None, other: Carry) -> Carry:
 
 @dataclass(frozen=True)
 class Cut:
+    """A carry after it was cut to a rank, and how much that lost."""
+
     carry: Carry
-    lost: float = 0.0  # Frobenius norm of what is gone
-    whole: float = 0.0  # and of what there was; of one that was not cut 0
+    lost: float = 0.0  # Frobenius norm of what was cut off
+    whole: float = 0.0  # Frobenius norm of the carry before; 0 if nothing was cut
 
 
 def compressed(carry: Carry, most_rank: int) -> Cut:
-    """The nearest carry of at most this rank."""
+    """Cuts a carry to its best approximation of at most this rank."""
     if carry.rank <= most_rank:
         return Cut(carry)
     u, values, vt = svd(carry.b_OM.astype(np.float64), carry.a_MI.astype(np.float64))
@@ -63,21 +66,21 @@ def compressed(carry: Carry, most_rank: int) -> Cut:
 
 
 def without_rounding(carry: Carry, whole: float) -> Carry | None:
-    """The same product in its true rank: what is left below fp32's rounding of a `whole` is none of it. None: all of it."""
+    """Returns the same product in its true rank, without what is below fp32's rounding of `whole`; None if that is all."""
     u, values, vt = svd(carry.b_OM.astype(np.float64), carry.a_MI.astype(np.float64))
     rank = int(np.count_nonzero(values > _ROUNDING * whole))
     return Carry(vt[:rank], u[:, :rank] * values[:rank]) if rank else None
 
 
 class CarryRule(Aggregation, ABC):
-    """A rule that adds to the carry factors of each module with two sources or more; alone, a source's is left as it is."""
+    """A rule that adds to the carry factors of every module with two or more sources. A single source keeps its factors."""
 
     unequal_ranks = True
     carries = True
 
     def __init__(self, *, residual: str = "exact") -> None:
-        """`residual`: "exact" keeps all that is added, in the ranks it takes, at most a module's full rank; "svd:RANK"
-        cuts a module's carry to its RANK largest singular values in every round.
+        """`residual`: "exact" keeps all that is added, in whatever rank that takes, up to a module's full rank; "svd:RANK"
+        cuts the carry of a module to its RANK largest singular values in every round.
         """
         if not re.fullmatch(r"exact|svd:[1-9]\d{0,4}", residual):
             raise ValueError(f"residual = {residual!r} must be 'exact', or 'svd:RANK' as in 'svd:64'")
@@ -101,7 +104,7 @@ class CarryRule(Aggregation, ABC):
     def combine(
         self, module: str, sources: Sequence[Factors], start: Start
     ) -> tuple[np.ndarray, np.ndarray, Carry | None]:
-        """A and B of a module, in the rank of the start's A, and what is added to its carry."""
+        """Returns A and B of a module, in the rank of the start's A, and what is added to its carry."""
 
     def _cut(self, carry: Carry) -> Cut:
         full_rank = min(carry.a_MI.shape[1], len(carry.b_OM))
@@ -109,9 +112,9 @@ class CarryRule(Aggregation, ABC):
 
 
 def padded_mean(sources: Sequence[Factors], start_a_RI: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """The weighted mean of factors, those of less than the start's rank filled up with zeros; of one source its own.
+    """Returns the weighted mean (A, B) of factors, each padded with zeros to the start's rank; a single source keeps its own.
 
-    s_k is folded into B. Rows of A that no source has are the start's: zeros in both factors would never learn.
+    s_k is folded into B. Rows of A that no source has come from the start: zeros in both factors would never learn.
     """
     if len(sources) == 1 and (sources[0].rank, sources[0].scale) == (len(start_a_RI), scale):
         return sources[0].a_RI, sources[0].b_OR
@@ -126,7 +129,7 @@ def padded_mean(sources: Sequence[Factors], start_a_RI: np.ndarray, scale: float
 
 
 def _facts(cuts: Sequence[Cut], carries: Mapping[str, np.ndarray], start: Start) -> dict[str, float]:
-    """For the round's event: the size of all carry factors, and the share of those changed that was cut off."""
+    """Describes the carry factors for the round's event: their size, and which share of those that changed was cut off."""
     there = {name: array for name, array in {**start.tensors, **carries}.items() if is_carry(name)}
     if not there:
         return {}
@@ -139,7 +142,10 @@ def _facts(cuts: Sequence[Cut], carries: Mapping[str, np.ndarray], start: Start)
 
 
 def product_of(module: str, start: Start, tensors: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Left [O, M] and right [M, I] of s B A and of what the carry gained since the start. `tensors`: the new ones."""
+    """Returns left [O, M] and right [M, I], whose product is s B A plus what the carry gained since the start.
+
+    `tensors` are the new ones.
+    """
     a_RI, b_OR, scale = of_start(module, start, tensors)
     lefts, rights = [b_OR * np.float64(scale)], [a_RI]
     old, new = carry_of(module, start.tensors), carry_of(module, tensors)

@@ -1,4 +1,4 @@
-"""What an aggregation gave away: how far the new adapter is from the weighted mean of what the sources trained."""
+"""The error of an aggregation: how far the new adapter is from the weighted mean of what the sources trained."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def aggregation_error(
 ) -> float | None:
     """||s B A + C - sum_k p_k s_k B_k A_k|| / ||sum_k p_k s_k B_k A_k||, Frobenius norms over all contributed modules.
 
-    C is what the carry factors gained. `tensors`: the aggregated ones, carry factors too. None where the mean is zero
+    C is what the carry factors gained. `tensors` are the aggregated ones, with carry factors. None if the mean is zero
     (nothing was learned yet, or there is no factor).
     """
     off, whole = [0.0], [0.0]

@@ -1,7 +1,7 @@
 """LoRA factors by module, and their weighted sum sum_k p_k s_k B_k A_k without a matrix of its size.
 
-What the low-rank rules share. Knows arrays; knows nothing about rounds or nodes. Shapes: O out, I in, R rank, M the
-ranks of all sources together.
+Shared by the low-rank rules. Knows arrays; knows nothing about rounds or nodes. Shapes: O out, I in, R rank, M the sum of
+the ranks of all sources.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Factors:
     """One source's version of a module."""
 
     source: str
-    share: float  # p_k: its weight among the module's sources, which sum to 1
+    share: float  # p_k: its share of the weight of all sources of the module
     scale: float  # s_k
     a_RI: np.ndarray
     b_OR: np.ndarray
@@ -32,22 +32,24 @@ class Factors:
 
 
 def is_factor(name: str) -> bool:
-    """Whether a tensor is a factor; the others (a task's head) are whole."""
+    """Whether a tensor is a LoRA factor; other tensors (of a task head) are whole."""
     return name.endswith((A, B))
 
 
 def module_of(name: str) -> str:
-    """The module whose factor a tensor is; of a whole tensor its own name."""
+    """Returns the module that a factor belongs to; for a whole tensor, its own name."""
     return name.removesuffix(A).removesuffix(B)
 
 
 def in_order(contributions: Iterable[Contribution]) -> list[Contribution]:
-    """By source: sums must not depend on who replied first."""
+    """Sorts contributions by source: sums must not depend on the order of the replies."""
     return sorted(contributions, key=lambda contribution: (contribution.source, contribution.weight))
 
 
 def by_module(contributions: Sequence[Contribution], start: Start) -> dict[str, list[Factors]]:
-    """The sources of each module, in order. A factor that a source did not train is the start's, in the source's rank."""
+    """Returns the sources of each module, in order. A factor that a source did not train is that of the start, cut to the
+    source's rank.
+    """
     sources: dict[str, list[Contribution]] = {}
     for contribution in in_order(contributions):
         for module in {module_of(name): None for name in contribution.tensors if is_factor(name)}:
@@ -56,7 +58,7 @@ def by_module(contributions: Sequence[Contribution], start: Start) -> dict[str, 
 
 
 def of_start(module: str, start: Start, tensors: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, float]:
-    """A, B and scale of the global adapter, with the new `tensors` in place of the start's."""
+    """Returns A, B and scale of a module of the global adapter, with the new `tensors` in place of the start's."""
     a_RI, b_OR = (tensors.get(module + end, start.tensors[module + end]) for end in (A, B))
     return a_RI, b_OR, start.scales.get(module, 1.0)
 
@@ -76,20 +78,20 @@ def _factors(module: str, sources: Sequence[Contribution], start: Start) -> list
 
 
 def stacked(sources: Sequence[Factors]) -> tuple[np.ndarray, np.ndarray]:
-    """Left [O, M] and right [M, I], in float64, whose product is sum_k p_k s_k B_k A_k (FLoRA, arXiv 2409.05976)."""
+    """Returns left [O, M] and right [M, I] in float64, whose product is sum_k p_k s_k B_k A_k (FLoRA, arXiv 2409.05976)."""
     left_OM = np.concatenate([s.b_OR * np.float64(s.share * s.scale) for s in sources], axis=1)
     right_MI = np.concatenate([s.a_RI for s in sources], axis=0, dtype=np.float64)
     return left_OM, right_MI
 
 
 def product_norm(left_OM: np.ndarray, right_MI: np.ndarray) -> float:
-    """||left right||_F, through triangular factors; exact to rounding also where the product nearly vanishes."""
+    """||left right||_F by triangular factors, exact to rounding even if the product nearly vanishes."""
     left, right = (np.asarray(np.linalg.qr(stack, mode="r")) for stack in (left_OM, right_MI.T))
     return float(np.linalg.norm(left @ right.T))
 
 
 def svd(left_OM: np.ndarray, right_MI: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """U, singular values and V^T of left @ right, as many as it can have, through QR of both: O((O + I) M^2)."""
+    """U, singular values and V^T of left @ right, at most M of them, by QR of both: O((O + I) M^2)."""
     q_left, r_left = np.linalg.qr(left_OM)
     q_right, r_right = np.linalg.qr(right_MI.T)
     u, values, vt = np.linalg.svd(r_left @ r_right.T, full_matrices=False)

@@ -1,6 +1,6 @@
 """FedAvg on LoRA factors (FedIT, arXiv 2305.05644): A = sum p_k A_k and B = sum p_k B_k, p_k over a module's sources.
 
-Inexact as an average of the products B_k A_k, and the baseline everywhere. A module with one source keeps its bits.
+Inexact as an average of the products B_k A_k, and the baseline of all comparisons. A module with one source keeps its bits.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from strategies.api import Aggregated, Aggregation, Contribution, Start
 
 
 class FedAvg(Aggregation):
+    """The weighted mean of every tensor over its sources."""
+
     needs_only_mean = True
 
     def aggregate(self, contributions: Sequence[Contribution], start: Start) -> Aggregated:
@@ -26,7 +28,7 @@ class FedAvg(Aggregation):
 
 
 def mean_of_heads(contributions: Sequence[Contribution]) -> dict[str, np.ndarray]:
-    """The weighted mean of what is no factor (a task's head): every rule for factors needs it besides."""
+    """Returns the weighted mean of the tensors that are no factors (a task head), which every rule for factors needs too."""
     mean = WeightedMean()
     for contribution in in_order(contributions):
         heads = {name: array for name, array in contribution.tensors.items() if not is_factor(name)}
@@ -35,9 +37,9 @@ def mean_of_heads(contributions: Sequence[Contribution]) -> dict[str, np.ndarray
 
 
 class WeightedMean:
-    """Takes contributions as they arrive and keeps their sums alone: in float64, the size of two of them.
+    """A weighted mean that takes contributions as they arrive and keeps only their sums, in float64.
 
-    The order of arrival can change a sum's last float64 bit, and so a rounded fp32 value once in some hundred million.
+    The order of arrival can change the last float64 bit of a sum, and so a rounded fp32 value about once in a hundred million.
     """
 
     def __init__(self) -> None:
@@ -45,7 +47,7 @@ class WeightedMean:
         self._weights: dict[str, float] = {}
 
     def add(self, contribution: Contribution) -> None:
-        """Raises ConfigError where a tensor is shaped otherwise than that of an earlier source."""
+        """Adds a contribution. Raises ConfigError if one of its tensors differs in shape from an earlier source's."""
         for name, array in contribution.tensors.items():
             weighted = array * np.float64(contribution.weight)
             known = self._sums.get(name)
@@ -62,7 +64,7 @@ class WeightedMean:
             self._weights[name] += contribution.weight
 
     def merge(self, other: WeightedMean) -> None:
-        """Adds what another one took; that must not be used any more."""
+        """Adds all that another mean has taken; the other must not be used afterwards."""
         for name, total in other._sums.items():
             if name in self._sums:
                 self._sums[name] += total
@@ -71,11 +73,11 @@ class WeightedMean:
             self._weights[name] = self._weights.get(name, 0.0) + other._weights[name]
 
     def by_weight(self) -> Iterator[tuple[float, dict[str, np.ndarray]]]:
-        """The mean of the tensors of each total weight."""
+        """Yields the means in groups of tensors with the same total weight."""
         result = self.result()
         for weight in sorted(set(self._weights.values())):
             yield weight, {name: array for name, array in result.items() if self._weights[name] == weight}
 
     def result(self) -> dict[str, np.ndarray]:
-        """The mean of each tensor over its sources, in fp32."""
+        """Returns the mean of each tensor over its sources, in fp32."""
         return {name: (total / self._weights[name]).astype(np.float32) for name, total in self._sums.items()}

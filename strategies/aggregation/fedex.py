@@ -1,7 +1,7 @@
-"""FedEx-LoRA (arXiv 2410.09432): factors averaged as FedIT, and what that misses of the products goes to the base.
+"""FedEx-LoRA (arXiv 2410.09432): averages the factors as FedIT does, and adds to the base what that mean misses.
 
-Exact, and training goes on from the averaged factors. The base is quantized, so the residual goes to the module's carry
-factors. Factors of unequal ranks are padded with zeros before they are averaged; a node of less rank gets the first rows.
+Exact, and training continues from the averaged factors. The base is quantized, so the residual goes to the module's carry
+factors. Factors of unequal ranks are padded with zeros before they are averaged; a node of lower rank gets the first rows.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from strategies.api import Start
 
 
 class FedEx(CarryRule):
+    """Averages factors and carries the residual of their products."""
+
     def combine(
         self, module: str, sources: Sequence[Factors], start: Start
     ) -> tuple[np.ndarray, np.ndarray, Carry | None]:
@@ -26,6 +28,6 @@ class FedEx(CarryRule):
 
 
 def residual(sources: Sequence[Factors], a_RI: np.ndarray, b_OR: np.ndarray, scale: float) -> Carry:
-    """sum_k p_k s_k B_k A_k - s B A, of the averaged A, B; of rank (K - 1) r at most where ranks are equal."""
+    """sum_k p_k s_k B_k A_k - s B A for the averaged A, B; its rank is at most (K - 1) r if all ranks are r."""
     left_OM, right_MI = stacked(sources)
     return Carry(np.concatenate([right_MI, a_RI]), np.concatenate([left_OM, b_OR * np.float64(-scale)], axis=1))

@@ -1,7 +1,7 @@
-"""FedProx (arXiv 1812.06127): FedAvg of devices that are held near the round's start by (mu/2)||w - w_start||^2.
+"""FedProx (arXiv 1812.06127): FedAvg with a term (mu/2)||w - w_start||^2 that keeps devices near the round's start.
 
-The devices' half is this term's gradient, mu (w - w_start), in their own layers and in their copies on hosts, on the
-factors as they are. A joint or sequential host does not have it: its adapter belongs to no single device.
+Devices add the gradient of this term, mu (w - w_start), in their own layers and in their copies on hosts, per factor. A joint or
+sequential host does not add it: its adapter belongs to no single device.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from strategies.aggregation.fedavg import FedAvg
 
 class FedProx(FedAvg):
     def __init__(self, *, mu: Annotated[float, Field(ge=0, le=1e6)] = 0.01) -> None:
-        """`mu`: weight of the pull to the round's start; 0 is FedAvg."""
+        """`mu`: weight of the pull towards the round's start; 0 gives FedAvg."""
         self.mu = mu
 
     def client_settings(self, round: int) -> ClientSettings:

@@ -1,6 +1,6 @@
 """FFA-LoRA (arXiv 2403.12313): A stays at its common random start, B is trained and averaged.
 
-Exact: sum p_k B_k A is (sum p_k B_k) A. Half the bytes up. On devices and hosts: every A is frozen in every round.
+Exact, since sum p_k B_k A = (sum p_k B_k) A, with half the bytes up. Devices and hosts freeze every A in every round.
 """
 
 from __future__ import annotations

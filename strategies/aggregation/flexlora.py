@@ -1,8 +1,8 @@
-"""FlexLoRA (arXiv 2402.11505): average the products, then hand them out again as factors by SVD.
+"""FlexLoRA (arXiv 2402.11505): averages the products and factors the mean again by SVD.
 
-dW = sum_k p_k s_k B_k A_k = U S V^T; B = U S / s and A = V^T, cut to the module's largest rank here and to a node's own
-rank on the way to it (which is the SVD's best choice at that rank, since the rows of A stand in order). Sources may
-differ in rank. With the ranks of all sources together it is exact.
+dW = sum_k p_k s_k B_k A_k = U S V^T; B = U S / s and A = V^T, cut to the module's largest rank here and to a node's own rank
+when they are sent to it (the best approximation at that rank, since the rows of A are in order of their singular values).
+Sources may differ in rank. The result is exact if the module's rank is at least the sum of the sources' ranks.
 """
 
 from __future__ import annotations

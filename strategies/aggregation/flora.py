@@ -1,8 +1,8 @@
-"""FLoRA (arXiv 2409.05976): stack the sources' factors, add the product to the base, start new factors.
+"""FLoRA (arXiv 2409.05976): stacks the sources' factors, adds their product to the base and starts new factors.
 
-Exact, also for unequal ranks; s_k is folded into the weights. The base is quantized, so the product goes to the module's
-carry factors, and each node downloads those of the layers that it holds. A starts anew in every round, seeded by run,
-round and module, and B = 0; so moments are cold. A module with one source goes on with its factors.
+Exact, for unequal ranks too; s_k is folded into the weights. The base is quantized, so the product goes to the module's carry
+factors, and each node downloads those of its own layers. Every round has a new random A, seeded by run, round and module, and
+B = 0, so optimizers start without moments. A module with one source keeps its factors.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class FLoRA(CarryRule):
 
 
 def merged(sources: Sequence[Factors]) -> Carry:
-    """What the round adds to the base: sum_k p_k s_k B_k A_k, of the sources' ranks together."""
+    """Returns what the round adds to the base: sum_k p_k s_k B_k A_k, with the sum of the sources' ranks."""
     left_OM, right_MI = stacked(sources)
     return Carry(right_MI, left_OM)
 
 
 def fresh(module: str, shape: tuple[int, ...], start: Start) -> np.ndarray:
-    """A as peft starts it: uniform in +-1/sqrt(in). Its first rows are the same in every rank."""
+    """Draws A as peft does, uniform in +-1/sqrt(in). Its first rows are the same in every rank."""
     bound = shape[1] ** -0.5
     generator = np.random.default_rng([start.seed, start.round, zlib.crc32(module.encode())])
     return generator.uniform(-bound, bound, shape).astype(np.float32)

@@ -1,9 +1,9 @@
-"""Flower's server optimizers and robust rules, used as they are: its classes get pseudo-replies and give arrays back.
+"""Flower's server optimizers and robust rules, used unchanged: its classes get stand-ins for replies and return arrays.
 
-An optimizer (Reddi et al., arXiv 2003.00295) sees one reply a module, the weighted mean, and keeps its state a module: so
-one that nobody trained in a round keeps its state, and nodes may hold unlike modules. A robust rule sees a reply a
-source, once a block (modules with the same set of sources), on the factors A and B as they are: the median of factors is
-not the median of their products; with `freeze_a` it is, since B alone is trained then. Neither has a devices' half.
+An optimizer (Reddi et al., arXiv 2003.00295) gets one reply per module, the weighted mean, and keeps its state per module: a
+module that nobody trained in a round keeps its state, and nodes may hold different modules. A robust rule gets one reply per
+source and is called once per block (modules with the same sources), on the factors A and B themselves: the median of factors is
+not the median of their products; with `freeze_a` it is, since only B is trained then. Devices do nothing special for either.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ Malicious = Annotated[int, Field(ge=0)]
 
 
 class _Optimizer(Aggregation):
-    """The weighted mean is a step that the server's optimizer takes in its own way."""
+    """A rule that takes the weighted mean as a step and applies it with an optimizer on the server."""
 
     needs_only_mean = True
 
     def __init__(self, flowers: type, **options: float) -> None:
         self._flowers, self._options = flowers, options
-        self._of_module: dict[str, tuple[Any, int]] = {}  # Flower's object, and how often it was used
+        self._of_module: dict[str, tuple[Any, int]] = {}  # Flower's object, and the number of its steps
 
     def aggregate(self, contributions: Sequence[Contribution], start: Start) -> Aggregated:
         modules: dict[str, dict[str, np.ndarray]] = {}
@@ -55,7 +55,7 @@ class _Optimizer(Aggregation):
         optimizer, used = self._of_module.get(module, (None, 0))
         optimizer = optimizer or self._flowers(**self._options)
         self._of_module[module] = optimizer, used + 1
-        # What Flower's configure_train notes, from round to round, with a grid that is not ours to give.
+        # Flower sets this in configure_train, which needs a grid that we cannot give.
         optimizer.current_arrays = _record(current) if self._flowers is flower.FedAvgM else dict(current)
         return _aggregate(optimizer, used + 1, [_Reply(mean, 1.0)])
 
@@ -64,9 +64,9 @@ class FedAdam(_Optimizer):
     def __init__(
         self, *, eta: Positive = 0.01, beta_1: Decay = 0.9, beta_2: Decay = 0.99, tau: Positive = 1e-3
     ) -> None:
-        """Flower's, with its bias correction; `eta` is a tenth of Flower's: LoRA's factors are small.
+        """Flower's FedAdam with its bias correction; the default `eta` is a tenth of Flower's, since LoRA factors are small.
 
-        `eta`: step. `beta_1`, `beta_2`: decay of the moments. `tau`: below updates of this size steps shrink.
+        `eta`: size of a step. `beta_1`, `beta_2`: decay of the moments. `tau`: updates below this size make smaller steps.
         """
         super().__init__(flower.FedAdam, eta=eta, beta_1=beta_1, beta_2=beta_2, tau=tau)
 
@@ -75,21 +75,21 @@ class FedYogi(_Optimizer):
     def __init__(
         self, *, eta: Positive = 0.01, beta_1: Decay = 0.9, beta_2: Decay = 0.99, tau: Positive = 1e-3
     ) -> None:
-        """As FedAdam, with a second moment that grows and shrinks slowly, and without bias correction."""
+        """Options as in FedAdam; the second moment grows and shrinks slowly, and there is no bias correction."""
         super().__init__(flower.FedYogi, eta=eta, beta_1=beta_1, beta_2=beta_2, tau=tau)
 
 
 class FedAdagrad(_Optimizer):
     def __init__(self, *, eta: Positive = 1e-3, tau: Positive = 1e-3) -> None:
-        """`eta`: step, a hundredth of Flower's: its first steps have no moment to slow them, and LoRA's factors are small.
-        `tau`: below updates of this size steps shrink.
+        """`eta`: size of a step; the default is a hundredth of Flower's, since no moment slows the first steps and LoRA factors
+        are small. `tau`: updates below this size make smaller steps.
         """
         super().__init__(flower.FedAdagrad, eta=eta, tau=tau)
 
 
 class FedAvgM(_Optimizer):
     def __init__(self, *, learning_rate: Positive = 1.0, momentum: Decay = 0.9) -> None:
-        """`learning_rate`: of the server's step. `momentum`: share of the earlier steps that goes on; 0: FedAvg."""
+        """`learning_rate`: size of the server's step. `momentum`: share of the previous step that is kept; 0 gives FedAvg."""
         super().__init__(flower.FedAvgM, server_learning_rate=learning_rate, server_momentum=momentum)
 
 
@@ -97,7 +97,7 @@ class FedAvgM(_Optimizer):
 
 
 class _Robust(Aggregation):
-    """A rule that stands some sources that lie; a block of modules that only one source trained is left as it is."""
+    """A rule that tolerates some lying sources. Modules that only one source trained keep its tensors."""
 
     def __init__(self, flowers: Any, least_sources: int, freeze_a: bool) -> None:
         self._flowers, self.least_sources, self._freeze_a = flowers, least_sources, freeze_a
@@ -126,20 +126,20 @@ class _Robust(Aggregation):
 
 class FedMedian(_Robust):
     def __init__(self, *, freeze_a: bool = False) -> None:
-        """`freeze_a`: only B learns, as in FFA-LoRA, so that the rule sees updates that add up."""
+        """`freeze_a`: only B learns, as in FFA-LoRA, so that factors can be compared like updates."""
         super().__init__(flower.FedMedian(), 3, freeze_a)
 
 
 class FedTrimmedAvg(_Robust):
     def __init__(self, *, beta: Annotated[float, Field(ge=0.01, lt=0.5)] = 0.2, freeze_a: bool = False) -> None:
-        """`beta`: share of the sources that is cut off at each end of every number. `freeze_a`: only B learns."""
+        """`beta`: share of the sources that is cut off at both ends, for every number. `freeze_a`: only B learns."""
         least = next(sources for sources in range(3, 101) if int(beta * sources) >= 1)
         super().__init__(flower.FedTrimmedAvg(beta=beta), least, freeze_a)
 
 
 class Krum(_Robust):
     def __init__(self, *, malicious: Malicious = 1, freeze_a: bool = False) -> None:
-        """`malicious`: sources that may lie; it needs 2 malicious + 3. `freeze_a`: only B learns."""
+        """`malicious`: number of sources that may lie; 2 malicious + 3 are needed. `freeze_a`: only B learns."""
         super().__init__(flower.Krum(num_malicious_nodes=malicious), 2 * malicious + 3, freeze_a)
 
 
@@ -151,14 +151,14 @@ class MultiKrum(_Robust):
         selected: Annotated[int, Field(ge=1)] = 3,
         freeze_a: bool = False,
     ) -> None:
-        """`malicious`: sources that may lie. `selected`: how many of the best are averaged. `freeze_a`: only B learns."""
+        """`malicious`: number of sources that may lie. `selected`: number of the best that are averaged. `freeze_a`: only B learns."""
         least = max(2 * malicious + 3, selected + malicious)
         rule = flower.MultiKrum(num_malicious_nodes=malicious, num_nodes_to_select=selected)
         super().__init__(rule, least, freeze_a)
 
 
 def _blocks(contributions: Sequence[Contribution]) -> Iterator[tuple[list[str], list[Contribution]]]:
-    """The names that the same sources trained, with these sources in order."""
+    """Yields each group of names that the same sources trained, with these sources in order."""
     sources: dict[str, list[Contribution]] = {}
     for contribution in in_order(contributions):
         for name in contribution.tensors:
@@ -174,7 +174,7 @@ def _blocks(contributions: Sequence[Contribution]) -> Iterator[tuple[list[str], 
 
 
 def _by_source(names: Sequence[str], sources: Mapping[str, list[Contribution]]) -> Iterator[list[Contribution]]:
-    """A source's contributions to these names: it has several where its layers have unlike weights."""
+    """Yields the contributions of each source to these names; a source has several if its layers differ in weight."""
     for position in range(len(sources[names[0]])):
         yield [sources[name][position] for name in names]
 
@@ -188,7 +188,7 @@ def _joined(names: Sequence[str], contributions: Sequence[Contribution]) -> Cont
 
 
 class _Reply:
-    """What Flower's classes read of a Message; a real one needs a running ServerApp."""
+    """A stand-in with what Flower's classes read of a Message; a real Message needs a running ServerApp."""
 
     def __init__(self, tensors: Tensors, weight: float) -> None:
         self.content = RecordDict({"arrays": _record(tensors), "metrics": MetricRecord({"num-examples": weight})})
@@ -209,7 +209,7 @@ def _aggregate(flowers: Any, number: int, replies: Sequence[_Reply]) -> dict[str
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Flower logs each call, and there is one a module."""
+    """Silences Flower's log, which has a line per call and so per module."""
     log = logging.getLogger("flwr")
     before = log.level
     log.setLevel(logging.WARNING)

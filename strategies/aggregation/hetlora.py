@@ -1,7 +1,7 @@
-"""HetLoRA (arXiv 2401.06432): factors of unequal ranks are padded with zeros, averaged, and cut to each node's rank.
+"""HetLoRA (arXiv 2401.06432): pads factors of unequal ranks with zeros, averages them, and cuts them to each node's rank.
 
-A source weighs as its update's size, s_k ||B_k A_k||_F, instead of its labels. s_k is folded into B, since it differs
-with the rank. The cut happens on the way to a node. Inexact as FedIT is. Not built: a node's pruning of its own rank.
+The weight of a source is the size of its update, s_k ||B_k A_k||_F, instead of its labels. s_k is folded into B, since it depends
+on the rank. Factors are cut when they are sent to a node. Inexact as FedIT is. A node's pruning of its own rank is not built.
 """
 
 from __future__ import annotations
@@ -32,6 +32,6 @@ class HetLora(RankedRule):
 
 
 def _by_size(sources: Sequence[Factors]) -> list[float]:
-    """Each source's share of the updates' sizes; of the labels, where nothing was learned yet."""
+    """Returns each source's share of the sizes of all updates; its share of the labels if nothing was learned yet."""
     sizes = [source.scale * product_norm(source.b_OR, source.a_RI) for source in sources]
     return [size / sum(sizes) for size in sizes] if sum(sizes) else [source.share for source in sources]

@@ -1,4 +1,4 @@
-"""No aggregation: every device goes on with what it trained itself. The baseline that shows what averaging is worth."""
+"""No aggregation: every source continues with what it trained itself. The baseline that shows what averaging gains."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from strategies.api import Aggregated, Aggregation, Contribution, Start
 
 
 class NoAggregation(Aggregation):
-    """The exported adapter is still the weighted mean, since a folder holds one."""
+    """Leaves each source its own tensors. The exported adapter is still the weighted mean, since a folder holds one adapter."""
 
     personal = True
 
     def aggregate(self, contributions: Sequence[Contribution], start: Start) -> Aggregated:
         mean = FedAvg().aggregate(contributions, start)
         personal: dict[str, dict[str, np.ndarray]] = {}
-        for contribution in contributions:  # a source has several where its layers have unlike weights
+        for contribution in contributions:  # a source has several if its layers differ in weight
             personal.setdefault(contribution.source, {}).update(contribution.tensors)
         return Aggregated(mean.tensors, personal)

@@ -1,4 +1,4 @@
-"""What rules for unequal ranks share: a module at a time, its sources' factors to one pair in the start's rank."""
+"""The base class of rules for unequal ranks: per module, the sources' factors become one pair in the start's rank."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from strategies.api import Aggregated, Aggregation, Contribution, Start
 
 
 class RankedRule(Aggregation, ABC):
+    """A rule that combines the factors of each module on its own; task heads are averaged."""
+
     unequal_ranks = True
 
     def aggregate(self, contributions: Sequence[Contribution], start: Start) -> Aggregated:
@@ -20,7 +22,7 @@ class RankedRule(Aggregation, ABC):
         for module, sources in by_module(contributions, start).items():
             start_a_RI, _, scale = of_start(module, start, {})
             if len(sources) == 1 and (sources[0].rank, sources[0].scale) == (len(start_a_RI), scale):
-                new[module + A], new[module + B] = sources[0].a_RI, sources[0].b_OR  # alone, it is left as it is
+                new[module + A], new[module + B] = sources[0].a_RI, sources[0].b_OR  # a single source keeps its factors
             else:
                 new[module + A], new[module + B] = self.combine(sources, start_a_RI, scale)
         return Aggregated(new)
@@ -29,4 +31,4 @@ class RankedRule(Aggregation, ABC):
     def combine(
         self, sources: Sequence[Factors], start_a_RI: np.ndarray, scale: float
     ) -> tuple[np.ndarray, np.ndarray]:
-        """A and B of a module, in the rank of the start's A."""
+        """Returns A and B of a module, in the rank of the start's A."""

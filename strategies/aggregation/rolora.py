@@ -1,6 +1,6 @@
 """RoLoRA (arXiv 2409.02346): the factors take turns. Odd rounds train and average B, even rounds A; the other is frozen.
 
-Exact in each round, as FFA-LoRA, and A learns too. B goes first, since it starts at zero and A would get no gradient.
+Exact in each round, like FFA-LoRA, and A learns too. B comes first: it starts at zero, so A would get no gradient.
 """
 
 from __future__ import annotations

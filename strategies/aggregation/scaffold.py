@@ -2,12 +2,12 @@
 
     y <- y - eta_l (g - c_i + c)    c_i+ = c_i - c + (x - y) / (K eta_l)    x += eta_g mean (y - x)    c = mean c_i
 
-The devices' half adds c - c_i to their gradients, in their own layers and in their copies on hosts. Otherwise than in the
-paper, c_i is kept here, by the source's name, since x, y and the steps' learning rates are known here: the same numbers,
-nothing is lost with a device, and K eta_l is the exact sum of whatever rates it stepped with. It costs an adapter's size
-down a round, and one for each source here. Means weigh by labels, as FedAvg's do; with equal weights they are the paper's.
-N counts the sources that have taken part so far, a tensor: a new one starts with c_i = 0. Of a tensor that only one
-source trains, such as a joint site's, c - c_i is 0 and nothing is sent; several sites are corrected as devices are.
+Devices add c - c_i to their gradients, in their own layers and in their copies on hosts. Unlike in the paper, c_i is kept here,
+by the name of the source, since x, y and the learning rates of the steps are known here: the numbers are the same, nothing is
+lost with a device, and K eta_l is the exact sum of the rates that a source used. This costs the size of an adapter per round and
+device downwards, and memory for one adapter per source here. Means are weighted by labels, as in FedAvg; with equal weights they
+are the means of the paper. N counts the sources that have trained a tensor so far: a new source starts with c_i = 0. If only one
+source trains a tensor, such as a joint site, c - c_i is 0 and nothing is sent; several sites are corrected like devices.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Scaffold(Aggregation):
     corrects_sgd = True
 
     def __init__(self, *, eta_g: Annotated[float, Field(gt=0, le=100)] = 1.0) -> None:
-        """`eta_g`: the server's step towards the sources' mean; 1 takes the mean itself."""
+        """`eta_g`: size of the server's step towards the mean of the sources; 1 takes the mean itself."""
         self.eta_g = eta_g
-        self._own: dict[str, dict[str, Contribution]] = {}  # c_i by source and tensor, each with its newest weight
+        self._own: dict[str, dict[str, Contribution]] = {}  # c_i per source and tensor, each with its newest weight
         self._common: Mapping[str, np.ndarray] = {}  # c
 
     def aggregate(self, contributions: Sequence[Contribution], start: Start) -> Aggregated:
@@ -49,7 +49,7 @@ class Scaffold(Aggregation):
         return {name: array for name, array in found.items() if array.any()}
 
     def _renew(self, contribution: Contribution, start: Start) -> None:
-        """Option II of the paper's algorithm 1."""
+        """Updates c_i by option II of the paper's algorithm 1."""
         source, own = contribution.source, self._own.setdefault(contribution.source, {})
         for name, y in contribution.tensors.items():
             mean_step = (start.tensors[name] - y.astype(np.float64)) / contribution.lr_sum

@@ -1,1 +1,1 @@
-"""Bandwidth rules: shares of the capacity, per device."""
+"""Bandwidth rules: they share the capacity out to the devices of a round."""

@@ -1,6 +1,6 @@
-"""Shares with which all devices finish together: who computes long sends fast.
+"""Gives shares with which all devices finish together: a device that computes longer sends faster.
 
-No other shares let the slowest device finish earlier. The wired and the wireless form, and why: strategies.bandwidth.links.
+No other shares let the slowest device finish earlier. `strategies.bandwidth.links` has the wired and the wireless form.
 """
 
 from __future__ import annotations
@@ -16,6 +16,6 @@ class Equalise:
         ordered = sorted(demands, key=lambda demand: demand.name)
         if not ordered:
             return {}
-        # Without a limit no share matters; those of a narrow capacity are as good as any.
+        # Without a limit any shares will do: take those of a narrow capacity.
         _, shares = finish_together(needs_of(ordered, capacity_bps or 1.0))
         return {demand.name: float(share) for demand, share in zip(ordered, shares, strict=True)}

@@ -1,11 +1,11 @@
-"""How long devices take with which shares of the bandwidth: arrays over devices, no strategy.
+"""Computes how long devices take with given shares of the bandwidth, and the reverse. Arrays over devices, no strategy.
 
-A device computes for c seconds and moves S bits. Two forms of what a share b of the capacity carries:
+A device computes for c seconds and moves S bits. What a share b of the capacity carries has two forms:
 
-- wired, or a token bucket: b C bits a second, so that the delay is c + S / (b C);
-- wireless, where a device has a signal-to-noise ratio over the whole band of C Hz: `edgelam_fl.wireless.fdma`.
+- wired, or a token bucket: b C bits per second, so that the delay is c + S / (b C);
+- wireless, if a device has a signal-to-noise ratio over the whole band of C Hz: `edgelam_fl.wireless.fdma`.
 
-A device needs the smaller a share the longer the round may take; the shares with which all finish together are therefore
+The longer a round may take, the smaller the share that a device needs; so the shares with which all devices finish together are
 optimal for the slowest (arXiv 2407.02924).
 """
 
@@ -27,24 +27,25 @@ _LEAST_SNR = 1e-12
 
 @dataclass(frozen=True)
 class Needs:
-    """What devices need, an entry a device."""
+    """What devices need in a round, as arrays with one entry per device."""
 
     compute_s: np.ndarray
-    alone_s: np.ndarray  # S / C: moving all with the whole capacity, at 1 bit/s/Hz where it is a band
-    floor_s: np.ndarray  # no share makes a device faster than its own link
+    alone_s: np.ndarray  # S / C: time to move everything with the whole capacity; at 1 bit/s/Hz if it is a band
+    floor_s: np.ndarray  # least delay that the device's own link allows, at any share
     snr: np.ndarray | None = None  # None: wired
 
     def __len__(self) -> int:
         return len(self.compute_s)
 
     def some(self, which: np.ndarray) -> Needs:
+        """Returns the needs of the devices at these indices or with a true mask."""
         snr = None if self.snr is None else self.snr[which]
         return Needs(self.compute_s[which], self.alone_s[which], self.floor_s[which], snr)
 
     def shares(self, delay_s: float | np.ndarray) -> np.ndarray:
-        """The share that each needs to be through after `delay_s`; infinite where none is enough.
+        """Returns the share that each device needs to finish within `delay_s`; infinity if no share is enough.
 
-        Of a column of delays: a row for each.
+        For a column of delays the result has one row per delay.
         """
         spare_s = delay_s - self.compute_s
         in_time = (spare_s >= 0) & (delay_s >= self.floor_s)
@@ -55,7 +56,7 @@ class Needs:
         return np.where(in_time, needed, np.inf)
 
     def longest_s(self) -> float:
-        """A delay that is enough for all."""
+        """Returns a delay that is enough for all devices together."""
         slowest, sending = float(np.max(self.compute_s)), float(np.sum(self.alone_s))
         for _ in range(_DOUBLINGS):
             delay_s = max(slowest + sending, float(np.max(self.floor_s)))
@@ -66,7 +67,7 @@ class Needs:
 
 
 def needs_of(devices: Sequence[Candidate] | Sequence[Demand], capacity_bps: float) -> Needs:
-    """Wireless if every device has a signal-to-noise ratio; a capacity of 0 is none that limits."""
+    """Returns what devices need: wireless if each has a signal-to-noise ratio. A capacity of 0 means no limit."""
     compute_s = np.array([device.compute_s for device in devices], dtype=float)
     bits = 8 * np.array([device.payload_bytes for device in devices], dtype=float)
     limits = np.array([device.limit_bps or math.inf for device in devices], dtype=float)
@@ -77,9 +78,9 @@ def needs_of(devices: Sequence[Candidate] | Sequence[Demand], capacity_bps: floa
 
 
 def finish_together(needs: Needs) -> tuple[float, np.ndarray]:
-    """(delay in seconds, shares): the least delay of the slowest, by bisection; the shares sum to 1.
+    """Returns (delay in seconds, shares): the least delay of the slowest device, by bisection; the shares sum to 1.
 
-    Where a device's own link or nothing but computing sets the pace, capacity is left over, and dealt out in proportion.
+    If computing alone or a device's own link sets the pace, capacity is left over; it is shared out in proportion.
     """
     delay_s = float(least_delays(needs, [len(needs)])[0])
     shares = needs.shares(delay_s)
@@ -88,7 +89,7 @@ def finish_together(needs: Needs) -> tuple[float, np.ndarray]:
 
 
 def least_delays(needs: Needs, counts: Sequence[int]) -> np.ndarray:
-    """For each count the least delay at which so many devices fit: those that then need the smallest shares."""
+    """Returns for each count the least delay at which that many devices fit, namely those that need the smallest shares."""
     wanted = np.array(counts)
     low, high = np.zeros(len(wanted)), np.full(len(wanted), needs.longest_s())
     for _ in range(_BISECTIONS):
@@ -101,12 +102,12 @@ def least_delays(needs: Needs, counts: Sequence[int]) -> np.ndarray:
 
 
 def fitting(shares: np.ndarray) -> np.ndarray:
-    """How many devices the capacity serves together, the least needy first; of each row of `shares`."""
+    """Returns how many devices the capacity serves together, smallest shares first, for each row of `shares`."""
     return np.sum(np.cumsum(np.sort(shares), axis=-1) <= 1 + 1e-12, axis=-1)
 
 
 def delay_of(needs: Needs, shares: np.ndarray) -> np.ndarray:
-    """Seconds until each device is through, with these shares."""
+    """Returns the seconds until each device finishes with these shares."""
     with np.errstate(divide="ignore", invalid="ignore"):
         per_second = shares if needs.snr is None else bits_per_hertz(shares, needs.snr)
         sending_s = np.where(needs.alone_s > 0, needs.alone_s / per_second, 0.0)

@@ -1,5 +1,6 @@
-"""The bandwidth half of the online Lyapunov scheduler (arXiv 2407.02924): the selection of the same name chooses devices by
-the delay that they have when all finish together; here they get the shares that make it so.
+"""The bandwidth half of the online Lyapunov scheduler (arXiv 2407.02924): gives shares with which all devices finish together.
+
+The selection of the same name chooses devices by the delay that they have with these shares.
 """
 
 from __future__ import annotations
@@ -8,4 +9,4 @@ from strategies.bandwidth.equalise import Equalise
 
 
 class LyapunovBandwidth(Equalise):
-    """The drift-plus-penalty objective grows with the delay alone once the devices are chosen: the same shares."""
+    """The shares of Equalise: once devices are chosen, the drift-plus-penalty objective grows only with the delay."""

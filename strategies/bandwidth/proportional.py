@@ -1,4 +1,4 @@
-"""Shares in proportion to what devices have to move: all send equally long, whatever time they compute."""
+"""Gives shares in proportion to what devices have to move: all send equally long, however long they compute."""
 
 from __future__ import annotations
 

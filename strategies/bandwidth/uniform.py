@@ -1,4 +1,4 @@
-"""Equal shares, whatever a device has to send."""
+"""Gives equal shares, whatever a device has to send."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Selection rules: the devices of a round."""
+"""Selection rules: they choose the devices of a round."""

@@ -1,4 +1,4 @@
-"""Every device that is here takes part."""
+"""Chooses every available device."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ from strategies.api import RoundState, Selected
 class SelectAll:
     def select(self, state: RoundState) -> Selected:
         names = sorted(candidate.name for candidate in state.candidates)
-        return Selected(names, {name: "every device that is here takes part" for name in names})
+        return Selected(names, {name: "every available device takes part" for name in names})

@@ -1,4 +1,4 @@
-"""The devices whose links are the fastest; those that were never measured come first, to be measured."""
+"""Chooses the devices with the fastest links; devices never measured come first, so that they get measured."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class BestChannel:
 
 
 def _quality(candidate: Candidate) -> float:
-    """A wireless channel's signal-to-noise ratio, else a link's rate: no federation has both."""
+    """Returns the signal-to-noise ratio of a wireless channel, else the rate of a link: no federation has both."""
     if candidate.snr is not None:
         return candidate.snr
     return math.inf if candidate.rate_bps is None else candidate.rate_bps

@@ -1,7 +1,7 @@
-"""FedCS (arXiv 1804.08333): as many devices as fit into a deadline, the one first that lengthens the round least.
+"""FedCS (arXiv 1804.08333): chooses as many devices as fit into a deadline, always next the one that lengthens the round least.
 
-The delay of a set of devices is that when all finish together. Beyond 64 devices the greedy choice has a resolution: 1 / 200
-of the deadline.
+The delay of a set of devices is the time at which all finish together. Beyond 64 devices the greedy choice has a resolution of
+1 / 200 of the deadline.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BISECTIONS = 50
 
 class FedCS:
     def __init__(self, *, deadline_s: Annotated[float, Field(gt=0)] = 60.0) -> None:
-        """`deadline_s`: of a round, in the devices' parts."""
+        """`deadline_s`: deadline of a round, counting the time on the devices."""
         self.deadline_s = deadline_s
 
     def select(self, state: RoundState) -> Selected:
@@ -38,7 +38,7 @@ class FedCS:
 
 
 def _one_by_one(needs: Needs, deadline_s: float, most: int) -> dict[int, float]:
-    """Devices in the order in which they are added, each with the round's delay when it is in."""
+    """Returns the devices in the order of their choice, each with the delay of the round with it."""
     added: dict[int, float] = {}
     delay_s = 0.0
     while len(added) < most:
@@ -50,7 +50,7 @@ def _one_by_one(needs: Needs, deadline_s: float, most: int) -> dict[int, float]:
 
         if left_over(deadline_s) < 0:
             break
-        # The least delay at which the inside and any one of the outside fit: that one lengthens the round least.
+        # The least delay at which the chosen devices and one more fit: that one lengthens the round least.
         low, high = delay_s, deadline_s
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
@@ -76,7 +76,7 @@ def _in_parts(needs: Needs, deadline_s: float, most: int) -> dict[int, float]:
 
 
 def _quickest_alone(needs: Needs, added: dict[int, float], missing: int) -> list[int]:
-    """Where the deadline leaves too few for a round: those that would be through first on their own."""
+    """Returns `missing` devices that would finish first on their own, for a round that the deadline leaves too few devices."""
     if missing <= 0:
         return []
     alone = delay_of(needs, np.ones(len(needs)))
@@ -89,7 +89,7 @@ def _reasons(
 ) -> dict[str, str]:
     round_s = max(added.values(), default=0.0)
     why = {
-        candidate.name: f"does not fit into {deadline_s:g} s beside the {len(added)} chosen" for candidate in candidates
+        candidate.name: f"does not fit into {deadline_s:g} s with the {len(added)} chosen" for candidate in candidates
     }
     for place, (index, delay_s) in enumerate(added.items(), 1):
         why[candidates[index].name] = f"added as number {place} at {delay_s:.3g} s of {round_s:.3g} s in all"

@@ -1,12 +1,12 @@
-"""The online Lyapunov scheduler (arXiv 2407.02924): as many devices as a bound on the rounds' average delay allows.
+"""The online Lyapunov scheduler (arXiv 2407.02924): chooses as many devices as a bound on the average delay of rounds allows.
 
-A virtual queue holds by how much the rounds so far were longer than the bound: Q <- max(Q + tau / bound - 1, 0). Each round
-minimises V / n + Q tau_n / bound over the number n of devices, tau_n being the least delay of n devices that finish
-together: drift plus penalty. V trades: the average stays within O(V / rounds) above the bound, the participation within
-O(1 / V) of the best. (The paper's rounds may weigh unlike amounts; here all weigh the same.)
+A virtual queue holds how much longer than the bound the rounds so far were: Q <- max(Q + tau / bound - 1, 0). Each round
+minimises V / n + Q tau_n / bound over the number n of devices, tau_n being the least delay of n devices that finish together:
+drift plus penalty. V is a trade-off: the average delay stays within O(V / rounds) above the bound, the participation within
+O(1 / V) of the best. (In the paper rounds may differ in weight; here all weigh the same.)
 
-At a given delay devices do not depend on each other, so the n that need the smallest shares are the best n: no subset is
-left out up to 64 devices; beyond, the result is within 0.1 % of the best.
+At a given delay the share that a device needs does not depend on other devices, so the n devices that need the smallest shares
+are the best n. Up to 64 devices all subsets are covered; beyond, the result is within 0.1 % of the best.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class LyapunovSelection:
     def __init__(
         self, *, delay_s: Annotated[float, Field(gt=0)] = 30.0, v: Annotated[float, Field(ge=0)] = 10.0
     ) -> None:
-        """`delay_s`: what a round may take on average, in the devices' parts. `v`: weight of taking many devices."""
+        """`delay_s`: average time that a round may take on the devices. `v`: weight of choosing many devices."""
         self.delay_s, self.v = delay_s, v
         self.queue = 0.0  # in rounds of delay_s
 
@@ -50,23 +50,23 @@ class LyapunovSelection:
 
 
 def _reason(chosen: bool, share: float, round_: str) -> str:
-    needed = f"needs a share of {share:.3g}" if np.isfinite(share) else "is not through in time with any share"
+    needed = f"needs a share of {share:.3g}" if np.isfinite(share) else "does not finish in time with any share"
     return f"{needed}, {'among' if chosen else 'not among'} the smallest: {round_}"
 
 
 def best_count(needs: Needs, v: float, pressure: float, least: int, most: int) -> tuple[int, float]:
-    """(n, tau_n) that minimises v / n + pressure tau_n over least <= n <= most."""
+    """Returns the (n, tau_n) that minimises v / n + pressure tau_n over least <= n <= most."""
     if len(needs) > EXACT_UP_TO:
         count = _search(needs, v, pressure, least, most)
         return count, float(least_delays(needs, [count])[0])
-    counts = range(most, least - 1, -1)  # where two are as good, more devices
+    counts = range(most, least - 1, -1)  # from many to few, so that more devices win a tie
     delays = least_delays(needs, counts)
     best = int(np.argmin([v / n + pressure * delay for n, delay in zip(counts, delays, strict=True)]))
     return counts[best], float(delays[best])
 
 
 def _search(needs: Needs, v: float, pressure: float, least: int, most: int) -> int:
-    """Branch and bound over the delay: between two delays no count is better than the later one's at the earlier delay."""
+    """Searches by branch and bound over the delay: between two delays no n does better than the larger n at the smaller delay."""
     low, high = (float(delay) for delay in least_delays(needs, [least, most]))
     best, negative = min((v / most + pressure * high, -most), (v / least + pressure * low, -least))
     waiting = [(v / most + pressure * low, low, least, high, most)]

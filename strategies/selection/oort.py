@@ -1,10 +1,10 @@
-"""Oort (arXiv 2010.06081): devices whose data still teach something and that are fast enough, some new ones among them.
+"""Oort (arXiv 2010.06081): chooses devices with a high loss that are fast enough, and some new devices.
 
-Utility U = n sqrt(mean loss^2), times (T / t)^alpha for a device that takes t > T seconds. Score: U, clipped and scaled to
-0..1, plus sqrt(0.1 ln R / last round). A share epsilon of the places goes to devices never tried; the others are drawn by
-score among those near the best. T is a percentile of the devices' times, which the pacer raises when the utility gained
-has become flat, and lowers when it jumps (as FedScale's code has it). The squares here are of a device's mean losses a
-step, and new devices are drawn by their examples.
+Utility U = n sqrt(mean loss^2), times (T / t)^alpha for a device that takes t > T seconds. The score is U, clipped and scaled to
+0..1, plus sqrt(0.1 ln R / last round). A share epsilon of the places goes to devices never tried; the others are drawn by score
+among the devices near the best. T is a percentile of the devices' times, which the pacer raises when the utility gained has become
+flat, and lowers when it jumps (as in FedScale's code). The squares here are of a device's mean loss per step, and new devices are
+drawn in proportion to their examples.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class Oort:
         pacer_step: Annotated[float, Field(gt=0, le=100)] = 5.0,
         most_rounds: Annotated[int, Field(ge=0)] = 0,
     ) -> None:
-        """`alpha`: how hard slow devices are punished. `clip`: percentile at which utilities are cut. `cut_off`: who has
-        this share of the last chosen score may be drawn too. `percentile`: of the times, what T starts as.
-        `most_rounds`: devices that took part more often are left out while others are enough; 0: never.
+        """`alpha`: how much slow devices lose. `clip`: quantile at which utilities are cut. `cut_off`: share of the last chosen
+        score from which on a device may be drawn too. `percentile`: percentile of the times that T starts with.
+        `most_rounds`: devices that took part more often are left out if the others are enough; 0: never.
         """
         self.alpha, self.clip, self.cut_off, self.most_rounds = alpha, clip, cut_off, most_rounds
         self.epsilon, self.epsilon_decay, self.epsilon_least = epsilon, epsilon_decay, epsilon_least
         self.percentile, self.pacer_rounds, self.pacer_step = percentile, pacer_rounds, pacer_step
-        self._gained: list[float] = []  # mean utility of a round's devices
+        self._gained: list[float] = []  # mean utility of the devices of each round
         self._rounds: Counter[str] = Counter()
 
     def select(self, state: RoundState) -> Selected:
@@ -107,7 +107,7 @@ class Oort:
         return scores
 
     def _near(self, known: Sequence[Candidate], scores: dict[str, float], count: int) -> list[Candidate]:
-        """The best `count` of `known`, which are sorted, and who is not far from the last of them."""
+        """Returns the best `count` of the sorted `known`, and those with nearly the score of the last of them."""
         if not count:
             return []
         least = self.cut_off * scores[known[count - 1].name]

@@ -1,6 +1,6 @@
-"""Power of choice (arXiv 2010.01243): d candidates drawn in proportion to their data, of these the m with the largest loss.
+"""Power of choice (arXiv 2010.01243): draws d candidates in proportion to their data and takes the m with the largest loss.
 
-The losses are those of earlier rounds (the paper's variant without an extra message); never seen counts as the highest.
+The losses are those of earlier rounds (the paper's variant without an extra message); an unknown loss counts as the highest.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from strategies.selection.ranking import drawn, loss_or_highest, take
 
 class PowerOfChoice:
     def __init__(self, *, d: Annotated[int, Field(ge=0)] = 0) -> None:
-        """`d`: candidates drawn, at least as many as are wanted; 0: twice as many as are wanted."""
+        """`d`: number of candidates drawn, at least as many as are wanted; 0: twice as many as are wanted."""
         self.d = d
 
     def select(self, state: RoundState) -> Selected:

@@ -1,4 +1,4 @@
-"""Devices drawn uniformly, without replacement."""
+"""Draws devices uniformly, without replacement."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What several selections share: taking the first of an order, and saying of every candidate why."""
+"""Helpers of several selections: take the first candidates of an order, draw by weight, give a reason for each candidate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from strategies.api import Candidate, Selected
 
 
 def take(ordered: Sequence[Candidate], count: int, reason: Callable[[Candidate], str]) -> Selected:
-    """The first `count` of `ordered`; names in their own order. `reason` says by what a candidate was ranked."""
+    """Selects the first `count` of `ordered`, with names sorted. `reason` says what a candidate was ranked by."""
     why = {
         candidate.name: f"{reason(candidate)}: {place} of {len(ordered)}, {count} wanted"
         for place, candidate in enumerate(ordered, 1)
@@ -19,9 +19,9 @@ def take(ordered: Sequence[Candidate], count: int, reason: Callable[[Candidate],
 
 
 def drawn(candidates: Sequence[Candidate], weights: Sequence[float], count: int, random: Random) -> list[Candidate]:
-    """`count` without replacement, each draw in proportion to the weights left (Efraimidis and Spirakis, 2006).
+    """Draws `count` candidates without replacement, each in proportion to the weights left (Efraimidis and Spirakis, 2006).
 
-    Candidates without weight come last. The candidates' order must be the same in every run.
+    Candidates of weight 0 come last. The order of the candidates must be the same in every run.
     """
     keys = [random.expovariate(1.0) / weight if weight > 0 else math.inf for weight in weights]
     order = sorted(range(len(candidates)), key=lambda index: (keys[index], candidates[index].name))
@@ -29,5 +29,5 @@ def drawn(candidates: Sequence[Candidate], weights: Sequence[float], count: int,
 
 
 def loss_or_highest(candidate: Candidate) -> float:
-    """Who never told a loss is asked first."""
+    """Returns the last loss; infinity if there is none, so that unknown devices come first."""
     return math.inf if candidate.last_loss is None else candidate.last_loss

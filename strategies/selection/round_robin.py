@@ -1,4 +1,4 @@
-"""Whoever has waited longest comes next."""
+"""Chooses the devices that have waited longest."""
 
 from __future__ import annotations
 

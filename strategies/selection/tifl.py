@@ -1,8 +1,8 @@
-"""TiFL (arXiv 2001.09249): devices in tiers of like speed; a round takes its devices from one tier, so nobody waits long.
+"""TiFL (arXiv 2001.09249): groups devices into tiers of similar speed and takes a round's devices from one tier.
 
-A tier is drawn by how badly its devices do so far (ranks of their mean metric; alike while none is known), and has credits:
-each draw costs one, and when no tier has any left, all get theirs back. Devices that never took part are a tier of their
-own that comes first, in place of the paper's profiling rounds.
+A tier is drawn with a weight that grows the worse its devices do so far (by the rank of their mean metric; equal weights while
+no metric is known), and has credits: each draw costs one, and when no tier has credits left, all get theirs back. Devices that
+never took part form a tier of their own that comes first, instead of the paper's profiling rounds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from strategies.selection.ranking import drawn
 
 class TiFL:
     def __init__(self, *, tiers: Annotated[int, Field(ge=1)] = 5, credits: Annotated[int, Field(ge=1)] = 10) -> None:
-        """`tiers`: of about as many devices each. `credits`: rounds of a tier before the others had theirs."""
+        """`tiers`: number of tiers of nearly equal size. `credits`: rounds that a tier may have before all others had theirs."""
         self.tiers, self.credits = tiers, credits
         self._left: dict[int, int] = {}
 
@@ -36,7 +36,7 @@ class TiFL:
         return self._take(state, tiers[number], f"tier {number + 1} of {len(tiers)}", label)
 
     def _tiers(self, candidates: Sequence[Candidate]) -> list[list[Candidate]]:
-        """The fastest first."""
+        """Splits the candidates into tiers, the fastest first."""
         order = sorted(candidates, key=lambda c: (c.last_seconds or 0.0, c.name))
         count = min(self.tiers, len(order))
         borders = [len(order) * number // count for number in range(count + 1)] if count else []
@@ -68,6 +68,6 @@ class TiFL:
 
 
 def _mean_metric(tier: Sequence[Candidate]) -> float:
-    """0 where nothing is known: nothing was learned there."""
+    """Returns the mean metric of the tier's devices; 0 if none is known, as nothing was learned there."""
     known = [c.metric for c in tier if c.metric is not None]
     return math.fsum(known) / len(known) if known else 0.0

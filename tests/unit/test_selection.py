@@ -141,7 +141,7 @@ def test_fedcs_adds_what_lengthens_the_round_least_while_the_deadline_holds() ->
     assert fits.why["d0"].startswith("added as number 1 at 2 s of ")
     # d0 and d1 together: 1 / (t - 1) + 3 / t = 1, t^2 - 5 t + 3 = 0
     assert fits.why["d1"].startswith(f"added as number 2 at {(5 + math.sqrt(25 - 12)) / 2:.3g} s")
-    assert fits.why["d3"] == "does not fit into 11 s beside the 3 chosen"
+    assert fits.why["d3"] == "does not fit into 11 s with the 3 chosen"
     two = load("selection", "fedcs", {"fedcs": {"deadline_s": 100.0}}).rule.select(state(pool, 2, capacity_bps=8.0))
     assert list(two.names) == ["d0", "d1"]
 
