@@ -1,14 +1,16 @@
-"""A hook of mkdocs (mkdocs.yml): pages that are made from the code at every build, and links out of docs/.
+"""A hook of mkdocs (mkdocs.yml): pages that are made from the code at every build, diagrams, and links out of docs/.
 
-The overview is README.md, and CONTRIBUTING.md is a page too; the page of the run file comes from the pydantic models, the page of the commands from the
-command line itself. None of them is kept in the repository, so none is ever stale. A link from a page to a file outside
-docs/ leads to a copy in the site, and diagrams are drawn here: the site works without the repository and without a network.
+The overview is README.md, and CONTRIBUTING.md is a page too. The page of the run file comes from the pydantic models, the
+page of the commands from the command line itself, the page of the strategies from their table. None of them is kept in
+the repository, so none is ever stale. A link from a page to a file outside docs/ leads to a copy in the site, so the site
+works without the repository and without a network.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from importlib import import_module
 from pathlib import Path
 from posixpath import normpath, relpath
 from typing import Any
@@ -24,6 +26,8 @@ from typer.main import get_command
 from edgelam_fl.cli.main import app
 from edgelam_fl.cli.run_file import allowed
 from edgelam_fl.config import RunConfig, toml_value
+from strategies.options import parameters
+from strategies.registry import BUILT_IN
 from tools import sequence
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +45,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "contributing.md": from_the_root("CONTRIBUTING.md"),
         "run-file.md": run_file_page(),
         "commands.md": commands_page(),
+        "built-in-strategies.md": strategies_page(),
     }
     for name, content in generated.items():
         files.append(File.generated(config, name, content=content))
@@ -157,6 +162,65 @@ def _code(text: str) -> str:
 def _cell(text: str) -> str:
     """Returns plain text for a cell of a table: Markdown and its extensions find nothing in it."""
     return text.translate({ord(character): f"&#{ord(character)};" for character in "|<>{}*_"})
+
+
+# ---------------------------------------------------------------- the strategies
+
+_STRATEGIES = """\
+# Built-in strategies
+
+This page is made from the table of strategies and their classes. A run file names one of each kind:
+
+```toml
+# strategies.toml
+[strategy]
+aggregation = "flexlora"
+selection = "oort"
+bandwidth = "equalise"
+options = { oort = { alpha = 2.0 } }
+[federation]
+devices_per_round = 4
+[wire]
+capacity = "20 Mbit/s"
+```
+
+Options are checked, and belong to the strategy of that name. The reason for every device, chosen or not, is in the event `plan`; `round_done` has the
+aggregation's error, its distance from the mean of the products B·A. With `wireless.bandwidth_hz` the devices share a simulated cell
+instead of `wire.capacity`. [Your own](strategies.md) is a class in a file.
+
+"""
+_DUTIES = {
+    "aggregation": "how adapters become one",
+    "selection": "which devices take part in a round (`federation.devices_per_round`)",
+    "bandwidth": "which share of `wire.capacity` each device gets; links keep to it",
+}
+
+
+def strategies_page() -> str:
+    return _STRATEGIES + "\n".join(_strategies_of_kind(kind, table) for kind, table in BUILT_IN.items())
+
+
+def _strategies_of_kind(kind: str, table: Mapping[str, str]) -> str:
+    modules = [path.partition(":")[0] for path in table.values()]
+    rows = []
+    for name, path in table.items():
+        module, _, class_name = path.partition(":")
+        home = import_module(module)
+        about = " ".join((home.__doc__ or "").split("\n\n")[0].split())
+        if modules.count(module) > 1:
+            about = f"{class_name}: {about.partition(':')[0]}"
+        options = parameters(getattr(home, class_name)).values()
+        defaults = ", ".join(f"`{option.name} = {toml_value(option.default)}`" for option in options)
+        rows.append(f"| `{name}` | {_cell(about)} | {defaults} |")
+    head = [
+        f"## strategy.{kind}",
+        "",
+        f"Decides {_DUTIES[kind]}.",
+        "",
+        "| name | what it does | options |",
+        "|---|---|---|",
+    ]
+    return "\n".join([*head, *rows, ""])
 
 
 # ---------------------------------------------------------------- the commands

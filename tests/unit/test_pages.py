@@ -24,9 +24,12 @@ from edgelam_fl.config import TaskSection, parse_run_file
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.tasks.causal_lm import CausalLm
 from edgelam_fl.tasks.data import read_pairs
+from server.checks import check_config
+from strategies.registry import BUILT_IN
 from testbed.__main__ import app as testbed_app
 from testbed.shapes import read_testbed
 from tools import figures, sequence
+from tools.site_pages import strategies_page
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -170,6 +173,11 @@ def test_run_files_are_valid(page: str, tmp_path: Path) -> None:
             parse_run_file(block, source=page)
 
 
+def test_the_run_file_of_the_strategies_page_is_valid() -> None:
+    (block,) = fenced(strategies_page(), "toml")
+    check_config(parse_run_file(block, source="built-in-strategies.md"))
+
+
 def test_the_page_of_data_shows_classes() -> None:
     files = dict(re.findall(r"```toml\n# (\S+)\n(.*?)```", DATA, flags=re.DOTALL))
     assert parse_run_file(files["topics.toml"], source="docs/data.md").task.kind == "classification"
@@ -300,3 +308,5 @@ def test_the_site_builds_strictly_and_asks_no_other_server(tmp_path: Path) -> No
     text = (tmp_path / "site" / "run-file.html").read_text(encoding="utf-8")
     assert "micro_batches" in text
     assert "bandwidth_hz" in text
+    text = (tmp_path / "site" / "built-in-strategies.html").read_text(encoding="utf-8")
+    assert all(f"<code>{name}</code>" in text for table in BUILT_IN.values() for name in table)
