@@ -1,1 +1,1 @@
-"""Tasks, one file each: examples, batches, loss and metrics; and the data files they read."""
+"""Tasks, one file each: examples, batches, loss and metrics; and the data files that they read."""

@@ -1,4 +1,4 @@
-"""What every task is made of: examples, micro-batches of them, and a loss as a sum with what it is divided by.
+"""The parts of every task: examples, micro-batches, and a loss as a sum together with its divisor.
 
 Knows nothing about stages and links. Sums and counts, never means: means of unequal pieces do not add up.
 Shapes: B rows, T tokens.
@@ -17,42 +17,47 @@ from edgelam_fl.tasks.data import Pair
 
 @dataclass(frozen=True)
 class Example:
+    """One prompt and its answer, ready for a model."""
+
     ids: list[int]
-    labels: list[int]  # causal-lm: one a token; classification: the class's number, alone
-    count: int  # what its loss is weighted by: labelled tokens, or 1
+    labels: list[int]  # causal-lm: one per token; classification: only the number of the class
+    count: int  # weight of its loss: the number of labelled tokens, or 1
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One micro-batch: padded on the right."""
+    """One micro-batch, padded on the right."""
 
     ids_BT: torch.Tensor
     labels: torch.Tensor  # [B, T] causal-lm, [B] classification
     row_lengths: list[int]
-    count: int  # n of the unit: labelled tokens, or examples
+    count: int  # weight of the micro-batch: labelled tokens, or examples
 
 
 class Task(Protocol):
-    """The settings of one run's task. A tokenizer is loaded when `examples` is first asked for, and not before."""
+    """A task with the settings of one run, made as `class(tokenizer_folder, settings)`.
+
+    The tokenizer is loaded at the first call of `examples`, not before: a host that gets labels has none.
+    """
 
     def examples(self, pairs: Sequence[Pair]) -> list[Example]:
-        """Raises DataError where nothing can be learned from them."""
+        """Makes examples of pairs. Raises DataError if nothing can be learned from them."""
         ...
 
     def units(self, examples: Sequence[Example], pieces: int) -> list[Unit]:
-        """A batch in at most `pieces` micro-batches."""
+        """Cuts a batch into at most `pieces` micro-batches."""
         ...
 
     def loss(self, output: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
-        """A unit's loss sum in fp32 (to be divided by counts), and the sums of its other metrics by name.
+        """Returns a micro-batch's loss sum in fp32 (to be divided by counts), and the sums of its other metrics by name.
 
-        A function of tensors only: a host that is sent the labels calls it too.
+        A function of tensors only: a host that gets the labels calls it too.
         """
         ...
 
 
 def cut(examples: Sequence[Example], pieces: int) -> list[list[Example]]:
-    """The rows of at most `pieces` micro-batches, sorted by length so that little is padding."""
+    """Cuts a batch into the rows of at most `pieces` micro-batches, sorted by length so that padding is small."""
     ordered = sorted(examples, key=lambda example: len(example.ids))
     size, larger = divmod(len(ordered), pieces)
     parts, start = [], 0
@@ -65,7 +70,7 @@ def cut(examples: Sequence[Example], pieces: int) -> list[list[Example]]:
 
 
 def pad(rows: Sequence[list[int]], fill: int) -> torch.Tensor:
-    """[B, T]: `rows` with `fill` behind the shorter ones."""
+    """Stacks `rows` to [B, T], with `fill` after the shorter ones."""
     padded_BT = torch.full((len(rows), max(map(len, rows))), fill, dtype=torch.long)
     for number, row in enumerate(rows):
         padded_BT[number, : len(row)] = torch.tensor(row)

@@ -1,4 +1,4 @@
-"""Causal language modelling: a prompt and its answer -> token ids and labels; logits -> a loss sum.
+"""Causal language modelling: makes token ids and labels of a prompt and its answer, and a loss sum of logits.
 
 Knows nothing about stages and links. Shapes: B rows, T tokens, V vocabulary.
 """
@@ -22,9 +22,10 @@ IGNORED = -100  # a position without a label
 
 
 class CausalLm:
-    """The task of one device: a tokenizer and the run's settings.
+    """Predicts the tokens of answers.
 
-    `weighting` "labels": every labelled token counts alike; "examples": every example does, by its mean token loss.
+    With the weighting "labels" every labelled token has the same weight; with "examples" every example has, by its mean token
+    loss.
     """
 
     def __init__(self, tokenizer_folder: Path, settings: TaskSettings) -> None:
@@ -39,7 +40,7 @@ class CausalLm:
         return AutoTokenizer.from_pretrained(self._tokenizer_folder)
 
     def prompt_text(self, prompt: Prompt) -> str:
-        """What stands before the answer; nothing before a passage that has no prompt."""
+        """Writes what comes before the answer: nothing for a passage, which has no prompt."""
         if self.template == "chat":
             return self._chat_text(_turns(prompt), add_generation_prompt=True)
         if not isinstance(prompt, str):
@@ -55,14 +56,14 @@ class CausalLm:
         whole = self._chat_text([*_turns(prompt), {"role": "assistant", "content": answer}])
         if not whole.startswith(before):
             raise ConfigError(
-                "task.template = 'chat': the model's own template writes a chat with its answer in another way than the "
-                f"prompt before it, {before[-40:]!r}; give a text with {{prompt}} and {{answer}} instead"
+                "task.template = 'chat': the model's own template writes a chat with its answer differently from the prompt "
+                f"alone, {before[-40:]!r}; give a text with {{prompt}} and {{answer}} instead"
             )
         return whole.removeprefix(before)
 
     def _chat_text(self, turns: list[dict[str, str]], **how: bool) -> str:
         if not self.tokenizer.chat_template:
-            raise ConfigError("task.template = 'chat', but the model brings no chat template; set 'plain' or a text")
+            raise ConfigError("task.template = 'chat', but the model has no chat template; set 'plain' or a text")
         try:
             return self.tokenizer.apply_chat_template(turns, tokenize=False, **how)
         except TemplateError as error:
@@ -70,7 +71,7 @@ class CausalLm:
             raise DataError(f"the model's chat template refuses a chat of {roles:.80}: {error}") from error
 
     def examples(self, pairs: Sequence[Pair]) -> list[Example]:
-        """Raises DataError where `max_tokens` leaves no room for any answer."""
+        """Makes examples of pairs. Raises DataError if `max_tokens` leaves no room for any answer."""
         made = [self._example(prompt, answer) for prompt, answer in pairs]
         kept = [example for example in made if example.count]
         if not kept:
@@ -102,12 +103,12 @@ def _turns(prompt: Prompt) -> list[dict[str, str]]:
 
 
 def labelled(labels: Sequence[int]) -> int:
-    """How many tokens are learned: the first is predicted from nothing."""
+    """Counts the tokens that are learned; the first token has nothing to be predicted from."""
     return sum(label != IGNORED for label in labels[1:])
 
 
 def make_units(examples: Sequence[Example], pieces: int) -> list[Unit]:
-    """A batch in at most `pieces` micro-batches."""
+    """Cuts a batch into at most `pieces` micro-batches."""
     return [
         Unit(
             pad([row.ids for row in rows], 0),
@@ -120,13 +121,13 @@ def make_units(examples: Sequence[Example], pieces: int) -> list[Unit]:
 
 
 def loss_sum(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-    """Sum of the token losses over labelled positions, in fp32: position t predicts token t + 1."""
+    """Sums the token losses over labelled positions, in fp32; position t predicts token t + 1."""
     predicted = logits_BTV[:, :-1].flatten(0, 1).float()
     return functional.cross_entropy(predicted, labels_BT[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 def sum_of_means(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-    """Sum over the rows of each row's mean token loss, in fp32; a row without labels adds nothing."""
+    """Sums the mean token loss of each row, in fp32; a row without labels adds nothing."""
     targets_BT = labels_BT[:, 1:]
     scores_BVT = logits_BTV[:, :-1].float().transpose(1, 2)
     losses_BT = functional.cross_entropy(scores_BVT, targets_BT, ignore_index=IGNORED, reduction="none")

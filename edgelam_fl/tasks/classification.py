@@ -1,6 +1,6 @@
-"""Classification of texts: a text and its class's name -> token ids and a number; logits -> a loss sum and hits.
+"""Classification of texts: makes token ids and a number of a text and its class, and a loss sum and hits of logits.
 
-Knows nothing about stages and links, nor where the model takes its logits from. Shapes: B rows, T tokens, C classes.
+Knows nothing about stages and links, nor where the logits come from. Shapes: B rows, T tokens, C classes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from edgelam_fl.tasks.data import Pair, Prompt, TaskSettings
 
 
 class Classification:
-    """The prompt of a pair is the text, its answer the name of the class; every example counts alike."""
+    """Predicts the class of a text: the prompt of a pair is the text, its answer is the class. All examples weigh the same."""
 
     def __init__(self, tokenizer_folder: Path, settings: TaskSettings) -> None:
         self._tokenizer_folder = tokenizer_folder
@@ -32,7 +32,7 @@ class Classification:
         return AutoTokenizer.from_pretrained(self._tokenizer_folder)
 
     def examples(self, pairs: Sequence[Pair]) -> list[Example]:
-        """With the tokenizer's special tokens; a longer text is cut at `max_tokens`, them included."""
+        """Makes examples with the tokenizer's special tokens; a longer text is cut to `max_tokens`, special tokens included."""
         return [self._example(text, name) for text, name in pairs]
 
     def _example(self, text: Prompt, name: str) -> Example:
@@ -53,6 +53,6 @@ class Classification:
         ]
 
     def loss(self, output: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
-        """Logits [B, C] -> the sum of the rows' cross-entropies, and how many rows are "correct"."""
+        """Returns the sum of the cross-entropies of logits [B, C], and the number of rows that are "correct"."""
         loss = functional.cross_entropy(output.float(), labels, reduction="sum")
         return loss, {"correct": float((output.argmax(-1) == labels).sum())}

@@ -1,4 +1,4 @@
-"""A device's examples: prompts and answers from its file, some set aside, the order of training. Knows texts, not tokens."""
+"""Reads prompts and answers from a device's file, holds some of them out, and orders the rest. Knows texts, not tokens."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from edgelam_fl.errors import DataError, nearest
 from edgelam_fl.tasks.files import PASSAGE, Record, read_records
 
 Turn = tuple[str, str]  # role and content
-Prompt = str | tuple[Turn, ...]  # a text (of a plain passage: empty), or the turns of a chat before its last answer
-Pair = tuple[Prompt, str]  # prompt and answer; of a classification the text and its class's name
+Prompt = str | tuple[Turn, ...]  # a text (empty for a passage), or the turns of a chat before its last answer
+Pair = tuple[Prompt, str]  # prompt and answer; in a classification the text and the name of its class
 _ROLES = ("system", "user", "assistant")
 
 
@@ -46,16 +46,16 @@ class DataSettings(TaskSettings, Protocol):
 
 
 def device_pairs(path: Path, settings: DataSettings) -> tuple[list[Pair], list[Pair]]:
-    """(training, held-out) of a device's file, nothing tokenized. Raises DataError where it does not fit the task."""
+    """Reads (training, held-out) from a device's file, untokenized. Raises DataError if the file does not fit the task."""
     pairs = read_pairs(path, settings.prompt_field, settings.answer_field, settings.classes)
     _check_prompts(path, pairs, settings)
     return set_aside(pairs, settings.held_out, by="prompt" if settings.classes else "answer")
 
 
 def read_pairs(path: Path, prompt_field: str, answer_field: str, classes: Sequence[str] = ()) -> list[Pair]:
-    """(prompt, answer) of each example. Raises DataError with its place and what it lacks.
+    """Reads the (prompt, answer) pair of each example.
 
-    `classes`: what an answer may be; empty: anything.
+    `classes`: the answers allowed; empty: any. Raises DataError with the place of an example and what it lacks.
     """
     return [_pair(path, record, prompt_field, answer_field, classes) for record in read_records(path)]
 
@@ -84,7 +84,7 @@ def _text(path: Path, record: Record, field: str) -> str:
 
 
 def _chat(where: str, messages: Any) -> Pair:
-    """The last turn of the assistant is the answer, what stands before it the prompt; what comes after it is left out."""
+    """Reads a chat: the last turn of the assistant is the answer, the turns before are the prompt, later turns are ignored."""
     turns = [_turn(where, message) for message in messages] if isinstance(messages, list) else []
     answers = [number for number, (role, _) in enumerate(turns) if role == "assistant"]
     if not answers or answers[-1] == 0:
@@ -104,7 +104,7 @@ def _turn(where: str, message: Any) -> Turn:
 
 
 def _check_prompts(path: Path, pairs: list[Pair], settings: DataSettings) -> None:
-    """Passages have no prompt and chats no plain one: only some settings can learn from them."""
+    """Refuses passages, which have no prompt, and chats, whose prompt is no plain text, with settings that cannot learn from them."""
     passages = any(prompt == "" for prompt, _ in pairs)
     chats = any(isinstance(prompt, tuple) for prompt, _ in pairs)
     if settings.classes:
@@ -136,17 +136,15 @@ def set_aside(
 
     ranks = sorted({rank(pair) for pair in pairs})
     if len(ranks) < 2:
-        raise DataError(
-            f"all examples have the same {word}; nothing could be measured on {word}s that were not learned"
-        )
+        raise DataError(f"all examples have the same {word}; no {word} would be left to measure that was not learned")
     measured = set(ranks[: min(len(ranks) - 1, max(1, round(held_out * len(ranks))))])
     return [p for p in pairs if rank(p) not in measured], [p for p in pairs if rank(p) in measured]
 
 
 def batch_indices(examples: int, batch_size: int, step: int, seed: int, node: str) -> list[int]:
-    """Which examples a device takes at a global step: its own shuffle an epoch, drawn on across the epochs' borders.
+    """Returns the examples that a device takes at a global step: one shuffle per epoch, continued across epochs.
 
-    A function of its arguments only, so that a node that restarts or sits out a round needs no cursor.
+    Depends only on its arguments, so that a node that restarts or misses a round needs no cursor.
     """
     wanted = range(step * batch_size, (step + 1) * batch_size)
     orders: dict[int, list[int]] = {}

@@ -1,7 +1,7 @@
 """The demo's data set: questions about Python's standard library, answered by its own docstrings.
 
-It is on every machine that has Python (PSF licence), needs no download, and its modules are natural, unlike owners.
-Knows nothing about tokens, templates or held-out shares. `edgelam demo` writes a file a device with it.
+Every machine with Python has it (PSF licence), it needs no download, and its modules are natural, dissimilar owners.
+Knows nothing about tokens, templates or held-out shares. `edgelam demo` writes one file per device with it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from edgelam_fl.errors import DataError
 SHORTEST, LONGEST = 20, 240  # characters of an answer
 SIGNATURE = re.compile(r"[\w.]+\(|\w+ ?= ?\w|.{,40} --?> ")  # "f(x)", "a=None, b=None", "f x -> y": no sentence
 
-# Neighbours fall to one owner. Left out on purpose: what prints or opens a window on import (this, antigravity,
+# Neighbouring modules get the same owner. Left out on purpose: what prints or opens a window on import (this, antigravity,
 # tkinter, turtle, idlelib), what is deprecated in 3.11 to 3.13, and what changes the process (rlcompleter).
 THEMES = {
     "the language": "builtins operator functools itertools collections collections.abc types typing dataclasses enum "
@@ -53,7 +53,7 @@ OTHER_HOMES = {"posix": "os", "nt": "os", "genericpath": "posixpath"}
 
 @dataclass(frozen=True)
 class DocstringPair:
-    """One question and its answer; `module` (dotted name) says who owns it."""
+    """One question and its answer; the owner of `module` (its dotted name) owns the pair."""
 
     module: str
     prompt: str
@@ -61,10 +61,10 @@ class DocstringPair:
 
 
 def docstring_pairs() -> list[DocstringPair]:
-    """All pairs, in the order of THEMES, then by name; the same list in every process under one Python.
+    """Makes all pairs, in the order of THEMES, then by name; the same list in every process of one Python.
 
-    No answer equals another, or stands inside another, even after case, punctuation and white space are taken away:
-    however the pairs are dealt out, no held-out answer can be read in anyone's training text.
+    No answer equals another or is inside another, even without case, punctuation and white space: however the pairs are
+    dealt out, no held-out answer can be read in any training text.
     """
     by_answer: dict[str, DocstringPair] = {}
     for name in " ".join(THEMES.values()).split():
@@ -75,14 +75,14 @@ def docstring_pairs() -> list[DocstringPair]:
 
 
 def normalised(text: str) -> str:
-    """Casefolded, without punctuation, white space collapsed: a text inside another stays inside it."""
+    """Folds case, drops punctuation and collapses white space: a text inside another stays inside it."""
     return " ".join(re.sub(r"[^\w\s]|_", "", text.casefold()).split())
 
 
 def split_by_module(pairs: list[DocstringPair], owners: int) -> list[list[DocstringPair]]:
-    """The pairs of each owner: whole modules, neighbours in THEMES together, counts as even as modules allow.
+    """Deals the pairs to owners: whole modules, neighbours in THEMES together, counts as even as modules allow.
 
-    Raises DataError when there are fewer modules than owners.
+    Raises DataError if there are fewer modules than owners.
     """
     modules: dict[str, list[DocstringPair]] = {}
     for pair in pairs:
@@ -102,7 +102,7 @@ def split_by_module(pairs: list[DocstringPair], owners: int) -> list[list[Docstr
 
 
 def write_device_files(folder: Path, owners: int) -> list[Path]:
-    """Writes folder/device-1.jsonl and so on (question, answer, module a line; UTF-8) and returns the paths."""
+    """Writes folder/device-1.jsonl and so on (per line question, answer and module; UTF-8) and returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for number, part in enumerate(split_by_module(docstring_pairs(), owners), start=1):
@@ -114,7 +114,7 @@ def write_device_files(folder: Path, owners: int) -> list[Path]:
 
 
 def _module_pairs(name: str) -> Iterator[DocstringPair]:
-    """The pairs of one module; none where this Python was built without it."""
+    """Yields the pairs of one module; none if this Python was built without it."""
     try:
         module = importlib.import_module(name)
     except ImportError:
@@ -131,12 +131,12 @@ def _module_pairs(name: str) -> Iterator[DocstringPair]:
 
 
 def _worth_asking(answer: str) -> bool:
-    """Whether it is a sentence of the right length; one that ends in a colon lost what it announces."""
+    """Whether an answer is a sentence of the right length; a text that ends in a colon lost what it announces."""
     return SHORTEST <= len(answer) <= LONGEST and not SIGNATURE.match(answer) and not answer.endswith(":")
 
 
 def _defined_here(thing: Any, module: ModuleType) -> bool:
-    """Whether it is a class or function of this module, its C half (`_socket`) or, in a package, a part of it."""
+    """Whether `thing` is a class or function of this module, of its C half (`_socket`) or of a submodule."""
     if not (inspect.isclass(thing) or inspect.isroutine(thing)):
         return False
     home = str(getattr(thing, "__module__", None)).lstrip("_")
@@ -144,6 +144,6 @@ def _defined_here(thing: Any, module: ModuleType) -> bool:
 
 
 def first_paragraph(thing: type | Callable[..., Any]) -> str:
-    """The first paragraph of its docstring on one line; empty without one."""
+    """Returns the first paragraph of a docstring on one line; empty without a docstring."""
     doc = thing.__doc__ if isinstance(thing.__doc__, str) else ""
     return " ".join(re.split(r"\n\s*\n", inspect.cleandoc(doc))[0].split())

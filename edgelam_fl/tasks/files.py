@@ -1,4 +1,4 @@
-"""Data files of every format -> records: named values, each with its place in the file. Knows no fields and no tasks."""
+"""Reads data files of every format as records: named values with their place in the file. Knows no fields and no tasks."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from typing import Any
 from edgelam_fl.errors import DataError, EnvironmentProblem
 
 FORMATS = "a .jsonl, .json, .csv, .tsv, .txt, .parquet or .arrow file, or the folder of a data set"
-PASSAGE = "passage"  # the only value of a plain text's records
+PASSAGE = "passage"  # the only value in a record of a plain text
 _TABLES = (".parquet", ".arrow")
 
 Record = tuple[str, dict[str, Any]]  # its place, such as "line 3"; named values
 
 
 def read_records(path: Path) -> list[Record]:
-    """Every example of a file, by its suffix (JSON lines where it says nothing): all that can be checked before a run
-    file names the fields. Raises DataError with the place and what is wrong there.
+    """Reads every example of a file by its suffix (an unknown one means JSON lines), and checks all that needs no run file.
+
+    Raises DataError with the place and what is wrong there.
     """
     records = list(_records(path))
     if len(records) < 2:
@@ -88,7 +89,7 @@ def _named(path: Path, place: str, value: Any) -> Record:
 def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[Record]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] = []
-    line = 1  # at which a row begins; a quoted text may go on over several
+    line = 1  # at which a row begins; a quoted text may span several lines
     try:
         for row in reader:
             place, line = f"line {line}", reader.line_num + 1
@@ -99,7 +100,7 @@ def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[Record]:
             elif len(row) != len(header):
                 raise DataError(
                     f"{path}, {place} has {len(row)} columns, the header {len(header)} ({', '.join(header):.60}); "
-                    f"a text that holds {'a tab' if delimiter == chr(9) else 'a comma'} stands in quotes"
+                    f"a text that holds {'a tab' if delimiter == chr(9) else 'a comma'} must be in quotes"
                 )
             else:
                 yield place, dict(zip(header, row, strict=True))
@@ -115,14 +116,14 @@ def _header(path: Path, row: list[str]) -> list[str]:
 
 
 def _table_rows(path: Path) -> Iterator[Record]:
-    """Rows of Arrow and Parquet files: what `datasets.save_to_disk` leaves, or tables by themselves."""
+    """Yields the rows of Arrow and Parquet files: a folder of `datasets.save_to_disk`, or single tables."""
     files = [path] if path.is_file() else _table_files(path)
     try:
         import pyarrow
         from pyarrow import ipc, parquet
     except ImportError as error:
         raise EnvironmentProblem(
-            f"{path} needs the package pyarrow, which is not here: pip install 'edgelam-fl[datasets]'"
+            f"{path} needs the package pyarrow, which is not installed: pip install 'edgelam-fl[datasets]'"
         ) from error
     number = 0
     for file in files:
@@ -145,7 +146,7 @@ def _table_files(folder: Path) -> list[Path]:
     if (folder / "dataset_dict.json").exists():
         parts = sorted(file.parent.name for file in folder.glob("*/state.json"))
         raise DataError(f"{folder} holds several data sets ({', '.join(parts)}); give one: {folder / parts[0]}")
-    # what `datasets` computed from a saved set lies beside it
+    # `datasets` writes what it computed from a saved set into the same folder
     files = [f for f in sorted(folder.iterdir()) if f.suffix.lower() in _TABLES and not f.name.startswith("cache-")]
     if not files:
         raise DataError(f"the folder {folder} holds no {' or '.join(_TABLES)} file; --data takes {FORMATS}")

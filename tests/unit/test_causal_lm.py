@@ -73,9 +73,9 @@ def test_a_chat_goes_through_the_models_template(tiny: ModelSource) -> None:
 def test_chat_templates_that_cannot_serve_say_why(tiny: ModelSource) -> None:
     language = task(tiny)
     for template, kind, expected in [
-        (None, ConfigError, "the model brings no chat template; set 'plain' or a text"),
+        (None, ConfigError, "the model has no chat template; set 'plain' or a text"),
         ("{{ raise_exception('no system') }}", DataError, "refuses a chat of user: no system"),
-        ("{% if add_generation_prompt %}x{% endif %}{{ messages[-1]['content'] }}", ConfigError, "in another way than the prompt"),
+        ("{% if add_generation_prompt %}x{% endif %}{{ messages[-1]['content'] }}", ConfigError, "differently from the prompt"),
     ]:  # fmt: skip
         language.tokenizer.chat_template = template
         with pytest.raises(kind, match=expected):

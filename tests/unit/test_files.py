@@ -67,9 +67,9 @@ def test_passages_are_parted_by_empty_lines(tmp_path: Path) -> None:
         (
             "a.csv",
             "q,a\n1,2\nyes, we can,3\n",
-            "FILE, line 3 has 3 columns, the header 2 (q, a); a text that holds a comma stands in quotes",
+            "FILE, line 3 has 3 columns, the header 2 (q, a); a text that holds a comma must be in quotes",
         ),
-        ("a.tsv", "q\ta\n1\n", "FILE, line 2 has 1 columns, the header 2 (q, a); a text that holds a tab stands in quotes"),
+        ("a.tsv", "q\ta\n1\n", "FILE, line 2 has 1 columns, the header 2 (q, a); a text that holds a tab must be in quotes"),
         ("a.csv", 'q,a\n1,2\n"x,3\n4,5\n', "FILE, line 3 is not CSV: unexpected end of data"),
         ("a.csv", "q,a,q\n1,2,3\n", "FILE, the header must name each column once, got q, a, q"),
     ],
