@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import socket
 import threading
@@ -225,7 +226,7 @@ def test_a_model_that_is_not_here(tiny_folder: Path) -> None:
 
 
 def test_the_fix_stands_beside_the_failure() -> None:
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=100, record=True, file=io.StringIO())
     findings = [Finding("a", "ok", "fine"), Finding("b", "problem", "list [1] is wrong", "mend it")]
     console.print(doctor.findings_table(findings))
     lines = [line.strip() for line in console.export_text().splitlines()]

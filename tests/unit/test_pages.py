@@ -26,7 +26,7 @@ from edgelam_fl.tasks.causal_lm import CausalLm
 from edgelam_fl.tasks.data import read_pairs
 from server.checks import check_config
 from strategies.registry import BUILT_IN
-from testbed.__main__ import app as testbed_app
+from testbed.__main__ import app as app_of_testbeds
 from testbed.shapes import read_testbed
 from tools import figures, sequence
 from tools.site_pages import strategies_page
@@ -147,7 +147,7 @@ def commands(page: str) -> Iterator[list[str]]:
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_and_their_options_exist(page: str) -> None:
     for program, name, *words in commands(PAGES[page]):
-        group: Any = get_command(app if program == "edgelam" else testbed_app)
+        group: Any = get_command(app if program == "edgelam" else app_of_testbeds)
         assert name in group.commands, f"{program} {name}"
         known = {option for item in group.commands[name].params for option in item.opts}
         assert {word for word in words if word.startswith("--")} <= known, f"{program} {name} {words}"

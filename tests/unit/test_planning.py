@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def test_what_is_no_profile(tmp_path: Path, text: str, words: str) -> None:
 
 
 def shown(plan: ForeseenPlan) -> str:
-    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=120, record=True, file=io.StringIO())
     console.print(plan_view(plan), soft_wrap=True)
     return console.export_text()
 

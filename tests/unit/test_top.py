@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def test_a_site_that_was_lost_is_among_the_departures() -> None:
 
 
 def test_the_table_shows_names_from_outside_as_they_are() -> None:
-    console = Console(width=140, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(width=140, record=True, file=io.StringIO())
     console.print(top_table(snapshot(as_events(a_run(evil="[bold]", lost=True)))))
     text = console.export_text()
     assert "edge-1[bold]" in text

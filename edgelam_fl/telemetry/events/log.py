@@ -25,30 +25,27 @@ class EventLog:
 
     def __init__(self, path: Path, most_bytes: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
         self.path, self._most_bytes = path, most_bytes
-        self._file = path.open("a", encoding="utf-8", buffering=1)
         self._lock = threading.Lock()
+        self._closed = False
 
     def __call__(self, event: Event) -> None:
-        """Writes one line, with the current time."""
+        """Writes one line, with the current time; the file is open only meanwhile."""
         line = {"time": round(time.time(), 3), "event": kind_of(event), **as_json(replace(event, time=None))}
         text = json.dumps(line, ensure_ascii=False)
         with self._lock:
-            if self._file.closed:
+            if self._closed:
                 return
-            if self._most_bytes and self._file.tell() >= self._most_bytes:
-                self._start_new_file()
-            self._file.write(text + "\n")
-
-    def _start_new_file(self) -> None:
-        self._file.close()
-        self.path.replace(self.path.with_name(f"{self.path.name}.old"))
-        self._file = self.path.open("a", encoding="utf-8", buffering=1)
+            if self._most_bytes and self.path.stat().st_size >= self._most_bytes:
+                self.path.replace(self.path.with_name(f"{self.path.name}.old"))
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
 
     def close(self) -> None:
-        """Closes the file; later events are dropped."""
+        """Drops later events."""
         with self._lock:
-            self._file.close()
+            self._closed = True
 
 
 def parse_event(line: Mapping[str, Any]) -> Event:
