@@ -23,12 +23,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from edgelam_fl.config import RunConfig, parse_run_file
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.node.service import Dial, StageHost
+from edgelam_fl.node.examples import DeviceExamples
+from edgelam_fl.node.play import NodeHooks
+from edgelam_fl.node.service import StageHost
 from edgelam_fl.plan.layout import make_layout, who_may_host
 from edgelam_fl.plan.making import ClientSettings, RoundFacts, make_plans
 from edgelam_fl.plan.reading import part_id, spans_of
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.split import route
+from edgelam_fl.split.route import Dial
 from edgelam_fl.tasks.base import Example, Unit
 from edgelam_fl.tasks.causal_lm import CausalLm, labelled, loss_sum, make_units
 from edgelam_fl.tasks.data import batch_indices, read_pairs, set_aside
@@ -101,6 +104,7 @@ class Fleet:
     listening: dict[str, str] = field(default_factory=dict)  # devices that may host: the address of the data plane
     examples: dict[str, int] = field(default_factory=dict)  # of each device; matters with epochs only
     events: list[Event] = field(default_factory=list)
+    watch: Callable[[Event], None] = lambda event: None  # called with each event, on the thread that emits it
     round: int = 0
     settings: ClientSettings = field(default_factory=ClientSettings)  # what an aggregation would ask of the nodes
     aggregation: Capabilities = field(default_factory=Capabilities)  # of the rule that corrects gradients, if any
@@ -144,23 +148,32 @@ class Fleet:
 
     def emit(self, event: Event) -> None:
         self.events.append(event)
+        self.watch(event)
 
 
 @contextmanager
-def memory_fleet(source: ModelSource, config: RunConfig, data: Sequence[Path]) -> Iterator[Fleet]:
-    """A device a file, and as many edge servers as the run file wants; with host_on = "any" the devices are the hosts."""
+def memory_fleet(
+    source: ModelSource, config: RunConfig, data: Sequence[Path], hooks: Mapping[str, NodeHooks] = {}
+) -> Iterator[Fleet]:
+    """Makes one device per file and the edge servers that the run file wants; with host_on = "any" the devices are the hosts.
+
+    `hooks`: of some of the nodes, by name.
+    """
     fleet = Fleet(source, config, {}, {})
     nodes: dict[str, StageHost] = {}
     dial = route.memory_dial(nodes)
     devices_host = config.split.host_on == "any"
     for number in range(1, 0 if devices_host else config.split.least_hosts * config.split.sites + 1):
         name = f"edge-{number}"
-        nodes[name] = StageHost(name, dial, fleet.emit, address=name)
+        nodes[name] = StageHost(name, dial, fleet.emit, address=name, hooks=hooks.get(name, NodeHooks()))
         fleet.hosts[name] = (nodes[name], name)
     for number, file in enumerate(data, 1):
         name = f"device-{number}"
         address = name if devices_host else ""
-        nodes[name] = StageHost(name, dial, fleet.emit, data=file, address=address)
+        nodes[name] = StageHost(
+            name, dial, fleet.emit,
+            examples=DeviceExamples(file), address=address, hooks=hooks.get(name, NodeHooks()),
+        )  # fmt: skip
         fleet.devices[name] = nodes[name]
         fleet.listening[name] = address
         training, _ = set_aside(read_pairs(file, "question", "answer"), config.data.held_out)

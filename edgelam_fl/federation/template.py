@@ -23,6 +23,7 @@ from types import ModuleType
 
 _IMPORTED = [
     "edgelam_fl.node.service",
+    "edgelam_fl.node.play",
     "edgelam_fl.wire.grpc.dial",
     "edgelam_fl.wire.grpc.serve",
     "transformers.models.llama.modeling_llama",

@@ -1,1 +1,1 @@
-"""One machine that takes part: the stage host's daemon, what it keeps between rounds, and what it can do."""
+"""One machine that takes part: its stage host, the slices that it keeps between rounds, and its profile."""

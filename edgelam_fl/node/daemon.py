@@ -1,6 +1,6 @@
-"""The stage-host daemon: one process a node that keeps the slice in memory, serves the data plane and obeys the ClientApp.
+"""The process of a stage host: keeps a node's slice in memory, serves the data plane and obeys the ClientApp.
 
-Started and watched by `edgelam client`. Only this file joins the stage host with gRPC.
+`edgelam client` starts it and watches it. Joins `node.service` with gRPC, and knows nothing else of either.
 """
 
 from __future__ import annotations
@@ -10,15 +10,20 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from edgelam_fl.addresses import split_address
+from edgelam_fl.addresses import join_address, split_address
 from edgelam_fl.errors import EdgelamError
 from edgelam_fl.telemetry.events import EventLog, NodeReady
 
-_MOST_EVENTS_BYTES = 8 << 20  # and as much again set aside: a board's card is small
+if TYPE_CHECKING:
+    from edgelam_fl.node.service import StageHost
+
+_MOST_EVENTS_BYTES = 8 << 20  # and as much again in the file before: a board's card is small
 
 
 def main() -> int:
+    """Runs a stage host; returns the exit status."""
     options = _parse(sys.argv[1:])
     try:
         return serve(options)
@@ -28,38 +33,24 @@ def main() -> int:
 
 
 def serve(options: argparse.Namespace) -> int:
-    """Serves until SIGTERM or SIGINT."""
+    """Serves until SIGTERM or SIGINT. Raises EnvironmentProblem if the port of the data plane cannot be opened."""
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
 
-    import torch
-
-    from edgelam_fl.model.allocator import give_back_at_once
-    from edgelam_fl.node.service import StageHost
     from edgelam_fl.wire.control import ControlServer
-    from edgelam_fl.wire.grpc.dial import dial
-    from edgelam_fl.wire.grpc.serve import DataPlaneServer, RelayedDoor
-    from edgelam_fl.wire.relay import BEHIND, RELAY
+    from edgelam_fl.wire.grpc.serve import DataPlaneServer
 
-    give_back_at_once()
-    if options.threads:
-        torch.set_num_threads(options.threads)
     log = EventLog(options.state / "events.jsonl", _MOST_EVENTS_BYTES)
-    node: StageHost | None = None
+    node = _make_node(options, log)
     data_plane = None
-    listen = options.listen or ("" if options.data else "127.0.0.1:0")
-    if listen == RELAY:
-        listen, options.advertise = "", BEHIND + options.name
-    if listen:  # a device that only dials has none
-        host, _, port = listen.rpartition(":")
-        data_plane = DataPlaneServer(host, int(port), lambda hello, link: node.admit(hello, link))  # type: ignore[union-attr]
-    address = options.advertise or (f"{listen.rpartition(':')[0]}:{data_plane.port}" if data_plane else "")
-    server = split_address(options.server, "--server")[0] if options.server else ""
-    node = StageHost(options.name, dial, log, data=options.data, address=address, tags=options.tag, server=server, open_door=RelayedDoor)  # fmt: skip
+    listen = _listen_address(options)
+    if listen is not None:
+        data_plane = DataPlaneServer(*listen, node.admit)
+        node.address = node.address or join_address(listen[0], data_plane.port)
     handlers = {"GetProfile": node.profile, "Submit": node.submit, "Wait": node.wait}
     control = ControlServer(options.state, lambda _: handlers)
-    log(NodeReady(name=options.name, address=address))
+    log(NodeReady(name=options.name, address=node.address))
     stopped.wait()
     node.stop()
     control.stop()
@@ -69,17 +60,56 @@ def serve(options: argparse.Namespace) -> int:
     return 0
 
 
+def _make_node(options: argparse.Namespace, log: EventLog) -> StageHost:
+    import torch
+
+    from edgelam_fl.model.allocator import give_back_at_once
+    from edgelam_fl.node.examples import DeviceExamples
+    from edgelam_fl.node.service import StageHost
+    from edgelam_fl.wire.grpc.dial import dial
+    from edgelam_fl.wire.grpc.serve import RelayedDoor
+    from edgelam_fl.wire.relay import BEHIND, RELAY
+
+    give_back_at_once()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return StageHost(
+        options.name, dial, log,
+        examples=DeviceExamples(options.data) if options.data else None,
+        address=BEHIND + options.name if options.listen == RELAY else options.advertise,
+        tags=options.tag,
+        server=split_address(options.server, "--server")[0] if options.server else "",
+        open_door=RelayedDoor,
+    )  # fmt: skip
+
+
+def _listen_address(options: argparse.Namespace) -> tuple[str, int] | None:
+    """Returns host and port for the data plane; None for a node that nobody dials. An edge server listens in any case."""
+    from edgelam_fl.wire.relay import RELAY
+
+    listen = options.listen or ("" if options.data else "127.0.0.1:0")
+    return split_address(listen, "--listen") if listen and listen != RELAY else None
+
+
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="edgelam stage host", description=__doc__)
     parser.add_argument("--name", required=True)
     parser.add_argument("--state", type=Path, required=True, help="folder for the endpoint and the events")
-    parser.add_argument("--data", type=Path, help="a device's examples; absent: an edge server")
     parser.add_argument(
-        "--listen", default="", help="host:port of the data plane, or 'relay'; a device without it cannot be a host"
+        "--data", type=Path, help="file with a device's examples; without this option the node is an edge server"
     )
-    parser.add_argument("--advertise", default="", help="host:port at which others reach it, if it is not --listen")
+    parser.add_argument(
+        "--listen",
+        default="",
+        help="host:port of the data plane, or 'relay'; a device without this option cannot be a host",
+    )
+    parser.add_argument(
+        "--advertise", default="", help="host:port at which others reach the data plane, if not at --listen"
+    )
     parser.add_argument("--server", default="", help="host:port of the SuperLink; the hub is on the same host")
-    parser.add_argument("--tag", action="append", default=[], help="a word by which runs may choose it; repeat it")
+    parser.add_argument(
+        "--tag", action="append", default=[], help="a word by which runs may choose the node; may be repeated"
+    )
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     return parser.parse_args(arguments)
 

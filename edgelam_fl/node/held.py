@@ -1,10 +1,13 @@
 """What a node keeps in memory between rounds: its slices of the model, the adapters on them, and the optimizers' moments.
 
-Knows plans and tensors; knows nothing about links or batches. `split.stage_host` keeps one of these.
+Knows plans and tensors; knows nothing about links or batches. `node.play` trains on what it finds here.
 """
 
 from __future__ import annotations
 
+import gc
+import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,9 +24,32 @@ from edgelam_fl.split.corrections import read_corrections
 from edgelam_fl.split.trainee import Trainee, lora_of
 from edgelam_fl.wire import edgelam_pb2 as pb
 
+_COLLECT_AGAIN_S = 0.01
+
+
+class NodeMemory:
+    """The memory of one node: at most one `Held` at a time, because there is room for one."""
+
+    def __init__(self, load: Callable[..., list[Stage]], find: Callable[[pb.Plan], ModelSource], gone_s: float) -> None:
+        """Holds nothing yet. `load`, `find`: as of `Held`. `gone_s`: seconds that old slices may take to leave memory."""
+        self._load, self._find, self._gone_s = load, find, gone_s
+        self._held: Held | None = None
+
+    def hold(self, plan: pb.Plan) -> Held:
+        """Returns what a plan needs: what is here if the slices are the same, else newly loaded. Raises as `Held`."""
+        if self._held is not None and self._held.key == slice_key(plan):
+            return self._held
+        before, old = {}, list[weakref.ref[Stage]]()
+        if self._held is not None:
+            before, old = self._held.known(), [weakref.ref(stage) for stage in self._held.stages()]
+        self._held = None
+        _await_gone(old, self._gone_s)
+        self._held = Held(plan, self._load, self._find, before)
+        return self._held
+
 
 class Held:
-    """The stages of one node: the ends of its own route, and what it hosts for others."""
+    """The stages of one node: the ends of its own route, and the layers that it hosts for others."""
 
     def __init__(
         self,
@@ -32,9 +58,10 @@ class Held:
         find: Callable[[pb.Plan], ModelSource] = lambda plan: find_model(plan.model.name),
         before: Mapping[str, np.ndarray] = {},
     ) -> None:
-        """Loads the slices, by `load`, of what `find` finds. Raises Refused where the model here is not the server's.
+        """Loads the slices of a plan. Raises Refused if the model here is not the server's, ModelError if there is none.
 
-        `before`: what the node held until now (`known`). The server sends it only what it does not hold, also of other layers.
+        `find`: returns the plan's model. `load`: as `load_stages`. `before`: the tensors that the node held until now
+        (`known`): the server sends a node only the tensors that it does not hold, whatever layers it had.
         """
         self.key = slice_key(plan)
         self.source = find(plan)
@@ -53,16 +80,16 @@ class Held:
         for stage in stages:
             stage.set_checkpointing(plan.checkpointing)
         self.ends_trainee = Trainee(self.ends)
-        self._before = adapters.slice_of(before, spans_of(plan))  # until the first adapter has come
-        self._site: dict[str, Trainee] = {}  # by source: the site, or with copies each device
+        self._before = adapters.slice_of(before, spans_of(plan))  # empty after the first `start`
+        self._site: dict[str, Trainee] = {}  # per source: the site, or with copies each device
 
     # ---------------------------------------------------------------- a round
 
     def start(self, plan: pb.Plan, given: bytes, corrections: Sequence[bytes] = ()) -> bool:
-        """Takes the round's first adapter: what is `given`, and what is here for the rest. Returns whether all moments go on.
+        """Takes the adapter that a round starts from. Returns whether the moments of all optimizers are kept.
 
-        `corrections`: the tensors of each of the plan's. Raises Refused where together they are not what the plan starts
-        from, or the corrections not the plan's, ProtocolError where tensors are missing.
+        `given`: the tensors that were sent; the rest are here already. `corrections`: the tensors of each of the plan's
+        corrections. Raises Refused if the adapter or the corrections are not the plan's, ProtocolError if tensors are missing.
         """
         tensors = self._together(adapters.from_bytes(given) if given else {}, plan.adapter_digest)
         digest = adapters.digest(tensors)
@@ -70,7 +97,7 @@ class Held:
             raise Refused(
                 f"node {plan.node} holds adapter {digest[:12]}, the plan starts from {plan.adapter_digest[:12]}"
             )
-        mu = plan.lora.prox_mu  # of a device's: its ends, and its copies here
+        mu = plan.lora.prox_mu  # for adapters of one device: its ends, and its copy at a host
         site_mu = mu if host_mode(plan.host_mode).has_copies else 0.0
         adds = read_corrections(plan, corrections)
         own = adds.get(("ends", plan.node), {})
@@ -81,13 +108,16 @@ class Held:
         return all(warm)
 
     def _together(self, given: adapters.Adapter, digest: str) -> adapters.Adapter:
-        """What is here and what is `given`; without the carry factors here where they are of a run that is over."""
+        """Joins the tensors that are here and `given`; drops the carry factors here if only that gives the digest.
+
+        Such factors are left from a run that is over.
+        """
         here = self.known()
         tensors = here | given
         return tensors if adapters.digest(tensors) == digest else without_carry(here) | given
 
     def site_trainees(self, plan: pb.Plan) -> dict[str, Trainee]:
-        """What trains on the hosted stage, by source: one for the site, or with copies one for each device."""
+        """Returns the trainees on the hosted stage per source: one for the site, or with copies one for each device."""
         if self.hosted is None:
             return {}
         mode = host_mode(plan.host_mode)
@@ -100,9 +130,10 @@ class Held:
         return self._site
 
     def finish(self, plan: pb.Plan, own_labels: int, site_labels: Callable[[str, str], int]) -> list[pb.Contribution]:
-        """What each source trained. `site_labels(source, tensor)`: labels that a hosted tensor learned from.
+        """Returns what each source trained, as contributions with the labels that they learned from as weights.
 
-        A layer that only some routes cross learned from their labels alone, so a site's tensors may differ in weight.
+        `site_labels(source, tensor)`: labels that a hosted tensor learned from. A layer that only some routes cross learned
+        from their labels alone, so the tensors of a site may differ in weight.
         """
         ends = self.ends_trainee
         found = [("ends", plan.node, own_labels, ends.finish(plan), ends.lr_sum)] if self.ends else []
@@ -120,16 +151,16 @@ class Held:
         ]
 
     def current(self) -> adapters.Adapter | None:
-        """All that is held, by name; None where several versions of a tensor are."""
+        """Returns all tensors that are held, by name; None if there are several versions of a tensor."""
         tensors, several = self._versions()
         return None if several else tensors
 
     def known(self) -> adapters.Adapter:
-        """What the server may take to be here: all tensors that are held in one version."""
+        """Returns the tensors that the server need not send: all that are held in one version."""
         return self._versions()[0] | self._before
 
     def _versions(self) -> tuple[adapters.Adapter, set[str]]:
-        """What is held in one version alone, and the names of the rest (copies that went apart)."""
+        """Returns the tensors that are held in one version, and the names of the others (copies that have diverged)."""
         merged: adapters.Adapter = {}
         several: set[str] = set()
         for trainee in [self.ends_trainee, *self._site.values()]:
@@ -142,14 +173,28 @@ class Held:
         return {name: array for name, array in merged.items() if name not in several}, several
 
     def stages(self) -> Iterable[Stage]:
+        """Returns all stages: the ends, then the hosted one."""
         return [*self.ends, *([self.hosted] if self.hosted is not None else [])]
 
 
 def slice_key(plan: pb.Plan) -> tuple[Any, ...]:
-    """What would make it another slice."""
+    """Returns what two plans have in common if the same loaded slices serve both."""
     model = plan.model
     copies = host_mode(plan.host_mode).has_copies
     return (
         model.digest, model.base, model.compute, tuple(spans_of(plan)), lora_of(plan), plan.checkpointing, copies,
         len(plan.task.classes),
     )  # fmt: skip
+
+
+def _await_gone(stages: Sequence[weakref.ref[Stage]], most_s: float) -> None:
+    """Waits until the stages are no longer in memory, for `most_s` seconds at most.
+
+    Modules hold reference cycles, so a collection is needed. It does nothing while another thread collects, and is repeated.
+    """
+    end = time.monotonic() + most_s
+    while any(stage() is not None for stage in stages):
+        gc.collect()
+        if time.monotonic() > end:
+            return
+        time.sleep(_COLLECT_AGAIN_S)

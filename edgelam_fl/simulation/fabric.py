@@ -1,19 +1,18 @@
 """The fabric: all nodes of a simulated federation in one process, each a stage host with its own data and adapter.
 
-What they share: the frozen tensors of a base, the tokens of a text, what frozen lower layers make of it, and the cores.
-Links are queues inside the process, with the frames, windows and byte counts of those between machines. Knows no Flower:
-a ClientApp calls a node by its federation and number, as it would call a stage host of its own.
+The nodes share the frozen tensors of a base, the tokens of a text, the output of frozen lower layers for a text, and the
+cores. Links are queues inside the process, with the frames, windows and byte counts of links between machines. Knows no
+Flower: a ClientApp calls a node by its federation and number, as it would call a stage host of its own.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,15 +23,16 @@ from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import LoraSettings, Stage, load_stages
 from edgelam_fl.model.weights import read_tensors
-from edgelam_fl.node.examples import task_of
+from edgelam_fl.node.examples import DeviceExamples, ReadPairs, task_of
 from edgelam_fl.node.held import Held
-from edgelam_fl.node.service import Part, StageHost
+from edgelam_fl.node.part import Part
+from edgelam_fl.node.play import NodeHooks
+from edgelam_fl.node.service import StageHost
 from edgelam_fl.simulation.attacks import ATTACKS
 from edgelam_fl.simulation.frozen import OnFrozen, frozen_layers, whole_model
 from edgelam_fl.split.route import memory_dial
 from edgelam_fl.tasks.base import Example, Task
 from edgelam_fl.tasks.data import Pair, device_pairs, read_pairs
-from edgelam_fl.telemetry.events import EmitInJob
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.control import FABRIC_SEPARATOR, Handlers
@@ -45,18 +45,20 @@ class SimulatedNode:
     """A node as a federation's file has it. Paths are relative to that file."""
 
     name: str
-    data: str = ""  # a device's examples; '': an edge server
-    held_out: str = ""  # what it measures on, apart from its data; '': a share of them (data.held_out)
-    attack: str = ""  # what it does to its updates (edgelam_fl.simulation.attacks); '': nothing
+    data: str = ""  # file of a device's examples; empty: an edge server
+    held_out: str = ""  # file of the examples to measure on; empty: a share of its data (data.held_out)
+    attack: str = ""  # key of edgelam_fl.simulation.attacks.ATTACKS, for each update that it sends; empty: none
 
 
 def write_federation(folder: Path, nodes: Iterable[SimulatedNode]) -> None:
+    """Writes the nodes into a federation's file, in the order of their numbers; makes the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"nodes": [vars(node) for node in nodes]}, indent=1)
     (folder / "federation.json").write_text(text + "\n", encoding="utf-8")
 
 
 def read_federation(folder: Path) -> list[SimulatedNode]:
+    """Reads the nodes that `write_federation` wrote. Raises DataError if the file describes none."""
     try:
         entries = json.loads((folder / "federation.json").read_text(encoding="utf-8"))["nodes"]
         return [SimulatedNode(**entry) for entry in entries]
@@ -66,18 +68,23 @@ def read_federation(folder: Path) -> list[SimulatedNode]:
 
 @dataclass
 class Shared:
-    """What the nodes have in common."""
+    """What all nodes of a fabric share: cores, and results that do not depend on the node."""
 
-    seats: threading.Semaphore  # who may compute at a time, of those that wait for nobody
+    seats: threading.Semaphore  # how many nodes may compute at a time, of those that wait for no other node
     _tensors: dict[tuple[str, str, str], dict[str, torch.Tensor]] = field(default_factory=dict)
     _activations: dict[tuple[str, str, str, int], Activations] = field(default_factory=dict)
     _tasks: dict[bytes, tuple[Task, dict[Pair, list[Example]]]] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
+    def seat(self, plan: pb.Plan) -> AbstractContextManager[object]:
+        """Returns a seat to take for a node's part; nothing to take for a part that waits for other nodes."""
+        waits_for_others = plan.serves or any(route.hops for route in plan.routes)
+        return nullcontext() if waits_for_others else self.seats
+
     def load(
         self, source: ModelSource, spans: list[Span], base: str, lora: LoraSettings, *, compute: str, classes: int
     ) -> list[Stage]:
-        """As load_stages; where a whole model is asked for, only the layers from the lowest one that learns."""
+        """Loads as `load_stages`; of a whole model only the layers from the lowest one that learns (`OnFrozen`)."""
         with self._lock:
             first = frozen_layers(source, lora)
             if not (first and len(spans) == 1 and whole_model(spans[0], source)):
@@ -102,7 +109,7 @@ class Shared:
         return known.items()
 
     def examples(self, task: Task, settings: pb.TaskSettings, pairs: list[Pair]) -> list[Example]:
-        """Each pair is tokenized once for the same settings, whoever has it."""
+        """Turns pairs into examples; tokenizes a pair once for the same settings, whatever nodes have it."""
         with self._lock:
             key = settings.SerializeToString(deterministic=True)
             task, known = self._tasks.setdefault(key, (task, {}))
@@ -113,66 +120,56 @@ class Shared:
 
 
 def _one(task: Task, pair: Pair) -> list[Example]:
-    """Nothing where task.max_tokens leaves no room for its answer."""
+    """Returns the example of a pair; none if task.max_tokens leaves no room for its answer."""
     try:
         return task.examples([pair])
     except DataError:
         return []
 
 
-class VirtualNode(StageHost):
-    """A stage host that shares a process with others."""
+def _make_node(folder: Path, facts: SimulatedNode, others: Mapping[str, StageHost], shared: Shared) -> StageHost:
+    """Makes a stage host that shares a process with `others`."""
+    examples = None
+    if facts.data:
+        read = _reader(folder / facts.held_out) if facts.held_out else device_pairs
+        examples = DeviceExamples(folder / facts.data, read, shared.examples)
+    hooks = NodeHooks(
+        load=shared.load,
+        around_part=shared.seat,
+        around_play=lambda part, held: _around_play(part, held, examples, facts.attack),
+    )
+    return StageHost(
+        facts.name, memory_dial(others), lambda event: None, examples=examples, address=facts.name, hooks=hooks
+    )
 
-    def __init__(self, folder: Path, facts: SimulatedNode, others: Mapping[str, StageHost], shared: Shared) -> None:
-        super().__init__(
-            facts.name, memory_dial(others), lambda *_, **__: None,
-            data=folder / facts.data if facts.data else None, address=facts.name,
-            read=_reader(folder / facts.held_out if facts.held_out else None), load=shared.load,
-        )  # fmt: skip
-        self._shared = shared
-        self._attack = ATTACKS[facts.attack] if facts.attack else None
-        self._started_from: adapters.Adapter = {}
 
-    def _load_examples(self, plan: pb.Plan, task: Task) -> tuple[list[Example], list[Example]]:
-        assert self._data is not None
-        key = plan.task.SerializeToString(deterministic=True)
-        if self._examples is None or self._examples[0] != key:
-            training, held_out = self._read(self._data, plan.task)
-            self._examples = key, (
-                self._shared.examples(task, plan.task, training), self._shared.examples(task, plan.task, held_out),
-            )  # fmt: skip
-        return self._examples[1]
-
-    def _run_part(self, part: Part, request: pb.SubmitRequest, emit: EmitInJob) -> None:
-        plan = part.plan
-        waits_for_others = plan.serves or any(route.hops for route in plan.routes)
-        with contextlib.nullcontext() if waits_for_others else self._shared.seats:
-            super()._run_part(part, request, emit)
-        if self._attack is not None:
-            for number, contribution in enumerate(part.report.contributions):
-                trained = adapters.from_bytes(contribution.adapter)
-                start = {name: self._started_from[name] for name in trained}
-                sent = self._attack(start, trained, f"{plan.seed}/{plan.node}/{plan.round}/{number}")
-                contribution.adapter = adapters.to_bytes(sent)
-
-    def _drive(self, part: Part, held: Held, emit: EmitInJob) -> None:
-        self._started_from = held.ends_trainee.adapter()
-        if isinstance(held.ends[0], OnFrozen):
-            training, held_out = self._load_examples(part.plan, task_of(part.plan, held.source.folder))
-            held.ends[0].activations.warm(example.ids for example in training + held_out)
-        super()._drive(part, held, emit)
+@contextmanager
+def _around_play(part: Part, held: Held, examples: DeviceExamples | None, attack: str) -> Iterator[None]:
+    """Fills the cache of frozen layers before a part is played, and replaces an attacker's contributions after it."""
+    plan = part.plan
+    if examples is not None and held.ends and isinstance(held.ends[0], OnFrozen):
+        training, held_out = examples.load(task_of(plan, held.source.folder), plan.task)
+        held.ends[0].activations.warm(example.ids for example in training + held_out)
+    start = held.known() if attack else {}
+    yield
+    if attack:
+        for number, contribution in enumerate(part.report.contributions):
+            trained = adapters.from_bytes(contribution.adapter)
+            sent = ATTACKS[attack](start, trained, f"{plan.seed}/{plan.node}/{plan.round}/{number}")
+            contribution.adapter = adapters.to_bytes(sent)
 
 
 class Fabric:
-    """The newest federations' nodes, made when first asked for."""
+    """The nodes of the newest federations, made when they are first asked for."""
 
     def __init__(self, seats: int) -> None:
+        """`seats`: how many nodes may compute at a time."""
         self._shared = Shared(threading.Semaphore(seats))
         self._federations: dict[str, list[Handlers]] = {}
         self._lock = threading.Lock()
 
     def node(self, name: str) -> Handlers:
-        """The handlers of node `FOLDER::NUMBER`."""
+        """Returns the handlers of node `FOLDER::NUMBER`; a number beyond the federation's nodes gets a spare one's."""
         folder, _, number = name.partition(FABRIC_SEPARATOR)
         with self._lock:
             if folder not in self._federations:
@@ -186,7 +183,7 @@ class Fabric:
 def _make_nodes(folder: Path, shared: Shared) -> list[Handlers]:
     nodes: dict[str, StageHost] = {}
     for facts in read_federation(folder):
-        nodes[facts.name] = VirtualNode(folder, facts, nodes, shared)
+        nodes[facts.name] = _make_node(folder, facts, nodes, shared)
     return [{"GetProfile": node.profile, "Submit": node.submit, "Wait": node.wait} for node in nodes.values()]
 
 
@@ -194,10 +191,10 @@ def _spare_profile(request: pb.ProfileRequest) -> pb.Profile:
     return pb.Profile(protocol_version=PROTOCOL_VERSION, problem="has no part in this federation")
 
 
-def _reader(held_out: Path | None) -> Callable[[Path, Any], tuple[list[Pair], list[Pair]]]:
-    def read(path: Path, settings: Any) -> tuple[list[Pair], list[Pair]]:
-        if held_out is None:
-            return device_pairs(path, settings)
+def _reader(held_out: Path) -> ReadPairs:
+    """Returns a reader that takes the held-out pairs from a file of their own."""
+
+    def read(path: Path, settings: pb.TaskSettings) -> tuple[list[Pair], list[Pair]]:
         fields = settings.prompt_field, settings.answer_field, settings.classes
         return read_pairs(path, *fields), read_pairs(held_out, *fields)
 

@@ -17,6 +17,7 @@ import torch
 
 from edgelam_fl.model.adapter import initial_adapter
 from edgelam_fl.model.source import ModelSource
+from edgelam_fl.node.examples import DeviceExamples
 from edgelam_fl.node.service import StageHost
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.grpc.dial import dial
@@ -107,8 +108,8 @@ def test_an_activation_passes_the_files_that_the_page_names(tiny: ModelSource, d
     config = run_config(tiny.name, "federation.batch_size=1", "split.micro_batches=1")
     start = initial_adapter(tiny, config.lora.targets, config.lora.rank, config.run.seed)
     with followed() as follower:
-        host = StageHost("edge-1", dial, lambda *_, **__: None)
-        device = StageHost("device-1", dial, lambda *_, **__: None, data=data_files[0])
+        host = StageHost("edge-1", dial, lambda event: None)
+        device = StageHost("device-1", dial, lambda event: None, examples=DeviceExamples(data_files[0]))
         door = DataPlaneServer("127.0.0.1", 0, host.admit)
         fleet = Fleet(tiny, config, {"device-1": device}, {"edge-1": (host, f"127.0.0.1:{door.port}")})
         try:

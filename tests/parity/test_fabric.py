@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from edgelam_fl.model.adapter import Adapter, initial_adapter
+from edgelam_fl.model.adapter import Adapter, initial_adapter, slice_of
 from edgelam_fl.model.source import ModelSource
+from edgelam_fl.plan.making import RoundFacts
+from edgelam_fl.plan.reading import spans_of
 from edgelam_fl.simulation.fabric import Fabric, SimulatedNode, write_federation
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.control import FABRIC_SEPARATOR
@@ -31,12 +33,14 @@ class Node:
         return self._wait(request)
 
 
-def fabric_fleet(source: ModelSource, settings: list[str], files: list[Path], folder: Path) -> Fleet:
+def fabric_fleet(source: ModelSource, settings: list[str], files: list[Path], folder: Path, attack: str = "") -> Fleet:
     config, fabric = run_config(source.name, *settings), Fabric(seats=2)
     edges = [f"edge-{number}" for number in range(1, config.split.least_hosts + 1)]
     devices = {f"device-{number}": file for number, file in enumerate(files, 1)}
     facts = [SimulatedNode(name=name) for name in edges]
-    facts += [SimulatedNode(name=name, data=os.path.relpath(file, folder)) for name, file in devices.items()]
+    facts += [
+        SimulatedNode(name=name, data=os.path.relpath(file, folder), attack=attack) for name, file in devices.items()
+    ]
     write_federation(folder, facts)
     nodes = {fact.name: Node(fabric, folder, number) for number, fact in enumerate(facts)}
     return Fleet(source, config, {d: nodes[d] for d in devices}, {edge: (nodes[edge], edge) for edge in edges})
@@ -66,3 +70,21 @@ def test_a_split_cell_is_its_unsplit_twin(tiny: ModelSource, data_files: list[Pa
     split, _ = trained(fabric_fleet(tiny, ["split.hosts=1"], data_files[:1], tmp_path / "split"))
     whole, _ = trained(fabric_fleet(tiny, ["split.hosts=0"], data_files[:1], tmp_path / "whole"))
     assert same_bits(split, whole)
+
+
+@pytest.mark.parametrize("hosts", [0, 1])
+def test_an_attacker_trains_like_any_device_and_sends_something_else(
+    tiny: ModelSource, data_files: list[Path], tmp_path: Path, hosts: int
+) -> None:
+    """A device that flips the sign of its update measures the same loss; what a host trained for it is left alone."""
+    settings = [f"split.hosts={hosts}"]
+    honest = fabric_fleet(tiny, settings, data_files[:1], tmp_path / "honest")
+    start = initial_adapter(tiny, honest.config.lora.targets, honest.config.lora.rank, honest.config.run.seed)
+    expected, losses = trained(honest)
+    sent, same_losses = trained(fabric_fleet(tiny, settings, data_files[:1], tmp_path / "attack", "sign-flip"))
+    plan = honest.plans(RoundFacts("r", 1, 1, 0, 1))["device-1"]
+    own = slice_of(start, spans_of(plan)).keys()
+    assert own
+    assert (own < start.keys()) == bool(hosts)
+    assert same_bits(sent, {name: 2 * start[name] - a if name in own else a for name, a in expected.items()})
+    assert losses == same_losses

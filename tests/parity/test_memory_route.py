@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ import torch
 from edgelam_fl.model.adapter import initial_adapter
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import LoraSettings, Span, Stage, load_stages
+from edgelam_fl.node.held import Held
+from edgelam_fl.node.part import Part
+from edgelam_fl.node.play import NodeHooks
 from edgelam_fl.telemetry.events import Event, StepClosed, StepDone, of_kind
 from edgelam_fl.wire import edgelam_pb2 as pb
 from tests.support import (
-    Fleet,
     check_done,
     device_batches,
     forward,
@@ -188,8 +192,7 @@ def test_a_slice_is_gone_before_another_one_is_loaded(tiny: ModelSource, data_fi
         seen.extend(map(weakref.ref, stages))
         return stages
 
-    with memory_fleet(tiny, config, data_files[:1]) as fleet:
-        fleet.hosts["edge-1"][0]._load = load  # type: ignore[attr-defined]
+    with memory_fleet(tiny, config, data_files[:1], {"edge-1": NodeHooks(load=load)}) as fleet:
         first = fleet.run(start, 3)
         check_done(first)
         fleet.config = run_config(tiny.name, "split.hosts=2", "split.front=1", "split.back=1", "split.cuts=[4]")
@@ -201,15 +204,19 @@ def test_a_device_lost_in_a_chain_costs_its_own_micro_batches(tiny: ModelSource,
     """Three devices train over two hosts; one leaves after its third step. Both hosts finish, with the same members in every step."""
     config = run_config(tiny.name, "split.hosts=2")
     start = initial_adapter(tiny, config.lora.targets, config.lora.rank, 1)
-    with memory_fleet(tiny, config, data_files) as fleet:
-        lost = fleet.devices["device-3"]
+    parts: list[Part] = []
 
-        def watch(event: Event) -> None:
-            Fleet.emit(fleet, event)
-            if isinstance(event, StepDone) and (event.job, event.step) == ("test/1/1/device-3", 2):
-                lost._current.cancel("unplugged")  # type: ignore[attr-defined]
+    @contextmanager
+    def around(part: Part, held: Held) -> Iterator[None]:
+        parts.append(part)
+        yield
 
-        lost._emit = watch  # type: ignore[attr-defined]
+    def watch(event: Event) -> None:
+        if isinstance(event, StepDone) and (event.job, event.step) == ("test/1/1/device-3", 2):
+            parts[0].cancel("unplugged")
+
+    with memory_fleet(tiny, config, data_files, {"device-3": NodeHooks(around_play=around)}) as fleet:
+        fleet.watch = watch
         reports = fleet.run(start, 8)
     assert reports["device-3"].error == "unplugged"
     check_done({name: report for name, report in reports.items() if name != "device-3"})

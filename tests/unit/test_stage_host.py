@@ -1,19 +1,21 @@
-"""What a stage host takes on, refuses, attaches to and drops. Whole rounds stand in tests/parity."""
+"""What a stage host takes on, refuses, attaches to and drops; tests/parity plays whole rounds."""
 
 from __future__ import annotations
 
 import threading
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import load_stages
-from edgelam_fl.node import service as stage_host
-from edgelam_fl.node.service import StageHost
+from edgelam_fl.node.examples import DeviceExamples
+from edgelam_fl.node.play import NodeHooks
+from edgelam_fl.node.profile.answer import VERSIONED
+from edgelam_fl.node.service import StageHost, StageHostTiming
 from edgelam_fl.plan.layout import make_layout
 from edgelam_fl.plan.making import RoundFacts, make_plans, task_settings
 from edgelam_fl.plan.reading import spans_of
@@ -21,7 +23,7 @@ from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.telemetry.events import Event, JobDone, JobStarted, of_kind
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
-from tests.support import check_done, joined, memory_fleet, run_config, same_bits
+from tests.support import WAIT_S, check_done, joined, memory_fleet, run_config, same_bits
 
 
 def a_plan(source: ModelSource, attempt: int = 1, **other: Any) -> pb.SubmitRequest:
@@ -45,16 +47,15 @@ def edge(events: list[Event] | None = None, **options: Any) -> StageHost:
     return StageHost("edge-1", lambda *_: pytest.fail("a host dials nobody"), emit, **options)
 
 
-def report(node: StageHost, attempt: int = 1, timeout_s: float = 8.0) -> pb.JobReport:
+def report(node: StageHost, attempt: int = 1, timeout_s: float = WAIT_S) -> pb.JobReport:
     return node.wait(pb.WaitRequest(job=f"run/1/{attempt}/edge-1", timeout_s=timeout_s))
 
 
 def await_start(events: list[Event]) -> None:
-    end = time.monotonic() + 8
+    end = time.monotonic() + WAIT_S
     while not any(of_kind(events, JobStarted)):
         assert time.monotonic() < end
         time.sleep(0.01)
-    time.sleep(0.1)  # the links' door opens right after
 
 
 @pytest.mark.parametrize(
@@ -130,15 +131,15 @@ def test_a_newer_attempt_cancels_an_older_one_that_is_still_loading(tiny: ModelS
 
     def slowly(*arguments: Any, **options: Any) -> Any:
         loading.set()
-        go_on.wait(8)
+        go_on.wait(WAIT_S)
         return load_stages(*arguments, **options)
 
-    node = edge(load=slowly)
+    node = edge(hooks=NodeHooks(load=slowly))
     node.submit(a_plan(tiny))
-    assert loading.wait(8)
+    assert loading.wait(WAIT_S)
     assert node.submit(a_plan(tiny, attempt=2)).accepted
     go_on.set()
-    first = report(node, timeout_s=3)
+    first = report(node)
     node.stop()
     assert (first.state, first.error) == ("failed", "run/1/2/edge-1 takes its place")
 
@@ -154,8 +155,9 @@ def test_two_parts_reports_are_kept(tiny: ModelSource) -> None:
 
 
 def test_a_link_to_a_job_that_is_not_here_is_put_off(tiny: ModelSource) -> None:
-    answer = edge().admit(pb.Hello(job="run/1/1", device_index=0), None)
-    assert answer == pb.NotReady(retry_ms=200)
+    node = edge(timing=StageHostTiming(retry_ms=7))
+    answer = node.admit(pb.Hello(job="run/1/1", device_index=0), None)
+    assert answer == pb.NotReady(retry_ms=7)
 
 
 # ---------------------------------------------------------------- profile
@@ -163,8 +165,9 @@ def test_a_link_to_a_job_that_is_not_here_is_put_off(tiny: ModelSource) -> None:
 
 def profile(data: Path | None, source: ModelSource, version: int = PROTOCOL_VERSION) -> pb.Profile:
     node = StageHost(
-        "n", cast(Any, None), lambda *_, **__: None, data=data, address="10.0.0.1:7000", tags=["gpu", "lab"]
-    )
+        "n", lambda *_: pytest.fail("a profile needs no link"), lambda event: None,
+        examples=DeviceExamples(data) if data else None, address="10.0.0.1:7000", tags=["gpu", "lab"],
+    )  # fmt: skip
     return node.profile(pb.ProfileRequest(protocol_version=version, task=task_settings(run_config(source.name))))
 
 
@@ -176,7 +179,7 @@ def test_a_devices_profile_counts_its_examples(tiny: ModelSource, data_files: li
     assert list(got.bases) == ["fp32", "bf16", "int8", "nf4"]
     assert got.tags == ["gpu", "lab"]
     assert got.memory_available_bytes > 1 << 20
-    assert set(got.versions) == set(stage_host.VERSIONED)
+    assert set(got.versions) == set(VERSIONED)
 
 
 def test_a_profile_names_what_keeps_the_node_out(tiny: ModelSource, data_files: list[Path], tmp_path: Path) -> None:

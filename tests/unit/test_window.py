@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from edgelam_fl.model.adapter import initial_adapter
+from edgelam_fl.model.adapter import initial_adapter, slice_of
 from edgelam_fl.model.memory import unit_bytes
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.node import service as stage_host
+from edgelam_fl.node.examples import DeviceExamples
+from edgelam_fl.node.play import NodeHooks
+from edgelam_fl.node.service import StageHost
 from edgelam_fl.plan.making import RoundFacts
-from edgelam_fl.split.route import new_route, open_route
+from edgelam_fl.plan.reading import spans_of
+from edgelam_fl.split.route import memory_dial, new_route, open_route
 from edgelam_fl.split.window import affordable_window
 from edgelam_fl.telemetry.events import WindowGranted, of_kind
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -20,7 +24,7 @@ from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.link import Link
 from edgelam_fl.wire.memory import memory_pair
 from edgelam_fl.wire.terms import MakeTerms
-from tests.support import Fleet, check_done, memory_fleet, run_config
+from tests.support import Fleet, check_done, run_config
 
 ADAPTER = 4096  # elements of it
 WINDOW = 4
@@ -49,21 +53,32 @@ def test_checkpointing_makes_room(tiny: ModelSource) -> None:
     assert affordable_window(thrifty, tiny, 4, ADAPTER, free) == 3
 
 
-def test_a_host_short_of_memory_grants_less(
-    tiny: ModelSource, data_files: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The chain's smallest window is the route's: edge-1 has memory for all, edge-2 for one."""
-    granted = {"edge-1": WINDOW, "edge-2": 1}
-    monkeypatch.setattr(stage_host, "affordable_window", lambda plan, *_: granted[plan.node])
-    opened: list[int] = []
-    monkeypatch.setattr(stage_host, "open_route", lambda *how: (open_route(*how), opened.append(how[3].window)))
+def test_a_host_short_of_memory_grants_less(tiny: ModelSource, data_files: list[Path]) -> None:
+    """The chain's smallest window is granted on both links: edge-1 has memory for all, edge-2 for one micro-batch."""
     config = run_config(tiny.name, "split.hosts=2", f"split.window={WINDOW}", "split.micro_batches=4")
     start = initial_adapter(tiny, config.lora.targets, config.lora.rank, 1)
-    with memory_fleet(tiny, config, data_files[:1]) as fleet:
-        check_done(fleet.run(start, 2))
-    assert opened == [1]
-    told = next(of_kind(fleet.events, WindowGranted))
-    assert (told.job, told.granted, told.asked) == ("test/1/1/edge-2", 1, WINDOW)
+    nodes: dict[str, StageHost] = {}
+    in_memory, windows = memory_dial(nodes), dict[str, int]()
+
+    def dial(address: str, name: str, *how: Any) -> Link:
+        link = in_memory(address, name, *how)
+        windows[name] = link.terms.window
+        return link
+
+    hosts: dict[str, Any] = {"edge-1": (None, "edge-1"), "edge-2": (None, "edge-2")}
+    fleet = Fleet(tiny, config, {}, hosts)
+    fleet.devices["device-1"] = StageHost("device-1", dial, fleet.emit, examples=DeviceExamples(data_files[0]))
+    plan = fleet.plans(RoundFacts("r", 1, 1, 0, 1))["edge-2"]
+    unit = unit_bytes(tiny.config, plan.hosted.last - plan.hosted.first, 1, 128, 4)
+    kept = sum(array.size for array in slice_of(start, spans_of(plan)).values()) * 16
+    for name, free in {"edge-1": 1 << 40, "edge-2": int((unit + kept) / 0.8) + 1}.items():
+        hooks = NodeHooks(memory_free=partial(int, free))
+        nodes[name] = StageHost(name, dial, fleet.emit, address=name, hooks=hooks)
+        fleet.hosts[name] = nodes[name], name
+    check_done(fleet.run(start, 2))
+    assert windows == {"entry edge-1": 1, "exit edge-2": 1, "entry edge-2 for device-1": 1}
+    granted = next(of_kind(fleet.events, WindowGranted))
+    assert (granted.job, granted.granted, granted.asked) == ("test/1/1/edge-2", 1, WINDOW)
 
 
 def test_a_share_paces_both_ends_of_both_links(tiny: ModelSource) -> None:
@@ -80,6 +95,7 @@ def test_a_share_paces_both_ends_of_both_links(tiny: ModelSource) -> None:
 
     route = new_route(plan)
     open_route(dial, plan, tiny, route, ByteCounters())
+    assert route.window == 1, "what the host granted, though the plan's is larger"
     assert route.entry is not None
     assert route.exit is not None
     assert route.entry.terms.pace is not None

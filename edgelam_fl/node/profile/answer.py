@@ -1,42 +1,83 @@
-"""What a stage host adds to its answer to the server: its profile as protobuf. A part that fails stays unmeasured."""
+"""Answers the server's question of what a node can do: its profile as protobuf. Knows no plans.
+
+A link or a layer that cannot be measured is left out; what keeps the node out of the run is named in `problem`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.metadata
 from contextlib import suppress
 from functools import cache
 
-from edgelam_fl.errors import EnvironmentProblem, ModelError
+import torch
+
+from edgelam_fl.errors import DataError, EnvironmentProblem, ModelError
 from edgelam_fl.files import cache_folder
 from edgelam_fl.hub.link_speed import measure_link
 from edgelam_fl.machine import disk_free_bytes, memory_free_bytes, resident_bytes
+from edgelam_fl.model.bases import usable_bases
 from edgelam_fl.model.layer_speed import measure_layers
-from edgelam_fl.model.source import ModelSource
+from edgelam_fl.model.speed import measure_bases
+from edgelam_fl.node.examples import DeviceExamples
 from edgelam_fl.node.profile.measure import disk_write_bytes_per_s
+from edgelam_fl.node.server_hub import ServerHub
+from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.codecs import CODECS
+
+VERSIONED = ("edgelam-fl", "flwr", "torch", "transformers", "peft", "grpcio", "numpy")
 
 
-def add_measured(
-    profile: pb.Profile, request: pb.ProfileRequest, find: Callable[..., ModelSource], server: str
-) -> None:
-    """`find`: a model by name, digest and the hub's port. `server`: the host that the hub is on; "": there is none."""
+def answer_profile(
+    request: pb.ProfileRequest, own: pb.Profile, examples: DeviceExamples | None, hub: ServerHub
+) -> pb.Profile:
+    """Returns the profile that a request asks for.
+
+    `own`: name, role, address and tags. `examples`: None for an edge server. Raises ModelError if the model that is to be
+    measured in each base is neither here nor at the hub.
+    """
+    profile = pb.Profile(
+        protocol_version=PROTOCOL_VERSION,
+        memory_available_bytes=memory_free_bytes(),
+        cpu_threads=torch.get_num_threads(),
+        bases=usable_bases(),
+        codecs=list(CODECS),
+        versions={package: importlib.metadata.version(package) for package in VERSIONED},
+    )
+    profile.MergeFrom(own)
+    if request.protocol_version != PROTOCOL_VERSION:
+        profile.problem = f"speaks protocol version {PROTOCOL_VERSION}, the server {request.protocol_version}"
+    elif examples is not None:
+        try:
+            profile.examples, profile.held_out = examples.count(request.task)
+        except DataError as error:
+            profile.problem = str(error)
+    if not profile.problem:
+        _add_measured(profile, request, hub)
+    return profile
+
+
+def _add_measured(profile: pb.Profile, request: pb.ProfileRequest, hub: ServerHub) -> None:
+    if request.measure_model:
+        source = hub.find(request.measure_model, request.model_digest, request.hub_port)
+        profile.base_seconds.update(measure_bases(source))
     profile.disk_free_bytes = disk_free_bytes(cache_folder())
     if request.measure_layers:
-        with suppress(ModelError, EnvironmentProblem):  # the model is not here; a cache that is read only
-            source = find(request.measure_layers, request.model_digest, request.hub_port)
+        with suppress(ModelError, EnvironmentProblem):  # the model is not here; the cache cannot be written
+            source = hub.find(request.measure_layers, request.model_digest, request.hub_port)
             for tokens, seconds in measure_layers(source).items():
                 profile.layer_times.add(tokens=tokens, seconds=seconds)
             profile.disk_write_bytes_per_s = disk_write_bytes_per_s(cache_folder())
-        # Both of the same moment: what was imported for measuring stays, and is no longer free.
+        # Both at the same moment: the modules imported for measuring stay in memory, which is no longer free.
         profile.idle_bytes, profile.memory_available_bytes = _idle_bytes(), memory_free_bytes()
-    if request.measure_link and request.hub_port and server:
-        with suppress(EnvironmentProblem):  # nothing answers there
-            link = measure_link(server, request.hub_port)
+    if request.measure_link and request.hub_port and hub.host:
+        with suppress(EnvironmentProblem):  # no hub answers
+            link = measure_link(hub.host, request.hub_port)
             profile.link_up_bps, profile.link_down_bps = link.up_bps, link.down_bps
             profile.round_trip_s = link.round_trip_s
 
 
 @cache
 def _idle_bytes() -> int:
-    """When it was asked for the first time: a node is asked before it is first planned for, and so holds nothing yet."""
+    """Returns this process's resident memory at the first call: a node is asked before its first plan, and holds nothing yet."""
     return resident_bytes()

@@ -1,0 +1,233 @@
+"""Plays a node's part in a job: as a device, as a host, as both at once, or as a host of conversations.
+
+Loads the slices that the plan names, opens the route or lets links in, runs `split.driver` and `split.host`, and fills the
+report. Knows links only by `Dial` and `Part.group`, so gRPC between processes and queues inside one process are the same
+code. Does not know when parts begin, or that there are others (`node.service`).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+from edgelam_fl.errors import EdgelamError
+from edgelam_fl.machine import memory_free_bytes
+from edgelam_fl.model import adapter as adapters
+from edgelam_fl.model.stage import Stage, load_stages
+from edgelam_fl.node.examples import DeviceExamples, task_of
+from edgelam_fl.node.held import Held, NodeMemory
+from edgelam_fl.node.part import Part
+from edgelam_fl.node.server_hub import ServerHub
+from edgelam_fl.serving.sessions import HostSessions
+from edgelam_fl.split.driver import Driver
+from edgelam_fl.split.ends import Ends
+from edgelam_fl.split.group import Group
+from edgelam_fl.split.host import Host
+from edgelam_fl.split.route import Dial, new_route, open_link, open_route, wire_dtype
+from edgelam_fl.split.window import affordable_window
+from edgelam_fl.telemetry.events import JobStarted, WindowGranted
+from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.counters import ByteCounters
+from edgelam_fl.wire.link import Link
+from edgelam_fl.wire.terms import MakeTerms
+
+LabelsOf = Callable[[str, str], int]  # source, tensor name -> labels that the tensor learned from
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeHooks:
+    """What a simulation or a test replaces in a node; by default, a machine of its own."""
+
+    load: Callable[..., list[Stage]] = load_stages
+    memory_free: Callable[[], int] = memory_free_bytes  # bytes that a host may grant windows from
+    # entered before anything is loaded, left after the contributions are in the report
+    around_part: Callable[[pb.Plan], AbstractContextManager[object]] = nullcontext
+    # entered with slices and adapter loaded, left after the contributions are in the report
+    around_play: Callable[[Part, Held], AbstractContextManager[object]] = lambda part, held: nullcontext()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Means:
+    """What a node plays all of its parts with."""
+
+    dial: Dial
+    hub: ServerHub
+    memory: NodeMemory
+    examples: DeviceExamples | None  # None: an edge server
+    hooks: NodeHooks
+
+
+def play(part: Part, request: pb.SubmitRequest, means: Means) -> None:
+    """Plays a part and fills its report, except for the state. Raises EdgelamError if the part cannot begin or go on."""
+    plan, report = part.plan, part.report
+    with means.hooks.around_part(plan):
+        began = time.monotonic()
+        held = means.memory.hold(plan)
+        report.moments = "warm" if held.start(plan, request.adapter, request.corrections) else "cold"
+        spans = [stage.span for stage in held.stages()]
+        started = JobStarted(
+            role=pb.Role.Name(plan.role).lower(),
+            layers=tuple((span.first, span.last) for span in spans),
+            seconds=round(time.monotonic() - began, 3),
+        )
+        part.emit(started)
+        with means.hooks.around_play(part, held):
+            labels_of = Player(part, held, means).play()
+            if plan.steps:
+                report.contributions.extend(held.finish(plan, report.labels_trained, labels_of))
+    current = held.current()
+    report.adapter_digest = adapters.digest(current) if current is not None else ""
+
+
+class Player:
+    """Plays one part on slices that are loaded, and puts into its report what was measured."""
+
+    def __init__(self, part: Part, held: Held, means: Means) -> None:
+        self._part, self._plan, self._held, self._means = part, part.plan, held, means
+        self._hub = means.hub.address(part.plan.hub_port)
+
+    def play(self) -> LabelsOf:
+        """Plays the part; returns how many labels each tensor of a host learned from."""
+        if not self._plan.serves:
+            self._drive()
+            return _no_labels
+        group = self._make_group()
+        if self._plan.generate:
+            self._speak(group)
+            return _no_labels
+        host = self._make_host(group)
+        self._part.group = group  # from here on HELLO is answered
+        if self._plan.routes:
+            self._serve_and_drive(host, group)
+        else:
+            self._serve(host, group)
+        return host.labels_of
+
+    # ---------------------------------------------------------------- as a device
+
+    def _drive(self) -> None:
+        plan, held = self._plan, self._held
+        assert self._means.examples is not None  # a plan with routes of its own is refused otherwise
+        task = task_of(plan, held.source.folder)
+        training, held_out = self._means.examples.load(task, plan.task)
+        counters, route = ByteCounters(), new_route(plan)
+        self._part.attach(route.inbox)
+        ends = Ends(plan, held.ends, task, wire_dtype(plan))
+        driver = Driver(plan, ends, held.ends_trainee, route, task, self._part.emit)
+        try:
+            open_route(self._means.dial, plan, held.source, route, counters, driver.timeline.sent, self._hub)
+            if plan.evaluate:
+                driver.evaluate(held_out)
+            if plan.steps:
+                driver.train(training)
+            driver.finish()
+        finally:
+            for link in (route.entry, route.exit):
+                if link is not None:
+                    link.close()
+        self._part.report.examples = len(training)
+        _report_device(self._part.report, driver, counters)
+
+    # ---------------------------------------------------------------- as a host
+
+    def _make_group(self) -> Group:
+        """Returns the group of the plan's devices, with a window for the memory that is free now."""
+        plan, held = self._plan, self._held
+        assert held.hosted is not None  # a plan that serves has a hosted span
+
+        def dial_next(route: pb.Route, number: int, counters: ByteCounters, make_terms: MakeTerms) -> Link:
+            return open_link(
+                self._means.dial, plan, held.source, route, number, pb.ENTRY, counters, make_terms, self._hub
+            )
+
+        elements = sum(parameter.numel() for parameter in held.hosted.adapter_parameters.values())
+        free_bytes = self._means.hooks.memory_free()
+        window = affordable_window(plan, held.source, held.hosted.dtype.itemsize, elements, free_bytes)
+        if window < plan.window:
+            self._part.emit(WindowGranted(granted=window, asked=plan.window, memory_free_bytes=free_bytes))
+        group = Group(plan, held.source.hidden_size, wire_dtype(plan), window, dial_next, self._part.emit)
+        self._part.attach(group.inbox)
+        return group
+
+    def _make_host(self, group: Group) -> Host:
+        plan, held = self._plan, self._held
+        assert held.hosted is not None
+        task = task_of(plan, held.source.folder) if held.hosted.span.head else None
+        return Host(plan, held.hosted, group, list(held.site_trainees(plan).values()), task, self._part.emit)
+
+    def _serve(self, host: Host, group: Group) -> None:
+        with _closing(group, "the round is over"):
+            host.run()
+        _report_host(self._part.report, host, group)
+
+    def _serve_and_drive(self, host: Host, group: Group) -> None:
+        """Serves on a thread of its own, so that the host computes for others while the device waits for its own route."""
+        failed: list[EdgelamError] = []
+
+        def serve() -> None:
+            try:
+                self._serve(host, group)
+            except EdgelamError as error:
+                failed.append(error)
+                self._part.cancel(f"the host's part failed: {error}")
+
+        beside = threading.Thread(target=serve, name="host", daemon=True)
+        beside.start()
+        try:
+            self._drive()
+        except EdgelamError as error:
+            self._part.cancel(f"the device's part failed: {error}")
+            raise
+        finally:
+            beside.join()
+        if failed:
+            raise failed[0]
+
+    def _speak(self, group: Group) -> None:
+        """Serves conversations, with the adapter of the site, until all devices are done."""
+        assert self._held.hosted is not None
+        self._held.site_trainees(self._plan)[self._plan.site].use()
+        self._part.group = group
+        with _closing(group, "the conversation is over"):
+            HostSessions(self._plan, self._held.hosted, group).run()
+
+
+@contextmanager
+def _closing(group: Group, reason: str) -> Iterator[None]:
+    """Closes the group's links after the block, and gives the devices the reason, or the block's error instead."""
+    try:
+        yield
+    except EdgelamError as error:
+        reason = str(error)
+        raise
+    finally:
+        group.close(reason)
+
+
+def _no_labels(source: str, tensor: str) -> int:
+    return 0
+
+
+def _report_device(report: pb.JobReport, driver: Driver, counters: ByteCounters) -> None:
+    measured = driver.measured
+    report.eval_loss_sum, report.eval_labels = measured.eval_loss_sum, measured.eval_labels
+    report.eval_sums.update(measured.eval_sums)
+    report.eval_seconds, report.train_seconds = measured.eval_seconds, measured.train_seconds
+    report.compute_seconds, report.tokens_trained = measured.compute_seconds, measured.tokens_trained
+    report.labels_trained = measured.labels_trained
+    report.steps.extend(measured.steps)
+    report.bytes.extend(counters.report())
+    report.timeline.extend(driver.timeline.report())
+
+
+def _report_host(report: pb.JobReport, host: Host, group: Group) -> None:
+    span = host.stage.span
+    hosted = pb.HostPart(
+        first_layer=span.first, last_layer=span.last, compute_seconds=host.compute_seconds,
+        bytes=group.counters.report(), labels_trained=host.labels_trained,
+    )  # fmt: skip
+    report.host.CopyFrom(hosted)
+    report.timeline.extend(host.timeline.report())

@@ -1,0 +1,34 @@
+"""Finds models for a node: on this machine, else at the hub beside its server. Knows plans; knows no bytes and no gRPC."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgelam_fl.addresses import join_address
+from edgelam_fl.hub.fetch import open_model
+from edgelam_fl.model.source import ModelSource
+from edgelam_fl.plan.reading import hosted_span
+from edgelam_fl.telemetry.events import Emit
+from edgelam_fl.wire import edgelam_pb2 as pb
+
+
+@dataclass(frozen=True)
+class ServerHub:
+    """The hub of a node's server, whose port each plan and each question names."""
+
+    host: str  # the server's host name or address; empty: the node knows no server
+    emit: Emit
+
+    def address(self, port: int) -> str:
+        """Returns HOST:PORT of the hub; empty if there is none."""
+        return join_address(self.host, port) if self.host and port else ""
+
+    def find(self, name: str, digest: str, port: int, tokenizer: bool = False) -> ModelSource:
+        """Returns a model; `tokenizer` says whether text is handled. Raises ModelError if it is neither here nor served."""
+        return open_model(name, digest, self.address(port), tokenizer=tokenizer, emit=self.emit)
+
+    def find_planned(self, plan: pb.Plan) -> ModelSource:
+        """Returns the model of a plan, with its tokenizer if the node holds examples or the head. Raises as `find`."""
+        hosted = hosted_span(plan)
+        reads_text = bool(plan.routes) or (hosted is not None and hosted.head)
+        return self.find(plan.model.name, plan.model.digest, plan.hub_port, reads_text)
