@@ -1,8 +1,8 @@
-"""The Flower ClientApp: hands plans to this node's stage host and brings its reports back.
+"""The Flower ClientApp: hands plans to this node's stage host and answers with the stage host's reports.
 
-Flower starts it anew for every message, so it stays thin: no torch, no model, no state. The node's state folder, where
-the stage host wrote its endpoint, comes as `--node-config state="..."`. In a simulation one process plays all stage hosts:
-its state folder comes as the run's `fabric` setting, and which of them is meant is Flower's number of the node.
+Flower may start a process per message, so the ClientApp stays thin: no torch, no model, no state. The node's state folder,
+into which the stage host wrote its endpoint, is the node configuration's `state`. In a simulation one process plays all
+stage hosts: the run's `fabric` setting names its state folder, and Flower's number of the node selects the stage host.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.control import FABRIC_SEPARATOR, ControlClient, control
 
 _ANSWER_S = 60.0
-_PROFILE_S = 600.0  # on a fifth of a core, measuring a layer in every base takes minutes
+_PROFILE_S = 600.0  # measuring a layer in every base takes minutes on a fifth of a core
 _POLL_S = 30.0
 
 app = ClientApp()
@@ -29,7 +29,7 @@ app = ClientApp()
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """This node's profile."""
+    """Answers with this node's profile."""
     request = pb.ProfileRequest.FromString(message.content["query"]["request"])
     with _stage_host(context) as stage_host:
         profile = stage_host.call("GetProfile", request, _PROFILE_S)
@@ -38,9 +38,10 @@ def query(message: Message, context: Context) -> Message:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """This node's part in a round: evaluation of the adapter that it starts from, then training.
+    """Has the stage host play this node's part in a round: evaluation of the adapter that the round starts from, then training.
 
-    Waits for it, unless the message says `wait = "park"`: then the answer is "running", and `train.collect` brings the rest.
+    Answers with the report once the part is over. With `wait = "park"` in the message, answers at once with a report of
+    state "running"; the message `train.collect` asks for the complete one.
     """
     plan = pb.Plan.FromString(message.content["plan"]["plan"])
     tensors = b""
@@ -61,13 +62,13 @@ def train(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Evaluation only: a plan without steps."""
+    """Answers like `train`; the plan has no steps, so the adapter is only evaluated."""
     return train(message, context)
 
 
 @app.train("collect")
 def collect(message: Message, context: Context) -> Message:
-    """The report of a part that was handed over before."""
+    """Answers with the report of a part that `train` handed over before, once the part is over."""
     plan = pb.Plan.FromString(message.content["plan"]["plan"])
     with _stage_host(context) as stage_host:
         return _answer(message, _wait(stage_host, plan))
@@ -76,7 +77,7 @@ def collect(message: Message, context: Context) -> Message:
 def _answer(message: Message, report: pb.JobReport) -> Message:
     trained = [adapters.from_bytes(part.adapter) if part.adapter else {} for part in report.contributions]
     for part in report.contributions:
-        part.ClearField("adapter")  # it goes beside the report, where Flower's strategies look for arrays
+        part.ClearField("adapter")  # sent beside the report, where Flower's strategies look for arrays
     metrics = MetricRecord({"num-examples": report.labels_trained, "train-seconds": report.train_seconds})
     if report.eval_labels:
         metrics["eval-loss"] = report.eval_loss_sum / report.eval_labels
@@ -88,7 +89,10 @@ def _answer(message: Message, report: pb.JobReport) -> Message:
 
 
 def _wait(stage_host: ControlClient, plan: pb.Plan) -> pb.JobReport:
-    """The job is the stage host's: were this process killed, the same plan would attach to it."""
+    """Returns the report of a part once it is over, or a failed one after the round's deadline.
+
+    The stage host goes on if this process is killed: the same plan, handed over again, attaches to its part.
+    """
     end = time.monotonic() + plan.deadlines.round_s + _ANSWER_S
     while True:
         report = stage_host.call("Wait", pb.WaitRequest(job=part_id(plan), timeout_s=_POLL_S), _POLL_S + _ANSWER_S)
@@ -99,10 +103,12 @@ def _wait(stage_host: ControlClient, plan: pb.Plan) -> pb.JobReport:
 
 
 def _unfinished(plan: pb.Plan, state: str, error: str = "") -> pb.JobReport:
+    """Makes a report without results."""
     return pb.JobReport(job=part_id(plan), node=plan.node, role=plan.role, state=state, error=error)
 
 
 def _stage_host(context: Context) -> AbstractContextManager[ControlClient]:
+    """Opens the control of this node's stage host, for a `with` block."""
     fabric = str(context.run_config.get("fabric", ""))
     if not fabric:
         return control(Path(str(context.node_config["state"])))

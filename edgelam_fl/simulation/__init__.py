@@ -1,1 +1,1 @@
-"""One process that plays all nodes of a federation: the stage hosts themselves, in one memory, with links of queues."""
+"""Plays all nodes of a federation in one process: real stage hosts in one memory, with queues as links."""

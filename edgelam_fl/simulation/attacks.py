@@ -1,4 +1,4 @@
-"""What a malicious device of a simulation sends instead of its update. The product's nodes have nothing of this."""
+"""Falsifies updates, as a malicious device of a simulation does. Nodes outside a simulation cannot do this."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import numpy as np
 
 from edgelam_fl.model.adapter import Adapter
 
-_NOISE = 10.0
+_NOISE = 10.0  # size of the noise, in sizes of the update
 
 
 def sign_flip(start: Adapter, trained: Adapter, _: str) -> Adapter:
-    """The update turned round."""
+    """Returns the start minus the update, instead of plus."""
     return {name: 2 * start[name] - array for name, array in trained.items()}
 
 
 def noise(start: Adapter, trained: Adapter, seed: str) -> Adapter:
-    """Gaussian noise of ten times the update's own size (root mean square of each tensor), on top of it."""
+    """Adds Gaussian noise of ten times the update's size, which is the root mean square per tensor."""
     rng = np.random.default_rng(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "little"))
     sent = {}
     for name, array in sorted(trained.items()):
@@ -27,4 +27,5 @@ def noise(start: Adapter, trained: Adapter, seed: str) -> Adapter:
     return sent
 
 
+# what the device started from, what it trained, a seed -> what it sends
 ATTACKS: dict[str, Callable[[Adapter, Adapter, str], Adapter]] = {"sign-flip": sign_flip, "noise": noise}

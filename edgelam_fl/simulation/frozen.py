@@ -1,7 +1,8 @@
-"""What the frozen lower layers make of a text, computed once and kept: for every run and device that has the text again.
+"""Trains the upper layers of a model on cached output of its frozen lower layers. Knows no rounds and no plans.
 
-Each text goes through them alone or beside texts of its own length, never beside padding, so what is kept does not depend
-on the batch that asked first. A batch that was padded as a whole differs from it by rounding, about 1e-6.
+The lower layers compute a text once for all runs and devices that have it (`model.activation_cache`): alone or together
+with texts of the same length, never with padding, so the cached output does not depend on the batch that asked first. The
+output in a padded batch differs by rounding, about 1e-6.
 Shapes: B rows, T tokens, D hidden, N tokens of all rows.
 """
 
@@ -21,34 +22,36 @@ from edgelam_fl.model.index import layer_number
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import LoraSettings, Stage
 
-_ROWS_ATTEND = 4  # to themselves at once
+_ROWS_PER_CALL = 4  # of attention, in which each row attends to itself
 
 
 def frozen_layers(source: ModelSource, lora: LoraSettings) -> int:
-    """The layers below the lowest one with LoRA."""
+    """Counts the layers below the lowest layer with LoRA."""
     return min(layer_number(name) or 0 for name in target_modules(source, lora.targets))
 
 
 class OnFrozen(Stage):
-    """The layers above, as a stage of the whole model: token ids in, what is below them looked up.
+    """The upper layers of a model as a stage of the whole model: takes token ids, looks up the lower layers' output.
 
-    BERT's compute rows one after the other as one, without padding, and the last layer at each row's first token alone,
-    which is all that the pooler reads: a third less to compute, and equal but for rounding. Not with dropout, whose masks
-    are those of padded rows.
+    BERT layers compute a batch as one row without padding, and the last layer only the first token of each row, as the
+    pooler reads no other: a third less to compute, and equal except for rounding. With dropout the batch stays padded,
+    because the masks are drawn for padded rows.
     """
 
     def __init__(self, top: Stage, dropout: float, activations: Activations) -> None:
+        """Changes the layers of `top` in place. `activations`: the output of the layers below."""
         super().__init__(top.model, top.span, top.dtype, top._family, dropout)
         self.activations = activations
         layers: list[Any] = [self._layers[number] for number in range(top.span.first, top.span.last)]
         self._packs = not dropout and all(isinstance(layer, BertLayer) for layer in layers)
-        self._starts_B, self._same_row_NN = torch.empty(0), torch.empty(0)  # of the rows that are computed
+        self._starts_B, self._same_row_NN = torch.empty(0), torch.empty(0)  # of the current batch
         if self._packs:
             for layer in layers[:-1]:
                 layer.attention.self.forward = partial(self._attention, layer.attention.self)
             layers[-1].forward = partial(self._first_tokens, layers[-1])
 
     def forward(self, inputs: torch.Tensor, row_lengths: list[int], **options: Any) -> torch.Tensor:
+        """Computes a padded batch of token ids [B, T], as `Stage.forward` does for the whole model."""
         if not self._packs:
             return super().forward(self.activations.batch(inputs, row_lengths), row_lengths, **options)
         lengths_B = torch.tensor(row_lengths)
@@ -57,11 +60,11 @@ class OnFrozen(Stage):
         return super().forward(self.activations.packed(inputs, row_lengths), [len(row_N)], **options)
 
     def _attention(self, attention: Any, hidden_1ND: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:
-        """Of each row to itself; a few rows at a time, because what is masked is computed too."""
+        """Attends within each row; takes a few rows at a time, because masked pairs of tokens are computed too."""
         query, key, value = (
             _heads(attention, of(hidden_1ND)) for of in (attention.query, attention.key, attention.value)
         )
-        ends = [*self._starts_B[_ROWS_ATTEND::_ROWS_ATTEND].tolist(), hidden_1ND.shape[1]]
+        ends = [*self._starts_B[_ROWS_PER_CALL::_ROWS_PER_CALL].tolist(), hidden_1ND.shape[1]]
         context = [
             functional.scaled_dot_product_attention(
                 query[:, :, a:b], key[:, :, a:b], value[:, :, a:b],
@@ -72,7 +75,7 @@ class OnFrozen(Stage):
         return torch.cat(context, dim=2).transpose(1, 2).flatten(2), None
 
     def _first_tokens(self, layer: Any, hidden_1ND: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """[B, 1, D]"""
+        """Computes a layer for the first token of each row; returns [B, 1, D]."""
         attention, first_1BD = layer.attention.self, hidden_1ND[:, self._starts_B]
         context = functional.scaled_dot_product_attention(
             _heads(attention, attention.query(first_1BD)), _heads(attention, attention.key(hidden_1ND)),
@@ -89,4 +92,5 @@ def _heads(attention: Any, projected: torch.Tensor) -> torch.Tensor:
 
 
 def whole_model(span: Span, source: ModelSource) -> bool:
+    """Returns whether a span is the whole model, with embedding and head."""
     return span == Span(0, source.num_layers, embed=True, head=True)

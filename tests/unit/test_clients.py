@@ -1,4 +1,4 @@
-"""The ClientApp starts anew for every message, so what it imports is felt."""
+"""Flower may start the ClientApp per message, so each import costs time in every message."""
 
 from __future__ import annotations
 

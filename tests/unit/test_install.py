@@ -54,10 +54,10 @@ RISCV = {"uname": '[ "$1" = -s ] && echo Linux || echo riscv64'}
         ([], {"getconf": "echo 32"}, "this system is 32-bit (a 64-bit kernel does not help)"),
         ([], RISCV, "riscv64 is not supported"),
         (["--board", "pi9"], {}, "--board = pi9 must be pi4, pi5, jetson, arm64 or x86"),
-        (["--data", "none.jsonl"], {}, "--data = none.jsonl is no file that can be read"),
+        (["--data", "none.jsonl"], {}, "--data = none.jsonl must be a file that can be read"),
         (["--server"], {}, "--server needs a value"),
         (["--srever", "x"], {}, "unknown option --srever"),
-        ([], {"awk": "echo 500"}, "500 MB of memory; a node needs 0.8 GB"),
+        ([], {"awk": "echo 500"}, "500 MB of memory; a node needs at least 800 MB"),
         ([], OLD, "no usable Python 3.11 to 3.13 (here: Python 3.9.2)"),
     ],
 )

@@ -1,3 +1,5 @@
+"""A node's measured profile: what survives JSON, and what is left out if it cannot be measured."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator

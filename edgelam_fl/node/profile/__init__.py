@@ -1,1 +1,1 @@
-"""Measures what a node can do; nothing is looked up by a processor's or a board's name."""
+"""Measures what a node can do. Looks nothing up by the name of a processor or board."""

@@ -1,4 +1,4 @@
-"""A node's profile as typed data, in and out of JSON. Measures nothing; imports no torch."""
+"""Holds a node's profile as typed data, and converts it to and from JSON. Measures nothing; imports no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class LinkProfile(BaseModel):
-    """The way to the server's hub, of one stream."""
+    """The link to the server's hub, as one stream uses it: bits per second each way, round trip in seconds."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -20,17 +20,17 @@ class LinkProfile(BaseModel):
 
 
 class Profile(BaseModel):
-    """What a node can do. `None` and {} stand for what was not asked."""
+    """What a node can do. None and {}: was not measured."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
-    memory_free_bytes: int = Field(ge=0, description="with the limits of its control groups")
+    memory_free_bytes: int = Field(ge=0, description="free memory within the limits of the control groups")
     cpu_threads: int = Field(ge=1)
-    disk_free_bytes: int = Field(ge=0, description="where the cache is")
+    disk_free_bytes: int = Field(ge=0, description="free bytes of the file system that holds the cache")
     disk_write_bytes_per_s: Positive | None = None
     model: str = ""
     layer_seconds: dict[int, dict[str, Positive]] = Field(
-        {}, description='tokens of a micro-batch -> "base/compute" -> seconds of a layer, forward and backward'
+        {}, description='tokens of a micro-batch -> "base/compute" -> seconds per layer, forward and backward'
     )
     link: LinkProfile | None = None

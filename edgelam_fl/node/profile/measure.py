@@ -1,6 +1,6 @@
-"""Measures this machine's profile. What torch is needed for, a layer's time, is kept in the cache by `model.layer_speed`.
+"""Measures this machine's profile. Knows no plans and no server beyond the port of its hub.
 
-Memory, disk and link change by the hour and are measured each time.
+Memory, disk and link change by the hour and are measured each time; `model.layer_speed` caches the time of a layer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from edgelam_fl.node.profile.data import LinkProfile, Profile
 
 _WRITE_BYTES = 16 << 20
 _BLOCK_BYTES = 1 << 20
-_WRITE_BUDGET_S = 2.0  # a worn card writes less in it
+_WRITE_BUDGET_S = 2.0  # a worn card writes less than _WRITE_BYTES in this time
 
 
 def measure_profile(
@@ -31,9 +31,11 @@ def measure_profile(
     name: str = "",
     hub_answer_s: float = HUB_ANSWER_S,
 ) -> Profile:
-    """model: empty, or a model's name, for the time of its layers. hub: where a server's is, for the link.
+    """Measures this machine; takes about 10 s for a model that was never measured here.
 
-    Some 10 s for a model that was never measured here. `say` gets what is being measured.
+    `model`: whose layers to time; empty: none. `hub`: (host, port) to measure the link to; None: no link. `say`: receives
+    progress. `name`: the node's name, by default the machine's. `hub_answer_s`: patience with the hub. Raises ModelError if
+    the model is not here, EnvironmentProblem if the cache cannot be written or no hub answers.
     """
     import torch
 
@@ -61,7 +63,10 @@ def measure_profile(
 
 
 def disk_write_bytes_per_s(folder: Path, size: int = _WRITE_BYTES) -> float:
-    """Of a file that reached the disk; it is removed again. EnvironmentProblem where nothing can be written."""
+    """Returns the rate at which `size` bytes reach the disk, in a file that is removed again.
+
+    Stops early on a slow disk. Raises EnvironmentProblem if the folder cannot be written.
+    """
     block = os.urandom(_BLOCK_BYTES)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -73,6 +78,6 @@ def disk_write_bytes_per_s(folder: Path, size: int = _WRITE_BYTES) -> float:
             return written / (time.perf_counter() - began)
     except OSError as error:
         raise EnvironmentProblem(
-            f"{folder} cannot be written ({error.strerror}); it is the cache: free some of it, give it to this user "
+            f"{folder} cannot be written ({error.strerror}); it is the cache: free some space, give the folder to this user "
             f"(`sudo chown -R $USER {folder}`), or set EDGELAM_CACHE to another folder"
         ) from error
