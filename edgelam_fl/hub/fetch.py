@@ -19,7 +19,7 @@ from edgelam_fl.errors import EnvironmentProblem, ModelError, PeerLost, Protocol
 from edgelam_fl.files import cache_folder, write_atomically
 from edgelam_fl.hub.slices import CHUNK_BYTES, CONFIG, SLICES_SERVICE, TOKENIZER
 from edgelam_fl.model.index import TensorEntry
-from edgelam_fl.model.served import AnnouncedPart, check_part, complete, mapped, read_manifest, write_manifest
+from edgelam_fl.model.served import AnnouncedPart, check_part, fetch_missing, map_tensor, read_manifest, write_manifest
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.telemetry.events import Emit, SliceComing, SliceReceived
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -97,7 +97,7 @@ class Served:
             model = self._model()
             files = [file for file in model.files if file.name == CONFIG or tokenizer]
             parts = [AnnouncedPart(file.name, file.size_bytes, file.sha256) for file in files]
-            complete(self._folder, parts, functools.partial(self._stream, "", ""))
+            fetch_missing(self._folder, parts, functools.partial(self._stream, "", ""))
         self._shapes = {entry.name: tuple(entry.shape) for entry in model.tensors}
         index = {name: TensorEntry(shape, "", name, "") for name, shape in self._shapes.items()}
         return ModelSource(self._name, self._folder, index, self._digest, self._name, read=self._read)
@@ -134,7 +134,7 @@ class Served:
                 write_manifest(folder, manifest)
             wanted = [part for name in names for part in (manifest[name], manifest.get(f"{name}_scale")) if part]
             began, said = time.monotonic(), self._progress()
-            came = complete(folder, wanted, functools.partial(self._stream, base, compute), progress=said)
+            came = fetch_missing(folder, wanted, functools.partial(self._stream, base, compute), progress=said)
         if came:
             received = SliceReceived(
                 model=self._name, base=base, tensors=len(wanted), bytes=came,
@@ -142,7 +142,7 @@ class Served:
             )  # fmt: skip
             self._emit(received)
         for part in wanted:
-            yield part.name, mapped(folder, part)
+            yield part.name, map_tensor(folder, part)
 
     def _progress(self) -> Callable[[int, int], None]:
         last = [time.monotonic()]

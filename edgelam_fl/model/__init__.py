@@ -1,5 +1,5 @@
 import logging
 
-# peft imports bitsandbytes where it is installed, and that warns on every start of a faster kernel for single tokens
-# which would have to be fetched from the network; nothing here uses it.
+# peft imports bitsandbytes if it is installed, and bitsandbytes warns at every start that a faster kernel for single tokens
+# could be fetched from the network; nothing here uses that kernel.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

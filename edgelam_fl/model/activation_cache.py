@@ -16,7 +16,7 @@ _ROWS_AT_ONCE = 64
 
 
 class Activations:
-    """The hidden states above the frozen layers, by the token ids of a text. Any thread may ask."""
+    """The hidden states after the frozen layers, by the token ids of a text. Safe for use from any thread."""
 
     def __init__(self, below: Stage) -> None:
         """`below`: the embedding and the frozen layers."""

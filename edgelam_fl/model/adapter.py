@@ -1,8 +1,8 @@
-"""Adapters as plain arrays: peft's names with global layer numbers -> fp32 numpy. Imports no torch.
+"""Adapters as plain arrays: fp32 numpy by peft's names with global layer numbers. Imports no torch.
 
 `base_model.model.model.layers.15.self_attn.q_proj.lora_A.weight` is [rank, in], `...lora_B.weight` is [out, rank].
-A task head is in it as a whole: `base_model.model.classifier.weight` is [classes, hidden], with its `.bias`.
-A module may have carry factors beside its own (`model.carry`).
+A task head is part of it as a whole: `base_model.model.classifier.weight` is [classes, hidden], with its `.bias`.
+A module may have carry factors in addition (`model.carry`).
 The stages of a route hold disjoint sets of names, so joining their adapters is a dict merge.
 """
 
@@ -38,7 +38,7 @@ class Span:
     head: bool = False
 
     def holds(self, name: str) -> bool:
-        """Whether a tensor of this name is in the span; what stands outside the layers belongs to the head."""
+        """Whether a tensor of this name is in the span; a tensor outside the layers belongs to the head."""
         layer = layer_number(name)
         return self.head if layer is None else self.first <= layer < self.last
 
@@ -49,7 +49,7 @@ _HEAD_DEVIATION = 0.02
 
 
 def digest(adapter: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes."""
+    """Computes SHA-256 over names, dtypes, shapes and bytes."""
     total = hashlib.sha256()
     for name in sorted(adapter):
         array = np.ascontiguousarray(adapter[name])
@@ -59,10 +59,12 @@ def digest(adapter: Mapping[str, np.ndarray]) -> str:
 
 
 def to_bytes(adapter: Adapter) -> bytes:
+    """Writes an adapter in the format of safetensors."""
     return save({name: np.ascontiguousarray(array) for name, array in adapter.items()})
 
 
 def from_bytes(data: bytes) -> Adapter:
+    """Reads what `to_bytes` wrote. Raises ProtocolError for other bytes."""
     try:
         return load(data)
     except SafetensorError as error:
@@ -70,15 +72,15 @@ def from_bytes(data: bytes) -> Adapter:
 
 
 def slice_of(adapter: Mapping[str, np.ndarray], spans: Iterable[Span]) -> Adapter:
-    """The tensors that any of the `spans` holds."""
+    """Returns the tensors that are in any of the `spans`."""
     spans = list(spans)
     return {name: array for name, array in adapter.items() if any(span.holds(name) for span in spans)}
 
 
 def target_modules(source: ModelSource, targets: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """The modules that LoRA targets name: module -> (out, in) features. A target matches whole trailing name parts.
+    """Returns module -> (out, in) features of the modules that LoRA targets name; a target matches whole trailing name parts.
 
-    Raises ConfigError for a target that matches nothing or stands outside the layers (a tied head or embedding).
+    Raises ConfigError for a target that matches nothing or is outside the layers (a tied head or embedding).
     """
     modules = source.linear_modules()
     if list(targets) == ["all-linear"]:
@@ -101,17 +103,17 @@ def _refuse_target(source: ModelSource, target: str, modules: Mapping[str, tuple
             f"would change both. Allowed: {', '.join(sorted(leaves))}"
         )
     if target in outside:
-        raise ConfigError(f"lora.targets: {target!r} stands outside the layers. Allowed: {', '.join(sorted(leaves))}")
+        raise ConfigError(f"lora.targets: {target!r} is outside the layers. Allowed: {', '.join(sorted(leaves))}")
     hint = nearest(target, leaves)
-    if not hint.startswith("known"):  # the nearest in spelling may be another thing: families name them differently
+    if not hint.startswith("known"):  # the most similar word may be a different module: families name them differently
         hint = f"{hint} Known: {', '.join(sorted(leaves))}"
     raise ConfigError(f"lora.targets: no module of {source.name} is called {target!r}; {hint}")
 
 
 def initial_adapter(source: ModelSource, targets: Iterable[str], rank: int, seed: int, *, classes: int = 0) -> Adapter:
-    """peft's default start: A uniform in +-1/sqrt(in), B zero. Seeded by (seed, module), so any slice of it is the same.
+    """Draws an adapter as peft does: A uniform in +-1/sqrt(in), B zero. Seeded by (seed, module), so that slices agree.
 
-    With classes, also a task head of that many outputs: small normal weights, no bias.
+    With `classes`, also draws a task head of that many outputs: small normal weights, zero bias.
     """
     adapter: Adapter = {}
     for module, (out_features, in_features) in target_modules(source, targets).items():
@@ -143,11 +145,11 @@ def write_peft_folder(
     targets: Iterable[str],
     classes: Sequence[str] = (),
 ) -> None:
-    """An adapter folder that `PeftModel.from_pretrained` reads where EdgeLAM-FL is not installed.
+    """Writes an adapter folder that `PeftModel.from_pretrained` reads on machines without EdgeLAM-FL.
 
-    A module whose tensors have another rank than `rank` is scaled by alpha / its own rank, here as there. Carry factors
-    are stacked with the adapter's. With classes the base is to be opened by `AutoModelForSequenceClassification` with that
-    many labels.
+    A module whose rank differs from `rank` is scaled by alpha / its own rank, as in training. Carry factors are stacked with
+    the adapter's factors. With `classes`, the base must be opened by `AutoModelForSequenceClassification` with that many
+    labels.
     """
     folder.mkdir(parents=True, exist_ok=True)
     own_ranks = {module: len(adapter[module + _A]) for module in carry.modules_of(adapter)}
@@ -161,7 +163,7 @@ def write_peft_folder(
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
-        # Of a classifier peft would take more for a target than we do: what stands behind the layers, too.
+        # In a classifier peft would adapt more than we do: modules after the layers, too.
         "target_modules": sorted(_bare(factors)) if classes else _peft_targets(targets),
         "rank_pattern": {module: len(a_RI) for module, a_RI in _bare(factors).items() if len(a_RI) != rank},
         "alpha_pattern": {
@@ -180,7 +182,7 @@ def write_peft_folder(
 
 
 def read_peft_folder(folder: Path) -> Adapter:
-    """What `write_peft_folder` wrote, with the carry factors apart again (to rounding)."""
+    """Reads what `write_peft_folder` wrote and separates the carry factors again (up to rounding)."""
     joined = from_bytes((folder / "adapter_model.safetensors").read_bytes())
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     alpha, alphas = config["lora_alpha"], config.get("alpha_pattern") or {}

@@ -1,7 +1,7 @@
-"""The base: what frozen weights are kept in, what they are computed in, and which of that this machine can do.
+"""The formats that frozen weights are kept in and computed in, and which of them this machine can use.
 
-fp32 and bf16 are kept as they are computed. int8 and nf4 are for the matrices inside the layers, and are computed in
-either; embedding, norms, biases and head are kept in what is computed.
+fp32 and bf16 weights are computed as they are kept. int8 and nf4 are for the matrices inside the layers and are computed in fp32
+or bf16; embedding, norms, biases and head are kept in the format that is computed in.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DTYPE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def compute_dtype(base: str, compute: str = "") -> torch.dtype:
-    """What a base is computed in; of several, the one asked for, and else the first. ModelError for another pair."""
+    """Returns the dtype that a base is computed in: `compute`, or the base's first one. Raises ModelError for a wrong pair."""
     if base not in COMPUTES:
         raise ModelError(f"base {base!r} is unknown; model.base takes {', '.join(BASES)}")
     if (compute or COMPUTES[base][0]) not in COMPUTES[base]:
@@ -31,22 +31,23 @@ def compute_dtype(base: str, compute: str = "") -> torch.dtype:
 
 
 def usable_bases() -> tuple[str, ...]:
-    """The bases that this machine can compute with: each one's kernels were run."""
+    """Lists the bases that this machine can compute with, after a run of the kernels of each."""
     return tuple(base for base in BASES if not base_problem(base))
 
 
 def require_base(base: str) -> None:
+    """Raises EnvironmentProblem if this machine cannot compute with a base."""
     problem = base_problem(base)
     if problem:
         raise EnvironmentProblem(
             f"base {base} cannot be used on this machine: {problem}. Here model.base can be "
-            f"{', '.join(usable_bases())}; `edgelam doctor` tests each one and says what would mend it"
+            f"{', '.join(usable_bases())}; `edgelam doctor` tests each one and suggests fixes"
         )
 
 
 @cache
 def base_problem(base: str) -> str:
-    """Why the base cannot be used here; empty where forward and backward of a small matrix come out right."""
+    """Says why the base cannot be used here; empty if forward and backward of a small matrix are right."""
     try:
         for compute in COMPUTES[base]:
             if not _computes(base, DTYPE[compute]):
@@ -58,7 +59,7 @@ def base_problem(base: str) -> str:
     return ""
 
 
-@torch.enable_grad()  # also where the first caller only evaluates
+@torch.enable_grad()  # even if the first caller only evaluates
 def _computes(base: str, dtype: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(1)
     plain = nn.Linear(96, 40, bias=False, dtype=torch.float32).requires_grad_(False)

@@ -1,7 +1,7 @@
-"""Carry factors by name: what an aggregation added to a module for good, as frozen low-rank factors beside the base (s = 1).
+"""Carry factors by name: low-rank factors that an aggregation added to a module for good, frozen beside the base (s = 1).
 
-`....q_proj.lora_carry_A.weight` is [M, in], `....lora_carry_B.weight` is [out, M]. Other tools know no such thing, so in a
-peft folder they are stacked with the adapter into one LoRA. Knows arrays alone; `model.modules` computes with them.
+`....q_proj.lora_carry_A.weight` is [M, in], `....lora_carry_B.weight` is [out, M]. Other tools do not know carry factors, so a peft
+folder holds them stacked with the adapter as one LoRA. Knows only arrays; `model.modules` computes with them.
 """
 
 from __future__ import annotations
@@ -15,20 +15,25 @@ CARRY_A, CARRY_B = ".lora_carry_A.weight", ".lora_carry_B.weight"
 
 
 def is_carry(name: str) -> bool:
+    """Whether a tensor is a carry factor."""
     return name.endswith((CARRY_A, CARRY_B))
 
 
 def modules_of(tensors: Mapping[str, np.ndarray]) -> list[str]:
-    """The modules that have carry factors."""
+    """Lists the modules that have carry factors."""
     return [name.removesuffix(CARRY_A) for name in tensors if name.endswith(CARRY_A)]
 
 
 def without_carry(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns all tensors but the carry factors."""
     return {name: array for name, array in tensors.items() if not is_carry(name)}
 
 
 def stacked(adapter: Mapping[str, np.ndarray], alpha: float) -> dict[str, np.ndarray]:
-    """One LoRA a module, scaled by alpha / the adapter's rank as before: the carry's B is divided by that, the rest kept."""
+    """Stacks adapter and carry factors to one LoRA per module, still scaled by alpha / the adapter's rank.
+
+    The B of the carry is divided by that scale; all other arrays are kept.
+    """
     joined = without_carry(adapter)
     for module in modules_of(adapter):
         a_RI, b_OR = adapter[module + A], adapter[module + B]
@@ -39,7 +44,7 @@ def stacked(adapter: Mapping[str, np.ndarray], alpha: float) -> dict[str, np.nda
 
 
 def unstacked(joined: Mapping[str, np.ndarray], alpha: float, ranks: Mapping[str, int]) -> dict[str, np.ndarray]:
-    """The inverse. `ranks`: of the adapter alone, for the modules where there is more."""
+    """Separates what `stacked` joined. `ranks`: the adapter's own rank, for each module that has carry factors."""
     adapter = dict(joined)
     for module, rank in ranks.items():
         a_MI, b_OM = joined[module + A], joined[module + B]

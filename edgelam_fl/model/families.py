@@ -1,6 +1,6 @@
-"""What differs between the architectures that can be cut, as plain data. Imports no torch.
+"""The architectures that can be cut and what differs between them, as plain data. Imports no torch.
 
-A new row needs no code where the model embeds, runs a list of layers, normalises and projects; `tests/parity/test_families.py`
+A new row needs no code if the model embeds, runs a list of layers, normalises and projects; `tests/parity/test_families.py`
 then shows whether its slices are exact.
 """
 
@@ -14,14 +14,14 @@ from edgelam_fl.errors import ModelError
 
 @dataclass(frozen=True)
 class Family:
-    """Module names are those inside `body`, the model without its head."""
+    """One architecture. Module names are relative to `body`, the model without its head."""
 
-    body: str  # what transformers calls it; every tensor outside the head has this prefix
+    body: str  # its name in transformers; every tensor outside the head has this prefix
     layers: str  # the list of layers
     embed: str  # the table of token embeddings
-    norm: str | None  # after the last layer; None: the layers end in their own
-    tied: bool = False  # whether embedding and head are one where config.json does not say
-    input_first: bool = False  # matrices lie [in, out]
+    norm: str | None  # after the last layer; None: the last layer has its own
+    tied: bool = False  # whether embedding and head are one tensor if config.json does not say
+    input_first: bool = False  # matrices are stored as [in, out]
     task_head: str | None = (
         None  # classification: the trained module after `body`; None: it has a language model's head
     )
@@ -43,7 +43,7 @@ FAMILIES = {
 
 
 def family_of(model_type: str, name: str) -> Family:
-    """Raises ModelError for an architecture that is not in the table. `name`: the model's, for the message."""
+    """Returns the row of an architecture. Raises ModelError for an unknown one; `name` is the model's, for the message."""
     if model_type not in FAMILIES:
         raise ModelError(
             f"model.name: {name} is of the architecture {model_type!r}, which cannot be cut; known: {', '.join(FAMILIES)}"
@@ -52,9 +52,10 @@ def family_of(model_type: str, name: str) -> Family:
 
 
 def full_names(stored: Iterable[str], family: Family) -> dict[str, str]:
-    """Stored tensor name -> its name in the model with a head.
+    """Maps stored tensor names to names in the model with a head.
 
-    Files of a model without head lack the body's prefix; BERT's oldest call a norm's weight and bias gamma and beta.
+    Files of a model without head lack the prefix of the body; the oldest BERT files call a norm's weight and bias gamma and
+    beta.
     """
     names = list(stored)
     bare = not any(name.startswith(f"{family.body}.") for name in names)

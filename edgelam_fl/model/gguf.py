@@ -1,7 +1,7 @@
-"""GGUF files: config, tokenizer and tensor index out of the metadata, tensors one by one out of the data.
+"""Reads GGUF files: config, tokenizer and tensor index from the metadata, tensors one by one from the data.
 
-Names, element layouts and the un-permuting of rows are transformers' and gguf's own tables, so that a tensor read here
-is bit-equal to the one that `from_pretrained(gguf_file=...)` gives.
+Names, element layouts and the order of rows come from the tables of transformers and gguf, so that a tensor read here is
+bit-equal to the one of `from_pretrained(gguf_file=...)`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def unpack_metadata(path: Path, folder: Path) -> dict[str, TensorEntry]:
 
 
 def read_tensor(entry: TensorEntry, config: dict[str, Any]) -> np.ndarray:
-    """One tensor, dequantized to fp32 and laid out as torch has it. Touches only the tensor's own bytes."""
+    """Reads one tensor, dequantized to fp32 in torch's layout. Touches only the tensor's own bytes."""
     import gguf
 
     kind = gguf.GGMLQuantizationType[entry.stored_type]

@@ -1,4 +1,4 @@
-"""The index of a model's tensors: where each one is, how large, and of which layer."""
+"""The index of a model's tensors: where each one is, its size and its layer."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ _MAX_HEADER_BYTES = 100_000_000
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a model: its shape as torch has it, and where its bytes are."""
+    """One tensor of a model: its shape in torch, and where its bytes are."""
 
     shape: tuple[int, ...]
     file: str
     stored_name: str
-    stored_type: str  # safetensors' or GGUF's name of the element type
+    stored_type: str  # name of the element type in safetensors or GGUF
     offset: int = 0  # in bytes; GGUF only
     stored_bytes: int = 0  # GGUF only
 
 
 def layer_number(name: str) -> int | None:
-    """The layer that a tensor, module or adapter name belongs to; None outside the layers."""
+    """Returns the layer that a tensor, module or adapter name belongs to; None outside the layers."""
     match = re.search(r"\.(?:layers|h|layer)\.(\d+)\.", f".{name}")
     return int(match.group(1)) if match else None
 
 
 def safetensors_header(file: Path) -> dict[str, Any]:
-    """By tensor: dtype, shape, data_offsets. Raises ModelError."""
+    """Reads dtype, shape and data_offsets per tensor. Raises ModelError for a file that is not whole."""
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))

@@ -1,6 +1,6 @@
-"""How long one real decoder layer takes here: attention, norms and LoRA included, with random weights. Reads no weights.
+"""Measures how long one decoder layer takes here, with attention, norms, LoRA and random weights. Reads no weights.
 
-`model.speed` measures a layer's matrices alone. Memory of a layer's shapes is taken while it is measured.
+`model.speed` measures only the matrices of a layer. While it measures, a layer of the model's shapes is in memory.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from edgelam_fl.model.base_names import COMPUTES, SHORT
 from edgelam_fl.model.bases import DTYPE, usable_bases
 from edgelam_fl.model.quantized import QUANTIZED
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.model.speed import kept_or_measured, mean_s
+from edgelam_fl.model.speed import mean_s, measure_once
 from edgelam_fl.model.stage import LoraSettings, Stage, load_stages
 
 TOKENS = (128, 512)  # of a micro-batch
-_ROW = 128  # tokens of one row: a micro-batch of more has more rows, as in training
+_ROW = 128  # tokens of one row: a larger micro-batch has more rows, as in training
 _RANK = 8
 _FEW = 16
 _HOPELESS_S = (
-    3.0  # of the smaller size: from then on a few tokens tell enough. bf16 without instructions for it is so slow
+    3.0  # for the smaller size: a slower layer is measured with a few tokens only, as bf16 without hardware support
 )
-_SLOW_S = 0.25  # of the smaller size: then the larger one, which would take minutes for all pairs, is left out
-_BUDGET_S = 0.5  # several of the turns in which a container gets its share of a core
+_SLOW_S = 0.25  # for the smaller size: a slower layer is not measured at the larger size, which would take minutes
+_BUDGET_S = 0.5  # several of the periods in which a container gets its share of a core
 LayerSeconds = dict[int, dict[str, float]]  # tokens -> "base/compute" -> seconds
 
 
 def measure_layers(source: ModelSource, say: Callable[[str], None] = lambda _: None) -> LayerSeconds:
-    """Seconds of layer 0 forward and backward; kept in the cache for this model, torch, number of threads and machine.
+    """Measures the seconds of layer 0, forward and backward, once per model, torch, number of threads and machine.
 
-    Where a layer is slow, only of the smaller size.
+    A slow layer is measured only at the smaller size. The cache keeps the result.
     """
-    measured = kept_or_measured(source, "layer", lambda: _measured(source, say))
+    measured = measure_once(source, "layer", lambda: _measured(source, say))
     return {int(tokens): seconds for tokens, seconds in measured.items()}
 
 
@@ -53,7 +53,7 @@ def _measured(source: ModelSource, say: Callable[[str], None]) -> LayerSeconds:
 
 
 def random_layer(source: ModelSource, base: str, compute: str) -> Stage:
-    """Layer 0 with LoRA on all its matrices; the weights' values change no time."""
+    """Makes layer 0 with random weights and LoRA on all its matrices; the values of weights do not change the time."""
     lora = LoraSettings(_RANK, 2.0 * _RANK, ("all-linear",))
     classes = 2 if source.family.task_head else 0
     (stage,) = load_stages(source, [Span(0, 1)], base, lora, compute, classes=classes, read=_random_tensors)
@@ -79,7 +79,7 @@ def _random_tensors(
 
 @torch.enable_grad()
 def _seconds(stage: Stage, source: ModelSource, tokens: int) -> float:
-    for _ in range(2):  # the first one makes the kernels ready
+    for _ in range(2):  # the first run warms the kernels up
         few_s = _run(stage, _hidden(stage, source, 1, _FEW)) * tokens / _FEW
         if few_s <= _HOPELESS_S:
             break

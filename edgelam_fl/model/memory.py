@@ -1,6 +1,6 @@
-"""What a slice of a model needs in memory, computed from config and tensor index alone. Imports no torch: plans use it.
+"""Computes the memory that a slice of a model needs, from config and tensor index alone. Imports no torch: plans use it.
 
-Weights are exact. What one micro-batch keeps for its backward pass is calibrated on Llama; other families come near.
+Weights are exact. What one micro-batch keeps for its backward pass is calibrated on Llama; other families are close.
 
 Letters in sizes: D hidden, A heads x head size, K the same of keys, I of the feed-forward part, V vocabulary.
 """
@@ -17,12 +17,15 @@ from edgelam_fl.model.index import TensorEntry, layer_number
 from edgelam_fl.model.source import ModelSource
 
 _NF4_BLOCK = 64
-_PLAIN_NORMS = ("gpt2", "bert")  # their layer norm works in the dtype computed in, others' in fp32
-_FEED_FORWARD_KEPT = {"gpt2": 4, "bert": 1}  # tensors of size I a layer; elsewhere gate, its activation, and up
+_PLAIN_NORMS = ("gpt2", "bert")  # their layer norm computes in the model's dtype, others' in fp32
+_FEED_FORWARD_KEPT = {
+    "gpt2": 4,
+    "bert": 1,
+}  # number of tensors of size I per layer; other families keep gate, its activation, and up
 
 
 def weights_bytes(source: ModelSource, spans: Iterable[Span], base: str, compute: str = "") -> int:
-    """The frozen weights of all `spans` of one node; a tensor that two of them need (a tied embedding) counts once."""
+    """Returns the bytes of frozen weights in all `spans` of one node; a tensor in two spans (a tied embedding) counts once."""
     itemsize = ITEM_BYTES[compute or ("bfloat16" if base == "bf16" else "float32")]
     names = {name for span in spans for name in source.index if _needs(source, span, name)}
     return sum(_tensor_bytes(source, name, source.index[name], base, itemsize) for name in names)
@@ -58,9 +61,9 @@ def unit_bytes(
     head: bool = False,
     all_linear: bool = False,
 ) -> int:
-    """One micro-batch of `rows` x `tokens` on `layers` layers: input, what the backward pass needs, output, its gradient.
+    """Returns the bytes of one micro-batch on `layers` layers: input, what the backward pass needs, output and its gradient.
 
-    `config`: a model's config.json. `itemsize`: bytes of an element computed with. `head`: the layers are followed by
+    `config`: a model's config.json. `itemsize`: bytes per element that is computed with. `head`: the layers are followed by
     head and loss. `all_linear`: LoRA is on every matrix, not on a few of the attention's.
     """
     positions = rows * tokens
@@ -74,7 +77,7 @@ def unit_bytes(
 
 
 def _layer_bytes(config: Mapping[str, Any], itemsize: int, all_linear: bool) -> int:
-    """What one layer keeps of one position for the backward pass, as transformers, its sdpa attention and peft do it."""
+    """Returns the bytes that one layer keeps per position for the backward pass, in transformers with sdpa and peft."""
     kind = config["model_type"]
     d = _size(config, "hidden_size", "n_embd")
     heads = _size(config, "num_attention_heads", "n_head")
@@ -89,7 +92,7 @@ def _layer_bytes(config: Mapping[str, Any], itemsize: int, all_linear: bool) -> 
 
 
 def _lora_inputs(d: int, a: int, i: int, *, copied: bool, all_linear: bool) -> int:
-    """LoRA is fp32: where that is not what is computed in, each adapted matrix keeps an fp32 copy of its input."""
+    """Returns the fp32 inputs that LoRA keeps per position; a model not in fp32 needs a copy per adapted matrix."""
     if not copied:
         return d + (d + i if all_linear else 0)
     return 5 * d + a + i if all_linear else 2 * d

@@ -1,4 +1,4 @@
-"""Small modules that stand in a stage where the whole model has something else. Know nothing about slices or files.
+"""Small modules that replace parts of the whole model in a stage. They know nothing about slices or files.
 
 Shapes: B rows, T tokens, D hidden.
 """
@@ -18,47 +18,47 @@ from transformers import DynamicCache
 
 
 class Pass(nn.Module):
-    """Stands where a layer of another stage would be; also for what follows the last layer."""
+    """Passes its input through, in place of a layer of another stage, or of what follows the last layer."""
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return hidden_states
 
 
 class Embedded(nn.Module):
-    """In place of an embedding that adds positions and the like: what comes in was embedded on another stage."""
+    """Replaces an embedding that also adds positions and the like: its input was embedded on another stage."""
 
     def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> torch.Tensor:
         return inputs_embeds
 
 
 class NoPositions(nn.Module):
-    """In place of a table of positions, which are added to what comes in: they were added on another stage."""
+    """Replaces a table of positions: they were added on another stage."""
 
     def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(())  # without dimensions, so it lends its dtype to nothing
+        return torch.zeros(())  # without dimensions, so that its dtype has no effect
 
 
 class TaskHead(nn.Linear):
-    """Trained as a whole, so it is fp32 whatever the frozen model computes in; so are its logits."""
+    """A task head. It is trained as a whole, so it and its logits are fp32 whatever the frozen model computes in."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return super().forward(input.to(self.weight.dtype))
 
 
 class CarryFactors:
-    """Frozen factors beside a frozen linear layer of whatever kind: B A x is added to what it gives out (model.carry).
+    """Frozen factors beside a frozen linear layer of any kind: they add B A x to its output (model.carry).
 
-    The layer itself stays as it is. Shapes: M rank, I in, O out.
+    The layer itself does not change. Shapes: M rank, I in, O out.
     """
 
     def __init__(self, linear: nn.Module, dtype: torch.dtype) -> None:
         self._linear, self._dtype = linear, dtype
         self._hook: Any = None
         self._a_MI, self._b_OM = torch.empty(0), torch.empty(0)
-        self.arrays: tuple[np.ndarray, np.ndarray] | None = None  # A and B in fp32, as they were given
+        self.arrays: tuple[np.ndarray, np.ndarray] | None = None  # A and B in fp32, as given
 
     def take(self, arrays: tuple[np.ndarray, np.ndarray] | None) -> None:
-        """Adds these from now on; None: nothing."""
+        """Uses these factors from now on; None: no factors."""
         if arrays is None or self.arrays is None or not all(map(np.array_equal, arrays, self.arrays)):
             self._put(arrays)
 
@@ -77,7 +77,7 @@ class CarryFactors:
 
 
 class UnitSeed:
-    """The seed of the unit that is being computed; None: no dropout."""
+    """The seed of the micro-batch that is being computed; None: no dropout."""
 
     def __init__(self) -> None:
         self.value: int | None = None
@@ -92,9 +92,9 @@ class UnitSeed:
 
 
 class UnitDropout(nn.Module):
-    """Dropout whose mask is a function of the unit's seed, the module's name and the shape.
+    """Dropout whose mask depends only on the micro-batch's seed, the module's name and the shape.
 
-    So it is the same when the layer is recomputed, and on whatever stage the layer is.
+    The mask is therefore the same when a layer is recomputed, and on any stage.
     """
 
     def __init__(self, share: float, name: str, seed: UnitSeed) -> None:
@@ -111,14 +111,14 @@ class UnitDropout(nn.Module):
 
 
 class StageCache(DynamicCache):
-    """Keys and values of a stage's layers, and how many tokens went by, also where no layer of the stage saw them.
+    """Keys and values of a stage's layers, and the number of tokens so far, even if no layer of the stage saw them.
 
-    transformers asks the first layer of a kind (full or sliding) for lengths and masks; a stage may lack that one.
+    transformers asks the first layer of a kind (full or sliding) for lengths and masks; a stage may lack that layer.
     """
 
     def __init__(self, config: Any) -> None:
         super().__init__(config=config)
-        self.mask_BT: torch.Tensor | None = None  # what is real of what is held, padding and all
+        self.mask_BT: torch.Tensor | None = None  # 1 for real tokens, 0 for padding, over all tokens so far
 
     @property
     def tokens(self) -> int:
@@ -131,6 +131,6 @@ class StageCache(DynamicCache):
         layer = self.layers[layer_idx]
         if not layer.is_sliding:
             return self.tokens + query_length, 0
-        layer.cumulative_length = self.tokens  # as it would be, had this layer run here
+        layer.cumulative_length = self.tokens  # the value it would have if this layer ran here
         sizes: tuple[int, int] = layer.get_mask_sizes(query_length)
         return sizes

@@ -1,7 +1,7 @@
-"""Frozen linear layers with quantized weights: int8 with a scale a row, nf4 with a scale a block of 64 weights.
+"""Frozen linear layers with quantized weights: int8 with one scale per row, nf4 with one scale per block of 64 weights.
 
-Each matrix is quantized alone, so a slice's numbers are the whole model's. Forward and backward dequantize for the one
-product and keep no dequantized copy. Knows no files; peft wraps these layers like any `nn.Linear`.
+Each matrix is quantized on its own, so the numbers of a slice are those of the whole model. Forward and backward dequantize for
+one product and keep no dequantized copy. Knows no files; peft wraps these layers like any `nn.Linear`.
 
 Shapes: O out features, I in features, N blocks.
 """
@@ -16,20 +16,22 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 BLOCK = 64  # weights that share one scale in nf4
-_CHUNK_BLOCKS = 4096  # quantized at a time: the library's intermediate tensors are several times the weights' size
+_CHUNK_BLOCKS = (
+    4096  # quantized at a time: the library's intermediate tensors are several times as large as the weights
+)
 
 
 def quantize_rows(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric absmax quantization of each row: int8 [out, in] and fp32 scale [out]. A row of zeros gets scale 1."""
+    """Quantizes each row by its absolute maximum: int8 [out, in] and fp32 scale [out]. A row of zeros gets scale 1."""
     absmax_O = weight_OI.float().abs().amax(dim=1)
     scale_O = torch.where(absmax_O > 0, absmax_O / 127, torch.ones_like(absmax_O))
     return torch.round(weight_OI.float() / scale_O[:, None]).to(torch.int8), scale_O
 
 
 def quantize_nf4(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """bitsandbytes' nf4: uint8 [N, 32], two weights a byte, and fp32 scale [N], each block's largest magnitude.
+    """Quantizes to bitsandbytes' nf4: uint8 [N, 32], two weights per byte, and fp32 scale [N], the largest magnitude per block.
 
-    The matrix is taken row after row; the last block is filled up with zeros.
+    Blocks follow the matrix row by row; the last block is padded with zeros.
     """
     from bitsandbytes.functional import quantize_4bit
 
@@ -46,10 +48,10 @@ def quantize_nf4(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def dequantize_nf4(
     packed: torch.Tensor, scale_N: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype
 ) -> torch.Tensor:
-    """The weights [out, in] again."""
+    """Returns the weights [out, in] that `quantize_nf4` packed."""
     from bitsandbytes.functional import QuantState, dequantize_4bit
 
-    # One block a row: bitsandbytes 0.50's CPU kernel reads wrong scales where rows are not a whole number of blocks.
+    # One block per row: the CPU kernel of bitsandbytes 0.50 reads wrong scales unless rows are a whole number of blocks.
     blocks = torch.Size((len(scale_N), BLOCK))
     state = QuantState(scale_N, shape=blocks, blocksize=BLOCK, quant_type="nf4", dtype=dtype)
     weights = dequantize_4bit(packed.view(-1, 1), state).view(-1)
@@ -57,7 +59,7 @@ def dequantize_nf4(
 
 
 class _Int8Product(torch.autograd.Function):
-    """y = (x q^T) * scale."""
+    """Computes y = (x q^T) * scale."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, q_OI: torch.Tensor, scale_O: torch.Tensor) -> torch.Tensor:
@@ -72,7 +74,7 @@ class _Int8Product(torch.autograd.Function):
 
 
 class _Nf4Product(torch.autograd.Function):
-    """y = x W^T, with W dequantized in x's dtype."""
+    """Computes y = x W^T with W dequantized in the dtype of x."""
 
     @staticmethod
     def forward(
@@ -90,7 +92,7 @@ class _Nf4Product(torch.autograd.Function):
 
 
 class QuantizedLinear(nn.Linear):
-    """Stands in for a frozen linear layer. Its state is `weight` (packed), `weight_scale` and, where there is one, `bias`."""
+    """A frozen linear layer with packed weights. Its state is `weight` (packed), `weight_scale` and, if any, `bias`."""
 
     def __init__(self, out_features: int, in_features: int, bias: nn.Parameter | None, device: torch.device) -> None:
         nn.Module.__init__(self)
@@ -103,7 +105,7 @@ class QuantizedLinear(nn.Linear):
 
     @classmethod
     def in_place_of(cls, linear: nn.Linear | Conv1D) -> QuantizedLinear:
-        """An empty one. GPT-2's Conv1D is a linear layer whose matrix lies [in, out]; here it lies [out, in]."""
+        """Makes an empty layer for `linear`. GPT-2's Conv1D stores its matrix as [in, out]; here it is [out, in]."""
         shape = linear.weight.shape
         out_features, in_features = reversed(shape) if isinstance(linear, Conv1D) else shape
         return cls(out_features, in_features, linear.bias, linear.weight.device)
@@ -118,7 +120,7 @@ class QuantizedLinear(nn.Linear):
 
     @staticmethod
     def quantize(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The state's `weight` and `weight_scale`."""
+        """Returns `weight` and `weight_scale` of the state."""
         raise NotImplementedError
 
     def empty_state(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,7 +135,7 @@ class QuantizedLinear(nn.Linear):
 
 
 class Int8Linear(QuantizedLinear):
-    """Half of bf16's memory at its speed, with an error of 0.8 %."""
+    """int8 with one scale per row: half the memory of bf16 at its speed, with an error of 0.8 %."""
 
     quantize = staticmethod(quantize_rows)
 
@@ -147,7 +149,7 @@ class Int8Linear(QuantizedLinear):
 
 
 class Nf4Linear(QuantizedLinear):
-    """4.5 bits a weight, with an error of 9 %."""
+    """nf4: 4.5 bits per weight, with an error of 9 %."""
 
     quantize = staticmethod(quantize_nf4)
 
@@ -163,7 +165,7 @@ QUANTIZED: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "nf4": Nf4Lin
 
 
 def quantize_linears(layer: nn.Module, base: str) -> None:
-    """Puts the base's empty layers in place of all linear ones."""
+    """Replaces all linear layers by empty ones of the base."""
     for parent in list(layer.modules()):
         for name, child in list(parent.named_children()):
             if type(child) in (nn.Linear, Conv1D):

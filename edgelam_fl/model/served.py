@@ -1,7 +1,7 @@
-"""A model whose files are elsewhere: its tensors come one by one, checked, and are kept on disk. Knows no network.
+"""Keeps the tensors of a model whose files are elsewhere: they arrive one by one, are verified and stay on disk. Knows no network.
 
-What comes is bytes of named parts, from `Stream`; each part is a file, named `.part` until its SHA-256 is right. A broken
-stream, or an end of this process, costs what was on the way: the part goes on at its byte.
+A `Stream` gives the bytes of named parts. Each part becomes a file, which is named `.part` until its SHA-256 is right. A broken
+stream or the end of this process costs only the bytes under way: the next stream continues at the byte that is missing.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ SAFETENSORS_DTYPES = {  # safetensors' name -> torch's, bytes of an element
     "F32": ("float32", 4), "BF16": ("bfloat16", 2), "F16": ("float16", 2), "I8": ("int8", 1), "U8": ("uint8", 1),
     "I32": ("int32", 4), "I64": ("int64", 8), "BOOL": ("bool", 1),
 }  # fmt: skip
-_PATIENCE_S = 180.0  # without a byte; a server that has the model in another form makes it first
+_PATIENCE_S = 180.0  # without a byte; a server that has the model in another format converts it first
 _RETRY_S = 1.0
-_TRIES = 3  # for a part that comes with wrong bytes
+_TRIES = 3  # for a part that arrives with wrong bytes
 _ROOM_BYTES = 16 << 20  # left free on the disk
 
 
 @dataclass(frozen=True)
 class AnnouncedPart:
-    """Announced: a tensor, or a small file (without dtype)."""
+    """A tensor, or a small file (without dtype), as the server announced it."""
 
     name: str
     size: int
@@ -44,12 +44,12 @@ class AnnouncedPart:
     shape: tuple[int, ...] = ()
 
 
-# (part, bytes of it that are here) for each -> what is missing of them, in order, in pieces that are of one part each
+# Takes (part, bytes of it on disk) for each part; yields the missing bytes in order, each piece from one part only.
 Stream = Callable[[Sequence[tuple[AnnouncedPart, int]]], Iterator[bytes]]
 
 
 def check_part(part: AnnouncedPart, most_bytes: int) -> None:
-    """Raises ProtocolError for what must not be announced, before anything of it is asked for."""
+    """Raises ProtocolError for a part that must not be announced, before any of its bytes are requested."""
     if not re.fullmatch(r"\w[\w.-]{0,250}", part.name) or not re.fullmatch("[0-9a-f]{64}", part.sha256):
         raise ProtocolError(
             f"the hub announced a part with the name {part.name[:80]!r} and the hash {part.sha256[:80]!r}"
@@ -66,8 +66,8 @@ def check_part(part: AnnouncedPart, most_bytes: int) -> None:
         )
 
 
-def mapped(folder: Path, part: AnnouncedPart) -> Any:
-    """The tensor in its file; memory is taken when it is touched, and shared with other processes."""
+def map_tensor(folder: Path, part: AnnouncedPart) -> Any:
+    """Maps a tensor from its file: memory is used when it is touched, and shared with other processes."""
     import torch
 
     array = np.memmap(folder / part.name, np.uint8, "c")
@@ -79,14 +79,14 @@ def read_manifest(folder: Path) -> dict[str, AnnouncedPart]:
         entries = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         return {name: AnnouncedPart(**{**entry, "shape": tuple(entry["shape"])}) for name, entry in entries.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return {}  # absent, or cut short with the power: it is asked for again
+        return {}  # absent, or cut off by a power failure: it is requested again
 
 
 def write_manifest(folder: Path, parts: dict[str, AnnouncedPart]) -> None:
     write_atomically(folder / "manifest.json", json.dumps({name: asdict(part) for name, part in parts.items()}))
 
 
-def complete(
+def fetch_missing(
     folder: Path,
     wanted: Sequence[AnnouncedPart],
     stream: Stream,
@@ -95,14 +95,14 @@ def complete(
     patience_s: float = _PATIENCE_S,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Fetches what of `wanted` is not in `folder`, or not as announced; returns the bytes that came.
+    """Fetches the `wanted` parts that `folder` lacks or holds with other bytes; returns the number of bytes received.
 
-    `progress`: told the bytes of the missing parts that are here, and all of theirs. Raises EnvironmentProblem where the disk
-    is too small, the stream gives nothing for `patience_s`, or a part stays wrong.
+    `progress` is called with the bytes of the missing parts so far and in all. Raises EnvironmentProblem if the disk is too
+    small, the stream gives nothing for `patience_s`, or a part stays wrong.
     """
     missing = [part for part in wanted if not _is_right(folder / part.name, part)]
     for part in missing:
-        (folder / part.name).unlink(missing_ok=True)  # whoever has it mapped keeps it
+        (folder / part.name).unlink(missing_ok=True)  # processes that have it mapped keep it
     total, came, heard = sum(part.size for part in missing), 0, time.monotonic()
     _check_room(folder, sum(part.size - _begun(folder, part) for part in missing), free)
     wrong: dict[str, int] = {}
@@ -123,7 +123,7 @@ def complete(
         if missing and time.monotonic() - heard > patience_s:
             raise EnvironmentProblem(
                 f"{len(missing)} of {len(wanted)} tensors of the slice did not come from the server's hub for {patience_s:.0f} s: "
-                f"{problem}. What is here is kept and goes on from there"
+                f"{problem}. The bytes that arrived are kept, and the next attempt continues from there"
             )
         if missing:
             time.sleep(min(_RETRY_S, patience_s / 10))
@@ -131,7 +131,7 @@ def complete(
 
 
 def _receive(folder: Path, parts: Sequence[AnnouncedPart], stream: Stream, wrong: dict[str, int]) -> Iterator[int]:
-    """One stream's pieces into the parts' files; yields the size of each."""
+    """Writes the pieces of one stream to the files of the parts; yields the size of each piece."""
     pieces = stream([(part, _begun(folder, part)) for part in parts])
     for part in parts:
         begun, path = _begun(folder, part), _partial(folder, part)
@@ -155,7 +155,7 @@ def _write_all(file: object, piece: bytes) -> None:
 
 
 def _finish(folder: Path, part: AnnouncedPart, wrong: dict[str, int]) -> None:
-    """In place if the bytes are the announced ones, else begun again: this part alone."""
+    """Puts a part in place if its bytes are the announced ones; else deletes it, so that it is fetched again."""
     path = _partial(folder, part)
     if _is_right(path, part):
         path.replace(folder / part.name)
@@ -164,7 +164,7 @@ def _finish(folder: Path, part: AnnouncedPart, wrong: dict[str, int]) -> None:
     wrong[part.name] = wrong.get(part.name, 0) + 1
     if wrong[part.name] >= _TRIES:
         raise EnvironmentProblem(
-            f"{part.name} came from the server's hub {_TRIES} times with other bytes than announced; look after the network or "
+            f"{part.name} came from the server's hub {_TRIES} times with other bytes than announced; check the network and "
             f"the disk under {folder}"
         )
 
@@ -196,6 +196,6 @@ def _check_room(folder: Path, needed: int, free: Callable[[Path], int]) -> None:
 
 def _full(folder: Path, needed: int, free: Callable[[Path], int]) -> EnvironmentProblem:
     return EnvironmentProblem(
-        f"the slice needs {needed / 1e6:.0f} MB more under {folder} (and {_ROOM_BYTES / 1e6:.0f} MB beside it), "
-        f"{free(folder) / 1e6:.0f} MB are free there; make room, or let EDGELAM_CACHE name a folder on a larger disk"
+        f"the slice needs {needed / 1e6:.0f} MB more under {folder} (and {_ROOM_BYTES / 1e6:.0f} MB in reserve), "
+        f"{free(folder) / 1e6:.0f} MB are free there; free some space, or set EDGELAM_CACHE to a folder on a larger disk"
     )

@@ -1,6 +1,6 @@
-"""The unchanged Hugging Face model on the meta device, with what other stages hold replaced. Knows no weights' files.
+"""Makes the unchanged Hugging Face model on the meta device and replaces what other stages hold. Knows no files of weights.
 
-Neighbour: `model.stage` gives it the slice's tensors and LoRA.
+Neighbour: `model.stage` adds the tensors of the slice and LoRA.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from edgelam_fl.model.quantized import QUANTIZED, quantize_linears
 
 
 def skeleton(config: Any, family: Family, span: Span, base: str, classes: int) -> PreTrainedModel:
-    """The model without storage, and without what other stages hold; the task head, which no file has, is zero."""
+    """Makes the model without storage and without what other stages hold; a task head, which no file has, is zero."""
     _check_head(config.model_type, family, classes)
     if classes:
         config.num_labels = classes
     auto = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
     with torch.device("meta"):
-        # The tensors that are assigned later bring their dtype. Any other here would be set as the whole process's
-        # default for a moment, and two stages loading at once would leave it so.
+        # The tensors that are assigned later have their own dtype. Any other dtype here would become the default of the
+        # whole process for a moment, and two stages that load at the same time could leave it so.
         model = auto.from_config(config, dtype=torch.float32)
     _keep_layers(model.get_submodule(f"{family.body}.{family.layers}"), span, base)
     if not span.embed:
@@ -42,9 +42,11 @@ def skeleton(config: Any, family: Family, span: Span, base: str, classes: int) -
 
 def _check_head(model_type: str, family: Family, classes: int) -> None:
     if family.task_head is None and classes:
-        raise ModelError(f"task.kind: {model_type} is not for classification here; allowed: causal-lm, or a BERT model")
+        raise ModelError(f"task.kind: {model_type} has no task head; allowed: a task without classes, or a BERT model")
     if family.task_head is not None and not classes:
-        raise ModelError(f"task.kind: {model_type} has no language model's head; allowed: classification, with classes")
+        raise ModelError(
+            f"task.kind: {model_type} has no language model head; allowed: classification, with task.classes"
+        )
 
 
 def _keep_layers(layers: nn.Module, span: Span, base: str) -> None:
@@ -83,7 +85,7 @@ def _drop_head(model: PreTrainedModel, family: Family) -> None:
 
 
 def fill_computed(model: PreTrainedModel, family: Family) -> None:
-    """Tables that are computed, never stored, and so are still on the meta device."""
+    """Fills the tables that are computed and never stored, and so are still on the meta device."""
     body = model.get_submodule(family.body)
     if hasattr(body, "rotary_emb"):
         body.rotary_emb = type(body.rotary_emb)(config=model.config)

@@ -1,8 +1,8 @@
-"""Where a model's files are, and the index of its tensors. Imports no torch: the server plans with this alone.
+"""Finds the files of a model and makes the index of its tensors. Imports no torch: the server plans with this alone.
 
-A source is a folder in Hugging Face's layout (config.json, tokenizer, safetensors) or a GGUF file. A GGUF file is read
-once into a small folder of the same layout under the cache (config, tokenizer, tensor index; 15 s, most of it the
-vocabulary); its weights stay in the file until `model.weights` reads a slice.
+A source is a folder in Hugging Face's layout (config.json, tokenizer, safetensors) or a GGUF file. The metadata of a GGUF file is
+read once into a small folder of the same layout in the cache (config, tokenizer, tensor index; 15 s, mostly for the vocabulary);
+its weights stay in the file until `model.weights` reads a slice.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from edgelam_fl.model.index import TensorEntry, layer_number, safetensors_header
 
 
 class BuiltIn(NamedTuple):
-    package: str  # carries the model, as a GGUF file or as a folder in Hugging Face's layout
-    reference: str  # the same model's name on the hub
-    megabytes: int  # to fetch
+    package: str  # contains the model, as a GGUF file or as a folder in Hugging Face's layout
+    reference: str  # name of the same model on the Hugging Face hub
+    megabytes: int  # size of the download
 
 
 BUILT_IN = {
@@ -43,16 +43,16 @@ BUILT_IN = {
 class ModelSource:
     """A model that was found: `folder` holds config and tokenizer, `index` says where each tensor is.
 
-    The index has the names that tensors have in the model with its head, whatever the file calls them.
+    The index uses the names that tensors have in the model with its head, whatever the file calls them.
     """
 
     name: str
     folder: Path
     index: Mapping[str, TensorEntry]
     digest: str
-    reference: str  # what others call this base model; goes into exported adapters
+    reference: str  # public name of this base model, for exported adapters
     gguf: Path | None = None
-    # How to come by tensors whose files are not here (model.served); None: by the index.
+    # Gets tensors whose files are not on this machine (model.served); None: the index says where they are.
     read: Callable[[Sequence[str], str, str], Iterator[tuple[str, Any]]] | None = None
 
     @cached_property
@@ -77,16 +77,16 @@ class ModelSource:
 
     @property
     def fp32_bytes(self) -> int:
-        """The whole model's weights in fp32."""
+        """Size of the whole model's weights in fp32."""
         return 4 * sum(math.prod(entry.shape) for entry in self.index.values())
 
     def linear_modules(self) -> dict[str, tuple[int, int]]:
-        """Every matrix inside the layers: module name -> (out features, in features)."""
+        """Returns module name -> (out features, in features) of every matrix inside the layers."""
         modules = {}
         for name, entry in self.index.items():
             if name.endswith(".weight") and len(entry.shape) == 2 and layer_number(name) is not None:
                 rows, columns = entry.shape
-                # A GGUF file has every matrix as [out, in]; it is turned when it is read.
+                # A GGUF file stores every matrix as [out, in]; it is transposed when it is read.
                 turned = self.family.input_first and self.gguf is None
                 modules[name.removesuffix(".weight")] = (columns, rows) if turned else (rows, columns)
         return modules
@@ -95,8 +95,8 @@ class ModelSource:
 def find_model(name: str, *, download: bool = True) -> ModelSource:
     """Finds a model by built-in name, folder, .gguf file or hub name.
 
-    Raises ModelError with every place looked at. A hub is asked only with `download`, and where HF_HUB_OFFLINE is not set;
-    what came from it earlier is found.
+    Raises ModelError with every place that was searched. The hub is asked only with `download` and if HF_HUB_OFFLINE is not
+    set; earlier downloads are found.
     """
     if name in BUILT_IN:
         built_in = BUILT_IN[name]
@@ -122,8 +122,8 @@ def _packaged_model(name: str, package: str) -> Path:
 
 
 def packaged_models(package: str) -> list[Path]:
-    """The GGUF files and model folders that a package carries: installed, or fetched into the cache by the demo."""
-    # The package's own import needs programs that nobody here uses, so only its folder is asked for.
+    """Lists the GGUF files and model folders in a package that is installed, or was fetched into the cache by the demo."""
+    # Importing the package would need programs that are not used here, so only its folder is looked up.
     spec = importlib.util.find_spec(package)
     folders = [Path(folder) for folder in (spec.submodule_search_locations or [] if spec else [])]
     return [
@@ -157,7 +157,7 @@ def _hub_snapshot(name: str, download: bool) -> Path:
     except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, OSError) as error:
         reason = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else type(error).__name__
         raise ModelError(
-            f"{looked}; the hub did not give it either ({reason}). Set model.name to one that is here"
+            f"{looked}; the hub did not give it either ({reason}). Set model.name to a model on this machine"
         ) from error
 
 
@@ -165,7 +165,7 @@ def _from_folder(name: str, folder: Path, reference: str) -> ModelSource:
     files = sorted(folder.glob("*.safetensors"))
     if not (folder / "config.json").is_file() or not files:
         raise ModelError(
-            f"model folder {folder} must hold config.json and *.safetensors; it holds neither or one of them only"
+            f"model folder {folder} must hold config.json and *.safetensors; it holds neither or only one of them"
         )
     stored: dict[str, TensorEntry] = {}
     config = (folder / "config.json").read_bytes()
@@ -202,7 +202,7 @@ def _from_gguf(name: str, path: Path, reference: str) -> ModelSource:
 
 
 def _file_digest(path: Path) -> str:
-    """SHA-256 of a file, remembered by path, size and time of change: hashing gigabytes at every start would be felt."""
+    """Returns the SHA-256 of a file, cached by path, size and time of change: hashing gigabytes at every start takes long."""
     stat = path.stat()
     key = hashlib.sha256(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:24]
     note = cache_folder() / "digests" / key

@@ -1,6 +1,6 @@
-"""How fast this machine computes with each base: one layer's matrices of a model, with random weights, for real.
+"""Measures how fast this machine computes one layer's matrices of a model with each base, with random weights.
 
-Measured, never looked up by a processor's name. Reads no weights; knows nothing of plans, which choose by these figures.
+Measured, never looked up by a processor's name. Reads no weights; knows nothing about plans, which choose by these numbers.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from edgelam_fl.model.index import layer_number
 from edgelam_fl.model.quantized import QUANTIZED
 from edgelam_fl.model.source import ModelSource
 
-_BUDGET_S = 0.25  # for each pair; a layer too large for it is still run as often as _RUNS says
+_BUDGET_S = 0.25  # per pair; a layer that takes longer still runs as often as _RUNS says
 _RUNS = (3, 50)
-_LONG_RUN = 8  # times the budget: such a run is not repeated
+_LONG_RUN = 8  # multiple of the budget: a longer run is not repeated
 
 
 def measure_bases(source: ModelSource) -> dict[str, float]:
-    """Seconds for forward and backward of one layer's matrices over 128 tokens, by "base/compute" as in "int8/bf16".
+    """Measures the seconds of one layer's matrices over 128 tokens, forward and backward, per "base/compute" ("int8/bf16").
 
-    About 2 s where it was never measured; kept in the cache for this model, torch, number of threads and machine.
+    Takes about 2 s once per model, torch, number of threads and machine; then the cache has the result.
     """
-    measured: dict[str, float] = kept_or_measured(source, "", lambda: _measured(source))
+    measured: dict[str, float] = measure_once(source, "", lambda: _measured(source))
     return measured
 
 
-def kept_or_measured(source: ModelSource, what: str, measure: Callable[[], Any]) -> Any:
-    """What `measure` came to, as JSON has it, once for this model, torch, number of threads and machine.
+def measure_once(source: ModelSource, what: str, measure: Callable[[], Any]) -> Any:
+    """Returns the JSON value of `measure()`, from the cache if this model was measured with this torch, threads and machine.
 
-    `what` tells one kind of measurement from another.
+    `what` names the kind of measurement.
     """
     machine = (platform.node(), platform.machine(), torch.backends.cpu.get_cpu_capability())
     known = json.dumps([source.digest, torch.__version__, torch.get_num_threads(), machine, usable_bases(), what])
@@ -56,9 +56,10 @@ def kept_or_measured(source: ModelSource, what: str, measure: Callable[[], Any])
 
 
 def mean_s(run: Callable[[], float], budget_s: float) -> float:
-    """Of a few runs, each of which returns its seconds; the first one, which makes the kernels ready, is left out.
+    """Returns the mean seconds of a few runs, each of which returns its seconds, without the first, which warms up kernels.
 
-    The mean, because a container's share of a core comes as pauses, ten or more a second, that most runs do not meet.
+    The mean and not the median, because a container's share of a core comes as ten or more pauses per second, which most runs do
+    not meet.
     """
     first_s = run()
     if first_s > _LONG_RUN * budget_s:
@@ -87,7 +88,7 @@ def _layer_shapes(source: ModelSource) -> list[tuple[int, int]]:
 
 
 def _seconds(shapes: list[tuple[int, int]], base: str, dtype: torch.dtype) -> float:
-    """The median of a few runs, each over all matrices."""
+    """Returns the mean seconds of a few runs over all matrices."""
     generator = torch.Generator().manual_seed(1)
     pairs = []
     for out_features, in_features in shapes:

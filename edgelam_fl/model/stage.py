@@ -1,4 +1,4 @@
-"""A stage: the unchanged Hugging Face model with the layers that live elsewhere replaced by pass-through modules.
+"""A stage: the unchanged Hugging Face model with the layers of other stages replaced by pass-through modules.
 
 Masks, rotary positions, attention and LoRA stay the libraries' own code; names and layer numbers stay global. Knows
 nothing about networks, tokens' meaning or optimizers. Neighbours: `split.driver` and `split.host` call it.
@@ -39,6 +39,8 @@ ReadTensors = Callable[[ModelSource, list[str], str, str], Iterable[tuple[str, t
 
 @dataclass(frozen=True)
 class LoraSettings:
+    """LoRA of one stage: its rank, alpha, the modules that it is put on, and its dropout."""
+
     rank: int
     alpha: float
     targets: tuple[str, ...]
@@ -46,10 +48,10 @@ class LoraSettings:
 
 
 class Stage(nn.Module):
-    """One slice of a model, with LoRA on it, and the task head where there is one.
+    """One span of a model with LoRA on it, and with the task head if it has one.
 
-    It is always in evaluation mode: what is random in training is LoRA's dropout alone, and that comes from a seed. One
-    thread at a time may compute on it.
+    A stage is always in evaluation mode: only LoRA's dropout is random in training, and it comes from a seed. One thread at a
+    time may compute on it.
     """
 
     def __init__(self, model: nn.Module, span: Span, dtype: torch.dtype, family: Family, dropout: float) -> None:
@@ -90,13 +92,13 @@ class Stage(nn.Module):
         cache: StageCache | None = None,
         pad_left: bool = False,
     ) -> torch.Tensor:
-        """Token ids [B, T] (a stage with the embedding) or hidden states [B, T, D] -> hidden states [B, T, D], or from
-        a stage with the head logits [B, T, V], in classification [B, classes].
+        """Computes hidden states [B, T, D], or in a stage with the head logits [B, T, V], in classification [B, classes].
 
-        Row b holds `row_lengths[b]` real tokens; padding stands to the right, or with `pad_left` to the left.
-        layers: (enter, leave), where only some of the stage's layers are on the route. unit_seed: LoRA's dropout is on,
-        with masks of this seed. cache: from `new_cache`; the rows go on behind what it holds, with whatever padding each
-        call has (a window slides over padding too, so with sliding windows and unequal rows pad to the left).
+        `inputs` are token ids [B, T] for a stage with the embedding, else hidden states [B, T, D]. Row b holds `row_lengths[b]`
+        real tokens; padding is on the right, or with `pad_left` on the left. layers: (enter, leave), if only some of the
+        stage's layers are on the route. unit_seed: turns LoRA's dropout on, with masks of this seed. cache: from `new_cache`; the
+        rows continue what it holds, with any padding per call (a sliding window counts padding too, so with sliding windows and
+        unequal rows pad on the left).
         """
         mask_BT, positions_BT = _mask_and_positions(inputs.shape[1], row_lengths, pad_left, cache)
         feed: dict[str, Any] = {"input_ids": inputs} if self.span.embed else {"inputs_embeds": inputs}
@@ -110,13 +112,13 @@ class Stage(nn.Module):
         return logits
 
     def new_cache(self) -> StageCache:
-        """For the keys and values of one batch that is generated."""
+        """Makes a cache for the keys and values of one batch that is generated. Raises ModelError for a classifier."""
         if self._family.task_head is not None:
-            raise ModelError("this model classifies; it generates nothing")
+            raise ModelError("this model is a classifier; it cannot generate text")
         return StageCache(self._transformer.config)
 
     def set_checkpointing(self, on: bool) -> None:
-        """Whether a layer keeps only its input for the backward pass, and is computed again there. Same bits."""
+        """Sets whether layers keep only their inputs and are recomputed in the backward pass. The bits are the same."""
         self._recomputes = on
         for number in range(self.span.first, self.span.last):
             layer: Any = self._layers[number]
@@ -132,7 +134,7 @@ class Stage(nn.Module):
 
     @contextmanager
     def _only(self, route: tuple[int, int] | None, recompute: bool) -> Iterator[None]:
-        """In here, layers that are not on the route pass through."""
+        """Replaces layers that are not on the route by pass-through modules while the context is open."""
         span, layers = self.span, self._layers
         enter, leave = route or (span.first, span.last)
         if not span.first <= enter <= leave <= span.last:
@@ -141,7 +143,7 @@ class Stage(nn.Module):
             raise ProtocolError(f"layers {enter} to {leave} leave out the embedding or the head, which this stage has")
         absent = {n: layers[n] for n in range(span.first, span.last) if not enter <= n < leave}
         for number in range(enter, leave):
-            # Asked by transformers before it checkpoints a layer; its inner modules stay as they are.
+            # transformers reads this before it checkpoints a layer; the inner modules keep their own value.
             layers[number].training = self._recomputes and recompute
         for number in absent:
             layers[number] = Pass()
@@ -152,7 +154,7 @@ class Stage(nn.Module):
                 layers[number] = layer
 
     def _recomputable(self, layer: Callable[..., torch.Tensor], *inputs: Any) -> torch.Tensor:
-        """`layer(*inputs)`, whose backward pass computes it again with the adapter set and the seed that are in use now."""
+        """Computes `layer(*inputs)`; its backward pass recomputes with the adapter set and the seed that are in use now."""
         adapter_set, seed = self.adapter_parameters, self._seed.value
 
         def again(*inputs: Any) -> torch.Tensor:
@@ -170,7 +172,7 @@ class Stage(nn.Module):
     # ---------------------------------------------------------------- the adapter
 
     def new_adapter_set(self) -> AdapterSet:
-        """A copy of the set in use: parameters of its own, which `use` puts in place."""
+        """Returns a copy of the set in use, with parameters of its own, for `use`."""
         return {
             name: nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
             for name, parameter in self.adapter_parameters.items()
@@ -185,23 +187,24 @@ class Stage(nn.Module):
         self.adapter_parameters = adapter_set
 
     def set_trainable(self, trains: Callable[[int | None], bool]) -> list[nn.Parameter]:
-        """Frees what is in use of the layers for which `trains` is true, freezes the rest; None asks for the task head.
+        """Makes the set in use trainable in the layers for which `trains` is true and freezes the rest; returns `trainable()`.
 
-        Returns `trainable()`.
+        `trains` is called with a layer number, or with None for the task head.
         """
         for name, parameter in self.adapter_parameters.items():
             parameter.requires_grad_(trains(layer_number(name)))
         return self.trainable()
 
     def trainable(self) -> list[nn.Parameter]:
-        """The free parameters of the set in use; the order is the same for every set."""
+        """Lists the trainable parameters of the set in use, in an order that is the same for every set."""
         return [self.adapter_parameters[name] for name in self._places if self.adapter_parameters[name].requires_grad]
 
     def adapter(self) -> Adapter:
+        """Copies the adapter in use."""
         return {name: parameter.detach().numpy().copy() for name, parameter in self.adapter_parameters.items()}
 
     def carry(self) -> Adapter:
-        """The carry factors in use, by name."""
+        """Returns the carry factors in use, by name."""
         return {
             module + end: array
             for module, factors in self._carries.items()
@@ -210,9 +213,9 @@ class Stage(nn.Module):
         }
 
     def load_adapter(self, adapter: Adapter) -> None:
-        """Takes this stage's tensors out of `adapter`, carry factors where it has any (all sets of parameters share them).
+        """Loads this stage's tensors from `adapter`, with carry factors if it has any (all sets of parameters share them).
 
-        Raises ProtocolError where a tensor is missing or shaped otherwise.
+        Raises ProtocolError if a tensor is missing or has another shape.
         """
         for name, parameter in self.adapter_parameters.items():
             array = adapter.get(name)
@@ -228,7 +231,7 @@ class Stage(nn.Module):
     def _checked_carry(
         self, module: str, a_MI: np.ndarray | None, b_OM: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Raises ProtocolError where they do not fit the module's own factors, or each other."""
+        """Returns the carry factors. Raises ProtocolError if they do not fit the module's own factors or each other."""
         _, features_in = self.adapter_parameters[module + ".lora_A.weight"].shape
         features_out, _ = self.adapter_parameters[module + ".lora_B.weight"].shape
         if a_MI is None or b_OM is None or {a_MI.dtype, b_OM.dtype} != {np.dtype(np.float32)}:
@@ -243,7 +246,7 @@ class Stage(nn.Module):
 
 
 def _adapter_places(model: nn.Module, family: Family) -> dict[str, tuple[nn.Module, str]]:
-    """Adapter name -> the module and attribute where its parameter is: LoRA's factors, and the task head's tensors."""
+    """Maps adapter names to the module and attribute of the parameter: LoRA's factors and the tensors of the task head."""
     places = {}
     for name, _ in model.named_parameters():
         full = PREFIX + name.removeprefix(PREFIX)
@@ -257,7 +260,7 @@ def _adapter_places(model: nn.Module, family: Family) -> dict[str, tuple[nn.Modu
 def _mask_and_positions(
     tokens: int, row_lengths: list[int], pad_left: bool, cache: StageCache | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is real, of the cache's tokens and the new ones; and the new ones' positions."""
+    """Returns the mask of real tokens, cached and new, and the positions of the new tokens."""
     slots_T, lengths_B1 = torch.arange(tokens), torch.tensor(row_lengths)[:, None]
     padding_B1 = tokens - lengths_B1 if pad_left else torch.zeros_like(lengths_B1)
     positions_BT = (slots_T - padding_B1).clamp(min=0)
@@ -281,11 +284,11 @@ def load_stages(
     classes: int = 0,
     read: ReadTensors = read_tensors,
 ) -> list[Stage]:
-    """Builds the stages that one node holds. A tensor that two of them need (a tied embedding) is one tensor.
+    """Loads the stages of one node. Stages share a tensor that two of them need (a tied embedding).
 
-    Reads only the spans' tensors: resident memory grows with the slice, never with the model. compute: "float32",
-    "bfloat16", or "" for what the base has. classes: the outputs of a classifier; its head is zero until an adapter
-    is loaded. read: where the tensors come from.
+    Reads only the tensors of the spans: resident memory grows with the slice, never with the model. compute: "float32",
+    "bfloat16", or "" for the base's own. classes: the number of outputs of a classifier; its head is zero until an adapter is
+    loaded. read: gets the tensors.
     """
     config, family = AutoConfig.from_pretrained(source.folder), source.family
     dtype = compute_dtype(base, compute)
@@ -309,7 +312,7 @@ def load_stages(
 
 
 def _frozen(model: PreTrainedModel, family: Family) -> list[str]:
-    """The names of the state that comes from the base model's files."""
+    """Lists the names of the state that comes from the files of the base model."""
     # keep_vars: parameters, not copies
     names = model.state_dict(keep_vars=True)
     return [name for name in names if family.task_head is None or not name.startswith(f"{family.task_head}.")]
@@ -324,7 +327,7 @@ def _stored_name(source: ModelSource, name: str) -> str:
 def _with_lora(model: PreTrainedModel, span: Span, lora: LoraSettings | None, source: ModelSource) -> nn.Module:
     if lora is None:
         return model
-    # Spelled out, so that a target which names modules of other stages only is no error here.
+    # Full names, so that a target that matches only modules of other stages is no error here.
     names = [
         name for name in target_modules(source, lora.targets) if span.first <= (layer_number(name) or 0) < span.last
     ]
@@ -334,11 +337,11 @@ def _with_lora(model: PreTrainedModel, span: Span, lora: LoraSettings | None, so
         r=lora.rank,
         lora_alpha=lora.alpha,
         target_modules=names,
-        lora_dropout=0.0,  # UnitDropout stands in its place
+        lora_dropout=0.0,  # UnitDropout replaces it
         bias="none",
         fan_in_fan_out=source.family.input_first,
         task_type=None if source.family.task_head else "CAUSAL_LM",
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft reads an attribute that transformers renames in version 6
+        warnings.simplefilter("ignore", FutureWarning)  # peft reads an attribute that transformers 6 renames
         return get_peft_model(model, settings)

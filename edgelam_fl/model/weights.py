@@ -1,8 +1,7 @@
-"""Reads the tensors of a slice, and only those. Knows files and dtypes, not modules.
+"""Reads the tensors of a slice, and no others. Knows files and dtypes, not modules.
 
-A source in safetensors with the wanted dtype is mapped as it lies. What has to be converted (a GGUF file, another
-dtype, int8, nf4) is converted tensor by tensor once and kept in the cache, one file a layer, so that the next start and
-the other nodes of this machine map the same pages.
+Safetensors files in the wanted dtype are mapped directly. Other sources (a GGUF file, another dtype, int8, nf4) are converted once,
+tensor by tensor, into one cached file per layer, so that the next start and the other nodes of this machine map the same pages.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ _SAFETENSORS_NAME = {getattr(torch, name): stored for stored, (name, _) in SAFET
 def read_tensors(
     source: ModelSource, names: Iterable[str], base: str, compute: str = ""
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each named tensor in the dtype computed in; with int8 and nf4, a layer's matrices packed, followed by their `_scale`.
+    """Yields each named tensor in the dtype that is computed in; int8 and nf4 matrices are packed and followed by `_scale`.
 
-    The tensors are mapped from files: memory is taken when they are first touched, and shared between processes.
+    The tensors are mapped from files: memory is used when they are first touched, and shared between processes.
     """
     if source.read is not None:
         yield from source.read(list(names), base, compute)
@@ -58,7 +57,7 @@ def read_tensors(
 
 
 def tensor_file(source: ModelSource, name: str, base: str, compute: str = "") -> tuple[Path, str]:
-    """The safetensors file that holds a tensor as wanted, made if absent, and its name there; `_scale`, if any, is beside it."""
+    """Returns the safetensors file that holds a tensor as wanted, made if absent, and its name there; `_scale` is in it too."""
     if name not in source.index:
         raise ModelError(f"model {source.name} has no tensor {name}")
     entry, file = source.index[name], _file_for(source, name, base, compute_dtype(base, compute))
@@ -71,9 +70,9 @@ def _part(name: str) -> str:
 
 
 def _file_for(source: ModelSource, name: str, base: str, dtype: torch.dtype) -> Path:
-    """The safetensors file that holds the tensor as wanted: the source's own, or the cached part (made if absent)."""
+    """Returns the safetensors file that holds the tensor as wanted: the source's own, or the cached part (made if absent)."""
     entry, part = source.index[name], _part(name)
-    if base not in QUANTIZED or part == "ends":  # nothing is quantized there, so all bases share the plain file
+    if base not in QUANTIZED or part == "ends":  # the ends are not quantized, so all bases share the plain file
         base = form = _PLAIN[dtype]
     else:
         form = f"{base}-{_PLAIN[dtype]}"
@@ -102,11 +101,11 @@ def _convert_part(source: ModelSource, part: str, base: str, dtype: torch.dtype,
 
 
 class PartWriter:
-    """A safetensors file written tensor by tensor: memory holds one of them, never all. In place when left without error."""
+    """Writes a safetensors file tensor by tensor, with one of them in memory; puts it in place on exit without an error."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._temporary = path, path.with_name(f".{path.name}.{os.getpid()}")
-        self._spools: dict[torch.dtype, BinaryIO] = {}  # of each dtype, the bytes of its tensors so far
+        self._spools: dict[torch.dtype, BinaryIO] = {}  # dtype -> bytes of its tensors so far
         self._entries: dict[torch.dtype, list[tuple[str, torch.Size, int]]] = {}
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
@@ -130,7 +129,7 @@ class PartWriter:
             self._temporary.unlink(missing_ok=True)
 
     def _join(self) -> None:
-        """Wide elements first, so that every tensor lies at a multiple of its element's size."""
+        """Writes wide elements first, so that every tensor begins at a multiple of its element size."""
         dtypes = sorted(self._spools, key=lambda dtype: -dtype.itemsize)
         header, offset = {}, 0
         for dtype in dtypes:

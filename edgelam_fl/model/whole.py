@@ -1,4 +1,4 @@
-"""The whole model on one machine, and peft putting an adapter folder on it. Knows nothing about runs and stages of others."""
+"""Loads the whole model on one machine and lets peft put an adapter folder on it. Knows nothing about runs or routes."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from edgelam_fl.model.stage import load_stages
 
 
 def load_whole(source: ModelSource, base: str) -> Any:
-    """The Hugging Face model with all of its layers, frozen. A GGUF file's too can be saved like any other."""
+    """Loads the Hugging Face model with all layers, frozen. It can be saved, even if it comes from a GGUF file."""
     (stage,) = load_stages(source, [Span(0, source.num_layers, embed=True, head=True)], base, None)
     return stage.model
 
 
 def put_on(model: Any, adapter: Path) -> PeftModel:
-    """`model` with the adapter of a folder in peft's format.
+    """Puts the adapter of a folder in peft's format on `model`.
 
-    Raises ModelError where a tensor is missing, too many or of another shape: peft itself takes a missing one for zero.
+    Raises ModelError if a tensor is missing, superfluous or of another shape: peft itself takes a missing one as zero.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what peft would warn of is refused below
+            warnings.simplefilter("ignore")  # what peft would warn about is refused below
             tuned = PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True)
         with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as tensors:
             stored = {name for name in tensors.keys() if ".lora_" in name}  # noqa: SIM118 - no mapping

@@ -179,7 +179,7 @@ def test_logits(built: Built, left: bool, base: str) -> None:
 def test_generation_with_caches(built: Built) -> None:
     """Rows of unequal lengths; windows overflow in the prompt of one row and in the answer of another."""
     if built.case.classes:
-        with pytest.raises(ModelError, match="classifies"):
+        with pytest.raises(ModelError, match="is a classifier"):
             built.stages()[0].new_cache()
         return
     steps, whole = 10, built.whole()

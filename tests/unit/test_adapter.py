@@ -120,7 +120,7 @@ def test_a_target_that_matches_nothing_or_a_tied_tensor(tiny: ModelSource, targe
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 def test_a_target_outside_the_layers_of_an_untied_model(tmp_path: Path, target: str) -> None:
     untied = find_model(str(write_tiny_llama(tmp_path, tied=False, layers=2)))
-    with pytest.raises(ConfigError, match=f"'{target}' stands outside the layers. Allowed: {LEAVES}"):
+    with pytest.raises(ConfigError, match=f"'{target}' is outside the layers. Allowed: {LEAVES}"):
         adapters.target_modules(untied, [target])
 
 

@@ -22,7 +22,7 @@ from edgelam_fl.hub.slices import CHUNK_BYTES, make_service, offer_model
 from edgelam_fl.model import served
 from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.memory import weights_bytes
-from edgelam_fl.model.served import AnnouncedPart, check_part, complete
+from edgelam_fl.model.served import AnnouncedPart, check_part, fetch_missing
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.weights import read_tensors
 from edgelam_fl.plan.making import RoundFacts
@@ -240,7 +240,7 @@ def test_broken_streams_go_on_at_their_byte(tmp_path: Path, seed: int) -> None:
     contents = made([5000, 1, 777, 3000], seed)
     stream = streams(contents, 256, lambda: rng.randrange(1, 4000), log)
     seen: list[tuple[int, int]] = []
-    came = complete(tmp_path, list(contents), stream, patience_s=0.5, progress=lambda *at: seen.append(at))
+    came = fetch_missing(tmp_path, list(contents), stream, patience_s=0.5, progress=lambda *at: seen.append(at))
     assert came == sum(log) == sum(part.size for part in contents), "no byte came twice"
     assert len(log) > 1
     assert seen[-1] == (came, came)
@@ -253,9 +253,9 @@ def test_another_process_goes_on_where_one_ended(tmp_path: Path) -> None:
 
     whole = streams(contents, 100, lambda: 1 << 30, log)
     with pytest.raises(KeyboardInterrupt):
-        complete(tmp_path, list(contents), stop_after(whole, 60))
-    assert complete(tmp_path, list(contents), whole) == 9000 - 60 * 100
-    assert complete(tmp_path, list(contents), whole) == 0, "nothing is missing"
+        fetch_missing(tmp_path, list(contents), stop_after(whole, 60))
+    assert fetch_missing(tmp_path, list(contents), whole) == 9000 - 60 * 100
+    assert fetch_missing(tmp_path, list(contents), whole) == 0, "nothing is missing"
 
 
 def stop_after(stream: served.Stream, pieces: int) -> served.Stream:
@@ -277,30 +277,30 @@ def test_a_part_that_comes_wrong_is_fetched_again_alone(tmp_path: Path) -> None:
             first_time = len(asked) == 1 and part.name == "t1"
             yield bytes(part.size) if first_time else contents[part][begun:]
 
-    assert complete(tmp_path, list(contents), stream, patience_s=0.5) == 500 + 400 + 300 + 400
+    assert fetch_missing(tmp_path, list(contents), stream, patience_s=0.5) == 500 + 400 + 300 + 400
     assert asked == [["t0", "t1", "t2"], ["t1"]]
 
 
 def test_a_part_that_stays_wrong_ends_it(tmp_path: Path) -> None:
     contents = made([10])
     with pytest.raises(EnvironmentProblem, match="3 times with other bytes"):
-        complete(tmp_path, list(contents), lambda parts: iter([bytes(10)]), patience_s=0.1)
+        fetch_missing(tmp_path, list(contents), lambda parts: iter([bytes(10)]), patience_s=0.1)
 
 
 def test_more_than_announced_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ProtocolError, match="more than the 10 bytes"):
-        complete(tmp_path, list(made([10])), lambda parts: iter([bytes(11)]))
+        fetch_missing(tmp_path, list(made([10])), lambda parts: iter([bytes(11)]))
 
 
 def test_a_stream_that_gives_nothing(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentProblem, match=r"1 of 1 tensors .* it ended early"):
-        complete(tmp_path, list(made([10])), lambda parts: iter([]), patience_s=0.05)
+        fetch_missing(tmp_path, list(made([10])), lambda parts: iter([]), patience_s=0.05)
 
 
 def test_a_disk_that_is_too_small_says_so_before_a_byte_is_asked_for(tmp_path: Path) -> None:
     contents, log = made([30_000_000]), list[int]()
     with pytest.raises(EnvironmentProblem, match=r"needs 30 MB more under .*, 20 MB are free.*EDGELAM_CACHE"):
-        complete(tmp_path, list(contents), streams(contents, 100, lambda: 1, log), free=lambda folder: 20_000_000)
+        fetch_missing(tmp_path, list(contents), streams(contents, 100, lambda: 1, log), free=lambda folder: 20_000_000)
     assert log == []
 
 
@@ -311,7 +311,7 @@ def test_a_disk_that_fills_up_on_the_way(tmp_path: Path) -> None:
 
     quota = iter([1 << 30, 0])
     with pytest.raises(EnvironmentProblem, match=r"the slice needs 0 MB more .* 0 MB are free"):
-        complete(tmp_path, list(made([10])), stream, free=lambda folder: next(quota, 0))
+        fetch_missing(tmp_path, list(made([10])), stream, free=lambda folder: next(quota, 0))
 
 
 @pytest.mark.parametrize(

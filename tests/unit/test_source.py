@@ -23,7 +23,7 @@ def problem(name: str | Path) -> str:
 def test_a_misspelt_built_in_name_is_answered_by_the_nearest() -> None:
     assert problem("smollm2-135") == (
         "model 'smollm2-135' is not built in (did you mean 'smollm2-135m'?), and no folder or .gguf file has this path; "
-        "the hub did not give it either (HF_HUB_OFFLINE is set). Set model.name to one that is here"
+        "the hub did not give it either (HF_HUB_OFFLINE is set). Set model.name to a model on this machine"
     )
 
 
