@@ -19,11 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TaskKind:
-    """One task as a run file knows it.
-
-    A task that answers with a class needs `task.classes` and a model with a task head, and is measured by accuracy; a task
-    that answers with text is measured by perplexity.
-    """
+    """One task as a run file knows it. A task that answers with a class needs `task.classes` and a model with a task head."""
 
     path: str  # module:class, imported when a node makes the task as class(tokenizer_folder, settings)
     answers: Literal["text", "class"] = "text"
