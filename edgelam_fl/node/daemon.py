@@ -44,7 +44,7 @@ def serve(options: argparse.Namespace) -> int:
     log = EventLog(options.state / "events.jsonl", _MOST_EVENTS_BYTES)
     node = _make_node(options, log)
     data_plane = None
-    listen = _listen_address(options)
+    listen = listen_address(options.listen, is_device=options.data is not None)
     if listen is not None:
         data_plane = DataPlaneServer(*listen, node.admit)
         node.address = node.address or join_address(listen[0], data_plane.port)
@@ -75,7 +75,7 @@ def _make_node(options: argparse.Namespace, log: EventLog) -> StageHost:
         torch.set_num_threads(options.threads)
     return StageHost(
         options.name, dial, log,
-        examples=DeviceExamples(options.data) if options.data else None,
+        examples=DeviceExamples(options.data) if options.data is not None else None,
         address=BEHIND + options.name if options.listen == RELAY else options.advertise,
         tags=options.tag,
         server=split_address(options.server, "--server")[0] if options.server else "",
@@ -83,11 +83,14 @@ def _make_node(options: argparse.Namespace, log: EventLog) -> StageHost:
     )  # fmt: skip
 
 
-def _listen_address(options: argparse.Namespace) -> tuple[str, int] | None:
-    """Returns host and port for the data plane; None for a node that nobody dials. An edge server listens in any case."""
+def listen_address(listen: str, *, is_device: bool) -> tuple[str, int] | None:
+    """Returns host and port for the data plane, from --listen; None for a node that nobody dials.
+
+    An edge server without --listen gets a free port of this machine. Raises ConfigError unless `listen` is HOST:PORT.
+    """
     from edgelam_fl.wire.relay import RELAY
 
-    listen = options.listen or ("" if options.data else "127.0.0.1:0")
+    listen = listen or ("" if is_device else "127.0.0.1:0")
     return split_address(listen, "--listen") if listen and listen != RELAY else None
 
 

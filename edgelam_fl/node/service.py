@@ -1,7 +1,7 @@
 """A stage host: what the network and the ClientApp ask of a node. Plays one part at a time, each on a thread of its own.
 
-Keeps the reports of the last parts, so that whoever lost the connection asks again. Plans alone say what a part is. Knows
-links only by `Dial` and `admit`; knows nothing about layers or batches. Neighbours: `node.play` plays the parts,
+Keeps the reports of the last parts, so that a ClientApp that lost its connection can ask again. Knows links only by `Dial`
+and `admit`; knows nothing about layers or batches. Neighbours: `node.play` plays the parts,
 `node.held` keeps what stays in memory between them, `node.daemon` joins the stage host with gRPC.
 """
 
@@ -54,7 +54,7 @@ class StageHostTiming:
 
 
 DEFAULT_STAGE_HOST_TIMING = StageHostTiming()
-A_MACHINE = NodeHooks()
+DEFAULT_HOOKS = NodeHooks()
 
 
 class StageHost:
@@ -71,7 +71,7 @@ class StageHost:
         tags: Sequence[str] = (),
         server: str = "",
         open_door: OpenDoor | None = None,
-        hooks: NodeHooks = A_MACHINE,
+        hooks: NodeHooks = DEFAULT_HOOKS,
         timing: StageHostTiming = DEFAULT_STAGE_HOST_TIMING,
     ) -> None:
         """Loads nothing yet.

@@ -12,6 +12,7 @@ import pytest
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import load_stages
+from edgelam_fl.node.daemon import listen_address
 from edgelam_fl.node.examples import DeviceExamples
 from edgelam_fl.node.play import NodeHooks
 from edgelam_fl.node.profile.answer import VERSIONED
@@ -158,6 +159,20 @@ def test_a_link_to_a_job_that_is_not_here_is_put_off(tiny: ModelSource) -> None:
     node = edge(timing=StageHostTiming(retry_ms=7))
     answer = node.admit(pb.Hello(job="run/1/1", device_index=0), None)
     assert answer == pb.NotReady(retry_ms=7)
+
+
+@pytest.mark.parametrize(
+    ("listen", "is_device", "address"),
+    [
+        ("10.0.0.2:9000", True, ("10.0.0.2", 9000)),
+        ("[::1]:9000", False, ("::1", 9000)),
+        ("", False, ("127.0.0.1", 0)),
+        ("", True, None),
+        ("relay", False, None),
+    ],
+)
+def test_where_a_stage_host_listens(listen: str, is_device: bool, address: tuple[str, int] | None) -> None:
+    assert listen_address(listen, is_device=is_device) == address
 
 
 # ---------------------------------------------------------------- profile
