@@ -1,21 +1,21 @@
-# Every target that needs the environment makes it first; once made, that costs a few milliseconds and no network.
+# Every target that needs the environment makes it first; if it is up to date, that takes milliseconds and no network.
 PYTHON := .venv/bin/python
 
 .PHONY: help setup demo testbed test lint check docs bench-smoke protos constraints clean
 
 help:
-	@echo "make setup        make .venv with all that is needed (about 0.7 GB to download, no root)"
+	@echo "make setup        make .venv with everything the project needs (downloads about 0.7 GB, needs no root)"
 	@echo "make demo         fine-tune a real model, split over processes, on this machine: minutes"
-	@echo "                  ARGS=... goes to 'edgelam demo', for example: make demo ARGS='--devices 1'"
-	@echo "make testbed      the same in containers as small and as slow as boards; needs a Docker engine"
-	@echo "                  ARGS=... goes to 'python -m testbed run', for example: make testbed ARGS='--devices 2'"
-	@echo "make test         all tests"
-	@echo "make lint         format, lint, types, import contracts"
-	@echo "make check        before a commit: make lint, and the tests that need neither processes nor a real model"
-	@echo "make docs         the site, into site/: every link and anchor is checked"
-	@echo "make bench-smoke  three tiny cells of \`edgelam bench\`: minutes"
+	@echo "                  ARGS=... is passed to 'edgelam demo', for example: make demo ARGS='--devices 1'"
+	@echo "make testbed      run the demo in containers as small and as slow as boards; needs a Docker engine"
+	@echo "                  ARGS=... is passed to 'python -m testbed run', for example: make testbed ARGS='--devices 2'"
+	@echo "make test         run all tests"
+	@echo "make lint         check format, lint, types and import contracts"
+	@echo "make check        before a commit: make lint, and the tests that need no processes and no real model"
+	@echo "make docs         build the site in site/; checks every link and anchor"
+	@echo "make bench-smoke  run three tiny cells of \`edgelam bench\`: minutes"
 	@echo "make protos       regenerate the protobuf code and docs/protocol.md from edgelam_fl/wire/edgelam.proto"
-	@echo "make constraints  write down the versions in .venv as the tested ones"
+	@echo "make constraints  record the versions in .venv as the tested ones"
 	@echo "make clean        remove .venv, caches and builds (runs/ stay)"
 
 setup:
@@ -27,7 +27,7 @@ demo: setup
 testbed: setup
 	@HF_HUB_OFFLINE=1 $(PYTHON) -m testbed run $(ARGS)
 
-# More workers than a small machine has cores: federations wait much and compute little.
+# More workers than a small machine has cores, because federations wait more than they compute.
 test: setup
 	@$(PYTHON) -m pytest -n 3 $(ARGS)
 

@@ -1,9 +1,9 @@
-"""A round of 1,000 devices at the server: what its memory grows by while their updates arrive, and how fast it takes them.
+"""Measures how much a server's memory grows while the updates of 1,000 devices arrive, and how fast it takes them.
 
-The ServerApp's own round, from the plans to the new adapter, over a grid that makes each reply when it is asked for, as
-Flower's does from what the SuperLink holds: an update of SmolLM2-135M's rank-8 adapter on q and v, and a report without a
-timeline. Every rule has a process of its own; the baseline is the resident memory when the messages have been sent, all
-free memory given back. A rule that needs every update is shown for comparison. --smoke: 40 devices, no bars.
+Runs the ServerApp's own round, from the plans to the new adapter, over a stand-in for Flower's grid that makes each reply
+on request. A reply is an update of SmolLM2-135M's rank-8 adapter on q and v, and a report without a timeline. Every rule
+runs in a process of its own; the baseline is the resident memory once the messages are sent and all free memory is given
+back. One rule that has to keep every update is shown for comparison. --smoke: 40 devices, no bars.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
 
 
 def _measured(rule: str, devices: int) -> tuple[int, int, float]:
-    """(bytes grown, bytes of an update, seconds), measured in a process of its own."""
+    """Runs a round in a process of its own; returns (bytes grown, bytes of an update, seconds from first to last update)."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_round, args=(rule, devices, there))
@@ -64,7 +64,7 @@ def _measured(rule: str, devices: int) -> tuple[int, int, float]:
         process.join()
 
 
-# ---------------------------------------------------------------- in the process
+# ---------------------------------------------------------------- in the measured process
 
 
 def _round(rule: str, devices: int, result: Connection) -> None:
@@ -98,7 +98,7 @@ def _round(rule: str, devices: int, result: Connection) -> None:
 
 @dataclass
 class Grid:
-    """Flower's, with devices that all answer at once; notes the resident memory around each update."""
+    """A stand-in for Flower's grid whose devices all answer at once. Records the resident memory around each update."""
 
     devices: int
     resident: list[int] = field(default_factory=list)
@@ -168,14 +168,14 @@ class Grid:
         report.contributions.add(scope="ends", source=plan.node, weight=10 * plan.steps)
         self.update_bytes = sum(array.nbytes for array in self._start.values())
         trained = ArrayRecord()
-        for name, array in self._start.items():  # one after the other: nothing but the update is to be seen
+        for name, array in self._start.items():  # one array at a time, so that memory grows by the update alone
             if not (plan.lora.freeze_a if "lora_A" in name else plan.lora.freeze_b):
                 trained[name] = Array(array + np.float32(int(number)))
         return RecordDict({"report": ConfigRecord({"report": report.SerializeToString()}), "adapter-0": trained})
 
 
 class FlowerMessage:
-    """What the server reads of Flower's Message."""
+    """The part of Flower's Message that the server reads."""
 
     def __init__(self, number: str, content: Any) -> None:
         self.metadata, self.content = SimpleNamespace(reply_to_message_id=number, src_node_id=int(number)), content
@@ -185,7 +185,7 @@ class FlowerMessage:
 
 
 def _give_back() -> None:
-    """glibc's free memory to the system: else what was freed earlier would hide what grows now."""
+    """Returns glibc's free memory to the system; otherwise later growth would be hidden in memory freed earlier."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

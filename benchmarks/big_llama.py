@@ -1,6 +1,6 @@
-"""A random Llama of 1.1 billion parameters on disk: seeded, bf16, a file a layer, never whole in memory.
+"""Writes a random Llama of 1.1 billion parameters to disk: seeded, bf16, one file per layer, never whole in memory.
 
-For memory benchmarks: it has learned nothing, and its tokenizer knows bytes alone.
+It serves memory benchmarks: the weights are untrained, and the tokenizer knows only bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CONFIG = {
 
 
 def write_llama(folder: Path, config: dict[str, Any] = CONFIG, seed: int = 1) -> Path:
-    """Leaves a folder that is there alone: the same seed gives the same files."""
+    """Writes the model and returns its folder; a folder that has a model is kept, since a seed always gives the same files."""
     if (folder / "config.json").exists():
         return folder
     write_tiny_llama(folder, layers=1)  # its tokenizer
@@ -36,7 +36,7 @@ def write_llama(folder: Path, config: dict[str, Any] = CONFIG, seed: int = 1) ->
         tensors = {name: _tensor(shape, config["initializer_range"], generator) for name, shape in shapes.items()}
         file = folder / f"model-{part:03d}.safetensors"
         save_file(tensors, file, metadata={"format": "pt"})
-        file.chmod(0o644)  # safetensors writes for its user alone, and a container's is another
+        file.chmod(0o644)  # safetensors makes files that only this user can read; containers run as another user
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return folder
 
@@ -52,7 +52,7 @@ def _tensor(shape: tuple[int, ...], spread: float, generator: torch.Generator) -
 
 
 def _parts(config: dict[str, Any]) -> Iterator[dict[str, tuple[int, ...]]]:
-    """What goes into one file: embedding, a layer, final norm and head."""
+    """Yields name and shape of each file's tensors: the embedding, one layer per file, final norm and head."""
     d, inner, words = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     keys = d // config["num_attention_heads"] * config["num_key_value_heads"]
     yield {"model.embed_tokens.weight": (words, d)}

@@ -1,14 +1,15 @@
-"""Emulated Raspberry Pis in a federation with x86 machines, against the same federation on x86 alone.
+"""Compares a federation of emulated Raspberry Pis and x86 machines with the same federation on x86 alone.
 
     python -m benchmarks.boards --root-a72 DIR --root-a76 DIR
 
-Two devices, `pi4` and `pi5`, keep two of SmolLM2's 30 layers each, the first and the last one with its head; two edge servers
-hold the layers between. In the reference all are processes of this machine. Then the devices are `edgelam client` in
-an arm64 root folder (one may serve for both), emulated with each board's CPU; all else stays. Compared: each device's
-loss a step, and what the run changed in the adapter. Emulation tells that the client runs and computes the same, not how fast.
+Two devices, `pi4` and `pi5`, keep two of SmolLM2's 30 layers each: the first, and the last with the head. Two edge servers
+hold the layers between. In the reference all nodes are processes of this machine. Then each device is `edgelam client` in an
+arm64 root folder (both may use one folder), emulated with the board's CPU; everything else is the same. The comparison covers
+each device's loss per step and the run's change of the adapter. Emulation shows that the client runs and computes the same;
+it shows nothing about speed.
 
 A root folder is an arm64 Debian with /proc and /dev mounted in which `sh clients/install.sh --board pi4 --models` has run, on a
-machine with binfmt and qemu-user-static. --smoke: two steps, and where no root is given, on this machine twice.
+machine with binfmt and qemu-user-static. --smoke: two steps; without root folders, both federations run on this machine.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from edgelam_fl.telemetry.summary import is_training_round
 
 MODEL, LEAST_TOKENS, TOKENS, STEPS, PAIRS = "smollm2-135m", 17, 32, 5, 12
 LOSS_APART, COSINE = 1e-4, 0.999  # the bars
-# Python alone takes most of a minute to start under emulation.
+# Deadlines are long because Python alone takes most of a minute to start under emulation.
 SETTINGS = {
     "model.name": MODEL, "split.front": 1, "split.back": 1, "split.hosts": 2, "split.micro_batches": 1,
     "task.max_tokens": TOKENS, "task.template": "plain", "data.held_out": 0.1, "federation.rounds": 1, "federation.batch_size": 1,
@@ -52,17 +53,17 @@ SETTINGS = {
     "federation.round_deadline_s": 3000,
 }  # fmt: skip
 RUN_S = 7200.0
-EDGELAM = "/opt/edgelam/bin/edgelam"  # in a root folder: where clients/install.sh puts it
+EDGELAM = "/opt/edgelam/bin/edgelam"  # path in a root folder, as clients/install.sh makes it
 
 
 @dataclass(frozen=True)
 class Board:
-    """A root folder whose programs run with this CPU."""
+    """An emulated board: a root folder whose programs run with the board's CPU."""
 
     name: str
     cpu: str
     root: Path
-    enter: str  # the command that runs another one in a root folder
+    enter: str  # command that runs another command in a root folder
 
     def command(self, *words: str) -> list[str]:
         return [*shlex.split(self.enter), str(self.root), *words]
@@ -78,7 +79,7 @@ class Board:
         ).stdout.strip()
 
     def client(self, server: str, data: Path, log: Path) -> Child:
-        """The real client, with state of its own and a copy of the data."""
+        """Starts the installed client in the root folder, with a new state folder and a copy of the data."""
         inside = self.root / "tmp" / f"benchmark-{self.name}"
         shutil.rmtree(inside, ignore_errors=True)
         inside.mkdir(parents=True)
@@ -94,7 +95,7 @@ def boards(options: argparse.Namespace) -> list[Board]:
     given = {board: root for board, root in roots.items() if root is not None}
     if len(given) < len(roots) and (given or not options.smoke):
         raise SystemExit(
-            "give both, --root-a72 DIR and --root-a76 DIR; `python -m benchmarks.boards --help` says of what"
+            "--root-a72 DIR and --root-a76 DIR are both needed; the docstring of benchmarks/boards.py says what a root folder is"
         )
     return [Board(name, cpu, root, options.enter) for (name, cpu), root in given.items()]
 
@@ -118,7 +119,7 @@ def measure(smoke: bool, options: argparse.Namespace) -> tuple[dict[str, Any], l
 
 
 def few_pairs(out: Path) -> dict[str, Path]:
-    """For each board some short docstrings, whole in LEAST_TOKENS to TOKENS tokens: one of them is a step."""
+    """Writes a data file per board: short docstrings of LEAST_TOKENS to TOKENS tokens each, one of which makes a step."""
     files = write_device_files(out / "data", 2)
     settings = TaskSection(template="plain", max_tokens=2 * TOKENS, loss_on="all")
     task = make_task(settings, find_model(MODEL).folder)
@@ -132,7 +133,7 @@ def few_pairs(out: Path) -> dict[str, Path]:
 
 
 def _prepared(board: Board) -> str:
-    """What runs there. The model's vocabulary, minutes to read under emulation, is brought along as it was read here."""
+    """Returns machine and versions of a root folder. Copies the cached model there, which takes minutes to read emulated."""
     read = find_model(MODEL).folder
     shutil.copytree(read, board.root / "root/.cache/edgelam-fl/models" / read.name, dirs_exist_ok=True)
     code = (
@@ -142,7 +143,7 @@ def _prepared(board: Board) -> str:
     return board.run(str(Path(EDGELAM).with_name("python")), "-c", code)
 
 
-# ---------------------------------------------------------------- what came out
+# ---------------------------------------------------------------- results
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def trained(events: Sequence[Event]) -> dict[str, DeviceResult]:
 
 
 def cosines(start: Adapter, reference: Adapter, result: Adapter, layers: int) -> Iterator[Figure]:
-    """Between what either run changed: in the boards' own layers, in the hosts', in all."""
+    """Yields the cosine between the two runs' changes of the adapter: in the boards' layers, in the hosts' layers, in all."""
     parts: dict[str, Callable[[int | None], bool]] = {
         "the boards' layers": lambda layer: layer in (0, layers - 1),
         "the hosts' layers": lambda layer: layer not in (0, layers - 1),
@@ -204,7 +205,7 @@ def _federate(out: Path, config: RunConfig, data: Mapping[str, Path], emulated: 
 def _federation(
     out: Path, data: Mapping[str, Path], emulated: Sequence[Board]
 ) -> Iterator[tuple[str, Callable[[], None]]]:
-    """The SuperLink's address, and what looks after the processes; all of them end with the block."""
+    """Starts the processes; yields the SuperLink's address and a function that raises if one has ended. Ends all of them."""
     port = free_port()
     server, folder = f"127.0.0.1:{port}", out / "nodes"
     nodes = [NodeProcesses(f"edge-{n}", server, folder / f"edge-{n}", threads=1) for n in (1, 2)]

@@ -1,10 +1,10 @@
-"""Definitions of WordNet -> ten domains, by an encoder (MiniLM) that three devices share with one host.
+"""Measures how well an encoder (MiniLM), split over three devices and one host, sorts WordNet's definitions into ten domains.
 
-Split against unsplit (the same federation with the whole model on each device), and beside one device that has all data.
-With an adapter a device on the host, split is the very same federation; with one for all (the default) the host learns from
-every device at each step instead of once a round. Trained until neither gains any more, and measured on 3,000 definitions: a
-point is then 30 of them. WordNet is fetched with apt-get, without root.
---smoke: few examples of the sample that lies here, one device, one step, split only. The runs stay in runs/benchmark-classification.
+Compares split with unsplit (the same federation with the whole model on each device) and with one device that has all data.
+With one adapter per device on the host, split is the same computation as unsplit; with one adapter for all devices (the
+default) the host learns from every device at each step instead of once per round. Training lasts until no variant improves;
+accuracy is measured on 3,000 definitions, so one point is 30 definitions. WordNet is downloaded with apt-get, without root.
+--smoke: few examples of the sample in benchmarks/data, one device, one step, split only. Runs stay in runs/benchmark-classification.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ batch_size = 16
 lr = 3e-3
 schedule = "linear"
 """
-# how the same federation is run: overrides of the run file
+# variants of the federation, as overrides of the run file
 WAYS = {
     "unsplit": ["split.hosts=0"],
     "split": [],
@@ -104,7 +104,10 @@ def many() -> list[dict[str, str]]:
 
 
 def in_choosing_order(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Dealt out in turn from this order, the devices' held-out examples together are those of one file of all: see set_aside."""
+    """Sorts rows so that, dealt to devices in turn, the devices' held-out examples are those of one file of all rows.
+
+    The order is that of the hashes by which `set_aside` chooses.
+    """
     return sorted(rows, key=lambda row: hashlib.sha256(row["gloss"].encode()).hexdigest())
 
 
@@ -114,7 +117,7 @@ def write(file: Path, rows: list[dict[str, str]]) -> Path:
 
 
 def run(run_file: Path, folder: Path, files: list[Path], overrides: list[str]) -> dict[str, Any]:
-    """One federation on this machine: its summary."""
+    """Runs one federation on this machine and returns its summary."""
     command = [str(Path(sys.executable).with_name("edgelam")), "run", str(run_file), "--out", str(folder)]
     command += ["--local", str(len(files)), *(word for file in files for word in ("--data", str(file)))]
     command += ["--set", f"federation.expect_nodes={len(files)}", *(word for o in overrides for word in ("--set", o))]
@@ -125,7 +128,7 @@ def run(run_file: Path, folder: Path, files: list[Path], overrides: list[str]) -
 
 
 def accuracy(summary: dict[str, Any], when: str) -> float:
-    """In percent, over the held-out examples of all devices, of which each has equally many."""
+    """Returns the accuracy in percent over all devices' held-out examples; all devices have equally many."""
     return round(100 * fmean(device[f"metrics_{when}"]["accuracy"] for device in summary["devices"]), 2)
 
 
@@ -142,7 +145,7 @@ def head_tensors(adapter: Path) -> int:
     from safetensors import safe_open
 
     with safe_open(adapter / "adapter_model.safetensors", "numpy") as file:
-        return sum("lora_" not in name for name in file.keys())  # noqa: SIM118  (it is no mapping)
+        return sum("lora_" not in name for name in file.keys())  # noqa: SIM118  (not a mapping)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What every benchmark shares: its command line, its figures, its result file.
+"""Command line, figures and result file of every benchmark.
 
-`python -m benchmarks.NAME [--smoke]` runs one, prints one closing JSON line and writes benchmarks/results/NAME.json:
+`python -m benchmarks.NAME [--smoke]` runs a benchmark, prints one JSON line at its end and writes benchmarks/results/NAME.json:
 {name, command, machine, versions, settings, figures: [{name, value, unit, bar, holds}]}. A smoke run writes nothing.
 """
 
@@ -22,7 +22,7 @@ VERSIONED = ("edgelam-fl", "flwr", "torch", "transformers", "peft", "grpcio")
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured number. `bar`: what was asked of it in words (null: nothing); `holds`: whether it came out."""
+    """One measured number. `bar`: the requirement in words (None: no requirement); `holds`: whether the number meets it."""
 
     name: str
     value: float
@@ -37,9 +37,10 @@ def main(
     add_options: Callable[[argparse.ArgumentParser], None] | None = None,
     arguments: Sequence[str] | None = None,
 ) -> None:
-    """Runs `measure(smoke)`, which returns its settings and figures; with options of its own, `measure(smoke, options)`.
+    """Runs `measure(smoke)`, which returns settings and figures, prints the result and writes the result file.
 
-    arguments: of the command line; None: this process's.
+    `add_options`: adds options of the benchmark's own; then `measure(smoke, options)` is called. `arguments`: the command
+    line's; None: this process's.
     """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
     parser.add_argument(
@@ -65,7 +66,7 @@ def main(
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on, as far as it matters for them."""
+    """Returns what numbers depend on: CPU, cores, operating system and Python of this machine."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

@@ -1,6 +1,6 @@
-"""The demo, measured: what `edgelam demo` reaches and what it costs. --smoke: one device, one short round.
+"""Measures what `edgelam demo` reaches and costs. --smoke: one device, one short round.
 
-The run stays in runs/benchmark-demo, so that its report can be looked at.
+The run stays in runs/benchmark-demo, so that its report can be read.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
 
 
 def _run_demo(arguments: list[str]) -> str:
-    """Shows what the demo prints as it comes, and returns it: README.md quotes it."""
+    """Prints the demo's output as it arrives and returns it; README.md quotes the output."""
     command = [str(Path(sys.executable).with_name("edgelam")), "demo", *arguments]
     environment = {**os.environ, "COLUMNS": "100", "HF_HUB_OFFLINE": "1"}
     lines = []

@@ -1,8 +1,8 @@
-"""Split equals whole to the bit, in the long form: SmolLM2 for 20 steps over processes and gRPC, and 200 steps over stalling links.
+"""Checks that split equals whole to the bit over many steps: 20 of SmolLM2 over processes and gRPC, 200 over stalling links.
 
-The same comparisons as tests/parity, which takes fewer steps of them: one device over one host in fp32 and bf16, three
-devices that share a host, and a chain of three hosts behind sockets of 64 KiB whose links stall at random. A figure is 1 if
-adapters and losses were equal to the bit, else the benchmark ends with what differs. --smoke: two steps of each, of a tiny random model.
+Makes the comparisons of tests/parity with more steps: one device over one host in fp32 and bf16, three devices that share a
+host, and a chain of three hosts behind sockets of 64 KiB whose links stall at random. A figure is 1 if adapters and losses
+are equal to the bit; otherwise the benchmark fails and names the difference. --smoke: two steps each, of a tiny random model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BAR = "equal to the bit"
 
 def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
     steps, stalling = (2, 2) if smoke else (STEPS, STALLING_STEPS)
-    torch.set_num_threads(1)  # the number of threads decides how sums are cut
+    torch.set_num_threads(1)  # the order of sums depends on the number of threads
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

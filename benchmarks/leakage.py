@@ -1,12 +1,12 @@
-"""Share of a device's text that a host reads from the hidden states at the cut: the weakest attack, on SmolLM2.
+"""Measures how much of a device's text a host can read from the hidden states at the cut, by a simple attack on SmolLM2.
 
 The attacker is an honest but curious host. It has the public model and public text, and never saw the private text. It
-sends the public text through the model itself and solves one ridge regression (closed form) from the hidden states at
-the cut to the embedding table; then it applies this map to the hidden states that devices send. The map sees one
-position at a time: no context, no language model, no gradients, so a better attacker reads more, never less.
+runs the model on the public text and solves one ridge regression (closed form) from the hidden states at the cut to the
+embedding table; then it applies this map to the hidden states that devices send. The map uses one position at a time,
+without context, language model or gradients, so these shares are lower bounds: a better attacker reads more.
 
 Public text: glosses of WordNet. Private text: docstrings of the standard library. --smoke: two cuts, few texts.
-A table is written too: benchmarks/results/leakage.md.
+Writes a table as well: benchmarks/results/leakage.md.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ NEAREST, FIRST, AMONG = (
 
 @dataclass(frozen=True)
 class Seen:
-    """Text as it passes a cut: `states_ND` by cut, and the tokens that an attacker wants to know (N tokens, D hidden)."""
+    """A text's hidden states per cut, and the tokens that the attacker looks for (N tokens, D hidden)."""
 
     states_ND: dict[int, torch.Tensor]
     ids_N: torch.Tensor
@@ -50,7 +50,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Leak:
-    """Shares of the private tokens that are read at one cut; `first_ids_N` are the map's first guesses."""
+    """Shares of the private tokens that the attacker reads at one cut; `first_ids_N` are the map's first guesses."""
 
     nearest: float
     first: float
@@ -64,7 +64,7 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
     from edgelam_fl.model.source import find_model
     from edgelam_fl.model.whole import load_whole
 
-    torch.manual_seed(0)  # nothing below is random; a change that draws numbers stays reproducible
+    torch.manual_seed(0)  # nothing here draws random numbers yet; the seed keeps later changes reproducible
     cuts = (0, DEFAULT_CUT) if smoke else CUTS
     source = find_model(MODEL)
     model, tokenizer = load_whole(source, BASE), AutoTokenizer.from_pretrained(source.folder)
@@ -99,7 +99,7 @@ def public_texts() -> list[str]:
 
 
 def private_texts() -> list[str]:
-    """Returns docstrings, sorted: the same on every machine with the same version of Python."""
+    """Returns sorted docstrings, which are the same on every machine with the same version of Python."""
     members = (member for name in MODULES for _, member in inspect.getmembers(importlib.import_module(name), callable))
     found = {inspect.getdoc(member) or "" for member in members}
     return sorted(text for text in found if SHORTEST < len(text) < LONGEST)
@@ -115,7 +115,7 @@ def token_ids(tokenizer: Callable[..., Any], text: str) -> list[int]:
 
 @torch.no_grad()
 def look(model: Any, texts: Sequence[list[int]], cuts: Sequence[int]) -> Seen:
-    """Runs the model over each text and keeps what passes each cut. Texts under LEAST_TOKENS tokens are left out."""
+    """Runs the model on each text and keeps the hidden states at each cut. Leaves out texts under LEAST_TOKENS tokens."""
     states: dict[int, list[torch.Tensor]] = {cut: [] for cut in cuts}
     ids = []
     for text in texts:
@@ -129,10 +129,10 @@ def look(model: Any, texts: Sequence[list[int]], cuts: Sequence[int]) -> Seen:
 
 
 def read_back(public: Seen, private: Seen, cut: int, embeddings_VD: torch.Tensor) -> Leak:
-    """Tells tokens from hidden states: by the nearest embedding, and by a ridge map that the public text taught.
+    """Guesses tokens from hidden states: by the nearest embedding, and by a ridge map fitted to the public text.
 
-    Directions alone count, at the length that random vectors of this width have (the root of D), since a few positions
-    have states that are a thousand times longer than the others.
+    States are scaled to one length, that of random vectors of this width (the root of D), since a few positions have
+    states that are a thousand times longer than the others.
     """
     directions_VD, length = normalize(embeddings_VD, dim=1), embeddings_VD.shape[1] ** 0.5
 

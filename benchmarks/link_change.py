@@ -1,9 +1,9 @@
-"""A link that gets slow in the middle of a run: when the planner finds out, and what it makes of it.
+"""Measures how the planner reacts to a link that becomes slow in the middle of a run.
 
-Needs a Docker engine. Two edge servers and a device, as the testbeds of `benchmarks.planner_testbeds` are made, all on links of
-100 Mbit/s. After the first round `tc` gives the quicker edge server 0.3 Mbit/s each way. The second round still has the
-old plan; its steps tell that something is wrong, the nodes measure their links anew, and the layers move. It measures
-time: run it on a machine that does nothing else. --smoke: two rounds of one step, no bars.
+Needs a Docker engine. The testbed has two edge servers and a device, made as in `benchmarks.planner_testbeds`, all on links
+of 100 Mbit/s. After the first round `tc` limits the quicker edge server to 0.3 Mbit/s each way. The second round still uses
+the old plan; because its steps take longer than planned, the nodes measure their links again and the planner moves layers.
+This measures time: run it on a machine that does nothing else. --smoke: two rounds of one step, no bars.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BED = Bed(
     "link-change", [Machine(0.5, 100), Machine(0.4, 100)], [Machine(0.5, 100)], micro_batches=4, tokens=64, rounds=4
 )
 SLOW, SLOW_KBIT = "edge-1", 300
-# The bucket of docker/entry.sh, at another rate; a kernel without ifb has no second device, and limits one way alone.
+# The bucket of docker/entry.sh at another rate. A kernel without ifb has no second device and limits sending only.
 _CHANGE = "tc qdisc change dev {device} root tbf rate {kbit}kbit burst 6000 latency 400ms"
 
 
@@ -44,8 +44,8 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
         def slow(round_done: bool) -> None:
             if round_done:
                 changes = [_CHANGE.format(device=device, kbit=SLOW_KBIT) for device in ("eth0", "ifb0")]
-                told = containers.ask(SLOW, f"{changes[0]} && {{ {changes[1]}; echo yes; }}", user="root")
-                print(f"{SLOW}'s link: {SLOW_KBIT / 1e3:g} Mbit/s from now on" if told else "tc failed", flush=True)
+                answer = containers.ask(SLOW, f"{changes[0]} && {{ {changes[1]}; echo yes; }}", user="root")
+                print(f"{SLOW}'s link: {SLOW_KBIT / 1e3:g} Mbit/s from now on" if answer else "tc failed", flush=True)
 
         with once(containers, f"grep -q round_done {RUNS}/{bed.name}/events.jsonl", slow):
             train_bed(bed, containers, folder / bed.name)
@@ -57,7 +57,7 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
 
 
 def of_run(folder: Path) -> list[Figure]:
-    """The first round had the quick link, the second the slow one and the old plan, the last one what came of it."""
+    """Compares three rounds: the first with the quick link, the second with the slow link and the old plan, and the last."""
     plans, rounds = by_round(folder, PlacementMade), by_round(folder, RoundDone)
     trained = [number for number, done in sorted(rounds.items()) if done.steps]
     steps = {number: measured_step_s(rounds[number]) for number in trained}

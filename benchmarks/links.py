@@ -1,9 +1,10 @@
-"""Shares of the bandwidth in a real federation: a round under `equalise` against one under `uniform`, on paced links.
+"""Compares a round under `equalise` with a round under `uniform` in a real federation on paced links.
 
-A SuperLink, an edge server and three devices as processes; a random Llama that computes next to nothing; answers so long
-that the devices have to move 1 : 2 : 6. Devices share wire.capacity, which their links keep. The first round's shares rest
-on estimates, the later ones' on what was measured, so the first is not counted. Under both rules the same run moves the
-same tensors. Seconds are the whole round's, Flower's messages included. --smoke: short answers, two rounds under `equalise`, no bars.
+A SuperLink, an edge server and three devices run as processes. The model is a random Llama that takes next to no compute;
+answers have lengths that make the devices send 1 : 2 : 6. Devices share wire.capacity, and links keep to their shares. The
+first round is not counted, because its shares are estimates; later shares are computed from measurements. The run moves the
+same tensors under both rules. Seconds are those of the whole round, with Flower's messages.
+--smoke: short answers, two rounds under `equalise`, no bars.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ from tests.support import write_tiny_llama
 RATIOS = {"device-1": 1, "device-2": 2, "device-3": 6}
 RULES = ("uniform", "equalise")
 BAR = 0.85
-SAME = 0.1  # percent: control frames differ, and a retry may
+SAME = 0.1  # percent: control frames differ, and there may be a retry
 EXAMPLES = 20
 QUESTION = "Who?"
-AROUND = len("<user></s><assistant></s>") - 2 * len("</s>") + 2  # tokens that the chat template adds: </s> is one
+AROUND = len("<user></s><assistant></s>") - 2 * len("</s>") + 2  # tokens that the chat template adds; </s> is one token
 SETTINGS = {
     "federation.local_steps": 4, "federation.batch_size": 4, "federation.min_nodes": 3, "federation.expect_nodes": 3,
     "task.max_tokens": 512, "data.held_out": 0.05,
@@ -66,18 +67,18 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
 
 
 def write_pairs(file: Path, tokens: int) -> Path:
-    """Examples of exactly `tokens` bytes and special tokens each, no two alike."""
+    """Writes different examples of exactly `tokens` tokens each (bytes and special tokens) and returns the file."""
     length = tokens - AROUND - len(QUESTION)
     lines = [json.dumps({"question": QUESTION, "answer": f"{n:02}".ljust(length, ".")}) for n in range(EXAMPLES)]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file
 
 
-# ---------------------------------------------------------------- what the events say
+# ---------------------------------------------------------------- figures from events
 
 
 def of_rule(rule: str, events: Events, capacity_bps: float) -> Iterator[Figure]:
-    """What a run under the rule took, and what its devices moved and computed in a round."""
+    """Yields the seconds per round under a rule, and each device's bytes, compute and share."""
     counted = rounds(events)
     for name in RATIOS:
         devices = [device for r in counted for device in r.devices if device.name == name]
@@ -91,7 +92,7 @@ def of_rule(rule: str, events: Events, capacity_bps: float) -> Iterator[Figure]:
 
 
 def compared(events: Mapping[str, Events], capacity_bps: float) -> list[Figure]:
-    """`equalise` over `uniform`."""
+    """Returns the figures of `equalise` relative to `uniform`."""
     fixed, equal = (events[rule] for rule in RULES)
     ratio = round_s(equal) / round_s(fixed)
     moved = [r.bytes_by_kind["ACT"] + r.bytes_by_kind["GRAD"] for r in rounds(fixed) + rounds(equal)]
@@ -106,7 +107,7 @@ def compared(events: Mapping[str, Events], capacity_bps: float) -> list[Figure]:
 
 
 def rounds(events: Events) -> list[RoundDone]:
-    """Returns the rounds that trained, without the first, whose shares rest on estimates."""
+    """Returns the training rounds without the first, whose shares are estimates."""
     return [done for done in of_kind(events, RoundDone) if done.round > 1 and is_training_round(done)]
 
 
@@ -119,10 +120,10 @@ def slowest_s(events: Events) -> float:
 
 
 def formula_s(events: Events, capacity_bps: float) -> float:
-    """c + S / (b C) of the slowest device, with each round's measured c and S and the shares b that it had.
+    """Returns the mean over rounds of c + S / (b C) of the slowest device, with each round's measured c and S and its shares b.
 
-    S counts both ways, as the schedulers do: where both are busy at once, as on a window of several pieces, it is an upper
-    bound, of all rules alike.
+    S counts both directions, as the schedulers do. If both directions are busy at once, as with a window of several
+    micro-batches, the result is an upper bound, in the same way for all rules.
     """
     delays = []
     for found in rounds(events):
@@ -142,7 +143,7 @@ def _shares(events: Events) -> dict[int, Mapping[str, float]]:
 
 @contextmanager
 def _federation(out: Path, data: Sequence[Path]) -> Iterator[str]:
-    """The SuperLink's address; all processes end with the block."""
+    """Starts the processes and yields the SuperLink's address; ends all processes afterwards."""
     port = free_port()
     server, folder = f"127.0.0.1:{port}", out / "nodes"
     nodes = [NodeProcesses("edge-1", server, folder / "edge-1", threads=1, forked=can_fork())]

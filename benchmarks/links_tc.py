@@ -1,17 +1,19 @@
-"""A device behind 5, 20 and 100 Mbit/s, by `tc` in its container: the time of a step against the formula.
+"""Compares the time of a step behind 5, 20 and 100 Mbit/s, limited with `tc` in the device's container, with a formula.
 
-Needs a Docker engine. One device, one edge server, a random Llama that computes little and moves much: a step is m
-micro-batches of B x T tokens, and a route over one host moves 2 B T D fp32 numbers a micro-batch each way (activations of the
-front and gradients of the back go up, the others come down). Transfers overlap compute, so a step should take
+Needs a Docker engine. One device and one edge server train a random Llama that takes little compute and much transfer: a
+step has m micro-batches of B x T tokens, and a route over one host moves 2 B T D fp32 numbers per micro-batch each way (the
+device sends activations of the front and gradients of the back, and receives the others). Transfers overlap compute, so a
+step should take
 
     (m + p - 1) max(max_i t_i, S / R)
 
-with p = 2 ends of the link, t_i what node i computes a micro-batch (measured in the same run), S the bytes a micro-batch and
-direction, R the rate that tc was given; frames, gRPC, TCP and Ethernet headers are in the measured time alone. The run file
-names the rate (wire.capacity), so that both ends pace what they send and no queue grows before the link: in a router's
-400 ms of queue the acknowledgements of one direction wait behind the data of the other, and both stand still at times. What tc
-counts beside the data is left to it: headers of 66 bytes a frame of 1514, and a frame of 66 for two the other way. The first
-round is not counted. It measures time: run it on a machine that does nothing else. --smoke: 100 Mbit/s alone, no bars.
+with p = 2 ends of the link, t_i the seconds that node i computes per micro-batch (measured in the same run), S the bytes per
+micro-batch and direction, and R the rate set with tc. Headers of frames, gRPC, TCP and Ethernet are in the measured time, not
+in the formula. The run file names the rate (wire.capacity), so both ends pace their sending and no queue builds up before the
+link: in a router's queue of 400 ms the acknowledgements of one direction would wait behind the data of the other, and both
+directions would stall at times. The capacity leaves room for what tc counts beside the data: headers of 66 bytes per frame of
+1514 bytes, and one frame of 66 bytes for every two in the other direction. The first round is not counted.
+This measures time: run it on a machine that does nothing else. --smoke: only 100 Mbit/s, no bars.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from testbed.shapes import MachineShape, Testbed, TestbedNode
 
 RATES_MBPS = (5, 20, 100)
 MICRO_BATCHES, TOKENS, STEPS, ENDS = 8, 256, 4, 2
-DATA = 1 - 66 / 1514 - 66 / (2 * 1514)  # share of the rate
+DATA = 1 - 66 / 1514 - 66 / (2 * 1514)  # share of the rate that is left for data
 OFF = 0.15
 HIDDEN = 512
 MODEL = {
@@ -83,7 +85,7 @@ def run_text(rate_mbps: float) -> str:
 
 
 def micro_batch_bytes() -> int:
-    """Each way."""
+    """Returns the bytes of hidden states per micro-batch, each way."""
     return 2 * TOKENS * HIDDEN * 4
 
 
@@ -92,7 +94,7 @@ def predicted_s(rate_mbps: float, compute_s: float) -> float:
 
 
 def of_rate(rate: int, done: RoundDone, bar: bool) -> list[Figure]:
-    """Compares a round of one device with the formula."""
+    """Returns the figures of a round of one device, compared with the formula."""
     (device,) = done.devices
     micro_batches = STEPS * MICRO_BATCHES
     compute_s = max(node.compute_seconds for node in (device, *done.hosts)) / micro_batches

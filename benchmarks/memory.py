@@ -1,7 +1,7 @@
-"""Memory a node: slices of SmolLM2 in every base, loaded and trained for a step, each in a process of its own.
+"""Measures a node's memory: loads slices of SmolLM2 in every base and trains a step, each in a process of its own.
 
-Each process is forked from one that has done its imports and nothing else; that is the baseline. Pages of mapped weight
-files count, and every page is touched first. --smoke: two slices in int8. A table too: benchmarks/results/memory.md.
+Each process is forked from one that has only done its imports, whose memory is the baseline. Pages of mapped weight files
+count, and every page is read first. Writes a table as well: benchmarks/results/memory.md. --smoke: two slices in int8.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
 
 
 def _measured(base: str, layers: int, cache: str = "") -> dict[str, Any]:
-    """The row of one slice. `cache`: an empty folder in place of the user's."""
+    """Measures one slice in a new process and returns its row. `cache`: an empty folder to use instead of the user's cache."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["transformers.models.llama.modeling_llama", "gguf", "edgelam_fl.model.stage"])
     ours, theirs = context.Pipe(duplex=False)
@@ -69,7 +69,7 @@ def _measured(base: str, layers: int, cache: str = "") -> dict[str, Any]:
     return row
 
 
-# ---------------------------------------------------------------- in the process that is measured
+# ---------------------------------------------------------------- in the measured process
 
 
 def _one(base: str, layers: int, cache: str, answer: Connection) -> None:
@@ -78,7 +78,7 @@ def _one(base: str, layers: int, cache: str, answer: Connection) -> None:
 
 
 def _load_and_train(base: str, layers: int) -> dict[str, Any]:
-    """Bytes over the baseline."""
+    """Loads a slice and trains a step; returns the row, in bytes above the baseline."""
     import torch
 
     from edgelam_fl.model.allocator import give_back_at_once
@@ -93,13 +93,13 @@ def _load_and_train(base: str, layers: int) -> dict[str, Any]:
     source, span = find_model("smollm2-135m"), Span(FIRST_LAYER, FIRST_LAYER + layers)
     (stage,) = load_stages(source, [span], base, LoraSettings(8, 16.0, ("q_proj", "v_proj")))
     for parameter in stage.parameters():
-        parameter.detach().view(torch.uint8).flatten()[::1024].sum()  # at least once a page
+        parameter.detach().view(torch.uint8).flatten()[::1024].sum()  # reads every page
     row = {
         "base": base,
         "layers": layers,
         "weights": weights_bytes(source, [span], base),
         "activations": unit_bytes(source.config, layers, ROWS, TOKENS, stage.dtype.itemsize),
-        "adapter": 3 * sum(parameter.nbytes for parameter in stage.adapter_parameters.values()),  # and two moments
+        "adapter": 3 * sum(parameter.nbytes for parameter in stage.adapter_parameters.values()),  # with its moments
         "loaded": _resident("VmRSS") - baseline,
         "load_peak": _resident("VmHWM") - baseline,
         "baseline": baseline,
@@ -119,7 +119,7 @@ def _resident(field: str) -> int:
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise SystemExit("this benchmark reads /proc/self/status, which only Linux has")
+    raise SystemExit("this benchmark needs Linux: it reads /proc/self/status")
 
 
 def _forget_peak() -> None:
@@ -157,7 +157,7 @@ def _first_read_figure(row: dict[str, Any]) -> Figure:
 
 
 def _slope_figure(base: str, rows: list[dict[str, Any]]) -> Figure:
-    """Least squares of resident memory after a step over layers, against what a layer needs by computation."""
+    """Fits memory after a step against layers by least squares; compares the slope with the computed need of a layer."""
     layers = [row["layers"] for row in rows]
     middle = sum(layers) / len(layers)
     slope = sum((row["layers"] - middle) * row["stepped"] for row in rows) / sum((n - middle) ** 2 for n in layers)

@@ -1,8 +1,8 @@
-"""Shares of the bandwidth, measured: three devices' links to one host, paced to 1 : 2 : 4 of 20 Mbit/s each way.
+"""Measures whether links keep to their shares: three devices' links to one host, paced to 1 : 2 : 4 of 20 Mbit/s each way.
 
 Each device is a process with two links to the host's process, as on a route over one host, and both links are loaded both
-ways. What is measured is what arrived, as the receiving end's counters have it: payload, frame headers and gRPC's own,
-but not what HTTP/2 and TCP add below. --smoke: a few seconds, no bars.
+ways. Bytes are those that the receiving end counts: payload, frame headers and gRPC's headers, without those of HTTP/2 and
+TCP. --smoke: a few seconds, no bars.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from edgelam_fl.wire.terms import MakeTerms, link_terms
 CAPACITY_BPS = 20e6
 SHARES = {"device-1": 1, "device-2": 2, "device-3": 4}
 BAR_PERCENT = 5.0
-SHAPE = (2, 128, 576)  # of a frame: two rows of SmolLM2-135M's hidden states
+SHAPE = (2, 128, 576)  # a frame: two rows of SmolLM2-135M's hidden states
 READY_S, SILENT_S = 60.0, 10.0
-START_S = 120.0  # for three processes that import torch
+START_S = 120.0  # three processes import torch
 
-Samples = list[tuple[float, int]]  # moment, bytes received until then
+Samples = list[tuple[float, int]]  # (time in seconds, bytes received until then)
 
 
 def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
@@ -62,7 +62,7 @@ def _share_bps(device: str) -> float:
 
 
 def _window_rates_bps(samples: Samples, window_s: float) -> list[float]:
-    """Of the windows that begin at each sample."""
+    """Returns the mean rate, in bits per second, of the window that begins at each sample."""
     rates = []
     for begin, (start_s, start_bytes) in enumerate(samples):
         end = next((sample for sample in samples[begin:] if sample[0] - start_s >= window_s), None)
@@ -75,7 +75,7 @@ def _window_rates_bps(samples: Samples, window_s: float) -> list[float]:
 
 
 def _run(seconds: float) -> dict[str, Samples]:
-    """What each end received: "device-1 up" at the host, "device-1 down" at the device."""
+    """Loads all links; returns each end's samples: "device-1 up" at the host, "device-1 down" at the device."""
     context = multiprocessing.get_context("forkserver")  # gRPC's threads do not survive a fork of this process
     context.set_forkserver_preload(["torch", "edgelam_fl.wire.grpc.dial", "edgelam_fl.wire.grpc.serve"])
     address, results, ready = context.Queue(), context.Queue(), context.Barrier(1 + len(SHARES))
@@ -114,7 +114,7 @@ def _host(address: Any, results: Any, ready: Any, seconds: float) -> None:
         load.start()
     for name, samples in _sample(counters, seconds).items():
         results.put((f"{name} up", samples))
-    threading.Event().wait()  # the links stay loaded until every device has its numbers; then we are ended
+    threading.Event().wait()  # keeps the links loaded until every device has its samples; then this process is killed
 
 
 def _device(name: str, address: str, results: Any, ready: Any, seconds: float) -> None:
@@ -134,7 +134,7 @@ def _device(name: str, address: str, results: Any, ready: Any, seconds: float) -
 
 @dataclass
 class _Load:
-    """Keeps two frames in a link's queue: the next one follows each that has left."""
+    """Keeps two frames in a link's queue: queues a new frame for each that has been sent."""
 
     kind: int
     link: Link | None = None
@@ -167,7 +167,7 @@ def _sample(counters: dict[str, ByteCounters], seconds: float) -> dict[str, Samp
 
 
 def _ignore(link: Link, heard: Frame | str) -> None:
-    """A lost link shows in the numbers."""
+    """Does nothing: a lost link shows in the figures."""
 
 
 if __name__ == "__main__":

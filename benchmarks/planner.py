@@ -1,8 +1,8 @@
-"""Compares the planner with all plans there are, on random small instances, and its predictions with finished runs.
+"""Compares the planner with all possible plans on random small instances, and its predictions with finished runs.
 
-The first half is computed here: `search` tries all hosts in all orders with all cuts. It uses nothing of `plan.search`, and
-of `plan.chain_cost` nothing except the formulas in docs/planner.md. The second half, `compared`, reads runs with split.cuts = "auto"
-that were done elsewhere: `python -m benchmarks.planner --run FOLDER [--run FOLDER ...] [--equal FOLDER]` writes
+For the first comparison `search` tries all hosts in all orders with all cuts. It shares no code with `plan.search` and
+`plan.chain_cost`, only the formulas in docs/planner.md. For the second, `compared` reads finished runs with
+split.cuts = "auto": `python -m benchmarks.planner --run FOLDER [--run FOLDER ...] [--equal FOLDER]` writes
 results/planner_runs.json.
 """
 
@@ -82,7 +82,7 @@ def _large_s() -> float:
 
 
 def compared(folder: Path) -> list[Figure]:
-    """Returns what the planner predicted over what was measured: of a step, and of each node's memory.
+    """Returns predicted over measured values of a step and of each node's memory.
 
     A step is the mean over all rounds that trained except the first, whose plan knows only profiles (`predicted_first`).
     """
@@ -162,11 +162,11 @@ def _runs() -> None:
     print(json.dumps(written))
 
 
-# ---------------------------------------------------------------- every plan there is
+# ---------------------------------------------------------------- every possible plan
 
 
 def random_instance(rng: Random, *, hosts: int, layers: int) -> SiteInstance:
-    """Draws a few devices, hosts and layers; times around a second, links around a tensor per second, memory often short."""
+    """Draws a few devices, hosts and layers: times near a second, links near a tensor per second, memory often short."""
     total = rng.randint(3, layers)
     names = rng.sample(("fp32", "int8", "nf4"), rng.randint(1, 2))
     step = StepFacts(
@@ -196,7 +196,7 @@ def random_instance(rng: Random, *, hosts: int, layers: int) -> SiteInstance:
         )  # fmt: skip
         devices.append(DeviceEnds(node, front, rng.randint(max(front + 1, total - 1), total)))
     found = [_node(rng, f"host-{number}", step) for number in range(rng.randint(1, hosts))]
-    if rng.random() < 0.2:  # a device that hosts
+    if rng.random() < 0.2:  # a device that is a host too
         found[0] = replace(devices[0].node, layer_s=found[0].layer_s, free_bytes=found[0].free_bytes)
     pairs = [(node.name, host.name) for node in [*found, *(device.node for device in devices)] for host in found]
     step = replace(step, by_relay=frozenset(pair for pair in pairs if rng.random() < 0.15))

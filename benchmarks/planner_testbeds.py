@@ -1,19 +1,19 @@
-"""Compares what the planner predicts with what is measured on five unlike testbeds, and its plan with equal cuts on one of them.
+"""Compares the planner's predictions with measurements on five different testbeds, and its plan with equal cuts on one of them.
 
-Needs a Docker engine. Each testbed is a server, edge servers and devices as containers, each with its share of a core, its memory
+Needs a Docker engine. Each testbed has a server, edge servers and devices as containers, each with its share of a core, its memory
 limit and `tc` rates both ways; together they use at most 0.9 of this machine's cores, with one torch thread each. The planner
-chooses where layers go (split.hosts = split.cuts = "auto"). The first testbed has CPUs of 1.0, 0.4 and 0.2 and links of 100, 20
+places the layers (split.hosts = split.cuts = "auto"). The first testbed has CPUs of 1.0, 0.4 and 0.2 and links of 100, 20
 and 5 Mbit/s (two edge servers, and the device with the data); the same containers run it a second time with equal cuts.
 
-Compared over three rounds that train (`benchmarks.planner.compared`):
+These are compared over three training rounds (`benchmarks.planner.compared`):
 
-    step      `step_s` of the plans of rounds 2 and 3, and the training of the slowest device per step, from its JobReport
-    memory    `memory_bytes`, the predicted peak of the stage host's process, and its peak_rss_bytes
+    step      `step_s` of the plans of rounds 2 and 3, with the slowest device's training time per step, from its JobReport
+    memory    `memory_bytes`, the predicted peak of the stage host's process, with its peak_rss_bytes
 
-A plan knows the times of the rounds before it. What profiles alone predicted for the first round is shown too, without a bar.
-Containers start with all cores, and so does the ServerApp: seconds are measured once each has its share.
-This measures time: run it on a machine that does nothing else. The output says how many cores other programs used meanwhile, and
-how many the machine's own host took away (steal). A testbed that is finished in runs/benchmark-planner-testbeds is not run again:
+A plan uses the times of earlier rounds. The first round's prediction, from profiles alone, is shown too, without a bar.
+Containers and the ServerApp start with all cores; times are measured only after each has its share.
+This measures time: run it on a machine that does nothing else. The output shows how many cores other programs used meanwhile,
+and how many the hypervisor took (steal). A testbed that is finished in runs/benchmark-planner-testbeds is not run again:
 remove its folder there to repeat it. --smoke: the first testbed, one step per round, no bars.
 """
 
@@ -47,7 +47,7 @@ from testbed.shapes import MachineShape, Testbed, TestbedNode
 
 PROJECT = "edgelam-planner"
 LLAMA = "/models/llama"
-# Much to compute per byte that moves, so that hosts count and not only links.
+# Takes much compute per transferred byte, so that hosts matter and not only links.
 MODEL = {
     **CONFIG, "vocab_size": 300, "hidden_size": 512, "intermediate_size": 6144, "num_hidden_layers": 22,
     "num_attention_heads": 8, "num_key_value_heads": 2,
@@ -94,7 +94,7 @@ class Bed:
     devices: Sequence[Machine]
     micro_batches: int
     tokens: int
-    rows: int = 1  # of a micro-batch
+    rows: int = 1  # per micro-batch
     steps: int = 2
     model: str = LLAMA
     ends: int = 1  # layers at each end of a device
@@ -171,7 +171,7 @@ def measure(smoke: bool, options: argparse.Namespace) -> tuple[dict[str, Any], l
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--finished", action="store_true", help="tell of the finished testbeds; run none")
+    parser.add_argument("--finished", action="store_true", help="report the finished testbeds; run none")
 
 
 def table(figures: Sequence[Figure]) -> Table:
@@ -206,7 +206,7 @@ def run_bed(bed: Bed, folder: Path, model: Path, *, equal: bool) -> None:
 
 @contextmanager
 def bed_started(bed: Bed, folder: Path, model: Path) -> Iterator[Project]:
-    """Makes a new folder and starts the testbed's containers with it."""
+    """Makes a new folder, starts the testbed's containers with it, yields them and removes them."""
     folder.mkdir(parents=True)
     mounts = {} if bed.model != LLAMA else {str(model): LLAMA}
     with started(bed.testbed(), folder, PROJECT, Console(), _data(bed, folder), mounts, lend=True) as containers:
@@ -245,7 +245,7 @@ def _busy_s() -> tuple[float, float]:
 
 @contextmanager
 def _server_lent_cores(containers: Project, testbed: Testbed, events: str) -> Iterator[None]:
-    """Gives the server all cores until its ServerApp has loaded, which is when a run's events begin."""
+    """Gives the server all cores until its ServerApp has loaded, so until the run's first event."""
     own = testbed.shapes[testbed.server].cpus
     containers.limit_cpus(SERVER, **cpu_limit(float(os.cpu_count() or 1)))
     with once(containers, f"test -s {events}", lambda _: containers.limit_cpus(SERVER, **cpu_limit(own))):
@@ -254,7 +254,7 @@ def _server_lent_cores(containers: Project, testbed: Testbed, events: str) -> It
 
 @contextmanager
 def once(containers: Project, test: str, act: Callable[[bool], None]) -> Iterator[None]:
-    """Tries a shell's `test` on the server every second; calls `act(True)` when it holds, or `act(False)` at the end."""
+    """Tries a shell command on the server every second; calls `act(True)` once it succeeds, or `act(False)` at the end."""
     stop = threading.Event()
 
     def wait() -> None:

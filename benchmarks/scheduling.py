@@ -1,8 +1,8 @@
-"""The schedulers on instances drawn by seed: against brute force, against their bound, against the simple rules, and fast.
+"""Compares the schedulers with brute force, with their bound and with the simple rules on seeded instances, and times them.
 
-Devices with a payload of 1 to 40 and 0 to 20 s of computing share a capacity of 10 (wired form). Delays are recomputed here
-by plain bisection, so that the strategies' own code does not judge itself. Runs on one thread; writes
-results/scheduling.svg, the sweep over V, beside its figures. --smoke: a few instances, no bars, no files.
+Devices with a payload of 1 to 40 bits and 0 to 20 s of compute share a capacity of 10 bits per second, on wires. Delays are
+recomputed here by plain bisection, so that the strategies' own code does not judge itself. Runs on one thread. Writes
+results/scheduling.svg, the sweep over V, as well as the figures. --smoke: a few instances, no bars, no files.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def pool(generator: random.Random, count: int) -> list[Candidate]:
 
 
 def together_s(devices: Sequence[Candidate]) -> float:
-    """When all finish together: the t with sum S / (C (t - c)) = 1."""
+    """Returns the seconds until all devices finish at once: the t with sum S / (C (t - c)) = 1."""
     low = max(device.compute_s for device in devices)
     high = low + sum(8 * device.payload_bytes for device in devices) / CAPACITY_BPS
     for _ in range(60):
@@ -87,7 +87,7 @@ def allocate(devices: Sequence[Candidate], bandwidth: str) -> Mapping[str, float
 
 
 def excess_over_brute_force(generator: random.Random) -> float:
-    """By how much the scheduler's objective is above the best of all subsets, each with its best shares; relative."""
+    """Returns the relative excess of the scheduler's objective over the best of all subsets, each with its best shares."""
     devices = pool(generator, generator.randint(1, DEVICES))
     scheduler = LyapunovSelection(delay_s=generator.uniform(5, 40), v=10 ** generator.uniform(-1, 2))
     scheduler.queue = generator.choice([0.0, generator.uniform(0, 20)])
@@ -110,7 +110,7 @@ def _against_brute_force(instances: int, smoke: bool) -> list[Figure]:
 
 
 def ratios(instances: int) -> dict[str, list[float]]:
-    """The round's delay with equalised shares over that with the simple rules' shares, 2 to 10 devices."""
+    """Returns, per simple rule, the round delays of `equalise` over those of the rule, for 2 to 10 devices."""
     generator, found = random.Random(1), dict[str, list[float]](uniform=[], proportional=[])
     for _ in range(instances):
         devices = pool(generator, generator.randint(2, 10))
@@ -134,11 +134,11 @@ def _against_simple_rules(instances: int, smoke: bool) -> list[Figure]:
 
 @dataclass(frozen=True)
 class Followed:
-    """The scheduler over many rounds, each with devices of other payloads and speeds."""
+    """Result of many rounds of the scheduler, each with devices of new payloads and speeds."""
 
     v: float
     delays_s: list[float]
-    devices: float  # a round, on average
+    devices: float  # mean per round
     queue: float
 
     @property
@@ -159,7 +159,7 @@ def follow(v: float, rounds: int, bound_s: float = BOUND_S) -> Followed:
 
 
 def _speeds(count: int, smoke: bool) -> list[Figure]:
-    """One decision: select among `count` devices and share out among those that were selected; on wires and on a band."""
+    """Times one decision, on wires and on a band: a selection among `count` devices and the shares of the selected."""
     generator = random.Random(1)
     wired = [
         replace(
@@ -204,7 +204,7 @@ _COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57")
 
 
 def draw(sweep: Sequence[Followed]) -> str:
-    """The sweep over V as an SVG: delay and devices against V, and the delay's average as the rounds go by."""
+    """Draws the sweep over V as an SVG: delay and devices against V, and the mean delay so far against the round."""
     logs = [math.log10(followed.v) for followed in sweep]
     averages = [("", list(zip(logs, [followed.average_s for followed in sweep], strict=True)))]
     devices = [("", list(zip(logs, [followed.devices for followed in sweep], strict=True)))]

@@ -1,8 +1,8 @@
-"""What a node without the model receives and keeps for a slice of 13 layers: bytes on the wire and on disk, in every base.
+"""Measures the bytes on the wire and on disk that a node without the model needs for a slice of 13 layers, in every base.
 
-A hub as a process, a stage host as another with an empty cache and no model, a proxy between them that counts every byte of
-TCP's payload both ways. Then a transfer that is broken twice at random points: once the connection, once the whole stage host.
---smoke: int8 alone.
+A hub and a stage host with an empty cache and no model run as processes; a proxy between them counts every byte of TCP's
+payload both ways. A second transfer is interrupted twice at random points: first its connection breaks, then the stage host
+is killed. --smoke: only int8.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _whole(source: ModelSource, hub: HubProcess, base: str, folder: Path) -> lis
 
 
 def _interrupted(source: ModelSource, hub: HubProcess, base: str, folder: Path) -> list[Figure]:
-    """The connection breaks at one random byte, the stage host is killed at a later one, and starts again."""
+    """Measures a transfer whose connection breaks at a random byte and whose stage host is killed later and restarted."""
     rng = random.Random(SEED)
     size = weights_bytes(source, [Span(FIRST, FIRST + LAYERS)], base)
     cut, kill = sorted(rng.uniform(0.1, 0.9) * size for _ in range(2))
@@ -110,7 +110,7 @@ def _interrupted(source: ModelSource, hub: HubProcess, base: str, folder: Path) 
 
 
 class Counting(Proxy):
-    """Counts what passes; breaks the connection when `cut` bytes have, and halts at `hold` until `go_on` is set."""
+    """A proxy that counts bytes, breaks the connection after `cut` bytes and pauses after `hold` until `go_on` is set."""
 
     def __init__(self, target: str, cut: float = 0.0, hold: float = 0.0) -> None:
         self.passed, self._cut, self._hold = 0, cut, hold
@@ -132,7 +132,7 @@ class Counting(Proxy):
 
 
 class Node:
-    """A stage host that has no model and was given a plan to host the slice; the round itself never begins."""
+    """A stage host that has no model and gets a plan to host the slice; the round itself never begins."""
 
     def __init__(self, source: ModelSource, base: str, proxy: Proxy, folder: Path) -> None:
         state = folder / "state"
@@ -151,7 +151,7 @@ class Node:
             raise SystemExit(answer.reason)
 
     def until(self, kind: type[_Kind]) -> _Kind:
-        """Waits for the next event of a kind; ends the benchmark if the job fails before it."""
+        """Waits for the next event of a kind and returns it; ends the benchmark if the job fails first."""
         found: list[_Kind] = []
 
         def came() -> bool:
@@ -173,7 +173,7 @@ class Node:
 
 
 def _plan(source: ModelSource, base: str, port: int) -> tuple[pb.Plan, bytes]:
-    """The plan of a host of the slice, as the server makes it, with a name for the model that is only known there."""
+    """Makes the plan and adapter of a host of the slice as the server does, with a model name that no node knows."""
     back = source.num_layers - FIRST - LAYERS
     overrides = ["model.name=smollm2-135m", f"model.base={base}", f"split.front={FIRST}", f"split.back={back}"]
     config = parse_run_file("", source="the benchmark", overrides=overrides)
@@ -190,7 +190,7 @@ def _plan(source: ModelSource, base: str, port: int) -> tuple[pb.Plan, bytes]:
 
 
 def on_disk(folder: Path) -> int:
-    """What its files take, in whole blocks."""
+    """Returns the bytes that a folder's files take on disk, in whole blocks."""
     return sum(512 * file.stat().st_blocks for file in folder.rglob("*") if file.is_file())
 
 

@@ -1,16 +1,16 @@
-"""Models that fit in none of the containers, trained by all of them: SmolLM2, and a random Llama of 1.1 billion parameters.
+"""Trains models that fit in no single container over several: SmolLM2, and a random Llama of 1.1 billion parameters.
 
-Needs a Docker engine. A server, a device and four edge servers, each of the last five in a container of the same limit
-without swap. SmolLM2: the same run file first unsplit without a limit; then unsplit on the limited device, whose stage
-host the kernel kills; then split over the same containers. The Llama (bf16, 2.2 GB, in the server's container alone, which
-sends each node the tensors of its slice): unsplit without a limit, then split over five containers of 1 GiB, 3 steps.
+Needs a Docker engine. The testbed has a server, a device and four edge servers; the device and the edge servers have the
+same memory limit, without swap. SmolLM2 is trained with one run file unsplit without a limit, then unsplit on the limited
+device, whose stage host the kernel kills, then split over the limited containers. The Llama (bf16, 2.2 GB, only in the
+server's container, which sends each node the tensors of its slice) is trained unsplit without a limit, then split over five
+containers of 1 GiB, 3 steps each.
 
-Memory is the control group's: the peak of all it was charged for, pages of files among it (the kernel takes these back
-when it needs them, so this peak may touch the limit), and the largest sample of what cannot be taken back. A slice's file is
-written and read by its node alone, so that its pages are in that node's peak. Losses and
-perplexities do not depend on how busy the machine is; seconds are not reported. A half that was finished in
-runs/benchmark-testbed-memory is not run again: remove its folder there to measure it anew. --smoke: a tiny model,
-nothing is killed.
+Memory is measured per control group: the peak of everything charged to it, which contains pages of files (the kernel
+reclaims these at need, so the peak may reach the limit), and the largest sample of memory that cannot be reclaimed. Only a
+slice's own node writes and reads its file, so the file's pages are in that node's peak. Losses and perplexities do not depend
+on how busy the machine is; seconds are not reported. A half that is finished in runs/benchmark-testbed-memory is not run
+again: remove its folder there to repeat it. --smoke: a tiny model, nothing is killed.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ from testbed.shapes import MachineShape, Testbed, TestbedNode
 
 HOSTS = 4
 SAME = 1e-3
-KILLED = 128 + 9  # a shell's word for SIGKILL, which is how the kernel ends what takes too much
+KILLED = 128 + 9  # a shell's exit status for SIGKILL, which the kernel sends to a process that takes too much memory
 KILL_S = 900.0
 _FINISHED = "finished.json"
 # Flower's processes and PyTorch take 600 MB. A micro-batch of 512 tokens takes 0.79 GB more unsplit and 0.37 GB on the
-# split device, most of it logits (model/memory.py): the limit lies between, with 0.2 GB on either side.
+# split device, most of it for logits (model/memory.py). The limit is between the two, 0.2 GB from either.
 SMOL_LIMIT, LLAMA_LIMIT, ENOUGH = "1200 MiB", "1 GiB", "12 GiB"
 SMOL = """\
 [split]
@@ -72,8 +72,8 @@ held_out = 0.04
 [optimizer]
 lr = 2e-3
 """
-# Few tokens: a bf16 base is computed in bf16 (server.checks), and a processor without instructions for that takes a minute
-# for 16 of them, backward most of it.
+# Few tokens: a bf16 base is computed in bf16 (server.checks), and a processor without bf16 instructions takes a minute for
+# 16 tokens, most of it backward.
 LLAMA = """\
 [model]
 name = "/models/llama"
@@ -111,7 +111,7 @@ def measure(smoke: bool, options: argparse.Namespace) -> tuple[dict[str, Any], l
     halves["llama"] = partial(llama, config=config, model="smoke" if smoke else "1.1b")
     if not options.finished:
         with (out / "lock").open("w", encoding="utf-8") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # two at once would end each other's containers
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two of these benchmarks at once would remove each other's containers
             for name, run in halves.items():
                 _run_half(out / name, run)
     tables, figures = list[str](), list[Figure]()
@@ -130,11 +130,11 @@ def measure(smoke: bool, options: argparse.Namespace) -> tuple[dict[str, Any], l
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--finished", action="store_true", help="tell of the halves that are finished; run none")
+    parser.add_argument("--finished", action="store_true", help="report the finished halves; run none")
 
 
 def _run_half(out: Path, run: Callable[[Path], tuple[list[Figure], str]]) -> None:
-    """Leaves what it came to in a file; does nothing where that is there."""
+    """Runs a half and writes its figures and table to a file; does nothing if the file exists."""
     if (out / _FINISHED).exists():
         return
     check_engine()
@@ -146,7 +146,7 @@ def _run_half(out: Path, run: Callable[[Path], tuple[list[Figure], str]]) -> Non
     (out / _FINISHED).write_text(text, encoding="utf-8")
 
 
-# ---------------------------------------------------------------- the two shows
+# ---------------------------------------------------------------- the two halves
 
 
 def smol(out: Path) -> tuple[list[Figure], str]:
@@ -209,13 +209,13 @@ def _split_figures(name: str, found: Found, before: int = 0) -> list[Figure]:
 
 @dataclass
 class Found:
-    """A testbed while it runs, and what its control groups said at its end."""
+    """A testbed while it runs, and at its end the measurements of its control groups."""
 
     testbed: Testbed
     containers: Project
     folder: Path
     peaks: dict[str, int] = field(default_factory=dict)
-    own: dict[str, int] = field(default_factory=dict)  # by sampling: what the kernel cannot take back
+    own: dict[str, int] = field(default_factory=dict)  # bytes that the kernel cannot reclaim, largest sample
     kills: dict[str, int] = field(default_factory=dict)
 
 
@@ -240,7 +240,7 @@ def _containers(folder: Path, limit: str, data: Path, model: Path | None = None,
 
 
 def _testbed(limit: str, hosts: int) -> Testbed:
-    """One computes at a time on a route, so CPUs are not shared out: nothing is timed."""
+    """Returns an untimed testbed: nodes of a route compute in turn, so each may use all the CPUs it needs."""
     node = MachineShape(memory=limit, cpus=2.0)
     nodes = (
         *(TestbedNode(shape="node", name=f"edge-{n}", role="edge") for n in range(1, hosts + 1)),
@@ -255,14 +255,14 @@ def _train(found: Found, run_file: Path, overrides: list[str]) -> None:
 
 
 def _unsplit(folder: Path, run_file: Path, data: Path, model: Path | None = None) -> float:
-    """Without a limit; returns the peak of what cannot be taken back, in MiB."""
+    """Trains unsplit without a limit; returns the device's largest sample of memory without file pages, in MiB."""
     with _containers(folder, ENOUGH, data, model, hosts=0) as found:
         _train(found, run_file, ["split.hosts=0"])
     return round(found.own["device-1"] / 2**20, 1)
 
 
 def _killed(found: Found, run_file: Path) -> tuple[int, int]:
-    """Unsplit on the limited device, until the kernel ends its stage host: how many were killed, and the exit status."""
+    """Trains unsplit on the limited device until the kernel kills its stage host; returns (processes killed, exit status)."""
     containers, end = found.containers, time.monotonic() + KILL_S
     config = read_run_file(run_file, ["split.hosts=0", "federation.expect_nodes=1"])
     containers.put(SERVER, to_toml(config), f"{RUNS}/unsplit.toml")
@@ -273,7 +273,7 @@ def _killed(found: Found, run_file: Path) -> tuple[int, int]:
         containers.ask(SERVER, "kill -INT $(cat /tmp/unsplit)")
     kills, end = containers.memory_kills("device-1") or 0, time.monotonic() + 30
     ended: list[str] = []
-    while kills and not ended and time.monotonic() < end:  # the node's own word of it comes a second later
+    while kills and not ended and time.monotonic() < end:  # the node logs it about a second later
         ended = re.findall(r"stage host ended with status (-?\d+)", containers.logs())
         time.sleep(1.0)
     return kills, 128 - int(ended[-1]) if ended else 0
@@ -289,7 +289,7 @@ def _sample(containers: Project, names: list[str], largest: dict[str, int], stop
 
 
 def _passages(file: Path, count: int = 0) -> Path:
-    """Docstrings, five to an example, so that examples are long."""
+    """Writes examples of twelve docstrings each, so that examples are long, and returns the file."""
     answers = [f"{pair.prompt} {pair.answer}" for pair in docstring_pairs()][: 12 * count or 1200]
     rows = [{"question": "Python:", "answer": "\n".join(answers[n : n + 12])} for n in range(0, len(answers), 12)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

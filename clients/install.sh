@@ -11,7 +11,7 @@
 #   --insecure       allows plain text beyond this machine, on a network that you trust
 #   --models         installs the built-in models too (180 MB), so that the node need not fetch them
 #   --from SOURCE    what to install: a wheel, a folder, or edgelam-fl (from the package index); default: this checkout
-#   --board BOARD    pi4, pi5, jetson, arm64 or x86; default: what the machine says
+#   --board BOARD    pi4, pi5, jetson, arm64 or x86; default: as the machine reports it
 #   -- OPTION...     more options for `edgelam client`, such as -- --listen 10.0.0.2:9000 --tag kitchen
 #
 # Asks no questions. Run it again at any time, to update or with other options.

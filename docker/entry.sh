@@ -1,15 +1,15 @@
 #!/bin/sh
-# Shapes the container's link, where a testbed asks for it, then becomes the command as the user edgelam, without rights.
+# Limits the container's link if a testbed asks for that, then runs the command as the user edgelam, without rights.
 #
-#   EDGELAM_UP_KBIT, EDGELAM_DOWN_KBIT   rates as the node sees them, in kbit/s; empty: as the network is
-#   EDGELAM_DELAY_MS                     added to what it sends
+#   EDGELAM_UP_KBIT, EDGELAM_DOWN_KBIT   rates at which the node sends and receives, in kbit/s; empty: unlimited
+#   EDGELAM_DELAY_MS                     delay of what the node sends, in milliseconds
 #
-# Only a container that starts as root with NET_ADMIN can be shaped; every other one just runs its command.
+# Only a container that starts as root with NET_ADMIN can be limited; any other one just runs its command.
 set -eu
 
 fail() { echo "edgelam testbed: $*" >&2; exit 3; }
 
-# A token bucket: 20 ms at the rate, and never less than a few frames. 400 ms of queue, as in a home router.
+# Adds a token bucket of 20 ms at the rate, but at least a few frames, and a queue of 400 ms, as in a home router.
 bucket() { # device, kbit/s, parent
   burst=$(($2 * 20 / 8)); [ $burst -ge 6000 ] || burst=6000
   tc qdisc add dev "$1" $3 tbf rate "$2kbit" burst "$burst" latency 400ms
@@ -28,7 +28,7 @@ shape() {
   [ -z "${EDGELAM_DOWN_KBIT:-}" ] || shape_down
 }
 
-# What comes in can be queued only behind a second device, ifb. Without one, what exceeds the rate is dropped.
+# Incoming packets can be queued only behind a second device, ifb. Without ifb, packets above the rate are dropped.
 shape_down() {
   if ip link add ifb0 type ifb 2>/dev/null && ip link set ifb0 up &&
     tc qdisc add dev eth0 handle ffff: ingress &&
@@ -36,7 +36,7 @@ shape_down() {
     bucket ifb0 "$EDGELAM_DOWN_KBIT" root || fail 'the kernel refused a token bucket (tc tbf) for down'
     return
   fi
-  echo 'edgelam testbed: no ifb here, so what comes in faster than the rate is dropped instead of queued' >&2
+  echo 'edgelam testbed: this kernel has no ifb, so incoming packets above the rate are dropped instead of queued' >&2
   tc qdisc replace dev eth0 handle ffff: ingress &&
     tc filter add dev eth0 parent ffff: protocol all u32 match u32 0 0 \
       police rate "${EDGELAM_DOWN_KBIT}kbit" burst 64k drop flowid :1 ||

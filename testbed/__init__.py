@@ -1,5 +1,5 @@
-"""Testbeds: several machines of named shapes, played by containers on this one. `python -m testbed` is its command.
+"""Testbeds: machines of named shapes, each one a container on this machine. The command is `python -m testbed`.
 
-Stands beside the library and is in no wheel; the image and the files that it reads are in docker/. (A package named
-docker would hide the one that docker-compose itself imports.)
+The package is not part of the library and is in no wheel; the image's files and the default testbed are in docker/. (A
+package named docker would hide the one that docker-compose itself imports.)
 """

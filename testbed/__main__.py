@@ -1,7 +1,7 @@
-"""`python -m testbed`: the demo on a testbed of containers that are as small and as slow as boards.
+"""`python -m testbed`: runs the demo on a testbed of containers that are as small and as slow as boards.
 
-`run` is what `make testbed` does: image, containers, a run, its report, and the containers gone again. `compose` only
-writes the Compose file. Needs no more rights than `docker` itself.
+`run`, which `make testbed` calls, builds the image, starts the containers, trains, copies the run's folder here and
+removes the containers. `compose` only writes the Compose file. Both need no rights beyond those of `docker` itself.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from testbed.shapes import Testbed, read_testbed
 
 IMAGE = "edgelam:testbed"
 _FILES = ROOT / "docker"
-_SERVES = "test -f /state/endpoint.json && echo yes"  # of a node: written when its stage host listens
+_SERVES = "test -f /state/endpoint.json && echo yes"  # a node writes this file when its stage host listens
 
 app = typer.Typer(
     help="Testbeds of containers.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
 FileOption = Annotated[Path, typer.Option("--file", metavar="TOML", help="The machines to play.")]
 DevicesOption = Annotated[
-    int | None, typer.Option("--devices", help="So many devices, of the file's shapes in turn; by default as listed.")
+    int | None, typer.Option("--devices", help="Number of devices, of the file's shapes in turn; by default as listed.")
 ]
 
 
@@ -59,13 +59,13 @@ def run(
     run_file: Annotated[Path, typer.Option("--run", metavar="TOML", help="The run file.")] = _FILES / "run.toml",
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="By default runs/testbed-<time>.")] = None,
     overrides: Annotated[
-        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Of the run file; repeat it.")
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Overrides a key of the run file; may be repeated.")
     ] = [],  # noqa: B006
     project: Annotated[str, typer.Option("--project", help="Name of the Compose project.")] = "edgelam-testbed",
-    image: Annotated[str, typer.Option("--image", help="Use this image, which is here already, and build none.")] = "",
-    base_image: Annotated[str, typer.Option("--base-image", help="What the image is built on.")] = "",
+    image: Annotated[str, typer.Option("--image", help="Use this local image instead of building one.")] = "",
+    base_image: Annotated[str, typer.Option("--base-image", help="Image that the build starts from.")] = "",
 ) -> None:
-    """Builds the image, starts the testbed, trains on it, brings the run's folder here, and ends the containers."""
+    """Builds the image, starts the testbed, trains on it, copies the run's folder here, and removes the containers."""
     console = Console()
     testbed = read_testbed(file, devices)
     read_run_file(run_file, overrides)
@@ -97,7 +97,10 @@ def write_testbed(
     *,
     server_alone: bool = False,
 ) -> Path:
-    """The Compose file. `data`: a file a device, by default the demo's docstrings. The rest: as in `compose_file`."""
+    """Writes the Compose file and returns its path.
+
+    `data`: one file per device, by default the demo's docstrings. The other arguments are those of `compose_file`.
+    """
     files = data or write_device_files(folder / "data", len(testbed.devices))
     of_device = {node.name: file for node, file in zip(testbed.devices, files, strict=True)}
     return write_compose_file(
@@ -117,16 +120,16 @@ def started(
     lend: bool = False,
     server_alone: bool = False,
 ) -> Iterator[Project]:
-    """The running containers; all are gone afterwards. What they said stays in containers.log where something failed.
+    """Starts the containers, yields them, and removes them. If something fails, their output is kept in containers.log.
 
     `mounts`, `server_alone`: as in `compose_file`.
-    `lend`: while they start, each may take all cores; from then on its shape's share. A fifth of a core loads PyTorch for
-    half a minute, which is no part of what a testbed measures.
+    `lend`: each container may use all cores until all nodes serve, and its shape's share from then on. PyTorch takes
+    half a minute to load on a fifth of a core, which a testbed is not meant to measure.
     """
     as_started = unlimited(testbed) if lend else testbed
     file = write_testbed(as_started, folder, image, data, mounts, server_alone=server_alone)
     containers = Project(name, file)
-    containers.down()  # what an earlier one left that was killed
+    containers.down()  # leftovers of an earlier call that was killed
     try:
         console.print(f"starting {1 + len(testbed.nodes)} containers: {SERVER}, {_listed(testbed)}", highlight=False)
         containers.up()
@@ -137,25 +140,25 @@ def started(
         yield containers
     except BaseException:
         (folder / "containers.log").write_text(containers.logs(), encoding="utf-8")
-        console.print(f"what the containers said: {folder / 'containers.log'}", highlight=False, soft_wrap=True)
+        console.print(f"output of the containers: {folder / 'containers.log'}", highlight=False, soft_wrap=True)
         raise
     finally:
         containers.down()
 
 
 def unlimited(testbed: Testbed) -> Testbed:
-    """The same with all cores for each."""
+    """Returns the testbed with all cores of this machine for each container."""
     cores = float(os.cpu_count() or 1)
     shapes = {name: shape.model_copy(update={"cpus": cores}) for name, shape in testbed.shapes.items()}
     return testbed.model_copy(update={"shapes": shapes, "timed": False})
 
 
 def wait_until_all_serve(containers: Project, testbed: Testbed, deadline_s: float = 300.0) -> None:
-    """Raises RunFailed with who does not."""
+    """Waits until every node's stage host listens. Raises RunFailed with the names of those that do not in time."""
     waiting, end = [node.name for node in testbed.nodes], time.monotonic() + deadline_s
     while waiting := [name for name in waiting if not containers.ask(name, _SERVES)]:
         if time.monotonic() > end:
-            raise RunFailed(f"after {deadline_s:.0f} s {', '.join(waiting)} of the testbed do not serve")
+            raise RunFailed(f"nodes of the testbed that do not serve after {deadline_s:.0f} s: {', '.join(waiting)}")
         time.sleep(1.0)
 
 
@@ -166,7 +169,7 @@ def _listed(testbed: Testbed) -> str:
 def train(
     containers: Project, testbed: Testbed, folder: Path, run_file: Path, overrides: Sequence[str] = (), name: str = ""
 ) -> None:
-    """`edgelam run` on the server, and its folder copied here. Raises RunFailed where it did not end well."""
+    """Runs `edgelam run` on the server and copies the run's folder here. Raises RunFailed if its exit status is not 0."""
     inside = f"{RUNS}/{name or 'testbed'}"
     config = read_run_file(run_file, [*overrides, f"federation.expect_nodes={len(testbed.devices)}"])
     containers.put(SERVER, to_toml(config), f"{inside}.toml")

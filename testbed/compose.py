@@ -1,4 +1,4 @@
-"""A testbed as a Compose file, for docker-compose 1.27 and later and for `docker compose`. Starts nothing."""
+"""Makes the Compose file of a testbed, for docker-compose 1.27 and later and for `docker compose`. Starts nothing."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ SERVER_ADDRESS = f"{SERVER}:8000"
 RUNS = "/runs"  # in the server's container, where the ServerApp writes
 _DATA_PLANE = 9000
 _DATA = "/data/examples.jsonl"
-# A limit is kept by pauses. In turns of 100 ms, which `cpus` means, a slow machine would be a fast one that often stands
-# still, and a short task would take none of its pauses.
+# The kernel keeps a CPU limit by pausing processes once per period. With 100 ms, the period behind Compose's `cpus`, a slow
+# machine would be a fast one with long pauses, and a short task would meet none of them.
 _TURN_US = 20_000
-_THREADS = 1  # of torch: a container that has a part of a core gains nothing from a second one
+_THREADS = 1  # torch's threads: a second one gains nothing in a container that has a part of a core
 
 
 def compose_file(
@@ -28,9 +28,10 @@ def compose_file(
     *,
     server_alone: bool = False,
 ) -> dict[str, Any]:
-    """`data`: a file of examples for each device. `mounts`: folders that all read, and where they find them.
+    """Returns the content of the Compose file.
 
-    `server_alone`: nobody but the server reads these.
+    `data`: file of examples per device. `mounts`: path inside the containers per folder that they may read.
+    `server_alone`: only the server's container gets the mounts.
     """
     shared = [f"{folder}:{inside}:ro" for folder, inside in mounts.items()]
     server = _service(SERVER, testbed.shapes[testbed.server], image, _serve())
@@ -48,7 +49,7 @@ def compose_file(
 
 
 def write_compose_file(file: Path, content: Mapping[str, Any]) -> Path:
-    """As JSON, which is YAML too."""
+    """Writes the content as JSON, which is valid YAML, and returns the file."""
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return file
 
@@ -73,7 +74,7 @@ def _service(name: str, shape: MachineShape, image: str, command: list[str]) -> 
         "init": True,
         "networks": ["plane"],
         "mem_limit": shape.memory_bytes,
-        "memswap_limit": shape.memory_bytes,  # memory and swap together: none beside it
+        "memswap_limit": shape.memory_bytes,  # limit of memory plus swap: no swap
         "environment": {"OMP_NUM_THREADS": str(_THREADS), "COLUMNS": "100"},
     }
     service |= {f"cpu_{name}": microseconds for name, microseconds in cpu_limit(shape.cpus).items()}
@@ -81,12 +82,12 @@ def _service(name: str, shape: MachineShape, image: str, command: list[str]) -> 
 
 
 def cpu_limit(cpus: float) -> dict[str, int]:
-    """Microseconds: of each period, a quota."""
+    """Returns the period and the quota, in microseconds: a container computes for `quota` in each `period`."""
     return {"period": _TURN_US, "quota": round(cpus * _TURN_US)}
 
 
 def _shaped(shape: MachineShape, environment: Any) -> dict[str, Any]:
-    """Root sets the link's rates and then drops all rights: see entry.sh."""
+    """Returns the settings of a container with a limited link: root sets the limits, then drops all rights (entry.sh)."""
     limits = {
         "EDGELAM_UP_KBIT": str(shape.up_kbit or ""),
         "EDGELAM_DOWN_KBIT": str(shape.down_kbit or ""),

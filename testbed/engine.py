@@ -1,4 +1,4 @@
-"""Docker and Compose by their command lines: is there an engine, build, start, ask, end. Knows nothing of federations."""
+"""Calls Docker and Compose by their command lines: checks the engine, builds, starts, asks, ends. Knows no federation."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 from edgelam_fl.errors import EnvironmentProblem, RunFailed
 
 ROOT = Path(__file__).parents[1]
-# A base that is here already comes before one that has to be fetched; the last one is the Dockerfile's own.
+# A local base image comes before one that has to be downloaded; the last one is the Dockerfile's own default.
 _BASES = ("python:3.11-slim-bookworm", "python:3.11-slim")
 _ASK_S, _START_S = 60.0, 600.0
-# By version of cgroups; without the files nothing is known. The engine's own "OOMKilled" speaks of the first process alone.
+# Version 2 of cgroups, else version 1; without either the values are unknown. Docker's "OOMKilled" covers only the first process.
 _PEAK = "cat /sys/fs/cgroup/memory.peak 2>/dev/null || cat /sys/fs/cgroup/memory/memory.max_usage_in_bytes"
 _KILLS = "cat /sys/fs/cgroup/memory.events 2>/dev/null || cat /sys/fs/cgroup/memory/memory.oom_control"
 _CPU = "cat /sys/fs/cgroup/cpu.stat 2>/dev/null || cat /sys/fs/cgroup/cpuacct/cpuacct.usage"
@@ -23,7 +23,7 @@ _STAT = "cat /sys/fs/cgroup/memory.stat 2>/dev/null || cat /sys/fs/cgroup/memory
 
 
 def engine_problem() -> str:
-    """Why containers cannot be started here; empty where they can."""
+    """Returns why containers cannot be started here; an empty string if they can."""
     if not shutil.which("docker"):
         return "the command `docker` is not on PATH: install Docker Engine"
     try:
@@ -31,7 +31,7 @@ def engine_problem() -> str:
     except subprocess.TimeoutExpired:
         return f"`docker info` did not answer within {_ASK_S:.0f} s"
     if done.returncode:
-        return f"`docker info` failed: {' '.join(done.stderr.split())[-200:] or 'it said nothing'}"
+        return f"`docker info` failed: {' '.join(done.stderr.split())[-200:] or 'no output'}"
     return "" if _compose_commands() else "there is neither `docker compose` nor `docker-compose`: install one of them"
 
 
@@ -51,7 +51,7 @@ def _works(command: Sequence[str]) -> bool:
 
 
 def build(image: str, base: str = "") -> None:
-    """Shows the build's steps. Raises RunFailed with the end of its output."""
+    """Builds the image and prints the steps. Raises RunFailed with the end of the build's output."""
     base = base or next((base for base in _BASES if _works(["docker", "image", "inspect", base])), "")
     arguments = ["--build-arg", f"BASE_IMAGE={base}"] if base else []
     command = ["docker", "build", "-f", "docker/Dockerfile", *arguments, "-t", image, "."]
@@ -72,11 +72,11 @@ class Project:
     def __init__(self, name: str, file: Path) -> None:
         self.name = name
         self._command = [*_compose_commands()[0], "-p", name, "-f", str(file)]
-        # Of containers that were asked before: Compose takes half a second of a core to tell.
+        # Container ids by service, kept because Compose takes half a second of a core to look one up.
         self._ids: dict[str, str] = {}
 
     def up(self) -> None:
-        """Returns when all are started; those that depend on a healthy one have waited for it."""
+        """Starts all containers; returns once all run. A container that depends on a healthy one starts after it."""
         self._compose("up", "-d", timeout_s=_START_S)
 
     def down(self) -> None:
@@ -87,12 +87,12 @@ class Project:
         return self._compose("logs", "--no-color", "--tail", "200", timeout_s=_ASK_S).stdout
 
     def follow(self, service: str, command: Sequence[str]) -> int:
-        """Runs a command in a service's container, its output on ours. Returns its exit status."""
+        """Runs a command in a service's container, with this process's output. Returns the exit status."""
         exec_in = ["docker", "exec", self.container(service), *command]
         return subprocess.run(exec_in, check=False).returncode
 
     def ask(self, service: str, command: str, user: str = "") -> str:
-        """What a shell command in a service's container prints; empty where it fails, or is not through in a minute."""
+        """Returns what a shell command in a service's container prints; an empty string if it fails or takes over a minute."""
         as_user = ["--user", user] if user else []
         exec_in = ["docker", "exec", *as_user, self.container(service), "sh", "-c", command]
         try:
@@ -107,7 +107,7 @@ class Project:
         _checked(command, _ASK_S, text)
 
     def copy_out(self, service: str, folder: str, to: Path) -> None:
-        """A folder's content, where it is there."""
+        """Copies the content of a folder in a service's container; does nothing if the folder does not exist."""
         if not self.ask(service, f"test -d {shlex.quote(folder)} && echo yes"):
             return
         to.mkdir(parents=True, exist_ok=True)
@@ -118,35 +118,35 @@ class Project:
             found = self._compose("ps", "-q", service, timeout_s=_ASK_S).stdout.split()
             if not found:
                 raise RunFailed(
-                    f"{service} of the testbed {self.name} has no container; it ended, or was never started"
+                    f"{service} of the testbed {self.name} has no container: it has ended or was never started"
                 )
             self._ids[service] = found[0]
         return self._ids[service]
 
     def limit_cpus(self, service: str, period: int, quota: int) -> None:
-        """From now on, in microseconds; as `compose.cpu_limit` makes them."""
+        """Changes a running container's CPU limit. Microseconds, as `compose.cpu_limit` returns them."""
         limits = ["--cpu-period", str(period), "--cpu-quota", str(quota)]
         _checked(["docker", "update", *limits, self.container(service)], _ASK_S)
 
     def cpu_seconds(self, service: str) -> float | None:
-        """That its processes have computed so far."""
+        """Returns the CPU seconds of the container's processes so far; None if the kernel does not report them."""
         words = self.ask(service, _CPU).split()
         if "usage_usec" in words:
             return int(words[words.index("usage_usec") + 1]) / 1e6
         return int(words[0]) / 1e9 if words and words[0].isdigit() else None
 
     def peak_memory_bytes(self, service: str) -> int | None:
-        """The largest use of its control group, pages of files among it, so a limit that is met says little."""
+        """Returns the control group's peak, None if unknown. Pages of files count, so a peak at the limit is no alarm."""
         said = self.ask(service, _PEAK).split()
         return int(said[0]) if said else None
 
     def memory_kills(self, service: str) -> int | None:
-        """How many of its processes the kernel ended for want of memory."""
+        """Returns how many of the container's processes the kernel killed for lack of memory; None if unknown."""
         lines = [line.split() for line in self.ask(service, _KILLS).splitlines()]
         return next((int(words[1]) for words in lines if words[:1] == ["oom_kill"]), None)
 
     def own_memory_bytes(self, service: str) -> int | None:
-        """What its processes hold now that is not a file's pages, which the kernel cannot take back without swap."""
+        """Returns the processes' memory without pages of files, None if unknown: the kernel cannot reclaim it without swap."""
         lines = [line.split() for line in self.ask(service, _STAT).splitlines()]
         return next((int(words[1]) for words in lines if words[:1] in (["anon"], ["total_rss"])), None)
 
@@ -166,5 +166,5 @@ def _checked(command: Sequence[str], timeout_s: float, text: str = "") -> subpro
     except subprocess.TimeoutExpired as error:
         raise RunFailed(f"`{' '.join(command)}` did not end within {timeout_s:.0f} s") from error
     if done.returncode:
-        raise RunFailed(f"`{' '.join(command)}` failed: {' '.join(done.stderr.split())[-600:] or 'it said nothing'}")
+        raise RunFailed(f"`{' '.join(command)}` failed: {' '.join(done.stderr.split())[-600:] or 'no output'}")
     return done

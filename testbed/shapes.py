@@ -1,4 +1,4 @@
-"""A testbed's file: machines of named shapes, read and checked. Knows nothing of containers."""
+"""Reads and checks a testbed's file: machines of named shapes. Knows nothing of containers."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from edgelam_fl.errors import ConfigError, nearest
 
 MOST_NODES = 64  # a container takes a third of a GiB before it holds a layer
 SERVER = "server"
-_SHARE_OF_CORES = 0.9  # what a timed testbed may take: the engine and this command need the rest
+_SHARE_OF_CORES = 0.9  # of this machine, at most, for a timed testbed: the engine and this command need the rest
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")  # a host name, which Docker's DNS answers
 _UNITS = {"MiB": 2**20, "GiB": 2**30}
 
 
 class MachineShape(Section):
     memory: str = Field(description="limit, with no swap beside it, as '512 MiB' or '8 GiB'")
-    cpus: float = Field(gt=0, le=1024, description="cores of this machine, of which it may be a part")
-    up: str = Field("", description="what it sends at most, as '5 Mbit/s'; '': unlimited")
-    down: str = Field("", description="what it receives at most")
-    delay_ms: int = Field(0, ge=0, le=10_000, description="added to what it sends; needs netem in the kernel")
+    cpus: float = Field(gt=0, le=1024, description="cores of this machine; may be a fraction")
+    up: str = Field("", description="rate of sending at most, as '5 Mbit/s'; '': unlimited")
+    down: str = Field("", description="rate of receiving at most, as '5 Mbit/s'; '': unlimited")
+    delay_ms: int = Field(0, ge=0, le=10_000, description="delay of sending; needs netem in the kernel")
 
     @field_validator("memory")
     @classmethod
@@ -66,13 +66,13 @@ class MachineShape(Section):
 class TestbedNode(Section):
     shape: str = Field(description="one of [shapes]")
     name: str = Field("", description="unique; by default the shape's name and a number")
-    role: Literal["device", "edge"] = Field("device", description="has data, or lends compute")
+    role: Literal["device", "edge"] = Field("device", description="a device has data; an edge server lends compute")
 
 
 class Testbed(Section):
     shapes: dict[str, MachineShape] = Field(description="kinds of machines, by name")
     server: str = Field(description="the server's shape")
-    nodes: tuple[TestbedNode, ...] = Field(description="the machines that join it")
+    nodes: tuple[TestbedNode, ...] = Field(description="the machines that join the server")
     timed: bool = Field(True, description="refuse more CPU than this machine has: seconds would mean nothing")
 
     @field_validator("nodes", mode="before")
@@ -88,14 +88,15 @@ class Testbed(Section):
         return self.shapes[node.shape]
 
     def services(self) -> list[tuple[str, MachineShape]]:
-        """All containers."""
+        """Returns name and shape of every container, the server's first."""
         return [(SERVER, self.shapes[self.server]), *((node.name, self.shape_of(node)) for node in self.nodes)]
 
 
 def read_testbed(file: Path, devices: int | None = None, cores: int = os.cpu_count() or 1) -> Testbed:
-    """The file's testbed, each node named. `devices`: so many, of the shapes of the file's devices in turn.
+    """Reads a testbed from its file and names each node.
 
-    Raises ConfigError with the value, what is allowed, and the file.
+    `devices`: number of devices, of the shapes of the file's devices in turn; None: the file's own devices. `cores`: of
+    this machine. Raises ConfigError with the value, what is allowed, and the file.
     """
     try:
         testbed = Testbed.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
@@ -116,7 +117,9 @@ def read_testbed(file: Path, devices: int | None = None, cores: int = os.cpu_cou
 def _with_devices(testbed: Testbed, devices: int, file: Path) -> Testbed:
     _check_count(devices, file)
     if not testbed.devices:
-        raise ConfigError(f"{file} has no device whose shape {devices} devices could take; add one under [[nodes]]")
+        raise ConfigError(
+            f"--devices = {devices}, but {file} has no device whose shape to use; add one under [[nodes]]"
+        )
     shapes = islice(cycle(node.shape for node in testbed.devices), devices)
     edges = [node for node in testbed.nodes if node.role == "edge"]
     return testbed.model_copy(update={"nodes": (*edges, *(TestbedNode(shape=shape) for shape in shapes))})
@@ -135,7 +138,7 @@ def _named(nodes: Sequence[TestbedNode]) -> Iterator[TestbedNode]:
 
 
 def _problems(testbed: Testbed, cores: int) -> Iterator[str]:
-    """In the order in which they are worth mending."""
+    """Yields what is wrong with a testbed, the most basic problem first."""
     for where, shape in [("server", testbed.server), *((node.name, node.shape) for node in testbed.nodes)]:
         if shape not in testbed.shapes:
             yield f"{where}: shape {shape!r} is unknown: {nearest(shape, testbed.shapes)}"
@@ -144,7 +147,7 @@ def _problems(testbed: Testbed, cores: int) -> Iterator[str]:
         yield f"a testbed has 1 to {MOST_NODES} devices, got {count}"
     for name, times in Counter(node.name for node in testbed.nodes).items():
         if times > 1:
-            yield f"{times} nodes are called {name!r}; names are unique in a federation"
+            yield f"{times} nodes are named {name!r}; names must be unique in a federation"
         if not _NAME.fullmatch(name) or name == SERVER:
             yield f"the node's name {name!r} must be a host name of small letters, digits and '-', and not {SERVER!r}"
     yield from _too_much_cpu(testbed, cores)
@@ -155,7 +158,7 @@ def _too_much_cpu(testbed: Testbed, cores: int) -> Iterator[str]:
     allowed = _SHARE_OF_CORES * cores
     if testbed.timed and asked > allowed + 1e-9:
         yield (
-            f"the containers ask for {asked:.2f} CPUs and a timed testbed may have {allowed:.2f} of this machine's {cores}; "
+            f"the containers ask for {asked:.2f} CPUs, but a timed testbed may have {allowed:.2f} of this machine's {cores}; "
             f"lower `cpus`, or set timed = false and do not trust its seconds"
         )
 

@@ -1,1 +1,1 @@
-"""Programs for those who work on the repository; nothing here is installed."""
+"""Programs for developers of this repository; none of them is installed."""

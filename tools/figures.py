@@ -1,20 +1,20 @@
-"""Fills the numbers of the pages from the files under benchmarks/results, between markers; knows no page and no number.
+"""Fills the marked numbers of pages from the files under benchmarks/results. Knows no page and no number itself.
 
-    python tools/figures.py README.md docs/*.md            says which pages are stale, and ends with status 1 if any is
+    python tools/figures.py README.md docs/*.md            lists stale pages; exit status 1 if there are any
     python tools/figures.py --write README.md docs/*.md    fills them
 
-A number in running text, invisible markers around it:
+A number in running text has invisible markers around it:
 
     <!-- figure: demo; whole command; {value:.0f} s -->284 s<!-- /figure -->
 
-The parts are: the result's name (benchmarks/results/NAME.json), the figure's name, the form. A figure's name may be a
-pattern (`*: memory of *`); "settings.KEY" reads a setting instead. A form is a Python format string over these words:
+A marker has three parts: the result's name (benchmarks/results/NAME.json), the figure's name, the form. A figure's name may
+be a pattern (`*: memory of *`); "settings.KEY" reads a setting instead. A form is a Python format string over these words:
 
     value         the figure's number, or the setting    thousands, millions, gigas, mebis    value / 1e3, 1e6, 1e9, 2^20
     percent       100 * value                            unit                                 the figure's unit
-    lowest, highest    of all figures that match         off_percent    farthest from 1 of all that match, %, rounded up
+    lowest, highest    of all matching figures           off_percent    largest distance from 1 of all matches, %, rounded up
 
-Lines of a program's output, quoted as a block; each pattern stands for the first line that matches it:
+Lines of a program's output are quoted as a block; each pattern selects the first line that matches it:
 
     <!-- lines: demo.txt; data:*; *round 1 of 3 took*; *done, 3 rounds* -->
     (a fenced block)
@@ -39,7 +39,7 @@ _LINES = re.compile(r"<!-- lines: ([^;]+); (.+?) -->\n(.*?)<!-- /lines -->", re.
 
 
 class StaleMarker(Exception):
-    """A marker that cannot be filled: names the marker, and what is missing."""
+    """A marker that cannot be filled. The message names the marker and what is missing."""
 
 
 def filled(page: str, results: Path = RESULTS) -> str:
@@ -58,7 +58,7 @@ def filled(page: str, results: Path = RESULTS) -> str:
 
 
 def without_marked(page: str) -> str:
-    """Returns the page without its marked numbers and blocks: what nobody checks against a result file."""
+    """Returns the page without its marked numbers and blocks, so with the text that no result file is checked against."""
     return _LINES.sub("", _FIGURE.sub("", page))
 
 
@@ -97,9 +97,7 @@ def _number(results: Path, result: str, name: str, form: str) -> str:
     try:
         return form.format(**words)
     except KeyError as error:
-        raise StaleMarker(
-            f"{result}; {name}: {len(found)} figures match, and the form {form} asks for {error}"
-        ) from error
+        raise StaleMarker(f"{result}; {name}: {len(found)} figures match, but the form {form} needs {error}") from error
 
 
 def _quoted(file: Path, patterns: Iterable[str]) -> list[str]:
@@ -114,7 +112,9 @@ def _quoted(file: Path, patterns: Iterable[str]) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python tools/figures.py", description="Numbers of pages, from result files.")
+    parser = argparse.ArgumentParser(
+        prog="python tools/figures.py", description="Fills or checks the marked numbers of pages."
+    )
     parser.add_argument("--write", action="store_true", help="fill the pages instead of checking them")
     parser.add_argument("pages", nargs="+", type=Path)
     options = parser.parse_args()

@@ -1,6 +1,6 @@
 """Writes the tables of docs/protocol.md from edgelam.proto and its comments: `python -m tools.protocol_page`.
 
-`declaration` reads the .proto; `page` puts the tables between the page's markers and leaves the rest of the text alone.
+`declaration` reads the .proto; `page` writes the tables between the page's markers and leaves all other text unchanged.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ FRAME_MESSAGES = (
 _TYPES = {number: name.removeprefix("TYPE_").lower() for name, number in FieldDescriptorProto.Type.items()}
 _MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 
-Comments = dict[tuple[int, ...], str]  # a place in the file, as protobuf numbers it -> its comment
+Comments = dict[tuple[int, ...], str]  # comment by a declaration's path in the file, as protobuf numbers it
 
 
 def declaration() -> tuple[FileDescriptorProto, Comments]:
-    """Reads the .proto; returns what it declares, and the comments of the declarations."""
+    """Reads the .proto; returns its declarations and their comments."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "set"
         arguments = ["protoc", f"-I{PROTO.parent}", f"--descriptor_set_out={out}", "--include_source_info", str(PROTO)]
         if protoc.main(arguments) != 0:
-            raise SystemExit(f"{PROTO} cannot be read; protoc says why")
+            raise SystemExit(f"{PROTO} cannot be read; see protoc's message above")
         (file,) = FileDescriptorSet.FromString(out.read_bytes()).file
     comments = {
         tuple(place.path): " ".join((place.trailing_comments or place.leading_comments).split())

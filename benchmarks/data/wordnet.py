@@ -1,7 +1,7 @@
-"""Makes wordnet_sample.jsonl: definitions of WordNet 3.0 and the domain that each belongs to, for a classification.
+"""Makes wordnet_sample.jsonl: definitions of WordNet 3.0 with their domains, for classification.
 
-`python benchmarks/data/wordnet.py`, on a Debian or Ubuntu, without root: the package wordnet-base (6.5 MB) is fetched and
-unpacked into the cache. The sample and WordNet's licence lie in the repository, so that only a change needs this.
+`python benchmarks/data/wordnet.py` needs Debian or Ubuntu, but no root: it downloads the package wordnet-base (6.5 MB) and
+unpacks it into the cache. The sample and WordNet's licence are in the repository, so only a change of the sample needs this.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ SIZE, SEED = 3000, 1
 
 
 def sample(everything: list[tuple[str, str]], size: int = SIZE) -> list[tuple[str, str]]:
-    """`size` definitions of the largest domains, as often as they come; none twice, nor in two domains."""
+    """Draws `size` definitions of the largest domains, in their natural proportions. No definition is in two domains."""
     return random.Random(SEED).sample(clear(everything), size)
 
 
 def licence(copyright_file: Path) -> str:
-    """WordNet's own, out of the package's copyright file."""
+    """Returns WordNet's licence, from the package's copyright file."""
     block = re.search(r"^License: WordNet3\.0\n((?: .*\n)+)", copyright_file.read_text(encoding="utf-8"), re.MULTILINE)
     assert block is not None
     lines = [line[1:] for line in block[1].splitlines()]

@@ -140,7 +140,7 @@ def log_tail(log: Path, lines: int = 3) -> str:
     """Returns the last lines of a log that are not empty, as one line."""
     with contextlib.suppress(OSError), log.open(encoding="utf-8", errors="replace") as file:
         kept = deque((_COLOUR.sub("", line).strip() for line in file if line.strip()), maxlen=lines)
-        return " | ".join(kept) or "it said nothing"
+        return " | ".join(kept) or "no output"
     return "it left no log"
 
 

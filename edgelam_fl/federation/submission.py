@@ -203,7 +203,7 @@ class Submission:
             answer: dict[str, Any] = json.loads(done.stdout)
         except ValueError as error:
             said = " ".join((done.stdout + done.stderr).split())[-400:]
-            raise RunFailed(f"`flwr {command}` failed: {said or 'it said nothing'}") from error
+            raise RunFailed(f"`flwr {command}` failed: {said or 'no output'}") from error
         if not answer.get("success", True):
             raise RunFailed(f"`flwr {command}` failed: {answer.get('error-message', answer)}")
         return answer

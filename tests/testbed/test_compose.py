@@ -124,7 +124,7 @@ BAD = {
         ('{ shape = "slow" }]', '{ shape = "slwo" }]'),
         "shape 'slwo' is unknown: did you mean 'slow'",
     ),
-    "one name twice": (('{ shape = "slow" }]', '{ shape = "slow", name = "slow-1" }]'), "2 nodes are called 'slow-1'"),
+    "one name twice": (('{ shape = "slow" }]', '{ shape = "slow", name = "slow-1" }]'), "2 nodes are named 'slow-1'"),
     "no host name": (('"edge-1"', '"Edge 1"'), "'Edge 1' must be a host name"),
     "the server's name": (('"edge-1"', '"server"'), "not 'server'"),
     "no device": ((', { shape = "slow" }, { shape = "slow" }]', "]"), "got 0"),
@@ -147,7 +147,7 @@ def test_what_is_wrong_is_said_with_its_place(tmp_path: Path, kind: str) -> None
 
 def test_a_timed_testbed_stays_within_the_machine(tmp_path: Path) -> None:
     asked = 0.1 + 0.1 + 2 * 0.2
-    with pytest.raises(ConfigError, match=rf"ask for {asked:.2f} CPUs and a timed testbed may have 0\.45 of"):
+    with pytest.raises(ConfigError, match=rf"ask for {asked:.2f} CPUs, but a timed testbed may have 0\.45 of"):
         read_testbed(written(tmp_path, SMALL), cores=0.5)  # type: ignore[arg-type]
     assert read_testbed(written(tmp_path, "timed = false\n" + SMALL), cores=0.5)  # type: ignore[arg-type]
 

@@ -98,7 +98,7 @@ def test_a_running_child_ends_when_asked(tmp_path: Path) -> None:
     child = python("import time; time.sleep(60)", tmp_path / "log")
     assert child.ended() == ""
     end_all([child])
-    assert child.ended() == f"child ended with status -{signal.SIGTERM.value}: it said nothing"
+    assert child.ended() == f"child ended with status -{signal.SIGTERM.value}: no output"
 
 
 def test_a_child_that_does_not_listen_is_killed_with_its_own_children(tmp_path: Path) -> None:
