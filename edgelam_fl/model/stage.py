@@ -59,7 +59,7 @@ class Stage(nn.Module):
         self.model = model
         self.span = span
         self.dtype = dtype
-        self._family = family
+        self.family = family
         self._seed = UnitSeed()
         self._recomputes = False
         if dropout:
@@ -102,7 +102,7 @@ class Stage(nn.Module):
         """
         mask_BT, positions_BT = _mask_and_positions(inputs.shape[1], row_lengths, pad_left, cache)
         feed: dict[str, Any] = {"input_ids": inputs} if self.span.embed else {"inputs_embeds": inputs}
-        if self._family.task_head is None:
+        if self.family.task_head is None:
             feed.update(past_key_values=cache, use_cache=cache is not None)
         with self._only(layers, recompute=cache is None), self._seed.set_to(unit_seed):
             output = self.model(**feed, attention_mask=mask_BT, position_ids=positions_BT)
@@ -113,7 +113,7 @@ class Stage(nn.Module):
 
     def new_cache(self) -> StageCache:
         """Makes a cache for the keys and values of one batch that is generated. Raises ModelError for a classifier."""
-        if self._family.task_head is not None:
+        if self.family.task_head is not None:
             raise ModelError("this model is a classifier; it cannot generate text")
         return StageCache(self._transformer.config)
 
@@ -121,7 +121,7 @@ class Stage(nn.Module):
         """Sets whether layers keep only their inputs and are recomputed in the backward pass. The bits are the same."""
         self._recomputes = on
         for number in range(self.span.first, self.span.last):
-            layer: Any = self._layers[number]
+            layer: Any = self.layers[number]
             layer.gradient_checkpointing, layer._gradient_checkpointing_func = on, self._recomputable
 
     @property
@@ -129,13 +129,13 @@ class Stage(nn.Module):
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     @property
-    def _layers(self) -> nn.ModuleList:
-        return self._transformer.get_submodule(f"{self._family.body}.{self._family.layers}")
+    def layers(self) -> nn.ModuleList:
+        return self._transformer.get_submodule(f"{self.family.body}.{self.family.layers}")
 
     @contextmanager
     def _only(self, route: tuple[int, int] | None, recompute: bool) -> Iterator[None]:
         """Replaces layers that are not on the route by pass-through modules while the context is open."""
-        span, layers = self.span, self._layers
+        span, layers = self.span, self.layers
         enter, leave = route or (span.first, span.last)
         if not span.first <= enter <= leave <= span.last:
             raise ProtocolError(f"layers {enter} to {leave} asked of a stage of layers {span.first} to {span.last}")

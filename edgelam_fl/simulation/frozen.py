@@ -40,9 +40,9 @@ class OnFrozen(Stage):
 
     def __init__(self, top: Stage, dropout: float, activations: Activations) -> None:
         """Changes the layers of `top` in place. `activations`: the output of the layers below."""
-        super().__init__(top.model, top.span, top.dtype, top._family, dropout)
+        super().__init__(top.model, top.span, top.dtype, top.family, dropout)
         self.activations = activations
-        layers: list[Any] = [self._layers[number] for number in range(top.span.first, top.span.last)]
+        layers: list[Any] = [self.layers[number] for number in range(top.span.first, top.span.last)]
         self._packs = not dropout and all(isinstance(layer, BertLayer) for layer in layers)
         self._starts_B, self._same_row_NN = torch.empty(0), torch.empty(0)  # of the current batch
         if self._packs:
