@@ -130,6 +130,7 @@ class Stage(nn.Module):
 
     @property
     def layers(self) -> nn.ModuleList:
+        """All layers of the model by global number; those outside the span are pass-through modules."""
         return self._transformer.get_submodule(f"{self.family.body}.{self.family.layers}")
 
     @contextmanager
