@@ -14,15 +14,21 @@ import pytest
 import torch
 
 from edgelam_fl.errors import PeerLost, Refused
+from edgelam_fl.model.source import ModelSource
+from edgelam_fl.plan.layout import make_layout
+from edgelam_fl.plan.making import RoundFacts, make_plans
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.grpc.dial import dial
+from edgelam_fl.wire.grpc.link import GrpcLink
 from edgelam_fl.wire.grpc.options import DEFAULT_TIMING, LinkTiming
 from edgelam_fl.wire.grpc.serve import DataPlaneServer
-from edgelam_fl.wire.link import CHUNK_BYTES, MIN_CHUNK_BYTES, Frame, Link
+from edgelam_fl.wire.link import MIN_CHUNK_BYTES, Frame, Link
 from edgelam_fl.wire.pace import Pace
 from tests.links import Heard, hello, make_terms, ready, terms
+from tests.support import run_config
 
 
 @contextmanager
@@ -76,10 +82,24 @@ def test_without_a_limit_of_silence_a_link_is_never_silent() -> None:
         assert far_heard.empty()
 
 
-def test_a_ping_comes_through_a_slow_network_that_is_not_paced() -> None:
-    """Two links of 1 Mbit/s in all: the message under way on each leaves time for a ping within half of the silence."""
-    silent_s, links, bytes_per_s = 10.0, 2, 1e6 / 8
-    assert links * CHUNK_BYTES / bytes_per_s < silent_s / 2
+@pytest.mark.parametrize("step_deadline_s", [1.0, 600.0])
+def test_a_ping_overtakes_tensors_on_a_slow_network_that_is_not_paced(
+    tiny: ModelSource, step_deadline_s: float
+) -> None:
+    """Two links share 1 Mbit/s; what each sends ahead of a ping takes less than half of the silence that ends a link."""
+    profiles = {"a": pb.Profile(name="a", role=pb.DEVICE), "e": pb.Profile(name="e", role=pb.EDGE, address="e:1")}
+    spec = RunSpec(run_config(tiny.name, f"federation.step_deadline_s={step_deadline_s}"), tiny)
+    layout = make_layout(spec, [profiles["a"]], [profiles["e"]])
+    plans = make_plans(spec, RoundFacts("run", 1, 1, 0, 1), profiles, layout, {}, {"a": b"secret"})
+    link = GrpcLink("entry e", ByteCounters(), lambda *_: None, lambda *_: None, DEFAULT_TIMING)
+    link.open(terms())
+    messages = iter(link.outbox)
+    link.send(pb.Header(kind=pb.ACT), torch.zeros(1, 1024, 1024))
+    under_way = next(messages)
+    link.ping()
+    ping = next(messages)
+    assert len(ping) < 100 < len(under_way)
+    assert 2 * len(under_way) / (1e6 / 8) < plans["a"].deadlines.silent_s / 2
 
 
 def test_an_idle_link_lives() -> None:

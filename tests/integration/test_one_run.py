@@ -47,6 +47,7 @@ def test_the_folder_holds_what_is_documented(averaged: Run) -> None:
 
 
 def test_training_lowers_the_loss(averaged: Run) -> None:
+    assert [device.name for device in averaged.summary.devices] == DEVICES
     for device in averaged.summary.devices:
         assert device.perplexity_after < 0.9 * device.perplexity_before
 

@@ -113,6 +113,7 @@ def test_nodes_that_reach_the_server_alone_train_through_its_relay(
     finally:
         end_all(children)
     ours, theirs = (load_file(path / "adapter/adapter_model.safetensors") for path in (tmp_path / "run", averaged.path))
+    assert ours
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
     trained = [device for done in of_kind(events, RoundDone) for device in done.devices]

@@ -41,6 +41,7 @@ def test_nodes_without_the_model_train_what_nodes_with_it_do(
     # The devices are on one machine here: whoever comes first fetches what all of them hold.
     assert sum(event.bytes for events in received.values() for event in events) == tiny.fp32_bytes - host.bytes
     ours, theirs = (load_file(run.path / "adapter/adapter_model.safetensors") for run in (averaged, served))
+    assert ours
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 

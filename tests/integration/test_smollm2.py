@@ -47,11 +47,13 @@ def plain(run: Run, few_pairs: dict[str, Path], smollm: ModelSource) -> dict[str
 
 
 def test_perplexity_before_is_plain_transformers(run: Run, plain: dict[str, list[float]]) -> None:
+    assert plain.keys() == {device.name for device in run.summary.devices} != set()
     for name, (before, _) in plain.items():
         assert run.device(name).perplexity_before == pytest.approx(before, abs=1e-3)
 
 
 def test_exported_adapter_scores_the_same_elsewhere(run: Run, plain: dict[str, list[float]]) -> None:
+    assert plain.keys() == {device.name for device in run.summary.devices} != set()
     for name, (before, after) in plain.items():
         assert run.device(name).perplexity_after == pytest.approx(after, rel=1e-4)
         assert after < 0.95 * before, "two steps at this rate must be felt, or nothing was compared"

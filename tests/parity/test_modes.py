@@ -115,6 +115,7 @@ def test_a_device_does_not_wait_for_decisions_about_others(
     reports, _ = run_rounds(tiny, config, data_files)
     for source in ("site", "ends"):
         got, expected = by_source(reports, source), by_source(undisturbed, source)
+        assert got.keys() == expected.keys() != set()
         assert all(same_bits(got[name], expected[name]) for name in expected)
 
 
@@ -140,6 +141,7 @@ def test_a_host_waits_for_a_table_that_is_later_than_the_totals(
     monkeypatch.setattr(Inbox, "on_frame", arrives)
     reports, _ = run_rounds(tiny, config, data_files)
     got, expected = by_source(reports, "site"), by_source(undisturbed, "site")
+    assert got.keys() == expected.keys() != set()
     assert all(same_bits(got[name], expected[name]) for name in expected)
 
 

@@ -118,6 +118,7 @@ def test_without_its_controls_it_is_fedavg(tiny: ModelSource, data_files: list[P
     (_, first), (second, other) = rounds(tiny, data_files[:2], ["split.hosts=0"], Scaffold())
     (start, same), (_, uncorrected) = rounds(tiny, data_files[:2], ["split.hosts=0"], Uncorrected())
     given = [Contribution(name, labels, tensors) for name, (labels, tensors) in first.items()]
+    assert {"device-1", "device-2"} <= first.keys()
     assert all(same_bits(first[name][1], same[name][1]) for name in first)
     assert same_bits(second, {**start, **FedAvg().aggregate(given, Start(start)).tensors})
     assert all(relative_distance(uncorrected[n][1], other[n][1], second) > 1e-3 for n in first), "it matters in round 2"

@@ -53,6 +53,7 @@ def gradients(stages: list[Stage], inputs: torch.Tensor, **options: Any) -> dict
     """Returns the gradient of every adapter parameter, by name, and of the inputs if they are hidden states."""
     through(stages, inputs, **options).square().sum().backward()
     found = {name: p.grad for stage in stages for name, p in stage.adapter_parameters.items()}
+    assert found
     assert all(grad is not None for grad in found.values())
     return {**found, **({"inputs": inputs.grad} if inputs.grad is not None else {})}
 
@@ -212,7 +213,9 @@ def test_checkpointing_changes_memory_and_no_bit(tiny: ModelSource, base: str, d
         return hidden().detach().to(plain.dtype).requires_grad_()
 
     assert same(gradients([checkpointed], inputs(), unit_seed=3), gradients([plain], inputs(), unit_seed=3))
-    assert not any(module.training for name, module in checkpointed.named_modules() if "_proj" in name)
+    projections = [module for name, module in checkpointed.named_modules() if "_proj" in name]
+    assert projections
+    assert not any(module.training for module in projections)
     kept = [saved_bytes(lambda stage=stage: stage(inputs(), LENGTHS)) for stage in (plain, checkpointed)]  # type: ignore[misc]
     assert kept[1] < kept[0] / 2
     checkpointed.set_checkpointing(False)

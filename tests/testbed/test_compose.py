@@ -189,6 +189,7 @@ def test_three_devices_in_containers_train_and_leave_a_report(tmp_path: Path) ->
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     assert summary["state"] == "done"
     assert [device["name"] for device in summary["devices"]] == sorted(node.name for node in testbed.devices)
+    assert summary["devices"]
     assert all(device["perplexity_after"] < device["perplexity_before"] for device in summary["devices"])
     assert (folder / "report.html").stat().st_size > 0
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()

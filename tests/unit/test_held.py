@@ -47,6 +47,7 @@ def test_what_is_not_sent_is_what_is_here(tiny: ModelSource, mode: str) -> None:
         for part in held.finish(plan, 0, lambda *_: 1)
         for name, array in adapters.from_bytes(part.adapter).items()
     }
+    assert trained
     assert not any(name.endswith(FROZEN) for name in trained)
 
     following = {name: array if name.endswith(FROZEN) else array + np.float32(0.5) for name, array in start.items()}

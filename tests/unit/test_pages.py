@@ -153,6 +153,11 @@ def test_commands_and_their_options_exist(page: str) -> None:
         assert {word for word in words if word.startswith("--")} <= known, f"{program} {name} {words}"
 
 
+def test_the_pages_have_figures_and_run_files_to_check() -> None:
+    assert sum(len(figures.marked(page)) for page in PAGES.values()) >= 20
+    assert sum(len(fenced(page, "toml")) for page in PAGES.values()) >= 3
+
+
 def test_the_pages_name_most_commands() -> None:
     named = {words[1] for page in PAGES.values() for words in commands(page) if words[0] == "edgelam"}
     assert {"init", "demo", "doctor", "run", "server", "client", "report", "chat", "export", "top", "bench"} <= named

@@ -24,7 +24,7 @@ from edgelam_fl.wire.grpc.services import stub
 from edgelam_fl.wire.link import Frame, Link
 from edgelam_fl.wire.relay import ACCEPT, BEHIND, DIAL, LISTEN, RELAY_SERVICE, Relay, make_token, number_metadata
 from tests.links import Heard, hello, make_terms, ready, terms
-from tests.support import grpc_server
+from tests.support import WAIT_S, grpc_server
 
 PART = "rün/1/1/edge-1"
 
@@ -197,6 +197,16 @@ def test_a_slow_reader_slows_the_sender_and_the_relay_keeps_nothing(way: Callabl
             last = next(sent)
             yield bytes(256 << 10)
 
+    def settled(count: Callable[[], int], still_s: float = 0.5) -> int:
+        """Waits until the count has not changed for a while, and returns it."""
+        end, seen, since = time.monotonic() + WAIT_S, count(), time.monotonic()
+        while time.monotonic() - since < still_s:
+            assert time.monotonic() < end, seen
+            time.sleep(0.05)
+            if count() != seen:
+                seen, since = count(), time.monotonic()
+        return seen
+
     with grpc.insecure_channel(hub) as here, grpc.insecure_channel(hub) as there:
         numbers = stub(here, RELAY_SERVICE, LISTEN)(b"", metadata=way(LISTEN).metadata)
         assert next(numbers) == b""
@@ -205,10 +215,7 @@ def test_a_slow_reader_slows_the_sender_and_the_relay_keeps_nothing(way: Callabl
             iter(lambda: time.sleep(60), 0), metadata=number_metadata(next(numbers))
         )
         next(accepted)
-        time.sleep(1.5)
-        stuck = last
-        time.sleep(0.5)
-        assert last == stuck < 200, "at most 50 of 100 MB are under way"
+        assert settled(lambda: last) < 200, "at most 50 of 100 MB are under way"
         for _ in range(399):
             next(accepted)
         dialled.cancel()

@@ -238,6 +238,7 @@ def test_a_personal_adapter_has_the_newest_shared_factor(federation: MakeFederat
     result = run.run()
     exported = adapters.from_bytes((run.folder.path / "adapters/b/adapter_model.safetensors").read_bytes())
     front = {name: array for name, array in exported.items() if ".layers.0." in name}
+    assert any("lora_A" in name for name in front)
     assert {name: float(np.mean(array - run.start[name]).round(4)) for name, array in front.items()} == {
         name: 2.0 if "lora_A" in name else 1.0 for name in front
     }
@@ -366,6 +367,7 @@ def test_a_large_round_is_summed_up_as_it_arrives(federation: MakeFederation, ru
         results.append(run.run())
         done = run.events("round_done")
         assert [event["aggregation_error"] is None for event in done[:2]] == [kept == 0] * 2
+        assert all(event["devices"] for event in done[:2])
         assert all(device["adapter_bytes_up"] > 0 for event in done[:2] for device in event["devices"])
         assert {event["node"] for event in run.events("node_lost")} == {"c", "f"}
         run.folder.emit.path.unlink()

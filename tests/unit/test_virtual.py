@@ -127,7 +127,9 @@ def test_strategies_see_virtual_time_alone(federation: MakeFederation) -> None:
     schedule.selection = LoadedStrategy(schedule.selection.rule, Capabilities(observe=outcomes.append))
     run.run()
     own = RadioCell(WirelessSection(bandwidth_hz=1e6), seed=1)
-    for number, (plan, done) in enumerate(zip(run.events("plan"), run.events("round_done")[:2], strict=False), 1):
+    *trained, _ = zip(run.events("plan"), run.events("round_done"), strict=True)
+    assert len(trained) == 2
+    for number, (plan, done) in enumerate(trained, 1):
         assert plan["selected"] == [max("ab", key={name: own.snr(name, number) for name in "ab"}.__getitem__)]
         assert plan["demands"][plan["selected"][0]]["snr"] == own.snr(plan["selected"][0], number)
         (seen,) = outcomes[number - 1].devices
@@ -158,8 +160,9 @@ def test_who_drops_out_has_a_share_and_no_plan(federation: MakeFederation) -> No
 def test_without_a_cell_nothing_is_virtual(federation: MakeFederation) -> None:
     run = federation("ab", "e", "wireless.dropout=0.9")
     run.run()
-    assert not any("virtual" in done for done in run.events("round_done"))
-    plans = run.events("plan")
+    plans, rounds = run.events("plan"), run.events("round_done")
+    assert len(rounds) == len(plans)
+    assert not any("virtual" in done for done in rounds)
     assert len(plans) == run.config.federation.rounds + 1
     assert all(set(plan["selected"]) < set(plan["nodes"]) and "demands" not in plan for plan in plans)
 
