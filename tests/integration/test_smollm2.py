@@ -33,7 +33,7 @@ def plain(run: Run, few_pairs: dict[str, Path], smollm: ModelSource) -> dict[str
         "tokenizer": str(smollm.folder),
         "adapter": str(run.path / "adapter"),
         "max_tokens": MAX_TOKENS,
-        "threads": 2,
+        "threads": 1,
         "pairs": {
             name: set_aside(read_pairs(file, "question", "answer"), HELD_OUT)[1] for name, file in few_pairs.items()
         },
