@@ -72,8 +72,8 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
     def seen(texts: Sequence[str]) -> Seen:
         return look(model, [token_ids(tokenizer, text) for text in texts], cuts)
 
-    public = seen(public_texts()[: 200 if smoke else PUBLIC_TEXTS])
-    private = seen(private_texts()[: 10 if smoke else PRIVATE_TEXTS])
+    public = seen(public_texts()[: 20 if smoke else PUBLIC_TEXTS])
+    private = seen(private_texts()[: 4 if smoke else PRIVATE_TEXTS])
     embeddings_VD = model.get_input_embeddings().weight.detach()
     leaks = {cut: read_back(public, private, cut, embeddings_VD) for cut in cuts}
     most_common = (private.ids_N == public.ids_N.mode().values).float().mean().item()

@@ -42,7 +42,7 @@ from tests.support import (
 pytestmark = pytest.mark.processes
 
 STEPS = 20
-REAL_STEPS = 5  # of SmolLM2; `python -m benchmarks.exactness` takes STEPS of it
+REAL_STEPS = 3  # of SmolLM2; `python -m benchmarks.exactness` takes STEPS of it
 
 
 def fleet_of(
