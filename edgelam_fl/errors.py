@@ -21,7 +21,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-INTERRUPTED = 130  # exit code after Ctrl-C, which is no error
+INTERRUPTED = 130  # exit code after Ctrl-C, which is not an error
 
 
 class EdgelamError(Exception):

@@ -1,4 +1,4 @@
-"""What the library needs of Flower: adapters as ArrayRecords, and the function behind `flwr-clientapp`."""
+"""Converts adapters to and from Flower's ArrayRecords, and finds the function behind `flwr-clientapp`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def from_record(record: ArrayRecord) -> dict[str, np.ndarray]:
 
 
 def views(record: ArrayRecord) -> dict[str, np.ndarray]:
-    """As `from_record`, but read-only and on the record's own bytes: what a node sent is not held twice.
+    """Returns the arrays as read-only views of the record's own bytes, so that they are not in memory twice.
 
-    Raises ValueError where they are not what numpy writes of plain numbers.
+    Raises ValueError if an array is not in numpy's format 1.0.
     """
     return {name: _view(array) for name, array in record.items()}
 
@@ -35,7 +35,7 @@ def _view(array: Array) -> np.ndarray:
 
 
 def record_bytes(record: ArrayRecord) -> int:
-    """What the arrays take on the wire."""
+    """Returns the bytes that the arrays take on the wire."""
     return sum(len(array.data) for array in record.values())
 
 

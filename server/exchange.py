@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExchangeTiming:
-    """How long the server waits, and by which clock."""
+    """The server's clock, waits and pauses."""
 
     query_s: float = 90.0
     """For a node's answer to a query."""
@@ -43,7 +43,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """What a node replied, not yet read."""
+    """A node's reply that has not been read yet."""
 
     name: str
     content: RecordDict

@@ -240,7 +240,7 @@ def check_choice(config: RunConfig, names: Sequence[str], candidates: Collection
     who = f"strategy.selection = {config.strategy.selection!r} chose {_listed(names)}"
     strangers = sorted(set(names) - set(candidates))
     if strangers:
-        raise RunFailed(f"{who}; {_listed(strangers)} is no candidate (those are {_listed(sorted(candidates))})")
+        raise RunFailed(f"{who}; {_listed(strangers)} is not among the candidates ({_listed(sorted(candidates))})")
     if len(set(names)) < len(names):
         raise RunFailed(f"{who}; each device may be named once")
     if len(names) < config.federation.min_nodes:

@@ -24,7 +24,7 @@ from strategies.api import Aggregated, Contribution
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FederationState:
-    """What a run has come to after its last finished round, and all that the next round needs to know of earlier ones
+    """A run's state after its last finished round: all that the next round needs to know of earlier ones
     (beside what strategies and the placement remember).
     """
 
@@ -112,7 +112,7 @@ class PlannedRound:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Received:
-    """What came back from a round's nodes."""
+    """The replies of a round's nodes."""
 
     replies: Mapping[str, Reply]
     """Usable replies, by node; of a large round without their tensors."""
@@ -132,7 +132,7 @@ class Received:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a training round came to."""
+    """The result of a training round."""
 
     planned: PlannedRound
     received: Received

@@ -42,7 +42,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class RoundState:
-    """What a selection knows before a round."""
+    """The facts that a selection gets before a round."""
 
     round: int
     candidates: Sequence[Candidate]  # in an order that must not matter
@@ -70,7 +70,7 @@ class Selected:
 
 @dataclass(frozen=True)
 class RoundOutcome:
-    """What happened in a round, for strategies that remember."""
+    """The events of a round, for strategies that remember."""
 
     round: int
     seconds: float  # until the last device had finished
@@ -94,7 +94,7 @@ class Selection(Protocol):
 
 @dataclass(frozen=True)
 class Demand:
-    """What one device has to move and to compute in the coming round."""
+    """One device's payload and compute in the coming round."""
 
     name: str
     payload_bytes: float
@@ -113,7 +113,7 @@ class Bandwidth(Protocol):
 
 @dataclass(frozen=True)
 class Contribution:
-    """What one source trained in a round.
+    """The tensors that one source trained in a round.
 
     A source is a device (its own layers; with copies also its adapters on hosts) or a site (the layers of its hosts). A source
     has a second contribution if fewer labels went through some of its layers.
@@ -138,7 +138,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Aggregated:
-    """What an aggregation made of a round's contributions."""
+    """The result of an aggregation over a round's contributions."""
 
     tensors: Mapping[str, np.ndarray]  # new values of every contributed name, shaped as in the start
     personal: Mapping[str, Mapping[str, np.ndarray]] = field(

@@ -82,7 +82,7 @@ def _no_correction(source: str, names: Iterable[str]) -> Mapping[str, np.ndarray
 
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
-    """What a strategy can do beyond the one method of its kind; `strategies.api` documents each name.
+    """A strategy's abilities beyond the one method of its kind; `strategies.api` documents each name.
 
     A strategy that lacks an attribute or a method gets the default given here.
     """
@@ -162,7 +162,9 @@ def load(kind: str, name: str, options: Mapping[str, Mapping[str, Any]] | None =
     except TypeError as error:
         raise ConfigError(f"strategy.{kind} = {name!r} cannot be loaded: {error}") from error
     if not callable(getattr(strategy, _METHODS[kind], None)):
-        raise ConfigError(f"strategy.{kind} = {name!r} has no method {_METHODS[kind]}(); it is no {kind} strategy")
+        raise ConfigError(
+            f"strategy.{kind} = {name!r} has no method {_METHODS[kind]}(), so it is not a strategy for {kind}"
+        )
     try:
         return with_capabilities(strategy)
     except ConfigError as error:
@@ -178,7 +180,7 @@ def load_all(names: Mapping[str, str], options: Mapping[str, Mapping[str, Any]])
     for name in options:
         if name not in known:
             raise ConfigError(
-                f"strategy.options.{name} is for no strategy: {nearest(name, known)} (a built-in's name, or that of the "
+                f"strategy.options.{name} belongs to no strategy: {nearest(name, known)} (a built-in's name, or that of the "
                 f"class of your own that the run uses)"
             )
     for kind, table in BUILT_IN.items():  # unused strategies too: the next --set may use them

@@ -65,7 +65,7 @@ def write_cell(folder: Path, data: Data, bench: Bench, cell: Cell, hosts: int) -
 
     All devices together measure the whole test set: their mean is the accuracy of the shared adapter on it; with personal
     adapters, the mean of each adapter on its part. The malicious devices are the first ones: since the data are dealt at
-    random, that is no special choice.
+    random, that is not a special choice.
     """
     seed, kind_count = int(cell.values["seed"]), attackers(str(cell.values["attack"]))
     dealt = deal([answer for _, answer in data.training], bench.devices, str(cell.values["partition"]), seed)

@@ -58,7 +58,7 @@ def check_extra(find_module: Callable[[str], object] = importlib.util.find_spec)
     for module in ("ray", "sklearn"):
         if find_module(module) is None:
             raise EnvironmentProblem(
-                f"edgelam bench needs the package {module}, which is not here: pip install 'edgelam-fl[bench]' "
+                f"edgelam bench needs the package {module}, which is not installed: pip install 'edgelam-fl[bench]' "
                 f"(in a checkout: make setup)"
             )
 
@@ -256,7 +256,7 @@ def check_complete(events: list[Event], devices: int, honest: bool) -> None:
     lost = list(of_kind(events, NodeLost))
     if len(joined) < devices:
         raise RunFailed(
-            f"{len(joined)} of {devices} devices answered: this machine was too busy; run the command again"
+            f"{len(joined)} of {devices} devices answered: this machine may be too busy; run the command again"
         )
     if lost and honest:
         raise RunFailed(f"{lost[0].node} was lost in round {lost[0].round} ({lost[0].reason}): run the command again")
@@ -289,7 +289,7 @@ def outcome(events: Sequence[Event]) -> dict[str, Any]:
         if quality:
             curve.append({"round": done.round - 1, **quality, **spent})
         if not done.steps:
-            continue  # the measurement after the last round is no cost of learning
+            continue  # the measurement after the last round is not a cost of learning
         spent["bytes"] += sum(_bytes(node) for node in (*done.devices, *done.hosts))
         spent["virtual_seconds"] += done.virtual.seconds if done.virtual else 0.0
         spent["joules"] += done.virtual.joules if done.virtual else 0.0

@@ -19,7 +19,7 @@ def report(folder: RunArgument) -> None:
     from edgelam_fl.telemetry.summary import build_summary, summary_table
 
     if not (folder / "events.jsonl").is_file():
-        raise ConfigError(f"{folder} is no run's folder: it has no events.jsonl")
+        raise ConfigError(f"{folder} is not a run's folder: it has no events.jsonl")
     events = list(read_events(folder / "events.jsonl"))
     console.print(summary_table(build_summary(events)))
     for heading, text in failure(events):

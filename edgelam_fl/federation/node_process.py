@@ -52,7 +52,7 @@ class NodeProcesses:
             start()
 
     def _starters(self) -> dict[str, Callable[[], None]]:
-        """How to start each process, by its kind."""
+        """Returns the function that starts each process, by the process's kind."""
         return {
             "stage host": self._start_stage_host,
             "ClientApps": self._start_clientapps,

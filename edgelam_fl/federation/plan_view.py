@@ -124,7 +124,7 @@ def _profile(file: Path, entry: Any) -> pb.Profile:
     """Reads one profile; leaves out fields that this version does not know."""
     name = entry.get("name") or entry.get("node") if isinstance(entry, dict) else None
     if not name:
-        raise ConfigError(f"--profiles {file}: {entry!r:.80} is no profile; it has no name")
+        raise ConfigError(f"--profiles {file}: {entry!r:.80} is not a profile: it has no name")
     values = {key: value for key, value in entry.items() if key not in _NOT_IN_A_PROFILE and value is not None}
     values |= _doctor_fields(entry)
     role = str(entry.get("role") or "device").upper()

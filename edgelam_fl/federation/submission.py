@@ -28,7 +28,7 @@ _COMMAND_DEADLINE_S = 180.0  # Flower's commands take seconds here, and many on 
 
 @dataclass(frozen=True, kw_only=True)
 class FollowTiming:
-    """How a run is followed. The defaults suit a run that takes minutes or hours."""
+    """Times and pauses for following a run. The defaults suit a run that takes minutes or hours."""
 
     poll_s: float = 0.25
     """Seconds between two looks at the run's events."""

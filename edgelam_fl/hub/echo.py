@@ -21,7 +21,7 @@ _LENGTH_BYTES = 8
 
 @dataclass(frozen=True, kw_only=True)
 class EchoLimits:
-    """What one call may ask for, and how many calls there may be."""
+    """Limits of one call to the echo, and of the number of calls."""
 
     most_bytes: int = 16 << 20
     most_s: float = 30.0

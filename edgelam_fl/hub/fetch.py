@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class FetchTiming:
-    """How long a node waits for the hub, and how often it asks again."""
+    """Waits and pauses of a node that asks the hub."""
 
     call_s: float = 120.0  # for one call; a longer transfer is continued by the next call
     answer_s: float = 30.0  # for the description of a model

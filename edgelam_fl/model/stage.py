@@ -328,7 +328,7 @@ def _stored_name(source: ModelSource, name: str) -> str:
 def _with_lora(model: PreTrainedModel, span: Span, lora: LoraSettings | None, source: ModelSource) -> nn.Module:
     if lora is None:
         return model
-    # Full names, so that a target that matches only modules of other stages is no error here.
+    # Full names, so that a target that matches only modules of other stages is not an error here.
     names = [
         name for name in target_modules(source, lora.targets) if span.first <= (layer_number(name) or 0) < span.last
     ]

@@ -74,7 +74,7 @@ class CostModel:
 
     @cached_property
     def window_turns(self) -> int:
-        """How many full windows a device's micro-batches fill: ceil(micro_batches / window)."""
+        """Number of windows that a device's micro-batches fill, the last one perhaps in part: ceil(micro_batches / window)."""
         return -(-self.step.micro_batches // self.step.window)
 
     # ------------------------------------------------------------ a chain, host by host

@@ -30,9 +30,9 @@ class NodeResources:
     down_bps: float = math.inf
     round_trip_s: float = 0.0  # to the server
     reachable: bool = True  # whether others can dial it; if not, links to it pass the relay
-    ends_s: float = 0.0  # per unit, for its own layers, head and loss; 0 if the node is no device
+    ends_s: float = 0.0  # per unit, for its own layers, head and loss; 0 if the node is not a device
     back_s: float = 0.0  # the part of `ends_s` that comes after the hosts
-    ends_bytes: int = 0  # memory for its own layers and their units; 0 if the node is no device
+    ends_bytes: int = 0  # memory for its own layers and their units; 0 if the node is not a device
     idle_bytes: int = 0  # memory of its process before it holds a layer; `free_bytes` is what remained then
 
 

@@ -32,7 +32,7 @@ _SILENT_S, _SILENT_PART = 10.0, 12
 
 @dataclass(frozen=True)
 class ClientSettings:
-    """What an aggregation asks of devices and hosts in a round; by default plain training of both LoRA factors."""
+    """An aggregation's settings for devices and hosts in a round; by default plain training of both LoRA factors."""
 
     train_a: bool = True
     train_b: bool = True

@@ -40,7 +40,7 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class HostMode:
-    """How hosts train their layers for several devices."""
+    """A way for hosts to train their layers for several devices."""
 
     word: str
     has_copies: bool = False  # each device has an adapter of its own at every host
@@ -113,7 +113,7 @@ class HostMode:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelPlace:
-    """Where labels, head and loss of a route are."""
+    """The place of a route's labels, head and loss."""
 
     word: str
     on_device: bool  # else at the route's last host

@@ -56,7 +56,7 @@ def end_spans(plan: pb.Plan) -> list[Span]:
 
 
 def hosted_span(plan: pb.Plan) -> Span | None:
-    """Returns the span that a host holds for the routes that cross it; None if the node is no host."""
+    """Returns the span that a host holds for the routes that cross it; None if the node is not a host."""
     if not plan.serves:
         return None
     last = plan.serves[0].hops[-1].node == plan.node

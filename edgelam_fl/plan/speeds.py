@@ -34,7 +34,7 @@ _NEWEST = 0.5  # weight of the newest round in what is known of a node
 
 @dataclass(frozen=True)
 class Speeds:
-    """What the rounds of a run have taught so far."""
+    """The speeds and link rates learned from a run's rounds so far."""
 
     tokens: float  # per row, on average, for times; memory is always counted for the longest rows
     position_s: LayerTimes = field(default_factory=dict)  # per layer and position (one token of one row)

@@ -23,9 +23,9 @@ class Result:
 
 
 def open_result(folder: Path) -> Result:
-    """Opens a run's folder. Raises ConfigError if the folder is no run's, or the run has not finished a round."""
+    """Opens a run's folder. Raises ConfigError if the folder is not a run's, or the run has not finished a round."""
     if not (folder / "config.toml").is_file():
-        raise ConfigError(f"{folder} is no run's folder: it has no config.toml")
+        raise ConfigError(f"{folder} is not a run's folder: it has no config.toml")
     result = Result(folder, read_run_file(folder / "config.toml"))
     if not all((result.adapter / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors")):
         raise ConfigError(

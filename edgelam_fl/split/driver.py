@@ -27,7 +27,7 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 
 @dataclass
 class Measured:
-    """What a device measured in a round, for its report."""
+    """A device's measurements of a round, for its report."""
 
     eval_loss_sum: float = 0.0
     eval_labels: int = 0

@@ -58,7 +58,7 @@ class Lane:
 
     @property
     def decided_close(self) -> pb.StepClose | None:
-        """What the coordinator decided about the open turn; None as long as that has not arrived."""
+        """The coordinator's decision about the open turn; None until it has arrived."""
         return self.closes.get(self.turn_id) if self.turn is not None else None
 
     def is_past(self, index: int, step: int) -> bool:

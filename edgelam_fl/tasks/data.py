@@ -18,7 +18,7 @@ _ROLES = ("system", "user", "assistant")
 
 
 class TaskSettings(Protocol):
-    """What a run file's [task] section says; the task settings of a plan say the same."""
+    """The settings of a task, as in a run file's [task] section and in a plan."""
 
     @property
     def kind(self) -> str: ...
@@ -35,7 +35,7 @@ class TaskSettings(Protocol):
 
 
 class DataSettings(TaskSettings, Protocol):
-    """What a run file's [task] and [data] sections say about a device's file; the task settings of a plan say the same."""
+    """The settings for reading a device's file, as in a run file's [task] and [data] sections and in a plan."""
 
     @property
     def prompt_field(self) -> str: ...
@@ -104,7 +104,7 @@ def _turn(where: str, message: Any) -> Turn:
 
 
 def _check_prompts(path: Path, pairs: list[Pair], settings: DataSettings) -> None:
-    """Refuses passages, which have no prompt, and chats, whose prompt is no plain text, with settings that cannot learn from them."""
+    """Refuses passages, which have no prompt, and chats, whose prompt is not plain text, with settings that cannot learn from them."""
     passages = any(prompt == "" for prompt, _ in pairs)
     chats = any(isinstance(prompt, tuple) for prompt, _ in pairs)
     if settings.classes:

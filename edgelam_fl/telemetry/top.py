@@ -98,7 +98,7 @@ def newest_run(root: Path = Path("runs")) -> Path:
 def follow(console: Console, folder: Path, once: bool, as_json_text: bool) -> None:
     """Shows the run until it ends; with `once` or `as_json_text` only as it is now."""
     if not (folder / EVENTS).is_file():
-        raise ConfigError(f"{folder} is no run's folder: it has no {EVENTS}")
+        raise ConfigError(f"{folder} is not a run's folder: it has no {EVENTS}")
     tail = EventTail(folder / EVENTS)
     events = tail.poll()
     if as_json_text:

@@ -322,7 +322,7 @@ def _split(message: bytes) -> tuple[pb.Header, memoryview]:
     try:
         return pb.Header.FromString(view[4 : 4 + length].tobytes()), view[4 + length :]
     except DecodeError as error:
-        raise ProtocolError(f"a header that is no header: {error}") from error
+        raise ProtocolError(f"a header that cannot be read: {error}") from error
 
 
 def _same_tensor(first: pb.Header, other: pb.Header) -> bool:

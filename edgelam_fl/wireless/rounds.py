@@ -29,7 +29,7 @@ class Load:
 
 @dataclass(frozen=True)
 class DeviceRound:
-    """What one device does in a round, apart from how long it sends."""
+    """One device's work and payload in a round, without its time of sending."""
 
     bytes_up: float
     bytes_down: float

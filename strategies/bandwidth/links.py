@@ -27,7 +27,7 @@ _LEAST_SNR = 1e-12
 
 @dataclass(frozen=True)
 class Needs:
-    """What devices need in a round, as arrays with one entry per device."""
+    """The needs of devices in a round, as arrays with one entry per device."""
 
     compute_s: np.ndarray
     alone_s: np.ndarray  # S / C: time to move everything with the whole capacity; at 1 bit/s/Hz if it is a band

@@ -436,9 +436,13 @@ class Mine:
             "tests.contract.test_strategies:A_FUNCTION",
             "cannot be loaded: it is a builtin_function_or_method",
         ),
-        ("aggregation", f"{__name__}:NoStrategy", "has no method aggregate(); it is no aggregation strategy"),
-        ("selection", f"{__name__}:Mine", "has no method select(); it is no selection strategy"),
-        ("bandwidth", "strategies.selection.all:SelectAll", "has no method allocate(); it is no bandwidth strategy"),
+        ("aggregation", f"{__name__}:NoStrategy", "has no method aggregate(), so it is not a strategy for aggregation"),
+        ("selection", f"{__name__}:Mine", "has no method select(), so it is not a strategy for selection"),
+        (
+            "bandwidth",
+            "strategies.selection.all:SelectAll",
+            "has no method allocate(), so it is not a strategy for bandwidth",
+        ),
     ],
 )
 def test_a_name_that_cannot_be_used_says_why(kind: str, name: str, words: str) -> None:
@@ -571,7 +575,7 @@ def test_two_kinds_that_share_a_name_take_their_own_options() -> None:
         ({"oort": {"alpha": True}}, "strategy.options.oort.alpha = True must be a valid number"),
         ({"tifl": {"tiers": 2.5}}, "strategy.options.tifl.tiers = 2.5 must be a valid integer"),
         ({"all": {"n": 1}}, "unknown option strategy.options.all.n: it has no options"),
-        ({"ort": {}}, "strategy.options.ort is for no strategy: did you mean 'oort'?"),
+        ({"ort": {}}, "strategy.options.ort belongs to no strategy: did you mean 'oort'?"),
     ],
 )
 def test_options_that_cannot_be_used(options: dict[str, dict[str, object]], message: str) -> None:

@@ -348,8 +348,8 @@ def test_chat_answers_one_question_or_one_after_the_other(edgelam: Edgelam, tmp_
         (["chat", "run", "--prompt", " "], "--prompt is empty"),
         (["chat", "run", "--max-tokens", "0"], "0 is not in the range x>=1"),
         (["chat", "classifier", "--prompt", "a"], "task.kind = 'classification'"),
-        (["chat", "nowhere"], "nowhere is no run's folder"),
-        (["export", "empty", "--to", "peft"], "empty is no run's folder: it has no config.toml"),
+        (["chat", "nowhere"], "nowhere is not a run's folder"),
+        (["export", "empty", "--to", "peft"], "empty is not a run's folder: it has no config.toml"),
         (["export", "unfinished", "--to", "merged"], "unfinished has no adapter"),
     ],
 )

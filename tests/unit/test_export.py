@@ -191,5 +191,5 @@ def test_a_run_without_a_finished_round(tmp_path: Path, tiny: ModelSource) -> No
 
 
 def test_what_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"is no run's folder: it has no config\.toml"):
+    with pytest.raises(ConfigError, match=r"is not a run's folder: it has no config\.toml"):
         open_result(tmp_path)

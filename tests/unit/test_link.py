@@ -340,7 +340,7 @@ HOSTILE = {
     "empty": (b"", "shorter than its own length field"),
     "header beyond the message": (struct.pack("<I", 50) + b"short", "a header of 50 bytes in a message of 9"),
     "header above the limit": (struct.pack("<I", MAX_HEADER_BYTES + 1) + bytes(MAX_HEADER_BYTES + 1), "a header of"),
-    "garbage header": (struct.pack("<I", 4) + b"\xff\xff\xff\xff", "a header that is no header"),
+    "garbage header": (struct.pack("<I", 4) + b"\xff\xff\xff\xff", "a header that cannot be read"),
     "not the shape's bytes": (chunk(total_bytes=100), "announces 100 bytes; it has 2621440"),
     "claims a terabyte": (chunk(shape=(1 << 12, 1 << 12, 1 << 14), payload=0), f"plan allows {LIMIT}"),
     "one element too many": (chunk(shape=(1, 1, LIMIT // 4 + 1)), f"{LIMIT + 4} bytes; this link's plan allows {LIMIT}"),

@@ -160,7 +160,7 @@ def test_a_cell_without_all_its_devices_is_no_result() -> None:
     lost = NodeLost(round=2, node="b", reason="no reply within 120 s")
     runner.check_complete(joined, 2, honest=True)
     runner.check_complete([*joined, lost], 2, honest=False)
-    with pytest.raises(RunFailed, match="2 of 3 devices answered: this machine was too busy; run the command again"):
+    with pytest.raises(RunFailed, match="2 of 3 devices answered: this machine may be too busy; run the command again"):
         runner.check_complete([*joined, joined[0]], 3, honest=True)
     with pytest.raises(RunFailed, match=r"b was lost in round 2 \(no reply within 120 s\)"):
         runner.check_complete([*joined, lost], 2, honest=True)

@@ -65,7 +65,7 @@ def test_what_the_doctor_measures_is_a_host_where_it_is_said(tmp_path: Path) -> 
     ("text", "words"),
     [
         ("[]", "holds no profile"),
-        ("[1]", "1 is no profile"),
+        ("[1]", "1 is not a profile"),
         ('[{"role": "edge"}]', "it has no name"),
         ("{", "cannot be read"),
         ('[{"name": "a", "role": "toaster"}]', "role = 'toaster'"),

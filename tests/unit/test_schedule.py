@@ -111,7 +111,7 @@ def test_chance_comes_from_the_runs_seed_and_the_round() -> None:
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (["a", "x"], "chose a, x; x is no candidate (those are a, b)"),
+        (["a", "x"], "chose a, x; x is not among the candidates (a, b)"),
         (["a", "a"], "chose a, a; each device may be named once"),
         (["a"], "chose a of 2 candidates; a round needs 2 (federation.min_nodes)"),
         ([], "chose none of 2 candidates; a round needs 2 (federation.min_nodes)"),

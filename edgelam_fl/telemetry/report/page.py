@@ -59,7 +59,7 @@ def write_report(run_dir: Path) -> Path:
     """
     source, written, unfinished = (run_dir / name for name in ("events.jsonl", "summary.json", "report.html.part"))
     if not source.is_file():
-        raise UsageError(f"{run_dir} is no run's folder: it holds no events.jsonl")
+        raise UsageError(f"{run_dir} is not a run's folder: it holds no events.jsonl")
     events = list(read_events(source))
     summary = read_summary(written) if written.is_file() else build_summary(events)
     unfinished.write_text(report_page(events, summary), encoding="utf-8")

@@ -25,7 +25,7 @@ _MOST_RETRY_S = 5.0  # a host that asks for a longer pause is asked again all th
 
 @dataclass(frozen=True)
 class _Way:
-    """Where and how to dial for one link."""
+    """Address, relay and options for dialling one link."""
 
     address: str
     service: str = "DataPlane"

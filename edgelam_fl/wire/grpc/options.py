@@ -12,7 +12,7 @@ MESSAGE_BYTES = 6 << 20  # enough for a chunk with the largest header
 
 @dataclass(frozen=True, kw_only=True)
 class LinkTiming:
-    """How long the ends of a link wait, and how often they speak. Seconds, all of them."""
+    """Waits and intervals of the ends of a link, in seconds."""
 
     ping_every_s: float = 2.0  # our own PING, from a thread outside compute
     hello_s: float = 10.0  # patience with the other end during the handshake
