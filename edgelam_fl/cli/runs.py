@@ -142,7 +142,7 @@ def run(
     insecure: InsecureOption = False,
     offline: OfflineOption = False,
 ) -> None:
-    """Fine-tunes as a run file says, on the nodes that have joined a server.
+    """Fine-tunes a model by a run file, on the nodes that have joined a server.
 
     With --local N, this machine plays all parts instead: the server, an edge server and N devices.
     """

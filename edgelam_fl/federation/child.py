@@ -69,7 +69,7 @@ class Child:
         return "" if status is None else f"{self.name} ended with status {status}: {log_tail(self.log)}"
 
     def _status(self) -> int | None:
-        """Exit status, None while running. Kills leftovers of the session on exit, before the pid can be reused."""
+        """Returns the exit status, None while running. Kills leftovers of the session on exit, before the pid can be reused."""
         if self._process.returncode is None and self._process.poll() is not None:
             self._signal(signal.SIGKILL)
         return self._process.returncode

@@ -27,7 +27,7 @@ class HubProcess:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Environment by which a ServerApp finds the hub; its SuperLink passes it on."""
+        """Returns the environment by which a ServerApp finds the hub; its SuperLink passes it on."""
         return {hub.PORT: str(self.port), hub.STATE: str(self.state.absolute())}
 
     def start(self) -> None:

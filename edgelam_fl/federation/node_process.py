@@ -84,7 +84,7 @@ class NodeProcesses:
         self.children[kind] = Child(f"{self.name}'s {kind}", command, self.state / log, environment, forked)
 
     def _for_flower(self) -> dict[str, str]:
-        """Environment of Flower's processes: its own folder, no telemetry, and our `flwr-clientapp` found first."""
+        """Returns the environment of Flower's processes: a folder of their own, no telemetry, and our `flwr-clientapp` found first."""
         path = f"{clientapps.folder(self.state.absolute())}{os.pathsep}{tool_environment()['PATH']}"
         return {"FLWR_HOME": str(self.state / "flwr"), "FLWR_TELEMETRY_ENABLED": "0", "PATH": path}
 

@@ -74,7 +74,7 @@ class CostModel:
 
     @cached_property
     def window_turns(self) -> int:
-        """Number of windows that a device's micro-batches fill, the last one perhaps in part: ceil(micro_batches / window)."""
+        """Returns the number of windows that a device's micro-batches need: ceil(micro_batches / window)."""
         return -(-self.step.micro_batches // self.step.window)
 
     # ------------------------------------------------------------ a chain, host by host
@@ -185,7 +185,7 @@ class CostModel:
         return not dialled.reachable or (dialling.name, dialled.name) in self.step.by_relay
 
     def _relayed_share(self, before: NodeResources | None, host: NodeResources) -> float:
-        """Share of all units that reach a host through the relay, from the host before it or, if None, from their device."""
+        """Returns the share of all units that reach a host through the relay, from the host before it or, if None, from their device."""
         dialling = [before] if before is not None else [device.node for device in self.devices]
         return sum(self._needs_relay(node, host) for node in dialling) / len(dialling)
 

@@ -108,7 +108,7 @@ class InstanceMaker:
         return DeviceEnds(node, front, back_first)
 
     def _host(self, host: pb.Profile, as_device: DeviceEnds | None) -> NodeResources:
-        """`as_device`: what the host keeps and does as a device, if it is one."""
+        """Makes a host's resources. `as_device`: its needs as a device; None if it is only a host."""
         node = as_device.node if as_device is not None else self._node(host)
         pairs = host_pairs(self.spec.config, host)
         return replace(node, layer_s={pair: self._layer_s(host, pair) for pair in pairs})

@@ -319,7 +319,7 @@ class FollowsTurns(Turns):
         return lane.turn is not None and lane.decided_close is None and self.still_to_come()
 
     def is_out(self, member: Member) -> bool:
-        """Never: gradients of a step that the coordinator has counted are needed, whatever became of the device."""
+        """Returns False always: gradients of a step that the coordinator has counted are needed, whatever became of the device."""
         return False
 
     def _whose_tables_matter(self, lane: Lane) -> list[Member]:

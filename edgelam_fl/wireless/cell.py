@@ -18,7 +18,7 @@ _LEAST_FADING = 1e-9  # a channel never vanishes
 
 
 def path_loss_db(distance_km: float) -> float:
-    """Path loss of an urban macro cell at 2 GHz (3GPP TR 36.942, 4.5.2)."""
+    """Returns the path loss of an urban macro cell at 2 GHz (3GPP TR 36.942, 4.5.2)."""
     return 128.1 + 37.6 * math.log10(distance_km)
 
 
@@ -40,12 +40,12 @@ class RadioCell:
         return Random(f"{self.seed}/{what}/{name}")
 
     def _distance_km(self, name: str) -> float:
-        """Distance to the server, such that devices are uniform over the area of the disc."""
+        """Returns the distance to the server, such that devices are uniform over the area of the disc."""
         radius_km, share = self.settings.radius_m / 1000, self._random("place", name).random()
         return math.sqrt(NEAREST_KM**2 + share * max(radius_km**2 - NEAREST_KM**2, 0.0))
 
     def fading(self, name: str, round: int) -> float:
-        """Factor of the received power, constant in a round, with mean 1: Rayleigh fading averaged over the server's antennas.
+        """Returns the factor of the received power, constant in a round, with mean 1: Rayleigh fading averaged over the server's antennas.
 
         With one antenna the time for a payload has no mean: 1 / power is not integrable if power is exponential.
         """
@@ -53,15 +53,15 @@ class RadioCell:
         return max(self._random(f"fading/{round}", name).gammavariate(antennas, 1 / antennas), _LEAST_FADING)
 
     def _gain(self, name: str, round: int) -> float:
-        """Received power over sent power, the same both ways."""
+        """Returns received power over sent power, the same both ways."""
         return 10 ** (-path_loss_db(self.distance_km(name)) / 10) * self.fading(name, round)
 
     def snr(self, name: str, round: int) -> float:
-        """Signal-to-noise ratio at the server of what the device sends over the whole band."""
+        """Returns the signal-to-noise ratio at the server of what the device sends over the whole band."""
         return self.power_w * self.gain(name, round) / self.noise_w
 
     def downlink_bps(self, name: str, round: int) -> float:
-        """Rate of the server's band, which has the same width, if all of it serves this device."""
+        """Returns the rate of the server's band, which has the same width, if all of it serves this device."""
         snr = watts(self.settings.server_power_dbm) * self.gain(name, round) / self.noise_w
         return self.settings.bandwidth_hz * math.log2(1 + snr)
 
@@ -76,7 +76,7 @@ class RadioCell:
         return settings.flops * spread / (settings.slowdown if self.straggles(name) else 1.0)
 
     def compute_joules(self, name: str, operations: float) -> float:
-        """Energy kappa C f^2 for C cycles at f Hz."""
+        """Returns the energy kappa C f^2 for C cycles at f Hz."""
         cycles, clock_hz = operations / self.settings.flops_per_cycle, self.flops(name) / self.settings.flops_per_cycle
         return self.settings.kappa * cycles * clock_hz**2
 

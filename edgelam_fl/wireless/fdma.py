@@ -10,13 +10,13 @@ import numpy as np
 
 
 def bits_per_hertz(share: np.ndarray, snr: np.ndarray) -> np.ndarray:
-    """b log2(1 + g / b): bits per second that a share carries, per Hz of the whole band; 0 for a share of 0."""
+    """Returns b log2(1 + g / b): bits per second that a share carries, per Hz of the whole band; 0 for a share of 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(share > 0, share * np.log2(1 + snr / share), 0.0)
 
 
 def wireless_share(rho: np.ndarray, snr: np.ndarray) -> np.ndarray:
-    """Share b with b ln(1 + snr / b) = rho, which carries rho / ln 2 bit/s per Hz of the band.
+    """Returns the share b with b ln(1 + snr / b) = rho, which carries rho / ln 2 bit/s per Hz of the band.
 
     b = -rho / (W(-beta e^-beta) + beta), beta = rho / snr, W the lower real branch of Lambert's function; infinite if
     beta >= 1, since no band is wide enough for that rate. (The closed form is our derivation.)
@@ -32,7 +32,7 @@ def wireless_share(rho: np.ndarray, snr: np.ndarray) -> np.ndarray:
 
 
 def lambert_w_lower_log(log_x: np.ndarray) -> np.ndarray:
-    """W with W e^W = -e^log_x and W <= -1, for log_x <= -1 (logarithms, since x is tiny if a channel is good).
+    """Returns W with W e^W = -e^log_x and W <= -1, for log_x <= -1 (logarithms, since x is tiny if a channel is good).
 
     y = -W solves y - ln y = -log_x. Newton's steps come from above, where the function is convex, and never overshoot; the
     start is the upper bound 1 + sqrt(2 u) + u, u = -log_x - 1 (Chatzigeorgiou, arXiv 1601.04895), at most 14 % off: after

@@ -78,7 +78,7 @@ class Loads:
 
     @cached_property
     def _widths(self) -> Counter[int]:
-        """Per layer, rows plus columns of the modules with adapters."""
+        """Returns rows plus columns of the modules with adapters, per layer."""
         widths = Counter[int]()
         for module, (rows, columns) in target_modules(self.source, self.config.lora.targets).items():
             widths[_layer(module)] += rows + columns

@@ -15,7 +15,7 @@ from strategies.api import Contribution, Start
 def aggregation_error(
     contributions: Sequence[Contribution], tensors: Mapping[str, np.ndarray], start: Start
 ) -> float | None:
-    """||s B A + C - sum_k p_k s_k B_k A_k|| / ||sum_k p_k s_k B_k A_k||, Frobenius norms over all contributed modules.
+    """Returns ||s B A + C - sum_k p_k s_k B_k A_k|| / ||sum_k p_k s_k B_k A_k||, Frobenius norms over all contributed modules.
 
     C is what the carry factors gained. `tensors` are the aggregated ones, with carry factors. None if the mean is zero
     (nothing was learned yet, or there is no factor).

@@ -85,13 +85,13 @@ def stacked(sources: Sequence[Factors]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def product_norm(left_OM: np.ndarray, right_MI: np.ndarray) -> float:
-    """||left right||_F by triangular factors, exact to rounding even if the product nearly vanishes."""
+    """Returns ||left right||_F by triangular factors, exact to rounding even if the product nearly vanishes."""
     left, right = (np.asarray(np.linalg.qr(stack, mode="r")) for stack in (left_OM, right_MI.T))
     return float(np.linalg.norm(left @ right.T))
 
 
 def svd(left_OM: np.ndarray, right_MI: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """U, singular values and V^T of left @ right, at most M of them, by QR of both: O((O + I) M^2)."""
+    """Returns U, singular values and V^T of left @ right, at most M of them, by QR of both: O((O + I) M^2)."""
     q_left, r_left = np.linalg.qr(left_OM)
     q_right, r_right = np.linalg.qr(right_MI.T)
     u, values, vt = np.linalg.svd(r_left @ r_right.T, full_matrices=False)

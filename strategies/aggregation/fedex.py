@@ -28,6 +28,6 @@ class FedEx(CarryRule):
 
 
 def residual(sources: Sequence[Factors], a_RI: np.ndarray, b_OR: np.ndarray, scale: float) -> Carry:
-    """sum_k p_k s_k B_k A_k - s B A for the averaged A, B; its rank is at most (K - 1) r if all ranks are r."""
+    """Returns sum_k p_k s_k B_k A_k - s B A for the averaged A, B; its rank is at most (K - 1) r if all ranks are r."""
     left_OM, right_MI = stacked(sources)
     return Carry(np.concatenate([right_MI, a_RI]), np.concatenate([left_OM, b_OR * np.float64(-scale)], axis=1))
