@@ -1,50 +1,28 @@
-"""What several test folders need: a tiny model on disk, a fleet of stage hosts, and the plain loop to compare with."""
+"""What several test folders need and what imports no PyTorch: run files, a tiny model on disk, data files, sockets."""
 
 from __future__ import annotations
 
-import copy
 import json
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, cast
 
 import grpc
-import numpy as np
-import torch
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from edgelam_fl.config import RunConfig, parse_run_file
-from edgelam_fl.model import adapter as adapters
-from edgelam_fl.model.source import ModelSource
-from edgelam_fl.node.examples import DeviceExamples
-from edgelam_fl.node.play import NodeHooks
-from edgelam_fl.node.service import StageHost
-from edgelam_fl.plan.layout import make_layout, who_may_host
-from edgelam_fl.plan.making import ClientSettings, RoundFacts, make_plans
-from edgelam_fl.plan.reading import part_id, spans_of
-from edgelam_fl.plan.spec import RunSpec
-from edgelam_fl.split import route
-from edgelam_fl.split.route import Dial
-from edgelam_fl.tasks.base import Example, Unit
-from edgelam_fl.tasks.causal_lm import CausalLm, labelled, loss_sum, make_units
-from edgelam_fl.tasks.data import batch_indices, read_pairs, set_aside
-from edgelam_fl.telemetry.events import Event
-from edgelam_fl.wire import edgelam_pb2 as pb
-from server.parcels import add_corrections
-from strategies.registry import Capabilities
 
 WAIT_S = 540.0  # for a node's part, a command, a run: far beyond what one takes, so that a slow machine is no failure
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 
 
 def write_tiny_llama(folder: Path, *, layers: int = 6, tied: bool = True, seed: int = 0) -> Path:
+    """Writes a random Llama with a byte tokenizer in Hugging Face's layout; returns its folder."""
+    import torch  # seconds, for those tests alone that need a model
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate(["<unk>", "</s>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
@@ -81,261 +59,9 @@ def write_data_files(folder: Path) -> list[Path]:
     return files
 
 
-# ---------------------------------------------------------------- a fleet of stage hosts
-
-
-class TakesPlans(Protocol):
-    """A stage host: in this process, or another process's."""
-
-    def submit(self, request: pb.SubmitRequest) -> pb.SubmitReply: ...
-
-    def wait(self, request: pb.WaitRequest) -> pb.JobReport: ...
-
-
-@dataclass
-class Fleet:
-    """Devices and hosts, and the plans to run them as the server would."""
-
-    source: ModelSource
-    config: RunConfig
-    devices: dict[str, TakesPlans]
-    hosts: dict[str, tuple[TakesPlans, str]]  # edge servers, with the address of each one's data plane
-    name: str = "test"
-    listening: dict[str, str] = field(default_factory=dict)  # devices that may host: the address of the data plane
-    examples: dict[str, int] = field(default_factory=dict)  # of each device; matters with epochs only
-    events: list[Event] = field(default_factory=list)
-    watch: Callable[[Event], None] = lambda event: None  # called with each event, on the thread that emits it
-    round: int = 0
-    settings: ClientSettings = field(default_factory=ClientSettings)  # what an aggregation would ask of the nodes
-    aggregation: Capabilities = field(default_factory=Capabilities)  # of the rule that corrects gradients, if any
-
-    def run(
-        self, adapter: adapters.Adapter, steps: int, *, step_offset: int = 0, send_to: Sequence[str] | None = None,
-        known: Mapping[str, adapters.Adapter] = {},
-    ) -> dict[str, pb.JobReport]:  # fmt: skip
-        """One round; returns the reports by node. `send_to`: who is sent tensors (default: everyone), but for those `known`."""
-        self.round += 1
-        plans = self.plans(RoundFacts(self.name, self.round, 1, step_offset, steps, self.settings))
-        nodes = self.devices | {name: node for name, (node, _) in self.hosts.items()}
-        for name, plan in plans.items():
-            tensors = adapters.slice_of(adapter, spans_of(plan))
-            plan.adapter_digest = adapters.digest(tensors)
-            missing = {tensor: array for tensor, array in tensors.items() if tensor not in known.get(name, {})}
-            data = adapters.to_bytes(missing) if send_to is None or name in send_to else b""
-            beside = map(adapters.to_bytes, add_corrections(plan, self.aggregation, adapter))
-            reply = nodes[name].submit(pb.SubmitRequest(plan=plan, adapter=data, corrections=beside))
-            assert reply.accepted, reply.reason
-        return {
-            name: nodes[name].wait(pb.WaitRequest(job=part_id(plan), timeout_s=WAIT_S)) for name, plan in plans.items()
-        }
-
-    def plans(self, facts: RoundFacts) -> dict[str, pb.Plan]:
-        """As the server makes them, without the adapters' digests."""
-        edges = [pb.Profile(name=name, role=pb.EDGE, address=address) for name, (_, address) in self.hosts.items()]
-        devices = [
-            pb.Profile(
-                name=name,
-                role=pb.DEVICE,
-                address=self.listening.get(name, ""),
-                examples=self.examples.get(name, 0),
-            )
-            for name in self.devices
-        ]
-        layout = make_layout(RunSpec(self.config, self.source), devices, who_may_host(self.config, edges + devices))
-        profiles = {profile.name: profile for profile in edges + devices}
-        tokens = {name: name.encode() * 4 for name in self.devices}
-        return make_plans(RunSpec(self.config, self.source), facts, profiles, layout, {}, tokens)
-
-    def emit(self, event: Event) -> None:
-        self.events.append(event)
-        self.watch(event)
-
-
-@contextmanager
-def memory_fleet(
-    source: ModelSource, config: RunConfig, data: Sequence[Path], hooks: Mapping[str, NodeHooks] = {}
-) -> Iterator[Fleet]:
-    """Makes one device per file and the edge servers that the run file wants; with host_on = "any" the devices are the hosts.
-
-    `hooks`: of some of the nodes, by name.
-    """
-    fleet = Fleet(source, config, {}, {})
-    nodes: dict[str, StageHost] = {}
-    dial = route.memory_dial(nodes)
-    devices_host = config.split.host_on == "any"
-    for number in range(1, 0 if devices_host else config.split.least_hosts * config.split.sites + 1):
-        name = f"edge-{number}"
-        nodes[name] = StageHost(name, dial, fleet.emit, address=name, hooks=hooks.get(name, NodeHooks()))
-        fleet.hosts[name] = (nodes[name], name)
-    for number, file in enumerate(data, 1):
-        name = f"device-{number}"
-        address = name if devices_host else ""
-        nodes[name] = StageHost(
-            name, dial, fleet.emit,
-            examples=DeviceExamples(file), address=address, hooks=hooks.get(name, NodeHooks()),
-        )  # fmt: skip
-        fleet.devices[name] = nodes[name]
-        fleet.listening[name] = address
-        training, _ = set_aside(read_pairs(file, "question", "answer"), config.data.held_out)
-        fleet.examples[name] = len(training)
-    yield fleet
-    for node in nodes.values():
-        node.stop()
-
-
-def memory_dial(fleet: Fleet) -> Dial:
-    """How somebody else reaches the hosts of a fleet in memory."""
-    return route.memory_dial({name: cast(StageHost, host) for name, (host, _) in fleet.hosts.items()})
-
-
-def check_done(reports: dict[str, pb.JobReport]) -> None:
-    problems = {name: report.error for name, report in reports.items() if report.state != "done"}
-    assert not problems, problems
-
-
-def joined(reports: dict[str, pb.JobReport]) -> adapters.Adapter:
-    """All nodes' trained tensors; of several sources' versions of a tensor, the last one's."""
-    return {
-        name: array
-        for report in reports.values()
-        for contribution in report.contributions
-        for name, array in adapters.from_bytes(contribution.adapter).items()
-    }
-
-
-# ---------------------------------------------------------------- the plain loop: transformers and peft, nothing of ours
-
-
-def plain_model(source: ModelSource, config: RunConfig, adapter: adapters.Adapter) -> Any:
-    """The whole model with peft's adapter on it, by transformers and peft alone; in eval mode."""
-    model = copy.deepcopy(plain_base(source.folder, source.gguf, config.model.base))
-    settings = LoraConfig(
-        r=config.lora.rank,
-        lora_alpha=config.lora.alpha,
-        target_modules=list(config.lora.targets),
-        task_type="CAUSAL_LM",
-    )
-    model = get_peft_model(model, settings)
-    set_peft_model_state_dict(model, {name: torch.from_numpy(array.copy()) for name, array in adapter.items()})
-    return model.train(False)
-
-
-@lru_cache(maxsize=2)
-def plain_base(folder: Path, gguf: Path | None, base: str) -> Any:
-    """Read once: transformers takes many seconds to unpack a GGUF file."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[base]
-    if gguf is not None:
-        return AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-
-
-def plain_adapter(model: Any) -> adapters.Adapter:
-    return {
-        name.replace(".default.", "."): p.detach().numpy().copy()
-        for name, p in model.named_parameters()
-        if ".lora_" in name
-    }
-
-
-def forward(model: Any, unit: Unit) -> torch.Tensor:
-    tokens = unit.ids_BT.shape[1]
-    mask = (torch.arange(tokens)[None, :] < torch.tensor(unit.row_lengths)[:, None]).long()
-    return model(input_ids=unit.ids_BT, attention_mask=mask, use_cache=False).logits
-
-
-def device_batches(source: ModelSource, config: RunConfig, file: Path, name: str, steps: int) -> list[list[Unit]]:
-    """The micro-batches that a device draws."""
-    training, _ = set_aside(read_pairs(file, "question", "answer"), config.data.held_out)
-    examples = _task(source, config).examples(training)
-    size = config.federation.batch_size
-    return [
-        make_units(
-            [examples[i] for i in batch_indices(len(examples), size, step, config.run.seed, name)],
-            config.split.micro_batches,
-        )
-        for step in range(steps)
-    ]
-
-
-def _task(source: ModelSource, config: RunConfig) -> CausalLm:
-    return CausalLm(source.folder, config.task)
-
-
-def union_batches(devices: Sequence[Sequence[Sequence[Unit]]]) -> list[list[list[Unit]]]:
-    """`devices`' batches, of each step the rows of all devices in one padded batch: steps for `plain_training`."""
-    return [
-        [make_units([row for units in step for unit in units for row in _rows(unit)], 1)]
-        for step in zip(*devices, strict=True)
-    ]
-
-
-def _rows(unit: Unit) -> list[Example]:
-    return [
-        Example(ids[:length].tolist(), labels[:length].tolist(), labelled(labels[:length].tolist()))
-        for ids, labels, length in zip(unit.ids_BT, unit.labels, unit.row_lengths, strict=True)
-    ]
-
-
-def plain_evaluation(model: Any, source: ModelSource, config: RunConfig, file: Path) -> float:
-    """Loss sum over a device's held-out examples, in the pieces that the device makes of them."""
-    _, held_out = set_aside(read_pairs(file, "question", "answer"), config.data.held_out)
-    examples = _task(source, config).examples(held_out)
-    rows = -(-config.federation.batch_size // config.split.micro_batches)
-    with torch.no_grad():
-        return sum(
-            float(loss_sum(forward(model, unit), unit.labels))
-            for unit in make_units(examples, -(-len(examples) // rows))
-        )
-
-
-def plain_training(
-    model: Any,
-    config: RunConfig,
-    steps: Sequence[Sequence[Sequence[Unit]]],
-    learns: Callable[[str], bool] = lambda name: True,
-) -> None:
-    """AdamW over `steps`: of each, the devices' pieces in device order, loss sums over the union's label count."""
-    parameters = []
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".lora_" in name and learns(name))
-        if parameter.requires_grad:
-            parameters.append(parameter)
-    optimizer = plain_optimizer(parameters, config)
-    for devices in steps:
-        union = sum(unit.count for units in devices for unit in units)
-        totals: list[torch.Tensor | None] = [None] * len(parameters)
-        for units in devices:
-            for unit in units:
-                (loss_sum(forward(model, unit), unit.labels) / union).backward()
-            for number, parameter in enumerate(parameters):
-                part, parameter.grad = parameter.grad, None
-                totals[number] = part if totals[number] is None else totals[number] + part
-        for parameter, total in zip(parameters, totals, strict=True):
-            parameter.grad = total
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def plain_optimizer(parameters: list[torch.nn.Parameter], config: RunConfig) -> torch.optim.Optimizer:
-    if config.optimizer.name == "sgd":
-        return torch.optim.SGD(parameters, lr=config.optimizer.lr)
-    return torch.optim.AdamW(parameters, lr=config.optimizer.lr, weight_decay=0.0)
-
-
-def same_bits(left: adapters.Adapter, right: adapters.Adapter) -> bool:
-    return left.keys() == right.keys() and all(np.array_equal(left[name], right[name]) for name in left)
-
-
-def relative_distance(got: adapters.Adapter, reference: adapters.Adapter, start: adapters.Adapter) -> float:
-    """||got - reference|| / ||reference - start|| over the names of `got`."""
-    apart = sum(float(np.sum((got[n].astype(np.float64) - reference[n]) ** 2)) for n in got)
-    moved = sum(float(np.sum((reference[n].astype(np.float64) - start[n]) ** 2)) for n in got)
-    return (apart / moved) ** 0.5
-
-
 @contextmanager
 def grpc_server(handlers: Sequence[grpc.GenericRpcHandler], port: int = 0) -> Iterator[int]:
-    """A server of these on a port of this machine; 0: a free one."""
+    """Serves `handlers` on a port of this machine, 0: a free one; yields the port."""
     server = grpc.server(ThreadPoolExecutor(16))
     server.add_generic_rpc_handlers(tuple(handlers))
     port = server.add_insecure_port(f"127.0.0.1:{port}")

@@ -17,7 +17,8 @@ from edgelam_fl.model.adapter import Adapter
 from edgelam_fl.model.index import layer_number
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.tasks.base import Unit
-from tests.support import forward, loss_sum, plain_model, plain_optimizer
+from edgelam_fl.tasks.causal_lm import loss_sum
+from tests.fleet import forward, plain_model, plain_optimizer
 
 Batches = Mapping[str, Sequence[Sequence[Unit]]]  # device -> steps -> micro-batches
 

@@ -23,7 +23,8 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.grpc.dial import dial
 from edgelam_fl.wire.grpc.serve import DataPlaneServer
 from edgelam_fl.wire.link import Frame
-from tests.support import Fleet, check_done, run_config
+from tests.fleet import Fleet, check_done
+from tests.support import run_config
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "architecture.md"

@@ -22,8 +22,9 @@ from server.global_adapter import as_start
 from strategies.aggregation.error import aggregation_error
 from strategies.aggregation.flora import FLoRA
 from strategies.api import Contribution
+from tests.fleet import Fleet, check_done, joined, memory_fleet, same_bits
 from tests.results import trained_adapter, with_carry
-from tests.support import Fleet, check_done, joined, memory_fleet, run_config, same_bits
+from tests.support import run_config
 
 THREE = [Span(0, 2, embed=True), Span(2, 4), Span(4, 6, head=True)]
 WHOLE = Span(0, 6, embed=True, head=True)

@@ -14,7 +14,8 @@ from edgelam_fl.plan.reading import spans_of
 from edgelam_fl.simulation.fabric import Fabric, SimulatedNode, write_federation
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.control import FABRIC_SEPARATOR
-from tests.support import Fleet, check_done, joined, memory_fleet, run_config, same_bits
+from tests.fleet import Fleet, check_done, joined, memory_fleet, same_bits
+from tests.support import run_config
 
 STEPS = 3
 

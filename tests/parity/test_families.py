@@ -33,7 +33,7 @@ from edgelam_fl.errors import ConfigError, ModelError
 from edgelam_fl.model.adapter import Adapter, Span, initial_adapter, write_peft_folder
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.stage import LoraSettings, Stage, load_stages
-from tests.support import plain_base
+from tests.fleet import plain_base
 
 VOCABULARY, HIDDEN, LAYERS, WINDOW = 96, 32, 6, 8
 RANK, ALPHA = 4, 8.0

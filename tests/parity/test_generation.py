@@ -21,7 +21,8 @@ from edgelam_fl.split.route import new_route, open_route, wire_dtype
 from edgelam_fl.split.trainee import lora_of
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
-from tests.support import Fleet, memory_dial, memory_fleet, plain_model, run_config
+from tests.fleet import Fleet, memory_dial, memory_fleet, plain_model
+from tests.support import run_config
 
 PROMPT, NEW = [5, 77, 130, 9, 254, 31, 8], 12
 

@@ -21,9 +21,7 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.grpc.dial import dial
 from edgelam_fl.wire.link import Frame
-from tests.links import make_terms
-from tests.parity.daemons import Daemon
-from tests.support import (
+from tests.fleet import (
     Fleet,
     check_done,
     device_batches,
@@ -34,10 +32,12 @@ from tests.support import (
     plain_model,
     plain_training,
     relative_distance,
-    run_config,
     same_bits,
     union_batches,
 )
+from tests.links import make_terms
+from tests.parity.daemons import Daemon
+from tests.support import run_config
 
 pytestmark = pytest.mark.processes
 

@@ -19,7 +19,7 @@ from edgelam_fl.node.part import Part
 from edgelam_fl.node.play import NodeHooks
 from edgelam_fl.telemetry.events import Event, StepClosed, StepDone, of_kind
 from edgelam_fl.wire import edgelam_pb2 as pb
-from tests.support import (
+from tests.fleet import (
     check_done,
     device_batches,
     forward,
@@ -29,10 +29,10 @@ from tests.support import (
     plain_model,
     plain_training,
     relative_distance,
-    run_config,
     same_bits,
     union_batches,
 )
+from tests.support import run_config
 
 STEPS = 20
 

@@ -22,8 +22,9 @@ from strategies.aggregation.fedprox import FedProx
 from strategies.aggregation.ffa import FfaLora
 from strategies.aggregation.rolora import RoLora
 from strategies.api import Aggregation, Contribution, Start
+from tests.fleet import check_done, device_batches, memory_fleet, relative_distance, same_bits
 from tests.parity.reference import Reference
-from tests.support import check_done, device_batches, memory_fleet, relative_distance, run_config, same_bits
+from tests.support import run_config
 
 STEPS = 12
 Reports = dict[str, pb.JobReport]

@@ -17,8 +17,9 @@ from strategies.aggregation.fedavg import FedAvg
 from strategies.aggregation.scaffold import Scaffold
 from strategies.api import Contribution, Start
 from strategies.registry import with_capabilities
+from tests.fleet import check_done, device_batches, memory_fleet, relative_distance, same_bits
 from tests.parity.reference import Reference
-from tests.support import check_done, device_batches, memory_fleet, relative_distance, run_config, same_bits
+from tests.support import run_config
 
 STEPS, LR = 3, 0.5
 SGD = ("optimizer.name=sgd", f"optimizer.lr={LR}", "strategy.aggregation=scaffold")

@@ -15,9 +15,10 @@ from edgelam_fl.config import RunConfig
 from edgelam_fl.model.adapter import digest, from_bytes, initial_adapter
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.wire import edgelam_pb2 as pb
+from tests.fleet import Fleet, check_done, memory_fleet
 from tests.integration.proxy import StallingProxy
 from tests.parity.daemons import Daemon
-from tests.support import Fleet, check_done, memory_fleet, run_config, write_tiny_llama
+from tests.support import run_config, write_tiny_llama
 
 BUFFER_BYTES = 64 << 10
 HIDDEN, TOKENS = 1024, 48

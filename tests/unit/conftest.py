@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from flwr.supercore.task_identity import TaskIdentity
 
 from edgelam_fl.model.source import ModelSource
-from tests.by_hand import FederationByHand
 
-MakeFederation = Callable[..., FederationByHand]
+if TYPE_CHECKING:
+    from tests.by_hand import FederationByHand
+
+MakeFederation = Callable[..., "FederationByHand"]
 
 
 @pytest.fixture
 def flower_identity(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets this process make Flower's messages, as the process of a ServerApp may."""
+    from flwr.supercore.task_identity import TaskIdentity
+
     for name in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
 
@@ -24,4 +28,6 @@ def flower_identity(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def federation(tiny: ModelSource, tmp_path: Path, flower_identity: None) -> MakeFederation:
     """Makes a federation from the names of its devices, those of its edge servers, and overrides."""
+    from tests.by_hand import FederationByHand
+
     return lambda *arguments, **more: FederationByHand(tiny, tmp_path, *arguments, **more)

@@ -14,7 +14,8 @@ from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.index import layer_number
 from edgelam_fl.model.source import ModelSource, find_model
-from tests.support import same_bits, write_tiny_llama
+from tests.fleet import same_bits
+from tests.support import write_tiny_llama
 
 LEAVES = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
 Q3 = "model.layers.3.self_attn.q_proj"

@@ -20,8 +20,9 @@ from edgelam_fl.model.stage import LoraSettings, load_stages
 from edgelam_fl.serving import export as module
 from edgelam_fl.serving.export import export
 from edgelam_fl.serving.results import open_result
+from tests.fleet import plain_model
 from tests.results import trained_adapter, with_carry, write_result
-from tests.support import plain_model, write_tiny_llama
+from tests.support import write_tiny_llama
 
 IDS = torch.tensor([[72, 101, 108, 108, 111, 3, 4, 5]])
 

@@ -13,8 +13,8 @@ from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.serving.generate import LocalSpeaker, answer, greedy, pieces
 from edgelam_fl.serving.results import Result, open_result
+from tests.fleet import plain_model
 from tests.results import write_result
-from tests.support import plain_model
 
 END = 9
 

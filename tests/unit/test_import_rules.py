@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -24,3 +26,10 @@ def test_modules_are_imported_by_name_in_few_places() -> None:
         if "import_module(" in file.read_text() or "__import__(" in file.read_text()
     }
     assert found == ALLOWED
+
+
+def test_what_every_test_imports_brings_no_torch() -> None:
+    """A test of plain data starts in a second; PyTorch and Flower would take several."""
+    code = "import sys, tests.conftest, tests.unit.conftest; print(sorted({'torch', 'transformers', 'flwr'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"

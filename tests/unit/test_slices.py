@@ -28,7 +28,8 @@ from edgelam_fl.model.weights import read_tensors
 from edgelam_fl.plan.making import RoundFacts
 from edgelam_fl.telemetry.events import Event, SliceReceived, of_kind
 from edgelam_fl.wire import edgelam_pb2 as pb
-from tests.support import Fleet, grpc_server, run_config, write_tiny_llama
+from tests.fleet import Fleet
+from tests.support import grpc_server, run_config, write_tiny_llama
 
 NAME = "elsewhere/tiny"
 

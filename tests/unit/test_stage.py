@@ -11,7 +11,7 @@ from edgelam_fl.errors import ModelError, ProtocolError
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import LoraSettings, Pass, Span, Stage, load_stages
-from tests.support import same_bits
+from tests.fleet import same_bits
 
 LORA = LoraSettings(8, 16.0, ("q_proj", "v_proj"))
 

@@ -24,7 +24,8 @@ from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.telemetry.events import Event, JobDone, JobStarted, of_kind
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
-from tests.support import WAIT_S, check_done, joined, memory_fleet, run_config, same_bits
+from tests.fleet import check_done, joined, memory_fleet, same_bits
+from tests.support import WAIT_S, run_config
 
 
 def a_plan(source: ModelSource, attempt: int = 1, **other: Any) -> pb.SubmitRequest:

@@ -12,7 +12,8 @@ from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.adapter import initial_adapter
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.tasks.kinds import TASKS, TaskKind, check_task, make_task
-from tests.support import check_done, joined, memory_fleet, run_config
+from tests.fleet import check_done, joined, memory_fleet
+from tests.support import run_config
 
 # Learns which letter an answer begins with: one label per example, at its last position.
 FIRST_LETTER = """

@@ -19,7 +19,8 @@ from edgelam_fl.split.turns import LATE_STEPS_ALLOWED, DecidesTurns, FollowsTurn
 from edgelam_fl.telemetry.events import JobEvent, LinkLost, StepClosed
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.link import Frame
-from tests.support import Fleet, run_config
+from tests.fleet import Fleet
+from tests.support import run_config
 
 LABELS, STEPS = {0: 3, 1: 5}, 2
 TURNS = {"edge-1": FollowsTurns, "edge-2": DecidesTurns}

@@ -13,7 +13,8 @@ from edgelam_fl.model import weights
 from edgelam_fl.model.quantized import QUANTIZED
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.weights import read_tensors
-from tests.support import plain_base, write_tiny_llama
+from tests.fleet import plain_base
+from tests.support import write_tiny_llama
 
 LAYER = "model.layers.3."
 

@@ -24,7 +24,8 @@ from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.link import Link
 from edgelam_fl.wire.memory import memory_pair
 from edgelam_fl.wire.terms import MakeTerms
-from tests.support import Fleet, check_done, run_config
+from tests.fleet import Fleet, check_done
+from tests.support import run_config
 
 ADAPTER = 4096  # elements of it
 WINDOW = 4
