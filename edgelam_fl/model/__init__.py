@@ -1,3 +1,5 @@
+"""Slices of a model: finds, loads and quantizes their weights, and puts LoRA on them. Knows no network."""
+
 import logging
 
 # peft imports bitsandbytes if it is installed, and bitsandbytes warns at every start that a faster kernel for single tokens

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+PACKAGES = ("edgelam_fl", "server", "clients", "strategies")
 ALLOWED = {
     "edgelam_fl/__init__.py",  # the public names, from the modules of a literal table
     "edgelam_fl/federation/flower_app.py",
@@ -17,9 +19,7 @@ ALLOWED = {
 
 
 def test_modules_are_imported_by_name_in_few_places() -> None:
-    files = [
-        file for folder in ("edgelam_fl", "server", "clients", "strategies") for file in (ROOT / folder).rglob("*.py")
-    ]
+    files = [file for folder in PACKAGES for file in (ROOT / folder).rglob("*.py")]
     found = {
         str(file.relative_to(ROOT))
         for file in files
@@ -33,3 +33,10 @@ def test_what_every_test_imports_brings_no_torch() -> None:
     code = "import sys, tests.conftest, tests.unit.conftest; print(sorted({'torch', 'transformers', 'flwr'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
+
+
+def test_every_package_says_its_duty() -> None:
+    packages = [file for folder in PACKAGES for file in (ROOT / folder).rglob("__init__.py")]
+    assert len(packages) > 20
+    silent = [file for file in packages if not ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))]
+    assert silent == []
