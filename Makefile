@@ -29,7 +29,7 @@ testbed: setup
 
 # More workers than a small machine has cores, because federations wait more than they compute.
 test: setup
-	@$(PYTHON) -m pytest -n 3 $(ARGS)
+	@$(PYTHON) -m pytest -n 4 $(ARGS)
 
 lint: setup
 	@$(PYTHON) -m ruff format --check
