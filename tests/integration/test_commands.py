@@ -381,6 +381,16 @@ def _client(folder: Path, server: str, name: str, *options: str, environment: di
     return Child(name, [*command, *options], folder / f"{name}.log", environment)
 
 
+def _await_registration(node: Child, folder: Path) -> None:
+    """Waits until the node can take part: its stage host listens, and its SuperNode has its number."""
+    endpoint, log = folder / node.name / "endpoint.json", folder / node.name / "supernode.log"
+    end = time.monotonic() + WAIT_S
+    while not (endpoint.exists() and log.exists() and "SuperNode ID: " in log.read_text(encoding="utf-8")):
+        assert not node.ended(), node.ended()
+        assert time.monotonic() < end, log_tail(log)
+        time.sleep(0.2)
+
+
 @pytest.mark.processes
 def test_doctor_knows_a_superlink(superlink: str) -> None:
     host, port = split_address(superlink, "--server")
@@ -426,6 +436,8 @@ def test_nodes_that_cannot_take_part_fail_the_run_with_their_reasons(
     path = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     newer = _client(tmp_path, superlink, "newer", "--data", pairs_file(tmp_path, "more.jsonl"), environment=path)
     try:
+        for node in (wrong_field, newer):
+            _await_registration(node, tmp_path)
         overrides = [
             f"model.name={tiny_folder}",
             "split.hosts=0",
