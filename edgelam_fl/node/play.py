@@ -39,7 +39,7 @@ LabelsOf = Callable[[str, str], int]  # source, tensor name -> labels that the t
 
 @dataclass(frozen=True, kw_only=True)
 class NodeHooks:
-    """What a simulation or a test replaces in a node; by default, a machine of its own."""
+    """The parts of a node that a simulation or a test replaces; by default, those of a machine of its own."""
 
     load: Callable[..., list[Stage]] = load_stages
     memory_free: Callable[[], int] = memory_free_bytes  # bytes that a host may grant windows from
@@ -51,7 +51,7 @@ class NodeHooks:
 
 @dataclass(frozen=True, kw_only=True)
 class Means:
-    """What a node plays all of its parts with."""
+    """The means that a node plays all of its parts with."""
 
     dial: Dial
     hub: ServerHub

@@ -24,6 +24,7 @@ from edgelam_fl.node.profile.answer import answer_profile
 from edgelam_fl.node.server_hub import ServerHub
 from edgelam_fl.plan.modes import host_mode, label_place
 from edgelam_fl.plan.reading import part_id
+from edgelam_fl.split.group import RETRY_MS
 from edgelam_fl.split.route import Dial
 from edgelam_fl.telemetry.events import Emit, JobDone
 from edgelam_fl.wire import PROTOCOL_VERSION
@@ -47,9 +48,9 @@ OpenDoor = Callable[[Relay, Callable[[pb.Hello, Link], pb.Ready | pb.NotReady | 
 
 @dataclass(frozen=True, kw_only=True)
 class StageHostTiming:
-    """How long others wait for a stage host, and a stage host for itself."""
+    """Waiting times: of others for a stage host, and of a stage host for itself."""
 
-    retry_ms: int = 200  # until a node whose job has not begun here dials again
+    retry_ms: int = RETRY_MS  # until a node whose job has not begun here dials again
     gone_s: float = 2.0  # for the memory of slices that are no longer needed
 
 

@@ -32,7 +32,7 @@ from edgelam_fl.wire.link import Link
 from edgelam_fl.wire.pace import Pace
 from edgelam_fl.wire.terms import LinkTerms, MakeTerms, OnSent, link_terms
 
-_RETRY_MS = 200
+RETRY_MS = 200  # until a node that is not let in yet dials again
 
 # route, hop number, counters, terms -> an open entry link to that hop
 DialNext = Callable[[pb.Route, int, ByteCounters, MakeTerms], Link]
@@ -87,7 +87,7 @@ class Group:
             if (member.previous if entry else member.next) is not None or member.gone:
                 return pb.Refuse(reason=f"the {side} link of {hello.node!r} was opened before")
             if entry and not self.coordinates and not member.window:
-                return pb.NotReady(retry_ms=_RETRY_MS)  # the window of the next link, not open yet, bounds this one's
+                return pb.NotReady(retry_ms=RETRY_MS)  # the window of the next link, not open yet, bounds this one's
             granted = self._granted(hello.window, *([member.window] if entry and not self.coordinates else []))
             ready = pb.Ready(
                 version=PROTOCOL_VERSION, window=granted, codec=shared[0], job_token=hello.device_index + 1
