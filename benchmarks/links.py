@@ -27,7 +27,6 @@ from edgelam_fl.federation.child import end_all
 from edgelam_fl.federation.node_process import NodeProcesses
 from edgelam_fl.federation.submission import Submission
 from edgelam_fl.federation.superlink import start_superlink
-from edgelam_fl.federation.template import can_fork
 from edgelam_fl.telemetry.events import Event, PlanMade, RoundDone, RunDone, of_kind
 from edgelam_fl.telemetry.summary import is_training_round
 from strategies.api import Demand
@@ -146,8 +145,8 @@ def _federation(out: Path, data: Sequence[Path]) -> Iterator[str]:
     """Starts the processes and yields the SuperLink's address; ends all processes afterwards."""
     port = free_port()
     server, folder = f"127.0.0.1:{port}", out / "nodes"
-    nodes = [NodeProcesses("edge-1", server, folder / "edge-1", threads=1, forked=can_fork())]
-    nodes += [NodeProcesses(file.stem, server, folder / file.stem, file, threads=1, forked=can_fork()) for file in data]
+    nodes = [NodeProcesses("edge-1", server, folder / "edge-1", threads=1, forked=True)]
+    nodes += [NodeProcesses(file.stem, server, folder / file.stem, file, threads=1, forked=True) for file in data]
     children = [start_superlink("127.0.0.1", port, out / "server")]
     try:
         for node in nodes:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from edgelam_fl.addresses import answers
 from edgelam_fl.errors import EnvironmentProblem, RunFailed
-from edgelam_fl.federation.template import ForkedProcess, end_with_parent
+from edgelam_fl.federation.template import ForkedProcess, can_fork, end_with_parent
 
 GRACE_S = 5.0  # between SIGTERM and SIGKILL
 _COLOUR = re.compile("\x1b\\[[0-9;]*m")  # Flower's logs have some
@@ -37,13 +37,14 @@ class Child:
     ) -> None:
         """Starts `command` with this process's environment and what `environment` adds; appends its output to `log`.
 
-        forked: for `python -m MODULE ...` only: forks it from the template of stage hosts, which has its own `environment`.
+        forked: for `python -m MODULE ...` only: forks it from the template of stage hosts, which has its own `environment`, if
+        this system can.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         self.name, self.log = name, log
         self._process: subprocess.Popen[bytes] | ForkedProcess
         shorten(log)
-        if forked:
+        if forked and can_fork():
             _python, _m, module, *arguments = command
             log.touch()
             self._process = ForkedProcess(module, arguments, log)

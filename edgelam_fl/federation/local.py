@@ -20,7 +20,7 @@ from edgelam_fl.federation.flower_app import app_module
 from edgelam_fl.federation.node_process import NodeProcesses
 from edgelam_fl.federation.submission import Submission
 from edgelam_fl.federation.superlink import start_superlink
-from edgelam_fl.federation.template import can_fork, warm_template
+from edgelam_fl.federation.template import warm_template
 from edgelam_fl.tasks.files import read_records
 from edgelam_fl.telemetry.events import Event, RunDone
 
@@ -71,8 +71,7 @@ def local_federation(config: RunConfig, data: Sequence[Path], folder: Path) -> I
     edges, devices = _local_nodes(config, folder, server, data)
     expecting = config.federation.model_copy(update={"expect_nodes": len(devices)})
     children: list[Child] = []
-    if can_fork():
-        warm_template()  # it imports while the SuperLink starts
+    warm_template()  # it imports while the SuperLink starts
     try:
         # Without a hub: all nodes are on this machine and have what it has, the model too.
         children.append(start_superlink("127.0.0.1", port, folder / "server"))
@@ -98,16 +97,14 @@ def _local_nodes(
     devices_host = split.host_on == "any"
     edges = 0 if devices_host else split.least_hosts * split.sites
     edge = [
-        NodeProcesses(
-            f"edge-{n}", server, folder / "nodes" / f"edge-{n}", threads=max(1, cores // edges), forked=can_fork()
-        )
+        NodeProcesses(f"edge-{n}", server, folder / "nodes" / f"edge-{n}", threads=max(1, cores // edges), forked=True)
         for n in range(1, edges + 1)
     ]
     listen = "127.0.0.1:0" if devices_host else ""
     threads = max(1, cores // (len(data) + 1))
     devices = [
         NodeProcesses(
-            f"device-{n}", server, folder / "nodes" / f"device-{n}", file, listen, threads=threads, forked=can_fork()
+            f"device-{n}", server, folder / "nodes" / f"device-{n}", file, listen, threads=threads, forked=True
         )
         for n, file in enumerate(data, 1)
     ]

@@ -41,7 +41,12 @@ def can_fork() -> bool:
 
 
 def warm_template() -> None:
-    """Starts the template, which imports in the background; without this the first fork starts and awaits it."""
+    """Starts the template, which imports in the background; without this the first fork starts and awaits it.
+
+    Does nothing on a system that cannot fork stage hosts.
+    """
+    if not can_fork():
+        return
     multiprocessing.get_context("forkserver").set_forkserver_preload(_IMPORTED)
     before = dict(os.environ)
     os.environ.update(STAGE_HOST_ENVIRONMENT)  # its C libraries read them once, when it starts

@@ -20,7 +20,7 @@ from edgelam_fl.federation.hub_process import HubProcess
 from edgelam_fl.federation.node_process import NodeProcesses
 from edgelam_fl.federation.submission import Submission, run_events
 from edgelam_fl.federation.superlink import start_superlink
-from edgelam_fl.federation.template import can_fork, warm_template
+from edgelam_fl.federation.template import warm_template
 from edgelam_fl.telemetry.events import Event, RunDone, of_kind
 from edgelam_fl.telemetry.summary import DeviceSummary, Summary, read_summary
 from tests.integration.proxy import Connection, CountingProxy
@@ -69,15 +69,14 @@ class Federation:
     # ---------------------------------------------------------------- its life
 
     def start(self) -> None:
-        if can_fork():
-            warm_template()
+        warm_template()
         port = free_port()
         self.server = f"127.0.0.1:{port}"
         listen = f"127.0.0.1:{free_port()}"
         self.data_plane, self.control_plane = CountingProxy(listen), CountingProxy(self.server)
         edge = NodeProcesses(
             "edge-1", self.server, self.folder / "nodes/edge-1", listen=listen, advertise=self.data_plane.address, threads=1,
-            forked=can_fork(),
+            forked=True,
         )  # fmt: skip
         self.nodes["edge-1"] = edge
         for name, file in self.data.items():
@@ -87,7 +86,7 @@ class Federation:
                 self.folder / "nodes" / name,
                 data=file,
                 threads=1,
-                forked=can_fork(),
+                forked=True,
             )
         hub = HubProcess("127.0.0.1", free_port(), self.folder / "hub")
         hub.start()
