@@ -18,9 +18,17 @@ from pathlib import Path
 
 from edgelam_fl.addresses import answers
 from edgelam_fl.errors import EnvironmentProblem, RunFailed
-from edgelam_fl.federation.template import ForkedProcess, can_fork, end_with_parent
+from edgelam_fl.federation.template import ForkedProcess, can_fork
 
 GRACE_S = 5.0  # between SIGTERM and SIGKILL
+# Has the kernel send SIGTERM when the process that started it ends, even by kill -9, then becomes the command. A program of
+# its own and no preexec_fn: with one, Python forks, and gRPC threads that wake in the fork abort it before it is the command.
+_END_WITH_PARENT = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+if os.getppid() == int(sys.argv[1]):
+    os.execvp(sys.argv[2], sys.argv[2:])
+"""
 _COLOUR = re.compile("\x1b\\[[0-9;]*m")  # Flower's logs have some
 
 
@@ -51,12 +59,11 @@ class Child:
             return
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                command,
+                _ending_with_this(command),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 start_new_session=True,  # Ctrl-C reaches the parent alone, which ends its children in order
-                preexec_fn=end_with_parent if sys.platform == "linux" else None,
                 env={**tool_environment(), **(environment or {})},
             )
 
@@ -92,6 +99,13 @@ class Child:
         if self._status() is None:
             self._signal(signal.SIGKILL)
             self._process.wait()
+
+
+def _ending_with_this(command: Sequence[str]) -> list[str]:
+    """Returns a command that becomes `command` and ends with this process, on Linux; elsewhere `command` itself."""
+    if sys.platform != "linux":
+        return list(command)
+    return [sys.executable, "-I", "-S", "-c", _END_WITH_PARENT, str(os.getpid()), *command]
 
 
 def tool_environment() -> dict[str, str]:

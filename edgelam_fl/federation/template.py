@@ -6,7 +6,6 @@ forkserver is the template. Linux only. Knows nothing of what the forked modules
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import runpy
@@ -32,7 +31,6 @@ _IMPORTED = [
 # Nodes may share this machine's cores: a thread that spins while it waits takes them from the others.
 # One arena for all threads: what one frees, another can use (the links' threads bring in what compute frees).
 STAGE_HOST_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_ARENA_MAX": "1"}
-_PR_SET_PDEATHSIG = 1
 
 
 def can_fork() -> bool:
@@ -98,11 +96,6 @@ def _no_main_module() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
-
-
-def end_with_parent() -> None:
-    """Has the kernel send SIGTERM here when the parent ends, even by kill -9. Linux only."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _run(module: str, arguments: list[str], log: str, environment: dict[str, str]) -> None:

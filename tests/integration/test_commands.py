@@ -471,10 +471,10 @@ def test_interrupt_ends_all_children_and_says_what_is_kept(tmp_path: Path, tiny_
         str(tmp_path / "run"),
     ]
     command += [word for each in sets for word in ("--set", each)]
+    command = ["env", "--default-signal=INT", *command]  # a job in the background ignores it
     with (tmp_path / "out.txt").open("wb") as output:
         process = subprocess.Popen(
             command, cwd=tmp_path, stdout=output, stderr=output, env={**os.environ, "COLUMNS": "400"},
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
         )  # fmt: skip
         end = time.monotonic() + WAIT_S
         while not (tmp_path / "run" / "state.json").exists() and time.monotonic() < end and process.poll() is None:
