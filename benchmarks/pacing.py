@@ -123,7 +123,8 @@ def _device(name: str, address: str, results: Any, ready: Any, seconds: float) -
     for side, kind in ((pb.ENTRY, pb.ACT), (pb.EXIT, pb.GRAD)):
         hello = pb.Hello(version=PROTOCOL_VERSION, job="pacing", node=name, link=side, window=1, codecs=["raw"])
         load = _Load(kind)
-        load.link = dial(address, pb.LinkRole.Name(side).lower(), hello, counters, _make_terms(pace, load), READY_S)
+        name_of_link = pb.LinkRole.Name(side).lower()
+        load.link = dial("host", address, name_of_link, hello, counters, _make_terms(pace, load), READY_S)
         loads.append(load)
     ready.wait(START_S)
     for load in loads:

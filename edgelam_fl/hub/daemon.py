@@ -16,10 +16,12 @@ from pathlib import Path
 
 import grpc
 
-from edgelam_fl.addresses import join_address, split_address
+from edgelam_fl.addresses import split_address
 from edgelam_fl.errors import EdgelamError, EnvironmentProblem
 from edgelam_fl.hub import echo, relay, slices
+from edgelam_fl.trust.identity import load_identity
 from edgelam_fl.wire.grpc.options import channel_options
+from edgelam_fl.wire.grpc.secure import PLAIN, Security
 
 MakeService = Callable[[Path], grpc.GenericRpcHandler]  # the hub's state folder -> a service
 SERVICES: tuple[MakeService, ...] = (echo.make_service, relay.make_service, slices.make_service)
@@ -29,13 +31,20 @@ _MAX_STREAMS = 512  # each keeps a thread; the services limit their own further
 class HubServer:
     """A port that serves the hub's services. `port` is the real one if 0 was asked for."""
 
-    def __init__(self, host: str, port: int, state: Path, services: Sequence[MakeService] = SERVICES) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        state: Path,
+        services: Sequence[MakeService] = SERVICES,
+        security: Security = PLAIN,
+    ) -> None:
         state.mkdir(parents=True, exist_ok=True)
         options = [*channel_options(most_sent_bytes=-1), ("grpc.so_reuseport", 0)]
         self._server = grpc.server(ThreadPoolExecutor(_MAX_STREAMS, "hub"), options=options)
         self._server.add_generic_rpc_handlers(tuple(make(state) for make in services))
         try:
-            self.port = self._server.add_insecure_port(join_address(host, port))
+            self.port = security.open_port(self._server, host, port)
         except RuntimeError as error:
             raise EnvironmentProblem(
                 f"port {port} on {host} cannot be opened (in use, or not this machine's address); choose another with "
@@ -51,13 +60,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="edgelam hub", description="Serves a federation's hub.")
     parser.add_argument("--listen", required=True, metavar="HOST:PORT")
     parser.add_argument("--state", type=Path, required=True, help="folder with the files by which runs direct the hub")
+    parser.add_argument("--identity", type=Path, help="folder with the server's keys; without it: plain text")
+    parser.add_argument("--insecure", action="store_true", help="allows plain text beyond this machine")
     options = parser.parse_args()
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
     try:
         host, port = split_address(options.listen, "--listen")
-        server = HubServer(host, port, options.state)
+        security = Security(load_identity(options.identity) if options.identity else None, options.insecure)
+        server = HubServer(host, port, options.state, security=security)
     except EdgelamError as error:
         print(f"edgelam hub: {error}", file=sys.stderr)
         return error.exit_code

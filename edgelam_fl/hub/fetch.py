@@ -22,8 +22,10 @@ from edgelam_fl.model.index import TensorEntry
 from edgelam_fl.model.served import AnnouncedPart, check_part, fetch_missing, map_tensor, read_manifest, write_manifest
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.telemetry.events import Emit, SliceComing, SliceReceived
+from edgelam_fl.trust.identity import SERVER
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.grpc.options import grpc_reason
+from edgelam_fl.wire.grpc.secure import PLAIN, Security
 from edgelam_fl.wire.grpc.services import stub
 
 _MOST_FILE_BYTES = 64 << 20
@@ -64,6 +66,7 @@ def open_model(
     tokenizer: bool = False,
     emit: Emit = lambda event: None,
     timing: FetchTiming = DEFAULT_FETCH_TIMING,
+    security: Security = PLAIN,
 ) -> ModelSource:
     """Returns the model of a plan: this machine's own if it has the model, else the one that the hub serves.
 
@@ -77,16 +80,23 @@ def open_model(
     except ModelError:
         if not (hub and digest):
             raise
-    return Served(name, digest, hub, emit, timing).source(tokenizer)
+    return Served(name, digest, hub, emit, timing, security).source(tokenizer)
 
 
 class Served:
     """A model that the hub serves: on this machine's disk are the files and tensors that were needed so far."""
 
     def __init__(
-        self, name: str, digest: str, hub: str, emit: Emit, timing: FetchTiming = DEFAULT_FETCH_TIMING
+        self,
+        name: str,
+        digest: str,
+        hub: str,
+        emit: Emit,
+        timing: FetchTiming = DEFAULT_FETCH_TIMING,
+        security: Security = PLAIN,
     ) -> None:
         self._name, self._digest, self._hub, self._emit, self._timing = name, digest, hub, emit, timing
+        self._security = security
         self._folder = cache_folder() / "slices" / digest[:32]
         self._shapes: dict[str, tuple[int, ...]] = {}
 
@@ -210,7 +220,7 @@ class Served:
 
     def _call(self, method: str, request: pb.SliceRequest, timeout_s: float) -> Iterator[Any]:
         """Yields the answers. Raises Refused with the hub's reason, PeerLost if another try may succeed."""
-        with grpc.insecure_channel(self._hub, options=_OPTIONS) as channel:
+        with self._security.channel(self._hub, SERVER, _OPTIONS) as channel:
             try:
                 answer = stub(channel, SLICES_SERVICE, method)(request, timeout=timeout_s)
                 yield from [answer] if method == "Describe" else answer

@@ -15,6 +15,8 @@ import grpc
 from edgelam_fl.addresses import join_address
 from edgelam_fl.errors import EnvironmentProblem
 from edgelam_fl.hub.echo import CHUNK_BYTES, ECHO_SERVICE, LIMITS, write_length
+from edgelam_fl.trust.identity import SERVER
+from edgelam_fl.wire.grpc.secure import PLAIN, Security
 from edgelam_fl.wire.grpc.services import stub
 
 HUB_ANSWER_S = 10.0  # patience with a hub that does not answer
@@ -33,13 +35,13 @@ class LinkSpeed:
     round_trip_s: float
 
 
-def measure_link(host: str, port: int, answer_s: float = HUB_ANSWER_S) -> LinkSpeed:
+def measure_link(host: str, port: int, answer_s: float = HUB_ANSWER_S, security: Security = PLAIN) -> LinkSpeed:
     """Measures the link to the hub at `host` and `port`, with twice 21 MiB at most; a slow link takes about a second.
 
     Raises EnvironmentProblem if no hub answers within `answer_s` seconds.
     """
     address = join_address(host, port)
-    with grpc.insecure_channel(address) as channel:
+    with security.channel(address, SERVER, []) as channel:
         try:
             ping = stub(channel, ECHO_SERVICE, "Ping")
             ping(b"", timeout=answer_s, wait_for_ready=True)  # opens the connection

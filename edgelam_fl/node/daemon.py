@@ -9,15 +9,17 @@ import argparse
 import signal
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgelam_fl.addresses import join_address, split_address
-from edgelam_fl.errors import EdgelamError
+from edgelam_fl.errors import EdgelamError, EnvironmentProblem
 from edgelam_fl.telemetry.events import EventLog, NodeReady
 
 if TYPE_CHECKING:
     from edgelam_fl.node.service import StageHost
+    from edgelam_fl.wire.grpc.secure import Security
 
 _MOST_EVENTS_BYTES = 8 << 20  # and as much again in the file before: a board's card is small
 
@@ -33,7 +35,10 @@ def main() -> int:
 
 
 def serve(options: argparse.Namespace) -> int:
-    """Serves until SIGTERM or SIGINT. Raises EnvironmentProblem if the port of the data plane cannot be opened."""
+    """Serves until SIGTERM or SIGINT.
+
+    Raises EnvironmentProblem if the port of the data plane cannot be opened or the node's keys cannot be read.
+    """
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
@@ -41,12 +46,13 @@ def serve(options: argparse.Namespace) -> int:
     from edgelam_fl.wire.control import ControlServer
     from edgelam_fl.wire.grpc.serve import DataPlaneServer
 
+    security = _security(options)
     log = EventLog(options.state / "events.jsonl", _MOST_EVENTS_BYTES)
-    node = _make_node(options, log)
+    node = _make_node(options, log, security)
     data_plane = None
     listen = listen_address(options.listen, is_device=options.data is not None)
     if listen is not None:
-        data_plane = DataPlaneServer(*listen, node.admit)
+        data_plane = DataPlaneServer(*listen, node.admit, security=security)
         node.address = node.address or join_address(listen[0], data_plane.port)
     handlers = {"GetProfile": node.profile, "Submit": node.submit, "Wait": node.wait}
     control = ControlServer(options.state, lambda _: handlers)
@@ -60,7 +66,21 @@ def serve(options: argparse.Namespace) -> int:
     return 0
 
 
-def _make_node(options: argparse.Namespace, log: EventLog) -> StageHost:
+def _security(options: argparse.Namespace) -> Security:
+    """Returns how the node opens channels and ports. Raises EnvironmentProblem for keys that are not the node's."""
+    from edgelam_fl.trust.identity import load_identity
+    from edgelam_fl.wire.grpc.secure import Security
+
+    identity = load_identity(options.identity) if options.identity else None
+    if identity is not None and identity.name != options.name:
+        raise EnvironmentProblem(
+            f"the keys in {options.identity} are those of node {identity.name!r}, and this is {options.name!r}: start it "
+            "with the name that it joined by, or join again"
+        )
+    return Security(identity, options.insecure)
+
+
+def _make_node(options: argparse.Namespace, log: EventLog, security: Security) -> StageHost:
     import torch
 
     from edgelam_fl.model.allocator import give_back_at_once
@@ -74,12 +94,13 @@ def _make_node(options: argparse.Namespace, log: EventLog) -> StageHost:
     if options.threads:
         torch.set_num_threads(options.threads)
     return StageHost(
-        options.name, dial, log,
+        options.name, partial(dial, security=security), log,
         examples=DeviceExamples(options.data) if options.data is not None else None,
         address=BEHIND + options.name if options.listen == RELAY else options.advertise,
         tags=options.tag,
         server=split_address(options.server, "--server")[0] if options.server else "",
-        open_door=RelayedDoor,
+        open_door=partial(RelayedDoor, security=security),
+        security=security,
     )  # fmt: skip
 
 
@@ -113,6 +134,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--tag", action="append", default=[], help="a word by which runs may choose the node; may be repeated"
     )
+    parser.add_argument("--identity", type=Path, help="folder with the node's keys; without it: plain text")
+    parser.add_argument("--insecure", action="store_true", help="allows plain text beyond this machine")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     return parser.parse_args(arguments)
 

@@ -1,4 +1,7 @@
-"""Finds models for a node: on this machine, else at the hub beside its server. Knows plans; knows no bytes and no gRPC."""
+"""Finds models for a node: on this machine, else at the hub beside its server. Measures the link to the hub.
+
+Knows plans; knows no bytes and no gRPC.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,12 @@ from dataclasses import dataclass
 
 from edgelam_fl.addresses import join_address
 from edgelam_fl.hub.fetch import open_model
+from edgelam_fl.hub.link_speed import LinkSpeed, measure_link
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.reading import hosted_span
 from edgelam_fl.telemetry.events import Emit
 from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.grpc.secure import PLAIN, Security
 
 
 @dataclass(frozen=True)
@@ -18,6 +23,7 @@ class ServerHub:
 
     host: str  # the server's host name or address; empty: the node knows no server
     emit: Emit
+    security: Security = PLAIN
 
     def address(self, port: int) -> str:
         """Returns HOST:PORT of the hub; empty if there is none."""
@@ -25,7 +31,12 @@ class ServerHub:
 
     def find(self, name: str, digest: str, port: int, tokenizer: bool = False) -> ModelSource:
         """Returns a model; `tokenizer` says whether text is handled. Raises ModelError if it is neither here nor served."""
-        return open_model(name, digest, self.address(port), tokenizer=tokenizer, emit=self.emit)
+        hub = self.address(port)
+        return open_model(name, digest, hub, tokenizer=tokenizer, emit=self.emit, security=self.security)
+
+    def measure_link(self, port: int) -> LinkSpeed:
+        """Measures the link to the hub. Raises EnvironmentProblem if no hub answers."""
+        return measure_link(self.host, port, security=self.security)
 
     def find_planned(self, plan: pb.Plan) -> ModelSource:
         """Returns the model of a plan, with its tokenizer if the node holds examples or the head. Raises as `find`."""

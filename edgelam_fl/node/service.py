@@ -29,6 +29,7 @@ from edgelam_fl.split.route import Dial
 from edgelam_fl.telemetry.events import Emit, JobDone
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.grpc.secure import PLAIN, Security
 from edgelam_fl.wire.link import Link
 from edgelam_fl.wire.relay import Relay
 
@@ -72,6 +73,7 @@ class StageHost:
         tags: Sequence[str] = (),
         server: str = "",
         open_door: OpenDoor | None = None,
+        security: Security = PLAIN,
         hooks: NodeHooks = DEFAULT_HOOKS,
         timing: StageHostTiming = DEFAULT_STAGE_HOST_TIMING,
     ) -> None:
@@ -80,12 +82,13 @@ class StageHost:
         `examples`: a device's; None makes it an edge server. `address`: where others reach its data plane, empty if they
         cannot; may be set until the first profile is asked for. `tags`: words by which a run may choose the node. `server`:
         host of its server, where the hub is. `open_door`: lets others in by way of the hub; None: they dial the node alone.
+        `security`: how the node calls the hub.
         """
         self.name, self.address = name, address
         self.role = pb.EDGE if examples is None else pb.DEVICE
         self._emit, self._tags, self._examples = emit, tuple(tags), examples
         self._open_door, self._timing = open_door, timing
-        self._hub = ServerHub(server, emit)
+        self._hub = ServerHub(server, emit, security)
         memory = NodeMemory(hooks.load, self._hub.find_planned, timing.gone_s)
         self._means = Means(dial=dial, hub=self._hub, memory=memory, examples=examples, hooks=hooks)
         self._lock = threading.Lock()  # guards the three below

@@ -78,10 +78,13 @@ class Group:
             return pb.Refuse(
                 reason=f"node {hello.node!r} has no route here in {job_id(self.plan)}, or a wrong route token"
             )
+        entry = hello.link == pb.ENTRY
+        caller = self._dialler(member, entry)
+        if hello.node != caller:
+            return pb.Refuse(reason=f"this route's link is dialled by {caller!r}, not by {hello.node!r}")
         refusal = self._refusal(hello, shared)
         if refusal:
             return pb.Refuse(reason=refusal)
-        entry = hello.link == pb.ENTRY
         side = "entry" if entry else "exit"
         with self._door:
             if (member.previous if entry else member.next) is not None or member.gone:
@@ -101,6 +104,10 @@ class Group:
             else:
                 member.next, member.window = link, self._granted(hello.window)
         return ready
+
+    def _dialler(self, member: Member, entry: bool) -> str:
+        """Returns the node that dials a link of a route here: the device, or the host before for an entry in the chain."""
+        return member.route.hops[self.position - 1].node if entry and self.position else member.route.device
 
     def _refusal(self, hello: pb.Hello, shared_codecs: list[str]) -> str:
         """Returns why a member of the group cannot be let in; empty if it can."""

@@ -28,8 +28,8 @@ from edgelam_fl.wire.pace import Pace
 from edgelam_fl.wire.relay import Relay
 from edgelam_fl.wire.terms import MakeTerms, OnSent, link_terms
 
-# address, link name, hello, counters, terms, seconds until the host must be ready, relay to try -> an open link
-Dial = Callable[[str, str, pb.Hello, ByteCounters, MakeTerms, float, Relay | None], Link]
+# host, its address, link name, hello, counters, terms, seconds until the host must be ready, relay to try -> an open link
+Dial = Callable[[str, str, str, pb.Hello, ByteCounters, MakeTerms, float, Relay | None], Link]
 _MEMORY_RETRY_S = 0.01
 
 
@@ -42,17 +42,17 @@ class Admits(Protocol):
 
 
 def memory_dial(nodes: Mapping[str, Admits]) -> Dial:
-    """Returns a dial between stage hosts of one process. An address is a node's name; `nodes` may still grow."""
+    """Returns a dial between stage hosts of one process, which `nodes` holds by name; it may still grow."""
 
     def dial(
-        address: str, name: str, hello: pb.Hello, counters: ByteCounters, make_terms: MakeTerms, ready_s: float,
+        node: str, address: str, name: str, hello: pb.Hello, counters: ByteCounters, make_terms: MakeTerms, ready_s: float,
         relay: Relay | None = None,
     ) -> Link:  # fmt: skip
         end = time.monotonic() + ready_s
         while time.monotonic() < end:
             ours, theirs = memory_pair(name, counters, ByteCounters())
             with theirs.holding_back():
-                answer = nodes[address].admit(hello, theirs)
+                answer = nodes[node].admit(hello, theirs)
                 if isinstance(answer, pb.Ready):
                     ours.open(make_terms(name, counters, answer))
                     return ours
@@ -86,7 +86,7 @@ def open_link(
     )  # fmt: skip
     name = link_name(plan, route, number, side)
     relay = Relay(hub, part_id(plan, hop.node), hop.relay_token) if hub and hop.relay_token else None
-    return dial(hop.address, name, hello, counters, make_terms, plan.deadlines.ready_s, relay)
+    return dial(hop.node, hop.address, name, hello, counters, make_terms, plan.deadlines.ready_s, relay)
 
 
 def most_bytes(plan: pb.Plan, hidden_size: int) -> int:

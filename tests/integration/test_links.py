@@ -48,7 +48,7 @@ def linked(
     make = make_terms(near_heard, silent_s=silent_s, pace=pace())
     try:
         link = dial(
-            f"127.0.0.1:{server.port}", "entry", hello(), ByteCounters(),
+            "edge-1", f"127.0.0.1:{server.port}", "entry", hello(), ByteCounters(),
             lambda *given: replace(make(*given), **of_dialler), ready_s=30, timing=timing,
         )  # fmt: skip
         yield link, near_heard, admitted[0], far_heard
@@ -131,7 +131,7 @@ def test_a_dialler_of_another_version_is_refused_with_the_way_out(version: int) 
     try:
         with pytest.raises(Refused, match=words):
             dial(
-                f"127.0.0.1:{server.port}", "entry", hello(version=version), ByteCounters(), make_terms(), ready_s=30
+                "edge-1", f"127.0.0.1:{server.port}", "entry", hello(version=version), ByteCounters(), make_terms(), ready_s=30
             )  # fmt: skip
     finally:
         server.stop()
@@ -143,7 +143,7 @@ def test_dialling_something_else_says_so() -> None:
     server.start()
     try:
         with pytest.raises(PeerLost, match="something else than a stage host answers there"):
-            dial(f"127.0.0.1:{port}", "entry", hello(), ByteCounters(), make_terms(), ready_s=2)
+            dial("edge-1", f"127.0.0.1:{port}", "entry", hello(), ByteCounters(), make_terms(), ready_s=2)
     finally:
         server.stop(grace=0)
 
@@ -152,4 +152,4 @@ def test_dialling_where_nobody_listens_says_so() -> None:
     with pytest.raises(
         PeerLost, match=r"entry at 127\.0\.0\.1:9 could not be reached within 1 s: nobody listens there"
     ):
-        dial("127.0.0.1:9", "entry", hello(), ByteCounters(), make_terms(), ready_s=1)
+        dial("edge-1", "127.0.0.1:9", "entry", hello(), ByteCounters(), make_terms(), ready_s=1)

@@ -79,7 +79,9 @@ def test_over_grpc(codec: Codec) -> None:
     server = DataPlaneServer("127.0.0.1", 0, admit)
     try:
         offer = hello(codecs=[codec.name, "raw"])
-        link = dial(f"127.0.0.1:{server.port}", "entry", offer, ByteCounters(), make_terms(near_heard), ready_s=30)
+        link = dial(
+            "host", f"127.0.0.1:{server.port}", "entry", offer, ByteCounters(), make_terms(near_heard), ready_s=30
+        )
         assert link.terms.codec == codec.name
         link.send(pb.Header(kind=pb.ACT), HIDDEN)
         admitted[0].send(pb.Header(kind=pb.GRAD), HIDDEN)

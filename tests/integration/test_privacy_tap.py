@@ -98,7 +98,9 @@ def _sent_through_the_proxy(leak: bytes, secrets: Secrets) -> set[str]:
     host = DataPlaneServer("127.0.0.1", 0, admit)
     proxy = CountingProxy(f"127.0.0.1:{host.port}")
     try:
-        link = dial(proxy.address, "entry edge-1", hello("planted/1/1"), ByteCounters(), make_terms(silent_s=10), 20)
+        link = dial(
+            "edge-1", proxy.address, "entry edge-1", hello("planted/1/1"), ByteCounters(), make_terms(silent_s=10), 20
+        )
         link.send(pb.Header(kind=pb.ACT, phase=pb.TRAIN), hidden.view(torch.float32).view(8, 1024))
         assert arrived.wait(20)
         link.close()

@@ -123,7 +123,17 @@ def test_logits_over_a_host_process_are_the_models(
             version=PROTOCOL_VERSION, job=job_id(plan), node="device-1", link=side, route_token=route.token,
             model_digest=source.digest, window=1, codecs=["raw"],
         )  # fmt: skip
-        links.append(dial(route.hops[0].address, "by hand", hello, ByteCounters(), terms, plan.deadlines.ready_s))
+        links.append(
+            dial(
+                route.hops[0].node,
+                route.hops[0].address,
+                "by hand",
+                hello,
+                ByteCounters(),
+                terms,
+                plan.deadlines.ready_s,
+            )
+        )
     unit = device_batches(source, config, data_files[2], "device-1", 1)[0][1]
     with torch.no_grad():
         for stage in (front, back):

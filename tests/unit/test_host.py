@@ -423,6 +423,8 @@ def test_a_table_beyond_the_plan_is_refused(tiny: ModelSource, rows: list[pb.Ste
         ({"route_token": b"device-1"}, "a wrong route token"),
         ({"route_token": b""}, "a wrong route token"),
         ({"device_index": 7}, "has no route here in run/1/1"),
+        ({"node": "device-1"}, "dialled by 'device-0', not by 'device-1'"),
+        ({"node": "edge-0"}, "dialled by 'device-0', not by 'edge-0'"),
         ({"model_digest": "0" * 64}, "has another model (000000000000)"),
         ({"codecs": ["int3"]}, "no codec in common: ['int3'] and ['raw']"),
         ({"codecs": []}, "no codec in common"),

@@ -60,7 +60,7 @@ class Host:
 
 def call(address: str, way: Relay | None, heard: Heard, ready_s: float = 20, node: str = "device-1") -> Link:
     terms = make_terms(heard, silent_s=30)
-    return dial(address, "entry edge-1", hello("rün/1/1", node), ByteCounters(), terms, ready_s, way)
+    return dial("edge-1", address, "entry edge-1", hello("rün/1/1", node), ByteCounters(), terms, ready_s, way)
 
 
 def test_frames_go_both_ways_and_an_end_that_closes_ends_the_other(way: Callable[[str], Relay]) -> None:

@@ -61,8 +61,8 @@ def test_a_host_short_of_memory_grants_less(tiny: ModelSource, data_files: list[
     nodes: dict[str, StageHost] = {}
     in_memory, windows = memory_dial(nodes), dict[str, int]()
 
-    def dial(address: str, name: str, *how: Any) -> Link:
-        link = in_memory(address, name, *how)
+    def dial(node: str, address: str, name: str, *how: Any) -> Link:
+        link = in_memory(node, address, name, *how)
         windows[name] = link.terms.window
         return link
 
@@ -89,7 +89,9 @@ def test_a_share_paces_both_ends_of_both_links(tiny: ModelSource) -> None:
     plan = fleet.plans(RoundFacts("r", 1, 1, 0, 1))["device-1"]
     plan.routes[0].share_bps = 0.25 * 8e6
 
-    def dial(address: str, name: str, hello: pb.Hello, counters: ByteCounters, make_terms: MakeTerms, *_: Any) -> Link:
+    def dial(
+        node: str, address: str, name: str, hello: pb.Hello, counters: ByteCounters, make_terms: MakeTerms, *_: Any
+    ) -> Link:
         near, _far = memory_pair(name, counters, counters)
         near.open(make_terms(name, counters, pb.Ready(window=1, codec="raw", job_token=1)))
         return near

@@ -13,7 +13,6 @@ import torch
 
 from edgelam_fl.errors import DataError, EnvironmentProblem, ModelError
 from edgelam_fl.files import cache_folder
-from edgelam_fl.hub.link_speed import measure_link
 from edgelam_fl.machine import disk_free_bytes, memory_free_bytes, resident_bytes
 from edgelam_fl.model.bases import usable_bases
 from edgelam_fl.model.layer_speed import measure_layers
@@ -72,7 +71,7 @@ def _add_measured(profile: pb.Profile, request: pb.ProfileRequest, hub: ServerHu
         profile.idle_bytes, profile.memory_available_bytes = _idle_bytes(), memory_free_bytes()
     if request.measure_link and request.hub_port and hub.host:
         with suppress(EnvironmentProblem):  # no hub answers
-            link = measure_link(hub.host, request.hub_port)
+            link = hub.measure_link(request.hub_port)
             profile.link_up_bps, profile.link_down_bps = link.up_bps, link.down_bps
             profile.round_trip_s = link.round_trip_s
 

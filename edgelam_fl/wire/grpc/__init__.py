@@ -1,1 +1,1 @@
-"""Links over gRPC: `dial` and `serve` are the two ends, `link` and `options` what both share."""
+"""Links over gRPC: `dial` and `serve` are the two ends; `link`, `options` and `secure` are what both share."""

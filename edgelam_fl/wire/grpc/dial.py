@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import grpc
 
 from edgelam_fl.errors import EdgelamError, PeerLost, ProtocolError, Refused
+from edgelam_fl.trust.identity import SERVER
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.grpc.link import GrpcLink
 from edgelam_fl.wire.grpc.options import DEFAULT_TIMING, LinkTiming, channel_options
+from edgelam_fl.wire.grpc.secure import PLAIN, Security, why_unreachable
 from edgelam_fl.wire.grpc.services import stub
 from edgelam_fl.wire.link import Frame, Link
 from edgelam_fl.wire.relay import BEHIND, BY_RELAY, DIAL, RELAY_SERVICE, Metadata, Relay
@@ -28,6 +30,7 @@ class _Way:
     """Address, relay and options for dialling one link."""
 
     address: str
+    node: str  # who answers there
     service: str = "DataPlane"
     method: str = "Link"
     metadata: Metadata = ()
@@ -35,6 +38,7 @@ class _Way:
 
 
 def dial(
+    node: str,
     address: str,
     name: str,
     hello: pb.Hello,
@@ -43,27 +47,28 @@ def dial(
     ready_s: float,
     relay: Relay | None = None,
     timing: LinkTiming = DEFAULT_TIMING,
+    security: Security = PLAIN,
 ) -> Link:
-    """Opens a link called `name` with the terms that `make_terms` makes of the host's READY.
+    """Opens a link called `name` to the host `node`, with the terms that `make_terms` makes of the host's READY.
 
-    Tries again while the host is not up or has no such job yet. If nobody answers at `address`, the link goes through
-    `relay`; None: there is no such way. Raises Refused with the host's reason, PeerLost after `ready_s` seconds, and what
-    `make_terms` raises.
+    Tries again while the host is not up or has no such job yet. If `node` does not answer at `address`, the link goes
+    through `relay`; None: there is no such way. Raises Refused with the host's reason, PeerLost after `ready_s` seconds,
+    EnvironmentProblem for an address that `security` does not allow, and what `make_terms` raises.
     """
     end = time.monotonic() + ready_s
-    ways = deque([_Way(address)] if not address.startswith(BEHIND) else [])
+    ways = deque([_Way(address, node)] if not address.startswith(BEHIND) else [])
     if relay is not None:
-        ways.append(_Way(relay.hub, RELAY_SERVICE, DIAL, relay.metadata, BY_RELAY))
+        ways.append(_Way(relay.hub, SERVER, RELAY_SERVICE, DIAL, relay.metadata, BY_RELAY))
     problem = "no answer" if ways else "it can be reached by a relay alone, and this server has none"
     while ways and time.monotonic() < end:
         way = ways[0]
-        channel = grpc.insecure_channel(way.address, options=channel_options(timing))
+        channel = security.channel(way.address, way.node, channel_options(timing))
         try:
             left_s = end - time.monotonic()
             grpc.channel_ready_future(channel).result(timeout=max(_LEAST_CONNECT_S, min(timing.connect_s, left_s)))
             outcome = _say_hello(channel, way, name + way.suffix, hello, counters, make_terms, timing)
         except grpc.FutureTimeoutError:
-            problem = "nobody listens there"
+            problem = why_unreachable(channel)
             channel.close()
             ways.rotate()
             continue
