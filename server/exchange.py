@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from edgelam_fl.names import printable
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExchangeTiming:
@@ -142,5 +144,5 @@ class Exchange:
 
 def _answer(peer: _Peer, message: Message) -> Arrived | Missing:
     if message.has_error():
-        return Missing(peer.name, f"its ClientApp failed: {message.error.reason}")
+        return Missing(peer.name, f"its ClientApp failed: {printable(message.error.reason)}")
     return Arrived(peer.name, message.content)

@@ -5,39 +5,49 @@ Asks nodes for their profiles and measurements. Knows nothing about rounds, plan
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from flwr.app import ConfigRecord, MessageType, RecordDict
 
 from edgelam_fl.config import RunConfig
-from edgelam_fl.errors import RunFailed
+from edgelam_fl.errors import ProtocolError, RunFailed
+from edgelam_fl.names import folded, why_no_name
 from edgelam_fl.plan.layout import who_may_host
 from edgelam_fl.telemetry.events import LayerSeconds, LinkMeasured, NodeJoined, NodeRefused
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.relay import BEHIND
-from server.exchange import Arrived, Exchange, Missing, Request
+from server.exchange import Exchange, Missing, Request
+from server.profiles import read_profile
 from server.run_folder import RunFolder
 from server.schedule import unfit
 
 _LINK = ("link_up_bps", "link_down_bps", "round_trip_s")
+OwnerOf = Callable[[int], str]  # Flower's node id -> the name that the node's key belongs to; empty: not known
 
 
 class Roster:
     """Profiles of the nodes that can take part, by name, and the problems of those that cannot."""
 
     def __init__(
-        self, exchange: Exchange, folder: RunFolder, request: pb.ProfileRequest, patience_s: float = 0.0
+        self,
+        exchange: Exchange,
+        folder: RunFolder,
+        request: pb.ProfileRequest,
+        patience_s: float = 0.0,
+        owner_of: OwnerOf = lambda node_id: "",
     ) -> None:
         """Starts empty. `patience_s`: the time for an answer to `request`, if longer than the exchange's own limit for
-        queries: a small board needs minutes to start Python.
+        queries: a small board needs minutes to start Python. `owner_of`: by default no node has a key, and the first to
+        give a name owns it.
         """
         self.profiles: dict[str, pb.Profile] = {}
         self.problems: dict[str, str] = {}
         self._exchange, self._folder, self._request = exchange, folder, request
         self._limit_s = max(exchange.timing.query_s, patience_s)
+        self._owner_of = owner_of
         self._ids: dict[str, int] = {}  # Flower's node ids, by name
+        self._spellings: dict[str, str] = {}  # of the names that were here, by their folded form
         self._known: set[int] = set()  # asked at least once
         self._lost: set[int] = set()  # out of the rounds, and asked again when a round starts
 
@@ -146,13 +156,16 @@ class Roster:
         """Returns the profiles of the nodes that answered, and why the others did not, by name."""
         content = RecordDict({"query": ConfigRecord({"request": request.SerializeToString()})})
         requests = [Request(name, node_id, MessageType.QUERY, content) for name, node_id in node_ids.items()]
-        answers = list(self._exchange.replies(requests, limit_s))
-        found = {
-            answer.name: pb.Profile.FromString(answer.content["profile"]["profile"])
-            for answer in answers
-            if isinstance(answer, Arrived)
-        }
-        return found, {answer.name: answer.reason for answer in answers if isinstance(answer, Missing)}
+        found, missing = {}, {}
+        for answer in self._exchange.replies(requests, limit_s):
+            if isinstance(answer, Missing):
+                missing[answer.name] = answer.reason
+                continue
+            try:
+                found[answer.name] = read_profile(answer.content)
+            except ProtocolError as error:
+                missing[answer.name] = str(error)
+        return found, missing
 
     def _name_of(self, node_id: int) -> str:
         """Returns a node's name; its number if the name is not known yet."""
@@ -162,14 +175,15 @@ class Roster:
         problem = profile.problem
         if profile.protocol_version != PROTOCOL_VERSION:
             problem = f"speaks protocol version {profile.protocol_version}, this server {PROTOCOL_VERSION}: install the same edgelam-fl"
-        elif profile.name in self._ids and self._ids[profile.name] != node_id and profile.name in self.profiles:
-            problem = "another node has this name already; give each its own with --name"
-        elif profile.address.startswith(BEHIND) and not self._request.hub_port:
+        elif not problem and (not_its_own := self._why_not_its_name(node_id, profile.name)):
+            problem = not_its_own
+        elif not problem and profile.address.startswith(BEHIND) and not self._request.hub_port:
             problem = "can be reached by a relay alone (--listen relay), and this server has none: start it with `edgelam server`"
         if problem:
-            self._refuse(profile.name, problem)
+            self._refuse(str(node_id) if why_no_name(profile.name) else profile.name, problem)
             return
         self._lost.discard(node_id)
+        self._spellings[folded(profile.name)] = profile.name
         self._ids[profile.name] = node_id
         self.profiles[profile.name] = profile
         self.problems.pop(profile.name, None)
@@ -177,10 +191,25 @@ class Roster:
             node=profile.name, role=pb.Role.Name(profile.role).lower(), address=profile.address,
             examples=profile.examples, held_out=profile.held_out,
             memory_available_bytes=profile.memory_available_bytes, cpu_threads=profile.cpu_threads, tags=tuple(profile.tags),
-            base_seconds=_finite(profile.base_seconds), idle_bytes=profile.idle_bytes, layer_times=_layer_times(profile),
+            base_seconds=dict(profile.base_seconds), idle_bytes=profile.idle_bytes, layer_times=_layer_times(profile),
             **_link(profile),
         )  # fmt: skip
         self._folder.emit(joined)
+
+    def _why_not_its_name(self, node_id: int, name: str) -> str:
+        """Returns why a node cannot have a name that is well formed; empty if it can."""
+        owner = self._owner_of(node_id)
+        if owner and owner != name:
+            return f"calls itself {name}, and its key belongs to {owner}; start it with the state folder and name that it joined with"
+        known = self._name_of(node_id)
+        if known not in (name, str(node_id)):
+            return f"was {known} a moment ago and calls itself {name} now; a node has one name"
+        if name in self.profiles and self._ids[name] != node_id:
+            return "another node has this name already; give each its own with --name"
+        spelling = self._spellings.get(folded(name), name)
+        if spelling != name:
+            return f"this run knows {spelling}, and names that differ in case alone are one name; choose another with --name"
+        return ""
 
     def _refuse(self, name: str, reason: str) -> None:
         if self.problems.get(name) != reason:  # a lost node is asked again and again
@@ -206,12 +235,8 @@ class Roster:
 
 
 def _layer_times(profile: pb.Profile) -> tuple[LayerSeconds, ...]:
-    return tuple(LayerSeconds(tokens=time.tokens, seconds=_finite(time.seconds)) for time in profile.layer_times)
+    return tuple(LayerSeconds(tokens=time.tokens, seconds=dict(time.seconds)) for time in profile.layer_times)
 
 
 def _link(profile: pb.Profile) -> dict[str, float]:
-    return _finite({key: getattr(profile, key) for key in _LINK})
-
-
-def _finite(values: Mapping[str, float]) -> dict[str, float]:
-    return {key: value for key, value in values.items() if math.isfinite(value)}
+    return {key: getattr(profile, key) for key in _LINK}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import socket
 import time
 from collections.abc import Sequence
@@ -13,10 +12,10 @@ from rich.console import Console
 from edgelam_fl.addresses import answers, check_plain_text, check_server_answers, split_address
 from edgelam_fl.errors import INTERRUPTED, ConfigError
 from edgelam_fl.federation.node_process import NodeProcesses
+from edgelam_fl.names import why_no_name, why_no_tag
 from edgelam_fl.tasks.files import read_records
 from edgelam_fl.wire.relay import RELAY
 
-_WORD = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
 _POLL_S = 0.25
 _LONGEST_PAUSE_S = 30.0  # between two looks for a server
 
@@ -44,9 +43,11 @@ def join(
     check_plain_text(host, "--server", insecure)
     _check_data_plane(listen, advertise, insecure)
     name = name or socket.gethostname()
-    for option, word in [("--name", name), *(("--tag", tag) for tag in tags)]:
-        if not re.fullmatch(_WORD, word):
-            raise ConfigError(f"{option} {word!r} may hold letters, digits, '.', '_' and '-', 63 at most")
+    if reason := why_no_name(name):
+        raise ConfigError(f"--name {name!r} {reason}")
+    for tag in tags:
+        if reason := why_no_tag(tag):
+            raise ConfigError(f"--tag {tag!r} {reason}")
     if data is not None:
         read_records(data)
     if wait:

@@ -139,7 +139,7 @@ def _make_node(folder: Path, facts: SimulatedNode, others: Mapping[str, StageHos
         around_play=lambda part, held: _around_play(part, held, examples, facts.attack),
     )
     return StageHost(
-        facts.name, memory_dial(others), lambda event: None, examples=examples, address=facts.name, hooks=hooks
+        facts.name, memory_dial(others), lambda event: None, examples=examples, address=f"{facts.name}:1", hooks=hooks
     )
 
 
@@ -188,7 +188,7 @@ def _make_nodes(folder: Path, shared: Shared) -> list[Handlers]:
 
 
 def _spare_profile(request: pb.ProfileRequest) -> pb.Profile:
-    return pb.Profile(protocol_version=PROTOCOL_VERSION, problem="has no part in this federation")
+    return pb.Profile(protocol_version=PROTOCOL_VERSION, name="spare", problem="has no part in this federation")
 
 
 def _reader(held_out: Path) -> ReadPairs:
