@@ -71,7 +71,7 @@ class Authority:
         valid: how long; a server's certificate lasts as long as the authority's, whose key lies beside it.
         Raises ConfigError for a key that is not ECDSA P-256 or a role that is none.
         """
-        public = _load_public(public_key)
+        public = load_public_key(public_key)
         if role not in ROLES:
             raise ConfigError(f"role {role!r} must be one of {', '.join(ROLES)}")
         until = valid_until(self.certificate) if role == SERVER else _now() + valid
@@ -96,6 +96,17 @@ def issue(authority: Authority, name: str, role: str, addresses: Iterable[str] =
     key = new_key()
     certificate = authority.sign(public_key(key), name, role, addresses)
     return Identity(name, role, key, certificate, authority.certificate)
+
+
+def load_public_key(public_key: bytes) -> ec.EllipticCurvePublicKey:
+    """Parses a public key (PEM). Raises ConfigError if it is not of the one kind that is signed, ECDSA P-256."""
+    try:
+        public = serialization.load_pem_public_key(public_key)
+    except ValueError as error:
+        raise ConfigError(f"the public key cannot be read ({error})") from error
+    if not isinstance(public, ec.EllipticCurvePublicKey) or public.curve.name != "secp256r1":
+        raise ConfigError("the public key must be ECDSA P-256, as `edgelam client --join` makes it")
+    return public
 
 
 def _make(key_file: Path, certificate_file: Path) -> None:
@@ -148,16 +159,6 @@ def _general_name(address: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(address))
     except ValueError:
         return x509.DNSName(address)
-
-
-def _load_public(public_key: bytes) -> ec.EllipticCurvePublicKey:
-    try:
-        public = serialization.load_pem_public_key(public_key)
-    except ValueError as error:
-        raise ConfigError(f"the public key cannot be read ({error})") from error
-    if not isinstance(public, ec.EllipticCurvePublicKey) or public.curve.name != "secp256r1":
-        raise ConfigError("the public key must be ECDSA P-256, as `edgelam client --join` makes it")
-    return public
 
 
 def _public_pem(certificate: x509.Certificate) -> bytes:

@@ -69,12 +69,18 @@ def load_identity(folder: Path) -> Identity:
                 f"{folder / file} cannot be read ({error.strerror}): this machine has no keys there; join the federation "
                 f"with a join command of `edgelam invite NAME` on its server"
             ) from error
-    peer = peer_of(found["certificate"])
-    if public_key(found["key"]) != _public_key_of(found["certificate"]):
-        raise EnvironmentProblem(
-            f"{folder / 'key.pem'} is not the key of {folder / 'certificate.pem'}; restore both from one backup, or join again"
-        )
-    return Identity(peer.name, peer.role, **found)
+    try:
+        return identity_of(**found)
+    except EnvironmentProblem as error:
+        raise EnvironmentProblem(f"{folder}: {error}; restore the folder from a backup, or join again") from error
+
+
+def identity_of(key: bytes, certificate: bytes, authority: bytes) -> Identity:
+    """Returns the identity that a key and its certificate make. Raises EnvironmentProblem if the key is another one's."""
+    peer = peer_of(certificate)
+    if public_key(key) != _public_key_of(certificate):
+        raise EnvironmentProblem("the certificate was made for another key")
+    return Identity(peer.name, peer.role, key, certificate, authority)
 
 
 def has_identity(folder: Path) -> bool:
@@ -123,11 +129,9 @@ def load_key(key: bytes) -> ec.EllipticCurvePrivateKey:
     try:
         parsed = serialization.load_pem_private_key(key, password=None)
     except (ValueError, TypeError) as error:
-        raise EnvironmentProblem(
-            f"the private key is damaged ({error}); restore it from a backup, or join again"
-        ) from error
+        raise EnvironmentProblem(f"the private key is damaged ({error})") from error
     if not isinstance(parsed, ec.EllipticCurvePrivateKey):
-        raise EnvironmentProblem("the private key is not ECDSA; restore it from a backup, or join again")
+        raise EnvironmentProblem("the private key is not ECDSA")
     return parsed
 
 
@@ -167,6 +171,4 @@ def _parse(certificate: bytes) -> x509.Certificate:
     try:
         return x509.load_pem_x509_certificate(certificate)
     except ValueError as error:
-        raise EnvironmentProblem(
-            f"the certificate is damaged ({error}); restore it from a backup, or join again"
-        ) from error
+        raise EnvironmentProblem(f"the certificate is damaged ({error})") from error

@@ -157,7 +157,7 @@ def test_an_identity_is_read_as_it_was_written_and_by_its_owner_alone(authority:
     [
         ("key.pem", None, "key.pem cannot be read.*no keys there; join"),
         ("key.pem", b"garbage", "the private key is damaged"),
-        ("key.pem", new_key(), "key.pem is not the key of .*certificate.pem"),
+        ("key.pem", new_key(), "identity: the certificate was made for another key; restore .* or join again"),
         ("certificate.pem", b"garbage", "the certificate is damaged"),
     ],
 )
