@@ -8,10 +8,16 @@ from collections import defaultdict
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 GRPC_MESSAGE_FRAME_BYTES = 5  # gRPC's prefix of every message: a flag and a length
+UNKNOWN = "UNKNOWN"  # all kinds that this version does not know: a sender may invent any number of them
+
+
+def kind_name(kind: int) -> str:
+    """Returns the name of a kind of frames; UNKNOWN if this version does not know the kind."""
+    return pb.Kind.Name(kind) if kind in pb.Kind.values() else UNKNOWN
 
 
 class ByteCounters:
-    """The byte counts of one job. Safe to call from any thread."""
+    """The byte counts of one job: a row per link, direction and known kind. Safe to call from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -19,9 +25,8 @@ class ByteCounters:
 
     def add(self, link: str, direction: str, kind: int, payload_bytes: int, message_bytes: int) -> None:
         """Counts one message. `message_bytes` includes the payload."""
-        name = pb.Kind.Name(kind) if kind in pb.Kind.values() else f"KIND_{kind}"
         with self._lock:
-            count = self._counts[(link, direction, name)]
+            count = self._counts[(link, direction, kind_name(kind))]
             count[0] += payload_bytes
             count[1] += message_bytes - payload_bytes + GRPC_MESSAGE_FRAME_BYTES
             count[2] += 1

@@ -23,7 +23,7 @@ from google.protobuf.message import DecodeError
 from edgelam_fl.errors import PeerLost, ProtocolError
 from edgelam_fl.wire import PROTOCOL_VERSION, codecs
 from edgelam_fl.wire import edgelam_pb2 as pb
-from edgelam_fl.wire.counters import ByteCounters
+from edgelam_fl.wire.counters import ByteCounters, kind_name
 from edgelam_fl.wire.outbox import ACTIVATIONS, CONTROL, GRADIENTS
 from edgelam_fl.wire.pace import Pace
 from edgelam_fl.wire.terms import LinkTerms, OnFrame, OnLost, OnSent
@@ -31,6 +31,12 @@ from edgelam_fl.wire.terms import LinkTerms, OnFrame, OnLost, OnSent
 MAX_CHUNK_BYTES = 1 << 20  # the largest chunk that a receiver takes
 MIN_CHUNK_BYTES = 16 << 10  # the smallest, but for a tensor's last chunk: a flood of crumbs costs more time than bytes
 MAX_HEADER_BYTES = 4 << 20  # the TABLE of a phase with very many steps is the largest header
+MOST_UNKNOWN_KINDS = 100  # that a link takes; newer versions use few
+PINGS_SAVED, PINGS_PER_S = (
+    200,
+    20,
+)  # signs of life that a link takes at once, and in the long run; honest ends send one in seconds
+MAX_HELLO_BYTES = 64 << 10  # the largest header of a handshake: nobody has been let in yet
 CHUNK_BYTES = (
     256 << 10
 )  # our senders' choice: over 1 Mbit/s, with two links at once, pings still pass every few seconds
@@ -40,11 +46,13 @@ _PRIORITY = {
     pb.ACT: ACTIVATIONS, pb.LABELS: ACTIVATIONS, pb.KV_STEP: ACTIVATIONS,
 }  # fmt: skip
 _HANDSHAKE = {pb.HELLO, pb.READY, pb.NOT_READY, pb.REFUSE}  # before a link is open, and only then
-_ANY_TIME = {pb.PING, pb.PONG, pb.ERROR}
+_ANY_TIME = {pb.ERROR}
 _OPEN = {
+    pb.PING, pb.PONG,
     pb.TABLE, pb.TABLE_ALL, pb.ACT, pb.GRAD, pb.GRAD_END, pb.STEP_CLOSE, pb.STEP_READY, pb.STEP_APPLY, pb.DONE,
     pb.CANCEL, pb.LABELS, pb.KV_STEP, pb.KV_DROP,
 }  # fmt: skip
+_CHATTER = {pb.PING, pb.PONG, pb.ERROR}
 _WITH_TENSOR = {pb.ACT, pb.GRAD, pb.LABELS, pb.KV_STEP}
 _DTYPES = {pb.LABELS: codecs.NUMBERS}  # all other kinds: codecs.HIDDEN
 
@@ -108,6 +116,9 @@ class Link:
         self._send_lock = threading.RLock()
         self._lost_lock = threading.Lock()
         self._partial: dict[int, _Partial] = {}
+        self._unknown_kinds = 0
+        self._pings_left, self._pings_counted_at = float(PINGS_SAVED), self.last_heard
+        self._unsent_signs: set[int] = set()  # kinds, PING or PONG, of which one is in the queue
 
     # ---- for the layers above
 
@@ -157,7 +168,16 @@ class Link:
 
     def ping(self) -> None:
         """Asks the other end for a sign of life, and gives one."""
-        self.send(pb.Header(kind=pb.PING, progress=self._progress))
+        self._send_sign(pb.PING)
+
+    def _send_sign(self, kind: pb.Kind) -> None:
+        """Sends PING or PONG, unless one is still in the queue: to an end that does not read, nothing more is said."""
+        with self._send_lock:
+            if kind in self._unsent_signs or self.closed:
+                return
+            self._unsent_signs.add(kind)
+            header = pb.Header(kind=kind, progress=self._progress, job_token=self.terms.job_token)
+            self._enqueue(header, [b""], partial(self._unsent_signs.discard, kind))
 
     def send(self, header: pb.Header, tensor: torch.Tensor | None = None) -> None:
         """Queues a frame. A closed link drops it: `on_lost` has already been called with the reason."""
@@ -216,18 +236,30 @@ class Link:
         self.last_heard = time.monotonic()
         try:
             frame = self._parse(message)
+            if frame is not None:
+                self._deliver(frame)
         except ProtocolError as error:
             farewell = pb.Header(kind=pb.ERROR, error=pb.Error(code="protocol", scope="route", text=str(error)))
             self.lost(f"the other end broke the protocol: {error}", farewell)
-            return
-        if frame is None:
-            return
-        if frame.header.kind == pb.PING:
-            self.send(pb.Header(kind=pb.PONG, progress=self._progress))
-        elif frame.header.kind == pb.ERROR and frame.header.error.scope != "unit":
-            self.lost(f"the other end reports {frame.header.error.code}: {frame.header.error.text}")
-        elif frame.header.kind != pb.PONG:
+
+    def _deliver(self, frame: Frame) -> None:
+        """Answers signs of life; hands any other frame on. Raises ProtocolError if the other end sends too many."""
+        header = frame.header
+        if header.kind in _CHATTER:
+            self._count_chatter()
+        if header.kind == pb.PING:
+            self._send_sign(pb.PONG)
+        elif header.kind == pb.ERROR and header.error.scope != "unit":
+            self.lost(f"the other end reports {header.error.code}: {header.error.text}")
+        elif header.kind != pb.PONG:
             self._on_frame(self, frame)
+
+    def _count_chatter(self) -> None:
+        gained = PINGS_PER_S * (self.last_heard - self._pings_counted_at)
+        self._pings_left = min(PINGS_SAVED, self._pings_left + gained) - 1
+        self._pings_counted_at = self.last_heard
+        if self._pings_left < 0:
+            raise ProtocolError(f"a flood of PING, PONG or ERROR: more than {PINGS_PER_S} per second")
 
     def lost(self, reason: str, farewell: pb.Header | None = None) -> None:
         """Ends the link for `reason`, after a last frame to the other end, the `farewell`, if there is one."""
@@ -253,7 +285,7 @@ class Link:
 
     def _parse(self, message: bytes) -> Frame | None:
         """Returns the frame that the message completes. None: its tensor is not complete, or its kind is unknown."""
-        header, payload = _split(message)
+        header, payload = _split(message, MAX_HEADER_BYTES if self.is_open else MAX_HELLO_BYTES)
         self.counters.add(self.name, "received", header.kind, len(payload), len(message))
         expected = self._terms.job_token if self._terms is not None else 0
         if expected and header.job_token not in (0, expected):
@@ -267,12 +299,15 @@ class Link:
         return Frame(header)
 
     def _understands(self, header: pb.Header) -> bool:
-        """Answers an unknown kind, unless it is optional. Raises ProtocolError for a known kind at the wrong time."""
+        """Answers an unknown kind, unless it is optional. Raises ProtocolError for a kind at the wrong time."""
         if header.kind in _ANY_TIME or header.kind in (_OPEN if self.is_open else _HANDSHAKE):
             return True
-        if header.kind in _OPEN | _HANDSHAKE:
+        if header.kind in _HANDSHAKE or not self.is_open:
             when = "after the handshake" if self.is_open else "before the handshake is over"
-            raise ProtocolError(f"a frame of kind {pb.Kind.Name(header.kind)} {when}")
+            raise ProtocolError(f"a frame of kind {kind_name(header.kind)} {when}")
+        self._unknown_kinds += 1
+        if self._unknown_kinds > MOST_UNKNOWN_KINDS:
+            raise ProtocolError(f"more than {MOST_UNKNOWN_KINDS} frames of unknown kinds")
         if not header.optional:
             text = f"kind {header.kind} is not supported in version {PROTOCOL_VERSION}"
             self.send(pb.Header(kind=pb.ERROR, error=pb.Error(code="unsupported", scope="unit", text=text)))
@@ -311,12 +346,12 @@ def _chunk_bytes(pace: Pace | None) -> int:
     return int(max(MIN_CHUNK_BYTES, min(CHUNK_BYTES, pace.bytes_per_s * _PACED_CHUNK_S)))
 
 
-def _split(message: bytes) -> tuple[pb.Header, memoryview]:
-    """Returns the header and the payload. Raises ProtocolError for bytes that are not a message."""
+def _split(message: bytes, most_bytes: int) -> tuple[pb.Header, memoryview]:
+    """Returns the header, of at most `most_bytes`, and the payload. Raises ProtocolError for bytes that are not a message."""
     if len(message) < 4:
         raise ProtocolError(f"a message of {len(message)} bytes is shorter than its own length field")
     (length,) = struct.unpack_from("<I", message)
-    if length > min(MAX_HEADER_BYTES, len(message) - 4):
+    if length > min(most_bytes, len(message) - 4):
         raise ProtocolError(f"a header of {length} bytes in a message of {len(message)}")
     view = memoryview(message)
     try:

@@ -36,7 +36,7 @@ class LinkTerms:
     silent_s: float  # the link counts as lost after so long without a message; 0: never
     counters: ByteCounters
     pace: Pace | None  # how fast this end sends data, perhaps shared with other links; None: no limit
-    on_frame: OnFrame  # called with every frame, on the transport's thread
+    on_frame: OnFrame  # called with every frame, on the transport's thread; a ProtocolError ends the link
     on_lost: OnLost  # called once, with the reason, unless this end closes the link first
     on_sent: (
         OnSent | None

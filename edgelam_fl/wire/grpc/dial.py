@@ -52,8 +52,8 @@ def dial(
     """Opens a link called `name` to the host `node`, with the terms that `make_terms` makes of the host's READY.
 
     Tries again while the host is not up or has no such job yet. If `node` does not answer at `address`, the link goes
-    through `relay`; None: there is no such way. Raises Refused with the host's reason, PeerLost after `ready_s` seconds,
-    EnvironmentProblem for an address that `security` does not allow, and what `make_terms` raises.
+    through `relay`, and the two ways take turns; None: there is no such way. Raises Refused with the host's reason, PeerLost
+    after `ready_s` seconds, EnvironmentProblem for an address that `security` does not allow, and what `make_terms` raises.
     """
     end = time.monotonic() + ready_s
     ways = deque([_Way(address, node)] if not address.startswith(BEHIND) else [])
@@ -76,8 +76,7 @@ def dial(
             problem = str(error)
             channel.close()
             time.sleep(timing.redial_s)
-            if way.suffix:
-                ways.rotate()
+            ways.rotate()
             continue
         if isinstance(outcome, Link):
             return outcome
@@ -112,9 +111,9 @@ def _say_hello(
     call = stub(channel, way.service, way.method)(iter(link.outbox), metadata=way.metadata)
     link.read_from(call, then=channel.close)
     try:
-        answer = answers.get(timeout=timing.hello_s)
+        answer = answers.get(timeout=timing.answer_s)
     except queue.Empty:
-        answer = PeerLost(f"no answer to HELLO within {timing.hello_s:.0f} s")
+        answer = PeerLost(f"no answer to HELLO within {timing.answer_s:.0f} s")
     if isinstance(answer, pb.Header) and answer.kind == pb.READY:
         link.start_pulse(call.cancel)
         return link

@@ -35,7 +35,7 @@ class GrpcLink(Link):
         self.outbox.close(drop_data=lost)
 
     def start_pulse(self, hang_up: Callable[[], object]) -> None:
-        """Starts the pulse: pings the other end, and gives the link up if nothing comes back for too long."""
+        """Starts the pulse of an open link: pings the other end, and gives the link up if nothing comes back for too long."""
         threading.Thread(target=self._pulse, args=(hang_up,), name=f"pulse {self.name}", daemon=True).start()
 
     def _pulse(self, hang_up: Callable[[], object]) -> None:
@@ -45,25 +45,30 @@ class GrpcLink(Link):
             if self.closed:
                 return
             silent_s = time.monotonic() - self.last_heard
-            limit_s = self.terms.silent_s if self.is_open else self._timing.hello_s
-            if 0 < limit_s < silent_s:
+            if 0 < self.terms.silent_s < silent_s:
                 self.lost(f"silent for {silent_s:.0f} s")
                 hang_up()
             else:
                 self.ping()
 
     def read_from(self, messages: Iterator[bytes], then: Callable[[], object] = lambda: None) -> None:
-        """Starts the thread that receives until `messages` ends; it calls `then` at its own end."""
+        """Starts the thread that reads until `messages` ends; it calls `then` at its own end."""
 
         def read() -> None:
-            try:
-                for message in messages:
-                    self.receive(message)
-                self.lost("the other end closed the link")
-            except grpc.RpcError as error:
-                self.lost(grpc_reason(error))
-            except Exception as error:  # noqa: BLE001 - grpc raises a bare Exception when the peer vanishes
-                self.lost(f"the connection broke ({error or 'the peer vanished'})")
+            self.read(messages)
             then()
 
         threading.Thread(target=read, name=f"read {self.name}", daemon=True).start()
+
+    def read(self, messages: Iterator[bytes], most: int | None = None) -> None:
+        """Receives `most` messages, None: until `messages` ends. The link is lost if they end or break before that."""
+        try:
+            for number, message in enumerate(messages, 1):
+                self.receive(message)
+                if number == most:
+                    return
+            self.lost("the other end closed the link")
+        except grpc.RpcError as error:
+            self.lost(grpc_reason(error))
+        except Exception as error:  # noqa: BLE001 - grpc raises a bare Exception when the peer vanishes
+            self.lost(f"the connection broke ({error or 'the peer vanished'})")

@@ -8,6 +8,8 @@ import grpc
 
 Options = list[tuple[str, int]]
 MESSAGE_BYTES = 6 << 20  # enough for a chunk with the largest header
+_STREAMS_PER_CONNECTION = 16  # our diallers open one
+_CONNECTIONS = 1024  # below what a process may open, so that files can still be opened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,13 +17,15 @@ class LinkTiming:
     """Waits and intervals of the ends of a link, in seconds."""
 
     ping_every_s: float = 2.0  # our own PING, from a thread outside compute
-    hello_s: float = 10.0  # patience with the other end during the handshake
+    hello_s: float = 5.0  # patience of the dialled end: from a stream's start until its HELLO is answered
+    answer_s: float = 10.0  # patience of the dialling end with the answer to its HELLO
     connect_s: float = 5.0  # patience with one attempt to connect
     redial_s: float = 0.5  # pause before a link that broke in the handshake is dialled again
     listen_again_s: float = 2.0  # pause before a host calls a hub again that has gone away
     keepalive_s: float = 20.0  # gRPC's own ping on an idle connection
     keepalive_answer_s: float = 10.0  # patience with the answer to that ping
     keepalive_least_s: float = 5.0  # more frequent pings are taken for an attack
+    unused_s: float = 10.0  # a connection without a stream is closed after so long
 
 
 DEFAULT_TIMING = LinkTiming()
@@ -42,6 +46,20 @@ def channel_options(timing: LinkTiming = DEFAULT_TIMING, most_sent_bytes: int = 
         ("grpc.http2.min_ping_interval_without_data_ms", round(1000 * timing.keepalive_least_s)),
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.enable_http_proxy", 0),  # the other end is a machine of the federation, never a web address
+    ]
+
+
+def server_options(timing: LinkTiming = DEFAULT_TIMING, most_sent_bytes: int = MESSAGE_BYTES) -> Options:
+    """Returns gRPC's options for a server that carries links: those of a channel, and limits of what strangers may hold.
+
+    `most_sent_bytes`: as of `channel_options`.
+    """
+    return [
+        *channel_options(timing, most_sent_bytes),
+        ("grpc.server_handshake_timeout_ms", round(1000 * timing.hello_s)),  # TCP, TLS and HTTP/2 together
+        ("grpc.max_connection_idle_ms", round(1000 * timing.unused_s)),
+        ("grpc.max_concurrent_streams", _STREAMS_PER_CONNECTION),
+        ("grpc.max_allowed_incoming_connections", _CONNECTIONS),
     ]
 
 

@@ -1,4 +1,9 @@
-"""The end of a link that is dialled: directly, or through the relay of the server's hub. Knows handshakes; knows no plans."""
+"""The end of a link that is dialled: directly, or through the relay of the server's hub. Knows handshakes; knows no plans.
+
+Whoever reaches the port may open streams, so a stream has to earn what it costs: until its HELLO has been answered with READY
+it has a place in the lobby (`wire.grpc.lobby`) and one thread of a small pool. Threads of its own it gets afterwards, so
+streams that only wait never take anything from links that were let in.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +22,15 @@ from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.grpc.link import GrpcLink
-from edgelam_fl.wire.grpc.options import DEFAULT_TIMING, LinkTiming, channel_options
+from edgelam_fl.wire.grpc.lobby import DEFAULT_LOBBY_LIMITS, Lobby, LobbyLimits
+from edgelam_fl.wire.grpc.options import DEFAULT_TIMING, LinkTiming, channel_options, server_options
 from edgelam_fl.wire.grpc.secure import PLAIN, Security, peer
-from edgelam_fl.wire.grpc.services import service_handler, stub
+from edgelam_fl.wire.grpc.services import Send, WithoutThread, service_handler, stub
 from edgelam_fl.wire.link import Frame, Link
 from edgelam_fl.wire.relay import ACCEPT, LISTEN, RELAY_SERVICE, Relay, number_metadata
 
-_MAX_STREAMS = 512
+_WAITING_CALLS = 512  # streams that wait for a thread of the lobby's pool; gRPC turns further ones away
+_SPARE_THREADS = 16  # of that pool: for streams that have just lost their place in the lobby
 _MOST_SHOWN = 80  # characters of a name that a stranger sent
 _LOG = logging.getLogger(__name__)
 
@@ -41,12 +48,15 @@ class DataPlaneServer:
         doorkeeper: Doorkeeper,
         timing: LinkTiming = DEFAULT_TIMING,
         security: Security = PLAIN,
+        limits: LobbyLimits = DEFAULT_LOBBY_LIMITS,
     ) -> None:
-        self._doorkeeper, self._timing = doorkeeper, timing
+        self._doorkeeper, self._timing, self._lobby = doorkeeper, timing, Lobby(limits, timing.hello_s)
         self._server = grpc.server(
-            ThreadPoolExecutor(_MAX_STREAMS, "link"), options=[*channel_options(timing), ("grpc.so_reuseport", 0)]
+            ThreadPoolExecutor(limits.places + _SPARE_THREADS, "lobby"),
+            options=[*server_options(timing), ("grpc.so_reuseport", 0)],
+            maximum_concurrent_rpcs=_WAITING_CALLS,
         )
-        self._server.add_generic_rpc_handlers((service_handler("DataPlane", {"Link": self._link}),))
+        self._server.add_generic_rpc_handlers((service_handler("DataPlane", {"Link": WithoutThread(self._link)}),))
         try:
             self.port = security.open_port(self._server, host, port)
         except RuntimeError as error:
@@ -55,15 +65,36 @@ class DataPlaneServer:
             ) from error
         self._server.start()
 
+    @property
+    def waiting(self) -> int:
+        """Counts the streams that were not let in yet."""
+        return len(self._lobby)
+
     def stop(self) -> None:
         self._server.stop(grace=0.5)
+        self._lobby.close()
 
-    def _link(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        member = peer(context)
-        link = _served_link(context.peer(), member.name if member else None, self._doorkeeper, self._timing)
+    def _link(self, requests: Iterator[bytes], context: grpc.ServicerContext, send: Send) -> None:
+        """Shakes hands on a thread of the lobby's pool; gives a link that is let in threads of its own."""
+        with self._lobby.place(_address_of(context.peer()), context.cancel):
+            member = peer(context)
+            link = _served_link(context.peer(), member.name if member else None, self._doorkeeper, self._timing)
+            _take_hello(link, requests)
+            if not link.is_open:
+                _send_all(link, context, send)
+                return
         link.read_from(requests)
         link.start_pulse(context.cancel)
-        yield from link.outbox
+        threading.Thread(target=_send_all, args=(link, context, send), name=f"send {link.name}", daemon=True).start()
+
+
+def _send_all(link: GrpcLink, context: grpc.ServicerContext, send: Send) -> None:
+    """Sends what is in the link's outbox until the link or the call ends; then ends the call."""
+    for message in link.outbox:
+        send(message)
+        if not context.is_active():
+            break
+    send(None)
 
 
 class RelayedDoor:
@@ -73,6 +104,7 @@ class RelayedDoor:
         self, relay: Relay, doorkeeper: Doorkeeper, timing: LinkTiming = DEFAULT_TIMING, security: Security = PLAIN
     ) -> None:
         self._relay, self._doorkeeper, self._timing, self._security = relay, doorkeeper, timing, security
+        self._lobby = Lobby(DEFAULT_LOBBY_LIMITS, timing.hello_s)
         self._closed = threading.Event()
         self._calls: grpc.Call | None = None
         threading.Thread(target=self._listen, name="relay", daemon=True).start()
@@ -80,6 +112,7 @@ class RelayedDoor:
     def close(self) -> None:
         """Takes no more links; open ones stay open."""
         self._closed.set()
+        self._lobby.close()
         if self._calls is not None:
             self._calls.cancel()
 
@@ -91,18 +124,36 @@ class RelayedDoor:
                     if self._closed.is_set():
                         return
                     if number:  # an empty one only says that the hub is there
-                        self._accept(number)
+                        threading.Thread(target=self._accept, args=(number,), name="relayed link", daemon=True).start()
             self._closed.wait(self._timing.listen_again_s)
 
     def _accept(self, number: bytes) -> None:
-        channel = self._channel()
-        link = _served_link("a link by relay", None, self._doorkeeper, self._timing)
-        call = stub(channel, RELAY_SERVICE, ACCEPT)(iter(link.outbox), metadata=number_metadata(number))
-        link.read_from(call, then=channel.close)
-        link.start_pulse(call.cancel)
+        """Shakes hands with the dialler of this number; then reads its link until the link ends."""
+        with self._channel() as channel:
+            link = _served_link("a link by relay", None, self._doorkeeper, self._timing)
+            call = stub(channel, RELAY_SERVICE, ACCEPT)(iter(link.outbox), metadata=number_metadata(number))
+            with self._lobby.place(self._relay.hub, call.cancel):
+                _take_hello(link, call)
+                if not link.is_open:
+                    link.read(call)  # until the dialler has the refusal and hangs up
+                    return
+            link.start_pulse(call.cancel)
+            link.read(call)
 
     def _channel(self) -> grpc.Channel:
         return self._security.channel(self._relay.hub, SERVER, channel_options(self._timing))
+
+
+def _address_of(caller: str) -> str:
+    """Returns the address in gRPC's name of a caller ("ipv4:192.0.2.1:50312"), without the port."""
+    return caller.rpartition(":")[0]
+
+
+def _take_hello(link: GrpcLink, messages: Iterator[bytes]) -> None:
+    """Has the link answer the first message; closes it unless the answer is READY."""
+    link.read(messages, most=1)
+    if not link.is_open:
+        link.close()
 
 
 def _served_link(name: str, caller: str | None, doorkeeper: Doorkeeper, timing: LinkTiming) -> GrpcLink:

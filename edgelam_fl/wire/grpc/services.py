@@ -5,15 +5,32 @@ Names, streams and message types are written in the .proto alone; here they beco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import grpc
 
 from edgelam_fl.wire import edgelam_pb2 as pb
 
-Method = Callable[[Any, grpc.ServicerContext], Any]  # a request, or an iterator of them -> an answer, or an iterator
+Send = Callable[[bytes | None], object]  # sends a message of a call; None ends the call
+# a request or an iterator of requests, the context -> an answer or an iterator of answers; or a WithoutThread
+Method = Callable[..., Any]
 _CARDINALITY = {False: "unary", True: "stream"}
+
+
+class WithoutThread:
+    """A handler of a streaming method that keeps no thread of gRPC's: it may return before the call is over.
+
+    `handler` gets the requests, the context, and a function that sends; the call ends when that function gets None.
+    """
+
+    experimental_non_blocking = True  # gRPC's own name for such handlers
+
+    def __init__(self, handler: Callable[[Iterator[bytes], grpc.ServicerContext, Send], None]) -> None:
+        self._handler = handler
+
+    def __call__(self, requests: Iterator[bytes], context: grpc.ServicerContext, send: Send) -> None:
+        self._handler(requests, context, send)
 
 
 def declared_methods(service: str) -> list[str]:

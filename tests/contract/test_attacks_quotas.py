@@ -1,0 +1,254 @@
+"""What a stranger at a port, or a member on its own link, may use up: streams, threads, memory and patience."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+
+from edgelam_fl.hub import relay
+from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.counters import ByteCounters
+from edgelam_fl.wire.grpc.dial import dial
+from edgelam_fl.wire.grpc.lobby import Lobby, LobbyLimits
+from edgelam_fl.wire.grpc.options import LinkTiming
+from edgelam_fl.wire.grpc.serve import DataPlaneServer, RelayedDoor
+from edgelam_fl.wire.grpc.services import stub
+from edgelam_fl.wire.link import MAX_HELLO_BYTES, MOST_UNKNOWN_KINDS, PINGS_SAVED, Frame, Link
+from edgelam_fl.wire.memory import memory_pair
+from edgelam_fl.wire.relay import DIAL, LISTEN, Relay, make_token
+from tests.links import Heard, hello, make_terms, ready, terms
+from tests.support import WAIT_S, grpc_server
+
+FOREVER = LinkTiming(hello_s=3600.0)
+OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
+
+
+def message(header: pb.Header, payload: bytes = b"") -> bytes:
+    encoded = header.SerializeToString()
+    return struct.pack("<I", len(encoded)) + encoded + payload
+
+
+def eventually(done: Callable[[], bool]) -> None:
+    end = time.monotonic() + WAIT_S
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+class Port:
+    """A data port that lets everybody in who says HELLO."""
+
+    def __init__(self, timing: LinkTiming = FOREVER) -> None:
+        self.heard = Heard()
+        self.server = DataPlaneServer("127.0.0.1", 0, self.admit, timing)
+        self.address = f"127.0.0.1:{self.server.port}"
+
+    def admit(self, hello: pb.Hello, link: Link) -> pb.Ready:
+        link.open(terms(answer=ready(), heard=self.heard))
+        return ready()
+
+    def dial(self) -> Link:
+        return dial("edge-1", self.address, "entry", hello(), ByteCounters(), make_terms(), ready_s=WAIT_S)
+
+
+@contextmanager
+def port(timing: LinkTiming = FOREVER) -> Iterator[Port]:
+    opened = Port(timing)
+    try:
+        yield opened
+    finally:
+        opened.server.stop()
+
+
+@contextmanager
+def strangers(address: str, channels: int, streams: int, first: bytes | None = None) -> Iterator[list[grpc.Call]]:
+    """Streams that send `first`, None: nothing, and stay open."""
+    over = threading.Event()
+
+    def squat() -> Iterator[bytes]:
+        if first is not None:
+            yield first
+        over.wait()
+
+    opened = [grpc.insecure_channel(address, options=OWN_CONNECTION) for _ in range(channels)]
+    try:
+        yield [stub(channel, "DataPlane", "Link")(squat()) for channel in opened for _ in range(streams)]
+    finally:
+        over.set()
+        for channel in opened:
+            channel.close()
+
+
+def answers_of(address: str, *messages: bytes) -> list[pb.Header]:
+    """Returns what a port answers on one stream, until the port ends it."""
+    over = threading.Event()
+
+    def sent() -> Iterator[bytes]:
+        yield from messages
+        over.wait()
+
+    with grpc.insecure_channel(address, options=OWN_CONNECTION) as channel:
+        answers = list(stub(channel, "DataPlane", "Link")(sent(), timeout=WAIT_S))
+        over.set()
+    return [pb.Header.FromString(answer[4 : 4 + struct.unpack_from("<I", answer)[0]]) for answer in answers]
+
+
+def lobby_threads() -> int:
+    return sum(thread.name.startswith("lobby_") for thread in threading.enumerate())
+
+
+# ---------------------------------------------------------------- at the port
+
+
+def test_s10_streams_that_say_nothing_keep_nobody_out() -> None:
+    before = lobby_threads()
+    with port() as host, strangers(host.address, channels=40, streams=5):
+        eventually(lambda: host.server.waiting >= 8)
+        link = host.dial()
+        link.send(pb.Header(kind=pb.DONE))
+        assert isinstance(host.heard.get(timeout=WAIT_S), Frame)
+        assert host.server.waiting <= 33, "one address holds no more than half of the lobby"
+        assert lobby_threads() - before <= 80
+        link.close()
+
+
+def test_s10_a_stream_without_hello_is_hung_up_on_whatever_it_does() -> None:
+    with port(LinkTiming(hello_s=0.3)) as host, strangers(host.address, channels=1, streams=3) as calls:
+        for call in calls:
+            with pytest.raises(grpc.RpcError) as caught:
+                list(call)
+            assert caught.value.code() == grpc.StatusCode.CANCELLED
+        eventually(lambda: host.server.waiting == 0)
+
+
+@pytest.mark.parametrize("first", [pb.Header(kind=pb.PING), pb.Header(kind=pb.ACT), pb.Header(optional=True, kind=99)])  # type: ignore[arg-type]
+def test_s10_anything_but_hello_first_is_refused_and_closed(first: pb.Header) -> None:
+    with port() as host:
+        (answer,) = answers_of(host.address, message(first), message(pb.Header(kind=pb.HELLO, hello=hello())))
+        assert answer.kind == pb.ERROR
+        assert answer.error.text.endswith("before the handshake is over")
+        eventually(lambda: host.server.waiting == 0)
+
+
+def test_s10_a_large_header_is_not_read_before_hello() -> None:
+    with port() as host:
+        large = pb.Header(kind=pb.HELLO, hello=hello(node="x" * MAX_HELLO_BYTES))
+        (answer,) = answers_of(host.address, message(large))
+        assert answer.error.text.startswith("a header of ")
+
+
+def test_s10_connections_that_say_nothing_are_closed() -> None:
+    with port(LinkTiming(hello_s=0.3, unused_s=0.3)) as host:
+        silent = [socket.create_connection(("127.0.0.1", host.server.port)) for _ in range(100)]
+        host.dial().close()
+        for connection in silent:
+            connection.settimeout(WAIT_S)
+            while connection.recv(1 << 16):
+                pass  # gRPC's settings
+            connection.close()
+
+
+def test_s10_a_port_takes_a_limited_number_of_connections() -> None:
+    with port() as host:
+        link = host.dial()
+        opened = [socket.create_connection(("127.0.0.1", host.server.port)) for _ in range(1100)]
+        closed = 0
+        for connection in opened[-50:]:  # as those of one who came too late
+            connection.settimeout(WAIT_S)
+            closed += not connection.recv(1)
+        assert closed == 50
+        link.send(pb.Header(kind=pb.DONE))
+        assert isinstance(host.heard.get(timeout=WAIT_S), Frame)
+        for connection in opened:
+            connection.close()
+        link.close()
+
+
+def test_s10_the_lobby_gives_up_the_stream_that_has_waited_longest() -> None:
+    lobby, hung_up = Lobby(LobbyLimits(places=6, places_per_address=2), 3600.0), list[str]()
+    with ExitStack() as guests:
+
+        def enter(address: str, name: str) -> None:
+            guests.enter_context(lobby.place(address, lambda: hung_up.append(name)))
+
+        for name in ("a0", "a1", "a2"):
+            enter("a", name)
+        assert hung_up == [], "an address may have more while half of the lobby is free"
+        for address, name in (("a", "a3"), ("b", "b0"), ("a", "a4"), ("c", "c0"), ("d", "d0")):
+            enter(address, name)
+        assert hung_up == ["a0", "a1"]
+        enter("e", "e0")
+        enter("f", "f0")
+        assert hung_up == ["a0", "a1", "a2", "a3"], "the lobby is full: whoever has waited longest goes"
+        assert len(lobby) == 6
+    assert len(lobby) == 0
+    lobby.close()
+
+
+def test_s10_the_relay_is_used_if_the_direct_way_does_not_answer(tmp_path: Path) -> None:
+    over = threading.Event()
+
+    def never(hello: pb.Hello, link: Link) -> pb.NotReady:
+        over.wait(WAIT_S)
+        return pb.NotReady()
+
+    with port() as host, grpc_server([relay.make_service(tmp_path)]) as hub:
+        silent = DataPlaneServer("127.0.0.1", 0, never, FOREVER)
+        ways = {
+            method: Relay(f"127.0.0.1:{hub}", "r/1/1/e", make_token(relay.relay_key(tmp_path), method, "r/1/1/e"))
+            for method in (LISTEN, DIAL)
+        }
+        door = RelayedDoor(ways[LISTEN], host.admit)
+        link = dial(
+            "edge-1", f"127.0.0.1:{silent.port}", "entry", hello(), ByteCounters(), make_terms(), WAIT_S, ways[DIAL],
+            LinkTiming(answer_s=1.0, redial_s=0.0),
+        )  # fmt: skip
+        assert link.name == "entry by relay"
+        link.close()
+        door.close()
+        over.set()
+        silent.stop()
+
+
+# ---------------------------------------------------------------- on a link
+
+
+def test_s10_a_flood_of_pings_ends_the_link_and_answers_unread_are_not_kept() -> None:
+    class Unread(Link):
+        """An end whose messages nobody takes."""
+
+        queued = 0
+
+        def _transmit(self, priority: int, messages: list[bytes], left: Callable[[], None] | None) -> None:
+            self.queued += len(messages)
+
+    reasons, sent = list[str](), 0
+    link = Unread("entry ann", ByteCounters())
+    link.open(terms(on_lost=lambda _, reason: reasons.append(reason)))
+    while not link.closed:
+        link.receive(message(pb.Header(kind=pb.PING)))
+        sent += 1
+    assert PINGS_SAVED <= sent < 100 * PINGS_SAVED
+    assert "a flood of PING" in reasons[0]
+    assert link.queued == 2, "one PONG and the reason of the end"
+
+
+def test_s15_unknown_kinds_share_a_row_and_end_the_link() -> None:
+    counters, reasons = ByteCounters(), list[str]()
+    link, _ = memory_pair("entry ann", counters, ByteCounters())
+    link.open(terms(counters=counters, on_lost=lambda _, reason: reasons.append(reason)))
+    for number in range(1000):
+        header = pb.Header(optional=True)
+        header.kind = 1000 + number  # type: ignore[assignment]
+        link.receive(message(header))
+    assert link.closed
+    assert f"more than {MOST_UNKNOWN_KINDS} frames of unknown kinds" in reasons[0]
+    assert [row.kind for row in counters.report() if row.direction == "received"] == ["UNKNOWN"]
