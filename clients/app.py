@@ -1,8 +1,8 @@
 """The Flower ClientApp: hands plans to this node's stage host and answers with the stage host's reports.
 
-Flower may start a process per message, so the ClientApp stays thin: no torch, no model, no state. The node's state folder,
-into which the stage host wrote its endpoint, is the node configuration's `state`. In a simulation one process plays all
-stage hosts: the run's `fabric` setting names its state folder, and Flower's number of the node selects the stage host.
+Lives in the process of the node's SuperNode, which holds no model, so it stays thin: no torch, no state. The node's state
+folder, into which the stage host wrote its endpoint, is the node configuration's `state`. In a simulation one process plays
+all stage hosts: the run's `fabric` setting names its state folder, and Flower's number of the node selects the stage host.
 """
 
 from __future__ import annotations
@@ -109,10 +109,9 @@ def _unfinished(plan: pb.Plan, state: str, error: str = "") -> pb.JobReport:
 
 def _stage_host(context: Context) -> AbstractContextManager[ControlClient]:
     """Opens the control of this node's stage host, for a `with` block."""
-    fabric = str(context.run_config.get("fabric", ""))
-    if not fabric:
+    if "state" in context.node_config:  # a real node's: no run may send it elsewhere
         return control(Path(str(context.node_config["state"])))
-    state, _, federation = fabric.partition(FABRIC_SEPARATOR)
+    state, _, federation = str(context.run_config["fabric"]).partition(FABRIC_SEPARATOR)
     return control(Path(state), node=f"{federation}{FABRIC_SEPARATOR}{context.node_config['partition-id']}")
 
 

@@ -15,7 +15,7 @@ find /opt/edgelam -name __pycache__ -prune -exec rm -rf {} +
 import importlib
 
 for module in (
-    "bitsandbytes", "peft", "plotly.graph_objects", "flwr.clientapp", "flwr.serverapp", "safetensors.torch",
+    "bitsandbytes", "peft", "plotly.graph_objects", "flwr.serverapp", "edgelam_fl.federation.supernode", "safetensors.torch",
     "transformers.models.llama.modeling_llama", "transformers.models.llama.tokenization_llama", "transformers.tokenization_utils_fast",
     "edgelam_fl.cli.main", "edgelam_fl.federation.runs", "edgelam_fl.serving.generate", "edgelam_fl.node.daemon", "edgelam_fl.node.service",
     "edgelam_fl.telemetry.report.page", "edgelam_fl.wire.grpc.dial", "edgelam_fl.wire.control",
@@ -25,6 +25,6 @@ for module in (
     except ImportError as problem:  # containers only start more slowly
         print(f"not compiled beforehand: {module}: {problem}")
 END
-for tool in flwr flower-superlink flower-supernode flwr-serverapp flwr-clientapp edgelam; do
+for tool in flwr flower-superlink flwr-serverapp edgelam; do
   /opt/edgelam/bin/$tool --help >/dev/null || echo "not compiled beforehand: $tool"
 done

@@ -1,8 +1,8 @@
-"""Converts adapters to and from Flower's ArrayRecords, and finds the function behind `flwr-clientapp`."""
+"""Converts adapters to and from Flower's ArrayRecords."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from io import BytesIO
 
 import numpy as np
@@ -37,10 +37,3 @@ def _view(array: Array) -> np.ndarray:
 def record_bytes(record: ArrayRecord) -> int:
     """Returns the bytes that the arrays take on the wire."""
     return sum(len(array.data) for array in record.values())
-
-
-def flower_clientapp() -> Callable[[], None]:
-    """Imports what Flower's command `flwr-clientapp` runs and returns it; it reads its arguments from sys.argv."""
-    from flwr.supernode.cli.flwr_clientapp import flwr_clientapp
-
-    return flwr_clientapp

@@ -24,7 +24,7 @@ class ExchangeTiming:
     query_s: float = 90.0
     """For a node's answer to a query."""
     messages_s: float = 120.0
-    """For a reply, on top of the nodes' own deadline: Flower polls every few seconds and starts a process per message."""
+    """For a reply, on top of the nodes' own deadline: Flower polls every few seconds."""
     first_poll_s: float = 0.05
     """Between the first two looks at what has arrived: a simulated node answers at once. Later pauses are longer."""
     poll_s: float = 0.5
@@ -63,8 +63,8 @@ class Missing:
 class SiteDeadline:
     """The nodes of one site, whose parts end together: once a host has replied, or every member, the rest have `limit_s`.
 
-    Flower keeps listing a SuperNode that lost a message (its ClientApp ended before fetching the message): without this
-    limit the server would wait for such a node until the round's deadline.
+    Flower keeps listing a SuperNode that lost a message (its process was started again with the message half done): without
+    this limit the server would wait for such a node until the round's deadline.
     """
 
     hosts: frozenset[str]

@@ -46,7 +46,7 @@ class LocalFederation:
         return [*self.edges, *self.devices]
 
     def __str__(self) -> str:
-        processes = 1 + 3 * len(self.nodes)  # per node a stage host, a SuperNode and the one that forks its ClientApps
+        processes = 1 + 2 * len(self.nodes)  # per node a stage host and a SuperNode
         parts = f"{_counted(self.edges, 'edge server')} and {_counted(self.devices, 'device')}"
         return f"a SuperLink, {parts} as {processes} processes"
 

@@ -1,27 +1,25 @@
-"""Starts the processes of one node (stage host, SuperNode, ClientApps) and restarts those that end.
+"""Starts the processes of one node (stage host and SuperNode) and restarts those that end.
 
 Knows their command lines and environments; knows neither runs nor what the processes compute.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from edgelam_fl.addresses import free_port
 from edgelam_fl.errors import EnvironmentProblem
-from edgelam_fl.federation import clientapps
-from edgelam_fl.federation.child import Child, Restarts, end_all, shorten, tool_environment
-from edgelam_fl.federation.flower_app import app_folder
+from edgelam_fl.federation.child import Child, Restarts, end_all, shorten
 from edgelam_fl.federation.template import STAGE_HOST_ENVIRONMENT
+
+SUPERNODE_ENVIRONMENT = {"FLWR_TELEMETRY_ENABLED": "0"}
 
 
 @dataclass
 class NodeProcesses:
-    """A node of the federation as processes: its stage host, its SuperNode and the one that forks its ClientApps."""
+    """A node of the federation as processes: its stage host, and its SuperNode with the node's own ClientApp."""
 
     name: str
     server: str
@@ -41,6 +39,8 @@ class NodeProcesses:
     """Words by which a run may choose the node."""
     forked: bool = False
     """Whether its stage host is forked from a template: for several nodes of one machine."""
+    identity: Path | None = None
+    """Folder with the node's key and certificates; None: plain text."""
     children: dict[str, Child] = field(default_factory=dict)
     """The processes by their kind, once started."""
     _restarts: Restarts = field(default_factory=Restarts)
@@ -55,7 +55,6 @@ class NodeProcesses:
         """Returns the function that starts each process, by the process's kind."""
         return {
             "stage host": self._start_stage_host,
-            "ClientApps": self._start_clientapps,
             "SuperNode": self._start_supernode,
         }
 
@@ -68,25 +67,16 @@ class NodeProcesses:
         command += [f"--tag={tag}" for tag in self.tags]
         self._start_child("stage host", command, "stage-host.log", STAGE_HOST_ENVIRONMENT, self.forked)
 
-    def _start_clientapps(self) -> None:
-        fifo = clientapps.prepare(self.state.absolute())
-        command = [sys.executable, "-m", clientapps.__name__, str(fifo), str(app_folder())]
-        self._start_child("ClientApps", command, "clientapps.log", self._for_flower())
-
     def _start_supernode(self) -> None:
-        command = ["flower-supernode", "--insecure", "--superlink", self.server, "--port", str(free_port())]
-        command += ["--node-config", f'state="{self.state.absolute()}" name="{self.name}"']
-        self._start_child("SuperNode", command, "supernode.log", self._for_flower())
+        command = [sys.executable, "-m", "edgelam_fl.federation.supernode", "--server", self.server]
+        command += ["--name", self.name, "--state", str(self.state)]
+        command += ["--identity", str(self.identity)] if self.identity else []
+        self._start_child("SuperNode", command, "supernode.log", SUPERNODE_ENVIRONMENT)
 
     def _start_child(
         self, kind: str, command: Sequence[str], log: str, environment: dict[str, str], forked: bool = False
     ) -> None:
         self.children[kind] = Child(f"{self.name}'s {kind}", command, self.state / log, environment, forked)
-
-    def _for_flower(self) -> dict[str, str]:
-        """Returns the environment of Flower's processes: a folder of their own, no telemetry, and our `flwr-clientapp` found first."""
-        path = f"{clientapps.folder(self.state.absolute())}{os.pathsep}{tool_environment()['PATH']}"
-        return {"FLWR_HOME": str(self.state / "flwr"), "FLWR_TELEMETRY_ENABLED": "0", "PATH": path}
 
     def ready(self) -> bool:
         """Returns whether the stage host serves. Raises EnvironmentProblem if it has ended instead."""

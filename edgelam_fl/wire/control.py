@@ -1,6 +1,6 @@
 """Local control of a stage host: GetProfile, Submit and Wait over loopback, with a token that only this user can read.
 
-The ClientApp imports this for every message, so it imports no torch. Knows nothing about what a plan says.
+The ClientApp imports this into a process without a model, so it imports no torch. Knows nothing about what a plan says.
 """
 
 from __future__ import annotations

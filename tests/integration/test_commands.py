@@ -488,6 +488,6 @@ def test_interrupt_ends_all_children_and_says_what_is_kept(tmp_path: Path, tiny_
     assert status == 130, said
     assert "Kept: the adapter after the last finished round" in said, f"{took_s:.0f} s, early: {early}\n{said}\n{logs}"
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
-    assert len(children) >= 7  # SuperLink, and a stage host, a SuperNode and what forks its ClientApps, twice
+    assert len(children) >= 5  # SuperLink, and a stage host and a SuperNode, twice
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive, [child.cmdline() for child in alive]

@@ -1,4 +1,4 @@
-"""Flower may start the ClientApp per message, so each import costs time in every message."""
+"""The ClientApp lives in the process of a node's SuperNode, whose memory each import adds to."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from edgelam_fl.wire.control import ControlServer
 from server.replies import read_reply
 
 
-def test_the_client_app_loads_neither_torch_nor_transformers() -> None:
-    code = "import clients.app, json, sys; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+@pytest.mark.parametrize("module", ["clients.app", "edgelam_fl.federation.supernode"])
+def test_the_client_app_and_its_process_load_neither_torch_nor_transformers(module: str) -> None:
+    code = f"import {module}, json, sys; print(json.dumps(sorted({{name.split('.')[0] for name in sys.modules}})))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
     )
     loaded = set(json.loads(done.stdout))
-    assert {"clients", "flwr", "grpc"} <= loaded
-    assert not loaded & {"torch", "transformers", "peft", "gguf", "plotly"}
+    assert {"flwr", "grpc"} <= loaded
+    assert not loaded & {"torch", "transformers", "peft", "gguf", "plotly", "uvicorn"}
 
 
 @pytest.mark.parametrize("wait", ["block", "park"])
@@ -43,7 +44,7 @@ def test_contributions_travel_as_arrays_beside_the_report(
         "Submit": lambda request: given.append(request) or pb.SubmitReply(accepted=True),
         "Wait": lambda request: report,
     }
-    for name in ("_run_id", "_node_id", "_task_id"):  # Flower sets them in the process of a ClientApp
+    for name in ("_run_id", "_node_id", "_task_id"):  # Flower sets them for a ServerApp, which sends these messages
         monkeypatch.setattr(TaskIdentity, name, 1)
     plan = pb.Plan(node="a", corrections=[pb.Correction()], deadlines=pb.Deadlines(round_s=5)).SerializeToString()
     content = RecordDict({"plan": ConfigRecord({"plan": plan, "wait": wait})})

@@ -144,7 +144,7 @@ def test_a_run_here_ends_with_its_superlink(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("edges", "devices", "words"),
-    [(1, 3, "1 edge server and 3 devices as 13 processes"), (0, 1, "0 edge servers and 1 device as 4 processes")],
+    [(1, 3, "1 edge server and 3 devices as 9 processes"), (0, 1, "0 edge servers and 1 device as 3 processes")],
 )
 def test_what_was_started_is_counted(tmp_path: Path, edges: int, devices: int, words: str) -> None:
     superlink = python("pass", tmp_path / "log", "SuperLink")

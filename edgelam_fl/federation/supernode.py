@@ -1,0 +1,85 @@
+"""The process that keeps a node connected to the SuperLink and answers for it (`python -m edgelam_fl.federation.supernode`).
+
+Runs the main loop of Flower's SuperNode and, on threads beside it, the node's own ClientApp. It listens nowhere: Flower's
+Runtime API, over which Flower starts a process per message, stays closed. Knows nothing of what the messages say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from flwr.common.constant import ISOLATION_MODE_PROCESS
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supernode import start_client_internal as flower
+from flwr.supernode.nodestate import NodeStateFactory
+
+from edgelam_fl.federation.clientapp import ClientAppThreads
+from edgelam_fl.federation.flower_app import app_module, installed_app
+
+
+def main() -> None:
+    """Serves until SIGTERM or SIGINT."""
+    options = _parse(sys.argv[1:])
+    settings = {"name": options.name, "state": str(options.state.absolute())}
+    states = NodeStateFactory(ObjectStoreFactory())
+    threads = ClientAppThreads(states.state(), app_module("clients.app").app, installed_app(), settings)
+    threading.Thread(target=_or_end, args=(threads.serve,), name="ClientApp", daemon=True).start()
+    # Flower reads a run's settings out of the App that the run brings. No node needs them, so nothing is unpacked.
+    flower.get_fused_config_from_fab = lambda archive, run: {}
+    flower.start_client_internal(
+        state_factory=states,
+        server_address=options.server,
+        node_config=settings,
+        isolation=ISOLATION_MODE_PROCESS,  # else it would start Flower's SuperExec
+        **_security(options.identity),
+    )
+
+
+def _or_end(serve: Callable[[Callable[[float], bool]], None]) -> None:
+    """Ends the whole process if `serve` fails: whoever watches it starts it again."""
+
+    def stopped(pause_s: float) -> bool:
+        time.sleep(pause_s)
+        return False
+
+    try:
+        serve(stopped)
+    finally:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def _security(identity: Path | None) -> dict[str, Any]:
+    """Returns Flower's arguments for TLS and for the node's key; without an identity the connection is plain text."""
+    if identity is None:
+        return {"insecure": True}
+    key = load_ssh_private_key((identity / "flower.key").read_bytes(), None)
+    assert isinstance(key, EllipticCurvePrivateKey)
+    return {
+        "insecure": False,
+        "root_certificates": (identity / "authority.pem").read_bytes(),
+        "authentication_keys": (key, key.public_key()),
+    }
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="A node's SuperNode with the node's own ClientApp.")
+    parser.add_argument("--server", required=True, help="HOST:PORT of the SuperLink")
+    parser.add_argument("--name", required=True, help="the node's name")
+    parser.add_argument("--state", required=True, type=Path, help="the node's folder, with its stage host's endpoint")
+    parser.add_argument("--identity", type=Path, help="folder with the node's key and certificates; else plain text")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()
