@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from edgelam_fl import __version__
-from edgelam_fl.cli import bench, nodes, results, runs
+from edgelam_fl.cli import bench, members, nodes, results, runs
 from edgelam_fl.cli.options import console, messages
 from edgelam_fl.errors import INTERRUPTED, EdgelamError, UsageError
 
@@ -34,6 +34,9 @@ _COMMANDS = (
     runs.run,
     nodes.server,
     nodes.client,
+    members.invite,
+    members.nodes,
+    members.revoke,
     bench.bench,
     results.report,
     results.export,

@@ -96,14 +96,20 @@ def server(
 
 
 def client(
-    server: ServerOption,
+    join_text: Annotated[
+        str,
+        typer.Option("--join", metavar="TEXT", help="Joins with the text that `edgelam invite` printed; needed once."),
+    ] = "",
+    server: ServerOption = "",
     data: Annotated[
         Path | None,
         typer.Option(
             "--data", metavar="FILE", help="This device's examples (.jsonl, .csv, .txt ...). Without: an edge server."
         ),
     ] = None,
-    name: Annotated[str, typer.Option("--name", help="Unique in the federation; by default the host's name.")] = "",
+    name: Annotated[
+        str, typer.Option("--name", help="The node that starts, if several have joined from this directory.")
+    ] = "",
     listen: Annotated[
         str,
         typer.Option(
@@ -134,15 +140,12 @@ def client(
     insecure: InsecureOption = False,
     offline: OfflineOption = False,
 ) -> None:
-    """Joins this machine to a federation: as a device with --data, else as an edge server that lends compute.
+    """Makes this machine a node of a federation: joins with --join the first time, and later starts without options.
 
-    The data never leave the machine: what travels is hidden states, gradients and adapters. Ctrl-C ends it.
+    A device has data, which never leave it: what travels is hidden states, gradients and adapters. Ctrl-C ends it.
     """
     from edgelam_fl.federation.join import join
+    from edgelam_fl.federation.standing import NodeOptions
 
-    raise typer.Exit(
-        join(
-            console, server=server, data=data, name=name, listen=listen, advertise=advertise, threads=threads, state=state,
-            tags=tag, insecure=insecure, wait=wait,
-        )
-    )  # fmt: skip
+    options = NodeOptions(server, data, listen, advertise, threads, tuple(tag))
+    raise typer.Exit(join(console, options, join_text=join_text, name=name, state=state, insecure=insecure, wait=wait))

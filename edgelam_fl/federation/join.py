@@ -2,71 +2,73 @@
 
 from __future__ import annotations
 
-import socket
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 
 from edgelam_fl.addresses import answers, check_plain_text, check_server_answers, split_address
-from edgelam_fl.errors import INTERRUPTED, ConfigError
+from edgelam_fl.errors import INTERRUPTED, ConfigError, EnvironmentProblem
 from edgelam_fl.federation.node_process import NodeProcesses
-from edgelam_fl.names import why_no_name, why_no_tag
+from edgelam_fl.federation.standing import NodeOptions, Standing, find_standing
+from edgelam_fl.names import why_no_tag
 from edgelam_fl.tasks.files import read_records
+from edgelam_fl.trust.join import Membership, clock_words, renew
 from edgelam_fl.wire.relay import RELAY
 
 _POLL_S = 0.25
 _LONGEST_PAUSE_S = 30.0  # between two looks for a server
+_RENEWAL_S = 6 * 3600.0  # between two questions whether the certificate still lasts
+_RETRY_S = 600.0  # after a question that nobody answered
 
 
 def join(
     console: Console,
+    options: NodeOptions,
     *,
-    server: str,
-    data: Path | None,
+    join_text: str,
     name: str,
-    listen: str,
-    advertise: str,
-    threads: int,
     state: Path | None,
-    tags: Sequence[str],
     insecure: bool,
     wait: bool,
 ) -> int:
-    """Checks the options, starts the node and watches it until Ctrl-C; returns the exit code.
+    """Joins if asked to, starts the node and watches it until Ctrl-C; returns the exit code.
 
-    wait: wait for a server that does not answer yet, instead of refusing. Once it has answered, the node rejoins
-    whenever the server comes back. Raises UsageError for what cannot be used, EnvironmentProblem if nobody answers.
+    join_text, name, state: as for `find_standing`. wait: wait for a server that does not answer yet, instead of refusing. Once
+    it has answered, the node rejoins whenever the server comes back. Raises UsageError for what cannot be used,
+    EnvironmentProblem if nobody answers, Refused if the server does not let the node in.
     """
-    host, port = split_address(server, "--server")
-    check_plain_text(host, "--server", insecure)
-    _check_data_plane(listen, advertise, insecure)
-    name = name or socket.gethostname()
-    if reason := why_no_name(name):
-        raise ConfigError(f"--name {name!r} {reason}")
-    for tag in tags:
-        if reason := why_no_tag(tag):
-            raise ConfigError(f"--tag {tag!r} {reason}")
-    if data is not None:
-        read_records(data)
+    standing = find_standing(options, join_text, name, state, insecure)
+    options = standing.options
+    _check_data_plane(options, insecure or standing.identity is not None)
+    for tag in options.tags:
+        if problem := why_no_tag(tag):
+            raise ConfigError(f"--tag {tag!r} {problem}")
+    if options.data is not None:
+        read_records(options.data)
     if wait:
-        _await_server(console, host, port)
-    else:
-        check_server_answers(server, insecure)
-    node = NodeProcesses(name, server, state or Path(".edgelam") / name, data, listen, advertise, threads, tags)
+        _await_server(console, *split_address(options.server, "--server"))
+    elif standing.identity is None:
+        check_server_answers(options.server, insecure)
+    _enter(console, standing)
+    node = NodeProcesses(
+        standing.name, options.server, standing.state, options.data, options.listen, options.advertise, options.threads,
+        options.tags, identity=standing.identity,
+    )  # fmt: skip
     return _watch(console, node)
 
 
-def _check_data_plane(listen: str, advertise: str, insecure: bool) -> None:
-    if listen and listen != RELAY:
-        check_plain_text(split_address(listen, "--listen")[0], "--listen", insecure)
-    if advertise and listen == RELAY:
+def _check_data_plane(options: NodeOptions, anywhere: bool) -> None:
+    """Raises ConfigError for addresses that contradict each other or, unless `anywhere`, are beyond this machine."""
+    if options.listen and options.listen != RELAY:
+        check_plain_text(split_address(options.listen, "--listen")[0], "--listen", anywhere)
+    if options.advertise and options.listen == RELAY:
         raise ConfigError(
-            f"--listen {RELAY} means that nobody can dial this node, so it has no --advertise {advertise}"
+            f"--listen {RELAY} means that nobody can dial this node, so it has no --advertise {options.advertise}"
         )
-    if advertise:
-        check_plain_text(split_address(advertise, "--advertise")[0], "--advertise", insecure)
+    if options.advertise:
+        check_plain_text(split_address(options.advertise, "--advertise")[0], "--advertise", anywhere)
 
 
 def _await_server(console: Console, host: str, port: int) -> None:
@@ -79,21 +81,74 @@ def _await_server(console: Console, host: str, port: int) -> None:
         pause_s = min(_LONGEST_PAUSE_S, 1.5 * pause_s)
 
 
+def _enter(console: Console, standing: Standing) -> None:
+    """Joins by the invitation, or asks whether this machine still is a member; says how far its clock is off."""
+    if standing.identity is None:
+        return
+    if standing.invitation is None:
+        membership = renew(standing.options.server, standing.identity)
+    else:
+        membership = standing.join()
+        _say(
+            console,
+            f"{standing.name} has joined the federation at {standing.options.server} as {membership.identity.role}; its keys are in "
+            f"{standing.identity}. From now on it starts by:  edgelam client --state {standing.state}",
+        )
+    _say_clock(console, membership)
+
+
+def _say_clock(console: Console, membership: Membership) -> None:
+    if words := clock_words(membership.ahead_s):
+        _say(console, f"{words}; the node works all the same, but its logs have wrong times (timedatectl set-ntp true)")
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+@dataclass
+class Renewals:
+    """Asks now and then whether a node's certificate still lasts."""
+
+    server: str
+    identity: Path
+    due: float = field(default_factory=lambda: time.monotonic() + _RENEWAL_S)
+    """On the monotonic clock."""
+
+    def check(self, now: bool = False) -> bool:
+        """Asks if it is time to, or if `now`; returns whether there is a new certificate.
+
+        Raises Refused if the node is no member any more. A server that does not answer is asked again later.
+        """
+        if not now and time.monotonic() < self.due:
+            return False
+        before = (self.identity / "certificate.pem").read_bytes()
+        try:
+            current = renew(self.server, self.identity).identity.certificate
+        except EnvironmentProblem:
+            self.due = time.monotonic() + _RETRY_S
+            return False
+        self.due = time.monotonic() + _RENEWAL_S
+        return current != before
+
+
 def _watch(console: Console, node: NodeProcesses) -> int:
+    renewals = Renewals(node.server, node.identity) if node.identity else None
     try:
         node.start()
         with console.status(f"{node.name}: loading PyTorch"):
             while not node.ready():
                 time.sleep(_POLL_S)
         role = "device" if node.data else "edge server"
-        console.print(
-            f"{node.name} is here as {role}; logs in {node.state}. Ctrl-C ends it.", highlight=False, soft_wrap=True
-        )
+        _say(console, f"{node.name} is here as {role}; logs in {node.state}. Ctrl-C ends it.")
         while True:
             time.sleep(1.0)
             news = node.watch()
             if news:
-                console.print(news, highlight=False, soft_wrap=True)
+                _say(console, news)
+            if renewals is not None and renewals.check(now=bool(news)):
+                node.restart_stage_host()
+                _say(console, f"the certificate of {node.name} was renewed")
     except KeyboardInterrupt:
         console.print(f"{node.name} has left; a run in progress goes on without it")
         return INTERRUPTED

@@ -65,6 +65,7 @@ class NodeProcesses:
         command += ["--server", self.server]
         command += ["--data", str(self.data.absolute())] if self.data else []
         command += [f"--tag={tag}" for tag in self.tags]
+        command += ["--identity", str(self.identity)] if self.identity else []
         self._start_child("stage host", command, "stage-host.log", STAGE_HOST_ENVIRONMENT, self.forked)
 
     def _start_supernode(self) -> None:
@@ -84,6 +85,11 @@ class NodeProcesses:
         if problem:
             raise EnvironmentProblem(problem)
         return (self.state / "endpoint.json").exists()
+
+    def restart_stage_host(self) -> None:
+        """Ends the stage host and starts it again, as after its certificate was renewed."""
+        end_all([self.children["stage host"]])
+        self._start_stage_host()
 
     def watch(self) -> str:
         """Restarts a process that has ended; returns what happened, empty if nothing. Raises RunFailed if it keeps ending."""

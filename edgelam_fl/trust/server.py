@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -13,12 +14,12 @@ from edgelam_fl.addresses import is_loopback, join_address
 from edgelam_fl.errors import EnvironmentProblem
 from edgelam_fl.files import write_private
 from edgelam_fl.trust.authority import Authority, issue
-from edgelam_fl.trust.identity import SERVER, save_identity
+from edgelam_fl.trust.identity import SERVER, save_identity, valid_until
 from edgelam_fl.trust.members import Members
 
 _ADDRESS_FILE = "address"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
-_EVERYWHERE = ("0.0.0.0", "::")
+_EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class ServerTrust:
     """Folder of the server's own identity."""
     address: str
     """HOST:PORT where nodes reach the server."""
+    local_address: str
+    """HOST:PORT where commands of this machine reach it."""
 
 
 def trust_folder(state: Path) -> Path:
@@ -48,7 +51,8 @@ def prepare_trust(state: Path, host: str, port: int, addresses: Sequence[str] = 
     authority = Authority.open(folder)
     known = list(dict.fromkeys([*addresses, *_own_addresses(host), *_LOOPBACK]))
     save_identity(issue(authority, SERVER, SERVER, known), folder / SERVER)
-    write_private(folder / _ADDRESS_FILE, join_address(known[0], port))
+    local = _EVERYWHERE.get(host, host)
+    write_private(folder / _ADDRESS_FILE, f"{join_address(known[0], port)}\n{join_address(local, port)}\n")
     return open_trust(state)
 
 
@@ -56,12 +60,27 @@ def open_trust(state: Path) -> ServerTrust:
     """Opens what `prepare_trust` made. Raises EnvironmentProblem if no server has started with this state yet."""
     folder = trust_folder(state)
     try:
-        address = (folder / _ADDRESS_FILE).read_text(encoding="utf-8")
-    except OSError as error:
+        address, local = (folder / _ADDRESS_FILE).read_text(encoding="utf-8").split()
+    except (OSError, ValueError) as error:
         raise EnvironmentProblem(
             f"no server has run with the state {state} yet; start it with `edgelam server`, or name its folder with --state"
         ) from error
-    return ServerTrust(Authority.open(folder), Members(folder), folder / SERVER, address)
+    return ServerTrust(Authority.open(folder), Members(folder), folder / SERVER, address, local)
+
+
+def known_nodes(members: Members) -> list[dict[str, Any]]:
+    """Returns what is known about each node as plain values; times in seconds since 1970, None if there is none."""
+    return [
+        {
+            "name": node.name,
+            "role": node.role,
+            "since": node.since,
+            "seen": node.seen,
+            "until": valid_until(node.certificate).timestamp() if node.certificate else None,
+            "revoked": node.revoked,
+        }
+        for node in members.all()
+    ]
 
 
 def _own_addresses(host: str) -> Iterator[str]:
