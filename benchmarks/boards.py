@@ -32,6 +32,7 @@ from edgelam_fl.addresses import free_port
 from edgelam_fl.config import RunConfig, TaskSection, parse_run_file
 from edgelam_fl.federation.child import Child, end_all
 from edgelam_fl.federation.node_process import NodeProcesses
+from edgelam_fl.federation.operator import Operator, operator_folder
 from edgelam_fl.federation.submission import Submission
 from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.model.adapter import Adapter, initial_adapter, read_peft_folder
@@ -190,7 +191,7 @@ def cosines(start: Adapter, reference: Adapter, result: Adapter, layers: int) ->
 
 def _federate(out: Path, config: RunConfig, data: Mapping[str, Path], emulated: Sequence[Board]) -> Result:
     with _federation(out, data, emulated) as (server, watch):
-        submission, events = Submission(server, out / "flwr"), list[Event]()
+        submission, events = Submission(Operator(server, operator_folder(out / "server")), out / "flwr"), list[Event]()
         submission.submit(config, out / "run")
         for event in submission.events(RUN_S, awaited=f"the run's end ({out})", meanwhile=watch):
             events.append(event)

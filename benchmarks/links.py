@@ -25,6 +25,7 @@ from edgelam_fl.addresses import free_port
 from edgelam_fl.config import parse_run_file
 from edgelam_fl.federation.child import end_all
 from edgelam_fl.federation.node_process import NodeProcesses
+from edgelam_fl.federation.operator import Operator, operator_folder
 from edgelam_fl.federation.submission import Submission
 from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.telemetry.events import Event, PlanMade, RoundDone, RunDone, of_kind
@@ -164,7 +165,7 @@ def _federation(out: Path, data: Sequence[Path]) -> Iterator[str]:
 def _run(server: str, out: Path, model: Path, rule: str, settings: dict[str, Any]) -> list[Event]:
     overrides = [*_set(settings), f"model.name={model}", f"strategy.bandwidth={rule}"]
     config = parse_run_file("", source="the benchmark", overrides=overrides)
-    submission = Submission(server, out / "flwr")
+    submission = Submission(Operator(server, operator_folder(out / "server")), out / "flwr")
     submission.submit(config, out / rule)
     events = list(submission.events(RUN_S, awaited=f"the end of the run under {rule} ({out / rule})"))
     if not isinstance(events[-1], RunDone):

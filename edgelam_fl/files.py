@@ -14,6 +14,11 @@ def cache_folder() -> Path:
     return Path(root)
 
 
+def keep_private() -> None:
+    """Makes all that this process and its children create from now on readable by this user alone."""
+    os.umask(0o077)
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replaces a file in one step: a reader finds the old content or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

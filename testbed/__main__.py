@@ -173,7 +173,17 @@ def train(
     inside = f"{RUNS}/{name or 'testbed'}"
     config = read_run_file(run_file, [*overrides, f"federation.expect_nodes={len(testbed.devices)}"])
     containers.put(SERVER, to_toml(config), f"{inside}.toml")
-    command = ["edgelam", "run", f"{inside}.toml", "--server", SERVER_ADDRESS, "--insecure", "--out", inside]
+    command = [
+        "edgelam",
+        "run",
+        f"{inside}.toml",
+        "--server",
+        SERVER_ADDRESS,
+        "--operator",
+        "/state/operator",
+        "--insecure",
+    ]
+    command += ["--out", inside]
     try:
         status = containers.follow(SERVER, command)
     finally:

@@ -31,6 +31,7 @@ from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, EdgelamError, EnvironmentProblem, RunFailed
 from edgelam_fl.federation.child import Child, end_all
 from edgelam_fl.federation.flower_app import app_module
+from edgelam_fl.federation.operator import Operator, operator_folder
 from edgelam_fl.federation.submission import FollowTiming, Submission
 from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.telemetry.events import (
@@ -120,7 +121,7 @@ def _digest(matrix: Matrix) -> str:
 class Engine:
     """The processes that all cells use: a SuperLink and the fabrics, each of which plays the nodes of one cell."""
 
-    server: str
+    operator: Operator
     children: list[Child]
     idle: queue.SimpleQueue[Path]  # the folders of the fabrics that no cell uses
 
@@ -164,7 +165,7 @@ def engine(state: Path, cells: int) -> Iterator[Engine]:
         for child, fabric in zip(children[:cells], fabrics, strict=True):
             _await(child, (fabric / "endpoint.json").exists)
             idle.put(fabric)
-        yield Engine(f"127.0.0.1:{port}", children, idle)
+        yield Engine(Operator(f"127.0.0.1:{port}", operator_folder(state)), children, idle)
     finally:
         left = [process for child in children for process in _descendants(child)]
         end_all(children[::-1])
@@ -201,7 +202,7 @@ def run_cell(
     engine: Engine, fabric: Path, config: RunConfig, folder: Path, nodes: int, feed: Callable[[Event], None]
 ) -> list[Event]:
     """Runs one federation and returns its events; `feed` receives each as it comes. Raises RunFailed with its reason."""
-    submission = Submission(engine.server, folder / "flwr")
+    submission = Submission(engine.operator, folder / "flwr")
     # One worker of Flower's is enough: it passes jobs and reports on, the fabric computes.
     simulation = f"num-supernodes={nodes} client-resources-num-cpus=1 init-args-num-cpus=1"
     submission.submit(config, folder / "run", fabric=f"{fabric}{FABRIC_SEPARATOR}{folder}", simulation=simulation)

@@ -18,6 +18,7 @@ from edgelam_fl.cli.options import (
     say,
 )
 from edgelam_fl.errors import EnvironmentProblem
+from edgelam_fl.files import keep_private
 
 
 def doctor(
@@ -86,13 +87,21 @@ def server(
     state: Annotated[Path, typer.Option("--state", metavar="DIR", help="Folder for logs and Flower's state.")] = Path(
         ".edgelam/server"
     ),
+    allow_foreign_apps: Annotated[
+        bool,
+        typer.Option(
+            "--allow-foreign-apps",
+            help="Run any Flower App that the operator submits, not only the one installed here.",
+        ),
+    ] = False,
     insecure: InsecureOption = False,
     offline: OfflineOption = False,
 ) -> None:
     """Runs the federation's server: Flower's SuperLink, and the data plane's hub. Ctrl-C ends it."""
     from edgelam_fl.federation.server import serve
 
-    raise typer.Exit(serve(console, listen, data_plane, state, insecure))
+    keep_private()
+    raise typer.Exit(serve(console, listen, data_plane, state, insecure, allow_foreign_apps))
 
 
 def client(

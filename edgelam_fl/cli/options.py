@@ -31,6 +31,14 @@ def _go_offline(value: bool) -> bool:
 
 
 ServerOption = Annotated[str, typer.Option("--server", metavar="HOST:PORT", help="Where `edgelam server` listens.")]
+OperatorOption = Annotated[
+    Path,
+    typer.Option(
+        "--operator", metavar="DIR", help="The operator's folder, which `edgelam server` makes and names at its start."
+    ),
+]
+OPERATOR_FOLDER = Path(".edgelam/server/operator")
+"""Where a server that is started in this directory keeps it."""
 InsecureOption = Annotated[
     bool, typer.Option("--insecure", help="Allow plain text beyond this machine, on a network that you trust.")
 ]

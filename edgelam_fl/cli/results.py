@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from edgelam_fl.cli.options import InsecureOption, RunArgument, console, messages, say
+from edgelam_fl.cli.options import OPERATOR_FOLDER, InsecureOption, OperatorOption, RunArgument, console, messages, say
 from edgelam_fl.errors import ConfigError
 
 
@@ -60,6 +60,7 @@ def chat(
         str,
         typer.Option("--server", metavar="HOST:PORT", help="Answer over the hosts of the federation at this server."),
     ] = "",
+    operator: OperatorOption = OPERATOR_FOLDER,
     insecure: InsecureOption = False,
 ) -> None:
     """Answers questions with a run's result: the whole model on this machine, with the run's adapter.
@@ -78,11 +79,12 @@ def chat(
         )
     if server:
         from edgelam_fl.addresses import check_server_answers
+        from edgelam_fl.federation.operator import Operator
 
         check_server_answers(server, insecure)
         with messages.status("loading PyTorch"):
             from edgelam_fl.federation.remote import route_speaker
-        with route_speaker(result, server, messages) as speaker:
+        with route_speaker(result, Operator(server, operator), messages) as speaker:
             converse(speaker, messages, prompt, max_tokens, tuned=True)
         return
     with messages.status("loading the model"):

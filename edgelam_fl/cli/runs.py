@@ -9,9 +9,11 @@ from typing import Annotated
 import typer
 
 from edgelam_fl.cli.options import (
+    OPERATOR_FOLDER,
     InsecureOption,
     JsonOption,
     OfflineOption,
+    OperatorOption,
     RunFileArgument,
     ServerOption,
     SetOption,
@@ -20,6 +22,7 @@ from edgelam_fl.cli.options import (
     say,
 )
 from edgelam_fl.errors import ConfigError
+from edgelam_fl.files import keep_private
 
 
 def init(
@@ -56,6 +59,7 @@ def demo(
     """
     from edgelam_fl.federation.demo import run_demo
 
+    keep_private()
     raise typer.Exit(run_demo(console, devices, out, overrides))
 
 
@@ -91,6 +95,7 @@ def plan(
     ] = "",
     overrides: SetOption = [],  # noqa: B006
     as_json: JsonOption = False,
+    operator: OperatorOption = OPERATOR_FOLDER,
     insecure: InsecureOption = False,
 ) -> None:
     """Shows which node would hold which layers, with predicted memory, time and bytes, and what limits it; changes nothing.
@@ -107,10 +112,11 @@ def plan(
         plan = plan_of_profiles(config, profiles)
     else:
         from edgelam_fl.addresses import check_server_answers
+        from edgelam_fl.federation.operator import Operator
         from edgelam_fl.model.source import find_model
 
         check_server_answers(server, insecure)
-        plan = plan_on_server(messages, config, find_model(config.model.name), server)
+        plan = plan_on_server(messages, config, find_model(config.model.name), Operator(server, operator))
     if as_json:
         say(json.dumps(plan.to_json(), indent=2))
     else:
@@ -139,6 +145,7 @@ def run(
     explain: Annotated[
         bool, typer.Option("--explain", help="Print what would be used, every key with its range; start nothing.")
     ] = False,
+    operator: OperatorOption = OPERATOR_FOLDER,
     insecure: InsecureOption = False,
     offline: OfflineOption = False,
 ) -> None:
@@ -147,6 +154,7 @@ def run(
     With --local N, this machine plays all parts instead: the server, an edge server and N devices.
     """
     from edgelam_fl.config import read_run_file
+    from edgelam_fl.federation.operator import Operator
     from edgelam_fl.federation.runs import check_run, leave_on_server, run_here, run_on_server
 
     config = read_run_file(file, overrides)
@@ -166,9 +174,9 @@ def run(
             "--detach needs a server that stays: with --local the federation lives in this command and would end with it. "
             "Start `edgelam server` and `edgelam client` first, then run without --local"
         )
+    keep_private()
     folder = check_run(config, file.stem, out)
-    if detach:
-        raise typer.Exit(leave_on_server(console, config, folder, server, insecure))
     if local:
         raise typer.Exit(run_here(console, config, folder, data))
-    raise typer.Exit(run_on_server(console, config, folder, server, insecure))
+    on_server = leave_on_server if detach else run_on_server
+    raise typer.Exit(on_server(console, config, folder, Operator(server, operator), insecure))

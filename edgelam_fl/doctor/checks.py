@@ -38,7 +38,7 @@ DEFAULT_PORT = 8000
 MEMORY_NEEDED_BYTES = 1200 << 20  # a node of the demo's model at its peak
 DISK_NEEDED_BYTES = 1 << 30  # the demo's model, unpacked and converted, twice
 PYTHONS = (3, 11), (3, 13)
-TOOLS = ("flwr", "flower-superlink", "flower-supernode")
+TOOLS = ("flwr", "flower-supernode")
 _ANY = ("0.0.0.0", "::")
 _HTTP_DEADLINE_S = 5.0
 _MAX_ANSWER_BYTES = 4 << 20
@@ -211,9 +211,8 @@ def superlink_version(host: str, port: int) -> str:
     """Returns the Flower version of the SuperLink that answers there; empty if something else or nothing does."""
     connection = http.client.HTTPConnection(host, port, timeout=_HTTP_DEADLINE_S)
     try:
-        connection.request("GET", "/openapi.json")
-        about = json.loads(connection.getresponse().read(_MAX_ANSWER_BYTES))["info"]
-        return str(about["version"]) if about["title"] == "SuperLink API" else ""
+        connection.request("GET", "/v1/edgelam/about")
+        return str(json.loads(connection.getresponse().read(_MAX_ANSWER_BYTES))["flwr"])
     except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
         return ""
     finally:

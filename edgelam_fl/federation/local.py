@@ -18,6 +18,7 @@ from edgelam_fl.errors import RunFailed
 from edgelam_fl.federation.child import Child, end_all
 from edgelam_fl.federation.flower_app import app_module
 from edgelam_fl.federation.node_process import NodeProcesses
+from edgelam_fl.federation.operator import Operator, operator_folder
 from edgelam_fl.federation.submission import Submission
 from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.federation.template import warm_template
@@ -35,8 +36,8 @@ class LocalFederation:
     config: RunConfig
     """The run's configuration; the run waits at its start for all devices."""
     folder: Path
-    server: str
-    """The SuperLink's HOST:PORT."""
+    operator: Operator
+    """Who submits the run to the SuperLink."""
     superlink: Child
     edges: Sequence[NodeProcesses]
     devices: Sequence[NodeProcesses]
@@ -80,7 +81,7 @@ def local_federation(config: RunConfig, data: Sequence[Path], folder: Path) -> I
         yield LocalFederation(
             config=config.model_copy(update={"federation": expecting}),
             folder=folder,
-            server=server,
+            operator=Operator(server, operator_folder(folder / "server")),
             superlink=children[0],
             edges=edges,
             devices=devices,
@@ -127,7 +128,7 @@ def run_local(config: RunConfig, data: Sequence[Path], folder: Path) -> Iterator
     app_module("server.checks").check_config(config)
     folder = folder.absolute()
     with local_federation(config, data, folder) as here:
-        submission = Submission(here.server, folder / "flwr")
+        submission = Submission(here.operator, folder / "flwr")
         submission.submit(here.config, folder)
         for event in submission.events(meanwhile=here.watch):
             if isinstance(event, RunDone):

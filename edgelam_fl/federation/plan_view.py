@@ -21,6 +21,7 @@ from rich.text import Text
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, RunFailed
 from edgelam_fl.federation.flower_app import app_module
+from edgelam_fl.federation.operator import Operator
 from edgelam_fl.federation.submission import FollowTiming, Submission
 from edgelam_fl.model.base_names import PROFILED_TOKENS
 from edgelam_fl.model.source import ModelSource
@@ -63,14 +64,14 @@ def plan_of_profiles(config: RunConfig, file: Path) -> ForeseenPlan:
     return ForeseenPlan(first_proposal(spec, profiles).event(), spec.source.num_layers)
 
 
-def plan_on_server(console: Console, config: RunConfig, source: ModelSource, server: str) -> ForeseenPlan:
-    """Plans for the nodes that have joined a server, by a run that asks for profiles and ends.
+def plan_on_server(console: Console, config: RunConfig, source: ModelSource, operator: Operator) -> ForeseenPlan:
+    """Plans for the nodes that have joined the operator's server, by a run that asks for profiles and ends.
 
     Raises RunFailed if the server cannot plan, or does not in time.
     """
     with tempfile.TemporaryDirectory(prefix="edgelam-plan-") as folder, console.status("asking the nodes"):
         out = Path(folder) / "plan"
-        submission = Submission(server, Path(folder) / "flwr")
+        submission = Submission(operator, Path(folder) / "flwr")
         submission.submit(config, out, "plan")
         with submission.stopped_on_error():
             event = _await_placement(submission, config.federation.join_deadline_s + _MESSAGES_S)

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from edgelam_fl.addresses import join_address, split_address
 from edgelam_fl.errors import ConfigError, RunFailed
+from edgelam_fl.federation.operator import Operator
 from edgelam_fl.federation.submission import FollowTiming, Submission
 from edgelam_fl.model.adapter import read_peft_folder
 from edgelam_fl.model.source import find_model
@@ -48,8 +49,8 @@ class RouteSpeaker(Speaker):
 
 
 @contextmanager
-def route_speaker(result: Result, server: str, console: Console) -> Iterator[RouteSpeaker]:
-    """Opens a route through the federation at `server` (HOST:PORT) and closes it after the block.
+def route_speaker(result: Result, operator: Operator, console: Console) -> Iterator[RouteSpeaker]:
+    """Opens a route through the federation of the operator's server and closes it after the block.
 
     Raises ConfigError for a run without hosts, RunFailed if the server opens no route, PeerLost or Refused if a host
     cannot be reached.
@@ -59,12 +60,12 @@ def route_speaker(result: Result, server: str, console: Console) -> Iterator[Rou
             f"split.hosts = 0 in {result.folder}: this run had no hosts; `edgelam chat` without --server answers"
         )
     folder = result.folder / "chats" / time.strftime("%Y%m%d-%H%M%S")
-    submission = Submission(server, folder / "flwr")
+    submission = Submission(operator, folder / "flwr")
     with console.status("opening the way through the federation"):
         submission.submit(result.config, folder, "chat", result.adapter)
         with submission.stopped_on_error():
             plan = _await_route(submission, folder, result.config.federation.join_deadline_s + _PATIENCE_S)
-            session = _open(result, plan, server)
+            session = _open(result, plan, operator.server)
     try:
         yield RouteSpeaker(result, session)
     finally:

@@ -17,6 +17,7 @@ from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import INTERRUPTED, ConfigError, RunFailed
 from edgelam_fl.federation.flower_app import app_module
 from edgelam_fl.federation.local import LocalFederation, await_result, kept, local_federation
+from edgelam_fl.federation.operator import Operator
 from edgelam_fl.federation.submission import Submission
 from edgelam_fl.telemetry.console import RunView
 from edgelam_fl.telemetry.events import EventTail, RunFailure
@@ -46,16 +47,16 @@ def check_run(config: RunConfig, name: str, out: Path | None) -> Path:
 # ---------------------------------------------------------------- on a server
 
 
-def run_on_server(console: Console, config: RunConfig, folder: Path, server: str, insecure: bool) -> int:
-    """Runs on the nodes that have joined `server`, and shows the run until it ends; returns the exit code."""
-    check_server_answers(server, insecure, _WAYS_OUT)
-    return follow(console, _view_of(console, config), config, folder, server)
+def run_on_server(console: Console, config: RunConfig, folder: Path, operator: Operator, insecure: bool) -> int:
+    """Runs on the nodes that have joined the operator's server, and shows the run until it ends; returns the exit code."""
+    check_server_answers(operator.server, insecure, _WAYS_OUT)
+    return follow(console, _view_of(console, config), config, folder, operator)
 
 
-def leave_on_server(console: Console, config: RunConfig, folder: Path, server: str, insecure: bool) -> int:
+def leave_on_server(console: Console, config: RunConfig, folder: Path, operator: Operator, insecure: bool) -> int:
     """Submits the run and prints how to follow and to stop it; it goes on without this command."""
-    check_server_answers(server, insecure, _WAYS_OUT)
-    submission = Submission(server, folder / "flwr")
+    check_server_answers(operator.server, insecure, _WAYS_OUT)
+    submission = Submission(operator, folder / "flwr")
     with console.status("handing the run to Flower"):
         run_id = submission.submit(config, folder)
     lines = [f"Flower run {run_id}; folder {folder}, on the server's machine", "", *submission.how_to(folder)]
@@ -78,7 +79,7 @@ def run_here(console: Console, config: RunConfig, folder: Path, data: Sequence[P
             with console.status("starting Flower's SuperLink"):
                 here = stack.enter_context(local_federation(config, data, folder))
             view.say(f"started {here}")
-            return follow(console, view, here.config, folder, here.server, here)
+            return follow(console, view, here.config, folder, here.operator, here)
     except KeyboardInterrupt:
         console.print(kept(folder))
         return INTERRUPTED
@@ -88,14 +89,19 @@ def run_here(console: Console, config: RunConfig, folder: Path, data: Sequence[P
 
 
 def follow(
-    console: Console, view: RunView, config: RunConfig, folder: Path, server: str, local: LocalFederation | None = None
+    console: Console,
+    view: RunView,
+    config: RunConfig,
+    folder: Path,
+    operator: Operator,
+    local: LocalFederation | None = None,
 ) -> int:
     """Submits the run and shows its events until it ends; returns the exit code.
 
     local: the federation's processes if they are this command's, which looks after them. Raises RunFailed with the run's
     own reason.
     """
-    submission = Submission(server, folder / "flwr")
+    submission = Submission(operator, folder / "flwr")
     with console.status("handing the run to Flower"):
         run_id = submission.submit(config, folder)
     view.say(f"Flower run {run_id}; folder {folder}")

@@ -19,8 +19,9 @@ from typing import Any
 
 from edgelam_fl.config import RunConfig, to_toml
 from edgelam_fl.errors import RunFailed
+from edgelam_fl.federation.app_archive import app_alone
 from edgelam_fl.federation.child import tool_environment
-from edgelam_fl.federation.flower_app import app_folder
+from edgelam_fl.federation.operator import Operator
 from edgelam_fl.telemetry.events import RUN_ENDS, Event, EventTail
 
 _COMMAND_DEADLINE_S = 180.0  # Flower's commands take seconds here, and many on a small board that is busy
@@ -82,15 +83,15 @@ def run_events(
 
 
 class Submission:
-    """One run at one SuperLink. Keeps Flower's settings in a folder of its own, so that the user's stay untouched."""
+    """One run at one SuperLink, submitted by its operator. Flower's settings of the user stay untouched."""
 
-    def __init__(self, server: str, home: Path) -> None:
-        home.mkdir(parents=True, exist_ok=True)
-        (home / "config.toml").write_text(
-            f'[superlink]\ndefault = "local"\n\n[superlink.local]\naddress = "{server}"\ninsecure = true\n',
-            encoding="utf-8",
-        )
-        self._home, self._out = home, Path()
+    def __init__(self, operator: Operator, folder: Path) -> None:
+        """Prepares Flower's settings for the operator's server. folder: for what is handed to Flower's command.
+
+        Raises EnvironmentProblem if the operator has no token.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._home, self._folder, self._out = operator.flower_home(), folder, Path()
         self.run_id = 0
 
     def submit(
@@ -108,26 +109,15 @@ class Submission:
         the folder `adapter`. fabric: the folder of the process that plays all nodes. simulation: Flower's settings for
         its simulation engine.
         """
-        text = self._home / "run-config.toml"
+        text = self._folder / "run-config.toml"
         values = {"run-toml": to_toml(config), "out": str(out), "command": command,
                   "adapter": str(adapter.absolute()) if adapter else "", "fabric": fabric}  # fmt: skip
         text.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()), encoding="utf-8")
         engine = ["--federation-config", simulation] if simulation else []
-        answer = self.flwr("run", str(self.app()), "local", "--run-config", str(text), *engine)
+        app = app_alone(self._folder / "app")
+        answer = self.flwr("run", str(app), "--run-config", str(text), *engine)
         self.run_id, self._out = int(answer["run-id"]), out
         return self.run_id
-
-    def app(self) -> Path:
-        """Copies the Flower App without its neighbours: Flower looks at every file, and .venv has 30,000."""
-        app = app_folder()
-        if app.name == "_app":
-            return app
-        alone = self._home / "app"
-        shutil.rmtree(alone, ignore_errors=True)  # an older one's
-        for part in ("server", "clients", "strategies"):
-            shutil.copytree(app / part, alone / part, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(app / "pyproject.toml", alone)
-        return alone
 
     def events(
         self,
@@ -156,7 +146,7 @@ class Submission:
         "unknown" if its command does not answer, as on a machine that is very busy: no reason to give a run up.
         """
         try:
-            runs = self.flwr("list", "local", "--run-id", str(self.run_id)).get("runs", [])
+            runs = self.flwr("list", "--run-id", str(self.run_id)).get("runs", [])
         except RunFailed:
             return "unknown"
         return str(runs[0]["status"]) if runs else "unknown"
@@ -164,7 +154,7 @@ class Submission:
     def stop(self) -> None:
         """Stops the run. A run that has ended is left as it is. Raises RunFailed if Flower cannot stop it."""
         try:
-            self.flwr("stop", str(self.run_id), "local")
+            self.flwr("stop", str(self.run_id))
         except RunFailed:
             if not self.status().startswith("finished"):
                 raise
@@ -182,7 +172,7 @@ class Submission:
     def log(self) -> str:
         """Returns the end of what Flower and the ServerApp printed, in one line; how to get it if Flower is silent."""
         try:
-            done = self._call("log", str(self.run_id), "local", "--show")
+            done = self._call("log", str(self.run_id), "--show")
         except RunFailed as error:
             return str(error)
         return " ".join((done.stdout + done.stderr).split())[-600:]
@@ -192,8 +182,8 @@ class Submission:
         flwr = f"FLWR_HOME={shlex.quote(str(self._home))} {shlex.quote(_as_typed('flwr'))}"
         return [
             f"its state:      edgelam report {shlex.quote(str(folder))}",
-            f"its log:        {flwr} log {self.run_id} local",
-            f"stop it:        {flwr} stop {self.run_id} local",
+            f"its log:        {flwr} log {self.run_id}",
+            f"stop it:        {flwr} stop {self.run_id}",
         ]
 
     def flwr(self, command: str, *arguments: str) -> dict[str, Any]:

@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
-from edgelam_fl.addresses import check_port_free
+from edgelam_fl.addresses import check_port_free, join_address
 from edgelam_fl.federation.child import Child, await_answer
 from edgelam_fl.federation.hub_process import HubProcess
+from edgelam_fl.federation.operator import operator_folder, prepare_operator
+
+_EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 def start_superlink(
-    host: str, port: int, state: Path, simulation: dict[str, str] | None = None, beside: HubProcess | None = None
+    host: str,
+    port: int,
+    state: Path,
+    simulation: dict[str, str] | None = None,
+    beside: HubProcess | None = None,
+    *,
+    keep: bool = False,
+    allow_foreign_apps: bool = False,
 ) -> Child:
     """Starts a SuperLink and waits until it answers. It starts the ServerApp of each run as a process of its own.
 
-    state: the folder for its log and Flower's files. simulation: what to add to the environment of Flower's simulation
-    engine, which then plays the nodes; None: nodes join from outside. beside: the hub that its ServerApps use.
+    state: the folder for its log and Flower's files; the operator's folder is made in it. simulation: what to add to the
+    environment of Flower's simulation engine, which then plays the nodes; None: nodes join from outside. beside: the hub that
+    its ServerApps use. keep: nodes and runs are kept in a file for the next start. allow_foreign_apps: runs may bring any App.
 
     Raises EnvironmentProblem if the port is taken or the process ends.
     """
     check_port_free(host, port, "--listen")
-    # The last flag keeps it from running `uv sync`, which would fetch torch before each run.
-    command = ["flower-superlink", "--insecure", "--host", host, "--port", str(port)]
-    command += ["--disable-runtime-dependency-installation"]
+    operator = operator_folder(state)
+    prepare_operator(operator, join_address(_EVERY_ADDRESS.get(host, host), port))
+    command = [sys.executable, "-m", "edgelam_fl.federation.superlink_daemon", "--host", host, "--port", str(port)]
+    command += ["--state", str(state), "--operator", str(operator)]
+    command += ["--database", str(state / "superlink.db")] if keep else []
     command += ["--simulation"] if simulation is not None else []
+    command += ["--allow-foreign-apps"] if allow_foreign_apps else []
     environment = {"FLWR_HOME": str(state / "flwr"), "FLWR_TELEMETRY_ENABLED": "0", **(simulation or {})}
     environment |= beside.environment if beside else {}
     child = Child("SuperLink", command, state / "superlink.log", environment)

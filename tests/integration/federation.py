@@ -18,6 +18,7 @@ from edgelam_fl.errors import EnvironmentProblem, RunFailed
 from edgelam_fl.federation.child import Child, end_all, log_tail, tool_environment
 from edgelam_fl.federation.hub_process import HubProcess
 from edgelam_fl.federation.node_process import NodeProcesses
+from edgelam_fl.federation.operator import Operator, operator_folder
 from edgelam_fl.federation.submission import Submission, run_events
 from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.federation.template import warm_template
@@ -65,6 +66,10 @@ class Federation:
     def server_models(self) -> Path:
         """A hub's cache that the server has and no node."""
         return self.folder / "server-models"
+
+    @property
+    def operator(self) -> Operator:
+        return Operator(self.server, operator_folder(self.folder / "server"))
 
     # ---------------------------------------------------------------- its life
 
@@ -124,7 +129,7 @@ class Federation:
 
     def run(self, name: str, config: RunConfig, meanwhile: Callable[[], object] = lambda: None) -> Run:
         """One run, from submission to the end of its ServerApp. `meanwhile` is called every `_POLL_S` seconds."""
-        submission = Submission(self.server, self.folder / "flwr-home")
+        submission = Submission(self.operator, self.folder / "flwr")
 
         def submit(out: Path) -> Callable[[], str]:
             submission.submit(config, out)
@@ -154,11 +159,9 @@ class Federation:
         return Run(out, events, by_device(self.data_plane.connections[known:], list(self.data)))
 
     def flwr(self, *arguments: str, expect: int = 0) -> str:
-        """Flower's own command, as a user types it in the repository; its settings as `Submission` writes them."""
-        home = self.folder / "flwr-home"
-        if not home.exists():
-            Submission(self.server, home)
-        environment = {**tool_environment(), "FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "COLUMNS": "200"}
+        """Flower's own command, as the operator types it in the repository."""
+        home = {"FLWR_HOME": str(self.operator.folder)}
+        environment = {**tool_environment(), **home, "FLWR_TELEMETRY_ENABLED": "0", "COLUMNS": "200"}
         repository = Path(__file__).parents[2]
         done = subprocess.run(
             ["flwr", *arguments], cwd=repository, env=environment, stdin=subprocess.DEVNULL,

@@ -37,7 +37,7 @@ def test_the_tokens_over_the_route_are_those_at_home(averaged: Run, federation: 
     local.put_on(result.adapter)
     assert federation.data_plane is not None
     before = len(federation.data_plane.connections)
-    with route_speaker(result, federation.server, Console(quiet=True)) as over_route:
+    with route_speaker(result, federation.operator, Console(quiet=True)) as over_route:
         got = tokens(over_route)
     assert got == tokens(local)
     assert len(got) == NEW
@@ -50,7 +50,7 @@ def tokens(speaker: Speaker) -> list[int]:
 
 
 def test_the_command_answers_over_the_route(averaged: Run, federation: Federation) -> None:
-    over_route = chat(averaged, "--server", federation.server)
+    over_route = chat(averaged, "--server", federation.server, "--operator", str(federation.operator.folder))
     assert over_route.returncode == 0, f"{over_route.stderr}\n{federation.logs()}"
     assert over_route.stdout.endswith("\n")
 

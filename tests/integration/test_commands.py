@@ -25,6 +25,7 @@ from edgelam_fl.cli.main import app, exit_code
 from edgelam_fl.config import parse_run_file, read_run_file
 from edgelam_fl.doctor.checks import check_server, superlink_version
 from edgelam_fl.federation.child import Child, end_all, log_tail
+from edgelam_fl.federation.operator import Operator, operator_folder
 from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.serving.generate import answer
@@ -369,11 +370,20 @@ def test_commands_on_a_run_refuse(
 
 
 @pytest.fixture(scope="module")
-def superlink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    port = free_port()
-    child = start_superlink("127.0.0.1", port, tmp_path_factory.mktemp("server"))
-    yield f"127.0.0.1:{port}"
+def operator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operator]:
+    port, state = free_port(), tmp_path_factory.mktemp("server")
+    child = start_superlink("127.0.0.1", port, state)
+    yield Operator(f"127.0.0.1:{port}", operator_folder(state))
     end_all([child])
+
+
+@pytest.fixture(scope="module")
+def superlink(operator: Operator) -> str:
+    return operator.server
+
+
+def at(operator: Operator) -> list[str]:
+    return ["--server", operator.server, "--operator", str(operator.folder)]
 
 
 def _client(folder: Path, server: str, name: str, *options: str, environment: dict[str, str] | None = None) -> Child:
@@ -400,17 +410,17 @@ def test_doctor_knows_a_superlink(superlink: str) -> None:
 
 @pytest.mark.processes
 def test_a_detached_run_goes_on_and_can_be_stopped_as_was_said(
-    tmp_path: Path, superlink: str, tiny_folder: Path
+    tmp_path: Path, operator: Operator, tiny_folder: Path
 ) -> None:
     """No node has joined, so that it waits for one until it is stopped."""
     sets = ["--set", f"model.name={tiny_folder}", "--set", "federation.join_deadline_s=600"]
-    done = process("run", run_file(tmp_path), "--server", superlink, "--out", "run", "--detach", *sets, cwd=tmp_path)
+    done = process("run", run_file(tmp_path), *at(operator), "--out", "run", "--detach", *sets, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     first, _, report, log, stop = done.stdout.splitlines()
     run_id = re.match(rf"Flower run (\d+); folder {tmp_path}/run, on the server's machine$", first)
     assert run_id, first
     assert report.split(": ", 1)[1].strip() == f"edgelam report {tmp_path}/run"
-    assert f" log {run_id[1]} local" in log
+    assert f" log {run_id[1]}" in log
     events, end = tmp_path / "run" / "events.jsonl", time.monotonic() + WAIT_S
     while not events.exists() and time.monotonic() < end:
         time.sleep(0.2)
@@ -419,7 +429,7 @@ def test_a_detached_run_goes_on_and_can_be_stopped_as_was_said(
     def flwr(command: str) -> str:
         return subprocess.run(command, shell=True, capture_output=True, text=True, timeout=WAIT_S, check=True).stdout
 
-    ask = f"{stop.split(':', 1)[1].split(' stop ')[0]} list local --run-id {run_id[1]} --format json"
+    ask = f"{stop.split(':', 1)[1].split(' stop ')[0]} list --run-id {run_id[1]} --format json"
     assert json.loads(flwr(ask))["runs"][0]["status"] == "running"
     flwr(stop.split(":", 1)[1])
     assert json.loads(flwr(ask))["runs"][0]["status"] == "finished:stopped"
@@ -427,7 +437,7 @@ def test_a_detached_run_goes_on_and_can_be_stopped_as_was_said(
 
 @pytest.mark.processes
 def test_nodes_that_cannot_take_part_fail_the_run_with_their_reasons(
-    tmp_path: Path, superlink: str, tiny_folder: Path
+    tmp_path: Path, superlink: str, operator: Operator, tiny_folder: Path
 ) -> None:
     """A data file that lacks the run's field, and a node of another protocol version."""
     wrong_field = _client(tmp_path, superlink, "wrong-field", "--data", pairs_file(tmp_path))
@@ -446,7 +456,7 @@ def test_nodes_that_cannot_take_part_fail_the_run_with_their_reasons(
             "federation.expect_nodes=3",
         ]
         sets = [word for override in overrides for word in ("--set", override)]
-        done = process("run", run_file(tmp_path), "--server", superlink, *sets, cwd=tmp_path)
+        done = process("run", run_file(tmp_path), *at(operator), *sets, cwd=tmp_path)
     finally:
         end_all([wrong_field, newer])
     assert done.returncode == 4, done.stderr

@@ -28,10 +28,10 @@ def test_flwr_run_by_hand_gives_the_same_adapter(averaged: Run, federation: Fede
             "strategy.bandwidth=examples.strategies.my_bandwidth:ByRoot",
         ]
         settings = " ".join([*small_settings(tiny.name), *own])
-        said = federation.flwr("run", ".", "local", "--run-config", f'set="{settings}" out="{out}"', "--format", "json")
+        said = federation.flwr("run", ".", "--run-config", f'set="{settings}" out="{out}"', "--format", "json")
         run_id = str(json.loads(said)["run-id"])
         return lambda: str(
-            json.loads(federation.flwr("list", "local", "--run-id", run_id, "--format", "json"))["runs"][0]["status"]
+            json.loads(federation.flwr("list", "--run-id", run_id, "--format", "json"))["runs"][0]["status"]
         )
 
     by_hand = federation.follow("by-hand", submit)
@@ -45,9 +45,9 @@ def test_flwr_run_by_hand_gives_the_same_adapter(averaged: Run, federation: Fede
     why = by_hand.of_kind(PlanMade)[0].why
     assert why == {f"device-{n}": f"has 15 examples, place {n}" for n in (1, 2, 3)}
 
-    listed = federation.flwr("list", "local")
+    listed = federation.flwr("list")
     assert run_id[:6] in listed
     assert "edgelam" in listed
-    log = federation.flwr("log", run_id, "local", "--show")
+    log = federation.flwr("log", run_id, "--show")
     assert f"run folder: {by_hand.path}" in log
     assert "round 2" in log

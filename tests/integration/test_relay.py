@@ -22,6 +22,7 @@ from edgelam_fl.addresses import free_port
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.federation.child import Child, end_all, log_tail
 from edgelam_fl.federation.hub_process import HubProcess
+from edgelam_fl.federation.operator import Operator, operator_folder
 from edgelam_fl.federation.submission import Submission
 from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.model.source import ModelSource
@@ -126,7 +127,7 @@ def test_nodes_that_reach_the_server_alone_train_through_its_relay(
 
 def train(server: str, model: ModelSource, folder: Path, children: list[Child]) -> list[Event]:
     """Trains over both edge servers; returns the run's events."""
-    submission = Submission(server, folder / "flwr")
+    submission = Submission(Operator(server, operator_folder(folder / "server")), folder / "flwr")
     submission.submit(config_of(model.name, "split.hosts=2"), folder / "run")
 
     def all_run() -> None:

@@ -25,9 +25,9 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supernode.nodestate import NodeStateFactory
 
+from edgelam_fl.federation.app_archive import app_alone
 from edgelam_fl.federation.clientapp import ClientAppThreads
 from edgelam_fl.federation.flower_app import App, app_folder, archived_app, installed_app, why_refused
-from edgelam_fl.federation.submission import Submission
 from edgelam_fl.flower import from_record, to_record
 from tests.support import WAIT_S
 
@@ -38,7 +38,7 @@ POLL_S = 0.005
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """Flower's archive of this App, as a submission brings it."""
-    return build_fab_from_disk(Submission("127.0.0.1:1", tmp_path_factory.mktemp("home")).app())
+    return build_fab_from_disk(app_alone(tmp_path_factory.mktemp("home") / "app"))
 
 
 class SuperNode:

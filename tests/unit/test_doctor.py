@@ -31,14 +31,14 @@ def problem(finding: Finding) -> Finding:
 
 @pytest.fixture
 def superlink() -> Iterator[tuple[str, dict[str, str]]]:
-    """What answers like a SuperLink; its title and version can be set."""
-    about = {"title": "SuperLink API", "version": importlib.metadata.version("flwr")}
+    """What answers like a server of this project; what it says can be set."""
+    about = {"edgelam-fl": "0.2.0", "flwr": importlib.metadata.version("flwr")}
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(json.dumps({"info": about}).encode())
+            self.wfile.write(json.dumps(about).encode())
 
         def log_message(self, *_: object) -> None:
             pass
@@ -84,7 +84,7 @@ def test_flowers_tools_that_are_not_on_the_path(tmp_path: Path) -> None:
     tool.write_text("#!/bin/sh\n")
     tool.chmod(0o755)
     (finding,) = doctor.check_tools(str(tmp_path))
-    assert problem(finding).found == "not found: flower-superlink, flower-supernode"
+    assert problem(finding).found == "not found: flower-supernode"
     assert doctor.check_tools()[0].state == "ok"
 
 
@@ -120,17 +120,17 @@ def test_another_program_at_the_servers_port() -> None:
 
 def test_a_web_server_that_is_no_superlink(superlink: tuple[int, dict[str, str]]) -> None:
     port, about = superlink
-    about["title"] = "Another API"
+    del about["flwr"]
     assert "is no Flower SuperLink" in problem(doctor.check_server("127.0.0.1", port)[1]).found
 
 
 def test_a_superlink_of_this_version_and_of_another(superlink: tuple[int, dict[str, str]]) -> None:
     port, about = superlink
-    ours = about["version"]
+    ours = about["flwr"]
     assert doctor.check_server("127.0.0.1", port)[1] == Finding(
         "server", "ok", f"a SuperLink of Flower {ours} at 127.0.0.1:{port}"
     )
-    about["version"] = "0.9"
+    about["flwr"] = "0.9"
     finding = problem(doctor.check_server("127.0.0.1", port)[1])
     assert finding.found == f"a SuperLink of Flower 0.9, here is {ours}"
     assert "pip install flwr==0.9 here" in finding.fix

@@ -16,6 +16,7 @@ from edgelam_fl.errors import ConfigError, EnvironmentProblem, RunFailed
 from edgelam_fl.federation.child import Child, Restarts, end_all, log_tail, shorten
 from edgelam_fl.federation.local import LocalFederation
 from edgelam_fl.federation.node_process import NodeProcesses
+from edgelam_fl.federation.operator import Operator
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,12 @@ def test_a_run_here_ends_with_its_superlink(tmp_path: Path) -> None:
     superlink = python("import sys; sys.exit('no space left on device')", tmp_path / "log", "SuperLink")
     until(superlink.ended)
     here = LocalFederation(
-        config=RunConfig(), folder=tmp_path, server="127.0.0.1:1", superlink=superlink, edges=[], devices=[]
+        config=RunConfig(),
+        folder=tmp_path,
+        operator=Operator("127.0.0.1:1", tmp_path),
+        superlink=superlink,
+        edges=[],
+        devices=[],
     )
     with pytest.raises(
         RunFailed, match=r"SuperLink ended with status 1: no space left on device.* No round was finished"
@@ -149,7 +155,7 @@ def test_a_run_here_ends_with_its_superlink(tmp_path: Path) -> None:
 def test_what_was_started_is_counted(tmp_path: Path, edges: int, devices: int, words: str) -> None:
     superlink = python("pass", tmp_path / "log", "SuperLink")
     here = LocalFederation(
-        config=RunConfig(), folder=tmp_path, server="127.0.0.1:1", superlink=superlink,
+        config=RunConfig(), folder=tmp_path, operator=Operator("127.0.0.1:1", tmp_path), superlink=superlink,
         edges=[NodeProcesses("edge", "127.0.0.1:1", tmp_path)] * edges,
         devices=[NodeProcesses("device", "127.0.0.1:1", tmp_path)] * devices,
     )  # fmt: skip

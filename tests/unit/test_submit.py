@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from edgelam_fl.errors import RunFailed
+from edgelam_fl.federation.app_archive import app_alone
+from edgelam_fl.federation.operator import Operator, prepare_operator
 from edgelam_fl.federation.submission import FollowTiming, Submission, run_events
 from edgelam_fl.telemetry.events import Event
 from edgelam_fl.telemetry.events.table import kind_of
@@ -24,7 +26,7 @@ def _files(folder: Path, pattern: str) -> set[str]:
 def test_flower_is_handed_the_app_alone(tmp_path: Path) -> None:
     (tmp_path / "app" / "server").mkdir(parents=True)
     (tmp_path / "app" / "server" / "of_an_earlier_version.py").touch()
-    app = Submission("127.0.0.1:1", tmp_path).app()
+    app = app_alone(tmp_path / "app")
     parts = {f"{part}/{file}" for part in ("server", "clients", "strategies") for file in _files(ROOT / part, "*.py")}
     assert {file for file in _files(app, "*") if file.endswith(".py")} == parts
     assert (app / "pyproject.toml").read_bytes() == (ROOT / "pyproject.toml").read_bytes()
@@ -128,7 +130,8 @@ class Flower(Submission):
     """Answers in place of Flower's command."""
 
     def __init__(self, home: Path, state: str) -> None:
-        super().__init__("127.0.0.1:1", home)
+        prepare_operator(home / "operator", "127.0.0.1:1")
+        super().__init__(Operator("127.0.0.1:1", home / "operator"), home)
         self.state, self.calls = state, list[str]()
 
     def flwr(self, command: str, *arguments: str) -> dict[str, Any]:

@@ -1,0 +1,86 @@
+"""The operator's folder: what lets a person submit, list and stop runs at one server, with `flwr` or with `edgelam`.
+
+It holds the token that the server asks for, and Flower's own settings for its command: `export FLWR_HOME=<folder>` is all that
+`flwr` needs. Knows the two files in which Flower's command looks; knows no run.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgelam_fl.errors import EnvironmentProblem
+from edgelam_fl.files import write_private
+
+CONNECTION = "edgelam"
+"""The name of the server in Flower's settings; the default there, so that it need not be given."""
+_TOKEN, _SETTINGS, _CREDENTIALS = "token", "config.toml", "credentials.yaml"
+
+
+def operator_folder(state: Path) -> Path:
+    """Returns where a server with this state folder keeps its operator's folder."""
+    return state / "operator"
+
+
+def prepare_operator(folder: Path, server: str) -> None:
+    """Makes the operator's folder for the server at HOST:PORT, or renews Flower's settings there. The token stays."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    if not (folder / _TOKEN).exists():
+        write_private(folder / _TOKEN, secrets.token_urlsafe(32))
+    _write_settings(folder, server, read_token(folder))
+
+
+def read_token(folder: Path) -> str:
+    """Reads the token. Raises EnvironmentProblem if the folder is no operator's or belongs to somebody else."""
+    try:
+        return (folder / _TOKEN).read_text(encoding="ascii").strip()
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"{folder} is not the operator's folder of a server ({error.strerror}): `edgelam server` prints the folder at its "
+            "start. Name it with --operator DIR; from another machine, name a copy"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What a command needs to submit runs at one server."""
+
+    server: str
+    """HOST:PORT of the SuperLink."""
+    folder: Path
+    """The operator's folder."""
+
+    def flower_home(self) -> Path:
+        """Returns a folder of settings with which Flower's command reaches the server.
+
+        That is the operator's folder itself, or, for another address than the server wrote there, a folder within. Raises
+        EnvironmentProblem if the folder is no operator's.
+        """
+        token, settings = read_token(self.folder), self.folder / _SETTINGS
+        if settings.exists() and settings.read_text(encoding="utf-8") == _settings(self.server):
+            return self.folder
+        other = self.folder / "at" / self.server.replace(":", "_")
+        _write_settings(other, self.server, token)
+        return other
+
+
+def _settings(server: str) -> str:
+    return (
+        f'[superlink]\ndefault = "{CONNECTION}"\n\n'
+        f"[superlink.{CONNECTION}]\naddress = {json.dumps(server)}\ninsecure = true\n"
+    )
+
+
+def _write_settings(folder: Path, server: str, token: str) -> None:
+    """Writes the two files of Flower's command: where the server is, and the token for it."""
+    write_private(folder / _SETTINGS, _settings(server))
+    keys = {"authn-type": "oidc", "oidc-access-token": token, "oidc-refresh-token": "none"}
+    lines = [
+        f'"flower.account-auth.{server}.{key}": {base64.b64encode(value.encode()).decode()}\n'
+        for key, value in keys.items()
+    ]
+    write_private(folder / _CREDENTIALS, "".join(lines))

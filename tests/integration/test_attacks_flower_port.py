@@ -1,0 +1,222 @@
+"""Attacks on Flower's port of a started server: strangers, and what the operator alone may do. The attacks speak Flower's API."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from flwr.proto.control_pb2 import (
+    ListNodesRequest,
+    ListRunsRequest,
+    RegisterNodeRequest,
+    StartRunRequest,
+    UnregisterNodeRequest,
+)
+from flwr.proto.fleet_pb2 import RegisterNodeFleetRequest
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, GetNodesRequest
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.interceptors.http import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
+from flwr.supercore.runtime.runtime_http_client import RuntimeHttpClient
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from edgelam_fl.addresses import free_port
+from edgelam_fl.config import parse_run_file
+from edgelam_fl.federation.child import Child, end_all, log_tail, tool_environment
+from edgelam_fl.federation.guard import ROUTES, Caller
+from edgelam_fl.federation.operator import Operator, operator_folder, read_token
+from edgelam_fl.federation.submission import Submission, run_events
+from edgelam_fl.federation.superlink import start_superlink
+from edgelam_fl.telemetry.events import RunStarted
+from tests.support import WAIT_S
+
+pytestmark = pytest.mark.processes
+
+STRANGERS_APP = {
+    "pyproject.toml": """
+[project]
+name = "stranger"
+version = "1.0.0"
+license = "Apache-2.0"
+dependencies = []
+[tool.flwr.app]
+publisher = "nobody"
+fab-include = ["stranger/*.py"]
+[tool.flwr.app.components]
+serverapp = "stranger.app:app"
+clientapp = "stranger.app:app"
+[tool.flwr.app.config]
+""",
+    "stranger/__init__.py": "",
+    "stranger/app.py": "from pathlib import Path\nPath({mark!r}).touch()\nfrom flwr.serverapp import ServerApp\napp = ServerApp()\n",
+}
+
+
+class Server:
+    """A SuperLink that keeps its nodes and runs in a file, and ways to speak to it."""
+
+    def __init__(self, state: Path) -> None:
+        self.port, self.state = free_port(), state
+        self.address = f"127.0.0.1:{self.port}"
+        self.operator = Operator(self.address, operator_folder(state))
+        self.child = self._start()
+        self._clients = ExitStack()
+
+    def end(self) -> None:
+        self._clients.close()
+        end_all([self.child])
+
+    def _start(self) -> Child:
+        return start_superlink("127.0.0.1", self.port, self.state, keep=True)
+
+    def restart(self) -> None:
+        end_all([self.child])
+        self.child = self._start()
+
+    def client(self, kind: Any, *interceptors: Any) -> Any:
+        """One of Flower's clients, which is closed with the server."""
+        version = RuntimeVersionHttpInterceptor(component_name="a test")
+        made = kind.from_server_address(self.address, True, None, [version, *interceptors])
+        self._clients.callback(made.close)
+        return made
+
+    def flwr(self, *arguments: str, home: Path | None = None) -> dict[str, Any]:
+        """Flower's own command, by default as the operator."""
+        environment = {
+            **tool_environment(),
+            "FLWR_HOME": str(home or self.operator.folder),
+            "FLWR_TELEMETRY_ENABLED": "0",
+        }
+        done = subprocess.run(
+            ["flwr", *arguments, "--format", "json"],
+            env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=WAIT_S, check=False,
+        )  # fmt: skip
+        answer: dict[str, Any] = json.loads(done.stdout)
+        return answer
+
+
+class Token:
+    """Sends a token as Flower's command does."""
+
+    def __init__(self, token: str) -> None:
+        self._token = token
+
+    def intercept(self, context: Any, call_next: Any) -> httpx.Response:
+        context.request.headers["Authorization"] = f"Bearer {self._token}"
+        answer: httpx.Response = call_next(context)
+        return answer
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    made = Server(tmp_path_factory.mktemp("server"))
+    try:
+        yield made
+    finally:
+        made.end()
+
+
+def refused(call: Any, request: Any) -> str:
+    with pytest.raises(httpx.HTTPStatusError) as caught:
+        call(request)
+    assert caught.value.response.status_code in (401, 403, 404)
+    return str(caught.value.response.json()["detail"])
+
+
+def test_s3_a_stranger_registers_unregisters_and_submits_nothing(server: Server) -> None:
+    public = public_key_to_bytes(generate_key_pairs()[1])
+    for stranger in (server.client(ControlHttpClient), server.client(ControlHttpClient, Token("guessed"))):
+        assert "only the operator" in refused(stranger.ListNodes, ListNodesRequest())
+        assert "only the operator" in refused(stranger.ListRuns, ListRunsRequest())
+        assert "only the operator" in refused(stranger.StartRun, StartRunRequest())
+        refused(stranger.RegisterNode, RegisterNodeRequest(public_key=public))
+        refused(stranger.UnregisterNode, UnregisterNodeRequest(node_id=1))
+    operator = server.client(ControlHttpClient, Token(read_token(server.operator.folder)))
+    assert not operator.ListNodes(ListNodesRequest()).nodes_info
+    assert "refused 127.0.0.1, '/v1/control/start-run': only the operator" in server.child.log.read_text()
+
+
+def test_s3_every_route_is_closed_to_strangers_but_those_of_nodes(server: Server) -> None:
+    """Live, over HTTP: nothing of the Control and Runtime API answers without a credential, and no page describes them."""
+    with httpx.Client(base_url=f"http://{server.address}") as stranger:
+        for path, caller in ROUTES.items():
+            status = stranger.post(path).status_code
+            assert status in {Caller.ANYBODY: {405}, Caller.OPERATOR: {403}}.get(caller, {400, 401, 403, 415, 422}), (
+                path
+            )
+        for path in ("/docs", "/openapi.json", "/v1/edgelam/unknown"):
+            assert stranger.get(path).status_code == 404
+        assert stranger.get("/health").status_code == 200
+        assert stranger.get("/v1/edgelam/about").json().keys() == {"edgelam-fl", "flwr"}
+
+
+def test_s1_the_operators_own_token_runs_no_foreign_app(server: Server, tmp_path: Path) -> None:
+    mark = tmp_path / "MARK"
+    for name, content in STRANGERS_APP.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content.replace("{mark!r}", repr(str(mark))))
+    said = server.flwr("run", str(tmp_path))
+    assert not said["success"]
+    assert "this server runs its own Flower App alone (digest " in said["error-message"]
+    assert "--allow-foreign-apps" in said["error-message"]
+    said = server.flwr("run", "@nobody/stranger")
+    assert "this server runs no App from elsewhere (got '@nobody/stranger')" in said["error-message"]
+    assert not server.flwr("list")["runs"]
+    assert not mark.exists()
+
+
+def test_s2_s18_a_runs_task_cannot_be_taken_and_its_token_not_seen(server: Server, tmp_path: Path) -> None:
+    """The thief asks from before the run is submitted until it has begun, on the server's own machine."""
+    thief = server.client(RuntimeHttpClient)
+    ask = AcquireTaskRequest(supported_task_types=["flwr-serverapp"])
+    submission = Submission(server.operator, tmp_path / "flwr")
+    config = parse_run_file("", source="test", overrides=["split.hosts=0", "federation.join_deadline_s=600"])
+    submission.submit(config, tmp_path / "run")
+    try:
+        for event in run_events(
+            tmp_path / "run" / "events.jsonl",
+            submission.status,
+            WAIT_S,
+            meanwhile=lambda: refused(thief.AcquireTask, ask),
+        ):
+            if isinstance(event, RunStarted):
+                break
+        with_a_guess = server.client(RuntimeHttpClient, RuntimeTokenHttpInterceptor(token="0" * 32))
+        with pytest.raises(httpx.HTTPStatusError):
+            with_a_guess.GetNodes(GetNodesRequest())
+        (task,) = psutil.Process(server.child.pid).children()
+        assert "--token" not in task.cmdline()
+        assert "edgelam_fl.federation.task_process" in task.cmdline()
+    finally:
+        submission.stop()
+
+
+def test_s20_what_the_server_keeps_is_its_owners(server: Server) -> None:
+    for file in (server.operator.folder, server.operator.folder / "token", server.operator.folder / "credentials.yaml"):
+        assert stat.S_IMODE(os.stat(file).st_mode) & 0o077 == 0, file
+
+
+def test_nodes_and_runs_are_kept_over_a_restart(server: Server) -> None:
+    private, public = generate_key_pairs()
+    node = server.client(FleetHttpClient, NodeAuthHttpInterceptor(private, public))
+    node.RegisterNode(RegisterNodeFleetRequest(public_key=public_key_to_bytes(public)))
+    operator = server.client(ControlHttpClient, Token(read_token(server.operator.folder)))
+
+    def known() -> tuple[list[int], list[int]]:
+        nodes = [info.node_id for info in operator.ListNodes(ListNodesRequest()).nodes_info]
+        return nodes, list(operator.ListRuns(ListRunsRequest()).run_dict)
+
+    before = known()
+    assert all(before), log_tail(server.child.log)
+    server.restart()
+    assert known() == before
