@@ -18,7 +18,6 @@ from edgelam_fl.cli.options import (
     say,
 )
 from edgelam_fl.errors import EnvironmentProblem
-from edgelam_fl.files import keep_private
 
 
 def doctor(
@@ -99,6 +98,7 @@ def server(
 ) -> None:
     """Runs the federation's server: Flower's SuperLink, and the data plane's hub. Ctrl-C ends it."""
     from edgelam_fl.federation.server import serve
+    from edgelam_fl.files import keep_private
 
     keep_private()
     raise typer.Exit(serve(console, listen, data_plane, state, insecure, allow_foreign_apps))

@@ -22,7 +22,6 @@ from edgelam_fl.cli.options import (
     say,
 )
 from edgelam_fl.errors import ConfigError
-from edgelam_fl.files import keep_private
 
 
 def init(
@@ -58,6 +57,7 @@ def demo(
     questions about Python's standard library. Each device owns the docstrings of other modules, and keeps them.
     """
     from edgelam_fl.federation.demo import run_demo
+    from edgelam_fl.files import keep_private
 
     keep_private()
     raise typer.Exit(run_demo(console, devices, out, overrides))
@@ -156,6 +156,7 @@ def run(
     from edgelam_fl.config import read_run_file
     from edgelam_fl.federation.operator import Operator
     from edgelam_fl.federation.runs import check_run, leave_on_server, run_here, run_on_server
+    from edgelam_fl.files import keep_private
 
     config = read_run_file(file, overrides)
     if explain:
