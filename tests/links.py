@@ -22,8 +22,8 @@ def hello(job: str = "test/1/1", node: str = "device-1", **fields: Any) -> pb.He
     return pb.Hello(**standard | fields)
 
 
-def ready(job_token: int = 7, codec: str = "raw") -> pb.Ready:
-    return pb.Ready(version=PROTOCOL_VERSION, window=1, codec=codec, job_token=job_token)
+def ready(job_token: int = 7, codec: str = "raw", window: int = 1) -> pb.Ready:
+    return pb.Ready(version=PROTOCOL_VERSION, window=window, codec=codec, job_token=job_token)
 
 
 def make_terms(heard: Heard | None = None, **fields: Any) -> MakeTerms:

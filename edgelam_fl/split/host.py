@@ -33,6 +33,7 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.link import Frame, Link
 
 _GATHER_POLL_S = 0.05
+_MOST_TAKEN = 256  # arrivals before work that is due: a flood of frames does not keep the host from computing
 _OF_UNITS = {pb.ACT, pb.LABELS, pb.GRAD, pb.GRAD_END}  # kinds of frames that belong to a micro-batch
 
 
@@ -73,10 +74,13 @@ class Host:
         if not self.group.coordinates:
             self.group.dial_next()
         self.group.gather(lambda: self._take(_GATHER_POLL_S))
+        taken = 0  # arrivals since the last work
         while self.group.active() or self.turns.still_to_come():
             work = self._next_work()
-            if self._take(0.0 if work else self.turns.patience_s()):
+            if (work is None or taken < _MOST_TAKEN) and self._take(0.0 if work else self.turns.patience_s()):
+                taken += 1
                 continue
+            taken = 0
             if work is None:
                 self.turns.give_up_on_the_late()
                 continue
@@ -180,6 +184,8 @@ class Host:
         member.labels[unit_id(frame.header)] = check_labels(frame, self.plan)
 
     def _take_gradient(self, member: Member, frame: Frame) -> None:
+        if sum(other is member for other, _ in self._backwards) >= 2 * self.plan.window:  # of a late step and the next
+            raise ProtocolError(f"gradients of more than {self.plan.window} micro-batches a step (split.window)")
         self._backwards.append((member, frame))
 
     # ---------------------------------------------------------------- forward, backward

@@ -1,16 +1,25 @@
 """The inbox that the one compute thread of a job works from.
 
-Knows neither what a frame means nor who sent it. Neighbours: `wire.link` fills it, `split.route` and `split.host` empty it.
+The thread may compute for long, so the inbox limits what each link may put in meanwhile: the tensors of its window, and many
+but small other frames. Knows neither what a frame means nor who sent it. Neighbours: `wire.link` fills it, `split.route` and
+`split.host` empty it.
 """
 
 from __future__ import annotations
 
 import queue
+import threading
 import time
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
-from edgelam_fl.errors import PeerLost, RunFailed
+from edgelam_fl.errors import PeerLost, ProtocolError, RunFailed
+from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.link import Frame, Link
+
+_STEPS_AT_A_TIME = 2  # with tensors in the inbox: a step that was closed without a late device, and the next
+_MOST_OTHERS = 4096  # frames without a tensor per link
+_MOST_BYTES_OF_OTHERS = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,50 @@ class Cancelled:
     reason: str
 
 
+@dataclass
+class _Waiting:
+    """What a link has put in and nobody has taken out yet."""
+
+    tensors: Counter[tuple[int, int, int]] = field(default_factory=Counter)  # by kind, phase and step
+    others: int = 0  # frames without a tensor
+    bytes_of_others: int = 0
+
+    def add(self, frame: Frame, window: int) -> None:
+        """Counts a frame. Raises ProtocolError if the link may not put it in."""
+        header = frame.header
+        if frame.tensor is None:
+            size = header.ByteSize()
+            if self.others >= _MOST_OTHERS or self.bytes_of_others + size > _MOST_BYTES_OF_OTHERS:
+                raise ProtocolError(
+                    f"{self.others} frames of {self.bytes_of_others} bytes wait to be read; one more is too many"
+                )
+            self.others += 1
+            self.bytes_of_others += size
+            return
+        step = _step(header)
+        if self.tensors.get(step, 0) >= window:
+            raise ProtocolError(f"more than {window} micro-batches in flight (split.window)")
+        if step not in self.tensors and sum(kind == header.kind for kind, _, _ in self.tensors) >= _STEPS_AT_A_TIME:
+            raise ProtocolError(f"micro-batches of more than {_STEPS_AT_A_TIME} steps in flight")
+        self.tensors[step] += 1
+
+    def remove(self, frame: Frame) -> bool:
+        """Counts a frame as taken out; returns whether none is left."""
+        if frame.tensor is None:
+            self.others -= 1
+            self.bytes_of_others -= frame.header.ByteSize()
+        else:
+            step = _step(frame.header)
+            self.tensors[step] -= 1
+            if not self.tensors[step]:
+                del self.tensors[step]
+        return not self.tensors and not self.others
+
+
+def _step(header: pb.Header) -> tuple[int, int, int]:
+    return header.kind, header.phase, header.step
+
+
 class Inbox:
     """All that arrives on the links of a job, in order. Transport threads fill it, the compute thread empties it."""
 
@@ -34,9 +87,13 @@ class Inbox:
         """Starts the clock: `round_s` seconds from now, `get` raises PeerLost."""
         self._queue: queue.SimpleQueue[tuple[Link | None, Frame | Lost | Cancelled]] = queue.SimpleQueue()
         self._end = time.monotonic() + round_s
+        self._counting = threading.Lock()
+        self._waiting: dict[Link, _Waiting] = {}
 
     def on_frame(self, link: Link, frame: Frame) -> None:
-        """Puts in a frame; for `LinkTerms.on_frame`."""
+        """Puts in a frame; for `LinkTerms.on_frame`. Raises ProtocolError if too much of the link waits here already."""
+        with self._counting:
+            self._waiting.setdefault(link, _Waiting()).add(frame, link.terms.window)
         self._queue.put((link, frame))
 
     def on_lost(self, link: Link, reason: str) -> None:
@@ -66,4 +123,8 @@ class Inbox:
         if isinstance(item, Cancelled):
             raise RunFailed(item.reason)
         assert link is not None  # only Cancelled comes without a link
+        if isinstance(item, Frame):
+            with self._counting:
+                if self._waiting[link].remove(item):
+                    del self._waiting[link]
         return link, item

@@ -14,7 +14,7 @@ from functools import partial
 
 from edgelam_fl.errors import ProtocolError, RunFailed
 from edgelam_fl.split.group import Group
-from edgelam_fl.split.lane import Lane
+from edgelam_fl.split.lane import Lane, TurnId
 from edgelam_fl.split.member import Member, checked_table
 from edgelam_fl.split.timeline import Timeline
 from edgelam_fl.split.trainee import judge
@@ -186,7 +186,10 @@ class DecidesTurns(Turns):
         return {pb.STEP_READY: self._take_norm_of_device}
 
     def take_norm_of_host(self, member: Member, frame: Frame) -> None:
-        self._take_norm(member, _host_name(frame.header.step_ready.host), frame.header)
+        position = frame.header.step_ready.host
+        if position >= self.group.position:
+            raise ProtocolError(f"a norm of host {position}; the hosts before this one are {self.group.position}")
+        self._take_norm(member, _host_name(position), frame.header)
 
     def _take_norm_of_device(self, member: Member, frame: Frame) -> None:
         self._take_norm(member, member.route.device, frame.header)
@@ -292,10 +295,17 @@ class FollowsTurns(Turns):
             lane.totals = list(steps)
 
     def _take_close(self, lane: Lane, header: pb.Header) -> None:
-        lane.closes.setdefault((header.step, self._mode.turn_index(header.device_index)), header.step_close)
+        lane.closes.setdefault(self._turn_id(lane, header), header.step_close)
 
     def _take_verdict(self, lane: Lane, header: pb.Header) -> None:
-        lane.verdicts.setdefault((header.step, self._mode.turn_index(header.device_index)), header.step_apply)
+        lane.verdicts.setdefault(self._turn_id(lane, header), header.step_apply)
+
+    def _turn_id(self, lane: Lane, header: pb.Header) -> TurnId:
+        """Returns which turn a decision is about. Raises ProtocolError if the lane has no such turn."""
+        index = self._mode.turn_index(header.device_index)
+        if header.step >= self.plan.steps or index not in {self._mode.turn_index(m.index) for m in lane.members}:
+            raise ProtocolError(f"a decision about step {header.step} of device {header.device_index}; there is none")
+        return header.step, index
 
     def take_norm_of_host(self, member: Member, frame: Frame) -> None:
         self.group.send_next(member, frame.header)

@@ -8,12 +8,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 import pytest
 
 from edgelam_fl.hub import relay
+from edgelam_fl.split.inbox import Inbox
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.grpc.dial import dial
@@ -252,3 +254,65 @@ def test_s15_unknown_kinds_share_a_row_and_end_the_link() -> None:
     assert link.closed
     assert f"more than {MOST_UNKNOWN_KINDS} frames of unknown kinds" in reasons[0]
     assert [row.kind for row in counters.report() if row.direction == "received"] == ["UNKNOWN"]
+
+
+def activation(step: int, number: int) -> bytes:
+    shape = [1, 2, 4]
+    meta = pb.Tensor(dtype="float32", shape=shape, codec="raw", total_bytes=32)
+    header = pb.Header(kind=pb.ACT, last_chunk=True, phase=pb.TRAIN, step=step, micro_batch=number, tensor=meta)
+    return message(header, bytes(32))
+
+
+@dataclass
+class Busy:
+    """A host whose compute thread takes nothing out of the inbox, and the link of one member."""
+
+    inbox: Inbox
+    link: Link
+    reasons: list[str]
+
+
+@pytest.fixture
+def busy() -> Busy:
+    inbox, reasons = Inbox(WAIT_S), list[str]()
+    link, member = memory_pair("entry ann", ByteCounters(), ByteCounters())
+    member.open(terms(on_lost=lambda _, reason: reasons.append(reason)))
+    link.open(terms(answer=ready(window=2), on_frame=inbox.on_frame, on_lost=inbox.on_lost))
+    return Busy(inbox, link, reasons)
+
+
+def test_s15_the_window_is_enforced_while_the_host_computes(busy: Busy) -> None:
+    for number in range(1000):
+        busy.link.receive(activation(0, number))
+    assert busy.link.closed
+    assert "more than 2 micro-batches in flight" in busy.reasons[0]
+    frames = [busy.inbox.get(0.0) for _ in range(3)]
+    assert [isinstance(item, Frame) for _, item in frames if item] == [True, True, False]
+    assert busy.inbox.empty()
+
+
+def test_s15_steps_do_not_multiply_the_window(busy: Busy) -> None:
+    for step in range(2):
+        for number in range(2):
+            busy.link.receive(activation(step, number))
+    assert not busy.link.closed, "a step may be closed while a late device's micro-batches are still here"
+    busy.link.receive(activation(2, 0))
+    assert "micro-batches of more than 2 steps in flight" in busy.reasons[0]
+
+
+def test_s15_a_link_goes_on_within_its_window(busy: Busy) -> None:
+    for step in range(20):
+        for number in range(4):
+            busy.link.receive(activation(step, number))
+            if number:
+                assert busy.inbox.get(0.0) is not None
+        assert busy.inbox.get(0.0) is not None
+    assert busy.reasons == []
+
+
+@pytest.mark.parametrize("size", [0, 1 << 20])
+def test_s15_small_frames_unread_are_limited_by_number_and_size(busy: Busy, size: int) -> None:
+    frame = message(pb.Header(kind=pb.CANCEL, cancel=pb.Cancel(reason="x" * size)))
+    for _ in range(20 if size else 10_000):
+        busy.link.receive(frame)
+    assert "wait to be read; one more is too many" in busy.reasons[0]

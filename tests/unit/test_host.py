@@ -342,7 +342,9 @@ def test_a_window_overrun_is_dismissed(tiny: ModelSource) -> None:
     for unit in range(3):  # training has not begun: all three would have to be kept
         device.act(unit=unit)
     reason = device.await_frame(pb.CANCEL).header.cancel.reason
-    assert reason == "broke the protocol: more than 2 micro-batches in flight (split.window)"
+    assert reason.endswith("broke the protocol: more than 2 micro-batches in flight (split.window)"), (
+        "in the inbox or later"
+    )
     site.end()
     assert isinstance(site.problem, PeerLost)
 
