@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -19,7 +20,9 @@ import grpc
 from edgelam_fl.addresses import split_address
 from edgelam_fl.errors import EdgelamError, EnvironmentProblem
 from edgelam_fl.hub import echo, relay, slices
+from edgelam_fl.hub.membership import MEMBERS_EVERY_S, Door, EndedMembers, read_ended
 from edgelam_fl.trust.identity import load_identity
+from edgelam_fl.trust.members import Members
 from edgelam_fl.wire.grpc.options import channel_options
 from edgelam_fl.wire.grpc.secure import PLAIN, Security
 
@@ -38,11 +41,15 @@ class HubServer:
         state: Path,
         services: Sequence[MakeService] = SERVICES,
         security: Security = PLAIN,
+        ended: Callable[[], EndedMembers] = EndedMembers,
+        members_every_s: float = MEMBERS_EVERY_S,
     ) -> None:
+        """`ended`: returns the memberships that have ended, by default none; it is asked every `members_every_s`."""
         state.mkdir(parents=True, exist_ok=True)
+        self._door = Door(ended, members_every_s)
         options = [*channel_options(most_sent_bytes=-1), ("grpc.so_reuseport", 0)]
-        self._server = grpc.server(ThreadPoolExecutor(_MAX_STREAMS, "hub"), options=options)
-        self._server.add_generic_rpc_handlers(tuple(make(state) for make in services))
+        self._server = grpc.server(ThreadPoolExecutor(_MAX_STREAMS, "hub"), options=options, interceptors=[self._door])
+        self._server.add_generic_rpc_handlers((self._door.service(), *(make(state) for make in services)))
         try:
             self.port = security.open_port(self._server, host, port)
         except RuntimeError as error:
@@ -53,6 +60,7 @@ class HubServer:
         self._server.start()
 
     def stop(self) -> None:
+        self._door.close()
         self._server.stop(grace=0.5)
 
 
@@ -61,6 +69,7 @@ def main() -> int:
     parser.add_argument("--listen", required=True, metavar="HOST:PORT")
     parser.add_argument("--state", type=Path, required=True, help="folder with the files by which runs direct the hub")
     parser.add_argument("--identity", type=Path, help="folder with the server's keys; without it: plain text")
+    parser.add_argument("--members", type=Path, help="folder with the server's book of members")
     parser.add_argument("--insecure", action="store_true", help="allows plain text beyond this machine")
     options = parser.parse_args()
     stopped = threading.Event()
@@ -69,7 +78,8 @@ def main() -> int:
     try:
         host, port = split_address(options.listen, "--listen")
         security = Security(load_identity(options.identity) if options.identity else None, options.insecure)
-        server = HubServer(host, port, options.state, security=security)
+        ended = partial(read_ended, Members(options.members)) if options.members else EndedMembers
+        server = HubServer(host, port, options.state, security=security, ended=ended)
     except EdgelamError as error:
         print(f"edgelam hub: {error}", file=sys.stderr)
         return error.exit_code

@@ -5,40 +5,49 @@ gets a number and answers with it (Accept). From then on each end's messages pas
 or understood here, and an end that reads slowly slows the other down, as on a wire. A link's handshake, with the route's
 secret in it, passes like the rest.
 
-Both sides show a token of the host's part, which only this server's runs can make.
+Both sides show a token of the host's part, which only this server's runs can make. It names the one node that may use it,
+and how many links that node may have. The host hears from the hub who dialled.
 """
 
 from __future__ import annotations
 
-import hmac
+import logging
 import os
 import queue
 import secrets
 import threading
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
 import grpc
 
+from edgelam_fl.files import write_private
+from edgelam_fl.trust.identity import Peer
+from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.grpc.secure import peer
 from edgelam_fl.wire.grpc.services import service_handler
-from edgelam_fl.wire.relay import ACCEPT, DIAL, LISTEN, RELAY_SERVICE, make_token, read_metadata, read_number
+from edgelam_fl.wire.relay import ACCEPT, DIAL, LISTEN, RELAY_SERVICE, read_number, read_token, token_of
 
 _KEY_FILE, _KEY_BYTES = "relay.key", 32
 _MOST_LISTENERS, _MOST_LINKS = 128, 128  # a listener takes a thread, a link two
+_SPARE_LINKS = 2  # per token: links that broke and were dialled again before the hub noticed
 _MOST_UNANSWERED = 64  # diallers that wait for one host
 _ACCEPT_S = 10.0
 _STILL_HERE_S = 10.0  # how often a host hears from the hub: routers on the way cut idle connections
+_LOG = logging.getLogger(__name__)
 
 
 def relay_key(state: Path) -> bytes:
     """Returns the server's secret from the hub's state folder; the first caller makes it."""
-    file = state / _KEY_FILE
-    try:
-        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as made:
-            made.write(secrets.token_bytes(_KEY_BYTES))
-    except FileExistsError:
-        pass
+    file, made = state / _KEY_FILE, state / f".{_KEY_FILE}.{secrets.token_hex(8)}"
+    if not file.exists():
+        write_private(made, secrets.token_bytes(_KEY_BYTES))
+        with suppress(FileExistsError):
+            os.link(made, file)  # whole, or not at all
+        made.unlink()
     return file.read_bytes()
 
 
@@ -51,8 +60,8 @@ def make_service(state: Path) -> grpc.GenericRpcHandler:
 class _Call:
     """A link in the making: the dialler's messages, and the host's once it has accepted."""
 
-    def __init__(self, messages: Iterator[bytes]) -> None:
-        self.messages = messages
+    def __init__(self, messages: Iterator[bytes], host: str) -> None:
+        self.messages, self.host = messages, host
         self.answer: Iterator[bytes] | None = None
         self.settled = threading.Event()
 
@@ -61,68 +70,98 @@ class _Call:
         self.settled.set()
 
 
+class _Listener:
+    """A host that waits for diallers. In the queue, None is the end."""
+
+    def __init__(self, node: str) -> None:
+        self.node = node
+        self.calls: queue.Queue[pb.Dialler | None] = queue.Queue(_MOST_UNANSWERED + 1)
+
+    def end(self) -> None:
+        """Ends the host's call. The queue has room for that: diallers never take its last place."""
+        with suppress(queue.Full):  # the end is in it already
+            self.calls.put_nowait(None)
+
+
 class HubRelay:
     """The service's three methods, and who waits for whom. `key` is the server's secret."""
 
     def __init__(self, key: bytes) -> None:
         self._key = key
         self._lock = threading.Lock()
-        self._listeners: dict[str, queue.Queue[bytes | None]] = {}  # part -> its diallers' numbers; None: the end
+        self._listeners: dict[str, _Listener] = {}  # by part
         self._calls: dict[bytes, _Call] = {}
-        self._links = threading.BoundedSemaphore(_MOST_LINKS)
+        self._open: Counter[tuple[str, str]] = Counter()  # links by part and dialling node
 
-    def listen(self, _: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
-        """Sends a host the numbers of its diallers, and now and then an empty message."""
-        part = self._allowed(LISTEN, context)
-        calls: queue.Queue[bytes | None] = queue.Queue(_MOST_UNANSWERED + 1)
+    def listen(self, request: bytes, context: grpc.ServicerContext) -> Iterator[pb.Dialler]:
+        """Tells a host who dials it, and now and then that the hub is there."""
+        allowed, _ = self._allowed(LISTEN, context)
+        part, listener = allowed.part, _Listener(allowed.node)
         with self._lock:
             older = self._listeners.pop(part, None)  # the host came back before the hub noticed its loss
             full = len(self._listeners) >= _MOST_LISTENERS
             if not full:
-                self._listeners[part] = calls
+                self._listeners[part] = listener
         if older is not None:
-            _end(older)
+            older.end()
         if full:
             _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, f"the relay serves {_MOST_LISTENERS} hosts already")
-        if not context.add_callback(lambda: self._forget(part, calls)):
-            self._forget(part, calls)  # the call has ended already
-        yield b""
+        if not context.add_callback(lambda: self._forget(part, listener)):
+            self._forget(part, listener)  # the call has ended already
+        yield pb.Dialler()
         while context.is_active():
             try:
-                number = calls.get(timeout=_STILL_HERE_S)
+                dialler = listener.calls.get(timeout=_STILL_HERE_S)
             except queue.Empty:
-                number = b""
-            if number is None:
+                dialler = pb.Dialler()
+            if dialler is None:
                 return
-            yield number
+            yield dialler
 
-    def _forget(self, part: str, calls: queue.Queue[bytes | None]) -> None:
+    def _forget(self, part: str, listener: _Listener) -> None:
         with self._lock:
-            if self._listeners.get(part) is calls:
+            if self._listeners.get(part) is listener:
                 del self._listeners[part]
-        _end(calls)
+        listener.end()
 
     def dial(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Joins a dialler to the host whose part its token names; returns the host's messages."""
-        part = self._allowed(DIAL, context)
-        if not self._links.acquire(blocking=False):
-            _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, f"the relay carries {_MOST_LINKS} links already")
-        try:
-            yield from _passed(self._connect(part, messages, context), context)
-        finally:
-            self._links.release()
+        allowed, who = self._allowed(DIAL, context)
+        dialler = pb.Dialler(node=allowed.node, serial=who.serial if who is not None else "")
+        with self._place(allowed, context):
+            yield from _passed(self._connect(allowed.part, dialler, messages, context), context)
 
-    def _connect(self, part: str, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+    @contextmanager
+    def _place(self, allowed: pb.RelayPass, context: grpc.ServicerContext) -> Iterator[None]:
+        """Takes a place for a link, as many as the token allows. Aborts the call if there is none."""
+        holder = (allowed.part, allowed.node)
+        with self._lock:
+            most = allowed.links + _SPARE_LINKS
+            if self._open[holder] >= most:
+                _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, f"{most} links of {allowed.node} to it are open")
+            if self._open.total() >= _MOST_LINKS:
+                _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, f"the relay carries {_MOST_LINKS} links already")
+            self._open[holder] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._open[holder] -= 1
+                self._open += Counter()  # drops what is at zero
+
+    def _connect(
+        self, part: str, dialler: pb.Dialler, messages: Iterator[bytes], context: grpc.ServicerContext
+    ) -> Iterator[bytes]:
         """Returns the host's messages. Aborts the call if the host does not accept."""
-        number, call = secrets.token_bytes(16), _Call(messages)
+        dialler.number = number = secrets.token_bytes(16)
         with self._lock:
             listener = self._listeners.get(part)
-            if listener is None or listener.qsize() >= _MOST_UNANSWERED:
+            if listener is None or listener.calls.qsize() >= _MOST_UNANSWERED:
                 _refuse(
                     context, grpc.StatusCode.NOT_FOUND, "that host has not dialled the relay yet, or answers nobody"
                 )
-            self._calls[number] = call
-            listener.put_nowait(number)
+            self._calls[number] = call = _Call(messages, listener.node)
+            listener.calls.put_nowait(dialler)
         context.add_callback(call.settled.set)  # the dialler may hang up first
         call.settled.wait(_ACCEPT_S)
         with self._lock:
@@ -133,19 +172,28 @@ class HubRelay:
 
     def accept(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Joins a host to the dialler whose number it knows from its own call; returns the dialler's messages."""
+        who, number = peer(context), read_number(context.invocation_metadata())
         with self._lock:
-            call = self._calls.pop(read_number(context.invocation_metadata()), None)
-        if call is None:
-            _refuse(context, grpc.StatusCode.NOT_FOUND, "nobody waits for this answer any more")
+            call = self._calls.get(number)
+            if call is None or (who is not None and who.name != call.host):
+                _refuse(context, grpc.StatusCode.NOT_FOUND, "nobody waits for this answer any more")
+            del self._calls[number]
         call.accept(messages)
         yield from _passed(call.messages, context)
 
-    def _allowed(self, method: str, context: grpc.ServicerContext) -> str:
-        """Returns the part that the caller's token allows `method` for. Aborts the call if it allows none."""
-        part, token = read_metadata(context.invocation_metadata())
-        if not hmac.compare_digest(token, make_token(self._key, method, part)):
+    def _allowed(self, method: str, context: grpc.ServicerContext) -> tuple[pb.RelayPass, Peer | None]:
+        """Returns what the caller's token allows, and who the caller is. Aborts the call if the token is not the caller's.
+
+        On a plain port callers are not known, and a token is anybody's who has it.
+        """
+        who = peer(context)
+        allowed = read_token(self._key, method, token_of(context.invocation_metadata()))
+        if allowed is None:
             _refuse(context, grpc.StatusCode.PERMISSION_DENIED, "no token of this server for that")
-        return part
+        if who is not None and who.name != allowed.node:
+            _LOG.warning("refused %s: %s shows the token of %s for %s", method, who.name, allowed.node, allowed.part)
+            _refuse(context, grpc.StatusCode.PERMISSION_DENIED, f"this token is {allowed.node}'s, not {who.name}'s")
+        return allowed, who
 
 
 def _passed(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -154,14 +202,6 @@ def _passed(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterato
         yield from messages
     except Exception:  # noqa: BLE001 - grpc raises it if the peer of a call has vanished
         _refuse(context, grpc.StatusCode.UNAVAILABLE, "the other end of the link vanished")
-
-
-def _end(calls: queue.Queue[bytes | None]) -> None:
-    """Ends a host's call. The queue has room for that: numbers never take its last place."""
-    try:
-        calls.put_nowait(None)
-    except queue.Full:
-        return  # the end is in it already
 
 
 def _refuse(context: grpc.ServicerContext, code: grpc.StatusCode, reason: str) -> NoReturn:

@@ -87,6 +87,7 @@ def _make_node(options: argparse.Namespace, log: EventLog, security: Security) -
     from edgelam_fl.node.examples import DeviceExamples
     from edgelam_fl.node.service import StageHost
     from edgelam_fl.wire.grpc.dial import dial
+    from edgelam_fl.wire.grpc.following import Following
     from edgelam_fl.wire.grpc.serve import RelayedDoor
     from edgelam_fl.wire.relay import BEHIND, RELAY
 
@@ -100,6 +101,7 @@ def _make_node(options: argparse.Namespace, log: EventLog, security: Security) -
         tags=options.tag,
         server=split_address(options.server, "--server")[0] if options.server else "",
         open_door=partial(RelayedDoor, security=security),
+        follow=partial(Following, security=security) if security.identity else None,
         security=security,
     )  # fmt: skip
 

@@ -73,6 +73,7 @@ class StageHost:
         tags: Sequence[str] = (),
         server: str = "",
         open_door: OpenDoor | None = None,
+        follow: Callable[[str], Closes] | None = None,
         security: Security = PLAIN,
         hooks: NodeHooks = DEFAULT_HOOKS,
         timing: StageHostTiming = DEFAULT_STAGE_HOST_TIMING,
@@ -82,12 +83,13 @@ class StageHost:
         `examples`: a device's; None makes it an edge server. `address`: where others reach its data plane, empty if they
         cannot; may be set until the first profile is asked for. `tags`: words by which a run may choose the node. `server`:
         host of its server, where the hub is. `open_door`: lets others in by way of the hub; None: they dial the node alone.
-        `security`: how the node calls the hub.
+        `follow`: listens at the hub's address to whose membership has ended; None: nobody's ends here. `security`: how the
+        node calls the hub.
         """
         self.name, self.address = name, address
         self.role = pb.EDGE if examples is None else pb.DEVICE
         self._emit, self._tags, self._examples = emit, tuple(tags), examples
-        self._open_door, self._timing = open_door, timing
+        self._open_door, self._follow, self._timing = open_door, follow, timing
         self._hub = ServerHub(server, emit, security)
         memory = NodeMemory(hooks.load, self._hub.find_planned, timing.gone_s)
         self._means = Means(dial=dial, hub=self._hub, memory=memory, examples=examples, hooks=hooks)
@@ -163,7 +165,7 @@ class StageHost:
             previous.join()
         report = part.report
         try:
-            with self._door(part):
+            with self._following(part), self._door(part):
                 play(part, request, self._means)
             report.state = "done"
         except EdgelamError as error:
@@ -177,12 +179,17 @@ class StageHost:
             part.emit(JobDone(state=report.state, error=report.error))
             part.finished.set()
 
+    def _following(self, part: Part) -> AbstractContextManager[object]:
+        """Returns what hears of memberships that end, while the part is played."""
+        hub = self._hub.address(part.plan.hub_port)
+        return closing(self._follow(hub)) if self._follow is not None and hub else nullcontext()
+
     def _door(self, part: Part) -> AbstractContextManager[object]:
         """Returns a door at the hub for nodes that cannot dial this one, open while the part is played."""
         hub, token = self._hub.address(part.plan.hub_port), part.plan.relay_token
         if self._open_door is None or not (hub and token):
             return nullcontext()
-        return closing(self._open_door(Relay(hub, part.id, token), self.admit))
+        return closing(self._open_door(Relay(hub, token), self.admit))
 
 
 def _refusal(plan: pb.Plan, name: str, role: pb.Role) -> str:

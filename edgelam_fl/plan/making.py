@@ -6,8 +6,10 @@ Chooses no layers (`layout`, `placement`) and no devices; knows nothing of how a
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError
@@ -76,7 +78,8 @@ def make_plans(
             plans[host.name] = _plan(spec, facts, profiles[host.name])
             _set_hosted(plans[host.name], spec.config, host, site, routes)
             if facts.relay_key:
-                plans[host.name].relay_token = make_token(facts.relay_key, LISTEN, part_id(plans[host.name]))
+                part = part_id(plans[host.name])
+                plans[host.name].relay_token = make_token(facts.relay_key, LISTEN, part, host.name)
     for name, route in routes.items():
         if name not in plans:
             plans[name] = _plan(spec, facts, profiles[name])
@@ -153,15 +156,33 @@ def check_equal_ranks(plans: Mapping[str, pb.Plan]) -> None:
 def _routes(
     config: RunConfig, facts: RoundFacts, layout: Layout, shares: Mapping[str, float], tokens: Mapping[str, bytes]
 ) -> dict[str, pb.Route]:
-    """Copies the layout's routes and adds secrets, shares and the relay's tokens."""
+    """Copies the layout's routes and adds secrets, shares and tokens for the relay."""
     job, routes = pb.Plan(run=facts.run, round=facts.round, attempt=facts.attempt), {}
     for name, laid_out in layout.routes.items():
         routes[name] = route = pb.Route()
         route.CopyFrom(laid_out)
         route.token, route.share_bps = tokens[name], shares.get(name, 0.0) * config.wire.capacity_bps
-        for hop in route.hops if facts.relay_key else ():
-            hop.relay_token = make_token(facts.relay_key, DIAL, part_id(job, hop.node))
+    if facts.relay_key:
+        _add_relay_tokens(routes, job, facts.relay_key)
     return routes
+
+
+def _add_relay_tokens(routes: Mapping[str, pb.Route], job: pb.Plan, key: bytes) -> None:
+    """Gives every node that dials a host a token for that host, good for as many links as the node's routes need."""
+    links = Counter(pair for route in routes.values() for pair in _dialled(route))
+    for route in routes.values():
+        hops = {hop.node: hop for hop in route.hops}
+        for dialler, host in _dialled(route):
+            token = make_token(key, DIAL, part_id(job, host), dialler, links[dialler, host])
+            hops[host].relay_tokens[dialler] = token
+
+
+def _dialled(route: pb.Route) -> list[tuple[str, str]]:
+    """Lists who dials whom on a route: the device its first and its last host, and each host the next."""
+    if not route.hops:
+        return []
+    hosts = [hop.node for hop in route.hops]
+    return [*pairwise([route.device, *hosts]), (route.device, hosts[-1])]
 
 
 def _plan(spec: RunSpec, facts: RoundFacts, profile: pb.Profile) -> pb.Plan:

@@ -16,7 +16,7 @@ import torch
 
 from edgelam_fl.errors import PeerLost, Refused
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.plan.reading import job_id, link_name, part_id, unit_rows
+from edgelam_fl.plan.reading import job_id, link_name, unit_rows
 from edgelam_fl.split.inbox import Inbox, Lost
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -85,7 +85,8 @@ def open_link(
         route_token=route.token, model_digest=source.digest, window=plan.window, codecs=list(CODECS),
     )  # fmt: skip
     name = link_name(plan, route, number, side)
-    relay = Relay(hub, part_id(plan, hop.node), hop.relay_token) if hub and hop.relay_token else None
+    token = hop.relay_tokens.get(plan.node)
+    relay = Relay(hub, token) if hub and token else None
     return dial(hop.node, hop.address, name, hello, counters, make_terms, plan.deadlines.ready_s, relay)
 
 

@@ -329,18 +329,25 @@ class KvDrop(_message.Message):
     def __init__(self, session: _Optional[int] = ...) -> None: ...
 
 class Hop(_message.Message):
-    __slots__ = ("node", "first", "last", "address", "relay_token")
+    __slots__ = ("node", "first", "last", "address", "relay_tokens")
+    class RelayTokensEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
     NODE_FIELD_NUMBER: _ClassVar[int]
     FIRST_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
-    RELAY_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    RELAY_TOKENS_FIELD_NUMBER: _ClassVar[int]
     node: str
     first: int
     last: int
     address: str
-    relay_token: bytes
-    def __init__(self, node: _Optional[str] = ..., first: _Optional[int] = ..., last: _Optional[int] = ..., address: _Optional[str] = ..., relay_token: _Optional[bytes] = ...) -> None: ...
+    relay_tokens: _containers.ScalarMap[str, bytes]
+    def __init__(self, node: _Optional[str] = ..., first: _Optional[int] = ..., last: _Optional[int] = ..., address: _Optional[str] = ..., relay_tokens: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
 
 class Route(_message.Message):
     __slots__ = ("device", "device_index", "front", "back_first", "hops", "token", "share_bps")
@@ -451,7 +458,7 @@ class Deadlines(_message.Message):
     def __init__(self, ready_s: _Optional[float] = ..., step_s: _Optional[float] = ..., round_s: _Optional[float] = ..., silent_s: _Optional[float] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("run", "round", "attempt", "node", "role", "routes", "model", "lora", "optimizer", "task", "host_mode", "evaluate", "steps", "batch_size", "micro_batches", "window", "min_devices", "deadlines", "seed", "adapter_digest", "protocol_version", "serves", "hosted", "site", "labels", "checkpointing", "own_steps", "cursor", "generate", "hub_port", "relay_token", "corrections")
+    __slots__ = ("run", "round", "attempt", "node", "role", "routes", "model", "lora", "optimizer", "task", "host_mode", "evaluate", "steps", "batch_size", "micro_batches", "window", "min_devices", "deadlines", "seed", "adapter_digest", "protocol_version", "serves", "hosted", "site", "labels", "checkpointing", "own_steps", "cursor", "generate", "hub_port", "relay_token", "slices_token", "corrections")
     RUN_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -483,6 +490,7 @@ class Plan(_message.Message):
     GENERATE_FIELD_NUMBER: _ClassVar[int]
     HUB_PORT_FIELD_NUMBER: _ClassVar[int]
     RELAY_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    SLICES_TOKEN_FIELD_NUMBER: _ClassVar[int]
     CORRECTIONS_FIELD_NUMBER: _ClassVar[int]
     run: str
     round: int
@@ -515,8 +523,9 @@ class Plan(_message.Message):
     generate: bool
     hub_port: int
     relay_token: bytes
+    slices_token: bytes
     corrections: _containers.RepeatedCompositeFieldContainer[Correction]
-    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., node: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., routes: _Optional[_Iterable[_Union[Route, _Mapping]]] = ..., model: _Optional[_Union[ModelRef, _Mapping]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., task: _Optional[_Union[TaskSettings, _Mapping]] = ..., host_mode: _Optional[str] = ..., evaluate: _Optional[bool] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., micro_batches: _Optional[int] = ..., window: _Optional[int] = ..., min_devices: _Optional[int] = ..., deadlines: _Optional[_Union[Deadlines, _Mapping]] = ..., seed: _Optional[int] = ..., adapter_digest: _Optional[str] = ..., protocol_version: _Optional[int] = ..., serves: _Optional[_Iterable[_Union[Route, _Mapping]]] = ..., hosted: _Optional[_Union[Slice, _Mapping]] = ..., site: _Optional[str] = ..., labels: _Optional[str] = ..., checkpointing: _Optional[bool] = ..., own_steps: _Optional[int] = ..., cursor: _Optional[int] = ..., generate: _Optional[bool] = ..., hub_port: _Optional[int] = ..., relay_token: _Optional[bytes] = ..., corrections: _Optional[_Iterable[_Union[Correction, _Mapping]]] = ...) -> None: ...
+    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., node: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., routes: _Optional[_Iterable[_Union[Route, _Mapping]]] = ..., model: _Optional[_Union[ModelRef, _Mapping]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., task: _Optional[_Union[TaskSettings, _Mapping]] = ..., host_mode: _Optional[str] = ..., evaluate: _Optional[bool] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., micro_batches: _Optional[int] = ..., window: _Optional[int] = ..., min_devices: _Optional[int] = ..., deadlines: _Optional[_Union[Deadlines, _Mapping]] = ..., seed: _Optional[int] = ..., adapter_digest: _Optional[str] = ..., protocol_version: _Optional[int] = ..., serves: _Optional[_Iterable[_Union[Route, _Mapping]]] = ..., hosted: _Optional[_Union[Slice, _Mapping]] = ..., site: _Optional[str] = ..., labels: _Optional[str] = ..., checkpointing: _Optional[bool] = ..., own_steps: _Optional[int] = ..., cursor: _Optional[int] = ..., generate: _Optional[bool] = ..., hub_port: _Optional[int] = ..., relay_token: _Optional[bytes] = ..., slices_token: _Optional[bytes] = ..., corrections: _Optional[_Iterable[_Union[Correction, _Mapping]]] = ...) -> None: ...
 
 class Correction(_message.Message):
     __slots__ = ("scope", "source", "digest")
@@ -537,12 +546,13 @@ class Slice(_message.Message):
     def __init__(self, first: _Optional[int] = ..., last: _Optional[int] = ...) -> None: ...
 
 class ProfileRequest(_message.Message):
-    __slots__ = ("protocol_version", "task", "measure_model", "model_digest", "hub_port", "measure_layers", "measure_link")
+    __slots__ = ("protocol_version", "task", "measure_model", "model_digest", "hub_port", "slices_token", "measure_layers", "measure_link")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
     MEASURE_MODEL_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     HUB_PORT_FIELD_NUMBER: _ClassVar[int]
+    SLICES_TOKEN_FIELD_NUMBER: _ClassVar[int]
     MEASURE_LAYERS_FIELD_NUMBER: _ClassVar[int]
     MEASURE_LINK_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
@@ -550,9 +560,10 @@ class ProfileRequest(_message.Message):
     measure_model: str
     model_digest: str
     hub_port: int
+    slices_token: bytes
     measure_layers: str
     measure_link: bool
-    def __init__(self, protocol_version: _Optional[int] = ..., task: _Optional[_Union[TaskSettings, _Mapping]] = ..., measure_model: _Optional[str] = ..., model_digest: _Optional[str] = ..., hub_port: _Optional[int] = ..., measure_layers: _Optional[str] = ..., measure_link: _Optional[bool] = ...) -> None: ...
+    def __init__(self, protocol_version: _Optional[int] = ..., task: _Optional[_Union[TaskSettings, _Mapping]] = ..., measure_model: _Optional[str] = ..., model_digest: _Optional[str] = ..., hub_port: _Optional[int] = ..., slices_token: _Optional[bytes] = ..., measure_layers: _Optional[str] = ..., measure_link: _Optional[bool] = ...) -> None: ...
 
 class LayerTime(_message.Message):
     __slots__ = ("tokens", "seconds")
@@ -789,6 +800,34 @@ class Interval(_message.Message):
     peer: str
     tensor_bytes: int
     def __init__(self, kind: _Optional[str] = ..., start_s: _Optional[float] = ..., seconds: _Optional[float] = ..., step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., role: _Optional[str] = ..., peer: _Optional[str] = ..., tensor_bytes: _Optional[int] = ...) -> None: ...
+
+class Dialler(_message.Message):
+    __slots__ = ("number", "node", "serial")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    SERIAL_FIELD_NUMBER: _ClassVar[int]
+    number: bytes
+    node: str
+    serial: str
+    def __init__(self, number: _Optional[bytes] = ..., node: _Optional[str] = ..., serial: _Optional[str] = ...) -> None: ...
+
+class RelayPass(_message.Message):
+    __slots__ = ("part", "node", "links")
+    PART_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    LINKS_FIELD_NUMBER: _ClassVar[int]
+    part: str
+    node: str
+    links: int
+    def __init__(self, part: _Optional[str] = ..., node: _Optional[str] = ..., links: _Optional[int] = ...) -> None: ...
+
+class EndedMembers(_message.Message):
+    __slots__ = ("serials", "names")
+    SERIALS_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    serials: _containers.RepeatedScalarFieldContainer[str]
+    names: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, serials: _Optional[_Iterable[str]] = ..., names: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SliceRequest(_message.Message):
     __slots__ = ("model_digest", "base", "compute", "parts")

@@ -10,12 +10,17 @@ import hmac
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from google.protobuf.message import DecodeError
+
+from edgelam_fl.wire import edgelam_pb2 as pb
+
 RELAY_SERVICE = "Relay"
 LISTEN, DIAL, ACCEPT = "Listen", "Dial", "Accept"
 RELAY = "relay"  # instead of an address to listen on: nobody can dial this node directly
 BEHIND = f"{RELAY}:"  # starts the address of such a node
 BY_RELAY = " by relay"  # ends the name of a relayed link, at the end that dialled
-_PART, _TOKEN, _NUMBER = "part-bin", "token-bin", "number-bin"
+_TOKEN, _NUMBER = "token-bin", "number-bin"
+_SIGNATURE_BYTES = hashlib.sha256().digest_size
 Metadata = tuple[tuple[str, bytes], ...]
 
 
@@ -24,23 +29,42 @@ class Relay:
     """A way to or from a host through the hub, for one part in a round."""
 
     hub: str  # HOST:PORT
-    part: str  # id of the host's part, as plan.reading.part_id makes it
-    token: bytes  # allows either to listen or to dial
+    token: bytes  # allows one node either to listen or to dial
 
     @property
     def metadata(self) -> Metadata:
-        return ((_PART, self.part.encode()), (_TOKEN, self.token))
+        return token_metadata(self.token)
 
 
-def make_token(key: bytes, method: str, part: str) -> bytes:
-    """Returns the token that lets a node call `method` (LISTEN or DIAL) for a host's part; `key` is the server's secret."""
-    return hmac.digest(key, f"{method} {part}".encode(), hashlib.sha256)
+def make_token(key: bytes, method: str, part: str, node: str, links: int = 0) -> bytes:
+    """Returns the token that lets one node call `method` (LISTEN or DIAL) for a host's part; `key` is the server's secret.
+
+    `part`: the part's id, as plan.reading.part_id makes it. `links`: to dial, the links that the node needs to the host at
+    a time. The token is of no use to a node with another certificate.
+    """
+    says = pb.RelayPass(part=part, node=node, links=links).SerializeToString(deterministic=True)
+    return _signature(key, method, says) + says
 
 
-def read_metadata(metadata: Iterable[tuple[str, str | bytes]]) -> tuple[str, bytes]:
-    """Returns the part and the token of a call, each empty if the call has none."""
-    values = _bytes(metadata)
-    return values.get(_PART, b"").decode(errors="replace"), values.get(_TOKEN, b"")
+def read_token(key: bytes, method: str, token: bytes) -> pb.RelayPass | None:
+    """Returns what a token says; None: it was not made with this key, or not for this method."""
+    signature, says = token[:_SIGNATURE_BYTES], token[_SIGNATURE_BYTES:]
+    if not hmac.compare_digest(signature, _signature(key, method, says)):
+        return None
+    try:
+        return pb.RelayPass.FromString(says)
+    except DecodeError:
+        return None
+
+
+def token_metadata(token: bytes) -> Metadata:
+    """Returns the metadata of a call that shows a token."""
+    return ((_TOKEN, token),)
+
+
+def token_of(metadata: Iterable[tuple[str, str | bytes]]) -> bytes:
+    """Returns the token of a call, empty if the call shows none."""
+    return _bytes(metadata).get(_TOKEN, b"")
 
 
 def number_metadata(number: bytes) -> Metadata:
@@ -51,6 +75,10 @@ def number_metadata(number: bytes) -> Metadata:
 def read_number(metadata: Iterable[tuple[str, str | bytes]]) -> bytes:
     """Returns the dialler's number in a call, empty if the call has none."""
     return _bytes(metadata).get(_NUMBER, b"")
+
+
+def _signature(key: bytes, method: str, says: bytes) -> bytes:
+    return hmac.digest(key, method.encode() + b"\0" + says, hashlib.sha256)
 
 
 def _bytes(metadata: Iterable[tuple[str, str | bytes]]) -> dict[str, bytes]:

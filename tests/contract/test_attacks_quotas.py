@@ -205,8 +205,8 @@ def test_s10_the_relay_is_used_if_the_direct_way_does_not_answer(tmp_path: Path)
     with port() as host, grpc_server([relay.make_service(tmp_path)]) as hub:
         silent = DataPlaneServer("127.0.0.1", 0, never, FOREVER)
         ways = {
-            method: Relay(f"127.0.0.1:{hub}", "r/1/1/e", make_token(relay.relay_key(tmp_path), method, "r/1/1/e"))
-            for method in (LISTEN, DIAL)
+            method: Relay(f"127.0.0.1:{hub}", make_token(relay.relay_key(tmp_path), method, "r/1/1/e", node, 1))
+            for method, node in ((LISTEN, "edge-1"), (DIAL, "device-1"))
         }
         door = RelayedDoor(ways[LISTEN], host.admit)
         link = dial(

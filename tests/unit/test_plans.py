@@ -16,7 +16,7 @@ from edgelam_fl.plan.reading import end_spans, hosted_span, job_id, part_id, spa
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
-from edgelam_fl.wire.relay import DIAL, LISTEN, make_token
+from edgelam_fl.wire.relay import DIAL, LISTEN, make_token, read_token
 from tests.support import run_config
 
 FACTS = RoundFacts("run", 3, 2, 20, 10)
@@ -250,11 +250,36 @@ def test_what_the_aggregation_asks_for_is_in_every_plan(tiny: ModelSource) -> No
 
 
 def test_a_relays_two_tokens_are_of_the_same_part(tiny: ModelSource) -> None:
-    """The host listens with one token, others dial it with another; the hub makes both from the part's name."""
+    """The host listens with one token, others dial it with one each: the hub reads part, holder and links from them."""
     plans = plans_of(run_config("x"), tiny, device("a"), edge("e"), facts=replace(FACTS, relay_key=b"key"))
     part = part_id(plans["e"])
-    assert plans["e"].relay_token == make_token(b"key", LISTEN, part)
-    assert [hop.relay_token for hop in plans["a"].routes[0].hops] == [make_token(b"key", DIAL, part)]
+    assert read_token(b"key", LISTEN, plans["e"].relay_token) == pb.RelayPass(part=part, node="e")
+    (hop,) = plans["a"].routes[0].hops
+    assert read_token(b"key", DIAL, hop.relay_tokens["a"]) == pb.RelayPass(part=part, node="a", links=2)
+    assert list(hop.relay_tokens) == ["a"]
     without = plans_of(run_config("x"), tiny, device("a"), edge("e"))
     assert not without["e"].relay_token
-    assert not without["a"].routes[0].hops[0].relay_token
+    assert not without["a"].routes[0].hops[0].relay_tokens
+
+
+def test_every_dialler_of_a_chain_gets_a_token_for_its_own_links(tiny: ModelSource) -> None:
+    nodes = [device("a"), device("b"), edge("e"), edge("f")]
+    plans = plans_of(run_config("x", "split.hosts=2"), tiny, *nodes, facts=replace(FACTS, relay_key=b"key"))
+    passes = [
+        read_token(b"key", DIAL, token)
+        for hop in plans["a"].routes[0].hops
+        for _, token in sorted(hop.relay_tokens.items())
+    ]
+    first, second = (part_id(plans["a"], name) for name in ("e", "f"))
+    assert passes == [
+        pb.RelayPass(part=first, node="a", links=1),
+        pb.RelayPass(part=second, node="a", links=1),
+        pb.RelayPass(part=second, node="e", links=2),
+    ]
+
+
+def test_a_token_is_good_for_one_method_and_one_key() -> None:
+    token = make_token(b"key", DIAL, "part", "a", 1)
+    assert read_token(b"key", DIAL, token) is not None
+    for wrong in ((b"key", LISTEN, token), (b"other", DIAL, token), (b"key", DIAL, token[:-1]), (b"key", DIAL, b"")):
+        assert read_token(*wrong) is None

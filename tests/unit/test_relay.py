@@ -37,7 +37,11 @@ def hub(tmp_path: Path) -> Iterator[str]:
 
 @pytest.fixture
 def way(hub: str, tmp_path: Path) -> Callable[[str], Relay]:
-    return lambda method: Relay(hub, PART, make_token(relay.relay_key(tmp_path), method, PART))
+    return lambda method: Relay(hub, token_for(relay.relay_key(tmp_path), method))
+
+
+def token_for(key: bytes, method: str, part: str = PART, node: str = "device-1") -> bytes:
+    return make_token(key, method, part, "edge-1" if method == LISTEN else node, 2)
 
 
 class Host:
@@ -136,17 +140,21 @@ def test_who_goes_away_is_missed_at_once(way: Callable[[str], Relay], monkeypatc
     door.close()
 
 
-def test_refusals(way: Callable[[str], Relay], hub: str) -> None:
+def test_refusals(way: Callable[[str], Relay], hub: str, tmp_path: Path) -> None:
     host, heard = Host(), Heard()
     with pytest.raises(PeerLost, match="has not dialled the server's relay yet"):
         call(BEHIND + "edge-1", way(DIAL), heard, ready_s=1)
     with pytest.raises(PeerLost, match="this server has none"):
         call(BEHIND + "edge-1", None, heard, ready_s=1)
     door = RelayedDoor(way(LISTEN), host.admit)
+    key = relay.relay_key(tmp_path)
+    stranger = Relay(hub, token_for(key, DIAL, node="stranger"))
     with pytest.raises(Refused, match="no route here"):
-        call(BEHIND + "edge-1", way(DIAL), heard, node="stranger")
-    for wrong in (Relay(hub, PART, b"x"), way(LISTEN), Relay(hub, "other", way(DIAL).token)):
-        with pytest.raises(PeerLost, match="does not know this run"):
+        call(BEHIND + "edge-1", stranger, heard, node="stranger")
+    with pytest.raises(Refused, match="node 'device-1' says that it is 'device-2'"):
+        call(BEHIND + "edge-1", way(DIAL), heard, node="device-2")
+    for wrong in (Relay(hub, b"x"), way(LISTEN), Relay(hub, way(DIAL).token[:-1]), Relay(hub, token_for(b"", DIAL))):
+        with pytest.raises(PeerLost, match="hub does not let this node in there"):
             call(BEHIND + "edge-1", wrong, heard, ready_s=1)
     door.close()
 
@@ -165,7 +173,7 @@ def test_calls_without_tokens_or_numbers(hub: str) -> None:
 def test_a_host_that_came_back_takes_the_place_of_its_lost_self(way: Callable[[str], Relay], hub: str) -> None:
     with grpc.insecure_channel(hub) as channel:
         silent = stub(channel, RELAY_SERVICE, LISTEN)(b"", metadata=way(LISTEN).metadata)
-        assert next(silent) == b""
+        assert not next(silent).number
         host, heard = Host(), Heard()
         door = RelayedDoor(way(LISTEN), host.admit)
         assert list(silent) == [], "the older call ends"
@@ -178,7 +186,7 @@ def test_a_host_outlives_a_hub_that_is_started_again(tmp_path: Path) -> None:
     assert relay.relay_key(tmp_path) == key
     host, heard = Host(), Heard()
     port = free_port()
-    ways = {m: Relay(f"127.0.0.1:{port}", PART, make_token(key, m, PART)) for m in (LISTEN, DIAL)}
+    ways = {m: Relay(f"127.0.0.1:{port}", token_for(key, m)) for m in (LISTEN, DIAL)}
     door = RelayedDoor(ways[LISTEN], host.admit, LinkTiming(listen_again_s=0.2))
     for _ in range(2):
         with grpc_server([relay.make_service(tmp_path)], port=port):
@@ -209,10 +217,10 @@ def test_a_slow_reader_slows_the_sender_and_the_relay_keeps_nothing(way: Callabl
 
     with grpc.insecure_channel(hub) as here, grpc.insecure_channel(hub) as there:
         numbers = stub(here, RELAY_SERVICE, LISTEN)(b"", metadata=way(LISTEN).metadata)
-        assert next(numbers) == b""
+        assert not next(numbers).number
         dialled = stub(there, RELAY_SERVICE, DIAL)(messages(), metadata=way(DIAL).metadata)
         accepted = stub(here, RELAY_SERVICE, ACCEPT)(
-            iter(lambda: time.sleep(60), 0), metadata=number_metadata(next(numbers))
+            iter(lambda: time.sleep(60), 0), metadata=number_metadata(next(numbers).number)
         )
         next(accepted)
         assert settled(lambda: last) < 200, "at most 50 of 100 MB are under way"

@@ -19,7 +19,7 @@ from edgelam_fl.hub import echo
 from edgelam_fl.hub.daemon import HubServer
 from edgelam_fl.hub.link_speed import measure_link
 from edgelam_fl.trust.authority import Authority, issue
-from edgelam_fl.trust.identity import DEVICE, HOST, SERVER, Identity, Peer
+from edgelam_fl.trust.identity import DEVICE, HOST, SERVER, Identity, Peer, tls_name
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.grpc.dial import dial
@@ -96,7 +96,9 @@ def test_who_is_not_a_member_reaches_no_service(sign: Sign, foreign: Sign, capfd
         trusting = replace(stranger, authority=member.authority)
         assert "whether it refused this node's certificate" in ask(address, Security(trusting))
         with grpc.secure_channel(
-            address, grpc.ssl_channel_credentials(member.authority), [("grpc.ssl_target_name_override", "x")]
+            address,
+            grpc.ssl_channel_credentials(member.authority),
+            [("grpc.ssl_target_name_override", tls_name(SERVER))],
         ) as without:
             with pytest.raises(grpc.RpcError):
                 stub(without, "Echo", "Ping")(b"", timeout=10)
@@ -191,7 +193,7 @@ def test_a_link_between_members(host: Host, sign: Sign) -> None:
 
 
 def test_a_member_cannot_say_that_it_is_another(host: Host, sign: Sign, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING), pytest.raises(Refused, match="certificate is of node 'mallory'"):
+    with caplog.at_level(logging.WARNING), pytest.raises(Refused, match="node 'mallory' says that it is 'device-1'"):
         call(host, sign("mallory", DEVICE))
     assert host.asked == [], "the host's plan was not asked"
     assert "refused a link of mallory" in caplog.text

@@ -60,7 +60,7 @@ def test_each_declared_method_is_served_in_one_place(ports: list[str], service: 
 
 
 def test_the_services_are_declared() -> None:
-    assert set(SERVICES) == {"Control", "DataPlane", "Echo", "Relay", "Slices"}
+    assert set(SERVICES) == {"Control", "DataPlane", "Echo", "Membership", "Relay", "Slices"}
 
 
 @pytest.mark.parametrize("methods", [["Ping", "Take"], ["Ping", "Take", "Give", "Steal"]])

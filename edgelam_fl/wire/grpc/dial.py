@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import grpc
@@ -61,12 +62,16 @@ def dial(
         ways.append(_Way(relay.hub, SERVER, RELAY_SERVICE, DIAL, relay.metadata, BY_RELAY))
     problem = "no answer" if ways else "it can be reached by a relay alone, and this server has none"
     while ways and time.monotonic() < end:
+        if security.ended.node(node):
+            raise Refused(f"{name}: the membership of {node} in the federation has ended")
         way = ways[0]
         channel = security.channel(way.address, way.node, channel_options(timing))
         try:
             left_s = end - time.monotonic()
             grpc.channel_ready_future(channel).result(timeout=max(_LEAST_CONNECT_S, min(timing.connect_s, left_s)))
-            outcome = _say_hello(channel, way, name + way.suffix, hello, counters, make_terms, timing)
+            outcome = _say_hello(
+                channel, way, name + way.suffix, hello, counters, make_terms, timing, lambda: security.ended.node(node)
+            )
         except grpc.FutureTimeoutError:
             problem = why_unreachable(channel)
             channel.close()
@@ -88,7 +93,7 @@ def dial(
 
 def _say_hello(
     channel: grpc.Channel, way: _Way, name: str, hello: pb.Hello, counters: ByteCounters, make_terms: MakeTerms,
-    timing: LinkTiming,
+    timing: LinkTiming, barred: Callable[[], bool],
 ) -> Link | pb.NotReady:  # fmt: skip
     """Shakes hands; returns the open link, or the host's wish to be asked later.
 
@@ -106,7 +111,7 @@ def _say_hello(
         except EdgelamError as error:
             answers.put(error)
 
-    link = GrpcLink(name, counters, take_answer, lambda _, reason: answers.put(PeerLost(reason)), timing)
+    link = GrpcLink(name, counters, take_answer, lambda _, reason: answers.put(PeerLost(reason)), timing, barred)
     link.send(pb.Header(kind=pb.HELLO, hello=hello))
     call = stub(channel, way.service, way.method)(iter(link.outbox), metadata=way.metadata)
     link.read_from(call, then=channel.close)

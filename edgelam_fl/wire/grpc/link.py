@@ -22,11 +22,18 @@ class GrpcLink(Link):
     """A link whose messages gRPC takes from `outbox`."""
 
     def __init__(
-        self, name: str, counters: ByteCounters, on_frame: OnFrame, on_lost: OnLost, timing: LinkTiming
+        self,
+        name: str,
+        counters: ByteCounters,
+        on_frame: OnFrame,
+        on_lost: OnLost,
+        timing: LinkTiming,
+        barred: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`barred`: whether the other end's membership has ended; asked at every pulse."""
         super().__init__(name, counters, on_frame, on_lost)
         self.outbox = Outbox()
-        self._timing = timing
+        self._timing, self._barred = timing, barred
 
     def _transmit(self, priority: int, messages: list[bytes], left: Callable[[], None] | None) -> None:
         self.outbox.put(priority, messages, self.terms.pace if self.is_open else None, left)
@@ -45,7 +52,10 @@ class GrpcLink(Link):
             if self.closed:
                 return
             silent_s = time.monotonic() - self.last_heard
-            if 0 < self.terms.silent_s < silent_s:
+            if self._barred():
+                self.lost("the other end's membership in the federation has ended")
+                hang_up()
+            elif 0 < self.terms.silent_s < silent_s:
                 self.lost(f"silent for {silent_s:.0f} s")
                 hang_up()
             else:

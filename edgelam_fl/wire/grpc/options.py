@@ -72,8 +72,8 @@ def grpc_reason(error: grpc.RpcError) -> str:
         grpc.StatusCode.DEADLINE_EXCEEDED: "no answer in time",
         grpc.StatusCode.RESOURCE_EXHAUSTED: "a message above the size limit",
         grpc.StatusCode.NOT_FOUND: "it has not dialled the server's relay yet",
-        grpc.StatusCode.FAILED_PRECONDITION: "the server's relay is full",
-        grpc.StatusCode.PERMISSION_DENIED: "the server's relay does not know this run",
+        grpc.StatusCode.FAILED_PRECONDITION: "the server's relay has no room for the link",
+        grpc.StatusCode.PERMISSION_DENIED: "the server's hub does not let this node in there",
         grpc.StatusCode.UNIMPLEMENTED: "something else than a stage host answers there",
     }
     return known.get(code, f"gRPC {code.name if code else error}")

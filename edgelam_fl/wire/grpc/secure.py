@@ -5,7 +5,7 @@ Without an identity everything is plain text, on this machine alone. Knows certi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grpc
 
@@ -14,6 +14,7 @@ from edgelam_fl.errors import EnvironmentProblem
 from edgelam_fl.trust.identity import Identity, Peer, peer_of, tls_name
 from edgelam_fl.wire.grpc.options import Options
 from edgelam_fl.wire.grpc.services import stub
+from edgelam_fl.wire.membership import Ended
 
 _CERTIFICATE = "x509_pem_cert"
 # Words of gRPC's account of a connection that failed -> what they mean for the reader of a message.
@@ -32,6 +33,8 @@ class Security:
     identity: Identity | None = None
     """None: plain text, which never leaves this machine unless `insecure` allows it."""
     insecure: bool = False
+    ended: Ended = field(default_factory=Ended, compare=False)
+    """The members that nobody opens a link to, or lets in, any more."""
 
     def channel(self, address: str, node: str, options: Options) -> grpc.Channel:
         """Returns a channel to HOST:PORT, where only `node` can answer: its certificate has to bear that name.

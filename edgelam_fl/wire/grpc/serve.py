@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 
 import grpc
@@ -50,7 +51,8 @@ class DataPlaneServer:
         security: Security = PLAIN,
         limits: LobbyLimits = DEFAULT_LOBBY_LIMITS,
     ) -> None:
-        self._doorkeeper, self._timing, self._lobby = doorkeeper, timing, Lobby(limits, timing.hello_s)
+        self._doorkeeper, self._timing, self._security = doorkeeper, timing, security
+        self._lobby = Lobby(limits, timing.hello_s)
         self._server = grpc.server(
             ThreadPoolExecutor(limits.places + _SPARE_THREADS, "lobby"),
             options=[*server_options(timing), ("grpc.so_reuseport", 0)],
@@ -76,9 +78,10 @@ class DataPlaneServer:
 
     def _link(self, requests: Iterator[bytes], context: grpc.ServicerContext, send: Send) -> None:
         """Shakes hands on a thread of the lobby's pool; gives a link that is let in threads of its own."""
-        with self._lobby.place(_address_of(context.peer()), context.cancel):
-            member = peer(context)
-            link = _served_link(context.peer(), member.name if member else None, self._doorkeeper, self._timing)
+        member = peer(context)
+        caller = Caller(member.name, member.serial) if member else None
+        with self._lobby.place(caller.name if caller else _address_of(context.peer()), context.cancel):
+            link = _served_link(context.peer(), caller, self._doorkeeper, self._timing, self._security)
             _take_hello(link, requests)
             if not link.is_open:
                 _send_all(link, context, send)
@@ -120,19 +123,20 @@ class RelayedDoor:
         while not self._closed.is_set():
             with self._channel() as channel, suppress(grpc.RpcError):
                 self._calls = stub(channel, RELAY_SERVICE, LISTEN)(b"", metadata=self._relay.metadata)
-                for number in self._calls:
+                for dialler in self._calls:
                     if self._closed.is_set():
                         return
-                    if number:  # an empty one only says that the hub is there
-                        threading.Thread(target=self._accept, args=(number,), name="relayed link", daemon=True).start()
+                    if dialler.number:  # without one the hub only says that it is there
+                        threading.Thread(target=self._accept, args=(dialler,), name="relayed link", daemon=True).start()
             self._closed.wait(self._timing.listen_again_s)
 
-    def _accept(self, number: bytes) -> None:
-        """Shakes hands with the dialler of this number; then reads its link until the link ends."""
+    def _accept(self, dialler: pb.Dialler) -> None:
+        """Shakes hands with a dialler; then reads its link until the link ends."""
+        caller = Caller(dialler.node, dialler.serial)
         with self._channel() as channel:
-            link = _served_link("a link by relay", None, self._doorkeeper, self._timing)
-            call = stub(channel, RELAY_SERVICE, ACCEPT)(iter(link.outbox), metadata=number_metadata(number))
-            with self._lobby.place(self._relay.hub, call.cancel):
+            link = _served_link("a link by relay", caller, self._doorkeeper, self._timing, self._security)
+            call = stub(channel, RELAY_SERVICE, ACCEPT)(iter(link.outbox), metadata=number_metadata(dialler.number))
+            with self._lobby.place(caller.name, call.cancel):
                 _take_hello(link, call)
                 if not link.is_open:
                     link.read(call)  # until the dialler has the refusal and hangs up
@@ -156,24 +160,43 @@ def _take_hello(link: GrpcLink, messages: Iterator[bytes]) -> None:
         link.close()
 
 
-def _served_link(name: str, caller: str | None, doorkeeper: Doorkeeper, timing: LinkTiming) -> GrpcLink:
+@dataclass(frozen=True)
+class Caller:
+    """The node that a dialler has shown to be, to this node or to the hub."""
+
+    name: str
+    serial: str  # number of its certificate; empty: it came to a hub without certificates
+
+
+def _served_link(
+    name: str, caller: Caller | None, doorkeeper: Doorkeeper, timing: LinkTiming, security: Security
+) -> GrpcLink:
     """Returns a link that waits for HELLO. `name` and its byte counts serve until the doorkeeper has opened it.
 
-    `caller`: the node that the dialler has proved to be; None: nothing was proved, as on a plain port.
+    `caller`: None: the port is plain, and the dialler has shown nothing.
     """
-    answer = partial(_answer_hello, doorkeeper, caller)
-    return GrpcLink(name, ByteCounters(), answer, lambda _, reason: None, timing)
+
+    def barred() -> bool:
+        return caller is not None and security.ended.certificate(caller.serial)
+
+    answer = partial(_answer_hello, doorkeeper, caller, barred)
+    return GrpcLink(name, ByteCounters(), answer, lambda _, reason: None, timing, barred)
 
 
-def _answer_hello(doorkeeper: Doorkeeper, caller: str | None, link: Link, frame: Frame) -> None:
+def _answer_hello(
+    doorkeeper: Doorkeeper, caller: Caller | None, barred: Callable[[], bool], link: Link, frame: Frame
+) -> None:
     """Answers the dialler's first frame, before any frame that the host sends on the link that it has let in."""
     with link.holding_back():
-        answer = _verdict(doorkeeper, caller, link, frame.header)
+        if barred():
+            answer: pb.Ready | pb.NotReady | pb.Refuse = pb.Refuse(reason="the membership of this node has ended")
+        else:
+            answer = _verdict(doorkeeper, caller, link, frame.header)
         if isinstance(answer, pb.Ready):
             link.send(pb.Header(kind=pb.READY, ready=answer))
             return
     if isinstance(answer, pb.Refuse):
-        _LOG.warning("refused a link of %s: %s", caller or link.name, answer.reason)
+        _LOG.warning("refused a link of %s: %s", caller.name if caller else link.name, answer.reason)
         link.send(pb.Header(kind=pb.REFUSE, refuse=answer))
     else:
         link.send(pb.Header(kind=pb.NOT_READY, not_ready=answer))
@@ -181,7 +204,7 @@ def _answer_hello(doorkeeper: Doorkeeper, caller: str | None, link: Link, frame:
 
 
 def _verdict(
-    doorkeeper: Doorkeeper, caller: str | None, link: Link, header: pb.Header
+    doorkeeper: Doorkeeper, caller: Caller | None, link: Link, header: pb.Header
 ) -> pb.Ready | pb.NotReady | pb.Refuse:
     if header.kind != pb.HELLO:
         return pb.Refuse(reason="the first frame must be HELLO")
@@ -190,8 +213,6 @@ def _verdict(
             reason=f"protocol version {header.hello.version} of node {header.hello.node!r}; this host speaks "
             f"{PROTOCOL_VERSION}: install the same edgelam-fl on both"
         )
-    if caller is not None and header.hello.node != caller:
-        return pb.Refuse(
-            reason=f"the certificate is of node {caller!r}, and HELLO of {header.hello.node[:_MOST_SHOWN]!r}"
-        )
+    if caller is not None and header.hello.node != caller.name:
+        return pb.Refuse(reason=f"node {caller.name!r} says that it is {header.hello.node[:_MOST_SHOWN]!r}")
     return doorkeeper(header.hello, link)
