@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from edgelam_fl.bounds import Bounds, bounds_of
 from edgelam_fl.config import parse_run_file
 from edgelam_fl.errors import ConfigError, EdgelamError
 from edgelam_fl.plan.making import task_settings
@@ -40,7 +42,8 @@ def main(grid: Grid, context: Context) -> None:
         raise ConfigError(f"command = {command!r} in the run config must be one of {', '.join(_COMMANDS)}")
     config = parse_run_file(given["run-toml"], source="the run file", overrides=given["set"])
     out = Path(given["out"] or f"runs/flwr-{context.run_id}").absolute()
-    spec = check_config(config)
+    bounds = bounds_of(os.environ)
+    spec = check_config(config, bounds)
     hub.offer(spec.source)
     if command == "chat":
         converse(grid, spec, session=out, adapter=Path(given["adapter"]))
@@ -52,7 +55,7 @@ def main(grid: Grid, context: Context) -> None:
         if command == "plan":
             propose(roster, spec, folder)
         else:
-            _run(exchange, roster, spec, folder)
+            _run(exchange, roster, spec, folder, bounds)
     except EdgelamError as error:
         folder.fail(str(error))
         raise
@@ -61,11 +64,11 @@ def main(grid: Grid, context: Context) -> None:
         raise
 
 
-def _run(exchange: Exchange, roster: Roster, spec: RunSpec, folder: RunFolder) -> None:
+def _run(exchange: Exchange, roster: Roster, spec: RunSpec, folder: RunFolder, bounds: Bounds) -> None:
     versions = {package: version(package) for package in _VERSIONED}
     folder.emit(RunStarted(run=folder.path.name, config=spec.config.model_dump(mode="json"), versions=versions))
     print(f"run folder: {folder.path}", flush=True)
-    Rounds(spec, exchange, roster, folder, f"{folder.path.name}-{time.time_ns():x}").run()
+    Rounds(spec, exchange, roster, folder, f"{folder.path.name}-{time.time_ns():x}", bounds=bounds).run()
     folder.finish()
     print(f"done: {folder.path / 'summary.json'}", flush=True)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import pairwise
 
+from edgelam_fl.bounds import STRICTEST, Bounds
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.adapter import target_modules
@@ -18,12 +19,18 @@ from edgelam_fl.tasks.kinds import check_task
 from strategies.registry import BUILT_IN, Capabilities, load_all
 
 
-def check_config(config: RunConfig) -> RunSpec:
-    """Finds the run's model. Raises ConfigError or ModelError with the first problem."""
-    loaded = load_all({kind: getattr(config.strategy, kind) for kind in BUILT_IN}, config.strategy.options)
+def check_config(config: RunConfig, bounds: Bounds = STRICTEST, *, elsewhere: bool = False) -> RunSpec:
+    """Finds the run's model. Raises ConfigError or ModelError with the first problem.
+
+    bounds: what the run file may name on this machine. elsewhere: whether the run takes place on another machine, whose
+    operator may allow more strategies; those are then left to that machine's own check, and not imported here.
+    """
+    strategy = config.strategy
+    names = {kind: getattr(strategy, kind) for kind in BUILT_IN}
+    loaded = load_all(names, strategy.options, bounds, elsewhere=elsewhere)
     check_together(config)
     check_task(config.task)
-    aggregation = loaded["aggregation"].capabilities
+    aggregation = loaded["aggregation"].capabilities if "aggregation" in loaded else Capabilities()
     check_aggregation(config, aggregation)
     spec = RunSpec(config, find_model(config.model.name))
     check_cuts(spec)

@@ -14,6 +14,7 @@ from functools import partial
 
 from flwr.app import ConfigRecord, RecordDict
 
+from edgelam_fl.bounds import STRICTEST, Bounds
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.plan.layout import Layout, who_may_host
 from edgelam_fl.plan.making import RoundFacts, make_plans, planned_steps
@@ -49,14 +50,17 @@ class Rounds:
         run: str,
         *,
         kept_nodes: int = KEPT_NODES,
+        bounds: Bounds = STRICTEST,
     ) -> None:
-        """`run`: a name that no other run has. `kept_nodes`: the most nodes of a round whose replies are kept."""
+        """`run`: a name that no other run has. `kept_nodes`: the most nodes of a round whose replies are kept. `bounds`: the
+        modules that the run's strategies may come from.
+        """
         self.spec, self.config = spec, spec.config
         self.roster, self.folder = roster, folder
-        self.schedule = Schedule(spec)
+        self.schedule = Schedule(spec, bounds)
         self.placement = Placement(spec, folder.emit)
         strategy = self.config.strategy
-        self.aggregation = load("aggregation", strategy.aggregation, strategy.options)
+        self.aggregation = load("aggregation", strategy.aggregation, strategy.options, bounds)
         self._exchange, self._timing, self._run, self._kept_nodes = exchange, exchange.timing, run, kept_nodes
 
     def run(self) -> FederationState:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from random import Random
 
+from edgelam_fl.bounds import STRICTEST, Bounds
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.plan.bases import value_bytes
@@ -61,11 +62,12 @@ class Lineup:
 
 
 class Schedule:
-    def __init__(self, spec: RunSpec) -> None:
+    def __init__(self, spec: RunSpec, bounds: Bounds = STRICTEST) -> None:
+        """`bounds`: the modules that the run's strategies may come from."""
         self.spec, self.config = spec, spec.config
         config = spec.config
-        self.selection = load("selection", config.strategy.selection, config.strategy.options)
-        self.bandwidth = load("bandwidth", config.strategy.bandwidth, config.strategy.options)
+        self.selection = load("selection", config.strategy.selection, config.strategy.options, bounds)
+        self.bandwidth = load("bandwidth", config.strategy.bandwidth, config.strategy.options, bounds)
         self.virtual = VirtualTime(spec) if config.wireless.bandwidth_hz else None
         self.capacity = config.wireless.bandwidth_hz or config.wire.capacity_bps  # a band in Hz, or bits per second
         self._measured: dict[str, Candidate] = {}  # by device, as of its last round

@@ -1,7 +1,7 @@
 """The data that strategies take and return, and their methods: all that an author has to read. Knows no network.
 
-A strategy is a class. A built-in one has a short name (`strategies.registry`), any other is named `package.module:Class` in the
-run file. The arguments of its `__init__` are keywords with defaults; the run file sets them in `strategy.options`, under the
+A strategy is a class that inherits from `Selection`, `Bandwidth` or `Aggregation`; no other class is ever made or called. A
+built-in one has a short name (`strategies.registry`), any other is named `package.module:Class` in the run file. The arguments of its `__init__` are keywords with defaults; the run file sets them in `strategy.options`, under the
 short name or the name of the class. One object serves a whole run, so it may remember. All chance comes from
 `RoundState.random`.
 """
@@ -149,7 +149,7 @@ class Aggregated:
 
 
 class Aggregation(Protocol):
-    """Makes the next round's adapter of a round's contributions. A rule need not inherit from this class."""
+    """Makes the next round's adapter of a round's contributions."""
 
     unequal_ranks: bool = False  # whether sources of one module may differ in rank
     carries: bool = False  # whether it gives modules carry factors

@@ -7,17 +7,16 @@ A new built-in strategy is one file and one line in `BUILT_IN`.
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from edgelam_fl.bounds import STRICTEST, Bounds
 from edgelam_fl.errors import ConfigError, nearest
 from edgelam_fl.plan.making import ClientSettings
-from strategies.api import RoundOutcome
+from strategies.api import Aggregation, Bandwidth, RoundOutcome, Selection
 from strategies.options import checked, parameters
 
 BUILT_IN = {
@@ -60,6 +59,7 @@ BUILT_IN = {
         "lyapunov": "strategies.bandwidth.lyapunov:LyapunovBandwidth",
     },
 }
+_PROTOCOLS: dict[str, type] = {"aggregation": Aggregation, "selection": Selection, "bandwidth": Bandwidth}
 _METHODS = {"aggregation": "aggregate", "selection": "select", "bandwidth": "allocate"}
 
 
@@ -110,7 +110,7 @@ class LoadedStrategy:
 
 def with_capabilities(rule: Any) -> LoadedStrategy:
     """Reads the capabilities of a rule. Raises ConfigError for an attribute of another type than its default."""
-    given = {field.name: getattr(rule, field.name) for field in fields(Capabilities) if hasattr(rule, field.name)}
+    given = {field.name: getattr(rule, field.name) for field in fields(Capabilities) if _says(rule, field.name)}
     for field in fields(Capabilities):
         if field.name in given:
             _check_capability(field.name, given[field.name], field.default)
@@ -118,6 +118,14 @@ def with_capabilities(rule: Any) -> LoadedStrategy:
         raise ConfigError("corrects_sgd = True needs a method correction(source, names)")
     given["needs_only_mean"] = _needs_only_mean(type(rule))
     return LoadedStrategy(rule, Capabilities(**given))
+
+
+def _says(rule: Any, name: str) -> bool:
+    """Returns whether a rule has an attribute that is more than the default which the protocol gives it."""
+    if not hasattr(rule, name):
+        return False
+    value, default = getattr(rule, name), vars(Aggregation).get(name, rule)
+    return value is not default and getattr(value, "__func__", value) is not default
 
 
 def _check_capability(name: str, value: Any, default: Any) -> None:
@@ -144,13 +152,16 @@ def _needs_only_mean(rule: type) -> bool:
 # ---------------------------------------------------------------- by name
 
 
-def load(kind: str, name: str, options: Mapping[str, Mapping[str, Any]] | None = None) -> LoadedStrategy:
+def load(
+    kind: str, name: str, options: Mapping[str, Mapping[str, Any]] | None = None, bounds: Bounds = STRICTEST
+) -> LoadedStrategy:
     """Makes the named strategy with its options of the run file, and reads its capabilities.
 
-    A module of the user is found on Python's path and in the working directory. Raises ConfigError with the known
-    strategies, with what the class lacks, or with the option that cannot be used.
+    `bounds`: the modules that a class of the user's own may come from. Raises ConfigError with the known strategies, with
+    the allowed modules, with what the class lacks, or with the option that cannot be used; a class that is not allowed or
+    declares no strategy is never called.
     """
-    found = _class(kind, name)
+    found = _class(kind, name, bounds)
     key, given = _own_options(kind, name, found, options or {})
     values = checked(found, key, given)
     try:
@@ -161,21 +172,31 @@ def load(kind: str, name: str, options: Mapping[str, Mapping[str, Any]] | None =
         ) from error
     except TypeError as error:
         raise ConfigError(f"strategy.{kind} = {name!r} cannot be loaded: {error}") from error
-    if not callable(getattr(strategy, _METHODS[kind], None)):
-        raise ConfigError(
-            f"strategy.{kind} = {name!r} has no method {_METHODS[kind]}(), so it is not a strategy for {kind}"
-        )
     try:
         return with_capabilities(strategy)
     except ConfigError as error:
         raise ConfigError(f"strategy.{kind} = {name!r} cannot be loaded: {error}") from error
 
 
-def load_all(names: Mapping[str, str], options: Mapping[str, Mapping[str, Any]]) -> dict[str, LoadedStrategy]:
-    """Loads a strategy of each kind in `names`. Raises ConfigError also for options of a strategy that does not exist."""
-    loaded = {kind: load(kind, name, options) for kind, name in names.items()}
+def load_all(
+    names: Mapping[str, str],
+    options: Mapping[str, Mapping[str, Any]],
+    bounds: Bounds = STRICTEST,
+    *,
+    elsewhere: bool = False,
+) -> dict[str, LoadedStrategy]:
+    """Loads a strategy of each kind in `names`. Raises ConfigError also for options of a strategy that does not exist.
+
+    elsewhere: the run takes place on another machine, whose operator may allow more. What is not allowed here is then not
+    imported, and missing in the result.
+    """
+    loaded = {
+        kind: load(kind, name, options, bounds)
+        for kind, name in names.items()
+        if not (elsewhere and _is_own(kind, name) and not _allowed(name, bounds))
+    }
     known = {name for table in BUILT_IN.values() for name in table} | {
-        type(strategy.rule).__name__ for strategy in loaded.values()
+        name.rpartition(":")[2] for kind, name in names.items() if _is_own(kind, name)
     }
     for name in options:
         if name not in known:
@@ -189,22 +210,44 @@ def load_all(names: Mapping[str, str], options: Mapping[str, Mapping[str, Any]])
     return loaded
 
 
-def _class(kind: str, name: str) -> type:
+def _is_own(kind: str, name: str) -> bool:
+    """Returns whether a name is that of a class which is not built in, as package.module:Class."""
+    return name not in BUILT_IN[kind] and ":" in name
+
+
+def _allowed(name: str, bounds: Bounds) -> bool:
+    """Returns whether a class of the user's own may be imported; a built-in class may be named by its module too."""
+    built_in = (path for table in BUILT_IN.values() for path in table.values())
+    return name in built_in or bounds.allows_module(name.partition(":")[0])
+
+
+def _class(kind: str, name: str, bounds: Bounds = STRICTEST) -> type:
+    """Returns the named class once it is known to declare the protocol of its kind; imports what is allowed only."""
     path = BUILT_IN[kind].get(name, name)
     module_name, colon, class_name = path.partition(":")
     if not colon:
         raise ConfigError(
             f"strategy.{kind} = {name!r} is not known; {nearest(name, BUILT_IN[kind])}; your own is named package.module:Class"
         )
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)  # last, so that no module of the user replaces an installed one
+    if not _allowed(path, bounds):
+        raise ConfigError(
+            f"strategy.{kind} = {name!r} is not imported: on this machine strategies may come from {bounds}. The operator of a "
+            f"server allows more with `edgelam server --strategies PACKAGE`; `edgelam run --local` and `edgelam bench` take modules "
+            f"in the directory where they are typed"
+        )
     try:
         found = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError, ValueError, TypeError, SyntaxError) as error:
         raise ConfigError(f"strategy.{kind} = {name!r} cannot be loaded: {error}") from error
     if not isinstance(found, type):
         raise ConfigError(f"strategy.{kind} = {name!r} cannot be loaded: it is a {type(found).__name__}, not a class")
+    protocol, method = _PROTOCOLS[kind], _METHODS[kind]
+    own = getattr(found, method, None)
+    if protocol not in found.__mro__ or own is getattr(protocol, method) or not callable(own):
+        raise ConfigError(
+            f"strategy.{kind} = {name!r} is not a strategy for {kind}: its class must inherit from strategies.api."
+            f"{protocol.__name__} and have a method {method}() of its own"
+        )
     return found
 
 

@@ -31,6 +31,7 @@ from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, EdgelamError, EnvironmentProblem, RunFailed
 from edgelam_fl.federation.child import Child, end_all
 from edgelam_fl.federation.flower_app import app_module
+from edgelam_fl.federation.local import bounds_of_a_local_run
 from edgelam_fl.federation.operator import Operator, operator_folder
 from edgelam_fl.federation.submission import FollowTiming, Submission
 from edgelam_fl.federation.superlink import start_superlink
@@ -70,7 +71,7 @@ def check_cells(matrix: Matrix, classes: tuple[str, ...]) -> dict[str, RunConfig
     configs = {}
     for cell in matrix.cells():
         configs[cell.name] = matrix.config(cell, classes)
-        check(configs[cell.name])
+        check(configs[cell.name], bounds_of_a_local_run())
     return configs
 
 
@@ -161,7 +162,7 @@ def engine(state: Path, cells: int) -> Iterator[Engine]:
             "RAY_worker_niceness": "0",  # Ray's 15 starves the nodes' messages where anything else computes
             "OMP_NUM_THREADS": "1",
         }
-        children.append(start_superlink("127.0.0.1", port, state, quiet))
+        children.append(start_superlink("127.0.0.1", port, state, quiet, bounds=bounds_of_a_local_run()))
         for child, fabric in zip(children[:cells], fabrics, strict=True):
             _await(child, (fabric / "endpoint.json").exists)
             idle.put(fabric)
@@ -268,7 +269,7 @@ def _replayed(events: list[Event], config: RunConfig, trained: Cell, cell: Cell)
     if cell is trained:
         return events
     replay = app_module("server.virtual.replay").replay
-    rounds = iter(replay(events, config, cell.values["bandwidth"]))
+    rounds = iter(replay(events, config, cell.values["bandwidth"], bounds_of_a_local_run()))
     return [
         replace(event, virtual=next(rounds)) if isinstance(event, RoundDone) and event.virtual else event
         for event in events

@@ -86,6 +86,14 @@ def server(
     state: Annotated[Path, typer.Option("--state", metavar="DIR", help="Folder for logs and Flower's state.")] = Path(
         ".edgelam/server"
     ),
+    strategies: Annotated[
+        list[str],
+        typer.Option(
+            "--strategies",
+            metavar="PACKAGE",
+            help="A package or module from which run files may name strategies, besides the built-in ones; repeat it.",
+        ),
+    ] = [],  # noqa: B006
     allow_foreign_apps: Annotated[
         bool,
         typer.Option(
@@ -97,11 +105,14 @@ def server(
     offline: OfflineOption = False,
 ) -> None:
     """Runs the federation's server: Flower's SuperLink, and the data plane's hub. Ctrl-C ends it."""
+    from edgelam_fl.bounds import operator_bounds
     from edgelam_fl.federation.server import serve
     from edgelam_fl.files import keep_private
 
     keep_private()
-    raise typer.Exit(serve(console, listen, data_plane, state, insecure, allow_foreign_apps))
+    raise typer.Exit(
+        serve(console, listen, data_plane, state, insecure, operator_bounds(strategies), allow_foreign_apps)
+    )
 
 
 def client(

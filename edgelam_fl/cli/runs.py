@@ -176,7 +176,7 @@ def run(
             "Start `edgelam server` and `edgelam client` first, then run without --local"
         )
     keep_private()
-    folder = check_run(config, file.stem, out)
+    folder = check_run(config, file.stem, out, local=bool(local))
     if local:
         raise typer.Exit(run_here(console, config, folder, data))
     on_server = leave_on_server if detach else run_on_server

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgelam_fl.addresses import free_port
+from edgelam_fl.bounds import Bounds
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.federation.child import Child, end_all
@@ -58,6 +59,11 @@ class LocalFederation:
         return [news for node in self.nodes if (news := node.watch())]
 
 
+def bounds_of_a_local_run() -> Bounds:
+    """Returns what a run file may name if everything takes place on this machine: modules of the working directory too."""
+    return Bounds(folder=Path.cwd())
+
+
 @contextmanager
 def local_federation(config: RunConfig, data: Sequence[Path], folder: Path) -> Iterator[LocalFederation]:
     """Starts a federation for one run, with one device per file of `data`; ends its processes when the context ends.
@@ -75,7 +81,7 @@ def local_federation(config: RunConfig, data: Sequence[Path], folder: Path) -> I
     warm_template()  # it imports while the SuperLink starts
     try:
         # Without a hub: all nodes are on this machine and have what it has, the model too.
-        children.append(start_superlink("127.0.0.1", port, folder / "server"))
+        children.append(start_superlink("127.0.0.1", port, folder / "server", bounds=bounds_of_a_local_run()))
         for node in edges + devices:
             node.start()
         yield LocalFederation(
@@ -125,7 +131,7 @@ def run_local(config: RunConfig, data: Sequence[Path], folder: Path) -> Iterator
 
     Raises ConfigError, ModelError or DataError before anything starts, and RunFailed if the federation itself ends.
     """
-    app_module("server.checks").check_config(config)
+    app_module("server.checks").check_config(config, bounds_of_a_local_run())
     folder = folder.absolute()
     with local_federation(config, data, folder) as here:
         submission = Submission(here.operator, folder / "flwr")

@@ -60,7 +60,7 @@ class ForeseenPlan:
 def plan_of_profiles(config: RunConfig, file: Path) -> ForeseenPlan:
     """Plans for the nodes whose profiles a file holds. Raises ConfigError, or what a run would raise."""
     profiles = read_profiles(file)
-    spec: RunSpec = app_module("server.checks").check_config(config)
+    spec: RunSpec = app_module("server.checks").check_config(config, elsewhere=True)
     return ForeseenPlan(first_proposal(spec, profiles).event(), spec.source.num_layers)
 
 

@@ -13,10 +13,17 @@ from pathlib import Path
 from rich.console import Console
 
 from edgelam_fl.addresses import check_server_answers
+from edgelam_fl.bounds import Bounds
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import INTERRUPTED, ConfigError, RunFailed
 from edgelam_fl.federation.flower_app import app_module
-from edgelam_fl.federation.local import LocalFederation, await_result, kept, local_federation
+from edgelam_fl.federation.local import (
+    LocalFederation,
+    await_result,
+    bounds_of_a_local_run,
+    kept,
+    local_federation,
+)
 from edgelam_fl.federation.operator import Operator
 from edgelam_fl.federation.submission import Submission
 from edgelam_fl.telemetry.console import RunView
@@ -29,12 +36,14 @@ _WAYS_OUT = (
 )
 
 
-def check_run(config: RunConfig, name: str, out: Path | None) -> Path:
+def check_run(config: RunConfig, name: str, out: Path | None, *, local: bool) -> Path:
     """Raises UsageError for what is wrong with a run file, before anything starts. Returns the run's folder, still absent.
 
-    name: replaces {name} in `out`, or in run.out if `out` is None.
+    name: replaces {name} in `out`, or in run.out if `out` is None. local: whether the run takes place on this machine alone;
+    else strategies that are not built in are left to the server's check: nothing is imported here for them.
     """
-    app_module("server.checks").check_config(config)
+    bounds = bounds_of_a_local_run() if local else Bounds()
+    app_module("server.checks").check_config(config, bounds, elsewhere=not local)
     pattern = str(out) if out else config.run.out
     folder = (
         Path(pattern.replace("{name}", name).replace("{time}", time.strftime("%Y%m%d-%H%M%S"))).expanduser().absolute()

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from edgelam_fl.addresses import check_plain_text, check_port_free, hub_address, split_address
+from edgelam_fl.bounds import STRICTEST, Bounds
 from edgelam_fl.errors import INTERRUPTED, RunFailed
 from edgelam_fl.federation.child import Child, end_all, shorten
 from edgelam_fl.federation.hub_process import HubProcess
@@ -17,11 +18,17 @@ from edgelam_fl.federation.superlink import start_superlink
 
 
 def serve(
-    console: Console, listen: str, data_plane: str, state: Path, insecure: bool, allow_foreign_apps: bool = False
+    console: Console,
+    listen: str,
+    data_plane: str,
+    state: Path,
+    insecure: bool,
+    bounds: Bounds = STRICTEST,
+    allow_foreign_apps: bool = False,
 ) -> int:
     """Starts SuperLink and hub and watches them until Ctrl-C; returns the exit code.
 
-    allow_foreign_apps: runs may bring any Flower App, which then runs on this machine.
+    bounds: what run files may name on this machine. allow_foreign_apps: runs may bring any Flower App, which then runs here.
 
     Raises UsageError for an address that may not be used, EnvironmentProblem for a port that is taken, RunFailed if a
     process ends.
@@ -35,7 +42,9 @@ def serve(
         with console.status("starting Flower's SuperLink"):
             check_port_free(host, port, "--listen")
             hub.start()
-            superlink = start_superlink(host, port, state, beside=hub, keep=True, allow_foreign_apps=allow_foreign_apps)
+            superlink = start_superlink(
+                host, port, state, beside=hub, bounds=bounds, keep=True, allow_foreign_apps=allow_foreign_apps
+            )
         return _watch(console, listen, hub, superlink, state)
     finally:
         end_all([child for child in (superlink, hub.child) if child is not None])

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from edgelam_fl.addresses import check_port_free, join_address
+from edgelam_fl.bounds import STRICTEST, Bounds
 from edgelam_fl.federation.child import Child, await_answer
 from edgelam_fl.federation.hub_process import HubProcess
 from edgelam_fl.federation.operator import operator_folder, prepare_operator
@@ -20,6 +21,7 @@ def start_superlink(
     simulation: dict[str, str] | None = None,
     beside: HubProcess | None = None,
     *,
+    bounds: Bounds = STRICTEST,
     keep: bool = False,
     allow_foreign_apps: bool = False,
 ) -> Child:
@@ -27,7 +29,8 @@ def start_superlink(
 
     state: the folder for its log and Flower's files; the operator's folder is made in it. simulation: what to add to the
     environment of Flower's simulation engine, which then plays the nodes; None: nodes join from outside. beside: the hub that
-    its ServerApps use. keep: nodes and runs are kept in a file for the next start. allow_foreign_apps: runs may bring any App.
+    its ServerApps use. bounds: what run files may name on this machine. keep: nodes and runs are kept in a file for the next
+    start. allow_foreign_apps: runs may bring any App.
 
     Raises EnvironmentProblem if the port is taken or the process ends.
     """
@@ -40,7 +43,7 @@ def start_superlink(
     command += ["--simulation"] if simulation is not None else []
     command += ["--allow-foreign-apps"] if allow_foreign_apps else []
     environment = {"FLWR_HOME": str(state / "flwr"), "FLWR_TELEMETRY_ENABLED": "0", **(simulation or {})}
-    environment |= beside.environment if beside else {}
+    environment |= bounds.environment() | (beside.environment if beside else {})
     child = Child("SuperLink", command, state / "superlink.log", environment)
     await_answer(child, host, port)
     return child

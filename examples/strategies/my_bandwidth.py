@@ -11,10 +11,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-from strategies.api import Demand
+from strategies.api import Bandwidth, Demand
 
 
-class ByRoot:
+class ByRoot(Bandwidth):
     def __init__(self, *, power: Annotated[float, Field(ge=0, le=1)] = 0.5) -> None:
         """`power`: 0 is uniform, 1 proportional. The annotation is the rule that the run file's value is checked against."""
         self.power = power

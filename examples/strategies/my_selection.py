@@ -5,10 +5,10 @@ edgelam run mine.toml --set strategy.selection=my_selection:LargestFirst
 
 from __future__ import annotations
 
-from strategies.api import Candidate, RoundOutcome, RoundState, Selected
+from strategies.api import Candidate, RoundOutcome, RoundState, Selected, Selection
 
 
-class LargestFirst:
+class LargestFirst(Selection):
     def __init__(self, *, rest: bool = True) -> None:
         """`rest`: whether the devices of the last round come last. In the run file: [strategy.options.LargestFirst]."""
         self.rest = rest

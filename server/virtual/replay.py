@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from edgelam_fl.bounds import STRICTEST, Bounds
 from edgelam_fl.config import RunConfig
 from edgelam_fl.telemetry.events import Event, PlanMade, RoundDone, VirtualRound
 from edgelam_fl.wireless.rounds import recorded_device_round, virtual_round
@@ -16,15 +17,17 @@ from strategies.api import Demand
 from strategies.registry import load
 
 
-def replay(events: Iterable[Event], config: RunConfig, bandwidth: str) -> list[VirtualRound]:
+def replay(
+    events: Iterable[Event], config: RunConfig, bandwidth: str, bounds: Bounds = STRICTEST
+) -> list[VirtualRound]:
     """Returns the field `virtual` of each training round, with the shares of the strategy `bandwidth`.
 
-    `events`, `config`: of a run with `[wireless]`. The strategy sees what the run's own strategy saw before each round, and
+    `events`, `config`: of a run with `[wireless]`. `bounds`: the modules that the strategy may come from. The strategy sees what the run's own strategy saw before each round, and
     observes no outcome. Raises ConfigError for an unknown strategy, RunFailed for shares that cannot be used.
     """
     strategy = config.strategy.model_copy(update={"bandwidth": bandwidth})
     config = config.model_copy(update={"strategy": strategy})
-    allocator = load("bandwidth", bandwidth, strategy.options).rule
+    allocator = load("bandwidth", bandwidth, strategy.options, bounds).rule
     rounds, demands = [], list[Demand]()
     for event in events:
         if isinstance(event, PlanMade):

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from strategies.api import Demand
+from strategies.api import Bandwidth, Demand
 from strategies.bandwidth.links import finish_together, needs_of
 
 
-class Equalise:
+class Equalise(Bandwidth):
     def allocate(self, demands: Sequence[Demand], capacity_bps: float) -> Mapping[str, float]:
         ordered = sorted(demands, key=lambda demand: demand.name)
         if not ordered:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from strategies.api import Demand
+from strategies.api import Bandwidth, Demand
 
 
-class Proportional:
+class Proportional(Bandwidth):
     def allocate(self, demands: Sequence[Demand], capacity_bps: float) -> Mapping[str, float]:
         total = math.fsum(demand.payload_bytes for demand in demands)  # exact, so that the order changes no bit
         if not total > 0:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from strategies.api import RoundState, Selected
+from strategies.api import RoundState, Selected, Selection
 
 
-class SelectAll:
+class SelectAll(Selection):
     def select(self, state: RoundState) -> Selected:
         names = sorted(candidate.name for candidate in state.candidates)
         return Selected(names, {name: "every available device takes part" for name in names})

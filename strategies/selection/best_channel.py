@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-from strategies.api import Candidate, RoundState, Selected
+from strategies.api import Candidate, RoundState, Selected, Selection
 from strategies.selection.ranking import take
 
 
-class BestChannel:
+class BestChannel(Selection):
     def select(self, state: RoundState) -> Selected:
         order = sorted(state.candidates, key=lambda candidate: (-_quality(candidate), candidate.name))
         return take(order, state.at_most(), _reason)

@@ -12,7 +12,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from strategies.api import Candidate, RoundState, Selected
+from strategies.api import Candidate, RoundState, Selected, Selection
 from strategies.bandwidth.links import Needs, delay_of, needs_of
 
 _EXACT_UP_TO = 64
@@ -20,7 +20,7 @@ _PARTS = 200
 _BISECTIONS = 50
 
 
-class FedCS:
+class FedCS(Selection):
     def __init__(self, *, deadline_s: Annotated[float, Field(gt=0)] = 60.0) -> None:
         """`deadline_s`: deadline of a round, counting the time on the devices."""
         self.deadline_s = deadline_s

@@ -17,14 +17,14 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from strategies.api import RoundOutcome, RoundState, Selected
+from strategies.api import RoundOutcome, RoundState, Selected, Selection
 from strategies.bandwidth.links import Needs, fitting, least_delays, needs_of
 
 EXACT_UP_TO = 64
 _TOLERANCE = 5e-4
 
 
-class LyapunovSelection:
+class LyapunovSelection(Selection):
     def __init__(
         self, *, delay_s: Annotated[float, Field(gt=0)] = 30.0, v: Annotated[float, Field(ge=0)] = 10.0
     ) -> None:

@@ -16,13 +16,13 @@ from typing import Annotated
 
 from pydantic import Field
 
-from strategies.api import Candidate, RoundOutcome, RoundState, Selected
+from strategies.api import Candidate, RoundOutcome, RoundState, Selected, Selection
 from strategies.selection.ranking import drawn
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class Oort:
+class Oort(Selection):
     def __init__(
         self,
         *,

@@ -9,11 +9,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from strategies.api import Candidate, RoundState, Selected
+from strategies.api import Candidate, RoundState, Selected, Selection
 from strategies.selection.ranking import drawn, loss_or_highest, take
 
 
-class PowerOfChoice:
+class PowerOfChoice(Selection):
     def __init__(self, *, d: Annotated[int, Field(ge=0)] = 0) -> None:
         """`d`: number of candidates drawn, at least as many as are wanted; 0: twice as many as are wanted."""
         self.d = d

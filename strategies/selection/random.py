@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from strategies.api import RoundState, Selected
+from strategies.api import RoundState, Selected, Selection
 from strategies.selection.ranking import take
 
 
-class RandomSelection:
+class RandomSelection(Selection):
     def select(self, state: RoundState) -> Selected:
         order = state.by_name()
         state.random.shuffle(order)

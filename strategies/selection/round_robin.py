@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from strategies.api import Candidate, RoundState, Selected
+from strategies.api import Candidate, RoundState, Selected, Selection
 from strategies.selection.ranking import take
 
 
-class RoundRobin:
+class RoundRobin(Selection):
     def select(self, state: RoundState) -> Selected:
         order = sorted(state.candidates, key=lambda candidate: (candidate.last_round, candidate.name))
         return take(order, state.at_most(), _reason)

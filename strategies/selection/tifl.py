@@ -14,11 +14,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from strategies.api import Candidate, RoundState, Selected
+from strategies.api import Candidate, RoundState, Selected, Selection
 from strategies.selection.ranking import drawn
 
 
-class TiFL:
+class TiFL(Selection):
     def __init__(self, *, tiers: Annotated[int, Field(ge=1)] = 5, credits: Annotated[int, Field(ge=1)] = 10) -> None:
         """`tiers`: number of tiers of nearly equal size. `credits`: rounds that a tier may have before all others had theirs."""
         self.tiers, self.credits = tiers, credits

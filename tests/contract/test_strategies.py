@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from itertools import islice, permutations
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,13 +21,18 @@ import numpy as np
 import pytest
 from pydantic import Field
 
+from edgelam_fl.bounds import Bounds
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.carry import CARRY_A, CARRY_B
 from edgelam_fl.plan.making import ClientSettings
+from strategies import registry
 from strategies.aggregation.carry import carry_of
 from strategies.api import Aggregated, Aggregation, Candidate, Contribution, Demand, RoundOutcome, RoundState, Start
-from strategies.registry import BUILT_IN, Capabilities, load, load_all, with_capabilities
+from strategies.registry import BUILT_IN, Capabilities, with_capabilities
 
+BOUNDS = Bounds(packages=("tests", "examples", "written_aggregation", "written_selection", "written_bandwidth"))
+load = partial(registry.load, bounds=BOUNDS)
+load_all = partial(registry.load_all, bounds=BOUNDS)
 Q, V, K = (f"base_model.model.model.layers.{layer}.self_attn.q_proj" for layer in (0, 3, 5))
 HEAD = "base_model.model.classifier.weight"
 SHAPES = {".lora_A.weight": (2, 6), ".lora_B.weight": (5, 2)}
@@ -35,16 +41,16 @@ EXAMPLES = {
     "selection": "examples.strategies.my_selection:LargestFirst",
     "bandwidth": "examples.strategies.my_bandwidth:ByRoot",
 }
-# Each as an author would write it: one file, no base class, nothing but what its kind's method needs.
+# Each as an author would write it: one file, nothing but the class of its kind and what its method needs.
 WRITTEN = {
     "aggregation": """
 import numpy as np
 
 from edgelam_fl.errors import ConfigError
-from strategies.api import Aggregated
+from strategies.api import Aggregated, Aggregation
 
 
-class Mine:
+class Mine(Aggregation):
     def aggregate(self, contributions, start):
         sums, weights = {}, {}
         for one in sorted(contributions, key=lambda one: (one.source, one.weight)):
@@ -56,16 +62,19 @@ class Mine:
         return Aggregated({name: (total / weights[name]).astype(np.float32) for name, total in sums.items()})
 """,
     "selection": """
-from strategies.api import Selected
+from strategies.api import Selected, Selection
 
 
-class Mine:
+class Mine(Selection):
     def select(self, state):
         names = sorted(candidate.name for candidate in state.candidates)
         return Selected(names[: state.at_most()], {name: f"place {n} by name" for n, name in enumerate(names, 1)})
 """,
     "bandwidth": """
-class Mine:
+from strategies.api import Bandwidth
+
+
+class Mine(Bandwidth):
     def allocate(self, demands, capacity_bps):
         return {demand.name: 1 / len(demands) for demand in demands}
 """,
@@ -391,10 +400,19 @@ class TestBandwidthSizes:
 
 
 class NoStrategy:
+    """Has the method of a strategy, but is none."""
+
+    def __init__(self) -> None:
+        raise AssertionError("a class that declares no strategy was called")
+
+    def aggregate(self, contributions: Sequence[Contribution], start: Start) -> Aggregated: ...
+
+
+class NoMethodOfItsOwn(Aggregation):
     pass
 
 
-class WithOptions:
+class WithOptions(Aggregation):
     def __init__(
         self, *, alpha: Annotated[float, Field(gt=0)] = 1.0, order: Literal["up", "down"] = "up", n: int = 0
     ) -> None:
@@ -402,18 +420,18 @@ class WithOptions:
             raise ValueError(f"n = {n} must be at most alpha = {alpha}")
         self.given = (alpha, order, n)
 
-    def aggregate(self, contributions: Sequence[Contribution]) -> Aggregated: ...
+    def aggregate(self, contributions: Sequence[Contribution], start: Start) -> Aggregated: ...
 
 
 A_FUNCTION = len
 
 
-class WantsArguments:
+class WantsArguments(Aggregation):
     def __init__(self, alpha: float) -> None: ...
     def aggregate(self, contributions: Sequence[Contribution], start: Start) -> Aggregated: ...
 
 
-class Mine:
+class Mine(Aggregation):
     def aggregate(self, contributions: Sequence[Contribution], start: Start) -> Aggregated:
         return Aggregated({})
 
@@ -425,24 +443,26 @@ class Mine:
         ("aggregation", "xyz", "is not known; known: fedadagrad, fedadam, "),
         ("selection", "al", "is not known; did you mean 'all'?"),
         ("bandwidth", "unifrom", "did you mean 'uniform'?"),
-        ("aggregation", "no_such_package:Class", "cannot be loaded: No module named 'no_such_package'"),
+        ("aggregation", "tests.no_such_module:Class", "cannot be loaded: No module named 'tests.no_such_module'"),
+        (
+            "aggregation",
+            "no_such_package:Class",
+            "is not imported: on this machine strategies may come from the built-in",
+        ),
         ("aggregation", "tests.contract.test_strategies:Absent", "cannot be loaded: module"),
         ("aggregation", "tests.contract.test_strategies:", "cannot be loaded"),
-        ("aggregation", ":Class", "cannot be loaded"),
-        ("aggregation", ".relative:Class", "cannot be loaded"),
+        ("aggregation", ":Class", "is not imported"),
+        ("aggregation", ".relative:Class", "is not imported"),
         ("aggregation", "tests.contract.test_strategies:WantsArguments", "cannot be loaded"),
         (
             "aggregation",
             "tests.contract.test_strategies:A_FUNCTION",
             "cannot be loaded: it is a builtin_function_or_method",
         ),
-        ("aggregation", f"{__name__}:NoStrategy", "has no method aggregate(), so it is not a strategy for aggregation"),
-        ("selection", f"{__name__}:Mine", "has no method select(), so it is not a strategy for selection"),
-        (
-            "bandwidth",
-            "strategies.selection.all:SelectAll",
-            "has no method allocate(), so it is not a strategy for bandwidth",
-        ),
+        ("aggregation", f"{__name__}:NoStrategy", "must inherit from strategies.api.Aggregation and have a method"),
+        ("aggregation", f"{__name__}:NoMethodOfItsOwn", "is not a strategy for aggregation: its class must inherit"),
+        ("selection", f"{__name__}:Mine", "must inherit from strategies.api.Selection and have a method select()"),
+        ("bandwidth", "strategies.selection.all:SelectAll", "must inherit from strategies.api.Bandwidth"),
     ],
 )
 def test_a_name_that_cannot_be_used_says_why(kind: str, name: str, words: str) -> None:
@@ -490,7 +510,7 @@ def test_capabilities_are_what_the_class_and_its_options_say() -> None:
 
 
 class MisspeltType(Mine):
-    personal = "yes"
+    personal = "yes"  # type: ignore[assignment]
 
 
 class NegativeSources(Mine):
@@ -498,7 +518,7 @@ class NegativeSources(Mine):
 
 
 class NoMethod(Mine):
-    client_settings = ClientSettings()
+    client_settings = ClientSettings()  # type: ignore[assignment]
 
 
 class CorrectsWithNothing(Mine):
@@ -613,16 +633,84 @@ def test_every_built_in_is_made_without_options(kind: str) -> None:
         load(kind, name)
 
 
-def test_a_class_in_the_working_directory(tmp_path: Path) -> None:
+# ---------------------------------------------------------------- what is imported
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "subprocess:Popen", "os:system", "builtins:eval", "posix:system", "selectors:DefaultSelector", "code:interact",
+        "edgelam_fl.federation.child:Child", "server.app:main", "strategies.mine:Mine", "__main__:Mine", "..x:Mine",
+        "a/../b:Mine", "antigravity:x",
+    ],
+)  # fmt: skip
+def test_s4_a_run_file_imports_and_calls_nothing_that_is_not_allowed(name: str, tmp_path: Path) -> None:
+    """The options are those of the attack: a shell command that leaves a file."""
+    mark = tmp_path / "MARK"
+    options = {name.rpartition(":")[2]: {"args": f"id > {mark}", "shell": True}}
+    before = set(sys.modules)
+    for bounds in (Bounds(), Bounds(packages=("my_pkg",)), Bounds(folder=tmp_path)):
+        with pytest.raises(ConfigError, match="is not imported: on this machine strategies may come from the built-in"):
+            registry.load_all({"selection": name}, options, bounds)
+    assert set(sys.modules) == before
+    assert not mark.exists()
+
+
+def test_s4_a_class_of_an_allowed_module_is_not_called_before_it_declares_a_strategy() -> None:
+    with pytest.raises(ConfigError, match=r"must inherit from strategies\.api"):
+        load("aggregation", f"{__name__}:NoStrategy")
+
+
+def test_s4_a_run_for_another_machine_imports_nothing_here() -> None:
+    """As `edgelam run --server`: the server's operator decides, and what is built in is checked here all the same."""
+    names = {"selection": "subprocess:Popen", "bandwidth": "uniform"}
+    loaded = registry.load_all(names, {"Popen": {"args": "id"}}, elsewhere=True)
+    assert list(loaded) == ["bandwidth"]
+    with pytest.raises(ConfigError, match="belongs to no strategy"):
+        registry.load_all(names, {"Other": {"args": "id"}}, elsewhere=True)
+
+
+IN_A_FOLDER = """
+from strategies.api import Selection
+class Mine(Selection):
+    def __init__(self, *, d: int = 1): self.d = d
+    def select(self, state): return None
+"""
+
+
+@pytest.mark.parametrize(
+    ("bounds", "name", "ends"),
+    [
+        ("Bounds(folder=Path.cwd())", "my_pkg.mod:Mine", "3"),
+        ("Bounds(packages=('my_pkg',))", "my_pkg.mod:Mine", "3"),
+        ("Bounds(packages=('my_pkg.mod',))", "my_pkg.mod:Mine", "3"),
+        ("bounds_of(Bounds(folder=Path.cwd(), packages=('x',)).environment())", "my_pkg.mod:Mine", "3"),
+        ("Bounds(packages=('my_pk',))", "my_pkg.mod:Mine", "refused"),
+        ("Bounds(packages=('my_pkg.mo',))", "my_pkg.mod:Mine", "refused"),
+        ("Bounds(folder=Path.cwd() / 'my_pkg')", "my_pkg.mod:Mine", "refused"),
+        ("bounds_of({})", "my_pkg.mod:Mine", "refused"),
+        ("Bounds(folder=Path.cwd())", "json:Mine", "refused"),  # an installed module of the same name comes first
+        ("Bounds(folder=Path.cwd())", "time:Mine", "refused"),  # one that is built into Python, without a file
+    ],
+)
+def test_s4_only_allowed_modules_are_found(tmp_path: Path, bounds: str, name: str, ends: str) -> None:
     """In a process of its own: this one's imports must not change."""
     (tmp_path / "my_pkg").mkdir()
-    (tmp_path / "my_pkg" / "mod.py").write_text(
-        "class Mine:\n    def __init__(self, *, d: int = 1): self.d = d\n    def select(self, state): return None\n"
-    )
-    code = (
-        "from strategies.registry import load; print(load('selection', 'my_pkg.mod:Mine', {'Mine': {'d': 3}}).rule.d)"
-    )
+    (tmp_path / "my_pkg" / "mod.py").write_text(IN_A_FOLDER)
+    (tmp_path / "json.py").write_text(IN_A_FOLDER)
+    code = f"""
+import sys
+from pathlib import Path
+from edgelam_fl.bounds import Bounds, bounds_of
+from edgelam_fl.errors import ConfigError
+from strategies.registry import load
+try:
+    print(load("selection", {name!r}, {{"Mine": {{"d": 3}}}}, {bounds}).rule.d)
+except ConfigError as error:
+    assert "is not imported" in str(error), error
+    print("refused")
+"""
     root = str(Path(__file__).parents[2])
-    command = [sys.executable, "-c", f"import sys; sys.path = [{root!r}] + [p for p in sys.path if p]; {code}"]
+    command = [sys.executable, "-c", f"import sys; sys.path = [{root!r}] + [p for p in sys.path if p]\n{code}"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (done.stdout, done.returncode) == ("3\n", 0), done.stderr
+    assert (done.stdout, done.returncode) == (f"{ends}\n", 0), done.stderr

@@ -13,6 +13,7 @@ from typing import TypeVar
 from unittest.mock import patch
 
 from edgelam_fl.addresses import free_port
+from edgelam_fl.bounds import Bounds
 from edgelam_fl.config import RunConfig, parse_run_file
 from edgelam_fl.errors import EnvironmentProblem, RunFailed
 from edgelam_fl.federation.child import Child, end_all, log_tail, tool_environment
@@ -98,7 +99,8 @@ class Federation:
         assert hub.child is not None
         self.children.append(hub.child)
         with patch.dict(os.environ, {"HF_HUB_CACHE": str(self.server_models)}):
-            self.children.append(start_superlink("127.0.0.1", port, self.folder / "server", beside=hub))
+            bounds = Bounds(packages=("examples",))
+            self.children.append(start_superlink("127.0.0.1", port, self.folder / "server", beside=hub, bounds=bounds))
         for node in self.nodes.values():
             node.start()
         self.wait_for(lambda: all(node.ready() for node in self.nodes.values()), START_DEADLINE_S, "the nodes")

@@ -121,6 +121,18 @@ def pairs_file(folder: Path, name: str = "data.jsonl") -> str:
         ("", ["--local", "2"], 2, ["--local 2 needs --data once per device"]),
         ("", ["--local", "1", "--data", "x", "--detach"], 2, ["--detach needs a server that stays", "edgelam server"]),
         ("", ["--detach", "--server", "127.0.0.1:1"], 3, ["no server answers at 127.0.0.1:1"]),
+        (
+            "",
+            ["--local", "1", "--data", "x", "--set", "strategy.selection=subprocess:Popen"],
+            2,
+            ["'subprocess:Popen' is not imported", "edgelam server --strategies PACKAGE"],
+        ),
+        (  # the server's operator decides
+            "",
+            ["--server", "127.0.0.1:1", "--set", "strategy.selection=no_such_package:Mine"],
+            3,
+            ["no server answers at 127.0.0.1:1"],
+        ),
     ],
 )
 def test_run_refuses(
@@ -189,6 +201,12 @@ def test_server_refuses_a_port_in_use_and_an_open_address(edgelam: Edgelam, tmp_
     done = edgelam("server", "--listen", "0.0.0.0:8000")
     assert done.returncode == 2
     assert "whoever is on the way can read and change" in done.stderr
+
+
+def test_server_refuses_strategies_that_are_no_package(edgelam: Edgelam) -> None:
+    done = edgelam("server", "--strategies", "./mine.py")
+    assert done.returncode == 2
+    assert "--strategies './mine.py' must name a package or a module" in done.stderr
 
 
 def test_help_lists_every_command(edgelam: Edgelam) -> None:

@@ -22,7 +22,7 @@ def test_flwr_run_by_hand_gives_the_same_adapter(averaged: Run, federation: Fede
 
     def submit(out: Path) -> Callable[[], str]:
         nonlocal run_id
-        # Flower ships server/, clients/ and strategies/; these are in the directory that the SuperLink was started from.
+        # These are in the directory that the SuperLink was started from, and its operator allows their package.
         own = [
             "strategy.selection=examples.strategies.my_selection:LargestFirst",
             "strategy.bandwidth=examples.strategies.my_bandwidth:ByRoot",

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from edgelam_fl.bounds import Bounds
 from edgelam_fl.cli.main import app
 from edgelam_fl.config import parse_run_file, read_run_file
 from edgelam_fl.federation.demo import RUN_FILE
@@ -30,7 +31,7 @@ def test_these_are_here() -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_each_is_valid_and_explained(name: str) -> None:
     config = read_run_file(EXAMPLES / name)
-    check_config(config)
+    check_config(config, Bounds(folder=EXAMPLES / "strategies"))
     done = CliRunner().invoke(app, ["run", str(EXAMPLES / name), "--explain"])
     assert done.exit_code == 0, done.output
     assert "[federation]" in done.output
