@@ -94,6 +94,14 @@ def server(
             help="A package or module from which run files may name strategies, besides the built-in ones; repeat it.",
         ),
     ] = [],  # noqa: B006
+    address: Annotated[
+        list[str],
+        typer.Option(
+            "--address",
+            metavar="HOST",
+            help="A name or IP address by which nodes reach this machine, for its certificate and for invites; repeat it.",
+        ),
+    ] = [],  # noqa: B006
     allow_foreign_apps: Annotated[
         bool,
         typer.Option(
@@ -104,15 +112,21 @@ def server(
     insecure: InsecureOption = False,
     offline: OfflineOption = False,
 ) -> None:
-    """Runs the federation's server: Flower's SuperLink, and the data plane's hub. Ctrl-C ends it."""
+    """Runs the federation's server: Flower's SuperLink, and the data plane's hub. Ctrl-C ends it.
+
+    It speaks TLS, with a certificate authority of its own that it makes at its first start, and lets in only nodes that
+    were invited (edgelam invite). With --insecure it speaks plain text and lets in everybody, and warns at every start.
+    """
     from edgelam_fl.bounds import operator_bounds
-    from edgelam_fl.federation.server import serve
+    from edgelam_fl.federation.server import ServerOptions, serve
     from edgelam_fl.files import keep_private
 
     keep_private()
-    raise typer.Exit(
-        serve(console, listen, data_plane, state, insecure, operator_bounds(strategies), allow_foreign_apps)
-    )
+    options = ServerOptions(
+        listen=listen, state=state, data_plane=data_plane, addresses=address, insecure=insecure,
+        bounds=operator_bounds(strategies), allow_foreign_apps=allow_foreign_apps,
+    )  # fmt: skip
+    raise typer.Exit(serve(console, options))
 
 
 def client(

@@ -81,10 +81,11 @@ def chat(
         from edgelam_fl.addresses import check_server_answers
         from edgelam_fl.federation.operator import Operator
 
-        check_server_answers(server, insecure)
+        asking = Operator(server, operator)
+        check_server_answers(server, insecure or asking.has_authority)
         with messages.status("loading PyTorch"):
             from edgelam_fl.federation.remote import route_speaker
-        with route_speaker(result, Operator(server, operator), messages) as speaker:
+        with route_speaker(result, asking, messages) as speaker:
             converse(speaker, messages, prompt, max_tokens, tuned=True)
         return
     with messages.status("loading the model"):

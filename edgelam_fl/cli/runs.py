@@ -115,8 +115,9 @@ def plan(
         from edgelam_fl.federation.operator import Operator
         from edgelam_fl.model.source import find_model
 
-        check_server_answers(server, insecure)
-        plan = plan_on_server(messages, config, find_model(config.model.name), Operator(server, operator))
+        asking = Operator(server, operator)
+        check_server_answers(server, insecure or asking.has_authority)
+        plan = plan_on_server(messages, config, find_model(config.model.name), asking)
     if as_json:
         say(json.dumps(plan.to_json(), indent=2))
     else:

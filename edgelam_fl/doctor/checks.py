@@ -14,6 +14,7 @@ import json
 import platform
 import shutil
 import socket
+import ssl
 import struct
 import sys
 import tempfile
@@ -209,7 +210,14 @@ def _installed(package: str) -> str:
 
 def superlink_version(host: str, port: int) -> str:
     """Returns the Flower version of the SuperLink that answers there; empty if something else or nothing does."""
-    connection = http.client.HTTPConnection(host, port, timeout=_HTTP_DEADLINE_S)
+    unverified = ssl.create_default_context()  # nothing secret is sent, and the answer is not relied on
+    unverified.check_hostname, unverified.verify_mode = False, ssl.CERT_NONE
+    return _version_over(http.client.HTTPSConnection(host, port, timeout=_HTTP_DEADLINE_S, context=unverified)) or (
+        _version_over(http.client.HTTPConnection(host, port, timeout=_HTTP_DEADLINE_S))
+    )
+
+
+def _version_over(connection: http.client.HTTPConnection) -> str:
     try:
         connection.request("GET", "/v1/edgelam/about")
         return str(json.loads(connection.getresponse().read(_MAX_ANSWER_BYTES))["flwr"])

@@ -22,6 +22,10 @@ class HubProcess:
     host: str
     port: int
     state: Path
+    identity: Path | None = None
+    """Folder with the server's keys; None: plain text."""
+    insecure: bool = False
+    """Whether plain text may leave this machine."""
     child: Child | None = None
     _restarts: Restarts = field(default_factory=Restarts)
 
@@ -39,6 +43,8 @@ class HubProcess:
     def _start(self) -> Child:
         command = [sys.executable, "-m", "edgelam_fl.hub.daemon", "--listen", join_address(self.host, self.port)]
         command += ["--state", str(self.state)]
+        command += ["--identity", str(self.identity)] if self.identity else []
+        command += ["--insecure"] if self.insecure else []
         self.child = Child("hub", command, self.state.parent / "hub.log")
         return self.child
 

@@ -17,7 +17,8 @@ from edgelam_fl.files import write_private
 
 CONNECTION = "edgelam"
 """The name of the server in Flower's settings; the default there, so that it need not be given."""
-_TOKEN, _SETTINGS, _CREDENTIALS = "token", "config.toml", "credentials.yaml"
+_TOKEN, _AUTHORITY = "token", "authority.pem"
+_SETTINGS, _CREDENTIALS = "config.toml", "credentials.yaml"  # Flower's names
 
 
 def operator_folder(state: Path) -> Path:
@@ -25,13 +26,20 @@ def operator_folder(state: Path) -> Path:
     return state / "operator"
 
 
-def prepare_operator(folder: Path, server: str) -> None:
-    """Makes the operator's folder for the server at HOST:PORT, or renews Flower's settings there. The token stays."""
+def prepare_operator(folder: Path, server: str, authority: bytes = b"") -> None:
+    """Makes the operator's folder for the server at HOST:PORT, or renews Flower's settings there. The token stays.
+
+    authority: the certificate (PEM) by which the server is recognised; empty: it speaks plain text.
+    """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)
     if not (folder / _TOKEN).exists():
         write_private(folder / _TOKEN, secrets.token_urlsafe(32))
-    _write_settings(folder, server, read_token(folder))
+    if authority:
+        write_private(folder / _AUTHORITY, authority)
+    else:
+        (folder / _AUTHORITY).unlink(missing_ok=True)
+    Operator(server, folder).write_settings(folder)
 
 
 def read_token(folder: Path) -> str:
@@ -60,27 +68,33 @@ class Operator:
         That is the operator's folder itself, or, for another address than the server wrote there, a folder within. Raises
         EnvironmentProblem if the folder is no operator's.
         """
-        token, settings = read_token(self.folder), self.folder / _SETTINGS
-        if settings.exists() and settings.read_text(encoding="utf-8") == _settings(self.server):
+        read_token(self.folder)
+        settings = self.folder / _SETTINGS
+        if settings.exists() and settings.read_text(encoding="utf-8") == self._settings():
             return self.folder
         other = self.folder / "at" / self.server.replace(":", "_")
-        _write_settings(other, self.server, token)
+        self.write_settings(other)
         return other
 
+    @property
+    def has_authority(self) -> bool:
+        """Whether the server speaks TLS, so that it may be anywhere."""
+        return (self.folder / _AUTHORITY).exists()
 
-def _settings(server: str) -> str:
-    return (
-        f'[superlink]\ndefault = "{CONNECTION}"\n\n'
-        f"[superlink.{CONNECTION}]\naddress = {json.dumps(server)}\ninsecure = true\n"
-    )
+    def write_settings(self, home: Path) -> None:
+        """Writes the two files of Flower's command to a folder: where the server is, and the token for it."""
+        write_private(home / _SETTINGS, self._settings())
+        keys = {"authn-type": "oidc", "oidc-access-token": read_token(self.folder), "oidc-refresh-token": "none"}
+        lines = [
+            f'"flower.account-auth.{self.server}.{key}": {base64.b64encode(value.encode()).decode()}\n'
+            for key, value in keys.items()
+        ]
+        write_private(home / _CREDENTIALS, "".join(lines))
 
-
-def _write_settings(folder: Path, server: str, token: str) -> None:
-    """Writes the two files of Flower's command: where the server is, and the token for it."""
-    write_private(folder / _SETTINGS, _settings(server))
-    keys = {"authn-type": "oidc", "oidc-access-token": token, "oidc-refresh-token": "none"}
-    lines = [
-        f'"flower.account-auth.{server}.{key}": {base64.b64encode(value.encode()).decode()}\n'
-        for key, value in keys.items()
-    ]
-    write_private(folder / _CREDENTIALS, "".join(lines))
+    def _settings(self) -> str:
+        authority = json.dumps(str((self.folder / _AUTHORITY).absolute()))
+        trusted = f"root-certificates = {authority}" if self.has_authority else "insecure = true"
+        return (
+            f'[superlink]\ndefault = "{CONNECTION}"\n\n'
+            f"[superlink.{CONNECTION}]\naddress = {json.dumps(self.server)}\n{trusted}\n"
+        )

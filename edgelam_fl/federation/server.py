@@ -4,61 +4,95 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from edgelam_fl.addresses import check_plain_text, check_port_free, hub_address, split_address
+from edgelam_fl.addresses import check_port_free, hub_address, split_address
 from edgelam_fl.bounds import STRICTEST, Bounds
 from edgelam_fl.errors import INTERRUPTED, RunFailed
 from edgelam_fl.federation.child import Child, end_all, shorten
 from edgelam_fl.federation.hub_process import HubProcess
 from edgelam_fl.federation.operator import operator_folder
 from edgelam_fl.federation.superlink import start_superlink
+from edgelam_fl.trust.server import prepare_trust
 
 
-def serve(
-    console: Console,
-    listen: str,
-    data_plane: str,
-    state: Path,
-    insecure: bool,
-    bounds: Bounds = STRICTEST,
-    allow_foreign_apps: bool = False,
-) -> int:
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """What a server is told when it starts."""
+
+    listen: str
+    """HOST:PORT of the SuperLink."""
+    state: Path
+    data_plane: str = ""
+    """HOST:PORT of the hub; "": one port after `listen`."""
+    addresses: Sequence[str] = ()
+    """Host names and IP addresses by which nodes reach this machine; by default those that it finds itself."""
+    insecure: bool = False
+    """Plain text for everybody, in place of TLS for members."""
+    bounds: Bounds = STRICTEST
+    """What run files may name on this machine."""
+    allow_foreign_apps: bool = False
+    """Runs may bring any Flower App, which then runs on this machine."""
+
+
+def serve(console: Console, options: ServerOptions) -> int:
     """Starts SuperLink and hub and watches them until Ctrl-C; returns the exit code.
-
-    bounds: what run files may name on this machine. allow_foreign_apps: runs may bring any Flower App, which then runs here.
 
     Raises UsageError for an address that may not be used, EnvironmentProblem for a port that is taken, RunFailed if a
     process ends.
     """
-    host, port = split_address(listen, "--listen")
-    check_plain_text(host, "--listen", insecure)
-    hub = HubProcess(*hub_address(host, port, data_plane), state / "hub")
-    check_plain_text(hub.host, "--data-plane", insecure)
-    superlink = None
+    host, port = split_address(options.listen, "--listen")
+    state = options.state
+    hub = HubProcess(*hub_address(host, port, options.data_plane), state / "hub", insecure=options.insecure)
+    superlink, trust = None, None
     try:
         with console.status("starting Flower's SuperLink"):
             check_port_free(host, port, "--listen")
+            if not options.insecure:
+                trust = prepare_trust(state, host, port, options.addresses)
+                hub.identity = trust.identity
             hub.start()
             superlink = start_superlink(
-                host, port, state, beside=hub, bounds=bounds, keep=True, allow_foreign_apps=allow_foreign_apps
-            )
-        return _watch(console, listen, hub, superlink, state)
+                host, port, state, beside=hub, trust=trust, bounds=options.bounds, keep=True,
+                allow_foreign_apps=options.allow_foreign_apps,
+            )  # fmt: skip
+        for line in [*_where(options, hub), *(_next_steps(options) if trust else _plain_steps(options))]:
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
+        return _watch(console, hub, superlink)
     finally:
         end_all([child for child in (superlink, hub.child) if child is not None])
 
 
-def _watch(console: Console, listen: str, hub: HubProcess, superlink: Child, state: Path) -> int:
-    operator = shlex.quote(str(operator_folder(state).absolute()))
-    for line in (
-        f"SuperLink listens on {listen}, the data plane's hub on port {hub.port}; logs in {superlink.log.parent}",
-        f"next, on each node:  edgelam client --server {listen} --data FILE   (an edge server: without --data)",
-        f"then:                edgelam run RUN.toml --server {listen} --operator {operator}",
+def _where(options: ServerOptions, hub: HubProcess) -> list[str]:
+    return [f"SuperLink listens on {options.listen}, the data plane's hub on port {hub.port}; logs in {options.state}"]
+
+
+def _next_steps(options: ServerOptions) -> list[str]:
+    state = shlex.quote(str(options.state))
+    operator = shlex.quote(str(operator_folder(options.state).absolute()))
+    return [
+        f"for each node, here:  edgelam invite NAME --state {state}   (an edge server: --role host); it prints the node's command",
+        f"then:                 edgelam run RUN.toml --server {options.listen} --operator {operator}",
         f"for Flower's `flwr`:  export FLWR_HOME={operator}",
-    ):
-        console.print(line, highlight=False, soft_wrap=True)
+    ]
+
+
+def _plain_steps(options: ServerOptions) -> list[str]:
+    """Returns what to do next with a server that speaks plain text, after a warning."""
+    _invite, *others = _next_steps(options)
+    return [
+        "WARNING: --insecure. Everything that is sent is plain text: whoever is on the way reads and changes activations, "
+        "gradients and adapters, and anybody who reaches these ports takes part. Without --insecure, members alone do",
+        f"next, on each node:   edgelam client --server {options.listen} --data FILE --insecure   (an edge server: without --data)",
+        *others,
+    ]
+
+
+def _watch(console: Console, hub: HubProcess, superlink: Child) -> int:
     try:
         while not superlink.ended():
             shorten(superlink.log)

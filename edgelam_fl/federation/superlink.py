@@ -10,6 +10,7 @@ from edgelam_fl.bounds import STRICTEST, Bounds
 from edgelam_fl.federation.child import Child, await_answer
 from edgelam_fl.federation.hub_process import HubProcess
 from edgelam_fl.federation.operator import operator_folder, prepare_operator
+from edgelam_fl.trust.server import ServerTrust
 
 _EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
@@ -21,6 +22,7 @@ def start_superlink(
     simulation: dict[str, str] | None = None,
     beside: HubProcess | None = None,
     *,
+    trust: ServerTrust | None = None,
     bounds: Bounds = STRICTEST,
     keep: bool = False,
     allow_foreign_apps: bool = False,
@@ -29,17 +31,20 @@ def start_superlink(
 
     state: the folder for its log and Flower's files; the operator's folder is made in it. simulation: what to add to the
     environment of Flower's simulation engine, which then plays the nodes; None: nodes join from outside. beside: the hub that
-    its ServerApps use. bounds: what run files may name on this machine. keep: nodes and runs are kept in a file for the next
-    start. allow_foreign_apps: runs may bring any App.
+    its ServerApps use. trust: of this state folder, for TLS and members alone; None: plain text, for everybody. bounds: what
+    run files may name on this machine. keep: nodes and runs are kept in a file for the next start. allow_foreign_apps: runs may
+    bring any App.
 
     Raises EnvironmentProblem if the port is taken or the process ends.
     """
     check_port_free(host, port, "--listen")
     operator = operator_folder(state)
-    prepare_operator(operator, join_address(_EVERY_ADDRESS.get(host, host), port))
+    authority = trust.authority.certificate if trust else b""
+    prepare_operator(operator, join_address(_EVERY_ADDRESS.get(host, host), port), authority)
     command = [sys.executable, "-m", "edgelam_fl.federation.superlink_daemon", "--host", host, "--port", str(port)]
     command += ["--state", str(state), "--operator", str(operator)]
     command += ["--database", str(state / "superlink.db")] if keep else []
+    command += ["--members-only"] if trust else []
     command += ["--simulation"] if simulation is not None else []
     command += ["--allow-foreign-apps"] if allow_foreign_apps else []
     environment = {"FLWR_HOME": str(state / "flwr"), "FLWR_TELEMETRY_ENABLED": "0", **(simulation or {})}

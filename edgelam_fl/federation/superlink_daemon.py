@@ -4,26 +4,31 @@
 everybody who reaches its port submit runs, register nodes and take over the task of a run. Here the guard decides who may use
 which route, and tasks are taken from the SuperLink's state inside this process, so that nobody has to be let in for that.
 
+With a federation's trust it speaks TLS and lets in members alone, who join here too; without, it speaks plain text.
+
 Knows the names inside Flower that this takes; knows neither nodes nor what a run does.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import secrets
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import uvicorn
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 from flwr.cli.build import build_fab_from_disk
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
 from flwr.proto.control_pb2 import StartRunRequest
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
@@ -36,8 +41,10 @@ from google.protobuf.message import DecodeError
 
 from edgelam_fl.addresses import join_address
 from edgelam_fl.federation.app_archive import app_alone, archive_digest
-from edgelam_fl.federation.guard import Guard
+from edgelam_fl.federation.guard import Guard, Handler
 from edgelam_fl.federation.operator import read_token
+from edgelam_fl.trust.join_service import JoinService
+from edgelam_fl.trust.server import ServerTrust, open_trust
 
 ABOUT = "about"
 """The route that says which versions run here, to anybody."""
@@ -49,20 +56,36 @@ def main() -> None:
     """Serves until SIGTERM or SIGINT."""
     options = _options()
     state: Path = options.state
+    trust = open_trust(state) if options.members_only else None
     app = create_app(_configuration(options), SuperLinkLifespan)
+    links = app.state.linkstate_factory.state()
     judge = partial(refusal_of_run, own="" if options.allow_foreign_apps else own_digest(state))
     guard = Guard(
         flower=app,
         token=read_token(options.operator),
         judge_run=judge,
-        own={ABOUT: lambda asked: (200, {"edgelam-fl": version("edgelam-fl"), "flwr": version("flwr")})},
+        own={ABOUT: about, **(_let_members_in(trust, links) if trust else {})},
     )
     host = _EVERY_ADDRESS.get(options.host, options.host)
-    starter = partial(start_task, runtime=["--insecure", "--runtime-api-address", join_address(host, options.port)])
-    take = partial(take_task, app.state.linkstate_factory.state())
-    threading.Thread(target=start_tasks, args=(take, starter), name="tasks", daemon=True).start()
-    # No access log: it would grow with every message. What the guard refuses is logged.
-    uvicorn.run(guard, host=options.host, port=options.port, ws="none", access_log=False, log_level="warning")
+    runtime = ["--runtime-api-address", join_address(host, options.port)]
+    runtime += ["--root-certificates", str(trust.identity / "authority.pem")] if trust else ["--insecure"]
+    starter = partial(start_task, runtime=runtime)
+    threading.Thread(target=start_tasks, args=(partial(take_task, links), starter), name="tasks", daemon=True).start()
+    uvicorn.run(
+        guard,
+        host=options.host,
+        port=options.port,
+        ssl_certfile=trust.identity / "certificate.pem" if trust else None,
+        ssl_keyfile=str(trust.identity / "key.pem") if trust else None,
+        ws="none",
+        access_log=False,  # it would grow with every message; what the guard refuses is logged
+        log_level="warning",
+    )
+
+
+def about(asked: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Answers which versions run here."""
+    return 200, {package: version(package) for package in ("edgelam-fl", "flwr")}
 
 
 def _options() -> argparse.Namespace:
@@ -72,6 +95,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--state", type=Path, required=True, help="folder for its own files")
     parser.add_argument("--operator", type=Path, required=True, help="the operator's folder, which holds the token")
     parser.add_argument("--database", default=FLWR_IN_MEMORY_DB_NAME, help="file that keeps nodes and runs")
+    parser.add_argument(
+        "--members-only", action="store_true", help="TLS and members' keys, from the trust in the state folder"
+    )
     parser.add_argument("--simulation", action="store_true", help="Flower's simulation engine plays the nodes")
     parser.add_argument("--allow-foreign-apps", action="store_true", help="run any App that the operator submits")
     return parser.parse_args()
@@ -83,15 +109,15 @@ def _configuration(options: argparse.Namespace) -> SuperLinkLifespanConfig:
         health_server_address=None,
         host=options.host,
         port=options.port,
-        insecure=True,
-        certificates=None,
+        insecure=not options.members_only,
+        certificates=None,  # of gRPC ports, of which none is opened
         superexec_auth_secret=secrets.token_bytes(32),  # nobody knows it: tasks are taken inside this process
         authn_plugin=NoOpControlAuthnPlugin(),  # the guard has asked for the operator's token before
         event_log_plugin=None,
         fleet_event_log_plugin=None,
         enable_event_log=False,
         artifact_provider=None,
-        enable_supernode_auth=False,
+        enable_supernode_auth=options.members_only,
         fleet_api_type="grpc-rere",
         fleet_api_address=None,
         simulation=options.simulation,
@@ -102,6 +128,46 @@ def _configuration(options: argparse.Namespace) -> SuperLinkLifespanConfig:
         isolation="process",  # it starts no SuperExec
         runtime_dependency_install=False,
     )
+
+
+# ---------------------------------------------------------------- who is let in
+
+
+def _let_members_in(trust: ServerTrust, links: Any) -> Mapping[str, Handler]:
+    """Registers the federation's members at Flower; returns what answers nodes that join, renew or were revoked."""
+    service = JoinService(
+        trust.authority, trust.members, partial(register_supernode, links), partial(unregister_supernode, links)
+    )
+    service.start()
+    _admit_killed_nodes(links)
+    return service.handlers
+
+
+def _admit_killed_nodes(links: Any) -> None:
+    """Lets a member go online again at once if its process was killed; Flower would refuse its key for another minute."""
+    activate = links.activate_node
+
+    def activate_again(number: int, heartbeat_interval: float) -> bool:
+        links.deactivate_node(number)
+        return bool(activate(number, heartbeat_interval))
+
+    links.activate_node = activate_again
+
+
+def register_supernode(links: Any, public_key: str, name: str) -> int:
+    """Registers a node's public key (OpenSSH) at Flower; returns the node's number, also if the key is known already."""
+    key = load_ssh_public_key(public_key.encode()).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    known = links.get_node_id_by_public_key(key)
+    if known is not None:
+        return int(known)
+    return int(links.create_node(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, HEARTBEAT_DEFAULT_INTERVAL, name=name))
+
+
+def unregister_supernode(links: Any, number: int) -> None:
+    """Makes Flower forget a node, if it knows one of this number."""
+    # A TypeError comes of a node that was never online, after it has been forgotten.
+    with contextlib.suppress(ValueError, TypeError):
+        links.delete_node(NOOP_FLWR_AID, number)
 
 
 # ---------------------------------------------------------------- which Apps run here

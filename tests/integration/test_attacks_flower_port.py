@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import ssl
 import stat
 import subprocess
 from collections.abc import Iterator
@@ -21,11 +22,11 @@ from flwr.proto.control_pb2 import (
     StartRunRequest,
     UnregisterNodeRequest,
 )
-from flwr.proto.fleet_pb2 import RegisterNodeFleetRequest
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, RegisterNodeFleetRequest
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, GetNodesRequest
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.interceptors.http import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
-from flwr.supercore.primitives.asymmetric import generate_key_pairs, public_key_to_bytes
+from flwr.supercore.primitives.asymmetric import bytes_to_private_key, generate_key_pairs, public_key_to_bytes
 from flwr.supercore.runtime.runtime_http_client import RuntimeHttpClient
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
@@ -38,6 +39,10 @@ from edgelam_fl.federation.operator import Operator, operator_folder, read_token
 from edgelam_fl.federation.submission import Submission, run_events
 from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.telemetry.events import RunStarted
+from edgelam_fl.trust.identity import DEVICE, new_key, public_key
+from edgelam_fl.trust.join_service import JOIN, ROUTE, SYNC
+from edgelam_fl.trust.server import prepare_trust
+from edgelam_fl.trust.signed import sign_request
 from tests.support import WAIT_S
 
 pytestmark = pytest.mark.processes
@@ -63,12 +68,13 @@ clientapp = "stranger.app:app"
 
 
 class Server:
-    """A SuperLink that keeps its nodes and runs in a file, and ways to speak to it."""
+    """A SuperLink for members alone, which keeps its nodes and runs in a file, and ways to speak to it."""
 
     def __init__(self, state: Path) -> None:
         self.port, self.state = free_port(), state
         self.address = f"127.0.0.1:{self.port}"
         self.operator = Operator(self.address, operator_folder(state))
+        self.trust = prepare_trust(state, "127.0.0.1", self.port)
         self.child = self._start()
         self._clients = ExitStack()
 
@@ -77,7 +83,11 @@ class Server:
         end_all([self.child])
 
     def _start(self) -> Child:
-        return start_superlink("127.0.0.1", self.port, self.state, keep=True)
+        return start_superlink("127.0.0.1", self.port, self.state, trust=self.trust, keep=True)
+
+    @property
+    def authority(self) -> bytes:
+        return self.trust.authority.certificate
 
     def restart(self) -> None:
         end_all([self.child])
@@ -86,9 +96,15 @@ class Server:
     def client(self, kind: Any, *interceptors: Any) -> Any:
         """One of Flower's clients, which is closed with the server."""
         version = RuntimeVersionHttpInterceptor(component_name="a test")
-        made = kind.from_server_address(self.address, True, None, [version, *interceptors])
+        made = kind.from_server_address(self.address, False, self.authority, [version, *interceptors])
         self._clients.callback(made.close)
         return made
+
+    def ask(self, handler: str, request: Any) -> None:
+        """Asks what answers nodes that join."""
+        verified = ssl.create_default_context(cadata=self.authority.decode())
+        answer = httpx.post(f"https://{self.address}{ROUTE}{handler}", json=dict(request), verify=verified)
+        assert answer.status_code == 200, answer.text
 
     def flwr(self, *arguments: str, home: Path | None = None) -> dict[str, Any]:
         """Flower's own command, by default as the operator."""
@@ -142,13 +158,14 @@ def test_s3_a_stranger_registers_unregisters_and_submits_nothing(server: Server)
         refused(stranger.RegisterNode, RegisterNodeRequest(public_key=public))
         refused(stranger.UnregisterNode, UnregisterNodeRequest(node_id=1))
     operator = server.client(ControlHttpClient, Token(read_token(server.operator.folder)))
-    assert not operator.ListNodes(ListNodesRequest()).nodes_info
+    assert not operator.ListNodes(ListNodesRequest()).nodes_info, "this test is the first one"
     assert "refused 127.0.0.1, '/v1/control/start-run': only the operator" in server.child.log.read_text()
 
 
 def test_s3_every_route_is_closed_to_strangers_but_those_of_nodes(server: Server) -> None:
     """Live, over HTTP: nothing of the Control and Runtime API answers without a credential, and no page describes them."""
-    with httpx.Client(base_url=f"http://{server.address}") as stranger:
+    verified = ssl.create_default_context(cadata=server.authority.decode())
+    with httpx.Client(base_url=f"https://{server.address}", verify=verified) as stranger:
         for path, caller in ROUTES.items():
             status = stranger.post(path).status_code
             assert status in {Caller.ANYBODY: {405}, Caller.OPERATOR: {403}}.get(caller, {400, 401, 403, 415, 422}), (
@@ -206,10 +223,46 @@ def test_s20_what_the_server_keeps_is_its_owners(server: Server) -> None:
         assert stat.S_IMODE(os.stat(file).st_mode) & 0o077 == 0, file
 
 
-def test_nodes_and_runs_are_kept_over_a_restart(server: Server) -> None:
-    private, public = generate_key_pairs()
-    node = server.client(FleetHttpClient, NodeAuthHttpInterceptor(private, public))
-    node.RegisterNode(RegisterNodeFleetRequest(public_key=public_key_to_bytes(public)))
+def fleet_client(server: Server, key: bytes) -> tuple[Any, bytes]:
+    """A SuperNode's client with a private key (PEM), and the public one as Flower sends it."""
+    private = bytes_to_private_key(key)
+    interceptor = NodeAuthHttpInterceptor(private, private.public_key())
+    return server.client(FleetHttpClient, interceptor), public_key_to_bytes(private.public_key())
+
+
+def activate(server: Server, key: bytes) -> int:
+    """Goes online as a SuperNode; returns the node's number."""
+    client, public = fleet_client(server, key)
+    answer = client.ActivateNode(ActivateNodeRequest(public_key=public, heartbeat_interval=30.0))
+    return int(answer.node_id)
+
+
+def join_with(server: Server, name: str, key: bytes) -> None:
+    """Joins by an invite, as `edgelam client --join` does, but with a key that is given."""
+    token = server.trust.members.invite(name, DEVICE, 60.0)
+    fields = {"purpose": JOIN, "name": name, "token": token, "public_key": public_key(key).decode()}
+    server.ask(JOIN, sign_request(fields, key))
+
+
+def test_s3_members_alone_go_online_and_a_revoked_one_no_more(server: Server) -> None:
+    stranger, member = new_key(), new_key()
+    client, public = fleet_client(server, stranger)
+    with pytest.raises(httpx.HTTPStatusError):
+        client.RegisterNode(RegisterNodeFleetRequest(public_key=public))
+    with pytest.raises(httpx.HTTPStatusError):
+        activate(server, stranger)
+    join_with(server, "ann", member)
+    assert activate(server, member) == server.trust.members.find("ann").flower_id
+    server.trust.members.revoke("ann")
+    server.ask(SYNC, {})
+    with pytest.raises(httpx.HTTPStatusError):
+        activate(server, member)
+
+
+def test_members_and_runs_are_kept_over_a_restart(server: Server) -> None:
+    bob = new_key()
+    join_with(server, "bob", bob)
+    number = activate(server, bob)
     operator = server.client(ControlHttpClient, Token(read_token(server.operator.folder)))
 
     def known() -> tuple[list[int], list[int]]:
@@ -217,6 +270,8 @@ def test_nodes_and_runs_are_kept_over_a_restart(server: Server) -> None:
         return nodes, list(operator.ListRuns(ListRunsRequest()).run_dict)
 
     before = known()
-    assert all(before), log_tail(server.child.log)
+    assert number in before[0], log_tail(server.child.log)
+    assert before[1]
     server.restart()
     assert known() == before
+    assert activate(server, bob) == number, "also while Flower still takes it for online"
