@@ -56,6 +56,8 @@ class ClientAppThreads:
         """
         self._state, self._app, self._own, self._poll_s = state, app, own, poll_s
         self._settings: UserConfig = dict(settings)
+        self.replied = threading.Event()
+        """Is set by each reply; whoever sends the replies clears it."""
         self._lock = threading.Lock()
         self._taken: set[int] = set()
 
@@ -167,6 +169,7 @@ class ClientAppThreads:
                 store.put(number, part.deflate())
         self._state.record_message_processing_end(reply.metadata.reply_to_message_id)
         self._state.store_message(remove_content_from_message(reply))
+        self.replied.set()
 
 
 def _message(head: Message, content: dict[str, bytes]) -> Message:

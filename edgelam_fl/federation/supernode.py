@@ -26,6 +26,9 @@ from flwr.supernode.nodestate import NodeStateFactory
 from edgelam_fl.federation.clientapp import ClientAppThreads
 from edgelam_fl.federation.flower_app import app_module, installed_app
 
+_FIRST_IDLE_S, _IDLE_GROWTH = 0.1, 1.2  # so a pause lasts a sixth of the time without a message, up to Flower's
+_SHORTEST_IDLE_S = 1.0  # of Flower's two pauses the shorter one is for replies
+
 
 def main() -> None:
     """Serves until SIGTERM or SIGINT."""
@@ -36,6 +39,7 @@ def main() -> None:
     threading.Thread(target=_or_end, args=(threads.serve,), name="ClientApp", daemon=True).start()
     # Flower reads a run's settings out of the App that the run brings. No node needs them, so nothing is unpacked.
     flower.get_fused_config_from_fab = lambda archive, run: {}
+    flower.time = Pauses(threads.replied)
     flower.start_client_internal(
         state_factory=states,
         server_address=options.server,
@@ -43,6 +47,28 @@ def main() -> None:
         isolation=ISOLATION_MODE_PROCESS,  # else it would start Flower's SuperExec
         **_security(options.identity),
     )
+
+
+class Pauses:
+    """The pauses of Flower's main loop, in the place of its module `time`.
+
+    Flower's own are fixed: 3 s while there is no message, which a round would wait for, and 0.5 s until a reply is there.
+    Here a reply ends the pause at once, and the pauses without a message are short after a message and grow to Flower's.
+    """
+
+    def __init__(self, replied: threading.Event, wait: Callable[[float], object] = time.sleep) -> None:
+        """replied: is set when a reply is there. wait: waits as many seconds as it is told."""
+        self._replied, self._wait, self._idle_s = replied, wait, _FIRST_IDLE_S
+
+    def sleep(self, pause_s: float) -> None:
+        """Waits `pause_s` seconds or less."""
+        if pause_s < _SHORTEST_IDLE_S:  # a message is being answered
+            self._idle_s = _FIRST_IDLE_S
+            self._replied.wait(pause_s)
+            self._replied.clear()
+            return
+        self._wait(min(pause_s, self._idle_s))
+        self._idle_s = min(pause_s, _IDLE_GROWTH * self._idle_s)
 
 
 def _or_end(serve: Callable[[Callable[[float], bool]], None]) -> None:

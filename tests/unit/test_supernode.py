@@ -1,0 +1,41 @@
+"""The process of a node's SuperNode: what of Flower's main loop it replaces, and its pauses."""
+
+from __future__ import annotations
+
+import threading
+import time
+from itertools import pairwise
+
+from flwr.supernode import start_client_internal as flower
+
+from edgelam_fl.federation.supernode import Pauses
+
+
+def test_flowers_loop_has_what_is_replaced_there() -> None:
+    assert flower.time is time
+    assert callable(flower.get_fused_config_from_fab)
+    assert not hasattr(flower, "sleep")
+
+
+def test_pauses_without_a_message_grow_to_flowers_and_are_short_after_one() -> None:
+    waits, replied = list[float](), threading.Event()
+    pauses = Pauses(replied, waits.append)
+    for _ in range(30):
+        pauses.sleep(3.0)
+    assert waits[0] == 0.1
+    assert waits == sorted(waits)
+    assert waits[-1] == 3.0
+    assert all(later <= 1.3 * earlier for earlier, later in pairwise(waits))
+    replied.set()
+    pauses.sleep(0.5)
+    pauses.sleep(3.0)
+    assert waits[-1] == 0.1
+
+
+def test_a_reply_that_is_there_ends_a_pause() -> None:
+    replied, waits = threading.Event(), list[float]()
+    pauses = Pauses(replied, waits.append)
+    replied.set()
+    pauses.sleep(0.99)
+    assert not replied.is_set(), "the next pause waits for the next reply"
+    assert not waits
