@@ -1,4 +1,4 @@
-"""The Flower App as Flower ships it: an archive, and the digest by which two archives of the same App are equal.
+"""The Flower App as Flower ships it, an archive: by which digest a server and by which hash a node compares it with its own.
 
 Knows the App's folders and the archive's format; builds nothing itself and imports nothing of Flower.
 """
@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import io
 import shutil
+import tomllib
 import zipfile
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 from edgelam_fl.federation.flower_app import app_folder
@@ -17,6 +19,10 @@ from edgelam_fl.federation.flower_app import app_folder
 APP_PARTS = ("server", "clients", "strategies")
 """The App's folders, beside its pyproject.toml."""
 _MAX_BYTES = 16 << 20
+_CLIENTS = "clients/"
+_MANIFEST = ".info/CONTENT"  # in Flower's archive of an App: a line per file with its SHA-256
+_MOST_MANIFEST_BYTES = 1 << 20
+_SHOWN = 12  # digits of a hash in a message
 
 
 def app_alone(folder: Path) -> Path:
@@ -52,3 +58,67 @@ def archive_digest(archive: bytes) -> str:
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"the App's archive cannot be read: {error}") from error
     return hashlib.sha256("".join(sorted(found)).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------- on a node
+
+
+@dataclass(frozen=True, slots=True)
+class App:
+    """A Flower App as nodes compare it."""
+
+    name: str
+    """PUBLISHER/NAME."""
+    version: str
+    clients: str
+    """Hash of the files of its client part, as hexadecimal digits; "": the App has no client part."""
+
+
+def installed_app() -> App:
+    """Reads which App is installed on this machine."""
+    folder = app_folder()
+    project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
+    files = {file.relative_to(folder).as_posix(): file for file in (folder / _CLIENTS).rglob("*.py")}
+    lines = [_manifest_line(name, file.read_bytes()) for name, file in files.items()]
+    name = f"{project['tool']['flwr']['app']['publisher']}/{project['project']['name']}"
+    return App(name, project["project"]["version"], _clients_hash(lines))
+
+
+def archived_app(name: str, version: str, archive: bytes) -> App:
+    """Reads the hash of the client part out of Flower's archive of an App. Of its files it reads the list alone.
+
+    An archive that cannot be read counts as one without a client part.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(archive)) as files, files.open(_MANIFEST) as manifest:
+            lines = manifest.read(_MOST_MANIFEST_BYTES).decode("utf-8", "replace").splitlines()
+    except (zipfile.BadZipFile, KeyError, OSError, ValueError, NotImplementedError, RuntimeError):
+        lines = []
+    return App(name, version, _clients_hash(lines))
+
+
+def _manifest_line(name: str, content: bytes) -> str:
+    return f"{name},{hashlib.sha256(content).hexdigest()},{8 * len(content)}"
+
+
+def _clients_hash(lines: list[str]) -> str:
+    """Returns the hash of the lines that name files of the client part; their order does not count."""
+    clients = sorted(line for line in lines if line.startswith(_CLIENTS))
+    return hashlib.sha256("\n".join(clients).encode()).hexdigest() if clients else ""
+
+
+def why_refused(brought: App, own: App) -> str:
+    """Returns why a node with the App `own` does not take part in a run that brings `brought`; "" if it does."""
+    here = f"this node runs its own App, {own.name} {own.version}, and no other"
+    if brought.name != own.name:
+        return f"{here}; the run brings {brought.name!r:.80} {brought.version!r:.40} (hash {_shown(brought)})"
+    if brought.clients != own.clients:
+        return (
+            f"{here}; the client part of the run's version {brought.version!r:.40} has the hash {_shown(brought)}, this "
+            f"node's {_shown(own)}: install the server's version of edgelam-fl on this node and start it again"
+        )
+    return ""
+
+
+def _shown(app: App) -> str:
+    return app.clients[:_SHOWN] or "none: it has no client part"

@@ -32,7 +32,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supernode.nodestate import NodeState
 
-from edgelam_fl.federation.flower_app import App, archived_app, why_refused
+from edgelam_fl.federation.app_archive import App, archived_app, why_refused
 
 _MOST_AT_ONCE = 8  # a SuperNode gives one message after the other; more are there only after it has given one up
 

@@ -23,8 +23,9 @@ from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supernode import start_client_internal as flower
 from flwr.supernode.nodestate import NodeStateFactory
 
+from edgelam_fl.federation.app_archive import installed_app
 from edgelam_fl.federation.clientapp import ClientAppThreads
-from edgelam_fl.federation.flower_app import app_module, installed_app
+from edgelam_fl.federation.flower_app import app_module
 
 _FIRST_IDLE_S, _IDLE_GROWTH = 0.1, 1.2  # so a pause lasts a sixth of the time without a message, up to Flower's
 _SHORTEST_IDLE_S = 1.0  # of Flower's two pauses the shorter one is for replies

@@ -1,15 +1,22 @@
-"""A stranger's App reaches the nodes of a running federation: none of its code runs there, and nobody can take a node's task."""
+"""A stranger's App reaches a node: none of its code runs there. Nobody else on the node's machine can take its tasks."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from edgelam_fl.federation.flower_app import installed_app
-from tests.integration.federation import Federation
+from edgelam_fl.addresses import free_port
+from edgelam_fl.federation.app_archive import installed_app
+from edgelam_fl.federation.child import Child, end_all, log_tail, tool_environment
+from edgelam_fl.federation.node_process import SUPERNODE_ENVIRONMENT
+from edgelam_fl.federation.operator import operator_folder
+from edgelam_fl.federation.superlink import start_superlink
 from tests.support import WAIT_S
 
 pytestmark = pytest.mark.processes
@@ -63,30 +70,56 @@ app = ClientApp()
 """
 
 
-def test_s1_a_strangers_app_runs_on_no_node(federation: Federation, tmp_path: Path) -> None:
-    """It calls itself by this App's name and version; its client part is another."""
-    app, answers, mark = tmp_path / "app", tmp_path / "answers.json", tmp_path / "mark"
+def test_s1_s18_a_strangers_app_runs_on_no_node_and_nobody_can_take_its_tasks(tmp_path: Path) -> None:
+    """The App calls itself by this App's name, its client part is another, and the server lets it in."""
+    port, log, mark, answers = free_port(), tmp_path / "node.log", tmp_path / "mark", tmp_path / "answers.json"
+    server, state = f"127.0.0.1:{port}", tmp_path / "node"
+    children = [start_superlink("127.0.0.1", port, tmp_path / "server", allow_foreign_apps=True)]
+    command = [sys.executable, "-m", "edgelam_fl.federation.supernode", "--server", server, "--name", "ann"]
+    try:
+        children.append(Child("ann's SuperNode", [*command, "--state", str(state)], log, SUPERNODE_ENVIRONMENT))
+        await_in(log, "SuperNode ID: ", children)
+        submit(tmp_path / "app", mark, answers, operator_folder(tmp_path / "server"))
+        end = time.monotonic() + WAIT_S
+        while not answers.exists():
+            check_alive(children, end)
+        (reason,) = json.loads(answers.read_text())
+        assert "this node runs its own App, edgelam/edgelam-fl" in reason
+        assert installed_app().clients[:12] in reason
+        assert reason in log.read_text()
+        assert not mark.exists()
+
+        node = psutil.Process(children[1].pid)
+        assert [at.laddr for at in node.net_connections("inet") if at.status == psutil.CONN_LISTEN] == []
+        assert node.children(recursive=True) == []
+        assert "token" not in " ".join(node.cmdline())
+    finally:
+        end_all(children)
+
+
+def submit(app: Path, mark: Path, answers: Path, operator: Path) -> None:
+    """Submits the stranger's App as the operator."""
     for name, text in (("pyproject.toml", PROJECT), ("server/app.py", SERVER), ("clients/app.py", CLIENT % str(mark))):
         (app / name).parent.mkdir(parents=True, exist_ok=True)
         (app / name).write_text(text, encoding="utf-8")
     for part in ("server", "clients"):
         (app / part / "__init__.py").touch()
-
-    federation.flwr("run", str(app), "local", "--run-config", f'answers="{answers}"')
-    federation.wait_for(answers.exists, WAIT_S, "the nodes' answers")
-
-    said = json.loads(answers.read_text())
-    assert len(said) == len(federation.nodes)
-    for reason in said:
-        assert "this node runs its own App, edgelam/edgelam-fl" in reason
-        assert installed_app().clients[:12] in reason
-    assert not mark.exists()
+    environment = {**tool_environment(), "FLWR_HOME": str(operator), "FLWR_TELEMETRY_ENABLED": "0"}
+    done = subprocess.run(
+        ["flwr", "run", str(app), "--run-config", f'answers="{answers}"'],
+        env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=WAIT_S, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_s18_nobody_can_take_a_nodes_task(federation: Federation) -> None:
-    """A SuperNode listens nowhere, starts no process and has no secret on its command line; other users can see those."""
-    for node in federation.nodes.values():
-        process = psutil.Process(node.children["SuperNode"].pid)
-        assert [at.laddr for at in process.net_connections("inet") if at.status == psutil.CONN_LISTEN] == []
-        assert process.children(recursive=True) == []
-        assert "token" not in " ".join(process.cmdline())
+def await_in(log: Path, text: str, children: list[Child]) -> None:
+    end = time.monotonic() + WAIT_S
+    while text not in log.read_text():
+        check_alive(children, end)
+
+
+def check_alive(children: list[Child], end: float) -> None:
+    """Waits a moment; fails if a process has ended or the time is over."""
+    assert time.monotonic() < end, [log_tail(child.log) for child in children]
+    assert not any(child.ended() for child in children), [child.ended() for child in children]
+    time.sleep(0.1)

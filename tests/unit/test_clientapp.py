@@ -25,9 +25,9 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supernode.nodestate import NodeStateFactory
 
-from edgelam_fl.federation.app_archive import app_alone
+from edgelam_fl.federation.app_archive import App, app_alone, archived_app, installed_app, why_refused
 from edgelam_fl.federation.clientapp import ClientAppThreads
-from edgelam_fl.federation.flower_app import App, app_folder, archived_app, installed_app, why_refused
+from edgelam_fl.federation.flower_app import app_folder
 from edgelam_fl.flower import from_record, to_record
 from tests.support import WAIT_S
 
