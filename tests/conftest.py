@@ -12,10 +12,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each process: federations an
 import pytest
 
 from edgelam_fl.model.source import ModelSource, find_model
-from tests.support import write_data_files, write_tiny_llama
+from tests.support import run_folder, write_data_files, write_tiny_llama
+
+run_folder()  # made before the workers start, which inherit its name
 
 # What `make test` gives to one worker, because its tests share something that is slow to make: a federation; stage hosts in
-# processes of their own and the real model's reference. Of benchmarks each test is a unit; else each file is one.
+# processes of their own. Of benchmarks each test is a unit; else each file is one.
 _SHARED = {
     "federation": [
         f"tests/integration/test_{name}.py"
@@ -28,17 +30,16 @@ _SHARED = {
             "lost_device",
             "slices",
             "report_browser",
+            "relay",
         )
     ],
     "stage hosts": [
         "tests/parity/test_grpc_processes.py",
         "tests/parity/test_small_buffers.py",
-        "tests/parity/test_families.py",
-        "tests/unit/test_weights_gguf.py",
     ],
 }
 _EACH_TEST = ("tests/integration/test_benchmarks.py",)
-_FIRST = [*_SHARED["federation"], *_SHARED["stage hosts"][:2], "tests/integration/"]
+_FIRST = [*_SHARED["federation"], *_SHARED["stage hosts"], "tests/integration/", "tests/parity/"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

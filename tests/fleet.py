@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import fcntl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ from edgelam_fl.telemetry.events import Event
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.parcels import add_corrections
 from strategies.registry import Capabilities
-from tests.support import WAIT_S
+from tests.support import WAIT_S, run_folder
 
 # ---------------------------------------------------------------- a fleet of stage hosts
 
@@ -177,11 +178,26 @@ def plain_model(source: ModelSource, config: RunConfig, adapter: adapters.Adapte
 
 @lru_cache(maxsize=2)
 def plain_base(folder: Path, gguf: Path | None, base: str) -> Any:
-    """Read once: transformers takes many seconds to unpack a GGUF file."""
+    """Reads a model by transformers alone, once per process."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[base]
     if gguf is not None:
-        return AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
+        return torch.load(read_by_transformers(gguf, dtype), weights_only=False)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def read_by_transformers(gguf: Path, dtype: torch.dtype) -> Path:
+    """Returns a file with the model that transformers reads from a GGUF file, which takes it many seconds.
+
+    All workers of a test run share the file, which is torch's; the first that asks makes it.
+    """
+    made = run_folder() / f"{gguf.stem}-{dtype}.pt"
+    with made.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
+            torch.save(model, made.with_suffix(".part"))
+            made.with_suffix(".part").rename(made)
+    return made
 
 
 def plain_adapter(model: Any) -> adapters.Adapter:

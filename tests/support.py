@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import os
 import socket
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import grpc
@@ -15,6 +19,18 @@ from edgelam_fl.config import RunConfig, parse_run_file
 
 WAIT_S = 540.0  # for a node's part, a command, a run: far beyond what one takes, so that a slow machine is no failure
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+
+_RUN_FOLDER = "EDGELAM_TESTS_FOLDER"  # in the environment, which workers and commands inherit
+
+
+@cache
+def run_folder() -> Path:
+    """Returns a folder that all workers of a test run share. The process that made the folder removes it at its end."""
+    if _RUN_FOLDER not in os.environ:
+        made = tempfile.TemporaryDirectory(prefix="edgelam-tests-")
+        atexit.register(made.cleanup)
+        os.environ[_RUN_FOLDER] = made.name
+    return Path(os.environ[_RUN_FOLDER])
 
 
 def write_tiny_llama(folder: Path, *, layers: int = 6, tied: bool = True, seed: int = 0) -> Path:

@@ -1,26 +1,25 @@
 """Run as a process of its own: a model's perplexity by transformers and peft alone, never importing edgelam_fl.
 
-Reads {gguf, tokenizer, adapter, max_tokens, threads, pairs: {device: [[prompt, answer], ...]}} as JSON from stdin and
-writes {device: [perplexity without, perplexity with the adapter]}. One example at a time, so that nothing is padded.
+Reads {model, tokenizer, adapter, max_tokens, threads, pairs: {device: [[prompt, answer], ...]}} as JSON from stdin and
+writes {device: [perplexity without, perplexity with the adapter]}; `model` is a file of torch's with the whole model. Takes one
+example at a time, so that nothing is padded.
 """
 
 import json
 import math
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 
 def main() -> None:
     task = json.load(sys.stdin)
     torch.set_num_threads(task["threads"])
     tokenizer = AutoTokenizer.from_pretrained(task["tokenizer"])
-    gguf = Path(task["gguf"])
-    base = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    base = torch.load(task["model"], weights_only=False)
     examples = {
         device: [tokens_of(tokenizer, prompt, answer, task["max_tokens"]) for prompt, answer in pairs]
         for device, pairs in task["pairs"].items()

@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.tasks.data import read_pairs, set_aside
+from tests.fleet import read_by_transformers
 from tests.integration.federation import Federation, Run, config_of
 from tests.support import WAIT_S
 
@@ -28,8 +30,9 @@ def run(federation: Federation, smollm: ModelSource) -> Run:
 @pytest.fixture(scope="module")
 def plain(run: Run, few_pairs: dict[str, Path], smollm: ModelSource) -> dict[str, list[float]]:
     """Held-out perplexity before and after, computed where EdgeLAM-FL is not."""
+    assert smollm.gguf is not None
     task = {
-        "gguf": str(smollm.gguf),
+        "model": str(read_by_transformers(smollm.gguf, torch.float32)),
         "tokenizer": str(smollm.folder),
         "adapter": str(run.path / "adapter"),
         "max_tokens": MAX_TOKENS,
