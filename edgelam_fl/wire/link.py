@@ -26,11 +26,13 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters, kind_name
 from edgelam_fl.wire.outbox import ACTIVATIONS, CONTROL, GRADIENTS
 from edgelam_fl.wire.pace import Pace
-from edgelam_fl.wire.terms import LinkTerms, OnFrame, OnLost, OnSent
+from edgelam_fl.wire.terms import LinkTerms, OnFrame, OnLost
 
 MAX_CHUNK_BYTES = 1 << 20  # the largest chunk that a receiver takes
 MIN_CHUNK_BYTES = 16 << 10  # the smallest, but for a tensor's last chunk: a flood of crumbs costs more time than bytes
 MAX_HEADER_BYTES = 4 << 20  # the TABLE of a phase with very many steps is the largest header
+NOT_READING = "the other end does not read"
+_UNSENT_WINDOWS = 4  # tensors in the queue, in windows: to an end that reads, at most those of a late step and the next
 MOST_UNKNOWN_KINDS = 100  # that a link takes; newer versions use few
 PINGS_SAVED, PINGS_PER_S = (
     200,
@@ -117,6 +119,7 @@ class Link:
         self._lost_lock = threading.Lock()
         self._partial: dict[int, _Partial] = {}
         self._unknown_kinds = 0
+        self._unsent = 0  # tensors in the queue
         self._pings_left, self._pings_counted_at = float(PINGS_SAVED), self.last_heard
         self._unsent_signs: set[int] = set()  # kinds, PING or PONG, of which one is in the queue
 
@@ -187,11 +190,22 @@ class Link:
         left = None
         if tensor is not None:
             payloads = self._encode(header, tensor)
-            if self.terms.on_sent is not None:
-                left = partial(_report_sent, self.terms.on_sent, header, time.monotonic())
+            left = partial(self._has_left, header, time.monotonic())
         with self._send_lock:  # sequence numbers must leave in the order of a queue
-            if not self.closed:
-                self._enqueue(header, payloads, left)
+            if self.closed:
+                return
+            if tensor is not None:
+                self._unsent += 1
+            self._enqueue(header, payloads, left)
+        if tensor is not None and self._unsent > _UNSENT_WINDOWS * self.terms.window:
+            self.lost(NOT_READING)
+
+    def _has_left(self, header: pb.Header, queued: float) -> None:
+        """Counts a tensor as sent. `queued`: when it was put into the queue; monotonic, s."""
+        with self._send_lock:
+            self._unsent -= 1
+        if self.terms.on_sent is not None:
+            self.terms.on_sent(header, queued, time.monotonic())
 
     def _encode(self, header: pb.Header, tensor: torch.Tensor) -> list[bytes | memoryview]:
         """Describes the tensor in `header`; returns its bytes in chunks, at least one."""
@@ -334,10 +348,6 @@ class Link:
             return None
         del self._partial[priority]
         return Frame(header, codecs.CODECS[meta.codec].decode(open_tensor.data, open_tensor.header.tensor))
-
-
-def _report_sent(on_sent: OnSent, header: pb.Header, queued: float) -> None:
-    on_sent(header, queued, time.monotonic())
 
 
 def _chunk_bytes(pace: Pace | None) -> int:

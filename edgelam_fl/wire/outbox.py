@@ -7,6 +7,7 @@ Neighbours: `wire.grpc` fills it and gives its iterator to gRPC; `wire.pace` say
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from edgelam_fl.wire.counters import GRPC_MESSAGE_FRAME_BYTES
 from edgelam_fl.wire.pace import Pace
 
 CONTROL, GRADIENTS, ACTIVATIONS = 0, 1, 2  # numbers of the queues, the most urgent first
+MOST_CONTROL = 4096  # control messages in the queue: the other end reads none of them
 
 
 @dataclass
@@ -42,6 +44,17 @@ class Outbox:
         self._changed = threading.Condition()
         self._closed = False
         self._turn: tuple[float, int] | None = None  # moment and bytes booked for the next data message
+        self._passing_on = False  # the transport has a message and has not asked for the next one
+        self._given_at = time.monotonic()  # when the transport got its last message
+
+    @property
+    def stuck_s(self) -> float:
+        """The time for which the transport has not got one message passed on, in seconds: the other end does not read."""
+        return time.monotonic() - self._given_at if self._passing_on else 0.0
+
+    def has_moved(self, within_s: float) -> bool:
+        """Returns whether the transport got a message within the last `within_s` seconds."""
+        return time.monotonic() - self._given_at <= within_s
 
     def put(
         self,
@@ -49,13 +62,19 @@ class Outbox:
         messages: list[bytes],
         pace: Pace | None = None,
         left: Callable[[], None] | None = None,
-    ) -> None:
-        """Queues the messages. `left` is called, on the sender's thread, after the last of them has left."""
+    ) -> bool:
+        """Queues the messages; returns False, and queues none, if too many control messages are in the queue already.
+
+        `left` is called, on the sender's thread, after the last of the messages has left.
+        """
         parcels = [_Parcel(message, pace) for message in messages]
         parcels[-1].left = left
         with self._changed:
+            if priority == CONTROL and len(self._queues[CONTROL]) >= MOST_CONTROL:
+                return False
             self._queues[priority].extend(parcels)
             self._changed.notify()
+        return True
 
     def close(self, drop_data: bool = False) -> None:
         """Ends the iteration after the queued messages; with `drop_data` only queued control messages are still sent."""
@@ -67,7 +86,9 @@ class Outbox:
 
     def __iter__(self) -> Iterator[bytes]:
         while (parcel := self._next()) is not None:
+            self._given_at, self._passing_on = time.monotonic(), True
             yield parcel.message
+            self._passing_on = False
             if parcel.left is not None:  # gRPC asks for the next message after it has passed this one on
                 parcel.left()
 

@@ -13,18 +13,21 @@ from pathlib import Path
 
 import grpc
 import pytest
+import torch
 
 from edgelam_fl.hub import relay
 from edgelam_fl.split.inbox import Inbox
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.grpc.dial import dial
+from edgelam_fl.wire.grpc.link import GrpcLink
 from edgelam_fl.wire.grpc.lobby import Lobby, LobbyLimits
 from edgelam_fl.wire.grpc.options import LinkTiming
 from edgelam_fl.wire.grpc.serve import DataPlaneServer, RelayedDoor
 from edgelam_fl.wire.grpc.services import stub
-from edgelam_fl.wire.link import MAX_HELLO_BYTES, MOST_UNKNOWN_KINDS, PINGS_SAVED, Frame, Link
+from edgelam_fl.wire.link import MAX_HELLO_BYTES, MOST_UNKNOWN_KINDS, NOT_READING, PINGS_SAVED, Frame, Link
 from edgelam_fl.wire.memory import memory_pair
+from edgelam_fl.wire.outbox import MOST_CONTROL
 from edgelam_fl.wire.relay import DIAL, LISTEN, Relay, make_token
 from tests.links import Heard, hello, make_terms, ready, terms
 from tests.support import WAIT_S, grpc_server
@@ -223,15 +226,60 @@ def test_s10_the_relay_is_used_if_the_direct_way_does_not_answer(tmp_path: Path)
 # ---------------------------------------------------------------- on a link
 
 
+class Unread(Link):
+    """An end whose messages nobody takes."""
+
+    queued = 0
+
+    def _transmit(self, priority: int, messages: list[bytes], left: Callable[[], None] | None) -> None:
+        self.queued += len(messages)
+
+
+def test_s10_an_end_that_pings_and_does_not_read_is_given_up() -> None:
+    over, heard = threading.Event(), Heard()
+
+    def admit(hello: pb.Hello, link: Link) -> pb.Ready:
+        link.open(terms("entry stranger", ready(window=1000), heard=heard, silent_s=1.0))
+        for _ in range(40):
+            link.send(pb.Header(kind=pb.ACT), torch.zeros(1, 1 << 10, 1 << 10))
+        return ready(window=1000)
+
+    def says() -> Iterator[bytes]:
+        yield message(pb.Header(kind=pb.HELLO, hello=hello()))
+        while not over.wait(0.1):
+            yield message(pb.Header(kind=pb.PING))
+
+    server = DataPlaneServer("127.0.0.1", 0, admit, LinkTiming(ping_every_s=0.05, farewell_s=0.1))
+    try:
+        with grpc.insecure_channel(f"127.0.0.1:{server.port}", options=OWN_CONNECTION) as channel:
+            _unread = stub(channel, "DataPlane", "Link")(says())
+            assert str(heard.get(timeout=WAIT_S)).startswith(f"{NOT_READING}: nothing went out for ")
+            eventually(lambda: not any(thread.name.endswith(" stranger") for thread in threading.enumerate()))
+            over.set()
+    finally:
+        server.stop()
+
+
+def test_s15_tensors_do_not_pile_up_for_an_end_that_does_not_read() -> None:
+    reasons = list[str]()
+    link = Unread("exit ann", ByteCounters())
+    link.open(terms(on_lost=lambda _, reason: reasons.append(reason)))
+    for _ in range(100):
+        link.send(pb.Header(kind=pb.ACT), torch.zeros(1, 1, 4))
+    assert reasons == [NOT_READING]
+    assert link.queued == 5, "four windows, and the one that was too much"
+
+
+def test_s15_frames_without_tensors_do_not_pile_up_either() -> None:
+    reasons = list[str]()
+    link = GrpcLink("exit ann", ByteCounters(), lambda *_: None, lambda *_: None, FOREVER)
+    link.open(terms(on_lost=lambda _, reason: reasons.append(reason)))
+    for _ in range(MOST_CONTROL + 1):
+        link.send(pb.Header(kind=pb.STEP_CLOSE))
+    assert reasons == [NOT_READING]
+
+
 def test_s10_a_flood_of_pings_ends_the_link_and_answers_unread_are_not_kept() -> None:
-    class Unread(Link):
-        """An end whose messages nobody takes."""
-
-        queued = 0
-
-        def _transmit(self, priority: int, messages: list[bytes], left: Callable[[], None] | None) -> None:
-            self.queued += len(messages)
-
     reasons, sent = list[str](), 0
     link = Unread("entry ann", ByteCounters())
     link.open(terms(on_lost=lambda _, reason: reasons.append(reason)))

@@ -13,7 +13,7 @@ import grpc
 
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.grpc.options import LinkTiming, grpc_reason
-from edgelam_fl.wire.link import Link
+from edgelam_fl.wire.link import NOT_READING, Link
 from edgelam_fl.wire.outbox import Outbox
 from edgelam_fl.wire.terms import OnFrame, OnLost
 
@@ -34,32 +34,46 @@ class GrpcLink(Link):
         super().__init__(name, counters, on_frame, on_lost)
         self.outbox = Outbox()
         self._timing, self._barred = timing, barred
+        self._over = threading.Event()  # nothing more comes
 
     def _transmit(self, priority: int, messages: list[bytes], left: Callable[[], None] | None) -> None:
-        self.outbox.put(priority, messages, self.terms.pace if self.is_open else None, left)
+        if not self.outbox.put(priority, messages, self.terms.pace if self.is_open else None, left):
+            self.lost(NOT_READING)
 
     def _shut(self, lost: bool) -> None:
         self.outbox.close(drop_data=lost)
 
     def start_pulse(self, hang_up: Callable[[], object]) -> None:
-        """Starts the pulse of an open link: pings the other end, and gives the link up if nothing comes back for too long."""
+        """Starts the pulse of an open link: pings the other end, and gives the link up if nothing moves for too long.
+
+        `hang_up` ends the stream. It is called too if a closed link's stream does not end by itself.
+        """
         threading.Thread(target=self._pulse, args=(hang_up,), name=f"pulse {self.name}", daemon=True).start()
 
     def _pulse(self, hang_up: Callable[[], object]) -> None:
         # A thread of its own, because "alive" must not depend on how long a layer computes.
-        while not self.closed:
-            time.sleep(self._timing.ping_every_s)
-            if self.closed:
+        while not self.closed and not self._over.wait(self._timing.ping_every_s):
+            problem = self._problem()
+            if problem:
+                self.lost(problem)
+                hang_up()
                 return
-            silent_s = time.monotonic() - self.last_heard
-            if self._barred():
-                self.lost("the other end's membership in the federation has ended")
+            self.ping()
+        while not self._over.wait(self._timing.farewell_s):
+            if not self.outbox.has_moved(self._timing.farewell_s):
                 hang_up()
-            elif 0 < self.terms.silent_s < silent_s:
-                self.lost(f"silent for {silent_s:.0f} s")
-                hang_up()
-            else:
-                self.ping()
+                return
+
+    def _problem(self) -> str:
+        """Returns why the link is to be given up; empty: it is well."""
+        limit_s, silent_s, stuck_s = self.terms.silent_s, time.monotonic() - self.last_heard, self.outbox.stuck_s
+        if self._barred():
+            return "the other end's membership in the federation has ended"
+        if 0 < limit_s < silent_s:
+            return f"silent for {silent_s:.0f} s"
+        if 0 < limit_s < stuck_s:
+            return f"{NOT_READING}: nothing went out for {stuck_s:.0f} s"
+        return ""
 
     def read_from(self, messages: Iterator[bytes], then: Callable[[], object] = lambda: None) -> None:
         """Starts the thread that reads until `messages` ends; it calls `then` at its own end."""
@@ -82,3 +96,4 @@ class GrpcLink(Link):
             self.lost(grpc_reason(error))
         except Exception as error:  # noqa: BLE001 - grpc raises a bare Exception when the peer vanishes
             self.lost(f"the connection broke ({error or 'the peer vanished'})")
+        self._over.set()

@@ -22,6 +22,7 @@ class LinkTiming:
     connect_s: float = 5.0  # patience with one attempt to connect
     redial_s: float = 0.5  # pause before a link that broke in the handshake is dialled again
     listen_again_s: float = 2.0  # pause before a host calls a hub again that has gone away
+    farewell_s: float = 60.0  # patience with the end of a closed link's stream while nothing of it moves
     keepalive_s: float = 20.0  # gRPC's own ping on an idle connection
     keepalive_answer_s: float = 10.0  # patience with the answer to that ping
     keepalive_least_s: float = 5.0  # more frequent pings are taken for an attack
