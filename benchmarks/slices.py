@@ -21,7 +21,7 @@ from edgelam_fl.addresses import free_port
 from edgelam_fl.config import parse_run_file
 from edgelam_fl.federation.child import Child, end_all
 from edgelam_fl.federation.hub_process import HubProcess
-from edgelam_fl.hub.slices import offer_model
+from edgelam_fl.hub.slices import offered
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.adapter import Span, initial_adapter
 from edgelam_fl.model.base_names import BASES
@@ -48,20 +48,20 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
         hub = HubProcess("127.0.0.1", free_port(), Path(folder) / "hub")
         try:
             hub.start()
-            offer_model(source, hub.state)
-            for base in ("int8",) if smoke else BASES:
-                figures += _whole(source, hub, base, Path(folder) / base)
-            figures += _interrupted(source, hub, "int8", Path(folder) / "interrupted")
+            with offered(source, hub.state) as token:
+                for base in ("int8",) if smoke else BASES:
+                    figures += _whole(source, hub, token, base, Path(folder) / base)
+                figures += _interrupted(source, hub, token, "int8", Path(folder) / "interrupted")
         finally:
             end_all([hub.child] if hub.child else [])
     settings = {"model": "smollm2-135m", "layers": [FIRST, FIRST + LAYERS], "seed": SEED}
     return settings, figures
 
 
-def _whole(source: ModelSource, hub: HubProcess, base: str, folder: Path) -> list[Figure]:
+def _whole(source: ModelSource, hub: HubProcess, token: bytes, base: str, folder: Path) -> list[Figure]:
     size = weights_bytes(source, [Span(FIRST, FIRST + LAYERS)], base)
     proxy = Counting(f"127.0.0.1:{hub.port}")
-    node = Node(source, base, proxy, folder)
+    node = Node(source, base, token, proxy, folder)
     try:
         event = node.until(SliceReceived)
         node.until(JobStarted)
@@ -78,19 +78,19 @@ def _whole(source: ModelSource, hub: HubProcess, base: str, folder: Path) -> lis
     ]
 
 
-def _interrupted(source: ModelSource, hub: HubProcess, base: str, folder: Path) -> list[Figure]:
+def _interrupted(source: ModelSource, hub: HubProcess, token: bytes, base: str, folder: Path) -> list[Figure]:
     """Measures a transfer whose connection breaks at a random byte and whose stage host is killed later and restarted."""
     rng = random.Random(SEED)
     size = weights_bytes(source, [Span(FIRST, FIRST + LAYERS)], base)
     cut, kill = sorted(rng.uniform(0.1, 0.9) * size for _ in range(2))
     proxy = Counting(f"127.0.0.1:{hub.port}", cut, kill)
-    node = Node(source, base, proxy, folder)
+    node = Node(source, base, token, proxy, folder)
     try:
         _wait(proxy.holds.is_set, "the transfer's second interruption")
         at_kill = proxy.passed
         node.end(kill=True)
         proxy.go_on.set()
-        node = Node(source, base, proxy, folder)
+        node = Node(source, base, token, proxy, folder)
         event = node.until(SliceReceived)
     finally:
         node.end()
@@ -134,14 +134,14 @@ class Counting(Proxy):
 class Node:
     """A stage host that has no model and gets a plan to host the slice; the round itself never begins."""
 
-    def __init__(self, source: ModelSource, base: str, proxy: Proxy, folder: Path) -> None:
+    def __init__(self, source: ModelSource, base: str, token: bytes, proxy: Proxy, folder: Path) -> None:
         state = folder / "state"
         (state / "endpoint.json").unlink(missing_ok=True)
         command = [sys.executable, "-m", "edgelam_fl.node.daemon", "--name", "edge-1", "--state", str(state)]
         command += ["--threads", "1", "--server", "127.0.0.1:1"]
         home = {"HOME": str(folder / "home"), "EDGELAM_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
         self._child = Child("edge-1's stage host", command, state / "stage-host.log", home)
-        plan, tensors = _plan(source, base, int(proxy.address.rpartition(":")[2]))
+        plan, tensors = _plan(source, base, token, int(proxy.address.rpartition(":")[2]))
         self._tail = EventTail(state / "events.jsonl")
         self._tail.poll()
         client = ControlClient(state, DEADLINE_S)
@@ -172,14 +172,14 @@ class Node:
         self._child.make_end(0.0 if kill else 5.0)
 
 
-def _plan(source: ModelSource, base: str, port: int) -> tuple[pb.Plan, bytes]:
+def _plan(source: ModelSource, base: str, token: bytes, port: int) -> tuple[pb.Plan, bytes]:
     """Makes the plan and adapter of a host of the slice as the server does, with a model name that no node knows."""
     back = source.num_layers - FIRST - LAYERS
     overrides = ["model.name=smollm2-135m", f"model.base={base}", f"split.front={FIRST}", f"split.back={back}"]
     config = parse_run_file("", source="the benchmark", overrides=overrides)
     device, edge = pb.Profile(name="device-1", role=pb.DEVICE), pb.Profile(name="edge-1", role=pb.EDGE, address="x:1")
     layout = make_layout(RunSpec(config, source), [device], [edge])
-    facts = RoundFacts(f"slices-{time.time_ns():x}", 1, 1, 0, 1, hub_port=port)
+    facts = RoundFacts(f"slices-{time.time_ns():x}", 1, 1, 0, 1, hub_port=port, slices_token=token)
     profiles = {"device-1": device, "edge-1": edge}
     plan = make_plans(RunSpec(config, source), facts, profiles, layout, {}, {"device-1": bytes(16)})["edge-1"]
     plan.model.name = "elsewhere/smollm2"

@@ -19,10 +19,10 @@ from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.telemetry.events import RunDone, RunStarted
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server import hub
 from server.chat import converse
 from server.checks import check_config
 from server.exchange import Exchange, ExchangeTiming
+from server.hub import RunHub, run_hub
 from server.roster import Roster
 from server.rounds import Rounds
 from server.run_folder import RunFolder
@@ -44,18 +44,22 @@ def main(grid: Grid, context: Context) -> None:
     out = Path(given["out"] or f"runs/flwr-{context.run_id}").absolute()
     bounds = bounds_of(os.environ)
     spec = check_config(config, bounds)
-    hub.offer(spec.source)
-    if command == "chat":
-        converse(grid, spec, session=out, adapter=Path(given["adapter"]))
-        return
-    folder = RunFolder(out, spec)
-    try:
-        exchange = Exchange(grid, ExchangeTiming())
-        roster = Roster(exchange, folder, _profile_request(spec), patience_s=config.federation.join_deadline_s)
-        if command == "plan":
-            propose(roster, spec, folder)
+    with run_hub(spec.source) as hub:
+        if command == "chat":
+            converse(grid, spec, hub, session=out, adapter=Path(given["adapter"]))
         else:
-            _run(exchange, roster, spec, folder, bounds)
+            _lead(Exchange(grid, ExchangeTiming()), RunFolder(out, spec), spec, hub, bounds, trains=command == "run")
+
+
+def _lead(exchange: Exchange, folder: RunFolder, spec: RunSpec, hub: RunHub, bounds: Bounds, *, trains: bool) -> None:
+    """Trains or proposes. An error is in the run's events before it is raised."""
+    try:
+        patience_s = spec.config.federation.join_deadline_s
+        roster = Roster(exchange, folder, _profile_request(spec, hub), patience_s=patience_s)
+        if trains:
+            _run(exchange, roster, spec, folder, hub, bounds)
+        else:
+            propose(roster, spec, folder)
     except EdgelamError as error:
         folder.fail(str(error))
         raise
@@ -64,16 +68,16 @@ def main(grid: Grid, context: Context) -> None:
         raise
 
 
-def _run(exchange: Exchange, roster: Roster, spec: RunSpec, folder: RunFolder, bounds: Bounds) -> None:
+def _run(exchange: Exchange, roster: Roster, spec: RunSpec, folder: RunFolder, hub: RunHub, bounds: Bounds) -> None:
     versions = {package: version(package) for package in _VERSIONED}
     folder.emit(RunStarted(run=folder.path.name, config=spec.config.model_dump(mode="json"), versions=versions))
     print(f"run folder: {folder.path}", flush=True)
-    Rounds(spec, exchange, roster, folder, f"{folder.path.name}-{time.time_ns():x}", bounds=bounds).run()
+    Rounds(spec, exchange, roster, folder, f"{folder.path.name}-{time.time_ns():x}", hub=hub, bounds=bounds).run()
     folder.finish()
     print(f"done: {folder.path / 'summary.json'}", flush=True)
 
 
-def _profile_request(spec: RunSpec) -> pb.ProfileRequest:
+def _profile_request(spec: RunSpec, hub: RunHub) -> pb.ProfileRequest:
     config = spec.config
     return pb.ProfileRequest(
         protocol_version=PROTOCOL_VERSION,
@@ -82,7 +86,8 @@ def _profile_request(spec: RunSpec) -> pb.ProfileRequest:
         measure_layers=config.model.name if config.split.cuts == "auto" else "",
         measure_link=config.split.cuts == "auto",
         model_digest=spec.source.digest,
-        hub_port=hub.port(),
+        hub_port=hub.port,
+        slices_token=hub.slices_token,
     )
 
 

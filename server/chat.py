@@ -24,26 +24,26 @@ from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.telemetry.events import RouteReady, RunDone, RunFailure
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server import hub
 from server.exchange import Exchange, ExchangeTiming, Missing
 from server.global_adapter import starting_point
+from server.hub import RunHub
 from server.roster import Roster
 from server.run_folder import RunFolder
 
 CALLER = "chat"
 
 
-def converse(grid: Grid, spec: RunSpec, session: Path, adapter: Path) -> None:
+def converse(grid: Grid, spec: RunSpec, hub: RunHub, session: Path, adapter: Path) -> None:
     """Serves one conversation; returns when the caller has left. `session`: a folder for its events and the route.
 
     Raises RunFailed if the hosts of one site do not come, or leave.
     """
     folder, exchange = RunFolder(session, spec), Exchange(grid, ExchangeTiming())
-    request = pb.ProfileRequest(protocol_version=PROTOCOL_VERSION, task=task_settings(spec.config), hub_port=hub.port())
+    request = pb.ProfileRequest(protocol_version=PROTOCOL_VERSION, task=task_settings(spec.config), hub_port=hub.port)
     roster = Roster(exchange, folder, request)
     try:
         roster.await_hosts(spec.config)
-        plans = _plan(spec, roster, folder)
+        plans = _plan(spec, roster, folder, hub)
         held = adapters.read_peft_folder(adapter)
         jobs = []
         for name, plan in plans.items():
@@ -66,12 +66,19 @@ def converse(grid: Grid, spec: RunSpec, session: Path, adapter: Path) -> None:
     folder.emit(RunDone(summary=""))
 
 
-def _plan(spec: RunSpec, roster: Roster, folder: RunFolder) -> dict[str, pb.Plan]:
+def _plan(spec: RunSpec, roster: Roster, folder: RunFolder, hub: RunHub) -> dict[str, pb.Plan]:
     """Returns the plans of the caller and of its hosts. Raises RunFailed if there are too few hosts for one site."""
     caller = pb.Profile(name=CALLER, role=pb.DEVICE)
     layout = Placement(spec).layout(1, [caller], who_may_host(spec.config, roster.profiles.values()))
     facts = RoundFacts(
-        f"{folder.path.name}-{time.time_ns():x}", 1, 1, 0, 0, hub_port=hub.port(), relay_key=hub.secret()
+        f"{folder.path.name}-{time.time_ns():x}",
+        1,
+        1,
+        0,
+        0,
+        hub_port=hub.port,
+        relay_key=hub.relay_key,
+        slices_token=hub.slices_token,
     )
     profiles = {**roster.profiles, CALLER: caller}
     plans = make_plans(spec, facts, profiles, layout, {}, {CALLER: secrets.token_bytes(16)})

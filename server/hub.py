@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from edgelam_fl import hub
 from edgelam_fl.hub.relay import relay_key
-from edgelam_fl.hub.slices import offer_model
+from edgelam_fl.hub.slices import offered
 from edgelam_fl.model.source import ModelSource
 
 
-def port() -> int:
-    """Returns the hub's port; 0: there is no hub, or it is not this server's."""
-    return int(os.environ.get(hub.PORT) or 0)
+@dataclass(frozen=True)
+class RunHub:
+    """What a run's plans say about the hub."""
+
+    port: int = 0  # 0: there is no hub, or it is not this server's
+    relay_key: bytes = b""  # signs the nodes' tokens for the relay
+    slices_token: bytes = b""  # lets nodes fetch slices of the run's model
 
 
-def secret() -> bytes:
-    """Returns the key that signs the nodes' tokens for the relay; empty: there is no hub."""
-    return relay_key(Path(os.environ[hub.STATE])) if port() else b""
+NO_HUB = RunHub()
 
 
-def offer(source: ModelSource) -> None:
-    """Lets nodes that lack the model fetch slices of it from the hub."""
-    if port():
-        offer_model(source, Path(os.environ[hub.STATE]))
+@contextmanager
+def run_hub(source: ModelSource) -> Iterator[RunHub]:
+    """Lets nodes that lack the model fetch slices of it from the hub until the block ends; yields what plans need."""
+    port = int(os.environ.get(hub.PORT) or 0)
+    if not port:
+        yield NO_HUB
+        return
+    state = Path(os.environ[hub.STATE])
+    with offered(source, state) as token:
+        yield RunHub(port, relay_key(state), token)

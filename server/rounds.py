@@ -22,10 +22,10 @@ from edgelam_fl.plan.placement import Placement
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.telemetry.events import NodeLost, RoundDone, RoundTimeline, SiteLost, VirtualRound
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server import hub
 from server.events_of_round import describe_plan, describe_round, describe_timeline
 from server.exchange import Arrived, Exchange, Missing, Request, SiteDeadline
 from server.global_adapter import with_missing_modules
+from server.hub import NO_HUB, RunHub
 from server.outcome import conclude, receive
 from server.parcels import make_parcels
 from server.replies import KEPT_NODES, read_reply, sums_on_arrival
@@ -49,14 +49,15 @@ class Rounds:
         folder: RunFolder,
         run: str,
         *,
+        hub: RunHub = NO_HUB,
         kept_nodes: int = KEPT_NODES,
         bounds: Bounds = STRICTEST,
     ) -> None:
-        """`run`: a name that no other run has. `kept_nodes`: the most nodes of a round whose replies are kept. `bounds`: the
+        """`run`: a name that no other run has. `hub`: what nodes are told about it. `kept_nodes`: the most nodes of a round whose replies are kept. `bounds`: the
         modules that the run's strategies may come from.
         """
         self.spec, self.config = spec, spec.config
-        self.roster, self.folder = roster, folder
+        self.roster, self.folder, self._hub = roster, folder, hub
         self.schedule = Schedule(spec, bounds)
         self.placement = Placement(spec, folder.emit)
         strategy = self.config.strategy
@@ -121,8 +122,9 @@ class Rounds:
             steps=planned_steps(self.config, devices) if trains else 0,
             settings=capabilities.client_settings(number),
             unequal_ranks=capabilities.unequal_ranks,
-            hub_port=hub.port(),
-            relay_key=hub.secret(),
+            hub_port=self._hub.port,
+            relay_key=self._hub.relay_key,
+            slices_token=self._hub.slices_token,
         )
         tokens = {name: secrets.token_bytes(16) for name in lineup.names}
         plans = make_plans(self.spec, facts, self.roster.profiles, layout, lineup.shares, tokens)

@@ -1,31 +1,33 @@
-"""The hub's service for measuring a link: takes bytes, gives bytes, answers at once. Knows nobody and keeps nothing.
+"""The hub's service for measuring a link: takes bytes, gives bytes, answers at once. Knows no runs and keeps nothing.
 
-Anyone who reaches the port may ask, so bytes and time per call are limited, and so is the number of calls at a time.
+Bytes and time per call are limited, and so is the number of calls at a time: in all, because measurements disturb each
+other, and per member, so that none can keep the others from measuring.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 
+from edgelam_fl.hub.places import PlaceLimits, Places
 from edgelam_fl.wire.grpc.services import service_handler
 
 ECHO_SERVICE = "Echo"
 CHUNK_BYTES = 64 << 10
 _LENGTH_BYTES = 8
+_PLACES = PlaceLimits(most=4, most_per_member=1, still_s=10.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EchoLimits:
-    """Limits of one call to the echo, and of the number of calls."""
+    """Limits of one call to the echo, and of all calls."""
 
     most_bytes: int = 16 << 20
     most_s: float = 30.0
-    most_calls: int = 4  # at a time
+    places: PlaceLimits = _PLACES
 
 
 LIMITS = EchoLimits()
@@ -47,23 +49,24 @@ class Echo:
 
     def __init__(self, limits: EchoLimits) -> None:
         self._limits = limits
-        self._places = threading.BoundedSemaphore(limits.most_calls)
+        self._places = Places(limits.places)
 
     def ping(self, _: bytes, __: grpc.ServicerContext) -> bytes:
         return b""
 
     def take(self, chunks: Iterator[bytes], context: grpc.ServicerContext) -> bytes:
         """Returns how many bytes came."""
-        self._enter(context)
-        try:
-            taken = 0
-            for chunk in chunks:
+        self._check_deadline(context)
+        taken = 0
+        with self._places.place(context) as place:
+            while True:
+                with place.waiting():
+                    chunk = next(chunks, None)
+                if chunk is None:
+                    return write_length(taken)
                 taken += len(chunk)
                 if taken > self._limits.most_bytes:
                     context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"at most {self._limits.most_bytes} bytes per call")
-            return write_length(taken)
-        finally:
-            self._places.release()
 
     def give(self, asked: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Sends as many zero bytes as were asked for."""
@@ -72,21 +75,16 @@ class Echo:
             context.abort(
                 grpc.StatusCode.INVALID_ARGUMENT, f"an 8-byte number of at most {self._limits.most_bytes} bytes"
             )
-        self._enter(context)
-        try:
+        self._check_deadline(context)
+        with self._places.place(context) as place:
             while left:
                 size = min(left, CHUNK_BYTES)
-                yield bytes(size)
+                with place.waiting():
+                    yield bytes(size)
                 left -= size
-        finally:
-            self._places.release()
 
-    def _enter(self, context: grpc.ServicerContext) -> None:
-        """Takes a place, which a call without a deadline could keep for ever. Aborts the call if it may not have one."""
+    def _check_deadline(self, context: grpc.ServicerContext) -> None:
+        """Aborts a call without a deadline, or with a late one: it could keep its place for long."""
         remaining_s = context.time_remaining()
         if remaining_s is None or remaining_s > self._limits.most_s + 1:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"needs a deadline of at most {self._limits.most_s:.0f} s")
-        if not self._places.acquire(blocking=False):
-            context.abort(
-                grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self._limits.most_calls} nodes are measuring; try again"
-            )

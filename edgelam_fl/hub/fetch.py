@@ -27,6 +27,7 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.grpc.options import grpc_reason
 from edgelam_fl.wire.grpc.secure import PLAIN, Security
 from edgelam_fl.wire.grpc.services import stub
+from edgelam_fl.wire.relay import token_metadata
 
 _MOST_FILE_BYTES = 64 << 20
 _MOST_INDEX_BYTES = 32 << 20
@@ -65,12 +66,14 @@ def open_model(
     *,
     tokenizer: bool = False,
     emit: Emit = lambda event: None,
+    token: bytes = b"",
     timing: FetchTiming = DEFAULT_FETCH_TIMING,
     security: Security = PLAIN,
 ) -> ModelSource:
     """Returns the model of a plan: this machine's own if it has the model, else the one that the hub serves.
 
-    `hub` is HOST:PORT, empty if there is no hub; `tokenizer` says whether the node handles text. Raises ModelError if the
+    `hub` is HOST:PORT, empty if there is no hub; `token` is the run's, which lets the node fetch the model; `tokenizer` says
+    whether the node handles text. Raises ModelError if the
     model is neither here nor served.
     """
     try:
@@ -80,7 +83,7 @@ def open_model(
     except ModelError:
         if not (hub and digest):
             raise
-    return Served(name, digest, hub, emit, timing, security).source(tokenizer)
+    return Served(name, digest, hub, emit, token, timing, security).source(tokenizer)
 
 
 class Served:
@@ -92,11 +95,12 @@ class Served:
         digest: str,
         hub: str,
         emit: Emit,
+        token: bytes = b"",
         timing: FetchTiming = DEFAULT_FETCH_TIMING,
         security: Security = PLAIN,
     ) -> None:
         self._name, self._digest, self._hub, self._emit, self._timing = name, digest, hub, emit, timing
-        self._security = security
+        self._metadata, self._security = token_metadata(token), security
         self._folder = cache_folder() / "slices" / digest[:32]
         self._shapes: dict[str, tuple[int, ...]] = {}
 
@@ -222,7 +226,7 @@ class Served:
         """Yields the answers. Raises Refused with the hub's reason, PeerLost if another try may succeed."""
         with self._security.channel(self._hub, SERVER, _OPTIONS) as channel:
             try:
-                answer = stub(channel, SLICES_SERVICE, method)(request, timeout=timeout_s)
+                answer = stub(channel, SLICES_SERVICE, method)(request, timeout=timeout_s, metadata=self._metadata)
                 yield from [answer] if method == "Describe" else answer
             except grpc.RpcError as error:
                 if error.code() == grpc.StatusCode.FAILED_PRECONDITION:

@@ -1,8 +1,11 @@
 """The hub's service for models: sends a node the tensors that it needs, in the form in which it will hold them.
 
+A run's ServerApp offers its model, and gives the run's nodes a token for it; without the token of a run that goes on there is
+not even a description.
+
 The bytes are ranges of the files that a node on this machine would map (`model.weights` makes them, one tensor in memory at
-a time), so a node receives bit for bit what it would have made of the whole model. Serves the models that a run's ServerApp
-has offered, by digest; never opens a path that a client names.
+a time), so a node receives bit for bit what it would have made of the whole model. Models are
+named by digest; no path that a client names is ever opened.
 
 The hashes guard against broken transfers and disks, not against the hub: the server's owner chooses the model, and could
 send other weights under the plan's digest. Nodes trust the server for that, as they trust its plans.
@@ -13,8 +16,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import secrets
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,38 +27,50 @@ from typing import Any
 import grpc
 
 from edgelam_fl.errors import EdgelamError, ModelError
-from edgelam_fl.files import write_atomically
+from edgelam_fl.files import write_private
+from edgelam_fl.hub.places import Place, PlaceLimits, Places
 from edgelam_fl.model.index import layer_number, safetensors_header
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.grpc.services import service_handler
+from edgelam_fl.wire.relay import token_of
 
 SLICES_SERVICE = "Slices"
+_TOKEN_BYTES = 32
 CHUNK_BYTES = 1 << 20  # most bytes per message of Fetch
+_OWN_CHUNK_BYTES = 256 << 10  # of this hub's messages: over a slow link, too, one leaves before patience ends
 CONFIG = "config.json"
 TOKENIZER = (  # a model has some of them
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "spiece.model",
     "sentencepiece.bpe.model",
 )  # fmt: skip
-_FETCHES = 32  # at a time; a further one has to ask again
+# A node asks for one thing after the other; more calls are for connections that broke and were dialled again.
+LIMITS = PlaceLimits(most=32, most_per_member=4, still_s=30.0)
 
 
-def make_service(state: Path, chunk_bytes: int = CHUNK_BYTES) -> grpc.GenericRpcHandler:
+def make_service(
+    state: Path, chunk_bytes: int = _OWN_CHUNK_BYTES, limits: PlaceLimits = LIMITS
+) -> grpc.GenericRpcHandler:
     """Returns the service of the models that are offered in the hub's state folder."""
-    slices = Slices(state, chunk_bytes)
+    slices = Slices(state, chunk_bytes, limits)
     return service_handler(SLICES_SERVICE, {"Describe": slices.describe, "List": slices.list, "Fetch": slices.fetch})
 
 
-def offer_model(source: ModelSource, state: Path) -> None:
-    """Lets every hub with this state folder serve the model from now on."""
-    note = _note(state, source.digest)
-    note.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(note, json.dumps({"place": str(source.gguf or source.folder)}))
+@contextmanager
+def offered(source: ModelSource, state: Path) -> Iterator[bytes]:
+    """Lets every hub with this state folder serve the model until the block ends; yields the token to ask with."""
+    token = secrets.token_bytes(_TOKEN_BYTES)
+    note = _note(state, source.digest, token)
+    write_private(note, json.dumps({"place": str(source.gguf or source.folder)}))
+    try:
+        yield token
+    finally:
+        note.unlink(missing_ok=True)
 
 
-def _note(state: Path, digest: str) -> Path:
-    return state / "models" / f"{digest}.json"
+def _note(state: Path, digest: str, token: bytes) -> Path:
+    return state / "models" / digest / f"{hashlib.sha256(token).hexdigest()}.json"
 
 
 @dataclass(frozen=True)
@@ -70,20 +87,19 @@ class Blob:
 class Slices:
     """The service's three methods, and what it knows about the offered models' files."""
 
-    def __init__(self, state: Path, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(self, state: Path, chunk_bytes: int, limits: PlaceLimits) -> None:
         self._state, self._chunk_bytes = state, chunk_bytes
         self._sources: dict[str, ModelSource] = {}
         self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
         self._hashes: dict[Blob, str] = {}
         self._converting = threading.Lock()  # one tensor in memory, however many ask
-        self._fetches = threading.Semaphore(_FETCHES)
+        self._places = Places(limits)
 
     # ---------------------------------------------------------------- the three methods
 
     def describe(self, request: pb.SliceRequest, context: grpc.ServicerContext) -> pb.SliceModel:
         """Returns the model's small files and the names and shapes of all its tensors."""
-        try:
-            source = self._source(request.model_digest)
+        with self._served(request, context) as (source, _):
             files = [
                 pb.SliceFile(name=name, size_bytes=blob.size, sha256=self._hash(blob))
                 for name, blob in ((name, self._file(source, name)) for name in (CONFIG, *TOKENIZER))
@@ -91,44 +107,48 @@ class Slices:
             ]
             tensors = [pb.SliceEntry(name=name, shape=_shape(source, name)) for name in source.index]
             return pb.SliceModel(model_digest=source.digest, files=files, tensors=tensors)
-        except EdgelamError as error:
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
-            raise
+        raise AssertionError("the block returns or raises")
 
     def list(self, request: pb.SliceRequest, context: grpc.ServicerContext) -> Iterator[pb.SliceTensor]:
         """Describes the named tensors as Fetch sends them; the scales of a tensor that has any follow it."""
-        try:
-            source = self._source(request.model_digest)
+        with self._served(request, context) as (source, place):
             for part in request.parts:
                 for name in (part.name, f"{part.name}_scale"):
                     blob = self._tensor(source, name, request.base, request.compute)
                     if blob is not None:
-                        yield pb.SliceTensor(
+                        tensor = pb.SliceTensor(
                             name=name, dtype=blob.dtype, shape=blob.shape, size_bytes=blob.size, sha256=self._hash(blob)
                         )
-        except EdgelamError as error:
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+                        with place.waiting():
+                            yield tensor
 
     def fetch(self, request: pb.SliceRequest, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Sends the named parts' bytes, each from its offset on."""
-        if not self._fetches.acquire(blocking=False):
-            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{_FETCHES} nodes are being served; ask again")
-        try:
-            source = self._source(request.model_digest)
+        with self._served(request, context) as (source, place):
             for part in request.parts:
-                yield from _chunks(self._blob(source, part, request), part.offset, self._chunk_bytes)
-        except EdgelamError as error:
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
-        finally:
-            self._fetches.release()
+                for chunk in _chunks(self._blob(source, part, request), part.offset, self._chunk_bytes):
+                    with place.waiting():
+                        yield chunk
+
+    @contextmanager
+    def _served(self, request: pb.SliceRequest, context: grpc.ServicerContext) -> Iterator[tuple[ModelSource, Place]]:
+        """Yields the model that a call asks for, and the call's place. Aborts the call if it may not have both."""
+        with self._places.place(context) as place:
+            try:
+                yield self._source(request.model_digest, token_of(context.invocation_metadata())), place
+            except EdgelamError as error:
+                context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
 
     # ---------------------------------------------------------------- places of the bytes
 
-    def _source(self, digest: str) -> ModelSource:
-        if not re.fullmatch("[0-9a-f]{64}", digest) or not _note(self._state, digest).is_file():
-            raise ModelError(f"no run on this server has opened a model with the digest {digest[:12]!r}")
+    def _source(self, digest: str, token: bytes) -> ModelSource:
+        note = _note(self._state, digest, token)
+        if not re.fullmatch("[0-9a-f]{64}", digest) or not note.is_file():
+            raise ModelError(
+                f"no run of this server lets this node fetch a model with the digest {digest[:12]!r} (any more)"
+            )
         if digest not in self._sources:
-            source = find_model(json.loads(_note(self._state, digest).read_text(encoding="utf-8"))["place"])
+            source = find_model(json.loads(note.read_text(encoding="utf-8"))["place"])
             if source.digest != digest:
                 raise ModelError(f"the files of model {digest[:12]} have changed on the server: start the run again")
             self._sources[digest] = source

@@ -29,10 +29,14 @@ class ServerHub:
         """Returns HOST:PORT of the hub; empty if there is none."""
         return join_address(self.host, port) if self.host and port else ""
 
-    def find(self, name: str, digest: str, port: int, tokenizer: bool = False) -> ModelSource:
-        """Returns a model; `tokenizer` says whether text is handled. Raises ModelError if it is neither here nor served."""
-        hub = self.address(port)
-        return open_model(name, digest, hub, tokenizer=tokenizer, emit=self.emit, security=self.security)
+    def find(self, name: str, digest: str, port: int, token: bytes, tokenizer: bool = False) -> ModelSource:
+        """Returns a model. Raises ModelError if it is neither here nor served.
+
+        `token`: the run's, for the hub. `tokenizer`: whether text is handled.
+        """
+        return open_model(
+            name, digest, self.address(port), token=token, tokenizer=tokenizer, emit=self.emit, security=self.security
+        )
 
     def measure_link(self, port: int) -> LinkSpeed:
         """Measures the link to the hub. Raises EnvironmentProblem if no hub answers."""
@@ -42,4 +46,4 @@ class ServerHub:
         """Returns the model of a plan, with its tokenizer if the node holds examples or the head. Raises as `find`."""
         hosted = hosted_span(plan)
         reads_text = bool(plan.routes) or (hosted is not None and hosted.head)
-        return self.find(plan.model.name, plan.model.digest, plan.hub_port, reads_text)
+        return self.find(plan.model.name, plan.model.digest, plan.hub_port, plan.slices_token, reads_text)

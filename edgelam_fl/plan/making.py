@@ -56,6 +56,7 @@ class RoundFacts:
     unequal_ranks: bool = False  # whether the aggregation accepts them
     hub_port: int = 0  # 0: the server has no hub
     relay_key: bytes = b""  # signs the tokens of the hub's relay; empty: there is no relay
+    slices_token: bytes = b""  # lets nodes fetch slices of the run's model from the hub
 
 
 def make_plans(
@@ -217,6 +218,7 @@ def _plan(spec: RunSpec, facts: RoundFacts, profile: pb.Profile) -> pb.Plan:
         seed=config.run.seed,
         protocol_version=PROTOCOL_VERSION,
         hub_port=facts.hub_port,
+        slices_token=facts.slices_token,
     )
 
 

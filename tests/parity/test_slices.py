@@ -9,7 +9,7 @@ import torch
 
 from edgelam_fl.hub.daemon import HubServer
 from edgelam_fl.hub.fetch import open_model
-from edgelam_fl.hub.slices import offer_model
+from edgelam_fl.hub.slices import offered
 from edgelam_fl.model.adapter import Span, initial_adapter
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import LoraSettings, Stage, load_stages
@@ -24,9 +24,9 @@ def test_a_stage_of_a_served_slice_trains_like_one_of_the_whole_model(
     monkeypatch.setenv("EDGELAM_CACHE", str(tmp_path / "cache"))
     server = HubServer("127.0.0.1", 0, tmp_path / "hub")
     try:
-        offer_model(tiny, tmp_path / "hub")
-        served = open_model("elsewhere/tiny", tiny.digest, f"127.0.0.1:{server.port}")
-        stages = [stages_of(source, base) for source in (tiny, served)]
+        with offered(tiny, tmp_path / "hub") as token:
+            served = open_model("elsewhere/tiny", tiny.digest, f"127.0.0.1:{server.port}", token=token)
+            stages = [stages_of(source, base) for source in (tiny, served)]
     finally:
         server.stop()
     results = [trained(front, back, tiny) for front, back in stages]

@@ -60,7 +60,7 @@ def test_few_measure_at_once(channel: grpc.Channel) -> None:
     """Calls of which one message was read: they have their places, and the rest of their bytes waits for a reader."""
     give = stub(channel, "Echo", "Give")
     most = echo.write_length(echo.LIMITS.most_bytes)
-    measuring = [give(most, timeout=20) for _ in range(echo.LIMITS.most_calls)]
+    measuring = [give(most, timeout=20) for _ in range(echo.LIMITS.places.most)]
     for call in measuring:
         assert next(call)
     assert refused(give, echo.write_length(0), timeout=10) == grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -10,13 +10,9 @@ from pathlib import Path
 import grpc
 import pytest
 
-from edgelam_fl.addresses import free_port
 from edgelam_fl.errors import PeerLost, Refused
-from edgelam_fl.hub import echo, relay
-from edgelam_fl.hub.daemon import HubServer
 from edgelam_fl.hub.membership import EndedMembers, read_ended
-from edgelam_fl.trust.authority import Authority, issue
-from edgelam_fl.trust.identity import DEVICE, HOST, SERVER, Identity
+from edgelam_fl.trust.identity import HOST, SERVER, Identity
 from edgelam_fl.trust.members import Members
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
@@ -28,44 +24,17 @@ from edgelam_fl.wire.grpc.serve import DataPlaneServer, RelayedDoor
 from edgelam_fl.wire.grpc.services import stub
 from edgelam_fl.wire.link import Link
 from edgelam_fl.wire.membership import ENDED, MEMBERSHIP_SERVICE
-from edgelam_fl.wire.relay import BEHIND, DIAL, LISTEN, Relay, make_token
+from edgelam_fl.wire.relay import BEHIND, DIAL, LISTEN, Relay
 from tests.links import Heard, hello, make_terms, ready, terms
+from tests.members import SmallFederation
 from tests.support import WAIT_S
 
 TIMING = LinkTiming(ping_every_s=0.05, listen_again_s=0.05, redial_s=0.05)
-PART = "test/1/1/edge-1"
-
-
-class Federation:
-    """A server's book of members, a hub that reads it, and the identities of the members."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._authority = Authority.open(folder / "trust")
-        self.members = Members(folder / "trust")
-        self.port = free_port()
-        self.address = f"127.0.0.1:{self.port}"
-        self.start()
-
-    def start(self) -> None:
-        security = Security(issue(self._authority, SERVER, SERVER))
-        services = [echo.make_service, relay.make_service]
-        ended = lambda: read_ended(self.members)  # noqa: E731
-        state = self.folder / "hub"
-        self.hub = HubServer("127.0.0.1", self.port, state, services, security, ended, members_every_s=0.05)
-
-    def join(self, name: str, role: str = DEVICE) -> Identity:
-        identity = issue(self._authority, name, role)
-        self.members.add(identity)
-        return identity
-
-    def way(self, method: str, node: str) -> Relay:
-        return Relay(self.address, make_token(relay.relay_key(self.folder / "hub"), method, PART, node, 1))
 
 
 @pytest.fixture
-def federation(tmp_path: Path) -> Iterator[Federation]:
-    federation = Federation(tmp_path)
+def federation(tmp_path: Path) -> Iterator[SmallFederation]:
+    federation = SmallFederation(tmp_path)
     yield federation
     federation.hub.stop()
 
@@ -77,7 +46,7 @@ def until(done: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def asks(federation: Federation, identity: Identity) -> str:
+def asks(federation: SmallFederation, identity: Identity) -> str:
     """Returns why the hub's Ping was not answered; empty if it was."""
     with Security(identity).channel(federation.address, SERVER, []) as channel:
         try:
@@ -91,7 +60,7 @@ def asks(federation: Federation, identity: Identity) -> str:
 
 
 def test_the_hub_refuses_a_member_from_the_moment_that_it_is_revoked(
-    federation: Federation, caplog: pytest.LogCaptureFixture
+    federation: SmallFederation, caplog: pytest.LogCaptureFixture
 ) -> None:
     ann, bob = federation.join("ann"), federation.join("bob")
     assert asks(federation, ann) == ""
@@ -109,7 +78,7 @@ def test_the_hub_refuses_a_member_from_the_moment_that_it_is_revoked(
     assert asks(federation, ann) != ""
 
 
-def test_nodes_are_told_at_once_and_after_every_change(federation: Federation) -> None:
+def test_nodes_are_told_at_once_and_after_every_change(federation: SmallFederation) -> None:
     ann, bob, old = federation.join("ann"), federation.join("bob"), federation.join("old")
     federation.members.revoke("old")
     until(lambda: asks(federation, old) != "")
@@ -122,7 +91,7 @@ def test_nodes_are_told_at_once_and_after_every_change(federation: Federation) -
         assert asks(federation, bob) != ""
 
 
-def test_a_member_cannot_take_all_places_of_calls_that_wait(federation: Federation) -> None:
+def test_a_member_cannot_take_all_places_of_calls_that_wait(federation: SmallFederation) -> None:
     ann, bob = federation.join("ann"), federation.join("bob")
     with (
         Security(ann).channel(federation.address, SERVER, []) as first,
@@ -178,7 +147,7 @@ def call(address: str, security: Security, node: str, heard: Heard | None = None
 
 
 @pytest.fixture
-def host(federation: Federation) -> Iterator[Host]:
+def host(federation: SmallFederation) -> Iterator[Host]:
     host = Host(Security(federation.join("edge-1", HOST)))
     following = Following(federation.address, host.security, TIMING)
     yield host
@@ -186,7 +155,7 @@ def host(federation: Federation) -> Iterator[Host]:
     host.server.stop()
 
 
-def test_open_links_of_a_revoked_device_end_and_no_others(federation: Federation, host: Host) -> None:
+def test_open_links_of_a_revoked_device_end_and_no_others(federation: SmallFederation, host: Host) -> None:
     ann, bob = Security(federation.join("ann")), Security(federation.join("bob"))
     of_ann, of_bob = Heard(), Heard()
     call(host.address, ann, "ann", of_ann)
@@ -203,7 +172,7 @@ def test_open_links_of_a_revoked_device_end_and_no_others(federation: Federation
     assert of_bob.empty()
 
 
-def test_a_device_leaves_a_host_that_was_revoked(federation: Federation, host: Host) -> None:
+def test_a_device_leaves_a_host_that_was_revoked(federation: SmallFederation, host: Host) -> None:
     device = Security(federation.join("ann"))
     following, heard = Following(federation.address, device, TIMING), Heard()
     call(host.address, device, "ann", heard)
@@ -214,7 +183,7 @@ def test_a_device_leaves_a_host_that_was_revoked(federation: Federation, host: H
     following.close()
 
 
-def test_links_by_relay_of_a_revoked_device_end(federation: Federation, host: Host) -> None:
+def test_links_by_relay_of_a_revoked_device_end(federation: SmallFederation, host: Host) -> None:
     door = RelayedDoor(federation.way(LISTEN, "edge-1"), host.admit, TIMING, host.security)
     ann, heard = Security(federation.join("ann")), Heard()
     call(BEHIND + "edge-1", ann, "ann", heard, federation.way(DIAL, "ann"))
@@ -225,7 +194,7 @@ def test_links_by_relay_of_a_revoked_device_end(federation: Federation, host: Ho
 
 
 def test_a_hub_that_is_gone_ends_no_honest_link_and_says_what_it_knows_when_it_is_back(
-    federation: Federation, host: Host
+    federation: SmallFederation, host: Host
 ) -> None:
     ann, heard = Security(federation.join("ann")), Heard()
     link = call(host.address, ann, "ann", heard)
@@ -244,7 +213,7 @@ def test_a_hub_that_is_gone_ends_no_honest_link_and_says_what_it_knows_when_it_i
 
 
 def test_a_relay_token_is_of_no_use_to_another_member(
-    federation: Federation, host: Host, caplog: pytest.LogCaptureFixture
+    federation: SmallFederation, host: Host, caplog: pytest.LogCaptureFixture
 ) -> None:
     door = RelayedDoor(federation.way(LISTEN, "edge-1"), host.admit, TIMING, host.security)
     thief = Security(federation.join("mallory"))
@@ -262,7 +231,7 @@ def test_a_relay_token_is_of_no_use_to_another_member(
     door.close()
 
 
-def test_a_token_is_good_for_the_links_that_its_holder_needs(federation: Federation, host: Host) -> None:
+def test_a_token_is_good_for_the_links_that_its_holder_needs(federation: SmallFederation, host: Host) -> None:
     door = RelayedDoor(federation.way(LISTEN, "edge-1"), host.admit, TIMING, host.security)
     greedy, honest = Security(federation.join("greedy")), Security(federation.join("ann"))
     links = [call(BEHIND + "edge-1", greedy, "greedy", way=federation.way(DIAL, "greedy")) for _ in range(3)]

@@ -45,7 +45,7 @@ def test_the_page_has_the_limits_of_the_code() -> None:
     expected = [
         *(f"| {what} | {size >> 20} MiB |" for what, size in mebibytes.items()),
         f"| chunk | {MIN_CHUNK_BYTES >> 10} KiB (but for a tensor's last) to {MAX_CHUNK_BYTES >> 20} MiB |",
-        f"| hub, echo | {LIMITS.most_bytes >> 20} MiB and {LIMITS.most_s:g} s per call, {LIMITS.most_calls} calls at a time |",
+        f"| hub, echo | {LIMITS.most_bytes >> 20} MiB and {LIMITS.most_s:g} s per call, {LIMITS.places.most} calls at a time, one per node |",
         f"chooses their size: {CHUNK_BYTES >> 10} KiB",
         f"each end pings every {DEFAULT_TIMING.ping_every_s:g} s",
     ]

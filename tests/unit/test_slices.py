@@ -7,7 +7,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from edgelam_fl.errors import EnvironmentProblem, ModelError, PeerLost, ProtocolError, Refused
 from edgelam_fl.hub.daemon import HubServer
 from edgelam_fl.hub.fetch import FetchTiming, Served, check_model, open_model
-from edgelam_fl.hub.slices import CHUNK_BYTES, make_service, offer_model
+from edgelam_fl.hub.slices import CHUNK_BYTES, make_service, offered
 from edgelam_fl.model import served
 from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.memory import weights_bytes
@@ -28,39 +28,46 @@ from edgelam_fl.model.weights import read_tensors
 from edgelam_fl.plan.making import RoundFacts
 from edgelam_fl.telemetry.events import Event, SliceReceived, of_kind
 from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.relay import token_metadata
 from tests.fleet import Fleet
 from tests.support import grpc_server, run_config, write_tiny_llama
 
 NAME = "elsewhere/tiny"
 
 
+@dataclass(frozen=True)
+class Hub:
+    """A hub that serves the tiny model, and the token of the run that offers it."""
+
+    address: str
+    token: bytes
+
+
 @pytest.fixture
-def hub(tiny: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a hub that serves the tiny model; everything here caches in folders of the test's own."""
+def hub(tiny: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """Everything here caches in folders of the test's own."""
     monkeypatch.setenv("EDGELAM_CACHE", str(tmp_path / "cache"))
     server = HubServer("127.0.0.1", 0, tmp_path / "hub")
-    offer_model(tiny, tmp_path / "hub")
-    yield f"127.0.0.1:{server.port}"
+    with offered(tiny, tmp_path / "hub") as token:
+        yield Hub(f"127.0.0.1:{server.port}", token)
     server.stop()
 
 
-def opened(tiny: ModelSource, hub: str, tokenizer: bool = False) -> ModelSource:
-    return open_model(NAME, tiny.digest, hub, tokenizer=tokenizer)
+def opened(tiny: ModelSource, hub: Hub, tokenizer: bool = False) -> ModelSource:
+    return open_model(NAME, tiny.digest, hub.address, token=hub.token, tokenizer=tokenizer)
 
 
 def slice_names(tiny: ModelSource) -> list[str]:
     return [name for name in tiny.index if ".layers.2." in name or ".layers.3." in name]
 
 
-def call(hub: str, method: str, **fields: Any) -> list[bytes]:
-    with grpc.insecure_channel(hub) as channel:
-        request = pb.SliceRequest(**fields)
-        return list(
-            channel.unary_stream(f"/edgelam.v1.Slices/{method}", pb.SliceRequest.SerializeToString)(request, timeout=30)
-        )
+def call(hub: Hub, method: str, **fields: Any) -> list[bytes]:
+    with grpc.insecure_channel(hub.address) as channel:
+        ask = channel.unary_stream(f"/edgelam.v1.Slices/{method}", pb.SliceRequest.SerializeToString)
+        return list(ask(pb.SliceRequest(**fields), timeout=30, metadata=token_metadata(hub.token)))
 
 
-def refusal(hub: str, method: str, **fields: Any) -> str:
+def refusal(hub: Hub, method: str, **fields: Any) -> str:
     with pytest.raises(grpc.RpcError) as caught:
         call(hub, method, **fields)
     assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION
@@ -74,7 +81,7 @@ def refusal(hub: str, method: str, **fields: Any) -> str:
     ("base", "compute"), [("fp32", ""), ("bf16", ""), ("int8", "float32"), ("int8", "bfloat16"), ("nf4", "float32")]
 )
 def test_served_tensors_are_those_that_the_whole_model_gives(
-    tiny: ModelSource, hub: str, base: str, compute: str
+    tiny: ModelSource, hub: Hub, base: str, compute: str
 ) -> None:
     names = ["model.embed_tokens.weight", *slice_names(tiny)]
     local = dict(read_tensors(tiny, names, base, compute))
@@ -85,7 +92,7 @@ def test_served_tensors_are_those_that_the_whole_model_gives(
         assert torch.equal(got[name], tensor), name
 
 
-def test_only_what_is_needed_is_on_the_disk(tiny: ModelSource, hub: str, tmp_path: Path) -> None:
+def test_only_what_is_needed_is_on_the_disk(tiny: ModelSource, hub: Hub, tmp_path: Path) -> None:
     source = opened(tiny, hub)
     assert (source.config, source.num_layers, source.linear_modules()) == (tiny.config, 6, tiny.linear_modules())
     assert not (source.folder / "tokenizer.json").exists()
@@ -95,22 +102,22 @@ def test_only_what_is_needed_is_on_the_disk(tiny: ModelSource, hub: str, tmp_pat
     assert (opened(tiny, hub, tokenizer=True).folder / "tokenizer.json").exists()
 
 
-def test_a_slice_that_is_here_needs_no_hub(tiny: ModelSource, hub: str) -> None:
+def test_a_slice_that_is_here_needs_no_hub(tiny: ModelSource, hub: Hub) -> None:
     names = slice_names(tiny)
     first = dict(read_tensors(opened(tiny, hub), names, "int8"))
-    again = dict(read_tensors(opened(tiny, "127.0.0.1:1"), names, "int8"))
+    again = dict(read_tensors(opened(tiny, Hub("127.0.0.1:1", b"")), names, "int8"))
     assert first.keys() == again.keys() >= set(names)
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 @pytest.mark.parametrize("harm", ["flipped", "truncated", "gone"])
-def test_a_tensor_harmed_on_the_disk_is_fetched_again_and_no_other(tiny: ModelSource, hub: str, harm: str) -> None:
+def test_a_tensor_harmed_on_the_disk_is_fetched_again_and_no_other(tiny: ModelSource, hub: Hub, harm: str) -> None:
     came: list[int] = []
 
     def emit(event: Event) -> None:
         came.extend(received.bytes for received in of_kind([event], SliceReceived))
 
-    source = Served(NAME, tiny.digest, hub, emit).source(tokenizer=False)
+    source = Served(NAME, tiny.digest, hub.address, emit, hub.token).source(tokenizer=False)
     names = slice_names(tiny)
     whole = sum(tensor.nbytes for _, tensor in read_tensors(source, names, "fp32"))
     file = source.folder / "fp32" / names[0]
@@ -123,11 +130,23 @@ def test_a_tensor_harmed_on_the_disk_is_fetched_again_and_no_other(tiny: ModelSo
     assert came == [whole, len(content)]
 
 
-def test_a_model_that_no_run_has_opened_is_not_served(tiny: ModelSource, hub: str, tiny_folder: Path) -> None:
+def test_a_model_that_no_run_has_opened_is_not_served(tiny: ModelSource, hub: Hub, tiny_folder: Path) -> None:
     for digest in ("0" * 64, str(tiny_folder), "../../models", ""):
-        assert "no run on this server has opened" in refusal(hub, "Describe", model_digest=digest)
-    with pytest.raises(Refused, match="no run on this server has opened"):
-        open_model(NAME, "0" * 64, hub)
+        assert "no run of this server lets this node fetch" in refusal(hub, "Describe", model_digest=digest)
+    with pytest.raises(Refused, match="no run of this server lets this node fetch"):
+        open_model(NAME, "0" * 64, hub.address, token=hub.token)
+
+
+@pytest.mark.parametrize("method", ["Describe", "List", "Fetch"])
+def test_who_has_no_token_of_the_run_gets_nothing(tiny: ModelSource, hub: Hub, tmp_path: Path, method: str) -> None:
+    part = pb.SlicePart(name="model.norm.weight")
+    asked: dict[str, Any] = {"model_digest": tiny.digest, "base": "fp32", "parts": [part]}
+    assert call(hub, method, **asked)
+    with offered(tiny, tmp_path / "hub") as second:
+        assert call(Hub(hub.address, second), method, **asked), "two runs may offer one model"
+    for token in (b"", second, hub.token[:-1], bytes(32)):
+        assert "lets this node fetch" in refusal(Hub(hub.address, token), method, **asked), "the run is over, or none"
+    assert call(hub, method, **asked)
 
 
 @pytest.mark.parametrize(
@@ -142,24 +161,24 @@ def test_a_model_that_no_run_has_opened_is_not_served(tiny: ModelSource, hub: st
         (pb.SlicePart(name="model.norm.weight"), "fp64"),
     ],
 )
-def test_what_the_hub_does_not_send(tiny: ModelSource, hub: str, part: pb.SlicePart, base: str) -> None:
+def test_what_the_hub_does_not_send(tiny: ModelSource, hub: Hub, part: pb.SlicePart, base: str) -> None:
     assert refusal(hub, "Fetch", model_digest=tiny.digest, base=base, parts=[part])
 
 
-def test_pieces_are_of_one_part_and_of_a_mebibyte_at_most(tiny: ModelSource, hub: str, tmp_path: Path) -> None:
+def test_pieces_are_of_one_part_and_of_a_mebibyte_at_most(tiny: ModelSource, hub: Hub, tmp_path: Path) -> None:
     names = ["model.layers.2.mlp.up_proj.weight", "model.norm.weight"]
     parts = [pb.SlicePart(name=names[0], offset=1), pb.SlicePart(name=names[1])]
     with grpc_server([make_service(tmp_path / "hub", chunk_bytes=10_000)]) as port:
-        pieces = call(f"127.0.0.1:{port}", "Fetch", model_digest=tiny.digest, base="fp32", parts=parts)
+        pieces = call(Hub(f"127.0.0.1:{port}", hub.token), "Fetch", model_digest=tiny.digest, base="fp32", parts=parts)
     matrix, norm = 4 * 128 * 64 - 1, 4 * 64
     assert [len(piece) for piece in pieces] == [10_000] * (matrix // 10_000) + [matrix % 10_000, norm]
     assert CHUNK_BYTES == 1 << 20
 
 
-def test_a_model_of_the_same_name_and_other_weights_is_fetched(tiny: ModelSource, hub: str, tmp_path: Path) -> None:
+def test_a_model_of_the_same_name_and_other_weights_is_fetched(tiny: ModelSource, hub: Hub, tmp_path: Path) -> None:
     other = write_tiny_llama(tmp_path / "other", seed=1)
     assert open_model(str(other), tiny.digest, "").digest != tiny.digest  # Held refuses it
-    source = open_model(str(other), tiny.digest, hub)
+    source = open_model(str(other), tiny.digest, hub.address, token=hub.token)
     assert source.digest == tiny.digest
     name = "model.norm.weight"
     assert torch.equal(dict(read_tensors(source, [name], "fp32"))[name], dict(read_tensors(tiny, [name], "fp32"))[name])
@@ -170,14 +189,14 @@ def test_without_a_hub_the_model_must_be_here(tiny: ModelSource) -> None:
         open_model(NAME, tiny.digest, "")
 
 
-def test_a_hub_that_does_not_answer(tiny: ModelSource, hub: str) -> None:
+def test_a_hub_that_does_not_answer(tiny: ModelSource, hub: Hub) -> None:
     with pytest.raises(
         EnvironmentProblem, match=r"is not on this node, and the server's hub at 127.0.0.1:1 .*edgelam server"
     ):
         open_model(NAME, tiny.digest, "127.0.0.1:1", timing=FetchTiming(retry_s=0.01))
 
 
-def test_an_index_of_another_model_is_refused(tiny: ModelSource, hub: str) -> None:
+def test_an_index_of_another_model_is_refused(tiny: ModelSource, hub: Hub) -> None:
     (described,) = call(hub, "Describe", model_digest=tiny.digest)
     model = pb.SliceModel.FromString(described)
     check_model(model, tiny.digest)

@@ -58,12 +58,12 @@ def answer_profile(
 
 def _add_measured(profile: pb.Profile, request: pb.ProfileRequest, hub: ServerHub) -> None:
     if request.measure_model:
-        source = hub.find(request.measure_model, request.model_digest, request.hub_port)
+        source = hub.find(request.measure_model, request.model_digest, request.hub_port, request.slices_token)
         profile.base_seconds.update(measure_bases(source))
     profile.disk_free_bytes = disk_free_bytes(cache_folder())
     if request.measure_layers:
         with suppress(ModelError, EnvironmentProblem):  # the model is not here; the cache cannot be written
-            source = hub.find(request.measure_layers, request.model_digest, request.hub_port)
+            source = hub.find(request.measure_layers, request.model_digest, request.hub_port, request.slices_token)
             for tokens, seconds in measure_layers(source).items():
                 profile.layer_times.add(tokens=tokens, seconds=seconds)
             profile.disk_write_bytes_per_s = disk_write_bytes_per_s(cache_folder())
