@@ -107,13 +107,21 @@ class Fleet:
         self.watch(event)
 
 
+def _as_all(dial: Dial) -> Dial:
+    return dial
+
+
 @contextmanager
 def memory_fleet(
-    source: ModelSource, config: RunConfig, data: Sequence[Path], hooks: Mapping[str, NodeHooks] = {}
+    source: ModelSource,
+    config: RunConfig,
+    data: Sequence[Path],
+    hooks: Mapping[str, NodeHooks] = {},
+    dials: Mapping[str, Callable[[Dial], Dial]] = {},
 ) -> Iterator[Fleet]:
     """Makes one device per file and the edge servers that the run file wants; with host_on = "any" the devices are the hosts.
 
-    `hooks`: of some of the nodes, by name.
+    `hooks`: of some of the nodes, by name. `dials`: how some of the nodes dial, by name, from how all others do.
     """
     fleet = Fleet(source, config, {}, {})
     nodes: dict[str, StageHost] = {}
@@ -121,13 +129,14 @@ def memory_fleet(
     devices_host = config.split.host_on == "any"
     for number in range(1, 0 if devices_host else config.split.least_hosts * config.split.sites + 1):
         name = f"edge-{number}"
-        nodes[name] = StageHost(name, dial, fleet.emit, address=name, hooks=hooks.get(name, NodeHooks()))
+        its_dial = dials.get(name, _as_all)(dial)
+        nodes[name] = StageHost(name, its_dial, fleet.emit, address=name, hooks=hooks.get(name, NodeHooks()))
         fleet.hosts[name] = (nodes[name], name)
     for number, file in enumerate(data, 1):
         name = f"device-{number}"
         address = name if devices_host else ""
         nodes[name] = StageHost(
-            name, dial, fleet.emit,
+            name, dials.get(name, _as_all)(dial), fleet.emit,
             examples=DeviceExamples(file), address=address, hooks=hooks.get(name, NodeHooks()),
         )  # fmt: skip
         fleet.devices[name] = nodes[name]

@@ -172,6 +172,16 @@ class FederationSection(Section):
     join_deadline_s: float = Field(120.0, gt=0, description="longest wait for min_nodes devices and for a host")
     step_deadline_s: float = Field(120.0, gt=0, description="a device that takes longer is left out of the step")
     round_deadline_s: float = Field(3600.0, gt=0, description="a node that takes longer is left out of the round")
+    gradient_factor: float = Field(
+        30.0,
+        ge=0,
+        description="a device whose gradient is larger than so many times the median of its host's devices is left out of the step, and after three in a row of the round; 0: any size",
+    )
+    update_factor: float = Field(
+        12.0,
+        ge=0,
+        description="a contribution whose update is larger than so many times the median of the others is left out of the aggregate; 0: any size",
+    )
 
 
 class OptimizerSection(Section):

@@ -228,6 +228,7 @@ def _report_host(report: pb.JobReport, host: Host, group: Group) -> None:
     hosted = pb.HostPart(
         first_layer=span.first, last_layer=span.last, compute_seconds=host.compute_seconds,
         bytes=group.counters.report(), labels_trained=host.labels_trained,
+        left_out=host.left_out(),
     )  # fmt: skip
     report.host.CopyFrom(hosted)
     report.timeline.extend(host.timeline.report())

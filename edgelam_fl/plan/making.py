@@ -216,6 +216,7 @@ def _plan(spec: RunSpec, facts: RoundFacts, profile: pb.Profile) -> pb.Plan:
             silent_s=max(_SILENT_S, federation.step_deadline_s / _SILENT_PART),
         ),
         seed=config.run.seed,
+        gradient_factor=federation.gradient_factor,
         protocol_version=PROTOCOL_VERSION,
         hub_port=facts.hub_port,
         slices_token=facts.slices_token,

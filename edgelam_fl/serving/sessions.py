@@ -45,14 +45,11 @@ class HostSessions:
             return
         link, item = arrival
         member = self.group.owner(link)
-        try:
-            if isinstance(item, Lost):
-                if not member.done:
-                    self.group.lose(member, link, f"link {link.name}: {item.reason}")
-            else:
+        if not isinstance(item, Lost):
+            with self.group.working_for(member, link):
                 self._read(member, link, item)
-        except ProtocolError as error:
-            self.group.lose(member, link, f"broke the protocol: {error}")
+        elif not member.done:
+            self.group.lose(member, link, f"link {link.name}: {item.reason}")
 
     def _read(self, member: Member, link: Link, frame: Frame) -> None:
         header = frame.header

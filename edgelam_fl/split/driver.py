@@ -5,6 +5,7 @@ Knows batches, labels and the optimizer; `split.step` takes the micro-batches ov
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import torch
 from edgelam_fl.errors import ProtocolError
 from edgelam_fl.plan.modes import host_mode
 from edgelam_fl.split.ends import Ends
+from edgelam_fl.split.judging import norm_of
 from edgelam_fl.split.route import Route
 from edgelam_fl.split.step import DeviceStep, LeftOut
 from edgelam_fl.split.timeline import Timeline
@@ -152,18 +154,29 @@ class Driver:
             for parameter in self.trainee.parameters:
                 if parameter.grad is not None:
                     parameter.grad.mul_(own_share)
+        problem = self._own_problem()
         scale = 1.0
         if self.plan.optimizer.clip == "global":
-            verdict = self._agree_on_scale(step)
-            if verdict.skip:
+            verdict = self._agree_on_scale(step, problem)
+            if verdict.skip and not problem:
                 return
             scale = verdict.scale
+        if problem:
+            raise LeftOut(problem)
         with self.timeline.interval("step", pb.Header(step=step.number)):
             self.trainee.step(step.number, scale)
 
-    def _agree_on_scale(self, step: DeviceStep) -> pb.StepApply:
+    def _own_problem(self) -> str:
+        """Returns why the gradient of the own layers must not touch them; empty if it may."""
+        norm = norm_of(parameter.grad for parameter in self.trainee.parameters)
+        if math.isfinite(norm):
+            return ""
+        hosts = [hop.node for hop in self.plan.routes[0].hops]
+        return "the gradient of its own layers is not finite" + (f", after what {hosts[0]} sent" if hosts else "")
+
+    def _agree_on_scale(self, step: DeviceStep, problem: str) -> pb.StepApply:
         """Returns how the gradients of all stages are scaled (clip = "global")."""
-        own = self.trainee.squared_norm()
+        own = pb.StepReady(finite=False) if problem else self.trainee.squared_norm()
         if self.route.exit is None:
             return judge([own], self.plan.optimizer.max_norm)
         return step.agree_on_scale(own)

@@ -13,12 +13,14 @@ from __future__ import annotations
 import hmac
 import threading
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 
-from edgelam_fl.errors import EdgelamError, PeerLost
+from edgelam_fl.errors import EdgelamError, PeerLost, ProtocolError
 from edgelam_fl.plan.reading import job_id
 from edgelam_fl.split.inbox import Inbox
 from edgelam_fl.split.member import Member
@@ -195,6 +197,20 @@ class Group:
             raise PeerLost(
                 "every device was lost: " + "; ".join(f"{m.route.device}: {m.gone}" for m in self.members.values())
             )
+
+    @contextmanager
+    def working_for(self, member: Member, link: Link | None) -> Iterator[None]:
+        """Loses the device if the block fails, which works on one of its frames: nobody else pays for what it sent.
+
+        `link`: over which the frame came. The full error goes to this node's own log alone.
+        """
+        try:
+            yield
+        except ProtocolError as error:
+            self.lose(member, link, f"broke the protocol: {error}")
+        except Exception as error:  # noqa: BLE001 - whatever else its numbers made fail
+            traceback.print_exc()
+            self.lose(member, link, f"a frame that host {self.plan.node} cannot work on: {type(error).__name__}")
 
     def lose(self, member: Member, link: Link | None, reason: str) -> None:
         """Handles a failed link.

@@ -10,9 +10,11 @@ that waited longest. So an admitted micro-batch never waits for another one's me
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -22,12 +24,14 @@ from edgelam_fl.plan.modes import host_mode
 from edgelam_fl.plan.reading import unit_rows, unit_seed
 from edgelam_fl.split.group import Group, relay
 from edgelam_fl.split.inbox import Lost
+from edgelam_fl.split.judging import is_finite
 from edgelam_fl.split.lane import Lane
-from edgelam_fl.split.member import Member, unit_id
+from edgelam_fl.split.member import Member, check_unit, unit_id
 from edgelam_fl.split.timeline import Timeline
 from edgelam_fl.split.trainee import Trainee
 from edgelam_fl.split.turns import DecidesTurns, FollowsTurns, Handler, Turns
 from edgelam_fl.tasks.base import Task
+from edgelam_fl.tasks.causal_lm import IGNORED
 from edgelam_fl.telemetry.events import EmitInJob
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.link import Frame, Link
@@ -94,6 +98,16 @@ class Host:
         """The labels of all devices that were counted, over all steps."""
         return sum(member.labels_trained for member in self.group.members.values())
 
+    def left_out(self) -> list[pb.DeviceLeftOut]:
+        """Returns the devices that some step did not count, with the last reason."""
+        return [
+            pb.DeviceLeftOut(
+                device=m.route.device, steps=m.missed_steps, reason=m.gone or m.missed_for, out=bool(m.gone)
+            )
+            for _, m in sorted(self.group.members.items())
+            if m.missed_for or m.gone
+        ]
+
     def labels_of(self, source: str, name: str) -> int:
         """Counts the labels that a source's tensor learned from: those of its devices whose routes cross the layer."""
         members = self._lane_of_source[source].members
@@ -101,8 +115,13 @@ class Host:
 
     def _next_work(self) -> Callable[[], None] | None:
         if self._backwards:
-            return lambda: self._backward(*self._backwards.popleft())
+            return self._next_backward
         return self.turns.next_work() or self._next_forward()
+
+    def _next_backward(self) -> None:
+        member, frame = self._backwards.popleft()
+        with self.group.working_for(member, member.next):
+            self._backward(member, frame)
 
     def _next_forward(self) -> Callable[[], None] | None:
         for index in self._served:
@@ -110,8 +129,12 @@ class Host:
             if member.active and member.forwards and self._may_run(member):
                 self._served.remove(index)
                 self._served.append(index)
-                return lambda: self._forward(member, member.forwards.popleft())
+                return partial(self._next_forward_of, member)
         return None
+
+    def _next_forward_of(self, member: Member) -> None:
+        with self.group.working_for(member, member.previous):
+            self._forward(member, member.forwards.popleft())
 
     def _may_run(self, member: Member) -> bool:
         """Returns whether a device's next forward pass may run: before its turn is open, it would see old weights."""
@@ -156,16 +179,16 @@ class Host:
             if not member.done or (link is member.next and self.turns.awaits_close(member)):
                 self.group.lose(member, link, f"link {link.name}: {item.reason}")
             return True
-        try:
+        with self.group.working_for(member, link):
             self._read(member, link, item)
-        except ProtocolError as error:
-            self.group.lose(member, link, f"broke the protocol: {error}")
         return True
 
     def _read(self, member: Member, link: Link, frame: Frame) -> None:
         header = frame.header
-        of_unit = header.kind in _OF_UNITS and header.phase == pb.TRAIN
-        if of_unit and self.turns.lane_of[member.index].is_past(member.index, header.step):
+        if header.kind in _OF_UNITS:
+            check_phase(header, self.plan)
+        of_training = header.kind in _OF_UNITS and header.phase == pb.TRAIN
+        if of_training and self.turns.lane_of[member.index].is_past(member.index, header.step):
             return  # of a step that was closed without this device
         handler = (self._from_previous if link is member.previous else self._from_next).get(header.kind)
         if handler is not None:
@@ -198,6 +221,9 @@ class Host:
         lane.trainee.use()
         inputs = frame.tensor
         assert inputs is not None
+        if training:
+            check_unit(header, inputs.shape, member)
+            member.begun.add(unit_id(header))
         seed = unit_seed(self.plan, member.route.device, header.step, header.micro_batch) if training else None
         inputs.requires_grad_(training and self._previous_trains(member))
         with torch.set_grad_enabled(training), self.timeline.interval("forward", header, member.route.device):
@@ -209,13 +235,21 @@ class Host:
         if self.task is not None:
             self._loss(self.task, member, header, inputs, output)
             return
+        if training and not is_finite(output):
+            self.turns.take_unusable_gradient(member, "hidden states that give values that are not finite")
+            return
         if training:
             member.saved[unit_id(header)] = (inputs, output)
         self._send(member.next, pb.ACT, header, output)
 
     def _loss(self, task: Task, member: Member, header: pb.Header, inputs: torch.Tensor, output: torch.Tensor) -> None:
         """Computes the loss at a last stage: its value goes to the device, its gradient back along the route."""
-        loss, sums = task.loss(output, member.labels.pop(unit_id(header)))
+        labels = member.labels.pop(unit_id(header))
+        check_targets(labels, output)
+        loss, sums = task.loss(output, labels)
+        if header.phase == pb.TRAIN and not math.isfinite(loss.item()):
+            self.turns.take_unusable_gradient(member, "hidden states or labels whose loss is not finite")
+            return
         answer = pb.Header(
             kind=pb.LABELS, phase=header.phase, step=header.step, micro_batch=header.micro_batch,
             device_index=header.device_index, loss_sum=float(loss.detach()), sums=sums,
@@ -266,6 +300,9 @@ class Host:
             if inputs.requires_grad:
                 grad_of_inputs = found.pop(0)
             member.accumulate(found)
+        if grad_of_inputs is not None and not is_finite(grad_of_inputs):
+            self.turns.take_unusable_gradient(member, "a gradient that makes others that are not finite")
+            return
         member.backwards_done += 1
         self._send(member.previous, pb.GRAD if grad_of_inputs is not None else pb.GRAD_END, header, grad_of_inputs)
 
@@ -282,6 +319,14 @@ class Host:
         )  # fmt: skip
         link.note_progress(of.phase, of.step)
         link.send(header, tensor)
+
+
+def check_phase(header: pb.Header, plan: pb.Plan) -> None:
+    """Raises ProtocolError if a micro-batch belongs to no step of the plan."""
+    if header.phase not in (pb.EVAL, pb.TRAIN) or (header.phase == pb.TRAIN and header.step >= plan.steps):
+        raise ProtocolError(
+            f"a micro-batch of step {header.step} in phase {header.phase}; the plan has {plan.steps} steps"
+        )
 
 
 def check_activation(frame: Frame, member: Member, plan: pb.Plan, hidden_size: int, dtype: torch.dtype) -> None:
@@ -312,10 +357,23 @@ def check_labels(frame: Frame, plan: pb.Plan) -> torch.Tensor:
     return tensor
 
 
+def check_targets(labels: torch.Tensor, output: torch.Tensor) -> None:
+    """Raises ProtocolError if labels are not those of the outputs, [rows, tokens, vocabulary] or [rows, classes]."""
+    if labels.shape != output.shape[:-1]:
+        raise ProtocolError(f"labels of shape {list(labels.shape)} for outputs of shape {list(output.shape[:-1])}")
+    labelled = labels[labels != IGNORED]
+    least, most = (bound.item() for bound in labelled.aminmax()) if labelled.numel() else (0, 0)
+    every_row = labels.dim() == 1  # classification
+    if least < 0 or most >= output.shape[-1] or (every_row and len(labelled) < len(labels)):
+        raise ProtocolError(
+            f"labels from {least} to {most}, {len(labelled)} of them; there are {output.shape[-1]} outputs"
+        )
+
+
 def gradient_problem(grad: torch.Tensor | None, output: torch.Tensor, dtype: torch.dtype) -> str:
     """Returns why a gradient cannot be used; empty if it can. `dtype`: what hidden states travel in."""
     if grad is None or grad.shape != output.shape or grad.dtype != dtype:
         return "a gradient of another shape or dtype than the activation"
-    if not torch.isfinite(grad).all():
+    if not is_finite(grad):
         return "a gradient that is not finite"
     return ""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from edgelam_fl.plan.modes import HostMode, Turn
+from edgelam_fl.split.judging import Size, norm_of, size_problem
 from edgelam_fl.split.member import Member
 from edgelam_fl.split.trainee import Trainee
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -32,6 +33,7 @@ class Lane:
     closing: pb.StepClose | None = None  # the open turn is closed and waits to be applied (clip = "global")
     verdict: pb.StepApply | None = None  # how the open turn will be applied
     norms: dict[str, pb.StepReady] = field(default_factory=dict)  # by stage; at the coordinator
+    struck: set[int] = field(default_factory=set)  # devices that had a problem in the open turn
     # What the coordinator decided, as it arrived at another host; of turns that are not applied here yet.
     totals: list[pb.StepTotal] | None = None
     closes: dict[TurnId, pb.StepClose] = field(default_factory=dict)
@@ -97,6 +99,20 @@ class Lane:
         """Opens the first of the lane's turns."""
         self.turns, self.opened = turns, time.monotonic()
 
+    def judge_gradients(self, complete: Sequence[Member], factor: float) -> dict[int, str]:
+        """Measures the gradients of the open turn; returns the problems of those that must not be added, by device index.
+
+        They are compared with the newest gradients of all the lane's devices. `factor`: as of `size_problem`.
+        """
+        turn = self.turn
+        assert turn is not None
+        for member in complete:
+            norm = norm_of(member.gradients or [])
+            member.size = Size(norm, norm * turn.labels / member.labels_of(turn.step))
+        group = [member.size for member in self.members if member.size is not None and not member.gone]
+        problems = {m.index: size_problem(m.size, group, factor) for m in complete if m.size is not None}
+        return {index: problem for index, problem in problems.items() if problem}
+
     def close(self, counted: Sequence[Member], left_out: Sequence[Member]) -> pb.StepClose:
         """Closes the open turn: from here on no gradient is added to it."""
         turn = self.turn
@@ -138,4 +154,5 @@ class Lane:
         self.number += 1
         self.closing, self.verdict = None, None
         self.norms.clear()
+        self.struck.clear()
         self.opened = time.monotonic()

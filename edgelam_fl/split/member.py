@@ -6,13 +6,16 @@ Knows nothing about layers and sends nothing; `split.host` computes, `split.grou
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import mul
 from typing import Any
 
 import torch
 
 from edgelam_fl.errors import ProtocolError
 from edgelam_fl.model.index import layer_number
+from edgelam_fl.split.judging import Size
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.link import Frame, Link
 
@@ -34,9 +37,13 @@ class Member:
     saved: dict[UnitId, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # input, output
     caches: dict[int, Any] = field(default_factory=dict)  # by generation session
     gradients: list[torch.Tensor | None] | None = None  # sums over the micro-batches of the open step
+    begun: set[UnitId] = field(default_factory=set)  # training micro-batches whose forward pass has run
     backwards_done: int = 0  # micro-batches of the open step
+    size: Size | None = None  # of its newest complete gradient
     problem: str = ""  # why the open step cannot count this device
-    late_steps: int = 0  # in a row
+    strikes: int = 0  # steps in a row in which the device had a problem
+    missed_steps: int = 0  # steps of the round that did not count this device, or not its norm
+    missed_for: str = ""  # the reason in the last of these steps
     labels_trained: int = 0  # in the steps that counted this device
     leaving: str = ""  # why no forward pass is due any more; the coordinator may still count earlier ones
     gone: str = ""  # why this device is out of the round
@@ -88,6 +95,7 @@ class Member:
     def forget(self, step: int) -> None:
         """Drops what is left of a closed step."""
         self.gradients, self.backwards_done, self.problem = None, 0, ""
+        self.begun = {unit for unit in self.begun if unit[:2] != (pb.TRAIN, step)}
         self.saved = {unit: kept for unit, kept in self.saved.items() if unit[:2] != (pb.TRAIN, step)}
         self.labels = {unit: kept for unit, kept in self.labels.items() if unit[:2] != (pb.TRAIN, step)}
         self.forwards = deque(f for f in self.forwards if (f.header.phase, f.header.step) != (pb.TRAIN, step))
@@ -106,6 +114,24 @@ def checked_table(table: pb.Table, member: Member, plan: pb.Plan) -> list[pb.Ste
         least = 1 if row.labels else 0  # a step without labels is one without micro-batches
         if not least <= len(row.rows) <= plan.micro_batches * least or sum(row.rows) > plan.batch_size:
             raise ProtocolError(f"a TABLE row of {len(row.rows)} micro-batches with {sum(row.rows)} rows")
-        if row.labels > plan.batch_size * plan.task.max_tokens:
+        if len(row.tokens) != len(row.rows) or not all(0 < tokens <= plan.task.max_tokens for tokens in row.tokens):
+            raise ProtocolError(f"a TABLE row of {len(row.rows)} micro-batches with {list(row.tokens)[:8]} tokens")
+        if not all(row.rows) or row.labels > sum(map(mul, row.rows, row.tokens)):
             raise ProtocolError(f"a TABLE row of {row.labels} labels, more than the batch has tokens")
     return list(table.steps)
+
+
+def check_unit(header: pb.Header, shape: Sequence[int], member: Member) -> None:
+    """Raises ProtocolError if a training micro-batch is not the one that the device announced, or came before.
+
+    `shape`: of its hidden states, [rows, tokens, hidden].
+    """
+    row = member.table[header.step] if member.table else pb.StepRow()
+    if header.micro_batch >= len(row.rows) or unit_id(header) in member.begun:
+        raise ProtocolError(f"micro-batch {header.micro_batch} of step {header.step} came twice, or was not announced")
+    announced = (row.rows[header.micro_batch], row.tokens[header.micro_batch])
+    if announced != tuple(shape[:2]):
+        raise ProtocolError(
+            f"micro-batch {header.micro_batch} of step {header.step} has {shape[0]} rows of {shape[1]} tokens; announced "
+            f"were {announced[0]} of {announced[1]}"
+        )

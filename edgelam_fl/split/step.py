@@ -10,6 +10,7 @@ from here to `wire.link`, and on to `split.host` at the other end.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +23,10 @@ import torch
 from edgelam_fl.errors import ProtocolError
 from edgelam_fl.plan.modes import host_mode
 from edgelam_fl.split.ends import Ends
+from edgelam_fl.split.judging import is_finite
 from edgelam_fl.split.route import Route
 from edgelam_fl.split.timeline import Timeline
+from edgelam_fl.split.trainee import check_verdict
 from edgelam_fl.tasks.base import Unit
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.link import Frame
@@ -64,6 +67,7 @@ class DeviceStep:
         self.sums: dict[str, float] = {}  # of the task's other metrics, by name; in evaluation
         self.compute_seconds = 0.0
         self._ends, self._route, self._timeline = ends, route, timeline
+        self._hops = list(plan.routes[0].hops)
         self._index, self._mode = plan.routes[0].device_index, host_mode(plan.host_mode)
         self._patience_s = self._mode.patience_s(plan.deadlines)
         self._waiting = deque(range(len(units)))
@@ -155,12 +159,14 @@ class DeviceStep:
 
     def _take_activation(self, number: int, header: pb.Header, tensor: torch.Tensor | None) -> None:
         """Takes the last host's hidden states through the back, and sends their gradient."""
-        grad = self._forward_back(number, header, _checked(tensor, self._under_way[number].hidden))
+        grad = self._forward_back(number, header, self._checked(tensor, self._under_way[number].hidden, host=-1))
         if self._trains:
             self._send_back(number, grad)
 
     def _take_loss(self, number: int, header: pb.Header, _: torch.Tensor | None) -> None:
         """Notes the loss of a micro-batch whose back is at the last host."""
+        if self._trains and not math.isfinite(header.loss_sum):
+            raise ProtocolError(f"host {self._hops[-1].node} sent a loss of {header.loss_sum}")
         self.losses[number] = header.loss_sum
         if not self._trains:
             self._add_sums(dict(header.sums))
@@ -168,7 +174,7 @@ class DeviceStep:
     def _take_gradient(self, number: int, header: pb.Header, tensor: torch.Tensor | None) -> None:
         """Takes the first host's gradient through the front."""
         hidden = self._under_way[number].hidden
-        grad = _checked(tensor, hidden)
+        grad = self._checked(tensor, hidden, host=0)
         with self._computing("backward", header):
             hidden.backward(grad)
 
@@ -220,6 +226,7 @@ class DeviceStep:
         while True:
             header = self._next().header
             if header.kind == pb.STEP_APPLY and self._concerns(header):
+                check_verdict(header.step_apply)
                 return header.step_apply
 
     def _concerns(self, header: pb.Header) -> bool:
@@ -237,10 +244,16 @@ class DeviceStep:
     def _next(self) -> Frame:
         return self._route.receive(self._patience_s, "federation.step_deadline_s")
 
+    def _checked(self, tensor: torch.Tensor | None, like: torch.Tensor, host: int) -> torch.Tensor:
+        """Returns a tensor that the route's `host` sent. Raises ProtocolError, with the host's name, if it cannot be used.
 
-def _checked(tensor: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-    """Returns a received tensor. Raises ProtocolError if it is not of the shape and dtype of what was sent."""
-    if tensor is None or tensor.shape != like.shape or tensor.dtype != like.dtype:
-        got = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-        raise ProtocolError(f"expected a tensor of {like.dtype} {list(like.shape)}, got {got}")
-    return tensor
+        It must have the shape and dtype of what was sent and, in training, values that are finite: an honest host leaves a
+        device out of the step instead.
+        """
+        name = self._hops[host].node
+        if tensor is None or tensor.shape != like.shape or tensor.dtype != like.dtype:
+            got = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+            raise ProtocolError(f"host {name} sent {got}; expected was {like.dtype} {list(like.shape)}")
+        if self._trains and not is_finite(tensor):
+            raise ProtocolError(f"host {name} sent values that are not finite, in step {self.number}")
+        return tensor

@@ -190,6 +190,12 @@ def judge(parts: Sequence[pb.StepReady], max_norm: float) -> pb.StepApply:
     return pb.StepApply(scale=min(1.0, max_norm / (norm + 1e-6)), skip=not all(part.finite for part in parts))
 
 
+def check_verdict(verdict: pb.StepApply) -> None:
+    """Raises ProtocolError if a coordinator's decision would do more than shrink a gradient."""
+    if not 0 <= verdict.scale <= 1:
+        raise ProtocolError(f"a STEP_APPLY with scale {verdict.scale}; allowed: 0 to 1")
+
+
 def _array(parameter: torch.nn.Parameter) -> np.ndarray:
     return parameter.detach().numpy().copy()
 

@@ -7,6 +7,7 @@ the state of one adapter's turns, `split.group` carries decisions along the chai
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -14,15 +15,16 @@ from functools import partial
 
 from edgelam_fl.errors import ProtocolError, RunFailed
 from edgelam_fl.split.group import Group
+from edgelam_fl.split.judging import Size, size_problem
 from edgelam_fl.split.lane import Lane, TurnId
 from edgelam_fl.split.member import Member, checked_table
 from edgelam_fl.split.timeline import Timeline
-from edgelam_fl.split.trainee import judge
+from edgelam_fl.split.trainee import check_verdict, judge
 from edgelam_fl.telemetry.events import EmitInJob, NodeLeftOut, StepClosed
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.link import Frame
 
-LATE_STEPS_ALLOWED = 3  # in a row, before a device is out of the round
+STRIKES_ALLOWED = 3  # steps in a row with a problem, before a device is out of the round
 Handler = Callable[[Member, Frame], None]
 
 
@@ -108,13 +110,16 @@ class Turns(ABC):
         """Fixes who counts in the open turn, and sums their gradients."""
         turn = lane.turn
         assert turn is not None
+        for index, problem in lane.judge_gradients(self._counted(lane), self.plan.gradient_factor).items():
+            self.group.members[index].problem = problem
         counted = self._counted(lane)
         left_out = [self.group.members[index] for index in turn.members if self.group.members[index] not in counted]
         close = lane.close(counted, left_out)
         self._announce(lane, pb.Header(kind=pb.STEP_CLOSE, phase=pb.TRAIN, step=turn.step, step_close=close))
         self._note_left_out(turn.step, counted, left_out)
+        for member in left_out:
+            self._strike(lane, member, member.problem)
         for member in counted:
-            member.late_steps = 0
             member.labels_trained += member.labels_of(turn.step)
         lane.gather_gradients(counted)
         if not self._clips_globally or not counted:
@@ -135,8 +140,32 @@ class Turns(ABC):
         else:
             with self.timeline.interval("step", pb.Header(step=turn.step)):
                 lane.trainee.step(turn.step, verdict.scale)
+        assert lane.closing is not None
+        for index in set(lane.closing.counted) - lane.struck:
+            self.group.members[index].strikes = 0
         lane.advance()
         self._check_enough(lane)
+
+    def _strike(self, lane: Lane, member: Member, problem: str) -> None:
+        """Notes that the open turn does without a device, or without its norm; one that stays a problem is dismissed.
+
+        `problem`: of the device in this turn; empty if the coordinator decided, or the device was gone.
+        """
+        member.missed_steps, member.missed_for = member.missed_steps + 1, problem or member.gone or member.missed_for
+        if not problem:
+            return
+        lane.struck.add(member.index)
+        member.strikes += 1
+        if member.strikes >= STRIKES_ALLOWED:
+            self.group.dismiss(member, f"left out of {STRIKES_ALLOWED} steps in a row: {problem}")
+
+    def _check_norm_of_host(self, header: pb.Header) -> None:
+        """Raises ProtocolError if a STEP_READY from before this host is none of a host's."""
+        ready = header.step_ready
+        if ready.host >= self.group.position or not _is_norm(ready):
+            raise ProtocolError(
+                f"a norm of host {ready.host}, squared {ready.squared_norm}, at host {self.group.position}"
+            )
 
     @abstractmethod
     def _whose_tables_matter(self, lane: Lane) -> list[Member]:
@@ -186,12 +215,12 @@ class DecidesTurns(Turns):
         return {pb.STEP_READY: self._take_norm_of_device}
 
     def take_norm_of_host(self, member: Member, frame: Frame) -> None:
-        position = frame.header.step_ready.host
-        if position >= self.group.position:
-            raise ProtocolError(f"a norm of host {position}; the hosts before this one are {self.group.position}")
-        self._take_norm(member, _host_name(position), frame.header)
+        self._check_norm_of_host(frame.header)
+        self._take_norm(member, _host_name(frame.header.step_ready.host), frame.header)
 
     def _take_norm_of_device(self, member: Member, frame: Frame) -> None:
+        if not _is_norm(frame.header.step_ready):
+            raise ProtocolError(f"a squared norm of {frame.header.step_ready.squared_norm}")
         self._take_norm(member, member.route.device, frame.header)
 
     def _take_norm(self, member: Member, stage: str, header: pb.Header) -> None:
@@ -219,9 +248,6 @@ class DecidesTurns(Turns):
                 continue
             for member in lane.pending():
                 member.problem = f"later than {deadline_s:.0f} s"
-                member.late_steps += 1
-                if member.late_steps >= LATE_STEPS_ALLOWED:
-                    self.group.dismiss(member, f"late in {LATE_STEPS_ALLOWED} steps")
 
     def is_out(self, member: Member) -> bool:
         return bool(member.gone)
@@ -257,7 +283,22 @@ class DecidesTurns(Turns):
         return lane.verdict
 
     def _judge(self, lane: Lane) -> pb.StepApply:
-        return judge([lane.trainee.squared_norm(), *lane.norms.values()], self.plan.optimizer.max_norm)
+        """Returns how all stages apply the closed turn; norms that cannot be used scale nobody's gradient."""
+        assert lane.closing is not None
+        hosts = [lane.norms[name] for name in map(_host_name, range(self.group.position)) if name in lane.norms]
+        return judge([lane.trainee.squared_norm(), *hosts, *self._norms_of_devices(lane)], self.plan.optimizer.max_norm)
+
+    def _norms_of_devices(self, lane: Lane) -> list[pb.StepReady]:
+        """Returns the norms that the turn's devices reported, of their own layers; those out of all proportion get a strike."""
+        assert lane.closing is not None
+        counted = [self.group.members[index] for index in lane.closing.counted]
+        reported = {m.index: ready for m in counted if (ready := lane.norms.get(m.route.device)) is not None}
+        sizes = {index: _size_of(ready) for index, ready in reported.items()}
+        problems = {i: size_problem(size, list(sizes.values()), self.plan.gradient_factor) for i, size in sizes.items()}
+        for index, problem in problems.items():
+            if problem:
+                self._strike(lane, self.group.members[index], f"in its own layers {problem}")
+        return [ready for index, ready in reported.items() if not problems[index]]
 
     def _report_norm(self, lane: Lane) -> None:
         """Sends nothing: the norms of all stages come together here."""
@@ -289,6 +330,9 @@ class FollowsTurns(Turns):
 
     def _take_totals(self, lane: Lane, header: pb.Header) -> None:
         steps = header.table_all.steps
+        unknown = {index for total in steps for index in total.members} - self.group.members.keys()
+        if unknown:
+            raise ProtocolError(f"a TABLE_ALL with device {min(unknown)}, which has no route here")
         if lane.totals is None and len(steps) != self.plan.steps:
             raise ProtocolError(f"a TABLE_ALL of {len(steps)} steps; the plan has {self.plan.steps}")
         if lane.totals is None:
@@ -298,6 +342,7 @@ class FollowsTurns(Turns):
         lane.closes.setdefault(self._turn_id(lane, header), header.step_close)
 
     def _take_verdict(self, lane: Lane, header: pb.Header) -> None:
+        check_verdict(header.step_apply)
         lane.verdicts.setdefault(self._turn_id(lane, header), header.step_apply)
 
     def _turn_id(self, lane: Lane, header: pb.Header) -> TurnId:
@@ -308,6 +353,7 @@ class FollowsTurns(Turns):
         return header.step, index
 
     def take_norm_of_host(self, member: Member, frame: Frame) -> None:
+        self._check_norm_of_host(frame.header)
         self.group.send_next(member, frame.header)
 
     def take_unusable_gradient(self, member: Member, problem: str) -> None:
@@ -367,6 +413,17 @@ class FollowsTurns(Turns):
 
     def _check_enough(self, lane: Lane) -> None:
         """Checks nothing: the coordinator does."""
+
+
+def _is_norm(ready: pb.StepReady) -> bool:
+    """Returns whether a squared norm is one."""
+    return math.isfinite(ready.squared_norm) and ready.squared_norm >= 0
+
+
+def _size_of(ready: pb.StepReady) -> Size:
+    """Returns the size of a device's own gradient, which is a mean over the device's own labels."""
+    norm = math.sqrt(ready.squared_norm) if ready.finite else math.inf
+    return Size(norm, norm)
 
 
 def _host_name(position: int) -> str:

@@ -458,7 +458,7 @@ class Deadlines(_message.Message):
     def __init__(self, ready_s: _Optional[float] = ..., step_s: _Optional[float] = ..., round_s: _Optional[float] = ..., silent_s: _Optional[float] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("run", "round", "attempt", "node", "role", "routes", "model", "lora", "optimizer", "task", "host_mode", "evaluate", "steps", "batch_size", "micro_batches", "window", "min_devices", "deadlines", "seed", "adapter_digest", "protocol_version", "serves", "hosted", "site", "labels", "checkpointing", "own_steps", "cursor", "generate", "hub_port", "relay_token", "slices_token", "corrections")
+    __slots__ = ("run", "round", "attempt", "node", "role", "routes", "model", "lora", "optimizer", "task", "host_mode", "evaluate", "steps", "batch_size", "micro_batches", "window", "min_devices", "deadlines", "seed", "adapter_digest", "protocol_version", "serves", "hosted", "site", "labels", "checkpointing", "own_steps", "cursor", "generate", "hub_port", "relay_token", "slices_token", "gradient_factor", "corrections")
     RUN_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -491,6 +491,7 @@ class Plan(_message.Message):
     HUB_PORT_FIELD_NUMBER: _ClassVar[int]
     RELAY_TOKEN_FIELD_NUMBER: _ClassVar[int]
     SLICES_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_FACTOR_FIELD_NUMBER: _ClassVar[int]
     CORRECTIONS_FIELD_NUMBER: _ClassVar[int]
     run: str
     round: int
@@ -524,8 +525,9 @@ class Plan(_message.Message):
     hub_port: int
     relay_token: bytes
     slices_token: bytes
+    gradient_factor: float
     corrections: _containers.RepeatedCompositeFieldContainer[Correction]
-    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., node: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., routes: _Optional[_Iterable[_Union[Route, _Mapping]]] = ..., model: _Optional[_Union[ModelRef, _Mapping]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., task: _Optional[_Union[TaskSettings, _Mapping]] = ..., host_mode: _Optional[str] = ..., evaluate: _Optional[bool] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., micro_batches: _Optional[int] = ..., window: _Optional[int] = ..., min_devices: _Optional[int] = ..., deadlines: _Optional[_Union[Deadlines, _Mapping]] = ..., seed: _Optional[int] = ..., adapter_digest: _Optional[str] = ..., protocol_version: _Optional[int] = ..., serves: _Optional[_Iterable[_Union[Route, _Mapping]]] = ..., hosted: _Optional[_Union[Slice, _Mapping]] = ..., site: _Optional[str] = ..., labels: _Optional[str] = ..., checkpointing: _Optional[bool] = ..., own_steps: _Optional[int] = ..., cursor: _Optional[int] = ..., generate: _Optional[bool] = ..., hub_port: _Optional[int] = ..., relay_token: _Optional[bytes] = ..., slices_token: _Optional[bytes] = ..., corrections: _Optional[_Iterable[_Union[Correction, _Mapping]]] = ...) -> None: ...
+    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., node: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., routes: _Optional[_Iterable[_Union[Route, _Mapping]]] = ..., model: _Optional[_Union[ModelRef, _Mapping]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., task: _Optional[_Union[TaskSettings, _Mapping]] = ..., host_mode: _Optional[str] = ..., evaluate: _Optional[bool] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., micro_batches: _Optional[int] = ..., window: _Optional[int] = ..., min_devices: _Optional[int] = ..., deadlines: _Optional[_Union[Deadlines, _Mapping]] = ..., seed: _Optional[int] = ..., adapter_digest: _Optional[str] = ..., protocol_version: _Optional[int] = ..., serves: _Optional[_Iterable[_Union[Route, _Mapping]]] = ..., hosted: _Optional[_Union[Slice, _Mapping]] = ..., site: _Optional[str] = ..., labels: _Optional[str] = ..., checkpointing: _Optional[bool] = ..., own_steps: _Optional[int] = ..., cursor: _Optional[int] = ..., generate: _Optional[bool] = ..., hub_port: _Optional[int] = ..., relay_token: _Optional[bytes] = ..., slices_token: _Optional[bytes] = ..., gradient_factor: _Optional[float] = ..., corrections: _Optional[_Iterable[_Union[Correction, _Mapping]]] = ...) -> None: ...
 
 class Correction(_message.Message):
     __slots__ = ("scope", "source", "digest")
@@ -768,18 +770,32 @@ class Contribution(_message.Message):
     def __init__(self, scope: _Optional[str] = ..., source: _Optional[str] = ..., weight: _Optional[float] = ..., adapter: _Optional[bytes] = ..., lr_sum: _Optional[float] = ...) -> None: ...
 
 class HostPart(_message.Message):
-    __slots__ = ("first_layer", "last_layer", "compute_seconds", "bytes", "labels_trained")
+    __slots__ = ("first_layer", "last_layer", "compute_seconds", "bytes", "labels_trained", "left_out")
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
     LAST_LAYER_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     LABELS_TRAINED_FIELD_NUMBER: _ClassVar[int]
+    LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
     first_layer: int
     last_layer: int
     compute_seconds: float
     bytes: _containers.RepeatedCompositeFieldContainer[KindBytes]
     labels_trained: int
-    def __init__(self, first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., compute_seconds: _Optional[float] = ..., bytes: _Optional[_Iterable[_Union[KindBytes, _Mapping]]] = ..., labels_trained: _Optional[int] = ...) -> None: ...
+    left_out: _containers.RepeatedCompositeFieldContainer[DeviceLeftOut]
+    def __init__(self, first_layer: _Optional[int] = ..., last_layer: _Optional[int] = ..., compute_seconds: _Optional[float] = ..., bytes: _Optional[_Iterable[_Union[KindBytes, _Mapping]]] = ..., labels_trained: _Optional[int] = ..., left_out: _Optional[_Iterable[_Union[DeviceLeftOut, _Mapping]]] = ...) -> None: ...
+
+class DeviceLeftOut(_message.Message):
+    __slots__ = ("device", "steps", "reason", "out")
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    OUT_FIELD_NUMBER: _ClassVar[int]
+    device: str
+    steps: int
+    reason: str
+    out: bool
+    def __init__(self, device: _Optional[str] = ..., steps: _Optional[int] = ..., reason: _Optional[str] = ..., out: _Optional[bool] = ...) -> None: ...
 
 class Interval(_message.Message):
     __slots__ = ("kind", "start_s", "seconds", "step", "micro_batch", "role", "peer", "tensor_bytes")

@@ -301,7 +301,7 @@ def test_a_device_late_in_three_steps_is_out_of_the_round(tiny: ModelSource) -> 
         prompt.await_frame(pb.STEP_CLOSE, step)
     prompt.done()
     site.end()
-    assert late.await_frame(pb.CANCEL).header.cancel.reason == "late in 3 steps"
+    assert late.await_frame(pb.CANCEL).header.cancel.reason == "left out of 3 steps in a row: later than 0 s"
     assert site.problem is None
 
 
@@ -401,11 +401,15 @@ def test_a_gradient_of_another_shape_leaves_its_device_out(tiny: ModelSource) ->
 @pytest.mark.parametrize(
     "rows",
     [
-        [pb.StepRow(labels=1, rows=[1])] * 2,
+        [pb.StepRow(labels=1, rows=[1], tokens=[8])] * 2,
         [pb.StepRow(labels=1, rows=[])],
-        [pb.StepRow(labels=1, rows=[1, 1, 1])],
-        [pb.StepRow(labels=1, rows=[5])],
-        [pb.StepRow(labels=4 * 128 + 1, rows=[1])],
+        [pb.StepRow(labels=1, rows=[1, 1, 1], tokens=[8, 8, 8])],
+        [pb.StepRow(labels=1, rows=[5], tokens=[8])],
+        [pb.StepRow(labels=129, rows=[1], tokens=[128])],
+        [pb.StepRow(labels=1, rows=[1], tokens=[129])],
+        [pb.StepRow(labels=1, rows=[1], tokens=[0])],
+        [pb.StepRow(labels=1, rows=[0], tokens=[8])],
+        [pb.StepRow(labels=1, rows=[1])],
     ],
 )
 def test_a_table_beyond_the_plan_is_refused(tiny: ModelSource, rows: list[pb.StepRow]) -> None:
@@ -414,6 +418,31 @@ def test_a_table_beyond_the_plan_is_refused(tiny: ModelSource, rows: list[pb.Ste
     device.exit.send(pb.Header(kind=pb.TABLE, table=pb.Table(steps=rows)))
     assert "broke the protocol: a TABLE" in device.await_frame(pb.CANCEL).header.cancel.reason
     site.end()
+
+
+def test_whatever_fails_on_a_frame_costs_its_sender_alone(tiny: ModelSource) -> None:
+    """No check foresees everything: an error of any kind is the sender's, not the job's."""
+    site = Site(tiny, 2)
+    bad, good = site.open(2)
+    plain = site.stage.forward
+
+    def forward(inputs: torch.Tensor, row_lengths: list[int], **how: Any) -> torch.Tensor:
+        if torch.equal(inputs, bad.hidden):
+            raise IndexError("a private value")
+        return plain(inputs, row_lengths, **how)
+
+    site.stage.forward = forward  # type: ignore[method-assign]
+    bad.act(phase=pb.EVAL)
+    reason = bad.await_frame(pb.CANCEL).header.cancel.reason
+    assert reason == "a frame that host edge-1 cannot work on: IndexError"
+    good.table()
+    good.step(LABELS[1])
+    assert list(good.await_frame(pb.STEP_CLOSE).header.step_close.counted) == [1]
+    good.done()
+    site.end()
+    assert site.problem is None
+    (left,) = site.host.left_out()
+    assert (left.device, left.reason, left.out) == ("device-0", reason, True)
 
 
 # ---------------------------------------------------------------- the door

@@ -15,7 +15,7 @@ from edgelam_fl.split.group import Group
 from edgelam_fl.split.lane import Lane
 from edgelam_fl.split.member import Member
 from edgelam_fl.split.timeline import Timeline
-from edgelam_fl.split.turns import LATE_STEPS_ALLOWED, DecidesTurns, FollowsTurns, Turns
+from edgelam_fl.split.turns import STRIKES_ALLOWED, DecidesTurns, FollowsTurns, Turns
 from edgelam_fl.telemetry.events import JobEvent, LinkLost, StepClosed
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.link import Frame
@@ -92,7 +92,7 @@ class Site:
 
     def tables(self) -> None:
         for member in self.members:
-            rows = [pb.StepRow(labels=LABELS[member.index], rows=[1])] * STEPS
+            rows = [pb.StepRow(labels=LABELS[member.index], rows=[1], tokens=[8])] * STEPS
             self.turns.take_table(member, Frame(pb.Header(kind=pb.TABLE, table=pb.Table(steps=rows))))
 
     def gradients(self, *members: Member) -> None:
@@ -215,17 +215,18 @@ def test_a_global_norm_goes_to_the_coordinator_and_its_scale_comes_back(tiny: Mo
 def test_the_coordinator_goes_on_without_the_late_and_dismisses_those_who_stay_late(tiny: ModelSource) -> None:
     site = Site(tiny, "edge-2")
     prompt, late = site.members
-    late.late_steps = LATE_STEPS_ALLOWED - 1
+    late.strikes = STRIKES_ALLOWED - 1
     site.tables()
     site.work()
     site.gradients(prompt)
     site.plan.deadlines.step_s = 0.0
     assert site.turns.patience_s() == 0.0
     site.turns.give_up_on_the_late()
-    assert late.gone == f"late in {LATE_STEPS_ALLOWED} steps"
+    assert late.problem == "later than 0 s"
     assert site.work() == 1
+    assert late.gone == f"left out of {STRIKES_ALLOWED} steps in a row: later than 0 s"
     assert (prompt.labels_trained, late.labels_trained) == (LABELS[0], 0)
-    assert [type(event) for event in site.events] == [LinkLost, StepClosed]
+    assert [type(event) for event in site.events] == [StepClosed, LinkLost]
 
 
 def test_copies_have_no_deadline(tiny: ModelSource) -> None:
