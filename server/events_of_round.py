@@ -11,6 +11,7 @@ from typing import Any
 from edgelam_fl.plan.layout import Site
 from edgelam_fl.telemetry.events import (
     DemandSeen,
+    DeviceLeftOut,
     DeviceResult,
     HostResult,
     LayersHeld,
@@ -82,7 +83,11 @@ def describe_round(
             host = report.host
             traffic = _traffic(host.bytes, reply.bytes_of("site"), received)
             layers, seconds = (host.first_layer, host.last_layer), round(host.compute_seconds, 3)
-            hosts.append(HostResult(**common, **traffic, compute_seconds=seconds, layers=layers))
+            left_out = tuple(
+                DeviceLeftOut(device=one.device, steps=one.steps, reason=one.reason, out=one.out)
+                for one in host.left_out
+            )
+            hosts.append(HostResult(**common, **traffic, compute_seconds=seconds, layers=layers, left_out=left_out))
     return tuple(devices), tuple(hosts), dict(by_kind)
 
 

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
+import numpy as np
 from flwr.app import RecordDict
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import TooFewSources
+from edgelam_fl.plan.layout import site_source
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.exchange import Arrived, Missing
 from server.global_adapter import as_start, starting_point
 from server.holdings import NodeHoldings, holdings_after
+from server.judging import UpdateJudge, first_not_finite, without_outliers
 from server.replies import Reply, RunningMeans, broken_sites, contributions_of, parts_by_site, read_reply, why_unusable
 from server.state import Outcome, PlannedRound, Received
 from strategies.aggregation.error import aggregation_error
 from strategies.api import Aggregation
 
+_STAYS = "the adapter before the round stays"
 
-def receive(planned: PlannedRound, answers: Iterable[Arrived | Missing]) -> Received:
-    """Reads the answers as they arrive and checks each against its plan. Of a large round, no tensors are kept."""
-    means = RunningMeans() if planned.sums_on_arrival else None
+
+def receive(planned: PlannedRound, answers: Iterable[Arrived | Missing], update_factor: float = 0.0) -> Received:
+    """Reads the answers as they arrive and checks each against its plan. Of a large round, no tensors are kept.
+
+    `update_factor`: how many times the median of its like an update may be; 0: any size.
+    """
+    site_sources = frozenset(site_source(site.name) for site in planned.layout.sites)
+    judge = UpdateJudge(planned.start.adapter, planned.start.personal, site_sources, update_factor)
+    means = RunningMeans(judge) if planned.sums_on_arrival else None
     replies: dict[str, Reply] = {}
     problems, silent = dict.fromkeys(planned.plans, "no reply"), set()
     for answer in answers:
@@ -35,24 +46,32 @@ def receive(planned: PlannedRound, answers: Iterable[Arrived | Missing]) -> Rece
             replies[answer.name] = reply
         del answer, reply  # an update; else the next one would be fetched while this one is still here
     broken = broken_sites(planned.layout, replies)
+    if means is not None:
+        contributions, left_out = means.contributions(broken), means.left_out
+    else:
+        found = contributions_of(replies, planned.plans, planned.layout, broken)
+        contributions, left_out = without_outliers(found, judge, planned.layout)
     return Received(
         replies=replies,
         problems={name: reason for name, reason in problems.items() if name not in replies},
         silent=frozenset(silent),
         broken=broken,
+        left_out=left_out,
         devices=[
-            name for site in planned.layout.sites if site.name not in broken for name in site.members if name in replies
+            name
+            for site in planned.layout.sites
+            if site.name not in broken
+            for name in site.members
+            if name in replies and name not in left_out
         ],
-        contributions=means.contributions(broken)
-        if means is not None
-        else contributions_of(replies, planned.plans, planned.layout, broken),
+        contributions=contributions,
         holdings={name: _held(planned, plan, replies.get(name)) for name, plan in planned.plans.items()},
     )
 
 
 def conclude(planned: PlannedRound, received: Received, rule: Aggregation, config: RunConfig) -> Outcome:
     """Aggregates the contributions. The outcome has no aggregate if there are too few devices (`min_nodes`), no whole
-    site, or fewer sources than the rule needs.
+    site, fewer sources than the rule needs, or if the rule made values that are not finite.
     """
     outcome = Outcome(planned=planned, received=received)
     contributions = received.contributions
@@ -60,12 +79,18 @@ def conclude(planned: PlannedRound, received: Received, rule: Aggregation, confi
         return outcome
     start = as_start(planned.start.adapter, config, planned.facts.round)
     try:
-        new = rule.aggregate(contributions, start)
+        with np.errstate(over="ignore", invalid="ignore"):  # what they would warn of is looked for below
+            new = rule.aggregate(contributions, start)
     except TooFewSources as problem:
-        return Outcome(planned=planned, received=received, too_few=str(problem))
+        return replace(outcome, problem=str(problem))
+    except np.linalg.LinAlgError as problem:
+        return replace(outcome, problem=f"the contributions cannot be aggregated: {problem}; {_STAYS}")
+    bad = first_not_finite([new.tensors, new.carry, *new.personal.values()])
+    if bad:
+        return replace(outcome, problem=f"the aggregate of {bad} is not finite; {_STAYS}")
     # The error needs the factors of each source, which a large round does not keep.
     error = None if planned.sums_on_arrival else aggregation_error(contributions, {**new.tensors, **new.carry}, start)
-    return Outcome(planned=planned, received=received, aggregated=new, error=error)
+    return replace(outcome, aggregated=new, error=error)
 
 
 def _read(planned: PlannedRound, name: str, content: RecordDict, means: RunningMeans | None) -> tuple[Reply, str]:

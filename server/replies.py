@@ -21,8 +21,10 @@ from edgelam_fl.model.carry import is_carry
 from edgelam_fl.plan.layout import Layout, site_source
 from edgelam_fl.plan.modes import host_mode
 from edgelam_fl.plan.reading import end_spans, hosted_span
+from edgelam_fl.split.judging import Size
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.global_adapter import at_rank
+from server.judging import UpdateJudge
 from strategies.aggregation.factors import A, B, is_factor, module_of
 from strategies.aggregation.fedavg import WeightedMean
 from strategies.api import Contribution
@@ -30,6 +32,8 @@ from strategies.registry import Capabilities
 
 _ROUNDING = 1e-9  # relative, of a sum of learning rates
 KEPT_NODES = 32  # the most nodes of a round whose replies are kept
+FIRST_REPLIES = 8  # of a large round, which are judged together: before them there is no median
+MOST_VALUE = 1e4  # of any trained number; factors that are any good stay far below
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +114,8 @@ def spans_of_source(plan: pb.Plan, scope: str, source: str) -> list[Span] | None
 def _most_labels(plan: pb.Plan, part: pb.Contribution) -> int:
     """Returns the labels of a full round of the contribution's devices."""
     devices = len(plan.serves) if host_mode(plan.host_mode).is_shared(part.scope) else 1
-    return devices * plan.steps * plan.batch_size * plan.task.max_tokens
+    steps = plan.own_steps if part.scope == "ends" else plan.steps
+    return devices * steps * plan.batch_size * plan.task.max_tokens
 
 
 def _least_lr(plan: pb.Plan) -> float:
@@ -141,8 +146,8 @@ def _wrong_tensor(tensors: Adapter, expected: Adapter) -> str:
             return f"its update has a tensor {name}, which its plan does not let it train"
         if array.shape != expected[name].shape or array.dtype != np.float32:
             return f"its {name} is {array.dtype} {array.shape}, not float32 {expected[name].shape}"
-        if not np.isfinite(array).all():
-            return f"its {name} holds values that are not finite"
+        if array.size and not (array.min() >= -MOST_VALUE and array.max() <= MOST_VALUE):
+            return f"its {name} holds values that are not finite, or beyond {MOST_VALUE:g}"
     return ""
 
 
@@ -201,18 +206,37 @@ def sums_on_arrival(aggregation: Capabilities, nodes: int, kept_nodes: int = KEP
 class RunningMeans:
     """The weighted means of what has arrived, per site: as large as two updates each, however many arrive."""
 
-    def __init__(self) -> None:
+    def __init__(self, judge: UpdateJudge) -> None:
+        """`judge`: of the updates, each by the median of those that have arrived."""
+        self.left_out: dict[str, str] = {}
+        """Why a contribution does not count, by source."""
+        self._judge = judge
+        self._first: list[tuple[str, Contribution, Size]] = []  # wait until there is a median
+        self._judged = 0
         self._of_site: dict[str, WeightedMean] = {}
         self._scales: dict[str, float] = {}
 
     def add(self, parts: Iterable[tuple[str, Contribution]]) -> None:
-        """Adds the parts of one reply, each with its site. Keeps none of their tensors."""
-        for site, contribution in parts:
+        """Adds the parts of one reply, each with its site. Keeps the tensors of the first few replies alone."""
+        measured = [(site, contribution, self._judge.measure([contribution])) for site, contribution in parts]
+        self._first += measured
+        self._judged += 1
+        if self._judged >= FIRST_REPLIES:
+            self._take()
+
+    def _take(self) -> None:
+        while self._first:
+            site, contribution, size = self._first.pop(0)
+            problem = self._judge.problem(contribution.source, size)
+            if problem:
+                self.left_out[contribution.source] = problem
+                continue
             self._of_site.setdefault(site, WeightedMean()).add(contribution)
             self._scales.update(contribution.scales)
 
     def contributions(self, broken: Collection[str]) -> list[Contribution]:
         """Returns one contribution per total weight, without the `broken` sites. Takes the sums out: a second call has none."""
+        self._take()
         mean = WeightedMean()
         for site in sorted(self._of_site.keys() - set(broken)):
             mean.merge(self._of_site.pop(site))

@@ -20,7 +20,15 @@ from edgelam_fl.plan.layout import Layout, who_may_host
 from edgelam_fl.plan.making import RoundFacts, make_plans, planned_steps
 from edgelam_fl.plan.placement import Placement
 from edgelam_fl.plan.spec import RunSpec
-from edgelam_fl.telemetry.events import NodeLost, RoundDone, RoundTimeline, SiteLost, VirtualRound
+from edgelam_fl.telemetry.events import (
+    AggregateRefused,
+    ContributionLeftOut,
+    NodeLost,
+    RoundDone,
+    RoundTimeline,
+    SiteLost,
+    VirtualRound,
+)
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.events_of_round import describe_plan, describe_round, describe_timeline
 from server.exchange import Arrived, Exchange, Missing, Request, SiteDeadline
@@ -74,21 +82,23 @@ class Rounds:
 
     def round_after(self, state: FederationState) -> FederationState:
         """Returns the state after the next round: of its first attempt that comes to an aggregate."""
-        number, too_few = state.round + 1, ""
+        number, refused = state.round + 1, ""
         for attempt in range(1, _ATTEMPTS + 1):
             self.roster.gather(self.config, at_start=number == attempt == 1)
             lineup = self.schedule.lineup(number, attempt, self._devices(), len(self.roster.edges()))
             planned = self._plan(number, attempt, lineup, state)
-            received = receive(planned, self._answers(planned))
+            received = receive(planned, self._answers(planned), self.config.federation.update_factor)
             self._note(planned, received)
             outcome = conclude(planned, received, self.aggregation.rule, self.config)
             state = state.after(outcome)
             if outcome.aggregated is not None:
                 self._finish(outcome, state)
                 return state
-            too_few = outcome.too_few or too_few
+            if outcome.problem:
+                refused = outcome.problem
+                self.folder.emit(AggregateRefused(round=number, attempt=attempt, reason=refused))
         problems = [f"{name}: {problem}" for name, problem in sorted(self.roster.problems.items())]
-        raise RunFailed(f"round {number} failed {_ATTEMPTS} times: {'; '.join(problems + [too_few] * bool(too_few))}")
+        raise RunFailed(f"round {number} failed {_ATTEMPTS} times: {'; '.join(problems + [refused] * bool(refused))}")
 
     def evaluate(self, state: FederationState) -> None:
         """Has every device that may take part measure the adapter."""
@@ -212,6 +222,8 @@ class Rounds:
             reason = received.problems[name]
             self.roster.failed(name, reason, silent=name in received.silent)
             self.folder.emit(NodeLost(round=number, node=name, reason=reason))
+        for source, reason in sorted(received.left_out.items()):
+            self.folder.emit(ContributionLeftOut(round=number, source=source, reason=reason))
         if planned.facts.steps:
             for site, hosts in received.broken.items():
                 self.folder.emit(SiteLost(round=number, site=site, missing=tuple(hosts)))

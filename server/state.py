@@ -122,8 +122,10 @@ class Received:
     """The nodes that did not reply at all."""
     broken: Mapping[str, Sequence[str]]
     """The hosts without a usable reply, by site. Nothing of these sites counts."""
+    left_out: Mapping[str, str]
+    """Why a usable contribution does not count, by source: its update is far larger than the others'."""
     devices: Sequence[str]
-    """The devices with a usable reply in sites that are whole."""
+    """The devices whose contributions count: with a usable reply, in sites that are whole."""
     contributions: Sequence[Contribution]
     """What counts, per source and weight; of a large round the mean, per weight."""
     holdings: Mapping[str, NodeHoldings | None]
@@ -140,5 +142,5 @@ class Outcome:
     """None: too few devices or sources, and the round has to be tried again."""
     error: float | None = None
     """The aggregate's error against the mean of the sources' products; None: not computed."""
-    too_few: str = ""
+    problem: str = ""
     """Why the contributions could not be aggregated, if that was tried."""

@@ -29,7 +29,7 @@ from server.run_folder import RunFolder
 from server.state import FederationState
 from tests.support import run_config
 
-LABELS = {"a": 3, "b": 17, "c": 1}
+LABELS = {"a": 3, "b": 17, "c": 1, "d": 5}
 
 
 class ByHand:

@@ -19,15 +19,15 @@ from statistics import median
 import torch
 
 MOST_NORM = 1e4  # of a gradient per label: training that is any good stays far below, whatever the model
-LEAST_DEVICES = 3  # for a median
+LEAST_SOURCES = 3  # for a median
 
 
 @dataclass(frozen=True)
 class Size:
-    """The size of one device's gradient."""
+    """The size of what one of several sources adds: a device's gradient, or an update."""
 
-    in_sum: float  # norm of what it adds to the step's gradient
-    per_label: float  # norm of the mean over the device's own labels
+    added: float  # norm of what it adds to the sum
+    per_unit: float  # the same per unit of what is behind it: a gradient's per label, an update's per learning rate
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -48,15 +48,11 @@ def size_problem(own: Size, group: Sequence[Size], factor: float) -> str:
     `group`: the sizes of all devices that share the adapter, this one included. `factor`: how many times the group's median
     is still fine; 0: any.
     """
-    if not (math.isfinite(own.in_sum) and math.isfinite(own.per_label)):
+    if not (math.isfinite(own.added) and math.isfinite(own.per_unit)):
         return "a gradient that is not finite"
-    if own.per_label > MOST_NORM:
-        return f"a gradient of norm {own.per_label:.3g}, more than {MOST_NORM:g}"
-    if not factor or len(group) < LEAST_DEVICES:
-        return ""
-    times = min(
-        _times(own.in_sum, [one.in_sum for one in group]), _times(own.per_label, [one.per_label for one in group])
-    )
+    if own.per_unit > MOST_NORM:
+        return f"a gradient of norm {own.per_unit:.3g}, more than {MOST_NORM:g}"
+    times = times_the_median(own, group) if factor else 0.0
     if times <= factor:
         return ""
     return (
@@ -64,7 +60,18 @@ def size_problem(own: Size, group: Sequence[Size], factor: float) -> str:
     )
 
 
+def times_the_median(own: Size, group: Sequence[Size]) -> float:
+    """Returns how many times the median a size is, in the measure in which that is less; 0 if the group has no median.
+
+    `group`: the sizes of all, this one included.
+    """
+    if len(group) < LEAST_SOURCES:
+        return 0.0
+    added, per_unit = [one.added for one in group], [one.per_unit for one in group]
+    return min(_times(own.added, added), _times(own.per_unit, per_unit))
+
+
 def _times(own: float, group: Sequence[float]) -> float:
-    """Returns how many times the median `own` is; 0 if the median is, so that nothing can be said."""
+    """Returns 0 if the median is 0: then nothing can be said."""
     middle = median(one if math.isfinite(one) else math.inf for one in group)
     return own / middle if middle > 0 else 0.0

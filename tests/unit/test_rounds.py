@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,9 +14,13 @@ import pytest
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.carry import is_carry
+from edgelam_fl.telemetry.events import read_events
+from edgelam_fl.telemetry.report.incidents import incidents
+from edgelam_fl.wire import edgelam_pb2 as pb
 from server.replies import KEPT_NODES
 from server.state import FederationState
-from strategies.api import RoundState, Selected
+from strategies.aggregation.fedavg import FedAvg
+from strategies.api import Aggregated, Contribution, RoundState, Selected, Start
 from strategies.registry import with_capabilities
 from tests.by_hand import LABELS, ByHand, FederationByHand, moves
 from tests.unit.conftest import MakeFederation
@@ -332,7 +337,90 @@ def test_a_device_with_values_that_are_not_finite_is_left_out_with_an_event(fede
     assert moves(run.run(), run.start) == {0: 1, 1: 1, 2: 2, 3: 2, 4: 1, 5: 1}
     (lost,) = [event for event in run.events("node_lost") if event["round"] == 1]
     assert lost["node"] == "b"
-    assert "holds values that are not finite" in lost["reason"]
+    assert "holds values that are not finite, or beyond 10000" in lost["reason"]
+
+
+@pytest.mark.parametrize("kept", [KEPT_NODES, 0])
+def test_s11_an_update_far_larger_than_the_others_is_left_out_and_named(federation: MakeFederation, kept: int) -> None:
+    """A stranger's adapter of 1000s, at the largest weight that the plan allows, moves nobody."""
+    run = federation("abcd", "", "split.hosts=0", "federation.rounds=1", kept_nodes=kept)
+    run.nodes["d"].by = 1000.0
+    assert set(moves(run.run(), run.start).values()) == {1}
+    (left,) = run.events("contribution_left_out")
+    assert (left["round"], left["source"]) == (1, "d")
+    assert left["reason"] == "an update of 1000 times the median of 4 (federation.update_factor = 12)"
+    assert ("left out of the aggregate of round 1", "d", left["reason"]) in [
+        incident[1:] for incident in incidents(list(read_events(run.folder.emit.path)))
+    ]
+
+
+def test_s11_any_size_counts_if_the_factor_is_off(federation: MakeFederation) -> None:
+    run = federation("abcd", "", "split.hosts=0", "federation.rounds=1", "federation.update_factor=0")
+    run.nodes["d"].by = 1000.0
+    assert min(moves(run.run(), run.start).values()) > 1
+    assert not run.events("contribution_left_out")
+
+
+def test_s11_values_beyond_all_measure_make_a_reply_unusable(federation: MakeFederation) -> None:
+    """With two devices there is no median; there is a limit."""
+    run = federation("ab", "", "split.hosts=0", "federation.rounds=1")
+    run.nodes["b"].by = 1e30
+    assert set(moves(run.run(), run.start).values()) == {1}
+    assert "not finite, or beyond 10000" in run.events("node_lost")[0]["reason"]
+
+
+def test_s11_an_unlike_device_is_not_left_out(federation: MakeFederation) -> None:
+    """Ten times as far as the others is still within the default."""
+    run = federation("abcd", "", "split.hosts=0", "federation.rounds=1")
+    run.nodes["d"].by = 10.0
+    run.run()
+    assert not run.events("contribution_left_out")
+
+
+class Overflows(FedAvg):
+    """A rule whose result is not finite in one round."""
+
+    broken = True
+
+    def aggregate(self, contributions: Sequence[Contribution], start: Start) -> Aggregated:
+        new = super().aggregate(contributions, start)
+        factor = np.float32(np.inf if self.broken else 1)
+        return Aggregated({name: array * factor for name, array in new.tensors.items()})
+
+
+def test_s11_an_aggregate_that_is_not_finite_does_not_replace_the_adapter(federation: MakeFederation) -> None:
+    run = federation("abc", "", "split.hosts=0", "federation.rounds=1")
+    rule = Overflows()
+    run.rounds.aggregation = with_capabilities(rule)
+    with pytest.raises(
+        RunFailed, match=r"round 1 failed 3 times: the aggregate of .* is not finite; the adapter before"
+    ):
+        run.run()
+    refused = run.events("aggregate_refused")
+    assert [(event["round"], event["attempt"]) for event in refused] == [(1, 1), (1, 2), (1, 3)]
+    assert not (run.folder.path / "adapter").exists()
+    rule.broken = False
+    assert set(moves(run.run(), run.start).values()) == {1}
+
+
+def test_the_devices_that_a_host_left_out_are_named_in_its_part_of_the_round(federation: MakeFederation) -> None:
+    run = federation("abc", "e", "federation.rounds=1")
+    work = run.nodes["e"].work
+
+    def with_one_left_out(plan: pb.Plan, content: Any) -> Any:
+        report, parts = work(plan, content)
+        if plan.steps:
+            report.host.left_out.add(device="c", steps=3, reason="a gradient of norm 1e+06, more than 10000", out=True)
+        return report, parts
+
+    run.nodes["e"].work = with_one_left_out  # type: ignore[method-assign]
+    run.run()
+    (host,) = run.events("round_done")[0]["hosts"]
+    assert host["left_out"] == [
+        {"device": "c", "steps": 3, "reason": "a gradient of norm 1e+06, more than 10000", "out": True}
+    ]
+    told = [incident[1:3] for incident in incidents(list(read_events(run.folder.emit.path)))]
+    assert ("out of round 1, by host e", "c") in told
 
 
 def test_too_few_sources_for_the_rule(federation: MakeFederation) -> None:

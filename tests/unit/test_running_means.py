@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from server.replies import KEPT_NODES, RunningMeans, sums_on_arrival
+from server.judging import UpdateJudge
+from server.replies import FIRST_REPLIES, KEPT_NODES, RunningMeans, sums_on_arrival
 from strategies.aggregation.fedavg import FedAvg
 from strategies.api import Aggregated, Contribution, Start
 from strategies.registry import BUILT_IN, load, with_capabilities
@@ -45,10 +47,31 @@ def contribution(number: int, *names: str) -> tuple[str, Contribution]:
 
 
 def averaged(given: Sequence[tuple[str, Contribution]], broken: Sequence[str] = ()) -> list[Contribution]:
-    means = RunningMeans()
+    means = running(factor=0)
     for one in given:
         means.add([one])
     return means.contributions(broken)
+
+
+def running(factor: float) -> RunningMeans:
+    start = {name: np.zeros((4, 6), np.float32) for name in (A, B)}
+    return RunningMeans(UpdateJudge(start, {}, frozenset(), factor))
+
+
+def test_s11_an_update_far_larger_than_the_others_is_left_out_wherever_it_arrives() -> None:
+    """The first few wait for each other, so that a large one among them is seen; each later one is seen at once."""
+    honest = [contribution(n, A) for n in range(20)]
+    expected = averaged(honest)
+    for place in (0, FIRST_REPLIES - 1, 15, 20):
+        site, one = contribution(77, A)
+        huge = replace(one, source="liar", tensors={name: 1000 * array for name, array in one.tensors.items()})
+        means = running(factor=12)
+        for part in [*honest[:place], (site, huge), *honest[place:]]:
+            means.add([part])
+        (mean,) = means.contributions(())
+        np.testing.assert_allclose(mean.tensors[A], expected[0].tensors[A], rtol=1e-6)
+        assert set(means.left_out) == {"liar"}
+        assert "times the median of" in means.left_out["liar"]
 
 
 def test_the_sums_are_the_mean_of_those_whose_site_is_whole() -> None:

@@ -21,7 +21,10 @@ from edgelam_fl.telemetry.events.nodes import (
     WindowGranted,
 )
 from edgelam_fl.telemetry.events.rounds import (
+    AggregateRefused,
+    ContributionLeftOut,
     DemandSeen,
+    DeviceLeftOut,
     DeviceResult,
     HostResult,
     LayersHeld,
@@ -56,7 +59,10 @@ from edgelam_fl.telemetry.events.run import (
 
 __all__ = [
     "RUN_ENDS",
+    "AggregateRefused",
+    "ContributionLeftOut",
     "DemandSeen",
+    "DeviceLeftOut",
     "DeviceResult",
     "Emit",
     "EmitInJob",

@@ -222,6 +222,30 @@ class SiteLost(Event):
     """The hosts that did not deliver."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ContributionLeftOut(Event):
+    """The contribution of a device or a site does not count in the aggregate: its update is far larger than the others'."""
+
+    round: int
+    """Number of the round."""
+    source: str
+    """Name of the device, or "site" and the name of the site."""
+    reason: str
+    """Reason, in words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AggregateRefused(Event):
+    """The contributions of an attempt made no adapter that can be used; the one before the round stays."""
+
+    round: int
+    """Number of the round."""
+    attempt: int
+    """Number of the attempt."""
+    reason: str
+    """Reason, in words."""
+
+
 # ---------------------------------------------------------------- after
 
 
@@ -290,11 +314,27 @@ class DeviceResult(NodeResult):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeviceLeftOut:
+    """A device that some steps of a host did not count."""
+
+    device: str
+    """Name of the device."""
+    steps: int
+    """Number of these steps."""
+    reason: str
+    """Reason in the last of them, in words."""
+    out: bool
+    """Whether the device was out of the round before its end."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class HostResult(NodeResult):
     """One host's part of a round. A device that is a host too is among the devices as well."""
 
     layers: tuple[int, ...] | None
     """Its layers as [first, last)."""
+    left_out: tuple[DeviceLeftOut, ...] = ()
+    """The devices that some step of the host did not count."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,8 @@ EVENTS: dict[str, type[Event]] = {
     "plan": rounds.PlanMade,
     "node_lost": rounds.NodeLost,
     "site_lost": rounds.SiteLost,
+    "contribution_left_out": rounds.ContributionLeftOut,
+    "aggregate_refused": rounds.AggregateRefused,
     "timeline": rounds.RoundTimeline,
     "round_done": rounds.RoundDone,
     "route_ready": run.RouteReady,

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator, Sequence
 
 from edgelam_fl.telemetry.events import (
+    AggregateRefused,
+    ContributionLeftOut,
     Event,
     NodeJoined,
     NodeLost,
@@ -53,7 +55,15 @@ def _incidents(event: Event) -> Iterator[tuple[str, str, str]]:
             yield "refused", event.node, event.reason
         case NodeLost():
             yield f"lost in round {event.round}", event.node, event.reason
+        case ContributionLeftOut():
+            yield f"left out of the aggregate of round {event.round}", event.source, event.reason
+        case AggregateRefused():
+            yield f"round {event.round}, attempt {event.attempt}: no aggregate", "", event.reason
         case RoundDone():
+            for host in event.hosts:
+                for one in host.left_out:
+                    what = "out of" if one.out else f"left out of {one.steps} steps of"
+                    yield f"{what} round {event.round}, by host {host.name}", one.device, one.reason
             for device in event.devices:
                 for left in device.left_out:
                     yield f"left out of round {event.round}, step {left.step + 1}", device.name, left.reason

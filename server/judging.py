@@ -1,0 +1,89 @@
+"""Which contributions are left out of an aggregate: those whose update is far larger than the others'.
+
+An update is what a source trained minus what it started from. Its size is the root mean square over all its numbers, so that
+sources with unlike layers compare; devices are compared with devices, sites with sites. As at a host, there are two measures,
+and only what exceeds the factor in both is too large: the size, and the size per learning rate, since a source that made more
+steps went farther. With fewer than three sources nobody can say which is the odd one. Knows no rule of aggregation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from edgelam_fl.model.adapter import Adapter
+from edgelam_fl.plan.layout import Layout, site_source
+from edgelam_fl.split.judging import Size, times_the_median
+from server.global_adapter import at_rank
+from strategies.aggregation.factors import A, is_factor
+from strategies.api import Contribution
+
+
+@dataclass
+class UpdateJudge:
+    """The sizes of a round's updates so far, and what follows from them."""
+
+    start: Adapter
+    """The global adapter that the round started from."""
+    personal: Mapping[str, Adapter]
+    """Per source, the tensors that it started from instead."""
+    site_sources: frozenset[str]
+    """The sources that are sites; all others are devices."""
+    factor: float
+    """How many times the median is still fine; 0: any size (federation.update_factor)."""
+    _sizes: dict[bool, list[Size]] = field(default_factory=lambda: {False: [], True: []})  # of devices, of sites
+
+    def measure(self, contributions: Sequence[Contribution]) -> Size:
+        """Returns the size of one source's update, and remembers it for the medians."""
+        source = contributions[0].source
+        start = {**self.start, **self.personal.get(source, {})}
+        total, count = 0.0, 0
+        for contribution in contributions:
+            for name, array in contribution.tensors.items():
+                moved = (array - _like(name, start[name], array)).astype(np.float64)
+                total, count = total + float(np.sum(moved * moved)), count + moved.size
+        rms = (total / max(1, count)) ** 0.5
+        lr_sum = max(contribution.lr_sum for contribution in contributions)
+        size = Size(rms, rms / lr_sum if lr_sum else rms)
+        self._sizes[source in self.site_sources].append(size)
+        return size
+
+    def problem(self, source: str, size: Size) -> str:
+        """Returns why an update is left out; empty if it counts."""
+        group = self._sizes[source in self.site_sources]
+        times = times_the_median(size, group) if self.factor else 0.0
+        if times <= self.factor:
+            return ""
+        return f"an update of {times:.0f} times the median of {len(group)} (federation.update_factor = {self.factor:g})"
+
+
+def without_outliers(
+    contributions: Sequence[Contribution], judge: UpdateJudge, layout: Layout
+) -> tuple[list[Contribution], dict[str, str]]:
+    """Returns the contributions that count, and why each source that does not is left out.
+
+    The devices of a site that is left out do not count either: they trained against its layers.
+    """
+    by_source: dict[str, list[Contribution]] = {}
+    for contribution in contributions:
+        by_source.setdefault(contribution.source, []).append(contribution)
+    sizes = {source: judge.measure(found) for source, found in by_source.items()}
+    problems = {source: problem for source, size in sizes.items() if (problem := judge.problem(source, size))}
+    for site in layout.sites:
+        if site_source(site.name) in problems:
+            problems |= {name: f"its {site_source(site.name)} is left out" for name in site.members}
+    return [one for one in contributions if one.source not in problems], problems
+
+
+def first_not_finite(tensors: Iterable[Mapping[str, np.ndarray]]) -> str:
+    """Returns the name of a tensor with a value that is infinite or not a number; empty if there is none."""
+    return next((name for one in tensors for name, array in one.items() if not np.isfinite(array).all()), "")
+
+
+def _like(name: str, start: np.ndarray, trained: np.ndarray) -> np.ndarray:
+    """Returns the start of a factor in the rank in which it was trained."""
+    if not is_factor(name):
+        return start
+    return at_rank(name, start, len(trained) if name.endswith(A) else trained.shape[1])
