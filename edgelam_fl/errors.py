@@ -13,49 +13,86 @@
         |- Refused                           no: the other end said why not
         `- ProtocolError                     no: the other end sent what it must not
 
-A message says what is wrong, the value got, the value allowed and where to change it.
+A message says what is wrong, the value got, the value allowed and where to change it. Such a message stays on its machine if
+it may hold a value or a path of this machine: what other machines hear is `for_others` of the error.
 """
 
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from edgelam_fl.names import printable
 
 INTERRUPTED = 130  # exit code after Ctrl-C, which is not an error
 
 
 class EdgelamError(Exception):
-    """The root of the tree."""
-
     """Any of the errors below."""
 
     exit_code = 4
+    outward: ClassVar[str] = ""
+    """What other machines may hear of such an error; empty: its message, which names no value and no path."""
+
+    def for_others(self) -> str:
+        """Returns what other machines may hear."""
+        return self.outward or printable(str(self), 500)
 
 
 class UsageError(EdgelamError):
-    """The command line, the run file or the data is wrong; nothing was started."""
-
     """The command line, the run file or the data is wrong."""
 
     exit_code = 2
+    outward = "what it was given cannot be used (usage)"
 
 
 class ConfigError(UsageError):
     """A run file, an override or an option that cannot be used."""
 
+    outward = "a setting of the run cannot be used (config)"
+
+
+DataFault = Literal[
+    "answers-alike", "chat", "columns", "csv", "empty-field", "few-examples", "folder", "header", "json", "missing-field",
+    "missing-file", "no-answer-fits", "object", "passages", "several-sets", "template", "turn", "unknown-class", "unreadable",
+    "utf-8",
+]  # fmt: skip
+
 
 class DataError(UsageError):
-    """A data file that cannot be used."""
+    """A data file that cannot be used. Its message may quote the data: others hear `fault` and `place` alone."""
+
+    def __init__(self, message: str, fault: DataFault, place: str = "") -> None:
+        """`fault`: a code for what is wrong. `place`: where in the file, as "line 3", made of counts alone."""
+        super().__init__(message)
+        self.fault, self.place = fault, place
+
+    def for_others(self) -> str:
+        where = f" at {self.place}" if self.place else ""
+        return f"its data cannot be used: {self.fault}{where}"
 
 
 class ModelError(UsageError):
     """A model that cannot be found, read or cut as asked."""
+
+    outward = "the model cannot be found, read or cut as asked (model)"
 
 
 class EnvironmentProblem(EdgelamError):
     """This machine or the network lacks something that the command needs."""
 
     exit_code = 3
+
+    def __init__(self, message: str, outward: str = "") -> None:
+        """`outward`: what other machines may hear, without a value or a path of this machine."""
+        super().__init__(message)
+        self._outward = outward
+
+    def for_others(self) -> str:
+        return self._outward or "the machine or its network lacks something that is needed (environment)"
 
 
 class RunFailed(EdgelamError):
@@ -84,6 +121,17 @@ class Refused(RunFailed):
 
 class ProtocolError(RunFailed):
     """The other end sent something that the protocol does not allow."""
+
+
+def for_others(error: BaseException) -> str:
+    """Returns what other machines may hear of any exception: a code, places and counts, but no value and no path."""
+    if isinstance(error, EdgelamError):
+        return error.for_others()
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if "edgelam_fl" in Path(frame.filename).parts
+    ]
+    where = f" in {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{where} (a bug)"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

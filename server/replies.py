@@ -18,6 +18,7 @@ from edgelam_fl.flower import views
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.adapter import Adapter, Span
 from edgelam_fl.model.carry import is_carry
+from edgelam_fl.names import printable
 from edgelam_fl.plan.layout import Layout, site_source
 from edgelam_fl.plan.modes import host_mode
 from edgelam_fl.plan.reading import end_spans, hosted_span
@@ -71,13 +72,13 @@ def read_reply(content: RecordDict) -> Reply:
         count = len(report.contributions)
         return Reply(report, tuple(views(content[f"adapter-{number}"]) for number in range(count)))
     except (DecodeError, KeyError, TypeError, ValueError, EOFError, OSError) as error:
-        return Reply(pb.JobReport(state="failed", error=f"its reply cannot be read: {type(error).__name__}: {error}"))
+        return Reply(pb.JobReport(state="failed", error=f"its reply cannot be read: {type(error).__name__}"))
 
 
 def why_unusable(reply: Reply, plan: pb.Plan, adapter: Adapter) -> str:
     """Returns why a reply cannot be used; empty: it can. `adapter`: the global one, for the shapes."""
     if reply.report.state != "done":
-        return reply.report.error or f"its report says {reply.report.state!r}"
+        return printable(reply.report.error) or f"its report says {printable(reply.report.state, 20)!r}"
     seen: set[tuple[str, str, str]] = set()
     for part, tensors in zip(reply.report.contributions, reply.tensors, strict=True):
         where = spans_of_source(plan, part.scope, part.source)

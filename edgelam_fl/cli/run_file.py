@@ -94,7 +94,8 @@ def choose_fields(data: Path, names: list[str]) -> tuple[str, str]:
     if len(names) < 2:
         raise DataError(
             f"{data} has {len(names)} fields with a text in every example ({', '.join(names) or 'none'}); two are needed, "
-            f"a question and its answer"
+            f"a question and its answer",
+            "columns",
         )
     answer = _known(names, _ANSWERS)
     prompt = _known([name for name in names if name != answer], _PROMPTS)

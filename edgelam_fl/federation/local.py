@@ -23,7 +23,8 @@ from edgelam_fl.federation.operator import Operator, operator_folder
 from edgelam_fl.federation.submission import Submission
 from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.federation.template import warm_template
-from edgelam_fl.tasks.files import read_records
+from edgelam_fl.plan.making import task_settings
+from edgelam_fl.tasks.data import device_pairs
 from edgelam_fl.telemetry.events import Event, RunDone
 
 _POLL_S = 0.25
@@ -68,11 +69,11 @@ def bounds_of_a_local_run() -> Bounds:
 def local_federation(config: RunConfig, data: Sequence[Path], folder: Path) -> Iterator[LocalFederation]:
     """Starts a federation for one run, with one device per file of `data`; ends its processes when the context ends.
 
-    folder: the run's folder, which holds the nodes' logs too. Raises DataError for a file that cannot be read, before
+    folder: the run's folder, which holds the nodes' logs too. Raises DataError for a file that does not fit the run, before
     anything starts.
     """
     for file in data:
-        read_records(file)
+        device_pairs(file, task_settings(config))  # its messages quote the data, which a node's own report does not
     port = free_port()
     server = f"127.0.0.1:{port}"
     edges, devices = _local_nodes(config, folder, server, data)

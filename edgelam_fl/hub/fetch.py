@@ -242,7 +242,7 @@ class Served:
                 return ask()
             except PeerLost as lost:
                 if tries == self._timing.tries - 1:
-                    raise EnvironmentProblem(problem(lost)) from lost
+                    raise EnvironmentProblem(problem(lost), problem(lost)) from lost
                 time.sleep(self._timing.retry_s)
         raise AssertionError("the last try returns or raises")
 

@@ -41,7 +41,8 @@ def require_base(base: str) -> None:
     if problem:
         raise EnvironmentProblem(
             f"base {base} cannot be used on this machine: {problem}. Here model.base can be "
-            f"{', '.join(usable_bases())}; `edgelam doctor` tests each one and suggests fixes"
+            f"{', '.join(usable_bases())}; `edgelam doctor` tests each one and suggests fixes",
+            f"base {base} cannot be used on this machine; `edgelam doctor` there says why",
         )
 
 

@@ -121,10 +121,11 @@ def fetch_missing(
             raise _full(folder, sum(part.size - _begun(folder, part) for part in missing), free) from error
         missing = [part for part in missing if not (folder / part.name).exists()]
         if missing and time.monotonic() - heard > patience_s:
-            raise EnvironmentProblem(
+            late = (
                 f"{len(missing)} of {len(wanted)} tensors of the slice did not come from the server's hub for {patience_s:.0f} s: "
                 f"{problem}. The bytes that arrived are kept, and the next attempt continues from there"
             )
+            raise EnvironmentProblem(late, late)
         if missing:
             time.sleep(min(_RETRY_S, patience_s / 10))
     return came
@@ -165,7 +166,8 @@ def _finish(folder: Path, part: AnnouncedPart, wrong: dict[str, int]) -> None:
     if wrong[part.name] >= _TRIES:
         raise EnvironmentProblem(
             f"{part.name} came from the server's hub {_TRIES} times with other bytes than announced; check the network and "
-            f"the disk under {folder}"
+            f"the disk under {folder}",
+            f"{part.name} came from the server's hub {_TRIES} times with other bytes than announced",
         )
 
 
@@ -197,5 +199,6 @@ def _check_room(folder: Path, needed: int, free: Callable[[Path], int]) -> None:
 def _full(folder: Path, needed: int, free: Callable[[Path], int]) -> EnvironmentProblem:
     return EnvironmentProblem(
         f"the slice needs {needed / 1e6:.0f} MB more under {folder} (and {_ROOM_BYTES / 1e6:.0f} MB in reserve), "
-        f"{free(folder) / 1e6:.0f} MB are free there; free some space, or set EDGELAM_CACHE to a folder on a larger disk"
+        f"{free(folder) / 1e6:.0f} MB are free there; free some space, or set EDGELAM_CACHE to a folder on a larger disk",
+        f"the slice needs {needed / 1e6:.0f} MB more on its disk, {free(folder) / 1e6:.0f} MB are free there",
     )

@@ -41,9 +41,16 @@ class DeviceExamples:
 
     def load(self, task: Task, settings: pb.TaskSettings) -> tuple[list[Example], list[Example]]:
         """Returns (training, held-out), tokenized once for the same file and settings. Raises DataError as `count`."""
-        key = settings.SerializeToString(deterministic=True) + str(self._file.stat().st_mtime_ns).encode()
+        key = settings.SerializeToString(deterministic=True) + self._version()
         if key != self._key:
             training, held_out = self._read(self._file, settings)
             self._loaded = self._tokenize(task, settings, training), self._tokenize(task, settings, held_out)
             self._key = key
         return self._loaded
+
+    def _version(self) -> bytes:
+        """Returns what changes whenever the file is written; empty if there is no file."""
+        try:
+            return str(self._file.stat().st_mtime_ns).encode()
+        except OSError:
+            return b""

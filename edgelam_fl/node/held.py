@@ -9,6 +9,7 @@ import gc
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,7 @@ class Held:
         self.source = find(plan)
         if self.source.digest != plan.model.digest:
             raise Refused(
-                f"model {plan.model.name} is {self.source.digest[:12]} on node {plan.node} and {plan.model.digest[:12]} at the "
+                f"model {Path(plan.model.name).name} is {self.source.digest[:12]} on node {plan.node} and {plan.model.digest[:12]} at the "
                 f"server: they must be the same files"
             )
         stages = load(

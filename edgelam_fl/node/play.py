@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
-from edgelam_fl.errors import EdgelamError
+from edgelam_fl.errors import EdgelamError, for_others
 from edgelam_fl.machine import memory_free_bytes
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.stage import Stage, load_stages
@@ -172,14 +172,14 @@ class Player:
                 self._serve(host, group)
             except EdgelamError as error:
                 failed.append(error)
-                self._part.cancel(f"the host's part failed: {error}")
+                self._part.cancel(f"the host's part failed: {for_others(error)}")
 
         beside = threading.Thread(target=serve, name="host", daemon=True)
         beside.start()
         try:
             self._drive()
         except EdgelamError as error:
-            self._part.cancel(f"the device's part failed: {error}")
+            self._part.cancel(f"the device's part failed: {for_others(error)}")
             raise
         finally:
             beside.join()
@@ -201,7 +201,7 @@ def _closing(group: Group, reason: str) -> Iterator[None]:
     try:
         yield
     except EdgelamError as error:
-        reason = str(error)
+        reason = for_others(error)
         raise
     finally:
         group.close(reason)

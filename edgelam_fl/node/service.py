@@ -18,6 +18,7 @@ from edgelam_fl.machine import peak_rss_bytes
 from edgelam_fl.model.bases import usable_bases
 from edgelam_fl.node.examples import DeviceExamples
 from edgelam_fl.node.held import NodeMemory
+from edgelam_fl.node.outward import outward
 from edgelam_fl.node.part import Part
 from edgelam_fl.node.play import Means, NodeHooks, play
 from edgelam_fl.node.profile.answer import answer_profile
@@ -163,20 +164,18 @@ class StageHost:
     def _work(self, part: Part, request: pb.SubmitRequest, previous: threading.Thread | None) -> None:
         if previous is not None:
             previous.join()
-        report = part.report
+        report, full = part.report, ""
         try:
             with self._following(part), self._door(part):
                 play(part, request, self._means)
             report.state = "done"
-        except EdgelamError as error:
-            report.state, report.error = "failed", str(error)
-        except Exception as error:  # a bug must reach the server as a message, not as silence
-            report.state, report.error = "failed", f"{type(error).__name__}: {error}"
-            raise
+        except Exception as error:  # noqa: BLE001 - a bug must reach the server as a message too, not as silence
+            report.state, report.error = "failed", outward(self.name, error, part.id)
+            full = str(error) if isinstance(error, EdgelamError) else f"{type(error).__name__}: {error}"
         finally:
             report.peak_rss_bytes = peak_rss_bytes()
             part.group = None
-            part.emit(JobDone(state=report.state, error=report.error))
+            part.emit(JobDone(state=report.state, error=full))
             part.finished.set()
 
     def _following(self, part: Part) -> AbstractContextManager[object]:

@@ -44,7 +44,7 @@ class CausalLm:
         if self.template == "chat":
             return self._chat_text(_turns(prompt), add_generation_prompt=True)
         if not isinstance(prompt, str):
-            raise DataError(f"a chat needs task.template = 'chat', got {self.template!r}")
+            raise DataError(f"a chat needs task.template = 'chat', got {self.template!r}", "chat")
         if self.template == "plain":
             return f"{prompt}\n" if prompt else ""
         return self.template.replace("{prompt}", prompt).removesuffix("{answer}")
@@ -68,14 +68,16 @@ class CausalLm:
             return self.tokenizer.apply_chat_template(turns, tokenize=False, **how)
         except TemplateError as error:
             roles = ", ".join(turn["role"] for turn in turns)
-            raise DataError(f"the model's chat template refuses a chat of {roles:.80}: {error}") from error
+            raise DataError(f"the model's chat template refuses a chat of {roles:.80}: {error}", "template") from error
 
     def examples(self, pairs: Sequence[Pair]) -> list[Example]:
         """Makes examples of pairs. Raises DataError if `max_tokens` leaves no room for any answer."""
         made = [self._example(prompt, answer) for prompt, answer in pairs]
         kept = [example for example in made if example.count]
         if not kept:
-            raise DataError(f"no example has an answer within task.max_tokens = {self.max_tokens}; raise it")
+            raise DataError(
+                f"no example has an answer within task.max_tokens = {self.max_tokens}; raise it", "no-answer-fits"
+            )
         return kept
 
     def _example(self, prompt: Prompt, answer: str) -> Example:

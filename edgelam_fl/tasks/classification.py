@@ -37,7 +37,7 @@ class Classification:
 
     def _example(self, text: Prompt, name: str) -> Example:
         if name not in self.classes:
-            raise DataError(f"{name!r:.60} is none of task.classes ({nearest(name, self.classes)})")
+            raise DataError(f"{name!r:.60} is none of task.classes ({nearest(name, self.classes)})", "unknown-class")
         ids = self.tokenizer(text, truncation=True, max_length=self.max_tokens)["input_ids"]
         return Example(ids, [self.classes.index(name)], 1)
 

@@ -65,10 +65,14 @@ def _pair(path: Path, record: Record, prompt_field: str, answer_field: str, clas
     if path.suffix.lower() == ".txt":
         return "", values[PASSAGE]
     if "messages" in values and prompt_field not in values:
-        return _chat(f"{path}, {place}", values["messages"])
+        return _chat(path, place, values["messages"])
     prompt, answer = _text(path, record, prompt_field), _text(path, record, answer_field)
     if classes and answer not in classes:
-        raise DataError(f"{path}, {place}: {answer!r:.60} is none of task.classes ({nearest(answer, classes)})")
+        raise DataError(
+            f"{path}, {place}: {answer!r:.60} is none of task.classes ({nearest(answer, classes)})",
+            "unknown-class",
+            place,
+        )
     return prompt, answer
 
 
@@ -76,29 +80,39 @@ def _text(path: Path, record: Record, field: str) -> str:
     place, values = record
     if field not in values:
         raise DataError(
-            f"{path}, {place} lacks the field {field!r} ({nearest(field, values)}); data.fields in the run file names them"
+            f"{path}, {place} lacks the field {field!r} ({nearest(field, values)}); data.fields in the run file names them",
+            "missing-field",
+            place,
         )
     if not isinstance(values[field], str) or not values[field].strip():
-        raise DataError(f"{path}, {place}: {field!r} must be a text that is not empty, got {values[field]!r:.60}")
+        raise DataError(
+            f"{path}, {place}: {field!r} must be a text that is not empty, got {values[field]!r:.60}",
+            "empty-field",
+            place,
+        )
     return values[field]
 
 
-def _chat(where: str, messages: Any) -> Pair:
+def _chat(path: Path, place: str, messages: Any) -> Pair:
     """Reads a chat: the last turn of the assistant is the answer, the turns before are the prompt, later turns are ignored."""
-    turns = [_turn(where, message) for message in messages] if isinstance(messages, list) else []
+    turns = [_turn(path, place, message) for message in messages] if isinstance(messages, list) else []
     answers = [number for number, (role, _) in enumerate(turns) if role == "assistant"]
     if not answers or answers[-1] == 0:
         raise DataError(
-            f"{where}: 'messages' must be a list with a turn of the assistant after others, got {messages!r:.60}"
+            f"{path}, {place}: 'messages' must be a list with a turn of the assistant after others, got {messages!r:.60}",
+            "chat",
+            place,
         )
     return tuple(turns[: answers[-1]]), turns[answers[-1]][1]
 
 
-def _turn(where: str, message: Any) -> Turn:
+def _turn(path: Path, place: str, message: Any) -> Turn:
     role, content = (message.get(key) if isinstance(message, dict) else None for key in ("role", "content"))
     if role not in _ROLES or not isinstance(content, str) or not content.strip():
         raise DataError(
-            f"{where}: each of 'messages' must have a 'role' ({', '.join(_ROLES)}) and a text as 'content', got {message!r:.80}"
+            f"{path}, {place}: each of 'messages' must have a 'role' ({', '.join(_ROLES)}) and a text as 'content', got {message!r:.80}",
+            "turn",
+            place,
         )
     return role, content
 
@@ -110,15 +124,17 @@ def _check_prompts(path: Path, pairs: list[Pair], settings: DataSettings) -> Non
     if settings.classes:
         if passages or chats:
             raise DataError(
-                f"{path} holds {'passages' if passages else 'chats'}; a classification needs a text and a class"
+                f"{path} holds {'passages' if passages else 'chats'}; a classification needs a text and a class",
+                "passages" if passages else "chat",
             )
     elif passages and (settings.template, settings.loss_on) != ("plain", "all"):
         raise DataError(
             f"{path} holds passages without questions: they need task.template = 'plain' and task.loss_on = 'all', "
-            f"got {settings.template!r} and {settings.loss_on!r}"
+            f"got {settings.template!r} and {settings.loss_on!r}",
+            "passages",
         )
     elif chats and settings.template != "chat":
-        raise DataError(f"{path} holds chats: they need task.template = 'chat', got {settings.template!r}")
+        raise DataError(f"{path} holds chats: they need task.template = 'chat', got {settings.template!r}", "chat")
 
 
 def set_aside(
@@ -136,7 +152,10 @@ def set_aside(
 
     ranks = sorted({rank(pair) for pair in pairs})
     if len(ranks) < 2:
-        raise DataError(f"all examples have the same {word}; no {word} would be left to measure that was not learned")
+        raise DataError(
+            f"all examples have the same {word}; no {word} would be left to measure that was not learned",
+            "answers-alike",
+        )
     measured = set(ranks[: min(len(ranks) - 1, max(1, round(held_out * len(ranks))))])
     return [p for p in pairs if rank(p) not in measured], [p for p in pairs if rank(p) in measured]
 

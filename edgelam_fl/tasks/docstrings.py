@@ -89,7 +89,8 @@ def split_by_module(pairs: list[DocstringPair], owners: int) -> list[list[Docstr
         modules.setdefault(pair.module, []).append(pair)
     if not 1 <= owners <= len(modules):
         raise DataError(
-            f"the docstrings of {len(modules)} modules cannot be dealt to {owners} devices: at least 1 module each"
+            f"the docstrings of {len(modules)} modules cannot be dealt to {owners} devices: at least 1 module each",
+            "few-examples",
         )
     waiting, parts = list(modules.values()), []
     for left in range(owners, 0, -1):

@@ -26,7 +26,9 @@ def read_records(path: Path) -> list[Record]:
     """
     records = list(_records(path))
     if len(records) < 2:
-        raise DataError(f"{path} holds {len(records)} examples; at least 2 are needed: one to learn, one to measure")
+        raise DataError(
+            f"{path} holds {len(records)} examples; at least 2 are needed: one to learn, one to measure", "few-examples"
+        )
     return records
 
 
@@ -48,13 +50,14 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")  # spreadsheets begin a file with a byte order mark
     except FileNotFoundError as error:
-        raise DataError(f"no data file at {path}; --data takes {FORMATS}") from error
+        raise DataError(f"no data file at {path}; --data takes {FORMATS}", "missing-file") from error
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path} is not UTF-8 (byte {error.start} is {error.object[error.start]:#04x}); convert it first"
+            f"{path} is not UTF-8 (byte {error.start} is {error.object[error.start]:#04x}); convert it first",
+            "utf-8",
         ) from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        raise DataError(f"{path} cannot be read: {error.strerror}", "unreadable") from error
 
 
 def _passages(text: str) -> Iterator[Record]:
@@ -68,7 +71,7 @@ def _json_lines(path: Path, text: str) -> Iterator[Record]:
             try:
                 value = json.loads(line)
             except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number} is not JSON: {error.msg}") from error
+                raise DataError(f"{path}, line {number} is not JSON: {error.msg}", "json", f"line {number}") from error
             yield _named(path, f"line {number}", value)
 
 
@@ -76,13 +79,17 @@ def _json_list(path: Path, text: str) -> Iterator[Record]:
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not JSON: line {error.lineno}, {error.msg}") from error
+        raise DataError(
+            f"{path} is not JSON: line {error.lineno}, {error.msg}", "json", f"line {error.lineno}"
+        ) from error
     return (_named(path, f"example {number}", value) for number, value in enumerate(values, 1))
 
 
 def _named(path: Path, place: str, value: Any) -> Record:
     if not isinstance(value, dict):
-        raise DataError(f"{path}, {place} must be an object with named fields, got {json.dumps(value):.60}")
+        raise DataError(
+            f"{path}, {place} must be an object with named fields, got {json.dumps(value):.60}", "object", place
+        )
     return place, value
 
 
@@ -100,18 +107,20 @@ def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[Record]:
             elif len(row) != len(header):
                 raise DataError(
                     f"{path}, {place} has {len(row)} columns, the header {len(header)} ({', '.join(header):.60}); "
-                    f"a text that holds {'a tab' if delimiter == chr(9) else 'a comma'} must be in quotes"
+                    f"a text that holds {'a tab' if delimiter == chr(9) else 'a comma'} must be in quotes",
+                    "columns",
+                    place,
                 )
             else:
                 yield place, dict(zip(header, row, strict=True))
     except csv.Error as error:
-        raise DataError(f"{path}, line {line} is not CSV: {error}") from error
+        raise DataError(f"{path}, line {line} is not CSV: {error}", "csv", f"line {line}") from error
 
 
 def _header(path: Path, row: list[str]) -> list[str]:
     names = [name.strip() for name in row]
     if len(set(names)) < len(names):
-        raise DataError(f"{path}, the header must name each column once, got {', '.join(names):.60}")
+        raise DataError(f"{path}, the header must name each column once, got {', '.join(names):.60}", "header")
     return names
 
 
@@ -123,7 +132,8 @@ def _table_rows(path: Path) -> Iterator[Record]:
         from pyarrow import ipc, parquet
     except ImportError as error:
         raise EnvironmentProblem(
-            f"{path} needs the package pyarrow, which is not installed: pip install 'edgelam-fl[datasets]'"
+            f"{path} needs the package pyarrow, which is not installed: pip install 'edgelam-fl[datasets]'",
+            "its data need the package pyarrow, which is not installed",
         ) from error
     number = 0
     for file in files:
@@ -136,7 +146,7 @@ def _table_rows(path: Path) -> Iterator[Record]:
                     source.seek(0)
                     table = (ipc.open_file if is_file else ipc.open_stream)(source).read_all()
         except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{file} cannot be read: {' '.join(str(error).split()):.120}") from error
+            raise DataError(f"{file} cannot be read: {' '.join(str(error).split()):.120}", "unreadable") from error
         for row in table.to_pylist():
             number += 1
             yield f"row {number}", row
@@ -145,9 +155,11 @@ def _table_rows(path: Path) -> Iterator[Record]:
 def _table_files(folder: Path) -> list[Path]:
     if (folder / "dataset_dict.json").exists():
         parts = sorted(file.parent.name for file in folder.glob("*/state.json"))
-        raise DataError(f"{folder} holds several data sets ({', '.join(parts)}); give one: {folder / parts[0]}")
+        raise DataError(
+            f"{folder} holds several data sets ({', '.join(parts)}); give one: {folder / parts[0]}", "several-sets"
+        )
     # `datasets` writes what it computed from a saved set into the same folder
     files = [f for f in sorted(folder.iterdir()) if f.suffix.lower() in _TABLES and not f.name.startswith("cache-")]
     if not files:
-        raise DataError(f"the folder {folder} holds no {' or '.join(_TABLES)} file; --data takes {FORMATS}")
+        raise DataError(f"the folder {folder} holds no {' or '.join(_TABLES)} file; --data takes {FORMATS}", "folder")
     return files

@@ -455,7 +455,9 @@ def test_nodes_that_cannot_take_part_fail_the_run_with_their_reasons(
     tmp_path: Path, superlink: str, operator: Operator, tiny_folder: Path
 ) -> None:
     """A data file that lacks the run's field, and a node of another protocol version."""
-    wrong_field = _client(tmp_path, superlink, "wrong-field", "--data", pairs_file(tmp_path))
+    rows = "".join(json.dumps({"question": f"PRIVATE {n}?", "answer": f"PRIVATE {n}."}) + "\n" for n in range(4))
+    (tmp_path / "PRIVATE.jsonl").write_text(rows)
+    wrong_field = _client(tmp_path, superlink, "wrong-field", "--data", str(tmp_path / "PRIVATE.jsonl"))
     # The stage host is a process of its own: the environment carries the other version there.
     (tmp_path / "sitecustomize.py").write_text("import edgelam_fl.wire\nedgelam_fl.wire.PROTOCOL_VERSION = 99\n")
     path = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
@@ -475,8 +477,12 @@ def test_nodes_that_cannot_take_part_fail_the_run_with_their_reasons(
     finally:
         end_all([wrong_field, newer])
     assert done.returncode == 4, done.stderr
-    assert "wrong-field" in done.stderr
-    assert "lacks the field 'reply'" in done.stderr
+    said = "wrong-field: its data cannot be used: missing-field at line 1; see stage-host.log on wrong-field"
+    assert said in done.stderr
+    assert "lacks the field 'reply'" in next(tmp_path.rglob("stage-host.log")).read_text()
+    left = [file for file in (tmp_path / "runs").rglob("*") if file.is_file()]
+    assert {"events.jsonl", "report.html"} <= {file.name for file in left}
+    assert "PRIVATE" not in done.stdout + done.stderr + "".join(file.read_text(errors="replace") for file in left)
     assert "protocol version 99" in done.stderr
     assert "no round was finished" in done.stderr
 

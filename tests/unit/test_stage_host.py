@@ -90,7 +90,7 @@ def test_an_unknown_base_is_refused(tiny: ModelSource) -> None:
         (lambda r: setattr(r.plan, "adapter_digest", "0" * 64), "the plan starts from 000000000000"),
         (lambda r: setattr(r, "adapter", b""), "node edge-1 holds adapter"),
         (lambda r: setattr(r, "adapter", b"garbage"), "adapter tensors cannot be read"),
-        (lambda r: setattr(r.plan.model, "name", "/no/such/model"), "'/no/such/model' is not built in"),
+        (lambda r: setattr(r.plan.model, "name", "/no/such/model"), "the model cannot be found, read or cut as asked (model); see stage-host.log on edge-1"),
     ],
 )  # fmt: skip
 def test_a_part_that_cannot_begin_is_reported_with_its_reason(tiny: ModelSource, change: Any, words: str) -> None:
@@ -200,7 +200,7 @@ def test_a_devices_profile_counts_its_examples(tiny: ModelSource, data_files: li
 
 def test_a_profile_names_what_keeps_the_node_out(tiny: ModelSource, data_files: list[Path], tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
-    assert "holds 0 examples" in profile(tmp_path / "empty", tiny).problem
+    assert profile(tmp_path / "empty", tiny).problem == "its data cannot be used: few-examples; see stage-host.log on n"
     assert profile(data_files[0], tiny, 99).problem == f"speaks protocol version {PROTOCOL_VERSION}, the server 99"
     assert profile(None, tiny).role == pb.EDGE
 

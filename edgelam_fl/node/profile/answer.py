@@ -11,13 +11,14 @@ from functools import cache
 
 import torch
 
-from edgelam_fl.errors import DataError, EnvironmentProblem, ModelError
+from edgelam_fl.errors import EnvironmentProblem, ModelError
 from edgelam_fl.files import cache_folder
 from edgelam_fl.machine import disk_free_bytes, memory_free_bytes, resident_bytes
 from edgelam_fl.model.bases import usable_bases
 from edgelam_fl.model.layer_speed import measure_layers
 from edgelam_fl.model.speed import measure_bases
 from edgelam_fl.node.examples import DeviceExamples
+from edgelam_fl.node.outward import outward
 from edgelam_fl.node.profile.measure import disk_write_bytes_per_s
 from edgelam_fl.node.server_hub import ServerHub
 from edgelam_fl.wire import PROTOCOL_VERSION
@@ -32,8 +33,8 @@ def answer_profile(
 ) -> pb.Profile:
     """Returns the profile that a request asks for.
 
-    `own`: name, role, address and tags. `examples`: None for an edge server. Raises ModelError if the model that is to be
-    measured in each base is neither here nor at the hub.
+    `own`: name, role, address and tags. `examples`: None for an edge server. What keeps the node out of the run, such as a data
+    file that does not fit or a model that is neither here nor at the hub, becomes its `problem`.
     """
     profile = pb.Profile(
         protocol_version=PROTOCOL_VERSION,
@@ -46,13 +47,13 @@ def answer_profile(
     profile.MergeFrom(own)
     if request.protocol_version != PROTOCOL_VERSION:
         profile.problem = f"speaks protocol version {PROTOCOL_VERSION}, the server {request.protocol_version}"
-    elif examples is not None:
-        try:
+        return profile
+    try:
+        if examples is not None:
             profile.examples, profile.held_out = examples.count(request.task)
-        except DataError as error:
-            profile.problem = str(error)
-    if not profile.problem:
         _add_measured(profile, request, hub)
+    except Exception as error:  # noqa: BLE001 - whatever a data file sets off, the node is refused and the run goes on
+        profile.problem = outward(own.name, error, "profile")
     return profile
 
 

@@ -79,5 +79,6 @@ def disk_write_bytes_per_s(folder: Path, size: int = _WRITE_BYTES) -> float:
     except OSError as error:
         raise EnvironmentProblem(
             f"{folder} cannot be written ({error.strerror}); it is the cache: free some space, give the folder to this user "
-            f"(`sudo chown -R $USER {folder}`), or set EDGELAM_CACHE to another folder"
+            f"(`sudo chown -R $USER {folder}`), or set EDGELAM_CACHE to another folder",
+            f"its cache cannot be written ({error.strerror})",
         ) from error
