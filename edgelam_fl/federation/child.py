@@ -45,8 +45,8 @@ class Child:
     ) -> None:
         """Starts `command` with this process's environment and what `environment` adds; appends its output to `log`.
 
-        forked: for `python -m MODULE ...` only: forks it from the template of stage hosts, which has its own `environment`, if
-        this system can.
+        forked: for `python -m MODULE ...` only: forks it from the template, which has its own `environment`, if this system
+        can.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         self.name, self.log = name, log

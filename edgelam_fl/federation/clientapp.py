@@ -33,6 +33,7 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supernode.nodestate import NodeState
 
 from edgelam_fl.federation.app_archive import App, archived_app, why_refused
+from edgelam_fl.wire.control import StageHostSilent
 
 _MOST_AT_ONCE = 8  # a SuperNode gives one message after the other; more are there only after it has given one up
 
@@ -116,7 +117,9 @@ class ClientAppThreads:
             raise
         except Exception as raised:  # noqa: BLE001 - whatever it is, the server hears of it and the next message is answered
             log(ERROR, "The ClientApp raised an exception.", exc_info=raised)
-            problem = f"{type(raised).__name__}; the node's own log says more"  # its text may hold what is private
+            # Its text may hold what is private.
+            kind = raised.outside if isinstance(raised, StageHostSilent) else type(raised).__name__
+            problem = f"{kind}; the node's own log says more"
             error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, problem)
         self._send(task, Message(error, reply_to=head))
         return problem

@@ -12,9 +12,7 @@ from pathlib import Path
 
 from edgelam_fl.errors import EnvironmentProblem
 from edgelam_fl.federation.child import Child, Restarts, end_all, shorten
-from edgelam_fl.federation.template import STAGE_HOST_ENVIRONMENT
-
-SUPERNODE_ENVIRONMENT = {"FLWR_TELEMETRY_ENABLED": "0"}
+from edgelam_fl.federation.template import NODE_ENVIRONMENT
 
 
 @dataclass
@@ -38,7 +36,7 @@ class NodeProcesses:
     tags: Sequence[str] = ()
     """Words by which a run may choose the node."""
     forked: bool = False
-    """Whether its stage host is forked from a template: for several nodes of one machine."""
+    """Whether its processes are forked from a template: for several nodes of one machine."""
     identity: Path | None = None
     """Folder with the node's key and certificates; None: plain text."""
     children: dict[str, Child] = field(default_factory=dict)
@@ -66,18 +64,16 @@ class NodeProcesses:
         command += ["--data", str(self.data.absolute())] if self.data else []
         command += [f"--tag={tag}" for tag in self.tags]
         command += ["--identity", str(self.identity)] if self.identity else []
-        self._start_child("stage host", command, "stage-host.log", STAGE_HOST_ENVIRONMENT, self.forked)
+        self._start_child("stage host", command, "stage-host.log")
 
     def _start_supernode(self) -> None:
         command = [sys.executable, "-m", "edgelam_fl.federation.supernode", "--server", self.server]
         command += ["--name", self.name, "--state", str(self.state)]
         command += ["--identity", str(self.identity)] if self.identity else []
-        self._start_child("SuperNode", command, "supernode.log", SUPERNODE_ENVIRONMENT)
+        self._start_child("SuperNode", command, "supernode.log")
 
-    def _start_child(
-        self, kind: str, command: Sequence[str], log: str, environment: dict[str, str], forked: bool = False
-    ) -> None:
-        self.children[kind] = Child(f"{self.name}'s {kind}", command, self.state / log, environment, forked)
+    def _start_child(self, kind: str, command: Sequence[str], log: str) -> None:
+        self.children[kind] = Child(f"{self.name}'s {kind}", command, self.state / log, NODE_ENVIRONMENT, self.forked)
 
     def ready(self) -> bool:
         """Returns whether the stage host serves. Raises EnvironmentProblem if it has ended instead."""

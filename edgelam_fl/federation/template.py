@@ -1,7 +1,8 @@
-"""The template: a process that has imported what stage hosts import, and from which those of this machine are forked.
+"""The template: a process that has imported what nodes' processes import, and from which those of this machine are forked.
 
 These imports take seconds of a processor and hundreds of megabytes per process; forked ones share both. Python's own
-forkserver is the template. Linux only. Knows nothing of what the forked modules do.
+forkserver is the template. It imports and does nothing else: it has one thread and no gRPC channel, which a fork would not
+survive. Linux only. Knows nothing of what the forked modules do.
 """
 
 from __future__ import annotations
@@ -27,27 +28,30 @@ _IMPORTED = [
     "edgelam_fl.wire.grpc.serve",
     "transformers.models.llama.modeling_llama",
     "peft",
+    "edgelam_fl.federation.clientapp",
+    "flwr.supernode.start_client_internal",
 ]
 # Nodes may share this machine's cores: a thread that spins while it waits takes them from the others.
 # One arena for all threads: what one frees, another can use (the links' threads bring in what compute frees).
-STAGE_HOST_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_ARENA_MAX": "1"}
+# Flower would report its use to its makers; it reads this when it is imported.
+NODE_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_ARENA_MAX": "1", "FLWR_TELEMETRY_ENABLED": "0"}
 
 
 def can_fork() -> bool:
-    """Returns whether this system can fork stage hosts from a template."""
+    """Returns whether this system can fork nodes' processes from a template."""
     return sys.platform == "linux"
 
 
 def warm_template() -> None:
     """Starts the template, which imports in the background; without this the first fork starts and awaits it.
 
-    Does nothing on a system that cannot fork stage hosts.
+    Does nothing on a system that cannot fork them.
     """
     if not can_fork():
         return
     multiprocessing.get_context("forkserver").set_forkserver_preload(_IMPORTED)
     before = dict(os.environ)
-    os.environ.update(STAGE_HOST_ENVIRONMENT)  # its C libraries read them once, when it starts
+    os.environ.update(NODE_ENVIRONMENT)  # its libraries read them once, when they are loaded
     try:
         ensure_running()
     finally:

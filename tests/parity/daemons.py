@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from edgelam_fl.federation.child import Child, end_all, log_tail
-from edgelam_fl.federation.template import STAGE_HOST_ENVIRONMENT
+from edgelam_fl.federation.template import NODE_ENVIRONMENT
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.control import ControlClient
@@ -23,7 +23,7 @@ class Daemon:
         command = [sys.executable, "-m", "edgelam_fl.node.daemon", "--name", name, "--state", str(state)]
         command += ["--threads", "1", *(["--data", str(data)] if data else [])]
         self._state = state
-        self.child = Child(name, command, state / "stage-host.log", STAGE_HOST_ENVIRONMENT, forked=True)
+        self.child = Child(name, command, state / "stage-host.log", NODE_ENVIRONMENT, forked=True)
         self._client: ControlClient | None = None
 
     def _call(self, method: str, request: object, timeout_s: float) -> object:

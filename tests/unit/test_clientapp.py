@@ -29,6 +29,7 @@ from edgelam_fl.federation.app_archive import App, app_alone, archived_app, inst
 from edgelam_fl.federation.clientapp import ClientAppThreads
 from edgelam_fl.federation.flower_app import app_folder
 from edgelam_fl.flower import from_record, to_record
+from edgelam_fl.wire.control import StageHostSilent
 from tests.support import WAIT_S
 
 pytestmark = pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # Flower's own, in its build
@@ -174,22 +175,28 @@ def test_a_message_is_answered_while_another_waits(archive: bytes) -> None:
         assert supernode.reply().metadata.reply_to_message_id == trains.metadata.message_id
 
 
-@pytest.mark.parametrize("kind", ["query", "train.unknown"])
+@pytest.mark.parametrize(
+    ("kind", "error", "said"),
+    [
+        ("query", LookupError("/home/ann/private.jsonl, line 1: 'a secret'"), "LookupError"),
+        ("query", StageHostSilent("the stage host is silent", "'a secret'"), "the stage host is silent"),
+        ("train.unknown", None, "ValueError"),
+    ],
+)
 def test_s9_an_error_reply_holds_no_value_and_no_path(
-    kind: str, archive: bytes, caplog: pytest.LogCaptureFixture
+    kind: str, error: Exception, said: str, archive: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     supernode, app = SuperNode(archive), ClientApp()
 
     @app.query()
     def query(message: Message, context: Context) -> Message:
-        raise LookupError("/home/ann/private.jsonl, line 1: 'a secret'")
+        raise error
 
     with serving(supernode, app):
         supernode.receive(kind, RecordDict())
-        error = supernode.reply().error
+        reply = supernode.reply()
         until(lambda: supernode.statuses() == ["failed"])
-    name = "LookupError" if kind == "query" else "ValueError"
-    assert error.reason == f"{name}; the node's own log says more"
+    assert reply.error.reason == f"{said}; the node's own log says more"
     (task,) = supernode.state.get_tasks()
     assert "secret" not in task.status.details
     assert kind != "query" or "a secret" in caplog.text, "the node's log has it all"

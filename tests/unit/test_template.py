@@ -17,7 +17,7 @@ from edgelam_fl.federation.child import Child, end_all
 from edgelam_fl.federation.template import can_fork
 from tests.support import WAIT_S
 
-pytestmark = [pytest.mark.processes, pytest.mark.skipif(not can_fork(), reason="only Linux forks stage hosts")]
+pytestmark = [pytest.mark.processes, pytest.mark.skipif(not can_fork(), reason="only Linux forks nodes' processes")]
 PROGRAM = """
 import os, sys, time
 print(sys.argv[1:], os.environ["WORD"], os.getsid(0) == os.getpid(), flush=True)
@@ -76,3 +76,13 @@ def test_it_ends_with_its_parent_however_that_ends(module: str, tmp_path: Path) 
         pid = int(parent.stdout.readline())
         parent.kill()
     until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+
+
+def test_the_template_has_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads do not survive a fork, and what they hold then stays locked; gRPC's abort it."""
+    program = "import os; print(len(os.listdir(f'/proc/{os.getppid()}/task')), 'thread')"
+    (tmp_path / "counting_program.py").write_text(program, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    child = Child("program", [sys.executable, "-m", "counting_program"], tmp_path / "log", forked=True)
+    until(child.ended)
+    assert child.ended() == "program ended with status 0: 1 thread"
