@@ -23,6 +23,8 @@ class ExchangeTiming:
 
     query_s: float = 90.0
     """For a node's answer to a query."""
+    settle_s: float = 10.0
+    """For the last profiles once enough nodes are here, at least; if the others took longer, as long as they took."""
     messages_s: float = 120.0
     """For a reply, on top of the nodes' own deadline: Flower polls every few seconds."""
     first_poll_s: float = 0.05
@@ -77,7 +79,9 @@ class SiteDeadline:
 
 
 @dataclass(frozen=True, slots=True)
-class _Peer:
+class Peer:
+    """A node that was sent a message."""
+
     name: str
     node_id: int
 
@@ -103,14 +107,14 @@ class Exchange:
         """
         timing = self.timing
         end = timing.now() + limit_s
-        waiting = self._send(requests)
+        waiting = self.send(requests)
         through_since = dict.fromkeys(sites, math.inf)
         pause_s = timing.first_poll_s
         while waiting and timing.now() < end:
             for asked in [[message_id] for message_id in waiting] if one_by_one else [list(waiting)]:
                 found = list(self.grid.pull_messages(asked))
                 while found:
-                    yield _answer(waiting.pop(found[-1].metadata.reply_to_message_id), found.pop())
+                    yield answer_of(waiting.pop(found[-1].metadata.reply_to_message_id), found.pop())
             now, silent = timing.now(), {peer.name for peer in waiting.values()}
             through_since = {s: min(t, now) if s.is_through(silent) else math.inf for s, t in through_since.items()}
             late = {site for site, since in through_since.items() if now - since > site.limit_s}
@@ -123,15 +127,21 @@ class Exchange:
         for peer in waiting.values():
             yield Missing(peer.name, f"no reply within {limit_s:.0f} s")
 
-    def _send(self, requests: Iterable[Request]) -> dict[str, _Peer]:
-        """Returns the receivers by Flower's message ids. The messages, each with an adapter, are not kept."""
+    def arrived(self, message_ids: Iterable[str]) -> dict[str, Message]:
+        """Returns the answers to these messages that are here now, by the ids of the messages that they answer."""
+        return {message.metadata.reply_to_message_id: message for message in self.grid.pull_messages(list(message_ids))}
+
+    def send(self, requests: Iterable[Request]) -> dict[str, Peer]:
+        """Sends the requests; returns their receivers by Flower's message ids. The messages, each with an adapter, are not
+        kept.
+        """
         messages, peers = [], []
         for request in requests:
             messages.append(Message(content=request.content, dst_node_id=request.node_id, message_type=request.kind))
-            peers.append(_Peer(request.name, request.node_id))
+            peers.append(Peer(request.name, request.node_id))
         return dict(zip(self.grid.push_messages(messages), peers, strict=True))
 
-    def _given_up(self, waiting: Mapping[str, _Peer], late: Iterable[SiteDeadline]) -> list[tuple[str, Missing]]:
+    def _given_up(self, waiting: Mapping[str, Peer], late: Iterable[SiteDeadline]) -> list[tuple[str, Missing]]:
         """Returns the messages that nobody will answer: their nodes have left, or belong to a site that is `late`."""
         present = set(self.grid.get_node_ids()) if waiting else set()
         reasons = {name: f"no reply {s.limit_s:.0f} s after its site" for s in late for name in s.hosts | s.members}
@@ -142,7 +152,8 @@ class Exchange:
         ]
 
 
-def _answer(peer: _Peer, message: Message) -> Arrived | Missing:
+def answer_of(peer: Peer, message: Message) -> Arrived | Missing:
+    """Returns a node's message as the answer that it is: a reply, or an account of what failed there."""
     if message.has_error():
         return Missing(peer.name, f"its ClientApp failed: {printable(message.error.reason)}")
     return Arrived(peer.name, message.content)

@@ -1,11 +1,14 @@
 """The roster of the federation: nodes that are here, with their profiles, and nodes that cannot take part.
 
-Asks nodes for their profiles and measurements. Knows nothing about rounds, plans and adapters.
+Asks nodes for their profiles and measurements. A profile is taken whenever it comes. Once enough nodes are here, they wait for
+the others only a little, and never again for one that let them wait in vain. Knows nothing about rounds, plans and adapters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Set
+from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, MessageType, RecordDict
 
@@ -17,13 +20,21 @@ from edgelam_fl.telemetry.events import LayerSeconds, LinkMeasured, NodeJoined, 
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.relay import BEHIND
-from server.exchange import Exchange, Missing, Request
+from server.exchange import Exchange, Missing, Peer, Request, answer_of
 from server.profiles import read_profile
 from server.run_folder import RunFolder
 from server.schedule import unfit
 
 _LINK = ("link_up_bps", "link_down_bps", "round_trip_s")
 OwnerOf = Callable[[int], str]  # Flower's node id -> the name that the node's key belongs to; empty: not known
+
+
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """A node that was asked for its profile and has not answered yet."""
+
+    peer: Peer
+    asked: float  # by the server's clock, s
 
 
 class Roster:
@@ -50,6 +61,8 @@ class Roster:
         self._spellings: dict[str, str] = {}  # of the names that were here, by their folded form
         self._known: set[int] = set()  # asked at least once
         self._lost: set[int] = set()  # out of the rounds, and asked again when a round starts
+        self._tardy: set[int] = set()  # the others have waited for their answer once, in vain
+        self._open: dict[str, _Question] = {}  # by Flower's message ids
 
     def devices(self) -> list[str]:
         """Returns the names of the devices, sorted."""
@@ -66,23 +79,42 @@ class Roster:
         Raises RunFailed with a list of the nodes that are here.
         """
         federation, timing = config.federation, self._exchange.timing
-        end = timing.now() + federation.join_deadline_s
+        began = timing.now()
+        end, enough_since = began + federation.join_deadline_s, math.inf
         short = True  # lost nodes are asked when a round starts, and again while too few nodes are here
         while True:
-            news = self.refresh(ask_lost=short)
-            late = timing.now() > end
-            patient = at_start and not late
+            news, now = self.refresh(ask_lost=short), timing.now()
+            patient = at_start and now <= end
             devices = max(federation.min_nodes, federation.expect_nodes) if patient else federation.min_nodes
             hosts = config.split.least_hosts * (config.split.sites if patient else 1)
             here = len(who_may_host(config, self.profiles.values()))
             fit = [name for name in self.devices() if not unfit(config, self.profiles[name])]
             short = len(fit) < devices or here < hosts
-            if not news and not short:
+            enough_since = math.inf if short else min(enough_since, now)
+            if not short and not news and not self._waits_for_others(enough_since, enough_since - began):
                 return
-            if late and not news:
+            if short and not news and now > end and not any(q.asked <= end for q in self._open.values()):
                 raise self._too_few(config, hosts)
             if not news:
-                timing.sleep(timing.poll_s)
+                timing.sleep(timing.poll_s if short else timing.first_poll_s)
+
+    def revisit(self) -> None:
+        """Asks new and lost nodes, and waits a little for their answers."""
+        timing = self._exchange.timing
+        began = timing.now()
+        self.refresh(ask_lost=True)
+        while self._waits_for_others(began, 0.0):
+            timing.sleep(timing.first_poll_s)
+            self.refresh()
+
+    def _waits_for_others(self, since: float, took_s: float) -> bool:
+        """Returns whether to wait on for profiles. Enough nodes are here `since` then, and their profiles took `took_s`."""
+        timing = self._exchange.timing
+        awaited = {question.peer.node_id for question in self._open.values()} - self._tardy
+        if timing.now() - since < max(timing.settle_s, took_s):
+            return bool(awaited)
+        self._tardy |= awaited
+        return False
 
     def await_hosts(self, config: RunConfig) -> None:
         """Waits until the hosts of one site are here, or until the deadline."""
@@ -93,26 +125,51 @@ class Roster:
                 timing.sleep(timing.poll_s)
 
     def refresh(self, ask_lost: bool = False) -> bool:
-        """Asks new nodes for their profiles and forgets nodes that left; returns whether anything changed."""
+        """Asks new nodes for their profiles, takes what has been answered, and forgets nodes that left; never waits.
+
+        Returns whether anything changed.
+        """
         present = set(self._exchange.grid.get_node_ids())
         for name, node_id in list(self._ids.items()):
             if node_id not in present:
                 self._forget(name, "left the federation")
-        self._lost &= present
-        self._known &= present
-        asked = present - self._known | (self._lost if ask_lost else set())
-        if not asked:
-            return False
-        names = {name: node_id for node_id in asked if (name := self._name_of(node_id))}
-        found, missing = self._query(names, self._request, self._limit_s)
-        before, new = set(self.profiles), asked - self._known
-        self._known |= asked
-        self._lost |= asked  # until they turn out to be able to take part
-        for name, profile in found.items():
-            self._enrol(names[name], profile)
-        for name, reason in missing.items():
-            self._refuse(name, reason)
+        for nodes in (self._lost, self._known, self._tardy):
+            nodes &= present
+        new, before = present - self._known, set(self.profiles)
+        asked_already = {question.peer.node_id for question in self._open.values()}
+        self._ask(new | (self._lost - asked_already if ask_lost else set()))
+        self._take_answers(present)
         return bool(new) or set(self.profiles) != before
+
+    def _ask(self, node_ids: Iterable[int]) -> None:
+        content = RecordDict({"query": ConfigRecord({"request": self._request.SerializeToString()})})
+        requests = [Request(self._name_of(node_id), node_id, MessageType.QUERY, content) for node_id in node_ids]
+        for message_id, peer in self._exchange.send(requests).items() if requests else ():
+            self._open[message_id] = _Question(peer, self._exchange.timing.now())
+            self._known.add(peer.node_id)
+            self._lost.add(peer.node_id)  # until it turns out to be able to take part
+
+    def _take_answers(self, present: Set[int]) -> None:
+        """Enrols or refuses the nodes that have answered, and gives up those that have left or are too late."""
+        arrived = self._exchange.arrived(self._open) if self._open else {}
+        while arrived:
+            message_id, message = arrived.popitem()
+            peer = self._open.pop(message_id).peer
+            self._tardy.discard(peer.node_id)
+            answer = answer_of(peer, message)
+            try:
+                if isinstance(answer, Missing):
+                    raise ProtocolError(answer.reason)
+                self._enrol(peer.node_id, read_profile(answer.content))
+            except ProtocolError as error:
+                self._refuse(peer.name, str(error))
+        now = self._exchange.timing.now()
+        for message_id, question in list(self._open.items()):
+            left = question.peer.node_id not in present
+            if left or now - question.asked >= self._limit_s:
+                del self._open[message_id]
+                reason = "left the federation" if left else f"no reply within {self._limit_s:.0f} s"
+                self._refuse(question.peer.name, reason)
 
     def measure_links(self, names: Iterable[str]) -> None:
         """Has nodes measure their links to the hub, and updates their profiles. A node without an answer keeps its values."""
@@ -122,14 +179,19 @@ class Roster:
             hub_port=self._request.hub_port,
             measure_link=True,
         )
-        limit_s = self._exchange.timing.query_s
-        found, _ = self._query({name: self._ids[name] for name in names}, request, limit_s)
-        for name, profile in sorted(found.items()):
-            link = _link(profile)
-            if name in self.profiles and all(link.get(key, 0.0) > 0 for key in _LINK):
+        content = RecordDict({"query": ConfigRecord({"request": request.SerializeToString()})})
+        requests = [Request(name, self._ids[name], MessageType.QUERY, content) for name in names]
+        for answer in self._exchange.replies(requests, self._exchange.timing.query_s):
+            if isinstance(answer, Missing) or answer.name not in self.profiles:
+                continue
+            try:
+                link = _link(read_profile(answer.content))
+            except ProtocolError:
+                continue
+            if all(link.get(key, 0.0) > 0 for key in _LINK):
                 for key, value in link.items():
-                    setattr(self.profiles[name], key, value)
-                self._folder.emit(LinkMeasured(node=name, **link))
+                    setattr(self.profiles[answer.name], key, value)
+                self._folder.emit(LinkMeasured(node=answer.name, **link))
 
     def request(self, name: str, kind: str, content: RecordDict) -> Request:
         """Addresses a message to a node that is here."""
@@ -149,23 +211,6 @@ class Roster:
         """Takes a node out of the coming plans until it answers a query."""
         self.profiles.pop(name, None)
         self._lost.add(self._ids[name])
-
-    def _query(
-        self, node_ids: Mapping[str, int], request: pb.ProfileRequest, limit_s: float
-    ) -> tuple[dict[str, pb.Profile], dict[str, str]]:
-        """Returns the profiles of the nodes that answered, and why the others did not, by name."""
-        content = RecordDict({"query": ConfigRecord({"request": request.SerializeToString()})})
-        requests = [Request(name, node_id, MessageType.QUERY, content) for name, node_id in node_ids.items()]
-        found, missing = {}, {}
-        for answer in self._exchange.replies(requests, limit_s):
-            if isinstance(answer, Missing):
-                missing[answer.name] = answer.reason
-                continue
-            try:
-                found[answer.name] = read_profile(answer.content)
-            except ProtocolError as error:
-                missing[answer.name] = str(error)
-        return found, missing
 
     def _name_of(self, node_id: int) -> str:
         """Returns a node's name; its number if the name is not known yet."""

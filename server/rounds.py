@@ -102,7 +102,7 @@ class Rounds:
 
     def evaluate(self, state: FederationState) -> None:
         """Has every device that may take part measure the adapter."""
-        self.roster.refresh(ask_lost=True)
+        self.roster.revisit()
         number = state.round + 1
         lineup = self.schedule.lineup_for_evaluation(number, self._devices())
         planned = self._plan(number, 1, lineup, state, trains=False)

@@ -7,6 +7,8 @@ from flwr.app import Error, Message, RecordDict
 
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.wire import PROTOCOL_VERSION
+from edgelam_fl.wire import edgelam_pb2 as pb
+from server.exchange import ExchangeTiming
 from tests.by_hand import ByHand
 from tests.unit.conftest import MakeFederation
 
@@ -66,3 +68,48 @@ def test_too_few_devices_with_the_tag(federation: MakeFederation) -> None:
     run = federation("ab", "e", "strategy.require_tags=lab")
     with pytest.raises(RunFailed, match=r"; a: has no tag lab \(strategy.require_tags\); b: has no tag lab"):
         run.run()
+
+
+def test_s16_a_silent_node_delays_the_start_a_little_and_once(federation: MakeFederation) -> None:
+    """Enough devices are enough; the late node's profile is taken when it comes."""
+    run = federation("abc", "e", "federation.min_nodes=2")
+    silent = run.nodes["c"]
+    silent.loses = lambda plan: True
+    settle_s = ExchangeTiming().settle_s
+    run.roster.gather(run.config, at_start=True)
+    assert run.roster.devices() == ["a", "b"]
+    assert settle_s <= run.clock.now_s < settle_s + 1
+    for _ in range(3):
+        run.roster.gather(run.config, at_start=False)
+    assert run.clock.now_s < settle_s + 1, "the others have waited for it once"
+    silent.loses = lambda plan: False
+    run.roster.gather(run.config, at_start=False)
+    assert run.roster.devices() == ["a", "b", "c"]
+
+
+def test_s16_who_comes_while_a_silent_node_is_waited_for_is_asked_at_once(federation: MakeFederation) -> None:
+    run = federation("ab", "e", "federation.min_nodes=2")
+    late = pb.Profile.FromString(run.nodes["a"].profile.SerializeToString())
+    late.name = "d"
+    run.nodes["b"].loses = lambda plan: bool(run.grid.nodes.setdefault(9, ByHand(late)))
+    run.roster.gather(run.config, at_start=True)
+    assert run.roster.devices() == ["a", "d"]
+    assert run.clock.now_s < 2 * ExchangeTiming().settle_s
+
+
+def test_s16_as_long_as_too_few_are_here_a_slow_node_is_waited_for(federation: MakeFederation) -> None:
+    """A small board needs minutes to start Python."""
+    run = federation("ab", "e", "federation.min_nodes=2", "federation.join_deadline_s=15")
+    slow = run.nodes["b"]
+    slow.loses = lambda plan: run.clock.now_s < 60
+    run.roster.gather(run.config, at_start=True)
+    assert run.roster.devices() == ["a", "b"]
+    assert 60 <= run.clock.now_s < 62
+
+
+def test_s16_a_silent_node_does_not_hold_up_the_end_either(federation: MakeFederation) -> None:
+    run = federation("ab", "e", "federation.min_nodes=2", "federation.join_deadline_s=15")
+    run.nodes["b"].loses = lambda plan: True
+    with pytest.raises(RunFailed, match=r"1 devices \(a\) .*no reply within 90 s"):
+        run.roster.gather(run.config, at_start=True)
+    assert run.clock.now_s < 100
