@@ -266,7 +266,7 @@ def _killed(found: Found, run_file: Path) -> tuple[int, int]:
     containers, end = found.containers, time.monotonic() + KILL_S
     config = read_run_file(run_file, ["split.hosts=0", "federation.expect_nodes=1"])
     containers.put(SERVER, to_toml(config), f"{RUNS}/unsplit.toml")
-    command = f"echo $$ > /tmp/unsplit; exec edgelam run {RUNS}/unsplit.toml --server {SERVER_ADDRESS} --operator /state/operator --insecure --out {RUNS}/unsplit"
+    command = f"echo $$ > /tmp/unsplit; exec edgelam run {RUNS}/unsplit.toml --server {SERVER_ADDRESS} --operator /state/operator --out {RUNS}/unsplit"
     with subprocess.Popen(["docker", "exec", containers.container(SERVER), "sh", "-c", command]) as process:
         while process.poll() is None and time.monotonic() < end and not containers.memory_kills("device-1"):
             time.sleep(1.0)

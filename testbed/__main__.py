@@ -6,6 +6,7 @@ removes the containers. `compose` only writes the Compose file. Both need no rig
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,13 +25,24 @@ from edgelam_fl.config import read_run_file, to_toml
 from edgelam_fl.errors import ConfigError, RunFailed
 from edgelam_fl.tasks.docstrings import write_device_files
 from edgelam_fl.telemetry.human import human_bytes
-from testbed.compose import RUNS, SERVER, SERVER_ADDRESS, compose_file, cpu_limit, write_compose_file
+from testbed.compose import (
+    RUNS,
+    SERVER,
+    SERVER_ADDRESS,
+    STATE,
+    compose_file,
+    cpu_limit,
+    join_variable,
+    write_compose_file,
+)
 from testbed.engine import ROOT, Project, build, check_engine
 from testbed.shapes import Testbed, read_testbed
 
 IMAGE = "edgelam:testbed"
 _FILES = ROOT / "docker"
 _SERVES = "test -f /state/endpoint.json && echo yes"  # a node writes this file when its stage host listens
+
+_ANSWERS = "python -IS /opt/edgelam/health.py && echo yes"  # a new server has made its certificate authority by then
 
 app = typer.Typer(
     help="Testbeds of containers.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
@@ -132,7 +144,8 @@ def started(
     containers.down()  # leftovers of an earlier call that was killed
     try:
         console.print(f"starting {1 + len(testbed.nodes)} containers: {SERVER}, {_listed(testbed)}", highlight=False)
-        containers.up()
+        containers.up(SERVER)
+        containers.up(**invite_all(containers, testbed))
         if lend:
             wait_until_all_serve(containers, testbed)
             for service, shape in testbed.services():
@@ -144,6 +157,24 @@ def started(
         raise
     finally:
         containers.down()
+
+
+def invite_all(containers: Project, testbed: Testbed, deadline_s: float = 300.0) -> dict[str, str]:
+    """Waits until the server answers and has it invite every node; returns the variables of the Compose file with the texts."""
+    end = time.monotonic() + deadline_s
+    while not containers.ask(SERVER, _ANSWERS):
+        if time.monotonic() > end:
+            raise RunFailed(f"the server of the testbed does not answer after {deadline_s:.0f} s")
+        time.sleep(1.0)
+    texts = {}
+    for node in testbed.nodes:
+        role = "device" if node.role == "device" else "host"
+        command = f"edgelam invite {node.name} --role {role} --expires 1d --state {STATE} --json"
+        said = containers.ask(SERVER, command)
+        if not said:
+            raise RunFailed(f"the server of the testbed invites nobody: `{command}` failed in its container")
+        texts[join_variable(node.name)] = json.loads(said)["text"]
+    return texts
 
 
 def unlimited(testbed: Testbed) -> Testbed:
@@ -173,16 +204,7 @@ def train(
     inside = f"{RUNS}/{name or 'testbed'}"
     config = read_run_file(run_file, [*overrides, f"federation.expect_nodes={len(testbed.devices)}"])
     containers.put(SERVER, to_toml(config), f"{inside}.toml")
-    command = [
-        "edgelam",
-        "run",
-        f"{inside}.toml",
-        "--server",
-        SERVER_ADDRESS,
-        "--operator",
-        "/state/operator",
-        "--insecure",
-    ]
+    command = ["edgelam", "run", f"{inside}.toml", "--server", SERVER_ADDRESS, "--operator", f"{STATE}/operator"]
     command += ["--out", inside]
     try:
         status = containers.follow(SERVER, command)

@@ -12,6 +12,7 @@ from testbed.shapes import SERVER, MachineShape, Testbed, TestbedNode
 
 SERVER_ADDRESS = f"{SERVER}:8000"
 RUNS = "/runs"  # in the server's container, where the ServerApp writes
+STATE = "/state"  # in every container
 _DATA_PLANE = 9000
 _DATA = "/data/examples.jsonl"
 # The kernel keeps a CPU limit by pausing processes once per period. With 100 ms, the period behind Compose's `cpus`, a slow
@@ -54,12 +55,18 @@ def write_compose_file(file: Path, content: Mapping[str, Any]) -> Path:
     return file
 
 
+def join_variable(name: str) -> str:
+    """Returns the environment variable from which Compose takes the text with which a node joins."""
+    return f"JOIN_{name.upper().replace('-', '_')}"
+
+
 def _serve() -> list[str]:
-    return ["edgelam", "server", "--listen", "0.0.0.0:8000", "--state", "/state", "--insecure"]
+    return ["edgelam", "server", "--listen", "0.0.0.0:8000", "--address", SERVER, "--state", STATE]
 
 
 def _join(node: TestbedNode) -> list[str]:
-    command = ["edgelam", "client", "--server", SERVER_ADDRESS, "--name", node.name, "--state", "/state", "--insecure"]
+    # Empty until the server, which starts first, has made the invites.
+    command = ["edgelam", "client", "--join", f"${{{join_variable(node.name)}:-}}", "--state", STATE]
     command += ["--threads", str(_THREADS)]
     if node.role == "device":
         return [*command, "--data", _DATA]

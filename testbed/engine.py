@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from edgelam_fl.errors import EnvironmentProblem, RunFailed
 
@@ -74,10 +76,15 @@ class Project:
         self._command = [*_compose_commands()[0], "-p", name, "-f", str(file)]
         # Container ids by service, kept because Compose takes half a second of a core to look one up.
         self._ids: dict[str, str] = {}
+        self._variables: dict[str, str] = {}
 
-    def up(self) -> None:
-        """Starts all containers; returns once all run. A container that depends on a healthy one starts after it."""
-        self._compose("up", "-d", timeout_s=_START_S)
+    def up(self, *services: str, **variables: str) -> None:
+        """Starts the services' containers, by default all; returns once they run. One that depends on a healthy one starts after it.
+
+        variables: what the Compose file refers to.
+        """
+        self._variables |= variables
+        self._compose("up", "-d", *services, timeout_s=_START_S)
 
     def down(self) -> None:
         self._ids.clear()
@@ -151,17 +158,20 @@ class Project:
         return next((int(words[1]) for words in lines if words[:1] in (["anon"], ["total_rss"])), None)
 
     def _compose(self, *arguments: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
-        return _checked([*self._command, *arguments], timeout_s)
+        return _checked([*self._command, *arguments], timeout_s, variables=self._variables)
 
 
 def inspect(container: str) -> dict[str, object]:
     return json.loads(_checked(["docker", "inspect", container], _ASK_S).stdout)[0]
 
 
-def _checked(command: Sequence[str], timeout_s: float, text: str = "") -> subprocess.CompletedProcess[str]:
+def _checked(
+    command: Sequence[str], timeout_s: float, text: str = "", variables: Mapping[str, str] = MappingProxyType({})
+) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **variables}
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout_s, check=False, input=text
+            command, capture_output=True, text=True, timeout=timeout_s, check=False, input=text, env=environment
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise RunFailed(f"`{' '.join(command)}` did not end within {timeout_s:.0f} s") from error

@@ -75,6 +75,15 @@ def test_each_device_has_its_own_data_and_one_thread(tmp_path: Path) -> None:
         assert found[name]["depends_on"] == {"server": {"condition": "service_healthy"}}
 
 
+def test_each_node_joins_by_an_invite_of_its_own_and_nothing_is_plain_text(tmp_path: Path) -> None:
+    found = services(tmp_path)
+    commands = {name: service["command"] for name, service in found.items()}
+    texts = {name: command[command.index("--join") + 1] for name, command in commands.items() if name != SERVER}
+    assert texts == {"edge-1": "${JOIN_EDGE_1:-}", "slow-1": "${JOIN_SLOW_1:-}", "slow-2": "${JOIN_SLOW_2:-}"}
+    assert commands[SERVER][commands[SERVER].index("--address") + 1] == SERVER
+    assert not any("--insecure" in command for command in commands.values())
+
+
 @pytest.mark.parametrize("devices", [1, 5, MOST_NODES])
 def test_so_many_devices_of_the_shapes_in_turn(tmp_path: Path, devices: int) -> None:
     assert len(services(tmp_path, devices)) == 2 + devices
