@@ -85,7 +85,9 @@ def revoke(
     from edgelam_fl.trust.server import open_trust
 
     trust = open_trust(state)
-    trust.members.revoke(name)
+    if not trust.members.revoke(name):
+        say(f"the invite for {name} is withdrawn")
+        return
     try:
         sync(trust.local_address, trust.authority.certificate)
     except EnvironmentProblem as problem:

@@ -127,9 +127,9 @@ def _authority_of(invitation: Invitation) -> bytes:
     authority = str(_ask(invitation.server, unverified, AUTHORITY, {}).get("authority", "")).encode()
     if fingerprint(authority) != invitation.fingerprint:
         raise EnvironmentProblem(
-            f"the server at {invitation.server} is not the one that the invite is from: its authority has the fingerprint "
-            f"{fingerprint(authority)}, the invite says {invitation.fingerprint}. Nothing secret was sent. If the server was set up "
-            f"again, ask for a new invite; else somebody is between this machine and the server"
+            f"the server at {invitation.server} is not the one that the invite is from: its fingerprint begins with "
+            f"{fingerprint(authority)[:16]}, the invite's with {invitation.fingerprint[:16]}. Nothing secret was sent. If the server was "
+            f"set up again, ask for a new invite; else somebody is between this machine and the server"
         )
     return authority
 
@@ -160,8 +160,8 @@ def _ask(server: str, context: ssl.SSLContext, handler: str, request: Mapping[st
     connection = http.client.HTTPSConnection(host, port, timeout=_ANSWER_S, context=context)
     try:
         connection.request("POST", ROUTE + handler, json.dumps(request), {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        status, body = response.status, response.read(_MAX_ANSWER_BYTES)
+        with connection.getresponse() as response:
+            status, body = response.status, response.read(_MAX_ANSWER_BYTES)
     except ssl.SSLError as error:
         raise EnvironmentProblem(_why_no_tls(server, host, error)) from error
     except (OSError, http.client.HTTPException) as error:

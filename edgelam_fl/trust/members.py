@@ -166,8 +166,8 @@ class Members:
         with self._writing() as database:
             database.execute("DELETE FROM leaving WHERE flower_id = ?", (str(flower_id),))
 
-    def revoke(self, name: str) -> None:
-        """Ends a membership, with all certificates of the name, and withdraws its open invites.
+    def revoke(self, name: str) -> bool:
+        """Ends a membership, with all certificates of the name, and withdraws its open invites; returns whether there was a member.
 
         Raises ConfigError if there is nothing to revoke under this name.
         """
@@ -180,14 +180,15 @@ class Members:
                 names = [row["name"] for row in database.execute("SELECT name FROM members WHERE revoked IS NULL")]
                 hint = nearest(name, names) if names else "this federation has no members"
                 raise ConfigError(f"no member and no open invite has the name {name!r}; {hint}")
-            if member is None:
-                return
-            if member.revoked is not None and not withdrawn:
-                raise ConfigError(f"{member.name} was revoked already, on {day(member.revoked)}")
-            database.execute("UPDATE members SET revoked = ? WHERE name = ? AND revoked IS NULL", (self._clock(), name))
+            if member is None or member.revoked is not None:
+                if member is not None and not withdrawn:
+                    raise ConfigError(f"{member.name} was revoked already, on {day(member.revoked or 0.0)}")
+                return False
+            database.execute("UPDATE members SET revoked = ? WHERE name = ?", (self._clock(), name))
             database.execute("UPDATE serials SET revoked = 1 WHERE name = ?", (name,))
             if member.flower_id is not None:
                 database.execute("INSERT OR IGNORE INTO leaving VALUES (?)", (str(member.flower_id),))
+            return True
 
     def find(self, name: str) -> KnownNode:
         """Returns the member of a name, revoked or not. Raises Refused if there is none."""

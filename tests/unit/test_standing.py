@@ -134,6 +134,9 @@ def test_invite_nodes_and_revoke_work_on_the_servers_state(tmp_path: Path, capsy
     assert edgelam("invite", "ann", "--role", "host", "--json", "--state", tmp_path) == 0
     assert json.loads(capsys.readouterr().out)["role"] == "host"
 
+    assert edgelam("revoke", "ann", "--state", tmp_path) == 0
+    assert "the invite for ann is withdrawn" in capsys.readouterr().out
+
     trust = open_trust(tmp_path)
     trust.members.add(issue(trust.authority, "ann", "device"))
     assert edgelam("nodes", "--json", "--state", tmp_path) == 0

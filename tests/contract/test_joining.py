@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from edgelam_fl.errors import ConfigError, EdgelamError, EnvironmentProblem, Refused
-from edgelam_fl.trust.authority import NODE_VALID, Authority, issue
+from edgelam_fl.federation.standing import NodeOptions, find_standing
+from edgelam_fl.trust.authority import NODE_VALID, issue
 from edgelam_fl.trust.identity import load_identity, load_key, new_key, peer_of, public_key, save_identity, valid_until
 from edgelam_fl.trust.invites import Invitation, parse_duration_s, parse_invitation
 from edgelam_fl.trust.join import clock_words, has_joined, join, renew, sync
@@ -94,7 +95,9 @@ def listening(folder: Path, addresses: tuple[str, ...] = (), host: str = "127.0.
             pass
 
     server = Quiet(("127.0.0.1", 0), Handler)
-    server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.socket = context.wrap_socket(
+        server.socket, server_side=True, do_handshake_on_connect=False
+    )  # by the thread of the connection
     federation = Federation(trust, folder, flower, server.server_address[1])
     federation.trust = replace(trust, members=Members(folder / "trust", federation.now))
     service = JoinService(trust.authority, federation.members, flower.register, flower.unregister, federation.now)
@@ -154,91 +157,161 @@ def ask(federation: Federation, handler: str, request: dict) -> tuple[int, dict]
     return service.handlers[handler](request)
 
 
-def used(federation: Federation, tmp_path: Path) -> Invitation:
-    invitation = federation.invite()
-    join(invitation, tmp_path / "first")
-    return invitation
+# ---------------------------------------------------------------- bad input: one body for all
+
+Attempt = Callable[[], object]
 
 
-def expired(federation: Federation, tmp_path: Path) -> Invitation:
-    invitation = federation.invite(valid_s=3600.0)
-    federation.ahead_s += 3601.0
-    return invitation
+@dataclass
+class Scene:
+    """A federation, another one, and the folder of the node that tries."""
+
+    here: Federation
+    elsewhere: Federation
+    node: Path
+
+    def join(self, invitation: Invitation, clock: Callable[[], float] = time.time) -> Attempt:
+        return lambda: join(invitation, self.node, clock)
+
+    def renew(self, server: Federation) -> Attempt:
+        return lambda: renew(f"127.0.0.1:{server.port}", self.node)
 
 
-def withdrawn(federation: Federation, tmp_path: Path) -> Invitation:
-    invitation = federation.invite()
-    federation.members.revoke("ann")
-    return invitation
+def used(scene: Scene) -> Attempt:
+    invitation = scene.here.invite()
+    join(invitation, scene.node.with_name("first"))
+    return scene.join(invitation)
 
 
-def replaced(federation: Federation, tmp_path: Path) -> Invitation:
-    invitation = federation.invite()
-    federation.invite()
-    return invitation
+def expired(scene: Scene) -> Attempt:
+    invitation = scene.here.invite(valid_s=3600.0)
+    scene.here.ahead_s += 3601.0
+    return scene.join(invitation)
 
 
-def foreign(federation: Federation, tmp_path: Path) -> Invitation:
-    return replace(federation.invite(), token="x" * 22)
+def withdrawn(scene: Scene) -> Attempt:
+    invitation = scene.here.invite()
+    scene.here.members.revoke("ann")
+    return scene.join(invitation)
 
 
-def of_another_name(federation: Federation, tmp_path: Path) -> Invitation:
-    return replace(federation.invite(), name="ben")
+def replaced(scene: Scene) -> Attempt:
+    invitation = scene.here.invite()
+    scene.here.invite()
+    return scene.join(invitation)
 
 
-def name_in_use(federation: Federation, tmp_path: Path) -> Invitation:
-    invitation = federation.invite()
-    federation.members.add(issue(federation.trust.authority, "ann", "device"))
-    return invitation
+def of_another_federation(scene: Scene) -> Attempt:
+    return scene.join(replace(scene.here.invite(), token=scene.elsewhere.invite().token))
 
 
-def of_a_member_since_revoked(federation: Federation, tmp_path: Path) -> Invitation:
-    invitation = used(federation, tmp_path)
-    federation.members.revoke("ann")
-    return invitation
+def of_another_name(scene: Scene) -> Attempt:
+    return scene.join(replace(scene.here.invite(), name="ben"))
 
 
-def of_another_authority(federation: Federation, tmp_path: Path) -> Invitation:
-    return replace(federation.invite(), fingerprint=Authority.open(tmp_path / "other").fingerprint)
+def name_in_use(scene: Scene) -> Attempt:
+    invitation = scene.here.invite()
+    scene.here.members.add(issue(scene.here.trust.authority, "ann", "device"))
+    return scene.join(invitation)
 
 
-def of_an_address_not_in_the_certificate(federation: Federation, tmp_path: Path) -> Invitation:
-    return replace(federation.invite(), server=f"127.1:{federation.port}")
+def of_a_member_since_revoked(scene: Scene) -> Attempt:
+    attempt = used(scene)
+    scene.here.members.revoke("ann")
+    return attempt
 
 
-def where_nobody_listens(federation: Federation, tmp_path: Path) -> Invitation:
-    return replace(federation.invite(), server="127.0.0.1:1")
+def fingerprint_that_does_not_match(scene: Scene) -> Attempt:
+    return scene.join(replace(scene.here.invite(), fingerprint=scene.elsewhere.trust.authority.fingerprint))
+
+
+def server_address_not_in_its_certificate(scene: Scene) -> Attempt:
+    return scene.join(replace(scene.here.invite(), server=f"127.1:{scene.here.port}"))
+
+
+def nobody_listens(scene: Scene) -> Attempt:
+    return scene.join(replace(scene.here.invite(), server="127.0.0.1:1"))
+
+
+def clock_years_ahead(scene: Scene) -> Attempt:
+    return scene.join(scene.here.invite(), lambda: time.time() + 2 * 365 * DAY_S)
+
+
+def certificate_of_another_federation(scene: Scene) -> Attempt:
+    join(scene.elsewhere.invite(), scene.node)
+    return scene.renew(scene.here)
+
+
+def revoked_member(scene: Scene) -> Attempt:
+    join(scene.here.invite(), scene.node)
+    scene.here.members.revoke("ann")
+    return scene.renew(scene.here)
+
+
+def lost_key(scene: Scene) -> Attempt:
+    join(scene.here.invite(), scene.node)
+    (scene.node / "key.pem").unlink()
+    return scene.renew(scene.here)
+
+
+def key_of_another_member(scene: Scene) -> Attempt:
+    join(scene.here.invite(), scene.node)
+    other = join(scene.here.invite("ben"), scene.node.with_name("ben")).identity
+    (scene.node / "key.pem").write_bytes(other.key)
+    return scene.renew(scene.here)
+
+
+def member_that_the_server_forgot(scene: Scene) -> Attempt:
+    save_identity(issue(scene.here.trust.authority, "ann", "device"), scene.node)
+    return scene.renew(scene.here)
+
+
+def old_client_without_keys(scene: Scene) -> Attempt:
+    options = NodeOptions(f"192.0.2.1:{scene.here.port}", threads=1)
+    return lambda: find_standing(options, "", "ann", scene.node, False)
 
 
 @pytest.mark.parametrize(
-    ("spoil", "kind", "message"),
+    ("situation", "kind", "message"),
     [
         (used, Refused, r"has been used already.*edgelam invite ann"),
         (expired, Refused, r"has expired: it was good until 20\d\d.*edgelam invite ann"),
         (withdrawn, Refused, r"was withdrawn.*edgelam invite ann"),
         (replaced, Refused, r"was withdrawn.*edgelam invite ann"),
-        (foreign, Refused, r"no such invite for ann.*another federation's.*edgelam invite ann"),
+        (of_another_federation, Refused, r"no such invite for ann.*another federation's.*edgelam invite ann"),
         (of_another_name, Refused, r"no such invite for ben.*edgelam invite ben"),
         (name_in_use, Refused, r"the name ann belongs to another node; ask for an invite with another name"),
         (of_a_member_since_revoked, Refused, r"has been used already.*edgelam invite ann"),
-        (of_another_authority, EnvironmentProblem, r"not the one that the invite is from.*Nothing secret was sent"),
-        (of_an_address_not_in_the_certificate, EnvironmentProblem, r"does not name 127.1.*--address 127.1"),
-        (where_nobody_listens, EnvironmentProblem, r"no server answers at 127.0.0.1:1.*edgelam server"),
+        (fingerprint_that_does_not_match, EnvironmentProblem, r"not the one.*Nothing secret was sent.*new invite"),
+        (server_address_not_in_its_certificate, EnvironmentProblem, r"does not name 127.1.*--address 127.1"),
+        (nobody_listens, EnvironmentProblem, r"no server answers at 127.0.0.1:1.*edgelam server"),
+        (clock_years_ahead, EnvironmentProblem, r"clock is 2.0 years ahead of the server's.*Set the clock"),
+        (certificate_of_another_federation, EnvironmentProblem, r"belongs to another federation.*edgelam invite"),
+        (revoked_member, Refused, r"membership of ann was ended.*edgelam invite ann"),
+        (lost_key, EnvironmentProblem, r"key.pem cannot be read.*edgelam invite"),
+        (key_of_another_member, EnvironmentProblem, r"made for another key.*backup, or join again"),
+        (member_that_the_server_forgot, Refused, r"ann is no member of this federation.*edgelam invite ann"),
+        (old_client_without_keys, EdgelamError, r"beyond this machine|no keys.*edgelam invite"),
     ],
+    ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_join_that_cannot_be_leaves_no_member_and_says_why(
+def test_what_cannot_be_changes_nothing_and_says_what_is_wrong_and_what_to_do(
     federation: Federation,
+    elsewhere: Federation,
     tmp_path: Path,
-    spoil: Callable[[Federation, Path], Invitation],
+    situation: Callable[[Scene], Attempt],
     kind: type[EdgelamError],
     message: str,
 ) -> None:
-    invitation = spoil(federation, tmp_path)
-    before = federation.members.all()
-    with pytest.raises(kind, match=message):
-        join(invitation, tmp_path / "node")
-    assert federation.members.all() == before
-    assert not (tmp_path / "node" / "certificate.pem").exists()
+    attempt = situation(Scene(federation, elsewhere, tmp_path / "node"))
+    known, registered = federation.members.all(), dict(federation.flower.keys)
+    had_certificate = (tmp_path / "node" / "certificate.pem").exists()
+    with pytest.raises(kind, match=message) as caught:
+        attempt()
+    assert len(str(caught.value)) < 500
+    assert federation.members.all() == known
+    assert federation.flower.keys == registered
+    assert (tmp_path / "node" / "certificate.pem").exists() == had_certificate
 
 
 def test_two_machines_that_join_at_once_with_one_token_are_one_member(federation: Federation, tmp_path: Path) -> None:
@@ -336,21 +409,6 @@ def test_words_about_clocks() -> None:
     assert clock_words(-30.0) == ""
     assert clock_words(-90 * 60.0) == "this machine's clock is 1.5 hours behind the server's"
     assert clock_words(3 * DAY_S) == "this machine's clock is 3.0 days ahead of the server's"
-
-
-def test_another_federations_server_is_not_believed(
-    federation: Federation, elsewhere: Federation, tmp_path: Path
-) -> None:
-    join(federation.invite(), tmp_path / "ann")
-    with pytest.raises(EnvironmentProblem, match=r"belongs to another federation.*edgelam invite"):
-        renew(f"127.0.0.1:{elsewhere.port}", tmp_path / "ann")
-
-
-def test_a_node_that_lost_its_key_is_told_to_join(federation: Federation, tmp_path: Path) -> None:
-    join(federation.invite(), tmp_path / "ann")
-    (tmp_path / "ann" / "key.pem").unlink()
-    with pytest.raises(EnvironmentProblem, match=r"key.pem cannot be read.*edgelam invite"):
-        renew(f"127.0.0.1:{federation.port}", tmp_path / "ann")
 
 
 def test_a_server_in_plain_text_is_said_to_be_one(tmp_path: Path) -> None:
