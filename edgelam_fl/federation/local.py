@@ -6,6 +6,7 @@ Knows no console: `federation.runs` shows a run, `run_local` yields its events t
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ from edgelam_fl.federation.template import warm_template
 from edgelam_fl.plan.making import task_settings
 from edgelam_fl.tasks.data import device_pairs
 from edgelam_fl.telemetry.events import Event, RunDone
+from edgelam_fl.trust.authority import issue
+from edgelam_fl.trust.identity import DEVICE, HOST, save_identity
+from edgelam_fl.trust.server import ServerTrust, prepare_trust, trust_folder
 
 _POLL_S = 0.25
 _RESULT_LAG_S = 30.0
@@ -69,20 +73,25 @@ def bounds_of_a_local_run() -> Bounds:
 def local_federation(config: RunConfig, data: Sequence[Path], folder: Path) -> Iterator[LocalFederation]:
     """Starts a federation for one run, with one device per file of `data`; ends its processes when the context ends.
 
-    folder: the run's folder, which holds the nodes' logs too. Raises DataError for a file that does not fit the run, before
-    anything starts.
+    It has an authority of its own, whose keys and those of the nodes are deleted at the end. folder: the run's folder, which
+    holds the nodes' logs too. Raises DataError for a file that does not fit the run, before anything starts.
     """
     for file in data:
         device_pairs(file, task_settings(config))  # its messages quote the data, which a node's own report does not
     port = free_port()
     server = f"127.0.0.1:{port}"
     edges, devices = _local_nodes(config, folder, server, data)
+    trust = prepare_trust(folder / "server", "127.0.0.1", port)
+    for node in edges + devices:
+        let_in(trust, node)
     expecting = config.federation.model_copy(update={"expect_nodes": len(devices)})
     children: list[Child] = []
     warm_template()  # it imports while the SuperLink starts
     try:
         # Without a hub: all nodes are on this machine and have what it has, the model too.
-        children.append(start_superlink("127.0.0.1", port, folder / "server", bounds=bounds_of_a_local_run()))
+        children.append(
+            start_superlink("127.0.0.1", port, folder / "server", trust=trust, bounds=bounds_of_a_local_run())
+        )
         for node in edges + devices:
             node.start()
         yield LocalFederation(
@@ -95,6 +104,24 @@ def local_federation(config: RunConfig, data: Sequence[Path], folder: Path) -> I
         )
     finally:
         end_all([*(child for node in edges + devices for child in node.children.values()), *children])
+        for keys in (
+            trust_folder(folder / "server"),
+            operator_folder(folder / "server"),
+            *_identities(edges + devices),
+        ):
+            shutil.rmtree(keys, ignore_errors=True)  # nobody needs them once the federation has ended
+
+
+def let_in(trust: ServerTrust, node: NodeProcesses) -> None:
+    """Makes a node a member, with keys made here: for a server and nodes that one user of this machine starts."""
+    identity = issue(trust.authority, node.name, DEVICE if node.data else HOST)
+    node.identity = node.state / "identity"
+    save_identity(identity, node.identity)
+    trust.members.add(identity)
+
+
+def _identities(nodes: Sequence[NodeProcesses]) -> list[Path]:
+    return [node.identity for node in nodes if node.identity is not None]
 
 
 def _local_nodes(

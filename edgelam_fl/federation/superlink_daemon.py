@@ -17,6 +17,7 @@ import os
 import secrets
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -59,7 +60,7 @@ def main() -> None:
     trust = open_trust(state) if options.members_only else None
     app = create_app(_configuration(options), SuperLinkLifespan)
     links = app.state.linkstate_factory.state()
-    judge = partial(refusal_of_run, own="" if options.allow_foreign_apps else own_digest(state))
+    judge = partial(refusal_of_run, own="" if options.allow_foreign_apps else own_digest())
     guard = Guard(
         flower=app,
         token=read_token(options.operator),
@@ -173,9 +174,10 @@ def unregister_supernode(links: Any, number: int) -> None:
 # ---------------------------------------------------------------- which Apps run here
 
 
-def own_digest(state: Path) -> str:
-    """Returns the digest of the Flower App that is installed here. state: a folder for a copy of it."""
-    return archive_digest(build_fab_from_disk(app_alone(state / "app")))
+def own_digest() -> str:
+    """Returns the digest of the Flower App that is installed here."""
+    with tempfile.TemporaryDirectory() as folder:
+        return archive_digest(build_fab_from_disk(app_alone(Path(folder) / "app")))
 
 
 def refusal_of_run(body: bytes, own: str) -> str:

@@ -1,4 +1,7 @@
-"""A whole federation on this machine for tests: SuperLink, one edge server, three devices, proxies before both planes."""
+"""A whole federation on this machine for tests: SuperLink, one edge server, three devices, and taps before both planes.
+
+All of it speaks TLS. Each plane has two taps in a row: what passes on the wire, and what is in it.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from edgelam_fl.config import RunConfig, parse_run_file
 from edgelam_fl.errors import EnvironmentProblem, RunFailed
 from edgelam_fl.federation.child import Child, end_all, log_tail, tool_environment
 from edgelam_fl.federation.hub_process import HubProcess
+from edgelam_fl.federation.local import let_in
 from edgelam_fl.federation.node_process import NodeProcesses
 from edgelam_fl.federation.operator import Operator, operator_folder
 from edgelam_fl.federation.submission import Submission, run_events
@@ -25,7 +29,8 @@ from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.federation.template import warm_template
 from edgelam_fl.telemetry.events import Event, RunDone, of_kind
 from edgelam_fl.telemetry.summary import DeviceSummary, Summary, read_summary
-from tests.integration.proxy import Connection, CountingProxy
+from edgelam_fl.trust.server import prepare_trust
+from tests.integration.proxy import Connection, CountingProxy, DecryptingProxy
 from tests.support import WAIT_S
 
 # Far beyond what any of it takes: a slow machine is no failure, and what hangs ends.
@@ -60,8 +65,10 @@ class Federation:
     nodes: dict[str, NodeProcesses] = field(default_factory=dict)
     children: list[Child] = field(default_factory=list)
     server: str = ""
-    data_plane: CountingProxy | None = None
-    control_plane: CountingProxy | None = None  # between the devices and the SuperLink
+    data_plane: DecryptingProxy | None = None
+    control_plane: DecryptingProxy | None = None  # between the devices and the SuperLink
+    wires: list[CountingProxy] = field(default_factory=list)
+    """What is on the wire of both planes."""
 
     @property
     def server_models(self) -> Path:
@@ -78,38 +85,39 @@ class Federation:
         warm_template()
         port = free_port()
         self.server = f"127.0.0.1:{port}"
+        trust = prepare_trust(self.folder / "server", "127.0.0.1", port)
         listen = f"127.0.0.1:{free_port()}"
-        self.data_plane, self.control_plane = CountingProxy(listen), CountingProxy(self.server)
-        edge = NodeProcesses(
-            "edge-1", self.server, self.folder / "nodes/edge-1", listen=listen, advertise=self.data_plane.address, threads=1,
-            forked=True,
-        )  # fmt: skip
-        self.nodes["edge-1"] = edge
-        for name, file in self.data.items():
-            self.nodes[name] = NodeProcesses(
-                name,
-                self.control_plane.address,
-                self.folder / "nodes" / name,
-                data=file,
-                threads=1,
-                forked=True,
-            )
-        hub = HubProcess("127.0.0.1", free_port(), self.folder / "hub")
+        for name, file in [("edge-1", None), *self.data.items()]:
+            node = NodeProcesses(name, self.server, self.folder / "nodes" / name, data=file, threads=1, forked=True)
+            self.nodes[name] = node
+            let_in(trust, node)
+        identities = {"server": trust.identity, **{name: node.identity for name, node in self.nodes.items()}}
+        self.data_plane = DecryptingProxy(listen, "edge-1", identities)
+        self.control_plane = DecryptingProxy(self.server, "server", identities)
+        self.wires = [CountingProxy(self.data_plane.address), CountingProxy(self.control_plane.address)]
+        self.nodes["edge-1"].listen, self.nodes["edge-1"].advertise = listen, self.wires[0].address
+        for name in self.data:
+            self.nodes[name].server = self.wires[1].address
+        hub = HubProcess("127.0.0.1", free_port(), self.folder / "hub", identity=trust.identity)
         hub.start()
         assert hub.child is not None
         self.children.append(hub.child)
         with patch.dict(os.environ, {"HF_HUB_CACHE": str(self.server_models)}):
             bounds = Bounds(packages=("examples",))
-            self.children.append(start_superlink("127.0.0.1", port, self.folder / "server", beside=hub, bounds=bounds))
+            self.children.append(
+                start_superlink("127.0.0.1", port, self.folder / "server", beside=hub, trust=trust, bounds=bounds)
+            )
         for node in self.nodes.values():
             node.start()
         self.wait_for(lambda: all(node.ready() for node in self.nodes.values()), START_DEADLINE_S, "the nodes")
 
     def stop(self) -> None:
         end_all([*self.children, *(child for node in self.nodes.values() for child in node.children.values())])
-        for proxy in (self.data_plane, self.control_plane):
-            if proxy is not None:
-                proxy.close()
+        for wire in self.wires:
+            wire.close()
+        for tap in (self.data_plane, self.control_plane):
+            if tap is not None:
+                tap.close()
 
     def wait_for(self, done: Callable[[], bool], deadline_s: float, what: str, every_s: float = _POLL_S) -> None:
         """Raises with the end of every log when `done` stays false."""
@@ -174,14 +182,8 @@ class Federation:
 
 
 def by_device(connections: Sequence[Connection], names: Sequence[str]) -> dict[str, list[Connection]]:
-    """Who dialled: HELLO, the first frame of every link, holds the node's name."""
-    found: dict[str, list[Connection]] = {name: [] for name in names}
-    for connection in connections:
-        beginning = bytes(connection.up[:4096])
-        for name in names:
-            if name.encode() in beginning:
-                found[name].append(connection)
-    return found
+    """Who dialled, by the certificate that was shown."""
+    return {name: [connection for connection in connections if connection.peer == name] for name in names}
 
 
 def config_of(model: str, *overrides: str) -> RunConfig:

@@ -1,15 +1,23 @@
-"""TCP proxies: one keeps every byte, one stalls. And what recordings say: HTTP/2 frames, and the gRPC messages in them."""
+"""Proxies: one keeps every byte, one also what is in them under TLS, one stalls. And what recordings say: HTTP/2 frames, and the gRPC messages in them."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import random
 import socket
+import ssl
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from edgelam_fl.trust.identity import peer_of, tls_name
+
+_Result = TypeVar("_Result")
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _DATA, _PADDED = 0, 0x8
@@ -21,6 +29,8 @@ class Connection:
 
     up: bytearray = field(default_factory=bytearray)
     down: bytearray = field(default_factory=bytearray)
+    peer: str = ""
+    """The member that dialled, by its certificate; empty: it showed none."""
 
 
 class Proxy:
@@ -85,6 +95,81 @@ class CountingProxy(Proxy):
         connection = Connection()
         self.connections.append(connection)
         return connection.up.extend, connection.down.extend
+
+
+class DecryptingProxy:
+    """Ends the TLS of each connection and begins it again, by means of keys that only a test has; keeps what was inside.
+
+    It plays the member `name` of the federation before `target` (host:port), and each dialler behind it. identities: the
+    folders of members' keys, by name.
+    """
+
+    def __init__(self, target: str, name: str, identities: Mapping[str, Path]) -> None:
+        host, _, port = target.rpartition(":")
+        self._target, self._name, self._identities = (host, int(port)), name, identities
+        self.connections: list[Connection] = []
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=f"decrypting proxy {target}", daemon=True)
+        self._thread.start()
+        self._server = self._run(asyncio.start_server(self._pass_on, "127.0.0.1", 0, ssl=self._played()))
+        self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    def close(self) -> None:
+        self._run(self._end())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _run(self, work: Coroutine[Any, Any, _Result]) -> _Result:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
+
+    async def _end(self) -> None:
+        self._server.close()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+    def _played(self) -> ssl.SSLContext:
+        folder = self._identities[self._name]
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(folder / "certificate.pem", folder / "key.pem")
+        context.load_verify_locations(folder / "authority.pem")
+        context.verify_mode = ssl.CERT_OPTIONAL  # Flower's clients show none; gRPC's always do
+        context.set_alpn_protocols(["h2", "http/1.1"])
+        return context
+
+    def _as(self, peer: str, protocol: str | None) -> ssl.SSLContext:
+        context = ssl.create_default_context(cafile=self._identities[self._name] / "authority.pem")
+        if peer:
+            context.load_cert_chain(self._identities[peer] / "certificate.pem", self._identities[peer] / "key.pem")
+        if protocol:
+            context.set_alpn_protocols([protocol])
+        return context
+
+    async def _pass_on(self, near_in: asyncio.StreamReader, near_out: asyncio.StreamWriter) -> None:
+        tls = near_out.get_extra_info("ssl_object")
+        shown = tls.getpeercert(binary_form=True)
+        connection = Connection(peer=peer_of(ssl.DER_cert_to_PEM_cert(shown).encode()).name if shown else "")
+        self.connections.append(connection)
+        context = self._as(connection.peer, tls.selected_alpn_protocol())
+        try:
+            far_in, far_out = await asyncio.open_connection(
+                *self._target, ssl=context, server_hostname=tls_name(self._name)
+            )
+        except OSError:  # as for the other proxies: the dialler sees a broken connection
+            near_out.close()
+            return
+        await asyncio.gather(_carry(near_in, far_out, connection.up), _carry(far_in, near_out, connection.down))
+
+
+async def _carry(source: asyncio.StreamReader, sink: asyncio.StreamWriter, kept: bytearray) -> None:
+    with contextlib.suppress(OSError):
+        while data := await source.read(1 << 16):
+            kept.extend(data)
+            sink.write(data)
+            await sink.drain()
+    sink.close()
 
 
 class StallingProxy(Proxy):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from edgelam_fl.config import TaskSection
 from edgelam_fl.model.source import ModelSource
@@ -18,7 +19,7 @@ from edgelam_fl.wire.grpc.dial import dial
 from edgelam_fl.wire.grpc.serve import DataPlaneServer
 from edgelam_fl.wire.link import Link
 from tests.integration.federation import Federation, Run
-from tests.integration.proxy import CountingProxy
+from tests.integration.proxy import Connection, CountingProxy
 from tests.integration.tap import ENCODINGS, TOKENS, Secrets, leaks
 from tests.links import hello, make_terms, ready, terms
 
@@ -58,10 +59,34 @@ def test_nothing_of_the_data_leaves_a_device(averaged: Run, federation: Federati
     assert leaks(secrets, control) == set()
 
 
+def test_nothing_on_the_wire_can_be_read(averaged: Run, federation: Federation, secrets: Secrets) -> None:
+    """Of what is in both planes' connections, the same search finds names, adapters and tokens in the clear only under TLS."""
+    assert federation.data_plane is not None
+    assert federation.control_plane is not None
+    readable = Secrets()
+    for name in federation.nodes:
+        readable.add(name.encode(), "a node's name")
+    for tensor, values in load_file(averaged.path / "adapter/adapter_model.safetensors").items():
+        readable.add(values.numpy().tobytes()[:64], f"the adapter's {tensor}")
+    inside = [*federation.data_plane.connections, *federation.control_plane.connections]
+    assert {"a node's name"} < {what for connection in inside for what in everything_in(readable, connection)}
+    assert sum(len(connection.up) for wire in federation.wires for connection in wire.connections) > 1_000_000
+    for wire in federation.wires:
+        for connection in wire.connections:
+            assert everything_in(readable, connection) == set()
+            assert everything_in(secrets, connection) == set()
+            assert b"HTTP/" not in connection.up, "neither HTTP/1.1 nor the preface of HTTP/2"
+    planted = Connection(up=bytearray(b"\x17\x03\x03 device-1"))
+    assert everything_in(readable, planted) == {"a node's name"}
+
+
+def everything_in(secrets: Secrets, connection: Connection) -> set[str]:
+    """What of the secrets stands in a connection's bytes as they are, in either direction."""
+    return secrets.found_in(bytes(connection.up)) | secrets.found_in(bytes(connection.down))
+
+
 def test_embeddings_do_not_leave_either(averaged: Run, tiny: ModelSource) -> None:
     """A row of the embedding table is a token in other clothes: with front > 0 none may pass."""
-    from safetensors.torch import load_file
-
     table = load_file(tiny.folder / "model.safetensors")["model.embed_tokens.weight"]
     rows = Secrets()
     for token, row in enumerate(table):
