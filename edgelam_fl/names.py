@@ -9,8 +9,10 @@ import re
 
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _RULE = "may hold letters, digits, '.', '_' and '-', begins with a letter or digit, and has 63 characters at most"
-# chat: the caller in a conversation. The others are folders beside those that are named after nodes.
-RESERVED = frozenset({"adapter", "adapters", "chat", "chats", "flwr", "hub", "nodes", "operator", "server", "trust"})
+CALLER = "chat"
+"""The name of whoever talks to a model over a federation's hosts, as one more device."""
+# The others are folders beside those that are named after nodes.
+RESERVED = frozenset({CALLER, "adapter", "adapters", "chats", "flwr", "hub", "nodes", "operator", "server", "trust"})
 
 
 def why_no_name(name: str) -> str:

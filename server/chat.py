@@ -17,6 +17,7 @@ from edgelam_fl.errors import RunFailed
 from edgelam_fl.files import write_private
 from edgelam_fl.flower import to_record
 from edgelam_fl.model import adapter as adapters
+from edgelam_fl.names import CALLER
 from edgelam_fl.plan.layout import who_may_host
 from edgelam_fl.plan.making import RoundFacts, make_plans, task_settings
 from edgelam_fl.plan.placement import Placement
@@ -29,8 +30,6 @@ from server.global_adapter import starting_point
 from server.hub import RunHub
 from server.roster import Roster
 from server.run_folder import RunFolder
-
-CALLER = "chat"
 
 
 def converse(grid: Grid, spec: RunSpec, hub: RunHub, session: Path, adapter: Path) -> None:

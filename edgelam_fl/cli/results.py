@@ -82,7 +82,7 @@ def chat(
         from edgelam_fl.federation.operator import Operator
 
         asking = Operator(server, operator)
-        check_server_answers(server, insecure or asking.has_authority)
+        check_server_answers(server, insecure or asking.identity is not None)
         with messages.status("loading PyTorch"):
             from edgelam_fl.federation.remote import route_speaker
         with route_speaker(result, asking, messages) as speaker:

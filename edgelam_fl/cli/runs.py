@@ -116,7 +116,7 @@ def plan(
         from edgelam_fl.model.source import find_model
 
         asking = Operator(server, operator)
-        check_server_answers(server, insecure or asking.has_authority)
+        check_server_answers(server, insecure or asking.identity is not None)
         plan = plan_on_server(messages, config, find_model(config.model.name), asking)
     if as_json:
         say(json.dumps(plan.to_json(), indent=2))

@@ -1,6 +1,6 @@
 """The operator's folder: what lets a person submit, list and stop runs at one server, with `flwr` or with `edgelam`.
 
-It holds the token that the server asks for, and Flower's own settings for its command: `export FLWR_HOME=<folder>` is all that
+It holds the token that the server asks for, keys for talking to a model over the hosts, and Flower's own settings for its command: `export FLWR_HOME=<folder>` is all that
 `flwr` needs. Knows the two files in which Flower's command looks; knows no run.
 """
 
@@ -9,15 +9,17 @@ from __future__ import annotations
 import base64
 import json
 import secrets
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgelam_fl.errors import EnvironmentProblem
 from edgelam_fl.files import write_private
+from edgelam_fl.trust.identity import Identity, has_identity, save_identity
 
 CONNECTION = "edgelam"
 """The name of the server in Flower's settings; the default there, so that it need not be given."""
-_TOKEN, _AUTHORITY = "token", "authority.pem"
+_TOKEN, _IDENTITY = "token", "identity"
 _SETTINGS, _CREDENTIALS = "config.toml", "credentials.yaml"  # Flower's names
 
 
@@ -26,19 +28,19 @@ def operator_folder(state: Path) -> Path:
     return state / "operator"
 
 
-def prepare_operator(folder: Path, server: str, authority: bytes = b"") -> None:
-    """Makes the operator's folder for the server at HOST:PORT, or renews Flower's settings there. The token stays.
+def prepare_operator(folder: Path, server: str, identity: Identity | None = None) -> None:
+    """Makes the operator's folder for the server at HOST:PORT, or renews all but the token in it.
 
-    authority: the certificate (PEM) by which the server is recognised; empty: it speaks plain text.
+    identity: with which the operator talks to a model over the federation's hosts, and whose authority the server is
+    recognised by; None: the server speaks plain text.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)
     if not (folder / _TOKEN).exists():
         write_private(folder / _TOKEN, secrets.token_urlsafe(32))
-    if authority:
-        write_private(folder / _AUTHORITY, authority)
-    else:
-        (folder / _AUTHORITY).unlink(missing_ok=True)
+    shutil.rmtree(folder / _IDENTITY, ignore_errors=True)
+    if identity is not None:
+        save_identity(identity, folder / _IDENTITY)
     Operator(server, folder).write_settings(folder)
 
 
@@ -77,9 +79,10 @@ class Operator:
         return other
 
     @property
-    def has_authority(self) -> bool:
-        """Whether the server speaks TLS, so that it may be anywhere."""
-        return (self.folder / _AUTHORITY).exists()
+    def identity(self) -> Path | None:
+        """Returns the folder of the operator's keys; None: the server speaks plain text."""
+        folder = self.folder / _IDENTITY
+        return folder if has_identity(folder) else None
 
     def write_settings(self, home: Path) -> None:
         """Writes the two files of Flower's command to a folder: where the server is, and the token for it."""
@@ -92,8 +95,9 @@ class Operator:
         write_private(home / _CREDENTIALS, "".join(lines))
 
     def _settings(self) -> str:
-        authority = json.dumps(str((self.folder / _AUTHORITY).absolute()))
-        trusted = f"root-certificates = {authority}" if self.has_authority else "insecure = true"
+        trusted = "insecure = true"
+        if self.identity is not None:
+            trusted = f"root-certificates = {json.dumps(str(self.identity.absolute() / 'authority.pem'))}"
         return (
             f'[superlink]\ndefault = "{CONNECTION}"\n\n'
             f"[superlink.{CONNECTION}]\naddress = {json.dumps(self.server)}\n{trusted}\n"

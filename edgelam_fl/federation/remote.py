@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -27,9 +28,11 @@ from edgelam_fl.serving.sessions import RouteSession
 from edgelam_fl.split.route import new_route, open_route, wire_dtype
 from edgelam_fl.split.trainee import lora_of
 from edgelam_fl.telemetry.events import RouteReady, RunFailure
+from edgelam_fl.trust.identity import load_identity
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.grpc.dial import dial
+from edgelam_fl.wire.grpc.secure import Security
 
 _TIMING = FollowTiming(poll_s=0.2, silence_s=15.0)  # somebody waits for the answer
 _PATIENCE_S = 120.0  # for a route, and for one token
@@ -65,19 +68,20 @@ def route_speaker(result: Result, operator: Operator, console: Console) -> Itera
         submission.submit(result.config, folder, "chat", result.adapter)
         with submission.stopped_on_error():
             plan = _await_route(submission, folder, result.config.federation.join_deadline_s + _PATIENCE_S)
-            session = _open(result, plan, operator.server)
+            session = _open(result, plan, operator)
     try:
         yield RouteSpeaker(result, session)
     finally:
         session.finish()
 
 
-def _open(result: Result, plan: pb.Plan, server: str) -> RouteSession:
+def _open(result: Result, plan: pb.Plan, operator: Operator) -> RouteSession:
     source = find_model(plan.model.name)
     stages = load_stages(source, end_spans(plan), plan.model.base, lora_of(plan), compute=plan.model.compute)
     route = new_route(plan)
-    hub = join_address(split_address(server, "--server")[0], plan.hub_port) if plan.hub_port else ""
-    open_route(dial, plan, source, route, ByteCounters(), hub=hub)
+    hub = join_address(split_address(operator.server, "--server")[0], plan.hub_port) if plan.hub_port else ""
+    security = Security(load_identity(operator.identity) if operator.identity else None)
+    open_route(partial(dial, security=security), plan, source, route, ByteCounters(), hub=hub)
     adapter = read_peft_folder(result.adapter)
     return RouteSession(stages, adapter, route, wire_dtype(plan), _PATIENCE_S)
 

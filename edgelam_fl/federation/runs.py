@@ -58,13 +58,13 @@ def check_run(config: RunConfig, name: str, out: Path | None, *, local: bool) ->
 
 def run_on_server(console: Console, config: RunConfig, folder: Path, operator: Operator, insecure: bool) -> int:
     """Runs on the nodes that have joined the operator's server, and shows the run until it ends; returns the exit code."""
-    check_server_answers(operator.server, insecure or operator.has_authority, _WAYS_OUT)
+    check_server_answers(operator.server, insecure or operator.identity is not None, _WAYS_OUT)
     return follow(console, _view_of(console, config), config, folder, operator)
 
 
 def leave_on_server(console: Console, config: RunConfig, folder: Path, operator: Operator, insecure: bool) -> int:
     """Submits the run and prints how to follow and to stop it; it goes on without this command."""
-    check_server_answers(operator.server, insecure or operator.has_authority, _WAYS_OUT)
+    check_server_answers(operator.server, insecure or operator.identity is not None, _WAYS_OUT)
     submission = Submission(operator, folder / "flwr")
     with console.status("handing the run to Flower"):
         run_id = submission.submit(config, folder)

@@ -10,6 +10,9 @@ from edgelam_fl.bounds import STRICTEST, Bounds
 from edgelam_fl.federation.child import Child, await_answer
 from edgelam_fl.federation.hub_process import HubProcess
 from edgelam_fl.federation.operator import operator_folder, prepare_operator
+from edgelam_fl.names import CALLER
+from edgelam_fl.trust.authority import issue
+from edgelam_fl.trust.identity import DEVICE
 from edgelam_fl.trust.server import ServerTrust
 
 _EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
@@ -39,8 +42,8 @@ def start_superlink(
     """
     check_port_free(host, port, "--listen")
     operator = operator_folder(state)
-    authority = trust.authority.certificate if trust else b""
-    prepare_operator(operator, join_address(_EVERY_ADDRESS.get(host, host), port), authority)
+    caller = issue(trust.authority, CALLER, DEVICE) if trust else None
+    prepare_operator(operator, join_address(_EVERY_ADDRESS.get(host, host), port), caller)
     command = [sys.executable, "-m", "edgelam_fl.federation.superlink_daemon", "--host", host, "--port", str(port)]
     command += ["--state", str(state), "--operator", str(operator)]
     command += ["--database", str(state / "superlink.db")] if keep else []

@@ -10,6 +10,9 @@ import pytest
 
 from edgelam_fl.errors import EnvironmentProblem
 from edgelam_fl.federation.operator import Operator, prepare_operator, read_token
+from edgelam_fl.names import CALLER
+from edgelam_fl.trust.authority import Authority, issue
+from edgelam_fl.trust.identity import DEVICE, load_identity
 
 
 def mode(path: Path) -> int:
@@ -26,6 +29,13 @@ def test_the_token_stays_and_is_private(tmp_path: Path) -> None:
     assert '"127.0.0.1:9000"' in (folder / "config.toml").read_text()
     assert mode(folder) == 0o700
     assert {mode(file) for file in folder.iterdir()} == {0o600}
+    identity = issue(Authority.open(tmp_path / "trust"), CALLER, DEVICE)
+    prepare_operator(folder, "127.0.0.1:9000", identity)
+    assert load_identity(folder / "identity") == identity
+    assert f'root-certificates = "{folder}/identity/authority.pem"' in (folder / "config.toml").read_text()
+    prepare_operator(folder, "127.0.0.1:9000")
+    assert Operator("127.0.0.1:9000", folder).identity is None, "the server was started in plain text"
+    assert "insecure = true" in (folder / "config.toml").read_text()
     prepare_operator(tmp_path / "another", "127.0.0.1:8000")
     assert read_token(tmp_path / "another") != token
 
