@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -21,17 +20,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import Figure, main
-from edgelam_fl.addresses import free_port
-from edgelam_fl.config import parse_run_file
-from edgelam_fl.federation.child import end_all
-from edgelam_fl.federation.node_process import NodeProcesses
-from edgelam_fl.federation.operator import Operator, operator_folder
-from edgelam_fl.federation.submission import Submission
-from edgelam_fl.federation.superlink import start_superlink
-from edgelam_fl.telemetry.events import Event, PlanMade, RoundDone, RunDone, of_kind
+from edgelam_fl.config import RunConfig, parse_run_file
+from edgelam_fl.telemetry.events import Event, PlanMade, RoundDone, of_kind
 from edgelam_fl.telemetry.summary import is_training_round
 from strategies.api import Demand
 from strategies.bandwidth.links import delay_of, needs_of
+from tests.integration.federation import Federation
 from tests.support import write_tiny_llama
 
 RATIOS = {"device-1": 1, "device-2": 2, "device-3": 6}
@@ -45,20 +39,23 @@ SETTINGS = {
     "federation.local_steps": 4, "federation.batch_size": 4, "federation.min_nodes": 3, "federation.expect_nodes": 3,
     "task.max_tokens": 512, "data.held_out": 0.05,
 }  # fmt: skip
-START_S, RUN_S = 180.0, 1800.0
 
 Events = Sequence[Event]
 
 
-def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
+def measure(smoke: bool, federation: Federation | None = None) -> tuple[dict[str, Any], list[Figure]]:
+    """Returns settings and figures of runs over `federation`, which has these three devices and any data; None: starts its own."""
     tokens, rounds, capacity = (24, 2, "20 Mbit/s") if smoke else (48, 3, "2 Mbit/s")
     out = Path("runs").absolute() / ("benchmark-links-smoke" if smoke else "benchmark-links")
     shutil.rmtree(out, ignore_errors=True)
     model = write_tiny_llama(out / "model")
     data = [write_pairs(out / f"{name}.jsonl", tokens * ratio) for name, ratio in RATIOS.items()]
     settings = {**SETTINGS, "federation.rounds": rounds, "wire.capacity": capacity}
-    with _federation(out, data) as server:
-        events = {rule: _run(server, out, model, rule, settings) for rule in (RULES[1:] if smoke else RULES)}
+    with nullcontext(federation) if federation is not None else _started(out, data) as running:
+        events = {
+            rule: running.run(f"links-{rule}", _config(model, rule, settings)).events
+            for rule in (RULES[1:] if smoke else RULES)
+        }
     capacity_bps = parse_run_file("", source="the benchmark", overrides=_set(settings)).wire.capacity_bps
     figures = [figure for rule, found in events.items() for figure in of_rule(rule, found, capacity_bps)]
     return {**settings, "tokens": tokens, "payloads": RATIOS}, figures + (
@@ -142,35 +139,19 @@ def _shares(events: Events) -> dict[int, Mapping[str, float]]:
 
 
 @contextmanager
-def _federation(out: Path, data: Sequence[Path]) -> Iterator[str]:
-    """Starts the processes and yields the SuperLink's address; ends all processes afterwards."""
-    port = free_port()
-    server, folder = f"127.0.0.1:{port}", out / "nodes"
-    nodes = [NodeProcesses("edge-1", server, folder / "edge-1", threads=1, forked=True)]
-    nodes += [NodeProcesses(file.stem, server, folder / file.stem, file, threads=1, forked=True) for file in data]
-    children = [start_superlink("127.0.0.1", port, out / "server")]
+def _started(out: Path, data: Sequence[Path]) -> Iterator[Federation]:
+    """Starts the processes of a federation in the folder `out`; ends all of them afterwards."""
+    federation = Federation(out, {file.stem: file for file in data})
     try:
-        for node in nodes:
-            node.start()
-        end = time.monotonic() + START_S
-        while not all(node.ready() for node in nodes):
-            if time.monotonic() > end:
-                raise SystemExit(f"the nodes did not start within {START_S:.0f} s; their logs are in {folder}")
-            time.sleep(0.2)
-        yield server
+        federation.start()
+        yield federation
     finally:
-        end_all([*(child for node in nodes for child in node.children.values()), *children])
+        federation.stop()
 
 
-def _run(server: str, out: Path, model: Path, rule: str, settings: dict[str, Any]) -> list[Event]:
+def _config(model: Path, rule: str, settings: dict[str, Any]) -> RunConfig:
     overrides = [*_set(settings), f"model.name={model}", f"strategy.bandwidth={rule}"]
-    config = parse_run_file("", source="the benchmark", overrides=overrides)
-    submission = Submission(Operator(server, operator_folder(out / "server")), out / "flwr")
-    submission.submit(config, out / rule)
-    events = list(submission.events(RUN_S, awaited=f"the end of the run under {rule} ({out / rule})"))
-    if not isinstance(events[-1], RunDone):
-        raise SystemExit(f"the run under {rule} failed: {events[-1]}")
-    return events
+    return parse_run_file("", source="the benchmark", overrides=overrides)
 
 
 def _set(settings: dict[str, Any]) -> list[str]:

@@ -17,7 +17,7 @@ from tests.support import run_folder, write_data_files, write_tiny_llama
 run_folder()  # made before the workers start, which inherit its name
 
 # What `make test` gives to one worker, because its tests share something that is slow to make: a federation; stage hosts in
-# processes of their own. Of benchmarks each test is a unit; else each file is one.
+# processes of their own, and the template of such processes. Of benchmarks each test is a unit; else each file is one.
 _SHARED = {
     "federation": [
         f"tests/integration/test_{name}.py"
@@ -31,11 +31,13 @@ _SHARED = {
             "slices",
             "report_browser",
             "relay",
+            "benchmark_links",
         )
     ],
     "stage hosts": [
         "tests/parity/test_grpc_processes.py",
         "tests/parity/test_small_buffers.py",
+        "tests/unit/test_template.py",
     ],
 }
 _EACH_TEST = ("tests/integration/test_benchmarks.py",)

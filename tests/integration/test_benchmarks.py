@@ -12,8 +12,18 @@ from benchmarks import common
 
 ROOT = Path(__file__).parents[2]
 # Those that need an emulated machine or a Docker engine have tests of their own: tests/unit/test_benchmark_boards.py,
-# tests/unit/test_testbed_benchmarks.py.
-APART = ("__init__", "common", "boards", "big_llama", "links_tc", "testbed_memory", "planner_testbeds", "link_change")
+# tests/unit/test_testbed_benchmarks.py. That of links runs on the federation that other tests share: test_benchmark_links.py.
+APART = (
+    "__init__",
+    "common",
+    "boards",
+    "big_llama",
+    "links",
+    "links_tc",
+    "testbed_memory",
+    "planner_testbeds",
+    "link_change",
+)
 NAMES = sorted(file.stem for file in (ROOT / "benchmarks").glob("*.py") if file.stem not in APART)
 
 
@@ -25,7 +35,11 @@ def test_smoke(name: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
     monkeypatch.chdir(ROOT)
     module = importlib.import_module(f"benchmarks.{name}")
     common.main(name, module.measure, getattr(module, "add_options", None), ["--smoke"])
-    result = json.loads(capfd.readouterr().out.splitlines()[-1])
+    check_result(name, capfd.readouterr().out)
+
+
+def check_result(name: str, printed: str) -> None:
+    result = json.loads(printed.splitlines()[-1])
     assert result["name"] == name
     assert result["figures"]
     assert all(set(figure) == {"name", "value", "unit", "bar", "holds"} for figure in result["figures"])
