@@ -23,6 +23,7 @@ from server.chat import converse
 from server.checks import check_config
 from server.exchange import Exchange, ExchangeTiming
 from server.hub import RunHub, run_hub
+from server.membership import owners
 from server.roster import Roster
 from server.rounds import Rounds
 from server.run_folder import RunFolder
@@ -55,7 +56,7 @@ def _lead(exchange: Exchange, folder: RunFolder, spec: RunSpec, hub: RunHub, bou
     """Trains or proposes. An error is in the run's events before it is raised."""
     try:
         patience_s = spec.config.federation.join_deadline_s
-        roster = Roster(exchange, folder, _profile_request(spec, hub), patience_s=patience_s)
+        roster = Roster(exchange, folder, _profile_request(spec, hub), patience_s, owners(os.environ))
         if trains:
             _run(exchange, roster, spec, folder, hub, bounds)
         else:

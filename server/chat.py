@@ -6,6 +6,7 @@ that only this user can read. The caller (`edgelam chat --server`) then dials th
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from pathlib import Path
@@ -28,6 +29,7 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from server.exchange import Exchange, ExchangeTiming, Missing
 from server.global_adapter import starting_point
 from server.hub import RunHub
+from server.membership import owners
 from server.roster import Roster
 from server.run_folder import RunFolder
 
@@ -39,7 +41,7 @@ def converse(grid: Grid, spec: RunSpec, hub: RunHub, session: Path, adapter: Pat
     """
     folder, exchange = RunFolder(session, spec), Exchange(grid, ExchangeTiming())
     request = pb.ProfileRequest(protocol_version=PROTOCOL_VERSION, task=task_settings(spec.config), hub_port=hub.port)
-    roster = Roster(exchange, folder, request)
+    roster = Roster(exchange, folder, request, owner_of=owners(os.environ))
     try:
         roster.await_hosts(spec.config)
         plans = _plan(spec, roster, folder, hub)

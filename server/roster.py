@@ -7,7 +7,7 @@ the others only a little, and never again for one that let them wait in vain. Kn
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, MessageType, RecordDict
@@ -21,12 +21,12 @@ from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.relay import BEHIND
 from server.exchange import Exchange, Missing, Peer, Request, answer_of
+from server.membership import OwnerOf
 from server.profiles import read_profile
 from server.run_folder import RunFolder
 from server.schedule import unfit
 
 _LINK = ("link_up_bps", "link_down_bps", "round_trip_s")
-OwnerOf = Callable[[int], str]  # Flower's node id -> the name that the node's key belongs to; empty: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +46,11 @@ class Roster:
         folder: RunFolder,
         request: pb.ProfileRequest,
         patience_s: float = 0.0,
-        owner_of: OwnerOf = lambda node_id: "",
+        owner_of: OwnerOf | None = None,
     ) -> None:
         """Starts empty. `patience_s`: the time for an answer to `request`, if longer than the exchange's own limit for
-        queries: a small board needs minutes to start Python. `owner_of`: by default no node has a key, and the first to
-        give a name owns it.
+        queries: a small board needs minutes to start Python. `owner_of`: None: no node has a key, and the first to give a
+        name owns it.
         """
         self.profiles: dict[str, pb.Profile] = {}
         self.problems: dict[str, str] = {}
@@ -220,7 +220,7 @@ class Roster:
         problem = profile.problem
         if profile.protocol_version != PROTOCOL_VERSION:
             problem = f"speaks protocol version {profile.protocol_version}, this server {PROTOCOL_VERSION}: install the same edgelam-fl"
-        elif not problem and (not_its_own := self._why_not_its_name(node_id, profile.name)):
+        elif not problem and (not_its_own := self._why_not_itself(node_id, profile)):
             problem = not_its_own
         elif not problem and profile.address.startswith(BEHIND) and not self._request.hub_port:
             problem = "can be reached by a relay alone (--listen relay), and this server has none: start it with `edgelam server`"
@@ -241,11 +241,18 @@ class Roster:
         )  # fmt: skip
         self._folder.emit(joined)
 
-    def _why_not_its_name(self, node_id: int, name: str) -> str:
-        """Returns why a node cannot have a name that is well formed; empty if it can."""
-        owner = self._owner_of(node_id)
-        if owner and owner != name:
-            return f"calls itself {name}, and its key belongs to {owner}; start it with the state folder and name that it joined with"
+    def _why_not_itself(self, node_id: int, profile: pb.Profile) -> str:
+        """Returns why a node cannot have a name that is well formed, or its role; empty if it can."""
+        name = profile.name
+        if self._owner_of is not None:
+            owner = self._owner_of(node_id)
+            if owner is None:
+                return "its key belongs to no member of this federation; invite it: edgelam invite NAME, on the server"
+            if owner.name != name:
+                return f"calls itself {name}, and its key belongs to {owner.name}; start it with the state folder and name that it joined with"
+            if owner.role != profile.role:
+                was, wants = _role(owner.role), _role(profile.role)
+                return f"joined as {was} and takes part as {wants}; start it as {was}, or revoke it and invite it as {wants}"
         known = self._name_of(node_id)
         if known not in (name, str(node_id)):
             return f"was {known} a moment ago and calls itself {name} now; a node has one name"
@@ -277,6 +284,10 @@ class Roster:
             f"{len(self.edges())} edge servers are here; the run needs at least {federation.min_nodes}{wanted_hosts} "
             f"(federation.min_nodes, federation.join_deadline_s){problems}"
         )
+
+
+def _role(role: pb.Role) -> str:
+    return "a device (with --data)" if role == pb.DEVICE else "an edge server (--role host, without --data)"
 
 
 def _layer_times(profile: pb.Profile) -> tuple[LayerSeconds, ...]:

@@ -24,6 +24,8 @@ class HubProcess:
     state: Path
     identity: Path | None = None
     """Folder with the server's keys; None: plain text."""
+    members: Path | None = None
+    """Folder with the server's book of members, for which of them have left; None: none leaves."""
     insecure: bool = False
     """Whether plain text may leave this machine."""
     child: Child | None = None
@@ -44,6 +46,7 @@ class HubProcess:
         command = [sys.executable, "-m", "edgelam_fl.hub.daemon", "--listen", join_address(self.host, self.port)]
         command += ["--state", str(self.state)]
         command += ["--identity", str(self.identity)] if self.identity else []
+        command += ["--members", str(self.members)] if self.members else []
         command += ["--insecure"] if self.insecure else []
         self.child = Child("hub", command, self.state.parent / "hub.log")
         return self.child

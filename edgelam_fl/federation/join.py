@@ -54,7 +54,7 @@ def join(
     _enter(console, standing)
     node = NodeProcesses(
         standing.name, options.server, standing.state, options.data, options.listen, options.advertise, options.threads,
-        options.tags, identity=standing.identity,
+        options.tags, identity=standing.identity, insecure=insecure,
     )  # fmt: skip
     return _watch(console, node)
 

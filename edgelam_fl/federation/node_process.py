@@ -39,6 +39,8 @@ class NodeProcesses:
     """Whether its processes are forked from a template: for several nodes of one machine."""
     identity: Path | None = None
     """Folder with the node's key and certificates; None: plain text."""
+    insecure: bool = False
+    """Whether plain text may leave this machine."""
     children: dict[str, Child] = field(default_factory=dict)
     """The processes by their kind, once started."""
     _restarts: Restarts = field(default_factory=Restarts)
@@ -64,6 +66,7 @@ class NodeProcesses:
         command += ["--data", str(self.data.absolute())] if self.data else []
         command += [f"--tag={tag}" for tag in self.tags]
         command += ["--identity", str(self.identity)] if self.identity else []
+        command += ["--insecure"] if self.insecure else []
         self._start_child("stage host", command, "stage-host.log")
 
     def _start_supernode(self) -> None:

@@ -17,7 +17,7 @@ from edgelam_fl.federation.child import Child, end_all, shorten
 from edgelam_fl.federation.hub_process import HubProcess
 from edgelam_fl.federation.operator import operator_folder
 from edgelam_fl.federation.superlink import start_superlink
-from edgelam_fl.trust.server import prepare_trust
+from edgelam_fl.trust.server import prepare_trust, trust_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ def serve(console: Console, options: ServerOptions) -> int:
             check_port_free(host, port, "--listen")
             if not options.insecure:
                 trust = prepare_trust(state, host, port, options.addresses)
-                hub.identity = trust.identity
+                hub.identity, hub.members = trust.identity, trust_folder(state)
             hub.start()
             superlink = start_superlink(
                 host, port, state, beside=hub, trust=trust, bounds=options.bounds, keep=True,

@@ -13,7 +13,8 @@ from edgelam_fl.federation.operator import operator_folder, prepare_operator
 from edgelam_fl.names import CALLER
 from edgelam_fl.trust.authority import issue
 from edgelam_fl.trust.identity import DEVICE
-from edgelam_fl.trust.server import ServerTrust
+from edgelam_fl.trust.members import MEMBERS
+from edgelam_fl.trust.server import ServerTrust, trust_folder
 
 _EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
@@ -52,6 +53,7 @@ def start_superlink(
     command += ["--allow-foreign-apps"] if allow_foreign_apps else []
     environment = {"FLWR_HOME": str(state / "flwr"), "FLWR_TELEMETRY_ENABLED": "0", **(simulation or {})}
     environment |= bounds.environment() | (beside.environment if beside else {})
+    environment |= {MEMBERS: str(trust_folder(state).absolute())} if trust else {}
     child = Child("SuperLink", command, state / "superlink.log", environment)
     await_answer(child, host, port)
     return child

@@ -22,6 +22,7 @@ from edgelam_fl.errors import ConfigError, Refused, nearest
 from edgelam_fl.names import why_no_name
 from edgelam_fl.trust.identity import DEVICE, HOST, Identity, peer_of, public_key
 
+MEMBERS = "EDGELAM_MEMBERS"  # environment of a ServerApp: folder of the book; unset: anybody may join
 MEMBERS_FILE = "members.sqlite"
 _BUSY_S = 10.0  # how long a write waits for another one
 _KEPT_S = 30 * 86400.0  # how long a closed invite is remembered, so that its token gets the right answer

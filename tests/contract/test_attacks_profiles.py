@@ -13,8 +13,12 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from edgelam_fl.errors import ProtocolError
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.names import RESERVED, printable, why_no_name
+from edgelam_fl.trust.authority import Authority, issue
+from edgelam_fl.trust.identity import DEVICE, HOST
+from edgelam_fl.trust.members import MEMBERS, Members
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
+from server.membership import Owner, owners
 from server.profiles import read_profile
 from server.roster import Roster
 from tests.by_hand import ByHand, FederationByHand
@@ -169,14 +173,38 @@ def test_s17_a_name_belongs_to_a_key(run: FederationByHand) -> None:
     """The first to answer does not own the name of a member with a key."""
     exchange, request = run.rounds._exchange, pb.ProfileRequest(protocol_version=PROTOCOL_VERSION)
     run.nodes["b"].profile.name = "a"
-    owners = {1: "zoe", 2: "a", 3: "e"}
-    roster = Roster(exchange, run.folder, request, owner_of=owners.__getitem__)
+    book = {1: Owner("zoe", pb.DEVICE), 2: Owner("a", pb.DEVICE), 3: Owner("e", pb.EDGE)}
+    roster = Roster(exchange, run.folder, request, owner_of=book.get)
     roster.refresh()
     assert roster.devices() == ["a"]
     assert roster.request("a", "train", RecordDict()).node_id == 2
     assert roster.problems == {
         "a": "calls itself a, and its key belongs to zoe; start it with the state folder and name that it joined with"
     }
+
+
+def test_a_device_cannot_take_part_as_a_host(run: FederationByHand) -> None:
+    """The role is the one that the operator invited the node in; a key of nobody takes part in nothing."""
+    request = pb.ProfileRequest(protocol_version=PROTOCOL_VERSION)
+    book = {1: Owner("a", pb.DEVICE), 3: Owner("e", pb.DEVICE)}
+    roster = Roster(run.rounds._exchange, run.folder, request, owner_of=book.get)
+    roster.refresh()
+    assert (roster.devices(), roster.edges()) == (["a"], [])
+    assert roster.problems["b"].startswith("its key belongs to no member of this federation")
+    assert roster.problems["e"].startswith("joined as a device (with --data) and takes part as an edge server")
+
+
+def test_members_are_found_by_the_number_that_flower_gave_them(tmp_path: Path) -> None:
+    authority, members = Authority.open(tmp_path), Members(tmp_path)
+    for number, (name, role) in enumerate({"ann": DEVICE, "edge-1": HOST}.items(), 7):
+        members.add(issue(authority, name, role))
+        members.note_registered(members.find(name), number)
+    owner_of = owners({MEMBERS: str(tmp_path)})
+    assert owner_of is not None
+    assert [owner_of(number) for number in (7, 8, 9)] == [Owner("ann", pb.DEVICE), Owner("edge-1", pb.EDGE), None]
+    members.revoke("ann")
+    assert owner_of(7) is None
+    assert owners({}) is None
 
 
 def test_s12_a_garbled_measurement_changes_nothing(run: FederationByHand) -> None:
