@@ -32,8 +32,8 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supernode.nodestate import NodeState
 
+from edgelam_fl.errors import for_others
 from edgelam_fl.federation.app_archive import App, archived_app, why_refused
-from edgelam_fl.wire.control import StageHostSilent
 
 _MOST_AT_ONCE = 8  # a SuperNode gives one message after the other; more are there only after it has given one up
 
@@ -95,12 +95,22 @@ class ClientAppThreads:
         self._state.activate_task(task.task_id)
         try:
             problem = self._reply_to(task, self._wait(task, lambda: self._message(task)))
+            self._state.finish_task(task.task_id, SubStatus.FAILED if problem else SubStatus.COMPLETED, problem)
+            self._forget_finished()
         except _Gone:
-            problem = "the SuperNode has given the task up"
-            log(WARNING, "Task %d: %s; nothing is sent.", task.task_id, problem)
-        self._state.finish_task(task.task_id, SubStatus.FAILED if problem else SubStatus.COMPLETED, problem)
-        with self._lock:
-            self._taken.discard(task.task_id)
+            log(WARNING, "The SuperNode has given task %d up; nothing is sent.", task.task_id)
+        except Exception as error:  # noqa: BLE001 - without a sign of life the SuperNode itself answers, after a minute
+            log(ERROR, "No answer to task %d.", task.task_id, exc_info=error)
+        finally:
+            with self._lock:
+                self._taken.discard(task.task_id)
+
+    def _forget_finished(self) -> None:
+        """Removes finished tasks from the SuperNode's state, which would keep them as long as the node runs."""
+        with self._state.lock_task_store:
+            for number, task in list(self._state.task_store.items()):
+                if task.status.status == Status.FINISHED:
+                    del self._state.task_store[number]
 
     def _reply_to(self, task: Task, head: Message) -> str:
         """Answers the message with the metadata of `head`; returns the reason of an error reply, "" if the ClientApp has answered."""
@@ -117,9 +127,7 @@ class ClientAppThreads:
             raise
         except Exception as raised:  # noqa: BLE001 - whatever it is, the server hears of it and the next message is answered
             log(ERROR, "The ClientApp raised an exception.", exc_info=raised)
-            # Its text may hold what is private.
-            kind = raised.outside if isinstance(raised, StageHostSilent) else type(raised).__name__
-            problem = f"{kind}; the node's own log says more"
+            problem = f"{for_others(raised)}; the node's own log says more"
             error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, problem)
         self._send(task, Message(error, reply_to=head))
         return problem

@@ -40,7 +40,7 @@ from edgelam_fl.telemetry.human import human_bytes, human_layers
 from edgelam_fl.telemetry.records import as_json
 from edgelam_fl.wire import edgelam_pb2 as pb
 
-_MESSAGES_S = 180.0  # on top of the time for nodes to join: submission, and a process per message
+_MESSAGES_S = 180.0  # on top of the time for nodes to join: submission, and messages
 _TIMING = FollowTiming(silence_s=20.0)  # somebody waits for the answer
 _NOT_IN_A_PROFILE = ("time", "event", "node", "role", "findings", "profile")
 

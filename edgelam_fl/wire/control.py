@@ -66,15 +66,6 @@ class ControlServer:
         self._server.stop(grace=0.5)
 
 
-class StageHostSilent(EnvironmentProblem):
-    """A stage host of this machine that does not answer; `outside` is what may be said of that to other machines."""
-
-    def __init__(self, outside: str, details: str) -> None:
-        """details: what may hold paths and data of this machine."""
-        super().__init__(f"{outside}: {details}")
-        self.outside = outside
-
-
 class ControlClient:
     """A caller of a stage host on this machine, found by its state folder. Waits for a stage host that is starting."""
 
@@ -85,19 +76,19 @@ class ControlClient:
         try:
             endpoint = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise StageHostSilent(
-                "no stage host has started", f"there is no {file}; `edgelam client` starts one"
+            raise EnvironmentProblem(
+                f"no stage host has written {file}; `edgelam client` starts one", outward="no stage host has started"
             ) from error
         self._metadata = (("token", endpoint["token"]), ("node", node))
         self._channel = grpc.insecure_channel(endpoint["address"], options=_OPTIONS)
 
     def call(self, method: str, request: Any, timeout_s: float) -> Any:
-        """Returns the method's answer. Raises StageHostSilent if the stage host fails or does not answer in time."""
+        """Returns the method's answer. Raises EnvironmentProblem if the stage host fails or does not answer in time."""
         try:
             return stub(self._channel, _SERVICE, method)(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             what = f"the stage host did not answer {method}: {error.code().name}"
-            raise StageHostSilent(what, error.details()) from error
+            raise EnvironmentProblem(f"{what}: {error.details()}", outward=what) from error
 
     def close(self) -> None:
         self._channel.close()
