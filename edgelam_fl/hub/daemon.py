@@ -23,7 +23,7 @@ from edgelam_fl.hub import echo, relay, slices
 from edgelam_fl.hub.membership import MEMBERS_EVERY_S, Door, EndedMembers, read_ended
 from edgelam_fl.trust.identity import load_identity
 from edgelam_fl.trust.members import Members
-from edgelam_fl.wire.grpc.options import channel_options
+from edgelam_fl.wire.grpc.options import server_options
 from edgelam_fl.wire.grpc.secure import PLAIN, Security
 
 MakeService = Callable[[Path], grpc.GenericRpcHandler]  # the hub's state folder -> a service
@@ -47,7 +47,7 @@ class HubServer:
         """`ended`: returns the memberships that have ended, by default none; it is asked every `members_every_s`."""
         state.mkdir(parents=True, exist_ok=True)
         self._door = Door(ended, members_every_s)
-        options = [*channel_options(most_sent_bytes=-1), ("grpc.so_reuseport", 0)]
+        options = [*server_options(most_sent_bytes=-1), ("grpc.so_reuseport", 0)]
         self._server = grpc.server(ThreadPoolExecutor(_MAX_STREAMS, "hub"), options=options, interceptors=[self._door])
         self._server.add_generic_rpc_handlers((self._door.service(), *(make(state) for make in services)))
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 import threading
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from edgelam_fl.hub import relay
+from edgelam_fl.hub.daemon import HubServer
 from edgelam_fl.split.inbox import Inbox
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
@@ -29,6 +31,8 @@ from edgelam_fl.wire.link import MAX_HELLO_BYTES, MOST_UNKNOWN_KINDS, NOT_READIN
 from edgelam_fl.wire.memory import memory_pair
 from edgelam_fl.wire.outbox import MOST_CONTROL
 from edgelam_fl.wire.relay import DIAL, LISTEN, Relay, make_token
+from tests.floods import flood, half_open
+from tests.fuzz import fuzz_hub, fuzz_links, fuzz_port, resident_bytes
 from tests.links import Heard, hello, make_terms, ready, terms
 from tests.support import WAIT_S, grpc_server
 
@@ -364,3 +368,53 @@ def test_s15_small_frames_unread_are_limited_by_number_and_size(busy: Busy, size
     for _ in range(20 if size else 10_000):
         busy.link.receive(frame)
     assert "wait to be read; one more is too many" in busy.reasons[0]
+
+
+# ---------------------------------------------------------------- mutated input; `python -m benchmarks.fuzz` sends more
+
+
+def test_mutated_frames_and_handshakes_neither_escape_nor_take_memory() -> None:
+    fuzz_links(500, seed=1)
+    before = resident_bytes(os.getpid())
+    tally = fuzz_links(4000, seed=2)
+    assert tally.escaped == []
+    assert tally.outcomes["closed"] > 100
+    assert tally.outcomes["taken"] > 100
+    assert resident_bytes(os.getpid()) - before < 64 << 20
+
+
+def test_mutated_streams_and_calls_at_live_ports_hang_nobody(tmp_path: Path) -> None:
+    hub = HubServer("127.0.0.1", 0, tmp_path / "hub")
+    try:
+        with port() as host:
+            link = host.dial()
+            at_port = fuzz_port(host.address, 1500, seed=3)
+            at_hub = fuzz_hub(f"127.0.0.1:{hub.port}", 300, seed=4)
+            link.send(pb.Header(kind=pb.DONE))
+            heard = host.heard.get(timeout=WAIT_S)
+            while not (isinstance(heard, Frame) and heard.header.kind == pb.DONE):
+                heard = host.heard.get(timeout=WAIT_S)
+            assert at_port.hung == at_hub.hung == 0
+            eventually(lambda: host.server.waiting == 0)
+            link.close()
+    finally:
+        hub.stop()
+
+
+def test_s10_floods_leave_counts_as_they_were() -> None:
+    """Counts, not speed: `python -m benchmarks.floods` measures that."""
+    before = lobby_threads()
+    with port() as host:
+        link = host.dial()
+        stranger = half_open(host.address, 3)
+        assert stranger is not None
+        eventually(lambda: host.server.waiting == 3)
+        assert flood(host.address, 1000, 5000, waves=1, pause_s=0.0)["streams"] >= 1000
+        assert host.server.waiting <= 64
+        assert lobby_threads() - before <= 80
+        link.send(pb.Header(kind=pb.DONE))
+        assert isinstance(host.heard.get(timeout=WAIT_S), Frame)
+        host.dial().close()
+        stranger.close()
+        eventually(lambda: host.server.waiting == 0)
+        link.close()
