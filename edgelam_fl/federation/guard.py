@@ -29,7 +29,7 @@ class Caller(Enum):
     """Who may use a route."""
 
     ANYBODY = "anybody"
-    NODE = "a node, which Flower checks by its key"
+    NODE = "a member, by its key; with --insecure, a node with any key"
     OPERATOR = "the operator, by the token in the operator's folder"
     MACHINE = "a task of this machine, which Flower checks by the task's token"
 
@@ -84,6 +84,8 @@ class Guard:
     """The operator's."""
     judge_run: Callable[[bytes], str]
     """Judges the body of a request that starts a run: returns why it is refused, empty if it is not. It may block."""
+    judge_node: Callable[[Mapping[str, str]], str] = lambda headers: ""
+    """Judges the headers of a node's request, before its body is read: returns why it is refused, empty if it is not."""
     own: Mapping[str, Handler] = field(default_factory=dict)
     """The handlers of this project's own routes, by the route's name after OWN_ROUTES."""
 
@@ -95,7 +97,7 @@ class Guard:
         try:
             if scope["path"].startswith(OWN_ROUTES):
                 return await _answer(send, *await self._own(scope, receive))
-            self._check_caller(scope)
+            await self._check_caller(scope)
             if scope["path"] == START_RUN:
                 receive = await self._judged(receive)
         except Refused as refusal:
@@ -103,7 +105,7 @@ class Guard:
             return await _answer(send, refusal.status, {"detail": str(refusal)})
         return await self.flower(scope, receive, send)
 
-    def _check_caller(self, scope: Scope) -> None:
+    async def _check_caller(self, scope: Scope) -> None:
         caller = ROUTES.get(scope["path"])
         if caller is None:
             raise Refused(404, "this server does not offer that")
@@ -113,6 +115,10 @@ class Guard:
                 "only the operator of this server may do that: on the server's machine, export FLWR_HOME as `edgelam server` "
                 "prints it at its start; with edgelam, name that folder with --operator",
             )
+        if caller is Caller.NODE:
+            headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+            if problem := await asyncio.to_thread(self.judge_node, headers):
+                raise Refused(401, problem)
         if caller is Caller.MACHINE and not _is_of_this_machine(scope):
             raise Refused(403, "only tasks that run on the server's machine may do that")
 

@@ -12,6 +12,8 @@ Knows the names inside Flower that this takes; knows neither nodes nor what a ru
 from __future__ import annotations
 
 import argparse
+import asyncio
+import base64
 import contextlib
 import os
 import secrets
@@ -29,16 +31,22 @@ from typing import Any
 import uvicorn
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 from flwr.cli.build import build_fab_from_disk
-from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, TIMESTAMP_HEADER
 from flwr.proto.control_pb2 import StartRunRequest
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
-from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
+from flwr.supercore.constant import (
+    FLEET_HTTP_PUBLIC_KEY_HEADER,
+    FLEET_HTTP_SIGNATURE_HEADER,
+    FLWR_IN_MEMORY_DB_NAME,
+)
+from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
 from flwr.supercore.servicer.runtime.runtime_handlers import acquire_task
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
 from google.protobuf.message import DecodeError
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from edgelam_fl.addresses import join_address
 from edgelam_fl.federation.app_archive import app_alone, archive_digest
@@ -50,6 +58,7 @@ from edgelam_fl.trust.server import ServerTrust, open_trust
 ABOUT = "about"
 """The route that says which versions run here, to anybody."""
 _POLL_S = 0.25
+_FIRST_REQUEST_S = 5.0  # for the first request of a connection to begin, its headers included
 _EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
@@ -65,6 +74,7 @@ def main() -> None:
         flower=app,
         token=read_token(options.operator),
         judge_run=judge,
+        judge_node=partial(refusal_of_node, links) if trust else lambda headers: "",
         own={ABOUT: about, **(_let_members_in(trust, links) if trust else {})},
     )
     host = _EVERY_ADDRESS.get(options.host, options.host)
@@ -78,6 +88,7 @@ def main() -> None:
         port=options.port,
         ssl_certfile=trust.identity / "certificate.pem" if trust else None,
         ssl_keyfile=str(trust.identity / "key.pem") if trust else None,
+        http=ImpatientProtocol,
         ws="none",
         access_log=False,  # it would grow with every message; what the guard refuses is logged
         log_level="warning",
@@ -134,6 +145,18 @@ def _configuration(options: argparse.Namespace) -> SuperLinkLifespanConfig:
 # ---------------------------------------------------------------- who is let in
 
 
+class ImpatientProtocol(HttpToolsProtocol):
+    """HTTP of one connection, which is closed if no request begins in time: whoever only connects keeps no place."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self.loop.call_later(_FIRST_REQUEST_S, self._close_if_silent)
+
+    def _close_if_silent(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():
+            self.transport.close()
+
+
 def _let_members_in(trust: ServerTrust, links: Any) -> Mapping[str, Handler]:
     """Registers the federation's members at Flower; returns what answers nodes that join, renew or were revoked."""
     service = JoinService(
@@ -153,6 +176,22 @@ def _admit_killed_nodes(links: Any) -> None:
         return bool(activate(number, heartbeat_interval))
 
     links.activate_node = activate_again
+
+
+def refusal_of_node(links: Any, headers: Mapping[str, str]) -> str:
+    """Returns why a node's request is refused, empty if it is not: it is a member's whose key signed the request's time.
+
+    Flower checks the same once more, but after it has read the whole request of whoever sends one.
+    """
+    try:
+        key = base64.b64decode(headers[FLEET_HTTP_PUBLIC_KEY_HEADER], validate=True)
+        signature = base64.b64decode(headers[FLEET_HTTP_SIGNATURE_HEADER], validate=True)
+        known = links.get_node_id_by_public_key(key) is not None
+        if known and verify_signature(bytes_to_public_key(key), headers[TIMESTAMP_HEADER].encode(), signature):
+            return ""
+    except (KeyError, ValueError) as error:
+        return f"this request is not signed by a node ({type(error).__name__})"
+    return "this node is no member of the federation: `edgelam invite NAME` on the server prints what lets it in"
 
 
 def register_supernode(links: Any, public_key: str, name: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import ssl
 import stat
 import subprocess
@@ -218,15 +219,29 @@ def test_s2_s18_a_runs_task_cannot_be_taken_and_its_token_not_seen(server: Serve
         submission.stop()
 
 
+def test_who_only_connects_keeps_no_place(server: Server) -> None:
+    """Connections that say nothing, or half a request, are closed; what comes in between is answered."""
+    verified = ssl.create_default_context(cadata=server.authority.decode())
+    with ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_connection(("127.0.0.1", server.port))) for _ in range(40)]
+        silent = [stack.enter_context(verified.wrap_socket(each, server_hostname="127.0.0.1")) for each in silent]
+        for half in silent[:20]:
+            half.sendall(b"POST /v1/fleet/push-object HTTP/1.1\r\nHost: a\r\n")
+        assert httpx.get(f"https://{server.address}/health", verify=verified).status_code == 200
+        for each in silent:
+            each.settimeout(WAIT_S)
+            assert each.recv(1) == b""
+
+
 def test_s20_what_the_server_keeps_is_its_owners(server: Server) -> None:
     for file in (server.operator.folder, server.operator.folder / "token", server.operator.folder / "credentials.yaml"):
         assert stat.S_IMODE(os.stat(file).st_mode) & 0o077 == 0, file
 
 
-def fleet_client(server: Server, key: bytes) -> tuple[Any, bytes]:
-    """A SuperNode's client with a private key (PEM), and the public one as Flower sends it."""
+def fleet_client(server: Server, key: bytes, shown: bytes = b"") -> tuple[Any, bytes]:
+    """A SuperNode's client with a private key (PEM), and the public one as Flower sends it. shown: whose public one it shows."""
     private = bytes_to_private_key(key)
-    interceptor = NodeAuthHttpInterceptor(private, private.public_key())
+    interceptor = NodeAuthHttpInterceptor(private, bytes_to_private_key(shown or key).public_key())
     return server.client(FleetHttpClient, interceptor), public_key_to_bytes(private.public_key())
 
 
@@ -247,11 +262,12 @@ def join_with(server: Server, name: str, key: bytes) -> None:
 def test_s3_members_alone_go_online_and_a_revoked_one_no_more(server: Server) -> None:
     stranger, member = new_key(), new_key()
     client, public = fleet_client(server, stranger)
-    with pytest.raises(httpx.HTTPStatusError):
-        client.RegisterNode(RegisterNodeFleetRequest(public_key=public))
-    with pytest.raises(httpx.HTTPStatusError):
-        activate(server, stranger)
+    assert "is no member" in refused(client.RegisterNode, RegisterNodeFleetRequest(public_key=public))
+    assert "is no member" in refused(client.ActivateNode, ActivateNodeRequest(public_key=public))
+    thief, _ = fleet_client(server, stranger, shown=member)  # with a member's public key, which is no secret
+    assert "is no member" in refused(thief.RegisterNode, RegisterNodeFleetRequest(public_key=public))
     join_with(server, "ann", member)
+    assert "is no member" in refused(thief.RegisterNode, RegisterNodeFleetRequest(public_key=public)), "also a member's"
     assert activate(server, member) == server.trust.members.find("ann").flower_id
     server.trust.members.revoke("ann")
     server.ask(SYNC, {})

@@ -95,6 +95,18 @@ def test_s20_what_is_not_listed_is_closed(path: str) -> None:
     assert not flower.bodies
 
 
+def test_a_node_is_judged_by_its_headers_before_its_request_is_read() -> None:
+    flower = Flower()
+    judging = guard(
+        flower, judge_node=lambda headers: "" if headers.get("authorization") == "Bearer a member" else "no"
+    )
+    body = bytes(100 << 20)
+    assert ask(judging, "/v1/fleet/push-object", token="another", body=body) == (401, {"detail": "no"})
+    assert not flower.bodies
+    assert ask(judging, "/v1/fleet/push-object", token="a member", body=b"tensors")[0] == 200
+    assert flower.bodies == [b"tensors"]
+
+
 def test_a_node_and_a_check_of_health_pass() -> None:
     flower = Flower()
     for path in ("/health", "/v1/fleet/pull-messages"):
