@@ -191,7 +191,7 @@ def cosines(start: Adapter, reference: Adapter, result: Adapter, layers: int) ->
 
 def _federate(out: Path, config: RunConfig, data: Mapping[str, Path], emulated: Sequence[Board]) -> Result:
     with _federation(out, data, emulated) as (server, watch):
-        submission, events = Submission(Operator(server, operator_folder(out / "server")), out / "flwr"), list[Event]()
+        submission, events = Submission(Operator(server, operator_folder(out / "server"))), list[Event]()
         submission.submit(config, out / "run")
         for event in submission.events(RUN_S, awaited=f"the run's end ({out})", meanwhile=watch):
             events.append(event)

@@ -13,6 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from edgelam_fl.bounds import Bounds, bounds_of
 from edgelam_fl.config import parse_run_file
 from edgelam_fl.errors import ConfigError, EdgelamError
+from edgelam_fl.files import keep_private
 from edgelam_fl.plan.making import task_settings
 from edgelam_fl.plan.placement import first_proposal
 from edgelam_fl.plan.spec import RunSpec
@@ -42,12 +43,14 @@ def main(grid: Grid, context: Context) -> None:
     if command not in _COMMANDS:
         raise ConfigError(f"command = {command!r} in the run config must be one of {', '.join(_COMMANDS)}")
     config = parse_run_file(given["run-toml"], source="the run file", overrides=given["set"])
-    out = Path(given["out"] or f"runs/flwr-{context.run_id}").absolute()
+    keep_private()
     bounds = bounds_of(os.environ)
     spec = check_config(config, bounds)
+    adapter = bounds.check_in_runs(Path(given["adapter"]), "adapter") if command == "chat" else Path()
+    out = bounds.make_run_folder(given["out"], f"flwr-{context.run_id}", of_chat=command == "chat")
     with run_hub(spec.source) as hub:
         if command == "chat":
-            converse(grid, spec, hub, session=out, adapter=Path(given["adapter"]))
+            converse(grid, spec, hub, session=out, adapter=adapter)
         else:
             _lead(Exchange(grid, ExchangeTiming()), RunFolder(out, spec), spec, hub, bounds, trains=command == "run")
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import pairwise
+from pathlib import Path
 
-from edgelam_fl.bounds import STRICTEST, Bounds
+from edgelam_fl.bounds import DEFAULT_BOUNDS, Bounds
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.adapter import target_modules
+from edgelam_fl.model.source import BUILT_IN as MODELS
 from edgelam_fl.model.source import find_model
 from edgelam_fl.plan.modes import host_mode, label_place
 from edgelam_fl.plan.spec import RunSpec
@@ -19,7 +21,7 @@ from edgelam_fl.tasks.kinds import check_task
 from strategies.registry import BUILT_IN, Capabilities, load_all
 
 
-def check_config(config: RunConfig, bounds: Bounds = STRICTEST, *, elsewhere: bool = False) -> RunSpec:
+def check_config(config: RunConfig, bounds: Bounds = DEFAULT_BOUNDS, *, elsewhere: bool = False) -> RunSpec:
     """Finds the run's model. Raises ConfigError or ModelError with the first problem.
 
     bounds: what the run file may name on this machine. elsewhere: whether the run takes place on another machine, whose
@@ -32,11 +34,22 @@ def check_config(config: RunConfig, bounds: Bounds = STRICTEST, *, elsewhere: bo
     check_task(config.task)
     aggregation = loaded["aggregation"].capabilities if "aggregation" in loaded else Capabilities()
     check_aggregation(config, aggregation)
+    check_place_of_model(config.model.name, bounds)
     spec = RunSpec(config, find_model(config.model.name))
     check_cuts(spec)
     check_ranks(spec)
     check_carry(spec, aggregation)
     return spec
+
+
+def check_place_of_model(name: str, bounds: Bounds) -> None:
+    """Raises ConfigError for a folder or file that this machine's operator did not offer as a model."""
+    path = Path(name).expanduser()
+    if name not in MODELS and path.exists() and not bounds.allows_model(path):
+        raise ConfigError(
+            f"model.name = {name!r} is a place on this machine that its operator did not offer: `edgelam server --models DIR` "
+            f"offers the models below DIR"
+        )
 
 
 def check_together(config: RunConfig) -> None:

@@ -14,7 +14,7 @@ from functools import partial
 
 from flwr.app import ConfigRecord, RecordDict
 
-from edgelam_fl.bounds import STRICTEST, Bounds
+from edgelam_fl.bounds import DEFAULT_BOUNDS, Bounds
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.plan.layout import Layout, who_may_host
 from edgelam_fl.plan.making import RoundFacts, make_plans, planned_steps
@@ -59,7 +59,7 @@ class Rounds:
         *,
         hub: RunHub = NO_HUB,
         kept_nodes: int = KEPT_NODES,
-        bounds: Bounds = STRICTEST,
+        bounds: Bounds = DEFAULT_BOUNDS,
     ) -> None:
         """`run`: a name that no other run has. `hub`: what nodes are told about it. `kept_nodes`: the most nodes of a round whose replies are kept. `bounds`: the
         modules that the run's strategies may come from.

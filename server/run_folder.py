@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from edgelam_fl.config import to_toml
+from edgelam_fl.errors import ConfigError
 from edgelam_fl.files import write_atomically
 from edgelam_fl.model.adapter import write_peft_folder
 from edgelam_fl.plan.spec import RunSpec
@@ -19,11 +20,15 @@ class RunFolder:
     """Writes everything that a run leaves behind. `adapter/` holds the newest checkpoint, whole at any moment."""
 
     def __init__(self, path: Path, spec: RunSpec) -> None:
-        """Makes the folder, if need be, and writes the run's configuration into it."""
+        """Makes the folder, if need be, and writes the run's configuration into it. Raises ConfigError if one is there."""
         path.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._spec = spec
-        (path / "config.toml").write_text(to_toml(spec.config), encoding="utf-8")
+        try:
+            with (path / "config.toml").open("x", encoding="utf-8") as file:
+                file.write(to_toml(spec.config))
+        except FileExistsError as error:
+            raise ConfigError(f"{path.name} is the folder of another run (nothing is ever overwritten)") from error
         self.emit = EventLog(path / "events.jsonl")
 
     def checkpoint(self, state: FederationState) -> str:

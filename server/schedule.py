@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from random import Random
 
-from edgelam_fl.bounds import STRICTEST, Bounds
+from edgelam_fl.bounds import DEFAULT_BOUNDS, Bounds
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.plan.bases import value_bytes
@@ -62,7 +62,7 @@ class Lineup:
 
 
 class Schedule:
-    def __init__(self, spec: RunSpec, bounds: Bounds = STRICTEST) -> None:
+    def __init__(self, spec: RunSpec, bounds: Bounds = DEFAULT_BOUNDS) -> None:
         """`bounds`: the modules that the run's strategies may come from."""
         self.spec, self.config = spec, spec.config
         config = spec.config

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from edgelam_fl.bounds import STRICTEST, Bounds
+from edgelam_fl.bounds import DEFAULT_BOUNDS, Bounds
 from edgelam_fl.errors import ConfigError, nearest
 from edgelam_fl.plan.making import ClientSettings
 from strategies.api import Aggregation, Bandwidth, RoundOutcome, Selection
@@ -153,7 +153,7 @@ def _needs_only_mean(rule: type) -> bool:
 
 
 def load(
-    kind: str, name: str, options: Mapping[str, Mapping[str, Any]] | None = None, bounds: Bounds = STRICTEST
+    kind: str, name: str, options: Mapping[str, Mapping[str, Any]] | None = None, bounds: Bounds = DEFAULT_BOUNDS
 ) -> LoadedStrategy:
     """Makes the named strategy with its options of the run file, and reads its capabilities.
 
@@ -181,7 +181,7 @@ def load(
 def load_all(
     names: Mapping[str, str],
     options: Mapping[str, Mapping[str, Any]],
-    bounds: Bounds = STRICTEST,
+    bounds: Bounds = DEFAULT_BOUNDS,
     *,
     elsewhere: bool = False,
 ) -> dict[str, LoadedStrategy]:
@@ -221,7 +221,7 @@ def _allowed(name: str, bounds: Bounds) -> bool:
     return name in built_in or bounds.allows_module(name.partition(":")[0])
 
 
-def _class(kind: str, name: str, bounds: Bounds = STRICTEST) -> type:
+def _class(kind: str, name: str, bounds: Bounds = DEFAULT_BOUNDS) -> type:
     """Returns the named class once it is known to declare the protocol of its kind; imports what is allowed only."""
     path = BUILT_IN[kind].get(name, name)
     module_name, colon, class_name = path.partition(":")

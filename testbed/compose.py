@@ -61,7 +61,20 @@ def join_variable(name: str) -> str:
 
 
 def _serve() -> list[str]:
-    return ["edgelam", "server", "--listen", "0.0.0.0:8000", "--address", SERVER, "--state", STATE]
+    return [
+        "edgelam",
+        "server",
+        "--listen",
+        "0.0.0.0:8000",
+        "--address",
+        SERVER,
+        "--state",
+        STATE,
+        "--runs",
+        RUNS,
+        "--models",
+        "/models",
+    ]
 
 
 def _join(node: TestbedNode) -> list[str]:

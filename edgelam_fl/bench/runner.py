@@ -203,7 +203,7 @@ def run_cell(
     engine: Engine, fabric: Path, config: RunConfig, folder: Path, nodes: int, feed: Callable[[Event], None]
 ) -> list[Event]:
     """Runs one federation and returns its events; `feed` receives each as it comes. Raises RunFailed with its reason."""
-    submission = Submission(engine.operator, folder / "flwr")
+    submission = Submission(engine.operator)
     # One worker of Flower's is enough: it passes jobs and reports on, the fabric computes.
     simulation = f"num-supernodes={nodes} client-resources-num-cpus=1 init-args-num-cpus=1"
     submission.submit(config, folder / "run", fabric=f"{fabric}{FABRIC_SEPARATOR}{folder}", simulation=simulation)

@@ -94,6 +94,18 @@ def server(
             help="A package or module from which run files may name strategies, besides the built-in ones; repeat it.",
         ),
     ] = [],  # noqa: B006
+    runs: Annotated[
+        Path,
+        typer.Option("--runs", metavar="DIR", help="The folder below which runs get new folders, and nowhere else."),
+    ] = Path("runs"),
+    models: Annotated[
+        list[Path],
+        typer.Option(
+            "--models",
+            metavar="DIR",
+            help="A folder below which run files may name models, besides built-in ones and those of a hub; repeat it.",
+        ),
+    ] = [Path("models")],  # noqa: B006
     address: Annotated[
         list[str],
         typer.Option(
@@ -124,7 +136,7 @@ def server(
     keep_private()
     options = ServerOptions(
         listen=listen, state=state, data_plane=data_plane, addresses=address, insecure=insecure,
-        bounds=operator_bounds(strategies), allow_foreign_apps=allow_foreign_apps,
+        bounds=operator_bounds(strategies, runs, models), allow_foreign_apps=allow_foreign_apps,
     )  # fmt: skip
     raise typer.Exit(serve(console, options))
 

@@ -177,8 +177,9 @@ def run(
             "Start `edgelam server` and `edgelam client` first, then run without --local"
         )
     keep_private()
-    folder = check_run(config, file.stem, out, local=bool(local))
     if local:
-        raise typer.Exit(run_here(console, config, folder, data))
+        raise typer.Exit(run_here(console, config, check_run(config, file.stem, out), data))
+    asking = Operator(server, operator)
+    folder = check_run(config, file.stem, out, asking)
     on_server = leave_on_server if detach else run_on_server
-    raise typer.Exit(on_server(console, config, folder, Operator(server, operator), insecure))
+    raise typer.Exit(on_server(console, config, folder, asking, insecure))

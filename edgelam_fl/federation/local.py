@@ -64,9 +64,12 @@ class LocalFederation:
         return [news for node in self.nodes if (news := node.watch())]
 
 
-def bounds_of_a_local_run() -> Bounds:
-    """Returns what a run file may name if everything takes place on this machine: modules of the working directory too."""
-    return Bounds(folder=Path.cwd())
+def bounds_of_a_local_run(run: Path | None = None) -> Bounds:
+    """Returns what a run file may name if everything takes place on this machine: modules of the working directory too.
+
+    run: the one folder that the run may use; None: any new one.
+    """
+    return Bounds(folder=Path.cwd(), run=run)
 
 
 @contextmanager
@@ -90,7 +93,7 @@ def local_federation(config: RunConfig, data: Sequence[Path], folder: Path) -> I
     try:
         # Without a hub: all nodes are on this machine and have what it has, the model too.
         children.append(
-            start_superlink("127.0.0.1", port, folder / "server", trust=trust, bounds=bounds_of_a_local_run())
+            start_superlink("127.0.0.1", port, folder / "server", trust=trust, bounds=bounds_of_a_local_run(folder))
         )
         for node in edges + devices:
             node.start()
@@ -162,7 +165,7 @@ def run_local(config: RunConfig, data: Sequence[Path], folder: Path) -> Iterator
     app_module("server.checks").check_config(config, bounds_of_a_local_run())
     folder = folder.absolute()
     with local_federation(config, data, folder) as here:
-        submission = Submission(here.operator, folder / "flwr")
+        submission = Submission(here.operator)
         submission.submit(here.config, folder)
         for event in submission.events(meanwhile=here.watch):
             if isinstance(event, RunDone):

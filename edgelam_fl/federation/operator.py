@@ -19,7 +19,7 @@ from edgelam_fl.trust.identity import Identity, has_identity, save_identity
 
 CONNECTION = "edgelam"
 """The name of the server in Flower's settings; the default there, so that it need not be given."""
-_TOKEN, _IDENTITY = "token", "identity"
+_TOKEN, _IDENTITY, _RUNS = "token", "identity", "runs"
 _SETTINGS, _CREDENTIALS = "config.toml", "credentials.yaml"  # Flower's names
 
 
@@ -28,16 +28,17 @@ def operator_folder(state: Path) -> Path:
     return state / "operator"
 
 
-def prepare_operator(folder: Path, server: str, identity: Identity | None = None) -> None:
+def prepare_operator(folder: Path, server: str, identity: Identity | None = None, runs: Path = Path("/")) -> None:
     """Makes the operator's folder for the server at HOST:PORT, or renews all but the token in it.
 
     identity: with which the operator talks to a model over the federation's hosts, and whose authority the server is
-    recognised by; None: the server speaks plain text.
+    recognised by; None: the server speaks plain text. runs: the folder below which the server lets runs have their folders.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)
     if not (folder / _TOKEN).exists():
         write_private(folder / _TOKEN, secrets.token_urlsafe(32))
+    write_private(folder / _RUNS, str(runs.absolute()))
     shutil.rmtree(folder / _IDENTITY, ignore_errors=True)
     if identity is not None:
         save_identity(identity, folder / _IDENTITY)
@@ -83,6 +84,13 @@ class Operator:
         """Returns the folder of the operator's keys; None: the server speaks plain text."""
         folder = self.folder / _IDENTITY
         return folder if has_identity(folder) else None
+
+    def runs(self) -> Path:
+        """Returns the folder below which the server lets runs have their folders, on its machine."""
+        try:
+            return Path((self.folder / _RUNS).read_text(encoding="utf-8"))
+        except OSError:  # made by an older version
+            return Path("/")
 
     def write_settings(self, home: Path) -> None:
         """Writes the two files of Flower's command to a folder: where the server is, and the token for it."""

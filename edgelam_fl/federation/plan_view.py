@@ -7,7 +7,9 @@ from the nodes that have joined a server. Reads and prints them; knows no planni
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,12 +71,16 @@ def plan_on_server(console: Console, config: RunConfig, source: ModelSource, ope
 
     Raises RunFailed if the server cannot plan, or does not in time.
     """
-    with tempfile.TemporaryDirectory(prefix="edgelam-plan-") as folder, console.status("asking the nodes"):
-        out = Path(folder) / "plan"
-        submission = Submission(operator, Path(folder) / "flwr")
+    runs = operator.runs()
+    out = (Path(tempfile.gettempdir()) if runs == Path("/") else runs) / f"plan-{time.time_ns():x}"
+    submission = Submission(operator)
+    with console.status("asking the nodes"):
         submission.submit(config, out, "plan")
-        with submission.stopped_on_error():
-            event = _await_placement(submission, config.federation.join_deadline_s + _MESSAGES_S)
+        try:
+            with submission.stopped_on_error():
+                event = _await_placement(submission, config.federation.join_deadline_s + _MESSAGES_S)
+        finally:
+            shutil.rmtree(out, ignore_errors=True)
     return ForeseenPlan(event, source.num_layers)
 
 

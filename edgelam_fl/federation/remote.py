@@ -62,8 +62,13 @@ def route_speaker(result: Result, operator: Operator, console: Console) -> Itera
         raise ConfigError(
             f"split.hosts = 0 in {result.folder}: this run had no hosts; `edgelam chat` without --server answers"
         )
-    folder = result.folder / "chats" / time.strftime("%Y%m%d-%H%M%S")
-    submission = Submission(operator, folder / "flwr")
+    if operator.runs() not in result.folder.absolute().parents:
+        raise ConfigError(
+            f"{result.folder} is outside of {operator.runs()}, where this server keeps runs: copy the run there, or let this "
+            f"machine answer (`edgelam chat` without --server)"
+        )
+    folder = result.folder.absolute() / "chats" / time.strftime("%Y%m%d-%H%M%S")
+    submission = Submission(operator)
     with console.status("opening the way through the federation"):
         submission.submit(result.config, folder, "chat", result.adapter)
         with submission.stopped_on_error():

@@ -36,24 +36,42 @@ _WAYS_OUT = (
 )
 
 
-def check_run(config: RunConfig, name: str, out: Path | None, *, local: bool) -> Path:
+def check_run(config: RunConfig, name: str, out: Path | None, operator: Operator | None = None) -> Path:
     """Raises UsageError for what is wrong with a run file, before anything starts. Returns the run's folder, still absent.
 
-    name: replaces {name} in `out`, or in run.out if `out` is None. local: whether the run takes place on this machine alone;
-    else strategies that are not built in are left to the server's check: nothing is imported here for them.
+    name: replaces {name} in `out`, or in run.out if `out` is None. operator: of the server that the run is for, below whose
+    folder for runs it gets its own; strategies that are not built in are then left to the server's check, and nothing is
+    imported here for them. None: the run takes place on this machine alone.
     """
-    bounds = bounds_of_a_local_run() if local else Bounds()
-    app_module("server.checks").check_config(config, bounds, elsewhere=not local)
+    bounds = bounds_of_a_local_run() if operator is None else Bounds()
+    app_module("server.checks").check_config(config, bounds, elsewhere=operator is not None)
     pattern = str(out) if out else config.run.out
     folder = (
         Path(pattern.replace("{name}", name).replace("{time}", time.strftime("%Y%m%d-%H%M%S"))).expanduser().absolute()
     )
+    if operator is not None:
+        folder = _on_server(folder, operator.runs(), is_chosen=out is not None)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"the run's folder {folder} exists; choose another with --out (nothing is ever overwritten)")
     return folder
 
 
 # ---------------------------------------------------------------- on a server
+
+
+def _on_server(folder: Path, runs: Path, *, is_chosen: bool) -> Path:
+    """Returns the run's folder on the server's machine: `folder` if it is below `runs`, else one of the same name there.
+
+    is_chosen: the user named this very folder, so that no other will do. Raises ConfigError if it cannot be.
+    """
+    if runs in folder.parents:
+        return folder
+    if is_chosen:
+        raise ConfigError(
+            f"--out {folder} is outside of {runs}, where this server keeps runs: give a folder below, leave --out away, or start "
+            f"the server with `edgelam server --runs DIR`"
+        )
+    return runs / folder.name
 
 
 def run_on_server(console: Console, config: RunConfig, folder: Path, operator: Operator, insecure: bool) -> int:
@@ -65,7 +83,7 @@ def run_on_server(console: Console, config: RunConfig, folder: Path, operator: O
 def leave_on_server(console: Console, config: RunConfig, folder: Path, operator: Operator, insecure: bool) -> int:
     """Submits the run and prints how to follow and to stop it; it goes on without this command."""
     check_server_answers(operator.server, insecure or operator.identity is not None, _WAYS_OUT)
-    submission = Submission(operator, folder / "flwr")
+    submission = Submission(operator)
     with console.status("handing the run to Flower"):
         run_id = submission.submit(config, folder)
     lines = [f"Flower run {run_id}; folder {folder}, on the server's machine", "", *submission.how_to(folder)]
@@ -110,7 +128,7 @@ def follow(
     local: the federation's processes if they are this command's, which looks after them. Raises RunFailed with the run's
     own reason.
     """
-    submission = Submission(operator, folder / "flwr")
+    submission = Submission(operator)
     with console.status("handing the run to Flower"):
         run_id = submission.submit(config, folder)
     view.say(f"Flower run {run_id}; folder {folder}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from edgelam_fl.addresses import check_port_free, hub_address, split_address
-from edgelam_fl.bounds import STRICTEST, Bounds
+from edgelam_fl.bounds import DEFAULT_BOUNDS, Bounds
 from edgelam_fl.errors import INTERRUPTED, RunFailed
 from edgelam_fl.federation.child import Child, end_all, shorten
 from edgelam_fl.federation.hub_process import HubProcess
@@ -33,7 +33,7 @@ class ServerOptions:
     """Host names and IP addresses by which nodes reach this machine; by default those that it finds itself."""
     insecure: bool = False
     """Plain text for everybody, in place of TLS for members."""
-    bounds: Bounds = STRICTEST
+    bounds: Bounds = DEFAULT_BOUNDS
     """What run files may name on this machine."""
     allow_foreign_apps: bool = False
     """Runs may bring any Flower App, which then runs on this machine."""

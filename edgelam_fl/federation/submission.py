@@ -11,6 +11,7 @@ import math
 import shlex
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -85,13 +86,9 @@ def run_events(
 class Submission:
     """One run at one SuperLink, submitted by its operator. Flower's settings of the user stay untouched."""
 
-    def __init__(self, operator: Operator, folder: Path) -> None:
-        """Prepares Flower's settings for the operator's server. folder: for what is handed to Flower's command.
-
-        Raises EnvironmentProblem if the operator has no token.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        self._home, self._folder, self._out = operator.flower_home(), folder, Path()
+    def __init__(self, operator: Operator) -> None:
+        """Prepares Flower's settings for the operator's server. Raises EnvironmentProblem if the operator has no token."""
+        self._home, self._out = operator.flower_home(), Path()
         self.run_id = 0
 
     def submit(
@@ -109,13 +106,15 @@ class Submission:
         the folder `adapter`. fabric: the folder of the process that plays all nodes. simulation: Flower's settings for
         its simulation engine.
         """
-        text = self._folder / "run-config.toml"
         values = {"run-toml": to_toml(config), "out": str(out), "command": command,
                   "adapter": str(adapter.absolute()) if adapter else "", "fabric": fabric}  # fmt: skip
-        text.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items()), encoding="utf-8")
         engine = ["--federation-config", simulation] if simulation else []
-        app = app_alone(self._folder / "app")
-        answer = self.flwr("run", str(app), "--run-config", str(text), *engine)
+        with tempfile.TemporaryDirectory(prefix="edgelam-submission-") as folder:
+            text = Path(folder) / "run-config.toml"
+            lines = (f"{key} = {json.dumps(value)}\n" for key, value in values.items())
+            text.write_text("".join(lines), encoding="utf-8")
+            app = app_alone(Path(folder) / "app")
+            answer = self.flwr("run", str(app), "--run-config", str(text), *engine)
         self.run_id, self._out = int(answer["run-id"]), out
         return self.run_id
 

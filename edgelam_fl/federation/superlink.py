@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from edgelam_fl.addresses import check_port_free, join_address
-from edgelam_fl.bounds import STRICTEST, Bounds
+from edgelam_fl.bounds import DEFAULT_BOUNDS, Bounds
 from edgelam_fl.federation.child import Child, await_answer
 from edgelam_fl.federation.hub_process import HubProcess
 from edgelam_fl.federation.operator import operator_folder, prepare_operator
@@ -27,7 +27,7 @@ def start_superlink(
     beside: HubProcess | None = None,
     *,
     trust: ServerTrust | None = None,
-    bounds: Bounds = STRICTEST,
+    bounds: Bounds = DEFAULT_BOUNDS,
     keep: bool = False,
     allow_foreign_apps: bool = False,
 ) -> Child:
@@ -44,7 +44,7 @@ def start_superlink(
     check_port_free(host, port, "--listen")
     operator = operator_folder(state)
     caller = issue(trust.authority, CALLER, DEVICE) if trust else None
-    prepare_operator(operator, join_address(_EVERY_ADDRESS.get(host, host), port), caller)
+    prepare_operator(operator, join_address(_EVERY_ADDRESS.get(host, host), port), caller, bounds.runs)
     command = [sys.executable, "-m", "edgelam_fl.federation.superlink_daemon", "--host", host, "--port", str(port)]
     command += ["--state", str(state), "--operator", str(operator)]
     command += ["--database", str(state / "superlink.db")] if keep else []

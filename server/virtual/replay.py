@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from edgelam_fl.bounds import STRICTEST, Bounds
+from edgelam_fl.bounds import DEFAULT_BOUNDS, Bounds
 from edgelam_fl.config import RunConfig
 from edgelam_fl.telemetry.events import Event, PlanMade, RoundDone, VirtualRound
 from edgelam_fl.wireless.rounds import recorded_device_round, virtual_round
@@ -18,7 +18,7 @@ from strategies.registry import load
 
 
 def replay(
-    events: Iterable[Event], config: RunConfig, bandwidth: str, bounds: Bounds = STRICTEST
+    events: Iterable[Event], config: RunConfig, bandwidth: str, bounds: Bounds = DEFAULT_BOUNDS
 ) -> list[VirtualRound]:
     """Returns the field `virtual` of each training round, with the shares of the strategy `bandwidth`.
 

@@ -103,7 +103,7 @@ class Federation:
         assert hub.child is not None
         self.children.append(hub.child)
         with patch.dict(os.environ, {"HF_HUB_CACHE": str(self.server_models)}):
-            bounds = Bounds(packages=("examples",))
+            bounds = Bounds(packages=("examples",), runs=self.folder / "runs")
             self.children.append(
                 start_superlink("127.0.0.1", port, self.folder / "server", beside=hub, trust=trust, bounds=bounds)
             )
@@ -139,7 +139,7 @@ class Federation:
 
     def run(self, name: str, config: RunConfig, meanwhile: Callable[[], object] = lambda: None) -> Run:
         """One run, from submission to the end of its ServerApp. `meanwhile` is called every `_POLL_S` seconds."""
-        submission = Submission(self.operator, self.folder / "flwr")
+        submission = Submission(self.operator)
 
         def submit(out: Path) -> Callable[[], str]:
             submission.submit(config, out)

@@ -197,7 +197,7 @@ def test_s2_s18_a_runs_task_cannot_be_taken_and_its_token_not_seen(server: Serve
     """The thief asks from before the run is submitted until it has begun, on the server's own machine."""
     thief = server.client(RuntimeHttpClient)
     ask = AcquireTaskRequest(supported_task_types=["flwr-serverapp"])
-    submission = Submission(server.operator, tmp_path / "flwr")
+    submission = Submission(server.operator)
     config = parse_run_file("", source="test", overrides=["split.hosts=0", "federation.join_deadline_s=600"])
     submission.submit(config, tmp_path / "run")
     try:

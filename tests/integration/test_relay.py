@@ -127,7 +127,7 @@ def test_nodes_that_reach_the_server_alone_train_through_its_relay(
 
 def train(server: str, model: ModelSource, folder: Path, children: list[Child]) -> list[Event]:
     """Trains over both edge servers; returns the run's events."""
-    submission = Submission(Operator(server, operator_folder(folder / "server")), folder / "flwr")
+    submission = Submission(Operator(server, operator_folder(folder / "server")))
     submission.submit(config_of(model.name, "split.hosts=2"), folder / "run")
 
     def all_run() -> None:

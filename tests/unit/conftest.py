@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,8 @@ def flower_identity(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def federation(tiny: ModelSource, tmp_path: Path, flower_identity: None) -> MakeFederation:
-    """Makes a federation from the names of its devices, those of its edge servers, and overrides."""
+    """Makes a federation from the names of its devices, those of its edge servers, and overrides; each in a folder of its own."""
     from tests.by_hand import FederationByHand
 
-    return lambda *arguments, **more: FederationByHand(tiny, tmp_path, *arguments, **more)
+    folders = chain([tmp_path], (tmp_path / f"run-{number}" for number in count(2)))
+    return lambda *arguments, **more: FederationByHand(tiny, next(folders), *arguments, **more)

@@ -131,7 +131,7 @@ class Flower(Submission):
 
     def __init__(self, home: Path, state: str) -> None:
         prepare_operator(home / "operator", "127.0.0.1:1")
-        super().__init__(Operator("127.0.0.1:1", home / "operator"), home)
+        super().__init__(Operator("127.0.0.1:1", home / "operator"))
         self.state, self.calls = state, list[str]()
 
     def flwr(self, command: str, *arguments: str) -> dict[str, Any]:
