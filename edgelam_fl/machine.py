@@ -1,10 +1,14 @@
-"""Measures free memory, within a container's limit, free disk space and this process's memory. Knows no models."""
+"""Measures free memory, within a container's limit, free disk space, this process's memory and the time since boot.
+
+Knows no models.
+"""
 
 from __future__ import annotations
 
 import resource
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,6 +80,11 @@ def _cached(group: Path, version: _Version) -> int:
     """Counts the bytes of file pages, which a group counts as used and gives back on demand."""
     lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
     return sum(int(line.split()[1]) for line in lines if line.split()[0] in version.cached)
+
+
+def since_boot_s() -> float:
+    """Returns the seconds since this machine started, which nobody can set; on Linux with the time that it slept."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if sys.platform == "linux" else time.monotonic()
 
 
 def disk_free_bytes(folder: Path) -> int:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from edgelam_fl.addresses import answers, check_plain_text, check_server_answers, split_address
+from edgelam_fl.addresses import answers, check_server_answers, split_address
 from edgelam_fl.errors import INTERRUPTED, ConfigError, EnvironmentProblem
 from edgelam_fl.federation.node_process import NodeProcesses
 from edgelam_fl.federation.standing import NodeOptions, Standing, find_standing
+from edgelam_fl.machine import since_boot_s
 from edgelam_fl.names import why_no_tag
 from edgelam_fl.tasks.files import read_records
 from edgelam_fl.trust.join import Membership, clock_words, renew
@@ -41,7 +42,7 @@ def join(
     """
     standing = find_standing(options, join_text, name, state, insecure)
     options = standing.options
-    _check_data_plane(options, insecure or standing.identity is not None)
+    _check_data_plane(options)
     for tag in options.tags:
         if problem := why_no_tag(tag):
             raise ConfigError(f"--tag {tag!r} {problem}")
@@ -51,24 +52,32 @@ def join(
         _await_server(console, *split_address(options.server, "--server"))
     elif standing.identity is None:
         check_server_answers(options.server, insecure)
-    _enter(console, standing)
+    if standing.identity is None:
+        _say(
+            console,
+            "WARNING: --insecure. This node has no keys, and all that it sends is plain text: whoever is on the way reads and changes it",
+        )
+    membership = _enter(console, standing)
+    offset_s = (
+        None if membership is None or membership.clock_is_right else time.time() - membership.ahead_s - since_boot_s()
+    )
     node = NodeProcesses(
         standing.name, options.server, standing.state, options.data, options.listen, options.advertise, options.threads,
-        options.tags, identity=standing.identity, insecure=insecure,
+        options.tags, identity=standing.identity, insecure=insecure, clock_offset_s=offset_s,
     )  # fmt: skip
     return _watch(console, node)
 
 
-def _check_data_plane(options: NodeOptions, anywhere: bool) -> None:
-    """Raises ConfigError for addresses that contradict each other or, unless `anywhere`, are beyond this machine."""
+def _check_data_plane(options: NodeOptions) -> None:
+    """Raises ConfigError for addresses that are none or contradict each other."""
     if options.listen and options.listen != RELAY:
-        check_plain_text(split_address(options.listen, "--listen")[0], "--listen", anywhere)
-    if options.advertise and options.listen == RELAY:
-        raise ConfigError(
-            f"--listen {RELAY} means that nobody can dial this node, so it has no --advertise {options.advertise}"
-        )
+        split_address(options.listen, "--listen")
     if options.advertise:
-        check_plain_text(split_address(options.advertise, "--advertise")[0], "--advertise", anywhere)
+        split_address(options.advertise, "--advertise")
+        if options.listen == RELAY:
+            raise ConfigError(
+                f"--listen {RELAY} means that nobody can dial this node, so it has no --advertise {options.advertise}"
+            )
 
 
 def _await_server(console: Console, host: str, port: int) -> None:
@@ -81,10 +90,13 @@ def _await_server(console: Console, host: str, port: int) -> None:
         pause_s = min(_LONGEST_PAUSE_S, 1.5 * pause_s)
 
 
-def _enter(console: Console, standing: Standing) -> None:
-    """Joins by the invitation, or asks whether this machine still is a member; says how far its clock is off."""
+def _enter(console: Console, standing: Standing) -> Membership | None:
+    """Joins by the invitation, or asks whether this machine still is a member; says how far its clock is off.
+
+    Returns None for a node without keys.
+    """
     if standing.identity is None:
-        return
+        return None
     if standing.invitation is None:
         membership = renew(standing.options.server, standing.identity)
     else:
@@ -94,12 +106,9 @@ def _enter(console: Console, standing: Standing) -> None:
             f"{standing.name} has joined the federation at {standing.options.server} as {membership.identity.role}; its keys are in "
             f"{standing.identity}. From now on it starts by:  edgelam client --state {standing.state}",
         )
-    _say_clock(console, membership)
-
-
-def _say_clock(console: Console, membership: Membership) -> None:
     if words := clock_words(membership.ahead_s):
         _say(console, f"{words}; the node works all the same, but its logs have wrong times (timedatectl set-ntp true)")
+    return membership
 
 
 def _say(console: Console, text: str) -> None:

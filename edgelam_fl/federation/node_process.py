@@ -41,6 +41,8 @@ class NodeProcesses:
     """Folder with the node's key and certificates; None: plain text."""
     insecure: bool = False
     """Whether plain text may leave this machine."""
+    clock_offset_s: float | None = None
+    """The server's time less the time since boot, for a machine whose clock is wrong; None: the clock is right."""
     children: dict[str, Child] = field(default_factory=dict)
     """The processes by their kind, once started."""
     _restarts: Restarts = field(default_factory=Restarts)
@@ -73,6 +75,7 @@ class NodeProcesses:
         command = [sys.executable, "-m", "edgelam_fl.federation.supernode", "--server", self.server]
         command += ["--name", self.name, "--state", str(self.state)]
         command += ["--identity", str(self.identity)] if self.identity else []
+        command += ["--clock-offset", str(self.clock_offset_s)] if self.clock_offset_s is not None else []
         self._start_child("SuperNode", command, "supernode.log")
 
     def _start_child(self, kind: str, command: Sequence[str], log: str) -> None:

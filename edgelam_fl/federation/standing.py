@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from edgelam_fl.addresses import check_plain_text, split_address
+from edgelam_fl.addresses import split_address
 from edgelam_fl.errors import ConfigError, EnvironmentProblem
 from edgelam_fl.files import write_private
 from edgelam_fl.names import why_no_name
@@ -69,7 +69,7 @@ def find_standing(
     """Returns as whom this machine takes part. Changes nothing and asks nobody.
 
     join_text: of `edgelam invite`; empty: the node has joined before. name, state: "" and None find the only node that joined
-    from this directory. insecure: whether plain text may leave this machine. states: where nodes keep their state by default.
+    from this directory. insecure: whether it may take part without keys, in plain text. states: where nodes keep their state by default.
 
     Raises ConfigError for options that contradict each other, EnvironmentProblem if there are no keys and no join text.
     """
@@ -133,13 +133,14 @@ def _only_state(states: Path) -> Path | None:
 
 
 def _without_keys(options: NodeOptions, name: str, state: Path | None, insecure: bool, states: Path) -> Standing:
-    if not options.server:
+    if not insecure:
+        where = f" in {state / _IDENTITY}" if state else f", at least not below {states.absolute()}"
         raise EnvironmentProblem(
-            f"this machine has no keys{f' in {state}' if state else f', at least not below {states.absolute()}'}. To join a "
-            f"federation: on its server, `edgelam invite NAME` prints the command for this machine. If this machine has joined: "
-            f"start it in the directory where it did, or with --state"
+            f"this machine has no keys{where}. To join a federation: on its server, `edgelam invite NAME` prints the command for "
+            f"this machine. If this machine has joined: start it in the directory where it did, or with --state"
         )
-    check_plain_text(split_address(options.server, "--server")[0], "--server", insecure)
+    if not options.server:
+        raise ConfigError("--server HOST:PORT is missing: without keys nothing says where the server is")
     name = name or socket.gethostname()
     if problem := why_no_name(name):
         raise ConfigError(f"--name {name!r} {problem}")

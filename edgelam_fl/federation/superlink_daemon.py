@@ -45,6 +45,7 @@ from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
+from flwr.superlink.routers.fleet import node_auth
 from google.protobuf.message import DecodeError
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -59,6 +60,7 @@ ABOUT = "about"
 """The route that says which versions run here, to anybody."""
 _POLL_S = 0.25
 _FIRST_REQUEST_S = 5.0  # for the first request of a connection to begin, its headers included
+_DRIFT_S = 86400
 _EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
@@ -164,6 +166,7 @@ def _let_members_in(trust: ServerTrust, links: Any) -> Mapping[str, Handler]:
     )
     service.start()
     _admit_killed_nodes(links)
+    tolerate_drifting_clocks()
     return service.handlers
 
 
@@ -192,6 +195,15 @@ def refusal_of_node(links: Any, headers: Mapping[str, str]) -> str:
     except (KeyError, ValueError) as error:
         return f"this request is not signed by a node ({type(error).__name__})"
     return "this node is no member of the federation: `edgelam invite NAME` on the server prints what lets it in"
+
+
+def tolerate_drifting_clocks() -> None:
+    """Accepts the signatures of nodes whose clocks drift, as boards' do.
+
+    A node signs the time with its key, and Flower refuses a time that is 5 s in the future. That is to keep a recorded signature from
+    being used again; TLS lets nobody record one.
+    """
+    node_auth.SYSTEM_TIME_TOLERANCE = _DRIFT_S
 
 
 def register_supernode(links: Any, public_key: str, name: str) -> int:

@@ -7,6 +7,7 @@ Runtime API, over which Flower starts a process per message, stays closed. Knows
 from __future__ import annotations
 
 import argparse
+import datetime
 import os
 import sys
 import threading
@@ -14,11 +15,13 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.common.constant import ISOLATION_MODE_PROCESS
+from flwr.supercore import date
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supernode import start_client_internal as flower
 from flwr.supernode.nodestate import NodeStateFactory
@@ -26,6 +29,7 @@ from flwr.supernode.nodestate import NodeStateFactory
 from edgelam_fl.federation.app_archive import installed_app
 from edgelam_fl.federation.clientapp import ClientAppThreads
 from edgelam_fl.federation.flower_app import app_module
+from edgelam_fl.machine import since_boot_s
 
 _FIRST_IDLE_S, _IDLE_GROWTH = 0.1, 1.2  # so a pause lasts a sixth of the time without a message, up to Flower's
 _SHORTEST_IDLE_S = 1.0  # of Flower's two pauses the shorter one is for replies
@@ -37,6 +41,8 @@ def main() -> None:
     settings = {"name": options.name, "state": str(options.state.absolute())}
     states = NodeStateFactory(ObjectStoreFactory())
     threads = ClientAppThreads(states.state(), app_module("clients.app").app, installed_app(), settings)
+    if options.clock_offset is not None:
+        set_flowers_clock(options.clock_offset)
     threading.Thread(target=_or_end, args=(threads.serve,), name="ClientApp", daemon=True).start()
     # Flower reads a run's settings out of the App that the run brings. No node needs them, so nothing is unpacked.
     flower.get_fused_config_from_fab = lambda archive, run: {}
@@ -48,6 +54,18 @@ def main() -> None:
         isolation=ISOLATION_MODE_PROCESS,  # else it would start Flower's SuperExec
         **_security(options.identity),
     )
+
+
+def set_flowers_clock(offset_s: float) -> None:
+    """Lets Flower take the time since boot plus `offset_s` for the time, in the place of a clock that is wrong.
+
+    Flower signs with the time and dates messages, and its server refuses what seems old or not yet made.
+    """
+
+    def now(tz: datetime.tzinfo) -> datetime.datetime:
+        return datetime.datetime.fromtimestamp(since_boot_s() + offset_s, tz)
+
+    date.datetime = SimpleNamespace(datetime=SimpleNamespace(now=now), UTC=datetime.UTC)
 
 
 class Pauses:
@@ -105,6 +123,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--name", required=True, help="the node's name")
     parser.add_argument("--state", required=True, type=Path, help="the node's folder, with its stage host's endpoint")
     parser.add_argument("--identity", type=Path, help="folder with the node's key and certificates; else plain text")
+    parser.add_argument(
+        "--clock-offset", type=float, help="the server's time less the time since boot, in seconds; else the clock"
+    )
     return parser.parse_args(arguments)
 
 

@@ -51,6 +51,11 @@ class Membership:
     ahead_s: float
     """How far the node's clock is ahead of the server's; negative: behind."""
 
+    @property
+    def clock_is_right(self) -> bool:
+        """Whether the node's clock is close enough to the server's."""
+        return abs(self.ahead_s) < _TOLERATED_S
+
 
 def join(invitation: Invitation, folder: Path, clock: Callable[[], float] = time.time) -> Membership:
     """Makes this machine a member, with its identity in `folder`; an identity from another invite is replaced.

@@ -291,7 +291,7 @@ def old_client_without_keys(scene: Scene) -> Attempt:
         (lost_key, EnvironmentProblem, r"key.pem cannot be read.*edgelam invite"),
         (key_of_another_member, EnvironmentProblem, r"made for another key.*backup, or join again"),
         (member_that_the_server_forgot, Refused, r"ann is no member of this federation.*edgelam invite ann"),
-        (old_client_without_keys, EdgelamError, r"beyond this machine|no keys.*edgelam invite"),
+        (old_client_without_keys, EnvironmentProblem, r"has no keys in .*edgelam invite NAME"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

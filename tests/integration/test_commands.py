@@ -168,7 +168,7 @@ def test_client_refuses_its_data(edgelam: Edgelam, tmp_path: Path, content: byte
     file = tmp_path / "data.jsonl"
     if content is not None:
         file.write_bytes(content)
-    done = edgelam("client", "--server", "127.0.0.1:1", "--data", str(file))
+    done = edgelam("client", "--server", "127.0.0.1:1", "--insecure", "--data", str(file))
     assert done.returncode == 2, done.stderr
     assert says in done.stderr
 
@@ -176,11 +176,13 @@ def test_client_refuses_its_data(edgelam: Edgelam, tmp_path: Path, content: byte
 @pytest.mark.parametrize(
     ("options", "status", "says"),
     [
-        (["--server", "127.0.0.1:1"], 3, "no server answers at 127.0.0.1:1"),
-        (["--server", "198.51.100.7:8000"], 2, "--insecure"),
-        (["--server", "127.0.0.1:1", "--listen", "0.0.0.0:9000"], 2, "--listen = 0.0.0.0 is beyond this machine"),
-        (["--server", "127.0.0.1:1", "--name", "a b"], 2, "--name 'a b' may hold letters"),
-        (["--server", "127.0.0.1:1", "--tag", "a b"], 2, "--tag 'a b' may hold letters"),
+        (["--server", "127.0.0.1:1", "--insecure"], 3, "no server answers at 127.0.0.1:1"),
+        (["--server", "127.0.0.1:1"], 3, "this machine has no keys"),
+        (["--server", "198.51.100.7:8000"], 3, "this machine has no keys"),
+        ([], 3, "`edgelam invite NAME` prints the command"),
+        (["--server", "127.0.0.1:1", "--insecure", "--name", "a b"], 2, "--name 'a b' may hold letters"),
+        (["--server", "127.0.0.1:1", "--insecure", "--tag", "a b"], 2, "--tag 'a b' may hold letters"),
+        (["--join", "edgelam1/10.0.0.1:8000/device/ann"], 2, "is no join text"),
     ],
 )
 def test_client_refuses(edgelam: Edgelam, tmp_path: Path, options: list[str], status: int, says: str) -> None:
@@ -218,6 +220,9 @@ def test_help_lists_every_command(edgelam: Edgelam) -> None:
         "run",
         "server",
         "client",
+        "invite",
+        "nodes",
+        "revoke",
         "bench",
         "report",
         "export",
@@ -249,7 +254,7 @@ def test_help_answers_at_once_since_it_loads_nothing_heavy() -> None:
     [
         (["--version"], 0, f"edgelam-fl {edgelam_fl.__version__}"),
         (["run", "none.toml"], 2, "edgelam: no run file at none.toml"),
-        (["client", "--server", "127.0.0.1:1"], 3, "edgelam: no server answers at 127.0.0.1:1"),
+        (["client"], 3, "edgelam: this machine has no keys"),
     ],
 )
 def test_a_process_ends_with_its_exit_code(tmp_path: Path, arguments: list[str], status: int, says: str) -> None:
@@ -402,7 +407,19 @@ def at(operator: Operator) -> list[str]:
 
 
 def _client(folder: Path, server: str, name: str, *options: str, environment: dict[str, str] | None = None) -> Child:
-    command = [EDGELAM, "client", "--server", server, "--name", name, "--state", str(folder / name), "--threads", "1"]
+    command = [
+        EDGELAM,
+        "client",
+        "--insecure",
+        "--server",
+        server,
+        "--name",
+        name,
+        "--state",
+        str(folder / name),
+        "--threads",
+        "1",
+    ]
     return Child(name, [*command, *options], folder / f"{name}.log", environment)
 
 

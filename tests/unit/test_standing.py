@@ -69,8 +69,8 @@ def test_a_node_that_joined_starts_without_a_word(states: Path) -> None:
     [
         (NodeOptions(), "", "", EnvironmentProblem, r"has no keys.*below .*`edgelam invite NAME`.*--state"),
         (NodeOptions(), "", "ann", EnvironmentProblem, r"has no keys in .*ann.*edgelam invite"),
-        (NodeOptions("10.0.0.5:8000"), "", "", UsageError, r"beyond this machine.*--insecure"),
-        (NodeOptions("127.0.0.1:1"), "", "a b", ConfigError, r"--name 'a b' may hold"),
+        (NodeOptions("10.0.0.5:8000"), "", "", EnvironmentProblem, r"has no keys.*edgelam invite"),
+        (NodeOptions("127.0.0.1:8000"), "", "", EnvironmentProblem, r"has no keys.*edgelam invite"),
         (NodeOptions(), "edgelam1/x", "", ConfigError, r"no join text"),
         (
             NodeOptions(),
@@ -88,6 +88,15 @@ def test_what_cannot_be_is_said_before_anything_is_sent(
 ) -> None:
     with pytest.raises(kind, match=message):
         find_standing(options, join_text, name, None, False, states)
+
+
+def test_without_keys_everything_has_to_be_said(states: Path) -> None:
+    plain = find_standing(NodeOptions("10.0.0.5:8000"), "", "ann", None, True, states)
+    assert (plain.name, plain.identity, plain.state) == ("ann", None, states / "ann")
+    with pytest.raises(ConfigError, match="--server HOST:PORT is missing"):
+        find_standing(NodeOptions(), "", "ann", None, True, states)
+    with pytest.raises(ConfigError, match="--name 'a b' may hold"):
+        find_standing(NodeOptions("10.0.0.5:8000"), "", "a b", None, True, states)
 
 
 def test_several_nodes_of_one_directory_are_told_apart_by_name(states: Path) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
 import threading
 import time
 from itertools import pairwise
 
+import pytest
+from flwr.app.message import message
+from flwr.supercore import date
 from flwr.supernode import start_client_internal as flower
 
-from edgelam_fl.federation.supernode import Pauses
+from edgelam_fl.federation.supernode import Pauses, set_flowers_clock
+from edgelam_fl.machine import since_boot_s
 
 
 def test_flowers_loop_has_what_is_replaced_there() -> None:
@@ -30,6 +35,15 @@ def test_pauses_without_a_message_grow_to_flowers_and_are_short_after_one() -> N
     pauses.sleep(0.5)
     pauses.sleep(3.0)
     assert waits[-1] == 0.1
+
+
+def test_flowers_time_is_the_servers_where_the_clock_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(date, "datetime", datetime)  # to be put back
+    set_flowers_clock(1e9 - since_boot_s())
+    signed = message.now()  # as Flower's modules have it, which signs and dates messages
+    assert 0 <= signed.timestamp() - 1e9 < 60
+    assert signed.tzinfo is datetime.UTC
+    assert date.isoformat8601_utc(signed).startswith("2001-09-09T01:4")
 
 
 def test_a_reply_that_is_there_ends_a_pause() -> None:
