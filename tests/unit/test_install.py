@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -57,6 +58,9 @@ RISCV = {"uname": '[ "$1" = -s ] && echo Linux || echo riscv64'}
         (["--data", "none.jsonl"], {}, "--data = none.jsonl must be a file that can be read"),
         (["--join"], {}, "--join needs a value"),
         (["--jion", "x"], {}, "unknown option --jion"),
+        (["--join", 'a"b'], {}, 'a"b: no option of a service may hold quotes'),
+        (["--serve", "a", "--address", "$(id)"], {}, "$(id): no option of a service may hold quotes"),
+        (["--", "--tag", "a\nb"], {}, "no option of a service may hold quotes"),
         ([], {"awk": "echo 500"}, "500 MB of memory; a node needs at least 800 MB"),
         ([], OLD, "no usable Python 3.11 to 3.13 (here: Python 3.9.2)"),
     ],
@@ -89,6 +93,37 @@ def test_the_tested_torch_of_every_board_is_one_that_the_package_takes() -> None
         ]
         (version,) = re.findall(r"^torch==([0-9.]+)$", "\n".join(pins), re.MULTILINE)
         assert torch.specifier.contains(version), board
+
+
+# ---------------------------------------------------------------- the services
+
+# Of a service that is taken over: what else on the machine it cannot see or do. `systemd-analyze security` explains each.
+CONFINED = {
+    "User": "edgelam", "UMask": "0077", "NoNewPrivileges": "yes", "CapabilityBoundingSet": "", "ProtectSystem": "strict",
+    "ProtectHome": "read-only", "PrivateTmp": "yes", "PrivateDevices": "yes", "PrivateUsers": "yes", "RemoveIPC": "yes",
+    "ProtectProc": "invisible", "ProtectKernelTunables": "yes", "ProtectKernelModules": "yes", "ProtectKernelLogs": "yes",
+    "ProtectControlGroups": "yes", "ProtectClock": "yes", "ProtectHostname": "yes", "RestrictNamespaces": "yes",
+    "RestrictRealtime": "yes", "RestrictSUIDSGID": "yes", "LockPersonality": "yes", "SystemCallArchitectures": "native",
+    "SystemCallFilter": "@system-service", "SystemCallErrorNumber": "EPERM",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit.stem)
+def test_s20_a_service_is_confined(unit: Path) -> None:
+    lines = unit.read_text(encoding="utf-8").splitlines()
+    found = dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
+    assert {key: found.get(key) for key in CONFINED} == CONFINED
+
+
+def test_options_reach_the_service_word_by_word() -> None:
+    """systemd reads the value from its file, in single quotes, and splits it at $EDGELAM_OPTIONS as a shell splits words."""
+    words = ["--data", "/my data/a.jsonl", "--tag", "ward;3", "*", "--name", "#1 %h"]
+    functions = re.search(r"^say\(\).*?^absolute", SCRIPT.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert functions
+    program = functions[0].removesuffix("absolute") + 'for word; do quote "$word"; done'
+    done = subprocess.run(["/bin/sh", "-c", program, "sh", *words], capture_output=True, text=True, check=True)
+    assert "'" not in done.stdout
+    assert shlex.split(done.stdout) == words
 
 
 # ---------------------------------------------------------------- tools that not every machine has
