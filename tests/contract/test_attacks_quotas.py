@@ -19,12 +19,15 @@ import torch
 from edgelam_fl.hub import relay
 from edgelam_fl.hub.daemon import HubServer
 from edgelam_fl.split.inbox import Inbox
+from edgelam_fl.trust.authority import Authority, issue
+from edgelam_fl.trust.identity import DEVICE, HOST
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.grpc.dial import dial
 from edgelam_fl.wire.grpc.link import GrpcLink
 from edgelam_fl.wire.grpc.lobby import Lobby, LobbyLimits
 from edgelam_fl.wire.grpc.options import LinkTiming
+from edgelam_fl.wire.grpc.secure import PLAIN, Security
 from edgelam_fl.wire.grpc.serve import DataPlaneServer, RelayedDoor
 from edgelam_fl.wire.grpc.services import stub
 from edgelam_fl.wire.link import MAX_HELLO_BYTES, MOST_UNKNOWN_KINDS, NOT_READING, PINGS_SAVED, Frame, Link
@@ -55,22 +58,23 @@ def eventually(done: Callable[[], bool]) -> None:
 class Port:
     """A data port that lets everybody in who says HELLO."""
 
-    def __init__(self, timing: LinkTiming = FOREVER) -> None:
+    def __init__(self, timing: LinkTiming, security: Security) -> None:
         self.heard = Heard()
-        self.server = DataPlaneServer("127.0.0.1", 0, self.admit, timing)
+        self.server = DataPlaneServer("127.0.0.1", 0, self.admit, timing, security)
         self.address = f"127.0.0.1:{self.server.port}"
 
     def admit(self, hello: pb.Hello, link: Link) -> pb.Ready:
         link.open(terms(answer=ready(), heard=self.heard))
         return ready()
 
-    def dial(self) -> Link:
-        return dial("edge-1", self.address, "entry", hello(), ByteCounters(), make_terms(), ready_s=WAIT_S)
+    def dial(self, security: Security = PLAIN) -> Link:
+        counters = ByteCounters()
+        return dial("edge-1", self.address, "entry", hello(), counters, make_terms(), WAIT_S, security=security)
 
 
 @contextmanager
-def port(timing: LinkTiming = FOREVER) -> Iterator[Port]:
-    opened = Port(timing)
+def port(timing: LinkTiming = FOREVER, security: Security = PLAIN) -> Iterator[Port]:
+    opened = Port(timing, security)
     try:
         yield opened
     finally:
@@ -162,6 +166,20 @@ def test_s10_connections_that_say_nothing_are_closed() -> None:
             connection.settimeout(WAIT_S)
             while connection.recv(1 << 16):
                 pass  # gRPC's settings
+            connection.close()
+
+
+def test_s10_half_open_handshakes_of_tls_are_closed(tmp_path: Path) -> None:
+    authority = Authority.open(tmp_path)
+    edge, device = (Security(issue(authority, name, role)) for name, role in (("edge-1", HOST), ("device-1", DEVICE)))
+    with port(LinkTiming(hello_s=0.3), edge) as host:
+        silent = [socket.create_connection(("127.0.0.1", host.server.port)) for _ in range(50)]
+        for connection in silent[25:]:
+            connection.sendall(b"\x16\x03\x01\x02\x00\x01")  # the beginning of a ClientHello
+        host.dial(device).close()
+        for connection in silent:
+            connection.settimeout(WAIT_S)
+            assert connection.recv(1) == b""
             connection.close()
 
 
