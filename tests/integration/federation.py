@@ -29,7 +29,7 @@ from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.federation.template import warm_template
 from edgelam_fl.telemetry.events import Event, RunDone, of_kind
 from edgelam_fl.telemetry.summary import DeviceSummary, Summary, read_summary
-from edgelam_fl.trust.server import prepare_trust
+from edgelam_fl.trust.server import ServerTrust, prepare_trust, trust_folder
 from tests.integration.proxy import Connection, CountingProxy, DecryptingProxy
 from tests.support import WAIT_S
 
@@ -66,6 +66,8 @@ class Federation:
     children: list[Child] = field(default_factory=list)
     server: str = ""
     data_plane: DecryptingProxy | None = None
+    trust: ServerTrust | None = None
+    hub: HubProcess | None = None
     control_plane: DecryptingProxy | None = None  # between the devices and the SuperLink
     wires: list[CountingProxy] = field(default_factory=list)
     """What is on the wire of both planes."""
@@ -85,7 +87,7 @@ class Federation:
         warm_template()
         port = free_port()
         self.server = f"127.0.0.1:{port}"
-        trust = prepare_trust(self.folder / "server", "127.0.0.1", port)
+        trust = self.trust = prepare_trust(self.folder / "server", "127.0.0.1", port)
         listen = f"127.0.0.1:{free_port()}"
         for name, file in [("edge-1", None), *self.data.items()]:
             node = NodeProcesses(name, self.server, self.folder / "nodes" / name, data=file, threads=1, forked=True)
@@ -98,8 +100,15 @@ class Federation:
         self.nodes["edge-1"].listen, self.nodes["edge-1"].advertise = listen, self.wires[0].address
         for name in self.data:
             self.nodes[name].server = self.wires[1].address
-        hub = HubProcess("127.0.0.1", free_port(), self.folder / "hub", identity=trust.identity)
+        hub = HubProcess(
+            "127.0.0.1",
+            free_port(),
+            self.folder / "hub",
+            identity=trust.identity,
+            members=trust_folder(self.folder / "server"),
+        )
         hub.start()
+        self.hub = hub
         assert hub.child is not None
         self.children.append(hub.child)
         with patch.dict(os.environ, {"HF_HUB_CACHE": str(self.server_models)}):

@@ -1,0 +1,127 @@
+"""Strangers, and members out of bounds, at the ports of a live federation: all are refused, and the run beside them is the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from edgelam_fl.addresses import join_address
+from edgelam_fl.errors import EdgelamError
+from edgelam_fl.federation.child import log_tail
+from edgelam_fl.hub.link_speed import measure_link
+from edgelam_fl.model.source import ModelSource
+from edgelam_fl.telemetry.events import EventTail, JobStarted, LinkLost, RoundDone, of_kind
+from edgelam_fl.trust.authority import Authority, issue
+from edgelam_fl.trust.identity import DEVICE, SERVER, Identity
+from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.counters import ByteCounters
+from edgelam_fl.wire.grpc.dial import dial
+from edgelam_fl.wire.grpc.secure import PLAIN, Security
+from edgelam_fl.wire.grpc.services import stub
+from edgelam_fl.wire.relay import DIAL, LISTEN, RELAY_SERVICE, make_token, token_metadata
+from tests.integration.federation import Federation, Run, config_of
+from tests.links import hello, make_terms
+
+pytestmark = pytest.mark.processes
+
+ATTEMPTS = 3  # during the run
+
+
+class Intruders:
+    """Everybody who knocks; `outcomes` says what came of it, by who and where."""
+
+    def __init__(self, federation: Federation, elsewhere: Path) -> None:
+        assert federation.trust is not None
+        assert federation.hub is not None
+        self._host = federation.nodes["edge-1"].listen
+        self._hub = join_address(federation.hub.host, federation.hub.port)
+        self._federation, self.outcomes = federation, dict[str, str]()
+        own = federation.trust.authority.certificate  # no secret
+        self.stranger = replace(issue(Authority.open(elsewhere), "device-1", DEVICE), authority=own)
+        self.insider, self.revoked = self._member("insider"), self._member("leaver")
+        federation.trust.members.revoke("leaver")
+
+    def _member(self, name: str) -> Identity:
+        assert self._federation.trust is not None
+        identity = issue(self._federation.trust.authority, name, DEVICE)
+        self._federation.trust.members.add(identity)
+        return identity
+
+    def knock(self) -> None:
+        """Tries every door once."""
+        stranger, insider, revoked = map(Security, (self.stranger, self.insider, self.revoked))
+        for who, security in (("plain", PLAIN), ("stranger", stranger), ("insider", insider), ("revoked", revoked)):
+            self._try(f"{who} at the host", partial(self._link, security, "device-1"))
+        self._try("insider as itself at the host", lambda: self._link(insider, "insider"))
+        for who, security in (("plain", PLAIN), ("stranger", stranger), ("revoked", revoked)):
+            self._try(f"{who} at the hub", partial(self._measure, security))
+        self._try(
+            "insider at the slices",
+            lambda: self._call(insider, "Slices", "Describe", pb.SliceRequest(model_digest="0" * 64)),
+        )
+        forged = make_token(bytes(32), LISTEN, "run/1/1/edge-1", "insider")
+        self._try("insider at a host's place", lambda: self._call(insider, RELAY_SERVICE, LISTEN, b"", forged))
+        forged = make_token(bytes(32), DIAL, "run/1/1/edge-1", "insider", 1)
+        self._try("insider at the relay", lambda: self._call(insider, RELAY_SERVICE, DIAL, iter([]), forged))
+
+    def _try(self, what: str, attempt: Callable[[], object]) -> None:
+        try:
+            attempt()
+            self.outcomes[what] = "let in"
+        except (EdgelamError, grpc.RpcError) as error:
+            self.outcomes[what] = error.details() if isinstance(error, grpc.RpcError) else str(error)
+
+    def _link(self, security: Security, node: str) -> None:
+        dial(
+            "edge-1", self._host, "entry edge-1", hello("averaged/1/1", node), ByteCounters(), make_terms(), 0.3,
+            security=security,
+        ).close()  # fmt: skip
+
+    def _measure(self, security: Security) -> None:
+        host, _, port = self._hub.rpartition(":")
+        measure_link(host, int(port), 2.0, security)
+
+    def _call(self, security: Security, service: str, method: str, request: object, token: bytes = b"") -> None:
+        with security.channel(self._hub, SERVER, []) as channel:
+            answer = stub(channel, service, method)(request, timeout=5, metadata=token_metadata(token))
+            list(answer) if method != "Describe" else answer
+
+
+def test_strangers_are_refused_and_the_run_beside_them_is_the_same(
+    averaged: Run, federation: Federation, tiny: ModelSource, tmp_path: Path
+) -> None:
+    host = EventTail(federation.nodes["edge-1"].state / "events.jsonl")
+    host.poll()
+    intruders, heard, attempts = Intruders(federation, tmp_path), list(host.poll()), 0
+
+    def knock() -> None:
+        nonlocal attempts
+        heard.extend(host.poll())
+        if attempts < ATTEMPTS and any(of_kind(heard, JobStarted)):
+            attempts += 1
+            intruders.knock()
+
+    run = federation.run("strangers", config_of(tiny.name), knock)
+    heard.extend(host.poll())
+    assert attempts
+    assert {what for what, outcome in intruders.outcomes.items() if outcome == "let in"} == set()
+    assert "node 'insider' says that it is 'device-1'" in intruders.outcomes["insider at the host"]
+    assert intruders.outcomes["insider at the relay"] == "no token of this server for that"
+    assert "no run of this server lets this node fetch" in intruders.outcomes["insider at the slices"]
+    ours, theirs = (load_file(path / "adapter/adapter_model.safetensors") for path in (run.path, averaged.path))
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours), "not a micro-batch was done again"
+    assert not any(of_kind(heard, LinkLost))
+    assert all(not device.left_out for done in run.of_kind(RoundDone) for device in done.devices)
+    log = log_tail(federation.nodes["edge-1"].state / "stage-host.log", 200)
+    assert "refused a link of insider" in log
+    assert "CERTIFICATE_VERIFY_FAILED" in log, "of the stranger"
+    assert "WRONG_VERSION_NUMBER" in log, "of plain text"
+    assert "refused leaver: its membership in the federation has ended" in log_tail(federation.folder / "hub.log", 200)
