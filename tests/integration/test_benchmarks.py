@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 APART = (
     "__init__",
     "common",
+    "hostile",
     "boards",
     "big_llama",
     "links",
