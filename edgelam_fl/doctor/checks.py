@@ -39,7 +39,7 @@ DEFAULT_PORT = 8000
 MEMORY_NEEDED_BYTES = 1200 << 20  # a node of the demo's model at its peak
 DISK_NEEDED_BYTES = 1 << 30  # the demo's model, unpacked and converted, twice
 PYTHONS = (3, 11), (3, 13)
-TOOLS = ("flwr", "flower-supernode")
+TOOL = "flwr"
 _ANY = ("0.0.0.0", "::")
 _HTTP_DEADLINE_S = 5.0
 _MAX_ANSWER_BYTES = 4 << 20
@@ -133,13 +133,12 @@ def _check_package(needed: Requirement, version_of: Callable[[str], str]) -> lis
 
 
 def check_tools(path: str | None = None) -> list[Finding]:
-    """Checks that Flower's commands are on PATH: they start each other by name."""
+    """Checks that Flower's command, which submits runs, is on PATH."""
     path = tool_environment()["PATH"] if path is None else path
-    missing = [tool for tool in TOOLS if not shutil.which(tool, path=path)]
-    if missing:
-        fix = f"they come with flwr, into the folder of {sys.executable}: pip install --force-reinstall flwr"
-        return [_problem("Flower's tools", f"not found: {', '.join(missing)}", fix)]
-    return [_ok("Flower's tools", ", ".join(TOOLS))]
+    if shutil.which(TOOL, path=path):
+        return [_ok("Flower's command", TOOL)]
+    fix = f"it comes with Flower, into the folder of {sys.executable}: pip install --force-reinstall flwr"
+    return [_problem("Flower's command", f"not found: {TOOL}", fix)]
 
 
 # ---------------------------------------------------------------- names and ports

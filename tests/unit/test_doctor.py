@@ -79,12 +79,9 @@ def test_the_package_itself_is_not_installed() -> None:
     assert "make setup" in problem(finding).fix
 
 
-def test_flowers_tools_that_are_not_on_the_path(tmp_path: Path) -> None:
-    tool = tmp_path / "flwr"
-    tool.write_text("#!/bin/sh\n")
-    tool.chmod(0o755)
+def test_flowers_command_that_is_not_on_the_path(tmp_path: Path) -> None:
     (finding,) = doctor.check_tools(str(tmp_path))
-    assert problem(finding).found == "not found: flower-supernode"
+    assert problem(finding).found == "not found: flwr"
     assert doctor.check_tools()[0].state == "ok"
 
 
