@@ -26,6 +26,7 @@ from edgelam_fl.split.judging import Size
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.global_adapter import at_rank
 from server.judging import UpdateJudge
+from server.reports import report_problem
 from strategies.aggregation.factors import A, B, is_factor, module_of
 from strategies.aggregation.fedavg import WeightedMean
 from strategies.api import Contribution
@@ -96,7 +97,7 @@ def why_unusable(reply: Reply, plan: pb.Plan, adapter: Adapter) -> str:
         if seen & names:
             return f"it contributes {min(seen & names)[2]} of {part.source!r} twice"
         seen |= names
-    return ""
+    return report_problem(reply.report, plan)
 
 
 def spans_of_source(plan: pb.Plan, scope: str, source: str) -> list[Span] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -105,6 +105,35 @@ def test_good_contributions(tiny: ModelSource) -> None:
     copies = Planned(tiny, "split.host_mode=copies")
     parts = [copies.site("e", 3, 1, source=name) for name in "abc"]
     assert why_unusable(reply(*parts), copies.plans["e"], copies.start) == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda r: r.steps.add(step=STEPS), f"a step {STEPS}; its plan has {STEPS}"),
+        (lambda r: r.steps.extend([pb.StepReport()] * (STEPS + 1)), f"{STEPS + 1} steps"),
+        (lambda r: r.timeline.extend([pb.Interval()] * 1001), "1001 intervals"),
+        (lambda r: r.bytes.extend([pb.KindBytes()] * 401), "401 rows of bytes"),
+        (lambda r: r.bytes.add(kind="x" * 2001), "kind has 2001 characters"),
+        (lambda r: r.steps.add(seconds=math.nan), "seconds is nan"),
+        (lambda r: r.steps.add(loss_sum=-1.0), "loss_sum is -1.0"),
+        (lambda r: setattr(r, "compute_seconds", math.inf), "compute_seconds is inf"),
+        (lambda r: r.eval_sums.update({"correct": -1.0}), "eval_sums is -1.0"),
+        (lambda r: r.host.left_out.add(device="b"), "1 devices left out"),
+        (lambda r: setattr(r, "eval_loss_sum", math.nan), ""),
+        (lambda r: r.steps.add(loss_sum=math.inf, seconds=1.0), ""),
+    ],
+)
+def test_s7_a_report_holds_nothing_that_its_plan_does_not_lead_to(
+    tiny: ModelSource, change: Callable[[pb.JobReport], None], words: str
+) -> None:
+    """Losses may be infinite or not a number, since training can diverge."""
+    planned = Planned(tiny)
+    given = reply(planned.ends("a", 3, 1))
+    change(given.report)
+    wrong = why_unusable(given, planned.plans["a"], planned.start)
+    assert words in wrong
+    assert bool(words) == bool(wrong)
 
 
 def test_a_site_may_have_unlike_weights_but_no_tensor_twice(tiny: ModelSource) -> None:
