@@ -1,6 +1,6 @@
 """A hook of mkdocs (mkdocs.yml): pages that are made from the code at every build, diagrams, and links out of docs/.
 
-The overview is README.md, and CONTRIBUTING.md is a page too. The page of the run file comes from the pydantic models, the
+The overview is README.md; CONTRIBUTING.md and SECURITY.md are pages too. The page of the run file comes from the pydantic models, the
 page of the commands from the command line itself, the page of the strategies from their table. None of them is kept in
 the repository, so none is ever stale. A link from a page to a file outside docs/ leads to a copy in the site, so the site
 works without the repository and without a network.
@@ -32,6 +32,7 @@ from tools import sequence
 
 ROOT = Path(__file__).parents[1]
 _LINK_TO_A_FOLDER = re.compile(r"\[([^\]]+)\]\((\.\./[^)\s]*/)\)")
+_FROM_THE_ROOT = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md"}
 _DIAGRAM = re.compile(r"^```mermaid\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 
@@ -41,15 +42,15 @@ _LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     generated = {
-        "index.md": from_the_root("README.md"),
-        "contributing.md": from_the_root("CONTRIBUTING.md"),
+        **{page: from_the_root(name) for name, page in _FROM_THE_ROOT.items()},
         "run-file.md": run_file_page(),
         "commands.md": commands_page(),
         "built-in-strategies.md": strategies_page(),
     }
     for name, content in generated.items():
         files.append(File.generated(config, name, content=content))
-    for path in sorted({path for file in files if file.src_uri.endswith(".md") for path in _outside(file)}):
+    linked = {path for file in files if file.src_uri.endswith(".md") for path in _outside(file)}
+    for path in sorted(linked - _FROM_THE_ROOT.keys()):
         files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
     return files
 
@@ -61,7 +62,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         path = _target(page.file.src_uri, match[2])
         if path is None:
             return match[0]
-        return f"{match[1]}{relpath(path, folder)}{match[3] or ''}{match[4]}"
+        return f"{match[1]}{relpath(_FROM_THE_ROOT.get(path, path), folder)}{match[3] or ''}{match[4]}"
 
     markdown = _LINK_TO_A_FOLDER.sub(lambda match: f"`{match[1]}`", markdown)  # the site has no lists of files
     return _DIAGRAM.sub(lambda match: sequence.svg(match[1]), _LINK.sub(inside, markdown))
@@ -88,13 +89,12 @@ def _target(page: str, link: str) -> str | None:
 
 def from_the_root(name: str) -> str:
     """Returns a page of the repository's root with its links as they are from docs/."""
-    pages = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md"}
 
     def moved(match: re.Match[str]) -> str:
         link = match[2]
         if "://" in link:
             return match[0]
-        inside = pages.get(link) or (link.removeprefix("docs/") if link.startswith("docs/") else f"../{link}")
+        inside = _FROM_THE_ROOT.get(link) or (link.removeprefix("docs/") if link.startswith("docs/") else f"../{link}")
         return f"{match[1]}{inside}{match[3] or ''}{match[4]}"
 
     return _LINK.sub(moved, (ROOT / name).read_text(encoding="utf-8"))
