@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,11 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.hostile import dishonest, filled, on
 from edgelam_fl.config import RunConfig
 from edgelam_fl.model.adapter import Adapter, digest, initial_adapter, slice_of, to_bytes
 from edgelam_fl.model.index import layer_number
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import LoraSettings, load_stages
+from edgelam_fl.node.examples import DeviceExamples
+from edgelam_fl.node.service import StageHost
 from edgelam_fl.plan.making import RoundFacts
 from edgelam_fl.plan.reading import job_id, part_id, spans_of
 from edgelam_fl.wire import PROTOCOL_VERSION
@@ -189,3 +193,25 @@ def test_smollm2_trains_like_the_plain_loop(
     """The short form; `python -m benchmarks.exactness` does the same in bf16, with three devices, and for STEPS steps."""
     config = run_config(smollm.name, *SHORT)
     one_device_against_the_plain_loop(daemons, "smollm2", smollm, config, data_files[0], REAL_STEPS)
+
+
+def test_s7_s8_a_dishonest_device_costs_nobody_else_anything_over_grpc(
+    daemons: dict[str, Daemon], tiny: ModelSource, data_files: list[Path]
+) -> None:
+    """The third device is in this process, and changes its frames: a gradient of NaN, then a micro-batch that nobody announced."""
+    for change, reason in (
+        (on(pb.GRAD, filled(math.nan)), "left out of 3 steps in a row: a gradient that is not finite"),
+        (on(pb.ACT, micro_batch=9), "broke the protocol: micro-batch 9 of step 0 came twice, or was not announced"),
+    ):
+        config = run_config(str(tiny.folder))
+        fleet, start = fleet_of(daemons, f"dishonest-{reason[:4]}", tiny, config, 3)
+        bad = StageHost("device-3", dishonest(dial, change), lambda event: None, examples=DeviceExamples(data_files[2]))
+        fleet.devices["device-3"] = bad
+        reports = fleet.run(start, 4)
+        bad.stop()
+        assert [(left.device, left.reason, left.out) for left in reports["edge-1"].host.left_out] == [
+            ("device-3", reason, True)
+        ]
+        for name in ("edge-1", "device-1", "device-2"):
+            assert reports[name].state == "done", reports[name].error
+            assert all(step.counted for step in reports[name].steps)
