@@ -40,7 +40,7 @@ from edgelam_fl.telemetry.events import RoundDone, of_kind, read_events
 from edgelam_fl.telemetry.report.incidents import incidents
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.exchange import Arrived, Exchange, ExchangeTiming, Missing, Peer, Request
+from server.exchange import Addressee, Arrived, Exchange, ExchangeTiming, Missing, Request
 from server.roster import Roster
 from server.rounds import Rounds
 from server.run_folder import RunFolder
@@ -142,10 +142,10 @@ class MemoryExchange(Exchange):
     def get_node_ids(self) -> list[int]:
         return list(range(len(self._hosts)))
 
-    def send(self, requests: Iterable[Request]) -> dict[str, Peer]:
+    def send(self, requests: Iterable[Request]) -> dict[str, Addressee]:
         """Takes questions for profiles; all nodes answer at once."""
         names = list(self._hosts)
-        return {names[request.node_id]: Peer(request.name, request.node_id) for request in requests}
+        return {names[request.node_id]: Addressee(request.name, request.node_id) for request in requests}
 
     def arrived(self, message_ids: Iterable[str]) -> dict[str, Any]:
         return {

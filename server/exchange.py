@@ -79,7 +79,7 @@ class SiteDeadline:
 
 
 @dataclass(frozen=True, slots=True)
-class Peer:
+class Addressee:
     """A node that was sent a message."""
 
     name: str
@@ -131,17 +131,17 @@ class Exchange:
         """Returns the answers to these messages that are here now, by the ids of the messages that they answer."""
         return {message.metadata.reply_to_message_id: message for message in self.grid.pull_messages(list(message_ids))}
 
-    def send(self, requests: Iterable[Request]) -> dict[str, Peer]:
+    def send(self, requests: Iterable[Request]) -> dict[str, Addressee]:
         """Sends the requests; returns their receivers by Flower's message ids. The messages, each with an adapter, are not
         kept.
         """
         messages, peers = [], []
         for request in requests:
             messages.append(Message(content=request.content, dst_node_id=request.node_id, message_type=request.kind))
-            peers.append(Peer(request.name, request.node_id))
+            peers.append(Addressee(request.name, request.node_id))
         return dict(zip(self.grid.push_messages(messages), peers, strict=True))
 
-    def _given_up(self, waiting: Mapping[str, Peer], late: Iterable[SiteDeadline]) -> list[tuple[str, Missing]]:
+    def _given_up(self, waiting: Mapping[str, Addressee], late: Iterable[SiteDeadline]) -> list[tuple[str, Missing]]:
         """Returns the messages that nobody will answer: their nodes have left, or belong to a site that is `late`."""
         present = set(self.grid.get_node_ids()) if waiting else set()
         reasons = {name: f"no reply {s.limit_s:.0f} s after its site" for s in late for name in s.hosts | s.members}
@@ -152,7 +152,7 @@ class Exchange:
         ]
 
 
-def answer_of(peer: Peer, message: Message) -> Arrived | Missing:
+def answer_of(peer: Addressee, message: Message) -> Arrived | Missing:
     """Returns a node's message as the answer that it is: a reply, or an account of what failed there."""
     if message.has_error():
         return Missing(peer.name, f"its ClientApp failed: {printable(message.error.reason)}")

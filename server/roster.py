@@ -20,7 +20,7 @@ from edgelam_fl.telemetry.events import LayerSeconds, LinkMeasured, NodeJoined, 
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.relay import BEHIND
-from server.exchange import Exchange, Missing, Peer, Request, answer_of
+from server.exchange import Addressee, Exchange, Missing, Request, answer_of
 from server.membership import OwnerOf
 from server.profiles import read_profile
 from server.run_folder import RunFolder
@@ -33,7 +33,7 @@ _LINK = ("link_up_bps", "link_down_bps", "round_trip_s")
 class _Question:
     """A node that was asked for its profile and has not answered yet."""
 
-    peer: Peer
+    peer: Addressee
     asked: float  # by the server's clock, s
 
 

@@ -25,7 +25,7 @@ Handler = Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]
 """Answers a JSON object with an HTTP status and a JSON object. It may block: it runs in a thread."""
 
 
-class Caller(Enum):
+class Audience(Enum):
     """Who may use a route."""
 
     ANYBODY = "anybody"
@@ -34,28 +34,28 @@ class Caller(Enum):
     MACHINE = "a task of this machine, which Flower checks by the task's token"
 
 
-def _routes(prefix: str, names: str, caller: Caller) -> dict[str, Caller]:
+def _routes(prefix: str, names: str, caller: Audience) -> dict[str, Audience]:
     return {f"{prefix}{name}": caller for name in names.split()}
 
 
-ROUTES: Mapping[str, Caller] = {
-    "/health": Caller.ANYBODY,
+ROUTES: Mapping[str, Audience] = {
+    "/health": Audience.ANYBODY,
     **_routes(
         "/v1/control/",
         "start-run stop-run list-runs stream-logs stream-run-events list-nodes list-federations show-federation",
-        Caller.OPERATOR,
+        Audience.OPERATOR,
     ),
     **_routes(
         "/v1/fleet/",
         "register-node activate-node deactivate-node unregister-node send-node-heartbeat pull-messages push-messages "
         "get-run get-fab push-object pull-object confirm-message-received",
-        Caller.NODE,
+        Audience.NODE,
     ),
     **_routes(
         "/v1/runtime/",
         "send-task-heartbeat pull-task-input push-task-output push-object pull-object confirm-message-received "
         "push-messages pull-messages get-nodes push-logs",
-        Caller.MACHINE,
+        Audience.MACHINE,
     ),
 }
 """Flower's routes that are open, and for whom. Every other route of Flower's is closed to all."""
@@ -67,7 +67,7 @@ _MAX_RUN_BYTES = 16 << 20
 _MAX_OWN_BYTES = 64 << 10
 
 
-class Refused(Exception):
+class Denied(Exception):
     """A request that is not answered. The text says why, in words that the caller may read."""
 
     def __init__(self, status: int, reason: str) -> None:
@@ -100,7 +100,7 @@ class Guard:
             await self._check_caller(scope)
             if scope["path"] == START_RUN:
                 receive = await self._judged(receive)
-        except Refused as refusal:
+        except Denied as refusal:
             _note(scope, refusal)
             return await _answer(send, refusal.status, {"detail": str(refusal)})
         return await self.flower(scope, receive, send)
@@ -108,19 +108,19 @@ class Guard:
     async def _check_caller(self, scope: Scope) -> None:
         caller = ROUTES.get(scope["path"])
         if caller is None:
-            raise Refused(404, "this server does not offer that")
-        if caller is Caller.OPERATOR and not self._has_token(scope):
-            raise Refused(
+            raise Denied(404, "this server does not offer that")
+        if caller is Audience.OPERATOR and not self._has_token(scope):
+            raise Denied(
                 403,
                 "only the operator of this server may do that: on the server's machine, export FLWR_HOME as `edgelam server` "
                 "prints it at its start; with edgelam, name that folder with --operator",
             )
-        if caller is Caller.NODE:
+        if caller is Audience.NODE:
             headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
             if problem := await asyncio.to_thread(self.judge_node, headers):
-                raise Refused(401, problem)
-        if caller is Caller.MACHINE and not _is_of_this_machine(scope):
-            raise Refused(403, "only tasks that run on the server's machine may do that")
+                raise Denied(401, problem)
+        if caller is Audience.MACHINE and not _is_of_this_machine(scope):
+            raise Denied(403, "only tasks that run on the server's machine may do that")
 
     def _has_token(self, scope: Scope) -> bool:
         given = [value for name, value in scope["headers"] if name == b"authorization"]
@@ -132,7 +132,7 @@ class Guard:
         body = await _body(receive, _MAX_RUN_BYTES)
         problem = await asyncio.to_thread(self.judge_run, body)
         if problem:
-            raise Refused(403, problem)
+            raise Denied(403, problem)
         whole = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def again() -> Mapping[str, Any]:
@@ -143,14 +143,14 @@ class Guard:
     async def _own(self, scope: Scope, receive: Receive) -> tuple[int, dict[str, Any]]:
         handler = self.own.get(scope["path"].removeprefix(OWN_ROUTES))
         if handler is None:
-            raise Refused(404, "this server does not offer that")
+            raise Denied(404, "this server does not offer that")
         body = await _body(receive, _MAX_OWN_BYTES)
         try:
             asked = json.loads(body or b"{}")
         except ValueError as error:
-            raise Refused(400, "the request is no JSON") from error
+            raise Denied(400, "the request is no JSON") from error
         if not isinstance(asked, dict):
-            raise Refused(400, "the request is no JSON object")
+            raise Denied(400, "the request is no JSON object")
         return await asyncio.to_thread(handler, asked)
 
 
@@ -165,10 +165,10 @@ async def _body(receive: Receive, most_bytes: int) -> bytes:
     while True:
         part = await receive()
         if part["type"] != "http.request":
-            raise Refused(400, "the request broke off")
+            raise Denied(400, "the request broke off")
         body += part.get("body", b"")
         if len(body) > most_bytes:
-            raise Refused(413, f"the request is longer than {most_bytes} bytes")
+            raise Denied(413, f"the request is longer than {most_bytes} bytes")
         if not part.get("more_body"):
             return bytes(body)
 
@@ -179,7 +179,7 @@ async def _answer(send: Send, status: int, content: dict[str, Any]) -> None:
     await send({"type": "http.response.body", "body": json.dumps(content).encode()})
 
 
-def _note(scope: Scope, refusal: Refused) -> None:
+def _note(scope: Scope, refusal: Denied) -> None:
     """Writes who was refused what to the log."""
     address = scope["client"][0] if scope["client"] else "unknown"
     print(f"refused {address}, {scope['path'][:80]!r}: {refusal}", file=sys.stderr, flush=True)

@@ -35,7 +35,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from edgelam_fl.addresses import free_port
 from edgelam_fl.config import parse_run_file
 from edgelam_fl.federation.child import Child, end_all, log_tail, tool_environment
-from edgelam_fl.federation.guard import ROUTES, Caller
+from edgelam_fl.federation.guard import ROUTES, Audience
 from edgelam_fl.federation.operator import Operator, operator_folder, read_token
 from edgelam_fl.federation.submission import Submission, run_events
 from edgelam_fl.federation.superlink import start_superlink
@@ -169,9 +169,9 @@ def test_s3_every_route_is_closed_to_strangers_but_those_of_nodes(server: Server
     with httpx.Client(base_url=f"https://{server.address}", verify=verified) as stranger:
         for path, caller in ROUTES.items():
             status = stranger.post(path).status_code
-            assert status in {Caller.ANYBODY: {405}, Caller.OPERATOR: {403}}.get(caller, {400, 401, 403, 415, 422}), (
-                path
-            )
+            assert status in {Audience.ANYBODY: {405}, Audience.OPERATOR: {403}}.get(
+                caller, {400, 401, 403, 415, 422}
+            ), path
         for path in ("/docs", "/openapi.json", "/v1/edgelam/unknown"):
             assert stranger.get(path).status_code == 404
         assert stranger.get("/health").status_code == 200

@@ -37,7 +37,7 @@ def superlink_of(version: str) -> Iterator[int]:
         def do_GET(self) -> None:
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(json.dumps({"info": {"title": "SuperLink API", "version": version}}).encode())
+            self.wfile.write(json.dumps({"edgelam-fl": "0.2.0", "flwr": version}).encode())
 
         def log_message(self, *_: object) -> None:
             pass

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from edgelam_fl.federation.guard import ROUTES, START_RUN, Caller, Guard, Receive, Scope, Send
+from edgelam_fl.federation.guard import ROUTES, START_RUN, Audience, Guard, Receive, Scope, Send
 
 TOKEN = "the operator's"
 
@@ -56,7 +56,7 @@ def ask(
     return sent[0]["status"], json.loads(sent[1]["body"])
 
 
-@pytest.mark.parametrize("path", [path for path, caller in ROUTES.items() if caller is Caller.OPERATOR])
+@pytest.mark.parametrize("path", [path for path, caller in ROUTES.items() if caller is Audience.OPERATOR])
 def test_s3_the_control_api_is_for_the_operator(path: str, capfd: pytest.CaptureFixture[str]) -> None:
     flower = Flower()
     for wrong in ("", "another", TOKEN[:-1], f"{TOKEN} "):
@@ -68,7 +68,7 @@ def test_s3_the_control_api_is_for_the_operator(path: str, capfd: pytest.Capture
     assert ask(guard(flower), path, token=TOKEN)[0] == 200
 
 
-@pytest.mark.parametrize("path", [path for path, caller in ROUTES.items() if caller is Caller.MACHINE])
+@pytest.mark.parametrize("path", [path for path, caller in ROUTES.items() if caller is Audience.MACHINE])
 def test_s2_the_runtime_api_is_for_this_machine(path: str) -> None:
     flower = Flower()
     status, said = ask(guard(flower), path, token=TOKEN)

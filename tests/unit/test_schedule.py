@@ -10,20 +10,21 @@ from typing import Any
 
 import pytest
 
+from edgelam_fl.bounds import Bounds
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.replies import Reply
 from server.schedule import Schedule, check_shares, estimated_payload_bytes, measured, send_rate_bps, unfit
-from strategies.api import Demand, RoundOutcome, RoundState, Selected
+from strategies.api import Bandwidth, Demand, RoundOutcome, RoundState, Selected, Selection
 from tests.support import run_config
 
 SOURCE: Any = SimpleNamespace(hidden_size=64)
 HERE = __name__
 
 
-class Told:
+class Told(Selection, Bandwidth):
     """Chooses the given devices, and remembers what it saw."""
 
     names: Sequence[str] = ()
@@ -48,7 +49,7 @@ class Told:
 
 def schedule(*overrides: str) -> Any:
     own = [f"strategy.selection={HERE}:Told", f"strategy.bandwidth={HERE}:Told"]
-    return Schedule(RunSpec(run_config("any", *own, *overrides), SOURCE))
+    return Schedule(RunSpec(run_config("any", *own, *overrides), SOURCE), Bounds(packages=(HERE,)))
 
 
 def profile(name: str, examples: int = 9, memory: int = 4_000_000_000, tags: Sequence[str] = ()) -> pb.Profile:
