@@ -86,7 +86,7 @@ class Board:
         inside.mkdir(parents=True)
         shutil.copy(data, inside / "data.jsonl")
         folder = f"/tmp/benchmark-{self.name}"
-        words = [EDGELAM, "client", "--server", server, "--name", self.name, "--threads", "1"]
+        words = [EDGELAM, "client", "--insecure", "--server", server, "--name", self.name, "--threads", "1"]
         words += ["--data", f"{folder}/data.jsonl", "--state", f"{folder}/state"]
         return Child(self.name, self.command(*words), log, self.environment)
 

@@ -12,14 +12,21 @@ import pytest
 from edgelam_fl.addresses import free_port
 from edgelam_fl.federation.child import Child, end_all, log_tail
 from edgelam_fl.federation.superlink import start_superlink
+from edgelam_fl.trust.authority import issue
+from edgelam_fl.trust.identity import HOST, save_identity
+from edgelam_fl.trust.server import prepare_trust
 
 pytestmark = pytest.mark.processes
 
 
 def test_a_client_waits_for_its_server_and_joins_it_again_after_a_restart(tmp_path: Path) -> None:
     port, log, supernode = free_port(), tmp_path / "client.log", tmp_path / "node" / "supernode.log"
+    trust = prepare_trust(tmp_path / "server", "127.0.0.1", port)
+    keys = issue(trust.authority, "board", HOST)
+    save_identity(keys, tmp_path / "node" / "identity")
+    trust.members.add(keys)
     command = [str(Path(sys.executable).with_name("edgelam")), "client", "--wait", "--server", f"127.0.0.1:{port}"]
-    client = Child("client", [*command, "--name", "board", "--state", str(tmp_path / "node")], log)
+    client = Child("client", [*command, "--state", str(tmp_path / "node")], log)
     children = [client]
 
     def until(happened: Callable[[], bool], seconds: float = 180) -> None:
@@ -35,10 +42,12 @@ def test_a_client_waits_for_its_server_and_joins_it_again_after_a_restart(tmp_pa
     try:
         until(lambda: said(f"no server answers at 127.0.0.1:{port} yet; waiting for it", log) == 1)
         assert not supernode.exists()
-        children.append(start_superlink("127.0.0.1", port, tmp_path / "server"))
+        children.append(start_superlink("127.0.0.1", port, tmp_path / "server", trust=trust))
         until(lambda: said("SuperNode ID: ", supernode) == 1)
         end_all([children.pop()])
-        children.append(start_superlink("127.0.0.1", port, tmp_path / "server"))  # it has forgotten its nodes
+        children.append(
+            start_superlink("127.0.0.1", port, tmp_path / "server", trust=trust)
+        )  # it has forgotten its nodes
         until(lambda: said("SuperNode ID: ", supernode) == 2)
         until(lambda: said("it was started again", log) == 1)
     finally:
