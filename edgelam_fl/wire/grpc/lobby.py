@@ -1,7 +1,7 @@
 """The lobby of a port: streams that were not let in yet, few per peer address and in all, each for a limited time.
 
 A newcomer never waits and is never turned away: if there are too many, the one that has waited longest is hung up on. An
-honest dialler sends HELLO with its first bytes and has left long before. Knows no frames and no gRPC.
+honest dialler sends HELLO with its first bytes and has left long before. Knows no frames.
 Neighbour: `wire.grpc.serve`, which lets streams in.
 """
 
@@ -14,10 +14,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from edgelam_fl.wire.grpc.options import MOST_CONNECTIONS
+
 
 @dataclass(frozen=True, kw_only=True)
 class LobbyLimits:
-    """How many streams may be in a lobby."""
+    """How many connections a port takes, and how many streams its lobby."""
+
+    connections: int = MOST_CONNECTIONS
 
     places: int = 64
     places_per_address: int = 8  # as soon as half of all places are taken; many devices may share an address

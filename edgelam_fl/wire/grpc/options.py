@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import dataclass
 
 import grpc
@@ -9,7 +10,7 @@ import grpc
 Options = list[tuple[str, int]]
 MESSAGE_BYTES = 6 << 20  # enough for a chunk with the largest header
 _STREAMS_PER_CONNECTION = 16  # our diallers open one
-_CONNECTIONS = 1024  # below what a process may open, so that files can still be opened
+MOST_CONNECTIONS = 1024  # per port
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,17 +51,23 @@ def channel_options(timing: LinkTiming = DEFAULT_TIMING, most_sent_bytes: int = 
     ]
 
 
-def server_options(timing: LinkTiming = DEFAULT_TIMING, most_sent_bytes: int = MESSAGE_BYTES) -> Options:
+def server_options(
+    timing: LinkTiming = DEFAULT_TIMING, most_sent_bytes: int = MESSAGE_BYTES, connections: int = MOST_CONNECTIONS
+) -> Options:
     """Returns gRPC's options for a server that carries links: those of a channel, and limits of what strangers may hold.
 
-    `most_sent_bytes`: as of `channel_options`.
+    `most_sent_bytes`: as of `channel_options`. `connections`: at most so many are open at a time, and never more than half of
+    the files that this process may open.
     """
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if files != resource.RLIM_INFINITY:
+        connections = min(connections, files // 2)
     return [
         *channel_options(timing, most_sent_bytes),
         ("grpc.server_handshake_timeout_ms", round(1000 * timing.hello_s)),  # TCP, TLS and HTTP/2 together
         ("grpc.max_connection_idle_ms", round(1000 * timing.unused_s)),
         ("grpc.max_concurrent_streams", _STREAMS_PER_CONNECTION),
-        ("grpc.max_allowed_incoming_connections", _CONNECTIONS),
+        ("grpc.max_allowed_incoming_connections", connections),
     ]
 
 

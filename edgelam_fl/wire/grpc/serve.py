@@ -55,7 +55,7 @@ class DataPlaneServer:
         self._lobby = Lobby(limits, timing.hello_s)
         self._server = grpc.server(
             ThreadPoolExecutor(limits.places + _SPARE_THREADS, "lobby"),
-            options=[*server_options(timing), ("grpc.so_reuseport", 0)],
+            options=[*server_options(timing, connections=limits.connections), ("grpc.so_reuseport", 0)],
             maximum_concurrent_rpcs=_WAITING_CALLS,
         )
         self._server.add_generic_rpc_handlers((service_handler("DataPlane", {"Link": WithoutThread(self._link)}),))
