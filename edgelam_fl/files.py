@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 
@@ -12,6 +13,12 @@ def cache_folder() -> Path:
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "edgelam-fl"
     )
     return Path(root)
+
+
+def from_home(text: str) -> str:
+    """Returns a text with this user's home folder written as ~, for what people share: its path names the user."""
+    home = str(Path.home())
+    return text if home == "/" else re.sub(rf"{re.escape(home)}(?=/|$|[^\w.-])", "~", text)
 
 
 def keep_private() -> None:

@@ -11,7 +11,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from edgelam_fl.bounds import Bounds, bounds_of
-from edgelam_fl.config import parse_run_file
+from edgelam_fl.config import parse_run_file, without_home
 from edgelam_fl.errors import ConfigError, EdgelamError
 from edgelam_fl.files import keep_private
 from edgelam_fl.plan.making import task_settings
@@ -42,7 +42,7 @@ def main(grid: Grid, context: Context) -> None:
     command = given["command"]
     if command not in _COMMANDS:
         raise ConfigError(f"command = {command!r} in the run config must be one of {', '.join(_COMMANDS)}")
-    config = parse_run_file(given["run-toml"], source="the run file", overrides=given["set"])
+    config = without_home(parse_run_file(given["run-toml"], source="the run file", overrides=given["set"]))
     keep_private()
     bounds = bounds_of(os.environ)
     spec = check_config(config, bounds)

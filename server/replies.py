@@ -18,7 +18,6 @@ from edgelam_fl.flower import views
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.adapter import Adapter, Span
 from edgelam_fl.model.carry import is_carry
-from edgelam_fl.names import printable
 from edgelam_fl.plan.layout import Layout, site_source
 from edgelam_fl.plan.modes import host_mode
 from edgelam_fl.plan.reading import end_spans, hosted_span
@@ -26,6 +25,7 @@ from edgelam_fl.split.judging import Size
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.global_adapter import at_rank
 from server.judging import UpdateJudge
+from server.report_words import with_bounded_words
 from server.reports import report_problem
 from strategies.aggregation.factors import A, B, is_factor, module_of
 from strategies.aggregation.fedavg import WeightedMean
@@ -69,7 +69,7 @@ class Reply:
 def read_reply(content: RecordDict) -> Reply:
     """Reads a reply: its report, and the tensors of contribution i from "adapter-i". Garbage becomes a failed report."""
     try:
-        report = pb.JobReport.FromString(content["report"]["report"])
+        report = with_bounded_words(pb.JobReport.FromString(content["report"]["report"]))
         count = len(report.contributions)
         return Reply(report, tuple(views(content[f"adapter-{number}"]) for number in range(count)))
     except (DecodeError, KeyError, TypeError, ValueError, EOFError, OSError) as error:
@@ -79,7 +79,9 @@ def read_reply(content: RecordDict) -> Reply:
 def why_unusable(reply: Reply, plan: pb.Plan, adapter: Adapter) -> str:
     """Returns why a reply cannot be used; empty: it can. `adapter`: the global one, for the shapes."""
     if reply.report.state != "done":
-        return printable(reply.report.error) or f"its report says {printable(reply.report.state, 20)!r}"
+        return reply.report.error or f"its report says {reply.report.state!r}"
+    if reply.report.role not in (plan.role, 0):  # 0: it says none, and shows up in no table
+        return f"its report is that of role {reply.report.role}; its plan's is {plan.role}"
     seen: set[tuple[str, str, str]] = set()
     for part, tensors in zip(reply.report.contributions, reply.tensors, strict=True):
         where = spans_of_source(plan, part.scope, part.source)

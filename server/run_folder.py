@@ -7,7 +7,7 @@ from pathlib import Path
 
 from edgelam_fl.config import to_toml
 from edgelam_fl.errors import ConfigError
-from edgelam_fl.files import write_atomically
+from edgelam_fl.files import from_home, write_atomically
 from edgelam_fl.model.adapter import write_peft_folder
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.telemetry.events import EventLog, RunDone, RunFailure, read_events
@@ -64,6 +64,8 @@ class RunFolder:
 
         state = self.path / "state.json"
         done = json.loads(state.read_text(encoding="utf-8"))["round"] if state.exists() else 0
-        kept = f"the adapter after round {done} is kept in {self.path / 'adapter'}" if done else "no round was finished"
-        self.emit(RunFailure(reason=reason, kept=kept))
+        kept = (
+            f"the adapter after round {done} is kept in {self.path.name}/adapter" if done else "no round was finished"
+        )
+        self.emit(RunFailure(reason=from_home(reason), kept=kept))
         write_report(self.path)

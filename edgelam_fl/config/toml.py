@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from edgelam_fl.config.schema import RunConfig
 from edgelam_fl.errors import ConfigError, nearest
+from edgelam_fl.files import from_home
 
 
 def toml_value(value: Any) -> str:
@@ -60,6 +61,13 @@ def parse_run_file(text: str, *, source: str, overrides: str | list[str] = ()) -
         return RunConfig.model_validate(data)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(problem, source) for problem in error.errors())) from error
+
+
+def without_home(config: RunConfig) -> RunConfig:
+    """Returns the same run file with paths that begin in this user's home folder written with ~, for what people share."""
+    model = config.model.model_copy(update={"name": from_home(config.model.name)})
+    run = config.run.model_copy(update={"out": from_home(config.run.out)})
+    return config.model_copy(update={"model": model, "run": run})
 
 
 def read_run_file(path: Path, overrides: list[str] = ()) -> RunConfig:  # type: ignore[assignment]

@@ -205,3 +205,27 @@ def test_s6_a_run_folder_is_written_once(tiny: ModelSource, tmp_path: Path) -> N
     RunFolder(tmp_path / "run", spec)
     with pytest.raises(ConfigError, match="nothing is ever overwritten"):
         RunFolder(tmp_path / "run", spec)
+
+
+def test_s9_what_people_share_names_nobodys_home(
+    server: Bounds, tiny: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model lies in the user's home, and so do the runs: neither path stands in what a run leaves."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "models").symlink_to(tiny.folder.parent)
+    name = f"{tmp_path}/models/{tiny.folder.name}"
+    monkeypatch.setenv("EDGELAM_MODELS", str(tiny.folder.parent))
+    with pytest.raises(Began):
+        submit(name, "mine")
+    left = {file.name: file.read_text() for file in (server.runs / "mine").iterdir() if file.is_file()}
+    assert {"config.toml", "events.jsonl", "report.html"} <= left.keys()
+    assert f'name = "~/models/{tiny.folder.name}"' in left["config.toml"]
+    assert not [file for file, text in left.items() if str(tmp_path) in text]
+
+
+def test_s9_a_failed_run_names_nobodys_home(tiny: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = RunFolder(tmp_path / "run", check_config(run_config(tiny.name)))
+    folder.fail(f"{tmp_path}/secret cannot be read; {tmp_path}-else too; {tmp_path}")
+    events = (tmp_path / "run" / "events.jsonl").read_text()
+    assert f"~/secret cannot be read; {tmp_path}-else too; ~" in events

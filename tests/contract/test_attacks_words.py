@@ -36,6 +36,7 @@ from edgelam_fl.tasks.kinds import make_task
 from edgelam_fl.telemetry.events import Event, JobDone, of_kind
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
+from server.report_words import with_bounded_words
 from tests.support import WAIT_S, run_config
 
 MARKER = "LEAK"
@@ -231,3 +232,23 @@ def test_s9_errors_of_a_hosts_part_reach_devices_without_values(tiny: ModelSourc
     with pytest.raises(ConfigError), _closing(group, "the round is over"):
         raise ConfigError(f"{MARKER}: {tiny.folder}")
     assert group.reason == "a setting of the run cannot be used (config)"
+
+
+def test_s5_words_of_a_report_are_bounded_and_printable() -> None:
+    """They stand in events, on terminals and in pages."""
+    evil = "\x1b[2J<script>" + "x" * 10_000
+    row = pb.KindBytes(link=evil, kind=evil, direction=evil)
+    report = pb.JobReport(
+        state=evil, error=evil, moments=evil, adapter_digest=evil, steps=[pb.StepReport(reason=evil)],
+        bytes=[row], timeline=[pb.Interval(kind=evil, role=evil, peer=evil)],
+        host=pb.HostPart(bytes=[row], left_out=[pb.HostPart().left_out.add(device=evil, reason=evil)]),
+    )  # fmt: skip
+    found = with_bounded_words(report)
+    words = str(found)
+    assert "\x1b" not in words
+    assert not found.adapter_digest
+    assert max(map(len, [found.error, found.steps[0].reason, found.timeline[0].peer, found.bytes[0].kind])) <= 300
+    honest = pb.JobReport(
+        adapter_digest="ab" * 32, moments="warm", state="done", timeline=[pb.Interval(kind="send", peer="edge-1")]
+    )
+    assert with_bounded_words(pb.JobReport.FromString(honest.SerializeToString())) == honest
