@@ -36,8 +36,9 @@ def check_plain_text(host: str, option: str, insecure: bool) -> None:
     if insecure or is_loopback(host):
         return
     raise ConfigError(
-        f"{option} = {host} is beyond this machine, and this version sends plain text: whoever is on the way can read and "
-        f"change activations, gradients and adapters, and anyone can join. Use it on a network that you trust, with --insecure"
+        f"{option} = {host} is beyond this machine, and without the operator's keys everything is sent as plain text: whoever is "
+        f"on the way can read and change it. Name a copy of the folder that `edgelam server` makes for its operator with "
+        f"--operator; or, on a network that you trust, allow plain text with --insecure"
     )
 
 

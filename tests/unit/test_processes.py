@@ -44,7 +44,7 @@ def test_plain_text_beyond_this_machine_needs_consent(host: str) -> None:
     with pytest.raises(ConfigError) as caught:
         check_plain_text(host, "--listen", insecure=False)
     assert str(caught.value).startswith(
-        f"--listen = {host} is beyond this machine, and this version sends plain text: "
+        f"--listen = {host} is beyond this machine, and without the operator's keys everything is sent as plain text: "
     )
     assert str(caught.value).endswith("with --insecure")
     check_plain_text(host, "--listen", insecure=True)
