@@ -30,5 +30,7 @@ def bench(
     (results.md) and a page of plots (results.html). Needs the extra: pip install 'edgelam-fl\\[bench]'.
     """
     from edgelam_fl.bench.command import bench as work
+    from edgelam_fl.files import keep_private
 
+    keep_private()
     raise typer.Exit(work(console, file, out, jobs))

@@ -192,6 +192,8 @@ def client(
     """
     from edgelam_fl.federation.join import join
     from edgelam_fl.federation.standing import NodeOptions
+    from edgelam_fl.files import keep_private
 
+    keep_private()
     options = NodeOptions(server, data, listen, advertise, threads, tuple(tag))
     raise typer.Exit(join(console, options, join_text=join_text, name=name, state=state, insecure=insecure, wait=wait))

@@ -68,9 +68,11 @@ def chat(
     With --server the hosts of a federation compute the layers between, as in training; the text stays here. This works on
     the server's machine. Answers are greedy: the same question gives the same words. With --prompt, only the answer is printed.
     """
+    from edgelam_fl.files import keep_private
     from edgelam_fl.serving.chat import check_can_talk, converse
     from edgelam_fl.serving.results import open_result
 
+    keep_private()
     result = open_result(folder)
     check_can_talk(result.config, prompt)
     if server and base:

@@ -10,8 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from edgelam_fl.bounds import Bounds, bounds_of, operator_bounds
+from edgelam_fl.cli.main import app
 from edgelam_fl.config import to_toml
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.federation.operator import Operator, prepare_operator
@@ -229,3 +231,25 @@ def test_s9_a_failed_run_names_nobodys_home(tiny: ModelSource, tmp_path: Path, m
     folder.fail(f"{tmp_path}/secret cannot be read; {tmp_path}-else too; {tmp_path}")
     events = (tmp_path / "run" / "events.jsonl").read_text()
     assert f"~/secret cannot be read; {tmp_path}-else too; ~" in events
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["server"], ["client", "--server", "127.0.0.1:1"], ["demo"], ["bench", "matrix.toml"], ["chat", "run"],
+        ["run", "run.toml", "--local", "1", "--data", "a.jsonl"], ["run", "run.toml", "--server", "127.0.0.1:1"],
+    ],
+    ids=lambda command: " ".join(command[:1] + command[2:3]),
+)  # fmt: skip
+def test_s20_every_command_that_leaves_files_of_a_run_keeps_them_private(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def narrowed() -> None:
+        raise Began
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.toml").touch()
+    monkeypatch.setattr("edgelam_fl.files.keep_private", narrowed)
+    done = CliRunner().invoke(app, command)
+    assert isinstance(done.exception, Began), done.output
+    assert list(tmp_path.iterdir()) == [tmp_path / "run.toml"]
