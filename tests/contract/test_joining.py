@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from edgelam_fl.errors import ConfigError, EdgelamError, EnvironmentProblem, Refused
+from edgelam_fl.federation.join import Renewals
 from edgelam_fl.federation.standing import NodeOptions, find_standing
 from edgelam_fl.trust.authority import NODE_VALID, issue
 from edgelam_fl.trust.identity import load_identity, load_key, new_key, peer_of, public_key, save_identity, valid_until
@@ -387,6 +388,22 @@ def test_certificates_are_renewed_before_they_expire_and_after(federation: Feder
         assert load_identity(tmp_path / "ann") == now
     federation.members.revoke("ann")
     assert len(federation.members.revoked_serials()) == 3
+
+
+def test_a_running_node_asks_now_and_then_and_ends_when_it_is_no_member(federation: Federation, tmp_path: Path) -> None:
+    join(federation.invite(), tmp_path / "ann")
+    renewals = Renewals(f"127.0.0.1:{federation.port}", tmp_path / "ann")
+    assert not renewals.check()
+    assert not renewals.check(now=True), "the certificate lasts"
+    federation.ahead_s = 0.7 * NODE_VALID.total_seconds()
+    assert not renewals.check(), "it is not time to ask"
+    renewals.due = time.monotonic()
+    assert renewals.check()
+    unreachable = Renewals("127.0.0.1:1", tmp_path / "ann")
+    assert not unreachable.check(now=True)
+    federation.members.revoke("ann")
+    with pytest.raises(Refused, match="membership of ann was ended"):
+        renewals.check(now=True)
 
 
 @pytest.mark.parametrize("ahead_s", [-56 * 365 * DAY_S, -DAY_S, 0.0, 30 * DAY_S])
