@@ -14,20 +14,29 @@ ENDPOINT = "/state/endpoint.json"
 
 def main() -> int:
     try:
-        host, port = _address()
-        socket.create_connection((host, port), 5).close()
+        _connect(_address())
     except (OSError, ValueError) as problem:
         print(problem, file=sys.stderr)
         return 1
     return 0
 
 
-def _address() -> tuple[str, int]:
+def _address() -> str:
+    """Returns unix:FILE or HOST:PORT."""
     if not os.path.exists(ENDPOINT):
-        return "127.0.0.1", SERVER_PORT
+        return f"127.0.0.1:{SERVER_PORT}"
     with open(ENDPOINT, encoding="utf-8") as file:
-        host, _, port = json.load(file)["address"].rpartition(":")
-    return host, int(port)
+        return str(json.load(file)["address"])
+
+
+def _connect(address: str) -> None:
+    kind, _, place = address.partition(":")
+    if kind == "unix":
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(5)
+            connection.connect(place)
+    else:
+        socket.create_connection((kind, int(place)), 5).close()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Local control of a stage host: GetProfile, Submit and Wait over loopback, with a token that only this user can read.
+"""Local control of a stage host: GetProfile, Submit and Wait over a socket that only this user can open.
+
+The socket is a file of the state folder (0700). Where its path would be too long for a socket, or the system has no such
+sockets, it is a loopback port. A token in `endpoint.json` (0600) guards either.
 
 The ClientApp imports this into a process without a model, so it imports no torch. Knows nothing about what a plan says.
 """
@@ -8,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import hmac
 import json
+import os
 import secrets
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +29,7 @@ from edgelam_fl.wire.grpc.services import declared_methods, service_handler, stu
 FABRIC_SEPARATOR = "::"  # joins state folder, federation and number into the name of a node that a fabric plays
 _SERVICE = "Control"
 _POLL_S = 0.1
+_LONGEST_PATH_BYTES = 100  # of a socket, on every system
 _OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -35,7 +41,7 @@ Handlers = Mapping[str, Callable[[Any], Any]]  # method -> what answers a reques
 
 
 class ControlServer:
-    """The control of one process: a free loopback port; port and token are in `state/endpoint.json` (0600)."""
+    """The control of one process; its address and token are in `state/endpoint.json` (0600)."""
 
     def __init__(self, state: Path, node: Callable[[str], Handlers], threads: int = 8) -> None:
         """Starts to serve. `node` returns the handlers of the node that a call names; a process that is a single node
@@ -58,12 +64,26 @@ class ControlServer:
         self._server = grpc.server(ThreadPoolExecutor(threads, "control"), options=_OPTIONS)
         methods = {name: guarded(name) for name in declared_methods(_SERVICE)}
         self._server.add_generic_rpc_handlers((service_handler(_SERVICE, methods),))
-        port = self._server.add_insecure_port("127.0.0.1:0")
+        address = _listen(self._server, state)
         self._server.start()
-        write_private(state / "endpoint.json", json.dumps({"address": f"127.0.0.1:{port}", "token": token}))
+        write_private(state / "endpoint.json", json.dumps({"address": address, "token": token}))
 
     def stop(self) -> None:
         self._server.stop(grace=0.5)
+
+
+def _listen(server: grpc.Server, state: Path) -> str:
+    """Opens the socket, or a free loopback port in its place; returns the address."""
+    file = state.absolute() / "control.sock"
+    if not hasattr(socket, "AF_UNIX") or len(os.fsencode(file)) > _LONGEST_PATH_BYTES:
+        return f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    state.mkdir(parents=True, exist_ok=True)
+    others = os.umask(0o077)  # gRPC makes the file
+    try:
+        server.add_insecure_port(f"unix:{file}")
+    finally:
+        os.umask(others)
+    return f"unix:{file}"
 
 
 class ControlClient:
