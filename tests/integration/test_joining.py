@@ -63,6 +63,10 @@ def test_one_pasted_line_joins_a_node_and_revoking_ends_it(tmp_path: Path, child
     node = start("edge", "client", "--join", text, "--threads", "1")
     wait_for(says(tmp_path / "server" / "superlink.log", "Activated node_id"), server, node)
     assert "edge has joined the federation" in node.log.read_text(encoding="utf-8")
+    state = tmp_path / ".edgelam" / "edge"
+    wait_for((state / "events.jsonl").exists, server, node)
+    files = [state, *(state / name for name in ("events.jsonl", "stage-host.log", "supernode.log"))]
+    assert {file.name: file.stat().st_mode & 0o077 for file in files} == dict.fromkeys((f.name for f in files), 0)
     (known,) = json.loads(edgelam("nodes", "--json"))
     assert (known["name"], known["role"], known["revoked"]) == ("edge", "host", None)
 
