@@ -17,6 +17,7 @@ from edgelam_fl.wire.grpc.services import stub
 from edgelam_fl.wire.membership import Ended
 
 _CERTIFICATE = "x509_pem_cert"
+_REASON_S = 5.0  # until an attempt to connect that goes on has failed, too
 # Words of gRPC's account of a connection that failed -> what they mean for the reader of a message.
 _FAILURES = {
     "CERTIFICATE_VERIFY_FAILED": "its certificate is not of this federation",
@@ -88,7 +89,7 @@ def peer(context: grpc.ServicerContext) -> Peer | None:
 def why_unreachable(channel: grpc.Channel) -> str:
     """Returns why a channel that has failed to connect did so, in words for people."""
     try:
-        stub(channel, "Echo", "Ping")(b"", timeout=1)
+        stub(channel, "Echo", "Ping")(b"", timeout=_REASON_S)
     except grpc.RpcError as error:
         details = error.details() or ""
         return next((meaning for words, meaning in _FAILURES.items() if words in details), "nobody listens there")
