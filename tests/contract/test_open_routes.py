@@ -36,6 +36,7 @@ class Caller(Enum):
     MEMBER = "any member, by the certificate of its connection"
     MEMBER_WITH_TOKEN = "the member that a token of a run's part names, by its certificate and the token"
     MEMBER_OF_ROUTE = "the member of the plan's route, by its certificate, the route's token and its first frame"
+    MEMBER_OF_RUN = "any member, by its certificate and the token of a run that goes on"
     OWNER = "the user who runs the node, by a token in a file that only this user can read"
 
 
@@ -48,9 +49,9 @@ HUB = {
     ("Relay", "Listen"): Caller.MEMBER_WITH_TOKEN,
     ("Relay", "Dial"): Caller.MEMBER_WITH_TOKEN,
     ("Relay", "Accept"): Caller.MEMBER,  # and only with the number that the hub gave to the host that it dialled
-    ("Slices", "Describe"): Caller.MEMBER,
-    ("Slices", "List"): Caller.MEMBER,
-    ("Slices", "Fetch"): Caller.MEMBER,
+    ("Slices", "Describe"): Caller.MEMBER_OF_RUN,
+    ("Slices", "List"): Caller.MEMBER_OF_RUN,
+    ("Slices", "Fetch"): Caller.MEMBER_OF_RUN,
 }
 DATA = {("DataPlane", "Link"): Caller.MEMBER_OF_ROUTE}
 CONTROL = {
