@@ -30,7 +30,7 @@ from tests.parity.daemons import Daemon, running
 from tests.parity.test_grpc_processes import fleet_of
 from tests.support import run_config, write_data_files, write_tiny_llama
 
-PAIRS, STEPS, STREAMS, PINGS = 5, 20, 10_000, 100_000
+PAIRS, STEPS, STREAMS, PINGS = 3, 20, 10_000, 100_000
 BAR_PERCENT, MOST_MIB = 5.0, 64.0
 ATTACK_S = 300.0
 

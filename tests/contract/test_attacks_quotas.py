@@ -439,9 +439,9 @@ def test_s10_floods_leave_counts_as_they_were() -> None:
     before = lobby_threads()
     with port() as host:
         link = host.dial()
-        stranger = half_open(host.address, 3)
+        stranger = half_open(host.address, 5)
         assert stranger is not None
-        eventually(lambda: host.server.waiting == 3)
+        eventually(lambda: host.server.waiting == 2)  # gRPC turns away the rest of a connection
         assert flood(host.address, 1000, 5000, waves=1, pause_s=0.0)["streams"] >= 1000
         assert host.server.waiting <= 64
         assert lobby_threads() - before <= 80

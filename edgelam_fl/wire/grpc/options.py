@@ -9,7 +9,7 @@ import grpc
 
 Options = list[tuple[str, int]]
 MESSAGE_BYTES = 6 << 20  # enough for a chunk with the largest header
-_STREAMS_PER_CONNECTION = 16  # our diallers open one
+_STREAMS_PER_CONNECTION = 16
 MOST_CONNECTIONS = 1024  # per port
 
 
@@ -52,12 +52,15 @@ def channel_options(timing: LinkTiming = DEFAULT_TIMING, most_sent_bytes: int = 
 
 
 def server_options(
-    timing: LinkTiming = DEFAULT_TIMING, most_sent_bytes: int = MESSAGE_BYTES, connections: int = MOST_CONNECTIONS
+    timing: LinkTiming = DEFAULT_TIMING,
+    most_sent_bytes: int = MESSAGE_BYTES,
+    connections: int = MOST_CONNECTIONS,
+    streams: int = _STREAMS_PER_CONNECTION,
 ) -> Options:
     """Returns gRPC's options for a server that carries links: those of a channel, and limits of what strangers may hold.
 
     `most_sent_bytes`: as of `channel_options`. `connections`: at most so many are open at a time, and never more than half of
-    the files that this process may open.
+    the files that this process may open. `streams`: at a time on each connection; gRPC itself turns further ones away.
     """
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if files != resource.RLIM_INFINITY:
@@ -66,7 +69,7 @@ def server_options(
         *channel_options(timing, most_sent_bytes),
         ("grpc.server_handshake_timeout_ms", round(1000 * timing.hello_s)),  # TCP, TLS and HTTP/2 together
         ("grpc.max_connection_idle_ms", round(1000 * timing.unused_s)),
-        ("grpc.max_concurrent_streams", _STREAMS_PER_CONNECTION),
+        ("grpc.max_concurrent_streams", streams),
         ("grpc.max_allowed_incoming_connections", connections),
     ]
 

@@ -30,7 +30,8 @@ from edgelam_fl.wire.grpc.services import Send, WithoutThread, service_handler, 
 from edgelam_fl.wire.link import Frame, Link
 from edgelam_fl.wire.relay import ACCEPT, LISTEN, RELAY_SERVICE, Relay, number_metadata
 
-_WAITING_CALLS = 512  # streams that wait for a thread of the lobby's pool; gRPC turns further ones away
+_WAITING_CALLS = 128  # streams that wait for a thread of the lobby's pool; gRPC turns further ones away
+_STREAMS = 2  # at a time on a connection; our diallers open one
 _SPARE_THREADS = 16  # of that pool: for streams that have just lost their place in the lobby
 _MOST_SHOWN = 80  # characters of a name that a stranger sent
 _LOG = logging.getLogger(__name__)
@@ -55,7 +56,10 @@ class DataPlaneServer:
         self._lobby = Lobby(limits, timing.hello_s)
         self._server = grpc.server(
             ThreadPoolExecutor(limits.places + _SPARE_THREADS, "lobby"),
-            options=[*server_options(timing, connections=limits.connections), ("grpc.so_reuseport", 0)],
+            options=[
+                *server_options(timing, connections=limits.connections, streams=_STREAMS),
+                ("grpc.so_reuseport", 0),
+            ],
             maximum_concurrent_rpcs=_WAITING_CALLS,
         )
         self._server.add_generic_rpc_handlers((service_handler("DataPlane", {"Link": WithoutThread(self._link)}),))
