@@ -246,7 +246,7 @@ def test_help_answers_at_once_since_it_loads_nothing_heavy() -> None:
     heavy = {"flwr", "google", "grpc", "numpy", "peft", "plotly", "psutil", "pydantic", "torch", "transformers"}
     assert not heavy & loaded
     own = {name for name in loaded if name.startswith("edgelam_fl.")}
-    assert {name for name in own if not name.startswith("edgelam_fl.cli")} == {"edgelam_fl.errors"}
+    assert {name for name in own if not name.startswith("edgelam_fl.cli")} == {"edgelam_fl.errors", "edgelam_fl.names"}
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_nodes_that_reach_the_server_alone_train_through_its_relay(
 ) -> None:
     home, away = spaces
     port = free_port()
-    hub = HubProcess("0.0.0.0", free_port(), tmp_path / "hub")
+    hub = HubProcess("0.0.0.0", free_port(), tmp_path / "hub", insecure=True)
     children: list[Child] = []
     try:
         hub.start()
