@@ -14,6 +14,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from clients.app import app as client_app
 from edgelam_fl import open_result, read_run_file
+from edgelam_fl.bounds import Bounds
 from edgelam_fl.config import RunConfig, to_toml
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.simulation.fabric import Fabric, SimulatedNode, write_federation
@@ -86,7 +87,9 @@ def test_each_trains(
 ) -> None:
     for number in ("_run_id", "_node_id", "_task_id"):  # Flower sets them in the process of a ServerApp
         monkeypatch.setattr(TaskIdentity, number, 1)
-    monkeypatch.syspath_prepend(str(EXAMPLES / "strategies"))
+    bounds = Bounds(folder=EXAMPLES / "strategies")  # as if `edgelam run --local` was typed there
+    for key, value in bounds.environment().items():
+        monkeypatch.setenv(key, value)
     small = [*SMALL, *([] if read_run_file(EXAMPLES / name).task.classes else [f"model.name={tiny.name}"])]
     config = read_run_file(EXAMPLES / name, small)
     write_federation(tmp_path, write_data(config, tmp_path))
