@@ -69,7 +69,7 @@ def test_s13_slices_are_for_members_with_the_token_of_a_run(
     stranger, request = foreign.join("ann"), pb.SliceRequest(model_digest=tiny.digest)
     with slices.offered(tiny, federation.state) as token:
         with Security(stranger).channel(federation.address, SERVER, []) as channel, pytest.raises(grpc.RpcError):
-            stub(channel, slices.SLICES_SERVICE, "Describe")(request, timeout=20, metadata=token_metadata(token))
+            stub(channel, slices.SLICES_SERVICE, "Describe")(request, timeout=WAIT_S, metadata=token_metadata(token))
         with pytest.raises(Refused, match="no run of this server lets this node fetch"):
             fetched(federation, tiny, member, b"")
         assert fetched(federation, tiny, member, token).digest == tiny.digest

@@ -137,7 +137,7 @@ def test_s10_streams_that_say_nothing_keep_nobody_out() -> None:
 
 
 def test_s10_a_stream_without_hello_is_hung_up_on_whatever_it_does() -> None:
-    with port(LinkTiming(hello_s=0.3)) as host, strangers(host.address, channels=1, streams=3) as calls:
+    with port(LinkTiming(hello_s=2.0)) as host, strangers(host.address, channels=1, streams=3) as calls:
         for call in calls:
             with pytest.raises(grpc.RpcError) as caught:
                 list(call)
@@ -162,7 +162,7 @@ def test_s10_a_large_header_is_not_read_before_hello() -> None:
 
 
 def test_s10_connections_that_say_nothing_are_closed() -> None:
-    with port(LinkTiming(hello_s=0.3, unused_s=0.3)) as host:
+    with port(LinkTiming(hello_s=2.0, unused_s=2.0)) as host:
         silent = [socket.create_connection(("127.0.0.1", host.server.port)) for _ in range(100)]
         host.dial().close()
         for connection in silent:
@@ -175,7 +175,7 @@ def test_s10_connections_that_say_nothing_are_closed() -> None:
 def test_s10_half_open_handshakes_of_tls_are_closed(tmp_path: Path) -> None:
     authority = Authority.open(tmp_path)
     edge, device = (Security(issue(authority, name, role)) for name, role in (("edge-1", HOST), ("device-1", DEVICE)))
-    with port(LinkTiming(hello_s=0.3), edge) as host:
+    with port(LinkTiming(hello_s=2.0), edge) as host:
         silent = [socket.create_connection(("127.0.0.1", host.server.port)) for _ in range(50)]
         for connection in silent[25:]:
             connection.sendall(b"\x16\x03\x01\x02\x00\x01")  # the beginning of a ClientHello

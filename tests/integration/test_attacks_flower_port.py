@@ -254,7 +254,7 @@ def activate(server: Server, key: bytes) -> int:
 
 def join_with(server: Server, name: str, key: bytes) -> None:
     """Joins by an invite, as `edgelam client --join` does, but with a key that is given."""
-    token = server.trust.members.invite(name, DEVICE, 60.0)
+    token = server.trust.members.invite(name, DEVICE, 3600.0)
     fields = {"purpose": JOIN, "name": name, "token": token, "public_key": public_key(key).decode()}
     server.ask(JOIN, sign_request(fields, key))
 

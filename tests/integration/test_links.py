@@ -28,7 +28,7 @@ from edgelam_fl.wire.grpc.serve import DataPlaneServer
 from edgelam_fl.wire.link import MIN_CHUNK_BYTES, Frame, Link
 from edgelam_fl.wire.pace import Pace
 from tests.links import Heard, hello, make_terms, ready, terms
-from tests.support import run_config
+from tests.support import WAIT_S, run_config
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def test_a_paced_link_is_not_silent() -> None:
         near.send(pb.Header(kind=pb.STEP_CLOSE, step=1))
         far.send(pb.Header(kind=pb.STEP_CLOSE, step=2))
         for heard, step in ((far_heard, 1), (near_heard, 2)):
-            frame = heard.get(timeout=30)
+            frame = heard.get(timeout=WAIT_S)
             assert isinstance(frame, Frame), frame
             assert frame.header.step == step, "the tensor cannot be here already"
         counted = {(c.direction, c.kind): c.messages for c in far.counters.report()}
@@ -112,7 +112,7 @@ def test_an_idle_link_lives() -> None:
     with linked(3600.0, timing) as (near, near_heard, _, far_heard):
         time.sleep(4.0)
         near.send(pb.Header(kind=pb.DONE))
-        frame = far_heard.get(timeout=30)
+        frame = far_heard.get(timeout=WAIT_S)
         assert isinstance(frame, Frame), frame
         assert near_heard.empty()
 
@@ -120,8 +120,8 @@ def test_an_idle_link_lives() -> None:
 def test_the_host_too_takes_no_frames_of_another_job() -> None:
     with linked(10.0, job_token=8) as (near, near_heard, _, far_heard):
         near.send(pb.Header(kind=pb.DONE))
-        assert "a frame of job 8 on a link of job 7" in str(far_heard.get(timeout=30))
-        assert "a frame of job 8 on a link of job 7" in str(near_heard.get(timeout=30))
+        assert "a frame of job 8 on a link of job 7" in str(far_heard.get(timeout=WAIT_S))
+        assert "a frame of job 8 on a link of job 7" in str(near_heard.get(timeout=WAIT_S))
 
 
 @pytest.mark.parametrize("version", [PROTOCOL_VERSION - 1, PROTOCOL_VERSION + 1])

@@ -20,6 +20,7 @@ from edgelam_fl.wire.grpc.serve import DataPlaneServer
 from edgelam_fl.wire.link import Frame, Link
 from tests.contract import test_codecs as contract
 from tests.links import Heard, hello, make_terms, open_pair, ready, terms
+from tests.support import WAIT_S
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending.md"
 
@@ -86,7 +87,7 @@ def test_over_grpc(codec: Codec) -> None:
         link.send(pb.Header(kind=pb.ACT), HIDDEN)
         admitted[0].send(pb.Header(kind=pb.GRAD), HIDDEN)
         for heard in (near_heard, far_heard):
-            frame = heard.get(timeout=30)
+            frame = heard.get(timeout=WAIT_S)
             assert isinstance(frame, Frame), frame
             assert torch.equal(frame.tensor, EXPECTED)
         link.close()

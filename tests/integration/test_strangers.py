@@ -103,7 +103,7 @@ class Intruders:
 
     def _call(self, security: Security, service: str, method: str, request: object, token: bytes = b"") -> None:
         with security.channel(self._hub, SERVER, []) as channel:
-            answer = stub(channel, service, method)(request, timeout=5, metadata=token_metadata(token))
+            answer = stub(channel, service, method)(request, timeout=WAIT_S, metadata=token_metadata(token))
             list(answer) if method != "Describe" else answer
 
 

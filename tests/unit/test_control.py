@@ -15,6 +15,7 @@ from edgelam_fl.errors import EnvironmentProblem
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.control import ControlServer, control
 from edgelam_fl.wire.grpc.services import stub
+from tests.support import WAIT_S
 
 
 @contextmanager
@@ -43,7 +44,7 @@ def test_whoever_reaches_it_needs_the_token(tmp_path: Path) -> None:
     with serving(tmp_path) as address, grpc.insecure_channel(address) as channel:
         for metadata in ((), (("token", ""),), (("token", "0" * 64),)):
             with pytest.raises(grpc.RpcError) as caught:
-                stub(channel, "Control", "Wait")(pb.WaitRequest(), timeout=20, metadata=metadata)
+                stub(channel, "Control", "Wait")(pb.WaitRequest(), timeout=WAIT_S, metadata=metadata)
             assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 

@@ -68,7 +68,7 @@ def test_the_hub_refuses_a_member_from_the_moment_that_it_is_revoked(
         taking = stub(channel, "Echo", "Take").future(iter(lambda: time.sleep(0.05) or b"x", 0), timeout=25)
         with caplog.at_level(logging.WARNING):
             federation.members.revoke("ann")
-            assert taking.exception(timeout=20).code() == grpc.StatusCode.CANCELLED, "an open call ends"
+            assert taking.exception(timeout=WAIT_S).code() == grpc.StatusCode.CANCELLED, "an open call ends"
             assert asks(federation, ann) == "node ann: its membership in the federation has ended"
     assert "ended Take of ann" in caplog.text
     assert "refused ann" in caplog.text
@@ -101,14 +101,14 @@ def test_a_member_cannot_take_all_places_of_calls_that_wait(federation: SmallFed
         for call in calls:
             next(call)
         with pytest.raises(grpc.RpcError) as caught:
-            next(stub(first, MEMBERSHIP_SERVICE, ENDED)(b"", timeout=20))
+            next(stub(first, MEMBERSHIP_SERVICE, ENDED)(b"", timeout=WAIT_S))
         assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert next(stub(second, MEMBERSHIP_SERVICE, ENDED)(b"", timeout=20)) == pb.EndedMembers()
+        assert next(stub(second, MEMBERSHIP_SERVICE, ENDED)(b"", timeout=WAIT_S)) == pb.EndedMembers()
         calls[0].cancel()
 
         def again() -> bool:
             try:
-                return next(stub(first, MEMBERSHIP_SERVICE, ENDED)(b"", timeout=20)) == pb.EndedMembers()
+                return next(stub(first, MEMBERSHIP_SERVICE, ENDED)(b"", timeout=WAIT_S)) == pb.EndedMembers()
             except grpc.RpcError:
                 return False
 
@@ -224,7 +224,7 @@ def test_a_relay_token_is_of_no_use_to_another_member(
         )  # fmt: skip
     assert "mallory shows the token of ann" in caplog.text
     with thief.channel(federation.address, SERVER, []) as channel, pytest.raises(grpc.RpcError) as caught:
-        next(stub(channel, "Relay", LISTEN)(b"", metadata=federation.way(LISTEN, "edge-1").metadata, timeout=20))
+        next(stub(channel, "Relay", LISTEN)(b"", metadata=federation.way(LISTEN, "edge-1").metadata, timeout=WAIT_S))
     assert caught.value.code() == grpc.StatusCode.PERMISSION_DENIED
     with pytest.raises(Refused, match="node 'mallory' says that it is 'ann'"):
         call(BEHIND + "edge-1", thief, "ann", way=federation.way(DIAL, "mallory"))
