@@ -13,6 +13,7 @@ from pathlib import Path
 from edgelam_fl import hub
 from edgelam_fl.addresses import check_port_free, join_address
 from edgelam_fl.federation.child import Child, Restarts, await_answer
+from edgelam_fl.federation.template import GRPC_LOG
 
 
 @dataclass
@@ -48,7 +49,7 @@ class HubProcess:
         command += ["--identity", str(self.identity)] if self.identity else []
         command += ["--members", str(self.members)] if self.members else []
         command += ["--insecure"] if self.insecure else []
-        self.child = Child("hub", command, self.state.parent / "hub.log")
+        self.child = Child("hub", command, self.state.parent / "hub.log", GRPC_LOG)
         return self.child
 
     def watch(self) -> str:

@@ -34,7 +34,11 @@ _IMPORTED = [
 # Nodes may share this machine's cores: a thread that spins while it waits takes them from the others.
 # One arena for all threads: what one frees, another can use (the links' threads bring in what compute frees).
 # Flower would report its use to its makers; it reads this when it is imported.
-NODE_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_ARENA_MAX": "1", "FLWR_TELEMETRY_ENABLED": "0"}
+# gRPC says in the log why it refused a handshake; Flower would turn that off.
+GRPC_LOG = {"GRPC_VERBOSITY": "info"}
+NODE_ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE", "MALLOC_ARENA_MAX": "1", "FLWR_TELEMETRY_ENABLED": "0", **GRPC_LOG,
+}  # fmt: skip
 
 
 def can_fork() -> bool:
@@ -67,7 +71,7 @@ class ForkedProcess:
         warm_template()
         context = multiprocessing.get_context("forkserver")
         self._process = context.Process(
-            target=_run, args=(module, list(arguments), str(log), dict(os.environ)), daemon=True
+            target=_run, args=(module, list(arguments), str(log), {**os.environ, **GRPC_LOG}), daemon=True
         )
         with _no_main_module():
             self._process.start()
