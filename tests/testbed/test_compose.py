@@ -24,7 +24,7 @@ nodes = [{ shape = "box", role = "edge", name = "edge-1" }, { shape = "slow" }, 
 """
 MIB = 2**20
 # User and effective capabilities of the stage host's process.
-RIGHTS = """for p in /proc/[0-9]*; do grep -qs split.daemon $p/cmdline && ! grep -qs 'sh' $p/comm &&
+RIGHTS = """for p in /proc/[0-9]*; do grep -qs node.daemon $p/cmdline && ! grep -qs 'sh' $p/comm &&
   awk '/^Uid/ { print $2 } /^CapEff/ { print $2 }' $p/status; done; true"""
 
 
