@@ -17,7 +17,7 @@ from edgelam_fl.model.adapter import Adapter, initial_adapter
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.split.inbox import Inbox
 from edgelam_fl.wire import edgelam_pb2 as pb
-from edgelam_fl.wire.link import Frame, Link
+from edgelam_fl.wire.link import Link
 from strategies.aggregation.fedavg import FedAvg
 from strategies.aggregation.fedprox import FedProx
 from strategies.aggregation.ffa import FfaLora
@@ -144,19 +144,23 @@ def test_a_host_waits_for_a_table_that_is_later_than_the_totals(
     """Each device's frames go along the chain on a link of their own, and one of the links is slow."""
     config = run_config(tiny.name, f"split.host_mode={mode}", "split.hosts=2", "split.front=1")
     undisturbed, _ = run_rounds(tiny, config, data_files)
-    on_frame, line = Inbox.on_frame, ThreadPoolExecutor(1)
+    line = ThreadPoolExecutor(1)  # keeps the order of what the slow link brings, its end included
 
-    def slowly(inbox: Inbox, link: Link, frame: Frame, due: float) -> None:
+    def slowly(put_in: Callable[..., None], due: float, *arguments: object) -> None:
         time.sleep(max(0.0, due - time.monotonic()))
-        on_frame(inbox, link, frame)
+        put_in(*arguments)
 
-    def arrives(inbox: Inbox, link: Link, frame: Frame) -> None:
-        if link.name == "entry edge-2 for device-3":
-            line.submit(slowly, inbox, link, frame, time.monotonic() + 0.05)
-        else:
-            on_frame(inbox, link, frame)
+    def delayed(put_in: Callable[..., None]) -> Callable[..., None]:
+        def arrives(inbox: Inbox, link: Link, *rest: object) -> None:
+            if link.name == "entry edge-2 for device-3":
+                line.submit(slowly, put_in, time.monotonic() + 0.05, inbox, link, *rest)
+            else:
+                put_in(inbox, link, *rest)
 
-    monkeypatch.setattr(Inbox, "on_frame", arrives)
+        return arrives
+
+    monkeypatch.setattr(Inbox, "on_lost", delayed(Inbox.on_lost))
+    monkeypatch.setattr(Inbox, "on_frame", delayed(Inbox.on_frame))
     reports, _ = run_rounds(tiny, config, data_files)
     got, expected = by_source(reports, "site"), by_source(undisturbed, "site")
     assert got.keys() == expected.keys() != set()
