@@ -8,6 +8,18 @@ import socket
 
 from edgelam_fl.errors import ConfigError, EnvironmentProblem
 
+_EVERY_INTERFACE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+def is_every_interface(host: str) -> bool:
+    """Returns whether a listen host means all addresses of this machine."""
+    return host in _EVERY_INTERFACE
+
+
+def from_here(host: str) -> str:
+    """Returns the address by which this machine itself reaches what listens at `host`."""
+    return _EVERY_INTERFACE.get(host, host)
+
 
 def split_address(address: str, option: str) -> tuple[str, int]:
     """Splits HOST:PORT into (host, port), an IPv6 host without its brackets. ConfigError names the `option`."""

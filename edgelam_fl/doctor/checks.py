@@ -26,7 +26,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 from rich.table import Table
 
-from edgelam_fl.addresses import answers, check_port_free, is_loopback
+from edgelam_fl.addresses import answers, check_port_free, is_every_interface, is_loopback
 from edgelam_fl.errors import EdgelamError
 from edgelam_fl.federation.child import tool_environment
 from edgelam_fl.files import cache_folder
@@ -40,7 +40,6 @@ MEMORY_NEEDED_BYTES = 1200 << 20  # a node of the demo's model at its peak
 DISK_NEEDED_BYTES = 1 << 30  # the demo's model, unpacked and converted, twice
 PYTHONS = (3, 11), (3, 13)
 TOOL = "flwr"
-_ANY = ("0.0.0.0", "::")
 _HTTP_DEADLINE_S = 5.0
 _MAX_ANSWER_BYTES = 4 << 20
 
@@ -164,7 +163,7 @@ def _resolve(host: str) -> str:
 
 def check_server(host: str, port: int) -> list[Finding]:
     """Checks name and port, and that a SuperLink answers there; stops at the first problem."""
-    if host in _ANY:
+    if is_every_interface(host):
         fix = "give the server's own address, as `ip -brief address` on the server shows it: --server ADDRESS:PORT"
         return [_problem("server's name", f"{host} is where a server listens, not an address to reach it", fix)]
     address = _resolve(host)

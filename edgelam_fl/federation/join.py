@@ -15,6 +15,7 @@ from edgelam_fl.federation.standing import NodeOptions, Standing, find_standing
 from edgelam_fl.machine import since_boot_s
 from edgelam_fl.names import why_no_tag
 from edgelam_fl.tasks.files import read_records
+from edgelam_fl.trust.identity import load_identity
 from edgelam_fl.trust.join import Membership, clock_words, renew
 from edgelam_fl.wire.relay import RELAY
 
@@ -131,7 +132,7 @@ class Renewals:
         """
         if not now and time.monotonic() < self.due:
             return False
-        before = (self.identity / "certificate.pem").read_bytes()
+        before = load_identity(self.identity).certificate
         try:
             current = renew(self.server, self.identity).identity.certificate
         except EnvironmentProblem:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from edgelam_fl.addresses import check_port_free, join_address
+from edgelam_fl.addresses import check_port_free, from_here, join_address
 from edgelam_fl.bounds import DEFAULT_BOUNDS, Bounds
 from edgelam_fl.federation.child import Child, await_answer
 from edgelam_fl.federation.hub_process import HubProcess
@@ -15,8 +15,6 @@ from edgelam_fl.trust.authority import issue
 from edgelam_fl.trust.identity import DEVICE
 from edgelam_fl.trust.members import MEMBERS
 from edgelam_fl.trust.server import ServerTrust, trust_folder
-
-_EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 def start_superlink(
@@ -44,7 +42,7 @@ def start_superlink(
     check_port_free(host, port, "--listen")
     operator = operator_folder(state)
     caller = issue(trust.authority, CALLER, DEVICE) if trust else None
-    prepare_operator(operator, join_address(_EVERY_ADDRESS.get(host, host), port), caller, bounds.runs)
+    prepare_operator(operator, join_address(from_here(host), port), caller, bounds.runs)
     command = [sys.executable, "-m", "edgelam_fl.federation.superlink_daemon", "--host", host, "--port", str(port)]
     command += ["--state", str(state), "--operator", str(operator)]
     command += ["--database", str(state / "superlink.db")] if keep else []

@@ -49,10 +49,11 @@ from flwr.superlink.routers.fleet import node_auth
 from google.protobuf.message import DecodeError
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from edgelam_fl.addresses import join_address
+from edgelam_fl.addresses import from_here, join_address
 from edgelam_fl.federation.app_archive import app_alone, archive_digest
 from edgelam_fl.federation.guard import Guard, Handler
 from edgelam_fl.federation.operator import read_token
+from edgelam_fl.trust.identity import AUTHORITY_FILE, CERTIFICATE_FILE, KEY_FILE
 from edgelam_fl.trust.join_service import JoinService
 from edgelam_fl.trust.server import ServerTrust, open_trust
 
@@ -61,7 +62,6 @@ ABOUT = "about"
 _POLL_S = 0.25
 _FIRST_REQUEST_S = 5.0  # for the first request of a connection to begin, its headers included
 _DRIFT_S = 86400
-_EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 def main() -> None:
@@ -79,17 +79,16 @@ def main() -> None:
         judge_node=partial(refusal_of_node, links) if trust else lambda headers: "",
         own={ABOUT: about, **(_let_members_in(trust, links) if trust else {})},
     )
-    host = _EVERY_ADDRESS.get(options.host, options.host)
-    runtime = ["--runtime-api-address", join_address(host, options.port)]
-    runtime += ["--root-certificates", str(trust.identity / "authority.pem")] if trust else ["--insecure"]
+    runtime = ["--runtime-api-address", join_address(from_here(options.host), options.port)]
+    runtime += ["--root-certificates", str(trust.identity / AUTHORITY_FILE)] if trust else ["--insecure"]
     starter = partial(start_task, runtime=runtime)
     threading.Thread(target=start_tasks, args=(partial(take_task, links), starter), name="tasks", daemon=True).start()
     uvicorn.run(
         guard,
         host=options.host,
         port=options.port,
-        ssl_certfile=trust.identity / "certificate.pem" if trust else None,
-        ssl_keyfile=str(trust.identity / "key.pem") if trust else None,
+        ssl_certfile=trust.identity / CERTIFICATE_FILE if trust else None,
+        ssl_keyfile=str(trust.identity / KEY_FILE) if trust else None,
         http=ImpatientProtocol,
         ws="none",
         access_log=False,  # it would grow with every message; what the guard refuses is logged

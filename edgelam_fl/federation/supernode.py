@@ -18,8 +18,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
-from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.common.constant import ISOLATION_MODE_PROCESS
 from flwr.supercore import date
 from flwr.supercore.object_store import ObjectStoreFactory
@@ -30,6 +28,7 @@ from edgelam_fl.federation.app_archive import installed_app
 from edgelam_fl.federation.clientapp import ClientAppThreads
 from edgelam_fl.federation.flower_app import app_module
 from edgelam_fl.machine import since_boot_s
+from edgelam_fl.trust.identity import load_identity, load_key
 
 _FIRST_IDLE_S, _IDLE_GROWTH = 0.1, 1.2  # so a pause lasts a sixth of the time without a message, up to Flower's
 _SHORTEST_IDLE_S = 1.0  # of Flower's two pauses the shorter one is for replies
@@ -108,11 +107,11 @@ def _security(identity: Path | None) -> dict[str, Any]:
     """Returns Flower's arguments for TLS and for the node's key; without an identity the connection is plain text."""
     if identity is None:
         return {"insecure": True}
-    key = load_ssh_private_key((identity / "flower.key").read_bytes(), None)
-    assert isinstance(key, EllipticCurvePrivateKey)
+    own = load_identity(identity)
+    key = load_key(own.key)
     return {
         "insecure": False,
-        "root_certificates": (identity / "authority.pem").read_bytes(),
+        "root_certificates": own.authority,
         "authentication_keys": (key, key.public_key()),
     }
 

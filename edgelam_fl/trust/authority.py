@@ -15,9 +15,11 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from edgelam_fl.errors import ConfigError, EnvironmentProblem
 from edgelam_fl.files import write_private
 from edgelam_fl.trust.identity import (
+    AUTHORITY_FILE,
     ROLES,
     SERVER,
     Identity,
+    certified_key,
     fingerprint,
     load_key,
     new_key,
@@ -40,13 +42,13 @@ class Authority:
         self._key = load_key(key)
         self.certificate = certificate
         """PEM."""
-        if public_key(key) != _public_pem(x509.load_pem_x509_certificate(certificate)):
+        if public_key(key) != certified_key(certificate):
             raise EnvironmentProblem("the authority's key is not that of its certificate; restore both from one backup")
 
     @classmethod
     def open(cls, folder: Path) -> Authority:
         """Loads the authority of a folder, or makes one there. Raises EnvironmentProblem if one of its files is missing."""
-        files = [folder / "authority.key", folder / "authority.pem"]
+        files = [folder / "authority.key", folder / AUTHORITY_FILE]
         missing = [file for file in files if not file.exists()]
         if len(missing) == 1:
             raise EnvironmentProblem(
@@ -159,9 +161,3 @@ def _general_name(address: str) -> x509.GeneralName:
         return x509.IPAddress(ipaddress.ip_address(address))
     except ValueError:
         return x509.DNSName(address)
-
-
-def _public_pem(certificate: x509.Certificate) -> bytes:
-    return certificate.public_key().public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    )

@@ -20,8 +20,8 @@ from edgelam_fl.files import write_private
 
 SERVER, DEVICE, HOST = "server", "device", "host"
 ROLES = (SERVER, DEVICE, HOST)
-_FILES = {"key": "key.pem", "certificate": "certificate.pem", "authority": "authority.pem"}
-_FLOWER_KEY = "flower.key"
+KEY_FILE, CERTIFICATE_FILE, AUTHORITY_FILE = "key.pem", "certificate.pem", "authority.pem"
+_FILES = {"key": KEY_FILE, "certificate": CERTIFICATE_FILE, "authority": AUTHORITY_FILE}
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,11 @@ class Peer:
 
 
 def save_identity(identity: Identity, folder: Path) -> None:
-    """Writes the identity's files, and its key once more as Flower's SuperNode reads it; readable by this user only."""
+    """Writes the identity's files, readable by this user only."""
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o700)
     for field, file in _FILES.items():
         write_private(folder / file, getattr(identity, field))
-    write_private(folder / _FLOWER_KEY, _flower_key(identity.key))
 
 
 def load_identity(folder: Path) -> Identity:
@@ -78,7 +77,7 @@ def load_identity(folder: Path) -> Identity:
 def identity_of(key: bytes, certificate: bytes, authority: bytes) -> Identity:
     """Returns the identity that a key and its certificate make. Raises EnvironmentProblem if the key is another one's."""
     peer = peer_of(certificate)
-    if public_key(key) != _public_key_of(certificate):
+    if public_key(key) != certified_key(certificate):
         raise EnvironmentProblem("the certificate was made for another key")
     return Identity(peer.name, peer.role, key, certificate, authority)
 
@@ -146,18 +145,8 @@ def public_key_ssh(public: bytes) -> str:
     return parsed.public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH).decode()
 
 
-def flower_key_file(folder: Path) -> Path:
-    """Returns the file of an identity's folder that Flower's SuperNode reads its key from."""
-    return folder / _FLOWER_KEY
-
-
-def _flower_key(key: bytes) -> bytes:
-    return load_key(key).private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
-    )
-
-
-def _public_key_of(certificate: bytes) -> bytes:
+def certified_key(certificate: bytes) -> bytes:
+    """Returns the public key (PEM) that a certificate (PEM) is about."""
     return _public_pem(_parse(certificate).public_key())
 
 

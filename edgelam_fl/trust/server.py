@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from edgelam_fl.addresses import is_loopback, join_address
+from edgelam_fl.addresses import from_here, is_every_interface, is_loopback, join_address
 from edgelam_fl.errors import EnvironmentProblem
 from edgelam_fl.files import write_private
 from edgelam_fl.trust.authority import Authority, issue
@@ -19,7 +19,6 @@ from edgelam_fl.trust.members import Members
 
 _ADDRESS_FILE = "address"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
-_EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,7 @@ def prepare_trust(state: Path, host: str, port: int, addresses: Sequence[str] = 
     authority = Authority.open(folder)
     known = list(dict.fromkeys([*addresses, *_own_addresses(host), *_LOOPBACK]))
     save_identity(issue(authority, SERVER, SERVER, known), folder / SERVER)
-    local = _EVERYWHERE.get(host, host)
-    write_private(folder / _ADDRESS_FILE, f"{join_address(known[0], port)}\n{join_address(local, port)}\n")
+    write_private(folder / _ADDRESS_FILE, f"{join_address(known[0], port)}\n{join_address(from_here(host), port)}\n")
     return open_trust(state)
 
 
@@ -85,7 +83,7 @@ def known_nodes(members: Members) -> list[dict[str, Any]]:
 
 def _own_addresses(host: str) -> Iterator[str]:
     """Yields the addresses of a listen host; of every interface, the likeliest that nodes use first."""
-    if host not in _EVERYWHERE:
+    if not is_every_interface(host):
         yield host
     else:
         found = [address for each in psutil.net_if_addrs().values() for address in each]

@@ -16,9 +16,9 @@ from edgelam_fl.errors import ConfigError, EnvironmentProblem
 from edgelam_fl.trust.authority import Authority, issue
 from edgelam_fl.trust.identity import (
     Identity,
-    flower_key_file,
     has_identity,
     load_identity,
+    load_key,
     new_key,
     peer_of,
     public_key,
@@ -146,7 +146,7 @@ def test_an_identity_is_read_as_it_was_written_and_by_its_owner_alone(authority:
     assert load_identity(folder) == ann
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o600}
-    flower = serialization.load_ssh_private_key(flower_key_file(folder).read_bytes(), password=None)
+    flower = load_key(load_identity(folder).key)  # what Flower's SuperNode is given
     assert isinstance(flower, ec.EllipticCurvePrivateKey)
     ssh = flower.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     assert ssh.decode() == public_key_ssh(public_key(ann.key))
