@@ -96,7 +96,7 @@ def _run(
 ) -> Run:
     fleet, start = fleet_of(daemons, name, model, config, 1)
     pids = [daemons[node].child.pid for node in ("edge-1", "device-1")]
-    before = sum(map(_cpu_s, pids))
+    before = sum(map(cpu_seconds, pids))
     attacker = None
     if streams:
         command = [sys.executable, "-m", "tests.floods", daemons["edge-1"].address(), str(streams), str(pings)]
@@ -104,11 +104,11 @@ def _run(
     reports = fleet.run(start, steps)
     check_done(reports)
     attack = json.loads(attacker.communicate(timeout=ATTACK_S)[0]) if attacker is not None else {}
-    cpu_s = sum(map(_cpu_s, pids)) - before
+    cpu_s = sum(map(cpu_seconds, pids)) - before
     return Run(cpu_s, reports["device-1"].train_seconds, resident_bytes(pids[0]), attack)
 
 
-def _cpu_s(pid: int) -> float:
+def cpu_seconds(pid: int) -> float:
     """Returns the processor time that a process has used, in seconds."""
     fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -53,7 +53,7 @@ def run_demo(console: Console, devices: int, out: Path | None, overrides: list[s
     files = write_device_files(folder / "data", devices)
     counts = ", ".join(f"{sum(1 for _ in file.open(encoding='utf-8'))}" for file in files)
     console.print(
-        f"data: docstrings of Python's standard library, other modules a device: {counts} pairs", highlight=False
+        f"data: docstrings of Python's standard library, other modules on each device: {counts} pairs", highlight=False
     )
     status = run_here(console, config, folder, files)
     if status:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from edgelam_fl.federation.child import Child, end_all, log_tail
 from edgelam_fl.federation.template import NODE_ENVIRONMENT
+from edgelam_fl.trust.authority import Authority, issue
+from edgelam_fl.trust.identity import DEVICE, HOST, save_identity
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.control import ControlClient
@@ -19,9 +21,10 @@ START_DEADLINE_S = 300.0
 class Daemon:
     """A stage host in a process of its own; takes plans as a `StageHost` does."""
 
-    def __init__(self, name: str, state: Path, data: Path | None = None) -> None:
+    def __init__(self, name: str, state: Path, data: Path | None = None, identity: Path | None = None) -> None:
         command = [sys.executable, "-m", "edgelam_fl.node.daemon", "--name", name, "--state", str(state)]
         command += ["--threads", "1", *(["--data", str(data)] if data else [])]
+        command += ["--identity", str(identity)] if identity else []
         self._state = state
         self.child = Child(name, command, state / "stage-host.log", NODE_ENVIRONMENT, forked=True)
         self._client: ControlClient | None = None
@@ -50,11 +53,21 @@ class Daemon:
 
 
 @contextmanager
-def running(hosts: Sequence[str], files: Sequence[Path], folder: Path) -> Iterator[dict[str, Daemon]]:
-    """Starts hosts of these names and a device per file; yields them by name."""
-    started = {name: Daemon(name, folder / name) for name in hosts}
+def running(
+    hosts: Sequence[str], files: Sequence[Path], folder: Path, authority: Authority | None = None
+) -> Iterator[dict[str, Daemon]]:
+    """Starts hosts of these names and a device per file; yields them by name. authority: signs their keys; None: plain text."""
+
+    def identity(name: str, role: str) -> Path | None:
+        if authority is None:
+            return None
+        save_identity(issue(authority, name, role), folder / f"{name}-keys")
+        return folder / f"{name}-keys"
+
+    started = {name: Daemon(name, folder / name, None, identity(name, HOST)) for name in hosts}
     for number, file in enumerate(files, 1):
-        started[f"device-{number}"] = Daemon(f"device-{number}", folder / f"device-{number}", file)
+        name = f"device-{number}"
+        started[name] = Daemon(name, folder / name, file, identity(name, DEVICE))
     try:
         yield started
     finally:
