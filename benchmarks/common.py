@@ -36,13 +36,15 @@ def main(
     measure: Callable[..., tuple[dict[str, Any], list[Figure]]],
     add_options: Callable[[argparse.ArgumentParser], None] | None = None,
     arguments: Sequence[str] | None = None,
+    command: str = "",
 ) -> None:
     """Runs `measure(smoke)`, which returns settings and figures, prints the result and writes the result file.
 
     `add_options`: adds options of the benchmark's own; then `measure(smoke, options)` is called. `arguments`: the command
-    line's; None: this process's.
+    line's; None: this process's. `command`: what makes this result, "" if it is `python -m benchmarks.NAME`.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
+    command = command or f"python -m benchmarks.{name}"
+    parser = argparse.ArgumentParser(prog=command)
     parser.add_argument(
         "--smoke", action="store_true", help="the smallest run that exercises everything; writes no result"
     )
@@ -53,7 +55,7 @@ def main(
     settings, figures = measure(smoke, options) if add_options is not None else measure(smoke)
     result = {
         "name": name,
-        "command": f"python -m benchmarks.{name}",
+        "command": command,
         "machine": machine(),
         "versions": {package: version(package) for package in VERSIONED},
         "settings": settings,

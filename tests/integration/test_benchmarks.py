@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import common
+from benchmarks.leakage import PARTS
+from benchmarks.leakage.__main__ import main as leakage
 
 ROOT = Path(__file__).parents[2]
 # Those that need an emulated machine or a Docker engine have tests of their own: tests/unit/test_benchmark_boards.py,
@@ -37,6 +39,16 @@ def test_smoke(name: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
     module = importlib.import_module(f"benchmarks.{name}")
     common.main(name, module.measure, getattr(module, "add_options", None), ["--smoke"])
     check_result(name, capfd.readouterr().out)
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("part", PARTS)
+def test_smoke_of_a_part_of_leakage(
+    part: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    leakage(["--part", part, "--smoke"])
+    check_result(PARTS[part], capfd.readouterr().out)
 
 
 def check_result(name: str, printed: str) -> None:

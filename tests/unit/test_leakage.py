@@ -1,40 +1,102 @@
-"""The attack of benchmarks.leakage reads what is there to be read, and nothing else."""
+"""Attacks on hidden states read what is there to be read, and nothing else."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from benchmarks.leakage import LEAST_TOKENS, Seen, look, read_back
+from benchmarks.leakage.looking import look
+from benchmarks.leakage.texts import LEAST_TOKENS, MODULES, OTHER_MODULES
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.whole import load_whole
+from edgelam_fl.privacy.attacks import inverter, nearest, ridge
+from edgelam_fl.privacy.attacks.seen import Seen, chance, interval, reading, share_read
 
-WORDS, WIDTH, TOKENS = 50, 8, 400
-
-
-def seen(states_ND: torch.Tensor, ids_N: torch.Tensor) -> Seen:
-    return Seen({1: states_ND}, ids_N)
+WORDS, WIDTH, TEXTS, LENGTH = 50, 8, 40, 10
 
 
-def test_a_rotation_of_the_embeddings_is_read_back_and_noise_is_not() -> None:
-    generator = torch.Generator().manual_seed(1)
-    embeddings_VD = torch.randn(WORDS, WIDTH, generator=generator)
+def texts_of(generator: torch.Generator) -> torch.Tensor:
+    return torch.randint(WORDS, (TEXTS, LENGTH), generator=generator)
+
+
+def as_seen(states_RTD: torch.Tensor, ids_RT: torch.Tensor) -> Seen:
+    return Seen(states_RTD.flatten(0, 1), ids_RT.flatten(), (LENGTH,) * TEXTS)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
+
+
+@pytest.fixture
+def embeddings_VD(generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(WORDS, WIDTH, generator=generator)
+
+
+def test_a_rotation_of_the_embeddings_is_read_back_and_noise_is_not(
+    generator: torch.Generator, embeddings_VD: torch.Tensor
+) -> None:
     turn_DD = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator)).Q
-    public_N, private_N = (torch.randint(WORDS, (TOKENS,), generator=generator) for _ in range(2))
-    turned = [seen(embeddings_VD[ids_N] @ turn_DD, ids_N) for ids_N in (public_N, private_N)]
-    leak = read_back(turned[0], turned[1], 1, embeddings_VD)
-    assert (leak.first, leak.among) == (1.0, 1.0)
-    assert leak.nearest < 0.5, "the map is needed"
-    assert torch.equal(leak.first_ids_N, private_N)
-    noise = [seen(torch.randn(TOKENS, WIDTH, generator=generator), ids_N) for ids_N in (public_N, private_N)]
-    assert read_back(noise[0], noise[1], 1, embeddings_VD).first < 0.1
+    public_RT, private_RT = texts_of(generator), texts_of(generator)
+    public, private = (as_seen(embeddings_VD[ids] @ turn_DD, ids) for ids in (public_RT, private_RT))
+    read = ridge.read(public, private, embeddings_VD)
+    assert (share_read(read, private), read.among_five) == (1.0, 1.0)
+    assert share_read(nearest.read(private, embeddings_VD), private) < 0.5, "the map is needed"
+    noise_ND = torch.randn(private.states_ND.shape, generator=generator)
+    noise = [part.seen_as(noise_ND) for part in (public, private)]
+    assert share_read(ridge.read(noise[0], noise[1], embeddings_VD), private) < 0.1
+
+
+def test_the_inverter_reads_what_hides_among_neighbours(
+    generator: torch.Generator, embeddings_VD: torch.Tensor
+) -> None:
+    """Each state is masked by the next token, so that one position alone does not say its token."""
+
+    def mixed(ids_RT: torch.Tensor) -> Seen:
+        own_RTD = embeddings_VD[ids_RT]
+        return as_seen(own_RTD + 2 * own_RTD.roll(-1, dims=1), ids_RT)
+
+    public, private = mixed(texts_of(generator)), mixed(texts_of(generator))
+    training = inverter.Training(width=48, epochs=60, texts=8, negatives=64, rate=1e-2, kept_back=0.1)
+    linear = share_read(ridge.read(public, private, embeddings_VD), private)
+    read = share_read(inverter.read(public, private, embeddings_VD, seed=1, training=training), private)
+    assert read > linear + 0.1 > 5 * chance(public, private)
+
+
+def test_an_inverter_that_learns_nothing_is_the_ridge_map(
+    generator: torch.Generator, embeddings_VD: torch.Tensor
+) -> None:
+    seen = as_seen(embeddings_VD[ids_RT := texts_of(generator)], ids_RT)
+    untrained = inverter.train(seen, embeddings_VD, 1, inverter.Training(epochs=1, rate=1e-12))
+    learned = seen.texts(torch.randperm(TEXTS, generator=torch.Generator().manual_seed(1)).tolist()[2:])
+    torch.testing.assert_close(
+        untrained.vectors(seen), ridge.fit(learned, embeddings_VD).vectors(seen.states_ND), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_the_states_at_cut_0_are_the_embeddings(tiny: ModelSource) -> None:
     model = load_whole(tiny, "fp32")
-    texts = [list(range(4, 12)), [7] * (LEAST_TOKENS - 1)]
+    texts = [list(range(4, 12)), [7] * (LEAST_TOKENS - 1), [9] * LEAST_TOKENS]
     found = look(model, texts, (0, 2))
-    assert found.ids_N.tolist() == texts[0], "the short text is left out"
-    torch.testing.assert_close(found.states_ND[0], model.get_input_embeddings().weight[texts[0]].detach())
-    assert found.states_ND[2].shape == found.states_ND[0].shape
-    assert read_back(found, found, 0, model.get_input_embeddings().weight.detach()).nearest == pytest.approx(1.0)
+    assert found[0].ids_N.tolist() == texts[0] + texts[2], "the short text is left out"
+    assert found[0].lengths_R == (8, LEAST_TOKENS)
+    embeddings_VD = model.get_input_embeddings().weight.detach()
+    torch.testing.assert_close(found[0].states_ND[:8], embeddings_VD[texts[0]])
+    assert found[2].states_ND.shape == found[0].states_ND.shape
+    assert share_read(nearest.read(found[0], embeddings_VD), found[0]) == 1.0
+
+
+def test_chance_and_interval_are_those_of_the_texts() -> None:
+    states_ND = torch.zeros(8, 2)
+    public = Seen(states_ND, torch.tensor([3, 3, 3, 1, 2, 3, 1, 1]), (4, 4))
+    private = Seen(states_ND, torch.tensor([3, 1, 2, 2, 2, 2, 2, 3]), (4, 4))
+    assert chance(public, private) == 0.25
+    hits_N = torch.tensor([1.0] * 4 + [0.0] * 4)
+    assert interval(hits_N, (4, 4)) == (0.0, 1.0), "two texts that differ say little"
+    assert interval(torch.ones(8), (4, 4)) == (1.0, 1.0)
+    assert reading(torch.tensor([[3, 0, 0, 0, 0, 1]] * 8), private).among_five == 0.25, "the sixth guess does not count"
+    assert private.texts([1, 0]).ids_N.tolist() == [2, 2, 2, 3, 3, 1, 2, 2]
+
+
+def test_the_attackers_modules_are_not_the_private_ones() -> None:
+    assert not {name.partition(".")[0] for name in OTHER_MODULES} & set(MODULES)

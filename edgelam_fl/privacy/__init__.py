@@ -1,0 +1,1 @@
+"""Measures what leaks, and accounts for what is promised: attacks, differential privacy."""
