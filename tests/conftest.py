@@ -24,6 +24,7 @@ _SHARED = {
         for name in (
             "one_run",
             "privacy_tap",
+            "strangers",
             "smollm2",
             "flwr_by_hand",
             "chat_route",
