@@ -15,6 +15,7 @@ from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.adapter import target_modules
 from edgelam_fl.model.source import BUILT_IN as MODELS
 from edgelam_fl.model.source import find_model
+from edgelam_fl.plan.fronts import check_trust, with_auto_front
 from edgelam_fl.plan.modes import host_mode, label_place
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.tasks.kinds import check_task
@@ -22,7 +23,9 @@ from strategies.registry import BUILT_IN, Capabilities, load_all
 
 
 def check_config(config: RunConfig, bounds: Bounds = DEFAULT_BOUNDS, *, elsewhere: bool = False) -> RunSpec:
-    """Finds the run's model. Raises ConfigError or ModelError with the first problem.
+    """Finds the run's model, and sets split.front if split.fronts is 'auto:...'.
+
+    Raises ConfigError or ModelError with the first problem.
 
     bounds: what the run file may name on this machine. elsewhere: whether the run takes place on another machine, whose
     operator may allow more strategies; those are then left to that machine's own check, and not imported here.
@@ -35,10 +38,12 @@ def check_config(config: RunConfig, bounds: Bounds = DEFAULT_BOUNDS, *, elsewher
     aggregation = loaded["aggregation"].capabilities if "aggregation" in loaded else Capabilities()
     check_aggregation(config, aggregation)
     check_place_of_model(config.model.name, bounds)
-    spec = RunSpec(config, find_model(config.model.name))
+    source = find_model(config.model.name)
+    spec = RunSpec(with_auto_front(config, source), source)
     check_cuts(spec)
     check_ranks(spec)
     check_carry(spec, aggregation)
+    check_trust(spec.config, source.digest)
     return spec
 
 
@@ -154,7 +159,7 @@ def check_cuts(spec: RunSpec) -> None:
             + (f", and {hosts} hosts need at least one each" if hosts else "")
             + f"; together they may be at most {room}"
         )
-    _check_values("split.fronts", split.fronts, 0, room, f"{source.name}'s layers minus one per host")
+    _check_values("split.fronts", split.named_fronts, 0, room, f"{source.name}'s layers minus one per host")
     _check_values("split.backs", split.backs, 0, room, f"{source.name}'s layers minus one per host")
     first, last = split.front, layers - split.back
     if isinstance(split.cuts, tuple):

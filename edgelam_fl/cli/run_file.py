@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import textwrap
 import types
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
 from edgelam_fl.config import RunConfig, Section, toml_value
-from edgelam_fl.errors import ConfigError, DataError
+from edgelam_fl.errors import ConfigError, DataError, ModelError
 from edgelam_fl.model.adapter import target_modules
 from edgelam_fl.model.source import ModelSource, find_model
+from edgelam_fl.plan.fronts import check_trust, exposures, with_auto_front
+from edgelam_fl.privacy.known import known_leakage
+from edgelam_fl.privacy.limits import Exposure
 from edgelam_fl.tasks.data import read_records
 
 COMMON = {
@@ -109,6 +113,42 @@ def _known(names: list[str], known: tuple[str, ...]) -> str:
     return next((lowered[word] for word in known if word in lowered), "")
 
 
+# ---------------------------------------------------------------- edgelam run --explain
+
+
+def explained(config: RunConfig) -> str:
+    """Returns the run file as a run would use it, and below it, as comments, what hosts can read.
+
+    Raises ConfigError if split.trust or split.fronts = 'auto:...' refuses that, ModelError if the latter needs a model that is not here.
+    """
+    digest = ""
+    if isinstance(config.split.fronts, str):
+        source = find_model(config.model.name)
+        digest, config = source.digest, with_auto_front(config, source)
+    elif known_leakage(config.model.name) is None:
+        with suppress(ModelError):  # it may be where the run will take place
+            digest = find_model(config.model.name, download=False).digest
+    check_trust(config, digest)
+    return f"{described(config, mark_changed=True)}\n{_readable(exposures(config, digest))}"
+
+
+def _readable(found: Sequence[Exposure]) -> str:
+    """Writes what hosts can read as comments; without hosts, what leaves a device instead."""
+    said = [_sentence(exposure.words()) for exposure in found]
+    if not found:
+        said.append("split.hosts = 0: nobody gets hidden states; adapters, losses and counts leave a device.")
+    if found and found[0].front == 0:
+        said.append("WARNING: front = 0 sends the embeddings, which are the text.")
+    if found and found[0].back == 0:
+        said.append("WARNING: back = 0 gives the gradient of the head away, from which labels can be solved for.")
+    lines = [line for text in said for line in textwrap.wrap(text, _WIDTH - 2, break_on_hyphens=False)]
+    return "".join(f"# {line}\n" for line in ["What hosts can read (PRIVACY.md):", *lines])
+
+
+def _sentence(words: str) -> str:
+    return f"{words[0].upper()}{words[1:]}."
+
+
 # ---------------------------------------------------------------- the text
 
 
@@ -188,7 +228,7 @@ def _choice(annotation: Any) -> str:
     if origin is Literal:
         return " | ".join(arguments)
     if origin in (Union, types.UnionType):
-        return " | ".join("number" if part is int else _choice(part) for part in arguments)
+        return " | ".join(filter(None, ("number" if part is int else _choice(part) for part in arguments)))
     if origin is tuple:
         return f"list of {_choice(arguments[0]) or ('texts' if arguments[0] is str else 'numbers')}"
     if origin is dict:

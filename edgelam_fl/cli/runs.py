@@ -161,9 +161,9 @@ def run(
 
     config = read_run_file(file, overrides)
     if explain:
-        from edgelam_fl.cli.run_file import described
+        from edgelam_fl.cli.run_file import explained
 
-        say(described(config, mark_changed=True))
+        say(explained(config))
         raise typer.Exit()
     if local and len(data) != local:
         raise ConfigError(f"--local {local} needs --data once per device ({local} times), got it {len(data)} times")

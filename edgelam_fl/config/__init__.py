@@ -1,6 +1,15 @@
 """The run file: its keys and their rules, read from and written as TOML."""
 
-from edgelam_fl.config.schema import ModelSection, RunConfig, Section, TaskSection, WirelessSection, WireSection
+from edgelam_fl.config.schema import (
+    ModelSection,
+    RunConfig,
+    Section,
+    TaskSection,
+    WirelessSection,
+    WireSection,
+    most_read_by_hosts,
+    share_after,
+)
 from edgelam_fl.config.toml import known_keys, parse_run_file, read_run_file, to_toml, toml_value, without_home
 
 __all__ = [
@@ -11,8 +20,10 @@ __all__ = [
     "WireSection",
     "WirelessSection",
     "known_keys",
+    "most_read_by_hosts",
     "parse_run_file",
     "read_run_file",
+    "share_after",
     "to_toml",
     "toml_value",
     "without_home",

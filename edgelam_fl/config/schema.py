@@ -18,6 +18,25 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+def most_read_by_hosts(trust: str) -> float:
+    """Returns the largest share of a text that hosts may read under a value of split.trust. Raises ValueError for no such value."""
+    if trust in ("hosts", "none"):
+        return float(trust == "hosts")
+    return share_after("measured", trust, "'hosts' or 'none'")
+
+
+def share_after(word: str, text: str, others: str) -> float:
+    """Returns X of "word:X". Raises ValueError unless 0 < X < 1; `others`: the values allowed besides, in words."""
+    found, colon, number = text.partition(":")
+    try:
+        share = float(number) if found == word and colon else 0.0
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise ValueError(f"must be {others}, or '{word}:X' with a share X of the text above 0 and below 1")
+    return share
+
+
 class ModelSection(Section):
     name: str = Field("smollm2-135m", min_length=1, description="built-in name, folder, .gguf file or hub name")
     base: Literal["fp32", "bf16", "int8", "nf4", "auto"] = Field(
@@ -37,7 +56,11 @@ class SplitSection(Section):
     back: int = Field(
         2, ge=0, description="last layers before the head that a device keeps; 0 lets hosts solve for the labels"
     )
-    fronts: dict[str, int] = Field({}, description="front for devices whose names match, as in { 'pi-*' = 1 }")
+    fronts: dict[str, int] | str = Field(
+        {},
+        description="front for devices whose names match, as in { 'pi-*' = 1 }; 'auto:0.4': on every device as many layers as "
+        "it takes, by what was measured for the model, for hosts to read at most that share of the text",
+    )
     backs: dict[str, int] = Field({}, description="back for devices whose names match")
     hosts: int | Literal["auto"] = Field(
         1,
@@ -56,6 +79,11 @@ class SplitSection(Section):
         description="layers at which the hosts after the first begin; auto: cuts, hosts and their order are chosen from what the "
         "nodes measured, again whenever nodes come, go or slow down",
     )
+    trust: str = Field(
+        "hosts",
+        description="who may read the devices' text: hosts (all of it) | measured:0.2 (hosts, a measured share of at most so much; "
+        "a plan that leaks more is refused) | none (no host: split.hosts = 0)",
+    )
     host_mode: Literal["joint", "sequential", "copies"] = Field(
         "joint",
         description="how a host trains for several devices: one step for all | one step per device in turn | one adapter per "
@@ -72,6 +100,11 @@ class SplitSection(Section):
     )
 
     @property
+    def named_fronts(self) -> dict[str, int]:
+        """The numbers of layers by names of devices; empty with 'auto:...', which sets split.front for all."""
+        return {} if isinstance(self.fronts, str) else self.fronts
+
+    @property
     def least_hosts(self) -> int:
         """The fewest hosts that a site can have."""
         return 1 if self.hosts == "auto" else self.hosts
@@ -81,6 +114,21 @@ class SplitSection(Section):
     def number_of_hosts(cls, value: Any) -> Any:
         if value != "auto" and not (type(value) is int and 0 <= value <= 64):
             raise ValueError("must be 0 to 64, or 'auto'")
+        return value
+
+    @field_validator("trust")
+    @classmethod
+    def known_trust(cls, value: str) -> str:
+        most_read_by_hosts(value)
+        return value
+
+    @field_validator("fronts", mode="before")
+    @classmethod
+    def table_or_auto(cls, value: Any) -> Any:
+        table = "a table of numbers by names of devices, as in { 'pi-*' = 1 }"
+        if isinstance(value, dict) and all(type(front) is int for front in value.values()):
+            return value
+        share_after("auto", value if isinstance(value, str) else "", table)
         return value
 
     @field_validator("cuts", mode="before")

@@ -14,6 +14,7 @@ from edgelam_fl.errors import ConfigError, DoesNotFit, RunFailed
 from edgelam_fl.plan.bases import split_pair
 from edgelam_fl.plan.facts import Chain, ChainCost, SiteInstance
 from edgelam_fl.plan.footprint import Footprints
+from edgelam_fl.plan.fronts import check_memory_for_fronts
 from edgelam_fl.plan.instance import InstanceMaker, planned_times
 from edgelam_fl.plan.layout import HostRange, Layout, layout_of_chains, make_layout, who_may_host
 from edgelam_fl.plan.search import best_chain, cost_of, shortage
@@ -62,6 +63,7 @@ class Placement:
         self, number: int, devices: Sequence[pb.Profile], hosts: Sequence[pb.Profile], shares: Mapping[str, float] = {}
     ) -> Layout:
         """Returns the layout of round `number`. Raises what `make_layout` does, and DoesNotFit with what would fit."""
+        check_memory_for_fronts(self.spec, devices)
         if self.config.split.cuts != "auto" or not self.config.split.hosts:
             return make_layout(self.spec, devices, hosts)
         proposal = self.propose(devices, hosts, shares)
@@ -227,6 +229,7 @@ def first_proposal(spec: RunSpec, profiles: Sequence[pb.Profile]) -> Proposal:
         raise ConfigError("split.hosts = 0: each device trains the whole model, and there is nothing to plan")
     if not devices:
         raise RunFailed("no device is among the nodes, so nobody would train; a node with data is a device (role)")
+    check_memory_for_fronts(spec, devices)
     if split.cuts == "auto":
         return Placement(spec).propose(devices, hosts)
     layout = make_layout(spec, devices, hosts)
