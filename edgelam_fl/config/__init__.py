@@ -2,6 +2,7 @@
 
 from edgelam_fl.config.schema import (
     ModelSection,
+    PrivacySection,
     RunConfig,
     Section,
     TaskSection,
@@ -14,6 +15,7 @@ from edgelam_fl.config.toml import known_keys, parse_run_file, read_run_file, to
 
 __all__ = [
     "ModelSection",
+    "PrivacySection",
     "RunConfig",
     "Section",
     "TaskSection",

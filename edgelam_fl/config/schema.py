@@ -353,6 +353,34 @@ class WirelessSection(Section):
     flops_per_cycle: float = Field(8.0, gt=0, description="operations in one cycle of a device")
 
 
+class PrivacySection(Section):
+    """Differential privacy of what devices train, with one device as the unit."""
+
+    mode: Literal["none", "central", "device", "channel"] = Field(
+        "none",
+        description="who adds the noise to the devices' updates: nobody | the server | each device | the radio channel",
+    )
+    epsilon: float = Field(8.0, gt=0, description="privacy budget of the whole run; a run that has spent it ends early")
+    delta: float = Field(
+        1e-5, gt=0, lt=1, description="probability that epsilon does not hold; below 1 / the number of devices"
+    )
+    noise: float = Field(
+        0.0,
+        ge=0,
+        description="standard deviation of the noise over the bound; 0: the smallest that keeps epsilon over all rounds",
+    )
+    clip: float = Field(1.0, gt=0, description="L2 bound of one device's update, all its tensors as one vector")
+    clip_quantile: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the updates that an adaptive bound leaves whole (clip: its first value); 0: the bound stays",
+    )
+    accountant: Literal["pld", "rdp"] = Field(
+        "pld", description="how epsilon is computed: privacy loss distributions, or Renyi divergences, which give more"
+    )
+
+
 class RunSection(Section):
     out: str = Field(
         "runs/{name}-{time}",
@@ -373,6 +401,7 @@ class RunConfig(Section):
     strategy: StrategySection = StrategySection()
     wire: WireSection = WireSection()
     wireless: WirelessSection = WirelessSection()
+    privacy: PrivacySection = PrivacySection()
     run: RunSection = RunSection()
 
     @model_validator(mode="after")
