@@ -30,6 +30,8 @@ def report_problem(report: pb.JobReport, plan: pb.Plan) -> str:
         "intervals": (len(report.timeline), _INTERVALS),
         "metrics": (len(report.eval_sums), _METRICS),
         "devices left out": (len(report.host.left_out), len(plan.serves)),
+        "gradients": (report.host.gradients, len(plan.serves) * plan.steps),
+        "clipped gradients": (report.host.gradients_clipped, report.host.gradients),
     }
     for what, (count, most) in lengths.items():
         if count > most:

@@ -23,7 +23,7 @@ from edgelam_fl.node.examples import DeviceExamples
 from edgelam_fl.node.play import NodeHooks
 from edgelam_fl.node.service import StageHost
 from edgelam_fl.plan.layout import make_layout, who_may_host
-from edgelam_fl.plan.making import ClientSettings, RoundFacts, make_plans
+from edgelam_fl.plan.making import ClientSettings, RoundFacts, RoundPrivacy, make_plans
 from edgelam_fl.plan.reading import part_id, spans_of
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.split import route
@@ -64,6 +64,7 @@ class Fleet:
     round: int = 0
     settings: ClientSettings = field(default_factory=ClientSettings)  # what an aggregation would ask of the nodes
     aggregation: Capabilities = field(default_factory=Capabilities)  # of the rule that corrects gradients, if any
+    privacy: RoundPrivacy | None = None
 
     def run(
         self, adapter: adapters.Adapter, steps: int, *, step_offset: int = 0, send_to: Sequence[str] | None = None,
@@ -71,7 +72,7 @@ class Fleet:
     ) -> dict[str, pb.JobReport]:  # fmt: skip
         """One round; returns the reports by node. `send_to`: who is sent tensors (default: everyone), but for those `known`."""
         self.round += 1
-        plans = self.plans(RoundFacts(self.name, self.round, 1, step_offset, steps, self.settings))
+        plans = self.plans(RoundFacts(self.name, self.round, 1, step_offset, steps, self.settings, self.privacy))
         nodes = self.devices | {name: node for name, (node, _) in self.hosts.items()}
         for name, plan in plans.items():
             tensors = adapters.slice_of(adapter, spans_of(plan))

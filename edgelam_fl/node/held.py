@@ -22,6 +22,7 @@ from edgelam_fl.model.stage import Stage, load_stages
 from edgelam_fl.plan.modes import host_mode
 from edgelam_fl.plan.reading import end_spans, ends_train, hosted_span, hosted_trains, spans_of
 from edgelam_fl.split.corrections import read_corrections
+from edgelam_fl.split.private import private_update, secret_noise
 from edgelam_fl.split.trainee import Trainee, lora_of
 from edgelam_fl.wire import edgelam_pb2 as pb
 
@@ -81,6 +82,8 @@ class Held:
         for stage in stages:
             stage.set_checkpointing(plan.checkpointing)
         self.ends_trainee = Trainee(self.ends)
+        self.update_clipped = False  # whether the update of the newest round was longer than its bound
+        self._ends_start: adapters.Adapter = {}  # the ends before the round; only if the update is clipped here
         self._before = adapters.slice_of(before, spans_of(plan))  # empty after the first `start`
         self._site: dict[str, Trainee] = {}  # per source: the site, or with copies each device
 
@@ -106,6 +109,7 @@ class Held:
         for source, trainee in self.site_trainees(plan).items():
             warm.append(trainee.start(tensors, hosted_trains(plan), plan, site_mu, adds.get(("site", source), {})))
         self._before = {}
+        self._ends_start = self.ends_trainee.adapter() if plan.privacy.update_clip else {}
         return all(warm)
 
     def _together(self, given: adapters.Adapter, digest: str) -> adapters.Adapter:
@@ -134,9 +138,15 @@ class Held:
         """Returns what each source trained, as contributions with the labels that they learned from as weights.
 
         `site_labels(source, tensor)`: labels that a hosted tensor learned from. A layer that only some routes cross learned
-        from their labels alone, so the tensors of a site may differ in weight.
+        from their labels alone, so the tensors of a site may differ in weight. With differential privacy every weight is 1,
+        and what a device of the plan keeps is what it sends: its update clipped and with noise.
         """
         ends = self.ends_trainee
+        self.update_clipped = False
+        if plan.privacy.update_clip and own_labels:
+            self._protect_update(plan)
+        if plan.HasField("privacy"):
+            own_labels, site_labels = min(1, own_labels), _as_private(plan, site_labels)
         found = [("ends", plan.node, own_labels, ends.finish(plan), ends.lr_sum)] if self.ends else []
         for source, trainee in self._site.items() if self.hosted is not None else []:
             tensors = trainee.finish(plan)
@@ -150,6 +160,13 @@ class Held:
             for scope, source, weight, tensors, lr_sum in found
             if weight and tensors
         ]
+
+    def _protect_update(self, plan: pb.Plan) -> None:
+        trained = {
+            name: array for name, array in self.ends_trainee.adapter().items() if name in self.ends_trainee.names
+        }
+        sent, self.update_clipped = private_update(self._ends_start, trained, plan.privacy, secret_noise())
+        self.ends_trainee.replace(sent)
 
     def current(self) -> adapters.Adapter | None:
         """Returns all tensors that are held, by name; None if there are several versions of a tensor."""
@@ -176,6 +193,13 @@ class Held:
     def stages(self) -> Iterable[Stage]:
         """Returns all stages: the ends, then the hosted one."""
         return [*self.ends, *([self.hosted] if self.hosted is not None else [])]
+
+
+def _as_private(plan: pb.Plan, site_labels: Callable[[str, str], int]) -> Callable[[str, str], int]:
+    """Returns weights that say nothing of counts: 1 for all that a site shares, which learned from noise at least."""
+    if host_mode(plan.host_mode).is_shared("site"):
+        return lambda source, name: 1
+    return lambda source, name: min(1, site_labels(source, name))
 
 
 def slice_key(plan: pb.Plan) -> tuple[Any, ...]:

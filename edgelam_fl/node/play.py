@@ -78,6 +78,7 @@ def play(part: Part, request: pb.SubmitRequest, means: Means) -> None:
             labels_of = Player(part, held, means).play()
             if plan.steps:
                 report.contributions.extend(held.finish(plan, report.labels_trained, labels_of))
+                report.update_clipped = held.update_clipped
     current = held.current()
     report.adapter_digest = adapters.digest(current) if current is not None else ""
 
@@ -225,10 +226,11 @@ def _report_device(report: pb.JobReport, driver: Driver, counters: ByteCounters)
 
 def _report_host(report: pb.JobReport, host: Host, group: Group) -> None:
     span = host.stage.span
+    gradients, clipped = host.clipped()
     hosted = pb.HostPart(
         first_layer=span.first, last_layer=span.last, compute_seconds=host.compute_seconds,
         bytes=group.counters.report(), labels_trained=host.labels_trained,
-        left_out=host.left_out(),
+        left_out=host.left_out(), gradients=gradients, gradients_clipped=clipped,
     )  # fmt: skip
     report.host.CopyFrom(hosted)
     report.timeline.extend(host.timeline.report())

@@ -18,6 +18,7 @@ from edgelam_fl.model.memory import weights_bytes
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.bases import choose_base
 from edgelam_fl.plan.layout import HostRange, Layout, Site, by_name
+from edgelam_fl.plan.modes import host_mode
 from edgelam_fl.plan.reading import part_id, spans_of
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import PROTOCOL_VERSION
@@ -44,6 +45,19 @@ class ClientSettings:
 
 
 @dataclass(frozen=True)
+class RoundPrivacy:
+    """The differential privacy of a round, as the server decided it: the same for every node."""
+
+    clip: (
+        float  # L2 bound of what one device adds: its update of the round, and its gradient in a step of shared layers
+    )
+    noise: float  # standard deviation of the noise, per unit of the bound
+    devices: float  # expected number of devices in a round, by which sums are divided; never how many came
+    device_clips: bool = False  # each device clips its update itself, before it leaves
+    device_noise: bool = False  # each device adds the noise itself
+
+
+@dataclass(frozen=True)
 class RoundFacts:
     """Facts about a round that are the same for every node."""
 
@@ -53,6 +67,7 @@ class RoundFacts:
     step_offset: int
     steps: int  # 0: only evaluate
     settings: ClientSettings = field(default_factory=ClientSettings)
+    privacy: RoundPrivacy | None = None  # None: the run has no differential privacy
     unequal_ranks: bool = False  # whether the aggregation accepts them
     hub_port: int = 0  # 0: the server has no hub
     relay_key: bytes = b""  # signs the tokens of the hub's relay; empty: there is no relay
@@ -78,6 +93,8 @@ def make_plans(
         for host in site.hosts:
             plans[host.name] = _plan(spec, facts, profiles[host.name])
             _set_hosted(plans[host.name], spec.config, host, site, routes)
+            if facts.privacy is not None:
+                _set_private_steps(plans[host.name], spec.config, facts.privacy, host, site)
             if facts.relay_key:
                 part = part_id(plans[host.name])
                 plans[host.name].relay_token = make_token(facts.relay_key, LISTEN, part, host.name)
@@ -86,6 +103,8 @@ def make_plans(
             plans[name] = _plan(spec, facts, profiles[name])
         plans[name].routes.append(route)
         _set_batches(plans[name], spec.config, facts, profiles[name].examples)
+        if facts.privacy is not None:
+            _set_private_update(plans[name], facts.privacy)
     for name, plan in plans.items():
         base, compute = layout.bases.get(name) or choose_base(spec, profiles[name], spans_of(plan))
         plan.model.base, plan.model.compute = base, DTYPES[compute]
@@ -239,6 +258,31 @@ def _set_hosted(plan: pb.Plan, config: RunConfig, host: HostRange, site: Site, r
     # With fewer of its devices the round would have too few, even if all other sites kept theirs.
     elsewhere = len(routes) - len(site.members)
     plan.min_devices = max(1, min(config.federation.min_nodes - elsewhere, len(site.members)))
+
+
+def _set_private_steps(plan: pb.Plan, config: RunConfig, privacy: RoundPrivacy, host: HostRange, site: Site) -> None:
+    """Has a host of shared layers clip each device's gradient and add noise to their sum.
+
+    The hosts of a chain divide the square of the bound by their layers: a device's gradient over the whole chain keeps it.
+    """
+    plan.privacy.SetInParent()
+    plan.gradient_factor = 0.0  # to leave a device out by the size of others' gradients would depend on their data
+    mode = host_mode(plan.host_mode)
+    if mode.has_copies or not plan.lora.train_hosts:
+        return
+    layers = sum(other.last - other.first for other in site.hosts)
+    plan.privacy.step_clip = privacy.clip * math.sqrt((host.last - host.first) / layers)
+    plan.privacy.step_noise = privacy.clip * privacy.noise
+    plan.privacy.step_devices = 1.0 if mode.steps_in_turn else privacy.devices / config.split.sites
+
+
+def _set_private_update(plan: pb.Plan, privacy: RoundPrivacy) -> None:
+    """Has a device clip its update and add noise to it, if it is the device that does."""
+    plan.privacy.SetInParent()
+    if privacy.device_clips:
+        plan.privacy.update_clip = privacy.clip
+    if privacy.device_noise:
+        plan.privacy.update_noise = privacy.clip * privacy.noise
 
 
 def _set_batches(plan: pb.Plan, config: RunConfig, facts: RoundFacts, examples: int) -> None:

@@ -27,6 +27,7 @@ from edgelam_fl.split.inbox import Lost
 from edgelam_fl.split.judging import is_finite
 from edgelam_fl.split.lane import Lane
 from edgelam_fl.split.member import Member, check_unit, unit_id
+from edgelam_fl.split.private import PrivateSum, secret_noise
 from edgelam_fl.split.timeline import Timeline
 from edgelam_fl.split.trainee import Trainee
 from edgelam_fl.split.turns import DecidesTurns, FollowsTurns, Handler, Turns
@@ -63,7 +64,7 @@ class Host:
         group.on_sent = self.timeline.sent
         mode = host_mode(plan.host_mode)
         members = [group.members[index] for index in sorted(group.members)]
-        lanes = [Lane(own, trainee, mode) for own, trainee in zip(mode.lanes(members), trainees, strict=True)]
+        lanes = [self._lane(own, trainee) for own, trainee in zip(mode.lanes(members), trainees, strict=True)]
         self._lane_of_source = dict(zip(mode.sources(plan.site, [m.route.device for m in members]), lanes, strict=True))
         turns = DecidesTurns if group.coordinates else FollowsTurns
         self.turns: Turns = turns(plan, group, lanes, self.timeline, emit)
@@ -72,6 +73,11 @@ class Host:
             group.members
         )  # device indices; the one whose forward pass is longest ago first
         self._backwards: deque[tuple[Member, Frame]] = deque()
+
+    def _lane(self, members: list[Member], trainee: Trainee) -> Lane:
+        plan = self.plan
+        private = PrivateSum(plan.privacy, secret_noise()) if plan.privacy.step_clip else None
+        return Lane(members, trainee, host_mode(plan.host_mode), plan.HasField("privacy"), private)
 
     def run(self) -> None:
         """Serves the devices until each is done or gone. Raises PeerLost with fewer than `min_devices` of them."""
@@ -97,6 +103,11 @@ class Host:
     def labels_trained(self) -> int:
         """The labels of all devices that were counted, over all steps."""
         return sum(member.labels_trained for member in self.group.members.values())
+
+    def clipped(self) -> tuple[int, int]:
+        """Counts the devices' gradients that were measured for differential privacy, and those that were clipped."""
+        sums = [lane.private for lane in self._lane_of_source.values() if lane.private is not None]
+        return sum(one.measured for one in sums), sum(one.clipped for one in sums)
 
     def left_out(self) -> list[pb.DeviceLeftOut]:
         """Returns the devices that some step did not count, with the last reason."""
@@ -256,10 +267,9 @@ class Host:
         )  # fmt: skip
         relay(member.next, answer)
         if header.phase == pb.TRAIN:
-            turn = self.turns.lane_of[member.index].turn
-            assert turn is not None
+            divisor = self.turns.lane_of[member.index].divisor_of(member)
             with self.timeline.interval("backward", header, member.route.device):
-                self._differentiate(member, header, inputs, loss / turn.labels, None)
+                self._differentiate(member, header, inputs, loss / divisor, None)
 
     def _backward(self, member: Member, frame: Frame) -> None:
         header, lane = frame.header, self.turns.lane_of[member.index]

@@ -14,6 +14,7 @@ import torch
 from edgelam_fl.plan.modes import HostMode, Turn
 from edgelam_fl.split.judging import Size, norm_of, size_problem
 from edgelam_fl.split.member import Member
+from edgelam_fl.split.private import PrivateSum
 from edgelam_fl.split.trainee import Trainee
 from edgelam_fl.wire import edgelam_pb2 as pb
 
@@ -27,6 +28,8 @@ class Lane:
     members: list[Member]
     trainee: Trainee
     mode: HostMode
+    divides_alone: bool = False  # each device's loss is divided by its own labels alone, whatever the mode
+    private: PrivateSum | None = None  # how gradients are summed with differential privacy; None: without
     turns: list[Turn] | None = None  # None: the devices' label counts are not known yet
     number: int = 0  # of the open turn
     opened: float = field(default_factory=time.monotonic)  # when the open turn became the open one
@@ -93,6 +96,12 @@ class Lane:
         wanted = [m for m in self.members if m.index in turn.members and (counted is None or m.index in counted)]
         return [m for m in wanted if not m.problem and m.table and m.backwards_done == m.units_of(turn.step)]
 
+    def divisor_of(self, member: Member) -> int:
+        """Returns what a device's loss in the open turn is divided by."""
+        turn = self.turn
+        assert turn is not None
+        return member.labels_of(turn.step) if self.divides_alone else turn.labels
+
     # ---------------------------------------------------------------- its course
 
     def begin(self, turns: list[Turn]) -> None:
@@ -108,7 +117,7 @@ class Lane:
         assert turn is not None
         for member in complete:
             norm = norm_of(member.gradients or [])
-            member.size = Size(norm, norm * turn.labels / member.labels_of(turn.step))
+            member.size = Size(norm, norm * self.divisor_of(member) / max(1, member.labels_of(turn.step)))
         group = [member.size for member in self.members if member.size is not None and not member.gone]
         problems = {m.index: size_problem(m.size, group, factor) for m in complete if m.size is not None}
         return {index: problem for index, problem in problems.items() if problem}
@@ -128,10 +137,15 @@ class Lane:
         """Sets the step's gradient: the sum over the counted members, in device order whatever order they came in.
 
         Each member divided by the turn's labels. A layer that only some counted members cross learns from their labels
-        alone (protocol section 5), so its sum is scaled by all labels over theirs.
+        alone (protocol section 5), so its sum is scaled by all labels over theirs; but not with differential privacy, where
+        the sum must not depend on any count.
         """
         turn = self.turn
         assert turn is not None
+        if self.private is not None:
+            each = [member.gradients or [] for member in counted]
+            self.trainee.set_gradients(self.private.of(each, self.trainee.parameters))
+            return
         total: list[torch.Tensor | None] = []
         for number, name in enumerate(self.trainee.names):
             crossing = [m for m in counted if m.crosses(name)]

@@ -97,6 +97,12 @@ class Trainee:
         self._moments_of = _moments_belong_to(self.adapter(), plan)
         return {name: _array(self.named[name]) for name in self.names}
 
+    @torch.no_grad()
+    def replace(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Takes other values for some of its tensors, by name."""
+        for name, array in tensors.items():
+            self.named[name].copy_(torch.from_numpy(array))
+
     def adapter(self) -> adapters.Adapter:
         """Returns a copy of all tensors, trained or not."""
         return {name: _array(parameter) for name, parameter in self.named.items()}

@@ -123,7 +123,8 @@ class Turns(ABC):
             member.labels_trained += member.labels_of(turn.step)
         lane.gather_gradients(counted)
         if not self._clips_globally or not counted:
-            lane.verdict = pb.StepApply(scale=1.0, skip=not counted)
+            # With differential privacy, a step with noise alone: to skip it would say that nobody was counted.
+            lane.verdict = pb.StepApply(scale=1.0, skip=not counted and lane.private is None)
             self._apply(lane)
         else:
             self._report_norm(lane)
@@ -259,11 +260,14 @@ class DecidesTurns(Turns):
         return [member for member in lane.members if member.active]
 
     def _totals(self, lane: Lane) -> list[pb.StepTotal]:
-        """Sums the labels of each step over the devices that are here."""
+        """Sums the labels of each step over the devices that are here.
+
+        With differential privacy, the steps do not depend on who has a batch: a device without one is a member with nothing.
+        """
         totals = []
         for step in range(self.plan.steps):
             labels = {member.index: member.labels_of(step) for member in lane.members if member.active}
-            members = [index for index, count in sorted(labels.items()) if count]
+            members = [index for index, count in sorted(labels.items()) if count or lane.private is not None]
             totals.append(pb.StepTotal(labels=sum(labels.values()), members=members))
         return totals
 

@@ -14,7 +14,7 @@ from edgelam_fl.model.adapter import Span, initial_adapter
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import LoraSettings, Stage, load_stages
 from edgelam_fl.plan.layout import make_layout
-from edgelam_fl.plan.making import RoundFacts, make_plans
+from edgelam_fl.plan.making import RoundFacts, RoundPrivacy, make_plans
 from edgelam_fl.plan.reading import hosted_trains
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.split.group import Group
@@ -42,14 +42,20 @@ class Site:
     """A host of layers [2, 4) on a thread of its own, and the events that it emitted."""
 
     def __init__(
-        self, source: ModelSource, devices: int = 3, *overrides: str, steps: int = 1, **deadlines: Any
+        self,
+        source: ModelSource,
+        devices: int = 3,
+        *overrides: str,
+        steps: int = 1,
+        privacy: RoundPrivacy | None = None,
+        **deadlines: Any,
     ) -> None:
         self.source, self.events = source, list[JobEvent]()
         config = run_config(source.name, f"optimizer.lr={LR}", *overrides)
         names = [f"device-{number}" for number in range(devices)]
         edge, members = pb.Profile(name="edge-1", role=pb.EDGE), [pb.Profile(name=n, role=pb.DEVICE) for n in names]
         layout = make_layout(RunSpec(config, source), members, [edge])
-        facts, tokens = RoundFacts("run", 1, 1, 0, steps), {n: n.encode() for n in names}
+        facts, tokens = RoundFacts("run", 1, 1, 0, steps, privacy=privacy), {n: n.encode() for n in names}
         profiles = {profile.name: profile for profile in [edge, *members]}
         self.plan = make_plans(RunSpec(config, source), facts, profiles, layout, {}, tokens)["edge-1"]
         for name, seconds in deadlines.items():
@@ -247,6 +253,43 @@ def test_a_device_lost_in_mid_step_costs_only_its_own_part(tiny: ModelSource) ->
     reason = "link entry device-1: the other end closed the link"
     assert site.event(LinkLost) == LinkLost(link="device-1", reason=reason)
     assert site.event(StepClosed).left_out == (NodeLeftOut(node="device-1", reason=reason),)
+
+
+def test_a_private_step_divides_by_a_constant_whoever_came(tiny: ModelSource) -> None:
+    """Each device's gradient is the mean over its own labels: no device's counts matter to the others."""
+    site = Site(tiny, privacy=RoundPrivacy(clip=1e9, noise=0.0, devices=8))
+    devices = site.open()
+    for device in devices:
+        device.table()
+    for device in devices[:2]:
+        device.step(device.labels)
+    devices[2].act()
+    devices[2].grad(1, spoil=lambda gradient: gradient.fill_(float("nan")))
+    for device in devices:
+        assert list(device.await_frame(pb.STEP_CLOSE).header.step_close.counted) == [0, 1]
+        device.done()
+    site.end()
+    stage = middle(tiny)
+    means: Any = sum(device.loss(stage(device.hidden, [TOKENS])) / device.labels for device in devices[:2])
+    means.backward()
+    assert_moved(site, {name: -LR * p.grad / 8 for name, p in stage.adapter_parameters.items()})
+
+
+def test_a_private_step_that_counts_nobody_is_one_of_noise(tiny: ModelSource) -> None:
+    """To stay where it was would say that nobody was counted."""
+    site = Site(tiny, 1, privacy=RoundPrivacy(clip=0.5, noise=4.0, devices=10))
+    (device,) = site.open(1)
+    device.table()
+    device.act()
+    device.grad(1, spoil=lambda gradient: gradient.fill_(float("nan")))
+    assert list(device.await_frame(pb.STEP_CLOSE).header.step_close.counted) == []
+    device.done()
+    site.end()
+    moved = torch.cat([move.flatten() for move in site.moved().values()])
+    assert all(move.any() for move in site.moved().values())
+    assert moved.std().item() == pytest.approx(
+        LR * 0.5 * 4.0 / 10, rel=0.2
+    )  # unseeded: 5 % is 8 deviations off already
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
