@@ -259,11 +259,19 @@ class Group:
         elif link is member.next:
             self.send_previous(member, header)
 
-    def decide(self, members: Sequence[Member], header: pb.Header) -> None:
-        """Sends a decision of the coordinator to devices, and along their routes to the hosts before."""
+    def decide(
+        self,
+        members: Sequence[Member],
+        header: pb.Header,
+        for_device: Callable[[pb.Header, Member], pb.Header] = lambda header, member: header,
+    ) -> None:
+        """Sends a decision of the coordinator to devices, and along their routes to the hosts before.
+
+        `for_device`: returns what a device gets of it.
+        """
         for member in members:
             if member.active:
-                self.send_next(member, header)
+                self.send_next(member, for_device(header, member))
                 self.send_previous(member, header)
 
     def send_previous(self, member: Member, header: pb.Header) -> None:

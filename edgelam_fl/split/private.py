@@ -1,7 +1,7 @@
 """Differential privacy where the training happens: in the sum of a host's step, and in the update that leaves a device.
 
-The unit is one device: whatever its data are, what it adds is at most a bound long before noise that belongs to that bound is
-added. Knows tensors, bounds and deviations from the plan; knows no epsilon (`privacy.accounting` does), and not who is counted.
+The unit is one device with all its data: what it adds is clipped to a bound, as one vector, and the noise belongs to that
+bound. Knows tensors, and bounds and deviations from the plan; knows no epsilon (`privacy.accounting` does), nor who is counted.
 
 A host whose layers several devices share releases one sum per step, and steps with nothing else. On a chain, each host has a part
 of the bound, so that one device's gradient over all hosts keeps the whole one, and a step is one release, not one per host.

@@ -310,7 +310,10 @@ class DecidesTurns(Turns):
     def _announce(self, lane: Lane, header: pb.Header) -> None:
         if lane.turn is not None:
             header.device_index = lane.turn_id[1]
-        self.group.decide(lane.members, header)
+        if self.plan.HasField("privacy"):
+            self.group.decide(lane.members, header, _without_others)
+        else:
+            self.group.decide(lane.members, header)
 
     def _check_enough(self, lane: Lane) -> None:
         left = [member for member in lane.members if member.present]
@@ -417,6 +420,23 @@ class FollowsTurns(Turns):
 
     def _check_enough(self, lane: Lane) -> None:
         """Checks nothing: the coordinator does."""
+
+
+def _without_others(header: pb.Header, member: Member) -> pb.Header:
+    """Returns what a decision says about one device, so that it does not learn who else takes part, or with how many labels."""
+    own = pb.Header()
+    own.CopyFrom(header)
+    if header.kind == pb.TABLE_ALL:
+        totals = [
+            pb.StepTotal(labels=row.labels, members=[member.index] * bool(row.labels)) for row in member.table or []
+        ]
+        own.table_all.CopyFrom(pb.TableAll(steps=totals))
+    elif header.kind == pb.STEP_CLOSE:
+        close = header.step_close
+        counted = [index for index in close.counted if index == member.index]
+        left_out = [left for left in close.left_out if left.device_index == member.index]
+        own.step_close.CopyFrom(pb.StepClose(counted=counted, left_out=left_out))
+    return own
 
 
 def _is_norm(ready: pb.StepReady) -> bool:

@@ -265,8 +265,13 @@ def test_a_private_step_divides_by_a_constant_whoever_came(tiny: ModelSource) ->
         device.step(device.labels)
     devices[2].act()
     devices[2].grad(1, spoil=lambda gradient: gradient.fill_(float("nan")))
-    for device in devices:
-        assert list(device.await_frame(pb.STEP_CLOSE).header.step_close.counted) == [0, 1]
+    for device, counted in zip(devices, ([0], [1], []), strict=True):
+        totals, close = (device.await_frame(kind).header for kind in (pb.TABLE_ALL, pb.STEP_CLOSE))
+        own = pb.StepTotal(labels=device.labels, members=[device.index])
+        assert list(totals.table_all.steps) == [own], "nobody learns who else takes part"
+        assert list(close.step_close.counted) == counted
+        assert [left.device_index for left in close.step_close.left_out] == [device.index] * (not counted)
+        assert not close.step_close.labels_counted
         device.done()
     site.end()
     stage = middle(tiny)
