@@ -27,7 +27,9 @@ RUN_KEYS = {
     "bandwidth": "strategy.bandwidth",
     "seed": "run.seed",
     "rank": "lora.rank",
+    "epsilon": "privacy.epsilon",
 }
+NO_PRIVACY = "none"  # of the axis epsilon
 
 
 class Bench(Section):
@@ -52,6 +54,7 @@ class Axes(Section):
     partition: tuple[str, ...] = ("iid",)
     rank: tuple[int, ...] = (8,)
     attack: tuple[str, ...] = ("none",)
+    epsilon: tuple[float | str, ...] = (NO_PRIVACY,)
     seed: tuple[int, ...] = (1,)
 
     @field_validator("*", mode="before")
@@ -62,6 +65,14 @@ class Axes(Section):
         if not values or len(set(values)) < len(values):
             raise ValueError("must hold at least one value, each once")
         return values
+
+    @field_validator("epsilon")
+    @classmethod
+    def epsilons(cls, value: tuple[float | str, ...]) -> tuple[float | str, ...]:
+        """Refuses what is neither a privacy budget nor its absence."""
+        if not all(one == NO_PRIVACY or (isinstance(one, float) and one > 0) for one in value):
+            raise ValueError(f"must hold numbers above 0, or '{NO_PRIVACY}' for a run without privacy")
+        return value
 
 
 class Protocols(Section):
@@ -87,8 +98,15 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """The cell's name and its folder's; independent of the order of the axes in the file."""
-        return "_".join(str(self.values[axis]).replace(":", "-") for axis in Axes.model_fields)
+        """The cell's name and its folder's; independent of the order of the axes in the file. Says epsilon if there is one."""
+        values = {axis: str(self.values[axis]).replace(":", "-") for axis in Axes.model_fields if axis != "epsilon"}
+        seed = values.pop("seed")
+        return "_".join([*values.values(), *([f"epsilon-{self.values['epsilon']:g}"] if self.private else []), seed])
+
+    @property
+    def private(self) -> bool:
+        """Whether the run promises an epsilon."""
+        return bool(self.values["epsilon"] != NO_PRIVACY)
 
     def same_but(self, *axes: str) -> tuple[Any, ...]:
         """Returns a key that this cell has in common with the cells that differ in `axes` only."""
@@ -134,11 +152,19 @@ class Matrix:
         return [name for name in Axes.model_fields if name != "seed" and len(getattr(self.axes, name)) > 1]
 
     def config(self, cell: Cell, classes: Sequence[str]) -> RunConfig:
-        """Returns the run file of a cell. Raises ConfigError for a value that no run file may have."""
+        """Returns the run file of a cell; without an epsilon, it has no section [privacy].
+
+        Raises ConfigError for a value that no run file may have.
+        """
         data = {section: dict(keys) for section, keys in self.base.items()}
+        if cell.private:
+            data["privacy"] = {"mode": "central", **data.get("privacy", {})}
+        else:
+            data.pop("privacy", None)
         for axis, key in RUN_KEYS.items():
             section, name = key.split(".")
-            data.setdefault(section, {})[name] = cell.values[axis]
+            if axis != "epsilon" or cell.private:
+                data.setdefault(section, {})[name] = cell.values[axis]
         if classes:
             data.setdefault("task", {}).update(kind="classification", classes=list(classes))
         federation = data.setdefault("federation", {})
@@ -186,6 +212,10 @@ def parse_matrix(data: Mapping[str, Any], path: Path) -> Matrix:
         check_partition(partition, path)
     for attack in axes.attack:
         _check_attack(attack, bench.devices, path)
+    if base.get("privacy") and axes.epsilon == (NO_PRIVACY,):
+        raise ConfigError(
+            f"[base.privacy] in {path} has no effect on a run without an epsilon: give axes.epsilon a number"
+        )
     matrix = Matrix(path.stem, path.parent, bench, axes, protocols, base)
     matrix.config(matrix.cells()[0], ())  # refuses a misspelt key of the run file before data are fetched
     return matrix

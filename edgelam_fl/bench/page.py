@@ -14,6 +14,7 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from edgelam_fl.bench.matrix import Matrix
+from edgelam_fl.bench.plot import over_epsilon
 from edgelam_fl.bench.tables import Lines, groups, markdown
 
 _COSTS = {
@@ -51,7 +52,7 @@ def page(matrix: Matrix, lines: Lines) -> str:
     figures_json = json.dumps(figures).replace("</", "<\\/")
     return _PAGE.format(
         title=escape(matrix.name),
-        body=_html(markdown(matrix, lines)) + plots,
+        body=_html(markdown(matrix, lines)) + over_epsilon(matrix, lines) + plots,
         plotly=get_plotlyjs(),
         figures=figures_json,
     )

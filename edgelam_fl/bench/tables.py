@@ -1,20 +1,24 @@
 """Compares the cells of a matrix and writes tables in Markdown, from the lines of its cells. Knows no processes.
 
 Accuracies are compared seed by seed: both runs of a pair had the same data, dealt alike, and started from the same adapter.
+A difference counts as one if a paired t test says so after Holm's correction for all comparisons of its table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from edgelam_fl.bench.matrix import Cell, Matrix
+from edgelam_fl.bench.matrix import NO_PRIVACY, Cell, Matrix
 
 Lines = Mapping[str, Mapping[str, Any]]  # the newest line of each cell and reference, by name
 Group = tuple[Any, ...]  # a value per varied axis, without the seed: one row of a table
 COSTS = {"bytes": "MB", "virtual_seconds": "virtual s", "joules": "J"}
 _SCALE = {"bytes": 1e6, "virtual_seconds": 1.0, "joules": 1.0}
+_LEVEL = 0.05  # of the tests, and of what intervals miss
 
 
 def groups(matrix: Matrix, lines: Lines) -> dict[Group, list[Mapping[str, Any]]]:
@@ -47,29 +51,72 @@ def mean_and_spread(values: list[float]) -> tuple[float, float]:
     return fmean(values), stdev(values) if len(values) > 1 else 0.0
 
 
-def differences(matrix: Matrix, lines: Lines) -> dict[Group, list[float]]:
-    """Returns each group's quality minus the baseline's, seed by seed, all else equal. Groups without a pair are absent."""
+def differences(matrix: Matrix, lines: Lines, axis: str = "", baseline: str = "") -> dict[Group, list[float]]:
+    """Returns each group's quality minus the baseline's, seed by seed, all else equal. Groups without a pair are absent.
+
+    `axis`, `baseline`: the axis to compare along and its value to compare with; "": those of the matrix.
+    """
+    axis, baseline = axis or matrix.compared, baseline or matrix.bench.baseline
     axes = matrix.varied() or ["aggregation"]
-    by_key = {
-        (Cell(line["cell"]).same_but(matrix.compared), line["cell"][matrix.compared]): line
-        for line in lines.values()
-        if line["state"] == "done"
-    }
+    done = [(cell, lines[cell.name]) for cell in matrix.cells() if lines.get(cell.name, {}).get("state") == "done"]
+    bases = {cell.same_but(axis): quality(line) for cell, line in done if cell.values[axis] == baseline}
     found: dict[Group, list[float]] = {}
-    for (rest, value), line in by_key.items():
-        base = by_key.get((rest, matrix.bench.baseline))
-        if base is not None and value != matrix.bench.baseline:
-            found.setdefault(tuple(line["cell"][axis] for axis in axes), []).append(quality(line) - quality(base))
+    for cell, line in done:
+        base = bases.get(cell.same_but(axis))
+        if base is not None and cell.values[axis] != baseline:
+            found.setdefault(tuple(cell.values[name] for name in axes), []).append(quality(line) - base)
     return found
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The mean of paired differences with its 95 % interval, and p of "no difference", corrected; nan: of one pair."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+
+    @property
+    def differs(self) -> bool:
+        return self.p < _LEVEL
+
+
+def compared(pairs: Mapping[Group, Sequence[float]]) -> dict[Group, Compared]:
+    """Tests each group's differences against zero: paired t tests, corrected for their number by Holm's method.
+
+    Holm (Scand. J. Statist. 6, 1979): the k-th smallest of n p-values is multiplied by n - k + 1, and kept in order.
+    """
+    found = {group: _tested(values) for group, values in pairs.items()}
+    ordered = sorted((group for group in found if not math.isnan(found[group].p)), key=lambda group: found[group].p)
+    corrected, least = {}, 0.0
+    for rank, group in enumerate(ordered):
+        least = max(least, min(1.0, found[group].p * (len(ordered) - rank)))
+        corrected[group] = least
+    return {group: Compared(c.mean, c.low, c.high, corrected.get(group, c.p)) for group, c in found.items()}
+
+
+def _tested(values: Sequence[float]) -> Compared:
+    """Returns the t interval and p of one group, not corrected."""
+    from scipy.stats import t  # takes a second; comes with scikit-learn, which `edgelam bench` needs
+
+    mean, spread = mean_and_spread(list(values))
+    if len(values) < 2:
+        return Compared(mean, math.nan, math.nan, math.nan)
+    error, freedom = spread / math.sqrt(len(values)), len(values) - 1
+    if not error:  # of equal differences, which accuracies on a finite test set can be
+        return Compared(mean, mean, mean, 0.0 if mean else 1.0)
+    reach = float(t.ppf(1 - _LEVEL / 2, freedom)) * error
+    return Compared(mean, mean - reach, mean + reach, 2 * float(t.sf(abs(mean) / error, freedom)))
 
 
 # ---------------------------------------------------------------- tables
 
 
 def markdown(matrix: Matrix, lines: Lines) -> str:
-    """Returns the results as Markdown: tables, what differs beyond the spread, references, protocols, failures."""
+    """Returns the results as Markdown: tables, which differences are real, references, protocols, failures."""
     parts = [f"# {matrix.name}\n", _about(matrix, lines), _table(matrix, lines), _sentences(matrix, lines)]
-    parts += [_references(lines), _protocols(matrix, lines), _failures(lines)]
+    parts += [_privacy_costs(matrix, lines), _references(lines), _protocols(matrix, lines), _failures(lines)]
     return "\n".join(part for part in parts if part)
 
 
@@ -78,7 +125,8 @@ def _about(matrix: Matrix, lines: Lines) -> str:
     text = (
         f"{done} of {len(matrix.cells())} cells. {bench.dataset}, {bench.examples or 'all'} examples, {bench.test:.0%} of them "
         f"measured, the rest dealt to {bench.devices} devices; seeds {', '.join(map(str, matrix.axes.seed))}. The spread is the "
-        f"sample standard deviation over the seeds; differences are taken seed by seed.\n"
+        f"sample standard deviation over the seeds; differences are taken seed by seed, with the 95 % interval of a paired t "
+        f"test, and with p corrected for all comparisons of a table (Holm).\n"
     )
     if any(line.get("personal") for line in lines.values()):
         text += (
@@ -90,16 +138,16 @@ def _about(matrix: Matrix, lines: Lines) -> str:
 
 def _table(matrix: Matrix, lines: Lines) -> str:
     axes = matrix.varied() or ["aggregation"]
-    apart = differences(matrix, lines)
-    percent = all(line["accuracy"] is not None for line in lines.values() if line["state"] == "done")
+    apart = compared(differences(matrix, lines))
+    percent = _is_accuracy(lines)
     name = "accuracy, %" if percent else "perplexity"
     costs = [cost for cost in COSTS if any(line.get(cost) for line in lines.values())]
-    heads = [*axes, name, "spread", f"less {matrix.bench.baseline}", "spread of it", "aggregation error"]
+    heads = [*axes, name, "spread", *_difference_heads(matrix.bench.baseline), "aggregation error"]
     rows = [heads + [COSTS[cost] for cost in costs], ["---"] * (len(heads) + len(costs))]
     for group, found in groups(matrix, lines).items():
         scale = 100 if percent else 1
-        row = [str(value) for value in group] + _shown([scale * abs(quality(line)) for line in found], "")
-        row += _shown([scale * apart_by for apart_by in apart.get(group, [])], "+")
+        row = [*map(_word, group), *_shown([scale * abs(quality(line)) for line in found])]
+        row += _difference(apart.get(group), scale)
         errors = [line["aggregation_error"] for line in found if line["aggregation_error"] is not None]
         row.append(f"{fmean(errors):.3g}" if errors else "")
         row += [f"{fmean(line[cost] for line in found) / _SCALE[cost]:.1f}" for cost in costs]
@@ -107,36 +155,66 @@ def _table(matrix: Matrix, lines: Lines) -> str:
     return _rows(rows)
 
 
-def _shown(values: list[float], sign: str) -> list[str]:
+def _word(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _shown(values: list[float]) -> list[str]:
     """Formats mean and spread as two table cells; one value has no spread."""
-    if not values:
-        return ["", ""]
     mean, spread = mean_and_spread(values)
-    return [f"{mean:{sign}.2f}", f"{spread:.2f}" if len(values) > 1 else ""]
+    return [f"{mean:.2f}", f"{spread:.2f}" if len(values) > 1 else ""]
+
+
+def _difference_heads(baseline: str) -> list[str]:
+    return [f"less {baseline}", "95 % interval", "p"]
+
+
+def _difference(found: Compared | None, scale: float) -> list[str]:
+    """Formats a comparison as three table cells; one pair has no interval."""
+    if found is None:
+        return ["", "", ""]
+    mean = f"{scale * found.mean:+.2f}"
+    if math.isnan(found.p):
+        return [mean, "", ""]
+    return [mean, f"{scale * found.low:+.2f} to {scale * found.high:+.2f}", f"{found.p:.2g}"]
 
 
 def _rows(rows: Iterable[list[str]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def _sentences(matrix: Matrix, lines: Lines) -> str:
-    """Names the differences that are larger than the spread over the seeds."""
-    beyond, within = [], []
-    for group, pairs in differences(matrix, lines).items():
-        mean, spread = mean_and_spread(pairs)
-        name = " ".join(str(value) for value in group)
-        if len(pairs) > 1 and abs(mean) > spread:
-            beyond.append(f"{name} ({100 * mean:+.2f} points)" if _is_accuracy(lines) else f"{name} ({mean:+.2f})")
+def _sentences(matrix: Matrix, lines: Lines, axis: str = "", baseline: str = "") -> str:
+    """Names the differences that are real by the corrected test."""
+    real, not_shown = [], []
+    found = compared(differences(matrix, lines, axis, baseline))
+    for group, one in found.items():
+        name = " ".join(map(_word, group))
+        if one.differs:
+            real.append(
+                f"{name} ({100 * one.mean:+.2f} points)" if _is_accuracy(lines) else f"{name} ({one.mean:+.2f})"
+            )
         else:
-            within.append(name)
-    if not beyond and not within:
+            not_shown.append(name)
+    if not found:
         return ""
     if len(matrix.axes.seed) < 2:
         return "\nOne seed: the spread over seeds is not known, so no difference is called one.\n"
+    base = baseline or matrix.bench.baseline
     return (
-        f"\nBeyond the spread of the paired differences to {matrix.bench.baseline}: {', '.join(beyond) or 'none'}.\n"
-        f"Within it, so these seeds do not separate them: {', '.join(within) or 'none'}.\n"
+        f"\nReal differences to {base}, by the corrected test at {100 * _LEVEL:g} %: {', '.join(real) or 'none'}.\n"
+        f"Not shown by these seeds, which is not the same as equal: {', '.join(not_shown) or 'none'}.\n"
     )
+
+
+def _privacy_costs(matrix: Matrix, lines: Lines) -> str:
+    """Compares each epsilon with no privacy, all else equal."""
+    found = compared(differences(matrix, lines, "epsilon", NO_PRIVACY))
+    if not found:
+        return ""
+    heads = [*matrix.varied(), *_difference_heads("no privacy")]
+    scale = 100 if _is_accuracy(lines) else 1
+    rows = [[*map(_word, group), *_difference(one, scale)] for group, one in found.items()]
+    return "\n" + _rows([heads, ["---"] * len(heads), *rows]) + _sentences(matrix, lines, "epsilon", NO_PRIVACY)
 
 
 def _is_accuracy(lines: Lines) -> bool:
@@ -197,5 +275,5 @@ def _measured(matrix: Matrix, lines: Lines, title: str, of: Any, scale: float) -
     for group, found in groups(matrix, lines).items():
         values = [value for line in found if (value := of(line)) is not None]
         mean = f"{fmean(values) / scale:.4g}" if values else "never"
-        rows.append([*map(str, group), mean, f"{len(values)} of {len(found)}"])
+        rows.append([*map(_word, group), mean, f"{len(values)} of {len(found)}"])
     return "\n" + _rows(rows)

@@ -12,7 +12,9 @@ from edgelam_fl.bench import command, runner
 from edgelam_fl.bench.datasets import load, write_cell
 from edgelam_fl.bench.matrix import Bench, read_matrix
 from edgelam_fl.bench.partition import deal
-from edgelam_fl.bench.tables import at_budget, cost_to, differences, markdown
+from edgelam_fl.bench.plot import over_epsilon
+from edgelam_fl.bench.tables import at_budget, compared, cost_to, differences, markdown
+from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, EnvironmentProblem, RunFailed
 from edgelam_fl.simulation.attacks import noise, sign_flip
 from edgelam_fl.simulation.fabric import read_federation
@@ -44,6 +46,16 @@ def written(tmp_path: Path, text: str) -> Path:
         ("[axes]\nattack = 'signflip:2'", "axes.attack = 'signflip:2' in .* is not known; did you mean 'sign-flip'"),
         ("[axes]\nattack = 'noise'", "axes.attack = 'noise' in .* must say how many of the 20 devices"),
         ("[axes]\nattack = 'noise:20'", "1 to 19"),
+        ("[axes]\nepsilon = ['no']", r"axes.epsilon = \['no'\] must hold numbers above 0, or 'none' for a run without"),
+        ("[axes]\nepsilon = [8, 0]", r"axes.epsilon = \[8, 0\] must hold numbers above 0"),
+        (
+            "[base.privacy]\nclip = 0.5",
+            r"\[base.privacy\] in .* has no effect on a run without an epsilon: give axes.epsilon",
+        ),
+        (
+            "[axes]\nepsilon = 8\n[base.privacy]\nepsilon = 4",
+            "base.privacy.epsilon in .* is an axis: write it as axes.ep",
+        ),
         ("[base.lora]\nrank = 4", "base.lora.rank in .* is an axis: write it as axes.rank"),
         ("[base.federation]\nround = 2", "unknown key federation.round in .*: did you mean 'federation.rounds'"),
         ("[base]\nmodel = 'x'", r"\[base\] in .* holds sections of a run file"),
@@ -102,6 +114,18 @@ def test_the_committed_matrices_can_be_read(file: Path) -> None:
     cells = matrix.cells()
     assert len({cell.name for cell in cells}) == len(cells)
     assert len(cells) == np.prod([len(getattr(matrix.axes, axis)) for axis in type(matrix.axes).model_fields])
+
+
+def test_an_epsilon_turns_privacy_on_and_none_turns_it_off(tmp_path: Path) -> None:
+    base = '[base.privacy]\nclip = 0.5\nmode = "device"\n'
+    matrix = read_matrix(written(tmp_path, f"[axes]\nepsilon = ['none', 8, 0.5]\n{base}"))
+    names = ["fedavg_all_uniform_iid_8_none_1", "fedavg_all_uniform_iid_8_none_epsilon-8_1"]
+    assert [cell.name for cell in matrix.cells()] == [*names, "fedavg_all_uniform_iid_8_none_epsilon-0.5_1"]
+    none, eight, half = (matrix.config(cell, ()).privacy for cell in matrix.cells())
+    assert none == RunConfig().privacy
+    assert [(one.mode, one.epsilon, one.clip) for one in (eight, half)] == [("device", 8.0, 0.5), ("device", 0.5, 0.5)]
+    without_mode = read_matrix(written(tmp_path, "[axes]\nepsilon = 2\n"))
+    assert without_mode.config(without_mode.cells()[0], ()).privacy.mode == "central"
 
 
 # ---------------------------------------------------------------- data
@@ -188,7 +212,42 @@ def test_differences_are_taken_seed_by_seed(tmp_path: Path) -> None:
     assert differences(matrix, lines)[("ffa",)] == pytest.approx([0.6 - 0.5, 0.81 - 0.7])
     text = markdown(matrix, lines)
     assert f"| ffa | {100 * (0.6 + 0.81) / 2:.2f} |" in text  # the seeds differ by 20 points, the pairs by one
-    assert "Beyond the spread of the paired differences to fedavg: ffa (+10.50 points)." in text
+    assert "Real differences to fedavg, by the corrected test at 5 %: ffa (+10.50 points)." in text
+
+
+def test_a_difference_is_real_by_a_paired_test_that_is_corrected_for_all_comparisons() -> None:
+    """p of t = 6.0622 and of 0.5774 with 2 degrees of freedom, computed by hand: 1 - t / sqrt(t^2 + 2)."""
+    clear, faint, single = compared({("a",): [1.0, 1.5, 2.0], ("b",): [-0.5, 0.5, 0.5], ("c",): [9.0]}).values()
+    t_clear, t_faint = 1.5 / (0.5 / 3**0.5), (0.5 / 3) / (3**-0.5 / 3**0.5)
+    p_clear, p_faint = (1 - t / (t * t + 2) ** 0.5 for t in (t_clear, t_faint))
+    assert (clear.p, faint.p) == (pytest.approx(2 * p_clear), pytest.approx(p_faint))
+    assert (clear.low, clear.high) == (
+        pytest.approx(1.5 - 4.302653 * 0.5 / 3**0.5),
+        pytest.approx(1.5 + 1.242068, 1e-4),
+    )
+    assert [one.differs for one in (clear, faint, single)] == [False, False, False]  # uncorrected, the first would be
+    assert p_clear < 0.05 < 2 * p_clear
+    equal, zero = compared({("a",): [0.5, 0.5], ("b",): [0.0, 0.0]}).values()
+    assert (equal.differs, zero.differs) == (True, False)
+
+
+def test_what_privacy_costs_is_told_and_drawn(tmp_path: Path) -> None:
+    text = GOOD.replace("[axes]\n", "[axes]\nepsilon = ['none', 8, 2]\n")
+    matrix = read_matrix(written(tmp_path, text))
+    cost = {"none": 0.0, 8.0: 0.1, 2.0: 0.3}
+    lines = {}
+    for number, cell in enumerate(matrix.cells()):
+        accuracy = 0.8 - cost[cell.values["epsilon"]] - 0.0001 * number
+        lines[cell.name] = line("fedavg", 1, accuracy) | {"name": cell.name, "cell": dict(cell.values)}
+    told = markdown(matrix, lines)
+    assert "| aggregation | epsilon | less no privacy | 95 % interval | p |" in told
+    assert "| fedavg | 8 | -10.0" in told
+    assert "Real differences to no" in told
+    drawn = over_epsilon(matrix, lines)
+    assert drawn.count("<circle") == 6
+    assert all(word in drawn for word in (">no privacy<", ">8<", ">2<", ">fedavg<", ">ffa<", ">accuracy, %<"))
+    assert over_epsilon(read_matrix(written(tmp_path, GOOD)), lines) == ""
+    assert over_epsilon(matrix, {}) == ""
 
 
 def test_a_selection_may_be_what_the_others_are_compared_with(tmp_path: Path) -> None:
