@@ -8,7 +8,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from edgelam_fl.plan.fronts import exposures_at
 from edgelam_fl.plan.layout import Site
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.telemetry.events import (
     DemandSeen,
     DeviceLeftOut,
@@ -20,6 +22,7 @@ from edgelam_fl.telemetry.events import (
     RoutePicture,
     SitePicture,
     StepLeftOut,
+    TextReadable,
     TimelineInterval,
 )
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -53,6 +56,18 @@ def describe_plan(planned: PlannedRound, num_layers: int, personal: bool) -> Pla
         },
         personal=personal,
         demands=demands,
+    )
+
+
+def describe_readable(number: int, routes: Iterable[pb.Route], spec: RunSpec) -> TextReadable | None:
+    """Makes the event of what hosts can read, for the device that keeps the fewest layers in front; None without hosts."""
+    ends = {(route.front, spec.source.num_layers - route.back_first) for route in routes if route.hops}
+    found = exposures_at(spec.config, spec.source.digest, ends)
+    if not found:
+        return None
+    least = found[0]
+    return TextReadable(
+        round=number, front=least.front, back=least.back, text=least.text, labels=least.labels, words=least.words()
     )
 
 

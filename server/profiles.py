@@ -14,6 +14,7 @@ from flwr.app import RecordDict
 from google.protobuf.message import DecodeError
 
 from edgelam_fl.addresses import split_address
+from edgelam_fl.config import most_read_by_hosts
 from edgelam_fl.errors import ConfigError, ProtocolError
 from edgelam_fl.names import printable, why_no_name, why_no_tag
 from edgelam_fl.wire import PROTOCOL_VERSION
@@ -82,6 +83,8 @@ def _problems(profile: pb.Profile) -> Iterator[str]:
     yield from _unknown_words("codecs", profile.codecs)
     yield from _unknown_words("versions", profile.versions)
     yield from _unknown_words("versions", profile.versions.values(), _VERSION)
+    if reason := _why_no_trust(profile.trust):
+        yield f"its trust {_shown(profile.trust)} {reason}"
     for field, most in _MOST.items():
         yield from _out_of_range(field, getattr(profile, field), most)
     yield from _bad_seconds("base_seconds", profile.base_seconds)
@@ -90,6 +93,14 @@ def _problems(profile: pb.Profile) -> Iterator[str]:
         yield from _bad_seconds("layer_times.seconds", time.seconds)
     if profile.address and (reason := _why_no_address(profile.address, profile.name)):
         yield f"its address {_shown(profile.address)} {reason}"
+
+
+def _why_no_trust(trust: str) -> str:
+    try:
+        most_read_by_hosts(trust or "hosts")
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _unknown_words(field: str, words: Iterable[str], pattern: re.Pattern[str] = _KEY) -> Iterator[str]:

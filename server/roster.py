@@ -88,7 +88,7 @@ class Roster:
             devices = max(federation.min_nodes, federation.expect_nodes) if patient else federation.min_nodes
             hosts = config.split.least_hosts * (config.split.sites if patient else 1)
             here = len(who_may_host(config, self.profiles.values()))
-            fit = [name for name in self.devices() if not unfit(config, self.profiles[name])]
+            fit = [name for name in self.devices() if not self._unfit(config, name)]
             short = len(fit) < devices or here < hosts
             enough_since = math.inf if short else min(enough_since, now)
             if not short and not news and not self._waits_for_others(enough_since, enough_since - began):
@@ -273,9 +273,12 @@ class Roster:
         self._ids.pop(name, None)
         self.problems[name] = reason
 
+    def _unfit(self, config: RunConfig, name: str) -> str:
+        return unfit(config, self.profiles[name], self._request.model_digest)
+
     def _too_few(self, config: RunConfig, hosts: int) -> RunFailed:
         federation, devices = config.federation, self.devices()
-        reasons = {name: unfit(config, self.profiles[name]) for name in devices} | self.problems
+        reasons = {name: self._unfit(config, name) for name in devices} | self.problems
         problems = "".join(f"; {name}: {reason}" for name, reason in sorted(reasons.items()) if reason)
         any_device = " or devices that listen" if config.split.host_on == "any" else ""
         wanted_hosts = f" and {hosts} edge servers{any_device} (split.hosts)" if hosts else ""

@@ -30,7 +30,7 @@ from edgelam_fl.telemetry.events import (
     VirtualRound,
 )
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.events_of_round import describe_plan, describe_round, describe_timeline
+from server.events_of_round import describe_plan, describe_readable, describe_round, describe_timeline
 from server.exchange import Arrived, Exchange, Missing, Request, SiteDeadline
 from server.global_adapter import with_missing_modules
 from server.hub import NO_HUB, RunHub
@@ -70,6 +70,7 @@ class Rounds:
         self.placement = Placement(spec, folder.emit)
         strategy = self.config.strategy
         self.aggregation = load("aggregation", strategy.aggregation, strategy.options, bounds)
+        self._readable = ""  # what hosts can read, as it was said last
         self._exchange, self._timing, self._run, self._kept_nodes = exchange, exchange.timing, run, kept_nodes
 
     def run(self) -> FederationState:
@@ -152,7 +153,14 @@ class Rounds:
             sums_on_arrival=trains and sums_on_arrival(capabilities, len(plans), self._kept_nodes),
         )
         self.folder.emit(describe_plan(planned, self.spec.source.num_layers, capabilities.personal))
+        self._say_what_is_readable(planned)
         return planned
+
+    def _say_what_is_readable(self, planned: PlannedRound) -> None:
+        found = describe_readable(planned.facts.round, planned.layout.routes.values(), self.spec)
+        if found and found.words != self._readable:
+            self._readable = found.words
+            self.folder.emit(found)
 
     def _layout(self, number: int, lineup: Lineup, trains: bool) -> Layout:
         devices = [self.roster.profiles[name] for name in lineup.names]

@@ -16,6 +16,7 @@ from edgelam_fl.bounds import DEFAULT_BOUNDS, Bounds
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.plan.bases import value_bytes
+from edgelam_fl.plan.fronts import why_owner_refuses
 from edgelam_fl.plan.making import own_steps
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.telemetry.events import VirtualDevice, VirtualRound
@@ -30,8 +31,8 @@ _BELOW_SHARE = 0.8  # a device that sends slower than this part of its share is 
 _LEAST_OF_ESTIMATE = 0.1  # a device that moved less was left out of steps, and must not get a smaller share for it
 
 
-def unfit(config: RunConfig, profile: pb.Profile) -> str:
-    """Returns why a device is not a candidate; empty: it is one."""
+def unfit(config: RunConfig, profile: pb.Profile, digest: str = "") -> str:
+    """Returns why a device is not a candidate; empty: it is one. `digest`: of the model's files, to know what hosts can read."""
     strategy = config.strategy
     missing = [tag for tag in strategy.require_tags if tag not in profile.tags]
     if missing:
@@ -41,7 +42,7 @@ def unfit(config: RunConfig, profile: pb.Profile) -> str:
             f"has {profile.memory_available_bytes / 1e6:.0f} MB of free memory, "
             f"{strategy.min_memory_bytes / 1e6:.0f} are required (strategy.min_memory_bytes)"
         )
-    return ""
+    return why_owner_refuses(config, digest, profile)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +80,7 @@ class Schedule:
         `edges`: the number of edge servers. If there are too few, and devices may host, listening devices are added.
         """
         config = self.config
-        left_out = {profile.name: reason for profile in here if (reason := unfit(config, profile))}
+        left_out = {profile.name: reason for profile in here if (reason := self._unfit(profile))}
         state = RoundState(
             number, self.candidates([profile for profile in here if profile.name not in left_out], number),
             Random(f"{config.run.seed}/select/{number}"), capacity_bps=self.capacity,
@@ -94,6 +95,9 @@ class Schedule:
             names.append(name)
             why[name] = "takes part because a host is needed (split.host_on)"
         return Selected(names, why)
+
+    def _unfit(self, profile: pb.Profile) -> str:
+        return unfit(self.config, profile, self.spec.source.digest)
 
     def _missing_hosts(self, names: Sequence[str], listening: Sequence[str], edges: int) -> list[str]:
         """Returns the devices that must take part too, so that one site has its hosts: a device hosts while it trains."""
@@ -120,7 +124,7 @@ class Schedule:
 
     def everyone(self, here: Sequence[pb.Profile]) -> Selected:
         """Selects all devices that may take part: for the evaluation after the last round."""
-        reasons = {profile.name: unfit(self.config, profile) for profile in here}
+        reasons = {profile.name: self._unfit(profile) for profile in here}
         names = [name for name, reason in reasons.items() if not reason]
         return Selected(names, {name: reason or "all measure the result" for name, reason in reasons.items()})
 

@@ -180,6 +180,14 @@ def client(
             help="A word by which a run may choose this node (strategy.require_tags); repeat it.",
         ),
     ] = [],  # noqa: B006
+    trust: Annotated[
+        str,
+        typer.Option(
+            "--trust",
+            metavar="hosts|measured:X|none",
+            help="What hosts may read of this device's text: all of it (hosts), a measured share of at most X (measured:0.2), or nothing (none: only runs without hosts). A plan that leaks more is refused here, whatever the run file says.",
+        ),
+    ] = "",
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait for a server that does not answer yet, as a service at boot must.")
     ] = False,
@@ -188,12 +196,13 @@ def client(
 ) -> None:
     """Makes this machine a node of a federation: joins with --join the first time, and later starts without options.
 
-    A device has data, which never leave it: what travels is hidden states, gradients and adapters. Ctrl-C ends it.
+    A device has data, whose bytes stay on it: what travels is hidden states, gradients and adapters. Hosts can read content in
+    hidden states: --trust limits that, and `edgelam leakage` measures it. Ctrl-C ends the node.
     """
     from edgelam_fl.federation.join import join
     from edgelam_fl.federation.standing import NodeOptions
     from edgelam_fl.files import keep_private
 
     keep_private()
-    options = NodeOptions(server, data, listen, advertise, threads, tuple(tag))
+    options = NodeOptions(server, data, listen, advertise, threads, tuple(tag), trust)
     raise typer.Exit(join(console, options, join_text=join_text, name=name, state=state, insecure=insecure, wait=wait))

@@ -9,12 +9,15 @@ from pathlib import Path
 from rich.console import Console
 
 from edgelam_fl.addresses import answers, check_server_answers, split_address
+from edgelam_fl.config import most_read_by_hosts
 from edgelam_fl.errors import INTERRUPTED, ConfigError, EnvironmentProblem
 from edgelam_fl.federation.node_process import NodeProcesses
 from edgelam_fl.federation.standing import NodeOptions, Standing, find_standing
 from edgelam_fl.machine import since_boot_s
 from edgelam_fl.names import why_no_tag
+from edgelam_fl.privacy.limits import percent
 from edgelam_fl.tasks.files import read_records
+from edgelam_fl.telemetry.events import EventTail, TextReadableHere, of_kind
 from edgelam_fl.trust.identity import load_identity
 from edgelam_fl.trust.join import Membership, clock_words, renew
 from edgelam_fl.wire.relay import RELAY
@@ -44,6 +47,7 @@ def join(
     standing = find_standing(options, join_text, name, state, insecure)
     options = standing.options
     _check_data_plane(options)
+    _check_trust(standing.name, options)
     for tag in options.tags:
         if problem := why_no_tag(tag):
             raise ConfigError(f"--tag {tag!r} {problem}")
@@ -64,7 +68,7 @@ def join(
     )
     node = NodeProcesses(
         standing.name, options.server, standing.state, options.data, options.listen, options.advertise, options.threads,
-        options.tags, identity=standing.identity, insecure=insecure, clock_offset_s=offset_s,
+        options.tags, options.trust, identity=standing.identity, insecure=insecure, clock_offset_s=offset_s,
     )  # fmt: skip
     return _watch(console, node)
 
@@ -79,6 +83,20 @@ def _check_data_plane(options: NodeOptions) -> None:
             raise ConfigError(
                 f"--listen {RELAY} means that nobody can dial this node, so it has no --advertise {options.advertise}"
             )
+
+
+def _check_trust(name: str, options: NodeOptions) -> None:
+    """Raises ConfigError for a trust that is none, or that a node without text has no use for."""
+    if not options.trust:
+        return
+    try:
+        most_read_by_hosts(options.trust)
+    except ValueError as error:
+        raise ConfigError(f"--trust {options.trust!r} {error}") from error
+    if options.data is None:
+        raise ConfigError(
+            f"--trust {options.trust} says what hosts may read of a device's text, and {name} has no data"
+        )
 
 
 def _await_server(console: Console, host: str, port: int) -> None:
@@ -116,6 +134,15 @@ def _say(console: Console, text: str) -> None:
     console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
+def _trust_words(trust: str) -> str:
+    """Says what hosts may read of a device's text, before any plan is here."""
+    if trust == "none":
+        return "no host gets anything of its text (--trust none): it takes part only in runs with split.hosts = 0"
+    if trust.startswith("measured"):
+        return f"plans by which hosts can read more than {percent(most_read_by_hosts(trust))} of its text are refused (--trust {trust})"
+    return "the bytes of its text stay here; hosts can read most of the content. --trust limits that, and PRIVACY.md says more"
+
+
 @dataclass
 class Renewals:
     """Asks now and then whether a node's certificate still lasts."""
@@ -151,8 +178,14 @@ def _watch(console: Console, node: NodeProcesses) -> int:
                 time.sleep(_POLL_S)
         role = "device" if node.data else "edge server"
         _say(console, f"{node.name} is here as {role}; logs in {node.state}. Ctrl-C ends it.")
+        if node.data:
+            _say(console, _trust_words(node.trust))
+        tail = EventTail(node.state / "events.jsonl")
+        tail.poll()  # what was said before
         while True:
             time.sleep(1.0)
+            for event in of_kind(tail.poll(), TextReadableHere):
+                _say(console, f"by this run's plan, {event.words}")
             news = node.watch()
             if news:
                 _say(console, news)

@@ -35,6 +35,8 @@ class NodeProcesses:
     """CPU threads; 0: all."""
     tags: Sequence[str] = ()
     """Words by which a run may choose the node."""
+    trust: str = ""
+    """What a device's owner lets hosts read of its text, as split.trust; "": all."""
     forked: bool = False
     """Whether its processes are forked from a template: for several nodes of one machine."""
     identity: Path | None = None
@@ -67,6 +69,7 @@ class NodeProcesses:
         command += ["--server", self.server]
         command += ["--data", str(self.data.absolute())] if self.data else []
         command += [f"--tag={tag}" for tag in self.tags]
+        command += ["--trust", self.trust] if self.trust else []
         command += ["--identity", str(self.identity)] if self.identity else []
         command += ["--insecure"] if self.insecure else []
         self._start_child("stage host", command, "stage-host.log")

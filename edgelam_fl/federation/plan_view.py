@@ -27,8 +27,10 @@ from edgelam_fl.federation.operator import Operator
 from edgelam_fl.federation.submission import FollowTiming, Submission
 from edgelam_fl.model.base_names import PROFILED_TOKENS
 from edgelam_fl.model.source import ModelSource
+from edgelam_fl.plan.fronts import exposures_at
 from edgelam_fl.plan.placement import first_proposal
 from edgelam_fl.plan.spec import RunSpec
+from edgelam_fl.privacy.limits import Exposure
 from edgelam_fl.telemetry.events import (
     NodeJoined,
     NodePlaced,
@@ -53,17 +55,21 @@ class ForeseenPlan:
 
     placement: PlacementMade
     num_layers: int  # of the model
+    readable: tuple[Exposure, ...]  # what hosts can read, per number of layers that devices keep
 
     def to_json(self) -> dict[str, Any]:
-        """Returns what `--json` prints: the fields of the event `placement`, and num_layers."""
-        return {**as_json(self.placement), "num_layers": self.num_layers}
+        """Returns what `--json` prints: the fields of the event `placement`, num_layers, and per front what hosts can read."""
+        read = [
+            {"front": each.front, "back": each.back, "text": each.text, "labels": each.labels} for each in self.readable
+        ]
+        return {**as_json(self.placement), "num_layers": self.num_layers, "readable": read}
 
 
 def plan_of_profiles(config: RunConfig, file: Path) -> ForeseenPlan:
     """Plans for the nodes whose profiles a file holds. Raises ConfigError, or what a run would raise."""
     profiles = read_profiles(file)
     spec: RunSpec = app_module("server.checks").check_config(config, elsewhere=True)
-    return ForeseenPlan(first_proposal(spec, profiles).event(), spec.source.num_layers)
+    return _foreseen(first_proposal(spec, profiles).event(), spec.config, spec.source)
 
 
 def plan_on_server(console: Console, config: RunConfig, source: ModelSource, operator: Operator) -> ForeseenPlan:
@@ -81,7 +87,13 @@ def plan_on_server(console: Console, config: RunConfig, source: ModelSource, ope
                 event = _await_placement(submission, config.federation.join_deadline_s + _MESSAGES_S)
         finally:
             shutil.rmtree(out, ignore_errors=True)
-    return ForeseenPlan(event, source.num_layers)
+    return _foreseen(event, config, source)
+
+
+def _foreseen(placement: PlacementMade, config: RunConfig, source: ModelSource) -> ForeseenPlan:
+    layers = source.num_layers
+    ends = {(device.first, layers - device.last) for site in placement.sites for device in site.devices}
+    return ForeseenPlan(placement, layers, tuple(exposures_at(config, source.digest, ends)))
 
 
 def _await_placement(submission: Submission, deadline_s: float) -> PlacementMade:
@@ -175,7 +187,7 @@ def plan_view(plan: ForeseenPlan) -> Group:
         parts += [_picture(site, layers), _table(site, layers, title), _words(site)]
     step_s, window = plan.placement.step_s, plan.placement.window
     closing = f"a step takes {step_s:.3g} s, as predicted; micro-batches in flight: {window}"
-    return Group(*parts, Text(closing))
+    return Group(*parts, Text(closing), *(Text(each.words()) for each in plan.readable))
 
 
 def _picture(site: SitePlaced, layers: int) -> Text:

@@ -34,6 +34,8 @@ class NodeOptions:
     advertise: str = ""
     threads: int = 0
     tags: Sequence[str] = ()
+    trust: str = ""
+    """What a device's owner lets hosts read of its text, as split.trust; "": all."""
 
     def over(self, kept: NodeOptions) -> NodeOptions:
         """Returns these options, with those that say nothing filled in from `kept`."""

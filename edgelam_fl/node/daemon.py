@@ -99,6 +99,7 @@ def _make_node(options: argparse.Namespace, log: EventLog, security: Security) -
         examples=DeviceExamples(options.data) if options.data is not None else None,
         address=BEHIND + options.name if options.listen == RELAY else options.advertise,
         tags=options.tag,
+        trust=options.trust,
         server=split_address(options.server, "--server")[0] if options.server else "",
         open_door=partial(RelayedDoor, security=security),
         follow=partial(Following, security=security) if security.identity else None,
@@ -136,6 +137,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--tag", action="append", default=[], help="a word by which runs may choose the node; may be repeated"
     )
+    parser.add_argument("--trust", default="hosts", help="what hosts may read of a device's text, as split.trust")
     parser.add_argument("--identity", type=Path, help="folder with the node's keys; without it: plain text")
     parser.add_argument("--insecure", action="store_true", help="allows plain text beyond this machine")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")

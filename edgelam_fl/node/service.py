@@ -23,11 +23,13 @@ from edgelam_fl.node.part import Part
 from edgelam_fl.node.play import Means, NodeHooks, play
 from edgelam_fl.node.profile.answer import answer_profile
 from edgelam_fl.node.server_hub import ServerHub
+from edgelam_fl.plan.fronts import exposure_of_plan
 from edgelam_fl.plan.modes import host_mode, label_place
 from edgelam_fl.plan.reading import part_id
+from edgelam_fl.privacy.limits import Exposure, why_refused
 from edgelam_fl.split.group import RETRY_MS
 from edgelam_fl.split.route import Dial
-from edgelam_fl.telemetry.events import Emit, JobDone
+from edgelam_fl.telemetry.events import Emit, JobDone, TextReadableHere
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.grpc.secure import PLAIN, Security
@@ -72,6 +74,7 @@ class StageHost:
         examples: DeviceExamples | None = None,
         address: str = "",
         tags: Sequence[str] = (),
+        trust: str = "hosts",
         server: str = "",
         open_door: OpenDoor | None = None,
         follow: Callable[[str], Closes] | None = None,
@@ -82,18 +85,20 @@ class StageHost:
         """Loads nothing yet.
 
         `examples`: a device's; None makes it an edge server. `address`: where others reach its data plane, empty if they
-        cannot; may be set until the first profile is asked for. `tags`: words by which a run may choose the node. `server`:
+        cannot; may be set until the first profile is asked for. `tags`: words by which a run may choose the node. `trust`: what a
+        device's owner lets hosts read of its text, as split.trust; a plan that leaks more is refused. `server`:
         host of its server, where the hub is. `open_door`: lets others in by way of the hub; None: they dial the node alone.
         `follow`: listens at the hub's address to whose membership has ended; None: nobody's ends here. `security`: how the
         node calls the hub.
         """
         self.name, self.address = name, address
         self.role = pb.EDGE if examples is None else pb.DEVICE
-        self._emit, self._tags, self._examples = emit, tuple(tags), examples
+        self._emit, self._tags, self._trust, self._examples = emit, tuple(tags), trust, examples
         self._open_door, self._follow, self._timing = open_door, follow, timing
         self._hub = ServerHub(server, emit, security)
         memory = NodeMemory(hooks.load, self._hub.find_planned, timing.gone_s)
         self._means = Means(dial=dial, hub=self._hub, memory=memory, examples=examples, hooks=hooks)
+        self._exposure: Exposure | None = None  # of the newest part, as it was said; for the thread of a part alone
         self._lock = threading.Lock()  # guards the three below
         self._parts: dict[str, Part] = {}
         self._current: Part | None = None
@@ -103,12 +108,13 @@ class StageHost:
 
     def profile(self, request: pb.ProfileRequest) -> pb.Profile:
         """Answers what the node can do; measures what the request asks for, which may take minutes."""
-        own = pb.Profile(name=self.name, role=self.role, address=self.address, tags=self._tags)
+        trust = "" if self._examples is None else self._trust
+        own = pb.Profile(name=self.name, role=self.role, address=self.address, tags=self._tags, trust=trust)
         return answer_profile(request, own, self._examples, self._hub)
 
     def submit(self, request: pb.SubmitRequest) -> pb.SubmitReply:
         """Begins a part and returns at once. A part that is known here is not begun again; a new one cancels the current."""
-        refusal = _refusal(request.plan, self.name, self.role)
+        refusal = _refusal(request.plan, self.name, self.role) or _leak(request.plan, self._trust)
         if refusal:
             return pb.SubmitReply(accepted=False, reason=refusal)
         with self._lock:
@@ -165,6 +171,7 @@ class StageHost:
         if previous is not None:
             previous.join()
         report, full = part.report, ""
+        self._say_what_is_readable(part)
         try:
             with self._following(part), self._door(part):
                 play(part, request, self._means)
@@ -178,6 +185,12 @@ class StageHost:
             part.emit(JobDone(state=report.state, error=full))
             part.finished.set()
 
+    def _say_what_is_readable(self, part: Part) -> None:
+        exposure = exposure_of_plan(part.plan)
+        if exposure is not None and exposure != self._exposure:
+            part.emit(TextReadableHere(text=exposure.text, labels=exposure.labels, words=exposure.words()))
+        self._exposure = exposure
+
     def _following(self, part: Part) -> AbstractContextManager[object]:
         """Returns what hears of memberships that end, while the part is played."""
         hub = self._hub.address(part.plan.hub_port)
@@ -189,6 +202,13 @@ class StageHost:
         if self._open_door is None or not (hub and token):
             return nullcontext()
         return closing(self._open_door(Relay(hub, token), self.admit))
+
+
+def _leak(plan: pb.Plan, trust: str) -> str:
+    """Returns why a device's owner, who trusts like this, does not allow the plan; empty: it is allowed."""
+    exposure = exposure_of_plan(plan)
+    problem = why_refused(trust, exposure) if exposure is not None else ""
+    return problem and f"--trust {trust} of node {plan.node} refuses the plan: {problem}"
 
 
 def _refusal(plan: pb.Plan, name: str, role: pb.Role) -> str:

@@ -6,7 +6,7 @@ profiles; measures nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from edgelam_fl.config import RunConfig, share_after
 from edgelam_fl.errors import ConfigError, DoesNotFit
@@ -14,7 +14,7 @@ from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.bases import choose_base
 from edgelam_fl.plan.footprint import GROWTH_BYTES, Footprints
-from edgelam_fl.plan.layout import device_ends
+from edgelam_fl.plan.layout import by_name, device_ends
 from edgelam_fl.plan.modes import label_place
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.privacy.known import KnownLeakage, known_leakage
@@ -27,12 +27,43 @@ def exposures(config: RunConfig, digest: str = "") -> list[Exposure]:
 
     digest: of the model's files; empty: they were not looked at. With split.fronts = 'auto:...', `with_auto_front` comes first.
     """
-    split, known = config.split, known_leakage(config.model.name, digest)
+    split = config.split
     if not split.hosts:
         return []
-    fronts = sorted({split.front, *split.named_fronts.values()})
-    back, labels_sent = min([split.back, *split.backs.values()]), not label_place(split.labels).on_device
-    return [Exposure(config.model.name, front, back, known, labels_sent) for front in fronts]
+    back = min([split.back, *split.backs.values()])
+    return exposures_at(config, digest, {(front, back) for front in (split.front, *split.named_fronts.values())})
+
+
+def exposures_at(config: RunConfig, digest: str, ends: Collection[tuple[int, int]]) -> list[Exposure]:
+    """Returns what hosts can read per pair (layers in front, layers at the back), the fewest first."""
+    known, labels_sent = known_leakage(config.model.name, digest), not label_place(config.split.labels).on_device
+    return [Exposure(config.model.name, front, back, known, labels_sent) for front, back in sorted(ends)]
+
+
+def exposure_of_plan(plan: pb.Plan) -> Exposure | None:
+    """Returns what hosts can read of a device's text by its plan; None if no other node computes on it."""
+    route = next(iter(plan.routes), None)
+    if route is None or all(hop.node == plan.node for hop in route.hops):
+        return None
+    known = known_leakage(plan.model.name, plan.model.digest)
+    back = plan.model.num_layers - route.back_first
+    return Exposure(plan.model.name, route.front, back, known, not label_place(plan.labels).on_device)
+
+
+def why_owner_refuses(config: RunConfig, digest: str, device: pb.Profile) -> str:
+    """Returns why a device would refuse its plan, as it says itself what its owner allows; empty: nothing is known against it.
+
+    A model that was not measured here may have been measured on the device, which decides for itself.
+    """
+    split = config.split
+    if device.trust in ("", "hosts") or not split.hosts:
+        return ""
+    front = by_name(split.named_fronts, device.name, split.front)
+    (exposure,) = exposures_at(config, digest, {(front, by_name(split.backs, device.name, split.back))})
+    if exposure.worst is None and device.trust != "none" and not exposure.labels_sent:
+        return ""
+    problem = why_refused(device.trust, exposure)
+    return problem and f"its owner's --trust {device.trust} refuses the run: {problem}"
 
 
 def check_trust(config: RunConfig, digest: str = "") -> None:

@@ -31,6 +31,7 @@ from edgelam_fl.telemetry.events import (
     RunStarted,
     StepClosed,
     StepDone,
+    TextReadable,
 )
 from edgelam_fl.telemetry.human import by_name, human_bytes, human_layers, human_measure, total
 from edgelam_fl.telemetry.summary import measure_of, measured, task_of
@@ -70,6 +71,7 @@ class RunView:
             LinkMeasured: self._on_link_measured,
             PlacementMade: self._on_placement,
             PlanMade: self._on_plan,
+            TextReadable: self._on_text_readable,
             RoundDone: self._on_round_done,
             RoundTimeline: self._on_timeline,
             NodeLost: self._on_node_lost,
@@ -134,6 +136,9 @@ class RunView:
         attempt = f", attempt {event.attempt}" if event.attempt > 1 else ""
         if self._round <= self._rounds:
             self.say(f"{self._stage}{attempt}: {_over_sites(event)}")
+
+    def _on_text_readable(self, event: TextReadable, _: str) -> None:
+        self.say(event.words)
 
     def _on_round_done(self, event: RoundDone, _: str) -> None:
         shown = []

@@ -599,7 +599,7 @@ class LayerTime(_message.Message):
     def __init__(self, tokens: _Optional[int] = ..., seconds: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class Profile(_message.Message):
-    __slots__ = ("protocol_version", "name", "role", "address", "memory_available_bytes", "cpu_threads", "bases", "codecs", "examples", "held_out", "problem", "versions", "base_seconds", "tags", "link_up_bps", "link_down_bps", "round_trip_s", "disk_free_bytes", "layer_times", "disk_write_bytes_per_s", "idle_bytes")
+    __slots__ = ("protocol_version", "name", "role", "address", "memory_available_bytes", "cpu_threads", "bases", "codecs", "examples", "held_out", "problem", "versions", "base_seconds", "tags", "trust", "link_up_bps", "link_down_bps", "round_trip_s", "disk_free_bytes", "layer_times", "disk_write_bytes_per_s", "idle_bytes")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -628,6 +628,7 @@ class Profile(_message.Message):
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
     BASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     TAGS_FIELD_NUMBER: _ClassVar[int]
+    TRUST_FIELD_NUMBER: _ClassVar[int]
     LINK_UP_BPS_FIELD_NUMBER: _ClassVar[int]
     LINK_DOWN_BPS_FIELD_NUMBER: _ClassVar[int]
     ROUND_TRIP_S_FIELD_NUMBER: _ClassVar[int]
@@ -649,6 +650,7 @@ class Profile(_message.Message):
     versions: _containers.ScalarMap[str, str]
     base_seconds: _containers.ScalarMap[str, float]
     tags: _containers.RepeatedScalarFieldContainer[str]
+    trust: str
     link_up_bps: float
     link_down_bps: float
     round_trip_s: float
@@ -656,7 +658,7 @@ class Profile(_message.Message):
     layer_times: _containers.RepeatedCompositeFieldContainer[LayerTime]
     disk_write_bytes_per_s: float
     idle_bytes: int
-    def __init__(self, protocol_version: _Optional[int] = ..., name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., memory_available_bytes: _Optional[int] = ..., cpu_threads: _Optional[int] = ..., bases: _Optional[_Iterable[str]] = ..., codecs: _Optional[_Iterable[str]] = ..., examples: _Optional[int] = ..., held_out: _Optional[int] = ..., problem: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., base_seconds: _Optional[_Mapping[str, float]] = ..., tags: _Optional[_Iterable[str]] = ..., link_up_bps: _Optional[float] = ..., link_down_bps: _Optional[float] = ..., round_trip_s: _Optional[float] = ..., disk_free_bytes: _Optional[int] = ..., layer_times: _Optional[_Iterable[_Union[LayerTime, _Mapping]]] = ..., disk_write_bytes_per_s: _Optional[float] = ..., idle_bytes: _Optional[int] = ...) -> None: ...
+    def __init__(self, protocol_version: _Optional[int] = ..., name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., memory_available_bytes: _Optional[int] = ..., cpu_threads: _Optional[int] = ..., bases: _Optional[_Iterable[str]] = ..., codecs: _Optional[_Iterable[str]] = ..., examples: _Optional[int] = ..., held_out: _Optional[int] = ..., problem: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., base_seconds: _Optional[_Mapping[str, float]] = ..., tags: _Optional[_Iterable[str]] = ..., trust: _Optional[str] = ..., link_up_bps: _Optional[float] = ..., link_down_bps: _Optional[float] = ..., round_trip_s: _Optional[float] = ..., disk_free_bytes: _Optional[int] = ..., layer_times: _Optional[_Iterable[_Union[LayerTime, _Mapping]]] = ..., disk_write_bytes_per_s: _Optional[float] = ..., idle_bytes: _Optional[int] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
     __slots__ = ("plan", "adapter", "corrections")

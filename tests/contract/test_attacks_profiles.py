@@ -104,6 +104,7 @@ WORDS: Mapping[str, Mapping[str, Any]] = {
     "the caller of a conversation": {"name": "chat"},
     "a folder of a run, in capitals": {"name": "Adapters"},
     "a tag": {"tags": [MARKUP]},
+    "a trust": {"trust": MARKUP},
     "a version": {"versions": {"torch": "<script>alert(2)</script>"}},
     "a package": {"versions": {MARKUP: "1"}},
     "a base": {"bases": ["\x1b[2J"]},

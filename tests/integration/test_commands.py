@@ -182,6 +182,12 @@ def test_client_refuses_its_data(edgelam: Edgelam, tmp_path: Path, content: byte
         ([], 3, "`edgelam invite NAME` prints the command"),
         (["--server", "127.0.0.1:1", "--insecure", "--name", "a b"], 2, "--name 'a b' may hold letters"),
         (["--server", "127.0.0.1:1", "--insecure", "--tag", "a b"], 2, "--tag 'a b' may hold letters"),
+        (
+            ["--server", "127.0.0.1:1", "--insecure", "--trust", "measured:2"],
+            2,
+            "--trust 'measured:2' must be 'hosts' or 'none'",
+        ),
+        (["--server", "127.0.0.1:1", "--insecure", "--trust", "none"], 2, "has no data"),
         (["--join", "edgelam1/10.0.0.1:8000/device/ann"], 2, "is no join text"),
     ],
 )

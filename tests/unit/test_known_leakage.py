@@ -9,16 +9,25 @@ import pytest
 
 from edgelam_fl.cli.run_file import explained
 from edgelam_fl.config import RunConfig
-from edgelam_fl.errors import ConfigError, DoesNotFit
+from edgelam_fl.errors import ConfigError, DoesNotFit, PeerLost
 from edgelam_fl.model.source import ModelSource
+from edgelam_fl.node.examples import DeviceExamples
+from edgelam_fl.node.service import StageHost
 from edgelam_fl.plan.fronts import check_memory_for_fronts, check_trust, exposures, why_too_small
+from edgelam_fl.plan.layout import make_layout
+from edgelam_fl.plan.making import RoundFacts, make_plans
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.privacy import known
 from edgelam_fl.privacy.known import SHIPPED, KnownLeakage, known_leakage, shipped, store
 from edgelam_fl.privacy.limits import Exposure, why_refused
+from edgelam_fl.telemetry.events import Event, TextReadableHere, of_kind
+from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.link import Link
 from server.checks import check_config
-from tests.support import run_config
+from server.schedule import unfit
+from tests.support import WAIT_S, run_config
+from tests.unit.conftest import MakeFederation
 from tools.known_leakage import RESULTS, collected
 
 READ = {0: 1.0, 1: 0.9, 2: 0.8, 4: 0.3}
@@ -185,6 +194,94 @@ def test_labels_count_where_they_were_measured() -> None:
     assert "about 70 % of the labels" in why_refused("measured:0.5", Exposure("m", 4, 1, found))
     assert why_refused("measured:0.5", Exposure("m", 4, 2, found)) == ""
     assert "99 % of them as measured" in Exposure("m", 4, 0, found).words()
+
+
+# ---------------------------------------------------------------- what the owner of a device allows
+
+
+def a_device(name: str, trust: str) -> pb.Profile:
+    return pb.Profile(name=name, role=pb.DEVICE, trust=trust)
+
+
+def test_a_device_whose_owner_allows_less_is_no_candidate(tiny: ModelSource) -> None:
+    config = run_config(tiny.name, "split.fronts={'deep'=4}", "split.back=1")
+
+    def why(name: str, trust: str, config: RunConfig = config) -> str:
+        return unfit(config, a_device(name, trust), tiny.digest)
+
+    assert why("a", "measured:0.5") == "", "not measured here: the device decides"
+    assert "its owner's --trust none refuses the run: it allows no host" in why("a", "none")
+    measured(tiny)
+    assert "--trust measured:0.5 refuses the run: with 2 layers in front hosts can read about 80 %" in why(
+        "a", "measured:0.5"
+    )
+    assert why("deep", "measured:0.5") == why("a", "measured:0.9") == why("a", "") == why("a", "hosts") == ""
+    assert why("a", "none", run_config(tiny.name, "split.hosts=0")) == ""
+
+
+def a_plan(source: ModelSource, *overrides: str) -> pb.SubmitRequest:
+    """A device's part over one host, which never comes."""
+    spec = RunSpec(run_config(source.name, *overrides), source)
+    profiles = {"e": pb.Profile(name="e", role=pb.EDGE), "a": a_device("a", "")}
+    layout = make_layout(spec, [profiles["a"]], [profiles["e"]] * spec.config.split.least_hosts)
+    plans = make_plans(spec, RoundFacts("run", 1, 1, 0, 1), profiles, layout, {}, {"a": b"secret"})
+    return pb.SubmitRequest(plan=plans["a"])
+
+
+def node(trust: str, events: list[Event], tmp_path: Path) -> StageHost:
+    def dial(*_: object) -> Link:
+        raise PeerLost("nobody is there")
+
+    return StageHost("a", dial, events.append, examples=DeviceExamples(tmp_path / "a.jsonl"), trust=trust)
+
+
+def test_a_device_refuses_a_plan_that_leaks_more_than_its_owner_allows(tiny: ModelSource, tmp_path: Path) -> None:
+    request = a_plan(tiny)
+
+    def reason(trust: str) -> str:
+        return node(trust, [], tmp_path).submit(request).reason
+
+    assert f"not measured for {tiny.name}; `edgelam leakage RUN.toml`" in reason("measured:0.5")
+    measured(tiny)
+    assert reason("measured:0.5") == (
+        "--trust measured:0.5 of node a refuses the plan: with 2 layers in front hosts can read about 80 % of the tokens, and "
+        "it allows 50 %"
+    )
+    assert "it allows no host" in reason("none")
+    assert node("none", [], tmp_path).profile(pb.ProfileRequest(protocol_version=PROTOCOL_VERSION)).trust == "none"
+    alone = a_plan(tiny, "split.hosts=0")
+    stays = node("none", [], tmp_path)
+    assert stays.submit(alone).accepted, "nobody else computes on its text"
+    stays.stop()
+
+
+def test_a_device_says_what_hosts_can_read_before_it_plays(tiny: ModelSource, tmp_path: Path) -> None:
+    measured(tiny)
+    events: list[Event] = []
+    here = node("measured:0.8", events, tmp_path)
+    for attempt in (1, 2):
+        request = a_plan(tiny)
+        request.plan.attempt = attempt
+        assert here.submit(request).accepted
+        here.wait(pb.WaitRequest(job=f"run/1/{attempt}/a", timeout_s=WAIT_S))
+    (said,) = of_kind(events, TextReadableHere)
+    assert (said.text, said.job) == (0.8, "run/1/1/a"), "once, as the second part is alike"
+    assert said.words.startswith("a host can read about 80 % of the tokens")
+
+
+def test_a_run_says_once_what_its_hosts_can_read(tiny: ModelSource, federation: MakeFederation, tmp_path: Path) -> None:
+    measured(tiny)
+    run = federation("ab", "e", "split.fronts={'a'=1}")
+    run.run()
+    (said,) = run.events("text_readable")
+    assert (said["round"], said["front"], said["text"]) == (1, 1, 0.9), "the device with the fewest layers counts"
+    run.folder.finish()
+    assert (
+        "As measured before, a host can read about 90 % of the tokens" in (run.folder.path / "report.html").read_text()
+    )
+    alone = federation("ab", "", "split.hosts=0")
+    alone.run()
+    assert alone.events("text_readable") == []
 
 
 # ---------------------------------------------------------------- split.fronts = "auto:LEAK"

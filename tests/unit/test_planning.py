@@ -98,6 +98,8 @@ def test_what_the_planner_would_choose(tiny: ModelSource, profiles: Path) -> Non
     assert picture.rstrip().endswith("─▶ pi, pi-2 [layer 5, head]")
     assert f"{plan.placement.step_s:.3g} s and waits for {site.limit}" in text
     assert "2 layers at its ends" in text
+    assert f"not measured for {tiny.name}" in " ".join(text.split())
+    assert printed["readable"] == [{"front": 1, "back": 1, "text": None, "labels": None}]
 
 
 def test_equal_cuts_are_rated_by_the_same_rule(tiny: ModelSource, profiles: Path) -> None:

@@ -420,6 +420,9 @@ def test_picture_and_words_where_the_last_host_sees_the_labels(tmp_path: Path) -
         ("host", "edge-2", "layers 15-29, head, loss"),
     ]
     assert picture.count('class="way"') == 2 * 2
-    assert "where its text stays; labels go to the last host." in Page(report_of(tmp_path / "last", events)).text
+    assert (
+        "where the bytes of its text stay; labels go to the last host."
+        in Page(report_of(tmp_path / "last", events)).text
+    )
     events[0]["config"] = {"split": {"labels": "device"}}
-    assert "where its text and labels stay." in Page(report_of(tmp_path / "device", events)).text
+    assert "where the bytes of its text and labels stay." in Page(report_of(tmp_path / "device", events)).text

@@ -18,6 +18,7 @@ from edgelam_fl.telemetry.events.nodes import (
     SliceReceived,
     StepClosed,
     StepDone,
+    TextReadableHere,
     WindowGranted,
 )
 from edgelam_fl.telemetry.events.rounds import (
@@ -41,6 +42,7 @@ from edgelam_fl.telemetry.events.rounds import (
     SitePicture,
     SitePlaced,
     StepLeftOut,
+    TextReadable,
     TimelineInterval,
     VirtualDevice,
     VirtualRound,
@@ -103,6 +105,8 @@ __all__ = [
     "StepClosed",
     "StepDone",
     "StepLeftOut",
+    "TextReadable",
+    "TextReadableHere",
     "TimelineInterval",
     "UnknownEvent",
     "VirtualDevice",

@@ -72,6 +72,18 @@ class JobStarted(JobEvent):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextReadableHere(JobEvent):
+    """What hosts can read of this device's text under its plan; written before its part begins, if it differs from the part before."""
+
+    text: float | None
+    """Share of the text's tokens, in [0, 1], as measured before; None: the model was not measured."""
+    labels: float | None
+    """Share of the labels; None: not measured."""
+    words: str
+    """The same as a sentence, without a full stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class WindowGranted(JobEvent):
     """A host has memory for fewer micro-batches per device in flight than the plan asks for."""
 

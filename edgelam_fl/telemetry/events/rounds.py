@@ -105,6 +105,27 @@ class PlanMade(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextReadable(Event):
+    """What hosts can read of the devices' text under the run's plans; written when it changes, and never without hosts.
+
+    It was measured before, on the published model without defences at the cut.
+    """
+
+    round: int
+    """Number of the round, from 1."""
+    front: int
+    """Layers in front on the device that keeps the fewest."""
+    back: int
+    """Layers at its back."""
+    text: float | None
+    """Share of the text's tokens, in [0, 1]; None: the model was not measured."""
+    labels: float | None
+    """Share of the labels; None: not measured."""
+    words: str
+    """The same as a sentence, without a full stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class NodePlaced:
     """One node's part of a chain, with what a training step is predicted to cost there."""
 

@@ -18,7 +18,7 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from edgelam_fl.errors import UsageError
-from edgelam_fl.telemetry.events import Event, RoundDone, RoundTimeline, RunStarted, of_kind, read_events
+from edgelam_fl.telemetry.events import Event, RoundDone, RoundTimeline, RunStarted, TextReadable, of_kind, read_events
 from edgelam_fl.telemetry.human import (
     human_bytes,
     human_layers,
@@ -91,7 +91,10 @@ def report_page(events: Sequence[Event], summary: Summary) -> str:
             f"<option value={i}>round {escape(str(each['round']))}</option>" for i, each in enumerate(timelines)
         ),
         "shares": "".join(map(_share_table, phases[len(phases) - len(timelines) :], repeat(colours))),
-        "stays": "its text stays; labels go to the last host" if labels_leave(events) else "its text and labels stay",
+        "stays": "the bytes of its text stay; labels go to the last host"
+        if labels_leave(events)
+        else "the bytes of its text and labels stay",
+        "readable": escape(_readable(events)),
         "split": split_picture(events, colours),
         "incidents": _incident_table(events),
         "settings": _table("", "key|value", _settings(config), "words"),
@@ -110,6 +113,12 @@ def _json(value: Any) -> str:
 def _subtitle(summary: Summary) -> str:
     versions = ", ".join(f"{package} {version}" for package, version in summary.versions.items())
     return " | ".join(filter(None, (summary.model, summary.task, versions)))
+
+
+def _readable(events: Sequence[Event]) -> str:
+    """Says what hosts could read under the newest plan; empty if there were none."""
+    found = list(of_kind(events, TextReadable))
+    return f"As measured before, {found[-1].words}." if found else ""
 
 
 def _banner(facts: list[tuple[str, str]]) -> str:
