@@ -19,6 +19,7 @@ from edgelam_fl.plan.fronts import check_trust, with_auto_front
 from edgelam_fl.plan.modes import host_mode, label_place
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.tasks.kinds import check_task
+from server.privacy_checks import check_privacy
 from strategies.registry import BUILT_IN, Capabilities, load_all
 
 
@@ -34,7 +35,7 @@ def check_config(config: RunConfig, bounds: Bounds = DEFAULT_BOUNDS, *, elsewher
     names = {kind: getattr(strategy, kind) for kind in BUILT_IN}
     loaded = load_all(names, strategy.options, bounds, elsewhere=elsewhere)
     check_together(config)
-    check_privacy(config)
+    check_privacy(config, loaded, elsewhere=elsewhere)
     check_task(config.task)
     aggregation = loaded["aggregation"].capabilities if "aggregation" in loaded else Capabilities()
     check_aggregation(config, aggregation)
@@ -84,12 +85,6 @@ def check_together(config: RunConfig) -> None:
                 f"{key} = {back}: split.back must be 0 with split.labels = 'last-stage', as the last host then holds the "
                 f"last layers and the head"
             )
-
-
-def check_privacy(config: RunConfig) -> None:
-    """Raises ConfigError for a privacy mode that nothing here honours yet."""
-    if config.privacy.mode != "none":
-        raise ConfigError(f"privacy.mode = {config.privacy.mode!r} is not honoured yet; allowed: 'none'")
 
 
 def check_aggregation(config: RunConfig, aggregation: Capabilities) -> None:

@@ -16,22 +16,29 @@ from server.exchange import Arrived, Missing
 from server.global_adapter import as_start, starting_point
 from server.holdings import NodeHoldings, holdings_after
 from server.judging import UpdateJudge, first_not_finite, without_outliers
+from server.privacy import PrivateSums
 from server.replies import Reply, RunningMeans, broken_sites, contributions_of, parts_by_site, read_reply, why_unusable
 from server.state import Outcome, PlannedRound, Received
 from strategies.aggregation.error import aggregation_error
-from strategies.api import Aggregation
+from strategies.api import Aggregated, Aggregation
 
 _STAYS = "the adapter before the round stays"
 
 
-def receive(planned: PlannedRound, answers: Iterable[Arrived | Missing], update_factor: float = 0.0) -> Received:
-    """Reads the answers as they arrive and checks each against its plan. Of a large round, no tensors are kept.
+def receive(
+    planned: PlannedRound,
+    answers: Iterable[Arrived | Missing],
+    update_factor: float = 0.0,
+    private: PrivateSums | None = None,
+) -> Received:
+    """Reads the answers as they arrive and checks each against its plan. Of a large or private round, no tensors are kept.
 
-    `update_factor`: how many times the median of its like an update may be; 0: any size.
+    `update_factor`: how many times the median of its like an update may be; 0: any size. `private`: what the updates are
+    summed up in if they must not be seen one by one; None: no privacy is promised.
     """
     site_sources = frozenset(site_source(site.name) for site in planned.layout.sites)
     judge = UpdateJudge(planned.start.adapter, planned.start.personal, site_sources, update_factor)
-    means = RunningMeans(judge) if planned.sums_on_arrival else None
+    means = private or (RunningMeans(judge) if planned.sums_on_arrival else None)
     replies: dict[str, Reply] = {}
     problems, silent = dict.fromkeys(planned.plans, "no reply"), set()
     for answer in answers:
@@ -71,11 +78,14 @@ def receive(planned: PlannedRound, answers: Iterable[Arrived | Missing], update_
 
 def conclude(planned: PlannedRound, received: Received, rule: Aggregation, config: RunConfig) -> Outcome:
     """Aggregates the contributions. The outcome has no aggregate if there are too few devices (`min_nodes`), no whole
-    site, fewer sources than the rule needs, or if the rule made values that are not finite.
+    site, fewer sources than the rule needs, or if the rule made values that are not finite. A round that chose no device has
+    one: the adapter as it was, with noise if privacy is promised.
     """
     outcome = Outcome(planned=planned, received=received)
-    contributions = received.contributions
-    if not contributions or len(received.devices) < config.federation.min_nodes:
+    contributions, chosen = received.contributions, planned.lineup.selected.names
+    if not (chosen or contributions):
+        return replace(outcome, aggregated=Aggregated({}))  # a round of nobody, which only coins can choose
+    if not contributions or len(received.devices) < min(config.federation.min_nodes, len(chosen)):
         return outcome
     start = as_start(planned.start.adapter, config, planned.facts.round)
     try:
@@ -93,7 +103,9 @@ def conclude(planned: PlannedRound, received: Received, rule: Aggregation, confi
     return replace(outcome, aggregated=new, error=error)
 
 
-def _read(planned: PlannedRound, name: str, content: RecordDict, means: RunningMeans | None) -> tuple[Reply, str]:
+def _read(
+    planned: PlannedRound, name: str, content: RecordDict, means: RunningMeans | PrivateSums | None
+) -> tuple[Reply, str]:
     """Returns the reply and why it cannot be used ("": it can). Its tensors are dropped if they go into `means`."""
     plan = planned.plans[name]
     reply = read_reply(content)

@@ -12,16 +12,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 from flwr.app import ConfigRecord, RecordDict
 
 from edgelam_fl.bounds import DEFAULT_BOUNDS, Bounds
 from edgelam_fl.errors import RunFailed
-from edgelam_fl.plan.layout import Layout, who_may_host
+from edgelam_fl.plan.layout import Layout, site_source, who_may_host
 from edgelam_fl.plan.making import RoundFacts, make_plans, planned_steps
 from edgelam_fl.plan.placement import Placement
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.telemetry.events import (
     AggregateRefused,
+    BudgetSpent,
     ContributionLeftOut,
     NodeLost,
     RoundDone,
@@ -36,6 +38,7 @@ from server.global_adapter import with_missing_modules
 from server.hub import NO_HUB, RunHub
 from server.outcome import conclude, receive
 from server.parcels import make_parcels
+from server.privacy import PrivateRun, promise_in_words, terms_of
 from server.replies import KEPT_NODES, read_reply, sums_on_arrival
 from server.roster import Roster
 from server.run_folder import RunFolder
@@ -60,9 +63,10 @@ class Rounds:
         hub: RunHub = NO_HUB,
         kept_nodes: int = KEPT_NODES,
         bounds: Bounds = DEFAULT_BOUNDS,
+        generator: np.random.Generator | None = None,
     ) -> None:
         """`run`: a name that no other run has. `hub`: what nodes are told about it. `kept_nodes`: the most nodes of a round whose replies are kept. `bounds`: the
-        modules that the run's strategies may come from.
+        modules that the run's strategies may come from. `generator`: of the noise of a private run; None: one that nobody can repeat.
         """
         self.spec, self.config = spec, spec.config
         self.roster, self.folder, self._hub = roster, folder, hub
@@ -71,24 +75,36 @@ class Rounds:
         strategy = self.config.strategy
         self.aggregation = load("aggregation", strategy.aggregation, strategy.options, bounds)
         self._readable = ""  # what hosts can read, as it was said last
+        self.privacy: PrivateRun | None = None
         self._exchange, self._timing, self._run, self._kept_nodes = exchange, exchange.timing, run, kept_nodes
+        self._generator = generator
 
     def run(self) -> FederationState:
-        """Runs all rounds, then evaluates the result. Raises RunFailed if no attempt at a round succeeds."""
+        """Runs all rounds that the privacy budget allows, then evaluates the result. Raises RunFailed if no attempt at a round
+        succeeds.
+        """
         state = FederationState()
-        while state.round < self.config.federation.rounds:
+        while state.round < self.config.federation.rounds and self._affords_a_round():
             state = self.round_after(state)
+        if self.privacy is not None and state.round < self.config.federation.rounds:
+            self._end_early(self.privacy, state)
         self.evaluate(state)
         return state
 
     def round_after(self, state: FederationState) -> FederationState:
-        """Returns the state after the next round: of its first attempt that comes to an aggregate."""
+        """Returns the state after the next round: of its first attempt that comes to an aggregate. The state stays as it is if
+        failed attempts have spent the privacy budget.
+        """
         number, refused = state.round + 1, ""
         for attempt in range(1, _ATTEMPTS + 1):
             self.roster.gather(self.config, at_start=number == attempt == 1)
+            if self.config.privacy.mode != "none" and self.privacy is None:
+                self.privacy = self._promise()
+            if not self._affords_a_round():
+                return state
             lineup = self.schedule.lineup(number, attempt, self._devices(), len(self.roster.edges()))
             planned = self._plan(number, attempt, lineup, state)
-            received = receive(planned, self._answers(planned), self.config.federation.update_factor)
+            received = self._receive(planned)
             self._note(planned, received)
             outcome = conclude(planned, received, self.aggregation.rule, self.config)
             state = state.after(outcome)
@@ -100,6 +116,45 @@ class Rounds:
                 self.folder.emit(AggregateRefused(round=number, attempt=attempt, reason=refused))
         problems = [f"{name}: {problem}" for name, problem in sorted(self.roster.problems.items())]
         raise RunFailed(f"round {number} failed {_ATTEMPTS} times: {'; '.join(problems + [refused] * bool(refused))}")
+
+    def _receive(self, planned: PlannedRound) -> Received:
+        """Has an attempt's jobs done. A private run pays for it first, whatever comes of it: nodes see what others trained
+        while they train. It judges no update by the others': who is left out would tell about them, and clipping bounds all.
+        """
+        if self.privacy is None:
+            return receive(planned, self._answers(planned), self.config.federation.update_factor)
+        self.privacy.ledger.spend_a_round()
+        sites = [site_source(site.name) for site in planned.layout.sites]
+        sums = self.privacy.sums(planned.start.adapter, planned.facts.settings, sites)
+        received = receive(planned, self._answers(planned), private=sums)
+        reports = [reply.report for reply in received.replies.values()]
+        self.folder.emit(self.privacy.spent(planned.facts.round, planned.facts.attempt, sums, reports))
+        return received
+
+    # ---------------------------------------------------------------- privacy
+
+    def _promise(self) -> PrivateRun:
+        """Settles the terms of the run's privacy, now that the devices are known, and says them."""
+        fit = len(self.schedule.everyone(self._devices()).names)
+        terms = terms_of(self.config, self.schedule.selection.capabilities.sampling_rate, fit)
+        privacy = PrivateRun(self.spec, terms, self.folder.path, generator=self._generator)
+        promised = privacy.promise()
+        self.folder.emit(promised)
+        print(promise_in_words(promised, self.config.federation.rounds), flush=True)
+        return privacy
+
+    def _affords_a_round(self) -> bool:
+        return self.privacy is None or self.privacy.ledger.affords_a_round
+
+    def _end_early(self, privacy: PrivateRun, state: FederationState) -> None:
+        """Says that the budget is spent. Raises RunFailed if failed attempts took all of it, so that there is no result."""
+        if not state.round:
+            raise RunFailed("the privacy budget is spent, and no attempt at round 1 succeeded: there is no result")
+        rounds, epsilon = self.config.federation.rounds, privacy.ledger.epsilon
+        self.folder.emit(BudgetSpent(round=state.round, planned=rounds, epsilon=epsilon, budget=privacy.terms.epsilon))
+        print(f"the privacy budget is spent after round {state.round} of {rounds}: epsilon {epsilon:.4g}", flush=True)
+
+    # ---------------------------------------------------------------- evaluation
 
     def evaluate(self, state: FederationState) -> None:
         """Has every device that may take part measure the adapter."""
@@ -122,7 +177,7 @@ class Rounds:
         self, number: int, attempt: int, lineup: Lineup, state: FederationState, trains: bool = True
     ) -> PlannedRound:
         """Plans one attempt: layers per node, a plan per node, and the tensors to send. Emits `plan`."""
-        layout = self._layout(number, lineup, trains)
+        layout = self._layout(number, lineup, trains) if lineup.names else Layout((), {})
         devices = [self.roster.profiles[name] for name in lineup.names]
         capabilities = self.aggregation.capabilities
         facts = RoundFacts(
@@ -132,6 +187,7 @@ class Rounds:
             step_offset=state.step_offset,
             steps=planned_steps(self.config, devices) if trains else 0,
             settings=capabilities.client_settings(number),
+            privacy=self.privacy.for_plans() if self.privacy is not None and trains else None,
             unequal_ranks=capabilities.unequal_ranks,
             hub_port=self._hub.port,
             relay_key=self._hub.relay_key,
@@ -139,9 +195,8 @@ class Rounds:
         )
         tokens = {name: secrets.token_bytes(16) for name in lineup.names}
         plans = make_plans(self.spec, facts, self.roster.profiles, layout, lineup.shares, tokens)
-        start = replace(
-            state, adapter=with_missing_modules(state.adapter, plans, self.spec, capabilities.unequal_ranks)
-        )
+        known = state.adapter if self.privacy is None else {**self.privacy.starts, **state.adapter}
+        start = replace(state, adapter=with_missing_modules(known, plans, self.spec, capabilities.unequal_ranks))
         planned = PlannedRound(
             began_s=self._timing.now(),
             facts=facts,
@@ -150,7 +205,8 @@ class Rounds:
             plans=plans,
             start=start,
             parcels=make_parcels(plans, start, capabilities),
-            sums_on_arrival=trains and sums_on_arrival(capabilities, len(plans), self._kept_nodes),
+            sums_on_arrival=trains
+            and (self.privacy is not None or sums_on_arrival(capabilities, len(plans), self._kept_nodes)),
         )
         self.folder.emit(describe_plan(planned, self.spec.source.num_layers, capabilities.personal))
         self._say_what_is_readable(planned)
@@ -179,6 +235,8 @@ class Rounds:
         With federation.wait = "park", all jobs are handed over first, and their reports asked for afterwards: a simulation
         can play one ClientApp after the other in this way, though jobs need each other.
         """
+        if not planned.plans:
+            return
         limit_s = self.config.federation.round_deadline_s + self._timing.messages_s
         jobs = (self._job(planned, name) for name in planned.plans)
         sites = self._site_deadlines(planned)
@@ -240,10 +298,10 @@ class Rounds:
         """Stores the new adapter, and lets strategies and placement learn from a round that came to one."""
         planned, received = outcome.planned, outcome.received
         assert outcome.aggregated is not None
-        checkpoint = self.folder.checkpoint(state)
+        checkpoint = self.folder.checkpoint(state) if state.adapter else ""
         replies, lineup, number = received.replies, planned.lineup, planned.facts.round
         virtual = None
-        if self.schedule.virtual is not None:
+        if self.schedule.virtual is not None and lineup.names:
             virtual = self.schedule.virtual.over(number, lineup.shares, lineup.dropped, planned.received_bytes, replies)
         self.schedule.observe(number, [*planned.layout.routes, *lineup.dropped], planned.plans, replies, virtual)
         if self.config.split.cuts == "auto":  # reports of a large round are kept packed, and unpacked for this alone

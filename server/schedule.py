@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from random import Random
+from random import Random, SystemRandom
 
 from edgelam_fl.bounds import DEFAULT_BOUNDS, Bounds
 from edgelam_fl.config import RunConfig
@@ -83,12 +83,13 @@ class Schedule:
         left_out = {profile.name: reason for profile in here if (reason := self._unfit(profile))}
         state = RoundState(
             number, self.candidates([profile for profile in here if profile.name not in left_out], number),
-            Random(f"{config.run.seed}/select/{number}"), capacity_bps=self.capacity,
+            self._chance(number), capacity_bps=self.capacity,
             wanted=config.federation.devices_per_round, least=config.federation.min_nodes,
         )  # fmt: skip
         chosen = self.selection.rule.select(state)
         names = [str(name) for name in chosen.names]
-        check_choice(config, names, {candidate.name for candidate in state.candidates})
+        least = 0 if self.selection.capabilities.sampling_rate else config.federation.min_nodes
+        check_choice(config, names, {candidate.name for candidate in state.candidates}, least)
         why = {name: str(reason) for name, reason in chosen.why.items()} | left_out
         listening = sorted(p.name for p in here if p.address and p.name not in left_out)
         for name in self._missing_hosts(names, listening, edges):
@@ -98,6 +99,14 @@ class Schedule:
 
     def _unfit(self, profile: pb.Profile) -> str:
         return unfit(self.config, profile, self.spec.source.digest)
+
+    def _chance(self, number: int) -> Random:
+        """Returns the chance of a round's selection. Private runs draw what nobody can repeat: who knows the seed, and so who took
+        part, would be told more than the run promises.
+        """
+        if self.config.privacy.mode != "none":
+            return SystemRandom()
+        return Random(f"{self.config.run.seed}/select/{number}")
 
     def _missing_hosts(self, names: Sequence[str], listening: Sequence[str], edges: int) -> list[str]:
         """Returns the devices that must take part too, so that one site has its hosts: a device hosts while it trains."""
@@ -110,6 +119,8 @@ class Schedule:
     def lineup(self, number: int, attempt: int, here: Sequence[pb.Profile], edges: int) -> Lineup:
         """Returns the devices that train in an attempt at round `number`. Devices that will drop out get shares, too."""
         selected = self.select(number, here, edges)
+        if not selected.names:
+            return Lineup(selected=selected, shares={}, demands=None if self.virtual is None else [])
         devices = _named(here, selected.names)
         shares = self.shares(devices, number)
         if self.virtual is None:
@@ -241,18 +252,16 @@ def estimated_payload_bytes(spec: RunSpec, device: pb.Profile) -> float:
     return float(examples * config.task.max_tokens * spec.source.hidden_size * value_bytes(config))
 
 
-def check_choice(config: RunConfig, names: Sequence[str], candidates: Collection[str]) -> None:
-    """Raises RunFailed for devices that are not here, named twice, or too few."""
+def check_choice(config: RunConfig, names: Sequence[str], candidates: Collection[str], least: int) -> None:
+    """Raises RunFailed for devices that are not here, named twice, or fewer than `least`."""
     who = f"strategy.selection = {config.strategy.selection!r} chose {_listed(names)}"
     strangers = sorted(set(names) - set(candidates))
     if strangers:
         raise RunFailed(f"{who}; {_listed(strangers)} is not among the candidates ({_listed(sorted(candidates))})")
     if len(set(names)) < len(names):
         raise RunFailed(f"{who}; each device may be named once")
-    if len(names) < config.federation.min_nodes:
-        raise RunFailed(
-            f"{who} of {len(candidates)} candidates; a round needs {config.federation.min_nodes} (federation.min_nodes)"
-        )
+    if len(names) < least:
+        raise RunFailed(f"{who} of {len(candidates)} candidates; a round needs {least} (federation.min_nodes)")
 
 
 def check_shares(config: RunConfig, shares: Mapping[str, float], devices: Collection[str]) -> None:

@@ -46,7 +46,7 @@ class RoundState:
 
     round: int
     candidates: Sequence[Candidate]  # in an order that must not matter
-    random: Random  # seeded by run and round; the only source of chance
+    random: Random  # the only source of chance: seeded by run and round; with differential privacy nobody can repeat it
     capacity_bps: float = 0.0  # shared by the devices, each way; 0: no limit; in Hz if candidates have an snr
     wanted: int = 0  # number of devices to choose; 0: the strategy decides
     least: int = 1  # number of devices without which the round fails
@@ -83,6 +83,11 @@ class Selection(Protocol):
 
     A selection may also have `observe(outcome: RoundOutcome) -> None`, which is called after each round that succeeded.
     """
+
+    ignores_data: bool = (
+        False  # whether its choice depends on nothing that devices measured or computed from their data
+    )
+    sampling_rate: float = 0.0  # probability with which each candidate is chosen, by a coin of its own; 0: not so
 
     def select(self, state: RoundState) -> Selected:
         """Names candidates, each once, and gives a reason for each candidate."""

@@ -50,6 +50,7 @@ BUILT_IN = {
         "oort": "strategies.selection.oort:Oort",
         "fedcs": "strategies.selection.fedcs:FedCS",
         "tifl": "strategies.selection.tifl:TiFL",
+        "poisson": "strategies.selection.poisson:PoissonSelection",
         "lyapunov": "strategies.selection.lyapunov:LyapunovSelection",
     },
     "bandwidth": {
@@ -98,6 +99,8 @@ class Capabilities:
     needs_only_mean: bool = False
     least_sources: int = 1
     most_carry_rank: int = 0
+    ignores_data: bool = False
+    sampling_rate: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,8 @@ def with_capabilities(rule: Any) -> LoadedStrategy:
             _check_capability(field.name, given[field.name], field.default)
     if given.get("corrects_sgd") and "correction" not in given:
         raise ConfigError("corrects_sgd = True needs a method correction(source, names)")
-    given["needs_only_mean"] = _needs_only_mean(type(rule))
+    for name, method in (("needs_only_mean", "aggregate"), ("ignores_data", "select")):
+        given[name] = _says_with(type(rule), name, method)
     return LoadedStrategy(rule, Capabilities(**given))
 
 
@@ -124,7 +128,7 @@ def _says(rule: Any, name: str) -> bool:
     """Returns whether a rule has an attribute that is more than the default which the protocol gives it."""
     if not hasattr(rule, name):
         return False
-    value, default = getattr(rule, name), vars(Aggregation).get(name, rule)
+    value, default = getattr(rule, name), {**vars(Selection), **vars(Aggregation)}.get(name, rule)
     return value is not default and getattr(value, "__func__", value) is not default
 
 
@@ -133,18 +137,22 @@ def _check_capability(name: str, value: Any, default: Any) -> None:
         fits, wanted = callable(value), "a method"
     elif isinstance(default, bool):
         fits, wanted = isinstance(value, bool), "True or False"
+    elif isinstance(default, float):
+        fits, wanted = isinstance(value, float) and 0 <= value <= 1, "a probability"
     else:
         fits, wanted = isinstance(value, int) and not isinstance(value, bool) and value >= 0, "a number of 0 or more"
     if not fits:
         raise ConfigError(f"its {name} = {value!r:.60} must be {wanted}")
 
 
-def _needs_only_mean(rule: type) -> bool:
-    """Whether the class that sets `needs_only_mean` also defines the `aggregate` in use: a subclass may need more."""
+def _says_with(rule: type, name: str, method: str) -> bool:
+    """Returns what a class says of its `method`, if the class that says so also defines the method in use: a subclass that
+    overrides the method may do otherwise.
+    """
     for known in rule.__mro__:
-        if "needs_only_mean" in vars(known):
-            return bool(vars(known)["needs_only_mean"])
-        if "aggregate" in vars(known):
+        if name in vars(known):
+            return bool(vars(known)[name])
+        if method in vars(known):
             return False
     return False
 

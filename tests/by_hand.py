@@ -161,6 +161,7 @@ class FederationByHand:
         edges: str,
         *overrides: str,
         kept_nodes: int = KEPT_NODES,
+        generator: np.random.Generator | None = None,
     ) -> None:
         self.config: RunConfig = run_config(source.name, "federation.rounds=2", *overrides)
         self.spec = RunSpec(self.config, source)
@@ -176,7 +177,9 @@ class FederationByHand:
         self.grid: Any = HandGrid(list(self.nodes.values()))
         exchange = Exchange(self.grid, ExchangeTiming(now=self.clock.now, sleep=self.clock.sleep))
         self.roster = Roster(exchange, self.folder, pb.ProfileRequest(protocol_version=PROTOCOL_VERSION))
-        self.rounds = Rounds(self.spec, exchange, self.roster, self.folder, "run", kept_nodes=kept_nodes)
+        self.rounds = Rounds(
+            self.spec, exchange, self.roster, self.folder, "run", kept_nodes=kept_nodes, generator=generator
+        )
         self.start = adapters.initial_adapter(source, self.config.lora.targets, self.config.lora.rank, 1)
 
     def state(self) -> FederationState:

@@ -259,7 +259,7 @@ class StrategySection(Section):
     )
     selection: str = Field(
         "all",
-        description="all, random, round_robin, best_channel, power_of_choice, oort, fedcs (a deadline), tifl (tiers), "
+        description="all, random, poisson (each by a coin of its own), round_robin, best_channel, power_of_choice, oort, fedcs (a deadline), tifl (tiers), "
         "lyapunov (a bound on the average round), or package.module:Class",
     )
     bandwidth: str = Field(

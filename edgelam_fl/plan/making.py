@@ -127,8 +127,8 @@ def own_steps(config: RunConfig, examples: int) -> int:
 
 
 def planned_steps(config: RunConfig, devices: Iterable[pb.Profile]) -> int:
-    """Returns the steps of a round: as many as the device with the most batches has."""
-    return max(own_steps(config, device.examples) for device in devices)
+    """Returns the steps of a round: as many as the device with the most batches has; local_steps without devices."""
+    return max((own_steps(config, device.examples) for device in devices), default=config.federation.local_steps)
 
 
 def learning_rates(config: RunConfig, facts: RoundFacts) -> list[float]:

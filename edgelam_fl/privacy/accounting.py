@@ -13,13 +13,14 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from edgelam_fl.errors import ConfigError
 
 _LEAST_NOISE, _MOST_NOISE = 1e-2, 1e6
 _ROUNDING = 1e-4  # relative: how close a found noise is to the smallest
-_FEW_ROUNDS = 1000  # up to here a coarse grid of privacy losses is exact enough, and ten times faster
+_GRID, _FEW_ROUNDS = 1e-3, 1000  # step of the grid of privacy losses, for so many rounds
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Releases:
     amplification is claimed."""
 
 
+@lru_cache(maxsize=1024)
 def epsilon_of(releases: Releases, delta: float, accountant: str = "pld") -> float:
     """Returns the epsilon of (epsilon, delta)-differential privacy that the releases have together; 0 for none.
 
@@ -57,7 +59,7 @@ def epsilon_of(releases: Releases, delta: float, accountant: str = "pld") -> flo
     if releases.sampling < 1:
         event = accounting.PoissonSampledDpEvent(releases.sampling, event)
     with _quiet():
-        known = _accountant(accounting, accountant, rounds)
+        known = _accountant(accounting, accountant, noise, rounds)
         return float(known.compose(event, rounds).get_epsilon(delta))
 
 
@@ -121,10 +123,13 @@ def _crossing(excess: Any, low: float, high: float) -> float:
     return high
 
 
-def _accountant(accounting: Any, name: str, rounds: int) -> Any:
+def _accountant(accounting: Any, name: str, noise: float, rounds: int) -> Any:
+    """Makes the library's accountant. Its grid of privacy losses errs upwards by about the square of its step per round, so the
+    step may be coarser with less noise, when epsilon is large, and must be finer for many rounds.
+    """
     if name == "rdp":
         return accounting.rdp.RdpAccountant()
-    grid = 1e-3 if rounds <= _FEW_ROUNDS else 1e-4
+    grid = _GRID * max(1.0, 1 / noise) * min(1.0, math.sqrt(_FEW_ROUNDS / rounds))
     return accounting.pld.PLDAccountant(value_discretization_interval=grid)
 
 

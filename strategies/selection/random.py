@@ -7,6 +7,8 @@ from strategies.selection.ranking import take
 
 
 class RandomSelection(Selection):
+    ignores_data = True
+
     def select(self, state: RoundState) -> Selected:
         order = state.by_name()
         state.random.shuffle(order)

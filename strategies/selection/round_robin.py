@@ -7,6 +7,8 @@ from strategies.selection.ranking import take
 
 
 class RoundRobin(Selection):
+    ignores_data = True
+
     def select(self, state: RoundState) -> Selected:
         order = sorted(state.candidates, key=lambda candidate: (candidate.last_round, candidate.name))
         return take(order, state.at_most(), _reason)

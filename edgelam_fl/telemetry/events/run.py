@@ -76,6 +76,40 @@ class NodeRefused(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PrivacyPromised(Event):
+    """The devices are known, and the run says which differential privacy it keeps."""
+
+    mode: str
+    """privacy.mode of the run file."""
+    epsilon: float
+    """The budget of the whole run."""
+    delta: float
+    """Probability that epsilon does not hold."""
+    noise: float
+    """Standard deviation of the noise of each release, in clipping bounds."""
+    clip: float
+    """The clipping bound of the first round, an L2 norm."""
+    rounds: int
+    """Rounds that the budget is enough for, at most those of the run file."""
+    releases_per_round: int
+    """Noisy sums that a round releases about the same devices."""
+    sampling: float
+    """Probability with which each device takes part in a round; 1: no amplification is claimed."""
+    denominator: float
+    """What each sum is divided by, whoever took part."""
+    accountant: str
+    """How epsilon is computed: "pld" or "rdp"."""
+    unit: str
+    """What is protected."""
+    adversary: str
+    """Against whom the promise holds."""
+    messages: str
+    """Messages that the promise covers."""
+    not_covered: str
+    """What it does not cover."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LinkMeasured(Event):
     """A node measured its link to the hub again, because a round's steps did not take as long as predicted."""
 

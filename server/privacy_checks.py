@@ -1,0 +1,137 @@
+"""Checks a run file's `[privacy]` against the rest of it: what cannot keep the promise is refused by name, with what can.
+
+Runs before anything is started. How many devices come is not known yet: `server.privacy.terms_of` checks that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from edgelam_fl.config import RunConfig
+from edgelam_fl.errors import ConfigError
+from edgelam_fl.plan.modes import host_mode, label_place
+from server.privacy import MODES, check_devices, only_hosts_train, planned_noise, shares_hosts
+from strategies.registry import BUILT_IN, Capabilities, LoadedStrategy, load
+
+
+def check_privacy(config: RunConfig, strategies: Mapping[str, LoadedStrategy], *, elsewhere: bool = False) -> None:
+    """Raises ConfigError with the first setting that privacy.mode cannot be combined with.
+
+    `strategies`: by kind, as far as they may be imported on this machine. `elsewhere`: whether the run takes place on another
+    machine, which then has the library that computes epsilon.
+    """
+    selection = strategies["selection"].capabilities if "selection" in strategies else None
+    if selection is not None and selection.sampling_rate:
+        check_coins(config)
+    if config.privacy.mode == "none":
+        return
+    if config.privacy.mode not in MODES:
+        raise ConfigError(
+            f"privacy.mode = {config.privacy.mode!r} is not honoured yet; allowed: 'none', {_listed(MODES)}"
+        )
+    check_rule(config, strategies["aggregation"].capabilities if "aggregation" in strategies else None)
+    check_selection(config, selection)
+    check_places(config)
+    if config.privacy.clip_quantile and MODES[config.privacy.mode].device_clips:
+        raise ConfigError(
+            f"privacy.clip_quantile = {config.privacy.clip_quantile:g} needs whoever clips to count, and with privacy.mode = "
+            f"{config.privacy.mode!r} each device clips alone. Allowed: 0, or privacy.mode = 'central'"
+        )
+    if config.federation.expect_nodes:
+        check_devices(config, config.federation.expect_nodes)
+    if not elsewhere:
+        planned_noise(config, (selection.sampling_rate if selection is not None else 0.0) or 1.0)
+
+
+def check_coins(config: RunConfig) -> None:
+    """Raises ConfigError for settings that a selection by independent coins cannot follow."""
+    federation, name = config.federation, config.strategy.selection
+    if federation.devices_per_round:
+        raise ConfigError(
+            f"federation.devices_per_round = {federation.devices_per_round} cannot be combined with strategy.selection = {name!r}, "
+            f"which draws each device by itself: strategy.options.{name}.rate says how many a round has on average. Allowed: 0"
+        )
+    if config.split.host_on == "any":
+        raise ConfigError(
+            f"split.host_on = 'any' cannot be combined with strategy.selection = {name!r}: a device that has to host would take "
+            f"part although it was not drawn. Allowed: 'edge'"
+        )
+
+
+def check_rule(config: RunConfig, aggregation: Capabilities | None) -> None:
+    """Raises ConfigError for an aggregation that needs more of a round than the mean of its updates."""
+    if aggregation is not None and not aggregation.needs_only_mean:
+        can = [name for name in BUILT_IN["aggregation"] if load("aggregation", name).capabilities.needs_only_mean]
+        raise ConfigError(
+            f"strategy.aggregation = {config.strategy.aggregation!r} needs every device's update, and privacy.mode = "
+            f"{config.privacy.mode!r} releases their noisy mean alone. Allowed: {_listed(can)}, or a class of your own with "
+            f"needs_only_mean = True"
+        )
+
+
+def check_selection(config: RunConfig, selection: Capabilities | None) -> None:
+    """Raises ConfigError for a selection whose choice tells about the devices' data."""
+    if selection is not None and not selection.ignores_data:
+        can = [name for name in BUILT_IN["selection"] if load("selection", name).capabilities.ignores_data]
+        raise ConfigError(
+            f"strategy.selection = {config.strategy.selection!r} chooses by what devices measured, and so tells about their data, "
+            f"which privacy.mode = {config.privacy.mode!r} does not account for. Allowed: {_listed(can)}, or a class of your own "
+            f"with ignores_data = True"
+        )
+
+
+def check_places(config: RunConfig) -> None:
+    """Raises ConfigError if some of what learns would be released without noise, or in a set that depends on who takes part."""
+    split, lora, federation, who = (
+        config.split,
+        config.lora,
+        config.federation,
+        f"privacy.mode = {config.privacy.mode!r}",
+    )
+    shares = shares_hosts(config)
+    if split.hosts and "hosts" in lora.train and config.privacy.mode != "central":
+        raise ConfigError(
+            f"{who} cannot be combined with hosts that train: a host sees what each device sends it before any noise, and only "
+            f"privacy.mode = 'central' trusts hosts. Allowed: lora.train without 'hosts', split.hosts = 0, or privacy.mode = 'central'"
+        )
+    if shares and federation.epochs:
+        raise ConfigError(
+            f"federation.epochs = {federation.epochs} cannot be combined with {who} and split.host_mode = {split.host_mode!r}: the "
+            f"number of the hosts' steps would depend on the devices' data. Allowed: 0, with federation.local_steps"
+        )
+    if not label_place(split.labels).on_device:
+        raise ConfigError(
+            f"split.labels = {split.labels!r} cannot be combined with {who}: the labels themselves would leave the devices. "
+            f"Allowed: 'device'"
+        )
+    if lora.ranks:
+        raise ConfigError(
+            f"lora.ranks cannot be combined with {who}: what is released must not depend on which devices take part. Allowed: "
+            f"lora.rank alone"
+        )
+    together = bool(split.hosts) and not host_mode(split.host_mode).has_copies
+    if (split.fronts or split.backs) and (together or len(lora.train) < 3):
+        key = "split.fronts" if split.fronts else "split.backs"
+        raise ConfigError(
+            f"{key} cannot be combined with {who} here: a layer would be trained by some devices and not by others, and what is "
+            f"released must not depend on which devices take part. Allowed: split.front and split.back alone; or lora.train with "
+            f"all of 'front', 'hosts', 'back' and either split.host_mode = 'copies' or split.hosts = 0"
+        )
+    if not only_hosts_train(config) and not _trains(config):
+        raise ConfigError(
+            f"{who} has nothing to protect: lora.train = {list(lora.train)} trains no layer of this split"
+        )
+
+
+def _trains(config: RunConfig) -> bool:
+    """Returns whether any layer can learn."""
+    split, train = config.split, config.lora.train
+    return (
+        bool("front" in train and split.front)
+        or bool("back" in train and (split.back or config.task.classes))
+        or "hosts" in train
+    )
+
+
+def _listed(words: Mapping[str, object] | list[str]) -> str:
+    return ", ".join(map(repr, words))
