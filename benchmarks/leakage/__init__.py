@@ -8,4 +8,6 @@ from __future__ import annotations
 # The parts, in the order in which they run, and their result files under benchmarks/results/.
 PARTS = {
     "states": "leakage",
+    "members": "leakage_members",
+    "updates": "leakage_updates",
 }

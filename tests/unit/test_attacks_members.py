@@ -1,4 +1,4 @@
-"""Attacks on membership and canaries: what they measure is right, on data whose answer is known."""
+"""Attacks on membership, canaries and updates: what they measure is right, on data whose answer is known."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 from edgelam_fl.privacy.attacks import membership
 from edgelam_fl.privacy.attacks.canaries import chance_exposure, every_secret, exposure, log_probabilities
 from edgelam_fl.privacy.attacks.membership import by_loss, by_reference, separation, share_found
+from edgelam_fl.privacy.attacks.updates import share_of_best, token_scores, whitening
 
 
 def test_the_area_is_the_share_of_pairs_in_order_and_equal_scores_count_half() -> None:
@@ -86,3 +87,45 @@ def test_probabilities_of_secrets_are_products_over_their_symbols() -> None:
     expected_K = [p_VV[4, a] * p_VV[a, b] * p_VV[b, c] for a, b, c in every_secret(symbols, 3)]
     np.testing.assert_allclose(np.exp(log_K), expected_K)
     assert len(log_probabilities(logits, [1], symbols, 1)) == 3
+
+
+# ---------------------------------------------------------------- updates
+
+TOKENS, WIDTH, RANK, PRESENT, ABSENT = 300, 48, 4, slice(0, 12), slice(100, 112)
+
+
+def gradient(inputs_ND: np.ndarray, rows: int, chance: np.random.Generator) -> np.ndarray:
+    """As of a factor or a weight with so many rows: a sum of outer products with the inputs that were there."""
+    return chance.normal(size=(rows, len(inputs_ND))) @ inputs_ND
+
+
+def areas(seed: int) -> list[float]:
+    """Returns the AUC of the tokens of PRESENT from: a whole weight, A of one module and of two, A without whitening, A of other tokens, and no change."""
+    chance = np.random.default_rng(seed)
+    in_common_3D = chance.normal(size=(3, WIDTH))
+    inputs_VD = chance.normal(size=(TOKENS, WIDTH)) + chance.normal(size=(TOKENS, 3)) @ in_common_3D
+    present_ND, whitening_DD = inputs_VD[PRESENT], whitening(inputs_VD[200:])
+    whole = gradient(present_ND, WIDTH, chance)
+    one, two = (gradient(present_ND, RANK, chance) for _ in range(2))
+    other, none = gradient(inputs_VD[ABSENT], RANK, chance), np.zeros((RANK, WIDTH))
+
+    def area(changes: list[np.ndarray], whitening_DD: np.ndarray = whitening_DD) -> float:
+        scores_V = token_scores(changes, inputs_VD, whitening_DD)
+        return membership.auc(scores_V[PRESENT], scores_V[PRESENT.stop :])
+
+    return [area([whole]), area([one]), area([one, two]), area([one], np.eye(WIDTH)), area([other]), area([none])]
+
+
+def test_a_change_tells_the_tokens_that_made_it_from_others() -> None:
+    whole, one, two, plain, other, none = np.mean([areas(seed) for seed in range(12)], axis=0)
+    assert whole == 1.0, "the rows of a whole weight's gradient span all inputs that were there"
+    assert plain + 0.1 < one, "what all inputs have in common drowns the rest"
+    assert 0.9 < one < two < whole
+    assert other == pytest.approx(membership.CHANCE_AUC, abs=0.05)
+    assert none == membership.CHANCE_AUC
+
+
+def test_the_first_ranked_are_looked_at() -> None:
+    present_V = np.array([True, False, True, False])
+    assert share_of_best(np.array([3.0, 2.0, 1.0, 0.0]), present_V, 2) == 0.5
+    assert share_of_best(np.array([3.0, 0.0, 1.0, 0.5]), present_V, 2) == 1.0
