@@ -60,7 +60,7 @@ class Sizes:
         return f"one device's own after {counted(self.passes[-1])}"
 
 
-SMOKE = Sizes(1, 2, 4, 4, (1,), ((4, 1),), ("federation.local_steps=1", "federation.batch_size=2"))
+SMOKE = Sizes(1, 1, 2, 2, (1,), ((4, 1),), ("federation.local_steps=1", "federation.batch_size=2"))
 
 
 @dataclass(frozen=True)

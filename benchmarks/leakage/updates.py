@@ -67,7 +67,7 @@ class Ranked:
 
 
 def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
-    return measure_model(find_model(MODEL), Sizes(1, 2, 6, 2, 2) if smoke else Sizes())
+    return measure_model(find_model(MODEL), Sizes(1, 2, 3, 2, 1) if smoke else Sizes())
 
 
 def measure_model(source: ModelSource, sizes: Sizes) -> tuple[dict[str, Any], list[Figure]]:
