@@ -18,6 +18,23 @@ def as_events(lines: Iterable[Mapping[str, Any]]) -> list[Event]:
     return [parse_event(line) for line in lines]
 
 
+def of_privacy() -> list[dict[str, Any]]:
+    """Returns the events of a run's differential privacy: three of four rounds, after which the budget is spent."""
+    promised = {
+        "event": "privacy_promised", "mode": "central", "epsilon": 4.0, "delta": 1e-5, "noise": 2.0, "clip": 1.0, "rounds": 3,
+        "releases_per_round": 1, "sampling": 1.0, "denominator": 2.0, "accountant": "pld", "unit": "one device",
+        "adversary": "strangers", "messages": "updates", "not_covered": "losses",
+    }  # fmt: skip
+    spent = {"event": "privacy_spent", "attempt": 1, "delta": 1e-5, "noise": 2.0, "clip": 1.0}
+    return [
+        promised,
+        {**spent, "round": 1, "epsilon": 2.5, "clipped": 0.5},
+        {**spent, "round": 2, "epsilon": 3.5, "clipped": None},
+        {**spent, "round": 3, "epsilon": 3.9, "clipped": 1.0},
+        {"event": "budget_spent", "round": 3, "planned": 4, "epsilon": 3.9, "budget": 4.0},
+    ]
+
+
 def a_run(*, evil: str = "", lost: bool = False) -> list[dict[str, Any]]:
     """Returns a run in the style of the demo; `evil` is put wherever text can come from outside."""
     draw = random.Random(7)

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from edgelam_fl.telemetry.events import (
+    BudgetSpent,
     Evaluated,
     Event,
     JobDone,
@@ -25,6 +26,7 @@ from edgelam_fl.telemetry.events import (
     NodeRefused,
     PlacementMade,
     PlanMade,
+    PrivacyPromised,
     RoundDone,
     RoundTimeline,
     RunFailure,
@@ -72,6 +74,8 @@ class RunView:
             PlacementMade: self._on_placement,
             PlanMade: self._on_plan,
             TextReadable: self._on_text_readable,
+            PrivacyPromised: self._on_privacy_promised,
+            BudgetSpent: self._on_budget_spent,
             RoundDone: self._on_round_done,
             RoundTimeline: self._on_timeline,
             NodeLost: self._on_node_lost,
@@ -139,6 +143,17 @@ class RunView:
 
     def _on_text_readable(self, event: TextReadable, _: str) -> None:
         self.say(event.words)
+
+    def _on_privacy_promised(self, event: PrivacyPromised, _: str) -> None:
+        self.say(
+            f"privacy: epsilon {event.epsilon:g} at delta {event.delta:g} over {event.rounds} rounds, noise {event.noise:.3g} x the "
+            f"bound {event.clip:g}; protects {event.unit}, against {event.adversary}"
+        )
+
+    def _on_budget_spent(self, event: BudgetSpent, _: str) -> None:
+        self.say(
+            f"the privacy budget is spent after round {event.round} of {event.planned}: epsilon {event.epsilon:.4g}"
+        )
 
     def _on_round_done(self, event: RoundDone, _: str) -> None:
         shown = []

@@ -16,12 +16,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from edgelam_fl.telemetry.events import (
+    BudgetSpent,
     DeviceResult,
     Event,
     HostResult,
     NodeJoined,
     NodeResult,
     PlanMade,
+    PrivacyPromised,
+    PrivacySpent,
     RoundDone,
     RunDone,
     RunFailure,
@@ -103,6 +106,36 @@ class VirtualTotals:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PrivacySummary:
+    """What a run with differential privacy promised, and what it spent of it."""
+
+    mode: str
+    """privacy.mode of the run file."""
+    epsilon: float
+    """What the run has spent; 0 before its first round."""
+    budget: float
+    """What it may spend: privacy.epsilon."""
+    delta: float
+    """Probability that epsilon does not hold."""
+    unit: str
+    """What is protected."""
+    adversary: str
+    """Against whom the promise holds."""
+    messages: str
+    """Messages that the promise covers."""
+    not_covered: str
+    """What it does not cover."""
+    noise: float
+    """Standard deviation of the noise of each release, in clipping bounds."""
+    clip: float
+    """The clipping bound of the last round, an L2 norm."""
+    clipped: float | None
+    """Share of the updates that the bound shortened, as a mean over the rounds that had any; null if none had."""
+    ended_early: bool
+    """Whether the budget was spent before the last round of the run file."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Summary:
     """The result of one run. A value that no event gives is null."""
 
@@ -126,6 +159,8 @@ class Summary:
     """The run in virtual time; null without [wireless]."""
     versions: Mapping[str, str]
     """Version per package on the server."""
+    privacy: PrivacySummary | None = None
+    """The run's differential privacy; null if it promises none."""
 
 
 def build_summary(events: Sequence[Event]) -> Summary:
@@ -143,6 +178,7 @@ def build_summary(events: Sequence[Event]) -> Summary:
         seconds=_seconds(events),
         virtual=_virtual(rounds),
         versions=started.versions if started else {},
+        privacy=_privacy(events),
     )
 
 
@@ -158,6 +194,8 @@ def summary_table(summary: Summary) -> Table:
     table = Table(
         title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
     )
+    if summary.privacy is not None:
+        table.caption, table.caption_justify = escape("\n".join(privacy_in_words(summary.privacy))), "left"
     table.add_column("node", overflow="fold")  # a long name takes two lines rather than room from the numbers
     for heading in ("examples\nor layers", f"held-out\n{measure}", "tokens/s", "sent", "received", "peak\nmemory"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -169,6 +207,17 @@ def summary_table(summary: Summary) -> Table:
         span = human_layers(host.layers).removeprefix("layers ")
         table.add_row(escape(host.name), span, "", "", *_bytes_and_memory(host))
     return table
+
+
+def privacy_in_words(privacy: PrivacySummary) -> list[str]:
+    """Says what a run promises and has spent: one sentence per line."""
+    clipped = "" if privacy.clipped is None else f", which shortened {100 * privacy.clipped:.0f} % of the updates"
+    return [
+        f"privacy: epsilon {privacy.epsilon:.3g} of {privacy.budget:g} spent, at delta {privacy.delta:g}",
+        f"protects {privacy.unit}, against {privacy.adversary}",
+        f"covers {privacy.messages}, not {privacy.not_covered}",
+        f"noise {privacy.noise:.3g} x the bound {privacy.clip:.3g}{clipped}",
+    ]
 
 
 def task_of(events: Iterable[Event]) -> str | None:
@@ -235,6 +284,28 @@ def _seconds(events: Sequence[Event]) -> float | None:
         return None
     end = next(of_kind(events, RunFailure), events[-1])
     return round((end.time or 0.0) - (events[0].time or 0.0), 3)
+
+
+def _privacy(events: Sequence[Event]) -> PrivacySummary | None:
+    promised = next(of_kind(events, PrivacyPromised), None)
+    if promised is None:
+        return None
+    spent = list(of_kind(events, PrivacySpent))
+    shares = [event.clipped for event in spent if event.clipped is not None]
+    return PrivacySummary(
+        mode=promised.mode,
+        epsilon=spent[-1].epsilon if spent else 0.0,
+        budget=promised.epsilon,
+        delta=promised.delta,
+        unit=promised.unit,
+        adversary=promised.adversary,
+        messages=promised.messages,
+        not_covered=promised.not_covered,
+        noise=promised.noise,
+        clip=spent[-1].clip if spent else promised.clip,
+        clipped=sum(shares) / len(shares) if shares else None,
+        ended_early=any(of_kind(events, BudgetSpent)),
+    )
 
 
 def _virtual(rounds: Iterable[RoundDone]) -> VirtualTotals | None:

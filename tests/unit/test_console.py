@@ -9,7 +9,7 @@ from rich.console import Console
 from edgelam_fl.telemetry.console import RunView
 from edgelam_fl.telemetry.events import RoundTimeline, of_kind, parse_event
 from edgelam_fl.telemetry.timeline import read_phase
-from tests.recorded import STEPS, a_classification, a_failed_run, a_run, a_run_failed_at_once, as_events
+from tests.recorded import STEPS, a_classification, a_failed_run, a_run, a_run_failed_at_once, as_events, of_privacy
 
 
 def watch(
@@ -113,6 +113,16 @@ def test_where_layers_go_is_said_when_it_changes() -> None:
     assert "edge-1 layers 2-19, edge-2 layers 20-27: the first plan; a step of training should take 2.5 s" in words
     assert "edge-2 took 3.0 times as long" in words
     assert "as before" not in words
+
+
+def test_what_a_run_promises_and_that_its_budget_is_spent() -> None:
+    said, _ = watch(of_privacy())
+    words = " ".join(said.split())
+    assert (
+        "privacy: epsilon 4 at delta 1e-05 over 3 rounds, noise 2 x the bound 1; protects one device, against strangers"
+        in words
+    )
+    assert "the privacy budget is spent after round 3 of 4: epsilon 3.9" in words
 
 
 def test_a_link_that_was_measured_again_is_told() -> None:

@@ -21,7 +21,7 @@ from edgelam_fl.telemetry.report.page import write_report
 from edgelam_fl.telemetry.report.split_picture import split_picture
 from edgelam_fl.telemetry.summary import Summary, build_summary
 from edgelam_fl.telemetry.timeline import read_phase
-from tests.recorded import DEVICES, a_classification, a_run, a_run_failed_at_once, as_events, timeline_of
+from tests.recorded import DEVICES, a_classification, a_run, a_run_failed_at_once, as_events, of_privacy, timeline_of
 
 
 def report_of(folder: Path, events: list[dict[str, Any]], *, summary: Summary | None = None) -> str:
@@ -298,6 +298,25 @@ def test_incidents(tmp_path: Path) -> None:
         ["1 min 48 s", "left out of round 2, step 5", "device-2", "later than 120 s"],
         ["2 min 00 s", "lost in round 3", "device-3", "silent for 120 s"],
     ]
+
+
+def test_what_a_private_run_promised_and_spent(tmp_path: Path) -> None:
+    page = Page(report_of(tmp_path, [*a_run(), *of_privacy()]))
+    start = page.rows.index(["what", "value"])
+    assert page.rows[start + 1 : start + 10] == [
+        ["epsilon", "3.9 of 4 spent; the run ended early, as another round would have spent more"],
+        ["delta", "1e-05"],
+        ["unit", "one device"],
+        ["adversary", "strangers"],
+        ["messages covered", "updates"],
+        ["not covered", "losses"],
+        ["noise", "2 times the bound (privacy.mode = 'central')"],
+        ["bound", "an L2 norm of 1"],
+        ["clipped", "75 % of the updates; exact, and so for the server's operator alone"],
+    ]
+    why = "epsilon 3.9 of 4 is spent, and another round would exceed it"
+    assert ["the run ended after round 3 of 4", "", why] in [row[1:] for row in page.rows]
+    assert ["what", "value"] not in Page(report_of(tmp_path / "other", a_run())).rows
 
 
 def test_many_incidents_are_cut(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from edgelam_fl.telemetry.human import (
     human_seconds,
 )
 from edgelam_fl.telemetry.records import as_json
-from edgelam_fl.telemetry.summary import Summary, build_summary, read_summary, summary_table
-from tests.recorded import as_events
+from edgelam_fl.telemetry.summary import Summary, build_summary, privacy_in_words, read_summary, summary_table
+from tests.recorded import as_events, of_privacy
 
 
 def device(name: str, perplexity: float | None, *, loss: float | None = 2.0, **fields: Any) -> dict[str, Any]:
@@ -186,6 +186,21 @@ def test_a_summary_of_another_version_can_be_read(tmp_path: Path) -> None:
     old = read_summary(file)
     assert (old.run, old.task, old.hosts) == ("demo", None, ())
     assert [(d.name, d.bytes_up, d.metrics_after) for d in old.devices] == [("a", 7, {})]
+
+
+def test_what_a_private_run_promised_and_spent() -> None:
+    privacy = build_summary(as_events([*a_run()[:1], *of_privacy()])).privacy
+    assert (privacy.epsilon, privacy.budget, privacy.clipped, privacy.ended_early) == (3.9, 4.0, 0.75, True)
+    assert privacy_in_words(privacy) == [
+        "privacy: epsilon 3.9 of 4 spent, at delta 1e-05",
+        "protects one device, against strangers",
+        "covers updates, not losses",
+        "noise 2 x the bound 1, which shortened 75 % of the updates",
+    ]
+    table = summary_table(build_summary(as_events([*a_run(), *of_privacy()])))
+    assert "epsilon 3.9 of 4 spent" in str(table.caption)
+    assert build_summary(as_events(a_run())).privacy is None
+    assert summary_table(build_summary(as_events(a_run()))).caption is None
 
 
 def test_table_fits_a_small_terminal() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from edgelam_fl.telemetry.events import (
     AggregateRefused,
+    BudgetSpent,
     ContributionLeftOut,
     Event,
     NodeJoined,
@@ -59,6 +60,9 @@ def _incidents(event: Event) -> Iterator[tuple[str, str, str]]:
             yield f"left out of the aggregate of round {event.round}", event.source, event.reason
         case AggregateRefused():
             yield f"round {event.round}, attempt {event.attempt}: no aggregate", "", event.reason
+        case BudgetSpent():
+            why = f"epsilon {event.epsilon:.4g} of {event.budget:g} is spent, and another round would exceed it"
+            yield f"the run ended after round {event.round} of {event.planned}", "", why
         case RoundDone():
             for host in event.hosts:
                 for one in host.left_out:

@@ -35,6 +35,7 @@ from edgelam_fl.telemetry.summary import (
     LINK_BYTES,
     DeviceSummary,
     HostSummary,
+    PrivacySummary,
     Summary,
     before_and_after,
     build_summary,
@@ -96,6 +97,7 @@ def report_page(events: Sequence[Event], summary: Summary) -> str:
         else "the bytes of its text and labels stay",
         "readable": escape(_readable(events)),
         "split": split_picture(events, colours),
+        "privacy": _privacy_table(summary.privacy),
         "incidents": _incident_table(events),
         "settings": _table("", "key|value", _settings(config), "words"),
         "plotly": get_plotlyjs() if rounds else "",
@@ -174,6 +176,27 @@ def _share_table(phase: Phase, colours: Mapping[str, str]) -> str:
 def _node(name: str, colours: Mapping[str, str]) -> str:
     """Names a node beside its colour in all figures; hosts have none of their own."""
     return f'<span class="swatch" style="background: var({colours.get(name, "--muted")})"></span>{escape(name)}'
+
+
+def _privacy_table(privacy: PrivacySummary | None) -> str:
+    """Draws what the run promised and spent; empty if it promises nothing."""
+    if privacy is None:
+        return ""
+    early = "; the run ended early, as another round would have spent more" if privacy.ended_early else ""
+    clipped = "unknown" if privacy.clipped is None else f"{100 * privacy.clipped:.0f} %"
+    rows = {
+        "epsilon": f"{privacy.epsilon:.4g} of {privacy.budget:g} spent{early}",
+        "delta": f"{privacy.delta:g}",
+        "unit": privacy.unit,
+        "adversary": privacy.adversary,
+        "messages covered": privacy.messages,
+        "not covered": privacy.not_covered,
+        "noise": f"{privacy.noise:.4g} times the bound (privacy.mode = {privacy.mode!r})",
+        "bound": f"an L2 norm of {privacy.clip:.4g}",
+        "clipped": f"{clipped} of the updates; exact, and so for the server's operator alone",
+    }
+    table = _table("Differential privacy", "what|value", [[key, escape(value)] for key, value in rows.items()], "words")
+    return f'<section class="card">{table}</section>'
 
 
 def _incident_table(events: Sequence[Event]) -> str:
