@@ -1,7 +1,7 @@
 #!/bin/sh
 # Makes this machine a node of a federation, started at boot: Raspberry Pi OS (64-bit), Debian or Ubuntu, arm64 or amd64.
 #
-#   sudo sh clients/install.sh --join TEXT --data my.jsonl     a device, whose data stays on it
+#   sudo sh clients/install.sh --join TEXT --data my.jsonl     a device, whose data file stays on it
 #   sudo sh clients/install.sh --join TEXT                     an edge server: a node without data
 #   sudo sh clients/install.sh --serve 10.0.0.1:8000           the federation's server
 #   sh clients/install.sh                                      without root: only the programs; nothing starts at boot

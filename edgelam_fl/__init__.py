@@ -1,4 +1,4 @@
-"""EdgeLAM-FL: federated split fine-tuning of language models on devices that keep their data.
+"""EdgeLAM-FL: federated split fine-tuning of language models; data files stay on their devices.
 
 What is public stands in `__all__`; every other name may change with any version. Names are imported when they are first
 used, so that `import edgelam_fl` (and with it `edgelam --help`) loads neither torch nor Flower.

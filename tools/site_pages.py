@@ -1,6 +1,6 @@
 """A hook of mkdocs (mkdocs.yml): pages that are made from the code at every build, diagrams, and links out of docs/.
 
-The overview is README.md; CONTRIBUTING.md and SECURITY.md are pages too. The page of the run file comes from the pydantic models, the
+The overview is README.md; CONTRIBUTING.md, PRIVACY.md and SECURITY.md are pages too. The page of the run file comes from the pydantic models, the
 page of the commands from the command line itself, the page of the strategies from their table. None of them is kept in
 the repository, so none is ever stale. A link from a page to a file outside docs/ leads to a copy in the site, so the site
 works without the repository and without a network.
@@ -32,7 +32,12 @@ from tools import sequence
 
 ROOT = Path(__file__).parents[1]
 _LINK_TO_A_FOLDER = re.compile(r"\[([^\]]+)\]\((\.\./[^)\s]*/)\)")
-_FROM_THE_ROOT = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md"}
+_FROM_THE_ROOT = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "PRIVACY.md": "who-sees-what.md",
+    "SECURITY.md": "security.md",
+}
 _DIAGRAM = re.compile(r"^```mermaid\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 

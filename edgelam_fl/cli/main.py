@@ -13,13 +13,13 @@ from typing import Annotated
 import typer
 
 from edgelam_fl import __version__
-from edgelam_fl.cli import bench, members, nodes, results, runs
+from edgelam_fl.cli import bench, leakage, members, nodes, results, runs
 from edgelam_fl.cli.options import console, messages
 from edgelam_fl.errors import INTERRUPTED, EdgelamError, UsageError
 
 app = typer.Typer(
     name="edgelam",
-    help="Fine-tune a language model that no single device can train, on devices that keep their data.",
+    help="Fine-tune a language model that no single device can train. Data files stay on their devices; what hosts can read is measured.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -31,6 +31,7 @@ _COMMANDS = (
     nodes.doctor,
     runs.top,
     runs.plan,
+    leakage.leakage,
     runs.run,
     nodes.server,
     nodes.client,

@@ -65,8 +65,9 @@ def chat(
 ) -> None:
     """Answers questions with a run's result: the whole model on this machine, with the run's adapter.
 
-    With --server the hosts of a federation compute the layers between, as in training; the text stays here. This works on
-    the server's machine. Answers are greedy: the same question gives the same words. With --prompt, only the answer is printed.
+    With --server the hosts of a federation compute the layers between: the bytes of the text stay here, and hosts can read its
+    content as in training. This works on the server's machine. Answers are greedy: the same question gives the same words. With
+    --prompt, only the answer is printed.
     """
     from edgelam_fl.files import keep_private
     from edgelam_fl.serving.chat import check_can_talk, converse

@@ -54,7 +54,7 @@ def demo(
     """Runs a complete federation on this machine, in minutes.
 
     Starts a Flower SuperLink, one edge server and some devices as separate processes, and fine-tunes SmolLM2-135M on
-    questions about Python's standard library. Each device owns the docstrings of other modules, and keeps them.
+    questions about Python's standard library. Each device owns the docstrings of other modules.
     """
     from edgelam_fl.federation.demo import run_demo
     from edgelam_fl.files import keep_private

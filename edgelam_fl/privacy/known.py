@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -75,8 +75,16 @@ def as_text(known: list[KnownLeakage]) -> str:
 
 
 def store(known: KnownLeakage) -> Path:
-    """Keeps what was measured on this machine, in place of an older measurement; returns the file."""
-    file = _place(known.digest)
+    """Keeps what was measured on this machine; returns the file.
+
+    Beside an older measurement, the larger share counts per number of layers: an attacker chooses the text to learn from.
+    """
+    file, older = _place(known.digest), _stored(known.digest)
+    if older is not None:
+        read = {
+            cut: max(each.read.get(cut, 0.0) for each in (known, older)) for cut in sorted({*known.read, *older.read})
+        }
+        known = replace(known, read=read)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, json.dumps(asdict(known), indent=1))
     return file

@@ -35,7 +35,12 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = {
     str(file.relative_to(ROOT)): file.read_text(encoding="utf-8")
-    for file in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
+    for file in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "PRIVACY.md",
+        *sorted((ROOT / "docs").rglob("*.md")),
+    )
 }
 README, DATA, TROUBLESHOOTING = PAGES["README.md"], PAGES["docs/data.md"], PAGES["docs/troubleshooting.md"]
 OTHER_TOML = {"devices.toml", "config.toml", "matrix.toml"}  # named in a block's first line; all others are run files

@@ -36,6 +36,6 @@ def test_the_page_names_tests_that_exist() -> None:
         assert any(function.startswith(name) for function in functions) if begins else name in files | functions, name
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/privacy.md", "docs/deployment.md"])
+@pytest.mark.parametrize("page", ["README.md", "PRIVACY.md", "docs/privacy.md", "docs/deployment.md"])
 def test_others_lead_to_it(page: str) -> None:
     assert "SECURITY.md)" in (ROOT / page).read_text(encoding="utf-8")

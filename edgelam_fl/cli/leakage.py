@@ -1,0 +1,167 @@
+"""The command `edgelam leakage`: what a host could read at a run file's cut. Parses and prints; `serving.leakage` measures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from edgelam_fl.cli.options import JsonOption, OfflineOption, RunFileArgument, SetOption, console, messages, say
+from edgelam_fl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from edgelam_fl.config import RunConfig
+    from edgelam_fl.model.source import ModelSource
+    from edgelam_fl.serving.leakage import MeasuredLeakage
+
+USUAL_FRONTS = (0, 1, 2, 4, 8, 16, 24)
+KEPT_FROM = 10_000
+"""Public tokens that a measurement needs so that later runs are judged by it: an attacker who learned from fewer reads less."""
+
+
+def leakage(
+    file: RunFileArgument,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="FILE", help="A device's data, as the private side. Without: a built-in text."),
+    ] = None,
+    cuts: Annotated[
+        str,
+        typer.Option(
+            "--cuts", metavar="N,N,...", help="Layers in front to measure; by default the run's and some others."
+        ),
+    ] = "",
+    tokens: Annotated[
+        int,
+        typer.Option(
+            "--tokens", metavar="N", min=500, help="Public tokens that the attacker learns from; fewer are faster."
+        ),
+    ] = 20_000,
+    overrides: SetOption = [],  # noqa: B006 - typer reads the default
+    as_json: JsonOption = False,
+    offline: OfflineOption = False,
+) -> None:
+    """Measures what a host could read of your text at this model's cut, on this machine, in minutes; sends nothing.
+
+    Plays an honest but curious host that has the public model and public text, by three attacks: nearest neighbour, a linear map and a
+    small sequence network. They show what can be read at least: a stronger attacker, or public text more like yours, reads more. Whole
+    models of another kind are measured the same way, classifiers too.
+    """
+    from edgelam_fl.config import read_run_file
+    from edgelam_fl.model.source import find_model
+
+    config = read_run_file(file, overrides)
+    source = find_model(config.model.name)
+    fronts = fronts_to_measure(config, source, cuts)
+    with messages.status("loading PyTorch") as status:
+        from edgelam_fl.serving.leakage import built_in_texts, measure_leakage, public_texts, texts_of_file
+
+        private = texts_of_file(data, config) if data is not None else None
+        texts = built_in_texts() if private is None else (public_texts(private), private)
+        at = config.split.front if config.split.front in fronts else fronts[-1]
+        found = measure_leakage(source, fronts, at, texts, tokens, status.update)
+    kept = keep(found)
+    if as_json:
+        say(json.dumps({**asdict(found), "kept": str(kept or "")}, indent=2))
+        return
+    console.print(_table(found, _fronts_of(config, source)))
+    for line in [*_words(found, config, data), *_what_changes_it(found, config), _where_kept(found, kept)]:
+        say(line)
+
+
+def fronts_to_measure(config: RunConfig, source: ModelSource, cuts: str) -> list[int]:
+    """Returns numbers of layers in front, rising. Raises ConfigError for one that leaves no layer to a host, or is no number."""
+    most, split = source.num_layers - 1, config.split
+    named = {"split.front": split.front} | {f"split.fronts.{name}": front for name, front in split.named_fronts.items()}
+    for key, front in named.items():
+        if front > most and split.hosts:
+            raise ConfigError(
+                f"{key} = {front} is outside the model: {source.name} has {source.num_layers} layers, and a host needs at least one of them"
+            )
+    if not cuts:
+        return sorted({front for front in (*USUAL_FRONTS, *named.values()) if front <= most})
+    try:
+        chosen = sorted({int(part) for part in cuts.split(",")})
+    except ValueError:
+        chosen = [-1]
+    if chosen[0] < 0 or chosen[-1] > most:
+        raise ConfigError(
+            f"--cuts {cuts!r} must be numbers of layers, 0 to {most} for {source.name}, as in --cuts 0,2,8"
+        )
+    return chosen
+
+
+def keep(found: MeasuredLeakage) -> Path | None:
+    """Keeps a measurement for later runs on this machine; None if the package has numbers of this model, or it was too short."""
+    from edgelam_fl.privacy.known import shipped, store
+
+    ours = any(known.digest == found.digest for known in shipped())
+    return None if ours or found.public_tokens < KEPT_FROM else store(found.known())
+
+
+# ---------------------------------------------------------------- what is printed
+
+
+def _fronts_of(config: RunConfig, source: ModelSource) -> set[int]:
+    split = config.split
+    if isinstance(split.fronts, str):
+        from edgelam_fl.plan.fronts import needed_front
+        from edgelam_fl.privacy.known import known_leakage
+
+        known = known_leakage(source.name, source.digest)
+        return {needed_front(split.fronts, source.name, known)} if known else set()
+    return {split.front, *split.fronts.values()} if split.hosts else set()
+
+
+def _table(found: MeasuredLeakage, own: set[int]) -> Table:
+    table = Table(title=f"Share of the tokens that a host reads, {found.model}", title_justify="left")
+    table.add_column("layers in front")
+    for heading in ("nearest\nneighbour", "linear\nmap", "sequence\nnetwork", "among the\nfirst five"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for reading in found.readings:
+        mark = "  <- this run" if reading.front in own else ""
+        shares = (reading.nearest, reading.ridge, reading.inverter, reading.among_five)
+        table.add_row(
+            f"{reading.front}{mark}", *(f"{100 * share:.1f} %" for share in shares), style="bold" if mark else ""
+        )
+    return table
+
+
+def _words(found: MeasuredLeakage, config: RunConfig, data: Path | None) -> Iterator[str]:
+    from edgelam_fl.serving.leakage import BUILT_IN_TEXT
+
+    yield f"private: {found.private_tokens:,} tokens of {data or f'a built-in text, {BUILT_IN_TEXT} (--data FILE: your own)'}"
+    yield f"public: {found.public_tokens:,} tokens of {BUILT_IN_TEXT}, other ones; by chance {100 * found.chance:.1f} % would be read"
+    yield f"with {found.shown_front} layers in front:"
+    for text, read in found.examples:
+        yield f"  private  {text}"
+        yield f"  read     {read}"
+    if not config.split.hosts:
+        yield "split.hosts = 0: this run has no host, so nobody gets hidden states"
+
+
+def _what_changes_it(found: MeasuredLeakage, config: RunConfig) -> Iterator[str]:
+    """Says what a user can do, with the shares that were measured."""
+    if not config.split.hosts:
+        return
+    now = found.reading(found.shown_front).best
+    deeper = [reading for reading in found.readings if reading.front > found.shown_front and reading.best < now]
+    if deeper:
+        shares = ", ".join(f"{100 * reading.best:.0f} % with {reading.front}" for reading in deeper)
+        yield f"more layers in front (split.front; they take memory and time on the device): {shares}"
+    yield "split.hosts = 0: each device trains the whole model, and only adapters leave it"
+    yield "defences at the cut, with what they cost: docs/privacy.md"
+    yield 'to refuse plans that leak more than a share: split.trust = "measured:0.2" in the run file, edgelam client --trust on a device'
+
+
+def _where_kept(found: MeasuredLeakage, kept: Path | None) -> str:
+    if kept:
+        return f"kept in {kept}: --explain, split.trust and --trust go by it on this machine"
+    if found.public_tokens < KEPT_FROM:
+        return f"not kept for later runs: it learned from fewer than {KEPT_FROM:,} public tokens (--tokens)"
+    return "not kept: --explain, split.trust and --trust go by the numbers that come with the package"
