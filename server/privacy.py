@@ -33,6 +33,8 @@ from strategies.api import Contribution
 LEDGER = "privacy.json"
 NOT_COVERED = "losses, counts, and the hidden states and gradients at the cut"
 UNIT = "one device with all its data"
+EMPTY_SHARE = 0.01
+"""Share of delta that is kept for rounds which draw nobody, if hosts add the noise: in such a round they add none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +104,12 @@ class Terms:
     """Updates that a round is planned to have: the constant that their sum is divided by."""
     devices: int
     """Devices that may take part."""
+    delta_of_noise: float
+    """The part of delta that the noise has to keep; the rest is the chance that a round has no noise."""
 
     def epsilon_after(self, rounds: int) -> float:
         """Returns what `rounds` rounds spend of the budget."""
-        return epsilon_of(self.releases(rounds), self.delta, self.accountant)
+        return epsilon_of(self.releases(rounds), self.delta_of_noise, self.accountant)
 
     def releases(self, rounds: int) -> Releases:
         """Returns what `rounds` rounds release."""
@@ -138,14 +142,13 @@ def planned_noise(config: RunConfig, sampling: float) -> float:
     Raises ConfigError if the given noise spends the budget in the first round.
     """
     privacy, rounds, per_round = config.privacy, config.federation.rounds, releases_per_round(config)
-    mode = MODES[privacy.mode]
+    mode, delta = MODES[privacy.mode], delta_of_noise(config, sampling)
     claimed = sampling if mode.hides_who else 1.0
     if not privacy.noise:
-        least = noise_for(privacy.epsilon, privacy.delta, rounds, per_round, claimed, privacy.accountant)
-        return least * mode.moves
-    first = epsilon_of(Releases(privacy.noise / mode.moves, 1, per_round, claimed), privacy.delta, privacy.accountant)
+        return noise_for(privacy.epsilon, delta, rounds, per_round, claimed, privacy.accountant) * mode.moves
+    first = epsilon_of(Releases(privacy.noise / mode.moves, 1, per_round, claimed), delta, privacy.accountant)
     if first > privacy.epsilon:
-        least = noise_for(privacy.epsilon, privacy.delta, 1, per_round, claimed, privacy.accountant) * mode.moves
+        least = noise_for(privacy.epsilon, delta, 1, per_round, claimed, privacy.accountant) * mode.moves
         raise ConfigError(
             f"privacy.noise = {privacy.noise:g} spends an epsilon of {first:.4g} in the first round, and privacy.epsilon = "
             f"{privacy.epsilon:g} is the budget of the whole run: a noise of at least {math.ceil(least * 1000) / 1000:g} is "
@@ -154,8 +157,16 @@ def planned_noise(config: RunConfig, sampling: float) -> float:
     return privacy.noise
 
 
-def check_devices(config: RunConfig, devices: int) -> None:
-    """Raises ConfigError if a run with so many devices cannot keep what `[privacy]` asks for."""
+def delta_of_noise(config: RunConfig, sampling: float) -> float:
+    """Returns the part of privacy.delta that the noise has to keep."""
+    return config.privacy.delta * (1 - EMPTY_SHARE if shares_hosts(config) and sampling < 1 else 1.0)
+
+
+def check_devices(config: RunConfig, devices: int, sampling: float) -> None:
+    """Raises ConfigError if a run with so many devices cannot keep what `[privacy]` asks for.
+
+    `sampling`: as of `planned_noise`.
+    """
     delta, wanted = config.privacy.delta, config.federation.devices_per_round
     if delta >= 1 / devices:
         raise ConfigError(
@@ -166,6 +177,17 @@ def check_devices(config: RunConfig, devices: int) -> None:
         raise ConfigError(
             f"privacy.mode = {config.privacy.mode!r} needs the devices that its noise is planned for: federation.devices_per_round = "
             f"{wanted}, and there are {devices}. Allowed: at most {devices}"
+        )
+    if not shares_hosts(config):
+        return
+    empty = config.federation.rounds * (1 - sampling) ** (devices - 1)  # that some round draws nobody but one device
+    if empty > EMPTY_SHARE * delta:
+        least = 1 - (EMPTY_SHARE * delta / config.federation.rounds) ** (1 / (devices - 1)) if devices > 1 else 1.0
+        raise ConfigError(
+            f"strategy.selection = {config.strategy.selection!r} draws none of {devices - 1} devices in some round with a probability of "
+            f"{empty:.2g}, and hosts that devices share add their noise only to rounds that take place: at most {EMPTY_SHARE:g} of "
+            f"privacy.delta = {delta:g} may go there. Allowed: a rate of at least {math.ceil(least * 1000) / 1000:g}, "
+            f"split.host_mode = 'copies', split.hosts = 0, or a selection of a fixed number of devices"
         )
 
 
@@ -180,8 +202,8 @@ def terms_of(config: RunConfig, sampling_rate: float, devices: int) -> Terms:
             f"privacy.mode = {config.privacy.mode!r} plans its noise for federation.expect_nodes = {expected} devices, and only "
             f"{devices} came: the noise would be too large for them. Start the missing ones, or lower federation.expect_nodes"
         )
-    check_devices(config, devices)
     mode, sampling = MODES[config.privacy.mode], sampling_rate or 1.0
+    check_devices(config, devices, sampling)
     return Terms(
         mode=mode,
         epsilon=config.privacy.epsilon,
@@ -192,6 +214,7 @@ def terms_of(config: RunConfig, sampling_rate: float, devices: int) -> Terms:
         sampling=sampling if mode.hides_who else 1.0,
         expected=sampling_rate * devices if sampling_rate else float(config.federation.devices_per_round or devices),
         devices=devices,
+        delta_of_noise=delta_of_noise(config, sampling),
     )
 
 
@@ -300,7 +323,7 @@ class PrivateRun:
     def promise(self) -> PrivacyPromised:
         """Makes the event that says what this run promises."""
         terms, rounds = self.terms, self.spec.config.federation.rounds
-        most = rounds_within(terms.epsilon, terms.delta, terms.releases(rounds), terms.accountant)
+        most = rounds_within(terms.epsilon, terms.delta_of_noise, terms.releases(rounds), terms.accountant)
         return PrivacyPromised(
             mode=terms.mode.word,
             epsilon=terms.epsilon,

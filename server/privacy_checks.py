@@ -32,15 +32,17 @@ def check_privacy(config: RunConfig, strategies: Mapping[str, LoadedStrategy], *
     check_rule(config, strategies["aggregation"].capabilities if "aggregation" in strategies else None)
     check_selection(config, selection)
     check_places(config)
+    check_steps(config, selection)
     if config.privacy.clip_quantile and MODES[config.privacy.mode].device_clips:
         raise ConfigError(
             f"privacy.clip_quantile = {config.privacy.clip_quantile:g} needs whoever clips to count, and with privacy.mode = "
             f"{config.privacy.mode!r} each device clips alone. Allowed: 0, or privacy.mode = 'central'"
         )
+    sampling = (selection.sampling_rate if selection is not None else 0.0) or 1.0
     if config.federation.expect_nodes:
-        check_devices(config, config.federation.expect_nodes)
+        check_devices(config, config.federation.expect_nodes, sampling)
     if not elsewhere:
-        planned_noise(config, (selection.sampling_rate if selection is not None else 0.0) or 1.0)
+        planned_noise(config, sampling)
 
 
 def check_coins(config: RunConfig) -> None:
@@ -120,6 +122,38 @@ def check_places(config: RunConfig) -> None:
     if not only_hosts_train(config) and not _trains(config):
         raise ConfigError(
             f"{who} has nothing to protect: lora.train = {list(lora.train)} trains no layer of this split"
+        )
+
+
+def check_steps(config: RunConfig, selection: Capabilities | None) -> None:
+    """Raises ConfigError if one device's data could change what is released of other devices' steps."""
+    split, privacy, strategy = config.split, config.privacy, config.strategy
+    if split.hosts and config.optimizer.clip == "global":
+        raise ConfigError(
+            f"optimizer.clip = 'global' cannot be combined with privacy.mode = {privacy.mode!r} and hosts: one scale for all would carry "
+            f"the size of each device's gradient to the others. Allowed: 'stage', 'none', or split.hosts = 0"
+        )
+    if not shares_hosts(config):
+        return
+    if privacy.clip_quantile:
+        raise ConfigError(
+            f"privacy.clip_quantile = {privacy.clip_quantile:g} cannot be combined with split.host_mode = {split.host_mode!r} while "
+            f"hosts train: it follows the devices' updates, and the hosts' bound is on gradients, whose sizes nobody releases. "
+            f"Allowed: 0, split.host_mode = 'copies', lora.train without 'hosts', or split.hosts = 0"
+        )
+    if selection is None or not selection.sampling_rate:
+        return
+    who = f"strategy.selection = {strategy.selection!r} cannot be combined with"
+    if host_mode(split.host_mode).steps_in_turn:
+        raise ConfigError(
+            f"{who} privacy.mode = {privacy.mode!r} and split.host_mode = 'sequential' while hosts train: the number of turns would say "
+            f"how many devices were drawn. Allowed: split.host_mode = 'joint' or 'copies', or a selection of a fixed number of devices"
+        )
+    if split.sites > 1:
+        raise ConfigError(
+            f"{who} privacy.mode = {privacy.mode!r} and split.sites = {split.sites} while hosts train what devices share: who is drawn "
+            f"decides which site each of the others trains at. Allowed: split.sites = 1, split.host_mode = 'copies', or a selection "
+            f"of a fixed number of devices"
         )
 
 

@@ -21,8 +21,9 @@ from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.stage import Stage, load_stages
 from edgelam_fl.plan.modes import host_mode
 from edgelam_fl.plan.reading import end_spans, ends_train, hosted_span, hosted_trains, spans_of
+from edgelam_fl.privacy.mechanism import secret_generator
 from edgelam_fl.split.corrections import read_corrections
-from edgelam_fl.split.private import private_update, secret_noise
+from edgelam_fl.split.private import private_update
 from edgelam_fl.split.trainee import Trainee, lora_of
 from edgelam_fl.wire import edgelam_pb2 as pb
 
@@ -165,7 +166,7 @@ class Held:
         trained = {
             name: array for name, array in self.ends_trainee.adapter().items() if name in self.ends_trainee.names
         }
-        sent, self.update_clipped = private_update(self._ends_start, trained, plan.privacy, secret_noise())
+        sent, self.update_clipped = private_update(self._ends_start, trained, plan.privacy, secret_generator())
         self.ends_trainee.replace(sent)
 
     def current(self) -> adapters.Adapter | None:

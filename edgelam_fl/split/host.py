@@ -22,12 +22,13 @@ from edgelam_fl.errors import ProtocolError
 from edgelam_fl.model.stage import Stage
 from edgelam_fl.plan.modes import host_mode
 from edgelam_fl.plan.reading import unit_rows, unit_seed
+from edgelam_fl.privacy.mechanism import secret_generator
 from edgelam_fl.split.group import Group, relay
 from edgelam_fl.split.inbox import Lost
 from edgelam_fl.split.judging import is_finite
 from edgelam_fl.split.lane import Lane
 from edgelam_fl.split.member import Member, check_unit, unit_id
-from edgelam_fl.split.private import PrivateSum, secret_noise
+from edgelam_fl.split.private import PrivateSum
 from edgelam_fl.split.timeline import Timeline
 from edgelam_fl.split.trainee import Trainee
 from edgelam_fl.split.turns import DecidesTurns, FollowsTurns, Handler, Turns
@@ -76,7 +77,7 @@ class Host:
 
     def _lane(self, members: list[Member], trainee: Trainee) -> Lane:
         plan = self.plan
-        private = PrivateSum(plan.privacy, secret_noise()) if plan.privacy.step_clip else None
+        private = PrivateSum(plan.privacy, secret_generator()) if plan.privacy.step_clip else None
         return Lane(members, trainee, host_mode(plan.host_mode), plan.HasField("privacy"), private)
 
     def run(self) -> None:

@@ -9,19 +9,15 @@ of the bound, so that one device's gradient over all hosts keeps the whole one, 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 
 from edgelam_fl.model.adapter import Adapter
+from edgelam_fl.privacy.mechanism import clip_to, gaussian
 from edgelam_fl.split.judging import norm_of
 from edgelam_fl.wire import edgelam_pb2 as pb
-
-# Noise comes from the operating system's entropy, never from the run's seed, which all nodes know.
-NewNoise = Callable[[], np.random.Generator]
-secret_noise: NewNoise = np.random.default_rng
 
 
 class PrivateSum:
@@ -47,10 +43,8 @@ class PrivateSum:
                 if part is not None:
                     summed.add_(part, alpha=scale)
         for summed in total:
-            if self._privacy.step_noise:
-                drawn = self._noise.standard_normal(tuple(summed.shape), dtype=np.float32)
-                summed.add_(torch.from_numpy(drawn), alpha=self._privacy.step_noise)
-            summed.div_(self._privacy.step_devices)
+            drawn = gaussian(tuple(summed.shape), self._privacy.step_noise, self._noise)
+            summed.add_(torch.from_numpy(np.asarray(drawn))).div_(self._privacy.step_devices)
         return total
 
     def _scale(self, norm: float) -> float:
@@ -70,15 +64,12 @@ def private_update(
     The update, trained minus start, is one vector over all tensors; it is clipped, then noise is added to each number. An
     update that is not finite counts as zeros: the others must not see that either.
     """
-    update = {name: array.astype(np.float64) - start[name] for name, array in trained.items()}
-    norm = math.sqrt(sum(float(np.square(array).sum()) for array in update.values()))
-    if not math.isfinite(norm):
-        update, norm = {name: np.zeros(array.shape) for name, array in trained.items()}, 0.0
-    scale = min(1.0, privacy.update_clip / norm) if norm else 1.0
+    update: dict[str, np.ndarray] = {name: array.astype(np.float64) - start[name] for name, array in trained.items()}
+    if not all(np.isfinite(array).all() for array in update.values()):
+        update = {name: np.zeros(array.shape) for name, array in trained.items()}
+    clipped, norm = clip_to(update, privacy.update_clip)
     sent = {
-        name: (start[name] + scale * array + privacy.update_noise * noise.standard_normal(array.shape)).astype(
-            np.float32
-        )
-        for name, array in update.items()
+        name: (start[name] + array + gaussian(array.shape, privacy.update_noise, noise)).astype(np.float32)
+        for name, array in clipped.items()
     }
     return sent, norm > privacy.update_clip

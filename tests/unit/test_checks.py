@@ -36,6 +36,7 @@ CLASSES = ["task.kind=classification", "task.classes=['yes', 'no']"]
         ["privacy.mode=central", "split.host_mode=copies", "split.fronts={'a'=1}", "strategy.aggregation=fedadam"],
         ["privacy.mode=central", "lora.train=['front', 'back']"],
         ["privacy.mode=central", "split.host_mode=sequential", "split.sites=2"],
+        ["privacy.mode=central", "strategy.selection=poisson", "federation.expect_nodes=200"],
         ["privacy.mode=device", "split.hosts=0"],
         ["privacy.mode=device", "lora.train=['front', 'back']"],
         ["privacy.epsilon=0.1", "privacy.delta=0.9", "strategy.aggregation=krum", "strategy.selection=oort"],
@@ -142,6 +143,26 @@ def test_settings_that_can_be_combined(tiny: ModelSource, overrides: list[str]) 
         (
             ["privacy.mode=central", "split.backs={'a'=1}"],
             "split.backs cannot be combined with privacy.mode = 'central' here",
+        ),
+        (
+            ["privacy.mode=central", "optimizer.clip=global", "split.host_mode=copies"],
+            "optimizer.clip = 'global' cannot be combined with privacy.mode = 'central' and hosts: .* Allowed: 'stage', 'none'",
+        ),
+        (
+            ["privacy.mode=central", "privacy.clip_quantile=0.5"],
+            "privacy.clip_quantile = 0.5 cannot be combined with split.host_mode = 'joint'",
+        ),
+        (
+            ["privacy.mode=central", "split.host_mode=sequential", "strategy.selection=poisson"],
+            "'poisson' cannot be combined with .* 'sequential' while hosts train: .* Allowed: split.host_mode = 'joint' or 'copies'",
+        ),
+        (
+            ["privacy.mode=central", "split.sites=2", "strategy.selection=poisson"],
+            "'poisson' cannot be combined with .* split.sites = 2 while hosts train .* Allowed: split.sites = 1",
+        ),
+        (
+            ["privacy.mode=central", "strategy.selection=poisson", "federation.expect_nodes=20"],
+            r"'poisson' draws none of 19 devices in some round .* Allowed: a rate of at least 0\.\d+,",
         ),
         ([*PRIVATE, "lora.ranks={'a'=2}"], "lora.ranks cannot be combined with privacy.mode = 'central'"),
         (
