@@ -53,15 +53,23 @@ def _best(figures: Iterable[Mapping[str, Any]], pattern: re.Pattern[str]) -> dic
     return {model: dict(sorted(shares.items())) for model, shares in found.items()}
 
 
-def main() -> int:
+def text_of_results() -> str:
+    """Returns what known.json has to hold by the present results."""
     from edgelam_fl.model.source import find_model
 
-    text = as_text(collected(RESULTS, lambda name: find_model(name).digest))
-    stale = not SHIPPED.is_file() or SHIPPED.read_text(encoding="utf-8") != text
-    if stale and "--check" not in sys.argv[1:]:
-        SHIPPED.write_text(text, encoding="utf-8")
-        print(f"wrote {SHIPPED}")
+    return as_text(collected(RESULTS, lambda name: find_model(name).digest))
+
+
+def write() -> None:
+    """Writes known.json."""
+    SHIPPED.write_text(text_of_results(), encoding="utf-8")
+
+
+def main() -> int:
+    if "--check" not in sys.argv[1:]:
+        write()
         return 0
+    stale = SHIPPED.read_text(encoding="utf-8") != text_of_results()
     print("stale" if stale else "up to date")
     return int(stale)
 

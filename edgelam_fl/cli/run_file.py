@@ -19,9 +19,9 @@ from edgelam_fl.config import RunConfig, Section, toml_value
 from edgelam_fl.errors import ConfigError, DataError, ModelError
 from edgelam_fl.model.adapter import target_modules
 from edgelam_fl.model.source import ModelSource, find_model
-from edgelam_fl.plan.fronts import check_trust, exposures, with_auto_front
+from edgelam_fl.plan.fronts import check_trust, host_readings, with_auto_front
 from edgelam_fl.privacy.known import known_leakage
-from edgelam_fl.privacy.limits import Exposure
+from edgelam_fl.privacy.limits import HostReading
 from edgelam_fl.tasks.data import read_records
 
 COMMON = {
@@ -129,12 +129,12 @@ def explained(config: RunConfig) -> str:
         with suppress(ModelError):  # it may be where the run will take place
             digest = find_model(config.model.name, download=False).digest
     check_trust(config, digest)
-    return f"{described(config, mark_changed=True)}\n{_readable(exposures(config, digest))}"
+    return f"{described(config, mark_changed=True)}\n{_readable(host_readings(config, digest))}"
 
 
-def _readable(found: Sequence[Exposure]) -> str:
+def _readable(found: Sequence[HostReading]) -> str:
     """Writes what hosts can read as comments; without hosts, what leaves a device instead."""
-    said = [_sentence(exposure.words()) for exposure in found]
+    said = [_sentence(reading.words()) for reading in found]
     if not found:
         said.append("split.hosts = 0: nobody gets hidden states; adapters, losses and counts leave a device.")
     if found and found[0].front == 0:

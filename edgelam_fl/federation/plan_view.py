@@ -27,10 +27,10 @@ from edgelam_fl.federation.operator import Operator
 from edgelam_fl.federation.submission import FollowTiming, Submission
 from edgelam_fl.model.base_names import PROFILED_TOKENS
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.plan.fronts import exposures_at
+from edgelam_fl.plan.fronts import host_readings_at
 from edgelam_fl.plan.placement import first_proposal
 from edgelam_fl.plan.spec import RunSpec
-from edgelam_fl.privacy.limits import Exposure
+from edgelam_fl.privacy.limits import HostReading
 from edgelam_fl.telemetry.events import (
     NodeJoined,
     NodePlaced,
@@ -55,7 +55,7 @@ class ForeseenPlan:
 
     placement: PlacementMade
     num_layers: int  # of the model
-    readable: tuple[Exposure, ...]  # what hosts can read, per number of layers that devices keep
+    readable: tuple[HostReading, ...]  # what hosts can read, per number of layers that devices keep
 
     def to_json(self) -> dict[str, Any]:
         """Returns what `--json` prints: the fields of the event `placement`, num_layers, and per front what hosts can read."""
@@ -93,7 +93,7 @@ def plan_on_server(console: Console, config: RunConfig, source: ModelSource, ope
 def _foreseen(placement: PlacementMade, config: RunConfig, source: ModelSource) -> ForeseenPlan:
     layers = source.num_layers
     ends = {(device.first, layers - device.last) for site in placement.sites for device in site.devices}
-    return ForeseenPlan(placement, layers, tuple(exposures_at(config, source.digest, ends)))
+    return ForeseenPlan(placement, layers, tuple(host_readings_at(config, source.digest, ends)))
 
 
 def _await_placement(submission: Submission, deadline_s: float) -> PlacementMade:

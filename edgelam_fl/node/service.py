@@ -23,10 +23,10 @@ from edgelam_fl.node.part import Part
 from edgelam_fl.node.play import Means, NodeHooks, play
 from edgelam_fl.node.profile.answer import answer_profile
 from edgelam_fl.node.server_hub import ServerHub
-from edgelam_fl.plan.fronts import exposure_of_plan
+from edgelam_fl.plan.fronts import host_reading_of
 from edgelam_fl.plan.modes import host_mode, label_place
 from edgelam_fl.plan.reading import part_id
-from edgelam_fl.privacy.limits import Exposure, why_refused
+from edgelam_fl.privacy.limits import HostReading, why_refused
 from edgelam_fl.split.group import RETRY_MS
 from edgelam_fl.split.route import Dial
 from edgelam_fl.telemetry.events import Emit, JobDone, TextReadableHere
@@ -98,7 +98,7 @@ class StageHost:
         self._hub = ServerHub(server, emit, security)
         memory = NodeMemory(hooks.load, self._hub.find_planned, timing.gone_s)
         self._means = Means(dial=dial, hub=self._hub, memory=memory, examples=examples, hooks=hooks)
-        self._exposure: Exposure | None = None  # of the newest part, as it was said; for the thread of a part alone
+        self._reading: HostReading | None = None  # of the newest part, as it was said; for the thread of a part alone
         self._lock = threading.Lock()  # guards the three below
         self._parts: dict[str, Part] = {}
         self._current: Part | None = None
@@ -186,10 +186,10 @@ class StageHost:
             part.finished.set()
 
     def _say_what_is_readable(self, part: Part) -> None:
-        exposure = exposure_of_plan(part.plan)
-        if exposure is not None and exposure != self._exposure:
-            part.emit(TextReadableHere(text=exposure.text, labels=exposure.labels, words=exposure.words()))
-        self._exposure = exposure
+        reading = host_reading_of(part.plan)
+        if reading is not None and reading != self._reading:
+            part.emit(TextReadableHere(text=reading.text, labels=reading.labels, words=reading.words()))
+        self._reading = reading
 
     def _following(self, part: Part) -> AbstractContextManager[object]:
         """Returns what hears of memberships that end, while the part is played."""
@@ -206,8 +206,8 @@ class StageHost:
 
 def _leak(plan: pb.Plan, trust: str) -> str:
     """Returns why a device's owner, who trusts like this, does not allow the plan; empty: it is allowed."""
-    exposure = exposure_of_plan(plan)
-    problem = why_refused(trust, exposure) if exposure is not None else ""
+    reading = host_reading_of(plan)
+    problem = why_refused(trust, reading) if reading is not None else ""
     return problem and f"--trust {trust} of node {plan.node} refuses the plan: {problem}"
 
 

@@ -18,11 +18,11 @@ from edgelam_fl.plan.layout import by_name, device_ends
 from edgelam_fl.plan.modes import label_place
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.privacy.known import KnownLeakage, known_leakage
-from edgelam_fl.privacy.limits import MEASURE, Exposure, layers, percent, why_refused
+from edgelam_fl.privacy.limits import MEASURE, HostReading, layers, percent, why_refused
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 
-def exposures(config: RunConfig, digest: str = "") -> list[Exposure]:
+def host_readings(config: RunConfig, digest: str = "") -> list[HostReading]:
     """Returns what hosts can read per number of layers that a run file gives devices; empty without hosts.
 
     digest: of the model's files; empty: they were not looked at. With split.fronts = 'auto:...', `with_auto_front` comes first.
@@ -31,23 +31,23 @@ def exposures(config: RunConfig, digest: str = "") -> list[Exposure]:
     if not split.hosts:
         return []
     back = min([split.back, *split.backs.values()])
-    return exposures_at(config, digest, {(front, back) for front in (split.front, *split.named_fronts.values())})
+    return host_readings_at(config, digest, {(front, back) for front in (split.front, *split.named_fronts.values())})
 
 
-def exposures_at(config: RunConfig, digest: str, ends: Collection[tuple[int, int]]) -> list[Exposure]:
+def host_readings_at(config: RunConfig, digest: str, ends: Collection[tuple[int, int]]) -> list[HostReading]:
     """Returns what hosts can read per pair (layers in front, layers at the back), the fewest first."""
     known, labels_sent = known_leakage(config.model.name, digest), not label_place(config.split.labels).on_device
-    return [Exposure(config.model.name, front, back, known, labels_sent) for front, back in sorted(ends)]
+    return [HostReading(config.model.name, front, back, known, labels_sent) for front, back in sorted(ends)]
 
 
-def exposure_of_plan(plan: pb.Plan) -> Exposure | None:
+def host_reading_of(plan: pb.Plan) -> HostReading | None:
     """Returns what hosts can read of a device's text by its plan; None if no other node computes on it."""
     route = next(iter(plan.routes), None)
     if route is None or all(hop.node == plan.node for hop in route.hops):
         return None
     known = known_leakage(plan.model.name, plan.model.digest)
     back = plan.model.num_layers - route.back_first
-    return Exposure(plan.model.name, route.front, back, known, not label_place(plan.labels).on_device)
+    return HostReading(plan.model.name, route.front, back, known, not label_place(plan.labels).on_device)
 
 
 def why_owner_refuses(config: RunConfig, digest: str, device: pb.Profile) -> str:
@@ -59,36 +59,36 @@ def why_owner_refuses(config: RunConfig, digest: str, device: pb.Profile) -> str
     if device.trust in ("", "hosts") or not split.hosts:
         return ""
     front = by_name(split.named_fronts, device.name, split.front)
-    (exposure,) = exposures_at(config, digest, {(front, by_name(split.backs, device.name, split.back))})
-    if exposure.worst is None and device.trust != "none" and not exposure.labels_sent:
+    (reading,) = host_readings_at(config, digest, {(front, by_name(split.backs, device.name, split.back))})
+    if reading.worst is None and device.trust != "none" and not reading.labels_sent:
         return ""
-    problem = why_refused(device.trust, exposure)
+    problem = why_refused(device.trust, reading)
     return problem and f"its owner's --trust {device.trust} refuses the run: {problem}"
 
 
 def check_trust(config: RunConfig, digest: str = "") -> None:
     """Raises ConfigError if some device would have so few layers that hosts read more than split.trust allows."""
     trust = config.split.trust
-    for exposure in exposures(config, digest):
-        if problem := why_refused(trust, exposure):
+    for reading in host_readings(config, digest):
+        if problem := why_refused(trust, reading):
             raise ConfigError(
-                f"split.trust = {trust!r} refuses this run: {problem}. Allowed: {_ways_out(trust, exposure)}"
+                f"split.trust = {trust!r} refuses this run: {problem}. Allowed: {_ways_out(trust, reading)}"
             )
 
 
-def _ways_out(trust: str, exposure: Exposure) -> str:
+def _ways_out(trust: str, reading: HostReading) -> str:
     """Lists what a run file may say instead of what was refused."""
     ways = [
         "split.hosts = 0, where only adapters leave a device",
         "split.trust = 'hosts' if the hosts may read the text",
     ]
-    known, kind = exposure.known, trust.partition(":")[0]
+    known, kind = reading.known, trust.partition(":")[0]
     if kind == "none":
         return ", or ".join(ways)
-    if exposure.labels_sent:
+    if reading.labels_sent:
         return ", or ".join(["split.labels = 'device'", *ways])
     front = known.front_for(share_after(kind, trust, "")) if known else None
-    if front is not None and front > exposure.front:
+    if front is not None and front > reading.front:
         ways.insert(0, f"at least {layers(front)} in front (split.front, split.fronts)")
     elif known and front is not None:
         ways.insert(0, "more layers at the back (split.back, split.backs)")

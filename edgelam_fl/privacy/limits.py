@@ -15,7 +15,7 @@ MEASURE = "`edgelam leakage RUN.toml` measures it on this machine"
 
 
 @dataclass(frozen=True)
-class Exposure:
+class HostReading:
     """What hosts can read of the text of a device that keeps `front` and `back` layers at its ends."""
 
     model: str
@@ -66,7 +66,7 @@ class Exposure:
         return f"; with no layer at the back it can solve for the labels from their gradient{measured}"
 
 
-def why_refused(trust: str, exposure: Exposure) -> str:
+def why_refused(trust: str, reading: HostReading) -> str:
     """Returns why an owner who trusts like this allows no such plan with hosts; empty: the plan is allowed.
 
     trust: as split.trust, which is valid.
@@ -75,18 +75,18 @@ def why_refused(trust: str, exposure: Exposure) -> str:
         return ""
     if trust == "none":
         return "it allows no host, and this plan has some"
-    if exposure.labels_sent:
+    if reading.labels_sent:
         return "it limits what hosts read, and this plan sends the labels to the last host"
-    limit, worst = most_read_by_hosts(trust), exposure.worst
+    limit, worst = most_read_by_hosts(trust), reading.worst
     if worst is None:
-        return f"what hosts read is not measured for {exposure.model}; {MEASURE}"
+        return f"what hosts read is not measured for {reading.model}; {MEASURE}"
     if worst <= limit:
         return ""
-    by_text = worst == exposure.text
+    by_text = worst == reading.text
     what, where = (
-        ("tokens", f"{layers(exposure.front)} in front")
+        ("tokens", f"{layers(reading.front)} in front")
         if by_text
-        else ("labels", f"{layers(exposure.back)} at the back")
+        else ("labels", f"{layers(reading.back)} at the back")
     )
     return f"with {where} hosts can read about {percent(worst)} of the {what}, and it allows {percent(limit)}"
 

@@ -13,13 +13,13 @@ from edgelam_fl.errors import ConfigError, DoesNotFit, PeerLost
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.node.examples import DeviceExamples
 from edgelam_fl.node.service import StageHost
-from edgelam_fl.plan.fronts import check_memory_for_fronts, check_trust, exposures, why_too_small
+from edgelam_fl.plan.fronts import check_memory_for_fronts, check_trust, host_readings, why_too_small
 from edgelam_fl.plan.layout import make_layout
 from edgelam_fl.plan.making import RoundFacts, make_plans
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.privacy import known
 from edgelam_fl.privacy.known import SHIPPED, KnownLeakage, known_leakage, shipped, store
-from edgelam_fl.privacy.limits import Exposure, why_refused
+from edgelam_fl.privacy.limits import HostReading, why_refused
 from edgelam_fl.telemetry.events import Event, TextReadableHere, of_kind
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -191,9 +191,9 @@ def test_a_trust_that_is_none_is_refused(value: str) -> None:
 
 def test_labels_count_where_they_were_measured() -> None:
     found = KnownLeakage("m", "d", READ, {0: 0.99, 1: 0.7, 2: 0.2}, 0.01)
-    assert "about 70 % of the labels" in why_refused("measured:0.5", Exposure("m", 4, 1, found))
-    assert why_refused("measured:0.5", Exposure("m", 4, 2, found)) == ""
-    assert "99 % of them as measured" in Exposure("m", 4, 0, found).words()
+    assert "about 70 % of the labels" in why_refused("measured:0.5", HostReading("m", 4, 1, found))
+    assert why_refused("measured:0.5", HostReading("m", 4, 2, found)) == ""
+    assert "99 % of them as measured" in HostReading("m", 4, 0, found).words()
 
 
 # ---------------------------------------------------------------- what the owner of a device allows
@@ -291,7 +291,7 @@ def test_auto_fronts_are_as_deep_as_the_limit_needs(tiny: ModelSource) -> None:
     measured(tiny)
     spec = check_config(run_config(tiny.name, "split.fronts=auto:0.5", "split.back=1"))
     assert spec.config.split.front == 4
-    assert [found.front for found in exposures(spec.config, tiny.digest)] == [4]
+    assert [found.front for found in host_readings(spec.config, tiny.digest)] == [4]
     check_trust(
         spec.config.model_copy(update={"split": spec.config.split.model_copy(update={"trust": "measured:0.5"})}),
         tiny.digest,
