@@ -8,6 +8,8 @@ from __future__ import annotations
 # The parts, in the order in which they run, and their result files under benchmarks/results/.
 PARTS = {
     "states": "leakage",
+    "tuned": "leakage_tuned",
+    "labels": "leakage_labels",
     "members": "leakage_members",
     "updates": "leakage_updates",
 }

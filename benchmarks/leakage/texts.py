@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,6 +36,7 @@ OTHER_MODULES = (
     "xml.sax", "xmlrpc.client", "xmlrpc.server", "zipapp", "zipimport", "zoneinfo",
 )  # fmt: skip
 SHORTEST, LONGEST = 40, 400  # characters of a docstring, both excluded
+RUN = 6  # words in a row that two texts share if one is taken from the other
 
 
 def glosses() -> list[str]:
@@ -49,17 +51,27 @@ def private_texts() -> list[str]:
 
 
 def other_docstrings() -> list[str]:
-    """Returns the other modules' docstrings, those of methods too, in an order that mixes modules; none is a private text."""
-    private = _docstrings(MODULES, methods=True)
-    found = _docstrings(OTHER_MODULES, methods=True) - private
+    """Returns the other modules' docstrings, those of methods too, in an order that mixes modules.
+
+    None shares a run of RUN words with a private text.
+    """
+    private = {run for text in _docstrings(MODULES, methods=True) for run in _runs(text)}
+    found = (text for text in _docstrings(OTHER_MODULES, methods=True) if not private & _runs(text))
     return sorted(found, key=lambda text: text[::-1])
 
 
+def _runs(text: str) -> set[tuple[str, ...]]:
+    words = text.split()
+    return {tuple(words[start : start + RUN]) for start in range(max(1, len(words) - RUN + 1))}
+
+
 def _docstrings(modules: Sequence[str], methods: bool) -> set[str]:
-    members = [member for name in modules for _, member in inspect.getmembers(importlib.import_module(name), callable)]
-    if methods:
-        members += [m for kind in members if inspect.isclass(kind) for _, m in inspect.getmembers(kind, callable)]
-    found = {inspect.getdoc(member) or "" for member in members}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # a look at some old names warns
+        members = [m for name in modules for _, m in inspect.getmembers(importlib.import_module(name), callable)]
+        if methods:
+            members += [m for kind in members if inspect.isclass(kind) for _, m in inspect.getmembers(kind, callable)]
+        found = {inspect.getdoc(member) or "" for member in members}
     return {text for text in found if SHORTEST < len(text) < LONGEST}
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.leakage.looking import look
+from benchmarks.leakage.looking import look, stages_to
 from benchmarks.leakage.texts import LEAST_TOKENS, MODULES, OTHER_MODULES
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.model.whole import load_whole
 from edgelam_fl.privacy.attacks import inverter, nearest, ridge
 from edgelam_fl.privacy.attacks.seen import Seen, chance, interval, reading, share_read
 
@@ -57,7 +56,7 @@ def test_the_inverter_reads_what_hides_among_neighbours(
         return as_seen(own_RTD + 2 * own_RTD.roll(-1, dims=1), ids_RT)
 
     public, private = mixed(texts_of(generator)), mixed(texts_of(generator))
-    training = inverter.Training(width=48, epochs=60, texts=8, negatives=64, rate=1e-2, kept_back=0.1)
+    training = inverter.Training(width=48, epochs=30, texts=8, negatives=64, rate=1e-2, kept_back=0.1)
     linear = share_read(ridge.read(public, private, embeddings_VD), private)
     read = share_read(inverter.read(public, private, embeddings_VD, seed=1, training=training), private)
     assert read > linear + 0.1 > 5 * chance(public, private)
@@ -75,12 +74,12 @@ def test_an_inverter_that_learns_nothing_is_the_ridge_map(
 
 
 def test_the_states_at_cut_0_are_the_embeddings(tiny: ModelSource) -> None:
-    model = load_whole(tiny, "fp32")
+    stages = stages_to(tiny, "fp32", (0, 2))
     texts = [list(range(4, 12)), [7] * (LEAST_TOKENS - 1), [9] * LEAST_TOKENS]
-    found = look(model, texts, (0, 2))
+    found = look(stages, texts, (0, 2))
     assert found[0].ids_N.tolist() == texts[0] + texts[2], "the short text is left out"
     assert found[0].lengths_R == (8, LEAST_TOKENS)
-    embeddings_VD = model.get_input_embeddings().weight.detach()
+    embeddings_VD = stages[0].model.get_input_embeddings().weight.detach()
     torch.testing.assert_close(found[0].states_ND[:8], embeddings_VD[texts[0]])
     assert found[2].states_ND.shape == found[0].states_ND.shape
     assert share_read(nearest.read(found[0], embeddings_VD), found[0]) == 1.0
