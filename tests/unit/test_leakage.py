@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -79,7 +81,8 @@ def test_the_states_at_cut_0_are_the_embeddings(tiny: ModelSource) -> None:
     found = look(stages, texts, (0, 2))
     assert found[0].ids_N.tolist() == texts[0] + texts[2], "the short text is left out"
     assert found[0].lengths_R == (8, LEAST_TOKENS)
-    embeddings_VD = stages[0].model.get_input_embeddings().weight.detach()
+    model: Any = stages[0].model
+    embeddings_VD = model.get_input_embeddings().weight.detach()
     torch.testing.assert_close(found[0].states_ND[:8], embeddings_VD[texts[0]])
     assert found[2].states_ND.shape == found[0].states_ND.shape
     assert share_read(nearest.read(found[0], embeddings_VD), found[0]) == 1.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -30,7 +32,8 @@ def private(tiny: ModelSource) -> Seen:
 @pytest.fixture(scope="module")
 def embeddings_VD(tiny: ModelSource) -> torch.Tensor:
     (stage,) = stages_to(tiny, "fp32", (0,))
-    return stage.model.get_input_embeddings().weight.detach()
+    model: Any = stage.model
+    return model.get_input_embeddings().weight.detach()
 
 
 def in_any_order(private: Seen) -> Candidates:
