@@ -39,6 +39,7 @@ def check_config(config: RunConfig, bounds: Bounds = DEFAULT_BOUNDS, *, elsewher
     check_task(config.task)
     aggregation = loaded["aggregation"].capabilities if "aggregation" in loaded else Capabilities()
     check_aggregation(config, aggregation)
+    check_cut_defence(config, aggregation)
     check_place_of_model(config.model.name, bounds)
     source = find_model(config.model.name)
     spec = RunSpec(with_auto_front(config, source), source)
@@ -127,6 +128,66 @@ def check_aggregation(config: RunConfig, aggregation: Capabilities) -> None:
             f"strategy.aggregation = {name!r} needs at least {least} sources, and has split.sites = {split.sites} with {where}. "
             f"{allowed}, or split.sites of at least {least}"
         )
+
+
+def check_cut_defence(config: RunConfig, aggregation: Capabilities) -> None:
+    """Raises ConfigError for a defence at the cut that would defend nothing, or that the other settings undo."""
+    privacy, split, lora = config.privacy, config.split, config.lora
+    keys = {"cut_clip": privacy.cut_clip, "disguise": privacy.disguise, "private_front": privacy.private_front}
+    used = next((f"privacy.{key} = {_toml(value)}" for key, value in keys.items() if value), "")
+    if not used:
+        return
+    if not split.hosts:
+        raise ConfigError(
+            f"{used} needs split.hosts of at least 1: with split.hosts = 0 no hidden state leaves a device"
+        )
+    if not label_place(split.labels).on_device:
+        raise ConfigError(
+            f"{used} cannot be combined with split.labels = 'last-stage', which sends the labels themselves to a host. "
+            f"Allowed: split.labels = 'device'"
+        )
+    front_keys = {key: value for key, value in keys.items() if key != "cut_clip" and value}
+    if not front_keys:
+        return
+    used = next(f"privacy.{key} = {_toml(value)}" for key, value in front_keys.items())
+    fronts = {"split.front": split.front} | {
+        f"split.fronts.{name}": front for name, front in split.named_fronts.items()
+    }
+    for key, front in fronts.items():
+        if not front:
+            raise ConfigError(
+                f"{used} needs a front that can learn, and {key} = 0 leaves the device none; allowed: at least 1"
+            )
+    if "front" not in lora.train:
+        raise ConfigError(
+            f"{used} needs a front that learns, and lora.train = {list(lora.train)} freezes it. Allowed: lora.train with 'front'"
+        )
+    if privacy.private_front:
+        check_private_front(config, aggregation)
+
+
+def check_private_front(config: RunConfig, aggregation: Capabilities) -> None:
+    """Raises ConfigError if the server would need the private adapters, or would be left with nothing to aggregate."""
+    split, lora, name = config.split, config.lora, config.strategy.aggregation
+    if lora.train == ("front",):
+        raise ConfigError(
+            "privacy.private_front = true with lora.train = ['front'] leaves nothing to aggregate: all that learns stays on the "
+            "devices. Allowed: lora.train with 'hosts' or 'back' as well"
+        )
+    if split.host_on == "any":
+        raise ConfigError(
+            "privacy.private_front = true cannot be combined with split.host_on = 'any': a device would train the same layer for "
+            "itself alone and for others. Allowed: split.host_on = 'edge'"
+        )
+    if aggregation.corrects_sgd:
+        raise ConfigError(
+            f"privacy.private_front = true cannot be combined with strategy.aggregation = {name!r}, which corrects every layer of "
+            f"a device by what the others did. Allowed: the other aggregations, for example 'fedavg'"
+        )
+
+
+def _toml(value: float) -> str:
+    return "true" if value is True else f"{value:g}"
 
 
 def check_correction(config: RunConfig) -> None:

@@ -14,7 +14,7 @@ from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.model.adapter import Adapter, initial_adapter, slice_of
 from edgelam_fl.plan.layout import site_source
-from edgelam_fl.plan.reading import end_spans, hosted_span, spans_of
+from edgelam_fl.plan.reading import end_spans, hosted_span, is_private, spans_of
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import edgelam_pb2 as pb
 from strategies.aggregation.factors import A, B, module_of
@@ -48,11 +48,12 @@ def with_missing_modules(
 
 def starting_point(plan: pb.Plan, adapter: Adapter, personal: Mapping[str, Adapter]) -> Adapter:
     """Returns the tensors that the plan's node starts from: its slice of the `adapter`, and the `personal` tensors of its
-    sources in place of the global ones.
+    sources in place of the global ones. A private front starts from what its device has.
     """
     hosted = hosted_span(plan)
     of_site = slice_of({**adapter, **personal.get(site_source(plan.site), {})}, [hosted]) if hosted is not None else {}
-    held = of_site | slice_of({**adapter, **personal.get(plan.node, {})}, end_spans(plan))
+    own = slice_of({**adapter, **personal.get(plan.node, {})}, end_spans(plan))
+    held = of_site | {name: array for name, array in own.items() if not is_private(plan, name)}
     return {name: at_rank(name, array, plan.lora.rank) for name, array in held.items()}
 
 

@@ -20,7 +20,7 @@ from edgelam_fl.model.adapter import Adapter, Span
 from edgelam_fl.model.carry import is_carry
 from edgelam_fl.plan.layout import Layout, site_source
 from edgelam_fl.plan.modes import host_mode
-from edgelam_fl.plan.reading import end_spans, hosted_span
+from edgelam_fl.plan.reading import end_spans, hosted_span, is_private
 from edgelam_fl.split.judging import Size
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.global_adapter import at_rank
@@ -92,7 +92,10 @@ def why_unusable(reply: Reply, plan: pb.Plan, adapter: Adapter) -> str:
             return f"its contribution of {part.source!r} weighs {part.weight}; the plan allows 0 to {most} labels"
         if part.lr_sum and not _least_lr(plan) <= part.lr_sum <= _most_lr(plan, part):
             return f"its contribution of {part.source!r} has a sum of learning rates, {part.lr_sum}, which its plan's cannot"
-        wrong = _wrong_tensor(tensors, _trained(plan, adapters.slice_of(adapter, where)))
+        expected = _trained(plan, adapters.slice_of(adapter, where))
+        if part.scope == "ends":
+            expected = {name: array for name, array in expected.items() if not is_private(plan, name)}
+        wrong = _wrong_tensor(tensors, expected)
         if wrong:
             return wrong
         names = {(part.scope, part.source, name) for name in tensors}

@@ -36,6 +36,10 @@ def export(
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="fp32|bf16", help="merged: of the weights; by default fp32.")
     ] = "",
+    front: Annotated[
+        Path | None,
+        typer.Option("--front", metavar="FILE", help="This device's own front, of a run with privacy.private_front."),
+    ] = None,
 ) -> None:
     """Writes a run's result in a form that other tools load without EdgeLAM-FL.
 
@@ -47,7 +51,7 @@ def export(
 
     result = open_result(folder)
     with console.status("exporting"):
-        made, how = write(result, to, out, dtype)
+        made, how = write(result, to, out, dtype, front)
     say(f"wrote {made}; elsewhere:\n{how}")
 
 

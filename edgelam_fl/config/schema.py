@@ -379,6 +379,34 @@ class PrivacySection(Section):
     accountant: Literal["pld", "rdp"] = Field(
         "pld", description="how epsilon is computed: privacy loss distributions, or Renyi divergences, which give more"
     )
+    cut_clip: float = Field(
+        0.0,
+        ge=0,
+        le=1000,
+        description="longest hidden state of a token that leaves a device, as a multiple of the typical one at its cut (2 costs "
+        "next to nothing); the first token of a text has no limit; gradients: a multiple of their median; 0: no limit",
+    )
+    cut_noise: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="length of the noise on each hidden state and gradient that leaves a device, as a part of the limit that "
+        "cut_clip sets",
+    )
+    private_front: bool = Field(
+        False, description="whether each device keeps its front's adapter to itself: never sent, never averaged"
+    )
+    disguise: float = Field(
+        0.0,
+        ge=0,
+        le=1000,
+        description="how strongly a front learns to hide its tokens from a linear reader, beside its task; 0: not at all",
+    )
+
+    @property
+    def defends_cut(self) -> bool:
+        """Whether a device does anything to its hidden states or its front that hosts are not to know or read."""
+        return bool(self.cut_clip or self.cut_noise or self.private_front or self.disguise)
 
 
 class RunSection(Section):
@@ -420,6 +448,15 @@ class RunConfig(Section):
             raise ValueError(
                 f"federation.devices_per_round = {federation.devices_per_round} must be at least federation.min_nodes = "
                 f"{federation.min_nodes}, or 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def noise_has_a_limit(self) -> RunConfig:
+        if self.privacy.cut_noise and not self.privacy.cut_clip:
+            raise ValueError(
+                f"privacy.cut_noise = {self.privacy.cut_noise:g} needs privacy.cut_clip above 0 (such as 2.0): the noise is a part "
+                f"of the limit that cut_clip sets"
             )
         return self
 

@@ -88,7 +88,7 @@ def _open(result: Result, plan: pb.Plan, operator: Operator) -> RouteSession:
     security = Security(load_identity(operator.identity) if operator.identity else None)
     open_route(partial(dial, security=security), plan, source, route, ByteCounters(), hub=hub)
     adapter = read_peft_folder(result.adapter)
-    return RouteSession(stages, adapter, route, wire_dtype(plan), _PATIENCE_S)
+    return RouteSession(stages, adapter, route, wire_dtype(plan), _PATIENCE_S, plan.cut)
 
 
 def _await_route(submission: Submission, folder: Path, deadline_s: float) -> pb.Plan:

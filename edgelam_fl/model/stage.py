@@ -128,6 +128,12 @@ class Stage(nn.Module):
     def _transformer(self) -> PreTrainedModel:
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
+    def embeddings(self) -> torch.Tensor:
+        """Returns the table of token embeddings [V, D] of a stage that holds it."""
+        return (
+            self._transformer.get_submodule(f"{self.family.body}.{self.family.embed}").get_parameter("weight").detach()
+        )
+
     @property
     def layers(self) -> nn.ModuleList:
         """All layers of the model by global number; those outside the span are pass-through modules."""

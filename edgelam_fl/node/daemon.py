@@ -104,6 +104,7 @@ def _make_node(options: argparse.Namespace, log: EventLog, security: Security) -
         open_door=partial(RelayedDoor, security=security),
         follow=partial(Following, security=security) if security.identity else None,
         security=security,
+        state=options.state,
     )  # fmt: skip
 
 

@@ -19,10 +19,12 @@ from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.carry import without_carry
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.stage import Stage, load_stages
+from edgelam_fl.node.private_fronts import PrivateFronts
 from edgelam_fl.plan.modes import host_mode
-from edgelam_fl.plan.reading import end_spans, ends_train, hosted_span, hosted_trains, spans_of
+from edgelam_fl.plan.reading import end_spans, ends_train, hosted_span, hosted_trains, is_private, spans_of
 from edgelam_fl.privacy.mechanism import secret_generator
 from edgelam_fl.split.corrections import read_corrections
+from edgelam_fl.split.cut import CutDefence
 from edgelam_fl.split.private import private_update
 from edgelam_fl.split.trainee import Trainee, lora_of
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -33,9 +35,15 @@ _COLLECT_AGAIN_S = 0.01
 class NodeMemory:
     """The memory of one node: at most one `Held` at a time, because there is room for one."""
 
-    def __init__(self, load: Callable[..., list[Stage]], find: Callable[[pb.Plan], ModelSource], gone_s: float) -> None:
-        """Holds nothing yet. `load`, `find`: as of `Held`. `gone_s`: seconds that old slices may take to leave memory."""
-        self._load, self._find, self._gone_s = load, find, gone_s
+    def __init__(
+        self,
+        load: Callable[..., list[Stage]],
+        find: Callable[[pb.Plan], ModelSource],
+        gone_s: float,
+        fronts: PrivateFronts,
+    ) -> None:
+        """Holds nothing yet. `load`, `find`, `fronts`: as of `Held`. `gone_s`: seconds that old slices may take to leave memory."""
+        self._load, self._find, self._gone_s, self._fronts = load, find, gone_s, fronts
         self._held: Held | None = None
 
     def hold(self, plan: pb.Plan) -> Held:
@@ -47,7 +55,7 @@ class NodeMemory:
             before, old = self._held.known(), [weakref.ref(stage) for stage in self._held.stages()]
         self._held = None
         _await_gone(old, self._gone_s)
-        self._held = Held(plan, self._load, self._find, before)
+        self._held = Held(plan, self._load, self._find, before, self._fronts)
         return self._held
 
 
@@ -60,11 +68,13 @@ class Held:
         load: Callable[..., list[Stage]] = load_stages,
         find: Callable[[pb.Plan], ModelSource] = lambda plan: find_model(plan.model.name),
         before: Mapping[str, np.ndarray] = {},
+        fronts: PrivateFronts | None = None,
     ) -> None:
         """Loads the slices of a plan. Raises Refused if the model here is not the server's, ModelError if there is none.
 
         `find`: returns the plan's model. `load`: as `load_stages`. `before`: the tensors that the node held until now
-        (`known`): the server sends a node only the tensors that it does not hold, whatever layers it had.
+        (`known`): the server sends a node only the tensors that it does not hold, whatever layers it had. `fronts`: keeps
+        private fronts; None: in memory.
         """
         self.key = slice_key(plan)
         self.source = find(plan)
@@ -86,6 +96,11 @@ class Held:
         self.update_clipped = False  # whether the update of the newest round was longer than its bound
         self._ends_start: adapters.Adapter = {}  # the ends before the round; only if the update is clipped here
         self._before = adapters.slice_of(before, spans_of(plan))  # empty after the first `start`
+        self._fronts = PrivateFronts() if fronts is None else fronts
+        self._private = {
+            name: p.detach().numpy() for name, p in self.ends_trainee.named.items() if is_private(plan, name)
+        }
+        self._cut: tuple[pb.Cut, CutDefence] | None = None
         self._site: dict[str, Trainee] = {}  # per source: the site, or with copies each device
 
     # ---------------------------------------------------------------- a round
@@ -102,6 +117,7 @@ class Held:
             raise Refused(
                 f"node {plan.node} holds adapter {digest[:12]}, the plan starts from {plan.adapter_digest[:12]}"
             )
+        tensors |= self._fronts.of(plan.run, self._private)
         mu = plan.lora.prox_mu  # for adapters of one device: its ends, and its copy at a host
         site_mu = mu if host_mode(plan.host_mode).has_copies else 0.0
         adds = read_corrections(plan, corrections)
@@ -148,7 +164,7 @@ class Held:
             self._protect_update(plan)
         if plan.HasField("privacy"):
             own_labels, site_labels = min(1, own_labels), _as_private(plan, site_labels)
-        found = [("ends", plan.node, own_labels, ends.finish(plan), ends.lr_sum)] if self.ends else []
+        found = [("ends", plan.node, own_labels, self._finish_ends(plan), ends.lr_sum)] if self.ends else []
         for source, trainee in self._site.items() if self.hosted is not None else []:
             tensors = trainee.finish(plan)
             for weight in sorted({site_labels(source, name) for name in tensors}):
@@ -163,14 +179,27 @@ class Held:
         ]
 
     def _protect_update(self, plan: pb.Plan) -> None:
-        trained = {
-            name: array for name, array in self.ends_trainee.adapter().items() if name in self.ends_trainee.names
-        }
+        leaves = set(self.ends_trainee.names) - self._private.keys()
+        trained = {name: array for name, array in self.ends_trainee.adapter().items() if name in leaves}
         sent, self.update_clipped = private_update(self._ends_start, trained, plan.privacy, secret_generator())
         self.ends_trainee.replace(sent)
 
+    def _finish_ends(self, plan: pb.Plan) -> adapters.Adapter:
+        """Returns what the ends trained and may leave the device; keeps the private rest."""
+        trained = self.ends_trainee.finish(plan)
+        if self._private:
+            own = self.ends_trainee.adapter()
+            self._fronts.keep(plan.run, {name: own[name] for name in self._private})
+        return {name: array for name, array in trained.items() if name not in self._private}
+
+    def cut_defence(self, plan: pb.Plan) -> CutDefence:
+        """Returns the defence of the device's cut, the same over the rounds of a run: it has learned who could read it."""
+        if self._cut is None or self._cut[0] != plan.cut:
+            self._cut = plan.cut, CutDefence(plan.cut, self.ends[0])
+        return self._cut[1]
+
     def current(self) -> adapters.Adapter | None:
-        """Returns all tensors that are held, by name; None if there are several versions of a tensor."""
+        """Returns all tensors that are held and not private, by name; None if there are several versions of a tensor."""
         tensors, several = self._versions()
         return None if several else tensors
 
@@ -184,6 +213,8 @@ class Held:
         several: set[str] = set()
         for trainee in [self.ends_trainee, *self._site.values()]:
             for name, array in trainee.adapter().items():
+                if name in self._private:
+                    continue
                 if name in merged and not np.array_equal(merged[name], array):
                     several.add(name)
                 merged[name] = array
@@ -209,7 +240,7 @@ def slice_key(plan: pb.Plan) -> tuple[Any, ...]:
     copies = host_mode(plan.host_mode).has_copies
     return (
         model.digest, model.base, model.compute, tuple(spans_of(plan)), lora_of(plan), plan.checkpointing, copies,
-        len(plan.task.classes),
+        len(plan.task.classes), plan.cut.private_front,
     )  # fmt: skip
 
 

@@ -116,7 +116,7 @@ class Player:
         training, held_out = self._means.examples.load(task, plan.task)
         counters, route = ByteCounters(), new_route(plan)
         self._part.attach(route.inbox)
-        ends = Ends(plan, held.ends, task, wire_dtype(plan))
+        ends = Ends(plan, held.ends, task, wire_dtype(plan), held.cut_defence(plan))
         driver = Driver(plan, ends, held.ends_trainee, route, task, self._part.emit)
         try:
             open_route(self._means.dial, plan, held.source, route, counters, driver.timeline.sent, self._hub)

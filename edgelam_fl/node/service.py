@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from edgelam_fl.errors import EdgelamError, Refused
@@ -21,6 +22,7 @@ from edgelam_fl.node.held import NodeMemory
 from edgelam_fl.node.outward import outward
 from edgelam_fl.node.part import Part
 from edgelam_fl.node.play import Means, NodeHooks, play
+from edgelam_fl.node.private_fronts import PrivateFronts
 from edgelam_fl.node.profile.answer import answer_profile
 from edgelam_fl.node.server_hub import ServerHub
 from edgelam_fl.plan.fronts import host_reading_of
@@ -79,6 +81,7 @@ class StageHost:
         open_door: OpenDoor | None = None,
         follow: Callable[[str], Closes] | None = None,
         security: Security = PLAIN,
+        state: Path | None = None,
         hooks: NodeHooks = DEFAULT_HOOKS,
         timing: StageHostTiming = DEFAULT_STAGE_HOST_TIMING,
     ) -> None:
@@ -89,14 +92,14 @@ class StageHost:
         device's owner lets hosts read of its text, as split.trust; a plan that leaks more is refused. `server`:
         host of its server, where the hub is. `open_door`: lets others in by way of the hub; None: they dial the node alone.
         `follow`: listens at the hub's address to whose membership has ended; None: nobody's ends here. `security`: how the
-        node calls the hub.
+        node calls the hub. `state`: the node's folder, for what stays with it over restarts; None: nothing does.
         """
         self.name, self.address = name, address
         self.role = pb.EDGE if examples is None else pb.DEVICE
         self._emit, self._tags, self._trust, self._examples = emit, tuple(tags), trust, examples
         self._open_door, self._follow, self._timing = open_door, follow, timing
         self._hub = ServerHub(server, emit, security)
-        memory = NodeMemory(hooks.load, self._hub.find_planned, timing.gone_s)
+        memory = NodeMemory(hooks.load, self._hub.find_planned, timing.gone_s, PrivateFronts(state))
         self._means = Means(dial=dial, hub=self._hub, memory=memory, examples=examples, hooks=hooks)
         self._reading: HostReading | None = None  # of the newest part, as it was said; for the thread of a part alone
         self._lock = threading.Lock()  # guards the three below

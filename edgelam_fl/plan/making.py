@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from edgelam_fl.config import RunConfig
+from edgelam_fl.config import PrivacySection, RunConfig
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.base_names import DTYPES
 from edgelam_fl.model.memory import weights_bytes
@@ -239,6 +239,7 @@ def _plan(spec: RunSpec, facts: RoundFacts, profile: pb.Profile) -> pb.Plan:
         protocol_version=PROTOCOL_VERSION,
         hub_port=facts.hub_port,
         slices_token=facts.slices_token,
+        cut=_cut(config.privacy) if profile.role == pb.DEVICE else None,
     )
 
 
@@ -310,6 +311,14 @@ def _lora(config: RunConfig, node: str, settings: ClientSettings) -> pb.Lora:
         freeze_a=not settings.train_a,
         freeze_b=not settings.train_b,
         prox_mu=settings.prox_mu,
+    )
+
+
+def _cut(privacy: PrivacySection) -> pb.Cut | None:
+    if not privacy.defends_cut:
+        return None
+    return pb.Cut(
+        clip=privacy.cut_clip, noise=privacy.cut_noise, private_front=privacy.private_front, disguise=privacy.disguise
     )
 
 

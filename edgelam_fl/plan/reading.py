@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable
 
 from edgelam_fl.model.adapter import Span
+from edgelam_fl.model.index import layer_number
 from edgelam_fl.plan.modes import label_place
 from edgelam_fl.wire import edgelam_pb2 as pb
 
@@ -87,6 +88,12 @@ def ends_train(plan: pb.Plan) -> Callable[[int | None], bool]:
         return lora.train_front if layer < route.front else lora.train_hosts
 
     return learns
+
+
+def is_private(plan: pb.Plan, name: str) -> bool:
+    """Returns whether a tensor of a device's own layers never leaves it: those of its front, if the plan keeps it private."""
+    layer = layer_number(name)
+    return plan.cut.private_front and bool(plan.routes) and layer is not None and layer < plan.routes[0].front
 
 
 def hosted_trains(plan: pb.Plan) -> Callable[[int | None], bool]:

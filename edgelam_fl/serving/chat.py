@@ -29,7 +29,12 @@ class Says(Protocol):
 
 
 def check_can_talk(config: RunConfig, prompt: str | None) -> None:
-    """Raises ConfigError for a run whose model answers with a class, and for an empty question."""
+    """Raises ConfigError for a run whose model is not whole here or answers with a class, and for an empty question."""
+    if config.privacy.private_front:
+        raise ConfigError(
+            "privacy.private_front = true: this run's adapter lacks the front, which stayed on the devices. There, "
+            "`edgelam export --to peft --front FILE` writes the whole adapter for other tools"
+        )
     if config.task.classes:
         raise ConfigError(f"task.kind = {config.task.kind!r}: this run's model answers with a class, not with text")
     if prompt is not None and not prompt.strip():

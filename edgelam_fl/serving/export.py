@@ -7,22 +7,28 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from edgelam_fl.errors import ConfigError, EnvironmentProblem
 from edgelam_fl.machine import disk_free_bytes, memory_free_bytes
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.serving.results import Result
 
+_CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 BYTES_PER_NUMBER = {"fp32": 4, "bf16": 2}
 
 
-def export(result: Result, kind: str, out: Path | None, dtype: str = "") -> tuple[Path, str]:
+def export(result: Result, kind: str, out: Path | None, dtype: str = "", front: Path | None = None) -> tuple[Path, str]:
     """Writes the result as `kind` "peft" or "merged" to `out` (None: a folder of that name in the run's folder).
 
-    Returns the folder and the code that loads it elsewhere. The folder appears complete or not at all. Raises ConfigError
+    `front`: a device's own adapter of the front, which a run with privacy.private_front lacks. Returns the folder and the code that loads it elsewhere. The folder appears complete or not at all. Raises ConfigError
     if it exists or an option is wrong, EnvironmentProblem if memory or disk is short.
     """
     if kind not in ("peft", "merged"):
@@ -36,13 +42,15 @@ def export(result: Result, kind: str, out: Path | None, dtype: str = "") -> tupl
     folder = out or result.folder / kind
     if folder.exists():
         raise ConfigError(f"{folder} exists; choose another with --out (nothing is ever overwritten)")
+    _check_front(result, front)
     source = find_model(result.config.model.name)
-    if kind == "peft":
-        _check_adapter(result, source)
-        _whole_or_nothing(folder, lambda part: _copy(result.adapter, part))
-        return folder, _load_peft(folder, source)
-    _check_room(source, folder, dtype or "fp32")
-    _whole_or_nothing(folder, lambda part: _merge(result, source, part, dtype or "fp32"))
+    with _adapter(result, front) as adapter:
+        if kind == "peft":
+            _check_adapter(adapter, source)
+            _whole_or_nothing(folder, lambda part: _copy(adapter, part))
+            return folder, _load_peft(folder, source)
+        _check_room(source, folder, dtype or "fp32")
+        _whole_or_nothing(folder, lambda part: _merge(adapter, source, part, dtype or "fp32"))
     return folder, f'model = AutoModelForCausalLM.from_pretrained("{folder}")    # from transformers'
 
 
@@ -57,16 +65,52 @@ def _whole_or_nothing(folder: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
+# ---------------------------------------------------------------- a front that stayed on its device
+
+
+def _check_front(result: Result, front: Path | None) -> None:
+    """Raises ConfigError if a run's private front is missing, or one is given to a run that has none."""
+    if result.config.privacy.private_front and front is None:
+        raise ConfigError(
+            f"{result.folder} lacks the front's adapter: with privacy.private_front = true each device keeps its own, and the run's "
+            f"folder holds those of hosts and back alone. On a device, export with --front FILE: "
+            f"private-fronts/RUN.safetensors in the node's state folder"
+        )
+    if front is not None and not result.config.privacy.private_front:
+        raise ConfigError("--front belongs to runs with privacy.private_front = true; this run's adapter is whole")
+
+
+@contextmanager
+def _adapter(result: Result, front: Path | None) -> Iterator[Path]:
+    """Gives the folder of the whole adapter. Raises ConfigError for a front that does not belong to it."""
+    if front is None:
+        yield result.adapter
+        return
+    try:
+        own = load_file(front)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"--front {front} cannot be read: {error}") from error
+    whole = load_file(result.adapter / _TENSORS)
+    wrong = [name for name, array in own.items() if name not in whole or whole[name].shape != array.shape]
+    if wrong or not own:
+        what = f"{wrong[0]} is no tensor of it" if wrong else "it is empty"
+        raise ConfigError(f"--front {front} does not belong to the adapter of {result.folder}: {what}")
+    with tempfile.TemporaryDirectory() as made:
+        shutil.copyfile(result.adapter / _CONFIG, Path(made) / _CONFIG)
+        save_file(whole | own, Path(made) / _TENSORS, metadata={"format": "pt"})
+        yield Path(made)
+
+
 # ---------------------------------------------------------------- the adapter alone
 
 
 def _copy(adapter: Path, folder: Path) -> None:
     folder.mkdir(parents=True)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in (_CONFIG, _TENSORS):
         shutil.copyfile(adapter / name, folder / name)
 
 
-def _check_adapter(result: Result, source: ModelSource) -> None:
+def _check_adapter(adapter: Path, source: ModelSource) -> None:
     """Lets peft put the adapter on its base, which has no storage here: the check takes no memory for a model."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -75,7 +119,7 @@ def _check_adapter(result: Result, source: ModelSource) -> None:
 
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source.folder))
-    put_on(base, result.adapter)
+    put_on(base, adapter)
 
 
 def _load_peft(folder: Path, source: ModelSource) -> str:
@@ -109,14 +153,14 @@ def _gb(count: int) -> str:
     return f"{count / 1e9:.2f} GB"
 
 
-def _merge(result: Result, source: ModelSource, folder: Path, dtype: str) -> None:
+def _merge(adapter: Path, source: ModelSource, folder: Path, dtype: str) -> None:
     import torch
     from transformers import AutoTokenizer
 
     from edgelam_fl.model.whole import load_whole, put_on
 
     # Our own loading rather than from_pretrained: a GGUF file is read from the cache, and saves like any other model.
-    merged: Any = put_on(load_whole(source, "fp32"), result.adapter).merge_and_unload()
+    merged: Any = put_on(load_whole(source, "fp32"), adapter).merge_and_unload()
     if dtype == "bf16":
         merged.to(torch.bfloat16)
     merged.save_pretrained(folder)

@@ -14,6 +14,7 @@ import torch
 
 from edgelam_fl.errors import ProtocolError
 from edgelam_fl.model.stage import Stage
+from edgelam_fl.split.cut import CutDefence
 from edgelam_fl.split.group import Group, relay
 from edgelam_fl.split.inbox import Lost
 from edgelam_fl.split.member import Member
@@ -100,11 +101,18 @@ class RouteSession:
     """The device's end: takes token ids, gives the next token's logits."""
 
     def __init__(
-        self, stages: list[Stage], adapter: Mapping[str, np.ndarray], route: Route, wire: torch.dtype, patience_s: float
+        self,
+        stages: list[Stage],
+        adapter: Mapping[str, np.ndarray],
+        route: Route,
+        wire: torch.dtype,
+        patience_s: float,
+        cut: pb.Cut,
     ) -> None:
         self.front, self.back, self.route, self.wire, self._patience_s = stages[0], stages[-1], route, wire, patience_s
         for stage in (self.front, self.back):
             stage.load_adapter(dict(adapter))
+        self._cut = CutDefence(cut, self.front)
         self._session, self._position = 0, 0
         self._caches = self.front.new_cache(), self.back.new_cache()
 
@@ -122,7 +130,8 @@ class RouteSession:
         assert self.route.entry is not None
         front_cache, back_cache = self._caches
         new = pb.KvStep(session=self._session, position=self._position, length=len(ids))
-        hidden = self.front(torch.tensor([ids]), [len(ids)], cache=front_cache).to(self.wire)
+        states = self.front(torch.tensor([ids]), [len(ids)], cache=front_cache)
+        hidden = self._cut.states(states, [len(ids)], begins=not self._position).to(self.wire)
         self.route.entry.send(pb.Header(kind=pb.KV_STEP, kv_step=new), hidden.contiguous())
         answer = self._answer()
         self._position += len(ids)

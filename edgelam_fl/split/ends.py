@@ -13,6 +13,7 @@ import torch
 from edgelam_fl.model.stage import Stage
 from edgelam_fl.plan.modes import label_place
 from edgelam_fl.plan.reading import unit_seed
+from edgelam_fl.split.cut import CutDefence
 from edgelam_fl.tasks.base import Task, Unit
 from edgelam_fl.wire import edgelam_pb2 as pb
 
@@ -20,9 +21,12 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 class Ends:
     """The front and the back of one device; one and the same stage on a route over no host."""
 
-    def __init__(self, plan: pb.Plan, stages: Sequence[Stage], task: Task, wire: torch.dtype) -> None:
-        """`wire`: what hidden states travel in."""
+    def __init__(
+        self, plan: pb.Plan, stages: Sequence[Stage], task: Task, wire: torch.dtype, cut: CutDefence | None = None
+    ) -> None:
+        """`wire`: what hidden states travel in. `cut`: what happens to them before they leave; None: what the plan says."""
         self._plan, self._task, self._wire = plan, task, wire
+        self._cut = CutDefence(plan.cut, stages[0]) if cut is None else cut
         self._front, self._back = stages[0], stages[-1]
         own = plan.routes[0]
         self._is_split = bool(own.hops)
@@ -33,7 +37,12 @@ class Ends:
     def forward_front(self, unit: Unit, step: int, number: int, *, training: bool) -> torch.Tensor:
         """Returns the hidden states [rows, tokens, hidden] of a micro-batch for the first host."""
         seed = self._seed(step, number) if training else None
-        return self._front(unit.ids_BT, unit.row_lengths, unit_seed=seed).to(self._wire)
+        states = self._front(unit.ids_BT, unit.row_lengths, unit_seed=seed)
+        return self._cut.states(states, unit.row_lengths).to(self._wire)
+
+    def backward_front(self, unit: Unit, sent: torch.Tensor, grad: torch.Tensor, divisor: int) -> None:
+        """Adds to the front's gradients. `sent`: what `forward_front` returned. `grad`: its gradient, from the first host."""
+        sent.backward(self._cut.disguising(unit, sent, grad, divisor))
 
     def evaluate(self, unit: Unit, inputs: torch.Tensor) -> tuple[float, dict[str, float]]:
         """Returns a micro-batch's loss sum and its sums of other metrics. `inputs`: as of `train`."""
@@ -53,7 +62,8 @@ class Ends:
         loss, _ = self._task.loss(self._forward_back(unit, inputs, self._seed(step, number)), unit.labels)
         if loss.requires_grad:
             (loss / divisor).backward()
-        return float(loss.detach()), inputs.grad
+        grad = inputs.grad
+        return float(loss.detach()), None if grad is None else self._cut.gradient(grad, unit.row_lengths)
 
     def _forward_back(self, unit: Unit, inputs: torch.Tensor, seed: int | None) -> torch.Tensor:
         inputs = inputs.to(self._back.dtype) if self._is_split else inputs

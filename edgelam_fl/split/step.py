@@ -176,7 +176,7 @@ class DeviceStep:
         hidden = self._under_way[number].hidden
         grad = self._checked(tensor, hidden, host=0)
         with self._computing("backward", header):
-            hidden.backward(grad)
+            self._ends.backward_front(self.units[number], hidden, grad, self.divisor)
 
     def _forward_back(self, number: int, header: pb.Header, inputs: torch.Tensor) -> torch.Tensor | None:
         """Notes the loss of a micro-batch; returns the gradient for the last host, None if none is needed."""

@@ -46,7 +46,7 @@ def open_session(fleet: Fleet, adapter: Adapter) -> tuple[RouteSession, dict[str
     stages = load_stages(fleet.source, end_spans(plan), plan.model.base, lora_of(plan), compute=plan.model.compute)
     route = new_route(plan)
     open_route(memory_dial(fleet), plan, fleet.source, route, ByteCounters())
-    return RouteSession(stages, adapter, route, wire_dtype(plan), 30.0), plans
+    return RouteSession(stages, adapter, route, wire_dtype(plan), 30.0, plan.cut), plans
 
 
 def greedy(session: RouteSession) -> tuple[list[int], list[torch.Tensor]]:

@@ -40,6 +40,9 @@ CLASSES = ["task.kind=classification", "task.classes=['yes', 'no']"]
         ["privacy.mode=device", "split.hosts=0"],
         ["privacy.mode=device", "lora.train=['front', 'back']"],
         ["privacy.epsilon=0.1", "privacy.delta=0.9", "strategy.aggregation=krum", "strategy.selection=oort"],
+        ["privacy.cut_clip=2.0", "privacy.cut_noise=0.1", "split.front=0", "lora.train=hosts"],
+        ["privacy.private_front=true", "privacy.disguise=0.5", "strategy.aggregation=flora", "split.host_mode=copies"],
+        ["privacy.disguise=0.5", "strategy.aggregation=fedsa", "split.host_on=any"],
     ],
 )
 def test_settings_that_can_be_combined(tiny: ModelSource, overrides: list[str]) -> None:
@@ -54,6 +57,30 @@ def test_settings_that_can_be_combined(tiny: ModelSource, overrides: list[str]) 
             "model.compute = 'bf16' cannot be combined with model.base = 'fp32'",
         ),
         (["split.sites=2", "split.hosts=0"], "split.sites = 2 needs split.hosts of at least 1"),
+        (["privacy.cut_clip=2.0", "split.hosts=0"], "privacy.cut_clip = 2 needs split.hosts of at least 1"),
+        (["privacy.private_front=true", "split.hosts=0"], "privacy.private_front = true needs split.hosts"),
+        (
+            ["privacy.disguise=0.5", "split.labels=last-stage", "split.back=0"],
+            "privacy.disguise = 0.5 cannot be combined with split.labels = 'last-stage'",
+        ),
+        (
+            ["privacy.disguise=0.5", "split.front=0"],
+            "privacy.disguise = 0.5 needs a front that can learn, and split.front = 0",
+        ),
+        (
+            ["privacy.private_front=true", "split.fronts={'a'=0}"],
+            "privacy.private_front = true needs a front that can learn, and split.fronts.a = 0",
+        ),
+        (
+            ["privacy.disguise=0.5", "lora.train=['hosts','back']"],
+            r"privacy.disguise = 0.5 needs a front that learns, and lora.train = \['hosts', 'back'\] freezes it",
+        ),
+        (["privacy.private_front=true", "lora.train=front"], "leaves nothing to aggregate"),
+        (["privacy.private_front=true", "split.host_on=any"], "cannot be combined with split.host_on = 'any'"),
+        (
+            ["privacy.private_front=true", "strategy.aggregation=scaffold", "optimizer.name=sgd"],
+            "cannot be combined with strategy.aggregation = 'scaffold'",
+        ),
         (["split.labels=last-stage"], "split.back = 2: split.back must be 0 with split.labels"),
         (["split.labels=last-stage", "split.back=0", "split.backs={'a'=1}"], "split.backs.a = 1: split.back must be 0"),
         (["split.labels=last-stage", "split.back=0", "split.hosts=0"], "'last-stage' needs split.hosts of at least 1"),

@@ -47,6 +47,8 @@ def test_an_unknown_key_names_the_nearest(text: str, expected: str) -> None:
         ("[split]\nfront = true", "split.front = True must be a valid integer (in my.toml)"),
         ("[split]\nhosts = 65", "split.hosts = 65 must be 0 to 64, or 'auto' (in my.toml)"),
         ("model = 3", "model = 3 must be a valid dictionary"),
+        ("[privacy]\ncut_noise = 0.1", "privacy.cut_noise = 0.1 needs privacy.cut_clip above 0 (such as 2.0)"),
+        ("[privacy]\ndisguise = -1.0", "privacy.disguise = -1.0 must be greater than or equal to 0"),
     ],
 )  # fmt: skip
 def test_a_bad_value_names_key_value_rule_and_place(text: str, expected: str) -> None:

@@ -203,6 +203,17 @@ def test_tensors_that_the_plan_does_not_hold(tiny: ModelSource) -> None:
         assert words in why_unusable(reply((part, {own: array})), planned.plans["a"], planned.start)
 
 
+def test_a_private_front_is_neither_sent_nor_taken(tiny: ModelSource) -> None:
+    planned = Planned(tiny, "privacy.private_front=true")
+    plan, (part, tensors) = planned.plans["a"], planned.ends("a", 3, 1)
+    sent = starting_point(plan, planned.start, {"a": tensors})
+    assert planned.layer(0) not in sent
+    assert planned.layer(5) in sent, "the back is everybody's"
+    allowed = {name: array for name, array in tensors.items() if name in sent}
+    assert why_unusable(reply((part, allowed)), plan, planned.start) == ""
+    assert "which its plan does not let it train" in why_unusable(reply((part, tensors)), plan, planned.start)
+
+
 def test_a_frozen_factor_is_none_of_its_update(tiny: ModelSource) -> None:
     planned = Planned(tiny)
     part, tensors = planned.ends("a", 3, 1)

@@ -168,6 +168,25 @@ def test_wrong_options(tmp_path: Path, tiny: ModelSource, kind: str, dtype: str,
         export(open_result(write_result(tmp_path / "run", tiny)), kind, None, dtype)
 
 
+def test_a_private_front_comes_from_its_device(tmp_path: Path, tiny: ModelSource) -> None:
+    folder = write_result(tmp_path / "run", tiny, "privacy.private_front=true")
+    whole = load_file(folder / "adapter/adapter_model.safetensors")
+    own = {name: array + np.float32(1.0) for name, array in whole.items() if ".layers.0." in name}
+    save_file(own, tmp_path / "front.safetensors")
+    with pytest.raises(ConfigError, match=r"lacks the front's adapter: .* export with --front FILE"):
+        export(open_result(folder), "peft", None)
+    made, _ = export(open_result(folder), "peft", None, front=tmp_path / "front.safetensors")
+    exported = load_file(made / "adapter_model.safetensors")
+    assert exported.keys() == whole.keys()
+    assert all(np.array_equal(exported[name], own.get(name, whole[name])) for name in whole)
+    save_file({"else": np.zeros(3, np.float32)}, tmp_path / "front.safetensors")
+    with pytest.raises(ConfigError, match=r"does not belong to the adapter of .*: else is no tensor of it"):
+        export(open_result(folder), "merged", None, front=tmp_path / "front.safetensors")
+    plain = write_result(tmp_path / "plain", tiny)
+    with pytest.raises(ConfigError, match=r"--front belongs to runs with privacy.private_front = true"):
+        export(open_result(plain), "peft", None, front=tmp_path / "front.safetensors")
+
+
 @pytest.mark.parametrize("kind", ["peft", "merged"])
 def test_a_folder_that_exists_is_kept(tmp_path: Path, tiny: ModelSource, kind: str) -> None:
     (tmp_path / "mine").mkdir()
