@@ -179,6 +179,11 @@ def check_private_front(config: RunConfig, aggregation: Capabilities) -> None:
             "privacy.private_front = true cannot be combined with split.host_on = 'any': a device would train the same layer for "
             "itself alone and for others. Allowed: split.host_on = 'edge'"
         )
+    if config.privacy.mode != "none" and split.named_fronts:
+        raise ConfigError(
+            f"privacy.private_front = true cannot be combined with privacy.mode = {config.privacy.mode!r} and split.fronts: what a "
+            f"device keeps to itself would be a part of another's update. Allowed: one split.front for all"
+        )
     if aggregation.corrects_sgd:
         raise ConfigError(
             f"privacy.private_front = true cannot be combined with strategy.aggregation = {name!r}, which corrects every layer of "

@@ -223,6 +223,8 @@ def start_of_updates(spec: RunSpec) -> Adapter:
     config, layers = spec.config, spec.source.num_layers
     split, lora = config.split, config.lora
     on_device = set(lora.train) - ({"hosts"} if split.hosts and not host_mode(split.host_mode).has_copies else set())
+    if config.privacy.private_front:
+        on_device -= {"front"}
 
     def learns(name: str) -> bool:
         layer = layer_number(name)

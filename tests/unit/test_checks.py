@@ -76,6 +76,10 @@ def test_settings_that_can_be_combined(tiny: ModelSource, overrides: list[str]) 
             r"privacy.disguise = 0.5 needs a front that learns, and lora.train = \['hosts', 'back'\] freezes it",
         ),
         (["privacy.private_front=true", "lora.train=front"], "leaves nothing to aggregate"),
+        (
+            ["privacy.private_front=true", "privacy.mode=central", "split.fronts={'a'=1}", "split.host_mode=copies"],
+            "cannot be combined with privacy.mode = 'central' and split.fronts",
+        ),
         (["privacy.private_front=true", "split.host_on=any"], "cannot be combined with split.host_on = 'any'"),
         (
             ["privacy.private_front=true", "strategy.aggregation=scaffold", "optimizer.name=sgd"],

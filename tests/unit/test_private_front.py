@@ -22,8 +22,10 @@ from edgelam_fl.node.play import NodeHooks
 from edgelam_fl.node.private_fronts import FOLDER, PrivateFronts
 from edgelam_fl.node.service import StageHost
 from edgelam_fl.plan.making import RoundFacts
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.split.route import memory_dial
 from edgelam_fl.wire import edgelam_pb2 as pb
+from server.privacy import start_of_updates
 from tests.fleet import Fleet, check_done, joined
 from tests.support import run_config
 
@@ -121,3 +123,10 @@ def test_hosts_do_not_hear_of_the_defence(tiny: ModelSource, data_files: list[Pa
     plans = fleet.plans(RoundFacts("run", 1, 1, 0, 1))
     assert plans["device-1"].cut == pb.Cut(clip=2.0, private_front=True)
     assert not plans["edge-1"].HasField("cut")
+
+
+def test_an_update_with_differential_privacy_is_whole_without_it(tiny: ModelSource) -> None:
+    config = run_config(tiny.name, *KEYS, "privacy.mode=central")
+    names = start_of_updates(RunSpec(config, tiny))
+    assert names
+    assert not of_front(names)
