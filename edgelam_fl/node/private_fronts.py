@@ -13,6 +13,7 @@ import numpy as np
 
 from edgelam_fl.files import write_private
 from edgelam_fl.model.adapter import Adapter, from_bytes, to_bytes
+from edgelam_fl.privacy.mechanism import secret_generator
 
 FOLDER = "private-fronts"  # below a node's state
 _A = ".lora_A.weight"
@@ -57,4 +58,4 @@ def _new(name: str, like: np.ndarray) -> np.ndarray:
     if not name.endswith(_A):
         return np.zeros(like.shape, np.float32)
     bound = like.shape[1] ** -0.5
-    return np.random.default_rng().uniform(-bound, bound, like.shape).astype(np.float32)
+    return secret_generator().uniform(-bound, bound, like.shape).astype(np.float32)

@@ -21,12 +21,9 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 class Ends:
     """The front and the back of one device; one and the same stage on a route over no host."""
 
-    def __init__(
-        self, plan: pb.Plan, stages: Sequence[Stage], task: Task, wire: torch.dtype, cut: CutDefence | None = None
-    ) -> None:
-        """`wire`: what hidden states travel in. `cut`: what happens to them before they leave; None: what the plan says."""
-        self._plan, self._task, self._wire = plan, task, wire
-        self._cut = CutDefence(plan.cut, stages[0]) if cut is None else cut
+    def __init__(self, plan: pb.Plan, stages: Sequence[Stage], task: Task, wire: torch.dtype, cut: CutDefence) -> None:
+        """`wire`: what hidden states travel in. `cut`: what happens to them before they leave."""
+        self._plan, self._task, self._wire, self._cut = plan, task, wire, cut
         self._front, self._back = stages[0], stages[-1]
         own = plan.routes[0]
         self._is_split = bool(own.hops)

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from edgelam_fl.privacy.mechanism import secret_generator
+
 
 class Blur:
     """A limit of each token's length, and Gaussian noise relative to the limit."""
@@ -21,7 +23,7 @@ class Blur:
         None takes one that follows from nothing but the machine's entropy.
         """
         self._limit, self._clip, self._noise = limit, clip, noise
-        self._generator = np.random.default_rng() if generator is None else generator
+        self._generator = secret_generator() if generator is None else generator
 
     def states(self, states_BTD: torch.Tensor, row_lengths: Sequence[int], *, begins: bool = True) -> torch.Tensor:
         """Returns the hidden states as they may leave the device; gradients flow through the limit.

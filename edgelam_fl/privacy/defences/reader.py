@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from edgelam_fl.privacy.mechanism import secret_generator
+
 _CANDIDATES = 1024  # that the reader chooses among: all of the vocabulary would cost as much as the model's head
 _SHARPNESS = 20.0  # of its choice: times the cosine of guess and embedding
 _MEMORY = 0.9  # how much of what it learned counts after the next micro-batch: the front moves
@@ -26,7 +28,7 @@ class Reader:
 
     def __init__(self, hidden: int, generator: np.random.Generator | None = None) -> None:
         """`hidden`: the width of states. `generator`: chooses candidates; None: from the machine's entropy."""
-        self._generator = np.random.default_rng() if generator is None else generator
+        self._generator = secret_generator() if generator is None else generator
         self._inputs_DD, self._outputs_DD = torch.zeros(hidden, hidden), torch.zeros(hidden, hidden)
         self._map_DD = torch.eye(hidden)
 
