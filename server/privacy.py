@@ -47,7 +47,8 @@ class Mode:
     messages: str
     """What the promise is about."""
     moves: float
-    """How far one device can move what is released, in clipping bounds: 1 if it is there or not, 2 if its data are others."""
+    """How far one device's data can move what is released, in clipping bounds: 1 against a device that adds nothing, 2 against
+    other data of the device."""
     hides_who: bool
     """Whether the adversary does not learn which devices took part, so that Poisson selection amplifies."""
     device_clips: bool

@@ -15,7 +15,7 @@ from dataclasses import fields, replace
 from functools import partial
 from itertools import islice, permutations
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pytest
@@ -27,8 +27,19 @@ from edgelam_fl.model.carry import CARRY_A, CARRY_B
 from edgelam_fl.plan.making import ClientSettings
 from strategies import registry
 from strategies.aggregation.carry import carry_of
-from strategies.api import Aggregated, Aggregation, Candidate, Contribution, Demand, RoundOutcome, RoundState, Start
+from strategies.api import (
+    Aggregated,
+    Aggregation,
+    Candidate,
+    Contribution,
+    Demand,
+    RoundOutcome,
+    RoundState,
+    Selected,
+    Start,
+)
 from strategies.registry import BUILT_IN, Capabilities, with_capabilities
+from strategies.selection.all import SelectAll
 
 BOUNDS = Bounds(packages=("tests", "examples", "written_aggregation", "written_selection", "written_bandwidth"))
 load = partial(registry.load, bounds=BOUNDS)
@@ -301,6 +312,25 @@ def rounds(name: str, pool: Sequence[Candidate], wanted: int, count: int = 30) -
         delivered = [known[n] for n in names if n not in lost]
         with_capabilities(strategy).capabilities.observe(RoundOutcome(number, 3.0 * len(delivered), delivered, lost))
     return chosen
+
+
+class LooksAtLosses(SelectAll):
+    def select(self, state: RoundState) -> Selected:
+        return Selected([max(state.by_name(), key=lambda candidate: candidate.last_loss or 0.0).name])
+
+
+def test_a_selection_that_overrides_one_which_ignores_data_says_nothing_of_itself() -> None:
+    assert with_capabilities(SelectAll()).capabilities.ignores_data
+    assert not with_capabilities(LooksAtLosses()).capabilities.ignores_data
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.5, "0.1", 1])
+def test_a_sampling_rate_is_a_probability(rate: object) -> None:
+    class Drawn(SelectAll):
+        sampling_rate: Any = rate
+
+    with pytest.raises(ConfigError, match=rf"its sampling_rate = {rate!r} must be a probability"):
+        with_capabilities(Drawn())
 
 
 @pytest.mark.parametrize("name", NAMES["selection"])

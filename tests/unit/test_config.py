@@ -220,6 +220,23 @@ def test_fewer_devices_a_round_than_it_needs_are_refused() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        ("epsilon = 0.0", "privacy.epsilon = 0.0 must be greater than 0 (in my.toml)"),
+        ("epsilon = -1.0", "privacy.epsilon = -1.0 must be greater than 0 (in my.toml)"),
+        ("delta = 0.0", "privacy.delta = 0.0 must be greater than 0 (in my.toml)"),
+        ("delta = 1.0", "privacy.delta = 1.0 must be less than 1 (in my.toml)"),
+        ("clip = 0.0", "privacy.clip = 0.0 must be greater than 0 (in my.toml)"),
+        ("noise = -0.1", "privacy.noise = -0.1 must be greater than or equal to 0 (in my.toml)"),
+        ("clip_quantile = 1.0", "privacy.clip_quantile = 1.0 must be less than 1 (in my.toml)"),
+        ("mode = 'local'", "privacy.mode = 'local' must be 'none', 'central', 'device' or 'channel' (in my.toml)"),
+    ],
+)
+def test_a_promise_that_cannot_be(text: str, expected: str) -> None:
+    assert message(f"[privacy]\n{text}") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
         ("bandwidth_hz = -1.0", "wireless.bandwidth_hz = -1.0 must be greater than or equal to 0 (in my.toml)"),
         ("dropout = 1.0", "wireless.dropout = 1.0 must be less than 1 (in my.toml)"),
         ("stragglers = 1.5", "wireless.stragglers = 1.5 must be less than or equal to 1 (in my.toml)"),

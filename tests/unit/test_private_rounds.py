@@ -13,10 +13,11 @@ from edgelam_fl.errors import ConfigError, RunFailed
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.adapter import Adapter
 from edgelam_fl.privacy.accounting import Releases, epsilon_of
-from server.privacy import LEDGER, PrivateSums
+from server.privacy import LEDGER, PrivateSums, terms_of
 from server.state import FederationState
 from strategies.api import Contribution
 from tests.by_hand import ByHand, FederationByHand
+from tests.support import run_config
 from tests.unit.conftest import MakeFederation
 
 PRIVATE = ("split.hosts=0", "privacy.mode=central", "federation.rounds=1", "privacy.noise=1.0", "privacy.epsilon=30")
@@ -215,6 +216,19 @@ def test_a_host_that_devices_share_adds_its_own_noise(federation: MakeFederation
     told = run.nodes["e"].plans[0].privacy
     assert (told.step_clip, told.step_noise, told.step_devices) == (0.5, 2.5, 2.0)
     assert not run.nodes["e"].plans[-1].HasField("privacy"), "the evaluation trains nothing"
+
+
+def test_hosts_that_devices_share_need_enough_devices_for_coins(federation: MakeFederation) -> None:
+    """A host adds no noise in a round of nobody: that must be less likely than a hundredth of delta."""
+    shared = ("privacy.mode=central", *POISSON, "strategy.options.poisson.rate=0.5", "privacy.noise=20.0")
+    with pytest.raises(ConfigError, match=r"draws none of 1 devices in some round with a probability of 1,"):
+        federation("ab", "e", *shared).run()
+    config = run_config("tiny", *shared, "federation.rounds=10")
+    terms = terms_of(config, 0.5, 40)
+    assert terms.epsilon_after(10) == epsilon_of(Releases(20.0, 10, 11, 0.5), 0.99e-5)
+    with pytest.raises(ConfigError, match="draws none of 22 devices"):
+        terms_of(config, 0.5, 23)
+    assert terms_of(run_config("tiny", *shared, "split.hosts=0"), 0.5, 2).delta_of_noise == 1e-5
 
 
 def test_devices_that_clip_and_add_noise_themselves(federation: MakeFederation) -> None:
