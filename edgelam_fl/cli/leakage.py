@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from edgelam_fl.model.source import ModelSource
     from edgelam_fl.serving.leakage import MeasuredLeakage
 
+DEFAULT_FRONT = 2
 USUAL_FRONTS = (0, 1, 2, 4, 8, 16, 24)
 KEPT_FROM = 10_000
 """Public tokens that a measurement needs so that later runs are judged by it: an attacker who learned from fewer reads less."""
@@ -48,9 +49,9 @@ def leakage(
 ) -> None:
     """Measures what a host could read of your text at this model's cut, on this machine, in minutes; sends nothing.
 
-    Plays an honest but curious host that has the public model and public text, by three attacks: nearest neighbour, a linear map and a
-    small sequence network. They show what can be read at least: a stronger attacker, or public text more like yours, reads more. Whole
-    models of another kind are measured the same way, classifiers too.
+    Plays an honest but curious host that has the public model and public text, by three attacks: nearest neighbour, a linear map
+    and a small sequence network. They show what can be read at least: a stronger attacker, or public text more like yours, reads
+    more. Classifiers are measured like models for text.
     """
     from edgelam_fl.config import read_run_file
     from edgelam_fl.model.source import find_model
@@ -63,23 +64,23 @@ def leakage(
 
         private = texts_of_file(data, config) if data is not None else None
         texts = built_in_texts() if private is None else (public_texts(private), private)
-        at = config.split.front if config.split.front in fronts else fronts[-1]
+        own = set(fronts_of_run(config, source).values()) if config.split.hosts else set()
+        at = min(own & set(fronts), default=DEFAULT_FRONT if DEFAULT_FRONT in fronts else fronts[-1])
         found = measure_leakage(source, fronts, at, texts, tokens, status.update)
     kept = keep(found)
     if as_json:
         say(json.dumps({**asdict(found), "kept": str(kept or "")}, indent=2))
         return
-    console.print(_table(found, _fronts_of(config, source)))
+    console.print(_table(found, own))
     for line in [*_words(found, config, data), *_what_changes_it(found, config), _where_kept(found, kept)]:
         say(line)
 
 
 def fronts_to_measure(config: RunConfig, source: ModelSource, cuts: str) -> list[int]:
     """Returns numbers of layers in front, rising. Raises ConfigError for one that leaves no layer to a host, or is no number."""
-    most, split = source.num_layers - 1, config.split
-    named = {"split.front": split.front} | {f"split.fronts.{name}": front for name, front in split.named_fronts.items()}
+    most, named = source.num_layers - 1, fronts_of_run(config, source)
     for key, front in named.items():
-        if front > most and split.hosts:
+        if front > most and config.split.hosts:
             raise ConfigError(
                 f"{key} = {front} is outside the model: {source.name} has {source.num_layers} layers, and a host needs at least one of them"
             )
@@ -107,15 +108,17 @@ def keep(found: MeasuredLeakage) -> Path | None:
 # ---------------------------------------------------------------- what is printed
 
 
-def _fronts_of(config: RunConfig, source: ModelSource) -> set[int]:
+def fronts_of_run(config: RunConfig, source: ModelSource) -> dict[str, int]:
+    """Returns the layers in front that a run's devices would keep, by key of the run file; empty if they are to be found yet."""
     split = config.split
-    if isinstance(split.fronts, str):
-        from edgelam_fl.plan.fronts import needed_front
-        from edgelam_fl.privacy.known import known_leakage
+    if not isinstance(split.fronts, str):
+        return {"split.front": split.front} | {f"split.fronts.{name}": front for name, front in split.fronts.items()}
+    from edgelam_fl.config import share_after
+    from edgelam_fl.privacy.known import known_leakage
 
-        known = known_leakage(source.name, source.digest)
-        return {needed_front(split.fronts, source.name, known)} if known else set()
-    return {split.front, *split.fronts.values()} if split.hosts else set()
+    known = known_leakage(source.name, source.digest)
+    front = known.front_for(share_after("auto", split.fronts, "a table")) if known else None
+    return {} if front is None else {"split.fronts": front}
 
 
 def _table(found: MeasuredLeakage, own: set[int]) -> Table:

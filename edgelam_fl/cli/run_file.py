@@ -141,6 +141,8 @@ def _readable(found: Sequence[HostReading]) -> str:
         said.append("WARNING: front = 0 sends the embeddings, which are the text.")
     if found and found[0].back == 0:
         said.append("WARNING: back = 0 gives the gradient of the head away, from which labels can be solved for.")
+    if found:
+        said.append("`edgelam leakage RUN.toml --data FILE` measures it on your own text.")
     lines = [line for text in said for line in textwrap.wrap(text, _WIDTH - 2, break_on_hyphens=False)]
     return "".join(f"# {line}\n" for line in ["What hosts can read (PRIVACY.md):", *lines])
 

@@ -35,6 +35,7 @@ LEAST_TOKENS, MOST_TOKENS, LEAST_TEXTS = 4, 96, 8
 _LEAST_PRIVATE = 2000  # tokens that are read, if there are so many
 _OWNERS = 8  # of the built-in text: one of so many parts is private
 _ROWS = 16
+_TRAINING = inverter.Training(width=96, epochs=3, negatives=512, rate=4e-3)  # seconds per number of layers
 _SEED = 0
 _SHOWN, _SHOWN_TOKENS = 3, 24
 
@@ -171,7 +172,7 @@ def _read(front: int, public: Seen, private: Seen, embeddings_VD: torch.Tensor) 
     readings = [
         nearest.read(private, embeddings_VD),
         ridge.read(public, private, embeddings_VD),
-        inverter.read(public, private, embeddings_VD, _SEED),
+        inverter.read(public, private, embeddings_VD, _SEED, _TRAINING),
     ]
     shares = [share_read(reading, private) for reading in readings]
     best = readings[shares.index(max(shares))]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from edgelam_fl.cli.leakage import KEPT_FROM, USUAL_FRONTS, fronts_to_measure, keep
+from edgelam_fl.cli.leakage import KEPT_FROM, USUAL_FRONTS, fronts_of_run, fronts_to_measure, keep
 from edgelam_fl.cli.main import app, exit_code
 from edgelam_fl.errors import ConfigError, DataError, EnvironmentProblem
 from edgelam_fl.model.adapter import Span
@@ -17,7 +17,7 @@ from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import load_stages
 from edgelam_fl.model.whole import load_whole
 from edgelam_fl.privacy import known
-from edgelam_fl.privacy.known import KnownLeakage, known_leakage, shipped
+from edgelam_fl.privacy.known import KnownLeakage, known_leakage, shipped, store
 from edgelam_fl.serving import leakage as serving
 from edgelam_fl.serving.leakage import (
     LayerReading,
@@ -101,6 +101,11 @@ def test_layers_to_measure(tiny: ModelSource) -> None:
     assert fronts_to_measure(config, tiny, "") == [0, 1, 2, 3, 4, 5]
     assert fronts_to_measure(config, tiny, "4, 0,4") == [0, 4]
     assert max(USUAL_FRONTS) > tiny.num_layers
+    auto = run_config(tiny.name, "split.fronts=auto:0.5")
+    assert fronts_of_run(auto, tiny) == {}
+    store(KnownLeakage(tiny.name, tiny.digest, {0: 1.0, 3: 0.4}, {}, 0.01))
+    assert fronts_of_run(auto, tiny) == {"split.fronts": 3}
+    assert 3 in fronts_to_measure(auto, tiny, "")
 
 
 @pytest.mark.parametrize("cuts", ["6", "-1", "a", "1,,2", "1;2"])
