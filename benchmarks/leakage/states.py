@@ -196,7 +196,14 @@ def figures_of(model: str, found: Outcome) -> list[Figure]:
             check = "100 %: embeddings are the text", row.share == 1.0
         figures.append(Figure(f"{before}cut {row.cut}: {row.attack}", percent(row.share), "% of tokens", *check))
     figures.append(Figure(f"{before}always the commonest public token", percent(found.chance), "% of tokens"))
-    return figures
+    behind = sum(best_of(found, cut) < best_of(found, cut, (FIRST,)) for cut in {row.cut for row in found.rows})
+    name = f"{before}cuts at which the best attack reads less than the ridge map"
+    return [*figures, Figure(name, behind, "", "0", behind == 0)]
+
+
+def best_of(found: Outcome, cut: int, attacks: Sequence[str] = LINES) -> float:
+    """Returns the largest share that one of the attacks reads at a cut."""
+    return max(row.share for row in found.rows if row.cut == cut and row.attack in attacks)
 
 
 def settings_of(measured: dict[str, Outcome]) -> dict[str, Any]:

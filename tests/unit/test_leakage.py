@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
+from benchmarks.leakage import states
 from benchmarks.leakage.looking import look, stages_to
 from benchmarks.leakage.texts import LEAST_TOKENS, MODULES, OTHER_MODULES
 from edgelam_fl.model.source import ModelSource
@@ -102,3 +104,23 @@ def test_chance_and_interval_are_those_of_the_texts() -> None:
 
 def test_the_attackers_modules_are_not_the_private_ones() -> None:
     assert not {name.partition(".")[0] for name in OTHER_MODULES} & set(MODULES)
+
+
+def test_results_say_which_attack_read_how_much() -> None:
+    def row(cut: int, attack: str, read: float) -> states.Row:
+        return states.Row("smollm2-135m", cut, attack, read, (read - 0.1, read + 0.1), 50)
+
+    rows = [row(cut, attack, 0.9 - 0.1 * cut) for cut in (0, 2) for attack in (states.NEAREST, states.FIRST)]
+    found = states.Outcome(
+        [*rows, row(2, states.REPLAY, 0.6)], {"public": 9, "docstrings": 8, "private": 7}, 0.02, ("a", "b", "c")
+    )
+    figures = {figure.name: figure for figure in states.figures_of("smollm2-135m", found)}
+    assert figures["cut 2: ridge map, first guess"].value == 70.0
+    assert figures["cut 0: nearest neighbour in the embedding table"].holds is False
+    assert figures["always the commonest public token"].value == 2.0
+    assert figures["cuts at which the best attack reads less than the ridge map"].holds, "the map itself is an attack"
+    assert "minilm-l6, cut 2: ridge map, first guess" in {f.name for f in states.figures_of("minilm-l6", found)}
+    table = states.table({"smollm2-135m": found})
+    assert "| 2 | 70.0 (60.0 to 80.0) | 70.0 (60.0 to 80.0) | 60.0 (50.0 to 70.0) |" in table
+    lines = ElementTree.fromstring(states.picture({"smollm2-135m": found})).findall("{*}polyline")
+    assert len(lines) == 3
