@@ -280,6 +280,21 @@ def test_a_private_step_divides_by_a_constant_whoever_came(tiny: ModelSource) ->
     assert_moved(site, {name: -LR * p.grad / 8 for name, p in stage.adapter_parameters.items()})
 
 
+def test_a_device_without_labels_is_a_gradient_of_zeros_in_a_private_step(tiny: ModelSource) -> None:
+    """The steps are the same whether it has any: its data must not decide what is stepped."""
+    site = Site(tiny, 2, privacy=RoundPrivacy(clip=1e9, noise=0.0, devices=4))
+    devices = site.open(2)
+    devices[1].labels = 0
+    devices[0].table()
+    devices[1].table(units=0)
+    devices[0].step(devices[0].labels)
+    for device in devices:
+        assert list(device.await_frame(pb.STEP_CLOSE).header.step_close.counted) == [device.index]
+        device.done()
+    site.end()
+    assert_moved(site, {name: move / 4 for name, move in expected_move(tiny, devices[:1]).items()})
+
+
 def test_a_private_step_that_counts_nobody_is_one_of_noise(tiny: ModelSource) -> None:
     """To stay where it was would say that nobody was counted."""
     site = Site(tiny, 1, privacy=RoundPrivacy(clip=0.5, noise=4.0, devices=10))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from edgelam_fl.model.source import ModelSource
 from edgelam_fl.node import held
 from edgelam_fl.plan.making import RoundFacts, RoundPrivacy
 from edgelam_fl.plan.reading import spans_of
+from edgelam_fl.split import host
 from edgelam_fl.split.private import PrivateSum, private_update
 from edgelam_fl.wire import edgelam_pb2 as pb
 from tests.fleet import Fleet, check_done, memory_fleet, relative_distance, same_bits
@@ -74,37 +76,51 @@ def test_a_layer_that_some_devices_cross_is_not_scaled_by_counts() -> None:
     assert torch.allclose(got[1], first[1] / 2)
 
 
-def noisy_sums() -> Iterator[tuple[str, np.ndarray, float]]:
-    """Yields what is noisy, draws of it, and the deviation that they must have."""
+def of_a_sum(*gradients: list[torch.Tensor]) -> tuple[np.ndarray, float]:
+    """Returns the noise on each number of one step, and the deviation that it must have."""
     parameters = [torch.zeros(DRAWS // 2), torch.zeros(DRAWS // 4, 2)]
-    for what, gradients in (("nobody", []), ("one device", [of_norm(9 * CLIP, 1, (DRAWS // 2,), (DRAWS // 4, 2))])):
-        clean = summing(devices=DEVICES).of(gradients, parameters)
-        noisy = summing(noise=SIGMA, devices=DEVICES).of(gradients, parameters)
-        draws = torch.cat([(b - a).flatten() for a, b in zip(clean, noisy, strict=True)])
-        yield what, draws.numpy(), SIGMA / DEVICES
+    clean, noisy = (summing(noise=noise, devices=DEVICES).of(gradients, parameters) for noise in (0.0, SIGMA))
+    return torch.cat([(b - a).flatten() for a, b in zip(clean, noisy, strict=True)]).numpy(), SIGMA / DEVICES
+
+
+def of_many_steps() -> tuple[np.ndarray, float]:
     one, sums = [torch.zeros(())], summing(noise=SIGMA, devices=DEVICES)
-    yield "one number over many steps", np.array([sums.of([], one)[0] for _ in range(DRAWS)]), SIGMA / DEVICES
+    return np.array([sums.of([], one)[0] for _ in range(DRAWS)]), SIGMA / DEVICES
 
 
-def noisy_updates() -> Iterator[tuple[str, np.ndarray, float]]:
+def of_an_update() -> tuple[np.ndarray, float]:
     start = {"a": np.ones((DRAWS // 2,), np.float32), "b": np.ones((DRAWS // 4, 2), np.float32)}
     trained = {name: array + np.float32(0.5) for name, array in start.items()}
-    sent, clean = (
-        private_update(start, trained, pb.Privacy(update_clip=CLIP, update_noise=s), np.random.default_rng(1))[0]
-        for s in (SIGMA, 0.0)
+    clean, noisy = (
+        private_update(start, trained, pb.Privacy(update_clip=CLIP, update_noise=noise), np.random.default_rng(1))[0]
+        for noise in (0.0, SIGMA)
     )
-    yield "an update", np.concatenate([(sent[name] - clean[name]).ravel() for name in start]), SIGMA
+    return np.concatenate([(noisy[name] - clean[name]).ravel() for name in start]), SIGMA
 
 
-@pytest.mark.parametrize(
-    ("draws", "sigma"), [pytest.param(d, s, id=what) for what, d, s in (*noisy_sums(), *noisy_updates())]
-)
-def test_the_noise_has_the_deviation_that_the_plan_says(draws: np.ndarray, sigma: float) -> None:
+NOISY: dict[str, Callable[[], tuple[np.ndarray, float]]] = {
+    "a step that counts nobody": of_a_sum,
+    "a step": lambda: of_a_sum(of_norm(9 * CLIP, 1, (DRAWS // 2,), (DRAWS // 4, 2))),
+    "one number over many steps": of_many_steps,
+    "an update": of_an_update,
+}
+
+
+def assert_is_noise(draws: np.ndarray, sigma: float) -> None:
     assert len(draws) == DRAWS
     assert draws.std() == pytest.approx(sigma, rel=WRONG / 2)
     assert abs(draws.mean()) < 3.5 * sigma / DRAWS**0.5
     assert np.mean(np.abs(draws) < sigma) == pytest.approx(0.6827, abs=0.02)  # of a normal distribution
     assert abs(np.corrcoef(draws[:-1], draws[1:])[0, 1]) < 0.05
+
+
+@pytest.mark.parametrize("what", NOISY)
+def test_the_noise_has_the_deviation_that_the_plan_says(what: str) -> None:
+    draws, sigma = NOISY[what]()
+    assert_is_noise(draws, sigma)
+    for wrong in (1 - WRONG, 1 + WRONG):
+        with pytest.raises(AssertionError):
+            assert_is_noise(wrong * draws, sigma)
 
 
 def test_noise_does_not_follow_from_the_runs_seed(tiny: ModelSource, data_files: list[Path]) -> None:
@@ -192,6 +208,33 @@ def test_no_update_leaves_a_device_longer_than_the_bound(
     if not planted:
         assert min(norms.values()) == pytest.approx(DEVICE_CLIP, rel=1e-3), "they were longer before"
         assert all(report.update_clipped for report in reports.values())
+
+
+STEP_CLIP = 0.01
+
+
+class PlainSum(PrivateSum):
+    """The sum as it would be without privacy."""
+
+    def of(self, gradients: Sequence[Sequence[Any]], parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [torch.stack(parts).sum(0) for parts in zip(*gradients, strict=True)]
+
+
+@pytest.mark.parametrize("planted", [False, True])
+def test_no_step_of_a_chain_of_hosts_goes_beyond_the_bound(
+    tiny: ModelSource, data_files: list[Path], planted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of plain SGD, a step is the mean gradient. Also shows that the check would find hosts that do not clip."""
+    if planted:
+        monkeypatch.setattr(host, "PrivateSum", PlainSum)
+    same = ("split.hosts=2", "optimizer.name=sgd", "optimizer.lr=1.0", "lora.train=hosts")
+    start = adapters.initial_adapter(tiny, ("q_proj", "v_proj"), 8, 1)
+    privacy = RoundPrivacy(STEP_CLIP, noise=0.0, devices=2)
+    got, reports = run(tiny, data_files[:2], privacy, *same, steps=1)
+    moved = [(array - start[name.partition("/")[2]]).ravel() for name, array in got.items()]
+    assert (float(np.linalg.norm(np.concatenate(moved))) > STEP_CLIP * 1.001) == planted
+    if not planted:
+        assert [(r.host.gradients, r.host.gradients_clipped) for n, r in reports.items() if "edge" in n] == [(2, 2)] * 2
 
 
 def test_a_device_keeps_what_it_sent(tiny: ModelSource, data_files: list[Path]) -> None:
