@@ -4,7 +4,7 @@ Two devices train SmolLM2 in a federation without hosts on docstrings of the sta
 members and others come from the same distribution. One device also has canaries: questions for access codes, whose answers
 are random digits, once, 4 or 16 times. After some passes over the data the attacker gets the adapter that the server
 publishes, or, as the server does, what one device sent in before it was averaged. Chance is measured too: the same scores
-from the model without an adapter, and canaries that nobody learned.
+from the model without an adapter, and canaries that nobody learned. One run more has central differential privacy.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -39,6 +39,7 @@ NAMES = (
 )  # fmt: skip
 DIGITS, LENGTH = "0123456789", 3
 ROWS = 16  # examples that are scored at once
+PRIVACY, PRIVATE = "epsilon 8", ("privacy.mode=central", "privacy.epsilon=8", "privacy.clip=0.01")
 BASE, WAYS = "no adapter", ("loss", "loss against the base model")
 
 
@@ -103,22 +104,13 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
 def measure_model(source: ModelSource, sizes: Sizes) -> tuple[dict[str, Any], list[Figure]]:
     """Trains and attacks all seeds."""
     torch.set_num_threads(1)
+    private = replace(sizes, settings=(*sizes.settings, *PRIVATE))
     with TemporaryDirectory() as folder:
         seeds = [attack_seed(source, sizes, seed, Path(folder) / f"run-{seed}") for seed in range(1, sizes.seeds + 1)]
-    figures: list[Figure] = []
-    by_seed: dict[str, list[float]] = {}
-    for name in seeds[0][1]:
-        attacked = [found[name] for _, found in seeds]
-        bases = [found[BASE] for _, found in seeds]
-        figures += perplexities(name, attacked)
-        for way, scores in scored(attacked, bases).items():
-            if name == BASE and way != WAYS[0]:
-                continue  # all scores are zero
-            figures += separated(f"{name}: {way}", scores)
-            by_seed[f"{name}: {way}"] = [round(membership.auc(*pair), 3) for pair in scores]
-        figures += exposed(
-            name, [(texts.canaries, one.exposures) for (texts, _), one in zip(seeds, attacked, strict=True)]
-        )
+        with_privacy = [attack_seed(source, private, 1, Path(folder) / "private")]
+    del with_privacy[0][1][sizes.last]  # what the server sees, which is trusted there
+    areas: dict[str, list[float]] = {}
+    figures = figures_of(seeds, "", areas) + figures_of(with_privacy, f"{PRIVACY}, ", areas)
     secrets = len(DIGITS) ** LENGTH
     figures += [
         Figure("exposure by chance", round(canaries.chance_exposure(secrets), 2), "bits"),
@@ -127,7 +119,7 @@ def measure_model(source: ModelSource, sizes: Sizes) -> tuple[dict[str, Any], li
     settings = {
         "model": source.name, "seeds": sizes.seeds, "devices": sizes.devices, "members_per_device": sizes.members,
         "others": sizes.others, "canaries_per_seed": {str(times): count for times, count in sizes.canaries},
-        "run": list(run_settings(sizes, 1)), "auc_by_seed": by_seed,
+        "run": list(run_settings(sizes, 1)), "private_run": list(PRIVATE), "auc_by_seed": areas,
     }  # fmt: skip
     return settings, figures
 
@@ -245,6 +237,27 @@ def exposure(stage: Stage, task: CausalLm, canary: Canary) -> float:
 
 
 # ---------------------------------------------------------------- figures
+
+
+def figures_of(
+    seeds: Sequence[tuple[Texts, Mapping[str, Attacked]]], prefix: str, areas: dict[str, list[float]]
+) -> list[Figure]:
+    """Returns the figures of each adapter, over all seeds; adds the AUC of each seed to `areas`."""
+    figures: list[Figure] = []
+    bases = [found[BASE] for _, found in seeds]
+    for adapter in seeds[0][1]:
+        if adapter == BASE and prefix:
+            continue  # the same without privacy
+        name, attacked = prefix + adapter, [found[adapter] for _, found in seeds]
+        figures += perplexities(name, attacked)
+        for way, scores in scored(attacked, bases).items():
+            if adapter == BASE and way != WAYS[0]:
+                continue  # all scores are zero
+            figures += separated(f"{name}: {way}", scores)
+            areas[f"{name}: {way}"] = [round(membership.auc(*pair), 3) for pair in scores]
+        inserted_often = [(texts.canaries, found[adapter].exposures) for texts, found in seeds]
+        figures += exposed(name, inserted_often)
+    return figures
 
 
 def scored(attacked: Sequence[Attacked], bases: Sequence[Attacked]) -> dict[str, list[tuple[np.ndarray, np.ndarray]]]:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.dishonest import MemoryExchange
@@ -87,7 +88,8 @@ def recorded_rounds(
         run = RunFolder(folder, spec)
         exchange = RecordingExchange(hosts, counts)
         roster = Roster(exchange, run, pb.ProfileRequest(protocol_version=PROTOCOL_VERSION))
-        rounds = Rounds(spec, exchange, roster, run, folder.name)
+        noise = np.random.default_rng(config.run.seed)  # of a private run: a measurement has to be repeatable
+        rounds = Rounds(spec, exchange, roster, run, folder.name, generator=noise)
         lora = config.lora
         state = FederationState(adapter=initial_adapter(source, lora.targets, lora.rank, config.run.seed))
         while state.round < config.federation.rounds:
