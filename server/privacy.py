@@ -453,13 +453,11 @@ class PrivateSums:
     """What the sum is divided by, whoever came."""
     generator: np.random.Generator
     noise_of: Callable[[str], float] | None = None
-    left_out: Mapping[str, str] = field(default_factory=dict)
-    """Nobody is: clipping bounds what an update can do."""
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Why an update does not count, by device: only because parts of it are missing, since clipping bounds what it can do."""
     released: Counts | None = None
     """What the released mean is of; None: nothing was released yet."""
-    _waiting: dict[str, Adapter] = field(
-        default_factory=dict
-    )  # by device: the parts of an update that is not whole yet
+    _waiting: dict[tuple[str, str], Adapter] = field(default_factory=dict)  # by (site, device): updates that miss parts
     _sums: dict[str, Adapter] = field(default_factory=dict)  # by site, in float64
     _counts: dict[str, Counts] = field(default_factory=dict)
     _of_sites: dict[str, WeightedMean] = field(default_factory=dict)
@@ -472,12 +470,12 @@ class PrivateSums:
                     # Weights say how many labels a device has, so they have no say in what is released.
                     self._of_sites.setdefault(site, WeightedMean()).add(replace(part, weight=1.0))
                 continue
-            waiting = self._waiting.setdefault(part.source, {})
+            waiting = self._waiting.setdefault((site, part.source), {})
             waiting |= {
                 name: array - np.float64(self.start[name]) for name, array in part.tensors.items() if name in self.start
             }
             if len(waiting) == len(self.start):
-                self._add_update(site, part.source, self._waiting.pop(part.source))
+                self._add_update(site, part.source, self._waiting.pop((site, part.source)))
 
     def _add_update(self, site: str, source: str, update: Adapter) -> None:
         clipped, norm = clip_to(update, self.clip)
@@ -493,6 +491,9 @@ class PrivateSums:
 
         Draws the noise, so it is to be called once.
         """
+        for (site, source), waiting in self._waiting.items():
+            if site not in broken:
+                self.left_out[source] = f"its update has {len(waiting)} of {len(self.start)} tensors"
         found = list[Contribution]()
         sites = WeightedMean()
         for site in sorted(self._of_sites.keys() - set(broken)):

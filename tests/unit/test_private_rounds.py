@@ -178,6 +178,7 @@ def test_nothing_of_a_broken_site_and_no_half_update_counts() -> None:
     assert (sites.tensors.keys(), sites.weight) == ({"c"}, 1.0)
     assert devices.tensors.keys() == {"a", "b"}
     np.testing.assert_allclose(devices.tensors["a"], 0.5)
+    assert sums.left_out == {"d3": "its update has 1 of 2 tensors"}
 
 
 def test_noise_that_updates_get_on_their_way_is_drawn_per_source() -> None:
