@@ -129,10 +129,10 @@ def explained(config: RunConfig) -> str:
         with suppress(ModelError):  # it may be where the run will take place
             digest = find_model(config.model.name, download=False).digest
     check_trust(config, digest)
-    return f"{described(config, mark_changed=True)}\n{_readable(host_readings(config, digest))}"
+    return f"{described(config, mark_changed=True)}\n{_readable(config, host_readings(config, digest))}"
 
 
-def _readable(found: Sequence[HostReading]) -> str:
+def _readable(config: RunConfig, found: Sequence[HostReading]) -> str:
     """Writes what hosts can read as comments; without hosts, what leaves a device instead."""
     said = [_sentence(reading.words()) for reading in found]
     if not found:
@@ -141,6 +141,8 @@ def _readable(found: Sequence[HostReading]) -> str:
         said.append("WARNING: front = 0 sends the embeddings, which are the text.")
     if found and found[0].back == 0:
         said.append("WARNING: back = 0 gives the gradient of the head away, from which labels can be solved for.")
+    if found and config.privacy.defends_cut:
+        said.append("These are numbers without the defences at the cut that [privacy] of this run has.")
     if found:
         said.append("`edgelam leakage RUN.toml --data FILE` measures it on your own text.")
     lines = [line for text in said for line in textwrap.wrap(text, _WIDTH - 2, break_on_hyphens=False)]

@@ -110,6 +110,8 @@ def test_explain_says_what_hosts_can_read() -> None:
         f"A host can read about {share} of the tokens of a device's text (smollm2-135m, 2 layers in front)." in said()
     )
     assert "WARNING" not in said()
+    assert "without the defences at the cut" not in said()
+    assert "without the defences at the cut" in said("privacy.cut_clip=2.0")
     text = said("split.front=0")
     assert "about 100 % of the tokens" in text
     assert "WARNING: front = 0 sends the embeddings" in text
