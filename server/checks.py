@@ -35,6 +35,7 @@ def check_config(config: RunConfig, bounds: Bounds = DEFAULT_BOUNDS, *, elsewher
     names = {kind: getattr(strategy, kind) for kind in BUILT_IN}
     loaded = load_all(names, strategy.options, bounds, elsewhere=elsewhere)
     check_together(config)
+    check_low_rank(config)
     check_privacy(config, loaded, elsewhere=elsewhere)
     check_task(config.task)
     aggregation = loaded["aggregation"].capabilities if "aggregation" in loaded else Capabilities()
@@ -88,6 +89,39 @@ def check_together(config: RunConfig) -> None:
             )
 
 
+def check_low_rank(config: RunConfig) -> None:
+    """Raises ConfigError for what cannot be combined with gradients of a few numbers per token."""
+    if config.wire.gradients == "full":
+        return
+    split, train, who = config.split, config.lora.train, "wire.gradients = 'lowrank'"
+    if not split.hosts:
+        raise ConfigError(
+            f"{who} needs split.hosts of at least 1: the last host learns from these gradients, and split.hosts = 0 has none. "
+            f"Allowed: a host, or wire.gradients = 'full'"
+        )
+    if not label_place(split.labels).on_device:
+        raise ConfigError(
+            f"{who} cannot be combined with split.labels = {split.labels!r}: no gradient travels to the last host, which computes "
+            f"the loss. Allowed: split.labels = 'device', or wire.gradients = 'full'"
+        )
+    if train != ("back",):
+        raise ConfigError(
+            f"{who} cannot be combined with lora.train = {list(train)}: from {config.lora.rank} numbers per token (lora.rank) hosts "
+            f"learn one matrix at the cut, and neither their own LoRA nor the devices' front. Allowed: lora.train = 'back', or "
+            f"wire.gradients = 'full'"
+        )
+    if config.privacy.mode != "none":
+        raise ConfigError(
+            f"{who} cannot be combined with privacy.mode = {config.privacy.mode!r}: the matrix that hosts learn at the cut would be "
+            f"neither clipped nor noised. Allowed: privacy.mode = 'none', or wire.gradients = 'full'"
+        )
+    if split.backs:
+        raise ConfigError(
+            f"{who} cannot be combined with split.backs = {dict(split.backs)}: the matrix that hosts learn belongs to one cut, so "
+            f"all devices keep the same last layers. Allowed: split.back alone, or wire.gradients = 'full'"
+        )
+
+
 def check_aggregation(config: RunConfig, aggregation: Capabilities) -> None:
     """Raises ConfigError if an aggregation would have nothing to act on, or could not do what it is for."""
     split, lora, name = config.split, config.lora, config.strategy.aggregation
@@ -104,10 +138,13 @@ def check_aggregation(config: RunConfig, aggregation: Capabilities) -> None:
         )
     if aggregation.corrects_sgd:
         check_correction(config)
-    if not split.hosts or mode.has_copies or lora.train != ("hosts",):
+    only_cut = config.wire.gradients == "lowrank" and not split.back and not config.task.classes
+    if not split.hosts or mode.has_copies or not (only_cut or lora.train == ("hosts",)):
         return
-    where = f"lora.train = ['hosts'] and split.host_mode = {split.host_mode!r}: devices train no layer of their own"
-    allowed = "Allowed: lora.train with 'front' or 'back', split.host_mode = 'copies', or split.hosts = 0"
+    settings = "wire.gradients = 'lowrank', split.back = 0" if only_cut else "lora.train = ['hosts']"
+    where = f"{settings} and split.host_mode = {split.host_mode!r}: devices train no layer of their own"
+    more = "split.back of at least 1" if only_cut else "lora.train with 'front' or 'back'"
+    allowed = f"Allowed: {more}, split.host_mode = 'copies'" + ("" if only_cut else ", or split.hosts = 0")
     if aggregation.client_settings(1).prox_mu:
         raise ConfigError(
             f"strategy.aggregation = {name!r} holds devices near the round's start, and has nothing to hold with {where}. {allowed}"
@@ -243,6 +280,11 @@ def check_cuts(spec: RunSpec) -> None:
 def check_ranks(spec: RunSpec) -> None:
     """Raises ConfigError for a target that the model lacks, or a rank that a matched matrix cannot have."""
     lora, source = spec.config.lora, spec.source
+    if spec.cut and lora.rank > source.hidden_size:
+        raise ConfigError(
+            f"lora.rank = {lora.rank} must be at most {source.hidden_size} with wire.gradients = 'lowrank': the width of {source.name}'s "
+            f"hidden states, whose gradient has no more numbers"
+        )
     shapes = target_modules(source, lora.targets).values()
     most = min(min(shape) for shape in shapes)
     why = f"the smallest width of the modules in lora.targets ({source.name})"

@@ -12,7 +12,7 @@ import numpy as np
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed
-from edgelam_fl.model.adapter import Adapter, initial_adapter, slice_of
+from edgelam_fl.model.adapter import Adapter, initial_adapter, initial_cut, slice_of
 from edgelam_fl.plan.layout import site_source
 from edgelam_fl.plan.reading import end_spans, hosted_span, is_private, spans_of
 from edgelam_fl.plan.spec import RunSpec
@@ -80,4 +80,5 @@ def as_start(adapter: Adapter, config: RunConfig, round_: int) -> Start:
 
 def _start(spec: RunSpec, rank: int) -> Adapter:
     config = spec.config
-    return initial_adapter(spec.source, config.lora.targets, rank, config.run.seed, classes=len(config.task.classes))
+    start = initial_adapter(spec.source, config.lora.targets, rank, config.run.seed, classes=len(config.task.classes))
+    return start | (initial_cut(spec.source, spec.cut, config.run.seed) if spec.cut else {})

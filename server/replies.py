@@ -18,6 +18,7 @@ from edgelam_fl.flower import views
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.adapter import Adapter, Span
 from edgelam_fl.model.carry import is_carry
+from edgelam_fl.model.cut import CUT_B
 from edgelam_fl.plan.layout import Layout, site_source
 from edgelam_fl.plan.modes import host_mode
 from edgelam_fl.plan.reading import end_spans, hosted_span, is_private
@@ -137,8 +138,13 @@ def _most_lr(plan: pb.Plan, part: pb.Contribution) -> float:
 
 
 def is_frozen(plan: pb.Plan, name: str) -> bool:
-    """Returns whether a tensor is a factor that the round does not train. Carry factors never learn."""
-    return is_carry(name) or (plan.lora.freeze_a and name.endswith(A)) or (plan.lora.freeze_b and name.endswith(B))
+    """Returns whether a tensor is a factor that the round does not train. Carry factors and the cut adapter's B never learn."""
+    return (
+        is_carry(name)
+        or name.endswith(CUT_B)
+        or (plan.lora.freeze_a and name.endswith(A))
+        or (plan.lora.freeze_b and name.endswith(B))
+    )
 
 
 def _trained(plan: pb.Plan, held: Adapter) -> Adapter:

@@ -18,7 +18,7 @@ from edgelam_fl.errors import RunFailed
 from edgelam_fl.plan.bases import value_bytes
 from edgelam_fl.plan.fronts import why_owner_refuses
 from edgelam_fl.plan.making import own_steps
-from edgelam_fl.plan.spec import RunSpec
+from edgelam_fl.plan.spec import RunSpec, tensors_per_round
 from edgelam_fl.telemetry.events import VirtualDevice, VirtualRound
 from edgelam_fl.telemetry.timeline import covered
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -246,10 +246,9 @@ def _in_virtual_time(facts: Candidate, device: VirtualDevice) -> Candidate:
 def estimated_payload_bytes(spec: RunSpec, device: pb.Profile) -> float:
     """Returns an upper bound on the bytes per round, both ways: hidden states, and in training their gradients."""
     config = spec.config
-    if not config.split.hosts:
-        return 0.0
-    examples = 4 * own_steps(config, device.examples) * config.federation.batch_size + 2 * device.held_out
-    return float(examples * config.task.max_tokens * spec.source.hidden_size * value_bytes(config))
+    trained = own_steps(config, device.examples) * config.federation.batch_size
+    tensors = sum(tensors_per_round(spec, trained, device.held_out))
+    return float(tensors * config.task.max_tokens * spec.source.hidden_size * value_bytes(config))
 
 
 def check_choice(config: RunConfig, names: Sequence[str], candidates: Collection[str], least: int) -> None:

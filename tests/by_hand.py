@@ -84,7 +84,7 @@ class ByHand:
 
     def trained(self, spans: list[adapters.Span], by: float) -> adapters.Adapter:
         lora = self.plans[-1].lora
-        frozen = {"_A.": lora.freeze_a, "_B.": lora.freeze_b}
+        frozen = {".lora_A.": lora.freeze_a, ".lora_B.": lora.freeze_b, ".cut_B.": True}
         held = adapters.slice_of(self.held, spans)
         return {n: a + np.float32(by) for n, a in held.items() if not any(f and end in n for end, f in frozen.items())}
 

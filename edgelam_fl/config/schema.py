@@ -294,6 +294,11 @@ class WireSection(Section):
     capacity: str = Field(
         "", description="rate of the server's uplink and downlink, shared out by strategy.bandwidth; '': unlimited"
     )
+    gradients: Literal["full", "lowrank"] = Field(
+        "full",
+        description="gradient that a device sends to the last host: of the hidden states, or (with lora.train = 'back') of "
+        "lora.rank numbers per token, from which the hosts learn one matrix at the cut",
+    )
 
     @property
     def capacity_bps(self) -> float:

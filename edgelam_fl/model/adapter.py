@@ -2,7 +2,7 @@
 
 `base_model.model.model.layers.15.self_attn.q_proj.lora_A.weight` is [rank, in], `...lora_B.weight` is [out, rank].
 A task head is part of it as a whole: `base_model.model.classifier.weight` is [classes, hidden], with its `.bias`.
-A module may have carry factors in addition (`model.carry`).
+A module may have carry factors in addition (`model.carry`), and a route a cut adapter (`model.cut`).
 The stages of a route hold disjoint sets of names, so joining their adapters is a dict merge.
 """
 
@@ -12,7 +12,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from safetensors.numpy import load, save, save_file
 
 from edgelam_fl.errors import ConfigError, ProtocolError, nearest
 from edgelam_fl.model import carry
+from edgelam_fl.model.cut import CUT_A, CUT_B, CutAdapter, without_cut
 from edgelam_fl.model.index import layer_number
 from edgelam_fl.model.source import ModelSource
 
@@ -131,6 +132,17 @@ def initial_adapter(source: ModelSource, targets: Iterable[str], rank: int, seed
     return adapter
 
 
+def initial_cut(source: ModelSource, cut: CutAdapter, seed: int) -> Adapter:
+    """Draws a cut adapter: A zero, and B uniform in +-1/sqrt(hidden), from the seed."""
+    layer = f"{source.family.body}.{source.family.layers}.{cut.layer}"
+    bound = source.hidden_size**-0.5
+    b_DR = _generator(seed, CUT_B).uniform(-bound, bound, (source.hidden_size, cut.rank))
+    return {
+        f"{PREFIX}{layer}{CUT_A}": np.zeros((cut.rank, source.hidden_size), np.float32),
+        f"{PREFIX.rstrip('.')}{CUT_B}": b_DR.astype(np.float32),
+    }
+
+
 def _generator(seed: int, module: str) -> np.random.Generator:
     return np.random.default_rng([seed, zlib.crc32(module.encode())])
 
@@ -148,14 +160,15 @@ def write_peft_folder(
     """Writes an adapter folder that `PeftModel.from_pretrained` reads on machines without EdgeLAM-FL.
 
     A module whose rank differs from `rank` is scaled by alpha / its own rank, as in training. Carry factors are stacked with
-    the adapter's factors. With `classes`, the base must be opened by `AutoModelForSequenceClassification` with that many
+    the adapter's factors. A cut adapter is written too, but peft leaves it out, and warns that it does not know the setting
+    "cut_adapter". With `classes`, the base must be opened by `AutoModelForSequenceClassification` with that many
     labels.
     """
     folder.mkdir(parents=True, exist_ok=True)
     own_ranks = {module: len(adapter[module + _A]) for module in carry.modules_of(adapter)}
     adapter = carry.stacked(adapter, alpha)
     factors = {name.removesuffix(_A): array for name, array in adapter.items() if name.endswith(_A)}
-    heads = {name.rpartition(".")[0] for name in adapter if ".lora_" not in name}
+    heads = {name.rpartition(".")[0] for name in without_cut(adapter) if ".lora_" not in name}
     config = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if classes else "CAUSAL_LM",
@@ -173,12 +186,24 @@ def write_peft_folder(
         "bias": "none",
         "inference_mode": True,
     }
+    if cut := cut_in(adapter, alpha):
+        config["cut_adapter"] = asdict(cut)
     temporary = folder / ".adapter_model.safetensors"
     save_file(
         {name: np.ascontiguousarray(array) for name, array in adapter.items()}, temporary, metadata={"format": "pt"}
     )
     temporary.replace(folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def cut_in(adapter: Mapping[str, np.ndarray], alpha: float) -> CutAdapter | None:
+    """Returns place and size of the cut adapter in an adapter; None if it has none."""
+    for name, array in adapter.items():
+        if name.endswith(CUT_A):
+            layer = layer_number(name)
+            assert layer is not None
+            return CutAdapter(layer, len(array), alpha / len(array))
+    return None
 
 
 def read_peft_folder(folder: Path) -> Adapter:

@@ -76,6 +76,35 @@ class CarryFactors:
         return output + functional.linear(functional.linear(inputs[0], self._a_MI), self._b_OM)
 
 
+class CutDown(nn.Module):
+    """A of the cut adapter, at the last host (model.cut): gives hidden states [B, T, D] with u = A h [B, T, R] beside them.
+
+    The values u follow the hidden states in the last dimension.
+    """
+
+    def __init__(self, hidden: int, rank: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(rank, hidden))
+
+    def forward(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        u_BTR = functional.linear(hidden_BTD.to(self.weight.dtype), self.weight)
+        return torch.cat([hidden_BTD, u_BTR.to(hidden_BTD.dtype)], dim=-1)
+
+
+class CutUp(nn.Module):
+    """B of the cut adapter, at the device (model.cut): takes what `CutDown` gives, and gives h + s B u [B, T, D]."""
+
+    def __init__(self, hidden: int, rank: int, scale: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(hidden, rank))
+        self._scale = scale
+
+    def forward(self, both: torch.Tensor) -> torch.Tensor:
+        hidden_BTD, u_BTR = both.split(list(self.weight.shape), dim=-1)
+        added_BTD = self._scale * functional.linear(u_BTR.to(self.weight.dtype), self.weight)
+        return hidden_BTD + added_BTD.to(hidden_BTD.dtype)
+
+
 class UnitSeed:
     """The seed of the micro-batch that is being computed; None: no dropout."""
 

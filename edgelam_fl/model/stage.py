@@ -26,9 +26,10 @@ from edgelam_fl.errors import ModelError, ProtocolError
 from edgelam_fl.model.adapter import PREFIX, Adapter, Span, target_modules
 from edgelam_fl.model.bases import compute_dtype, require_base
 from edgelam_fl.model.carry import CARRY_A, CARRY_B
+from edgelam_fl.model.cut import CUT_A, CUT_B, CutAdapter, is_cut
 from edgelam_fl.model.families import Family
 from edgelam_fl.model.index import layer_number
-from edgelam_fl.model.modules import CarryFactors, Pass, StageCache, UnitDropout, UnitSeed
+from edgelam_fl.model.modules import CarryFactors, CutDown, CutUp, Pass, StageCache, UnitDropout, UnitSeed
 from edgelam_fl.model.skeleton import fill_computed, skeleton
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.weights import read_tensors
@@ -39,12 +40,13 @@ ReadTensors = Callable[[ModelSource, list[str], str, str], Iterable[tuple[str, t
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """LoRA of one stage: its rank, alpha, the modules that it is put on, and its dropout."""
+    """LoRA of one stage: its rank, alpha, the modules that it is put on, its dropout, and the route's cut adapter."""
 
     rank: int
     alpha: float
     targets: tuple[str, ...]
     dropout: float = 0.0
+    cut: CutAdapter | None = None
 
 
 class Stage(nn.Module):
@@ -54,7 +56,16 @@ class Stage(nn.Module):
     time may compute on it.
     """
 
-    def __init__(self, model: nn.Module, span: Span, dtype: torch.dtype, family: Family, dropout: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        span: Span,
+        dtype: torch.dtype,
+        family: Family,
+        dropout: float,
+        cut: CutDown | CutUp | None = None,
+    ) -> None:
+        """`cut`: this stage's part of the cut adapter; None: it has none."""
         super().__init__()
         self.model = model
         self.span = span
@@ -71,7 +82,8 @@ class Stage(nn.Module):
             for name, module in model.named_modules()
             if isinstance(module, LoraLayer)
         }
-        self._places = _adapter_places(model, family)
+        self._cut = cut
+        self._places = _adapter_places(model, family) | _cut_place(cut, span, family)
         self.adapter_parameters: AdapterSet = {
             name: module.get_parameter(attribute) for name, (module, attribute) in self._places.items()
         }
@@ -98,8 +110,10 @@ class Stage(nn.Module):
         real tokens; padding is on the right, or with `pad_left` on the left. layers: (enter, leave), if only some of the
         stage's layers are on the route. unit_seed: turns LoRA's dropout on, with masks of this seed. cache: from `new_cache`; the
         rows continue what it holds, with any padding per call (a sliding window counts padding too, so with sliding windows and
-        unequal rows pad on the left).
+        unequal rows pad on the left). With a cut adapter, [B, T, D + rank] is what the last host gives and the device's back takes.
         """
+        if isinstance(self._cut, CutUp):
+            inputs = self._cut(inputs)
         mask_BT, positions_BT = _mask_and_positions(inputs.shape[1], row_lengths, pad_left, cache)
         feed: dict[str, Any] = {"input_ids": inputs} if self.span.embed else {"inputs_embeds": inputs}
         if self.family.task_head is None:
@@ -109,7 +123,7 @@ class Stage(nn.Module):
         if cache is not None:
             cache.mask_BT = mask_BT
         logits: torch.Tensor = output.logits
-        return logits
+        return self._cut(logits) if isinstance(self._cut, CutDown) else logits
 
     def new_cache(self) -> StageCache:
         """Makes a cache for the keys and values of one batch that is generated. Raises ModelError for a classifier."""
@@ -196,10 +210,10 @@ class Stage(nn.Module):
     def set_trainable(self, trains: Callable[[int | None], bool]) -> list[nn.Parameter]:
         """Makes the set in use trainable in the layers for which `trains` is true and freezes the rest; returns `trainable()`.
 
-        `trains` is called with a layer number, or with None for the task head.
+        `trains` is called with a layer number, or with None for the task head. Of a cut adapter, A always learns and B never.
         """
         for name, parameter in self.adapter_parameters.items():
-            parameter.requires_grad_(trains(layer_number(name)))
+            parameter.requires_grad_(name.endswith(CUT_A) if is_cut(name) else trains(layer_number(name)))
         return self.trainable()
 
     def trainable(self) -> list[nn.Parameter]:
@@ -264,6 +278,15 @@ def _adapter_places(model: nn.Module, family: Family) -> dict[str, tuple[nn.Modu
     return places
 
 
+def _cut_place(cut: CutDown | CutUp | None, span: Span, family: Family) -> dict[str, tuple[nn.Module, str]]:
+    """Maps the name of this stage's part of the cut adapter to the module and attribute of the parameter."""
+    if cut is None:
+        return {}
+    last = f"{family.body}.{family.layers}.{span.last - 1}"
+    name = f"{PREFIX}{last}{CUT_A}" if isinstance(cut, CutDown) else f"{PREFIX.rstrip('.')}{CUT_B}"
+    return {name: (cut, "weight")}
+
+
 def _mask_and_positions(
     tokens: int, row_lengths: list[int], pad_left: bool, cache: StageCache | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -314,8 +337,16 @@ def load_stages(
         fill_computed(model, family)
         model.requires_grad_(False)
         dropout = lora.dropout if lora else 0.0
-        stages.append(Stage(_with_lora(model, span, lora, source), span, dtype, family, dropout))
+        cut = _cut_part(lora.cut, span, source.hidden_size) if lora and lora.cut else None
+        stages.append(Stage(_with_lora(model, span, lora, source), span, dtype, family, dropout, cut))
     return stages
+
+
+def _cut_part(cut: CutAdapter, span: Span, hidden: int) -> CutDown | CutUp | None:
+    """Returns a stage's part of the cut adapter: A at the end of the last host, B where the device's back begins."""
+    if not span.head and span.last == cut.layer + 1:
+        return CutDown(hidden, cut.rank)
+    return CutUp(hidden, cut.rank, cut.scale) if span.head and span.first == cut.layer + 1 else None
 
 
 def _frozen(model: PreTrainedModel, family: Family) -> list[str]:

@@ -114,15 +114,15 @@ class CostModel:
         """Returns the chain with one more host, and with the link back to the device if its slice is the last."""
         host = self.hosts[number]
         before = self.hosts[chain.hosts[-1][0]] if chain.hosts else None
-        returns = before is not None or self.step.front_learns
+        returns = self.gradient_returns(before is not None)
         link_s = self.link_s(before or self.slowest, host, returns)
         outside_s = chain.cycle_s - self.slowest.back_s
         busiest_s = max(chain.busiest_s, outside_s + added.link_s, outside_s + link_s + added.compute_s)
         cycle_s = chain.cycle_s + link_s + added.unit_s
         relayed = chain.relayed + (1 + returns) * self._relayed_share(before, host)
         if end == self.last and self.step.back_on_device:
-            cycle_s += self.link_s(self.slowest, host, True)
-            relayed += 2 * self._relayed_share(None, host)
+            cycle_s += self.exit_s(host)
+            relayed += (self._to_back + self._from_back) * self._relayed_share(None, host)
         queue_s = max(chain.queue_s, added.queue_s)
         hosts = (*chain.hosts, (number, end))
         return PartialChain(cycle_s, queue_s, busiest_s, relayed, hosts, chain.taken | 1 << number)
@@ -169,17 +169,35 @@ class CostModel:
 
     # ------------------------------------------------------------ links
 
-    def link_s(self, dialling: NodeResources, dialled: NodeResources, returns: bool) -> float:
-        """Seconds for one tensor over a link, and if it `returns`, for its gradient back."""
+    @property
+    def _to_back(self) -> float:
+        """Tensors per unit from the last host to a device's back."""
+        return 1 + self.step.cut_share
+
+    @property
+    def _from_back(self) -> float:
+        """Tensors per unit from a device's back to the last host."""
+        return self.step.cut_share or 1
+
+    def gradient_returns(self, between_hosts: bool) -> bool:
+        """Whether gradients travel on the links between hosts, or on those from the first host to the devices."""
+        return not self.step.cut_share if between_hosts else self.step.front_learns
+
+    def exit_s(self, host: NodeResources) -> float:
+        """Seconds for one unit over the exit link of the slowest device: hidden states to it, their gradient back."""
+        return self.link_s(self.slowest, host, self._to_back, there=self._from_back)
+
+    def link_s(self, dialling: NodeResources, dialled: NodeResources, back: float, *, there: float = 1) -> float:
+        """Seconds for `there` tensors over a link, and then for `back` tensors the other way."""
         if dialling.name == dialled.name:
             return 0.0
         step, relayed = self.step, self._needs_relay(dialling, dialled)
         most_bps = step.relay_bps if relayed else math.inf
         round_trip_s = (dialling.round_trip_s + dialled.round_trip_s) / 2
         round_trip_s += step.relay_round_trip_s if relayed else 0.0
-        there_s = _seconds(step.tensor_bytes, min(dialling.up_bps, dialled.down_bps, most_bps))
-        back_s = _seconds(step.tensor_bytes, min(dialled.up_bps, dialling.down_bps, most_bps))
-        return there_s + back_s + round_trip_s if returns else there_s + round_trip_s / 2
+        there_s = _seconds(there * step.tensor_bytes, min(dialling.up_bps, dialled.down_bps, most_bps))
+        back_s = _seconds(back * step.tensor_bytes, min(dialled.up_bps, dialling.down_bps, most_bps))
+        return there_s + back_s + round_trip_s if back else there_s + round_trip_s / 2
 
     def _needs_relay(self, dialling: NodeResources, dialled: NodeResources) -> bool:
         return not dialled.reachable or (dialling.name, dialled.name) in self.step.by_relay
@@ -189,16 +207,17 @@ class CostModel:
         dialling = [before] if before is not None else [device.node for device in self.devices]
         return sum(self._needs_relay(node, host) for node in dialling) / len(dialling)
 
-    def _host_tensors(self, first: int, last: int, up: bool) -> int:
+    def _host_tensors(self, first: int, last: int, up: bool) -> float:
         """Number of tensors per unit that a host sends (`up`) or receives."""
-        onward = last != self.last or self.step.back_on_device
+        inner, to_device = last != self.last, self.step.back_on_device
         if not up:
-            return 1 + onward
-        return onward + (first != self.first or self.step.front_learns)
+            return 1 + (self.gradient_returns(True) if inner else to_device * self._from_back)
+        return (1 if inner else to_device * self._to_back) + self.gradient_returns(first != self.first)
 
-    def _device_tensors(self, up: bool) -> int:
+    def _device_tensors(self, up: bool) -> float:
         """Number of tensors per unit that a device sends (`up`) or receives."""
-        return self.step.back_on_device + (1 if up else self.step.front_learns)
+        there, back = self.step.back_on_device * self._to_back, self.step.back_on_device * self._from_back
+        return 1 + back if up else there + self.step.front_learns
 
     def _device_link_s(self, node: NodeResources, up: bool) -> float:
         """Seconds per unit of a device's uplink or downlink."""
@@ -254,10 +273,10 @@ class CostModel:
         """
         slices, away_s = self._slices_of(chain), 0.0
         if self.step.back_on_device:
-            away_s = self.slowest.back_s + self.link_s(self.slowest, slices[-1][0], True)
+            away_s = self.slowest.back_s + self.exit_s(slices[-1][0])
         away = [away_s]
         for (before, *_), (host, added, *_) in reversed(list(pairwise(slices))):
-            away_s += added.unit_s + self.link_s(before, host, True)
+            away_s += added.unit_s + self.link_s(before, host, self.gradient_returns(True))
             away.insert(0, away_s)
         found, every_s = [], 1 / sum(1 / max(self._sends_every_s(device.node), INSTANT_S) for device in self.devices)
         for away_s, (_, added, *_) in zip(away, slices, strict=True):
@@ -272,13 +291,15 @@ class CostModel:
     def _host_load(self, host: NodeResources, base: str, first: int, last: int, in_flight: int) -> NodeLoad:
         weights, units = slice_bytes(self.instance, base, first, last)
         used = weights + round(units * in_flight / self._most_in_flight) + host.ends_bytes
-        moved = [self.units * self._host_tensors(first, last, up) * self.step.tensor_bytes for up in (True, False)]
+        moved = [
+            round(self.units * self._host_tensors(first, last, up) * self.step.tensor_bytes) for up in (True, False)
+        ]
         memory, compute_s = self._process_bytes(host) + used, self.compute_s(host, base, first, last)
         return NodeLoad(host.name, first, last, base, memory, compute_s, *moved)
 
     def _device_load(self, device: DeviceEnds) -> NodeLoad:
         node, step = device.node, self.step
-        moved = [step.micro_batches * self._device_tensors(up) * step.tensor_bytes for up in (True, False)]
+        moved = [round(step.micro_batches * self._device_tensors(up) * step.tensor_bytes) for up in (True, False)]
         memory, compute_s = self._process_bytes(node) + node.ends_bytes, step.micro_batches * node.ends_s
         return NodeLoad(node.name, device.front, device.back_first, "", memory, compute_s, *moved)
 

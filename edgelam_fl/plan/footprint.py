@@ -56,7 +56,9 @@ class Footprints:
         adapters = sum(self._adapter_weights.get(layer, 0) for layer in layers)
         units = window * self._unit(pair, spans[0].last)
         units += sum(self._unit(pair, span.last - span.first, head=True) for span in spans[1:])
-        return self._weights(spans, pair) + round((FP32_BYTES + LEARNING_BYTES) * rank * adapters) + units
+        frozen = self.spec.cut.rank * self.spec.source.hidden_size if self.spec.cut else 0  # B of a cut adapter
+        learning = round((FP32_BYTES + LEARNING_BYTES) * rank * adapters)
+        return self._weights(spans, pair) + learning + FP32_BYTES * frozen + units
 
     def _weights_by_layer(self, pair: str) -> list[int]:
         if pair not in self._layer_weights:
@@ -76,6 +78,8 @@ class Footprints:
             layer = layer_number(module)
             assert layer is not None, "target modules are inside the layers"
             found[layer] = found.get(layer, 0) + lora.rank * (rows + columns)
+        if cut := self.spec.cut:
+            found[cut.layer] = found.get(cut.layer, 0) + cut.rank * self.spec.source.hidden_size
         return found
 
     def _unit(self, pair: str, layers: int, *, head: bool = False) -> int:

@@ -76,6 +76,7 @@ class InstanceMaker:
             micro_batches=split.micro_batches,
             window=self.window,
             front_learns="front" in config.lora.train,
+            cut_share=spec.cut_share,
             back_on_device=on_device,
             head_layers=0.0 if on_device else head_layers(spec),
             growth_bytes=GROWTH_BYTES,

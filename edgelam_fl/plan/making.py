@@ -240,6 +240,7 @@ def _plan(spec: RunSpec, facts: RoundFacts, profile: pb.Profile) -> pb.Plan:
         hub_port=facts.hub_port,
         slices_token=facts.slices_token,
         cut=_cut(config.privacy) if profile.role == pb.DEVICE else None,
+        lowrank=pb.LowRank(layer=spec.cut.layer, rank=spec.cut.rank) if spec.cut else None,
     )
 
 

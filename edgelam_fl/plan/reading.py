@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable
 
 from edgelam_fl.model.adapter import Span
+from edgelam_fl.model.cut import CutAdapter
 from edgelam_fl.model.index import layer_number
 from edgelam_fl.plan.modes import label_place
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -68,6 +69,13 @@ def spans_of(plan: pb.Plan) -> list[Span]:
     """Lists all spans that a node holds: its own ends, then the hosted span."""
     hosted = hosted_span(plan)
     return end_spans(plan) + ([hosted] if hosted is not None else [])
+
+
+def cut_of(plan: pb.Plan) -> CutAdapter | None:
+    """Returns the cut adapter of the plan's route; None: gradients go back whole (wire.gradients = "full")."""
+    if not plan.HasField("lowrank"):
+        return None
+    return CutAdapter(plan.lowrank.layer, plan.lowrank.rank, plan.lora.alpha / plan.lowrank.rank)
 
 
 def unit_rows(plan: pb.Plan) -> int:

@@ -219,9 +219,11 @@ class _Search:
         """Seconds of a unit's shortest link to each host, plus those of the link between the last host and the device."""
         costs, found = self.costs, []
         for host in costs.hosts:
-            links = [costs.link_s(other, host, True) for other in costs.hosts if other is not host]
+            links = [
+                costs.link_s(other, host, costs.gradient_returns(True)) for other in costs.hosts if other is not host
+            ]
             links.append(costs.link_s(costs.slowest, host, costs.step.front_learns))
-            exit_s = costs.link_s(costs.slowest, host, True) if costs.step.back_on_device else 0.0
+            exit_s = costs.exit_s(host) if costs.step.back_on_device else 0.0
             found.append(min(links) + exit_s)
         return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edgelam_fl.config import RunConfig
+from edgelam_fl.model.cut import CutAdapter
 from edgelam_fl.model.source import ModelSource
 
 
@@ -19,3 +20,31 @@ class RunSpec:
     def unit_rows(self) -> int:
         """The most rows in one micro-batch of a device: ceil(batch_size / micro_batches)."""
         return -(-self.config.federation.batch_size // self.config.split.micro_batches)
+
+    @property
+    def cut_share(self) -> float:
+        """Size of the cut adapter's values by that of the hidden states: rank / hidden; 0 without a cut adapter."""
+        return self.cut.rank / self.source.hidden_size if self.cut else 0.0
+
+    @property
+    def cut(self) -> CutAdapter | None:
+        """The cut adapter of the run's routes; None: gradients go back whole (wire.gradients = "full")."""
+        config = self.config
+        if config.wire.gradients == "full":
+            return None
+        rank = config.lora.rank
+        return CutAdapter(self.source.num_layers - config.split.back - 1, rank, config.lora.alpha / rank)
+
+
+def tensors_per_round(spec: RunSpec, trained: int, held_out: int) -> tuple[float, float]:
+    """Returns how many hidden states of an example a device sends and receives in a round, gradients included.
+
+    Each way, a hidden state per example, and its gradient if the example is learned (`trained` of them). An upper bound: a
+    gradient that nobody needs does not travel.
+    """
+    if not spec.config.split.hosts:
+        return 0, 0
+    if not spec.cut:
+        return 2 * trained + held_out, 2 * trained + held_out
+    share = spec.cut_share
+    return (1 + share) * trained + held_out, (1 + share) * (trained + held_out)

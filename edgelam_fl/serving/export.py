@@ -37,6 +37,11 @@ def export(result: Result, kind: str, out: Path | None, dtype: str = "", front: 
         )
     if kind == "peft" and dtype:
         raise ConfigError("--dtype belongs to --to merged; an adapter stays fp32, as it was trained")
+    if result.config.wire.gradients == "lowrank":
+        raise ConfigError(
+            f"wire.gradients = 'lowrank' in {result.folder}: its cut adapter is no LoRA of a module, so no other tool can load the "
+            f"result; `edgelam chat {result.folder}` answers with it. A run with wire.gradients = 'full' can be exported"
+        )
     if dtype not in ("", *BYTES_PER_NUMBER):
         raise ConfigError(f"--dtype {dtype!r} must be {' or '.join(BYTES_PER_NUMBER)}")
     folder = out or result.folder / kind

@@ -19,7 +19,7 @@ from peft import PeftModel
 from edgelam_fl.config import ModelSection, RunConfig, TaskSection
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.source import find_model
-from edgelam_fl.model.whole import load_whole, put_on
+from edgelam_fl.model.whole import CutOnWhole, load_whole, put_on
 from edgelam_fl.tasks.causal_lm import CausalLm
 
 Step = Callable[[Sequence[int], int], torch.Tensor]
@@ -114,12 +114,13 @@ class LocalSpeaker(Speaker):
         super().__init__(model, task)
         self._model: Any = load_whole(self._source, "fp32" if model.base == "auto" else model.base)
         self._adapter: Path | None = None
+        self._cut: CutOnWhole | None = None
 
     def put_on(self, adapter: Path) -> None:
         """Puts the adapter of a folder on the base, in place of an earlier one."""
         if adapter != self._adapter:
             base = self._model.unload() if isinstance(self._model, PeftModel) else self._model
-            self._model, self._adapter = put_on(base, adapter), adapter
+            self._model, self._adapter, self._cut = put_on(base, adapter), adapter, CutOnWhole(adapter)
 
     @contextmanager
     def opened(self, tuned: bool) -> Iterator[Step]:
@@ -134,7 +135,8 @@ class LocalSpeaker(Speaker):
             logits_V: torch.Tensor = output.logits[0, -1]
             return logits_V
 
-        with self._model.disable_adapter() if self._adapter and not tuned else nullcontext():
+        without = self._model.disable_adapter() if self._adapter and not tuned else nullcontext()
+        with without, self._cut.on(self._model) if self._cut and tuned else nullcontext():
             yield step
 
 

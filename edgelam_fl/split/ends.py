@@ -29,7 +29,7 @@ class Ends:
         self._is_split = bool(own.hops)
         self.has_labels = label_place(plan.labels).on_device
         front_trains = any(parameter.requires_grad for parameter in self._front.parameters())
-        self._gradient_needed = self._is_split and (front_trains or plan.lora.train_hosts)
+        self._gradient_needed = self._is_split and (front_trains or plan.lora.train_hosts or plan.HasField("lowrank"))
 
     def forward_front(self, unit: Unit, step: int, number: int, *, training: bool) -> torch.Tensor:
         """Returns the hidden states [rows, tokens, hidden] of a micro-batch for the first host."""
@@ -51,7 +51,8 @@ class Ends:
     ) -> tuple[float, torch.Tensor | None]:
         """Adds to the back's gradients; returns the loss sum and the gradient for the last host, None if none is needed.
 
-        `inputs`: the last host's hidden states; on a route over no host, token ids. `divisor`: labels of all devices in
+        `inputs`: the last host's hidden states, with the values of the cut adapter beside them if the run has one, which are
+        then all that the gradient is of; on a route over no host, token ids. `divisor`: labels of all devices in
         the turn, by which the loss is divided.
         """
         if self._gradient_needed:
@@ -59,7 +60,9 @@ class Ends:
         loss, _ = self._task.loss(self._forward_back(unit, inputs, self._seed(step, number)), unit.labels)
         if loss.requires_grad:
             (loss / divisor).backward()
-        grad = inputs.grad
+        grad, rank = inputs.grad, self._plan.lowrank.rank
+        if grad is not None and rank:
+            grad = grad[..., -rank:].contiguous()
         return float(loss.detach()), None if grad is None else self._cut.gradient(grad, unit.row_lengths)
 
     def _forward_back(self, unit: Unit, inputs: torch.Tensor, seed: int | None) -> torch.Tensor:

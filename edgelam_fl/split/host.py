@@ -251,7 +251,10 @@ class Host:
             self.turns.take_unusable_gradient(member, "hidden states that give values that are not finite")
             return
         if training:
-            member.saved[unit_id(header)] = (inputs, output)
+            # With a cut adapter, the device's gradient is of its values alone, which follow the hidden states.
+            cut_values = self.plan.HasField("lowrank") and self.group.coordinates
+            learned = output[..., self.group.hidden_size :] if cut_values else output
+            member.saved[unit_id(header)] = (inputs, learned)
         self._send(member.next, pb.ACT, header, output)
 
     def _loss(self, task: Task, member: Member, header: pb.Header, inputs: torch.Tensor, output: torch.Tensor) -> None:

@@ -92,7 +92,8 @@ def open_link(
 
 def most_bytes(plan: pb.Plan, hidden_size: int) -> int:
     """Returns the size of the largest tensor on any link of the plan: a micro-batch's hidden states, or its labels."""
-    return unit_rows(plan) * plan.task.max_tokens * max(hidden_size * wire_dtype(plan).itemsize, torch.int64.itemsize)
+    values = hidden_size + plan.lowrank.rank
+    return unit_rows(plan) * plan.task.max_tokens * max(values * wire_dtype(plan).itemsize, torch.int64.itemsize)
 
 
 def open_route(

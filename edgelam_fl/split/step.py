@@ -70,6 +70,7 @@ class DeviceStep:
         self._hops = list(plan.routes[0].hops)
         self._index, self._mode = plan.routes[0].device_index, host_mode(plan.host_mode)
         self._patience_s = self._mode.patience_s(plan.deadlines)
+        self._cut_rank = plan.lowrank.rank  # values per token beside the last host's hidden states
         self._waiting = deque(range(len(units)))
         self._under_way: dict[int, _Way] = {}
         self._gradients_due = len(units) if self._trains and ends.has_labels else 0  # those that are not sent yet
@@ -159,7 +160,9 @@ class DeviceStep:
 
     def _take_activation(self, number: int, header: pb.Header, tensor: torch.Tensor | None) -> None:
         """Takes the last host's hidden states through the back, and sends their gradient."""
-        grad = self._forward_back(number, header, self._checked(tensor, self._under_way[number].hidden, host=-1))
+        hidden = self._under_way[number].hidden
+        returned = self._checked(tensor, hidden, host=-1, beside=self._cut_rank)
+        grad = self._forward_back(number, header, returned)
         if self._trains:
             self._send_back(number, grad)
 
@@ -244,16 +247,16 @@ class DeviceStep:
     def _next(self) -> Frame:
         return self._route.receive(self._patience_s, "federation.step_deadline_s")
 
-    def _checked(self, tensor: torch.Tensor | None, like: torch.Tensor, host: int) -> torch.Tensor:
+    def _checked(self, tensor: torch.Tensor | None, like: torch.Tensor, host: int, beside: int = 0) -> torch.Tensor:
         """Returns a tensor that the route's `host` sent. Raises ProtocolError, with the host's name, if it cannot be used.
 
-        It must have the shape and dtype of what was sent and, in training, values that are finite: an honest host leaves a
-        device out of the step instead.
+        It must have the shape and dtype of what was sent, with `beside` more values per token, and, in training, values that
+        are finite: an honest host leaves a device out of the step instead.
         """
-        name = self._hops[host].node
-        if tensor is None or tensor.shape != like.shape or tensor.dtype != like.dtype:
+        name, expected = self._hops[host].node, [*like.shape[:-1], like.shape[-1] + beside]
+        if tensor is None or list(tensor.shape) != expected or tensor.dtype != like.dtype:
             got = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-            raise ProtocolError(f"host {name} sent {got}; expected was {like.dtype} {list(like.shape)}")
+            raise ProtocolError(f"host {name} sent {got}; expected was {like.dtype} {expected}")
         if self._trains and not is_finite(tensor):
             raise ProtocolError(f"host {name} sent values that are not finite, in step {self.number}")
         return tensor

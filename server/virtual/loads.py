@@ -12,7 +12,7 @@ from edgelam_fl.plan.bases import value_bytes
 from edgelam_fl.plan.layout import by_name, device_ends
 from edgelam_fl.plan.making import own_steps
 from edgelam_fl.plan.modes import label_place
-from edgelam_fl.plan.spec import RunSpec
+from edgelam_fl.plan.spec import RunSpec, tensors_per_round
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wireless.rounds import Load
 
@@ -26,12 +26,11 @@ class Loads:
         """Returns an upper bound: every example counts as long as the longest allowed."""
         federation, max_tokens = self.config.federation, self.config.task.max_tokens
         trained = own_steps(self.config, device.examples) * federation.batch_size
-        # Each way: a hidden state per example, and its gradient if the example is learned.
-        tensors = 2 * trained + device.held_out if self.config.split.hosts else 0
-        data_bytes = tensors * max_tokens * self.source.hidden_size * value_bytes(self.config)
+        tensor_bytes = max_tokens * self.source.hidden_size * value_bytes(self.config)
+        up, down = tensors_per_round(self.spec, trained, device.held_out)
         adapter_bytes = self.adapter_bytes(device.name)
         operations = trained * max_tokens * self.operations_per_token(device.name)
-        return Load(adapter_bytes + data_bytes, adapter_bytes, data_bytes, operations)
+        return Load(adapter_bytes + up * tensor_bytes, adapter_bytes, down * tensor_bytes, operations)
 
     def operations_per_token(self, name: str) -> float:
         """Returns operations per token, forward and backward through a device's layers and head: two per weight, and two
@@ -45,6 +44,8 @@ class Loads:
             held = {layer: n for layer, n in self._weights.items() if self._holds(layer, front, back_first)}
             learning = (layer for layer in self._widths if self._learns(layer, front, back_first))
             lowest = min(learning, default=self.source.num_layers)
+            if self.spec.cut:  # its gradient passes the whole back
+                lowest = min(lowest, back_first)
             passed = sum(n for layer, n in held.items() if layer >= lowest)
             self._operations[ends] = 2.0 * (sum(held.values()) + passed + 2 * self._head_weights)
         return self._operations[ends]

@@ -117,9 +117,14 @@ def test_what_each_node_computes() -> None:
         ({}, {"d": 2, "a": 2, "b": 2}, {"d": 2, "a": 2, "b": 2}),
         ({"front_learns": False}, {"d": 2, "a": 1, "b": 2}, {"d": 1, "a": 2, "b": 2}),
         ({"back_on_device": False}, {"d": 1, "a": 2, "b": 1}, {"d": 1, "a": 2, "b": 1}),
+        (
+            {"front_learns": False, "cut_share": 0.25},
+            {"d": 1.25, "a": 1, "b": 1.25},
+            {"d": 1.25, "a": 1, "b": 1.25},
+        ),
     ],
 )
-def test_bytes_of_links(changes: dict[str, bool], sent: dict[str, int], received: dict[str, int]) -> None:
+def test_bytes_of_links(changes: dict[str, float], sent: dict[str, float], received: dict[str, float]) -> None:
     """`sent` and `received`: tensors per unit."""
     found = cost(replace(STEP, **changes))  # type: ignore[arg-type]
     loads = [*found.devices, *found.hosts]

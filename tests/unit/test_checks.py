@@ -8,6 +8,7 @@ from server.checks import check_config
 from tests.support import run_config
 
 PRIVATE = ["privacy.mode=central", "split.hosts=0"]
+LOWRANK = ["wire.gradients=lowrank", "lora.train=back"]
 CLASSES = ["task.kind=classification", "task.classes=['yes', 'no']"]
 
 
@@ -43,6 +44,10 @@ CLASSES = ["task.kind=classification", "task.classes=['yes', 'no']"]
         ["privacy.cut_clip=2.0", "privacy.cut_noise=0.1", "split.front=0", "lora.train=hosts"],
         ["privacy.private_front=true", "privacy.disguise=0.5", "strategy.aggregation=flora", "split.host_mode=copies"],
         ["privacy.disguise=0.5", "strategy.aggregation=fedsa", "split.host_on=any"],
+        [*LOWRANK],
+        [*LOWRANK, "split.back=0", "split.hosts=2", "split.host_mode=sequential", "lora.ranks={'a'=2}"],
+        [*LOWRANK, "split.back=0", "split.host_mode=copies", "strategy.aggregation=fedprox"],
+        [*LOWRANK, "strategy.aggregation=flora"],
     ],
 )
 def test_settings_that_can_be_combined(tiny: ModelSource, overrides: list[str]) -> None:
@@ -224,6 +229,36 @@ def test_settings_that_can_be_combined(tiny: ModelSource, overrides: list[str]) 
         (
             ["strategy.selection=poisson", "strategy.options.poisson.rate=0.0"],
             r"strategy.options.poisson.rate = 0.0 must be greater than 0",
+        ),
+        (
+            ["wire.gradients=lowrank"],
+            r"with lora.train = \['front', 'hosts', 'back'\]: .* Allowed: lora.train = 'back', or",
+        ),
+        (
+            ["wire.gradients=lowrank", "lora.train=['front','back']"],
+            r"cannot be combined with lora.train = \['front', 'back'\]",
+        ),
+        (["wire.gradients=lowrank", "lora.train=hosts"], "from 8 numbers per token .* neither their own LoRA nor"),
+        (
+            [*LOWRANK, "split.hosts=0"],
+            "'lowrank' needs split.hosts of at least 1: .* Allowed: a host, or wire.gradients",
+        ),
+        (
+            [*LOWRANK, "split.labels=last-stage", "split.back=0"],
+            "'lowrank' cannot be combined with split.labels = 'last-stage': .* Allowed: split.labels = 'device', or",
+        ),
+        (
+            [*LOWRANK, "privacy.mode=central"],
+            "'lowrank' cannot be combined with privacy.mode = 'central': .* Allowed: privacy.mode = 'none', or",
+        ),
+        (
+            [*LOWRANK, "split.backs={'a'=1}"],
+            "cannot be combined with split.backs = {'a': 1}: .* Allowed: split.back alone",
+        ),
+        ([*LOWRANK, "lora.rank=65"], "lora.rank = 65 must be at most 64 with wire.gradients = 'lowrank': the width of"),
+        (
+            [*LOWRANK, "split.back=0", "strategy.aggregation=fedprox"],
+            "'fedprox' .* with wire.gradients = 'lowrank', split.back = 0 and .* Allowed: split.back of at least 1, .*'copies'$",
         ),
     ],
 )

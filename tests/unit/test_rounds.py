@@ -14,6 +14,7 @@ import pytest
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.carry import is_carry
+from edgelam_fl.model.cut import CUT_A, is_cut
 from edgelam_fl.telemetry.events import read_events
 from edgelam_fl.telemetry.report.incidents import incidents
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -184,6 +185,29 @@ def test_a_frozen_factor_is_kept(federation: MakeFederation, name: str, trained:
     frozen = [(p.lora.freeze_a, p.lora.freeze_b) for p in run.nodes["a"].plans[:2]]
     assert frozen == [(factor == "B", factor == "A") for factor in trained]
     assert [event["aggregation_error"] for event in run.events("round_done")][:2] == pytest.approx([0, 0], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["fedavg", "ffa", "flexlora", "hetlora", "fedsa"])
+def test_a_cut_adapter_is_averaged_over_sites_and_its_b_stays_on_devices(federation: MakeFederation, name: str) -> None:
+    """Whatever the rule for LoRA's factors: A is one matrix of its own. Site of e: a and c; site of f, which moves further: b."""
+    settings = ["wire.gradients=lowrank", "lora.train=back", f"strategy.aggregation={name}"]
+    run = federation("abc", "ef", "split.sites=2", *settings)
+    moved = run.nodes["f"].trained
+    run.nodes["f"].trained = lambda spans, by: moved(spans, 5 * by)  # type: ignore[method-assign]
+    result = run.run()
+    assert run.spec.cut is not None
+    for tensor, start in adapters.initial_cut(run.spec.source, run.spec.cut, run.config.run.seed).items():
+        learns, of_sites = tensor.endswith(CUT_A), LABELS["a"] + LABELS["c"]
+        mean = 2 * (of_sites * 2 + LABELS["b"] * 10) / (of_sites + LABELS["b"]) if learns else 0
+        np.testing.assert_allclose(result[tensor], start + mean, rtol=1e-6)
+        for node, by_hand in run.nodes.items():
+            rounds = [tensor in received for received in by_hand.received]
+            if learns:
+                assert rounds == ([True, True, True] if node in "ef" else [False] * len(rounds))
+            else:
+                assert rounds == ([False] * len(rounds) if node in "ef" else [True] + [False] * (len(rounds) - 1))
+    kept = adapters.read_peft_folder(run.folder.path / "adapter")
+    assert all(np.array_equal(kept[tensor], result[tensor]) for tensor in result if is_cut(tensor))
 
 
 def test_a_factor_that_a_node_holds_as_it_was_frozen_is_not_sent_again(federation: MakeFederation) -> None:

@@ -182,6 +182,10 @@ def test_a_payload_is_estimated_from_above_until_it_is_measured() -> None:
     )  # to the hosts and back, gradients too; held-out ones without
     assert estimated_payload_bytes(RunSpec(config, SOURCE), device) == tensors * config.task.max_tokens * 64 * 4
     assert estimated_payload_bytes(RunSpec(run_config("any", "split.hosts=0"), SOURCE), device) == 0
+    of_rank_4 = run_config("any", "federation.local_steps=5", "wire.gradients=lowrank", "lora.rank=4")
+    low = estimated_payload_bytes(RunSpec(of_rank_4, SimpleNamespace(hidden_size=64, num_layers=6)), device)  # type: ignore[arg-type]
+    values = 2 * 5 * config.federation.batch_size + 3  # there and back, as gradients; held-out ones only there
+    assert low == ((tensors - 2 * 5 * config.federation.batch_size) + values * 4 / 64) * config.task.max_tokens * 64 * 4
 
 
 def test_unmeasured_devices_are_guessed_from_the_measured_ones() -> None:

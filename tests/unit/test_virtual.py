@@ -28,6 +28,7 @@ from tests.support import run_config
 from tests.unit.conftest import MakeFederation
 
 BAND = "wireless.bandwidth_hz=1e6"
+LOWRANK = ["wire.gradients=lowrank", "lora.train=back"]
 
 
 def device(name: str = "a", examples: int = 9, held_out: int = 0) -> pb.Profile:
@@ -47,6 +48,8 @@ def layer_weights(source: ModelSource) -> int:
         (["split.front=2", "split.back=1"], 3, 3),
         (["split.front=2", "split.back=1", "lora.train=back"], 3, 1),
         (["split.front=2", "split.back=1", "lora.train=hosts"], 3, 1),
+        (["split.back=3", "split.front=1", "lora.train=back", "lora.targets=layers.5.self_attn.q_proj"], 4, 1),
+        ([*LOWRANK, "split.back=3", "split.front=1", "lora.targets=layers.5.self_attn.q_proj"], 4, 3),
         (["split.hosts=0"], 6, 6),
         (["split.hosts=0", 'lora.targets=["layers.4.self_attn.q_proj", "layers.5.self_attn.q_proj"]'], 6, 2),
     ],
@@ -72,6 +75,16 @@ def test_a_load_before_the_first_round(tiny: ModelSource) -> None:
     assert load.data_bytes_down == (2 * learned + 3) * state_bytes
     assert load.bytes_up == adapter_bytes + load.data_bytes_down
     assert load.operations == learned * config.task.max_tokens * Loads(RunSpec(config, tiny)).operations_per_token("a")
+
+
+def test_a_load_with_low_rank_gradients(tiny: ModelSource) -> None:
+    """Up: hidden states, and the values' gradient; down: hidden states with the values beside them, and no gradient."""
+    config = run_config("any", *LOWRANK, "lora.rank=4")
+    loads = Loads(RunSpec(config, tiny))
+    load, state_bytes = loads.estimate(device(held_out=3)), config.task.max_tokens * tiny.hidden_size * 4
+    learned, share = config.federation.local_steps * config.federation.batch_size, 4 / tiny.hidden_size
+    assert load.bytes_up - load.adapter_bytes_down == ((1 + share) * learned + 3) * state_bytes
+    assert load.data_bytes_down == (1 + share) * (learned + 3) * state_bytes
 
 
 def test_a_load_is_what_the_last_round_moved_and_scales_the_others_estimates(tiny: ModelSource) -> None:
