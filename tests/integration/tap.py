@@ -73,9 +73,9 @@ class Secrets:
         found = set()
         for start in range(0, len(data), _BLOCK):
             block = np.frombuffer(data[start : start + _BLOCK + self._longest], np.uint8)
-            here = sum(block[i : len(block) - _KEY + 1 + i].astype(np.uint64) << np.uint64(8 * i) for i in range(_KEY))
             if len(block) < _KEY:
                 continue
+            here = sum(block[i : len(block) - _KEY + 1 + i].astype(np.uint64) << np.uint64(8 * i) for i in range(_KEY))
             slots = np.minimum(np.searchsorted(keys, here), len(keys) - 1)
             for position in np.flatnonzero(keys[slots] == here) + start:
                 key = int.from_bytes(data[position : position + _KEY], "little")
