@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,9 +23,11 @@ from edgelam_fl.plan.making import ClientSettings, RoundPrivacy
 from edgelam_fl.plan.modes import host_mode
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.privacy.accounting import Releases, epsilon_of, noise_for, rounds_within
+from edgelam_fl.privacy.channel import Exposure
 from edgelam_fl.privacy.mechanism import Bound, clip_to, gaussian, secret_generator
-from edgelam_fl.telemetry.events import PrivacyPromised, PrivacySpent
+from edgelam_fl.telemetry.events import ChannelNoise, PrivacyPromised, PrivacySpent
 from edgelam_fl.wire import edgelam_pb2 as pb
+from server.emulated_channel import EmulatedChannel, RoundOnAir
 from strategies.aggregation.factors import A, B
 from strategies.aggregation.fedavg import WeightedMean
 from strategies.api import Contribution
@@ -57,6 +59,8 @@ class Mode:
     """Whether each device adds noise to its update."""
     server_noise: bool
     """Whether the server adds noise to the sum."""
+    over_channel: bool = False
+    """Whether each update comes with the noise of the emulated radio channel."""
 
 
 MODES: Mapping[str, Mode] = {
@@ -81,6 +85,17 @@ MODES: Mapping[str, Mode] = {
             device_clips=True,
             device_noise=True,
             server_noise=False,
+        ),
+        Mode(
+            word="channel",
+            adversary="whoever sees what arrives over the radio channel, but not this run's server, which emulates the channel",
+            messages="the devices' updates",
+            moves=2.0,
+            hides_who=False,
+            device_clips=True,
+            device_noise=False,
+            server_noise=False,
+            over_channel=True,
         ),
     )
 }
@@ -311,17 +326,17 @@ class PrivateRun:
         folder: Path,
         *,
         generator: np.random.Generator | None = None,
-        noise_of: Callable[[str], float] | None = None,
     ) -> None:
-        """`folder`: the run's. `generator`: of the noise; None: one that nobody can repeat. `noise_of`: the standard deviation of
-        the noise that a source's update gets on its way, if it is the way that adds it; None: nothing is added on the way.
-        """
+        """`folder`: the run's. `generator`: of the noise; None: one that nobody can repeat."""
         privacy = spec.config.privacy
         self.spec, self.terms, self.ledger = spec, terms, Ledger(folder, terms)
         self.bound = Bound(privacy.clip, privacy.clip_quantile)
         self._generator = generator or secret_generator()
-        self._noise_of = noise_of
         self.starts = start_of_updates(spec)
+        self._channel: EmulatedChannel | None = None
+        if terms.mode.over_channel:
+            exposure = Exposure(terms.delta, terms.accountant)
+            self._channel = EmulatedChannel(spec.config.wireless, spec.config.run.seed, exposure)
 
     def promise(self) -> PrivacyPromised:
         """Makes the event that says what this run promises."""
@@ -355,20 +370,34 @@ class PrivateRun:
             device_noise=terms.mode.device_noise,
         )
 
-    def sums(self, start: Adapter, settings: ClientSettings, site_sources: Collection[str]) -> PrivateSums:
-        """Returns an empty sum of a round's updates. `start`: the global adapter that the round starts from."""
+    def sums(self, number: int, start: Adapter, settings: ClientSettings, site_sources: Collection[str]) -> PrivateSums:
+        """Returns an empty sum of a round's updates. `start`: the global adapter that the round `number` starts from."""
         mode = self.terms.mode
         sigma = self.bound.update_noise(self.terms.noise) * self.bound.clip if mode.server_noise else 0.0
+        starts = {name: start[name] for name in self.starts if not is_frozen(name, settings)}
         return PrivateSums(
-            start={name: start[name] for name in self.starts if not is_frozen(name, settings)},
+            start=starts,
             site_sources=frozenset(site_sources),
             hosts_release=shares_hosts(self.spec.config),
             clip=math.inf if mode.device_clips else self.bound.clip,
             sigma=sigma,
             expected=self.terms.expected,
             generator=self._generator,
-            noise_of=self._noise_of,
+            air=self._on_air(number, sum(array.size for array in starts.values())),
         )
+
+    def _on_air(self, number: int, values: int) -> RoundOnAir | None:
+        """Returns the channel of an attempt at a round, for updates of so many numbers; None if no channel adds the noise."""
+        if self._channel is None:
+            return None
+        noise, moves = self.terms.noise, self.terms.mode.moves
+        return self._channel.in_round(number, values=values, clip=self.bound.clip, noise=noise, moves=moves)
+
+    def channel_noise(self, attempt: int, sums: PrivateSums) -> ChannelNoise | None:
+        """Makes the event of an attempt whose updates came over the emulated channel; None for other modes."""
+        if self._channel is None or sums.air is None:
+            return None
+        return self._channel.event(attempt, sums.air)
 
     def spent(self, number: int, attempt: int, sums: PrivateSums, reports: Sequence[pb.JobReport]) -> PrivacySpent:
         """Makes the event of an attempt that has been paid for, and moves an adaptive bound if the attempt released a mean.
@@ -452,7 +481,8 @@ class PrivateSums:
     expected: float
     """What the sum is divided by, whoever came."""
     generator: np.random.Generator
-    noise_of: Callable[[str], float] | None = None
+    air: RoundOnAir | None = None
+    """The emulated channel that adds noise to each update; None: nothing is added on the way."""
     left_out: dict[str, str] = field(default_factory=dict)
     """Why an update does not count, by device: only because parts of it are missing, since clipping bounds what it can do."""
     released: Counts | None = None
@@ -480,7 +510,7 @@ class PrivateSums:
     def _add_update(self, site: str, source: str, update: Adapter) -> None:
         clipped, norm = clip_to(update, self.clip)
         sums = self._sums.setdefault(site, {})
-        sigma = self.noise_of(source) if self.noise_of else 0.0
+        sigma = self.air.send(source) if self.air is not None else 0.0
         for name, array in clipped.items():
             noisy = array + gaussian(array.shape, sigma, self.generator) if sigma else array
             sums[name] = sums[name] + noisy if name in sums else noisy

@@ -25,14 +25,12 @@ def check_privacy(config: RunConfig, strategies: Mapping[str, LoadedStrategy], *
         check_coins(config)
     if config.privacy.mode == "none":
         return
-    if config.privacy.mode not in MODES:
-        raise ConfigError(
-            f"privacy.mode = {config.privacy.mode!r} is not honoured yet; allowed: 'none', {_listed(MODES)}"
-        )
     check_rule(config, strategies["aggregation"].capabilities if "aggregation" in strategies else None)
     check_selection(config, selection)
     check_places(config)
     check_steps(config, selection)
+    if MODES[config.privacy.mode].over_channel:
+        check_channel(config)
     if config.privacy.clip_quantile and MODES[config.privacy.mode].device_clips:
         raise ConfigError(
             f"privacy.clip_quantile = {config.privacy.clip_quantile:g} needs whoever clips to count, and with privacy.mode = "
@@ -43,6 +41,15 @@ def check_privacy(config: RunConfig, strategies: Mapping[str, LoadedStrategy], *
         check_devices(config, config.federation.expect_nodes, sampling)
     if not elsewhere:
         planned_noise(config, sampling)
+
+
+def check_channel(config: RunConfig) -> None:
+    """Raises ConfigError if a run has no channel whose noise could protect its updates."""
+    if not config.wireless.bandwidth_hz:
+        raise ConfigError(
+            f"privacy.mode = {config.privacy.mode!r} takes its noise from the wireless model's channels, and wireless.bandwidth_hz = 0 "
+            f"says that there is none. Allowed: a bandwidth above 0, or privacy.mode = 'device' or 'central'"
+        )
 
 
 def check_coins(config: RunConfig) -> None:

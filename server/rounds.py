@@ -125,10 +125,13 @@ class Rounds:
             return receive(planned, self._answers(planned), self.config.federation.update_factor)
         self.privacy.ledger.spend_a_round()
         sites = [site_source(site.name) for site in planned.layout.sites]
-        sums = self.privacy.sums(planned.start.adapter, planned.facts.settings, sites)
+        sums = self.privacy.sums(planned.facts.round, planned.start.adapter, planned.facts.settings, sites)
         received = receive(planned, self._answers(planned), private=sums)
         reports = [reply.report for reply in received.replies.values()]
         self.folder.emit(self.privacy.spent(planned.facts.round, planned.facts.attempt, sums, reports))
+        channel_noise = self.privacy.channel_noise(planned.facts.attempt, sums)
+        if channel_noise is not None:
+            self.folder.emit(channel_noise)
         return received
 
     # ---------------------------------------------------------------- privacy

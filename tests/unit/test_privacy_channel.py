@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from random import Random
 
 import dp_accounting
+import numpy as np
 import pytest
 from dp_accounting.pld import PLDAccountant
 
+from edgelam_fl.config import WirelessSection
+from edgelam_fl.errors import ConfigError
 from edgelam_fl.privacy.accounting import Releases, epsilon_of
 from edgelam_fl.privacy.channel import Channel, Exposure, most_scale, noise_of_renyi, sending
+from server.checks import check_config
+from server.emulated_channel import EmulatedChannel, RoundOnAir
+from server.privacy import PrivateSums
+from strategies.api import Contribution
+from tests.support import run_config
+from tests.unit.conftest import MakeFederation
 
 
 def test_power_is_lowered_exactly_if_the_closed_form_is_below_the_limit() -> None:
@@ -47,3 +57,90 @@ def test_rounds_of_unlike_noise_add_up_as_in_another_accountant() -> None:
     assert exposure.epsilon("near") == pytest.approx(other.get_epsilon(1e-5), rel=0.01)
     assert exposure.largest == exposure.epsilon("near") > exposure.epsilon("far") > exposure.epsilon("silent") == 0.0
     assert exposure.epsilon("far") == pytest.approx(epsilon_of(Releases(40.0, rounds=1), 1e-5))
+
+
+# ---------------------------------------------------------------- on the server
+
+CLIP, MOVES, NEEDED = 0.5, 2.0, 3.0
+UPDATE = np.random.default_rng(1).normal(size=300)  # of an L2 norm of 17, which is clipped
+PRIVATE = (
+    "split.hosts=0", "privacy.mode=channel", "wireless.bandwidth_hz=1e6", "privacy.epsilon=30", "federation.rounds=2",
+)  # fmt: skip
+
+
+def channel(power_dbm: float) -> tuple[EmulatedChannel, Exposure]:
+    exposure = Exposure(1e-5, "pld")
+    return EmulatedChannel(WirelessSection(bandwidth_hz=1e6, power_dbm=power_dbm), 1, exposure), exposure
+
+
+def arrived(air: RoundOnAir, generator: np.random.Generator) -> np.ndarray:
+    """Returns what the server makes of one device's update over this channel."""
+    sums = PrivateSums(
+        start={"m": np.zeros(300, np.float32)}, site_sources=frozenset(), hosts_release=False, clip=CLIP, sigma=0.0,
+        expected=1.0, generator=generator, air=air,
+    )  # fmt: skip
+    sums.add([("", Contribution("a", 1.0, {"m": UPDATE}))])
+    (mean,) = sums.contributions(())
+    return mean.tensors["m"].astype(np.float64)
+
+
+@pytest.mark.parametrize(("power_dbm", "lowered"), [(23.0, True), (-50.0, False)])
+def test_the_noise_that_arrives_is_what_the_accountant_assumes(power_dbm: float, lowered: bool) -> None:
+    """Over 1,000 updates of 300 numbers, of a device that has to lower its power and of one whose power is the limit."""
+    over, exposure = channel(power_dbm)
+    generator = np.random.default_rng(11)
+    noise = []
+    for _ in range(1000):
+        air = over.in_round(1, values=300, clip=CLIP, noise=NEEDED, moves=MOVES)
+        noise.append(arrived(air, generator) - UPDATE * CLIP / np.linalg.norm(UPDATE))
+    assert air.sent["a"].lowered == lowered
+    measured = float(np.std(noise)) / (MOVES * CLIP)
+    assert abs(float(np.mean(noise))) < 4 * float(np.std(noise)) / math.sqrt(300_000)
+    assumed = measured / math.sqrt(1000)  # the multiplier of all rounds together, if each has the measured noise
+    low, high = (epsilon_of(Releases(assumed * factor, rounds=1), 1e-5) for factor in (1.02, 0.98))
+    assert low < exposure.epsilon("a") < high
+    assert (measured == pytest.approx(NEEDED / MOVES, rel=0.02)) == lowered
+    assert measured > 0.98 * NEEDED / MOVES
+
+
+def test_each_device_has_the_noise_of_its_own_channel() -> None:
+    over, _ = channel(-50.0)
+    air = over.in_round(1, values=20_000, clip=CLIP, noise=0.01, moves=MOVES)
+    start = {"m": np.zeros(20_000, np.float32)}
+    sums = PrivateSums(start, frozenset(), False, CLIP, 0.0, 1.0, np.random.default_rng(2), air)
+    for device in ("a", "b"):
+        sums.add([("", Contribution(device, 1.0, start))])
+    (mean,) = sums.contributions(())
+    near, far = (air.sent[device].noise for device in ("a", "b"))
+    assert near != far
+    assert float(np.std(mean.tensors["m"])) == pytest.approx(math.hypot(near, far), rel=0.03)
+
+
+@pytest.mark.parametrize(("power_dbm", "rule"), [(23.0, "fedavg"), (-50.0, "ffa")])
+def test_a_run_says_whose_power_was_lowered_and_what_was_given_away(
+    federation: MakeFederation, power_dbm: float, rule: str
+) -> None:
+    run = federation("abc", "", *PRIVATE, f"wireless.power_dbm={power_dbm}", f"strategy.aggregation={rule}")
+    run.run()
+    promised, rounds = run.events("privacy_promised")[0], run.events("channel_noise")
+    assert [(one["round"], one["devices"]) for one in rounds] == [(1, 3), (2, 3)]
+    if power_dbm > 0:  # every channel of this cell is far better than the promise allows
+        assert [(one["lowered"], one["most_over_needed"]) for one in rounds] == [(3, 1.0), (3, 1.0)]
+        assert rounds[1]["epsilon"] == pytest.approx(promised["epsilon"], rel=0.01)
+        assert rounds[1]["epsilon"] == pytest.approx(run.events("privacy_spent")[1]["epsilon"])
+    else:
+        assert all(one["lowered"] < 3 and one["most_over_needed"] > 1.0 for one in rounds)
+    assert rounds[0]["epsilon"] < rounds[1]["epsilon"] <= promised["epsilon"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("wireless.bandwidth_hz=0", r"'channel' takes its noise from .* wireless.bandwidth_hz = 0 says .*Allowed: a bandwidth"),
+        ("split.hosts=1", r"'channel' cannot be combined with hosts that train"),
+        ("privacy.clip_quantile=0.5", r"privacy.clip_quantile = 0.5 needs whoever clips to count"),
+    ],
+)  # fmt: skip
+def test_what_a_channel_cannot_protect_is_refused(tiny_folder: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_config(run_config(str(tiny_folder), *PRIVATE, override))

@@ -181,24 +181,6 @@ def test_nothing_of_a_broken_site_and_no_half_update_counts() -> None:
     assert sums.left_out == {"d3": "its update has 1 of 2 tensors"}
 
 
-def test_noise_that_updates_get_on_their_way_is_drawn_per_source() -> None:
-    start = {"a": np.zeros(10_000, np.float32)}
-    sums = PrivateSums(
-        start,
-        frozenset(),
-        False,
-        1.0,
-        0.0,
-        1.0,
-        np.random.default_rng(1),
-        lambda source: 3.0 if source == "d1" else 4.0,
-    )
-    for device in ("d1", "d2"):
-        sums.add([("", Contribution(device, 1.0, {"a": np.zeros(10_000, np.float32)}))])
-    (mean,) = sums.contributions(())
-    assert float(np.std(mean.tensors["a"])) == pytest.approx(5.0, rel=0.03)
-
-
 @pytest.mark.parametrize(("train", "releases"), [("['front', 'hosts', 'back']", 4), ("['hosts']", 3)])
 def test_a_host_that_devices_share_adds_its_own_noise(federation: MakeFederation, train: str, releases: int) -> None:
     """Its adapter passes through; each of its steps counts as a release about the same devices."""

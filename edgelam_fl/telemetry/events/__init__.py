@@ -24,6 +24,7 @@ from edgelam_fl.telemetry.events.nodes import (
 from edgelam_fl.telemetry.events.rounds import (
     AggregateRefused,
     BudgetSpent,
+    ChannelNoise,
     ContributionLeftOut,
     DemandSeen,
     DeviceLeftOut,
@@ -66,6 +67,7 @@ __all__ = [
     "RUN_ENDS",
     "AggregateRefused",
     "BudgetSpent",
+    "ChannelNoise",
     "ContributionLeftOut",
     "DemandSeen",
     "DeviceLeftOut",

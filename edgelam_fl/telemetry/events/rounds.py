@@ -459,6 +459,24 @@ class PrivacySpent(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChannelNoise(Event):
+    """An attempt's updates arrived with the noise of the emulated radio channel (privacy.mode = "channel")."""
+
+    round: int
+    """Number of the round."""
+    attempt: int
+    """Number of the attempt."""
+    devices: int
+    """Devices whose updates arrived."""
+    lowered: int
+    """Those that sent with less power than they may, because their channel was too good for the promise."""
+    most_over_needed: float
+    """Noise of the update that arrived with most, over what the promise needs; 1 if all devices had to lower their power."""
+    epsilon: float
+    """What the device with the best channels so far has given away over the whole run."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class BudgetSpent(Event):
     """The run ends early: another round would spend more than privacy.epsilon. Its result is evaluated and kept."""
 

@@ -19,6 +19,7 @@ EVENTS: dict[str, type[Event]] = {
     "contribution_left_out": rounds.ContributionLeftOut,
     "aggregate_refused": rounds.AggregateRefused,
     "privacy_spent": rounds.PrivacySpent,
+    "channel_noise": rounds.ChannelNoise,
     "budget_spent": rounds.BudgetSpent,
     "timeline": rounds.RoundTimeline,
     "round_done": rounds.RoundDone,
