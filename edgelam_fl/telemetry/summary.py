@@ -17,6 +17,7 @@ from rich.table import Table
 
 from edgelam_fl.telemetry.events import (
     BudgetSpent,
+    ChannelNoise,
     DeviceResult,
     Event,
     HostResult,
@@ -106,6 +107,18 @@ class VirtualTotals:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChannelSummary:
+    """The updates that came with the noise of the emulated radio channel, over all rounds."""
+
+    updates: int
+    """Updates that arrived."""
+    lowered: int
+    """Those that were sent with less power than allowed, because the channel was too good for the promise."""
+    epsilon: float
+    """What the device with the best channels has given away."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrivacySummary:
     """What a run with differential privacy promised, and what it spent of it."""
 
@@ -133,6 +146,8 @@ class PrivacySummary:
     """Share of the updates that the bound shortened, as a mean over the rounds that had any; null if none had."""
     ended_early: bool
     """Whether the budget was spent before the last round of the run file."""
+    channel: ChannelSummary | None = None
+    """The emulated radio channel's noise; null in other modes than "channel"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +232,16 @@ def privacy_in_words(privacy: PrivacySummary) -> list[str]:
         f"protects {privacy.unit}, against {privacy.adversary}",
         f"covers {privacy.messages}, not {privacy.not_covered}",
         f"noise {privacy.noise:.3g} x the bound {privacy.clip:.3g}{clipped}",
+        *([channel_in_words(privacy.channel)] if privacy.channel is not None else []),
     ]
+
+
+def channel_in_words(channel: ChannelSummary) -> str:
+    """Says how the updates were sent over the emulated radio channel."""
+    return (
+        f"emulated channel: power lowered for {channel.lowered} of {channel.updates} updates; the device with the best channels "
+        f"spent an epsilon of {channel.epsilon:.3g}"
+    )
 
 
 def task_of(events: Iterable[Event]) -> str | None:
@@ -305,6 +329,17 @@ def _privacy(events: Sequence[Event]) -> PrivacySummary | None:
         clip=spent[-1].clip if spent else promised.clip,
         clipped=sum(shares) / len(shares) if shares else None,
         ended_early=any(of_kind(events, BudgetSpent)),
+        channel=_channel(list(of_kind(events, ChannelNoise))),
+    )
+
+
+def _channel(attempts: Sequence[ChannelNoise]) -> ChannelSummary | None:
+    if not attempts:
+        return None
+    return ChannelSummary(
+        updates=sum(attempt.devices for attempt in attempts),
+        lowered=sum(attempt.lowered for attempt in attempts),
+        epsilon=attempts[-1].epsilon,
     )
 
 

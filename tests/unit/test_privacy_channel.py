@@ -15,6 +15,8 @@ from edgelam_fl.config import WirelessSection
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.privacy.accounting import Releases, epsilon_of
 from edgelam_fl.privacy.channel import Channel, Exposure, most_scale, noise_of_renyi, sending
+from edgelam_fl.telemetry.events import read_events
+from edgelam_fl.telemetry.summary import build_summary, privacy_in_words
 from server.checks import check_config
 from server.emulated_channel import EmulatedChannel, RoundOnAir
 from server.privacy import PrivateSums
@@ -131,6 +133,10 @@ def test_a_run_says_whose_power_was_lowered_and_what_was_given_away(
     else:
         assert all(one["lowered"] < 3 and one["most_over_needed"] > 1.0 for one in rounds)
     assert rounds[0]["epsilon"] < rounds[1]["epsilon"] <= promised["epsilon"]
+    summary = build_summary(list(read_events(run.folder.path / "events.jsonl")))
+    lowered = sum(one["lowered"] for one in rounds)
+    assert summary.privacy is not None
+    assert f"emulated channel: power lowered for {lowered} of 6 updates" in privacy_in_words(summary.privacy)[-1]
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ from edgelam_fl.telemetry.summary import (
     Summary,
     before_and_after,
     build_summary,
+    channel_in_words,
     measure_of,
     read_summary,
 )
@@ -195,6 +196,8 @@ def _privacy_table(privacy: PrivacySummary | None) -> str:
         "bound": f"an L2 norm of {privacy.clip:.4g}",
         "clipped": f"{clipped} of the updates; exact, and so for the server's operator alone",
     }
+    if privacy.channel is not None:
+        rows["radio channel"] = channel_in_words(privacy.channel)
     table = _table("Differential privacy", "what|value", [[key, escape(value)] for key, value in rows.items()], "words")
     return f'<section class="card">{table}</section>'
 
