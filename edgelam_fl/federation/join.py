@@ -134,7 +134,7 @@ def _say(console: Console, text: str) -> None:
     console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
-def _trust_words(trust: str) -> str:
+def trust_words(trust: str) -> str:
     """Says what hosts may read of a device's text, before any plan is here."""
     if trust == "none":
         return "no host gets anything of its text (--trust none): it takes part only in runs with split.hosts = 0"
@@ -179,7 +179,7 @@ def _watch(console: Console, node: NodeProcesses) -> int:
         role = "device" if node.data else "edge server"
         _say(console, f"{node.name} is here as {role}; logs in {node.state}. Ctrl-C ends it.")
         if node.data:
-            _say(console, _trust_words(node.trust))
+            _say(console, trust_words(node.trust))
         tail = EventTail(node.state / "events.jsonl")
         tail.poll()  # what was said before
         while True:

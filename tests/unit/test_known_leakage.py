@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
+import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
 from edgelam_fl.cli.run_file import explained
 from edgelam_fl.config import RunConfig
-from edgelam_fl.errors import ConfigError, DoesNotFit, PeerLost
+from edgelam_fl.errors import ConfigError, DoesNotFit, EnvironmentProblem, PeerLost
+from edgelam_fl.federation.join import join, trust_words
+from edgelam_fl.federation.node_process import NodeProcesses
+from edgelam_fl.federation.standing import NodeOptions
 from edgelam_fl.model.source import ModelSource
+from edgelam_fl.node import daemon
 from edgelam_fl.node.examples import DeviceExamples
 from edgelam_fl.node.service import StageHost
 from edgelam_fl.plan.fronts import check_memory_for_fronts, check_trust, host_readings, why_too_small
@@ -255,6 +263,53 @@ def test_a_device_refuses_a_plan_that_leaks_more_than_its_owner_allows(tiny: Mod
     stays = node("none", [], tmp_path)
     assert stays.submit(alone).accepted, "nobody else computes on its text"
     stays.stop()
+
+
+def test_what_the_owner_says_reaches_the_stage_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From `edgelam client --trust` over the node's processes to the stage host, without starting any."""
+    nodes: list[NodeProcesses] = []
+    commands: dict[str, list[str]] = {}
+    made: dict[str, Any] = {}
+
+    def stop(*_: object, **options: Any) -> None:
+        made.update(options)
+        raise EnvironmentProblem("far enough")
+
+    def node_of(*arguments: Any, **options: Any) -> None:
+        nodes.append(NodeProcesses(*arguments, **options))
+        stop()
+
+    data = tmp_path / "a.jsonl"
+    data.write_text('{"question": "q", "answer": "a"}\n' * 2, encoding="utf-8")
+    monkeypatch.setattr("edgelam_fl.federation.join.NodeProcesses", node_of)
+    monkeypatch.setattr(
+        "edgelam_fl.federation.node_process.Child", lambda name, command, *_: commands.update({name: command})
+    )
+    monkeypatch.setattr("edgelam_fl.node.service.StageHost", stop)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        options = NodeOptions(f"127.0.0.1:{server.getsockname()[1]}", data, trust="measured:0.3")
+        with pytest.raises(EnvironmentProblem, match="far enough"):
+            join(
+                Console(file=io.StringIO()), options, join_text="", name="a", state=tmp_path, insecure=True, wait=False
+            )
+    nodes[0].start()
+    (command,) = [command for name, command in commands.items() if "stage host" in name]
+    monkeypatch.setattr("sys.argv", command[2:])
+    assert daemon.main() == EnvironmentProblem.exit_code
+    assert made["trust"] == "measured:0.3"
+
+
+@pytest.mark.parametrize(
+    ("trust", "words"),
+    [
+        ("", "hosts can read most"),
+        ("none", "no host gets anything"),
+        ("measured:0.3", "more than 30 % of its text are refused"),
+    ],
+)
+def test_a_device_that_starts_says_what_its_owner_allows(trust: str, words: str) -> None:
+    assert words in trust_words(trust)
 
 
 def test_a_device_says_what_hosts_can_read_before_it_plays(tiny: ModelSource, tmp_path: Path) -> None:
