@@ -12,4 +12,5 @@ PARTS = {
     "labels": "leakage_labels",
     "members": "leakage_members",
     "updates": "leakage_updates",
+    "defences": "leakage_defences",
 }
