@@ -19,7 +19,7 @@ from edgelam_fl.plan.fronts import check_trust, with_auto_front
 from edgelam_fl.plan.modes import host_mode, label_place
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.tasks.kinds import check_task
-from server.privacy_checks import check_privacy
+from server.private_checks import check_privacy
 from strategies.registry import BUILT_IN, Capabilities, load_all
 
 

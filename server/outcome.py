@@ -16,7 +16,7 @@ from server.exchange import Arrived, Missing
 from server.global_adapter import as_start, starting_point
 from server.holdings import NodeHoldings, holdings_after
 from server.judging import UpdateJudge, first_not_finite, without_outliers
-from server.privacy import PrivateSums
+from server.private_sums import PrivateSums
 from server.replies import Reply, RunningMeans, broken_sites, contributions_of, parts_by_site, read_reply, why_unusable
 from server.state import Outcome, PlannedRound, Received
 from strategies.aggregation.error import aggregation_error

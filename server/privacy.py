@@ -1,237 +1,37 @@
-"""Differential privacy on the server: what a run promises, what it has spent of it, and the private mean of a round's updates.
+"""A run's differential privacy on the server: the promise, the ledger of what is spent, and the sums of each round.
 
 The unit is one device with all its data. Each device's update, all tensors that the devices train as one vector, is clipped;
-the sum over the devices gets noise, and is divided by a constant. What a round's rule of aggregation gets is that one mean, so
-nothing else about single devices can follow from it. Knows no plans and no messages; `edgelam_fl.privacy` has the arithmetic.
+the sum over the devices gets noise, and is divided by a constant (`private_sums`). What a round's rule of aggregation gets is
+that one mean, so nothing else about single devices can follow from it. Knows no plans and no messages; `private_terms` says
+what is promised, `edgelam_fl.privacy` has the arithmetic.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from edgelam_fl.config import RunConfig
-from edgelam_fl.errors import ConfigError, RunFailed
+from edgelam_fl.errors import ConfigError
 from edgelam_fl.files import write_atomically
 from edgelam_fl.model.adapter import Adapter, initial_adapter, layer_number
 from edgelam_fl.plan.making import ClientSettings, RoundPrivacy
 from edgelam_fl.plan.modes import host_mode
 from edgelam_fl.plan.spec import RunSpec
-from edgelam_fl.privacy.accounting import Releases, epsilon_of, noise_for, rounds_within
+from edgelam_fl.privacy.accounting import rounds_within
 from edgelam_fl.privacy.channel import Exposure
-from edgelam_fl.privacy.mechanism import Bound, clip_to, gaussian, secret_generator
+from edgelam_fl.privacy.mechanism import Bound, secret_generator
 from edgelam_fl.telemetry.events import ChannelNoise, PrivacyPromised, PrivacySpent
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.emulated_channel import EmulatedChannel, RoundOnAir
+from server.private_sums import PrivateSums
+from server.private_terms import NOT_COVERED, UNIT, Terms, messages_of, shares_hosts
 from strategies.aggregation.factors import A, B
-from strategies.aggregation.fedavg import WeightedMean
-from strategies.api import Contribution
 
 LEDGER = "privacy.json"
-NOT_COVERED = "losses, counts, and the hidden states and gradients at the cut"
-UNIT = "one device with all its data"
-EMPTY_SHARE = 0.01
-"""Share of delta that is kept for rounds which draw nobody, if hosts add the noise: in such a round they add none."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mode:
-    """What a word of `privacy.mode` means."""
-
-    word: str
-    adversary: str
-    """Against whom the promise holds."""
-    messages: str
-    """What the promise is about."""
-    moves: float
-    """How far one device's data can move what is released, in clipping bounds: 1 against a device that adds nothing, 2 against
-    other data of the device."""
-    hides_who: bool
-    """Whether the adversary does not learn which devices took part, so that Poisson selection amplifies."""
-    device_clips: bool
-    """Whether each device clips its update; else the server does."""
-    device_noise: bool
-    """Whether each device adds noise to its update."""
-    server_noise: bool
-    """Whether the server adds noise to the sum."""
-    over_channel: bool = False
-    """Whether each update comes with the noise of the emulated radio channel."""
-
-
-MODES: Mapping[str, Mode] = {
-    mode.word: mode
-    for mode in (
-        Mode(
-            word="central",
-            adversary="whoever sees adapters or the result, but not the server and the hosts, which are trusted",
-            messages="the devices' updates",
-            moves=1.0,
-            hides_who=True,
-            device_clips=False,
-            device_noise=False,
-            server_noise=True,
-        ),
-        Mode(
-            word="device",
-            adversary="whoever sees adapters, updates or the result, the server included",
-            messages="the devices' updates",
-            moves=2.0,
-            hides_who=False,
-            device_clips=True,
-            device_noise=True,
-            server_noise=False,
-        ),
-        Mode(
-            word="channel",
-            adversary="whoever sees what arrives over the radio channel, but not this run's server, which emulates the channel",
-            messages="the devices' updates",
-            moves=2.0,
-            hides_who=False,
-            device_clips=True,
-            device_noise=False,
-            server_noise=False,
-            over_channel=True,
-        ),
-    )
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Terms:
-    """The numbers that a run's promise rests on. None of them changes during the run."""
-
-    mode: Mode
-    epsilon: float
-    """The budget."""
-    delta: float
-    accountant: str
-    noise: float
-    """Standard deviation of each release's noise, in clipping bounds."""
-    per_round: int
-    """Releases in a round: the updates, and one for each step of hosts that train an adapter of several devices."""
-    sampling: float
-    """The probability with which each device takes part in a round; 1: nothing is claimed of the selection."""
-    expected: float
-    """Updates that a round is planned to have: the constant that their sum is divided by."""
-    devices: int
-    """Devices that may take part."""
-    delta_of_noise: float
-    """The part of delta that the noise has to keep; the rest is the chance that a round has no noise."""
-
-    def epsilon_after(self, rounds: int) -> float:
-        """Returns what `rounds` rounds spend of the budget."""
-        return epsilon_of(self.releases(rounds), self.delta_of_noise, self.accountant)
-
-    def releases(self, rounds: int) -> Releases:
-        """Returns what `rounds` rounds release."""
-        return Releases(self.noise / self.mode.moves, rounds, self.per_round, self.sampling)
-
-
-# ---------------------------------------------------------------- before the run
-
-
-def shares_hosts(config: RunConfig) -> bool:
-    """Returns whether hosts train an adapter that belongs to several devices."""
-    split = config.split
-    return bool(split.hosts) and not host_mode(split.host_mode).has_copies and "hosts" in config.lora.train
-
-
-def releases_per_round(config: RunConfig) -> int:
-    """Counts the noisy releases of a round that tell about the same devices."""
-    of_devices = 0 if only_hosts_train(config) else 1
-    return of_devices + (config.federation.local_steps if shares_hosts(config) else 0)
-
-
-def only_hosts_train(config: RunConfig) -> bool:
-    """Returns whether devices train nothing of their own: all that learns is on hosts that several devices share."""
-    return shares_hosts(config) and config.lora.train == ("hosts",)
-
-
-def planned_noise(config: RunConfig, sampling: float) -> float:
-    """Returns the noise multiplier of a run: privacy.noise, or the smallest that keeps privacy.epsilon over all rounds.
-
-    Raises ConfigError if the given noise spends the budget in the first round.
-    """
-    privacy, rounds, per_round = config.privacy, config.federation.rounds, releases_per_round(config)
-    mode, delta = MODES[privacy.mode], delta_of_noise(config, sampling)
-    claimed = sampling if mode.hides_who else 1.0
-    if not privacy.noise:
-        return noise_for(privacy.epsilon, delta, rounds, per_round, claimed, privacy.accountant) * mode.moves
-    first = epsilon_of(Releases(privacy.noise / mode.moves, 1, per_round, claimed), delta, privacy.accountant)
-    if first > privacy.epsilon:
-        least = noise_for(privacy.epsilon, delta, 1, per_round, claimed, privacy.accountant) * mode.moves
-        raise ConfigError(
-            f"privacy.noise = {privacy.noise:g} spends an epsilon of {first:.4g} in the first round, and privacy.epsilon = "
-            f"{privacy.epsilon:g} is the budget of the whole run: a noise of at least {math.ceil(least * 1000) / 1000:g} is "
-            f"needed for one round, or 0 for the smallest that is enough for all"
-        )
-    return privacy.noise
-
-
-def delta_of_noise(config: RunConfig, sampling: float) -> float:
-    """Returns the part of privacy.delta that the noise has to keep."""
-    return config.privacy.delta * (1 - EMPTY_SHARE if shares_hosts(config) and sampling < 1 else 1.0)
-
-
-def check_devices(config: RunConfig, devices: int, sampling: float) -> None:
-    """Raises ConfigError if a run with so many devices cannot keep what `[privacy]` asks for.
-
-    `sampling`: as of `planned_noise`.
-    """
-    delta, wanted = config.privacy.delta, config.federation.devices_per_round
-    if delta >= 1 / devices:
-        raise ConfigError(
-            f"privacy.delta = {delta:g} must be below 1 / the number of devices, 1 / {devices} = {1 / devices:.3g}: with a larger "
-            f"one, a run that publishes one device's data would keep the promise"
-        )
-    if wanted > devices:
-        raise ConfigError(
-            f"privacy.mode = {config.privacy.mode!r} needs the devices that its noise is planned for: federation.devices_per_round = "
-            f"{wanted}, and there are {devices}. Allowed: at most {devices}"
-        )
-    if not shares_hosts(config):
-        return
-    empty = config.federation.rounds * (1 - sampling) ** (devices - 1)  # that some round draws nobody but one device
-    if empty > EMPTY_SHARE * delta:
-        least = 1 - (EMPTY_SHARE * delta / config.federation.rounds) ** (1 / (devices - 1)) if devices > 1 else 1.0
-        raise ConfigError(
-            f"strategy.selection = {config.strategy.selection!r} draws none of {devices - 1} devices in some round with a probability of "
-            f"{empty:.2g}, and hosts that devices share add their noise only to rounds that take place: at most {EMPTY_SHARE:g} of "
-            f"privacy.delta = {delta:g} may go there. Allowed: a rate of at least {math.ceil(least * 1000) / 1000:g}, "
-            f"split.host_mode = 'copies', split.hosts = 0, or a selection of a fixed number of devices"
-        )
-
-
-def terms_of(config: RunConfig, sampling_rate: float, devices: int) -> Terms:
-    """Returns the terms of a run with so many devices. `sampling_rate`: of a selection by independent coins, else 0.
-
-    Raises ConfigError for a run that cannot keep them, RunFailed if fewer devices came than federation.expect_nodes says.
-    """
-    expected = config.federation.expect_nodes
-    if devices < expected:
-        raise RunFailed(
-            f"privacy.mode = {config.privacy.mode!r} plans its noise for federation.expect_nodes = {expected} devices, and only "
-            f"{devices} came: the noise would be too large for them. Start the missing ones, or lower federation.expect_nodes"
-        )
-    mode, sampling = MODES[config.privacy.mode], sampling_rate or 1.0
-    check_devices(config, devices, sampling)
-    return Terms(
-        mode=mode,
-        epsilon=config.privacy.epsilon,
-        delta=config.privacy.delta,
-        accountant=config.privacy.accountant,
-        noise=planned_noise(config, sampling),
-        per_round=releases_per_round(config),
-        sampling=sampling if mode.hides_who else 1.0,
-        expected=sampling_rate * devices if sampling_rate else float(config.federation.devices_per_round or devices),
-        devices=devices,
-        delta_of_noise=delta_of_noise(config, sampling),
-    )
 
 
 def start_of_updates(spec: RunSpec) -> Adapter:
@@ -255,9 +55,6 @@ def start_of_updates(spec: RunSpec) -> Adapter:
 def is_frozen(name: str, settings: ClientSettings) -> bool:
     """Returns whether an aggregation lets a factor rest in a round."""
     return (name.endswith(A) and not settings.train_a) or (name.endswith(B) and not settings.train_b)
-
-
-# ---------------------------------------------------------------- over the run
 
 
 class Ledger:
@@ -439,111 +236,6 @@ def promise_in_words(promised: PrivacyPromised, rounds: int) -> str:
         f"bound {promised.clip:g} on each of {promised.releases_per_round} releases per round, sums divided by {promised.denominator:g}\n"
         f"privacy: protects {promised.unit}, against {promised.adversary}; covers {promised.messages}, not {promised.not_covered}"
     )
-
-
-def messages_of(config: RunConfig) -> str:
-    """Says which messages of a run the promise covers."""
-    covered = [] if only_hosts_train(config) else [MODES[config.privacy.mode].messages]
-    return " and ".join(covered + ["each step of the hosts' shared adapter"] * shares_hosts(config))
-
-
-# ---------------------------------------------------------------- a round
-
-
-@dataclass(frozen=True)
-class Counts:
-    """The updates in a released mean."""
-
-    came: int = 0
-    whole: int = 0
-    """Those that the clipping bound left as they were."""
-
-    def plus(self, other: Counts) -> Counts:
-        return Counts(self.came + other.came, self.whole + other.whole)
-
-
-@dataclass
-class PrivateSums:
-    """The sum of a round's clipped updates, per site: as large as one update each, however many arrive.
-
-    The adapters of sites that several devices train pass through: their noise was added on the host.
-    """
-
-    start: Adapter
-    """What the updates start from: exactly the tensors that devices train in this round."""
-    site_sources: frozenset[str]
-    hosts_release: bool
-    """Whether hosts train an adapter that several devices share, and have added the noise to it; else nothing of theirs counts."""
-    clip: float
-    """The L2 norm that an update may have; infinity: the devices have clipped it."""
-    sigma: float
-    """Standard deviation of the noise on the sum; 0: the updates have their noise."""
-    expected: float
-    """What the sum is divided by, whoever came."""
-    generator: np.random.Generator
-    air: RoundOnAir | None = None
-    """The emulated channel that adds noise to each update; None: nothing is added on the way."""
-    left_out: dict[str, str] = field(default_factory=dict)
-    """Why an update does not count, by device: only because parts of it are missing, since clipping bounds what it can do."""
-    released: Counts | None = None
-    """What the released mean is of; None: nothing was released yet."""
-    _waiting: dict[tuple[str, str], Adapter] = field(default_factory=dict)  # by (site, device): updates that miss parts
-    _sums: dict[str, Adapter] = field(default_factory=dict)  # by site, in float64
-    _counts: dict[str, Counts] = field(default_factory=dict)
-    _of_sites: dict[str, WeightedMean] = field(default_factory=dict)
-
-    def add(self, parts: Iterable[tuple[str, Contribution]]) -> None:
-        """Adds the parts of one reply, each with its site. An update that comes in several replies waits for all its parts."""
-        for site, part in parts:
-            if part.source in self.site_sources:
-                if self.hosts_release:
-                    # Weights say how many labels a device has, so they have no say in what is released.
-                    self._of_sites.setdefault(site, WeightedMean()).add(replace(part, weight=1.0))
-                continue
-            waiting = self._waiting.setdefault((site, part.source), {})
-            waiting |= {
-                name: array - np.float64(self.start[name]) for name, array in part.tensors.items() if name in self.start
-            }
-            if len(waiting) == len(self.start):
-                self._add_update(site, part.source, self._waiting.pop((site, part.source)))
-
-    def _add_update(self, site: str, source: str, update: Adapter) -> None:
-        clipped, norm = clip_to(update, self.clip)
-        sums = self._sums.setdefault(site, {})
-        sigma = self.air.send(source) if self.air is not None else 0.0
-        for name, array in clipped.items():
-            noisy = array + gaussian(array.shape, sigma, self.generator) if sigma else array
-            sums[name] = sums[name] + noisy if name in sums else noisy
-        self._counts[site] = self._counts.get(site, Counts()).plus(Counts(1, int(norm <= self.clip)))
-
-    def contributions(self, broken: Collection[str]) -> list[Contribution]:
-        """Returns the private mean as one contribution, and the mean of the sites; without the `broken` sites.
-
-        Draws the noise, so it is to be called once.
-        """
-        for (site, source), waiting in self._waiting.items():
-            if site not in broken:
-                self.left_out[source] = f"its update has {len(waiting)} of {len(self.start)} tensors"
-        found = list[Contribution]()
-        sites = WeightedMean()
-        for site in sorted(self._of_sites.keys() - set(broken)):
-            sites.merge(self._of_sites.pop(site))
-        found += [Contribution("the sites", weight, tensors) for weight, tensors in sites.by_weight()]
-        if self.start:
-            found.append(Contribution("the devices", 1.0, self._mean(broken)))
-        return found
-
-    def _mean(self, broken: Collection[str]) -> Adapter:
-        counted = sorted(self._sums.keys() - set(broken))
-        self.released = Counts()
-        for site in counted:
-            self.released = self.released.plus(self._counts[site])
-        new: Adapter = {}
-        for name, start in self.start.items():
-            noise = gaussian(start.shape, self.sigma, self.generator)
-            total = noise + sum((self._sums[site][name] for site in counted), start=np.zeros(start.shape))
-            new[name] = (start + total / self.expected).astype(np.float32)
-        return new
 
 
 def _share(part: int, whole: int) -> float | None:

@@ -38,7 +38,8 @@ from server.global_adapter import with_missing_modules
 from server.hub import NO_HUB, RunHub
 from server.outcome import conclude, receive
 from server.parcels import make_parcels
-from server.privacy import PrivateRun, promise_in_words, terms_of
+from server.privacy import PrivateRun, promise_in_words
+from server.private_terms import terms_of
 from server.replies import KEPT_NODES, read_reply, sums_on_arrival
 from server.roster import Roster
 from server.run_folder import RunFolder

@@ -19,7 +19,7 @@ from edgelam_fl.telemetry.events import read_events
 from edgelam_fl.telemetry.summary import build_summary, privacy_in_words
 from server.checks import check_config
 from server.emulated_channel import EmulatedChannel, RoundOnAir
-from server.privacy import PrivateSums
+from server.private_sums import PrivateSums
 from strategies.api import Contribution
 from tests.support import run_config
 from tests.unit.conftest import MakeFederation

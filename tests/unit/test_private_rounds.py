@@ -13,7 +13,9 @@ from edgelam_fl.errors import ConfigError, RunFailed
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.adapter import Adapter
 from edgelam_fl.privacy.accounting import Releases, epsilon_of
-from server.privacy import LEDGER, PrivateSums, terms_of
+from server.privacy import LEDGER
+from server.private_sums import PrivateSums
+from server.private_terms import terms_of
 from server.state import FederationState
 from strategies.api import Contribution
 from tests.by_hand import ByHand, FederationByHand

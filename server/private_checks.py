@@ -1,6 +1,6 @@
 """Checks a run file's `[privacy]` against the rest of it: what cannot keep the promise is refused by name, with what can.
 
-Runs before anything is started. How many devices come is not known yet: `server.privacy.terms_of` checks that.
+Runs before anything is started. How many devices come is not known yet: `server.private_terms.terms_of` checks that.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.plan.modes import host_mode, label_place
-from server.privacy import MODES, check_devices, only_hosts_train, planned_noise, shares_hosts
+from server.private_terms import MODES, check_devices, only_hosts_train, planned_noise, shares_hosts
 from strategies.registry import BUILT_IN, Capabilities, LoadedStrategy, load
 
 
