@@ -188,7 +188,7 @@ def _sentences(matrix: Matrix, lines: Lines, axis: str = "", baseline: str = "")
     real, not_shown = [], []
     found = compared(differences(matrix, lines, axis, baseline))
     for group, one in found.items():
-        name = " ".join(map(_word, group))
+        name = _name(group)
         if one.differs:
             real.append(
                 f"{name} ({100 * one.mean:+.2f} points)" if _is_accuracy(lines) else f"{name} ({one.mean:+.2f})"
@@ -232,6 +232,37 @@ def _references(lines: Lines) -> str:
 def _failures(lines: Lines) -> str:
     failed = [f"- {name}: {line['reason']}\n" for name, line in lines.items() if line["state"] == "failed"]
     return "\nFailed cells:\n\n" + "".join(failed) if failed else ""
+
+
+def figures(matrix: Matrix, lines: Lines) -> list[dict[str, Any]]:
+    """Returns the numbers of the tables by name, for pages that quote them: accuracies in per cent, differences in points.
+
+    Per row its mean and spread; per comparison the difference, the ends of its interval, and p. What is not known is left out.
+    """
+    scale, unit = (100, "%") if _is_accuracy(lines) else (1, "")
+    found: dict[str, float] = {}
+    for group, cells in groups(matrix, lines).items():
+        mean, spread = mean_and_spread([abs(quality(line)) for line in cells])
+        found |= {f"{_name(group)}: quality": scale * mean, f"{_name(group)}: spread": scale * spread}
+        found[f"{_name(group)}: seeds"] = len(cells)
+    bases = {matrix.bench.baseline: differences(matrix, lines), "no privacy": {}}
+    if "epsilon" in matrix.varied():
+        bases["no privacy"] = differences(matrix, lines, "epsilon", NO_PRIVACY)
+    for base, pairs in bases.items():
+        for group, one in compared(pairs).items():
+            name = f"{_name(group)}, less {base}"
+            found[f"{name}: mean"] = scale * one.mean
+            if not math.isnan(one.p):
+                found |= {f"{name}: low": scale * one.low, f"{name}: high": scale * one.high, f"{name}: p": one.p}
+    return [
+        {"name": name, "value": round(value, 6), "unit": "" if name.endswith((": p", ": seeds")) else unit, "bar": None,
+         "holds": None}
+        for name, value in found.items()
+    ]  # fmt: skip
+
+
+def _name(group: Group) -> str:
+    return " ".join(map(_word, group))
 
 
 # ---------------------------------------------------------------- protocols

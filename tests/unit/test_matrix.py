@@ -13,7 +13,7 @@ from edgelam_fl.bench.datasets import load, write_cell
 from edgelam_fl.bench.matrix import Bench, read_matrix
 from edgelam_fl.bench.partition import deal
 from edgelam_fl.bench.plot import over_epsilon
-from edgelam_fl.bench.tables import at_budget, compared, cost_to, differences, markdown
+from edgelam_fl.bench.tables import at_budget, compared, cost_to, differences, figures, markdown
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, EnvironmentProblem, RunFailed
 from edgelam_fl.simulation.attacks import noise, sign_flip
@@ -246,6 +246,11 @@ def test_what_privacy_costs_is_told_and_drawn(tmp_path: Path) -> None:
     drawn = over_epsilon(matrix, lines)
     assert drawn.count("<circle") == 6
     assert all(word in drawn for word in (">no privacy<", ">8<", ">2<", ">fedavg<", ">ffa<", ">accuracy, %<"))
+    numbers = {one["name"]: one["value"] for one in figures(matrix, lines)}
+    assert numbers["fedavg none: quality"] == pytest.approx(80.0 - 0.5 * 0.06, abs=0.05)
+    assert numbers["ffa 2, less no privacy: mean"] == pytest.approx(-30.0, abs=0.05)
+    assert numbers["ffa 2, less no privacy: low"] <= numbers["ffa 2, less no privacy: mean"]
+    assert {"ffa 8, less fedavg: p", "fedavg none: seeds"} < set(numbers)
     assert over_epsilon(read_matrix(written(tmp_path, GOOD)), lines) == ""
     assert over_epsilon(matrix, {}) == ""
 
