@@ -234,7 +234,8 @@ def promise_in_words(promised: PrivacyPromised, rounds: int) -> str:
     return (
         f"privacy: epsilon {promised.epsilon:g} at delta {promised.delta:g}, {lasts}{sampled}; noise {promised.noise:.4g} x the "
         f"bound {promised.clip:g} on each of {promised.releases_per_round} releases per round, sums divided by {promised.denominator:g}\n"
-        f"privacy: protects {promised.unit}, against {promised.adversary}; covers {promised.messages}, not {promised.not_covered}"
+        f"privacy: protects {promised.unit}, against {promised.adversary}; covers {promised.messages}, not {promised.not_covered}\n"
+        f"privacy: federation.update_factor and gradient_factor are off, since clipping bounds what a device can do"
     )
 
 

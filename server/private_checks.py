@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from edgelam_fl.config import RunConfig
+from edgelam_fl.config import PrivacySection, RunConfig
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.plan.modes import host_mode, label_place
 from server.private_terms import MODES, check_devices, only_hosts_train, planned_noise, shares_hosts
 from strategies.registry import BUILT_IN, Capabilities, LoadedStrategy, load
+
+_OF_A_PROMISE = ("epsilon", "delta", "noise", "clip", "clip_quantile", "accountant")
 
 
 def check_privacy(config: RunConfig, strategies: Mapping[str, LoadedStrategy], *, elsewhere: bool = False) -> None:
@@ -24,6 +26,7 @@ def check_privacy(config: RunConfig, strategies: Mapping[str, LoadedStrategy], *
     if selection is not None and selection.sampling_rate:
         check_coins(config)
     if config.privacy.mode == "none":
+        check_no_promise(config)
         return
     check_rule(config, strategies["aggregation"].capabilities if "aggregation" in strategies else None)
     check_selection(config, selection)
@@ -50,6 +53,18 @@ def check_channel(config: RunConfig) -> None:
             f"privacy.mode = {config.privacy.mode!r} takes its noise from the wireless model's channels, and wireless.bandwidth_hz = 0 "
             f"says that there is none. Allowed: a bandwidth above 0, or privacy.mode = 'device' or 'central'"
         )
+
+
+def check_no_promise(config: RunConfig) -> None:
+    """Raises ConfigError for a key of differential privacy in a run that has none: whoever writes it relies on it."""
+    usual = PrivacySection()
+    for key in _OF_A_PROMISE:
+        value = getattr(config.privacy, key)
+        if value != getattr(usual, key):
+            raise ConfigError(
+                f"privacy.{key} = {value!r} has no effect with privacy.mode = 'none', which promises nothing. Allowed: privacy.mode = "
+                f"{_listed(MODES)}, or leave privacy.{key} out"
+            )
 
 
 def check_coins(config: RunConfig) -> None:

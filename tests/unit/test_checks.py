@@ -40,7 +40,6 @@ CLASSES = ["task.kind=classification", "task.classes=['yes', 'no']"]
         ["privacy.mode=central", "strategy.selection=poisson", "federation.expect_nodes=200"],
         ["privacy.mode=device", "split.hosts=0"],
         ["privacy.mode=device", "lora.train=['front', 'back']"],
-        ["privacy.epsilon=0.1", "privacy.delta=0.9", "strategy.aggregation=krum", "strategy.selection=oort"],
         ["privacy.cut_clip=2.0", "privacy.cut_noise=0.1", "split.front=0", "lora.train=hosts"],
         ["privacy.private_front=true", "privacy.disguise=0.5", "strategy.aggregation=flora", "split.host_mode=copies"],
         ["privacy.disguise=0.5", "strategy.aggregation=fedsa", "split.host_on=any"],
@@ -200,6 +199,12 @@ def test_settings_that_can_be_combined(tiny: ModelSource, overrides: list[str]) 
             ["privacy.mode=central", "strategy.selection=poisson", "federation.expect_nodes=20"],
             r"'poisson' draws none of 19 devices in some round .* Allowed: a rate of at least 0\.\d+,",
         ),
+        (
+            ["privacy.epsilon=1.0"],
+            "privacy.epsilon = 1.0 has no effect with privacy.mode = 'none', .* Allowed: privacy.mode = 'central', 'device', .*"
+            "or leave privacy.epsilon out",
+        ),
+        (["privacy.clip=0.5"], "privacy.clip = 0.5 has no effect with privacy.mode = 'none'"),
         ([*PRIVATE, "lora.ranks={'a'=2}"], "lora.ranks cannot be combined with privacy.mode = 'central'"),
         (
             ["privacy.mode=central", "lora.train=['front']", "split.front=0"],
