@@ -29,7 +29,7 @@ def of_privacy() -> list[dict[str, Any]]:
     return [
         promised,
         {**spent, "round": 1, "epsilon": 2.5, "clipped": 0.5},
-        {**spent, "round": 2, "epsilon": 3.5, "clipped": None},
+        {**spent, "round": 2, "epsilon": 3.5, "clipped": None, "gradients_clipped": 0.4},
         {**spent, "round": 3, "epsilon": 3.9, "clipped": 1.0},
         {"event": "budget_spent", "round": 3, "planned": 4, "epsilon": 3.9, "budget": 4.0},
     ]

@@ -146,6 +146,8 @@ class PrivacySummary:
     """Share of the updates that the bound shortened, as a mean over the rounds that had any; null if none had."""
     ended_early: bool
     """Whether the budget was spent before the last round of the run file."""
+    gradients_clipped: float | None = None
+    """The share of the gradients that the bound shortened in the steps of hosts that devices share; null without such hosts."""
     channel: ChannelSummary | None = None
     """The emulated radio channel's noise; null in other modes than "channel"."""
 
@@ -226,14 +228,21 @@ def summary_table(summary: Summary) -> Table:
 
 def privacy_in_words(privacy: PrivacySummary) -> list[str]:
     """Says what a run promises and has spent: one sentence per line."""
-    clipped = "" if privacy.clipped is None else f", which shortened {100 * privacy.clipped:.0f} % of the updates"
+    clipped = clipped_in_words(privacy)
     return [
         f"privacy: epsilon {privacy.epsilon:.3g} of {privacy.budget:g} spent, at delta {privacy.delta:g}",
         f"protects {privacy.unit}, against {privacy.adversary}",
         f"covers {privacy.messages}, not {privacy.not_covered}",
-        f"noise {privacy.noise:.3g} x the bound {privacy.clip:.3g}{clipped}",
+        f"noise {privacy.noise:.3g} x the bound {privacy.clip:.3g}"
+        + (f", which shortened {clipped}" if clipped else ""),
         *([channel_in_words(privacy.channel)] if privacy.channel is not None else []),
     ]
+
+
+def clipped_in_words(privacy: PrivacySummary) -> str:
+    """Says how much the bound shortened; empty if that is not known."""
+    shares = {"the updates": privacy.clipped, "the gradients in hosts' steps": privacy.gradients_clipped}
+    return " and ".join(f"{100 * share:.0f} % of {what}" for what, share in shares.items() if share is not None)
 
 
 def channel_in_words(channel: ChannelSummary) -> str:
@@ -315,7 +324,6 @@ def _privacy(events: Sequence[Event]) -> PrivacySummary | None:
     if promised is None:
         return None
     spent = list(of_kind(events, PrivacySpent))
-    shares = [event.clipped for event in spent if event.clipped is not None]
     return PrivacySummary(
         mode=promised.mode,
         epsilon=spent[-1].epsilon if spent else 0.0,
@@ -327,10 +335,17 @@ def _privacy(events: Sequence[Event]) -> PrivacySummary | None:
         not_covered=promised.not_covered,
         noise=promised.noise,
         clip=spent[-1].clip if spent else promised.clip,
-        clipped=sum(shares) / len(shares) if shares else None,
+        clipped=_mean(event.clipped for event in spent),
         ended_early=any(of_kind(events, BudgetSpent)),
+        gradients_clipped=_mean(event.gradients_clipped for event in spent),
         channel=_channel(list(of_kind(events, ChannelNoise))),
     )
+
+
+def _mean(shares: Iterable[float | None]) -> float | None:
+    """Returns the mean of the shares that are known."""
+    known = [share for share in shares if share is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _channel(attempts: Sequence[ChannelNoise]) -> ChannelSummary | None:

@@ -312,7 +312,10 @@ def test_what_a_private_run_promised_and_spent(tmp_path: Path) -> None:
         ["not covered", "losses"],
         ["noise", "2 times the bound (privacy.mode = 'central')"],
         ["bound", "an L2 norm of 1"],
-        ["clipped", "75 % of the updates; exact, and so for the server's operator alone"],
+        [
+            "clipped",
+            "75 % of the updates and 40 % of the gradients in hosts' steps; exact, and so for the server's operator alone",
+        ],
     ]
     why = "epsilon 3.9 of 4 is spent, and another round would exceed it"
     assert ["the run ended after round 3 of 4", "", why] in [row[1:] for row in page.rows]

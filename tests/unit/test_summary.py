@@ -195,7 +195,7 @@ def test_what_a_private_run_promised_and_spent() -> None:
         "privacy: epsilon 3.9 of 4 spent, at delta 1e-05",
         "protects one device, against strangers",
         "covers updates, not losses",
-        "noise 2 x the bound 1, which shortened 75 % of the updates",
+        "noise 2 x the bound 1, which shortened 75 % of the updates and 40 % of the gradients in hosts' steps",
     ]
     table = summary_table(build_summary(as_events([*a_run(), *of_privacy()])))
     assert "epsilon 3.9 of 4 spent" in str(table.caption)

@@ -40,6 +40,7 @@ from edgelam_fl.telemetry.summary import (
     before_and_after,
     build_summary,
     channel_in_words,
+    clipped_in_words,
     measure_of,
     read_summary,
 )
@@ -184,7 +185,6 @@ def _privacy_table(privacy: PrivacySummary | None) -> str:
     if privacy is None:
         return ""
     early = "; the run ended early, as another round would have spent more" if privacy.ended_early else ""
-    clipped = "unknown" if privacy.clipped is None else f"{100 * privacy.clipped:.0f} %"
     rows = {
         "epsilon": f"{privacy.epsilon:.4g} of {privacy.budget:g} spent{early}",
         "delta": f"{privacy.delta:g}",
@@ -194,7 +194,7 @@ def _privacy_table(privacy: PrivacySummary | None) -> str:
         "not covered": privacy.not_covered,
         "noise": f"{privacy.noise:.4g} times the bound (privacy.mode = {privacy.mode!r})",
         "bound": f"an L2 norm of {privacy.clip:.4g}",
-        "clipped": f"{clipped} of the updates; exact, and so for the server's operator alone",
+        "clipped": f"{clipped_in_words(privacy) or 'not known'}; exact, and so for the server's operator alone",
     }
     if privacy.channel is not None:
         rows["radio channel"] = channel_in_words(privacy.channel)
