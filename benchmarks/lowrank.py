@@ -37,6 +37,7 @@ SAME_PLACES = {
     "full": ("lora.train=['hosts','back']",),
 }  # gradients on the exit link alone
 SEEDS = (1, 2, 3)
+HIGH_RATE = "optimizer.lr=0.01"  # five times the demo's; one seed, of the two arms that learn little
 ENDS_ALONE = "federation.evaluate_every=1000"  # the start is measured, and the result always is
 SHORT = ("federation.rounds=1", "federation.local_steps=2", "data.held_out=0.01")
 MOST_BYTES = 1.05  # times rank / hidden
@@ -68,8 +69,13 @@ def _measure(runs: Path) -> tuple[dict[str, Any], list[Figure]]:
         figures.append(Figure(f"held-out perplexity, {arm}", round(mean(values), 2), "mean of seeds"))
         figures += [Figure(f"{arm}, seed {seed}", round(v, 2), "") for seed, v in zip(SEEDS, values, strict=True)]
         figures.append(Figure(f"{arm}, standard deviation over seeds", round(stdev(values), 2), ""))
+    for arm in ("low-rank", "back alone"):
+        overrides = [*ARMS[arm], ENDS_ALONE, f"run.seed={SEEDS[0]}", HIGH_RATE]
+        summary = build_summary(trained(runs / f"{arm}-lr-{SEEDS[0]}".replace(" ", "-"), overrides, files))
+        value = mean(device.perplexity_after or 0.0 for device in summary.devices)
+        figures.append(Figure(f"{arm}, learning rate 0.01, seed {SEEDS[0]}", round(value, 2), ""))
     figures += _bytes(runs, files)
-    return {"demo": RUN_FILE, "arms": ARMS, "same_places": SAME_PLACES, "seeds": SEEDS}, figures
+    return {"demo": RUN_FILE, "arms": ARMS, "same_places": SAME_PLACES, "seeds": SEEDS, "high_rate": HIGH_RATE}, figures
 
 
 def _bytes(runs: Path, files: Sequence[Path]) -> list[Figure]:

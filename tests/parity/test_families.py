@@ -30,7 +30,8 @@ from transformers import (
 )
 
 from edgelam_fl.errors import ConfigError, ModelError
-from edgelam_fl.model.adapter import Adapter, Span, initial_adapter, write_peft_folder
+from edgelam_fl.model.adapter import Adapter, Span, initial_adapter, initial_cut, write_peft_folder
+from edgelam_fl.model.cut import CUT_A, CUT_B, CutAdapter
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.stage import LoraSettings, Stage, load_stages
 from tests.fleet import plain_base
@@ -173,6 +174,32 @@ def test_logits(built: Built, left: bool, base: str) -> None:
         got = through(built.stages(cut, base), token_ids(), LENGTHS, pad_left=left)
         assert torch.equal(got, expected.to(got.dtype)), cut
     assert expected.std() > 0.1, "the model says the same of everything"
+
+
+@pytest.mark.parametrize("cut", ["inside", "no layer at the back"])
+@torch.no_grad()
+def test_logits_with_a_cut_adapter(built: Built, cut: str) -> None:
+    """The last host gives rank values per token beside its hidden states, from which the device's back goes on."""
+    spans, drawn = CUTS[cut], np.random.default_rng(2)
+    place = CutAdapter(spans[1].last - 1, RANK, 2.0)
+    parts = {name: drawn.normal(0, 0.3, a.shape).astype("f") for name, a in initial_cut(built.source, place, 1).items()}
+    lora = LoraSettings(RANK, ALPHA, built.case.targets, cut=place)
+    stages = load_stages(built.source, spans, "fp32", lora, classes=built.case.classes)
+    for stage in stages:
+        stage.load_adapter(built.adapter | parts)
+    width = through(stages[:2], token_ids(), LENGTHS).shape[-1]
+    assert width == built.source.hidden_size + RANK
+
+    whole, family = built.whole(), built.source.family
+    layer = whole.get_base_model().get_submodule(f"{family.body}.{family.layers}.{place.layer}")
+    (a,), (b,) = ([torch.from_numpy(parts[name]) for name in parts if name.endswith(end)] for end in (CUT_A, CUT_B))
+    mask, positions = padding(False)
+    asked = {"input_ids": token_ids(), "attention_mask": mask, "position_ids": positions}
+    without = whole(**asked).logits
+    layer.register_forward_hook(lambda _layer, _inputs, hidden: hidden + 2.0 * (hidden @ a.T) @ b.T)
+    expected = whole(**asked).logits
+    torch.testing.assert_close(through(stages, token_ids(), LENGTHS), expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(without, expected, atol=0.01)
 
 
 @torch.no_grad()

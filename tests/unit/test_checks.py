@@ -43,7 +43,7 @@ CLASSES = ["task.kind=classification", "task.classes=['yes', 'no']"]
         ["privacy.cut_clip=2.0", "privacy.cut_noise=0.1", "split.front=0", "lora.train=hosts"],
         ["privacy.private_front=true", "privacy.disguise=0.5", "strategy.aggregation=flora", "split.host_mode=copies"],
         ["privacy.disguise=0.5", "strategy.aggregation=fedsa", "split.host_on=any"],
-        [*LOWRANK],
+        [*LOWRANK, "privacy.cut_clip=2.0", "privacy.cut_noise=0.1"],
         [*LOWRANK, "split.back=0", "split.hosts=2", "split.host_mode=sequential", "lora.ranks={'a'=2}"],
         [*LOWRANK, "split.back=0", "split.host_mode=copies", "strategy.aggregation=fedprox"],
         [*LOWRANK, "strategy.aggregation=flora"],
