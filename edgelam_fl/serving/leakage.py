@@ -149,7 +149,8 @@ def measure_leakage(
             "few-examples",
         )
     tell(f"loading {fronts[-1]} layers of {source.name}")
-    (stage,) = load_stages(source, [Span(0, fronts[-1], embed=True)], "fp32", None)
+    classes = 2 if source.family.task_head else 0  # of a head that is not loaded
+    (stage,) = load_stages(source, [Span(0, fronts[-1], embed=True)], "fp32", None, classes=classes)
     public = look(stage, public_ids, fronts, lambda done: tell(f"running the layers over public text, {done:.0%}"))
     private = look(stage, private_ids, fronts, lambda done: tell(f"running the layers over private text, {done:.0%}"))
     embeddings_VD = stage.model.get_input_embeddings().weight.detach()  # type: ignore[operator]

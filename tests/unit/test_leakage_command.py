@@ -69,6 +69,20 @@ def test_the_command_measures_shows_and_says_what_would_change_it(tiny: ModelSou
     assert found["shown_front"] == 2
 
 
+@pytest.mark.real_model
+def test_an_encoder_for_classes_is_measured_too(tmp_path: Path) -> None:
+    file, data = tmp_path / "run.toml", tmp_path / "a.jsonl"
+    file.write_text('[model]\nname = "minilm-l6"\n', encoding="utf-8")
+    rows = [{"question": f"Where is room {n} of the old house?", "answer": "upstairs"} for n in range(12)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    options = ["--data", str(data), "--cuts", "0,2", "--tokens", "500", "--json"]
+    done = CliRunner().invoke(app, ["leakage", str(file), *options])
+    assert done.exit_code == 0, done.output
+    shares = [max(each["nearest"], each["ridge"], each["inverter"]) for each in json.loads(done.stdout)["readings"]]
+    assert shares[0] > 0.9
+    assert shares[1] > 0.5
+
+
 def test_what_is_printed(tiny: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "measure_leakage", lambda source, *_: measured(source.digest, KEPT_FROM))
     file = tmp_path / "run.toml"
