@@ -20,7 +20,7 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ ROUND, TEXTS_PER_STEP, SEEDS = 10, 4, (1,)
 COMMON = (
     f"model.base={BASE}", f"lora.rank={RANK}", f"lora.alpha={ALPHA}", "lora.targets=all-linear", "task.template=plain",
     "task.loss_on=all", "task.max_tokens=96", f"federation.batch_size={TEXTS_PER_STEP}", "federation.evaluate_every=1000",
-    "federation.step_deadline_s=36000.0", "split.micro_batches=1", "split.window=1",
+    "federation.step_deadline_s=36000.0", "federation.round_deadline_s=360000.0", "split.micro_batches=1", "split.window=1",
 )  # fmt: skip
 TRAINING = Training(width=96, epochs=3, texts=16, negatives=512, rate=4e-3)
 SEARCH = Search(widths=(8, 64))
@@ -90,7 +90,7 @@ def blurred(noise: float) -> tuple[str, ...]:
 NONE = Setting("no defence", (2, 8))
 SETTINGS = (
     NONE,
-    Setting("noise 0.125", (2,), blurred(0.125)),
+    Setting("noise 0.5", (2,), blurred(0.5)),
     Setting("noise 0.25", (2,), blurred(0.25)),
     Setting("noise 0.25, deep", (16,), blurred(0.25)),
     Setting("private front, disguise 1", (2,), ("private_front=true", "disguise=1.0")),
@@ -184,14 +184,12 @@ def train(
         adapter = {name: array for name, array in start.items() if not (setting.is_private and _layer(name) < cut)}
         fleet.round, began, sent = 1, time.process_time(), 0  # the first round of a run would measure before it trains
         for offset in range(0, sizes.steps, ROUND):
-            reports = fleet.run(adapter, min(ROUND, sizes.steps - offset), step_offset=offset)
-            check_done(reports)
+            reports = _finished(fleet.run(adapter, min(ROUND, sizes.steps - offset), step_offset=offset), nodes)
             adapter |= joined(reports)
             rows = [row for row in reports["device-1"].bytes if row.direction == "sent"]
             sent += sum(row.payload_bytes + row.framing_bytes for row in rows)
         cpu_s = time.process_time() - began
-        reports = fleet.run(adapter, 0, step_offset=sizes.steps)
-        check_done(reports)
+        reports = _finished(fleet.run(adapter, 0, step_offset=sizes.steps), nodes)
         if setting.is_private:
             (file,) = (Path(state) / FOLDER).iterdir()
             adapter |= load_file(file)
@@ -200,6 +198,15 @@ def train(
     last = reports["device-1"]
     perplexity = float(torch.tensor(last.eval_loss_sum / last.eval_labels).exp())
     return Trained(adapter, perplexity, cpu_s / sizes.steps, sent // sizes.steps)
+
+
+def _finished(reports: dict[str, pb.JobReport], nodes: Mapping[str, StageHost]) -> dict[str, pb.JobReport]:
+    """Waits for parts that a fleet no longer waits for, on a machine that has other things to do."""
+    while waiting := {name: report for name, report in reports.items() if report.state == "running"}:
+        for name, report in waiting.items():
+            reports[name] = nodes[name].wait(pb.WaitRequest(job=report.job, timeout_s=60.0))
+    check_done(reports)
+    return reports
 
 
 def _as_pairs(texts: Sequence[str]) -> list[Pair]:
