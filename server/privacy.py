@@ -132,7 +132,8 @@ class PrivateRun:
         self.starts = start_of_updates(spec)
         self._channel: EmulatedChannel | None = None
         if terms.mode.over_channel:
-            exposure = Exposure(terms.delta, terms.accountant)
+            earlier = self.ledger.rounds * (terms.mode.moves / terms.noise) ** 2
+            exposure = Exposure(terms.delta, terms.accountant, earlier)
             self._channel = EmulatedChannel(spec.config.wireless, spec.config.run.seed, exposure)
 
     def promise(self) -> PrivacyPromised:

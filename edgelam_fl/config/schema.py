@@ -363,7 +363,7 @@ class PrivacySection(Section):
 
     mode: Literal["none", "central", "device", "channel"] = Field(
         "none",
-        description="who adds the noise to the devices' updates: nobody | the server | each device | the radio channel",
+        description="who adds the noise to the devices' updates: nobody | the server | each device | the emulated radio channel",
     )
     epsilon: float = Field(8.0, gt=0, description="privacy budget of the whole run; a run that has spent it ends early")
     delta: float = Field(

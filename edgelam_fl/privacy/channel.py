@@ -82,20 +82,22 @@ class Exposure:
 
     delta: float
     accountant: str
+    earlier: float = 0.0
+    """Sum of 1/z_t^2 that any device may have had before this was kept: of a run that goes on."""
     _precision: dict[str, float] = field(default_factory=dict)  # by device: sum of 1/z_t^2
 
     def add(self, device: str, multiplier: float) -> None:
         """Counts one update. `multiplier`: standard deviation of its noise, over what one device's data can move."""
-        self._precision[device] = self._precision.get(device, 0.0) + multiplier**-2
+        self._precision[device] = self._precision.get(device, self.earlier) + multiplier**-2
 
     def epsilon(self, device: str) -> float:
-        """Returns the epsilon of one device; 0 if nothing of it has arrived."""
-        return self._of(self._precision.get(device, 0.0))
+        """Returns the epsilon of one device; 0 if nothing of it can have arrived."""
+        return self._of(self._precision.get(device, self.earlier))
 
     @property
     def largest(self) -> float:
         """The epsilon of the device that has given away most."""
-        return self._of(max(self._precision.values(), default=0.0))
+        return self._of(max(self._precision.values(), default=self.earlier))
 
     def _of(self, precision: float) -> float:
         if not precision:

@@ -60,6 +60,11 @@ def test_rounds_of_unlike_noise_add_up_as_in_another_accountant() -> None:
     assert exposure.largest == exposure.epsilon("near") > exposure.epsilon("far") > exposure.epsilon("silent") == 0.0
     assert exposure.epsilon("far") == pytest.approx(epsilon_of(Releases(40.0, rounds=1), 1e-5))
 
+    resumed = Exposure(1e-5, "pld", earlier=2 / 3.0**2)  # two rounds that any device may have had a part in
+    resumed.add("near", 3.0)
+    assert resumed.largest == pytest.approx(epsilon_of(Releases(3.0, rounds=3), 1e-5))
+    assert resumed.epsilon("silent") == pytest.approx(epsilon_of(Releases(3.0, rounds=2), 1e-5))
+
 
 # ---------------------------------------------------------------- on the server
 
