@@ -199,7 +199,7 @@ def _sentences(matrix: Matrix, lines: Lines, axis: str = "", baseline: str = "")
         return ""
     if len(matrix.axes.seed) < 2:
         return "\nOne seed: the spread over seeds is not known, so no difference is called one.\n"
-    base = baseline or matrix.bench.baseline
+    base = "no privacy" if axis == "epsilon" else matrix.bench.baseline
     return (
         f"\nReal differences to {base}, by the corrected test at {100 * _LEVEL:g} %: {', '.join(real) or 'none'}.\n"
         f"Not shown by these seeds, which is not the same as equal: {', '.join(not_shown) or 'none'}.\n"

@@ -242,7 +242,7 @@ def test_what_privacy_costs_is_told_and_drawn(tmp_path: Path) -> None:
     told = markdown(matrix, lines)
     assert "| aggregation | epsilon | less no privacy | 95 % interval | p |" in told
     assert "| fedavg | 8 | -10.0" in told
-    assert "Real differences to no" in told
+    assert "Real differences to no privacy, by" in told
     drawn = over_epsilon(matrix, lines)
     assert drawn.count("<circle") == 6
     assert all(word in drawn for word in (">no privacy<", ">8<", ">2<", ">fedavg<", ">ffa<", ">accuracy, %<"))
