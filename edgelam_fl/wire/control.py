@@ -69,7 +69,8 @@ class ControlServer:
         write_private(state / "endpoint.json", json.dumps({"address": address, "token": token}))
 
     def stop(self) -> None:
-        self._server.stop(grace=0.5)
+        """Ends the calls that still run, and waits until the socket is gone: gRPC would remove a successor's file, too."""
+        self._server.stop(grace=0.5).wait()
 
 
 def _listen(server: grpc.Server, state: Path) -> str:
