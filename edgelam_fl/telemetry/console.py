@@ -139,7 +139,7 @@ class RunView:
         self._stage = f"round {self._round} of {self._rounds}" if self._round <= self._rounds else "last evaluation"
         attempt = f", attempt {event.attempt}" if event.attempt > 1 else ""
         if self._round <= self._rounds:
-            self.say(f"{self._stage}{attempt}: {_over_sites(event)}")
+            self.say(f"{self._stage}{attempt}: {_over_sites(event) or 'no device was drawn'}")
 
     def _on_text_readable(self, event: TextReadable, _: str) -> None:
         self.say(event.words)
@@ -169,7 +169,8 @@ class RunView:
         for host in event.hosts:
             self._row(host.name).bytes_moved += total((host.bytes_up, host.bytes_down)) or 0
         when = "at its start" if event.steps else "at the end"
-        self.say(f"{self._stage} took {event.seconds:.0f} s; held-out {self._measure} {when}: {_first_of(shown)}")
+        quality = f"; held-out {self._measure} {when}: {_first_of(shown)}" if shown else ""
+        self.say(f"{self._stage} took {event.seconds:.0f} s{quality}")
 
     def _on_timeline(self, event: RoundTimeline, _: str) -> None:
         phase = read_phase(event)

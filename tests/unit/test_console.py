@@ -45,6 +45,18 @@ def test_rounds_loss_perplexity_and_bytes() -> None:
     assert "last evaluation took 29 s; held-out perplexity at the end: device-1 " in said
 
 
+def test_a_round_without_devices_says_so() -> None:
+    events = a_run()
+    for event in events:
+        if event["event"] == "plan" and event["round"] == 1:
+            event.update(selected=[], routes=[])
+        if event["event"] == "round_done" and event["round"] == 1:
+            event.update(devices=[], hosts=[])
+    said, _ = watch(events)
+    assert "round 1 of 4: no device was drawn\n" in said
+    assert "round 1 of 4 took 25 s\n" in said
+
+
 def test_classification_over_two_sites_with_devices_that_host() -> None:
     events = a_classification()
     hosted = {"event": "step_closed", "step": 4}
