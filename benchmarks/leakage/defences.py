@@ -95,6 +95,7 @@ SETTINGS = (
     Setting("noise 0.25, deep", (16,), blurred(0.25)),
     Setting("private front, deep", (8,), ("private_front=true",)),
     Setting("private front, disguise 0.1, deep", (8,), ("private_front=true", "disguise=0.1")),
+    Setting("private front, disguise 0.3, deep", (8,), ("private_front=true", "disguise=0.3")),
     Setting("private front, disguise 1", (2,), ("private_front=true", "disguise=1.0")),
     Setting("private front, disguise 1, deep", (8,), ("private_front=true", "disguise=1.0")),
     Setting("private front, disguise 1, noise 0.25, deep", (8,), ("private_front=true", "disguise=1.0", *blurred(0.25))),
