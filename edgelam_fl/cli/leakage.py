@@ -157,6 +157,7 @@ def _what_changes_it(found: MeasuredLeakage, config: RunConfig) -> Iterator[str]
     if deeper:
         shares = ", ".join(f"{100 * reading.best:.0f} % with {reading.front}" for reading in deeper)
         yield f"more layers in front (split.front; they take memory and time on the device): {shares}"
+    yield "all shares are the least: a host that tries tokens through the same front reads more, at any depth (PRIVACY.md)"
     yield "split.hosts = 0: each device trains the whole model, and only adapters leave it"
     yield "defences at the cut, with what they cost: docs/privacy.md"
     yield 'to refuse plans that leak more than a share: split.trust = "measured:0.2" in the run file, edgelam client --trust on a device'
