@@ -71,7 +71,7 @@ def spans_of(plan: pb.Plan) -> list[Span]:
     return end_spans(plan) + ([hosted] if hosted is not None else [])
 
 
-def cut_of(plan: pb.Plan) -> CutAdapter | None:
+def cut_adapter_of(plan: pb.Plan) -> CutAdapter | None:
     """Returns the cut adapter of the plan's route; None: gradients go back whole (wire.gradients = "full")."""
     if not plan.HasField("lowrank"):
         return None

@@ -16,7 +16,7 @@ import torch
 from edgelam_fl.errors import ProtocolError
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.stage import LoraSettings, Stage
-from edgelam_fl.plan.reading import cut_of
+from edgelam_fl.plan.reading import cut_adapter_of
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 Gradients = Sequence[torch.Tensor | None]
@@ -210,4 +210,4 @@ def _array(parameter: torch.nn.Parameter) -> np.ndarray:
 def lora_of(plan: pb.Plan) -> LoraSettings:
     """Returns the LoRA settings of a plan."""
     lora = plan.lora
-    return LoraSettings(lora.rank, lora.alpha, tuple(lora.targets), lora.dropout, cut_of(plan))
+    return LoraSettings(lora.rank, lora.alpha, tuple(lora.targets), lora.dropout, cut_adapter_of(plan))
