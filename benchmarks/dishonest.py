@@ -197,7 +197,7 @@ class MemoryExchange(Exchange):
 
 @dataclass(frozen=True)
 class Played:
-    """What a run came to."""
+    """The result of a run."""
 
     perplexity: float  # geometric mean over the devices that are in all runs
     before: float  # the same before the first round

@@ -37,7 +37,7 @@ ATTACK_S = 300.0
 
 @dataclass
 class Run:
-    """What one run took."""
+    """The cost of one run."""
 
     cpu_s: float  # processor time of device and host
     train_s: float  # by the device's clock

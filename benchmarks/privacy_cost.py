@@ -37,7 +37,7 @@ MODES: dict[str, tuple[RoundPrivacy, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Cost:
-    """What one round took."""
+    """The cost of one round."""
 
     cpu_s: float
     wall_s: float

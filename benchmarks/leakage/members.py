@@ -45,7 +45,7 @@ BASE, WAYS = "no adapter", ("loss", "loss against the base model")
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is trained and scored."""
+    """Sizes of the training and of what is scored."""
 
     seeds: int = 3
     devices: int = 2
@@ -89,7 +89,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Attacked:
-    """What one adapter of one seed gives away: losses per example, and the exposure of each canary in bits."""
+    """The leaks of one adapter of one seed: losses per example, and the exposure of each canary in bits."""
 
     members_N: np.ndarray
     others_M: np.ndarray

@@ -76,7 +76,7 @@ SMOKE = Measured(
 
 @dataclass(frozen=True)
 class Row:
-    """What one attack reads at one cut. `spread`: standard deviation over seeds, 0 without seeds."""
+    """The share that one attack reads at one cut. `spread`: standard deviation over seeds, 0 without seeds."""
 
     model: str
     cut: int
@@ -90,7 +90,7 @@ class Row:
 
 @dataclass
 class Outcome:
-    """Of one model: the rows, tokens of each kind of text, and the beginning of a text with what is read of it."""
+    """The results of one model: the rows, tokens of each kind of text, and the beginning of a text with what is read of it."""
 
     rows: list[Row] = field(default_factory=list)
     tokens: dict[str, int] = field(default_factory=dict)

@@ -46,7 +46,7 @@ AUC, FIRST = "AUC of present against absent rare tokens", f"share of the {BEST} 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is trained."""
+    """Sizes of the training."""
 
     seeds: int = 3
     devices: int = 4
@@ -91,7 +91,7 @@ def measure_model(source: ModelSource, sizes: Sizes) -> tuple[dict[str, Any], li
 
 @dataclass(frozen=True)
 class Public:
-    """What everybody has: the model's first layer and texts."""
+    """The public side, which everybody has: the model's first layer and texts."""
 
     rare_V: np.ndarray  # ids of the rare tokens
     inputs_VD: np.ndarray  # the first layer's inputs for them

@@ -1,4 +1,4 @@
-"""What hosts could read under a run file, and how many layers devices need in front so that it is little enough.
+"""Finds what hosts could read under a run file, and how many layers devices need in front so that it is little enough.
 
 Pure functions. Judges by numbers that were measured before (`privacy.known`), and knows the memory of devices from their
 profiles; measures nothing.

@@ -1,9 +1,9 @@
-"""How much a run's noisy releases give away: epsilon for a noise, and the noise for an epsilon.
+"""Counts how much a run's noisy releases give away: epsilon for a noise, and the noise for an epsilon.
 
 A release is a sum of which each source moves at most one clipping bound, plus Gaussian noise; two data sets are neighbours if
 one source adds nothing in one of them ("zero-out", as in arXiv 2103.00039). Composition, Poisson sampling and the conversion to (epsilon,
 delta) are those of Google's library dp-accounting. Knows numbers; knows neither tensors, nor who the sources are, nor whether
-the noise was drawn as it is told here.
+the noise was drawn as assumed here.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Channel:
 
 @dataclass(frozen=True)
 class Sending:
-    """How a device sends its update in one round."""
+    """The way in which a device sends its update in one round."""
 
     scale: float
     """s: square roots of watts per unit of the update."""

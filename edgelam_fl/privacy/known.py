@@ -1,4 +1,4 @@
-"""How much of a text hosts can read with a model, as measured before: without an attack, and without the model.
+"""Measured shares of a text that hosts can read with a model: without an attack, and without the model.
 
 The numbers of built-in models are in this package (known.json, written by `python -m tools.known_leakage` from the results of
 the benchmark); what `edgelam leakage` measures for other models is kept in the cache folder of this machine. Knows neither
@@ -21,7 +21,7 @@ SHIPPED = Path(__file__).with_name("known.json")
 
 @dataclass(frozen=True)
 class KnownLeakage:
-    """What was measured for one model. Shares are between 0 and 1."""
+    """The measurement of one model. Shares are between 0 and 1."""
 
     model: str
     """Name in run files."""

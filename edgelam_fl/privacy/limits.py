@@ -16,7 +16,7 @@ MEASURE = "`edgelam leakage RUN.toml` measures it on this machine"
 
 @dataclass(frozen=True)
 class HostReading:
-    """What hosts can read of the text of a device that keeps `front` and `back` layers at its ends."""
+    """The share that hosts can read of the text of a device that keeps `front` and `back` layers at its ends."""
 
     model: str
     """Name in run files."""

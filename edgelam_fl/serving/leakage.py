@@ -60,7 +60,7 @@ class LayerReading:
 
 @dataclass(frozen=True)
 class MeasuredLeakage:
-    """What was read, per number of layers."""
+    """The shares that were read, per number of layers."""
 
     model: str
     digest: str

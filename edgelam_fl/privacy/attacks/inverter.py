@@ -25,7 +25,7 @@ _FIRST_SCALE = 16.0  # of cosines before the softmax; learned from there
 
 @dataclass(frozen=True)
 class Training:
-    """How the network is trained. `negatives`: other tokens that each batch's tokens must win against."""
+    """Settings of the network's training. `negatives`: other tokens that each batch's tokens must win against."""
 
     width: int = 192
     epochs: int = 6

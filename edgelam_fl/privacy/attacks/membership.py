@@ -19,7 +19,7 @@ _RESAMPLES, _CONFIDENCE = 2000, 0.95
 
 @dataclass(frozen=True)
 class Separation:
-    """How well a score separates members from others."""
+    """Measures of how well a score separates members from others."""
 
     auc: float
     """Probability that a member scores above another example; `CHANCE_AUC` for a score that knows nothing."""

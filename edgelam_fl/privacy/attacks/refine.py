@@ -21,7 +21,7 @@ from edgelam_fl.privacy.attacks.seen import GUESSES, Reading, Seen, reading
 
 @dataclass(frozen=True)
 class Descent:
-    """How the mixtures are optimised. `texts`: how many together, which changes the time alone."""
+    """Settings of the optimisation of mixtures. `texts`: how many together, which changes the time alone."""
 
     candidates: int = 16
     steps: int = 40

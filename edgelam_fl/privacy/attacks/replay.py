@@ -25,7 +25,7 @@ _OPENINGS = 2048  # first tokens at a time
 
 @dataclass(frozen=True)
 class Search:
-    """How widely candidates are tried, and how their distances are judged.
+    """Limits of the search: how widely candidates are tried, and how their distances are judged.
 
     widths: numbers of candidates; the next is tried as long as nothing matches. match: the nearest is a match if its squared
     distance is below this share of the next one's. trust: nats per squared distance, in shares of the least one; D / 2 if what

@@ -49,7 +49,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Reading:
-    """What an attack reads: its first guess of each token, and the share of tokens that are among its first GUESSES."""
+    """The result of an attack: its first guess of each token, and the share of tokens that are among its first GUESSES."""
 
     ids_N: torch.Tensor
     among_five: float
