@@ -127,7 +127,7 @@ def few_pairs(out: Path) -> dict[str, Path]:
     for file in files:
         lines = file.read_text(encoding="utf-8").splitlines()
         pairs = read_pairs(file, "question", "answer")
-        sizes = [len(example.ids) for pair in pairs for example in task.examples([pair])]
+        sizes = [len(example.ids) for pair in pairs for example in task.examples([pair]).examples]
         short = [line for line, size in zip(lines, sizes, strict=True) if LEAST_TOKENS <= size <= TOKENS]
         file.write_text("\n".join(short[:PAIRS]) + "\n", encoding="utf-8")
     return dict(zip(("pi4", "pi5"), files, strict=True))

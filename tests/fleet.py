@@ -227,7 +227,7 @@ def forward(model: Any, unit: Unit) -> torch.Tensor:
 def device_batches(source: ModelSource, config: RunConfig, file: Path, name: str, steps: int) -> list[list[Unit]]:
     """The micro-batches that a device draws."""
     training, _ = set_aside(read_pairs(file, "question", "answer"), config.data.held_out)
-    examples = _task(source, config).examples(training)
+    examples = _task(source, config).examples(training).examples
     size = config.federation.batch_size
     return [
         make_units(
@@ -260,7 +260,7 @@ def _rows(unit: Unit) -> list[Example]:
 def plain_evaluation(model: Any, source: ModelSource, config: RunConfig, file: Path) -> float:
     """Loss sum over a device's held-out examples, in the pieces that the device makes of them."""
     _, held_out = set_aside(read_pairs(file, "question", "answer"), config.data.held_out)
-    examples = _task(source, config).examples(held_out)
+    examples = _task(source, config).examples(held_out).examples
     rows = -(-config.federation.batch_size // config.split.micro_batches)
     with torch.no_grad():
         return sum(

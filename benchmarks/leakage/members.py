@@ -150,7 +150,7 @@ def attack_seed(source: ModelSource, sizes: Sizes, seed: int, folder: Path) -> t
 
     def attack(adapter: Adapter, members: Sequence[Pair]) -> Attacked:
         stage.load_adapter(adapter)
-        of_members, of_others = (losses(stage, task.examples(pairs)) for pairs in (members, texts.others))
+        of_members, of_others = (losses(stage, task.examples(pairs).examples) for pairs in (members, texts.others))
         return Attacked(of_members, of_others, [exposure(stage, task, canary) for canary in texts.canaries])
 
     found = {BASE: attack(initial_adapter(source, lora.targets, lora.rank, seed), members)}

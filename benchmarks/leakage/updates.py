@@ -113,7 +113,7 @@ class Public:
 
 
 def public_side(model: Any, task: CausalLm) -> Public:
-    found = Counter(token for example in task.examples(all_pairs()) for token in set(example.ids))
+    found = Counter(token for example in task.examples(all_pairs()).examples for token in set(example.ids))
     rare_V = np.array(sorted(token for token, texts in found.items() if texts <= MOST_TEXTS))
 
     @torch.no_grad()
@@ -140,7 +140,7 @@ def rank_seed(source: ModelSource, sizes: Sizes, seed: int, folder: Path) -> dic
     public = public_side(model, task)
     data = write_data(sizes, seed, folder)
     examples = {
-        name: task.examples(set_aside(read_pairs(file, "question", "answer"), config.data.held_out)[0])
+        name: task.examples(set_aside(read_pairs(file, "question", "answer"), config.data.held_out)[0]).examples
         for name, file in data.items()
     }
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from edgelam_fl.tasks.base import Example, Task
+from edgelam_fl.errors import DataError
+from edgelam_fl.tasks.base import Example, Made, Task
 from edgelam_fl.tasks.data import Pair, device_pairs
 from edgelam_fl.tasks.kinds import make_task
 from edgelam_fl.wire import edgelam_pb2 as pb
 
-# both return (training, held-out) or its examples; DataError if the file does not fit the settings
+# the first returns (training, held-out); both raise DataError if the file does not fit the settings
 ReadPairs = Callable[[Path, pb.TaskSettings], tuple[list[Pair], list[Pair]]]
-Tokenize = Callable[[Task, pb.TaskSettings, list[Pair]], list[Example]]
+Tokenize = Callable[[Task, pb.TaskSettings, list[Pair]], Made]
 
 
 def task_of(plan: pb.Plan, tokenizer_folder: Path) -> Task:
@@ -20,8 +21,8 @@ def task_of(plan: pb.Plan, tokenizer_folder: Path) -> Task:
     return make_task(plan.task, tokenizer_folder)
 
 
-def tokenize(task: Task, _: pb.TaskSettings, pairs: list[Pair]) -> list[Example]:
-    """Turns pairs of prompt and answer into examples. Raises DataError if none fits into `task.max_tokens`."""
+def tokenize(task: Task, _: pb.TaskSettings, pairs: list[Pair]) -> Made:
+    """Turns pairs of prompt and answer into examples."""
     return task.examples(pairs)
 
 
@@ -44,7 +45,8 @@ class DeviceExamples:
         key = settings.SerializeToString(deterministic=True) + self._version()
         if key != self._key:
             training, held_out = self._read(self._file, settings)
-            self._loaded = self._tokenize(task, settings, training), self._tokenize(task, settings, held_out)
+            made = self._tokenize(task, settings, training), self._tokenize(task, settings, held_out)
+            self._loaded = _some(made[0], settings), _some(made[1], settings)
             self._key = key
         return self._loaded
 
@@ -54,3 +56,12 @@ class DeviceExamples:
             return str(self._file.stat().st_mtime_ns).encode()
         except OSError:
             return b""
+
+
+def _some(made: Made, settings: pb.TaskSettings) -> list[Example]:
+    """Returns the examples. Raises DataError if there are none."""
+    if not made.examples:
+        raise DataError(
+            f"no example has an answer within task.max_tokens = {settings.max_tokens}; raise it", "no-answer-fits"
+        )
+    return made.examples

@@ -101,7 +101,9 @@ def texts_of_file(file: Path, config: RunConfig) -> list[str]:
 
 
 def _prompt_text(prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else " ".join(content for _, content in prompt)
+    if isinstance(prompt, str):
+        return prompt
+    return " ".join(str(message.get("content") or "") for message in prompt.messages[:-1])
 
 
 def built_in_texts() -> tuple[list[str], list[str]]:

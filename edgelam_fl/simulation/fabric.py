@@ -31,7 +31,7 @@ from edgelam_fl.node.service import StageHost
 from edgelam_fl.simulation.attacks import ATTACKS
 from edgelam_fl.simulation.frozen import OnFrozen, frozen_layers, whole_model
 from edgelam_fl.split.route import memory_dial
-from edgelam_fl.tasks.base import Example, Task
+from edgelam_fl.tasks.base import Made, Task
 from edgelam_fl.tasks.data import Pair, device_pairs, read_pairs
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -75,7 +75,7 @@ class Shared:
     seats: threading.Semaphore  # how many nodes may compute at a time, of those that wait for no other node
     _tensors: dict[tuple[str, str, str], dict[str, torch.Tensor]] = field(default_factory=dict)
     _activations: dict[tuple[str, str, str, int], Activations] = field(default_factory=dict)
-    _tasks: dict[bytes, tuple[Task, dict[Pair, list[Example]]]] = field(default_factory=dict)
+    _tasks: dict[bytes, tuple[Task, dict[Pair, Made]]] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     def seat(self, plan: pb.Plan) -> AbstractContextManager[object]:
@@ -110,23 +110,17 @@ class Shared:
         known.update(read_tensors(source, [name for name in names if name not in known], base, compute))
         return known.items()
 
-    def examples(self, task: Task, settings: pb.TaskSettings, pairs: list[Pair]) -> list[Example]:
+    def examples(self, task: Task, settings: pb.TaskSettings, pairs: list[Pair]) -> Made:
         """Turns pairs into examples; tokenizes a pair once for the same settings, whatever nodes have it."""
         with self._lock:
             key = settings.SerializeToString(deterministic=True)
             task, known = self._tasks.setdefault(key, (task, {}))
             for pair in pairs:
                 if pair not in known:
-                    known[pair] = _one(task, pair)
-            return [example for pair in pairs for example in known[pair]]
-
-
-def _one(task: Task, pair: Pair) -> list[Example]:
-    """Returns the example of a pair; none if task.max_tokens leaves no room for its answer."""
-    try:
-        return task.examples([pair])
-    except DataError:
-        return []
+                    known[pair] = task.examples([pair])
+            made = [known[pair] for pair in pairs]
+        examples = [example for one in made for example in one.examples]
+        return Made(examples, sum(one.cut for one in made), sum(one.skipped for one in made))
 
 
 def _make_node(folder: Path, facts: SimulatedNode, others: Mapping[str, StageHost], shared: Shared) -> StageHost:

@@ -25,6 +25,17 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Made:
+    """The examples that a task made of pairs, in their order, and the counts of those that are not whole."""
+
+    examples: list[Example]
+    cut: int = 0
+    """Examples that lost a part because they were too long."""
+    skipped: int = 0
+    """Pairs of which no example was made because they were too long."""
+
+
+@dataclass(frozen=True)
 class Unit:
     """One micro-batch, padded on the right."""
 
@@ -40,8 +51,8 @@ class Task(Protocol):
     The tokenizer is loaded at the first call of `examples`, not before: a host that gets labels has none.
     """
 
-    def examples(self, pairs: Sequence[Pair]) -> list[Example]:
-        """Makes examples of pairs. Raises DataError if nothing can be learned from them."""
+    def examples(self, pairs: Sequence[Pair]) -> Made:
+        """Makes examples of pairs, perhaps none. Raises DataError for a pair that the task cannot use."""
         ...
 
     def units(self, examples: Sequence[Example], pieces: int) -> list[Unit]:

@@ -15,8 +15,8 @@ from jinja2 import TemplateError
 from torch.nn import functional
 
 from edgelam_fl.errors import ConfigError, DataError
-from edgelam_fl.tasks.base import Example, Unit, cut, pad
-from edgelam_fl.tasks.data import Pair, Prompt, TaskSettings
+from edgelam_fl.tasks.base import Example, Made, Unit, cut, pad
+from edgelam_fl.tasks.data import Message, Pair, Prompt, TaskSettings
 
 IGNORED = -100  # a position without a label
 
@@ -42,7 +42,7 @@ class CausalLm:
     def prompt_text(self, prompt: Prompt) -> str:
         """Writes what comes before the answer: nothing for a passage, which has no prompt."""
         if self.template == "chat":
-            return self._chat_text(_turns(prompt), add_generation_prompt=True)
+            return self._chat_text(_messages(prompt), add_generation_prompt=True)
         if not isinstance(prompt, str):
             raise DataError(f"a chat needs task.template = 'chat', got {self.template!r}", "chat")
         if self.template == "plain":
@@ -53,7 +53,7 @@ class CausalLm:
         if self.template != "chat":
             return answer + (self.tokenizer.eos_token or "")
         before = self.prompt_text(prompt)
-        whole = self._chat_text([*_turns(prompt), {"role": "assistant", "content": answer}])
+        whole = self._chat_text([*_messages(prompt), {"role": "assistant", "content": answer}])
         if not whole.startswith(before):
             raise ConfigError(
                 "task.template = 'chat': the model's own template writes a chat with its answer differently from the prompt "
@@ -61,7 +61,7 @@ class CausalLm:
             )
         return whole.removeprefix(before)
 
-    def _chat_text(self, turns: list[dict[str, str]], **how: bool) -> str:
+    def _chat_text(self, turns: list[Message], **how: bool) -> str:
         if not self.tokenizer.chat_template:
             raise ConfigError("task.template = 'chat', but the model has no chat template; set 'plain' or a text")
         try:
@@ -70,23 +70,22 @@ class CausalLm:
             roles = ", ".join(turn["role"] for turn in turns)
             raise DataError(f"the model's chat template refuses a chat of {roles:.80}: {error}", "template") from error
 
-    def examples(self, pairs: Sequence[Pair]) -> list[Example]:
-        """Makes examples of pairs. Raises DataError if `max_tokens` leaves no room for any answer."""
+    def examples(self, pairs: Sequence[Pair]) -> Made:
+        """Makes examples of pairs; skips those of whose answer `max_tokens` leaves nothing."""
         made = [self._example(prompt, answer) for prompt, answer in pairs]
-        kept = [example for example in made if example.count]
-        if not kept:
-            raise DataError(
-                f"no example has an answer within task.max_tokens = {self.max_tokens}; raise it", "no-answer-fits"
-            )
-        return kept
+        kept = [(example, was_cut) for example, was_cut in made if example.count]
+        return Made([example for example, _ in kept], sum(was_cut for _, was_cut in kept), len(made) - len(kept))
 
-    def _example(self, prompt: Prompt, answer: str) -> Example:
+    def _example(self, prompt: Prompt, answer: str) -> tuple[Example, bool]:
+        """Returns an example and whether it was cut."""
         before = self.tokenizer(self.prompt_text(prompt), add_special_tokens=False)["input_ids"]
         after = self.tokenizer(self._answer_text(prompt, answer), add_special_tokens=False)["input_ids"]
         labels = before + after if self.loss_on == "all" else [IGNORED] * len(before) + after
         labels = labels[: self.max_tokens]
         count = labelled(labels)
-        return Example((before + after)[: self.max_tokens], labels, min(count, 1) if self._by_example else count)
+        ids = (before + after)[: self.max_tokens]
+        was_cut = len(ids) < len(before + after)
+        return Example(ids, labels, min(count, 1) if self._by_example else count), was_cut
 
     @property
     def _by_example(self) -> bool:
@@ -99,9 +98,9 @@ class CausalLm:
         return (sum_of_means if self._by_example else loss_sum)(output, labels), {}
 
 
-def _turns(prompt: Prompt) -> list[dict[str, str]]:
-    turns = (("user", prompt),) if isinstance(prompt, str) else prompt
-    return [{"role": role, "content": content} for role, content in turns]
+def _messages(prompt: Prompt) -> list[Message]:
+    """Returns the messages before the answer."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt.messages[:-1])
 
 
 def labelled(labels: Sequence[int]) -> int:

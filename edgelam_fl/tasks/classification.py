@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from edgelam_fl.errors import DataError, nearest
-from edgelam_fl.tasks.base import Example, Unit, cut, pad
+from edgelam_fl.tasks.base import Example, Made, Unit, cut, pad
 from edgelam_fl.tasks.data import Pair, Prompt, TaskSettings
 
 
@@ -31,15 +31,20 @@ class Classification:
 
         return AutoTokenizer.from_pretrained(self._tokenizer_folder)
 
-    def examples(self, pairs: Sequence[Pair]) -> list[Example]:
+    def examples(self, pairs: Sequence[Pair]) -> Made:
         """Makes examples with the tokenizer's special tokens; a longer text is cut to `max_tokens`, special tokens included."""
-        return [self._example(text, name) for text, name in pairs]
+        made = [self._example(text, name) for text, name in pairs]
+        return Made([example for example, _ in made], cut=sum(was_cut for _, was_cut in made))
 
-    def _example(self, text: Prompt, name: str) -> Example:
+    def _example(self, text: Prompt, name: str) -> tuple[Example, bool]:
+        """Returns an example and whether its text was cut."""
         if name not in self.classes:
             raise DataError(f"{name!r:.60} is none of task.classes ({nearest(name, self.classes)})", "unknown-class")
-        ids = self.tokenizer(text, truncation=True, max_length=self.max_tokens)["input_ids"]
-        return Example(ids, [self.classes.index(name)], 1)
+        ids = self.tokenizer(text)["input_ids"]
+        was_cut = len(ids) > self.max_tokens
+        if was_cut:  # again, so that the special tokens at the end stay
+            ids = self.tokenizer(text, truncation=True, max_length=self.max_tokens)["input_ids"]
+        return Example(ids, [self.classes.index(name)], 1), was_cut
 
     def units(self, examples: Sequence[Example], pieces: int) -> list[Unit]:
         return [

@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from edgelam_fl.errors import DataError, nearest
 from edgelam_fl.tasks.files import PASSAGE, Record, read_records
 
-Turn = tuple[str, str]  # role and content
-Prompt = str | tuple[Turn, ...]  # a text (empty for a passage), or the turns of a chat before its last answer
-Pair = tuple[Prompt, str]  # prompt and answer; in a classification the text and the name of its class
+Message = Mapping[str, Any]
+"""One message in the form of chat templates: role, content as a text, and tool_calls, name or tool_call_id if tools are used."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A whole chat, whose last message is the assistant's answer. Its messages are never changed, so that it has a hash."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """Descriptions of the functions that the assistant may call, in the form of chat templates."""
+
+    def __hash__(self) -> int:
+        return hash(json.dumps([self.messages, self.tools], sort_keys=True, default=str))
+
+
+Prompt = str | Chat  # a text (empty for a passage), or the whole chat
+Pair = tuple[Prompt, str]
+"""Prompt and answer. In a classification the text and the name of its class; of a chat the answer is the text of its last
+message, which is empty if the message only calls tools."""
 _ROLES = ("system", "user", "assistant")
 
 
@@ -94,19 +113,19 @@ def _text(path: Path, record: Record, field: str) -> str:
 
 
 def _chat(path: Path, place: str, messages: Any) -> Pair:
-    """Reads a chat: the last turn of the assistant is the answer, the turns before are the prompt, later turns are ignored."""
+    """Reads a chat up to the last message of the assistant, which is the answer; later messages are ignored."""
     turns = [_turn(path, place, message) for message in messages] if isinstance(messages, list) else []
-    answers = [number for number, (role, _) in enumerate(turns) if role == "assistant"]
+    answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
     if not answers or answers[-1] == 0:
         raise DataError(
             f"{path}, {place}: 'messages' must be a list with a turn of the assistant after others, got {messages!r:.60}",
             "chat",
             place,
         )
-    return tuple(turns[: answers[-1]]), turns[answers[-1]][1]
+    return Chat(tuple(turns[: answers[-1] + 1])), turns[answers[-1]]["content"]
 
 
-def _turn(path: Path, place: str, message: Any) -> Turn:
+def _turn(path: Path, place: str, message: Any) -> Message:
     role, content = (message.get(key) if isinstance(message, dict) else None for key in ("role", "content"))
     if role not in _ROLES or not isinstance(content, str) or not content.strip():
         raise DataError(
@@ -114,13 +133,13 @@ def _turn(path: Path, place: str, message: Any) -> Turn:
             "turn",
             place,
         )
-    return role, content
+    return {"role": role, "content": content}
 
 
 def _check_prompts(path: Path, pairs: list[Pair], settings: DataSettings) -> None:
     """Refuses passages, which have no prompt, and chats, whose prompt is not plain text, with settings that cannot learn from them."""
     passages = any(prompt == "" for prompt, _ in pairs)
-    chats = any(isinstance(prompt, tuple) for prompt, _ in pairs)
+    chats = any(isinstance(prompt, Chat) for prompt, _ in pairs)
     if settings.classes:
         if passages or chats:
             raise DataError(

@@ -37,7 +37,7 @@ LISTED = {  # what docs/protocol.md names for the kinds that a device sends in a
 def secrets(tiny: ModelSource, data_files: list[Path]) -> Secrets:
     made, task = Secrets(), CausalLm(tiny.folder, run_config(tiny.name).task)
     for pair in read_pairs(data_files[0], "question", "answer"):
-        (example,) = task.examples([pair])
+        (example,) = task.examples([pair]).examples
         prompt, answer = pair
         made.add_text(str(prompt), "a prompt")
         made.add_text(answer, "an answer")
@@ -50,7 +50,7 @@ def secrets(tiny: ModelSource, data_files: list[Path]) -> Secrets:
 def labels(tiny: ModelSource, data_files: list[Path]) -> list[int]:
     """Six labels in a row, as the device learns them."""
     pair = read_pairs(data_files[0], "question", "answer")[3]
-    (example,) = CausalLm(tiny.folder, run_config(tiny.name).task).examples([pair])
+    (example,) = CausalLm(tiny.folder, run_config(tiny.name).task).examples([pair]).examples
     return [label for label in example.labels if label >= 0][2 : 2 + TOKENS]
 
 

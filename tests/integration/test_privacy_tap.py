@@ -33,7 +33,7 @@ def examples(tiny: ModelSource, few_pairs: dict[str, Path]) -> list[tuple[str, P
     found = []
     for name, file in few_pairs.items():
         for pair in read_pairs(file, "question", "answer"):
-            (example,) = task.examples([pair])
+            (example,) = task.examples([pair]).examples
             found.append((name, pair, example.ids, example.labels))
     return found
 

@@ -92,5 +92,5 @@ def test_rounds_on_links_are_compared_without_the_first_and_the_evaluation() -> 
 def test_examples_on_links_are_as_long_as_asked_for(tiny: ModelSource, tmp_path: Path) -> None:
     task = CausalLm(tiny.folder, TaskSection(max_tokens=512))
     pairs = read_pairs(links.write_pairs(tmp_path / "pairs.jsonl", 48), "question", "answer")
-    assert {len(example.ids) for example in task.examples(pairs)} == {48}
+    assert {len(example.ids) for example in task.examples(pairs).examples} == {48}
     assert len(set(pairs)) == links.EXAMPLES

@@ -8,8 +8,10 @@ import torch
 
 from edgelam_fl.errors import ConfigError, DataError
 from edgelam_fl.model.source import ModelSource
+from edgelam_fl.node.examples import DeviceExamples
 from edgelam_fl.tasks.base import Example
 from edgelam_fl.tasks.causal_lm import IGNORED, CausalLm, labelled, loss_sum, make_units, sum_of_means
+from edgelam_fl.tasks.data import Chat
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 
@@ -35,7 +37,7 @@ def task(
 )
 def test_labels_stand_on_the_answer_only(tiny: ModelSource, template: str, prompt: str, answer: str | None) -> None:
     language = task(tiny, template)
-    (example,) = language.examples([("Why?", "So.")])
+    (example,) = language.examples([("Why?", "So.")]).examples
     learned = [label for label in example.labels if label != IGNORED]
     assert language.prompt_text("Why?") == prompt
     if answer is None:  # the tiny template writes no generation prompt in front of an answer
@@ -53,21 +55,22 @@ def test_a_prompt_that_looks_like_the_template_stays_text(tiny: ModelSource) -> 
 
 def test_a_passage_is_learned_whole_and_has_nothing_before_it(tiny: ModelSource) -> None:
     language = task(tiny, "plain", loss_on="all")
-    (example,) = language.examples([("", "It is so.")])
+    (example,) = language.examples([("", "It is so.")]).examples
     assert language.tokenizer.decode(example.ids) == "It is so.</s>"
     assert example.labels == example.ids
 
 
 def test_a_chat_goes_through_the_models_template(tiny: ModelSource) -> None:
     language = task(tiny, max_tokens=128)
-    turns = (("system", "Be short."), ("user", "Why?"), ("assistant", "So."), ("user", "So?"))
-    (example,) = language.examples([(turns, "Yes.")])
+    turns = [("system", "Be short."), ("user", "Why?"), ("assistant", "So."), ("user", "So?"), ("assistant", "Yes.")]
+    chat = Chat(tuple({"role": role, "content": content} for role, content in turns))
+    (example,) = language.examples([(chat, "Yes.")]).examples
     prompt = "<system>Be short.</s><user>Why?</s><assistant>So.</s><user>So?</s><assistant>"
-    assert language.prompt_text(turns) == prompt
+    assert language.prompt_text(chat) == prompt
     assert language.tokenizer.decode(example.ids) == prompt + "Yes.</s>"
     assert language.tokenizer.decode([label for label in example.labels if label != IGNORED]) == "Yes.</s>"
     with pytest.raises(DataError, match=r"a chat needs task\.template = 'chat', got 'plain'"):
-        task(tiny, "plain").examples([(turns, "Yes.")])
+        task(tiny, "plain").examples([(chat, "Yes.")])
 
 
 def test_chat_templates_that_cannot_serve_say_why(tiny: ModelSource) -> None:
@@ -83,23 +86,31 @@ def test_chat_templates_that_cannot_serve_say_why(tiny: ModelSource) -> None:
 
 
 def test_loss_on_all_learns_every_token_but_the_first(tiny: ModelSource) -> None:
-    (example,) = task(tiny, "plain", loss_on="all").examples([("Why?", "So.")])
+    (example,) = task(tiny, "plain", loss_on="all").examples([("Why?", "So.")]).examples
     assert example.labels == example.ids
     assert example.count == len(example.ids) - 1
 
 
 def test_long_examples_are_cut_at_the_end(tiny: ModelSource) -> None:
     language = task(tiny, "plain", max_tokens=8)
-    (example,) = language.examples([("Why?", "So it is.")])
+    (example,) = language.examples([("Why?", "So it is.")]).examples
     assert language.tokenizer.decode(example.ids) == "Why?\nSo "
     assert (len(example.ids), example.count) == (8, 3)
 
 
-def test_examples_without_room_for_an_answer_go_and_none_left_is_an_error(tiny: ModelSource) -> None:
+def test_examples_without_room_for_an_answer_are_counted_and_none_left_is_an_error(
+    tiny: ModelSource, tmp_path: Path
+) -> None:
     language = task(tiny, "plain", max_tokens=8)
-    assert len(language.examples([("12345678", "x"), ("1", "x")])) == 1
+    made = language.examples([("12345678", "x"), ("1", "x"), ("1", "so many more")])
+    assert (len(made.examples), made.cut, made.skipped) == (2, 1, 1)
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(f'{{"question": "1234567{n}", "answer": "x{n}"}}\n' for n in range(3)), encoding="utf-8")
+    settings = pb.TaskSettings(
+        template="plain", max_tokens=8, prompt_field="question", answer_field="answer", held_out=0.3
+    )
     with pytest.raises(DataError, match=r"no example has an answer within task\.max_tokens = 8; raise it"):
-        language.examples([("12345678", "x")])
+        DeviceExamples(file).load(language, settings)
 
 
 def test_the_tokenizer_is_loaded_with_the_first_examples(tiny: ModelSource, tmp_path: Path) -> None:
@@ -113,7 +124,7 @@ def test_the_tokenizer_is_loaded_with_the_first_examples(tiny: ModelSource, tmp_
 
 def test_by_examples_each_counts_once_with_its_mean_token_loss(tiny: ModelSource) -> None:
     language = task(tiny, "plain", max_tokens=12, weighting="examples")
-    examples = language.examples([("1", "x"), ("1", "so many more"), ("12345678901", "cut away")])
+    examples = language.examples([("1", "x"), ("1", "so many more"), ("12345678901", "cut away")]).examples
     assert [(labelled(example.labels), example.count) for example in examples] == [(1 + 1, 1), (10, 1)]
     (unit,) = language.units(examples, 1)
     logits = torch.randn(*unit.ids_BT.shape, 300, generator=torch.Generator().manual_seed(1))
@@ -125,7 +136,7 @@ def test_by_examples_each_counts_once_with_its_mean_token_loss(tiny: ModelSource
 
 def test_by_labels_the_loss_is_the_token_losses_sum_to_the_bit(tiny: ModelSource) -> None:
     language = task(tiny, "plain")
-    (unit,) = language.units(language.examples([("1", "x"), ("1", "so many more")]), 1)
+    (unit,) = language.units(language.examples([("1", "x"), ("1", "so many more")]).examples, 1)
     logits = torch.randn(*unit.ids_BT.shape, 300, generator=torch.Generator().manual_seed(1)).requires_grad_()
     by_task, by_hand = language.loss(logits, unit.labels)[0], loss_sum(logits, unit.labels)
     assert torch.equal(by_task, by_hand)

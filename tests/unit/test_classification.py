@@ -37,20 +37,22 @@ def task(folder: Path, max_tokens: int = 64) -> Classification:
 
 
 def test_a_text_gets_special_tokens_and_its_class_a_number(words: Path) -> None:
-    first, second = task(words).examples([("a big one", "plant"), ("a", "animal")])
+    first, second = task(words).examples([("a big one", "plant"), ("a", "animal")]).examples
     assert (first.ids, first.labels, first.count) == ([2, 4, 5, 7, 3], [1], 1)
     assert (second.ids, second.labels, second.count) == ([2, 4, 3], [0], 1)
 
 
 def test_a_long_text_is_cut_and_still_ends_as_a_text_does(words: Path) -> None:
-    (example,) = task(words, max_tokens=8).examples([("a " * 20, "plant")])
+    made = task(words, max_tokens=8).examples([("a " * 20, "plant"), ("a", "plant")])
+    example, _ = made.examples
+    assert (made.cut, made.skipped) == (1, 0)
     assert example.ids == [2] + [4] * (8 - 2) + [3]
 
 
 def test_units_carry_a_label_a_row(words: Path) -> None:
     language = task(words)
     pairs = [("a big green one", "person"), ("a", "plant"), ("a one", "animal")]
-    units = language.units(language.examples(pairs), 2)
+    units = language.units(language.examples(pairs).examples, 2)
     assert [unit.row_lengths for unit in units] == [[3, 4], [6]]
     assert units[0].ids_BT.tolist() == [[2, 4, 3, 0], [2, 4, 7, 3]]
     assert [unit.labels.tolist() for unit in units] == [[1, 0], [2]]

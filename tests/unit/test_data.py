@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from edgelam_fl.errors import DataError
-from edgelam_fl.tasks.data import Pair, batch_indices, device_pairs, read_pairs, set_aside
+from edgelam_fl.tasks.data import Chat, Pair, batch_indices, device_pairs, read_pairs, set_aside
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 GOOD = '{"question": "q", "answer": "a"}\n'
@@ -90,7 +90,10 @@ def test_of_a_chat_the_last_answer_is_learned(
     row = json.dumps({"messages": [{"role": role, "content": content} for role, content in messages]})
     file = tmp_path / "chats.jsonl"
     file.write_text(f"{row}\n{row}\n", encoding="utf-8")
-    assert read_pairs(file, "question", "answer") == [(tuple(prompt), answer)] * 2
+    turns = [*prompt, ("assistant", answer)]
+    chat = Chat(tuple({"role": role, "content": content} for role, content in turns))
+    assert read_pairs(file, "question", "answer") == [(chat, answer)] * 2
+    assert len({*read_pairs(file, "question", "answer"), (chat, answer)}) == 1
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from edgelam_fl.cli.main import app
 from edgelam_fl.config import TaskSection, parse_run_file
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.tasks.causal_lm import CausalLm
-from edgelam_fl.tasks.data import read_pairs
+from edgelam_fl.tasks.data import Chat, read_pairs
 from server.checks import check_config
 from strategies.registry import BUILT_IN
 from testbed.__main__ import app as app_of_testbeds
@@ -215,12 +215,13 @@ def test_data_files_are_read_as_the_page_says(tmp_path: Path) -> None:
     listed = rows[".json"][0].replace(", ...", f", {rows['.jsonl'][0]}")
     row, header = rows[".csv"]
     chat = rows[".jsonls"][0]
+    whole = Chat(({"role": "user", "content": question}, {"role": "assistant", "content": "The device."}))
     for name, content, expected in [
         ("a.jsonl", f"{rows['.jsonl'][0]}\n" * 2, pair),
         ("a.json", listed, pair),
         ("a.csv", f"{header}\n{row}\n{row}\n", (question, "The device, always.")),
         ("a.tsv", f"{header}\n{row}\n{row}\n".replace("n,a", "n\ta").replace("?,", "?\t"), (question, "The device, always.")),
-        ("b.jsonl", f"{chat}\n" * 2, ((("user", question),), "The device.")),
+        ("b.jsonl", f"{chat}\n" * 2, (whole, "The device.")),
         ("a.txt", "A passage.\n\n" * 2, ("", "A passage.")),
     ]:  # fmt: skip
         (tmp_path / name).write_text(content, encoding="utf-8")
@@ -234,7 +235,7 @@ def test_templates_write_what_the_page_says(tiny: ModelSource) -> None:
     for name, cell in table("`task.template`").items():
         template = codes(name)[0].strip('"')
         task = CausalLm(tiny.folder, TaskSection(template=template, max_tokens=200, loss_on="all"))
-        (example,) = task.examples([("Who keeps the data?", "The device that owns them.")])
+        (example,) = task.examples([("Who keeps the data?", "The device that owns them.")]).examples
         text = task.tokenizer.decode(example.ids)
         if template == "chat":
             assert text == "<user>Who keeps the data?</s><assistant>The device that owns them.</s>"
