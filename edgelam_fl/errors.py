@@ -5,6 +5,7 @@
     |   |- ConfigError
     |   |- DataError
     |   `- ModelError
+    |       `- ModelNotFound               no: nothing of the model is on this machine
     |- EnvironmentProblem               3    once the machine is repaired: a port, a server, a missing package
     `- RunFailed                        4    no: the run started and could not continue
         |- PeerLost                          yes: the other end vanished or stayed silent
@@ -79,6 +80,10 @@ class ModelError(UsageError):
     """A model that cannot be found, read or cut as asked."""
 
     outward = "the model cannot be found, read or cut as asked (model)"
+
+
+class ModelNotFound(ModelError):
+    """A model of which nothing is on this machine; another machine may have it."""
 
 
 class EnvironmentProblem(EdgelamError):

@@ -16,11 +16,10 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from edgelam_fl.config import RunConfig, Section, toml_value
-from edgelam_fl.errors import ConfigError, DataError, ModelError
+from edgelam_fl.errors import ConfigError, DataError, ModelNotFound
 from edgelam_fl.model.adapter import target_modules
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.plan.fronts import check_trust, host_readings, with_auto_front
-from edgelam_fl.privacy.known import known_leakage
 from edgelam_fl.privacy.limits import HostReading
 from edgelam_fl.tasks.data import read_records
 
@@ -119,14 +118,15 @@ def _known(names: list[str], known: tuple[str, ...]) -> str:
 def explained(config: RunConfig) -> str:
     """Returns the run file as a run would use it, and below it, as comments, what hosts can read.
 
-    Raises ConfigError if split.trust or split.fronts = 'auto:...' refuses that, ModelError if the latter needs a model that is not here.
+    Raises ConfigError if split.trust or split.fronts = 'auto:...' refuses that, ModelError for a model that is here and cannot be
+    used, or, with 'auto:...', that is not here.
     """
     digest = ""
     if isinstance(config.split.fronts, str):
         source = find_model(config.model.name)
         digest, config = source.digest, with_auto_front(config, source)
-    elif known_leakage(config.model.name) is None:
-        with suppress(ModelError):  # it may be where the run will take place
+    else:
+        with suppress(ModelNotFound):  # it may be where the run will take place
             digest = find_model(config.model.name, download=False).digest
     check_trust(config, digest)
     return f"{described(config, mark_changed=True)}\n{_readable(config, host_readings(config, digest))}"

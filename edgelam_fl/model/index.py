@@ -36,10 +36,30 @@ def safetensors_header(file: Path) -> dict[str, Any]:
     """Reads dtype, shape and data_offsets per tensor. Raises ModelError for a file that is not whole."""
     try:
         with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > min(_MAX_HEADER_BYTES, file.stat().st_size):
+            begin = stream.read(8)
+            if begin.startswith(b"version"):
+                raise ValueError("it is a pointer of Git LFS; `git lfs pull` fetches the file")
+            (length,) = struct.unpack("<Q", begin)
+            size = file.stat().st_size
+            if length > min(_MAX_HEADER_BYTES, size):
                 raise ValueError(f"its header claims {length} bytes")
             header: dict[str, Any] = json.loads(stream.read(length))
-            return header
-    except (ValueError, struct.error) as error:
-        raise ModelError(f"{file} is not a whole safetensors file: {error}") from error
+        _check_header(header, size - 8 - length)
+        return header
+    except (ValueError, TypeError, KeyError, AttributeError, struct.error) as error:
+        raise ModelError(f"{file} is not a whole safetensors file: {error}. Fetch it again") from error
+
+
+def _check_header(header: dict[str, Any], data_bytes: int) -> None:
+    """Raises what `safetensors_header` catches for entries that are none, and for data that end too early or too late."""
+    end = 0
+    for tensor, info in header.items():
+        if tensor != "__metadata__":
+            first, last = (int(offset) for offset in info["data_offsets"])
+            if not isinstance(info["dtype"], str) or not all(type(size) is int and size >= 0 for size in info["shape"]):
+                raise ValueError(f"its header describes {tensor} as {info}")
+            if not 0 <= first <= last:
+                raise ValueError(f"its header puts {tensor} at {first} to {last}")
+            end = max(end, last)
+    if end != data_bytes:
+        raise ValueError(f"its header needs {end} bytes of data, and it has {data_bytes}")

