@@ -1,9 +1,12 @@
-"""Files of this machine: the cache folder, atomic writes, private files. Knows nothing about their contents."""
+"""Files of this machine: the cache folder, atomic writes, private files, changes. Knows nothing about what files mean."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -40,3 +43,66 @@ def write_private(path: Path, content: str | bytes) -> None:
     with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
     temporary.replace(path)
+
+
+# ---------------------------------------------------------------- changes
+
+_SETTLED_NS = 3_000_000_000  # after a write, until the next one is sure to get another time: FAT counts in 2 s
+
+FileState = tuple[
+    tuple[str, int, int, int, int], ...
+]  # per file: name, size, times of change (ns) of bytes and entry, inode
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """The content of a file or folder at one moment."""
+
+    digest: str
+    """SHA-256 of all bytes; of a folder, of its files' names and digests. Empty: nothing was there."""
+    state: FileState
+    """By which a change is noticed without reading."""
+    settled: bool
+    """Whether every later write changes the state. A file that was written moments ago may be written once more within the
+    resolution of its times."""
+
+
+def content_of(path: Path, known: Content | None = None) -> Content:
+    """Returns the content of a file, or of a folder with all that is below it.
+
+    Reads nothing if the state is that of `known`: sizes, times and inodes are the same. Times alone would not do: rsync, tar
+    and cp keep a file's time of modification. Leaves out hidden files and what the library `datasets` computes from a saved
+    set (cache-*). Raises OSError if a file cannot be read.
+    """
+    state = state_of(path)
+    if known is not None and known.settled and known.state == state:
+        return known
+    settled = is_settled(state)
+    if not path.is_dir():
+        return Content(_sha256(path) if state else "", state, settled)
+    total = hashlib.sha256()
+    for name, *_ in state:
+        total.update(f"{name}\0{_sha256(path / name)}\n".encode())
+    return Content(total.hexdigest(), state, settled)
+
+
+def state_of(path: Path) -> FileState:
+    """Returns what changes when a file, or any file below a folder, is written, replaced, renamed or added; (): nothing is there."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    found = []
+    for file in files:
+        name = str(file.relative_to(path))
+        if file == path or not file.name.startswith((".", "cache-")):
+            stat = file.stat()
+            found.append((name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
+    return tuple(found)
+
+
+def is_settled(state: FileState) -> bool:
+    """Returns whether the next write to any of the files is sure to change the state."""
+    return max((max(times) for _, _, *times, _ in state), default=0) < time.time_ns() - _SETTLED_NS
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

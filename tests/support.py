@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import random
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -12,10 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 
 from edgelam_fl.config import RunConfig, parse_run_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 WAIT_S = 540.0  # for a node's part, a command, a run: far beyond what one takes, so that a slow machine is no failure
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -33,23 +38,33 @@ def run_folder() -> Path:
     return Path(os.environ[_RUN_FOLDER])
 
 
-def write_tiny_llama(folder: Path, *, layers: int = 6, tied: bool = True, seed: int = 0) -> Path:
-    """Writes a random Llama with a byte tokenizer in Hugging Face's layout; returns its folder."""
-    import torch  # seconds, for those tests alone that need a model
+def byte_tokenizer(*, shuffled: int = 0, template: str = CHAT) -> PreTrainedTokenizerFast:
+    """Makes a tokenizer that has a token for each byte. `shuffled`: gives them other numbers; 0: those of the alphabet."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if shuffled:
+        random.Random(shuffled).shuffle(alphabet)
     vocabulary = {token: number for number, token in enumerate(["<unk>", "</s>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
-    fast.chat_template = CHAT
-    fast.save_pretrained(folder)
+    fast.chat_template = template
+    return fast
+
+
+def write_tiny_llama(folder: Path, *, layers: int = 6, tied: bool = True, seed: int = 0) -> Path:
+    """Writes a random Llama with a byte tokenizer in Hugging Face's layout; returns its folder."""
+    import torch  # seconds, for those tests alone that need a model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(folder)
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=tied, eos_token_id=1, pad_token_id=1,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)

@@ -17,7 +17,7 @@ from edgelam_fl.machine import since_boot_s
 from edgelam_fl.names import why_no_tag
 from edgelam_fl.privacy.limits import percent
 from edgelam_fl.tasks.files import read_records
-from edgelam_fl.telemetry.events import EventTail, TextReadableHere, of_kind
+from edgelam_fl.telemetry.events import DataChanged, Event, EventTail, TextReadableHere
 from edgelam_fl.trust.identity import load_identity
 from edgelam_fl.trust.join import Membership, clock_words, renew
 from edgelam_fl.wire.relay import RELAY
@@ -134,6 +134,15 @@ def _say(console: Console, text: str) -> None:
     console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
+def _say_event(console: Console, event: Event) -> None:
+    """Prints an event of the stage host that its owner should hear of."""
+    match event:
+        case TextReadableHere():
+            _say(console, f"by this run's plan, {event.words}")
+        case DataChanged():
+            _say(console, event.words())
+
+
 def trust_words(trust: str) -> str:
     """Says what hosts may read of a device's text, before any plan is here."""
     if trust == "none":
@@ -184,8 +193,8 @@ def _watch(console: Console, node: NodeProcesses) -> int:
         tail.poll()  # what was said before
         while True:
             time.sleep(1.0)
-            for event in of_kind(tail.poll(), TextReadableHere):
-                _say(console, f"by this run's plan, {event.words}")
+            for event in tail.poll():
+                _say_event(console, event)
             news = node.watch()
             if news:
                 _say(console, news)

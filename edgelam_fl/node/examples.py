@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from edgelam_fl.errors import DataError
+from edgelam_fl.files import Content, content_of
 from edgelam_fl.tasks.base import Example, Made, Task
 from edgelam_fl.tasks.data import Pair, device_pairs
 from edgelam_fl.tasks.kinds import make_task
+from edgelam_fl.telemetry.events import DataChanged, EmitInJob
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 # the first returns (training, held-out); both raise DataError if the file does not fit the settings
 ReadPairs = Callable[[Path, pb.TaskSettings], tuple[list[Pair], list[Pair]]]
-Tokenize = Callable[[Task, pb.TaskSettings, list[Pair]], Made]
+Tokenize = Callable[[Task, bytes, list[Pair]], Made]  # the bytes say for what: equal ones, equal examples
 
 
 def task_of(plan: pb.Plan, tokenizer_folder: Path) -> Task:
@@ -21,7 +23,7 @@ def task_of(plan: pb.Plan, tokenizer_folder: Path) -> Task:
     return make_task(plan.task, tokenizer_folder)
 
 
-def tokenize(task: Task, _: pb.TaskSettings, pairs: list[Pair]) -> Made:
+def tokenize(task: Task, _: bytes, pairs: list[Pair]) -> Made:
     """Turns pairs of prompt and answer into examples."""
     return task.examples(pairs)
 
@@ -29,10 +31,13 @@ def tokenize(task: Task, _: pb.TaskSettings, pairs: list[Pair]) -> Made:
 class DeviceExamples:
     """The examples in a device's file; the last ones that were tokenized stay in memory."""
 
-    def __init__(self, file: Path, read: ReadPairs = device_pairs, tokenize: Tokenize = tokenize) -> None:
-        """Reads nothing yet. `read`: splits the file into training and held-out pairs."""
+    def __init__(
+        self, file: Path, read: ReadPairs = device_pairs, tokenize: Tokenize = tokenize, beside: Sequence[Path] = ()
+    ) -> None:
+        """Reads nothing yet. `read`: splits the file into training and held-out pairs. `beside`: further files that it reads."""
         self._file, self._read, self._tokenize = file, read, tokenize
-        self._key = b""
+        self._contents: dict[Path, Content | None] = dict.fromkeys([file, *beside])
+        self._key: tuple[bytes, bytes] | None = None
         self._loaded: tuple[list[Example], list[Example]] = [], []
 
     def count(self, settings: pb.TaskSettings) -> tuple[int, int]:
@@ -40,22 +45,32 @@ class DeviceExamples:
         training, held_out = self._read(self._file, settings)
         return len(training), len(held_out)
 
-    def load(self, task: Task, settings: pb.TaskSettings) -> tuple[list[Example], list[Example]]:
-        """Returns (training, held-out), tokenized once for the same file and settings. Raises DataError as `count`."""
-        key = settings.SerializeToString(deterministic=True) + self._version()
-        if key != self._key:
+    def load(
+        self, task: Task, settings: pb.TaskSettings, model: str, emit: EmitInJob = lambda event: None
+    ) -> tuple[list[Example], list[Example]]:
+        """Returns (training, held-out), tokenized once for the same settings, model and content of the file.
+
+        `model`: its identity, since two models number the same words unlike. `emit`: hears that the content has changed since
+        the last load. Raises DataError as `count`.
+        """
+        purpose, data = settings.SerializeToString(deterministic=True) + model.encode(), self._content()
+        if (purpose, data) != self._key:
+            has_changed = self._key is not None and self._key[1] != data
             training, held_out = self._read(self._file, settings)
-            made = self._tokenize(task, settings, training), self._tokenize(task, settings, held_out)
+            made = self._tokenize(task, purpose, training), self._tokenize(task, purpose, held_out)
             self._loaded = _some(made[0], settings), _some(made[1], settings)
-            self._key = key
+            self._key = purpose, data
+            if has_changed:
+                emit(DataChanged(examples=len(self._loaded[0]), held_out=len(self._loaded[1])))
         return self._loaded
 
-    def _version(self) -> bytes:
-        """Returns what changes whenever the file is written; empty if there is no file."""
+    def _content(self) -> bytes:
+        """Returns a digest of all that is read; the files are looked at, and read only if something about them has changed."""
         try:
-            return str(self._file.stat().st_mtime_ns).encode()
+            self._contents = {file: content_of(file, known) for file, known in self._contents.items()}
         except OSError:
-            return b""
+            return b""  # reading it says what is wrong
+        return "".join(content.digest for content in self._contents.values() if content is not None).encode()
 
 
 def _some(made: Made, settings: pb.TaskSettings) -> list[Example]:

@@ -113,7 +113,7 @@ class Player:
         plan, held = self._plan, self._held
         assert self._means.examples is not None  # a plan with routes of its own is refused otherwise
         task = task_of(plan, held.source.folder)
-        training, held_out = self._means.examples.load(task, plan.task)
+        training, held_out = self._means.examples.load(task, plan.task, held.source.digest, self._part.emit)
         counters, route = ByteCounters(), new_route(plan)
         self._part.attach(route.inbox)
         ends = Ends(plan, held.ends, task, wire_dtype(plan), held.cut_defence(plan))

@@ -110,11 +110,10 @@ class Shared:
         known.update(read_tensors(source, [name for name in names if name not in known], base, compute))
         return known.items()
 
-    def examples(self, task: Task, settings: pb.TaskSettings, pairs: list[Pair]) -> Made:
-        """Turns pairs into examples; tokenizes a pair once for the same settings, whatever nodes have it."""
+    def examples(self, task: Task, purpose: bytes, pairs: list[Pair]) -> Made:
+        """Turns pairs into examples; tokenizes a pair once for the same settings and model, whatever nodes have it."""
         with self._lock:
-            key = settings.SerializeToString(deterministic=True)
-            task, known = self._tasks.setdefault(key, (task, {}))
+            task, known = self._tasks.setdefault(purpose, (task, {}))
             for pair in pairs:
                 if pair not in known:
                     known[pair] = task.examples([pair])
@@ -127,8 +126,9 @@ def _make_node(folder: Path, facts: SimulatedNode, others: Mapping[str, StageHos
     """Makes a stage host that shares a process with `others`."""
     examples = None
     if facts.data:
-        read = _reader(folder / facts.held_out) if facts.held_out else device_pairs
-        examples = DeviceExamples(folder / facts.data, read, shared.examples)
+        held_out = [folder / facts.held_out] if facts.held_out else []
+        read = _reader(held_out[0]) if held_out else device_pairs
+        examples = DeviceExamples(folder / facts.data, read, shared.examples, held_out)
     hooks = NodeHooks(
         load=shared.load,
         around_part=shared.seat,
@@ -144,7 +144,7 @@ def _around_play(part: Part, held: Held, examples: DeviceExamples | None, attack
     """Fills the cache of frozen layers before a part is played, and replaces an attacker's contributions after it."""
     plan = part.plan
     if examples is not None and held.ends and isinstance(held.ends[0], OnFrozen):
-        training, held_out = examples.load(task_of(plan, held.source.folder), plan.task)
+        training, held_out = examples.load(task_of(plan, held.source.folder), plan.task, held.source.digest)
         held.ends[0].activations.warm(example.ids for example in training + held_out)
     start = held.known() if attack else {}
     yield

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from edgelam_fl.telemetry.events import (
     BudgetSpent,
+    DataChanged,
     Evaluated,
     Event,
     JobDone,
@@ -80,6 +81,7 @@ class RunView:
             RoundTimeline: self._on_timeline,
             NodeLost: self._on_node_lost,
             RunFailure: self._on_run_failed,
+            DataChanged: self._on_data_changed,
             JobStarted: self._on_job_started,
             Evaluated: self._on_evaluated,
             StepDone: self._on_step,
@@ -191,6 +193,9 @@ class RunView:
 
     def _on_job_started(self, event: JobStarted, node: str) -> None:
         self._row(node).doing = "evaluates" if event.role == "device" else "serves"
+
+    def _on_data_changed(self, event: DataChanged, node: str) -> None:
+        self.say(f"{node}: {event.words()}")
 
     def _on_evaluated(self, _: Evaluated, node: str) -> None:
         self._row(node).doing = "evaluated"

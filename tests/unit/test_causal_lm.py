@@ -110,7 +110,7 @@ def test_examples_without_room_for_an_answer_are_counted_and_none_left_is_an_err
         template="plain", max_tokens=8, prompt_field="question", answer_field="answer", held_out=0.3
     )
     with pytest.raises(DataError, match=r"no example has an answer within task\.max_tokens = 8; raise it"):
-        DeviceExamples(file).load(language, settings)
+        DeviceExamples(file).load(language, settings, "m")
 
 
 def test_the_tokenizer_is_loaded_with_the_first_examples(tiny: ModelSource, tmp_path: Path) -> None:

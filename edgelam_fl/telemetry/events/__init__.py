@@ -6,6 +6,7 @@ A new event is one dataclass in `run`, `rounds` or `nodes`, by who writes it, an
 from edgelam_fl.telemetry.events.base import Emit, Event, UnknownEvent
 from edgelam_fl.telemetry.events.log import EventLog, EventTail, of_kind, parse_event, read_events
 from edgelam_fl.telemetry.events.nodes import (
+    DataChanged,
     EmitInJob,
     Evaluated,
     JobDone,
@@ -69,6 +70,7 @@ __all__ = [
     "BudgetSpent",
     "ChannelNoise",
     "ContributionLeftOut",
+    "DataChanged",
     "DemandSeen",
     "DeviceLeftOut",
     "DeviceResult",

@@ -84,6 +84,20 @@ class TextReadableHere(JobEvent):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataChanged(JobEvent):
+    """A device's data are not those of its part before, and were read again; the order of its batches starts from the new ones."""
+
+    examples: int
+    """Examples that it trains on now."""
+    held_out: int
+    """Examples that it measures with now."""
+
+    def words(self) -> str:
+        """Returns the same as a sentence, without a full stop."""
+        return f"the data have changed and were read again: {self.examples} examples, {self.held_out} held out"
+
+
+@dataclass(frozen=True, kw_only=True)
 class WindowGranted(JobEvent):
     """A host has memory for fewer micro-batches per device in flight than the plan asks for."""
 

@@ -1,0 +1,145 @@
+"""A device's examples are tokenized anew whenever the model, the settings or the bytes of its data are others, and only then."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from edgelam_fl.files import content_of
+from edgelam_fl.node.examples import DeviceExamples
+from edgelam_fl.tasks.base import Made
+from edgelam_fl.tasks.kinds import make_task
+from edgelam_fl.telemetry.events import DataChanged, JobEvent
+from edgelam_fl.wire import edgelam_pb2 as pb
+from tests.support import CHAT, byte_tokenizer
+
+SETTINGS = pb.TaskSettings(
+    kind="causal-lm", max_tokens=200, template="chat", loss_on="answer", prompt_field="question", answer_field="answer", held_out=0.1
+)  # fmt: skip
+
+
+def rows(answer: str = "a", count: int = 12) -> list[dict[str, str]]:
+    return [{"question": f"q{n}", "answer": f"{answer}{n}"} for n in range(count)]
+
+
+def write(file: Path, answer: str = "a", count: int = 12) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows(answer, count)), encoding="utf-8")
+    return file
+
+
+class Texts:
+    """A task whose examples are the texts themselves, and which counts how often it was asked for some."""
+
+    units: Any = None
+    loss: Any = None
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def examples(self, pairs: Any) -> Made:
+        self.calls += 1
+        return Made([prompt + answer for prompt, answer in pairs])
+
+
+def kept_time(file: Path, change: str) -> None:
+    """Rewrites a file with as many bytes, and gives it back its time of modification, as rsync -t, tar and cp -p do."""
+    before = file.stat()
+    file.write_text(file.read_text(encoding="utf-8").replace(': "a', f': "{change}'), encoding="utf-8")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+def replaced(file: Path, change: str) -> None:
+    """Puts another file of the same size and time in its place."""
+    other = write(file.with_suffix(".new"), change)
+    shutil.copystat(file, other)
+    other.replace(file)
+
+
+def test_two_models_get_their_own_tokens_from_a_device_that_stays_on(tmp_path: Path) -> None:
+    """The case stale-tokens: both runs have the same [task], and the second model gives every byte another number."""
+    device = DeviceExamples(write(tmp_path / "data.jsonl"))
+    for number in (0, 5):
+        folder = tmp_path / f"model-{number}"
+        tokenizer = byte_tokenizer(shuffled=number, template=CHAT)
+        tokenizer.save_pretrained(folder)
+        learned, held_out = device.load(make_task(SETTINGS, folder), SETTINGS, f"identity {number}")
+        assert tokenizer.decode(learned[0].ids).startswith("<user>q")
+        assert tokenizer.decode(held_out[0].ids).startswith("<user>q")
+
+
+@pytest.mark.parametrize("change", [kept_time, replaced])
+def test_data_that_change_are_read_again_and_the_device_says_so(
+    tmp_path: Path, change: Callable[[Path, str], None]
+) -> None:
+    file, task, said = write(tmp_path / "data.jsonl"), Texts(), list[JobEvent]()
+    device = DeviceExamples(file)
+    before, _ = device.load(task, SETTINGS, "m", said.append)
+    assert "q1a1" in before
+    assert not said
+    change(file, "b")
+    after, held_out = device.load(task, SETTINGS, "m", said.append)
+    assert "q1b1" in after + held_out
+    assert said == [DataChanged(examples=len(after), held_out=len(held_out))]
+
+
+def test_unchanged_data_are_tokenized_once_however_often_they_are_touched(tmp_path: Path) -> None:
+    file, task = write(tmp_path / "data.jsonl"), Texts()
+    device = DeviceExamples(file)
+    device.load(task, SETTINGS, "m")
+    calls = task.calls
+    os.utime(file)
+    said = list[JobEvent]()
+    device.load(task, SETTINGS, "m", said.append)
+    assert (task.calls, said) == (calls, [])
+
+
+def read_all(*files: Path) -> Any:
+    """Returns a reader that gives the pairs of each file as one part."""
+
+    def read(path: Path, settings: pb.TaskSettings) -> Any:
+        return tuple([(r["question"], r["answer"]) for r in map(json.loads, f.read_text().splitlines())] for f in files)
+
+    return read
+
+
+def test_one_rewritten_file_of_a_folder_is_noticed(tmp_path: Path) -> None:
+    """The folder's own time, of a set of tables say, does not change when a file in it is written."""
+    folder, task = tmp_path / "data", Texts()
+    folder.mkdir()
+    parts = [write(folder / f"part-{answer}.parquet", answer) for answer in "ab"]
+    device = DeviceExamples(folder, read_all(*parts))
+    device.load(task, SETTINGS, "m")
+    at = folder.stat().st_mtime_ns
+    write(parts[1], "c")
+    assert folder.stat().st_mtime_ns == at
+    assert device.load(task, SETTINGS, "m")[1][1] == "q1c1"
+
+
+def test_the_file_of_held_out_examples_counts_too(tmp_path: Path) -> None:
+    file, beside, task = write(tmp_path / "data.jsonl"), write(tmp_path / "held.jsonl", "h"), Texts()
+    device = DeviceExamples(file, read_all(file, beside), beside=[beside])
+    device.load(task, SETTINGS, "m")
+    write(beside, "i")
+    assert device.load(task, SETTINGS, "m")[1][1] == "q1i1"
+
+
+def test_a_file_that_was_written_moments_ago_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two writes within one tick of a file system's clock look alike; an old file is trusted by its state alone."""
+    file = write(tmp_path / "data.jsonl")
+    fresh = content_of(file)
+    assert not fresh.settled
+    assert content_of(file, fresh) is not fresh
+    stat = file.stat()
+    later = SimpleNamespace(time_ns=lambda: max(stat.st_mtime_ns, stat.st_ctime_ns) + 10_000_000_000)
+    monkeypatch.setattr("edgelam_fl.files.time", later)
+    old = content_of(file)
+    assert old.digest == fresh.digest
+    assert content_of(file, old) is old
