@@ -57,8 +57,8 @@ class ConfigError(UsageError):
 
 
 DataFault = Literal[
-    "answers-alike", "chat", "columns", "csv", "empty-field", "few-examples", "folder", "header", "json", "missing-field",
-    "missing-file", "no-answer-fits", "object", "passages", "several-sets", "template", "turn", "unknown-class", "unreadable",
+    "answers-alike", "chat", "columns", "csv", "empty-field", "few-examples", "folder", "format", "header", "json", "missing-field",
+    "missing-file", "no-answer-fits", "object", "passages", "several-sets", "template", "too-long", "turn", "unknown-class", "unreadable",
     "utf-8",
 ]  # fmt: skip
 

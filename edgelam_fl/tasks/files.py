@@ -1,22 +1,63 @@
-"""Reads data files of every format as records: named values with their place in the file. Knows no fields and no tasks."""
+"""Reads data files of every format as records: named values with their place in the file. Knows no fields and no tasks.
+
+Whatever a file holds, only DataError comes out of it. What is wrong with one example does not hide the others: `scan`
+yields the error in the example's place, and whoever reads decides.
+"""
 
 from __future__ import annotations
 
 import csv
-import io
 import json
 import re
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from edgelam_fl.errors import DataError, EnvironmentProblem
+from edgelam_fl.errors import DataError
+from edgelam_fl.names import printable
+from edgelam_fl.tasks.tables import MAGIC, TABLES, table_files, table_rows
 
 FORMATS = "a .jsonl, .json, .csv, .tsv, .txt, .parquet or .arrow file, or the folder of a data set"
 PASSAGE = "passage"  # the only value in a record of a plain text
-_TABLES = (".parquet", ".arrow")
 
 Record = tuple[str, dict[str, Any]]  # its place, such as "line 3"; named values
+Row = Record | DataError
+
+_LONGEST_CHARACTERS = 1 << 26  # of a line, and of a field in a CSV file
+_LARGEST_LIST_BYTES = 1 << 30  # of a JSON list, which is read as a whole
+_START_CHARACTERS = 4096  # in which the first mark that is no space must be
+_DEEPEST = 100  # levels of lists and objects in one example
+_HALVES = re.compile("[\ud800-\udfff]")
+_NO_TEXT = re.compile("[\udc80-\udcff\0]")  # a byte that is not UTF-8, as `surrogateescape` spells it, or NUL
+_CHATS = {
+    "messages",
+    "conversations",
+    "prompt",
+    "completion",
+    "chosen",
+    "rejected",
+    "tools",
+}  # lists within one example
+
+# The first bytes of files that are no text, and the way out.
+_SIGNATURES = (
+    (b"\x1f\x8b", "is compressed with gzip: unpack it first (gunzip -k)"),
+    (b"BZh", "is compressed with bzip2: unpack it first (bunzip2 -k)"),
+    (b"\xfd7zXZ\0", "is compressed with xz: unpack it first (unxz -k)"),
+    (b"\x28\xb5\x2f\xfd", "is compressed with zstd: unpack it first (unzstd)"),
+    (b"7z\xbc\xaf\x27\x1c", "is a 7z archive: unpack it first"),
+    (b"PK\x03\x04", "is a zip archive: unpack it first"),
+    (b"\xd0\xcf\x11\xe0", "is a spreadsheet or document of Microsoft Office: save it as CSV"),
+    (b"%PDF", "is a PDF: write its text into a .txt or .jsonl file"),
+    (b"SQLite format 3\0", "is an SQLite database: write its rows as JSON lines"),
+    (b"\xff\xfe\0\0", "is UTF-32: save it as UTF-8 (iconv -f UTF-32 -t UTF-8)"),
+    (b"\0\0\xfe\xff", "is UTF-32: save it as UTF-8 (iconv -f UTF-32 -t UTF-8)"),
+    (b"\xff\xfe", "is UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)"),
+    (b"\xfe\xff", "is UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)"),
+    (b"version https://git-lfs.github.com", "is a pointer of Git LFS, not the data: fetch them with `git lfs pull`"),
+)
 
 
 def read_records(path: Path) -> list[Record]:
@@ -24,142 +65,340 @@ def read_records(path: Path) -> list[Record]:
 
     Raises DataError with the place and what is wrong there.
     """
-    records = list(_records(path))
-    if len(records) < 2:
-        raise DataError(
-            f"{path} holds {len(records)} examples; at least 2 are needed: one to learn, one to measure", "few-examples"
-        )
+    records = []
+    for row in scan(path):
+        if isinstance(row, DataError):
+            raise row
+        records.append(row)
+    check_number(path, len(records))
     return records
 
 
-def _records(path: Path) -> Iterator[Record]:
-    suffix = path.suffix.lower()
-    if path.is_dir() or (suffix in _TABLES and path.exists()):
-        return _table_rows(path)
-    text = _text(path)
-    if suffix == ".txt":
-        return _passages(text)
-    if suffix in (".csv", ".tsv"):
-        return _csv_rows(path, text, "\t" if suffix == ".tsv" else ",")
-    if suffix == ".json" and text.lstrip().startswith("["):
-        return _json_list(path, text)
-    return _json_lines(path, text)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # spreadsheets begin a file with a byte order mark
-    except FileNotFoundError as error:
-        raise DataError(f"no data file at {path}; --data takes {FORMATS}", "missing-file") from error
-    except UnicodeDecodeError as error:
+def check_number(path: Path, examples: int) -> None:
+    """Raises DataError if a file holds fewer examples than a device needs."""
+    if examples < 2:
+        hint = "; in a plain text, empty lines part the passages" if path.suffix.lower() == ".txt" and examples else ""
         raise DataError(
-            f"{path} is not UTF-8 (byte {error.start} is {error.object[error.start]:#04x}); convert it first",
-            "utf-8",
-        ) from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}", "unreadable") from error
+            f"{path} holds {examples} examples; at least 2 are needed: one to learn, one to measure{hint}",
+            "few-examples",
+        )
 
 
-def _passages(text: str) -> Iterator[Record]:
-    passages = filter(None, map(str.strip, re.split(r"\n\s*\n", text)))
-    return ((f"passage {number}", {PASSAGE: passage}) for number, passage in enumerate(passages, 1))
+def scan(path: Path) -> Iterator[Row]:
+    """Yields every example of a file, or in its place the DataError that says what is wrong with it.
 
-
-def _json_lines(path: Path, text: str) -> Iterator[Record]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number} is not JSON: {error.msg}", "json", f"line {number}") from error
-            yield _named(path, f"line {number}", value)
-
-
-def _json_list(path: Path, text: str) -> Iterator[Record]:
+    Raises DataError for what concerns the whole file: it is missing, unreadable, of another format, or broken beyond one
+    example. A text file is read line by line, a table part by part.
+    """
     try:
-        values = json.loads(text)
+        if path.is_dir():
+            yield from table_rows(path, table_files(path, FORMATS))
+        elif _signature(path) in MAGIC or path.suffix.lower() in TABLES:
+            yield from table_rows(path, [path])
+        else:
+            with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+                yield from _text_rows(path, file)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}", "unreadable") from error
+
+
+def _signature(path: Path) -> bytes:
+    """Returns the first bytes of a regular file. Raises DataError for anything else, and for formats that are not read."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, ValueError) as error:  # ValueError: a NUL in the path
+        raise DataError(f"no data file at {path}; --data takes {FORMATS}", "missing-file") from error
+    if not stat.S_ISREG(mode):
+        raise DataError(
+            f"{path} is a pipe or a device, and data are read more than once: write them into a file, and give that",
+            "unreadable",
+        )
+    with path.open("rb") as file:
+        start = file.read(64)
+    for signature, words in _SIGNATURES:
+        if start.startswith(signature):
+            if path.suffix.lower() in (".xlsx", ".ods"):
+                words = "is a spreadsheet: save it as CSV"
+            raise DataError(f"{path} {words}", "format")
+    return start[:4]
+
+
+def _text_rows(path: Path, file: TextIO) -> Iterator[Row]:
+    suffix = path.suffix.lower()
+    if suffix == ".txt":
+        return _passages(path, file)
+    if suffix in (".csv", ".tsv"):
+        return _csv_rows(path, file, "\t" if suffix == ".tsv" else ",")
+    return _json_rows(path, file, whole=suffix == ".json")
+
+
+def _lines(path: Path, file: TextIO) -> Iterator[tuple[int, str]]:
+    """Yields the lines with their numbers. Raises DataError for one that no text has."""
+    for number, line in enumerate(iter(lambda: file.readline(_LONGEST_CHARACTERS), ""), 1):
+        if len(line) == _LONGEST_CHARACTERS:
+            raise DataError(
+                f"{path}, line {number} has more than {_LONGEST_CHARACTERS:,} characters; is it a text file?",
+                "too-long",
+                f"line {number}",
+            )
+        yield number, line
+
+
+def _no_text(text: str) -> str:
+    """Says which byte of a text makes it none, as the end of a sentence; empty if all is well."""
+    found = _NO_TEXT.search(text)
+    if found is None:
+        return ""
+    if found[0] == "\0":
+        return "holds a NUL byte: the file is damaged, or is UTF-16, which must be saved as UTF-8"
+    return f"is not UTF-8 (it holds the byte {ord(found[0]) - 0xDC00:#04x}); convert the file first (iconv -t UTF-8)"
+
+
+# ---------------------------------------------------------------- plain text
+
+
+def _passages(path: Path, file: TextIO) -> Iterator[Row]:
+    number, lines = 0, []
+    for at, line in chain(_lines(path, file), [(0, "")]):
+        if line.strip():
+            lines.append((at, line))
+            continue
+        if lines:
+            number += 1
+            bad = next(((at, words) for at, line in lines if (words := _no_text(line))), None)
+            passage = "".join(line for _, line in lines).strip()
+            lines = []
+            if bad:
+                yield DataError(f"{path}, line {bad[0]} {bad[1]}", "utf-8", f"line {bad[0]}")
+            else:
+                yield f"passage {number}", {PASSAGE: passage}
+
+
+# ---------------------------------------------------------------- JSON
+
+
+class _Unfit(ValueError):
+    """What is wrong with a JSON text that the parser takes."""
+
+
+def _json_rows(path: Path, file: TextIO, whole: bool) -> Iterator[Row]:
+    """Yields the examples of JSON lines, or of one list. whole: the suffix says that the file may be one JSON value."""
+    listed = file.read(_START_CHARACTERS).lstrip().startswith("[")
+    file.seek(0)
+    one_value = (listed or whole) and not _holds_lines(file)
+    file.seek(0)
+    return _listed(path, file) if one_value else _json_lines(path, file)
+
+
+def _holds_lines(file: TextIO) -> bool:
+    """Whether the first line is JSON by itself, and others follow."""
+    lines = filter(str.strip, iter(lambda: file.readline(_LONGEST_CHARACTERS), ""))
+    first = next(lines, "")
+    if next(lines, "") == "":
+        return False
+    try:
+        _parsed(first)
+    except ValueError:
+        return False
+    return True
+
+
+def _parsed(text: str) -> Any:
+    """Parses JSON. Raises ValueError with what is wrong; a JSONDecodeError says where, too."""
+    try:
+        return json.loads(text, object_pairs_hook=_once_each)
+    except (json.JSONDecodeError, _Unfit):
+        raise
+    except RecursionError as error:
+        raise _Unfit(f"it is nested deeper than {_DEEPEST} levels") from error
+    except ValueError as error:  # Python's limit
+        raise _Unfit("a number in it has thousands of digits") from error
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _Unfit(f"the field {twice!r:.60} stands in one object twice")
+    return found
+
+
+def _problem(error: ValueError) -> str:
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+
+
+def _json_lines(path: Path, file: TextIO) -> Iterator[Row]:
+    for number, line in _lines(path, file):
+        place = f"line {number}"
+        if not line.strip():
+            continue
+        if words := _no_text(line):
+            yield DataError(f"{path}, {place} {words}", "utf-8", place)
+            continue
+        try:
+            value = _parsed(line)
+        except ValueError as error:
+            yield DataError(f"{path}, {place} is not JSON: {_problem(error)}", "json", place)
+        else:
+            yield _named(path, place, value)
+
+
+def _listed(path: Path, file: TextIO) -> Iterator[Row]:
+    """Yields the examples of a file that is one JSON value."""
+    if path.stat().st_size > _LARGEST_LIST_BYTES:
+        raise DataError(
+            f"{path} is one JSON list of more than {_LARGEST_LIST_BYTES / 1e9:.0f} GB; write JSON lines, one object per line, which "
+            f"are read one by one",
+            "too-long",
+        )
+    text = file.read()
+    if found := _NO_TEXT.search(text):
+        line = text.count("\n", 0, found.start()) + 1
+        raise DataError(f"{path}, line {line} {_no_text(found[0])}", "utf-8", f"line {line}")
+    if not text.strip():
+        return
+    try:
+        value = _parsed(text)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path} is not JSON: line {error.lineno}, {error.msg}", "json", f"line {error.lineno}"
         ) from error
-    return (_named(path, f"example {number}", value) for number, value in enumerate(values, 1))
+    except ValueError as error:
+        raise DataError(f"{path} cannot be read as JSON: {error}", "json") from error
+    del text
+    for number, example in enumerate(_examples(path, value), 1):
+        yield _named(path, f"example {number}", example)
 
 
-def _named(path: Path, place: str, value: Any) -> Record:
+def _examples(path: Path, value: Any) -> list[Any]:
+    """Returns the examples of a JSON value: a list, an object with a list of objects inside, or one example alone."""
     if not isinstance(value, dict):
+        return value if isinstance(value, list) else [value]
+    lists = {name: inner for name, inner in value.items() if isinstance(inner, list) and name not in _CHATS}
+    examples = {name: inner for name, inner in lists.items() if inner and all(isinstance(row, dict) for row in inner)}
+    if len(examples) > 1:
         raise DataError(
+            f"{path} holds several lists of examples ({', '.join(map(_shown, examples)):.80}); write the one for this device into a "
+            f"file of its own",
+            "several-sets",
+        )
+    if len(examples) == 1:
+        return next(iter(examples.values()))
+    if len(lists) == len(value) > 1 or (len(value) > 1 and all(isinstance(inner, dict) for inner in value.values())):
+        raise DataError(
+            f"{path} holds columns ({', '.join(map(_shown, value)):.80}); write one object per example (pandas: "
+            f"to_json(orient='records', lines=True))",
+            "object",
+        )
+    return [value]
+
+
+def _named(path: Path, place: str, value: Any) -> Row:
+    if words := _unfit(value):
+        return DataError(f"{path}, {place} {words}", "json", place)
+    if not isinstance(value, dict):
+        return DataError(
             f"{path}, {place} must be an object with named fields, got {json.dumps(value):.60}", "object", place
         )
     return place, value
 
 
-def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[Record]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+def _unfit(value: Any) -> str:
+    """Says what in a JSON value no text may hold, or is nested too deeply, as the end of a sentence; empty if nothing is."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        for inner in level:
+            if isinstance(inner, str) and (half := _HALVES.search(inner)):
+                return f"holds half of a character (\\u{ord(half[0]):04x}): a text was cut inside it, as inside an emoji; mend the text"
+        level = [part for inner in level for part in _parts(inner)]
+        if not level:
+            return ""
+    return f"is nested deeper than {_DEEPEST} levels"
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return chain(value, value.values())
+    return value if isinstance(value, list) else ()
+
+
+# ---------------------------------------------------------------- CSV
+
+
+def _csv_rows(path: Path, file: TextIO, delimiter: str) -> Iterator[Row]:
+    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_CHARACTERS))  # Python's own is 131,072 characters
+    taken: list[str] = []  # the lines of one row; a quoted text may span several
+
+    def lines() -> Iterator[str]:
+        for _, line in _lines(path, file):
+            taken.append(line)
+            yield line
+
+    reader = csv.reader(lines(), delimiter=delimiter, strict=True)
     header: list[str] = []
-    line = 1  # at which a row begins; a quoted text may span several lines
-    try:
-        for row in reader:
-            place, line = f"line {line}", reader.line_num + 1
-            if not any(row):
-                continue
-            if not header:
-                header = _header(path, row)
-            elif len(row) != len(header):
-                raise DataError(
-                    f"{path}, {place} has {len(row)} columns, the header {len(header)} ({', '.join(header):.60}); "
-                    f"a text that holds {'a tab' if delimiter == chr(9) else 'a comma'} must be in quotes",
-                    "columns",
-                    place,
-                )
-            else:
-                yield place, dict(zip(header, row, strict=True))
-    except csv.Error as error:
-        raise DataError(f"{path}, line {line} is not CSV: {error}", "csv", f"line {line}") from error
+    while True:
+        begin = reader.line_num + 1
+        taken.clear()
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            place = f"line {begin}"
+            if str(error).startswith(("unexpected end", "field larger")):
+                place = f"line {begin + _opening(taken, delimiter)}"
+                raise DataError(f"{path}, {place}: the quote that opens there is never closed", "csv", place) from error
+            yield DataError(f"{path}, {place} is not CSV: {error}", "csv", place)
+            continue
+        if row is None:
+            return
+        place = f"line {begin}"
+        if not any(row):
+            continue
+        words = _no_text("".join(row))
+        if words and header:
+            yield DataError(f"{path}, {place} {words}", "utf-8", place)
+        elif words:
+            raise DataError(f"{path}, {place} {words}", "utf-8", place)
+        elif not header:
+            header = _header(path, row, delimiter)
+        elif len(row) != len(header):
+            yield DataError(
+                f"{path}, {place} has {len(row)} columns, the header {len(header)} ({_names(header)}); "
+                f"a text that holds {'a tab' if delimiter == chr(9) else 'a comma'} must be in quotes",
+                "columns",
+                place,
+            )
+        else:
+            yield place, dict(zip(header, row, strict=True))
 
 
-def _header(path: Path, row: list[str]) -> list[str]:
+def _opening(lines: list[str], delimiter: str) -> int:
+    """Returns which of a row's lines, counted from 0, holds the last quote that opens a text."""
+    text, at, opened = "".join(lines), 0, 0
+    for quote in re.finditer('"', text):
+        begins = quote.start() == 0 or text[quote.start() - 1] in (delimiter, "\n")
+        if at % 2 or begins:  # one that is open is closed, or goes on if it is doubled
+            at, opened = at + 1, opened if at % 2 else quote.start()
+    return text.count("\n", 0, opened)
+
+
+def _header(path: Path, row: list[str], delimiter: str) -> list[str]:
     names = [name.strip() for name in row]
     if len(set(names)) < len(names):
-        raise DataError(f"{path}, the header must name each column once, got {', '.join(names):.60}", "header")
+        raise DataError(f"{path}, the header must name each column once, got {_names(names)}", "header")
+    other = next((mark for mark in ";\t|," if mark in names[0] and mark != delimiter), "") if len(names) == 1 else ""
+    if other:
+        raise DataError(
+            f"{path}, the header is one column, {_shown(names[0])}: its names seem to be parted by {other!r}, and a .csv file's are by "
+            f"commas, a .tsv file's by tabs; save it so",
+            "header",
+        )
     return names
 
 
-def _table_rows(path: Path) -> Iterator[Record]:
-    """Yields the rows of Arrow and Parquet files: a folder of `datasets.save_to_disk`, or single tables."""
-    files = [path] if path.is_file() else _table_files(path)
-    try:
-        import pyarrow
-        from pyarrow import ipc, parquet
-    except ImportError as error:
-        raise EnvironmentProblem(
-            f"{path} needs the package pyarrow, which is not installed: pip install 'edgelam-fl[datasets]'",
-            "its data need the package pyarrow, which is not installed",
-        ) from error
-    number = 0
-    for file in files:
-        try:
-            if file.suffix.lower() == ".parquet":
-                table = parquet.read_table(file)
-            else:
-                with pyarrow.memory_map(str(file)) as source:
-                    is_file = source.read(6) == b"ARROW1"
-                    source.seek(0)
-                    table = (ipc.open_file if is_file else ipc.open_stream)(source).read_all()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{file} cannot be read: {' '.join(str(error).split()):.120}", "unreadable") from error
-        for row in table.to_pylist():
-            number += 1
-            yield f"row {number}", row
+def _names(names: Iterable[str]) -> str:
+    return f"{', '.join(map(_shown, names)):.60}"
 
 
-def _table_files(folder: Path) -> list[Path]:
-    if (folder / "dataset_dict.json").exists():
-        parts = sorted(file.parent.name for file in folder.glob("*/state.json"))
-        raise DataError(
-            f"{folder} holds several data sets ({', '.join(parts)}); give one: {folder / parts[0]}", "several-sets"
-        )
-    # `datasets` writes what it computed from a saved set into the same folder
-    files = [f for f in sorted(folder.iterdir()) if f.suffix.lower() in _TABLES and not f.name.startswith("cache-")]
-    if not files:
-        raise DataError(f"the folder {folder} holds no {' or '.join(_TABLES)} file; --data takes {FORMATS}", "folder")
-    return files
+def _shown(name: str) -> str:
+    return printable(name, 60)

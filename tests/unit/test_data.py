@@ -29,7 +29,7 @@ def problem(tmp_path: Path, content: str | bytes) -> str:
         ("", "FILE holds 0 examples; at least 2 are needed: one to learn, one to measure"),
         ("\n  \n", "FILE holds 0 examples; at least 2 are needed: one to learn, one to measure"),
         (GOOD, "FILE holds 1 examples; at least 2 are needed: one to learn, one to measure"),
-        (GOOD.encode() + b"\xe9", "FILE is not UTF-8 (byte 33 is 0xe9); convert it first"),
+        (GOOD.encode() + b"\xe9", "FILE, line 2 is not UTF-8 (it holds the byte 0xe9); convert the file first (iconv -t UTF-8)"),
         (GOOD + "question,answer", "FILE, line 2 is not JSON: Expecting value"),
         (GOOD + "\n[1]", "FILE, line 3 must be an object with named fields, got [1]"),
         (
