@@ -163,6 +163,7 @@ def _device(report: pb.JobReport, common: Mapping[str, Any]) -> DeviceResult:
             _finite(round(step.loss_sum / step.labels, 5)) if step.labels else None for step in report.steps
         ),
         left_out=tuple(StepLeftOut(step=step.step, reason=step.reason) for step in report.steps if not step.counted),
+        held_out_labels=report.eval_labels or None,
     )
 
 

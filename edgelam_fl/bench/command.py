@@ -45,8 +45,9 @@ def bench(console: Console, file: Path, out: Path | None, jobs: int) -> int:
         if matrix.bench.references:
             with console.status("measuring the reference lines"):
                 _references(results, matrix, data, configs)
-        if left:
-            _run(console, matrix, left, len(cells), configs, data, out, results, jobs)
+        alone = _alone(matrix, data, results)
+        if left or alone:
+            _run(console, matrix, left, len(cells), configs, data, out, results, jobs, alone)
     except KeyboardInterrupt:
         done = sum(line["state"] == "done" for line in results.lines().values())
         console.print(
@@ -61,12 +62,14 @@ def bench(console: Console, file: Path, out: Path | None, jobs: int) -> int:
 
 def _run(
     console: Console, matrix: Matrix, left: list[Cell], total: int, configs: dict[str, RunConfig], data: datasets.Data,
-    out: Path, results: Results, jobs: int,
+    out: Path, results: Results, jobs: int, alone: list[Cell],
 ) -> None:  # fmt: skip
-    """Runs `jobs` cells at a time, each with a fabric of its own, and draws the results again after each cell."""
+    """Runs `jobs` cells at a time, each with a fabric of its own, and draws the results again after each cell.
+
+    alone: the cells of the reference with one device that are not finished yet.
+    """
     trainings = matrix.trainings(left)
-    measures_one = matrix.bench.references and bool(data.classes) and ONE_DEVICE not in results.lines()
-    jobs = min(jobs, len(trainings) + measures_one)
+    jobs = min(jobs, len(trainings) + len(alone))
     # The pool is left last: once the processes have ended, the cells that wait for them end too.
     with ThreadPoolExecutor(jobs, "cell") as pool, ExitStack() as processes:
         with console.status("starting Flower's simulation engine and the fabric"):
@@ -74,11 +77,10 @@ def _run(
         with _progress(console) as progress:
             task = progress.add_task("", total=total, completed=total - len(left), what="")
             waiting = []
-            if measures_one:
-                alone = one_device(matrix)
-                cell = alone.cells()[0]
-                config, feed = alone.config(cell, data.classes), _feed(progress, task, cell, 0)
-                waiting.append(pool.submit(_as_reference, shared, alone, [cell], config, data, out / "alone", feed))
+            for cell in alone:
+                of_one = one_device(matrix)
+                config, feed = of_one.config(cell, data.classes), _feed(progress, task, cell, 0)
+                waiting.append(pool.submit(_as_reference, shared, of_one, [cell], config, data, out / "alone", feed))
             for cells in trainings:
                 config = configs[cells[0].name]
                 feed = _feed(progress, task, cells[0], config.federation.rounds)
@@ -96,12 +98,24 @@ def _run(
         shutil.rmtree(out / folder, ignore_errors=True)
 
 
+def _alone(matrix: Matrix, data: datasets.Data, results: Results) -> list[Cell]:
+    """Returns the cells of the reference with one device that are not finished yet; none for a causal language model."""
+    if not (matrix.bench.references and data.classes):
+        return []
+    known = results.lines()
+    return [cell for cell in one_device(matrix).cells() if known.get(_alone_name(cell), {}).get("state") != "reference"]
+
+
+def _alone_name(cell: Cell) -> str:
+    return f"{ONE_DEVICE}{cell.values['seed']}"
+
+
 def _as_reference(*arguments: Any) -> list[dict[str, Any]]:
-    (line,) = play(*arguments)
+    (line,), (cell,) = play(*arguments), arguments[2]
     if line["state"] == "failed":
-        return [{**line, "name": ONE_DEVICE}]
+        return [{**line, "name": _alone_name(cell)}]
     kept = {key: line[key] for key in REFERENCE_KEYS}
-    return [{"name": ONE_DEVICE, "state": "reference", "what": WHAT_ONE_DEVICE, **kept}]
+    return [{"name": _alone_name(cell), "state": "reference", "what": WHAT_ONE_DEVICE, **kept}]
 
 
 def _references(results: Results, matrix: Any, data: datasets.Data, configs: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from plotly.offline import get_plotlyjs
 
 from edgelam_fl.bench.matrix import Matrix
 from edgelam_fl.bench.plot import over_epsilon
-from edgelam_fl.bench.tables import Lines, groups, markdown
+from edgelam_fl.bench.tables import Lines, groups, markdown, references
 
 _COSTS = {
     "round": "rounds",
@@ -68,11 +68,10 @@ def _figure(found: Mapping[Any, Any], cost: str, lines: Lines) -> dict[str, Any]
             "x": [fmean(point[cost] for point in at) for at in points],
             "y": [fmean(point[measure] for point in at) for at in points],
         })  # fmt: skip
-    references = [line for line in lines.values() if line["state"] == "reference"]
     shapes = [
-        {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": line["accuracy"], "y1": line["accuracy"],
-         "line": {"dash": "dot", "width": 1}, "label": {"text": escape(str(line["what"])), "textposition": "start"}}
-        for line in references
+        {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": fmean(values), "y1": fmean(values),
+         "line": {"dash": "dot", "width": 1}, "label": {"text": escape(what), "textposition": "start"}}
+        for what, values in references(lines).items()
     ]  # fmt: skip
     layout = {
         "title": {"text": f"over {_COSTS[cost]} (mean of the seeds)"}, "xaxis": {"title": {"text": _COSTS[cost]}},

@@ -1,6 +1,6 @@
 """Measures what to compare federations with: TF-IDF with logistic regression, and one device that has all data.
 
-Knows no processes: the one device is a matrix of one cell, which `command` runs.
+Knows no processes: the one device is a matrix of its own, which `command` runs.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from edgelam_fl.bench.datasets import Data
 from edgelam_fl.bench.matrix import Axes, Matrix
 from edgelam_fl.config import RunConfig
 
-ONE_DEVICE = "reference one device"
+ONE_DEVICE = "reference one device, seed "  # and the seed
+SEEDS = 3  # of the matrix, the first ones
 WHAT_ONE_DEVICE = "one device that has all data, the same layers, as many examples learned as by all devices together"
 
 
 def one_device(matrix: Matrix) -> Matrix:
-    """Returns a matrix of one cell: a federation of one device, which has all data and makes the steps of all devices."""
+    """Returns a matrix of a cell per seed: a federation of one device, which has all data and makes the steps of all devices."""
     federation = dict(matrix.base.get("federation", {}))
     steps = federation.get("local_steps", RunConfig().federation.local_steps)
     federation |= {"local_steps": matrix.bench.devices * steps, "min_nodes": 1, "devices_per_round": 0}
     base = {**matrix.base, "federation": federation, "split": {**matrix.base.get("split", {}), "hosts": 0}}
-    axes = Axes(seed=matrix.axes.seed[:1], rank=matrix.axes.rank[:1])
+    axes = Axes(seed=matrix.axes.seed[:SEEDS], rank=matrix.axes.rank[:1])
     return replace(matrix, bench=matrix.bench.model_copy(update={"devices": 1}), axes=axes, base=base)
 
 

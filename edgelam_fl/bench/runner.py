@@ -11,15 +11,15 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import math
 import os
 import queue
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, geometric_mean
 from typing import Any
 
 import psutil
@@ -36,7 +36,6 @@ from edgelam_fl.federation.operator import Operator, operator_folder
 from edgelam_fl.federation.submission import FollowTiming, Submission
 from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.telemetry.events import (
-    DeviceResult,
     Event,
     NodeJoined,
     NodeLost,
@@ -47,6 +46,7 @@ from edgelam_fl.telemetry.events import (
     of_kind,
 )
 from edgelam_fl.telemetry.human import total
+from edgelam_fl.telemetry.summary import pooled
 from edgelam_fl.wire.control import FABRIC_SEPARATOR
 
 _POLL_S = 0.1
@@ -281,13 +281,20 @@ def _finished(work: Path) -> list[Path]:
 
 
 def outcome(events: Sequence[Event]) -> dict[str, Any]:
-    """Sums up a run's events: the quality over bytes, rounds and virtual time, and the last value of each."""
+    """Sums up a run's events: the quality over bytes, rounds and virtual time, and the last value of each.
+
+    Raises RunFailed if a device's held-out loss overflowed: no mean over seeds could be made of it.
+    """
     curve: list[dict[str, Any]] = []
     spent = {"bytes": 0, "virtual_seconds": 0.0, "joules": 0.0}
     errors = []
     personal = any(plan.personal for plan in of_kind(events, PlanMade))
     for done in of_kind(events, RoundDone):
-        quality = _quality(done.devices)
+        quality = pooled(done.devices)
+        if math.inf in quality.values():
+            raise RunFailed(
+                f"its held-out perplexity after round {done.round - 1} is beyond all numbers: training diverged"
+            )
         if quality:
             curve.append({"round": done.round - 1, **quality, **spent})
         if not done.steps:
@@ -302,15 +309,6 @@ def outcome(events: Sequence[Event]) -> dict[str, Any]:
         "accuracy": last.get("accuracy"), "perplexity": last.get("perplexity"), **spent, "personal": personal,
         "aggregation_error": sum(known) / len(known) if known else None, "curve": curve,
     }  # fmt: skip
-
-
-def _quality(devices: Iterable[DeviceResult]) -> dict[str, float]:
-    """Averages over all devices that measured, each on its equal part of the test set."""
-    accuracies = [accuracy for device in devices if (accuracy := device.metrics.get("accuracy")) is not None]
-    perplexities = [device.perplexity for device in devices if device.perplexity]
-    if accuracies:
-        return {"accuracy": fmean(accuracies)}
-    return {"perplexity": geometric_mean(perplexities)} if perplexities else {}
 
 
 def _bytes(node: NodeResult) -> int:

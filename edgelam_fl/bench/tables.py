@@ -124,9 +124,9 @@ def _about(matrix: Matrix, lines: Lines) -> str:
     bench, done = matrix.bench, sum(line["state"] == "done" for line in lines.values())
     text = (
         f"{done} of {len(matrix.cells())} cells. {bench.dataset}, {bench.examples or 'all'} examples, {bench.test:.0%} of them "
-        f"measured, the rest dealt to {bench.devices} devices; seeds {', '.join(map(str, matrix.axes.seed))}. The spread is the "
-        f"sample standard deviation over the seeds; differences are taken seed by seed, with the 95 % interval of a paired t "
-        f"test, and with p corrected for all comparisons of a table (Holm).\n"
+        f"measured, the rest dealt to {bench.devices} devices; seeds {', '.join(map(str, matrix.axes.seed))}. n counts the seeds, "
+        f"and the spread is their sample standard deviation; differences are taken seed by seed, with the 95 % interval of a "
+        f"paired t test, and with p corrected for all comparisons of a table (Holm). The intervals are not corrected.\n"
     )
     if any(line.get("personal") for line in lines.values()):
         text += (
@@ -142,11 +142,11 @@ def _table(matrix: Matrix, lines: Lines) -> str:
     percent = _is_accuracy(lines)
     name = "accuracy, %" if percent else "perplexity"
     costs = [cost for cost in COSTS if any(line.get(cost) for line in lines.values())]
-    heads = [*axes, name, "spread", *_difference_heads(matrix.bench.baseline), "aggregation error"]
+    heads = [*axes, "n", name, "spread", *_difference_heads(matrix.bench.baseline), "aggregation error"]
     rows = [heads + [COSTS[cost] for cost in costs], ["---"] * (len(heads) + len(costs))]
     for group, found in groups(matrix, lines).items():
         scale = 100 if percent else 1
-        row = [*map(_word, group), *_shown([scale * abs(quality(line)) for line in found])]
+        row = [*map(_word, group), str(len(found)), *_shown([scale * abs(quality(line)) for line in found])]
         row += _difference(apart.get(group), scale)
         errors = [line["aggregation_error"] for line in found if line["aggregation_error"] is not None]
         row.append(f"{fmean(errors):.3g}" if errors else "")
@@ -221,12 +221,23 @@ def _is_accuracy(lines: Lines) -> bool:
     return all(line["accuracy"] is not None for line in lines.values() if line["state"] == "done")
 
 
+def references(lines: Lines) -> dict[str, list[float]]:
+    """Returns the accuracies of each reference by what it is, one per seed."""
+    found: dict[str, list[float]] = {}
+    for line in lines.values():
+        if line["state"] == "reference":
+            found.setdefault(str(line["what"]), []).append(float(line["accuracy"]))
+    return found
+
+
 def _references(lines: Lines) -> str:
-    found = [line for line in lines.values() if line["state"] == "reference"]
+    found = references(lines)
     if not found:
         return ""
-    rows = [["reference line", "accuracy, %"], ["---", "---"]]
-    return "\n" + _rows(rows + [[str(line["what"]), f"{100 * line['accuracy']:.2f}"] for line in found])
+    rows = [["reference line", "n", "accuracy, %", "spread"], ["---"] * 4]
+    return "\n" + _rows(
+        rows + [[what, str(len(values)), *_shown([100 * value for value in values])] for what, values in found.items()]
+    )
 
 
 def _failures(lines: Lines) -> str:
@@ -245,6 +256,9 @@ def figures(matrix: Matrix, lines: Lines) -> list[dict[str, Any]]:
         mean, spread = mean_and_spread([abs(quality(line)) for line in cells])
         found |= {f"{_name(group)}: quality": scale * mean, f"{_name(group)}: spread": scale * spread}
         found[f"{_name(group)}: seeds"] = len(cells)
+    for what, values in references(lines).items():
+        mean, spread = mean_and_spread(values)
+        found |= {f"{what}: quality": scale * mean, f"{what}: spread": scale * spread, f"{what}: seeds": len(values)}
     bases = {matrix.bench.baseline: differences(matrix, lines), "no privacy": {}}
     if "epsilon" in matrix.varied():
         bases["no privacy"] = differences(matrix, lines, "epsilon", NO_PRIVACY)

@@ -6,6 +6,8 @@ Knows nothing about how a run goes on; `report` draws the same values.
 from __future__ import annotations
 
 import json
+import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -267,6 +269,23 @@ def measure_of(task: str | None) -> str:
 def measured(device: DeviceResult, measure: str) -> float | None:
     """Returns a device's held-out value in a round; None if it was not measured."""
     return device.perplexity if measure == "perplexity" else device.metrics.get(measure)
+
+
+def pooled(devices: Iterable[DeviceResult]) -> dict[str, float]:
+    """Returns the held-out measure over the labels of all devices: "accuracy", or else "perplexity"; empty if none measured.
+
+    Sums, never a mean of the devices' means: hits / labels, and exp(sum of losses / labels). A device of an older record, which
+    lacks its labels, counts as one label. The perplexity is infinite if a device's overflowed.
+    """
+    found = [device for device in devices if device.held_out_labels or device.perplexity or device.metrics]
+    if not found:
+        return {}
+    labels = [device.held_out_labels or 1 for device in found]
+    if any("accuracy" in device.metrics for device in found):
+        hits = [count * (one.metrics.get("accuracy") or 0.0) for count, one in zip(labels, found, strict=True)]
+        return {"accuracy": math.fsum(hits) / sum(labels)}
+    losses = [math.log(device.perplexity) if device.perplexity else math.inf for device in found]
+    return {"perplexity": math.exp(math.fsum(map(operator.mul, labels, losses)) / sum(labels))}
 
 
 def before_and_after(device: DeviceSummary, measure: str) -> tuple[float | None, float | None]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +16,13 @@ from edgelam_fl.bench.datasets import load, write_cell
 from edgelam_fl.bench.matrix import Bench, read_matrix
 from edgelam_fl.bench.partition import deal
 from edgelam_fl.bench.plot import over_epsilon
+from edgelam_fl.bench.reference import ONE_DEVICE, one_device
 from edgelam_fl.bench.tables import at_budget, compared, cost_to, differences, figures, markdown
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, EnvironmentProblem, RunFailed
 from edgelam_fl.simulation.attacks import noise, sign_flip
 from edgelam_fl.simulation.fabric import read_federation
-from edgelam_fl.telemetry.events import NodeLost
+from edgelam_fl.telemetry.events import Event, NodeLost
 from tests.recorded import as_events
 
 MATRICES = Path(__file__).parents[2] / "benchmarks" / "matrices"
@@ -85,6 +89,16 @@ def test_another_matrix_in_the_same_folder_is_refused_and_a_longer_axis_is_not(t
     assert runner.Results(out, longer).lines() == {"x": {"name": "x", "state": "done"}}
     with pytest.raises(ConfigError, match="cells of another matrix"):
         runner.Results(out, read_matrix(written(tmp_path, GOOD + "[bench]\ndevices = 7")))
+
+
+@pytest.mark.parametrize("name", ["strategies", "selection", "robustness", "privacy", "channel"])
+def test_the_committed_results_go_on_behind_their_finished_cells(name: str, tmp_path: Path) -> None:
+    """More seeds or strategies in a committed matrix must not run its finished cells again."""
+    matrix = read_matrix(MATRICES / f"{'default' if name == 'strategies' else name}.toml")
+    shutil.copytree(MATRICES.parent / "results" / name, tmp_path / name)
+    lines = runner.Results(tmp_path / name, matrix).lines()
+    done = {line["name"] for line in lines.values() if line["state"] == "done"}
+    assert done & {cell.name for cell in matrix.cells()} == done != set()
 
 
 def test_a_line_that_was_cut_off_is_no_cell(tmp_path: Path) -> None:
@@ -211,7 +225,7 @@ def test_differences_are_taken_seed_by_seed(tmp_path: Path) -> None:
     lines = {str(each["name"]): each for each in found}
     assert differences(matrix, lines)[("ffa",)] == pytest.approx([0.6 - 0.5, 0.81 - 0.7])
     text = markdown(matrix, lines)
-    assert f"| ffa | {100 * (0.6 + 0.81) / 2:.2f} |" in text  # the seeds differ by 20 points, the pairs by one
+    assert f"| ffa | 2 | {100 * (0.6 + 0.81) / 2:.2f} |" in text  # the seeds differ by 20 points, the pairs by one
     assert "Real differences to fedavg, by the corrected test at 5 %: ffa (+10.50 points)." in text
 
 
@@ -229,6 +243,18 @@ def test_a_difference_is_real_by_a_paired_test_that_is_corrected_for_all_compari
     assert p_clear < 0.05 < 2 * p_clear
     equal, zero = compared({("a",): [0.5, 0.5], ("b",): [0.0, 0.0]}).values()
     assert (equal.differs, zero.differs) == (True, False)
+
+
+def test_a_reference_is_measured_with_the_first_three_seeds_and_told_with_their_number(tmp_path: Path) -> None:
+    matrix = read_matrix(written(tmp_path, GOOD.replace("[1, 2]", "[4, 5, 6, 7]").replace('"ffa"', '"ffa", "flora"')))
+    assert [cell.values["seed"] for cell in one_device(matrix).cells()] == [4, 5, 6]
+    lines = {
+        f"{ONE_DEVICE}{seed}": {"state": "reference", "what": "one", "accuracy": accuracy}
+        for seed, accuracy in ((4, 0.5), (5, 0.6), (6, 0.7))
+    }
+    assert "| one | 3 | 60.00 | 10.00 |" in markdown(matrix, lines)
+    numbers = {one["name"]: one["value"] for one in figures(matrix, lines)}
+    assert (numbers["one: quality"], numbers["one: seeds"]) == (60.0, 3)
 
 
 def test_what_privacy_costs_is_told_and_drawn(tmp_path: Path) -> None:
@@ -274,6 +300,30 @@ def test_protocols_read_the_curve() -> None:
     assert at_budget(cell, "bytes", 100) == 0.5
     assert cost_to(cell, "bytes", 0.5) == 100
     assert cost_to(cell, "bytes", 0.6) is None
+
+
+def test_the_quality_of_several_devices_is_of_sums(tmp_path: Path) -> None:
+    """Exp(sum / sum) and hits / examples, as a measurement over all their labels in one place gives."""
+    causal = [(1.0, 200), (3.0, 29), (0.5, 28)]
+    curve = runner.outcome(measured({"perplexity": math.exp(mean), "held_out_labels": n} for mean, n in causal))[
+        "curve"
+    ]
+    assert curve[0]["perplexity"] == pytest.approx(math.exp(sum(m * n for m, n in causal) / 257), rel=1e-12)
+    hits = [(14, 29), (28, 28)]
+    of_classes = measured({"metrics": {"accuracy": h / n}, "held_out_labels": n, "perplexity": 2.0} for h, n in hits)
+    assert runner.outcome(of_classes)["accuracy"] == pytest.approx(42 / 57, rel=1e-12)
+    assert runner.outcome(measured([{}]))["curve"] == []
+    diverged = measured([{"perplexity": None, "held_out_labels": 3}, {"perplexity": 2.0, "held_out_labels": 3}])
+    with pytest.raises(
+        RunFailed, match="its held-out perplexity after round 0 is beyond all numbers: training diverged"
+    ):
+        runner.outcome(diverged)
+
+
+def measured(devices: Iterable[dict[str, object]]) -> list[Event]:
+    """Returns one round whose devices measured."""
+    found = [{"name": f"d{number}", **device} for number, device in enumerate(devices)]
+    return as_events([{"event": "round_done", "round": 1, "devices": found}])
 
 
 def test_every_kind_of_line_is_told() -> None:

@@ -332,6 +332,8 @@ class DeviceResult(NodeResult):
     """Mean loss per label of each step, in nats; None for a step without labels."""
     left_out: tuple[StepLeftOut, ...]
     """The steps that were not counted."""
+    held_out_labels: int | None = None
+    """Labels that perplexity and metrics are means over; None if nothing was measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
