@@ -7,7 +7,7 @@ then shows whether its slices are exact.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edgelam_fl.errors import ModelError
 
@@ -28,16 +28,31 @@ class Family:
 
 
 _LLAMA = Family(body="model", layers="layers", embed="embed_tokens", norm="norm")
+_GEMMA = replace(_LLAMA, tied=True)
 
 FAMILIES = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    "gemma": Family(body="model", layers="layers", embed="embed_tokens", norm="norm", tied=True),
+    "phi3": _LLAMA,
+    "olmo2": _LLAMA,
+    "smollm3": replace(_LLAMA, tied=True),
+    "granite": _LLAMA,
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
     "gpt2": Family(body="transformer", layers="h", embed="wte", norm="ln_f", tied=True, input_first=True),
     "bert": Family(
         body="bert", layers="encoder.layer", embed="embeddings.word_embeddings", norm=None, task_head="classifier"
+    ),
+}
+
+_WAY_OUT = {  # of an architecture that cannot be cut although a part of it can
+    "gemma3": (
+        "it is Gemma 3 with images. Its text model alone can be cut. In Python, transformers.Gemma3ForCausalLM"
+        ".from_pretrained(MODEL, key_mapping={'^language_model.': ''}).save_pretrained(FOLDER, save_original_format=False) "
+        "saves it; copy the tokenizer's files and generation_config.json beside it, and set model.name to FOLDER"
     ),
 }
 
@@ -45,8 +60,10 @@ FAMILIES = {
 def family_of(model_type: str, name: str) -> Family:
     """Returns the row of an architecture. Raises ModelError for an unknown one; `name` is the model's, for the message."""
     if model_type not in FAMILIES:
+        way_out = f"; {_WAY_OUT[model_type]}" if model_type in _WAY_OUT else ""
         raise ModelError(
             f"model.name: {name} is of the architecture {model_type!r}, which cannot be cut; known: {', '.join(FAMILIES)}"
+            f"{way_out}"
         )
     return FAMILIES[model_type]
 

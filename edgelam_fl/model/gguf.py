@@ -16,6 +16,8 @@ from edgelam_fl.errors import ModelError
 from edgelam_fl.model.families import family_of
 from edgelam_fl.model.index import TensorEntry
 
+_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2")  # whose GGUF files are read right
+
 
 def unpack_metadata(path: Path, folder: Path) -> dict[str, TensorEntry]:
     """Writes config.json and the tokenizer of a GGUF file into `folder`; returns the index of its tensors."""
@@ -32,6 +34,11 @@ def unpack_metadata(path: Path, folder: Path) -> dict[str, TensorEntry]:
     except (ValueError, IndexError, KeyError, OSError, struct.error) as error:
         raise ModelError(f"{path} is not a whole GGUF file of a known architecture: {error}") from error
     family_of(config.model_type, str(path))
+    if config.model_type not in _ARCHITECTURES:
+        raise ModelError(
+            f"model.name: {path} is a GGUF file of the architecture {config.model_type!r}, which is read from a folder in "
+            f"Hugging Face's layout alone; GGUF files: {', '.join(_ARCHITECTURES)}"
+        )
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
     config.save_pretrained(folder)
     with torch.device("meta"):

@@ -71,6 +71,8 @@ def _drop_embedding(model: PreTrainedModel, family: Family, *, has_lm_head: bool
         model.set_input_embeddings(nn.Identity())
     if hasattr(body, "wpe"):
         body.wpe = NoPositions()
+    if hasattr(body, "embedding_multiplier"):  # Granite's: the stage with the embedding has multiplied
+        body.embedding_multiplier = 1.0
 
 
 def _drop_head(model: PreTrainedModel, family: Family) -> None:

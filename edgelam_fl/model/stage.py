@@ -119,11 +119,13 @@ class Stage(nn.Module):
         if self.family.task_head is None:
             feed.update(past_key_values=cache, use_cache=cache is not None)
         with self._only(layers, recompute=cache is None), self._seed.set_to(unit_seed):
-            output = self.model(**feed, attention_mask=mask_BT, position_ids=positions_BT)
+            # Without the head's code in a stage without the head: some families scale or cap what they take for logits.
+            called = self.model if self.span.head else self._transformer.get_submodule(self.family.body)
+            output = called(**feed, attention_mask=mask_BT, position_ids=positions_BT)
         if cache is not None:
             cache.mask_BT = mask_BT
-        logits: torch.Tensor = output.logits
-        return self._cut(logits) if isinstance(self._cut, CutDown) else logits
+        states: torch.Tensor = output.logits if self.span.head else output.last_hidden_state
+        return self._cut(states) if isinstance(self._cut, CutDown) else states
 
     def new_cache(self) -> StageCache:
         """Makes a cache for the keys and values of one batch that is generated. Raises ModelError for a classifier."""

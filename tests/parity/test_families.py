@@ -32,6 +32,7 @@ from transformers import (
 from edgelam_fl.errors import ConfigError, ModelError
 from edgelam_fl.model.adapter import Adapter, Span, initial_adapter, initial_cut, write_peft_folder
 from edgelam_fl.model.cut import CUT_A, CUT_B, CutAdapter
+from edgelam_fl.model.families import FAMILIES
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.stage import LoraSettings, Stage, load_stages
 from tests.fleet import plain_base
@@ -210,7 +211,7 @@ def test_generation_with_caches(built: Built) -> None:
             built.stages()[0].new_cache()
         return
     steps, whole = 10, built.whole()
-    expected = _whole_generation(whole, steps)
+    expected = whole_generation(whole, steps)
     for cut in CUTS:
         stages = built.stages(cut)
         caches = [stage.new_cache() for stage in stages]
@@ -233,7 +234,7 @@ def test_generation_with_caches(built: Built) -> None:
     assert torch.equal(made[:, LENGTHS[0] :], answers)
 
 
-def _whole_generation(whole: Any, steps: int) -> list[torch.Tensor]:
+def whole_generation(whole: Any, steps: int) -> list[torch.Tensor]:
     """The logits of each greedy step, with transformers' own cache. (`generate` projects the last token alone: other bits.)"""
     cache = DynamicCache(config=whole.config)
     ids, (mask, positions) = token_ids(), padding(left=True)
@@ -338,8 +339,7 @@ def test_an_unknown_architecture_is_refused_before_anything_is_read(tmp_path: Pa
     with pytest.raises(ModelError) as caught:
         find_model(str(tmp_path))
     assert str(caught.value) == (
-        f"model.name: {tmp_path} is of the architecture 'opt', which cannot be cut; "
-        "known: llama, mistral, qwen2, qwen3, gemma, gpt2, bert"
+        f"model.name: {tmp_path} is of the architecture 'opt', which cannot be cut; known: {', '.join(FAMILIES)}"
     )
 
 

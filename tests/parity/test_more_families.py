@@ -1,0 +1,303 @@
+"""Architectures with layouts of their own, in slices against the whole model of transformers and peft, to the bit.
+
+Four layers each, so that every kind of layer is in another stage; `test_families` judges more behaviour, of plainer families.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.numpy import save_file
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    GraniteConfig,
+    Olmo2Config,
+    Phi3Config,
+    SmolLM3Config,
+)
+
+from edgelam_fl.errors import ConfigError, ModelError
+from edgelam_fl.model.adapter import Adapter, Span, initial_adapter, write_peft_folder
+from edgelam_fl.model.families import FAMILIES
+from edgelam_fl.model.source import ModelSource, find_model
+from edgelam_fl.model.stage import LoraSettings, Stage, load_stages
+from edgelam_fl.model.whole import load_whole, put_on
+from tests.parity.test_families import LENGTHS, padding, save, through, token_ids, whole_generation
+
+LAYERS, WINDOW, RANK, ALPHA = 4, 8, 4, 8.0
+SIZES: dict[str, Any] = dict(
+    vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, bos_token_id=None, eos_token_id=None,
+    pad_token_id=None,
+)  # fmt: skip
+KINDS = ["sliding_attention", "full_attention"] * (LAYERS // 2)
+SMALL_GEMMA = dict(head_dim=8, query_pre_attn_scalar=8, sliding_window=WINDOW, layer_types=KINDS)
+
+
+@dataclass(frozen=True)
+class Case:
+    config: Callable[[], Any]
+    targets: tuple[str, ...] = ("q_proj", "v_proj")
+
+
+CASES = {
+    "gemma2": Case(
+        lambda: Gemma2Config(**SIZES, **SMALL_GEMMA, attn_logit_softcapping=2.0, final_logit_softcapping=3.0)
+    ),
+    "gemma3_text": Case(  # a table of positions for each kind of layer
+        lambda: Gemma3TextConfig(
+            **SIZES, **SMALL_GEMMA, final_logit_softcapping=3.0,
+            rope_parameters={
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        ),
+    ),
+    "phi3": Case(
+        lambda: Phi3Config(
+            **SIZES, sliding_window=WINDOW, tie_word_embeddings=True, original_max_position_embeddings=32,
+            rope_parameters={
+                "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "factor": 2.0,
+                "short_factor": [1.0, 1.5], "long_factor": [2.0, 8.0],
+            },
+        ),
+        ("qkv_proj", "gate_up_proj"),
+    ),
+    "olmo2": Case(lambda: Olmo2Config(**SIZES), ("q_proj", "down_proj")),
+    "smollm3": Case(
+        lambda: SmolLM3Config(**SIZES, no_rope_layers=[1, 0, 1, 0], use_sliding_window=True, sliding_window=WINDOW)
+    ),
+    "granite": Case(
+        lambda: GraniteConfig(
+            **SIZES, embedding_multiplier=3.0, residual_multiplier=0.4, attention_multiplier=0.3, logits_scaling=2.5
+        )
+    ),
+}  # fmt: skip
+CUTS = {
+    "inside": [Span(0, 1, embed=True), Span(1, 3), Span(3, LAYERS, head=True)],
+    "no layer in front": [Span(0, 0, embed=True), Span(0, 2), Span(2, LAYERS, head=True)],
+    "no layer at the back": [Span(0, 2, embed=True), Span(2, LAYERS), Span(LAYERS, LAYERS, head=True)],
+}
+
+
+@dataclass(frozen=True)
+class Built:
+    name: str
+    case: Case
+    source: ModelSource
+    adapter: Adapter
+
+    @cached_property
+    def whole(self) -> Any:
+        """transformers and peft alone."""
+        return self.new_whole(torch.float32)
+
+    def new_whole(self, dtype: torch.dtype) -> Any:
+        settings = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(self.case.targets), task_type="CAUSAL_LM")
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(self.source.folder, dtype=dtype), settings).eval()
+        set_peft_model_state_dict(model, {name: torch.from_numpy(array) for name, array in self.adapter.items()})
+        return model
+
+    def stages(self, spans: list[Span], base: str = "fp32") -> list[Stage]:
+        stages = load_stages(self.source, spans, base, LoraSettings(RANK, ALPHA, self.case.targets))
+        for stage in stages:
+            stage.load_adapter(self.adapter)
+        return stages
+
+
+@pytest.fixture(scope="module", params=CASES)
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    case, folder = CASES[request.param], tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    save(AutoModelForCausalLM.from_config(case.config()), folder)
+    source = find_model(str(folder))
+    adapter = initial_adapter(source, case.targets, RANK, 1)
+    drawn = np.random.default_rng(0)
+    for name in adapter:
+        if ".lora_B." in name:  # zero at first, which hides faults
+            adapter[name] = drawn.normal(0, 0.3, adapter[name].shape).astype(np.float32)
+    return Built(request.param, case, source, adapter)
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    return {name.replace(".default.", "."): p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def backward_through(stages: list[Stage], loss: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Computes the gradients of all stages as a route does: each from the one behind it. Returns the output of the last."""
+    inputs, outputs = [token_ids()], []
+    for stage in stages:
+        outputs.append(stage(inputs[-1], LENGTHS))
+        inputs.append(outputs[-1].detach().requires_grad_())
+    loss(inputs[-1]).backward()
+    for output, behind in zip(reversed(outputs), reversed(inputs), strict=False):
+        output.backward(behind.grad)
+    return inputs[-1].detach()
+
+
+def test_logits_and_gradients(built: Built) -> None:
+    for left in (True, False):
+        mask, positions = padding(left)
+        expected = built.whole(input_ids=token_ids(), attention_mask=mask, position_ids=positions).logits
+        for cut, spans in CUTS.items():
+            with torch.no_grad():
+                assert torch.equal(through(built.stages(spans), token_ids(), LENGTHS, pad_left=left), expected), cut
+    assert expected.std() > 0.1, "the model says the same of everything"
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
+    built.whole.zero_grad()
+    expected.backward(weights)
+    wanted = gradients(built.whole)
+    assert wanted.keys() == built.adapter.keys()
+    for checkpointing in (False, True):
+        stages = built.stages(CUTS["inside"])
+        for stage in stages:
+            stage.set_checkpointing(checkpointing)
+        backward_through(stages, lambda logits: (logits * weights).sum())
+        got = {name: p.grad for stage in stages for name, p in stage.adapter_parameters.items()}
+        assert got.keys() == wanted.keys()
+        assert all(torch.equal(got[name], wanted[name]) and got[name].any() for name in wanted)
+
+
+def test_twenty_steps(built: Built) -> None:
+    """Adapters after AdamW on three slices, against a plain peft loop."""
+    whole, stages = built.new_whole(torch.float32), built.stages(CUTS["inside"])
+    mask, positions = padding(left=False)
+    labels = token_ids().roll(-1, 1).masked_fill(mask == 0, -100)
+
+    def loss(logits: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    losses = []
+    optimizers = [torch.optim.AdamW(stage.trainable(), lr=0.01) for stage in stages]
+    alone = torch.optim.AdamW([p for p in whole.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(20):
+        wanted = loss(whole(input_ids=token_ids(), attention_mask=mask, position_ids=positions).logits)
+        wanted.backward()
+        losses.append(loss(backward_through(stages, loss)))
+        assert torch.equal(losses[-1], wanted)
+        for optimizer in (alone, *optimizers):
+            optimizer.step()
+            optimizer.zero_grad()
+    trained = {name: array for stage in stages for name, array in stage.adapter().items()}
+    plain = get_peft_model_state_dict(whole)
+    assert trained.keys() == plain.keys()
+    assert all(np.array_equal(array, plain[name].numpy()) for name, array in trained.items())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@torch.no_grad()
+def test_generation_with_caches(built: Built) -> None:
+    """Windows overflow in the prompt of one row and in the answer of another; some layers have no positions."""
+    steps = 8
+    expected = whole_generation(built.whole, steps)
+    for cut in ("inside", "no layer in front"):
+        stages = built.stages(CUTS[cut])
+        caches = [stage.new_cache() for stage in stages]
+        ids, lengths = token_ids(), LENGTHS
+        for step in range(steps):
+            hidden = ids
+            for stage, cache in zip(stages, caches, strict=True):
+                hidden = stage(hidden, lengths, cache=cache, pad_left=step == 0)
+            assert torch.equal(hidden, expected[step]), f"{cut}, token {step}"
+            ids, lengths = hidden[:, -1:].argmax(-1), [1] * len(LENGTHS)
+
+
+@torch.no_grad()
+def test_bases(built: Built) -> None:
+    """bf16 is transformers' own in bf16; quantized slices are the quantized whole, and near the model."""
+    mask, positions = padding(left=False)
+    asked = {"input_ids": token_ids(), "attention_mask": mask, "position_ids": positions}
+    expected = built.new_whole(torch.bfloat16)(**asked).logits
+    assert torch.equal(through(built.stages(CUTS["inside"], "bf16"), token_ids(), LENGTHS), expected)
+    plain = built.whole(**asked).logits
+    for base, most in (("int8", 0.15), ("nf4", 1.0)):
+        one, three = ([Span(0, LAYERS, embed=True, head=True)], CUTS["inside"])
+        whole, slices = (through(built.stages(spans, base), token_ids(), LENGTHS) for spans in (one, three))
+        assert torch.equal(whole, slices), base
+        assert 0 < (whole - plain).norm() / plain.norm() < most, base
+
+
+@torch.no_grad()
+def test_exports_load_in_plain_transformers_and_peft(built: Built, tmp_path: Path) -> None:
+    if built.name != "phi3":
+        pytest.skip("once, of fused matrices")
+    mask, positions = padding(left=False)
+    asked = {"input_ids": token_ids(), "attention_mask": mask, "position_ids": positions}
+    expected = built.whole(**asked).logits
+    write_peft_folder(
+        built.adapter, tmp_path / "a", reference="x", rank=RANK, alpha=ALPHA, targets=built.case.targets
+    )  # fmt: skip
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(built.source.folder), tmp_path / "a").eval()
+    assert torch.equal(plain(**asked).logits, expected)
+    put_on(load_whole(built.source, "fp32"), tmp_path / "a").merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert (merged(**asked).logits - expected).abs().max() < 1e-4
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def test_targets_that_fused_matrices_do_not_have(tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(CASES["phi3"].config()).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        initial_adapter(find_model(str(tmp_path)), ("q_proj", "v_proj"), RANK, 1)
+    assert str(caught.value) == (
+        f"lora.targets: no module of {tmp_path} is called 'q_proj'; did you mean 'qkv_proj'? "
+        "Known: down_proj, gate_up_proj, o_proj, qkv_proj"
+    )
+
+
+@pytest.mark.parametrize(
+    "kind", ["gemma3n", "phi", "qwen2_moe", "olmo", "olmo3", "granitemoe", "llama4", "mixtral", "phimoe", "cohere"]
+)
+def test_near_misses_are_refused_by_name(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}), encoding="utf-8")
+    save_file({"model.norm.weight": np.ones(4, np.float32)}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError) as caught:
+        find_model(str(tmp_path))
+    known = ", ".join(FAMILIES)
+    assert str(caught.value) == (
+        f"model.name: {tmp_path} is of the architecture {kind!r}, which cannot be cut; known: {known}"
+    )
+
+
+@torch.no_grad()
+def test_gemma_3_with_images_is_refused_and_its_text_model_can_be_saved(tmp_path: Path) -> None:
+    vision = dict(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    torch.manual_seed(0)
+    text_config = CASES["gemma3_text"].config().to_dict() | {"final_logit_softcapping": None}
+    both = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text_config, vision_config=vision))
+    both.save_pretrained(tmp_path / "both")
+    with pytest.raises(ModelError, match=r"'gemma3', which cannot be cut; .*it is Gemma 3 with images") as caught:
+        find_model(str(tmp_path / "both"))
+    assert "Gemma3ForCausalLM.from_pretrained(MODEL, key_mapping={'^language_model.': ''})" in str(caught.value)
+    assert ".save_pretrained(FOLDER, save_original_format=False)" in str(caught.value)
+    text = Gemma3ForCausalLM.from_pretrained(tmp_path / "both", key_mapping={"^language_model.": ""})
+    text.save_pretrained(tmp_path / "text", save_original_format=False)
+    stages = load_stages(find_model(str(tmp_path / "text")), CUTS["inside"], "fp32", None)
+    expected = both.eval()(input_ids=token_ids()).logits
+    assert torch.equal(through(stages, token_ids(), [token_ids().shape[1]] * len(token_ids())), expected)
+
+
+def test_the_head_is_tied_where_config_json_does_not_say() -> None:
+    """Files of older versions leave out what was the class's default."""
+    assert {kind: CONFIG_MAPPING[kind]().tie_word_embeddings for kind in CASES} == {
+        kind: FAMILIES[kind].tied for kind in CASES
+    }
