@@ -29,6 +29,7 @@ import grpc
 from edgelam_fl.errors import EdgelamError, ModelError
 from edgelam_fl.files import write_private
 from edgelam_fl.hub.places import Place, PlaceLimits, Places
+from edgelam_fl.model.generation import GENERATION
 from edgelam_fl.model.index import layer_number, safetensors_header
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -40,10 +41,10 @@ _TOKEN_BYTES = 32
 CHUNK_BYTES = 1 << 20  # most bytes per message of Fetch
 _OWN_CHUNK_BYTES = 256 << 10  # of this hub's messages: over a slow link, too, one leaves before patience ends
 CONFIG = "config.json"
-TOKENIZER = (  # a model has some of them
+TOKENIZER = (  # and what ends an answer; a model has some of them
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "spiece.model",
-    "sentencepiece.bpe.model",
+    "sentencepiece.bpe.model", GENERATION,
 )  # fmt: skip
 # A node asks for one thing after the other; more calls are for connections that broke and were dialled again.
 LIMITS = PlaceLimits(most=32, most_per_member=4, still_s=30.0)

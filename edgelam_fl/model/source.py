@@ -25,6 +25,7 @@ from edgelam_fl.errors import ModelNotFound, nearest
 from edgelam_fl.files import cache_folder, write_atomically
 from edgelam_fl.model.families import Family, family_of, full_names
 from edgelam_fl.model.folder import read_config, stored_tensors
+from edgelam_fl.model.generation import stop_ids
 from edgelam_fl.model.index import TensorEntry, layer_number
 
 
@@ -63,6 +64,11 @@ class ModelSource:
     @cached_property
     def config(self) -> dict[str, Any]:
         return json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Holds the ids of all tokens that end an answer."""
+        return stop_ids(self.folder)
 
     @cached_property
     def family(self) -> Family:

@@ -5,6 +5,7 @@ Knows nothing about federations. Other tools load the files without EdgeLAM-FL.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -18,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from edgelam_fl.errors import ConfigError, EnvironmentProblem
 from edgelam_fl.machine import disk_free_bytes, memory_free_bytes
+from edgelam_fl.model.generation import GENERATION, generation_settings
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.serving.results import Result
 
@@ -170,3 +172,18 @@ def _merge(adapter: Path, source: ModelSource, folder: Path, dtype: str) -> None
         merged.to(torch.bfloat16)
     merged.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source.folder).save_pretrained(folder)
+    _keep_generation(source, folder)
+
+
+def _keep_generation(source: ModelSource, folder: Path) -> None:
+    """Writes the base's own generation settings; all that ends an answer is among the ends, as in training and in chat."""
+    settings = generation_settings(source.folder)
+    if not settings and not (folder / GENERATION).is_file():
+        return
+    settings = settings or generation_settings(folder)
+    listed = settings.get("eos_token_id")
+    known = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    ends = [*known, *sorted(source.stop_ids - set(known))]
+    if ends:
+        settings["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    (folder / GENERATION).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

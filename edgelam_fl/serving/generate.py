@@ -78,7 +78,7 @@ class Speaker(ABC):
         ids = self._prompt_ids(conversation, max_tokens)
         tokenizer = self._task.tokenizer
         with torch.no_grad(), self.opened(tuned) as step:
-            tokens = greedy(step, ids, max_tokens, self._stop_ids())
+            tokens = greedy(step, ids, max_tokens, self._source.stop_ids)
             yield from pieces(tokens, lambda taken: tokenizer.decode(taken, skip_special_tokens=True))
 
     def _prompt_ids(self, conversation: Sequence[Message], max_tokens: int) -> list[int]:
@@ -101,10 +101,6 @@ class Speaker(ABC):
             text = self._task.prompt_text(turns[-1]["content"])
         ids: list[int] = self._task.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
-
-    def _stop_ids(self) -> set[int]:
-        ends = self._source.config.get("eos_token_id")
-        return {self._task.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
 
 class LocalSpeaker(Speaker):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from safetensors.numpy import load_file
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError
-from edgelam_fl.model.source import ModelSource
+from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.serving.generate import LocalSpeaker, answer, greedy, pieces
 from edgelam_fl.serving.results import Result, open_result
 from tests.fleet import plain_model
 from tests.results import write_result
+from tests.support import write_tiny_llama
 
 END = 9
 
@@ -133,3 +135,18 @@ def test_the_oldest_turns_go_when_the_context_is_full(tiny: ModelSource, result:
         ConfigError, match=r"the question takes \d+ tokens and the answer up to 10; .* holds 512 together"
     ):
         speaker._prompt_ids([user("a" * 600)], 10)
+
+
+def test_an_answer_ends_at_a_token_that_generation_config_alone_names(tmp_path: Path) -> None:
+    folder = write_tiny_llama(tmp_path / "model", layers=4)
+    source = find_model(str(folder))
+    result = open_result(write_result(tmp_path / "run", source))
+    speaker = speaker_of(result.config)
+    with torch.no_grad(), speaker.opened(tuned=False) as step:
+        likeliest = list(greedy(step, speaker._prompt_ids([user("Who?")], 8), 8, source.stop_ids))
+    settings = json.loads((folder / "generation_config.json").read_text())
+    ends = [1, likeliest[3]]
+    (folder / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": ends}))
+    said = "".join(speaker_of(result.config).say([user("Who?")], 8))
+    before = likeliest[: likeliest.index(likeliest[3])]
+    assert said == speaker._task.tokenizer.decode(before, skip_special_tokens=True)

@@ -99,7 +99,12 @@ def test_only_what_is_needed_is_on_the_disk(tiny: ModelSource, hub: Hub, tmp_pat
     tensors = dict(read_tensors(source, slice_names(tiny), "bf16"))
     on_disk = sum(file.stat().st_size for file in (source.folder / "bf16").glob("model.*"))
     assert on_disk == sum(tensor.nbytes for tensor in tensors.values())
-    assert (opened(tiny, hub, tokenizer=True).folder / "tokenizer.json").exists()
+    with_text = opened(tiny, hub, tokenizer=True)
+    assert (with_text.folder / "tokenizer.json").exists()
+    assert with_text.stop_ids == tiny.stop_ids
+    assert (with_text.folder / "generation_config.json").read_bytes() == (
+        tiny.folder / "generation_config.json"
+    ).read_bytes()
 
 
 def test_a_slice_that_is_here_needs_no_hub(tiny: ModelSource, hub: Hub) -> None:

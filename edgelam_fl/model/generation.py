@@ -1,0 +1,77 @@
+"""What a model folder says about generating text: the tokens that end an answer. Imports no torch, and knows no weights.
+
+generation_config.json, config.json and the tokenizer each name such tokens, and often not the same ones: Llama 3 and Gemma end a
+turn with a token that only generation_config.json lists.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from edgelam_fl.errors import ModelError
+
+GENERATION = "generation_config.json"
+
+
+def generation_settings(folder: Path) -> dict[str, Any]:
+    """Reads generation_config.json; an absent one is empty. Raises ModelError for a file that holds no JSON object."""
+    return _read(folder, GENERATION)
+
+
+def stop_ids(folder: Path) -> frozenset[int]:
+    """Returns the ids of all tokens that end an answer, from generation_config.json, config.json and the tokenizer.
+
+    Raises ModelError for a file that cannot be read, or that names an end which is no whole number.
+    """
+    ends = {
+        *_ids(generation_settings(folder), folder / GENERATION),
+        *_ids(_read(folder, "config.json"), folder / "config.json"),
+    }
+    own = _tokenizer_end(folder)
+    return frozenset(ends if own is None else ends | {own})
+
+
+def _ids(settings: dict[str, Any], file: Path) -> list[int]:
+    ends = settings.get("eos_token_id")
+    listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if any(isinstance(end, bool) or not isinstance(end, int) for end in listed):
+        raise ModelError(f"{file}: eos_token_id = {str(ends)[:80]} must be a whole number or a list of them")
+    return listed
+
+
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    file = folder / name
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{file} must hold one JSON object")
+    return content
+
+
+def _tokenizer_end(folder: Path) -> int | None:
+    """Returns the id of the tokenizer's own end token; None if it has none.
+
+    tokenizer.json is asked first. transformers, which takes seconds, only if the files leave the token to the tokenizer's class
+    or the id to a vocabulary of another format.
+    """
+    settings = _read(folder, "tokenizer_config.json")
+    vocabulary = _read(folder, "tokenizer.json")
+    if not settings and not vocabulary:
+        return None
+    token = settings.get("eos_token", _read(folder, "special_tokens_map.json").get("eos_token"))
+    text = token.get("content") if isinstance(token, dict) else token
+    known = {added.get("content"): added.get("id") for added in vocabulary.get("added_tokens") or []}
+    if isinstance(known.get(text), int):
+        return int(known[text])
+    if "eos_token" in settings and text is None:
+        return None
+    from transformers import AutoTokenizer
+
+    end: int | None = AutoTokenizer.from_pretrained(folder).eos_token_id
+    return end
