@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import re
 import socket
 
 from edgelam_fl.errors import ConfigError, EnvironmentProblem
@@ -24,9 +25,12 @@ def from_here(host: str) -> str:
 def split_address(address: str, option: str) -> tuple[str, int]:
     """Splits HOST:PORT into (host, port), an IPv6 host without its brackets. ConfigError names the `option`."""
     host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdigit() or not 0 <= int(port) < 65536:
-        raise ConfigError(f"{option} = {address!r} must be HOST:PORT, as in 127.0.0.1:8000")
-    return host.strip("[]"), int(port)
+    named = bool(colon and host) and port.isascii() and port.isdigit() and int(port) < 65536
+    bracketed = re.fullmatch(r"\[([^\[\]]+)\]", host)
+    if not named or (":" in host and not bracketed):
+        brackets = f"; an IPv6 address is written in brackets, as in [::1]:{port}" if ":" in host else ""
+        raise ConfigError(f"{option} = {address!r} must be HOST:PORT, as in 127.0.0.1:8000{brackets}")
+    return bracketed[1] if bracketed else host, int(port)
 
 
 def join_address(host: str, port: int) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pwd
 import re
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +14,33 @@ from pathlib import Path
 
 def cache_folder() -> Path:
     """Returns the user's cache folder for models and what is made of them: EDGELAM_CACHE, or the system's place."""
-    root = os.environ.get("EDGELAM_CACHE") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "edgelam-fl"
-    )
-    return Path(root)
+    given = os.environ.get("EDGELAM_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or home_folder() / ".cache") / "edgelam-fl"
+
+
+def home_folder() -> Path:
+    """Returns this user's home folder; for a user without one, as in some containers, a folder among the temporary files."""
+    home = Path("~").expanduser() if os.environ.get("HOME") else _home_of_the_account()
+    return home if home.is_absolute() else Path(tempfile.gettempdir()).absolute() / f"edgelam-{os.getuid()}"
+
+
+def _home_of_the_account() -> Path:
+    try:
+        return Path(pwd.getpwuid(os.getuid()).pw_dir)
+    except KeyError:
+        return Path()
 
 
 def from_home(text: str) -> str:
     """Returns a text with this user's home folder written as ~, for what people share: its path names the user."""
-    home = str(Path.home())
+    home = str(home_folder())
     return text if home == "/" else re.sub(rf"{re.escape(home)}(?=/|$|[^\w.-])", "~", text)
+
+
+def now_in_a_name() -> str:
+    """Returns the time as a part of a file's name, to the millisecond: two runs may start within a second."""
+    nanoseconds = time.time_ns()
+    return f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(nanoseconds // 10**9))}-{nanoseconds // 10**6 % 1000:03d}"
 
 
 def keep_private() -> None:

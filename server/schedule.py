@@ -30,6 +30,8 @@ from strategies.registry import load
 _BELOW_SHARE = 0.8  # a device that sends slower than this part of its share is held up by its own link
 _LEAST_OF_ESTIMATE = 0.1  # a device that moved less was left out of steps, and must not get a smaller share for it
 
+_LEAST_OF_LARGEST = 0.01  # a device that has nothing to train still sends messages, and a share of 0 would never end
+
 
 def unfit(config: RunConfig, profile: pb.Profile, digest: str = "") -> str:
     """Returns why a device is not a candidate; empty: it is one. `digest`: of the model's files, to know what hosts can read."""
@@ -142,7 +144,8 @@ class Schedule:
     def demands(self, devices: Sequence[pb.Profile], number: int = 0) -> list[Demand]:
         """Returns what each device has to move. With `[wireless]`, that differs from round to round."""
         known = self.candidates(devices, number)
-        return [Demand(c.name, c.payload_bytes, c.compute_s, c.limit_bps, c.snr) for c in known]
+        least = _LEAST_OF_LARGEST * max((c.payload_bytes for c in known), default=0.0)
+        return [Demand(c.name, max(c.payload_bytes, least), c.compute_s, c.limit_bps, c.snr) for c in known]
 
     def shares(self, devices: Sequence[pb.Profile], number: int = 0) -> dict[str, float]:
         """Returns each device's share of the capacity. Raises RunFailed if the strategy's shares cannot be used."""

@@ -16,6 +16,7 @@ from edgelam_fl import __version__
 from edgelam_fl.cli import bench, leakage, members, nodes, results, runs
 from edgelam_fl.cli.options import console, messages
 from edgelam_fl.errors import INTERRUPTED, EdgelamError, UsageError
+from edgelam_fl.federation.environment import settle_process
 
 app = typer.Typer(
     name="edgelam",
@@ -69,6 +70,7 @@ def main() -> None:
 
 def run_commands(app: typer.Typer, name: str) -> None:
     """Runs a command of `app` with this process's arguments and ends the process."""
+    settle_process()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # systemd's way to say Ctrl-C
     sys.exit(exit_code(app, name, sys.argv[1:]))
 

@@ -16,6 +16,8 @@ from edgelam_fl.config.schema import RunConfig
 from edgelam_fl.errors import ConfigError, nearest
 from edgelam_fl.files import from_home
 
+_BYTE_ORDER_MARK = "\ufeff"  # with which some editors begin a file
+
 
 def toml_value(value: Any) -> str:
     """Writes one value as a run file spells it."""
@@ -48,7 +50,7 @@ def parse_run_file(text: str, *, source: str, overrides: str | list[str] = ()) -
     `source` says in messages where the text came from. Raises ConfigError with the key, the value and the rule.
     """
     try:
-        data = tomllib.loads(text)
+        data = tomllib.loads(text.removeprefix(_BYTE_ORDER_MARK))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{source} is not TOML: {error}") from error
     try:
@@ -78,8 +80,12 @@ def read_run_file(path: Path, overrides: list[str] = ()) -> RunConfig:  # type: 
         raise ConfigError(
             f"no run file at {path}; `edgelam init {path}` writes one, and `edgelam demo` needs none"
         ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the run file {path} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"the run file {path} is not UTF-8 (byte {error.start} is {error.object[error.start]:#04x}); save it as UTF-8"
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"the run file {path} cannot be read: {error.strerror}") from error
     return parse_run_file(text, source=str(path), overrides=overrides)
 
 

@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import shutil
 import socket
@@ -18,7 +19,7 @@ import ssl
 import struct
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,9 +27,9 @@ from typing import Literal
 from packaging.requirements import Requirement
 from rich.table import Table
 
-from edgelam_fl.addresses import answers, check_port_free, is_every_interface, is_loopback
+from edgelam_fl.addresses import answers, check_port_free, is_every_interface, is_loopback, join_address
 from edgelam_fl.errors import EdgelamError
-from edgelam_fl.federation.child import tool_environment
+from edgelam_fl.federation.environment import child_environment, proxies_set
 from edgelam_fl.files import cache_folder
 from edgelam_fl.machine import disk_free_bytes, memory_free_bytes
 from edgelam_fl.model.base_names import BASES
@@ -69,6 +70,7 @@ def examine(server: tuple[str, int] | None, hub: tuple[str, int] | None, model: 
     yield from check_packages()
     yield from check_tools()
     yield check_own_name()
+    yield from check_proxies(*server[:1] if server else ())
     yield from check_server(*server) if server else [check_port()]
     if hub:
         yield check_hub(*hub)
@@ -133,7 +135,7 @@ def _check_package(needed: Requirement, version_of: Callable[[str], str]) -> lis
 
 def check_tools(path: str | None = None) -> list[Finding]:
     """Checks that Flower's command, which submits runs, is on PATH."""
-    path = tool_environment()["PATH"] if path is None else path
+    path = child_environment()["PATH"] if path is None else path
     if shutil.which(TOOL, path=path):
         return [_ok("Flower's command", TOOL)]
     fix = f"it comes with Flower, into the folder of {sys.executable}: pip install --force-reinstall flwr"
@@ -161,6 +163,16 @@ def _resolve(host: str) -> str:
         return ""
 
 
+def check_proxies(*hosts: str, environment: Mapping[str, str] = os.environ) -> list[Finding]:
+    """Checks for a proxy, which this program goes around: to this machine and to its server it connects directly."""
+    found = proxies_set(environment)
+    if not found:
+        return []
+    where = " and ".join(["this machine", *hosts])
+    fix = "if the server can only be reached through the proxy, let this machine connect to it directly (firewall, VPN)"
+    return [Finding("proxy", "note", f"{', '.join(found)} set; connections to {where} go around it", fix)]
+
+
 def check_server(host: str, port: int) -> list[Finding]:
     """Checks name and port, and that a SuperLink answers there; stops at the first problem."""
     if is_every_interface(host):
@@ -172,31 +184,31 @@ def check_server(host: str, port: int) -> list[Finding]:
         return [_problem("server's name", f"{host} does not resolve", fix)]
     name = _ok("server's name", f"{host} is {address}")
     if not answers(host, port):
-        listen = f"{host}:{port}" if is_loopback(host) else f"{address}:{port} --insecure"
+        listen = join_address(host, port) if is_loopback(host) else f"{join_address(address, port)} --insecure"
         fix = (
             f"start it there with `edgelam server --listen {listen}`; if it runs, let its firewall pass TCP port {port}"
         )
-        return [name, _problem("server", f"nothing answers at {host}:{port}", fix)]
+        return [name, _problem("server", f"nothing answers at {join_address(host, port)}", fix)]
     return [name, _check_superlink(host, port)]
 
 
 def check_hub(host: str, port: int) -> Finding:
     """Checks that the server's end of the data plane answers."""
     if answers(host, port):
-        return _ok("hub", f"{host}:{port} answers")
+        return _ok("hub", f"{join_address(host, port)} answers")
     fix = f"on the server, let the firewall pass TCP port {port} too, or start it with `edgelam server --data-plane HOST:PORT`"
-    return _problem("hub", f"nothing answers at {host}:{port}, the server's data plane", fix)
+    return _problem("hub", f"nothing answers at {join_address(host, port)}, the server's data plane", fix)
 
 
 def _check_superlink(host: str, port: int) -> Finding:
     version, ours = superlink_version(host, port), _installed("flwr")
     if not version:
         fix = f"another program has port {port} there; give the port that `edgelam server --listen HOST:PORT` printed"
-        return _problem("server", f"what answers at {host}:{port} is no Flower SuperLink", fix)
+        return _problem("server", f"what answers at {join_address(host, port)} is no Flower SuperLink", fix)
     if version != ours:
         fix = f"the same version on every machine: pip install flwr=={version} here, or =={ours or '...'} there"
         return _problem("server", f"a SuperLink of Flower {version}, here is {ours or 'none'}", fix)
-    return _ok("server", f"a SuperLink of Flower {version} at {host}:{port}")
+    return _ok("server", f"a SuperLink of Flower {version} at {join_address(host, port)}")
 
 
 def _installed(package: str) -> str:
@@ -234,9 +246,12 @@ def check_port(port: int = DEFAULT_PORT, host: str = "127.0.0.1") -> Finding:
         version = superlink_version(host, port)
     if version:
         return Finding(
-            "port", "note", f"{port} is taken by a SuperLink of Flower {version}", f"check it: --server {host}:{port}"
+            "port",
+            "note",
+            f"{port} is taken by a SuperLink of Flower {version}",
+            f"check it: --server {join_address(host, port)}",
         )
-    fix = f"end what uses it (`ss -ltnp 'sport = :{port}'` names it), or choose another: edgelam server --listen {host}:{port + 1}"
+    fix = f"end what uses it (`ss -ltnp 'sport = :{port}'` names it), or choose another: edgelam server --listen {join_address(host, port + 1)}"
     return _problem("port", f"{port} is in use by another program", fix)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from edgelam_fl.addresses import answers
 from edgelam_fl.errors import EnvironmentProblem, RunFailed
+from edgelam_fl.federation.environment import child_environment
 from edgelam_fl.federation.template import ForkedProcess, can_fork
 
 GRACE_S = 5.0  # between SIGTERM and SIGKILL
@@ -42,11 +43,12 @@ class Child:
         log: Path,
         environment: dict[str, str] | None = None,
         forked: bool = False,
+        hosts: Sequence[str] = (),
     ) -> None:
-        """Starts `command` with this process's environment and what `environment` adds; appends its output to `log`.
+        """Starts `command` with an environment of its own and what `environment` adds; appends its output to `log`.
 
         forked: for `python -m MODULE ...` only: forks it from the template, which has its own `environment`, if this system
-        can.
+        can. hosts: machines that it reaches directly, whatever proxies are set.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         self.name, self.log = name, log
@@ -64,7 +66,7 @@ class Child:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,  # Ctrl-C reaches the parent alone, which ends its children in order
-                env={**tool_environment(), **(environment or {})},
+                env={**child_environment(*hosts), **(environment or {})},
             )
 
     @property
@@ -106,11 +108,6 @@ def _ending_with_this(command: Sequence[str]) -> list[str]:
     if sys.platform != "linux":
         return list(command)
     return [sys.executable, "-I", "-S", "-c", _END_WITH_PARENT, str(os.getpid()), *command]
-
-
-def tool_environment() -> dict[str, str]:
-    """Returns this process's environment with this Python's scripts on PATH: Flower's tools start each other by name."""
-    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
 
 
 def end_all(children: Sequence[Child], grace_s: float = GRACE_S) -> None:

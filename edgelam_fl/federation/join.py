@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from edgelam_fl.addresses import answers, check_server_answers, split_address
+from edgelam_fl.addresses import answers, check_server_answers, join_address, split_address
 from edgelam_fl.config import most_read_by_hosts
 from edgelam_fl.errors import INTERRUPTED, ConfigError, EnvironmentProblem
 from edgelam_fl.federation.node_process import NodeProcesses
@@ -102,7 +102,9 @@ def _check_trust(name: str, options: NodeOptions) -> None:
 def _await_server(console: Console, host: str, port: int) -> None:
     if answers(host, port):
         return
-    console.print(f"no server answers at {host}:{port} yet; waiting for it", highlight=False, soft_wrap=True)
+    console.print(
+        f"no server answers at {join_address(host, port)} yet; waiting for it", highlight=False, soft_wrap=True
+    )
     pause_s = 1.0
     while not answers(host, port):
         time.sleep(pause_s)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from edgelam_fl.addresses import split_address
 from edgelam_fl.errors import EnvironmentProblem
 from edgelam_fl.federation.child import Child, Restarts, end_all, shorten
 from edgelam_fl.federation.template import NODE_ENVIRONMENT
@@ -82,7 +83,10 @@ class NodeProcesses:
         self._start_child("SuperNode", command, "supernode.log")
 
     def _start_child(self, kind: str, command: Sequence[str], log: str) -> None:
-        self.children[kind] = Child(f"{self.name}'s {kind}", command, self.state / log, NODE_ENVIRONMENT, self.forked)
+        host, _ = split_address(self.server, "--server")
+        self.children[kind] = Child(
+            f"{self.name}'s {kind}", command, self.state / log, NODE_ENVIRONMENT, self.forked, [host]
+        )
 
     def ready(self) -> bool:
         """Returns whether the stage host serves. Raises EnvironmentProblem if it has ended instead."""

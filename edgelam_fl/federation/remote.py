@@ -6,7 +6,6 @@ Asks the server to admit this machine as one more device for one conversation. N
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,6 +17,7 @@ from edgelam_fl.addresses import join_address, split_address
 from edgelam_fl.errors import ConfigError, RunFailed
 from edgelam_fl.federation.operator import Operator
 from edgelam_fl.federation.submission import FollowTiming, Submission
+from edgelam_fl.files import now_in_a_name
 from edgelam_fl.model.adapter import read_peft_folder
 from edgelam_fl.model.source import find_model
 from edgelam_fl.model.stage import load_stages
@@ -67,7 +67,7 @@ def route_speaker(result: Result, operator: Operator, console: Console) -> Itera
             f"{result.folder} is outside of {operator.runs()}, where this server keeps runs: copy the run there, or let this "
             f"machine answer (`edgelam chat` without --server)"
         )
-    folder = result.folder.absolute() / "chats" / time.strftime("%Y%m%d-%H%M%S")
+    folder = result.folder.absolute() / "chats" / now_in_a_name()
     submission = Submission(operator)
     with console.status("opening the way through the federation"):
         submission.submit(result.config, folder, "chat", result.adapter)

@@ -5,7 +5,6 @@ Knows processes, events and the run's folder; knows neither what the nodes compu
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,6 +25,7 @@ from edgelam_fl.federation.local import (
 )
 from edgelam_fl.federation.operator import Operator
 from edgelam_fl.federation.submission import Submission
+from edgelam_fl.files import now_in_a_name
 from edgelam_fl.telemetry.console import RunView
 from edgelam_fl.telemetry.events import EventTail, RunFailure
 from edgelam_fl.telemetry.summary import read_summary, summary_table
@@ -46,9 +46,7 @@ def check_run(config: RunConfig, name: str, out: Path | None, operator: Operator
     bounds = bounds_of_a_local_run() if operator is None else Bounds()
     app_module("server.checks").check_config(config, bounds, elsewhere=operator is not None)
     pattern = str(out) if out else config.run.out
-    folder = (
-        Path(pattern.replace("{name}", name).replace("{time}", time.strftime("%Y%m%d-%H%M%S"))).expanduser().absolute()
-    )
+    folder = Path(pattern.replace("{name}", name).replace("{time}", now_in_a_name())).expanduser().absolute()
     if operator is not None:
         folder = _on_server(folder, operator.runs(), is_chosen=out is not None)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

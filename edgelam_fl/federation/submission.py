@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgelam_fl.addresses import split_address
 from edgelam_fl.config import RunConfig, to_toml
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.federation.app_archive import app_alone
-from edgelam_fl.federation.child import tool_environment
+from edgelam_fl.federation.environment import child_environment
 from edgelam_fl.federation.operator import Operator
 from edgelam_fl.telemetry.events import RUN_ENDS, Event, EventTail
 
@@ -89,6 +90,7 @@ class Submission:
     def __init__(self, operator: Operator) -> None:
         """Prepares Flower's settings for the operator's server. Raises EnvironmentProblem if the operator has no token."""
         self._home, self._out = operator.flower_home(), Path()
+        self._host, _ = split_address(operator.server, "--server")
         self.run_id = 0
 
     def submit(
@@ -198,7 +200,7 @@ class Submission:
         return answer
 
     def _call(self, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        environment = {**tool_environment(), "FLWR_HOME": str(self._home), "FLWR_TELEMETRY_ENABLED": "0"}
+        environment = {**child_environment(self._host), "FLWR_HOME": str(self._home)}
         try:
             return subprocess.run(
                 ["flwr", command, *arguments],
@@ -210,5 +212,5 @@ class Submission:
 
 def _as_typed(tool: str) -> str:
     """Names a tool of this environment as a shell takes it: by its name if that finds the tool, else by its path."""
-    path = shutil.which(tool, path=tool_environment()["PATH"]) or tool
+    path = shutil.which(tool, path=child_environment()["PATH"]) or tool
     return tool if shutil.which(tool) == path else path

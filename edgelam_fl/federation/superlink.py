@@ -49,7 +49,7 @@ def start_superlink(
     command += ["--members-only"] if trust else []
     command += ["--simulation"] if simulation is not None else []
     command += ["--allow-foreign-apps"] if allow_foreign_apps else []
-    environment = {"FLWR_HOME": str(state / "flwr"), "FLWR_TELEMETRY_ENABLED": "0", **(simulation or {})}
+    environment = {"FLWR_HOME": str(state / "flwr"), **(simulation or {})}
     environment |= bounds.environment() | (beside.environment if beside else {})
     environment |= {MEMBERS: str(trust_folder(state).absolute())} if trust else {}
     child = Child("SuperLink", command, state / "superlink.log", environment)

@@ -21,6 +21,8 @@ from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from types import ModuleType
 
+from edgelam_fl.federation.environment import child_environment
+
 _IMPORTED = [
     "edgelam_fl.node.service",
     "edgelam_fl.node.play",
@@ -67,11 +69,11 @@ class ForkedProcess:
     """`python -m module arguments` in a process forked from the template; answers what Child asks of a subprocess.Popen."""
 
     def __init__(self, module: str, arguments: Sequence[str], log: Path) -> None:
-        """Forks it into a session of its own, with this process's environment; its output is appended to `log`."""
+        """Forks it into a session of its own, with an environment of its own; its output is appended to `log`."""
         warm_template()
         context = multiprocessing.get_context("forkserver")
         self._process = context.Process(
-            target=_run, args=(module, list(arguments), str(log), {**os.environ, **GRPC_LOG}), daemon=True
+            target=_run, args=(module, list(arguments), str(log), {**child_environment(), **GRPC_LOG}), daemon=True
         )
         with _no_main_module():
             self._process.start()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import grpc
 
-from edgelam_fl.addresses import split_address
+from edgelam_fl.addresses import join_address, split_address
 from edgelam_fl.errors import EdgelamError, EnvironmentProblem
 from edgelam_fl.hub import echo, relay, slices
 from edgelam_fl.hub.membership import MEMBERS_EVERY_S, Door, EndedMembers, read_ended
@@ -83,7 +83,7 @@ def main() -> int:
     except EdgelamError as error:
         print(f"edgelam hub: {error}", file=sys.stderr)
         return error.exit_code
-    print(f"the hub listens on {host}:{server.port}", flush=True)
+    print(f"the hub listens on {join_address(host, server.port)}", flush=True)
     stopped.wait()
     server.stop()
     return 0

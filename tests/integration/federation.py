@@ -19,7 +19,8 @@ from edgelam_fl.addresses import free_port
 from edgelam_fl.bounds import Bounds
 from edgelam_fl.config import RunConfig, parse_run_file
 from edgelam_fl.errors import EnvironmentProblem, RunFailed
-from edgelam_fl.federation.child import Child, end_all, log_tail, tool_environment
+from edgelam_fl.federation.child import Child, end_all, log_tail
+from edgelam_fl.federation.environment import child_environment
 from edgelam_fl.federation.hub_process import HubProcess
 from edgelam_fl.federation.local import let_in
 from edgelam_fl.federation.node_process import NodeProcesses
@@ -36,6 +37,7 @@ from tests.support import WAIT_S
 # Far beyond what any of it takes: a slow machine is no failure, and what hangs ends.
 START_DEADLINE_S = 300.0
 _POLL_S = 0.2
+_DEAD_PROXY = {"http_proxy": "http://127.0.0.1:9"}  # what the processes say to each other must go around it
 _Kind = TypeVar("_Kind", bound=Event)
 
 
@@ -111,13 +113,14 @@ class Federation:
         self.hub = hub
         assert hub.child is not None
         self.children.append(hub.child)
-        with patch.dict(os.environ, {"HF_HUB_CACHE": str(self.server_models)}):
+        with patch.dict(os.environ, {"HF_HUB_CACHE": str(self.server_models), **_DEAD_PROXY}):
             bounds = Bounds(packages=("examples",), runs=self.folder / "runs")
             self.children.append(
                 start_superlink("127.0.0.1", port, self.folder / "server", beside=hub, trust=trust, bounds=bounds)
             )
-        for node in self.nodes.values():
-            node.start()
+        with patch.dict(os.environ, _DEAD_PROXY):
+            for node in self.nodes.values():
+                node.start()
         self.wait_for(lambda: all(node.ready() for node in self.nodes.values()), START_DEADLINE_S, "the nodes")
 
     def stop(self) -> None:
@@ -151,7 +154,8 @@ class Federation:
         submission = Submission(self.operator)
 
         def submit(out: Path) -> Callable[[], str]:
-            submission.submit(config, out)
+            with patch.dict(os.environ, _DEAD_PROXY):
+                submission.submit(config, out)
             return submission.status
 
         try:
@@ -180,7 +184,7 @@ class Federation:
     def flwr(self, *arguments: str, expect: int = 0) -> str:
         """Flower's own command, as the operator types it in the repository."""
         home = {"FLWR_HOME": str(self.operator.folder)}
-        environment = {**tool_environment(), **home, "FLWR_TELEMETRY_ENABLED": "0", "COLUMNS": "200"}
+        environment = {**child_environment(), **home, "COLUMNS": "200"}
         repository = Path(__file__).parents[2]
         done = subprocess.run(
             ["flwr", *arguments], cwd=repository, env=environment, stdin=subprocess.DEVNULL,

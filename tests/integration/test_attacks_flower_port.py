@@ -34,7 +34,8 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from edgelam_fl.addresses import free_port
 from edgelam_fl.config import parse_run_file
-from edgelam_fl.federation.child import Child, end_all, log_tail, tool_environment
+from edgelam_fl.federation.child import Child, end_all, log_tail
+from edgelam_fl.federation.environment import child_environment
 from edgelam_fl.federation.guard import ROUTES, Audience
 from edgelam_fl.federation.operator import Operator, operator_folder, read_token
 from edgelam_fl.federation.submission import Submission, run_events
@@ -109,11 +110,7 @@ class Server:
 
     def flwr(self, *arguments: str, home: Path | None = None) -> dict[str, Any]:
         """Flower's own command, by default as the operator."""
-        environment = {
-            **tool_environment(),
-            "FLWR_HOME": str(home or self.operator.folder),
-            "FLWR_TELEMETRY_ENABLED": "0",
-        }
+        environment = {**child_environment(), "FLWR_HOME": str(home or self.operator.folder)}
         done = subprocess.run(
             ["flwr", *arguments, "--format", "json"],
             env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=WAIT_S, check=False,

@@ -13,7 +13,8 @@ import pytest
 
 from edgelam_fl.addresses import free_port
 from edgelam_fl.federation.app_archive import installed_app
-from edgelam_fl.federation.child import Child, end_all, log_tail, tool_environment
+from edgelam_fl.federation.child import Child, end_all, log_tail
+from edgelam_fl.federation.environment import child_environment
 from edgelam_fl.federation.operator import operator_folder
 from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.federation.template import NODE_ENVIRONMENT
@@ -103,7 +104,7 @@ def submit(app: Path, mark: Path, answers: Path, operator: Path) -> None:
         (app / name).write_text(text, encoding="utf-8")
     for part in ("server", "clients"):
         (app / part / "__init__.py").touch()
-    environment = {**tool_environment(), "FLWR_HOME": str(operator), "FLWR_TELEMETRY_ENABLED": "0"}
+    environment = {**child_environment(), "FLWR_HOME": str(operator)}
     done = subprocess.run(
         ["flwr", "run", str(app), "--run-config", f'answers="{answers}"'],
         env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=WAIT_S, check=False,

@@ -164,8 +164,19 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, kind: str) -> None:
         path.mkdir()
     else:
         path.write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match=r"the run file .*run\.toml cannot be read"):
+    rule = (
+        "cannot be read: Is a directory" if kind == "folder" else r"is not UTF-8 \(byte 0 is 0xff\); save it as UTF-8"
+    )
+    with pytest.raises(ConfigError, match=rf"the run file .*run\.toml {rule}"):
         read_run_file(path)
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path, ends: str) -> None:
+    path = tmp_path / "run.toml"
+    path.write_bytes(f"\ufeff[federation]{ends}rounds = 2{ends}".encode())
+    assert read_run_file(path).federation.rounds == 2
+    assert parse_run_file("\ufeff[lora]\nrank = 2", source="a submission").lora.rank == 2
 
 
 def test_a_file_is_read_with_its_overrides(tmp_path: Path) -> None:

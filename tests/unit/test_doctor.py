@@ -53,6 +53,16 @@ def superlink() -> Iterator[tuple[str, dict[str, str]]]:
 # ---------------------------------------------------------------- what is installed
 
 
+def test_proxies_are_named_and_gone_around() -> None:
+    assert doctor.check_proxies("server.lan", environment={"no_proxy": "x"}) == []
+    (finding,) = doctor.check_proxies("server.lan", environment={"https_proxy": "http://me:secret@proxy:1"})
+    assert (finding.state, finding.found) == (
+        "note",
+        "https_proxy set; connections to this machine and server.lan go around it",
+    )
+    assert "secret" not in finding.fix
+
+
 def test_an_old_python_is_a_problem_and_a_newer_one_a_note() -> None:
     assert doctor.check_python((3, 11)).state == doctor.check_python((3, 13)).state == "ok"
     assert "uv venv --python 3.13" in problem(doctor.check_python((3, 10))).fix

@@ -27,11 +27,19 @@ def test_addresses(address: str, expected: tuple[str, int]) -> None:
     assert split_address(address, "--server") == expected
 
 
-@pytest.mark.parametrize("address", ["", "host", ":8000", "host:", "host:http", "host:-1", "host:65536", "8000"])
+@pytest.mark.parametrize(
+    "address", ["", "host", ":8000", "host:", "host:http", "host:-1", "host:65536", "8000", "host:²"]
+)
 def test_an_address_of_another_form(address: str) -> None:
     with pytest.raises(ConfigError) as caught:
         split_address(address, "--server")
     assert str(caught.value) == f"--server = {address!r} must be HOST:PORT, as in 127.0.0.1:8000"
+
+
+@pytest.mark.parametrize("address", ["::1:8000", "fe80::1:8000", "[::1:8000", "::1]:8000"])
+def test_an_ipv6_address_without_brackets(address: str) -> None:
+    with pytest.raises(ConfigError, match=r"; an IPv6 address is written in brackets, as in \[::1\]:8000$"):
+        split_address(address, "--server")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "localhost", "::1"])

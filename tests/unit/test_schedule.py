@@ -188,6 +188,12 @@ def test_a_payload_is_estimated_from_above_until_it_is_measured() -> None:
     assert low == ((tensors - 2 * 5 * config.federation.batch_size) + values * 4 / 64) * config.task.max_tokens * 64 * 4
 
 
+def test_a_device_with_nothing_to_move_still_gets_a_share() -> None:
+    own = schedule("federation.epochs=1", "wire.capacity=1 Mbit/s", "strategy.bandwidth=proportional")
+    shares = own.shares([profile("a", examples=0), profile("b", examples=32)])
+    assert 0 < shares["a"] < 0.05 < shares["b"]
+
+
 def test_unmeasured_devices_are_guessed_from_the_measured_ones() -> None:
     own = schedule("federation.epochs=1", "federation.batch_size=4")
     small, large = profile("a", examples=8), profile("b", examples=32)
