@@ -20,7 +20,7 @@ FIRST_LETTER = """
 import torch
 from torch.nn import functional
 
-from edgelam_fl.tasks.base import Example, Unit, cut, pad
+from edgelam_fl.tasks.base import Example, Made, Unit, cut, pad
 
 
 class FirstLetter:
@@ -28,7 +28,7 @@ class FirstLetter:
         self.most = settings.max_tokens
 
     def examples(self, pairs):
-        return [Example(list(prompt.encode()[: self.most]), [answer.encode()[0]], 1) for prompt, answer in pairs]
+        return Made([Example(list(prompt.encode()[: self.most]), [answer.encode()[0]], 1) for prompt, answer in pairs])
 
     def units(self, examples, pieces):
         return [
