@@ -52,7 +52,7 @@ def train(message: Message, context: Context) -> Message:
     with _stage_host(context) as stage_host:
         verdict = stage_host.call("Submit", request, _ANSWER_S)
         if not verdict.accepted:
-            report = _unfinished(plan, "failed", verdict.reason)
+            report = _unfinished(plan, "failed", verdict.reason, verdict.code)
         elif message.content["plan"].get("wait") == "park":
             report = _unfinished(plan, "running")
         else:
@@ -102,9 +102,9 @@ def _wait(stage_host: ControlClient, plan: pb.Plan) -> pb.JobReport:
             return _unfinished(plan, "failed", "the round's deadline has passed")
 
 
-def _unfinished(plan: pb.Plan, state: str, error: str = "") -> pb.JobReport:
+def _unfinished(plan: pb.Plan, state: str, error: str = "", code: str = "") -> pb.JobReport:
     """Makes a report without results."""
-    return pb.JobReport(job=part_id(plan), node=plan.node, role=plan.role, state=state, error=error)
+    return pb.JobReport(job=part_id(plan), node=plan.node, role=plan.role, state=state, error=error, code=code)
 
 
 def _stage_host(context: Context) -> AbstractContextManager[ControlClient]:

@@ -1,18 +1,22 @@
 """Every error that a user or a peer can cause, in one tree. The CLI prints the text and exits with the class's code.
 
-    EdgelamError                       exit  retry makes sense
-    |- UsageError                       2    no: the command line, the run file or the data is wrong
-    |   |- ConfigError
-    |   |- DataError
-    |   `- ModelError
-    |       `- ModelNotFound               no: nothing of the model is on this machine
-    |- EnvironmentProblem               3    once the machine is repaired: a port, a server, a missing package
-    `- RunFailed                        4    no: the run started and could not continue
-        |- PeerLost                          yes: the other end vanished or stayed silent
-        |- TooFewSources                     yes: when more devices take part
-        |- DoesNotFit                        no: no split of the model fits the memory of the nodes
-        |- Refused                           no: the other end said why not
-        `- ProtocolError                     no: the other end sent what it must not
+    EdgelamError                       exit  code         may a later attempt of the same run succeed?
+    |- UsageError                       2    usage        never: the command line, the run file or the data is wrong
+    |   |- ConfigError                       config       never
+    |   |- DataError                         data         never
+    |   `- ModelError                        model        never
+    |       `- ModelNotFound                 model        never: nothing of the model is on this machine
+    |- EnvironmentProblem               3    environment  once the machine is repaired: a port, a server, a missing package
+    `- RunFailed                        4    run          the run started and could not continue
+        |- PeerLost                          peer-lost    yes: the other end vanished or stayed silent
+        |- TooFewSources                     too-few      yes: when more devices take part
+        |- DoesNotFit                        no-fit       when other nodes are here: no split fits the memory of these
+        |- Refused                           refused      perhaps: the other end said why not
+        |   `- Mismatch                      mismatch     never: both sides differ in a model, a version or a setting
+        `- ProtocolError                     protocol     perhaps, with other peers: the other end sent what it must not
+
+What is none of these is a bug, code "bug". A node that refuses tells the server the code beside its words, and is not asked
+again within the run if that code is final.
 
 A message says what is wrong, the value got, the value allowed and where to change it. Such a message stays on its machine if
 it may hold a value or a path of this machine: what other machines hear is `for_others` of the error.
@@ -22,7 +26,7 @@ from __future__ import annotations
 
 import difflib
 import traceback
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -35,6 +39,10 @@ class EdgelamError(Exception):
     """Any of the errors below."""
 
     exit_code = 4
+    code: ClassVar[str] = "run"
+    """The kind of error, for other machines; a subclass without one of its own is of its base's kind."""
+    is_final: ClassVar[bool] = False
+    """Whether nothing within the same run can change it."""
     outward: ClassVar[str] = ""
     """What other machines may hear of such an error; empty: its message, which names no value and no path."""
 
@@ -47,12 +55,14 @@ class UsageError(EdgelamError):
     """The command line, the run file or the data is wrong."""
 
     exit_code = 2
+    code, is_final = "usage", True
     outward = "what it was given cannot be used (usage)"
 
 
 class ConfigError(UsageError):
     """A run file, an override or an option that cannot be used."""
 
+    code = "config"
     outward = "a setting of the run cannot be used (config)"
 
 
@@ -65,6 +75,8 @@ DataFault = Literal[
 
 class DataError(UsageError):
     """A data file that cannot be used. Its message may quote the data: others hear `fault` and `place` alone."""
+
+    code = "data"
 
     def __init__(self, message: str, fault: DataFault, place: str = "") -> None:
         """`fault`: a code for what is wrong. `place`: where in the file, as "line 3", made of counts alone."""
@@ -79,6 +91,7 @@ class DataError(UsageError):
 class ModelError(UsageError):
     """A model that cannot be found, read or cut as asked."""
 
+    code = "model"
     outward = "the model cannot be found, read or cut as asked (model)"
 
 
@@ -90,6 +103,7 @@ class EnvironmentProblem(EdgelamError):
     """This machine or the network lacks something that the command needs."""
 
     exit_code = 3
+    code = "environment"
 
     def __init__(self, message: str, outward: str = "") -> None:
         """`outward`: what other machines may hear, without a value or a path of this machine."""
@@ -103,17 +117,28 @@ class EnvironmentProblem(EdgelamError):
 class RunFailed(EdgelamError):
     """A run that had started and could not continue."""
 
+    def __init__(self, message: str, exit_code: int = 4) -> None:
+        """`exit_code`: 2 if all that could have taken part refused because of what they were given."""
+        super().__init__(message)
+        self.exit_code = exit_code
+
 
 class PeerLost(RunFailed):
     """A link's other end vanished or stayed silent for longer than its deadline."""
+
+    code = "peer-lost"
 
 
 class TooFewSources(RunFailed):
     """Fewer devices or sites trained a module than the aggregation needs."""
 
+    code = "too-few"
+
 
 class DoesNotFit(RunFailed):
     """The available nodes have too little memory; `missing_bytes` says how much is missing."""
+
+    code = "no-fit"
 
     def __init__(self, message: str, missing_bytes: float = 0.0) -> None:
         super().__init__(message)
@@ -123,9 +148,54 @@ class DoesNotFit(RunFailed):
 class Refused(RunFailed):
     """The other end of a link or of a submission declined, with its reason."""
 
+    code = "refused"
+
+
+class Mismatch(Refused):
+    """The two sides differ in what a run cannot change: the files of the model, the version, a setting."""
+
+    code, is_final = "mismatch", True
+
 
 class ProtocolError(RunFailed):
     """The other end sent something that the protocol does not allow."""
+
+    code = "protocol"
+
+
+BUG = "bug"
+
+
+def _kinds(kind: type[EdgelamError]) -> Iterator[tuple[str, type[EdgelamError]]]:
+    """Yields (code, class) of a class with a code of its own, and of those below it."""
+    if "code" in vars(kind):
+        yield kind.code, kind
+    for below in kind.__subclasses__():
+        yield from _kinds(below)
+
+
+_KINDS = dict(_kinds(EdgelamError))
+
+
+def code_of(error: BaseException) -> str:
+    """Returns the code of any exception."""
+    return error.code if isinstance(error, EdgelamError) else BUG
+
+
+def known_code(code: str) -> str:
+    """Returns a code that another machine sent; "" if there is none such."""
+    return code if code in _KINDS or code == BUG else ""
+
+
+def is_final(code: str) -> bool:
+    """Returns whether a node that refuses with this code refuses for the rest of the run. An unknown code is not final."""
+    return code in _KINDS and _KINDS[code].is_final
+
+
+def exit_code_of(codes: Collection[str]) -> int:
+    """Returns the exit code of a run that ended because nodes refused with these codes: 2 if all name what they were given."""
+    given = [code in _KINDS and issubclass(_KINDS[code], UsageError) for code in codes]
+    return UsageError.exit_code if given and all(given) else EdgelamError.exit_code
 
 
 def for_others(error: BaseException) -> str:

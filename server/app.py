@@ -65,7 +65,7 @@ def _lead(exchange: Exchange, folder: RunFolder, spec: RunSpec, hub: RunHub, bou
         else:
             propose(roster, spec, folder)
     except EdgelamError as error:
-        folder.fail(str(error))
+        folder.fail(str(error), error.exit_code)
         raise
     except Exception as error:
         folder.fail(f"{type(error).__name__}: {error}")

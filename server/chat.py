@@ -62,7 +62,7 @@ def converse(grid: Grid, spec: RunSpec, hub: RunHub, session: Path, adapter: Pat
         if missing:
             raise RunFailed("; ".join(f"{name}: {reason}" for name, reason in sorted(missing.items())))
     except RunFailed as error:
-        folder.emit(RunFailure(reason=str(error), kept="the run itself is untouched"))
+        folder.emit(RunFailure(reason=str(error), kept="the run itself is untouched", exit_code=error.exit_code))
         raise
     folder.emit(RunDone(summary=""))
 

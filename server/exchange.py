@@ -12,9 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from flwr.app import Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
+from edgelam_fl.errors import BUG, Mismatch
 from edgelam_fl.names import printable
+
+_CODES = {ErrorCode.INVALID_FAB: Mismatch.code, ErrorCode.CLIENT_APP_RAISED_EXCEPTION: BUG}  # of Flower's error replies
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +63,8 @@ class Missing:
 
     name: str
     reason: str
+    code: str = ""
+    """Kind of the reason, as in `edgelam_fl.errors`; "": unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +97,20 @@ class Exchange:
 
     def __init__(self, grid: Grid, timing: ExchangeTiming) -> None:
         self.grid, self.timing = grid, timing
+        self._here: set[int] = set()  # at the last look
+        self._left: set[int] = set()  # since the last call of `left`
+
+    def present(self) -> set[int]:
+        """Returns Flower's ids of the nodes that are here."""
+        here = set(self.grid.get_node_ids())
+        self._left |= self._here - here
+        self._here = here
+        return set(here)
+
+    def left(self) -> set[int]:
+        """Returns the nodes that any look since the last call missed; those that are back by now are new ones."""
+        left, self._left = self._left, set()
+        return left
 
     def replies(
         self,
@@ -143,7 +163,7 @@ class Exchange:
 
     def _given_up(self, waiting: Mapping[str, Addressee], late: Iterable[SiteDeadline]) -> list[tuple[str, Missing]]:
         """Returns the messages that nobody will answer: their nodes have left, or belong to a site that is `late`."""
-        present = set(self.grid.get_node_ids()) if waiting else set()
+        present = self.present() if waiting else set()
         reasons = {name: f"no reply {s.limit_s:.0f} s after its site" for s in late for name in s.hosts | s.members}
         return [
             (message_id, Missing(peer.name, reasons.get(peer.name, "left the federation")))
@@ -155,5 +175,6 @@ class Exchange:
 def answer_of(peer: Addressee, message: Message) -> Arrived | Missing:
     """Returns a node's message as the answer that it is: a reply, or an account of what failed there."""
     if message.has_error():
-        return Missing(peer.name, f"its ClientApp failed: {printable(message.error.reason)}")
+        reason = f"its ClientApp failed: {printable(message.error.reason)}"
+        return Missing(peer.name, reason, _CODES.get(message.error.code, ""))
     return Arrived(peer.name, message.content)

@@ -40,15 +40,15 @@ def receive(
     judge = UpdateJudge(planned.start.adapter, planned.start.personal, site_sources, update_factor)
     means = private or (RunningMeans(judge) if planned.sums_on_arrival else None)
     replies: dict[str, Reply] = {}
-    problems, silent = dict.fromkeys(planned.plans, "no reply"), set()
+    problems, codes, silent = dict.fromkeys(planned.plans, "no reply"), dict[str, str](), set()
     for answer in answers:
         if isinstance(answer, Missing):
-            problems[answer.name] = answer.reason
+            problems[answer.name], codes[answer.name] = answer.reason, answer.code
             silent.add(answer.name)
             continue
         reply, wrong = _read(planned, answer.name, answer.content, means)
         if wrong:
-            problems[answer.name] = wrong
+            problems[answer.name], codes[answer.name] = wrong, reply.report.code
         else:
             replies[answer.name] = reply
         del answer, reply  # an update; else the next one would be fetched while this one is still here
@@ -61,6 +61,7 @@ def receive(
     return Received(
         replies=replies,
         problems={name: reason for name, reason in problems.items() if name not in replies},
+        codes=codes,
         silent=frozenset(silent),
         broken=broken,
         left_out=left_out,

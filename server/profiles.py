@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 
 from edgelam_fl.addresses import split_address
 from edgelam_fl.config import most_read_by_hosts
-from edgelam_fl.errors import ConfigError, ProtocolError
+from edgelam_fl.errors import ConfigError, ProtocolError, known_code
 from edgelam_fl.names import printable, why_no_name, why_no_tag
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -58,7 +58,7 @@ def read_profile(content: RecordDict) -> pb.Profile:
     except (KeyError, TypeError, DecodeError) as error:
         raise ProtocolError(f"its answer holds no profile that can be read ({type(error).__name__})") from error
     profile.DiscardUnknownFields()
-    profile.problem = printable(profile.problem)
+    profile.problem, profile.code = printable(profile.problem), known_code(profile.code)
     if profile.protocol_version != PROTOCOL_VERSION or profile.problem:
         return profile
     problem = next(_problems(profile), "")

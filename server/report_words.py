@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 
+from edgelam_fl.errors import known_code
 from edgelam_fl.names import printable
 from edgelam_fl.wire import edgelam_pb2 as pb
 
@@ -17,7 +18,7 @@ _DIGEST = re.compile("[0-9a-f]{64}")
 
 def with_bounded_words(report: pb.JobReport) -> pb.JobReport:
     """Returns the report itself, with words that are printable and of limited length."""
-    report.error = printable(report.error, _MOST_REASON)
+    report.error, report.code = printable(report.error, _MOST_REASON), known_code(report.code)
     report.state, report.moments = printable(report.state, 20), printable(report.moments, 20)
     if not _DIGEST.fullmatch(report.adapter_digest):
         report.adapter_digest = ""

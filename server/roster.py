@@ -1,7 +1,8 @@
 """The roster of the federation: nodes that are here, with their profiles, and nodes that cannot take part.
 
 Asks nodes for their profiles and measurements. A profile is taken whenever it comes. Once enough nodes are here, they wait for
-the others only a little, and never again for one that let them wait in vain. Knows nothing about rounds, plans and adapters.
+the others only a little, and never again for one that let them wait in vain. A node whose refusal nothing in the run can change
+(`is_final` of its code) is not asked again until it has left and joined anew. Knows nothing about rounds, plans and adapters.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from flwr.app import ConfigRecord, MessageType, RecordDict
 
 from edgelam_fl.config import RunConfig
-from edgelam_fl.errors import ProtocolError, RunFailed
+from edgelam_fl.errors import Mismatch, ProtocolError, RunFailed, exit_code_of, is_final
 from edgelam_fl.names import folded, why_no_name
 from edgelam_fl.plan.layout import who_may_host
 from edgelam_fl.telemetry.events import LayerSeconds, LinkMeasured, NodeJoined, NodeRefused
@@ -35,6 +36,37 @@ class _Question:
 
     peer: Addressee
     asked: float  # by the server's clock, s
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """A node that is out of the run until it joins anew."""
+
+    name: str
+    reason: str
+    code: str
+    role: int  # as of its profile; 0: unknown
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Count:
+    """Who can take part, and who never can."""
+
+    devices: int
+    hosts: int
+    devices_out: list[_Refusal]
+    hosts_out: list[_Refusal]
+
+    def is_short(self, config: RunConfig, patient: bool) -> bool:
+        """Returns whether more nodes are waited for; `patient`: for all that are expected, but for those that are out."""
+        federation, hosts = config.federation, config.split.least_hosts
+        devices = max(federation.min_nodes, federation.expect_nodes - len(self.devices_out) if patient else 0)
+        wanted = max(hosts, hosts * config.split.sites - len(self.hosts_out)) if patient else hosts
+        return self.devices < devices or self.hosts < wanted
+
+    def are_all_heard(self, expected: int) -> bool:
+        """Returns whether as many devices as are expected can take part or are out; `expected`: 0: any number."""
+        return 0 < expected <= self.devices + sum(one.role == pb.DEVICE for one in self.devices_out)
 
 
 class Roster:
@@ -61,6 +93,7 @@ class Roster:
         self._spellings: dict[str, str] = {}  # of the names that were here, by their folded form
         self._known: set[int] = set()  # asked at least once
         self._lost: set[int] = set()  # out of the rounds, and asked again when a round starts
+        self._final: dict[int, _Refusal] = {}
         self._tardy: set[int] = set()  # the others have waited for their answer once, in vain
         self._open: dict[str, _Question] = {}  # by Flower's message ids
 
@@ -76,27 +109,57 @@ class Roster:
     def gather(self, config: RunConfig, at_start: bool) -> None:
         """Waits for `min_nodes` devices and the hosts of one site; at the start until the deadline for all expected nodes.
 
-        Raises RunFailed with a list of the nodes that are here.
+        Raises RunFailed with a list of the nodes that are here: at the deadline, or earlier if all have refused for good.
         """
-        federation, timing = config.federation, self._exchange.timing
-        began = timing.now()
-        end, enough_since = began + federation.join_deadline_s, math.inf
+        timing = self._exchange.timing
+        began = quiet_since = timing.now()
+        end, enough_since = began + config.federation.join_deadline_s, math.inf
         short = True  # lost nodes are asked when a round starts, and again while too few nodes are here
         while True:
             news, now = self.refresh(ask_lost=short), timing.now()
-            patient = at_start and now <= end
-            devices = max(federation.min_nodes, federation.expect_nodes) if patient else federation.min_nodes
-            hosts = config.split.least_hosts * (config.split.sites if patient else 1)
-            here = len(who_may_host(config, self.profiles.values()))
-            fit = [name for name in self.devices() if not self._unfit(config, name)]
-            short = len(fit) < devices or here < hosts
+            quiet_since = now if news else quiet_since
+            count = self._count(config)
+            short = count.is_short(config, patient=at_start and now <= end)
             enough_since = math.inf if short else min(enough_since, now)
             if not short and not news and not self._waits_for_others(enough_since, enough_since - began):
                 return
-            if short and not news and now > end and not any(q.asked <= end for q in self._open.values()):
-                raise self._too_few(config, hosts)
+            if short and not news:
+                self._check_hope(config, count, now - quiet_since)
+                if now > end and not any(q.asked <= end for q in self._open.values()):
+                    raise self._too_few(config)
             if not news:
                 timing.sleep(timing.poll_s if short else timing.first_poll_s)
+
+    def _count(self, config: RunConfig) -> _Count:
+        """Counts who is here and who is out: nodes that have refused for good, and devices that the run file excludes."""
+        unfit = {name: reason for name in self.devices() if (reason := self._unfit(config, name))}
+        return _Count(
+            devices=len(self.devices()) - len(unfit),
+            hosts=len(who_may_host(config, self.profiles.values())),
+            devices_out=[r for r in self._final.values() if r.role != pb.EDGE]
+            + [_Refusal(name, reason, "", pb.DEVICE) for name, reason in unfit.items()],
+            hosts_out=[r for r in self._final.values() if r.role == pb.EDGE or config.split.host_on == "any"],
+        )
+
+    def _check_hope(self, config: RunConfig, count: _Count, quiet_s: float) -> None:
+        """Raises RunFailed if too few are left and nobody is to be waited for.
+
+        A node may still be on its way, and is given a little time, unless as many devices have been heard as are expected.
+        """
+        if self._open or self._lost:
+            return
+        federation, out, who = config.federation, list[_Refusal](), "device"
+        if count.devices < federation.min_nodes and (not count.devices or count.are_all_heard(federation.expect_nodes)):
+            out = count.devices_out
+        if not out and config.split.least_hosts and not count.hosts:
+            out, who = count.hosts_out, "host"
+        if out and (quiet_s >= self._exchange.timing.settle_s or count.are_all_heard(federation.expect_nodes)):
+            few = "too few are" if count.devices and who == "device" else f"no {who} is"
+            reasons = "".join(f"; {one.name}: {one.reason}" for one in sorted(out, key=lambda one: one.name))
+            raise RunFailed(
+                f"{few} left that can take part, and nothing within this run can change that{reasons}",
+                exit_code_of([one.code for one in out]),
+            )
 
     def revisit(self) -> None:
         """Asks new and lost nodes, and waits a little for their answers."""
@@ -120,8 +183,12 @@ class Roster:
         """Waits until the hosts of one site are here, or until the deadline."""
         timing = self._exchange.timing
         end = timing.now() + config.federation.join_deadline_s
+        quiet_since = timing.now()
         while len(who_may_host(config, self.profiles.values())) < config.split.least_hosts and timing.now() < end:
-            if not self.refresh():
+            if self.refresh():
+                quiet_since = timing.now()
+            else:
+                self._check_hope(config, self._count(config), timing.now() - quiet_since)
                 timing.sleep(timing.poll_s)
 
     def refresh(self, ask_lost: bool = False) -> bool:
@@ -129,12 +196,15 @@ class Roster:
 
         Returns whether anything changed.
         """
-        present = set(self._exchange.grid.get_node_ids())
+        present, left = self._exchange.present(), self._exchange.left()
         for name, node_id in list(self._ids.items()):
             if node_id not in present:
                 self._forget(name, "left the federation")
         for nodes in (self._lost, self._known, self._tardy):
             nodes &= present
+        for node_id in self._final.keys() & (left | (self._final.keys() - present)):
+            del self._final[node_id]  # if it is back, it may have been mended
+            self._known.discard(node_id)
         new, before = present - self._known, set(self.profiles)
         asked_already = {question.peer.node_id for question in self._open.values()}
         self._ask(new | (self._lost - asked_already if ask_lost else set()))
@@ -159,17 +229,18 @@ class Roster:
             answer = answer_of(peer, message)
             try:
                 if isinstance(answer, Missing):
-                    raise ProtocolError(answer.reason)
-                self._enrol(peer.node_id, read_profile(answer.content))
+                    self._refuse(peer.node_id, peer.name, answer.reason, answer.code)
+                else:
+                    self._enrol(peer.node_id, read_profile(answer.content))
             except ProtocolError as error:
-                self._refuse(peer.name, str(error))
+                self._refuse(peer.node_id, peer.name, str(error))
         now = self._exchange.timing.now()
         for message_id, question in list(self._open.items()):
             left = question.peer.node_id not in present
             if left or now - question.asked >= self._limit_s:
                 del self._open[message_id]
                 reason = "left the federation" if left else f"no reply within {self._limit_s:.0f} s"
-                self._refuse(question.peer.name, reason)
+                self._refuse(question.peer.node_id, question.peer.name, reason)
 
     def measure_links(self, names: Iterable[str]) -> None:
         """Has nodes measure their links to the hub, and updates their profiles. A node without an answer keeps its values."""
@@ -201,10 +272,16 @@ class Roster:
         """Forgets the problem of a node that has delivered."""
         self.problems.pop(name, None)
 
-    def failed(self, name: str, reason: str, *, silent: bool) -> None:
-        """Notes why a node did not deliver. A `silent` one is in no plan until it answers a query: others would wait for it."""
+    def failed(self, name: str, reason: str, code: str = "", *, silent: bool) -> None:
+        """Notes why a node did not deliver. `code`: kind of the reason; with a final one the node is in no plan until it joins anew.
+
+        A `silent` one is in none until it answers a query: others would wait for it.
+        """
         self.problems[name] = reason
-        if silent:
+        if is_final(code):
+            profile = self.profiles.pop(name, pb.Profile())
+            self._end(self._ids[name], _Refusal(name, reason, code, profile.role))
+        elif silent:
             self.lose(name)
 
     def lose(self, name: str) -> None:
@@ -213,19 +290,23 @@ class Roster:
         self._lost.add(self._ids[name])
 
     def _name_of(self, node_id: int) -> str:
-        """Returns a node's name; its number if the name is not known yet."""
-        return next((name for name, known in self._ids.items() if known == node_id), str(node_id))
+        """Returns a node's name: by its profile, else by its key; its number if neither is known yet."""
+        known = next((name for name, known in self._ids.items() if known == node_id), "")
+        owner = self._owner_of(node_id) if self._owner_of is not None and not known else None
+        return known or (owner.name if owner is not None else str(node_id))
 
     def _enrol(self, node_id: int, profile: pb.Profile) -> None:
-        problem = profile.problem
+        problem, code = profile.problem, profile.code
         if profile.protocol_version != PROTOCOL_VERSION:
             problem = f"speaks protocol version {profile.protocol_version}, this server {PROTOCOL_VERSION}: install the same edgelam-fl"
+            code = Mismatch.code
         elif not problem and (not_its_own := self._why_not_itself(node_id, profile)):
             problem = not_its_own
         elif not problem and profile.address.startswith(BEHIND) and not self._request.hub_port:
             problem = "can be reached by a relay alone (--listen relay), and this server has none: start it with `edgelam server`"
         if problem:
-            self._refuse(str(node_id) if why_no_name(profile.name) else profile.name, problem)
+            name = self._name_of(node_id) if why_no_name(profile.name) else profile.name
+            self._refuse(node_id, name, problem, code, profile.role)
             return
         self._lost.discard(node_id)
         self._spellings[folded(profile.name)] = profile.name
@@ -263,10 +344,17 @@ class Roster:
             return f"this run knows {spelling}, and names that differ in case alone are one name; choose another with --name"
         return ""
 
-    def _refuse(self, name: str, reason: str) -> None:
+    def _refuse(self, node_id: int, name: str, reason: str, code: str = "", role: int = 0) -> None:
         if self.problems.get(name) != reason:  # a lost node is asked again and again
-            self._folder.emit(NodeRefused(node=name, reason=reason))
+            self._folder.emit(NodeRefused(node=name, reason=reason, code=code))
         self.problems[name] = reason
+        if is_final(code):
+            self._end(node_id, _Refusal(name, reason, code, role))
+
+    def _end(self, node_id: int, refusal: _Refusal) -> None:
+        """Takes a node out of the run until it has left and joined anew."""
+        self._final[node_id] = refusal
+        self._lost.discard(node_id)
 
     def _forget(self, name: str, reason: str) -> None:
         self.profiles.pop(name, None)
@@ -276,8 +364,8 @@ class Roster:
     def _unfit(self, config: RunConfig, name: str) -> str:
         return unfit(config, self.profiles[name], self._request.model_digest)
 
-    def _too_few(self, config: RunConfig, hosts: int) -> RunFailed:
-        federation, devices = config.federation, self.devices()
+    def _too_few(self, config: RunConfig) -> RunFailed:
+        federation, devices, hosts = config.federation, self.devices(), config.split.least_hosts
         reasons = {name: self._unfit(config, name) for name in devices} | self.problems
         problems = "".join(f"; {name}: {reason}" for name, reason in sorted(reasons.items()) if reason)
         any_device = " or devices that listen" if config.split.host_on == "any" else ""

@@ -289,9 +289,9 @@ class Rounds:
             if name in received.replies:
                 self.roster.delivered(name)
                 continue
-            reason = received.problems[name]
-            self.roster.failed(name, reason, silent=name in received.silent)
-            self.folder.emit(NodeLost(round=number, node=name, reason=reason))
+            reason, code = received.problems[name], received.codes.get(name, "")
+            self.roster.failed(name, reason, code, silent=name in received.silent)
+            self.folder.emit(NodeLost(round=number, node=name, reason=reason, code=code))
         for source, reason in sorted(received.left_out.items()):
             self.folder.emit(ContributionLeftOut(round=number, source=source, reason=reason))
         if planned.facts.steps:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from edgelam_fl.config import to_toml
-from edgelam_fl.errors import ConfigError
+from edgelam_fl.errors import ConfigError, RunFailed
 from edgelam_fl.files import from_home, write_atomically
 from edgelam_fl.model.adapter import write_peft_folder
 from edgelam_fl.plan.spec import RunSpec
@@ -58,8 +58,8 @@ class RunFolder:
         write_atomically(self.path / "summary.json", json.dumps(as_json(summary), indent=2) + "\n")
         write_report(self.path)
 
-    def fail(self, reason: str) -> None:
-        """Emits why the run ended early and what is kept of it, and writes the report."""
+    def fail(self, reason: str, exit_code: int = RunFailed.exit_code) -> None:
+        """Emits why the run ended early and what is kept of it, and writes the report. `exit_code`: of who follows the run."""
         from edgelam_fl.telemetry.report.page import write_report
 
         state = self.path / "state.json"
@@ -67,5 +67,5 @@ class RunFolder:
         kept = (
             f"the adapter after round {done} is kept in {self.path.name}/adapter" if done else "no round was finished"
         )
-        self.emit(RunFailure(reason=from_home(reason), kept=kept))
+        self.emit(RunFailure(reason=from_home(reason), kept=kept, exit_code=exit_code))
         write_report(self.path)

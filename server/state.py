@@ -118,6 +118,8 @@ class Received:
     """Usable replies, by node; of a large round without their tensors."""
     problems: Mapping[str, str]
     """Why there is no usable reply, by node."""
+    codes: Mapping[str, str]
+    """The kind of each of these problems, as in `edgelam_fl.errors`, as far as it is known."""
     silent: frozenset[str]
     """The nodes that did not reply at all."""
     broken: Mapping[str, Sequence[str]]

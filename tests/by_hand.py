@@ -41,6 +41,7 @@ class ByHand:
         self.received = list[adapters.Adapter]()
         self.fails: Callable[[pb.Plan], str] = lambda plan: ""
         """Why its part fails; "crash": its ClientApp does."""
+        self.code = ""  # kind of the reason why its part fails
         self.loses: Callable[[pb.Plan | None], bool] = lambda plan: False
         """Whether its ClientApp ends before it has fetched this plan, or a query (None)."""
         self.leaves: Callable[[pb.Plan], bool] = lambda plan: False
@@ -59,7 +60,7 @@ class ByHand:
         assert adapters.digest(self.held) == plan.adapter_digest
         self.corrections.append([from_record(content[f"correction-{n}"]) for n in range(len(plan.corrections))])
         if self.fails(plan):
-            return pb.JobReport(state="failed", error=self.fails(plan)), []
+            return pb.JobReport(state="failed", error=self.fails(plan), code=self.code), []
         report = pb.JobReport(state="done", node=plan.node, role=plan.role)
         parts, lr_sum = [], sum(plan.optimizer.lrs)
         if plan.routes:

@@ -212,7 +212,7 @@ def run_cell(
         feed(event)
         events.append(event)
         if isinstance(event, RunFailure):
-            raise RunFailed(event.reason)
+            raise RunFailed(event.reason, event.exit_code)
     return events
 
 

@@ -32,7 +32,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supernode.nodestate import NodeState
 
-from edgelam_fl.errors import for_others
+from edgelam_fl.errors import EdgelamError, for_others
 from edgelam_fl.federation.app_archive import App, archived_app, why_refused
 
 _MOST_AT_ONCE = 8  # a SuperNode gives one message after the other; more are there only after it has given one up
@@ -127,8 +127,9 @@ class ClientAppThreads:
             raise
         except Exception as raised:  # noqa: BLE001 - whatever it is, the server hears of it and the next message is answered
             log(ERROR, "The ClientApp raised an exception.", exc_info=raised)
-            problem = f"{for_others(raised)}; the node's own log says more"
-            error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, problem)
+            problem = f"{for_others(raised)}; supernode.log on {self._settings['name']} says more"
+            is_foreseen = isinstance(raised, EdgelamError)
+            error = Error(ErrorCode.UNKNOWN if is_foreseen else ErrorCode.CLIENT_APP_RAISED_EXCEPTION, problem)
         self._send(task, Message(error, reply_to=head))
         return problem
 

@@ -101,7 +101,7 @@ def _await_placement(submission: Submission, deadline_s: float) -> PlacementMade
         if isinstance(event, PlacementMade):
             return event
         if isinstance(event, RunFailure):
-            raise RunFailed(f"the server could not plan: {event.reason}")
+            raise RunFailed(f"the server could not plan: {event.reason}", event.exit_code)
     raise RunFailed("the server ended before it planned")
 
 

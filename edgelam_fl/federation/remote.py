@@ -95,7 +95,7 @@ def _await_route(submission: Submission, folder: Path, deadline_s: float) -> pb.
     """Returns the caller's plan, once the server has made it."""
     for event in submission.events(deadline_s, awaited="a route through the federation", timing=_TIMING):
         if isinstance(event, RunFailure):
-            raise RunFailed(f"the server could not open a route: {event.reason}")
+            raise RunFailed(f"the server could not open a route: {event.reason}", event.exit_code)
         if isinstance(event, RouteReady):
             file = folder / "route"
             plan = pb.Plan.FromString(file.read_bytes())

@@ -147,7 +147,7 @@ def follow(
             for event in submission.events(meanwhile=meanwhile, say=view.say):
                 view.feed(event)
                 if isinstance(event, RunFailure):
-                    raise RunFailed(f"the run failed: {event.reason}; {event.kept}")
+                    raise RunFailed(f"the run failed: {event.reason}; {event.kept}", event.exit_code)
     except KeyboardInterrupt:
         console.print(f"stopping the run. {kept(folder)}", soft_wrap=True)
         submission.stop()

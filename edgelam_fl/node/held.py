@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from edgelam_fl.errors import Refused
+from edgelam_fl.errors import Mismatch, Refused
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.carry import without_carry
 from edgelam_fl.model.source import ModelSource, find_model
@@ -70,7 +70,7 @@ class Held:
         before: Mapping[str, np.ndarray] = {},
         fronts: PrivateFronts | None = None,
     ) -> None:
-        """Loads the slices of a plan. Raises Refused if the model here is not the server's, ModelError if there is none.
+        """Loads the slices of a plan. Raises Mismatch if the model here is not the server's, ModelError if there is none.
 
         `find`: returns the plan's model. `load`: as `load_stages`. `before`: the tensors that the node held until now
         (`known`): the server sends a node only the tensors that it does not hold, whatever layers it had. `fronts`: keeps
@@ -79,7 +79,7 @@ class Held:
         self.key = slice_key(plan)
         self.source = find(plan)
         if self.source.digest != plan.model.digest:
-            raise Refused(
+            raise Mismatch(
                 f"model {Path(plan.model.name).name} is {self.source.digest[:12]} on node {plan.node} and {plan.model.digest[:12]} at the "
                 f"server: they must be the same files"
             )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from edgelam_fl.errors import EdgelamError, Refused
+from edgelam_fl.errors import EdgelamError, Mismatch, Refused, code_of
 from edgelam_fl.machine import peak_rss_bytes
 from edgelam_fl.model.bases import usable_bases
 from edgelam_fl.node.examples import DeviceExamples
@@ -119,7 +119,7 @@ class StageHost:
         """Begins a part and returns at once. A part that is known here is not begun again; a new one cancels the current."""
         refusal = _refusal(request.plan, self.name, self.role) or _leak(request.plan, self._trust)
         if refusal:
-            return pb.SubmitReply(accepted=False, reason=refusal)
+            return pb.SubmitReply(accepted=False, reason=refusal, code=Mismatch.code)
         with self._lock:
             if part_id(request.plan) not in self._parts:
                 self._begin(Part(request.plan, self._emit), request)
@@ -181,6 +181,7 @@ class StageHost:
             report.state = "done"
         except Exception as error:  # noqa: BLE001 - a bug must reach the server as a message too, not as silence
             report.state, report.error = "failed", outward(self.name, error, part.id)
+            report.code = code_of(error)
             full = str(error) if isinstance(error, EdgelamError) else f"{type(error).__name__}: {error}"
         finally:
             report.peak_rss_bytes = peak_rss_bytes()

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from edgelam_fl.errors import Refused
+from edgelam_fl.errors import Mismatch
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 T = TypeVar("T")
@@ -130,16 +130,16 @@ LABEL_PLACES: Mapping[str, LabelPlace] = {place.word: place for place in (AT_DEV
 
 
 def host_mode(word: str) -> HostMode:
-    """Looks up a word of `split.host_mode`. Raises Refused for an unknown word."""
+    """Looks up a word of `split.host_mode`. Raises Mismatch for an unknown word."""
     return _known("host_mode", word, HOST_MODES)
 
 
 def label_place(word: str) -> LabelPlace:
-    """Looks up a word of `split.labels`. Raises Refused for an unknown word."""
+    """Looks up a word of `split.labels`. Raises Mismatch for an unknown word."""
     return _known("labels", word, LABEL_PLACES)
 
 
 def _known(key: str, word: str, table: Mapping[str, T]) -> T:
     if word not in table:
-        raise Refused(f"split.{key} = {word!r} is not known here; known: {', '.join(table)}")
+        raise Mismatch(f"split.{key} = {word!r} is not known here; known: {', '.join(table)}")
     return table[word]

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from edgelam_fl.errors import is_final
 from edgelam_fl.telemetry.events import (
     BudgetSpent,
     DataChanged,
@@ -121,7 +122,7 @@ class RunView:
         self.say(f"{event.node} joined ({holds})")
 
     def _on_node_refused(self, event: NodeRefused, _: str) -> None:
-        self.say(f"{event.node} cannot take part: {event.reason}")
+        self.say(f"{event.node} cannot take part: {event.reason}{_for_good(event.code)}")
 
     def _on_link_measured(self, event: LinkMeasured, _: str) -> None:
         up, down = (f"{bps / 1e6:.3g} Mbit/s" for bps in (event.link_up_bps, event.link_down_bps))
@@ -181,7 +182,7 @@ class RunView:
 
     def _on_node_lost(self, event: NodeLost, _: str) -> None:
         self._row(event.node).doing = "lost"
-        self.say(f"{event.node} did not finish round {event.round}: {event.reason}")
+        self.say(f"{event.node} did not finish round {event.round}: {event.reason}{_for_good(event.code)}")
 
     def _on_run_failed(self, _: RunFailure, __: str) -> None:
         """Shows that the run failed; the command that follows the run prints the reason."""
@@ -257,3 +258,8 @@ def _first_of(names: Iterable[str]) -> str:
     shown = list(names)
     more = f" and {len(shown) - NAMES_SHOWN} more" if len(shown) > NAMES_SHOWN else ""
     return ", ".join(shown[:NAMES_SHOWN]) + more
+
+
+def _for_good(code: str) -> str:
+    """Returns how a sentence about a refusal ends if the node is out for the rest of the run."""
+    return " (not asked again in this run, unless it joins anew)" if is_final(code) else ""

@@ -623,7 +623,7 @@ class LayerTime(_message.Message):
     def __init__(self, tokens: _Optional[int] = ..., seconds: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class Profile(_message.Message):
-    __slots__ = ("protocol_version", "name", "role", "address", "memory_available_bytes", "cpu_threads", "bases", "codecs", "examples", "held_out", "problem", "versions", "base_seconds", "tags", "trust", "link_up_bps", "link_down_bps", "round_trip_s", "disk_free_bytes", "layer_times", "disk_write_bytes_per_s", "idle_bytes")
+    __slots__ = ("protocol_version", "name", "role", "address", "memory_available_bytes", "cpu_threads", "bases", "codecs", "examples", "held_out", "problem", "versions", "base_seconds", "tags", "trust", "link_up_bps", "link_down_bps", "round_trip_s", "disk_free_bytes", "layer_times", "disk_write_bytes_per_s", "idle_bytes", "code")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -660,6 +660,7 @@ class Profile(_message.Message):
     LAYER_TIMES_FIELD_NUMBER: _ClassVar[int]
     DISK_WRITE_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     IDLE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     name: str
     role: Role
@@ -682,7 +683,8 @@ class Profile(_message.Message):
     layer_times: _containers.RepeatedCompositeFieldContainer[LayerTime]
     disk_write_bytes_per_s: float
     idle_bytes: int
-    def __init__(self, protocol_version: _Optional[int] = ..., name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., memory_available_bytes: _Optional[int] = ..., cpu_threads: _Optional[int] = ..., bases: _Optional[_Iterable[str]] = ..., codecs: _Optional[_Iterable[str]] = ..., examples: _Optional[int] = ..., held_out: _Optional[int] = ..., problem: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., base_seconds: _Optional[_Mapping[str, float]] = ..., tags: _Optional[_Iterable[str]] = ..., trust: _Optional[str] = ..., link_up_bps: _Optional[float] = ..., link_down_bps: _Optional[float] = ..., round_trip_s: _Optional[float] = ..., disk_free_bytes: _Optional[int] = ..., layer_times: _Optional[_Iterable[_Union[LayerTime, _Mapping]]] = ..., disk_write_bytes_per_s: _Optional[float] = ..., idle_bytes: _Optional[int] = ...) -> None: ...
+    code: str
+    def __init__(self, protocol_version: _Optional[int] = ..., name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., memory_available_bytes: _Optional[int] = ..., cpu_threads: _Optional[int] = ..., bases: _Optional[_Iterable[str]] = ..., codecs: _Optional[_Iterable[str]] = ..., examples: _Optional[int] = ..., held_out: _Optional[int] = ..., problem: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., base_seconds: _Optional[_Mapping[str, float]] = ..., tags: _Optional[_Iterable[str]] = ..., trust: _Optional[str] = ..., link_up_bps: _Optional[float] = ..., link_down_bps: _Optional[float] = ..., round_trip_s: _Optional[float] = ..., disk_free_bytes: _Optional[int] = ..., layer_times: _Optional[_Iterable[_Union[LayerTime, _Mapping]]] = ..., disk_write_bytes_per_s: _Optional[float] = ..., idle_bytes: _Optional[int] = ..., code: _Optional[str] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
     __slots__ = ("plan", "adapter", "corrections")
@@ -695,12 +697,14 @@ class SubmitRequest(_message.Message):
     def __init__(self, plan: _Optional[_Union[Plan, _Mapping]] = ..., adapter: _Optional[bytes] = ..., corrections: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class SubmitReply(_message.Message):
-    __slots__ = ("accepted", "reason")
+    __slots__ = ("accepted", "reason", "code")
     ACCEPTED_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
     accepted: bool
     reason: str
-    def __init__(self, accepted: _Optional[bool] = ..., reason: _Optional[str] = ...) -> None: ...
+    code: str
+    def __init__(self, accepted: _Optional[bool] = ..., reason: _Optional[str] = ..., code: _Optional[str] = ...) -> None: ...
 
 class WaitRequest(_message.Message):
     __slots__ = ("job", "timeout_s")
@@ -743,7 +747,7 @@ class StepReport(_message.Message):
     def __init__(self, step: _Optional[int] = ..., loss_sum: _Optional[float] = ..., labels: _Optional[int] = ..., seconds: _Optional[float] = ..., counted: _Optional[bool] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class JobReport(_message.Message):
-    __slots__ = ("job", "node", "role", "state", "error", "adapter_digest", "labels_trained", "eval_loss_sum", "eval_labels", "steps", "bytes", "tokens_trained", "train_seconds", "eval_seconds", "compute_seconds", "peak_rss_bytes", "examples", "moments", "contributions", "host", "eval_sums", "update_clipped", "timeline")
+    __slots__ = ("job", "node", "role", "state", "error", "adapter_digest", "labels_trained", "eval_loss_sum", "eval_labels", "steps", "bytes", "tokens_trained", "train_seconds", "eval_seconds", "compute_seconds", "peak_rss_bytes", "examples", "moments", "contributions", "host", "eval_sums", "update_clipped", "timeline", "code")
     class EvalSumsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -774,6 +778,7 @@ class JobReport(_message.Message):
     EVAL_SUMS_FIELD_NUMBER: _ClassVar[int]
     UPDATE_CLIPPED_FIELD_NUMBER: _ClassVar[int]
     TIMELINE_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
     job: str
     node: str
     role: Role
@@ -797,7 +802,8 @@ class JobReport(_message.Message):
     eval_sums: _containers.ScalarMap[str, float]
     update_clipped: bool
     timeline: _containers.RepeatedCompositeFieldContainer[Interval]
-    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., state: _Optional[str] = ..., error: _Optional[str] = ..., adapter_digest: _Optional[str] = ..., labels_trained: _Optional[int] = ..., eval_loss_sum: _Optional[float] = ..., eval_labels: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepReport, _Mapping]]] = ..., bytes: _Optional[_Iterable[_Union[KindBytes, _Mapping]]] = ..., tokens_trained: _Optional[int] = ..., train_seconds: _Optional[float] = ..., eval_seconds: _Optional[float] = ..., compute_seconds: _Optional[float] = ..., peak_rss_bytes: _Optional[int] = ..., examples: _Optional[int] = ..., moments: _Optional[str] = ..., contributions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., host: _Optional[_Union[HostPart, _Mapping]] = ..., eval_sums: _Optional[_Mapping[str, float]] = ..., update_clipped: _Optional[bool] = ..., timeline: _Optional[_Iterable[_Union[Interval, _Mapping]]] = ...) -> None: ...
+    code: str
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., state: _Optional[str] = ..., error: _Optional[str] = ..., adapter_digest: _Optional[str] = ..., labels_trained: _Optional[int] = ..., eval_loss_sum: _Optional[float] = ..., eval_labels: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepReport, _Mapping]]] = ..., bytes: _Optional[_Iterable[_Union[KindBytes, _Mapping]]] = ..., tokens_trained: _Optional[int] = ..., train_seconds: _Optional[float] = ..., eval_seconds: _Optional[float] = ..., compute_seconds: _Optional[float] = ..., peak_rss_bytes: _Optional[int] = ..., examples: _Optional[int] = ..., moments: _Optional[str] = ..., contributions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., host: _Optional[_Union[HostPart, _Mapping]] = ..., eval_sums: _Optional[_Mapping[str, float]] = ..., update_clipped: _Optional[bool] = ..., timeline: _Optional[_Iterable[_Union[Interval, _Mapping]]] = ..., code: _Optional[str] = ...) -> None: ...
 
 class Contribution(_message.Message):
     __slots__ = ("scope", "source", "weight", "adapter", "lr_sum")

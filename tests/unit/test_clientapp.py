@@ -212,7 +212,7 @@ def test_s9_an_error_reply_holds_no_value_and_no_path(
         supernode.receive(kind, RecordDict())
         reply = supernode.reply()
     assert reply.error.reason.startswith(said)
-    assert reply.error.reason.endswith("; the node's own log says more")
+    assert reply.error.reason.endswith("; supernode.log on ann says more")
     assert "secret" not in reply.error.reason
     assert "/" not in reply.error.reason
     assert kind != "query" or "a secret" in caplog.text, "the node's log has it all"

@@ -71,7 +71,7 @@ def await_start(events: list[Event]) -> None:
     ],
 )
 def test_a_plan_that_cannot_be_this_nodes_is_refused(tiny: ModelSource, wrong: dict[str, Any], reason: str) -> None:
-    assert edge().submit(a_plan(tiny, **wrong)) == pb.SubmitReply(accepted=False, reason=reason)
+    assert edge().submit(a_plan(tiny, **wrong)) == pb.SubmitReply(accepted=False, reason=reason, code="mismatch")
 
 
 def test_an_unknown_base_is_refused(tiny: ModelSource) -> None:

@@ -11,7 +11,7 @@ from functools import cache
 
 import torch
 
-from edgelam_fl.errors import EnvironmentProblem, ModelError
+from edgelam_fl.errors import EnvironmentProblem, Mismatch, ModelError, code_of
 from edgelam_fl.files import cache_folder
 from edgelam_fl.machine import disk_free_bytes, memory_free_bytes, resident_bytes
 from edgelam_fl.model.bases import usable_bases
@@ -47,13 +47,14 @@ def answer_profile(
     profile.MergeFrom(own)
     if request.protocol_version != PROTOCOL_VERSION:
         profile.problem = f"speaks protocol version {PROTOCOL_VERSION}, the server {request.protocol_version}"
+        profile.code = Mismatch.code
         return profile
     try:
         if examples is not None:
             profile.examples, profile.held_out = examples.count(request.task)
         _add_measured(profile, request, hub)
     except Exception as error:  # noqa: BLE001 - whatever a data file sets off, the node is refused and the run goes on
-        profile.problem = outward(own.name, error, "profile")
+        profile.problem, profile.code = outward(own.name, error, "profile"), code_of(error)
     return profile
 
 

@@ -229,6 +229,8 @@ class NodeLost(Event):
     """Name of the node."""
     reason: str
     """Reason, in words."""
+    code: str = ""
+    """Kind of the reason, as in edgelam_fl/errors.py: "data", "model", "mismatch" ...; "" if it is unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,6 +73,8 @@ class NodeRefused(Event):
     """Name of the node, or its number if it gave no name."""
     reason: str
     """Reason, in words."""
+    code: str = ""
+    """Kind of the reason, as in edgelam_fl/errors.py: "data", "model", "mismatch" ...; "" if it is unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +152,8 @@ class RunFailure(Event):
     """The node at which it failed; "" if it was none, or if that is not known."""
     round: int = 0
     """The round in which it failed; 0: the round that was planned last."""
+    exit_code: int = 4
+    """The exit code of a command that followed the run: 2 if what was handed to it or to its nodes is wrong."""
 
 
 RUN_ENDS = (RunDone, RunFailure)
