@@ -67,7 +67,7 @@ class ConfigError(UsageError):
 
 
 DataFault = Literal[
-    "answers-alike", "chat", "columns", "csv", "empty-field", "few-examples", "folder", "format", "header", "json", "missing-field",
+    "chat", "columns", "csv", "empty-field", "few-examples", "folder", "format", "header", "json", "missing-field",
     "missing-file", "no-answer-fits", "object", "passages", "several-sets", "template", "too-long", "turn", "unknown-class", "unreadable",
     "utf-8",
 ]  # fmt: skip

@@ -30,7 +30,8 @@ from edgelam_fl.split import route
 from edgelam_fl.split.route import Dial
 from edgelam_fl.tasks.base import Example, Unit
 from edgelam_fl.tasks.causal_lm import CausalLm, labelled, loss_sum, make_units
-from edgelam_fl.tasks.data import batch_indices, read_pairs, set_aside
+from edgelam_fl.tasks.data import batch_indices, read_pairs
+from edgelam_fl.tasks.held_out import set_aside
 from edgelam_fl.telemetry.events import Event
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.parcels import add_corrections

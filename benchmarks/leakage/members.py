@@ -30,8 +30,9 @@ from edgelam_fl.model.stage import LoraSettings, Stage, load_stages
 from edgelam_fl.privacy.attacks import canaries, membership
 from edgelam_fl.tasks.base import Example, pad
 from edgelam_fl.tasks.causal_lm import IGNORED, CausalLm
-from edgelam_fl.tasks.data import Pair, set_aside
+from edgelam_fl.tasks.data import Pair
 from edgelam_fl.tasks.docstrings import docstring_pairs
+from edgelam_fl.tasks.held_out import set_aside
 
 MODEL = "smollm2-135m"
 NAMES = (

@@ -32,8 +32,9 @@ from edgelam_fl.privacy.attacks import membership
 from edgelam_fl.privacy.attacks.updates import share_of_best, token_scores, whitening
 from edgelam_fl.tasks.base import Example
 from edgelam_fl.tasks.causal_lm import CausalLm, loss_sum, make_units
-from edgelam_fl.tasks.data import Pair, batch_indices, read_pairs, set_aside
+from edgelam_fl.tasks.data import Pair, batch_indices, read_pairs
 from edgelam_fl.tasks.docstrings import docstring_pairs
+from edgelam_fl.tasks.held_out import set_aside
 
 MODEL, MODULES = "smollm2-135m", ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj")
 MOST_TEXTS, BEST, PUBLIC_TEXTS = (

@@ -192,7 +192,10 @@ class TaskSection(Section):
 class DataSection(Section):
     fields: FieldNames = Field(FieldNames(), description="names of the question and the answer in the devices' data")
     held_out: float = Field(
-        0.1, gt=0, lt=1, description="share of a device's examples that is only measured and never learned"
+        0.1,
+        ge=0,
+        lt=1,
+        description="share of a device's examples that is only measured and never learned; 0: none is measured",
     )
 
 

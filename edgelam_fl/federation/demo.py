@@ -93,7 +93,8 @@ def _have_model_package(console: Console, model: str) -> None:
 
 def _show_answers(console: Console, config: RunConfig, folder: Path, file: Path) -> None:
     """Prints one held-out question with the answers of the model before and after the run."""
-    from edgelam_fl.tasks.data import read_pairs, set_aside
+    from edgelam_fl.tasks.data import read_pairs
+    from edgelam_fl.tasks.held_out import set_aside
 
     with console.status("asking one held-out question, before and after"):
         from edgelam_fl.serving.generate import answer

@@ -120,7 +120,7 @@ class Player:
         driver = Driver(plan, ends, held.ends_trainee, route, task, self._part.emit)
         try:
             open_route(self._means.dial, plan, held.source, route, counters, driver.timeline.sent, self._hub)
-            if plan.evaluate:
+            if plan.evaluate and held_out:
                 driver.evaluate(held_out)
             if plan.steps:
                 driver.train(training)

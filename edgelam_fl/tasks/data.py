@@ -1,17 +1,17 @@
-"""Reads prompts and answers from a device's file, holds some of them out, and orders the rest. Knows texts, not tokens."""
+"""Reads prompts and answers from a device's file, and orders those that are learned. Knows texts, not tokens."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from edgelam_fl.errors import DataError, nearest
 from edgelam_fl.tasks.files import PASSAGE, Record, read_records
+from edgelam_fl.tasks.held_out import set_aside
 
 Message = Mapping[str, Any]
 """One message in the form of chat templates: role, content as a text, and tool_calls, name or tool_call_id if tools are used."""
@@ -68,7 +68,7 @@ def device_pairs(path: Path, settings: DataSettings) -> tuple[list[Pair], list[P
     """Reads (training, held-out) from a device's file, untokenized. Raises DataError if the file does not fit the task."""
     pairs = read_pairs(path, settings.prompt_field, settings.answer_field, settings.classes)
     _check_prompts(path, pairs, settings)
-    return set_aside(pairs, settings.held_out, by="prompt" if settings.classes else "answer")
+    return set_aside(pairs, settings.held_out, classes=bool(settings.classes))
 
 
 def read_pairs(path: Path, prompt_field: str, answer_field: str, classes: Sequence[str] = ()) -> list[Pair]:
@@ -154,29 +154,6 @@ def _check_prompts(path: Path, pairs: list[Pair], settings: DataSettings) -> Non
         )
     elif chats and settings.template != "chat":
         raise DataError(f"{path} holds chats: they need task.template = 'chat', got {settings.template!r}", "chat")
-
-
-def set_aside(
-    pairs: list[Pair], held_out: float, by: Literal["prompt", "answer"] = "answer"
-) -> tuple[list[Pair], list[Pair]]:
-    """Splits pairs into (training, held-out) by their content: the same in every round, run and order of the file.
-
-    Pairs with the same answer go to one side together; with `by` "prompt", pairs with the same prompt do, for answers that
-    are classes. Raises DataError if all are the same.
-    """
-    deciding, word = (0, "text") if by == "prompt" else (1, "answer")
-
-    def rank(pair: Pair) -> str:
-        return hashlib.sha256(str(pair[deciding]).encode()).hexdigest()
-
-    ranks = sorted({rank(pair) for pair in pairs})
-    if len(ranks) < 2:
-        raise DataError(
-            f"all examples have the same {word}; no {word} would be left to measure that was not learned",
-            "answers-alike",
-        )
-    measured = set(ranks[: min(len(ranks) - 1, max(1, round(held_out * len(ranks))))])
-    return [p for p in pairs if rank(p) not in measured], [p for p in pairs if rank(p) in measured]
 
 
 def batch_indices(examples: int, batch_size: int, step: int, seed: int, node: str) -> list[int]:

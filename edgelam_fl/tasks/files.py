@@ -75,13 +75,11 @@ def read_records(path: Path) -> list[Record]:
 
 
 def check_number(path: Path, examples: int) -> None:
-    """Raises DataError if a file holds fewer examples than a device needs."""
-    if examples < 2:
-        hint = "; in a plain text, empty lines part the passages" if path.suffix.lower() == ".txt" and examples else ""
-        raise DataError(
-            f"{path} holds {examples} examples; at least 2 are needed: one to learn, one to measure{hint}",
-            "few-examples",
-        )
+    """Raises DataError for a file without examples, and for a plain text that nothing parts into passages."""
+    if not examples:
+        raise DataError(f"{path} holds no examples; at least 1 is needed", "few-examples")
+    if examples == 1 and path.suffix.lower() == ".txt":
+        raise DataError(f"{path} holds one passage; empty lines part the passages of a plain text", "few-examples")
 
 
 def scan(path: Path) -> Iterator[Row]:

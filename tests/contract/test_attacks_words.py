@@ -48,12 +48,11 @@ NO_TEMPLATE = ["task.template=plain", "task.loss_on=all"]
 
 # fault -> (name of the file, its content, overrides of the run file, the place that is named)
 FILES: Mapping[str, tuple[str, str | bytes | None, list[str], str]] = {
-    "answers-alike": ("a.jsonl", ROW % (1, 1) * 3, [], ""),
     "chat": ("a.jsonl", '{"messages": "LEAK"}\n' * 2, [], "line 1"),
     "columns": ("a.csv", "question,answer\nLEAK,a\nLEAK,b,LEAK\n", [], "line 3"),
     "csv": ("a.csv", 'question,answer\n"LEAK"x,b\n', [], "line 2"),
     "empty-field": ("a.jsonl", ROWS + '{"question": ["LEAK"], "answer": "LEAK"}\n', [], "line 5"),
-    "few-examples": ("a.jsonl", ROW % (1, 1), [], ""),
+    "few-examples": ("a.jsonl", "", [], ""),
     "folder": ("a-folder", None, [], ""),
     "header": ("a.csv", "LEAK,LEAK\na,b\n", [], ""),
     "json": ("a.jsonl", ROWS + "LEAK\n", [], "line 5"),
@@ -141,16 +140,12 @@ def test_s9_no_data_file_speaks_of_its_data(
         report = report_of(node, request)
         assert report.error == said
         sent += report.SerializeToString()
-        assert MARKER in next(of_kind(events, JobDone)).error or fault in (
-            "no-answer-fits",
-            "answers-alike",
-            "template",
-        )
+        assert MARKER in next(of_kind(events, JobDone)).error or fault in ("no-answer-fits", "template")
     assert MARKER.encode() not in sent
     assert str(tmp_path).encode() not in sent
     log = capfd.readouterr().err
     assert "DataError" in log
-    assert MARKER in log or fault in ("no-answer-fits", "answers-alike", "template")
+    assert MARKER in log or fault in ("no-answer-fits", "template")
 
 
 def _refusing_template(*_: Any, **__: Any) -> str:

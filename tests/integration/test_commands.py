@@ -157,7 +157,7 @@ def test_run_refuses_a_folder_that_exists(edgelam: Edgelam, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", "holds 0 examples"),
+        (b"", "holds no examples"),
         (b'{"question": "\xff"}\n', "is not UTF-8 (byte 14 is 0xff)"),
         (b"hello\n", "line 1 is not JSON"),
         (b"[1]\n", "must be an object"),

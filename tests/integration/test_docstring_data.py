@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from edgelam_fl.tasks.data import read_pairs, set_aside
+from edgelam_fl.tasks.data import read_pairs
 from edgelam_fl.tasks.docstrings import normalised
+from edgelam_fl.tasks.held_out import set_aside
 
 
 @pytest.mark.parametrize("held_out", [0.1, 0.25])

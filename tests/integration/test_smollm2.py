@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.tasks.data import read_pairs, set_aside
+from edgelam_fl.tasks.data import read_pairs
+from edgelam_fl.tasks.held_out import set_aside
 from tests.fleet import read_by_transformers
 from tests.integration.federation import Federation, Run, config_of
 from tests.support import WAIT_S

@@ -1,15 +1,13 @@
 from __future__ import annotations
 
 import json
-import random
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from edgelam_fl.errors import DataError
-from edgelam_fl.tasks.data import Chat, Pair, batch_indices, device_pairs, read_pairs, set_aside
+from edgelam_fl.tasks.data import Chat, batch_indices, device_pairs, read_pairs
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 GOOD = '{"question": "q", "answer": "a"}\n'
@@ -26,9 +24,8 @@ def problem(tmp_path: Path, content: str | bytes) -> str:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("", "FILE holds 0 examples; at least 2 are needed: one to learn, one to measure"),
-        ("\n  \n", "FILE holds 0 examples; at least 2 are needed: one to learn, one to measure"),
-        (GOOD, "FILE holds 1 examples; at least 2 are needed: one to learn, one to measure"),
+        ("", "FILE holds no examples; at least 1 is needed"),
+        ("\n  \n", "FILE holds no examples; at least 1 is needed"),
         (GOOD.encode() + b"\xe9", "FILE, line 2 is not UTF-8 (it holds the byte 0xe9); convert the file first (iconv -t UTF-8)"),
         (GOOD + "question,answer", "FILE, line 2 is not JSON: Expecting value"),
         (GOOD + "\n[1]", "FILE, line 3 must be an object with named fields, got [1]"),
@@ -158,47 +155,6 @@ def test_files_that_fit_are_split(tmp_path: Path) -> None:
     sides = device_pairs(passages, settings(template="plain", loss_on="all"))
     assert sorted(sides[0] + sides[1]) == [("", "Another\none."), ("", "One passage.")]
     assert [len(side) for side in device_pairs(chats, settings())] == [1, 1]
-
-
-def some_pairs(answers: int, copies: int) -> list[Pair]:
-    return [(f"q{a}.{c}", f"a{a}") for a in range(answers) for c in range(copies)]
-
-
-def test_setting_aside_depends_on_content_only() -> None:
-    pairs = some_pairs(40, 2)
-    training, held_out = set_aside(pairs, 0.1)
-    shuffled = random.Random(3).sample(pairs, len(pairs))
-    again, held_again = set_aside(shuffled, 0.1)
-    assert (sorted(training), sorted(held_out)) == (sorted(again), sorted(held_again))
-    assert len(held_out) == round(0.1 * 40) * 2
-    assert sorted(training + held_out) == sorted(pairs)
-
-
-def test_pairs_with_the_same_answer_stay_together() -> None:
-    training, held_out = set_aside(some_pairs(20, 3), 0.3)
-    assert not {answer for _, answer in training} & {answer for _, answer in held_out}
-    assert set(Counter(answer for _, answer in held_out).values()) == {3}
-
-
-def test_a_classification_sets_texts_aside_and_not_classes() -> None:
-    pairs: list[Pair] = [(f"text {n % 30}", f"class {n % 3}") for n in range(60)]
-    training, held_out = set_aside(pairs, 0.2, by="prompt")
-    assert len(held_out) == round(0.2 * 30) * 2
-    assert not {text for text, _ in training} & {text for text, _ in held_out}
-    assert {name for _, name in training} == {"class 0", "class 1", "class 2"}
-    with pytest.raises(DataError, match="all examples have the same text"):
-        set_aside([("a", "x"), ("a", "y")], 0.2, by="prompt")
-
-
-@pytest.mark.parametrize(("held_out", "expected"), [(0.001, 1), (0.999, 2 - 1)])
-def test_both_sides_get_something(held_out: float, expected: int) -> None:
-    training, measured = set_aside(some_pairs(2, 1), held_out)
-    assert (len(training), len(measured)) == (1, expected)
-
-
-def test_one_answer_for_all_is_refused() -> None:
-    with pytest.raises(DataError, match="all examples have the same answer"):
-        set_aside(some_pairs(1, 5), 0.1)
 
 
 @pytest.mark.parametrize(("examples", "batch"), [(12, 4), (10, 4), (3, 8), (1, 2)])

@@ -64,9 +64,10 @@ def test_passages_are_parted_by_empty_lines(tmp_path: Path) -> None:
     [
         ("a.json", '[{"q": 1},\n {"q": 2]', "FILE is not JSON: line 2, Expecting ',' delimiter"),
         ("a.json", '[{"q": 1}, "x"]', 'FILE, example 2 must be an object with named fields, got "x"'),
-        ("a.json", "[]", "FILE holds 0 examples; at least 2 are needed: one to learn, one to measure"),
-        ("a.txt", "One passage.\nNo other.", "FILE holds 1 examples; at least 2 are needed: one to learn, one to measure; in a plain text, empty lines part the passages"),
-        ("a.csv", "q,a\n1,2\n", "FILE holds 1 examples; at least 2 are needed: one to learn, one to measure"),
+        ("a.json", "[]", "FILE holds no examples; at least 1 is needed"),
+        ("a.txt", "\n \n", "FILE holds no examples; at least 1 is needed"),
+        ("a.txt", "One passage.\nNo other.", "FILE holds one passage; empty lines part the passages of a plain text"),
+        ("a.csv", "q,a\n", "FILE holds no examples; at least 1 is needed"),
         (
             "a.csv",
             "q,a\n1,2\nyes, we can,3\n",
@@ -92,7 +93,6 @@ def test_passages_are_parted_by_empty_lines(tmp_path: Path) -> None:
         ("a.json", '{"train": [{"q": 1}, {"q": 2}], "test": [{"q": 3}]}', "FILE holds several lists of examples (train, test); write the one for this device into a file of its own"),
         ("a.json", '{"q": ["1", "2"], "a": ["3", "4"]}', "FILE holds columns (q, a); write one object per example (pandas: to_json(orient='records', lines=True))"),
         ("a.json", '{"q": {"0": "1"}, "a": {"0": "3"}}', "FILE holds columns (q, a); write one object per example (pandas: to_json(orient='records', lines=True))"),
-        ("a.json", '{"messages": [{"role": "user"}]}', "FILE holds 1 examples; at least 2 are needed: one to learn, one to measure"),
         ("a.json", "7", "FILE, example 1 must be an object with named fields, got 7"),
         ("a.csv", "q,a,q\n1,2,3\n", "FILE, the header must name each column once, got q, a, q"),
     ],
