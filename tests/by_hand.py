@@ -64,9 +64,9 @@ class ByHand:
         report = pb.JobReport(state="done", node=plan.node, role=plan.role)
         parts, lr_sum = [], sum(plan.optimizer.lrs)
         if plan.routes:
-            report.eval_loss_sum, report.eval_labels = 4.0, 2
+            if self.profile.held_out:
+                report.eval_loss_sum, report.eval_labels, report.eval_sums["correct"] = 4.0, 2, 1
             report.bytes.add(link="entry e", direction="sent", kind="ACT", payload_bytes=self.moves_bytes)
-            report.eval_sums["correct"] = 1
             if plan.steps:
                 report.steps.add(counted=True, seconds=self.step_s)
                 report.timeline.add(kind="forward", role="device", seconds=0.5)
@@ -168,7 +168,9 @@ class FederationByHand:
         self.spec = RunSpec(self.config, source)
         self.nodes = {
             name: ByHand(
-                pb.Profile(name=name, role=role, address=f"{name}:1", examples=9, protocol_version=PROTOCOL_VERSION)
+                pb.Profile(
+                    name=name, role=role, address=f"{name}:1", examples=9, held_out=1, protocol_version=PROTOCOL_VERSION
+                )
             )
             for names, role in ((devices, pb.DEVICE), (edges, pb.EDGE))
             for name in names

@@ -92,14 +92,16 @@ def _have_model_package(console: Console, model: str) -> None:
 
 
 def _show_answers(console: Console, config: RunConfig, folder: Path, file: Path) -> None:
-    """Prints one held-out question with the answers of the model before and after the run."""
+    """Prints one held-out question with the answers of the model before and after the run; nothing if none is held out."""
     from edgelam_fl.tasks.data import read_pairs
     from edgelam_fl.tasks.held_out import set_aside
 
+    pairs = set_aside(read_pairs(file, "question", "answer"), config.data.held_out)[1]
+    if not pairs:
+        return
     with console.status("asking one held-out question, before and after"):
         from edgelam_fl.serving.generate import answer
 
-        pairs = set_aside(read_pairs(file, "question", "answer"), config.data.held_out)[1]
         held_out = [(str(question), truth) for question, truth in pairs]
         question, truth = next((pair for pair in held_out if pair[0].startswith("What does")), held_out[0])
         before, after = (

@@ -58,7 +58,7 @@ class DeviceExamples:
             has_changed = self._key is not None and self._key[1] != data
             training, held_out = self._read(self._file, settings)
             made = self._tokenize(task, purpose, training), self._tokenize(task, purpose, held_out)
-            self._loaded = _some(made[0], settings), _some(made[1], settings)
+            self._loaded = _some(made[0], settings), made[1].examples
             self._key = purpose, data
             if has_changed:
                 emit(DataChanged(examples=len(self._loaded[0]), held_out=len(self._loaded[1])))
@@ -74,7 +74,7 @@ class DeviceExamples:
 
 
 def _some(made: Made, settings: pb.TaskSettings) -> list[Example]:
-    """Returns the examples. Raises DataError if there are none."""
+    """Returns the examples for training. Raises DataError if there are none."""
     if not made.examples:
         raise DataError(
             f"no example has an answer within task.max_tokens = {settings.max_tokens}; raise it", "no-answer-fits"

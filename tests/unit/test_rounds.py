@@ -524,6 +524,36 @@ def test_some_devices_take_part_in_turn_and_all_measure_the_result(federation: M
     assert sorted(state.personal) == ["a", "b", "c", "site e"], "who took no part keeps its own"
 
 
+def test_devices_without_held_out_examples_train_and_the_others_measure(federation: MakeFederation) -> None:
+    run = federation("ab", "e")
+    run.nodes["b"].profile.held_out = 0
+    run.run()
+    for done in run.events("round_done"):
+        assert {device["name"]: device["perplexity"] for device in done["devices"]} == {
+            "a": pytest.approx(math.exp(2)),
+            "b": None,
+        }
+
+
+def test_a_run_whose_devices_hold_nothing_out_is_done_and_says_so(
+    federation: MakeFederation, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = federation("ab", "e")
+    for name in "ab":
+        run.nodes[name].profile.held_out = 0
+    run.run()
+    assert capsys.readouterr().out.count("nothing measured at its start") == 3
+    assert all(d["perplexity"] is None for done in run.events("round_done") for d in done["devices"])
+
+
+def test_an_evaluation_that_nobody_delivers_fails_the_run(federation: MakeFederation) -> None:
+    run = federation("ab", "e")
+    for name in "ab":
+        run.nodes[name].fails = lambda plan: "" if plan.steps else "no memory"
+    with pytest.raises(RunFailed, match="the evaluation after the last round failed"):
+        run.run()
+
+
 def test_shares_follow_what_was_measured(federation: MakeFederation) -> None:
     run = federation("ab", "e", "strategy.bandwidth=equalise", "wire.capacity=8 Mbit/s")
     moved = {"a": 1_000_000, "b": 3_000_000}

@@ -205,6 +205,21 @@ def test_a_profile_names_what_keeps_the_node_out(tiny: ModelSource, data_files: 
     assert profile(None, tiny).role == pb.EDGE
 
 
+def test_a_device_that_holds_nothing_out_trains_beside_one_that_measures(
+    tiny: ModelSource, data_files: list[Path], tmp_path: Path
+) -> None:
+    one = tmp_path / "one.jsonl"
+    one.write_text('{"question": "Why?", "answer": "So."}\n', encoding="utf-8")
+    config = run_config(tiny.name)
+    start = adapters.initial_adapter(tiny, config.lora.targets, config.lora.rank, 1)
+    with memory_fleet(tiny, config, [data_files[0], one]) as fleet:
+        reports = fleet.run(start, 1)
+    check_done(reports)
+    measures, trains = reports["device-1"], reports["device-2"]
+    assert (measures.eval_labels > 0, trains.eval_labels, trains.examples) == (True, 0, 1)
+    assert trains.labels_trained > 0
+
+
 # ---------------------------------------------------------------- between rounds
 
 
