@@ -54,6 +54,7 @@ FILES: Mapping[str, tuple[str, str | bytes | None, list[str], str]] = {
     "empty-field": ("a.jsonl", ROWS + '{"question": ["LEAK"], "answer": "LEAK"}\n', [], "line 5"),
     "few-examples": ("a.jsonl", "", [], ""),
     "folder": ("a-folder", None, [], ""),
+    "format": ("a.jsonl", b"PK\x03\x04 LEAK", [], ""),
     "header": ("a.csv", "LEAK,LEAK\na,b\n", [], ""),
     "json": ("a.jsonl", ROWS + "LEAK\n", [], "line 5"),
     "missing-field": ("a.jsonl", '{"LEAK": "LEAK", "answr": "LEAK"}\n' * 2, [], "line 1"),
@@ -63,10 +64,11 @@ FILES: Mapping[str, tuple[str, str | bytes | None, list[str], str]] = {
     "passages": ("a.txt", "LEAK one\n\nLEAK two\n", [], ""),
     "several-sets": ("sets", None, [], ""),
     "template": ("a.jsonl", CHAT % 1 + CHAT % 2 + CHAT % 3, [], ""),
+    "too-long": ("a.jsonl", "LEAK" * 20, [], "line 1"),
     "turn": ("a.jsonl", '{"messages": [{"role": "LEAK", "content": "LEAK"}]}\n' * 2, [], "line 1"),
     "unknown-class": ("a.jsonl", ROWS, CLASSES, "line 1"),
     "unreadable": ("a-file/LEAK.jsonl", None, [], ""),
-    "utf-8": ("a.jsonl", b'{"question": "LEAK \xff"}\n', [], ""),
+    "utf-8": ("a.jsonl", b'{"question": "LEAK \xff"}\n', [], "line 1"),
 }
 
 
@@ -122,6 +124,8 @@ def test_s9_no_data_file_speaks_of_its_data(
     """Neither in the profile nor in the report of a part; the node's own log has the whole message."""
     if fault == "template":
         monkeypatch.setattr("edgelam_fl.tasks.causal_lm.CausalLm._chat_text", _refusing_template)
+    if fault == "too-long":
+        monkeypatch.setattr("edgelam_fl.tasks.files._LONGEST_CHARACTERS", 40)
     name, content, overrides, place = FILES[fault]
     events: list[Event] = []
     node = device(data_file(tmp_path, name, content), events)
