@@ -68,8 +68,8 @@ class ConfigError(UsageError):
 
 DataFault = Literal[
     "chat", "columns", "csv", "empty-field", "few-examples", "folder", "format", "header", "json", "missing-field",
-    "missing-file", "no-answer-fits", "object", "passages", "several-sets", "template", "too-long", "turn", "unknown-class", "unreadable",
-    "utf-8",
+    "missing-file", "no-answer-fits", "object", "passages", "preference", "several-sets", "template", "too-long", "tools",
+    "turn", "unknown-class", "unreadable", "utf-8",
 ]  # fmt: skip
 
 

@@ -47,7 +47,7 @@ from edgelam_fl.privacy.attacks.replay import Search
 from edgelam_fl.privacy.attacks.seen import Seen, best_tokens, chance, reading, share_read
 from edgelam_fl.split.cut import CutDefence
 from edgelam_fl.split.route import memory_dial
-from edgelam_fl.tasks.data import Pair
+from edgelam_fl.tasks.data import DevicePairs, Pair
 from edgelam_fl.wire import edgelam_pb2 as pb
 from tests.fleet import Fleet, check_done, joined
 from tests.support import run_config, write_tiny_llama
@@ -177,7 +177,7 @@ def train(
     config = setting.config(source.name, cut, seed)
     nodes: dict[str, StageHost] = {}
     fleet = Fleet(source, config, {}, {})
-    pairs = _as_pairs(learned), _as_pairs(held_out)
+    pairs = DevicePairs(_as_pairs(learned), _as_pairs(held_out))
     with tempfile.TemporaryDirectory() as state:
         nodes["edge-1"] = StageHost("edge-1", memory_dial(nodes), fleet.emit, address="edge-1")
         examples = DeviceExamples(Path("-"), lambda *_: pairs)

@@ -21,7 +21,7 @@ from edgelam_fl.model.adapter import target_modules
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.plan.fronts import check_trust, host_readings, with_auto_front
 from edgelam_fl.privacy.limits import HostReading
-from edgelam_fl.tasks.data import read_records
+from edgelam_fl.tasks.files import read_records
 
 COMMON = {
     "model.name", "model.base", "split.front", "split.back", "split.hosts", "lora.rank", "lora.alpha", "lora.targets",

@@ -157,10 +157,31 @@ class LoraSection(Section):
 
 
 class FieldNames(Section):
-    prompt: str = Field("question", min_length=1, description="what the model is asked")
+    prompt: str | tuple[str, ...] = Field(
+        "question",
+        min_length=1,
+        description="what the model is asked, or a list of fields, joined by empty lines",
+    )
     answer: str = Field(
         "answer", min_length=1, description="what the model should answer; in a classification the class"
     )
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The names of the fields that the prompt is made of."""
+        return (self.prompt,) if isinstance(self.prompt, str) else self.prompt
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def one_or_several(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def each_once(self) -> FieldNames:
+        names = (*self.prompts, self.answer)
+        if not all(names) or len(set(names)) < len(names):
+            raise ValueError(f"data.fields must name fields, each once, got {', '.join(map(repr, names))}")
+        return self
 
 
 class TaskSection(Section):
@@ -191,6 +212,10 @@ class TaskSection(Section):
 
 class DataSection(Section):
     fields: FieldNames = Field(FieldNames(), description="names of the question and the answer in the devices' data")
+    bad_lines: Literal["refuse", "skip"] = Field(
+        "refuse",
+        description="an example that cannot be read keeps the device out of the run, or is left out, counted and named by its place",
+    )
     held_out: float = Field(
         0.1,
         ge=0,

@@ -8,13 +8,13 @@ from pathlib import Path
 from edgelam_fl.errors import DataError
 from edgelam_fl.files import Content, content_of
 from edgelam_fl.tasks.base import Example, Made, Task
-from edgelam_fl.tasks.data import Pair, device_pairs
+from edgelam_fl.tasks.data import DevicePairs, Pair, device_pairs
 from edgelam_fl.tasks.kinds import make_task
 from edgelam_fl.telemetry.events import DataChanged, EmitInJob
 from edgelam_fl.wire import edgelam_pb2 as pb
 
-# the first returns (training, held-out); both raise DataError if the file does not fit the settings
-ReadPairs = Callable[[Path, pb.TaskSettings], tuple[list[Pair], list[Pair]]]
+# both raise DataError if the file does not fit the settings
+ReadPairs = Callable[[Path, pb.TaskSettings], DevicePairs]
 Tokenize = Callable[[Task, bytes, list[Pair]], Made]  # the bytes say for what: equal ones, equal examples
 
 
@@ -42,8 +42,8 @@ class DeviceExamples:
 
     def count(self, settings: pb.TaskSettings) -> tuple[int, int]:
         """Counts the examples for training and those held out. Raises DataError if the file does not fit the task."""
-        training, held_out = self._read(self._file, settings)
-        return len(training), len(held_out)
+        found = self._read(self._file, settings)
+        return len(found.training), len(found.held_out)
 
     def load(
         self, task: Task, settings: pb.TaskSettings, model: str, emit: EmitInJob = lambda event: None
@@ -56,8 +56,8 @@ class DeviceExamples:
         purpose, data = settings.SerializeToString(deterministic=True) + model.encode(), self._content()
         if (purpose, data) != self._key:
             has_changed = self._key is not None and self._key[1] != data
-            training, held_out = self._read(self._file, settings)
-            made = self._tokenize(task, purpose, training), self._tokenize(task, purpose, held_out)
+            found = self._read(self._file, settings)
+            made = self._tokenize(task, purpose, found.training), self._tokenize(task, purpose, found.held_out)
             self._loaded = _some(made[0], settings), made[1].examples
             self._key = purpose, data
             if has_changed:

@@ -342,9 +342,11 @@ def task_settings(config: RunConfig) -> pb.TaskSettings:
         max_tokens=config.task.max_tokens,
         template=config.task.template,
         loss_on=config.task.loss_on,
-        prompt_field=config.data.fields.prompt,
+        prompt_field=config.data.fields.prompts[0],
+        more_prompt_fields=config.data.fields.prompts[1:],
         answer_field=config.data.fields.answer,
         held_out=config.data.held_out,
+        bad_lines=config.data.bad_lines,
         classes=config.task.classes,
         weighting=config.task.weighting,
     )

@@ -24,10 +24,11 @@ from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.memory import weights_bytes
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import Stage, load_stages
+from edgelam_fl.plan.making import task_settings
 from edgelam_fl.privacy.attacks import inverter, nearest, ridge
 from edgelam_fl.privacy.attacks.seen import Seen, chance, share_read
 from edgelam_fl.privacy.known import KnownLeakage
-from edgelam_fl.tasks.data import Prompt, read_pairs
+from edgelam_fl.tasks.data import Prompt, pairs_by
 from edgelam_fl.tasks.docstrings import docstring_pairs, split_by_module
 
 BUILT_IN_TEXT = "docstrings of Python's standard library"
@@ -92,8 +93,7 @@ def texts_of_file(file: Path, config: RunConfig) -> list[str]:
 
     Raises DataError if the file cannot be read or holds too little.
     """
-    fields = config.data.fields
-    pairs = read_pairs(file, fields.prompt, fields.answer, config.task.classes)
+    pairs = pairs_by(task_settings(config), file).pairs
     parts = [
         _prompt_text(prompt) if config.task.classes else f"{_prompt_text(prompt)} {answer}" for prompt, answer in pairs
     ]

@@ -32,7 +32,7 @@ from edgelam_fl.simulation.attacks import ATTACKS
 from edgelam_fl.simulation.frozen import OnFrozen, frozen_layers, whole_model
 from edgelam_fl.split.route import memory_dial
 from edgelam_fl.tasks.base import Made, Task
-from edgelam_fl.tasks.data import Pair, device_pairs, read_pairs
+from edgelam_fl.tasks.data import DevicePairs, Pair, device_pairs, pairs_by
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.control import FABRIC_SEPARATOR, Handlers
@@ -190,8 +190,8 @@ def _spare_profile(request: pb.ProfileRequest) -> pb.Profile:
 def _reader(held_out: Path) -> ReadPairs:
     """Returns a reader that takes the held-out pairs from a file of their own."""
 
-    def read(path: Path, settings: pb.TaskSettings) -> tuple[list[Pair], list[Pair]]:
-        fields = settings.prompt_field, settings.answer_field, settings.classes
-        return read_pairs(path, *fields), read_pairs(held_out, *fields)
+    def read(path: Path, settings: pb.TaskSettings) -> DevicePairs:
+        own = pairs_by(settings, path)
+        return DevicePairs(own.pairs, pairs_by(settings, held_out).pairs, own.bad, own.unread)
 
     return read

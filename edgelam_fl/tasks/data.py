@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol
 
 from edgelam_fl.errors import DataError, nearest
-from edgelam_fl.tasks.files import PASSAGE, Record, read_records
+from edgelam_fl.names import printable
+from edgelam_fl.tasks.files import Row, check_number, scan
 from edgelam_fl.tasks.held_out import set_aside
-
-Message = Mapping[str, Any]
-"""One message in the form of chat templates: role, content as a text, and tool_calls, name or tool_call_id if tools are used."""
-
-
-@dataclass(frozen=True)
-class Chat:
-    """A whole chat, whose last message is the assistant's answer. Its messages are never changed, so that it has a hash."""
-
-    messages: tuple[Message, ...]
-    tools: tuple[Mapping[str, Any], ...] = ()
-    """Descriptions of the functions that the assistant may call, in the form of chat templates."""
-
-    def __hash__(self) -> int:
-        return hash(json.dumps([self.messages, self.tools], sort_keys=True, default=str))
-
-
-Prompt = str | Chat  # a text (empty for a passage), or the whole chat
-Pair = tuple[Prompt, str]
-"""Prompt and answer. In a classification the text and the name of its class; of a chat the answer is the text of its last
-message, which is empty if the message only calls tools."""
-_ROLES = ("system", "user", "assistant")
+from edgelam_fl.tasks.shapes import Chat as Chat
+from edgelam_fl.tasks.shapes import Fields, Unfit, pair_of
+from edgelam_fl.tasks.shapes import Message as Message
+from edgelam_fl.tasks.shapes import Pair as Pair
+from edgelam_fl.tasks.shapes import Prompt as Prompt
 
 
 class TaskSettings(Protocol):
@@ -59,16 +42,54 @@ class DataSettings(TaskSettings, Protocol):
     @property
     def prompt_field(self) -> str: ...
     @property
+    def more_prompt_fields(self) -> Sequence[str]: ...
+    @property
     def answer_field(self) -> str: ...
     @property
     def held_out(self) -> float: ...
+    @property
+    def bad_lines(self) -> str: ...
 
 
-def device_pairs(path: Path, settings: DataSettings) -> tuple[list[Pair], list[Pair]]:
-    """Reads (training, held-out) from a device's file, untokenized. Raises DataError if the file does not fit the task."""
-    pairs = read_pairs(path, settings.prompt_field, settings.answer_field, settings.classes)
-    _check_prompts(path, pairs, settings)
-    return set_aside(pairs, settings.held_out, classes=bool(settings.classes))
+class DevicePairs(NamedTuple):
+    """The examples of a device, untokenized."""
+
+    training: list[Pair]
+    held_out: list[Pair]
+    bad: tuple[str, ...] = ()
+    """Places of the examples that were left out because they cannot be read (data.bad_lines = "skip")."""
+    unread: tuple[str, ...] = ()
+    """Names of fields that several examples have and that nothing is learned from."""
+
+
+class FilePairs(NamedTuple):
+    """The examples of a file, and what was left out; `bad` and `unread` as in `DevicePairs`."""
+
+    pairs: list[Pair]
+    bad: tuple[str, ...]
+    unread: tuple[str, ...]
+
+
+def device_pairs(path: Path, settings: DataSettings) -> DevicePairs:
+    """Reads a device's file and splits its examples. Raises DataError if the file does not fit the task."""
+    found = pairs_by(settings, path)
+    _check_prompts(path, found.pairs, settings)
+    sides = set_aside(found.pairs, settings.held_out, classes=bool(settings.classes))
+    return DevicePairs(*sides, found.bad, found.unread)
+
+
+def pairs_by(settings: DataSettings, path: Path) -> FilePairs:
+    """Reads every example of a file by the settings of a run. Raises DataError as they say."""
+    more = getattr(settings, "more_prompt_fields", ())  # callers may know only the keys that every run has
+    fields = Fields((settings.prompt_field, *more), settings.answer_field, tuple(settings.classes))
+    skip_bad = getattr(settings, "bad_lines", "refuse") == "skip"
+    try:
+        return read_file(path, fields, skip_bad=skip_bad)
+    except DataError as error:
+        if skip_bad or not error.place:
+            raise
+        words = f"{error}. Mend it, or have such examples left out: data.bad_lines = 'skip'"
+        raise DataError(words, error.fault, error.place) from error
 
 
 def read_pairs(path: Path, prompt_field: str, answer_field: str, classes: Sequence[str] = ()) -> list[Pair]:
@@ -76,64 +97,57 @@ def read_pairs(path: Path, prompt_field: str, answer_field: str, classes: Sequen
 
     `classes`: the answers allowed; empty: any. Raises DataError with the place of an example and what it lacks.
     """
-    return [_pair(path, record, prompt_field, answer_field, classes) for record in read_records(path)]
+    return read_file(path, Fields((prompt_field,), answer_field, tuple(classes))).pairs
 
 
-def _pair(path: Path, record: Record, prompt_field: str, answer_field: str, classes: Sequence[str]) -> Pair:
-    place, values = record
-    if path.suffix.lower() == ".txt":
-        return "", values[PASSAGE]
-    if "messages" in values and prompt_field not in values:
-        return _chat(path, place, values["messages"])
-    prompt, answer = _text(path, record, prompt_field), _text(path, record, answer_field)
-    if classes and answer not in classes:
+def read_file(path: Path, fields: Fields, *, skip_bad: bool = False) -> FilePairs:
+    """Reads every example of a file.
+
+    skip_bad: leaves out the examples that cannot be read, instead of raising DataError for the first one.
+    """
+    pairs: list[Pair] = []
+    bad: list[str] = []
+    first_bad: DataError | None = None
+    examples_with: Counter[str] = Counter()
+    used: set[str] = set()
+    for row in scan(path):
+        try:
+            pair, own, names = _pair(path, row, fields)
+        except DataError as error:
+            if not skip_bad:
+                raise
+            first_bad = first_bad or error
+            bad.append(error.place)
+            continue
+        pairs.append(pair)
+        examples_with.update(names)
+        used.update(own)
+    if first_bad and not pairs:
         raise DataError(
-            f"{path}, {place}: {answer!r:.60} is none of task.classes ({nearest(answer, classes)})",
-            "unknown-class",
-            place,
+            f"none of the {len(bad)} examples can be used; the first: {first_bad}", first_bad.fault, first_bad.place
         )
-    return prompt, answer
-
-
-def _text(path: Path, record: Record, field: str) -> str:
-    place, values = record
-    if field not in values:
+    check_number(path, len(pairs))
+    absent = [name for name in fields.prompt[1:] if name in used and not examples_with[name]]
+    if absent:
         raise DataError(
-            f"{path}, {place} lacks the field {field!r} ({nearest(field, values)}); data.fields in the run file names them",
+            f"no example of {path} has the field {absent[0]!r} ({printable(nearest(absent[0], examples_with), 200)}); data.fields "
+            f"in the run file names them",
             "missing-field",
-            place,
         )
-    if not isinstance(values[field], str) or not values[field].strip():
-        raise DataError(
-            f"{path}, {place}: {field!r} must be a text that is not empty, got {values[field]!r:.60}",
-            "empty-field",
-            place,
-        )
-    return values[field]
+    # What stands in one example alone may be data in the place of a name.
+    unread = [name for name, examples in examples_with.items() if examples > 1 and name not in used]
+    return FilePairs(pairs, tuple(bad), tuple(unread))
 
 
-def _chat(path: Path, place: str, messages: Any) -> Pair:
-    """Reads a chat up to the last message of the assistant, which is the answer; later messages are ignored."""
-    turns = [_turn(path, place, message) for message in messages] if isinstance(messages, list) else []
-    answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
-    if not answers or answers[-1] == 0:
-        raise DataError(
-            f"{path}, {place}: 'messages' must be a list with a turn of the assistant after others, got {messages!r:.60}",
-            "chat",
-            place,
-        )
-    return Chat(tuple(turns[: answers[-1] + 1])), turns[answers[-1]]["content"]
-
-
-def _turn(path: Path, place: str, message: Any) -> Message:
-    role, content = (message.get(key) if isinstance(message, dict) else None for key in ("role", "content"))
-    if role not in _ROLES or not isinstance(content, str) or not content.strip():
-        raise DataError(
-            f"{path}, {place}: each of 'messages' must have a 'role' ({', '.join(_ROLES)}) and a text as 'content', got {message!r:.80}",
-            "turn",
-            place,
-        )
-    return {"role": role, "content": content}
+def _pair(path: Path, row: Row, fields: Fields) -> tuple[Pair, Collection[str], Collection[str]]:
+    """Returns the pair of an example, the names of the fields that it is made of, and those of all its fields."""
+    if isinstance(row, DataError):
+        raise row
+    place, values = row
+    try:
+        return *pair_of(values, fields), values.keys()
+    except Unfit as error:
+        raise DataError(f"{path}, {place}{error}", error.fault, place) from error
 
 
 def _check_prompts(path: Path, pairs: list[Pair], settings: DataSettings) -> None:

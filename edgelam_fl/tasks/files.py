@@ -201,6 +201,14 @@ def _holds_lines(file: TextIO) -> bool:
     return True
 
 
+def parse_json(text: str) -> Any:
+    """Parses JSON that a text holds. Raises ValueError with what is wrong, also with texts in it."""
+    value = _parsed(text)
+    if words := _unfit(value):
+        raise _Unfit(f"it {words}")
+    return value
+
+
 def _parsed(text: str) -> Any:
     """Parses JSON. Raises ValueError with what is wrong; a JSONDecodeError says where, too."""
     try:

@@ -27,7 +27,7 @@ def test_three_devices_and_one_are_measured_on_the_same_definitions(tmp_path: Pa
     classes = sorted({row["domain"] for row in rows})
     config = parse_run_file(RUN_FILE.format(classes=json.dumps(classes)), source="classification")
     settings = pb.TaskSettings(
-        kind=config.task.kind, classes=classes, prompt_field=config.data.fields.prompt,
+        kind=config.task.kind, classes=classes, prompt_field=config.data.fields.prompts[0],
         answer_field=config.data.fields.answer, held_out=config.data.held_out,
     )  # fmt: skip
 

@@ -99,9 +99,9 @@ def test_of_a_chat_the_last_answer_is_learned(
         ("hello", "'messages' must be a list with a turn of the assistant after others, got 'hello'"),
         ([{"role": "user", "content": "q"}], "'messages' must be a list with a turn of the assistant after others, got ["),
         ([{"role": "assistant", "content": "a"}], "'messages' must be a list with a turn of the assistant after others, got ["),
-        ([{"role": "bot", "content": "q"}], "each of 'messages' must have a 'role' (system, user, assistant) and a text as 'content', got {'role': 'bot'"),
-        ([{"role": "user", "content": None}], "each of 'messages' must have a 'role' (system, user, assistant) and a text as 'content', got {'role': 'user'"),
-        (["q"], "each of 'messages' must have a 'role' (system, user, assistant) and a text as 'content', got 'q'"),
+        ([{"role": "bot", "content": "q"}], "each of 'messages' must have a 'role' (system, user, assistant, tool) and a text as 'content', or 'from' and 'value', got {'role': 'bot'"),
+        ([{"role": "user", "content": None}], "each of 'messages' must have a 'role' (system, user, assistant, tool) and a text as 'content', or 'from' and 'value', got {'role': 'user'"),
+        (["q"], "each of 'messages' must have a 'role' (system, user, assistant, tool) and a text as 'content', or 'from' and 'value', got 'q'"),
     ],
 )  # fmt: skip
 def test_a_bad_chat_is_named_with_its_line(tmp_path: Path, messages: object, expected: str) -> None:
@@ -135,7 +135,7 @@ CHATS = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "
         ("p.txt", PASSAGES, {"kind": "classification", "classes": ["b", "c"]}, "holds passages; a classification needs a text and a class"),
         ("c.jsonl", CHATS % 1 + CHATS % 2, {"template": "plain"}, "holds chats: they need task.template = 'chat', got 'plain'"),
         ("c.jsonl", CHATS % 1 + CHATS % 2, {"kind": "classification", "classes": ["b", "c"]}, "holds chats; a classification needs a text and a class"),
-        ("q.jsonl", GOOD + GOOD, {"kind": "classification", "classes": ["b", "c"]}, ", line 1: 'a' is none of task.classes (known: b, c)"),
+        ("q.jsonl", GOOD + GOOD, {"kind": "classification", "classes": ["b", "c"]}, ", line 1: 'a' is none of task.classes (known: b, c). Mend it, or have such examples left out: data.bad_lines = 'skip'"),
     ],
 )  # fmt: skip
 def test_a_file_that_does_not_fit_the_task_is_refused_before_it_is_tokenized(
@@ -154,7 +154,7 @@ def test_files_that_fit_are_split(tmp_path: Path) -> None:
     chats.write_text(CHATS % 1 + CHATS % 2, encoding="utf-8")
     sides = device_pairs(passages, settings(template="plain", loss_on="all"))
     assert sorted(sides[0] + sides[1]) == [("", "Another\none."), ("", "One passage.")]
-    assert [len(side) for side in device_pairs(chats, settings())] == [1, 1]
+    assert [len(side) for side in device_pairs(chats, settings())[:2]] == [1, 1]
 
 
 @pytest.mark.parametrize(("examples", "batch"), [(12, 4), (10, 4), (3, 8), (1, 2)])

@@ -15,6 +15,7 @@ import pytest
 from edgelam_fl.files import content_of
 from edgelam_fl.node.examples import DeviceExamples
 from edgelam_fl.tasks.base import Made
+from edgelam_fl.tasks.data import DevicePairs
 from edgelam_fl.tasks.kinds import make_task
 from edgelam_fl.telemetry.events import DataChanged, JobEvent
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -104,8 +105,11 @@ def test_unchanged_data_are_tokenized_once_however_often_they_are_touched(tmp_pa
 def read_all(*files: Path) -> Any:
     """Returns a reader that gives the pairs of each file as one part."""
 
-    def read(path: Path, settings: pb.TaskSettings) -> Any:
-        return tuple([(r["question"], r["answer"]) for r in map(json.loads, f.read_text().splitlines())] for f in files)
+    def read(path: Path, settings: pb.TaskSettings) -> DevicePairs:
+        sides: Any = [
+            [(r["question"], r["answer"]) for r in map(json.loads, f.read_text().splitlines())] for f in files
+        ]
+        return DevicePairs(*sides)
 
     return read
 

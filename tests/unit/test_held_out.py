@@ -148,6 +148,6 @@ def test_yes_and_no_are_learned_and_measured(tmp_path: Path) -> None:
         prompt_field="question",
         answer_field="answer",
     )
-    training, held_out = device_pairs(file, settings)
+    training, held_out, *_ = device_pairs(file, settings)
     assert (len(training), len(held_out)) == (90, 10)
     assert answers(training) == answers(held_out) == {"yes", "no"}

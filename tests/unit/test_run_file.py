@@ -85,8 +85,9 @@ def test_ranges_are_those_of_the_models(section: str, key: str, expected: str) -
 
 
 def test_a_key_of_keys_explains_each() -> None:
-    assert "prompt: what the model is asked; answer: what the model should answer" in explain(
-        field_of("data", "fields")
+    assert (
+        "prompt: what the model is asked, or a list of fields, joined by empty lines; answer: what the model should answer"
+        in explain(field_of("data", "fields"))
     )
 
 
