@@ -7,7 +7,7 @@ files beside them (copies, adapters, states of optimizers, `consolidated.safeten
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     raise ModelError(
         f"model folder {folder} must hold config.json and {WEIGHTS} (or {INDEX} and its files); it has no config.json and holds "
-        f"{_listed(entry.name for entry in folder.iterdir())}"
+        f"{listed(entry.name for entry in folder.iterdir())}"
     )
 
 
@@ -92,20 +92,20 @@ def _without_weights(folder: Path) -> str:
     shards = [name for name in tensors if "-of-" in name]
     if shards:
         return (
-            f"{lacks}, but parts of a set ({_listed(shards)}). Fetch {INDEX} too: it says which file holds which tensor"
+            f"{lacks}, but parts of a set ({listed(shards)}). Fetch {INDEX} too: it says which file holds which tensor"
         )
     if tensors:
-        return f"{lacks}, but {_listed(tensors)}, which transformers would not load either. If one of them is the whole model, rename it to {WEIGHTS}"
+        return f"{lacks}, but {listed(tensors)}, which transformers would not load either. If one of them is the whole model, rename it to {WEIGHTS}"
     pickled = [name for name in names if name.endswith(_PICKLED)]
     if pickled:
         return (
-            f"{lacks}, but {_listed(pickled)}: pickled files can run code when they are read, and are not. Save the model as "
+            f"{lacks}, but {listed(pickled)}: pickled files can run code when they are read, and are not. Save the model as "
             f"safetensors: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
         )
     others = [name for name in names if name.endswith(_OTHER_FORMATS)]
     if others:
-        return f"{lacks}, but {_listed(others)}. Fetch the safetensors files, or set model.name to a .gguf file itself"
-    return f"{lacks}; it holds {_listed(names)}"
+        return f"{lacks}, but {listed(others)}. Fetch the safetensors files, or set model.name to a .gguf file itself"
+    return f"{lacks}; it holds {listed(names)}"
 
 
 def _sharded(folder: Path, index: Path) -> tuple[list[Path], dict[str, TensorEntry]]:
@@ -114,7 +114,7 @@ def _sharded(folder: Path, index: Path) -> tuple[list[Path], dict[str, TensorEnt
     absent = [file.name for file in files if not file.is_file()]
     if absent:
         raise ModelError(
-            f"{_listed(absent)}: named by {index.name} and not in {folder} ({len(files) - len(absent)} of {len(files)} files are here). "
+            f"{listed(absent)}: named by {index.name} and not in {folder} ({len(files) - len(absent)} of {len(files)} files are here). "
             f"Fetch what is missing"
         )
     stored: dict[str, TensorEntry] = {}
@@ -149,12 +149,14 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, TensorEntry]]:
-    for tensor, info in safetensors_header(file).items():
-        if tensor != "__metadata__":
-            yield tensor, TensorEntry(tuple(info["shape"]), str(file), tensor, info["dtype"])
+    header = {tensor: info for tensor, info in safetensors_header(file).items() if tensor != "__metadata__"}
+    begin = file.stat().st_size - max((info["data_offsets"][1] for info in header.values()), default=0)
+    for tensor, info in header.items():
+        first, last = info["data_offsets"]
+        yield tensor, TensorEntry(tuple(info["shape"]), str(file), tensor, info["dtype"], begin + first, last - first)
 
 
-def _listed(names: Iterator[str] | list[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     """Returns the first names, and how many more there are."""
     every = sorted(names)
     more = f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,17 @@ _MAX_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
+class Packing:
+    """How the numbers of a quantized tensor are packed in its file."""
+
+    kind: str  # "fp8", "bnb-4bit" or "bnb-8bit"
+    beside: Mapping[
+        str, tuple[str, str]
+    ]  # end of the name of a tensor that is needed to unpack -> its file, its name there
+    block: tuple[int, int] = (0, 0)  # fp8: rows and columns that share one scale
+
+
+@dataclass(frozen=True)
 class TensorEntry:
     """One tensor of a model: its shape in torch, and where its bytes are."""
 
@@ -22,8 +34,9 @@ class TensorEntry:
     file: str
     stored_name: str
     stored_type: str  # name of the element type in safetensors or GGUF
-    offset: int = 0  # in bytes; GGUF only
-    stored_bytes: int = 0  # GGUF only
+    offset: int = 0  # of its first byte in the file
+    stored_bytes: int = 0
+    packing: Packing | None = None  # None: the numbers are stored as they are, or the file is a GGUF
 
 
 def layer_number(name: str) -> int | None:
@@ -48,6 +61,13 @@ def safetensors_header(file: Path) -> dict[str, Any]:
         return header
     except (ValueError, TypeError, KeyError, AttributeError, struct.error) as error:
         raise ModelError(f"{file} is not a whole safetensors file: {error}. Fetch it again") from error
+
+
+def tensor_bytes(entry: TensorEntry) -> bytes:
+    """Reads the bytes of one small tensor."""
+    with Path(entry.file).open("rb") as stream:
+        stream.seek(entry.offset)
+        return stream.read(entry.stored_bytes)
 
 
 def _check_header(header: dict[str, Any], data_bytes: int) -> None:

@@ -21,13 +21,7 @@ from edgelam_fl.model.quantized import QUANTIZED, quantize_linears
 def skeleton(config: Any, family: Family, span: Span, base: str, classes: int) -> PreTrainedModel:
     """Makes the model without storage and without what other stages hold; a task head, which no file has, is zero."""
     _check_head(config.model_type, family, classes)
-    if classes:
-        config.num_labels = classes
-    auto = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
-    with torch.device("meta"):
-        # The tensors that are assigned later have their own dtype. Any other dtype here would become the default of the
-        # whole process for a moment, and two stages that load at the same time could leave it so.
-        model = auto.from_config(config, dtype=torch.float32)
+    model = whole_on_meta(config, classes)
     _keep_layers(model.get_submodule(f"{family.body}.{family.layers}"), span, base)
     if not span.embed:
         _drop_embedding(model, family, has_lm_head=span.head and family.task_head is None)
@@ -37,6 +31,18 @@ def skeleton(config: Any, family: Family, span: Span, base: str, classes: int) -
         setattr(model, family.task_head, TaskHead(config.hidden_size, classes))
         nn.init.zeros_(getattr(model, family.task_head).weight)
         nn.init.zeros_(getattr(model, family.task_head).bias)
+    return model
+
+
+def whole_on_meta(config: Any, classes: int) -> PreTrainedModel:
+    """Makes the whole model without storage; `classes`: 0 for a language model."""
+    if classes:
+        config.num_labels = classes
+    auto = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
+    with torch.device("meta"):
+        # The tensors that are assigned later have their own dtype. Any other dtype here would become the default of the
+        # whole process for a moment, and two stages that load at the same time could leave it so.
+        model: PreTrainedModel = auto.from_config(config, dtype=torch.float32)
     return model
 
 

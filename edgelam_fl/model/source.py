@@ -23,10 +23,13 @@ from filelock import FileLock
 
 from edgelam_fl.errors import ModelNotFound, nearest
 from edgelam_fl.files import cache_folder, write_atomically
+from edgelam_fl.model.architecture import architecture_of
 from edgelam_fl.model.families import Family, family_of, full_names
 from edgelam_fl.model.folder import read_config, stored_tensors
 from edgelam_fl.model.generation import stop_ids
 from edgelam_fl.model.index import TensorEntry, layer_number
+from edgelam_fl.model.packing import packed_tensors
+from edgelam_fl.model.understood import check_code, check_config, matched
 
 
 class BuiltIn(NamedTuple):
@@ -176,11 +179,16 @@ def _hub_snapshot(name: str, download: bool) -> Path:
 def _from_folder(name: str, folder: Path, reference: str) -> ModelSource:
     config = read_config(folder)
     family = family_of(str(config.get("model_type")), name)
+    check_config(folder, config)
     files, stored = stored_tensors(folder, config)
+    packed = packed_tensors(config, folder, stored)
+    named = {full: packed[tensor] for tensor, full in full_names(packed, family).items()}
+    architecture = architecture_of(folder, family)
+    check_code(folder, config, architecture.model_class)
+    index = matched(folder, config, family, architecture, named)
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in files:
         digest.update(_file_digest(file).encode())
-    index = {full: stored[tensor] for tensor, full in full_names(stored, family).items()}
     return ModelSource(name, folder, index, digest.hexdigest(), reference)
 
 

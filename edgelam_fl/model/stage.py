@@ -323,6 +323,7 @@ def load_stages(
     loaded. read: gets the tensors.
     """
     config, family = AutoConfig.from_pretrained(source.folder), source.family
+    config.__dict__.pop("quantization_config", None)  # read_tensors gives the numbers themselves
     dtype = compute_dtype(base, compute)
     require_base(base)
     models = [skeleton(config, family, span, base, classes) for span in spans]

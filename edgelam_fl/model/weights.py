@@ -27,6 +27,7 @@ from edgelam_fl.model.index import layer_number
 from edgelam_fl.model.quantized import QUANTIZED
 from edgelam_fl.model.served import SAFETENSORS_DTYPES
 from edgelam_fl.model.source import ModelSource
+from edgelam_fl.model.unpack import unpacked
 
 _PLAIN = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _STORED_DTYPE = {"fp32": "F32", "bf16": "BF16"}
@@ -78,6 +79,8 @@ def _file_for(source: ModelSource, name: str, base: str, dtype: torch.dtype) -> 
         form = f"{base}-{_PLAIN[dtype]}"
     if source.gguf is None and entry.stored_type == _STORED_DTYPE.get(form):
         return Path(entry.file)
+    if any(each.packing for each in source.index.values()):
+        form += "-unpacked"  # without it lie weights of versions that read packed numbers as they are
     cached = cache_folder() / "models" / source.digest[:16] / form / f"{part}.safetensors"
     if not cached.is_file():
         cached.parent.mkdir(parents=True, exist_ok=True)
@@ -151,5 +154,13 @@ def _read_source(source: ModelSource, name: str) -> torch.Tensor:
     entry = source.index[name]
     if source.gguf is not None:
         return torch.from_numpy(gguf.read_tensor(entry, source.config).copy())
-    with safe_open(entry.file, framework="pt") as tensors:
-        return tensors.get_tensor(entry.stored_name)
+    stored = _stored(entry.file, entry.stored_name)
+    if entry.packing is None:
+        return stored
+    beside = entry.packing.beside
+    return unpacked(entry.packing, stored, lambda end: _stored(*beside[end]))
+
+
+def _stored(file: str, name: str) -> torch.Tensor:
+    with safe_open(file, framework="pt") as tensors:
+        return tensors.get_tensor(name)
