@@ -162,7 +162,9 @@ def _four_bits(
 def _beside(name: str, ends: Iterable[str], stored: Mapping[str, TensorEntry]) -> dict[str, tuple[str, str]]:
     for end in ends:
         if name + end not in stored:
-            raise ModelError(f"{name} is quantized, and {name}{end} is missing. Fetch the folder again")
+            raise ModelError(
+                f"{stored[name].file}: {name} is quantized, and {name}{end} is missing. Fetch the folder again"
+            )
     return {end: (stored[name + end].file, stored[name + end].stored_name) for end in ends}
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config
 
 from edgelam_fl.errors import ModelError
 from edgelam_fl.model.folder import INDEX, WEIGHTS
 from edgelam_fl.model.source import find_model
+from edgelam_fl.model.weights import read_tensors
 from edgelam_fl.model.whole import load_whole
 from tests.support import write_tiny_llama
 
@@ -216,3 +217,405 @@ def test_a_layout_that_is_refused(folder: Path, change: Change, words: tuple[str
     change(folder)
     text = refusal(folder)
     assert all(word in text for word in words), text
+
+
+# ---------------------------------------------------------------- quantized weights
+
+
+def fp8(folder: Path, *, block: tuple[int, int] | None = (32, 32), scales: torch.dtype = torch.float32) -> None:
+    """Quantizes the layers' matrices as transformers' finegrained fp8 does."""
+    stored = {}
+    for name, tensor in load_file(folder / WEIGHTS).items():
+        if "proj" not in name:
+            stored[name] = tensor
+            continue
+        rows, columns = block or tensor.shape
+        tiles = tensor.view(tensor.shape[0] // rows, rows, tensor.shape[1] // columns, columns)
+        scale = (
+            (tiles.abs().amax(dim=(1, 3)) / 448).log2().ceil().exp2()
+        )  # powers of two, which every type of scale holds
+        stored[name] = (tiles / scale[:, None, :, None]).to(torch.float8_e4m3fn).view(tensor.shape)
+        raw = (scale.log2() + 127).to(torch.uint8) if scales == torch.uint8 else scale.to(scales)
+        stored[f"{name}_scale_inv"] = raw if block else raw.view(())
+    save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
+    quantized_by(folder, "fp8", activation_scheme="dynamic", weight_block_size=block and list(block))
+
+
+def quantized_by(folder: Path, method: str, **settings: Any) -> None:
+    edit_config(folder, quantization_config={"quant_method": method, **settings})
+
+
+def fp8_in_blocks(folder: Path) -> None:
+    fp8(folder)
+
+
+def fp8_in_shards(folder: Path) -> None:
+    """Scales and their weights are in different files."""
+    fp8(folder)
+    shard(folder)
+
+
+def fp8_with_bf16_scales(folder: Path) -> None:
+    fp8(folder, scales=torch.bfloat16)
+
+
+def fp8_with_scales_of_one_byte(folder: Path) -> None:
+    fp8(folder, scales=torch.float8_e8m0fnu)
+
+
+def fp8_per_tensor(folder: Path) -> None:
+    fp8(folder, block=None)
+
+
+def bits(folder: Path, **settings: Any) -> None:
+    """Quantizes as `from_pretrained(quantization_config=...).save_pretrained(...)` does."""
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(**settings))
+    model.save_pretrained(folder)
+
+
+def four_bits(folder: Path) -> None:
+    bits(folder, load_in_4bit=True, bnb_4bit_quant_type="nf4")
+
+
+def four_bits_nested(folder: Path) -> None:
+    bits(folder, load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=True)
+
+
+def eight_bits(folder: Path) -> None:
+    bits(folder, load_in_8bit=True)
+
+
+def dequantized(folder: Path) -> torch.Tensor:
+    """transformers' own weights of a quantized folder, unpacked."""
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    if settings["quant_method"] == "fp8":
+        options = FineGrainedFP8Config(**{**settings, "dequantize": True})
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=options)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).dequantize()
+    return logits(model.eval())
+
+
+PACKED: list[Change] = [
+    fp8_in_blocks, fp8_in_shards, fp8_with_bf16_scales, fp8_with_scales_of_one_byte, fp8_per_tensor, four_bits, four_bits_nested,
+    eight_bits,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", PACKED, ids=lambda change: change.__name__)
+def test_quantized_weights_that_are_read(folder: Path, change: Change) -> None:
+    before = transformers_own(folder)
+    change(folder)
+    got = ours(folder)
+    torch.testing.assert_close(got, dequantized(folder), rtol=0, atol=1e-6)
+    assert 0 < (got - before).abs().max() < 0.2 * before.abs().max()
+
+
+def test_a_last_block_may_be_a_part_of_one(folder: Path) -> None:
+    """As DeepSeek writes them: 64 rows in blocks of 48 have two scales, the second of 16 rows."""
+    tensors = load_file(folder / WEIGHTS)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    scale = torch.tensor([[1.0, 2.0], [4.0, 8.0]])
+    values = torch.randint(-8, 8, (64, 64)).float()
+    tensors |= {name: values.to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    quantized_by(folder, "fp8", weight_block_size=[48, 48])
+    rows = torch.tensor([0] * 48 + [1] * 16)
+    ((_, got),) = read_tensors(find_model(str(folder)), [name], "fp32")
+    assert torch.equal(got, values * scale[rows][:, rows])
+
+
+def renamed(folder: Path, old: str, new: str) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    save_file({name.replace(old, new): each for name, each in tensors.items()}, folder / WEIGHTS)
+
+
+def changed(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(load_file(folder / WEIGHTS) | tensors, folder / WEIGHTS)
+
+
+def without(folder: Path, *names: str) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    save_file({name: each for name, each in tensors.items() if name not in names}, folder / WEIGHTS)
+
+
+REFUSED_METHODS = (
+    "gptq", "awq", "compressed-tensors", "hqq", "torchao", "mxfp4", "nvfp4", "quanto", "aqlm", "eetq", "fbgemm_fp8", "modelopt", "",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("method", REFUSED_METHODS)
+def test_a_quantization_that_is_refused(folder: Path, method: str) -> None:
+    quantized_by(folder, method)
+    text = refusal(folder)
+    assert "quantization_config" in text
+    assert repr(method or "(not said)") in text
+    assert "unquantized" in text
+
+
+@pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json", "hf_quant_config.json"])
+def test_a_file_of_a_tool_that_quantizes_is_refused(folder: Path, name: str) -> None:
+    (folder / name).write_text("{}", encoding="utf-8")
+    assert f"({name})" in refusal(folder)
+
+
+def fp8_without_its_config(folder: Path) -> None:
+    fp8(folder)
+    edit_config(folder, quantization_config=None)
+
+
+def fp8_with_a_lost_scale(folder: Path) -> None:
+    fp8(folder)
+    without(folder, "model.layers.0.mlp.up_proj.weight_scale_inv")
+
+
+def fp8_with_scales_of_another_grid(folder: Path) -> None:
+    fp8(folder)
+    changed(folder, {"model.layers.0.mlp.up_proj.weight_scale_inv": torch.ones(3, 5)})
+
+
+def four_bits_with_lost_codes(folder: Path) -> None:
+    four_bits(folder)
+    without(folder, "model.layers.0.mlp.up_proj.weight.quant_map")
+
+
+def eight_bits_in_a_gpus_layout(folder: Path) -> None:
+    eight_bits(folder)
+    changed(folder, {"model.layers.0.mlp.up_proj.weight_format": torch.tensor(2, dtype=torch.uint8)})
+
+
+def gptq_without_its_config(folder: Path) -> None:
+    renamed(folder, "up_proj.weight", "up_proj.qweight")
+
+
+def mlx(folder: Path) -> None:
+    edit_config(folder, quantization={"bits": 4, "group_size": 64})
+
+
+def whole_numbers(folder: Path) -> None:
+    changed(folder, {"model.layers.0.mlp.up_proj.weight": torch.ones(128, 64, dtype=torch.int8)})
+
+
+def adapter_among_the_weights(folder: Path) -> None:
+    changed(folder, {"model.layers.0.mlp.up_proj.lora_A.weight": torch.ones(4, 64)})
+
+
+def head_of_a_classifier(folder: Path) -> None:
+    renamed(folder, "lm_head", "score")
+
+
+def prefix_of_a_wrapper(folder: Path) -> None:
+    renamed(folder, "model.", "module.model.")
+
+
+def no_head(folder: Path) -> None:
+    without(folder, "lm_head.weight")
+
+
+def no_norm(folder: Path) -> None:
+    without(folder, "model.norm.weight")
+
+
+def bias_that_config_denies(folder: Path) -> None:
+    changed(folder, {"model.layers.0.self_attn.q_proj.bias": torch.ones(64)})
+
+
+def more_layers_than_config(folder: Path) -> None:
+    edit_config(folder, num_hidden_layers=1)
+
+
+def fewer_layers_than_config(folder: Path) -> None:
+    edit_config(folder, num_hidden_layers=3)
+
+
+def table_larger_than_config(folder: Path) -> None:
+    edit_config(folder, vocab_size=200)
+
+
+def unknown_activation(folder: Path) -> None:
+    edit_config(folder, hidden_act="swishy")
+
+
+def padding_outside_the_table(folder: Path) -> None:
+    edit_config(folder, pad_token_id=5000)
+
+
+def own_code(folder: Path) -> None:
+    edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling_tiny.TinyForCausalLM"})
+
+
+def own_code_of_a_like_name(folder: Path) -> None:
+    edit_config(folder, auto_map={"AutoModelForCausalLM": "org/repo--modeling_llama.LlamaBidirectionalForCausalLM"})
+
+
+def unknown_architecture(folder: Path) -> None:
+    edit_config(folder, model_type="mamba")
+
+
+def rope_that_depends_on_history(folder: Path) -> None:
+    edit_config(folder, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+
+
+def rope_in_the_old_spelling(folder: Path) -> None:
+    edit_config(folder, rope_scaling={"type": "dynamic", "factor": 2.0})
+
+
+def rope_that_nobody_knows(folder: Path) -> None:
+    edit_config(folder, rope_parameters={"rope_type": "ntk-by-parts", "factor": 2.0, "rope_theta": 1e4})
+
+
+def rope_per_kind_of_layer(folder: Path) -> None:
+    inner = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    edit_config(folder, rope_parameters={"full_attention": inner, "sliding_attention": {"rope_type": "default"}})
+
+
+def rope_without_its_factor(folder: Path) -> None:
+    edit_config(folder, rope_parameters={"rope_type": "llama3", "rope_theta": 1e4})
+
+
+REFUSED_MODELS: list[tuple[Change, tuple[str, ...]]] = [
+    (fp8_without_its_config, ("no module takes", "weight_scale_inv", "quantization_config")),
+    (fp8_with_a_lost_scale, ("model.layers.0.mlp.up_proj.weight", "F8_E4M3")),
+    (fp8_with_scales_of_another_grid, ("up_proj.weight_scale_inv", "[3, 5]", "[32, 32]")),
+    (four_bits_with_lost_codes, ("up_proj.weight.quant_map", "missing")),
+    (eight_bits_in_a_gpus_layout, ("up_proj.weight_format", "layout")),
+    (gptq_without_its_config, ("model.layers.0.mlp.up_proj.qweight", "quantized", "unquantized")),
+    (mlx, ("MLX", "unquantized")),
+    (whole_numbers, ("model.layers.0.mlp.up_proj.weight", "I8", "F32")),
+    (adapter_among_the_weights, ("lora_A.weight", "merge_and_unload")),
+    (head_of_a_classifier, ("score.weight", "trained head", "AutoModel")),
+    (prefix_of_a_wrapper, ("module.model.embed_tokens.weight", "missing are")),
+    (no_head, ("missing are lm_head.weight",)),
+    (no_norm, ("missing are model.norm.weight",)),
+    (bias_that_config_denies, ("no module takes model.layers.0.self_attn.q_proj.bias",)),
+    (more_layers_than_config, ("layers up to 1", "config.json 1 layers")),
+    (fewer_layers_than_config, ("missing are", "model.layers.2.")),
+    (table_larger_than_config, ("model.embed_tokens.weight is [258, 64] and should be [200, 64]",)),
+    (unknown_activation, ("config.json", "swishy")),
+    (padding_outside_the_table, ("config.json", "cannot be used")),
+    (own_code, ("auto_map", "modeling_tiny.TinyForCausalLM")),
+    (own_code_of_a_like_name, ("auto_map", "LlamaBidirectionalForCausalLM")),
+    (unknown_architecture, ("mamba", "cannot be cut")),
+    (rope_that_depends_on_history, ("'dynamic'", "computed before")),
+    (rope_in_the_old_spelling, ("'dynamic'",)),
+    (rope_that_nobody_knows, ("'ntk-by-parts'", "yarn")),
+    (rope_per_kind_of_layer, ("'dynamic'",)),
+    (rope_without_its_factor, ("config.json", "KeyError")),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), REFUSED_MODELS, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_model_that_is_refused(folder: Path, change: Change, words: tuple[str, ...]) -> None:
+    change(folder)
+    text = refusal(folder)
+    assert str(folder) in text
+    assert all(word in text for word in words), text
+
+
+# ---------------------------------------------------------------- configs and tensors that are read
+
+
+def rope(folder: Path, kind: str, **settings: Any) -> None:
+    edit_config(folder, rope_parameters={"rope_type": kind, "rope_theta": 1e4, **settings}, max_position_embeddings=16)
+
+
+def rope_default(folder: Path) -> None:
+    rope(folder, "default")
+
+
+def rope_linear(folder: Path) -> None:
+    rope(folder, "linear", factor=4.0)
+
+
+def rope_linear_in_the_old_spelling(folder: Path) -> None:
+    edit_config(folder, rope_parameters=None, rope_scaling={"type": "linear", "factor": 4.0}, rope_theta=5e3)
+
+
+def rope_llama3(folder: Path) -> None:
+    given = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+    rope(folder, "llama3", **given)
+
+
+def rope_yarn(folder: Path) -> None:
+    rope(folder, "yarn", factor=4.0, original_max_position_embeddings=16)
+
+
+def rope_longrope(folder: Path) -> None:
+    half = 8
+    short, long = [1.0 + n / 9 for n in range(half)], [2.0 + n for n in range(half)]
+    rope(folder, "longrope", factor=4.0, short_factor=short, long_factor=long, original_max_position_embeddings=64)
+
+
+def tied_and_stored_once(folder: Path) -> None:
+    without(folder, "lm_head.weight")
+    edit_config(folder, tie_word_embeddings=True)
+
+
+def tied_and_stored_as_the_head(folder: Path) -> None:
+    without(folder, "model.embed_tokens.weight")
+    edit_config(folder, tie_word_embeddings=True)
+
+
+def tied_and_stored_twice(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    changed(folder, {"lm_head.weight": tensors["model.embed_tokens.weight"]})
+    edit_config(folder, tie_word_embeddings=True)
+
+
+def tied_with_a_head_of_its_own(folder: Path) -> None:
+    """transformers 5 believes the files."""
+    edit_config(folder, tie_word_embeddings=True)
+
+
+def tied_or_not_is_not_said(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    del config["tie_word_embeddings"]
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def padded_table(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    changed(folder, {name: torch.cat([tensors[name], torch.zeros(62, 64)]) for name in names})
+    edit_config(folder, vocab_size=320)
+
+
+def tables_that_are_computed(folder: Path) -> None:
+    """Old Llama files have one per layer."""
+    changed(folder, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.randn(8)})
+
+
+def half_and_double_precision(folder: Path) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    up, down = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"
+    changed(folder, {up: tensors[up].half(), down: tensors[down].double()})
+
+
+def without_its_prefix(folder: Path) -> None:
+    without(folder, "lm_head.weight")
+    renamed(folder, "model.", "")
+    edit_config(folder, tie_word_embeddings=True)
+
+
+def code_that_transformers_has_too(folder: Path) -> None:
+    edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"})
+
+
+def keys_that_change_nothing(folder: Path) -> None:
+    edit_config(
+        folder, use_cache=False, torch_dtype="bfloat16", pretraining_tp=2, attention_dropout=0.3, unsloth_fixed=True
+    )
+
+
+READ_MODELS: list[Change] = [
+    rope_default, rope_linear, rope_linear_in_the_old_spelling, rope_llama3, rope_yarn, rope_longrope, tied_and_stored_once,
+    tied_and_stored_as_the_head, tied_and_stored_twice, tied_with_a_head_of_its_own, tied_or_not_is_not_said, padded_table,
+    tables_that_are_computed, half_and_double_precision, without_its_prefix, code_that_transformers_has_too,
+    keys_that_change_nothing,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", READ_MODELS, ids=lambda change: change.__name__)
+def test_a_model_that_is_read(folder: Path, change: Change) -> None:
+    change(folder)
+    assert torch.equal(ours(folder), transformers_own(folder))
