@@ -221,7 +221,7 @@ def losses(stage: Stage, examples: Sequence[Example]) -> np.ndarray:
 def exposure(stage: Stage, task: CausalLm, canary: Canary) -> float:
     """Ranks all secrets after the canary's question, in bits of exposure."""
     prompt, _ = canary.pair
-    before = task.tokenizer(task.prompt_text(prompt), add_special_tokens=False)["input_ids"]
+    before = task.opening([{"role": "user", "content": prompt}]).ids
     symbols = [task.tokenizer(digit, add_special_tokens=False)["input_ids"][0] for digit in DIGITS]
 
     def logits(before: Sequence[int], beginnings_BL: np.ndarray) -> np.ndarray:

@@ -189,10 +189,18 @@ class TaskSection(Section):
     classes: tuple[str, ...] = Field(
         (), description="names of the classes, as the answers in the data spell them; for a classification only"
     )
-    max_tokens: int = Field(96, ge=8, le=32768, description="longer examples are cut at the end")
+    max_tokens: int = Field(
+        96, ge=8, le=32768, description="tokens of the longest example; too_long says what becomes of longer ones"
+    )
+    too_long: Literal["cut-prompt", "cut-end", "skip"] = Field(
+        "cut-prompt",
+        description="what becomes of an example that is too long: the oldest part of its prompt goes, its end goes, or it is left out",
+    )
     template: str = Field("chat", description="'chat' (the model's own), 'plain', or a text with {prompt} and {answer}")
-    loss_on: Literal["answer", "all"] = Field("answer", description="tokens that are learned")
-
+    loss_on: Literal["answer", "assistant", "all"] = Field(
+        "answer",
+        description="tokens that are learned: the last answer, with template 'chat' every answer of a chat, or all",
+    )
     weighting: Literal["labels", "examples"] = Field(
         "labels", description="weights of losses and of the aggregation: the number of labelled tokens, or of examples"
     )

@@ -349,4 +349,5 @@ def task_settings(config: RunConfig) -> pb.TaskSettings:
         bad_lines=config.data.bad_lines,
         classes=config.task.classes,
         weighting=config.task.weighting,
+        too_long=config.task.too_long,
     )

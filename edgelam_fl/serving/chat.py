@@ -13,7 +13,7 @@ from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError
 
 if TYPE_CHECKING:  # without torch a wrong command is refused at once
-    from edgelam_fl.serving.generate import Message
+    from edgelam_fl.tasks.data import Message
 
 QUIT = "/quit"
 Write = Callable[[str], None]

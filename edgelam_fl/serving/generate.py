@@ -21,13 +21,15 @@ from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.source import find_model
 from edgelam_fl.model.whole import CutOnWhole, load_whole, put_on
 from edgelam_fl.tasks.causal_lm import CausalLm
+from edgelam_fl.tasks.chat_template import count_turns, without_oldest
+from edgelam_fl.tasks.data import Message
+from edgelam_fl.tasks.masking import Opening
 
 Step = Callable[[Sequence[int], int], torch.Tensor]
 """(ids, position) -> logits [V] after the last of `ids`, whose first is at `position` of the text.
 
 Called with the whole prompt at position 0, then with each new token alone: a KV cache keeps the earlier tokens.
 """
-Message = dict[str, str]  # role and content, as chat templates have them
 _HALF_A_CHARACTER = "\ufffd"
 
 
@@ -57,6 +59,25 @@ def pieces(tokens: Iterable[int], decode: Callable[[list[int]], str]) -> Iterato
         yield rest
 
 
+def behind(given: str, said: Iterable[str]) -> Iterator[str]:
+    """Yields the pieces of an answer without `given`, if the answer begins with it: the prompt's last characters, said again.
+
+    The white space that `given` begins with may be missing, since some tokenizers leave it out of the first word.
+    """
+    forms, begun, is_open = sorted({given, given.lstrip()}, key=len, reverse=True), "", True
+    for piece in said:
+        begun += piece
+        if is_open and any(form != begun and form.startswith(begun) for form in forms):
+            continue  # it may yet become one of them
+        if is_open:
+            begun = begun[len(next((form for form in forms if begun.startswith(form)), "")) :]
+        if begun:
+            yield begun
+        begun, is_open = "", False
+    if begun and begun not in forms:
+        yield begun
+
+
 class Speaker(ABC):
     """Answers questions in text, put as a run's task puts them. Subclasses know where the model is."""
 
@@ -75,32 +96,28 @@ class Speaker(ABC):
 
     def say(self, conversation: Sequence[Message], max_tokens: int, *, tuned: bool = True) -> Iterator[str]:
         """Yields the answer to the last message in pieces. Raises ConfigError if the message is too long for the model."""
-        ids = self._prompt_ids(conversation, max_tokens)
+        begin = self._opening(conversation, max_tokens)
         tokenizer = self._task.tokenizer
         with torch.no_grad(), self.opened(tuned) as step:
-            tokens = greedy(step, ids, max_tokens, self._source.stop_ids)
-            yield from pieces(tokens, lambda taken: tokenizer.decode(taken, skip_special_tokens=True))
+            tokens = greedy(step, begin.ids, max_tokens, self._source.stop_ids)
+            said = pieces(tokens, lambda taken: tokenizer.decode(taken, skip_special_tokens=True))
+            yield from behind(begin.given, said)
 
-    def _prompt_ids(self, conversation: Sequence[Message], max_tokens: int) -> list[int]:
-        """Returns the prompt's tokens; leaves out the oldest turns if the model's context is too short for all."""
+    def _opening(self, conversation: Sequence[Message], max_tokens: int) -> Opening:
+        """Returns what the answer comes after; leaves out the oldest turns if the model's context is too short for all."""
         room = self._source.config.get("max_position_embeddings", 2**31) - max_tokens
         turns = list(conversation) if self.remembers else [conversation[-1]]
-        while len(ids := self._ids(turns)) > room and len(turns) > 1:
-            turns = turns[2:]
-        if len(ids) > room:
+        begin = self._task.opening(turns)
+        for gone in range(1, count_turns(turns)):
+            if len(begin.ids) <= room:
+                break
+            begin = self._task.opening(without_oldest(turns, gone))
+        if len(begin.ids) > room:
             raise ConfigError(
-                f"the question takes {len(ids)} tokens and the answer up to {max_tokens}; {self._source.name} holds "
+                f"the question takes {len(begin.ids)} tokens and the answer up to {max_tokens}; {self._source.name} holds "
                 f"{room + max_tokens} together. Ask something shorter or lower --max-tokens"
             )
-        return ids
-
-    def _ids(self, turns: Sequence[Message]) -> list[int]:
-        if self.remembers:
-            text = self._task.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
-        else:
-            text = self._task.prompt_text(turns[-1]["content"])
-        ids: list[int] = self._task.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        return begin
 
 
 class LocalSpeaker(Speaker):

@@ -1,24 +1,25 @@
-"""Causal language modelling: makes token ids and labels of a prompt and its answer, and a loss sum of logits.
+"""Causal language modelling: makes examples of prompts and answers by a template, and a loss sum of logits.
 
 Knows nothing about stages and links. Shapes: B rows, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch.nn import functional
 
-from edgelam_fl.errors import ConfigError, DataError
+from edgelam_fl.errors import DataError
+from edgelam_fl.model.generation import stop_ids
 from edgelam_fl.tasks.base import Example, Made, Unit, cut, pad
-from edgelam_fl.tasks.data import Message, Pair, Prompt, TaskSettings
-
-IGNORED = -100  # a position without a label
+from edgelam_fl.tasks.chat_template import ChatTemplate, Stretch, count_turns, without_oldest
+from edgelam_fl.tasks.data import Chat, Message, Pair, Prompt, TaskSettings
+from edgelam_fl.tasks.masking import IGNORED, Labelled, Opening, Written, cut_prompt, labelled_text, opening
 
 
 class CausalLm:
@@ -31,7 +32,7 @@ class CausalLm:
     def __init__(self, tokenizer_folder: Path, settings: TaskSettings) -> None:
         self._tokenizer_folder = tokenizer_folder
         self.template, self.max_tokens = settings.template, settings.max_tokens
-        self.loss_on, self.weighting = settings.loss_on, settings.weighting
+        self.loss_on, self.weighting, self.too_long = settings.loss_on, settings.weighting, settings.too_long
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -39,53 +40,78 @@ class CausalLm:
 
         return AutoTokenizer.from_pretrained(self._tokenizer_folder)
 
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens at which generation stops."""
+        return stop_ids(self._tokenizer_folder) | ({self.tokenizer.eos_token_id} - {None})
+
+    @cached_property
+    def _chats(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer)
+
+    # ---------------------------------------------------------------- what generation begins with
+
     def prompt_text(self, prompt: Prompt) -> str:
         """Writes what comes before the answer: nothing for a passage, which has no prompt."""
         if self.template == "chat":
-            return self._chat_text(_messages(prompt), add_generation_prompt=True)
+            chat = _chat(prompt, "")
+            return self._chats.prompt(chat.messages[:-1], chat.tools)[0]
         if not isinstance(prompt, str):
             raise DataError(f"a chat needs task.template = 'chat', got {self.template!r}", "chat")
         if self.template == "plain":
             return f"{prompt}\n" if prompt else ""
         return self.template.replace("{prompt}", prompt).removesuffix("{answer}")
 
-    def _answer_text(self, prompt: Prompt, answer: str) -> str:
-        if self.template != "chat":
-            return answer + (self.tokenizer.eos_token or "")
-        before = self.prompt_text(prompt)
-        whole = self._chat_text([*_messages(prompt), {"role": "assistant", "content": answer}])
-        if not whole.startswith(before):
-            raise ConfigError(
-                "task.template = 'chat': the model's own template writes a chat with its answer differently from the prompt "
-                f"alone, {before[-40:]!r}; give a text with {{prompt}} and {{answer}} instead"
-            )
-        return whole.removeprefix(before)
+    def opening(self, messages: Sequence[Message]) -> Opening:
+        """Returns what generation of the next answer begins with. Without the template "chat" only the last message counts."""
+        if self.template == "chat":
+            return opening(self.tokenizer, *self._chats.prompt(messages), bare=False)
+        return opening(self.tokenizer, self.prompt_text(str(messages[-1]["content"])), "", bare=True)
 
-    def _chat_text(self, turns: list[Message], **how: bool) -> str:
-        if not self.tokenizer.chat_template:
-            raise ConfigError("task.template = 'chat', but the model has no chat template; set 'plain' or a text")
-        try:
-            return self.tokenizer.apply_chat_template(turns, tokenize=False, **how)
-        except TemplateError as error:
-            roles = ", ".join(turn["role"] for turn in turns)
-            raise DataError(f"the model's chat template refuses a chat of {roles:.80}: {error}", "template") from error
+    # ---------------------------------------------------------------- what is learned
 
     def examples(self, pairs: Sequence[Pair]) -> Made:
-        """Makes examples of pairs; skips those of whose answer `max_tokens` leaves nothing."""
+        """Makes examples of pairs. Counts those that `max_tokens` cuts, and skips those of which nothing is left to learn."""
         made = [self._example(prompt, answer) for prompt, answer in pairs]
-        kept = [(example, was_cut) for example, was_cut in made if example.count]
+        kept = [(example, was_cut) for example, was_cut in made if example is not None and example.count]
         return Made([example for example, _ in kept], sum(was_cut for _, was_cut in kept), len(made) - len(kept))
 
-    def _example(self, prompt: Prompt, answer: str) -> tuple[Example, bool]:
-        """Returns an example and whether it was cut."""
-        before = self.tokenizer(self.prompt_text(prompt), add_special_tokens=False)["input_ids"]
-        after = self.tokenizer(self._answer_text(prompt, answer), add_special_tokens=False)["input_ids"]
-        labels = before + after if self.loss_on == "all" else [IGNORED] * len(before) + after
-        labels = labels[: self.max_tokens]
-        count = labelled(labels)
-        ids = (before + after)[: self.max_tokens]
-        was_cut = len(ids) < len(before + after)
-        return Example(ids, labels, min(count, 1) if self._by_example else count), was_cut
+    def _example(self, prompt: Prompt, answer: str) -> tuple[Example | None, bool]:
+        """Returns an example, None if it is too long and skipped, and whether it was cut."""
+        whole = self._labelled(prompt, answer)
+        is_long = len(whole.ids) > self.max_tokens
+        if is_long and self.too_long == "skip":
+            return None, False
+        if is_long and self.too_long == "cut-end":
+            whole = Labelled(whole.ids[: self.max_tokens], whole.labels[: self.max_tokens], whole.kept, whole.answer)
+        elif is_long:
+            whole = cut_prompt(self._shortened(prompt) if isinstance(prompt, Chat) else whole, self.max_tokens)
+        count = labelled(whole.labels)
+        return Example(whole.ids, whole.labels, min(count, 1) if self._by_example else count), is_long
+
+    def _shortened(self, chat: Chat) -> Labelled:
+        """Leaves out as many of a chat's oldest turns as it takes to fit; at most all but the last."""
+
+        def after(turns: int) -> Labelled:
+            return self._labelled(Chat(tuple(without_oldest(chat.messages, turns)), chat.tools), "")
+
+        turns = max(1, count_turns(chat.messages))
+        fitting = bisect_left(range(turns), True, key=lambda number: len(after(number).ids) <= self.max_tokens)
+        return after(min(fitting, turns - 1))
+
+    def _labelled(self, prompt: Prompt, answer: str) -> Labelled:
+        return labelled_text(self.tokenizer, self._written(prompt, answer), self.stop_ids, self.loss_on == "all")
+
+    def _written(self, prompt: Prompt, answer: str) -> Written:
+        """Writes prompt and answer as one text by the template."""
+        if self.template == "chat":
+            chat = _chat(prompt, answer)
+            text = self._chats.whole(chat)
+            find = self._chats.turns if self.loss_on == "assistant" else self._chats.answers
+            return Written(text, tuple(find(chat, text)), bare=False)
+        before = self.prompt_text(prompt)
+        end = len(before) + len(answer)
+        return Written(before + answer, (Stretch(len(before), end, end),), bare=True, is_passage=not before)
 
     @property
     def _by_example(self) -> bool:
@@ -98,9 +124,11 @@ class CausalLm:
         return (sum_of_means if self._by_example else loss_sum)(output, labels), {}
 
 
-def _messages(prompt: Prompt) -> list[Message]:
-    """Returns the messages before the answer."""
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt.messages[:-1])
+def _chat(prompt: Prompt, answer: str) -> Chat:
+    """Returns a whole chat; of a text as prompt, one with the answer."""
+    if isinstance(prompt, Chat):
+        return prompt
+    return Chat(({"role": "user", "content": prompt}, {"role": "assistant", "content": answer}))
 
 
 def labelled(labels: Sequence[int]) -> int:

@@ -22,7 +22,7 @@ class Classification:
     """Predicts the class of a text: the prompt of a pair is the text, its answer is the class. All examples weigh the same."""
 
     def __init__(self, tokenizer_folder: Path, settings: TaskSettings) -> None:
-        self._tokenizer_folder = tokenizer_folder
+        self._tokenizer_folder, self._skips = tokenizer_folder, settings.too_long == "skip"
         self.max_tokens, self.classes = settings.max_tokens, tuple(settings.classes)
 
     @cached_property
@@ -32,19 +32,25 @@ class Classification:
         return AutoTokenizer.from_pretrained(self._tokenizer_folder)
 
     def examples(self, pairs: Sequence[Pair]) -> Made:
-        """Makes examples with the tokenizer's special tokens; a longer text is cut to `max_tokens`, special tokens included."""
+        """Makes examples with the tokenizer's special tokens.
+
+        A longer text is skipped, or its end is cut so that it has `max_tokens`, special tokens included.
+        """
         made = [self._example(text, name) for text, name in pairs]
-        return Made([example for example, _ in made], cut=sum(was_cut for _, was_cut in made))
+        long = sum(is_long for _, is_long in made)
+        if self._skips:
+            return Made([example for example, is_long in made if not is_long], skipped=long)
+        return Made([example for example, _ in made], cut=long)
 
     def _example(self, text: Prompt, name: str) -> tuple[Example, bool]:
-        """Returns an example and whether its text was cut."""
+        """Returns an example and whether its text was too long."""
         if name not in self.classes:
             raise DataError(f"{name!r:.60} is none of task.classes ({nearest(name, self.classes)})", "unknown-class")
         ids = self.tokenizer(text)["input_ids"]
-        was_cut = len(ids) > self.max_tokens
-        if was_cut:  # again, so that the special tokens at the end stay
+        is_long = len(ids) > self.max_tokens
+        if is_long:  # again, so that the special tokens at the end stay
             ids = self.tokenizer(text, truncation=True, max_length=self.max_tokens)["input_ids"]
-        return Example(ids, [self.classes.index(name)], 1), was_cut
+        return Example(ids, [self.classes.index(name)], 1), is_long
 
     def units(self, examples: Sequence[Example], pieces: int) -> list[Unit]:
         return [

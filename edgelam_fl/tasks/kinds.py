@@ -32,12 +32,17 @@ TASKS = {
 
 
 def check_task(settings: TaskSettings) -> None:
-    """Raises ConfigError for an unknown task, and for classes that are missing, doubled or not for this task."""
+    """Raises ConfigError for an unknown task, and for settings that are missing, doubled or not for this task."""
     classes = list(settings.classes)
     if _kind(settings.kind).answers == "text":
         if classes:
             with_classes = " or ".join(repr(name) for name, kind in TASKS.items() if kind.answers == "class")
             raise ConfigError(f"task.classes is for task.kind = {with_classes}, got {settings.kind!r}")
+        if settings.loss_on == "assistant" and settings.template != "chat":
+            raise ConfigError(
+                "task.loss_on = 'assistant' learns every answer of a chat and needs task.template = 'chat', got "
+                f"{settings.template!r:.60}; 'answer' or 'all' go with it"
+            )
     elif not 2 <= len(set(classes)) == len(classes):
         raise ConfigError(f"task.classes = {classes!r:.80} must name at least 2 classes, each once")
 

@@ -424,7 +424,7 @@ class Optimizer(_message.Message):
     def __init__(self, name: _Optional[str] = ..., step_offset: _Optional[int] = ..., lrs: _Optional[_Iterable[float]] = ..., clip: _Optional[str] = ..., max_norm: _Optional[float] = ..., keep: _Optional[str] = ...) -> None: ...
 
 class TaskSettings(_message.Message):
-    __slots__ = ("kind", "max_tokens", "template", "loss_on", "prompt_field", "answer_field", "held_out", "classes", "weighting", "bad_lines", "more_prompt_fields")
+    __slots__ = ("kind", "max_tokens", "template", "loss_on", "prompt_field", "answer_field", "held_out", "classes", "weighting", "too_long", "bad_lines", "more_prompt_fields")
     KIND_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TEMPLATE_FIELD_NUMBER: _ClassVar[int]
@@ -434,6 +434,7 @@ class TaskSettings(_message.Message):
     HELD_OUT_FIELD_NUMBER: _ClassVar[int]
     CLASSES_FIELD_NUMBER: _ClassVar[int]
     WEIGHTING_FIELD_NUMBER: _ClassVar[int]
+    TOO_LONG_FIELD_NUMBER: _ClassVar[int]
     BAD_LINES_FIELD_NUMBER: _ClassVar[int]
     MORE_PROMPT_FIELDS_FIELD_NUMBER: _ClassVar[int]
     kind: str
@@ -445,9 +446,10 @@ class TaskSettings(_message.Message):
     held_out: float
     classes: _containers.RepeatedScalarFieldContainer[str]
     weighting: str
+    too_long: str
     bad_lines: str
     more_prompt_fields: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, kind: _Optional[str] = ..., max_tokens: _Optional[int] = ..., template: _Optional[str] = ..., loss_on: _Optional[str] = ..., prompt_field: _Optional[str] = ..., answer_field: _Optional[str] = ..., held_out: _Optional[float] = ..., classes: _Optional[_Iterable[str]] = ..., weighting: _Optional[str] = ..., bad_lines: _Optional[str] = ..., more_prompt_fields: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, kind: _Optional[str] = ..., max_tokens: _Optional[int] = ..., template: _Optional[str] = ..., loss_on: _Optional[str] = ..., prompt_field: _Optional[str] = ..., answer_field: _Optional[str] = ..., held_out: _Optional[float] = ..., classes: _Optional[_Iterable[str]] = ..., weighting: _Optional[str] = ..., too_long: _Optional[str] = ..., bad_lines: _Optional[str] = ..., more_prompt_fields: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Deadlines(_message.Message):
     __slots__ = ("ready_s", "step_s", "round_s", "silent_s")

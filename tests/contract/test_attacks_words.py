@@ -59,7 +59,12 @@ FILES: Mapping[str, tuple[str, str | bytes | None, list[str], str]] = {
     "json": ("a.jsonl", ROWS + "LEAK\n", [], "line 5"),
     "missing-field": ("a.jsonl", '{"LEAK": "LEAK", "answr": "LEAK"}\n' * 2, [], "line 1"),
     "missing-file": ("", None, [], ""),
-    "no-answer-fits": ("a.jsonl", ROWS.replace("LEAK q", "LEAK " * 50), ["task.max_tokens=8"], ""),
+    "no-answer-fits": (
+        "a.jsonl",
+        ROWS.replace("LEAK q", "LEAK " * 50),
+        ["task.max_tokens=8", "task.too_long=skip"],
+        "",
+    ),
     "object": ("a.json", '["LEAK", "LEAK"]', [], "example 1"),
     "passages": ("a.txt", "LEAK one\n\nLEAK two\n", [], ""),
     "preference": ("a.jsonl", '{"prompt": "LEAK", "chosen": "LEAK", "rejected": "LEAK"}\n' * 2, [], "line 1"),
@@ -125,7 +130,7 @@ def test_s9_no_data_file_speaks_of_its_data(
 ) -> None:
     """Neither in the profile nor in the report of a part; the node's own log has the whole message."""
     if fault == "template":
-        monkeypatch.setattr("edgelam_fl.tasks.causal_lm.CausalLm._chat_text", _refusing_template)
+        monkeypatch.setattr("edgelam_fl.tasks.chat_template.ChatTemplate.whole", _refusing_template)
     if fault == "too-long":
         monkeypatch.setattr("edgelam_fl.tasks.files._LONGEST_CHARACTERS", 40)
     name, content, overrides, place = FILES[fault]

@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def tokens_of(tokenizer: Any, prompt: str, answer: str, max_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, labels): the chat template's whole conversation, of which the answer's turn is learned."""
+    """(ids, labels): the chat template's whole conversation, of which the answer's turn is learned; the oldest tokens go if it is long."""
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     asked = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
     told = tokenizer.apply_chat_template(turns, tokenize=False)
@@ -39,7 +39,9 @@ def tokens_of(tokenizer: Any, prompt: str, answer: str, max_tokens: int) -> tupl
     before, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (asked, told))
     assert whole[: len(before)] == before
     labels = [-100] * len(before) + whole[len(before) :]
-    return torch.tensor([whole[:max_tokens]]), torch.tensor([labels[:max_tokens]])
+    over = max(0, len(whole) - max_tokens)
+    assert over <= len(before), "an answer is never cut"
+    return torch.tensor([whole[over:]]), torch.tensor([labels[over:]])
 
 
 @torch.no_grad()

@@ -21,10 +21,12 @@ def task(
     max_tokens: int = 64,
     loss_on: str = "answer",
     weighting: str = "labels",
+    too_long: str = "cut-prompt",
 ) -> CausalLm:
-    return CausalLm(
-        source.folder, pb.TaskSettings(template=template, max_tokens=max_tokens, loss_on=loss_on, weighting=weighting)
+    settings = pb.TaskSettings(
+        template=template, max_tokens=max_tokens, loss_on=loss_on, weighting=weighting, too_long=too_long
     )
+    return CausalLm(source.folder, settings)
 
 
 @pytest.mark.parametrize(
@@ -77,8 +79,11 @@ def test_chat_templates_that_cannot_serve_say_why(tiny: ModelSource) -> None:
     language = task(tiny)
     for template, kind, expected in [
         (None, ConfigError, "the model has no chat template; set 'plain' or a text"),
-        ("{{ raise_exception('no system') }}", DataError, "refuses a chat of user: no system"),
-        ("{% if add_generation_prompt %}x{% endif %}{{ messages[-1]['content'] }}", ConfigError, "differently from the prompt"),
+        ("{{ raise_exception('no system') }}", DataError, "refuses a chat of user, assistant: no system"),
+        ("{{ messages[-1]['content'] }}", DataError, r"leaves out or changes a message of 'user' \('Why\?'\)"),
+        ("{% for m in messages %}{{ m['content'] | replace('So', 'Yes') }}{% endfor %}", DataError, r"leaves out an answer \('So\.'\)"),
+        ("{% for m in messages %}", ConfigError, "the model's chat template is not readable"),
+        ({"rag": "{{ messages }}", "tool_use": "{{ messages }}"}, ConfigError, r"several chat templates \(rag, tool_use\) and none is named 'default'"),
     ]:  # fmt: skip
         language.tokenizer.chat_template = template
         with pytest.raises(kind, match=expected):
@@ -91,17 +96,48 @@ def test_loss_on_all_learns_every_token_but_the_first(tiny: ModelSource) -> None
     assert example.count == len(example.ids) - 1
 
 
-def test_long_examples_are_cut_at_the_end(tiny: ModelSource) -> None:
-    language = task(tiny, "plain", max_tokens=8)
-    (example,) = language.examples([("Why?", "So it is.")]).examples
-    assert language.tokenizer.decode(example.ids) == "Why?\nSo "
-    assert (len(example.ids), example.count) == (8, 3)
+@pytest.mark.parametrize(
+    ("answer", "too_long", "text", "learned", "counts"),
+    [
+        ("So.", "cut-prompt", "hy?\nSo.</s>", "So.</s>", (1, 1, 0)),
+        ("So.", "cut-end", "Why?\nSo.", "So.", (1, 1, 0)),
+        ("So.", "skip", None, None, (0, 0, 1)),
+        ("So it is so.", "cut-prompt", "hy?\nSo i", "So i", (1, 1, 0)),
+        ("So it is so.", "cut-end", "Why?\nSo ", "So ", (1, 1, 0)),
+        ("So", "cut-end", "Why?\nSo</s>", "So</s>", (1, 0, 0)),
+    ],
+)
+def test_what_becomes_of_an_example_that_is_too_long(
+    tiny: ModelSource, answer: str, too_long: str, text: str | None, learned: str | None, counts: tuple[int, int, int]
+) -> None:
+    language = task(tiny, "plain", max_tokens=8, too_long=too_long)
+    made = language.examples([("Why?", answer)])
+    assert (len(made.examples), made.cut, made.skipped) == counts
+    for example in made.examples:
+        assert language.tokenizer.decode(example.ids) == text
+        assert language.tokenizer.decode([label for label in example.labels if label != IGNORED]) == learned
+        assert len(example.labels) == len(example.ids) <= 8
+
+
+def test_the_oldest_turns_of_a_long_chat_go_and_the_systems_message_stays(tiny: ModelSource) -> None:
+    turns = [("system", "Be."), *[("user", "a" * 20), ("assistant", "b")] * 9, ("user", "Why?"), ("assistant", "So.")]
+    chat = Chat(tuple({"role": role, "content": content} for role, content in turns))
+    language = task(tiny, max_tokens=100)
+    made = language.examples([(chat, "So.")])
+    (example,) = made.examples
+    older = f"<user>{'a' * 20}</s><assistant>b</s>"
+    assert language.tokenizer.decode(example.ids) == f"<system>Be.</s>{older}<user>Why?</s><assistant>So.</s>"
+    assert (made.cut, made.skipped) == (1, 0)
+    (example,) = task(tiny, max_tokens=20).examples([(chat, "So.")]).examples
+    assert language.tokenizer.decode(example.ids) == "Why?</s><assistant>So.</s>", (
+        "then the oldest tokens of the last turn"
+    )
 
 
 def test_examples_without_room_for_an_answer_are_counted_and_none_left_is_an_error(
     tiny: ModelSource, tmp_path: Path
 ) -> None:
-    language = task(tiny, "plain", max_tokens=8)
+    language = task(tiny, "plain", max_tokens=8, too_long="cut-end")
     made = language.examples([("12345678", "x"), ("1", "x"), ("1", "so many more")])
     assert (len(made.examples), made.cut, made.skipped) == (2, 1, 1)
     file = tmp_path / "data.jsonl"
@@ -123,7 +159,7 @@ def test_the_tokenizer_is_loaded_with_the_first_examples(tiny: ModelSource, tmp_
 
 
 def test_by_examples_each_counts_once_with_its_mean_token_loss(tiny: ModelSource) -> None:
-    language = task(tiny, "plain", max_tokens=12, weighting="examples")
+    language = task(tiny, "plain", max_tokens=12, weighting="examples", too_long="cut-end")
     examples = language.examples([("1", "x"), ("1", "so many more"), ("12345678901", "cut away")]).examples
     assert [(labelled(example.labels), example.count) for example in examples] == [(1 + 1, 1), (10, 1)]
     (unit,) = language.units(examples, 1)

@@ -7,7 +7,7 @@ import pytest
 from edgelam_fl.config import RunConfig, parse_run_file
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.serving.chat import ask, check_can_talk, talk
-from edgelam_fl.serving.generate import Message
+from edgelam_fl.tasks.data import Message
 
 
 class Echo:

@@ -128,13 +128,13 @@ def test_the_oldest_turns_go_when_the_context_is_full(tiny: ModelSource, result:
     """One token a byte; the tiny model holds 512."""
     speaker = speaker_of(result.config)
     turns = [user("a" * 150), {"role": "assistant", "content": "b" * 150}] * 2 + [user("c")]
-    kept = speaker._prompt_ids(turns, 10)
-    assert kept == speaker._prompt_ids(turns[2:], 10)
-    assert len(kept) <= 512 - 10 < len(speaker._ids(turns))
+    kept = speaker._opening(turns, 10).ids
+    assert kept == speaker._opening(turns[2:], 10).ids
+    assert len(kept) <= 512 - 10 < len(speaker._opening(turns, -512).ids)
     with pytest.raises(
         ConfigError, match=r"the question takes \d+ tokens and the answer up to 10; .* holds 512 together"
     ):
-        speaker._prompt_ids([user("a" * 600)], 10)
+        speaker._opening([user("a" * 600)], 10)
 
 
 def test_an_answer_ends_at_a_token_that_generation_config_alone_names(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_an_answer_ends_at_a_token_that_generation_config_alone_names(tmp_path: 
     result = open_result(write_result(tmp_path / "run", source))
     speaker = speaker_of(result.config)
     with torch.no_grad(), speaker.opened(tuned=False) as step:
-        likeliest = list(greedy(step, speaker._prompt_ids([user("Who?")], 8), 8, source.stop_ids))
+        likeliest = list(greedy(step, speaker._opening([user("Who?")], 8).ids, 8, source.stop_ids))
     settings = json.loads((folder / "generation_config.json").read_text())
     ends = [1, likeliest[3]]
     (folder / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": ends}))
