@@ -49,9 +49,9 @@ def leakage(
 ) -> None:
     """Measures what a host could read of your text at this model's cut, on this machine, in minutes; sends nothing.
 
-    Plays an honest but curious host that has the public model and public text, by three attacks: nearest neighbour, a linear map
-    and a small sequence network. They show what can be read at least: a stronger attacker, or public text more like yours, reads
-    more. Classifiers are measured like models for text.
+    Plays an honest but curious host that has the public model and public text, by four attacks: nearest neighbour, a linear map, a
+    small sequence network, and trying tokens one by one through the same layers (not for classifiers, whose states depend on the
+    whole text). They show what can be read at least: a stronger attacker, or public text more like yours, reads more.
     """
     from edgelam_fl.config import read_run_file
     from edgelam_fl.model.source import find_model
@@ -124,14 +124,19 @@ def fronts_of_run(config: RunConfig, source: ModelSource) -> dict[str, int]:
 def _table(found: MeasuredLeakage, own: set[int]) -> Table:
     table = Table(title=f"Share of the tokens that a host reads, {found.model}", title_justify="left")
     table.add_column("layers in front")
-    for heading in ("nearest\nneighbour", "linear\nmap", "sequence\nnetwork", "among the\nfirst five"):
+    for heading in (
+        "nearest\nneighbour",
+        "linear\nmap",
+        "sequence\nnetwork",
+        "token by\ntoken",
+        "among the\nfirst five",
+    ):
         table.add_column(heading, justify="right", no_wrap=True)
     for reading in found.readings:
         mark = "  <- this run" if reading.front in own else ""
-        shares = (reading.nearest, reading.ridge, reading.inverter, reading.among_five)
-        table.add_row(
-            f"{reading.front}{mark}", *(f"{100 * share:.1f} %" for share in shares), style="bold" if mark else ""
-        )
+        shares = (reading.nearest, reading.ridge, reading.inverter, reading.replay, reading.among_five)
+        words = ("" if share is None else f"{100 * share:.1f} %" for share in shares)
+        table.add_row(f"{reading.front}{mark}", *words, style="bold" if mark else "")
     return table
 
 
@@ -157,7 +162,7 @@ def _what_changes_it(found: MeasuredLeakage, config: RunConfig) -> Iterator[str]
     if deeper:
         shares = ", ".join(f"{100 * reading.best:.0f} % with {reading.front}" for reading in deeper)
         yield f"more layers in front (split.front; they take memory and time on the device): {shares}"
-    yield "all shares are the least: a host that tries tokens through the same front reads more, at any depth (PRIVACY.md)"
+    yield "all shares are the least: a host with more time, or with public text more like yours, reads more (PRIVACY.md)"
     yield "split.hosts = 0: each device trains the whole model, and only adapters leave it"
     yield "defences at the cut, with what they cost: docs/privacy.md"
     yield 'to refuse plans that leak more than a share: split.trust = "measured:0.2" in the run file, edgelam client --trust on a device'

@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from edgelam_fl.model.memory import weights_bytes
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import Stage, load_stages
 from edgelam_fl.plan.making import task_settings
-from edgelam_fl.privacy.attacks import inverter, nearest, ridge
-from edgelam_fl.privacy.attacks.seen import Seen, chance, share_read
+from edgelam_fl.privacy.attacks import inverter, nearest, replay, ridge
+from edgelam_fl.privacy.attacks.front import Front
+from edgelam_fl.privacy.attacks.replay import candidates
+from edgelam_fl.privacy.attacks.seen import GUESSES, Seen, best_tokens, chance, reading, share_read
 from edgelam_fl.privacy.known import KnownLeakage
 from edgelam_fl.tasks.data import Prompt, pairs_by
 from edgelam_fl.tasks.docstrings import docstring_pairs, split_by_module
@@ -36,6 +39,7 @@ LEAST_TOKENS, MOST_TOKENS, LEAST_TEXTS = 4, 96, 8
 _LEAST_PRIVATE = 2000  # tokens that are read, if there are so many
 _OWNERS = 8  # of the built-in text: one of so many parts is private
 _ROWS = 16
+_REPLAYED = 500  # private tokens that are tried one by one through the front
 _TRAINING = inverter.Training(width=96, epochs=3, negatives=512, rate=4e-3)  # seconds per number of layers
 _SEED = 0
 _SHOWN, _SHOWN_TOKENS = 3, 24
@@ -51,12 +55,15 @@ class LayerReading:
     nearest: float
     ridge: float
     inverter: float
+    replay: float | None
+    """Share that is read by trying tokens through the front, on some of the texts; None: not tried, as with no layer in front or
+    with a model that reads a text from both sides."""
     among_five: float
-    """Share that is among the inverter's or the ridge map's first five guesses, whichever has more."""
+    """Share that is among the first five guesses of the attack that has the most."""
 
     @property
     def best(self) -> float:
-        return max(self.nearest, self.ridge, self.inverter)
+        return max(self.nearest, self.ridge, self.inverter, self.replay or 0.0)
 
 
 @dataclass(frozen=True)
@@ -129,7 +136,7 @@ def measure_leakage(
     most_tokens: int,
     tell: Tell,
 ) -> MeasuredLeakage:
-    """Reads the private text with each number of layers in front, by three attacks.
+    """Reads the private text with each number of layers in front, by three attacks, and a causal model's by a fourth.
 
     fronts: rising; `shown_front` is among them. texts: (public, private). most_tokens: of the public text that the attacker learns from; of the
     private text a quarter as many are read, or 2,000. Raises DataError if the private text is too short, EnvironmentProblem if memory is.
@@ -159,8 +166,8 @@ def measure_leakage(
     readings, guesses_N = [], private[fronts[0]].ids_N
     for number, front in enumerate(fronts, 1):
         tell(f"reading with {front} layers in front, {number} of {len(fronts)}")
-        reading, best_N = _read(front, public[front], private[front], embeddings_VD)
-        readings.append(reading)
+        shares, best_N = _read(front, public[front], private[front], embeddings_VD, _front_of(source, front))
+        readings.append(shares)
         if front == shown_front:
             guesses_N = best_N
     examples = _examples(tokenizer, private[shown_front], guesses_N)
@@ -170,16 +177,41 @@ def measure_leakage(
     )  # fmt: skip
 
 
-def _read(front: int, public: Seen, private: Seen, embeddings_VD: torch.Tensor) -> tuple[LayerReading, torch.Tensor]:
-    """Returns the shares at one number of layers, and the tokens [N] that the best attack reads."""
+def _front_of(source: ModelSource, layers: int) -> Front | None:
+    """Loads the layers through which tokens are tried one by one; None if that says nothing of this model or of no layer."""
+    if not layers or source.family.task_head:
+        return None
+    (stage,) = load_stages(source, [Span(0, layers, embed=True)], "fp32", None)
+    return Front(stage.model, stage.new_cache)
+
+
+def _read(
+    layers: int, public: Seen, private: Seen, embeddings_VD: torch.Tensor, front: Front | None
+) -> tuple[LayerReading, torch.Tensor]:
+    """Returns the shares at one number of layers, and the tokens [N] that the best attack on all texts reads."""
+    trained = inverter.train(public, embeddings_VD, _SEED, _TRAINING)
+    guesses_NG = best_tokens(trained.vectors(private), trained.directions_VD, GUESSES)
     readings = [
         nearest.read(private, embeddings_VD),
         ridge.read(public, private, embeddings_VD),
-        inverter.read(public, private, embeddings_VD, _SEED, _TRAINING),
+        reading(guesses_NG, private),
     ]
-    shares = [share_read(reading, private) for reading in readings]
+    shares = [share_read(each, private) for each in readings]
     best = readings[shares.index(max(shares))]
-    return LayerReading(front, shares[0], shares[1], shares[2], max(each.among_five for each in readings)), best.ids_N
+    among_five, replayed = max(each.among_five for each in readings), None
+    if front is not None:
+        some = private.texts(range(_texts_within(private, _REPLAYED)))
+        scale = float(trained.log_scale.detach().exp())
+        likely = candidates(trained.vectors(some), trained.directions_VD, scale)
+        tried = replay.read(some, likely, front, public.ids_N.unique())
+        replayed, among_five = share_read(tried, some), max(among_five, tried.among_five)
+    return LayerReading(layers, shares[0], shares[1], shares[2], replayed, among_five), best.ids_N
+
+
+def _texts_within(seen: Seen, most_tokens: int) -> int:
+    """Returns how many of the first texts have `most_tokens` tokens together at most; 1 at least."""
+    together = list(accumulate(seen.lengths_R))
+    return max(1, sum(tokens <= most_tokens for tokens in together))
 
 
 @torch.no_grad()

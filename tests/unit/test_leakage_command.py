@@ -37,7 +37,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def measured(digest: str, public_tokens: int, share: float = 0.5) -> MeasuredLeakage:
-    readings = (LayerReading(0, 1.0, 0.9, 0.8, 1.0), LayerReading(2, 0.1, 0.2, share, 0.7))
+    readings = (LayerReading(0, 1.0, 0.9, 0.8, None, 1.0), LayerReading(2, 0.1, 0.2, share, 0.3, 0.7))
     return MeasuredLeakage("m", digest, public_tokens, 100, 0.01, readings, 2, (("a", "b"),))
 
 
@@ -63,6 +63,8 @@ def test_the_command_measures_shows_and_says_what_would_change_it(tiny: ModelSou
     found = json.loads(done.stdout)
     assert [reading["front"] for reading in found["readings"]] == [0, 2]
     assert found["readings"][0]["nearest"] == 1.0, "embeddings are the text"
+    assert found["readings"][0]["replay"] is None
+    assert found["readings"][1]["replay"] > 0.95, "the front is the attacker's own, to the bit"
     assert found["digest"] == tiny.digest
     assert found["kept"] == "", "too short to judge later runs by"
     assert 3 <= len(found["examples"]) <= 4
