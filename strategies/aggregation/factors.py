@@ -85,8 +85,9 @@ def stacked(sources: Sequence[Factors]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def product_norm(left_OM: np.ndarray, right_MI: np.ndarray) -> float:
-    """Returns ||left right||_F by triangular factors, exact to rounding even if the product nearly vanishes."""
-    left, right = (np.asarray(np.linalg.qr(stack, mode="r")) for stack in (left_OM, right_MI.T))
+    """Returns ||left right||_F by triangular factors in float64, exact to rounding even if the product nearly vanishes."""
+    wide = (stack.astype(np.float64) for stack in (left_OM, right_MI.T))
+    left, right = (np.asarray(np.linalg.qr(stack, mode="r")) for stack in wide)
     return float(np.linalg.norm(left @ right.T))
 
 

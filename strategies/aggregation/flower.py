@@ -151,7 +151,10 @@ class MultiKrum(_Robust):
         selected: Annotated[int, Field(ge=1)] = 3,
         freeze_a: bool = False,
     ) -> None:
-        """`malicious`: number of sources that may lie. `selected`: number of the best that are averaged. `freeze_a`: only B learns."""
+        """`malicious`: number of sources that may lie. `selected`: number of the best that are averaged, weighted by their labels as
+        in Flower; in the paper (arXiv 1703.02757) their mean is plain, so that a liar that is chosen weighs no more than others.
+        `freeze_a`: only B learns.
+        """
         least = max(2 * malicious + 3, selected + malicious)
         rule = flower.MultiKrum(num_malicious_nodes=malicious, num_nodes_to_select=selected)
         super().__init__(rule, least, freeze_a)

@@ -1,7 +1,7 @@
 """Oort (arXiv 2010.06081): chooses devices with a high loss that are fast enough, and some new devices.
 
-Utility U = n sqrt(mean loss^2), times (T / t)^alpha for a device that takes t > T seconds. The score is U, clipped and scaled to
-0..1, plus sqrt(0.1 ln R / last round). A share epsilon of the places goes to devices never tried; the others are drawn by score
+Utility U = n sqrt(mean loss^2). The score is U, clipped and scaled to 0..1, plus sqrt(0.1 ln R / last round); all of it, the
+bonus too, is multiplied by (T / t)^alpha for a device that takes t > T seconds (as in FedScale's code). A share epsilon of the places goes to devices never tried; the others are drawn by score
 among the devices near the best. T is a percentile of the devices' times, which the pacer raises when the utility gained has become
 flat, and lowers when it jumps (as in FedScale's code). The squares here are of a device's mean loss per step, and new devices are
 drawn in proportion to their examples.

@@ -1,8 +1,10 @@
 """TiFL (arXiv 2001.09249): groups devices into tiers of similar speed and takes a round's devices from one tier.
 
-A tier is drawn with a weight that grows the worse its devices do so far (by the rank of their mean metric; equal weights while
-no metric is known), and has credits: each draw costs one, and when no tier has credits left, all get theirs back. Devices that
-never took part form a tier of their own that comes first, instead of the paper's profiling rounds.
+A tier is drawn with the weight 1 + the number of tiers that do better so far by their mean metric (equal weights while no
+metric is known), and has credits: each draw costs one, and when no tier has credits left, all get theirs back. In the paper
+(algorithm 2) the i-th worst of n tiers has the weight n - i, so that the best is not drawn before others lack credits, and weights
+change every some rounds, if the accuracy fell; here every tier has a chance in every round. Devices that never took part form a
+tier of their own that comes first, instead of the paper's profiling rounds.
 """
 
 from __future__ import annotations

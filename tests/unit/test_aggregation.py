@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from edgelam_fl.errors import ConfigError, TooFewSources
 from edgelam_fl.plan.making import ClientSettings
+from server.judging import first_not_finite
 from strategies.aggregation import flower as ours
 from strategies.aggregation.carry import Carry, CarryRule, added, carry_of, compressed
 from strategies.aggregation.error import aggregation_error
@@ -153,6 +154,40 @@ def test_hetlora_pads_weighs_by_size_and_cuts() -> None:
     )  # fmt: skip
     np.testing.assert_allclose(new[Q + A], a / sum(sizes), atol=1e-6)
     np.testing.assert_allclose(new[Q + B], b / sum(sizes), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e18, 1e-24], ids=["huge", "tiny"])
+def test_hetlora_weighs_by_size_however_large_or_small_updates_are(size: float) -> None:
+    """s ||B A|| overflows or vanishes in fp32 at these sizes; a source's weight is its share of all sizes."""
+    one, other = sources(4, 4)
+    big = [
+        Contribution(
+            c.source, c.weight, {n: a * np.float32(size if n.endswith(B) else 1) for n, a in c.tensors.items()}
+        )
+        for c in (one, other)
+    ]
+    new = HetLora().aggregate(big, start(4)).tensors
+    norms = [np.linalg.norm(c.tensors[Q + B].astype(float) @ c.tensors[Q + A].astype(float)) for c in (one, other)]
+    share = norms[0] / sum(norms)
+    expected = share * one.tensors[Q + A] + (1 - share) * other.tensors[Q + A]
+    np.testing.assert_allclose(new[Q + A], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rule", [FLoRA(), FedEx()], ids=["flora", "fedex"])
+def test_what_carries_cannot_hold_is_seen_as_not_finite(rule: CarryRule) -> None:
+    """Factors at fp32's end: the carry would be infinite, and the server keeps the old adapter."""
+    huge = [
+        Contribution(
+            c.source,
+            c.weight,
+            {n: np.where(a > 0, 3e38, -3e38).astype(np.float32) for n, a in c.tensors.items()},
+            scales(4),
+        )
+        for c in sources(4, 4)
+    ]
+    with np.errstate(all="ignore"):
+        new = rule.aggregate(huge, start(4))
+    assert first_not_finite([new.tensors, new.carry])
 
 
 def test_hetlora_weighs_by_labels_where_nothing_was_learned() -> None:
