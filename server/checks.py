@@ -10,12 +10,13 @@ from itertools import pairwise
 from pathlib import Path
 
 from edgelam_fl.bounds import DEFAULT_BOUNDS, Bounds
-from edgelam_fl.config import RunConfig
+from edgelam_fl.config import OptimizerSection, RunConfig
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.adapter import target_modules
 from edgelam_fl.model.source import BUILT_IN as MODELS
 from edgelam_fl.model.source import find_model
 from edgelam_fl.plan.fronts import check_trust, with_auto_front
+from edgelam_fl.plan.making import check_warmup
 from edgelam_fl.plan.modes import host_mode, label_place
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.tasks.kinds import check_task
@@ -35,6 +36,7 @@ def check_config(config: RunConfig, bounds: Bounds = DEFAULT_BOUNDS, *, elsewher
     names = {kind: getattr(strategy, kind) for kind in BUILT_IN}
     loaded = load_all(names, strategy.options, bounds, elsewhere=elsewhere)
     check_together(config)
+    check_optimizer(config)
     check_low_rank(config)
     check_privacy(config, loaded, elsewhere=elsewhere)
     check_task(config.task)
@@ -87,6 +89,23 @@ def check_together(config: RunConfig) -> None:
                 f"{key} = {back}: split.back must be 0 with split.labels = 'last-stage', as the last host then holds the "
                 f"last layers and the head"
             )
+
+
+def check_optimizer(config: RunConfig) -> None:
+    """Raises ConfigError for a key of the other optimizer, and for a rise of the learning rate that never ends."""
+    optimizer, plain = config.optimizer, OptimizerSection()
+    others = {"adamw": ("momentum",), "sgd": ("weight_decay", "betas", "eps")}[optimizer.name]
+    for key in others:
+        value = getattr(optimizer, key)
+        if value != getattr(plain, key):
+            shown = list(value) if isinstance(value, tuple) else value
+            other = "sgd" if optimizer.name == "adamw" else "adamw"
+            raise ConfigError(
+                f"optimizer.{key} = {shown} has no effect with optimizer.name = {optimizer.name!r}. Allowed: leave it out, or "
+                f"optimizer.name = {other!r}"
+            )
+    if not config.federation.epochs:
+        check_warmup(config, config.federation.local_steps)
 
 
 def check_low_rank(config: RunConfig) -> None:
@@ -239,6 +258,11 @@ def check_correction(config: RunConfig) -> None:
         raise ConfigError(
             f"{who} takes gradients from a source's update, which only plain SGD allows; optimizer.name = "
             f"{optimizer.name!r} updates by something else. Allowed: optimizer.name = 'sgd'"
+        )
+    if optimizer.momentum:
+        raise ConfigError(
+            f"{who} takes gradients from a source's update, and optimizer.momentum = {optimizer.momentum:g} would mix them with those "
+            f"of earlier steps. Allowed: optimizer.momentum = 0"
         )
     if optimizer.clip != "none":
         raise ConfigError(

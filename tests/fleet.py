@@ -288,7 +288,7 @@ def plain_training(
         totals: list[torch.Tensor | None] = [None] * len(parameters)
         for units in devices:
             for unit in units:
-                (loss_sum(forward(model, unit), unit.labels) / union).backward()
+                (plain_loss(forward(model, unit), unit.labels, config) / union).backward()
             for number, parameter in enumerate(parameters):
                 part, parameter.grad = parameter.grad, None
                 totals[number] = part if totals[number] is None else totals[number] + part
@@ -298,10 +298,19 @@ def plain_training(
         optimizer.zero_grad()
 
 
+def plain_loss(logits_BTV: torch.Tensor, labels_BT: torch.Tensor, config: RunConfig) -> torch.Tensor:
+    """Sums torch's cross entropy, with the label smoothing of training."""
+    return torch.nn.functional.cross_entropy(
+        logits_BTV[:, :-1].flatten(0, 1).float(), labels_BT[:, 1:].flatten(), reduction="sum",
+        label_smoothing=config.task.label_smoothing,
+    )  # fmt: skip
+
+
 def plain_optimizer(parameters: list[torch.nn.Parameter], config: RunConfig) -> torch.optim.Optimizer:
     if config.optimizer.name == "sgd":
-        return torch.optim.SGD(parameters, lr=config.optimizer.lr)
-    return torch.optim.AdamW(parameters, lr=config.optimizer.lr, weight_decay=0.0)
+        return torch.optim.SGD(parameters, lr=config.optimizer.lr, momentum=config.optimizer.momentum)
+    lr, betas, eps, decay = (getattr(config.optimizer, key) for key in ("lr", "betas", "eps", "weight_decay"))
+    return torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=decay)
 
 
 def same_bits(left: adapters.Adapter, right: adapters.Adapter) -> bool:

@@ -2,6 +2,7 @@
 
 from edgelam_fl.config.schema import (
     ModelSection,
+    OptimizerSection,
     PrivacySection,
     RunConfig,
     Section,
@@ -15,6 +16,7 @@ from edgelam_fl.config.toml import known_keys, parse_run_file, read_run_file, to
 
 __all__ = [
     "ModelSection",
+    "OptimizerSection",
     "PrivacySection",
     "RunConfig",
     "Section",

@@ -201,6 +201,12 @@ class TaskSection(Section):
         "answer",
         description="tokens that are learned: the last answer, with template 'chat' every answer of a chat, or all",
     )
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of each label's weight that all tokens (or classes) get alike, as torch's cross_entropy; held-out losses are without it",
+    )
     weighting: Literal["labels", "examples"] = Field(
         "labels", description="weights of losses and of the aggregation: the number of labelled tokens, or of examples"
     )
@@ -269,14 +275,27 @@ class FederationSection(Section):
 
 
 class OptimizerSection(Section):
-    name: Literal["adamw", "sgd"] = Field(
-        "adamw", description="adamw: without weight decay; sgd: plain, without momentum"
-    )
+    name: Literal["adamw", "sgd"] = Field("adamw", description="torch's AdamW or torch's SGD")
     lr: float = Field(1e-3, gt=0, le=10, description="learning rate")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="how lr changes over all planned steps"
     )
-    warmup_steps: int = Field(0, ge=0, description="first steps of the run, over which lr rises to its value")
+    warmup_steps: int = Field(
+        0,
+        ge=0,
+        description="first steps of the run, over which lr rises to its value: step s, counted from 0, has lr (s + 1) / warmup_steps. transformers' schedules have lr s / warmup_steps, so that their first step learns nothing",
+    )
+    weight_decay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="adamw: each step multiplies every tensor that it changes, LoRA factors and the head of a classification, by 1 - lr weight_decay (decoupled, as torch's AdamW); frozen tensors stay",
+    )
+    betas: tuple[float, float] = Field(
+        (0.9, 0.999), description="adamw: decay of the mean and of the square of gradients"
+    )
+    eps: float = Field(1e-8, gt=0, le=1, description="adamw: added to the root of the mean square")
+    momentum: float = Field(0.0, ge=0, lt=1, description="sgd: share of the step before that is kept, as torch's SGD")
     clip: Literal["none", "stage", "global"] = Field(
         "none",
         description="limit the norm of the gradient: stage: on each node alone | global: over all nodes together",
@@ -286,6 +305,18 @@ class OptimizerSection(Section):
         "exact",
         description="when a node keeps its moments: only if it starts from exactly the adapter that they belong to, or always",
     )
+
+    @field_validator("betas", mode="before")
+    @classmethod
+    def betas_as_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("betas")
+    @classmethod
+    def betas_below_one(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("must be two numbers, each at least 0 and below 1")
+        return value
 
 
 class StrategySection(Section):

@@ -131,12 +131,25 @@ def planned_steps(config: RunConfig, devices: Iterable[pb.Profile]) -> int:
     return max((own_steps(config, device.examples) for device in devices), default=config.federation.local_steps)
 
 
+def check_warmup(config: RunConfig, steps: int) -> None:
+    """Raises ConfigError if the learning rate would rise until the end of a run with rounds of `steps` steps."""
+    warmup, planned = config.optimizer.warmup_steps, config.federation.rounds * steps
+    if warmup >= planned:
+        raise ConfigError(
+            f"optimizer.warmup_steps = {warmup} must be below {planned}, the steps of the run ({config.federation.rounds} rounds of "
+            f"{steps}): the learning rate would not reach optimizer.lr, nor optimizer.schedule begin"
+        )
+
+
 def learning_rates(config: RunConfig, facts: RoundFacts) -> list[float]:
     """Returns the learning rate of each step of the round: a rise over the run's first steps, then the schedule.
 
-    The schedule ends with the last step of the last round.
+    The schedule ends with the last step of the last round. Raises ConfigError as `check_warmup`: with federation.epochs, the
+    number of steps is known when devices are.
     """
     optimizer = config.optimizer
+    if facts.round == 1 and facts.steps:
+        check_warmup(config, facts.steps)
     rounds_left = max(1, config.federation.rounds - facts.round + 1)
     planned = facts.step_offset + rounds_left * facts.steps
     return [
@@ -332,6 +345,10 @@ def _optimizer(config: RunConfig, facts: RoundFacts) -> pb.Optimizer:
         clip=optimizer.clip,
         max_norm=optimizer.max_norm,
         keep=optimizer.keep,
+        weight_decay=optimizer.weight_decay,
+        betas=optimizer.betas,
+        eps=optimizer.eps,
+        momentum=optimizer.momentum,
     )
 
 
@@ -350,4 +367,5 @@ def task_settings(config: RunConfig) -> pb.TaskSettings:
         classes=config.task.classes,
         weighting=config.task.weighting,
         too_long=config.task.too_long,
+        label_smoothing=config.task.label_smoothing,
     )

@@ -57,7 +57,8 @@ class Ends:
         """
         if self._gradient_needed:
             inputs.requires_grad_(True)
-        loss, _ = self._task.loss(self._forward_back(unit, inputs, self._seed(step, number)), unit.labels)
+        output = self._forward_back(unit, inputs, self._seed(step, number))
+        loss, _ = self._task.loss(output, unit.labels, training=True)
         if loss.requires_grad:
             (loss / divisor).backward()
         grad, rank = inputs.grad, self._plan.lowrank.rank

@@ -261,7 +261,7 @@ class Host:
         """Computes the loss at a last stage: its value goes to the device, its gradient back along the route."""
         labels = member.labels.pop(unit_id(header))
         check_targets(labels, output)
-        loss, sums = task.loss(output, labels)
+        loss, sums = task.loss(output, labels, training=header.phase == pb.TRAIN)
         if header.phase == pb.TRAIN and not math.isfinite(loss.item()):
             self.turns.take_unusable_gradient(member, "hidden states or labels whose loss is not finite")
             return

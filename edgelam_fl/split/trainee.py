@@ -20,6 +20,7 @@ from edgelam_fl.plan.reading import cut_adapter_of
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 Gradients = Sequence[torch.Tensor | None]
+_TORCHS_BETAS, _TORCHS_EPS = (0.9, 0.999), 1e-8
 
 
 class Trainee:
@@ -176,19 +177,31 @@ def _moments_belong_to(adapter: adapters.Adapter, plan: pb.Plan) -> tuple[Any, .
     With optimizer.keep = "always", neither the adapter nor the frozen factors count.
     """
     lora, optimizer = plan.lora, plan.optimizer
-    same: tuple[Any, ...] = (lora.train_front, lora.train_hosts, lora.train_back, optimizer.name)
+    same: tuple[Any, ...] = (lora.train_front, lora.train_hosts, lora.train_back, *_rule(optimizer))
     if optimizer.keep == "always":
         return same
     return (*same, lora.freeze_a, lora.freeze_b, adapters.digest(adapter))
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], settings: pb.Optimizer) -> torch.optim.Optimizer | None:
-    """Returns AdamW without weight decay, or SGD without momentum; None if nothing trains."""
+    """Returns torch's AdamW or SGD with the plan's settings; None if nothing trains."""
     if settings.name not in ("adamw", "sgd"):
         raise ProtocolError(f"optimizer {settings.name!r} is not known here; known: adamw, sgd")
     if not parameters:
         return None
-    return torch.optim.SGD(parameters) if settings.name == "sgd" else torch.optim.AdamW(parameters, weight_decay=0.0)
+    _, weight_decay, betas, eps, momentum = _rule(settings)
+    try:
+        if settings.name == "sgd":
+            return torch.optim.SGD(parameters, momentum=momentum)
+        return torch.optim.AdamW(parameters, betas=betas, eps=eps, weight_decay=weight_decay)
+    except ValueError as error:
+        raise ProtocolError(f"a plan's optimizer: {error}") from error
+
+
+def _rule(settings: pb.Optimizer) -> tuple[str, float, tuple[float, float], float, float]:
+    """Returns name, weight decay, betas, eps and momentum: an optimizer of other settings cannot go on with its moments."""
+    first, second = settings.betas or _TORCHS_BETAS
+    return settings.name, settings.weight_decay, (first, second), settings.eps or _TORCHS_EPS, settings.momentum
 
 
 def judge(parts: Sequence[pb.StepReady], max_norm: float) -> pb.StepApply:

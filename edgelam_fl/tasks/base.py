@@ -59,10 +59,13 @@ class Task(Protocol):
         """Cuts a batch into at most `pieces` micro-batches."""
         ...
 
-    def loss(self, output: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss(
+        self, output: torch.Tensor, labels: torch.Tensor, *, training: bool = False
+    ) -> tuple[torch.Tensor, dict[str, float]]:
         """Returns a micro-batch's loss sum in fp32 (to be divided by counts), and the sums of its other metrics by name.
 
-        A function of tensors only: a host that gets the labels calls it too.
+        A function of tensors only: a host that gets the labels calls it too. training: whether the loss is learned from, with
+        task.label_smoothing; what is only measured is without it.
         """
         ...
 

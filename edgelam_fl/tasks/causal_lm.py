@@ -33,6 +33,7 @@ class CausalLm:
         self._tokenizer_folder = tokenizer_folder
         self.template, self.max_tokens = settings.template, settings.max_tokens
         self.loss_on, self.weighting, self.too_long = settings.loss_on, settings.weighting, settings.too_long
+        self._label_smoothing = settings.label_smoothing
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -120,8 +121,11 @@ class CausalLm:
     def units(self, examples: Sequence[Example], pieces: int) -> list[Unit]:
         return make_units(examples, pieces)
 
-    def loss(self, output: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
-        return (sum_of_means if self._by_example else loss_sum)(output, labels), {}
+    def loss(
+        self, output: torch.Tensor, labels: torch.Tensor, *, training: bool = False
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        smoothing = self._label_smoothing if training else 0.0
+        return (sum_of_means if self._by_example else loss_sum)(output, labels, smoothing), {}
 
 
 def _chat(prompt: Prompt, answer: str) -> Chat:
@@ -149,15 +153,19 @@ def make_units(examples: Sequence[Example], pieces: int) -> list[Unit]:
     ]
 
 
-def loss_sum(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-    """Sums the token losses over labelled positions, in fp32; position t predicts token t + 1."""
-    predicted = logits_BTV[:, :-1].flatten(0, 1).float()
-    return functional.cross_entropy(predicted, labels_BT[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+def loss_sum(logits_BTV: torch.Tensor, labels_BT: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+    """Sums the token losses over labelled positions, in fp32; position t predicts token t + 1. smoothing: of labels, 0 to 1."""
+    predicted, targets = logits_BTV[:, :-1].flatten(0, 1).float(), labels_BT[:, 1:].flatten()
+    return functional.cross_entropy(
+        predicted, targets, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing
+    )
 
 
-def sum_of_means(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-    """Sums the mean token loss of each row, in fp32; a row without labels adds nothing."""
+def sum_of_means(logits_BTV: torch.Tensor, labels_BT: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+    """Sums the mean token loss of each row, in fp32; a row without labels adds nothing. smoothing: as of `loss_sum`."""
     targets_BT = labels_BT[:, 1:]
     scores_BVT = logits_BTV[:, :-1].float().transpose(1, 2)
-    losses_BT = functional.cross_entropy(scores_BVT, targets_BT, ignore_index=IGNORED, reduction="none")
+    losses_BT = functional.cross_entropy(
+        scores_BVT, targets_BT, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing
+    )
     return (losses_BT.sum(1) / (targets_BT != IGNORED).sum(1).clamp(min=1)).sum()

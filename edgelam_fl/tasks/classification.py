@@ -24,6 +24,7 @@ class Classification:
     def __init__(self, tokenizer_folder: Path, settings: TaskSettings) -> None:
         self._tokenizer_folder, self._skips = tokenizer_folder, settings.too_long == "skip"
         self.max_tokens, self.classes = settings.max_tokens, tuple(settings.classes)
+        self._label_smoothing = settings.label_smoothing
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -63,7 +64,10 @@ class Classification:
             for rows in cut(examples, pieces)
         ]
 
-    def loss(self, output: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss(
+        self, output: torch.Tensor, labels: torch.Tensor, *, training: bool = False
+    ) -> tuple[torch.Tensor, dict[str, float]]:
         """Returns the sum of the cross-entropies of logits [B, C], and the number of rows that are "correct"."""
-        loss = functional.cross_entropy(output.float(), labels, reduction="sum")
+        smoothing = self._label_smoothing if training else 0.0
+        loss = functional.cross_entropy(output.float(), labels, reduction="sum", label_smoothing=smoothing)
         return loss, {"correct": float((output.argmax(-1) == labels).sum())}

@@ -26,6 +26,7 @@ from tests.fleet import (
     joined,
     memory_fleet,
     plain_adapter,
+    plain_evaluation,
     plain_model,
     plain_training,
     relative_distance,
@@ -64,6 +65,36 @@ def test_plain_sgd_trains_like_the_plain_loop(tiny: ModelSource, data_files: lis
     model = plain_model(tiny, config, start)
     plain_training(model, config, [[units] for units in batches])
     assert same_bits(joined(reports), plain_adapter(model))
+
+
+@pytest.mark.parametrize("labels", ["device", "last-stage"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        ["optimizer.weight_decay=0.3", "optimizer.betas=[0.8, 0.95]", "optimizer.eps=1e-3", "optimizer.lr=0.01"],
+        ["optimizer.name=sgd", "optimizer.momentum=0.9", "optimizer.lr=0.5"],
+    ],
+    ids=["adamw", "sgd"],
+)
+def test_the_optimizers_settings_and_smoothed_labels_are_torchs(
+    tiny: ModelSource, data_files: list[Path], optimizer: list[str], labels: str
+) -> None:
+    """Split as unsplit with torch's AdamW, SGD and cross_entropy alone; what is measured has no smoothing."""
+    ends = [f"split.labels={labels}", *(["split.back=0"] if labels == "last-stage" else [])]
+    config = run_config(tiny.name, "split.hosts=2", "task.label_smoothing=0.2", *optimizer, *ends)
+    start = initial_adapter(tiny, config.lora.targets, config.lora.rank, 1)
+    batches = device_batches(tiny, config, data_files[0], "device-1", 5)
+    with memory_fleet(tiny, config, data_files[:1]) as fleet:
+        reports = fleet.run(start, 5)
+    check_done(reports)
+    model = plain_model(tiny, config, start)
+    assert reports["device-1"].eval_loss_sum == plain_evaluation(model, tiny, config, data_files[0])
+    plain_training(model, config, [[units] for units in batches])
+    assert same_bits(joined(reports), plain_adapter(model))
+    usual = plain_model(tiny, config, start)
+    keys = {"optimizer": type(config.optimizer)(name=config.optimizer.name, lr=config.optimizer.lr)}
+    plain_training(usual, config.model_copy(update=keys), [[units] for units in batches])
+    assert not same_bits(joined(reports), plain_adapter(usual))
 
 
 @pytest.mark.parametrize("hosts", [1, 2])

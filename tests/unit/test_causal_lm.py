@@ -179,6 +179,17 @@ def test_by_labels_the_loss_is_the_token_losses_sum_to_the_bit(tiny: ModelSource
     assert torch.equal(*(torch.autograd.grad(loss, logits)[0] for loss in (by_task, by_hand)))
 
 
+def test_by_examples_each_mean_is_of_smoothed_losses(tiny: ModelSource) -> None:
+    settings = pb.TaskSettings(
+        template="plain", max_tokens=12, loss_on="all", weighting="examples", label_smoothing=0.3
+    )
+    logits = torch.randn(1, 3, 5, generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([[IGNORED, 1, 2]])
+    loss, _ = CausalLm(tiny.folder, settings).loss(logits, labels, training=True)
+    by_torch = torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], label_smoothing=0.3)
+    assert float(loss) == pytest.approx(float(by_torch), rel=1e-6)
+
+
 def test_a_row_without_labels_adds_nothing_to_the_sum_of_means() -> None:
     logits = torch.zeros(2, 3, 5, requires_grad=True)
     loss = sum_of_means(logits, torch.tensor([[IGNORED, 1, 2], [3, IGNORED, IGNORED]]))

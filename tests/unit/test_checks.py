@@ -117,6 +117,17 @@ def test_settings_that_can_be_combined(tiny: ModelSource, overrides: list[str]) 
             "'scaffold' .* only plain SGD allows; optimizer.name = 'adamw' .* Allowed: optimizer.name = 'sgd'",
         ),
         (
+            ["strategy.aggregation=scaffold", "optimizer.name=sgd", "optimizer.momentum=0.9"],
+            "'scaffold' .* optimizer.momentum = 0.9 would mix them .* Allowed: optimizer.momentum = 0",
+        ),
+        (["optimizer.momentum=0.9"], "momentum = 0.9 has no effect with optimizer.name = 'adamw'. Allowed: .* 'sgd'"),
+        (["optimizer.name=sgd", "optimizer.weight_decay=0.1"], "weight_decay = 0.1 has no effect with .* 'sgd'"),
+        (["optimizer.name=sgd", "optimizer.betas=[0.8, 0.9]"], r"betas = \[0.8, 0.9\] has no effect with .* 'sgd'"),
+        (
+            ["optimizer.warmup_steps=40", "federation.rounds=4", "federation.local_steps=10"],
+            r"optimizer.warmup_steps = 40 must be below 40, the steps of the run \(4 rounds of 10\)",
+        ),
+        (
             ["strategy.aggregation=scaffold", "optimizer.name=sgd", "optimizer.clip=stage"],
             "'scaffold' .* optimizer.clip = 'stage' would shorten it. Allowed: optimizer.clip = 'none'",
         ),

@@ -70,6 +70,14 @@ def test_the_loss_is_a_sum_over_rows_and_comes_with_the_hits() -> None:
     assert (loss.dtype, others) == (torch.float32, {"correct": 1})
 
 
+def test_smoothing_is_torchs_and_for_what_is_learned_alone() -> None:
+    logits, labels = torch.tensor([[2.0, 0.0, 1.0], [0.0, 0.5, 3.0]]), torch.tensor([0, 1])
+    made = make_task(TaskSection(kind="classification", classes=CLASSES, label_smoothing=0.3), Path("none"))
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=0.3)
+    assert torch.equal(made.loss(logits, labels, training=True)[0], expected)
+    assert torch.equal(made.loss(logits, labels)[0], task(Path("none")).loss(logits, labels)[0])
+
+
 def test_an_unknown_class_is_named_with_the_nearest(words: Path) -> None:
     with pytest.raises(DataError, match=r"'plants' is none of task\.classes \(did you mean 'plant'\?\)"):
         task(words).examples([("a", "plants")])

@@ -158,6 +158,13 @@ def test_rates_over_all_planned_steps(schedule: str, rates: list[float]) -> None
     assert found == pytest.approx(rates, rel=1e-12)
 
 
+def test_a_rise_that_never_ends_is_refused_once_the_steps_are_known() -> None:
+    config = run_config("x", "optimizer.warmup_steps=6", "federation.rounds=3", "federation.epochs=1")
+    assert learning_rates(config, RoundFacts("r", 1, 1, 0, 3))[-1] == pytest.approx(1e-3 * 3 / 6)
+    with pytest.raises(ConfigError, match=r"warmup_steps = 6 must be below 6, the steps of the run \(3 rounds of 2\)"):
+        learning_rates(config, RoundFacts("r", 1, 1, 0, 2))
+
+
 def test_a_plan_contains_the_rates_of_its_steps(tiny: ModelSource) -> None:
     plan = plans_of(run_config("x", "optimizer.lr=0.5"), tiny)["edge-1"]
     assert list(plan.optimizer.lrs) == [0.5] * 10

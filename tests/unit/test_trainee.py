@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from edgelam_fl.errors import ProtocolError
 from edgelam_fl.split.trainee import Trainee
 from edgelam_fl.wire import edgelam_pb2 as pb
 
@@ -40,6 +41,34 @@ def trainee() -> Trainee:
 def plan(*, freeze_a: bool = False, freeze_b: bool = False, keep: str = "exact", clip: str = "none") -> pb.Plan:
     lora = pb.Lora(train_front=True, train_hosts=True, train_back=True, freeze_a=freeze_a, freeze_b=freeze_b)
     return pb.Plan(lora=lora, optimizer=pb.Optimizer(name="adamw", lrs=[LR] * 9, keep=keep, clip=clip, max_norm=1.0))
+
+
+def test_moments_of_other_settings_are_not_kept() -> None:
+    """A node stays on for a second run: its optimizer must not go on by the first run's rule."""
+    found, settings = trainee(), plan(keep="always")
+    learn(found, settings, START)
+    assert learn(found, settings, START)[0]
+    for changes in (pb.Optimizer(weight_decay=0.5), pb.Optimizer(betas=[0.5, 0.9]), pb.Optimizer(eps=0.1)):
+        other = plan(keep="always")
+        other.optimizer.MergeFrom(changes)
+        warm, moved = learn(found, other, START)
+        assert not warm
+        assert np.array_equal(moved[A], learn(trainee(), other, START)[1][A])
+    wrong = plan()
+    wrong.optimizer.weight_decay = -1.0
+    with pytest.raises(ProtocolError, match="a plan's optimizer: Invalid weight_decay value"):
+        trainee().start(START, lambda layer: True, wrong)
+
+
+def test_weight_decay_shrinks_what_learns_and_leaves_what_is_frozen() -> None:
+    settings = plan(freeze_a=True)
+    settings.optimizer.weight_decay = 0.5
+    found = trainee()
+    found.start(START, lambda layer: True, settings)
+    found.set_gradients([torch.zeros(2) for _ in found.parameters])
+    found.step(0)
+    assert np.array_equal(found.adapter()[A], START[A])
+    assert np.allclose(found.adapter()[B], START[B] * (1 - LR * 0.5), rtol=1e-6)
 
 
 def learn(
