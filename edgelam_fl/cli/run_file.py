@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from edgelam_fl.config import RunConfig, Section, toml_value
 from edgelam_fl.errors import ConfigError, ModelNotFound
 from edgelam_fl.model.adapter import target_modules
+from edgelam_fl.model.limits import check_limits, positions_of
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.names import printable
 from edgelam_fl.plan.fronts import check_trust, host_readings, with_auto_front
@@ -89,6 +90,9 @@ def _for_model(source: ModelSource) -> dict[str, dict[str, Any]]:
     ends = min(standard.split.front, (source.num_layers - 1) // 2)  # one layer at least is left for a host
     if ends < standard.split.front:
         sections["split"] = {"front": ends, "back": ends}
+    positions = positions_of(source)
+    if positions is not None and positions.most < standard.task.max_tokens:
+        sections["task"] = {"max_tokens": positions.most}
     try:
         target_modules(source, standard.lora.targets)
     except ConfigError:
@@ -121,9 +125,12 @@ def explained(config: RunConfig) -> str:
     if isinstance(config.split.fronts, str):
         source = find_model(config.model.name)
         digest, config = source.digest, with_auto_front(config, source)
+        check_limits(config, source)
     else:
         with suppress(ModelNotFound):  # it may be where the run will take place
-            digest = find_model(config.model.name, download=False).digest
+            source = find_model(config.model.name, download=False)
+            digest = source.digest
+            check_limits(config, source)
     check_trust(config, digest)
     return f"{described(config, mark_changed=True)}\n{_readable(config, host_readings(config, digest))}"
 
