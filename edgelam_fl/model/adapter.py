@@ -23,6 +23,7 @@ from safetensors.numpy import load, save, save_file
 from edgelam_fl.errors import ConfigError, ProtocolError, nearest
 from edgelam_fl.model import carry
 from edgelam_fl.model.cut import CUT_A, CUT_B, CutAdapter, without_cut
+from edgelam_fl.model.families import Experts
 from edgelam_fl.model.index import layer_number
 from edgelam_fl.model.source import ModelSource
 
@@ -81,10 +82,13 @@ def slice_of(adapter: Mapping[str, np.ndarray], spans: Iterable[Span]) -> Adapte
 def target_modules(source: ModelSource, targets: Iterable[str]) -> dict[str, tuple[int, int]]:
     """Returns module -> (out, in) features of the modules that LoRA targets name; a target matches whole trailing name parts.
 
-    Raises ConfigError for a target that matches nothing or is outside the layers (a tied head or embedding).
+    Raises ConfigError for a target that matches nothing, is outside the layers (a tied head or embedding) or in a mixture of
+    experts.
     """
-    modules = source.linear_modules()
-    if list(targets) == ["all-linear"]:
+    targets, modules = list(targets), _adaptable(source)
+    if source.family.experts is not None:
+        _refuse_experts(source, source.family.experts, targets, modules)
+    if targets == ["all-linear"]:
         return modules
     found: dict[str, tuple[int, int]] = {}
     for target in targets:
@@ -95,8 +99,34 @@ def target_modules(source: ModelSource, targets: Iterable[str]) -> dict[str, tup
     return {name: modules[name] for name in modules if name in found}
 
 
+def target_names(source: ModelSource) -> list[str]:
+    """Lists the names of single modules that LoRA may be put on."""
+    return sorted(_leaves(_adaptable(source)))
+
+
+def _adaptable(source: ModelSource) -> dict[str, tuple[int, int]]:
+    """Returns the modules that LoRA may be put on: all matrices inside the layers but those in a mixture of experts."""
+    experts, modules = source.family.experts, source.linear_modules()
+    return {name: shape for name, shape in modules.items() if experts is None or f".{experts.block}." not in name}
+
+
+def _leaves(modules: Iterable[str]) -> set[str]:
+    return {name.rsplit(".", 1)[-1] for name in modules}
+
+
+def _refuse_experts(source: ModelSource, experts: Experts, targets: list[str], allowed: Iterable[str]) -> None:
+    """Raises ConfigError for a target in a mixture of experts: peft's adapters of experts belong to two tensors of all of them."""
+    parts = {experts.router, *experts.joined, *(part for parts in experts.joined.values() for part in parts)}
+    for target in targets:
+        if target == "all-linear" or target.rsplit(".", 1)[-1] in parts:
+            raise ConfigError(
+                f"lora.targets: {target!r} would adapt the experts of {source.name}, which peft does in two tensors per layer "
+                f"and not by module. Allowed: {', '.join(sorted(_leaves(allowed)))}"
+            )
+
+
 def _refuse_target(source: ModelSource, target: str, modules: Mapping[str, tuple[int, int]]) -> None:
-    leaves = {name.rsplit(".", 1)[-1] for name in modules}
+    leaves = _leaves(modules)
     outside = {name.removesuffix(".weight").rsplit(".", 1)[-1] for name in source.index if layer_number(name) is None}
     if source.tied_head and target in outside | {"lm_head"}:
         raise ConfigError(

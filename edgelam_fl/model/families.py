@@ -6,10 +6,22 @@ then shows whether its slices are exact.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from edgelam_fl.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts. In the model two tensors hold the matrices of all experts; files hold each expert's by itself."""
+
+    block: str  # name inside a layer of the feed-forward part: it has experts, or is a plain one
+    router: str  # inside `block`: its matrix is neither packed nor adapted
+    held: str  # inside `block`: the module of the two tensors
+    joined: Mapping[
+        str, tuple[str, ...]
+    ]  # tensor in the model -> each expert's matrices in it, in the order of their rows
 
 
 @dataclass(frozen=True)
@@ -25,6 +37,7 @@ class Family:
     task_head: str | None = (
         None  # classification: the trained module after `body`; None: it has a language model's head
     )
+    experts: Experts | None = None  # of layers whose feed-forward part is a mixture of experts
 
 
 _LLAMA = Family(body="model", layers="layers", embed="embed_tokens", norm="norm")
@@ -35,6 +48,12 @@ FAMILIES = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "qwen3_moe": replace(
+        _LLAMA,
+        experts=Experts(
+            "mlp", "gate", "experts", {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+        ),
+    ),
     "phi3": _LLAMA,
     "olmo2": _LLAMA,
     "smollm3": replace(_LLAMA, tied=True),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgelam_fl.errors import ModelError
+from edgelam_fl.model.families import Experts
 
 _MAX_HEADER_BYTES = 100_000_000
 
@@ -37,12 +38,53 @@ class TensorEntry:
     offset: int = 0  # of its first byte in the file
     stored_bytes: int = 0
     packing: Packing | None = None  # None: the numbers are stored as they are, or the file is a GGUF
+    pieces: tuple[TensorEntry, ...] = ()  # the stored tensors whose rows, one after another, are this one
+
+    @property
+    def stored(self) -> tuple[TensorEntry, ...]:
+        """The tensors in files: this one, or its pieces."""
+        return self.pieces or (self,)
 
 
 def layer_number(name: str) -> int | None:
     """Returns the layer that a tensor, module or adapter name belongs to; None outside the layers."""
     match = re.search(r"\.(?:layers|h|layer)\.(\d+)\.", f".{name}")
     return int(match.group(1)) if match else None
+
+
+def join_experts(index: Mapping[str, TensorEntry], experts: Experts) -> dict[str, TensorEntry]:
+    """Returns an index in which the stored matrices of experts are pieces of the model's tensors [experts, out, in].
+
+    Raises ModelError if one of them is absent or has another shape.
+    """
+    pattern = re.compile(rf"(.*\.{experts.block}\.{experts.held})\.(\d+)\.(\w+)\.weight")
+    joined, modules = dict[str, TensorEntry](), dict[str, int]()  # module -> number of its experts
+    for name, entry in index.items():
+        if match := pattern.fullmatch(name):
+            modules[match[1]] = max(modules.get(match[1], 0), int(match[2]) + 1)
+        else:
+            joined[name] = entry
+    for module, count in modules.items():
+        for tensor, parts in experts.joined.items():
+            names = [f"{module}.{number}.{part}.weight" for number in range(count) for part in parts]
+            joined[f"{module}.{tensor}"] = _join([_piece(index, name) for name in names], count)
+    return joined
+
+
+def _piece(index: Mapping[str, TensorEntry], name: str) -> TensorEntry:
+    if name not in index:
+        raise ModelError(f"model.name: the files of the model have no tensor {name}, but other experts of its layer")
+    return index[name]
+
+
+def _join(pieces: list[TensorEntry], experts: int) -> TensorEntry:
+    shapes = {piece.shape for piece in pieces}
+    if len(shapes) > 1 or len(pieces[0].shape) != 2:
+        raise ModelError(
+            f"model.name: {pieces[0].stored_name} and its like have the shapes {sorted(shapes)}; one is expected"
+        )
+    rows, columns = pieces[0].shape
+    return TensorEntry((experts, len(pieces) * rows // experts, columns), pieces[0].file, "", "", pieces=tuple(pieces))
 
 
 def safetensors_header(file: Path) -> dict[str, Any]:

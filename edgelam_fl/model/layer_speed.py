@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from edgelam_fl.model.adapter import Span
+from edgelam_fl.model.adapter import Span, target_names
 from edgelam_fl.model.base_names import COMPUTES, SHORT
 from edgelam_fl.model.bases import DTYPE, usable_bases
-from edgelam_fl.model.quantized import QUANTIZED
+from edgelam_fl.model.quantized import QUANTIZED, quantize
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.speed import mean_s, measure_once
 from edgelam_fl.model.stage import LoraSettings, Stage, load_stages
@@ -54,7 +54,7 @@ def _measured(source: ModelSource, say: Callable[[str], None]) -> LayerSeconds:
 
 def random_layer(source: ModelSource, base: str, compute: str) -> Stage:
     """Makes layer 0 with random weights and LoRA on all its matrices; the values of weights do not change the time."""
-    lora = LoraSettings(_RANK, 2.0 * _RANK, ("all-linear",))
+    lora = LoraSettings(_RANK, 2.0 * _RANK, tuple(target_names(source)))
     classes = 2 if source.family.task_head else 0
     (stage,) = load_stages(source, [Span(0, 1)], base, lora, compute, classes=classes, read=_random_tensors)
     return stage
@@ -67,10 +67,9 @@ def _random_tensors(
     dtype = DTYPE[compute or COMPUTES[base][0]]
     matrices = source.linear_modules()
     for name in names:
-        module = name.removesuffix(".weight")
-        if base in QUANTIZED and module in matrices:
-            weight_OI = 0.02 * torch.randn(matrices[module], generator=generator)
-            packed, scale = QUANTIZED[base].quantize(weight_OI)
+        if base in QUANTIZED and source.packs(name):
+            shape = matrices.get(name.removesuffix(".weight"), source.index[name].shape)  # GPT-2's are turned
+            packed, scale = quantize(0.02 * torch.randn(shape, generator=generator), base)
             yield name, packed
             yield f"{name}_scale", scale
         else:

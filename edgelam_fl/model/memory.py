@@ -18,10 +18,13 @@ from edgelam_fl.model.source import ModelSource
 
 _NF4_BLOCK = 64
 _PLAIN_NORMS = ("gpt2", "bert")  # their layer norm computes in the model's dtype, others' in fp32
-_FEED_FORWARD_KEPT = {
-    "gpt2": 4,
-    "bert": 1,
-}  # number of tensors of size I per layer; other families keep gate, its activation, and up
+# number of tensors of size I per layer; other families keep gate, its activation, and up
+_FEED_FORWARD_KEPT = {"gpt2": 4, "bert": 1, "phi3": 4}
+_NORMED_HEADS = ("qwen3", "qwen3_moe", "olmo2", "gemma3_text")  # queries and keys have norms of their own
+_FOUR_NORMS = ("gemma2", "gemma3_text")  # per layer; others have two
+_FUSED = ("phi3",)  # queries, keys and values are one matrix, gate and up another
+_EAGER = ("gemma2",)  # transformers computes its capped scores one by one and keeps them
+_SCORE_BYTES = 8  # per score: capped ones and their softmax
 
 
 def weights_bytes(source: ModelSource, spans: Iterable[Span], base: str, compute: str = "") -> int:
@@ -43,11 +46,13 @@ def _needs(source: ModelSource, span: Span, name: str) -> bool:
 
 def _tensor_bytes(source: ModelSource, name: str, entry: TensorEntry, base: str, itemsize: int) -> int:
     size = math.prod(entry.shape)
-    if base not in ("int8", "nf4") or layer_number(name) is None or len(entry.shape) != 2:
+    if base not in ("int8", "nf4") or not source.packs(name):
         return size * itemsize
+    *experts, rows, columns = entry.shape
+    count = math.prod(experts)
     if base == "nf4":
-        return -(size // -_NF4_BLOCK) * (_NF4_BLOCK // 2 + FP32_BYTES)
-    return size + entry.shape[source.family.input_first] * FP32_BYTES
+        return count * -(rows * columns // -_NF4_BLOCK) * (_NF4_BLOCK // 2 + FP32_BYTES)
+    return size + count * (columns if source.family.input_first else rows) * FP32_BYTES
 
 
 def unit_bytes(
@@ -68,7 +73,7 @@ def unit_bytes(
     """
     positions = rows * tokens
     hidden = positions * _size(config, "hidden_size", "n_embd") * itemsize
-    layer = positions * _layer_bytes(config, itemsize, all_linear)
+    layer = positions * _layer_bytes(config, tokens, itemsize, all_linear)
     saved = layers * hidden + (layer if layers else 0) if checkpointing else layers * layer
     if not head:
         return hidden + saved + 2 * hidden
@@ -76,7 +81,7 @@ def unit_bytes(
     return hidden + saved + hidden + positions * int(config["vocab_size"]) * (2 * itemsize + FP32_BYTES)
 
 
-def _layer_bytes(config: Mapping[str, Any], itemsize: int, all_linear: bool) -> int:
+def _layer_bytes(config: Mapping[str, Any], tokens: int, itemsize: int, all_linear: bool) -> int:
     """Returns the bytes that one layer keeps per position for the backward pass, in transformers with sdpa and peft."""
     kind = config["model_type"]
     d = _size(config, "hidden_size", "n_embd")
@@ -85,17 +90,24 @@ def _layer_bytes(config: Mapping[str, Any], itemsize: int, all_linear: bool) -> 
     a, k = heads * head_size, (config.get("num_key_value_heads") or heads) * head_size
     i = config.get("intermediate_size") or config.get("n_inner") or 4 * d
     norm = itemsize if kind in _PLAIN_NORMS else FP32_BYTES
-    kept = 2 * d * norm + itemsize * (2 * a + 2 * k + _FEED_FORWARD_KEPT.get(kind, 3) * i)
-    if kind == "qwen3":
+    kept = (4 if kind in _FOUR_NORMS else 2) * d * norm
+    feed_forward = _FEED_FORWARD_KEPT.get(kind, 3) * i
+    if "num_experts_per_tok" in config:  # each has gate, its activation, up and output; 2 d for router and sum
+        feed_forward = config["num_experts_per_tok"] * (3 * config["moe_intermediate_size"] + d) + 2 * d
+    kept += itemsize * (2 * a + 2 * k + feed_forward)
+    if kind in _NORMED_HEADS:
         kept += (a + k) * norm  # queries and keys before their own norms
-    return kept + FP32_BYTES * _lora_inputs(d, a, i, copied=itemsize != FP32_BYTES, all_linear=all_linear)
+    if kind in _EAGER:
+        kept += itemsize * 2 * (a - k) + _SCORE_BYTES * heads * tokens  # keys and values once per head, and scores
+    copied = itemsize != FP32_BYTES
+    return kept + FP32_BYTES * _lora_inputs(d, a, i, copied=copied, all_linear=all_linear, fused=kind in _FUSED)
 
 
-def _lora_inputs(d: int, a: int, i: int, *, copied: bool, all_linear: bool) -> int:
+def _lora_inputs(d: int, a: int, i: int, *, copied: bool, all_linear: bool, fused: bool) -> int:
     """Returns the fp32 inputs that LoRA keeps per position; a model not in fp32 needs a copy per adapted matrix."""
     if not copied:
         return d + (d + i if all_linear else 0)
-    return 5 * d + a + i if all_linear else 2 * d
+    return (2 if fused else 5) * d + a + i if all_linear else 2 * d
 
 
 def _size(config: Mapping[str, Any], *names: str) -> int:

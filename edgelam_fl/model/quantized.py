@@ -98,7 +98,7 @@ class QuantizedLinear(nn.Linear):
         nn.Module.__init__(self)
         self.out_features, self.in_features = out_features, in_features
         with torch.device(device):
-            weight, scale = self.empty_state()
+            weight, scale = self.empty_state(out_features, in_features)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
         self.register_parameter("bias", bias)
@@ -123,14 +123,17 @@ class QuantizedLinear(nn.Linear):
         """Returns `weight` and `weight_scale` of the state."""
         raise NotImplementedError
 
-    def empty_state(self) -> tuple[torch.Tensor, torch.Tensor]:
+    @staticmethod
+    def empty_state(out_features: int, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
         raise NotImplementedError
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+        """Returns x times the transposed matrix [out, in] of this shape, of which `weight` and `scale` are the state."""
         raise NotImplementedError
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        y = self.product(input)
+        y = self.product(input, self.weight, self.weight_scale, (self.out_features, self.in_features))
         return y if self.bias is None else y + self.bias
 
 
@@ -139,13 +142,13 @@ class Int8Linear(QuantizedLinear):
 
     quantize = staticmethod(quantize_rows)
 
-    def empty_state(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.empty(self.out_features, self.in_features, dtype=torch.int8), torch.empty(
-            self.out_features, dtype=torch.float32
-        )
+    @staticmethod
+    def empty_state(out_features: int, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.empty(out_features, in_features, dtype=torch.int8), torch.empty(out_features, dtype=torch.float32)
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        return _Int8Product.apply(x, self.weight, self.weight_scale)
+    @staticmethod
+    def product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+        return _Int8Product.apply(x, weight, scale)
 
 
 class Nf4Linear(QuantizedLinear):
@@ -153,20 +156,66 @@ class Nf4Linear(QuantizedLinear):
 
     quantize = staticmethod(quantize_nf4)
 
-    def empty_state(self) -> tuple[torch.Tensor, torch.Tensor]:
-        blocks = -(self.out_features * self.in_features // -BLOCK)
+    @staticmethod
+    def empty_state(out_features: int, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
+        blocks = -(out_features * in_features // -BLOCK)
         return torch.empty(blocks, BLOCK // 2, dtype=torch.uint8), torch.empty(blocks, dtype=torch.float32)
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        return _Nf4Product.apply(x, self.weight, self.weight_scale, (self.out_features, self.in_features))
+    @staticmethod
+    def product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+        return _Nf4Product.apply(x, weight, scale, shape)
 
 
 QUANTIZED: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "nf4": Nf4Linear}
 
 
-def quantize_linears(layer: nn.Module, base: str) -> None:
-    """Replaces all linear layers by empty ones of the base."""
+def quantize(weight: torch.Tensor, base: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantizes a matrix [out, in], or each matrix of experts [E, out, in] by itself: packed weights and scales."""
+    if weight.dim() == 2:
+        return QUANTIZED[base].quantize(weight)
+    weights, scales = zip(*(QUANTIZED[base].quantize(weight_OI) for weight_OI in weight), strict=True)
+    return torch.stack(weights), torch.stack(scales)
+
+
+class QuantizedExperts(nn.Module):
+    """The experts of one layer with packed matrices, computed one by one as in transformers' `eager` implementation.
+
+    Shapes: N positions, K experts per position, D hidden.
+    """
+
+    def __init__(self, experts: Any, base: str) -> None:
+        """Makes empty ones for transformers' experts: two tensors [E, out, in], `gate_up_proj` and `down_proj`."""
+        super().__init__()
+        self._kind, self._gate = QUANTIZED[base], experts._apply_gate
+        self._shapes: dict[str, tuple[int, int]] = {}
+        for name in ("gate_up_proj", "down_proj"):
+            count, out_features, in_features = experts.get_parameter(name).shape
+            self._shapes[name] = out_features, in_features
+            with torch.device(experts.get_parameter(name).device):
+                weight, scale = self._kind.empty_state(out_features, in_features)
+            for end, tensor in (("", weight), ("_scale", scale)):
+                state = tensor.new_empty(count, *tensor.shape)
+                self.register_parameter(name + end, nn.Parameter(state, requires_grad=False))
+
+    def forward(self, states_ND: torch.Tensor, experts_NK: torch.Tensor, shares_NK: torch.Tensor) -> torch.Tensor:
+        total_ND = torch.zeros_like(states_ND)
+        for expert in experts_NK.unique().tolist():
+            positions, places = torch.where(experts_NK == expert)
+            inner = self._gate(self._product(states_ND[positions], "gate_up_proj", expert))
+            outer = self._product(inner, "down_proj", expert) * shares_NK[positions, places, None]
+            total_ND = total_ND.index_add(0, positions, outer.to(total_ND.dtype))
+        return total_ND
+
+    def _product(self, x: torch.Tensor, name: str, expert: int) -> torch.Tensor:
+        weight, scale = self.get_parameter(name)[expert], self.get_parameter(f"{name}_scale")[expert]
+        return self._kind.product(x, weight, scale, self._shapes[name])
+
+
+def quantize_layer(layer: nn.Module, base: str, held: str | None) -> None:
+    """Replaces all linear layers by empty ones of the base, and the experts in the module `held`, if the layer has it."""
     for parent in list(layer.modules()):
         for name, child in list(parent.named_children()):
             if type(child) in (nn.Linear, Conv1D):
                 setattr(parent, name, QUANTIZED[base].in_place_of(child))
+            elif name == held:
+                setattr(parent, name, QuantizedExperts(child, base))

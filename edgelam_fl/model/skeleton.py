@@ -15,14 +15,15 @@ from edgelam_fl.errors import ModelError
 from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.families import Family
 from edgelam_fl.model.modules import Embedded, NoPositions, Pass, TaskHead
-from edgelam_fl.model.quantized import QUANTIZED, quantize_linears
+from edgelam_fl.model.quantized import QUANTIZED, quantize_layer
 
 
 def skeleton(config: Any, family: Family, span: Span, base: str, classes: int) -> PreTrainedModel:
     """Makes the model without storage and without what other stages hold; a task head, which no file has, is zero."""
     _check_head(config.model_type, family, classes)
     model = whole_on_meta(config, classes)
-    _keep_layers(model.get_submodule(f"{family.body}.{family.layers}"), span, base)
+    held = family.experts.held if family.experts else None
+    _keep_layers(model.get_submodule(f"{family.body}.{family.layers}"), span, base, held)
     if not span.embed:
         _drop_embedding(model, family, has_lm_head=span.head and family.task_head is None)
     if not span.head:
@@ -55,7 +56,7 @@ def _check_head(model_type: str, family: Family, classes: int) -> None:
         )
 
 
-def _keep_layers(layers: nn.Module, span: Span, base: str) -> None:
+def _keep_layers(layers: nn.Module, span: Span, base: str, held: str | None) -> None:
     assert isinstance(layers, nn.ModuleList)
     if not 0 <= span.first <= span.last <= len(layers):
         raise ModelError(f"a stage of layers {span.first} to {span.last} is outside the model's {len(layers)} layers")
@@ -63,7 +64,7 @@ def _keep_layers(layers: nn.Module, span: Span, base: str) -> None:
         if not span.first <= number < span.last:
             layers[number] = Pass()
         elif base in QUANTIZED:
-            quantize_linears(layers[number], base)
+            quantize_layer(layers[number], base, held)
 
 
 def _drop_embedding(model: PreTrainedModel, family: Family, *, has_lm_head: bool) -> None:

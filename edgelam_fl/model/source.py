@@ -27,7 +27,7 @@ from edgelam_fl.model.architecture import architecture_of
 from edgelam_fl.model.families import Family, family_of, full_names
 from edgelam_fl.model.folder import read_config, stored_tensors
 from edgelam_fl.model.generation import stop_ids
-from edgelam_fl.model.index import TensorEntry, layer_number
+from edgelam_fl.model.index import TensorEntry, join_experts, layer_number
 from edgelam_fl.model.packing import packed_tensors
 from edgelam_fl.model.understood import check_code, check_config, matched
 
@@ -95,15 +95,35 @@ class ModelSource:
         return 4 * sum(math.prod(entry.shape) for entry in self.index.values())
 
     def linear_modules(self) -> dict[str, tuple[int, int]]:
-        """Returns module name -> (out features, in features) of every matrix inside the layers."""
+        """Returns module name -> (out features, in features) of every matrix inside the layers, without routers and experts."""
         modules = {}
         for name, entry in self.index.items():
-            if name.endswith(".weight") and len(entry.shape) == 2 and layer_number(name) is not None:
+            if len(entry.shape) == 2 and self.packs(name):
                 rows, columns = entry.shape
                 # A GGUF file stores every matrix as [out, in]; it is transposed when it is read.
                 turned = self.family.input_first and self.gguf is None
                 modules[name.removesuffix(".weight")] = (columns, rows) if turned else (rows, columns)
         return modules
+
+    def packs(self, name: str) -> bool:
+        """Whether int8 and nf4 pack a tensor: the matrices inside the layers and those of experts, but no router's."""
+        dimensions = len(self.index[name].shape)
+        if layer_number(name) is None or dimensions < 2:
+            return False
+        experts = self.family.experts
+        if experts is None:
+            return dimensions == 2 and name.endswith(".weight")
+        router = name.endswith(f".{experts.block}.{experts.router}.weight")
+        return dimensions == 3 or (name.endswith(".weight") and not router)
+
+    def used_matrices(self, layer: int) -> list[tuple[int, int]]:
+        """Lists (out, in) features of the matrices that a position passes in a layer: of experts, those that it is sent to."""
+        used = [shape for name, shape in self.linear_modules().items() if layer_number(name) == layer]
+        for name, entry in self.index.items():
+            if self.family.experts is not None and len(entry.shape) == 3 and layer_number(name) == layer:
+                _, rows, columns = entry.shape
+                used += [(rows, columns)] * int(self.config["num_experts_per_tok"])
+        return used
 
 
 def find_model(name: str, *, download: bool = True) -> ModelSource:
@@ -183,6 +203,8 @@ def _from_folder(name: str, folder: Path, reference: str) -> ModelSource:
     files, stored = stored_tensors(folder, config)
     packed = packed_tensors(config, folder, stored)
     named = {full: packed[tensor] for tensor, full in full_names(packed, family).items()}
+    if family.experts is not None:
+        named = join_experts(named, family.experts)
     architecture = architecture_of(folder, family)
     check_code(folder, config, architecture.model_class)
     index = matched(folder, config, family, architecture, named)

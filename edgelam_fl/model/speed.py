@@ -20,7 +20,6 @@ from edgelam_fl.errors import ModelError
 from edgelam_fl.files import cache_folder, write_atomically
 from edgelam_fl.model.base_names import COMPUTES, PROFILED_TOKENS, SHORT
 from edgelam_fl.model.bases import DTYPE, usable_bases
-from edgelam_fl.model.index import layer_number
 from edgelam_fl.model.quantized import QUANTIZED
 from edgelam_fl.model.source import ModelSource
 
@@ -81,7 +80,7 @@ def _measured(source: ModelSource) -> dict[str, float]:
 
 
 def _layer_shapes(source: ModelSource) -> list[tuple[int, int]]:
-    shapes = [shape for name, shape in source.linear_modules().items() if layer_number(name) == 0]
+    shapes = source.used_matrices(0)
     if not shapes:
         raise ModelError(f"model {source.name} has no matrices in its layer 0, so its speed cannot be measured")
     return shapes

@@ -32,7 +32,7 @@ from edgelam_fl.model.index import layer_number
 from edgelam_fl.model.modules import CarryFactors, CutDown, CutUp, Pass, StageCache, UnitDropout, UnitSeed
 from edgelam_fl.model.skeleton import fill_computed, skeleton
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.model.weights import read_tensors
+from edgelam_fl.model.weights import ALIGNED_BYTES, read_tensors
 
 AdapterSet = dict[str, nn.Parameter]
 ReadTensors = Callable[[ModelSource, list[str], str, str], Iterable[tuple[str, torch.Tensor]]]
@@ -120,6 +120,8 @@ class Stage(nn.Module):
             feed.update(past_key_values=cache, use_cache=cache is not None)
         with self._only(layers, recompute=cache is None), self._seed.set_to(unit_seed):
             # Without the head's code in a stage without the head: some families scale or cap what they take for logits.
+            if self.span.head and self.family.experts is not None:
+                feed["output_router_logits"] = False  # else transformers computes a loss of their balance
             called = self.model if self.span.head else self._transformer.get_submodule(self.family.body)
             output = called(**feed, attention_mask=mask_BT, position_ids=positions_BT)
         if cache is not None:
@@ -327,12 +329,9 @@ def load_stages(
     dtype = compute_dtype(base, compute)
     require_base(base)
     models = [skeleton(config, family, span, base, classes) for span in spans]
-    wanted = {
-        _stored_name(source, name.removesuffix("_scale") if name.endswith(".weight_scale") else name)
-        for model in models
-        for name in _frozen(model, family)
-    }
-    tensors = dict(read(source, sorted(wanted), base, compute))
+    names = {_stored_name(source, name) for model in models for name in _frozen(model, family)}
+    wanted = {name for name in names if name.removesuffix("_scale") == name or name.removesuffix("_scale") not in names}
+    tensors = {name: _aligned(tensor) for name, tensor in read(source, sorted(wanted), base, compute)}
     stages = []
     for model, span in zip(models, spans, strict=True):
         own = {name: tensors[_stored_name(source, name)] for name in _frozen(model, family)}
@@ -343,6 +342,15 @@ def load_stages(
         cut = _cut_part(lora.cut, span, source.hidden_size) if lora and lora.cut else None
         stages.append(Stage(_with_lora(model, span, lora, source), span, dtype, family, dropout, cut))
     return stages
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the tensors of experts where torch itself would put them, others as they are mapped.
+
+    An expert may get a single position, and the library's product of a matrix and a vector gives other bits from another address.
+    Files that `model.weights` writes are aligned, so that only a foreign file costs a copy.
+    """
+    return tensor.clone() if tensor.dim() == 3 and tensor.data_ptr() % ALIGNED_BYTES else tensor
 
 
 def _cut_part(cut: CutAdapter, span: Span, hidden: int) -> CutDown | CutUp | None:

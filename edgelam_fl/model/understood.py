@@ -129,9 +129,12 @@ def matched(
             f"{'; '.join(part for part in said if part)}. {_hint(config, strange, missing)}"
         )
     for name, entry in index.items():
-        if entry.packing is None and entry.stored_type not in FLOATS:
+        kind = next(
+            (each.stored_type for each in entry.stored if not each.packing and each.stored_type not in FLOATS), ""
+        )
+        if kind:
             raise ModelError(
-                f"{name} of {folder} is stored as {entry.stored_type}, and quantization_config of config.json does not say what the numbers "
+                f"{name} of {folder} is stored as {kind}, and quantization_config of config.json does not say what the numbers "
                 f"stand for; read are {', '.join(FLOATS)}. Set model.name to the unquantized model"
             )
     return index

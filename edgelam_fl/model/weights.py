@@ -23,12 +23,13 @@ from edgelam_fl.errors import ModelError
 from edgelam_fl.files import cache_folder
 from edgelam_fl.model import gguf
 from edgelam_fl.model.bases import compute_dtype
-from edgelam_fl.model.index import layer_number
-from edgelam_fl.model.quantized import QUANTIZED
+from edgelam_fl.model.index import TensorEntry, layer_number
+from edgelam_fl.model.quantized import QUANTIZED, quantize
 from edgelam_fl.model.served import SAFETENSORS_DTYPES
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.unpack import unpacked
 
+ALIGNED_BYTES = 64
 _PLAIN = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _STORED_DTYPE = {"fp32": "F32", "bf16": "BF16"}
 _SAFETENSORS_NAME = {getattr(torch, name): stored for stored, (name, _) in SAFETENSORS_DTYPES.items()}
@@ -77,9 +78,9 @@ def _file_for(source: ModelSource, name: str, base: str, dtype: torch.dtype) -> 
         base = form = _PLAIN[dtype]
     else:
         form = f"{base}-{_PLAIN[dtype]}"
-    if source.gguf is None and entry.stored_type == _STORED_DTYPE.get(form):
+    if source.gguf is None and not entry.pieces and entry.stored_type == _STORED_DTYPE.get(form):
         return Path(entry.file)
-    if any(each.packing for each in source.index.values()):
+    if any(each.packing for entry in source.index.values() for each in entry.stored):
         form += "-unpacked"  # without it lie weights of versions that read packed numbers as they are
     cached = cache_folder() / "models" / source.digest[:16] / form / f"{part}.safetensors"
     if not cached.is_file():
@@ -94,9 +95,9 @@ def _convert_part(source: ModelSource, part: str, base: str, dtype: torch.dtype,
     with PartWriter(cached) as writer:
         for name in (name for name in source.index if _part(name) == part):
             tensor = _read_source(source, name)
-            if base in QUANTIZED and tensor.dim() == 2 and name.endswith(".weight"):
+            if base in QUANTIZED and source.packs(name):
                 matrix_OI = tensor.t().contiguous() if source.family.input_first else tensor
-                weight, scale = QUANTIZED[base].quantize(matrix_OI)
+                weight, scale = quantize(matrix_OI, base)
                 writer.add(name, weight)
                 writer.add(f"{name}_scale", scale)
             else:
@@ -132,7 +133,7 @@ class PartWriter:
             self._temporary.unlink(missing_ok=True)
 
     def _join(self) -> None:
-        """Writes wide elements first, so that every tensor begins at a multiple of its element size."""
+        """Writes wide elements first, so that every tensor begins at a multiple of its element size, and all at `ALIGNED_BYTES`."""
         dtypes = sorted(self._spools, key=lambda dtype: -dtype.itemsize)
         header, offset = {}, 0
         for dtype in dtypes:
@@ -142,7 +143,7 @@ class PartWriter:
                 }  # fmt: skip
                 offset += size
         text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
+        text += b" " * (-(len(text) + 8) % ALIGNED_BYTES)
         with self._temporary.open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             for dtype in dtypes:
@@ -154,6 +155,12 @@ def _read_source(source: ModelSource, name: str) -> torch.Tensor:
     entry = source.index[name]
     if source.gguf is not None:
         return torch.from_numpy(gguf.read_tensor(entry, source.config).copy())
+    if entry.pieces:
+        return torch.cat([_read_entry(piece) for piece in entry.pieces]).view(entry.shape)
+    return _read_entry(entry)
+
+
+def _read_entry(entry: TensorEntry) -> torch.Tensor:
     stored = _stored(entry.file, entry.stored_name)
     if entry.packing is None:
         return stored

@@ -18,7 +18,6 @@ from statistics import median
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.model.base_names import PROFILED_TOKENS, SHORT
-from edgelam_fl.model.index import layer_number
 from edgelam_fl.plan.modes import label_place
 from edgelam_fl.plan.reading import dialled_links
 from edgelam_fl.plan.spec import RunSpec
@@ -65,8 +64,7 @@ def layer_s(
 def head_layers(spec: RunSpec) -> float:
     """Returns the head's computing time in layers: the ratio of weights, as the time of a matrix follows its size."""
     source = spec.source
-    shapes = source.linear_modules()
-    layer_weights = sum(rows * columns for name, (rows, columns) in shapes.items() if layer_number(name) == 0)
+    layer_weights = sum(rows * columns for rows, columns in source.used_matrices(0))
     outputs = len(spec.config.task.classes) or int(source.config["vocab_size"])
     return outputs * source.hidden_size / layer_weights
 

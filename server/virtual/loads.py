@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from functools import cached_property
 
@@ -71,11 +72,9 @@ class Loads:
 
     @cached_property
     def _weights(self) -> Counter[int]:
-        """Number of weights per layer."""
-        weights = Counter[int]()
-        for module, (rows, columns) in self.source.linear_modules().items():
-            weights[_layer(module)] += rows * columns
-        return weights
+        """Number of weights per layer that a position passes."""
+        layers = range(self.source.num_layers)
+        return Counter({layer: sum(map(math.prod, self.source.used_matrices(layer))) for layer in layers})
 
     @cached_property
     def _widths(self) -> Counter[int]:

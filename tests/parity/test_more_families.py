@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -28,14 +28,18 @@ from transformers import (
     GraniteConfig,
     Olmo2Config,
     Phi3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
 from edgelam_fl.errors import ConfigError, ModelError
 from edgelam_fl.model.adapter import Adapter, Span, initial_adapter, write_peft_folder
 from edgelam_fl.model.families import FAMILIES
+from edgelam_fl.model.index import safetensors_header
+from edgelam_fl.model.layer_speed import random_layer
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.stage import LoraSettings, Stage, load_stages
+from edgelam_fl.model.weights import read_tensors
 from edgelam_fl.model.whole import load_whole, put_on
 from tests.parity.test_families import LENGTHS, padding, save, through, token_ids, whole_generation
 
@@ -82,6 +86,12 @@ CASES = {
     "smollm3": Case(
         lambda: SmolLM3Config(**SIZES, no_rope_layers=[1, 0, 1, 0], use_sliding_window=True, sliding_window=WINDOW)
     ),
+    "qwen3_moe": Case(  # its second layer has no experts
+        lambda: Qwen3MoeConfig(
+            **SIZES, head_dim=8, moe_intermediate_size=24, num_experts=6, num_experts_per_tok=2, mlp_only_layers=[1],
+            norm_topk_prob=True, output_router_logits=True,
+        )
+    ),
     "granite": Case(
         lambda: GraniteConfig(
             **SIZES, embedding_multiplier=3.0, residual_multiplier=0.4, attention_multiplier=0.3, logits_scaling=2.5
@@ -109,7 +119,9 @@ class Built:
 
     def new_whole(self, dtype: torch.dtype) -> Any:
         settings = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(self.case.targets), task_type="CAUSAL_LM")
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(self.source.folder, dtype=dtype), settings).eval()
+        base = AutoModelForCausalLM.from_pretrained(self.source.folder, dtype=dtype)
+        base.config.output_router_logits = False  # the loss of a router's balance is no part of training here
+        model = get_peft_model(base, settings).eval()
         set_peft_model_state_dict(model, {name: torch.from_numpy(array) for name, array in self.adapter.items()})
         return model
 
@@ -189,7 +201,7 @@ def test_twenty_steps(built: Built) -> None:
         wanted = loss(whole(input_ids=token_ids(), attention_mask=mask, position_ids=positions).logits)
         wanted.backward()
         losses.append(loss(backward_through(stages, loss)))
-        assert torch.equal(losses[-1], wanted)
+        assert torch.equal(losses[-1], wanted), len(losses)
         for optimizer in (alone, *optimizers):
             optimizer.step()
             optimizer.zero_grad()
@@ -232,10 +244,9 @@ def test_bases(built: Built) -> None:
         assert 0 < (whole - plain).norm() / plain.norm() < most, base
 
 
+@pytest.mark.parametrize("built", ["phi3", "qwen3_moe"], indirect=True)
 @torch.no_grad()
 def test_exports_load_in_plain_transformers_and_peft(built: Built, tmp_path: Path) -> None:
-    if built.name != "phi3":
-        pytest.skip("once, of fused matrices")
     mask, positions = padding(left=False)
     asked = {"input_ids": token_ids(), "attention_mask": mask, "position_ids": positions}
     expected = built.whole(**asked).logits
@@ -247,6 +258,72 @@ def test_exports_load_in_plain_transformers_and_peft(built: Built, tmp_path: Pat
     put_on(load_whole(built.source, "fp32"), tmp_path / "a").merge_and_unload().save_pretrained(tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert (merged(**asked).logits - expected).abs().max() < 1e-4
+
+
+# ---------------------------------------------------------------- experts
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    """As on the hub, and as save_pretrained writes it: each expert's matrices by themselves."""
+    folder = tmp_path_factory.mktemp("experts")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(CASES["qwen3_moe"].config()).save_pretrained(folder)
+    return find_model(str(folder))
+
+
+def test_the_index_has_transformers_own_names(experts: ModelSource) -> None:
+    stored = safetensors_header(experts.folder / "model.safetensors")
+    assert "model.layers.0.mlp.experts.5.gate_proj.weight" in stored
+    expected = AutoModelForCausalLM.from_pretrained(experts.folder).state_dict()
+    assert {name: tuple(tensor.shape) for name, tensor in expected.items()} == {
+        name: entry.shape for name, entry in experts.index.items()
+    }
+    for name, tensor in read_tensors(experts, list(experts.index), "fp32"):
+        assert torch.equal(tensor, expected[name]), name
+    # Of six experts, two are asked; the other layer has a plain feed-forward part.
+    assert experts.used_matrices(0)[-4:] == [(48, 32), (48, 32), (32, 24), (32, 24)]
+    assert len(experts.used_matrices(0)) == 8
+    assert len(experts.used_matrices(1)) == 7
+
+
+@torch.no_grad()
+def test_a_file_in_which_experts_are_joined(experts: ModelSource, tmp_path: Path) -> None:
+    whole = AutoModelForCausalLM.from_pretrained(experts.folder)
+    whole.config.output_router_logits = False
+    whole.save_pretrained(tmp_path, save_original_format=False)
+    joined = find_model(str(tmp_path))
+    assert joined.index.keys() == experts.index.keys()
+    assert "model.layers.0.mlp.experts.gate_up_proj" in safetensors_header(tmp_path / "model.safetensors")
+    for length in (LENGTHS[0], 1):
+        expected = whole(input_ids=token_ids()[:1, :length]).logits
+        got = through(load_stages(joined, CUTS["inside"], "fp32", None), token_ids()[:1, :length], [length])
+        assert torch.equal(got, expected)
+
+
+def test_an_expert_that_is_not_there(experts: ModelSource, tmp_path: Path) -> None:
+    tensors = load_file(experts.folder / "model.safetensors")
+    del tensors["model.layers.2.mlp.experts.3.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((experts.folder / "config.json").read_bytes())
+    with pytest.raises(ModelError, match=r"no tensor model\.layers\.2\.mlp\.experts\.3\.up_proj\.weight"):
+        find_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("target", ["all-linear", "gate_proj", "gate_up_proj", "mlp.down_proj", "gate"])
+def test_adapters_on_experts_are_refused(experts: ModelSource, target: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        initial_adapter(experts, (target,), RANK, 1)
+    assert str(caught.value) == (
+        f"lora.targets: {target!r} would adapt the experts of {experts.name}, which peft does in two tensors per layer and "
+        "not by module. Allowed: k_proj, o_proj, q_proj, v_proj"
+    )
+
+
+def test_the_speed_of_a_layer_with_experts_can_be_measured(experts: ModelSource) -> None:
+    for base, compute in (("fp32", "float32"), ("int8", "bfloat16")):
+        stage = random_layer(experts, base, compute)
+        assert stage(torch.randn(1, 16, 32).to(stage.dtype), [16]).isfinite().all()
 
 
 # ---------------------------------------------------------------- what is refused

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from edgelam_fl.model.memory import unit_bytes, weights_bytes
 from edgelam_fl.model.source import ModelSource, find_model
@@ -103,6 +104,33 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
     from tests.support import write_tiny_llama
 
     return find_model(str(write_tiny_llama(tmp_path_factory.mktemp("untied"), tied=False)))
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "gemma2": dict(head_dim=16, sliding_window=32),  # keeps its capped scores
+    "gemma3_text": dict(head_dim=16, sliding_window=32),
+    "phi3": {},
+    "olmo2": {},
+    "qwen3_moe": dict(head_dim=16, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=48, mlp_only_layers=[2]),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_slices_and_units_of_other_families(kind: str, tmp_path: Path) -> None:
+    config = CONFIG_MAPPING[kind](
+        vocab_size=50, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, bos_token_id=None, eos_token_id=None, pad_token_id=None, **OTHERS[kind],
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    source = find_model(str(tmp_path))
+    for base, compute in PAIRS:
+        spans = [Span(0, 1, embed=True), Span(1, 3, head=True)]
+        assert weights_bytes(source, spans, base, compute) == held_bytes(
+            load_stages(source, spans, base, None, compute)
+        )
+        (stage,) = load_stages(source, [Span(0, 2)], base, LoraSettings(8, 16.0, ("o_proj",)), compute)
+        estimate = unit_bytes(source.config, 2, 2, 64, stage.dtype.itemsize)
+        assert estimate == pytest.approx(measured(stage, 2, 64, 64, stage.dtype.itemsize), rel=0.25), (base, compute)
 
 
 @pytest.mark.parametrize("base", ["int8", "nf4"])

@@ -14,7 +14,7 @@ from edgelam_fl.model.quantized import (
     Nf4Linear,
     QuantizedLinear,
     dequantize_nf4,
-    quantize_linears,
+    quantize_layer,
     quantize_nf4,
     quantize_rows,
 )
@@ -130,7 +130,7 @@ def test_nothing_dequantized_is_kept_for_the_backward(base: str) -> None:
 def test_linear_layers_of_both_layouts_are_replaced(base: str) -> None:
     with torch.device("meta"):
         block = nn.Sequential(nn.Linear(24, 10), nn.ReLU(), nn.Sequential(Conv1D(12, 10)), nn.LayerNorm(12))
-    quantize_linears(block, base)
+    quantize_layer(block, base, None)
     layers = [module for module in block.modules() if isinstance(module, nn.Linear)]
     assert [type(layer) for layer in layers] == [QUANTIZED[base]] * 2
     assert [(layer.out_features, layer.in_features) for layer in layers] == [(10, 24), (12, 10)]
