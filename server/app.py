@@ -89,6 +89,7 @@ def _profile_request(spec: RunSpec, hub: RunHub) -> pb.ProfileRequest:
         measure_model=config.model.name if config.model.base == "auto" else "",
         measure_layers=config.model.name if config.split.cuts == "auto" else "",
         measure_link=config.split.cuts == "auto",
+        model=config.model.name,
         model_digest=spec.source.digest,
         hub_port=hub.port,
         slices_token=hub.slices_token,

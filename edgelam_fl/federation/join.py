@@ -17,7 +17,7 @@ from edgelam_fl.machine import since_boot_s
 from edgelam_fl.names import why_no_tag
 from edgelam_fl.privacy.limits import percent
 from edgelam_fl.tasks.files import read_records
-from edgelam_fl.telemetry.events import DataChanged, Event, EventTail, TextReadableHere
+from edgelam_fl.telemetry.events import DataChanged, DataRead, Event, EventTail, TextReadableHere
 from edgelam_fl.trust.identity import load_identity
 from edgelam_fl.trust.join import Membership, clock_words, renew
 from edgelam_fl.wire.relay import RELAY
@@ -143,6 +143,9 @@ def _say_event(console: Console, event: Event) -> None:
             _say(console, f"by this run's plan, {event.words}")
         case DataChanged():
             _say(console, event.words())
+        case DataRead():
+            for words in event.words():
+                _say(console, words)
 
 
 def trust_words(trust: str) -> str:

@@ -65,6 +65,7 @@ def open_model(
     hub: str,
     *,
     tokenizer: bool = False,
+    download: bool = True,
     emit: Emit = lambda event: None,
     token: bytes = b"",
     timing: FetchTiming = DEFAULT_FETCH_TIMING,
@@ -73,11 +74,11 @@ def open_model(
     """Returns the model of a plan: this machine's own if it has the model, else the one that the hub serves.
 
     `hub` is HOST:PORT, empty if there is no hub; `token` is the run's, which lets the node fetch the model; `tokenizer` says
-    whether the node handles text. Raises ModelError if the
+    whether the node handles text; `download`, whether a hub of the internet may be asked if `hub` is empty. Raises ModelError if the
     model is neither here nor served.
     """
     try:
-        source = find_model(name, download=not hub)
+        source = find_model(name, download=download and not hub)
         if not (hub and digest) or source.digest == digest:
             return source
     except ModelError:

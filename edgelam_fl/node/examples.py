@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from edgelam_fl.errors import DataError
 from edgelam_fl.files import Content, content_of
 from edgelam_fl.tasks.base import Example, Made, Task
 from edgelam_fl.tasks.data import DevicePairs, Pair, device_pairs
 from edgelam_fl.tasks.kinds import make_task
-from edgelam_fl.telemetry.events import DataChanged, EmitInJob
+from edgelam_fl.telemetry.events import DataChanged, DataRead, EmitInJob
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 # both raise DataError if the file does not fit the settings
 ReadPairs = Callable[[Path, pb.TaskSettings], DevicePairs]
 Tokenize = Callable[[Task, bytes, list[Pair]], Made]  # the bytes say for what: equal ones, equal examples
+
+
+_PLACES_SAID = 10
+
+
+class Loaded(NamedTuple):
+    """A device's examples, tokenized, and what is not used of its data."""
+
+    training: list[Example]
+    held_out: list[Example]
+    counts: pb.DataCounts
 
 
 def task_of(plan: pb.Plan, tokenizer_folder: Path) -> Task:
@@ -38,30 +51,39 @@ class DeviceExamples:
         self._file, self._read, self._tokenize = file, read, tokenize
         self._contents: dict[Path, Content | None] = dict.fromkeys([file, *beside])
         self._key: tuple[bytes, bytes] | None = None
-        self._loaded: tuple[list[Example], list[Example]] = [], []
+        self._loaded = Loaded([], [], pb.DataCounts())
+        self._lock = threading.Lock()  # a profile may be asked for while a part begins
 
-    def count(self, settings: pb.TaskSettings) -> tuple[int, int]:
-        """Counts the examples for training and those held out. Raises DataError if the file does not fit the task."""
-        found = self._read(self._file, settings)
-        return len(found.training), len(found.held_out)
+    def count(self, settings: pb.TaskSettings) -> tuple[int, int, pb.DataCounts]:
+        """Counts the examples for training, those held out, and what of the file is not used, before anything is tokenized.
 
-    def load(
-        self, task: Task, settings: pb.TaskSettings, model: str, emit: EmitInJob = lambda event: None
-    ) -> tuple[list[Example], list[Example]]:
-        """Returns (training, held-out), tokenized once for the same settings, model and content of the file.
-
-        `model`: its identity, since two models number the same words unlike. `emit`: hears that the content has changed since
-        the last load. Raises DataError as `count`.
+        Raises DataError if the file does not fit the task.
         """
+        found = self._read(self._file, settings)
+        return len(found.training), len(found.held_out), _unused(found)
+
+    def load(self, task: Task, settings: pb.TaskSettings, model: str, emit: EmitInJob = lambda event: None) -> Loaded:
+        """Returns the examples, tokenized once for the same settings, model and content of the file.
+
+        `model`: its identity, since two models number the same words unlike. `emit`: hears what was read, and that the content
+        has changed since the last load. Raises DataError as `count`.
+        """
+        with self._lock:
+            return self._load(task, settings, model, emit)
+
+    def _load(self, task: Task, settings: pb.TaskSettings, model: str, emit: EmitInJob) -> Loaded:
         purpose, data = settings.SerializeToString(deterministic=True) + model.encode(), self._content()
         if (purpose, data) != self._key:
             has_changed = self._key is not None and self._key[1] != data
             found = self._read(self._file, settings)
-            made = self._tokenize(task, purpose, found.training), self._tokenize(task, purpose, found.held_out)
-            self._loaded = _some(made[0], settings), made[1].examples
+            learned, measured = (self._tokenize(task, purpose, pairs) for pairs in (found.training, found.held_out))
+            counts = _unused(found)
+            counts.skipped, counts.cut = learned.skipped + measured.skipped, learned.cut + measured.cut
+            self._loaded = Loaded(_some(learned, settings), measured.examples, counts)
             self._key = purpose, data
             if has_changed:
-                emit(DataChanged(examples=len(self._loaded[0]), held_out=len(self._loaded[1])))
+                emit(DataChanged(examples=len(learned.examples), held_out=len(measured.examples)))
+            emit(_read_event(found, self._loaded, settings))
         return self._loaded
 
     def _content(self) -> bytes:
@@ -71,6 +93,19 @@ class DeviceExamples:
         except OSError:
             return b""  # reading it says what is wrong
         return "".join(content.digest for content in self._contents.values() if content is not None).encode()
+
+
+def _unused(found: DevicePairs) -> pb.DataCounts:
+    return pb.DataCounts(bad=len(found.bad), unread=len(found.unread))
+
+
+def _read_event(found: DevicePairs, loaded: Loaded, settings: pb.TaskSettings) -> DataRead:
+    counts = loaded.counts
+    return DataRead(
+        examples=len(loaded.training), held_out=len(loaded.held_out), max_tokens=settings.max_tokens,
+        bad=counts.bad, skipped=counts.skipped, cut=counts.cut, unread_fields=counts.unread,
+        bad_places=found.bad[:_PLACES_SAID], unread_names=found.unread,
+    )  # fmt: skip
 
 
 def _some(made: Made, settings: pb.TaskSettings) -> list[Example]:

@@ -113,23 +113,25 @@ class Player:
         plan, held = self._plan, self._held
         assert self._means.examples is not None  # a plan with routes of its own is refused otherwise
         task = task_of(plan, held.source.folder)
-        training, held_out = self._means.examples.load(task, plan.task, held.source.digest, self._part.emit)
+        loaded = self._means.examples.load(task, plan.task, held.source.digest, self._part.emit)
         counters, route = ByteCounters(), new_route(plan)
         self._part.attach(route.inbox)
         ends = Ends(plan, held.ends, task, wire_dtype(plan), held.cut_defence(plan))
         driver = Driver(plan, ends, held.ends_trainee, route, task, self._part.emit)
         try:
             open_route(self._means.dial, plan, held.source, route, counters, driver.timeline.sent, self._hub)
-            if plan.evaluate and held_out:
-                driver.evaluate(held_out)
+            if plan.evaluate and loaded.held_out:
+                driver.evaluate(loaded.held_out)
             if plan.steps:
-                driver.train(training)
+                driver.train(loaded.training)
             driver.finish()
         finally:
             for link in (route.entry, route.exit):
                 if link is not None:
                     link.close()
-        self._part.report.examples = len(training)
+        report = self._part.report
+        report.examples, report.held_out = len(loaded.training), len(loaded.held_out)
+        report.data.CopyFrom(loaded.counts)
         _report_device(self._part.report, driver, counters)
 
     # ---------------------------------------------------------------- as a host

@@ -29,14 +29,18 @@ class ServerHub:
         """Returns HOST:PORT of the hub; empty if there is none."""
         return join_address(self.host, port) if self.host and port else ""
 
-    def find(self, name: str, digest: str, port: int, token: bytes, tokenizer: bool = False) -> ModelSource:
+    def find(
+        self, name: str, digest: str, port: int, token: bytes, tokenizer: bool = False, download: bool = True
+    ) -> ModelSource:
         """Returns a model. Raises ModelError if it is neither here nor served.
 
-        `token`: the run's, for the hub. `tokenizer`: whether text is handled.
+        `token`: the run's, for the hub. `tokenizer`: whether text is handled. `download`: whether a hub of the internet may be
+        asked if the server has none.
         """
         return open_model(
-            name, digest, self.address(port), token=token, tokenizer=tokenizer, emit=self.emit, security=self.security
-        )
+            name, digest, self.address(port), token=token, tokenizer=tokenizer, download=download, emit=self.emit,
+            security=self.security,
+        )  # fmt: skip
 
     def measure_link(self, port: int) -> LinkSpeed:
         """Measures the link to the hub. Raises EnvironmentProblem if no hub answers."""

@@ -113,7 +113,7 @@ class StageHost:
         """Answers what the node can do; measures what the request asks for, which may take minutes."""
         trust = "" if self._examples is None else self._trust
         own = pb.Profile(name=self.name, role=self.role, address=self.address, tags=self._tags, trust=trust)
-        return answer_profile(request, own, self._examples, self._hub)
+        return answer_profile(request, own, self._examples, self._hub, self._emit)
 
     def submit(self, request: pb.SubmitRequest) -> pb.SubmitReply:
         """Begins a part and returns at once. A part that is known here is not begun again; a new one cancels the current."""

@@ -144,8 +144,8 @@ def _around_play(part: Part, held: Held, examples: DeviceExamples | None, attack
     """Fills the cache of frozen layers before a part is played, and replaces an attacker's contributions after it."""
     plan = part.plan
     if examples is not None and held.ends and isinstance(held.ends[0], OnFrozen):
-        training, held_out = examples.load(task_of(plan, held.source.folder), plan.task, held.source.digest)
-        held.ends[0].activations.warm(example.ids for example in training + held_out)
+        loaded = examples.load(task_of(plan, held.source.folder), plan.task, held.source.digest)
+        held.ends[0].activations.warm(example.ids for example in loaded.training + loaded.held_out)
     start = held.known() if attack else {}
     yield
     if attack:

@@ -18,6 +18,8 @@ from edgelam_fl.errors import is_final
 from edgelam_fl.telemetry.events import (
     BudgetSpent,
     DataChanged,
+    DataCounts,
+    DataRead,
     Evaluated,
     Event,
     JobDone,
@@ -38,7 +40,7 @@ from edgelam_fl.telemetry.events import (
     TextReadable,
 )
 from edgelam_fl.telemetry.human import by_name, human_bytes, human_layers, human_measure, total
-from edgelam_fl.telemetry.summary import measure_of, measured, task_of
+from edgelam_fl.telemetry.summary import measure_of, measured, setting, task_of
 from edgelam_fl.telemetry.timeline import read_phase
 
 NAMES_SHOWN = 8
@@ -55,6 +57,7 @@ class _Row:
     quality: list[float] = field(default_factory=list)  # held-out, per round
     bytes_moved: int = 0
     waited: float | None = None  # share of the latest train phase, in [0, 1]
+    of_data: tuple[str, ...] = ()  # what was said last of what is not used of its data
 
 
 class RunView:
@@ -65,6 +68,7 @@ class RunView:
         self._rows: dict[str, _Row] = {}
         self._round = 0
         self._measure = measure_of(None)
+        self._max_tokens: int | None = None
         self._stage = "starting"
         self._began = time.monotonic()
         self._live = Live(console=console, refresh_per_second=4, get_renderable=self._draw)
@@ -82,6 +86,7 @@ class RunView:
             RoundTimeline: self._on_timeline,
             NodeLost: self._on_node_lost,
             RunFailure: self._on_run_failed,
+            DataRead: self._on_data_read,
             DataChanged: self._on_data_changed,
             JobStarted: self._on_job_started,
             Evaluated: self._on_evaluated,
@@ -113,13 +118,22 @@ class RunView:
     # ---------------------------------------------------------------- the ServerApp's events
 
     def _on_run_started(self, event: RunStarted, _: str) -> None:
-        self._measure = measure_of(task_of([event]))
+        self._measure, self._max_tokens = measure_of(task_of([event])), setting([event], "task", "max_tokens")
 
     def _on_node_joined(self, event: NodeJoined, _: str) -> None:
         row = self._row(event.node)
         row.role, row.doing = event.role, "joined"
         holds = f"{event.examples} examples, {event.held_out} held out" if row.role == "device" else "no data"
         self.say(f"{event.node} joined ({holds})")
+        if row.role == "device":
+            self._say_counts(event.node, event, event.examples, event.held_out)
+
+    def _say_counts(self, name: str, counts: DataCounts, examples: int, held_out: int) -> None:
+        """Says what is not used of a device's data, once."""
+        row, said = self._row(name), counts.in_words(examples, held_out, self._max_tokens)
+        for text in said if said != row.of_data else ():
+            self.say(f"{name}: {text}")
+        row.of_data = said
 
     def _on_node_refused(self, event: NodeRefused, _: str) -> None:
         self.say(f"{event.node} cannot take part: {event.reason}{_for_good(event.code)}")
@@ -165,6 +179,8 @@ class RunView:
             row.loss = device.loss if device.loss is not None else row.loss
             row.bytes_moved += total((device.bytes_up, device.bytes_down)) or 0
             row.doing = "waits"
+            if device.examples is not None and device.held_out is not None:
+                self._say_counts(device.name, device, device.examples, device.held_out)
             value = measured(device, self._measure)
             if value is not None:
                 row.quality.append(value)
@@ -194,6 +210,11 @@ class RunView:
 
     def _on_job_started(self, event: JobStarted, node: str) -> None:
         self._row(node).doing = "evaluates" if event.role == "device" else "serves"
+
+    def _on_data_read(self, event: DataRead, node: str) -> None:
+        """Says what the events of the run must not hold: names and places."""
+        for text in event.places_and_names():
+            self.say(f"{node}: {text}")
 
     def _on_data_changed(self, event: DataChanged, node: str) -> None:
         self.say(f"{node}: {event.words()}")

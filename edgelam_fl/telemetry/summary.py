@@ -20,6 +20,7 @@ from rich.table import Table
 from edgelam_fl.telemetry.events import (
     BudgetSpent,
     ChannelNoise,
+    DataCounts,
     DeviceResult,
     Event,
     HostResult,
@@ -46,17 +47,20 @@ from edgelam_fl.telemetry.human import (
 from edgelam_fl.telemetry.records import read_record
 
 LINK_BYTES = ("bytes_up", "bytes_down")
+_SAID = 8  # sentences about devices' data below a table
 ADAPTER_BYTES = ("adapter_bytes_up", "adapter_bytes_down")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceSummary:
+class DeviceSummary(DataCounts):
     """One device over a whole run."""
 
     name: str
     """Name of the device."""
     examples: int | None
     """Examples that it trains on."""
+    held_out: int | None = None
+    """Examples that it measures with."""
     perplexity_before: float | None
     """Held-out perplexity of the adapter that round 1 started from; null for a device that came later."""
     metrics_before: Mapping[str, float | None]
@@ -213,8 +217,12 @@ def summary_table(summary: Summary) -> Table:
     table = Table(
         title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
     )
-    if summary.privacy is not None:
-        table.caption, table.caption_justify = escape("\n".join(privacy_in_words(summary.privacy))), "left"
+    said = [
+        *(privacy_in_words(summary.privacy) if summary.privacy is not None else []),
+        *counts_in_words(summary.devices),
+    ]
+    if said:
+        table.caption, table.caption_justify = escape("\n".join(said)), "left"
     table.add_column("node", overflow="fold")  # a long name takes two lines rather than room from the numbers
     for heading in ("examples\nor layers", f"held-out\n{measure}", "tokens/s", "sent", "received", "peak\nmemory"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -226,6 +234,18 @@ def summary_table(summary: Summary) -> Table:
         span = human_layers(host.layers).removeprefix("layers ")
         table.add_row(escape(host.name), span, "", "", *_bytes_and_memory(host))
     return table
+
+
+def counts_in_words(devices: Iterable[DeviceSummary]) -> list[str]:
+    """Says what is not used of the devices' data: a sentence per line, of the first devices of which there is something to say."""
+    said = [
+        (device.name, text)
+        for device in devices
+        if device.examples is not None and device.held_out is not None
+        for text in device.in_words(device.examples, device.held_out)
+    ]
+    more = [f"and {len(said) - _SAID} more; summary.json has the counts of each device"] if len(said) > _SAID else []
+    return [f"{name}: {text}" for name, text in said[:_SAID]] + more
 
 
 def privacy_in_words(privacy: PrivacySummary) -> list[str]:
@@ -389,7 +409,7 @@ def _virtual(rounds: Iterable[RoundDone]) -> VirtualTotals | None:
 
 
 def _devices(events: Iterable[Event], rounds: Sequence[RoundDone]) -> tuple[DeviceSummary, ...]:
-    joined = {event.node: event.examples for event in of_kind(events, NodeJoined) if event.role == "device"}
+    joined = {event.node: event for event in of_kind(events, NodeJoined) if event.role == "device"}
     records: dict[str, list[DeviceResult]] = {name: [] for name in joined}
     for device in (device for done in rounds for device in done.devices):
         records.setdefault(device.name, []).append(device)
@@ -403,15 +423,21 @@ def _devices(events: Iterable[Event], rounds: Sequence[RoundDone]) -> tuple[Devi
 
 def _device(
     name: str,
-    examples: int | None,
+    joined: NodeJoined | None,
     records: Sequence[DeviceResult],
     before: DeviceResult | None,
     after: DeviceResult | None,
 ) -> DeviceSummary:
     tokens, seconds = total(record.tokens for record in records), total(record.train_seconds for record in records)
+    counted = next((record for record in reversed(records) if record.held_out is not None), joined)
     return DeviceSummary(
         name=name,
-        examples=next((record.examples for record in records if record.examples is not None), examples),
+        examples=next((r.examples for r in records if r.examples is not None), joined.examples if joined else None),
+        held_out=counted.held_out if counted else None,
+        bad=counted.bad if counted else 0,
+        skipped=counted.skipped if counted else 0,
+        cut=counted.cut if counted else 0,
+        unread_fields=counted.unread_fields if counted else 0,
         perplexity_before=before.perplexity if before else None,
         metrics_before=before.metrics if before else {},
         perplexity_after=after.perplexity if after else None,

@@ -41,7 +41,7 @@ from edgelam_fl.telemetry.human import (
     total,
 )
 from edgelam_fl.telemetry.records import as_json
-from edgelam_fl.telemetry.summary import build_summary, run_state
+from edgelam_fl.telemetry.summary import build_summary, counts_in_words, run_state
 from edgelam_fl.telemetry.timeline import Shares, read_phase
 
 EVENTS = "events.jsonl"
@@ -85,6 +85,7 @@ class Snapshot:
     steps_per_s: float | None
     nodes: tuple[NodeNow, ...]
     departures: tuple[Departure, ...]
+    data: tuple[str, ...]  # sentences about what is not used of the devices' data
 
 
 def newest_run(root: Path = Path("runs")) -> Path:
@@ -132,6 +133,7 @@ def snapshot(events: Sequence[Event]) -> Snapshot:
             for name in names
         ),
         departures=departures(events),
+        data=tuple(counts_in_words(summary.devices)),
     )
 
 
@@ -233,6 +235,8 @@ def top_table(shown: Snapshot) -> Table:
     for gone in shown.departures:
         when = f" in round {gone.round}" if gone.round else ""
         table.caption = f"{table.caption or ''}{escape(gone.name)} left{when}: {escape(gone.reason)}\n"
+    for text in shown.data:
+        table.caption = f"{table.caption or ''}{escape(text)}\n"
     table.caption_justify = "left"
     return table
 

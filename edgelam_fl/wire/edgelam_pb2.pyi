@@ -604,7 +604,7 @@ class Slice(_message.Message):
     def __init__(self, first: _Optional[int] = ..., last: _Optional[int] = ...) -> None: ...
 
 class ProfileRequest(_message.Message):
-    __slots__ = ("protocol_version", "task", "measure_model", "model_digest", "hub_port", "slices_token", "measure_layers", "measure_link")
+    __slots__ = ("protocol_version", "task", "measure_model", "model_digest", "hub_port", "slices_token", "measure_layers", "measure_link", "model")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
     MEASURE_MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -613,6 +613,7 @@ class ProfileRequest(_message.Message):
     SLICES_TOKEN_FIELD_NUMBER: _ClassVar[int]
     MEASURE_LAYERS_FIELD_NUMBER: _ClassVar[int]
     MEASURE_LINK_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     task: TaskSettings
     measure_model: str
@@ -621,7 +622,20 @@ class ProfileRequest(_message.Message):
     slices_token: bytes
     measure_layers: str
     measure_link: bool
-    def __init__(self, protocol_version: _Optional[int] = ..., task: _Optional[_Union[TaskSettings, _Mapping]] = ..., measure_model: _Optional[str] = ..., model_digest: _Optional[str] = ..., hub_port: _Optional[int] = ..., slices_token: _Optional[bytes] = ..., measure_layers: _Optional[str] = ..., measure_link: _Optional[bool] = ...) -> None: ...
+    model: str
+    def __init__(self, protocol_version: _Optional[int] = ..., task: _Optional[_Union[TaskSettings, _Mapping]] = ..., measure_model: _Optional[str] = ..., model_digest: _Optional[str] = ..., hub_port: _Optional[int] = ..., slices_token: _Optional[bytes] = ..., measure_layers: _Optional[str] = ..., measure_link: _Optional[bool] = ..., model: _Optional[str] = ...) -> None: ...
+
+class DataCounts(_message.Message):
+    __slots__ = ("bad", "skipped", "cut", "unread")
+    BAD_FIELD_NUMBER: _ClassVar[int]
+    SKIPPED_FIELD_NUMBER: _ClassVar[int]
+    CUT_FIELD_NUMBER: _ClassVar[int]
+    UNREAD_FIELD_NUMBER: _ClassVar[int]
+    bad: int
+    skipped: int
+    cut: int
+    unread: int
+    def __init__(self, bad: _Optional[int] = ..., skipped: _Optional[int] = ..., cut: _Optional[int] = ..., unread: _Optional[int] = ...) -> None: ...
 
 class LayerTime(_message.Message):
     __slots__ = ("tokens", "seconds")
@@ -639,7 +653,7 @@ class LayerTime(_message.Message):
     def __init__(self, tokens: _Optional[int] = ..., seconds: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class Profile(_message.Message):
-    __slots__ = ("protocol_version", "name", "role", "address", "memory_available_bytes", "cpu_threads", "bases", "codecs", "examples", "held_out", "problem", "versions", "base_seconds", "tags", "trust", "link_up_bps", "link_down_bps", "round_trip_s", "disk_free_bytes", "layer_times", "disk_write_bytes_per_s", "idle_bytes", "code")
+    __slots__ = ("protocol_version", "name", "role", "address", "memory_available_bytes", "cpu_threads", "bases", "codecs", "examples", "held_out", "problem", "versions", "base_seconds", "tags", "trust", "link_up_bps", "link_down_bps", "round_trip_s", "disk_free_bytes", "layer_times", "disk_write_bytes_per_s", "idle_bytes", "code", "data")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -677,6 +691,7 @@ class Profile(_message.Message):
     DISK_WRITE_BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
     IDLE_BYTES_FIELD_NUMBER: _ClassVar[int]
     CODE_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     name: str
     role: Role
@@ -700,7 +715,8 @@ class Profile(_message.Message):
     disk_write_bytes_per_s: float
     idle_bytes: int
     code: str
-    def __init__(self, protocol_version: _Optional[int] = ..., name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., memory_available_bytes: _Optional[int] = ..., cpu_threads: _Optional[int] = ..., bases: _Optional[_Iterable[str]] = ..., codecs: _Optional[_Iterable[str]] = ..., examples: _Optional[int] = ..., held_out: _Optional[int] = ..., problem: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., base_seconds: _Optional[_Mapping[str, float]] = ..., tags: _Optional[_Iterable[str]] = ..., trust: _Optional[str] = ..., link_up_bps: _Optional[float] = ..., link_down_bps: _Optional[float] = ..., round_trip_s: _Optional[float] = ..., disk_free_bytes: _Optional[int] = ..., layer_times: _Optional[_Iterable[_Union[LayerTime, _Mapping]]] = ..., disk_write_bytes_per_s: _Optional[float] = ..., idle_bytes: _Optional[int] = ..., code: _Optional[str] = ...) -> None: ...
+    data: DataCounts
+    def __init__(self, protocol_version: _Optional[int] = ..., name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., memory_available_bytes: _Optional[int] = ..., cpu_threads: _Optional[int] = ..., bases: _Optional[_Iterable[str]] = ..., codecs: _Optional[_Iterable[str]] = ..., examples: _Optional[int] = ..., held_out: _Optional[int] = ..., problem: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., base_seconds: _Optional[_Mapping[str, float]] = ..., tags: _Optional[_Iterable[str]] = ..., trust: _Optional[str] = ..., link_up_bps: _Optional[float] = ..., link_down_bps: _Optional[float] = ..., round_trip_s: _Optional[float] = ..., disk_free_bytes: _Optional[int] = ..., layer_times: _Optional[_Iterable[_Union[LayerTime, _Mapping]]] = ..., disk_write_bytes_per_s: _Optional[float] = ..., idle_bytes: _Optional[int] = ..., code: _Optional[str] = ..., data: _Optional[_Union[DataCounts, _Mapping]] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
     __slots__ = ("plan", "adapter", "corrections")
@@ -763,7 +779,7 @@ class StepReport(_message.Message):
     def __init__(self, step: _Optional[int] = ..., loss_sum: _Optional[float] = ..., labels: _Optional[int] = ..., seconds: _Optional[float] = ..., counted: _Optional[bool] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class JobReport(_message.Message):
-    __slots__ = ("job", "node", "role", "state", "error", "adapter_digest", "labels_trained", "eval_loss_sum", "eval_labels", "steps", "bytes", "tokens_trained", "train_seconds", "eval_seconds", "compute_seconds", "peak_rss_bytes", "examples", "moments", "contributions", "host", "eval_sums", "update_clipped", "timeline", "code")
+    __slots__ = ("job", "node", "role", "state", "error", "adapter_digest", "labels_trained", "eval_loss_sum", "eval_labels", "steps", "bytes", "tokens_trained", "train_seconds", "eval_seconds", "compute_seconds", "peak_rss_bytes", "examples", "moments", "contributions", "host", "eval_sums", "update_clipped", "timeline", "code", "held_out", "data")
     class EvalSumsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -795,6 +811,8 @@ class JobReport(_message.Message):
     UPDATE_CLIPPED_FIELD_NUMBER: _ClassVar[int]
     TIMELINE_FIELD_NUMBER: _ClassVar[int]
     CODE_FIELD_NUMBER: _ClassVar[int]
+    HELD_OUT_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
     job: str
     node: str
     role: Role
@@ -819,7 +837,9 @@ class JobReport(_message.Message):
     update_clipped: bool
     timeline: _containers.RepeatedCompositeFieldContainer[Interval]
     code: str
-    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., state: _Optional[str] = ..., error: _Optional[str] = ..., adapter_digest: _Optional[str] = ..., labels_trained: _Optional[int] = ..., eval_loss_sum: _Optional[float] = ..., eval_labels: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepReport, _Mapping]]] = ..., bytes: _Optional[_Iterable[_Union[KindBytes, _Mapping]]] = ..., tokens_trained: _Optional[int] = ..., train_seconds: _Optional[float] = ..., eval_seconds: _Optional[float] = ..., compute_seconds: _Optional[float] = ..., peak_rss_bytes: _Optional[int] = ..., examples: _Optional[int] = ..., moments: _Optional[str] = ..., contributions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., host: _Optional[_Union[HostPart, _Mapping]] = ..., eval_sums: _Optional[_Mapping[str, float]] = ..., update_clipped: _Optional[bool] = ..., timeline: _Optional[_Iterable[_Union[Interval, _Mapping]]] = ..., code: _Optional[str] = ...) -> None: ...
+    held_out: int
+    data: DataCounts
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., state: _Optional[str] = ..., error: _Optional[str] = ..., adapter_digest: _Optional[str] = ..., labels_trained: _Optional[int] = ..., eval_loss_sum: _Optional[float] = ..., eval_labels: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepReport, _Mapping]]] = ..., bytes: _Optional[_Iterable[_Union[KindBytes, _Mapping]]] = ..., tokens_trained: _Optional[int] = ..., train_seconds: _Optional[float] = ..., eval_seconds: _Optional[float] = ..., compute_seconds: _Optional[float] = ..., peak_rss_bytes: _Optional[int] = ..., examples: _Optional[int] = ..., moments: _Optional[str] = ..., contributions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., host: _Optional[_Union[HostPart, _Mapping]] = ..., eval_sums: _Optional[_Mapping[str, float]] = ..., update_clipped: _Optional[bool] = ..., timeline: _Optional[_Iterable[_Union[Interval, _Mapping]]] = ..., code: _Optional[str] = ..., held_out: _Optional[int] = ..., data: _Optional[_Union[DataCounts, _Mapping]] = ...) -> None: ...
 
 class Contribution(_message.Message):
     __slots__ = ("scope", "source", "weight", "adapter", "lr_sum")

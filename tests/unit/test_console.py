@@ -45,6 +45,33 @@ def test_rounds_loss_perplexity_and_bytes() -> None:
     assert "last evaluation took 29 s; held-out perplexity at the end: device-1 " in said
 
 
+def test_what_is_not_used_of_a_devices_data_is_said_once_when_it_joins() -> None:
+    events = a_run()
+    events[0]["config"]["task"] = {"max_tokens": 96}
+    for event in events:
+        if event["event"] == "node_joined" and event["node"] == "device-1":
+            event.update(examples=500, held_out=0, cut=12, unread_fields=1)
+        for device in event.get("devices", []):
+            if device["name"] == "device-1":
+                device.update(examples=500, held_out=0, cut=12, unread_fields=1)
+    read = {
+        "event": "data_read",
+        "examples": 500,
+        "held_out": 0,
+        "cut": 12,
+        "unread_fields": 1,
+        "unread_names": ["source"],
+    }
+    said, _ = watch(events, ("device-1", read))
+    for text in (
+        "device-1: 12 of 500 examples were cut (task.max_tokens = 96)\n",
+        "device-1: nothing is learned from 1 field of the data (data.fields)\n",
+        "device-1: no example is held out, so nothing is measured there (data.held_out)\n",
+        "device-1: fields that nothing is learned from: source\n",
+    ):
+        assert said.count(text) == 1
+
+
 def test_a_round_without_devices_says_so() -> None:
     events = a_run()
     for event in events:

@@ -17,7 +17,7 @@ from edgelam_fl.node.examples import DeviceExamples
 from edgelam_fl.tasks.base import Made
 from edgelam_fl.tasks.data import DevicePairs
 from edgelam_fl.tasks.kinds import make_task
-from edgelam_fl.telemetry.events import DataChanged, JobEvent
+from edgelam_fl.telemetry.events import DataChanged, DataCounts, DataRead, JobEvent, of_kind
 from edgelam_fl.wire import edgelam_pb2 as pb
 from tests.support import CHAT, byte_tokenizer
 
@@ -71,7 +71,7 @@ def test_two_models_get_their_own_tokens_from_a_device_that_stays_on(tmp_path: P
         folder = tmp_path / f"model-{number}"
         tokenizer = byte_tokenizer(shuffled=number, template=CHAT)
         tokenizer.save_pretrained(folder)
-        learned, held_out = device.load(make_task(SETTINGS, folder), SETTINGS, f"identity {number}")
+        learned, held_out, _ = device.load(make_task(SETTINGS, folder), SETTINGS, f"identity {number}")
         assert tokenizer.decode(learned[0].ids).startswith("<user>q")
         assert tokenizer.decode(held_out[0].ids).startswith("<user>q")
 
@@ -82,13 +82,13 @@ def test_data_that_change_are_read_again_and_the_device_says_so(
 ) -> None:
     file, task, said = write(tmp_path / "data.jsonl"), Texts(), list[JobEvent]()
     device = DeviceExamples(file)
-    before, _ = device.load(task, SETTINGS, "m", said.append)
+    before, *_ = device.load(task, SETTINGS, "m", said.append)
     assert "q1a1" in before
-    assert not said
+    assert not list(of_kind(said, DataChanged))
     change(file, "b")
-    after, held_out = device.load(task, SETTINGS, "m", said.append)
+    after, held_out, _ = device.load(task, SETTINGS, "m", said.append)
     assert "q1b1" in after + held_out
-    assert said == [DataChanged(examples=len(after), held_out=len(held_out))]
+    assert list(of_kind(said, DataChanged)) == [DataChanged(examples=len(after), held_out=len(held_out))]
 
 
 def test_unchanged_data_are_tokenized_once_however_often_they_are_touched(tmp_path: Path) -> None:
@@ -100,6 +100,55 @@ def test_unchanged_data_are_tokenized_once_however_often_they_are_touched(tmp_pa
     said = list[JobEvent]()
     device.load(task, SETTINGS, "m", said.append)
     assert (task.calls, said) == (calls, [])
+
+
+def test_examples_that_are_cut_or_left_out_are_counted_and_said(tmp_path: Path) -> None:
+    """The case silent-cut: of 24 examples 12 do not fit into 96 tokens of a byte each."""
+    folder, file, said = tmp_path / "model", tmp_path / "data.jsonl", list[JobEvent]()
+    byte_tokenizer(template=CHAT).save_pretrained(folder)
+    lengths = [10] * 12 + [60] * 4 + [200] * 8
+    some = [
+        {"question": f"{n:02} " + "q" * length, "answer": f"a {n:02}. " + "b" * 30, "note": "n"}
+        for n, length in enumerate(lengths)
+    ]
+    lines = [json.dumps(row) for row in some] + ['{"question": "half', '{"question": "q", "answer": ""}']
+    file.write_text("\n".join(lines), encoding="utf-8")
+    settings = pb.TaskSettings()
+    settings.CopyFrom(SETTINGS)
+    settings.max_tokens, settings.bad_lines = 96, "skip"
+    device = DeviceExamples(file)
+    learned, held_out, counts = device.load(make_task(settings, folder), settings, "m", said.append)
+    assert counts.cut + counts.skipped == 12
+    assert len(learned) + len(held_out) + counts.skipped == 24
+    assert (counts.bad, counts.unread) == (2, 1)
+    (event,) = of_kind(said, DataRead)
+    assert (event.examples, event.held_out, event.cut, event.skipped) == (
+        len(learned), len(held_out), counts.cut, counts.skipped,
+    )  # fmt: skip
+    words = "\n".join(event.words())
+    assert "WARNING: 2 of 26 examples were left out as they cannot be read" in words
+    assert "examples that cannot be read: line 25, line 26" in words
+    assert "fields that nothing is learned from: note" in words
+    assert "(task.max_tokens = 96); raise task.max_tokens" in words
+    assert device.load(make_task(settings, folder), settings, "m", said.append).counts == counts
+    assert len(list(of_kind(said, DataRead))) == 1
+    assert device.count(settings)[0] + device.count(settings)[1] == 24
+
+
+def test_data_that_are_used_as_they_are_need_no_words(tmp_path: Path) -> None:
+    said = list[JobEvent]()
+    DeviceExamples(write(tmp_path / "data.jsonl")).load(Texts(), SETTINGS, "m", said.append)
+    (event,) = of_kind(said, DataRead)
+    assert not event.words()
+
+
+def test_a_few_that_are_cut_are_no_warning() -> None:
+    counts = DataCounts(cut=5, skipped=6)
+    assert counts.in_words(80, 14, 96) == (
+        "5 of 100 examples were cut (task.max_tokens = 96)",
+        "WARNING: 6 of 100 examples were left out as too long (task.max_tokens = 96); raise task.max_tokens, or shorten them",
+    )
+    assert DataCounts().in_words(1, 0) == ("no example is held out, so nothing is measured there (data.held_out)",)
 
 
 def read_all(*files: Path) -> Any:

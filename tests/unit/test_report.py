@@ -35,6 +35,18 @@ def report_of(folder: Path, events: list[dict[str, Any]], *, summary: Summary | 
     return path.read_text(encoding="utf-8")
 
 
+def test_a_table_says_what_is_not_used_of_the_devices_data(tmp_path: Path) -> None:
+    events = a_run()
+    page = report_of(tmp_path / "whole", events)
+    assert "Data not used" not in page
+    joined = [event for event in events if event["event"] == "node_joined"]
+    joined[1].update(cut=12, bad=3, unread_fields=1)
+    rows = Page(report_of(tmp_path / "cut", events)).rows
+    at = rows.index(["device", "learned", "held out", "cut", "too long", "unreadable", "unused fields"])
+    assert rows[at + 1][1:] == ["512", "57", "12", "0", "3", "1"]
+    assert joined[1]["node"] in rows[at + 1][0]
+
+
 def figures_of(page: str, name: str = "figures") -> Any:
     found = re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', page, re.DOTALL)
     assert found

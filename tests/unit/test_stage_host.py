@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ from edgelam_fl.plan.layout import make_layout
 from edgelam_fl.plan.making import RoundFacts, make_plans, task_settings
 from edgelam_fl.plan.reading import spans_of
 from edgelam_fl.plan.spec import RunSpec
-from edgelam_fl.telemetry.events import Event, JobDone, JobStarted, of_kind
+from edgelam_fl.telemetry.events import DataRead, Event, JobDone, JobStarted, of_kind
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from tests.fleet import check_done, joined, memory_fleet, same_bits
@@ -196,6 +197,39 @@ def test_a_devices_profile_counts_its_examples(tiny: ModelSource, data_files: li
     assert got.tags == ["gpu", "lab"]
     assert got.memory_available_bytes > 1 << 20
     assert set(got.versions) == set(VERSIONED)
+
+
+def test_a_devices_profile_counts_what_the_models_tokenizer_leaves_of_its_data(
+    tiny: ModelSource, tmp_path: Path
+) -> None:
+    """Counts alone: neither the names of fields nor the places of what cannot be read."""
+    file, events = tmp_path / "data.jsonl", list[Event]()
+    rows = [
+        {"question": "long " * (40 if n % 4 == 0 else 1) + str(n), "answer": f"a{n}", "secret-field": 1}
+        for n in range(20)
+    ]
+    file.write_text("\n".join([*map(json.dumps, rows), '{"secret-line']), encoding="utf-8")
+    node = StageHost(
+        "n", lambda *_: pytest.fail("a profile needs no link"), events.append, examples=DeviceExamples(file)
+    )
+    config = run_config(
+        tiny.name, "task.max_tokens=24", "data.bad_lines=skip", "data.held_out=0.2", "task.template=plain"
+    )
+    request = pb.ProfileRequest(protocol_version=PROTOCOL_VERSION, task=task_settings(config))
+    before = node.profile(request)
+    assert (before.problem, before.examples, before.held_out) == ("", 16, 4)
+    assert before.data == pb.DataCounts(bad=1, unread=1)
+    request.model = tiny.name
+    after = node.profile(request)
+    assert after.data.cut + after.data.skipped == 5
+    assert after.examples + after.held_out + after.data.skipped == 20
+    assert (after.data.bad, after.data.unread) == (1, 1)
+    assert b"secret" not in after.SerializeToString()
+    assert b"line" not in after.data.SerializeToString()
+    request.model = "not-here"
+    assert (node.profile(request).problem, node.profile(request).examples) == ("", 16)
+    (read,) = of_kind(events, DataRead)
+    assert (read.unread_names, read.bad_places) == (("secret-field",), ("line 21",))
 
 
 def test_a_profile_names_what_keeps_the_node_out(tiny: ModelSource, data_files: list[Path], tmp_path: Path) -> None:

@@ -18,7 +18,14 @@ from edgelam_fl.telemetry.human import (
     human_seconds,
 )
 from edgelam_fl.telemetry.records import as_json
-from edgelam_fl.telemetry.summary import Summary, build_summary, privacy_in_words, read_summary, summary_table
+from edgelam_fl.telemetry.summary import (
+    Summary,
+    build_summary,
+    counts_in_words,
+    privacy_in_words,
+    read_summary,
+    summary_table,
+)
 from tests.recorded import as_events, of_privacy
 
 
@@ -60,8 +67,16 @@ def a_run() -> list[dict[str, Any]]:
     hop = {"node": "edge-1", "first": 2, "last": 28}
     return [
         {"event": "run_started", "time": 100.0, "run": "demo", "config": config, "versions": {"torch": "2.13.0"}},
-        {"event": "node_joined", "time": 100.1, "node": "device-10", "role": "device", "examples": 90},
-        {"event": "node_joined", "time": 100.1, "node": "device-2", "role": "device", "examples": 90},
+        {"event": "node_joined", "time": 100.1, "node": "device-10", "role": "device", "examples": 90, "held_out": 10},
+        {
+            "event": "node_joined",
+            "time": 100.1,
+            "node": "device-2",
+            "role": "device",
+            "examples": 90,
+            "held_out": 9,
+            "cut": 3,
+        },
         {"event": "node_joined", "time": 100.2, "node": "edge-1", "role": "edge", "examples": 0},
         {"event": "plan", "time": 100.3, "round": 1, "routes": [{"device": "device-2", "hops": [hop]}]},
         round_done(1, [device("device-10", 80.0), device("device-2", 90.0)], [host("edge-1")]),
@@ -86,6 +101,8 @@ def test_whole_run() -> None:
             {
                 "name": "device-2",
                 "examples": 90,
+                "held_out": 9,
+                "cut": 3,
                 "perplexity_before": 90.0,
                 "metrics_before": {},
                 "perplexity_after": 15.5,
@@ -100,6 +117,7 @@ def test_whole_run() -> None:
             {
                 "name": "device-10",
                 "examples": 90,
+                "held_out": 10,
                 "perplexity_before": 80.0,
                 "metrics_before": {},
                 "perplexity_after": None,
@@ -120,6 +138,21 @@ def test_whole_run() -> None:
         "virtual": None,
         "versions": {"torch": "2.13.0"},
     }
+
+
+def test_the_newest_counts_of_a_devices_data_count() -> None:
+    events = a_run()
+    events[5]["devices"][0].update(held_out=10, skipped=2)
+    events[7]["devices"][0].update(held_out=8, cut=0, bad=7, unread_fields=2)
+    two, ten = summary_of(events).devices
+    assert (two.held_out, two.cut, two.skipped, two.bad, two.unread_fields) == (8, 0, 0, 7, 2)
+    assert (ten.held_out, ten.skipped) == (10, 2)
+    assert counts_in_words([two, ten]) == [
+        "device-2: WARNING: 7 of 105 examples were left out as they cannot be read; mend them; the device names their places",
+        "device-2: nothing is learned from 2 fields of the data (data.fields)",
+        "device-10: 2 of 102 examples were left out as too long (task.max_tokens)",
+    ]
+    assert counts_in_words([two] * 9)[8:] == ["and 10 more; summary.json has the counts of each device"]
 
 
 def test_failed_before_the_first_round_closed() -> None:
@@ -200,7 +233,7 @@ def test_what_a_private_run_promised_and_spent() -> None:
     table = summary_table(build_summary(as_events([*a_run(), *of_privacy()])))
     assert "epsilon 3.9 of 4 spent" in str(table.caption)
     assert build_summary(as_events(a_run())).privacy is None
-    assert summary_table(build_summary(as_events(a_run()))).caption is None
+    assert "epsilon" not in str(summary_table(build_summary(as_events(a_run()))).caption)
 
 
 def test_table_fits_a_small_terminal() -> None:
@@ -208,7 +241,8 @@ def test_table_fits_a_small_terminal() -> None:
     console.print(summary_table(summary_of(a_run())))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert "demo: done, 2 rounds in 3.8 s" in lines[0]
-    assert [" ".join(line.split()) for line in lines if line.startswith(("device-", "edge-"))] == [
+    assert "device-2: 3 of 99 examples were cut (task.max_tokens)" in map(str.rstrip, lines)
+    assert [" ".join(line.split()) for line in lines if line.startswith(("device-", "edge-")) and ":" not in line] == [
         "device-2 90 90.00 -> 15.50 40.0 2.01 kB 6.00 kB 600 B",
         "device-10 90 80.00 -> - 25.0 1.00 kB 2.00 kB 500 B",
         "edge-1 2-27 900 B 1.20 kB 950 B",

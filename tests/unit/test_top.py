@@ -25,9 +25,20 @@ def test_nodes_what_they_hold_and_what_they_moved() -> None:
     assert nodes["edge-1"].bytes_down == (ROUNDS + 1) * 9_000_000
 
 
+def test_what_is_not_used_of_a_devices_data_is_said_below_the_table() -> None:
+    events = a_run()
+    next(event for event in events if event["event"] == "node_joined").update(skipped=200)
+    console = Console(file=io.StringIO(), width=160)
+    console.print(top_table(snapshot(as_events(events))))
+    shown = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    assert (
+        "WARNING: 200 of 769 examples were left out as too long (task.max_tokens); raise task.max_tokens, or" in shown
+    )
+
+
 def test_json_has_every_field_also_of_what_is_not_known() -> None:
     shown = as_json(snapshot(as_events(a_run(lost=True)[:7])))
-    assert list(shown) == ["run", "state", "round", "seconds", "steps_per_s", "nodes", "departures"]
+    assert list(shown) == ["run", "state", "round", "seconds", "steps_per_s", "nodes", "departures", "data"]
     nodes = {node["name"]: node for node in shown["nodes"]}
     assert nodes["old-pi"] == {
         "name": "old-pi", "role": None, "state": "gone", "holds": [], "reason": "speaks protocol 0, this run speaks 1",

@@ -21,6 +21,8 @@ from edgelam_fl.node.examples import DeviceExamples
 from edgelam_fl.node.outward import outward
 from edgelam_fl.node.profile.measure import disk_write_bytes_per_s
 from edgelam_fl.node.server_hub import ServerHub
+from edgelam_fl.tasks.kinds import make_task
+from edgelam_fl.telemetry.events import EmitInJob
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.codecs import CODECS
@@ -29,11 +31,11 @@ VERSIONED = ("edgelam-fl", "flwr", "torch", "transformers", "peft", "grpcio", "n
 
 
 def answer_profile(
-    request: pb.ProfileRequest, own: pb.Profile, examples: DeviceExamples | None, hub: ServerHub
+    request: pb.ProfileRequest, own: pb.Profile, examples: DeviceExamples | None, hub: ServerHub, emit: EmitInJob
 ) -> pb.Profile:
     """Returns the profile that a request asks for.
 
-    `own`: name, role, address and tags. `examples`: None for an edge server. What keeps the node out of the run, such as a data
+    `own`: name, role, address and tags. `examples`: None for an edge server. `emit`: hears what a device has read. What keeps the node out of the run, such as a data
     file that does not fit or a model that is neither here nor at the hub, becomes its `problem`.
     """
     profile = pb.Profile(
@@ -51,11 +53,35 @@ def answer_profile(
         return profile
     try:
         if examples is not None:
-            profile.examples, profile.held_out = examples.count(request.task)
+            _count(profile, request, examples, hub, emit)
         _add_measured(profile, request, hub)
     except Exception as error:  # noqa: BLE001 - whatever a data file sets off, the node is refused and the run goes on
         profile.problem, profile.code = outward(own.name, error, "profile"), code_of(error)
     return profile
+
+
+def _count(
+    profile: pb.Profile, request: pb.ProfileRequest, examples: DeviceExamples, hub: ServerHub, emit: EmitInJob
+) -> None:
+    """Counts a device's examples as the run's tokenizer leaves them; before it, if no model is asked for or none is at hand."""
+    source = None
+    if request.model:
+        with suppress(ModelError, EnvironmentProblem):  # a part that needs the model says so
+            source = hub.find(
+                request.model,
+                request.model_digest,
+                request.hub_port,
+                request.slices_token,
+                tokenizer=True,
+                download=False,
+            )
+    if source is None:
+        profile.examples, profile.held_out, counts = examples.count(request.task)
+    else:
+        loaded = examples.load(make_task(request.task, source.folder), request.task, source.digest, emit)
+        profile.examples, profile.held_out, counts = len(loaded.training), len(loaded.held_out), loaded.counts
+        profile.memory_available_bytes = memory_free_bytes()  # the examples and what made them stay in memory
+    profile.data.CopyFrom(counts)
 
 
 def _add_measured(profile: pb.Profile, request: pb.ProfileRequest, hub: ServerHub) -> None:

@@ -3,10 +3,11 @@
 A new event is one dataclass in `run`, `rounds` or `nodes`, by who writes it, and one line in `table`.
 """
 
-from edgelam_fl.telemetry.events.base import Emit, Event, UnknownEvent
+from edgelam_fl.telemetry.events.base import DataCounts, Emit, Event, UnknownEvent
 from edgelam_fl.telemetry.events.log import EventLog, EventTail, of_kind, parse_event, read_events
 from edgelam_fl.telemetry.events.nodes import (
     DataChanged,
+    DataRead,
     EmitInJob,
     Evaluated,
     JobDone,
@@ -71,6 +72,8 @@ __all__ = [
     "ChannelNoise",
     "ContributionLeftOut",
     "DataChanged",
+    "DataCounts",
+    "DataRead",
     "DemandSeen",
     "DeviceLeftOut",
     "DeviceResult",

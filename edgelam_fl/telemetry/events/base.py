@@ -1,4 +1,4 @@
-"""The base class of all events. Knows no event."""
+"""What events have in common. Knows no event."""
 
 from __future__ import annotations
 
@@ -13,6 +13,53 @@ class Event:
 
     time: float | None = None
     """Unix seconds at which the line was written; None before that."""
+
+
+_MANY = 0.05  # of a device's examples; more of them are worth a warning
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataCounts:
+    """Counts of what is not used of a device's data, or not whole. No text, no name and no place is in it."""
+
+    bad: int = 0
+    """Examples that were left out because they cannot be read (data.bad_lines = "skip")."""
+    skipped: int = 0
+    """Examples that were left out because task.max_tokens leaves nothing of them to learn."""
+    cut: int = 0
+    """Examples that lost a part because they are longer than task.max_tokens."""
+    unread_fields: int = 0
+    """Fields of the data that nothing is learned from."""
+
+    def in_words(self, examples: int, held_out: int, max_tokens: int | None = None) -> tuple[str, ...]:
+        """Returns a sentence for each count that is not 0, without a full stop; a large share becomes a warning with the way out.
+
+        `examples`, `held_out`: what is learned and measured. `max_tokens`: task.max_tokens; None: not known.
+        """
+        given = examples + held_out + self.skipped + self.bad
+        limit = "task.max_tokens" if max_tokens is None else f"task.max_tokens = {max_tokens}"
+        longer = "raise task.max_tokens, or shorten them"
+        said = [
+            _share(self.cut, given, f"were cut ({limit})", longer),
+            _share(self.skipped, given, f"were left out as too long ({limit})", longer),
+            _share(self.bad, given, "were left out as they cannot be read", "mend them; the device names their places"),
+        ]
+        if self.unread_fields:
+            said.append(f"nothing is learned from {_number(self.unread_fields, 'field')} of the data (data.fields)")
+        if not held_out:
+            said.append("no example is held out, so nothing is measured there (data.held_out)")
+        return tuple(filter(None, said))
+
+
+def _share(count: int, given: int, what: str, way_out: str) -> str:
+    if not count:
+        return ""
+    said = f"{count} of {_number(given, 'example')} {what}"
+    return f"WARNING: {said}; {way_out}" if count > _MANY * given else said
+
+
+def _number(count: int, word: str) -> str:
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
 @dataclass(frozen=True, kw_only=True)

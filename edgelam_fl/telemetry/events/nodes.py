@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from edgelam_fl.telemetry.events.base import Event
+from edgelam_fl.telemetry.events.base import DataCounts, Event
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +81,36 @@ class TextReadableHere(JobEvent):
     """Share of the labels; None: not measured."""
     words: str
     """The same as a sentence, without a full stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRead(JobEvent, DataCounts):
+    """A device has read its data and made examples of them. Names and places are in this event alone, which stays on the device."""
+
+    examples: int
+    """Examples that it trains on."""
+    held_out: int
+    """Examples that it measures with."""
+    max_tokens: int
+    """task.max_tokens of the run."""
+    bad_places: tuple[str, ...] = ()
+    """Places in the file of the first examples that cannot be read."""
+    unread_names: tuple[str, ...] = ()
+    """Names of the fields that nothing is learned from."""
+
+    def words(self) -> tuple[str, ...]:
+        """Returns what the owner of the data should hear of, as sentences without a full stop; none if all is used and whole."""
+        return (*self.in_words(self.examples, self.held_out, self.max_tokens), *self.places_and_names())
+
+    def places_and_names(self) -> tuple[str, ...]:
+        """Returns the part of the words that stays on the device."""
+        said = []
+        if self.bad_places:
+            more = ", ..." if self.bad > len(self.bad_places) else ""
+            said.append(f"examples that cannot be read: {', '.join(self.bad_places)}{more}")
+        if self.unread_names:
+            said.append(f"fields that nothing is learned from: {', '.join(self.unread_names)}")
+        return tuple(said)
 
 
 @dataclass(frozen=True, kw_only=True)

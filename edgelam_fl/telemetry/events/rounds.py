@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from edgelam_fl.telemetry.events.base import Event
+from edgelam_fl.telemetry.events.base import DataCounts, Event
 
 # ---------------------------------------------------------------- before
 
@@ -311,11 +311,13 @@ class StepLeftOut:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceResult(NodeResult):
+class DeviceResult(NodeResult, DataCounts):
     """One device's training and measurements in a round."""
 
     examples: int | None
     """Examples that it trains on."""
+    held_out: int | None = None
+    """Examples that it measures with."""
     labels: int
     """Labels that it trained on."""
     loss: float | None

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from edgelam_fl.telemetry.events.base import Event
+from edgelam_fl.telemetry.events.base import DataCounts, Event
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,8 @@ class LayerSeconds:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NodeJoined(Event):
-    """A node answered with its profile and can take part."""
+class NodeJoined(Event, DataCounts):
+    """A node answered with its profile and can take part. The counts of its data are 0 for an edge server."""
 
     node: str
     """Name of the node."""

@@ -53,6 +53,7 @@ DEVICE_HEADINGS = (
     "device|examples|{measure} before|{measure} after|tokens/s|"
     "sent|received|adapters sent|adapters received|peak memory"
 )
+DATA_HEADINGS = "device|learned|held out|cut|too long|unreadable|unused fields"
 
 
 def write_report(run_dir: Path) -> Path:
@@ -83,7 +84,7 @@ def report_page(events: Sequence[Event], summary: Summary) -> str:
         "subtitle": escape(_subtitle(summary)),
         "failure": _banner(failure(events)),
         "tiles": "".join(f'<div class="card muted">{what}<b>{value}</b></div>' for what, value in _tiles(summary)),
-        "devices": _device_table(summary.devices, colours, measure),
+        "devices": _device_table(summary.devices, colours, measure) + _data_table(summary.devices, colours),
         "hosts": _host_table(summary.hosts, colours),
         "no_round": "" if rounds else f'<p class="card muted">{NO_ROUND[summary.state == "running"]}</p>',
         "hide_figures": "" if rounds else "hidden",
@@ -154,6 +155,17 @@ def _device_table(devices: Iterable[DeviceSummary], colours: Mapping[str, str], 
         for device in devices
     ]
     return _table("Devices", DEVICE_HEADINGS.format(measure=measure), rows)
+
+
+def _data_table(devices: Iterable[DeviceSummary], colours: Mapping[str, str]) -> str:
+    """Draws what is not used of the devices' data, or not whole; empty if all is."""
+    keys = ("held_out", "cut", "skipped", "bad", "unread_fields")
+    rows = [
+        [_node(device.name, colours), *(human_number(getattr(device, key)) for key in ("examples", *keys))]
+        for device in devices
+        if device.in_words(device.examples or 0, 1 if device.held_out is None else device.held_out)
+    ]
+    return _table("Data not used, or not whole", DATA_HEADINGS, rows, "narrow")
 
 
 def _host_table(hosts: Iterable[HostSummary], colours: Mapping[str, str]) -> str:
