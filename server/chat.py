@@ -18,6 +18,7 @@ from edgelam_fl.errors import RunFailed
 from edgelam_fl.files import write_private
 from edgelam_fl.flower import to_record
 from edgelam_fl.model import adapter as adapters
+from edgelam_fl.model.limits import positions_of
 from edgelam_fl.names import CALLER
 from edgelam_fl.plan.layout import who_may_host
 from edgelam_fl.plan.making import RoundFacts, make_plans, task_settings
@@ -83,8 +84,9 @@ def _plan(spec: RunSpec, roster: Roster, folder: RunFolder, hub: RunHub) -> dict
     )
     profiles = {**roster.profiles, CALLER: caller}
     plans = make_plans(spec, facts, profiles, layout, {}, {CALLER: secrets.token_bytes(16)})
+    positions = positions_of(spec.source)
     for plan in plans.values():
         plan.generate, plan.evaluate = True, False
         plan.window = plan.micro_batches = plan.batch_size = 1
-        plan.task.max_tokens = int(spec.source.config.get("max_position_embeddings", plan.task.max_tokens))
+        plan.task.max_tokens = positions.most if positions else plan.task.max_tokens
     return plans

@@ -13,6 +13,7 @@ from edgelam_fl.bounds import DEFAULT_BOUNDS, Bounds
 from edgelam_fl.config import OptimizerSection, RunConfig
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.adapter import target_modules
+from edgelam_fl.model.limits import check_limits
 from edgelam_fl.model.source import BUILT_IN as MODELS
 from edgelam_fl.model.source import find_model
 from edgelam_fl.plan.fronts import check_trust, with_auto_front
@@ -45,6 +46,7 @@ def check_config(config: RunConfig, bounds: Bounds = DEFAULT_BOUNDS, *, elsewher
     check_cut_defence(config, aggregation)
     check_place_of_model(config.model.name, bounds)
     source = find_model(config.model.name)
+    check_limits(config, source)
     spec = RunSpec(with_auto_front(config, source), source)
     check_cuts(spec)
     check_ranks(spec)

@@ -6,6 +6,7 @@ Lines of text begin with "# "; a line that begins with "#" and a key is that key
 
 from __future__ import annotations
 
+import json
 import textwrap
 import types
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -16,24 +17,27 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from edgelam_fl.config import RunConfig, Section, toml_value
-from edgelam_fl.errors import ConfigError, DataError, ModelNotFound
+from edgelam_fl.errors import ConfigError, ModelNotFound
 from edgelam_fl.model.adapter import target_modules
+from edgelam_fl.model.limits import check_limits, positions_of
 from edgelam_fl.model.source import ModelSource, find_model
+from edgelam_fl.names import printable
 from edgelam_fl.plan.fronts import check_trust, host_readings, with_auto_front
+from edgelam_fl.plan.making import task_settings
 from edgelam_fl.privacy.limits import HostReading
-from edgelam_fl.tasks.files import read_records
+from edgelam_fl.tasks.data import device_pairs
+from edgelam_fl.tasks.suggest import suggest
 
 COMMON = {
     "model.name", "model.base", "split.front", "split.back", "split.hosts", "lora.rank", "lora.alpha", "lora.targets",
     "task.max_tokens", "task.template", "data.fields", "federation.rounds", "federation.local_steps",
     "federation.batch_size", "federation.min_nodes", "optimizer.lr", "strategy.aggregation", "run.seed",
 }  # fmt: skip
-_PROMPTS = ("question", "prompt", "instruction", "input", "query", "problem", "text", "sentence", "user", "context")
-_ANSWERS = ("answer", "response", "completion", "output", "reply", "solution", "label", "target", "assistant", "class")
 _HEADER = """\
 # A run file of EdgeLAM-FL. Every key has a default: a key behind a '#' has that default, so take the '#' away and
 # change the value. `edgelam run {name} --explain` shows what a run would use; `--set lora.rank=4` overrides for once.
 """
+_CLASSIFIER = "minilm-l6"
 _INDENT, _WIDTH = 36, 120
 
 
@@ -43,21 +47,25 @@ _INDENT, _WIDTH = 36, 120
 def write_run_file(file: Path, data: Path | None, model: str) -> list[str]:
     """Writes a new run file for the fields of `data` and for `model` ("": the default). Returns the choices as lines.
 
-    Raises ConfigError if `file` exists: nothing is ever overwritten.
+    The data are read with the new file as a run reads them, so that they fit it. Raises ConfigError if `file` exists (nothing is
+    ever overwritten), DataError for data that no run file fits.
     """
     if file.exists():
         raise ConfigError(f"{file} exists; give another name (nothing is ever overwritten)")
-    sections: dict[str, dict[str, Any]] = {}
-    chosen = []
-    if model:
-        sections |= _for_model(find_model(model))
-        chosen.append(f"model.name = {model!r}")
+    source = find_model(model) if model else None
+    sections = _for_model(source) if source else {}
+    chosen = [f"model.name = {model!r}"] if source else []
     if data is not None:
-        names = text_fields(data)
-        prompt, answer = choose_fields(data, names)
-        sections["data"] = {"fields": {"prompt": prompt, "answer": answer}}
-        chosen.append(f"data.fields: prompt = {prompt!r}, answer = {answer!r}; {data} has {', '.join(names)}")
+        found = suggest(data, *_answers_of(source))
+        if found.classifies and source is None:
+            chosen.append(f"model.name = {_CLASSIFIER!r}: a model that answers with classes; --model chooses another")
+            sections = {"model": {"name": _CLASSIFIER}, "lora": {"targets": ("query", "value")}}
+        sections |= found.sections
+        chosen += found.said
     config = RunConfig.model_validate(sections)
+    if data is not None:  # as a run does it
+        unread = device_pairs(data, task_settings(config)).unread
+        chosen += [f"not learned: the field {printable(name, 60)!r} of {data}, which no key names" for name in unread]
     changed = {f"{section}.{key}" for section, keys in sections.items() for key in keys}
     text = f"{_HEADER.format(name=file.name)}\n{described(config, shown=COMMON | changed)}"
     try:
@@ -68,6 +76,13 @@ def write_run_file(file: Path, data: Path | None, model: str) -> list[str]:
     return chosen
 
 
+def _answers_of(source: ModelSource | None) -> tuple[bool | None, bool]:
+    """Returns whether a model answers with classes, and whether it has a chat template; without a model None, and True."""
+    if source is None:
+        return None, True
+    return source.family.task_head is not None, _has_chat_template(source)
+
+
 def _for_model(source: ModelSource) -> dict[str, dict[str, Any]]:
     """Returns the keys that must differ from their defaults so that the file runs with this model."""
     sections: dict[str, dict[str, Any]] = {"model": {"name": source.name}}
@@ -75,6 +90,9 @@ def _for_model(source: ModelSource) -> dict[str, dict[str, Any]]:
     ends = min(standard.split.front, (source.num_layers - 1) // 2)  # one layer at least is left for a host
     if ends < standard.split.front:
         sections["split"] = {"front": ends, "back": ends}
+    positions = positions_of(source)
+    if positions is not None and positions.most < standard.task.max_tokens:
+        sections["task"] = {"max_tokens": positions.most}
     try:
         target_modules(source, standard.lora.targets)
     except ConfigError:
@@ -82,34 +100,16 @@ def _for_model(source: ModelSource) -> dict[str, dict[str, Any]]:
     return sections
 
 
-def text_fields(data: Path) -> list[str]:
-    """Lists the fields that hold a text in every example, in the order of the file."""
-    records = [record for _, record in read_records(data)]
-    return [
-        name
-        for name in records[0]
-        if all(isinstance(record.get(name), str) and record[name].strip() for record in records)
-    ]
-
-
-def choose_fields(data: Path, names: list[str]) -> tuple[str, str]:
-    """Chooses (prompt, answer) by names that are common in data sets, else the first two. DataError for fewer than two."""
-    if len(names) < 2:
-        raise DataError(
-            f"{data} has {len(names)} fields with a text in every example ({', '.join(names) or 'none'}); two are needed, "
-            f"a question and its answer",
-            "columns",
+def _has_chat_template(source: ModelSource) -> bool:
+    """Whether the tokenizer brings a chat template."""
+    if any(source.folder.glob("chat_template*")):
+        return True
+    try:
+        return bool(
+            json.loads((source.folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
         )
-    answer = _known(names, _ANSWERS)
-    prompt = _known([name for name in names if name != answer], _PROMPTS)
-    others = [name for name in names if name not in (prompt, answer)]
-    prompt = prompt or others.pop(0)
-    return prompt, answer or others.pop(0)
-
-
-def _known(names: list[str], known: tuple[str, ...]) -> str:
-    lowered = {name.lower(): name for name in names}
-    return next((lowered[word] for word in known if word in lowered), "")
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 # ---------------------------------------------------------------- edgelam run --explain
@@ -125,11 +125,25 @@ def explained(config: RunConfig) -> str:
     if isinstance(config.split.fronts, str):
         source = find_model(config.model.name)
         digest, config = source.digest, with_auto_front(config, source)
+        check_limits(config, source)
     else:
         with suppress(ModelNotFound):  # it may be where the run will take place
-            digest = find_model(config.model.name, download=False).digest
+            source = find_model(config.model.name, download=False)
+            digest = source.digest
+            check_limits(config, source)
     check_trust(config, digest)
     return f"{described(config, mark_changed=True)}\n{_readable(config, host_readings(config, digest))}"
+
+
+def described_data(config: RunConfig, data: Path) -> str:
+    """Says as a comment what a run would learn from a device's file. Raises DataError if it does not fit."""
+    found = device_pairs(data, task_settings(config))
+    said = f"{data}: {len(found.training)} examples to learn, {len(found.held_out)} held out."
+    if found.bad:
+        said += f" Left out, since they cannot be read: {len(found.bad)} ({', '.join(found.bad[:5])}{' ...' if len(found.bad) > 5 else ''})."
+    if found.unread:
+        said += f" Fields that nothing is learned from: {printable(', '.join(found.unread), 200)}."
+    return "\n".join(f"# {line}" for line in textwrap.wrap(said, _WIDTH - 2, break_on_hyphens=False))
 
 
 def _readable(config: RunConfig, found: Sequence[HostReading]) -> str:

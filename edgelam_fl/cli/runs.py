@@ -133,7 +133,9 @@ def run(
     data: Annotated[
         list[Path],
         typer.Option(
-            "--data", metavar="FILE", help="With --local: one file per device (.jsonl, .csv, .txt ...); repeat it."
+            "--data",
+            metavar="FILE",
+            help="With --local: one file per device (.jsonl, .csv, .txt ...); repeat it. With --explain: says what is read of it.",
         ),
     ] = [],  # noqa: B006
     out: Annotated[
@@ -161,9 +163,11 @@ def run(
 
     config = read_run_file(file, overrides)
     if explain:
-        from edgelam_fl.cli.run_file import explained
+        from edgelam_fl.cli.run_file import described_data, explained
 
         say(explained(config))
+        for file_of_device in data:
+            say(described_data(config, file_of_device))
         raise typer.Exit()
     if local and len(data) != local:
         raise ConfigError(f"--local {local} needs --data once per device ({local} times), got it {len(data)} times")

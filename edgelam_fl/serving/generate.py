@@ -18,6 +18,7 @@ from peft import PeftModel
 
 from edgelam_fl.config import ModelSection, RunConfig, TaskSection
 from edgelam_fl.errors import ConfigError
+from edgelam_fl.model.limits import positions_of
 from edgelam_fl.model.source import find_model
 from edgelam_fl.model.whole import CutOnWhole, load_whole, put_on
 from edgelam_fl.tasks.causal_lm import CausalLm
@@ -105,7 +106,8 @@ class Speaker(ABC):
 
     def _opening(self, conversation: Sequence[Message], max_tokens: int) -> Opening:
         """Returns what the answer comes after; leaves out the oldest turns if the model's context is too short for all."""
-        room = self._source.config.get("max_position_embeddings", 2**31) - max_tokens
+        positions = positions_of(self._source)
+        room = (positions.most if positions else 2**31) - max_tokens
         turns = list(conversation) if self.remembers else [conversation[-1]]
         begin = self._task.opening(turns)
         for gone in range(1, count_turns(turns)):

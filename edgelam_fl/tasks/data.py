@@ -92,7 +92,7 @@ def pairs_by(settings: DataSettings, path: Path) -> FilePairs:
     except DataError as error:
         if skip_bad or not error.place:
             raise
-        words = f"{error}. Mend it, or have such examples left out: data.bad_lines = 'skip'"
+        words = f"{error} (data.bad_lines = 'skip' leaves such examples out)"
         raise DataError(words, error.fault, error.place) from error
 
 

@@ -62,7 +62,7 @@ class Fields:
     """The answers of a classification; empty: any."""
 
 
-_CHATS = ("messages", "conversations")
+CHATS = ("messages", "conversations")
 _ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
     "chatgpt": "assistant", "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool",
@@ -75,6 +75,10 @@ _KEPT = (
     "thinking",
 )  # keys that chat templates read, besides the main ones
 _JOIN = "\n\n"
+PREFERENCE = (
+    " holds a preference (chosen, rejected), which this training does not learn; to learn the chosen answers alone, name "
+    "them in the run file: data.fields = { prompt = ..., answer = 'chosen' }"
+)
 
 
 def pair_of(values: Mapping[str, Any], fields: Fields) -> tuple[Pair, Collection[str]]:
@@ -83,19 +87,15 @@ def pair_of(values: Mapping[str, Any], fields: Fields) -> tuple[Pair, Collection
         return ("", _text(values, PASSAGE)), (PASSAGE,)
     first, answer = fields.prompt[0], fields.answer
     if {"chosen", "rejected"} <= values.keys() and answer not in values:
-        raise Unfit(
-            " holds a preference (chosen, rejected), which this training does not learn; to learn the chosen answers alone, name "
-            "them in the run file: data.fields = { prompt = ..., answer = 'chosen' }",
-            "preference",
-        )
+        raise Unfit(PREFERENCE, "preference")
     if answer in values and answer == "completion" and isinstance(values.get("label"), bool) and not fields.classes:
         raise Unfit(
             " holds a judged completion (label), as preference methods learn it; keep the good ones and leave the label out",
             "preference",
         )
-    if _is_chat(values.get(first)) or (first in values and _is_chat(values.get(answer))):
+    if is_chat(values.get(first)) or (first in values and is_chat(values.get(answer))):
         return _asked_by_messages(values, fields)
-    chat = next((name for name in _CHATS if name in values), None)
+    chat = next((name for name in CHATS if name in values), None)
     if chat and first not in values:
         return _chat(chat, values[chat], values)
     if first not in values and answer not in values and "text" in values and not fields.classes:
@@ -160,8 +160,11 @@ def shown(value: Any, most: int = 60) -> str:
 # ---------------------------------------------------------------- chats
 
 
-def _is_chat(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
+def is_chat(value: Any) -> bool:
+    """Whether a value is a list of messages."""
+    if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
+        return False
+    return "role" in value[0] or "from" in value[0]
 
 
 def _asked_by_messages(values: Mapping[str, Any], fields: Fields) -> tuple[Pair, Collection[str]]:
@@ -169,12 +172,12 @@ def _asked_by_messages(values: Mapping[str, Any], fields: Fields) -> tuple[Pair,
     if len(fields.prompt) > 1:
         raise Unfit(": messages cannot be joined with other fields; name one field as data.fields.prompt", "chat")
     (asked,) = fields.prompt
-    if fields.answer not in values:
+    if fields.answer not in values or asked in CHATS:
         return _chat(asked, values[asked], values)
     prompt, answer = values[asked], values[fields.answer]
-    if not _is_chat(prompt):
+    if not is_chat(prompt):
         prompt = [{"role": "user", "content": _text(values, asked)}]
-    if not _is_chat(answer):
+    if not is_chat(answer):
         answer = [{"role": "assistant", "content": _text(values, fields.answer)}]
     elif _role(answer[0]) != "assistant":  # a whole chat, as preferences have it
         prompt = []

@@ -163,7 +163,7 @@ def test_what_is_not_learned_is_refused_by_name(tmp_path: Path, name: str) -> No
     with pytest.raises(DataError) as caught:
         device_pairs(file, settings())
     assert str(caught.value).startswith(f"{file}, line 2{words}")
-    assert str(caught.value).endswith(". Mend it, or have such examples left out: data.bad_lines = 'skip'")
+    assert str(caught.value).endswith(" (data.bad_lines = 'skip' leaves such examples out)")
     assert caught.value.place == "line 2"
     assert "'" not in caught.value.for_others(), "what other machines hear quotes nothing"
 

@@ -5,20 +5,34 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP8Config
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    BitsAndBytesConfig,
+    FineGrainedFP8Config,
+    GPT2Config,
+    LlamaConfig,
+)
 
+from edgelam_fl.cli.run_file import explained, write_run_file
+from edgelam_fl.config import read_run_file
+from edgelam_fl.doctor.checks import check_model
 from edgelam_fl.errors import ModelError
 from edgelam_fl.model.folder import INDEX, WEIGHTS
+from edgelam_fl.model.limits import check_limits, last_token
 from edgelam_fl.model.source import find_model
 from edgelam_fl.model.weights import read_tensors
 from edgelam_fl.model.whole import load_whole
-from tests.support import write_tiny_llama
+from server.checks import check_config
+from tests.support import run_config, write_tiny_llama
 
 Change = Callable[[Path], None]
 IDS = torch.arange(2, 40)[None]
@@ -619,3 +633,147 @@ READ_MODELS: list[Change] = [
 def test_a_model_that_is_read(folder: Path, change: Change) -> None:
     change(folder)
     assert torch.equal(ours(folder), transformers_own(folder))
+
+
+# ---------------------------------------------------------------- limits of a model, held against a run file
+
+
+@dataclass(frozen=True)
+class Sized:
+    """A model of few positions."""
+
+    config: Any
+    overrides: tuple[str, ...] = ()
+
+
+def sizes(**more: Any) -> dict[str, Any]:
+    return dict(
+        vocab_size=258, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, eos_token_id=1, bos_token_id=None, pad_token_id=None, **more,
+    )  # fmt: skip
+
+
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+BERT = ("task.kind=classification", 'task.classes=["a", "b"]', 'lora.targets=["query"]')
+LIMITED: dict[str, tuple[Sized, str]] = {
+    "learned, GPT-2": (
+        Sized(GPT2Config(vocab_size=258, n_positions=64, n_embd=16, n_layer=2, n_head=2, eos_token_id=1, bos_token_id=1)),
+        "has 64 rows",
+    ),
+    "learned, BERT": (
+        Sized(BertConfig(**{**sizes(max_position_embeddings=64), "num_key_value_heads": None}), BERT),
+        "has 64 rows",
+    ),
+    "rotary": (Sized(LlamaConfig(**sizes(max_position_embeddings=64))), "made for 64 positions"),
+    "longrope": (
+        Sized(LlamaConfig(**sizes(max_position_embeddings=256, rope_parameters=LONGROPE))),
+        "original_max_position_embeddings = 64",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LIMITED)
+def test_texts_longer_than_the_models_positions_are_refused(kind: str, plain: Path, tmp_path: Path) -> None:
+    sized, words = LIMITED[kind]
+    shutil.copytree(plain, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    is_bert = isinstance(sized.config, BertConfig)
+    model = BertModel(sized.config) if is_bert else AutoModelForCausalLM.from_config(sized.config)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    source = find_model(str(tmp_path))
+    check_limits(run_config(str(tmp_path), "task.max_tokens=64"), source)
+    config = run_config(str(tmp_path), *sized.overrides, "task.max_tokens=65")
+    for refused in (lambda: check_config(config), lambda: explained(config)):
+        with pytest.raises(ModelError) as caught:
+            refused()
+        text = str(caught.value)
+        assert "task.max_tokens = 65" in text
+        assert words in text
+        assert "at most 64" in text
+    run_file = tmp_path / "new.toml"
+    write_run_file(run_file, None, str(tmp_path))
+    assert read_run_file(run_file).task.max_tokens == 64
+
+
+def one_token_more(folder: Path) -> None:
+    """As after add_tokens without resize_token_embeddings."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 258, "content": "<|new|>"})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+
+
+def end_outside_the_table(folder: Path) -> None:
+    edit_config(folder, eos_token_id=[1, 700])
+
+
+def end_of_generation_outside_the_table(folder: Path) -> None:
+    (folder / "generation_config.json").write_text('{"eos_token_id": 701}', encoding="utf-8")
+
+
+def tokenizer_cut_short(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text('{"version": "1.0", "mod', encoding="utf-8")
+
+
+def tokenizer_of_something_else(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text('{"model": [], "added_tokens": {}}', encoding="utf-8")
+
+
+OUTSIDE: list[tuple[Change, tuple[str, ...]]] = [
+    (one_token_more, ("'<|new|>' the id 258", "258 rows", "resize_token_embeddings")),
+    (end_outside_the_table, ("eos_token_id = 700", "config.json", "258 rows")),
+    (end_of_generation_outside_the_table, ("eos_token_id = 701", "generation_config.json")),
+    (tokenizer_cut_short, ("tokenizer.json", "cannot be read as JSON")),
+    (tokenizer_of_something_else, ("tokenizer's files", "damaged")),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), OUTSIDE, ids=lambda value: getattr(value, "__name__", ""))
+def test_tokens_without_a_row_in_the_table_are_refused(folder: Path, change: Change, words: tuple[str, ...]) -> None:
+    change(folder)
+    with pytest.raises(ModelError) as caught:
+        check_limits(run_config(str(folder)), find_model(str(folder)))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_token_of_images_needs_no_row(folder: Path) -> None:
+    """As in Gemma 3's text models, whose tokenizer they share with those that see."""
+    one_token_more(folder)
+    (folder / "tokenizer_config.json").write_text('{"image_token": "<|new|>"}', encoding="utf-8")
+    check_limits(run_config(str(folder)), find_model(str(folder)))
+
+
+def test_tokenizers_in_older_files_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\na\n", encoding="utf-8")
+    assert last_token(tmp_path) == ("a", 2)
+    (tmp_path / "added_tokens.json").write_text('{"<new>": 3}', encoding="utf-8")
+    assert last_token(tmp_path) == ("<new>", 3)
+    unigram = {"model": {"type": "Unigram", "vocab": [["<unk>", 0.0], ["b", -1.0]] * 4}, "added_tokens": []}
+    (tmp_path / "added_tokens.json").unlink()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(unigram), encoding="utf-8")
+    assert last_token(tmp_path) == ("b", 7)
+
+
+# ---------------------------------------------------------------- every command fails alike
+
+
+def test_every_command_refuses_a_model_that_is_here_and_not_understood(folder: Path, tmp_path: Path) -> None:
+    lost_shard(folder)
+    lost = "model-00002-of-00004.safetensors"
+    for refused in (
+        lambda: explained(run_config(str(folder))),
+        lambda: write_run_file(tmp_path / "new.toml", None, str(folder)),
+        lambda: check_config(run_config(str(folder))),
+    ):
+        with pytest.raises(ModelError, match=lost):
+            refused()
+    assert not (tmp_path / "new.toml").exists()
+    finding = check_model(str(folder))
+    assert finding.state == "problem"
+    assert lost in finding.found
+
+
+def test_a_model_that_is_elsewhere_is_explained() -> None:
+    assert "org/elsewhere" in explained(run_config("org/elsewhere"))

@@ -135,7 +135,7 @@ CHATS = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "
         ("p.txt", PASSAGES, {"kind": "classification", "classes": ["b", "c"]}, "holds passages; a classification needs a text and a class"),
         ("c.jsonl", CHATS % 1 + CHATS % 2, {"template": "plain"}, "holds chats: they need task.template = 'chat', got 'plain'"),
         ("c.jsonl", CHATS % 1 + CHATS % 2, {"kind": "classification", "classes": ["b", "c"]}, "holds chats; a classification needs a text and a class"),
-        ("q.jsonl", GOOD + GOOD, {"kind": "classification", "classes": ["b", "c"]}, ", line 1: 'a' is none of task.classes (known: b, c). Mend it, or have such examples left out: data.bad_lines = 'skip'"),
+        ("q.jsonl", GOOD + GOOD, {"kind": "classification", "classes": ["b", "c"]}, ", line 1: 'a' is none of task.classes (known: b, c) (data.bad_lines = 'skip' leaves such examples out)"),
     ],
 )  # fmt: skip
 def test_a_file_that_does_not_fit_the_task_is_refused_before_it_is_tokenized(

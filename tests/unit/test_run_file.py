@@ -3,15 +3,18 @@ from __future__ import annotations
 import json
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import BaseModel
 
-from edgelam_fl.cli.run_file import COMMON, allowed, choose_fields, described, explain, text_fields, write_run_file
+from edgelam_fl.cli.run_file import COMMON, allowed, described, described_data, explain, write_run_file
 from edgelam_fl.config import RunConfig, known_keys, parse_run_file
 from edgelam_fl.errors import ConfigError, DataError, ModelError
 from edgelam_fl.model.source import ModelSource
+from edgelam_fl.tasks.suggest import choose_fields
 from tests.support import write_tiny_llama
 
 SECTIONS = {name: field.annotation for name, field in RunConfig.model_fields.items()}
@@ -27,7 +30,7 @@ def field_of(section: str, key: str):  # type: ignore[no-untyped-def]
     return SECTIONS[section].model_fields[key]
 
 
-def data_file(folder: Path, *rows: dict[str, object]) -> Path:
+def data_file(folder: Path, *rows: Mapping[str, object]) -> Path:
     path = folder / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -103,15 +106,116 @@ def test_what_is_explained_is_a_run_file_of_the_same_configuration() -> None:
     assert re.search(r'^fields = .*"q".*\n +# changed, default \{ prompt = "question", ', text, flags=re.MULTILINE)
 
 
-def test_the_fields_of_a_data_file(tmp_path: Path) -> None:
-    rows = [{"id": n, "module": "m", "Frage": f"f{n}", "note": " " * n, "Response": f"r{n}"} for n in range(2)]
-    data = data_file(tmp_path, *rows)
-    assert text_fields(data) == ["module", "Frage", "Response"], "no numbers, nothing that may be empty"
+def written(tmp_path: Path, data: Path, model: str = "") -> tuple[RunConfig, str]:
+    """Writes a run file for data, and returns it as a run reads it, and what was said."""
     file = tmp_path / "run.toml"
-    (chosen,) = write_run_file(file, data, "")
-    assert chosen == f"data.fields: prompt = 'module', answer = 'Response'; {data} has module, Frage, Response"
-    fields = parse_run_file(file.read_text(encoding="utf-8"), source="x").data.fields
-    assert (fields.prompt, fields.answer) == ("module", "Response")
+    file.unlink(missing_ok=True)
+    said = "\n".join(write_run_file(file, data, model)).replace(str(data), "DATA")
+    return parse_run_file(file.read_text(encoding="utf-8"), source="x"), said
+
+
+def test_the_fields_of_a_data_file(tmp_path: Path) -> None:
+    rows = [{"id": n, "module": "m", "Frage": f"f{n}", "note": " " * n, "Response": f"r{n}"} for n in range(4)]
+    config, said = written(tmp_path, data_file(tmp_path, *rows))
+    assert said.splitlines() == [
+        "data.fields: prompt = 'module', answer = 'Response'",
+        *(f"not learned: the field {name!r} of DATA, which no key names" for name in ("id", "Frage", "note")),
+    ], "no numbers, nothing that may be empty; each column left out is said"
+    assert (config.data.fields.prompt, config.data.fields.answer) == ("module", "Response")
+
+
+ASKED, SAID = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("row", "sections", "says"),
+    [
+        ({"messages": [ASKED, SAID]}, {}, ["task.template = 'chat': DATA holds chats in 'messages'"]),
+        (
+            {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "source": "web"},
+            {},
+            ["task.template = 'chat': DATA holds chats in 'conversations'", "not learned: the field 'source' of DATA, which no key names"],
+        ),
+        (
+            {"dialog": [ASKED, SAID]},
+            {"data": {"fields": {"prompt": "dialog"}}},
+            ["task.template = 'chat': DATA holds chats in 'dialog'", "data.fields: prompt = 'dialog', the whole chats"],
+        ),
+        (
+            {"messages": [ASKED, SAID], "question": "q", "answer": "a"},
+            {"data": {"fields": {"prompt": "messages"}}},
+            ["task.template = 'chat': DATA holds chats in 'messages'"],
+        ),
+        (
+            {"prompt": [ASKED], "completion": [SAID]},
+            {"data": {"fields": {"prompt": "prompt", "answer": "completion"}}},
+            ["task.template = 'chat': DATA holds messages", "data.fields: prompt = 'prompt', answer = 'completion'"],
+        ),
+        (
+            {"instruction": "Do.", "input": "this", "output": "done"},
+            {"data": {"fields": {"prompt": ("instruction", "input"), "answer": "output"}}},
+            ["data.fields: prompt = ['instruction', 'input'], which become one prompt, answer = 'output'"],
+        ),
+        (
+            {"text": "A passage.", "url": "u"},
+            {"task": {"template": "plain", "loss_on": "all"}},
+            ["task.template = 'plain', task.loss_on = 'all': DATA holds passages, which are learned whole", "not learned: the field 'url' of DATA, which no key names"],
+        ),
+        (
+            {"question": "q", "answer": "a", "sources": [{"url": "u"}]},
+            {"data": {"fields": {"prompt": "question", "answer": "answer"}}},
+            ["data.fields: prompt = 'question', answer = 'answer'", "not learned: the field 'sources' of DATA, which no key names"],
+        ),
+    ],
+)  # fmt: skip
+def test_what_init_writes_fits_the_data(
+    tmp_path: Path, row: dict[str, Any], sections: dict[str, Any], says: list[str]
+) -> None:
+    config, said = written(tmp_path, data_file(tmp_path, row, row, row))
+    assert config == RunConfig.model_validate(sections)
+    assert said.splitlines()[: len(says)] == says
+
+
+def test_passages_of_a_plain_text(tmp_path: Path) -> None:
+    data = tmp_path / "passages.txt"
+    data.write_text("One.\n\nTwo.\n\nThree.\n")
+    config, _ = written(tmp_path, data)
+    assert (config.task.template, config.task.loss_on) == ("plain", "all")
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        (["plant", "animal"], ("animal", "plant")),
+        ([0, 1, 10, 2], ("0", "1", "2", "10")),
+        ([True, False], ("False", "True")),
+    ],
+)
+def test_few_short_answers_become_classes(tmp_path: Path, labels: list[Any], classes: tuple[str, ...]) -> None:
+    rows = [{"text": f"text {n}", "label": labels[n % len(labels)]} for n in range(12)]
+    config, said = written(tmp_path, data_file(tmp_path, *rows))
+    assert (config.task.kind, config.task.classes, config.model.name) == ("classification", classes, "minilm-l6")
+    assert (config.data.fields.prompt, config.data.fields.answer) == ("text", "label")
+    assert f"task.classes: {len(classes)} classes of 'label' ({', '.join(classes)})" in said
+
+
+def test_answers_of_a_language_model_stay_texts(tmp_path: Path, tiny: ModelSource) -> None:
+    rows = [{"question": f"q{n}", "answer": "yes" if n % 2 else "no", "label": n % 2} for n in range(8)]
+    config, said = written(tmp_path, data_file(tmp_path, *rows), tiny.name)
+    assert config.task.kind == "causal-lm"
+    assert "'answer' has 2 different answers (no, yes), learned as texts" in said
+    numbers = data_file(tmp_path, *({"text": f"t{n}", "label": n % 2} for n in range(8)))
+    with pytest.raises(DataError, match="'label' holds numbers, which are classes, and this model answers with text"):
+        written(tmp_path, numbers, tiny.name)
+
+
+def test_data_that_no_run_file_fits_are_refused_as_a_run_refuses_them(tmp_path: Path) -> None:
+    preference = data_file(tmp_path, *[{"prompt": "p", "chosen": "a", "rejected": "b"}] * 2)
+    with pytest.raises(DataError, match=r"holds a preference \(chosen, rejected\)"):
+        written(tmp_path, preference)
+    broken = data_file(tmp_path, {"question": "q", "answer": "a\ud83d"})
+    with pytest.raises(DataError, match="line 1 holds half of a character"):
+        written(tmp_path, broken)
 
 
 @pytest.mark.parametrize(
@@ -168,3 +272,16 @@ def test_a_model_of_few_layers_gets_ends_that_leave_one(tmp_path: Path) -> None:
 def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is not built in"):
         write_run_file(tmp_path / "run.toml", None, "no/such-model")
+
+
+def test_what_a_run_would_learn_from_a_file(tmp_path: Path) -> None:
+    data = tmp_path / "a.jsonl"
+    rows = [json.dumps({"question": f"q{n}", "answer": f"a{n}", "id": n}) for n in range(10)]
+    data.write_text("\n".join([*rows, "broken"]))
+    config = RunConfig.model_validate({"data": {"bad_lines": "skip"}})
+    assert described_data(config, data).replace("\n# ", " ") == (
+        f"# {data}: 9 examples to learn, 1 held out. Left out, since they cannot be read: 1 (line 11). Fields that nothing is "
+        "learned from: id."
+    )
+    with pytest.raises(DataError, match=r"line 11 is not JSON.*data\.bad_lines = 'skip'"):
+        described_data(RunConfig(), data)

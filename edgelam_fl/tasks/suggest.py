@@ -1,0 +1,179 @@
+"""Says how a file of data is best read: which keys of a run file it needs. Guesses by names that are common in data sets.
+
+Reads by the reader that runs use. Knows no models, but whether one classifies and whether it has a chat template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgelam_fl.errors import DataError
+from edgelam_fl.names import printable
+from edgelam_fl.tasks.files import PASSAGE, read_records
+from edgelam_fl.tasks.shapes import CHATS, PREFERENCE, is_chat
+
+_PROMPTS = ("question", "prompt", "instruction", "input", "query", "problem", "text", "sentence", "user", "context")
+_ANSWERS = ("answer", "response", "completion", "output", "reply", "solution", "label", "target", "assistant", "class")
+_ASKED = ("question", "prompt", "instruction", "query")  # may have something beside them that they are about
+_BESIDE = ("input", "context")
+_CLASSES = ("label", "labels", "target", "class", "category")
+_MOST_CLASSES, _LONGEST_CLASS = 50, 40
+
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Keys by section as a run file has them, and a line for each choice that says what it is made of."""
+
+    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+    said: list[str] = field(default_factory=list)
+
+    @property
+    def classifies(self) -> bool:
+        return self.sections.get("task", {}).get("kind") == "classification"
+
+
+def suggest(path: Path, classifies: bool | None, has_chat_template: bool = True) -> Suggestion:
+    """Chooses the keys for a file of data.
+
+    classifies: whether the model answers with classes; None: no model was chosen. Raises DataError for a file that is
+    broken or that no keys fit.
+    """
+    rows = [values for _, values in read_records(path)]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    if {"chosen", "rejected"} <= set(names):
+        raise DataError(f"{path}{PREFERENCE}", "preference")
+    chats = next((name for name in [*CHATS, *names] if _are_chats(rows, name)), "")
+    texts = [name for name in names if _are_texts(rows, name)]
+    if chats and (chats in CHATS or not _known(names, _ANSWERS)):
+        found = _for_chats(path, chats, names)
+    elif any(is_chat(row.get(name)) for name in names if name.lower() in (*_PROMPTS, *_ANSWERS) for row in rows):
+        found = _for_completions(path, names)
+    elif names == [PASSAGE] or ("text" in texts and not _known(names, _ANSWERS)):
+        found = _for_passages(path)
+    else:
+        found = _for_answers(path, rows, names, texts, classifies)
+    if classifies and not found.classifies:
+        raise DataError(
+            f"the model answers with classes, and {path} holds none: it needs a text and one of at most {_MOST_CLASSES} short answers",
+            "columns",
+        )
+    return found if has_chat_template or found.classifies else _without_template(path, found)
+
+
+def _are_chats(rows: Sequence[Values], name: str) -> bool:
+    return all(is_chat(row.get(name)) or (name in CHATS and isinstance(row.get(name), str)) for row in rows)
+
+
+def _are_texts(rows: Sequence[Values], name: str) -> bool:
+    """Whether a field holds a text that is not empty in every example."""
+    return all(isinstance(row.get(name), str) and row[name].strip() for row in rows)
+
+
+def _for_chats(path: Path, name: str, names: Sequence[str]) -> Suggestion:
+    said = [f"task.template = 'chat': {path} holds chats in {name!r}"]
+    if name in CHATS and "question" not in names:
+        return Suggestion({}, said)
+    return Suggestion(
+        {"data": {"fields": {"prompt": name}}}, [*said, f"data.fields: prompt = {name!r}, the whole chats"]
+    )
+
+
+def _for_completions(path: Path, names: Sequence[str]) -> Suggestion:
+    prompt, answer = choose_fields(path, list(names))
+    said = [f"task.template = 'chat': {path} holds messages", f"data.fields: prompt = {prompt!r}, answer = {answer!r}"]
+    return Suggestion({"data": {"fields": {"prompt": prompt, "answer": answer}}}, said)
+
+
+def _for_passages(path: Path) -> Suggestion:
+    return Suggestion(
+        {"task": {"template": "plain", "loss_on": "all"}},
+        [f"task.template = 'plain', task.loss_on = 'all': {path} holds passages, which are learned whole"],
+    )
+
+
+def _for_answers(
+    path: Path, rows: Sequence[Values], names: Sequence[str], texts: Sequence[str], classifies: bool | None
+) -> Suggestion:
+    labels = [
+        name for name in names if name.lower() in _CLASSES and all(isinstance(row.get(name), int) for row in rows)
+    ]
+    prompt, answer = choose_fields(path, [name for name in names if name in texts or name in labels], labels)
+    classes = _classes(rows, answer)
+    if answer in labels and classifies is False:
+        raise DataError(
+            f"{path}: {answer!r} holds numbers, which are classes, and this model answers with text; give a model that classifies, "
+            f"such as --model minilm-l6, or write the classes' names into the data",
+            "columns",
+        )
+    beside = next((name for name in _BESIDE if name not in (prompt, answer) and _may_be_texts(rows, name)), "")
+    asked: str | list[str] = [prompt, beside] if beside and prompt.lower() in _ASKED else prompt
+    sections: dict[str, dict[str, Any]] = {"data": {"fields": {"prompt": asked, "answer": answer}}}
+    joined = ", which become one prompt" if isinstance(asked, list) else ""
+    said = [f"data.fields: prompt = {asked!r}{joined}, answer = {answer!r}"]
+    if classes and (classifies or (classifies is None and answer.lower() in _CLASSES)):
+        sections["task"] = {"kind": "classification", "classes": classes}
+        said.append(
+            f"task.kind = 'classification', task.classes: {len(classes)} classes of {answer!r} ({_some(classes)})"
+        )
+    elif classes and 2 * len(classes) <= len(rows):
+        said.append(
+            f"{answer!r} has {len(classes)} different answers ({_some(classes)}), learned as texts; --model minilm-l6 would classify"
+        )
+    return Suggestion(sections, said)
+
+
+def _may_be_texts(rows: Sequence[Values], name: str) -> bool:
+    """Whether a field holds nothing but texts, some of them not empty."""
+    return all(isinstance(row.get(name) or "", str) for row in rows) and any(row.get(name) for row in rows)
+
+
+def _classes(rows: Sequence[Values], name: str) -> list[str]:
+    """Returns the different answers in order, if they look like classes; else none."""
+    found = {str(row[name]) for row in rows}
+    if not 2 <= len(found) <= _MOST_CLASSES or any(len(one) > _LONGEST_CLASS or "\n" in one for one in found):
+        return []
+    return sorted(found, key=lambda one: (0, int(one), "") if one.isdecimal() else (1, 0, one))
+
+
+def _without_template(path: Path, found: Suggestion) -> Suggestion:
+    if "data" not in found.sections or any("'chat'" in line for line in found.said):
+        if "task" in found.sections:
+            return found  # passages
+        raise DataError(f"{path} holds chats, and this model has no chat template; give another --model", "chat")
+    sections = found.sections | {"task": {"template": "plain"}}
+    return Suggestion(sections, [*found.said, "task.template = 'plain': the model has no chat template"])
+
+
+def choose_fields(path: Path, names: list[str], labels: Sequence[str] = ()) -> tuple[str, str]:
+    """Chooses (prompt, answer) by names that are common in data sets, else the first two. DataError for fewer than two.
+
+    labels: those of the names that can only be answers.
+    """
+    if len(names) < 2:
+        raise DataError(
+            f"{path} has {len(names)} fields with a text in every example ({_some(names) or 'none'}); two are needed, "
+            f"a question and its answer",
+            "columns",
+        )
+    answer = _known(names, _ANSWERS) or (labels[0] if labels else "")
+    askable = [name for name in names if name != answer and name not in labels]
+    prompt = _known(askable, _PROMPTS)
+    others = [name for name in askable if name != prompt]
+    if not (prompt or others) or not (answer or others[not prompt :]):
+        return choose_fields(path, askable)
+    prompt = prompt or others.pop(0)
+    return prompt, answer or others.pop(0)
+
+
+def _known(names: Sequence[str], known: tuple[str, ...]) -> str:
+    lowered = {name.lower(): name for name in names}
+    return next((lowered[word] for word in known if word in lowered), "")
+
+
+def _some(names: Sequence[str]) -> str:
+    return printable(", ".join(names), 80)
