@@ -134,8 +134,8 @@ class MemoryExchange(Exchange):
     """The server's messages, handed to stage hosts of this process."""
 
     def __init__(self, hosts: Mapping[str, StageHost], examples: Mapping[str, int], bad: Way | None) -> None:
-        self.timing = ExchangeTiming()
-        self.grid: Any = self  # all that a roster asks it for is below
+        nodes: Any = self  # all that a roster asks a grid for is below
+        super().__init__(nodes, ExchangeTiming())
         self._hosts, self._examples, self._bad = hosts, examples, bad
         self._starts: dict[str, adapters.Adapter] = {}
 
