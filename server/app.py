@@ -59,7 +59,9 @@ def _lead(exchange: Exchange, folder: RunFolder, spec: RunSpec, hub: RunHub, bou
     """Trains or proposes. An error is in the run's events before it is raised."""
     try:
         patience_s = spec.config.federation.join_deadline_s
-        roster = Roster(exchange, folder, _profile_request(spec, hub), patience_s, owners(os.environ))
+        roster = Roster(
+            exchange, folder, _profile_request(spec, hub), patience_s, owners(os.environ), spec.source.leakage_key
+        )
         if trains:
             _run(exchange, roster, spec, folder, hub, bounds)
         else:

@@ -51,7 +51,7 @@ def check_config(config: RunConfig, bounds: Bounds = DEFAULT_BOUNDS, *, elsewher
     check_cuts(spec)
     check_ranks(spec)
     check_carry(spec, aggregation)
-    check_trust(spec.config, source.digest)
+    check_trust(spec.config, source.leakage_key)
     return spec
 
 

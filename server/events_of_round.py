@@ -62,7 +62,7 @@ def describe_plan(planned: PlannedRound, num_layers: int, personal: bool) -> Pla
 def describe_readable(number: int, routes: Iterable[pb.Route], spec: RunSpec) -> TextReadable | None:
     """Makes the event of what hosts can read, for the device that keeps the fewest layers in front; None without hosts."""
     ends = {(route.front, spec.source.num_layers - route.back_first) for route in routes if route.hops}
-    found = host_readings_at(spec.config, spec.source.digest, ends)
+    found = host_readings_at(spec.config, spec.source.leakage_key, ends)
     if not found:
         return None
     least = found[0]

@@ -79,16 +79,17 @@ class Roster:
         request: pb.ProfileRequest,
         patience_s: float = 0.0,
         owner_of: OwnerOf | None = None,
+        leakage_key: str = "",
     ) -> None:
         """Starts empty. `patience_s`: the time for an answer to `request`, if longer than the exchange's own limit for
         queries: a small board needs minutes to start Python. `owner_of`: None: no node has a key, and the first to give a
-        name owns it.
+        name owns it. `leakage_key`: of the run's model, to know what hosts can read.
         """
         self.profiles: dict[str, pb.Profile] = {}
         self.problems: dict[str, str] = {}
         self._exchange, self._folder, self._request = exchange, folder, request
         self._limit_s = max(exchange.timing.query_s, patience_s)
-        self._owner_of = owner_of
+        self._owner_of, self._leakage_key = owner_of, leakage_key
         self._ids: dict[str, int] = {}  # Flower's node ids, by name
         self._spellings: dict[str, str] = {}  # of the names that were here, by their folded form
         self._known: set[int] = set()  # asked at least once
@@ -363,7 +364,7 @@ class Roster:
         self.problems[name] = reason
 
     def _unfit(self, config: RunConfig, name: str) -> str:
-        return unfit(config, self.profiles[name], self._request.model_digest)
+        return unfit(config, self.profiles[name], self._leakage_key)
 
     def _too_few(self, config: RunConfig) -> RunFailed:
         federation, devices, hosts = config.federation, self.devices(), config.split.least_hosts

@@ -16,7 +16,8 @@ import numpy as np
 from flwr.app import ConfigRecord, RecordDict
 
 from edgelam_fl.bounds import DEFAULT_BOUNDS, Bounds
-from edgelam_fl.errors import RunFailed
+from edgelam_fl.errors import ModelError, RunFailed
+from edgelam_fl.model.source import why_changed
 from edgelam_fl.plan.layout import Layout, site_source, who_may_host
 from edgelam_fl.plan.making import RoundFacts, make_plans, planned_steps
 from edgelam_fl.plan.placement import Placement
@@ -98,6 +99,7 @@ class Rounds:
         """
         number, refused = state.round + 1, ""
         for attempt in range(1, _ATTEMPTS + 1):
+            self._check_model()
             self.roster.gather(self.config, at_start=number == attempt == 1)
             if self.config.privacy.mode != "none" and self.privacy is None:
                 self.privacy = self._promise()
@@ -117,6 +119,13 @@ class Rounds:
                 self.folder.emit(AggregateRefused(round=number, attempt=attempt, reason=refused))
         problems = [f"{name}: {problem}" for name, problem in sorted(self.roster.problems.items())]
         raise RunFailed(f"round {number} failed {_ATTEMPTS} times: {'; '.join(problems + [refused] * bool(refused))}")
+
+    def _check_model(self) -> None:
+        """Raises ModelError if files of the model have changed since the run began: its nodes must go on with the same."""
+        if changes := why_changed(self.spec.source):
+            raise ModelError(
+                f"the files of model {self.spec.source.name} have changed since the run began: {changes}. Start the run again"
+            )
 
     def _receive(self, planned: PlannedRound) -> Received:
         """Has an attempt's jobs done. A private run pays for it first, whatever comes of it: nodes see what others trained

@@ -34,7 +34,7 @@ _LEAST_OF_LARGEST = 0.01  # a device that has nothing to train still sends messa
 
 
 def unfit(config: RunConfig, profile: pb.Profile, digest: str = "") -> str:
-    """Returns why a device is not a candidate; empty: it is one. `digest`: of the model's files, to know what hosts can read."""
+    """Returns why a device is not a candidate; empty: it is one. `digest`: the model's `leakage_key`, to know what hosts can read."""
     strategy = config.strategy
     missing = [tag for tag in strategy.require_tags if tag not in profile.tags]
     if missing:
@@ -100,7 +100,7 @@ class Schedule:
         return Selected(names, why)
 
     def _unfit(self, profile: pb.Profile) -> str:
-        return unfit(self.config, profile, self.spec.source.digest)
+        return unfit(self.config, profile, self.spec.source.leakage_key)
 
     def _chance(self, number: int) -> Random:
         """Returns the chance of a round's selection. Private runs draw what nobody can repeat: who knows the seed, and so who took

@@ -57,7 +57,7 @@ def text_of_results() -> str:
     """Returns what known.json has to hold by the present results."""
     from edgelam_fl.model.source import find_model
 
-    return as_text(collected(RESULTS, lambda name: find_model(name).digest))
+    return as_text(collected(RESULTS, lambda name: find_model(name).leakage_key))
 
 
 def write() -> None:

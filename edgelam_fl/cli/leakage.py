@@ -116,7 +116,7 @@ def fronts_of_run(config: RunConfig, source: ModelSource) -> dict[str, int]:
     from edgelam_fl.config import share_after
     from edgelam_fl.privacy.known import known_leakage
 
-    known = known_leakage(source.name, source.digest)
+    known = known_leakage(source.name, source.leakage_key)
     front = known.front_for(share_after("auto", split.fronts, "a table")) if known else None
     return {} if front is None else {"split.fronts": front}
 

@@ -124,12 +124,12 @@ def explained(config: RunConfig) -> str:
     digest = ""
     if isinstance(config.split.fronts, str):
         source = find_model(config.model.name)
-        digest, config = source.digest, with_auto_front(config, source)
+        digest, config = source.leakage_key, with_auto_front(config, source)
         check_limits(config, source)
     else:
         with suppress(ModelNotFound):  # it may be where the run will take place
             source = find_model(config.model.name, download=False)
-            digest = source.digest
+            digest = source.leakage_key
             check_limits(config, source)
     check_trust(config, digest)
     return f"{described(config, mark_changed=True)}\n{_readable(config, host_readings(config, digest))}"

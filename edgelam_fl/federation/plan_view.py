@@ -93,7 +93,7 @@ def plan_on_server(console: Console, config: RunConfig, source: ModelSource, ope
 def _foreseen(placement: PlacementMade, config: RunConfig, source: ModelSource) -> ForeseenPlan:
     layers = source.num_layers
     ends = {(device.first, layers - device.last) for site in placement.sites for device in site.devices}
-    return ForeseenPlan(placement, layers, tuple(host_readings_at(config, source.digest, ends)))
+    return ForeseenPlan(placement, layers, tuple(host_readings_at(config, source.leakage_key, ends)))
 
 
 def _await_placement(submission: Submission, deadline_s: float) -> PlacementMade:

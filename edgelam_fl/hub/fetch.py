@@ -7,6 +7,7 @@ folder. Knows models and the hub; knows no plans.
 from __future__ import annotations
 
 import functools
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,15 @@ from filelock import FileLock
 
 from edgelam_fl.errors import EnvironmentProblem, ModelError, PeerLost, ProtocolError, Refused
 from edgelam_fl.files import cache_folder, write_atomically
-from edgelam_fl.hub.slices import CHUNK_BYTES, CONFIG, SLICES_SERVICE, TOKENIZER
+from edgelam_fl.hub.slices import CHUNK_BYTES, SLICES_SERVICE
+from edgelam_fl.model.identity import (
+    ALL_WEIGHTS,
+    CONFIG,
+    MORE_TEMPLATES,
+    ModelIdentity,
+    digest_of,
+    is_text_file,
+)
 from edgelam_fl.model.index import TensorEntry
 from edgelam_fl.model.served import AnnouncedPart, check_part, fetch_missing, map_tensor, read_manifest, write_manifest
 from edgelam_fl.model.source import ModelSource, find_model
@@ -103,6 +112,7 @@ class Served:
         self._name, self._digest, self._hub, self._emit, self._timing = name, digest, hub, emit, timing
         self._metadata, self._security = token_metadata(token), security
         self._folder = cache_folder() / "slices" / digest[:32]
+        self._tensors = self._folder  # of all models with the same weights, once the description is here
         self._shapes: dict[str, tuple[int, ...]] = {}
 
     def source(self, tokenizer: bool) -> ModelSource:
@@ -111,11 +121,15 @@ class Served:
         with FileLock(self._folder / "lock"):
             model = self._model()
             files = [file for file in model.files if file.name == CONFIG or tokenizer]
+            if any("/" in file.name for file in files):
+                (self._folder / MORE_TEMPLATES).mkdir(exist_ok=True)
             parts = [AnnouncedPart(file.name, file.size_bytes, file.sha256) for file in files]
             fetch_missing(self._folder, parts, functools.partial(self._stream, "", ""))
         self._shapes = {entry.name: tuple(entry.shape) for entry in model.tensors}
         index = {name: TensorEntry(shape, "", name, "") for name, shape in self._shapes.items()}
-        return ModelSource(self._name, self._folder, index, self._digest, self._name, read=self._read)
+        self._tensors = cache_folder() / "slices" / model.weights_digest[:32]
+        identity = ModelIdentity(files=dict(model.identity), weights_digest=model.weights_digest)
+        return ModelSource(self._name, self._folder, index, identity, self._name, read=self._read)
 
     def _model(self) -> pb.SliceModel:
         """Returns the model's description, from the disk if it is there; checks both alike."""
@@ -139,8 +153,8 @@ class Served:
         for name in names:
             if name not in self._shapes:
                 raise ModelError(f"model {self._name} has no tensor {name}")
-        folder = self._folder / (f"{base}-{compute}" if compute else base)
-        folder.mkdir(exist_ok=True)
+        folder = self._tensors / (f"{base}-{compute}" if compute else base)
+        folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):
             manifest = read_manifest(folder)
             unknown = [name for name in names if name not in manifest]
@@ -254,9 +268,15 @@ def check_model(model: pb.SliceModel, digest: str) -> None:
         raise ProtocolError(
             f"the hub described model {model.model_digest[:12]!r}, the plan has {digest[:12]}: start the run again"
         )
+    names = {file.name for file in model.files}
+    missing = sorted(model.identity.keys() - names - {ALL_WEIGHTS})
+    if digest_of(model.identity) != digest or missing or not re.fullmatch("[0-9a-f]{64}", model.weights_digest):
+        raise ProtocolError(f"the hub described model {digest[:12]!r} with other files ({', '.join(missing)[:200]})")
     for file in model.files:
-        if file.name not in (CONFIG, *TOKENIZER):
+        if file.name != CONFIG and not is_text_file(file.name):
             raise ProtocolError(f"the hub announced a file {file.name[:80]!r}, which no model needs")
         check_part(AnnouncedPart(file.name, file.size_bytes, file.sha256), _MOST_FILE_BYTES)
-    if not model.tensors or CONFIG not in {file.name for file in model.files}:
+        if model.identity.keys() != {ALL_WEIGHTS} and model.identity.get(file.name) != file.sha256:
+            raise ProtocolError(f"the hub announced {file.name} with other bytes than the plan's model has")
+    if not model.tensors or CONFIG not in names:
         raise ProtocolError("the hub described a model without config.json or tensors")

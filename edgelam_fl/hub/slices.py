@@ -29,9 +29,9 @@ import grpc
 from edgelam_fl.errors import EdgelamError, ModelError
 from edgelam_fl.files import write_private
 from edgelam_fl.hub.places import Place, PlaceLimits, Places
-from edgelam_fl.model.generation import GENERATION
+from edgelam_fl.model.identity import CONFIG, is_text_file, text_files
 from edgelam_fl.model.index import layer_number, safetensors_header
-from edgelam_fl.model.source import ModelSource, find_model
+from edgelam_fl.model.source import ModelSource, find_model, why_changed
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.grpc.services import service_handler
 from edgelam_fl.wire.relay import token_of
@@ -40,12 +40,6 @@ SLICES_SERVICE = "Slices"
 _TOKEN_BYTES = 32
 CHUNK_BYTES = 1 << 20  # most bytes per message of Fetch
 _OWN_CHUNK_BYTES = 256 << 10  # of this hub's messages: over a slow link, too, one leaves before patience ends
-CONFIG = "config.json"
-TOKENIZER = (  # and what ends an answer; a model has some of them
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "spiece.model",
-    "sentencepiece.bpe.model", GENERATION,
-)  # fmt: skip
 # A node asks for one thing after the other; more calls are for connections that broke and were dialled again.
 LIMITS = PlaceLimits(most=32, most_per_member=4, still_s=30.0)
 
@@ -103,11 +97,14 @@ class Slices:
         with self._served(request, context) as (source, _):
             files = [
                 pb.SliceFile(name=name, size_bytes=blob.size, sha256=self._hash(blob))
-                for name, blob in ((name, self._file(source, name)) for name in (CONFIG, *TOKENIZER))
+                for name, blob in ((name, self._file(source, name)) for name in (CONFIG, *text_files(source.folder)))
                 if blob is not None
             ]
             tensors = [pb.SliceEntry(name=name, shape=_shape(source, name)) for name in source.index]
-            return pb.SliceModel(model_digest=source.digest, files=files, tensors=tensors)
+            return pb.SliceModel(
+                model_digest=source.digest, files=files, tensors=tensors, identity=source.files,
+                weights_digest=source.weights_digest,
+            )  # fmt: skip
         raise AssertionError("the block returns or raises")
 
     def list(self, request: pb.SliceRequest, context: grpc.ServicerContext) -> Iterator[pb.SliceTensor]:
@@ -153,11 +150,18 @@ class Slices:
             if source.digest != digest:
                 raise ModelError(f"the files of model {digest[:12]} have changed on the server: start the run again")
             self._sources[digest] = source
+        elif changes := why_changed(self._sources[digest]):
+            del self._sources[digest]
+            self._headers.clear()
+            self._hashes.clear()
+            raise ModelError(
+                f"the files of model {digest[:12]} have changed on the server ({changes}): start the run again"
+            )
         return self._sources[digest]
 
     def _blob(self, source: ModelSource, part: pb.SlicePart, request: pb.SliceRequest) -> Blob:
         if part.file:
-            known = part.name in (CONFIG, *TOKENIZER)
+            known = part.name == CONFIG or is_text_file(part.name)
             blob = self._file(source, part.name) if known else None
         else:
             blob = self._tensor(source, part.name, request.base, request.compute)

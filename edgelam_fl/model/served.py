@@ -22,6 +22,7 @@ import numpy as np
 from edgelam_fl.errors import EnvironmentProblem, PeerLost, ProtocolError
 from edgelam_fl.files import write_atomically
 from edgelam_fl.machine import disk_free_bytes
+from edgelam_fl.model.identity import MORE_TEMPLATES
 
 SAFETENSORS_DTYPES = {  # safetensors' name -> torch's, bytes of an element
     "F32": ("float32", 4), "BF16": ("bfloat16", 2), "F16": ("float16", 2), "I8": ("int8", 1), "U8": ("uint8", 1),
@@ -50,7 +51,9 @@ Stream = Callable[[Sequence[tuple[AnnouncedPart, int]]], Iterator[bytes]]
 
 def check_part(part: AnnouncedPart, most_bytes: int) -> None:
     """Raises ProtocolError for a part that must not be announced, before any of its bytes are requested."""
-    if not re.fullmatch(r"\w[\w.-]{0,250}", part.name) or not re.fullmatch("[0-9a-f]{64}", part.sha256):
+    if not re.fullmatch(rf"({MORE_TEMPLATES}/)?\w[\w.-]{{0,250}}", part.name) or not re.fullmatch(
+        "[0-9a-f]{64}", part.sha256
+    ):
         raise ProtocolError(
             f"the hub announced a part with the name {part.name[:80]!r} and the hash {part.sha256[:80]!r}"
         )

@@ -7,7 +7,6 @@ its weights stay in the file until `model.weights` reads a slice.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import math
@@ -21,12 +20,13 @@ from typing import Any, NamedTuple
 
 from filelock import FileLock
 
-from edgelam_fl.errors import ModelNotFound, nearest
+from edgelam_fl.errors import ModelError, ModelNotFound, nearest
 from edgelam_fl.files import cache_folder, write_atomically
 from edgelam_fl.model.architecture import architecture_of
 from edgelam_fl.model.families import Family, family_of, full_names
 from edgelam_fl.model.folder import read_config, stored_tensors
 from edgelam_fl.model.generation import stop_ids
+from edgelam_fl.model.identity import ModelIdentity, difference, of_folder, of_gguf
 from edgelam_fl.model.index import TensorEntry, join_experts, layer_number
 from edgelam_fl.model.packing import packed_tensors
 from edgelam_fl.model.understood import check_code, check_config, matched
@@ -58,7 +58,7 @@ class ModelSource:
     name: str
     folder: Path
     index: Mapping[str, TensorEntry]
-    digest: str
+    identity: ModelIdentity
     reference: str  # public name of this base model, for exported adapters
     gguf: Path | None = None
     # Gets tensors whose files are not on this machine (model.served); None: the index says where they are.
@@ -67,6 +67,26 @@ class ModelSource:
     @cached_property
     def config(self) -> dict[str, Any]:
         return json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """The SHA-256 of each file of the model, by name; all tensors together are "weights"."""
+        return self.identity.files
+
+    @cached_property
+    def digest(self) -> str:
+        """What the model is as a whole: weights, config, tokenizer, template and ends of answers."""
+        return self.identity.digest
+
+    @property
+    def weights_digest(self) -> str:
+        """What the numbers are: of what is made from weights and config alone."""
+        return self.identity.weights_digest
+
+    @property
+    def leakage_key(self) -> str:
+        """What a measurement of leakage is kept under: the weights and the tokenizer."""
+        return self.identity.leakage_key
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -144,6 +164,28 @@ def find_model(name: str, *, download: bool = True) -> ModelSource:
     return _from_folder(name, _hub_snapshot(name, download), name)
 
 
+def is_as_found(source: ModelSource) -> bool:
+    """Returns whether the model's files are still those that were found; cheap as long as nobody touched them."""
+    return not why_changed(source)
+
+
+def why_changed(source: ModelSource) -> str:
+    """Returns how a model's files differ from those that were found, as a half-sentence; empty: they do not."""
+    if not source.identity.may_have_changed():
+        return ""
+    try:
+        again = _found_again(source)
+    except ModelError as error:
+        return str(error)
+    return difference(again.files, source.files)
+
+
+def _found_again(source: ModelSource) -> ModelSource:
+    if source.gguf is not None:
+        return _from_gguf(source.name, source.gguf, source.reference)
+    return _from_folder(source.name, source.folder, source.reference)
+
+
 def _packaged_model(name: str, package: str) -> Path:
     models = packaged_models(package)
     if not models:
@@ -208,14 +250,12 @@ def _from_folder(name: str, folder: Path, reference: str) -> ModelSource:
     architecture = architecture_of(folder, family)
     check_code(folder, config, architecture.model_class)
     index = matched(folder, config, family, architecture, named)
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in files:
-        digest.update(_file_digest(file).encode())
-    return ModelSource(name, folder, index, digest.hexdigest(), reference)
+    return ModelSource(name, folder, index, of_folder(folder, files), reference)
 
 
 def _from_gguf(name: str, path: Path, reference: str) -> ModelSource:
-    digest = _file_digest(path)
+    identity = of_gguf(path)
+    digest = identity.digest
     folder = cache_folder() / "models" / digest[:16]
     index_file = folder / "tensors.json"
     if not index_file.is_file():
@@ -231,18 +271,4 @@ def _from_gguf(name: str, path: Path, reference: str) -> ModelSource:
         tensor: TensorEntry(**{**entry, "shape": tuple(entry["shape"]), "file": str(path)})
         for tensor, entry in tensors.items()
     }
-    return ModelSource(name, folder, index, digest, reference, gguf=path)
-
-
-def _file_digest(path: Path) -> str:
-    """Returns the SHA-256 of a file, cached by path, size and time of change: hashing gigabytes at every start takes long."""
-    stat = path.stat()
-    key = hashlib.sha256(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()[:24]
-    note = cache_folder() / "digests" / key
-    if note.is_file():
-        return note.read_text(encoding="ascii")
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    note.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(note, digest)
-    return digest
+    return ModelSource(name, folder, index, identity, reference, gguf=path)

@@ -43,7 +43,9 @@ def measure_once(source: ModelSource, what: str, measure: Callable[[], Any]) -> 
     `what` names the kind of measurement.
     """
     machine = (platform.node(), platform.machine(), torch.backends.cpu.get_cpu_capability())
-    known = json.dumps([source.digest, torch.__version__, torch.get_num_threads(), machine, usable_bases(), what])
+    known = json.dumps(
+        [source.weights_digest, torch.__version__, torch.get_num_threads(), machine, usable_bases(), what]
+    )
     note = cache_folder() / "speed" / f"{hashlib.sha256(known.encode()).hexdigest()[:24]}.json"
     try:
         return json.loads(note.read_text(encoding="utf-8"))

@@ -82,7 +82,7 @@ def _file_for(source: ModelSource, name: str, base: str, dtype: torch.dtype) -> 
         return Path(entry.file)
     if any(each.packing for entry in source.index.values() for each in entry.stored):
         form += "-unpacked"  # without it lie weights of versions that read packed numbers as they are
-    cached = cache_folder() / "models" / source.digest[:16] / form / f"{part}.safetensors"
+    cached = cache_folder() / "models" / source.weights_digest[:16] / form / f"{part}.safetensors"
     if not cached.is_file():
         cached.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(cached.with_suffix(".lock")):

@@ -17,7 +17,8 @@ import numpy as np
 from edgelam_fl.errors import Mismatch, Refused
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.carry import without_carry
-from edgelam_fl.model.source import ModelSource, find_model
+from edgelam_fl.model.identity import difference
+from edgelam_fl.model.source import ModelSource, find_model, is_as_found
 from edgelam_fl.model.stage import Stage, load_stages
 from edgelam_fl.node.private_fronts import PrivateFronts
 from edgelam_fl.plan.modes import host_mode
@@ -48,7 +49,7 @@ class NodeMemory:
 
     def hold(self, plan: pb.Plan) -> Held:
         """Returns what a plan needs: what is here if the slices are the same, else newly loaded. Raises as `Held`."""
-        if self._held is not None and self._held.key == slice_key(plan):
+        if self._held is not None and self._held.key == slice_key(plan) and is_as_found(self._held.source):
             return self._held
         before, old = {}, list[weakref.ref[Stage]]()
         if self._held is not None:
@@ -79,9 +80,10 @@ class Held:
         self.key = slice_key(plan)
         self.source = find(plan)
         if self.source.digest != plan.model.digest:
+            digests = f"it is {self.source.digest[:12]} and has to be {plan.model.digest[:12]}"
             raise Mismatch(
-                f"model {Path(plan.model.name).name} is {self.source.digest[:12]} on node {plan.node} and {plan.model.digest[:12]} at the "
-                f"server: they must be the same files"
+                f"model {Path(plan.model.name).name} on node {plan.node} is not the server's: "
+                f"{difference(self.source.files, plan.model.files) or digests}. Both must have the same files"
             )
         stages = load(
             self.source, spans_of(plan), plan.model.base, lora_of(plan),

@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from edgelam_fl.config import RunConfig, share_after
 from edgelam_fl.errors import ConfigError, DoesNotFit
 from edgelam_fl.model.adapter import Span
+from edgelam_fl.model.identity import leakage_key
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.bases import choose_base
 from edgelam_fl.plan.footprint import GROWTH_BYTES, Footprints
@@ -25,7 +26,7 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 def host_readings(config: RunConfig, digest: str = "") -> list[HostReading]:
     """Returns what hosts can read per number of layers that a run file gives devices; empty without hosts.
 
-    digest: of the model's files; empty: they were not looked at. With split.fronts = 'auto:...', `with_auto_front` comes first.
+    digest: the model's `leakage_key`; empty: its files were not looked at. With split.fronts = 'auto:...', `with_auto_front` comes first.
     """
     split = config.split
     if not split.hosts:
@@ -45,7 +46,7 @@ def host_reading_of(plan: pb.Plan) -> HostReading | None:
     route = next(iter(plan.routes), None)
     if route is None or all(hop.node == plan.node for hop in route.hops):
         return None
-    known = known_leakage(plan.model.name, plan.model.digest)
+    known = known_leakage(plan.model.name, leakage_key(plan.model.weights_digest, plan.model.files))
     back = plan.model.num_layers - route.back_first
     return HostReading(plan.model.name, route.front, back, known, not label_place(plan.labels).on_device)
 
@@ -103,7 +104,7 @@ def with_auto_front(config: RunConfig, source: ModelSource) -> RunConfig:
     split = config.split
     if not isinstance(split.fronts, str):
         return config
-    front = needed_front(split.fronts, config.model.name, known_leakage(config.model.name, source.digest))
+    front = needed_front(split.fronts, config.model.name, known_leakage(config.model.name, source.leakage_key))
     if not split.hosts:
         raise ConfigError(
             f"split.fronts = {split.fronts!r} needs split.hosts of at least 1: with split.hosts = 0 each device trains the whole model, "

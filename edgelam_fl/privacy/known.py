@@ -26,7 +26,9 @@ class KnownLeakage:
     model: str
     """Name in run files."""
     digest: str
-    """SHA-256 of the model's files, as `ModelSource.digest`."""
+    """What was measured, as `ModelSource.leakage_key`: the SHA-256 of the weights and, after a colon, of the tokenizer's files.
+
+    Without a tokenizer, as older versions wrote it, it means these weights with any."""
     read: Mapping[int, float]
     """Share of a text's tokens that the best attack reads from the hidden states, by layers on the device."""
     labels: Mapping[int, float]
@@ -55,12 +57,13 @@ class KnownLeakage:
 def known_leakage(name: str, digest: str = "") -> KnownLeakage | None:
     """Returns what is known about a model; None: it was not measured, neither for this package nor on this machine.
 
-    digest: of the model's files; empty: they were not looked at, and the name alone says which model is meant.
+    digest: the model's `leakage_key`; empty: its files were not looked at, and the name alone says which model is meant.
     """
+    weights = digest.partition(":")[0]
     for known in shipped():
-        if known.digest == digest or (not digest and known.model == name):
+        if known.digest in (digest, weights) or (not digest and known.model == name):
             return known
-    return _stored(digest) if digest else None
+    return (_stored(digest) or _stored(weights)) if digest else None
 
 
 @cache
@@ -98,7 +101,8 @@ def _stored(digest: str) -> KnownLeakage | None:
 
 
 def _place(digest: str) -> Path:
-    return cache_folder() / "leakage" / f"{digest[:24]}.json"
+    weights, _, tokenizer = digest.partition(":")
+    return cache_folder() / "leakage" / f"{'-'.join(filter(None, (weights[:24], tokenizer[:16])))}.json"
 
 
 def _from_json(values: Mapping[str, Any]) -> KnownLeakage:

@@ -157,7 +157,7 @@ class LocalSpeaker(Speaker):
 
 def answer(config: RunConfig, adapter: Path | None, question: str, max_tokens: int) -> str:
     """Returns the whole answer to one question. adapter: a run's adapter folder; None: the base alone."""
-    speaker = _speaker(config.model, config.task)
+    speaker = _speaker(config.model, config.task, find_model(config.model.name).digest)
     if adapter is not None:
         speaker.put_on(adapter)
     asked = [{"role": "user", "content": question}]
@@ -165,5 +165,6 @@ def answer(config: RunConfig, adapter: Path | None, question: str, max_tokens: i
 
 
 @lru_cache(maxsize=1)
-def _speaker(model: ModelSection, task: TaskSection) -> LocalSpeaker:
+def _speaker(model: ModelSection, task: TaskSection, _: str) -> LocalSpeaker:
+    """Loads a model once for the same settings and identity."""
     return LocalSpeaker(model, task)

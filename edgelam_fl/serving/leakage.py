@@ -172,7 +172,7 @@ def measure_leakage(
             guesses_N = best_N
     examples = _examples(tokenizer, private[shown_front], guesses_N)
     return MeasuredLeakage(
-        source.name, source.digest, len(public[fronts[0]].ids_N), len(private[fronts[0]].ids_N),
+        source.name, source.leakage_key, len(public[fronts[0]].ids_N), len(private[fronts[0]].ids_N),
         chance(public[fronts[0]], private[fronts[0]]), tuple(readings), shown_front, examples,
     )  # fmt: skip
 

@@ -91,7 +91,7 @@ class Shared:
             first = frozen_layers(source, lora)
             if not (first and len(spans) == 1 and whole_model(spans[0], source)):
                 return self._load(source, spans, base, lora, compute, classes)
-            key = (source.digest, base, compute, first)
+            key = (source.weights_digest, base, compute, first)
             if key not in self._activations:
                 (below,) = self._load(source, [Span(0, first, embed=True)], base, lora, compute, classes)
                 self._activations[key] = Activations(below)
@@ -106,7 +106,7 @@ class Shared:
     def _read(
         self, source: ModelSource, names: list[str], base: str, compute: str
     ) -> Iterable[tuple[str, torch.Tensor]]:
-        known = self._tensors.setdefault((source.digest, base, compute), {})
+        known = self._tensors.setdefault((source.weights_digest, base, compute), {})
         known.update(read_tensors(source, [name for name in names if name not in known], base, compute))
         return known.items()
 

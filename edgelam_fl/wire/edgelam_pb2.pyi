@@ -368,20 +368,31 @@ class Route(_message.Message):
     def __init__(self, device: _Optional[str] = ..., device_index: _Optional[int] = ..., front: _Optional[int] = ..., back_first: _Optional[int] = ..., hops: _Optional[_Iterable[_Union[Hop, _Mapping]]] = ..., token: _Optional[bytes] = ..., share_bps: _Optional[float] = ...) -> None: ...
 
 class ModelRef(_message.Message):
-    __slots__ = ("name", "digest", "base", "num_layers", "compute", "wire")
+    __slots__ = ("name", "digest", "base", "num_layers", "compute", "wire", "files", "weights_digest")
+    class FilesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
     NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_FIELD_NUMBER: _ClassVar[int]
     WIRE_FIELD_NUMBER: _ClassVar[int]
+    FILES_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     base: str
     num_layers: int
     compute: str
     wire: str
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., base: _Optional[str] = ..., num_layers: _Optional[int] = ..., compute: _Optional[str] = ..., wire: _Optional[str] = ...) -> None: ...
+    files: _containers.ScalarMap[str, str]
+    weights_digest: str
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., base: _Optional[str] = ..., num_layers: _Optional[int] = ..., compute: _Optional[str] = ..., wire: _Optional[str] = ..., files: _Optional[_Mapping[str, str]] = ..., weights_digest: _Optional[str] = ...) -> None: ...
 
 class Lora(_message.Message):
     __slots__ = ("rank", "alpha", "targets", "train_front", "train_hosts", "train_back", "dropout", "freeze_a", "freeze_b", "prox_mu")
@@ -958,14 +969,25 @@ class SlicePart(_message.Message):
     def __init__(self, name: _Optional[str] = ..., offset: _Optional[int] = ..., file: _Optional[bool] = ...) -> None: ...
 
 class SliceModel(_message.Message):
-    __slots__ = ("model_digest", "files", "tensors")
+    __slots__ = ("model_digest", "files", "tensors", "identity", "weights_digest")
+    class IdentityEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     FILES_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
+    IDENTITY_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
     model_digest: str
     files: _containers.RepeatedCompositeFieldContainer[SliceFile]
     tensors: _containers.RepeatedCompositeFieldContainer[SliceEntry]
-    def __init__(self, model_digest: _Optional[str] = ..., files: _Optional[_Iterable[_Union[SliceFile, _Mapping]]] = ..., tensors: _Optional[_Iterable[_Union[SliceEntry, _Mapping]]] = ...) -> None: ...
+    identity: _containers.ScalarMap[str, str]
+    weights_digest: str
+    def __init__(self, model_digest: _Optional[str] = ..., files: _Optional[_Iterable[_Union[SliceFile, _Mapping]]] = ..., tensors: _Optional[_Iterable[_Union[SliceEntry, _Mapping]]] = ..., identity: _Optional[_Mapping[str, str]] = ..., weights_digest: _Optional[str] = ...) -> None: ...
 
 class SliceFile(_message.Message):
     __slots__ = ("name", "size_bytes", "sha256")

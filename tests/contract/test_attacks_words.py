@@ -200,7 +200,7 @@ def test_s9_a_model_folder_of_the_plan_is_not_described(tiny: ModelSource, tmp_p
     assert node.submit(other).accepted
     said = node.wait(pb.WaitRequest(job="run/1/2/ann", timeout_s=WAIT_S)).error
     assert said.startswith(
-        f"model {Path(tiny.name).name} is {tiny.digest[:12]} on node ann and 000000000000 at the server"
+        f"model {Path(tiny.name).name} on node ann is not the server's: it is {tiny.digest[:12]} and has to be 000000000000"
     )
 
 

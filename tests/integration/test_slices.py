@@ -19,12 +19,17 @@ pytestmark = pytest.mark.processes
 NAME = "elsewhere/tiny"
 
 
+def forget(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def test_nodes_without_the_model_train_what_nodes_with_it_do(
     federation: Federation, averaged: Run, tiny: ModelSource
 ) -> None:
     give_to_the_server(federation.server_models, tiny.folder)
-    kept = cache_folder() / "slices" / tiny.digest[:32]
-    shutil.rmtree(kept, ignore_errors=True)
+    kept, tensors = (cache_folder() / "slices" / digest[:32] for digest in (tiny.digest, tiny.weights_digest))
+    forget(kept, tensors)
     tails = {name: EventTail(node.state / "events.jsonl") for name, node in federation.nodes.items()}
     for tail in tails.values():
         tail.poll()
@@ -33,7 +38,7 @@ def test_nodes_without_the_model_train_what_nodes_with_it_do(
         served = federation.run("served", config_of(NAME, "split.checkpointing=true"))
         assert (kept / "tokenizer.json").exists()
     finally:
-        shutil.rmtree(kept, ignore_errors=True)
+        forget(kept, tensors)
     received = {name: list(of_kind(tail.poll(), SliceReceived)) for name, tail in tails.items()}
     (host,) = received.pop("edge-1")
     layer = sum(np.prod(entry.shape) for name, entry in tiny.index.items() if ".layers.2." in name)

@@ -32,4 +32,4 @@ def federation(tiny: ModelSource, tmp_path: Path, flower_identity: None) -> Make
     from tests.by_hand import FederationByHand
 
     folders = chain([tmp_path], (tmp_path / f"run-{number}" for number in count(2)))
-    return lambda *arguments, **more: FederationByHand(tiny, next(folders), *arguments, **more)
+    return lambda *arguments, source=tiny, **more: FederationByHand(source, next(folders), *arguments, **more)

@@ -42,7 +42,7 @@ READ = {0: 1.0, 1: 0.9, 2: 0.8, 4: 0.3}
 
 
 def measured(source: ModelSource, read: dict[int, float] = READ, labels: dict[int, float] | None = None) -> None:
-    store(KnownLeakage(source.name, source.digest, read, labels or {}, 0.01))
+    store(KnownLeakage(source.name, source.leakage_key, read, labels or {}, 0.01))
 
 
 @pytest.fixture(autouse=True)
@@ -92,12 +92,12 @@ def test_between_measured_numbers_of_layers_the_fewer_count() -> None:
 
 
 def test_a_measurement_of_this_machine_counts_for_these_files_alone(tiny: ModelSource) -> None:
-    assert known_leakage(tiny.name, tiny.digest) is None
+    assert known_leakage(tiny.name, tiny.leakage_key) is None
     measured(tiny)
-    found = known_leakage(tiny.name, tiny.digest)
+    found = known_leakage(tiny.name, tiny.leakage_key)
     assert found is not None
     assert found.read == READ
-    assert known_leakage("smollm2-135m", tiny.digest) == found, "the files say which model it is, not a name"
+    assert known_leakage("smollm2-135m", tiny.leakage_key) == found, "the files say which model it is, not a name"
     assert known_leakage("smollm2-135m", "0" * 64) is None
     by_name = known_leakage("smollm2-135m")
     assert by_name is not None
@@ -217,7 +217,7 @@ def test_a_device_whose_owner_allows_less_is_no_candidate(tiny: ModelSource) -> 
     config = run_config(tiny.name, "split.fronts={'deep'=4}", "split.back=1")
 
     def why(name: str, trust: str, config: RunConfig = config) -> str:
-        return unfit(config, a_device(name, trust), tiny.digest)
+        return unfit(config, a_device(name, trust), tiny.leakage_key)
 
     assert why("a", "measured:0.5") == "", "not measured here: the device decides"
     assert "its owner's --trust none refuses the run: it allows no host" in why("a", "none")
@@ -348,10 +348,10 @@ def test_auto_fronts_are_as_deep_as_the_limit_needs(tiny: ModelSource) -> None:
     measured(tiny)
     spec = check_config(run_config(tiny.name, "split.fronts=auto:0.5", "split.back=1"))
     assert spec.config.split.front == 4
-    assert [found.front for found in host_readings(spec.config, tiny.digest)] == [4]
+    assert [found.front for found in host_readings(spec.config, tiny.leakage_key)] == [4]
     check_trust(
         spec.config.model_copy(update={"split": spec.config.split.model_copy(update={"trust": "measured:0.5"})}),
-        tiny.digest,
+        tiny.leakage_key,
     )
     with pytest.raises(ConfigError, match=r"4 \+ 2 is outside the model"):
         check_config(run_config(tiny.name, "split.fronts=auto:0.5"))

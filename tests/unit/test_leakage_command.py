@@ -65,7 +65,7 @@ def test_the_command_measures_shows_and_says_what_would_change_it(tiny: ModelSou
     assert found["readings"][0]["nearest"] == 1.0, "embeddings are the text"
     assert found["readings"][0]["replay"] is None
     assert found["readings"][1]["replay"] > 0.95, "the front is the attacker's own, to the bit"
-    assert found["digest"] == tiny.digest
+    assert found["digest"] == tiny.leakage_key
     assert found["kept"] == "", "too short to judge later runs by"
     assert 3 <= len(found["examples"]) <= 4
     assert found["shown_front"] == 2
@@ -86,7 +86,7 @@ def test_an_encoder_for_classes_is_measured_too(tmp_path: Path) -> None:
 
 
 def test_what_is_printed(tiny: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "measure_leakage", lambda source, *_: measured(source.digest, KEPT_FROM))
+    monkeypatch.setattr(serving, "measure_leakage", lambda source, *_: measured(source.leakage_key, KEPT_FROM))
     file = tmp_path / "run.toml"
     file.write_text(f'[model]\nname = "{tiny.folder}"\n', encoding="utf-8")
     text = " ".join(CliRunner().invoke(app, ["leakage", str(file)]).stdout.split())
@@ -96,7 +96,7 @@ def test_what_is_printed(tiny: ModelSource, tmp_path: Path, monkeypatch: pytest.
     assert "private a read b" in text
     assert "split.hosts = 0: each device trains the whole model" in text
     assert "kept in" in text
-    now_known = known_leakage(tiny.name, tiny.digest)
+    now_known = known_leakage(tiny.name, tiny.leakage_key)
     assert now_known is not None
     assert now_known.read == {0: 1.0, 2: 0.5}
     alone = " ".join(CliRunner().invoke(app, ["leakage", str(file), "--set", "split.hosts=0"]).stdout.split())
@@ -119,7 +119,7 @@ def test_layers_to_measure(tiny: ModelSource) -> None:
     assert max(USUAL_FRONTS) > tiny.num_layers
     auto = run_config(tiny.name, "split.fronts=auto:0.5")
     assert fronts_of_run(auto, tiny) == {}
-    store(KnownLeakage(tiny.name, tiny.digest, {0: 1.0, 3: 0.4}, {}, 0.01))
+    store(KnownLeakage(tiny.name, tiny.leakage_key, {0: 1.0, 3: 0.4}, {}, 0.01))
     assert fronts_of_run(auto, tiny) == {"split.fronts": 3}
     assert 3 in fronts_to_measure(auto, tiny, "")
 

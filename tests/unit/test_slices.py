@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from edgelam_fl.errors import EnvironmentProblem, ModelError, PeerLost, ProtocolError, Refused
+from edgelam_fl.files import cache_folder
 from edgelam_fl.hub.daemon import HubServer
 from edgelam_fl.hub.fetch import FetchTiming, Served, check_model, open_model
 from edgelam_fl.hub.slices import CHUNK_BYTES, make_service, offered
@@ -61,6 +62,10 @@ def slice_names(tiny: ModelSource) -> list[str]:
     return [name for name in tiny.index if ".layers.2." in name or ".layers.3." in name]
 
 
+def tensors_folder(source: ModelSource, base: str) -> Path:
+    return cache_folder() / "slices" / source.weights_digest[:32] / base
+
+
 def call(hub: Hub, method: str, **fields: Any) -> list[bytes]:
     with grpc.insecure_channel(hub.address) as channel:
         ask = channel.unary_stream(f"/edgelam.v1.Slices/{method}", pb.SliceRequest.SerializeToString)
@@ -97,7 +102,7 @@ def test_only_what_is_needed_is_on_the_disk(tiny: ModelSource, hub: Hub, tmp_pat
     assert (source.config, source.num_layers, source.linear_modules()) == (tiny.config, 6, tiny.linear_modules())
     assert not (source.folder / "tokenizer.json").exists()
     tensors = dict(read_tensors(source, slice_names(tiny), "bf16"))
-    on_disk = sum(file.stat().st_size for file in (source.folder / "bf16").glob("model.*"))
+    on_disk = sum(file.stat().st_size for file in tensors_folder(source, "bf16").glob("model.*"))
     assert on_disk == sum(tensor.nbytes for tensor in tensors.values())
     with_text = opened(tiny, hub, tokenizer=True)
     assert (with_text.folder / "tokenizer.json").exists()
@@ -125,7 +130,7 @@ def test_a_tensor_harmed_on_the_disk_is_fetched_again_and_no_other(tiny: ModelSo
     source = Served(NAME, tiny.digest, hub.address, emit, hub.token).source(tokenizer=False)
     names = slice_names(tiny)
     whole = sum(tensor.nbytes for _, tensor in read_tensors(source, names, "fp32"))
-    file = source.folder / "fp32" / names[0]
+    file = tensors_folder(source, "fp32") / names[0]
     content = file.read_bytes()
     file.unlink()
     if harm != "gone":

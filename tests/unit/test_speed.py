@@ -7,6 +7,7 @@ import torch
 
 from edgelam_fl.errors import ModelError
 from edgelam_fl.model import bases, speed
+from edgelam_fl.model.identity import ModelIdentity
 from edgelam_fl.model.source import ModelSource, find_model
 from tests.support import write_tiny_llama
 
@@ -72,6 +73,6 @@ def test_a_larger_layer_takes_longer() -> None:
 
 def test_a_model_without_matrices_in_its_layers(tiny: ModelSource) -> None:
     index = {name: entry for name, entry in tiny.index.items() if ".layers." not in name}
-    bare = ModelSource(tiny.name, tiny.folder, index, "other", tiny.reference)
+    bare = ModelSource(tiny.name, tiny.folder, index, ModelIdentity(files={}, weights_digest="other"), tiny.reference)
     with pytest.raises(ModelError, match="no matrices in its layer 0"):
         speed.measure_bases(bare)
