@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.source import ModelSource, find_model
-from edgelam_fl.serving.generate import LocalSpeaker, answer, greedy, pieces
+from edgelam_fl.serving.generate import LocalSpeaker, answer, behind, greedy, pieces
 from edgelam_fl.serving.results import Result, open_result
 from tests.fleet import plain_model
 from tests.results import write_result
@@ -58,6 +58,25 @@ def test_a_character_of_several_tokens_comes_whole() -> None:
 
     assert list(pieces(iter(data), decode)) == ["a", "ä", "b", "€"]
     assert list(pieces(iter(data[:-1]), decode)) == ["a", "ä", "b", "\ufffd"], "what stays half is shown at the end"
+
+
+@pytest.mark.parametrize(
+    ("given", "said", "expected"),
+    [
+        ("", ["a", " b"], ["a", " b"]),
+        (" ", [" ", "a"], ["a"]),
+        (" ", [" a", "b"], ["a", "b"]),
+        (" ", ["a", " b"], ["a", " b"]),
+        (" <t>\n", ["<", "t", ">\nSo"], ["So"]),
+        (" <t>\n", ["<", "u>"], ["<u>"]),
+        (" <t>\n", [" <t"], [" <t"]),
+        (" <t>\n", [" <t>", "\n"], []),
+    ],
+)
+def test_what_the_template_writes_before_an_answer_is_no_part_of_it(
+    given: str, said: list[str], expected: list[str]
+) -> None:
+    assert list(behind(given, said)) == expected
 
 
 # ---------------------------------------------------------------- the tiny model
