@@ -13,6 +13,7 @@ from edgelam_fl.bounds import DEFAULT_BOUNDS, Bounds
 from edgelam_fl.config import OptimizerSection, RunConfig
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.adapter import target_modules
+from edgelam_fl.model.families import most_dropout
 from edgelam_fl.model.limits import check_limits
 from edgelam_fl.model.source import BUILT_IN as MODELS
 from edgelam_fl.model.source import find_model
@@ -48,6 +49,7 @@ def check_config(config: RunConfig, bounds: Bounds = DEFAULT_BOUNDS, *, elsewher
     source = find_model(config.model.name)
     check_limits(config, source)
     spec = RunSpec(with_auto_front(config, source), source)
+    check_dropout(spec)
     check_cuts(spec)
     check_ranks(spec)
     check_carry(spec, aggregation)
@@ -275,6 +277,15 @@ def check_correction(config: RunConfig) -> None:
         raise ConfigError(
             f"{who} cannot be combined with split.host_mode = 'sequential': devices then update one adapter in turn, and "
             f"its update belongs to no single device. Allowed: 'joint', 'copies', or split.hosts = 0"
+        )
+
+
+def check_dropout(spec: RunSpec) -> None:
+    """Raises ConfigError for a dropout that the model does not have."""
+    if spec.config.model.dropout == "own" and not most_dropout(spec.source.config):
+        raise ConfigError(
+            f"model.dropout = 'own' has no effect: {spec.source.name} has no dropout in its config.json. Allowed: 'off', and "
+            f"lora.dropout for the adapter's own"
         )
 
 

@@ -47,6 +47,10 @@ class ModelSection(Section):
         "auto",
         description="format of the arithmetic; auto: bf16 if the base is bf16, else fp32; measured too if base = 'auto'",
     )
+    dropout: Literal["off", "own"] = Field(
+        "off",
+        description="the model's own dropout in training: off, or own: what its config.json says (GPT-2 and BERT: 0.1), as transformers' and peft's trainers have it. Not counted when memory is planned: attention then keeps its weights. LoRA's is lora.dropout",
+    )
 
 
 class SplitSection(Section):

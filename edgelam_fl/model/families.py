@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from edgelam_fl.errors import ModelError
 
@@ -67,6 +68,13 @@ FAMILIES = {
     ),
 }
 
+# The keys of config.json that hold a model's own dropout: of attention's weights, elsewhere, and the value if a key is missing.
+_DROPOUT: dict[str, tuple[str, tuple[str, ...], float]] = {
+    "gpt2": ("attn_pdrop", ("embd_pdrop", "resid_pdrop"), 0.1),
+    "bert": ("attention_probs_dropout_prob", ("hidden_dropout_prob",), 0.1),
+}
+_USUAL_DROPOUT = ("attention_dropout", ("resid_pdrop",), 0.0)
+
 _WAY_OUT = {  # of an architecture that cannot be cut although a part of it can
     "gemma3": (
         "it is Gemma 3 with images. Its text model alone can be cut. In Python, transformers.Gemma3ForCausalLM"
@@ -85,6 +93,18 @@ def family_of(model_type: str, name: str) -> Family:
             f"{way_out}"
         )
     return FAMILIES[model_type]
+
+
+def attention_dropout(config: Mapping[str, Any]) -> float:
+    """Returns the share of attention's weights that the model drops in training, by its config.json."""
+    key, _, usual = _DROPOUT.get(str(config.get("model_type")), _USUAL_DROPOUT)
+    return float(config.get(key, usual) or 0.0)
+
+
+def most_dropout(config: Mapping[str, Any]) -> float:
+    """Returns the largest dropout that the model has of its own, by its config.json; 0: it has none."""
+    _, others, usual = _DROPOUT.get(str(config.get("model_type")), _USUAL_DROPOUT)
+    return max(attention_dropout(config), *(float(config.get(key, usual) or 0.0) for key in others))
 
 
 def full_names(stored: Iterable[str], family: Family) -> dict[str, str]:

@@ -30,6 +30,7 @@ from edgelam_fl.model.cut import CUT_A, CUT_B, CutAdapter, is_cut
 from edgelam_fl.model.families import Family
 from edgelam_fl.model.index import layer_number
 from edgelam_fl.model.modules import CarryFactors, CutDown, CutUp, Pass, StageCache, UnitDropout, UnitSeed
+from edgelam_fl.model.own_dropout import turn_on
 from edgelam_fl.model.skeleton import fill_computed, skeleton
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.weights import ALIGNED_BYTES, read_tensors
@@ -46,14 +47,15 @@ class LoraSettings:
     alpha: float
     targets: tuple[str, ...]
     dropout: float = 0.0
+    own_dropout: bool = False  # whether the model's own dropout is on in training
     cut: CutAdapter | None = None
 
 
 class Stage(nn.Module):
     """One span of a model with LoRA on it, and with the task head if it has one.
 
-    A stage is always in evaluation mode: only LoRA's dropout is random in training, and it comes from a seed. One thread at a
-    time may compute on it.
+    A stage is always in evaluation mode: only LoRA's dropout and, if it was turned on, the model's own are random in training,
+    and they come from a seed. One thread at a time may compute on it.
     """
 
     def __init__(
@@ -64,8 +66,12 @@ class Stage(nn.Module):
         family: Family,
         dropout: float,
         cut: CutDown | CutUp | None = None,
+        *,
+        own_dropout: bool = False,
     ) -> None:
-        """`cut`: this stage's part of the cut adapter; None: it has none."""
+        """`dropout`: of LoRA. `cut`: this stage's part of the cut adapter; None: it has none. `own_dropout`: the model's is on in
+        training.
+        """
         super().__init__()
         self.model = model
         self.span = span
@@ -77,6 +83,8 @@ class Stage(nn.Module):
             for name, module in model.named_modules():
                 if isinstance(module, LoraLayer):
                     module.lora_dropout["default"] = UnitDropout(dropout, name.removeprefix(PREFIX), self._seed)
+        if own_dropout:
+            turn_on(model, self._transformer.config, span, family, self._seed)
         self._carries = {
             PREFIX + name.removeprefix(PREFIX): CarryFactors(module.get_base_layer(), dtype)
             for name, module in model.named_modules()
@@ -108,7 +116,7 @@ class Stage(nn.Module):
 
         `inputs` are token ids [B, T] for a stage with the embedding, else hidden states [B, T, D]. Row b holds `row_lengths[b]`
         real tokens; padding is on the right, or with `pad_left` on the left. layers: (enter, leave), if only some of the
-        stage's layers are on the route. unit_seed: turns LoRA's dropout on, with masks of this seed. cache: from `new_cache`; the
+        stage's layers are on the route. unit_seed: turns dropout on, with masks of this seed. cache: from `new_cache`; the
         rows continue what it holds, with any padding per call (a sliding window counts padding too, so with sliding windows and
         unequal rows pad on the left). With a cut adapter, [B, T, D + rank] is what the last host gives and the device's back takes.
         """
@@ -340,7 +348,10 @@ def load_stages(
         model.requires_grad_(False)
         dropout = lora.dropout if lora else 0.0
         cut = _cut_part(lora.cut, span, source.hidden_size) if lora and lora.cut else None
-        stages.append(Stage(_with_lora(model, span, lora, source), span, dtype, family, dropout, cut))
+        own_dropout = lora.own_dropout if lora else False
+        stages.append(
+            Stage(_with_lora(model, span, lora, source), span, dtype, family, dropout, cut, own_dropout=own_dropout)
+        )
     return stages
 
 

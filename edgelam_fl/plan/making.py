@@ -234,6 +234,7 @@ def _plan(spec: RunSpec, facts: RoundFacts, profile: pb.Profile) -> pb.Plan:
             num_layers=source.num_layers,
             files=source.files,
             weights_digest=source.weights_digest,
+            own_dropout=config.model.dropout == "own",
         ),
         lora=_lora(config, profile.name, facts.settings),
         optimizer=_optimizer(config, facts),

@@ -111,7 +111,7 @@ def hosted_trains(plan: pb.Plan) -> Callable[[int | None], bool]:
 
 def unit_seed(plan: pb.Plan, device: str, step: int, micro_batch: int) -> int | None:
     """Returns the seed of a unit's dropout masks, the same at every stage of its route; None without dropout."""
-    if not plan.lora.dropout:
+    if not (plan.lora.dropout or plan.model.own_dropout):
         return None
     unit = f"{plan.seed}/{device}/{plan.optimizer.step_offset + step}/{micro_batch}"
     return int.from_bytes(hashlib.sha256(unit.encode()).digest()[:8], "little") >> 1

@@ -86,10 +86,13 @@ class Shared:
     def load(
         self, source: ModelSource, spans: list[Span], base: str, lora: LoraSettings, *, compute: str, classes: int
     ) -> list[Stage]:
-        """Loads as `load_stages`; of a whole model only the layers from the lowest one that learns (`OnFrozen`)."""
+        """Loads as `load_stages`; of a whole model only the layers from the lowest one that learns (`OnFrozen`).
+
+        With the model's own dropout, frozen layers give something else in every step, so nothing of them can be kept.
+        """
         with self._lock:
             first = frozen_layers(source, lora)
-            if not (first and len(spans) == 1 and whole_model(spans[0], source)):
+            if lora.own_dropout or not (first and len(spans) == 1 and whole_model(spans[0], source)):
                 return self._load(source, spans, base, lora, compute, classes)
             key = (source.weights_digest, base, compute, first)
             if key not in self._activations:

@@ -223,4 +223,6 @@ def _array(parameter: torch.nn.Parameter) -> np.ndarray:
 def lora_of(plan: pb.Plan) -> LoraSettings:
     """Returns the LoRA settings of a plan."""
     lora = plan.lora
-    return LoraSettings(lora.rank, lora.alpha, tuple(lora.targets), lora.dropout, cut_adapter_of(plan))
+    return LoraSettings(
+        lora.rank, lora.alpha, tuple(lora.targets), lora.dropout, plan.model.own_dropout, cut_adapter_of(plan)
+    )

@@ -368,7 +368,7 @@ class Route(_message.Message):
     def __init__(self, device: _Optional[str] = ..., device_index: _Optional[int] = ..., front: _Optional[int] = ..., back_first: _Optional[int] = ..., hops: _Optional[_Iterable[_Union[Hop, _Mapping]]] = ..., token: _Optional[bytes] = ..., share_bps: _Optional[float] = ...) -> None: ...
 
 class ModelRef(_message.Message):
-    __slots__ = ("name", "digest", "base", "num_layers", "compute", "wire", "files", "weights_digest")
+    __slots__ = ("name", "digest", "base", "num_layers", "compute", "wire", "files", "weights_digest", "own_dropout")
     class FilesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -384,6 +384,7 @@ class ModelRef(_message.Message):
     WIRE_FIELD_NUMBER: _ClassVar[int]
     FILES_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    OWN_DROPOUT_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     base: str
@@ -392,7 +393,8 @@ class ModelRef(_message.Message):
     wire: str
     files: _containers.ScalarMap[str, str]
     weights_digest: str
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., base: _Optional[str] = ..., num_layers: _Optional[int] = ..., compute: _Optional[str] = ..., wire: _Optional[str] = ..., files: _Optional[_Mapping[str, str]] = ..., weights_digest: _Optional[str] = ...) -> None: ...
+    own_dropout: bool
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., base: _Optional[str] = ..., num_layers: _Optional[int] = ..., compute: _Optional[str] = ..., wire: _Optional[str] = ..., files: _Optional[_Mapping[str, str]] = ..., weights_digest: _Optional[str] = ..., own_dropout: _Optional[bool] = ...) -> None: ...
 
 class Lora(_message.Message):
     __slots__ = ("rank", "alpha", "targets", "train_front", "train_hosts", "train_back", "dropout", "freeze_a", "freeze_b", "prox_mu")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +16,7 @@ import pytest
 from edgelam_fl.config import RunConfig
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.adapter import Adapter, initial_adapter
-from edgelam_fl.model.source import ModelSource
+from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.split.inbox import Inbox
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.link import Link
@@ -300,6 +302,21 @@ def test_dropout_and_checkpointing_do_not_depend_on_the_split(
     assert same_bits(got, expected)
     _, plain = run_rounds(tiny, run_config(tiny.name, "split.hosts=0"), data_files[:1])
     assert same_bits(expected, plain) == ("lora.dropout=0.2" not in settings)
+
+
+def test_the_models_own_dropout_does_not_depend_on_the_split(
+    tiny: ModelSource, data_files: list[Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny.folder, tmp_path / "drops")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.2}), encoding="utf-8")
+    source, found = find_model(str(folder)), []
+    for settings in (["split.hosts=0"], ["split.hosts=2"], ["split.hosts=0", "model.dropout=off"]):
+        run = run_config(str(folder), "model.dropout=own", *settings)
+        found.append(run_rounds(source, run, data_files[:1], steps=4)[1])
+    whole, split, without = found
+    assert same_bits(split, whole)
+    assert not same_bits(without, whole)
 
 
 @pytest.mark.parametrize("mode", ["joint", "sequential", "copies"])

@@ -120,6 +120,7 @@ def test_settings_that_can_be_combined(tiny: ModelSource, overrides: list[str]) 
             ["strategy.aggregation=scaffold", "optimizer.name=sgd", "optimizer.momentum=0.9"],
             "'scaffold' .* optimizer.momentum = 0.9 would mix them .* Allowed: optimizer.momentum = 0",
         ),
+        (["model.dropout=own"], "model.dropout = 'own' has no effect: .* has no dropout in its config.json"),
         (["optimizer.momentum=0.9"], "momentum = 0.9 has no effect with optimizer.name = 'adamw'. Allowed: .* 'sgd'"),
         (["optimizer.name=sgd", "optimizer.weight_decay=0.1"], "weight_decay = 0.1 has no effect with .* 'sgd'"),
         (["optimizer.name=sgd", "optimizer.betas=[0.8, 0.9]"], r"betas = \[0.8, 0.9\] has no effect with .* 'sgd'"),
