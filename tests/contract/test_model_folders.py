@@ -15,10 +15,15 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
     BertModel,
     BitsAndBytesConfig,
     FineGrainedFP8Config,
     GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
 )
 
@@ -26,9 +31,11 @@ from edgelam_fl.cli.run_file import explained, write_run_file
 from edgelam_fl.config import read_run_file
 from edgelam_fl.doctor.checks import check_model
 from edgelam_fl.errors import ModelError
+from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.folder import INDEX, WEIGHTS
 from edgelam_fl.model.limits import check_limits, last_token
 from edgelam_fl.model.source import find_model
+from edgelam_fl.model.stage import load_stages
 from edgelam_fl.model.weights import read_tensors
 from edgelam_fl.model.whole import load_whole
 from server.checks import check_config
@@ -398,6 +405,10 @@ def eight_bits_in_a_gpus_layout(folder: Path) -> None:
     changed(folder, {"model.layers.0.mlp.up_proj.weight_format": torch.tensor(2, dtype=torch.uint8)})
 
 
+def four_bits_stored_as_floats(folder: Path) -> None:
+    bits(folder, load_in_4bit=True, bnb_4bit_quant_storage=torch.bfloat16)
+
+
 def gptq_without_its_config(folder: Path) -> None:
     renamed(folder, "up_proj.weight", "up_proj.qweight")
 
@@ -493,6 +504,7 @@ REFUSED_MODELS: list[tuple[Change, tuple[str, ...]]] = [
     (fp8_with_scales_of_another_grid, ("up_proj.weight_scale_inv", "[3, 5]", "[32, 32]")),
     (four_bits_with_lost_codes, ("up_proj.weight.quant_map", "missing")),
     (eight_bits_in_a_gpus_layout, ("up_proj.weight_format", "layout")),
+    (four_bits_stored_as_floats, ("bnb_4bit_quant_storage", "BF16", "'uint8'")),
     (gptq_without_its_config, ("model.layers.0.mlp.up_proj.qweight", "quantized", "unquantized")),
     (mlx, ("MLX", "unquantized")),
     (whole_numbers, ("model.layers.0.mlp.up_proj.weight", "I8", "F32")),
@@ -560,6 +572,10 @@ def rope_longrope(folder: Path) -> None:
     rope(folder, "longrope", factor=4.0, short_factor=short, long_factor=long, original_max_position_embeddings=64)
 
 
+def rope_proportional(folder: Path) -> None:
+    rope(folder, "proportional", partial_rotary_factor=0.5)
+
+
 def tied_and_stored_once(folder: Path) -> None:
     without(folder, "lm_head.weight")
     edit_config(folder, tie_word_embeddings=True)
@@ -622,7 +638,7 @@ def keys_that_change_nothing(folder: Path) -> None:
 
 
 READ_MODELS: list[Change] = [
-    rope_default, rope_linear, rope_linear_in_the_old_spelling, rope_llama3, rope_yarn, rope_longrope, tied_and_stored_once,
+    rope_default, rope_linear, rope_linear_in_the_old_spelling, rope_llama3, rope_yarn, rope_longrope, rope_proportional, tied_and_stored_once,
     tied_and_stored_as_the_head, tied_and_stored_twice, tied_with_a_head_of_its_own, tied_or_not_is_not_said, padded_table,
     tables_that_are_computed, half_and_double_precision, without_its_prefix, code_that_transformers_has_too,
     keys_that_change_nothing,
@@ -635,6 +651,92 @@ def test_a_model_that_is_read(folder: Path, change: Change) -> None:
     assert torch.equal(ours(folder), transformers_own(folder))
 
 
+# ---------------------------------------------------------------- other architectures
+
+
+def sizes(**more: Any) -> dict[str, Any]:
+    return dict(
+        vocab_size=258, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, eos_token_id=1, bos_token_id=None, pad_token_id=None, **more,
+    )  # fmt: skip
+
+
+def gpt2(folder: Path) -> None:
+    """As old files have it: masks are stored, and names lack the prefix."""
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=258, n_positions=64, n_embd=16, n_layer=2, n_head=2)).save_pretrained(folder)
+    renamed(folder, "transformer.", "")
+    masks = {"h.0.attn.bias": torch.ones(1, 1, 64, 64), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+    changed(folder, masks)
+
+
+def test_an_old_gpt2_is_read(tmp_path: Path) -> None:
+    gpt2(tmp_path)
+    assert torch.equal(ours(tmp_path), transformers_own(tmp_path))
+
+
+def bert(folder: Path, kind: type[Any] = BertForPreTraining, **settings: Any) -> None:
+    torch.manual_seed(0)
+    config = BertConfig(**{**sizes(max_position_embeddings=64), "num_key_value_heads": None}, **settings)
+    kind(config).save_pretrained(folder)
+
+
+@torch.no_grad()
+def test_a_bert_with_the_heads_of_its_pretraining_is_read(tmp_path: Path) -> None:
+    bert(tmp_path)
+    changed(tmp_path, {"bert.embeddings.position_ids": torch.arange(64)[None]})
+    source = find_model(str(tmp_path))
+    assert not [name for name in source.index if not name.startswith("bert.") or "position_ids" in name]
+    (stage,) = load_stages(source, [Span(0, 2, embed=True, head=True)], "fp32", None, classes=3)
+    own = BertModel.from_pretrained(tmp_path).eval()
+    encoder: Any = stage.model.get_submodule("bert")
+    assert torch.equal(encoder(input_ids=IDS).pooler_output, own(input_ids=IDS).pooler_output)
+
+
+def trained_for_classes(folder: Path) -> None:
+    bert(folder, BertForSequenceClassification, num_labels=3)
+
+
+def trained_for_answers(folder: Path) -> None:
+    bert(folder, BertForQuestionAnswering)
+
+
+def without_its_pooler(folder: Path) -> None:
+    bert(folder, BertForMaskedLM)
+
+
+def with_relative_positions(folder: Path) -> None:
+    bert(folder)
+    edit_config(folder, position_embedding_type="relative_key")
+
+
+def with_attention_to_an_encoder(folder: Path) -> None:
+    bert(folder)
+    edit_config(folder, is_decoder=True, add_cross_attention=True)
+
+
+def with_fewer_positions(folder: Path) -> None:
+    bert(folder)
+    edit_config(folder, max_position_embeddings=32)
+
+
+REFUSED_BERTS: list[tuple[Change, tuple[str, ...]]] = [
+    (trained_for_classes, ("classifier.weight", "trained head would be lost", "AutoModel")),
+    (trained_for_answers, ("qa_outputs.weight", "trained head would be lost")),
+    (without_its_pooler, ("missing are bert.pooler.dense",)),
+    (with_relative_positions, ("position_embedding_type = 'relative_key'", "'absolute'")),
+    (with_attention_to_an_encoder, ("add_cross_attention",)),
+    (with_fewer_positions, ("position_embeddings.weight is [64, 16] and should be [32, 16]",)),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), REFUSED_BERTS, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_bert_that_is_refused(tmp_path: Path, change: Change, words: tuple[str, ...]) -> None:
+    change(tmp_path)
+    text = refusal(tmp_path)
+    assert all(word in text for word in words), text
+
+
 # ---------------------------------------------------------------- limits of a model, held against a run file
 
 
@@ -644,13 +746,6 @@ class Sized:
 
     config: Any
     overrides: tuple[str, ...] = ()
-
-
-def sizes(**more: Any) -> dict[str, Any]:
-    return dict(
-        vocab_size=258, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, eos_token_id=1, bos_token_id=None, pad_token_id=None, **more,
-    )  # fmt: skip
 
 
 LONGROPE = {
