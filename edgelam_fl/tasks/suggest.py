@@ -43,10 +43,12 @@ def suggest(path: Path, classifies: bool | None, has_chat_template: bool = True)
     classifies: whether the model answers with classes; None: no model was chosen. Raises DataError for a file that is
     broken or that no keys fit.
     """
-    rows = [values for _, values in read_records(path)]
+    records = read_records(path)
+    for place, values in records:
+        if {"chosen", "rejected"} <= values.keys():
+            raise DataError(f"{path}, {place}{PREFERENCE}", "preference", place)
+    rows = [values for _, values in records]
     names = list(dict.fromkeys(name for row in rows for name in row))
-    if {"chosen", "rejected"} <= set(names):
-        raise DataError(f"{path}{PREFERENCE}", "preference")
     chats = next((name for name in [*CHATS, *names] if _are_chats(rows, name)), "")
     texts = [name for name in names if _are_texts(rows, name)]
     if chats and (chats in CHATS or not _known(names, _ANSWERS)):
