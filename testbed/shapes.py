@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tomllib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import cycle, islice
@@ -13,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
-from edgelam_fl.config import Section, WireSection
+from edgelam_fl.config import Section, WireSection, parse_toml
 from edgelam_fl.errors import ConfigError, nearest
 
 MOST_NODES = 64  # a container takes a third of a GiB before it holds a layer
@@ -99,11 +98,9 @@ def read_testbed(file: Path, devices: int | None = None, cores: int = os.cpu_cou
     this machine. Raises ConfigError with the value, what is allowed, and the file.
     """
     try:
-        testbed = Testbed.model_validate(tomllib.loads(file.read_text(encoding="utf-8")))
+        testbed = Testbed.model_validate(parse_toml(file.read_text(encoding="utf-8"), str(file)))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the testbed's file {file} cannot be read: {error}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{file} is not TOML: {error}") from error
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(problem, file) for problem in error.errors())) from error
     if devices is not None:

@@ -7,7 +7,6 @@ values to try in every combination, [protocols] how to read the results. Knows n
 from __future__ import annotations
 
 import itertools
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 from pydantic import Field, ValidationError, field_validator
 
 from edgelam_fl.bench.partition import check_partition
-from edgelam_fl.config import RunConfig, Section, parse_run_file, toml_value
+from edgelam_fl.config import RunConfig, Section, parse_run_file, parse_toml, toml_value
 from edgelam_fl.errors import ConfigError, nearest
 from edgelam_fl.simulation.attacks import ATTACKS
 
@@ -181,13 +180,11 @@ class Matrix:
 def read_matrix(path: Path) -> Matrix:
     """Reads a matrix file. Raises ConfigError with the first key or value that is wrong."""
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = parse_toml(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError as error:
         raise ConfigError(f"no matrix file at {path}; the built ones are in benchmarks/matrices") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the matrix file {path} cannot be read: {error}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from error
     return parse_matrix(data, path)
 
 

@@ -86,7 +86,7 @@ class Results:
         out.mkdir(parents=True, exist_ok=True)
         self.path = out / "cells.jsonl"
         mark, of_matrix = out / "matrix.sha256", _digest(matrix)
-        if mark.exists() and mark.read_text(encoding="utf-8").strip() != of_matrix:
+        if mark.exists() and mark.read_bytes().strip() != of_matrix.encode():
             raise ConfigError(
                 f"{out} holds cells of another matrix ([bench] or [base] differ); choose another --out, or remove {out}"
             )
@@ -97,9 +97,10 @@ class Results:
         if not self.path.exists():
             return {}
         found = {}
-        for text in self.path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):  # the last line of a command that was killed
-                line = json.loads(text)
+        for text in self.path.read_bytes().splitlines():
+            # The last line of a command that was killed; such a cell is computed again.
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+                line = json.loads(text.decode())
                 found[line["name"]] = line
         return found
 

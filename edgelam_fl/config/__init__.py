@@ -12,7 +12,15 @@ from edgelam_fl.config.schema import (
     most_read_by_hosts,
     share_after,
 )
-from edgelam_fl.config.toml import known_keys, parse_run_file, read_run_file, to_toml, toml_value, without_home
+from edgelam_fl.config.toml import (
+    known_keys,
+    parse_run_file,
+    parse_toml,
+    read_run_file,
+    to_toml,
+    toml_value,
+    without_home,
+)
 
 __all__ = [
     "ModelSection",
@@ -26,6 +34,7 @@ __all__ = [
     "known_keys",
     "most_read_by_hosts",
     "parse_run_file",
+    "parse_toml",
     "read_run_file",
     "share_after",
     "to_toml",

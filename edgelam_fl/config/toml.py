@@ -49,10 +49,7 @@ def parse_run_file(text: str, *, source: str, overrides: str | list[str] = ()) -
 
     `source` says in messages where the text came from. Raises ConfigError with the key, the value and the rule.
     """
-    try:
-        data = tomllib.loads(text.removeprefix(_BYTE_ORDER_MARK))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{source} is not TOML: {error}") from error
+    data = parse_toml(text, source)
     try:
         words = shlex.split(overrides) if isinstance(overrides, str) else overrides
     except ValueError as error:
@@ -63,6 +60,18 @@ def parse_run_file(text: str, *, source: str, overrides: str | list[str] = ()) -
         return RunConfig.model_validate(data)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(problem, source) for problem in error.errors())) from error
+
+
+def parse_toml(text: str, source: str) -> dict[str, Any]:
+    """Parses TOML. `source` says in messages where the text came from. Raises ConfigError for a text that is none."""
+    try:
+        return tomllib.loads(text.removeprefix(_BYTE_ORDER_MARK))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source} is not TOML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{source} is not TOML: its values are nested too deeply") from error
+    except ValueError as error:  # Python's limit of digits
+        raise ConfigError(f"{source} is not TOML: a number in it has thousands of digits") from error
 
 
 def without_home(config: RunConfig) -> RunConfig:
@@ -95,7 +104,7 @@ def _override(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r} must look like section.key=value, as in --set federation.rounds=2")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text  # bare words need no quotes on a command line
     *parents, last = key.strip().split(".")
     for parent in parents:

@@ -16,7 +16,7 @@ from edgelam_fl.federation.standing import NodeOptions, Standing, find_standing
 from edgelam_fl.machine import since_boot_s
 from edgelam_fl.names import why_no_tag
 from edgelam_fl.privacy.limits import percent
-from edgelam_fl.tasks.files import read_records
+from edgelam_fl.tasks.files import check_readable
 from edgelam_fl.telemetry.events import DataChanged, DataRead, Event, EventTail, TextReadableHere
 from edgelam_fl.trust.identity import load_identity
 from edgelam_fl.trust.join import Membership, clock_words, renew
@@ -52,7 +52,7 @@ def join(
         if problem := why_no_tag(tag):
             raise ConfigError(f"--tag {tag!r} {problem}")
     if options.data is not None:
-        read_records(options.data)
+        _check_data(console, options.data)
     if wait:
         _await_server(console, *split_address(options.server, "--server"))
     elif standing.identity is None:
@@ -71,6 +71,17 @@ def join(
         options.tags, options.trust, identity=standing.identity, insecure=insecure, clock_offset_s=offset_s,
     )  # fmt: skip
     return _watch(console, node)
+
+
+def _check_data(console: Console, data: Path) -> None:
+    """Raises DataError for a file that no run could read; says which examples none can."""
+    if bad := check_readable(data):
+        places = f"{', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}"
+        _say(
+            console,
+            f"WARNING: {len(bad)} examples of {data} cannot be read ({places}): runs refuse this node, unless they have "
+            f"data.bad_lines = 'skip'",
+        )
 
 
 def _check_data_plane(options: NodeOptions) -> None:

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from edgelam_fl.config import RunConfig
-from edgelam_fl.errors import ConfigError, RunFailed
+from edgelam_fl.errors import ConfigError, DataError, RunFailed
 from edgelam_fl.federation.flower_app import app_module
 from edgelam_fl.federation.operator import Operator
 from edgelam_fl.federation.submission import FollowTiming, Submission
@@ -116,7 +116,7 @@ def read_profiles(file: Path) -> list[pb.Profile]:
     """
     try:
         found = _from_events(file) if file.suffix == ".jsonl" else _from_json(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError, DataError) as error:
         raise ConfigError(f"--profiles {file} cannot be read: {error}") from error
     profiles = {profile.name: profile for profile in (_profile(file, entry) for entry in found)}
     if not profiles:

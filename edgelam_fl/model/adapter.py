@@ -20,7 +20,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save, save_file
 
-from edgelam_fl.errors import ConfigError, ProtocolError, nearest
+from edgelam_fl.errors import ConfigError, ModelError, ProtocolError, nearest
 from edgelam_fl.model import carry
 from edgelam_fl.model.cut import CUT_A, CUT_B, CutAdapter, without_cut
 from edgelam_fl.model.families import Experts
@@ -236,15 +236,28 @@ def cut_in(adapter: Mapping[str, np.ndarray], alpha: float) -> CutAdapter | None
     return None
 
 
+# What a damaged file of a result makes the code that reads it raise.
+_DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, ProtocolError)
+
+
 def read_peft_folder(folder: Path) -> Adapter:
-    """Reads what `write_peft_folder` wrote and separates the carry factors again (up to rounding)."""
-    joined = from_bytes((folder / "adapter_model.safetensors").read_bytes())
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    alpha, alphas = config["lora_alpha"], config.get("alpha_pattern") or {}
-    ranks = {
-        PREFIX + module: round(alpha * len(joined[f"{PREFIX}{module}{_A}"]) / own) for module, own in alphas.items()
-    }
-    return carry.unstacked(joined, alpha, ranks)
+    """Reads what `write_peft_folder` wrote and separates the carry factors again (up to rounding).
+
+    Raises ModelError for a folder that holds no such adapter.
+    """
+    try:
+        joined = from_bytes((folder / "adapter_model.safetensors").read_bytes())
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        alpha, alphas = config["lora_alpha"], config.get("alpha_pattern") or {}
+        ranks = {
+            PREFIX + module: round(alpha * len(joined[f"{PREFIX}{module}{_A}"]) / own) for module, own in alphas.items()
+        }
+        return carry.unstacked(joined, alpha, ranks)
+    except _DAMAGED as error:
+        words = " ".join(str(error).split())
+        raise ModelError(
+            f"{folder} holds no adapter that can be read ({words:.200}): a file in it is damaged"
+        ) from error
 
 
 def _bare(modules: Mapping[str, Any]) -> dict[str, Any]:

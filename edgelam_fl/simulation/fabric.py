@@ -62,7 +62,7 @@ def read_federation(folder: Path) -> list[SimulatedNode]:
     try:
         entries = json.loads((folder / "federation.json").read_text(encoding="utf-8"))["nodes"]
         return [SimulatedNode(**entry) for entry in entries]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"{folder / 'federation.json'} does not describe a federation: {error}", "unreadable"
         ) from error

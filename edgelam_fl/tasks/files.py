@@ -74,6 +74,23 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
+def check_readable(path: Path) -> list[str]:
+    """Reads every example of a file, as far as that needs no run file. Returns the places of those that cannot be read.
+
+    Raises DataError if none can.
+    """
+    good, bad = 0, list[DataError]()
+    for row in scan(path):
+        if isinstance(row, DataError):
+            bad.append(row)
+        else:
+            good += 1
+    if bad and not good:
+        raise bad[0]
+    check_number(path, good)
+    return [error.place for error in bad]
+
+
 def check_number(path: Path, examples: int) -> None:
     """Raises DataError for a file without examples, and for a plain text that nothing parts into passages."""
     if not examples:

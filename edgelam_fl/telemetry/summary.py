@@ -17,6 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from edgelam_fl.errors import DataError
 from edgelam_fl.telemetry.events import (
     BudgetSpent,
     ChannelNoise,
@@ -206,8 +207,11 @@ def build_summary(events: Sequence[Event]) -> Summary:
 
 
 def read_summary(file: Path) -> Summary:
-    """Reads a summary.json."""
-    return read_record(Summary, json.loads(file.read_text(encoding="utf-8")))
+    """Reads a summary.json. Raises DataError for a file that is none."""
+    try:
+        return read_record(Summary, json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{file} is not a run's summary ({error!s:.100}): the file is damaged", "json") from error
 
 
 def summary_table(summary: Summary) -> Table:

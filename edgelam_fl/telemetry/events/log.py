@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from edgelam_fl.errors import DataError
 from edgelam_fl.telemetry.events.base import Event, UnknownEvent
 from edgelam_fl.telemetry.events.table import EVENTS, kind_of
 from edgelam_fl.telemetry.records import as_json, read_record
@@ -57,11 +58,23 @@ def parse_event(line: Mapping[str, Any]) -> Event:
 
 
 def read_events(path: Path) -> Iterator[Event]:
-    """Yields the events of a file, oldest first. A half-written last line (a run in progress, a crash) is left out."""
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield parse_event(json.loads(line))
+    """Yields the events of a file, oldest first. A half-written last line (a run in progress, a crash) is left out.
+
+    Raises DataError with the line for one that is no event.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.endswith(b"\n"):
+                yield _event(path, f"line {number}", line)
+
+
+def _event(path: Path, place: str, line: bytes) -> Event:
+    try:
+        return parse_event(json.loads(line.decode()))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"{path}, {place} is not an event ({error!s:.100}): the file is damaged", "json", place
+        ) from error
 
 
 def of_kind(events: Iterable[Event], kind: type[_Kind]) -> Iterator[_Kind]:
@@ -86,5 +99,6 @@ class EventTail:
             file.seek(self._offset)
             data = file.read()
         whole = data[: data.rfind(b"\n") + 1]
+        place = f"after byte {self._offset}"
         self._offset += len(whole)
-        return [parse_event(json.loads(line)) for line in whole.splitlines()]
+        return [_event(self.path, place, line) for line in whole.splitlines()]
