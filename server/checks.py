@@ -14,6 +14,7 @@ from edgelam_fl.config import OptimizerSection, RunConfig
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.adapter import target_modules
 from edgelam_fl.model.families import most_dropout
+from edgelam_fl.model.generation import check_answers
 from edgelam_fl.model.limits import check_limits
 from edgelam_fl.model.source import BUILT_IN as MODELS
 from edgelam_fl.model.source import find_model
@@ -48,6 +49,7 @@ def check_config(config: RunConfig, bounds: Bounds = DEFAULT_BOUNDS, *, elsewher
     check_place_of_model(config.model.name, bounds)
     source = find_model(config.model.name)
     check_limits(config, source)
+    check_answers(config, source)
     spec = RunSpec(with_auto_front(config, source), source)
     check_dropout(spec)
     check_cuts(spec)

@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 from edgelam_fl.config import RunConfig, Section, toml_value
 from edgelam_fl.errors import ConfigError, ModelNotFound
 from edgelam_fl.model.adapter import target_modules
+from edgelam_fl.model.generation import check_answers
 from edgelam_fl.model.limits import check_limits, positions_of
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.names import printable
@@ -126,11 +127,13 @@ def explained(config: RunConfig) -> str:
         source = find_model(config.model.name)
         digest, config = source.leakage_key, with_auto_front(config, source)
         check_limits(config, source)
+        check_answers(config, source)
     else:
         with suppress(ModelNotFound):  # it may be where the run will take place
             source = find_model(config.model.name, download=False)
             digest = source.leakage_key
             check_limits(config, source)
+            check_answers(config, source)
     check_trust(config, digest)
     return f"{described(config, mark_changed=True)}\n{_readable(config, host_readings(config, digest))}"
 

@@ -1,4 +1,5 @@
-"""What a model folder says about generating text: the tokens that end an answer. Imports no torch, and knows no weights.
+"""What a model folder says about generating text: its form of a chat, and the tokens that end an answer. Imports no torch, and knows
+no weights.
 
 generation_config.json, config.json and the tokenizer each name such tokens, and often not the same ones: Llama 3 and Gemma end a
 turn with a token that only generation_config.json lists.
@@ -8,9 +9,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from edgelam_fl.errors import ModelError
+from edgelam_fl.config import RunConfig
+from edgelam_fl.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from edgelam_fl.model.source import ModelSource
 
 GENERATION = "generation_config.json"
 
@@ -31,6 +36,30 @@ def stop_ids(folder: Path) -> frozenset[int]:
     }
     own = _tokenizer_end(folder)
     return frozenset(ends if own is None else ends | {own})
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Returns whether a model's folder holds a chat template, in any of the places where transformers looks for one."""
+    files = ("chat_template.jinja", "chat_template.json")
+    named = any((folder / "additional_chat_templates").glob("*.jinja"))
+    return (
+        named
+        or any((folder / file).is_file() for file in files)
+        or "chat_template" in _read(folder, "tokenizer_config.json")
+    )
+
+
+def check_answers(config: RunConfig, source: ModelSource) -> None:
+    """Raises ConfigError or ModelError if the model has no form for a chat, or nothing that could end an answer."""
+    if config.task.kind != "causal-lm":
+        return
+    if config.task.template == "chat" and not has_chat_template(source.folder):
+        raise ConfigError(f"task.template = 'chat', but {source.name} has no chat template; set 'plain' or a text")
+    if config.task.loss_on != "all" and not source.stop_ids:
+        raise ModelError(
+            f"nothing ends an answer of {source.name}: neither its tokenizer nor generation_config.json names an end token, so it "
+            "would never learn to stop; name an eos_token in tokenizer_config.json of a copy of its folder"
+        )
 
 
 def _ids(settings: dict[str, Any], file: Path) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,17 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizer
 
+from edgelam_fl.cli.run_file import explained
 from edgelam_fl.config import ModelSection, TaskSection
-from edgelam_fl.errors import ConfigError, DataError
+from edgelam_fl.errors import ConfigError, DataError, ModelError
+from edgelam_fl.model.generation import check_answers
+from edgelam_fl.model.source import find_model
 from edgelam_fl.serving.generate import LocalSpeaker
 from edgelam_fl.tasks.base import Example
 from edgelam_fl.tasks.causal_lm import CausalLm, loss_sum
 from edgelam_fl.tasks.data import Chat, Prompt
 from edgelam_fl.tasks.masking import IGNORED
+from tests.support import run_config, write_tiny_llama
 from tests.texts import (
     MARKS,
     NO_SYSTEM,
@@ -325,3 +330,29 @@ def test_a_model_that_learned_60_steps_stops_by_itself(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     speaker = LocalSpeaker(ModelSection(name=str(tmp_path)), settings)
     assert "".join(speaker.say([{"role": "user", "content": "Who?"}], 100)) == "The device.\n"
+
+
+# ---------------------------------------------------------------- before anything starts
+
+
+def test_a_model_without_a_form_of_chats_or_an_end_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    folder = write_tiny_llama(tmp_path / "model", layers=2)
+    check_answers(run_config(str(folder)), find_model(str(folder)))
+    template = folder / "chat_template.jinja"
+    template.rename(folder / "away.jinja")
+    with pytest.raises(
+        ConfigError, match=r"task\.template = 'chat', but .* has no chat template; set 'plain' or a text"
+    ):
+        explained(run_config(str(folder)))
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "away.jinja").rename(folder / "additional_chat_templates" / "tool_use.jinja")
+    check_answers(run_config(str(folder)), find_model(str(folder)))
+    for file in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        values = json.loads((folder / file).read_text())
+        kept = {key: value for key, value in values.items() if not key.startswith("eos_token")}
+        (folder / file).write_text(json.dumps(kept))
+    with pytest.raises(
+        ModelError, match=r"nothing ends an answer of .*: .* name an eos_token in tokenizer_config\.json"
+    ):
+        explained(run_config(str(folder), "task.template=plain"))
+    explained(run_config(str(folder), "task.template=plain", "task.loss_on=all"))
