@@ -1,80 +1,125 @@
 """Reads GGUF files: config, tokenizer and tensor index from the metadata, tensors one by one from the data.
 
-Names, element layouts and the order of rows come from the tables of transformers and gguf, so that a tensor read here is
-bit-equal to the one of `from_pretrained(gguf_file=...)`.
+What the keys mean is known to `gguf_config` and `gguf_tokenizer`; here tensors get their names in transformers, and back the
+order of rows and the values that llama.cpp's converter changed. Where transformers' own reader of GGUF files differs from
+llama.cpp (Gemma's norms, rotary scalings, special tokens), llama.cpp is followed.
 """
 
 from __future__ import annotations
 
-import struct
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edgelam_fl.errors import ModelError
+from edgelam_fl.files import write_atomically
 from edgelam_fl.model.families import family_of
+from edgelam_fl.model.generation import GENERATION
+from edgelam_fl.model.gguf_config import FACTORS, config_of
+from edgelam_fl.model.gguf_header import GgufHeader, StoredTensor, read_header
+from edgelam_fl.model.gguf_tokenizer import Vocabulary
 from edgelam_fl.model.index import TensorEntry
-
-_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2")  # whose GGUF files are read right
 
 
 def unpack_metadata(path: Path, folder: Path) -> dict[str, TensorEntry]:
-    """Writes config.json and the tokenizer of a GGUF file into `folder`; returns the index of its tensors."""
-    import gguf
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
+    """Writes config.json, generation_config.json and the tokenizer of a GGUF file into `folder`; returns the index of its tensors.
 
-    with path.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise ModelError(f"{path} is not a GGUF file: it does not begin with GGUF")
-    try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, IndexError, KeyError, OSError, struct.error) as error:
-        raise ModelError(f"{path} is not a whole GGUF file of a known architecture: {error}") from error
-    family_of(config.model_type, str(path))
-    if config.model_type not in _ARCHITECTURES:
-        raise ModelError(
-            f"model.name: {path} is a GGUF file of the architecture {config.model_type!r}, which is read from a folder in "
-            f"Hugging Face's layout alone; GGUF files: {', '.join(_ARCHITECTURES)}"
-        )
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    Raises ModelError for a file with a key, a tensor or a vocabulary that is not understood.
+    """
+    from transformers import AutoConfig
+
+    header = read_header(path)
+    shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
+    made = config_of(header.keys, shapes, _numbers(path, header, FACTORS), str(path))
+    family_of(made["model_type"], str(path))
+    vocabulary = Vocabulary(header.keys, str(header.keys["general.architecture"]), str(path))
+    config = AutoConfig.for_model(**made, **vocabulary.special_ids)
+    index = _index(path, header, config)
+    vocabulary.tokenizer().save_pretrained(folder)
     config.save_pretrained(folder)
+    write_atomically(folder / GENERATION, json.dumps(vocabulary.generation(), indent=2) + "\n")
+    return index
+
+
+def _index(path: Path, header: GgufHeader, config: Any) -> dict[str, TensorEntry]:
+    """Returns where each tensor of the model is. Raises ModelError for one that is missing, superfluous or of another shape."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
+
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    names = get_gguf_hf_weights_map(model, _processor(config.model_type, config.to_dict()))
-    reader = gguf.GGUFReader(path)
+    names = get_gguf_hf_weights_map(model, TensorProcessor())
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     index = {}
-    for tensor in reader.tensors:
-        if tensor.name in names:
-            shape = tuple(int(size) for size in reversed(tensor.shape))
-            index[names[tensor.name]] = TensorEntry(
-                shape, str(path), tensor.name, tensor.tensor_type.name, int(tensor.data_offset), int(tensor.n_bytes)
+    for stored, tensor in header.tensors.items():
+        if stored == FACTORS:
+            continue
+        name = names.get(stored)
+        if name not in wanted:
+            raise ModelError(
+                f"{path} has the tensor {stored}, which {config.model_type} as it is read here has not. Set model.name to the model's "
+                f"safetensors folder"
             )
-    missing = {name for name, _ in model.named_parameters()} - set(index)
-    if missing - ({"lm_head.weight"} if config.tie_word_embeddings else set()):
+        shape = _shape_in_model(stored, tensor, config.model_type)
+        if shape != wanted[name]:
+            raise ModelError(
+                f"{path}: {stored} is of shape {list(shape)}, by the file's keys it must be {list(wanted[name])}. Convert the model again"
+            )
+        index[name] = TensorEntry(tensor.shape, str(path), stored, tensor.kind, tensor.offset, tensor.size)
+    missing = set(wanted) - set(index) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
+    if missing:
         raise ModelError(
             f"{path} lacks tensors of its own architecture {config.model_type}: {', '.join(sorted(missing)[:3])}"
         )
     return index
 
 
-def read_tensor(entry: TensorEntry, config: dict[str, Any]) -> np.ndarray:
+def _shape_in_model(stored: str, tensor: StoredTensor, model_type: str) -> tuple[int, ...]:
+    return tensor.shape[::-1] if _is_turned(stored, model_type) else tensor.shape
+
+
+def _is_turned(stored: str, model_type: str) -> bool:
+    """Tells whether a matrix is stored as [out, in], and transformers' model has it as [in, out]."""
+    return model_type == "gpt2" and stored.startswith("blk.") and stored.endswith(".weight") and "norm" not in stored
+
+
+def _numbers(path: Path, header: GgufHeader, name: str) -> np.ndarray | None:
+    """Reads a tensor that is no weight; None if the file has none of this name."""
+    if name not in header.tensors:
+        return None
+    tensor = header.tensors[name]
+    return _unpacked(TensorEntry(tensor.shape, str(path), name, tensor.kind, tensor.offset, tensor.size))
+
+
+def read_tensor(entry: TensorEntry, config: Mapping[str, Any]) -> np.ndarray:
     """Reads one tensor, dequantized to fp32 in torch's layout. Touches only the tensor's own bytes."""
+    weights, name, model_type = _unpacked(entry), entry.stored_name, config["model_type"]
+    if _is_turned(name, model_type):
+        weights = weights.T
+    elif model_type == "llama" and ".attn_q." in name:
+        weights = _halves(weights, config["num_attention_heads"])
+    elif model_type == "llama" and ".attn_k." in name:
+        weights = _halves(weights, config["num_key_value_heads"])
+    elif model_type.startswith("gemma") and name.endswith("norm.weight"):
+        weights = (
+            weights - 1
+        )  # llama.cpp multiplies with w + 1, which its converter stores; transformers' model adds the 1 itself
+    return np.ascontiguousarray(weights, dtype=np.float32)
+
+
+def _unpacked(entry: TensorEntry) -> np.ndarray:
     import gguf
 
     kind = gguf.GGMLQuantizationType[entry.stored_type]
     stored_shape = gguf.quant_shape_to_byte_shape(entry.shape, kind)
     raw = np.memmap(entry.file, np.uint8, "r", entry.offset, (entry.stored_bytes,))
-    weights = gguf.dequantize(raw.reshape(stored_shape), kind)
-    name = entry.stored_name
-    return np.ascontiguousarray(
-        _processor(config["model_type"], config).process(weights, name).weights, dtype=np.float32
-    )
+    return gguf.dequantize(raw.reshape(stored_shape), kind)
 
 
-def _processor(architecture: str, config: dict[str, Any]) -> Any:
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
-
-    return TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config)
+def _halves(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Puts the rows of each head from pairs (llama.cpp's order for rotary positions) back into halves."""
+    return rows.reshape(heads, len(rows) // heads // 2, 2, *rows.shape[1:]).swapaxes(2, 1).reshape(rows.shape)

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -30,6 +31,8 @@ from edgelam_fl.model.identity import ModelIdentity, difference, of_folder, of_g
 from edgelam_fl.model.index import TensorEntry, join_experts, layer_number
 from edgelam_fl.model.packing import packed_tensors
 from edgelam_fl.model.understood import check_code, check_config, matched
+
+GGUF_READER = 2  # raised by every change to what is read from a GGUF file: what older readers unpacked is made anew
 
 
 class BuiltIn(NamedTuple):
@@ -257,18 +260,36 @@ def _from_gguf(name: str, path: Path, reference: str) -> ModelSource:
     identity = of_gguf(path)
     digest = identity.digest
     folder = cache_folder() / "models" / digest[:16]
-    index_file = folder / "tensors.json"
-    if not index_file.is_file():
+    tensors = _unpacked_index(folder)
+    if tensors is None:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):
-            if not index_file.is_file():
-                from edgelam_fl.model.gguf import unpack_metadata
-
-                made = {name: asdict(entry) for name, entry in unpack_metadata(path, folder).items()}
-                write_atomically(index_file, json.dumps({"tensors": made}))
-    tensors = json.loads(index_file.read_text(encoding="utf-8"))["tensors"]
+            tensors = _unpacked_index(folder) or _unpack(path, folder)
     index = {
         tensor: TensorEntry(**{**entry, "shape": tuple(entry["shape"]), "file": str(path)})
         for tensor, entry in tensors.items()
     }
     return ModelSource(name, folder, index, identity, reference, gguf=path)
+
+
+def _unpacked_index(folder: Path) -> dict[str, Any] | None:
+    """Returns the index that was unpacked earlier; None if there is none, or one of an older reader."""
+    file = folder / "tensors.json"
+    if not file.is_file():
+        return None
+    unpacked = json.loads(file.read_text(encoding="utf-8"))
+    return unpacked["tensors"] if unpacked.get("reader") == GGUF_READER else None
+
+
+def _unpack(path: Path, folder: Path) -> dict[str, Any]:
+    """Unpacks a GGUF file in place of what an older reader made, weights among it."""
+    from edgelam_fl.model.gguf import unpack_metadata
+
+    for old in folder.iterdir():
+        if old.is_dir():
+            shutil.rmtree(old)
+        elif old.name != "lock":
+            old.unlink()
+    tensors = {name: asdict(entry) for name, entry in unpack_metadata(path, folder).items()}
+    write_atomically(folder / "tensors.json", json.dumps({"reader": GGUF_READER, "tensors": tensors}))
+    return tensors
