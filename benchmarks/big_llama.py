@@ -32,11 +32,15 @@ def write_llama(folder: Path, config: dict[str, Any] = CONFIG, seed: int = 1) ->
     write_tiny_llama(folder, layers=1)  # its tokenizer
     (folder / "model.safetensors").unlink()
     generator = torch.Generator().manual_seed(seed)
+    files: dict[str, str] = {}
     for part, shapes in enumerate(_parts(config)):
         tensors = {name: _tensor(shape, config["initializer_range"], generator) for name, shape in shapes.items()}
         file = folder / f"model-{part:03d}.safetensors"
         save_file(tensors, file, metadata={"format": "pt"})
         file.chmod(0o644)  # safetensors makes files that only this user can read; containers run as another user
+        files |= dict.fromkeys(shapes, file.name)
+    index = {"metadata": {"total_size": 2 * parameters(config)}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return folder
 

@@ -76,11 +76,7 @@ def wrong(x: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, shape: tup
 def test_a_base_whose_kernel_fails_is_not_offered(
     tiny: ModelSource, monkeypatch: pytest.MonkeyPatch, kernel: Any, reason: str
 ) -> None:
-    monkeypatch.setattr(
-        Nf4Linear,
-        "product",
-        lambda self, x: kernel(x, self.weight, self.weight_scale, (self.out_features, self.in_features)),
-    )
+    monkeypatch.setattr(Nf4Linear, "product", staticmethod(kernel))
     assert bases.usable_bases() == ("fp32", "bf16", "int8")
     with pytest.raises(EnvironmentProblem, match=rf"base nf4 .*{reason}.*fp32, bf16, int8; `edgelam doctor`"):
         load_stages(tiny, [Span(0, 1)], "nf4", None)
