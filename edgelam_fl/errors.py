@@ -28,7 +28,7 @@ import difflib
 import traceback
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from edgelam_fl.names import printable
 
@@ -46,9 +46,19 @@ class EdgelamError(Exception):
     outward: ClassVar[str] = ""
     """What other machines may hear of such an error; empty: its message, which names no value and no path."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), self.args, self.__dict__)
+
     def for_others(self) -> str:
         """Returns what other machines may hear."""
         return self.outward or printable(str(self), 500)
+
+
+def _restored(kind: type[EdgelamError], arguments: tuple[Any, ...], state: dict[str, Any]) -> EdgelamError:
+    """Makes an error that comes from another process of this machine as it was there."""
+    error = kind.__new__(kind, *arguments)
+    error.__dict__.update(state)
+    return error
 
 
 class UsageError(EdgelamError):

@@ -9,6 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +19,13 @@ from edgelam_fl.bounds import Bounds
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.federation.child import Child, end_all
+from edgelam_fl.federation.data_check import check_files, check_tokens
 from edgelam_fl.federation.flower_app import app_module
 from edgelam_fl.federation.node_process import NodeProcesses
 from edgelam_fl.federation.operator import Operator, operator_folder
 from edgelam_fl.federation.submission import Submission
 from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.federation.template import warm_template
-from edgelam_fl.plan.making import task_settings
-from edgelam_fl.tasks.data import device_pairs
 from edgelam_fl.telemetry.events import Event, RunDone
 from edgelam_fl.trust.authority import issue
 from edgelam_fl.trust.identity import DEVICE, HOST, save_identity
@@ -77,10 +77,10 @@ def local_federation(config: RunConfig, data: Sequence[Path], folder: Path) -> I
     """Starts a federation for one run, with one device per file of `data`; ends its processes when the context ends.
 
     It has an authority of its own, whose keys and those of the nodes are deleted at the end. folder: the run's folder, which
-    holds the nodes' logs too. Raises DataError for a file that does not fit the run, before anything starts.
+    holds the nodes' logs too. Raises DataError for a file that cannot be read before anything starts, and for one that
+    nothing can be learned from before a node does.
     """
-    for file in data:
-        device_pairs(file, task_settings(config))  # its messages quote the data, which a node's own report does not
+    check_files(config, data)
     port = free_port()
     server = f"127.0.0.1:{port}"
     edges, devices = _local_nodes(config, folder, server, data)
@@ -92,9 +92,12 @@ def local_federation(config: RunConfig, data: Sequence[Path], folder: Path) -> I
     warm_template()  # it imports while the SuperLink starts
     try:
         # Without a hub: all nodes are on this machine and have what it has, the model too.
-        children.append(
-            start_superlink("127.0.0.1", port, folder / "server", trust=trust, bounds=bounds_of_a_local_run(folder))
-        )
+        with ThreadPoolExecutor(1) as beside:
+            tokens = beside.submit(check_tokens, config, data)
+            children.append(
+                start_superlink("127.0.0.1", port, folder / "server", trust=trust, bounds=bounds_of_a_local_run(folder))
+            )
+            tokens.result()
         for node in edges + devices:
             node.start()
         yield LocalFederation(

@@ -14,14 +14,18 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from types import ModuleType
+from typing import Any, TypeVar
 
 from edgelam_fl.federation.environment import child_environment
+
+Made = TypeVar("Made")
 
 _IMPORTED = [
     "edgelam_fl.node.service",
@@ -63,6 +67,18 @@ def warm_template() -> None:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def in_fork(function: Callable[..., Made], *arguments: Any) -> Made:
+    """Returns what `function`, of a module, returns in a process of its own: what it imports and reads is gone with it.
+
+    The process is forked from the template; on a system that cannot fork, this process calls the function.
+    """
+    if not can_fork():
+        return function(*arguments)
+    warm_template()
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("forkserver")) as one, _no_main_module():
+        return one.submit(function, *arguments).result()
 
 
 class ForkedProcess:

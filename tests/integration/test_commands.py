@@ -492,7 +492,7 @@ def test_nodes_that_cannot_take_part_fail_the_run_with_their_reasons(
             f"model.name={tiny_folder}",
             "split.hosts=0",
             "data.fields.answer=reply",
-            "federation.join_deadline_s=25",
+            "federation.join_deadline_s=900",  # nobody waits for it
             "federation.expect_nodes=3",
         ]
         sets = [word for override in overrides for word in ("--set", override)]
@@ -507,6 +507,7 @@ def test_nodes_that_cannot_take_part_fail_the_run_with_their_reasons(
     assert {"events.jsonl", "report.html"} <= {file.name for file in left}
     assert "PRIVATE" not in done.stdout + done.stderr + "".join(file.read_text(errors="replace") for file in left)
     assert "protocol version 99" in done.stderr
+    assert "no device is left that can take part" in done.stderr
     assert "no round was finished" in done.stderr
 
 

@@ -1,0 +1,49 @@
+"""Checks the files of a local run's devices before their processes start: whether an example of each can be learned.
+
+A device would find the same faults a minute later, and say them in a code alone: its messages may quote the data. Knows no
+processes but the one that tokenizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from edgelam_fl.config import RunConfig
+from edgelam_fl.errors import DataError
+from edgelam_fl.federation.template import in_fork
+from edgelam_fl.model.source import find_model
+from edgelam_fl.plan.making import task_settings
+from edgelam_fl.tasks.data import device_pairs
+from edgelam_fl.tasks.kinds import make_task
+from edgelam_fl.wire import edgelam_pb2 as pb
+
+
+def check_files(config: RunConfig, data: Sequence[Path]) -> None:
+    """Raises DataError for the first file that cannot be read as the run file says; takes no model."""
+    for file in data:
+        device_pairs(file, task_settings(config))
+
+
+def check_tokens(config: RunConfig, data: Sequence[Path]) -> None:
+    """Raises DataError for the first file that the run's model and settings cannot learn from; PyTorch is imported for it."""
+    settings, folder = task_settings(config), find_model(config.model.name).folder
+    in_fork(check_tokenized, [file.absolute() for file in data], settings.SerializeToString(), folder)
+
+
+def check_tokenized(files: Sequence[Path], settings: bytes, tokenizer_folder: Path) -> None:
+    """Raises DataError for the first file of whose training examples none can be learned, or one cannot be written as a text.
+
+    `settings`: a serialized TaskSettings. `tokenizer_folder`: with the model's tokenizer.
+    """
+    parsed = pb.TaskSettings.FromString(settings)
+    task = make_task(parsed, tokenizer_folder)
+    for file in files:
+        found = device_pairs(file, parsed)
+        made = task.examples(found.training)
+        task.examples(found.held_out)
+        if not made.examples:
+            raise DataError(
+                f"{file}: no example for training has an answer within task.max_tokens = {parsed.max_tokens}; raise it",
+                "no-answer-fits",
+            )
