@@ -20,7 +20,7 @@ from edgelam_fl.config import RunConfig, Section, toml_value
 from edgelam_fl.errors import ConfigError, ModelNotFound
 from edgelam_fl.model.adapter import target_modules
 from edgelam_fl.model.generation import check_answers
-from edgelam_fl.model.limits import check_limits, positions_of
+from edgelam_fl.model.limits import check_limits, check_tokens, positions_of
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.names import printable
 from edgelam_fl.plan.fronts import check_trust, host_readings, with_auto_front
@@ -61,7 +61,8 @@ def write_run_file(file: Path, data: Path | None, model: str) -> list[str]:
         if found.classifies and source is None:
             chosen.append(f"model.name = {_CLASSIFIER!r}: a model that answers with classes; --model chooses another")
             sections = {"model": {"name": _CLASSIFIER}, "lora": {"targets": ("query", "value")}}
-        sections |= found.sections
+        for section, keys in found.sections.items():
+            sections[section] = {**sections.get(section, {}), **keys}
         chosen += found.said
     config = RunConfig.model_validate(sections)
     if data is not None:  # as a run does it
@@ -86,6 +87,7 @@ def _answers_of(source: ModelSource | None) -> tuple[bool | None, bool]:
 
 def _for_model(source: ModelSource) -> dict[str, dict[str, Any]]:
     """Returns the keys that must differ from their defaults so that the file runs with this model."""
+    check_tokens(source)
     sections: dict[str, dict[str, Any]] = {"model": {"name": source.name}}
     standard = RunConfig()
     ends = min(standard.split.front, (source.num_layers - 1) // 2)  # one layer at least is left for a host

@@ -33,6 +33,7 @@ from edgelam_fl.federation.environment import child_environment, proxies_set
 from edgelam_fl.files import cache_folder
 from edgelam_fl.machine import disk_free_bytes, memory_free_bytes
 from edgelam_fl.model.base_names import BASES
+from edgelam_fl.model.limits import check_tokens
 from edgelam_fl.model.source import BUILT_IN, find_model
 
 PACKAGE = "edgelam-fl"
@@ -329,6 +330,7 @@ def check_model(name: str) -> Finding:
     """Checks that a model is on this machine and can be read."""
     try:
         source = find_model(name)
+        check_tokens(source)
     except EdgelamError as error:
         fix = f"set model.name to one that is here: {', '.join(BUILT_IN)}, a folder or a .gguf file"
         return _problem("model", str(error), fix)

@@ -22,6 +22,10 @@ _OTHER_FORMATS = (*_PICKLED, ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
 _SHOWN = 5  # of a list of names in a message
 
 
+class FilesMissing(ModelError):
+    """A folder that lacks weights which it should have."""
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """Reads a file of a model that holds one JSON object. Raises ModelError with its path for anything else."""
     try:
@@ -43,9 +47,11 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder} holds an adapter (adapter_config.json) and no model: it has no config.json. Set model.name to its base model "
             f"({base}), or merge the two with peft (merge_and_unload) and save the result"
         )
+    names = [entry.name for entry in folder.iterdir()]
+    way_out = ". It is a hub's cache: set model.name to a folder below snapshots" if "snapshots" in names else ""
     raise ModelError(
         f"model folder {folder} must hold config.json and {WEIGHTS} (or {INDEX} and its files); it has no config.json and holds "
-        f"{listed(entry.name for entry in folder.iterdir())}"
+        f"{listed(names)}{way_out}"
     )
 
 
@@ -75,13 +81,15 @@ def _chosen_file(folder: Path, config: Mapping[str, Any]) -> Path:
     for file in (folder / WEIGHTS, folder / INDEX):
         if file.is_file():
             return file
-    raise ModelError(_without_weights(folder))
+    raise FilesMissing(_without_weights(folder))
 
 
 def _without_weights(folder: Path) -> str:
     """Says what a folder without a usable set of weights holds instead, and the way out."""
-    names = sorted(entry.name for entry in folder.iterdir())
+    names = sorted(entry.name for entry in folder.iterdir() if entry.exists())
     lacks = f"model folder {folder} must hold {WEIGHTS} or {INDEX} beside config.json and has neither"
+    if (folder / WEIGHTS).is_symlink():
+        return f"{lacks}: {WEIGHTS} is a link to a file that is gone, {(folder / WEIGHTS).readlink()}. Fetch the folder again"
     tensors = [name for name in names if name.endswith(".safetensors")]
     if "adapter_config.json" in names and all(name.startswith("adapter_") for name in tensors):
         base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
@@ -113,7 +121,7 @@ def _sharded(folder: Path, index: Path) -> tuple[list[Path], dict[str, TensorEnt
     files = [folder / name for name in sorted(set(weight_map.values()))]
     absent = [file.name for file in files if not file.is_file()]
     if absent:
-        raise ModelError(
+        raise FilesMissing(
             f"{listed(absent)}: named by {index.name} and not in {folder} ({len(files) - len(absent)} of {len(files)} files are here). "
             f"Fetch what is missing"
         )

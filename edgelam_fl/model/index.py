@@ -101,6 +101,8 @@ def safetensors_header(file: Path) -> dict[str, Any]:
             header: dict[str, Any] = json.loads(stream.read(length))
         _check_header(header, size - 8 - length)
         return header
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read: {error.strerror}") from error
     except (ValueError, TypeError, KeyError, AttributeError, struct.error) as error:
         raise ModelError(f"{file} is not a whole safetensors file: {error}. Fetch it again") from error
 

@@ -15,6 +15,7 @@ from edgelam_fl.model.understood import rope_kinds, rope_parameters
 
 _TABLES = ("wpe.weight", "position_embeddings.weight")  # ends of the names of learned tables of positions
 _ORIGINAL = "original_max_position_embeddings"
+_PHI3 = 4096  # what transformers takes for a Phi-3 that does not say it
 _NO_TEXT = (
     "image_token",
     "audio_token",
@@ -39,7 +40,8 @@ def positions_of(source: ModelSource) -> Positions | None:
             return Positions(entry.shape[0], f"its table of positions, which was learned, has {entry.shape[0]} rows")
     if "longrope" in rope_kinds(config):
         given = [each.get(_ORIGINAL) for each in (config, *rope_parameters(config))]
-        original = next((each for each in given if each), config.get("max_position_embeddings"))
+        default = _PHI3 if config.get("model_type") == "phi3" else config.get("max_position_embeddings")
+        original = next((each for each in given if each), default)
         if original:
             return Positions(
                 int(original),
@@ -54,7 +56,10 @@ def positions_of(source: ModelSource) -> Positions | None:
 
 
 def check_limits(config: RunConfig, source: ModelSource) -> None:
-    """Raises ModelError if texts of a run, or tokens of the tokenizer, go beyond what the model has numbers for."""
+    """Raises ModelError if texts of a run, or tokens of the tokenizer, go beyond what the model has numbers for.
+
+    `check_tokens` is a part of it that needs no run file.
+    """
     asked, positions = config.task.max_tokens, positions_of(source)
     if positions is not None and asked > positions.most:
         way_out = f"; or {positions.way_out}" if positions.way_out else ""
@@ -62,6 +67,11 @@ def check_limits(config: RunConfig, source: ModelSource) -> None:
             f"task.max_tokens = {asked} is more than {source.name} can take: {positions.why}. Allowed: task.max_tokens of at most "
             f"{positions.most}{way_out}"
         )
+    check_tokens(source)
+
+
+def check_tokens(source: ModelSource) -> None:
+    """Raises ModelError if the tokenizer, or a file of the model, names tokens for which the model has no numbers."""
     rows = source.index[f"{source.family.body}.{source.family.embed}.weight"].shape[0]
     for file, key, number in _named_ids(source.folder):
         if number >= rows:

@@ -25,7 +25,7 @@ from edgelam_fl.errors import ModelError, ModelNotFound, nearest
 from edgelam_fl.files import cache_folder, write_atomically
 from edgelam_fl.model.architecture import architecture_of
 from edgelam_fl.model.families import Family, family_of, full_names
-from edgelam_fl.model.folder import read_config, stored_tensors
+from edgelam_fl.model.folder import FilesMissing, read_config, stored_tensors
 from edgelam_fl.model.generation import stop_ids
 from edgelam_fl.model.identity import ModelIdentity, difference, of_folder, of_gguf
 from edgelam_fl.model.index import TensorEntry, join_experts, layer_number
@@ -90,6 +90,11 @@ class ModelSource:
     def leakage_key(self) -> str:
         """What a measurement of leakage is kept under: the weights and the tokenizer."""
         return self.identity.leakage_key
+
+    @cached_property
+    def is_packed(self) -> bool:
+        """Whether some tensors of a folder are quantized, and so are not as their files have them."""
+        return any(each.packing for entry in self.index.values() for each in entry.stored)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -164,7 +169,16 @@ def find_model(name: str, *, download: bool = True) -> ModelSource:
         return _from_gguf(name, path.resolve(), str(path.resolve()))
     if path.is_dir():
         return _from_folder(name, path.resolve(), str(path.resolve()))
-    return _from_folder(name, _hub_snapshot(name, download), name)
+    if path.is_file():
+        raise ModelError(
+            f"model.name = {name!r} is a file; it takes a model's folder (perhaps {path.parent}) or a .gguf file"
+        )
+    try:
+        return _from_folder(name, _hub_snapshot(name, download), name)
+    except FilesMissing as error:
+        if download:
+            raise
+        raise ModelNotFound(f"{error}; the hub was not asked") from error  # only parts of it were needed here so far
 
 
 def is_as_found(source: ModelSource) -> bool:

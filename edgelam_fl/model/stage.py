@@ -333,7 +333,11 @@ def load_stages(
     loaded. read: gets the tensors.
     """
     config, family = AutoConfig.from_pretrained(source.folder), source.family
-    config.__dict__.pop("quantization_config", None)  # read_tensors gives the numbers themselves
+    # What the files are, whatever config.json says: read_tensors gives numbers that are not packed, and a head that is stored
+    # is the model's own.
+    config.__dict__.pop("quantization_config", None)
+    if "lm_head.weight" in source.index:
+        config.tie_word_embeddings = False
     dtype = compute_dtype(base, compute)
     require_base(base)
     models = [skeleton(config, family, span, base, classes) for span in spans]

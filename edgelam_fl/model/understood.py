@@ -24,7 +24,16 @@ _ONLY = {  # key of config.json -> its only value that is read, and what another
     "add_cross_attention": (False, "attention to an encoder"),
     "position_embedding_type": ("absolute", "positions in the attention, which transformers 5 no longer computes"),
     "return_dict": (True, "outputs without names"),
+    "is_causal": (True, "attention to later tokens, as in models that embed texts"),
+    "use_bidirectional_attention": (False, "attention to later tokens, as in models that embed texts"),
+    "is_decoder": (False, "attention to earlier tokens alone, in an encoder"),
 }
+_SIZES = (
+    ("num_hidden_layers", "n_layer"),
+    ("hidden_size", "n_embd"),
+    ("num_attention_heads", "n_head"),
+    ("vocab_size",),
+)
 # Tensors that hold no weights of the model: tables that are computed, and heads of BERT's pretraining, for which a
 # classification has a head of its own.
 _IDLE = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"attn\.masked_bias$")
@@ -38,6 +47,14 @@ _HINTS = (  # pattern of a name that no module takes -> what it means and the wa
 
 def check_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Raises ModelError for a value of config.json with which a slice would compute something else than the whole model."""
+    for keys in _SIZES:  # transformers would take the sizes of some model for those that are missing
+        sizes = [config[key] for key in keys if key in config]
+        if not sizes or type(sizes[0]) is not int or sizes[0] < 1:
+            said = repr(sizes[0]) if sizes else "nothing"
+            raise ModelError(
+                f"config.json of {folder} must say {keys[0]}, a whole number of at least 1; it says {said}. "
+                f"Fetch the file again, or save the model with the save_pretrained of transformers"
+            )
     for key, (value, meaning) in _ONLY.items():
         if config.get(key, value) not in (value, None):
             raise ModelError(
@@ -62,7 +79,9 @@ def rope_parameters(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         given = config.get(key)
         if isinstance(given, dict):
             nested = [value for value in given.values() if isinstance(value, dict)]
-            yield from nested or [given]
+            yield from nested
+            if not nested or "rope_type" in given or "type" in given:
+                yield given
 
 
 def rope_kinds(config: Mapping[str, Any]) -> list[str]:
@@ -74,11 +93,10 @@ def rope_kinds(config: Mapping[str, Any]) -> list[str]:
 def check_code(folder: Path, config: Mapping[str, Any], model_class: str) -> None:
     """Raises ModelError for a model that brings its own code, unless transformers has the class of this name and computes it."""
     own_module = f"modeling_{config.get('model_type')}"
-    for auto, place in (config.get("auto_map") or {}).items():
+    own_code = config.get("auto_map")
+    for auto, place in own_code.items() if isinstance(own_code, dict) else ():
         module, _, name = str(place).rpartition("--")[2].rpartition(".")
-        if auto.startswith("AutoModel") and (
-            module != own_module or name.startswith("For") or not _alike(name, model_class)
-        ):
+        if auto.startswith("AutoModel") and (module != own_module or not _alike(name, model_class)):
             raise ModelError(
                 f"config.json of {folder} names code of its own (auto_map: {auto} = {place!r}), which is not run, and transformers' "
                 f"{model_class} may compute something else. Set model.name to a model without auto_map; if both are the same, take "

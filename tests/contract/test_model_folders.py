@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
@@ -25,15 +27,16 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
+    Phi3Config,
 )
 
 from edgelam_fl.cli.run_file import explained, write_run_file
 from edgelam_fl.config import read_run_file
 from edgelam_fl.doctor.checks import check_model
-from edgelam_fl.errors import ModelError
+from edgelam_fl.errors import ModelError, ModelNotFound
 from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.folder import INDEX, WEIGHTS
-from edgelam_fl.model.limits import check_limits, last_token
+from edgelam_fl.model.limits import check_limits, last_token, positions_of
 from edgelam_fl.model.source import find_model
 from edgelam_fl.model.stage import load_stages
 from edgelam_fl.model.weights import read_tensors
@@ -207,6 +210,17 @@ def only_an_adapter(folder: Path) -> None:
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}', encoding="utf-8")
 
 
+def link_to_a_file_that_is_gone(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).symlink_to("../blobs/0123")
+
+
+def root_of_a_hubs_cache(folder: Path) -> None:
+    shutil.copytree(folder, folder / "snapshots" / "0123")
+    for file in folder.glob("*.*"):
+        file.unlink()
+
+
 def only_another_name(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder / "consolidated.safetensors")
 
@@ -228,6 +242,8 @@ REFUSED_LAYOUTS: list[tuple[Change, tuple[str, ...]]] = [
     (lfs_pointer, (WEIGHTS, "git lfs pull")),
     (only_pickles, ("pytorch_model.bin", "save_pretrained")),
     (only_an_adapter, ("adapter_config.json", "org/base", "merge_and_unload")),
+    (link_to_a_file_that_is_gone, ("a link to a file that is gone", "../blobs/0123")),
+    (root_of_a_hubs_cache, ("must hold config.json", "a folder below snapshots")),
     (only_another_name, ("consolidated.safetensors", f"rename it to {WEIGHTS}")),
     (config_cut_short, ("config.json", "cannot be read as JSON")),
 ]
@@ -284,6 +300,12 @@ def fp8_with_scales_of_one_byte(folder: Path) -> None:
     fp8(folder, scales=torch.float8_e8m0fnu)
 
 
+def fp8_with_scales_of_activations(folder: Path) -> None:
+    """Activations are not quantized here, so their scales are of no use."""
+    fp8(folder)
+    changed(folder, {"model.layers.0.mlp.up_proj.activation_scale": torch.tensor(0.5)})
+
+
 def fp8_per_tensor(folder: Path) -> None:
     fp8(folder, block=None)
 
@@ -318,7 +340,7 @@ def dequantized(folder: Path) -> torch.Tensor:
 
 
 PACKED: list[Change] = [
-    fp8_in_blocks, fp8_in_shards, fp8_with_bf16_scales, fp8_with_scales_of_one_byte, fp8_per_tensor, four_bits, four_bits_nested,
+    fp8_in_blocks, fp8_in_shards, fp8_with_bf16_scales, fp8_with_scales_of_one_byte, fp8_with_scales_of_activations, fp8_per_tensor, four_bits, four_bits_nested,
     eight_bits,
 ]  # fmt: skip
 
@@ -494,8 +516,30 @@ def rope_per_kind_of_layer(folder: Path) -> None:
     edit_config(folder, rope_parameters={"full_attention": inner, "sliding_attention": {"rope_type": "default"}})
 
 
+def rope_beside_an_object(folder: Path) -> None:
+    edit_config(folder, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4, "note": {}})
+
+
 def rope_without_its_factor(folder: Path) -> None:
     edit_config(folder, rope_parameters={"rope_type": "llama3", "rope_theta": 1e4})
+
+
+def attention_to_later_tokens(folder: Path) -> None:
+    edit_config(folder, use_bidirectional_attention=True)
+
+
+def attention_in_both_directions(folder: Path) -> None:
+    edit_config(folder, is_causal=False)
+
+
+def number_of_layers_as_text(folder: Path) -> None:
+    edit_config(folder, num_hidden_layers="2")
+
+
+def size_that_is_not_said(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    del config["hidden_size"]
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 REFUSED_MODELS: list[tuple[Change, tuple[str, ...]]] = [
@@ -526,6 +570,11 @@ REFUSED_MODELS: list[tuple[Change, tuple[str, ...]]] = [
     (rope_in_the_old_spelling, ("'dynamic'",)),
     (rope_that_nobody_knows, ("'ntk-by-parts'", "yarn")),
     (rope_per_kind_of_layer, ("'dynamic'",)),
+    (rope_beside_an_object, ("'dynamic'",)),
+    (attention_to_later_tokens, ("use_bidirectional_attention = True", "False alone")),
+    (attention_in_both_directions, ("is_causal = False", "True alone")),
+    (number_of_layers_as_text, ("num_hidden_layers", "'2'")),
+    (size_that_is_not_said, ("hidden_size", "says nothing")),
     (rope_without_its_factor, ("config.json", "KeyError")),
 ]
 
@@ -649,6 +698,20 @@ READ_MODELS: list[Change] = [
 def test_a_model_that_is_read(folder: Path, change: Change) -> None:
     change(folder)
     assert torch.equal(ours(folder), transformers_own(folder))
+
+
+@pytest.mark.parametrize(
+    "change", [fp8_in_blocks, four_bits, tied_with_a_head_of_its_own], ids=lambda each: each.__name__
+)
+def test_a_model_that_is_saved_again_says_what_it_is(folder: Path, tmp_path: Path, change: Change) -> None:
+    """As in `edgelam export --to merged`: the config that was read speaks of other files."""
+    change(folder)
+    whole = load_whole(find_model(str(folder)), "fp32")
+    whole.save_pretrained(tmp_path / "saved")
+    assert torch.equal(transformers_own(tmp_path / "saved"), logits(whole))
+    written = json.loads((tmp_path / "saved" / "config.json").read_text(encoding="utf-8"))
+    assert "quantization_config" not in written
+    assert not written["tie_word_embeddings"]
 
 
 # ---------------------------------------------------------------- other architectures
@@ -872,3 +935,65 @@ def test_every_command_refuses_a_model_that_is_here_and_not_understood(folder: P
 
 def test_a_model_that_is_elsewhere_is_explained() -> None:
     assert "org/elsewhere" in explained(run_config("org/elsewhere"))
+
+
+def test_a_file_of_a_model_is_not_a_model(plain: Path) -> None:
+    assert f"perhaps {plain}" in refusal(plain / WEIGHTS)
+
+
+# ---------------------------------------------------------------- a model of the hub
+
+
+class Hub:
+    """Stands in for snapshot_download: a repository's files, of which a cache may have only some."""
+
+    def __init__(self, cached: Path, complete: Path) -> None:
+        self.cached, self.complete, self.patterns = cached, complete, dict[str, Any]()
+
+    def __call__(self, name: str, *, local_files_only: bool, **patterns: Any) -> str:
+        self.patterns = patterns
+        return str(self.cached if local_files_only else self.complete)
+
+
+REPOSITORY = {
+    "config.json": True, "generation_config.json": True, INDEX: True, "model-00001-of-00002.safetensors": True,
+    "tokenizer.json": True, "tokenizer_config.json": True, "vocab.txt": True, "merges.txt": True, "tokenizer.model": True,
+    "chat_template.jinja": True, "additional_chat_templates/tools.jinja": True, "adapter_config.json": True,
+    "consolidated.safetensors": False, "consolidated-00001.safetensors": False, "original/model.safetensors": False,
+    "adapter_model.safetensors": False, "pytorch_model.bin": False, "model.onnx": False, "optimizer.pt": False,
+}  # fmt: skip
+
+
+def test_of_a_repository_what_counts_is_fetched(monkeypatch: pytest.MonkeyPatch, plain: Path) -> None:
+    hub = Hub(plain, plain)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    assert find_model("org/model").folder == plain
+    fetched = set(huggingface_hub.utils.filter_repo_objects(REPOSITORY, **hub.patterns))
+    assert fetched == {file for file, counts in REPOSITORY.items() if counts}
+
+
+def test_a_repository_of_which_the_cache_has_a_part_is_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, plain: Path, folder: Path
+) -> None:
+    """As after AutoTokenizer.from_pretrained: --explain does not download, and does not hold it against the model."""
+    (folder / WEIGHTS).unlink()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", Hub(folder, plain))
+    with pytest.raises(ModelNotFound, match="the hub was not asked"):
+        find_model("org/model", download=False)
+    assert "org/model" in explained(run_config("org/model"))
+    assert find_model("org/model").folder == plain
+
+
+def test_a_phi3_that_does_not_say_its_original_length_has_transformers_own(tmp_path: Path) -> None:
+    """transformers takes 4096, and not the number of extended positions."""
+    half = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = Phi3Config(
+        **sizes(max_position_embeddings=8192), rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, **half}
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    for place in (written, written["rope_parameters"]):
+        place.pop("original_max_position_embeddings", None)
+    (tmp_path / "config.json").write_text(json.dumps(written), encoding="utf-8")
+    own = AutoConfig.from_pretrained(tmp_path).original_max_position_embeddings
+    assert positions_of(find_model(str(tmp_path))).most == own == 4096
