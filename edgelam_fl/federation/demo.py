@@ -29,6 +29,7 @@ batch_size = 4
 
 [task]
 max_tokens = 80
+too_long = "cut-end"
 
 [data]
 held_out = 0.05
