@@ -6,7 +6,6 @@ Lines of text begin with "# "; a line that begins with "#" and a key is that key
 
 from __future__ import annotations
 
-import json
 import textwrap
 import types
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from pydantic.fields import FieldInfo
 from edgelam_fl.config import RunConfig, Section, toml_value
 from edgelam_fl.errors import ConfigError, ModelNotFound
 from edgelam_fl.model.adapter import target_modules
-from edgelam_fl.model.generation import check_answers
+from edgelam_fl.model.generation import check_answers, has_chat_template
 from edgelam_fl.model.limits import check_limits, check_tokens, positions_of
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.names import printable
@@ -82,7 +81,7 @@ def _answers_of(source: ModelSource | None) -> tuple[bool | None, bool]:
     """Returns whether a model answers with classes, and whether it has a chat template; without a model None, and True."""
     if source is None:
         return None, True
-    return source.family.task_head is not None, _has_chat_template(source)
+    return source.family.task_head is not None, has_chat_template(source.folder)
 
 
 def _for_model(source: ModelSource) -> dict[str, dict[str, Any]]:
@@ -101,18 +100,6 @@ def _for_model(source: ModelSource) -> dict[str, dict[str, Any]]:
     except ConfigError:
         sections["lora"] = {"targets": ("all-linear",)}
     return sections
-
-
-def _has_chat_template(source: ModelSource) -> bool:
-    """Whether the tokenizer brings a chat template."""
-    if any(source.folder.glob("chat_template*")):
-        return True
-    try:
-        return bool(
-            json.loads((source.folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
-        )
-    except (OSError, ValueError, AttributeError):
-        return False
 
 
 # ---------------------------------------------------------------- edgelam run --explain

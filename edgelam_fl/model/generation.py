@@ -45,7 +45,7 @@ def has_chat_template(folder: Path) -> bool:
     return (
         named
         or any((folder / file).is_file() for file in files)
-        or "chat_template" in _read(folder, "tokenizer_config.json")
+        or bool(_read(folder, "tokenizer_config.json").get("chat_template"))
     )
 
 

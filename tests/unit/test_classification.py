@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -30,8 +31,9 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def task(folder: Path, max_tokens: int = 64) -> Classification:
-    made = make_task(TaskSection(kind="classification", max_tokens=max_tokens, classes=CLASSES), folder)
+def task(folder: Path, max_tokens: int = 64, too_long: Literal["cut-prompt", "skip"] = "cut-prompt") -> Classification:
+    settings = TaskSection(kind="classification", max_tokens=max_tokens, classes=CLASSES, too_long=too_long)
+    made = make_task(settings, folder)
     assert isinstance(made, Classification)
     return made
 
@@ -47,6 +49,9 @@ def test_a_long_text_is_cut_and_still_ends_as_a_text_does(words: Path) -> None:
     example, _ = made.examples
     assert (made.cut, made.skipped) == (1, 0)
     assert example.ids == [2] + [4] * (8 - 2) + [3]
+    skipping = task(words, max_tokens=8, too_long="skip").examples([("a " * 20, "plant"), ("a", "animal")])
+    assert [example.labels for example in skipping.examples] == [[CLASSES.index("animal")]]
+    assert (skipping.cut, skipping.skipped) == (0, 1)
 
 
 def test_units_carry_a_label_a_row(words: Path) -> None:

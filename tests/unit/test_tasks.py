@@ -74,6 +74,11 @@ def test_a_task_is_one_file_and_one_line(tiny: ModelSource, data_files: list[Pat
     ("settings", "message"),
     [
         (TaskSection(kind="clasification"), "task.kind = 'clasification' is not known: did you mean 'classification'?"),
+        (
+            TaskSection(loss_on="assistant", template="plain"),
+            "task.loss_on = 'assistant' learns every answer of a chat and needs task.template = 'chat', got 'plain'; 'answer' or "
+            "'all' go with it",
+        ),
         (TaskSection(classes=("a", "b")), "task.classes is for task.kind = 'classification', got 'causal-lm'"),
         (
             TaskSection(kind="classification", classes=("a", "b", "a")),
