@@ -202,7 +202,9 @@ def client(
     from edgelam_fl.federation.join import join
     from edgelam_fl.federation.standing import NodeOptions
     from edgelam_fl.files import keep_private
+    from edgelam_fl.tasks.named import local_data
 
     keep_private()
+    data = local_data(data) if data else None
     options = NodeOptions(server, data, listen, advertise, threads, tuple(tag), trust)
     raise typer.Exit(join(console, options, join_text=join_text, name=name, state=state, insecure=insecure, wait=wait))

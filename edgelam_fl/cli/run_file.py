@@ -26,6 +26,7 @@ from edgelam_fl.plan.fronts import check_trust, host_readings, with_auto_front
 from edgelam_fl.plan.making import task_settings
 from edgelam_fl.privacy.limits import HostReading
 from edgelam_fl.tasks.data import device_pairs
+from edgelam_fl.tasks.named import local_data
 from edgelam_fl.tasks.suggest import suggest
 
 COMMON = {
@@ -56,6 +57,7 @@ def write_run_file(file: Path, data: Path | None, model: str) -> list[str]:
     sections = _for_model(source) if source else {}
     chosen = [f"model.name = {model!r}"] if source else []
     if data is not None:
+        data = local_data(data)
         found = suggest(data, *_answers_of(source))
         if found.classifies and source is None:
             chosen.append(f"model.name = {_CLASSIFIER!r}: a model that answers with classes; --model chooses another")
@@ -129,7 +131,7 @@ def explained(config: RunConfig) -> str:
 
 def described_data(config: RunConfig, data: Path) -> str:
     """Says as a comment what a run would learn from a device's file. Raises DataError if it does not fit."""
-    found = device_pairs(data, task_settings(config))
+    found = device_pairs(local_data(data), task_settings(config))
     said = f"{data}: {len(found.training)} examples to learn, {len(found.held_out)} held out."
     if found.bad:
         said += f" Left out, since they cannot be read: {len(found.bad)} ({', '.join(found.bad[:5])}{' ...' if len(found.bad) > 5 else ''})."

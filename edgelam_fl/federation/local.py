@@ -26,6 +26,7 @@ from edgelam_fl.federation.operator import Operator, operator_folder
 from edgelam_fl.federation.submission import Submission
 from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.federation.template import warm_template
+from edgelam_fl.tasks.named import local_data
 from edgelam_fl.telemetry.events import Event, RunDone
 from edgelam_fl.trust.authority import issue
 from edgelam_fl.trust.identity import DEVICE, HOST, save_identity
@@ -80,6 +81,7 @@ def local_federation(config: RunConfig, data: Sequence[Path], folder: Path) -> I
     holds the nodes' logs too. Raises DataError for a file that cannot be read before anything starts, and for one that
     nothing can be learned from before a node does.
     """
+    data = [local_data(file) for file in data]
     check_files(config, data)
     port = free_port()
     server = f"127.0.0.1:{port}"

@@ -33,6 +33,7 @@ from edgelam_fl.privacy.attacks.seen import GUESSES, Seen, best_tokens, chance, 
 from edgelam_fl.privacy.known import KnownLeakage
 from edgelam_fl.tasks.data import Prompt, pairs_by
 from edgelam_fl.tasks.docstrings import docstring_pairs, split_by_module
+from edgelam_fl.tasks.named import local_data
 
 BUILT_IN_TEXT = "docstrings of Python's standard library"
 LEAST_TOKENS, MOST_TOKENS, LEAST_TEXTS = 4, 96, 8
@@ -100,7 +101,7 @@ def texts_of_file(file: Path, config: RunConfig) -> list[str]:
 
     Raises DataError if the file cannot be read or holds too little.
     """
-    pairs = pairs_by(task_settings(config), file).pairs
+    pairs = pairs_by(task_settings(config), local_data(file)).pairs
     parts = [
         _prompt_text(prompt) if config.task.classes else f"{_prompt_text(prompt)} {answer}" for prompt, answer in pairs
     ]

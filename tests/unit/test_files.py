@@ -226,19 +226,6 @@ def test_columns_of_every_kind_are_read_and_classes_get_their_names(tmp_path: Pa
         read_records(tmp_path / "b.parquet")
 
 
-def test_what_datasets_saves_is_read(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    pytest.importorskip("pyarrow")
-    whole = datasets.Dataset.from_list(ROWS)
-    whole.save_to_disk(tmp_path / "one", num_shards=2)
-    assert read_records(tmp_path / "one") == expected_rows()
-    whole.select([3, 1]).save_to_disk(tmp_path / "chosen")
-    assert [row for _, row in read_records(tmp_path / "chosen")] == [ROWS[3], ROWS[1]]
-    datasets.DatasetDict(train=whole, test=whole).save_to_disk(tmp_path / "two")
-    with pytest.raises(DataError, match=r"holds several data sets \(test, train\); give one: .*/two/test"):
-        read_records(tmp_path / "two")
-
-
 def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "data.parquet").write_bytes(b"PAR1")
