@@ -56,6 +56,8 @@ def write_run_file(file: Path, data: Path | None, model: str) -> list[str]:
     source = find_model(model) if model else None
     sections = _for_model(source) if source else {}
     chosen = [f"model.name = {model!r}"] if source else []
+    if "task" in sections:
+        chosen.append("task.template = 'plain': the model has no chat template")
     if data is not None:
         data = local_data(data)
         found = suggest(data, *_answers_of(source))
@@ -101,6 +103,8 @@ def _for_model(source: ModelSource) -> dict[str, dict[str, Any]]:
         target_modules(source, standard.lora.targets)
     except ConfigError:
         sections["lora"] = {"targets": ("all-linear",)}
+    if source.family.task_head is None and not has_chat_template(source.folder):
+        sections["task"] = {"template": "plain"}
     return sections
 
 

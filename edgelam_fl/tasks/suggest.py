@@ -51,9 +51,14 @@ def suggest(path: Path, classifies: bool | None, has_chat_template: bool = True)
     names = list(dict.fromkeys(name for row in rows for name in row))
     chats = next((name for name in [*CHATS, *names] if _are_chats(rows, name)), "")
     texts = [name for name in names if _are_texts(rows, name)]
+    completions = any(
+        is_chat(row.get(name)) for name in names if name.lower() in (*_PROMPTS, *_ANSWERS) for row in rows
+    )
+    if not has_chat_template and (chats or completions):
+        raise DataError(f"{path} holds chats, and this model has no chat template; give another --model", "chat")
     if chats and (chats in CHATS or not _known(names, _ANSWERS)):
         found = _for_chats(path, chats, names)
-    elif any(is_chat(row.get(name)) for name in names if name.lower() in (*_PROMPTS, *_ANSWERS) for row in rows):
+    elif completions:
         found = _for_completions(path, names)
     elif names == [PASSAGE] or ("text" in texts and not _known(names, _ANSWERS)):
         found = _for_passages(path)
@@ -64,7 +69,7 @@ def suggest(path: Path, classifies: bool | None, has_chat_template: bool = True)
             f"the model answers with classes, and {path} holds none: it needs a text and one of at most {_MOST_CLASSES} short answers",
             "columns",
         )
-    return found if has_chat_template or found.classifies else _without_template(path, found)
+    return found
 
 
 def _are_chats(rows: Sequence[Values], name: str) -> bool:
@@ -140,15 +145,6 @@ def _classes(rows: Sequence[Values], name: str) -> list[str]:
     if not 2 <= len(found) <= _MOST_CLASSES or any(len(one) > _LONGEST_CLASS or "\n" in one for one in found):
         return []
     return sorted(found, key=lambda one: (0, int(one), "") if one.isdecimal() else (1, 0, one))
-
-
-def _without_template(path: Path, found: Suggestion) -> Suggestion:
-    if "data" not in found.sections or any("'chat'" in line for line in found.said):
-        if "task" in found.sections:
-            return found  # passages
-        raise DataError(f"{path} holds chats, and this model has no chat template; give another --model", "chat")
-    sections = found.sections | {"task": {"template": "plain"}}
-    return Suggestion(sections, [*found.said, "task.template = 'plain': the model has no chat template"])
 
 
 def choose_fields(path: Path, names: list[str], labels: Sequence[str] = ()) -> tuple[str, str]:

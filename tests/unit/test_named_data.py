@@ -88,7 +88,7 @@ def test_names_without_data_are_refused(tmp_path: Path, monkeypatch: pytest.Monk
         local_data(Path("hf:a/b/x"))
     with pytest.raises(DataError, match=r"must be hf:OWNER/NAME, hf:OWNER/NAME/CONFIG or hf:FOLDER"):
         local_data(Path("hf:a/b/c/d"))
-    with pytest.raises(DataError, match="there is no folder ./none"):
+    with pytest.raises(DataError, match=r"there is no folder \./none"):
         local_data(Path("hf:./none"))
     for plain in (tmp_path / "none.jsonl", tmp_path / "no:folder", tmp_path):
         assert local_data(plain) == plain, "what is wrong with it, its reader says"

@@ -285,3 +285,15 @@ def test_what_a_run_would_learn_from_a_file(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match=r"line 11 is not JSON.*data\.bad_lines = 'skip'"):
         described_data(RunConfig(), data)
+
+
+def test_a_model_without_a_chat_template_gets_a_plain_one(tmp_path: Path) -> None:
+    model = write_tiny_llama(tmp_path / "model", layers=3)
+    for file in model.glob("chat_template*"):
+        file.unlink()
+    asked = data_file(tmp_path, *({"question": f"q{n}", "answer": f"a{n}"} for n in range(3)))
+    config, said = written(tmp_path, asked, str(model))
+    assert config.task.template == "plain"
+    assert "task.template = 'plain': the model has no chat template" in said
+    with pytest.raises(DataError, match="holds chats, and this model has no chat template"):
+        written(tmp_path, data_file(tmp_path, *[{"messages": [ASKED, SAID]}] * 2), str(model))
