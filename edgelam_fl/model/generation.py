@@ -18,11 +18,58 @@ if TYPE_CHECKING:
     from edgelam_fl.model.source import ModelSource
 
 GENERATION = "generation_config.json"
+APPLIED = (  # in transformers' order; `serving.generate` computes with them
+    "sequence_bias", "repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "min_length", "min_new_tokens",
+    "suppress_tokens", "begin_suppress_tokens",
+)  # fmt: skip
+_WITHOUT_EFFECT = frozenset({  # keys that do not change which token is likeliest after a prompt, or how long an answer may be
+    "do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",  # drawing
+    "max_length", "max_new_tokens", "max_time", "early_stopping", "length_penalty", "num_return_sequences",  # the caller's
+    "eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id", "transformers_version",
+    "use_cache", "cache_implementation", "cache_config", "max_cache_len", "output_attentions", "output_hidden_states",
+    "output_scores", "output_logits", "return_dict_in_generate", "renormalize_logits", "remove_invalid_values", "low_memory",
+    "compile_config", "disable_compile", "prefill_chunk_size", "continuous_batching_config", "assistant_early_exit",
+    "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
+    "assistant_lookbehind", "target_lookbehind", "prompt_lookup_num_tokens", "max_matching_ngram_size", "speculation_type",
+    "use_mtp", "_from_model_config", "trust_remote_code", "user_token_id", "assistant_token_id", "chat_format", "max_window_size",
+})  # fmt: skip
+_NEUTRAL = {  # values of other keys that ask for nothing
+    "num_beams": 1, "num_beam_groups": 1, "guidance_scale": 1.0, "penalty_alpha": 0.0, "diversity_penalty": 0.0,
+    "encoder_repetition_penalty": 1.0, "encoder_no_repeat_ngram_size": 0, "token_healing": False,
+}  # fmt: skip
 
 
 def generation_settings(folder: Path) -> dict[str, Any]:
     """Reads generation_config.json; an absent one is empty. Raises ModelError for a file that holds no JSON object."""
     return _read(folder, GENERATION)
+
+
+def applied(folder: Path) -> dict[str, Any]:
+    """Returns the settings of generation_config.json that change which token is likeliest, in the order in which they apply."""
+    settings = generation_settings(folder)
+    neutral: dict[str, Any] = {
+        "repetition_penalty": 1.0,
+        "no_repeat_ngram_size": 0,
+        "min_length": 0,
+        "min_new_tokens": 0,
+    }
+    return {
+        key: settings[key]
+        for key in APPLIED
+        if settings.get(key) not in (None, [], {}) and settings[key] != neutral.get(key)
+    }
+
+
+def left_out(folder: Path) -> dict[str, Any]:
+    """Returns the settings of generation_config.json that would change a greedy answer and are not computed here."""
+    return {
+        key: value
+        for key, value in generation_settings(folder).items()
+        if key not in _WITHOUT_EFFECT
+        and key not in APPLIED
+        and value not in (None, [], {})
+        and value != _NEUTRAL.get(key)
+    }
 
 
 def stop_ids(folder: Path) -> frozenset[int]:

@@ -25,6 +25,9 @@ class Says(Protocol):
     @property
     def remembers(self) -> bool: ...
 
+    @property
+    def remark(self) -> str: ...
+
     def say(self, conversation: Sequence[Message], max_tokens: int, *, tuned: bool = True) -> Iterator[str]: ...
 
 
@@ -65,6 +68,8 @@ def talk(speaker: Says, lines: Iterator[str], max_tokens: int, tuned: bool, writ
 
 def converse(speaker: Says, console: Console, prompt: str | None, max_tokens: int, *, tuned: bool) -> None:
     """Answers `prompt`, or holds a conversation in this terminal if it is None. console: for all but the answers."""
+    if speaker.remark:
+        console.print(speaker.remark, style="yellow", highlight=False, soft_wrap=True, markup=False)
     if prompt is not None:
         ask(speaker, prompt, max_tokens, tuned, write_now)
         return

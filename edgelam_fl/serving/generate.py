@@ -1,4 +1,4 @@
-"""Generates text from a model greedily: each new token is the likeliest.
+"""Generates text from a model greedily: each new token is the likeliest, after what its generation_config.json forbids or rewards.
 
 `greedy` knows neither models nor texts: it asks a function for logits, which may be a model in this process
 (`LocalSpeaker`) or a route over other nodes (`federation.remote.RouteSpeaker`). Knows no network. Shapes: V vocabulary.
@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -15,9 +15,22 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
 
 from edgelam_fl.config import ModelSection, RunConfig, TaskSection
-from edgelam_fl.errors import ConfigError
+from edgelam_fl.errors import ConfigError, ModelError
+from edgelam_fl.model.generation import GENERATION, applied, left_out
 from edgelam_fl.model.limits import positions_of
 from edgelam_fl.model.source import find_model
 from edgelam_fl.model.whole import CutOnWhole, load_whole, put_on
@@ -34,15 +47,53 @@ Called with the whole prompt at position 0, then with each new token alone: a KV
 _HALF_A_CHARACTER = "\ufffd"
 
 
-def greedy(step: Step, ids: Sequence[int], max_tokens: int, stop_ids: Collection[int]) -> Iterator[int]:
+Change = Callable[[Sequence[int], torch.Tensor], torch.Tensor]
+"""(all ids so far, logits [V]) -> logits [V] as the model's generation_config.json wants them."""
+
+
+def greedy(
+    step: Step, ids: Sequence[int], max_tokens: int, stop_ids: Collection[int], change: Change | None = None
+) -> Iterator[int]:
     """Yields at most `max_tokens` tokens that follow `ids`; ends before the first of `stop_ids`."""
-    feed, position = list(ids), 0
+    feed, position, text = list(ids), 0, list(ids)
     for _ in range(max_tokens):
-        token = int(step(feed, position).argmax())
+        logits_V = step(feed, position)
+        token = int((change(text, logits_V) if change else logits_V).argmax())
         if token in stop_ids:
             return
         yield token
         feed, position = [token], position + len(feed)
+        text.append(token)
+
+
+def change_of(settings: Mapping[str, Any], prompt_tokens: int, stop_ids: Collection[int]) -> Change | None:
+    """Returns what `generation.applied` asks for, computed by transformers; None if it asks for nothing.
+
+    Raises ModelError for a value that transformers refuses.
+    """
+    ends = sorted(stop_ids)
+    kinds: dict[str, Callable[[Any], LogitsProcessor]] = {
+        "sequence_bias": SequenceBiasLogitsProcessor,
+        "repetition_penalty": RepetitionPenaltyLogitsProcessor,
+        "no_repeat_ngram_size": NoRepeatNGramLogitsProcessor,
+        "bad_words_ids": lambda words: NoBadWordsLogitsProcessor(words, ends),
+        "min_length": lambda length: MinLengthLogitsProcessor(length, ends),
+        "min_new_tokens": lambda length: MinNewTokensLengthLogitsProcessor(prompt_tokens, length, ends),
+        "suppress_tokens": SuppressTokensLogitsProcessor,
+        "begin_suppress_tokens": lambda tokens: SuppressTokensAtBeginLogitsProcessor(tokens, prompt_tokens),
+    }
+    processors = LogitsProcessorList()
+    for key, value in settings.items():
+        try:
+            processors.append(kinds[key](value))
+        except (ValueError, TypeError) as error:
+            raise ModelError(f"{GENERATION}: {key} = {str(value)[:60]} is refused by transformers: {error}") from error
+
+    def change(ids: Sequence[int], logits_V: torch.Tensor) -> torch.Tensor:
+        scores_1V: torch.Tensor = processors(torch.tensor([list(ids)]), logits_V[None].float().clone())
+        return scores_1V[0]
+
+    return change if processors else None
 
 
 def pieces(tokens: Iterable[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
@@ -95,12 +146,24 @@ class Speaker(ABC):
         """Whether the answer depends on earlier turns of a conversation; only the model's own chat template has turns."""
         return self._task.template == "chat"
 
+    @property
+    def remark(self) -> str:
+        """Says which settings of the model's generation_config.json are not computed here; "" if all are."""
+        asked = ", ".join(f"{key} = {str(value)[:40]}" for key, value in left_out(self._source.folder).items())
+        return (
+            f"{GENERATION} of {self._source.name} asks for {asked}, which is left out: answers are greedy"
+            if asked
+            else ""
+        )
+
     def say(self, conversation: Sequence[Message], max_tokens: int, *, tuned: bool = True) -> Iterator[str]:
         """Yields the answer to the last message in pieces. Raises ConfigError if the message is too long for the model."""
         begin = self._opening(conversation, max_tokens)
         tokenizer = self._task.tokenizer
         with torch.no_grad(), self.opened(tuned) as step:
-            tokens = greedy(step, begin.ids, max_tokens, self._source.stop_ids)
+            ends = self._source.stop_ids
+            change = change_of(applied(self._source.folder), len(begin.ids), ends)
+            tokens = greedy(step, begin.ids, max_tokens, ends, change)
             said = pieces(tokens, lambda taken: tokenizer.decode(taken, skip_special_tokens=True))
             yield from behind(begin.given, said)
 

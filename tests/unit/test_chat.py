@@ -14,6 +14,7 @@ class Echo:
     """Answers with what it was last told, a word at a time; refuses the word "long"."""
 
     remembers = True
+    remark = ""
 
     def __init__(self) -> None:
         self.told: list[list[str]] = []

@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM
 
 from edgelam_fl.config import RunConfig
-from edgelam_fl.errors import ConfigError
+from edgelam_fl.errors import ConfigError, ModelError
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.serving.generate import LocalSpeaker, answer, behind, greedy, pieces
 from edgelam_fl.serving.results import Result, open_result
 from tests.fleet import plain_model
 from tests.results import write_result
-from tests.support import write_tiny_llama
+from tests.support import run_config, write_tiny_llama
 
 END = 9
 
@@ -169,3 +170,69 @@ def test_an_answer_ends_at_a_token_that_generation_config_alone_names(tmp_path: 
     said = "".join(speaker_of(result.config).say([user("Who?")], 8))
     before = likeliest[: likeliest.index(likeliest[3])]
     assert said == speaker._task.tokenizer.decode(before, skip_special_tokens=True)
+
+
+SETTINGS: dict[str, Any] = {
+    "repetition_penalty": {"repetition_penalty": 9.0},
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},
+    "bad_words_ids": {"bad_words_ids": [[31], [226, 226]]},
+    "suppress_tokens": {"suppress_tokens": list(range(2, 120))},
+    "begin_suppress_tokens": {"begin_suppress_tokens": list(range(2, 200))},
+    "min_new_tokens": {"min_new_tokens": 20, "eos_token_id": list(range(1, 200))},
+    "sequence_bias": {"sequence_bias": [[[77], 4.0], [[88, 99], 9.0]]},
+    "several": {
+        "repetition_penalty": 1.3,
+        "no_repeat_ngram_size": 3,
+        "suppress_tokens": [30, 31],
+        "temperature": 0.6,
+        "top_k": 5,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def loud(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    """A model of its own, whose settings the tests write."""
+    return find_model(str(write_tiny_llama(tmp_path_factory.mktemp("loud"), layers=4)))
+
+
+def settle(source: ModelSource, settings: dict[str, Any]) -> None:
+    (source.folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 1, **settings}))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_of_the_model_are_computed_as_generate_does(loud: ModelSource, name: str) -> None:
+    settle(loud, SETTINGS[name])
+    config = run_config(loud.name)
+    got = answer(config, None, "three of them", 24)
+    model: Any = AutoModelForCausalLM.from_pretrained(loud.folder)
+    tokenizer = speaker_of(config)._task.tokenizer
+    ids = torch.tensor([tokenizer("<user>three of them</s><assistant>", add_special_tokens=False)["input_ids"]])
+    made = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, pad_token_id=1,
+        temperature=None, top_k=None,
+    )  # fmt: skip
+    ends = {1, *(SETTINGS[name].get("eos_token_id") or [])}
+    tokens = made[0, ids.shape[1] :].tolist()
+    assert got == tokenizer.decode(tokens[:-1] if tokens[-1] in ends else tokens, skip_special_tokens=True).strip()
+    settle(loud, {})
+    assert got != answer(config, None, "three of them", 24), "the setting makes no difference here"
+
+
+def test_what_chat_does_not_do_is_said_and_sampling_is_not(loud: ModelSource) -> None:
+    settle(loud, {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "num_beams": 1, "max_length": 20})
+    assert speaker_of(run_config(loud.name)).remark == ""
+    settle(loud, {"num_beams": 4, "stop_strings": ["###"], "of_tomorrow": 1})
+    remark = speaker_of(run_config(loud.name)).remark
+    assert (
+        "asks for num_beams = 4, stop_strings = ['###'], of_tomorrow = 1, which is left out: answers are greedy"
+        in remark
+    )
+
+
+def test_a_setting_that_transformers_refuses(loud: ModelSource) -> None:
+    settle(loud, {"repetition_penalty": -1.0})
+    with pytest.raises(
+        ModelError, match=r"generation_config\.json: repetition_penalty = -1\.0 is refused by transformers"
+    ):
+        answer(run_config(loud.name), None, "Who?", 4)
