@@ -7,7 +7,8 @@ values to try in every combination, [protocols] how to read the results. Knows n
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ RUN_KEYS = {
     "epsilon": "privacy.epsilon",
 }
 NO_PRIVACY = "none"  # of the axis epsilon
+WITH_SETTINGS = (
+    "aggregation",
+    "selection",
+)  # axes whose values may bring settings: "fedadam eta=0.1 optimizer.lr=0.002"
 
 
 class Bench(Section):
@@ -98,7 +103,7 @@ class Cell:
     @property
     def name(self) -> str:
         """The cell's name and its folder's; independent of the order of the axes in the file. Says epsilon if there is one."""
-        values = {axis: str(self.values[axis]).replace(":", "-") for axis in Axes.model_fields if axis != "epsilon"}
+        values = {axis: _in_names(str(self.values[axis])) for axis in Axes.model_fields if axis != "epsilon"}
         seed = values.pop("seed")
         return "_".join([*values.values(), *([f"epsilon-{self.values['epsilon']:g}"] if self.private else []), seed])
 
@@ -107,9 +112,32 @@ class Cell:
         """Whether the run promises an epsilon."""
         return bool(self.values["epsilon"] != NO_PRIVACY)
 
+    def settings(self) -> Iterator[tuple[str, str, Any]]:
+        """Yields the section, key and value of each setting that a value of an axis brings, and of each such strategy's name."""
+        for axis in WITH_SETTINGS:
+            name, *settings = str(self.values[axis]).split()
+            yield "strategy", axis, name
+            for setting in settings:
+                key, _, text = setting.partition("=")
+                section, _, inner = key.rpartition(".")
+                value = parse_toml(f"value = {text}", setting)["value"]
+                yield (section, inner, value) if section else (f"strategy.options.{name}", key, value)
+
     def same_but(self, *axes: str) -> tuple[Any, ...]:
         """Returns a key that this cell has in common with the cells that differ in `axes` only."""
         return tuple(value for axis, value in sorted(self.values.items()) if axis not in axes)
+
+
+def _in_names(value: str) -> str:
+    return re.sub(r"[^\w.+-]", "-", value)
+
+
+def _at(data: dict[str, Any], section: str) -> dict[str, Any]:
+    """Returns the table of a dotted name, which is made if it is not there; tables on the way are copied."""
+    for name in section.split("."):
+        data[name] = dict(data.get(name, {}))
+        data = data[name]
+    return data
 
 
 @dataclass(frozen=True)
@@ -162,8 +190,10 @@ class Matrix:
             data.pop("privacy", None)
         for axis, key in RUN_KEYS.items():
             section, name = key.split(".")
-            if axis != "epsilon" or cell.private:
+            if axis not in WITH_SETTINGS and (axis != "epsilon" or cell.private):
                 data.setdefault(section, {})[name] = cell.values[axis]
+        for section, name, value in cell.settings():
+            _at(data, section)[name] = value
         if classes:
             data.setdefault("task", {}).update(kind="classification", classes=list(classes))
         federation = data.setdefault("federation", {})
@@ -207,6 +237,9 @@ def parse_matrix(data: Mapping[str, Any], path: Path) -> Matrix:
             raise ConfigError(f"base.{taken[0]} in {path} is an axis: write it as axes.{axis}")
     for partition in axes.partition:
         check_partition(partition, path)
+    for axis in WITH_SETTINGS:
+        for value in getattr(axes, axis):
+            _check_settings(axis, value, path)
     for attack in axes.attack:
         _check_attack(attack, bench.devices, path)
     if base.get("privacy") and axes.epsilon == (NO_PRIVACY,):
@@ -231,6 +264,21 @@ def _section(name: str, kind: type[Section], values: Any, path: Path) -> Any:
             ) from error
         rule = problem["msg"].replace("Input should be", "must be").removeprefix("Value error, ")
         raise ConfigError(f"{key} = {problem['input']!r} {rule} (in {path})") from error
+
+
+def _check_settings(axis: str, value: str, path: Path) -> None:
+    """Raises ConfigError if what follows a strategy's name on an axis is not settings."""
+    for setting in value.split()[1:]:
+        key, equals, text = setting.partition("=")
+        try:
+            parse_toml(f"value = {text}", setting)
+        except ConfigError:
+            equals = ""
+        if not (key and equals and text):
+            raise ConfigError(
+                f"axes.{axis} = {value!r} in {path}: {setting!r} must be an option of the strategy or a key of the run file, as in "
+                f"'fedadam eta=0.1 optimizer.lr=0.002'"
+            )
 
 
 def attackers(attack: str) -> tuple[str, int]:

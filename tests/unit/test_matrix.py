@@ -60,6 +60,12 @@ def written(tmp_path: Path, text: str) -> Path:
             "[axes]\nepsilon = 8\n[base.privacy]\nepsilon = 4",
             "base.privacy.epsilon in .* is an axis: write it as axes.ep",
         ),
+        (
+            "[axes]\naggregation = 'fedadam eta'",
+            "axes.aggregation = 'fedadam eta' in .*: 'eta' must be an option of the",
+        ),
+        ("[axes]\naggregation = 'fedadam eta=a'", "'eta=a' must be an option of the strategy or a key of the run file"),
+        ("[axes]\naggregation = 'fedavg optimizer.l=1'", "unknown key optimizer.l in .*: did you mean 'optimizer.lr'"),
         ("[base.lora]\nrank = 4", "base.lora.rank in .* is an axis: write it as axes.rank"),
         ("[base.federation]\nround = 2", "unknown key federation.round in .*: did you mean 'federation.rounds'"),
         ("[base]\nmodel = 'x'", r"\[base\] in .* holds sections of a run file"),
@@ -75,6 +81,18 @@ def test_an_unknown_strategy_is_said_with_the_nearest_before_anything_starts(tmp
     matrix = read_matrix(written(tmp_path, "[axes]\naggregation = ['fedavg', 'flexlorra']"))
     with pytest.raises(ConfigError, match=r"strategy.aggregation = 'flexlorra' is not known; did you mean 'flexlora'"):
         runner.check_cells(matrix, ())
+
+
+def test_a_value_of_an_axis_may_bring_settings_of_its_own(tmp_path: Path) -> None:
+    values = '["fedadam", "fedadam eta=0.1 optimizer.lr=0.002"]'
+    text = f"[axes]\naggregation = {values}\n[base.optimizer]\nlr = 0.5\n[base.strategy]\noptions = {{ fedadam = {{ tau = 0.2 }} }}"
+    matrix = read_matrix(written(tmp_path, text))
+    plain, tuned = matrix.cells()
+    assert tuned.name == "fedadam-eta-0.1-optimizer.lr-0.002_all_uniform_iid_8_none_1"
+    configs = [matrix.config(cell, ()) for cell in (tuned, plain)]
+    assert [config.optimizer.lr for config in configs] == [0.002, 0.5]
+    assert [dict(config.strategy.options["fedadam"]) for config in configs] == [{"tau": 0.2, "eta": 0.1}, {"tau": 0.2}]
+    assert {config.strategy.aggregation for config in configs} == {"fedadam"}
 
 
 def test_a_missing_extra_says_how_to_install_it() -> None:
