@@ -18,6 +18,7 @@ from edgelam_fl.bench.matrix import Cell, Matrix, read_matrix
 from edgelam_fl.bench.reference import ONE_DEVICE, WHAT_ONE_DEVICE, one_device
 from edgelam_fl.bench.results import write_results
 from edgelam_fl.bench.runner import Results, check_cells, check_extra, engine, play
+from edgelam_fl.bench.tuning import held_back, tries, tuned
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import INTERRUPTED
 from edgelam_fl.telemetry.events import Event, PlanMade
@@ -36,7 +37,27 @@ def bench(console: Console, file: Path, out: Path | None, jobs: int) -> int:
         data = datasets.load(matrix.bench, matrix.folder)
         configs = check_cells(matrix, data.classes)
     out = (out or Path("runs") / f"bench-{matrix.name}").expanduser().absolute()
-    results = Results(out, matrix)
+    if not matrix.tune.keys:
+        return _finish(console, matrix, configs, data, out, Results(out, matrix), jobs)
+    of_tries, results, beside = tries(matrix), Results(out, matrix), out / "tuning"
+    tried, tried_configs = Results(beside, of_tries), check_cells(of_tries, data.classes)
+    status = _finish(console, of_tries, tried_configs, held_back(data, matrix.tune), beside, tried, jobs)
+    if status == INTERRUPTED:
+        return status
+    matrix = tuned(matrix, tried.lines())
+    return _finish(console, matrix, check_cells(matrix, data.classes), data, out, results, jobs)
+
+
+def _finish(
+    console: Console,
+    matrix: Matrix,
+    configs: dict[str, RunConfig],
+    data: datasets.Data,
+    out: Path,
+    results: Results,
+    jobs: int,
+) -> int:
+    """Runs what is left of a matrix, and writes its results; returns 0, 1 if a cell failed, or INTERRUPTED."""
     cells = matrix.cells()
     left = [cell for cell in cells if results.lines().get(cell.name, {}).get("state") != "done"]
     if len(left) < len(cells):

@@ -1,7 +1,8 @@
 """Reads and checks a matrix file: the settings that all cells have in common, and the axes in which they differ.
 
 [bench] has the data and the devices, [base] any part of a run file ([base.model], [base.federation], ...), [axes] the
-values to try in every combination, [protocols] how to read the results. Knows no process and no data.
+values to try in every combination, [protocols] how to read the results, [tune] what is chosen for each strategy beforehand. Knows
+no process and no data.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,16 @@ class Protocols(Section):
     )
 
 
+class Tune(Section):
+    """The section [tune]: settings that are chosen for each strategy, before the cells run."""
+
+    keys: dict[str, list[Any]] = Field(
+        {}, description="values to choose from, by the run file's key, as in { 'optimizer.lr' = [2e-3, 5e-3] }"
+    )
+    seed: int = Field(0, ge=0, description="seed of the tries, none of the axis")
+    share: float = Field(0.2, gt=0, lt=1, description="share of the training examples that the tries are measured with")
+
+
 @dataclass(frozen=True)
 class Cell:
     """One federation of the matrix: a value per axis, by the axis' name."""
@@ -150,6 +161,7 @@ class Matrix:
     axes: Axes
     protocols: Protocols
     base: Mapping[str, Any]
+    tune: Tune = field(default_factory=Tune)
 
     def cells(self) -> list[Cell]:
         """Lists the cells seed by seed, so that an interrupted matrix has whole comparisons."""
@@ -220,11 +232,11 @@ def read_matrix(path: Path) -> Matrix:
 
 def parse_matrix(data: Mapping[str, Any], path: Path) -> Matrix:
     """Checks the content of a matrix file; `path` is the file's. Raises ConfigError as `read_matrix`."""
-    sections: dict[str, type[Section]] = {"bench": Bench, "axes": Axes, "protocols": Protocols}
+    sections: dict[str, type[Section]] = {"bench": Bench, "axes": Axes, "protocols": Protocols, "tune": Tune}
     for name in data:
         if name not in (*sections, "base"):
             raise ConfigError(f"unknown section [{name}] in {path}: {nearest(name, [*sections, 'base'])}")
-    bench, axes, protocols = (_section(name, kind, data.get(name, {}), path) for name, kind in sections.items())
+    bench, axes, protocols, tune = (_section(name, kind, data.get(name, {}), path) for name, kind in sections.items())
     base = data.get("base", {})
     for section, keys in base.items():
         if not isinstance(keys, dict):
@@ -246,7 +258,9 @@ def parse_matrix(data: Mapping[str, Any], path: Path) -> Matrix:
         raise ConfigError(
             f"[base.privacy] in {path} has no effect on a run without an epsilon: give axes.epsilon a number"
         )
-    matrix = Matrix(path.stem, path.parent, bench, axes, protocols, base)
+    matrix = Matrix(path.stem, path.parent, bench, axes, protocols, base, tune)
+    if tune.keys:
+        _check_tune(matrix, path)
     matrix.config(matrix.cells()[0], ())  # refuses a misspelt key of the run file before data are fetched
     return matrix
 
@@ -278,6 +292,24 @@ def _check_settings(axis: str, value: str, path: Path) -> None:
             raise ConfigError(
                 f"axes.{axis} = {value!r} in {path}: {setting!r} must be an option of the strategy or a key of the run file, as in "
                 f"'fedadam eta=0.1 optimizer.lr=0.002'"
+            )
+
+
+def _check_tune(matrix: Matrix, path: Path) -> None:
+    """Raises ConfigError if the tries could not be compared, or would be measured on a seed of the cells."""
+    axis, tune = matrix.compared, matrix.tune
+    if axis not in WITH_SETTINGS or matrix.bench.baseline not in getattr(matrix.axes, axis):
+        raise ConfigError(
+            f"[tune] in {path} chooses settings for the strategies of one axis ({', '.join(WITH_SETTINGS)}), and bench.baseline = "
+            f"{matrix.bench.baseline!r} is on none of them"
+        )
+    if tune.seed in matrix.axes.seed:
+        raise ConfigError(f"tune.seed = {tune.seed} in {path} must not be one of axes.seed: the cells would tell twice")
+    for key, values in tune.keys.items():
+        if "." not in key or not values:
+            raise ConfigError(
+                f"tune.keys.{key} = {values} in {path} must be a key of the run file with values to choose from, as in "
+                f"{{ 'optimizer.lr' = [2e-3, 5e-3] }}"
             )
 
 

@@ -113,6 +113,8 @@ class Results:
 def _digest(matrix: Matrix) -> str:
     """Hashes the settings that all cells have in common: a matrix with more values on an axis is still the same one."""
     shared = {"bench": matrix.bench.model_dump(mode="json"), "base": matrix.base}
+    if matrix.tune.keys:  # a change of what may be chosen changes the tries and the cells
+        shared["tune"] = matrix.tune.model_dump(mode="json")
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
 
 

@@ -128,6 +128,13 @@ def _about(matrix: Matrix, lines: Lines) -> str:
         f"and the spread is their sample standard deviation; differences are taken seed by seed, with the 95 % interval of a "
         f"paired t test, and with p corrected for all comparisons of a table (Holm). The intervals are not corrected.\n"
     )
+    tune = matrix.tune
+    if tune.keys:
+        choices = "; ".join(f"{key} of {', '.join(map(str, values))}" for key, values in tune.keys.items())
+        text += (
+            f"\nThe settings behind a strategy's name were chosen for it on seed {tune.seed}, measured with {tune.share:.0%} of the "
+            f"training examples and not with the test set: {choices} (tuning/results.md).\n"
+        )
     if any(line.get("personal") for line in lines.values()):
         text += (
             "\nWhere devices keep an adapter of their own, each measures its own on its equal part of the common test set, and "

@@ -75,7 +75,7 @@ class FedYogi(_Optimizer):
     def __init__(
         self, *, eta: Positive = 0.01, beta_1: Decay = 0.9, beta_2: Decay = 0.99, tau: Positive = 1e-3
     ) -> None:
-        """Options as in FedAdam; the second moment grows and shrinks slowly, and there is no bias correction."""
+        """Options as in FedAdam, `eta` being Flower's own; the second moment grows and shrinks slowly, and there is no bias correction."""
         super().__init__(flower.FedYogi, eta=eta, beta_1=beta_1, beta_2=beta_2, tau=tau)
 
 

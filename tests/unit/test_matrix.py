@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from edgelam_fl.bench import command, runner
-from edgelam_fl.bench.datasets import load, write_cell
-from edgelam_fl.bench.matrix import Bench, read_matrix
+from edgelam_fl.bench.datasets import Data, load, write_cell
+from edgelam_fl.bench.matrix import Bench, Tune, read_matrix
 from edgelam_fl.bench.partition import deal
 from edgelam_fl.bench.plot import over_epsilon
 from edgelam_fl.bench.reference import ONE_DEVICE, one_device
 from edgelam_fl.bench.tables import at_budget, compared, cost_to, differences, figures, markdown
+from edgelam_fl.bench.tuning import held_back, tries, tuned
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, EnvironmentProblem, RunFailed
 from edgelam_fl.simulation.attacks import noise, sign_flip
@@ -93,6 +94,49 @@ def test_a_value_of_an_axis_may_bring_settings_of_its_own(tmp_path: Path) -> Non
     assert [config.optimizer.lr for config in configs] == [0.002, 0.5]
     assert [dict(config.strategy.options["fedadam"]) for config in configs] == [{"tau": 0.2, "eta": 0.1}, {"tau": 0.2}]
     assert {config.strategy.aggregation for config in configs} == {"fedadam"}
+
+
+TUNE = "[tune]\nkeys = { 'optimizer.lr' = [0.1, 0.2], 'optimizer.betas' = [[0.8, 0.9]] }\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GOOD + TUNE + "seed = 2\n", r"tune.seed = 2 in .* must not be one of axes.seed"),
+        (GOOD + "[tune]\nkeys = { lr = [0.1] }\n", r"tune.keys.lr = \[0.1\] in .* must be a key of the run file"),
+        (GOOD + TUNE + "[bench]\nbaseline = 'uniform'\n", "bench.baseline = 'uniform' is on none of them"),
+    ],
+)
+def test_what_cannot_be_tuned_is_said(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_matrix(written(tmp_path, text))
+
+
+def test_each_strategy_gets_what_was_best_for_it_on_a_seed_of_its_own(tmp_path: Path) -> None:
+    matrix = read_matrix(written(tmp_path, GOOD + TUNE))
+    of_tries = tries(matrix)
+    assert [cell.values["seed"] for cell in of_tries.cells()] == [0] * 4
+    configs = [of_tries.config(cell, ()) for cell in of_tries.cells()]
+    assert {(c.strategy.aggregation, c.optimizer.lr, c.optimizer.betas) for c in configs} == {
+        (name, lr, (0.8, 0.9)) for name in ("fedavg", "ffa") for lr in (0.1, 0.2)
+    }
+    scores = dict(zip([cell.name for cell in of_tries.cells()], (0.5, 0.6, 0.7, 0.2), strict=True))
+    lines = {name: {"state": "done", "accuracy": score, "perplexity": None} for name, score in scores.items()}
+    chosen = tuned(matrix, lines)
+    best = ("fedavg optimizer.lr=0.2 optimizer.betas=[0.8,0.9]", "ffa optimizer.lr=0.1 optimizer.betas=[0.8,0.9]")
+    assert (chosen.axes.aggregation, chosen.bench.baseline, chosen.axes.seed) == (best, best[0], (1, 2))
+    assert len({cell.name for cell in chosen.cells()}) == 4
+    assert "chosen for it on seed 0, measured with 20% of the training examples" in markdown(chosen, {})
+    for name in list(lines)[:2]:
+        lines[name]["state"] = "failed"
+    with pytest.raises(RunFailed, match="no settings could be chosen for fedavg: every try failed"):
+        tuned(matrix, lines)
+
+
+def test_the_tries_never_see_the_test_set() -> None:
+    data = Data([(f"text {number}", "a") for number in range(10)], [("test", "a")], ("a", "b"))
+    tried = held_back(data, Tune(share=0.3))
+    assert (tried.test, tried.training) == (data.training[:3], data.training[3:])
 
 
 def test_a_missing_extra_says_how_to_install_it() -> None:
