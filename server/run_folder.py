@@ -10,6 +10,7 @@ from edgelam_fl.errors import ConfigError, RunFailed
 from edgelam_fl.files import from_home, write_atomically
 from edgelam_fl.model.adapter import write_peft_folder
 from edgelam_fl.plan.spec import RunSpec
+from edgelam_fl.serving.results import BASE_MODEL
 from edgelam_fl.telemetry.events import EventLog, RunDone, RunFailure, read_events
 from edgelam_fl.telemetry.records import as_json
 from edgelam_fl.telemetry.summary import build_summary
@@ -29,6 +30,8 @@ class RunFolder:
                 file.write(to_toml(spec.config))
         except FileExistsError as error:
             raise ConfigError(f"{path.name} is the folder of another run (nothing is ever overwritten)") from error
+        base = {"model": spec.config.model.name, "files": dict(spec.source.files)}
+        write_atomically(path / BASE_MODEL, json.dumps(base, indent=1) + "\n")
         self.emit = EventLog(path / "events.jsonl")
 
     def checkpoint(self, state: FederationState) -> str:

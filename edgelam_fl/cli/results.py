@@ -74,12 +74,15 @@ def chat(
     --prompt, only the answer is printed.
     """
     from edgelam_fl.files import keep_private
+    from edgelam_fl.model.source import find_model
     from edgelam_fl.serving.chat import check_can_talk, converse
     from edgelam_fl.serving.results import open_result
 
     keep_private()
     result = open_result(folder)
     check_can_talk(result.config, prompt)
+    if not base:
+        result.check_base(find_model(result.config.model.name))
     if server and base:
         raise ConfigError(
             "--base and --server do not go together: the hosts hold the run's adapter; leave out --server"

@@ -20,12 +20,12 @@ from edgelam_fl.errors import EnvironmentProblem, ModelError, PeerLost, Protocol
 from edgelam_fl.files import cache_folder, write_atomically
 from edgelam_fl.hub.slices import CHUNK_BYTES, SLICES_SERVICE
 from edgelam_fl.model.identity import (
-    ALL_WEIGHTS,
     CONFIG,
     MORE_TEMPLATES,
     ModelIdentity,
     digest_of,
     is_text_file,
+    listed_files,
 )
 from edgelam_fl.model.index import TensorEntry
 from edgelam_fl.model.served import AnnouncedPart, check_part, fetch_missing, map_tensor, read_manifest, write_manifest
@@ -156,11 +156,11 @@ class Served:
         folder = self._tensors / (f"{base}-{compute}" if compute else base)
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):
-            manifest = read_manifest(folder)
+            manifest = read_manifest(folder, self._digest)
             unknown = [name for name in names if name not in manifest]
             if unknown:
                 manifest |= {part.name: part for part in self._list(unknown, base, compute)}
-                write_manifest(folder, manifest)
+                write_manifest(folder, self._digest, manifest)
             wanted = [part for name in names for part in (manifest[name], manifest.get(f"{name}_scale")) if part]
             began, said = time.monotonic(), self._progress()
             came = fetch_missing(folder, wanted, functools.partial(self._stream, base, compute), progress=said)
@@ -269,14 +269,15 @@ def check_model(model: pb.SliceModel, digest: str) -> None:
             f"the hub described model {model.model_digest[:12]!r}, the plan has {digest[:12]}: start the run again"
         )
     names = {file.name for file in model.files}
-    missing = sorted(model.identity.keys() - names - {ALL_WEIGHTS})
+    listed = listed_files(model.identity)
+    missing = sorted(listed - names)
     if digest_of(model.identity) != digest or missing or not re.fullmatch("[0-9a-f]{64}", model.weights_digest):
         raise ProtocolError(f"the hub described model {digest[:12]!r} with other files ({', '.join(missing)[:200]})")
     for file in model.files:
         if file.name != CONFIG and not is_text_file(file.name):
             raise ProtocolError(f"the hub announced a file {file.name[:80]!r}, which no model needs")
         check_part(AnnouncedPart(file.name, file.size_bytes, file.sha256), _MOST_FILE_BYTES)
-        if model.identity.keys() != {ALL_WEIGHTS} and model.identity.get(file.name) != file.sha256:
+        if listed and model.identity.get(file.name) != file.sha256:
             raise ProtocolError(f"the hub announced {file.name} with other bytes than the plan's model has")
     if not model.tensors or CONFIG not in names:
         raise ProtocolError("the hub described a model without config.json or tensors")

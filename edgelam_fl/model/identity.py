@@ -17,6 +17,7 @@ from edgelam_fl.model.generation import GENERATION
 
 CONFIG = "config.json"
 ALL_WEIGHTS = "weights"  # stands for all files with tensors
+_READER = "GGUF reader"  # stands for config and tokenizer of a GGUF file: what its reader makes of it
 _TOKENS = (  # what turns a text into ids; a model has some of them
     "tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
     "merges.txt", "spiece.model", "sentencepiece.bpe.model",
@@ -30,7 +31,7 @@ class ModelIdentity:
     """What a model is: the SHA-256 of each of its files, by name."""
 
     files: Mapping[str, str]
-    """By the file's name in its folder; all tensors are one entry, "weights". A GGUF file has this entry alone, which holds all."""
+    """By the file's name in its folder; all tensors are one entry, "weights". A GGUF file is that entry, and one for its reader."""
     weights_digest: str
     """SHA-256 of the weights and config.json, in the form that older versions gave to a whole model."""
     watched: tuple[Path, ...] = ()
@@ -57,8 +58,6 @@ class ModelIdentity:
 
 def digest_of(files: Mapping[str, str]) -> str:
     """Returns the identity of a model with these files."""
-    if files.keys() == {ALL_WEIGHTS}:
-        return files[ALL_WEIGHTS]
     return hashlib.sha256("".join(f"{name}\0{sha}\n" for name, sha in sorted(files.items())).encode()).hexdigest()
 
 
@@ -82,13 +81,12 @@ def difference(here: Mapping[str, str], right: Mapping[str, str]) -> str:
     )
 
 
-def of_gguf(path: Path) -> ModelIdentity:
-    """Returns the identity of a GGUF file, which holds config and tokenizer too."""
+def of_gguf(path: Path, reader: int) -> ModelIdentity:
+    """Returns the identity of a GGUF file, which holds config and tokenizer too, as this version of the reader sees it."""
     state = (state_of(path),)
     settled, digest = all(map(is_settled, state)), file_digest(path)
-    return ModelIdentity(
-        files={ALL_WEIGHTS: digest}, weights_digest=digest, watched=(path,), state=state, settled=settled
-    )
+    files = {ALL_WEIGHTS: digest, _READER: hashlib.sha256(str(reader).encode()).hexdigest()}
+    return ModelIdentity(files=files, weights_digest=digest, watched=(path,), state=state, settled=settled)
 
 
 def of_folder(folder: Path, weights: Sequence[Path]) -> ModelIdentity:
@@ -112,6 +110,11 @@ def text_files(folder: Path) -> list[str]:
     """Lists the files of a model that say how text becomes ids and where an answer ends, by their names below the folder."""
     names = [name for name in _TEXT if (folder / name).is_file()]
     return names + [f"{MORE_TEMPLATES}/{file.name}" for file in sorted((folder / MORE_TEMPLATES).glob("*.jinja"))]
+
+
+def listed_files(identity: Mapping[str, str]) -> set[str]:
+    """Returns the names of the small files that an identity is made of; none for a GGUF file, which has none."""
+    return set() if _READER in identity else identity.keys() - {ALL_WEIGHTS}
 
 
 def is_text_file(name: str) -> bool:

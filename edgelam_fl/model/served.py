@@ -77,16 +77,21 @@ def map_tensor(folder: Path, part: AnnouncedPart) -> Any:
     return torch.from_numpy(array).view(getattr(torch, SAFETENSORS_DTYPES[part.dtype][0])).view(part.shape)
 
 
-def read_manifest(folder: Path) -> dict[str, AnnouncedPart]:
+def read_manifest(folder: Path, model: str) -> dict[str, AnnouncedPart]:
+    """Returns what the hub announced for a model, by its digest: several may share a folder of tensors."""
     try:
-        entries = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        entries = json.loads(_manifest(folder, model).read_text(encoding="utf-8"))
         return {name: AnnouncedPart(**{**entry, "shape": tuple(entry["shape"])}) for name, entry in entries.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}  # absent, or cut off by a power failure: it is requested again
 
 
-def write_manifest(folder: Path, parts: dict[str, AnnouncedPart]) -> None:
-    write_atomically(folder / "manifest.json", json.dumps({name: asdict(part) for name, part in parts.items()}))
+def write_manifest(folder: Path, model: str, parts: dict[str, AnnouncedPart]) -> None:
+    write_atomically(_manifest(folder, model), json.dumps({name: asdict(part) for name, part in parts.items()}))
+
+
+def _manifest(folder: Path, model: str) -> Path:
+    return folder / f"manifest-{model[:16]}.json"
 
 
 def fetch_missing(

@@ -271,9 +271,8 @@ def _from_folder(name: str, folder: Path, reference: str) -> ModelSource:
 
 
 def _from_gguf(name: str, path: Path, reference: str) -> ModelSource:
-    identity = of_gguf(path)
-    digest = identity.digest
-    folder = cache_folder() / "models" / digest[:16]
+    identity = of_gguf(path, GGUF_READER)
+    folder = cache_folder() / "models" / identity.weights_digest[:16]
     tensors = _unpacked_index(folder)
     if tensors is None:
         folder.mkdir(parents=True, exist_ok=True)

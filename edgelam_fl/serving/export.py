@@ -51,6 +51,7 @@ def export(result: Result, kind: str, out: Path | None, dtype: str = "", front: 
         raise ConfigError(f"{folder} exists; choose another with --out (nothing is ever overwritten)")
     _check_front(result, front)
     source = find_model(result.config.model.name)
+    result.check_base(source)
     with _adapter(result, front) as adapter:
         if kind == "peft":
             _check_adapter(adapter, source)

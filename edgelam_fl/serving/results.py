@@ -1,12 +1,21 @@
-"""Opens a run's folder for later commands: its configuration and its adapter. Imports no torch, reads no tensor."""
+"""Opens a run's folder for later commands: its configuration, its adapter and what its base model was. Reads no tensor.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgelam_fl.config import RunConfig, read_run_file
-from edgelam_fl.errors import ConfigError
+from edgelam_fl.errors import ConfigError, ModelError
+from edgelam_fl.model.generation import GENERATION
+from edgelam_fl.model.identity import difference
+from edgelam_fl.model.source import ModelSource
+
+BASE_MODEL = "base_model.json"  # of a run's folder: the identity of the model that the run trained on
 
 
 @dataclass(frozen=True)
@@ -20,6 +29,25 @@ class Result:
     def adapter(self) -> Path:
         """The adapter after the last finished round, in peft's format."""
         return self.folder / "adapter"
+
+    def check_base(self, source: ModelSource) -> None:
+        """Raises ModelError if the run trained on another model than `source`: its adapter would fit in shape alone.
+
+        How answers end may be set anew after a run (generation_config.json). Folders of older versions do not say what the
+        model was.
+        """
+        try:
+            files = json.loads((self.folder / BASE_MODEL).read_text(encoding="utf-8"))["files"]
+            then, now = (
+                {name: str(sha) for name, sha in of.items() if name != GENERATION} for of in (files, source.files)
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return
+        if changes := difference(now, then):
+            raise ModelError(
+                f"{self.folder} was trained on another model than {source.name} is now: {changes}. Set model.name in its config.toml "
+                f"to the model of then, or run again"
+            )
 
 
 def open_result(folder: Path) -> Result:

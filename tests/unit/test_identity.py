@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -13,6 +14,8 @@ from edgelam_fl.errors import Mismatch, ModelError, ProtocolError, Refused
 from edgelam_fl.hub.daemon import HubServer
 from edgelam_fl.hub.fetch import check_model, open_model
 from edgelam_fl.hub.slices import offered
+from edgelam_fl.model.generation import GENERATION
+from edgelam_fl.model.identity import difference, of_gguf
 from edgelam_fl.model.served import AnnouncedPart, check_part
 from edgelam_fl.model.source import ModelSource, find_model, is_as_found, why_changed
 from edgelam_fl.model.stage import load_stages
@@ -23,8 +26,11 @@ from edgelam_fl.plan.layout import make_layout
 from edgelam_fl.plan.making import RoundFacts, make_plans
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.privacy.known import KnownLeakage, known_leakage, store
+from edgelam_fl.serving.export import export
+from edgelam_fl.serving.results import BASE_MODEL, open_result
 from edgelam_fl.telemetry.events import Event
 from edgelam_fl.wire import edgelam_pb2 as pb
+from tests.results import write_result
 from tests.support import CHAT, byte_tokenizer, run_config
 from tests.unit.conftest import MakeFederation
 
@@ -247,3 +253,34 @@ def test_a_description_with_other_small_files_than_the_plans_model_is_refused(ti
 def test_no_announced_file_leaves_the_models_folder(name: str) -> None:
     with pytest.raises(ProtocolError, match="the hub announced a part with the name"):
         check_part(AnnouncedPart(name, 1, "0" * 64), 10)
+
+
+# ---------------------------------------------------------------- results
+
+
+def test_a_runs_folder_says_what_its_model_was(federation: MakeFederation, tiny: ModelSource) -> None:
+    run = federation("a", "e", "federation.rounds=1")
+    run.run()
+    kept = json.loads((run.folder.path / BASE_MODEL).read_text(encoding="utf-8"))
+    assert kept == {"model": tiny.name, "files": tiny.files}
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "config.json"])
+def test_an_adapter_is_not_put_on_another_model(folder: Path, tmp_path: Path, name: str) -> None:
+    source = find_model(str(folder))
+    result = open_result(write_result(tmp_path / "run", source))
+    result.check_base(source)  # a folder of an older version says nothing
+    (result.folder / BASE_MODEL).write_text(json.dumps({"files": dict(source.files)}), encoding="utf-8")
+    rewrite(folder / GENERATION)
+    result.check_base(find_model(str(folder)))
+    rewrite(folder / name)
+    with pytest.raises(ModelError, match=rf"was trained on another model than .* is now: {name} is not the same"):
+        export(result, "peft", None)
+
+
+def test_another_reader_of_a_gguf_file_makes_another_model_of_it(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"weights")
+    one, other = (of_gguf(tmp_path / "m.gguf", reader) for reader in (1, 2))
+    assert one.digest != other.digest
+    assert one.weights_digest == other.weights_digest == one.leakage_key == hashlib.sha256(b"weights").hexdigest()
+    assert difference(one.files, other.files) == "GGUF reader is not the same"

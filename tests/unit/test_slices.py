@@ -361,8 +361,8 @@ def test_what_must_not_be_announced(change: dict[str, object]) -> None:
 
 def test_a_manifest_that_was_cut_short_is_no_manifest(tmp_path: Path) -> None:
     parts = {part.name: part for part in made([3])}
-    served.write_manifest(tmp_path, parts)
-    assert served.read_manifest(tmp_path) == parts
+    served.write_manifest(tmp_path, "m", parts)
+    assert served.read_manifest(tmp_path, "m") == parts
     for text in ("{", "[]", json.dumps({"a": {}}), ""):
-        (tmp_path / "manifest.json").write_text(text)
-        assert served.read_manifest(tmp_path) == {}
+        (tmp_path / "manifest-m.json").write_text(text)
+        assert served.read_manifest(tmp_path, "m") == {}
