@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, SmolLM3Config
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import PeerLost
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.adapter import Adapter, initial_adapter
-from edgelam_fl.model.source import ModelSource
+from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.stage import load_stages
 from edgelam_fl.plan.making import RoundFacts
 from edgelam_fl.plan.reading import end_spans, part_id, spans_of
@@ -63,16 +65,47 @@ def greedy(session: RouteSession) -> tuple[list[int], list[torch.Tensor]]:
 def test_a_route_generates_what_the_whole_model_does(
     tiny: ModelSource, data_files: list[Path], hosts: int, front: int, back: int, base: str
 ) -> None:
+    generates(tiny, data_files, hosts, front, back, base)
+
+
+SIZES: dict[str, Any] = dict(
+    vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+    initializer_range=0.2, bos_token_id=None, eos_token_id=None, pad_token_id=None, sliding_window=4,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Gemma2Config(
+            **SIZES, head_dim=8, query_pre_attn_scalar=8, layer_types=["sliding_attention", "full_attention"] * 2
+        ),
+        SmolLM3Config(**SIZES, no_rope_layers=[1, 0, 1, 0], use_sliding_window=True),
+    ],
+    ids=["gemma2", "smollm3"],
+)
+def test_a_route_with_windows_and_without_positions(
+    config: Any, tiny_folder: Path, data_files: list[Path], tmp_path: Path
+) -> None:
+    """Of every other layer, in stages of one layer or two; the window is shorter than the prompt."""
+    shutil.copytree(tiny_folder, tmp_path / "model", ignore=lambda *_: ["model.safetensors", "config.json"])
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    generates(find_model(str(tmp_path / "model")), data_files, hosts=1, front=1, back=1, base="fp32")
+
+
+def generates(source: ModelSource, data_files: list[Path], hosts: int, front: int, back: int, base: str) -> None:
+    """Judges that a route's answer is the whole model's."""
     config = run_config(
-        tiny.name, f"split.hosts={hosts}", f"split.front={front}", f"split.back={back}", f"model.base={base}"
+        source.name, f"split.hosts={hosts}", f"split.front={front}", f"split.back={back}", f"model.base={base}"
     )
-    adapter = trained_adapter(tiny, config)
-    model = plain_model(tiny, config, adapter)
+    adapter = trained_adapter(source, config)
+    model = plain_model(source, config, adapter)
     ids = torch.tensor([PROMPT])
     expected = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False
     )  # fmt: skip
-    with memory_fleet(tiny, config, data_files[:1]) as fleet:
+    with memory_fleet(source, config, data_files[:1]) as fleet:
         session, plans = open_session(fleet, adapter)
         tokens, logits = greedy(session)
         session.reset()  # a second text on the same links, from an empty cache

@@ -6,6 +6,7 @@ Four layers each, so that every kind of layer is in another stage; `test_familie
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,6 +42,7 @@ from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.stage import LoraSettings, Stage, load_stages
 from edgelam_fl.model.weights import read_tensors
 from edgelam_fl.model.whole import load_whole, put_on
+from tests.contract.test_model_folders import fp8
 from tests.parity.test_families import LENGTHS, padding, save, through, token_ids, whole_generation
 
 LAYERS, WINDOW, RANK, ALPHA = 4, 8, 4, 8.0
@@ -299,6 +301,16 @@ def test_a_file_in_which_experts_are_joined(experts: ModelSource, tmp_path: Path
         expected = whole(input_ids=token_ids()[:1, :length]).logits
         got = through(load_stages(joined, CUTS["inside"], "fp32", None), token_ids()[:1, :length], [length])
         assert torch.equal(got, expected)
+
+
+def test_experts_in_fp8(experts: ModelSource, tmp_path: Path) -> None:
+    """Each expert's matrices have scales of their own, as in the fp8 checkpoints of the hub."""
+    shutil.copytree(experts.folder, tmp_path / "fp8")
+    fp8(tmp_path / "fp8", block=None)
+    names = [name for name in experts.index if ".mlp.experts." in name]
+    packed = dict(read_tensors(find_model(str(tmp_path / "fp8")), names, "fp32"))
+    for name, tensor in read_tensors(experts, names, "fp32"):
+        assert 0 < (packed[name] - tensor).norm() < 0.05 * tensor.norm(), name
 
 
 def test_an_expert_that_is_not_there(experts: ModelSource, tmp_path: Path) -> None:
