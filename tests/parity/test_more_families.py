@@ -20,6 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.numpy import load_file, save_file
 from transformers import (
     CONFIG_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3Config,
@@ -260,6 +261,62 @@ def test_exports_load_in_plain_transformers_and_peft(built: Built, tmp_path: Pat
     put_on(load_whole(built.source, "fp32"), tmp_path / "a").merge_and_unload().save_pretrained(tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert (merged(**asked).logits - expected).abs().max() < 1e-4
+
+
+# ---------------------------------------------------------------- config.json as the hub has it
+
+HUB: dict[str, dict[str, Any]] = {  # in the words of the versions of transformers that these models came with
+    "gemma2": dict(
+        hidden_act="gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh", cache_implementation="hybrid",
+        query_pre_attn_scalar=8, sliding_window=WINDOW, attn_logit_softcapping=5.0, final_logit_softcapping=3.0,
+        rope_theta=10000.0, head_dim=8,
+    ),
+    "gemma3_text": dict(
+        attn_logit_softcapping=None, cache_implementation="hybrid", eos_token_id=[1, 90], final_logit_softcapping=None,
+        hidden_activation="gelu_pytorch_tanh", head_dim=8, query_pre_attn_scalar=8, rope_local_base_freq=10000,
+        rope_scaling=None, rope_theta=1000000, sliding_window=WINDOW, sliding_window_pattern=2,
+    ),
+    "phi3": dict(
+        auto_map={
+            "AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+        },
+        embd_pdrop=0.0, resid_pdrop=0.0, original_max_position_embeddings=32, rope_theta=10000.0,
+        rope_scaling={"long_factor": [2.0, 4.0, 8.0, 9.0], "short_factor": [1.0, 1.1, 1.5, 2.0], "type": "longrope"},
+        sliding_window=262144, tie_word_embeddings=False, attention_bias=False,
+    ),
+    "olmo2": dict(attention_bias=False, rope_scaling=None, rope_theta=500000, tie_word_embeddings=False),
+    "smollm3": dict(
+        layer_types=["full_attention"] * LAYERS, max_window_layers=28, mlp_bias=False, no_rope_layer_interval=4,
+        no_rope_layers=[1, 1, 1, 0], pretraining_tp=2, rope_scaling=None, rope_theta=5000000.0, sliding_window=None,
+        use_sliding_window=False,
+    ),
+    "qwen3_moe": dict(
+        decoder_sparse_step=1, max_window_layers=48, mlp_only_layers=[], moe_intermediate_size=24, norm_topk_prob=True,
+        num_experts=6, num_experts_per_tok=2, output_router_logits=False, rope_scaling=None, rope_theta=1000000.0,
+        router_aux_loss_coef=0.001, sliding_window=None, use_sliding_window=False, head_dim=8,
+    ),
+    "granite": dict(
+        attention_multiplier=0.125, embedding_multiplier=12.0, logits_scaling=8.0, residual_multiplier=0.22,
+        rope_scaling=None, rope_theta=5000000.0, tie_word_embeddings=True,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HUB)
+@torch.no_grad()
+def test_config_json_in_older_words(kind: str, tmp_path: Path) -> None:
+    name = type(CASES[kind].config()).__name__.replace("TextConfig", "Config").replace("Config", "ForCausalLM")
+    said = {**SIZES, **HUB[kind], "model_type": kind, "architectures": [name], "torch_dtype": "float32"}
+    (tmp_path / "config.json").write_text(json.dumps(said), encoding="utf-8")
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    made.save_pretrained(tmp_path / "new")
+    (tmp_path / "new" / "model.safetensors").rename(tmp_path / "model.safetensors")
+    source = find_model(str(tmp_path))
+    assert source.tied_head == made.config.tie_word_embeddings
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path)(input_ids=token_ids()).logits
+    got = through(load_stages(source, CUTS["inside"], "fp32", None), token_ids(), [LENGTHS[0]] * len(LENGTHS))
+    assert torch.equal(got, expected)
 
 
 # ---------------------------------------------------------------- experts
