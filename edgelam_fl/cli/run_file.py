@@ -121,16 +121,21 @@ def explained(config: RunConfig) -> str:
     if isinstance(config.split.fronts, str):
         source = find_model(config.model.name)
         digest, config = source.leakage_key, with_auto_front(config, source)
-        check_limits(config, source)
-        check_answers(config, source)
+        _check_model(config, source)
     else:
         with suppress(ModelNotFound):  # it may be where the run will take place
             source = find_model(config.model.name, download=False)
             digest = source.leakage_key
-            check_limits(config, source)
-            check_answers(config, source)
+            _check_model(config, source)
     check_trust(config, digest)
     return f"{described(config, mark_changed=True)}\n{_readable(config, host_readings(config, digest))}"
+
+
+def _check_model(config: RunConfig, source: ModelSource) -> None:
+    """Raises ModelError or ConfigError if the model is too small for the run, or lacks lora.targets or an end of answers."""
+    check_limits(config, source)
+    target_modules(source, config.lora.targets)
+    check_answers(config, source)
 
 
 def described_data(config: RunConfig, data: Path) -> str:

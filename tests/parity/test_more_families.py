@@ -34,6 +34,7 @@ from transformers import (
     SmolLM3Config,
 )
 
+from edgelam_fl.cli.run_file import explained
 from edgelam_fl.errors import ConfigError, ModelError
 from edgelam_fl.model.adapter import Adapter, Span, initial_adapter, write_peft_folder
 from edgelam_fl.model.families import FAMILIES
@@ -45,6 +46,7 @@ from edgelam_fl.model.weights import read_tensors
 from edgelam_fl.model.whole import load_whole, put_on
 from tests.contract.test_model_folders import fp8
 from tests.parity.test_families import LENGTHS, padding, save, through, token_ids, whole_generation
+from tests.support import run_config
 
 LAYERS, WINDOW, RANK, ALPHA = 4, 8, 4, 8.0
 SIZES: dict[str, Any] = dict(
@@ -406,6 +408,8 @@ def test_targets_that_fused_matrices_do_not_have(tmp_path: Path) -> None:
         f"lora.targets: no module of {tmp_path} is called 'q_proj'; did you mean 'qkv_proj'? "
         "Known: down_proj, gate_up_proj, o_proj, qkv_proj"
     )
+    with pytest.raises(ConfigError, match=r"did you mean 'qkv_proj'"):
+        explained(run_config(str(tmp_path), "task.max_tokens=16"))
 
 
 @pytest.mark.parametrize(
