@@ -56,6 +56,7 @@ def describe_plan(planned: PlannedRound, num_layers: int, personal: bool) -> Pla
         },
         personal=personal,
         demands=demands,
+        unfit=lineup.unfit or None,
     )
 
 

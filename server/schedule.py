@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from random import Random, SystemRandom
 
@@ -57,6 +57,8 @@ class Lineup:
     """Selected devices that the wireless model makes fail: with a share, in no plan."""
     demands: Sequence[Demand] | None = None
     """What the bandwidth strategy saw; None without virtual time."""
+    unfit: Mapping[str, str] = field(default_factory=dict)
+    """Why devices that are here are no candidates."""
 
     @property
     def names(self) -> list[str]:
@@ -82,7 +84,7 @@ class Schedule:
         `edges`: the number of edge servers. If there are too few, and devices may host, listening devices are added.
         """
         config = self.config
-        left_out = {profile.name: reason for profile in here if (reason := self._unfit(profile))}
+        left_out = self._unfit_of(here)
         state = RoundState(
             number, self.candidates([profile for profile in here if profile.name not in left_out], number),
             self._chance(number), capacity_bps=self.capacity,
@@ -101,6 +103,9 @@ class Schedule:
 
     def _unfit(self, profile: pb.Profile) -> str:
         return unfit(self.config, profile, self.spec.source.leakage_key)
+
+    def _unfit_of(self, here: Sequence[pb.Profile]) -> dict[str, str]:
+        return {profile.name: reason for profile in here if (reason := self._unfit(profile))}
 
     def _chance(self, number: int) -> Random:
         """Returns the chance of a round's selection. Private runs draw what nobody can repeat: who knows the seed, and so who took
@@ -122,18 +127,24 @@ class Schedule:
         """Returns the devices that train in an attempt at round `number`. Devices that will drop out get shares, too."""
         selected = self.select(number, here, edges)
         if not selected.names:
-            return Lineup(selected=selected, shares={}, demands=None if self.virtual is None else [])
+            return Lineup(
+                selected=selected, shares={}, demands=None if self.virtual is None else [], unfit=self._unfit_of(here)
+            )
         devices = _named(here, selected.names)
         shares = self.shares(devices, number)
         if self.virtual is None:
-            return Lineup(selected=selected, shares=shares)
+            return Lineup(selected=selected, shares=shares, unfit=self._unfit_of(here))
         dropped = self.virtual.dropouts(number, attempt, selected.names)
-        return Lineup(selected=selected, shares=shares, dropped=dropped, demands=self.demands(devices, number))
+        return Lineup(
+            selected=selected, shares=shares, dropped=dropped, demands=self.demands(devices, number),
+            unfit=self._unfit_of(here),
+        )  # fmt: skip
 
     def lineup_for_evaluation(self, number: int, here: Sequence[pb.Profile]) -> Lineup:
         """Returns all devices that may take part: each measures the result."""
         selected = self.everyone(here)
-        return Lineup(selected=selected, shares=self.shares(_named(here, selected.names), number))
+        shares = self.shares(_named(here, selected.names), number)
+        return Lineup(selected=selected, shares=shares, unfit=self._unfit_of(here))
 
     def everyone(self, here: Sequence[pb.Profile]) -> Selected:
         """Selects all devices that may take part: for the evaluation after the last round."""

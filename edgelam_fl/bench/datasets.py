@@ -38,7 +38,10 @@ def load(bench: Bench, folder: Path) -> Data:
     answers = {answer for _, answer in rows}
     classes = tuple(sorted(answers)) if len(answers) <= 100 else ()
     count = max(1, round(bench.test * len(rows)))
-    return Data(rows[count:], rows[:count], classes)
+    test, training = rows[:count], rows[count:]
+    learned = {answer for _, answer in training}
+    unlearned = [row for row in test if classes and row[1] not in learned]  # no device could learn these classes
+    return Data(training + unlearned, [row for row in test if row not in unlearned], classes)
 
 
 def _rows(dataset: str, folder: Path) -> list[Row]:

@@ -310,8 +310,18 @@ def outcome(events: Sequence[Event]) -> dict[str, Any]:
     last = curve[-1] if curve else {}
     return {
         "accuracy": last.get("accuracy"), "perplexity": last.get("perplexity"), **spent, "personal": personal,
-        "aggregation_error": sum(known) / len(known) if known else None, "curve": curve,
+        "aggregation_error": sum(known) / len(known) if known else None, "data": _data_counts(events), "curve": curve,
     }  # fmt: skip
+
+
+def _data_counts(events: Sequence[Event]) -> dict[str, int]:
+    """Returns the examples of all devices, and how many of them were cut or left out."""
+    joined = {event.node: event for event in of_kind(events, NodeJoined)}.values()
+    return {
+        "examples": sum(each.examples + each.held_out for each in joined),
+        "cut": sum(each.cut for each in joined),
+        "left_out": sum(each.skipped + each.bad for each in joined),
+    }
 
 
 def _bytes(node: NodeResult) -> int:

@@ -135,12 +135,25 @@ def _about(matrix: Matrix, lines: Lines) -> str:
             f"\nThe settings behind a strategy's name were chosen for it on seed {tune.seed}, measured with {tune.share:.0%} of the "
             f"training examples and not with the test set: {choices} (tuning/results.md).\n"
         )
+    text += _not_whole(lines)
     if any(line.get("personal") for line in lines.values()):
         text += (
             "\nWhere devices keep an adapter of their own, each measures its own on its equal part of the common test set, and "
             "the mean is shown: how well a device's own adapter does on everybody's texts.\n"
         )
     return text
+
+
+def _not_whole(lines: Lines) -> str:
+    """Says how many examples were cut or left out, of the cell with the most; empty if all were whole."""
+    found = [line["data"] for line in lines.values() if line.get("data")]
+    most = max(found, key=lambda data: data["cut"] + data["left_out"], default=None)
+    if most is None or not most["cut"] + most["left_out"]:
+        return ""
+    return (
+        f"\nOf {most['examples'] + most['left_out']} examples {most['cut']} were cut and {most['left_out']} left out at "
+        f"task.max_tokens, in the cell with the most of them.\n"
+    )
 
 
 def _table(matrix: Matrix, lines: Lines) -> str:

@@ -141,9 +141,14 @@ def _table(found: MeasuredLeakage, own: set[int]) -> Table:
 
 
 def _words(found: MeasuredLeakage, config: RunConfig, data: Path | None) -> Iterator[str]:
-    from edgelam_fl.serving.leakage import BUILT_IN_TEXT
+    from edgelam_fl.serving.leakage import BUILT_IN_TEXT, LEAST_TOKENS, MOST_TOKENS
 
+    texts = found.private_texts
     yield f"private: {found.private_tokens:,} tokens of {data or f'a built-in text, {BUILT_IN_TEXT} (--data FILE: your own)'}"
+    yield (
+        f"  {texts.read:,} texts, {texts.cut:,} of them cut at {MOST_TOKENS} tokens; not read: {texts.short:,} shorter than {LEAST_TOKENS} tokens, "
+        f"{texts.spare:,} that were not needed"
+    )
     yield f"public: {found.public_tokens:,} tokens of {BUILT_IN_TEXT}, other ones; by chance {100 * found.chance:.1f} % would be read"
     yield f"with {found.shown_front} layers in front:"
     for text, read in found.examples:

@@ -28,6 +28,9 @@ class Says(Protocol):
     @property
     def remark(self) -> str: ...
 
+    @property
+    def omitted(self) -> Sequence[str]: ...
+
     def say(self, conversation: Sequence[Message], max_tokens: int, *, tuned: bool = True) -> Iterator[str]: ...
 
 
@@ -49,8 +52,13 @@ def ask(speaker: Says, prompt: str, max_tokens: int, tuned: bool, write: Write) 
     _answer(speaker, [_user(prompt)], max_tokens, tuned, write)
 
 
-def talk(speaker: Says, lines: Iterator[str], max_tokens: int, tuned: bool, write: Write) -> None:
-    """Holds a conversation until /quit or the end of `lines`. Writes the error for a question that is too long and drops it."""
+def talk(
+    speaker: Says, lines: Iterator[str], max_tokens: int, tuned: bool, write: Write, tell: Write = lambda text: None
+) -> None:
+    """Holds a conversation until /quit or the end of `lines`. Writes the error for a question that is too long and drops it.
+
+    tell: hears what was left out of an answer, or of what it was asked after.
+    """
     conversation: list[Message] = []
     for line in lines:
         if line.strip() == QUIT:
@@ -61,6 +69,8 @@ def talk(speaker: Says, lines: Iterator[str], max_tokens: int, tuned: bool, writ
         try:
             said = _answer(speaker, conversation, max_tokens, tuned, write)
             conversation.append({"role": "assistant", "content": said})
+            for text in speaker.omitted:
+                tell(text)
         except ConfigError as error:
             conversation.pop()
             write(f"{error}\n")
@@ -70,8 +80,14 @@ def converse(speaker: Says, console: Console, prompt: str | None, max_tokens: in
     """Answers `prompt`, or holds a conversation in this terminal if it is None. console: for all but the answers."""
     if speaker.remark:
         console.print(speaker.remark, style="yellow", highlight=False, soft_wrap=True, markup=False)
+
+    def tell(text: str) -> None:
+        console.print(f"({text})", style="dim", highlight=False, markup=False, soft_wrap=True)
+
     if prompt is not None:
         ask(speaker, prompt, max_tokens, tuned, write_now)
+        for text in speaker.omitted:
+            tell(text)
         return
     turns = (
         ""
@@ -79,7 +95,7 @@ def converse(speaker: Says, console: Console, prompt: str | None, max_tokens: in
         else "; each question is answered without the earlier ones, since the run's task.template has no turns"
     )
     console.print(f"{QUIT} or Ctrl-D ends the conversation{turns}", style="dim", highlight=False, soft_wrap=True)
-    talk(speaker, typed_lines(), max_tokens, tuned, write_now)
+    talk(speaker, typed_lines(), max_tokens, tuned, write_now, tell)
 
 
 def _user(text: str) -> Message:

@@ -136,6 +136,8 @@ class Speaker(ABC):
     def __init__(self, model: ModelSection, task: TaskSection) -> None:
         self._source = find_model(model.name)
         self._task = CausalLm(self._source.folder, task)
+        self.omitted: list[str] = []
+        """What was left out in the latest answer, as sentences without a full stop."""
 
     @abstractmethod
     def opened(self, tuned: bool) -> AbstractContextManager[Step]:
@@ -158,14 +160,23 @@ class Speaker(ABC):
 
     def say(self, conversation: Sequence[Message], max_tokens: int, *, tuned: bool = True) -> Iterator[str]:
         """Yields the answer to the last message in pieces. Raises ConfigError if the message is too long for the model."""
+        self.omitted = []
         begin = self._opening(conversation, max_tokens)
         tokenizer = self._task.tokenizer
         with torch.no_grad(), self.opened(tuned) as step:
             ends = self._source.stop_ids
             change = change_of(applied(self._source.folder), len(begin.ids), ends)
-            tokens = greedy(step, begin.ids, max_tokens, ends, change)
+            tokens = self._counted(greedy(step, begin.ids, max_tokens, ends, change), max_tokens)
             said = pieces(tokens, lambda taken: tokenizer.decode(taken, skip_special_tokens=True))
             yield from behind(begin.given, said)
+
+    def _counted(self, tokens: Iterable[int], max_tokens: int) -> Iterator[int]:
+        """Passes the tokens of an answer on, and remarks an answer that did not end by itself."""
+        count = 0
+        for count, token in enumerate(tokens, 1):  # noqa: B007 - the last one counts
+            yield token
+        if count == max_tokens:
+            self.omitted.append(f"the answer was cut at {max_tokens} tokens (--max-tokens)")
 
     def _opening(self, conversation: Sequence[Message], max_tokens: int) -> Opening:
         """Returns what the answer comes after; leaves out the oldest turns if the model's context is too short for all."""
@@ -177,6 +188,8 @@ class Speaker(ABC):
             if len(begin.ids) <= room:
                 break
             begin = self._task.opening(without_oldest(turns, gone))
+            left_out = f"the oldest {gone} of {count_turns(turns)} turns were left out"
+            self.omitted = [f"{left_out}: {self._source.name} holds {room + max_tokens} tokens with the answer"]
         if len(begin.ids) > room:
             raise ConfigError(
                 f"the question takes {len(begin.ids)} tokens and the answer up to {max_tokens}; {self._source.name} holds "

@@ -68,6 +68,19 @@ class LayerReading:
 
 
 @dataclass(frozen=True)
+class TextCounts:
+    """What became of the texts on one side."""
+
+    read: int
+    cut: int
+    """Those of the read ones that lost their end, beyond `MOST_TOKENS`."""
+    short: int
+    """Texts that were left out, with fewer than `LEAST_TOKENS`."""
+    spare: int
+    """Texts that were not needed."""
+
+
+@dataclass(frozen=True)
 class MeasuredLeakage:
     """The shares that were read, per number of layers."""
 
@@ -82,6 +95,7 @@ class MeasuredLeakage:
     """Layers at which the examples were read."""
     examples: tuple[tuple[str, str], ...]
     """Pairs of a private text's beginning and what the best attack reads of it."""
+    private_texts: TextCounts
 
     def reading(self, front: int) -> LayerReading:
         """Returns the shares at one of the measured numbers of layers."""
@@ -148,7 +162,7 @@ def measure_leakage(
     _check_memory(source, fronts, most_tokens)
     tell("loading the tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(source.folder)
-    public_ids, private_ids = (
+    (public_ids, _), (private_ids, counts) = (
         _tokens(tokenizer, each, most)
         for each, most in zip(texts, (most_tokens, max(_LEAST_PRIVATE, most_tokens // 4)), strict=True)
     )
@@ -174,7 +188,7 @@ def measure_leakage(
     examples = _examples(tokenizer, private[shown_front], guesses_N)
     return MeasuredLeakage(
         source.name, source.leakage_key, len(public[fronts[0]].ids_N), len(private[fronts[0]].ids_N),
-        chance(public[fronts[0]], private[fronts[0]]), tuple(readings), shown_front, examples,
+        chance(public[fronts[0]], private[fronts[0]]), tuple(readings), shown_front, examples, counts,
     )  # fmt: skip
 
 
@@ -250,15 +264,21 @@ def look(
     return {front: Seen(torch.cat(parts), ids_N, lengths_R) for front, parts in states.items()}
 
 
-def _tokens(tokenizer: Any, texts: Sequence[str], most: int) -> list[list[int]]:
-    """Returns the tokens of texts from all over, about `most` together. Marks that a tokenizer adds are left out: all know them."""
-    found, count = [], 0
+def _tokens(tokenizer: Any, texts: Sequence[str], most: int) -> tuple[list[list[int]], TextCounts]:
+    """Returns the tokens of texts from all over, about `most` together, and what became of all texts.
+
+    Marks that a tokenizer adds are left out: all know them.
+    """
+    found, count, cut, short = list[list[int]](), 0, 0, 0
     for text in random.Random(_SEED).sample(list(texts), len(texts)):
-        ids = tokenizer(text, add_special_tokens=False, truncation=True, max_length=MOST_TOKENS)["input_ids"]
-        if len(ids) >= LEAST_TOKENS and count < most:
-            found.append(ids)
-            count += len(ids)
-    return found
+        ids = tokenizer(text, add_special_tokens=False, truncation=True, max_length=MOST_TOKENS + 1)["input_ids"]
+        if len(ids) < LEAST_TOKENS:
+            short += 1
+        elif count < most:
+            cut += len(ids) > MOST_TOKENS
+            found.append(ids[:MOST_TOKENS])
+            count += len(found[-1])
+    return found, TextCounts(len(found), cut, short, len(texts) - len(found) - short)
 
 
 def _examples(tokenizer: Any, private: Seen, guesses_N: torch.Tensor) -> tuple[tuple[str, str], ...]:

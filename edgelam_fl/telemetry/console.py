@@ -58,6 +58,7 @@ class _Row:
     bytes_moved: int = 0
     waited: float | None = None  # share of the latest train phase, in [0, 1]
     of_data: tuple[str, ...] = ()  # what was said last of what is not used of its data
+    unfit: str = ""  # why it is in no round, as it was said
 
 
 class RunView:
@@ -69,6 +70,7 @@ class RunView:
         self._round = 0
         self._measure = measure_of(None)
         self._max_tokens: int | None = None
+        self._batch_size = 0
         self._stage = "starting"
         self._began = time.monotonic()
         self._live = Live(console=console, refresh_per_second=4, get_renderable=self._draw)
@@ -119,6 +121,7 @@ class RunView:
 
     def _on_run_started(self, event: RunStarted, _: str) -> None:
         self._measure, self._max_tokens = measure_of(task_of([event])), setting([event], "task", "max_tokens")
+        self._batch_size = setting([event], "federation", "batch_size") or 0
 
     def _on_node_joined(self, event: NodeJoined, _: str) -> None:
         row = self._row(event.node)
@@ -127,6 +130,9 @@ class RunView:
         self.say(f"{event.node} joined ({holds})")
         if row.role == "device":
             self._say_counts(event.node, event, event.examples, event.held_out)
+            if event.examples < self._batch_size:
+                fewer = f"{event.examples} examples are fewer than federation.batch_size = {self._batch_size}"
+                self.say(f"{event.node}: {fewer}, so that a step learns some of them more than once")
 
     def _say_counts(self, name: str, counts: DataCounts, examples: int, held_out: int) -> None:
         """Says what is not used of a device's data, once."""
@@ -154,6 +160,10 @@ class RunView:
     def _on_plan(self, event: PlanMade, _: str) -> None:
         self._round = event.round
         self._stage = f"round {self._round} of {self._rounds}" if self._round <= self._rounds else "last evaluation"
+        for name, reason in (event.unfit or {}).items():
+            if self._row(name).unfit != reason:
+                self.say(f"{name} is in no round: {reason}")
+            self._row(name).unfit = reason
         attempt = f", attempt {event.attempt}" if event.attempt > 1 else ""
         if self._round <= self._rounds:
             self.say(f"{self._stage}{attempt}: {_over_sites(event) or 'no device was drawn'}")

@@ -15,6 +15,7 @@ class Echo:
 
     remembers = True
     remark = ""
+    omitted: Sequence[str] = ()
 
     def __init__(self) -> None:
         self.told: list[list[str]] = []
@@ -51,6 +52,13 @@ def test_a_conversation_is_told_from_its_beginning_until_quit() -> None:
     talk(echo, iter(["one", "", "two", " /quit ", "three"]), 8, False, written.append)
     assert echo.told == [["user: one"], ["user: one", "assistant: one False", "user: two"]]
     assert "".join(written) == "one False\ntwo False\n"
+
+
+def test_what_was_left_out_is_said_after_the_answer() -> None:
+    echo, written, remarks = Echo(), list[str](), list[str]()
+    echo.omitted = ["the oldest turn was left out"]
+    talk(echo, iter(["one"]), 8, True, written.append, remarks.append)
+    assert ("".join(written), remarks) == ("one True\n", ["the oldest turn was left out"])
 
 
 def test_a_question_that_is_too_long_is_forgotten() -> None:

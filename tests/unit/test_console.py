@@ -72,6 +72,19 @@ def test_what_is_not_used_of_a_devices_data_is_said_once_when_it_joins() -> None
         assert said.count(text) == 1
 
 
+def test_a_device_in_no_round_and_one_with_less_than_a_batch_are_said_once() -> None:
+    events = a_run()
+    events[0]["config"]["federation"] = {"batch_size": 600}
+    for event in events:
+        if event["event"] == "plan":
+            event["unfit"] = {"device-9": "has no tag lab (strategy.require_tags)"}
+    said, _ = watch(events)
+    assert said.count("device-9 is in no round: has no tag lab (strategy.require_tags)\n") == 1
+    text = "512 examples are fewer than federation.batch_size = 600, so that a step learns some of them more than once"
+    assert said.count(f"device-1: {text}\n") == 1
+    assert f"edge-1: {text}" not in said
+
+
 def test_a_round_without_devices_says_so() -> None:
     events = a_run()
     for event in events:

@@ -151,6 +151,11 @@ def test_the_oldest_turns_go_when_the_context_is_full(tiny: ModelSource, result:
     kept = speaker._opening(turns, 10).ids
     assert kept == speaker._opening(turns[2:], 10).ids
     assert len(kept) <= 512 - 10 < len(speaker._opening(turns, -512).ids)
+    said = list(speaker.say(turns, 10))
+    assert speaker.omitted[0].startswith("the oldest 1 of 3 turns were left out: ")
+    assert speaker.omitted[0].endswith(" holds 512 tokens with the answer")
+    assert list(speaker.say(turns[2:], 10)) == said
+    assert not any("turns" in remark for remark in speaker.omitted)
     with pytest.raises(
         ConfigError, match=r"the question takes \d+ tokens and the answer up to 10; .* holds 512 together"
     ):
@@ -164,12 +169,17 @@ def test_an_answer_ends_at_a_token_that_generation_config_alone_names(tmp_path: 
     speaker = speaker_of(result.config)
     with torch.no_grad(), speaker.opened(tuned=False) as step:
         likeliest = list(greedy(step, speaker._opening([user("Who?")], 8).ids, 8, source.stop_ids))
+    assert len(likeliest) == 8
+    "".join(speaker.say([user("Who?")], 2))
+    assert speaker.omitted == ["the answer was cut at 2 tokens (--max-tokens)"]
     settings = json.loads((folder / "generation_config.json").read_text())
     ends = [1, likeliest[3]]
     (folder / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": ends}))
-    said = "".join(speaker_of(result.config).say([user("Who?")], 8))
+    speaker = speaker_of(result.config)
+    said = "".join(speaker.say([user("Who?")], 8))
     before = likeliest[: likeliest.index(likeliest[3])]
     assert said == speaker._task.tokenizer.decode(before, skip_special_tokens=True)
+    assert speaker.omitted == []
 
 
 SETTINGS: dict[str, Any] = {

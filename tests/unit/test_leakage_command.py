@@ -22,6 +22,7 @@ from edgelam_fl.serving import leakage as serving
 from edgelam_fl.serving.leakage import (
     LayerReading,
     MeasuredLeakage,
+    TextCounts,
     built_in_texts,
     look,
     measure_leakage,
@@ -38,7 +39,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def measured(digest: str, public_tokens: int, share: float = 0.5) -> MeasuredLeakage:
     readings = (LayerReading(0, 1.0, 0.9, 0.8, None, 1.0), LayerReading(2, 0.1, 0.2, share, 0.3, 0.7))
-    return MeasuredLeakage("m", digest, public_tokens, 100, 0.01, readings, 2, (("a", "b"),))
+    return MeasuredLeakage("m", digest, public_tokens, 100, 0.01, readings, 2, (("a", "b"),), TextCounts(9, 1, 2, 3))
 
 
 def test_what_a_host_sees_is_what_the_whole_model_computes(tiny: ModelSource) -> None:
@@ -69,6 +70,8 @@ def test_the_command_measures_shows_and_says_what_would_change_it(tiny: ModelSou
     assert found["kept"] == "", "too short to judge later runs by"
     assert 3 <= len(found["examples"]) <= 4
     assert found["shown_front"] == 2
+    texts = found["private_texts"]
+    assert sum(texts[key] for key in ("read", "short", "spare")) == len(built_in_texts()[1])
 
 
 @pytest.mark.real_model
@@ -92,6 +95,7 @@ def test_what_is_printed(tiny: ModelSource, tmp_path: Path, monkeypatch: pytest.
     text = " ".join(CliRunner().invoke(app, ["leakage", str(file)]).stdout.split())
     assert "2 <- this run" in text
     assert "100 tokens of a built-in text" in text
+    assert "9 texts, 1 of them cut at 96 tokens; not read: 2 shorter than 4 tokens, 3 that were not needed" in text
     assert "by chance 1.0 % would be read" in text
     assert "private a read b" in text
     assert "split.hosts = 0: each device trains the whole model" in text

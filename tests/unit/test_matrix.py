@@ -356,6 +356,39 @@ def test_a_selection_may_be_what_the_others_are_compared_with(tmp_path: Path) ->
     }  # fmt: skip
 
 
+def test_a_class_that_the_test_set_alone_would_hold_is_learned(tmp_path: Path) -> None:
+    rows = [
+        f'{{"text": "t{n}", "label": "{"rare" if n % 20 == 0 else "usual"} {n if n % 20 == 0 else ""}"}}'
+        for n in range(200)
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    data = load(Bench(dataset="data.jsonl", test=0.3), tmp_path)
+    assert {answer for _, answer in data.training} == set(data.classes)
+    assert len(data.training) + len(data.test) == 200
+    assert 50 <= len(data.test) <= 60
+
+
+def test_examples_that_were_cut_or_left_out_are_said_above_the_table(tmp_path: Path) -> None:
+    joined = [
+        {
+            "event": "node_joined",
+            "node": f"d{n}",
+            "role": "device",
+            "examples": 90,
+            "held_out": 5,
+            "cut": n,
+            "skipped": 5,
+        }
+        for n in range(2)
+    ]
+    data = runner.outcome([*as_events(joined), *measured([{"perplexity": 2.0, "held_out_labels": 3}])])["data"]
+    assert data == {"examples": 190, "cut": 1, "left_out": 10}
+    matrix = read_matrix(written(tmp_path, GOOD))
+    told = markdown(matrix, {name: {**line("fedavg", 1, 0.5), "data": data} for name in ("a",)})
+    assert "Of 200 examples 1 were cut and 10 left out at task.max_tokens" in told
+    assert "were cut" not in markdown(matrix, {"a": line("fedavg", 1, 0.5)})
+
+
 def test_protocols_read_the_curve() -> None:
     cell = line("fedavg", 1, 0.5)
     assert at_budget(cell, "bytes", 99) == 0.0

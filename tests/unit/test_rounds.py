@@ -572,6 +572,7 @@ def test_a_device_without_the_tag_is_not_asked(federation: MakeFederation) -> No
     run.run()
     assert [event["selected"] for event in run.events("plan")] == [["b"], ["b"]]
     assert run.events("plan")[0]["why"]["a"] == "has no tag lab (strategy.require_tags)"
+    assert [event["unfit"] for event in run.events("plan")] == [{"a": "has no tag lab (strategy.require_tags)"}] * 2
     assert run.nodes["a"].plans == []
 
 

@@ -20,7 +20,7 @@ from server.schedule import Schedule, check_shares, estimated_payload_bytes, mea
 from strategies.api import Bandwidth, Demand, RoundOutcome, RoundState, Selected, Selection
 from tests.support import run_config
 
-SOURCE: Any = SimpleNamespace(hidden_size=64, digest="0" * 64)
+SOURCE: Any = SimpleNamespace(hidden_size=64, digest="0" * 64, leakage_key="0" * 64)
 HERE = __name__
 
 

@@ -102,6 +102,8 @@ class PlanMade(Event):
     """Whether the aggregation lets devices continue with tensors of their own."""
     demands: Mapping[str, DemandSeen] | None = None
     """Input of the bandwidth strategy per chosen device; None without [wireless]."""
+    unfit: Mapping[str, str] | None = None
+    """Reason per device that is here and can be in no round; None if all can."""
 
 
 @dataclass(frozen=True, kw_only=True)
