@@ -10,14 +10,20 @@ import numpy as np
 
 from edgelam_fl.errors import ConfigError
 
-KINDS = "'iid', 'dirichlet:ALPHA' (label skew; ALPHA above 0, as 0.1) or 'size:SIGMA' (size skew, log-normal; as 1.0)"
+KINDS = (
+    "'iid', 'dirichlet:ALPHA' (label skew; ALPHA above 0, as 0.1) or 'size:SIGMA' (size skew, log-normal; as 1.0); "
+    "'IidPartitioner' and 'DirichletPartitioner:ALPHA' are the first two"
+)
+# Names in the library flwr-datasets, which deal alike: shares of each label from one draw, without balancing.
+_OF_FLOWER = {"IidPartitioner": "iid", "DirichletPartitioner": "dirichlet"}
 _LEAST = 8  # examples per device; a draw that leaves a device fewer is repeated
 _DRAWS = 10_000
 
 
 def check_partition(partition: str, path: Path | str = "the matrix") -> tuple[str, float]:
     """Splits a partition into (kind, parameter). Raises ConfigError with the forms that are allowed."""
-    kind, colon, text = partition.partition(":")
+    name, colon, text = partition.partition(":")
+    kind = _OF_FLOWER.get(name, name)
     try:
         value = float(text) if colon else 0.0
     except ValueError:

@@ -428,3 +428,13 @@ def test_every_kind_of_line_is_told() -> None:
     assert command.summary_line({"name": "a", **done}) == "a: accuracy 0.5000, 2.0 MB, 3 virtual s, 4 s"
     assert command.summary_line({"name": "b", "state": "reference", **reference}) == "b: accuracy 0.5000, 2.0 MB, 4 s"
     assert command.summary_line({"name": "c", "state": "failed", "reason": "busy"}) == "c failed: busy"
+
+
+@pytest.mark.parametrize(
+    ("of_flower", "own"), [("IidPartitioner", "iid"), ("DirichletPartitioner:0.5", "dirichlet:0.5")]
+)
+def test_names_of_flwr_datasets_deal_as_the_own_ones(of_flower: str, own: str) -> None:
+    answers = [f"class {number % 3}" for number in range(90)]
+    assert deal(answers, 3, of_flower, seed=4) == deal(answers, 3, own, seed=4)
+    with pytest.raises(ConfigError, match="'IidPartitioner' and 'DirichletPartitioner:ALPHA' are the first two"):
+        deal(answers, 3, "ShardPartitioner", seed=4)
