@@ -149,5 +149,5 @@ def _tokenizer_end(folder: Path) -> int | None:
         return None
     from transformers import AutoTokenizer
 
-    end: int | None = AutoTokenizer.from_pretrained(folder).eos_token_id
+    end: int | None = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).eos_token_id
     return end

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ModelError
+from edgelam_fl.files import cache_folder, write_atomically
 from edgelam_fl.model.folder import read_json
+from edgelam_fl.model.identity import ALL_WEIGHTS, digest_of
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.understood import rope_kinds, rope_parameters
 
 _TABLES = ("wpe.weight", "position_embeddings.weight")  # ends of the names of learned tables of positions
 _ORIGINAL = "original_max_position_embeddings"
 _PHI3 = 4096  # what transformers takes for a Phi-3 that does not say it
-_NO_TEXT = (
-    "image_token",
-    "audio_token",
-    "video_token",
-)  # of tokenizer_config.json: they stand for no text, and need no row
+_SETTINGS = "tokenizer_config.json"
+_NO_TEXT = ("image_token", "audio_token", "video_token")  # in it: they stand for no text, and need no row
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def check_tokens(source: ModelSource) -> None:
                 f"{key} = {number} in {source.folder / file} is outside the model's table of tokens, which has {rows} rows (ids 0 to "
                 f"{rows - 1}). Set the id of a token that the model has"
             )
-    token, number = last_token(source.folder)
+    token, number = last_token(source)
     if number >= rows:
         raise ModelError(
             f"the tokenizer of {source.name} gives {token!r} the id {number}, and the model's table of tokens has {rows} rows (ids 0 to "
@@ -99,45 +101,45 @@ def _named_ids(folder: Path) -> Iterator[tuple[str, str, int]]:
                     yield file, key, number
 
 
-def last_token(folder: Path) -> tuple[str, int]:
-    """Returns the token with the highest id, and the id; -1 for a tokenizer whose files do not list its tokens.
+def last_token(source: ModelSource) -> tuple[str, int]:
+    """Returns the token with the highest id, and the id. Raises ModelError for a tokenizer that transformers cannot load.
 
-    Raises ModelError for files that are damaged.
+    The answer hangs on the tokenizer's files alone and is kept in the cache folder: transformers takes seconds.
     """
+    files = {name: sha for name, sha in source.files.items() if name != ALL_WEIGHTS} or source.files
+    key = hashlib.sha256(f"{version('transformers')} {digest_of(files)}".encode()).hexdigest()
+    note = cache_folder() / "tokenizers" / f"{key[:32]}.json"
     try:
-        return _last_token(folder)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise ModelError(f"the tokenizer's files in {folder} are damaged ({error!r}). Fetch them again") from error
+        token, number = json.loads(note.read_text(encoding="utf-8"))
+        return str(token), int(number)
+    except (OSError, ValueError, TypeError):  # absent, or cut off by a power failure
+        last = _last_token(source.folder)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(note, json.dumps(last))
+    return last
 
 
 def _last_token(folder: Path) -> tuple[str, int]:
-    settings = _json(folder / "tokenizer_config.json")
-    idle = {
-        _content(place.get(key))
-        for place in (settings, settings.get("extra_special_tokens"))
-        if isinstance(place, dict)
-        for key in _NO_TEXT
-    }
-    known = ((token, number) for token, number in _tokens(folder, settings) if token not in idle)
+    from transformers import AutoTokenizer
+
+    settings = read_json(folder / _SETTINGS) if (folder / _SETTINGS).is_file() else {}
+    try:
+        vocabulary = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
+    except Exception as error:
+        own = settings.get("auto_map")
+        what = f"it brings code of its own, which is not run (auto_map in {_SETTINGS})" if own else _said(error)
+        raise ModelError(
+            f"the tokenizer in {folder} cannot be loaded: {what}. Fetch its files again, or save them as transformers does "
+            f"(AutoTokenizer.from_pretrained(MODEL).save_pretrained(FOLDER), which writes tokenizer.json)"
+        ) from error
+    places = [place for place in (settings, settings.get("extra_special_tokens")) if isinstance(place, dict)]
+    idle = {_content(place.get(key)) for place in places for key in _NO_TEXT}
+    known = ((token, number) for token, number in vocabulary.items() if token not in idle)
     return max(known, key=lambda pair: pair[1], default=("", -1))
 
 
-def _tokens(folder: Path, settings: dict[str, Any]) -> Iterator[tuple[str, int]]:
-    """Yields tokens and their ids; of long lists in order the last alone."""
-    fast = _json(folder / "tokenizer.json")
-    vocabulary = fast.get("model", {}).get("vocab") or _json(folder / "vocab.json")
-    if isinstance(vocabulary, dict):
-        yield from vocabulary.items()
-    elif vocabulary:  # Unigram: pairs of a token and its score
-        yield str(vocabulary[-1][0]), len(vocabulary) - 1
-    if not fast and (folder / "vocab.txt").is_file():
-        lines = (folder / "vocab.txt").read_text(encoding="utf-8", errors="replace").splitlines()
-        yield lines[-1] if lines else "", len(lines) - 1
-    for added in fast.get("added_tokens", []):
-        yield added["content"], added["id"]
-    yield from _json(folder / "added_tokens.json").items()
-    for number, added in (settings.get("added_tokens_decoder") or {}).items():
-        yield _content(added), int(number)
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _content(token: Any) -> str:

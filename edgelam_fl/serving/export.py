@@ -172,7 +172,7 @@ def _merge(adapter: Path, source: ModelSource, folder: Path, dtype: str) -> None
     if dtype == "bf16":
         merged.to(torch.bfloat16)
     merged.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source.folder).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False).save_pretrained(folder)
     _keep_generation(source, folder)
 
 

@@ -161,7 +161,7 @@ def measure_leakage(
     torch.manual_seed(_SEED)
     _check_memory(source, fronts, most_tokens)
     tell("loading the tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(source.folder)
+    tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     (public_ids, _), (private_ids, counts) = (
         _tokens(tokenizer, each, most)
         for each, most in zip(texts, (most_tokens, max(_LEAST_PRIVATE, most_tokens // 4)), strict=True)

@@ -39,7 +39,7 @@ class CausalLm:
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self._tokenizer_folder)
+        return AutoTokenizer.from_pretrained(self._tokenizer_folder, trust_remote_code=False)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:

@@ -30,7 +30,7 @@ class Classification:
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self._tokenizer_folder)
+        return AutoTokenizer.from_pretrained(self._tokenizer_folder, trust_remote_code=False)
 
     def examples(self, pairs: Sequence[Pair]) -> Made:
         """Makes examples with the tokenizer's special tokens.

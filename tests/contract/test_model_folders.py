@@ -36,7 +36,7 @@ from edgelam_fl.doctor.checks import check_model
 from edgelam_fl.errors import ModelError, ModelNotFound
 from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.folder import INDEX, WEIGHTS
-from edgelam_fl.model.limits import check_limits, last_token, positions_of
+from edgelam_fl.model.limits import check_limits, check_tokens, last_token, positions_of
 from edgelam_fl.model.source import find_model
 from edgelam_fl.model.stage import load_stages
 from edgelam_fl.model.weights import read_tensors
@@ -875,6 +875,27 @@ def tokenizer_cut_short(folder: Path) -> None:
     (folder / "tokenizer.json").write_text('{"version": "1.0", "mod', encoding="utf-8")
 
 
+def no_tokenizer(folder: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+def tokenizer_that_runs_code(folder: Path) -> None:
+    (folder / "tokenization_own.py").write_text("raise SystemExit('run')", encoding="utf-8")
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings |= {
+        "tokenizer_class": "OwnTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+def tokenizer_of_a_newer_version(folder: Path) -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["model"]["type"] = "BPE2"
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+
+
 def tokenizer_of_something_else(folder: Path) -> None:
     (folder / "tokenizer.json").write_text('{"model": [], "added_tokens": {}}', encoding="utf-8")
 
@@ -883,8 +904,11 @@ OUTSIDE: list[tuple[Change, tuple[str, ...]]] = [
     (one_token_more, ("'<|new|>' the id 258", "258 rows", "resize_token_embeddings")),
     (end_outside_the_table, ("eos_token_id = 700", "config.json", "258 rows")),
     (end_of_generation_outside_the_table, ("eos_token_id = 701", "generation_config.json")),
-    (tokenizer_cut_short, ("tokenizer.json", "cannot be read as JSON")),
-    (tokenizer_of_something_else, ("tokenizer's files", "damaged")),
+    (no_tokenizer, ("tokenizer", "cannot be loaded", "tokenizer.json")),
+    (tokenizer_that_runs_code, ("code of its own, which is not run", "auto_map in tokenizer_config.json")),
+    (tokenizer_cut_short, ("tokenizer", "cannot be loaded")),
+    (tokenizer_of_a_newer_version, ("cannot be loaded", "untagged enum")),
+    (tokenizer_of_something_else, ("tokenizer", "cannot be loaded")),
 ]
 
 
@@ -899,19 +923,19 @@ def test_tokens_without_a_row_in_the_table_are_refused(folder: Path, change: Cha
 def test_a_token_of_images_needs_no_row(folder: Path) -> None:
     """As in Gemma 3's text models, whose tokenizer they share with those that see."""
     one_token_more(folder)
-    (folder / "tokenizer_config.json").write_text('{"image_token": "<|new|>"}', encoding="utf-8")
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")) | {"image_token": "<|new|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     check_limits(run_config(str(folder)), find_model(str(folder)))
 
 
-def test_tokenizers_in_older_files_are_counted(tmp_path: Path) -> None:
-    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\na\n", encoding="utf-8")
-    assert last_token(tmp_path) == ("a", 2)
-    (tmp_path / "added_tokens.json").write_text('{"<new>": 3}', encoding="utf-8")
-    assert last_token(tmp_path) == ("<new>", 3)
-    unigram = {"model": {"type": "Unigram", "vocab": [["<unk>", 0.0], ["b", -1.0]] * 4}, "added_tokens": []}
-    (tmp_path / "added_tokens.json").unlink()
-    (tmp_path / "tokenizer.json").write_text(json.dumps(unigram), encoding="utf-8")
-    assert last_token(tmp_path) == ("b", 7)
+def test_a_tokenizer_in_older_files_is_counted(tmp_path: Path) -> None:
+    bert(tmp_path)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{number}" for number in range(253))]
+    (tmp_path / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    assert last_token(find_model(str(tmp_path))) == ("word252", 257)
+    (tmp_path / "vocab.txt").write_text("\n".join([*words, "more"]), encoding="utf-8")
+    with pytest.raises(ModelError, match="'more' the id 258"):
+        check_tokens(find_model(str(tmp_path)))
 
 
 # ---------------------------------------------------------------- every command fails alike
