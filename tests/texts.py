@@ -118,9 +118,9 @@ def tokenizer(kind: str, *, bos: bool = False, eos: bool = True) -> Any:
 
     marks: list[Any] = list(MARKS)
     made = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=kind == "byte fallback"))
-    if kind in ("byte-level", "bytes"):
+    if kind in ("byte-level", "byte-level, trimmed", "bytes"):
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        made.post_processor = processors.ByteLevel(trim_offsets=False)
+        made.post_processor = processors.ByteLevel(trim_offsets="trimmed" in kind)
         made.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
     elif kind == "metaspace":
