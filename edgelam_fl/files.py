@@ -6,6 +6,7 @@ import hashlib
 import os
 import pwd
 import re
+import threading
 import tempfile
 import time
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ def keep_private() -> None:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replaces a file in one step: a reader finds the old content or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     temporary.replace(path)
 
@@ -58,7 +59,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def write_private(path: Path, content: str | bytes) -> None:
     """Replaces a file in one step, readable by this user only; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
     temporary.replace(path)
