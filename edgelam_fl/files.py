@@ -6,8 +6,8 @@ import hashlib
 import os
 import pwd
 import re
-import threading
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path

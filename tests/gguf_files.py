@@ -26,6 +26,7 @@ needs_llama_cpp = pytest.mark.skipif(
 )
 Keys = Mapping[str, Any]
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+PAIRED = ("llama", "granite", "smollm3")  # rows of q and k are stored in pairs
 SPECIALS = ("<unk>", "</s>", "<|im_start|>", "<|im_end|>")
 
 
@@ -85,12 +86,29 @@ def keys_of(config: Any, architecture: str) -> Keys:
             "block_count": config.num_hidden_layers, "feed_forward_length": config.intermediate_size,
             "attention.head_count": config.num_attention_heads, "attention.head_count_kv": config.num_key_value_heads,
             "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-            "rope.freq_base": float(config.rope_parameters["rope_theta"]),
+            "rope.freq_base": float(config.rope_parameters.get("full_attention", config.rope_parameters)["rope_theta"]),
         }  # fmt: skip
         width = getattr(config, "head_dim", None)
-        if (width and width * config.num_attention_heads != config.hidden_size) or architecture in ("qwen3", "gemma"):
+        if (width and width * config.num_attention_heads != config.hidden_size) or architecture in (
+            "qwen3",
+            "gemma",
+            "gemma2",
+            "gemma3",
+        ):
             own |= {"attention.key_length": width, "attention.value_length": width}
-        if architecture == "llama":
+        if architecture == "granite":
+            own |= {
+                "attention.scale": config.attention_multiplier, "embedding_scale": config.embedding_multiplier,
+                "residual_scale": config.residual_multiplier, "logit_scale": config.logits_scaling,
+            }  # fmt: skip
+        if architecture == "gemma2":
+            own |= {
+                "attn_logit_softcapping": config.attn_logit_softcapping, "final_logit_softcapping": config.final_logit_softcapping,
+                "attention.sliding_window": config.sliding_window,
+            }  # fmt: skip
+        if architecture == "gemma3":
+            own["attention.sliding_window"] = config.sliding_window
+        if architecture in PAIRED:
             own["rope.dimension_count"] = width or config.hidden_size // config.num_attention_heads
     return {"general.architecture": architecture, **{f"{architecture}.{name}": value for name, value in own.items()}}
 
@@ -106,7 +124,7 @@ def tensors_of(model: Any, architecture: str) -> dict[str, np.ndarray]:
         if stem == "lm_head" and config.tie_word_embeddings:
             continue
         stored, array = f"{names.get_name(stem)}.{kind}", tensor.float().numpy()
-        if architecture == "llama" and (".attn_q." in stored or ".attn_k." in stored):
+        if architecture in PAIRED and (".attn_q." in stored or ".attn_k." in stored):
             heads = config.num_attention_heads if ".attn_q." in stored else config.num_key_value_heads
             array = array.reshape(heads, 2, len(array) // heads // 2, -1).swapaxes(1, 2).reshape(array.shape)
         if architecture.startswith("gemma") and stored.endswith("norm.weight"):

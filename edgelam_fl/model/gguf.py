@@ -18,7 +18,7 @@ from edgelam_fl.errors import ModelError
 from edgelam_fl.files import write_atomically
 from edgelam_fl.model.families import family_of
 from edgelam_fl.model.generation import GENERATION
-from edgelam_fl.model.gguf_config import FACTORS, config_of
+from edgelam_fl.model.gguf_config import BY_MODEL_TYPE, FACTORS, config_of
 from edgelam_fl.model.gguf_header import GgufHeader, StoredTensor, read_header
 from edgelam_fl.model.gguf_tokenizer import Vocabulary
 from edgelam_fl.model.index import TensorEntry
@@ -97,17 +97,16 @@ def _numbers(path: Path, header: GgufHeader, name: str) -> np.ndarray | None:
 
 def read_tensor(entry: TensorEntry, config: Mapping[str, Any]) -> np.ndarray:
     """Reads one tensor, dequantized to fp32 in torch's layout. Touches only the tensor's own bytes."""
-    weights, name, model_type = _unpacked(entry), entry.stored_name, config["model_type"]
-    if _is_turned(name, model_type):
+    weights, name = _unpacked(entry), entry.stored_name
+    architecture = BY_MODEL_TYPE[config["model_type"]]
+    if _is_turned(name, config["model_type"]):
         weights = weights.T
-    elif model_type == "llama" and ".attn_q." in name:
+    elif architecture.paired and ".attn_q." in name:
         weights = _halves(weights, config["num_attention_heads"])
-    elif model_type == "llama" and ".attn_k." in name:
+    elif architecture.paired and ".attn_k." in name:
         weights = _halves(weights, config["num_key_value_heads"])
-    elif model_type.startswith("gemma") and name.endswith("norm.weight"):
-        weights = (
-            weights - 1
-        )  # llama.cpp multiplies with w + 1, which its converter stores; transformers' model adds the 1 itself
+    elif architecture.raised and name.endswith("norm.weight"):
+        weights = weights - 1
     return np.ascontiguousarray(weights, dtype=np.float32)
 
 

@@ -21,15 +21,26 @@ _LLAMA3 = (1.0, 4.0)  # low_freq_factor and high_freq_factor of every Llama 3 si
 _CLOSE = 1e-5  # relative; factors are stored in fp32
 
 
+_OPTIONAL = frozenset({"attention.head_count_kv", "attention.key_length"})
+
+
 @dataclass(frozen=True)
 class Architecture:
     """How one architecture's keys, which begin with its name, are called in transformers."""
 
     model_type: str
     keys: Mapping[str, str]
-    optional: frozenset[str] = frozenset({"attention.head_count_kv", "attention.key_length"})
+    optional: frozenset[str] = _OPTIONAL
     rotary: bool = True
+    scalings: frozenset[str] = frozenset({"default"})  # of its rotary positions
+    paired: bool = False  # rows of q and k are in the order that llama.cpp's rotary positions want: pairs, not halves
+    raised: bool = (
+        False  # llama.cpp multiplies with norms as they are stored; transformers' model adds 1 to them itself
+    )
     fixed: Mapping[str, Any] = field(default_factory=dict)  # what the architecture is, and no key says
+    more: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] | None = (
+        None  # (keys, config so far) -> more of it
+    )
 
 
 _DECODER = {
@@ -42,11 +53,66 @@ _DECODER = {
     "attention.key_length": "head_dim",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
 }
+
+
+def _gemma2(_own: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the scale of the attention, which no key says: llama.cpp knows the largest model by its layers."""
+    largest = config["num_hidden_layers"] == 46
+    return {
+        "query_pre_attn_scalar": config["hidden_size"] // config["num_attention_heads"]
+        if largest
+        else config["head_dim"]
+    }
+
+
+def _gemma3(own: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the scale of the attention, and the positions of both kinds of layers: a scaling is for those without a window."""
+    largest = config["num_hidden_layers"] == 62
+    near = {"rope_type": "default", "rope_theta": float(own.get("rope.freq_base_swa", 10_000.0))}
+    return {
+        "query_pre_attn_scalar": config["hidden_size"] // config["num_attention_heads"]
+        if largest
+        else config["head_dim"],
+        "rope_parameters": {"full_attention": config["rope_parameters"], "sliding_attention": near},
+    }
+
+
+_ROPES = frozenset({"default", "linear", "yarn"})
+_GEMMA = {"tie_word_embeddings": True}
+_SCALES = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
+_CAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
+_WINDOW = {"attention.sliding_window": "sliding_window"}
 ARCHITECTURES = {  # those whose logits were compared with llama.cpp's
-    "llama": Architecture("llama", _DECODER),
-    "qwen2": Architecture("qwen2", _DECODER),
-    "qwen3": Architecture("qwen3", _DECODER),
-    "gemma": Architecture("gemma", _DECODER, fixed={"hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True}),
+    "llama": Architecture("llama", _DECODER, paired=True, scalings=_ROPES | {"llama3", "longrope"}),
+    "qwen2": Architecture("qwen2", _DECODER, scalings=_ROPES),
+    "qwen3": Architecture("qwen3", _DECODER, scalings=_ROPES),
+    "granite": Architecture("granite", {**_DECODER, **_SCALES}, paired=True),
+    "smollm3": Architecture(
+        "smollm3", _DECODER, paired=True, fixed={"no_rope_layer_interval": 4, "use_sliding_window": False}
+    ),
+    "olmo2": Architecture("olmo2", _DECODER),
+    "gemma": Architecture("gemma", _DECODER, raised=True, fixed={**_GEMMA, "hidden_act": "gelu_pytorch_tanh"}),
+    "gemma2": Architecture(
+        "gemma2",
+        {**_DECODER, **_CAPS, **_WINDOW},
+        optional=_OPTIONAL | _CAPS.keys() | _WINDOW.keys(),  # absent in older files: then as in the config's defaults
+        raised=True,
+        fixed=_GEMMA,
+        more=_gemma2,
+    ),
+    "gemma3": Architecture(
+        "gemma3_text",
+        {**_DECODER, **_WINDOW},
+        raised=True,
+        scalings=frozenset({"default", "linear"}),
+        fixed=_GEMMA,
+        more=_gemma3,
+    ),
     "gpt2": Architecture(
         "gpt2",
         {
@@ -60,6 +126,7 @@ ARCHITECTURES = {  # those whose logits were compared with llama.cpp's
         rotary=False,
     ),
 }
+BY_MODEL_TYPE = {architecture.model_type: architecture for architecture in ARCHITECTURES.values()}
 _NEUTRAL: dict[str, Callable[[Any], bool]] = {  # keys of an architecture that change nothing if they have this value
     "expert_count": lambda value: value == 0,
     "expert_used_count": lambda value: value == 0,
@@ -80,7 +147,7 @@ _NEUTRAL: dict[str, Callable[[Any], bool]] = {  # keys of an architecture that c
 }
 _ROPE = (  # keys of an architecture that say where its positions are
     "rope.dimension_count", "rope.freq_base", "rope.scale_linear", "rope.scaling.type", "rope.scaling.factor",
-    "rope.scaling.attn_factor", "rope.scaling.original_context_length",
+    "rope.scaling.attn_factor", "rope.scaling.original_context_length", "rope.freq_base_swa",
 )  # fmt: skip
 _OTHERS = ("attention.value_length", "attention.sliding_window", "attention.scale", "vocab_size")  # checked below
 HARMLESS = {  # keys, or beginnings of keys that end with a dot -> why they may be left unread
@@ -146,8 +213,12 @@ def config_of(
             )
     _check_keys(keys, own, architecture, place)
     if architecture.rotary:
-        config |= _attention(own, config, shapes, place)
+        config |= _attention(own, config, shapes, architecture, place)
         config["rope_parameters"] = _rope(own, config, factors, place)
+        if config["rope_parameters"]["rope_type"] not in architecture.scalings:
+            scaled = own.get("rope.scaling.type", FACTORS if factors is not None else "linear")
+            raise refusal(f"scaled rotary positions of {name}", scaled, place)
+        config |= architecture.more(own, config) if architecture.more else {}
     elif factors is not None:
         raise ModelError(f"{place} has {FACTORS}, and {name} has no rotary positions. {_INSTEAD}")
     config["vocab_size"] = shapes["token_embd.weight"][0]
@@ -211,7 +282,11 @@ def _one(value: Any, key: str, place: str) -> Any:
 
 
 def _attention(
-    own: Mapping[str, Any], config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], place: str
+    own: Mapping[str, Any],
+    config: Mapping[str, Any],
+    shapes: Mapping[str, Sequence[int]],
+    architecture: Architecture,
+    place: str,
 ) -> dict[str, Any]:
     """Returns heads and biases. Raises ModelError for attention that transformers' model of the architecture cannot compute."""
     heads = config["num_attention_heads"]
@@ -224,13 +299,16 @@ def _attention(
             raise ModelError(
                 f"{place}: {key} = {own[key]} must equal {rule}, {width}; other files are not read. {_INSTEAD}"
             )
+    if "rope.freq_base_swa" in own and architecture.model_type != "gemma3_text":
+        raise refusal("rope.freq_base_swa", own["rope.freq_base_swa"], place)
     window = own.get("attention.sliding_window", 0)
-    if 0 < window < config["max_position_embeddings"]:
+    if 0 < window < config["max_position_embeddings"] and "attention.sliding_window" not in architecture.keys:
         raise refusal("attention.sliding_window", window, place)
-    if not math.isclose(own.get("attention.scale", width**-0.5), width**-0.5, rel_tol=_CLOSE):
+    scale = own.get("attention.scale", width**-0.5)
+    if not math.isclose(scale, width**-0.5, rel_tol=_CLOSE) and "attention.scale" not in architecture.keys:
         raise refusal("attention.scale", own["attention.scale"], place)
     made = {"head_dim": width, "num_key_value_heads": config.get("num_key_value_heads", heads)}
-    if config["model_type"] == "llama":
+    if config["model_type"] in ("llama", "granite"):
         made["attention_bias"] = "blk.0.attn_q.bias" in shapes
         made["mlp_bias"] = "blk.0.ffn_up.bias" in shapes
     return made
