@@ -13,6 +13,7 @@ from edgelam_fl.bench.partition import deal
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.simulation.fabric import SimulatedNode, write_federation
 from edgelam_fl.tasks.files import read_records
+from edgelam_fl.tasks.named import local_data
 
 Row = tuple[str, str]  # prompt, answer
 _CHOICE_SEED = 1
@@ -51,10 +52,10 @@ def _rows(dataset: str, folder: Path) -> list[Row]:
         from edgelam_fl.tasks.docstrings import docstring_pairs
 
         return sorted({(pair.prompt, pair.answer) for pair in docstring_pairs()})
-    path = folder / dataset
+    path = local_data(Path(dataset)) if dataset.startswith("hf:") else folder / dataset
     if not path.exists():
         raise ConfigError(
-            f"bench.dataset = {dataset!r} must be 'wordnet', 'docstrings' or a data file; none is at {path}"
+            f"bench.dataset = {dataset!r} must be 'wordnet', 'docstrings', a data file or hf:NAME; none is at {path}"
         )
     records = [values for _, values in read_records(path)]
     for prompt, answer in _FIELDS:
