@@ -40,7 +40,9 @@ WITH_SETTINGS = (
 class Bench(Section):
     """The section [bench]: data, devices and what to compare with."""
 
-    dataset: str = Field("wordnet", min_length=1, description="wordnet, docstrings, a data file beside the matrix, or hf:NAME")
+    dataset: str = Field(
+        "wordnet", min_length=1, description="wordnet, docstrings, a data file beside the matrix, or hf:NAME"
+    )
     examples: int = Field(0, ge=0, description="examples of the data set, chosen by a fixed seed; 0: all")
     test: float = Field(0.2, gt=0, lt=1, description="share of the examples to measure with, the same for all cells")
     devices: int = Field(20, ge=1, le=1000, description="devices that the other examples are dealt to")

@@ -131,9 +131,17 @@ def _values(column: Any, classes: Sequence[str]) -> list[Any]:
         values = column.to_pylist()
     except Exception:  # noqa: BLE001 - a date beyond Python's raises one of half a dozen errors
         values = [_value(value) for value in column]
+    if column.type.num_fields:  # nested: a table has every key in every object, and those that an object lacks are null
+        return [_without_nulls(value) for value in values]
     if not classes:
         return values
     return [_class_name(value, classes) if isinstance(value, int) else value for value in values]
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _value(value: Any) -> Any:

@@ -168,6 +168,18 @@ def test_what_is_not_learned_is_refused_by_name(tmp_path: Path, name: str) -> No
     assert "'" not in caught.value.for_others(), "what other machines hear quotes nothing"
 
 
+def test_tables_fill_no_arguments_in(tmp_path: Path) -> None:
+    """In a table every object has every key; those that none of its writers gave are null."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    other = {"type": "function", "function": {"name": "clock", "arguments": {"zone": "CET"}}}
+    rows = [{"messages": [U, {"role": "assistant", "tool_calls": [call]}]} for call in (CALL, other)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data.parquet")
+    pairs = pairs_by(settings(), tmp_path / "data.parquet").pairs
+    assert pairs == [(chat(U, CALLS | {"tool_calls": [call]}), "") for call in (CALL, other)]
+
+
 def test_judged_completions_are_no_answers(tmp_path: Path) -> None:
     file = lines(tmp_path / "kto.jsonl", *({"prompt": "p", "completion": "c", "label": good} for good in (True, False)))
     with pytest.raises(DataError, match=r"line 1 holds a judged completion \(label\)"):
