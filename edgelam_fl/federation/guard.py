@@ -147,7 +147,7 @@ class Guard:
         body = await _body(receive, _MAX_OWN_BYTES)
         try:
             asked = json.loads(body or b"{}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Denied(400, "the request is no JSON") from error
         if not isinstance(asked, dict):
             raise Denied(400, "the request is no JSON object")

@@ -181,7 +181,7 @@ def _ask(server: str, context: ssl.SSLContext, handler: str, request: Mapping[st
 def _content(server: str, status: int, body: bytes) -> dict[str, Any]:
     try:
         answer = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         answer = None
     if not isinstance(answer, dict) or status not in (200, 400, 403):
         raise EnvironmentProblem(
