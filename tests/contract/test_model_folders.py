@@ -137,12 +137,22 @@ def a_file_that_config_names(folder: Path) -> None:
     edit_config(folder, transformers_weights="other.safetensors")
 
 
+def index_that_leaves_a_tensor_out(folder: Path) -> None:
+    """transformers takes whatever is in the files that are named."""
+    shard(folder)
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    del index["weight_map"]["lm_head.weight"]
+    write_index(folder, index)
+
+
 def edit_config(folder: Path, **changed: Any) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | changed
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
-READ_LAYOUTS: list[Change] = [sharded_with_a_backup, one_file_with_strays, two_sets, a_file_that_config_names]
+READ_LAYOUTS: list[Change] = [
+    sharded_with_a_backup, one_file_with_strays, two_sets, a_file_that_config_names, index_that_leaves_a_tensor_out,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", READ_LAYOUTS, ids=lambda change: change.__name__)
@@ -158,6 +168,13 @@ def lost_shard(folder: Path) -> None:
 def tensor_in_another_file(folder: Path) -> None:
     shard(folder)
     edit_map(folder, **{"lm_head.weight": "model-00002-of-00002.safetensors"})
+
+
+def tensor_in_two_files(folder: Path) -> None:
+    one, other = shard(folder)
+    tensor = {"lm_head.weight": torch.zeros(258, 64)}
+    save_file(load_file(one) | tensor, one)
+    save_file(load_file(other) | tensor, other)
 
 
 def tensor_in_no_file(folder: Path) -> None:
@@ -232,6 +249,7 @@ def config_cut_short(folder: Path) -> None:
 REFUSED_LAYOUTS: list[tuple[Change, tuple[str, ...]]] = [
     (lost_shard, ("model-00002-of-00004.safetensors", "3 of 4 files are here")),
     (tensor_in_another_file, ("lm_head.weight", "model-00001-of-00002", "model-00002-of-00002", "Fetch the folder")),
+    (tensor_in_two_files, ("lm_head.weight", "two sets")),
     (tensor_in_no_file, ("model.layers.9.mlp.up_proj.weight", "model-00002-of-00002.safetensors")),
     (file_outside, (INDEX, "'../model-00001-of-00002.safetensors'")),
     (index_without_map, (INDEX, "weight_map")),
@@ -698,6 +716,19 @@ READ_MODELS: list[Change] = [
 def test_a_model_that_is_read(folder: Path, change: Change) -> None:
     change(folder)
     assert torch.equal(ours(folder), transformers_own(folder))
+
+
+@pytest.mark.parametrize("base", ["bf16", "int8", "nf4"])
+@torch.no_grad()
+def test_unpacked_weights_are_packed_again_as_the_base_says(folder: Path, tmp_path: Path, base: str) -> None:
+    fp8(folder)
+    load_whole(find_model(str(folder)), "fp32").save_pretrained(tmp_path / "unpacked")
+    unpacked = logits(load_whole(find_model(str(tmp_path / "unpacked")), base))
+    spans = [Span(0, 1, embed=True), Span(1, 1), Span(1, 2, head=True)]
+    hidden = IDS
+    for stage in load_stages(find_model(str(folder)), spans, base, None):
+        hidden = stage(hidden, [IDS.shape[1]])
+    assert torch.equal(hidden, unpacked)
 
 
 @pytest.mark.parametrize(
