@@ -145,6 +145,22 @@ def test_the_pull_is_mu_times_the_way_from_the_start() -> None:
         assert all(np.allclose(found.adapter()[name], w, atol=1e-6) for name in NAMES)
 
 
+def test_a_pull_goes_through_the_optimizer_and_decay_does_not() -> None:
+    """As torch's AdamW on the loss with FedProx's term: the pull is a part of the gradient, the decay is beside it."""
+    settings = plan()
+    settings.optimizer.weight_decay = 0.5
+    found = trainee()
+    found.start(START, lambda layer: True, settings, MU)
+    w = torch.nn.Parameter(torch.from_numpy(START[A].copy()))
+    by_torch = torch.optim.AdamW([w], lr=LR, weight_decay=0.5)
+    for step in range(3):
+        found.set_gradients([torch.ones(2) for _ in found.parameters])
+        found.step(step)
+        w.grad = torch.ones(2).add_(w.detach() - torch.from_numpy(START[A]), alpha=MU)
+        by_torch.step()
+    assert np.array_equal(found.adapter()[A], w.detach().numpy())
+
+
 def test_the_norm_and_the_step_see_one_pull() -> None:
     """With clip = "global" the norm is computed before the step; clearing a gradient clears its pull too."""
     found = trainee()
