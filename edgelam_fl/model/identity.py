@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from edgelam_fl.files import FileState, cache_folder, is_settled, state_of, write_atomically
@@ -50,6 +50,14 @@ class ModelIdentity:
     def leakage_key(self) -> str:
         """What a measurement of leakage is kept under: the weights, and the tokenizer if it has files of its own."""
         return leakage_key(self.weights_digest, self.files)
+
+    def unpacked(self) -> ModelIdentity:
+        """Returns the identity of a model whose tensors are unpacked when they are read.
+
+        Under the plain digest, caches here and on nodes may hold what versions made that took packed numbers as they are.
+        """
+        unpacked = hashlib.sha256(f"unpacked {self.weights_digest}".encode()).hexdigest()
+        return replace(self, weights_digest=unpacked)
 
     def may_have_changed(self) -> bool:
         """Returns whether some file may differ from what was read; looks at names, sizes, times and inodes alone."""

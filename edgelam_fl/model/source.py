@@ -92,11 +92,6 @@ class ModelSource:
         return self.identity.leakage_key
 
     @cached_property
-    def is_packed(self) -> bool:
-        """Whether some tensors of a folder are quantized, and so are not as their files have them."""
-        return any(each.packing for entry in self.index.values() for each in entry.stored)
-
-    @cached_property
     def stop_ids(self) -> frozenset[int]:
         """Holds the ids of all tokens that end an answer."""
         return stop_ids(self.folder)
@@ -267,7 +262,10 @@ def _from_folder(name: str, folder: Path, reference: str) -> ModelSource:
     architecture = architecture_of(folder, family)
     check_code(folder, config, architecture.model_class)
     index = matched(folder, config, family, architecture, named)
-    return ModelSource(name, folder, index, of_folder(folder, files), reference)
+    identity = of_folder(folder, files)
+    if any(each.packing for entry in index.values() for each in entry.stored):
+        identity = identity.unpacked()
+    return ModelSource(name, folder, index, identity, reference)
 
 
 def _from_gguf(name: str, path: Path, reference: str) -> ModelSource:

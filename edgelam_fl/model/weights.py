@@ -80,8 +80,6 @@ def _file_for(source: ModelSource, name: str, base: str, dtype: torch.dtype) -> 
         form = f"{base}-{_PLAIN[dtype]}"
     if source.gguf is None and not entry.pieces and entry.stored_type == _STORED_DTYPE.get(form):
         return Path(entry.file)
-    if source.is_packed:
-        form += "-unpacked"  # without it lie weights of versions that read packed numbers as they are
     cached = cache_folder() / "models" / source.weights_digest[:16] / form / f"{part}.safetensors"
     if not cached.is_file():
         cached.parent.mkdir(parents=True, exist_ok=True)

@@ -36,6 +36,7 @@ from edgelam_fl.doctor.checks import check_model
 from edgelam_fl.errors import ModelError, ModelNotFound
 from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.folder import INDEX, WEIGHTS
+from edgelam_fl.model.identity import of_folder
 from edgelam_fl.model.limits import check_limits, check_tokens, last_token, positions_of
 from edgelam_fl.model.source import find_model
 from edgelam_fl.model.stage import load_stages
@@ -384,6 +385,12 @@ def test_a_last_block_may_be_a_part_of_one(folder: Path) -> None:
     rows = torch.tensor([0] * 48 + [1] * 16)
     ((_, got),) = read_tensors(find_model(str(folder)), [name], "fp32")
     assert torch.equal(got, values * scale[rows][:, rows])
+
+
+def test_caches_of_packed_numbers_are_not_used_for_unpacked_ones(folder: Path) -> None:
+    """Nodes and servers keep weights by this digest; older versions kept the packed numbers under the plain one."""
+    fp8(folder)
+    assert find_model(str(folder)).weights_digest != of_folder(folder, [folder / WEIGHTS]).weights_digest
 
 
 def renamed(folder: Path, old: str, new: str) -> None:
