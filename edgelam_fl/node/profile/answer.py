@@ -27,6 +27,7 @@ from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.codecs import CODECS
 
+_MOST_TOKENIZED = 50_000  # examples, which take a small board a minute
 VERSIONED = ("edgelam-fl", "flwr", "torch", "transformers", "peft", "grpcio", "numpy")
 
 
@@ -63,21 +64,19 @@ def answer_profile(
 def _count(
     profile: pb.Profile, request: pb.ProfileRequest, examples: DeviceExamples, hub: ServerHub, emit: EmitInJob
 ) -> None:
-    """Counts a device's examples as the run's tokenizer leaves them; before it, if no model is asked for or none is at hand."""
+    """Counts a device's examples as the run's tokenizer leaves them.
+
+    They are counted before it if no model is asked for, none is at hand, or there are so many that the server might not wait: the
+    reports of rounds have the counts then.
+    """
+    profile.examples, profile.held_out, counts = examples.count(request.task)
     source = None
-    if request.model:
+    if request.model and profile.examples + profile.held_out <= _MOST_TOKENIZED:
         with suppress(ModelError, EnvironmentProblem):  # a part that needs the model says so
             source = hub.find(
-                request.model,
-                request.model_digest,
-                request.hub_port,
-                request.slices_token,
-                tokenizer=True,
-                download=False,
-            )
-    if source is None:
-        profile.examples, profile.held_out, counts = examples.count(request.task)
-    else:
+                request.model, request.model_digest, request.hub_port, request.slices_token, tokenizer=True, download=False
+            )  # fmt: skip
+    if source is not None:
         loaded = examples.load(make_task(request.task, source.folder), request.task, source.digest, emit)
         profile.examples, profile.held_out, counts = len(loaded.training), len(loaded.held_out), loaded.counts
         profile.memory_available_bytes = memory_free_bytes()  # the examples and what made them stay in memory
