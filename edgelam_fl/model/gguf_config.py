@@ -140,6 +140,7 @@ _NEUTRAL: dict[str, Callable[[Any], bool]] = {  # keys of an architecture that c
     "residual_scale": lambda value: value == 1,
     "use_parallel_residual": lambda value: value is False,
     "pooling_type": lambda value: value == 0,
+    "vocab_size": lambda _: True,  # the table of tokens has as many rows as it has
     "rope.scaling.finetuned": lambda _: True,  # how the model was made
     # llama.cpp computes with these values, whatever the keys say.
     "rope.scaling.yarn_beta_fast": lambda value: value == 32,
@@ -149,7 +150,7 @@ _ROPE = (  # keys of an architecture that say where its positions are
     "rope.dimension_count", "rope.freq_base", "rope.scale_linear", "rope.scaling.type", "rope.scaling.factor",
     "rope.scaling.attn_factor", "rope.scaling.original_context_length", "rope.freq_base_swa",
 )  # fmt: skip
-_OTHERS = ("attention.value_length", "attention.sliding_window", "attention.scale", "vocab_size")  # checked below
+_OTHERS = ("attention.value_length", "attention.sliding_window", "attention.scale")  # checked below
 HARMLESS = {  # keys, or beginnings of keys that end with a dot -> why they may be left unread
     "general.architecture": "read first",
     "general.alignment": "used to find the tensors",
@@ -163,6 +164,7 @@ HARMLESS = {  # keys, or beginnings of keys that end with a dot -> why they may 
     "general.author": "says who made it",
     "general.organization": "says who made it",
     "general.quantized_by": "says who made it",
+    "mradermacher.": "says who made it",
     "general.description": "a text for people",
     "general.license": "a text for people",
     "general.license.": "texts for people",

@@ -133,9 +133,25 @@ def _check_adapter(adapter: Path, source: ModelSource) -> None:
 def _load_peft(folder: Path, source: ModelSource) -> str:
     gguf = f', gguf_file="{source.gguf.name}"' if source.gguf and source.reference == str(source.gguf) else ""
     base = str(source.gguf.parent) if source.gguf and gguf else source.reference
+    if gguf and not _transformers_reads_it(source):
+        return (
+            f"# The base is {source.gguf}, which transformers does not read as llama.cpp and EdgeLAM-FL do. Put the adapter on the\n"
+            f"# folder that the file was converted from, or take `--to merged`:\n"
+            f'base = AutoModelForCausalLM.from_pretrained("FOLDER")    # from transformers\n'
+            f'model = PeftModel.from_pretrained(base, "{folder}")    # from peft'
+        )
     return (
         f'base = AutoModelForCausalLM.from_pretrained("{base}"{gguf})    # from transformers\n'
         f'model = PeftModel.from_pretrained(base, "{folder}")    # from peft'
+    )
+
+
+def _transformers_reads_it(source: ModelSource) -> bool:
+    """Tells whether transformers' reader gets the same weights and positions out of a GGUF file."""
+    rope = source.config.get("rope_parameters") or {}
+    return source.config["model_type"] in ("llama", "qwen2", "qwen3", "gpt2") and rope.get("rope_type") in (
+        None,
+        "default",
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -33,6 +34,8 @@ from transformers import (
     SmolLM3Config,
 )
 
+from edgelam_fl.cli.run_file import explained
+from edgelam_fl.doctor.checks import check_model
 from edgelam_fl.errors import ModelError
 from edgelam_fl.hub.daemon import HubServer
 from edgelam_fl.hub.fetch import open_model
@@ -41,6 +44,8 @@ from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.stage import load_stages
 from edgelam_fl.model.whole import load_whole
+from edgelam_fl.serving.export import export
+from edgelam_fl.serving.results import open_result
 from tests.gguf_files import (
     across_words,
     byte_vocabulary,
@@ -51,6 +56,8 @@ from tests.gguf_files import (
     tensors_of,
     write_gguf,
 )
+from tests.results import write_result
+from tests.support import run_config
 
 VOCABULARY = byte_vocabulary()
 SIZE = len(VOCABULARY["tokenizer.ggml.tokens"])
@@ -250,7 +257,7 @@ READ = {
         llama,
         change={
             "general.name": "mistral", "general.base_model.0.name": "x", "quantize.imatrix.file": "x", "general.tags": ["a", "b"],
-            "own.expert_count": 0, "own.vocab_size": SIZE, "tokenizer.ggml.fim_pre_token_id": 3,
+            "mradermacher.quantize_version": "2", "general.license.link": "x", "own.expert_count": 0, "own.vocab_size": SIZE, "tokenizer.ggml.fim_pre_token_id": 3,
         },
     ),
 }  # fmt: skip
@@ -525,3 +532,26 @@ def test_what_an_older_reader_unpacked_is_made_anew(tmp_path: Path) -> None:
     again = find_model(str(tmp_path / "model.gguf"))
     assert again.config["rope_parameters"]["rope_type"] == "llama3"
     assert not (source.folder / "fp32").exists(), "weights that the older reader converted"
+
+
+def test_exports_of_a_model_that_transformers_reads_otherwise(tmp_path: Path) -> None:
+    model = llama(rope=llama3(8.0, 256))
+    source = find_model(str(written(tmp_path, model, extra={"rope_freqs.weight": divided(8.0, 256)})))
+    result = open_result(write_result(tmp_path / "run", source, "split.front=1", "split.back=1", "split.hosts=1"))
+    _, how = export(result, "peft", None)
+    assert "which transformers does not read as llama.cpp" in how
+    assert "gguf_file" not in how
+    merged, _ = export(result, "merged", None)
+    with torch.no_grad():
+        plain = PeftModel.from_pretrained(model, result.adapter).merge_and_unload()
+    own = AutoModelForCausalLM.from_pretrained(merged)
+    torch.testing.assert_close(logits(own), logits(plain), rtol=1e-3, atol=1e-3)
+    assert own.generation_config.eos_token_id == [1, 3]
+
+
+def test_doctor_and_explain_refuse_it_too(tmp_path: Path, plain: Any) -> None:
+    file = written(tmp_path, plain, change={"own.logit_scale": 8.0})
+    finding = check_model(str(file))
+    assert (finding.state, "llama.logit_scale = 8.0" in finding.found) == ("problem", True)
+    with pytest.raises(ModelError, match=r"llama\.logit_scale = 8\.0"):
+        explained(run_config(str(file)))
