@@ -50,9 +50,13 @@ def test_what_is_kept_gives_the_whole_models_logits_and_gradients(dropout: float
     assert len(first.activations) == len(ROWS)
 
 
-def test_with_lora_in_the_lowest_layer_nothing_is_kept() -> None:
+@pytest.mark.parametrize(
+    "lora",
+    [LoraSettings(4, 8.0, ("query",)), replace(TOP, own_dropout=True)],
+    ids=["lora in the lowest layer", "the model's own dropout"],
+)
+def test_where_the_lowest_layers_change_nothing_is_kept(lora: LoraSettings) -> None:
     source = find_model("minilm-l6")
-    lora = LoraSettings(4, 8.0, ("query",))
     whole = Span(0, source.num_layers, embed=True, head=True)
     (stage,) = Shared(threading.Semaphore(1)).load(source, [whole], "fp32", lora, compute="", classes=3)
     assert not isinstance(stage, OnFrozen)
