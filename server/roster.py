@@ -60,13 +60,17 @@ class _Count:
     def is_short(self, config: RunConfig, patient: bool) -> bool:
         """Returns whether more nodes are waited for; `patient`: for all that are expected, but for those that are out."""
         federation, hosts = config.federation, config.split.least_hosts
-        devices = max(federation.min_nodes, federation.expect_nodes - len(self.devices_out) if patient else 0)
+        devices = max(federation.min_nodes, federation.expect_nodes - self._named_out() if patient else 0)
         wanted = max(hosts, hosts * config.split.sites - len(self.hosts_out)) if patient else hosts
         return self.devices < devices or self.hosts < wanted
 
     def are_all_heard(self, expected: int) -> bool:
         """Returns whether as many devices as are expected can take part or are out; `expected`: 0: any number."""
-        return 0 < expected <= self.devices + sum(one.role == pb.DEVICE for one in self.devices_out)
+        return 0 < expected <= self.devices + self._named_out()
+
+    def _named_out(self) -> int:
+        """Counts the nodes that are out and sure to be devices."""
+        return sum(one.role == pb.DEVICE for one in self.devices_out)
 
 
 class Roster:
@@ -95,6 +99,7 @@ class Roster:
         self._known: set[int] = set()  # asked at least once
         self._lost: set[int] = set()  # out of the rounds, and asked again when a round starts
         self._final: dict[int, _Refusal] = {}
+        self._gone: set[str] = set()  # were here in this run, and may come back
         self._tardy: set[int] = set()  # the others have waited for their answer once, in vain
         self._open: dict[str, _Question] = {}  # by Flower's message ids
 
@@ -145,22 +150,25 @@ class Roster:
     def _check_hope(self, config: RunConfig, count: _Count, quiet_s: float) -> None:
         """Raises RunFailed if too few are left and nobody is to be waited for.
 
-        A node may still be on its way, and is given a little time, unless as many devices have been heard as are expected.
+        A node may still be on its way, and is given a little time, unless as many devices have been heard as are expected. One
+        that has left may come back.
         """
-        if self._open or self._lost:
+        if self._open or self._lost or self._gone:
             return
-        federation, out, who = config.federation, list[_Refusal](), "device"
-        if count.devices < federation.min_nodes and (not count.devices or count.are_all_heard(federation.expect_nodes)):
-            out = count.devices_out
-        if not out and config.split.least_hosts and not count.hosts:
-            out, who = count.hosts_out, "host"
-        if out and (quiet_s >= self._exchange.timing.settle_s or count.are_all_heard(federation.expect_nodes)):
-            few = "too few are" if count.devices and who == "device" else f"no {who} is"
-            reasons = "".join(f"; {one.name}: {one.reason}" for one in sorted(out, key=lambda one: one.name))
-            raise RunFailed(
-                f"{few} left that can take part, and nothing within this run can change that{reasons}",
-                exit_code_of([one.code for one in out]),
-            )
+        has_settled = quiet_s >= self._exchange.timing.settle_s
+        all_heard = count.are_all_heard(config.federation.expect_nodes)
+        if count.devices < config.federation.min_nodes and count.devices_out:
+            if all_heard:
+                raise _nobody_left("too few devices are" if count.devices else "no device is", count.devices_out)
+            if has_settled and not count.devices:
+                raise _nobody_left("no device is", count.devices_out)
+        if has_settled:
+            self._check_hosts(config, count)
+
+    def _check_hosts(self, config: RunConfig, count: _Count) -> None:
+        """Raises RunFailed if all hosts that came have refused for good."""
+        if config.split.least_hosts and not count.hosts and count.hosts_out:
+            raise _nobody_left("no host is", count.hosts_out)
 
     def revisit(self) -> None:
         """Asks new and lost nodes, and waits a little for their answers."""
@@ -188,9 +196,11 @@ class Roster:
         while len(who_may_host(config, self.profiles.values())) < config.split.least_hosts and timing.now() < end:
             if self.refresh():
                 quiet_since = timing.now()
-            else:
-                self._check_hope(config, self._count(config), timing.now() - quiet_since)
-                timing.sleep(timing.poll_s)
+                continue
+            waits = self._open or self._lost or self._gone
+            if not waits and timing.now() - quiet_since >= timing.settle_s:
+                self._check_hosts(config, self._count(config))
+            timing.sleep(timing.poll_s)
 
     def refresh(self, ask_lost: bool = False) -> bool:
         """Asks new nodes for their profiles, takes what has been answered, and forgets nodes that left; never waits.
@@ -310,6 +320,7 @@ class Roster:
             self._refuse(node_id, name, problem, code, profile.role)
             return
         self._lost.discard(node_id)
+        self._gone.discard(profile.name)
         self._spellings[folded(profile.name)] = profile.name
         self._ids[profile.name] = node_id
         self.profiles[profile.name] = profile
@@ -351,14 +362,17 @@ class Roster:
             self._folder.emit(NodeRefused(node=name, reason=reason, code=code))
         self.problems[name] = reason
         if is_final(code):
-            self._end(node_id, _Refusal(name, reason, code, role))
+            owner = self._owner_of(node_id) if self._owner_of is not None else None
+            self._end(node_id, _Refusal(name, reason, code, role or (owner.role if owner is not None else 0)))
 
     def _end(self, node_id: int, refusal: _Refusal) -> None:
         """Takes a node out of the run until it has left and joined anew."""
         self._final[node_id] = refusal
+        self._gone.discard(refusal.name)
         self._lost.discard(node_id)
 
     def _forget(self, name: str, reason: str) -> None:
+        self._gone.add(name)
         self.profiles.pop(name, None)
         self._ids.pop(name, None)
         self.problems[name] = reason
@@ -377,6 +391,14 @@ class Roster:
             f"{len(self.edges())} edge servers are here; the run needs at least {federation.min_nodes}{wanted_hosts} "
             f"(federation.min_nodes, federation.join_deadline_s){problems}"
         )
+
+
+def _nobody_left(who: str, out: list[_Refusal]) -> RunFailed:
+    reasons = "".join(f"; {one.name}: {one.reason}" for one in sorted(out, key=lambda one: one.name))
+    return RunFailed(
+        f"{who} left that can take part, and nothing within this run can change that{reasons}",
+        exit_code_of([one.code for one in out]),
+    )
 
 
 def _role(role: pb.Role) -> str:

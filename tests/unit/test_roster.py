@@ -229,3 +229,32 @@ def test_a_node_without_a_profile_is_named_by_its_key(federation: MakeFederation
     roster.refresh()
     assert roster.problems["bob"] == "its ClientApp failed: UnicodeEncodeError in app.py, line 40 (a bug)"
     assert [(event["node"], event["code"]) for event in run.events("node_refused")] == [("bob", "bug")]
+
+
+def test_a_device_that_left_may_come_back_and_is_waited_for(federation: MakeFederation) -> None:
+    """As after a power cut: the other one's refusal does not end the run."""
+    run = federation("ab", "e", "federation.join_deadline_s=300")
+    run.roster.gather(run.config, at_start=True)
+    run.roster.failed("a", "its data cannot be used: json", "data", silent=False)
+    gone = run.grid.nodes.pop(2)
+
+    def here() -> list[int]:
+        if run.clock.now_s > 100:
+            run.grid.nodes[2] = gone
+        return list(run.grid.nodes)
+
+    run.grid.get_node_ids = here
+    run.roster.gather(run.config, at_start=False)
+    assert run.roster.devices() == ["b"]
+    assert run.clock.now_s > 100
+
+
+def test_a_conversation_needs_hosts_and_no_device(federation: MakeFederation) -> None:
+    run = federation("a", "e", "strategy.require_tags=lab")
+    run.roster.await_hosts(run.config)
+    assert [edge.name for edge in run.roster.edges()] == ["e"]
+    waits = federation("a", "e", "federation.join_deadline_s=600")
+    refuses(waits, "e", "model", "the model cannot be read")
+    with pytest.raises(RunFailed, match=r"no host is left .*; e: the model cannot be read"):
+        waits.roster.await_hosts(waits.config)
+    assert waits.clock.now_s < 60
