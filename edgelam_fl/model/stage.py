@@ -120,6 +120,8 @@ class Stage(nn.Module):
         rows continue what it holds, with any padding per call (a sliding window counts padding too, so with sliding windows and
         unequal rows pad on the left). With a cut adapter, [B, T, D + rank] is what the last host gives and the device's back takes.
         """
+        if self.span.embed:
+            self._check_ids(inputs)
         if isinstance(self._cut, CutUp):
             inputs = self._cut(inputs)
         mask_BT, positions_BT = _mask_and_positions(inputs.shape[1], row_lengths, pad_left, cache)
@@ -136,6 +138,14 @@ class Stage(nn.Module):
             cache.mask_BT = mask_BT
         states: torch.Tensor = output.logits if self.span.head else output.last_hidden_state
         return self._cut(states) if isinstance(self._cut, CutDown) else states
+
+    def _check_ids(self, ids_BT: torch.Tensor) -> None:
+        """Raises ModelError for a token without a row in the table. A tokenizer may have some, which stand for images."""
+        rows, most = len(self.embeddings()), int(ids_BT.max())
+        if most >= rows:
+            raise ModelError(
+                f"a text holds the token {most}, and the model's table of tokens has {rows} rows; take it out"
+            )
 
     def new_cache(self) -> StageCache:
         """Makes a cache for the keys and values of one batch that is generated. Raises ModelError for a classifier."""

@@ -966,6 +966,12 @@ def test_a_token_of_images_needs_no_row(folder: Path) -> None:
     check_limits(run_config(str(folder)), find_model(str(folder)))
 
 
+def test_a_token_of_images_in_a_text_is_named(plain: Path) -> None:
+    (stage,) = load_stages(find_model(str(plain)), [Span(0, 2, embed=True, head=True)], "fp32", None)
+    with pytest.raises(ModelError, match="the token 258, and the model's table of tokens has 258 rows"):
+        stage(torch.tensor([[3, 258]]), [2])
+
+
 def test_a_tokenizer_in_older_files_is_counted(tmp_path: Path) -> None:
     bert(tmp_path)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{number}" for number in range(253))]
