@@ -39,6 +39,7 @@ def test_what_datasets_saves_is_read(tmp_path: Path) -> None:
 def test_a_folder_as_on_a_hub_is_loaded_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("datasets")
     monkeypatch.setenv("EDGELAM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hub")
     folder = tmp_path / "repository" / "data"
     folder.mkdir(parents=True)
     for split, rows in (("train", ROWS), ("test", ROWS[:2])):
