@@ -36,8 +36,14 @@ def unpack_metadata(path: Path, folder: Path) -> dict[str, TensorEntry]:
     made = config_of(header.keys, shapes, _numbers(path, header, FACTORS), str(path))
     family_of(made["model_type"], str(path))
     vocabulary = Vocabulary(header.keys, str(header.keys["general.architecture"]), str(path))
-    config = AutoConfig.for_model(**made, **vocabulary.special_ids)
-    index = _index(path, header, config)
+    try:
+        config = AutoConfig.for_model(**made, **vocabulary.special_ids)
+        index = _index(path, header, config)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # sizes that transformers or torch refuse
+        words = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"{path}: transformers makes no model of its sizes: {words}. Convert the model again"
+        ) from error
     vocabulary.tokenizer().save_pretrained(folder)
     config.save_pretrained(folder)
     write_atomically(folder / GENERATION, json.dumps(vocabulary.generation(), indent=2) + "\n")

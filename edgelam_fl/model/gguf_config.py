@@ -18,6 +18,7 @@ from edgelam_fl.errors import ModelError
 FACTORS = "rope_freqs.weight"  # a tensor: what each rotary frequency is divided by; no key says that it is there
 _INSTEAD = "Set model.name to the model's safetensors folder"
 _LLAMA3 = (1.0, 4.0)  # low_freq_factor and high_freq_factor of every Llama 3 since 3.1
+_LARGEST = 1e12
 _CLOSE = 1e-5  # relative; factors are stored in fp32
 
 
@@ -245,6 +246,7 @@ def _check_kind(keys: Mapping[str, Any], place: str) -> None:
     if kind != "model":
         raise ModelError(f"{place}: general.type = {kind!r} must be 'model'. {_INSTEAD}")
     parts = keys.get("split.count", 0)
+    _check_number(parts, "split.count", place)
     if parts > 1:
         raise ModelError(
             f"{place} is one of {parts} parts of a model. Join them: llama-gguf-split --merge FIRST_PART.gguf WHOLE.gguf, or set "
@@ -258,6 +260,8 @@ def _check_keys(keys: Mapping[str, Any], own: Mapping[str, Any], architecture: A
     for key, value in own.items():
         if key not in understood and not (key in _NEUTRAL and _NEUTRAL[key](value)):
             raise refusal(f"{keys['general.architecture']}.{key}", value, place)
+        if key in (*_ROPE, *_OTHERS) and key != "rope.scaling.type":
+            _check_number(value, f"{keys['general.architecture']}.{key}", place)
     beginnings = tuple(name for name in HARMLESS if name.endswith("."))
     for key, value in keys.items():
         ours = key.startswith((f"{keys['general.architecture']}.", "tokenizer.")) or key in (
@@ -273,14 +277,24 @@ def refusal(key: str, value: Any, place: str) -> ModelError:
 
 
 def _one(value: Any, key: str, place: str) -> Any:
-    """Returns a number; of a list with one number per layer, the number if it is the same in all."""
-    if isinstance(value, list) and len(set(value)) == 1:
-        return value[0]
+    """Returns a positive number; of a list with one number per layer, the number if it is the same in all."""
+    if isinstance(value, list) and len(set(map(str, value))) == 1:
+        value = value[0]
     if isinstance(value, list):
         raise ModelError(
             f"{place}: {key} differs between layers ({str(value)[:60]}), which is not understood here. {_INSTEAD}"
         )
+    _check_number(value, key, place)
+    if value == 0:
+        raise ModelError(f"{place}: {key} = 0 must be above 0. Convert the model again")
     return value
+
+
+def _check_number(value: Any, key: str, place: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < _LARGEST:
+        raise ModelError(
+            f"{place}: {key} = {str(value)[:60]!r} must be a number from 0 to {_LARGEST:.0e}. Convert the model again"
+        )
 
 
 def _attention(

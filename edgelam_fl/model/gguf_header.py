@@ -52,7 +52,7 @@ def read_header(path: Path) -> GgufHeader:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 return _Reader(path, data).header()
-            except (struct.error, IndexError, UnicodeDecodeError, OverflowError) as error:
+            except (struct.error, IndexError, UnicodeDecodeError, OverflowError, RecursionError, MemoryError) as error:
                 raise ModelError(
                     f"{path} is not a whole GGUF file: its header cannot be read ({error}). Fetch the file again"
                 ) from error

@@ -59,9 +59,9 @@ _END_SPELLINGS = frozenset({
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]",
     "<|end_of_text|>", "<end_of_utterance>", "</s>", "<eos>", "<\uff5cend\u2581of\u2581sentence\uff5c>",
 })  # fmt: skip
+_FLAGS = ("add_bos_token", "add_eos_token", "add_space_prefix")
 _UNDERSTOOD = {
-    "model", "pre", "tokens", "scores", "token_type", "merges", "add_bos_token", "add_eos_token", "add_space_prefix",
-    "suppress_tokens", *_IDS, *_ENDS,
+    "model", "pre", "tokens", "scores", "token_type", "merges", "suppress_tokens", *_FLAGS, *_IDS, *_ENDS,
 }  # fmt: skip
 _HARMLESS = {  # keys after tokenizer. -> why they may be left unread
     "ggml.prefix_token_id": "for filling gaps in code, which is not done here",
@@ -94,6 +94,7 @@ class Vocabulary:
             if name == "tokenizer.chat_template" or name.startswith("tokenizer.chat_template.")
         }
         self._check_keys(keys)
+        self._check_types()
         self.tokens: list[str] = self._ggml.get("tokens") or []
         if not self.tokens:
             raise ModelError(
@@ -112,6 +113,22 @@ class Vocabulary:
                 raise ModelError(
                     f"{place}: tokenizer.ggml.{name} = {self._ggml[name]} must be below the {len(self.tokens)} tokens. Convert the model again"
                 )
+
+    def _check_types(self) -> None:
+        """Raises ModelError for a key whose value is of another kind than its name says."""
+        lists = {"tokens": str, "merges": str, "scores": int | float, "token_type": int, "suppress_tokens": int}
+        kinds = {**dict.fromkeys((*_IDS, *_ENDS), int), **dict.fromkeys(_FLAGS, bool), "model": str, "pre": str}
+        for name, value in self._ggml.items():
+            right = isinstance(value, kinds.get(name, object))
+            if name in lists:
+                right = isinstance(value, list) and all(isinstance(each, lists[name]) for each in value)
+            if not right:
+                raise ModelError(
+                    f"{self._place}: tokenizer.ggml.{name} = {str(value)[:60]} is of another kind than it must be. Convert the model again"
+                )
+        for name, template in self._templates.items():
+            if not isinstance(template, str):
+                raise ModelError(f"{self._place}: the chat template {name} is no text. Convert the model again")
 
     def _check_keys(self, keys: Mapping[str, Any]) -> None:
         for key, value in keys.items():

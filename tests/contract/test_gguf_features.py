@@ -41,6 +41,9 @@ from edgelam_fl.hub.daemon import HubServer
 from edgelam_fl.hub.fetch import open_model
 from edgelam_fl.hub.slices import offered
 from edgelam_fl.model.adapter import Span
+from edgelam_fl.model.gguf_config import config_of
+from edgelam_fl.model.gguf_header import read_header
+from edgelam_fl.model.gguf_tokenizer import Vocabulary
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.stage import load_stages
 from edgelam_fl.model.whole import load_whole
@@ -418,6 +421,10 @@ REFUSED: dict[str, tuple[Harm, str]] = {
     "a separator": (with_keys(tokenizer__ggml__add_sep_token=True), r"tokenizer\.ggml\.add_sep_token = True"),
     "an end beyond the vocabulary": (with_keys(tokenizer__ggml__eot_token_id=999), r"eot_token_id = 999 must be below the 261"),
     "merges of other tokens": (with_keys(tokenizer__ggml__merges=["x yz"]), r"tokenizer\.ggml\.merges do not fit"),
+    "a text for a number": (with_keys(own__block_count="three"), r"llama\.block_count = 'three' must be a number"),
+    "a number for a text": (with_keys(tokenizer__ggml__pre=7), r"tokenizer\.ggml\.pre = 7 is of another kind"),
+    "no layer": (with_keys(own__block_count=0), r"llama\.block_count = 0 must be above 0"),
+    "heads that do not divide": (with_keys(own__attention__head_count=3), r"head_count|size of a head|transformers makes no model"),
     "big-endian": (lambda folder, model: written(folder, model, big_endian=True), "is big-endian; read are little-endian"),
     "version 1": (with_bytes(lambda content: content[:4] + b"\1" + content[5:]), "is of GGUF version 1"),
     "cut off in the data": (with_bytes(lambda content: content[:-1000]), r"is cut off: its tensors end at byte \d+"),
@@ -555,3 +562,22 @@ def test_doctor_and_explain_refuse_it_too(tmp_path: Path, plain: Any) -> None:
     assert (finding.state, "llama.logit_scale = 8.0" in finding.found) == ("problem", True)
     with pytest.raises(ModelError, match=r"llama\.logit_scale = 8\.0"):
         explained(run_config(str(file)))
+
+
+def test_damaged_files_are_refused_and_raise_nothing_else(tmp_path: Path, plain: Any) -> None:
+    """Some bytes of what comes before the tensors are changed; a file that is still understood is one too."""
+    file = written(tmp_path, plain)
+    content, rng = file.read_bytes(), np.random.default_rng(5)
+    refused = 0
+    for _ in range(300):
+        changed = bytearray(content)
+        for place in rng.integers(4, 6_000, rng.integers(1, 4)):
+            changed[place] = rng.integers(256)
+        file.write_bytes(changed)
+        try:
+            header = read_header(file)
+            config_of(header.keys, {name: tensor.shape for name, tensor in header.tensors.items()}, None, "x")
+            Vocabulary(header.keys, "llama", "x")
+        except ModelError:
+            refused += 1
+    assert 100 < refused < 300
