@@ -73,12 +73,19 @@ def suggest(path: Path, classifies: bool | None, has_chat_template: bool = True)
 
 
 def _are_chats(rows: Sequence[Values], name: str) -> bool:
-    return all(is_chat(row.get(name)) or (name in CHATS and isinstance(row.get(name), str)) for row in rows)
+    """Whether a field holds a chat in every example; one with a common name, in most of them."""
+    common = name in CHATS
+    chats = sum(is_chat(row.get(name)) or (common and isinstance(row.get(name), str)) for row in rows)
+    return chats == len(rows) or (common and 2 * chats >= len(rows) > 0)
 
 
 def _are_texts(rows: Sequence[Values], name: str) -> bool:
-    """Whether a field holds a text that is not empty in every example."""
-    return all(isinstance(row.get(name), str) and row[name].strip() for row in rows)
+    """Whether a field holds a text that is not empty in every example; one with a common name, in most of them.
+
+    A question that is missing once is a fault of that example, which its reader names, and no reason to ask by another field.
+    """
+    texts = sum(isinstance(row.get(name), str) and bool(row[name].strip()) for row in rows)
+    return texts == len(rows) or (name.lower() in (*_PROMPTS, *_ANSWERS) and 2 * texts >= len(rows))
 
 
 def _for_chats(path: Path, name: str, names: Sequence[str]) -> Suggestion:

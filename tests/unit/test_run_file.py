@@ -218,6 +218,13 @@ def test_data_that_no_run_file_fits_are_refused_as_a_run_refuses_them(tmp_path: 
         written(tmp_path, broken)
 
 
+def test_a_field_that_is_empty_once_is_not_replaced_by_another(tmp_path: Path) -> None:
+    rows = [{"id": f"i{n}", "question": f"q{n}", "answer": f"a{n}" if n != 2 else ""} for n in range(5)]
+    data = data_file(tmp_path, *rows)
+    with pytest.raises(DataError, match=r"line 3: 'answer' must be a text that is not empty"):
+        written(tmp_path, data)
+
+
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
