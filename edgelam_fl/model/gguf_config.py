@@ -26,7 +26,7 @@ _OPTIONAL = frozenset({"attention.head_count_kv", "attention.key_length"})
 
 
 @dataclass(frozen=True)
-class Architecture:
+class GgufArchitecture:
     """How one architecture's keys, which begin with its name, are called in transformers."""
 
     model_type: str
@@ -89,16 +89,16 @@ _SCALES = {
 _CAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
 _WINDOW = {"attention.sliding_window": "sliding_window"}
 ARCHITECTURES = {  # those whose logits were compared with llama.cpp's
-    "llama": Architecture("llama", _DECODER, paired=True, scalings=_ROPES | {"llama3", "longrope"}),
-    "qwen2": Architecture("qwen2", _DECODER, scalings=_ROPES),
-    "qwen3": Architecture("qwen3", _DECODER, scalings=_ROPES),
-    "granite": Architecture("granite", {**_DECODER, **_SCALES}, paired=True),
-    "smollm3": Architecture(
+    "llama": GgufArchitecture("llama", _DECODER, paired=True, scalings=_ROPES | {"llama3", "longrope"}),
+    "qwen2": GgufArchitecture("qwen2", _DECODER, scalings=_ROPES),
+    "qwen3": GgufArchitecture("qwen3", _DECODER, scalings=_ROPES),
+    "granite": GgufArchitecture("granite", {**_DECODER, **_SCALES}, paired=True),
+    "smollm3": GgufArchitecture(
         "smollm3", _DECODER, paired=True, fixed={"no_rope_layer_interval": 4, "use_sliding_window": False}
     ),
-    "olmo2": Architecture("olmo2", _DECODER),
-    "gemma": Architecture("gemma", _DECODER, raised=True, fixed={**_GEMMA, "hidden_act": "gelu_pytorch_tanh"}),
-    "gemma2": Architecture(
+    "olmo2": GgufArchitecture("olmo2", _DECODER),
+    "gemma": GgufArchitecture("gemma", _DECODER, raised=True, fixed={**_GEMMA, "hidden_act": "gelu_pytorch_tanh"}),
+    "gemma2": GgufArchitecture(
         "gemma2",
         {**_DECODER, **_CAPS, **_WINDOW},
         optional=_OPTIONAL | _CAPS.keys() | _WINDOW.keys(),  # absent in older files: then as in the config's defaults
@@ -106,7 +106,7 @@ ARCHITECTURES = {  # those whose logits were compared with llama.cpp's
         fixed=_GEMMA,
         more=_gemma2,
     ),
-    "gemma3": Architecture(
+    "gemma3": GgufArchitecture(
         "gemma3_text",
         {**_DECODER, **_WINDOW},
         raised=True,
@@ -114,7 +114,7 @@ ARCHITECTURES = {  # those whose logits were compared with llama.cpp's
         fixed=_GEMMA,
         more=_gemma3,
     ),
-    "gpt2": Architecture(
+    "gpt2": GgufArchitecture(
         "gpt2",
         {
             "context_length": "n_positions",
@@ -254,7 +254,7 @@ def _check_kind(keys: Mapping[str, Any], place: str) -> None:
         )
 
 
-def _check_keys(keys: Mapping[str, Any], own: Mapping[str, Any], architecture: Architecture, place: str) -> None:
+def _check_keys(keys: Mapping[str, Any], own: Mapping[str, Any], architecture: GgufArchitecture, place: str) -> None:
     """Raises ModelError for the first key that nobody here understands."""
     understood = {*architecture.keys, *(_ROPE if architecture.rotary else ()), *_OTHERS}
     for key, value in own.items():
@@ -301,7 +301,7 @@ def _attention(
     own: Mapping[str, Any],
     config: Mapping[str, Any],
     shapes: Mapping[str, Sequence[int]],
-    architecture: Architecture,
+    architecture: GgufArchitecture,
     place: str,
 ) -> dict[str, Any]:
     """Returns heads and biases. Raises ModelError for attention that transformers' model of the architecture cannot compute."""
