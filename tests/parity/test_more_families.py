@@ -410,8 +410,11 @@ def test_targets_that_fused_matrices_do_not_have(tmp_path: Path) -> None:
         f"lora.targets: no module of {tmp_path} is called 'q_proj'; did you mean 'qkv_proj'? "
         "Known: down_proj, gate_up_proj, o_proj, qkv_proj"
     )
-    with pytest.raises(ConfigError, match=r"did you mean 'qkv_proj'"):
-        explained(run_config(str(tmp_path), "task.max_tokens=16"))
+
+
+def test_explain_refuses_targets_that_the_model_does_not_have(tiny: ModelSource) -> None:
+    with pytest.raises(ConfigError, match=r"no module of .* is called 'qkv_proj'"):
+        explained(run_config(tiny.name, "lora.targets=['qkv_proj']"))
 
 
 @pytest.mark.parametrize(
