@@ -28,6 +28,23 @@ _ONLY = {  # key of config.json -> its only value that is read, and what another
     "use_bidirectional_attention": (False, "attention to later tokens, as in models that embed texts"),
     "is_decoder": (False, "attention to earlier tokens alone, in an encoder"),
 }
+# Keys that change what a model computes -> the value that changes nothing, and the families that transformers computes them in;
+# in other families it passes them over in silence.
+_ELSEWHERE: dict[str, tuple[object, tuple[str, ...]]] = {
+    "rope_interleaved": (False, ()),
+    "alibi": (False, ()),
+    "qk_layernorm": (False, ()),
+    "use_qk_norm": (False, ()),
+    "clip_qkv": (None, ()),
+    "logit_scale": (1, ()),
+    "scale_emb": (1, ()),
+    "embedding_multiplier": (1, ("granite",)),
+    "residual_multiplier": (1, ("granite",)),
+    "logits_scaling": (1, ("granite",)),
+    "attn_logit_softcapping": (None, ("gemma2", "gemma3_text")),
+    "final_logit_softcapping": (None, ("gemma2", "gemma3_text")),
+    "partial_rotary_factor": (1, ("phi3",)),
+}
 _SIZES = (
     ("num_hidden_layers", "n_layer"),
     ("hidden_size", "n_embd"),
@@ -59,6 +76,12 @@ def check_config(folder: Path, config: Mapping[str, Any]) -> None:
         if config.get(key, value) not in (value, None):
             raise ModelError(
                 f"config.json of {folder} has {key} = {config[key]!r} ({meaning}); read is {value!r} alone"
+            )
+    for key, (neutral, families) in _ELSEWHERE.items():
+        if config.get(key, neutral) not in (neutral, None) and config.get("model_type") not in families:
+            raise ModelError(
+                f"config.json of {folder} has {key} = {config[key]!r}, which transformers does not compute in {config.get('model_type')!r} "
+                f"models: its results would not be the model's. If the key means nothing here, take it out of config.json"
             )
     for kind in rope_kinds(config):
         if kind == "dynamic":

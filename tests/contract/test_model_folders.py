@@ -557,6 +557,19 @@ def attention_in_both_directions(folder: Path) -> None:
     edit_config(folder, is_causal=False)
 
 
+def positions_in_pairs(folder: Path) -> None:
+    """As nanotron can train them; transformers passes the key over."""
+    edit_config(folder, rope_interleaved=True)
+
+
+def multipliers_of_another_family(folder: Path) -> None:
+    edit_config(folder, embedding_multiplier=12.0)
+
+
+def positions_in_a_part_of_the_head(folder: Path) -> None:
+    edit_config(folder, partial_rotary_factor=0.5)
+
+
 def number_of_layers_as_text(folder: Path) -> None:
     edit_config(folder, num_hidden_layers="2")
 
@@ -598,6 +611,9 @@ REFUSED_MODELS: list[tuple[Change, tuple[str, ...]]] = [
     (rope_beside_an_object, ("'dynamic'",)),
     (attention_to_later_tokens, ("use_bidirectional_attention = True", "False alone")),
     (attention_in_both_directions, ("is_causal = False", "True alone")),
+    (positions_in_pairs, ("rope_interleaved = True", "'llama'")),
+    (multipliers_of_another_family, ("embedding_multiplier = 12.0", "'llama'")),
+    (positions_in_a_part_of_the_head, ("partial_rotary_factor = 0.5",)),
     (number_of_layers_as_text, ("num_hidden_layers", "'2'")),
     (size_that_is_not_said, ("hidden_size", "says nothing")),
     (rope_without_its_factor, ("config.json", "KeyError")),
@@ -707,7 +723,14 @@ def code_that_transformers_has_too(folder: Path) -> None:
 
 def keys_that_change_nothing(folder: Path) -> None:
     edit_config(
-        folder, use_cache=False, torch_dtype="bfloat16", pretraining_tp=2, attention_dropout=0.3, unsloth_fixed=True
+        folder,
+        use_cache=False,
+        torch_dtype="bfloat16",
+        pretraining_tp=2,
+        attention_dropout=0.3,
+        unsloth_fixed=True,
+        rope_interleaved=False,
+        embedding_multiplier=1.0,
     )
 
 

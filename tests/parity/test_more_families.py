@@ -46,7 +46,7 @@ from edgelam_fl.model.weights import read_tensors
 from edgelam_fl.model.whole import load_whole, put_on
 from tests.contract.test_model_folders import fp8
 from tests.parity.test_families import LENGTHS, padding, save, through, token_ids, whole_generation
-from tests.support import run_config
+from tests.support import byte_tokenizer, run_config
 
 LAYERS, WINDOW, RANK, ALPHA = 4, 8, 4, 8.0
 SIZES: dict[str, Any] = dict(
@@ -403,7 +403,10 @@ def test_the_speed_of_a_layer_with_experts_can_be_measured(experts: ModelSource)
 
 
 def test_targets_that_fused_matrices_do_not_have(tmp_path: Path) -> None:
-    AutoModelForCausalLM.from_config(CASES["phi3"].config()).save_pretrained(tmp_path)
+    tokenizer, config = byte_tokenizer(), CASES["phi3"].config()
+    tokenizer.save_pretrained(tmp_path)
+    config.vocab_size = len(tokenizer)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(ConfigError) as caught:
         initial_adapter(find_model(str(tmp_path)), ("q_proj", "v_proj"), RANK, 1)
     assert str(caught.value) == (
