@@ -40,7 +40,7 @@ from tests.fuzz import fuzz_hub, fuzz_links, fuzz_port, resident_bytes
 from tests.links import Heard, hello, make_terms, ready, terms
 from tests.support import WAIT_S, grpc_server
 
-FOREVER = LinkTiming(hello_s=3600.0)
+FOREVER = LinkTiming(hello_s=3600.0, unused_s=3600.0)
 OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
 
 
