@@ -44,7 +44,11 @@ _ELSEWHERE: dict[str, tuple[object, tuple[str, ...]]] = {
     "attn_logit_softcapping": (None, ("gemma2", "gemma3_text")),
     "final_logit_softcapping": (None, ("gemma2", "gemma3_text")),
     "partial_rotary_factor": (1, ("phi3",)),
+    "attention_multiplier": (None, ("granite",)),
+    "query_pre_attn_scalar": (None, ("gemma2", "gemma3_text")),
+    "no_rope_layers": (None, ("smollm3",)),
 }
+_WITHOUT_WINDOWS = ("llama", "gemma", "olmo2", "granite", "gpt2", "bert")  # transformers passes sliding_window over
 _SIZES = (
     ("num_hidden_layers", "n_layer"),
     ("hidden_size", "n_embd"),
@@ -77,12 +81,11 @@ def check_config(folder: Path, config: Mapping[str, Any]) -> None:
             raise ModelError(
                 f"config.json of {folder} has {key} = {config[key]!r} ({meaning}); read is {value!r} alone"
             )
-    for key, (neutral, families) in _ELSEWHERE.items():
-        if config.get(key, neutral) not in (neutral, None) and config.get("model_type") not in families:
-            raise ModelError(
-                f"config.json of {folder} has {key} = {config[key]!r}, which transformers does not compute in {config.get('model_type')!r} "
-                f"models: its results would not be the model's. If the key means nothing here, take it out of config.json"
-            )
+    for key, value in _passed_over(config):
+        raise ModelError(
+            f"config.json of {folder} has {key} = {value!r}, which transformers does not compute in {config.get('model_type')!r} "
+            f"models: its results would not be the model's. If the key means nothing here, take it out of config.json"
+        )
     for kind in rope_kinds(config):
         if kind == "dynamic":
             raise ModelError(
@@ -94,6 +97,22 @@ def check_config(folder: Path, config: Mapping[str, Any]) -> None:
             raise ModelError(
                 f"config.json of {folder} has rope_type = {kind!r}, which is not known; allowed: {', '.join(ROPE_TYPES)}"
             )
+
+
+def _passed_over(config: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    """Yields the keys, with their values, that would change what the model computes and that transformers passes over."""
+    family = config.get("model_type")
+    for key, (neutral, families) in _ELSEWHERE.items():
+        if config.get(key, neutral) not in (neutral, None) and family not in families:
+            yield key, config[key]
+    key = "partial_rotary_factor"  # where transformers 5 saves it
+    for each in rope_parameters(config):
+        if each.get(key, 1) not in (1, None) and family != "phi3" and each.get("rope_type") != "proportional":
+            yield f"rope_parameters.{key}", each[key]
+    window, positions = config.get("sliding_window"), config.get("max_position_embeddings")
+    narrow = type(window) is int and type(positions) is int and 0 < window < positions
+    if family in _WITHOUT_WINDOWS and narrow and config.get("use_sliding_window") is not False:
+        yield "sliding_window", window
 
 
 def rope_parameters(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -163,7 +182,7 @@ def matched(
         said = [
             f"no module takes {listed(strange)}" if strange else "",
             f"missing are {listed(missing)}" if missing else "",
-            listed(unlike),
+            listed(unlike) if unlike else "",
         ]
         raise ModelError(
             f"the files of {folder} are not those of its config.json ({architecture.model_class}): "

@@ -570,6 +570,22 @@ def positions_in_a_part_of_the_head(folder: Path) -> None:
     edit_config(folder, partial_rotary_factor=0.5)
 
 
+def positions_in_a_part_of_the_head_as_transformers_5_saves_it(folder: Path) -> None:
+    edit_config(folder, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5})
+
+
+def a_window_that_is_not_computed(folder: Path) -> None:
+    edit_config(folder, sliding_window=8)
+
+
+def scale_of_another_familys_attention(folder: Path) -> None:
+    edit_config(folder, attention_multiplier=0.1)
+
+
+def layers_without_positions(folder: Path) -> None:
+    edit_config(folder, no_rope_layers=[1, 0])
+
+
 def number_of_layers_as_text(folder: Path) -> None:
     edit_config(folder, num_hidden_layers="2")
 
@@ -614,6 +630,10 @@ REFUSED_MODELS: list[tuple[Change, tuple[str, ...]]] = [
     (positions_in_pairs, ("rope_interleaved = True", "'llama'")),
     (multipliers_of_another_family, ("embedding_multiplier = 12.0", "'llama'")),
     (positions_in_a_part_of_the_head, ("partial_rotary_factor = 0.5",)),
+    (positions_in_a_part_of_the_head_as_transformers_5_saves_it, ("rope_parameters.partial_rotary_factor = 0.5", "'llama'")),
+    (a_window_that_is_not_computed, ("sliding_window = 8", "'llama'")),
+    (scale_of_another_familys_attention, ("attention_multiplier = 0.1",)),
+    (layers_without_positions, ("no_rope_layers = [1, 0]",)),
     (number_of_layers_as_text, ("num_hidden_layers", "'2'")),
     (size_that_is_not_said, ("hidden_size", "says nothing")),
     (rope_without_its_factor, ("config.json", "KeyError")),
