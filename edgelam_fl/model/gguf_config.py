@@ -160,6 +160,7 @@ HARMLESS = {  # keys, or beginnings of keys that end with a dot -> why they may 
     "general.name": "says what the model is called",
     "general.basename": "says what the model is called",
     "general.finetune": "says what the model is called",
+    "general.parameter_count": "the tensors say it",  # Ollama's
     "general.size_label": "says what the model is called",
     "general.version": "says what the model is called",
     "general.author": "says who made it",

@@ -135,6 +135,8 @@ class Vocabulary:
             name = key.removeprefix("tokenizer.")
             if name == key or name in _HARMLESS or name.startswith("chat_template."):
                 continue
+            if name == "ggml.add_sep_token" and value is False:
+                continue  # between two texts that are compared; llama.cpp's converter says so of most vocabularies
             if name.removeprefix("ggml.") not in _UNDERSTOOD:
                 raise refusal(key, value, self._place)
 

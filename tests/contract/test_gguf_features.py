@@ -261,6 +261,7 @@ READ = {
         change={
             "general.name": "mistral", "general.base_model.0.name": "x", "quantize.imatrix.file": "x", "general.tags": ["a", "b"],
             "mradermacher.quantize_version": "2", "general.license.link": "x", "own.expert_count": 0, "own.vocab_size": SIZE, "tokenizer.ggml.fim_pre_token_id": 3,
+            "tokenizer.ggml.add_sep_token": False, "general.parameter_count": 12345,
         },
     ),
 }  # fmt: skip
