@@ -630,7 +630,10 @@ REFUSED_MODELS: list[tuple[Change, tuple[str, ...]]] = [
     (positions_in_pairs, ("rope_interleaved = True", "'llama'")),
     (multipliers_of_another_family, ("embedding_multiplier = 12.0", "'llama'")),
     (positions_in_a_part_of_the_head, ("partial_rotary_factor = 0.5",)),
-    (positions_in_a_part_of_the_head_as_transformers_5_saves_it, ("rope_parameters.partial_rotary_factor = 0.5", "'llama'")),
+    (
+        positions_in_a_part_of_the_head_as_transformers_5_saves_it,
+        ("rope_parameters.partial_rotary_factor = 0.5", "'llama'"),
+    ),
     (a_window_that_is_not_computed, ("sliding_window = 8", "'llama'")),
     (scale_of_another_familys_attention, ("attention_multiplier = 0.1",)),
     (layers_without_positions, ("no_rope_layers = [1, 0]",)),
