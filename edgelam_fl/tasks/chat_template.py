@@ -16,6 +16,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 
 from edgelam_fl.errors import ConfigError, DataError
 from edgelam_fl.tasks.data import Chat, Message
+from edgelam_fl.tasks.shapes import THOUGHTS
 
 _MARK = "Mark0f1Edgelam2Words3"  # no template changes letters and digits, and no text holds these
 _MARKERS = re.compile(r"{%-?\s*generation\s*-?%}")  # of transformers' templates, around what the assistant generates
@@ -210,6 +211,14 @@ def _check_written(chat: Chat, text: str) -> None:
             raise DataError(
                 f"the model's chat template leaves out or changes a message of {message['role']!r:.20} ({words!r:.60}); put it "
                 "into the user's message, or give a text with {prompt} and {answer} as task.template",
+                "template",
+            )
+    thoughts = [(key, chat.messages[-1].get(key)) for key in THOUGHTS]
+    for key, thought in thoughts:
+        if thought and thought.strip() not in text:
+            raise DataError(
+                f"the model's chat template leaves out the thought of an answer ({key!r}), which so would not be learned; write it "
+                "into the content, or leave the key out",
                 "template",
             )
     calls = [call for message in chat.messages for call in message.get("tool_calls") or ()]

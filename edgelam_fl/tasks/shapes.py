@@ -68,12 +68,8 @@ _ROLES = {
     "chatgpt": "assistant", "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool",
     "function_call": "assistant",
 }  # fmt: skip
-_KEPT = (
-    "name",
-    "tool_call_id",
-    "reasoning_content",
-    "thinking",
-)  # keys that chat templates read, besides the main ones
+THOUGHTS = ("reasoning_content", "thinking")  # keys of what an answer thinks before its words
+_KEPT = ("name", "tool_call_id", *THOUGHTS)  # keys that chat templates read, besides the main ones
 _JOIN = "\n\n"
 PREFERENCE = (
     " holds a preference (chosen, rejected), which this training does not learn; to learn the chosen answers alone, name "
@@ -105,9 +101,13 @@ def pair_of(values: Mapping[str, Any], fields: Fields) -> tuple[Pair, Collection
 
 def _texts(values: Mapping[str, Any], fields: Fields) -> tuple[Pair, Collection[str]]:
     first, *others = fields.prompt
-    prompt = [_text(values, first), *(_text(values, name) for name in others if values.get(name) not in (None, ""))]
+    prompt = [_text(values, first), *(_text(values, name) for name in others if not _is_blank(values.get(name)))]
     answer = _label(values, fields) if fields.classes else _text(values, fields.answer)
     return (_JOIN.join(prompt), answer), (*fields.prompt, fields.answer)
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def _text(values: Mapping[str, Any], field: str) -> str:

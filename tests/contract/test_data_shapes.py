@@ -110,6 +110,11 @@ READ: dict[str, tuple[Any, Sequence[str], Any]] = {
         ("instruction", "input", "output"),
         ("Sing.", "La."),
     ),
+    "Alpaca with a blank input": (
+        {"instruction": "Sing.", "input": " \n", "output": "La."},
+        ("instruction", "input", "output"),
+        ("Sing.", "La."),
+    ),
     "language modelling": ({"text": "A passage."}, (), ("", "A passage.")),
     "text and label": ({"text": "t", "label": "no"}, ("text", "label"), ("t", "no")),
 }  # fmt: skip

@@ -196,6 +196,7 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[Prompt, str], type[Exception], st
     "a system's message that is dropped": ({"jinja": DROPS_SYSTEM}, (chat("q", "a", system="Be short."), ""), DataError, r"leaves out or changes a message of 'system' \('Be short\.'\)"),
     "strict turns": ({"jinja": GEMMA}, (Chat(({"role": "user", "content": "q"},) * 2 + ({"role": "assistant", "content": "a"},)), ""), DataError, "refuses a chat of user, user, assistant: roles must alternate"),
     "a thought that is dropped": ({"jinja": DROPS_THOUGHT}, (chat("q", "<think>t</think>a"), ""), DataError, "changes or leaves out an answer"),
+    "a thought beside the answer": ({"jinja": CHATML}, (Chat((ASKED, {"role": "assistant", "content": "a", "reasoning_content": "why"})), ""), DataError, r"leaves out the thought of an answer \('reasoning_content'\)"),
     "no end at all": ({"jinja": ALPACA, "eos": False}, ("q", "a"), ConfigError, "nothing ends an answer: the model's tokenizer names no eos_token"),
     "no end, plain": ({"jinja": CHATML, "template": "plain", "eos": False}, ("q", "a"), ConfigError, "nothing ends an answer"),
     "tools that are dropped": ({"jinja": CHATML, "stops": "<|im_end|>"}, (Chat(chat("q", "a").messages, (WEATHER,)), ""), DataError, "does not write tools, as 'weather'"),
