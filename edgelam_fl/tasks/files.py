@@ -391,8 +391,23 @@ def _csv_rows(path: Path, file: TextIO, delimiter: str) -> Iterator[Row]:
                 "columns",
                 place,
             )
+        elif delimiter == "\t" and _are_rows(taken, len(header)):
+            yield DataError(
+                f"{path}, {place}: a quote opens there and swallows {len(taken) - 1} lines that seem to be rows of their own; "
+                'a text that begins with a quote of its own must be in quotes, and its own doubled: """Yes"", he said"',
+                "csv",
+                place,
+            )
         else:
             yield place, dict(zip(header, row, strict=True))
+
+
+def _are_rows(lines: list[str], columns: int) -> bool:
+    """Whether several lines that quotes make one row of would each be a row with as many columns without quotes.
+
+    Lines that begin with a tab are none: they are of a program.
+    """
+    return len(lines) > 1 and all(line.count("\t") == columns - 1 and not line.startswith("\t") for line in lines)
 
 
 def _opening(lines: list[str], delimiter: str) -> int:

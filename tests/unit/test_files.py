@@ -59,6 +59,11 @@ def test_passages_are_parted_by_empty_lines(tmp_path: Path) -> None:
     ]
 
 
+def test_a_quoted_program_with_tabs_is_one_text(tmp_path: Path) -> None:
+    content = 'q\ta\nWrite it.\t"def f():\n\treturn 1"\n'
+    assert records(tmp_path, "data.tsv", content) == [("line 2", {"q": "Write it.", "a": "def f():\n\treturn 1"})]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
@@ -77,6 +82,7 @@ def test_passages_are_parted_by_empty_lines(tmp_path: Path) -> None:
         ("a.csv", 'q,a\n1,2\n"x,3\n4,5\n', "FILE, line 3: the quote that opens there is never closed"),
         ("a.csv", 'q,a\n"two\nlines",2\n"x\ny","never\n4,5\n', "FILE, line 5: the quote that opens there is never closed"),
         ("a.csv", 'q,a\n"1"x,2\n3,4\n', "FILE, line 2 is not CSV: ',' expected after '\"'"),
+        ("a.tsv", 'q\ta\n"Yes, he said\t1\nx\t2\nno"\t3\n', "FILE, line 2: a quote opens there and swallows 2 lines that seem to be rows of their own; a text that begins with a quote of its own must be in quotes, and its own doubled: \"\"\"Yes\"\", he said\""),
         ("a.csv", "q;a\n1;2\n", "FILE, the header is one column, q;a: its names seem to be parted by ';', and a .csv file's are by commas, a .tsv file's by tabs; save it so"),
         ("a.jsonl", '{"q": 1}\n{"q": "\\ud83d"}', "FILE, line 2 holds half of a character (\\ud83d): a text was cut inside it, as inside an emoji; mend the text"),
         ("a.jsonl", '{"q": 1}\n{"\\udc00": 2}', "FILE, line 2 holds half of a character (\\udc00): a text was cut inside it, as inside an emoji; mend the text"),
