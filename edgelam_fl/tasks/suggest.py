@@ -13,12 +13,19 @@ from typing import Any
 from edgelam_fl.errors import DataError
 from edgelam_fl.names import printable
 from edgelam_fl.tasks.files import PASSAGE, read_records
-from edgelam_fl.tasks.shapes import CHATS, PREFERENCE, is_chat
+from edgelam_fl.tasks.shapes import CHATS, PREFERENCE, is_chat, shown
 
 _PROMPTS = ("question", "prompt", "instruction", "input", "query", "problem", "text", "sentence", "user", "context")
 _ANSWERS = ("answer", "response", "completion", "output", "reply", "solution", "label", "target", "assistant", "class")
 _ASKED = ("question", "prompt", "instruction", "query")  # may have something beside them that they are about
-_BESIDE = ("input", "context")
+_BESIDE = ("input", "context", "passage")
+_SECOND = {
+    "premise": "hypothesis",
+    "sentence1": "sentence2",
+    "question1": "question2",
+    "text1": "text2",
+}  # of two texts with a class
+_IDS = ("", "id", "idx", "index", "uid", "uuid", "guid")
 _CLASSES = ("label", "labels", "target", "class", "category")
 _MOST_CLASSES, _LONGEST_CLASS = 50, 40
 
@@ -116,7 +123,15 @@ def _for_answers(
     labels = [
         name for name in names if name.lower() in _CLASSES and all(isinstance(row.get(name), int) for row in rows)
     ]
-    prompt, answer = choose_fields(path, [name for name in names if name in texts or name in labels], labels)
+    fit = [name for name in names if name in texts or name in labels]
+    unfit = next((name for name in names if name not in fit and _is_answer(name)), "")
+    if unfit and not _known(fit, _ANSWERS):
+        raise DataError(
+            f"{path}: {unfit!r} seems to hold the answers, and it holds {_first(rows, unfit)}, not a text in every example; write "
+            f"answers as texts (classes may be whole numbers), or name other fields as data.fields in a run file",
+            "columns",
+        )
+    prompt, answer = choose_fields(path, fit, labels)
     classes = _classes(rows, answer)
     if answer in labels and classifies is False:
         raise DataError(
@@ -124,8 +139,9 @@ def _for_answers(
             f"such as --model minilm-l6, or write the classes' names into the data",
             "columns",
         )
-    beside = next((name for name in _BESIDE if name not in (prompt, answer) and _may_be_texts(rows, name)), "")
-    asked: str | list[str] = [prompt, beside] if beside and prompt.lower() in _ASKED else prompt
+    pairs = [_SECOND.get(prompt.lower(), ""), *(_BESIDE if prompt.lower() in _ASKED else ())]
+    beside = next((name for name in pairs if name not in (prompt, answer) and _may_be_texts(rows, name)), "")
+    asked: str | list[str] = [prompt, beside] if beside else prompt
     sections: dict[str, dict[str, Any]] = {"data": {"fields": {"prompt": asked, "answer": answer}}}
     joined = ", which become one prompt" if isinstance(asked, list) else ""
     said = [f"data.fields: prompt = {asked!r}{joined}, answer = {answer!r}"]
@@ -134,11 +150,33 @@ def _for_answers(
         said.append(
             f"task.kind = 'classification', task.classes: {len(classes)} classes of {answer!r} ({_some(classes)})"
         )
+        said += [
+            f"look at the classes {one!r} and {other!r}, which differ in case or spaces alone"
+            for one, other in _alike(classes)
+        ]
     elif classes and 2 * len(classes) <= len(rows):
         said.append(
             f"{answer!r} has {len(classes)} different answers ({_some(classes)}), learned as texts; --model minilm-l6 would classify"
         )
     return Suggestion(sections, said)
+
+
+def _is_answer(name: str) -> bool:
+    return name.lower() in _ANSWERS or name.lower().removesuffix("s") in _ANSWERS
+
+
+def _first(rows: Sequence[Values], name: str) -> str:
+    """Writes the first value of a field that is no text; "nothing" if there is none."""
+    values = (row.get(name) for row in rows)
+    return next((shown(value) for value in values if value is not None and not isinstance(value, str)), "nothing")
+
+
+def _alike(classes: Sequence[str]) -> list[tuple[str, str]]:
+    """Returns pairs of classes that are written alike but for case and spaces."""
+    first: dict[str, str] = {}
+    return [
+        (one, name) for name in classes if (one := first.setdefault(" ".join(name.casefold().split()), name)) != name
+    ]
 
 
 def _may_be_texts(rows: Sequence[Values], name: str) -> bool:
@@ -166,13 +204,19 @@ def choose_fields(path: Path, names: list[str], labels: Sequence[str] = ()) -> t
             "columns",
         )
     answer = _known(names, _ANSWERS) or (labels[0] if labels else "")
-    askable = [name for name in names if name != answer and name not in labels]
+    askable = [name for name in names if name != answer and name not in labels and not _is_id(name)]
     prompt = _known(askable, _PROMPTS)
     others = [name for name in askable if name != prompt]
     if not (prompt or others) or not (answer or others[not prompt :]):
         return choose_fields(path, askable)
     prompt = prompt or others.pop(0)
     return prompt, answer or others.pop(0)
+
+
+def _is_id(name: str) -> bool:
+    """Whether a field by its name numbers examples."""
+    lowered = name.lower()
+    return lowered in _IDS or lowered.endswith(("_id", "-id")) or lowered.startswith("unnamed:")
 
 
 def _known(names: Sequence[str], known: tuple[str, ...]) -> str:

@@ -157,6 +157,11 @@ ASKED, SAID = {"role": "user", "content": "q"}, {"role": "assistant", "content":
             ["data.fields: prompt = ['instruction', 'input'], which become one prompt, answer = 'output'"],
         ),
         (
+            {"sentence1": "It rains.", "sentence2": "It is wet.", "answer": "yes"},
+            {"data": {"fields": {"prompt": ("sentence1", "sentence2"), "answer": "answer"}}},
+            ["data.fields: prompt = ['sentence1', 'sentence2'], which become one prompt, answer = 'answer'"],
+        ),
+        (
             {"text": "A passage.", "url": "u"},
             {"task": {"template": "plain", "loss_on": "all"}},
             ["task.template = 'plain', task.loss_on = 'all': DATA holds passages, which are learned whole", "not learned: the field 'url' of DATA, which no key names"],
@@ -234,10 +239,37 @@ def test_a_field_that_is_empty_once_is_not_replaced_by_another(tmp_path: Path) -
         (["id", "text", "label"], ("text", "label")),
         (["answer", "x"], ("x", "answer")),
         (["y", "question"], ("question", "y")),
+        (["id", "question", "answerKey"], ("question", "answerKey")),
+        (["doc_id", "Unnamed: 0", "article", "highlights"], ("article", "highlights")),
     ],
 )
 def test_which_field_is_which(names: list[str], expected: tuple[str, str]) -> None:
     assert choose_fields(Path("x"), names) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("answer", 1, "1"),
+        ("answers", {"text": ["a"]}, "{'text': ['a']}"),
+        ("label", 1.0, "1.0"),
+        ("answer", True, "True"),
+    ],
+)
+def test_answers_that_are_no_texts_are_not_replaced_by_another_field(
+    tmp_path: Path, name: str, value: object, shown: str
+) -> None:
+    data = data_file(tmp_path, *({"question": f"q{n}", "subject": "maths", name: value} for n in range(3)))
+    with pytest.raises(
+        DataError, match=re.escape(f"'{name}' seems to hold the answers, and it holds {shown}, not a text")
+    ):
+        written(tmp_path, data)
+
+
+def test_classes_that_differ_in_case_or_spaces_alone_are_said(tmp_path: Path) -> None:
+    labels = ["good", "Good ", "bad"]
+    _, said = written(tmp_path, data_file(tmp_path, *({"text": f"t{n}", "label": labels[n % 3]} for n in range(9))))
+    assert "look at the classes 'Good ' and 'good', which differ in case or spaces alone" in said
 
 
 def test_data_with_one_text_is_refused_and_nothing_written(tmp_path: Path) -> None:
