@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, ModelError
+from edgelam_fl.model.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from edgelam_fl.model.source import ModelSource
@@ -147,7 +148,5 @@ def _tokenizer_end(folder: Path) -> int | None:
         return int(known[text])
     if "eos_token" in settings and text is None:
         return None
-    from transformers import AutoTokenizer
-
-    end: int | None = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).eos_token_id
+    end: int | None = load_tokenizer(folder).eos_token_id
     return end

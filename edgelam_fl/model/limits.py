@@ -16,12 +16,14 @@ from edgelam_fl.files import cache_folder, write_atomically
 from edgelam_fl.model.folder import read_json
 from edgelam_fl.model.identity import ALL_WEIGHTS, digest_of
 from edgelam_fl.model.source import ModelSource
+from edgelam_fl.model.tokenizer import load_tokenizer
 from edgelam_fl.model.understood import rope_kinds, rope_parameters
 
 _TABLES = ("wpe.weight", "position_embeddings.weight")  # ends of the names of learned tables of positions
 _ORIGINAL = "original_max_position_embeddings"
 _PHI3 = 4096  # what transformers takes for a Phi-3 that does not say it
 _SETTINGS = "tokenizer_config.json"
+_READER = 1  # raised when the same files get another answer
 _NO_TEXT = ("image_token", "audio_token", "video_token")  # in it: they stand for no text, and need no row
 
 
@@ -107,7 +109,7 @@ def last_token(source: ModelSource) -> tuple[str, int]:
     The answer hangs on the tokenizer's files alone and is kept in the cache folder: transformers takes seconds.
     """
     files = {name: sha for name, sha in source.files.items() if name != ALL_WEIGHTS} or source.files
-    key = hashlib.sha256(f"{version('transformers')} {digest_of(files)}".encode()).hexdigest()
+    key = hashlib.sha256(f"{_READER} {version('transformers')} {digest_of(files)}".encode()).hexdigest()
     note = cache_folder() / "tokenizers" / f"{key[:32]}.json"
     try:
         token, number = json.loads(note.read_text(encoding="utf-8"))
@@ -120,11 +122,9 @@ def last_token(source: ModelSource) -> tuple[str, int]:
 
 
 def _last_token(folder: Path) -> tuple[str, int]:
-    from transformers import AutoTokenizer
-
     settings = read_json(folder / _SETTINGS) if (folder / _SETTINGS).is_file() else {}
     try:
-        vocabulary = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
+        vocabulary = load_tokenizer(folder).get_vocab()
     except Exception as error:
         own = settings.get("auto_map")
         what = f"it brings code of its own, which is not run (auto_map in {_SETTINGS})" if own else _said(error)

@@ -21,6 +21,7 @@ from edgelam_fl.errors import ConfigError, EnvironmentProblem
 from edgelam_fl.machine import disk_free_bytes, memory_free_bytes
 from edgelam_fl.model.generation import GENERATION, generation_settings
 from edgelam_fl.model.source import ModelSource, find_model
+from edgelam_fl.model.tokenizer import load_tokenizer
 from edgelam_fl.serving.results import Result
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -179,7 +180,6 @@ def _gb(count: int) -> str:
 
 def _merge(adapter: Path, source: ModelSource, folder: Path, dtype: str) -> None:
     import torch
-    from transformers import AutoTokenizer
 
     from edgelam_fl.model.whole import load_whole, put_on
 
@@ -188,7 +188,7 @@ def _merge(adapter: Path, source: ModelSource, folder: Path, dtype: str) -> None
     if dtype == "bf16":
         merged.to(torch.bfloat16)
     merged.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False).save_pretrained(folder)
+    load_tokenizer(source.folder).save_pretrained(folder)
     _keep_generation(source, folder)
 
 

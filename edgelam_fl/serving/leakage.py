@@ -25,6 +25,7 @@ from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.memory import weights_bytes
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import Stage, load_stages
+from edgelam_fl.model.tokenizer import load_tokenizer
 from edgelam_fl.plan.making import task_settings
 from edgelam_fl.privacy.attacks import inverter, nearest, replay, ridge
 from edgelam_fl.privacy.attacks.front import Front
@@ -156,12 +157,10 @@ def measure_leakage(
     fronts: rising; `shown_front` is among them. texts: (public, private). most_tokens: of the public text that the attacker learns from; of the
     private text a quarter as many are read, or 2,000. Raises DataError if the private text is too short, EnvironmentProblem if memory is.
     """
-    from transformers import AutoTokenizer
-
     torch.manual_seed(_SEED)
     _check_memory(source, fronts, most_tokens)
     tell("loading the tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+    tokenizer = load_tokenizer(source.folder)
     (public_ids, _), (private_ids, counts) = (
         _tokens(tokenizer, each, most)
         for each, most in zip(texts, (most_tokens, max(_LEAST_PRIVATE, most_tokens // 4)), strict=True)

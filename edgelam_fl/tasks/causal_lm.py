@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from edgelam_fl.errors import DataError
 from edgelam_fl.model.generation import stop_ids
+from edgelam_fl.model.tokenizer import load_tokenizer
 from edgelam_fl.tasks.base import Example, Made, Unit, cut, pad
 from edgelam_fl.tasks.chat_template import ChatTemplate, Stretch, count_turns, without_oldest
 from edgelam_fl.tasks.data import Chat, Message, Pair, Prompt, TaskSettings
@@ -37,9 +38,7 @@ class CausalLm:
 
     @cached_property
     def tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self._tokenizer_folder, trust_remote_code=False)
+        return load_tokenizer(self._tokenizer_folder)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:

@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from edgelam_fl.errors import DataError, nearest
+from edgelam_fl.model.tokenizer import load_tokenizer
 from edgelam_fl.tasks.base import Example, Made, Unit, cut, pad
 from edgelam_fl.tasks.data import Pair, Prompt, TaskSettings
 
@@ -28,9 +29,7 @@ class Classification:
 
     @cached_property
     def tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self._tokenizer_folder, trust_remote_code=False)
+        return load_tokenizer(self._tokenizer_folder)
 
     def examples(self, pairs: Sequence[Pair]) -> Made:
         """Makes examples with the tokenizer's special tokens.
