@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import grpc
 
@@ -79,12 +80,13 @@ def _listen(server: grpc.Server, state: Path) -> str:
     if not hasattr(socket, "AF_UNIX") or len(os.fsencode(file)) > _LONGEST_PATH_BYTES:
         return f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     state.mkdir(parents=True, exist_ok=True)
+    address = f"unix:{quote(os.fsencode(file))}"  # gRPC takes it as a URI: %, # and ? mean something there
     others = os.umask(0o077)  # gRPC makes the file
     try:
-        server.add_insecure_port(f"unix:{file}")
+        server.add_insecure_port(address)
     finally:
         os.umask(others)
-    return f"unix:{file}"
+    return address
 
 
 class ControlClient:

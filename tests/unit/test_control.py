@@ -48,6 +48,14 @@ def test_whoever_reaches_it_needs_the_token(tmp_path: Path) -> None:
             assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
+@pytest.mark.parametrize("name", ["100%", "%23", "a#b", "a?b", "a b", "é"])
+def test_any_folder_holds_the_socket(tmp_path: Path, name: str) -> None:
+    """gRPC takes the address for a URI."""
+    with serving(tmp_path / name):
+        assert (tmp_path / name / "control.sock").exists()
+        assert asked(tmp_path / name) == "run/1"
+
+
 def test_a_state_folder_with_a_long_path_gets_a_port(tmp_path: Path) -> None:
     state = tmp_path / ("x" * 120)
     with serving(state) as address:
