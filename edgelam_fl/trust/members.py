@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from edgelam_fl.errors import ConfigError, Refused, nearest
+from edgelam_fl.errors import ConfigError, EnvironmentProblem, Refused, nearest
 from edgelam_fl.names import why_no_name
 from edgelam_fl.trust.identity import DEVICE, HOST, Identity, peer_of, public_key
 
 MEMBERS = "EDGELAM_MEMBERS"  # environment of a ServerApp: folder of the book; unset: anybody may join
 MEMBERS_FILE = "members.sqlite"
+_LONGEST_PATH_BYTES = 511  # of SQLite
 _BUSY_S = 10.0  # how long a write waits for another one
 _KEPT_S = 30 * 86400.0  # how long a closed invite is remembered, so that its token gets the right answer
 # A name differs from another in more than its case. leaving: Flower's numbers of nodes that Flower is to forget.
@@ -71,8 +72,15 @@ class Members:
         self._clock = clock
         folder.mkdir(parents=True, exist_ok=True)
         os.close(os.open(self._file, os.O_CREAT | os.O_RDWR, 0o600))
-        with closing(self._open()) as database:
-            database.executescript(_TABLES)
+        try:
+            with closing(self._open()) as database:
+                database.executescript(_TABLES)
+        except sqlite3.Error as error:
+            raise EnvironmentProblem(
+                f"the book of members cannot be opened ({error}): {self._file}. SQLite takes a path of at most "
+                f"{_LONGEST_PATH_BYTES} bytes, and this one has {len(os.fsencode(self._file.absolute()))}; if that is not it, the "
+                f"file is damaged or its disk is full"
+            ) from error
 
     def invite(self, name: str, role: str, valid_s: float) -> str:
         """Returns a new token that lets one node join under `name`; an earlier invite for the name is withdrawn.

@@ -27,6 +27,7 @@ from edgelam_fl.trust.identity import (
     tls_name,
     valid_until,
 )
+from edgelam_fl.trust.members import Members
 
 
 @pytest.fixture
@@ -171,6 +172,11 @@ def test_a_node_that_lost_or_mixed_its_files_is_told_so(
         (tmp_path / "identity" / file).write_bytes(content)
     with pytest.raises(EnvironmentProblem, match=message):
         load_identity(tmp_path / "identity")
+
+
+def test_a_path_too_long_for_the_book_of_members_is_named(tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentProblem, match="SQLite takes a path of at most"):
+        Members(tmp_path / ("x" * 200) / ("y" * 200) / ("z" * 200))
 
 
 def test_a_certificate_without_a_member_is_refused(authority: Authority) -> None:
