@@ -16,7 +16,7 @@ from edgelam_fl import __version__
 from edgelam_fl.cli import bench, leakage, members, nodes, results, runs
 from edgelam_fl.cli.options import console, messages
 from edgelam_fl.errors import INTERRUPTED, EdgelamError, UsageError
-from edgelam_fl.federation.environment import settle_process
+from edgelam_fl.federation.environment import check_interpreter, settle_process
 
 app = typer.Typer(
     name="edgelam",
@@ -78,6 +78,7 @@ def run_commands(app: typer.Typer, name: str) -> None:
 def exit_code(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
     """Runs a command of `app`, prints a foreseen error as one message and returns the exit code."""
     try:
+        check_interpreter(sys.flags.optimize)
         status = app(args=list(arguments), prog_name=name, standalone_mode=False)
     except EdgelamError as error:
         text = str(error).replace("[", "\\[")

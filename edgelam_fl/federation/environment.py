@@ -63,6 +63,27 @@ def without_proxy(environment: Mapping[str, str], hosts: tuple[str, ...] = ()) -
     return dict.fromkeys(_WITHOUT_PROXY, "*" if "*" in named else direct)
 
 
+def without_proxies(environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns an environment for a process that reaches the server alone: Flower's client fails at a kind of proxy that it does
+    not know (SOCKS), even if it would go around it.
+    """
+    return {name: value for name, value in environment.items() if name.lower() not in PROXIES}
+
+
+def unusable_proxies(environment: Mapping[str, str], can_socks: bool) -> list[str]:
+    """Lists the variables with a SOCKS proxy, unless Python's client of HTTP can use one: it fails at the first that it sees."""
+    return [name for name in proxies_set(environment) if environment[name].startswith("socks") and not can_socks]
+
+
+def check_interpreter(optimize: int) -> None:
+    """Raises EnvironmentProblem for a Python that drops docstrings. `optimize`: as sys.flags has it."""
+    if optimize > 1:
+        raise EnvironmentProblem(
+            "this Python drops docstrings (PYTHONOPTIMIZE=2 or python -OO), and without them transformers cannot be imported; "
+            "unset PYTHONOPTIMIZE, or set it to 1"
+        )
+
+
 def proxies_set(environment: Mapping[str, str]) -> list[str]:
     """Lists the variables that name a proxy. Their values are for nobody: they may hold a password."""
     return [name for name in environment if name.lower() in PROXIES and environment[name]]

@@ -22,7 +22,7 @@ from edgelam_fl.addresses import split_address
 from edgelam_fl.config import RunConfig, to_toml
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.federation.app_archive import app_alone
-from edgelam_fl.federation.environment import child_environment
+from edgelam_fl.federation.environment import child_environment, without_proxies
 from edgelam_fl.federation.operator import Operator
 from edgelam_fl.telemetry.events import RUN_ENDS, Event, EventTail
 
@@ -200,7 +200,7 @@ class Submission:
         return answer
 
     def _call(self, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        environment = {**child_environment(self._host), "FLWR_HOME": str(self._home)}
+        environment = {**without_proxies(child_environment(self._host)), "FLWR_HOME": str(self._home)}
         try:
             return subprocess.run(
                 ["flwr", command, *arguments],

@@ -26,6 +26,7 @@ from flwr.supernode.nodestate import NodeStateFactory
 
 from edgelam_fl.federation.app_archive import installed_app
 from edgelam_fl.federation.clientapp import ClientAppThreads
+from edgelam_fl.federation.environment import proxies_set
 from edgelam_fl.federation.flower_app import app_module
 from edgelam_fl.machine import since_boot_s
 from edgelam_fl.trust.identity import load_identity, load_key
@@ -37,6 +38,10 @@ _SHORTEST_IDLE_S = 1.0  # of Flower's two pauses the shorter one is for replies
 def main() -> None:
     """Serves until SIGTERM or SIGINT."""
     options = _parse(sys.argv[1:])
+    for proxy in proxies_set(
+        os.environ
+    ):  # it reaches the server alone, and Flower's client fails at a proxy it does not know
+        del os.environ[proxy]
     settings = {"name": options.name, "state": str(options.state.absolute())}
     states = NodeStateFactory(ObjectStoreFactory())
     threads = ClientAppThreads(states.state(), app_module("clients.app").app, installed_app(), settings)

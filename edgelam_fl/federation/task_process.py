@@ -6,13 +6,20 @@ Flower's commands, which do the work.
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import sys
 from collections.abc import Callable
+
+from edgelam_fl.federation.environment import unusable_proxies
 
 
 def main() -> None:
     """Runs the task to its end."""
     kind, *options = sys.argv[1:]
+    for proxy in unusable_proxies(os.environ, importlib.util.find_spec("socksio") is not None):
+        print(f"{proxy} names a SOCKS proxy and the package socksio is not installed: it is not used", file=sys.stderr)
+        del os.environ[proxy]
     token = sys.stdin.read()
     command = {"flwr-serverapp": _serverapp, "flwr-simulation": _simulation}[kind]()
     sys.argv = [kind, *options, "--token", token]  # of this interpreter alone: the system keeps the first ones

@@ -13,8 +13,17 @@ from pathlib import Path
 import pytest
 from requests.utils import should_bypass_proxies
 
+from edgelam_fl.errors import EnvironmentProblem
 from edgelam_fl.federation.child import Child, end_all
-from edgelam_fl.federation.environment import child_environment, proxies_set, settle_process, without_proxy
+from edgelam_fl.federation.environment import (
+    check_interpreter,
+    child_environment,
+    proxies_set,
+    settle_process,
+    unusable_proxies,
+    without_proxies,
+    without_proxy,
+)
 from edgelam_fl.files import cache_folder, now_in_a_name
 
 
@@ -37,6 +46,24 @@ def test_proxies_are_gone_around(monkeypatch: pytest.MonkeyPatch, host: str, set
 
 def test_a_proxy_for_nothing_stays_one() -> None:
     assert set(without_proxy({"no_proxy": "a, *"}).values()) == {"*"}
+
+
+def test_what_reaches_the_server_alone_knows_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """httpx, of Flower's commands, fails at a SOCKS proxy even for an address that needs none."""
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    assert not {"ALL_PROXY", "all_proxy"} & without_proxies(child_environment()).keys()
+
+
+def test_a_socks_proxy_needs_a_package() -> None:
+    proxies = {"ALL_PROXY": "socks5h://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
+    assert unusable_proxies(proxies, can_socks=False) == ["ALL_PROXY"]
+    assert not unusable_proxies(proxies, can_socks=True)
+
+
+def test_a_python_without_docstrings_is_refused() -> None:
+    check_interpreter(1)
+    with pytest.raises(EnvironmentProblem, match="unset PYTHONOPTIMIZE"):
+        check_interpreter(2)
 
 
 def test_proxies_are_named_without_their_passwords() -> None:
