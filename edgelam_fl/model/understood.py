@@ -204,6 +204,11 @@ def _hint(config: Mapping[str, Any], strange: list[str], missing: list[str]) -> 
     for pattern, hint in _HINTS:
         if name := next((name for name in strange if re.search(pattern, name)), ""):
             return f"{name}: {hint}"
+    if any(".pooler." in name for name in missing):
+        return (
+            "A BERT that guesses masked words has no pooler. AutoModel.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) draws one, "
+            "which all nodes then share; copy the tokenizer's files beside it"
+        )
     layers = [number for name in strange if (number := layer_number(name)) is not None]
     count = config.get("num_hidden_layers", config.get("n_layer"))
     if layers and isinstance(count, int) and max(layers) >= count:

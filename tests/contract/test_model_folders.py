@@ -870,7 +870,13 @@ def with_fewer_positions(folder: Path) -> None:
 REFUSED_BERTS: list[tuple[Change, tuple[str, ...]]] = [
     (trained_for_classes, ("classifier.weight", "trained head would be lost", "AutoModel")),
     (trained_for_answers, ("qa_outputs.weight", "trained head would be lost")),
-    (without_its_pooler, ("missing are bert.pooler.dense",)),
+    (
+        without_its_pooler,
+        (
+            "AutoModel.from_pretrained(FOLDER)",
+            "missing are bert.pooler.dense",
+        ),
+    ),
     (with_relative_positions, ("position_embedding_type = 'relative_key'", "'absolute'")),
     (with_attention_to_an_encoder, ("add_cross_attention",)),
     (with_fewer_positions, ("position_embeddings.weight is [64, 16] and should be [32, 16]",)),
