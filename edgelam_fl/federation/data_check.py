@@ -14,7 +14,8 @@ from edgelam_fl.errors import DataError
 from edgelam_fl.federation.template import in_fork
 from edgelam_fl.model.source import find_model
 from edgelam_fl.plan.making import task_settings
-from edgelam_fl.tasks.data import device_pairs
+from edgelam_fl.tasks.base import Task, template_refuses
+from edgelam_fl.tasks.data import Pair, device_pairs, place_of
 from edgelam_fl.tasks.kinds import make_task
 from edgelam_fl.wire import edgelam_pb2 as pb
 
@@ -40,10 +41,26 @@ def check_tokenized(files: Sequence[Path], settings: bytes, tokenizer_folder: Pa
     task = make_task(parsed, tokenizer_folder)
     for file in files:
         found = device_pairs(file, parsed)
-        made = task.examples(found.training)
-        task.examples(found.held_out)
+        try:
+            made = task.examples(found.training)
+            task.examples(found.held_out)
+        except DataError as error:
+            raise _placed(error, task, file, [*found.training, *found.held_out], parsed) from error
         if not made.examples:
             raise DataError(
-                f"{file}: no example for training has an answer within task.max_tokens = {parsed.max_tokens}; raise it",
+                f"{file}: no example for training has an answer within task.max_tokens = {parsed.max_tokens}; raise it"
+                f"{template_refuses(made)}",
                 "no-answer-fits",
             )
+
+
+def _placed(error: DataError, task: Task, file: Path, pairs: Sequence[Pair], settings: pb.TaskSettings) -> DataError:
+    """Returns the error of an example that cannot be written as a text, with the file, its place and the way out."""
+    for pair in pairs:
+        try:
+            task.examples([pair])
+        except DataError:
+            place = place_of(file, pair, settings)
+            words = f"{file}, {place}: {error} (data.bad_lines = 'skip' leaves such examples out)"
+            return DataError(words, error.fault, place)
+    return error

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from edgelam_fl.errors import DataError
 from edgelam_fl.files import Content, content_of
-from edgelam_fl.tasks.base import Example, Made, Task
+from edgelam_fl.tasks.base import Example, Made, Task, template_refuses
 from edgelam_fl.tasks.data import DevicePairs, Pair, device_pairs
 from edgelam_fl.tasks.kinds import make_task
 from edgelam_fl.telemetry.events import DataChanged, DataRead, EmitInJob
@@ -78,6 +78,7 @@ class DeviceExamples:
             found = self._read(self._file, settings)
             learned, measured = (self._tokenize(task, purpose, pairs) for pairs in (found.training, found.held_out))
             counts = _unused(found)
+            counts.bad += learned.refused + measured.refused
             counts.skipped, counts.cut = learned.skipped + measured.skipped, learned.cut + measured.cut
             self._loaded = Loaded(_some(learned, settings), measured.examples, counts)
             self._key = purpose, data
@@ -112,6 +113,7 @@ def _some(made: Made, settings: pb.TaskSettings) -> list[Example]:
     """Returns the examples for training. Raises DataError if there are none."""
     if not made.examples:
         raise DataError(
-            f"no example has an answer within task.max_tokens = {settings.max_tokens}; raise it", "no-answer-fits"
+            f"no example has an answer within task.max_tokens = {settings.max_tokens}; raise it{template_refuses(made)}",
+            "no-answer-fits",
         )
     return made.examples

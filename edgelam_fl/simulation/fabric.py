@@ -122,7 +122,9 @@ class Shared:
                     known[pair] = task.examples([pair])
             made = [known[pair] for pair in pairs]
         examples = [example for one in made for example in one.examples]
-        return Made(examples, sum(one.cut for one in made), sum(one.skipped for one in made))
+        return Made(
+            examples, sum(one.cut for one in made), sum(one.skipped for one in made), sum(one.refused for one in made)
+        )
 
 
 def _make_node(folder: Path, facts: SimulatedNode, others: Mapping[str, StageHost], shared: Shared) -> StageHost:

@@ -33,6 +33,13 @@ class Made:
     """Examples that lost a part because they were too long."""
     skipped: int = 0
     """Pairs of which no example was made because they were too long."""
+    refused: int = 0
+    """Pairs of which no example was made because the model's chat template refuses them (data.bad_lines = "skip")."""
+
+
+def template_refuses(made: Made) -> str:
+    """Says how many pairs the chat template refuses, as the end of a sentence; empty if none."""
+    return f" (the model's chat template refuses {made.refused} examples)" if made.refused else ""
 
 
 @dataclass(frozen=True)

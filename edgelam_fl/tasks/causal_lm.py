@@ -35,6 +35,9 @@ class CausalLm:
         self.template, self.max_tokens = settings.template, settings.max_tokens
         self.loss_on, self.weighting, self.too_long = settings.loss_on, settings.weighting, settings.too_long
         self._label_smoothing = settings.label_smoothing
+        self._skips_refused = (
+            getattr(settings, "bad_lines", "refuse") == "skip"
+        )  # the section of a run file has no such key
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -71,10 +74,24 @@ class CausalLm:
     # ---------------------------------------------------------------- what is learned
 
     def examples(self, pairs: Sequence[Pair]) -> Made:
-        """Makes examples of pairs. Counts those that `max_tokens` cuts, and skips those of which nothing is left to learn."""
-        made = [self._example(prompt, answer) for prompt, answer in pairs]
+        """Makes examples of pairs. Counts those that `max_tokens` cuts, and skips those of which nothing is left to learn.
+
+        With data.bad_lines = "skip" it leaves out those that the chat template refuses, and counts them.
+        """
+        made = []
+        for prompt, answer in pairs:
+            try:
+                made.append(self._example(prompt, answer))
+            except DataError as error:
+                if not self._skips_refused or error.fault != "template":
+                    raise
         kept = [(example, was_cut) for example, was_cut in made if example is not None and example.count]
-        return Made([example for example, _ in kept], sum(was_cut for _, was_cut in kept), len(made) - len(kept))
+        return Made(
+            [example for example, _ in kept],
+            cut=sum(was_cut for _, was_cut in kept),
+            skipped=len(made) - len(kept),
+            refused=len(pairs) - len(made),
+        )
 
     def _example(self, prompt: Prompt, answer: str) -> tuple[Example | None, bool]:
         """Returns an example, None if it is too long and skipped, and whether it was cut."""

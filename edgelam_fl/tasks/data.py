@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from edgelam_fl.errors import DataError, nearest
 from edgelam_fl.names import printable
@@ -84,8 +84,7 @@ def device_pairs(path: Path, settings: DataSettings) -> DevicePairs:
 
 def pairs_by(settings: DataSettings, path: Path) -> FilePairs:
     """Reads every example of a file by the settings of a run. Raises DataError as they say."""
-    more = getattr(settings, "more_prompt_fields", ())  # callers may know only the keys that every run has
-    fields = Fields((settings.prompt_field, *more), settings.answer_field, tuple(settings.classes))
+    fields = _fields(settings)
     skip_bad = getattr(settings, "bad_lines", "refuse") == "skip"
     try:
         return read_file(path, fields, skip_bad=skip_bad)
@@ -94,6 +93,25 @@ def pairs_by(settings: DataSettings, path: Path) -> FilePairs:
             raise
         words = f"{error} (data.bad_lines = 'skip' leaves such examples out)"
         raise DataError(words, error.fault, error.place) from error
+
+
+def place_of(path: Path, pair: Pair, settings: DataSettings) -> str:
+    """Returns the place of the first example of a file that is this pair; empty if none is."""
+    fields = _fields(settings)
+    rows = (row for row in scan(path) if not isinstance(row, DataError))
+    return next((place for place, values in rows if _is_pair(pair, values, fields)), "")
+
+
+def _is_pair(pair: Pair, values: Mapping[str, Any], fields: Fields) -> bool:
+    try:
+        return pair_of(values, fields)[0] == pair
+    except Unfit:
+        return False
+
+
+def _fields(settings: DataSettings) -> Fields:
+    more = getattr(settings, "more_prompt_fields", ())  # callers may know only the keys that every run has
+    return Fields((settings.prompt_field, *more), settings.answer_field, tuple(settings.classes))
 
 
 def read_pairs(path: Path, prompt_field: str, answer_field: str, classes: Sequence[str] = ()) -> list[Pair]:

@@ -23,7 +23,9 @@ from edgelam_fl.errors import (
 )
 from edgelam_fl.federation.data_check import check_files, check_tokenized
 from edgelam_fl.model.source import ModelSource
+from edgelam_fl.node.examples import DeviceExamples
 from edgelam_fl.plan.making import task_settings
+from edgelam_fl.tasks.kinds import make_task
 from tests.support import run_config
 
 ERRORS = [
@@ -53,6 +55,24 @@ def test_a_file_of_which_no_answer_fits_is_named_before_a_node_starts(tiny: Mode
     with pytest.raises(DataError, match=r"b\.jsonl: no example for training has an answer within task\.max_tokens = 32") as caught:  # fmt: skip
         check_tokenized([good, long], settings, tiny.folder)
     assert caught.value.fault == "no-answer-fits"
+
+
+def test_a_chat_that_the_template_refuses_is_named_with_its_line_or_skipped(tiny: ModelSource, tmp_path: Path) -> None:
+    asked, said = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    chats = [[{**asked, "content": f"q{n}"}, said] for n in range(4)]
+    chats.insert(2, [asked, {**said, "reasoning_content": "which no template here writes"}])
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    settings = task_settings(run_config(tiny.name))
+    with pytest.raises(
+        DataError, match=r"a\.jsonl, line 3: the model's chat template leaves out .*data\.bad_lines = 'skip'"
+    ) as caught:
+        check_tokenized([file], settings.SerializeToString(), tiny.folder)
+    assert (caught.value.fault, caught.value.place) == ("template", "line 3")
+    settings.bad_lines = "skip"
+    check_tokenized([file], settings.SerializeToString(), tiny.folder)
+    loaded = DeviceExamples(file).load(make_task(settings, tiny.folder), settings, "m")
+    assert (loaded.counts.bad, len(loaded.training) + len(loaded.held_out)) == (1, 4)
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)

@@ -23,7 +23,7 @@ class DataCounts:
     """Counts of what is not used of a device's data, or not whole. No text, no name and no place is in it."""
 
     bad: int = 0
-    """Examples that were left out because they cannot be read (data.bad_lines = "skip")."""
+    """Examples left out since they cannot be read, or the chat template refuses them (data.bad_lines = "skip")."""
     skipped: int = 0
     """Examples that were left out because task.max_tokens leaves nothing of them to learn."""
     cut: int = 0
