@@ -14,7 +14,6 @@ from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ModelError
 from edgelam_fl.files import cache_folder, write_atomically
 from edgelam_fl.model.folder import read_json
-from edgelam_fl.model.identity import ALL_WEIGHTS, digest_of
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.tokenizer import load_tokenizer
 from edgelam_fl.model.understood import rope_kinds, rope_parameters
@@ -23,7 +22,7 @@ _TABLES = ("wpe.weight", "position_embeddings.weight")  # ends of the names of l
 _ORIGINAL = "original_max_position_embeddings"
 _PHI3 = 4096  # what transformers takes for a Phi-3 that does not say it
 _SETTINGS = "tokenizer_config.json"
-_READER = 1  # raised when the same files get another answer
+_READER = 2  # raised when the same files get another answer
 _NO_TEXT = ("image_token", "audio_token", "video_token")  # in it: they stand for no text, and need no row
 
 
@@ -106,10 +105,9 @@ def _named_ids(folder: Path) -> Iterator[tuple[str, str, int]]:
 def last_token(source: ModelSource) -> tuple[str, int]:
     """Returns the token with the highest id, and the id. Raises ModelError for a tokenizer that transformers cannot load.
 
-    The answer hangs on the tokenizer's files alone and is kept in the cache folder: transformers takes seconds.
+    The answer is kept in the cache folder by the model's digest, since transformers takes seconds.
     """
-    files = {name: sha for name, sha in source.files.items() if name != ALL_WEIGHTS} or source.files
-    key = hashlib.sha256(f"{_READER} {version('transformers')} {digest_of(files)}".encode()).hexdigest()
+    key = hashlib.sha256(f"{_READER} {version('transformers')} {source.digest}".encode()).hexdigest()
     note = cache_folder() / "tokenizers" / f"{key[:32]}.json"
     try:
         token, number = json.loads(note.read_text(encoding="utf-8"))

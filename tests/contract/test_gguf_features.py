@@ -44,6 +44,7 @@ from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.gguf_config import config_of
 from edgelam_fl.model.gguf_header import read_header
 from edgelam_fl.model.gguf_tokenizer import Vocabulary
+from edgelam_fl.model.limits import check_tokens
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.stage import load_stages
 from edgelam_fl.model.whole import load_whole
@@ -582,3 +583,15 @@ def test_damaged_files_are_refused_and_raise_nothing_else(tmp_path: Path, plain:
         except ModelError:
             refused += 1
     assert 100 < refused < 300
+
+
+def test_each_file_has_its_own_last_token(tmp_path: Path) -> None:
+    """What is kept of a tokenizer goes by the file that holds it."""
+    check_tokens(find_model(str(written(tmp_path, llama()))))
+    more = {
+        "tokenizer.ggml.tokens": [*VOCABULARY["tokenizer.ggml.tokens"], "zz"],
+        "tokenizer.ggml.token_type": [*VOCABULARY["tokenizer.ggml.token_type"], 1],
+    }
+    (tmp_path / "more").mkdir()
+    with pytest.raises(ModelError, match="'zz' the id 261"):
+        check_tokens(find_model(str(written(tmp_path / "more", llama(), change=more))))
