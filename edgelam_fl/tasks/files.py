@@ -166,7 +166,7 @@ def _no_text(text: str) -> str:
         return ""
     if found[0] == "\0":
         return "holds a NUL byte: the file is damaged, or is UTF-16, which must be saved as UTF-8"
-    return f"is not UTF-8 (it holds the byte {ord(found[0]) - 0xDC00:#04x}); convert the file first (iconv -t UTF-8)"
+    return f"is not UTF-8 (it holds the byte {ord(found[0]) - 0xDC00:#04x}); convert the file first (of Excel: iconv -f CP1252 -t UTF-8)"
 
 
 # ---------------------------------------------------------------- plain text
@@ -251,6 +251,19 @@ def _problem(error: ValueError) -> str:
     return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
 
 
+def _way_out(line: str) -> str:
+    """Says what to do about a line that is not JSON, as the end of a sentence; empty if it is nothing common."""
+    if line.startswith(("//", "#", "/*")):
+        return "; JSON has no comments: delete the line"
+    if line.startswith("{") and line.endswith("},"):
+        return "; in JSON lines no comma follows an example: delete it"
+    if line == "{":
+        return "; each example must be in one line (jq -c . FILE)"
+    if line.startswith("{'"):
+        return "; JSON has double quotes: write the line by json.dumps"
+    return ""
+
+
 def _json_lines(path: Path, file: TextIO) -> Iterator[Row]:
     for number, line in _lines(path, file):
         place = f"line {number}"
@@ -262,7 +275,7 @@ def _json_lines(path: Path, file: TextIO) -> Iterator[Row]:
         try:
             value = _parsed(line)
         except ValueError as error:
-            yield DataError(f"{path}, {place} is not JSON: {_problem(error)}", "json", place)
+            yield DataError(f"{path}, {place} is not JSON: {_problem(error)}{_way_out(line.strip())}", "json", place)
         else:
             yield _named(path, place, value)
 

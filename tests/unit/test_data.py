@@ -26,7 +26,7 @@ def problem(tmp_path: Path, content: str | bytes) -> str:
     [
         ("", "FILE holds no examples; at least 1 is needed"),
         ("\n  \n", "FILE holds no examples; at least 1 is needed"),
-        (GOOD.encode() + b"\xe9", "FILE, line 2 is not UTF-8 (it holds the byte 0xe9); convert the file first (iconv -t UTF-8)"),
+        (GOOD.encode() + b"\xe9", "FILE, line 2 is not UTF-8 (it holds the byte 0xe9); convert the file first (of Excel: iconv -f CP1252 -t UTF-8)"),
         (GOOD + "question,answer", "FILE, line 2 is not JSON: Expecting value"),
         (GOOD + "\n[1]", "FILE, line 3 must be an object with named fields, got [1]"),
         (

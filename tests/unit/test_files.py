@@ -69,6 +69,10 @@ def test_a_quoted_program_with_tabs_is_one_text(tmp_path: Path) -> None:
     [
         ("a.json", '[{"q": 1},\n {"q": 2]', "FILE is not JSON: line 2, Expecting ',' delimiter"),
         ("a.json", '[{"q": 1}, "x"]', 'FILE, example 2 must be an object with named fields, got "x"'),
+        ("a.jsonl", '// mine\n{"q": 1}\n', "FILE, line 1 is not JSON: Expecting value; JSON has no comments: delete the line"),
+        ("a.jsonl", '{"q": 1},\n{"q": 2}\n', "FILE, line 1 is not JSON: Extra data; in JSON lines no comma follows an example: delete it"),
+        ("a.jsonl", '{\n"q": 1\n}\n', "FILE, line 1 is not JSON: Expecting property name enclosed in double quotes; each example must be in one line (jq -c . FILE)"),
+        ("a.jsonl", "{'q': 1}\n{'q': 2}\n", "FILE, line 1 is not JSON: Expecting property name enclosed in double quotes; JSON has double quotes: write the line by json.dumps"),
         ("a.json", "[]", "FILE holds no examples; at least 1 is needed"),
         ("a.txt", "\n \n", "FILE holds no examples; at least 1 is needed"),
         ("a.txt", "One passage.\nNo other.", "FILE holds one passage; empty lines part the passages of a plain text"),
