@@ -13,11 +13,11 @@ from flwr.serverapp import Grid, ServerApp
 from edgelam_fl.bounds import Bounds, bounds_of
 from edgelam_fl.config import parse_run_file, without_home
 from edgelam_fl.errors import ConfigError, EdgelamError
-from edgelam_fl.files import keep_private
+from edgelam_fl.files import from_home, keep_private
 from edgelam_fl.plan.making import task_settings
 from edgelam_fl.plan.placement import first_proposal
 from edgelam_fl.plan.spec import RunSpec
-from edgelam_fl.telemetry.events import RunDone, RunStarted
+from edgelam_fl.telemetry.events import EventLog, RunDone, RunFailure, RunStarted
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.chat import converse
@@ -42,12 +42,17 @@ def main(grid: Grid, context: Context) -> None:
     command = given["command"]
     if command not in _COMMANDS:
         raise ConfigError(f"command = {command!r} in the run config must be one of {', '.join(_COMMANDS)}")
-    config = without_home(parse_run_file(given["run-toml"], source="the run file", overrides=given["set"]))
     keep_private()
     bounds = bounds_of(os.environ)
-    spec = check_config(config, bounds)
     adapter = bounds.check_in_runs(Path(given["adapter"]), "adapter") if command == "chat" else Path()
     out = bounds.make_run_folder(given["out"], f"flwr-{context.run_id}", of_chat=command == "chat")
+    try:
+        config = without_home(parse_run_file(given["run-toml"], source="the run file", overrides=given["set"]))
+        spec = check_config(config, bounds)
+    except EdgelamError as error:  # whoever follows the run reads its events
+        refusal = RunFailure(reason=from_home(str(error)), kept="nothing was started", exit_code=error.exit_code)
+        EventLog(out / "events.jsonl")(refusal)
+        raise
     with run_hub(spec.source) as hub:
         if command == "chat":
             converse(grid, spec, hub, session=out, adapter=adapter)
