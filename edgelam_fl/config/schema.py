@@ -7,15 +7,28 @@ any federation.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
     """A section of a run file: frozen, without unknown keys, and without conversions between types."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _words_as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else _as_tuple(value)
+
+
+# TOML has lists, and a frozen section tuples.
+_LISTED = BeforeValidator(_as_tuple)
+_WORDS = BeforeValidator(_words_as_tuple)  # a single word counts as a list of one
 
 
 def most_read_by_hosts(trust: str) -> float:
@@ -78,7 +91,7 @@ class SplitSection(Section):
         "edge",
         description="nodes that may be hosts: edge servers only, or after them also devices that listen (--listen)",
     )
-    cuts: Literal["equal", "auto"] | tuple[int, ...] = Field(
+    cuts: Annotated[Literal["equal", "auto"] | tuple[int, ...], _LISTED] = Field(
         "equal",
         description="layers at which the hosts after the first begin; auto: cuts, hosts and their order are chosen from what the "
         "nodes measured, again whenever nodes come, go or slow down",
@@ -135,33 +148,22 @@ class SplitSection(Section):
         share_after("auto", value if isinstance(value, str) else "", table)
         return value
 
-    @field_validator("cuts", mode="before")
-    @classmethod
-    def cuts_as_tuple(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
-
 
 class LoraSection(Section):
     rank: int = Field(8, ge=1, le=1024, description="rank of every adapter")
     ranks: dict[str, int] = Field({}, description="rank on nodes whose names match, as in { 'zero-*' = 2 }")
     alpha: float = Field(16.0, gt=0, description="the adapter's output is scaled by alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="share of an adapter's inputs that is dropped in training")
-    targets: tuple[str, ...] = Field(
+    targets: Annotated[tuple[str, ...], _WORDS] = Field(
         ("q_proj", "v_proj"), min_length=1, description="module names inside the layers, or 'all-linear'"
     )
-    train: tuple[Literal["front", "hosts", "back"], ...] = Field(
+    train: Annotated[tuple[Literal["front", "hosts", "back"], ...], _WORDS] = Field(
         ("front", "hosts", "back"), min_length=1, description="places where adapters learn; all others stay frozen"
     )
 
-    @field_validator("targets", "train", mode="before")
-    @classmethod
-    def as_tuple(cls, value: Any) -> Any:
-        """Turns a list of TOML into a tuple; a single word counts as a list of one."""
-        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
-
 
 class FieldNames(Section):
-    prompt: str | tuple[str, ...] = Field(
+    prompt: Annotated[str | tuple[str, ...], _LISTED] = Field(
         "question",
         min_length=1,
         description="what the model is asked, or a list of fields, joined by empty lines",
@@ -175,11 +177,6 @@ class FieldNames(Section):
         """The names of the fields that the prompt is made of."""
         return (self.prompt,) if isinstance(self.prompt, str) else self.prompt
 
-    @field_validator("prompt", mode="before")
-    @classmethod
-    def one_or_several(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
-
     @model_validator(mode="after")
     def each_once(self) -> FieldNames:
         names = (*self.prompts, self.answer)
@@ -190,7 +187,7 @@ class FieldNames(Section):
 
 class TaskSection(Section):
     kind: str = Field("causal-lm", description="what is learned: causal-lm, or classification (with classes)")
-    classes: tuple[str, ...] = Field(
+    classes: Annotated[tuple[str, ...], _LISTED] = Field(
         (), description="names of the classes, as the answers in the data spell them; for a classification only"
     )
     max_tokens: int = Field(
@@ -214,11 +211,6 @@ class TaskSection(Section):
     weighting: Literal["labels", "examples"] = Field(
         "labels", description="weights of losses and of the aggregation: the number of labelled tokens, or of examples"
     )
-
-    @field_validator("classes", mode="before")
-    @classmethod
-    def classes_as_tuple(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
 
     @field_validator("template")
     @classmethod
@@ -295,7 +287,7 @@ class OptimizerSection(Section):
         lt=1,
         description="adamw: each step multiplies every tensor that it changes, LoRA factors and the head of a classification, by 1 - lr weight_decay (decoupled, as torch's AdamW); frozen tensors stay",
     )
-    betas: tuple[float, float] = Field(
+    betas: Annotated[tuple[float, float], _LISTED] = Field(
         (0.9, 0.999), description="adamw: decay of the mean and of the square of gradients"
     )
     eps: float = Field(1e-8, gt=0, le=1, description="adamw: added to the root of the mean square")
@@ -309,11 +301,6 @@ class OptimizerSection(Section):
         "exact",
         description="when a node keeps its moments: only if it starts from exactly the adapter that they belong to, or always",
     )
-
-    @field_validator("betas", mode="before")
-    @classmethod
-    def betas_as_tuple(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
 
     @field_validator("betas")
     @classmethod
@@ -340,15 +327,10 @@ class StrategySection(Section):
     options: dict[str, dict[str, Any]] = Field(
         {}, description="options per strategy, by its name, as in { lyapunov = { delay_s = 30, v = 10.0 } }"
     )
-    require_tags: tuple[str, ...] = Field(
+    require_tags: Annotated[tuple[str, ...], _WORDS] = Field(
         (), description="tags that a device must have to take part (edgelam client --tag)"
     )
     min_memory_bytes: int = Field(0, ge=0, description="free memory that a device must have to take part")
-
-    @field_validator("require_tags", mode="before")
-    @classmethod
-    def tags_as_tuple(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
     @field_validator("options")
     @classmethod
