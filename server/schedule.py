@@ -29,7 +29,6 @@ from strategies.registry import load
 
 _BELOW_SHARE = 0.8  # a device that sends slower than this part of its share is held up by its own link
 _LEAST_OF_ESTIMATE = 0.1  # a device that moved less was left out of steps, and must not get a smaller share for it
-
 _LEAST_OF_LARGEST = 0.01  # a device that has nothing to train still sends messages, and a share of 0 would never end
 
 
@@ -125,20 +124,15 @@ class Schedule:
 
     def lineup(self, number: int, attempt: int, here: Sequence[pb.Profile], edges: int) -> Lineup:
         """Returns the devices that train in an attempt at round `number`. Devices that will drop out get shares, too."""
-        selected = self.select(number, here, edges)
-        if not selected.names:
-            return Lineup(
-                selected=selected, shares={}, demands=None if self.virtual is None else [], unfit=self._unfit_of(here)
-            )
-        devices = _named(here, selected.names)
-        shares = self.shares(devices, number)
+        lineup = Lineup(selected=self.select(number, here, edges), shares={}, unfit=self._unfit_of(here))
+        if not lineup.names:
+            return replace(lineup, demands=None if self.virtual is None else [])
+        devices = _named(here, lineup.names)
+        lineup = replace(lineup, shares=self.shares(devices, number))
         if self.virtual is None:
-            return Lineup(selected=selected, shares=shares, unfit=self._unfit_of(here))
-        dropped = self.virtual.dropouts(number, attempt, selected.names)
-        return Lineup(
-            selected=selected, shares=shares, dropped=dropped, demands=self.demands(devices, number),
-            unfit=self._unfit_of(here),
-        )  # fmt: skip
+            return lineup
+        dropped = self.virtual.dropouts(number, attempt, lineup.names)
+        return replace(lineup, dropped=dropped, demands=self.demands(devices, number))
 
     def lineup_for_evaluation(self, number: int, here: Sequence[pb.Profile]) -> Lineup:
         """Returns all devices that may take part: each measures the result."""

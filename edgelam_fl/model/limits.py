@@ -120,7 +120,7 @@ def last_token(source: ModelSource) -> tuple[str, int]:
 
 
 def _last_token(folder: Path) -> tuple[str, int]:
-    settings = read_json(folder / _SETTINGS) if (folder / _SETTINGS).is_file() else {}
+    settings = _json(folder / _SETTINGS)
     try:
         vocabulary = load_tokenizer(folder).get_vocab()
     except Exception as error:
