@@ -31,6 +31,14 @@ class Loaded(NamedTuple):
     counts: pb.DataCounts
 
 
+class Counted(NamedTuple):
+    """How many examples a device has, and what is not used of its data."""
+
+    training: int
+    held_out: int
+    counts: pb.DataCounts
+
+
 def task_of(plan: pb.Plan, tokenizer_folder: Path) -> Task:
     """Makes the task that a plan describes. Raises ConfigError for settings that fit no task."""
     return make_task(plan.task, tokenizer_folder)
@@ -54,13 +62,25 @@ class DeviceExamples:
         self._loaded = Loaded([], [], pb.DataCounts())
         self._lock = threading.Lock()  # a profile may be asked for while a part begins
 
-    def count(self, settings: pb.TaskSettings) -> tuple[int, int, pb.DataCounts]:
-        """Counts the examples for training, those held out, and what of the file is not used, before anything is tokenized.
+    def count(self, settings: pb.TaskSettings) -> Counted:
+        """Counts the examples before anything is tokenized. Raises DataError if the file does not fit the task."""
+        return _counted(self._read(self._file, settings))
 
-        Raises DataError if the file does not fit the task.
+    def count_tokenized(
+        self, task: Task, settings: pb.TaskSettings, model: str, most: int, emit: EmitInJob = lambda event: None
+    ) -> Counted:
+        """Counts the examples as the tokenizer leaves them, and keeps them for `load`, whose arguments these are.
+
+        If there are more than `most`, they are counted before it. Raises DataError as `count`.
         """
-        found = self._read(self._file, settings)
-        return len(found.training), len(found.held_out), _unused(found)
+        with self._lock:
+            key = self._key_of(settings, model)
+            if key != self._key:
+                found = self._read(self._file, settings)
+                if len(found.training) + len(found.held_out) > most:
+                    return _counted(found)
+                self._take(found, task, settings, key, emit)
+            return Counted(len(self._loaded.training), len(self._loaded.held_out), self._loaded.counts)
 
     def load(self, task: Task, settings: pb.TaskSettings, model: str, emit: EmitInJob = lambda event: None) -> Loaded:
         """Returns the examples, tokenized once for the same settings, model and content of the file.
@@ -69,23 +89,30 @@ class DeviceExamples:
         has changed since the last load. Raises DataError as `count`.
         """
         with self._lock:
-            return self._load(task, settings, model, emit)
+            key = self._key_of(settings, model)
+            if key != self._key:
+                self._take(self._read(self._file, settings), task, settings, key, emit)
+            return self._loaded
 
-    def _load(self, task: Task, settings: pb.TaskSettings, model: str, emit: EmitInJob) -> Loaded:
-        purpose, data = settings.SerializeToString(deterministic=True) + model.encode(), self._content()
-        if (purpose, data) != self._key:
-            has_changed = self._key is not None and self._key[1] != data
-            found = self._read(self._file, settings)
-            learned, measured = (self._tokenize(task, purpose, pairs) for pairs in (found.training, found.held_out))
-            counts = _unused(found)
-            counts.bad += learned.refused + measured.refused
-            counts.skipped, counts.cut = learned.skipped + measured.skipped, learned.cut + measured.cut
-            self._loaded = Loaded(_some(learned, settings), measured.examples, counts)
-            self._key = purpose, data
-            if has_changed:
-                emit(DataChanged(examples=len(learned.examples), held_out=len(measured.examples)))
-            emit(_read_event(found, self._loaded, settings))
-        return self._loaded
+    def _key_of(self, settings: pb.TaskSettings, model: str) -> tuple[bytes, bytes]:
+        """Returns what the examples are made for, and a digest of what they are made of."""
+        return settings.SerializeToString(deterministic=True) + model.encode(), self._content()
+
+    def _take(
+        self, found: DevicePairs, task: Task, settings: pb.TaskSettings, key: tuple[bytes, bytes], emit: EmitInJob
+    ) -> None:
+        """Tokenizes what was read, in place of what was loaded before."""
+        purpose, data = key
+        has_changed = self._key is not None and self._key[1] != data
+        learned, measured = (self._tokenize(task, purpose, pairs) for pairs in (found.training, found.held_out))
+        counts = _unused(found)
+        counts.bad += learned.refused + measured.refused
+        counts.skipped, counts.cut = learned.skipped + measured.skipped, learned.cut + measured.cut
+        self._loaded = Loaded(_some(learned, settings), measured.examples, counts)
+        self._key = key
+        if has_changed:
+            emit(DataChanged(examples=len(learned.examples), held_out=len(measured.examples)))
+        emit(_read_event(found, self._loaded, settings))
 
     def _content(self) -> bytes:
         """Returns a digest of all that is read; the files are looked at, and read only if something about them has changed."""
@@ -94,6 +121,10 @@ class DeviceExamples:
         except OSError:
             return b""  # reading it says what is wrong
         return "".join(content.digest for content in self._contents.values() if content is not None).encode()
+
+
+def _counted(found: DevicePairs) -> Counted:
+    return Counted(len(found.training), len(found.held_out), _unused(found))
 
 
 def _unused(found: DevicePairs) -> pb.DataCounts:

@@ -15,7 +15,7 @@ import pytest
 from edgelam_fl.files import content_of
 from edgelam_fl.node.examples import DeviceExamples
 from edgelam_fl.tasks.base import Made
-from edgelam_fl.tasks.data import DevicePairs
+from edgelam_fl.tasks.data import DevicePairs, device_pairs
 from edgelam_fl.tasks.kinds import make_task
 from edgelam_fl.telemetry.events import DataChanged, DataCounts, DataRead, JobEvent, of_kind
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -196,3 +196,20 @@ def test_a_file_that_was_written_moments_ago_is_read_again(tmp_path: Path, monke
     old = content_of(file)
     assert old.digest == fresh.digest
     assert content_of(file, old) is old
+
+
+def test_a_file_is_read_once_for_the_counts_of_a_join_and_the_round_after_it(tmp_path: Path) -> None:
+    file, task, reads = write(tmp_path / "data.jsonl"), Texts(), 0
+
+    def read(path: Path, settings: pb.TaskSettings) -> DevicePairs:
+        nonlocal reads
+        reads += 1
+        return device_pairs(path, settings)
+
+    device = DeviceExamples(file, read)
+    many = device.count_tokenized(task, SETTINGS, "model", most=11)
+    assert (many.training + many.held_out, task.calls, reads) == (12, 0, 1), "too many to be tokenized now"
+    counted = device.count_tokenized(task, SETTINGS, "model", most=12)
+    loaded = device.load(task, SETTINGS, "model")
+    assert (counted.training, counted.held_out) == (len(loaded.training), len(loaded.held_out))
+    assert (task.calls, reads) == (2, 2)

@@ -69,17 +69,19 @@ def _count(
     They are counted before it if no model is asked for, none is at hand, or there are so many that the server might not wait: the
     reports of rounds have the counts then.
     """
-    profile.examples, profile.held_out, counts = examples.count(request.task)
     source = None
-    if request.model and profile.examples + profile.held_out <= _MOST_TOKENIZED:
+    if request.model:
         with suppress(ModelError, EnvironmentProblem):  # a part that needs the model says so
             source = hub.find(
                 request.model, request.model_digest, request.hub_port, request.slices_token, tokenizer=True, download=False
             )  # fmt: skip
-    if source is not None:
-        loaded = examples.load(make_task(request.task, source.folder), request.task, source.digest, emit)
-        profile.examples, profile.held_out, counts = len(loaded.training), len(loaded.held_out), loaded.counts
+    if source is None:
+        counted = examples.count(request.task)
+    else:
+        task = make_task(request.task, source.folder)
+        counted = examples.count_tokenized(task, request.task, source.digest, _MOST_TOKENIZED, emit)
         profile.memory_available_bytes = memory_free_bytes()  # the examples and what made them stay in memory
+    profile.examples, profile.held_out, counts = counted
     profile.data.CopyFrom(counts)
 
 
