@@ -213,15 +213,7 @@ def test_generation_with_caches(built: Built) -> None:
     steps, whole = 10, built.whole()
     expected = whole_generation(whole, steps)
     for cut in CUTS:
-        stages = built.stages(cut)
-        caches = [stage.new_cache() for stage in stages]
-        ids, lengths = token_ids(), LENGTHS
-        for step in range(steps):
-            hidden = ids
-            for stage, cache in zip(stages, caches, strict=True):
-                hidden = stage(hidden, lengths, cache=cache, pad_left=step == 0)
-            assert torch.equal(hidden, expected[step]), f"{cut}, token {step}"
-            ids, lengths = hidden[:, -1:].argmax(-1), [1] * len(LENGTHS)
+        check_generation(built.stages(cut), expected, cut)
     answers = torch.stack([logits[:, -1].argmax(-1) for logits in expected], dim=1)
     assert len(set(answers.flatten().tolist())) > 2, "answers that say one thing show little"
     made = whole.generate(
@@ -232,6 +224,18 @@ def test_generation_with_caches(built: Built) -> None:
         pad_token_id=0,
     )
     assert torch.equal(made[:, LENGTHS[0] :], answers)
+
+
+def check_generation(stages: list[Stage], expected: list[torch.Tensor], cut: str) -> None:
+    """Fails unless the stages, each with a cache of its own, give the logits of each greedy step to the bit."""
+    caches = [stage.new_cache() for stage in stages]
+    ids, lengths = token_ids(), LENGTHS
+    for step, logits in enumerate(expected):
+        hidden = ids
+        for stage, cache in zip(stages, caches, strict=True):
+            hidden = stage(hidden, lengths, cache=cache, pad_left=step == 0)
+        assert torch.equal(hidden, logits), f"{cut}, token {step}"
+        ids, lengths = hidden[:, -1:].argmax(-1), [1] * len(LENGTHS)
 
 
 def whole_generation(whole: Any, steps: int) -> list[torch.Tensor]:

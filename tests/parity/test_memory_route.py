@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from edgelam_fl.model.adapter import initial_adapter
+from edgelam_fl.config import RunConfig
+from edgelam_fl.model.adapter import Adapter, initial_adapter
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import LoraSettings, Span, Stage, load_stages
 from edgelam_fl.node.held import Held
@@ -38,33 +39,40 @@ from tests.support import run_config
 STEPS = 20
 
 
+class OneDevice:
+    """The training of one device over a split model, and the same as one plain loop."""
+
+    def __init__(self, source: ModelSource, config: RunConfig, data_files: list[Path], steps: int) -> None:
+        self._source, self._config = source, config
+        self.start = initial_adapter(source, config.lora.targets, config.lora.rank, 1)
+        self._batches = device_batches(source, config, data_files[0], "device-1", steps)
+        with memory_fleet(source, config, data_files[:1]) as fleet:
+            self.reports = fleet.run(self.start, steps)
+        check_done(self.reports)
+
+    def plain(self, config: RunConfig) -> Adapter:
+        """The adapter after the plain loop."""
+        model = plain_model(self._source, config, self.start)
+        plain_training(model, config, [[units] for units in self._batches])
+        return plain_adapter(model)
+
+    def check(self) -> None:
+        assert same_bits(joined(self.reports), self.plain(self._config))
+
+
 @pytest.mark.parametrize("base", ["fp32", "bf16"])
 @pytest.mark.parametrize("hosts", [0, 1, 2, 3])
 def test_one_device_trains_like_the_plain_loop(
     tiny: ModelSource, data_files: list[Path], base: str, hosts: int
 ) -> None:
     config = run_config(tiny.name, f"model.base={base}", f"split.hosts={hosts}", "split.front=1")
-    start = initial_adapter(tiny, config.lora.targets, config.lora.rank, 1)
-    batches = device_batches(tiny, config, data_files[0], "device-1", STEPS)
-    with memory_fleet(tiny, config, data_files[:1]) as fleet:
-        reports = fleet.run(start, STEPS)
-    check_done(reports)
-    model = plain_model(tiny, config, start)
-    plain_training(model, config, [[units] for units in batches])
-    assert same_bits(joined(reports), plain_adapter(model))
+    OneDevice(tiny, config, data_files, STEPS).check()
 
 
 @pytest.mark.parametrize("hosts", [0, 1])
 def test_plain_sgd_trains_like_the_plain_loop(tiny: ModelSource, data_files: list[Path], hosts: int) -> None:
     config = run_config(tiny.name, f"split.hosts={hosts}", "optimizer.name=sgd", "optimizer.lr=0.5")
-    start = initial_adapter(tiny, config.lora.targets, config.lora.rank, 1)
-    batches = device_batches(tiny, config, data_files[0], "device-1", 5)
-    with memory_fleet(tiny, config, data_files[:1]) as fleet:
-        reports = fleet.run(start, 5)
-    check_done(reports)
-    model = plain_model(tiny, config, start)
-    plain_training(model, config, [[units] for units in batches])
-    assert same_bits(joined(reports), plain_adapter(model))
+    OneDevice(tiny, config, data_files, 5).check()
 
 
 @pytest.mark.parametrize("labels", ["device", "last-stage"])
@@ -82,19 +90,13 @@ def test_the_optimizers_settings_and_smoothed_labels_are_torchs(
     """Split as unsplit with torch's AdamW, SGD and cross_entropy alone; what is measured has no smoothing."""
     ends = [f"split.labels={labels}", *(["split.back=0"] if labels == "last-stage" else [])]
     config = run_config(tiny.name, "split.hosts=2", "task.label_smoothing=0.2", *optimizer, *ends)
-    start = initial_adapter(tiny, config.lora.targets, config.lora.rank, 1)
-    batches = device_batches(tiny, config, data_files[0], "device-1", 5)
-    with memory_fleet(tiny, config, data_files[:1]) as fleet:
-        reports = fleet.run(start, 5)
-    check_done(reports)
-    model = plain_model(tiny, config, start)
-    assert reports["device-1"].eval_loss_sum == plain_evaluation(model, tiny, config, data_files[0])
-    plain_training(model, config, [[units] for units in batches])
-    assert same_bits(joined(reports), plain_adapter(model))
-    usual = plain_model(tiny, config, start)
+    split = OneDevice(tiny, config, data_files, 5)
+    before = plain_model(tiny, config, split.start)
+    assert split.reports["device-1"].eval_loss_sum == plain_evaluation(before, tiny, config, data_files[0])
+    split.check()
     keys = {"optimizer": type(config.optimizer)(name=config.optimizer.name, lr=config.optimizer.lr)}
-    plain_training(usual, config.model_copy(update=keys), [[units] for units in batches])
-    assert not same_bits(joined(reports), plain_adapter(usual))
+    usual = split.plain(config.model_copy(update=keys))
+    assert not same_bits(joined(split.reports), usual)
 
 
 @pytest.mark.parametrize("hosts", [1, 2])

@@ -45,7 +45,7 @@ from edgelam_fl.model.stage import LoraSettings, Stage, load_stages
 from edgelam_fl.model.weights import read_tensors
 from edgelam_fl.model.whole import load_whole, put_on
 from tests.contract.test_model_folders import fp8
-from tests.parity.test_families import LENGTHS, padding, save, through, token_ids, whole_generation
+from tests.parity.test_families import LENGTHS, check_generation, padding, save, through, token_ids, whole_generation
 from tests.support import byte_tokenizer, run_config
 
 LAYERS, WINDOW, RANK, ALPHA = 4, 8, 4, 8.0
@@ -222,18 +222,9 @@ def test_twenty_steps(built: Built) -> None:
 @torch.no_grad()
 def test_generation_with_caches(built: Built) -> None:
     """Windows overflow in the prompt of one row and in the answer of another; some layers have no positions."""
-    steps = 8
-    expected = whole_generation(built.whole, steps)
+    expected = whole_generation(built.whole, 8)
     for cut in ("inside", "no layer in front"):
-        stages = built.stages(CUTS[cut])
-        caches = [stage.new_cache() for stage in stages]
-        ids, lengths = token_ids(), LENGTHS
-        for step in range(steps):
-            hidden = ids
-            for stage, cache in zip(stages, caches, strict=True):
-                hidden = stage(hidden, lengths, cache=cache, pad_left=step == 0)
-            assert torch.equal(hidden, expected[step]), f"{cut}, token {step}"
-            ids, lengths = hidden[:, -1:].argmax(-1), [1] * len(LENGTHS)
+        check_generation(built.stages(CUTS[cut]), expected, cut)
 
 
 @torch.no_grad()
