@@ -101,12 +101,13 @@ def pair_of(values: Mapping[str, Any], fields: Fields) -> tuple[Pair, Collection
 
 def _texts(values: Mapping[str, Any], fields: Fields) -> tuple[Pair, Collection[str]]:
     first, *others = fields.prompt
-    prompt = [_text(values, first), *(_text(values, name) for name in others if not _is_blank(values.get(name)))]
+    prompt = [_text(values, first), *(_text(values, name) for name in others if not is_blank(values.get(name)))]
     answer = _label(values, fields) if fields.classes else _text(values, fields.answer)
     return (_JOIN.join(prompt), answer), (*fields.prompt, fields.answer)
 
 
-def _is_blank(value: Any) -> bool:
+def is_blank(value: Any) -> bool:
+    """Whether a value is nothing, or a text without a mark."""
     return value is None or (isinstance(value, str) and not value.strip())
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from edgelam_fl.errors import DataError
 from edgelam_fl.names import printable
 from edgelam_fl.tasks.files import PASSAGE, read_records
-from edgelam_fl.tasks.shapes import CHATS, PREFERENCE, is_chat, shown
+from edgelam_fl.tasks.shapes import CHATS, PREFERENCE, is_blank, is_chat, shown
 
 _PROMPTS = ("question", "prompt", "instruction", "input", "query", "problem", "text", "sentence", "user", "context")
 _ANSWERS = ("answer", "response", "completion", "output", "reply", "solution", "label", "target", "assistant", "class")
@@ -185,8 +185,8 @@ def _may_be_texts(rows: Sequence[Values], name: str) -> bool:
 
 
 def _classes(rows: Sequence[Values], name: str) -> list[str]:
-    """Returns the different answers in order, if they look like classes; else none."""
-    found = {str(row[name]) for row in rows}
+    """Returns the different answers in order, if they look like classes; else none. An example may lack its answer."""
+    found = {str(row[name]) for row in rows if not is_blank(row.get(name))}
     if not 2 <= len(found) <= _MOST_CLASSES or any(len(one) > _LONGEST_CLASS or "\n" in one for one in found):
         return []
     return sorted(found, key=lambda one: (0, int(one), "") if one.isdecimal() else (1, 0, one))

@@ -230,6 +230,14 @@ def test_a_field_that_is_empty_once_is_not_replaced_by_another(tmp_path: Path) -
         written(tmp_path, data)
 
 
+@pytest.mark.parametrize("odd", [{}, {"conversations": []}, {"question": "q"}, {"question": "q", "answer": None}])
+def test_an_example_without_its_answer_is_named_by_its_line(tmp_path: Path, odd: dict[str, Any]) -> None:
+    good = [{"question": f"q{n}", "answer": "yes" if n % 2 else "no"} for n in range(4)]
+    for rows, line in (([odd, *good], 1), ([*good, odd], 5)):
+        with pytest.raises(DataError, match=rf"a\.jsonl, line {line}[: ]"):
+            written(tmp_path, data_file(tmp_path, *rows))
+
+
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
