@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
-from edgelam_fl.errors import EdgelamError, for_others
+from edgelam_fl.errors import EdgelamError, Refused, for_others
 from edgelam_fl.machine import memory_free_bytes
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.stage import Stage, load_stages
@@ -63,6 +63,8 @@ class Means:
 def play(part: Part, request: pb.SubmitRequest, means: Means) -> None:
     """Plays a part and fills its report, except for the state. Raises EdgelamError if the part cannot begin or go on."""
     plan, report = part.plan, part.report
+    if plan.first_step:
+        raise Refused(f"node {plan.node} has no snapshot of step {plan.first_step} of round {plan.round}")
     with means.hooks.around_part(plan):
         began = time.monotonic()
         held = means.memory.hold(plan)

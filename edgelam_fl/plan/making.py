@@ -72,6 +72,8 @@ class RoundFacts:
     hub_port: int = 0  # 0: the server has no hub
     relay_key: bytes = b""  # signs the tokens of the hub's relay; empty: there is no relay
     slices_token: bytes = b""  # lets nodes fetch slices of the run's model from the hub
+    first_step: int = 0  # steps of the round that are done: all nodes go on from their snapshots of that step; 0: none
+    resume_attempt: int = 0  # with first_step: the attempt that the snapshots are of
 
 
 def make_plans(
@@ -259,6 +261,8 @@ def _plan(spec: RunSpec, facts: RoundFacts, profile: pb.Profile) -> pb.Plan:
         protocol_version=PROTOCOL_VERSION,
         hub_port=facts.hub_port,
         slices_token=facts.slices_token,
+        first_step=facts.first_step,
+        resume_attempt=facts.resume_attempt,
         cut=_cut(config.privacy) if profile.role == pb.DEVICE else None,
         lowrank=pb.LowRank(layer=spec.cut.layer, rank=spec.cut.rank) if spec.cut else None,
     )
