@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import os
 import pwd
 import re
+import shutil
 import tempfile
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+_ASIDE = ".old.part"
+# Half-done files and folders: ours, those of the library safetensors, and of `write_atomically`.
+_LEFTOVER = re.compile(r".*\.part|\.tmp.*|\..+\.\d+\.\d+")
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
 def cache_folder() -> Path:
@@ -49,20 +57,101 @@ def keep_private() -> None:
     os.umask(0o077)
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replaces a file in one step: a reader finds the old content or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    temporary.replace(path)
+def write_atomically(path: Path, content: str | bytes, *, durable: bool = False) -> None:
+    """Replaces a file in one step: a reader finds the old content or the new one, never a part.
+
+    durable: it is on the disk when this returns, so that not even a power cut takes it back.
+    """
+    _replace(path, content, 0o666, durable)
 
 
 def write_private(path: Path, content: str | bytes) -> None:
     """Replaces a file in one step, readable by this user only; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, content, 0o600, durable=False)
+
+
+def _replace(path: Path, content: str | bytes, mode: int, durable: bool) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-    temporary.replace(path)
+    try:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # on a full disk others need its bytes
+        raise
+    if durable:
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Brings the names in a folder to the disk: files that were made, renamed or removed in it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_folder(new: Path, place: Path) -> None:
+    """Puts the folder `new` at `place`, whatever is there, and removes what was.
+
+    In one step if the system can exchange two names (Linux, on most file systems). Else `place` is missing for a moment, and
+    after a crash in that moment `sweep` of the folder around it puts the old one back.
+    """
+    sync_folder(new)
+    if not place.exists():
+        new.rename(place)
+    elif _exchange(new, place):
+        shutil.rmtree(new)
+    else:
+        aside = place.with_name(f"{place.name}{_ASIDE}")
+        place.rename(aside)
+        new.rename(place)
+        shutil.rmtree(aside)
+    sync_folder(place.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges two names in one step; returns whether the system could."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    return rename(_HERE, os.fsencode(one.absolute()), _HERE, os.fsencode(other.absolute()), _EXCHANGE) == 0
+
+
+def sweep(folder: Path) -> list[str]:
+    """Removes from a folder what a killed process left half-done there, and says the names; does not look into its folders.
+
+    To be called by the folder's only writer.
+    """
+    if not folder.is_dir():
+        return []
+    for aside in folder.glob(f"*{_ASIDE}"):
+        place = aside.with_name(aside.name.removesuffix(_ASIDE))
+        if not place.exists():
+            aside.rename(place)
+    found = [path for path in folder.iterdir() if _LEFTOVER.fullmatch(path.name)]
+    for path in found:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    return sorted(path.name for path in found)
+
+
+def is_full(error: OSError) -> bool:
+    """Returns whether an error says that the disk, or this user's part of it, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def free_bytes(folder: Path) -> int:
+    """Returns the bytes that this user may still write on the disk of a folder."""
+    return shutil.disk_usage(folder).free
 
 
 # ---------------------------------------------------------------- changes

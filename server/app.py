@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 from flwr.app import Context
@@ -27,11 +26,9 @@ from server.hub import RunHub, run_hub
 from server.membership import owners
 from server.roster import Roster
 from server.rounds import Rounds
-from server.run_folder import RunFolder
+from server.run_folder import RunFolder, versions
 
 _COMMANDS = ("run", "plan", "chat")
-_VERSIONED = ("edgelam-fl", "flwr", "torch", "transformers", "peft", "grpcio")
-
 app = ServerApp()
 
 
@@ -80,8 +77,7 @@ def _lead(exchange: Exchange, folder: RunFolder, spec: RunSpec, hub: RunHub, bou
 
 
 def _run(exchange: Exchange, roster: Roster, spec: RunSpec, folder: RunFolder, hub: RunHub, bounds: Bounds) -> None:
-    versions = {package: version(package) for package in _VERSIONED}
-    folder.emit(RunStarted(run=folder.path.name, config=spec.config.model_dump(mode="json"), versions=versions))
+    folder.emit(RunStarted(run=folder.path.name, config=spec.config.model_dump(mode="json"), versions=versions()))
     print(f"run folder: {folder.path}", flush=True)
     Rounds(spec, exchange, roster, folder, f"{folder.path.name}-{time.time_ns():x}", hub=hub, bounds=bounds).run()
     folder.finish()

@@ -7,7 +7,9 @@ sees what arrives over such a channel; the server of this run sees more. Knows n
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from edgelam_fl.config import WirelessSection
 from edgelam_fl.privacy.channel import Channel, Exposure, Sending, most_scale, sending
@@ -44,6 +46,14 @@ class EmulatedChannel:
     def __init__(self, settings: WirelessSection, seed: int, exposure: Exposure) -> None:
         """`seed`: the run's, which draws places and fading as for the run's virtual time."""
         self._cell, self._exposure = RadioCell(settings, seed), exposure
+
+    def state(self) -> dict[str, Any]:
+        """Returns what every device has given away so far, as plain data."""
+        return self._exposure.state()
+
+    def restore(self, state: Mapping[str, Any], more: float) -> None:
+        """Takes what `state` returned. `more`: sum of 1/z_t^2 that any device may have given away since then."""
+        self._exposure.restore(state, more)
 
     def in_round(self, round: int, *, values: int, clip: float, noise: float, moves: float) -> RoundOnAir:
         """Returns the channel of one attempt at a round.

@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -60,15 +62,16 @@ def is_frozen(name: str, settings: ClientSettings) -> bool:
 class Ledger:
     """The rounds that a run has spent, in its folder: written before a round releases anything."""
 
-    def __init__(self, folder: Path, terms: Terms) -> None:
-        """Goes on with the ledger that the folder has, if it has one.
+    def __init__(self, folder: Path, terms: Terms, *, goes_on: bool = False) -> None:
+        """Goes on with the ledger that the folder has, if it has one. `goes_on`: of a run that is resumed, which may have an
+        adapter to evaluate when nothing is left to spend.
 
         Raises ConfigError if that was kept for other terms, or if it leaves nothing to spend.
         """
         self._file, self._terms = folder / LEDGER, terms
         self.rounds = 0
         if self._file.exists():
-            self._resume(json.loads(self._file.read_text(encoding="utf-8")))
+            self._resume(json.loads(self._file.read_text(encoding="utf-8")), goes_on)
 
     @property
     def epsilon(self) -> float:
@@ -83,9 +86,9 @@ class Ledger:
     def spend_a_round(self) -> None:
         """Counts one more round as spent."""
         self.rounds += 1
-        write_atomically(self._file, json.dumps(self._line() | {"rounds": self.rounds}) + "\n")
+        write_atomically(self._file, json.dumps(self._line() | {"rounds": self.rounds}) + "\n", durable=True)
 
-    def _resume(self, line: Mapping[str, object]) -> None:
+    def _resume(self, line: Mapping[str, object], goes_on: bool) -> None:
         rounds, own = line.get("rounds"), self._line()
         if not isinstance(rounds, int) or {key: line.get(key) for key in own} != own:
             raise ConfigError(
@@ -93,7 +96,7 @@ class Ledger:
                 f"what was spent there cannot be counted here. Start a run with a folder of its own"
             )
         self.rounds = rounds
-        if not self.affords_a_round:
+        if not self.affords_a_round and not goes_on:
             raise ConfigError(
                 f"the privacy budget is spent: {rounds} rounds took an epsilon of {self.epsilon:.4g} of privacy.epsilon = "
                 f"{self._terms.epsilon:g} ({self._file.name} in this run's folder), and one more would exceed it. The adapter of the "
@@ -123,10 +126,14 @@ class PrivateRun:
         folder: Path,
         *,
         generator: np.random.Generator | None = None,
+        saved: Mapping[str, Any] | None = None,
     ) -> None:
-        """`folder`: the run's. `generator`: of the noise; None: one that nobody can repeat."""
+        """`folder`: the run's. `generator`: of the noise; None: one that nobody can repeat. `saved`: what `state` of the run
+        that goes on returned; None: a new run. The ledger in the folder may have counted attempts since then: they stay spent.
+        Raises ConfigError if it has counted fewer, and as `Ledger` does.
+        """
         privacy = spec.config.privacy
-        self.spec, self.terms, self.ledger = spec, terms, Ledger(folder, terms)
+        self.spec, self.terms, self.ledger = spec, terms, Ledger(folder, terms, goes_on=saved is not None)
         self.bound = Bound(privacy.clip, privacy.clip_quantile)
         self._generator = generator or secret_generator()
         self.starts = start_of_updates(spec)
@@ -135,6 +142,30 @@ class PrivateRun:
             earlier = self.ledger.rounds * (terms.mode.moves / terms.noise) ** 2
             exposure = Exposure(terms.delta, terms.accountant, earlier)
             self._channel = EmulatedChannel(spec.config.wireless, spec.config.run.seed, exposure)
+        if saved is not None:
+            self._restore(saved)
+
+    def state(self) -> dict[str, Any]:
+        """Returns the terms and what the rounds so far have changed, as plain data. The noise's generator is not in it: noise
+        that can be drawn again protects nothing.
+        """
+        return {
+            "terms": self.terms.state(),
+            "rounds": self.ledger.rounds,
+            "bound": asdict(self.bound),
+            "channel": self._channel.state() if self._channel is not None else {},
+        }
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        since = self.ledger.rounds - state["rounds"]
+        if since < 0:
+            raise ConfigError(
+                f"{LEDGER} in this run's folder counts {self.ledger.rounds} rounds, and its checkpoint {state['rounds']}: the file was "
+                f"lost or changed, and what is spent cannot be known. Start a run with a folder of its own"
+            )
+        self.bound = Bound(**state["bound"])
+        if self._channel is not None:
+            self._channel.restore(state["channel"], since * (self.terms.mode.moves / self.terms.noise) ** 2)
 
     def promise(self) -> PrivacyPromised:
         """Makes the event that says what this run promises."""

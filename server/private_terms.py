@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, RunFailed
@@ -103,6 +104,15 @@ class Terms:
     """Devices that may take part."""
     delta_of_noise: float
     """The part of delta that the noise has to keep; the rest is the chance that a round has no noise."""
+
+    def state(self) -> dict[str, Any]:
+        """Returns the terms as plain data."""
+        return {**asdict(self), "mode": self.mode.word}
+
+    @classmethod
+    def restored(cls, state: Mapping[str, Any]) -> Terms:
+        """Makes the terms that `state` returned: those of a run stay, whoever is here when it goes on."""
+        return cls(**{**state, "mode": MODES[state["mode"]]})
 
     def epsilon_after(self, rounds: int) -> float:
         """Returns what `rounds` rounds spend of the budget."""

@@ -8,9 +8,10 @@ placement and roster.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 from flwr.app import ConfigRecord, RecordDict
@@ -26,6 +27,7 @@ from edgelam_fl.telemetry.events import (
     AggregateRefused,
     BudgetSpent,
     ContributionLeftOut,
+    Event,
     NodeLost,
     RoundDone,
     RoundTimeline,
@@ -33,6 +35,7 @@ from edgelam_fl.telemetry.events import (
     VirtualRound,
 )
 from edgelam_fl.wire import edgelam_pb2 as pb
+from server.checkpoint import Saved, flatten
 from server.events_of_round import describe_plan, describe_readable, describe_round, describe_timeline
 from server.exchange import Arrived, Exchange, Missing, Request, SiteDeadline
 from server.global_adapter import with_missing_modules
@@ -40,7 +43,7 @@ from server.hub import NO_HUB, RunHub
 from server.outcome import conclude, receive
 from server.parcels import make_parcels
 from server.privacy import PrivateRun, promise_in_words
-from server.private_terms import terms_of
+from server.private_terms import Terms, terms_of
 from server.replies import KEPT_NODES, read_reply, sums_on_arrival
 from server.roster import Roster
 from server.run_folder import RunFolder
@@ -49,6 +52,7 @@ from server.state import FederationState, Outcome, PlannedRound, Received
 from strategies.registry import load
 
 _ATTEMPTS = 3
+_PRIVACY = "privacy"
 
 
 class Rounds:
@@ -66,9 +70,12 @@ class Rounds:
         kept_nodes: int = KEPT_NODES,
         bounds: Bounds = DEFAULT_BOUNDS,
         generator: np.random.Generator | None = None,
+        saved: Saved | None = None,
     ) -> None:
         """`run`: a name that no other run has. `hub`: what nodes are told about it. `kept_nodes`: the most nodes of a round whose replies are kept. `bounds`: the
         modules that the run's strategies may come from. `generator`: of the noise of a private run; None: one that nobody can repeat.
+        `saved`: the checkpoint that the run goes on from; None: it begins. Raises ConfigError for a strategy whose memory no checkpoint
+        can hold.
         """
         self.spec, self.config = spec, spec.config
         self.roster, self.folder, self._hub = roster, folder, hub
@@ -80,12 +87,16 @@ class Rounds:
         self.privacy: PrivateRun | None = None
         self._exchange, self._timing, self._run, self._kept_nodes = exchange, exchange.timing, run, kept_nodes
         self._generator = generator
+        self._first = FederationState()
+        if saved is not None:
+            self.restore(saved)
+        self.check_memory()
 
     def run(self) -> FederationState:
         """Runs all rounds that the privacy budget allows, then evaluates the result. Raises RunFailed if no attempt at a round
         succeeds.
         """
-        state = FederationState()
+        state = self._first
         while state.round < self.config.federation.rounds and self._affords_a_round():
             state = self.round_after(state)
         if self.privacy is not None and state.round < self.config.federation.rounds:
@@ -144,6 +155,48 @@ class Rounds:
             self.folder.emit(channel_noise)
         return received
 
+    # ---------------------------------------------------------------- memory
+
+    def saved(self, state: FederationState, closing: Sequence[Event] = ()) -> Saved:
+        """Returns all that another `Rounds` needs to go on after the round of `state`. `closing`: the round's last events, which
+        are emitted after this was stored.
+        """
+        return Saved(run=self._run, state=state, memory=self._memory(), closing=closing)
+
+    def restore(self, saved: Saved) -> None:
+        """Goes on from a checkpoint: `run` then begins with the round after it."""
+        memory = saved.memory
+        self._first = saved.state
+        for owner, (_, restore) in self._owners().items():
+            restore(memory[owner])
+        if memory[_PRIVACY]:
+            terms = Terms.restored(memory[_PRIVACY]["terms"])
+            self.privacy = PrivateRun(
+                self.spec, terms, self.folder.path, generator=self._generator, saved=memory[_PRIVACY]
+            )
+
+    def check_memory(self) -> None:
+        """Raises ConfigError for a strategy whose state no checkpoint can hold."""
+        for owner, state in self._memory().items():
+            flatten(state, f"the state() of {owner}")
+
+    def _memory(self) -> dict[str, Any]:
+        private = self.privacy.state() if self.privacy is not None else {}
+        return {owner: state() for owner, (state, _) in self._owners().items()} | {_PRIVACY: private}
+
+    def _owners(self) -> dict[str, tuple[Callable[[], Mapping[str, Any]], Callable[[Mapping[str, Any]], None]]]:
+        """Returns everything that remembers from round to round, as (state, restore)."""
+        aggregation, selection, bandwidth = (
+            loaded.capabilities for loaded in (self.aggregation, self.schedule.selection, self.schedule.bandwidth)
+        )
+        return {
+            "strategy.aggregation": (aggregation.state, aggregation.restore),
+            "strategy.selection": (selection.state, selection.restore),
+            "strategy.bandwidth": (bandwidth.state, bandwidth.restore),
+            "schedule": (self.schedule.state, self.schedule.restore),
+            "placement": (self.placement.state, self.placement.restore),
+        }
+
     # ---------------------------------------------------------------- privacy
 
     def _promise(self) -> PrivateRun:
@@ -180,7 +233,7 @@ class Rounds:
         self._note(planned, received)
         if can_measure and not any(reply.report.eval_labels for reply in received.replies.values()):
             raise RunFailed(f"the evaluation after the last round failed: {self.roster.problems}")
-        self._close(planned, received, "adapter")
+        self._close(received, self._last_events(planned, received, "adapter"))
 
     # ---------------------------------------------------------------- plan
 
@@ -312,7 +365,6 @@ class Rounds:
         """Stores the new adapter, and lets strategies and placement learn from a round that came to one."""
         planned, received = outcome.planned, outcome.received
         assert outcome.aggregated is not None
-        checkpoint = self.folder.checkpoint(state) if state.adapter else ""
         replies, lineup, number = received.replies, planned.lineup, planned.facts.round
         virtual = None
         if self.schedule.virtual is not None and lineup.names:
@@ -320,9 +372,12 @@ class Rounds:
         self.schedule.observe(number, [*planned.layout.routes, *lineup.dropped], planned.plans, replies, virtual)
         if self.config.split.cuts == "auto":  # reports of a large round are kept packed, and unpacked for this alone
             self.placement.observe(planned.plans, {name: reply.report for name, reply in replies.items()})
-        self._close(planned, received, checkpoint, outcome.error, outcome.aggregated.facts, virtual)
+        checkpoint = "adapter" if state.adapter else ""
+        events = self._last_events(planned, received, checkpoint, outcome.error, outcome.aggregated.facts, virtual)
+        self.folder.checkpoint(self.saved(state, events[1:]))
+        self._close(received, events)
 
-    def _close(
+    def _last_events(
         self,
         planned: PlannedRound,
         received: Received,
@@ -330,23 +385,28 @@ class Rounds:
         error: float | None = None,
         facts: Mapping[str, float] = {},
         virtual: VirtualRound | None = None,
-    ) -> None:
-        """Emits the round's last events."""
+    ) -> tuple[RoundTimeline, RoundDone]:
+        """Makes the round's last events."""
         started_from = {name: plan.adapter_digest for name, plan in planned.plans.items()}
         devices, hosts, by_kind = describe_round(planned.received_bytes, started_from, received.replies)
-        timeline = describe_timeline(received.replies)
         number = planned.facts.round
-        if timeline:
-            self.folder.emit(RoundTimeline(round=number, nodes=timeline))
+        timeline = RoundTimeline(round=number, nodes=describe_timeline(received.replies))
         done = RoundDone(
             round=number, attempt=planned.facts.attempt, steps=planned.facts.steps,
             seconds=round(self._timing.now() - planned.began_s, 3), devices=devices, hosts=hosts, bytes_by_kind=by_kind,
             checkpoint=checkpoint, aggregation_error=error, aggregation=dict(facts), virtual=virtual,
         )  # fmt: skip
+        return timeline, done
+
+    def _close(self, received: Received, events: tuple[RoundTimeline, RoundDone]) -> None:
+        """Emits the round's last events."""
+        timeline, done = events
+        if timeline.nodes:
+            self.folder.emit(timeline)
         self.folder.emit(done)
         labels, loss_sum = 0, 0.0
         for reply in received.replies.values():
             report = reply.report
             labels, loss_sum = labels + report.eval_labels, loss_sum + report.eval_loss_sum
         measured = f"held-out loss {loss_sum / labels:.4f} at its start" if labels else "nothing measured at its start"
-        print(f"round {number}: {len(devices)} devices, {measured}", flush=True)
+        print(f"round {done.round}: {len(done.devices)} devices, {measured}", flush=True)

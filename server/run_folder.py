@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 from edgelam_fl.config import to_toml
 from edgelam_fl.errors import ConfigError, RunFailed
-from edgelam_fl.files import from_home, write_atomically
-from edgelam_fl.model.adapter import write_peft_folder
+from edgelam_fl.files import from_home, replace_folder, sweep, write_atomically
+from edgelam_fl.model.adapter import Adapter, write_peft_folder
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.serving.results import BASE_MODEL
-from edgelam_fl.telemetry.events import EventLog, RunDone, RunFailure, read_events
+from edgelam_fl.telemetry.events import EventLog, RunDone, RunFailure, as_line, mend_log, read_events
 from edgelam_fl.telemetry.records import as_json
 from edgelam_fl.telemetry.summary import build_summary
-from server.state import FederationState
+from server.checkpoint import Saved, newest_round, save, sweep_checkpoints
+
+EVENTS = "events.jsonl"
+_VERSIONED = ("edgelam-fl", "flwr", "torch", "transformers", "peft", "grpcio")
+
+
+@cache
+def versions() -> Mapping[str, str]:
+    """Returns the installed versions of the packages that a run depends on, by name."""
+    return {package: version(package) for package in _VERSIONED}
 
 
 class RunFolder:
-    """Writes everything that a run leaves behind. `adapter/` holds the newest checkpoint, whole at any moment."""
+    """Writes everything that a run leaves behind: `checkpoints/` to go on from, and for its users `adapter/`, the newest result."""
 
     def __init__(self, path: Path, spec: RunSpec) -> None:
         """Makes the folder, if need be, and writes the run's configuration into it. Raises ConfigError if one is there."""
@@ -32,25 +47,70 @@ class RunFolder:
             raise ConfigError(f"{path.name} is the folder of another run (nothing is ever overwritten)") from error
         base = {"model": spec.config.model.name, "files": dict(spec.source.files)}
         write_atomically(path / BASE_MODEL, json.dumps(base, indent=1) + "\n")
-        self.emit = EventLog(path / "events.jsonl")
+        self.emit = EventLog(path / EVENTS)
 
-    def checkpoint(self, state: FederationState) -> str:
-        """Stores the adapter that the next round starts from; returns its path, relative to this folder."""
+    @classmethod
+    def reopened(cls, path: Path, spec: RunSpec, saved: Saved) -> RunFolder:
+        """Opens the folder of a run that goes on from a checkpoint of it: removes what its end left half-done, mends what came after
+        the checkpoint, and emits the events that were still to come. Does not touch its config.toml.
+        """
+        folder = cls.__new__(cls)
+        folder.path, folder._spec = path, spec
+        sweep(path)
+        sweep_checkpoints(path)
+        mend_log(path / EVENTS, saved.events_bytes)
+        folder.emit = EventLog(path / EVENTS)
+        folder._export(saved)
+        known = [as_line(event) for event in read_events(path / EVENTS)]
+        for event in saved.closing:
+            if as_line(event) not in known:
+                folder.emit(event)
+        return folder
+
+    def checkpoint(self, saved: Saved) -> None:
+        """Commits all that the run needs to go on, then replaces the adapter that users see."""
+        saved = replace(
+            saved,
+            config=to_toml(self._spec.config),
+            model=self._spec.source.files,
+            events_bytes=self.emit.sync(),
+            versions=versions(),
+        )
+        save(self.path, saved)
+        self._export(saved)
+
+    def _export(self, saved: Saved) -> None:
+        """Replaces `adapter/`, and `adapters/` if devices have tensors of their own: each as a whole, in one step."""
+        state = saved.state
+        if not state.adapter:
+            return
+        exports = {name: {**state.adapter, **tensors} for name, tensors in state.exports().items()}
+        if exports:
+            part = self._new_folder("adapters")
+            for name, tensors in exports.items():
+                self._write_adapter(tensors, part / name)
+            replace_folder(part, self.path / "adapters")
+        part = self._new_folder("adapter")
+        self._write_adapter(state.adapter, part)
+        replace_folder(part, self.path / "adapter")
+
+    def _new_folder(self, name: str) -> Path:
+        part = self.path / f"{name}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        return part
+
+    def _write_adapter(self, tensors: Adapter, folder: Path) -> None:
         lora = self._spec.config.lora
-        for name, tensors in {"": state.adapter, **state.exports()}.items():
-            folder = self.path / "adapters" / name if name else self.path / "adapter"
-            write_peft_folder(
-                {**state.adapter, **tensors},
-                folder,
-                reference=self._spec.source.reference,
-                rank=lora.rank,
-                alpha=lora.alpha,
-                targets=lora.targets,
-                classes=self._spec.config.task.classes,
-            )
-        counts = {"round": state.round, "step_offset": state.step_offset}
-        write_atomically(self.path / "state.json", json.dumps(counts) + "\n")
-        return "adapter"
+        write_peft_folder(
+            tensors,
+            folder,
+            reference=self._spec.source.reference,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            targets=lora.targets,
+            classes=self._spec.config.task.classes,
+        )
 
     def finish(self) -> None:
         """Writes summary.json and report.html from the events."""
@@ -65,10 +125,10 @@ class RunFolder:
         """Emits why the run ended early and what is kept of it, and writes the report. `exit_code`: of who follows the run."""
         from edgelam_fl.telemetry.report.page import write_report
 
-        state = self.path / "state.json"
-        done = json.loads(state.read_text(encoding="utf-8"))["round"] if state.exists() else 0
+        done = newest_round(self.path)
         kept = (
             f"the adapter after round {done} is kept in {self.path.name}/adapter" if done else "no round was finished"
         )
         self.emit(RunFailure(reason=from_home(reason), kept=kept, exit_code=exit_code))
-        write_report(self.path)
+        with suppress(OSError):  # the reason is out; on a full disk there is no room for the page
+            write_report(self.path)

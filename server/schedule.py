@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from numbers import Real
 from random import Random, SystemRandom
+from typing import Any
 
 from edgelam_fl.bounds import DEFAULT_BOUNDS, Bounds
 from edgelam_fl.config import RunConfig
@@ -75,6 +76,19 @@ class Schedule:
         self.virtual = VirtualTime(spec) if config.wireless.bandwidth_hz else None
         self.capacity = config.wireless.bandwidth_hz or config.wire.capacity_bps  # a band in Hz, or bits per second
         self._measured: dict[str, Candidate] = {}  # by device, as of its last round
+
+    def state(self) -> dict[str, Any]:
+        """Returns what the rounds so far have taught about the devices, as plain data; without what the strategies remember."""
+        measured = {name: {**asdict(facts), "tags": sorted(facts.tags)} for name, facts in self._measured.items()}
+        return {"measured": measured, "virtual": self.virtual.state() if self.virtual else {}}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes what `state` returned."""
+        self._measured = {
+            name: Candidate(**{**facts, "tags": frozenset(facts["tags"])}) for name, facts in state["measured"].items()
+        }
+        if self.virtual is not None:
+            self.virtual.restore(state["virtual"])
 
     def select(self, number: int, here: Sequence[pb.Profile], edges: int = 0) -> Selected:
         """Returns the devices of round `number`, with a reason per device that is here. Raises RunFailed for a choice that

@@ -2,7 +2,8 @@
 
 A strategy is a class that inherits from `Selection`, `Bandwidth` or `Aggregation`; no other class is ever made or called. A
 built-in one has a short name (`strategies.registry`), any other is named `package.module:Class` in the run file. The arguments of its `__init__` are keywords with defaults; the run file sets them in `strategy.options`, under the
-short name or the name of the class. One object serves a whole run, so it may remember. All chance comes from
+short name or the name of the class. One object serves a whole run, so it may remember; what it remembers goes through `state`
+and `restore` into each checkpoint, so that a run that is resumed goes on as if it had never stopped. All chance comes from
 `RoundState.random`.
 """
 
@@ -11,11 +12,33 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from edgelam_fl.plan.making import ClientSettings
+
+# ---------------------------------------------------------------- memory
+
+
+class Remembers(Protocol):
+    """What every strategy has; one that remembers nothing from round to round leaves both as they are."""
+
+    def state(self) -> Mapping[str, Any]:
+        """Returns all that the object has learned in the rounds so far, without its options.
+
+        Allowed: None, bool, int, float, str, numpy arrays and numbers, lists, and dicts with str keys. Called after each round,
+        once `observe` or `aggregate` have been.
+        """
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes what `state` of an object with the same options returned, before the first round that this object serves.
+
+        Tuples come back as lists, all else as it was, to the last bit.
+        """
+        del state  # by default there is nothing to remember
+
 
 # ---------------------------------------------------------------- selection
 
@@ -78,7 +101,7 @@ class RoundOutcome:
     lost: Sequence[str] = ()  # names of the chosen devices that did not deliver
 
 
-class Selection(Protocol):
+class Selection(Remembers, Protocol):
     """Chooses the devices of a round.
 
     A selection may also have `observe(outcome: RoundOutcome) -> None`, which is called after each round that succeeded.
@@ -108,7 +131,7 @@ class Demand:
     snr: float | None = None
 
 
-class Bandwidth(Protocol):
+class Bandwidth(Remembers, Protocol):
     """Shares the capacity out to the devices of a round. It may have `observe`, as a selection may."""
 
     def allocate(self, demands: Sequence[Demand], capacity_bps: float) -> Mapping[str, float]:
@@ -153,7 +176,7 @@ class Aggregated:
     facts: Mapping[str, float] = field(default_factory=dict)  # more numbers for the round's event
 
 
-class Aggregation(Protocol):
+class Aggregation(Remembers, Protocol):
     """Makes the next round's adapter of a round's contributions."""
 
     unequal_ranks: bool = False  # whether sources of one module may differ in rank

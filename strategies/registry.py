@@ -16,7 +16,7 @@ import numpy as np
 from edgelam_fl.bounds import DEFAULT_BOUNDS, Bounds
 from edgelam_fl.errors import ConfigError, nearest
 from edgelam_fl.plan.making import ClientSettings
-from strategies.api import Aggregation, Bandwidth, RoundOutcome, Selection
+from strategies.api import Aggregation, Bandwidth, Remembers, RoundOutcome, Selection
 from strategies.options import checked, parameters
 
 BUILT_IN = {
@@ -81,6 +81,15 @@ def _no_correction(source: str, names: Iterable[str]) -> Mapping[str, np.ndarray
     return {}
 
 
+def _nothing() -> Mapping[str, Any]:
+    """Returns an empty memory: the `state` of a strategy that has none."""
+    return {}
+
+
+def _as_new(state: Mapping[str, Any]) -> None:
+    """Leaves a strategy as it is: the `restore` of one that has none."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
     """A strategy's abilities beyond the one method of its kind; `strategies.api` documents each name.
@@ -88,6 +97,8 @@ class Capabilities:
     A strategy that lacks an attribute or a method gets the default given here.
     """
 
+    state: Callable[[], Mapping[str, Any]] = _nothing
+    restore: Callable[[Mapping[str, Any]], None] = _as_new
     observe: Callable[[RoundOutcome], None] = _forget
     client_settings: Callable[[int], ClientSettings] = _plain_training
     correction: Callable[[str, Iterable[str]], Mapping[str, np.ndarray]] = _no_correction
@@ -128,7 +139,7 @@ def _says(rule: Any, name: str) -> bool:
     """Returns whether a rule has an attribute that is more than the default which the protocol gives it."""
     if not hasattr(rule, name):
         return False
-    value, default = getattr(rule, name), {**vars(Selection), **vars(Aggregation)}.get(name, rule)
+    value, default = getattr(rule, name), {**vars(Remembers), **vars(Selection), **vars(Aggregation)}.get(name, rule)
     return value is not default and getattr(value, "__func__", value) is not default
 
 

@@ -21,6 +21,7 @@ from edgelam_fl.plan.reading import end_spans, hosted_span
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
+from server.checkpoint import Saved, load_newest
 from server.exchange import Exchange, ExchangeTiming
 from server.replies import KEPT_NODES
 from server.roster import Roster
@@ -175,15 +176,24 @@ class FederationByHand:
             for names, role in ((devices, pb.DEVICE), (edges, pb.EDGE))
             for name in names
         }
-        self.folder = RunFolder(folder, self.spec)
+        self._settings: dict[str, Any] = {"kept_nodes": kept_nodes, "generator": generator}
         self.clock = HandClock()
         self.grid: Any = HandGrid(list(self.nodes.values()))
-        exchange = Exchange(self.grid, ExchangeTiming(now=self.clock.now, sleep=self.clock.sleep))
-        self.roster = Roster(exchange, self.folder, pb.ProfileRequest(protocol_version=PROTOCOL_VERSION))
-        self.rounds = Rounds(
-            self.spec, exchange, self.roster, self.folder, "run", kept_nodes=kept_nodes, generator=generator
-        )
+        self._serve(RunFolder(folder, self.spec))
         self.start = adapters.initial_adapter(source, self.config.lora.targets, self.config.lora.rank, 1)
+
+    def _serve(self, folder: RunFolder, saved: Saved | None = None) -> None:
+        self.folder = folder
+        exchange = Exchange(self.grid, ExchangeTiming(now=self.clock.now, sleep=self.clock.sleep))
+        self.roster = Roster(exchange, folder, pb.ProfileRequest(protocol_version=PROTOCOL_VERSION))
+        self.rounds = Rounds(self.spec, exchange, self.roster, folder, "run", saved=saved, **self._settings)
+
+    def go_on(self, stopped: FederationByHand) -> None:
+        """Becomes another server for a run that stopped: with its folder and its nodes, and nothing else of it."""
+        saved, problem = load_newest(stopped.folder.path)
+        assert not problem
+        self.nodes, self.grid.nodes = stopped.nodes, stopped.grid.nodes
+        self._serve(RunFolder.reopened(stopped.folder.path, self.spec, saved), saved)
 
     def state(self) -> FederationState:
         """Runs all rounds."""

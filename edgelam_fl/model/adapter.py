@@ -18,14 +18,16 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load, save, save_file
+from safetensors.numpy import load, save
 
 from edgelam_fl.errors import ConfigError, ModelError, ProtocolError, nearest
+from edgelam_fl.files import write_atomically
 from edgelam_fl.model import carry
 from edgelam_fl.model.cut import CUT_A, CUT_B, CutAdapter, without_cut
 from edgelam_fl.model.families import Experts
 from edgelam_fl.model.index import layer_number
 from edgelam_fl.model.source import ModelSource
+from edgelam_fl.model.tensor_file import write_tensors
 
 Adapter = dict[str, np.ndarray]
 
@@ -219,11 +221,10 @@ def write_peft_folder(
     if cut := cut_in(adapter, alpha):
         config["cut_adapter"] = asdict(cut)
     temporary = folder / ".adapter_model.safetensors"
-    save_file(
-        {name: np.ascontiguousarray(array) for name, array in adapter.items()}, temporary, metadata={"format": "pt"}
-    )
+    temporary.unlink(missing_ok=True)
+    write_tensors(temporary, adapter, {"format": "pt"})
     temporary.replace(folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_atomically(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n", durable=True)
 
 
 def cut_in(adapter: Mapping[str, np.ndarray], alpha: float) -> CutAdapter | None:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median_low
+from typing import Any
 
 from edgelam_fl.errors import ConfigError, DoesNotFit, RunFailed
 from edgelam_fl.plan.bases import split_pair
@@ -19,7 +20,7 @@ from edgelam_fl.plan.instance import InstanceMaker, planned_times
 from edgelam_fl.plan.layout import HostRange, Layout, layout_of_chains, make_layout, who_may_host
 from edgelam_fl.plan.search import best_chain, cost_of, shortage
 from edgelam_fl.plan.spec import RunSpec
-from edgelam_fl.plan.speeds import before_rounds, learned, near
+from edgelam_fl.plan.speeds import Speeds, before_rounds, learned, near
 from edgelam_fl.plan.what_fits import hosts_wanted, nearest_that_fits
 from edgelam_fl.telemetry.events import Emit, NodePlaced, PlacementMade, SitePlaced
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -58,6 +59,31 @@ class Placement:
         self._notes: list[str] = []  # surprises that the next event will mention
         self._took_s = 0.0  # per step of the newest round; 0 once it was compared with its plan
         self._usual = 1.0  # measured over predicted step, with links newly measured
+
+    def state(self) -> dict[str, Any]:
+        """Returns what the rounds so far have taught, as plain data.
+
+        The newest proposal is not in it: from the same facts comes the same one. Until then links are not measured again.
+        """
+        return {
+            "chains": [[list(host) for host in chain] for chain in self._chains],
+            "tokens": self._speeds.tokens,
+            "position_s": [[*key, seconds] for key, seconds in self._speeds.position_s.items()],
+            "by_relay": [list(pair) for pair in sorted(self._speeds.by_relay)],
+            "notes": list(self._notes),
+            "took_s": self._took_s,
+            "usual": self._usual,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes what `state` returned."""
+        self._chains = tuple(tuple((node, last) for node, last in chain) for chain in state["chains"])
+        self._speeds = Speeds(
+            tokens=state["tokens"],
+            position_s={(node, pair): seconds for node, pair, seconds in state["position_s"]},
+            by_relay=frozenset((one, other) for one, other in state["by_relay"]),
+        )
+        self._notes, self._took_s, self._usual = list(state["notes"]), state["took_s"], state["usual"]
 
     def layout(
         self, number: int, devices: Sequence[pb.Profile], hosts: Sequence[pb.Profile], shares: Mapping[str, float] = {}

@@ -11,7 +11,9 @@ The power rule in closed form is our derivation from the Renyi divergence of the
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from edgelam_fl.privacy.accounting import Releases, epsilon_of
 
@@ -89,6 +91,15 @@ class Exposure:
     def add(self, device: str, multiplier: float) -> None:
         """Counts one update. `multiplier`: standard deviation of its noise, over what one device's data can move."""
         self._precision[device] = self._precision.get(device, self.earlier) + multiplier**-2
+
+    def state(self) -> dict[str, Any]:
+        """Returns what every device has given away so far, as plain data."""
+        return {"earlier": self.earlier, "precision": dict(self._precision)}
+
+    def restore(self, state: Mapping[str, Any], more: float) -> None:
+        """Takes what `state` returned. `more`: sum of 1/z_t^2 that any device may have had since then."""
+        self.earlier = state["earlier"] + more
+        self._precision = {device: known + more for device, known in state["precision"].items()}
 
     def epsilon(self, device: str) -> float:
         """Returns the epsilon of one device; 0 if nothing of it can have arrived."""

@@ -6,7 +6,8 @@ A device's load is that of its last round, and an estimate before its first. Kno
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
+from typing import Any
 
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.telemetry.events import VirtualRound
@@ -24,6 +25,14 @@ class VirtualTime:
         self.cell = RadioCell(self.config.wireless, self.config.run.seed)
         self.loads = Loads(spec)
         self._moved: dict[str, Load] = {}  # by device, in its last round
+
+    def state(self) -> dict[str, Any]:
+        """Returns what the rounds so far have taught, as plain data."""
+        return {name: asdict(load) for name, load in self._moved.items()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes what `state` returned."""
+        self._moved = {name: Load(**load) for name, load in state.items()}
 
     def candidates(self, number: int, devices: Sequence[pb.Profile], known: Sequence[Candidate]) -> list[Candidate]:
         """Returns `known` with the cell's values for round `number` in the place of measured ones."""

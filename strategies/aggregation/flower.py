@@ -28,6 +28,11 @@ Tensors = Mapping[str, np.ndarray]
 Positive = Annotated[float, Field(gt=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Malicious = Annotated[int, Field(ge=0)]
+_MEMORY = (
+    "m_t",
+    "v_t",
+    "momentum_vector",
+)  # what Flower's optimizers keep from step to step: arrays by name, or in order
 
 
 # ---------------------------------------------------------------- optimizers
@@ -41,6 +46,19 @@ class _Optimizer(Aggregation):
     def __init__(self, flowers: type, **options: float) -> None:
         self._flowers, self._options = flowers, options
         self._of_module: dict[str, tuple[Any, int]] = {}  # Flower's object, and the number of its steps
+
+    def state(self) -> Mapping[str, Any]:
+        return {
+            module: {"steps": steps, **{name: getattr(optimizer, name) for name in _MEMORY if hasattr(optimizer, name)}}
+            for module, (optimizer, steps) in self._of_module.items()
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        for module, memory in state.items():
+            optimizer = self._flowers(**self._options)
+            for name in memory.keys() - {"steps"}:
+                setattr(optimizer, name, memory[name])
+            self._of_module[module] = optimizer, memory["steps"]
 
     def aggregate(self, contributions: Sequence[Contribution], start: Start) -> Aggregated:
         modules: dict[str, dict[str, np.ndarray]] = {}

@@ -13,7 +13,7 @@ source trains a tensor, such as a joint site, c - c_i is 0 and nothing is sent; 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
@@ -33,6 +33,22 @@ class Scaffold(Aggregation):
         self.eta_g = eta_g
         self._own: dict[str, dict[str, Contribution]] = {}  # c_i per source and tensor, each with its newest weight
         self._common: Mapping[str, np.ndarray] = {}  # c
+
+    def state(self) -> Mapping[str, Any]:
+        own = {
+            source: {name: {"weight": one.weight, "control": one.tensors[name]} for name, one in controls.items()}
+            for source, controls in self._own.items()
+        }
+        return {"own": own, "common": self._common}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._common = dict(state["common"])
+        self._own = {
+            source: {
+                name: Contribution(source, one["weight"], {name: one["control"]}) for name, one in controls.items()
+            }
+            for source, controls in state["own"].items()
+        }
 
     def aggregate(self, contributions: Sequence[Contribution], start: Start) -> Aggregated:
         new = FedAvg().aggregate(contributions, start).tensors

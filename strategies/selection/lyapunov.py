@@ -12,7 +12,8 @@ are the best n. Up to 64 devices all subsets are covered; beyond, the result is 
 from __future__ import annotations
 
 import heapq
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
@@ -44,6 +45,12 @@ class LyapunovSelection(Selection):
         names = [candidates[index].name for index in sorted(chosen)]
         round_ = f"{count} of {len(candidates)} devices in {delay_s:.3g} s, queue {self.queue:.3g}"
         return Selected(names, {c.name: _reason(i in chosen, shares[i], round_) for i, c in enumerate(candidates)})
+
+    def state(self) -> Mapping[str, Any]:
+        return {"queue": self.queue}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.queue = state["queue"]
 
     def observe(self, outcome: RoundOutcome) -> None:
         self.queue = max(self.queue + outcome.seconds / self.delay_s - 1, 0.0)

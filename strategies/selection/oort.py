@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -44,7 +44,8 @@ class Oort(Selection):
         self.alpha, self.clip, self.cut_off, self.most_rounds = alpha, clip, cut_off, most_rounds
         self.epsilon, self.epsilon_decay, self.epsilon_least = epsilon, epsilon_decay, epsilon_least
         self.percentile, self.pacer_rounds, self.pacer_step = percentile, pacer_rounds, pacer_step
-        self._gained: list[float] = []  # mean utility of the devices of each round
+        self._gained: list[float] = []  # mean utility of the devices of each round, of the newest rounds
+        self._observed = 0  # rounds
         self._rounds: Counter[str] = Counter()
 
     def select(self, state: RoundState) -> Selected:
@@ -67,18 +68,33 @@ class Oort(Selection):
             why[c.name] += "" if ": " in why[c.name] else f": not drawn, {exploited} by score and {explored} new"
         return Selected(sorted(c.name for c in (*best, *new)), why)
 
+    def state(self) -> Mapping[str, Any]:
+        return {
+            "epsilon": self.epsilon,
+            "percentile": self.percentile,
+            "gained": list(self._gained),
+            "observed": self._observed,
+            "rounds": dict(self._rounds),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.epsilon, self.percentile, self._observed = state["epsilon"], state["percentile"], state["observed"]
+        self._gained, self._rounds = list(state["gained"]), Counter(state["rounds"])
+
     def observe(self, outcome: RoundOutcome) -> None:
         self._rounds.update(device.name for device in outcome.devices)
         self.epsilon = max(self.epsilon * self.epsilon_decay, self.epsilon_least)
         gains = [_utility(device) for device in outcome.devices]
         self._gained.append(math.fsum(gains) / len(gains) if gains else 0.0)
+        del self._gained[: -2 * self.pacer_rounds]
+        self._observed += 1
         self._pace()
 
     def _pace(self) -> None:
         rounds = self.pacer_rounds
-        if len(self._gained) < 2 * rounds or len(self._gained) % rounds:
+        if self._observed < 2 * rounds or self._observed % rounds:
             return
-        before, now = math.fsum(self._gained[-2 * rounds : -rounds]), math.fsum(self._gained[-rounds:])
+        before, now = math.fsum(self._gained[:rounds]), math.fsum(self._gained[rounds:])
         if abs(now - before) <= 0.1 * before:
             self.percentile = min(self.percentile + self.pacer_step, 100.0)
         elif abs(now - before) >= 5 * before:

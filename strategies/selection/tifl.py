@@ -10,9 +10,9 @@ tier of their own that comes first, instead of the paper's profiling rounds.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -25,6 +25,12 @@ class TiFL(Selection):
         """`tiers`: number of tiers of nearly equal size. `credits`: rounds that a tier may have before all others had theirs."""
         self.tiers, self.credits = tiers, credits
         self._left: dict[int, int] = {}
+
+    def state(self) -> Mapping[str, Any]:
+        return {"left": {str(number): credits for number, credits in self._left.items()}}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._left = {int(number): credits for number, credits in state["left"].items()}
 
     def select(self, state: RoundState) -> Selected:
         unmeasured = [c for c in state.by_name() if c.last_seconds is None]

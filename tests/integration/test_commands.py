@@ -533,7 +533,7 @@ def test_interrupt_ends_all_children_and_says_what_is_kept(tmp_path: Path, tiny_
             command, cwd=tmp_path, stdout=output, stderr=output, env={**os.environ, "COLUMNS": "400"},
         )  # fmt: skip
         end = time.monotonic() + WAIT_S
-        while not (tmp_path / "run" / "state.json").exists() and time.monotonic() < end and process.poll() is None:
+        while not (tmp_path / "run" / "adapter").exists() and time.monotonic() < end and process.poll() is None:
             time.sleep(0.2)
         early, took_s = process.poll(), time.monotonic() - end + WAIT_S
         children = psutil.Process(process.pid).children(recursive=True)

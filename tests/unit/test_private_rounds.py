@@ -13,6 +13,7 @@ from edgelam_fl.errors import ConfigError, RunFailed
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.adapter import Adapter
 from edgelam_fl.privacy.accounting import Releases, epsilon_of
+from server.checkpoint import load_newest
 from server.privacy import LEDGER
 from server.private_sums import PrivateSums
 from server.private_terms import terms_of
@@ -272,7 +273,7 @@ def test_a_budget_that_is_spent_ends_the_run_with_its_result(federation: MakeFed
     last = run.events("round_done")[-1]
     assert (last["round"], last["steps"], len(last["devices"])) == (state.round + 1, 0, 2), "the result is evaluated"
     assert (run.folder.path / "adapter" / "adapter_model.safetensors").is_file()
-    assert json.loads((run.folder.path / "state.json").read_text())["round"] == state.round
+    assert load_newest(run.folder.path)[0].state.round == state.round
 
 
 def test_an_attempt_that_fails_is_paid_for(federation: MakeFederation) -> None:

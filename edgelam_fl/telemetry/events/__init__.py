@@ -4,7 +4,7 @@ A new event is one dataclass in `run`, `rounds` or `nodes`, by who writes it, an
 """
 
 from edgelam_fl.telemetry.events.base import DataCounts, Emit, Event, UnknownEvent
-from edgelam_fl.telemetry.events.log import EventLog, EventTail, of_kind, parse_event, read_events
+from edgelam_fl.telemetry.events.log import EventLog, EventTail, as_line, mend_log, of_kind, parse_event, read_events
 from edgelam_fl.telemetry.events.nodes import (
     DataChanged,
     DataRead,
@@ -54,6 +54,7 @@ from edgelam_fl.telemetry.events.rounds import (
 )
 from edgelam_fl.telemetry.events.run import (
     RUN_ENDS,
+    EventsDropped,
     LayerSeconds,
     LinkMeasured,
     NodeJoined,
@@ -83,6 +84,7 @@ __all__ = [
     "Event",
     "EventLog",
     "EventTail",
+    "EventsDropped",
     "HostResult",
     "JobDone",
     "JobEvent",
@@ -125,6 +127,8 @@ __all__ = [
     "VirtualDevice",
     "VirtualRound",
     "WindowGranted",
+    "as_line",
+    "mend_log",
     "of_kind",
     "parse_event",
     "read_events",

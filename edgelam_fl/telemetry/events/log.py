@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from edgelam_fl.errors import DataError
 from edgelam_fl.telemetry.events.base import Event, UnknownEvent
+from edgelam_fl.telemetry.events.run import EventsDropped
 from edgelam_fl.telemetry.events.table import EVENTS, kind_of
 from edgelam_fl.telemetry.records import as_json, read_record
 
 _Kind = TypeVar("_Kind", bound=Event)
+_PIECE_BYTES = 1 << 16
 
 
 class EventLog:
-    """Appends events to one file; safe to call from any thread.
+    """Appends events to one file; safe to call from any thread. A line that cannot be written fails nobody: it is dropped, and
+    how many were is the next line that can be written.
 
     most_bytes: size at which the file is set aside as PATH.old, in place of an older one; 0: no limit.
     """
@@ -27,26 +32,106 @@ class EventLog:
     def __init__(self, path: Path, most_bytes: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
+        _cut_torn_line(path)
         self.path, self._most_bytes = path, most_bytes
         self._lock = threading.Lock()
         self._closed = False
+        self._dropped, self._reason = 0, ""
 
     def __call__(self, event: Event) -> None:
         """Writes one line, with the current time; the file is open only meanwhile."""
-        line = {"time": round(time.time(), 3), "event": kind_of(event), **as_json(replace(event, time=None))}
-        text = json.dumps(line, ensure_ascii=False)
         with self._lock:
             if self._closed:
                 return
-            if self._most_bytes and self.path.stat().st_size >= self._most_bytes:
-                self.path.replace(self.path.with_name(f"{self.path.name}.old"))
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(text + "\n")
+            try:
+                self._set_aside()
+                if self._dropped:
+                    self._append(EventsDropped(count=self._dropped, reason=self._reason))
+                    self._dropped = 0
+                self._append(event)
+            except OSError as error:
+                self._dropped, self._reason = self._dropped + 1, os.strerror(error.errno) if error.errno else str(error)
+
+    def sync(self) -> int:
+        """Brings all lines to the disk as far as it takes them; returns the file's size in bytes."""
+        with self._lock, suppress(OSError):
+            descriptor = os.open(self.path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+                return os.fstat(descriptor).st_size
+            finally:
+                os.close(descriptor)
+        return 0
 
     def close(self) -> None:
         """Drops later events."""
         with self._lock:
             self._closed = True
+
+    def _append(self, event: Event) -> None:
+        """Writes a whole line or nothing. Raises OSError for the latter."""
+        line = {"time": round(time.time(), 3), **as_line(event)}
+        rest = memoryview(f"{json.dumps(line, ensure_ascii=False)}\n".encode())
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            before = os.fstat(descriptor).st_size
+            try:
+                while rest:
+                    rest = rest[os.write(descriptor, rest) :]
+            except OSError:
+                os.ftruncate(descriptor, before)
+                raise
+        finally:
+            os.close(descriptor)
+
+    def _set_aside(self) -> None:
+        if self._most_bytes and self.path.exists() and self.path.stat().st_size >= self._most_bytes:
+            self.path.replace(self.path.with_name(f"{self.path.name}.old"))
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Removes a last line without its end, which a killed writer left: the next event would be a part of it."""
+    with path.open("rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            begin = max(0, end - _PIECE_BYTES)
+            file.seek(begin)
+            newline = file.read(end - begin).rfind(b"\n")
+            if newline >= 0:
+                end = begin + newline + 1
+                break
+            end = begin
+        if end < file.seek(0, os.SEEK_END):
+            file.truncate(end)
+
+
+def mend_log(path: Path, good_bytes: int) -> None:
+    """Cuts a file of events at the first line that is none: a power cut may leave bytes that were never written.
+
+    good_bytes: up to there the lines are known to be on the disk; if the file has become shorter, nothing is known.
+    """
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        good = good_bytes if good_bytes <= file.seek(0, os.SEEK_END) else 0
+        file.seek(good)
+        for line in file:
+            if not line.endswith(b"\n") or not _is_event(line):
+                break
+            good += len(line)
+        file.truncate(good)
+
+
+def _is_event(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def as_line(event: Event) -> dict[str, Any]:
+    """Returns the JSON object of an event's line, without its time."""
+    return {"event": kind_of(event), **as_json(replace(event, time=None))}
 
 
 def parse_event(line: Mapping[str, Any]) -> Event:

@@ -131,6 +131,16 @@ class RouteReady(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EventsDropped(Event):
+    """Events before this one are missing, since the file could not be written; also in a node's events.jsonl."""
+
+    count: int
+    """Number of these events."""
+    reason: str
+    """What the system said of the last of them, as "No space left on device"."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunDone(Event):
     """The run reached its end. Its report may still be on its way to the disk."""
 

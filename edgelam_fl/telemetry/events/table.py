@@ -23,6 +23,7 @@ EVENTS: dict[str, type[Event]] = {
     "budget_spent": rounds.BudgetSpent,
     "timeline": rounds.RoundTimeline,
     "round_done": rounds.RoundDone,
+    "events_dropped": run.EventsDropped,
     "route_ready": run.RouteReady,
     "run_done": run.RunDone,
     "run_failed": run.RunFailure,
