@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgelam_fl import hub
-from edgelam_fl.hub.relay import relay_key
+from edgelam_fl.hub.passes import relay_key
 from edgelam_fl.hub.slices import offered
 from edgelam_fl.model.source import ModelSource
+from server.attendance import NO_ATTENDANCE, Attendance
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,9 @@ class RunHub:
     """What a run's plans say about the hub."""
 
     port: int = 0  # 0: there is no hub, or it is not this server's
-    relay_key: bytes = b""  # signs the nodes' tokens for the relay
+    relay_key: bytes = b""  # signs the nodes' tokens for the relay and the attendance
     slices_token: bytes = b""  # lets nodes fetch slices of the run's model
+    attendance: Attendance = NO_ATTENDANCE
 
 
 NO_HUB = RunHub()
@@ -35,4 +37,4 @@ def run_hub(source: ModelSource) -> Iterator[RunHub]:
         return
     state = Path(os.environ[hub.STATE])
     with offered(source, state) as token:
-        yield RunHub(port, relay_key(state), token)
+        yield RunHub(port, relay_key(state), token, Attendance(state))

@@ -8,7 +8,7 @@ from pathlib import Path
 from edgelam_fl.addresses import free_port
 from edgelam_fl.hub.daemon import SERVICES, HubServer, MakeService
 from edgelam_fl.hub.membership import read_ended
-from edgelam_fl.hub.relay import relay_key
+from edgelam_fl.hub.passes import relay_key
 from edgelam_fl.trust.authority import Authority, issue
 from edgelam_fl.trust.identity import DEVICE, SERVER, Identity
 from edgelam_fl.trust.members import Members

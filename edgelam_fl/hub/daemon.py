@@ -20,7 +20,9 @@ import grpc
 from edgelam_fl.addresses import join_address, split_address
 from edgelam_fl.errors import EdgelamError, EnvironmentProblem
 from edgelam_fl.hub import echo, relay, slices
+from edgelam_fl.hub.attendance import AwakeClock, HubAttendance, Lead
 from edgelam_fl.hub.membership import MEMBERS_EVERY_S, Door, EndedMembers, read_ended
+from edgelam_fl.hub.passes import relay_key
 from edgelam_fl.trust.identity import load_identity
 from edgelam_fl.trust.members import Members
 from edgelam_fl.wire.grpc.options import server_options
@@ -49,7 +51,10 @@ class HubServer:
         self._door = Door(ended, members_every_s)
         options = [*server_options(most_sent_bytes=-1), ("grpc.so_reuseport", 0)]
         self._server = grpc.server(ThreadPoolExecutor(_MAX_STREAMS, "hub"), options=options, interceptors=[self._door])
-        self._server.add_generic_rpc_handlers((self._door.service(), *(make(state) for make in services)))
+        clock = AwakeClock()
+        attendance = HubAttendance(relay_key(state), clock)
+        own = self._door.service(), attendance.service()
+        self._server.add_generic_rpc_handlers((*own, *(make(state) for make in services)))
         try:
             self.port = security.open_port(self._server, host, port)
         except RuntimeError as error:
@@ -57,11 +62,13 @@ class HubServer:
                 f"port {port} on {host} cannot be opened (in use, or not this machine's address); choose another with "
                 "`edgelam server --data-plane HOST:PORT`"
             ) from error
+        self._lead = Lead(state, attendance, clock)
         self._server.start()
 
     def stop(self) -> None:
         self._door.close()
         self._server.stop(grace=0.5)
+        self._lead.stop()
 
 
 def main() -> int:

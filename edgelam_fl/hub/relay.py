@@ -12,7 +12,6 @@ and how many links that node may have. The host hears from the hub who dialled.
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import secrets
 import threading
@@ -20,35 +19,21 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn
 
 import grpc
 
-from edgelam_fl.files import write_private
-from edgelam_fl.trust.identity import Peer
+from edgelam_fl.hub.passes import read_pass, refuse, relay_key
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.grpc.secure import peer
 from edgelam_fl.wire.grpc.services import service_handler
-from edgelam_fl.wire.relay import ACCEPT, DIAL, LISTEN, RELAY_SERVICE, read_number, read_token, token_of
+from edgelam_fl.wire.relay import ACCEPT, DIAL, LISTEN, RELAY_SERVICE, read_number
 
-_KEY_FILE, _KEY_BYTES = "relay.key", 32
 _MOST_LISTENERS, _MOST_LINKS = 128, 128  # a listener takes a thread, a link two
 _SPARE_LINKS = 2  # per token: links that broke and were dialled again before the hub noticed
 _MOST_UNANSWERED = 64  # diallers that wait for one host
 _ACCEPT_S = 10.0
 _STILL_HERE_S = 10.0  # how often a host hears from the hub: routers on the way cut idle connections
 _LOG = logging.getLogger(__name__)
-
-
-def relay_key(state: Path) -> bytes:
-    """Returns the server's secret from the hub's state folder; the first caller makes it."""
-    file, made = state / _KEY_FILE, state / f".{_KEY_FILE}.{secrets.token_hex(8)}"
-    if not file.exists():
-        write_private(made, secrets.token_bytes(_KEY_BYTES))
-        with suppress(FileExistsError):
-            os.link(made, file)  # whole, or not at all
-        made.unlink()
-    return file.read_bytes()
 
 
 def make_service(state: Path) -> grpc.GenericRpcHandler:
@@ -95,7 +80,7 @@ class HubRelay:
 
     def listen(self, request: bytes, context: grpc.ServicerContext) -> Iterator[pb.Dialler]:
         """Tells a host who dials it, and now and then that the hub is there."""
-        allowed, _ = self._allowed(LISTEN, context)
+        allowed, _ = read_pass(self._key, LISTEN, context)
         part, listener = allowed.part, _Listener(allowed.node)
         with self._lock:
             older = self._listeners.pop(part, None)  # the host came back before the hub noticed its loss
@@ -105,7 +90,7 @@ class HubRelay:
         if older is not None:
             older.end()
         if full:
-            _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, f"the relay serves {_MOST_LISTENERS} hosts already")
+            refuse(context, grpc.StatusCode.FAILED_PRECONDITION, f"the relay serves {_MOST_LISTENERS} hosts already")
         if not context.add_callback(lambda: self._forget(part, listener)):
             self._forget(part, listener)  # the call has ended already
         yield pb.Dialler()
@@ -126,7 +111,7 @@ class HubRelay:
 
     def dial(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Joins a dialler to the host whose part its token names; returns the host's messages."""
-        allowed, who = self._allowed(DIAL, context)
+        allowed, who = read_pass(self._key, DIAL, context)
         dialler = pb.Dialler(node=allowed.node, serial=who.serial if who is not None else "")
         with self._place(allowed, context):
             yield from _passed(self._connect(allowed.part, dialler, messages, context), context)
@@ -138,9 +123,9 @@ class HubRelay:
         with self._lock:
             most = allowed.links + _SPARE_LINKS
             if self._open[holder] >= most:
-                _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, f"{most} links of {allowed.node} to it are open")
+                refuse(context, grpc.StatusCode.FAILED_PRECONDITION, f"{most} links of {allowed.node} to it are open")
             if self._open.total() >= _MOST_LINKS:
-                _refuse(context, grpc.StatusCode.FAILED_PRECONDITION, f"the relay carries {_MOST_LINKS} links already")
+                refuse(context, grpc.StatusCode.FAILED_PRECONDITION, f"the relay carries {_MOST_LINKS} links already")
             self._open[holder] += 1
         try:
             yield
@@ -157,9 +142,7 @@ class HubRelay:
         with self._lock:
             listener = self._listeners.get(part)
             if listener is None or listener.calls.qsize() >= _MOST_UNANSWERED:
-                _refuse(
-                    context, grpc.StatusCode.NOT_FOUND, "that host has not dialled the relay yet, or answers nobody"
-                )
+                refuse(context, grpc.StatusCode.NOT_FOUND, "that host has not dialled the relay yet, or answers nobody")
             self._calls[number] = call = _Call(messages, listener.node)
             listener.calls.put_nowait(dialler)
         context.add_callback(call.settled.set)  # the dialler may hang up first
@@ -167,7 +150,7 @@ class HubRelay:
         with self._lock:
             self._calls.pop(number, None)
         if call.answer is None:
-            _refuse(context, grpc.StatusCode.UNAVAILABLE, f"that host did not accept within {_ACCEPT_S:.0f} s")
+            refuse(context, grpc.StatusCode.UNAVAILABLE, f"that host did not accept within {_ACCEPT_S:.0f} s")
         return call.answer
 
     def accept(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -176,24 +159,10 @@ class HubRelay:
         with self._lock:
             call = self._calls.get(number)
             if call is None or (who is not None and who.name != call.host):
-                _refuse(context, grpc.StatusCode.NOT_FOUND, "nobody waits for this answer any more")
+                refuse(context, grpc.StatusCode.NOT_FOUND, "nobody waits for this answer any more")
             del self._calls[number]
         call.accept(messages)
         yield from _passed(call.messages, context)
-
-    def _allowed(self, method: str, context: grpc.ServicerContext) -> tuple[pb.RelayPass, Peer | None]:
-        """Returns what the caller's token allows, and who the caller is. Aborts the call if the token is not the caller's.
-
-        On a plain port callers are not known, and a token is anybody's who has it.
-        """
-        who = peer(context)
-        allowed = read_token(self._key, method, token_of(context.invocation_metadata()))
-        if allowed is None:
-            _refuse(context, grpc.StatusCode.PERMISSION_DENIED, "no token of this server for that")
-        if who is not None and who.name != allowed.node:
-            _LOG.warning("refused %s: %s shows the token of %s for %s", method, who.name, allowed.node, allowed.part)
-            _refuse(context, grpc.StatusCode.PERMISSION_DENIED, f"this token is {allowed.node}'s, not {who.name}'s")
-        return allowed, who
 
 
 def _passed(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -201,9 +170,4 @@ def _passed(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterato
     try:
         yield from messages
     except Exception:  # noqa: BLE001 - grpc raises it if the peer of a call has vanished
-        _refuse(context, grpc.StatusCode.UNAVAILABLE, "the other end of the link vanished")
-
-
-def _refuse(context: grpc.ServicerContext, code: grpc.StatusCode, reason: str) -> NoReturn:
-    context.abort(code, reason)
-    raise AssertionError("abort raises")
+        refuse(context, grpc.StatusCode.UNAVAILABLE, "the other end of the link vanished")

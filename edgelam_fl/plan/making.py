@@ -23,6 +23,7 @@ from edgelam_fl.plan.reading import part_id, spans_of
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.attendance import ATTEND
 from edgelam_fl.wire.relay import DIAL, LISTEN, make_token
 
 _READY_DEADLINE_S = 60.0
@@ -70,7 +71,7 @@ class RoundFacts:
     privacy: RoundPrivacy | None = None  # None: the run has no differential privacy
     unequal_ranks: bool = False  # whether the aggregation accepts them
     hub_port: int = 0  # 0: the server has no hub
-    relay_key: bytes = b""  # signs the tokens of the hub's relay; empty: there is no relay
+    relay_key: bytes = b""  # signs the tokens for the hub's relay and attendance; empty: there is neither
     slices_token: bytes = b""  # lets nodes fetch slices of the run's model from the hub
     first_step: int = 0  # steps of the round that are done: all nodes go on from their snapshots of that step; 0: none
     resume_attempt: int = 0  # with first_step: the attempt that the snapshots are of
@@ -113,6 +114,9 @@ def make_plans(
     computes = {plan.model.compute for plan in plans.values()}
     for plan in plans.values():
         plan.model.wire = "bfloat16" if computes == {"bfloat16"} else "float32"
+    if facts.relay_key:
+        for name, plan in plans.items():
+            plan.attend_token = make_token(facts.relay_key, ATTEND, part_id(plan), name)
     if facts.hub_port:
         allow_for_downloads(spec.source, plans.values())
     if not facts.unequal_ranks:

@@ -1,4 +1,4 @@
-"""Local control of a stage host: GetProfile, Submit and Wait over a socket that only this user can open.
+"""Local control of a process, a stage host's or the hub's: calls over a socket that only this user can open.
 
 The socket is a file of the state folder (0700). Where its path would be too long for a socket, or the system has no such
 sockets, it is a loopback port. A token in `endpoint.json` (0600) guards either.
@@ -44,9 +44,9 @@ Handlers = Mapping[str, Callable[[Any], Any]]  # method -> what answers a reques
 class ControlServer:
     """The control of one process; its address and token are in `state/endpoint.json` (0600)."""
 
-    def __init__(self, state: Path, node: Callable[[str], Handlers], threads: int = 8) -> None:
-        """Starts to serve. `node` returns the handlers of the node that a call names; a process that is a single node
-        returns the same for any name. `threads` is the number of calls that may wait at a time.
+    def __init__(self, state: Path, node: Callable[[str], Handlers], threads: int = 8, service: str = _SERVICE) -> None:
+        """Starts to serve `service`. `node` returns the handlers of the node that a call names; a process that is a single
+        node, or none, returns the same for any name. `threads` is the number of calls that may wait at a time.
         """
         token = secrets.token_hex(32)
 
@@ -63,8 +63,8 @@ class ControlServer:
             return call
 
         self._server = grpc.server(ThreadPoolExecutor(threads, "control"), options=_OPTIONS)
-        methods = {name: guarded(name) for name in declared_methods(_SERVICE)}
-        self._server.add_generic_rpc_handlers((service_handler(_SERVICE, methods),))
+        methods = {name: guarded(name) for name in declared_methods(service)}
+        self._server.add_generic_rpc_handlers((service_handler(service, methods),))
         address = _listen(self._server, state)
         self._server.start()
         write_private(state / "endpoint.json", json.dumps({"address": address, "token": token}))
@@ -92,7 +92,7 @@ def _listen(server: grpc.Server, state: Path) -> str:
 class ControlClient:
     """A caller of a stage host on this machine, found by its state folder. Waits for a stage host that is starting."""
 
-    def __init__(self, state: Path, start_deadline_s: float, node: str = "") -> None:
+    def __init__(self, state: Path, start_deadline_s: float, node: str = "", service: str = _SERVICE) -> None:
         file, end = state / "endpoint.json", time.monotonic() + start_deadline_s
         while not file.exists() and time.monotonic() < end:
             time.sleep(_POLL_S)
@@ -102,13 +102,13 @@ class ControlClient:
             raise EnvironmentProblem(
                 f"no stage host has written {file}; `edgelam client` starts one", outward="no stage host has started"
             ) from error
-        self._metadata = (("token", endpoint["token"]), ("node", node))
+        self._metadata, self._service = (("token", endpoint["token"]), ("node", node)), service
         self._channel = grpc.insecure_channel(endpoint["address"], options=_OPTIONS)
 
     def call(self, method: str, request: Any, timeout_s: float) -> Any:
         """Returns the method's answer. Raises EnvironmentProblem if the stage host fails or does not answer in time."""
         try:
-            return stub(self._channel, _SERVICE, method)(request, timeout=timeout_s, metadata=self._metadata)
+            return stub(self._channel, self._service, method)(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             what = f"the stage host did not answer {method}: {error.code().name}"
             raise EnvironmentProblem(f"{what}: {error.details()}", outward=what) from error

@@ -37,9 +37,10 @@ class Relay:
 
 
 def make_token(key: bytes, method: str, part: str, node: str, links: int = 0) -> bytes:
-    """Returns the token that lets one node call `method` (LISTEN or DIAL) for a host's part; `key` is the server's secret.
+    """Returns the token that lets one node call `method` for a part; `key` is the server's secret.
 
-    `part`: the part's id, as plan.reading.part_id makes it. `links`: to dial, the links that the node needs to the host at
+    `method`: LISTEN or DIAL for a host's part, or another of the hub's for the node's own. `part`: the part's id, as
+    plan.reading.part_id makes it. `links`: to dial, the links that the node needs to the host at
     a time. The token is of no use to a node with another certificate.
     """
     says = pb.RelayPass(part=part, node=node, links=links).SerializeToString(deterministic=True)

@@ -21,6 +21,7 @@ from edgelam_fl.hub.daemon import HubServer
 from edgelam_fl.trust.authority import Authority, issue
 from edgelam_fl.trust.identity import DEVICE, HOST, SERVER, Identity, tls_name
 from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.attendance import LEAD_FOLDER
 from edgelam_fl.wire.control import ControlServer
 from edgelam_fl.wire.grpc.secure import Security
 from edgelam_fl.wire.grpc.serve import DataPlaneServer
@@ -37,10 +38,10 @@ class Caller(Enum):
     MEMBER_WITH_TOKEN = "the member that a token of a run's part names, by its certificate and the token"
     MEMBER_OF_ROUTE = "the member of the plan's route, by its certificate, the route's token and its first frame"
     MEMBER_OF_RUN = "any member, by its certificate and the token of a run that goes on"
-    OWNER = "the user who runs the node, by a token in a file that only this user can read"
+    OWNER = "the user who runs the node or the server, by a token in a file that only this user can read"
 
 
-# Service, method -> who may call it. The hub's port, a stage host's data port, a stage host's control port.
+# Service, method -> who may call it. The hub's port, a stage host's data port, the control ports of a stage host and a hub.
 HUB = {
     ("Membership", "Ended"): Caller.MEMBER,
     ("Echo", "Ping"): Caller.MEMBER,
@@ -52,6 +53,7 @@ HUB = {
     ("Slices", "Describe"): Caller.MEMBER_OF_RUN,
     ("Slices", "List"): Caller.MEMBER_OF_RUN,
     ("Slices", "Fetch"): Caller.MEMBER_OF_RUN,
+    ("Attendance", "Attend"): Caller.MEMBER_WITH_TOKEN,
 }
 DATA = {("DataPlane", "Link"): Caller.MEMBER_OF_ROUTE}
 CONTROL = {
@@ -59,7 +61,8 @@ CONTROL = {
     ("Control", "Submit"): Caller.OWNER,
     ("Control", "Wait"): Caller.OWNER,
 }
-ROUTES = {**HUB, **DATA, **CONTROL}
+LEAD = {("Lead", "Look"): Caller.OWNER}
+ROUTES = {**HUB, **DATA, **CONTROL, **LEAD}
 
 # What opens a port that others can reach, and the only files that may do so.
 OPENS_A_PORT = re.compile(
@@ -83,6 +86,7 @@ class Ports:
     hub: str
     data: str
     control: Path  # the folder of the control port's address and token
+    lead: Path  # the same of the hub
     served: dict[str, list[grpc.GenericRpcHandler]]
     member: Identity
     foreign: Identity
@@ -105,6 +109,7 @@ def ports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ports]:
         make = grpc.server
         watch("hub")
         hub = HubServer("127.0.0.1", 0, folder / "hub", security=Security(issue(authority, SERVER, SERVER)))
+        served["lead"] = [served["hub"].pop()]  # of a port of its own, opened last
         watch("data")
         data = DataPlaneServer(
             "127.0.0.1",
@@ -115,7 +120,15 @@ def ports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ports]:
         watch("control")
         control = ControlServer(folder / "node", lambda name: {})
     member, foreign = issue(authority, "ann", DEVICE), issue(other, "ann", DEVICE)
-    yield Ports(f"127.0.0.1:{hub.port}", f"127.0.0.1:{data.port}", folder / "node", served, member, foreign)
+    yield Ports(
+        f"127.0.0.1:{hub.port}",
+        f"127.0.0.1:{data.port}",
+        folder / "node",
+        folder / "hub" / LEAD_FOLDER,
+        served,
+        member,
+        foreign,
+    )
     hub.stop(), data.stop(), control.stop()
 
 
@@ -170,7 +183,7 @@ def test_every_declared_route_is_judged() -> None:
     assert declared == ROUTES.keys()
 
 
-@pytest.mark.parametrize(("port", "routes"), [("hub", HUB), ("data", DATA), ("control", CONTROL)])
+@pytest.mark.parametrize(("port", "routes"), [("hub", HUB), ("data", DATA), ("control", CONTROL), ("lead", LEAD)])
 def test_each_port_serves_its_own_routes_alone(ports: Ports, port: str, routes: dict[tuple[str, str], Caller]) -> None:
     """All handlers come from `service_handler`, which serves what edgelam.proto declares and nothing else."""
     handlers = ports.served[port]
@@ -206,9 +219,9 @@ def test_a_member_without_the_token_is_refused(ports: Ports, route: tuple[str, s
         assert ask(channel, *route, Relay(ports.hub, forged).metadata) is grpc.StatusCode.PERMISSION_DENIED
 
 
-@pytest.mark.parametrize("route", CONTROL)
-def test_only_who_has_the_file_controls_a_stage_host(ports: Ports, route: tuple[str, str]) -> None:
-    endpoint = ports.control / "endpoint.json"
+@pytest.mark.parametrize("route", [*CONTROL, *LEAD])
+def test_only_who_has_the_file_controls_a_stage_host_or_leads_at_a_hub(ports: Ports, route: tuple[str, str]) -> None:
+    endpoint = (ports.lead if route in LEAD else ports.control) / "endpoint.json"
     assert endpoint.stat().st_mode & 0o777 == 0o600
     with grpc.insecure_channel(json.loads(endpoint.read_text())["address"]) as channel:
         assert ask(channel, *route) is grpc.StatusCode.UNAUTHENTICATED

@@ -13,6 +13,7 @@ import pytest
 
 from edgelam_fl.hub.daemon import HubServer
 from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.attendance import LEAD_FOLDER
 from edgelam_fl.wire.control import ControlServer
 from edgelam_fl.wire.grpc.serve import DataPlaneServer
 from edgelam_fl.wire.grpc.services import declared_methods, service_handler, stub
@@ -24,7 +25,7 @@ METHODS = [(service, method) for service in SERVICES for method in declared_meth
 
 @pytest.fixture(scope="module")
 def ports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
-    """The addresses of everything that serves gRPC here: a stage host's data plane and control, a server's hub."""
+    """The addresses of everything that serves gRPC here: a stage host's data plane and control, a server's hub and its lead."""
     state = tmp_path_factory.mktemp("state")
     with ExitStack() as stack:
         servers: list[Any] = [
@@ -34,8 +35,10 @@ def ports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
         control = ControlServer(state, lambda node: {})
         for server in (*servers, control):
             stack.callback(server.stop)
-        address = json.loads((state / "endpoint.json").read_text())["address"]
-        yield [f"127.0.0.1:{server.port}" for server in servers] + [address]
+        sockets = [state / "endpoint.json", state / "hub" / LEAD_FOLDER / "endpoint.json"]
+        yield [f"127.0.0.1:{server.port}" for server in servers] + [
+            json.loads(file.read_text())["address"] for file in sockets
+        ]
 
 
 def code_of(address: str, service: str, name: str) -> grpc.StatusCode:
@@ -60,7 +63,7 @@ def test_each_declared_method_is_served_in_one_place(ports: list[str], service: 
 
 
 def test_the_services_are_declared() -> None:
-    assert set(SERVICES) == {"Control", "DataPlane", "Echo", "Membership", "Relay", "Slices"}
+    assert set(SERVICES) == {"Attendance", "Control", "DataPlane", "Echo", "Lead", "Membership", "Relay", "Slices"}
 
 
 @pytest.mark.parametrize("methods", [["Ping", "Take"], ["Ping", "Take", "Give", "Steal"]])
