@@ -7,9 +7,11 @@ all stage hosts: the run's `fabric` setting names its state folder, and Flower's
 
 from __future__ import annotations
 
+import math
 import time
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -18,11 +20,13 @@ from edgelam_fl.flower import from_record, to_record
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.plan.reading import part_id
 from edgelam_fl.wire import edgelam_pb2 as pb
-from edgelam_fl.wire.control import FABRIC_SEPARATOR, ControlClient, control
+from edgelam_fl.wire.control import FABRIC_SEPARATOR, ControlClient, NoStageHost, control
 
 _ANSWER_S = 60.0
 _PROFILE_S = 600.0  # measuring a layer in every base takes minutes on a fifth of a core
 _POLL_S = 30.0
+_START_S = 60.0  # for a stage host to be started again
+_PAUSE_S = 0.2
 
 app = ClientApp()
 
@@ -31,8 +35,7 @@ app = ClientApp()
 def query(message: Message, context: Context) -> Message:
     """Answers with this node's profile."""
     request = pb.ProfileRequest.FromString(message.content["query"]["request"])
-    with _stage_host(context) as stage_host:
-        profile = stage_host.call("GetProfile", request, _PROFILE_S)
+    profile = _ask(context, "GetProfile", request, _PROFILE_S)
     return _reply(message, ConfigRecord({"profile": profile.SerializeToString()}))
 
 
@@ -40,8 +43,9 @@ def query(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Has the stage host play this node's part in a round: evaluation of the adapter that the round starts from, then training.
 
-    Answers with the report once the part is over. With `wait = "park"` in the message, answers at once with a report of
-    state "running"; the message `train.collect` asks for the complete one.
+    Answers with the report once the part is over, or as soon as it asks for tensors that the node lacks: the same plan then comes
+    again, with them. With `wait = "park"` in the message, answers at once with a report of state "running"; the message
+    `train.collect` asks for the complete one.
     """
     plan = pb.Plan.FromString(message.content["plan"]["plan"])
     tensors = b""
@@ -49,14 +53,13 @@ def train(message: Message, context: Context) -> Message:
         tensors = adapters.to_bytes(from_record(message.content["adapter"]))
     beside = [from_record(message.content[f"correction-{number}"]) for number in range(len(plan.corrections))]
     request = pb.SubmitRequest(plan=plan, adapter=tensors, corrections=map(adapters.to_bytes, beside))
-    with _stage_host(context) as stage_host:
-        verdict = stage_host.call("Submit", request, _ANSWER_S)
-        if not verdict.accepted:
-            report = _unfinished(plan, "failed", verdict.reason, verdict.code)
-        elif message.content["plan"].get("wait") == "park":
-            report = _unfinished(plan, "running")
-        else:
-            report = _wait(stage_host, plan)
+    verdict = _ask(context, "Submit", request, _ANSWER_S)
+    if not verdict.accepted:
+        report = _unfinished(plan, "failed", verdict.reason, verdict.code)
+    elif message.content["plan"].get("wait") == "park":
+        report = _unfinished(plan, "running")
+    else:
+        report = _wait(context, plan)
     return _answer(message, report)
 
 
@@ -70,8 +73,7 @@ def evaluate(message: Message, context: Context) -> Message:
 def collect(message: Message, context: Context) -> Message:
     """Answers with the report of a part that `train` handed over before, once the part is over."""
     plan = pb.Plan.FromString(message.content["plan"]["plan"])
-    with _stage_host(context) as stage_host:
-        return _answer(message, _wait(stage_host, plan))
+    return _answer(message, _wait(context, plan))
 
 
 def _answer(message: Message, report: pb.JobReport) -> Message:
@@ -88,18 +90,35 @@ def _answer(message: Message, report: pb.JobReport) -> Message:
     return reply
 
 
-def _wait(stage_host: ControlClient, plan: pb.Plan) -> pb.JobReport:
-    """Returns the report of a part once it is over, or a failed one after the round's deadline.
+def _wait(context: Context, plan: pb.Plan) -> pb.JobReport:
+    """Returns the report of a part once it is over or lacks tensors, or a failed one after the round's deadline.
 
     The stage host goes on if this process is killed: the same plan, handed over again, attaches to its part.
     """
     end = time.monotonic() + plan.deadlines.round_s + _ANSWER_S
     while True:
-        report = stage_host.call("Wait", pb.WaitRequest(job=part_id(plan), timeout_s=_POLL_S), _POLL_S + _ANSWER_S)
+        request = pb.WaitRequest(job=part_id(plan), timeout_s=_POLL_S)
+        report: pb.JobReport = _ask(context, "Wait", request, _POLL_S + _ANSWER_S)
         if report.state != "running":
             return report
         if time.monotonic() > end:
             return _unfinished(plan, "failed", "the round's deadline has passed")
+
+
+def _ask(context: Context, method: str, request: Any, timeout_s: float) -> Any:
+    """Returns the stage host's answer. One that ends meanwhile is started again, and is asked in its place: every call may be
+    repeated. Raises EnvironmentProblem if it fails, or if none comes.
+    """
+    end = math.inf
+    while True:
+        try:
+            with _stage_host(context) as stage_host:
+                return stage_host.call(method, request, timeout_s)
+        except NoStageHost:
+            end = min(end, time.monotonic() + _START_S)
+            if time.monotonic() >= end:
+                raise
+            time.sleep(_PAUSE_S)
 
 
 def _unfinished(plan: pb.Plan, state: str, error: str = "", code: str = "") -> pb.JobReport:

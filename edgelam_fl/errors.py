@@ -12,7 +12,9 @@
         |- TooFewSources                     too-few      yes: when more devices take part
         |- DoesNotFit                        no-fit       when other nodes are here: no split fits the memory of these
         |- Refused                           refused      perhaps: the other end said why not
-        |   `- Mismatch                      mismatch     never: both sides differ in a model, a version or a setting
+        |   |- Mismatch                      mismatch     never: both sides differ in a model, a version or a setting
+        |   `- Busy                          busy         later: the node plays for another run
+        |- Restarted                         restarted    yes: the node was started again and has lost its part
         `- ProtocolError                     protocol     perhaps, with other peers: the other end sent what it must not
 
 What is none of these is a bug, code "bug". A node that refuses tells the server the code beside its words, and is not asked
@@ -165,6 +167,18 @@ class Mismatch(Refused):
     """The two sides differ in what a run cannot change: the files of the model, the version, a setting."""
 
     code, is_final = "mismatch", True
+
+
+class Busy(Refused):
+    """The node plays for another run, which it does not leave."""
+
+    code = "busy"
+
+
+class Restarted(RunFailed):
+    """The node was started again since it was given its part, and has lost it."""
+
+    code = "restarted"
 
 
 class ProtocolError(RunFailed):

@@ -13,8 +13,9 @@ from edgelam_fl.plan.layout import site_source
 from edgelam_fl.plan.modes import host_mode
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.global_adapter import starting_point
+from server.holdings import Holdings, NodeHoldings
 from server.replies import is_frozen, spans_of_source
-from server.state import FederationState, Parcel
+from server.state import FederationState, Parcel, PlannedRound
 from strategies.registry import Capabilities
 
 
@@ -38,6 +39,18 @@ def make_parcels(plans: Mapping[str, pb.Plan], start: FederationState, aggregati
             records[which] = to_record(lacking)
         parcels[name] = Parcel(records[which], corrections)
     return parcels
+
+
+def parcel_of(planned: PlannedRound, name: str, report: pb.JobReport) -> Parcel:
+    """Returns what a node needs that answered its plan with a report of state "needs": all that differs from what it holds.
+
+    `report`: says which tensors the node holds. Nothing else is known of it, whatever its earlier replies said.
+    """
+    plan = planned.plans[name]
+    needed = starting_point(plan, planned.start.adapter, planned.start.personal)
+    held = NodeHoldings("", {tensor: digest.hex() for tensor, digest in report.held.items()})
+    lacking = Holdings({name: held}).lacking(name, needed, plan.adapter_digest)
+    return Parcel(to_record(lacking or {}), planned.parcels[name].corrections)
 
 
 def add_corrections(

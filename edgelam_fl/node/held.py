@@ -107,6 +107,21 @@ class Held:
 
     # ---------------------------------------------------------------- a round
 
+    def asks(self, plan: pb.Plan, given: bytes) -> dict[str, bytes] | None:
+        """Returns the SHA-256 of each tensor that is here, if these and those `given` are not what the plan starts from.
+
+        None: they are, or every tensor was given, so that asking for more would be of no use. With differential privacy nothing
+        is said of what is here.
+        """
+        sent = adapters.from_bytes(given) if given else {}
+        if adapters.digest(self._together(sent, plan.adapter_digest)) == plan.adapter_digest:
+            return None
+        wanted = {name for stage in self.stages() for name in stage.adapter_parameters}
+        if wanted - self._private.keys() <= sent.keys():
+            return None
+        here = {} if plan.HasField("privacy") else self.known()
+        return {name: bytes.fromhex(adapters.digest({name: array})) for name, array in here.items()}
+
     def start(self, plan: pb.Plan, given: bytes, corrections: Sequence[bytes] = ()) -> bool:
         """Takes the adapter that a round starts from. Returns whether the moments of all optimizers are kept.
 

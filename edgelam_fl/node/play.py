@@ -28,12 +28,13 @@ from edgelam_fl.split.group import Group
 from edgelam_fl.split.host import Host
 from edgelam_fl.split.route import Dial, new_route, open_link, open_route, wire_dtype
 from edgelam_fl.split.window import affordable_window
-from edgelam_fl.telemetry.events import JobStarted, WindowGranted
+from edgelam_fl.telemetry.events import JobStarted, TensorsAsked, WindowGranted
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.link import Link
 from edgelam_fl.wire.terms import MakeTerms
 
+_MOST_ASKED = 3  # times for the tensors of one part
 LabelsOf = Callable[[str, str], int]  # source, tensor name -> labels that the tensor learned from
 
 
@@ -68,7 +69,8 @@ def play(part: Part, request: pb.SubmitRequest, means: Means) -> None:
     with means.hooks.around_part(plan):
         began = time.monotonic()
         held = means.memory.hold(plan)
-        report.moments = "warm" if held.start(plan, request.adapter, request.corrections) else "cold"
+        given = _await_tensors(part, request.adapter, held)
+        report.moments = "warm" if held.start(plan, given, request.corrections) else "cold"
         spans = [stage.span for stage in held.stages()]
         started = JobStarted(
             role=pb.Role.Name(plan.role).lower(),
@@ -83,6 +85,20 @@ def play(part: Part, request: pb.SubmitRequest, means: Means) -> None:
                 report.update_clipped = held.update_clipped
     current = held.current()
     report.adapter_digest = adapters.digest(current) if current is not None else ""
+
+
+def _await_tensors(part: Part, given: bytes, held: Held) -> bytes:
+    """Returns the tensors to start from: those that came with the plan, or if the node lacks others, those that it asked for.
+
+    The node asks more than once, as the answer may be the plan's first message again. Raises PeerLost if nothing comes in time.
+    """
+    for _ in range(_MOST_ASKED):
+        asks = held.asks(part.plan, given)
+        if asks is None:
+            break
+        part.emit(TensorsAsked(held=len(asks)))
+        given = part.ask(asks, part.plan.deadlines.ready_s)
+    return given
 
 
 class Player:

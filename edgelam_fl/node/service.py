@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from edgelam_fl.errors import EdgelamError, Mismatch, Refused, code_of
+from edgelam_fl.errors import Busy, EdgelamError, Mismatch, Refused, Restarted, code_of
 from edgelam_fl.machine import peak_rss_bytes
 from edgelam_fl.model.bases import usable_bases
 from edgelam_fl.node.examples import DeviceExamples
@@ -116,23 +116,37 @@ class StageHost:
         return answer_profile(request, own, self._examples, self._hub, self._emit)
 
     def submit(self, request: pb.SubmitRequest) -> pb.SubmitReply:
-        """Begins a part and returns at once. A part that is known here is not begun again; a new one cancels the current."""
+        """Begins a part and returns at once. A part that is known here is not begun again, and takes the tensors that it asked for.
+
+        A new part cancels the current one; that of another run only if the server says that the other run does not go on.
+        """
         refusal = _refusal(request.plan, self.name, self.role) or _leak(request.plan, self._trust)
         if refusal:
             return pb.SubmitReply(accepted=False, reason=refusal, code=Mismatch.code)
         with self._lock:
-            if part_id(request.plan) not in self._parts:
+            part, other = self._parts.get(part_id(request.plan)), self._other_run(request.plan)
+            if part is None and other:
+                return pb.SubmitReply(
+                    accepted=False, reason=f"node {self.name} is busy with run {other}", code=Busy.code
+                )
+            if part is None:
                 self._begin(Part(request.plan, self._emit), request)
+            else:
+                part.give(request.adapter)
         return pb.SubmitReply(accepted=True)
 
     def wait(self, request: pb.WaitRequest) -> pb.JobReport:
-        """Returns the part's report; its state is "running" if the part is not over after `timeout_s` seconds."""
+        """Returns the part's report; its state is "running" if the part is not over after `timeout_s` seconds.
+
+        It is "needs" as soon as the part asks for tensors. A part that is not known here failed with code "restarted".
+        """
         part = self._part(request.job)
-        if part is None:
-            error = f"node {self.name} knows no job {request.job}"
-            return pb.JobReport(job=request.job, node=self.name, state="failed", error=error)
-        part.finished.wait(request.timeout_s)
-        return part.report
+        if part is not None:
+            return part.wait(request.timeout_s)
+        error = f"node {self.name} no longer has job {request.job}: it was started again, or has had newer ones since"
+        return pb.JobReport(
+            job=request.job, node=self.name, role=self.role, state="failed", error=error, code=Restarted.code
+        )
 
     def admit(self, hello: pb.Hello, link: Link) -> pb.Ready | pb.NotReady | pb.Refuse:
         """Answers a handshake of the data plane; opens the link if the answer is READY."""
@@ -152,6 +166,13 @@ class StageHost:
             part.cancel(f"node {self.name} is shutting down")
         if worker is not None:
             worker.join(timeout=_STOP_S)
+
+    def _other_run(self, plan: pb.Plan) -> str:
+        """Returns the run that this node plays for, if it is another and goes on, as far as its server knows. The caller holds the lock."""
+        current = self._current
+        if current is None or current.is_over or plan.alone or current.plan.run == plan.run:
+            return ""
+        return current.plan.run
 
     def _part(self, name: str) -> Part | None:
         with self._lock:
@@ -187,7 +208,7 @@ class StageHost:
             report.peak_rss_bytes = peak_rss_bytes()
             part.group = None
             part.emit(JobDone(state=report.state, error=full))
-            part.finished.set()
+            part.end()
 
     def _say_what_is_readable(self, part: Part) -> None:
         reading = host_reading_of(part.plan)

@@ -31,11 +31,17 @@ FABRIC_SEPARATOR = "::"  # joins state folder, federation and number into the na
 _SERVICE = "Control"
 _POLL_S = 0.1
 _LONGEST_PATH_BYTES = 100  # of a socket, on every system
+# A stage host that was started again has another token.
+_NOBODY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAUTHENTICATED)
 _OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     ("grpc.enable_http_proxy", 0),
 ]
+
+
+class NoStageHost(EnvironmentProblem):
+    """Nobody answers at this machine's control now; a stage host that has ended may be started again."""
 
 
 Handlers = Mapping[str, Callable[[Any], Any]]  # method -> what answers a request
@@ -99,19 +105,22 @@ class ControlClient:
         try:
             endpoint = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise EnvironmentProblem(
+            raise NoStageHost(
                 f"no stage host has written {file}; `edgelam client` starts one", outward="no stage host has started"
             ) from error
         self._metadata, self._service = (("token", endpoint["token"]), ("node", node)), service
         self._channel = grpc.insecure_channel(endpoint["address"], options=_OPTIONS)
 
     def call(self, method: str, request: Any, timeout_s: float) -> Any:
-        """Returns the method's answer. Raises EnvironmentProblem if the stage host fails or does not answer in time."""
+        """Returns the method's answer. Raises EnvironmentProblem if the stage host fails or does not answer in time; its subclass
+        NoStageHost if there is none, or another one by now.
+        """
         try:
             return stub(self._channel, self._service, method)(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             what = f"the stage host did not answer {method}: {error.code().name}"
-            raise EnvironmentProblem(f"{what}: {error.details()}", outward=what) from error
+            kind = NoStageHost if error.code() in _NOBODY else EnvironmentProblem
+            raise kind(f"{what}: {error.details()}", outward=what) from error
 
     def close(self) -> None:
         self._channel.close()

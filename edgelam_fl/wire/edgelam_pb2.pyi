@@ -487,7 +487,7 @@ class Deadlines(_message.Message):
     def __init__(self, ready_s: _Optional[float] = ..., step_s: _Optional[float] = ..., round_s: _Optional[float] = ..., silent_s: _Optional[float] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("run", "round", "attempt", "node", "role", "routes", "model", "lora", "optimizer", "task", "host_mode", "evaluate", "steps", "batch_size", "micro_batches", "window", "min_devices", "deadlines", "seed", "adapter_digest", "protocol_version", "serves", "hosted", "site", "labels", "checkpointing", "own_steps", "cursor", "generate", "hub_port", "relay_token", "slices_token", "gradient_factor", "cut", "lowrank", "corrections", "privacy", "first_step", "resume_attempt", "snapshot_every", "kept_token", "kept_every", "attend_token")
+    __slots__ = ("run", "round", "attempt", "node", "role", "routes", "model", "lora", "optimizer", "task", "host_mode", "evaluate", "steps", "batch_size", "micro_batches", "window", "min_devices", "deadlines", "seed", "adapter_digest", "protocol_version", "serves", "hosted", "site", "labels", "checkpointing", "own_steps", "cursor", "generate", "hub_port", "relay_token", "slices_token", "gradient_factor", "cut", "lowrank", "corrections", "alone", "privacy", "first_step", "resume_attempt", "snapshot_every", "kept_token", "kept_every", "attend_token")
     RUN_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -524,6 +524,7 @@ class Plan(_message.Message):
     CUT_FIELD_NUMBER: _ClassVar[int]
     LOWRANK_FIELD_NUMBER: _ClassVar[int]
     CORRECTIONS_FIELD_NUMBER: _ClassVar[int]
+    ALONE_FIELD_NUMBER: _ClassVar[int]
     PRIVACY_FIELD_NUMBER: _ClassVar[int]
     FIRST_STEP_FIELD_NUMBER: _ClassVar[int]
     RESUME_ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -567,6 +568,7 @@ class Plan(_message.Message):
     cut: Cut
     lowrank: LowRank
     corrections: _containers.RepeatedCompositeFieldContainer[Correction]
+    alone: bool
     privacy: Privacy
     first_step: int
     resume_attempt: int
@@ -574,7 +576,7 @@ class Plan(_message.Message):
     kept_token: bytes
     kept_every: int
     attend_token: bytes
-    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., node: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., routes: _Optional[_Iterable[_Union[Route, _Mapping]]] = ..., model: _Optional[_Union[ModelRef, _Mapping]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., task: _Optional[_Union[TaskSettings, _Mapping]] = ..., host_mode: _Optional[str] = ..., evaluate: _Optional[bool] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., micro_batches: _Optional[int] = ..., window: _Optional[int] = ..., min_devices: _Optional[int] = ..., deadlines: _Optional[_Union[Deadlines, _Mapping]] = ..., seed: _Optional[int] = ..., adapter_digest: _Optional[str] = ..., protocol_version: _Optional[int] = ..., serves: _Optional[_Iterable[_Union[Route, _Mapping]]] = ..., hosted: _Optional[_Union[Slice, _Mapping]] = ..., site: _Optional[str] = ..., labels: _Optional[str] = ..., checkpointing: _Optional[bool] = ..., own_steps: _Optional[int] = ..., cursor: _Optional[int] = ..., generate: _Optional[bool] = ..., hub_port: _Optional[int] = ..., relay_token: _Optional[bytes] = ..., slices_token: _Optional[bytes] = ..., gradient_factor: _Optional[float] = ..., cut: _Optional[_Union[Cut, _Mapping]] = ..., lowrank: _Optional[_Union[LowRank, _Mapping]] = ..., corrections: _Optional[_Iterable[_Union[Correction, _Mapping]]] = ..., privacy: _Optional[_Union[Privacy, _Mapping]] = ..., first_step: _Optional[int] = ..., resume_attempt: _Optional[int] = ..., snapshot_every: _Optional[int] = ..., kept_token: _Optional[bytes] = ..., kept_every: _Optional[int] = ..., attend_token: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., node: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., routes: _Optional[_Iterable[_Union[Route, _Mapping]]] = ..., model: _Optional[_Union[ModelRef, _Mapping]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., task: _Optional[_Union[TaskSettings, _Mapping]] = ..., host_mode: _Optional[str] = ..., evaluate: _Optional[bool] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., micro_batches: _Optional[int] = ..., window: _Optional[int] = ..., min_devices: _Optional[int] = ..., deadlines: _Optional[_Union[Deadlines, _Mapping]] = ..., seed: _Optional[int] = ..., adapter_digest: _Optional[str] = ..., protocol_version: _Optional[int] = ..., serves: _Optional[_Iterable[_Union[Route, _Mapping]]] = ..., hosted: _Optional[_Union[Slice, _Mapping]] = ..., site: _Optional[str] = ..., labels: _Optional[str] = ..., checkpointing: _Optional[bool] = ..., own_steps: _Optional[int] = ..., cursor: _Optional[int] = ..., generate: _Optional[bool] = ..., hub_port: _Optional[int] = ..., relay_token: _Optional[bytes] = ..., slices_token: _Optional[bytes] = ..., gradient_factor: _Optional[float] = ..., cut: _Optional[_Union[Cut, _Mapping]] = ..., lowrank: _Optional[_Union[LowRank, _Mapping]] = ..., corrections: _Optional[_Iterable[_Union[Correction, _Mapping]]] = ..., alone: _Optional[bool] = ..., privacy: _Optional[_Union[Privacy, _Mapping]] = ..., first_step: _Optional[int] = ..., resume_attempt: _Optional[int] = ..., snapshot_every: _Optional[int] = ..., kept_token: _Optional[bytes] = ..., kept_every: _Optional[int] = ..., attend_token: _Optional[bytes] = ...) -> None: ...
 
 class Privacy(_message.Message):
     __slots__ = ("update_clip", "update_noise", "step_clip", "step_noise", "step_devices")
@@ -808,7 +810,7 @@ class StepReport(_message.Message):
     def __init__(self, step: _Optional[int] = ..., loss_sum: _Optional[float] = ..., labels: _Optional[int] = ..., seconds: _Optional[float] = ..., counted: _Optional[bool] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class JobReport(_message.Message):
-    __slots__ = ("job", "node", "role", "state", "error", "adapter_digest", "labels_trained", "eval_loss_sum", "eval_labels", "steps", "bytes", "tokens_trained", "train_seconds", "eval_seconds", "compute_seconds", "peak_rss_bytes", "examples", "moments", "contributions", "host", "eval_sums", "update_clipped", "timeline", "code", "held_out", "data", "snapshots")
+    __slots__ = ("job", "node", "role", "state", "error", "adapter_digest", "labels_trained", "eval_loss_sum", "eval_labels", "steps", "bytes", "tokens_trained", "train_seconds", "eval_seconds", "compute_seconds", "peak_rss_bytes", "examples", "moments", "contributions", "host", "eval_sums", "update_clipped", "timeline", "code", "held_out", "data", "snapshots", "held")
     class EvalSumsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -816,6 +818,13 @@ class JobReport(_message.Message):
         key: str
         value: float
         def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+    class HeldEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
     JOB_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -843,6 +852,7 @@ class JobReport(_message.Message):
     HELD_OUT_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOTS_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
     job: str
     node: str
     role: Role
@@ -870,7 +880,8 @@ class JobReport(_message.Message):
     held_out: int
     data: DataCounts
     snapshots: _containers.RepeatedCompositeFieldContainer[StepSnapshot]
-    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., state: _Optional[str] = ..., error: _Optional[str] = ..., adapter_digest: _Optional[str] = ..., labels_trained: _Optional[int] = ..., eval_loss_sum: _Optional[float] = ..., eval_labels: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepReport, _Mapping]]] = ..., bytes: _Optional[_Iterable[_Union[KindBytes, _Mapping]]] = ..., tokens_trained: _Optional[int] = ..., train_seconds: _Optional[float] = ..., eval_seconds: _Optional[float] = ..., compute_seconds: _Optional[float] = ..., peak_rss_bytes: _Optional[int] = ..., examples: _Optional[int] = ..., moments: _Optional[str] = ..., contributions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., host: _Optional[_Union[HostPart, _Mapping]] = ..., eval_sums: _Optional[_Mapping[str, float]] = ..., update_clipped: _Optional[bool] = ..., timeline: _Optional[_Iterable[_Union[Interval, _Mapping]]] = ..., code: _Optional[str] = ..., held_out: _Optional[int] = ..., data: _Optional[_Union[DataCounts, _Mapping]] = ..., snapshots: _Optional[_Iterable[_Union[StepSnapshot, _Mapping]]] = ...) -> None: ...
+    held: _containers.ScalarMap[str, bytes]
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., state: _Optional[str] = ..., error: _Optional[str] = ..., adapter_digest: _Optional[str] = ..., labels_trained: _Optional[int] = ..., eval_loss_sum: _Optional[float] = ..., eval_labels: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepReport, _Mapping]]] = ..., bytes: _Optional[_Iterable[_Union[KindBytes, _Mapping]]] = ..., tokens_trained: _Optional[int] = ..., train_seconds: _Optional[float] = ..., eval_seconds: _Optional[float] = ..., compute_seconds: _Optional[float] = ..., peak_rss_bytes: _Optional[int] = ..., examples: _Optional[int] = ..., moments: _Optional[str] = ..., contributions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., host: _Optional[_Union[HostPart, _Mapping]] = ..., eval_sums: _Optional[_Mapping[str, float]] = ..., update_clipped: _Optional[bool] = ..., timeline: _Optional[_Iterable[_Union[Interval, _Mapping]]] = ..., code: _Optional[str] = ..., held_out: _Optional[int] = ..., data: _Optional[_Union[DataCounts, _Mapping]] = ..., snapshots: _Optional[_Iterable[_Union[StepSnapshot, _Mapping]]] = ..., held: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
 
 class StepSnapshot(_message.Message):
     __slots__ = ("attempt", "steps")

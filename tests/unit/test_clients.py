@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from threading import Event, Thread
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from edgelam_fl.model import adapter as adapters
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.control import ControlServer
 from server.replies import read_reply
+from tests.support import WAIT_S
 
 
 @pytest.mark.parametrize("module", ["clients.app", "edgelam_fl.federation.supernode"])
@@ -71,3 +73,36 @@ def test_contributions_travel_as_arrays_beside_the_report(
     ]
     assert list(map(adapters.digest, reply.tensors)) == list(map(adapters.digest, parts))
     assert answer.content["metrics"] == {"num-examples": 7, "train-seconds": 0.0, "eval-loss": 6 / 4}
+
+
+def test_a_stage_host_that_is_started_again_is_asked_in_the_place_of_the_one_before(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The new one has another token; the part that the first one had is lost, and the server hears of it."""
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    servers = list[ControlServer]()
+
+    has_ended = Event()
+
+    def wait_and_die(request: pb.WaitRequest) -> pb.JobReport:
+        Thread(target=again).start()
+        has_ended.wait(WAIT_S)
+        return pb.JobReport(state="done")  # nobody is there to hear it
+
+    def again() -> None:
+        servers.pop().stop()
+        servers.append(ControlServer(tmp_path, lambda node: {"Wait": lambda request: lost}))
+        has_ended.set()
+
+    lost = pb.JobReport(state="failed", code="restarted")
+    first = {"Submit": lambda request: pb.SubmitReply(accepted=True), "Wait": wait_and_die}
+    servers.append(ControlServer(tmp_path, lambda node: first))
+    plan = pb.Plan(node="a", deadlines=pb.Deadlines(round_s=5)).SerializeToString()
+    content = RecordDict({"plan": ConfigRecord({"plan": plan})})
+    context = Context(1, 1, {"state": str(tmp_path)}, RecordDict(), {})
+    try:
+        answer = app.train(Message(content, dst_node_id=1, message_type="train"), context)
+    finally:
+        servers.pop().stop()
+    assert read_reply(answer.content).report.code == "restarted"

@@ -6,10 +6,12 @@ import json
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from edgelam_fl.flower import from_record
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import load_stages
@@ -22,9 +24,12 @@ from edgelam_fl.plan.layout import make_layout
 from edgelam_fl.plan.making import RoundFacts, make_plans, task_settings
 from edgelam_fl.plan.reading import spans_of
 from edgelam_fl.plan.spec import RunSpec
+from edgelam_fl.split.group import RETRY_MS
 from edgelam_fl.telemetry.events import DataRead, Event, JobDone, JobStarted, of_kind
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
+from server.parcels import parcel_of
+from server.state import FederationState, Parcel
 from tests.fleet import check_done, joined, memory_fleet, same_bits
 from tests.support import WAIT_S, run_config
 
@@ -89,7 +94,6 @@ def test_an_unknown_base_is_refused(tiny: ModelSource) -> None:
     [
         (lambda r: setattr(r.plan.model, "digest", "0" * 64), "is not the server's: it is "),
         (lambda r: setattr(r.plan, "adapter_digest", "0" * 64), "the plan starts from 000000000000"),
-        (lambda r: setattr(r, "adapter", b""), "node edge-1 holds adapter"),
         (lambda r: setattr(r, "adapter", b"garbage"), "adapter tensors cannot be read"),
         (lambda r: setattr(r.plan.model, "name", "/no/such/model"), "the model cannot be found, read or cut as asked (model); see stage-host.log on edge-1"),
     ],
@@ -153,8 +157,118 @@ def test_two_parts_reports_are_kept(tiny: ModelSource) -> None:
         request = a_plan(tiny, attempt, adapter_digest="0" * 64)
         node.submit(request)
         assert report(node, attempt).state == "failed"
-    assert report(node, 1).error == "node edge-1 knows no job run/1/1/edge-1"
     assert "the plan starts from" in report(node, 2).error
+    lost = report(node, 1)
+    words = "node edge-1 no longer has job run/1/1/edge-1: it was started again, or has had newer ones since"
+    assert (lost.state, lost.code, lost.error, lost.role) == ("failed", "restarted", words, pb.EDGE)
+
+
+# ---------------------------------------------------------------- tensors that a part lacks
+
+
+def without_tensors(source: ModelSource, attempt: int = 1) -> tuple[pb.SubmitRequest, bytes]:
+    """A plan as it comes if the server takes all tensors to be here, and the tensors."""
+    request = a_plan(source, attempt)
+    tensors, request.adapter = request.adapter, b""
+    return request, tensors
+
+
+def test_a_part_that_lacks_tensors_says_which_it_holds_and_goes_on_with_what_comes(tiny: ModelSource) -> None:
+    events: list[Event] = []
+    node = edge(events)
+    request, tensors = without_tensors(tiny)
+    assert node.submit(request).accepted
+    asks = report(node)
+    assert (asks.state, asks.node, asks.role) == ("needs", "edge-1", pb.EDGE)
+    assert not asks.held, "its slice is new here"
+    assert node.admit(pb.Hello(job="run/1/1"), None) == pb.NotReady(retry_ms=RETRY_MS), "its peers wait"
+    request.adapter = tensors
+    assert node.submit(request).accepted
+    await_start(events)
+    assert report(node, timeout_s=0).state == "running"
+    node.stop()
+
+
+def test_the_same_message_again_brings_nothing_and_the_part_asks_again(tiny: ModelSource) -> None:
+    node = edge()
+    request, tensors = without_tensors(tiny)
+    for _ in range(3):
+        assert node.submit(request).accepted
+        assert report(node).state == "needs"
+    node.submit(request)
+    refused = report(node)
+    assert (refused.state, refused.code) == ("failed", "refused")
+    assert "node edge-1 holds adapter" in refused.error
+    assert tensors
+
+
+def test_a_part_whose_tensors_do_not_come_fails_by_itself(tiny: ModelSource) -> None:
+    request, _ = without_tensors(tiny)
+    request.plan.deadlines.ready_s = 0.0
+    node = edge()
+    node.submit(request)
+    end = time.monotonic() + WAIT_S
+    while (got := report(node)).state == "needs" and time.monotonic() < end:
+        pass
+    words = "the server did not send the tensors that were asked for within 0 s"
+    assert (got.state, got.code, got.error) == ("failed", "peer-lost", words)
+
+
+def test_a_part_that_waits_for_tensors_gives_way_to_a_newer_attempt(tiny: ModelSource) -> None:
+    node = edge()
+    node.submit(without_tensors(tiny)[0])
+    assert report(node).state == "needs"
+    assert node.submit(a_plan(tiny, attempt=2)).accepted
+    assert report(node, 2, timeout_s=0).state == "running"
+    assert report(node).error == "run/1/2/edge-1 takes its place"
+    node.stop()
+
+
+@pytest.mark.parametrize("is_private", [False, True])
+def test_the_server_sends_what_differs_from_what_the_node_holds(tiny: ModelSource, is_private: bool) -> None:
+    """Whatever it took the node to hold: the plan came without a tensor. A private run says nothing of what is held."""
+    events: list[Event] = []
+    node = edge(events)
+    first = a_plan(tiny)
+    node.submit(first)
+    await_start(events)
+    second, start = a_plan(tiny, attempt=2), adapters.from_bytes(first.adapter)
+    changed = next(name for name in start if name.endswith("lora_B.weight"))
+    start[changed] = start[changed] + 1
+    second.plan.adapter_digest, second.adapter = adapters.digest(start), b""
+    if is_private:
+        second.plan.privacy.step_clip = 1.0
+    node.submit(second)
+    asks = report(node, 2)
+    assert (asks.state, bool(asks.held)) == ("needs", not is_private)
+    planned: Any = SimpleNamespace(
+        plans={"edge-1": second.plan}, parcels={"edge-1": Parcel(None)}, start=FederationState(adapter=start)
+    )
+    sent = parcel_of(planned, "edge-1", asks).adapter
+    assert sent is not None
+    assert set(sent) == (set(start) if is_private else {changed})
+    second.adapter = adapters.to_bytes(from_record(sent))
+    node.submit(second)
+    assert report(node, 2, timeout_s=0).state == "running"
+    node.stop()
+
+
+# ---------------------------------------------------------------- two runs
+
+
+def test_a_node_that_plays_for_a_run_refuses_another(tiny: ModelSource) -> None:
+    """A server lets one run after the other use its nodes; another server's code may not."""
+    node = edge()
+    node.submit(a_plan(tiny))
+    second = a_plan(tiny, run="other")
+    assert node.submit(second) == pb.SubmitReply(accepted=False, reason="node edge-1 is busy with run run", code="busy")
+    assert report(node, timeout_s=0).state == "running"
+    second.plan.alone = True  # the server knows that nobody leads the first any more
+    assert node.submit(second).accepted
+    assert report(node).error == "other/1/1/edge-1 takes its place"
+    node.stop()
+    assert node.submit(a_plan(tiny, attempt=2)).accepted, "a part that is over is in nobody's way"
+    node.stop()
 
 
 def test_a_link_to_a_job_that_is_not_here_is_put_off(tiny: ModelSource) -> None:

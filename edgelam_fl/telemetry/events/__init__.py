@@ -20,6 +20,7 @@ from edgelam_fl.telemetry.events.nodes import (
     SliceReceived,
     StepClosed,
     StepDone,
+    TensorsAsked,
     TextReadableHere,
     WindowGranted,
 )
@@ -120,6 +121,7 @@ __all__ = [
     "StepClosed",
     "StepDone",
     "StepLeftOut",
+    "TensorsAsked",
     "TextReadable",
     "TextReadableHere",
     "TimelineInterval",

@@ -72,6 +72,14 @@ class JobStarted(JobEvent):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TensorsAsked(JobEvent):
+    """What the node holds of its adapter is not what the server took it to hold; it asks for the tensors that differ."""
+
+    held: int
+    """Tensors that it holds, whose digests it has told."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextReadableHere(JobEvent):
     """What hosts can read of this device's text under its plan; written before its part begins, if it differs from the part before."""
 

@@ -31,6 +31,7 @@ EVENTS: dict[str, type[Event]] = {
     "slice_coming": nodes.SliceComing,
     "slice_received": nodes.SliceReceived,
     "job_started": nodes.JobStarted,
+    "tensors_asked": nodes.TensorsAsked,
     "text_readable_here": nodes.TextReadableHere,
     "data_read": nodes.DataRead,
     "data_changed": nodes.DataChanged,
