@@ -12,6 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 from edgelam_fl.bounds import Bounds, bounds_of
 from edgelam_fl.config import parse_run_file, without_home
 from edgelam_fl.errors import ConfigError, EdgelamError
+from edgelam_fl.federation import QUEUE
 from edgelam_fl.files import from_home, keep_private
 from edgelam_fl.plan.making import task_settings
 from edgelam_fl.plan.placement import first_proposal
@@ -27,6 +28,7 @@ from server.membership import owners
 from server.roster import Roster
 from server.rounds import Rounds
 from server.run_folder import RunFolder, versions
+from server.run_queue import Ticket, turn
 
 _COMMANDS = ("run", "plan", "chat")
 app = ServerApp()
@@ -50,22 +52,29 @@ def main(grid: Grid, context: Context) -> None:
         refusal = RunFailure(reason=from_home(str(error)), kept="nothing was started", exit_code=error.exit_code)
         EventLog(out / "events.jsonl")(refusal)
         raise
+    queue = "" if given.get("fabric") else os.environ.get(QUEUE, "")  # the nodes of a fabric are its run's own
     with run_hub(spec.source) as hub:
         if command == "chat":
-            converse(grid, spec, hub, session=out, adapter=adapter)
+            converse(grid, spec, hub, session=out, adapter=adapter, queue=queue)
         else:
-            _lead(Exchange(grid, ExchangeTiming()), RunFolder(out, spec), spec, hub, bounds, trains=command == "run")
+            _lead(
+                Exchange(grid, ExchangeTiming()), RunFolder(out, spec), spec, hub, bounds,
+                trains=command == "run", queue=queue,
+            )  # fmt: skip
 
 
-def _lead(exchange: Exchange, folder: RunFolder, spec: RunSpec, hub: RunHub, bounds: Bounds, *, trains: bool) -> None:
-    """Trains or proposes. An error is in the run's events before it is raised."""
+def _lead(
+    exchange: Exchange, folder: RunFolder, spec: RunSpec, hub: RunHub, bounds: Bounds, *, trains: bool, queue: str
+) -> None:
+    """Trains, once it is the run's turn, or proposes. An error is in the run's events before it is raised."""
     try:
         patience_s = spec.config.federation.join_deadline_s
         roster = Roster(
             exchange, folder, _profile_request(spec, hub), patience_s, owners(os.environ), spec.source.leakage_key
         )
         if trains:
-            _run(exchange, roster, spec, folder, hub, bounds)
+            with turn(queue, folder.path.name, folder.emit) as ticket:
+                _run(exchange, roster, spec, folder, hub, bounds, ticket)
         else:
             propose(roster, spec, folder)
     except EdgelamError as error:
@@ -76,10 +85,19 @@ def _lead(exchange: Exchange, folder: RunFolder, spec: RunSpec, hub: RunHub, bou
         raise
 
 
-def _run(exchange: Exchange, roster: Roster, spec: RunSpec, folder: RunFolder, hub: RunHub, bounds: Bounds) -> None:
+def _run(
+    exchange: Exchange,
+    roster: Roster,
+    spec: RunSpec,
+    folder: RunFolder,
+    hub: RunHub,
+    bounds: Bounds,
+    ticket: Ticket | None,
+) -> None:
     folder.emit(RunStarted(run=folder.path.name, config=spec.config.model_dump(mode="json"), versions=versions()))
     print(f"run folder: {folder.path}", flush=True)
-    Rounds(spec, exchange, roster, folder, f"{folder.path.name}-{time.time_ns():x}", hub=hub, bounds=bounds).run()
+    name = f"{folder.path.name}-{time.time_ns():x}"
+    Rounds(spec, exchange, roster, folder, name, hub=hub, bounds=bounds, ticket=ticket).run()
     folder.finish()
     print(f"done: {folder.path / 'summary.json'}", flush=True)
 

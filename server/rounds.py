@@ -47,6 +47,7 @@ from server.private_terms import Terms, terms_of
 from server.replies import KEPT_NODES, read_reply, sums_on_arrival
 from server.roster import Roster
 from server.run_folder import RunFolder
+from server.run_queue import Ticket
 from server.schedule import Lineup, Schedule
 from server.state import FederationState, Outcome, PlannedRound, Received
 from strategies.registry import load
@@ -71,11 +72,12 @@ class Rounds:
         bounds: Bounds = DEFAULT_BOUNDS,
         generator: np.random.Generator | None = None,
         saved: Saved | None = None,
+        ticket: Ticket | None = None,
     ) -> None:
         """`run`: a name that no other run has. `hub`: what nodes are told about it. `kept_nodes`: the most nodes of a round whose replies are kept. `bounds`: the
         modules that the run's strategies may come from. `generator`: of the noise of a private run; None: one that nobody can repeat.
         `saved`: the checkpoint that the run goes on from; None: it begins. Raises ConfigError for a strategy whose memory no checkpoint
-        can hold.
+        can hold. `ticket`: in the queue of the server's runs, whose turn it is; None: nobody knows of other runs.
         """
         self.spec, self.config = spec, spec.config
         self.roster, self.folder, self._hub = roster, folder, hub
@@ -86,7 +88,7 @@ class Rounds:
         self._readable = ""  # what hosts can read, as it was said last
         self.privacy: PrivateRun | None = None
         self._exchange, self._timing, self._run, self._kept_nodes = exchange, exchange.timing, run, kept_nodes
-        self._generator = generator
+        self._generator, self._ticket = generator, ticket
         self._first = FederationState()
         if saved is not None:
             self.restore(saved)
@@ -259,6 +261,7 @@ class Rounds:
             hub_port=self._hub.port,
             relay_key=self._hub.relay_key,
             slices_token=self._hub.slices_token,
+            alone=self._ticket is not None,
         )
         tokens = {name: secrets.token_bytes(16) for name in lineup.names}
         plans = make_plans(self.spec, facts, self.roster.profiles, layout, lineup.shares, tokens)
@@ -275,6 +278,8 @@ class Rounds:
             sums_on_arrival=trains
             and (self.privacy is not None or sums_on_arrival(capabilities, len(plans), self._kept_nodes)),
         )
+        if self._ticket is not None:
+            self._ticket.uses(plans)
         self.folder.emit(describe_plan(planned, self.spec.source.num_layers, capabilities.personal))
         self._say_what_is_readable(planned)
         return planned

@@ -27,6 +27,7 @@ from server.replies import KEPT_NODES
 from server.roster import Roster
 from server.rounds import Rounds
 from server.run_folder import RunFolder
+from server.run_queue import Ticket
 from server.state import FederationState
 from tests.support import run_config
 
@@ -164,6 +165,7 @@ class FederationByHand:
         *overrides: str,
         kept_nodes: int = KEPT_NODES,
         generator: np.random.Generator | None = None,
+        ticket: Ticket | None = None,
     ) -> None:
         self.config: RunConfig = run_config(source.name, "federation.rounds=2", *overrides)
         self.spec = RunSpec(self.config, source)
@@ -176,7 +178,7 @@ class FederationByHand:
             for names, role in ((devices, pb.DEVICE), (edges, pb.EDGE))
             for name in names
         }
-        self._settings: dict[str, Any] = {"kept_nodes": kept_nodes, "generator": generator}
+        self._settings: dict[str, Any] = {"kept_nodes": kept_nodes, "generator": generator, "ticket": ticket}
         self.clock = HandClock()
         self.grid: Any = HandGrid(list(self.nodes.values()))
         self._serve(RunFolder(folder, self.spec))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from edgelam_fl.addresses import check_port_free, from_here, join_address
 from edgelam_fl.bounds import DEFAULT_BOUNDS, Bounds
+from edgelam_fl.federation import QUEUE
 from edgelam_fl.federation.child import Child, await_answer
 from edgelam_fl.federation.hub_process import HubProcess
 from edgelam_fl.federation.operator import operator_folder, prepare_operator
@@ -49,7 +50,7 @@ def start_superlink(
     command += ["--members-only"] if trust else []
     command += ["--simulation"] if simulation is not None else []
     command += ["--allow-foreign-apps"] if allow_foreign_apps else []
-    environment = {"FLWR_HOME": str(state / "flwr"), **(simulation or {})}
+    environment = {"FLWR_HOME": str(state / "flwr"), QUEUE: str((state / "queue").absolute()), **(simulation or {})}
     environment |= bounds.environment() | (beside.environment if beside else {})
     environment |= {MEMBERS: str(trust_folder(state).absolute())} if trust else {}
     child = Child("SuperLink", command, state / "superlink.log", environment)

@@ -73,6 +73,7 @@ class RoundFacts:
     hub_port: int = 0  # 0: the server has no hub
     relay_key: bytes = b""  # signs the tokens for the hub's relay and attendance; empty: there is neither
     slices_token: bytes = b""  # lets nodes fetch slices of the run's model from the hub
+    alone: bool = False  # whether it is known that no other run of this server goes on
     first_step: int = 0  # steps of the round that are done: all nodes go on from their snapshots of that step; 0: none
     resume_attempt: int = 0  # with first_step: the attempt that the snapshots are of
 
@@ -232,6 +233,7 @@ def _plan(spec: RunSpec, facts: RoundFacts, profile: pb.Profile) -> pb.Plan:
         run=facts.run,
         round=facts.round,
         attempt=facts.attempt,
+        alone=facts.alone,
         node=profile.name,
         role=profile.role,
         model=pb.ModelRef(

@@ -35,6 +35,7 @@ from edgelam_fl.telemetry.events import (
     RoundTimeline,
     RunFailure,
     RunStarted,
+    RunWaits,
     StepClosed,
     StepDone,
     TextReadable,
@@ -75,6 +76,7 @@ class RunView:
         self._began = time.monotonic()
         self._live = Live(console=console, refresh_per_second=4, get_renderable=self._draw)
         self._handlers: dict[type[Event], Callable[[Any, str], None]] = {
+            RunWaits: self._on_run_waits,
             RunStarted: self._on_run_started,
             NodeJoined: self._on_node_joined,
             NodeRefused: self._on_node_refused,
@@ -118,6 +120,12 @@ class RunView:
             handler(event, node)
 
     # ---------------------------------------------------------------- the ServerApp's events
+
+    def _on_run_waits(self, event: RunWaits, _: str) -> None:
+        """Says that the run waits: on a terminal the time goes on below, elsewhere each sign of life is a line."""
+        if self._stage != event.words() or not self._console.is_terminal:
+            self.say(event.words())
+        self._stage = event.words()
 
     def _on_run_started(self, event: RunStarted, _: str) -> None:
         self._measure, self._max_tokens = measure_of(task_of([event])), setting([event], "task", "max_tokens")

@@ -34,6 +34,7 @@ from edgelam_fl.telemetry.events import (
     RunDone,
     RunFailure,
     RunStarted,
+    RunWaits,
     of_kind,
 )
 from edgelam_fl.telemetry.human import (
@@ -359,7 +360,13 @@ def _seconds(events: Sequence[Event]) -> float | None:
     if not events:
         return None
     end = next(of_kind(events, RunFailure), events[-1])
-    return round((end.time or 0.0) - (events[0].time or 0.0), 3)
+    return round((end.time or 0.0) - began(events), 3)
+
+
+def began(events: Sequence[Event]) -> float:
+    """Returns the Unix seconds of a run's first event after it has waited for other runs; those of its first if there is none yet."""
+    first = next((event for event in events if not isinstance(event, RunWaits)), events[0])
+    return first.time or 0.0
 
 
 def _privacy(events: Sequence[Event]) -> PrivacySummary | None:

@@ -177,6 +177,17 @@ def test_what_a_run_promises_and_that_its_budget_is_spent() -> None:
     assert "the privacy budget is spent after round 3 of 4: epsilon 3.9" in words
 
 
+def test_a_run_that_waits_for_another_says_so_and_for_how_long() -> None:
+    waits = [
+        {"event": "run_waits", "run": "mine", "nodes": ["edge-1", "pi"], "runs_ahead": 2, "seconds": seconds}
+        for seconds in (0, 10)
+    ]
+    said, lines = watch(waits)
+    words = "waits for run mine, which uses edge-1, pi, and for 1 more that came earlier"
+    assert " ".join(said.split()).count(words) == 2, "a line each, as this is no terminal"
+    assert " ".join(lines).startswith(words)
+
+
 def test_a_link_that_was_measured_again_is_told() -> None:
     link = {"link_up_bps": 1.25e6, "link_down_bps": 95e6, "round_trip_s": 0.0123}
     said, _ = watch([{"event": "link_measured", "node": "pi", **link}])

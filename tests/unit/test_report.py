@@ -312,6 +312,17 @@ def test_incidents(tmp_path: Path) -> None:
     ]
 
 
+def test_the_time_that_a_run_waited_for_another_is_none_of_its_own(tmp_path: Path) -> None:
+    run = a_run()
+    began = run[0]["time"]
+    for number, event in enumerate(waits := [{"event": "run_waits", "run": "a", "nodes": ["e"], "runs_ahead": 1}] * 2):
+        run.insert(number, {**event, "time": began - 20 + 10 * number, "seconds": 10.0 * number})
+    rows = Page(report_of(tmp_path, run)).rows
+    assert ["", "waited 10.0 s for its turn", "", "waits for run a, which uses e"] in rows
+    events = as_events(run)
+    assert build_summary(events).seconds == build_summary(events[len(waits) :]).seconds
+
+
 def test_what_a_private_run_promised_and_spent(tmp_path: Path) -> None:
     page = Page(report_of(tmp_path, [*a_run(), *of_privacy()]))
     start = page.rows.index(["what", "value"])

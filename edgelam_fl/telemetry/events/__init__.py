@@ -65,6 +65,7 @@ from edgelam_fl.telemetry.events.run import (
     RunDone,
     RunFailure,
     RunStarted,
+    RunWaits,
 )
 
 __all__ = [
@@ -113,6 +114,7 @@ __all__ = [
     "RunDone",
     "RunFailure",
     "RunStarted",
+    "RunWaits",
     "SiteLost",
     "SitePicture",
     "SitePlaced",

@@ -22,6 +22,27 @@ class RunStarted(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunWaits(Event):
+    """The run waits for another run of the same server, which uses the nodes; repeated as a sign of life."""
+
+    run: str
+    """Name of the run that it waits for: the oldest before it."""
+    nodes: tuple[str, ...]
+    """The nodes that the other run uses; empty if it has not planned a round yet."""
+    runs_ahead: int
+    """Runs before it."""
+    seconds: float
+    """Seconds that it has waited."""
+
+    def words(self) -> str:
+        """Returns the event as a sentence, without a full stop."""
+        uses = f", which uses {', '.join(self.nodes)}" if self.nodes else ""
+        others = self.runs_ahead - 1
+        more = f", and for {others} more that came earlier" if others else ""
+        return f"waits for run {self.run}{uses}{more}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerSeconds:
     """Time of one layer, as a node measured it."""
 

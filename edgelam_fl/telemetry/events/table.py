@@ -6,6 +6,7 @@ from edgelam_fl.telemetry.events import nodes, rounds, run
 from edgelam_fl.telemetry.events.base import Event, UnknownEvent
 
 EVENTS: dict[str, type[Event]] = {
+    "run_waits": run.RunWaits,
     "run_started": run.RunStarted,
     "node_joined": run.NodeJoined,
     "node_refused": run.NodeRefused,

@@ -16,10 +16,11 @@ from edgelam_fl.telemetry.events import (
     PlanMade,
     RoundDone,
     RunFailure,
+    RunWaits,
     of_kind,
 )
 from edgelam_fl.telemetry.human import human_seconds
-from edgelam_fl.telemetry.summary import setting
+from edgelam_fl.telemetry.summary import began, setting
 
 LOST_SHOWN = 5
 
@@ -43,9 +44,11 @@ def failure(events: Sequence[Event]) -> list[tuple[str, str]]:
 
 
 def incidents(events: Sequence[Event]) -> Iterator[tuple[str, str, str, str]]:
-    """Yields (after, what, who, why) of everything that the reader should know about, in its order."""
+    """Yields (after, what, who, why) of everything that the reader should know about, in its order; `after` the run's turn came."""
+    if waits := list(of_kind(events, RunWaits)):
+        yield "", f"waited {human_seconds(waits[-1].seconds)} for its turn", "", waits[0].words()
     for event in events:
-        after = human_seconds((event.time or 0) - (events[0].time or 0))
+        after = human_seconds((event.time or 0) - began(events))
         for what, who, why in _incidents(event):
             yield after, what, who, why
 
@@ -98,4 +101,4 @@ def _when(events: Sequence[Event], failed: RunFailure) -> str:
     if failed.time is None:
         return ""
     clock = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(failed.time))
-    return f"{clock}, {human_seconds(failed.time - (events[0].time or 0))} after the start"
+    return f"{clock}, {human_seconds(failed.time - began(events))} after the start"
