@@ -86,6 +86,7 @@ def _make_node(options: argparse.Namespace, log: EventLog, security: Security) -
     from edgelam_fl.model.allocator import give_back_at_once
     from edgelam_fl.node.examples import DeviceExamples
     from edgelam_fl.node.service import StageHost
+    from edgelam_fl.wire.grpc.attending import Attending
     from edgelam_fl.wire.grpc.dial import dial
     from edgelam_fl.wire.grpc.following import Following
     from edgelam_fl.wire.grpc.serve import RelayedDoor
@@ -103,6 +104,7 @@ def _make_node(options: argparse.Namespace, log: EventLog, security: Security) -
         server=split_address(options.server, "--server")[0] if options.server else "",
         open_door=partial(RelayedDoor, security=security),
         follow=partial(Following, security=security) if security.identity else None,
+        attend=partial(Attending, security=security),
         security=security,
         state=options.state,
     )  # fmt: skip

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from edgelam_fl.errors import PeerLost, RunFailed
 from edgelam_fl.plan.reading import part_id
 from edgelam_fl.split.group import Group
 from edgelam_fl.split.inbox import Inbox
-from edgelam_fl.telemetry.events import Emit, JobEvent
+from edgelam_fl.telemetry.events import Emit, JobEvent, StepDone
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 
@@ -26,7 +26,11 @@ class Part:
         self.report = pb.JobReport(job=self.id, node=plan.node, role=plan.role, state="running")
         self.group: Group | None = None  # lets links in; None unless the part is that of a host that is ready
         self._emit = emit
+        self.steps_over: Callable[[], int] = lambda: self._steps_over  # counts training steps, on any thread
+        self._steps_over = 0  # as a device
         self._inboxes: list[Inbox] = []  # of the part as a device and as a host
+        self._host_inbox: Inbox | None = None
+        self._out: dict[str, str] = {}  # nodes that the server has taken out of the job, with its reasons
         self._cancelled = ""  # the reason; empty: not cancelled
         self._changed = threading.Condition()  # guards the four below, and is told of their changes and of `cancel`
         self._is_over = False  # the report is complete
@@ -35,13 +39,39 @@ class Part:
 
     def emit(self, event: JobEvent) -> None:
         """Emits an event with the part's name in it."""
+        if isinstance(event, StepDone):
+            self._steps_over = event.step + 1
         self._emit(replace(event, job=self.id))
 
-    def attach(self, inbox: Inbox) -> None:
-        """Has `cancel` reach this inbox too, also if the part was cancelled before."""
+    def attach(self, inbox: Inbox, *, of_host: bool = False) -> None:
+        """Has `cancel` reach this inbox too, also if the part was cancelled before. `of_host`: and what is said of devices."""
         self._inboxes.append(inbox)
+        if of_host:
+            self._host_inbox = inbox
+            for device, reason in list(self._out.items()):
+                inbox.put_out(device, reason)
         if self._cancelled:
             inbox.cancel(self._cancelled)
+
+    def beat(self, epoch: int) -> pb.Beat:
+        """Returns the sign of life of a part that is played by the stage host of this epoch."""
+        return pb.Beat(epoch=epoch, state=self.report.state, step=self.steps_over())
+
+    def hear(self, notice: pb.Notice) -> None:
+        """Takes what the server has decided about the job: it is over, for this node or for all, or goes on without others."""
+        reason = notice.cancelled or notice.out.get(self.plan.node, "")
+        if reason and not self._cancelled:
+            self.cancel(reason)
+        news = {device: why for device, why in notice.out.items() if device not in self._out}
+        self._out.update(news)
+        if self._host_inbox is not None:
+            for device, why in news.items():
+                self._host_inbox.put_out(device, why)
+
+    def check(self) -> None:
+        """Raises RunFailed if the part was cancelled."""
+        if self._cancelled:
+            raise RunFailed(self._cancelled)
 
     def cancel(self, reason: str) -> None:
         """Ends the part with this reason; a part that still loads its slices ends when it attaches an inbox."""

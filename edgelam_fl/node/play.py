@@ -118,6 +118,7 @@ class Player:
             self._speak(group)
             return _no_labels
         host = self._make_host(group)
+        self._part.steps_over = lambda: host.steps_over
         self._part.group = group  # from here on HELLO is answered
         if self._plan.routes:
             self._serve_and_drive(host, group)
@@ -170,7 +171,7 @@ class Player:
         if window < plan.window:
             self._part.emit(WindowGranted(granted=window, asked=plan.window, memory_free_bytes=free_bytes))
         group = Group(plan, held.source.hidden_size, wire_dtype(plan), window, dial_next, self._part.emit)
-        self._part.attach(group.inbox)
+        self._part.attach(group.inbox, of_host=True)
         return group
 
     def _make_host(self, group: Group) -> Host:

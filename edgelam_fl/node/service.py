@@ -7,16 +7,19 @@ and `admit`; knows nothing about layers or batches. Neighbours: `node.play` play
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from edgelam_fl.errors import Busy, EdgelamError, Mismatch, Refused, Restarted, code_of
 from edgelam_fl.machine import peak_rss_bytes
 from edgelam_fl.model.bases import usable_bases
+from edgelam_fl.node.accepted import AcceptedParts
 from edgelam_fl.node.examples import DeviceExamples
 from edgelam_fl.node.held import NodeMemory
 from edgelam_fl.node.outward import outward
@@ -50,6 +53,8 @@ class Closes(Protocol):
 
 # the relay, what answers HELLO -> the door, open until it is closed
 OpenDoor = Callable[[Relay, Callable[[pb.Hello, Link], pb.Ready | pb.NotReady | pb.Refuse]], Closes]
+# the hub's address, the plan's token, what to say, what takes the answers -> the attendance, until it is closed
+Attend = Callable[[str, bytes, Callable[[], pb.Beat], Callable[[pb.Notice], object]], Closes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +85,7 @@ class StageHost:
         server: str = "",
         open_door: OpenDoor | None = None,
         follow: Callable[[str], Closes] | None = None,
+        attend: Attend | None = None,
         security: Security = PLAIN,
         state: Path | None = None,
         hooks: NodeHooks = DEFAULT_HOOKS,
@@ -91,13 +97,16 @@ class StageHost:
         cannot; may be set until the first profile is asked for. `tags`: words by which a run may choose the node. `trust`: what a
         device's owner lets hosts read of its text, as split.trust; a plan that leaks more is refused. `server`:
         host of its server, where the hub is. `open_door`: lets others in by way of the hub; None: they dial the node alone.
-        `follow`: listens at the hub's address to whose membership has ended; None: nobody's ends here. `security`: how the
+        `follow`: listens at the hub's address to whose membership has ended; None: nobody's ends here. `attend`: attends at
+        the hub while a part is played; None: nobody knows whether this node lives. `security`: how the
         node calls the hub. `state`: the node's folder, for what stays with it over restarts; None: nothing does.
         """
         self.name, self.address = name, address
         self.role = pb.EDGE if examples is None else pb.DEVICE
         self._emit, self._tags, self._trust, self._examples = emit, tuple(tags), trust, examples
-        self._open_door, self._follow, self._timing = open_door, follow, timing
+        self._open_door, self._follow, self._attend, self._timing = open_door, follow, attend, timing
+        self._epoch = secrets.randbits(63) + 1
+        self._accepted = AcceptedParts(state)
         self._hub = ServerHub(server, emit, security)
         memory = NodeMemory(hooks.load, self._hub.find_planned, timing.gone_s, PrivateFronts(state))
         self._means = Means(dial=dial, hub=self._hub, memory=memory, examples=examples, hooks=hooks)
@@ -112,7 +121,9 @@ class StageHost:
     def profile(self, request: pb.ProfileRequest) -> pb.Profile:
         """Answers what the node can do; measures what the request asks for, which may take minutes."""
         trust = "" if self._examples is None else self._trust
-        own = pb.Profile(name=self.name, role=self.role, address=self.address, tags=self._tags, trust=trust)
+        own = pb.Profile(
+            name=self.name, role=self.role, address=self.address, tags=self._tags, trust=trust, epoch=self._epoch
+        )
         return answer_profile(request, own, self._examples, self._hub, self._emit)
 
     def submit(self, request: pb.SubmitRequest) -> pb.SubmitReply:
@@ -156,6 +167,8 @@ class StageHost:
             return group.admit(hello, link)
         if part is not None and part.report.state == "failed":
             return pb.Refuse(reason=f"node {self.name} has given up its part of {hello.job}; the server has the reason")
+        if part is None and self._accepted.was_before(f"{hello.job}/{self.name}"):
+            return pb.Refuse(reason=f"node {self.name} was restarted; it no longer has its part of {hello.job}")
         return pb.NotReady(retry_ms=self._timing.retry_ms)
 
     def stop(self) -> None:
@@ -186,10 +199,17 @@ class StageHost:
             self._current.cancel(f"{part.id} takes its place")
         previous, self._current = self._worker, part
         self._parts[part.id] = part
+        self._accepted.note(part.id)
         while len(self._parts) > _RESULTS_KEPT:
             self._parts.pop(next(iter(self._parts)))
-        self._worker = threading.Thread(target=self._work, args=(part, request, previous), name="compute", daemon=True)
+        self._worker = threading.Thread(
+            target=self._attend_and_work, args=(part, request, previous), name="compute", daemon=True
+        )
         self._worker.start()
+
+    def _attend_and_work(self, part: Part, request: pb.SubmitRequest, previous: threading.Thread | None) -> None:
+        with self._attending(part):
+            self._work(part, request, previous)
 
     def _work(self, part: Part, request: pb.SubmitRequest, previous: threading.Thread | None) -> None:
         if previous is not None:
@@ -197,6 +217,7 @@ class StageHost:
         report, full = part.report, ""
         self._say_what_is_readable(part)
         try:
+            part.check()
             with self._following(part), self._door(part):
                 play(part, request, self._means)
             report.state = "done"
@@ -220,6 +241,13 @@ class StageHost:
         """Returns what hears of memberships that end, while the part is played."""
         hub = self._hub.address(part.plan.hub_port)
         return closing(self._follow(hub)) if self._follow is not None and hub else nullcontext()
+
+    def _attending(self, part: Part) -> AbstractContextManager[object]:
+        """Returns what shows the server that the part is played, and brings the part what the server decides."""
+        hub, token = self._hub.address(part.plan.hub_port), part.plan.attend_token
+        if self._attend is None or not (hub and token):
+            return nullcontext()
+        return closing(self._attend(hub, token, partial(part.beat, self._epoch), part.hear))
 
     def _door(self, part: Part) -> AbstractContextManager[object]:
         """Returns a door at the hub for nodes that cannot dial this one, open while the part is played."""

@@ -16,7 +16,7 @@ from edgelam_fl.errors import ProtocolError
 from edgelam_fl.model.stage import Stage
 from edgelam_fl.split.cut import CutDefence
 from edgelam_fl.split.group import Group, relay
-from edgelam_fl.split.inbox import Lost
+from edgelam_fl.split.inbox import Lost, Out
 from edgelam_fl.split.member import Member
 from edgelam_fl.split.route import Route
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -43,6 +43,9 @@ class HostSessions:
     def _take(self, wait_s: float) -> None:
         arrival = self.group.inbox.get(wait_s)
         if arrival is None:
+            return
+        if isinstance(arrival, Out):
+            self.group.put_out(arrival)
             return
         link, item = arrival
         member = self.group.owner(link)

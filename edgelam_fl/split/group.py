@@ -22,7 +22,7 @@ import torch
 
 from edgelam_fl.errors import EdgelamError, PeerLost, ProtocolError
 from edgelam_fl.plan.reading import job_id
-from edgelam_fl.split.inbox import Inbox
+from edgelam_fl.split.inbox import Inbox, Out
 from edgelam_fl.split.member import Member
 from edgelam_fl.split.route import most_bytes
 from edgelam_fl.telemetry.events import EmitInJob, LinkLost
@@ -227,6 +227,16 @@ class Group:
             relay(member.next, cancel)
             if member.previous is not None:
                 member.previous.close()
+
+    def put_out(self, out: Out) -> None:
+        """Goes on without a device that the server has taken out of the job, if it belongs here and is not done."""
+        with self._door:
+            for member in self.members.values():
+                if member.route.device == out.device and not member.done:
+                    if member.present:
+                        self.lose(member, member.previous, out.reason)
+                    else:
+                        self.dismiss(member, out.reason)
 
     def _note_loss(self, member: Member, reason: str) -> None:
         if not member.leaving:

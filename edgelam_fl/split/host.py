@@ -24,7 +24,7 @@ from edgelam_fl.plan.modes import host_mode
 from edgelam_fl.plan.reading import unit_rows, unit_seed
 from edgelam_fl.privacy.mechanism import secret_generator
 from edgelam_fl.split.group import Group, relay
-from edgelam_fl.split.inbox import Lost
+from edgelam_fl.split.inbox import Lost, Out
 from edgelam_fl.split.judging import is_finite
 from edgelam_fl.split.lane import Lane
 from edgelam_fl.split.member import Member, check_unit, unit_id
@@ -99,6 +99,11 @@ class Host:
             work()
             self.compute_seconds += time.monotonic() - began
         self.group.check_enough()
+
+    @property
+    def steps_over(self) -> int:
+        """The training steps that all lanes are past; on any thread."""
+        return min(lane.steps_over(self.plan.steps) for lane in self._lane_of_source.values())
 
     @property
     def labels_trained(self) -> int:
@@ -185,6 +190,9 @@ class Host:
         arrival = self.group.inbox.get(wait_s)
         if arrival is None:
             return False
+        if isinstance(arrival, Out):
+            self.group.put_out(arrival)
+            return True
         link, item = arrival
         member = self.group.owner(link)
         if isinstance(item, Lost):

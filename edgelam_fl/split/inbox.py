@@ -36,6 +36,14 @@ class Cancelled:
     reason: str
 
 
+@dataclass(frozen=True)
+class Out:
+    """The server has taken a device out of the job: nobody is to wait for it."""
+
+    device: str
+    reason: str
+
+
 @dataclass
 class _Waiting:
     """What a link has put in and nobody has taken out yet."""
@@ -85,10 +93,12 @@ class Inbox:
 
     def __init__(self, round_s: float) -> None:
         """Starts the clock: `round_s` seconds from now, `get` raises PeerLost."""
-        self._queue: queue.SimpleQueue[tuple[Link | None, Frame | Lost | Cancelled]] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Link, Frame | Lost] | Out | Cancelled] = queue.SimpleQueue()
         self._end = time.monotonic() + round_s
         self._counting = threading.Lock()
         self._waiting: dict[Link, _Waiting] = {}
+        self.cancelled = ""
+        """Why the job is not to go on, also while nobody asks for arrivals; empty: it is."""
 
     def on_frame(self, link: Link, frame: Frame) -> None:
         """Puts in a frame; for `LinkTerms.on_frame`. Raises ProtocolError if too much of the link waits here already."""
@@ -102,13 +112,18 @@ class Inbox:
 
     def cancel(self, reason: str) -> None:
         """Ends the job, on any thread: `get` raises RunFailed with the reason."""
-        self._queue.put((None, Cancelled(reason)))
+        self.cancelled = reason
+        self._queue.put(Cancelled(reason))
+
+    def put_out(self, device: str, reason: str) -> None:
+        """Has whoever empties this inbox, a host, go on without a device; on any thread."""
+        self._queue.put(Out(device, reason))
 
     def empty(self) -> bool:
         """Returns whether nothing has arrived that `get` has not returned yet."""
         return self._queue.empty()
 
-    def get(self, timeout_s: float) -> tuple[Link, Frame | Lost] | None:
+    def get(self, timeout_s: float) -> tuple[Link, Frame | Lost] | Out | None:
         """Returns the next arrival, or None if nothing comes for `timeout_s` seconds.
 
         Raises RunFailed if the job is cancelled, and its subclass PeerLost if the round's deadline has passed.
@@ -117,12 +132,14 @@ class Inbox:
         if left <= 0:
             raise PeerLost("the round's deadline has passed (federation.round_deadline_s)")
         try:
-            link, item = self._queue.get(timeout=max(0.0, min(timeout_s, left)))
+            arrival = self._queue.get(timeout=max(0.0, min(timeout_s, left)))
         except queue.Empty:
             return None
-        if isinstance(item, Cancelled):
-            raise RunFailed(item.reason)
-        assert link is not None  # only Cancelled comes without a link
+        if isinstance(arrival, Cancelled):
+            raise RunFailed(arrival.reason)
+        if isinstance(arrival, Out):
+            return arrival
+        link, item = arrival
         if isinstance(item, Frame):
             with self._counting:
                 if self._waiting[link].remove(item):

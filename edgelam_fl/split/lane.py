@@ -56,6 +56,13 @@ class Lane:
         assert turn is not None
         return turn.step, self.mode.turn_index(turn.members[0])
 
+    def steps_over(self, planned: int) -> int:
+        """Counts the steps before the open turn's, of `planned` in the round; on any thread."""
+        turns, number = self.turns or [], self.number
+        if self.turns is not None and number >= len(turns):
+            return planned
+        return turns[number].step if turns else 0
+
     @property
     def is_through(self) -> bool:
         """Whether all turns are applied."""

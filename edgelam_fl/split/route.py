@@ -17,7 +17,7 @@ import torch
 from edgelam_fl.errors import PeerLost, Refused
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.reading import job_id, link_name, unit_rows
-from edgelam_fl.split.inbox import Inbox, Lost
+from edgelam_fl.split.inbox import Inbox, Lost, Out
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.codecs import CODECS
@@ -150,6 +150,7 @@ class Route:
         arrival = self.inbox.get(timeout_s)
         if arrival is None:
             raise PeerLost(f"nothing came from the hosts for {timeout_s:.0f} s ({what_for})")
+        assert not isinstance(arrival, Out)  # for hosts alone
         link, item = arrival
         if isinstance(item, Lost):
             raise PeerLost(f"link {link.name}: {item.reason}")

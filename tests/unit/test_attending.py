@@ -1,0 +1,206 @@
+"""A node that plays a part attends at the hub: it shows that it lives, and obeys what the server decides meanwhile."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgelam_fl.addresses import free_port
+from edgelam_fl.config import RunConfig
+from edgelam_fl.hub.daemon import HubServer
+from edgelam_fl.hub.passes import relay_key
+from edgelam_fl.model import adapter as adapters
+from edgelam_fl.model.source import ModelSource
+from edgelam_fl.node.examples import DeviceExamples
+from edgelam_fl.node.service import StageHost
+from edgelam_fl.plan.making import RoundFacts
+from edgelam_fl.plan.reading import part_id, spans_of
+from edgelam_fl.split.route import memory_dial
+from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.attendance import ATTEND
+from edgelam_fl.wire.grpc.attending import Attending
+from edgelam_fl.wire.relay import make_token
+from server.attendance import Attendance, Seen
+from tests.fleet import Fleet
+from tests.support import WAIT_S, run_config
+
+JOB = "test/1/1"
+EVERY_S = 0.02
+
+
+def seen(server: Attendance, node: str, until: Callable[[Seen], bool], out: Mapping[str, str] = {}, cancelled: str = "") -> Seen:  # fmt: skip
+    """Looks until a node is as it is wanted."""
+    end = time.monotonic() + WAIT_S
+    while time.monotonic() < end:
+        found = server.look(JOB, cancelled, out).get(node)
+        if found is not None and until(found):
+            return found
+        time.sleep(EVERY_S)
+    raise AssertionError(f"{node}: {server.look(JOB, cancelled, out)}")
+
+
+# ---------------------------------------------------------------- the thread that attends
+
+
+def test_a_node_attends_until_its_last_word_also_at_a_hub_that_was_started_again(tmp_path: Path) -> None:
+    state, port = tmp_path / "hub", free_port()
+    hub, server = HubServer("127.0.0.1", port, state), Attendance(state)
+    said, heard = pb.Beat(epoch=5, state="running", step=1), list[pb.Notice]()
+    token = make_token(relay_key(state), ATTEND, f"{JOB}/edge-1", "edge-1")
+    attending = Attending(f"127.0.0.1:{port}", token, lambda: said, heard.append, EVERY_S)
+    assert seen(server, "edge-1", lambda node: node.step == 1).epoch == 5
+    hub.stop()
+    hub = HubServer("127.0.0.1", port, state)
+    said.step = 2
+    seen(server, "edge-1", lambda node: node.step == 2, {"device-1": "gone"})
+    end = time.monotonic() + WAIT_S
+    while pb.Notice(out={"device-1": "gone"}) not in heard and time.monotonic() < end:
+        time.sleep(EVERY_S)
+    assert pb.Notice(out={"device-1": "gone"}) in heard
+    said.state = "failed"
+    attending.close()
+    assert seen(server, "edge-1", lambda node: node.state == "failed")
+    server.close()
+    hub.stop()
+
+
+def test_a_hub_that_refuses_or_is_not_there_does_not_end_the_thread_with_an_error(tmp_path: Path) -> None:
+    hub, heard = HubServer("127.0.0.1", 0, tmp_path), list[pb.Notice]()
+    failed: list[object] = []
+    with pytest.MonkeyPatch.context() as patches:
+        patches.setattr(threading, "excepthook", failed.append)
+        for port in (hub.port, free_port()):
+            Attending(f"127.0.0.1:{port}", b"no token", pb.Beat, heard.append, EVERY_S).close()
+        for thread in threading.enumerate():
+            if thread.name == "attendance":
+                thread.join(WAIT_S)
+    assert (failed, heard) == ([], [])
+    hub.stop()
+
+
+# ---------------------------------------------------------------- stage hosts that attend
+
+
+class AttendedFleet(Fleet):
+    """Stage hosts that attend at a real hub, and dial each other in memory."""
+
+    def __init__(self, source: ModelSource, config: RunConfig, data: list[Path], hub: HubServer, state: Path) -> None:
+        super().__init__(source, config, {}, {})
+        nodes: dict[str, StageHost] = {}
+        self.nodes, self.facts = nodes, RoundFacts("test", 1, 1, 0, 2, hub_port=hub.port, relay_key=relay_key(state))
+        means: dict[str, Any] = {"server": "127.0.0.1", "attend": partial(Attending, every_s=EVERY_S)}
+        nodes["edge-1"] = StageHost("edge-1", memory_dial(nodes), self.emit, address="edge-1", **means)
+        self.hosts["edge-1"] = nodes["edge-1"], "edge-1"
+        for number, file in enumerate(data, 1):
+            name = f"device-{number}"
+            nodes[name] = StageHost(name, memory_dial(nodes), self.emit, examples=DeviceExamples(file), **means)
+            self.devices[name] = nodes[name]
+
+    def hand_out(self, *names: str) -> None:
+        """Gives these nodes their plans of a first round."""
+        config = self.config
+        start = adapters.initial_adapter(self.source, config.lora.targets, config.lora.rank, config.run.seed)
+        for name, plan in self.plans(self.facts).items():
+            if name in names:
+                tensors = adapters.slice_of(start, spans_of(plan))
+                plan.adapter_digest = adapters.digest(tensors)
+                reply = self.nodes[name].submit(pb.SubmitRequest(plan=plan, adapter=adapters.to_bytes(tensors)))
+                assert reply.accepted, reply.reason
+
+    def report(self, name: str) -> pb.JobReport:
+        plan = pb.Plan(run="test", round=1, attempt=1, node=name)
+        report = self.nodes[name].wait(pb.WaitRequest(job=part_id(plan), timeout_s=WAIT_S))
+        assert report.state != "running"
+        return report
+
+
+@contextmanager
+def attended(tiny: ModelSource, data: list[Path], folder: Path) -> Iterator[tuple[AttendedFleet, Attendance]]:
+    hub, server = HubServer("127.0.0.1", 0, folder / "hub"), Attendance(folder / "hub")
+    config = run_config(tiny.name, "federation.min_nodes=1", "federation.join_deadline_s=600")
+    fleet = AttendedFleet(tiny, config, data, hub, folder / "hub")
+    try:
+        yield fleet, server
+    finally:
+        for node in fleet.nodes.values():
+            node.stop()
+        server.close()
+        hub.stop()
+
+
+def test_a_host_goes_on_at_once_without_a_device_that_is_out(
+    tiny: ModelSource, data_files: list[Path], tmp_path: Path
+) -> None:
+    """It would wait for the device until the deadline of the links, ten minutes here."""
+    with attended(tiny, data_files[:2], tmp_path) as (fleet, server):
+        fleet.hand_out("edge-1", "device-1")
+        assert seen(server, "edge-1", lambda node: node.state == "running").step == 0
+        seen(server, "device-1", lambda node: node.state == "done", {"device-2": "its data cannot be read"})
+        assert seen(server, "edge-1", lambda node: node.state == "done").step == 2
+        assert fleet.report("device-1").state == fleet.report("edge-1").state == "done"
+        left_out = fleet.report("edge-1").host.left_out
+        assert [(one.device, one.out, one.reason) for one in left_out] == [
+            ("device-2", True, "its data cannot be read")
+        ]
+
+
+@pytest.mark.parametrize("for_all", [True, False])
+def test_a_part_ends_when_its_job_is_cancelled_or_its_node_is_out(
+    tiny: ModelSource, data_files: list[Path], tmp_path: Path, for_all: bool
+) -> None:
+    with attended(tiny, data_files[:1], tmp_path) as (fleet, server):
+        fleet.hand_out("edge-1")
+        words = "edge-2 of its chain was lost"
+        how: dict[str, Any] = {"cancelled": words} if for_all else {"out": {"edge-1": words}}
+        seen(server, "edge-1", lambda node: node.state == "failed", **how)
+        assert fleet.report("edge-1").error == words
+
+
+# ---------------------------------------------------------------- epochs
+
+
+def test_a_stage_host_that_was_started_again_says_so_to_who_dials_it(
+    tiny: ModelSource, data_files: list[Path], tmp_path: Path
+) -> None:
+    def node() -> StageHost:
+        return StageHost("edge-1", memory_dial({}), lambda event: None, address="edge-1", state=tmp_path / "edge-1")
+
+    with attended(tiny, data_files[:1], tmp_path) as (fleet, _):
+        before, hello = node(), pb.Hello(job=JOB, node="device-1")
+        fleet.nodes["edge-1"] = before
+        assert isinstance(before.admit(hello, None), pb.NotReady), "the job may still come"
+        fleet.hand_out("edge-1")
+        before.stop()
+        fleet.nodes["edge-1"] = after = node()
+        answer = after.admit(hello, None)
+        assert isinstance(answer, pb.Refuse)
+        assert answer.reason == "node edge-1 was restarted; it no longer has its part of test/1/1"
+        assert isinstance(after.admit(pb.Hello(job="test/1/2"), None), pb.NotReady)
+        fleet.hand_out("edge-1")
+        assert not isinstance(after.admit(hello, None), pb.Refuse), "it has been given the part again"
+
+
+def test_a_note_that_cannot_be_read_or_written_costs_no_part(
+    tiny: ModelSource, data_files: list[Path], tmp_path: Path
+) -> None:
+    state = tmp_path / "edge-1"
+    (state / "accepted.json").mkdir(parents=True)
+    with attended(tiny, data_files[:1], tmp_path) as (fleet, _):
+        node = StageHost("edge-1", memory_dial({}), lambda event: None, address="edge-1", state=state)
+        fleet.nodes["edge-1"] = node
+        fleet.hand_out("edge-1")
+        node.stop()
+
+
+def test_each_process_has_an_epoch_of_its_own_in_its_profile(tmp_path: Path) -> None:
+    nodes = [StageHost("edge-1", memory_dial({}), lambda event: None) for _ in range(2)]
+    epochs = {node.profile(pb.ProfileRequest()).epoch for node in nodes}
+    assert len(epochs) == 2
+    assert 0 not in epochs
