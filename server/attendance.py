@@ -19,7 +19,7 @@ _LOOK_S = 1.0  # patience with a hub on this machine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
+class Presence:
     """A node in a job, as far as the hub has heard of it."""
 
     silent_s: float
@@ -49,7 +49,7 @@ class Attendance:
         """Whether there is a hub at which nodes attend."""
         return self._folder is not None
 
-    def look(self, job: str, cancelled: str, out: Mapping[str, str]) -> Mapping[str, Seen]:
+    def look(self, job: str, cancelled: str, out: Mapping[str, str]) -> Mapping[str, Presence]:
         """Tells the hub all that the job's nodes are to hear, and returns the nodes that have attended, by name.
 
         `cancelled`: why the job is over; "": it is not. `out`: why nodes are out of the job, by name: such a node ends its
@@ -76,9 +76,9 @@ class Attendance:
             self._client.close()
             self._client = None
 
-    def _seen(self, name: str, node: pb.Attendee) -> Seen:
+    def _seen(self, name: str, node: pb.Attendee) -> Presence:
         first = self._epochs.setdefault(name, node.epoch)
-        return Seen(
+        return Presence(
             silent_s=node.silent_s,
             epoch=node.epoch,
             restarted=node.restarted or node.epoch != first,

@@ -27,7 +27,7 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.attendance import ATTEND
 from edgelam_fl.wire.grpc.attending import Attending
 from edgelam_fl.wire.relay import make_token
-from server.attendance import Attendance, Seen
+from server.attendance import Attendance, Presence
 from tests.fleet import Fleet
 from tests.support import WAIT_S, run_config
 
@@ -35,7 +35,7 @@ JOB = "test/1/1"
 EVERY_S = 0.02
 
 
-def seen(server: Attendance, node: str, until: Callable[[Seen], bool], out: Mapping[str, str] = {}, cancelled: str = "") -> Seen:  # fmt: skip
+def seen(server: Attendance, node: str, until: Callable[[Presence], bool], out: Mapping[str, str] = {}, cancelled: str = "") -> Presence:  # fmt: skip
     """Looks until a node is as it is wanted."""
     end = time.monotonic() + WAIT_S
     while time.monotonic() < end:
