@@ -1,15 +1,15 @@
 """One message per node, with a deadline: yields each reply as it arrives, and a reason for each node without one.
 
-Flower's own `send_and_receive` waits for all nodes until its time is up; here a node that Flower no longer lists is given
-up at once. Knows nothing about the contents of messages, nor which nodes there are.
+Flower's own `send_and_receive` waits for all nodes until its time is up; here a `Watch` may give a node up at any look, or
+have its message sent again. Knows nothing about the contents of messages, nor which nodes there are.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from flwr.app import Message, RecordDict
 from flwr.common.constant import ErrorCode
@@ -19,6 +19,7 @@ from edgelam_fl.errors import BUG, Mismatch
 from edgelam_fl.names import printable
 
 _CODES = {ErrorCode.INVALID_FAB: Mismatch.code, ErrorCode.CLIENT_APP_RAISED_EXCEPTION: BUG}  # of Flower's error replies
+LEFT = "left the federation"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,18 @@ class ExchangeTiming:
     """Between the first two looks at what has arrived: a simulated node answers at once. Later pauses are longer."""
     poll_s: float = 0.5
     """The longest pause between two looks."""
+    look_s: float = 1.0
+    """Between two looks at which nodes attend."""
+    strikes_s: float = 8.0
+    """Until a silent host is lost that another can replace: three missed beats and the time of a look."""
+    device_silent_s: float = 30.0
+    """Until a silent device is lost: it may be frozen, or its network away, and its links wait for it, too."""
+    host_silent_s: float = 60.0
+    """Until a silent host is lost that none can replace."""
+    cancelled_s: float = 6.0
+    """For the reports of a site whose attempt has ended."""
+    resend_s: float = 20.0
+    """Until a message is sent again that reaches nobody, at most, and without its tensors' time; then twice as long, and so on."""
     now: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
 
@@ -67,21 +80,30 @@ class Missing:
     """Kind of the reason, as in `edgelam_fl.errors`; "": unknown."""
 
 
-@dataclass(frozen=True, slots=True)
-class SiteDeadline:
-    """The nodes of one site, whose parts end together: once a host has replied, or every member, the rest have `limit_s`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What becomes of nodes without an answer, as a `Watch` sees it."""
 
-    Flower keeps listing a SuperNode that lost a message (its process was started again with the message half done): without
-    this limit the server would wait for such a node until the round's deadline.
-    """
+    lost: Mapping[str, str] = field(default_factory=dict)
+    """Why a node is given up, by its name."""
+    again: Sequence[Request] = ()
+    """Messages to send: again, or in a node's next turn. The node's first answer to any of its messages counts."""
 
-    hosts: frozenset[str]
-    members: frozenset[str]
-    limit_s: float
 
-    def is_through(self, silent: Set[str]) -> bool:
-        """Returns whether the time of the site's `silent` nodes is running."""
-        return not self.hosts <= silent or not self.members & silent
+class Watch(Protocol):
+    """Judges the nodes that have not answered yet."""
+
+    def look(self, silent: Mapping[str, bool]) -> Verdict:
+        """Called after each look at what has arrived; `silent`: whether Flower lists a node, by the names of those without
+        an answer.
+        """
+
+
+class WhoLeft:
+    """Gives up the nodes that Flower no longer lists."""
+
+    def look(self, silent: Mapping[str, bool]) -> Verdict:
+        return Verdict(lost={name: LEFT for name, is_here in silent.items() if not is_here})
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,34 +140,34 @@ class Exchange:
         limit_s: float,
         *,
         one_by_one: bool = False,
-        sites: Sequence[SiteDeadline] = (),
+        watch: Watch | None = None,
     ) -> Iterator[Arrived | Missing]:
         """Sends all requests at once and yields one answer per request, in the order of arrival.
 
-        With `one_by_one`, the next reply is fetched only after the last one was taken, and no reply is kept here. Silent
-        nodes of `sites` are given up at their site's deadline, all others after `limit_s`.
+        With `one_by_one`, the next reply is fetched only after the last one was taken, and no reply is kept here. `watch`
+        gives silent nodes up and has messages sent again; None: it gives up those that have left. All others are given up
+        after `limit_s`.
         """
-        timing = self.timing
+        timing, watch = self.timing, watch or WhoLeft()
         end = timing.now() + limit_s
         waiting = self.send(requests)
-        through_since = dict.fromkeys(sites, math.inf)
         pause_s = timing.first_poll_s
         while waiting and timing.now() < end:
             for asked in [[message_id] for message_id in waiting] if one_by_one else [list(waiting)]:
-                found = list(self.grid.pull_messages(asked))
+                found = _taken(self.grid.pull_messages(asked), waiting)
                 while found:
-                    yield answer_of(waiting.pop(found[-1].metadata.reply_to_message_id), found.pop())
-            now, silent = timing.now(), {peer.name for peer in waiting.values()}
-            through_since = {s: min(t, now) if s.is_through(silent) else math.inf for s, t in through_since.items()}
-            late = {site for site, since in through_since.items() if now - since > site.limit_s}
-            for message_id, missing in self._given_up(waiting, late):
-                del waiting[message_id]
-                yield missing
+                    yield found.pop()
+            verdict = watch.look(self._silent(waiting))
+            for name, reason in verdict.lost.items():
+                _forget(name, waiting)
+                yield Missing(name, reason)
+            if verdict.again:
+                waiting |= self.send(verdict.again)
             if waiting:
                 timing.sleep(pause_s)
                 pause_s = min(timing.poll_s, 1.2 * pause_s)
-        for peer in waiting.values():
-            yield Missing(peer.name, f"no reply within {limit_s:.0f} s")
+        for name in dict.fromkeys(peer.name for peer in waiting.values()):
+            yield Missing(name, f"no reply within {limit_s:.0f} s")
 
     def arrived(self, message_ids: Iterable[str]) -> dict[str, Message]:
         """Returns the answers to these messages that are here now, by the ids of the messages that they answer."""
@@ -161,15 +183,33 @@ class Exchange:
             peers.append(Addressee(request.name, request.node_id))
         return dict(zip(self.grid.push_messages(messages), peers, strict=True))
 
-    def _given_up(self, waiting: Mapping[str, Addressee], late: Iterable[SiteDeadline]) -> list[tuple[str, Missing]]:
-        """Returns the messages that nobody will answer: their nodes have left, or belong to a site that is `late`."""
+    def _silent(self, waiting: Mapping[str, Addressee]) -> dict[str, bool]:
+        """Returns whether each node without an answer is here."""
         present = self.present() if waiting else set()
-        reasons = {name: f"no reply {s.limit_s:.0f} s after its site" for s in late for name in s.hosts | s.members}
-        return [
-            (message_id, Missing(peer.name, reasons.get(peer.name, "left the federation")))
-            for message_id, peer in waiting.items()
-            if peer.node_id not in present or peer.name in reasons
-        ]
+        silent: dict[str, bool] = {}
+        for peer in waiting.values():
+            silent[peer.name] = silent.get(peer.name, False) or peer.node_id in present
+        return silent
+
+
+def _taken(messages: Iterable[Message], waiting: dict[str, Addressee]) -> list[Arrived | Missing]:
+    """Returns what has arrived as its nodes' answers, and takes these nodes off `waiting`.
+
+    A failed ClientApp is no answer while another message is on its way to its node.
+    """
+    answers = []
+    for message in messages:
+        peer = waiting.pop(message.metadata.reply_to_message_id, None)
+        if peer is None or (message.has_error() and any(other.name == peer.name for other in waiting.values())):
+            continue
+        _forget(peer.name, waiting)
+        answers.append(answer_of(peer, message))
+    return answers
+
+
+def _forget(name: str, waiting: dict[str, Addressee]) -> None:
+    for message_id in [message_id for message_id, peer in waiting.items() if peer.name == name]:
+        del waiting[message_id]
 
 
 def answer_of(peer: Addressee, message: Message) -> Arrived | Missing:

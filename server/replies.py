@@ -33,6 +33,7 @@ from strategies.aggregation.fedavg import WeightedMean
 from strategies.api import Contribution
 from strategies.registry import Capabilities
 
+_UNREADABLE = (DecodeError, KeyError, TypeError, ValueError, EOFError, OSError)
 _ROUNDING = 1e-9  # relative, of a sum of learning rates
 KEPT_NODES = 32  # the most nodes of a round whose replies are kept
 FIRST_REPLIES = 8  # of a large round, which are judged together: before them there is no median
@@ -69,12 +70,23 @@ class Reply:
 
 def read_reply(content: RecordDict) -> Reply:
     """Reads a reply: its report, and the tensors of contribution i from "adapter-i". Garbage becomes a failed report."""
+    report = read_report(content)
     try:
-        report = with_bounded_words(pb.JobReport.FromString(content["report"]["report"]))
-        count = len(report.contributions)
-        return Reply(report, tuple(views(content[f"adapter-{number}"]) for number in range(count)))
-    except (DecodeError, KeyError, TypeError, ValueError, EOFError, OSError) as error:
-        return Reply(pb.JobReport(state="failed", error=f"its reply cannot be read: {type(error).__name__}"))
+        return Reply(report, tuple(views(content[f"adapter-{number}"]) for number in range(len(report.contributions))))
+    except _UNREADABLE as error:
+        return Reply(_unreadable(error))
+
+
+def read_report(content: RecordDict) -> pb.JobReport:
+    """Reads the report of a reply alone. Garbage becomes a failed report."""
+    try:
+        return with_bounded_words(pb.JobReport.FromString(content["report"]["report"]))
+    except _UNREADABLE as error:
+        return _unreadable(error)
+
+
+def _unreadable(error: Exception) -> pb.JobReport:
+    return pb.JobReport(state="failed", error=f"its reply cannot be read: {type(error).__name__}")
 
 
 def why_unusable(reply: Reply, plan: pb.Plan, adapter: Adapter) -> str:

@@ -283,10 +283,11 @@ class Roster:
         """Forgets the problem of a node that has delivered."""
         self.problems.pop(name, None)
 
-    def failed(self, name: str, reason: str, code: str = "", *, silent: bool) -> None:
+    def failed(self, name: str, reason: str, code: str = "", *, silent: bool, tardy: bool = False) -> None:
         """Notes why a node did not deliver. `code`: kind of the reason; with a final one the node is in no plan until it joins anew.
 
-        A `silent` one is in none until it answers a query: others would wait for it.
+        A `silent` one is in none until it answers a query: others would wait for it. For the answer of a `tardy` one nobody
+        waits, as they have waited for it.
         """
         self.problems[name] = reason
         if is_final(code):
@@ -294,6 +295,7 @@ class Roster:
             self._end(self._ids[name], _Refusal(name, reason, code, profile.role))
         elif silent:
             self.lose(name)
+            self._tardy |= {self._ids[name]} if tardy else set()
 
     def lose(self, name: str) -> None:
         """Takes a node out of the coming plans until it answers a query."""

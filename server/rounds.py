@@ -17,7 +17,7 @@ import numpy as np
 from flwr.app import ConfigRecord, RecordDict
 
 from edgelam_fl.bounds import DEFAULT_BOUNDS, Bounds
-from edgelam_fl.errors import ModelError, RunFailed
+from edgelam_fl.errors import Busy, ModelError, PeerLost, Refused, RunFailed
 from edgelam_fl.model.source import why_changed
 from edgelam_fl.plan.layout import Layout, site_source, who_may_host
 from edgelam_fl.plan.making import RoundFacts, make_plans, planned_steps
@@ -29,31 +29,34 @@ from edgelam_fl.telemetry.events import (
     ContributionLeftOut,
     Event,
     NodeLost,
+    NodeSetAside,
     RoundDone,
     RoundTimeline,
     SiteLost,
     VirtualRound,
 )
 from edgelam_fl.wire import edgelam_pb2 as pb
+from server.attempt import Attempt, Beginnings, Tries
 from server.checkpoint import Saved, flatten
 from server.events_of_round import describe_plan, describe_readable, describe_round, describe_timeline
-from server.exchange import Arrived, Exchange, Missing, Request, SiteDeadline
+from server.exchange import Arrived, Exchange, Missing, Request
 from server.global_adapter import with_missing_modules
 from server.hub import NO_HUB, RunHub
 from server.outcome import conclude, receive
 from server.parcels import make_parcels
+from server.pauses import NodePauses
 from server.privacy import PrivateRun, promise_in_words
 from server.private_terms import Terms, terms_of
-from server.replies import KEPT_NODES, read_reply, sums_on_arrival
+from server.replies import KEPT_NODES, read_report, sums_on_arrival
 from server.roster import Roster
 from server.run_folder import RunFolder
 from server.run_queue import Ticket
 from server.schedule import Lineup, Schedule
-from server.state import FederationState, Outcome, PlannedRound, Received
+from server.state import FederationState, Outcome, Parcel, PlannedRound, Received
 from strategies.registry import load
 
-_ATTEMPTS = 3
 _PRIVACY = "privacy"
+_OTHERS_FAULT = (PeerLost.code, Refused.code, Busy.code)  # codes of failures that another node is the reason of
 
 
 class Rounds:
@@ -89,6 +92,8 @@ class Rounds:
         self.privacy: PrivateRun | None = None
         self._exchange, self._timing, self._run, self._kept_nodes = exchange, exchange.timing, run, kept_nodes
         self._generator, self._ticket = generator, ticket
+        self.pauses = NodePauses()
+        self._beginnings = Beginnings()
         self._first = FederationState()
         if saved is not None:
             self.restore(saved)
@@ -111,17 +116,20 @@ class Rounds:
         failed attempts have spent the privacy budget.
         """
         number, refused = state.round + 1, ""
-        for attempt in range(1, _ATTEMPTS + 1):
+        tries = Tries(self._timing.now, self.config.federation.round_deadline_s)
+        for attempt in tries:
             self._check_model()
             self.roster.gather(self.config, at_start=number == attempt == 1)
             if self.config.privacy.mode != "none" and self.privacy is None:
                 self.privacy = self._promise()
             if not self._affords_a_round():
                 return state
-            lineup = self.schedule.lineup(number, attempt, self._devices(), len(self.roster.edges()))
+            aside = self.pauses.sitting_out(number, self.roster.devices(), self.config.federation.min_nodes)
+            lineup = self.schedule.lineup(number, attempt, self._devices(), len(self.roster.edges()), aside)
             planned = self._plan(number, attempt, lineup, state)
-            received = self._receive(planned)
-            self._note(planned, received)
+            trial = self._attempt(planned)
+            received = self._receive(planned, trial)
+            self._note(planned, received, trial)
             outcome = conclude(planned, received, self.aggregation.rule, self.config)
             state = state.after(outcome)
             if outcome.aggregated is not None:
@@ -130,8 +138,11 @@ class Rounds:
             if outcome.problem:
                 refused = outcome.problem
                 self.folder.emit(AggregateRefused(round=number, attempt=attempt, reason=refused))
+            tries.failed(by_chance=trial.lost_a_host and self.privacy is None)  # a private one is paid for
         problems = [f"{name}: {problem}" for name, problem in sorted(self.roster.problems.items())]
-        raise RunFailed(f"round {number} failed {_ATTEMPTS} times: {'; '.join(problems + [refused] * bool(refused))}")
+        raise RunFailed(
+            f"round {number} failed {tries.number} times: {'; '.join(problems + [refused] * bool(refused))}"
+        )
 
     def _check_model(self) -> None:
         """Raises ModelError if files of the model have changed since the run began: its nodes must go on with the same."""
@@ -140,16 +151,16 @@ class Rounds:
                 f"the files of model {self.spec.source.name} have changed since the run began: {changes}. Start the run again"
             )
 
-    def _receive(self, planned: PlannedRound) -> Received:
+    def _receive(self, planned: PlannedRound, trial: Attempt) -> Received:
         """Has an attempt's jobs done. A private run pays for it first, whatever comes of it: nodes see what others trained
         while they train. It judges no update by the others': who is left out would tell about them, and clipping bounds all.
         """
         if self.privacy is None:
-            return receive(planned, self._answers(planned), self.config.federation.update_factor)
+            return receive(planned, self._answers(trial), self.config.federation.update_factor)
         self.privacy.ledger.spend_a_round()
         sites = [site_source(site.name) for site in planned.layout.sites]
         sums = self.privacy.sums(planned.facts.round, planned.start.adapter, planned.facts.settings, sites)
-        received = receive(planned, self._answers(planned), private=sums)
+        received = receive(planned, self._answers(trial), private=sums)
         reports = [reply.report for reply in received.replies.values()]
         self.folder.emit(self.privacy.spent(planned.facts.round, planned.facts.attempt, sums, reports))
         channel_noise = self.privacy.channel_noise(planned.facts.attempt, sums)
@@ -196,6 +207,7 @@ class Rounds:
             "strategy.selection": (selection.state, selection.restore),
             "strategy.bandwidth": (bandwidth.state, bandwidth.restore),
             "schedule": (self.schedule.state, self.schedule.restore),
+            "pauses": (self.pauses.state, self.pauses.restore),
             "placement": (self.placement.state, self.placement.restore),
         }
 
@@ -226,16 +238,21 @@ class Rounds:
 
     def evaluate(self, state: FederationState) -> None:
         """Has every device that may take part measure the adapter. Raises RunFailed if none has, unless none holds examples out."""
-        self.roster.revisit()
         number = state.round + 1
-        lineup = self.schedule.lineup_for_evaluation(number, self._devices())
-        planned = self._plan(number, 1, lineup, state, trains=False)
-        can_measure = any(self.roster.profiles[name].held_out for name in lineup.names)
-        received = receive(planned, self._answers(planned))
-        self._note(planned, received)
-        if can_measure and not any(reply.report.eval_labels for reply in received.replies.values()):
-            raise RunFailed(f"the evaluation after the last round failed: {self.roster.problems}")
-        self._close(received, self._last_events(planned, received, "adapter"))
+        tries = Tries(self._timing.now, self.config.federation.round_deadline_s)
+        for attempt in tries:
+            self.roster.revisit()
+            lineup = self.schedule.lineup_for_evaluation(number, self._devices())
+            planned = self._plan(number, attempt, lineup, state, trains=False)
+            can_measure = any(self.roster.profiles[name].held_out for name in lineup.names)
+            trial = self._attempt(planned)
+            received = receive(planned, self._answers(trial))
+            self._note(planned, received, trial)
+            if not can_measure or any(reply.report.eval_labels for reply in received.replies.values()):
+                self._close(received, self._last_events(planned, received, "adapter"))
+                return
+            tries.failed(by_chance=trial.lost_a_host)
+        raise RunFailed(f"the evaluation after the last round failed: {self.roster.problems}")
 
     # ---------------------------------------------------------------- plan
 
@@ -292,41 +309,61 @@ class Rounds:
 
     def _layout(self, number: int, lineup: Lineup, trains: bool) -> Layout:
         devices = [self.roster.profiles[name] for name in lineup.names]
-        hosts = who_may_host(self.config, [*self.roster.edges(), *devices])
+        hosts = self._hosts(number, devices)
         if trains:  # an evaluation alone is not worth it
             names = {node.name for node in [*devices, *hosts]}
             measure = partial(self.roster.measure_links, names)
             self.placement.check_links(devices, hosts, lineup.shares, measure)
         return self.placement.layout(number, devices, hosts, lineup.shares)
 
+    def _hosts(self, number: int, devices: Sequence[pb.Profile]) -> list[pb.Profile]:
+        """Returns the nodes that may host in a round of these devices, but for those that sit out."""
+        hosts = {host.name: host for host in who_may_host(self.config, [*self.roster.edges(), *devices])}
+        aside = self.pauses.sitting_out(number, [*hosts], self.config.split.least_hosts)
+        return [host for name, host in hosts.items() if name not in aside]
+
     # ---------------------------------------------------------------- exchange
 
-    def _answers(self, planned: PlannedRound) -> Iterator[Arrived | Missing]:
+    def _attempt(self, planned: PlannedRound) -> Attempt:
+        hosting = {host.name for site in planned.layout.sites for host in site.hosts}
+        devices = [self.roster.profiles[name] for name in planned.lineup.names]
+        others = {host.name for host in self._hosts(planned.facts.round, devices)} - hosting
+        return Attempt(
+            planned,
+            self._exchange,
+            self._hub.attendance,
+            self.folder.emit,
+            message_to=partial(self._job, planned),
+            beginnings=self._beginnings,
+            can_replace=bool(others) or (self.config.split.hosts == "auto" and len(hosting) > 1),
+            limit_s=self.config.federation.round_deadline_s + self._timing.messages_s,
+        )
+
+    def _answers(self, trial: Attempt) -> Iterator[Arrived | Missing]:
         """Hands every node its job, and yields the nodes' answers as they arrive.
 
         With federation.wait = "park", all jobs are handed over first, and their reports asked for afterwards: a simulation
         can play one ClientApp after the other in this way, though jobs need each other.
         """
+        planned = trial.planned
         if not planned.plans:
             return
-        limit_s = self.config.federation.round_deadline_s + self._timing.messages_s
-        jobs = (self._job(planned, name) for name in planned.plans)
-        sites = self._site_deadlines(planned)
-        if self.config.federation.wait != "park":
-            yield from self._exchange.replies(jobs, limit_s, one_by_one=planned.sums_on_arrival, sites=sites)
-            return
-        parked = []
-        for answer in self._exchange.replies(jobs, limit_s):
-            if isinstance(answer, Arrived) and read_reply(answer.content).report.state == "running":
-                parked.append(answer.name)
-            else:
-                yield answer
-        reports = (self._collect(planned, name) for name in parked)
-        yield from self._exchange.replies(reports, limit_s, one_by_one=planned.sums_on_arrival, sites=sites)
+        requests = [self._job(planned, name, parcel) for name, parcel in planned.parcels.items()]
+        for last in (False, False, True):  # a node that asks for tensors is handed its job once more
+            parked = []
+            for answer in trial.answers(requests):
+                if not last and isinstance(answer, Arrived) and read_report(answer.content).state == "running":
+                    parked.append(answer.name)
+                else:
+                    yield answer
+                del answer
+            if not parked:
+                break
+            requests = [self._collect(planned, name) for name in parked]
+        trial.close()
 
-    def _job(self, planned: PlannedRound, name: str) -> Request:
-        plan, parcel = planned.plans[name], planned.parcels[name]
-        wait = self.config.federation.wait
+    def _job(self, planned: PlannedRound, name: str, parcel: Parcel) -> Request:
+        plan, wait = planned.plans[name], self.config.federation.wait
         content = RecordDict({"plan": ConfigRecord({"plan": plan.SerializeToString(), "wait": wait})})
         for number, record in enumerate(parcel.corrections):
             content[f"correction-{number}"] = record
@@ -338,33 +375,38 @@ class Rounds:
         plan = ConfigRecord({"plan": planned.plans[name].SerializeToString()})
         return self.roster.request(name, "train.collect", RecordDict({"plan": plan}))
 
-    def _site_deadlines(self, planned: PlannedRound) -> list[SiteDeadline]:
-        """Returns the sites whose nodes wait for each other. A node that began late has to wait for its peers, too."""
-        deadlines = next(iter(planned.plans.values())).deadlines
-        limit_s = deadlines.ready_s + deadlines.step_s + self._timing.messages_s
-        return [
-            SiteDeadline(frozenset(host.name for host in site.hosts), frozenset(site.members), limit_s)
-            for site in planned.layout.sites
-            if site.hosts
-        ]
-
     # ---------------------------------------------------------------- after the exchange
 
-    def _note(self, planned: PlannedRound, received: Received) -> None:
+    def _note(self, planned: PlannedRound, received: Received, trial: Attempt) -> None:
         """Notes which nodes and sites were lost, in the roster and as events."""
         number = planned.facts.round
         for name in planned.plans:
             if name in received.replies:
                 self.roster.delivered(name)
-                continue
-            reason, code = received.problems[name], received.codes.get(name, "")
-            self.roster.failed(name, reason, code, silent=name in received.silent)
-            self.folder.emit(NodeLost(round=number, node=name, reason=reason, code=code))
+                self.pauses.delivered(name)
+            elif trial.is_bystander(name):
+                self.roster.problems[name] = received.problems[name]
+            else:
+                reason, code = received.problems[name], received.codes.get(name, "")
+                is_silent = name in received.silent and not trial.is_back(name)
+                self.roster.failed(name, reason, code, silent=is_silent, tardy=name in trial.silent)
+                self.folder.emit(NodeLost(round=number, node=name, reason=reason, code=code))
+                if code not in _OTHERS_FAULT and (code or not is_silent):  # whoever is silent is not asked anyway
+                    self._set_aside(name, number, reason)
         for source, reason in sorted(received.left_out.items()):
             self.folder.emit(ContributionLeftOut(round=number, source=source, reason=reason))
         if planned.facts.steps:
             for site, hosts in received.broken.items():
                 self.folder.emit(SiteLost(round=number, site=site, missing=tuple(hosts)))
+
+    def _set_aside(self, name: str, number: int, reason: str) -> None:
+        """Notes a node's own failure in an attempt at round `number`; after the second in a row it sits out the next rounds."""
+        pause = self.pauses.failed(name, number, reason)
+        if pause.last > number:
+            back_in = pause.last + 1
+            self.folder.emit(
+                NodeSetAside(round=number, node=name, failures=pause.failures, back_in=back_in, reason=reason)
+            )
 
     def _finish(self, outcome: Outcome, state: FederationState) -> None:
         """Stores the new adapter, and lets strategies and placement learn from a round that came to one."""

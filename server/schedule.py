@@ -90,14 +90,17 @@ class Schedule:
         if self.virtual is not None:
             self.virtual.restore(state["virtual"])
 
-    def select(self, number: int, here: Sequence[pb.Profile], edges: int = 0) -> Selected:
+    def select(
+        self, number: int, here: Sequence[pb.Profile], edges: int = 0, aside: Mapping[str, str] = {}
+    ) -> Selected:
         """Returns the devices of round `number`, with a reason per device that is here. Raises RunFailed for a choice that
         cannot be used.
 
-        `edges`: the number of edge servers. If there are too few, and devices may host, listening devices are added.
+        `edges`: the number of edge servers. If there are too few, and devices may host, listening devices are added. `aside`: why
+        devices sit this round out, by name.
         """
         config = self.config
-        left_out = self._unfit_of(here)
+        left_out = {**aside, **self._unfit_of(here)}
         state = RoundState(
             number, self.candidates([profile for profile in here if profile.name not in left_out], number),
             self._chance(number), capacity_bps=self.capacity,
@@ -136,9 +139,14 @@ class Schedule:
         missing = split.least_hosts - edges - len(set(names) & set(listening))
         return [name for name in listening if name not in names][: max(0, missing)]
 
-    def lineup(self, number: int, attempt: int, here: Sequence[pb.Profile], edges: int) -> Lineup:
-        """Returns the devices that train in an attempt at round `number`. Devices that will drop out get shares, too."""
-        lineup = Lineup(selected=self.select(number, here, edges), shares={}, unfit=self._unfit_of(here))
+    def lineup(
+        self, number: int, attempt: int, here: Sequence[pb.Profile], edges: int, aside: Mapping[str, str] = {}
+    ) -> Lineup:
+        """Returns the devices that train in an attempt at round `number`. Devices that will drop out get shares, too.
+
+        `aside`: as in `select`.
+        """
+        lineup = Lineup(selected=self.select(number, here, edges, aside), shares={}, unfit=self._unfit_of(here))
         if not lineup.names:
             return replace(lineup, demands=None if self.virtual is None else [])
         devices = _named(here, lineup.names)

@@ -23,6 +23,7 @@ from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.checkpoint import Saved, load_newest
 from server.exchange import Exchange, ExchangeTiming
+from server.hub import NO_HUB, RunHub
 from server.replies import KEPT_NODES
 from server.roster import Roster
 from server.rounds import Rounds
@@ -166,6 +167,7 @@ class FederationByHand:
         kept_nodes: int = KEPT_NODES,
         generator: np.random.Generator | None = None,
         ticket: Ticket | None = None,
+        hub: RunHub = NO_HUB,
     ) -> None:
         self.config: RunConfig = run_config(source.name, "federation.rounds=2", *overrides)
         self.spec = RunSpec(self.config, source)
@@ -178,7 +180,12 @@ class FederationByHand:
             for names, role in ((devices, pb.DEVICE), (edges, pb.EDGE))
             for name in names
         }
-        self._settings: dict[str, Any] = {"kept_nodes": kept_nodes, "generator": generator, "ticket": ticket}
+        self._settings: dict[str, Any] = {
+            "kept_nodes": kept_nodes,
+            "generator": generator,
+            "ticket": ticket,
+            "hub": hub,
+        }
         self.clock = HandClock()
         self.grid: Any = HandGrid(list(self.nodes.values()))
         self._serve(RunFolder(folder, self.spec))

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from edgelam_fl.errors import ProtocolError, RunFailed
+from edgelam_fl.errors import PeerLost, ProtocolError
 from edgelam_fl.split.group import Group
 from edgelam_fl.split.judging import Size, size_problem
 from edgelam_fl.split.lane import Lane, TurnId
@@ -198,7 +198,7 @@ class Turns(ABC):
 
     @abstractmethod
     def _check_enough(self, lane: Lane) -> None:
-        """Raises RunFailed with fewer devices than the plan needs."""
+        """Raises PeerLost with fewer devices than the plan needs."""
 
     def _note_left_out(self, step: int, counted: Sequence[Member], left_out: Sequence[Member]) -> None:
         new = {m.index for m in left_out} - self._known_left_out
@@ -318,7 +318,7 @@ class DecidesTurns(Turns):
     def _check_enough(self, lane: Lane) -> None:
         left = [member for member in lane.members if member.present]
         if self._mode.waits_for_others and len(left) < self.plan.min_devices:
-            raise RunFailed(f"{len(left)} devices are left; at least {self.plan.min_devices} are needed")
+            raise PeerLost(f"{len(left)} devices are left; at least {self.plan.min_devices} are needed")
 
 
 class FollowsTurns(Turns):

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from edgelam_fl.errors import is_final
 from edgelam_fl.telemetry.events import (
+    AttemptAborted,
     BudgetSpent,
     DataChanged,
     DataCounts,
@@ -25,9 +26,12 @@ from edgelam_fl.telemetry.events import (
     JobDone,
     JobStarted,
     LinkMeasured,
+    MessageResent,
     NodeJoined,
     NodeLost,
     NodeRefused,
+    NodeSetAside,
+    NodeSilent,
     PlacementMade,
     PlanMade,
     PrivacyPromised,
@@ -89,6 +93,10 @@ class RunView:
             RoundDone: self._on_round_done,
             RoundTimeline: self._on_timeline,
             NodeLost: self._on_node_lost,
+            AttemptAborted: self._on_attempt_aborted,
+            NodeSilent: self._on_node_silent,
+            MessageResent: self._on_message_resent,
+            NodeSetAside: self._on_node_set_aside,
             RunFailure: self._on_run_failed,
             DataRead: self._on_data_read,
             DataChanged: self._on_data_changed,
@@ -217,6 +225,21 @@ class RunView:
     def _on_node_lost(self, event: NodeLost, _: str) -> None:
         self._row(event.node).doing = "lost"
         self.say(f"{event.node} did not finish round {event.round}: {event.reason}{_for_good(event.code)}")
+
+    def _on_attempt_aborted(self, event: AttemptAborted, _: str) -> None:
+        self._row(event.node).doing = "lost"
+        self.say(f"round {event.round}, attempt {event.attempt} ends: host {event.node} is out: {event.reason}")
+
+    def _on_node_silent(self, event: NodeSilent, _: str) -> None:
+        waits = f"it is waited for until {event.limit_s:.0f} s"
+        self.say(f"{event.node} has been silent for {event.seconds:.0f} s in round {event.round}; {waits}")
+
+    def _on_message_resent(self, event: MessageResent, _: str) -> None:
+        self.say(f"{event.node} is sent its part in round {event.round} again: {event.reason}")
+
+    def _on_node_set_aside(self, event: NodeSetAside, _: str) -> None:
+        times = f"{event.failures} failures in a row, the newest: {event.reason}"
+        self.say(f"{event.node} sits out until round {event.back_in} if others can do without it: {times}")
 
     def _on_run_failed(self, _: RunFailure, __: str) -> None:
         """Shows that the run failed; the command that follows the run prints the reason."""

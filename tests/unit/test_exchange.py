@@ -12,7 +12,8 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.exchange import Arrived, Exchange, ExchangeTiming, Missing, Request, SiteDeadline
+from server.attempt import SiteDeadline, SiteDeadlines
+from server.exchange import Arrived, Exchange, ExchangeTiming, Missing, Request
 from tests.by_hand import HandClock, moves
 from tests.unit.conftest import MakeFederation
 
@@ -137,7 +138,8 @@ def test_a_silent_node_of_a_site_that_is_through(
 ) -> None:
     grid = TimedGrid(*at_s)
     given_up = dict.fromkeys(late, 0.0)
-    for answer in grid.exchange().replies(grid.requests(), 100.0, sites=[SITE]):
+    watch = SiteDeadlines([SITE], grid.clock.now)
+    for answer in grid.exchange().replies(grid.requests(), 100.0, watch=watch):
         if isinstance(answer, Missing) and answer.reason == "no reply 10 s after its site":
             given_up[answer.name] = grid.clock.now_s
         last_s = grid.clock.now_s

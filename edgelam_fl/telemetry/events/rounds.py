@@ -236,6 +236,70 @@ class NodeLost(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class NodeSilent(Event):
+    """A node that plays its part gives no sign of life, and is waited for. Repeated every 10 s."""
+
+    round: int
+    """Number of the round."""
+    node: str
+    """Name of the node."""
+    seconds: float
+    """Seconds since its last sign of life."""
+    limit_s: float
+    """Seconds of silence after which it is lost."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MessageResent(Event):
+    """A node's part is handed over again, because its message or its reply seems to be lost."""
+
+    round: int
+    """Number of the round."""
+    attempt: int
+    """Number of the attempt."""
+    node: str
+    """Name of the node."""
+    seconds: float
+    """Seconds since the message was sent, or since the node's part was over."""
+    reason: str
+    """Reason, in words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptAborted(Event):
+    """A host is out, so the attempt ends at once for all nodes of its site."""
+
+    round: int
+    """Number of the round."""
+    attempt: int
+    """Number of the attempt."""
+    site: str
+    """Name of the site."""
+    node: str
+    """Name of the host."""
+    reason: str
+    """Reason, in words."""
+    seconds: float
+    """Seconds since the attempt began."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeSetAside(Event):
+    """A node has failed in several attempts in a row, and sits out some rounds if others can do without it."""
+
+    round: int
+    """Number of the round."""
+    node: str
+    """Name of the node."""
+    failures: int
+    """Attempts in a row that it failed in."""
+    back_in: int
+    """Number of the round that it may take part in again."""
+    reason: str
+    """Reason of the newest failure, in words."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SiteLost(Event):
     """A site lacks a host's reply, so nothing of this site is aggregated in this attempt."""
 

@@ -7,12 +7,15 @@ from collections.abc import Iterator, Sequence
 
 from edgelam_fl.telemetry.events import (
     AggregateRefused,
+    AttemptAborted,
     BudgetSpent,
     ContributionLeftOut,
     Event,
+    MessageResent,
     NodeJoined,
     NodeLost,
     NodeRefused,
+    NodeSetAside,
     PlanMade,
     RoundDone,
     RunFailure,
@@ -59,6 +62,12 @@ def _incidents(event: Event) -> Iterator[tuple[str, str, str]]:
             yield "refused", event.node, event.reason
         case NodeLost():
             yield f"lost in round {event.round}", event.node, event.reason
+        case AttemptAborted():
+            yield f"attempt {event.attempt} at round {event.round} ended", event.node, event.reason
+        case MessageResent():
+            yield f"sent its part in round {event.round} again", event.node, event.reason
+        case NodeSetAside():
+            yield f"sits out until round {event.back_in}", event.node, event.reason
         case ContributionLeftOut():
             yield f"left out of the aggregate of round {event.round}", event.source, event.reason
         case AggregateRefused():

@@ -1,0 +1,289 @@
+"""Attempts over nodes that attend at the hub: who is lost and when, by a clock that only moves when the server sleeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import cast
+
+import pytest
+from flwr.app import RecordDict
+
+from edgelam_fl.errors import RunFailed
+from edgelam_fl.model.adapter import Adapter
+from edgelam_fl.wire import edgelam_pb2 as pb
+from server.attendance import Attendance, Presence
+from server.hub import RunHub
+from server.pauses import NodePauses
+from tests.by_hand import FederationByHand, moves
+from tests.unit.conftest import MakeFederation
+
+
+def seen(state: str = "running", silent_s: float = 0.0, restarted: bool = False) -> Presence:
+    return Presence(silent_s=silent_s, epoch=1, restarted=restarted, state=state, step=1)
+
+
+class AttendanceByHand:
+    """All nodes attend from their first message on, unless a test says otherwise; remembers what they were told."""
+
+    works = True
+
+    def __init__(self) -> None:
+        self.says: dict[str, Callable[[int], Presence | None]] = {}
+        """What a node's beats say in an attempt, by its name; None: it has not attended."""
+        self.away: Callable[[], bool] = lambda: False
+        self.out: Mapping[str, str] = {}
+        self.attempt = 0
+        self.told: dict[str, dict[str, str]] = {}
+        """Who was out of a job, by round/attempt."""
+
+    def look(self, job: str, cancelled: str, out: Mapping[str, str]) -> Mapping[str, Presence]:
+        self.attempt = int(job.rpartition("/")[2])
+        self.out = dict(out)
+        self.told.setdefault(job.partition("/")[2], {}).update(out)
+        if self.away():
+            return {}
+        found = {name: says(self.attempt) for name, says in self.says.items()}
+        return {name: one for name, one in found.items() if one is not None}
+
+
+@pytest.fixture
+def attended(federation: MakeFederation) -> Callable[..., tuple[FederationByHand, AttendanceByHand]]:
+    def make(devices: str, edges: str, *overrides: str) -> tuple[FederationByHand, AttendanceByHand]:
+        attendance = AttendanceByHand()
+        run = federation(devices, edges, *overrides, hub=RunHub(attendance=cast(Attendance, attendance)))
+        attendance.says = {name: lambda attempt: seen() for name in run.nodes}
+        return run, attendance
+
+    return make
+
+
+MakeAttended = Callable[..., tuple[FederationByHand, AttendanceByHand]]
+ONE_ROUND = "federation.rounds=1"
+
+
+def waits_in(run: FederationByHand, attendance: AttendanceByHand, names: str, attempt: int = 1) -> None:
+    """Has nodes play on in an attempt until they are told to stop; then their parts fail."""
+
+    def waits(name: str) -> Callable[[pb.Plan | None], bool]:
+        return lambda plan: (
+            plan is not None and plan.steps > 0 and plan.attempt == attempt and name not in attendance.out
+        )
+
+    for name in names:
+        run.nodes[name].loses = waits(name)
+        run.nodes[name].fails = lambda plan: "cancelled" if plan.attempt == attempt and plan.steps else ""
+
+
+def lost(run: FederationByHand) -> list[str]:
+    return [event["node"] for event in run.events("node_lost")]
+
+
+def took_s(run: FederationByHand) -> float:
+    """The clock after the whole run, without the look at the result that closes it."""
+    return run.clock.now_s
+
+
+def test_a_host_that_fails_ends_its_sites_attempt_at_once(attended: MakeAttended) -> None:
+    run, attendance = attended("ab", "ef", ONE_ROUND)
+    run.nodes["e"].fails = lambda plan: "no memory" if plan.steps else ""
+    waits_in(run, attendance, "ab")
+    assert moves(run.run(), run.start)[2] == 2
+    (aborted,) = run.events("attempt_aborted")
+    assert (aborted["attempt"], aborted["site"], aborted["node"], aborted["reason"]) == (1, "e", "e", "no memory")
+    assert attendance.told["1/1"] == {
+        "e": "no memory", "a": "host e is out: no memory", "b": "host e is out: no memory",
+    }  # fmt: skip
+    assert [[site["site"] for site in event["sites"]] for event in run.events("plan")] == [["e"], ["f"], ["e"]]
+    assert lost(run) == ["e"], "its devices have nothing to answer for"
+    assert took_s(run) < 5
+
+
+def test_a_silent_host_is_lost_after_seconds_if_another_can_take_its_place(attended: MakeAttended) -> None:
+    run, attendance = attended("ab", "ef", ONE_ROUND)
+    run.nodes["e"].loses = lambda plan: bool(run.events("plan"))
+    attendance.says["e"] = lambda attempt: seen(silent_s=run.clock.now_s)
+    waits_in(run, attendance, "ab")
+    run.run()
+    (aborted,) = run.events("attempt_aborted")
+    assert aborted["reason"] == "silent for 8 s"
+    assert [event["attempt"] for event in run.events("plan")] == [1, 2, 1]
+    assert took_s(run) < 12
+
+
+def test_a_host_that_nobody_can_replace_is_waited_for(attended: MakeAttended) -> None:
+    """It is frozen for 25 s, which costs nothing but time."""
+    run, attendance = attended("ab", "e", ONE_ROUND)
+    run.nodes["e"].loses = lambda plan: plan is not None and run.clock.now_s < 25
+    attendance.says["e"] = lambda attempt: seen(silent_s=run.clock.now_s % 25)
+    run.run()
+    assert [event["attempt"] for event in run.events("plan")] == [1, 1]
+    assert lost(run) == []
+    said = [(event["node"], event["seconds"], event["limit_s"]) for event in run.events("node_silent")]
+    assert [(node, limit) for node, _, limit in said] == [("e", 60.0)] * 2
+    assert 8 <= said[0][1] < 10
+    assert 9.9 < said[1][1] - said[0][1] < 12
+
+
+@pytest.mark.parametrize("known_by", ["beats", "report"])
+def test_a_host_that_was_started_again_takes_part_in_the_next_attempt(attended: MakeAttended, known_by: str) -> None:
+    run, attendance = attended("ab", "e", ONE_ROUND)
+    if known_by == "beats":
+        run.nodes["e"].loses = lambda plan: plan is not None and plan.attempt == 1 and plan.steps > 0
+        attendance.says["e"] = lambda attempt: seen(restarted=attempt == 1 and not run.events("attempt_aborted"))
+    else:
+        run.nodes["e"].fails = lambda plan: "the part is gone" if plan.attempt == 1 and plan.steps else ""
+        run.nodes["e"].code = "restarted"
+    waits_in(run, attendance, "ab")
+    assert moves(run.run(), run.start)[2] == 2
+    assert lost(run) == ["e"]
+    assert [event["attempt"] for event in run.events("plan")] == [1, 2, 1]
+    assert took_s(run) < 10
+
+
+def test_a_host_that_vanishes_again_and_again_is_not_counted_by_attempts(attended: MakeAttended) -> None:
+    run, _ = attended("ab", "e", ONE_ROUND)
+    run.nodes["e"].fails = lambda plan: "the part is gone" if plan.attempt < 6 and plan.steps else ""
+    run.nodes["e"].code = "restarted"
+    assert moves(run.run(), run.start)[2] == 2
+    assert [event["attempt"] for event in run.events("plan")] == [1, 2, 3, 4, 5, 6, 1]
+
+
+def test_hosts_are_told_of_a_device_that_failed(attended: MakeAttended) -> None:
+    run, attendance = attended("ab", "e", ONE_ROUND)
+    run.nodes["b"].fails = lambda plan: "its data cannot be used"
+    run.nodes["e"].loses = lambda plan: plan is not None and plan.steps > 0 and "b" not in attendance.out
+    assert moves(run.run(), run.start)[0] == 1
+    assert attendance.told["1/1"] == {"b": "its data cannot be used"}
+    assert run.events("attempt_aborted") == []
+    assert took_s(run) < 5
+
+
+def test_a_silent_device_is_lost_alone(attended: MakeAttended) -> None:
+    run, attendance = attended("ab", "e", ONE_ROUND)
+    run.nodes["b"].loses = lambda plan: plan is not None
+    attendance.says["b"] = lambda attempt: seen(silent_s=run.clock.now_s)
+    run.nodes["e"].loses = lambda plan: plan is not None and plan.steps > 0 and "b" not in attendance.out
+    assert moves(run.run(), run.start)[0] == 1
+    assert lost(run)[0] == "b"
+    assert [event["attempt"] for event in run.events("plan")] == [1, 1]
+
+
+def test_a_node_that_plays_is_waited_for_though_flower_misses_it(attended: MakeAttended) -> None:
+    """Its SuperNode was started again: the part goes on, and its reply is asked for by another message."""
+    run, attendance = attended("ab", "e", ONE_ROUND)
+    node_id = next(number for number, node in run.grid.nodes.items() if node is run.nodes["b"])
+    all_nodes = dict(run.grid.nodes)
+    run.grid.get_node_ids = lambda: [n for n in all_nodes if n != node_id or not 1 < run.clock.now_s < 20]
+    state = lambda: "running" if run.clock.now_s < 15 else "done"  # noqa: E731
+    attendance.says["b"] = lambda attempt: seen(state=state())
+    run.nodes["b"].loses = lambda plan: plan is not None and plan.steps > 0 and not run.events("message_resent")
+    assert moves(run.run(), run.start)[0] == 1
+    assert lost(run) == []
+    (again,) = run.events("message_resent")
+    assert (again["node"], again["reason"]) == ("b", "its part is over, and no reply has come")
+
+
+def test_a_message_that_nobody_has_is_sent_again(attended: MakeAttended) -> None:
+    run, attendance = attended("ab", "e", ONE_ROUND)
+    run.nodes["b"].loses = lambda plan: plan is not None and plan.steps > 0 and not run.events("message_resent")
+    attendance.says["b"] = lambda attempt: seen() if run.events("message_resent") else None
+    assert moves(run.run(), run.start)[0] == 1
+    assert lost(run) == []
+    (again,) = run.events("message_resent")
+    assert (again["node"], again["reason"]) == ("b", "it has not begun")
+    assert 8 <= again["seconds"] < 12
+
+
+@pytest.mark.parametrize("wait", ["block", "park"])
+def test_a_node_that_asks_for_tensors_is_sent_them_within_the_attempt(federation: MakeFederation, wait: str) -> None:
+    """Device b has lost what it held, which the server cannot know."""
+    run = federation("ab", "e", f"federation.wait={wait}")
+    work = run.nodes["b"].work
+
+    def forgets(plan: pb.Plan, content: RecordDict) -> tuple[pb.JobReport, list[Adapter]]:
+        if plan.round == 2 and plan.steps and "adapter" not in content:
+            run.nodes["b"].held = {}
+            return pb.JobReport(state="needs"), []
+        return work(plan, content)
+
+    run.nodes["b"].work = forgets  # type: ignore[method-assign]
+    assert moves(run.run(), run.start)[0] == 2
+    assert lost(run) == []
+    assert [event["attempt"] for event in run.events("plan")] == [1, 1, 1]
+
+
+def test_a_node_that_cannot_reach_the_hub_is_waited_for_as_without_one(attended: MakeAttended) -> None:
+    run, attendance = attended("ab", "e", "federation.rounds=2")
+    attendance.says["b"] = lambda attempt: None
+    slow: dict[int, float] = {}
+    run.nodes["b"].loses = lambda plan: (
+        plan is not None and run.clock.now_s < slow.setdefault(plan.round, run.clock.now_s) + 200
+    )
+    assert moves(run.run(), run.start)[0] == 2
+    assert lost(run) == []
+    assert [event["node"] for event in run.events("message_resent")] == ["b"], "once, until it is known not to attend"
+
+
+def test_nobody_is_judged_by_silence_while_the_hub_is_away(attended: MakeAttended) -> None:
+    run, attendance = attended("ab", "ef", ONE_ROUND)
+    attendance.away = lambda: 2 < run.clock.now_s < 40
+    run.nodes["e"].loses = lambda plan: plan is not None and run.clock.now_s < 45
+    attendance.says["e"] = lambda attempt: seen(silent_s=1.0)
+    run.run()
+    assert lost(run) == []
+    assert run.events("attempt_aborted") == []
+
+
+def test_the_other_sites_results_stand(attended: MakeAttended) -> None:
+    run, attendance = attended("abc", "ef", "split.sites=2", ONE_ROUND)
+    run.nodes["e"].fails = lambda plan: "no memory" if plan.steps else ""
+    waits_in(run, attendance, "ac")
+    assert moves(run.run(), run.start) == {0: 1, 1: 1, 2: 2, 3: 2, 4: 1, 5: 1}
+    assert [event["attempt"] for event in run.events("plan")] == [1, 1]
+    assert set(attendance.told["1/1"]) == {"a", "c", "e"}
+
+
+# ---------------------------------------------------------------- who fails again and again
+
+
+def test_a_device_that_fails_twice_in_a_row_sits_out_with_growing_pauses(federation: MakeFederation) -> None:
+    run = federation("ab", "e", "federation.rounds=9")
+    run.nodes["b"].fails = lambda plan: "no memory" if plan.steps else ""
+    run.run()
+    selected = [event["round"] for event in run.events("plan") if "b" in event["selected"]]
+    assert selected == [1, 2, 4, 7, 10], "after two failures one round, then two, then four"
+    assert [(e["node"], e["failures"], e["back_in"]) for e in run.events("node_set_aside")] == [
+        ("b", 2, 4), ("b", 3, 7), ("b", 4, 12),
+    ]  # fmt: skip
+    why = run.events("plan")[2]["why"]["b"]
+    assert why == "sits out until round 4: failed 2 times in a row: no memory"
+
+
+def test_a_device_that_a_round_needs_never_sits_out(federation: MakeFederation) -> None:
+    run = federation("ab", "e", "federation.min_nodes=2")
+    run.nodes["b"].fails = lambda plan: "no memory"
+    with pytest.raises(RunFailed, match="round 1 failed 3 times"):
+        run.run()
+    assert [event["selected"] for event in run.events("plan")] == [["a", "b"]] * 3
+
+
+def test_a_failure_that_another_node_is_the_reason_of_is_not_held_against_a_node(federation: MakeFederation) -> None:
+    run = federation("ab", "e", "federation.rounds=4")
+    run.nodes["b"].fails = lambda plan: "the link to 'e' broke" if plan.steps else ""
+    run.nodes["b"].code = "peer-lost"
+    run.run()
+    assert run.events("node_set_aside") == []
+
+
+def test_pauses_end_with_a_delivery_and_outlive_the_server() -> None:
+    pauses = NodePauses()
+    for number in (1, 2):
+        pauses.failed("a", number, "no memory")
+    pauses.failed("b", 2, "crash")
+    again = NodePauses()
+    again.restore(pauses.state())
+    assert set(again.sitting_out(2, "abc", 1)) == {"a", "b"}
+    assert set(again.sitting_out(2, "abc", 2)) == {"a"}, "who failed most often sits out first"
+    assert set(again.sitting_out(3, "abc", 1)) == {"a"}
+    again.delivered("a")
+    assert again.sitting_out(3, "abc", 1) == {}
