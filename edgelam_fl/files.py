@@ -12,8 +12,10 @@ import shutil
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 _ASIDE = ".old.part"
 # Half-done files and folders: ours, those of the library safetensors, and of `write_atomically`.
@@ -60,7 +62,8 @@ def keep_private() -> None:
 def write_atomically(path: Path, content: str | bytes, *, durable: bool = False) -> None:
     """Replaces a file in one step: a reader finds the old content or the new one, never a part.
 
-    durable: it is on the disk when this returns, so that not even a power cut takes it back.
+    durable: its bytes are on the disk before it has the name, so that a power cut leaves the old content or the new one;
+    `sync_folder` of its folder brings the name there.
     """
     _replace(path, content, 0o666, durable)
 
@@ -83,8 +86,6 @@ def _replace(path: Path, content: str | bytes, mode: int, durable: bool) -> None
     except BaseException:
         temporary.unlink(missing_ok=True)  # on a full disk others need its bytes
         raise
-    if durable:
-        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -147,6 +148,12 @@ def sweep(folder: Path) -> list[str]:
 def is_full(error: OSError) -> bool:
     """Returns whether an error says that the disk, or this user's part of it, is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Prints a line at once; `stream`: None: standard output. Output may be a log on a full disk, and that fails nobody."""
+    with suppress(OSError):
+        print(text, file=stream, flush=True)
 
 
 def free_bytes(folder: Path) -> int:

@@ -13,7 +13,7 @@ from edgelam_fl.bounds import Bounds, bounds_of
 from edgelam_fl.config import parse_run_file, without_home
 from edgelam_fl.errors import ConfigError, EdgelamError
 from edgelam_fl.federation import QUEUE
-from edgelam_fl.files import from_home, keep_private
+from edgelam_fl.files import from_home, keep_private, say
 from edgelam_fl.plan.making import task_settings
 from edgelam_fl.plan.placement import first_proposal
 from edgelam_fl.plan.spec import RunSpec
@@ -95,11 +95,11 @@ def _run(
     ticket: Ticket | None,
 ) -> None:
     folder.emit(RunStarted(run=folder.path.name, config=spec.config.model_dump(mode="json"), versions=versions()))
-    print(f"run folder: {folder.path}", flush=True)
+    say(f"run folder: {folder.path}")
     name = f"{folder.path.name}-{time.time_ns():x}"
     Rounds(spec, exchange, roster, folder, name, hub=hub, bounds=bounds, ticket=ticket).run()
     folder.finish()
-    print(f"done: {folder.path / 'summary.json'}", flush=True)
+    say(f"done: {folder.path / 'summary.json'}")
 
 
 def _profile_request(spec: RunSpec, hub: RunHub) -> pb.ProfileRequest:

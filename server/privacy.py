@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from edgelam_fl.errors import ConfigError
-from edgelam_fl.files import write_atomically
+from edgelam_fl.files import sync_folder, write_atomically
 from edgelam_fl.model.adapter import Adapter, initial_adapter, layer_number
 from edgelam_fl.plan.making import ClientSettings, RoundPrivacy
 from edgelam_fl.plan.modes import host_mode
@@ -87,6 +87,7 @@ class Ledger:
         """Counts one more round as spent."""
         self.rounds += 1
         write_atomically(self._file, json.dumps(self._line() | {"rounds": self.rounds}) + "\n", durable=True)
+        sync_folder(self._file.parent)
 
     def _resume(self, line: Mapping[str, object], goes_on: bool) -> None:
         rounds, own = line.get("rounds"), self._line()

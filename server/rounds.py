@@ -18,6 +18,7 @@ from flwr.app import ConfigRecord, RecordDict
 
 from edgelam_fl.bounds import DEFAULT_BOUNDS, Bounds
 from edgelam_fl.errors import Busy, ModelError, PeerLost, Refused, RunFailed
+from edgelam_fl.files import say
 from edgelam_fl.model.source import why_changed
 from edgelam_fl.plan.layout import Layout, site_source, who_may_host
 from edgelam_fl.plan.making import RoundFacts, make_plans, planned_steps
@@ -35,6 +36,7 @@ from edgelam_fl.telemetry.events import (
     SiteLost,
     VirtualRound,
 )
+from edgelam_fl.telemetry.timeline import shares_in
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.attempt import Attempt, Beginnings, Tries
 from server.checkpoint import Saved, flatten
@@ -48,6 +50,7 @@ from server.pauses import NodePauses
 from server.privacy import PrivateRun, promise_in_words
 from server.private_terms import Terms, terms_of
 from server.replies import KEPT_NODES, read_report, sums_on_arrival
+from server.room import Room
 from server.roster import Roster
 from server.run_folder import RunFolder
 from server.run_queue import Ticket
@@ -94,6 +97,7 @@ class Rounds:
         self._generator, self._ticket = generator, ticket
         self.pauses = NodePauses()
         self._beginnings = Beginnings()
+        self._room = Room(folder.path, folder.emit, exchange.timing)
         self._first = FederationState()
         if saved is not None:
             self.restore(saved)
@@ -105,6 +109,7 @@ class Rounds:
         """
         state = self._first
         while state.round < self.config.federation.rounds and self._affords_a_round():
+            self._room.await_bytes(self.folder.round_bytes())
             state = self.round_after(state)
         if self.privacy is not None and state.round < self.config.federation.rounds:
             self._end_early(self.privacy, state)
@@ -220,7 +225,7 @@ class Rounds:
         privacy = PrivateRun(self.spec, terms, self.folder.path, generator=self._generator)
         promised = privacy.promise()
         self.folder.emit(promised)
-        print(promise_in_words(promised, self.config.federation.rounds), flush=True)
+        say(promise_in_words(promised, self.config.federation.rounds))
         return privacy
 
     def _affords_a_round(self) -> bool:
@@ -232,7 +237,7 @@ class Rounds:
             raise RunFailed("the privacy budget is spent, and no attempt at round 1 succeeded: there is no result")
         rounds, epsilon = self.config.federation.rounds, privacy.ledger.epsilon
         self.folder.emit(BudgetSpent(round=state.round, planned=rounds, epsilon=epsilon, budget=privacy.terms.epsilon))
-        print(f"the privacy budget is spent after round {state.round} of {rounds}: epsilon {epsilon:.4g}", flush=True)
+        say(f"the privacy budget is spent after round {state.round} of {rounds}: epsilon {epsilon:.4g}")
 
     # ---------------------------------------------------------------- evaluation
 
@@ -421,7 +426,8 @@ class Rounds:
             self.placement.observe(planned.plans, {name: reply.report for name, reply in replies.items()})
         checkpoint = "adapter" if state.adapter else ""
         events = self._last_events(planned, received, checkpoint, outcome.error, outcome.aggregated.facts, virtual)
-        self.folder.checkpoint(self.saved(state, events[1:]))
+        saved = self.saved(state, events[1:])
+        self._room.store(lambda: self.folder.checkpoint(saved), self.folder.round_bytes())
         self._close(received, events)
 
     def _last_events(
@@ -449,11 +455,12 @@ class Rounds:
         """Emits the round's last events."""
         timeline, done = events
         if timeline.nodes:
-            self.folder.emit(timeline)
+            self.folder.timelines(timeline)
+            self.folder.emit(shares_in(timeline))
         self.folder.emit(done)
         labels, loss_sum = 0, 0.0
         for reply in received.replies.values():
             report = reply.report
             labels, loss_sum = labels + report.eval_labels, loss_sum + report.eval_loss_sum
         measured = f"held-out loss {loss_sum / labels:.4f} at its start" if labels else "nothing measured at its start"
-        print(f"round {done.round}: {len(done.devices)} devices, {measured}", flush=True)
+        say(f"round {done.round}: {len(done.devices)} devices, {measured}")

@@ -13,16 +13,27 @@ from pathlib import Path
 
 from edgelam_fl.config import to_toml
 from edgelam_fl.errors import ConfigError, RunFailed
-from edgelam_fl.files import from_home, replace_folder, sweep, write_atomically
-from edgelam_fl.model.adapter import Adapter, write_peft_folder
+from edgelam_fl.files import from_home, is_full, replace_folder, say, sweep, write_atomically
+from edgelam_fl.model.adapter import Adapter, target_modules, write_peft_folder
+from edgelam_fl.model.base_names import FP32_BYTES
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.serving.results import BASE_MODEL
-from edgelam_fl.telemetry.events import EventLog, RunDone, RunFailure, as_line, mend_log, read_events
+from edgelam_fl.telemetry.events import (
+    EVENTS_FILE,
+    TIMELINES_BYTES,
+    TIMELINES_FILE,
+    EventLog,
+    RunDone,
+    RunFailure,
+    as_line,
+    mend_log,
+    read_events,
+)
 from edgelam_fl.telemetry.records import as_json
 from edgelam_fl.telemetry.summary import build_summary
-from server.checkpoint import Saved, newest_round, save, sweep_checkpoints
+from server.checkpoint import Saved, newest_round, save, size_bytes, sweep_checkpoints
 
-EVENTS = "events.jsonl"
+_REPORT_BYTES, _RESERVE_BYTES = 5_000_000, 64_000
 _VERSIONED = ("edgelam-fl", "flwr", "torch", "transformers", "peft", "grpcio")
 
 
@@ -47,7 +58,7 @@ class RunFolder:
             raise ConfigError(f"{path.name} is the folder of another run (nothing is ever overwritten)") from error
         base = {"model": spec.config.model.name, "files": dict(spec.source.files)}
         write_atomically(path / BASE_MODEL, json.dumps(base, indent=1) + "\n")
-        self.emit = EventLog(path / EVENTS)
+        self._open_logs()
 
     @classmethod
     def reopened(cls, path: Path, spec: RunSpec, saved: Saved) -> RunFolder:
@@ -58,14 +69,30 @@ class RunFolder:
         folder.path, folder._spec = path, spec
         sweep(path)
         sweep_checkpoints(path)
-        mend_log(path / EVENTS, saved.events_bytes)
-        folder.emit = EventLog(path / EVENTS)
+        mend_log(path / EVENTS_FILE, saved.events_bytes)
+        folder._open_logs()
         folder._export(saved)
-        known = [as_line(event) for event in read_events(path / EVENTS)]
+        known = [as_line(event) for event in read_events(path / EVENTS_FILE)]
         for event in saved.closing:
             if as_line(event) not in known:
                 folder.emit(event)
         return folder
+
+    def _open_logs(self) -> None:
+        self.emit = EventLog(self.path / EVENTS_FILE)
+        self.timelines = EventLog(self.path / TIMELINES_FILE, TIMELINES_BYTES)
+
+    def round_bytes(self) -> int:
+        """Returns the room on the disk that a round needs at its end: for two checkpoints with what is made of them, and a report."""
+        made = [file for name in ("adapter", "adapters") for file in (self.path / name).rglob("*") if file.is_file()]
+        size = size_bytes(self.path) + sum(file.stat().st_size for file in made)
+        if not size:
+            config = self._spec.config.lora
+            shapes = target_modules(self._spec.source, config.targets).values()
+            rank = max([config.rank, *config.ranks.values()])
+            size = 2 * FP32_BYTES * rank * sum(map(sum, shapes))
+        report = self.path / "report.html"
+        return 2 * size + (report.stat().st_size if report.exists() else _REPORT_BYTES) + _RESERVE_BYTES
 
     def checkpoint(self, saved: Saved) -> None:
         """Commits all that the run needs to go on, then replaces the adapter that users see."""
@@ -84,21 +111,22 @@ class RunFolder:
         state = saved.state
         if not state.adapter:
             return
-        exports = {name: {**state.adapter, **tensors} for name, tensors in state.exports().items()}
+        exports = {Path(name): {**state.adapter, **tensors} for name, tensors in state.exports().items()}
         if exports:
-            part = self._new_folder("adapters")
-            for name, tensors in exports.items():
-                self._write_adapter(tensors, part / name)
-            replace_folder(part, self.path / "adapters")
-        part = self._new_folder("adapter")
-        self._write_adapter(state.adapter, part)
-        replace_folder(part, self.path / "adapter")
+            self._replace("adapters", exports)
+        self._replace("adapter", {Path(): state.adapter})
 
-    def _new_folder(self, name: str) -> Path:
+    def _replace(self, name: str, exports: Mapping[Path, Adapter]) -> None:
+        """Replaces a folder of this one by a new one with these adapters, by their paths in it."""
         part = self.path / f"{name}.part"
         shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        return part
+        try:
+            for place, tensors in exports.items():
+                self._write_adapter(tensors, part / place)
+            replace_folder(part, self.path / name)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
 
     def _write_adapter(self, tensors: Adapter, folder: Path) -> None:
         lora = self._spec.config.lora
@@ -117,9 +145,16 @@ class RunFolder:
         from edgelam_fl.telemetry.report.page import write_report  # its plotly takes a second to import
 
         self.emit(RunDone(summary="summary.json"))
-        summary = build_summary(list(read_events(self.emit.path)))
-        write_atomically(self.path / "summary.json", json.dumps(as_json(summary), indent=2) + "\n")
-        write_report(self.path)
+        try:
+            summary = build_summary(list(read_events(self.emit.path)))
+            write_atomically(self.path / "summary.json", json.dumps(as_json(summary), indent=2) + "\n")
+            write_report(self.path)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            say(
+                f"the disk is full: the run is done, and `edgelam report {self.path}` makes its page once there is room"
+            )
 
     def fail(self, reason: str, exit_code: int = RunFailed.exit_code) -> None:
         """Emits why the run ended early and what is kept of it, and writes the report. `exit_code`: of who follows the run."""

@@ -7,7 +7,8 @@ import random
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from edgelam_fl.telemetry.events import Event, parse_event
+from edgelam_fl.telemetry.events import Event, RoundTimeline, as_line, of_kind, parse_event
+from edgelam_fl.telemetry.timeline import shares_in
 
 DEVICES = ("device-1", "device-2", "device-3")
 ROUNDS, STEPS = 4, 10
@@ -111,6 +112,12 @@ def a_device(name: str, number: int, draw: random.Random, evil: str) -> dict[str
     }
 
 
+def shares_of(timeline: dict[str, Any]) -> dict[str, Any]:
+    """Returns the event that a server writes of a timeline."""
+    (event,) = of_kind(as_events([timeline]), RoundTimeline)
+    return as_line(shares_in(event))
+
+
 def timeline_of(
     number: int, *, device_names: tuple[str, ...] = DEVICES, host_names: tuple[str, ...] = ("edge-1",)
 ) -> dict[str, Any]:
@@ -185,9 +192,8 @@ def a_classification() -> list[dict[str, Any]]:
             for name, held in slices.items()
         ]
         if number <= 3:
-            events.append(
-                timeline_of(number, device_names=names, host_names=("edge-1", "pi-kitchen-north", "pi-office"))
-            )
+            timeline = timeline_of(number, device_names=names, host_names=("edge-1", "pi-kitchen-north", "pi-office"))
+            events += [timeline, shares_of(timeline)]
         steps, kinds = (STEPS, {"ACT": 9_000_000, "GRAD": 8_000_000}) if number <= 3 else (0, {"ACT": 2_000_000})
         done = {"event": "round_done", "round": number, "attempt": 1, "steps": steps, "seconds": 20.0 + number}
         events.append(done | {"devices": devices, "hosts": slice_hosts, "bytes_by_kind": kinds})

@@ -16,6 +16,7 @@ from enum import Enum
 from typing import Any
 
 from edgelam_fl.addresses import is_loopback
+from edgelam_fl.files import say
 
 Scope = Mapping[str, Any]
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]
@@ -182,4 +183,4 @@ async def _answer(send: Send, status: int, content: dict[str, Any]) -> None:
 def _note(scope: Scope, refusal: Denied) -> None:
     """Writes who was refused what to the log."""
     address = scope["client"][0] if scope["client"] else "unknown"
-    print(f"refused {address}, {scope['path'][:80]!r}: {refusal}", file=sys.stderr, flush=True)
+    say(f"refused {address}, {scope['path'][:80]!r}: {refusal}", sys.stderr)

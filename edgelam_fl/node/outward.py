@@ -10,13 +10,14 @@ import sys
 import traceback
 
 from edgelam_fl.errors import EdgelamError, for_others
+from edgelam_fl.files import say
 
 
 def outward(node: str, error: BaseException, what: str) -> str:
     """Writes an error into this node's log; returns what others may hear. `what`: what failed, for the log."""
     if isinstance(error, EdgelamError):
-        print(f"{what}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        say(f"{what}: {type(error).__name__}: {error}", sys.stderr)
     else:
-        print(f"{what}: {''.join(traceback.format_exception(error))}", file=sys.stderr, flush=True)
+        say(f"{what}: {''.join(traceback.format_exception(error))}", sys.stderr)
     said = for_others(error)
     return said if said == str(error) else f"{said}; see stage-host.log on {node}"

@@ -21,6 +21,7 @@ from edgelam_fl.telemetry.events import (
     DataChanged,
     DataCounts,
     DataRead,
+    DiskFull,
     Evaluated,
     Event,
     JobDone,
@@ -36,7 +37,7 @@ from edgelam_fl.telemetry.events import (
     PlanMade,
     PrivacyPromised,
     RoundDone,
-    RoundTimeline,
+    RoundShares,
     RunFailure,
     RunStarted,
     RunWaits,
@@ -46,7 +47,6 @@ from edgelam_fl.telemetry.events import (
 )
 from edgelam_fl.telemetry.human import by_name, human_bytes, human_layers, human_measure, total
 from edgelam_fl.telemetry.summary import measure_of, measured, setting, task_of
-from edgelam_fl.telemetry.timeline import read_phase
 
 NAMES_SHOWN = 8
 VALUES_SHOWN = 3
@@ -91,7 +91,8 @@ class RunView:
             PrivacyPromised: self._on_privacy_promised,
             BudgetSpent: self._on_budget_spent,
             RoundDone: self._on_round_done,
-            RoundTimeline: self._on_timeline,
+            RoundShares: self._on_shares,
+            DiskFull: self._on_disk_full,
             NodeLost: self._on_node_lost,
             AttemptAborted: self._on_attempt_aborted,
             NodeSilent: self._on_node_silent,
@@ -217,10 +218,15 @@ class RunView:
         quality = f"; held-out {self._measure} {when}: {_first_of(shown)}" if shown else ""
         self.say(f"{self._stage} took {event.seconds:.0f} s{quality}")
 
-    def _on_timeline(self, event: RoundTimeline, _: str) -> None:
-        phase = read_phase(event)
-        for name, shares in phase.shares().items() if phase else ():
+    def _on_shares(self, event: RoundShares, _: str) -> None:
+        for name, shares in event.nodes.items():
             self._row(name).waited = shares.waited_s / (shares.phase_s or 1)
+
+    def _on_disk_full(self, event: DiskFull, _: str) -> None:
+        self.say(
+            f"the run waits for room on the disk of its folder since {event.waited_s:.0f} s: {human_bytes(event.free_bytes)} are free, "
+            f"{human_bytes(event.needed_bytes)} are needed; it goes on by itself once there is room"
+        )
 
     def _on_node_lost(self, event: NodeLost, _: str) -> None:
         self._row(event.node).doing = "lost"

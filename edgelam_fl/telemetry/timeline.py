@@ -10,24 +10,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from edgelam_fl.telemetry.events import RoundTimeline, TimelineInterval
+from edgelam_fl.telemetry.events import NodeShares, RoundShares, RoundTimeline, TimelineInterval
 from edgelam_fl.telemetry.human import by_name
 
 COMPUTING = ("forward", "backward", "step")
 LONGEST_S = 1e7  # a train phase of four months
-
-
-@dataclass(frozen=True)
-class Shares:
-    """One node's time in the phase, in seconds; the three add up to the phase."""
-
-    computed_s: float
-    sent_s: float  # while it did not compute
-    waited_s: float
-
-    @property
-    def phase_s(self) -> float:
-        return self.computed_s + self.sent_s + self.waited_s
 
 
 class BusyTime(NamedTuple):
@@ -54,18 +41,19 @@ class Phase:
     end_s: float
     rows: Mapping[tuple[str, str], list[BusyTime]]  # per (node, role): devices first, by name
 
-    def shares(self) -> dict[str, Shares]:
+    def shares(self) -> dict[str, NodeShares]:
         """Returns the shares per node, its roles together."""
         nodes = sorted({node for node, _ in self.rows}, key=by_name)
         return {
             node: self._shares([i for key, own in self.rows.items() if key[0] == node for i in own]) for node in nodes
         }
 
-    def _shares(self, intervals: Iterable[BusyTime]) -> Shares:
+    def _shares(self, intervals: Iterable[BusyTime]) -> NodeShares:
         busy = [(i.kind, max(i.start_s, self.start_s), min(i.end_s, self.end_s)) for i in intervals]
         computed = covered((start, end) for kind, start, end in busy if kind in COMPUTING)
         either = covered((start, end) for _, start, end in busy)
-        return Shares(computed, either - computed, self.end_s - self.start_s - either)
+        waited_s = self.end_s - self.start_s - either
+        return NodeShares(computed_s=computed, sent_s=either - computed, waited_s=waited_s)
 
 
 def read_phase(event: RoundTimeline) -> Phase | None:
@@ -81,6 +69,16 @@ def read_phase(event: RoundTimeline) -> Phase | None:
     end = max(interval.end_s for own in rows.values() for interval in own)
     ordered = sorted(rows, key=lambda key: (key[1] != "device", by_name(key[0])))
     return Phase(event.round, max(starts, default=0.0), end, {key: rows[key] for key in ordered})
+
+
+def shares_in(timeline: RoundTimeline) -> RoundShares:
+    """Makes the event that says what a timeline comes to, per node, to the millisecond."""
+    phase = read_phase(timeline)
+    nodes = {
+        name: NodeShares(computed_s=round(of.computed_s, 3), sent_s=round(of.sent_s, 3), waited_s=round(of.waited_s, 3))
+        for name, of in (phase.shares() if phase else {}).items()
+    }
+    return RoundShares(round=timeline.round, nodes=nodes)
 
 
 def _possible(intervals: Iterable[TimelineInterval]) -> Iterable[tuple[str, BusyTime]]:

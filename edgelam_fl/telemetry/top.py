@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,15 +19,17 @@ from rich.table import Table
 
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.telemetry.events import (
+    EVENTS_FILE,
     Event,
     EventTail,
     NodeJoined,
     NodeLost,
     NodeRefused,
     NodeResult,
+    NodeShares,
     PlanMade,
     RoundDone,
-    RoundTimeline,
+    RoundShares,
     SiteLost,
     of_kind,
 )
@@ -42,9 +44,7 @@ from edgelam_fl.telemetry.human import (
 )
 from edgelam_fl.telemetry.records import as_json
 from edgelam_fl.telemetry.summary import build_summary, counts_in_words, run_state
-from edgelam_fl.telemetry.timeline import Shares, read_phase
 
-EVENTS = "events.jsonl"
 _REFRESH_S = 1.0
 
 
@@ -90,7 +90,7 @@ class Snapshot:
 
 def newest_run(root: Path = Path("runs")) -> Path:
     """Returns the folder under `root` whose events are the newest."""
-    found = sorted(root.glob(f"*/{EVENTS}"), key=lambda file: file.stat().st_mtime)
+    found = sorted(root.glob(f"*/{EVENTS_FILE}"), key=lambda file: file.stat().st_mtime)
     if not found:
         raise ConfigError(f"no run under {root.absolute()}; name a run's folder: edgelam top RUN")
     return found[-1].parent
@@ -98,9 +98,9 @@ def newest_run(root: Path = Path("runs")) -> Path:
 
 def follow(console: Console, folder: Path, once: bool, as_json_text: bool) -> None:
     """Shows the run until it ends; with `once` or `as_json_text` only as it is now."""
-    if not (folder / EVENTS).is_file():
-        raise ConfigError(f"{folder} is not a run's folder: it has no {EVENTS}")
-    tail = EventTail(folder / EVENTS)
+    if not (folder / EVENTS_FILE).is_file():
+        raise ConfigError(f"{folder} is not a run's folder: it has no {EVENTS_FILE}")
+    tail = EventTail(folder / EVENTS_FILE)
     events = tail.poll()
     if as_json_text:
         text = json.dumps(as_json(snapshot(events)), indent=2)
@@ -176,9 +176,8 @@ def _holds(events: Sequence[Event]) -> dict[str, tuple[tuple[int, int], ...]]:
     return holds
 
 
-def _shares(events: Sequence[Event]) -> dict[str, Shares]:
-    phase = next(filter(None, map(read_phase, of_kind(reversed(events), RoundTimeline))), None)
-    return phase.shares() if phase else {}
+def _shares(events: Sequence[Event]) -> Mapping[str, NodeShares]:
+    return next((newest.nodes for newest in of_kind(reversed(events), RoundShares) if newest.nodes), {})
 
 
 def _node(
@@ -186,7 +185,7 @@ def _node(
     role: str | None,
     reason: str | None,
     holds: tuple[tuple[int, int], ...],
-    shares: Shares | None,
+    shares: NodeShares | None,
     rounds: Iterable[RoundDone],
 ) -> NodeNow:
     """Describes one node. The bytes of a device that is a host too are those of both its parts."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +22,7 @@ from server.run_folder import RunFolder
 from server.state import FederationState
 from strategies.api import Aggregation, Selected, Selection
 from strategies.registry import with_capabilities
+from tests.disk_faults import kill_at
 from tests.unit.conftest import MakeFederation
 
 
@@ -188,6 +191,42 @@ def test_what_a_killed_server_left_half_done_is_swept(federation: MakeFederation
     (path / "adapters.part").mkdir()
     RunFolder.reopened(path, run.spec, load_newest(path)[0])
     assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
+
+
+def test_a_server_killed_at_any_moment_of_a_checkpoint_leaves_one_to_go_on_from(
+    federation: MakeFederation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # thousands of them take their time
+    run = federation("ab", "e", "strategy.aggregation=fedsa")
+    first = run.rounds.round_after(FederationState())
+    states = {1: first, 2: run.rounds.round_after(first)}
+    second = run.rounds.saved(states[2])
+    path = run.folder.path
+    shutil.rmtree(path / CHECKPOINTS / "r000002")
+    RunFolder.reopened(path, run.spec, run.rounds.saved(first))
+    number, killed, committed, draw = 0, True, list[int](), random.Random(1)
+    while killed:
+        number += draw.randint(1, 5)  # `python -m benchmarks.commits` tries more, with real kills
+        killed = kill_at(number, lambda: run.folder.checkpoint(second))
+        found, problem = load_newest(path)
+        assert problem == ""
+        assert_same(dict(found.state.adapter), dict(states[found.state.round].adapter))
+        assert_adapters(path, [states[1], states[2]][: found.state.round])
+        RunFolder.reopened(path, run.spec, found)
+        assert_adapters(path, [states[found.state.round]])
+        assert not [file for file in path.rglob("*") if ".part" in file.name or file.name.startswith(".")]
+        committed.append(found.state.round)
+    assert committed == sorted(committed)
+    assert set(committed) == {1, 2}
+
+
+def assert_adapters(path: Path, states: Sequence[FederationState]) -> None:
+    """Asserts that `adapter` is that of one of the states, and so is each in `adapters`."""
+    found = adapters.digest(adapters.read_peft_folder(path / "adapter"))
+    assert found in [adapters.digest(state.adapter) for state in states]
+    for name in states[-1].exports():
+        own = [adapters.digest({**state.adapter, **state.exports()[name]}) for state in states]
+        assert adapters.digest(adapters.read_peft_folder(path / "adapters" / name)) in own
 
 
 class Forgetful(Selection):

@@ -7,8 +7,7 @@ from typing import Any
 from rich.console import Console
 
 from edgelam_fl.telemetry.console import RunView
-from edgelam_fl.telemetry.events import RoundTimeline, of_kind, parse_event
-from edgelam_fl.telemetry.timeline import read_phase
+from edgelam_fl.telemetry.events import RoundShares, of_kind, parse_event
 from tests.recorded import STEPS, a_classification, a_failed_run, a_run, a_run_failed_at_once, as_events, of_privacy
 
 
@@ -105,10 +104,8 @@ def test_classification_over_two_sites_with_devices_that_host() -> None:
     assert (
         "round 1 of 3: bob, pi-kitchen-north over edge-1 > pi-kitchen-north; ann, cat, pi-office over pi-office" in said
     )
-    *_, timeline = of_kind(as_events(events), RoundTimeline)
-    phase = read_phase(timeline)
-    assert phase is not None
-    waited = {name: f"{100 * shares.waited_s / shares.phase_s:.0f} %" for name, shares in phase.shares().items()}
+    *_, newest = of_kind(as_events(events), RoundShares)
+    waited = {name: f"{100 * shares.waited_s / shares.phase_s:.0f} %" for name, shares in newest.nodes.items()}
     accuracies = [e["devices"][0]["metrics"]["accuracy"] for e in events if e["event"] == "round_done"]
     ann, *_, edge, north, _ = lines[2:]
     assert lines[1] == "node does loss accuracy moved waited"

@@ -35,7 +35,8 @@ def test_two_rounds(federation: MakeFederation) -> None:
     assert run.nodes["a"].sent == [True, False, False], "equal updates have an equal mean"
     last = run.events("round_done")[-1]
     assert (last["steps"], [d["metrics"] for d in last["devices"]]) == (0, [{"accuracy": 1 / 2}] * 2)
-    assert [event["round"] for event in run.events("timeline")] == [1, 2]
+    assert [event["round"] for event in run.events("shares")] == [1, 2]
+    assert [event.round for event in read_events(run.folder.timelines.path)] == [1, 2]  # type: ignore[attr-defined]
     assert run.events("plan")[0]["nodes"]["e"] == {"base": "fp32", "compute": "float32", "rank": 8}
     assert run.events("plan")[0]["sites"] == [
         {"site": "e", "hosts": [{"node": "e", "first": 2, "last": 4}], "devices": ["a", "b"]}

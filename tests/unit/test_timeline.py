@@ -5,8 +5,8 @@ from dataclasses import astuple
 
 import pytest
 
-from edgelam_fl.telemetry.events import RoundTimeline, TimelineInterval
-from edgelam_fl.telemetry.timeline import BusyTime, Phase, Shares, read_phase
+from edgelam_fl.telemetry.events import NodeShares, RoundTimeline, TimelineInterval
+from edgelam_fl.telemetry.timeline import BusyTime, Phase, read_phase
 
 
 def interval(
@@ -34,7 +34,7 @@ def test_shares_count_what_overlaps_once_and_add_up_to_the_phase() -> None:
     computed, either = (3.5 - 1.0) + 0.5, (5.0 - 1.0) + 0.5
     shares = found.shares()
     assert set(shares) == {"edge-1", "pi"}
-    assert shares["edge-1"] == Shares(10.0, 0.0, 0.0)
+    assert shares["edge-1"] == NodeShares(computed_s=10.0, sent_s=0.0, waited_s=0.0)
     assert astuple(shares["pi"]) == pytest.approx((computed, either - computed, 10.0 - either))
     assert found.shares()["pi"].phase_s == pytest.approx(10.0)
 
@@ -44,7 +44,10 @@ def test_the_phase_begins_where_the_most_forgetful_node_begins() -> None:
     busy = [interval("forward", 6.0, 1.0, step=7), interval("forward", 9.0, 1.0, step=9)]
     found = phase(slow=slow, busy=busy)
     assert (found.start_s, found.end_s) == (6.0, 10.0)
-    assert found.shares() == {"busy": Shares(2.0, 0.0, 2.0), "slow": Shares(2.0, 0.0, 2.0)}
+    assert found.shares() == {
+        "busy": NodeShares(computed_s=2.0, sent_s=0.0, waited_s=2.0),
+        "slow": NodeShares(computed_s=2.0, sent_s=0.0, waited_s=2.0),
+    }
 
 
 def test_what_cannot_be_is_left_out() -> None:

@@ -8,11 +8,10 @@ import pytest
 from rich.console import Console
 
 from edgelam_fl.errors import ConfigError
-from edgelam_fl.telemetry.events import RoundDone, RoundTimeline, of_kind, parse_event
+from edgelam_fl.telemetry.events import RoundDone, RoundShares, of_kind, parse_event
 from edgelam_fl.telemetry.records import as_json
-from edgelam_fl.telemetry.timeline import read_phase
 from edgelam_fl.telemetry.top import newest_run, snapshot, top_table
-from tests.recorded import ROUNDS, STEPS, a_run, as_events, timeline_of
+from tests.recorded import ROUNDS, STEPS, a_run, as_events, shares_of, timeline_of
 
 
 def test_nodes_what_they_hold_and_what_they_moved() -> None:
@@ -56,15 +55,12 @@ def test_the_step_rate_is_of_the_latest_round_that_trained() -> None:
 
 
 def test_busy_and_waiting_are_the_newest_timelines() -> None:
-    events = as_events([*a_run(), timeline_of(1), timeline_of(2)])
-    _, newest = of_kind(events, RoundTimeline)
-    phase = read_phase(newest)
-    assert phase is not None
+    events = as_events([*a_run(), shares_of(timeline_of(1)), shares_of(timeline_of(2))])
+    _, newest = of_kind(events, RoundShares)
     nodes = {node.name: node for node in snapshot(events).nodes}
-    assert len(phase.shares()) == 4
-    for name, shares in phase.shares().items():
-        assert nodes[name].computed_s == round(shares.computed_s, 3)
-        assert nodes[name].waited_s == round(shares.waited_s, 3)
+    assert len(newest.nodes) == 4
+    for name, shares in newest.nodes.items():
+        assert (nodes[name].computed_s, nodes[name].waited_s) == (shares.computed_s, shares.waited_s)
 
 
 def test_every_departure_has_its_reason_and_who_comes_back_is_here() -> None:

@@ -4,7 +4,18 @@ A new event is one dataclass in `run`, `rounds` or `nodes`, by who writes it, an
 """
 
 from edgelam_fl.telemetry.events.base import DataCounts, Emit, Event, UnknownEvent
-from edgelam_fl.telemetry.events.log import EventLog, EventTail, as_line, mend_log, of_kind, parse_event, read_events
+from edgelam_fl.telemetry.events.log import (
+    EVENTS_FILE,
+    TIMELINES_BYTES,
+    TIMELINES_FILE,
+    EventLog,
+    EventTail,
+    as_line,
+    mend_log,
+    of_kind,
+    parse_event,
+    read_events,
+)
 from edgelam_fl.telemetry.events.nodes import (
     DataChanged,
     DataRead,
@@ -41,11 +52,13 @@ from edgelam_fl.telemetry.events.rounds import (
     NodePlaced,
     NodeResult,
     NodeSetAside,
+    NodeShares,
     NodeSilent,
     PlacementMade,
     PlanMade,
     PrivacySpent,
     RoundDone,
+    RoundShares,
     RoundTimeline,
     RoutePicture,
     SiteLost,
@@ -59,6 +72,7 @@ from edgelam_fl.telemetry.events.rounds import (
 )
 from edgelam_fl.telemetry.events.run import (
     RUN_ENDS,
+    DiskFull,
     EventsDropped,
     LayerSeconds,
     LinkMeasured,
@@ -73,7 +87,10 @@ from edgelam_fl.telemetry.events.run import (
 )
 
 __all__ = [
+    "EVENTS_FILE",
     "RUN_ENDS",
+    "TIMELINES_BYTES",
+    "TIMELINES_FILE",
     "AggregateRefused",
     "AttemptAborted",
     "BudgetSpent",
@@ -85,6 +102,7 @@ __all__ = [
     "DemandSeen",
     "DeviceLeftOut",
     "DeviceResult",
+    "DiskFull",
     "Emit",
     "EmitInJob",
     "Evaluated",
@@ -110,12 +128,14 @@ __all__ = [
     "NodeRefused",
     "NodeResult",
     "NodeSetAside",
+    "NodeShares",
     "NodeSilent",
     "PlacementMade",
     "PlanMade",
     "PrivacyPromised",
     "PrivacySpent",
     "RoundDone",
+    "RoundShares",
     "RoundTimeline",
     "RoutePicture",
     "RouteReady",

@@ -19,6 +19,8 @@ from edgelam_fl.telemetry.events.table import EVENTS, kind_of
 from edgelam_fl.telemetry.records import as_json, read_record
 
 _Kind = TypeVar("_Kind", bound=Event)
+EVENTS_FILE, TIMELINES_FILE = "events.jsonl", "timelines.jsonl"  # files of a run's folder
+TIMELINES_BYTES = 2_000_000  # of the newest timelines, and as much of those before
 _PIECE_BYTES = 1 << 16
 
 
@@ -45,10 +47,9 @@ class EventLog:
                 return
             try:
                 self._set_aside()
-                if self._dropped:
-                    self._append(EventsDropped(count=self._dropped, reason=self._reason))
-                    self._dropped = 0
-                self._append(event)
+                dropped = [EventsDropped(count=self._dropped, reason=self._reason)] if self._dropped else []
+                self._append([*dropped, event])
+                self._dropped = 0
             except OSError as error:
                 self._dropped, self._reason = self._dropped + 1, os.strerror(error.errno) if error.errno else str(error)
 
@@ -68,10 +69,11 @@ class EventLog:
         with self._lock:
             self._closed = True
 
-    def _append(self, event: Event) -> None:
-        """Writes a whole line or nothing. Raises OSError for the latter."""
-        line = {"time": round(time.time(), 3), **as_line(event)}
-        rest = memoryview(f"{json.dumps(line, ensure_ascii=False)}\n".encode())
+    def _append(self, events: Iterable[Event]) -> None:
+        """Writes whole lines or nothing. Raises OSError for the latter."""
+        now = round(time.time(), 3)
+        lines = (json.dumps({"time": now, **as_line(event)}, ensure_ascii=False) + "\n" for event in events)
+        rest = memoryview("".join(lines).encode())
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             before = os.fstat(descriptor).st_size

@@ -212,8 +212,37 @@ class TimelineInterval(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
+class NodeShares:
+    """What one node did in a round's training; the three add up to the time that all nodes still know."""
+
+    computed_s: float
+    """Seconds of computing."""
+    sent_s: float
+    """Seconds of sending while it did not compute."""
+    waited_s: float
+    """Seconds of neither."""
+
+    @property
+    def phase_s(self) -> float:
+        """The time of all three."""
+        return self.computed_s + self.sent_s + self.waited_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundShares(Event):
+    """What each node's time in a round's training went to; written before `round_done`."""
+
+    round: int
+    """Number of the round."""
+    nodes: Mapping[str, NodeShares]
+    """Per node; its parts as device and host together."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RoundTimeline(Event):
-    """The work of each node in a round's training; written before `round_done`. A node keeps its newest intervals only."""
+    """The work of each node in a round's training, in RUN/timelines.jsonl, which keeps the newest rounds alone (older versions wrote
+    it into events.jsonl). A node keeps its newest intervals only.
+    """
 
     round: int
     """Number of the round."""

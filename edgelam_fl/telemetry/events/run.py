@@ -152,6 +152,18 @@ class RouteReady(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DiskFull(Event):
+    """The run waits for room on the disk of its folder: said every ten seconds, and the next event tells that it goes on."""
+
+    free_bytes: int
+    """Room that there is."""
+    needed_bytes: int
+    """Room that is needed: for two checkpoints and a report before a round, else for what could not be written."""
+    waited_s: float
+    """Seconds of waiting so far."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EventsDropped(Event):
     """Events before this one are missing, since the file could not be written; also in a node's events.jsonl."""
 

@@ -10,6 +10,7 @@ from edgelam_fl.telemetry.events import (
     AttemptAborted,
     BudgetSpent,
     ContributionLeftOut,
+    DiskFull,
     Event,
     MessageResent,
     NodeJoined,
@@ -22,7 +23,7 @@ from edgelam_fl.telemetry.events import (
     RunWaits,
     of_kind,
 )
-from edgelam_fl.telemetry.human import human_seconds
+from edgelam_fl.telemetry.human import human_bytes, human_seconds
 from edgelam_fl.telemetry.summary import began, setting
 
 LOST_SHOWN = 5
@@ -83,6 +84,13 @@ def _incidents(event: Event) -> Iterator[tuple[str, str, str]]:
             for device in event.devices:
                 for left in device.left_out:
                     yield f"left out of round {event.round}, step {left.step + 1}", device.name, left.reason
+        case DiskFull():
+            free, needed = human_bytes(event.free_bytes), human_bytes(event.needed_bytes)
+            yield (
+                f"waits for room on the disk since {event.waited_s:.0f} s",
+                "",
+                f"{free} are free, {needed} are needed",
+            )
         case RunFailure():
             yield "the run failed", event.node, event.reason
 

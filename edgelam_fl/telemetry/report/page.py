@@ -18,7 +18,18 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from edgelam_fl.errors import UsageError
-from edgelam_fl.telemetry.events import Event, RoundDone, RoundTimeline, RunStarted, TextReadable, of_kind, read_events
+from edgelam_fl.files import write_atomically
+from edgelam_fl.telemetry.events import (
+    EVENTS_FILE,
+    TIMELINES_FILE,
+    Event,
+    RoundDone,
+    RoundTimeline,
+    RunStarted,
+    TextReadable,
+    of_kind,
+    read_events,
+)
 from edgelam_fl.telemetry.human import (
     human_bytes,
     human_layers,
@@ -61,13 +72,16 @@ def write_report(run_dir: Path) -> Path:
 
     Raises UsageError if the folder holds no events.
     """
-    source, written, unfinished = (run_dir / name for name in ("events.jsonl", "summary.json", "report.html.part"))
+    source, written = run_dir / EVENTS_FILE, run_dir / "summary.json"
     if not source.is_file():
         raise UsageError(f"{run_dir} is not a run's folder: it holds no events.jsonl")
     events = list(read_events(source))
+    kept = [run_dir / f"{TIMELINES_FILE}.old", run_dir / TIMELINES_FILE]
+    timelines = [event for file in kept if file.is_file() for event in read_events(file)]
     summary = read_summary(written) if written.is_file() else build_summary(events)
-    unfinished.write_text(report_page(events, summary), encoding="utf-8")
-    return unfinished.replace(run_dir / "report.html")
+    page = run_dir / "report.html"
+    write_atomically(page, report_page([*events, *timelines], summary))
+    return page
 
 
 def report_page(events: Sequence[Event], summary: Summary) -> str:
