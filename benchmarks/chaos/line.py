@@ -27,6 +27,7 @@ class _Pair:
     """Of the dialler."""
     open: threading.Event = field(default_factory=threading.Event)
     """Whether bytes pass."""
+    stranded: bool = False
     ended: bool = False
 
     def end(self) -> None:
@@ -81,10 +82,21 @@ class Line:
         def end() -> None:
             self._silenced.remove(hits)
             for pair in self._alive():
-                if not any(silenced(pair.port) for silenced in self._silenced):
+                if not pair.stranded and not any(silenced(pair.port) for silenced in self._silenced):
                     pair.open.set()
 
         return end
+
+    def strand(self, hits: Callable[[int], bool]) -> int:
+        """Lets nothing pass on open connections any more, and says so to nobody; new ones are let in. Returns how many are stranded.
+
+        So an address looks that has changed: what was open is dead, and neither end knows.
+        """
+        struck = [pair for pair in self._alive() if hits(pair.port)]
+        for pair in struck:
+            pair.stranded = True
+            pair.open.clear()
+        return len(struck)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -129,6 +141,8 @@ def _pump(pair: _Pair, source: socket.socket, sink: socket.socket) -> None:
     with contextlib.suppress(OSError):
         while data := source.recv(1 << 16):
             pair.open.wait()
+            if pair.ended:
+                break
             sink.sendall(data)
     pair.end()
     source.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from edgelam_fl.federation.child import Child, end_all, log_tail
@@ -26,6 +27,7 @@ class Daemon:
         command += ["--threads", "1", *(["--data", str(data)] if data else [])]
         command += ["--identity", str(identity)] if identity else []
         self._state = state
+        self._again = partial(Daemon, name, state, data, identity)
         self.child = Child(name, command, state / "stage-host.log", NODE_ENVIRONMENT, forked=True)
         self._client: ControlClient | None = None
 
@@ -46,6 +48,11 @@ class Daemon:
 
     def address(self) -> str:
         return self._call("GetProfile", pb.ProfileRequest(protocol_version=PROTOCOL_VERSION), 60.0).address  # type: ignore[attr-defined]
+
+    def again(self) -> Daemon:
+        """Starts it again with its state, once its process has ended."""
+        (self._state / "endpoint.json").unlink(missing_ok=True)
+        return self._again()
 
     def close(self) -> None:
         if self._client is not None:
