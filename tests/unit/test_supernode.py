@@ -9,10 +9,12 @@ from itertools import pairwise
 
 import pytest
 from flwr.app.message import message
-from flwr.supercore import date
+from flwr.supercore import date, heartbeat
+from flwr.superlink.servicer.fleet import fleet_handlers
+from flwr.supernode import fleet_http_connection as connection
 from flwr.supernode import start_client_internal as flower
 
-from edgelam_fl.federation.supernode import Pauses, set_flowers_clock
+from edgelam_fl.federation.supernode import Pauses, beat_often, set_flowers_clock
 from edgelam_fl.machine import since_boot_s
 
 
@@ -53,3 +55,20 @@ def test_a_reply_that_is_there_ends_a_pause() -> None:
     pauses.sleep(0.99)
     assert not replied.is_set(), "the next pause waits for the next reply"
     assert not waits
+
+
+def test_heartbeats_are_sent_often_and_promised_as_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (heartbeat, connection):
+        monkeypatch.setattr(module, "HEARTBEAT_DEFAULT_INTERVAL", module.HEARTBEAT_DEFAULT_INTERVAL)  # to be put back
+    beat_often()
+    waits, stopped = list[float](), threading.Event()
+    sender = heartbeat.HeartbeatSender(lambda: True)
+    monkeypatch.setattr(
+        stopped, "wait", lambda pause_s: waits.append(pause_s) or (stopped.set() if len(waits) > 9 else None)
+    )
+    sender._stop_event = stopped
+    sender._run()
+    assert max(waits) <= connection.HEARTBEAT_DEFAULT_INTERVAL / 2
+    assert connection.HEARTBEAT_DEFAULT_INTERVAL >= fleet_handlers.HEARTBEAT_MIN_INTERVAL, (
+        "Flower's server refuses less"
+    )

@@ -1,0 +1,55 @@
+"""Which nodes Flower's SuperLink takes for gone, as this project runs it."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+from flwr.server.superlink.linkstate import in_memory_linkstate, sql_linkstate
+
+from edgelam_fl.federation.superlink_daemon import HEARTBEATS_MISSED, judge_heartbeats, keep_nodes_over_standstills
+
+
+@pytest.mark.parametrize("module", [in_memory_linkstate, sql_linkstate])
+def test_flower_has_the_name_that_is_replaced_there(monkeypatch: pytest.MonkeyPatch, module: ModuleType) -> None:
+    monkeypatch.setattr(module, "HEARTBEAT_PATIENCE", module.HEARTBEAT_PATIENCE)  # to be put back
+    judge_heartbeats()
+    assert module.HEARTBEAT_PATIENCE == HEARTBEATS_MISSED
+
+
+class Nodes:
+    """One node that is here, and one that is not."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[int, float]] = []
+
+    def get_node_info(self, *, statuses: list[str]) -> list[Node]:
+        return [node for node in (Node(1, 10.0, "online"), Node(2, 10.0, "offline")) if node.status in statuses]
+
+    def acknowledge_node_heartbeat(self, number: int, interval_s: float) -> None:
+        self.heard.append((number, interval_s))
+
+
+class Node:
+    def __init__(self, number: int, interval_s: float, status: str) -> None:
+        self.node_id, self.heartbeat_interval, self.status = number, interval_s, status
+
+
+class Stopped(Exception):
+    """The end of a test's clock."""
+
+
+def test_a_standstill_of_the_superlink_is_no_silence_of_its_nodes() -> None:
+    nodes, pauses, at_s = Nodes(), iter([1.0, 1.2, 25.0, 1.0]), [100.0]
+
+    def pause(_: float) -> None:
+        assert nodes.heard == [] or len(waited) >= 3, "ordinary pauses are no standstill"
+        waited.append(next(pauses, 0.0))
+        if not waited[-1]:
+            raise Stopped
+        at_s[0] += waited[-1]
+
+    waited: list[float] = []
+    with pytest.raises(Stopped):
+        keep_nodes_over_standstills(nodes, pause, lambda: at_s[0])
+    assert nodes.heard == [(1, 10.0)]
