@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import hashlib
 import os
 import pwd
@@ -143,6 +144,30 @@ def sweep(folder: Path) -> list[str]:
         else:
             path.unlink()
     return sorted(path.name for path in found)
+
+
+def lock_file(path: Path) -> TextIO | None:
+    """Locks a file until it is closed or this process ends, however it ends; makes it and its folder if need be.
+
+    None: another process has it locked; `locker_of` says which.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    with suppress(OSError):  # a full disk
+        file.truncate(0)
+        print(os.getpid(), file=file, flush=True)
+    return file
+
+
+def locker_of(path: Path) -> str:
+    """Returns the number of the process that has locked a file; "?" if the file does not say."""
+    number = path.read_text(encoding="utf-8").strip()
+    return number if number.isdigit() else "?"
 
 
 def is_full(error: OSError) -> bool:

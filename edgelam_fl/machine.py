@@ -1,13 +1,15 @@
-"""Measures free memory, within a container's limit, free disk space, this process's memory and the time since boot.
-
-Knows no models.
+"""What a process asks of its machine: free memory, within a container's limit, free disk space, its own memory, the time since
+boot, and to end with the process that started it. Knows no models.
 """
 
 from __future__ import annotations
 
+import os
 import resource
 import shutil
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +35,24 @@ _VERSIONS = (
         ("total_inactive_file", "total_active_file"),
     ),
 )  # fmt: skip
+
+
+def end_with_parent(grace_s: float = 8.0, poll_s: float = 1.0) -> None:
+    """Ends this process when the one that started it ends: politely at first (SIGTERM), and `grace_s` seconds later for sure.
+
+    Looks every `poll_s` seconds, on a thread of its own. So nothing is left if the parent is killed: on Linux the kernel sends SIGTERM,
+    if it was asked to, but neither waits for its effect nor repeats it; other systems send nothing.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(poll_s)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(grace_s)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def memory_free_bytes(cgroup: Path = CGROUP, own: str = "") -> int:

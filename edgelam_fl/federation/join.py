@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
 
@@ -13,6 +14,7 @@ from edgelam_fl.config import most_read_by_hosts
 from edgelam_fl.errors import INTERRUPTED, ConfigError, EnvironmentProblem
 from edgelam_fl.federation.node_process import NodeProcesses
 from edgelam_fl.federation.standing import NodeOptions, Standing, find_standing
+from edgelam_fl.files import lock_file, locker_of
 from edgelam_fl.machine import since_boot_s
 from edgelam_fl.names import why_no_tag
 from edgelam_fl.privacy.limits import percent
@@ -42,7 +44,7 @@ def join(
 
     join_text, name, state: as for `find_standing`. wait: wait for a server that does not answer yet, instead of refusing. Once
     it has answered, the node rejoins whenever the server comes back. Raises UsageError for what cannot be used,
-    EnvironmentProblem if nobody answers, Refused if the server does not let the node in.
+    EnvironmentProblem if nobody answers or another process uses the state folder, Refused if the server does not let the node in.
     """
     standing = find_standing(options, join_text, name, state, insecure)
     options = standing.options
@@ -51,6 +53,12 @@ def join(
     for tag in options.tags:
         if problem := why_no_tag(tag):
             raise ConfigError(f"--tag {tag!r} {problem}")
+    with lock_state(standing.state):
+        return _start(console, standing, insecure=insecure, wait=wait)
+
+
+def _start(console: Console, standing: Standing, *, insecure: bool, wait: bool) -> int:
+    options = standing.options
     if options.data is not None:
         _check_data(console, options.data)
     if wait:
@@ -71,6 +79,21 @@ def join(
         options.tags, options.trust, identity=standing.identity, insecure=insecure, clock_offset_s=offset_s,
     )  # fmt: skip
     return _watch(console, node)
+
+
+def lock_state(state: Path) -> TextIO:
+    """Makes a node's state folder this process's own until the returned file is closed.
+
+    Raises EnvironmentProblem if another process has it: two nodes in one folder would take each other's socket and keys.
+    """
+    file = state / "client.lock"
+    lock = lock_file(file)
+    if lock is None:
+        raise EnvironmentProblem(
+            f"another `edgelam client` (process number {locker_of(file)}) uses the state folder {state}: end that one, or start this "
+            "node with a folder of its own (--state, or another --name)"
+        )
+    return lock
 
 
 def _check_data(console: Console, data: Path) -> None:

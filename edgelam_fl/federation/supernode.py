@@ -29,7 +29,7 @@ from edgelam_fl.federation.app_archive import installed_app
 from edgelam_fl.federation.clientapp import ClientAppThreads
 from edgelam_fl.federation.environment import proxies_set
 from edgelam_fl.federation.flower_app import app_module
-from edgelam_fl.machine import since_boot_s
+from edgelam_fl.machine import end_with_parent, since_boot_s
 from edgelam_fl.trust.identity import load_identity, load_key
 
 _FIRST_IDLE_S, _IDLE_GROWTH = 0.1, 1.2  # so a pause lasts a sixth of the time without a message, up to Flower's
@@ -38,8 +38,9 @@ _SHORTEST_IDLE_S = 1.0  # of Flower's two pauses the shorter one is for replies
 
 
 def main() -> None:
-    """Serves until SIGTERM or SIGINT."""
+    """Serves until SIGTERM or SIGINT, or until the process that started it is gone."""
     options = _parse(sys.argv[1:])
+    end_with_parent()
     for proxy in proxies_set(
         os.environ
     ):  # it reaches the server alone, and Flower's client fails at a proxy it does not know

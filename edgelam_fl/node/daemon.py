@@ -9,18 +9,23 @@ import argparse
 import signal
 import sys
 import threading
+import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from edgelam_fl.addresses import join_address, split_address
 from edgelam_fl.errors import EdgelamError, EnvironmentProblem
+from edgelam_fl.files import lock_file, locker_of, sweep
+from edgelam_fl.machine import end_with_parent
 from edgelam_fl.telemetry.events import EventLog, NodeReady
 
 if TYPE_CHECKING:
     from edgelam_fl.node.service import StageHost
     from edgelam_fl.wire.grpc.secure import Security
 
+_PREDECESSOR_S = 20.0  # a stage host takes less from SIGTERM to its end
+_POLL_S = 0.1
 _MOST_EVENTS_BYTES = 8 << 20  # and as much again in the file before: a board's card is small
 
 
@@ -35,13 +40,17 @@ def main() -> int:
 
 
 def serve(options: argparse.Namespace) -> int:
-    """Serves until SIGTERM or SIGINT.
+    """Serves until SIGTERM or SIGINT, or until the process that started it is gone.
 
-    Raises EnvironmentProblem if the port of the data plane cannot be opened or the node's keys cannot be read.
+    Raises EnvironmentProblem if the port of the data plane cannot be opened, the node's keys cannot be read, or the state folder
+    is another stage host's.
     """
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
+    end_with_parent()
+    lock = lock_state(options.state)
+    sweep(options.state)
 
     from edgelam_fl.wire.control import ControlServer
     from edgelam_fl.wire.grpc.serve import DataPlaneServer
@@ -63,7 +72,23 @@ def serve(options: argparse.Namespace) -> int:
     if data_plane is not None:
         data_plane.stop()
     log.close()
+    lock.close()
     return 0
+
+
+def lock_state(state: Path, patience_s: float = _PREDECESSOR_S) -> TextIO:
+    """Makes the state folder this process's own, until the returned file is closed.
+
+    `patience_s`: for a stage host that is ending, as after its `edgelam client` was killed. Raises EnvironmentProblem after that.
+    """
+    file, end = state / "stage-host.lock", time.monotonic() + patience_s
+    while (lock := lock_file(file)) is None:
+        if time.monotonic() > end:
+            raise EnvironmentProblem(
+                f"the stage host with process number {locker_of(file)} uses the state folder {state}: end it, or give another --state"
+            )
+        time.sleep(_POLL_S)
+    return lock
 
 
 def _security(options: argparse.Namespace) -> Security:

@@ -73,11 +73,16 @@ class ControlServer:
         self._server.add_generic_rpc_handlers((service_handler(service, methods),))
         address = _listen(self._server, state)
         self._server.start()
-        write_private(state / "endpoint.json", json.dumps({"address": address, "token": token}))
+        self._endpoint = state / "endpoint.json"
+        write_private(self._endpoint, json.dumps({"address": address, "token": token}))
 
     def stop(self) -> None:
-        """Ends the calls that still run, and waits until the socket is gone: gRPC would remove a successor's file, too."""
+        """Ends the calls that still run, and waits until the socket is gone: gRPC would remove a successor's file, too.
+
+        So is `endpoint.json`: whoever calls now waits for a successor.
+        """
         self._server.stop(grace=0.5).wait()
+        self._endpoint.unlink(missing_ok=True)
 
 
 def _listen(server: grpc.Server, state: Path) -> str:

@@ -11,9 +11,8 @@ from pathlib import Path
 import grpc
 import pytest
 
-from edgelam_fl.errors import EnvironmentProblem
 from edgelam_fl.wire import edgelam_pb2 as pb
-from edgelam_fl.wire.control import ControlServer, control
+from edgelam_fl.wire.control import ControlServer, NoStageHost, control
 from edgelam_fl.wire.grpc.services import stub
 from tests.support import WAIT_S
 
@@ -69,5 +68,8 @@ def test_a_socket_that_was_left_behind_is_in_nobodys_way(tmp_path: Path) -> None
     for _ in range(2):
         with serving(tmp_path):
             assert asked(tmp_path) == "run/1"
-    with pytest.raises(EnvironmentProblem, match="did not answer Wait"):
+            endpoint = (tmp_path / "endpoint.json").read_text()
+    assert not (tmp_path / "endpoint.json").exists(), "whoever calls now waits for the next one"
+    (tmp_path / "endpoint.json").write_text(endpoint)
+    with pytest.raises(NoStageHost, match="did not answer Wait"):
         asked(tmp_path)

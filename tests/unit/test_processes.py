@@ -233,6 +233,24 @@ def test_a_child_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     until(lambda: not is_running(child))
 
 
+def test_a_process_that_ignores_the_end_of_its_parent_ends_all_the_same() -> None:
+    code = (
+        "import signal, sys, time; from edgelam_fl.machine import end_with_parent;"
+        "signal.signal(signal.SIGTERM, lambda *_: print('asked', flush=True)); end_with_parent(grace_s=0.01, poll_s=0.01);"
+        "print('here', flush=True); [time.sleep(1) for _ in range(600)]"
+    )
+    starter = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {code!r}]); time.sleep(600)"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", starter], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
+    )
+    assert parent.stdout is not None
+    with parent.stdout as said:
+        assert said.readline() == "here\n"
+        parent.kill()
+        parent.wait()
+        assert said.read() == "asked\n", "the pipe ends with the last process that has it"
+
+
 def is_running(pid: int) -> bool:
     """Whether the process lives; one that ended and waits for its parent does not."""
     try:

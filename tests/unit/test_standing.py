@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
 from edgelam_fl.cli.main import app, exit_code
 from edgelam_fl.errors import ConfigError, EdgelamError, EnvironmentProblem, UsageError
+from edgelam_fl.federation.join import lock_state
 from edgelam_fl.federation.standing import NodeOptions, find_standing
+from edgelam_fl.node import daemon
 from edgelam_fl.trust.authority import Authority, issue
 from edgelam_fl.trust.identity import save_identity
 from edgelam_fl.trust.invites import Invitation, parse_invitation
@@ -126,6 +132,21 @@ def test_a_node_that_lost_its_key_or_its_options_is_told_so(states: Path) -> Non
 
 def edgelam(*arguments: object) -> int:
     return exit_code(app, "edgelam", [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(
+    ("lock", "who"),
+    [
+        (lock_state, "another `edgelam client` (process number {})"),
+        (partial(daemon.lock_state, patience_s=0.0), "the stage host with process number {}"),
+    ],
+)
+def test_a_state_folder_is_one_nodes_at_a_time(lock: Callable[[Path], TextIO], who: str, tmp_path: Path) -> None:
+    state = tmp_path / "node"
+    with lock(state), pytest.raises(EnvironmentProblem) as refused:
+        lock(state)
+    assert str(refused.value).startswith(f"{who.format(os.getpid())} uses the state folder {state}: end ")
+    lock(state).close()
 
 
 def test_invite_nodes_and_revoke_work_on_the_servers_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
