@@ -16,6 +16,7 @@ from edgelam_fl.errors import Restarted
 from edgelam_fl.plan.layout import Site
 from edgelam_fl.plan.reading import job_id
 from edgelam_fl.telemetry.events import AttemptAborted, Emit, MessageResent, NodeSilent
+from edgelam_fl.wire import edgelam_pb2 as pb
 from server.attendance import Attendance, Presence
 from server.exchange import LEFT, Arrived, Exchange, ExchangeTiming, Missing, Request, Verdict
 from server.parcels import parcel_of
@@ -28,6 +29,7 @@ _LEAST_BEGIN_S = 8.0  # until a node that has got its message attends
 _LEAST_BYTES_S = 1.25e6  # of a message on its way to a node
 _MOST_RESENT = 2  # of one message to a node that takes none
 
+_MOST_KEPT = 8  # snapshots that a node may report
 _SAY_S = 10.0  # between two signs of life while a silent node is waited for
 
 
@@ -147,6 +149,8 @@ class Attempt:
         self.ended: dict[Site, _End] = {}
         self.silent: set[str] = set()
         """Nodes that were given up because nothing was heard of them."""
+        self.kept: dict[str, Sequence[pb.StepSnapshot]] = {}
+        """The snapshots of this round that each node reported, oldest first."""
         self._exchange, self._attendance, self._emit = exchange, attendance, emit
         self._timing = exchange.timing
         self._message_to, self._beginnings, self._can_replace = message_to, beginnings, can_replace
@@ -197,6 +201,7 @@ class Attempt:
             self._supplied.add(answer.name)
             self._needed[answer.name] = parcel_of(self.planned, answer.name, report)
             return None
+        self.kept[answer.name] = report.snapshots[-_MOST_KEPT:]
         if self._nodes[answer.name].heard_s is None:
             self._beginnings.mute.add(answer.name)
         if report.code == Restarted.code:

@@ -57,6 +57,7 @@ def describe_plan(planned: PlannedRound, num_layers: int, personal: bool) -> Pla
         personal=personal,
         demands=demands,
         unfit=lineup.unfit or None,
+        first_step=max((plan.first_step for plan in planned.plans.values()), default=0),
     )
 
 

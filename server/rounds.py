@@ -49,6 +49,7 @@ from server.parcels import make_parcels
 from server.pauses import NodePauses
 from server.privacy import PrivateRun, promise_in_words
 from server.private_terms import Terms, terms_of
+from server.progress import FROM_THE_START, Progress
 from server.replies import KEPT_NODES, read_report, sums_on_arrival
 from server.room import Room
 from server.roster import Roster
@@ -59,6 +60,7 @@ from server.state import FederationState, Outcome, Parcel, PlannedRound, Receive
 from strategies.registry import load
 
 _PRIVACY = "privacy"
+_BUSY_S = 10.0  # between two attempts while nodes play for a run of another server
 _OTHERS_FAULT = (PeerLost.code, Refused.code, Busy.code)  # codes of failures that another node is the reason of
 
 
@@ -120,7 +122,7 @@ class Rounds:
         """Returns the state after the next round: of its first attempt that comes to an aggregate. The state stays as it is if
         failed attempts have spent the privacy budget.
         """
-        number, refused = state.round + 1, ""
+        number, refused, progress = state.round + 1, "", FROM_THE_START
         tries = Tries(self._timing.now, self.config.federation.round_deadline_s)
         for attempt in tries:
             self._check_model()
@@ -129,9 +131,9 @@ class Rounds:
                 self.privacy = self._promise()
             if not self._affords_a_round():
                 return state
-            aside = self.pauses.sitting_out(number, self.roster.devices(), self.config.federation.min_nodes)
+            aside = self._sitting_out(number, progress)
             lineup = self.schedule.lineup(number, attempt, self._devices(), len(self.roster.edges()), aside)
-            planned = self._plan(number, attempt, lineup, state)
+            planned = self._plan(number, attempt, lineup, state, progress=progress)
             trial = self._attempt(planned)
             received = self._receive(planned, trial)
             self._note(planned, received, trial)
@@ -143,7 +145,10 @@ class Rounds:
             if outcome.problem:
                 refused = outcome.problem
                 self.folder.emit(AggregateRefused(round=number, attempt=attempt, reason=refused))
-            tries.failed(by_chance=trial.lost_a_host and self.privacy is None)  # a private one is paid for
+            if is_busy := Busy.code in received.codes.values():
+                self._timing.sleep(_BUSY_S)
+            progress = progress.after(planned, trial.kept, by_chance=trial.lost_a_host)
+            tries.failed(by_chance=(trial.lost_a_host or is_busy) and self.privacy is None)  # a private one is paid for
         problems = [f"{name}: {problem}" for name, problem in sorted(self.roster.problems.items())]
         raise RunFailed(
             f"round {number} failed {tries.number} times: {'; '.join(problems + [refused] * bool(refused))}"
@@ -265,7 +270,13 @@ class Rounds:
         return [self.roster.profiles[name] for name in self.roster.devices()]
 
     def _plan(
-        self, number: int, attempt: int, lineup: Lineup, state: FederationState, trains: bool = True
+        self,
+        number: int,
+        attempt: int,
+        lineup: Lineup,
+        state: FederationState,
+        trains: bool = True,
+        progress: Progress = FROM_THE_START,
     ) -> PlannedRound:
         """Plans one attempt: layers per node, a plan per node, and the tensors to send. Emits `plan`."""
         layout = self._layout(number, lineup, trains) if lineup.names else Layout((), {})
@@ -287,6 +298,7 @@ class Rounds:
         )
         tokens = {name: secrets.token_bytes(16) for name in lineup.names}
         plans = make_plans(self.spec, facts, self.roster.profiles, layout, lineup.shares, tokens)
+        progress.go_on(plans, layout.sites)
         known = state.adapter if self.privacy is None else {**self.privacy.starts, **state.adapter}
         start = replace(state, adapter=with_missing_modules(known, plans, self.spec, capabilities.unequal_ranks))
         planned = PlannedRound(
@@ -320,6 +332,12 @@ class Rounds:
             measure = partial(self.roster.measure_links, names)
             self.placement.check_links(devices, hosts, lineup.shares, measure)
         return self.placement.layout(number, devices, hosts, lineup.shares)
+
+    def _sitting_out(self, number: int, progress: Progress) -> dict[str, str]:
+        """Returns why devices are not in the next attempt at a round, by name."""
+        devices, least = self.roster.devices(), self.config.federation.min_nodes
+        aside = self.pauses.sitting_out(number, devices, least)
+        return aside | progress.newcomers([name for name in devices if name not in aside], least)
 
     def _hosts(self, number: int, devices: Sequence[pb.Profile]) -> list[pb.Profile]:
         """Returns the nodes that may host in a round of these devices, but for those that sit out."""

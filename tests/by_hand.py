@@ -44,6 +44,7 @@ class ByHand:
         self.received = list[adapters.Adapter]()
         self.fails: Callable[[pb.Plan], str] = lambda plan: ""
         """Why its part fails; "crash": its ClientApp does."""
+        self.kept: list[tuple[int, int]] = []  # its snapshots, as (attempt, steps)
         self.code = ""  # kind of the reason why its part fails
         self.loses: Callable[[pb.Plan | None], bool] = lambda plan: False
         """Whether its ClientApp ends before it has fetched this plan, or a query (None)."""
@@ -62,9 +63,10 @@ class ByHand:
             self.held = {**self.held, **self.received[-1]}
         assert adapters.digest(self.held) == plan.adapter_digest
         self.corrections.append([from_record(content[f"correction-{n}"]) for n in range(len(plan.corrections))])
+        snapshots = [pb.StepSnapshot(attempt=attempt, steps=steps) for attempt, steps in self.kept]
         if self.fails(plan):
-            return pb.JobReport(state="failed", error=self.fails(plan), code=self.code), []
-        report = pb.JobReport(state="done", node=plan.node, role=plan.role)
+            return pb.JobReport(state="failed", error=self.fails(plan), code=self.code, snapshots=snapshots), []
+        report = pb.JobReport(state="done", node=plan.node, role=plan.role, snapshots=snapshots)
         parts, lr_sum = [], sum(plan.optimizer.lrs)
         if plan.routes:
             if self.profile.held_out:

@@ -182,6 +182,7 @@ class RunView:
                 self.say(f"{name} is in no round: {reason}")
             self._row(name).unfit = reason
         attempt = f", attempt {event.attempt}" if event.attempt > 1 else ""
+        attempt += f" from step {event.first_step + 1}" if event.first_step else ""
         if self._round <= self._rounds:
             self.say(f"{self._stage}{attempt}: {_over_sites(event) or 'no device was drawn'}")
 

@@ -148,6 +148,17 @@ def test_a_host_that_vanishes_again_and_again_is_not_counted_by_attempts(attende
     assert [event["attempt"] for event in run.events("plan")] == [1, 2, 3, 4, 5, 6, 1]
 
 
+def test_nodes_that_play_for_another_run_are_waited_for(attended: MakeAttended) -> None:
+    run, _ = attended("ab", "e", ONE_ROUND)
+    run.nodes["e"].fails = lambda plan: "busy with run x" if plan.steps and run.clock.now_s < 60 else ""
+    run.nodes["e"].code = "busy"
+    assert moves(run.run(), run.start)[2] == 2
+    attempts = [event["attempt"] for event in run.events("plan")]
+    assert attempts[-2] > 3, "none of them counts"
+    assert 60 <= run.clock.now_s < 75
+    assert run.events("node_set_aside") == []
+
+
 def test_hosts_are_told_of_a_device_that_failed(attended: MakeAttended) -> None:
     run, attendance = attended("ab", "e", ONE_ROUND)
     run.nodes["b"].fails = lambda plan: "its data cannot be used"
@@ -241,6 +252,74 @@ def test_the_other_sites_results_stand(attended: MakeAttended) -> None:
     assert moves(run.run(), run.start) == {0: 1, 1: 1, 2: 2, 3: 2, 4: 1, 5: 1}
     assert [event["attempt"] for event in run.events("plan")] == [1, 1]
     assert set(attendance.told["1/1"]) == {"a", "c", "e"}
+
+
+# ---------------------------------------------------------------- what the next attempt goes on from
+
+
+def restarts(run: FederationByHand, host: str, attempts: int = 1) -> None:
+    """Has a host start again in the first attempts at a round."""
+    run.nodes[host].fails = lambda plan: "the part is gone" if plan.attempt <= attempts and plan.steps else ""
+    run.nodes[host].code = "restarted"
+
+
+def first_steps(run: FederationByHand, name: str) -> list[tuple[int, int]]:
+    return [(plan.first_step, plan.resume_attempt) for plan in run.nodes[name].plans if plan.steps]
+
+
+def test_the_next_attempt_goes_on_from_the_newest_step_that_all_nodes_have(attended: MakeAttended) -> None:
+    run, attendance = attended("ab", "e", ONE_ROUND)
+    restarts(run, "e")
+    waits_in(run, attendance, "ab")
+    run.nodes["a"].kept, run.nodes["b"].kept = [(1, 2), (1, 4)], [(1, 4), (1, 6)]
+    run.nodes["e"].kept = [(1, 4), (1, 6)]
+    run.run()
+    assert [first_steps(run, name) for name in "abe"] == [[(0, 0), (4, 1)]] * 3
+    assert [event.get("first_step", 0) for event in run.events("plan")] == [0, 4, 0]
+
+
+@pytest.mark.parametrize("lacks", ["a", "e"])
+def test_the_round_begins_again_if_a_node_lacks_the_step(attended: MakeAttended, lacks: str) -> None:
+    run, attendance = attended("a", "e", ONE_ROUND)
+    restarts(run, "e")
+    waits_in(run, attendance, "a")
+    for name in "ae":
+        run.nodes[name].kept = [] if name == lacks else [(1, 4)]
+    run.run()
+    assert first_steps(run, "e") == [(0, 0), (0, 0)]
+
+
+def test_a_device_that_left_early_takes_nobody_back(attended: MakeAttended) -> None:
+    run, attendance = attended("abcd", "e", ONE_ROUND)
+    restarts(run, "e")
+    waits_in(run, attendance, "abcd")
+    for name in "abe":
+        run.nodes[name].kept = [(1, 4)]
+    run.nodes["c"].kept = [(1, 1)]
+    run.run()
+    assert first_steps(run, "a") == [(0, 0), (4, 1)]
+    assert first_steps(run, "c") == first_steps(run, "d") == [(0, 0)]
+    assert run.events("plan")[1]["why"]["d"] == "the others go on from step 4"
+
+
+def test_an_attempt_that_cannot_go_on_is_followed_by_one_from_the_start(attended: MakeAttended) -> None:
+    run, attendance = attended("a", "e", ONE_ROUND)
+    waits_in(run, attendance, "a")
+    run.nodes["e"].fails = lambda plan: {1: "the part is gone", 2: "no such snapshot"}.get(
+        plan.attempt * bool(plan.steps), ""
+    )
+    run.nodes["e"].code = "restarted"
+    for name in "ae":
+        run.nodes[name].kept = [(1, 4)]
+    work = run.nodes["e"].work
+
+    def refuses(plan: pb.Plan, content: RecordDict) -> tuple[pb.JobReport, list[Adapter]]:
+        run.nodes["e"].code = "restarted" if plan.attempt == 1 else "refused"
+        return work(plan, content)
+
+    run.nodes["e"].work = refuses  # type: ignore[method-assign]
+    run.run()
+    assert first_steps(run, "e") == [(0, 0), (4, 1), (0, 0)]
 
 
 # ---------------------------------------------------------------- who fails again and again

@@ -104,6 +104,8 @@ class PlanMade(Event):
     """Input of the bandwidth strategy per chosen device; None without [wireless]."""
     unfit: Mapping[str, str] | None = None
     """Reason per device that is here and can be in no round; None if all can."""
+    first_step: int = 0
+    """Steps of the round that an earlier attempt has done, and that are not done again; of several sites the most."""
 
 
 @dataclass(frozen=True, kw_only=True)
