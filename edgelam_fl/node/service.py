@@ -154,7 +154,7 @@ class StageHost:
         part = self._part(request.job)
         if part is not None:
             return part.wait(request.timeout_s)
-        error = f"node {self.name} no longer has job {request.job}: it was started again, or has had newer ones since"
+        error = f"the stage host of {self.name} no longer has job {request.job}: it was started again, or has had newer ones since"
         return pb.JobReport(
             job=request.job, node=self.name, role=self.role, state="failed", error=error, code=Restarted.code
         )

@@ -37,7 +37,7 @@ from tests.support import WAIT_S
 # Far beyond what any of it takes: a slow machine is no failure, and what hangs ends.
 START_DEADLINE_S = 300.0
 _POLL_S = 0.2
-_DEAD_PROXY = {"http_proxy": "http://127.0.0.1:9"}  # what the processes say to each other must go around it
+DEAD_PROXY = {"http_proxy": "http://127.0.0.1:9"}  # what the processes say to each other must go around it
 _Kind = TypeVar("_Kind", bound=Event)
 
 
@@ -113,12 +113,12 @@ class Federation:
         self.hub = hub
         assert hub.child is not None
         self.children.append(hub.child)
-        with patch.dict(os.environ, {"HF_HUB_CACHE": str(self.server_models), **_DEAD_PROXY}):
+        with patch.dict(os.environ, {"HF_HUB_CACHE": str(self.server_models), **DEAD_PROXY}):
             bounds = Bounds(packages=("examples",), runs=self.folder / "runs")
             self.children.append(
                 start_superlink("127.0.0.1", port, self.folder / "server", beside=hub, trust=trust, bounds=bounds)
             )
-        with patch.dict(os.environ, _DEAD_PROXY):
+        with patch.dict(os.environ, DEAD_PROXY):
             for node in self.nodes.values():
                 node.start()
         self.wait_for(lambda: all(node.ready() for node in self.nodes.values()), START_DEADLINE_S, "the nodes")
@@ -154,7 +154,7 @@ class Federation:
         submission = Submission(self.operator)
 
         def submit(out: Path) -> Callable[[], str]:
-            with patch.dict(os.environ, _DEAD_PROXY):
+            with patch.dict(os.environ, DEAD_PROXY):
                 submission.submit(config, out)
             return submission.status
 

@@ -40,7 +40,7 @@ def test_a_killed_stage_host_does_not_end_the_run(federation: Federation, tiny: 
     assert (summary.state, summary.rounds) == ("done", 2)
     (lost, *_) = run.of_kind(NodeLost)
     assert (lost.round, lost.node) == (1, "device-2")
-    assert "stage host" in lost.reason
+    assert (lost.code, "stage host" in lost.reason) == ("restarted", True)
     links = list(of_kind(hosts.poll(), LinkLost))
     assert [event.link for event in links][:1] == ["device-2"]
     assert all(event.reason for event in links)

@@ -159,7 +159,9 @@ def test_two_parts_reports_are_kept(tiny: ModelSource) -> None:
         assert report(node, attempt).state == "failed"
     assert "the plan starts from" in report(node, 2).error
     lost = report(node, 1)
-    words = "node edge-1 no longer has job run/1/1/edge-1: it was started again, or has had newer ones since"
+    words = (
+        "the stage host of edge-1 no longer has job run/1/1/edge-1: it was started again, or has had newer ones since"
+    )
     assert (lost.state, lost.code, lost.error, lost.role) == ("failed", "restarted", words, pb.EDGE)
 
 
