@@ -16,6 +16,8 @@ from edgelam_fl.wire.terms import LinkTerms, MakeTerms
 # header and tensor of a frame that leaves -> what leaves instead; None: nothing does
 Change = Callable[[pb.Header, torch.Tensor | None], tuple[pb.Header, torch.Tensor | None] | None]
 
+_MAKE_TERMS = 5  # place of the terms among a dial's arguments
+
 
 def dishonest(dial: Dial, change: Change) -> Dial:
     """Returns a dial whose links change every frame that their device sends."""
@@ -52,7 +54,8 @@ def with_a_dishonest_host(dial: Dial, change: Change) -> Dial:
         return terms
 
     def dialled(*arguments: Any) -> Link:
-        changed_arguments: list[Any] = [changed_by(given) if callable(given) else given for given in arguments]
+        changed_arguments: list[Any] = list(arguments)
+        changed_arguments[_MAKE_TERMS] = changed_by(arguments[_MAKE_TERMS])
         return dial(*changed_arguments)
 
     return dialled

@@ -26,6 +26,7 @@ from edgelam_fl.split.driver import Driver
 from edgelam_fl.split.ends import Ends
 from edgelam_fl.split.group import Group
 from edgelam_fl.split.host import Host
+from edgelam_fl.split.inbox import Inbox
 from edgelam_fl.split.route import Dial, new_route, open_link, open_route, wire_dtype
 from edgelam_fl.split.window import affordable_window
 from edgelam_fl.telemetry.events import JobStarted, TensorsAsked, WindowGranted
@@ -160,9 +161,11 @@ class Player:
         plan, held = self._plan, self._held
         assert held.hosted is not None  # a plan that serves has a hosted span
 
-        def dial_next(route: pb.Route, number: int, counters: ByteCounters, make_terms: MakeTerms) -> Link:
+        def dial_next(
+            route: pb.Route, number: int, counters: ByteCounters, make_terms: MakeTerms, inbox: Inbox
+        ) -> Link:
             return open_link(
-                self._means.dial, plan, held.source, route, number, pb.ENTRY, counters, make_terms, self._hub
+                self._means.dial, plan, held.source, route, number, pb.ENTRY, counters, make_terms, inbox, self._hub
             )
 
         elements = sum(parameter.numel() for parameter in held.hosted.adapter_parameters.values())

@@ -36,8 +36,8 @@ from edgelam_fl.wire.terms import LinkTerms, MakeTerms, OnSent, link_terms
 
 RETRY_MS = 200  # until a node that is not let in yet dials again
 
-# route, hop number, counters, terms -> an open entry link to that hop
-DialNext = Callable[[pb.Route, int, ByteCounters, MakeTerms], Link]
+# route, hop number, counters, terms, inbox of the host's part -> an open entry link to that hop
+DialNext = Callable[[pb.Route, int, ByteCounters, MakeTerms, Inbox], Link]
 
 
 class Group:
@@ -148,7 +148,7 @@ class Group:
         """Opens every route's link to the next host; dismisses a device whose link cannot be opened."""
         for member in self.members.values():
             try:
-                link = self._dial(member.route, self.position + 1, self.counters, self._make_terms())
+                link = self._dial(member.route, self.position + 1, self.counters, self._make_terms(), self.inbox)
             except EdgelamError as error:
                 self.dismiss(member, str(error))
                 continue

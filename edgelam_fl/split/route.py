@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 
-from edgelam_fl.errors import PeerLost, Refused
+from edgelam_fl.errors import PeerLost, Refused, RunFailed
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.reading import job_id, link_name, unit_rows
 from edgelam_fl.split.inbox import Inbox, Lost, Out
@@ -28,8 +28,9 @@ from edgelam_fl.wire.pace import Pace
 from edgelam_fl.wire.relay import Relay
 from edgelam_fl.wire.terms import MakeTerms, OnSent, link_terms
 
-# host, its address, link name, hello, counters, terms, seconds until the host must be ready, relay to try -> an open link
-Dial = Callable[[str, str, str, pb.Hello, ByteCounters, MakeTerms, float, Relay | None], Link]
+# host, its address, link name, hello, counters, terms, seconds until the host must be ready, relay to try, what returns why the
+# link is no longer wanted (empty: it is) -> an open link
+Dial = Callable[[str, str, str, pb.Hello, ByteCounters, MakeTerms, float, Relay | None, Callable[[], str]], Link]
 _MEMORY_RETRY_S = 0.01
 
 
@@ -46,10 +47,12 @@ def memory_dial(nodes: Mapping[str, Admits]) -> Dial:
 
     def dial(
         node: str, address: str, name: str, hello: pb.Hello, counters: ByteCounters, make_terms: MakeTerms, ready_s: float,
-        relay: Relay | None = None,
+        relay: Relay | None = None, given_up: Callable[[], str] = lambda: "",
     ) -> Link:  # fmt: skip
         end = time.monotonic() + ready_s
         while time.monotonic() < end:
+            if reason := given_up():
+                raise RunFailed(reason)
             ours, theirs = memory_pair(name, counters, ByteCounters())
             with theirs.holding_back():
                 answer = nodes[node].admit(hello, theirs)
@@ -73,11 +76,13 @@ def open_link(
     side: pb.LinkRole,
     counters: ByteCounters,
     make_terms: MakeTerms,
+    inbox: Inbox,
     hub: str = "",
 ) -> Link:
     """Dials a hop of a route and returns the open link.
 
-    `number`: of the hop. `hub`: HOST:PORT of the server's hub, the relay for hops that cannot be reached; empty: no hub.
+    `number`: of the hop. `inbox`: of the part that wants the link. `hub`: HOST:PORT of the server's hub, the relay for hops that
+    cannot be reached; empty: no hub. Raises RunFailed as soon as the part is cancelled, and what `dial` raises.
     """
     hop = route.hops[number]
     hello = pb.Hello(
@@ -87,7 +92,8 @@ def open_link(
     name = link_name(plan, route, number, side)
     token = hop.relay_tokens.get(plan.node)
     relay = Relay(hub, token) if hub and token else None
-    return dial(hop.node, hop.address, name, hello, counters, make_terms, plan.deadlines.ready_s, relay)
+    ready_s = plan.deadlines.ready_s
+    return dial(hop.node, hop.address, name, hello, counters, make_terms, ready_s, relay, lambda: inbox.cancelled)
 
 
 def most_bytes(plan: pb.Plan, hidden_size: int) -> int:
@@ -117,8 +123,8 @@ def open_route(
         pace=Pace(own.share_bps / 8) if own.share_bps else None,
         on_frame=route.inbox.on_frame, on_lost=route.inbox.on_lost, on_sent=on_sent,
     )  # fmt: skip
-    route.entry = open_link(dial, plan, source, own, 0, pb.ENTRY, counters, make_terms, hub)
-    route.exit = open_link(dial, plan, source, own, len(own.hops) - 1, pb.EXIT, counters, make_terms, hub)
+    route.entry = open_link(dial, plan, source, own, 0, pb.ENTRY, counters, make_terms, route.inbox, hub)
+    route.exit = open_link(dial, plan, source, own, len(own.hops) - 1, pb.EXIT, counters, make_terms, route.inbox, hub)
     route.window = min(plan.window, route.entry.terms.window, route.exit.terms.window)
 
 

@@ -237,7 +237,7 @@ def test_s10_the_relay_is_used_if_the_direct_way_does_not_answer(tmp_path: Path)
         door = RelayedDoor(ways[LISTEN], host.admit)
         link = dial(
             "edge-1", f"127.0.0.1:{silent.port}", "entry", hello(), ByteCounters(), make_terms(), WAIT_S, ways[DIAL],
-            LinkTiming(answer_s=1.0, redial_s=0.0),
+            timing=LinkTiming(answer_s=1.0, redial_s=0.0),
         )  # fmt: skip
         assert link.name == "entry by relay"
         link.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ import grpc
 import pytest
 import torch
 
-from edgelam_fl.errors import PeerLost, Refused
+from edgelam_fl.errors import PeerLost, Refused, RunFailed
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.layout import make_layout
 from edgelam_fl.plan.making import RoundFacts, make_plans
@@ -153,3 +154,27 @@ def test_dialling_where_nobody_listens_says_so() -> None:
         PeerLost, match=r"entry at 127\.0\.0\.1:9 could not be reached within 1 s: nobody listens there"
     ):
         dial("edge-1", "127.0.0.1:9", "entry", hello(), ByteCounters(), make_terms(), ready_s=1)
+
+
+@pytest.mark.parametrize("host", ["nobody listens", "it has no such job", "it does not answer"])
+def test_dialling_ends_as_soon_as_the_link_is_no_longer_wanted(host: str) -> None:
+    """Whatever the dialler waits for, and whatever patience it has: half an hour here."""
+    over = threading.Event()
+
+    def doorkeeper(_: pb.Hello, __: Link) -> pb.NotReady:
+        if host == "it does not answer":
+            over.wait()
+        return pb.NotReady(retry_ms=1_800_000)
+
+    looks = iter([""] * 3)
+    server = DataPlaneServer("127.0.0.1", 0, doorkeeper)
+    address = "127.0.0.1:9" if host == "nobody listens" else f"127.0.0.1:{server.port}"
+    try:
+        with pytest.raises(RunFailed, match="the attempt is over"):
+            dial(
+                "edge-1", address, "entry", hello(), ByteCounters(), make_terms(), 1800.0,
+                given_up=lambda: next(looks, "the attempt is over"), timing=LinkTiming(answer_s=1800.0, connect_s=1800.0),
+            )  # fmt: skip
+    finally:
+        over.set()
+        server.stop()

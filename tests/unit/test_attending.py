@@ -163,6 +163,18 @@ def test_a_part_ends_when_its_job_is_cancelled_or_its_node_is_out(
         assert fleet.report("edge-1").error == words
 
 
+def test_a_device_that_waits_for_a_host_ends_when_the_host_is_lost(
+    tiny: ModelSource, data_files: list[Path], tmp_path: Path
+) -> None:
+    """The host has no such job, and would be asked again for ten minutes."""
+    with attended(tiny, data_files[:1], tmp_path) as (fleet, server):
+        fleet.hand_out("device-1")
+        seen(server, "device-1", lambda node: node.state == "running")
+        words = "host edge-1 is out: silent for 8 s"
+        seen(server, "device-1", lambda node: node.state == "failed", {"device-1": words})
+        assert fleet.report("device-1").error == words
+
+
 # ---------------------------------------------------------------- epochs
 
 

@@ -141,8 +141,8 @@ def call(address: str, security: Security, node: str, heard: Heard | None = None
         make_terms(heard),
         20,
         way,
-        TIMING,
-        security,
+        timing=TIMING,
+        security=security,
     )
 
 
@@ -220,7 +220,7 @@ def test_a_relay_token_is_of_no_use_to_another_member(
     with pytest.raises(PeerLost, match="does not let this node in there"), caplog.at_level(logging.WARNING):
         dial(
             "edge-1", BEHIND + "edge-1", "entry edge-1", hello(node="ann"), ByteCounters(), make_terms(), 1,
-            federation.way(DIAL, "ann"), TIMING, thief,
+            federation.way(DIAL, "ann"), timing=TIMING, security=thief,
         )  # fmt: skip
     assert "mallory shows the token of ann" in caplog.text
     with thief.channel(federation.address, SERVER, []) as channel, pytest.raises(grpc.RpcError) as caught:
@@ -238,7 +238,7 @@ def test_a_token_is_good_for_the_links_that_its_holder_needs(federation: SmallFe
     with pytest.raises(PeerLost, match="no room for the link"):
         dial(
             "edge-1", BEHIND + "edge-1", "entry edge-1", hello(node="greedy"), ByteCounters(), make_terms(), 1,
-            federation.way(DIAL, "greedy"), TIMING, greedy,
+            federation.way(DIAL, "greedy"), timing=TIMING, security=greedy,
         )  # fmt: skip
     call(BEHIND + "edge-1", honest, "ann", way=federation.way(DIAL, "ann")).close()
     for link in links:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import queue
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 import grpc
 
-from edgelam_fl.errors import EdgelamError, PeerLost, ProtocolError, Refused
+from edgelam_fl.errors import EdgelamError, PeerLost, ProtocolError, Refused, RunFailed
 from edgelam_fl.trust.identity import SERVER
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
@@ -23,6 +24,7 @@ from edgelam_fl.wire.relay import BEHIND, BY_RELAY, DIAL, RELAY_SERVICE, Metadat
 from edgelam_fl.wire.terms import MakeTerms
 
 _LEAST_CONNECT_S = 0.1  # an attempt shortly before the deadline still gets so long
+_LOOK_S = 0.2  # between two looks at whether the link is still wanted
 _MOST_RETRY_S = 5.0  # a host that asks for a longer pause is asked again all the same
 
 
@@ -47,14 +49,16 @@ def dial(
     make_terms: MakeTerms,
     ready_s: float,
     relay: Relay | None = None,
+    given_up: Callable[[], str] = lambda: "",
     timing: LinkTiming = DEFAULT_TIMING,
     security: Security = PLAIN,
 ) -> Link:
     """Opens a link called `name` to the host `node`, with the terms that `make_terms` makes of the host's READY.
 
     Tries again while the host is not up or has no such job yet. If `node` does not answer at `address`, the link goes
-    through `relay`, and the two ways take turns; None: there is no such way. Raises Refused with the host's reason, PeerLost
-    after `ready_s` seconds, EnvironmentProblem for an address that `security` does not allow, and what `make_terms` raises.
+    through `relay`, and the two ways take turns; None: there is no such way. `given_up` returns why the link is no longer
+    wanted; empty: it is. Raises RunFailed with that reason, Refused with the host's, PeerLost after `ready_s` seconds,
+    EnvironmentProblem for an address that `security` does not allow, and what `make_terms` raises.
     """
     end = time.monotonic() + ready_s
     ways = deque([_Way(address, node)] if not address.startswith(BEHIND) else [])
@@ -68,10 +72,11 @@ def dial(
         channel = security.channel(way.address, way.node, channel_options(timing))
         try:
             left_s = end - time.monotonic()
-            grpc.channel_ready_future(channel).result(timeout=max(_LEAST_CONNECT_S, min(timing.connect_s, left_s)))
+            _connect(channel, max(_LEAST_CONNECT_S, min(timing.connect_s, left_s)), given_up)
             outcome = _say_hello(
-                channel, way, name + way.suffix, hello, counters, make_terms, timing, lambda: security.ended.node(node)
-            )
+                channel, way, name + way.suffix, hello, counters, make_terms, timing,
+                lambda: security.ended.node(node), given_up,
+            )  # fmt: skip
         except grpc.FutureTimeoutError:
             problem = why_unreachable(channel)
             channel.close()
@@ -80,24 +85,56 @@ def dial(
         except PeerLost as error:
             problem = str(error)
             channel.close()
-            time.sleep(timing.redial_s)
+            _pause(timing.redial_s, given_up)
             ways.rotate()
             continue
         if isinstance(outcome, Link):
             return outcome
         problem = "it has not received this job yet"
         channel.close()
-        time.sleep(min(outcome.retry_ms / 1000, _MOST_RETRY_S))
+        _pause(min(outcome.retry_ms / 1000, _MOST_RETRY_S), given_up)
     raise PeerLost(f"{name} at {address} could not be reached within {ready_s:.0f} s: {problem}")
+
+
+def _connect(channel: grpc.Channel, timeout_s: float, given_up: Callable[[], str]) -> None:
+    """Waits until a channel is connected. Raises FutureTimeoutError if that takes too long, RunFailed if it is not wanted."""
+    connected = grpc.channel_ready_future(channel)
+    try:
+        for wait_s in _short_waits(timeout_s, given_up):
+            with suppress(grpc.FutureTimeoutError):
+                return connected.result(timeout=wait_s)
+    except RunFailed:
+        connected.cancel()
+        channel.close()
+        raise
+    raise grpc.FutureTimeoutError
+
+
+def _pause(pause_s: float, given_up: Callable[[], str]) -> None:
+    for wait_s in _short_waits(pause_s, given_up):
+        time.sleep(wait_s)
+
+
+def _short_waits(timeout_s: float, given_up: Callable[[], str]) -> Iterator[float]:
+    """Yields how long to wait, at least once, in pieces until `timeout_s` is over. Raises RunFailed once the wait is in vain."""
+    end = time.monotonic() + timeout_s
+    while True:
+        if reason := given_up():
+            raise RunFailed(reason)
+        left_s = end - time.monotonic()
+        yield max(0.0, min(left_s, _LOOK_S))
+        if left_s <= _LOOK_S:
+            return
 
 
 def _say_hello(
     channel: grpc.Channel, way: _Way, name: str, hello: pb.Hello, counters: ByteCounters, make_terms: MakeTerms,
-    timing: LinkTiming, barred: Callable[[], bool],
+    timing: LinkTiming, barred: Callable[[], bool], given_up: Callable[[], str],
 ) -> Link | pb.NotReady:  # fmt: skip
     """Shakes hands; returns the open link, or the host's wish to be asked later.
 
-    Raises Refused with the host's reason, PeerLost without an answer, and what `make_terms` raises.
+    Raises Refused with the host's reason, PeerLost without an answer, RunFailed if none is wanted any more, and what
+    `make_terms` raises.
     """
     answers: queue.SimpleQueue[pb.Header | EdgelamError] = queue.SimpleQueue()
 
@@ -115,10 +152,7 @@ def _say_hello(
     link.send(pb.Header(kind=pb.HELLO, hello=hello))
     call = stub(channel, way.service, way.method)(iter(link.outbox), metadata=way.metadata)
     link.read_from(call, then=channel.close)
-    try:
-        answer = answers.get(timeout=timing.answer_s)
-    except queue.Empty:
-        answer = PeerLost(f"no answer to HELLO within {timing.answer_s:.0f} s")
+    answer = _await_answer(answers, timing.answer_s, given_up)
     if isinstance(answer, pb.Header) and answer.kind == pb.READY:
         link.start_pulse(call.cancel)
         return link
@@ -131,3 +165,16 @@ def _say_hello(
     if answer.kind != pb.NOT_READY:
         raise ProtocolError(f"{name} answered HELLO with {pb.Kind.Name(answer.kind)}")
     return answer.not_ready
+
+
+def _await_answer(
+    answers: queue.SimpleQueue[pb.Header | EdgelamError], timeout_s: float, given_up: Callable[[], str]
+) -> pb.Header | EdgelamError:
+    """Returns the answer to HELLO, or why there is none."""
+    try:
+        for wait_s in _short_waits(timeout_s, given_up):
+            with suppress(queue.Empty):
+                return answers.get(timeout=wait_s)
+    except RunFailed as error:
+        return error
+    return PeerLost(f"no answer to HELLO within {timeout_s:.0f} s")
