@@ -72,6 +72,10 @@ class Bounds:
             )
         return found
 
+    def run_folder(self, out: str, default: str) -> Path:
+        """Returns where a run with these words for its folder has it, without a look at the disk."""
+        return self.run if self.run is not None else self.runs.absolute() / (out or default)
+
     def make_run_folder(self, out: str, default: str, *, of_chat: bool = False) -> Path:
         """Makes a run's folder and returns its path: a new one below `runs`, or the one folder `run`.
 

@@ -186,6 +186,48 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+# ---------------------------------------------------------------- who writes in a folder
+
+_LOCK, _LOCK_POLL_S = ".lock", 0.05
+
+
+class Hold:
+    """Holds a folder for this process alone, as long as the process lives: the kernel lets go when it ends, however it ends."""
+
+    def __init__(self, folder: Path, patience_s: float = 0.0) -> None:
+        """Raises BlockingIOError if another process still holds the folder after `patience_s`."""
+        self._file, end = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600), time.monotonic() + patience_s
+        while True:
+            try:
+                return fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    os.close(self._file)
+                    raise
+                time.sleep(_LOCK_POLL_S)
+
+    def release(self) -> None:
+        """Lets another process hold the folder."""
+        os.close(self._file)
+
+
+def is_held(folder: Path) -> bool | None:
+    """Returns whether a process of this machine holds the folder; None if none ever did, or if that cannot be seen."""
+    try:
+        file = os.open(folder / _LOCK, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return None
+    finally:
+        os.close(file)
+    return False
+
+
 # ---------------------------------------------------------------- changes
 
 _SETTLED_NS = 3_000_000_000  # after a write, until the next one is sure to get another time: FAT counts in 2 s

@@ -12,6 +12,8 @@ _RULE = "may hold letters, digits, '.', '_' and '-', begins with a letter or dig
 CALLER = "chat"
 """The name of whoever talks to a model over a federation's hosts, as one more device."""
 # The others are folders beside those that are named after nodes.
+AGAIN = "EDGELAM_AGAIN"
+"""The environment variable that tells a ServerApp that an earlier process of its run has died."""
 RESERVED = frozenset({CALLER, "adapter", "adapters", "chats", "flwr", "hub", "nodes", "operator", "server", "trust"})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Set
 from pathlib import Path
 
 from flwr.app import Context
@@ -13,11 +14,12 @@ from edgelam_fl.bounds import Bounds, bounds_of
 from edgelam_fl.config import parse_run_file, without_home
 from edgelam_fl.errors import ConfigError, EdgelamError
 from edgelam_fl.federation import QUEUE
-from edgelam_fl.files import from_home, keep_private, say
+from edgelam_fl.files import Hold, from_home, keep_private, say
+from edgelam_fl.names import AGAIN
 from edgelam_fl.plan.making import task_settings
 from edgelam_fl.plan.placement import first_proposal
 from edgelam_fl.plan.spec import RunSpec
-from edgelam_fl.telemetry.events import EventLog, RunDone, RunFailure, RunStarted
+from edgelam_fl.telemetry.events import EventLog, RunDone, RunFailure, RunResumed, RunStarted
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.chat import converse
@@ -25,12 +27,15 @@ from server.checks import check_config
 from server.exchange import Exchange, ExchangeTiming
 from server.hub import RunHub, run_hub
 from server.membership import owners
+from server.resuming import Resumption, check_can_resume, resumption
 from server.roster import Roster
 from server.rounds import Rounds
 from server.run_folder import RunFolder, versions
 from server.run_queue import Ticket, turn
 
-_COMMANDS = ("run", "plan", "chat")
+_COMMANDS = ("run", "plan", "chat", "resume")
+_BACK_S = 30.0  # for nodes that come back after the server did
+_HOLD_S = 15.0  # for a process of the same run that is ending
 app = ServerApp()
 
 
@@ -44,29 +49,70 @@ def main(grid: Grid, context: Context) -> None:
     keep_private()
     bounds = bounds_of(os.environ)
     adapter = bounds.check_in_runs(Path(given["adapter"]), "adapter") if command == "chat" else Path()
-    out = bounds.make_run_folder(given["out"], f"flwr-{context.run_id}", of_chat=command == "chat")
+    queue = "" if given.get("fabric") else os.environ.get(QUEUE, "")  # the nodes of a fabric are its run's own
+    place = bounds.run_folder(given["out"], f"flwr-{context.run_id}")
+    again = command == "run" and AGAIN in os.environ and (place / "config.toml").is_file()
+    if command == "resume" or again:
+        return _go_on(grid, bounds, bounds.check_in_runs(place, "out"), given["set"], queue, again=again)
+    if AGAIN in os.environ and place.is_dir():  # the earlier process died before it had written anything
+        out = bounds.check_in_runs(place, "out")
+    else:
+        out = bounds.make_run_folder(given["out"], f"flwr-{context.run_id}", of_chat=command == "chat")
+    hold = Hold(out, _HOLD_S)
     try:
         config = without_home(parse_run_file(given["run-toml"], source="the run file", overrides=given["set"]))
         spec = check_config(config, bounds)
-    except EdgelamError as error:  # whoever follows the run reads its events
-        refusal = RunFailure(reason=from_home(str(error)), kept="nothing was started", exit_code=error.exit_code)
-        EventLog(out / "events.jsonl")(refusal)
+    except EdgelamError as error:
+        _refuse(out, error)
         raise
-    queue = "" if given.get("fabric") else os.environ.get(QUEUE, "")  # the nodes of a fabric are its run's own
     with run_hub(spec.source) as hub:
         if command == "chat":
             converse(grid, spec, hub, session=out, adapter=adapter, queue=queue)
         else:
-            _lead(
-                Exchange(grid, ExchangeTiming()), RunFolder(out, spec), spec, hub, bounds,
-                trains=command == "run", queue=queue,
-            )  # fmt: skip
+            exchange = Exchange(grid, ExchangeTiming())
+            _lead(exchange, RunFolder(out, spec), spec, hub, bounds, trains=command == "run", queue=queue)
+    hold.release()
+
+
+def _go_on(grid: Grid, bounds: Bounds, out: Path, overrides: str, queue: str, *, again: bool) -> None:
+    """Goes on with the run in the folder `out`. again: the server itself asks for it."""
+    check_can_resume(out)  # raised without a word in the events, which are those of another process
+    try:
+        hold = Hold(out, _HOLD_S)
+    except BlockingIOError as error:
+        raise ConfigError(f"the run in {out} is alive") from error
+    try:
+        resumed = resumption(out, overrides, begins_again=again)
+        spec = check_config(resumed.config, bounds)
+        resumed.check_model(spec)
+        saved = resumed.saved
+        folder = RunFolder.begun_again(out, spec) if saved is None else RunFolder.reopened(out, spec, saved)
+    except EdgelamError as error:
+        _refuse(out, error)
+        raise
+    with run_hub(spec.source) as hub:
+        _lead(Exchange(grid, ExchangeTiming()), folder, spec, hub, bounds, trains=True, queue=queue, resumed=resumed)
+    hold.release()
+
+
+def _refuse(out: Path, error: EdgelamError) -> None:
+    """Says in the run's events why it does not start: whoever follows it reads them."""
+    refusal = RunFailure(reason=from_home(str(error)), kept="nothing was started", exit_code=error.exit_code)
+    EventLog(out / "events.jsonl")(refusal)
 
 
 def _lead(
-    exchange: Exchange, folder: RunFolder, spec: RunSpec, hub: RunHub, bounds: Bounds, *, trains: bool, queue: str
+    exchange: Exchange,
+    folder: RunFolder,
+    spec: RunSpec,
+    hub: RunHub,
+    bounds: Bounds,
+    *,
+    trains: bool,
+    queue: str,
+    resumed: Resumption | None = None,
 ) -> None:
-    """Trains, once it is the run's turn, or proposes. An error is in the run's events before it is raised."""
+    """Trains, once it is the run's turn, or proposes. An error is in the run's events before it is raised. resumed: how the run goes on; None: it begins."""
     try:
         patience_s = spec.config.federation.join_deadline_s
         roster = Roster(
@@ -74,7 +120,7 @@ def _lead(
         )
         if trains:
             with turn(queue, folder.path.name, folder.emit) as ticket:
-                _run(exchange, roster, spec, folder, hub, bounds, ticket)
+                _run(exchange, roster, spec, folder, hub, bounds, ticket, resumed)
         else:
             propose(roster, spec, folder)
     except EdgelamError as error:
@@ -93,13 +139,41 @@ def _run(
     hub: RunHub,
     bounds: Bounds,
     ticket: Ticket | None,
+    resumed: Resumption | None,
 ) -> None:
-    folder.emit(RunStarted(run=folder.path.name, config=spec.config.model_dump(mode="json"), versions=versions()))
+    if resumed is None or resumed.saved is None:
+        folder.emit(RunStarted(run=folder.path.name, config=spec.config.model_dump(mode="json"), versions=versions()))
+    if resumed is not None:
+        folder.emit(RunResumed(round=resumed.round, problem=resumed.problem))
+        await_nodes(exchange, roster, resumed.nodes)
     say(f"run folder: {folder.path}")
-    name = f"{folder.path.name}-{time.time_ns():x}"
-    Rounds(spec, exchange, roster, folder, name, hub=hub, bounds=bounds, ticket=ticket).run()
+    saved, attempts = (resumed.saved, resumed.attempts) if resumed is not None else (None, 0)
+    name = saved.run if saved is not None else f"{folder.path.name}-{time.time_ns():x}"
+    Rounds(
+        spec,
+        exchange,
+        roster,
+        folder,
+        name,
+        hub=hub,
+        bounds=bounds,
+        saved=saved,
+        attempts_before=attempts,
+        ticket=ticket,
+    ).run()
     folder.finish()
     say(f"done: {folder.path / 'summary.json'}")
+
+
+def await_nodes(exchange: Exchange, roster: Roster, names: Set[str], patience_s: float = _BACK_S) -> None:
+    """Waits until all these nodes have answered, or `patience_s` have passed: a server's end makes them all come back one by one."""
+    timing = exchange.timing
+    end = timing.now() + patience_s
+    while True:
+        roster.refresh(ask_lost=True)
+        if names <= set(roster.profiles) or timing.now() >= end:
+            return
+        timing.sleep(timing.poll_s)
 
 
 def _profile_request(spec: RunSpec, hub: RunHub) -> pb.ProfileRequest:

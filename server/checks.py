@@ -69,6 +69,32 @@ def check_place_of_model(name: str, bounds: Bounds) -> None:
         )
 
 
+_MAY_CHANGE = ("rounds", "min_nodes", "expect_nodes", "evaluate_every", "snapshot_every")
+
+
+def check_changes(then: RunConfig, now: RunConfig) -> None:
+    """Raises ConfigError for a key with another value than the run began with, unless it is one that changes no training.
+
+    More rounds may be asked for, except of a private run, whose noise was chosen for so many.
+    """
+    before, after = then.model_dump(), now.model_dump()
+    changed = [
+        (section, key, before[section][key], value)
+        for section, keys in after.items()
+        for key, value in keys.items()
+        if value != before[section][key]
+    ]
+    for section, key, old, new in changed:
+        is_wait = section in ("federation", "wire") and key.endswith("_s")
+        is_rounds_of_a_promise = key == "rounds" and then.privacy.mode != "none"
+        if not is_wait and (section != "federation" or key not in _MAY_CHANGE or is_rounds_of_a_promise):
+            why = ", because the run's privacy was promised for so many rounds" if is_rounds_of_a_promise else ""
+            raise ConfigError(
+                f"{section}.{key} was {old!r} when the run began and would be {new!r}: that cannot change while a run goes on{why}. What "
+                f"can: federation.{', federation.'.join(_MAY_CHANGE)} and the waits and deadlines (keys that end in _s)"
+            )
+
+
 def check_together(config: RunConfig) -> None:
     """Raises ConfigError for settings that exclude each other."""
     split, model = config.split, config.model

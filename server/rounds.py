@@ -80,12 +80,14 @@ class Rounds:
         bounds: Bounds = DEFAULT_BOUNDS,
         generator: np.random.Generator | None = None,
         saved: Saved | None = None,
+        attempts_before: int = 0,
         ticket: Ticket | None = None,
     ) -> None:
         """`run`: a name that no other run has. `hub`: what nodes are told about it. `kept_nodes`: the most nodes of a round whose replies are kept. `bounds`: the
         modules that the run's strategies may come from. `generator`: of the noise of a private run; None: one that nobody can repeat.
-        `saved`: the checkpoint that the run goes on from; None: it begins. Raises ConfigError for a strategy whose memory no checkpoint
-        can hold. `ticket`: in the queue of the server's runs, whose turn it is; None: nobody knows of other runs.
+        `saved`: the checkpoint that the run goes on from; None: it begins. `attempts_before`: attempts at the first round that an earlier
+        process began, whose jobs nodes may still know. Raises ConfigError for a strategy whose memory no checkpoint can hold. `ticket`:
+        in the queue of the server's runs, whose turn it is; None: nobody knows of other runs.
         """
         self.spec, self.config = spec, spec.config
         self.roster, self.folder, self._hub = roster, folder, hub
@@ -100,7 +102,7 @@ class Rounds:
         self.pauses = NodePauses()
         self._beginnings = Beginnings()
         self._room = Room(folder.path, folder.emit, exchange.timing)
-        self._first = FederationState()
+        self._first, self._attempts_before = FederationState(), attempts_before
         if saved is not None:
             self.restore(saved)
         self.check_memory()
@@ -285,7 +287,7 @@ class Rounds:
         facts = RoundFacts(
             run=self._run,
             round=number,
-            attempt=attempt,
+            attempt=attempt + (self._attempts_before if number == self._first.round + 1 else 0),
             step_offset=state.step_offset,
             steps=planned_steps(self.config, devices) if trains else 0,
             settings=capabilities.client_settings(number),

@@ -61,9 +61,18 @@ class RunFolder:
         self._open_logs()
 
     @classmethod
+    def begun_again(cls, path: Path, spec: RunSpec) -> RunFolder:
+        """Opens the folder of a run that has not finished a round, and begins again: its events stay, nothing else does."""
+        sweep(path)
+        sweep_checkpoints(path)
+        mend_log(path / EVENTS_FILE, 0)
+        (path / "config.toml").unlink(missing_ok=True)
+        return cls(path, spec)
+
+    @classmethod
     def reopened(cls, path: Path, spec: RunSpec, saved: Saved) -> RunFolder:
         """Opens the folder of a run that goes on from a checkpoint of it: removes what its end left half-done, mends what came after
-        the checkpoint, and emits the events that were still to come. Does not touch its config.toml.
+        the checkpoint, and emits the events that were still to come.
         """
         folder = cls.__new__(cls)
         folder.path, folder._spec = path, spec
@@ -71,6 +80,7 @@ class RunFolder:
         sweep_checkpoints(path)
         mend_log(path / EVENTS_FILE, saved.events_bytes)
         folder._open_logs()
+        write_atomically(path / "config.toml", to_toml(spec.config))  # of keys that may change
         folder._export(saved)
         known = [as_line(event) for event in read_events(path / EVENTS_FILE)]
         for event in saved.closing:

@@ -55,4 +55,7 @@ SetOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
+OptionalRunFileArgument = Annotated[
+    Path | None, typer.Argument(metavar="RUN.toml", help="The run file: model, split, training; none with --resume.")
+]
 RunFileArgument = Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run file: model, split, training.")]

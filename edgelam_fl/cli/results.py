@@ -16,12 +16,16 @@ def report(folder: RunArgument) -> None:
     from edgelam_fl.telemetry.events import read_events
     from edgelam_fl.telemetry.report.incidents import failure
     from edgelam_fl.telemetry.report.page import write_report
+    from edgelam_fl.telemetry.run_folder import kept, state_now
     from edgelam_fl.telemetry.summary import build_summary, summary_table
 
     if not (folder / "events.jsonl").is_file():
         raise ConfigError(f"{folder} is not a run's folder: it has no events.jsonl")
     events = list(read_events(folder / "events.jsonl"))
-    console.print(summary_table(build_summary(events)))
+    state = state_now(folder, events)
+    console.print(summary_table(build_summary(events, state)))
+    if state == "killed":
+        say(f"its process ended without a last word. {kept(folder)}")
     for heading, text in failure(events):
         say(f"{heading.lower()}: {text}")
     say(f"page: {write_report(folder)}")

@@ -14,6 +14,7 @@ from edgelam_fl.cli.options import (
     JsonOption,
     OfflineOption,
     OperatorOption,
+    OptionalRunFileArgument,
     RunFileArgument,
     ServerOption,
     SetOption,
@@ -125,7 +126,7 @@ def plan(
 
 
 def run(
-    file: RunFileArgument,
+    file: OptionalRunFileArgument = None,
     server: ServerOption = "127.0.0.1:8000",
     local: Annotated[
         int, typer.Option("--local", metavar="N", min=0, max=16, help="Play the server and N devices here.")
@@ -151,11 +152,22 @@ def run(
     operator: OperatorOption = OPERATOR_FOLDER,
     insecure: InsecureOption = False,
     offline: OfflineOption = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option("--resume", metavar="RUN", help="Go on with a run that ended early, in its folder; no FILE then."),
+    ] = None,
 ) -> None:
     """Fine-tunes a model by a run file, on the nodes that have joined a server.
 
-    With --local N, this machine plays all parts instead: the server, an edge server and N devices.
+    With --local N, this machine plays all parts instead: the server, an edge server and N devices. With --resume, a run that
+    ended early goes on from its last finished round, where it ran; --set may change rounds, waits and deadlines.
     """
+    if resume is not None:
+        raise typer.Exit(
+            _resume(resume, file, server, overrides, operator, insecure, detach or explain or local or data or out)
+        )
+    if file is None:
+        raise ConfigError("edgelam run needs a run file, or --resume RUN: `edgelam init run.toml` writes a run file")
     from edgelam_fl.config import read_run_file
     from edgelam_fl.federation.operator import Operator
     from edgelam_fl.federation.runs import check_run, leave_on_server, run_here, run_on_server
@@ -187,3 +199,23 @@ def run(
     folder = check_run(config, file.stem, out, asking)
     on_server = leave_on_server if detach else run_on_server
     raise typer.Exit(on_server(console, config, folder, asking, insecure))
+
+
+def _resume(
+    run: Path, file: Path | None, server: str, overrides: list[str], operator: Path, insecure: bool, others: object
+) -> int:
+    """Goes on with a run; returns the exit code. others: options that have no place beside --resume, as given."""
+    from edgelam_fl.federation.operator import Operator
+    from edgelam_fl.federation.runs import ran_here, resume_here, resume_on_server
+    from edgelam_fl.files import keep_private
+
+    if file is not None:
+        raise ConfigError(
+            f"--resume takes the run file from the run's folder: leave {file} out, and change rounds, waits or deadlines with --set"
+        )
+    if others:
+        raise ConfigError("--resume goes with --set, --server, --operator and --insecure, and with no other option")
+    keep_private()
+    if ran_here(run):
+        return resume_here(console, run.absolute(), overrides)
+    return resume_on_server(console, run, overrides, Operator(server, operator), insecure)

@@ -14,6 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from edgelam_fl.addresses import answers
@@ -22,13 +23,13 @@ from edgelam_fl.federation.environment import child_environment
 from edgelam_fl.federation.template import ForkedProcess, can_fork
 
 GRACE_S = 5.0  # between SIGTERM and SIGKILL
-# Has the kernel send SIGTERM when the process that started it ends, even by kill -9, then becomes the command. A program of
+# Has the kernel send a signal when the process that started it ends, even by kill -9, then becomes the command. A program of
 # its own and no preexec_fn: with one, Python forks, and gRPC threads that wake in the fork abort it before it is the command.
 _END_WITH_PARENT = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
-if os.getppid() == int(sys.argv[1]):
-    os.execvp(sys.argv[2], sys.argv[2:])
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, int(sys.argv[1]))  # 1: PR_SET_PDEATHSIG
+if os.getppid() == int(sys.argv[2]):
+    os.execvp(sys.argv[3], sys.argv[3:])
 """
 _COLOUR = re.compile("\x1b\\[[0-9;]*m")  # Flower's logs have some
 
@@ -52,6 +53,8 @@ class Child:
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         self.name, self.log = name, log
+        self.again = partial(Child, name, tuple(command), log, environment, forked, tuple(hosts))
+        """Starts another process like this one."""
         self._process: subprocess.Popen[bytes] | ForkedProcess
         shorten(log)
         if forked and can_fork():
@@ -61,7 +64,7 @@ class Child:
             return
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                _ending_with_this(command),
+                ending_with_this(command),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -103,11 +106,13 @@ class Child:
             self._process.wait()
 
 
-def _ending_with_this(command: Sequence[str]) -> list[str]:
-    """Returns a command that becomes `command` and ends with this process, on Linux; elsewhere `command` itself."""
+def ending_with_this(command: Sequence[str], number: signal.Signals = signal.SIGTERM) -> list[str]:
+    """Returns a command that becomes `command` and gets the signal `number` when the thread of this process that started it
+    ends, on Linux; elsewhere `command` itself.
+    """
     if sys.platform != "linux":
         return list(command)
-    return [sys.executable, "-I", "-S", "-c", _END_WITH_PARENT, str(os.getpid()), *command]
+    return [sys.executable, "-I", "-S", "-c", _END_WITH_PARENT, str(int(number)), str(os.getpid()), *command]
 
 
 def end_all(children: Sequence[Child], grace_s: float = GRACE_S) -> None:

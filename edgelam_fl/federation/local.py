@@ -28,11 +28,13 @@ from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.federation.template import warm_template
 from edgelam_fl.tasks.named import local_data
 from edgelam_fl.telemetry.events import Event, RunDone
+from edgelam_fl.telemetry.run_folder import kept
 from edgelam_fl.trust.authority import issue
 from edgelam_fl.trust.identity import DEVICE, HOST, save_identity
 from edgelam_fl.trust.server import ServerTrust, prepare_trust, trust_folder
 
 _POLL_S = 0.25
+_IDENTITY = "identity"
 _RESULT_LAG_S = 30.0
 
 
@@ -86,6 +88,7 @@ def local_federation(config: RunConfig, data: Sequence[Path], folder: Path) -> I
     port = free_port()
     server = f"127.0.0.1:{port}"
     edges, devices = _local_nodes(config, folder, server, data)
+    _forget_keys(folder, edges + devices)  # of a run that was killed, and goes on
     trust = prepare_trust(folder / "server", "127.0.0.1", port)
     for node in edges + devices:
         let_in(trust, node)
@@ -112,24 +115,22 @@ def local_federation(config: RunConfig, data: Sequence[Path], folder: Path) -> I
         )
     finally:
         end_all([*(child for node in edges + devices for child in node.children.values()), *children])
-        for keys in (
-            trust_folder(folder / "server"),
-            operator_folder(folder / "server"),
-            *_identities(edges + devices),
-        ):
-            shutil.rmtree(keys, ignore_errors=True)  # nobody needs them once the federation has ended
+        _forget_keys(folder, edges + devices)
 
 
 def let_in(trust: ServerTrust, node: NodeProcesses) -> None:
     """Makes a node a member, with keys made here: for a server and nodes that one user of this machine starts."""
     identity = issue(trust.authority, node.name, DEVICE if node.data else HOST)
-    node.identity = node.state / "identity"
+    node.identity = node.state / _IDENTITY
     save_identity(identity, node.identity)
     trust.members.add(identity)
 
 
-def _identities(nodes: Sequence[NodeProcesses]) -> list[Path]:
-    return [node.identity for node in nodes if node.identity is not None]
+def _forget_keys(folder: Path, nodes: Sequence[NodeProcesses]) -> None:
+    """Removes the keys of a federation that has ended: nobody needs them."""
+    identities = [node.state / _IDENTITY for node in nodes]
+    for keys in (trust_folder(folder / "server"), operator_folder(folder / "server"), *identities):
+        shutil.rmtree(keys, ignore_errors=True)
 
 
 def _local_nodes(
@@ -183,11 +184,3 @@ def await_result(folder: Path) -> None:
     end = time.monotonic() + _RESULT_LAG_S
     while not (folder / "report.html").exists() and time.monotonic() < end:
         time.sleep(_POLL_S)
-
-
-def kept(folder: Path) -> str:
-    """Returns a sentence that names what is left of a run that did not end well."""
-    checkpoint = folder / "adapter"
-    if checkpoint.is_dir():
-        return f"Kept: the adapter after the last finished round, in {checkpoint}, and events.jsonl beside it."
-    return f"No round was finished; {folder} holds the events so far."

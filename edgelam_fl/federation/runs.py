@@ -5,6 +5,7 @@ Knows processes, events and the run's folder; knows neither what the nodes compu
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,16 +21,17 @@ from edgelam_fl.federation.local import (
     LocalFederation,
     await_result,
     bounds_of_a_local_run,
-    kept,
     local_federation,
 )
 from edgelam_fl.federation.operator import Operator
 from edgelam_fl.federation.submission import Submission
-from edgelam_fl.files import now_in_a_name
+from edgelam_fl.files import now_in_a_name, write_atomically
 from edgelam_fl.telemetry.console import RunView
 from edgelam_fl.telemetry.events import EventTail, RunFailure
+from edgelam_fl.telemetry.run_folder import kept
 from edgelam_fl.telemetry.summary import read_summary, summary_table
 
+_LOCAL = "local.json"  # in the folder of a run of this machine alone: its data
 _WAYS_OUT = (
     ". Two ways out: start one with `edgelam server` and let nodes join with `edgelam client`, or let this machine play all "
     "parts: add --local 3 --data FILE --data FILE --data FILE"
@@ -78,6 +80,19 @@ def run_on_server(console: Console, config: RunConfig, folder: Path, operator: O
     return follow(console, _view_of(console, config), config, folder, operator)
 
 
+def resume_on_server(console: Console, run: Path, overrides: list[str], operator: Operator, insecure: bool) -> int:
+    """Goes on with a run at the operator's server, and shows it until it ends; returns the exit code.
+
+    run: its folder, or the name of it below the server's folder for runs.
+    """
+    folder = run.absolute() if run.is_dir() else operator.runs() / run
+    resuming = app_module("server.resuming")
+    resuming.check_can_resume(folder)
+    config = resuming.resumption(folder, overrides).config
+    check_server_answers(operator.server, insecure or operator.identity is not None, _WAYS_OUT)
+    return follow(console, _view_of(console, config), config, folder, operator, resumed=overrides)
+
+
 def leave_on_server(console: Console, config: RunConfig, folder: Path, operator: Operator, insecure: bool) -> int:
     """Submits the run and prints how to follow and to stop it; it goes on without this command."""
     check_server_answers(operator.server, insecure or operator.identity is not None, _WAYS_OUT)
@@ -96,18 +111,43 @@ def _view_of(console: Console, config: RunConfig) -> RunView:
 # ---------------------------------------------------------------- on this machine
 
 
-def run_here(console: Console, config: RunConfig, folder: Path, data: Sequence[Path]) -> int:
-    """Runs a federation of separate processes on this machine, a device per file of `data`; returns the exit code."""
+def run_here(
+    console: Console, config: RunConfig, folder: Path, data: Sequence[Path], resumed: Sequence[str] | None = None
+) -> int:
+    """Runs a federation of separate processes on this machine, a device per file of `data`; returns the exit code.
+
+    resumed: keys to set anew in a run that goes on, as in `edgelam run --set`; None: the run begins.
+    """
     view = _view_of(console, config)
     try:
         with ExitStack() as stack:
             with console.status("starting Flower's SuperLink"):
                 here = stack.enter_context(local_federation(config, data, folder))
             view.say(f"started {here}")
-            return follow(console, view, here.config, folder, here.operator, here)
+            write_atomically(folder / _LOCAL, json.dumps({"data": [_absolute(file) for file in data]}) + "\n")
+            return follow(console, view, here.config, folder, here.operator, here, resumed)
     except KeyboardInterrupt:
         console.print(kept(folder))
         return INTERRUPTED
+
+
+def ran_here(folder: Path) -> bool:
+    """Returns whether the run in a folder was one of this machine alone."""
+    return (folder / _LOCAL).is_file()
+
+
+def resume_here(console: Console, folder: Path, overrides: list[str]) -> int:
+    """Goes on with a run of this machine alone, with the data that it began with; returns the exit code."""
+    resuming = app_module("server.resuming")
+    resuming.check_can_resume(folder)
+    config = resuming.resumption(folder, overrides).config
+    data = [Path(file) for file in json.loads((folder / _LOCAL).read_text(encoding="utf-8"))["data"]]
+    return run_here(console, config, folder, data, overrides)
+
+
+def _absolute(data: Path) -> str:
+    """Returns a file's absolute path; a data set of a hub keeps its name."""
+    return str(data.absolute() if data.exists() else data)
 
 
 # ---------------------------------------------------------------- a run as it goes
@@ -120,15 +160,19 @@ def follow(
     folder: Path,
     operator: Operator,
     local: LocalFederation | None = None,
+    resumed: Sequence[str] | None = None,
 ) -> int:
     """Submits the run and shows its events until it ends; returns the exit code.
 
-    local: the federation's processes if they are this command's, which looks after them. Raises RunFailed with the run's
-    own reason.
+    local: the federation's processes if they are this command's, which looks after them. resumed: as for `run_here`. Raises
+    RunFailed with the run's own reason.
     """
     submission = Submission(operator)
     with console.status("handing the run to Flower"):
-        run_id = submission.submit(config, folder)
+        if resumed is None:
+            run_id = submission.submit(config, folder)
+        else:
+            run_id = submission.submit(None, folder, "resume", overrides=resumed)
     view.say(f"Flower run {run_id}; folder {folder}")
     tails = {node.name: EventTail(node.state / "events.jsonl") for node in (local.nodes if local else [])}
 
@@ -150,7 +194,10 @@ def follow(
                     raise RunFailed(f"the run failed: {event.reason}; {event.kept}", event.exit_code)
     except KeyboardInterrupt:
         console.print(f"stopping the run. {kept(folder)}", soft_wrap=True)
-        submission.stop()
+        try:
+            submission.stop()
+        except RunFailed as error:
+            console.print(str(error), soft_wrap=True, markup=False, highlight=False)
         return INTERRUPTED
     _show_result(console, folder)
     return 0

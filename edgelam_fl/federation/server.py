@@ -12,8 +12,8 @@ from rich.console import Console
 
 from edgelam_fl.addresses import check_port_free, hub_address, split_address
 from edgelam_fl.bounds import DEFAULT_BOUNDS, Bounds
-from edgelam_fl.errors import INTERRUPTED, RunFailed
-from edgelam_fl.federation.child import Child, end_all, shorten
+from edgelam_fl.errors import INTERRUPTED
+from edgelam_fl.federation.child import Child, Restarts, end_all, shorten
 from edgelam_fl.federation.hub_process import HubProcess
 from edgelam_fl.federation.operator import operator_folder
 from edgelam_fl.federation.superlink import start_superlink
@@ -42,13 +42,14 @@ class ServerOptions:
 def serve(console: Console, options: ServerOptions) -> int:
     """Starts SuperLink and hub and watches them until Ctrl-C; returns the exit code.
 
-    Raises UsageError for an address that may not be used, EnvironmentProblem for a port that is taken, RunFailed if a
-    process ends.
+    A process that ends is started again. Raises UsageError for an address that may not be used, EnvironmentProblem for a port
+    that is taken, RunFailed if a process keeps ending.
     """
     host, port = split_address(options.listen, "--listen")
     state = options.state
     hub = HubProcess(*hub_address(host, port, options.data_plane), state / "hub", insecure=options.insecure)
-    superlink, trust = None, None
+    children: list[Child] = []
+    trust = None
     try:
         with console.status("starting Flower's SuperLink"):
             check_port_free(host, port, "--listen")
@@ -56,15 +57,17 @@ def serve(console: Console, options: ServerOptions) -> int:
                 trust = prepare_trust(state, host, port, options.addresses)
                 hub.identity, hub.members = trust.identity, trust_folder(state)
             hub.start()
-            superlink = start_superlink(
-                host, port, state, beside=hub, trust=trust, bounds=options.bounds, keep=True,
-                allow_foreign_apps=options.allow_foreign_apps,
+            children.append(
+                start_superlink(
+                    host, port, state, beside=hub, trust=trust, bounds=options.bounds, keep=True,
+                    allow_foreign_apps=options.allow_foreign_apps,
+                )
             )  # fmt: skip
         for line in [*_where(options, hub), *(_next_steps(options) if trust else _plain_steps(options))]:
             console.print(line, highlight=False, soft_wrap=True, markup=False)
-        return _watch(console, hub, superlink)
+        return _watch(console, hub, children)
     finally:
-        end_all([child for child in (superlink, hub.child) if child is not None])
+        end_all([*children, *([hub.child] if hub.child is not None else [])])
 
 
 def _where(options: ServerOptions, hub: HubProcess) -> list[str]:
@@ -92,14 +95,20 @@ def _plain_steps(options: ServerOptions) -> list[str]:
     ]
 
 
-def _watch(console: Console, hub: HubProcess, superlink: Child) -> int:
+def _watch(console: Console, hub: HubProcess, children: list[Child]) -> int:
+    """Looks after the processes until Ctrl-C. `children`: the SuperLink alone, which is replaced when it has ended."""
+    restarts = Restarts()
     try:
-        while not superlink.ended():
-            shorten(superlink.log)
+        while True:
+            news = [hub.watch()]
+            shorten(children[0].log)
+            if problem := children[0].ended():
+                restarts.note(problem)
+                children[0] = children[0].again()
+                news.append(f"{problem}; it was started again, and runs in progress go on from their last checkpoints")
+            for words in filter(None, news):
+                console.print(words, highlight=False, soft_wrap=True, markup=False)
             time.sleep(0.5)
-            if news := hub.watch():
-                console.print(news, highlight=False, soft_wrap=True)
-        raise RunFailed(superlink.ended())
     except KeyboardInterrupt:
-        console.print("server ended; runs in progress end with it, their last checkpoints stay in their folders")
+        console.print("server ended; runs in progress go on from their last checkpoints when it is started again")
         return INTERRUPTED

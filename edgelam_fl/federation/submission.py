@@ -13,20 +13,23 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgelam_fl.addresses import split_address
+from edgelam_fl.addresses import answers, split_address
 from edgelam_fl.config import RunConfig, to_toml
-from edgelam_fl.errors import RunFailed
+from edgelam_fl.errors import EnvironmentProblem, RunFailed
 from edgelam_fl.federation.app_archive import app_alone
 from edgelam_fl.federation.environment import child_environment, without_proxies
 from edgelam_fl.federation.operator import Operator
 from edgelam_fl.telemetry.events import RUN_ENDS, Event, EventTail
+from edgelam_fl.telemetry.run_folder import kept
 
 _COMMAND_DEADLINE_S = 180.0  # Flower's commands take seconds here, and many on a small board that is busy
+_STATUS_DEADLINE_S = 45.0  # a server that stands still accepts connections all the same
+_MOST_UNKNOWN = 2  # answers of Flower that it does not know a run, one after the other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,10 @@ class FollowTiming:
     """Seconds between two looks at the run's events."""
     silence_s: float = 45.0
     """Seconds without an event after which Flower is asked for the run's status, which costs seconds of a core."""
+    look_s: float = 5.0
+    """Seconds without an event after which, and between which, it is seen whether the server answers."""
+    gone_s: float = 60.0
+    """Seconds without an answer of the server after which the run is followed no more."""
     lag_s: float = 5.0
     """Seconds that the last events of a run may take to be readable after Flower reports that the run is finished."""
 
@@ -46,6 +53,8 @@ def run_events(
     status: Callable[[], str],
     deadline_s: float = math.inf,
     *,
+    tail: EventTail | None = None,
+    server: ServerWatch | None = None,
     awaited: str = "the run's end",
     meanwhile: Callable[[], object] = lambda: None,
     say: Callable[[str], None] = lambda text: None,
@@ -54,14 +63,18 @@ def run_events(
 ) -> Iterator[Event]:
     """Yields the events of a run from `file` as they come; ends after `RunDone` or `RunFailure`.
 
-    status: asks Flower for the run's status, after a silence only. meanwhile: called at every look; a true result is a
-    sign of life from elsewhere, so that Flower is not asked. say: receives a line if Flower has not begun the run. log:
-    the end of what the run printed. awaited: names what the caller waits for, for the message.
+    status: asks Flower for the run's status, after a silence only. tail: has read `file` up to where the run begins; None: it
+    begins with the file. server: sees whether the server answers; None: it does. meanwhile: called at every look; a true
+    result is a sign of life from elsewhere, so that nobody is asked. say: receives a line if Flower has not begun the run, or
+    if the server does not answer. log: the end of what the run printed. awaited: names what the caller waits for, for the
+    message.
 
-    Raises RunFailed if Flower reports the run as finished and no last event comes, and once `deadline_s` has passed.
+    Raises RunFailed if Flower reports the run as finished and no last event comes, if Flower does not know it, and once
+    `deadline_s` has passed; EnvironmentProblem if the server has not answered for `timing.gone_s`.
     """
-    tail, end = EventTail(file), time.monotonic() + deadline_s
-    heard, finished = time.monotonic(), ""
+    tail, end = tail or EventTail(file), time.monotonic() + deadline_s
+    heard, finished, unknown = time.monotonic(), "", 0
+    server = server or ServerWatch("", lambda: True, timing)
     while True:
         news = tail.poll()
         for event in news:
@@ -71,11 +84,18 @@ def run_events(
         alive, now = meanwhile(), time.monotonic()
         if finished:
             if now - heard >= timing.lag_s:
-                raise RunFailed(f"Flower says that the run is {finished}, and it left no reason: {log()}")
+                raise RunFailed(
+                    f"Flower says that the run is {finished}, and it left no reason: {log()}. {kept(file.parent)}"
+                )
         elif news or alive:
-            heard = now
+            heard, unknown = now, 0
+        elif not server.answers(now - heard, file.parent, say):
+            pass
         elif now - heard >= timing.silence_s:
             answer, heard = status(), time.monotonic()
+            unknown = unknown + 1 if answer == "unknown" else 0
+            if unknown >= _MOST_UNKNOWN:
+                raise RunFailed(f"the server does not say what became of the run. {kept(file.parent)}")
             if answer in ("pending", "starting"):
                 say(f"nothing was heard of the run for {timing.silence_s:.0f} s; Flower says that it is {answer}")
             finished = answer if answer.startswith("finished") else ""
@@ -84,31 +104,75 @@ def run_events(
         time.sleep(timing.poll_s)
 
 
+class ServerWatch:
+    """Sees whether a server answers while nothing is heard of a run."""
+
+    def __init__(self, address: str, answers: Callable[[], bool], timing: FollowTiming) -> None:
+        """`answers`: tries it. `address`: for messages."""
+        self._address, self._answers, self._timing = address, answers, timing
+        self._looked, self._gone_since = -math.inf, math.inf
+
+    def answers(self, silent_s: float, folder: Path, say: Callable[[str], None]) -> bool:
+        """Returns whether the server answered the last time, and says when that changes; looks if it is time to.
+
+        Raises EnvironmentProblem with what is kept in the run's `folder` if it has not answered for too long.
+        """
+        now = time.monotonic()
+        if silent_s < self._timing.look_s or now - self._looked < self._timing.look_s:
+            return self._gone_since == math.inf
+        self._looked = now
+        if self._answers():
+            if self._gone_since < math.inf:
+                say(f"the server at {self._address} answers again")
+            self._gone_since = math.inf
+            return True
+        self._gone_since = min(self._gone_since, now)
+        gone_s = now - self._gone_since
+        if gone_s >= self._timing.gone_s:
+            raise EnvironmentProblem(
+                f"the server at {self._address} has not answered for {gone_s:.0f} s. Once it is started again with its state folder, "
+                f"the run goes on by itself; `edgelam top {shlex.quote(str(folder))}` shows it. {kept(folder)}"
+            )
+        say(f"the server at {self._address} does not answer since {gone_s:.0f} s; the run goes on when it is back")
+        return False
+
+
 class Submission:
     """One run at one SuperLink, submitted by its operator. Flower's settings of the user stay untouched."""
 
     def __init__(self, operator: Operator) -> None:
         """Prepares Flower's settings for the operator's server. Raises EnvironmentProblem if the operator has no token."""
         self._home, self._out = operator.flower_home(), Path()
-        self._host, _ = split_address(operator.server, "--server")
+        self._server = operator.server
+        self._host, self._port = split_address(operator.server, "--server")
+        self._tail: EventTail | None = None
         self.run_id = 0
+
+    def server_answers(self) -> bool:
+        """Returns whether something accepts connections where the server is."""
+        return answers(self._host, self._port)
 
     def submit(
         self,
-        config: RunConfig,
+        config: RunConfig | None,
         out: Path,
         command: str = "run",
         adapter: Path | None = None,
         fabric: str = "",
         simulation: str = "",
+        overrides: Sequence[str] = (),
     ) -> int:
         """Starts the run, whose folder on the server's machine is `out`. Returns Flower's run id.
 
-        command: "run" trains, "plan" only places the layers, "chat" talks over the hosts to the model with the adapter in
+        config: the run file; None: that of the folder. command: "run" trains, "resume" goes on with a run and sets the keys of
+        `overrides` anew, "plan" only places the layers, "chat" talks over the hosts to the model with the adapter in
         the folder `adapter`. fabric: the folder of the process that plays all nodes. simulation: Flower's settings for
         its simulation engine.
         """
-        values = {"run-toml": to_toml(config), "out": str(out), "command": command,
+        self._tail = EventTail(out / "events.jsonl")
+        self._tail.poll()  # of a run that is resumed, what was said before
+        values = {"run-toml": to_toml(config) if config else "", "out": str(out), "command": command,
+                  "set": shlex.join(overrides),
                   "adapter": str(adapter.absolute()) if adapter else "", "fabric": fabric}  # fmt: skip
         engine = ["--federation-config", simulation] if simulation else []
         with tempfile.TemporaryDirectory(prefix="edgelam-submission-") as folder:
@@ -134,6 +198,8 @@ class Submission:
             self._out / "events.jsonl",
             self.status,
             deadline_s,
+            tail=self._tail,
+            server=ServerWatch(self._server, self.server_answers, timing),
             awaited=awaited,
             meanwhile=meanwhile,
             say=say,
@@ -147,13 +213,18 @@ class Submission:
         "unknown" if its command does not answer, as on a machine that is very busy: no reason to give a run up.
         """
         try:
-            runs = self.flwr("list", "--run-id", str(self.run_id)).get("runs", [])
+            runs = self.flwr("list", "--run-id", str(self.run_id), deadline_s=_STATUS_DEADLINE_S).get("runs", [])
         except RunFailed:
             return "unknown"
         return str(runs[0]["status"]) if runs else "unknown"
 
     def stop(self) -> None:
         """Stops the run. A run that has ended is left as it is. Raises RunFailed if Flower cannot stop it."""
+        if not self.server_answers():
+            raise RunFailed(
+                f"the server at {self._server} does not answer, so the run could not be stopped: it goes on once the server is started "
+                f"again, unless `flwr stop {self.run_id}` stops it then"
+            )
         try:
             self.flwr("stop", str(self.run_id))
         except RunFailed:
@@ -187,9 +258,9 @@ class Submission:
             f"stop it:        {flwr} stop {self.run_id}",
         ]
 
-    def flwr(self, command: str, *arguments: str) -> dict[str, Any]:
+    def flwr(self, command: str, *arguments: str, deadline_s: float = _COMMAND_DEADLINE_S) -> dict[str, Any]:
         """Runs one of Flower's commands and returns its answer. Raises RunFailed with what it said."""
-        done = self._call(command, *arguments, "--format", "json")
+        done = self._call(command, *arguments, "--format", "json", deadline_s=deadline_s)
         try:
             answer: dict[str, Any] = json.loads(done.stdout)
         except ValueError as error:
@@ -199,15 +270,17 @@ class Submission:
             raise RunFailed(f"`flwr {command}` failed: {answer.get('error-message', answer)}")
         return answer
 
-    def _call(self, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def _call(
+        self, command: str, *arguments: str, deadline_s: float = _COMMAND_DEADLINE_S
+    ) -> subprocess.CompletedProcess[str]:
         environment = {**without_proxies(child_environment(self._host)), "FLWR_HOME": str(self._home)}
         try:
             return subprocess.run(
                 ["flwr", command, *arguments],
-                capture_output=True, text=True, env=environment, timeout=_COMMAND_DEADLINE_S, stdin=subprocess.DEVNULL, check=False,
+                capture_output=True, text=True, env=environment, timeout=deadline_s, stdin=subprocess.DEVNULL, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:
-            raise RunFailed(f"`flwr {command}` did not answer within {_COMMAND_DEADLINE_S:.0f} s") from error
+            raise RunFailed(f"`flwr {command}` did not answer within {deadline_s:.0f} s") from error
 
 
 def _as_typed(tool: str) -> str:

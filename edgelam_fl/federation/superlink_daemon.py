@@ -17,8 +17,6 @@ import base64
 import contextlib
 import os
 import secrets
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -33,7 +31,6 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from flwr.cli.build import build_fab_from_disk
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, TIMESTAMP_HEADER
 from flwr.proto.control_pb2 import StartRunRequest
-from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.server.superlink.linkstate import in_memory_linkstate, sql_linkstate
 from flwr.supercore.constant import (
     FLEET_HTTP_PUBLIC_KEY_HEADER,
@@ -42,7 +39,6 @@ from flwr.supercore.constant import (
     NodeStatus,
 )
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
-from flwr.supercore.servicer.runtime.runtime_handlers import acquire_task
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
@@ -52,16 +48,17 @@ from google.protobuf.message import DecodeError
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from edgelam_fl.addresses import from_here, join_address
+from edgelam_fl.bounds import bounds_of
 from edgelam_fl.federation.app_archive import app_alone, archive_digest
 from edgelam_fl.federation.guard import Guard, Handler
 from edgelam_fl.federation.operator import read_token
+from edgelam_fl.federation.run_tasks import RunTasks, start_task
 from edgelam_fl.trust.identity import AUTHORITY_FILE, CERTIFICATE_FILE, KEY_FILE
 from edgelam_fl.trust.join_service import JoinService
 from edgelam_fl.trust.server import ServerTrust, open_trust
 
 ABOUT = "about"
 """The route that says which versions run here, to anybody."""
-_POLL_S = 0.25
 _FIRST_REQUEST_S = 5.0  # for the first request of a connection to begin, its headers included
 _DRIFT_S = 86400
 HEARTBEATS_MISSED = 4
@@ -88,8 +85,8 @@ def main() -> None:
     )
     runtime = ["--runtime-api-address", join_address(from_here(options.host), options.port)]
     runtime += ["--root-certificates", str(trust.identity / AUTHORITY_FILE)] if trust else ["--insecure"]
-    starter = partial(start_task, runtime=runtime)
-    threading.Thread(target=start_tasks, args=(partial(take_task, links), starter), name="tasks", daemon=True).start()
+    tasks = RunTasks(links, partial(start_task, runtime=runtime), bounds_of(os.environ))
+    threading.Thread(target=tasks.serve, name="tasks", daemon=True).start()
     uvicorn.run(
         guard,
         host=options.host,
@@ -277,49 +274,6 @@ def refusal_of_run(body: bytes, own: str) -> str:
         "Two ways out: install the same version of edgelam-fl here and there, or start the server with --allow-foreign-apps, "
         "which runs whatever code its operator submits"
     )
-
-
-# ---------------------------------------------------------------- the tasks of runs
-
-
-def take_task(state: Any) -> tuple[str, str]:
-    """Takes the oldest waiting task from the SuperLink's state; returns its kind and its token, both empty if none waits."""
-    request = AcquireTaskRequest(supported_task_types=["flwr-serverapp", "flwr-simulation"])
-    taken = acquire_task(request, state)
-    return taken.task.type, taken.token
-
-
-def start_tasks(take: Callable[[], tuple[str, str]], start: Callable[[str, str], subprocess.Popen[bytes]]) -> None:
-    """Starts each task that `take` returns, as a process; never ends."""
-    running: list[subprocess.Popen[bytes]] = []
-    while True:
-        kind, token = take()
-        if token:
-            running.append(start(kind, token))
-        else:
-            time.sleep(_POLL_S)
-        running = [process for process in running if process.poll() is None]
-
-
-def start_task(kind: str, token: str, runtime: list[str]) -> subprocess.Popen[bytes]:
-    """Starts the process of one task. The token goes through a pipe: whoever lists processes sees their arguments.
-
-    kind: the name of Flower's command for the task. runtime: that command's options for reaching this SuperLink.
-    """
-    command = [
-        sys.executable,
-        "-m",
-        "edgelam_fl.federation.task_process",
-        kind,
-        *runtime,
-        "--parent-pid",
-        str(os.getpid()),
-    ]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE)
-    assert process.stdin is not None
-    with process.stdin as pipe:
-        pipe.write(token.encode())
-    return process
 
 
 if __name__ == "__main__":

@@ -18,9 +18,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 from flwr.common.constant import ISOLATION_MODE_PROCESS
 from flwr.supercore import date, heartbeat
 from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.retry import RetryInvoker, exponential
 from flwr.supernode import fleet_http_connection as connection
 from flwr.supernode import start_client_internal as flower
 from flwr.supernode.nodestate import NodeStateFactory
@@ -34,6 +36,7 @@ from edgelam_fl.trust.identity import load_identity, load_key
 
 _FIRST_IDLE_S, _IDLE_GROWTH = 0.1, 1.2  # so a pause lasts a sixth of the time without a message, up to Flower's
 _HEARTBEAT_S = 10  # the least that Flower's server allows; a heartbeat is sent after less than half of it
+_LONGEST_PAUSE_S = 4  # between two attempts to reach the server
 _SHORTEST_IDLE_S = 1.0  # of Flower's two pauses the shorter one is for replies
 
 
@@ -55,6 +58,8 @@ def main() -> None:
     flower.get_fused_config_from_fab = lambda archive, run: {}
     flower.time = Pauses(threads.replied)
     beat_often()
+    be_back_soon()
+    flower._pull_and_store_message = and_late_replies(flower._pull_and_store_message, states.state())
     flower.start_client_internal(
         state_factory=states,
         server_address=options.server,
@@ -79,6 +84,49 @@ def set_flowers_clock(offset_s: float) -> None:
         return datetime.datetime.fromtimestamp(since_boot_s() + offset_s, tz)
 
     date.datetime = SimpleNamespace(datetime=SimpleNamespace(now=now), UTC=datetime.UTC)
+
+
+def be_back_soon() -> None:
+    """Has Flower look often for a server that does not answer: a node is to be back seconds after its server is.
+
+    Flower's own pauses grow to 20 s and more, and it takes every broken connection of TLS, as of a server that is ending, for one
+    that can never be made.
+    """
+    make = connection.make_simple_http_retry_invoker
+
+    def impatient() -> RetryInvoker:
+        invoker = make()
+        gives_up = invoker.should_giveup
+        assert gives_up is not None
+        invoker.wait_gen_factory = lambda: exponential(max_delay=_LONGEST_PAUSE_S)
+        invoker.should_giveup = lambda error: not _is_of_the_moment(error) and gives_up(error)
+        return invoker
+
+    connection.make_simple_http_retry_invoker = impatient
+    heartbeat.exponential = lambda max_delay: exponential(max_delay=_LONGEST_PAUSE_S)
+
+
+def and_late_replies(pull: Callable[..., int | None], state: Any) -> Callable[..., int | None]:
+    """Returns Flower's `pull`, which also ends with a run if a reply to an earlier message has come meanwhile, so that it is sent.
+
+    Flower drops a message whose run stands still for a moment, as after a restart of its server, but not the answer that is being
+    given to it: sent in the place of the next message's answer, it would leave each answer one message late for good.
+    """
+
+    def pull_or_send(**arguments: Any) -> int | None:
+        run: int | None = pull(**arguments)
+        if run is not None:
+            return run
+        with state.lock_msg_store:
+            kept = [entry.message.metadata for entry in state.msg_store.values() if not entry.is_retrieved]
+        return next((message.run_id for message in kept if message.reply_to_message_id), None)
+
+    return pull_or_send
+
+
+def _is_of_the_moment(error: Exception) -> bool:
+    """Returns whether a connection broke for another reason than a certificate that is not trusted."""
+    return isinstance(error, httpx.TransportError) and "certificate" not in str(error).lower()
 
 
 class Pauses:

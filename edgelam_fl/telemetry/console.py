@@ -39,6 +39,8 @@ from edgelam_fl.telemetry.events import (
     RoundDone,
     RoundShares,
     RunFailure,
+    RunInterrupted,
+    RunResumed,
     RunStarted,
     RunWaits,
     StepClosed,
@@ -98,6 +100,8 @@ class RunView:
             NodeSilent: self._on_node_silent,
             MessageResent: self._on_message_resent,
             NodeSetAside: self._on_node_set_aside,
+            RunInterrupted: self._on_run_interrupted,
+            RunResumed: self._on_run_resumed,
             RunFailure: self._on_run_failed,
             DataRead: self._on_data_read,
             DataChanged: self._on_data_changed,
@@ -247,6 +251,15 @@ class RunView:
     def _on_node_set_aside(self, event: NodeSetAside, _: str) -> None:
         times = f"{event.failures} failures in a row, the newest: {event.reason}"
         self.say(f"{event.node} sits out until round {event.back_in} if others can do without it: {times}")
+
+    def _on_run_interrupted(self, event: RunInterrupted, _: str) -> None:
+        self._stage = "waiting for its ServerApp"
+        self.say(f"the ServerApp died ({event.reason}); the server starts it again")
+
+    def _on_run_resumed(self, event: RunResumed, _: str) -> None:
+        self._stage = "going on"
+        where = f"after round {event.round}" if event.round else "from its start"
+        self.say(f"the run goes on {where}{f' ({event.problem})' if event.problem else ''}")
 
     def _on_run_failed(self, _: RunFailure, __: str) -> None:
         """Shows that the run failed; the command that follows the run prints the reason."""

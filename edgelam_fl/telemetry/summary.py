@@ -33,6 +33,7 @@ from edgelam_fl.telemetry.events import (
     RoundDone,
     RunDone,
     RunFailure,
+    RunResumed,
     RunStarted,
     RunWaits,
     of_kind,
@@ -167,7 +168,7 @@ class Summary:
     run: str | None
     """Name of the run."""
     state: str
-    """Either "done", "failed" or "running"."""
+    """Either "done", "failed", "running", or "killed": it runs nowhere and did not say how it ended."""
     model: str | None
     """model.name of the run file."""
     task: str | None
@@ -188,13 +189,13 @@ class Summary:
     """The run's differential privacy; null if it promises none."""
 
 
-def build_summary(events: Sequence[Event]) -> Summary:
-    """Makes a run's summary; its state is "running" unless the events say that the run ended."""
+def build_summary(events: Sequence[Event], state: str = "") -> Summary:
+    """Makes a run's summary. `state`: what is known of it besides; "": what the events say, "running" unless that it ended."""
     started = next(of_kind(events, RunStarted), None)
-    rounds = list(of_kind(events, RoundDone))
+    rounds = finished_rounds(events)
     return Summary(
         run=started.run if started else None,
-        state=run_state(events),
+        state=state or run_state(events),
         model=setting(events, "model", "name"),
         task=task_of(events),
         devices=_devices(events, rounds),
@@ -321,9 +322,23 @@ def before_and_after(device: DeviceSummary, measure: str) -> tuple[float | None,
 
 
 def run_state(events: Iterable[Event]) -> str:
-    """Returns "done", "failed" or "running"."""
-    kinds = {type(event) for event in events}
-    return "failed" if RunFailure in kinds else "done" if RunDone in kinds else "running"
+    """Returns "done", "failed" or "running" by the last event that says so: a run that had failed may go on later."""
+    state = "running"
+    for event in events:
+        match event:
+            case RunFailure():
+                state = "failed"
+            case RunDone():
+                state = "done"
+            case RunResumed():
+                state = "running"
+    return state
+
+
+def finished_rounds(events: Iterable[Event]) -> list[RoundDone]:
+    """Returns the last event of each finished round, in order: a run that went on from an older checkpoint repeats rounds."""
+    newest = {done.round: done for done in of_kind(events, RoundDone)}
+    return [newest[number] for number in sorted(newest)]
 
 
 def is_training_round(done: RoundDone) -> bool:
@@ -359,7 +374,7 @@ def _seconds(events: Sequence[Event]) -> float | None:
         return done.seconds
     if not events:
         return None
-    end = next(of_kind(events, RunFailure), events[-1])
+    end = list(of_kind(events, RunFailure))[-1] if run_state(events) == "failed" else events[-1]
     return round((end.time or 0.0) - began(events), 3)
 
 

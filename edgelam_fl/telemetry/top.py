@@ -43,7 +43,8 @@ from edgelam_fl.telemetry.human import (
     total,
 )
 from edgelam_fl.telemetry.records import as_json
-from edgelam_fl.telemetry.summary import build_summary, counts_in_words, run_state
+from edgelam_fl.telemetry.run_folder import state_now
+from edgelam_fl.telemetry.summary import build_summary, counts_in_words, finished_rounds
 
 _REFRESH_S = 1.0
 
@@ -79,7 +80,7 @@ class Snapshot:
     """A run as it is now; `--json` prints it with these names."""
 
     run: str | None
-    state: str  # "running", "done", "failed"
+    state: str  # "running", "done", "failed", "killed"
     round: int  # of the latest plan; 0 before the first
     seconds: float | None
     steps_per_s: float | None
@@ -103,22 +104,24 @@ def follow(console: Console, folder: Path, once: bool, as_json_text: bool) -> No
     tail = EventTail(folder / EVENTS_FILE)
     events = tail.poll()
     if as_json_text:
-        text = json.dumps(as_json(snapshot(events)), indent=2)
+        text = json.dumps(as_json(snapshot(events, state_now(folder, events))), indent=2)
         console.print(text, markup=False, highlight=False, soft_wrap=True)
         return
     if once or not console.is_terminal:
-        console.print(top_table(snapshot(events)))
+        console.print(top_table(snapshot(events, state_now(folder, events))))
         return
     with Live(top_table(snapshot(events)), console=console, auto_refresh=False) as live:
-        while run_state(events) == "running":
+        state = "running"
+        while state in ("running", "killed"):  # a server starts a run that was killed again
             time.sleep(_REFRESH_S)
             events += tail.poll()
-            live.update(top_table(snapshot(events)), refresh=True)
+            state = state_now(folder, events)
+            live.update(top_table(snapshot(events, state)), refresh=True)
 
 
-def snapshot(events: Sequence[Event]) -> Snapshot:
-    """Returns the run as the events so far show it."""
-    summary, rounds = build_summary(events), list(of_kind(events, RoundDone))
+def snapshot(events: Sequence[Event], state: str = "") -> Snapshot:
+    """Returns the run as the events so far show it. `state`: as for `build_summary`."""
+    summary, rounds = build_summary(events, state), finished_rounds(events)
     shares, holds, gone = _shares(events), _holds(events), _gone(events)
     roles = {event.node: event.role for event in of_kind(events, NodeJoined)}
     names = sorted({*roles, *gone, *holds, *shares}, key=by_name)

@@ -116,12 +116,23 @@ class Federation:
         with patch.dict(os.environ, {"HF_HUB_CACHE": str(self.server_models), **DEAD_PROXY}):
             bounds = Bounds(packages=("examples",), runs=self.folder / "runs")
             self.children.append(
-                start_superlink("127.0.0.1", port, self.folder / "server", beside=hub, trust=trust, bounds=bounds)
+                start_superlink(
+                    "127.0.0.1", port, self.folder / "server", beside=hub, trust=trust, bounds=bounds, keep=True
+                )
             )
         with patch.dict(os.environ, DEAD_PROXY):
             for node in self.nodes.values():
                 node.start()
         self.wait_for(lambda: all(node.ready() for node in self.nodes.values()), START_DEADLINE_S, "the nodes")
+
+    @property
+    def superlink(self) -> Child:
+        return self.children[-1]
+
+    def restart_superlink(self) -> None:
+        """As `edgelam server` does."""
+        self.wait_for(lambda: bool(self.superlink.ended()), START_DEADLINE_S, "the SuperLink's end")
+        self.children[-1] = self.superlink.again()
 
     def stop(self) -> None:
         end_all([*self.children, *(child for node in self.nodes.values() for child in node.children.values())])

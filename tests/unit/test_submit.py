@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from edgelam_fl.errors import RunFailed
+from edgelam_fl.errors import EnvironmentProblem, RunFailed
 from edgelam_fl.federation.app_archive import app_alone
 from edgelam_fl.federation.operator import Operator, prepare_operator
-from edgelam_fl.federation.submission import FollowTiming, Submission, run_events
+from edgelam_fl.federation.submission import FollowTiming, ServerWatch, Submission, run_events
 from edgelam_fl.telemetry.events import Event
 from edgelam_fl.telemetry.events.table import kind_of
 
@@ -35,7 +35,7 @@ def test_flower_is_handed_the_app_alone(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------- following a run
 
-AT_ONCE = FollowTiming(poll_s=0.0, silence_s=0.0, lag_s=0.0)
+AT_ONCE = FollowTiming(poll_s=0.0, silence_s=0.0, look_s=0.0, gone_s=0.0, lag_s=0.0)
 NEVER_ASKS = FollowTiming(poll_s=0.0, silence_s=3600.0)
 
 
@@ -106,7 +106,8 @@ def test_a_run_that_ends_without_a_word_fails_with_flowers_log(tmp_path: Path) -
     with pytest.raises(RunFailed) as caught:
         list(followed)
     assert str(caught.value) == (
-        "Flower says that the run is finished:failed, and it left no reason: no space left on device"
+        "Flower says that the run is finished:failed, and it left no reason: no space left on device. No round was finished; "
+        f"{tmp_path} holds the events so far."
     )
 
 
@@ -126,6 +127,34 @@ def test_the_deadline_is_named(tmp_path: Path) -> None:
         list(run_events(tmp_path / "none", never, 0.0, awaited="the server's plan", timing=NEVER_ASKS))
 
 
+def test_a_server_that_comes_back_is_waited_for(tmp_path: Path) -> None:
+    write, said = Writer(tmp_path / "events.jsonl", ["run_started"], [], [], [], [], ["run_done"]), list[str]()
+    server_answers = iter([False, True])
+    patient = FollowTiming(poll_s=0.0, silence_s=3600.0, look_s=0.0, gone_s=3600.0)
+    server = ServerWatch("192.0.2.1:8000", lambda: next(server_answers, True), patient)
+    followed = run_events(
+        tmp_path / "events.jsonl", never, server=server, meanwhile=write, say=said.append, timing=patient
+    )
+    assert kinds(followed) == ["run_started", "run_done"]
+    assert said == [
+        "the server at 192.0.2.1:8000 does not answer since 0 s; the run goes on when it is back",
+        "the server at 192.0.2.1:8000 answers again",
+    ]
+
+
+def test_a_server_that_stays_away_is_given_up_with_the_command_that_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    server = ServerWatch("192.0.2.1:8000", lambda: False, AT_ONCE)
+    with pytest.raises(EnvironmentProblem, match=r"has not answered for 0 s\. .*`edgelam run --resume") as caught:
+        list(run_events(tmp_path / "events.jsonl", never, server=server, timing=AT_ONCE))
+    assert f"`edgelam run --resume {tmp_path}` goes on" in str(caught.value)
+
+
+def test_a_run_that_flower_does_not_know_is_given_up(tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match="the server does not say what became of the run"):
+        list(run_events(tmp_path / "events.jsonl", lambda: "unknown", timing=AT_ONCE))
+
+
 class Flower(Submission):
     """Answers in place of Flower's command."""
 
@@ -134,7 +163,10 @@ class Flower(Submission):
         super().__init__(Operator("127.0.0.1:1", home / "operator"))
         self.state, self.calls = state, list[str]()
 
-    def flwr(self, command: str, *arguments: str) -> dict[str, Any]:
+    def server_answers(self) -> bool:
+        return True
+
+    def flwr(self, command: str, *arguments: str, deadline_s: float = 0.0) -> dict[str, Any]:
         self.calls.append(command)
         if command == "stop" and self.state.startswith("finished"):
             raise RunFailed("`flwr stop` failed: run is already finished")

@@ -82,6 +82,8 @@ from edgelam_fl.telemetry.events.run import (
     RouteReady,
     RunDone,
     RunFailure,
+    RunInterrupted,
+    RunResumed,
     RunStarted,
     RunWaits,
 )
@@ -141,6 +143,8 @@ __all__ = [
     "RouteReady",
     "RunDone",
     "RunFailure",
+    "RunInterrupted",
+    "RunResumed",
     "RunStarted",
     "RunWaits",
     "SiteLost",

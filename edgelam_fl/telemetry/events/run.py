@@ -199,4 +199,24 @@ class RunFailure(Event):
     """The exit code of a command that followed the run: 2 if what was handed to it or to its nodes is wrong."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunInterrupted(Event):
+    """The run's ServerApp ended without its last word, and the server starts it again. Written by the server's SuperLink."""
+
+    reason: str
+    """What is known of its end, in words."""
+    restart: int
+    """How often it was started again since the last round that was finished, this time included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResumed(Event):
+    """A ServerApp goes on with a run that had ended early, or whose ServerApp had died."""
+
+    round: int
+    """The last round of the checkpoint that it goes on from; 0: it begins again."""
+    problem: str = ""
+    """Why an older checkpoint than the newest is used; "" if it is the newest."""
+
+
 RUN_ENDS = (RunDone, RunFailure)

@@ -32,6 +32,8 @@ EVENTS: dict[str, type[Event]] = {
     "disk_full": run.DiskFull,
     "events_dropped": run.EventsDropped,
     "route_ready": run.RouteReady,
+    "run_interrupted": run.RunInterrupted,
+    "run_resumed": run.RunResumed,
     "run_done": run.RunDone,
     "run_failed": run.RunFailure,
     "ready": nodes.NodeReady,

@@ -20,20 +20,22 @@ from edgelam_fl.telemetry.events import (
     PlanMade,
     RoundDone,
     RunFailure,
+    RunInterrupted,
+    RunResumed,
     RunWaits,
     of_kind,
 )
 from edgelam_fl.telemetry.human import human_bytes, human_seconds
-from edgelam_fl.telemetry.summary import began, setting
+from edgelam_fl.telemetry.summary import began, run_state, setting
 
 LOST_SHOWN = 5
 
 
 def failure(events: Sequence[Event]) -> list[tuple[str, str]]:
     """Returns (heading, text) pairs: what happened, where, when, what is kept; empty if the run did not fail."""
-    failed = next(of_kind(events, RunFailure), None)
-    if failed is None:
+    if run_state(events) != "failed":
         return []
+    failed = list(of_kind(events, RunFailure))[-1]
     number = _failed_round(events, failed)
     lost = {e.node: f"{e.node}: {e.reason}" for e in of_kind(events, NodeLost) if e.round == number}
     more = [f"and {len(lost) - LOST_SHOWN} more, below"] if len(lost) > LOST_SHOWN else []
@@ -91,6 +93,10 @@ def _incidents(event: Event) -> Iterator[tuple[str, str, str]]:
                 "",
                 f"{free} are free, {needed} are needed",
             )
+        case RunInterrupted():
+            yield "the ServerApp died and was started again", "", event.reason
+        case RunResumed():
+            yield f"the run went on after round {event.round}", "", event.problem
         case RunFailure():
             yield "the run failed", event.node, event.reason
 

@@ -23,7 +23,6 @@ from edgelam_fl.telemetry.events import (
     EVENTS_FILE,
     TIMELINES_FILE,
     Event,
-    RoundDone,
     RoundTimeline,
     RunStarted,
     TextReadable,
@@ -41,6 +40,7 @@ from edgelam_fl.telemetry.human import (
 from edgelam_fl.telemetry.report.figures import round_figures, timeline_figures
 from edgelam_fl.telemetry.report.incidents import failure, incidents
 from edgelam_fl.telemetry.report.split_picture import labels_leave, split_picture
+from edgelam_fl.telemetry.run_folder import state_now
 from edgelam_fl.telemetry.summary import (
     ADAPTER_BYTES,
     LINK_BYTES,
@@ -52,6 +52,7 @@ from edgelam_fl.telemetry.summary import (
     build_summary,
     channel_in_words,
     clipped_in_words,
+    finished_rounds,
     measure_of,
     read_summary,
 )
@@ -76,9 +77,10 @@ def write_report(run_dir: Path) -> Path:
     if not source.is_file():
         raise UsageError(f"{run_dir} is not a run's folder: it holds no events.jsonl")
     events = list(read_events(source))
+    state = state_now(run_dir, events)
     kept = [run_dir / f"{TIMELINES_FILE}.old", run_dir / TIMELINES_FILE]
     timelines = [event for file in kept if file.is_file() for event in read_events(file)]
-    summary = read_summary(written) if written.is_file() else build_summary(events)
+    summary = read_summary(written) if written.is_file() and state == "done" else build_summary(events, state)
     page = run_dir / "report.html"
     write_atomically(page, report_page([*events, *timelines], summary))
     return page
@@ -87,7 +89,7 @@ def write_report(run_dir: Path) -> Path:
 def report_page(events: Sequence[Event], summary: Summary) -> str:
     """Returns the page's text."""
     config = next((started.config for started in of_kind(events, RunStarted)), {})
-    rounds = list(of_kind(events, RoundDone))
+    rounds = finished_rounds(events)
     phases = [phase for phase in map(read_phase, of_kind(events, RoundTimeline)) if phase]
     colours = {device.name: f"--c{i % 8}" for i, device in enumerate(summary.devices)}
     measure = measure_of(summary.task)
