@@ -76,7 +76,7 @@ class Part:
     def cancel(self, reason: str) -> None:
         """Ends the part with this reason; a part that still loads its slices ends when it attaches an inbox."""
         with self._changed:
-            self._cancelled = reason
+            self._cancelled, self._asks = reason, None
             self._changed.notify_all()
         for inbox in self._inboxes:
             inbox.cancel(reason)
