@@ -29,6 +29,10 @@ A run writes `events.jsonl` into its folder while it goes on, and `summary.json`
 `events.jsonl` of its own. Each line of `events.jsonl` is a JSON object that begins with `time` (Unix seconds) and `event`
 (the kind). Names of fields end in their unit; rates are bits per second, sizes bytes.
 
+A round takes at most 3 kB per device: what each node did at which moment is in `timelines.jsonl`, which keeps the newest rounds. A
+node's file is set aside as `events.jsonl.old` at 8 MB, in place of an older one. A line that cannot be written, as on a full disk, is
+left out and counted (`events_dropped`).
+
 A field marked "optional" is left out of the line while it has the value given there. A reader of files of several versions
 takes a missing field for null, 0 or empty, and ignores fields and kinds that it does not know: `read_events` in
 `edgelam_fl.telemetry.events` does both and returns an object per line, of the class named beside the kind.

@@ -24,6 +24,7 @@ from edgelam_fl.telemetry.events import (
     DiskFull,
     Evaluated,
     Event,
+    EventsDropped,
     JobDone,
     JobStarted,
     LinkMeasured,
@@ -95,6 +96,7 @@ class RunView:
             RoundDone: self._on_round_done,
             RoundShares: self._on_shares,
             DiskFull: self._on_disk_full,
+            EventsDropped: self._on_events_dropped,
             NodeLost: self._on_node_lost,
             AttemptAborted: self._on_attempt_aborted,
             NodeSilent: self._on_node_silent,
@@ -226,6 +228,9 @@ class RunView:
     def _on_shares(self, event: RoundShares, _: str) -> None:
         for name, shares in event.nodes.items():
             self._row(name).waited = shares.waited_s / (shares.phase_s or 1)
+
+    def _on_events_dropped(self, event: EventsDropped, node: str) -> None:
+        self.say(f"{node}: " * bool(node) + f"{event.count} events could not be written: {event.reason}")
 
     def _on_disk_full(self, event: DiskFull, _: str) -> None:
         self.say(

@@ -5,6 +5,9 @@ edgelam run mine.toml --set strategy.selection=my_selection:LargestFirst
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from strategies.api import Candidate, RoundOutcome, RoundState, Selected, Selection
 
 
@@ -23,6 +26,14 @@ class LargestFirst(Selection):
     def observe(self, outcome: RoundOutcome) -> None:
         """Optional: is told what happened in each round."""
         self._last = frozenset(device.name for device in outcome.devices)
+
+    def state(self) -> Mapping[str, Any]:
+        """Needed by a selection that remembers: goes into each checkpoint of the run."""
+        return {"last": sorted(self._last)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Its counterpart, for a run that is resumed."""
+        self._last = frozenset(state["last"])
 
     def _rank(self, device: Candidate) -> tuple[bool, int, str]:
         return self.rest and device.name in self._last, -device.examples, device.name

@@ -6,11 +6,12 @@ A new strategy is picked up by its line in the table.
 from __future__ import annotations
 
 import ast
+import json
 import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import partial
 from itertools import islice, permutations
@@ -25,6 +26,7 @@ from edgelam_fl.bounds import Bounds
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.carry import CARRY_A, CARRY_B
 from edgelam_fl.plan.making import ClientSettings
+from server.checkpoint import flatten, unflatten
 from strategies import registry
 from strategies.aggregation.carry import carry_of
 from strategies.api import (
@@ -38,7 +40,7 @@ from strategies.api import (
     Selected,
     Start,
 )
-from strategies.registry import BUILT_IN, Capabilities, with_capabilities
+from strategies.registry import BUILT_IN, Capabilities, LoadedStrategy, with_capabilities
 from strategies.selection.all import SelectAll
 
 BOUNDS = Bounds(packages=("tests", "examples", "written_aggregation", "written_selection", "written_bandwidth"))
@@ -593,7 +595,109 @@ def test_only_the_registry_asks_a_strategy_for_what_it_can_do() -> None:
                 assert not (isinstance(asked, ast.Constant) and asked.value in names), f"{file}, line {node.lineno}"
 
 
+# ---------------------------------------------------------------- memory
+
+
+def through_a_checkpoint(memory: Any) -> Any:
+    """Returns what a checkpoint makes of a strategy's state."""
+    plain, found = flatten(memory, "the state")
+    return unflatten(json.loads(json.dumps(plain)), found.__getitem__)
+
+
+def aggregate_rounds(
+    name: str, loaded: LoadedStrategy, start: Start, numbers: Iterable[int]
+) -> tuple[Start, list[Any]]:
+    """Plays rounds in which sources train what the rule lets them; returns the next start, and all that the rule said."""
+    said: list[Any] = []
+    for number in numbers:
+        settings = loaded.capabilities.client_settings(number)
+        frozen = [end for end, on in zip(SHAPES, (settings.train_a, settings.train_b), strict=True) if not on]
+        given = []
+        for index, (source, (weight, held)) in enumerate(sorted(SOURCES.items())):
+            generator = np.random.default_rng([number, index])
+            trained = {
+                n: start.tensors[n] + generator.normal(size=array.shape).astype(np.float32)
+                for n, array in held.items()
+                if not n.endswith(tuple(frozen))
+            }
+            given.append(Contribution(source, weight, trained, start.scales, lr_sum=0.5))
+            said.append({n: a.tobytes() for n, a in loaded.capabilities.correction(source, held).items()})
+        result = loaded.rule.aggregate(given, replace(start, round=number))
+        said.append(arrays(result))
+        start = replace(start, tensors={**start.tensors, **result.tensors, **result.carry})
+    return start, said
+
+
+def select_rounds(loaded: LoadedStrategy, numbers: Iterable[int]) -> list[Any]:
+    """Plays rounds with devices whose losses, times and metrics change; returns all choices."""
+    said: list[Any] = []
+    last = dict.fromkeys((f"device-{n}" for n in range(12)), 0)
+    for number in numbers:
+        draw = random.Random(number)
+        pool = [
+            Candidate(
+                name, examples=10 + len(name), last_loss=draw.random(), squared_loss=draw.random(), last_round=(number + n) % 3,
+                last_seconds=draw.uniform(1, 90), compute_s=draw.random(), payload_bytes=1e6 * (1 + n), metric=draw.random(),
+            )
+            for n, name in enumerate(last)
+        ]  # fmt: skip
+        chosen = loaded.rule.select(state(pool, number, wanted=4))
+        said.append((list(chosen.names), dict(chosen.why)))
+        delivered = [candidate for candidate in pool if candidate.name in chosen.names]
+        loaded.capabilities.observe(RoundOutcome(number, draw.uniform(10, 90), delivered))
+    return said
+
+
+@pytest.mark.parametrize("name", NAMES["aggregation"])
+def test_an_aggregation_goes_on_from_its_state_to_the_last_bit(name: str) -> None:
+    first, second = (load("aggregation", name) for _ in range(2))
+    start, _ = aggregate_rounds(name, first, START, range(1, 3))
+    second.capabilities.restore(through_a_checkpoint(first.capabilities.state()))
+    of_both = [aggregate_rounds(name, one, start, range(3, 5))[1] for one in (first, second)]
+    assert of_both[0] == of_both[1]
+
+
+@pytest.mark.parametrize("name", NAMES["selection"])
+def test_a_selection_goes_on_from_its_state(name: str) -> None:
+    first, second = (load("selection", name) for _ in range(2))
+    select_rounds(first, range(1, 8))
+    second.capabilities.restore(through_a_checkpoint(first.capabilities.state()))
+    assert select_rounds(second, range(8, 14)) == select_rounds(first, range(8, 14))
+
+
+def test_oort_goes_on_with_the_rounds_that_its_pacer_looks_at() -> None:
+    first, second = (load("selection", "oort", {"oort": {"pacer_rounds": 4}}) for _ in range(2))
+    select_rounds(first, range(1, 12))
+    second.capabilities.restore(through_a_checkpoint(first.capabilities.state()))
+    assert select_rounds(second, range(12, 22)) == select_rounds(first, range(12, 22))
+    assert first.capabilities.state() == second.capabilities.state()
+
+
+def test_memory_matters() -> None:
+    """The rounds of the tests above are such that a strategy which forgets goes on in another way."""
+    for name in ("fedadam", "fedyogi", "fedadagrad", "fedavgm", "scaffold"):
+        whole, other = (load("aggregation", name) for _ in range(2))
+        start, _ = aggregate_rounds(name, whole, START, range(1, 3))
+        of_both = [aggregate_rounds(name, one, start, range(3, 5))[1] for one in (whole, other)]
+        assert of_both[0] != of_both[1], name
+    for name in ("oort", "tifl", "lyapunov"):
+        whole, other = (load("selection", name, {"tifl": {"credits": 1}}) for _ in range(2))
+        select_rounds(whole, range(1, 8))
+        assert select_rounds(whole, range(8, 14)) != select_rounds(other, range(8, 14)), name
+
+
+@pytest.mark.parametrize("name", NAMES["bandwidth"])
+def test_a_bandwidth_goes_on_from_its_state(name: str) -> None:
+    first, second = (load("bandwidth", name) for _ in range(2))
+    for number in range(1, 4):
+        first.rule.allocate(DEMANDS, CAPACITY_BPS)
+        first.capabilities.observe(RoundOutcome(number, 30.0, []))
+    second.capabilities.restore(through_a_checkpoint(first.capabilities.state()))
+    assert second.rule.allocate(DEMANDS, CAPACITY_BPS) == first.rule.allocate(DEMANDS, CAPACITY_BPS)
+
+
 # ---------------------------------------------------------------- options
+
 
 OWN = f"{__name__}:WithOptions"
 

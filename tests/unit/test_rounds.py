@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import RecordDict
 
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.model import adapter as adapters
@@ -582,3 +583,40 @@ def test_strategies_observe_rounds_and_lost_devices(federation: MakeFederation) 
     run.nodes["b"].fails = lambda plan: "unplugged" if plan.round == 2 else ""
     run.run()
     assert run.rounds.schedule.selection.rule._rounds == {"a": 2, "b": 1}
+
+
+def test_the_events_of_a_round_are_small(federation: MakeFederation) -> None:
+    """Three devices, 16 steps of four micro-batches, six intervals each: at most 3 kB per round and device."""
+    run = federation("abc", "e", "federation.rounds=4", "federation.local_steps=16", "federation.wait=block")
+    for node in run.nodes.values():
+        node.work = partial(with_much_to_tell, node, node.work)  # type: ignore[method-assign]
+    run.run()
+    lines = run.folder.emit.path.read_bytes().splitlines(keepends=True)
+    of_rounds = [line for line in lines if json.loads(line).get("round") in range(2, 5)]
+    assert sum(map(len, of_rounds)) <= 3 * 3 * 3000
+    assert run.folder.timelines.path.stat().st_size > 10 * sum(map(len, of_rounds))
+    assert len(run.events("shares")[0]["nodes"]) == 4
+
+
+def with_much_to_tell(
+    node: ByHand, work: Callable[..., tuple[pb.JobReport, list[adapters.Adapter]]], plan: pb.Plan, content: RecordDict
+) -> tuple[pb.JobReport, list[adapters.Adapter]]:
+    report, parts = work(plan, content)
+    del report.steps[:]
+    for step in range(plan.steps):
+        if plan.routes:
+            report.steps.add(step=step, counted=True, seconds=1.23456789, labels=512, loss_sum=1234.56789 / (step + 1))
+        for number in range(24):
+            at = step + number / 24
+            report.timeline.add(
+                kind="forward",
+                role="device" if plan.routes else "host",
+                start_s=at,
+                seconds=0.0123456,
+                step=step,
+                peer="edge-1",
+            )
+    for kind in ("ACT", "GRAD", "PING", "HELLO"):
+        for direction in ("sent", "received"):
+            report.bytes.add(link="entry e", direction=direction, kind=kind, payload_bytes=12345678, framing_bytes=1234)
+    return report, parts

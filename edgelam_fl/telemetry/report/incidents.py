@@ -12,6 +12,7 @@ from edgelam_fl.telemetry.events import (
     ContributionLeftOut,
     DiskFull,
     Event,
+    EventsDropped,
     MessageResent,
     NodeJoined,
     NodeLost,
@@ -97,6 +98,8 @@ def _incidents(event: Event) -> Iterator[tuple[str, str, str]]:
             yield "the ServerApp died and was started again", "", event.reason
         case RunResumed():
             yield f"the run went on after round {event.round}", "", event.problem
+        case EventsDropped():
+            yield f"{event.count} events could not be written", "", event.reason
         case RunFailure():
             yield "the run failed", event.node, event.reason
 
