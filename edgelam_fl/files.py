@@ -146,30 +146,6 @@ def sweep(folder: Path) -> list[str]:
     return sorted(path.name for path in found)
 
 
-def lock_file(path: Path) -> TextIO | None:
-    """Locks a file until it is closed or this process ends, however it ends; makes it and its folder if need be.
-
-    None: another process has it locked; `locker_of` says which.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("a+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    with suppress(OSError):  # a full disk
-        file.truncate(0)
-        print(os.getpid(), file=file, flush=True)
-    return file
-
-
-def locker_of(path: Path) -> str:
-    """Returns the number of the process that has locked a file; "?" if the file does not say."""
-    number = path.read_text(encoding="utf-8").strip()
-    return number if number.isdigit() else "?"
-
-
 def is_full(error: OSError) -> bool:
     """Returns whether an error says that the disk, or this user's part of it, is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -194,21 +170,44 @@ _LOCK, _LOCK_POLL_S = ".lock", 0.05
 class Hold:
     """Holds a folder for this process alone, as long as the process lives: the kernel lets go when it ends, however it ends."""
 
-    def __init__(self, folder: Path, patience_s: float = 0.0) -> None:
-        """Raises BlockingIOError if another process still holds the folder after `patience_s`."""
-        self._file, end = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600), time.monotonic() + patience_s
+    def __init__(self, folder: Path, patience_s: float = 0.0, lock: str = _LOCK) -> None:
+        """Makes the folder, if need be. `lock`: name of the file in it that is locked, for processes of several kinds.
+
+        Raises BlockingIOError if another process still holds the folder after `patience_s`; `holder_of` says which.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file, end = os.open(folder / lock, os.O_RDWR | os.O_CREAT, 0o600), time.monotonic() + patience_s
         while True:
             try:
-                return fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return self._sign()
             except BlockingIOError:
                 if time.monotonic() >= end:
                     os.close(self._file)
                     raise
                 time.sleep(_LOCK_POLL_S)
 
+    def _sign(self) -> None:
+        """Writes this process's number into the file, if the disk takes it."""
+        with suppress(OSError):
+            os.ftruncate(self._file, 0)
+            os.write(self._file, b"%d" % os.getpid())
+
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
     def release(self) -> None:
         """Lets another process hold the folder."""
         os.close(self._file)
+
+
+def holder_of(folder: Path, lock: str = _LOCK) -> str:
+    """Returns the number of the process that holds a folder, for messages; "?" if it could not write it."""
+    number = (folder / lock).read_text(encoding="ascii", errors="replace")
+    return number if number.isdigit() else "?"
 
 
 def is_held(folder: Path) -> bool | None:

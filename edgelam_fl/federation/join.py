@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
 
 from rich.console import Console
 
@@ -14,7 +13,7 @@ from edgelam_fl.config import most_read_by_hosts
 from edgelam_fl.errors import INTERRUPTED, ConfigError, EnvironmentProblem
 from edgelam_fl.federation.node_process import NodeProcesses
 from edgelam_fl.federation.standing import NodeOptions, Standing, find_standing
-from edgelam_fl.files import lock_file, locker_of
+from edgelam_fl.files import Hold, holder_of
 from edgelam_fl.machine import since_boot_s
 from edgelam_fl.names import why_no_tag
 from edgelam_fl.privacy.limits import percent
@@ -24,6 +23,7 @@ from edgelam_fl.trust.identity import load_identity
 from edgelam_fl.trust.join import Membership, clock_words, renew
 from edgelam_fl.wire.relay import RELAY
 
+_LOCK = ".client.lock"
 _POLL_S = 0.25
 _LONGEST_PAUSE_S = 30.0  # between two looks for a server
 _RENEWAL_S = 6 * 3600.0  # between two questions whether the certificate still lasts
@@ -81,19 +81,18 @@ def _start(console: Console, standing: Standing, *, insecure: bool, wait: bool) 
     return _watch(console, node)
 
 
-def lock_state(state: Path) -> TextIO:
-    """Makes a node's state folder this process's own until the returned file is closed.
+def lock_state(state: Path) -> Hold:
+    """Makes a node's state folder this process's own.
 
     Raises EnvironmentProblem if another process has it: two nodes in one folder would take each other's socket and keys.
     """
-    file = state / "client.lock"
-    lock = lock_file(file)
-    if lock is None:
+    try:
+        return Hold(state, lock=_LOCK)
+    except BlockingIOError as error:
         raise EnvironmentProblem(
-            f"another `edgelam client` (process number {locker_of(file)}) uses the state folder {state}: end that one, or start this "
-            "node with a folder of its own (--state, or another --name)"
-        )
-    return lock
+            f"another `edgelam client` (process number {holder_of(state, _LOCK)}) uses the state folder {state}: end that one, or start "
+            "this node with a folder of its own (--state, or another --name)"
+        ) from error
 
 
 def _check_data(console: Console, data: Path) -> None:

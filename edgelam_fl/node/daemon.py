@@ -9,14 +9,13 @@ import argparse
 import signal
 import sys
 import threading
-import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from edgelam_fl.addresses import join_address, split_address
 from edgelam_fl.errors import EdgelamError, EnvironmentProblem
-from edgelam_fl.files import lock_file, locker_of, sweep
+from edgelam_fl.files import Hold, holder_of, sweep
 from edgelam_fl.machine import end_with_parent
 from edgelam_fl.telemetry.events import EventLog, NodeReady
 
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from edgelam_fl.wire.grpc.secure import Security
 
 _PREDECESSOR_S = 20.0  # a stage host takes less from SIGTERM to its end
-_POLL_S = 0.1
+_LOCK = ".stage-host.lock"
 _MOST_EVENTS_BYTES = 8 << 20  # and as much again in the file before: a board's card is small
 
 
@@ -49,7 +48,7 @@ def serve(options: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopped.set())
     end_with_parent()
-    lock = lock_state(options.state)
+    hold = lock_state(options.state)
     sweep(options.state)
 
     from edgelam_fl.wire.control import ControlServer
@@ -72,23 +71,21 @@ def serve(options: argparse.Namespace) -> int:
     if data_plane is not None:
         data_plane.stop()
     log.close()
-    lock.close()
+    hold.release()
     return 0
 
 
-def lock_state(state: Path, patience_s: float = _PREDECESSOR_S) -> TextIO:
-    """Makes the state folder this process's own, until the returned file is closed.
+def lock_state(state: Path, patience_s: float = _PREDECESSOR_S) -> Hold:
+    """Makes the state folder this process's own.
 
     `patience_s`: for a stage host that is ending, as after its `edgelam client` was killed. Raises EnvironmentProblem after that.
     """
-    file, end = state / "stage-host.lock", time.monotonic() + patience_s
-    while (lock := lock_file(file)) is None:
-        if time.monotonic() > end:
-            raise EnvironmentProblem(
-                f"the stage host with process number {locker_of(file)} uses the state folder {state}: end it, or give another --state"
-            )
-        time.sleep(_POLL_S)
-    return lock
+    try:
+        return Hold(state, patience_s, _LOCK)
+    except BlockingIOError as error:
+        raise EnvironmentProblem(
+            f"the stage host with process number {holder_of(state, _LOCK)} uses the state folder {state}: end it, or give another --state"
+        ) from error
 
 
 def _security(options: argparse.Namespace) -> Security:

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TextIO
 
 import pytest
 
@@ -15,6 +14,7 @@ from edgelam_fl.cli.main import app, exit_code
 from edgelam_fl.errors import ConfigError, EdgelamError, EnvironmentProblem, UsageError
 from edgelam_fl.federation.join import lock_state
 from edgelam_fl.federation.standing import NodeOptions, find_standing
+from edgelam_fl.files import Hold
 from edgelam_fl.node import daemon
 from edgelam_fl.trust.authority import Authority, issue
 from edgelam_fl.trust.identity import save_identity
@@ -141,12 +141,12 @@ def edgelam(*arguments: object) -> int:
         (partial(daemon.lock_state, patience_s=0.0), "the stage host with process number {}"),
     ],
 )
-def test_a_state_folder_is_one_nodes_at_a_time(lock: Callable[[Path], TextIO], who: str, tmp_path: Path) -> None:
+def test_a_state_folder_is_one_nodes_at_a_time(lock: Callable[[Path], Hold], who: str, tmp_path: Path) -> None:
     state = tmp_path / "node"
     with lock(state), pytest.raises(EnvironmentProblem) as refused:
         lock(state)
     assert str(refused.value).startswith(f"{who.format(os.getpid())} uses the state folder {state}: end ")
-    lock(state).close()
+    lock(state).release()
 
 
 def test_invite_nodes_and_revoke_work_on_the_servers_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
