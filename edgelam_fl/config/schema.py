@@ -256,6 +256,11 @@ class FederationSection(Section):
     )
     evaluate_every: int = Field(1, ge=1, description="rounds between two evaluations; the result is always evaluated")
     join_deadline_s: float = Field(120.0, gt=0, description="longest wait for min_nodes devices and for a host")
+    reconnect_deadline_s: float = Field(
+        60.0,
+        ge=0,
+        description="a link that gets no connection again for so long is lost; 0: as soon as its connection breaks",
+    )
     step_deadline_s: float = Field(120.0, gt=0, description="a device that takes longer is left out of the step")
     round_deadline_s: float = Field(3600.0, gt=0, description="a node that takes longer is left out of the round")
     gradient_factor: float = Field(

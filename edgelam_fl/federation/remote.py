@@ -86,7 +86,7 @@ def _open(result: Result, plan: pb.Plan, operator: Operator) -> RouteSession:
     route = new_route(plan)
     hub = join_address(split_address(operator.server, "--server")[0], plan.hub_port) if plan.hub_port else ""
     security = Security(load_identity(operator.identity) if operator.identity else None)
-    open_route(partial(dial, security=security), plan, source, route, ByteCounters(), hub=hub)
+    open_route(partial(dial, security=security), plan, source, route, ByteCounters(), lambda event: None, hub=hub)
     adapter = read_peft_folder(result.adapter)
     return RouteSession(stages, adapter, route, wire_dtype(plan), _PATIENCE_S, plan.cut)
 

@@ -139,7 +139,9 @@ class Player:
         ends = Ends(plan, held.ends, task, wire_dtype(plan), held.cut_defence(plan))
         driver = Driver(plan, ends, held.ends_trainee, route, task, self._part.emit)
         try:
-            open_route(self._means.dial, plan, held.source, route, counters, driver.timeline.sent, self._hub)
+            open_route(
+                self._means.dial, plan, held.source, route, counters, self._part.emit, driver.timeline.sent, self._hub
+            )
             if plan.evaluate and loaded.held_out:
                 driver.evaluate(loaded.held_out)
             if plan.steps:

@@ -261,6 +261,7 @@ def _plan(spec: RunSpec, facts: RoundFacts, profile: pb.Profile) -> pb.Plan:
             step_s=federation.step_deadline_s,
             round_s=federation.round_deadline_s,
             silent_s=max(_SILENT_S, federation.step_deadline_s / _SILENT_PART),
+            reconnect_s=federation.reconnect_deadline_s,
         ),
         seed=config.run.seed,
         gradient_factor=federation.gradient_factor,

@@ -24,7 +24,7 @@ from edgelam_fl.errors import EdgelamError, PeerLost, ProtocolError
 from edgelam_fl.plan.reading import job_id
 from edgelam_fl.split.inbox import Inbox, Out
 from edgelam_fl.split.member import Member
-from edgelam_fl.split.route import most_bytes
+from edgelam_fl.split.route import link_events, most_bytes
 from edgelam_fl.telemetry.events import EmitInJob, LinkLost
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -89,8 +89,9 @@ class Group:
             return pb.Refuse(reason=refusal)
         side = "entry" if entry else "exit"
         with self._door:
-            if (member.previous if entry else member.next) is not None or member.gone:
-                return pb.Refuse(reason=f"the {side} link of {hello.node!r} was opened before")
+            older = member.previous if entry else member.next
+            if older is not None or member.gone or hello.resumes:
+                return _again(member, older, link, f"{side} link of {hello.node!r}")
             if entry and not self.coordinates and not member.window:
                 return pb.NotReady(retry_ms=RETRY_MS)  # the window of the next link, not open yet, bounds this one's
             granted = self._granted(hello.window, *([member.window] if entry and not self.coordinates else []))
@@ -128,9 +129,11 @@ class Group:
         return ""
 
     def _make_terms(self) -> partial[LinkTerms]:
+        on_suspended, on_resumed = link_events(self.emit)
         return partial(
             link_terms, most_bytes=most_bytes(self.plan, self.hidden_size), silent_s=self.plan.deadlines.silent_s,
-            on_frame=self.inbox.on_frame, on_lost=self.inbox.on_lost, on_sent=self.on_sent,
+            reconnect_s=self.plan.deadlines.reconnect_s, on_frame=self.inbox.on_frame, on_lost=self.inbox.on_lost,
+            on_sent=self.on_sent, on_suspended=on_suspended, on_resumed=on_resumed,
         )  # fmt: skip
 
     def _granted(self, *windows: int) -> int:
@@ -298,6 +301,16 @@ class Group:
         member = next((m for m in self.active() if m.next is not None), None)
         if member is not None:
             relay(member.next, header)
+
+
+def _again(member: Member, older: Link | None, newcomer: Link, name: str) -> pb.Ready | pb.Refuse:
+    """Answers a dialler that comes to a link which was, or should have been, opened before: `older`; None: it was not."""
+    ready = older.continue_on(newcomer) if older is not None and not member.gone else None
+    if ready is not None:
+        return ready
+    if member.gone:
+        return pb.Refuse(reason=f"{member.route.device} is out of the round: {member.gone}")
+    return pb.Refuse(reason=f"the {name} was opened before" if older is not None else f"no {name} is open here")
 
 
 def relay(link: Link | None, header: pb.Header) -> None:

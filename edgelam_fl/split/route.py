@@ -18,6 +18,7 @@ from edgelam_fl.errors import PeerLost, Refused, RunFailed
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.reading import job_id, link_name, unit_rows
 from edgelam_fl.split.inbox import Inbox, Lost, Out
+from edgelam_fl.telemetry.events import EmitInJob, LinkResumed, LinkSuspended
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.codecs import CODECS
@@ -26,7 +27,7 @@ from edgelam_fl.wire.link import Frame, Link
 from edgelam_fl.wire.memory import memory_pair
 from edgelam_fl.wire.pace import Pace
 from edgelam_fl.wire.relay import Relay
-from edgelam_fl.wire.terms import MakeTerms, OnSent, link_terms
+from edgelam_fl.wire.terms import MakeTerms, OnResumed, OnSent, OnSuspended, link_terms
 
 # host, its address, link name, hello, counters, terms, seconds until the host must be ready, relay to try, what returns why the
 # link is no longer wanted (empty: it is) -> an open link
@@ -108,6 +109,7 @@ def open_route(
     source: ModelSource,
     route: Route,
     counters: ByteCounters,
+    emit: EmitInJob,
     on_sent: OnSent | None = None,
     hub: str = "",
 ) -> None:
@@ -118,14 +120,28 @@ def open_route(
     own = plan.routes[0]
     if not own.hops:
         return
+    on_suspended, on_resumed = link_events(emit)
     make_terms = partial(
         link_terms, most_bytes=most_bytes(plan, source.hidden_size), silent_s=plan.deadlines.silent_s,
-        pace=Pace(own.share_bps / 8) if own.share_bps else None,
-        on_frame=route.inbox.on_frame, on_lost=route.inbox.on_lost, on_sent=on_sent,
+        reconnect_s=plan.deadlines.reconnect_s, pace=Pace(own.share_bps / 8) if own.share_bps else None,
+        on_frame=route.inbox.on_frame, on_lost=route.inbox.on_lost, on_sent=on_sent, on_suspended=on_suspended,
+        on_resumed=on_resumed,
     )  # fmt: skip
     route.entry = open_link(dial, plan, source, own, 0, pb.ENTRY, counters, make_terms, route.inbox, hub)
     route.exit = open_link(dial, plan, source, own, len(own.hops) - 1, pb.EXIT, counters, make_terms, route.inbox, hub)
     route.window = min(plan.window, route.entry.terms.window, route.exit.terms.window)
+
+
+def link_events(emit: EmitInJob) -> tuple[OnSuspended, OnResumed]:
+    """Returns what a link's terms call when it has lost its stream, and when it goes on."""
+
+    def on_suspended(link: Link, reason: str) -> None:
+        emit(LinkSuspended(link=link.name, reason=reason))
+
+    def on_resumed(link: Link, seconds: float, resent_bytes: int) -> None:
+        emit(LinkResumed(link=link.name, seconds=round(seconds, 3), resent_bytes=resent_bytes))
+
+    return on_suspended, on_resumed
 
 
 def new_route(plan: pb.Plan) -> Route:

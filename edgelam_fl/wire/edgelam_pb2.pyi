@@ -30,6 +30,8 @@ class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     LABELS: _ClassVar[Kind]
     KV_STEP: _ClassVar[Kind]
     KV_DROP: _ClassVar[Kind]
+    ACK: _ClassVar[Kind]
+    BYE: _ClassVar[Kind]
 
 class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -69,6 +71,8 @@ ERROR: Kind
 LABELS: Kind
 KV_STEP: Kind
 KV_DROP: Kind
+ACK: Kind
+BYE: Kind
 PHASE_UNSPECIFIED: Phase
 EVAL: Phase
 TRAIN: Phase
@@ -100,7 +104,7 @@ class Tensor(_message.Message):
     def __init__(self, dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., codec: _Optional[str] = ..., total_bytes: _Optional[int] = ..., chunk: _Optional[int] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class Header(_message.Message):
-    __slots__ = ("kind", "optional", "last_chunk", "job_token", "phase", "step", "micro_batch", "device_index", "tensor", "seq", "send_ns", "row_lengths", "loss_sum", "sums", "hello", "ready", "not_ready", "refuse", "table", "table_all", "step_close", "done", "cancel", "error", "progress", "step_ready", "step_apply", "kv_step", "kv_drop")
+    __slots__ = ("kind", "optional", "last_chunk", "job_token", "phase", "step", "micro_batch", "device_index", "tensor", "send_ns", "row_lengths", "loss_sum", "sums", "ack", "hello", "ready", "not_ready", "refuse", "table", "table_all", "step_close", "done", "cancel", "error", "progress", "step_ready", "step_apply", "kv_step", "kv_drop")
     class SumsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -117,11 +121,11 @@ class Header(_message.Message):
     MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
     DEVICE_INDEX_FIELD_NUMBER: _ClassVar[int]
     TENSOR_FIELD_NUMBER: _ClassVar[int]
-    SEQ_FIELD_NUMBER: _ClassVar[int]
     SEND_NS_FIELD_NUMBER: _ClassVar[int]
     ROW_LENGTHS_FIELD_NUMBER: _ClassVar[int]
     LOSS_SUM_FIELD_NUMBER: _ClassVar[int]
     SUMS_FIELD_NUMBER: _ClassVar[int]
+    ACK_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     NOT_READY_FIELD_NUMBER: _ClassVar[int]
@@ -146,11 +150,11 @@ class Header(_message.Message):
     micro_batch: int
     device_index: int
     tensor: Tensor
-    seq: int
     send_ns: int
     row_lengths: _containers.RepeatedScalarFieldContainer[int]
     loss_sum: float
     sums: _containers.ScalarMap[str, float]
+    ack: int
     hello: Hello
     ready: Ready
     not_ready: NotReady
@@ -166,10 +170,10 @@ class Header(_message.Message):
     step_apply: StepApply
     kv_step: KvStep
     kv_drop: KvDrop
-    def __init__(self, kind: _Optional[_Union[Kind, str]] = ..., optional: _Optional[bool] = ..., last_chunk: _Optional[bool] = ..., job_token: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., device_index: _Optional[int] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., seq: _Optional[int] = ..., send_ns: _Optional[int] = ..., row_lengths: _Optional[_Iterable[int]] = ..., loss_sum: _Optional[float] = ..., sums: _Optional[_Mapping[str, float]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., not_ready: _Optional[_Union[NotReady, _Mapping]] = ..., refuse: _Optional[_Union[Refuse, _Mapping]] = ..., table: _Optional[_Union[Table, _Mapping]] = ..., table_all: _Optional[_Union[TableAll, _Mapping]] = ..., step_close: _Optional[_Union[StepClose, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., step_ready: _Optional[_Union[StepReady, _Mapping]] = ..., step_apply: _Optional[_Union[StepApply, _Mapping]] = ..., kv_step: _Optional[_Union[KvStep, _Mapping]] = ..., kv_drop: _Optional[_Union[KvDrop, _Mapping]] = ...) -> None: ...
+    def __init__(self, kind: _Optional[_Union[Kind, str]] = ..., optional: _Optional[bool] = ..., last_chunk: _Optional[bool] = ..., job_token: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., device_index: _Optional[int] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., send_ns: _Optional[int] = ..., row_lengths: _Optional[_Iterable[int]] = ..., loss_sum: _Optional[float] = ..., sums: _Optional[_Mapping[str, float]] = ..., ack: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., not_ready: _Optional[_Union[NotReady, _Mapping]] = ..., refuse: _Optional[_Union[Refuse, _Mapping]] = ..., table: _Optional[_Union[Table, _Mapping]] = ..., table_all: _Optional[_Union[TableAll, _Mapping]] = ..., step_close: _Optional[_Union[StepClose, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., step_ready: _Optional[_Union[StepReady, _Mapping]] = ..., step_apply: _Optional[_Union[StepApply, _Mapping]] = ..., kv_step: _Optional[_Union[KvStep, _Mapping]] = ..., kv_drop: _Optional[_Union[KvDrop, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("version", "job", "node", "device_index", "link", "route_token", "model_digest", "window", "codecs")
+    __slots__ = ("version", "job", "node", "device_index", "link", "route_token", "model_digest", "window", "codecs", "session", "resumes", "received")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     JOB_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
@@ -179,6 +183,9 @@ class Hello(_message.Message):
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
     WINDOW_FIELD_NUMBER: _ClassVar[int]
     CODECS_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    RESUMES_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_FIELD_NUMBER: _ClassVar[int]
     version: int
     job: str
     node: str
@@ -188,19 +195,24 @@ class Hello(_message.Message):
     model_digest: str
     window: int
     codecs: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, version: _Optional[int] = ..., job: _Optional[str] = ..., node: _Optional[str] = ..., device_index: _Optional[int] = ..., link: _Optional[_Union[LinkRole, str]] = ..., route_token: _Optional[bytes] = ..., model_digest: _Optional[str] = ..., window: _Optional[int] = ..., codecs: _Optional[_Iterable[str]] = ...) -> None: ...
+    session: bytes
+    resumes: bool
+    received: int
+    def __init__(self, version: _Optional[int] = ..., job: _Optional[str] = ..., node: _Optional[str] = ..., device_index: _Optional[int] = ..., link: _Optional[_Union[LinkRole, str]] = ..., route_token: _Optional[bytes] = ..., model_digest: _Optional[str] = ..., window: _Optional[int] = ..., codecs: _Optional[_Iterable[str]] = ..., session: _Optional[bytes] = ..., resumes: _Optional[bool] = ..., received: _Optional[int] = ...) -> None: ...
 
 class Ready(_message.Message):
-    __slots__ = ("version", "window", "job_token", "codec")
+    __slots__ = ("version", "window", "job_token", "codec", "received")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     WINDOW_FIELD_NUMBER: _ClassVar[int]
     JOB_TOKEN_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_FIELD_NUMBER: _ClassVar[int]
     version: int
     window: int
     job_token: int
     codec: str
-    def __init__(self, version: _Optional[int] = ..., window: _Optional[int] = ..., job_token: _Optional[int] = ..., codec: _Optional[str] = ...) -> None: ...
+    received: int
+    def __init__(self, version: _Optional[int] = ..., window: _Optional[int] = ..., job_token: _Optional[int] = ..., codec: _Optional[str] = ..., received: _Optional[int] = ...) -> None: ...
 
 class NotReady(_message.Message):
     __slots__ = ("retry_ms",)
@@ -475,16 +487,18 @@ class TaskSettings(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., max_tokens: _Optional[int] = ..., template: _Optional[str] = ..., loss_on: _Optional[str] = ..., prompt_field: _Optional[str] = ..., answer_field: _Optional[str] = ..., held_out: _Optional[float] = ..., classes: _Optional[_Iterable[str]] = ..., weighting: _Optional[str] = ..., too_long: _Optional[str] = ..., bad_lines: _Optional[str] = ..., more_prompt_fields: _Optional[_Iterable[str]] = ..., label_smoothing: _Optional[float] = ...) -> None: ...
 
 class Deadlines(_message.Message):
-    __slots__ = ("ready_s", "step_s", "round_s", "silent_s")
+    __slots__ = ("ready_s", "step_s", "round_s", "silent_s", "reconnect_s")
     READY_S_FIELD_NUMBER: _ClassVar[int]
     STEP_S_FIELD_NUMBER: _ClassVar[int]
     ROUND_S_FIELD_NUMBER: _ClassVar[int]
     SILENT_S_FIELD_NUMBER: _ClassVar[int]
+    RECONNECT_S_FIELD_NUMBER: _ClassVar[int]
     ready_s: float
     step_s: float
     round_s: float
     silent_s: float
-    def __init__(self, ready_s: _Optional[float] = ..., step_s: _Optional[float] = ..., round_s: _Optional[float] = ..., silent_s: _Optional[float] = ...) -> None: ...
+    reconnect_s: float
+    def __init__(self, ready_s: _Optional[float] = ..., step_s: _Optional[float] = ..., round_s: _Optional[float] = ..., silent_s: _Optional[float] = ..., reconnect_s: _Optional[float] = ...) -> None: ...
 
 class Plan(_message.Message):
     __slots__ = ("run", "round", "attempt", "node", "role", "routes", "model", "lora", "optimizer", "task", "host_mode", "evaluate", "steps", "batch_size", "micro_batches", "window", "min_devices", "deadlines", "seed", "adapter_digest", "protocol_version", "serves", "hosted", "site", "labels", "checkpointing", "own_steps", "cursor", "generate", "hub_port", "relay_token", "slices_token", "gradient_factor", "cut", "lowrank", "corrections", "alone", "privacy", "first_step", "resume_attempt", "snapshot_every", "kept_token", "kept_every", "attend_token")

@@ -1,10 +1,10 @@
-"""A link: one bidirectional stream of frames between two neighbouring stages of a route.
+"""A link: frames both ways between two neighbouring stages of a route, over one stream of bytes after the other.
 
 `send` never waits for the network; received frames go to a callback, on the transport's thread. This module cuts tensors
 into chunks, orders frames by urgency, puts chunks together again within the link's terms, and counts every byte. It does
-not know what a frame means.
+not know what a frame means, nor when a stream breaks.
 Neighbours: `wire.terms` says what both ends agreed on; `split.driver` and `split.host` are above; `wire.memory` and
-`wire.grpc` are below, with `wire.outbox`.
+`wire.grpc` are below, with `wire.outbox`; `wire.session` counts what has come.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,14 +24,16 @@ from edgelam_fl.errors import PeerLost, ProtocolError
 from edgelam_fl.wire import PROTOCOL_VERSION, codecs
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters, kind_name
-from edgelam_fl.wire.outbox import ACTIVATIONS, CONTROL, GRADIENTS
+from edgelam_fl.wire.outbox import ACTIVATIONS, CONTROL, GRADIENTS, SIGNS
 from edgelam_fl.wire.pace import Pace
+from edgelam_fl.wire.session import Arrivals
 from edgelam_fl.wire.terms import LinkTerms, OnFrame, OnLost
 
 MAX_CHUNK_BYTES = 1 << 20  # the largest chunk that a receiver takes
 MIN_CHUNK_BYTES = 16 << 10  # the smallest, but for a tensor's last chunk: a flood of crumbs costs more time than bytes
 MAX_HEADER_BYTES = 4 << 20  # the TABLE of a phase with very many steps is the largest header
 NOT_READING = "the other end does not read"
+CLOSED = "the other end closed the link"
 _UNSENT_WINDOWS = 4  # tensors in the queue, in windows: to an end that reads, at most those of a late step and the next
 MOST_UNKNOWN_KINDS = 100  # that a link takes; newer versions use few
 PINGS_SAVED, PINGS_PER_S = (
@@ -43,16 +45,18 @@ CHUNK_BYTES = (
     256 << 10
 )  # our senders' choice: over 1 Mbit/s, with two links at once, pings still pass every few seconds
 _PACED_CHUNK_S = 0.05  # how long a chunk of a paced link takes: more urgent frames soon get their turn
-_PRIORITY = {
-    pb.GRAD: GRADIENTS, pb.GRAD_END: GRADIENTS,
-    pb.ACT: ACTIVATIONS, pb.LABELS: ACTIVATIONS, pb.KV_STEP: ACTIVATIONS,
-}  # fmt: skip
 _HANDSHAKE = {pb.HELLO, pb.READY, pb.NOT_READY, pb.REFUSE}  # before a link is open, and only then
+_SIGNS = {pb.PING, pb.PONG, pb.ACK}
+_PRIORITY = {
+    **dict.fromkeys(_HANDSHAKE | _SIGNS, SIGNS),
+    pb.GRAD: GRADIENTS, pb.GRAD_END: GRADIENTS,
+    pb.ACT: ACTIVATIONS, pb.LABELS: ACTIVATIONS, pb.KV_STEP: ACTIVATIONS, pb.BYE: ACTIVATIONS,
+}  # fmt: skip
 _ANY_TIME = {pb.ERROR}
 _OPEN = {
-    pb.PING, pb.PONG,
+    pb.PING, pb.PONG, pb.ACK,
     pb.TABLE, pb.TABLE_ALL, pb.ACT, pb.GRAD, pb.GRAD_END, pb.STEP_CLOSE, pb.STEP_READY, pb.STEP_APPLY, pb.DONE,
-    pb.CANCEL, pb.LABELS, pb.KV_STEP, pb.KV_DROP,
+    pb.CANCEL, pb.BYE, pb.LABELS, pb.KV_STEP, pb.KV_DROP,
 }  # fmt: skip
 _CHATTER = {pb.PING, pb.PONG, pb.ERROR}
 _WITH_TENSOR = {pb.ACT, pb.GRAD, pb.LABELS, pb.KV_STEP}
@@ -114,14 +118,14 @@ class Link:
         self.last_heard = time.monotonic()
         self.closed = False
         self._progress = pb.Progress()
-        self._sent_seq = 0
+        self._arrivals = Arrivals()
         self._send_lock = threading.RLock()
         self._lost_lock = threading.Lock()
         self._partial: dict[int, _Partial] = {}
         self._unknown_kinds = 0
         self._unsent = 0  # tensors in the queue
         self._pings_left, self._pings_counted_at = float(PINGS_SAVED), self.last_heard
-        self._unsent_signs: set[int] = set()  # kinds, PING or PONG, of which one is in the queue
+        self._unsent_signs: set[int] = set()  # kinds of signs, of which one is in the queue
 
     # ---- for the layers above
 
@@ -159,6 +163,13 @@ class Link:
             self._on_frame, self._on_lost = terms.on_frame, terms.on_lost
             self._terms = terms
 
+    def continue_on(self, newcomer: Link) -> pb.Ready | None:
+        """Goes on with the stream of a link that shakes hands, if it is this link's dialler who came again.
+
+        Returns READY for the newcomer; None: it is somebody else's, or this link cannot go on.
+        """
+        return None
+
     @contextmanager
     def holding_back(self) -> Iterator[None]:
         """Lets other threads' frames wait until the block ends, so that the handshake's own frames come first."""
@@ -174,7 +185,7 @@ class Link:
         self._send_sign(pb.PING)
 
     def _send_sign(self, kind: pb.Kind) -> None:
-        """Sends PING or PONG, unless one is still in the queue: to an end that does not read, nothing more is said."""
+        """Sends a sign, unless one of its kind is in the queue: to an end that does not read, nothing more is said."""
         with self._send_lock:
             if kind in self._unsent_signs or self.closed:
                 return
@@ -243,9 +254,24 @@ class Link:
     def _shut(self, lost: bool) -> None:
         """Ends the transport. `lost`: queued tensors are dropped, because nobody waits for them."""
 
+    def _acknowledge(self) -> None:
+        """Tells the other end how many messages have come, if it keeps what it sends until it hears that."""
+
+    def _take_ack(self, received: int) -> bool:
+        """Notes how many messages of this link the other end has; returns whether that is news.
+
+        Raises ProtocolError for more than have left.
+        """
+        return False
+
     def receive(self, message: bytes) -> None:
-        """Takes one message from the other end. A message that breaks the protocol ends the link; both ends get the reason."""
+        """Takes one message from the other end. A message that breaks the protocol ends the link; both ends get the reason.
+
+        Of what comes after the end of the link, acknowledgements still count.
+        """
         if self.closed:
+            with suppress(ProtocolError):
+                self._take_ack(_split(message, MAX_HEADER_BYTES)[0].ack)
             return
         self.last_heard = time.monotonic()
         try:
@@ -265,7 +291,9 @@ class Link:
             self._send_sign(pb.PONG)
         elif header.kind == pb.ERROR and header.error.scope != "unit":
             self.lost(f"the other end reports {header.error.code}: {header.error.text}")
-        elif header.kind != pb.PONG:
+        elif header.kind == pb.BYE:
+            self.lost(CLOSED)
+        elif header.kind not in _SIGNS:
             self._on_frame(self, frame)
 
     def _count_chatter(self) -> None:
@@ -290,8 +318,7 @@ class Link:
     # ---- framing
 
     def _message(self, header: pb.Header, payload: bytes | memoryview) -> bytes:
-        self._sent_seq += 1
-        header.seq, header.send_ns = self._sent_seq, time.monotonic_ns()
+        header.ack, header.send_ns = self._arrivals.tell(), time.monotonic_ns()
         encoded = header.SerializeToString()
         message = b"".join((struct.pack("<I", len(encoded)), encoded, payload))
         self.counters.add(self.name, "sent", header.kind, len(payload), len(message))
@@ -301,6 +328,11 @@ class Link:
         """Returns the frame that the message completes. None: its tensor is not complete, or its kind is unknown."""
         header, payload = _split(message, MAX_HEADER_BYTES if self.is_open else MAX_HELLO_BYTES)
         self.counters.add(self.name, "received", header.kind, len(payload), len(message))
+        news = self._take_ack(header.ack)
+        if header.kind == pb.ACK and not news:
+            self._count_chatter()
+        if _PRIORITY.get(header.kind) != SIGNS and self._arrivals.add(len(message)) and self.is_open:
+            self._acknowledge()
         expected = self._terms.job_token if self._terms is not None else 0
         if expected and header.job_token not in (0, expected):
             raise ProtocolError(f"a frame of job {header.job_token} on a link of job {expected}")
@@ -368,6 +400,12 @@ def _split(message: bytes, most_bytes: int) -> tuple[pb.Header, memoryview]:
         return pb.Header.FromString(view[4 : 4 + length].tobytes()), view[4 + length :]
     except DecodeError as error:
         raise ProtocolError(f"a header that cannot be read: {error}") from error
+
+
+def kind_and_payload(message: bytes) -> tuple[int, int]:
+    """Returns the kind of a message that was made here, and the size of its payload in bytes."""
+    header, payload = _split(message, MAX_HEADER_BYTES)
+    return header.kind, len(payload)
 
 
 def _same_tensor(first: pb.Header, other: pb.Header) -> bool:

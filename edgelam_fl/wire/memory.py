@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from edgelam_fl.wire.counters import ByteCounters
-from edgelam_fl.wire.link import Link
+from edgelam_fl.wire.link import CLOSED, Link
 
 
 class MemoryLink(Link):
@@ -20,7 +20,7 @@ class MemoryLink(Link):
             left()
 
     def _shut(self, lost: bool) -> None:
-        self.peer.lost("the other end closed the link")
+        self.peer.lost(CLOSED)
 
 
 def memory_pair(name: str, left: ByteCounters, right: ByteCounters) -> tuple[MemoryLink, MemoryLink]:

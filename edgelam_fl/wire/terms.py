@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 OnFrame = Callable[["Link", "Frame"], None]
 OnLost = Callable[["Link", str], None]
 OnSent = Callable[[pb.Header, float, float], None]
+OnSuspended = Callable[["Link", str], None]
+OnResumed = Callable[["Link", float, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,8 @@ class LinkTerms:
     codec: str  # key of the codec for hidden states and gradients, in both directions
     window: int  # micro-batches that may be in flight, as the host granted
     most_bytes: int  # size of the largest tensor that may arrive, encoded or decoded
-    silent_s: float  # the link counts as lost after so long without a message; 0: never
+    silent_s: float  # a stream counts as broken after so long without a message; 0: never
+    reconnect_s: float  # the link counts as lost after so long without a stream; 0: with its first stream
     counters: ByteCounters
     pace: Pace | None  # how fast this end sends data, perhaps shared with other links; None: no limit
     on_frame: OnFrame  # called with every frame, on the transport's thread; a ProtocolError ends the link
@@ -41,6 +44,8 @@ class LinkTerms:
     on_sent: (
         OnSent | None
     )  # called after a tensor has left: its header, when it was queued, when it left (monotonic, s)
+    on_suspended: OnSuspended | None  # called with the reason when the link has lost its stream, but not its place
+    on_resumed: OnResumed | None  # called when it has another: seconds without, bytes of the messages that leave again
 
 
 # name, counters, the host's READY -> the terms of the end that dialled; raises ProtocolError if READY is of no use
@@ -56,8 +61,11 @@ def link_terms(
     on_frame: OnFrame,
     on_lost: OnLost,
     silent_s: float = 0.0,
+    reconnect_s: float = 0.0,
     pace: Pace | None = None,
     on_sent: OnSent | None = None,
+    on_suspended: OnSuspended | None = None,
+    on_resumed: OnResumed | None = None,
 ) -> LinkTerms:
     """Returns the terms that READY grants, with what this end adds. Both ends make theirs here.
 
@@ -70,5 +78,6 @@ def link_terms(
         )
     return LinkTerms(
         name=name, job_token=ready.job_token, codec=ready.codec, window=ready.window, most_bytes=most_bytes,
-        silent_s=silent_s, counters=counters, pace=pace, on_frame=on_frame, on_lost=on_lost, on_sent=on_sent,
+        silent_s=silent_s, reconnect_s=reconnect_s, counters=counters, pace=pace, on_frame=on_frame, on_lost=on_lost,
+        on_sent=on_sent, on_suspended=on_suspended, on_resumed=on_resumed,
     )  # fmt: skip

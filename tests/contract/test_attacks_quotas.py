@@ -25,7 +25,7 @@ from edgelam_fl.trust.identity import DEVICE, HOST
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.grpc.dial import dial
-from edgelam_fl.wire.grpc.link import GrpcLink
+from edgelam_fl.wire.grpc.link import GrpcLink, Stream
 from edgelam_fl.wire.grpc.lobby import DEFAULT_LOBBY_LIMITS, Lobby, LobbyLimits
 from edgelam_fl.wire.grpc.options import LinkTiming
 from edgelam_fl.wire.grpc.secure import PLAIN, Security
@@ -291,8 +291,8 @@ def test_s10_an_end_that_is_never_silent_has_to_read_too() -> None:
     link.open(terms(silent_s=0.05, on_lost=lambda _, reason: reasons.append(reason)))
     link.last_heard = math.inf
     link.send(pb.Header(kind=pb.DONE))
-    next(iter(link.outbox))  # the transport passes this message on, and does not come back
-    link.start_pulse(hung_up.set)
+    next(Stream(link, hung_up.set).outgoing())  # the transport passes this message on, and does not come back
+    link.start_pulse()
     assert hung_up.wait(WAIT_S)
     assert reasons[0].startswith(f"{NOT_READING}: nothing went out for ")
 

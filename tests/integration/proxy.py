@@ -10,7 +10,7 @@ import ssl
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,10 +34,14 @@ class Connection:
 
 
 class Proxy:
-    """Forwards connections to `target` (host:port). `buffer_bytes`: of each of its sockets, both ways (0: the system's)."""
+    """Forwards connections to `target` (host:port).
 
-    def __init__(self, target: str, buffer_bytes: int = 0) -> None:
+    `buffer_bytes`: of each of its sockets, both ways (0: the system's). `source`: the address that it dials from; empty: any.
+    """
+
+    def __init__(self, target: str, buffer_bytes: int = 0, source: str = "") -> None:
         host, _, port = target.rpartition(":")
+        self._source = source
         self._target = (host, int(port))
         self._buffer_bytes = buffer_bytes
         self._sockets: list[socket.socket] = []
@@ -71,6 +75,8 @@ class Proxy:
             far = self._socket()
             try:
                 far.settimeout(10)
+                if self._source:
+                    far.bind((self._source, 0))
                 far.connect(self._target)
                 far.settimeout(None)
             except OSError:  # the target is not up (yet): the dialler sees a broken connection, as it would without us
@@ -189,6 +195,47 @@ class StallingProxy(Proxy):
                 time.sleep(0.3 if drawn < 0.0003 else 0.02 * chance.random())
 
         return passing
+
+
+class CuttingProxy(Proxy):
+    """Breaks connections: each after so many bytes, either way, as `budgets` says, or all of them when told to.
+
+    `budgets`: for the next connections, in turn; after the last one none breaks by itself.
+    """
+
+    def __init__(self, target: str, budgets: Iterable[int] = (), source: str = "127.0.0.1") -> None:
+        """`source`: the address that the target sees."""
+        self._budgets = iter(budgets)
+        self.cuts = 0
+        self._swallows = threading.Event()
+        super().__init__(target, source=source)
+
+    def swallow(self) -> None:
+        """Lets nothing pass any more, and closes nothing: neither end hears of it."""
+        self._swallows.set()
+
+    def cut(self) -> None:
+        """Closes all connections; new ones are taken."""
+        self.cuts += 1
+        for opened in self._sockets:
+            _shut(opened)
+
+    def _watch(self) -> tuple[Callable[[bytes], object], Callable[[bytes], object]]:
+        left = next(self._budgets, None)
+
+        def passing(data: bytes) -> None:
+            nonlocal left
+            if self._swallows.is_set():
+                threading.Event().wait()
+            if left is None:
+                return
+            left -= len(data)
+            if left < 0:
+                left = None
+                self.cuts += 1
+                raise OSError("cut")
+
+        return passing, passing
 
 
 def _pump(source: socket.socket, sink: socket.socket, passing: Callable[[bytes], object]) -> None:

@@ -47,7 +47,7 @@ def open_session(fleet: Fleet, adapter: Adapter) -> tuple[RouteSession, dict[str
     plan = plans["device-1"]
     stages = load_stages(fleet.source, end_spans(plan), plan.model.base, lora_of(plan), compute=plan.model.compute)
     route = new_route(plan)
-    open_route(memory_dial(fleet), plan, fleet.source, route, ByteCounters())
+    open_route(memory_dial(fleet), plan, fleet.source, route, ByteCounters(), fleet.emit)
     return RouteSession(stages, adapter, route, wire_dtype(plan), 30.0, plan.cut), plans
 
 

@@ -97,7 +97,7 @@ def test_a_share_paces_both_ends_of_both_links(tiny: ModelSource) -> None:
         return near
 
     route = new_route(plan)
-    open_route(dial, plan, tiny, route, ByteCounters())
+    open_route(dial, plan, tiny, route, ByteCounters(), fleet.emit)
     assert route.window == 1, "what the host granted, though the plan's is larger"
     assert route.entry is not None
     assert route.exit is not None

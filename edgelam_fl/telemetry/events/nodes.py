@@ -206,6 +206,28 @@ class LinkLost(JobEvent):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LinkSuspended(JobEvent):
+    """A link has lost its stream; it keeps its place, and goes on if it gets another in time."""
+
+    link: str
+    """Name of the link at this end."""
+    reason: str
+    """Reason, in words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkResumed(JobEvent):
+    """A link goes on over another stream; nothing of what it carries is lost or comes twice."""
+
+    link: str
+    """Name of the link at this end."""
+    seconds: float
+    """Time without a stream, in seconds; 0.0: the other end came again before the loss was noticed here."""
+    resent_bytes: int
+    """Messages that this end sends once more, in bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class JobDone(JobEvent):
     """The job is over."""
 

@@ -49,6 +49,8 @@ EVENTS: dict[str, type[Event]] = {
     "step": nodes.StepDone,
     "step_closed": nodes.StepClosed,
     "link_lost": nodes.LinkLost,
+    "link_resumed": nodes.LinkResumed,
+    "link_suspended": nodes.LinkSuspended,
     "job_done": nodes.JobDone,
 }
 

@@ -76,7 +76,7 @@ def server_options(
 
 def grpc_reason(error: grpc.RpcError) -> str:
     """Returns what a gRPC status means for the reader of a message: the one place that knows."""
-    code = error.code() if hasattr(error, "code") else None
+    code = error.code() if hasattr(error, "code") else grpc.StatusCode.UNAVAILABLE  # a server's call has none
     known = {
         grpc.StatusCode.UNAVAILABLE: "the connection broke",
         grpc.StatusCode.CANCELLED: "the link was given up",

@@ -22,7 +22,7 @@ from edgelam_fl.trust.identity import SERVER
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
-from edgelam_fl.wire.grpc.link import GrpcLink
+from edgelam_fl.wire.grpc.link import GrpcLink, Stream
 from edgelam_fl.wire.grpc.lobby import DEFAULT_LOBBY_LIMITS, Lobby, LobbyLimits
 from edgelam_fl.wire.grpc.options import DEFAULT_TIMING, LinkTiming, channel_options, server_options
 from edgelam_fl.wire.grpc.secure import PLAIN, Security, peer
@@ -81,23 +81,23 @@ class DataPlaneServer:
         self._lobby.close()
 
     def _link(self, requests: Iterator[bytes], context: grpc.ServicerContext, send: Send) -> None:
-        """Shakes hands on a thread of the lobby's pool; gives a link that is let in threads of its own."""
+        """Shakes hands on a thread of the lobby's pool; gives a stream that is let in threads of its own."""
         member = peer(context)
         caller = Caller(member.name, member.serial) if member else None
         with self._lobby.place(caller.name if caller else _address_of(context.peer()), context.cancel):
-            link = _served_link(context.peer(), caller, self._doorkeeper, self._timing, self._security)
-            _take_hello(link, requests)
-            if not link.is_open:
-                _send_all(link, context, send)
+            newcomer = _served_link(context.peer(), caller, self._doorkeeper, self._timing, self._security)
+            stream = Stream(newcomer, context.cancel)
+            if not _let_in(stream, requests):
+                _send_all(stream, context, send)
                 return
-        link.read_from(requests)
-        link.start_pulse(context.cancel)
-        threading.Thread(target=_send_all, args=(link, context, send), name=f"send {link.name}", daemon=True).start()
+        stream.read_from(requests)
+        name = f"send {stream.link.name}"
+        threading.Thread(target=_send_all, args=(stream, context, send), name=name, daemon=True).start()
 
 
-def _send_all(link: GrpcLink, context: grpc.ServicerContext, send: Send) -> None:
-    """Sends what is in the link's outbox until the link or the call ends; then ends the call."""
-    for message in link.outbox:
+def _send_all(stream: Stream, context: grpc.ServicerContext, send: Send) -> None:
+    """Sends what the stream's link has to send until the link or the call ends; then ends the call."""
+    for message in stream.outgoing():
         send(message)
         if not context.is_active():
             break
@@ -135,18 +135,16 @@ class RelayedDoor:
             self._closed.wait(self._timing.listen_again_s)
 
     def _accept(self, dialler: pb.Dialler) -> None:
-        """Shakes hands with a dialler; then reads its link until the link ends."""
+        """Shakes hands with a dialler; then reads its stream until that ends."""
         caller = Caller(dialler.node, dialler.serial)
         with self._channel() as channel:
-            link = _served_link("a link by relay", caller, self._doorkeeper, self._timing, self._security)
-            call = stub(channel, RELAY_SERVICE, ACCEPT)(iter(link.outbox), metadata=number_metadata(dialler.number))
+            newcomer = _served_link("a link by relay", caller, self._doorkeeper, self._timing, self._security)
+            stream = Stream(newcomer)
+            call = stub(channel, RELAY_SERVICE, ACCEPT)(stream.outgoing(), metadata=number_metadata(dialler.number))
+            stream.hang_up = call.cancel
             with self._lobby.place(caller.name, call.cancel):
-                _take_hello(link, call)
-                if not link.is_open:
-                    link.read(call)  # until the dialler has the refusal and hangs up
-                    return
-            link.start_pulse(call.cancel)
-            link.read(call)
+                _let_in(stream, call)
+            stream.read(call)  # of a stream that is not let in: until the dialler has the refusal and hangs up
 
     def _channel(self) -> grpc.Channel:
         return self._security.channel(self._relay.hub, SERVER, channel_options(self._timing))
@@ -157,11 +155,15 @@ def _address_of(caller: str) -> str:
     return caller.rpartition(":")[0]
 
 
-def _take_hello(link: GrpcLink, messages: Iterator[bytes]) -> None:
-    """Has the link answer the first message; closes it unless the answer is READY."""
-    link.read(messages, most=1)
-    if not link.is_open:
-        link.close()
+def _let_in(stream: Stream, messages: Iterator[bytes]) -> bool:
+    """Has the first message answered; returns whether the stream now belongs to an open link, a new or an older one."""
+    newcomer = stream.link
+    stream.read(messages, most=1)
+    if newcomer.is_open:
+        newcomer.start_pulse()
+    else:
+        newcomer.close()
+    return stream.link.is_open
 
 
 @dataclass(frozen=True)
@@ -184,13 +186,16 @@ def _served_link(
         return caller is not None and security.ended.certificate(caller.serial)
 
     answer = partial(_answer_hello, doorkeeper, caller, barred)
-    return GrpcLink(name, ByteCounters(), answer, lambda _, reason: None, timing, barred)
+    certificate = caller.serial if caller is not None else ""
+    return GrpcLink(name, ByteCounters(), answer, lambda _, reason: None, timing, barred, certificate)
 
 
 def _answer_hello(
     doorkeeper: Doorkeeper, caller: Caller | None, barred: Callable[[], bool], link: Link, frame: Frame
 ) -> None:
     """Answers the dialler's first frame, before any frame that the host sends on the link that it has let in."""
+    assert isinstance(link, GrpcLink)  # as _served_link made it
+    link.hello = frame.header.hello
     with link.holding_back():
         if barred():
             answer: pb.Ready | pb.NotReady | pb.Refuse = pb.Refuse(reason="the membership of this node has ended")
