@@ -8,7 +8,9 @@ import pytest
 
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.telemetry.events import EventTail, LinkLost, NodeLost, RoundDone, StepDone, of_kind
+from server.attendance import Attendance, Presence
 from tests.integration.federation import START_DEADLINE_S, Federation, config_of, kill
+from tests.support import WAIT_S
 
 pytestmark = pytest.mark.processes
 
@@ -17,12 +19,15 @@ def test_a_killed_stage_host_does_not_end_the_run(federation: Federation, tiny: 
     victim = federation.nodes["device-2"]
     tail, hosts = EventTail(victim.state / "events.jsonl"), EventTail(federation.nodes["edge-1"].state / "events.jsonl")
     tail.poll(), hosts.poll()
-    killed_at = 0.0
+    killed_at, attending = 0.0, dict[str, Presence]()
+    assert federation.hub is not None
+    lead = Attendance(federation.hub.state)
     watched: list[str] = []
 
     def kill_in_training() -> None:
         nonlocal killed_at
-        if not killed_at and any(event.step >= 5 for event in of_kind(tail.poll(), StepDone)):
+        if not killed_at and (late := [event for event in of_kind(tail.poll(), StepDone) if event.step >= 5]):
+            attending.update(lead.look(late[0].job.rpartition("/")[0], "", {}))
             kill(victim.children["stage host"])
             killed_at = time.monotonic()
         elif killed_at:
@@ -35,6 +40,8 @@ def test_a_killed_stage_host_does_not_end_the_run(federation: Federation, tiny: 
         federation.wait_for(victim.ready, START_DEADLINE_S, "device-2's new stage host")
     assert killed_at, "the run was over before its device could be killed"
     assert any("started again" in what for what in watched)
+    assert {name: node.state for name, node in attending.items()} == dict.fromkeys(federation.nodes, "running")
+    assert all(node.step and node.silent_s < WAIT_S for node in attending.values())
 
     summary = run.summary
     assert (summary.state, summary.rounds) == ("done", 2)
