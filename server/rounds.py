@@ -23,6 +23,7 @@ from edgelam_fl.model.source import why_changed
 from edgelam_fl.plan.layout import Layout, site_source, who_may_host
 from edgelam_fl.plan.making import RoundFacts, make_plans, planned_steps
 from edgelam_fl.plan.placement import Placement
+from edgelam_fl.plan.reading import job_id
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.telemetry.events import (
     AggregateRefused,
@@ -112,6 +113,7 @@ class Rounds:
         succeeds.
         """
         state = self._first
+        self._end_earlier_attempts()
         while state.round < self.config.federation.rounds and self._affords_a_round():
             self._room.await_bytes(self.folder.round_bytes())
             state = self.round_after(state)
@@ -119,6 +121,12 @@ class Rounds:
             self._end_early(self.privacy, state)
         self.evaluate(state)
         return state
+
+    def _end_earlier_attempts(self) -> None:
+        """Tells the nodes that may still play for an earlier process of this run that nobody waits for them."""
+        for attempt in range(1, self._attempts_before + 1):
+            job = job_id(pb.Plan(run=self._run, round=self._first.round + 1, attempt=attempt))
+            self._hub.attendance.look(job, "the server was started again", {})
 
     def round_after(self, state: FederationState) -> FederationState:
         """Returns the state after the next round: of its first attempt that comes to an aggregate. The state stays as it is if

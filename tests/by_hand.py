@@ -193,18 +193,27 @@ class FederationByHand:
         self._serve(RunFolder(folder, self.spec))
         self.start = adapters.initial_adapter(source, self.config.lora.targets, self.config.lora.rank, 1)
 
-    def _serve(self, folder: RunFolder, saved: Saved | None = None) -> None:
+    def _serve(self, folder: RunFolder, saved: Saved | None = None, attempts_before: int = 0) -> None:
         self.folder = folder
         exchange = Exchange(self.grid, ExchangeTiming(now=self.clock.now, sleep=self.clock.sleep))
         self.roster = Roster(exchange, folder, pb.ProfileRequest(protocol_version=PROTOCOL_VERSION))
-        self.rounds = Rounds(self.spec, exchange, self.roster, folder, "run", saved=saved, **self._settings)
+        self.rounds = Rounds(
+            self.spec,
+            exchange,
+            self.roster,
+            folder,
+            "run",
+            saved=saved,
+            attempts_before=attempts_before,
+            **self._settings,
+        )
 
-    def go_on(self, stopped: FederationByHand) -> None:
+    def go_on(self, stopped: FederationByHand, attempts_before: int = 0) -> None:
         """Becomes another server for a run that stopped: with its folder and its nodes, and nothing else of it."""
         saved, problem = load_newest(stopped.folder.path)
         assert not problem
         self.nodes, self.grid.nodes = stopped.nodes, stopped.grid.nodes
-        self._serve(RunFolder.reopened(stopped.folder.path, self.spec, saved), saved)
+        self._serve(RunFolder.reopened(stopped.folder.path, self.spec, saved), saved, attempts_before)
 
     def state(self) -> FederationState:
         """Runs all rounds."""

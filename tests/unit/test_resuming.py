@@ -1,64 +1,132 @@
-"""From which snapshot a new attempt of a round goes on, and when it cannot."""
+"""How a run goes on: which folders are refused, which keys may change, and what nodes may still know of it."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from edgelam_fl.model.source import ModelSource
-from edgelam_fl.plan.making import RoundFacts, RoundPrivacy
-from edgelam_fl.plan.resuming import can_resume, newest_common
-from edgelam_fl.wire import edgelam_pb2 as pb
-from tests.fleet import memory_fleet
-from tests.support import run_config
+from edgelam_fl.errors import ConfigError, ModelError
+from edgelam_fl.files import Hold
+from edgelam_fl.telemetry.events import EventLog, RunDone, RunFailure, RunResumed, read_events
+from edgelam_fl.telemetry.run_folder import state_now
+from edgelam_fl.telemetry.summary import build_summary
+from server.checkpoint import load_newest, save
+from server.resuming import check_can_resume, resumption
+from server.state import FederationState
+from tests.by_hand import FederationByHand
+from tests.unit.conftest import MakeFederation
 
 
-def kept(*pairs: tuple[int, int]) -> list[pb.StepSnapshot]:
-    return [pb.StepSnapshot(attempt=attempt, steps=steps) for attempt, steps in pairs]
+@pytest.fixture
+def stopped(federation: MakeFederation) -> FederationByHand:
+    """A run that ended early after its first round."""
+    run = federation("ab", "e")
+    run.rounds.round_after(FederationState())
+    return run
 
 
-def test_the_newest_step_that_all_nodes_have() -> None:
-    assert newest_common([kept((1, 4), (1, 8)), kept((1, 4)), kept((1, 2), (1, 4))]) == kept((1, 4))[0]
-    assert newest_common([kept((1, 4), (2, 6)), kept((2, 6), (1, 4))]) == kept((2, 6))[0]
+def test_a_folder_that_is_no_runs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is not a run's folder \(no events.jsonl, no config.toml\)"):
+        check_can_resume(tmp_path)
 
 
-@pytest.mark.parametrize("lists", [[], [kept((1, 4)), []], [kept((1, 4)), kept((2, 4))]])
-def test_nothing_in_common_begins_again(lists: list[list[pb.StepSnapshot]]) -> None:
-    assert newest_common(lists) is None
+def test_a_run_that_is_alive_or_done_is_refused(stopped: FederationByHand) -> None:
+    folder = stopped.folder.path
+    check_can_resume(folder)
+    hold = Hold(folder)
+    with pytest.raises(ConfigError, match=r"is alive: `edgelam top .*` shows it"):
+        check_can_resume(folder)
+    assert state_now(folder, read_events(folder / "events.jsonl")) == "running"
+    hold.release()
+    check_can_resume(folder)
+    assert state_now(folder, read_events(folder / "events.jsonl")) == "killed"
+    stopped.folder.emit(RunDone(summary=""))
+    with pytest.raises(ConfigError, match="is done, so there is nothing to go on with"):
+        check_can_resume(folder)
 
 
-def plans_of(
-    source: ModelSource, data: list[Path], *settings: str, attempt: int = 1, privacy: RoundPrivacy | None = None
-) -> list[pb.Plan]:
-    with memory_fleet(source, run_config(source.name, "split.hosts=2", *settings), data) as fleet:
-        return list(fleet.plans(RoundFacts("run", 3, attempt, 8, 4, privacy=privacy)).values())
+def test_a_run_without_a_finished_round_is_refused_unless_the_server_begins_it_again(
+    federation: MakeFederation,
+) -> None:
+    run = federation("ab", "e")
+    with pytest.raises(ConfigError, match="the run has not finished a round"):
+        resumption(run.folder.path)
+    again = resumption(run.folder.path, begins_again=True)
+    assert (again.saved, again.round, again.config) == (None, 0, run.config)
 
 
-def test_a_host_may_be_replaced_and_a_device_missing(tiny: ModelSource, data_files: list[Path]) -> None:
-    before = plans_of(tiny, data_files)
-    after = plans_of(tiny, data_files[:2], attempt=2)
-    for plan in after:
-        plan.node = plan.node.replace("edge-2", "edge-9")
-        for hop in (hop for route in [*plan.serves, *plan.routes] for hop in route.hops):
-            hop.node = hop.node.replace("edge-2", "edge-9")
-    assert can_resume(before, after)
-    assert not can_resume(before[1:], after), "a host is new in its place"
-    assert not can_resume(after, before), "a device is new"
+def test_a_run_of_another_version_is_refused(stopped: FederationByHand) -> None:
+    saved, _ = load_newest(stopped.folder.path)
+    save(stopped.folder.path, replace(saved, versions={"edgelam-fl": "0.0.1"}))
+    with pytest.raises(ConfigError, match=r"a run of edgelam-fl 0\.0\.1, and this is .*: install that version"):
+        resumption(stopped.folder.path)
 
 
-@pytest.mark.parametrize("setting", ["split.back=1", "split.front=1", "lora.rank=4", "federation.batch_size=2"])
-def test_other_work_begins_again(tiny: ModelSource, data_files: list[Path], setting: str) -> None:
-    assert not can_resume(plans_of(tiny, data_files), plans_of(tiny, data_files, setting, attempt=2))
+@pytest.mark.parametrize(
+    ("override", "refused"),
+    [
+        ("federation.rounds=9", False),
+        ("federation.min_nodes=2", False),
+        ("federation.round_deadline_s=7", False),
+        ("federation.local_steps=7", True),
+        ("lora.rank=2", True),
+        ("optimizer.lr=0.1", True),
+    ],
+)
+def test_rounds_and_waits_may_change_and_nothing_that_training_depends_on(
+    stopped: FederationByHand, override: str, refused: bool
+) -> None:
+    if refused:
+        key = override.partition("=")[0]
+        with pytest.raises(
+            ConfigError, match=rf"^{key} was .* cannot change while a run goes on\. What can: federation\.rounds"
+        ):
+            resumption(stopped.folder.path, [override])
+    else:
+        section, _, key = override.partition("=")[0].partition(".")
+        config = resumption(stopped.folder.path, [override]).config
+        assert str(getattr(getattr(config, section), key)).removesuffix(".0") == override.partition("=")[2]
 
 
-@pytest.mark.parametrize("setting", ["privacy.cut_clip=2.0", "privacy.disguise=0.5"])
-def test_what_is_drawn_from_entropy_begins_again(tiny: ModelSource, data_files: list[Path], setting: str) -> None:
-    settings = [setting, "privacy.cut_noise=0.1"] if "clip" in setting else [setting]
-    assert not can_resume(plans_of(tiny, data_files, *settings), plans_of(tiny, data_files, *settings, attempt=2))
+def test_another_model_is_refused(stopped: FederationByHand) -> None:
+    resumed = resumption(stopped.folder.path)
+    resumed.check_model(stopped.spec)
+    assert resumed.saved is not None
+    other = replace(resumed, saved=replace(resumed.saved, model={**resumed.saved.model, "model.safetensors": "0" * 64}))
+    with pytest.raises(ModelError, match="the run trained on another model than"):
+        other.check_model(stopped.spec)
 
 
-def test_privacy_begins_again(tiny: ModelSource, data_files: list[Path]) -> None:
-    privacy = RoundPrivacy(1.0, 1.0, 3.0)
-    plans = plans_of(tiny, data_files, privacy=privacy)
-    assert not can_resume(plans, plans)
+def test_a_damaged_checkpoint_is_passed_over_and_said(stopped: FederationByHand) -> None:
+    saved, _ = load_newest(stopped.folder.path)
+    newest = save(stopped.folder.path, replace(saved, state=replace(saved.state, round=2)))
+    (newest / "tensors.safetensors").write_bytes(b"x")
+    resumed = resumption(stopped.folder.path)
+    assert resumed.round == 1
+    assert "checkpoints/r000002 is damaged: tensors.safetensors" in resumed.problem
+
+
+def test_no_job_of_an_earlier_process_is_handed_over_again(
+    stopped: FederationByHand, federation: MakeFederation
+) -> None:
+    plan = stopped.events("plan")[-1]
+    with (stopped.folder.path / "events.jsonl").open("a") as file:  # as it began two attempts at round 2 and was killed
+        file.write("".join(json.dumps({**plan, "round": 2, "attempt": attempt}) + "\n" for attempt in (1, 2)))
+    resumed = resumption(stopped.folder.path)
+    assert (resumed.round, resumed.attempts, resumed.nodes) == (1, 2, frozenset("abe"))
+    second = federation("ab", "e")
+    second.go_on(stopped, resumed.attempts)
+    second.run()
+    assert [(p["round"], p["attempt"]) for p in second.events("plan")] == [(1, 1), (2, 1), (2, 2), (2, 3), (3, 1)]
+
+
+def test_a_run_that_had_failed_and_went_on_has_not_failed(stopped: FederationByHand) -> None:
+    log = EventLog(stopped.folder.path / "events.jsonl")
+    log(RunFailure(reason="no host", kept=""))
+    events = lambda: list(read_events(log.path))  # noqa: E731
+    assert build_summary(events()).state == "failed"
+    log(RunResumed(round=1))
+    assert build_summary(events()).state == "running"
