@@ -20,6 +20,7 @@ from edgelam_fl.plan.making import task_settings
 from edgelam_fl.plan.placement import first_proposal
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.telemetry.events import EventLog, RunDone, RunFailure, RunResumed, RunStarted
+from edgelam_fl.telemetry.run_folder import kept
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.chat import converse
@@ -88,16 +89,16 @@ def _go_on(grid: Grid, bounds: Bounds, out: Path, overrides: str, queue: str, *,
         saved = resumed.saved
         folder = RunFolder.begun_again(out, spec) if saved is None else RunFolder.reopened(out, spec, saved)
     except EdgelamError as error:
-        _refuse(out, error)
+        _refuse(out, error, kept(out))
         raise
     with run_hub(spec.source) as hub:
         _lead(Exchange(grid, ExchangeTiming()), folder, spec, hub, bounds, trains=True, queue=queue, resumed=resumed)
     hold.release()
 
 
-def _refuse(out: Path, error: EdgelamError) -> None:
+def _refuse(out: Path, error: EdgelamError, what_is_kept: str = "nothing was started") -> None:
     """Says in the run's events why it does not start: whoever follows it reads them."""
-    refusal = RunFailure(reason=from_home(str(error)), kept="nothing was started", exit_code=error.exit_code)
+    refusal = RunFailure(reason=from_home(str(error)), kept=what_is_kept, exit_code=error.exit_code)
     EventLog(out / "events.jsonl")(refusal)
 
 
