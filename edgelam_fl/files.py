@@ -69,10 +69,10 @@ def write_atomically(path: Path, content: str | bytes, *, durable: bool = False)
     _replace(path, content, 0o666, durable)
 
 
-def write_private(path: Path, content: str | bytes) -> None:
-    """Replaces a file in one step, readable by this user only; makes its folder."""
+def write_private(path: Path, content: str | bytes, *, durable: bool = False) -> None:
+    """Replaces a file in one step, readable by this user only; makes its folder. durable: as of `write_atomically`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, content, 0o600, durable=False)
+    _replace(path, content, 0o600, durable)
 
 
 def _replace(path: Path, content: str | bytes, mode: int, durable: bool) -> None:

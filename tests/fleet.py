@@ -63,17 +63,28 @@ class Fleet:
     events: list[Event] = field(default_factory=list)
     watch: Callable[[Event], None] = lambda event: None  # called with each event, on the thread that emits it
     round: int = 0
+    adapter: adapters.Adapter = field(default_factory=dict)  # that a test goes on from
     settings: ClientSettings = field(default_factory=ClientSettings)  # what an aggregation would ask of the nodes
     aggregation: Capabilities = field(default_factory=Capabilities)  # of the rule that corrects gradients, if any
     privacy: RoundPrivacy | None = None
+    restart: Callable[[str], None] = lambda name: None  # ends a node of a fleet in memory, and begins it anew
+    stop: Callable[[str], None] = lambda name: None  # ends the part of a node of a fleet in memory
 
     def run(
         self, adapter: adapters.Adapter, steps: int, *, step_offset: int = 0, send_to: Sequence[str] | None = None,
-        known: Mapping[str, adapters.Adapter] = {},
+        known: Mapping[str, adapters.Adapter] = {}, attempt: int = 1, resumed: pb.StepSnapshot | None = None,
+        snapshots: Mapping[str, bytes] = {},
     ) -> dict[str, pb.JobReport]:  # fmt: skip
-        """One round; returns the reports by node. `send_to`: who is sent tensors (default: everyone), but for those `known`."""
-        self.round += 1
-        plans = self.plans(RoundFacts(self.name, self.round, 1, step_offset, steps, self.settings, self.privacy))
+        """One round; returns the reports by node. `send_to`: who is sent tensors (default: everyone), but for those `known`.
+
+        `attempt`: above 1, of the round before. `resumed`: what all nodes go on from. `snapshots`: what is sent beside plans.
+        """
+        self.round += attempt == 1
+        facts = RoundFacts(
+            self.name, self.round, attempt, step_offset, steps, self.settings, self.privacy,
+            first_step=resumed.steps if resumed else 0, resume_attempt=resumed.attempt if resumed else 0,
+        )  # fmt: skip
+        plans = self.plans(facts)
         nodes = self.devices | {name: node for name, (node, _) in self.hosts.items()}
         for name, plan in plans.items():
             tensors = adapters.slice_of(adapter, spans_of(plan))
@@ -81,7 +92,9 @@ class Fleet:
             missing = {tensor: array for tensor, array in tensors.items() if tensor not in known.get(name, {})}
             data = adapters.to_bytes(missing) if send_to is None or name in send_to else b""
             beside = map(adapters.to_bytes, add_corrections(plan, self.aggregation, adapter))
-            reply = nodes[name].submit(pb.SubmitRequest(plan=plan, adapter=data, corrections=beside))
+            reply = nodes[name].submit(
+                pb.SubmitRequest(plan=plan, adapter=data, corrections=beside, snapshot=snapshots.get(name, b""))
+            )
             assert reply.accepted, reply.reason
         return {
             name: nodes[name].wait(pb.WaitRequest(job=part_id(plan), timeout_s=WAIT_S)) for name, plan in plans.items()
@@ -120,28 +133,39 @@ def memory_fleet(
     data: Sequence[Path],
     hooks: Mapping[str, NodeHooks] = {},
     dials: Mapping[str, Callable[[Dial], Dial]] = {},
+    state: Path | None = None,
 ) -> Iterator[Fleet]:
     """Makes one device per file and the edge servers that the run file wants; with host_on = "any" the devices are the hosts.
 
-    `hooks`: of some of the nodes, by name. `dials`: how some of the nodes dial, by name, from how all others do.
+    `hooks`: of some of the nodes, by name. `dials`: how some of the nodes dial, by name, from how all others do. `state`: for a
+    folder per node; None: nothing is kept over restarts.
     """
     fleet = Fleet(source, config, {}, {})
     nodes: dict[str, StageHost] = {}
     dial = route.memory_dial(nodes)
     devices_host = config.split.host_on == "any"
-    for number in range(1, 0 if devices_host else config.split.least_hosts * config.split.sites + 1):
-        name = f"edge-{number}"
-        its_dial = dials.get(name, _as_all)(dial)
-        nodes[name] = StageHost(name, its_dial, fleet.emit, address=name, hooks=hooks.get(name, NodeHooks()))
-        fleet.hosts[name] = (nodes[name], name)
-    for number, file in enumerate(data, 1):
-        name = f"device-{number}"
-        address = name if devices_host else ""
+
+    def begin(name: str, file: Path | None, address: str) -> None:
         nodes[name] = StageHost(
-            name, dials.get(name, _as_all)(dial), fleet.emit,
-            examples=DeviceExamples(file), address=address, hooks=hooks.get(name, NodeHooks()),
+            name, dials.get(name, _as_all)(dial), fleet.emit, examples=DeviceExamples(file) if file else None,
+            address=address, hooks=hooks.get(name, NodeHooks()), state=state / name if state else None,
         )  # fmt: skip
-        fleet.devices[name] = nodes[name]
+        if file is None:
+            fleet.hosts[name] = (nodes[name], name)
+        else:
+            fleet.devices[name] = nodes[name]
+
+    def restart(name: str) -> None:
+        nodes[name].stop()
+        begin(name, files.get(name), nodes[name].address)
+
+    files = {f"device-{number}": file for number, file in enumerate(data, 1)}
+    fleet.restart, fleet.stop = restart, lambda name: nodes[name].stop()
+    for number in range(1, 0 if devices_host else config.split.least_hosts * config.split.sites + 1):
+        begin(f"edge-{number}", None, f"edge-{number}")
+    for name, file in files.items():
+        address = name if devices_host else ""
+        begin(name, file, address)
         fleet.listening[name] = address
         training, _ = set_aside(read_pairs(file, "question", "answer"), config.data.held_out)
         fleet.examples[name] = len(training)

@@ -255,6 +255,10 @@ class FederationSection(Section):
         description="a node's ClientApp waits for its job to end, or hands the job over and is asked again (simulations need park)",
     )
     evaluate_every: int = Field(1, ge=1, description="rounds between two evaluations; the result is always evaluated")
+    snapshot_every: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        "auto",
+        description="steps between two snapshots within a round, from which a new attempt of it goes on; auto: so that they cost little; 0: none, and an attempt always begins again",
+    )
     join_deadline_s: float = Field(120.0, gt=0, description="longest wait for min_nodes devices and for a host")
     reconnect_deadline_s: float = Field(
         60.0,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,19 @@ from edgelam_fl.model.identity import difference
 from edgelam_fl.model.source import ModelSource, find_model, is_as_found
 from edgelam_fl.model.stage import Stage, load_stages
 from edgelam_fl.node.private_fronts import PrivateFronts
+from edgelam_fl.node.snapshots import Snapshots
 from edgelam_fl.plan.modes import host_mode
 from edgelam_fl.plan.reading import end_spans, ends_train, hosted_span, hosted_trains, is_private, spans_of
 from edgelam_fl.privacy.mechanism import secret_generator
 from edgelam_fl.split.corrections import read_corrections
 from edgelam_fl.split.cut import CutDefence
 from edgelam_fl.split.private import private_update
+from edgelam_fl.split.snapshot import ENDS, SourceState, site_lane
 from edgelam_fl.split.trainee import Trainee, lora_of
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 _COLLECT_AGAIN_S = 0.01
+_HELD = "held:"  # what arrays of a snapshot at the end of a round are; those of a source have its name in front
 
 
 class NodeMemory:
@@ -42,9 +45,10 @@ class NodeMemory:
         find: Callable[[pb.Plan], ModelSource],
         gone_s: float,
         fronts: PrivateFronts,
+        snapshots: Snapshots,
     ) -> None:
-        """Holds nothing yet. `load`, `find`, `fronts`: as of `Held`. `gone_s`: seconds that old slices may take to leave memory."""
-        self._load, self._find, self._gone_s, self._fronts = load, find, gone_s, fronts
+        """Holds nothing yet. `load`, `find`, `fronts`, `snapshots`: as of `Held`. `gone_s`: seconds for old slices to leave memory."""
+        self._load, self._find, self._gone_s, self._fronts, self._snapshots = load, find, gone_s, fronts, snapshots
         self._held: Held | None = None
 
     def hold(self, plan: pb.Plan) -> Held:
@@ -54,9 +58,11 @@ class NodeMemory:
         before, old = {}, list[weakref.ref[Stage]]()
         if self._held is not None:
             before, old = self._held.known(), [weakref.ref(stage) for stage in self._held.stages()]
+        else:
+            before = next(map(_tensors_of, self._snapshots.rounds(plan.run)), {})  # of the process before this one
         self._held = None
         _await_gone(old, self._gone_s)
-        self._held = Held(plan, self._load, self._find, before, self._fronts)
+        self._held = Held(plan, self._load, self._find, before, self._fronts, self._snapshots)
         return self._held
 
 
@@ -70,12 +76,13 @@ class Held:
         find: Callable[[pb.Plan], ModelSource] = lambda plan: find_model(plan.model.name),
         before: Mapping[str, np.ndarray] = {},
         fronts: PrivateFronts | None = None,
+        snapshots: Snapshots | None = None,
     ) -> None:
         """Loads the slices of a plan. Raises Mismatch if the model here is not the server's, ModelError if there is none.
 
         `find`: returns the plan's model. `load`: as `load_stages`. `before`: the tensors that the node held until now
         (`known`): the server sends a node only the tensors that it does not hold, whatever layers it had. `fronts`: keeps
-        private fronts; None: in memory.
+        private fronts; None: in memory. `snapshots`: has moments of earlier rounds; None: there are none.
         """
         self.key = slice_key(plan)
         self.source = find(plan)
@@ -99,6 +106,7 @@ class Held:
         self._ends_start: adapters.Adapter = {}  # the ends before the round; only if the update is clipped here
         self._before = adapters.slice_of(before, spans_of(plan))  # empty after the first `start`
         self._fronts = PrivateFronts() if fronts is None else fronts
+        self._snapshots = snapshots
         self._private = {
             name: p.detach().numpy() for name, p in self.ends_trainee.named.items() if is_private(plan, name)
         }
@@ -139,9 +147,11 @@ class Held:
         site_mu = mu if host_mode(plan.host_mode).has_copies else 0.0
         adds = read_corrections(plan, corrections)
         own = adds.get(("ends", plan.node), {})
-        warm = [self.ends_trainee.start(tensors, ends_train(plan), plan, mu, own)] if self.ends else []
+        kept = KeptMoments(plan.run, self._snapshots)
+        warm = [self.ends_trainee.start(tensors, ends_train(plan), plan, mu, own, kept.of(ENDS))] if self.ends else []
         for source, trainee in self.site_trainees(plan).items():
-            warm.append(trainee.start(tensors, hosted_trains(plan), plan, site_mu, adds.get(("site", source), {})))
+            moments, correction = kept.of(self.lane_of(plan, source)), adds.get(("site", source), {})
+            warm.append(trainee.start(tensors, hosted_trains(plan), plan, site_mu, correction, moments))
         self._before = {}
         self._ends_start = self.ends_trainee.adapter() if plan.privacy.update_clip else {}
         return all(warm)
@@ -167,6 +177,23 @@ class Held:
                 self._site[source] = Trainee([self.hosted], own=mode.has_copies)
         self._site = {source: self._site[source] for source in sources}
         return self._site
+
+    def lane_of(self, plan: pb.Plan, source: str) -> str:
+        """Returns the name of a hosted source in snapshots."""
+        return site_lane(source if host_mode(plan.host_mode).has_copies else "")
+
+    def sources(self, plan: pb.Plan) -> list[str]:
+        """Lists all that this node trains by its name in snapshots."""
+        return [ENDS] * bool(self.ends) + [self.lane_of(plan, source) for source in self.site_trainees(plan)]
+
+    def after_round(self, plan: pb.Plan) -> SourceState:
+        """Returns what a restarted node needs of a round that has ended: the tensors that it knows, and all moments."""
+        each = {ENDS: self.ends_trainee.moments()} if self.ends else {}
+        each |= {self.lane_of(plan, source): trainee.moments() for source, trainee in self.site_trainees(plan).items()}
+        arrays = {f"{_HELD}{name}": array for name, array in self.known().items()}
+        for source, moments in each.items():
+            arrays |= {f"{source}:{name}": array for name, array in moments.arrays.items()}
+        return SourceState(arrays, {source: dict(moments.numbers) for source, moments in each.items()})
 
     def finish(self, plan: pb.Plan, own_labels: int, site_labels: Callable[[str, str], int]) -> list[pb.Contribution]:
         """Returns what each source trained, as contributions with the labels that they learned from as weights.
@@ -242,6 +269,33 @@ class Held:
     def stages(self) -> Iterable[Stage]:
         """Returns all stages: the ends, then the hosted one."""
         return [*self.ends, *([self.hosted] if self.hosted is not None else [])]
+
+
+class KeptMoments:
+    """The moments that were kept at the end of earlier rounds; read at most once, when a trainee asks for them."""
+
+    def __init__(self, run: str, snapshots: Snapshots | None) -> None:
+        self._rounds = iter(()) if snapshots is None else snapshots.rounds(run)
+        self._read: list[SourceState] = []
+
+    def of(self, source: str) -> Iterator[SourceState]:
+        """Yields a source's moments, newest first."""
+        number = 0
+        while True:
+            if number == len(self._read):
+                following = next(self._rounds, None)
+                if following is None:
+                    return
+                self._read.append(following)
+            state, prefix = self._read[number], f"{source}:"
+            arrays = {name.removeprefix(prefix): a for name, a in state.arrays.items() if name.startswith(prefix)}
+            yield SourceState(arrays, state.numbers.get(source, {}))
+            number += 1
+
+
+def _tensors_of(state: SourceState) -> adapters.Adapter:
+    """Returns the tensors that a node knew at the end of a round."""
+    return {name.removeprefix(_HELD): array for name, array in state.arrays.items() if name.startswith(_HELD)}
 
 
 def _as_private(plan: pb.Plan, site_labels: Callable[[str, str], int]) -> Callable[[str, str], int]:

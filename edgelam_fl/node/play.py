@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -21,6 +21,7 @@ from edgelam_fl.node.examples import DeviceExamples, task_of
 from edgelam_fl.node.held import Held, NodeMemory
 from edgelam_fl.node.part import Part
 from edgelam_fl.node.server_hub import ServerHub
+from edgelam_fl.node.snapshots import Snapshots
 from edgelam_fl.serving.sessions import HostSessions
 from edgelam_fl.split.driver import Driver
 from edgelam_fl.split.ends import Ends
@@ -28,8 +29,9 @@ from edgelam_fl.split.group import Group
 from edgelam_fl.split.host import Host
 from edgelam_fl.split.inbox import Inbox
 from edgelam_fl.split.route import Dial, new_route, open_link, open_route, wire_dtype
+from edgelam_fl.split.snapshot import ENDS, Damaged, SourceState
 from edgelam_fl.split.window import affordable_window
-from edgelam_fl.telemetry.events import JobStarted, TensorsAsked, WindowGranted
+from edgelam_fl.telemetry.events import JobResumed, JobStarted, TensorsAsked, WindowGranted
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.link import Link
@@ -60,18 +62,19 @@ class Means:
     memory: NodeMemory
     examples: DeviceExamples | None  # None: an edge server
     hooks: NodeHooks
+    snapshots: Snapshots
 
 
 def play(part: Part, request: pb.SubmitRequest, means: Means) -> None:
     """Plays a part and fills its report, except for the state. Raises EdgelamError if the part cannot begin or go on."""
     plan, report = part.plan, part.report
-    if plan.first_step:
-        raise Refused(f"node {plan.node} has no snapshot of step {plan.first_step} of round {plan.round}")
     with means.hooks.around_part(plan):
         began = time.monotonic()
         held = means.memory.hold(plan)
         given = _await_tensors(part, request.adapter, held)
+        means.snapshots.begin(plan)
         report.moments = "warm" if held.start(plan, given, request.corrections) else "cold"
+        earlier = means.snapshots.resumed(plan, held.sources(plan)) if plan.first_step else {}
         spans = [stage.span for stage in held.stages()]
         started = JobStarted(
             role=pb.Role.Name(plan.role).lower(),
@@ -79,11 +82,15 @@ def play(part: Part, request: pb.SubmitRequest, means: Means) -> None:
             seconds=round(time.monotonic() - began, 3),
         )
         part.emit(started)
+        if earlier:
+            report.moments = min(state.report.moments for state in earlier.values())  # cold, if one was
+            part.emit(JobResumed(steps=plan.first_step, attempt=plan.resume_attempt))
         with means.hooks.around_play(part, held):
-            labels_of = Player(part, held, means).play()
+            labels_of = Player(part, held, means, earlier).play()
             if plan.steps:
                 report.contributions.extend(held.finish(plan, report.labels_trained, labels_of))
                 report.update_clipped = held.update_clipped
+                means.snapshots.keep_round(plan, held.after_round(plan))
     current = held.current()
     report.adapter_digest = adapters.digest(current) if current is not None else ""
 
@@ -105,8 +112,10 @@ def _await_tensors(part: Part, given: bytes, held: Held) -> bytes:
 class Player:
     """Plays one part on slices that are loaded, and puts into its report what was measured."""
 
-    def __init__(self, part: Part, held: Held, means: Means) -> None:
+    def __init__(self, part: Part, held: Held, means: Means, earlier: Mapping[str, SourceState]) -> None:
+        """`earlier`: the snapshot of each source that the part goes on from; empty: it begins."""
         self._part, self._plan, self._held, self._means = part, part.plan, held, means
+        self._earlier, self._keeper = earlier, means.snapshots.keeper(part.plan, part.report.moments)
         self._hub = means.hub.address(part.plan.hub_port)
 
     def play(self) -> LabelsOf:
@@ -137,12 +146,15 @@ class Player:
         counters, route = ByteCounters(), new_route(plan)
         self._part.attach(route.inbox)
         ends = Ends(plan, held.ends, task, wire_dtype(plan), held.cut_defence(plan))
-        driver = Driver(plan, ends, held.ends_trainee, route, task, self._part.emit)
+        driver = Driver(plan, ends, held.ends_trainee, route, task, self._part.emit, self._keeper, counters)
+        if self._earlier:
+            with _fitting(plan):
+                driver.restore(self._earlier[ENDS])
         try:
             open_route(
                 self._means.dial, plan, held.source, route, counters, self._part.emit, driver.timeline.sent, self._hub
             )
-            if plan.evaluate and loaded.held_out:
+            if plan.evaluate and loaded.held_out and not self._earlier:
                 driver.evaluate(loaded.held_out)
             if plan.steps:
                 driver.train(loaded.training)
@@ -154,7 +166,8 @@ class Player:
         report = self._part.report
         report.examples, report.held_out = len(loaded.training), len(loaded.held_out)
         report.data.CopyFrom(loaded.counts)
-        _report_device(self._part.report, driver, counters)
+        report.MergeFrom(driver.report())
+        report.timeline.extend(driver.timeline.report())
 
     # ---------------------------------------------------------------- as a host
 
@@ -183,7 +196,12 @@ class Player:
         plan, held = self._plan, self._held
         assert held.hosted is not None
         task = task_of(plan, held.source.folder) if held.hosted.span.head else None
-        return Host(plan, held.hosted, group, list(held.site_trainees(plan).values()), task, self._part.emit)
+        trainees = list(held.site_trainees(plan).values())
+        host = Host(plan, held.hosted, group, trainees, task, self._part.emit, self._keeper)
+        if self._earlier:
+            with _fitting(plan):
+                host.restore({source: state for source, state in self._earlier.items() if source != ENDS})
+        return host
 
     def _serve(self, host: Host, group: Group) -> None:
         with _closing(group, "the round is over"):
@@ -223,6 +241,17 @@ class Player:
 
 
 @contextmanager
+def _fitting(plan: pb.Plan) -> Iterator[None]:
+    """Raises Refused if what the block goes on from is not what the plan needs, or was never whole."""
+    try:
+        yield
+    except (Damaged, KeyError, TypeError, ValueError) as error:
+        raise Refused(
+            f"node {plan.node} cannot go on after step {plan.first_step}: its snapshot does not fit"
+        ) from error
+
+
+@contextmanager
 def _closing(group: Group, reason: str) -> Iterator[None]:
     """Closes the group's links after the block, and gives the devices the reason, or the block's error instead."""
     try:
@@ -236,18 +265,6 @@ def _closing(group: Group, reason: str) -> Iterator[None]:
 
 def _no_labels(source: str, tensor: str) -> int:
     return 0
-
-
-def _report_device(report: pb.JobReport, driver: Driver, counters: ByteCounters) -> None:
-    measured = driver.measured
-    report.eval_loss_sum, report.eval_labels = measured.eval_loss_sum, measured.eval_labels
-    report.eval_sums.update(measured.eval_sums)
-    report.eval_seconds, report.train_seconds = measured.eval_seconds, measured.train_seconds
-    report.compute_seconds, report.tokens_trained = measured.compute_seconds, measured.tokens_trained
-    report.labels_trained = measured.labels_trained
-    report.steps.extend(measured.steps)
-    report.bytes.extend(counters.report())
-    report.timeline.extend(driver.timeline.report())
 
 
 def _report_host(report: pb.JobReport, host: Host, group: Group) -> None:

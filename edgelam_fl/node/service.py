@@ -28,6 +28,7 @@ from edgelam_fl.node.play import Means, NodeHooks, play
 from edgelam_fl.node.private_fronts import PrivateFronts
 from edgelam_fl.node.profile.answer import answer_profile
 from edgelam_fl.node.server_hub import ServerHub
+from edgelam_fl.node.snapshots import Snapshots
 from edgelam_fl.plan.fronts import host_reading_of
 from edgelam_fl.plan.modes import host_mode, label_place
 from edgelam_fl.plan.reading import part_id
@@ -108,8 +109,11 @@ class StageHost:
         self._epoch = secrets.randbits(63) + 1
         self._accepted = AcceptedParts(state)
         self._hub = ServerHub(server, emit, security)
-        memory = NodeMemory(hooks.load, self._hub.find_planned, timing.gone_s, PrivateFronts(state))
-        self._means = Means(dial=dial, hub=self._hub, memory=memory, examples=examples, hooks=hooks)
+        self._snapshots = Snapshots(state, emit)
+        memory = NodeMemory(hooks.load, self._hub.find_planned, timing.gone_s, PrivateFronts(state), self._snapshots)
+        self._means = Means(
+            dial=dial, hub=self._hub, memory=memory, examples=examples, hooks=hooks, snapshots=self._snapshots
+        )
         self._reading: HostReading | None = None  # of the newest part, as it was said; for the thread of a part alone
         self._lock = threading.Lock()  # guards the three below
         self._parts: dict[str, Part] = {}
@@ -227,6 +231,7 @@ class StageHost:
             full = str(error) if isinstance(error, EdgelamError) else f"{type(error).__name__}: {error}"
         finally:
             report.peak_rss_bytes = peak_rss_bytes()
+            report.snapshots.extend(self._snapshots.steps(part.plan.run, part.plan.round))
             part.group = None
             part.emit(JobDone(state=report.state, error=full))
             part.end()

@@ -40,7 +40,7 @@ class Footprints:
             head_bytes = self._weights([Span(end, end, head=True)], pair)
             head_bytes += devices * window * (self._unit(pair, 0, head=True) - self._unit(pair, 0))
         layer_bytes = tuple(
-            weights + (FP32_BYTES + LEARNING_BYTES * devices) * self._adapter_weights.get(layer, 0)
+            weights + (FP32_BYTES + LEARNING_BYTES * devices) * self.adapter_weights.get(layer, 0)
             for layer, weights in enumerate(self._weights_by_layer(pair))
         )
         return Footprint(layer_bytes, window * (2 * one - two), window * (two - one), head_bytes)
@@ -53,7 +53,7 @@ class Footprints:
         lora = self.spec.config.lora
         rank = by_name(lora.ranks, name, lora.rank) / lora.rank
         layers = (layer for span in spans for layer in range(span.first, span.last))
-        adapters = sum(self._adapter_weights.get(layer, 0) for layer in layers)
+        adapters = sum(self.adapter_weights.get(layer, 0) for layer in layers)
         units = window * self._unit(pair, spans[0].last)
         units += sum(self._unit(pair, span.last - span.first, head=True) for span in spans[1:])
         frozen = self.spec.cut.rank * self.spec.source.hidden_size if self.spec.cut else 0  # B of a cut adapter
@@ -71,7 +71,7 @@ class Footprints:
         return weights_bytes(self.spec.source, spans, base, DTYPES[compute])
 
     @cached_property
-    def _adapter_weights(self) -> dict[int, int]:
+    def adapter_weights(self) -> dict[int, int]:
         """Number of adapter weights per layer, with the run's rank."""
         lora, found = self.spec.config.lora, dict[int, int]()
         for module, (rows, columns) in target_modules(self.spec.source, lora.targets).items():

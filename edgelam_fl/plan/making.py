@@ -20,6 +20,7 @@ from edgelam_fl.plan.bases import choose_base
 from edgelam_fl.plan.layout import HostRange, Layout, Site, by_name
 from edgelam_fl.plan.modes import host_mode
 from edgelam_fl.plan.reading import part_id, spans_of
+from edgelam_fl.plan.snapshot_pace import set_pace
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -118,6 +119,7 @@ def make_plans(
     if facts.relay_key:
         for name, plan in plans.items():
             plan.attend_token = make_token(facts.relay_key, ATTEND, part_id(plan), name)
+    set_pace(spec, plans)
     if facts.hub_port:
         allow_for_downloads(spec.source, plans.values())
     if not facts.unequal_ranks:

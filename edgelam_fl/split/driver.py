@@ -18,6 +18,7 @@ from edgelam_fl.plan.modes import host_mode
 from edgelam_fl.split.ends import Ends
 from edgelam_fl.split.judging import norm_of
 from edgelam_fl.split.route import Route
+from edgelam_fl.split.snapshot import ENDS, NO_KEEPER, Keeper, SourceState
 from edgelam_fl.split.step import DeviceStep, LeftOut
 from edgelam_fl.split.timeline import Timeline
 from edgelam_fl.split.trainee import Trainee, judge
@@ -25,6 +26,7 @@ from edgelam_fl.tasks.base import Example, Task, Unit
 from edgelam_fl.tasks.data import batch_indices
 from edgelam_fl.telemetry.events import EmitInJob, Evaluated, StepDone
 from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.counters import ByteCounters
 
 
 @dataclass
@@ -45,8 +47,22 @@ class Measured:
 class Driver:
     """The driver of one device in one round."""
 
-    def __init__(self, plan: pb.Plan, ends: Ends, trainee: Trainee, route: Route, task: Task, emit: EmitInJob) -> None:
-        """`trainee`: the adapter of the device's own layers. `route`: its links need not be open yet."""
+    def __init__(
+        self,
+        plan: pb.Plan,
+        ends: Ends,
+        trainee: Trainee,
+        route: Route,
+        task: Task,
+        emit: EmitInJob,
+        keeper: Keeper = NO_KEEPER,
+        counters: ByteCounters | None = None,
+    ) -> None:
+        """`trainee`: the adapter of the device's own layers. `route`: its links need not be open yet.
+
+        `keeper`: keeps snapshots. `counters`: of the route's bytes; None: nobody counts them.
+        """
+        self._keeper, self._counters = keeper, counters or ByteCounters()
         self.plan, self.ends, self.trainee, self.route, self.task, self.emit = plan, ends, trainee, route, task, emit
         self.measured = Measured()
         self.timeline = Timeline("device")
@@ -71,10 +87,15 @@ class Driver:
         divisors = self._agree_on_labels(batches)
         began = time.monotonic()
         self.timeline.open()
-        for number, units in enumerate(batches):
-            if units:
-                self._train_step(self._step(units, phase=pb.TRAIN, number=number, divisor=divisors[number]))
-        self.measured.train_seconds = time.monotonic() - began
+        first = self.plan.first_step
+        earlier_s, own = self.measured.train_seconds, [n for n, units in enumerate(batches) if units and n >= first]
+        nexts = [*own[1:], self.plan.steps]
+        self._keep(first, own[0] if own else self.plan.steps)
+        for number, following in zip(own, nexts, strict=False):
+            self._train_step(self._step(batches[number], phase=pb.TRAIN, number=number, divisor=divisors[number]))
+            self.measured.train_seconds = earlier_s + time.monotonic() - began
+            self._keep(number, following)
+        self.measured.train_seconds = earlier_s + time.monotonic() - began
 
     def finish(self) -> None:
         """Sends the hosts word that nothing more comes, and closes the links."""
@@ -85,6 +106,38 @@ class Driver:
                 )
                 link.send(pb.Header(kind=pb.DONE, done=done))
                 link.close()
+
+    # ---------------------------------------------------------------- snapshots
+
+    def restore(self, state: SourceState) -> None:
+        """Goes on after the plan's `first_step`, with what was measured before it. Raises Damaged if it is not of this adapter."""
+        self.trainee.restore(state)
+        earlier, measured = state.report, self.measured
+        measured.eval_loss_sum, measured.eval_labels = earlier.eval_loss_sum, earlier.eval_labels
+        measured.eval_sums, measured.eval_seconds = dict(earlier.eval_sums), earlier.eval_seconds
+        measured.train_seconds, measured.compute_seconds = earlier.train_seconds, earlier.compute_seconds
+        measured.tokens_trained, measured.labels_trained = earlier.tokens_trained, earlier.labels_trained
+        measured.steps = list(earlier.steps)
+        self._counters.include(earlier.bytes)
+
+    def report(self) -> pb.JobReport:
+        """Returns what was measured so far, of a report the device's part."""
+        measured = self.measured
+        return pb.JobReport(
+            eval_loss_sum=measured.eval_loss_sum, eval_labels=measured.eval_labels, eval_sums=measured.eval_sums,
+            eval_seconds=measured.eval_seconds, train_seconds=measured.train_seconds,
+            compute_seconds=measured.compute_seconds, tokens_trained=measured.tokens_trained,
+            labels_trained=measured.labels_trained, steps=measured.steps, bytes=self._counters.report(),
+        )  # fmt: skip
+
+    def _keep(self, after: int, until: int) -> None:
+        """Keeps a snapshot if one is due at a number of steps above `after` and up to `until`, with no own step between."""
+        steps = self._keeper.due(after, until)
+        if steps:
+            trained = self.trainee.state()
+            self._keeper.take(ENDS, steps, SourceState(trained.arrays, trained.numbers, self.report()))
+
+    # ---------------------------------------------------------------- batches
 
     def _batch(self, examples: list[Example], step: int) -> list[Unit]:
         if step >= self.plan.own_steps:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -29,6 +29,7 @@ from edgelam_fl.split.judging import is_finite
 from edgelam_fl.split.lane import Lane
 from edgelam_fl.split.member import Member, check_unit, unit_id
 from edgelam_fl.split.private import PrivateSum
+from edgelam_fl.split.snapshot import NO_KEEPER, Keeper, SourceState, site_lane
 from edgelam_fl.split.timeline import Timeline
 from edgelam_fl.split.trainee import Trainee
 from edgelam_fl.split.turns import DecidesTurns, FollowsTurns, Handler, Turns
@@ -54,10 +55,12 @@ class Host:
         trainees: Sequence[Trainee],
         task: Task | None,
         emit: EmitInJob,
+        keeper: Keeper = NO_KEEPER,
     ) -> None:
         """Prepares the lanes of a round.
 
         `trainees`: one per lane, in the order of `HostMode.sources`. `task`: at a last stage that holds the head; else None.
+        `keeper`: keeps snapshots of the lanes.
         """
         self.plan, self.stage, self.group, self.task = plan, stage, group, task
         self.compute_seconds = 0.0
@@ -65,10 +68,11 @@ class Host:
         group.on_sent = self.timeline.sent
         mode = host_mode(plan.host_mode)
         members = [group.members[index] for index in sorted(group.members)]
+        self._keeper = keeper
         lanes = [self._lane(own, trainee) for own, trainee in zip(mode.lanes(members), trainees, strict=True)]
         self._lane_of_source = dict(zip(mode.sources(plan.site, [m.route.device for m in members]), lanes, strict=True))
         turns = DecidesTurns if group.coordinates else FollowsTurns
-        self.turns: Turns = turns(plan, group, lanes, self.timeline, emit)
+        self.turns: Turns = turns(plan, group, lanes, self.timeline, emit, self._keep)
         self._from_previous, self._from_next = self._handlers()
         self._served: deque[int] = deque(
             group.members
@@ -78,7 +82,24 @@ class Host:
     def _lane(self, members: list[Member], trainee: Trainee) -> Lane:
         plan = self.plan
         private = PrivateSum(plan.privacy, secret_generator()) if plan.privacy.step_clip else None
-        return Lane(members, trainee, host_mode(plan.host_mode), plan.HasField("privacy"), private)
+        mode = host_mode(plan.host_mode)
+        source = site_lane(members[0].route.device if mode.has_copies else "")
+        return Lane(members, trainee, mode, source, plan.HasField("privacy"), private)
+
+    def restore(self, states: Mapping[str, SourceState]) -> None:
+        """Goes on from the lanes' states after the plan's `first_step`, by source. Raises Damaged if they are not theirs."""
+        for lane in self.turns.lanes:
+            lane.restore(states[lane.source])
+        newest = max((state.report.host for state in states.values()), key=lambda host: host.compute_seconds)
+        self.compute_seconds = newest.compute_seconds
+        self.group.counters.include(newest.bytes)
+
+    def _keep(self, lane: Lane, after: int, until: int) -> None:
+        """Keeps a snapshot of a lane if one is due at a number of steps above `after` and up to `until`."""
+        steps = self._keeper.due(after, until)
+        if steps:
+            host = pb.HostPart(compute_seconds=self.compute_seconds, bytes=self.group.counters.report())
+            self._keeper.take(lane.source, steps, lane.state(pb.JobReport(host=host)))
 
     def run(self) -> None:
         """Serves the devices until each is done or gone. Raises PeerLost with fewer than `min_devices` of them."""
@@ -108,7 +129,7 @@ class Host:
     @property
     def labels_trained(self) -> int:
         """The labels of all devices that were counted, over all steps."""
-        return sum(member.labels_trained for member in self.group.members.values())
+        return sum(lane.labels_trained() for lane in self.turns.lanes)
 
     def clipped(self) -> tuple[int, int]:
         """Counts the devices' gradients that were measured for differential privacy, and those that were clipped."""
@@ -127,8 +148,7 @@ class Host:
 
     def labels_of(self, source: str, name: str) -> int:
         """Counts the labels that a source's tensor learned from: those of its devices whose routes cross the layer."""
-        members = self._lane_of_source[source].members
-        return sum(member.labels_trained for member in members if member.crosses(name))
+        return self._lane_of_source[source].labels_trained(name)
 
     def _next_work(self) -> Callable[[], None] | None:
         if self._backwards:

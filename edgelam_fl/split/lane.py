@@ -8,13 +8,15 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from edgelam_fl.plan.modes import HostMode, Turn
 from edgelam_fl.split.judging import Size, norm_of, size_problem
-from edgelam_fl.split.member import Member
+from edgelam_fl.split.member import Member, crosses
 from edgelam_fl.split.private import PrivateSum
+from edgelam_fl.split.snapshot import Damaged, SourceState
 from edgelam_fl.split.trainee import Trainee
 from edgelam_fl.wire import edgelam_pb2 as pb
 
@@ -28,6 +30,7 @@ class Lane:
     members: list[Member]
     trainee: Trainee
     mode: HostMode
+    source: str = ""  # name of the adapter in a snapshot
     divides_alone: bool = False  # each device's loss is divided by its own labels alone, whatever the mode
     private: PrivateSum | None = None  # how gradients are summed with differential privacy; None: without
     turns: list[Turn] | None = None  # None: the devices' label counts are not known yet
@@ -41,6 +44,8 @@ class Lane:
     totals: list[pb.StepTotal] | None = None
     closes: dict[TurnId, pb.StepClose] = field(default_factory=dict)
     verdicts: dict[TurnId, pb.StepApply] = field(default_factory=dict)
+    # Devices of the attempt that this one goes on from, which are no members any more: what they gave stays in the adapter.
+    former: dict[str, dict[str, Any]] = field(default_factory=dict)  # by name, as of `Member.state`
 
     # ---------------------------------------------------------------- the open turn
 
@@ -111,9 +116,31 @@ class Lane:
 
     # ---------------------------------------------------------------- its course
 
-    def begin(self, turns: list[Turn]) -> None:
-        """Opens the first of the lane's turns."""
+    def begin(self, turns: list[Turn], first_step: int = 0) -> None:
+        """Opens the first of the lane's turns. `first_step`: steps that are done, by an earlier attempt."""
         self.turns, self.opened = turns, time.monotonic()
+        self.number = sum(turn.step < first_step for turn in turns)
+
+    def labels_trained(self, name: str = "") -> int:
+        """Counts the labels of all steps that the devices were counted in; with `name`, those that its tensor learned from."""
+        former = [one["labels_trained"] for one in self.former.values() if not name or crosses(one["layers"], name)]
+        return sum(m.labels_trained for m in self.members if not name or m.crosses(name)) + sum(former)
+
+    def state(self, report: pb.JobReport) -> SourceState:
+        """Returns what a later attempt needs to go on after the newest step. `report`: what was measured so far."""
+        trained = self.trainee.state()
+        members = self.former | {member.route.device: member.state() for member in self.members}
+        return SourceState(trained.arrays, {**trained.numbers, "members": members}, report)
+
+    def restore(self, state: SourceState) -> None:
+        """Goes on from a state of an earlier attempt. Raises Damaged if it is that of another lane."""
+        self.trainee.restore(state)
+        self.former = dict(state.numbers["members"])
+        for member in self.members:
+            earlier = self.former.pop(member.route.device, None)
+            if earlier is None:
+                raise Damaged(f"device {member.route.device} is new")
+            member.restore(earlier)
 
     def judge_gradients(self, complete: Sequence[Member], factor: float) -> dict[int, str]:
         """Measures the gradients of the open turn; returns the problems of those that must not be added, by device index.

@@ -6,7 +6,7 @@ Knows nothing about layers and sends nothing; `split.host` computes, `split.grou
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import mul
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from edgelam_fl.errors import ProtocolError
 from edgelam_fl.model.index import layer_number
 from edgelam_fl.split.judging import Size
+from edgelam_fl.split.snapshot import Damaged
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.link import Frame, Link
 
@@ -71,8 +72,23 @@ class Member:
 
     def crosses(self, name: str) -> bool:
         """Returns whether the route computes the layer of a tensor; always for tensors outside the layers."""
-        layer = layer_number(name)
-        return layer is None or self.hop.first <= layer < self.hop.last
+        return crosses(self.layers, name)
+
+    def state(self) -> dict[str, Any]:
+        """Returns what a later attempt of the round needs to know of the device, between two steps."""
+        return {
+            "layers": self.layers, "labels_trained": self.labels_trained, "strikes": self.strikes,
+            "missed_steps": self.missed_steps, "missed_for": self.missed_for,
+            "size": None if self.size is None else [self.size.added, self.size.per_unit],
+        }  # fmt: skip
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state` returned in an earlier attempt. Raises Damaged if the route crosses other layers now."""
+        if tuple(state["layers"]) != self.layers:
+            raise Damaged(f"the route of {self.route.device} crossed layers {state['layers']}, and now {self.layers}")
+        self.labels_trained, self.strikes = state["labels_trained"], state["strikes"]
+        self.missed_steps, self.missed_for = state["missed_steps"], state["missed_for"]
+        self.size = None if state["size"] is None else Size(*state["size"])
 
     def units_of(self, step: int) -> int:
         """Counts the device's micro-batches in a step."""
@@ -99,6 +115,12 @@ class Member:
         self.saved = {unit: kept for unit, kept in self.saved.items() if unit[:2] != (pb.TRAIN, step)}
         self.labels = {unit: kept for unit, kept in self.labels.items() if unit[:2] != (pb.TRAIN, step)}
         self.forwards = deque(f for f in self.forwards if (f.header.phase, f.header.step) != (pb.TRAIN, step))
+
+
+def crosses(layers: tuple[int, int], name: str) -> bool:
+    """Returns whether a route over the layers [first, last) computes that of a tensor; always for one outside the layers."""
+    layer = layer_number(name)
+    return layer is None or layers[0] <= layer < layers[1]
 
 
 def unit_id(header: pb.Header) -> UnitId:

@@ -6,8 +6,9 @@ Knows gradients and steps; knows nothing about who computed a gradient or when a
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,12 @@ from edgelam_fl.errors import ProtocolError
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.stage import LoraSettings, Stage
 from edgelam_fl.plan.reading import cut_adapter_of
+from edgelam_fl.split.snapshot import Damaged, SourceState
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 Gradients = Sequence[torch.Tensor | None]
 _TORCHS_BETAS, _TORCHS_EPS = (0.9, 0.999), 1e-8
+_ADAPTER, _MOMENTS = "adapter/", "moment/"  # what arrays of a snapshot are
 
 
 class Trainee:
@@ -35,7 +38,7 @@ class Trainee:
         self.names: list[str] = []
         self.optimizer: torch.optim.Optimizer | None = None
         self._settings: pb.Optimizer | None = None
-        self._moments_of: tuple[Any, ...] = ()
+        self._moments_of = ""  # of what the moments are; empty: of a round that has not ended
         self._prox_mu = 0.0
         self._start: list[torch.Tensor] = []  # values of the parameters when the round began; only with prox_mu
         self._correction: list[torch.Tensor | None] = []  # per parameter; empty if the round has none
@@ -55,14 +58,17 @@ class Trainee:
         plan: pb.Plan,
         prox_mu: float = 0.0,
         correction: Mapping[str, np.ndarray] = {},
+        kept: Iterable[SourceState] = (),
     ) -> bool:
         """Takes the adapter that a round starts from. Returns whether the optimizer's moments are kept.
 
         They are kept if this is the adapter to which they belong; those of a factor that the plan freezes stay untouched.
         `trains`: whether a layer learns. `prox_mu`: how strongly the steps are pulled back to this adapter. `correction`: is
-        added to the gradient of each step. Raises ProtocolError if a tensor is missing or has another shape.
+        added to the gradient of each step. `kept`: `moments` of earlier rounds, for an optimizer that has none, or other ones,
+        as after a restart or an attempt that failed. Raises ProtocolError if a tensor is missing or has another shape.
         """
         self.use()
+        self.clear()  # what an attempt that failed within a step has left
         given = {name: tensors[name] for name in self.named if name in tensors}
         continues = _moments_belong_to(given, plan)
         for stage in self.stages:
@@ -76,7 +82,12 @@ class Trainee:
         self.parameters = [self.named[name] for name in self.names]
         warm = self.optimizer is not None and continues == self._moments_of
         if not warm:
-            self.optimizer = make_optimizer(in_optimizer, plan.optimizer)
+            self.optimizer, self._moments_of = make_optimizer(in_optimizer, plan.optimizer), ""
+            found = next((one for one in kept if one.numbers.get("moments_of") == continues), None)
+            warm = found is not None and self.optimizer is not None
+            if found is not None and warm:
+                self._load_moments(found.arrays)
+                self._moments_of = continues
         self._settings = plan.optimizer
         self._prox_mu = prox_mu
         self._start = [p.detach().clone() for p in self.parameters] if prox_mu else []
@@ -98,6 +109,54 @@ class Trainee:
         """Ends a round: returns the trained tensors, and notes to which adapter the moments belong now."""
         self._moments_of = _moments_belong_to(self.adapter(), plan)
         return {name: _array(self.named[name]) for name in self.names}
+
+    # ---------------------------------------------------------------- snapshots
+
+    def moments(self) -> SourceState:
+        """Returns the moments at the end of a round, with the name of what they belong to."""
+        return SourceState(self._moments(), {"moments_of": self._moments_of})
+
+    def state(self) -> SourceState:
+        """Returns all that a later attempt needs to go on after the newest step."""
+        arrays = {f"{_ADAPTER}{name}": array for name, array in self.adapter().items()}
+        return SourceState(arrays | self._moments(), {"lr_sum": self.lr_sum})
+
+    @torch.no_grad()
+    def restore(self, state: SourceState) -> None:
+        """Goes on from a state of this round, after `start`. Raises Damaged if it is not one of this adapter."""
+        for name, parameter in self.named.items():
+            array = state.arrays.get(f"{_ADAPTER}{name}")
+            if array is None or array.shape != parameter.shape or array.dtype != np.float32:
+                raise Damaged(f"it has no {name} of shape {list(parameter.shape)}")
+            parameter.copy_(torch.from_numpy(array))
+        self._load_moments(state.arrays)
+        self._moments_of, self.lr_sum = "", float(state.numbers["lr_sum"])
+
+    def _moments(self) -> dict[str, np.ndarray]:
+        if self.optimizer is None:
+            return {}
+        return {
+            f"{_MOMENTS}{key}/{name}": value.detach().numpy().copy()
+            for name, parameter in self.named.items()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+            if value is not None
+        }
+
+    def _load_moments(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Puts moments into the optimizer, which has none yet. Raises Damaged for those of another adapter."""
+        if self.optimizer is None:
+            return
+        self.optimizer.state.clear()
+        for key, array in arrays.items():
+            if not key.startswith(_MOMENTS):
+                continue
+            moment, _, name = key.removeprefix(_MOMENTS).partition("/")
+            parameter = self.named.get(name)
+            if parameter is None or array.shape not in ((), parameter.shape):
+                raise Damaged(f"it has moments of {name}, {list(array.shape)}")
+            self.optimizer.state[parameter][moment] = torch.from_numpy(array.copy())
+
+    # ---------------------------------------------------------------- the adapter
 
     @torch.no_grad()
     def replace(self, tensors: Mapping[str, np.ndarray]) -> None:
@@ -136,6 +195,7 @@ class Trainee:
         assert self._settings is not None
         if self.optimizer is None:
             return
+        self._moments_of = ""
         self._pull()
         if scale != 1.0:
             for parameter in self.parameters:
@@ -171,7 +231,7 @@ def _frozen(name: str, lora: pb.Lora) -> bool:
     return (lora.freeze_a and name.endswith(".lora_A.weight")) or (lora.freeze_b and name.endswith(".lora_B.weight"))
 
 
-def _moments_belong_to(adapter: adapters.Adapter, plan: pb.Plan) -> tuple[Any, ...]:
+def _moments_belong_to(adapter: adapters.Adapter, plan: pb.Plan) -> str:
     """Returns what must be equal in the next round for the moments to be kept.
 
     With optimizer.keep = "always", neither the adapter nor the frozen factors count.
@@ -179,8 +239,8 @@ def _moments_belong_to(adapter: adapters.Adapter, plan: pb.Plan) -> tuple[Any, .
     lora, optimizer = plan.lora, plan.optimizer
     same: tuple[Any, ...] = (lora.train_front, lora.train_hosts, lora.train_back, *_rule(optimizer))
     if optimizer.keep == "always":
-        return same
-    return (*same, lora.freeze_a, lora.freeze_b, adapters.digest(adapter))
+        return json.dumps(same)
+    return json.dumps((*same, lora.freeze_a, lora.freeze_b, adapters.digest(adapter)))
 
 
 def make_optimizer(parameters: list[torch.nn.Parameter], settings: pb.Optimizer) -> torch.optim.Optimizer | None:

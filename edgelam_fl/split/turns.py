@@ -31,7 +31,17 @@ Handler = Callable[[Member, Frame], None]
 class Turns(ABC):
     """The turns of one host in one round."""
 
-    def __init__(self, plan: pb.Plan, group: Group, lanes: Sequence[Lane], timeline: Timeline, emit: EmitInJob) -> None:
+    def __init__(
+        self,
+        plan: pb.Plan,
+        group: Group,
+        lanes: Sequence[Lane],
+        timeline: Timeline,
+        emit: EmitInJob,
+        keep: Callable[[Lane, int, int], None] = lambda lane, after, until: None,
+    ) -> None:
+        """`keep`: called when steps of a lane are done: those after the first number, up to the second."""
+        self._keep = keep
         self.plan, self.group, self.lanes, self.timeline, self.emit = plan, group, lanes, timeline, emit
         self.lane_of = {member.index: lane for lane in lanes for member in lane.members}
         self._mode = lanes[0].mode
@@ -102,7 +112,9 @@ class Turns(ABC):
         """Opens the first turn of a lane: the label counts of all its devices are here."""
         totals = self._totals(lane)
         labels_of = lambda index, step: self.group.members[index].labels_of(step)  # noqa: E731
-        lane.begin(self._mode.turns(totals, labels_of, self.plan.seed, self.plan.optimizer.step_offset))
+        turns = self._mode.turns(totals, labels_of, self.plan.seed, self.plan.optimizer.step_offset)
+        lane.begin(turns, self.plan.first_step)
+        self._keep(lane, self.plan.first_step, self._done(lane))
         self.timeline.open()
         self._announce(lane, pb.Header(kind=pb.TABLE_ALL, phase=pb.TRAIN, table_all=pb.TableAll(steps=totals)))
 
@@ -145,7 +157,12 @@ class Turns(ABC):
         for index in set(lane.closing.counted) - lane.struck:
             self.group.members[index].strikes = 0
         lane.advance()
+        self._keep(lane, turn.step, self._done(lane))
         self._check_enough(lane)
+
+    def _done(self, lane: Lane) -> int:
+        """Counts the steps of the phase of which no turn of a lane is to come."""
+        return lane.turn.step if lane.turn is not None else self.plan.steps
 
     def _strike(self, lane: Lane, member: Member, problem: str) -> None:
         """Notes that the open turn does without a device, or without its norm; one that stays a problem is dismissed.

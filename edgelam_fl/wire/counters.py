@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
+from collections.abc import Iterable
 
 from edgelam_fl.wire import edgelam_pb2 as pb
 
@@ -30,6 +31,15 @@ class ByteCounters:
             count[0] += payload_bytes
             count[1] += message_bytes - payload_bytes + GRPC_MESSAGE_FRAME_BYTES
             count[2] += 1
+
+    def include(self, rows: Iterable[pb.KindBytes]) -> None:
+        """Adds what `report` returned in an earlier attempt of the round."""
+        with self._lock:
+            for row in rows:
+                count = self._counts[(row.link, row.direction, row.kind)]
+                count[0] += row.payload_bytes
+                count[1] += row.framing_bytes
+                count[2] += row.messages
 
     def total(self, direction: str) -> int:
         """Returns payload and framing of all links in one direction ("sent" or "received"), in bytes."""

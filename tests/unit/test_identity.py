@@ -22,6 +22,7 @@ from edgelam_fl.model.stage import load_stages
 from edgelam_fl.model.weights import read_tensors, tensor_file
 from edgelam_fl.node.held import Held, NodeMemory
 from edgelam_fl.node.private_fronts import PrivateFronts
+from edgelam_fl.node.snapshots import Snapshots
 from edgelam_fl.plan.layout import make_layout
 from edgelam_fl.plan.making import RoundFacts, make_plans
 from edgelam_fl.plan.spec import RunSpec
@@ -169,6 +170,7 @@ def test_a_model_that_changes_between_rounds_is_not_trained_on(folder: Path) -> 
         find=lambda plan: find_model(plan.model.name),
         gone_s=1.0,
         fronts=PrivateFronts(),
+        snapshots=Snapshots(None, lambda event: None),
     )
     held = memory.hold(plan)
     os.utime(folder / "tokenizer.json")

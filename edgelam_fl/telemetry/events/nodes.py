@@ -148,6 +148,36 @@ class WindowGranted(JobEvent):
 
 
 @dataclass(frozen=True, kw_only=True)
+class JobResumed(JobEvent):
+    """The part goes on from this node's snapshot of an earlier attempt of the round."""
+
+    steps: int
+    """Steps of the round that are done in it."""
+    attempt: int
+    """Attempt that the snapshot is of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotLost(JobEvent):
+    """A snapshot could not be written; the part goes on without it."""
+
+    file: str
+    """Name of the file."""
+    reason: str
+    """Reason, in words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotIgnored(Event):
+    """A snapshot on the disk is damaged; it was removed, as if it had never been written."""
+
+    file: str
+    """Name of the file."""
+    reason: str
+    """Reason, in words."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluated(JobEvent):
     """A device has measured the adapter that it received."""
 

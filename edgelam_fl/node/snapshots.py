@@ -1,0 +1,227 @@
+"""A node's snapshots on its disk: what a restarted node, or a new attempt of a round, goes on from.
+
+    snapshots/RUN/rounds/000003.snap                   at the end of a round: tensors held, and the optimizers' moments
+    snapshots/RUN/steps/000003/000001/ends/8-8.snap    after 8 steps of attempt 1 of round 3: the device's own layers
+
+A state that holds for several numbers of steps, since no step of this source lies between, is kept once: 8-12. Files are written
+whole and brought to the disk by a thread of their own, so that training does not wait. They are read as what they may be: a file
+whose digest does not fit is ignored, and an event says so. A disk that is full costs snapshots, never a part of a round.
+
+Knows files and names; knows nothing about what a state holds (`split.snapshot`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+from edgelam_fl.errors import Refused
+from edgelam_fl.files import write_private
+from edgelam_fl.plan.reading import part_id
+from edgelam_fl.plan.resuming import keeps_steps, work_key
+from edgelam_fl.split.snapshot import ENDS, NO_KEEPER, Damaged, Keeper, SourceState
+from edgelam_fl.telemetry.events import Emit, SnapshotIgnored, SnapshotLost
+from edgelam_fl.wire import edgelam_pb2 as pb
+
+FOLDER = "snapshots"  # below a node's state
+_RUNS_KEPT, _ROUNDS_KEPT = 2, 2
+_STEPS_KEPT = 4  # per source: nodes of a site are up to a few steps apart, and all need the same one
+_PATIENCE_S = 10.0  # with a disk that does not take what waits
+_STEPS_FILE = re.compile(r"(\d+)-(\d+)\.snap")
+
+Write = Callable[[Path, bytes], None]
+
+
+def _write(path: Path, data: bytes) -> None:
+    write_private(path, data, durable=True)
+
+
+class Snapshots:
+    """The snapshots of one node."""
+
+    def __init__(self, state: Path | None, emit: Emit, write: Write = _write) -> None:
+        """`state`: the node's folder; None: nothing is kept. `write`: replaces a file, and returns when it is on the disk."""
+        self._folder = None if state is None else state / FOLDER
+        self._emit, self._write_file = emit, write
+        self._waiting: queue.Queue[tuple[Path, SourceState, str, int]] = queue.Queue(maxsize=2)
+        self._writer: threading.Thread | None = None
+
+    # ---------------------------------------------------------------- within a round
+
+    def begin(self, plan: pb.Plan) -> None:
+        """Removes what no attempt of the plan's round can go on from, and the snapshots of runs that are over."""
+        self.flush()
+        if self._folder is None or not self._folder.is_dir():
+            return
+        own = self._run(plan.run)
+        runs = [run for run in self._folder.iterdir() if run != own]
+        for old in sorted(runs, key=_changed)[: max(0, len(runs) - _RUNS_KEPT + 1)]:
+            shutil.rmtree(old, ignore_errors=True)
+        for round_ in (own / "steps").glob("*"):
+            if round_.name != _number(plan.round):
+                shutil.rmtree(round_, ignore_errors=True)
+        for attempt in self._round(plan.run, plan.round).glob("*"):
+            if not plan.first_step or attempt.name != _number(plan.resume_attempt):
+                shutil.rmtree(attempt, ignore_errors=True)
+                continue
+            for file, (first, last) in [found for source in attempt.iterdir() for found in _steps_in(source)]:
+                if not first <= plan.first_step <= last:
+                    file.unlink(missing_ok=True)
+
+    def keeper(self, plan: pb.Plan, moments: str) -> Keeper:
+        """Returns what keeps the states of a plan's sources after every `snapshot_every` steps. `moments`: as in the report."""
+        if not (plan.snapshot_every and keeps_steps(plan)):
+            return NO_KEEPER
+
+        def take(source: str, steps: Sequence[int], state: SourceState) -> None:
+            state = SourceState(state.arrays, {**state.numbers, "work": _work(plan)}, state.report)
+            state.report.moments = moments
+            if self._folder is not None:
+                folder = self._attempt(plan.run, plan.round, plan.attempt) / quote(source, safe="")
+                self._put(folder / f"{steps[0]}-{steps[-1]}.snap", state, part_id(plan), _STEPS_KEPT)
+
+        return Keeper(plan.snapshot_every, take)
+
+    def steps(self, run: str, round_: int) -> list[pb.StepSnapshot]:
+        """Lists the snapshots of a round, oldest first: those that all sources of this node have.
+
+        With copies, a device that left has an old state; the devices' own snapshots say which steps they may go on from.
+        """
+        self.flush()
+        with contextlib.suppress(OSError):  # a new attempt removes them at this moment
+            return self._listed(run, round_) if self._folder is not None else []
+        return []
+
+    def _listed(self, run: str, round_: int) -> list[pb.StepSnapshot]:
+        found: list[tuple[int, int]] = []
+        for attempt in self._round(run, round_).glob("*"):
+            by_source = {source.name: _steps_covered(source) for source in attempt.iterdir()}
+            own, hosted = by_source.pop(ENDS, None), list(by_source.values())
+            of_site: set[int] = set().union(*hosted)
+            both = of_site if own is None else own if not hosted else own & of_site
+            found += [(int(attempt.name), steps) for steps in both]
+        return [pb.StepSnapshot(attempt=attempt, steps=steps) for attempt, steps in sorted(found)]
+
+    def resumed(self, plan: pb.Plan, sources: Sequence[str]) -> dict[str, SourceState]:
+        """Returns the states of a plan's sources after its `first_step`. Raises Refused if one is missing or not the plan's."""
+        return {source: self._resumed(plan, source) for source in sources}
+
+    def _resumed(self, plan: pb.Plan, source: str) -> SourceState:
+        folder = self._attempt(plan.run, plan.round, plan.resume_attempt) / quote(source, safe="")
+        for file, (first, last) in _steps_in(folder) if self._folder is not None else []:
+            if first <= plan.first_step <= last and (state := self._read(file)) is not None:
+                if state.numbers.get("work") != _work(plan):
+                    raise Refused(f"node {plan.node} has a snapshot of step {plan.first_step} of another plan")
+                return state
+        raise Refused(
+            f"node {plan.node} has no snapshot of {source} after {plan.first_step} steps of attempt {plan.resume_attempt}"
+        )
+
+    # ---------------------------------------------------------------- between rounds
+
+    def keep_round(self, plan: pb.Plan, state: SourceState) -> None:
+        """Keeps what the node holds at the end of a round; returns when it is on the disk, or cannot be."""
+        if self._folder is not None:
+            self._put(
+                self._run(plan.run) / "rounds" / f"{_number(plan.round)}.snap", state, part_id(plan), _ROUNDS_KEPT
+            )
+            self.flush()
+
+    def rounds(self, run: str) -> Iterator[SourceState]:
+        """Yields what was kept at the end of rounds, newest first."""
+        if self._folder is not None:
+            self.flush()
+            for file in sorted((self._run(run) / "rounds").glob("*.snap"), reverse=True):
+                if (state := self._read(file)) is not None:
+                    yield state
+
+    # ---------------------------------------------------------------- files
+
+    def _run(self, run: str) -> Path:
+        assert self._folder is not None
+        return self._folder / f"run-{quote(run, safe='')}"
+
+    def _round(self, run: str, round_: int) -> Path:
+        return self._run(run) / "steps" / _number(round_)
+
+    def _attempt(self, run: str, round_: int, attempt: int) -> Path:
+        return self._round(run, round_) / _number(attempt)
+
+    def _read(self, file: Path) -> SourceState | None:
+        """Returns what a file holds; None if it is damaged, which an event says, and then it is removed."""
+        try:
+            return SourceState.from_bytes(file.read_bytes())
+        except (Damaged, OSError) as error:
+            self._emit(SnapshotIgnored(file=file.name, reason=str(error)))
+            with contextlib.suppress(OSError):
+                file.unlink()
+            return None
+
+    def _put(self, file: Path, state: SourceState, job: str, most: int) -> None:
+        """Hands a state to the writer. `most`: files of the folder that stay, the newest."""
+        if self._writer is None:
+            self._writer = threading.Thread(target=self._write_all, name="snapshots", daemon=True)
+            self._writer.start()
+        try:
+            self._waiting.put((file, state, job, most), timeout=_PATIENCE_S)
+        except queue.Full:
+            self._emit(
+                SnapshotLost(job=job, file=file.name, reason=f"the disk takes nothing since {_PATIENCE_S:.0f} s")
+            )
+
+    def flush(self) -> None:
+        """Waits until all that was handed over is on the disk, as long as the disk takes some of it every few seconds."""
+        with self._waiting.all_tasks_done:
+            while self._waiting.unfinished_tasks:
+                before = self._waiting.unfinished_tasks
+                self._waiting.all_tasks_done.wait(_PATIENCE_S)
+                if self._waiting.unfinished_tasks == before:
+                    return
+
+    def _write_all(self) -> None:
+        while True:
+            file, state, job, most = self._waiting.get()
+            try:
+                self._write_file(file, state.to_bytes())
+                for old in sorted(file.parent.glob("*.snap"), key=_first_number)[:-most]:
+                    old.unlink(missing_ok=True)
+            except OSError as error:
+                self._emit(SnapshotLost(job=job, file=file.name, reason=error.strerror or type(error).__name__))
+            finally:
+                self._waiting.task_done()
+
+
+def _work(plan: pb.Plan) -> str:
+    """Returns what must be the same in an attempt that goes on from this one: the work, and what the round starts from."""
+    return f"{work_key(plan)} {plan.adapter_digest}"
+
+
+def _number(number: int) -> str:
+    return f"{number:06d}"
+
+
+def _first_number(file: Path) -> int:
+    return int(file.name.split("-")[0].removesuffix(".snap"))
+
+
+def _changed(folder: Path) -> float:
+    try:
+        return folder.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _steps_in(folder: Path) -> list[tuple[Path, tuple[int, int]]]:
+    """Lists the files of a source, with the first and the last number of steps that each is the state after."""
+    named = [(file, _STEPS_FILE.fullmatch(file.name)) for file in sorted(folder.glob("*.snap"))]
+    return [(file, (int(match[1]), int(match[2]))) for file, match in named if match]
+
+
+def _steps_covered(folder: Path) -> set[int]:
+    return {step for _, (first, last) in _steps_in(folder) for step in range(first, last + 1)}

@@ -1,0 +1,91 @@
+"""A round that goes on from snapshots equals the round that nothing disturbed, to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgelam_fl.config import RunConfig
+from edgelam_fl.model.adapter import initial_adapter
+from edgelam_fl.model.source import ModelSource
+from edgelam_fl.plan.resuming import newest_common
+from edgelam_fl.telemetry.events import Event, JobResumed, StepDone, of_kind
+from edgelam_fl.wire import edgelam_pb2 as pb
+from tests.fleet import Fleet, check_done, joined, memory_fleet
+from tests.support import run_config
+
+STEPS = 5
+CUTS = ["split.hosts=2", "split.front=1", "split.back=1", "federation.snapshot_every=2"]
+
+
+def learned(report: pb.JobReport) -> pb.JobReport:
+    """All of a report that does not depend on the clock, the attempt or the transport."""
+    kept = pb.JobReport(
+        adapter_digest=report.adapter_digest, labels_trained=report.labels_trained, eval_loss_sum=report.eval_loss_sum,
+        eval_labels=report.eval_labels, tokens_trained=report.tokens_trained, moments=report.moments,
+        eval_sums=report.eval_sums, contributions=report.contributions, examples=report.examples,
+    )  # fmt: skip
+    kept.steps.extend(report.steps)
+    for step in kept.steps:
+        step.ClearField("seconds")
+    kept.host.labels_trained = report.host.labels_trained
+    kept.host.left_out.extend(report.host.left_out)
+    return kept
+
+
+def ends(fleet: Fleet, names: list[str], job: str, step: int) -> Callable[[Event], None]:
+    """Ends nodes as soon as a device's step is done; the device itself is not among them, and loses its links."""
+
+    def watch(event: Event) -> None:
+        if isinstance(event, StepDone) and event.job == job and event.step == step:
+            for name in names:
+                fleet.stop(name)
+
+    return watch
+
+
+def second_round(source: ModelSource, config: RunConfig, fleet: Fleet, **how: Any) -> dict[str, pb.JobReport]:
+    """Makes the second of two rounds of a fleet, or another attempt of it."""
+    start = initial_adapter(source, config.lora.targets, config.lora.rank, 1)
+    if fleet.round == 0:
+        first = fleet.run(start, STEPS)
+        check_done(first)
+        fleet.adapter = {**start, **joined(first)}
+    return fleet.run(fleet.adapter, STEPS, step_offset=STEPS, **how)
+
+
+@pytest.mark.parametrize(
+    ("ended", "settings"),
+    [
+        (["edge-1"], ["split.host_mode=joint"]),
+        (["edge-2"], ["split.host_mode=sequential"]),
+        (["edge-1"], ["split.host_mode=copies", "optimizer.name=sgd", "optimizer.momentum=0.9"]),
+        (["edge-1", "edge-2", "device-2"], ["optimizer.clip=global", "optimizer.max_norm=0.1", "lora.dropout=0.1"]),
+        (["edge-1", "edge-2", "device-2"], ["split.host_mode=copies", "split.labels=last-stage", "split.back=0"]),
+    ],
+    ids=["joint", "sequential", "copies-sgd", "all-clip", "all-copies-last-stage"],
+)
+def test_a_round_goes_on_after_nodes_ended(
+    tiny: ModelSource, data_files: list[Path], tmp_path: Path, ended: list[str], settings: list[str]
+) -> None:
+    """In the second round nodes end after a step, all of them or one, and begin anew; the others only lose their links."""
+    config = run_config(tiny.name, *CUTS, *settings)
+    with memory_fleet(tiny, config, data_files[:2], state=tmp_path / "undisturbed") as fleet:
+        expected = second_round(tiny, config, fleet)
+        check_done(expected)
+    with memory_fleet(tiny, config, data_files[:2], state=tmp_path / "disturbed") as fleet:
+        fleet.watch = ends(fleet, ended, "test/2/1/device-1", 3)
+        broken = second_round(tiny, config, fleet)
+        assert {report.state for report in broken.values()} == {"failed"}
+        for name in ended if len(ended) == 1 else broken:
+            fleet.restart(name)
+        common = newest_common(report.snapshots for report in broken.values())
+        assert common is not None
+        resumed = second_round(tiny, config, fleet, attempt=2, resumed=common)
+        check_done(resumed)
+        assert [event.steps for event in of_kind(fleet.events, JobResumed)] == [common.steps] * len(resumed)
+    for name, report in expected.items():
+        assert learned(resumed[name]) == learned(report), name
