@@ -25,7 +25,7 @@ from edgelam_fl.errors import Refused
 from edgelam_fl.files import write_private
 from edgelam_fl.plan.reading import part_id
 from edgelam_fl.plan.resuming import keeps_steps, work_key
-from edgelam_fl.split.snapshot import ENDS, NO_KEEPER, Damaged, Keeper, SourceState
+from edgelam_fl.split.snapshot import NO_KEEPER, Damaged, Keeper, SourceState
 from edgelam_fl.telemetry.events import Emit, SnapshotIgnored, SnapshotLost
 from edgelam_fl.wire import edgelam_pb2 as pb
 
@@ -49,7 +49,7 @@ class Snapshots:
         """`state`: the node's folder; None: nothing is kept. `write`: replaces a file, and returns when it is on the disk."""
         self._folder = None if state is None else state / FOLDER
         self._emit, self._write_file = emit, write
-        self._waiting: queue.Queue[tuple[Path, SourceState, str, int]] = queue.Queue(maxsize=2)
+        self._waiting: queue.Queue[tuple[str, Path, Callable[[], None]]] = queue.Queue(maxsize=2)
         self._writer: threading.Thread | None = None
 
     # ---------------------------------------------------------------- within a round
@@ -86,13 +86,15 @@ class Snapshots:
                 folder = self._attempt(plan.run, plan.round, plan.attempt) / quote(source, safe="")
                 self._put(folder / f"{steps[0]}-{steps[-1]}.snap", state, part_id(plan), _STEPS_KEPT)
 
-        return Keeper(plan.snapshot_every, take)
+        def drop(source: str) -> None:
+            if self._folder is not None:
+                folder = self._attempt(plan.run, plan.round, plan.attempt) / quote(source, safe="")
+                self._hand_over(part_id(plan), folder, lambda: shutil.rmtree(folder, ignore_errors=True))
+
+        return Keeper(plan.snapshot_every, take, drop)
 
     def steps(self, run: str, round_: int) -> list[pb.StepSnapshot]:
-        """Lists the snapshots of a round, oldest first: those that all sources of this node have.
-
-        With copies, a device that left has an old state; the devices' own snapshots say which steps they may go on from.
-        """
+        """Lists the snapshots of a round, oldest first: those that all sources of this node have."""
         self.flush()
         with contextlib.suppress(OSError):  # a new attempt removes them at this moment
             return self._listed(run, round_) if self._folder is not None else []
@@ -101,11 +103,8 @@ class Snapshots:
     def _listed(self, run: str, round_: int) -> list[pb.StepSnapshot]:
         found: list[tuple[int, int]] = []
         for attempt in self._round(run, round_).glob("*"):
-            by_source = {source.name: _steps_covered(source) for source in attempt.iterdir()}
-            own, hosted = by_source.pop(ENDS, None), list(by_source.values())
-            of_site: set[int] = set().union(*hosted)
-            both = of_site if own is None else own if not hosted else own & of_site
-            found += [(int(attempt.name), steps) for steps in both]
+            sources = [_steps_covered(source) for source in attempt.iterdir()]
+            found += [(int(attempt.name), steps) for steps in set.intersection(*sources)] if sources else []
         return [pb.StepSnapshot(attempt=attempt, steps=steps) for attempt, steps in sorted(found)]
 
     def resumed(self, plan: pb.Plan, sources: Sequence[str]) -> dict[str, SourceState]:
@@ -164,15 +163,25 @@ class Snapshots:
             return None
 
     def _put(self, file: Path, state: SourceState, job: str, most: int) -> None:
-        """Hands a state to the writer. `most`: files of the folder that stay, the newest."""
+        """Has a state written. `most`: files of the folder that stay, the newest."""
+
+        def write() -> None:
+            self._write_file(file, state.to_bytes())
+            for old in sorted(file.parent.glob("*.snap"), key=_first_number)[:-most]:
+                old.unlink(missing_ok=True)
+
+        self._hand_over(job, file, write)
+
+    def _hand_over(self, job: str, path: Path, work: Callable[[], None]) -> None:
+        """Has the writer do something about a file or a folder, after all that it was given before."""
         if self._writer is None:
             self._writer = threading.Thread(target=self._write_all, name="snapshots", daemon=True)
             self._writer.start()
         try:
-            self._waiting.put((file, state, job, most), timeout=_PATIENCE_S)
+            self._waiting.put((job, path, work), timeout=_PATIENCE_S)
         except queue.Full:
             self._emit(
-                SnapshotLost(job=job, file=file.name, reason=f"the disk takes nothing since {_PATIENCE_S:.0f} s")
+                SnapshotLost(job=job, file=path.name, reason=f"the disk takes nothing since {_PATIENCE_S:.0f} s")
             )
 
     def flush(self) -> None:
@@ -186,13 +195,11 @@ class Snapshots:
 
     def _write_all(self) -> None:
         while True:
-            file, state, job, most = self._waiting.get()
+            job, path, work = self._waiting.get()
             try:
-                self._write_file(file, state.to_bytes())
-                for old in sorted(file.parent.glob("*.snap"), key=_first_number)[:-most]:
-                    old.unlink(missing_ok=True)
+                work()
             except OSError as error:
-                self._emit(SnapshotLost(job=job, file=file.name, reason=error.strerror or type(error).__name__))
+                self._emit(SnapshotLost(job=job, file=path.name, reason=error.strerror or type(error).__name__))
             finally:
                 self._waiting.task_done()
 

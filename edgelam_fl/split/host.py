@@ -100,6 +100,9 @@ class Host:
         if steps:
             host = pb.HostPart(compute_seconds=self.compute_seconds, bytes=self.group.counters.report())
             self._keeper.take(lane.source, steps, lane.state(pb.JobReport(host=host)))
+            for other in self.turns.lanes:
+                if all(member.gone for member in other.members):
+                    self._keeper.drop(other.source)  # of a device that left, with copies
 
     def run(self) -> None:
         """Serves the devices until each is done or gone. Raises PeerLost with fewer than `min_devices` of them."""

@@ -69,6 +69,7 @@ class Keeper:
 
     every: int = 0  # steps from one snapshot to the next; 0: none is kept
     take: Callable[[str, Sequence[int], SourceState], None] = lambda source, steps, state: None
+    drop: Callable[[str], None] = lambda source: None  # no attempt will need a source any more
 
     def due(self, after: int, until: int) -> list[int]:
         """Lists the numbers of steps done, above `after` and up to `until`, at which a snapshot is due."""
