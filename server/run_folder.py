@@ -19,6 +19,7 @@ from edgelam_fl.model.base_names import FP32_BYTES
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.serving.results import BASE_MODEL
 from edgelam_fl.telemetry.events import (
+    EVENTS_BYTES,
     EVENTS_FILE,
     TIMELINES_BYTES,
     TIMELINES_FILE,
@@ -89,7 +90,7 @@ class RunFolder:
         return folder
 
     def _open_logs(self) -> None:
-        self.emit = EventLog(self.path / EVENTS_FILE)
+        self.emit = EventLog(self.path / EVENTS_FILE, EVENTS_BYTES, keeps_all=True)
         self.timelines = EventLog(self.path / TIMELINES_FILE, TIMELINES_BYTES)
 
     def round_bytes(self) -> int:

@@ -30,6 +30,7 @@ A run writes `events.jsonl` into its folder while it goes on, and `summary.json`
 (the kind). Names of fields end in their unit; rates are bits per second, sizes bytes.
 
 A round takes at most 3 kB per device: what each node did at which moment is in `timelines.jsonl`, which keeps the newest rounds. A
+run's file of 16 MB is packed beside the others (`events-000001.jsonl.gz`), and `read_events` of `events.jsonl` reads them first; a
 node's file is set aside as `events.jsonl.old` at 8 MB, in place of an older one. A line that cannot be written, as on a full disk, is
 left out and counted (`events_dropped`).
 

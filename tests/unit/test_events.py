@@ -89,6 +89,37 @@ def test_a_log_with_a_limit_starts_a_new_file_and_keeps_one_older(tmp_path: Path
     assert steps(path)[-1] == 99, "a closed log stays as it is"
 
 
+def test_a_run_keeps_all_events_in_packed_files(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    log, tail = EventLog(path, most_bytes=1000, keeps_all=True), EventTail(path)
+    heard: list[int] = []
+    for number in range(100):
+        log(step(number))
+        if number % 7 == 0:  # between two looks, the file may have been set aside
+            heard += [event.step for event in of_kind(tail.poll(), StepDone)]
+    heard += [event.step for event in of_kind(tail.poll(), StepDone)]
+    assert heard == steps(path) == list(range(100))
+    assert [event.step for event in of_kind(EventTail(path).poll(), StepDone)] == list(range(100))
+    packed = sorted(file.name for file in tmp_path.iterdir())
+    assert packed[:2] == ["events-000001.jsonl.gz", "events-000002.jsonl.gz"]
+    assert packed[-1] == "events.jsonl"
+    size = sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert size < 100 * 150 / 3
+
+
+def test_a_file_that_was_set_aside_and_never_packed_is_read_and_packed_later(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    line = '{"event": "step", "step": %d}\n'
+    (tmp_path / "events-000001.jsonl").write_text(line % 0 * 10)
+    path.write_text(line % 1 * 100)
+    (tmp_path / "events-note.jsonl").write_text("not one of them")
+    assert steps(path) == [0] * 10 + [1] * 100
+    EventLog(path, most_bytes=1000, keeps_all=True)(step(2))
+    assert steps(path) == [0] * 10 + [1] * 100 + [2]
+    names = sorted(file.name for file in tmp_path.iterdir())
+    assert names == ["events-000001.jsonl.gz", "events-000002.jsonl.gz", "events-note.jsonl", "events.jsonl"]
+
+
 def test_a_limit_counts_what_an_earlier_process_wrote(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     path.write_text('{"event": "step", "step": 0}\n' * 10)

@@ -5,6 +5,7 @@ A new event is one dataclass in `run`, `rounds` or `nodes`, by who writes it, an
 
 from edgelam_fl.telemetry.events.base import DataCounts, Emit, Event, UnknownEvent
 from edgelam_fl.telemetry.events.log import (
+    EVENTS_BYTES,
     EVENTS_FILE,
     TIMELINES_BYTES,
     TIMELINES_FILE,
@@ -94,6 +95,7 @@ from edgelam_fl.telemetry.events.run import (
 )
 
 __all__ = [
+    "EVENTS_BYTES",
     "EVENTS_FILE",
     "RUN_ENDS",
     "TIMELINES_BYTES",

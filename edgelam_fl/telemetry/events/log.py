@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import glob
+import gzip
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from edgelam_fl.errors import DataError
+from edgelam_fl.files import write_atomically
 from edgelam_fl.telemetry.events.base import Event, UnknownEvent
 from edgelam_fl.telemetry.events.run import EventsDropped
 from edgelam_fl.telemetry.events.table import EVENTS, kind_of
@@ -21,6 +25,8 @@ from edgelam_fl.telemetry.records import as_json, read_record
 _Kind = TypeVar("_Kind", bound=Event)
 EVENTS_FILE, TIMELINES_FILE = "events.jsonl", "timelines.jsonl"  # files of a run's folder
 TIMELINES_BYTES = 2_000_000  # of the newest timelines, and as much of those before
+EVENTS_BYTES = 16_000_000  # of a run, until they are packed: thousands of rounds
+_PACKED = ".gz"
 _PIECE_BYTES = 1 << 16
 
 
@@ -28,14 +34,15 @@ class EventLog:
     """Appends events to one file; safe to call from any thread. A line that cannot be written fails nobody: it is dropped, and
     how many were is the next line that can be written.
 
-    most_bytes: size at which the file is set aside as PATH.old, in place of an older one; 0: no limit.
+    most_bytes: size at which the file is set aside as PATH.old, in place of an older one; 0: no limit. keeps_all: it is then
+    packed beside the others, as NAME-000001.jsonl.gz, where `read_events` finds it.
     """
 
-    def __init__(self, path: Path, most_bytes: int = 0) -> None:
+    def __init__(self, path: Path, most_bytes: int = 0, *, keeps_all: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         _cut_torn_line(path)
-        self.path, self._most_bytes = path, most_bytes
+        self.path, self._most_bytes, self._keeps_all = path, most_bytes, keeps_all
         self._lock = threading.Lock()
         self._closed = False
         self._dropped, self._reason = 0, ""
@@ -45,8 +52,9 @@ class EventLog:
         with self._lock:
             if self._closed:
                 return
-            try:
+            with suppress(OSError):  # on a full disk the file stays as long as it is
                 self._set_aside()
+            try:
                 dropped = [EventsDropped(count=self._dropped, reason=self._reason)] if self._dropped else []
                 self._append([*dropped, event])
                 self._dropped = 0
@@ -87,8 +95,24 @@ class EventLog:
             os.close(descriptor)
 
     def _set_aside(self) -> None:
-        if self._most_bytes and self.path.exists() and self.path.stat().st_size >= self._most_bytes:
+        if not (self._most_bytes and self.path.exists() and self.path.stat().st_size >= self._most_bytes):
+            return
+        if not self._keeps_all:
             self.path.replace(self.path.with_name(f"{self.path.name}.old"))
+            return
+        number = max(_set_aside(self.path), default=0) + 1
+        self.path.replace(self.path.with_name(f"{self.path.stem}-{number:06d}{self.path.suffix}"))
+        for file in _set_aside(self.path).values():
+            if file.suffix != _PACKED:
+                write_atomically(file.with_name(file.name + _PACKED), gzip.compress(file.read_bytes()))
+                file.unlink()
+
+
+def _set_aside(path: Path) -> dict[int, Path]:
+    """Returns the files of events that came before those in `path`, by their numbers."""
+    found = sorted(path.parent.glob(f"{glob.escape(path.stem)}-*"))  # the packed file after the plain one
+    name = re.compile(rf"{re.escape(path.stem)}-(\d{{6,}}){re.escape(path.suffix)}({re.escape(_PACKED)})?")
+    return {int(match[1]): file for file in found if (match := name.fullmatch(file.name))}
 
 
 def _cut_torn_line(path: Path) -> None:
@@ -115,7 +139,10 @@ def mend_log(path: Path, good_bytes: int) -> None:
     if not path.exists():
         return
     with path.open("rb+") as file:
-        good = good_bytes if good_bytes <= file.seek(0, os.SEEK_END) else 0
+        good = good_bytes if 0 < good_bytes <= file.seek(0, os.SEEK_END) else 0
+        if good:
+            file.seek(good - 1)
+            good *= file.read(1) == b"\n"  # if it is another file by now
         file.seek(good)
         for line in file:
             if not line.endswith(b"\n") or not _is_event(line):
@@ -145,14 +172,35 @@ def parse_event(line: Mapping[str, Any]) -> Event:
 
 
 def read_events(path: Path) -> Iterator[Event]:
-    """Yields the events of a file, oldest first. A half-written last line (a run in progress, a crash) is left out.
+    """Yields the events of a file, oldest first, after those of the files that were set aside before it. A half-written last line (a run
+    in progress, a crash) is left out.
 
     Raises DataError with the line for one that is no event.
     """
-    with path.open("rb") as file:
+    for place in [*_before(path), path]:
+        yield from _events_in(place)
+
+
+def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
+    """Opens a file of events, which its writer may be packing."""
+    if path.suffix != _PACKED:
+        try:
+            return path.open("rb")
+        except FileNotFoundError:
+            path = path.with_name(path.name + _PACKED)
+    return gzip.open(path)
+
+
+def _events_in(path: Path) -> Iterator[Event]:
+    with _open(path) as file:
         for number, line in enumerate(file, 1):
             if line.endswith(b"\n"):
                 yield _event(path, f"line {number}", line)
+
+
+def _before(path: Path) -> list[Path]:
+    older = _set_aside(path)
+    return [older[number] for number in sorted(older)]
 
 
 def _event(path: Path, place: str, line: bytes) -> Event:
@@ -170,22 +218,55 @@ def of_kind(events: Iterable[Event], kind: type[_Kind]) -> Iterator[_Kind]:
 
 
 class EventTail:
-    """Follows a file that another process is writing: each `poll` returns the events added since the last one."""
+    """Follows a file that another process is writing: each `poll` returns the events added since the last one, also if its writer
+    set the file aside meanwhile.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._offset = 0
+        self._inode, self._offset = 0, 0  # of the file at the last look, and how much of it was read
+        self._aside = 0  # the newest file that was set aside before it
 
     def poll(self) -> list[Event]:
-        """Returns the new events, oldest first; none while there is no file."""
-        if not self.path.exists():
-            return []
-        with self.path.open("rb") as file:
-            if self.path.stat().st_size < self._offset:
-                self._offset = 0  # its writer has started a new file
-            file.seek(self._offset)
-            data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        place = f"after byte {self._offset}"
-        self._offset += len(whole)
-        return [_event(self.path, place, line) for line in whole.splitlines()]
+        """Returns the new events, oldest first, at first with those of files that were set aside; none while there is no file."""
+        while True:
+            aside = _set_aside(self.path)
+            try:
+                with self.path.open("rb") as file:
+                    status = os.fstat(file.fileno())
+                    is_new = (status.st_ino, max(aside, default=0)) != (self._inode, self._aside)
+                    if status.st_size < self._offset and not is_new:
+                        self._offset = 0  # its writer has emptied it
+                    begin = 0 if is_new else self._offset
+                    file.seek(begin)
+                    data = file.read()
+            except FileNotFoundError:
+                return []
+            if _set_aside(self.path).keys() == aside.keys():
+                break
+        found = self._left_behind(aside) if is_new else []
+        self._inode, self._aside = status.st_ino, max(aside, default=0)
+        events, size = _whole_lines(self.path, data, begin)
+        self._offset = begin + size
+        return found + events
+
+    def _left_behind(self, aside: Mapping[int, Path]) -> list[Event]:
+        """Returns what was not read of the files that were written before the newest."""
+        found: list[Event] = []
+        before = [aside[number] for number in sorted(aside) if number > self._aside]
+        old = self.path.with_name(f"{self.path.name}.old")
+        if not before and self._inode and old.exists() and old.stat().st_ino == self._inode:
+            before = [old]
+        for place in before:
+            with _open(place) as file:
+                data = file.read()
+            found += _whole_lines(place, data[self._offset :], self._offset)[0]
+            self._offset = 0
+        return found
+
+
+def _whole_lines(path: Path, data: bytes, begin: int) -> tuple[list[Event], int]:
+    """Returns the events of the whole lines in `data`, which begins at this byte of the file, and the size of these lines."""
+    whole = data[: data.rfind(b"\n") + 1]
+    place = f"after byte {begin}"
+    return [_event(path, place, line) for line in whole.splitlines()], len(whole)
