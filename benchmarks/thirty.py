@@ -87,7 +87,7 @@ class Device:
 
 
 class Attendance:
-    """Tells the host what a server would, in the place of the hub. Knows the host's ear alone."""
+    """Tells all nodes what a server would, in the place of the hub."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -106,10 +106,10 @@ class Attendance:
         with self._lock:
             self._out, self._ears = {}, {}
 
-    def take_out(self, device: str, reason: str, host: str) -> None:
+    def take_out(self, device: str, reason: str) -> None:
         with self._lock:
             self._out[device] = reason
-            if ear := self._ears.get(host):
+            for ear in self._ears.values():
                 ear(pb.Notice(out=self._out))
 
 
@@ -220,10 +220,10 @@ def _give_up(device: Device, job: str | None, attendance: Attendance) -> None:
     """Takes a device out once it says that it has failed, or is not heard of."""
     if job is None or device.failure == "links":
         time.sleep(DEAF_S)
-        attendance.take_out(device.name, "nothing was heard of it", "edge-1")
+        attendance.take_out(device.name, "nothing was heard of it")
     if job is not None:
         report = device.node.wait(pb.WaitRequest(job=job, timeout_s=WAIT_S))
-        attendance.take_out(device.name, report.error, "edge-1")
+        attendance.take_out(device.name, report.error)
 
 
 def _losses(reports: dict[str, pb.JobReport], failed: list[str]) -> list[str]:

@@ -20,11 +20,13 @@ import numpy as np
 from benchmarks.chaos.course import Course, adapter_of, devices_missing
 from benchmarks.chaos.faults import RESTART_S, Fault, Struck, strike
 from benchmarks.chaos.federation import Federation
+from benchmarks.chaos.processes import processes
 from edgelam_fl.errors import RunFailed
 
 _POLL_S = 0.2
 _FIRST_ROUND_S = 240.0  # a run's start included
 _STOP_S = 60.0
+_END_S = 10.0  # within which processes end whose command was killed
 _FEW_ROUNDS = 3  # too few for another fault and its recovery
 _GO_ON = re.compile(r"edgelam run [^\n]*--resume[^\n]*")
 
@@ -250,9 +252,6 @@ class Trial:
             time.sleep(_POLL_S)
             course.look()
             if mend and time.time() > at + RESTART_S:
-                if "client" in fault.target:
-                    left = [one for one in self._federation.of_node(fault.victim or course.host) if one.pid in before]
-                    verdict.orphans = [str(one) for one in left]
                 mend()
                 mend = None
             verdict.went_on_by_line |= self._type_line(course)
@@ -265,6 +264,9 @@ class Trial:
         else:
             verdict.hang = self._federation.commands["run"].poll() is None
             verdict.run_lost = "" if verdict.hang else "nothing went on"
+        if fault.action == "kill" and "client" in fault.target:
+            self._await(lambda: time.time() > at + _END_S, _END_S)
+            verdict.orphans = [str(one) for one in processes(self._federation.mark) if one.pid in before]
         since = course.rounds_since(at)
         whole = [done for done in since if done.round > verdict.round + 1 and not devices_missing([done], devices)]
         verdict.next_round_s = round((since[0].time or 0) - at, 1) if since else None
