@@ -161,7 +161,8 @@ class Attempt:
         self._out_since: dict[str, float] = {}
         self._next_look_s = now
         self._needed: dict[str, Parcel] = {}  # what is to be sent to nodes that have asked for tensors
-        self._supplied: set[str] = set()  # nodes that have asked; each may ask once
+        self.supplied_bytes: dict[str, int] = {}
+        """By node that has asked for tensors, which each may do once: their size."""
         self._deadlines = SiteDeadlines(_site_deadlines(planned, self._timing), self._timing.now)
 
     @property
@@ -197,9 +198,9 @@ class Attempt:
             self._lose(answer.name, answer.reason)
             return answer
         report = read_report(answer.content)
-        if report.state == "needs" and answer.name not in self._supplied:
-            self._supplied.add(answer.name)
-            self._needed[answer.name] = parcel_of(self.planned, answer.name, report)
+        if report.state == "needs" and answer.name not in self.supplied_bytes:
+            parcel = parcel_of(self.planned, answer.name, report)
+            self._needed[answer.name], self.supplied_bytes[answer.name] = parcel, parcel.size_bytes
             return None
         self.kept[answer.name] = report.snapshots[-_MOST_KEPT:]
         if self._nodes[answer.name].heard_s is None:

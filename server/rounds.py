@@ -146,6 +146,7 @@ class Rounds:
             planned = self._plan(number, attempt, lineup, state, progress=progress)
             trial = self._attempt(planned)
             received = self._receive(planned, trial)
+            planned = replace(planned, supplied_bytes=trial.supplied_bytes)
             self._note(planned, received, trial)
             outcome = conclude(planned, received, self.aggregation.rule, self.config)
             state = state.after(outcome)

@@ -103,11 +103,13 @@ class PlannedRound:
     """Whether replies are summed up as they arrive, and their tensors let go."""
     began_s: float
     """By the clock of the server's `ExchangeTiming`."""
+    supplied_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of the arrays that nodes were sent later, as they asked for them."""
 
     @property
     def received_bytes(self) -> dict[str, int]:
         """Bytes of the arrays that each node was sent."""
-        return {name: parcel.size_bytes for name, parcel in self.parcels.items()}
+        return {name: parcel.size_bytes + self.supplied_bytes.get(name, 0) for name, parcel in self.parcels.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

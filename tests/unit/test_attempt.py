@@ -221,6 +221,8 @@ def test_a_node_that_asks_for_tensors_is_sent_them_within_the_attempt(federation
     assert moves(run.run(), run.start)[0] == 2
     assert lost(run) == []
     assert [event["attempt"] for event in run.events("plan")] == [1, 1, 1]
+    first, second, _ = ({d["name"]: d["adapter_bytes_down"] for d in e["devices"]} for e in run.events("round_done"))
+    assert (second["a"], second["b"]) == (0, first["b"]), "what it asked for counts as sent"
 
 
 def test_a_node_that_cannot_reach_the_hub_is_waited_for_as_without_one(attended: MakeAttended) -> None:
