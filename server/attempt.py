@@ -19,6 +19,7 @@ from edgelam_fl.telemetry.events import AttemptAborted, Emit, MessageResent, Nod
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.attendance import Attendance, Presence
 from server.exchange import LEFT, Arrived, Exchange, ExchangeTiming, Missing, Request, Verdict
+from server.lateness import Lateness
 from server.parcels import parcel_of
 from server.replies import read_report
 from server.state import Parcel, PlannedRound
@@ -141,9 +142,12 @@ class Attempt:
         beginnings: Beginnings,
         can_replace: bool,
         limit_s: float,
+        lateness: Lateness,
+        waits_for_late: bool,
     ) -> None:
         """`message_to`: makes the message that hands a node its part, with these tensors. `can_replace`: whether another host can
-        take a host's place. `limit_s`: for an answer.
+        take a host's place. `limit_s`: for an answer. `lateness`: when a device is late. `waits_for_late`: whether a late device may go
+        on, as its update may be used later.
         """
         self.planned, self.limit_s = planned, limit_s
         self.ended: dict[Site, _End] = {}
@@ -151,6 +155,10 @@ class Attempt:
         """Nodes that were given up because nothing was heard of them."""
         self.kept: dict[str, Sequence[pb.StepSnapshot]] = {}
         """The snapshots of this round that each node reported, oldest first."""
+        self.late: dict[str, str] = {}
+        """Why devices are late, by name."""
+        self._lateness, self._waits_for_late = lateness, waits_for_late
+        self._delivered_s: dict[str, float] = {}  # when devices did, in seconds since the attempt began
         self._exchange, self._attendance, self._emit = exchange, attendance, emit
         self._timing = exchange.timing
         self._message_to, self._beginnings, self._can_replace = message_to, beginnings, can_replace
@@ -187,7 +195,7 @@ class Attempt:
 
     def close(self) -> None:
         """Tells all nodes that the attempt is over."""
-        if self._job:
+        if self._job and not (self._waits_for_late and self.late):
             self._attendance.look(self._job, "this attempt at the round is over", self._out)
 
     # ---------------------------------------------------------------- what is heard
@@ -207,6 +215,8 @@ class Attempt:
             self._beginnings.mute.add(answer.name)
         if report.code == Restarted.code:
             self._nodes[answer.name].restarted = True
+        if report.state == "done" and answer.name in self.planned.lineup.names:
+            self._delivered_s[answer.name] = self._timing.now() - self.planned.began_s
         if report.state not in ("done", "running"):  # running: the part was handed over, and is asked for later
             self._lose(answer.name, report.error)
         return answer
@@ -251,6 +261,7 @@ class Attempt:
                 lost[name] = reason
                 self.silent.add(name)
                 self._lose(name, reason)
+        lost |= self._late(silent.keys() - lost.keys())
         lost |= {name: self._out[name] for name in silent.keys() - lost.keys() if self._has_had_its_say(name)}
         supplies = [self._message_to(name, parcel) for name, parcel in self._needed.items()]
         self._needed.clear()
@@ -285,6 +296,21 @@ class Attempt:
             facts = self.planned.facts
             self._emit(NodeSilent(round=facts.round, node=name, seconds=round(silent_s, 1), limit_s=limit_s))
         return f"silent for {silent_s:.0f} s" if silent_s >= limit_s else ""
+
+    def _late(self, silent: Set[str]) -> dict[str, str]:
+        """Returns why devices are late, by name. A device that hosts is never late: others need it to end."""
+        names = [name for name in self.planned.lineup.names if name in silent and not self._hosted_by(name)]
+        now_s = self._timing.now() - self.planned.began_s
+        reason = (
+            self._lateness.why_late([*self._delivered_s.values()], now_s) if names and self.planned.facts.steps else ""
+        )
+        if not reason:
+            return {}
+        self.late |= dict.fromkeys(names, reason)
+        self.silent |= set(names)
+        for name in () if self._waits_for_late else names:
+            self._lose(name, reason)
+        return dict.fromkeys(names, reason)
 
     def _silence_s(self, name: str) -> float:
         """Returns how long a node may be silent."""

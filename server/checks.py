@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from edgelam_fl.bounds import DEFAULT_BOUNDS, Bounds
-from edgelam_fl.config import OptimizerSection, RunConfig
+from edgelam_fl.config import FederationSection, OptimizerSection, RunConfig
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.adapter import target_modules
 from edgelam_fl.model.families import most_dropout
@@ -40,11 +40,13 @@ def check_config(config: RunConfig, bounds: Bounds = DEFAULT_BOUNDS, *, elsewher
     loaded = load_all(names, strategy.options, bounds, elsewhere=elsewhere)
     check_together(config)
     check_optimizer(config)
+    check_lateness(config)
     check_low_rank(config)
     check_privacy(config, loaded, elsewhere=elsewhere)
     check_task(config.task)
     aggregation = loaded["aggregation"].capabilities if "aggregation" in loaded else Capabilities()
     check_aggregation(config, aggregation)
+    check_late_updates(config, aggregation)
     check_cut_defence(config, aggregation)
     check_place_of_model(config.model.name, bounds)
     source = find_model(config.model.name)
@@ -138,6 +140,58 @@ def check_optimizer(config: RunConfig) -> None:
             )
     if not config.federation.epochs:
         check_warmup(config, config.federation.local_steps)
+
+
+def check_lateness(config: RunConfig) -> None:
+    """Raises ConfigError for a key of another rule of lateness, and for numbers of devices that exclude each other."""
+    federation, plain = config.federation, FederationSection()
+    used = {"fixed": (), "percentile": ("deadline_factor", "deadline_percentile"), "predicted": ("deadline_factor",)}
+    for key in ("deadline_factor", "deadline_percentile"):
+        value = getattr(federation, key)
+        if key not in used[federation.deadline] and value != getattr(plain, key):
+            fitting = " or ".join(repr(rule) for rule, keys in used.items() if key in keys)
+            raise ConfigError(
+                f"federation.{key} = {value:g} has no effect with federation.deadline = {federation.deadline!r}. Allowed: leave it "
+                f"out, or federation.deadline = {fitting}"
+            )
+    enough, chosen = federation.enough_nodes, federation.devices_per_round
+    if enough and enough < federation.min_nodes:
+        raise ConfigError(
+            f"federation.enough_nodes = {enough} must be at least federation.min_nodes = {federation.min_nodes}, or 0: a round needs "
+            f"so many devices"
+        )
+    if 0 < chosen <= enough:
+        raise ConfigError(
+            f"federation.enough_nodes = {enough} must be below federation.devices_per_round = {chosen}, or 0: else nobody would be late"
+        )
+
+
+def check_late_updates(config: RunConfig, aggregation: Capabilities) -> None:
+    """Raises ConfigError if late updates are to be used where none can come, or where none can be used."""
+    federation = config.federation
+    if federation.late == "drop":
+        return
+    who = "federation.late = 'next'"
+    if federation.deadline == "fixed" and not federation.enough_nodes:
+        raise ConfigError(
+            f"{who} has no effect with federation.deadline = 'fixed': a device's part ends at round_deadline_s, too. Allowed: "
+            f"federation.deadline = 'percentile' or 'predicted', federation.enough_nodes above 0, or late = 'drop'"
+        )
+    if config.split.hosts:
+        raise ConfigError(
+            f"{who} needs split.hosts = 0: hosts end a round for all of their devices, so a late device cannot go on alone. Allowed: "
+            f"split.hosts = 0, or late = 'drop'"
+        )
+    if config.privacy.mode != "none":
+        raise ConfigError(
+            f"{who} cannot be combined with privacy.mode = {config.privacy.mode!r}: each update is promised to count in one round. "
+            f"Allowed: privacy.mode = 'none', or late = 'drop'"
+        )
+    if not aggregation.takes_late:
+        raise ConfigError(
+            f"{who} cannot be combined with strategy.aggregation = {config.strategy.aggregation!r}, which takes updates of its own round "
+            f"alone. Allowed: 'fedavg', 'fedprox', a class of your own with takes_late = True, or late = 'drop'"
+        )
 
 
 def check_low_rank(config: RunConfig) -> None:

@@ -121,6 +121,7 @@ class Exchange:
         self.grid, self.timing = grid, timing
         self._here: set[int] = set()  # at the last look
         self._left: set[int] = set()  # since the last call of `left`
+        self._given_up: dict[str, list[str]] = {}  # by name, the ids of messages that the last `replies` has given up
 
     def present(self) -> set[int]:
         """Returns Flower's ids of the nodes that are here."""
@@ -150,7 +151,7 @@ class Exchange:
         """
         timing, watch = self.timing, watch or WhoLeft()
         end = timing.now() + limit_s
-        waiting = self.send(requests)
+        waiting, self._given_up = self.send(requests), {}
         pause_s = timing.first_poll_s
         while waiting and timing.now() < end:
             for asked in [[message_id] for message_id in waiting] if one_by_one else [list(waiting)]:
@@ -159,7 +160,7 @@ class Exchange:
                     yield found.pop()
             verdict = watch.look(self._silent(waiting))
             for name, reason in verdict.lost.items():
-                _forget(name, waiting)
+                self._given_up[name] = _forget(name, waiting)
                 yield Missing(name, reason)
             if verdict.again:
                 waiting |= self.send(verdict.again)
@@ -168,6 +169,10 @@ class Exchange:
                 pause_s = min(timing.poll_s, 1.2 * pause_s)
         for name in dict.fromkeys(peer.name for peer in waiting.values()):
             yield Missing(name, f"no reply within {limit_s:.0f} s")
+
+    def unanswered(self, name: str) -> Sequence[str]:
+        """Returns the ids of the messages to a node that the last `replies` gave up: an answer may still come (`arrived`)."""
+        return self._given_up.get(name, ())
 
     def arrived(self, message_ids: Iterable[str]) -> dict[str, Message]:
         """Returns the answers to these messages that are here now, by the ids of the messages that they answer."""
@@ -203,18 +208,21 @@ def _taken(messages: Iterable[Message], waiting: dict[str, Addressee]) -> list[A
         if peer is None or (message.has_error() and any(other.name == peer.name for other in waiting.values())):
             continue
         _forget(peer.name, waiting)
-        answers.append(answer_of(peer, message))
+        answers.append(answer_of(peer.name, message))
     return answers
 
 
-def _forget(name: str, waiting: dict[str, Addressee]) -> None:
-    for message_id in [message_id for message_id, peer in waiting.items() if peer.name == name]:
+def _forget(name: str, waiting: dict[str, Addressee]) -> list[str]:
+    """Takes a node off `waiting`; returns the ids of its messages."""
+    message_ids = [message_id for message_id, peer in waiting.items() if peer.name == name]
+    for message_id in message_ids:
         del waiting[message_id]
+    return message_ids
 
 
-def answer_of(peer: Addressee, message: Message) -> Arrived | Missing:
+def answer_of(name: str, message: Message) -> Arrived | Missing:
     """Returns a node's message as the answer that it is: a reply, or an account of what failed there."""
     if message.has_error():
         reason = f"its ClientApp failed: {printable(message.error.reason)}"
-        return Missing(peer.name, reason, _CODES.get(message.error.code, ""))
-    return Arrived(peer.name, message.content)
+        return Missing(name, reason, _CODES.get(message.error.code, ""))
+    return Arrived(name, message.content)

@@ -237,7 +237,7 @@ class Roster:
             message_id, message = arrived.popitem()
             peer = self._open.pop(message_id).peer
             self._tardy.discard(peer.node_id)
-            answer = answer_of(peer, message)
+            answer = answer_of(peer.name, message)
             try:
                 if isinstance(answer, Missing):
                     self._refuse(peer.node_id, peer.name, answer.reason, answer.code)

@@ -45,6 +45,8 @@ from server.events_of_round import describe_plan, describe_readable, describe_ro
 from server.exchange import Arrived, Exchange, Missing, Request
 from server.global_adapter import with_missing_modules
 from server.hub import NO_HUB, RunHub
+from server.late_updates import LateUpdates
+from server.lateness import lateness
 from server.outcome import conclude, receive
 from server.parcels import make_parcels
 from server.pauses import NodePauses
@@ -102,6 +104,7 @@ class Rounds:
         self._generator, self._ticket = generator, ticket
         self.pauses = NodePauses()
         self._beginnings = Beginnings()
+        self._late = LateUpdates(exchange, folder.emit, self.config.federation.update_factor)
         self._room = Room(folder.path, folder.emit, exchange.timing)
         self._first, self._attempts_before = FederationState(), attempts_before
         if saved is not None:
@@ -148,9 +151,11 @@ class Rounds:
             received = self._receive(planned, trial)
             planned = replace(planned, supplied_bytes=trial.supplied_bytes)
             self._note(planned, received, trial)
+            received = self._late.add_to(planned, received)
             outcome = conclude(planned, received, self.aggregation.rule, self.config)
             state = state.after(outcome)
             if outcome.aggregated is not None:
+                self._late.end_round(planned, self._going_on(trial))
                 self._finish(outcome, state)
                 return state
             if outcome.problem:
@@ -371,6 +376,8 @@ class Rounds:
             beginnings=self._beginnings,
             can_replace=bool(others) or (self.config.split.hosts == "auto" and len(hosting) > 1),
             limit_s=self.config.federation.round_deadline_s + self._timing.messages_s,
+            lateness=lateness(self.config, self.schedule.candidates(devices, planned.facts.round)),
+            waits_for_late=self.config.federation.late == "next",
         )
 
     def _answers(self, trial: Attempt) -> Iterator[Arrived | Missing]:
@@ -395,6 +402,12 @@ class Rounds:
                 break
             requests = [self._collect(planned, name) for name in parked]
         trial.close()
+
+    def _going_on(self, trial: Attempt) -> dict[str, Sequence[str]]:
+        """Returns the ids of the messages to each late device whose update may be used in the next round."""
+        if self.config.federation.late != "next":
+            return {}
+        return {name: self._exchange.unanswered(name) for name in trial.late}
 
     def _job(self, planned: PlannedRound, name: str, parcel: Parcel) -> Request:
         plan, wait = planned.plans[name], self.config.federation.wait

@@ -186,6 +186,7 @@ class Aggregation(Remembers, Protocol):
     corrects_sgd: bool = False  # whether it adds to the gradients of sources that train by plain SGD (`correction`)
     least_sources: int = 1  # sources of a module that the rule needs, unless there is only one
     needs_only_mean: bool = False  # whether the weighted mean is enough: large rounds are then summed up on arrival
+    takes_late: bool = False  # whether an update of the round before may be one of its contributions
     most_carry_rank: int = 0  # rank to which it cuts carry factors; 0: the full rank of a module
 
     def aggregate(self, contributions: Sequence[Contribution], start: Start) -> Aggregated:

@@ -108,6 +108,7 @@ class Capabilities:
     personal: bool = False
     corrects_sgd: bool = False
     needs_only_mean: bool = False
+    takes_late: bool = False
     least_sources: int = 1
     most_carry_rank: int = 0
     ignores_data: bool = False
@@ -130,7 +131,7 @@ def with_capabilities(rule: Any) -> LoadedStrategy:
             _check_capability(field.name, given[field.name], field.default)
     if given.get("corrects_sgd") and "correction" not in given:
         raise ConfigError("corrects_sgd = True needs a method correction(source, names)")
-    for name, method in (("needs_only_mean", "aggregate"), ("ignores_data", "select")):
+    for name, method in (("needs_only_mean", "aggregate"), ("takes_late", "aggregate"), ("ignores_data", "select")):
         given[name] = _says_with(type(rule), name, method)
     return LoadedStrategy(rule, Capabilities(**given))
 

@@ -53,6 +53,7 @@ class ByHand:
         self.moves_bytes = 0
         self.by = 1.0
         self.step_s = 0.0
+        self.seconds = 0.0  # of its training, as it reports
         self.corrections: list[list[adapters.Adapter]] = []
 
     def work(self, plan: pb.Plan, content: RecordDict) -> tuple[pb.JobReport, list[adapters.Adapter]]:
@@ -73,6 +74,7 @@ class ByHand:
                 report.eval_loss_sum, report.eval_labels, report.eval_sums["correct"] = 4.0, 2, 1
             report.bytes.add(link="entry e", direction="sent", kind="ACT", payload_bytes=self.moves_bytes)
             if plan.steps:
+                report.train_seconds = report.compute_seconds = self.seconds
                 report.steps.add(counted=True, seconds=self.step_s)
                 report.timeline.add(kind="forward", role="device", seconds=0.5)
                 report.contributions.add(scope="ends", source=plan.node, weight=LABELS[plan.node], lr_sum=lr_sum)

@@ -1,6 +1,7 @@
 """The run file: its keys and their rules, read from and written as TOML."""
 
 from edgelam_fl.config.schema import (
+    FederationSection,
     ModelSection,
     OptimizerSection,
     PrivacySection,
@@ -23,6 +24,7 @@ from edgelam_fl.config.toml import (
 )
 
 __all__ = [
+    "FederationSection",
     "ModelSection",
     "OptimizerSection",
     "PrivacySection",

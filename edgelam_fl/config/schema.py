@@ -267,6 +267,21 @@ class FederationSection(Section):
     )
     step_deadline_s: float = Field(120.0, gt=0, description="a device that takes longer is left out of the step")
     round_deadline_s: float = Field(3600.0, gt=0, description="a node that takes longer is left out of the round")
+    deadline: Literal["fixed", "percentile", "predicted"] = Field(
+        "fixed",
+        description="when a device is late for its round: after round_deadline_s alone, or after deadline_factor times a percentile of the devices' last rounds, or times what is predicted from their bytes, rates and compute",
+    )
+    deadline_factor: float = Field(2.0, ge=1, le=1000, description="of deadline = 'percentile' and 'predicted'")
+    deadline_percentile: float = Field(90.0, gt=0, le=100, description="of deadline = 'percentile'")
+    enough_nodes: int = Field(
+        0,
+        ge=0,
+        description="devices that a round waits for: soon after so many have delivered, the others are late; 0: all",
+    )
+    late: Literal["drop", "next"] = Field(
+        "drop",
+        description="the update of a late device is dropped, or used in the next round with half its weight (split.hosts = 0, fedavg and fedprox)",
+    )
     gradient_factor: float = Field(
         30.0,
         ge=0,

@@ -27,6 +27,7 @@ from edgelam_fl.telemetry.events import (
     EventsDropped,
     JobDone,
     JobStarted,
+    LateUpdate,
     LinkMeasured,
     MessageResent,
     NodeJoined,
@@ -102,6 +103,7 @@ class RunView:
             NodeSilent: self._on_node_silent,
             MessageResent: self._on_message_resent,
             NodeSetAside: self._on_node_set_aside,
+            LateUpdate: self._on_late_update,
             RunInterrupted: self._on_run_interrupted,
             RunResumed: self._on_run_resumed,
             RunFailure: self._on_run_failed,
@@ -265,6 +267,10 @@ class RunView:
         self._stage = "going on"
         where = f"after round {event.round}" if event.round else "from its start"
         self.say(f"the run goes on {where}{f' ({event.problem})' if event.problem else ''}")
+
+    def _on_late_update(self, event: LateUpdate, _: str) -> None:
+        fate = f"counts in round {event.used_in}" if event.used_in else f"is dropped: {event.reason}"
+        self.say(f"what {event.node} trained in round {event.round}, for which it was late, {fate}")
 
     def _on_run_failed(self, _: RunFailure, __: str) -> None:
         """Shows that the run failed; the command that follows the run prints the reason."""

@@ -19,6 +19,7 @@ class FedAvg(Aggregation):
     """The weighted mean of every tensor over its sources."""
 
     needs_only_mean = True
+    takes_late = True
 
     def aggregate(self, contributions: Sequence[Contribution], start: Start) -> Aggregated:
         mean = WeightedMean()

@@ -14,7 +14,7 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from server.attendance import Attendance, Presence
 from server.hub import RunHub
 from server.pauses import NodePauses
-from tests.by_hand import FederationByHand, moves
+from tests.by_hand import LABELS, FederationByHand, moves
 from tests.unit.conftest import MakeFederation
 
 
@@ -368,3 +368,85 @@ def test_pauses_end_with_a_delivery_and_outlive_the_server() -> None:
     assert set(again.sitting_out(3, "abc", 1)) == {"a"}
     again.delivered("a")
     assert again.sitting_out(3, "abc", 1) == {}
+
+
+# ---------------------------------------------------------------- who is late
+
+
+ALONE = ("split.hosts=0", "federation.rounds=3")
+
+
+def is_slow(run: FederationByHand, name: str, number: int, seconds: float) -> None:
+    """Has a device take longer than the others in a round, and answer no query until it is through."""
+    began = list[float]()
+
+    def loses(plan: pb.Plan | None) -> bool:
+        if plan is not None and plan.round == number and not began:
+            began.append(run.clock.now_s)
+        waits_for_it = bool(began) and run.clock.now_s < began[0] + seconds
+        return waits_for_it and (plan is None or plan.round == number)
+
+    run.nodes[name].loses = loses
+
+
+@pytest.mark.parametrize(
+    "rule", [["federation.deadline=percentile"], ["federation.deadline=predicted"], ["federation.enough_nodes=2"]]
+)
+def test_a_late_device_is_out_of_the_round(attended: MakeAttended, rule: list[str]) -> None:
+    """The others took 10 s in round 1; it needs 300 s in round 2."""
+    run, attendance = attended("abc", "", *ALONE, *rule)
+    for node in run.nodes.values():
+        node.seconds, node.moves_bytes = 10.0, 1_000_000
+    is_slow(run, "c", 2, 300.0)
+    run.run()
+    assert [event["node"] for event in run.events("node_lost")] == ["c"]
+    assert "federation." in run.events("node_lost")[0]["reason"]
+    assert "c" in attendance.told["2/1"]
+    assert run.clock.now_s < 60
+    assert run.events("node_set_aside") == []
+
+
+def test_nobody_is_late_while_the_round_has_too_few(attended: MakeAttended) -> None:
+    run, _ = attended("abc", "", *ALONE, "federation.deadline=percentile", "federation.min_nodes=3")
+    for node in run.nodes.values():
+        node.seconds = 10.0
+    is_slow(run, "c", 2, 300.0)
+    run.run()
+    assert lost(run) == []
+    assert run.clock.now_s > 300
+
+
+def late_run(federation: MakeFederation, seconds: float) -> FederationByHand:
+    run = federation("abc", "", *ALONE, "federation.enough_nodes=2", "federation.late=next", "federation.rounds=4")
+    is_slow(run, "c", 2, seconds)
+    run.nodes["a"].loses = lambda plan: plan is not None and plan.round == 3 and run.clock.now_s < 25
+    return run
+
+
+def test_a_late_update_counts_in_the_next_round_with_half_its_weight(federation: MakeFederation) -> None:
+    run = late_run(federation, 18.0)
+    run.nodes["c"].by = 3.0
+    result = run.run()
+    (event,) = run.events("late_update")
+    assert (event["round"], event["node"], event["used_in"], event["weight"]) == (2, "c", 3, 0.5)
+    a, b, c = (LABELS[name] for name in "abc")
+    whole = (a + b + 3 * c) / (a + b + c)  # rounds 1 and 4
+    with_late = (a + b + 3 * c / 2) / (a + b + c / 2)
+    assert set(moves(result, run.start).values()) == {round(2 * whole + 1 + with_late, 4)}
+
+
+def test_an_update_that_is_later_than_the_next_round_is_dropped(federation: MakeFederation) -> None:
+    run = late_run(federation, 900.0)
+    run.run()
+    (event,) = run.events("late_update")
+    assert (event["used_in"], event["weight"]) == (0, 0.0)
+    assert event["reason"] == "it has not come by the end of round 3"
+
+
+def test_a_late_update_far_larger_than_the_others_is_dropped(federation: MakeFederation) -> None:
+    run = late_run(federation, 18.0)
+    run.nodes["c"].by = 1000.0
+    run.nodes["c"].fails = lambda plan: "not now" if plan.round != 2 else ""
+    assert set(moves(run.run(), run.start).values()) == {4}
+    (event,) = run.events("late_update")
+    assert (event["used_in"], "update_factor" in event["reason"]) == (0, True)

@@ -57,6 +57,8 @@ CLASSES = ["task.kind=classification", "task.classes=['yes', 'no']"]
         [*LOWRANK, "split.back=0", "split.hosts=2", "split.host_mode=sequential", "lora.ranks={'a'=2}"],
         [*LOWRANK, "split.back=0", "split.host_mode=copies", "strategy.aggregation=fedprox"],
         [*LOWRANK, "strategy.aggregation=flora"],
+        ["federation.deadline=predicted", "federation.deadline_factor=3", "strategy.aggregation=flora"],
+        ["federation.late=next", "federation.enough_nodes=2", "split.hosts=0", "strategy.aggregation=fedprox"],
     ],
 )
 def test_settings_that_can_be_combined(tiny: ModelSource, overrides: list[str]) -> None:
@@ -283,6 +285,26 @@ def test_settings_that_can_be_combined(tiny: ModelSource, overrides: list[str]) 
             "cannot be combined with split.backs = {'a': 1}: .* Allowed: split.back alone",
         ),
         ([*LOWRANK, "lora.rank=65"], "lora.rank = 65 must be at most 64 with wire.gradients = 'lowrank': the width of"),
+        (
+            ["federation.deadline_factor=3"],
+            "has no effect with federation.deadline = 'fixed'.*'percentile' or 'predicted'",
+        ),
+        (["federation.deadline=predicted", "federation.deadline_percentile=50"], "Allowed: .* = 'percentile'$"),
+        (["federation.enough_nodes=2", "federation.min_nodes=3"], "must be at least federation.min_nodes = 3"),
+        (
+            ["federation.enough_nodes=3", "federation.devices_per_round=3"],
+            "must be below federation.devices_per_round = 3",
+        ),
+        (["federation.late=next", "split.hosts=0"], "has no effect with federation.deadline = 'fixed'"),
+        (["federation.late=next", "federation.enough_nodes=2"], "needs split.hosts = 0"),
+        (
+            ["federation.late=next", "federation.enough_nodes=2", "split.hosts=0", "strategy.aggregation=fedadam"],
+            "cannot be combined with strategy.aggregation = 'fedadam', .* Allowed: 'fedavg', 'fedprox'",
+        ),
+        (
+            ["federation.late=next", "federation.enough_nodes=2", "privacy.mode=device", "split.hosts=0"],
+            "cannot be combined with privacy.mode = 'device'",
+        ),
         (
             [*LOWRANK, "split.back=0", "strategy.aggregation=fedprox"],
             "'fedprox' .* with wire.gradients = 'lowrank', split.back = 0 and .* Allowed: split.back of at least 1, .*'copies'$",

@@ -331,6 +331,22 @@ class NodeSetAside(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LateUpdate(Event):
+    """It is settled what becomes of the update of a device that was late for its round."""
+
+    round: int
+    """Number of that round."""
+    node: str
+    """Name of the device."""
+    used_in: int
+    """Number of the round whose aggregate has the update; 0: none, it is dropped."""
+    weight: float
+    """Factor of its weight there; 0 if it is dropped."""
+    reason: str
+    """Why it is dropped, in words; empty if it is used."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SiteLost(Event):
     """A site lacks a host's reply, so nothing of this site is aggregated in this attempt."""
 

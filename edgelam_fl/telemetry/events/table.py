@@ -20,6 +20,7 @@ EVENTS: dict[str, type[Event]] = {
     "message_resent": rounds.MessageResent,
     "attempt_aborted": rounds.AttemptAborted,
     "node_set_aside": rounds.NodeSetAside,
+    "late_update": rounds.LateUpdate,
     "site_lost": rounds.SiteLost,
     "contribution_left_out": rounds.ContributionLeftOut,
     "aggregate_refused": rounds.AggregateRefused,

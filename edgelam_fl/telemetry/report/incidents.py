@@ -13,6 +13,7 @@ from edgelam_fl.telemetry.events import (
     DiskFull,
     Event,
     EventsDropped,
+    LateUpdate,
     MessageResent,
     NodeJoined,
     NodeLost,
@@ -72,6 +73,8 @@ def _incidents(event: Event) -> Iterator[tuple[str, str, str]]:
             yield f"sent its part in round {event.round} again", event.node, event.reason
         case NodeSetAside():
             yield f"sits out until round {event.back_in}", event.node, event.reason
+        case LateUpdate() if not event.used_in:
+            yield f"late for round {event.round}, its update dropped", event.node, event.reason
         case ContributionLeftOut():
             yield f"left out of the aggregate of round {event.round}", event.source, event.reason
         case AggregateRefused():
