@@ -25,7 +25,7 @@ from server.replies import read_report
 from server.state import Parcel, PlannedRound
 
 _ATTEMPTS = 3  # at a round
-_SLOWER = 3  # a node may take so many times as long to begin as the slowest one so far
+_SLOWER = 3  # a node may take so many times as long to begin as it did before
 _LEAST_BEGIN_S = 8.0  # until a node that has got its message attends
 _LEAST_BYTES_S = 1.25e6  # of a message on its way to a node
 _MOST_RESENT = 2  # of one message to a node that takes none
@@ -77,16 +77,19 @@ class SiteDeadlines:
 class Beginnings:
     """How nodes take their messages, as a run has seen it so far."""
 
-    slowest_s: float = 0.0
-    """The longest time from a message to its node's first sign of life."""
-    attend: set[str] = field(default_factory=set)
-    """Nodes that have attended."""
+    took_s: dict[str, list[float]] = field(default_factory=dict)
+    """The times from a node's last two messages to its first signs of life, by its name."""
     mute: set[str] = field(default_factory=set)
     """Nodes that answer and do not attend: the hub cannot be reached from there."""
 
-    def patience_s(self, unknown_s: float) -> float:
-        """Returns when a message counts as lost; `unknown_s`: if nobody has attended yet."""
-        return max(_LEAST_BEGIN_S, _SLOWER * self.slowest_s) if self.attend else unknown_s
+    def note(self, name: str, took_s: float) -> None:
+        """Notes that a node began so long after its message."""
+        self.took_s[name] = [*self.took_s.get(name, ())[-1:], took_s]
+        self.mute.discard(name)
+
+    def patience_s(self, name: str, unknown_s: float) -> float:
+        """Returns when a message to a node counts as lost; `unknown_s`: if it has never attended. One slow beginning is no habit."""
+        return max(_LEAST_BEGIN_S, _SLOWER * min(self.took_s[name])) if name in self.took_s else unknown_s
 
 
 @dataclass(slots=True)
@@ -236,9 +239,7 @@ class Attempt:
 
     def _hear(self, name: str, node: _Node, seen: Presence, now: float) -> None:
         if node.heard_s is None:
-            self._beginnings.attend.add(name)
-            self._beginnings.mute.discard(name)
-            self._beginnings.slowest_s = max(self._beginnings.slowest_s, now - node.sent_s)
+            self._beginnings.note(name, now - node.sent_s)
         node.heard_s = max(node.heard_s or 0.0, now - seen.silent_s)
         node.restarted = node.restarted or seen.restarted
         node.state = seen.state
@@ -273,7 +274,7 @@ class Attempt:
 
     def _has_had_its_say(self, name: str) -> bool:
         """Returns whether a node that is out has had the time for its report, which says what it keeps."""
-        hears = self._attends(name) or name in self._beginnings.attend
+        hears = self._attends(name) or name in self._beginnings.took_s
         return hears and self._timing.now() - self._out_since.get(name, math.inf) >= self._timing.cancelled_s
 
     def _why_lost(self, name: str, is_here: bool) -> str:
@@ -282,7 +283,7 @@ class Attempt:
         if node.heard_s is None:
             if not is_here:
                 return LEFT
-            takes_none = name in self._beginnings.attend and node.resent == _MOST_RESENT
+            takes_none = name in self._beginnings.took_s and node.resent == _MOST_RESENT
             return f"it took none of {1 + _MOST_RESENT} messages" if takes_none and self._is_late(name) else ""
         if node.state != "running":
             limit_s = timing.messages_s if is_here else timing.device_silent_s
@@ -351,16 +352,16 @@ class Attempt:
         if name in self._out or not self._attendance.works or name in self._beginnings.mute:
             return False
         if node.heard_s is None:
-            return node.resent < (_MOST_RESENT if name in self._beginnings.attend else 1) and self._is_late(name)
+            return node.resent < (_MOST_RESENT if name in self._beginnings.took_s else 1) and self._is_late(name)
         over_s = self._timing.now() - node.over_s
         return node.state == "done" and over_s >= _LEAST_BEGIN_S * 2**node.resent
 
     def _is_late(self, name: str) -> bool:
-        """Returns whether a node that does not attend has had the time for it, which doubles with each message."""
+        """Returns whether a node that does not attend has had the time for it, which is twice as long for the last message."""
         node = self._nodes[name]
         sending_s = self.planned.parcels[name].size_bytes / _LEAST_BYTES_S
-        patience_s = self._beginnings.patience_s(self._timing.resend_s) + sending_s
-        return self._timing.now() - node.sent_s >= patience_s * 2**node.resent
+        patience_s = self._beginnings.patience_s(name, self._timing.resend_s) + sending_s
+        return self._timing.now() - node.sent_s >= patience_s * (2 if node.resent == _MOST_RESENT else 1)
 
     def _resent(self, name: str) -> Request:
         node, facts, now = self._nodes[name], self.planned.facts, self._timing.now()

@@ -47,7 +47,7 @@ class ExchangeTiming:
     cancelled_s: float = 6.0
     """For the reports of a site whose attempt has ended."""
     resend_s: float = 20.0
-    """Until a message is sent again that reaches nobody, at most, and without its tensors' time; then twice as long, and so on."""
+    """Until a message is sent again to a node that has never attended, beside the time for its tensors."""
     now: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
 

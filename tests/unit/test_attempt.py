@@ -202,7 +202,21 @@ def test_a_message_that_nobody_has_is_sent_again(attended: MakeAttended) -> None
     assert lost(run) == []
     (again,) = run.events("message_resent")
     assert (again["node"], again["reason"]) == ("b", "it has not begun")
-    assert 8 <= again["seconds"] < 12
+    assert 20 <= again["seconds"] < 24, "nothing is known of it yet"
+
+
+def test_a_known_node_that_takes_no_message_is_lost_after_seconds(attended: MakeAttended) -> None:
+    run, attendance = attended("ab", "e", "federation.rounds=2")
+    run.nodes["b"].loses = lambda plan: plan is not None and plan.round == 2
+    run.nodes["e"].loses = lambda plan: (
+        plan is not None and plan.round == 2 and plan.steps > 0 and "b" not in attendance.out
+    )
+    attendance.says["b"] = lambda attempt: None if len(run.events("plan")) == 2 else seen()
+    assert moves(run.run(), run.start)[0] == 2
+    assert [event["node"] for event in run.events("message_resent")] == ["b"] * 2
+    (gone,) = [event for event in run.events("node_lost") if event["round"] == 2]
+    assert (gone["node"], gone["reason"]) == ("b", "it took none of 3 messages")
+    assert run.clock.now_s < 45
 
 
 @pytest.mark.parametrize("wait", ["block", "park"])
@@ -292,7 +306,7 @@ def test_the_round_begins_again_if_a_node_lacks_the_step(attended: MakeAttended,
 
 
 def test_a_device_that_left_early_takes_nobody_back(attended: MakeAttended) -> None:
-    run, attendance = attended("abcd", "e", ONE_ROUND)
+    run, attendance = attended("abcd", "e", ONE_ROUND, "federation.snapshot_every=1")
     restarts(run, "e")
     waits_in(run, attendance, "abcd")
     for name in "abe":
