@@ -30,6 +30,7 @@ _CALLS = {
     "Slices": ("Describe", "List", "Fetch"),
     "Echo": ("Ping", "Take", "Give"),
     "Relay": ("Listen", "Dial", "Accept"),
+    "Attendance": ("Attend",),
 }
 STREAM_S = 60.0  # what a stream or a call may take before it counts as hung
 
