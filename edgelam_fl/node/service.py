@@ -125,9 +125,7 @@ class StageHost:
     def profile(self, request: pb.ProfileRequest) -> pb.Profile:
         """Answers what the node can do; measures what the request asks for, which may take minutes."""
         trust = "" if self._examples is None else self._trust
-        own = pb.Profile(
-            name=self.name, role=self.role, address=self.address, tags=self._tags, trust=trust, epoch=self._epoch
-        )
+        own = pb.Profile(name=self.name, role=self.role, address=self.address, tags=self._tags, trust=trust)
         return answer_profile(request, own, self._examples, self._hub, self._emit)
 
     def submit(self, request: pb.SubmitRequest) -> pb.SubmitReply:

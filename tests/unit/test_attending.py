@@ -181,14 +181,18 @@ def test_a_device_that_waits_for_a_host_ends_when_the_host_is_lost(
 def test_a_stage_host_that_was_started_again_says_so_to_who_dials_it(
     tiny: ModelSource, data_files: list[Path], tmp_path: Path
 ) -> None:
-    def node() -> StageHost:
-        return StageHost("edge-1", memory_dial({}), lambda event: None, address="edge-1", state=tmp_path / "edge-1")
+    means: dict[str, Any] = {"server": "127.0.0.1", "attend": partial(Attending, every_s=EVERY_S)}
 
-    with attended(tiny, data_files[:1], tmp_path) as (fleet, _):
+    def node() -> StageHost:
+        state = tmp_path / "edge-1"
+        return StageHost("edge-1", memory_dial({}), lambda event: None, address="edge-1", state=state, **means)
+
+    with attended(tiny, data_files[:1], tmp_path) as (fleet, server):
         before, hello = node(), pb.Hello(job=JOB, node="device-1")
         fleet.nodes["edge-1"] = before
         assert isinstance(before.admit(hello, None), pb.NotReady), "the job may still come"
         fleet.hand_out("edge-1")
+        assert not seen(server, "edge-1", lambda node: node.state == "running").restarted
         before.stop()
         fleet.nodes["edge-1"] = after = node()
         answer = after.admit(hello, None)
@@ -197,6 +201,7 @@ def test_a_stage_host_that_was_started_again_says_so_to_who_dials_it(
         assert isinstance(after.admit(pb.Hello(job="test/1/2"), None), pb.NotReady)
         fleet.hand_out("edge-1")
         assert not isinstance(after.admit(hello, None), pb.Refuse), "it has been given the part again"
+        seen(server, "edge-1", lambda node: node.restarted)
 
 
 def test_a_note_that_cannot_be_read_or_written_costs_no_part(
@@ -209,10 +214,3 @@ def test_a_note_that_cannot_be_read_or_written_costs_no_part(
         fleet.nodes["edge-1"] = node
         fleet.hand_out("edge-1")
         node.stop()
-
-
-def test_each_process_has_an_epoch_of_its_own_in_its_profile(tmp_path: Path) -> None:
-    nodes = [StageHost("edge-1", memory_dial({}), lambda event: None) for _ in range(2)]
-    epochs = {node.profile(pb.ProfileRequest()).epoch for node in nodes}
-    assert len(epochs) == 2
-    assert 0 not in epochs
