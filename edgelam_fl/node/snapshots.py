@@ -109,6 +109,7 @@ class Snapshots:
 
     def resumed(self, plan: pb.Plan, sources: Sequence[str]) -> dict[str, SourceState]:
         """Returns the states of a plan's sources after its `first_step`. Raises Refused if one is missing or not the plan's."""
+        self.flush()
         return {source: self._resumed(plan, source) for source in sources}
 
     def _resumed(self, plan: pb.Plan, source: str) -> SourceState:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 
+from edgelam_fl.plan.modes import host_mode
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 
@@ -28,7 +29,8 @@ def can_resume(before: Sequence[pb.Plan], after: Sequence[pb.Plan]) -> bool:
     """Returns whether the nodes of a site may go on from snapshots of an earlier attempt of the same round.
 
     `before`, `after`: the plans of the site's nodes in either attempt. Each device and each host in its place in the chain must
-    do the same work; devices may be missing. With differential privacy an attempt always begins again, as noise is paid for.
+    do the same work; devices may be missing, except in sequential mode. With differential privacy an attempt always begins again,
+    as noise is paid for.
     """
     earlier = {_place(plan): plan for plan in before}
     return bool(after) and all(
@@ -64,7 +66,13 @@ def work_key(plan: pb.Plan) -> str:
 
 
 def _same_work(before: pb.Plan, after: pb.Plan) -> bool:
-    return work_key(before) == work_key(after) and crossings(after) <= crossings(before)
+    before_all, after_all = crossings(before), crossings(after)
+    one_for_each = host_mode(
+        after.host_mode
+    ).steps_in_turn  # then a device that is missing has made steps of the site's adapter
+    return work_key(before) == work_key(after) and (
+        after_all == before_all if one_for_each else after_all <= before_all
+    )
 
 
 def crossings(plan: pb.Plan) -> set[tuple[str, int, int]]:

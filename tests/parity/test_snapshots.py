@@ -89,3 +89,23 @@ def test_a_round_goes_on_after_nodes_ended(
         assert [event.steps for event in of_kind(fleet.events, JobResumed)] == [common.steps] * len(resumed)
     for name, report in expected.items():
         assert learned(resumed[name]) == learned(report), name
+
+
+def test_an_attempt_from_the_start_is_as_if_no_other_had_been(
+    tiny: ModelSource, data_files: list[Path], tmp_path: Path
+) -> None:
+    """What a failed attempt did to gradients and moments is gone; a host that began anew in between has its moments."""
+    config = run_config(tiny.name, "federation.snapshot_every=0", "split.host_mode=sequential")
+    with memory_fleet(tiny, config, data_files[:1], state=tmp_path / "undisturbed") as fleet:
+        expected = second_round(tiny, config, fleet)
+        check_done(expected)
+        assert {report.moments for report in expected.values()} == {"warm"}
+    with memory_fleet(tiny, config, data_files[:1], state=tmp_path / "disturbed") as fleet:
+        fleet.watch = ends(fleet, ["edge-1"], "test/2/1/device-1", 1)
+        broken = second_round(tiny, config, fleet)
+        assert {(report.state, len(report.snapshots)) for report in broken.values()} == {("failed", 0)}
+        fleet.restart("edge-1")
+        again = second_round(tiny, config, fleet, attempt=2)
+        check_done(again)
+    for name, report in expected.items():
+        assert learned(again[name]) == learned(report), name
