@@ -31,7 +31,7 @@ from edgelam_fl.node.server_hub import ServerHub
 from edgelam_fl.node.snapshots import Snapshots
 from edgelam_fl.plan.fronts import host_reading_of
 from edgelam_fl.plan.modes import host_mode, label_place
-from edgelam_fl.plan.reading import part_id
+from edgelam_fl.plan.reading import part_id, round_of
 from edgelam_fl.privacy.limits import HostReading, why_refused
 from edgelam_fl.split.group import RETRY_MS
 from edgelam_fl.split.route import Dial
@@ -151,15 +151,18 @@ class StageHost:
     def wait(self, request: pb.WaitRequest) -> pb.JobReport:
         """Returns the part's report; its state is "running" if the part is not over after `timeout_s` seconds.
 
-        It is "needs" as soon as the part asks for tensors. A part that is not known here failed with code "restarted".
+        It is "needs" as soon as the part asks for tensors. A part that is not known here failed with code "restarted", and its
+        report has the snapshots that are left of its round.
         """
         part = self._part(request.job)
         if part is not None:
             return part.wait(request.timeout_s)
+        run, round_ = round_of(request.job)
         error = f"the stage host of {self.name} no longer has job {request.job}: it was started again, or has had newer ones since"
         return pb.JobReport(
-            job=request.job, node=self.name, role=self.role, state="failed", error=error, code=Restarted.code
-        )
+            job=request.job, node=self.name, role=self.role, state="failed", error=error, code=Restarted.code,
+            snapshots=self._snapshots.steps(run, round_),
+        )  # fmt: skip
 
     def admit(self, hello: pb.Hello, link: Link) -> pb.Ready | pb.NotReady | pb.Refuse:
         """Answers a handshake of the data plane; opens the link if the answer is READY."""

@@ -28,6 +28,12 @@ def part_id(plan: pb.Plan, node: str = "") -> str:
     return f"{job_id(plan)}/{node or plan.node}"
 
 
+def round_of(part: str) -> tuple[str, int]:
+    """Returns the run and the round of a part by its name; ("", 0) for a text that is none."""
+    run, number, _attempt, _node = (["", "", "", "", *part.rsplit("/", 3)])[-4:]
+    return (run, int(number)) if number.isdecimal() else ("", 0)
+
+
 def link_name(plan: pb.Plan, route: pb.Route, number: int, side: pb.LinkRole) -> str:
     """Returns the name of the link to a route's hop `number`, as its dialling node calls it and counts bytes under it."""
     name = f"{'entry' if side == pb.ENTRY else 'exit'} {route.hops[number].node}"

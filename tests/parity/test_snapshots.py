@@ -82,6 +82,9 @@ def test_a_round_goes_on_after_nodes_ended(
         assert {report.state for report in broken.values()} == {"failed"}
         for name in ended if len(ended) == 1 else broken:
             fleet.restart(name)
+            node = fleet.devices.get(name) or fleet.hosts[name][0]
+            lost = node.wait(pb.WaitRequest(job=f"test/2/1/{name}", timeout_s=0))
+            assert (lost.code, list(lost.snapshots)) == ("restarted", list(broken[name].snapshots))
         common = newest_common(report.snapshots for report in broken.values())
         assert common is not None
         resumed = second_round(tiny, config, fleet, attempt=2, resumed=common)
