@@ -18,7 +18,7 @@ from edgelam_fl.plan.reading import job_id
 from edgelam_fl.telemetry.events import AttemptAborted, Emit, MessageResent, NodeSilent
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.attendance import Attendance, Presence
-from server.exchange import LEFT, Arrived, Exchange, ExchangeTiming, Missing, Request, Verdict
+from server.exchange import LEFT, Arrived, Exchange, ExchangeTiming, Missing, Request, Unanswered, Verdict, WhoLeft
 from server.lateness import Lateness
 from server.parcels import parcel_of
 from server.replies import read_report
@@ -28,7 +28,7 @@ _ATTEMPTS = 3  # at a round
 _SLOWER = 3  # a node may take so many times as long to begin as it did before
 _LEAST_BEGIN_S = 8.0  # until a node that has got its message attends
 _LEAST_BYTES_S = 1.25e6  # of a message on its way to a node
-_MOST_RESENT = 2  # of one message to a node that takes none
+_MOST_RESENT = 2  # of one message
 
 _MOST_KEPT = 8  # snapshots that a node may report
 _SAY_S = 10.0  # between two signs of life while a silent node is waited for
@@ -58,13 +58,13 @@ class SiteDeadlines:
         self._now = now
         self._through_since = dict.fromkeys(sites, math.inf)
 
-    def look(self, silent: Mapping[str, bool]) -> Verdict:
-        left = {name: LEFT for name, is_here in silent.items() if not is_here}
-        return Verdict(lost={name: reason for name, reason in self.late(silent).items() if name in silent} | left)
+    def look(self, silent: Mapping[str, Unanswered]) -> Verdict:
+        late = {name: reason for name, reason in self.late(silent.keys()).items() if name in silent}
+        return Verdict(lost={**late, **WhoLeft().look(silent).lost})
 
-    def late(self, silent: Mapping[str, bool]) -> dict[str, str]:
-        """Returns why nodes are late, by name."""
-        now, names = self._now(), silent.keys()
+    def late(self, names: Set[str]) -> dict[str, str]:
+        """Returns why nodes are late, by name; `names`: those without an answer."""
+        now = self._now()
         since = self._through_since
         since |= {site: min(t, now) if site.is_through(names) else math.inf for site, t in since.items()}
         late = [site for site, t in since.items() if now - t > site.limit_s]
@@ -250,15 +250,15 @@ class Attempt:
 
     # ---------------------------------------------------------------- what follows from it
 
-    def look(self, silent: Mapping[str, bool]) -> Verdict:
+    def look(self, silent: Mapping[str, Unanswered]) -> Verdict:
         """Gives up the nodes of which nothing is to come, and sends messages again that reached nobody."""
         self._listen()
-        late = self._deadlines.late(silent)
+        late = self._deadlines.late(silent.keys())
         lost: dict[str, str] = {}
-        for name, is_here in silent.items():
+        for name, peer in silent.items():
             if self._nodes[name].restarted:
                 self._lose(name, "its stage host was started again")
-            elif reason := self._why_lost(name, is_here) or ("" if self._attends(name) else late.get(name, "")):
+            elif reason := self._why_lost(name, peer) or ("" if self._attends(name) else late.get(name, "")):
                 lost[name] = reason
                 self.silent.add(name)
                 self._lose(name, reason)
@@ -266,8 +266,8 @@ class Attempt:
         lost |= {name: self._out[name] for name in silent.keys() - lost.keys() if self._has_had_its_say(name)}
         supplies = [self._message_to(name, parcel) for name, parcel in self._needed.items()]
         self._needed.clear()
-        again = [name for name, is_here in silent.items() if is_here and name not in lost and self._is_due(name)]
-        return Verdict(lost=lost, again=supplies + [self._resent(name) for name in again])
+        again = [name for name, peer in silent.items() if name not in lost and self._is_due(name, peer)]
+        return Verdict(lost=lost, again=supplies + [self._resent(name, silent[name]) for name in again])
 
     def _attends(self, name: str) -> bool:
         return self._nodes[name].heard_s is not None
@@ -277,19 +277,19 @@ class Attempt:
         hears = self._attends(name) or name in self._beginnings.took_s
         return hears and self._timing.now() - self._out_since.get(name, math.inf) >= self._timing.cancelled_s
 
-    def _why_lost(self, name: str, is_here: bool) -> str:
+    def _why_lost(self, name: str, peer: Unanswered) -> str:
         """Returns why nothing is to be heard of a node any more; empty: it is waited for."""
         node, timing, now = self._nodes[name], self._timing, self._timing.now()
         if node.heard_s is None:
-            if not is_here:
-                return LEFT
+            if not peer.is_here or (peer.problem and not self._may_resend(name)):
+                return peer.why_lost
             takes_none = name in self._beginnings.took_s and node.resent == _MOST_RESENT
             return f"it took none of {1 + _MOST_RESENT} messages" if takes_none and self._is_late(name) else ""
         if node.state != "running":
-            limit_s = timing.messages_s if is_here else timing.device_silent_s
+            limit_s = timing.messages_s if peer.is_here else timing.device_silent_s
             return f"no reply {limit_s:.0f} s after its part's end" if now - node.over_s >= limit_s else ""
         silent_s = now - node.heard_s
-        if not is_here and silent_s >= timing.strikes_s:
+        if not peer.is_here and silent_s >= timing.strikes_s:
             return LEFT
         limit_s = self._silence_s(name)
         if silent_s >= timing.strikes_s and silent_s < limit_s and now - node.said_s >= _SAY_S:
@@ -346,13 +346,20 @@ class Attempt:
 
     # ---------------------------------------------------------------- lost messages
 
-    def _is_due(self, name: str) -> bool:
+    def _may_resend(self, name: str) -> bool:
+        """Returns whether a node without a message is sent another one."""
+        return self._attendance.works and name not in self._out and self._nodes[name].resent < _MOST_RESENT
+
+    def _is_due(self, name: str, peer: Unanswered) -> bool:
         """Returns whether a node's message is to be sent again: it got none, or its reply was lost."""
         node = self._nodes[name]
-        if name in self._out or not self._attendance.works or name in self._beginnings.mute:
+        if not peer.is_here or not self._may_resend(name):
             return False
+        if peer.problem:
+            return True
         if node.heard_s is None:
-            return node.resent < (_MOST_RESENT if name in self._beginnings.took_s else 1) and self._is_late(name)
+            is_once = name not in self._beginnings.took_s and node.resent
+            return not is_once and name not in self._beginnings.mute and self._is_late(name)
         over_s = self._timing.now() - node.over_s
         return node.state == "done" and over_s >= _LEAST_BEGIN_S * 2**node.resent
 
@@ -363,10 +370,11 @@ class Attempt:
         patience_s = self._beginnings.patience_s(name, self._timing.resend_s) + sending_s
         return self._timing.now() - node.sent_s >= patience_s * (2 if node.resent == _MOST_RESENT else 1)
 
-    def _resent(self, name: str) -> Request:
+    def _resent(self, name: str, peer: Unanswered) -> Request:
         node, facts, now = self._nodes[name], self.planned.facts, self._timing.now()
-        reason = "it has not begun" if node.heard_s is None else "its part is over, and no reply has come"
-        seconds = now - (node.sent_s if node.heard_s is None else node.over_s)
+        unheard = "it has not begun" if node.heard_s is None else "its part is over, and no reply has come"
+        reason = peer.problem or unheard
+        seconds = now - (node.sent_s if node.heard_s is None else min(now, node.over_s))
         node.resent, node.sent_s = node.resent + 1, now if node.heard_s is None else node.sent_s
         event = MessageResent(
             round=facts.round, attempt=facts.attempt, node=name, seconds=round(seconds, 1), reason=reason

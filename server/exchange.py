@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from flwr.app import Message, RecordDict
@@ -19,6 +19,12 @@ from edgelam_fl.errors import BUG, Mismatch
 from edgelam_fl.names import printable
 
 _CODES = {ErrorCode.INVALID_FAB: Mismatch.code, ErrorCode.CLIENT_APP_RAISED_EXCEPTION: BUG}  # of Flower's error replies
+_LOST = {  # messages that nobody will answer, though the node may be well
+    ErrorCode.NODE_UNAVAILABLE: "its SuperNode was away",
+    ErrorCode.MESSAGE_UNAVAILABLE: "its message is lost",
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE: "its reply is lost",
+    ErrorCode.CLIENT_APP_CRASHED: "its ClientApp was killed",
+}
 LEFT = "left the federation"
 
 
@@ -90,20 +96,33 @@ class Verdict:
     """Messages to send: again, or in a node's next turn. The node's first answer to any of its messages counts."""
 
 
+@dataclass(frozen=True, slots=True)
+class Unanswered:
+    """A node without an answer."""
+
+    is_here: bool = True
+    """Whether Flower lists it."""
+    problem: str = ""
+    """Why nothing will answer its messages, whatever the node does; empty: one may be answered."""
+
+    @property
+    def why_lost(self) -> str:
+        """Why there will be no answer; empty: there may be one."""
+        return self.problem if self.is_here else LEFT
+
+
 class Watch(Protocol):
     """Judges the nodes that have not answered yet."""
 
-    def look(self, silent: Mapping[str, bool]) -> Verdict:
-        """Called after each look at what has arrived; `silent`: whether Flower lists a node, by the names of those without
-        an answer.
-        """
+    def look(self, silent: Mapping[str, Unanswered]) -> Verdict:
+        """Called after each look at what has arrived; `silent`: the nodes without an answer, by name."""
 
 
 class WhoLeft:
-    """Gives up the nodes that Flower no longer lists."""
+    """Gives up the nodes that Flower no longer lists, and those whose messages are lost."""
 
-    def look(self, silent: Mapping[str, bool]) -> Verdict:
-        return Verdict(lost={name: LEFT for name, is_here in silent.items() if not is_here})
+    def look(self, silent: Mapping[str, Unanswered]) -> Verdict:
+        return Verdict(lost={name: peer.why_lost for name, peer in silent.items() if peer.why_lost})
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +131,8 @@ class Addressee:
 
     name: str
     node_id: int
+    problem: str = ""
+    """Why nobody will answer the message; empty: somebody may."""
 
 
 class Exchange:
@@ -154,7 +175,8 @@ class Exchange:
         waiting, self._given_up = self.send(requests), {}
         pause_s = timing.first_poll_s
         while waiting and timing.now() < end:
-            for asked in [[message_id] for message_id in waiting] if one_by_one else [list(waiting)]:
+            awaited = [message_id for message_id, peer in waiting.items() if not peer.problem]
+            for asked in [[message_id] for message_id in awaited] if one_by_one else [awaited]:
                 found = _taken(self.grid.pull_messages(asked), waiting)
                 while found:
                     yield found.pop()
@@ -188,25 +210,38 @@ class Exchange:
             peers.append(Addressee(request.name, request.node_id))
         return dict(zip(self.grid.push_messages(messages), peers, strict=True))
 
-    def _silent(self, waiting: Mapping[str, Addressee]) -> dict[str, bool]:
-        """Returns whether each node without an answer is here."""
+    def _silent(self, waiting: Mapping[str, Addressee]) -> dict[str, Unanswered]:
+        """Returns the nodes without an answer."""
         present = self.present() if waiting else set()
-        silent: dict[str, bool] = {}
+        messages: dict[str, list[Addressee]] = {}
         for peer in waiting.values():
-            silent[peer.name] = silent.get(peer.name, False) or peer.node_id in present
-        return silent
+            messages.setdefault(peer.name, []).append(peer)
+        return {
+            name: Unanswered(
+                is_here=any(peer.node_id in present for peer in peers),
+                problem=peers[-1].problem if all(peer.problem for peer in peers) else "",
+            )
+            for name, peers in messages.items()
+        }
 
 
 def _taken(messages: Iterable[Message], waiting: dict[str, Addressee]) -> list[Arrived | Missing]:
     """Returns what has arrived as its nodes' answers, and takes these nodes off `waiting`.
 
-    A failed ClientApp is no answer while another message is on its way to its node.
+    No answer is an account of a lost message, nor that of a failed ClientApp while another message is on its way to its node.
     """
     answers = []
     for message in messages:
-        peer = waiting.pop(message.metadata.reply_to_message_id, None)
-        if peer is None or (message.has_error() and any(other.name == peer.name for other in waiting.values())):
+        message_id = message.metadata.reply_to_message_id
+        peer = waiting.get(message_id)
+        if peer is None:
             continue
+        if message.has_error():
+            problem = _problem(message)
+            others = [other for key, other in waiting.items() if other.name == peer.name and key != message_id]
+            if message.error.code in _LOST or any(not other.problem for other in others):
+                waiting[message_id] = replace(peer, problem=problem)
+                continue
         _forget(peer.name, waiting)
         answers.append(answer_of(peer.name, message))
     return answers
@@ -223,6 +258,9 @@ def _forget(name: str, waiting: dict[str, Addressee]) -> list[str]:
 def answer_of(name: str, message: Message) -> Arrived | Missing:
     """Returns a node's message as the answer that it is: a reply, or an account of what failed there."""
     if message.has_error():
-        reason = f"its ClientApp failed: {printable(message.error.reason)}"
-        return Missing(name, reason, _CODES.get(message.error.code, ""))
+        return Missing(name, _problem(message), _CODES.get(message.error.code, ""))
     return Arrived(name, message.content)
+
+
+def _problem(message: Message) -> str:
+    return _LOST.get(message.error.code) or f"its ClientApp failed: {printable(message.error.reason)}"

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.flower import from_record, to_record
@@ -50,6 +51,8 @@ class ByHand:
         """Whether its ClientApp ends before it has fetched this plan, or a query (None)."""
         self.leaves: Callable[[pb.Plan], bool] = lambda plan: False
         """Whether it is switched off when it gets this plan."""
+        self.unavailable: Callable[[pb.Plan], bool] = lambda plan: False
+        """Whether Flower answers in its place that it missed its heartbeats."""
         self.moves_bytes = 0
         self.by = 1.0
         self.step_s = 0.0
@@ -134,6 +137,8 @@ class HandGrid:
             return None
         if node.fails(plan) == "crash":
             return Message(Error(code=0, reason="crashed"), reply_to=message)
+        if node.unavailable(plan):
+            return Message(Error(code=ErrorCode.NODE_UNAVAILABLE, reason="no heartbeat"), reply_to=message)
         if content["plan"].get("wait") == "park":
             self._parked[node_id] = content
             running = pb.JobReport(state="running").SerializeToString()

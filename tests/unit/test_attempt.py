@@ -194,6 +194,22 @@ def test_a_node_that_plays_is_waited_for_though_flower_misses_it(attended: MakeA
     assert (again["node"], again["reason"]) == ("b", "its part is over, and no reply has come")
 
 
+def test_a_node_whose_message_flower_has_lost_is_sent_it_again(attended: MakeAttended) -> None:
+    run, _ = attended("ab", "e", ONE_ROUND)
+    run.nodes["b"].unavailable = lambda plan: bool(plan.steps) and not run.events("message_resent")
+    assert moves(run.run(), run.start)[0] == 1
+    assert lost(run) == []
+    assert [event["reason"] for event in run.events("message_resent")] == ["its SuperNode was away"]
+    assert took_s(run) < 5
+
+
+def test_without_a_hub_a_node_whose_message_is_lost_is_lost(federation: MakeFederation) -> None:
+    run = federation("ab", "e", ONE_ROUND)
+    run.nodes["b"].unavailable = lambda plan: bool(plan.steps)
+    run.run()
+    assert [(event["node"], event["reason"]) for event in run.events("node_lost")] == [("b", "its SuperNode was away")]
+
+
 def test_a_message_that_nobody_has_is_sent_again(attended: MakeAttended) -> None:
     run, attendance = attended("ab", "e", ONE_ROUND)
     run.nodes["b"].loses = lambda plan: plan is not None and plan.steps > 0 and not run.events("message_resent")
