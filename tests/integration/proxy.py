@@ -34,14 +34,12 @@ class Connection:
 
 
 class Proxy:
-    """Forwards connections to `target` (host:port).
+    """Forwards connections to `target` (host:port). `buffer_bytes`: of each of its sockets, both ways (0: the system's)."""
 
-    `buffer_bytes`: of each of its sockets, both ways (0: the system's). `source`: the address that it dials from; empty: any.
-    """
+    _source = ""  # the address that it dials from; empty: any
 
-    def __init__(self, target: str, buffer_bytes: int = 0, source: str = "") -> None:
+    def __init__(self, target: str, buffer_bytes: int = 0) -> None:
         host, _, port = target.rpartition(":")
-        self._source = source
         self._target = (host, int(port))
         self._buffer_bytes = buffer_bytes
         self._sockets: list[socket.socket] = []
@@ -203,16 +201,15 @@ class CuttingProxy(Proxy):
     `budgets`: for the next connections, in turn; after the last one none breaks by itself.
     """
 
-    def __init__(self, target: str, budgets: Iterable[int] = (), source: str = "127.0.0.1") -> None:
-        """`source`: the address that the target sees."""
+    def __init__(self, target: str, budgets: Iterable[int] = ()) -> None:
         self._budgets = iter(budgets)
         self.cuts = 0
-        self._swallows = threading.Event()
-        super().__init__(target, source=source)
+        self._source = ""
+        super().__init__(target)
 
-    def swallow(self) -> None:
-        """Lets nothing pass any more, and closes nothing: neither end hears of it."""
-        self._swallows.set()
+    def move(self, source: str) -> None:
+        """Lets nothing more pass on connections that are open, of which neither end hears; dials later ones from `source`."""
+        self._source = source
 
     def cut(self) -> None:
         """Closes all connections; new ones are taken."""
@@ -221,11 +218,11 @@ class CuttingProxy(Proxy):
             _shut(opened)
 
     def _watch(self) -> tuple[Callable[[bytes], object], Callable[[bytes], object]]:
-        left = next(self._budgets, None)
+        left, source = next(self._budgets, None), self._source
 
         def passing(data: bytes) -> None:
             nonlocal left
-            if self._swallows.is_set():
+            if source != self._source:
                 threading.Event().wait()
             if left is None:
                 return

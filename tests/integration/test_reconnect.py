@@ -18,7 +18,7 @@ from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.grpc.dial import dial
 from edgelam_fl.wire.grpc.options import LinkTiming
 from edgelam_fl.wire.grpc.serve import DataPlaneServer, RelayedDoor
-from edgelam_fl.wire.link import Frame, Link
+from edgelam_fl.wire.link import CLOSED, Frame, Link
 from edgelam_fl.wire.relay import BEHIND, DIAL, LISTEN, Relay, make_token
 from tests.integration.proxy import CuttingProxy
 from tests.links import Heard, hello, make_terms, ready, terms
@@ -107,7 +107,7 @@ def call(end: End, address: str, way: Relay | None = None) -> Link:
     return end.link
 
 
-def send_all(link: Link, seed: int, count: int) -> list[torch.Tensor | None]:
+def send_all(link: Link, seed: int, count: int, first: int = 0) -> list[torch.Tensor | None]:
     """Sends hidden states of random sizes, some of many chunks, and control frames between them; returns what was sent."""
     chance = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -115,7 +115,7 @@ def send_all(link: Link, seed: int, count: int) -> list[torch.Tensor | None]:
     for number in range(count):
         kind = chance.choice([pb.ACT, pb.GRAD, pb.STEP_CLOSE])
         tensor = None if kind == pb.STEP_CLOSE else torch.randn(1, chance.randint(1, 300), 700, generator=generator)
-        link.send(pb.Header(kind=kind, step=number), tensor)
+        link.send(pb.Header(kind=kind, step=first + number), tensor)
         sent.append(tensor)
     return sent
 
@@ -149,5 +149,58 @@ def test_streams_cut_anywhere_cost_nothing(seed: int, by_relay: bool, tmp_path: 
         link.send(pb.Header(kind=pb.DONE))
         link.close()
         assert host.frames(1)[0].header.kind == pb.DONE
-        assert host.heard.get(timeout=WAIT_S) == "the other end closed the link"
+        assert host.heard.get(timeout=WAIT_S) == CLOSED
         assert device.heard.empty()
+
+
+def test_a_node_whose_address_changes_takes_the_place_of_its_lost_self() -> None:
+    """The host, which waits for ever, still takes the old stream for alive when the new one comes."""
+    host, device = Host(), End(silent_s=1.0)
+    with host_behind(host) as (proxy, address, _):
+        link = call(device, address)
+        assert host.link is not None
+        sent = send_all(link, 1, 5)
+        frames = host.frames(5)
+        proxy.move("127.0.0.2")
+        sent += send_all(link, 2, 5, first=5)
+        check_all(frames + host.frames(5), sent)
+        host.link.send(pb.Header(kind=pb.STEP_CLOSE, step=1))
+        assert device.frames(1)[0].header.step == 1
+        assert host.suspended == []
+        assert host.resumed[0][0] == 0.0
+        assert device.suspended[0].startswith("silent for")
+        link.close()
+        assert host.heard.get(timeout=WAIT_S) == CLOSED
+
+
+def test_what_was_said_before_the_end_arrives_although_the_stream_breaks() -> None:
+    host, device = Host(), End()
+    with host_behind(host) as (proxy, address, _):
+        link = call(device, address)
+        for _ in range(3):  # the first cut may come before or after what was sent
+            proxy.cut()
+            link.send(pb.Header(kind=pb.TABLE))
+        proxy.cut()
+        link.send(pb.Header(kind=pb.DONE))
+        link.close()
+        assert [frame.header.kind for frame in host.frames(4)] == [pb.TABLE] * 3 + [pb.DONE]
+        assert host.heard.get(timeout=WAIT_S) == CLOSED
+        assert device.heard.empty()
+
+
+def test_a_link_that_gets_no_stream_again_is_lost_at_both_ends() -> None:
+    host, device = Host(reconnect_s=0.5), End(reconnect_s=0.5)
+    with host_behind(host) as (proxy, address, _):
+        call(device, address)
+        proxy.close()
+        for end in (host, device):
+            assert "; then " in str(end.heard.get(timeout=WAIT_S))
+
+
+def test_a_host_that_no_longer_knows_the_link_ends_it_at_once() -> None:
+    host, device = Host(), End()
+    with host_behind(host) as (proxy, address, _):
+        call(device, address)
+        host.link = None  # as if it had been started again
+        proxy.cut()
+        assert "entry refuses: opened before" in str(device.heard.get(timeout=WAIT_S))

@@ -522,6 +522,7 @@ def test_whatever_fails_on_a_frame_costs_its_sender_alone(tiny: ModelSource) -> 
         ({"model_digest": "0" * 64}, "has another model (000000000000)"),
         ({"codecs": ["int3"]}, "no codec in common: ['int3'] and ['raw']"),
         ({"codecs": []}, "no codec in common"),
+        ({"resumes": True}, "no entry link of 'device-0' is open here"),
     ],
 )
 def test_the_door_says_why_not(tiny: ModelSource, wrong: dict[str, Any], words: str) -> None:
@@ -547,6 +548,15 @@ def test_a_link_that_is_opened_twice_is_refused(tiny: ModelSource) -> None:
     answer = site.group.admit(hello(site, 0, pb.ENTRY), second)
     assert answer == pb.Refuse(reason="the entry link of 'device-0' was opened before")
     assert isinstance(site.group.admit(hello(site, 0, pb.EXIT), second), pb.Ready)
+
+
+def test_a_device_that_is_out_of_the_round_does_not_get_its_link_back(tiny: ModelSource) -> None:
+    site = Site(tiny)
+    link, newcomer = (memory_pair("x", ByteCounters(), ByteCounters())[1] for _ in range(2))
+    assert isinstance(site.group.admit(hello(site, 0, pb.ENTRY), link), pb.Ready)
+    site.group.dismiss(site.group.members[0], "late")
+    answer = site.group.admit(hello(site, 0, pb.ENTRY, resumes=True), newcomer)
+    assert answer == pb.Refuse(reason="device-0 is out of the round: late")
 
 
 def test_a_host_gives_up_when_too_few_devices_come(tiny: ModelSource) -> None:

@@ -28,6 +28,11 @@ _LEAST_CONNECT_S = 0.1  # an attempt shortly before the deadline still gets so l
 _LOOK_S = 0.2  # between two looks at whether the link is still wanted
 _MOST_RETRY_S = 5.0  # a host that asks for a longer pause is asked again all the same
 _SESSION_BYTES = 16
+_IMPATIENT = (  # gRPC's own pauses between two tries to connect, for a host that was there a moment ago
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.min_reconnect_backoff_ms", 3000),  # patience with one try
+)
 
 GivenUp = Callable[[], str]  # returns why a link is no longer wanted; empty: it is
 # link that shakes hands, the host's READY -> nothing; it opens the link, or goes on with an older one
@@ -70,14 +75,15 @@ class _Dialler:
             if self._is_barred():
                 raise Refused(f"{self.name}: the membership of {self.node} in the federation has ended")
             way = ways[0]
-            channel = self.security.channel(way.address, way.node, channel_options(self.timing))
+            options = [*channel_options(self.timing), *(_IMPATIENT if hello.resumes else ())]
+            channel = self.security.channel(way.address, way.node, options)
             try:
                 left_s = until - time.monotonic()
                 connect_s = max(_LEAST_CONNECT_S, min(self.timing.connect_s, left_s))
                 _connect(channel, connect_s, given_up)
                 outcome = self._say_hello(channel, way, hello, given_up, take_ready)
             except grpc.FutureTimeoutError:
-                problem = why_unreachable(channel)
+                problem = "nobody answers there" if hello.resumes else why_unreachable(channel)  # which takes a while
                 channel.close()
                 ways.rotate()
                 continue
