@@ -142,15 +142,9 @@ def _run(
     ticket: Ticket | None,
     resumed: Resumption | None,
 ) -> None:
-    if resumed is None or resumed.saved is None:
-        folder.emit(RunStarted(run=folder.path.name, config=spec.config.model_dump(mode="json"), versions=versions()))
-    if resumed is not None:
-        folder.emit(RunResumed(round=resumed.round, problem=resumed.problem))
-        await_nodes(exchange, roster, resumed.nodes)
-    say(f"run folder: {folder.path}")
     saved, attempts = (resumed.saved, resumed.attempts) if resumed is not None else (None, 0)
-    name = saved.run if saved is not None else f"{folder.path.name}-{time.time_ns():x}"
-    Rounds(
+    name = (resumed.name if resumed is not None else "") or f"{folder.path.name}-{time.time_ns():x}"
+    rounds = Rounds(
         spec,
         exchange,
         roster,
@@ -161,7 +155,16 @@ def _run(
         saved=saved,
         attempts_before=attempts,
         ticket=ticket,
-    ).run()
+    )
+    if saved is None:
+        config = spec.config.model_dump(mode="json")
+        folder.emit(RunStarted(run=folder.path.name, config=config, versions=versions(), name_at_nodes=name))
+    if resumed is not None:
+        folder.emit(RunResumed(round=resumed.round, problem=resumed.problem))
+        rounds.end_earlier_attempts()  # first of all: a node that plays answers nothing
+        await_nodes(exchange, roster, resumed.nodes)
+    say(f"run folder: {folder.path}")
+    rounds.run()
     folder.finish()
     say(f"done: {folder.path / 'summary.json'}")
 

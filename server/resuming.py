@@ -27,6 +27,8 @@ class Resumption:
     """A run that can go on."""
 
     config: RunConfig
+    name: str
+    """The name by which nodes know the run; "": they do not know it yet."""
     saved: Saved | None
     """The checkpoint that it goes on from; None: no round was finished, and it begins again."""
     problem: str
@@ -76,12 +78,13 @@ def resumption(folder: Path, overrides: str | list[str] = "", *, begins_again: b
     Raises ConfigError by name: no whole checkpoint, another version's, keys that may not change.
     """
     events = list(read_events(folder / EVENTS_FILE))
+    began = list(of_kind(events, RunStarted))[-1:]
     if begins_again and not newest_round(folder):
         text, saved, problem = (folder / "config.toml").read_text(encoding="utf-8"), None, ""
-        wrote = next((started.versions for started in of_kind(events, RunStarted)), {})
+        wrote, name = (began[0].versions, began[0].name_at_nodes) if began else ({}, "")
     else:
         saved, problem = load_newest(folder)
-        text, wrote = saved.config, saved.versions
+        text, wrote, name = saved.config, saved.versions, saved.run
     mine, theirs = versions()["edgelam-fl"], wrote.get("edgelam-fl", "")
     if theirs and theirs != mine:
         raise ConfigError(
@@ -93,7 +96,7 @@ def resumption(folder: Path, overrides: str | list[str] = "", *, begins_again: b
     check_changes(then, config)
     number = (saved.state.round if saved is not None else 0) + 1
     return Resumption(
-        config=config, saved=saved, problem=problem, attempts=_attempts(events, number), nodes=_nodes(events)
+        config=config, name=name, saved=saved, problem=problem, attempts=_attempts(events, number), nodes=_nodes(events)
     )
 
 

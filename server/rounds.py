@@ -116,7 +116,6 @@ class Rounds:
         succeeds.
         """
         state = self._first
-        self._end_earlier_attempts()
         while state.round < self.config.federation.rounds and self._affords_a_round():
             self._room.await_bytes(self.folder.round_bytes())
             state = self.round_after(state)
@@ -125,7 +124,7 @@ class Rounds:
         self.evaluate(state)
         return state
 
-    def _end_earlier_attempts(self) -> None:
+    def end_earlier_attempts(self) -> None:
         """Tells the nodes that may still play for an earlier process of this run that nobody waits for them."""
         for attempt in range(1, self._attempts_before + 1):
             job = job_id(pb.Plan(run=self._run, round=self._first.round + 1, attempt=attempt))

@@ -11,42 +11,42 @@ from safetensors.numpy import load_file
 from edgelam_fl.files import is_held
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.telemetry.events import EventTail, PlanMade, RoundDone, RunInterrupted, RunResumed, of_kind
-from tests.integration.federation import Federation, config_of, kill
+from tests.integration.federation import Federation, Run, config_of, kill
 
 pytestmark = pytest.mark.processes
-_ROUNDS = 3
 
 
-def test_a_run_goes_on_by_itself_and_comes_to_the_same_adapter(federation: Federation, tiny: ModelSource) -> None:
-    settings = [f"federation.rounds={_ROUNDS}", "federation.batch_size=2", "federation.evaluate_every=3"]
-    calm = federation.run("calm", config_of(tiny.name, *settings))
-    folder = federation.folder / "runs" / "killed"
-    tail, plans = EventTail(folder / "events.jsonl"), list[PlanMade]()
+def test_a_run_goes_on_by_itself_and_comes_to_the_same_adapter(
+    federation: Federation, averaged: Run, tiny: ModelSource
+) -> None:
+    tail, killed = EventTail(federation.folder / "runs" / "killed" / "events.jsonl"), list[str]()
 
-    def kill_in_rounds_2_and_3() -> None:
-        """Kills the ServerApp while round 2 is played, then the SuperLink while round 3 is."""
-        new = [plan for plan in of_kind(tail.poll(), PlanMade) if plan.round in (2, 3) and plan.attempt == 1]
-        plans.extend(new)
-        for plan in new:
-            if plan.round == 2:
+    def kill_in_round_2() -> None:
+        """Kills the ServerApp in the round's first attempt and the SuperLink in the second."""
+        for plan in of_kind(tail.poll(), PlanMade):
+            if (plan.round, plan.attempt) == (2, 1):
                 os.kill(serverapp_of(federation.superlink.pid), 9)
-            else:
+                killed.append("ServerApp")
+            elif (plan.round, plan.attempt) == (2, 2):
                 kill(federation.superlink)
                 federation.restart_superlink()
+                killed.append("SuperLink")
 
-    killed = federation.run("killed", config_of(tiny.name, *settings), kill_in_rounds_2_and_3)
-    assert [plan.round for plan in plans] == [2, 3]
-    assert [event.reason for event in killed.of_kind(RunInterrupted)] == [
+    run = federation.run("killed", config_of(tiny.name), kill_in_round_2)
+    assert killed == ["ServerApp", "SuperLink"]
+    assert [event.reason for event in run.of_kind(RunInterrupted)] == [
         "its process ended with status -9",
         "the SuperLink ended",
     ]
-    assert [event.round for event in killed.of_kind(RunResumed)] == [1, 2]
-    assert [done.round for done in killed.of_kind(RoundDone)] == list(range(1, _ROUNDS + 2))
-    assert all(len(done.devices) == 3 for done in killed.of_kind(RoundDone)), "all nodes were back"
-    expected, found = (load_file(run.path / "adapter" / "adapter_model.safetensors") for run in (calm, killed))
+    assert [event.round for event in run.of_kind(RunResumed)] == [1, 1]
+    rounds = run.of_kind(RoundDone)
+    assert [(done.round, done.attempt) for done in rounds] == [(1, 1), (2, 3), (3, 1)]
+    assert all(len(done.devices) == 3 for done in rounds), "all nodes were back"
+    assert {device.moments for device in rounds[1].devices} == {"warm"}
+    expected, found = (load_file(one.path / "adapter" / "adapter_model.safetensors") for one in (averaged, run))
     assert expected.keys() == found.keys()
     assert all((expected[name] == found[name]).all() for name in expected)
-    assert is_held(killed.path) is False
+    assert is_held(run.path) is False
 
 
 def serverapp_of(superlink: int) -> int:

@@ -10,7 +10,7 @@ import pytest
 
 from edgelam_fl.errors import ConfigError, ModelError
 from edgelam_fl.files import Hold
-from edgelam_fl.telemetry.events import EventLog, RunDone, RunFailure, RunResumed, read_events
+from edgelam_fl.telemetry.events import EventLog, RunDone, RunFailure, RunResumed, RunStarted, read_events
 from edgelam_fl.telemetry.run_folder import state_now
 from edgelam_fl.telemetry.summary import build_summary
 from server.checkpoint import load_newest, save
@@ -56,6 +56,8 @@ def test_a_run_without_a_finished_round_is_refused_unless_the_server_begins_it_a
         resumption(run.folder.path)
     again = resumption(run.folder.path, begins_again=True)
     assert (again.saved, again.round, again.config) == (None, 0, run.config)
+    run.folder.emit(RunStarted(run="run", config={}, versions={}, name_at_nodes="run-77"))
+    assert resumption(run.folder.path, begins_again=True).name == "run-77", "nodes may still play for it"
 
 
 def test_a_run_of_another_version_is_refused(stopped: FederationByHand) -> None:
@@ -119,6 +121,7 @@ def test_no_job_of_an_earlier_process_is_handed_over_again(
     assert (resumed.round, resumed.attempts, resumed.nodes) == (1, 2, frozenset("abe"))
     second = federation("ab", "e")
     second.go_on(stopped, resumed.attempts)
+    second.rounds.end_earlier_attempts()
     second.run()
     assert [(p["round"], p["attempt"]) for p in second.events("plan")] == [(1, 1), (2, 1), (2, 2), (2, 3), (3, 1)]
 

@@ -19,6 +19,8 @@ class RunStarted(Event):
     """The run file with every key resolved, by section."""
     versions: Mapping[str, str]
     """Version per package on the server."""
+    name_at_nodes: str = ""
+    """The name by which nodes know the run; no other run has it."""
 
 
 @dataclass(frozen=True, kw_only=True)
