@@ -14,9 +14,7 @@ from edgelam_fl import hub
 from edgelam_fl.addresses import check_port_free, join_address
 from edgelam_fl.federation.child import Child, Restarts, await_answer
 from edgelam_fl.federation.template import GRPC_LOG
-
-SNAPSHOTS = "kept"
-"""The folder of the hub's snapshots of nodes, in its state folder."""
+from edgelam_fl.hub import OFFERS
 
 
 @dataclass
@@ -43,15 +41,10 @@ class HubProcess:
     def start(self) -> None:
         """Starts the hub and waits until it answers. Raises EnvironmentProblem if its port is taken or it ends."""
         check_port_free(self.host, self.port, "--data-plane")
-        self._forget_earlier_runs()
+        # What runs of an earlier server offered. The key of its tokens stays: nodes that still play for a run are to hear that the
+        # run goes on without their part.
+        shutil.rmtree(self.state / OFFERS, ignore_errors=True)
         await_answer(self._start(), self.host, self.port)
-
-    def _forget_earlier_runs(self) -> None:
-        """Removes what runs of an earlier server let the hub do; their nodes' snapshots stay, for those that go on."""
-        for entry in self.state.glob("*"):
-            if entry.name == SNAPSHOTS:
-                continue
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
 
     def _start(self) -> Child:
         command = [sys.executable, "-m", "edgelam_fl.hub.daemon", "--listen", join_address(self.host, self.port)]

@@ -28,6 +28,7 @@ import grpc
 
 from edgelam_fl.errors import EdgelamError, ModelError
 from edgelam_fl.files import write_private
+from edgelam_fl.hub import OFFERS
 from edgelam_fl.hub.places import Place, PlaceLimits, Places
 from edgelam_fl.model.identity import CONFIG, is_text_file, text_files
 from edgelam_fl.model.index import layer_number, safetensors_header
@@ -65,7 +66,7 @@ def offered(source: ModelSource, state: Path) -> Iterator[bytes]:
 
 
 def _note(state: Path, digest: str, token: bytes) -> Path:
-    return state / "models" / digest / f"{hashlib.sha256(token).hexdigest()}.json"
+    return state / OFFERS / digest / f"{hashlib.sha256(token).hexdigest()}.json"
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from edgelam_fl.addresses import answers, free_port, hub_address
 from edgelam_fl.errors import ConfigError, EnvironmentProblem
 from edgelam_fl.federation.child import end_all
 from edgelam_fl.federation.hub_process import HubProcess
-from edgelam_fl.hub import PORT, STATE, echo
+from edgelam_fl.hub import OFFERS, PORT, STATE, echo
 from edgelam_fl.hub.daemon import HubServer
+from edgelam_fl.hub.passes import relay_key
 
 
 def test_the_hub_listens_on_a_free_port_and_its_services_get_its_state_folder(tmp_path: Path) -> None:
@@ -55,8 +56,12 @@ def test_where_the_hub_is() -> None:
 def test_a_hub_that_is_killed_is_started_again(tmp_path: Path) -> None:
     hub = HubProcess("127.0.0.1", free_port(), tmp_path / "hub")
     assert hub.environment == {PORT: str(hub.port), STATE: str(tmp_path / "hub")}
+    (tmp_path / "hub" / OFFERS).mkdir(parents=True)
+    key = relay_key(tmp_path / "hub")
     try:
         hub.start()
+        assert not (tmp_path / "hub" / OFFERS).exists(), "runs of an earlier server offer nothing"
+        assert relay_key(tmp_path / "hub") == key, "the tokens of nodes that still play are good"
         assert hub.child is not None
         assert hub.watch() == ""
         os.kill(hub.child.pid, signal.SIGKILL)
