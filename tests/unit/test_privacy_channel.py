@@ -110,6 +110,18 @@ def test_the_noise_that_arrives_is_what_the_accountant_assumes(power_dbm: float,
     assert measured > 0.98 * NEEDED / MOVES
 
 
+def test_what_was_given_away_stays_and_rounds_since_then_count_for_all() -> None:
+    before = Exposure(1e-5, "rdp")
+    before.add("a", 2.0)
+    after = Exposure(1e-5, "rdp")
+    after.restore(before.state(), 0.0)
+    assert (after.epsilon("a"), after.epsilon("b")) == (before.epsilon("a"), 0.0)
+    after.restore(before.state(), 2.0**-2)
+    before.add("a", 2.0)
+    assert after.epsilon("a") == before.epsilon("a")
+    assert after.epsilon("b") == pytest.approx(epsilon_of(Releases(2.0, rounds=1), 1e-5, "rdp"))
+
+
 def test_each_device_has_the_noise_of_its_own_channel() -> None:
     over, _ = channel(-50.0)
     air = over.in_round(1, values=20_000, clip=CLIP, noise=0.01, moves=MOVES)

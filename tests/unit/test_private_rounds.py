@@ -276,6 +276,36 @@ def test_a_budget_that_is_spent_ends_the_run_with_its_result(federation: MakeFed
     assert load_newest(run.folder.path)[0].state.round == state.round
 
 
+def test_a_resumed_run_keeps_its_promise(federation: MakeFederation) -> None:
+    """With the same noise it goes on to the last bit; its terms, its bound and what is spent stay, also what was paid since."""
+    settings = ("privacy.clip_quantile=0.5", "privacy.noise=5.0", "federation.rounds=4")
+    whole = private(federation, "abc", *settings)
+    expected = whole.state()
+    generator = np.random.default_rng(1)
+    first = federation("abc", "", *PRIVATE, *settings, generator=generator)
+    first.rounds.round_after(FederationState())
+    second = federation("abc", "", *PRIVATE, *settings, generator=generator)
+    second.go_on(first)
+    result = second.state()
+    assert adapters.digest(result.adapter) == adapters.digest(expected.adapter)
+    spent, of_whole = ([(e["epsilon"], e["clip"]) for e in run.events("privacy_spent")] for run in (first, whole))
+    assert spent == of_whole
+    assert len(first.events("privacy_promised")) == 1
+
+
+def test_a_resumed_run_counts_what_was_paid_since_its_checkpoint(federation: MakeFederation) -> None:
+    run, again = (private(federation, "ab", "privacy.noise=5.0", "federation.rounds=3") for _ in range(2))
+    run.rounds.round_after(FederationState())
+    assert run.rounds.privacy is not None
+    run.rounds.privacy.ledger.spend_a_round()  # for round 2, in whose middle the server is killed
+    again.go_on(run)
+    again.state()
+    assert run.events("privacy_spent")[-1]["epsilon"] == epsilon_of(Releases(5.0, 4), 1e-5)
+    (run.folder.path / LEDGER).unlink()
+    with pytest.raises(ConfigError, match=r"counts 0 rounds, and its checkpoint 4"):
+        again.go_on(run)
+
+
 def test_an_attempt_that_fails_is_paid_for(federation: MakeFederation) -> None:
     run = private(federation, "ab", "federation.min_nodes=2", "privacy.noise=5.0")
     run.nodes["b"].fails = lambda plan: "no memory" if plan.steps and plan.attempt == 1 else ""
