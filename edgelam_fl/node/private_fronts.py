@@ -5,13 +5,14 @@ Knows files and tensors; knows nothing about training. `node.held` trains what i
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
 
-from edgelam_fl.files import write_private
+from edgelam_fl.files import say, write_private
 from edgelam_fl.model.adapter import Adapter, from_bytes, to_bytes
 from edgelam_fl.privacy.mechanism import secret_generator
 
@@ -37,10 +38,18 @@ class PrivateFronts:
         return {name: kept[name] if name in fits else _new(name, array) for name, array in like.items()}
 
     def keep(self, run: str, front: Adapter) -> None:
-        """Keeps what a round trained."""
+        """Keeps what a round trained. A disk that does not take it costs no round: the front then stays in memory alone."""
         self._newest = run, front
-        if self._folder is not None:
+        if self._folder is None:
+            return
+        try:
             write_private(self._file(self._folder, run), to_bytes(front))
+        except OSError as error:
+            say(
+                f"the private front could not be written ({error}): what this round trained of it is lost if this process ends before "
+                f"a later round is written",
+                sys.stderr,
+            )
 
     def _kept(self, run: str) -> Adapter:
         if self._newest[0] == run:

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from edgelam_fl.errors import ConfigError, EnvironmentProblem
 from edgelam_fl.machine import disk_free_bytes, memory_free_bytes
 from edgelam_fl.model.generation import GENERATION, generation_settings
 from edgelam_fl.model.source import ModelSource, find_model
+from edgelam_fl.model.tensor_file import write_tensors
 from edgelam_fl.model.tokenizer import load_tokenizer
 from edgelam_fl.serving.results import Result
 
@@ -106,7 +107,7 @@ def _adapter(result: Result, front: Path | None) -> Iterator[Path]:
         raise ConfigError(f"--front {front} does not belong to the adapter of {result.folder}: {what}")
     with tempfile.TemporaryDirectory() as made:
         shutil.copyfile(result.adapter / _CONFIG, Path(made) / _CONFIG)
-        save_file(whole | own, Path(made) / _TENSORS, metadata={"format": "pt"})
+        write_tensors(Path(made) / _TENSORS, whole | own, {"format": "pt"})
         yield Path(made)
 
 

@@ -102,6 +102,16 @@ def test_fronts_of_two_runs_are_two(tmp_path: Path) -> None:
     assert fronts.of("other", wider)["x.layers.0.lora_A.weight"].shape == (4, 8)
 
 
+def test_a_disk_that_does_not_take_a_front_costs_no_round(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    like: Adapter = {"x.layers.0.lora_A.weight": np.zeros((2, 8)), "x.layers.0.lora_B.weight": np.zeros((8, 2))}
+    (tmp_path / FOLDER).touch()
+    fronts = PrivateFronts(tmp_path)
+    front = fronts.of("run", like)
+    fronts.keep("run", front)
+    assert "could not be written" in capsys.readouterr().err
+    assert adapters.digest(fronts.of("run", like)) == adapters.digest(front)
+
+
 @pytest.mark.parametrize("private", [True, False])
 def test_a_defended_cut_still_learns(tiny: ModelSource, data_files: list[Path], tmp_path: Path, private: bool) -> None:
     keys = (f"privacy.private_front={str(private).lower()}", "privacy.cut_clip=2.0", "privacy.cut_noise=0.1")
