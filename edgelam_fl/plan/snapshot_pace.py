@@ -26,10 +26,10 @@ _PASSES = 4  # hidden states and gradients, each on an entry and on an exit link
 def set_pace(spec: RunSpec, plans: Mapping[str, pb.Plan]) -> None:
     """Sets `snapshot_every` of all plans, which is the same for all, and `kept_every` of hosts, a multiple of it.
 
-    A number in the run file is both. Nothing is set if no attempt of the round could go on from a snapshot.
+    A number in the run file is both. Nothing is set if no attempt of the round could go on from a snapshot, and none without plans.
     """
     asked = spec.config.federation.snapshot_every
-    if asked == 0 or not all(keeps_steps(plan) for plan in plans.values()):
+    if asked == 0 or not plans or not all(keeps_steps(plan) for plan in plans.values()):
         return
     footprints = Footprints(spec)
     every = (
