@@ -294,7 +294,7 @@ class Rounds:
         progress: Progress = FROM_THE_START,
     ) -> PlannedRound:
         """Plans one attempt: layers per node, a plan per node, and the tensors to send. Emits `plan`."""
-        layout = self._layout(number, lineup, trains) if lineup.names else Layout((), {})
+        layout = self._layout(number, lineup, state, trains) if lineup.names else Layout((), {})
         devices = [self.roster.profiles[name] for name in lineup.names]
         capabilities = self.aggregation.capabilities
         facts = RoundFacts(
@@ -339,9 +339,9 @@ class Rounds:
             self._readable = found.words
             self.folder.emit(found)
 
-    def _layout(self, number: int, lineup: Lineup, trains: bool) -> Layout:
+    def _layout(self, number: int, lineup: Lineup, state: FederationState, trains: bool) -> Layout:
         devices = [self.roster.profiles[name] for name in lineup.names]
-        hosts = self._hosts(number, devices)
+        hosts = self._hosts(number, devices, state)
         if trains:  # an evaluation alone is not worth it
             names = {node.name for node in [*devices, *hosts]}
             measure = partial(self.roster.measure_links, names)
@@ -354,18 +354,19 @@ class Rounds:
         aside = self.pauses.sitting_out(number, devices, least)
         return aside | progress.newcomers([name for name in devices if name not in aside], least)
 
-    def _hosts(self, number: int, devices: Sequence[pb.Profile]) -> list[pb.Profile]:
-        """Returns the nodes that may host in a round of these devices, but for those that sit out."""
+    def _hosts(self, number: int, devices: Sequence[pb.Profile], state: FederationState) -> list[pb.Profile]:
+        """Returns the nodes that may host in a round of these devices, but for those that sit out: first those that hosted last."""
         hosts = {host.name: host for host in who_may_host(self.config, [*self.roster.edges(), *devices])}
         aside = self.pauses.sitting_out(number, [*hosts], self.config.split.least_hosts)
-        return [host for name, host in hosts.items() if name not in aside]
+        fit = [host for name, host in hosts.items() if name not in aside]
+        return sorted(fit, key=lambda host: host.name not in state.hosts)
 
     # ---------------------------------------------------------------- exchange
 
     def _attempt(self, planned: PlannedRound) -> Attempt:
         hosting = {host.name for site in planned.layout.sites for host in site.hosts}
         devices = [self.roster.profiles[name] for name in planned.lineup.names]
-        others = {host.name for host in self._hosts(planned.facts.round, devices)} - hosting
+        others = {host.name for host in self._hosts(planned.facts.round, devices, planned.start)} - hosting
         return Attempt(
             planned,
             self._exchange,

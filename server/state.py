@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord
 
 from edgelam_fl.flower import record_bytes
 from edgelam_fl.model.adapter import Adapter
-from edgelam_fl.plan.layout import Layout, site_source
+from edgelam_fl.plan.layout import Layout, hosts_of, site_source
 from edgelam_fl.plan.making import RoundFacts
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.holdings import Holdings, NodeHoldings
@@ -57,6 +57,11 @@ class FederationState:
             sites={**self.sites, **sites},
             holdings=holdings,
         )
+
+    @property
+    def hosts(self) -> frozenset[str]:
+        """The hosts of the sites that devices were members of last: they hold what the next round starts from, and its moments."""
+        return frozenset(name for site in self.sites.values() for name in hosts_of(site))
 
     def exports(self) -> dict[str, Adapter]:
         """Returns, per device, the tensors that it goes on with instead of the global ones: its own and its site's.

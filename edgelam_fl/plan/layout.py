@@ -61,6 +61,11 @@ def site_source(site: str) -> str:
     return f"site {site}"
 
 
+def hosts_of(source: str) -> list[str]:
+    """Returns the names of a site's hosts, from its name as strategies see it."""
+    return [name for name in source.removeprefix(site_source("")).split("+") if name]
+
+
 def by_name(patterns: Mapping[str, int], name: str, default: int) -> int:
     """Returns a node's value: that of its exact name, else of the longest pattern that matches, else the default."""
     if name in patterns:
