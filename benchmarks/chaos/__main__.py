@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--edges", choices=("1", "2", "both"), default="both", help="edge servers of the federation")
     parser.add_argument("--relay", action="store_true", help="edge servers are reached through the hub alone")
     parser.add_argument("--rounds", type=int, default=40, help="of each run")
-    parser.add_argument("--limit", type=float, default=120.0, help="longest recovery that is waited for, in seconds")
+    parser.add_argument("--limit", type=float, default=150.0, help="longest recovery that is waited for, in seconds")
     parser.add_argument("--minutes", type=float, default=60.0, help="after which no fault begins")
     parser.add_argument("--only", nargs="*", default=[], metavar="[ACTION:]TARGET", help="faults of these kinds alone")
     parser.add_argument("--no-reference", action="store_true", help="without the undisturbed run before")

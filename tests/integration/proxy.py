@@ -53,6 +53,11 @@ class Proxy:
         for opened in [self._listener, *self._sockets]:
             _shut(opened)
 
+    def cut(self) -> None:
+        """Closes all connections; new ones are taken."""
+        for opened in self._sockets:
+            _shut(opened)
+
     def _watch(self) -> tuple[Callable[[bytes], object], Callable[[bytes], object]]:
         """For a new connection: what is called before each piece goes to the target, and from it."""
         raise NotImplementedError
@@ -214,8 +219,7 @@ class CuttingProxy(Proxy):
     def cut(self) -> None:
         """Closes all connections; new ones are taken."""
         self.cuts += 1
-        for opened in self._sockets:
-            _shut(opened)
+        super().cut()
 
     def _watch(self) -> tuple[Callable[[bytes], object], Callable[[bytes], object]]:
         left, source = next(self._budgets, None), self._source
