@@ -44,6 +44,8 @@ class Federation:
     edges: list[str]
     relay: bool = False
     """Edge servers are reached through the hub alone."""
+    tree: Path | None = None
+    """A checkout whose code the commands run; None: that of this process."""
     devices: dict[str, Path] = field(default_factory=dict)
     model: Path = Path()
     commands: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
@@ -59,6 +61,8 @@ class Federation:
             **os.environ, MARK: self.mark, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1",
             "COLUMNS": "200", "TMPDIR": str(self.folder / "tmp"), "EDGELAM_CACHE": str(self.folder / "cache"),
         }  # fmt: skip
+        if self.tree is not None:
+            self.environment["PYTHONPATH"] = str(self.tree)
         self.control = Line(self.server, f"{_OUTSIDE}:{self.port}")
         self.hub = Line(f"127.0.0.1:{self.port + 1}", f"{_OUTSIDE}:{self.port + 1}")
         self._data_ports = {edge: _two_free_ports() for edge in self.edges}
