@@ -55,7 +55,7 @@ def measure(smoke: bool, options: argparse.Namespace) -> tuple[dict[str, Any], l
     ends: list[RunEnd] = []
     rounds_s: list[float] = []
     left: dict[str, list[str]] = {}
-    for edges, share in zip(sizes, shares, strict=True):
+    for number, (edges, share) in enumerate(zip(sizes, shares, strict=True), 1):
         federation = Federation(root / f"{edges}-edges", [f"edge-{n + 1}" for n in range(edges)], options.relay)
         try:
             _say(began, f"{edges} edge servers, {len(share)} faults; up after {federation.start():.1f} s")
@@ -66,7 +66,7 @@ def measure(smoke: bool, options: argparse.Namespace) -> tuple[dict[str, Any], l
             for verdict in trial.verdicts(share):
                 verdicts.append(verdict)
                 _say(began, f"{len(verdicts)}/{count} {json.dumps(verdict.to_json())}")
-                if time.monotonic() - began > 60 * options.minutes:
+                if time.monotonic() - began > 60 * options.minutes * number / len(sizes):
                     _say(began, "out of time")
                     break
             ends += trial.ends

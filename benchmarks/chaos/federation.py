@@ -134,8 +134,9 @@ class Federation:
         return ["--server", self.server, "--operator", str(self.folder / "server" / "operator")]
 
     def go_on(self, line: str) -> None:
-        """Types a line that a command printed."""
-        self.command("run", *shlex.split(line)[1:])
+        """Types a line that a command printed, with the server's address and keys if it leaves them to the person."""
+        words = shlex.split(line)[1:]
+        self.command("run", *words, *([] if "--server" in words else self.as_operator))
 
     def stop(self) -> dict[str, list[str]]:
         """Ends it as a person does, by Ctrl-C at each command; returns what was left after that, and removes it."""

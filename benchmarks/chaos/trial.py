@@ -28,7 +28,7 @@ _FIRST_ROUND_S = 240.0  # a run's start included
 _STOP_S = 60.0
 _END_S = 10.0  # within which processes end whose command was killed
 _FEW_ROUNDS = 3  # too few for another fault and its recovery
-_GO_ON = re.compile(r"edgelam run [^\n]*--resume[^\n]*")
+_GO_ON = re.compile(r"edgelam run [^\n`]*--resume[^\n`]*")
 
 
 def settings(model: str, rounds: int) -> list[str]:
@@ -262,8 +262,9 @@ class Trial:
             if course.ended and mend is None and time.time() > at + fault.seconds:
                 break
         else:
-            verdict.hang = self._federation.commands["run"].poll() is None
-            verdict.run_lost = "" if verdict.hang else "nothing went on"
+            if not course.rounds_since(at):
+                verdict.hang = self._federation.commands["run"].poll() is None
+                verdict.run_lost = "" if verdict.hang else "nothing went on"
         if fault.action == "kill" and "client" in fault.target:
             self._await(lambda: time.time() > at + _END_S, _END_S)
             verdict.orphans = [str(one) for one in processes(self._federation.mark) if one.pid in before]
@@ -294,7 +295,7 @@ class Trial:
         if not lines:
             return False
         self._typed = len(said)
-        self._federation.go_on(lines[-1].rstrip(".)`'"))
+        self._federation.go_on(lines[-1])
         return True
 
     def _await(self, done: Any, seconds: float) -> bool:
