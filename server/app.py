@@ -121,6 +121,7 @@ def _lead(
         )
         if trains:
             with turn(queue, folder.path.name, folder.emit) as ticket:
+                hub.free(ticket.left_over if ticket is not None else ())
                 _run(exchange, roster, spec, folder, hub, bounds, ticket, resumed)
         else:
             propose(roster, spec, folder)

@@ -24,6 +24,7 @@ from edgelam_fl.names import CALLER
 from edgelam_fl.plan.layout import who_may_host
 from edgelam_fl.plan.making import RoundFacts, make_plans, task_settings
 from edgelam_fl.plan.placement import Placement
+from edgelam_fl.plan.reading import job_id
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.telemetry.events import RouteReady, RunDone, RunFailure
 from edgelam_fl.wire import PROTOCOL_VERSION
@@ -48,10 +49,11 @@ def converse(grid: Grid, spec: RunSpec, hub: RunHub, session: Path, adapter: Pat
     roster = Roster(exchange, folder, request, owner_of=owners(os.environ))
     try:
         with turn_now(queue, f"chat with {session.parent.parent.name}") as ticket:
+            hub.free(ticket.left_over if ticket is not None else ())
             roster.await_hosts(spec.config)
             plans = _plan(spec, roster, folder, hub, alone=ticket is not None)
             if ticket is not None:
-                ticket.uses(plans.keys() - {CALLER})
+                ticket.uses(plans.keys() - {CALLER}, job_id(plans[CALLER]))
             jobs = list(_jobs(plans, roster, adapters.read_peft_folder(adapter)))
             write_private(session / "route", plans[CALLER].SerializeToString())
             folder.emit(RouteReady())

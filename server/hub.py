@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,11 @@ class RunHub:
     relay_key: bytes = b""  # signs the nodes' tokens for the relay and the attendance
     slices_token: bytes = b""  # lets nodes fetch slices of the run's model
     attendance: Attendance = NO_ATTENDANCE
+
+    def free(self, jobs: Iterable[str]) -> None:
+        """Tells the nodes that still play for runs that were killed that nobody waits for them."""
+        for job in jobs:
+            self.attendance.look(job, "its run has ended", {})
 
 
 NO_HUB = RunHub()

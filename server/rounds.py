@@ -328,7 +328,7 @@ class Rounds:
             and (self.privacy is not None or sums_on_arrival(capabilities, len(plans), self._kept_nodes)),
         )
         if self._ticket is not None:
-            self._ticket.uses(plans)
+            self._ticket.uses(plans, job_id(next(iter(plans.values()))) if plans else "")
         self.folder.emit(describe_plan(planned, self.spec.source.num_layers, capabilities.personal))
         self._say_what_is_readable(planned)
         return planned

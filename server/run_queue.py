@@ -41,6 +41,8 @@ class Ahead:
     run: str
     nodes: tuple[str, ...]
     """The nodes that it uses, as it said; () before its first round."""
+    job: str = ""
+    """The job that these nodes play; "" before its first round."""
 
 
 class Ticket:
@@ -49,24 +51,32 @@ class Ticket:
     def __init__(self, folder: Path, run: str) -> None:
         """Takes the last place. `folder`: the queue's, which is made if need be. `run`: what others are told of this one."""
         folder.mkdir(parents=True, exist_ok=True)
+        self.left_over: tuple[str, ...] = ()
+        """Jobs that nobody leads any more, of earlier runs whose processes were killed; known once nobody is ahead."""
         self._folder, self._run = folder, run
         with self._alone():
             numbers = [int(file.name) for file in folder.glob(_PATTERN)]
             self._path = folder / f"{max(numbers, default=0) + 1:08d}"
             self._file = self._path.open("x", encoding="utf-8")
             fcntl.flock(self._file, fcntl.LOCK_EX)
-            self._write(())
+            self._write((), "")
 
-    def uses(self, nodes: Iterable[str]) -> None:
-        """Says which nodes the run uses now, for those who wait. A full disk is no reason to end a run: then nobody hears of it."""
+    def uses(self, nodes: Iterable[str], job: str) -> None:
+        """Says which nodes the run uses now, and for which job. A full disk is no reason to end a run: then nobody hears of it."""
         with suppress(OSError), self._alone():
-            self._write(sorted(nodes))
+            self._write(sorted(nodes), job)
 
     def ahead(self) -> list[Ahead]:
-        """Returns the runs before this one, the oldest first. Removes the tickets of those whose processes are gone."""
+        """Returns the runs before this one, the oldest first. Once there are none, removes the tickets of killed processes."""
         with self._alone():
             before = sorted(path for path in self._folder.glob(_PATTERN) if path.name < self._path.name)
-            return [run for path in before if (run := _read_or_remove(path)) is not None]
+            read = {path: _read(path) for path in before}
+            alive = [run for run, is_alive in read.values() if is_alive]
+            if not alive and before:
+                self.left_over += tuple(run.job for run, _ in read.values() if run.job)
+                for path in before:
+                    path.unlink()
+            return alive
 
     def leave(self) -> None:
         """Gives the ticket up."""
@@ -74,11 +84,11 @@ class Ticket:
             self._path.unlink(missing_ok=True)
             self._file.close()
 
-    def _write(self, nodes: Iterable[str]) -> None:
+    def _write(self, nodes: Iterable[str], job: str) -> None:
         """Writes in place: another file would not be locked."""
         self._file.seek(0)
         self._file.truncate()
-        self._file.write(json.dumps({"run": self._run, "nodes": list(nodes)}))
+        self._file.write(json.dumps({"run": self._run, "nodes": list(nodes), "job": job}))
         self._file.flush()
 
     @contextmanager
@@ -89,17 +99,18 @@ class Ticket:
             yield
 
 
-def _read_or_remove(path: Path) -> Ahead | None:
+def _read(path: Path) -> tuple[Ahead, bool]:
+    """Returns what a ticket says, and whether its process lives."""
     with path.open(encoding="utf-8") as file:
+        found, is_alive = Ahead("?", ()), False
+        with suppress(ValueError, KeyError):  # it could not be written whole
+            content = json.loads(file.read())
+            found = Ahead(content["run"], tuple(content["nodes"]), content["job"])
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            with suppress(ValueError):  # it could not be written whole
-                found = json.loads(file.read())
-                return Ahead(found["run"], tuple(found["nodes"]))
-            return Ahead("?", ())
-    path.unlink()
-    return None
+            is_alive = True
+        return found, is_alive
 
 
 @contextmanager

@@ -19,10 +19,10 @@ def test_runs_come_in_the_order_of_their_places(tmp_path: Path) -> None:
     first, second, third = (Ticket(tmp_path, name) for name in ("a", "b", "c"))
     assert first.ahead() == []
     assert third.ahead() == [Ahead("a", ()), Ahead("b", ())]
-    first.uses(["edge-1", "device-1"])
-    assert second.ahead() == [Ahead("a", ("device-1", "edge-1"))]
-    first.uses(["e"])
-    assert second.ahead() == [Ahead("a", ("e",))], "the newest list alone, though it is shorter"
+    first.uses(["edge-1", "device-1"], "a/1/1")
+    assert second.ahead() == [Ahead("a", ("device-1", "edge-1"), "a/1/1")]
+    first.uses(["e"], "a/2/1")
+    assert second.ahead() == [Ahead("a", ("e",), "a/2/1")], "the newest list alone, though it is shorter"
     second.leave()
     first.leave()
     fourth = Ticket(tmp_path, "d")
@@ -33,8 +33,11 @@ def test_runs_come_in_the_order_of_their_places(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["lock"]
 
 
-def test_nobody_waits_for_a_run_that_was_killed(tmp_path: Path) -> None:
-    code = "import sys, pathlib, server.run_queue as q; p = q.Ticket(pathlib.Path(sys.argv[1]), 'dead'); print(flush=True); sys.stdin.read()"
+def test_nobody_waits_for_a_run_that_was_killed_and_its_job_is_known_to_the_next(tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib, server.run_queue as q; t = q.Ticket(pathlib.Path(sys.argv[1]), 'dead'); t.uses('e', 'dead/1/1');"
+        "print(flush=True); sys.stdin.read()"
+    )
     child = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2],
@@ -42,18 +45,21 @@ def test_nobody_waits_for_a_run_that_was_killed(tmp_path: Path) -> None:
     with child:
         assert child.stdout is not None
         child.stdout.readline()
-        ticket = Ticket(tmp_path, "next")
-        assert ticket.ahead() == [Ahead("dead", ())]
+        ticket, later = Ticket(tmp_path, "next"), Ticket(tmp_path, "later")
+        assert ticket.ahead() == [Ahead("dead", ("e",), "dead/1/1")]
         child.kill()
         child.wait()
+        assert [run.run for run in later.ahead()] == ["next"]
         assert ticket.ahead() == []
+        assert (ticket.left_over, later.left_over) == (("dead/1/1",), ())
     ticket.leave()
+    later.leave()
 
 
 def test_a_run_that_waits_says_for_whom_every_ten_seconds(tmp_path: Path) -> None:
     clock, events = HandClock(), list[Event]()
     first = Ticket(tmp_path, "a")
-    first.uses(["edge-1"])
+    first.uses(["edge-1"], "a/1/1")
 
     def sleep(seconds: float) -> None:
         clock.sleep(seconds)
@@ -85,7 +91,7 @@ def test_a_long_wait_is_a_short_file(tmp_path: Path) -> None:
 def test_who_does_not_wait_is_told_who_is_before(tmp_path: Path) -> None:
     with turn_now(str(tmp_path), "chat with a") as ticket:
         assert ticket is not None
-        ticket.uses(["edge-1"])
+        ticket.uses(["edge-1"], "a/1/1")
         said = "busy: this waits for run chat with a, which uses edge-1. Try again when that has ended"
         with pytest.raises(Busy, match=said), turn_now(str(tmp_path), "b"):
             pytest.fail("it is not its turn")
@@ -104,6 +110,6 @@ def test_plans_say_that_the_run_is_alone_and_the_place_says_which_nodes_it_uses(
     run = federation("ab", "e", "federation.rounds=1", ticket=ticket)
     run.run()
     assert all(plan.alone for node in run.nodes.values() for plan in node.plans)
-    assert behind.ahead() == [Ahead("run", ("a", "b", "e"))]
+    assert behind.ahead() == [Ahead("run", ("a", "b", "e"), "run/2/1")]
     for one in (ticket, behind):
         one.leave()
