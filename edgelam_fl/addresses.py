@@ -6,6 +6,7 @@ import contextlib
 import ipaddress
 import re
 import socket
+import ssl
 
 from edgelam_fl.errors import ConfigError, EnvironmentProblem
 
@@ -82,6 +83,21 @@ def answers(host: str, port: int, timeout_s: float = 2.0) -> bool:
     """Returns whether something accepts a TCP connection there."""
     with contextlib.suppress(OSError), socket.create_connection((host, port), timeout_s):
         return True
+    return False
+
+
+def is_healthy(host: str, port: int, *, tls: bool, timeout_s: float = 5.0) -> bool:
+    """Returns whether a server of HTTP answers there: a process that stands still accepts connections, but says nothing.
+
+    Nothing secret is asked and nothing in the answer is trusted, so a certificate is not judged.
+    """
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout_s) as plain:
+        with context.wrap_socket(plain) if tls else plain as asking:
+            asking.settimeout(timeout_s)
+            asking.sendall(b"GET /health HTTP/1.1\r\nHost: health\r\nConnection: close\r\n\r\n")
+            return asking.recv(4) == b"HTTP"
     return False
 
 

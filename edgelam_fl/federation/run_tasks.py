@@ -43,6 +43,8 @@ from edgelam_fl.telemetry.events import (
 )
 from edgelam_fl.telemetry.run_folder import kept
 
+SERVERAPP = "flwr-serverapp"
+"""The name of Flower's command, and kind of task, for a run's ServerApp."""
 MOST_RESTARTS = 3
 """How often a run's ServerApp is started again without a finished round between."""
 _POLL_S = 0.25
@@ -104,7 +106,7 @@ class RunTasks:
         return task is not None
 
     def _take(self) -> RunTask | None:
-        request = AcquireTaskRequest(supported_task_types=["flwr-serverapp", "flwr-simulation"])
+        request = AcquireTaskRequest(supported_task_types=[SERVERAPP, "flwr-simulation"])
         taken = acquire_task(request, self._links)
         if not taken.token:
             return None
@@ -128,7 +130,7 @@ class RunTasks:
             return
         was_killed = status.status != Status.FINISHED or status.details.startswith(_NO_HEARTBEAT)
         restart = restarts(events) + 1
-        trains = task.kind == "flwr-serverapp" and given.get("command", "run") in ("run", "resume")
+        trains = task.kind == SERVERAPP and given.get("command", "run") in ("run", "resume")
         if was_killed and trains and restart <= MOST_RESTARTS and wait_again(self._links, task):
             self._again.add(task.number)
             self._say(f"run {events.parent.name}: {reason}; its ServerApp is started again")
@@ -149,10 +151,11 @@ def start_task(task: RunTask, runtime: Sequence[str]) -> subprocess.Popen[bytes]
     command = [sys.executable, "-m", "edgelam_fl.federation.task_process", task.kind, *runtime]
     command += ["--parent-pid", str(os.getpid())]
     environment = {**os.environ, **({AGAIN: "1"} if task.again else {})}
-    # Killed and not asked: a process that is asked tells Flower that its run has failed, but the run is to go on. In a session of
-    # its own, as whoever ends the SuperLink sends its signal to the whole session.
-    whole = ending_with_this(command, signal.SIGKILL)
-    process = subprocess.Popen(whole, stdin=subprocess.PIPE, env=environment, start_new_session=True)
+    # A ServerApp is killed and not asked: one that is asked tells Flower that its run has failed, but the run is to go on. In a
+    # session of its own, as whoever ends the SuperLink sends its signal to the whole session. A simulation has children to end.
+    is_killed = task.kind == SERVERAPP
+    whole = ending_with_this(command, signal.SIGKILL if is_killed else signal.SIGTERM)
+    process = subprocess.Popen(whole, stdin=subprocess.PIPE, env=environment, start_new_session=is_killed)
     assert process.stdin is not None
     with suppress(BrokenPipeError), process.stdin as pipe:  # it may have died already
         pipe.write(task.token.encode())

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgelam_fl.addresses import answers, split_address
+from edgelam_fl.addresses import is_healthy, split_address
 from edgelam_fl.config import RunConfig, to_toml
 from edgelam_fl.errors import EnvironmentProblem, RunFailed
 from edgelam_fl.federation.app_archive import app_alone
@@ -28,7 +28,7 @@ from edgelam_fl.telemetry.events import RUN_ENDS, Event, EventTail
 from edgelam_fl.telemetry.run_folder import kept
 
 _COMMAND_DEADLINE_S = 180.0  # Flower's commands take seconds here, and many on a small board that is busy
-_STATUS_DEADLINE_S = 45.0  # a server that stands still accepts connections all the same
+_STATUS_DEADLINE_S = 30.0  # a server that stands still accepts connections all the same
 _MOST_UNKNOWN = 2  # answers of Flower that it does not know a run, one after the other
 
 
@@ -143,14 +143,14 @@ class Submission:
     def __init__(self, operator: Operator) -> None:
         """Prepares Flower's settings for the operator's server. Raises EnvironmentProblem if the operator has no token."""
         self._home, self._out = operator.flower_home(), Path()
-        self._server = operator.server
+        self._server, self._tls = operator.server, operator.identity is not None
         self._host, self._port = split_address(operator.server, "--server")
         self._tail: EventTail | None = None
         self.run_id = 0
 
     def server_answers(self) -> bool:
-        """Returns whether something accepts connections where the server is."""
-        return answers(self._host, self._port)
+        """Returns whether the server answers a question that is asked of nobody's account; one that stands still does not."""
+        return is_healthy(self._host, self._port, tls=self._tls)
 
     def submit(
         self,

@@ -59,6 +59,7 @@ from edgelam_fl.trust.server import ServerTrust, open_trust
 
 ABOUT = "about"
 """The route that says which versions run here, to anybody."""
+_END_S = 1  # for answers that are being given when it ends
 _FIRST_REQUEST_S = 5.0  # for the first request of a connection to begin, its headers included
 _DRIFT_S = 86400
 HEARTBEATS_MISSED = 4
@@ -97,6 +98,7 @@ def main() -> None:
         ws="none",
         access_log=False,  # it would grow with every message; what the guard refuses is logged
         log_level="warning",
+        timeout_graceful_shutdown=_END_S,  # else it would wait for its ServerApps, which have no reason to end
     )
 
 

@@ -5,12 +5,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
-from edgelam_fl.addresses import answers, check_plain_text, check_port_free, free_port, split_address
+from edgelam_fl.addresses import answers, check_plain_text, check_port_free, free_port, is_healthy, split_address
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, EnvironmentProblem, RunFailed
 from edgelam_fl.federation.child import Child, Restarts, end_all, log_tail, shorten
@@ -80,6 +82,18 @@ def test_a_free_port_is_free() -> None:
 def test_an_address_that_is_not_this_machines(host: str) -> None:
     with pytest.raises(EnvironmentProblem, match=f"on {host} cannot be opened"):
         check_port_free(host, 0, "--listen")
+
+
+def test_a_server_that_accepts_connections_and_stands_still_is_not_healthy() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as still:
+        assert answers("127.0.0.1", still.getsockname()[1])
+        assert not is_healthy("127.0.0.1", still.getsockname()[1], tls=False, timeout_s=0.01)
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        asked = threading.Thread(target=server.handle_request)
+        asked.start()
+        assert is_healthy("127.0.0.1", server.server_port, tls=False, timeout_s=30.0)
+        asked.join()
+    assert not is_healthy("127.0.0.1", server.server_port, tls=True), "nobody listens there"
 
 
 # ---------------------------------------------------------------- children
