@@ -59,7 +59,7 @@ class _Dialler:
     name: str  # of the link
     hello: pb.Hello
     counters: ByteCounters
-    ways: tuple[_Way, ...]
+    ways: deque[_Way]  # the one to try next comes first: that which worked, or follows one that did not
     timing: LinkTiming
     security: Security
 
@@ -69,7 +69,7 @@ class _Dialler:
         `until`: monotonic, s. `take_ready`: is handed READY. Raises RunFailed once the link is given up, Refused with the
         host's reason, PeerLost if none is ready in time, and what `take_ready` raises.
         """
-        ways = deque(self.ways)
+        ways = self.ways
         problem = "no answer" if ways else "it can be reached by a relay alone, and this server has none"
         while ways and time.monotonic() < until:
             if self._is_barred():
@@ -186,7 +186,7 @@ def dial(
     own = pb.Hello()
     own.CopyFrom(hello)
     own.session = secrets.token_bytes(_SESSION_BYTES)  # the same in every try: a READY may be lost on its way
-    dialler = _Dialler(node, name, own, counters, tuple(ways), timing, security)
+    dialler = _Dialler(node, name, own, counters, deque(ways), timing, security)
 
     def take_ready(link: GrpcLink, ready: pb.Ready) -> None:
         link.open(make_terms(link.name, counters, ready))
