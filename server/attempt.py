@@ -29,7 +29,6 @@ _SLOWER = 3  # a node may take so many times as long to begin as it did before
 _LEAST_BEGIN_S = 8.0  # until a node that has got its message attends
 _LEAST_BYTES_S = 1.25e6  # of a message on its way to a node
 _MOST_RESENT = 2  # of one message
-
 _MOST_KEPT = 8  # snapshots that a node may report
 _SAY_S = 10.0  # between two signs of life while a silent node is waited for
 
@@ -86,6 +85,11 @@ class Beginnings:
         """Notes that a node began so long after its message."""
         self.took_s[name] = [*self.took_s.get(name, ())[-1:], took_s]
         self.mute.discard(name)
+
+    def note_silent(self, name: str, took_s: float) -> None:
+        """Notes that a node did its part in so long a time, and never attended."""
+        if took_s >= _LEAST_BEGIN_S and name not in self.took_s:
+            self.mute.add(name)
 
     def patience_s(self, name: str, unknown_s: float) -> float:
         """Returns when a message to a node counts as lost; `unknown_s`: if it has never attended. One slow beginning is no habit."""
@@ -206,7 +210,8 @@ class Attempt:
     def _noted(self, answer: Arrived | Missing) -> Arrived | Missing | None:
         """Takes note of an answer and returns it; None: it is a question, and the node has yet to answer."""
         if isinstance(answer, Missing):
-            self._lose(answer.name, answer.reason)
+            if answer.name not in self.late or not self._waits_for_late:
+                self._lose(answer.name, answer.reason)
             return answer
         report = read_report(answer.content)
         if report.state == "needs" and answer.name not in self.supplied_bytes:
@@ -214,8 +219,8 @@ class Attempt:
             self._needed[answer.name], self.supplied_bytes[answer.name] = parcel, parcel.size_bytes
             return None
         self.kept[answer.name] = report.snapshots[-_MOST_KEPT:]
-        if self._nodes[answer.name].heard_s is None:
-            self._beginnings.mute.add(answer.name)
+        if report.state == "done" and self._nodes[answer.name].heard_s is None:
+            self._beginnings.note_silent(answer.name, self._timing.now() - self._nodes[answer.name].sent_s)
         if report.code == Restarted.code:
             self._nodes[answer.name].restarted = True
         if report.state == "done" and answer.name in self.planned.lineup.names:

@@ -467,6 +467,14 @@ def test_a_late_update_counts_in_the_next_round_with_half_its_weight(federation:
     assert set(moves(result, run.start).values()) == {round(2 * whole + 1 + with_late, 4)}
 
 
+def test_a_late_device_whose_update_may_be_used_is_not_told_to_stop(attended: MakeAttended) -> None:
+    run, attendance = attended("abc", "", *ALONE, "federation.enough_nodes=2", "federation.late=next")
+    is_slow(run, "c", 2, 300.0)
+    run.run()
+    assert attendance.told["2/1"] == {}
+    assert [event["node"] for event in run.events("node_lost")] == ["c"]
+
+
 def test_an_update_that_is_later_than_the_next_round_is_dropped(federation: MakeFederation) -> None:
     run = late_run(federation, 900.0)
     run.run()
