@@ -52,7 +52,10 @@ def train(message: Message, context: Context) -> Message:
     if "adapter" in message.content:
         tensors = adapters.to_bytes(from_record(message.content["adapter"]))
     beside = [from_record(message.content[f"correction-{number}"]) for number in range(len(plan.corrections))]
-    request = pb.SubmitRequest(plan=plan, adapter=tensors, corrections=map(adapters.to_bytes, beside))
+    snapshot = message.content["snapshot"]["states"] if "snapshot" in message.content else b""
+    request = pb.SubmitRequest(
+        plan=plan, adapter=tensors, corrections=map(adapters.to_bytes, beside), snapshot=snapshot
+    )
     verdict = _ask(context, "Submit", request, _ANSWER_S)
     if not verdict.accepted:
         report = _unfinished(plan, "failed", verdict.reason, verdict.code)

@@ -13,6 +13,7 @@ from edgelam_fl.hub.passes import relay_key
 from edgelam_fl.hub.slices import offered
 from edgelam_fl.model.source import ModelSource
 from server.attendance import NO_ATTENDANCE, Attendance
+from server.kept import NO_HUB_KEPT, HubKept
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class RunHub:
     relay_key: bytes = b""  # signs the nodes' tokens for the relay and the attendance
     slices_token: bytes = b""  # lets nodes fetch slices of the run's model
     attendance: Attendance = NO_ATTENDANCE
+    kept: HubKept = NO_HUB_KEPT  # what hosts have left there
 
     def free(self, jobs: Iterable[str]) -> None:
         """Tells the nodes that still play for runs that were killed that nobody waits for them."""
@@ -42,4 +44,4 @@ def run_hub(source: ModelSource) -> Iterator[RunHub]:
         return
     state = Path(os.environ[hub.STATE])
     with offered(source, state) as token:
-        yield RunHub(port, relay_key(state), token, Attendance(state))
+        yield RunHub(port, relay_key(state), token, Attendance(state), HubKept(state))

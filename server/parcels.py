@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 from flwr.app import ArrayRecord
@@ -19,10 +20,12 @@ from server.state import FederationState, Parcel, PlannedRound
 from strategies.registry import Capabilities
 
 
-def make_parcels(plans: Mapping[str, pb.Plan], start: FederationState, aggregation: Capabilities) -> dict[str, Parcel]:
+def make_parcels(
+    plans: Mapping[str, pb.Plan], start: FederationState, aggregation: Capabilities, lent: Mapping[str, bytes] = {}
+) -> dict[str, Parcel]:
     """Returns the parcel of each node. Completes the plans: with the digest of each starting point, and the corrections.
 
-    Nodes that are sent the same tensors share one record.
+    Nodes that are sent the same tensors share one record. `lent`: by node, the snapshot of the host whose place it takes.
     """
     records: dict[tuple[str, frozenset[str]], ArrayRecord] = {}
     parcels = {}
@@ -32,12 +35,12 @@ def make_parcels(plans: Mapping[str, pb.Plan], start: FederationState, aggregati
         corrections = tuple(map(to_record, add_corrections(plan, aggregation, start.adapter)))
         lacking = start.holdings.lacking(name, needed, plan.adapter_digest)
         if lacking is None:
-            parcels[name] = Parcel(None, corrections)
+            parcels[name] = Parcel(None, corrections, lent.get(name, b""))
             continue
         which = plan.adapter_digest, frozenset(lacking)
         if which not in records:
             records[which] = to_record(lacking)
-        parcels[name] = Parcel(records[which], corrections)
+        parcels[name] = Parcel(records[which], corrections, lent.get(name, b""))
     return parcels
 
 
@@ -50,7 +53,7 @@ def parcel_of(planned: PlannedRound, name: str, report: pb.JobReport) -> Parcel:
     needed = starting_point(plan, planned.start.adapter, planned.start.personal)
     held = NodeHoldings("", {tensor: digest.hex() for tensor, digest in report.held.items()})
     lacking = Holdings({name: held}).lacking(name, needed, plan.adapter_digest)
-    return Parcel(to_record(lacking or {}), planned.parcels[name].corrections)
+    return replace(planned.parcels[name], adapter=to_record(lacking or {}))
 
 
 def add_corrections(

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from statistics import median_low
 
 from edgelam_fl.plan.layout import Site
-from edgelam_fl.plan.resuming import can_resume, newest_common
+from edgelam_fl.plan.resuming import can_resume, newest_common, place
 from edgelam_fl.wire import edgelam_pb2 as pb
+from server.kept import HubKept
 from server.state import PlannedRound
 
 Kept = Sequence[pb.StepSnapshot]
@@ -50,18 +51,28 @@ class Progress:
             return {}
         return {name: f"the others go on from step {furthest}" for name in here if name not in go_on}
 
-    def go_on(self, plans: Mapping[str, pb.Plan], sites: Sequence[Site]) -> None:
-        """Has the nodes of each site go on from the newest step that all of them have, if there is one."""
+    def go_on(self, plans: Mapping[str, pb.Plan], sites: Sequence[Site], hub: HubKept) -> dict[str, bytes]:
+        """Has the nodes of each site go on from the newest step that all of them have, if there is one.
+
+        Returns what nodes are lent for that, by name: a host that takes a lost one's place has what the `hub` kept of it.
+        """
+        lent: dict[str, bytes] = {}
         if self.planned is None:
-            return
+            return lent
         for site in sites:
             before = self._site_before(site)
             old, new = _plans(self.planned.plans, before), _plans(plans, site)
             if before is None or not can_resume(old, new):
                 continue
-            if common := newest_common(self.kept.get(plan.node, ()) for plan in new):
+            lost = {
+                plan.node: before_it for plan in new if (before_it := _host_before(plan, old, self.kept)) is not None
+            }
+            at_hub = {name: hub.steps(plan) for name, plan in lost.items()}
+            if common := newest_common(at_hub.get(plan.node, self.kept.get(plan.node, ())) for plan in new):
+                lent |= {name: hub.states(plan, common) for name, plan in lost.items()}
                 for plan in new:
                     plan.first_step, plan.resume_attempt = common.steps, common.attempt
+        return lent
 
     def _site_before(self, site: Site) -> Site | None:
         assert self.planned is not None
@@ -70,6 +81,13 @@ class Progress:
 
 
 FROM_THE_START = Progress()
+
+
+def _host_before(plan: pb.Plan, before: Sequence[pb.Plan], kept: Mapping[str, Kept]) -> pb.Plan | None:
+    """Returns the plan of the host whose snapshots a host needs, since it has none itself; None: it has, or is a device."""
+    if plan.routes or not plan.serves or kept.get(plan.node):
+        return None
+    return next((old for old in before if place(old) == place(plan)), None)
 
 
 def _plans(plans: Mapping[str, pb.Plan], site: Site | None) -> list[pb.Plan]:

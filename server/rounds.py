@@ -313,7 +313,7 @@ class Rounds:
         )
         tokens = {name: secrets.token_bytes(16) for name in lineup.names}
         plans = make_plans(self.spec, facts, self.roster.profiles, layout, lineup.shares, tokens)
-        progress.go_on(plans, layout.sites)
+        lent = progress.go_on(plans, layout.sites, self._hub.kept)
         known = state.adapter if self.privacy is None else {**self.privacy.starts, **state.adapter}
         start = replace(state, adapter=with_missing_modules(known, plans, self.spec, capabilities.unequal_ranks))
         planned = PlannedRound(
@@ -323,7 +323,7 @@ class Rounds:
             layout=layout,
             plans=plans,
             start=start,
-            parcels=make_parcels(plans, start, capabilities),
+            parcels=make_parcels(plans, start, capabilities, lent),
             sums_on_arrival=trains
             and (self.privacy is not None or sums_on_arrival(capabilities, len(plans), self._kept_nodes)),
         )
@@ -416,6 +416,8 @@ class Rounds:
             content[f"correction-{number}"] = record
         if parcel.adapter is not None:
             content["adapter"] = parcel.adapter
+        if parcel.snapshot:
+            content["snapshot"] = ConfigRecord({"states": parcel.snapshot})
         return self.roster.request(name, "train" if plan.steps else "evaluate", content)
 
     def _collect(self, planned: PlannedRound, name: str) -> Request:

@@ -82,6 +82,8 @@ class Parcel:
     """The tensors of its starting point that the node lacks; None: it holds exactly its starting point."""
     corrections: tuple[ArrayRecord, ...] = ()
     """One per correction that the plan names, in that order."""
+    snapshot: bytes = b""
+    """KeptStates of the host whose place the node takes; empty: it has its own snapshot, or needs none."""
 
     @property
     def size_bytes(self) -> int:

@@ -67,6 +67,7 @@ class Fleet:
     settings: ClientSettings = field(default_factory=ClientSettings)  # what an aggregation would ask of the nodes
     aggregation: Capabilities = field(default_factory=Capabilities)  # of the rule that corrects gradients, if any
     privacy: RoundPrivacy | None = None
+    hub: tuple[int, bytes] = (0, b"")  # port on this machine, and its key; for snapshots that hosts leave there
     restart: Callable[[str], None] = lambda name: None  # ends a node of a fleet in memory, and begins it anew
     stop: Callable[[str], None] = lambda name: None  # ends the part of a node of a fleet in memory
 
@@ -82,7 +83,7 @@ class Fleet:
         self.round += attempt == 1
         facts = RoundFacts(
             self.name, self.round, attempt, step_offset, steps, self.settings, self.privacy,
-            first_step=resumed.steps if resumed else 0, resume_attempt=resumed.attempt if resumed else 0,
+            hub_port=self.hub[0], relay_key=self.hub[1], first_step=resumed.steps if resumed else 0, resume_attempt=resumed.attempt if resumed else 0,
         )  # fmt: skip
         plans = self.plans(facts)
         nodes = self.devices | {name: node for name, (node, _) in self.hosts.items()}
@@ -149,6 +150,7 @@ def memory_fleet(
         nodes[name] = StageHost(
             name, dials.get(name, _as_all)(dial), fleet.emit, examples=DeviceExamples(file) if file else None,
             address=address, hooks=hooks.get(name, NodeHooks()), state=state / name if state else None,
+            server="127.0.0.1" if state else "",
         )  # fmt: skip
         if file is None:
             fleet.hosts[name] = (nodes[name], name)

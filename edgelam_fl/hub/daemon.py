@@ -19,7 +19,7 @@ import grpc
 
 from edgelam_fl.addresses import join_address, split_address
 from edgelam_fl.errors import EdgelamError, EnvironmentProblem
-from edgelam_fl.hub import echo, relay, slices
+from edgelam_fl.hub import echo, kept, relay, slices
 from edgelam_fl.hub.attendance import AwakeClock, HubAttendance, Lead
 from edgelam_fl.hub.membership import MEMBERS_EVERY_S, Door, EndedMembers, read_ended
 from edgelam_fl.hub.passes import relay_key
@@ -29,7 +29,9 @@ from edgelam_fl.wire.grpc.options import server_options
 from edgelam_fl.wire.grpc.secure import PLAIN, Security
 
 MakeService = Callable[[Path], grpc.GenericRpcHandler]  # the hub's state folder -> a service
-SERVICES: tuple[MakeService, ...] = (echo.make_service, relay.make_service, slices.make_service)
+SERVICES: tuple[MakeService, ...] = (
+    echo.make_service, kept.make_service, relay.make_service, slices.make_service,
+)  # fmt: skip
 _MAX_STREAMS = 512  # each keeps a thread; the services limit their own further
 
 

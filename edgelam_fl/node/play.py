@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 from edgelam_fl.errors import EdgelamError, Refused, for_others
 from edgelam_fl.machine import memory_free_bytes
@@ -74,7 +75,7 @@ def play(part: Part, request: pb.SubmitRequest, means: Means) -> None:
         given = _await_tensors(part, request.adapter, held)
         means.snapshots.begin(plan)
         report.moments = "warm" if held.start(plan, given, request.corrections) else "cold"
-        earlier = means.snapshots.resumed(plan, held.sources(plan)) if plan.first_step else {}
+        earlier = means.snapshots.resumed(plan, held.sources(plan), request.snapshot) if plan.first_step else {}
         spans = [stage.span for stage in held.stages()]
         started = JobStarted(
             role=pb.Role.Name(plan.role).lower(),
@@ -115,7 +116,8 @@ class Player:
     def __init__(self, part: Part, held: Held, means: Means, earlier: Mapping[str, SourceState]) -> None:
         """`earlier`: the snapshot of each source that the part goes on from; empty: it begins."""
         self._part, self._plan, self._held, self._means = part, part.plan, held, means
-        self._earlier, self._keeper = earlier, means.snapshots.keeper(part.plan, part.report.moments)
+        leave = partial(means.hub.leave, part.plan) if means.hub.keeps(part.plan) else None
+        self._earlier, self._keeper = earlier, means.snapshots.keeper(part.plan, part.report.moments, leave)
         self._hub = means.hub.address(part.plan.hub_port)
 
     def play(self) -> LabelsOf:

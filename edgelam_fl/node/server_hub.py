@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from edgelam_fl.addresses import join_address
 from edgelam_fl.hub.fetch import open_model
+from edgelam_fl.hub.kept import leave
 from edgelam_fl.hub.link_speed import LinkSpeed, measure_link
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.reading import hosted_span
@@ -45,6 +46,14 @@ class ServerHub:
     def measure_link(self, port: int) -> LinkSpeed:
         """Measures the link to the hub. Raises EnvironmentProblem if no hub answers."""
         return measure_link(self.host, port, security=self.security)
+
+    def leave(self, plan: pb.Plan, source: str, steps: tuple[int, int], data: bytes) -> None:
+        """Leaves a host's state at the hub, which holds from the first to the last number of `steps`. Raises grpc.RpcError."""
+        leave(self.address(plan.hub_port), plan.kept_token, source, steps, data, self.security)
+
+    def keeps(self, plan: pb.Plan) -> bool:
+        """Returns whether the hub keeps snapshots of the plan's node."""
+        return bool(self.address(plan.hub_port) and plan.kept_token and plan.kept_every)
 
     def find_planned(self, plan: pb.Plan) -> ModelSource:
         """Returns the model of a plan, with its tokenizer if the node holds examples or the head. Raises as `find`."""

@@ -18,8 +18,11 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
+
+from google.protobuf.message import DecodeError
 
 from edgelam_fl.errors import Refused
 from edgelam_fl.files import write_private
@@ -36,6 +39,7 @@ _PATIENCE_S = 10.0  # with a disk that does not take what waits
 _STEPS_FILE = re.compile(r"(\d+)-(\d+)\.snap")
 
 Write = Callable[[Path, bytes], None]
+Leave = Callable[[str, tuple[int, int], bytes], None]  # source, first and last number of steps, state
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -51,6 +55,9 @@ class Snapshots:
         self._emit, self._write_file = emit, write
         self._waiting: queue.Queue[tuple[str, Path, Callable[[], None]]] = queue.Queue(maxsize=2)
         self._writer: threading.Thread | None = None
+        self._leaving = threading.Condition()  # guards the next
+        self._to_leave: dict[str, tuple[str, Callable[[bytes], None], SourceState]] = {}  # by source
+        self._leaver: threading.Thread | None = None
 
     # ---------------------------------------------------------------- within a round
 
@@ -74,8 +81,11 @@ class Snapshots:
                 if not first <= plan.first_step <= last:
                     file.unlink(missing_ok=True)
 
-    def keeper(self, plan: pb.Plan, moments: str) -> Keeper:
-        """Returns what keeps the states of a plan's sources after every `snapshot_every` steps. `moments`: as in the report."""
+    def keeper(self, plan: pb.Plan, moments: str, leave: Leave | None = None) -> Keeper:
+        """Returns what keeps the states of a plan's sources after every `snapshot_every` steps.
+
+        `moments`: as in the report. `leave`: leaves those after every `kept_every` steps at the hub; None: they stay here.
+        """
         if not (plan.snapshot_every and keeps_steps(plan)):
             return NO_KEEPER
 
@@ -85,6 +95,9 @@ class Snapshots:
             if self._folder is not None:
                 folder = self._attempt(plan.run, plan.round, plan.attempt) / quote(source, safe="")
                 self._put(folder / f"{steps[0]}-{steps[-1]}.snap", state, part_id(plan), _STEPS_KEPT)
+            at_hub = [number for number in steps if plan.kept_every and number % plan.kept_every == 0]
+            if leave is not None and at_hub:
+                self._leave(plan, source, partial(leave, source, (at_hub[0], at_hub[-1])), state)
 
         def drop(source: str) -> None:
             if self._folder is not None:
@@ -107,12 +120,22 @@ class Snapshots:
             found += [(int(attempt.name), steps) for steps in set.intersection(*sources)] if sources else []
         return [pb.StepSnapshot(attempt=attempt, steps=steps) for attempt, steps in sorted(found)]
 
-    def resumed(self, plan: pb.Plan, sources: Sequence[str]) -> dict[str, SourceState]:
-        """Returns the states of a plan's sources after its `first_step`. Raises Refused if one is missing or not the plan's."""
-        self.flush()
-        return {source: self._resumed(plan, source) for source in sources}
+    def resumed(self, plan: pb.Plan, sources: Sequence[str], given: bytes = b"") -> dict[str, SourceState]:
+        """Returns the states of a plan's sources after its `first_step`. Raises Refused if one is missing or not the plan's.
 
-    def _resumed(self, plan: pb.Plan, source: str) -> SourceState:
+        `given`: KeptStates, of the host whose place this node takes; empty: the node has its own.
+        """
+        self.flush()
+        try:
+            kept = pb.KeptStates.FromString(given)
+            lent = {source: SourceState.from_bytes(data) for source, data in kept.states.items()}
+        except (DecodeError, Damaged) as error:
+            raise Refused(f"node {plan.node} was given a snapshot that is damaged: {error}") from error
+        return {source: self._resumed(plan, source, lent.get(source)) for source in sources}
+
+    def _resumed(self, plan: pb.Plan, source: str, lent: SourceState | None) -> SourceState:
+        if lent is not None and lent.numbers.get("work") == _work(plan):
+            return lent
         folder = self._attempt(plan.run, plan.round, plan.resume_attempt) / quote(source, safe="")
         for file, (first, last) in _steps_in(folder) if self._folder is not None else []:
             if first <= plan.first_step <= last and (state := self._read(file)) is not None:
@@ -122,6 +145,27 @@ class Snapshots:
         raise Refused(
             f"node {plan.node} has no snapshot of {source} after {plan.first_step} steps of attempt {plan.resume_attempt}"
         )
+
+    def _leave(self, plan: pb.Plan, source: str, leave: Callable[[bytes], None], state: SourceState) -> None:
+        """Has a state left at the hub; of a source whose older one still waits, the newest alone."""
+        with self._leaving:
+            self._to_leave[source] = part_id(plan), leave, state
+            self._leaving.notify()
+            if self._leaver is None:
+                self._leaver = threading.Thread(target=self._leave_all, name="left snapshots", daemon=True)
+                self._leaver.start()
+
+    def _leave_all(self) -> None:
+        while True:
+            with self._leaving:
+                while not self._to_leave:
+                    self._leaving.wait()
+                source = next(iter(self._to_leave))
+                job, leave, state = self._to_leave.pop(source)
+            try:
+                leave(state.to_bytes())
+            except Exception as error:  # noqa: BLE001 - a hub that is gone, full or older costs its copy, whatever it raises
+                self._emit(SnapshotLost(job=job, file=f"{source} at the hub", reason=type(error).__name__))
 
     # ---------------------------------------------------------------- between rounds
 

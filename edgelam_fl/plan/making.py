@@ -25,6 +25,7 @@ from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.attendance import ATTEND
+from edgelam_fl.wire.kept import LEAVE
 from edgelam_fl.wire.relay import DIAL, LISTEN, make_token
 
 _READY_DEADLINE_S = 60.0
@@ -103,6 +104,7 @@ def make_plans(
             if facts.relay_key:
                 part = part_id(plans[host.name])
                 plans[host.name].relay_token = make_token(facts.relay_key, LISTEN, part, host.name)
+                plans[host.name].kept_token = make_token(facts.relay_key, LEAVE, part, host.name)
     for name, route in routes.items():
         if name not in plans:
             plans[name] = _plan(spec, facts, profiles[name])

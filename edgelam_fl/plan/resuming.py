@@ -32,9 +32,9 @@ def can_resume(before: Sequence[pb.Plan], after: Sequence[pb.Plan]) -> bool:
     do the same work; devices may be missing, except in sequential mode. With differential privacy an attempt always begins again,
     as noise is paid for.
     """
-    earlier = {_place(plan): plan for plan in before}
+    earlier = {place(plan): plan for plan in before}
     return bool(after) and all(
-        keeps_steps(plan) and (old := earlier.get(_place(plan))) is not None and _same_work(old, plan) for plan in after
+        keeps_steps(plan) and (old := earlier.get(place(plan))) is not None and _same_work(old, plan) for plan in after
     )
 
 
@@ -81,7 +81,7 @@ def crossings(plan: pb.Plan) -> set[tuple[str, int, int]]:
     return {(route.device, route.hops[position].first, route.hops[position].last) for route in plan.serves}
 
 
-def _place(plan: pb.Plan) -> tuple[str, int]:
+def place(plan: pb.Plan) -> tuple[str, int]:
     """Names a node's place in its site: a device by its name, a host by its position in the chain; -1: it is none."""
     return plan.node if plan.routes else "", _position(plan)
 

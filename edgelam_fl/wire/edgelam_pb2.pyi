@@ -1066,6 +1066,31 @@ class Attendee(_message.Message):
     step: int
     def __init__(self, silent_s: _Optional[float] = ..., epoch: _Optional[int] = ..., restarted: _Optional[bool] = ..., state: _Optional[str] = ..., step: _Optional[int] = ...) -> None: ...
 
+class KeptPiece(_message.Message):
+    __slots__ = ("source", "first_step", "last_step", "data")
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_STEP_FIELD_NUMBER: _ClassVar[int]
+    LAST_STEP_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    source: str
+    first_step: int
+    last_step: int
+    data: bytes
+    def __init__(self, source: _Optional[str] = ..., first_step: _Optional[int] = ..., last_step: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class KeptStates(_message.Message):
+    __slots__ = ("states",)
+    class StatesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: bytes
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[bytes] = ...) -> None: ...
+    STATES_FIELD_NUMBER: _ClassVar[int]
+    states: _containers.ScalarMap[str, bytes]
+    def __init__(self, states: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
+
 class SliceRequest(_message.Message):
     __slots__ = ("model_digest", "base", "compute", "parts")
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]

@@ -54,6 +54,7 @@ HUB = {
     ("Slices", "List"): Caller.MEMBER_OF_RUN,
     ("Slices", "Fetch"): Caller.MEMBER_OF_RUN,
     ("Attendance", "Attend"): Caller.MEMBER_WITH_TOKEN,
+    ("Kept", "Leave"): Caller.MEMBER_WITH_TOKEN,
 }
 DATA = {("DataPlane", "Link"): Caller.MEMBER_OF_ROUTE}
 CONTROL = {

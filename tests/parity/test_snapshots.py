@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from edgelam_fl.config import RunConfig
+from edgelam_fl.hub.daemon import HubServer
+from edgelam_fl.hub.passes import relay_key
 from edgelam_fl.model.adapter import initial_adapter
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.resuming import newest_common
 from edgelam_fl.telemetry.events import Event, JobResumed, StepDone, of_kind
 from edgelam_fl.wire import edgelam_pb2 as pb
+from server.kept import HubKept
 from tests.fleet import Fleet, check_done, joined, memory_fleet
-from tests.support import run_config
+from tests.support import WAIT_S, run_config
 
 STEPS = 5
 CUTS = ["split.hosts=2", "split.front=1", "split.back=1", "federation.snapshot_every=2"]
@@ -45,6 +51,14 @@ def ends(fleet: Fleet, names: list[str], job: str, step: int) -> Callable[[Event
                 fleet.stop(name)
 
     return watch
+
+
+@contextmanager
+def closing_hub(hub: HubServer) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        hub.stop()
 
 
 def second_round(source: ModelSource, config: RunConfig, fleet: Fleet, **how: Any) -> dict[str, pb.JobReport]:
@@ -90,6 +104,39 @@ def test_a_round_goes_on_after_nodes_ended(
         resumed = second_round(tiny, config, fleet, attempt=2, resumed=common)
         check_done(resumed)
         assert [event.steps for event in of_kind(fleet.events, JobResumed)] == [common.steps] * len(resumed)
+    for name, report in expected.items():
+        assert learned(resumed[name]) == learned(report), name
+
+
+def test_a_host_is_replaced_from_what_the_hub_keeps(tiny: ModelSource, data_files: list[Path], tmp_path: Path) -> None:
+    """A host is gone with its disk; the one in its place goes on from what the lost one left at the hub, over gRPC."""
+    config = run_config(tiny.name, *CUTS)
+    with memory_fleet(tiny, config, data_files[:2], state=tmp_path / "undisturbed") as fleet:
+        expected = second_round(tiny, config, fleet)
+        check_done(expected)
+    hub, kept, lost = HubServer("127.0.0.1", 0, tmp_path / "hub"), HubKept(tmp_path / "hub"), pb.Plan(run="test", round=2, node="edge-1")  # fmt: skip
+    with closing_hub(hub), memory_fleet(tiny, config, data_files[:2], state=tmp_path / "disturbed") as fleet:
+        fleet.hub = hub.port, relay_key(tmp_path / "hub")
+        end = ends(fleet, ["edge-1"], "test/2/1/device-1", 3)
+
+        def watch(event: Event) -> None:
+            if isinstance(event, StepDone) and (event.job, event.step) == ("test/2/1/device-1", 3):
+                deadline = time.monotonic() + WAIT_S
+                while not kept.steps(lost) and time.monotonic() < deadline:
+                    time.sleep(0.01)
+            end(event)
+
+        fleet.watch = watch
+        broken = second_round(tiny, config, fleet)
+        fleet.watch = lambda event: None
+        shutil.rmtree(tmp_path / "disturbed" / "edge-1")
+        fleet.restart("edge-1")
+        others = [report.snapshots for name, report in broken.items() if name != "edge-1"]
+        common = newest_common([*others, kept.steps(lost)])
+        assert common is not None
+        lent = {"edge-1": kept.states(lost, common)}
+        resumed = second_round(tiny, config, fleet, attempt=2, resumed=common, snapshots=lent)
+        check_done(resumed)
     for name, report in expected.items():
         assert learned(resumed[name]) == learned(report), name
 

@@ -63,7 +63,17 @@ def test_each_declared_method_is_served_in_one_place(ports: list[str], service: 
 
 
 def test_the_services_are_declared() -> None:
-    assert set(SERVICES) == {"Attendance", "Control", "DataPlane", "Echo", "Lead", "Membership", "Relay", "Slices"}
+    assert set(SERVICES) == {
+        "Attendance",
+        "Control",
+        "DataPlane",
+        "Echo",
+        "Kept",
+        "Lead",
+        "Membership",
+        "Relay",
+        "Slices",
+    }
 
 
 @pytest.mark.parametrize("methods", [["Ping", "Take"], ["Ping", "Take", "Give", "Steal"]])
