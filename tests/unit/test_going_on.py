@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from edgelam_fl.model.source import ModelSource
+from edgelam_fl.plan.layout import HostRange, Site
 from edgelam_fl.plan.making import RoundFacts, RoundPrivacy
 from edgelam_fl.plan.resuming import can_resume, newest_common
 from edgelam_fl.wire import edgelam_pb2 as pb
+from server.kept import NO_HUB_KEPT, HubKept
+from server.progress import Progress
 from tests.fleet import memory_fleet
 from tests.support import run_config
 
@@ -65,3 +70,32 @@ def test_privacy_begins_again(tiny: ModelSource, data_files: list[Path]) -> None
     privacy = RoundPrivacy(1.0, 1.0, 3.0)
     plans = plans_of(tiny, data_files, privacy=privacy)
     assert not can_resume(plans, plans)
+
+
+def test_a_host_in_a_lost_ones_place_is_lent_what_the_hub_keeps(
+    tiny: ModelSource, data_files: list[Path], tmp_path: Path
+) -> None:
+    before, after = plans_of(tiny, data_files), plans_of(tiny, data_files, attempt=2)
+    for plan in after:
+        plan.node = plan.node.replace("edge-2", "edge-9")
+        for hop in (hop for route in [*plan.serves, *plan.routes] for hop in route.hops):
+            hop.node = hop.node.replace("edge-2", "edge-9")
+    left = tmp_path / "kept" / "run-run" / "000003" / "000001" / "edge-2" / "site" / "2-4.snap"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"the state")
+    sites = [site_of(plans) for plans in (before, after)]
+    earlier: Any = SimpleNamespace(plans={plan.node: plan for plan in before}, layout=SimpleNamespace(sites=sites[:1]))
+    own = {plan.node: kept((1, 3), (1, 8)) for plan in before if plan.node != "edge-2"}
+    new = {plan.node: plan for plan in after}
+    lent = Progress(earlier, own).go_on(new, sites[1:], HubKept(tmp_path))
+    assert {(plan.first_step, plan.resume_attempt) for plan in after} == {(3, 1)}
+    assert lent == {"edge-9": pb.KeptStates(states={"site": b"the state"}).SerializeToString()}
+    for plan in after:
+        plan.first_step = 0
+    assert Progress(earlier, own).go_on(new, sites[1:], NO_HUB_KEPT) == {}
+    assert {plan.first_step for plan in after} == {0}
+
+
+def site_of(plans: list[pb.Plan]) -> Site:
+    hosts = tuple(HostRange(p.node, p.node, p.hosted.first, p.hosted.last) for p in plans if p.serves)
+    return Site(hosts, tuple(p.node for p in plans if p.routes))
