@@ -11,18 +11,18 @@ they do not depend on how fast the machine is.
 from __future__ import annotations
 
 import argparse
-import os
+import multiprocessing
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,10 @@ _LONGEST_S = 0.4  # from the first checkpoint of a process until it is killed
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--write", type=Path, nargs=2, metavar=("MODEL", "RUN"), help=argparse.SUPPRESS)
 
 
 def measure(smoke: bool, options: argparse.Namespace) -> tuple[dict[str, Any], list[Figure]]:
-    """Returns settings and figures; as a child process (`--write`), writes checkpoints until it is killed."""
-    if options.write:
-        write_for_ever(*options.write)
+    """Returns settings and figures."""
     kills = 5 if smoke else options.kills
     with tempfile.TemporaryDirectory(prefix="edgelam-commits-") as name:
         folder = Path(name)
@@ -93,8 +90,10 @@ def saved_of(spec: RunSpec, number: int) -> Saved:
     return Saved(run="run", state=state, memory={"strategy.selection": {"queue": float(number)}})
 
 
-def write_for_ever(model: Path, run: Path) -> None:
-    """Goes on from the folder's newest checkpoint, round after round; says which round it begins and which is stored."""
+def write_for_ever(model: Path, run: Path, told: Connection) -> None:
+    """Goes on from the folder's newest checkpoint, round after round; says what the folder holds when it is opened, which round it
+    begins, and which is stored.
+    """
     spec = spec_of(model)
     try:
         saved, _ = load_newest(run)
@@ -102,14 +101,14 @@ def write_for_ever(model: Path, run: Path) -> None:
     except ConfigError:
         saved = saved_of(spec, 0)
         folder = RunFolder(run, spec)
-    print(f"opened {' '.join(leftovers(run))}", flush=True)
+    told.send(("opened", len(leftovers(run))))
     number = saved.state.round
     while True:
         number += 1
         folder.emit(RunDone(summary=str(number)))
-        print(f"begins {number}", flush=True)
+        told.send(("begins", number))
         folder.checkpoint(saved_of(spec, number))
-        print(f"stored {number}", flush=True)
+        told.send(("stored", number))
 
 
 # ---------------------------------------------------------------- judging
@@ -152,27 +151,31 @@ def _same(one: Adapter, other: Adapter) -> bool:
 
 
 def kill_writers(model: Path, run: Path, kills: int, draw: random.Random) -> Counter[str]:
-    """Starts a writer, kills it, judges the folder, and so on."""
+    """Starts a writer, kills it, judges the folder, and so on. Writers are forked from a process that has imported all and runs
+    nothing, as imports take seconds.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.commits"])
     spec, counts, stored = spec_of(model), Counter[str](), 0
     for number in range(kills):
-        command = [sys.executable, "-m", "benchmarks.commits", "--write", str(model), str(run)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
-            assert writer.stdout is not None
-            said = [writer.stdout.readline(), writer.stdout.readline()]
-            assert said[1].startswith("begins"), said
-            counts["leftovers after the next start"] += bool(said[0].split()[1:])
-            time.sleep(draw.uniform(0, _LONGEST_S))
-            os.kill(writer.pid, signal.SIGKILL)
-            said += writer.stdout.readlines()
-        stored = max([stored, *_numbers("stored", said)])
-        counts["inside"] += bool(leftovers(run)) or max(_numbers("begins", said)) > stored
-        counts += judge(spec, run, stored, max(_numbers("begins", said)))
+        heard, told = context.Pipe(duplex=False)
+        writer = context.Process(target=write_for_ever, args=(model, run, told), daemon=True)
+        writer.start()
+        told.close()
+        said = [heard.recv(), heard.recv()]
+        time.sleep(draw.uniform(0, _LONGEST_S))
+        writer.kill()
+        with suppress(EOFError, OSError):
+            while True:
+                said.append(heard.recv())
+        writer.join()
+        begun = max(at for word, at in said if word == "begins")
+        stored = max([stored, *(at for word, at in said if word == "stored")])
+        counts["leftovers after the next start"] += said[0][1] > 0
+        counts["inside"] += bool(leftovers(run)) or begun > stored
+        counts += judge(spec, run, stored, begun)
         print(f"kill {number + 1} of {kills}: round {stored} is stored; {' '.join(leftovers(run))}", file=sys.stderr)
     return counts
-
-
-def _numbers(word: str, said: Sequence[str]) -> list[int]:
-    return [int(line.split()[1]) for line in said if line.startswith(word) and line.endswith("\n")]
 
 
 # ---------------------------------------------------------------- full disks
