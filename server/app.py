@@ -88,6 +88,8 @@ def _go_on(grid: Grid, bounds: Bounds, out: Path, overrides: str, queue: str, *,
         resumed.check_model(spec)
         saved = resumed.saved
         folder = RunFolder.begun_again(out, spec) if saved is None else RunFolder.reopened(out, spec, saved)
+        for of_the_end in ("summary.json", "report.html"):  # whoever follows the run waits for the new ones
+            (out / of_the_end).unlink(missing_ok=True)
     except EdgelamError as error:
         _refuse(out, error, kept(out))
         raise
