@@ -96,8 +96,10 @@ class AttendedFleet(Fleet):
         nodes: dict[str, StageHost] = {}
         self.nodes, self.facts = nodes, RoundFacts("test", 1, 1, 0, 2, hub_port=hub.port, relay_key=relay_key(state))
         means: dict[str, Any] = {"server": "127.0.0.1", "attend": partial(Attending, every_s=EVERY_S)}
-        nodes["edge-1"] = StageHost("edge-1", memory_dial(nodes), self.emit, address="edge-1", **means)
-        self.hosts["edge-1"] = nodes["edge-1"], "edge-1"
+        for number in range(1, config.split.least_hosts + 1):
+            name = f"edge-{number}"
+            nodes[name] = StageHost(name, memory_dial(nodes), self.emit, address=name, **means)
+            self.hosts[name] = nodes[name], name
         for number, file in enumerate(data, 1):
             name = f"device-{number}"
             nodes[name] = StageHost(name, memory_dial(nodes), self.emit, examples=DeviceExamples(file), **means)
@@ -122,9 +124,11 @@ class AttendedFleet(Fleet):
 
 
 @contextmanager
-def attended(tiny: ModelSource, data: list[Path], folder: Path) -> Iterator[tuple[AttendedFleet, Attendance]]:
+def attended(
+    tiny: ModelSource, data: list[Path], folder: Path, *overrides: str
+) -> Iterator[tuple[AttendedFleet, Attendance]]:
     hub, server = HubServer("127.0.0.1", 0, folder / "hub"), Attendance(folder / "hub")
-    config = run_config(tiny.name, "federation.min_nodes=1", "federation.join_deadline_s=600")
+    config = run_config(tiny.name, "federation.min_nodes=1", "federation.join_deadline_s=600", *overrides)
     fleet = AttendedFleet(tiny, config, data, hub, folder / "hub")
     try:
         yield fleet, server
@@ -135,20 +139,20 @@ def attended(tiny: ModelSource, data: list[Path], folder: Path) -> Iterator[tupl
         hub.stop()
 
 
-def test_a_host_goes_on_at_once_without_a_device_that_is_out(
-    tiny: ModelSource, data_files: list[Path], tmp_path: Path
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_hosts_go_on_at_once_without_a_device_that_is_out(
+    tiny: ModelSource, data_files: list[Path], tmp_path: Path, hosts: int
 ) -> None:
-    """It would wait for the device until the deadline of the links, ten minutes here."""
-    with attended(tiny, data_files[:2], tmp_path) as (fleet, server):
-        fleet.hand_out("edge-1", "device-1")
+    """They would wait for the device until the deadline of the links, ten minutes here."""
+    with attended(tiny, data_files[:2], tmp_path, f"split.hosts={hosts}") as (fleet, server):
+        fleet.hand_out(*fleet.hosts, "device-1")
         assert seen(server, "edge-1", lambda node: node.state == "running").step == 0
         seen(server, "device-1", lambda node: node.state == "done", {"device-2": "its data cannot be read"})
-        assert seen(server, "edge-1", lambda node: node.state == "done").step == 2
-        assert fleet.report("device-1").state == fleet.report("edge-1").state == "done"
-        left_out = fleet.report("edge-1").host.left_out
-        assert [(one.device, one.out, one.reason) for one in left_out] == [
-            ("device-2", True, "its data cannot be read")
-        ]
+        for name in fleet.hosts:
+            assert seen(server, name, lambda node: node.state == "done").step == 2
+            (left_out,) = fleet.report(name).host.left_out
+            assert (left_out.device, left_out.out) == ("device-2", True)
+            assert "its data cannot be read" in left_out.reason
 
 
 @pytest.mark.parametrize("for_all", [True, False])
