@@ -54,6 +54,7 @@ def run_events(
     deadline_s: float = math.inf,
     *,
     tail: EventTail | None = None,
+    options: str = "",
     server: ServerWatch | None = None,
     awaited: str = "the run's end",
     meanwhile: Callable[[], object] = lambda: None,
@@ -64,7 +65,7 @@ def run_events(
     """Yields the events of a run from `file` as they come; ends after `RunDone` or `RunFailure`.
 
     status: asks Flower for the run's status, after a silence only. tail: has read `file` up to where the run begins; None: it
-    begins with the file. server: sees whether the server answers; None: it does. meanwhile: called at every look; a true
+    begins with the file. options: of the command that goes on with the run, for messages. server: sees whether the server answers; None: it does. meanwhile: called at every look; a true
     result is a sign of life from elsewhere, so that nobody is asked. say: receives a line if Flower has not begun the run, or
     if the server does not answer. log: the end of what the run printed. awaited: names what the caller waits for, for the
     message.
@@ -85,7 +86,7 @@ def run_events(
         if finished:
             if now - heard >= timing.lag_s:
                 raise RunFailed(
-                    f"Flower says that the run is {finished}, and it left no reason: {log()}. {kept(file.parent)}"
+                    f"Flower says that the run is {finished}, and it left no reason: {log()}. {kept(file.parent, options)}"
                 )
         elif news or alive:
             heard, unknown = now, 0
@@ -95,7 +96,7 @@ def run_events(
             answer, heard = status(), time.monotonic()
             unknown = unknown + 1 if answer == "unknown" else 0
             if unknown >= _MOST_UNKNOWN:
-                raise RunFailed(f"the server does not say what became of the run. {kept(file.parent)}")
+                raise RunFailed(f"the server does not say what became of the run. {kept(file.parent, options)}")
             if answer in ("pending", "starting"):
                 say(f"nothing was heard of the run for {timing.silence_s:.0f} s; Flower says that it is {answer}")
             finished = answer if answer.startswith("finished") else ""
@@ -107,9 +108,9 @@ def run_events(
 class ServerWatch:
     """Sees whether a server answers while nothing is heard of a run."""
 
-    def __init__(self, address: str, answers: Callable[[], bool], timing: FollowTiming) -> None:
-        """`answers`: tries it. `address`: for messages."""
-        self._address, self._answers, self._timing = address, answers, timing
+    def __init__(self, address: str, answers: Callable[[], bool], timing: FollowTiming, options: str = "") -> None:
+        """`answers`: tries it. `address`, and `options` of the command that goes on with the run: for messages."""
+        self._address, self._answers, self._timing, self._options = address, answers, timing, options
         self._looked, self._gone_since = -math.inf, math.inf
 
     def answers(self, silent_s: float, folder: Path, say: Callable[[str], None]) -> bool:
@@ -131,7 +132,7 @@ class ServerWatch:
         if gone_s >= self._timing.gone_s:
             raise EnvironmentProblem(
                 f"the server at {self._address} has not answered for {gone_s:.0f} s. Once it is started again with its state folder, "
-                f"the run goes on by itself; `edgelam top {shlex.quote(str(folder))}` shows it. {kept(folder)}"
+                f"the run goes on by itself; `edgelam top {shlex.quote(str(folder))}` shows it. {kept(folder, self._options)}"
             )
         say(f"the server at {self._address} does not answer since {gone_s:.0f} s; the run goes on when it is back")
         return False
@@ -143,6 +144,7 @@ class Submission:
     def __init__(self, operator: Operator) -> None:
         """Prepares Flower's settings for the operator's server. Raises EnvironmentProblem if the operator has no token."""
         self._home, self._out = operator.flower_home(), Path()
+        self._options = f" --server {operator.server} --operator {shlex.quote(str(operator.folder.absolute()))}"
         self._server, self._tls = operator.server, operator.identity is not None
         self._host, self._port = split_address(operator.server, "--server")
         self._tail: EventTail | None = None
@@ -199,7 +201,8 @@ class Submission:
             self.status,
             deadline_s,
             tail=self._tail,
-            server=ServerWatch(self._server, self.server_answers, timing),
+            options=self._options,
+            server=ServerWatch(self._server, self.server_answers, timing, self._options),
             awaited=awaited,
             meanwhile=meanwhile,
             say=say,

@@ -13,12 +13,15 @@ from edgelam_fl.telemetry.summary import run_state
 CHECKPOINTS = "checkpoints"
 
 
-def kept(folder: Path) -> str:
-    """Returns a sentence that names what is left of a run that did not end well, and the command that goes on."""
+def kept(folder: Path, options: str = "") -> str:
+    """Returns a sentence that names what is left of a run that did not end well, and the command that goes on.
+
+    options: of that command, by which it finds the run's server.
+    """
     if (folder / "adapter").is_dir() or (folder / CHECKPOINTS).is_dir():
         return (
             f"Kept: the adapter after the last finished round, in {folder / 'adapter'}, and events.jsonl beside it. "
-            f"`edgelam run --resume {shlex.quote(str(folder))}` goes on"
+            f"`edgelam run --resume {shlex.quote(str(folder))}{options}` goes on"
         )
     return f"No round was finished; {folder} holds the events so far."
 
