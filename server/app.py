@@ -28,6 +28,7 @@ from server.checks import check_config
 from server.exchange import Exchange, ExchangeTiming
 from server.hub import RunHub, run_hub
 from server.membership import owners
+from server.pulling import bound_pulls
 from server.resuming import Resumption, check_can_resume, resumption
 from server.roster import Roster
 from server.rounds import Rounds
@@ -48,6 +49,7 @@ def main(grid: Grid, context: Context) -> None:
     if command not in _COMMANDS:
         raise ConfigError(f"command = {command!r} in the run config must be one of {', '.join(_COMMANDS)}")
     keep_private()
+    bound_pulls()
     bounds = bounds_of(os.environ)
     adapter = bounds.check_in_runs(Path(given["adapter"]), "adapter") if command == "chat" else Path()
     queue = "" if given.get("fabric") else os.environ.get(QUEUE, "")  # the nodes of a fabric are its run's own
