@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Set
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
 from pathlib import Path
 
 from flwr.app import Context
@@ -56,12 +57,21 @@ def main(grid: Grid, context: Context) -> None:
     place = bounds.run_folder(given["out"], f"flwr-{context.run_id}")
     again = command == "run" and AGAIN in os.environ and (place / "config.toml").is_file()
     if command == "resume" or again:
-        return _go_on(grid, bounds, bounds.check_in_runs(place, "out"), given["set"], queue, again=again)
+        out = bounds.check_in_runs(place, "out")
+        check_can_resume(out)  # raised without a word in the events, which are those of another process
+        with _alone(out):
+            return _go_on(grid, bounds, out, given["set"], queue, again=again)
     if AGAIN in os.environ and place.is_dir():  # the earlier process died before it had written anything
         out = bounds.check_in_runs(place, "out")
     else:
         out = bounds.make_run_folder(given["out"], f"flwr-{context.run_id}", of_chat=command == "chat")
-    hold = Hold(out, _HOLD_S)
+    with _alone(out):
+        _begin(grid, bounds, out, given, adapter, queue)
+
+
+def _begin(grid: Grid, bounds: Bounds, out: Path, given: Mapping[str, str], adapter: Path, queue: str) -> None:
+    """Begins what was submitted: a run, a proposal or a chat, with the folder `out`."""
+    command = given["command"]
     try:
         config = without_home(parse_run_file(given["run-toml"], source="the run file", overrides=given["set"]))
         spec = check_config(config, bounds)
@@ -74,16 +84,10 @@ def main(grid: Grid, context: Context) -> None:
         else:
             exchange = Exchange(grid, ExchangeTiming())
             _lead(exchange, RunFolder(out, spec), spec, hub, bounds, trains=command == "run", queue=queue)
-    hold.release()
 
 
 def _go_on(grid: Grid, bounds: Bounds, out: Path, overrides: str, queue: str, *, again: bool) -> None:
     """Goes on with the run in the folder `out`. again: the server itself asks for it."""
-    check_can_resume(out)  # raised without a word in the events, which are those of another process
-    try:
-        hold = Hold(out, _HOLD_S)
-    except BlockingIOError as error:
-        raise ConfigError(f"the run in {out} is alive") from error
     try:
         resumed = resumption(out, overrides, begins_again=again)
         spec = check_config(resumed.config, bounds)
@@ -97,7 +101,17 @@ def _go_on(grid: Grid, bounds: Bounds, out: Path, overrides: str, queue: str, *,
         raise
     with run_hub(spec.source) as hub:
         _lead(Exchange(grid, ExchangeTiming()), folder, spec, hub, bounds, trains=True, queue=queue, resumed=resumed)
-    hold.release()
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Holds a run's folder for this process until the block ends. Raises ConfigError if another process holds it."""
+    try:
+        hold = Hold(out, _HOLD_S)
+    except BlockingIOError as error:
+        raise ConfigError(f"the run in {out} is alive") from error
+    with hold:
+        yield
 
 
 def _refuse(out: Path, error: EdgelamError, what_is_kept: str = "nothing was started") -> None:

@@ -89,7 +89,9 @@ class Part:
         return self._is_over
 
     def end(self) -> None:
-        """Says that the report is complete."""
+        """Says that the report is complete, and lets go of what counted the steps: with it, a slice would stay in memory."""
+        self._steps_over = self.steps_over()
+        self.steps_over = lambda: self._steps_over
         with self._changed:
             self._is_over = True
             self._changed.notify_all()
@@ -116,7 +118,8 @@ class Part:
             has_come = self._changed.wait_for(
                 lambda: self._cancelled or self._given is not None, end - time.monotonic()
             )
-            self._asks, given = None, self._given
+            given = self._given
+            self._asks = self._given = None
             if self._cancelled:
                 raise RunFailed(self._cancelled)
             if not has_come or given is None:

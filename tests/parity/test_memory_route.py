@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from edgelam_fl.config import RunConfig
+from edgelam_fl.errors import ModelError
 from edgelam_fl.model.adapter import Adapter, initial_adapter
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import LoraSettings, Span, Stage, load_stages
@@ -204,11 +205,14 @@ def test_a_change_of_cuts_between_rounds_changes_no_number(tiny: ModelSource, da
 
 
 def test_a_host_that_gave_up_its_part_is_not_waited_for(tiny: ModelSource, data_files: list[Path]) -> None:
+    def fail(*_: Any, **__: Any) -> list[Stage]:
+        raise ModelError("no such slice here")
+
     config = run_config(tiny.name)
     start = initial_adapter(tiny, config.lora.targets, config.lora.rank, 1)
-    with memory_fleet(tiny, config, data_files[:1]) as fleet:
-        reports = fleet.run(start, 1, send_to=["device-1"])
-    assert reports["edge-1"].error.startswith("node edge-1 holds adapter ")
+    with memory_fleet(tiny, config, data_files[:1], {"edge-1": NodeHooks(load=fail)}) as fleet:
+        reports = fleet.run(start, 1)
+    assert reports["edge-1"].error == "no such slice here"
     assert "node edge-1 has given up its part of test/1/1" in reports["device-1"].error
 
 
