@@ -191,7 +191,7 @@ class Attempt:
 
     def is_bystander(self, name: str) -> bool:
         """Returns whether a node has nothing to answer for: its site's attempt ended because of another."""
-        ends = [end for site, end in self.ended.items() if name in _names(site)]
+        ends = [end for site, end in self.ended.items() if name in site.nodes]
         return bool(ends) and name not in self.silent and all(end.by != name for end in ends)
 
     def answers(self, requests: Iterable[Request]) -> Iterator[Arrived | Missing]:
@@ -343,7 +343,7 @@ class Attempt:
             seconds=round(now - self.planned.began_s, 3),
         )  # fmt: skip
         self._emit(aborted)
-        for name in _names(site):
+        for name in site.nodes:
             self._lose(name, f"host {by} is out: {reason}")
 
     def _hosted_by(self, name: str) -> list[Site]:
@@ -386,10 +386,6 @@ class Attempt:
         )
         self._emit(event)
         return self._message_to(name, self.planned.parcels[name])
-
-
-def _names(site: Site) -> Sequence[str]:
-    return [*(host.name for host in site.hosts), *site.members]
 
 
 def _site_deadlines(planned: PlannedRound, timing: ExchangeTiming) -> list[SiteDeadline]:

@@ -93,5 +93,4 @@ def _host_before(plan: pb.Plan, before: Sequence[pb.Plan], kept: Mapping[str, Ke
 def _plans(plans: Mapping[str, pb.Plan], site: Site | None) -> list[pb.Plan]:
     if site is None:
         return []
-    names = dict.fromkeys([*(host.name for host in site.hosts), *site.members])
-    return [plans[name] for name in names if name in plans]
+    return [plans[name] for name in site.nodes if name in plans]

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,16 +32,16 @@ from edgelam_fl.federation.child import ending_with_this
 from edgelam_fl.files import is_held
 from edgelam_fl.names import AGAIN
 from edgelam_fl.telemetry.events import (
-    RUN_ENDS,
+    EVENTS_FILE,
     Event,
     EventLog,
     RoundDone,
     RunFailure,
     RunInterrupted,
-    RunResumed,
     read_events,
 )
 from edgelam_fl.telemetry.run_folder import kept
+from edgelam_fl.telemetry.summary import run_state
 
 SERVERAPP = "flwr-serverapp"
 """The name of Flower's command, and kind of task, for a run's ServerApp."""
@@ -119,17 +119,19 @@ class RunTasks:
         if not runs:
             return
         given = {key: str(value) for key, value in runs[0].override_config.items()}
-        events = self._bounds.run_folder(given.get("out", ""), f"flwr-{task.run}") / "events.jsonl"
+        events = self._bounds.run_folder(given.get("out", ""), f"flwr-{task.run}") / EVENTS_FILE
+        history = _readable(events)
         status = runs[0].status
         reason = how if not status.details else f"{how} ({status.details})"
-        if has_last_word(events) or is_held(events.parent):  # held: the folder is another run's
+        has_last_word = run_state(history) != "running"
+        if has_last_word or is_held(events.parent):  # held: the folder is another run's
             self._links.finish_task(task.number, SubStatus.FAILED, how)  # if Flower has not heard of its end
             return
         if status.sub_status == SubStatus.STOPPED:
             end_run(events, "its operator stopped it", INTERRUPTED)
             return
         was_killed = status.status != Status.FINISHED or status.details.startswith(_NO_HEARTBEAT)
-        restart = restarts(events) + 1
+        restart = restarts(history) + 1
         trains = task.kind == SERVERAPP and given.get("command", "run") in ("run", "resume")
         if was_killed and trains and restart <= MOST_RESTARTS and wait_again(self._links, task):
             self._again.add(task.number)
@@ -196,19 +198,10 @@ def wait_again(links: Any, task: RunTask) -> bool:
 # ---------------------------------------------------------------- a run's events
 
 
-def has_last_word(events: Path) -> bool:
-    """Returns whether the newest process of a run has said how the run ended."""
-    last: Event | None = None
-    for event in _readable(events):
-        if isinstance(event, (*RUN_ENDS, RunResumed, RunInterrupted)):
-            last = event
-    return isinstance(last, RUN_ENDS)
-
-
-def restarts(events: Path) -> int:
+def restarts(events: Iterable[Event]) -> int:
     """Returns how often the run's ServerApp was started again since the last finished round."""
     count = 0
-    for event in _readable(events):
+    for event in events:
         count = 0 if isinstance(event, RoundDone) else event.restart if isinstance(event, RunInterrupted) else count
     return count
 

@@ -40,6 +40,11 @@ class Site:
     def name(self) -> str:
         return "+".join(host.name for host in self.hosts)
 
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Returns the names of its hosts and members, each once: a member may host."""
+        return tuple(dict.fromkeys([*(host.name for host in self.hosts), *self.members]))
+
 
 @dataclass(frozen=True)
 class Layout:
