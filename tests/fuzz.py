@@ -59,6 +59,7 @@ def frame(rng: random.Random) -> bytes:
         last_chunk=rng.random() < 0.7, job_token=rng.choice([0, 0, 7, 2**32 - 1]),
         step=rng.choice(_NUMBERS), micro_batch=rng.choice(_NUMBERS), device_index=rng.choice(_NUMBERS),
         row_lengths=[rng.randrange(2**32)] * rng.randrange(3), loss_sum=rng.choice([0.0, float("nan"), float("inf")]),
+        positions=[rng.randrange(2**32)] * rng.randrange(3),
         optional=rng.random() < 0.1,
     )  # fmt: skip
     header.phase = rng.choice([*pb.Phase.values(), 7])

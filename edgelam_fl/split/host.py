@@ -15,12 +15,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 
 import torch
 
 from edgelam_fl.errors import ProtocolError
 from edgelam_fl.model.stage import Stage
-from edgelam_fl.plan.modes import host_mode
+from edgelam_fl.plan.modes import host_mode, label_place
 from edgelam_fl.plan.reading import unit_rows, unit_seed
 from edgelam_fl.privacy.mechanism import secret_generator
 from edgelam_fl.split.group import Group, relay
@@ -242,6 +243,7 @@ class Host:
 
     def _take_activation(self, member: Member, frame: Frame) -> None:
         check_activation(frame, member, self.plan, self.group.hidden_size, self.group.wire)
+        check_positions(frame, self.plan)
         member.forwards.append(frame)
 
     def _take_labels(self, member: Member, frame: Frame) -> None:
@@ -273,6 +275,8 @@ class Host:
             output = self.stage(
                 inputs.to(self.stage.dtype), list(header.row_lengths), layers=member.layers, unit_seed=seed
             )
+            if header.positions and self.group.coordinates:
+                output = at_positions(output, list(header.positions))
             if self.task is None:
                 output = output.to(self.group.wire)
         if self.task is not None:
@@ -360,7 +364,7 @@ class Host:
         assert link is not None
         header = pb.Header(
             kind=kind, phase=of.phase, step=of.step, micro_batch=of.micro_batch, device_index=of.device_index,
-            row_lengths=of.row_lengths,
+            row_lengths=of.row_lengths, positions=() if self.group.coordinates else of.positions,
         )  # fmt: skip
         link.note_progress(of.phase, of.step)
         link.send(header, tensor)
@@ -390,6 +394,25 @@ def check_activation(frame: Frame, member: Member, plan: pb.Plan, hidden_size: i
         raise ProtocolError(f"row lengths {list(header.row_lengths)[:8]} do not fit {rows} rows of {tokens} tokens")
     if len(member.forwards) + len(member.saved) >= plan.window:
         raise ProtocolError(f"more than {plan.window} micro-batches in flight (split.window)")
+
+
+def check_positions(frame: Frame, plan: pb.Plan) -> None:
+    """Raises ProtocolError if the positions that a device wants back are not some of its micro-batch's, each once, in order."""
+    positions, states = list(frame.header.positions), frame.tensor
+    assert states is not None
+    if positions and not label_place(plan.labels).on_device:
+        raise ProtocolError("positions of hidden states to send back, and this route's last host has the labels")
+    rising = all(before < after for before, after in pairwise(positions))
+    if positions and not (rising and positions[-1] < states.shape[0] * states.shape[1]):
+        raise ProtocolError(
+            f"{len(positions)} positions to send back, up to {max(positions)}, of {states.shape[0]} rows of {states.shape[1]} tokens: "
+            "each may come once, in order"
+        )
+
+
+def at_positions(states_BTD: torch.Tensor, positions: list[int]) -> torch.Tensor:
+    """Returns the states at some positions, row * tokens + place, as one row [1, N, D]."""
+    return states_BTD.flatten(0, 1)[torch.tensor(positions)][None]
 
 
 def check_labels(frame: Frame, plan: pb.Plan) -> torch.Tensor:

@@ -104,7 +104,7 @@ class Tensor(_message.Message):
     def __init__(self, dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., codec: _Optional[str] = ..., total_bytes: _Optional[int] = ..., chunk: _Optional[int] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class Header(_message.Message):
-    __slots__ = ("kind", "optional", "last_chunk", "job_token", "phase", "step", "micro_batch", "device_index", "tensor", "send_ns", "row_lengths", "loss_sum", "sums", "ack", "hello", "ready", "not_ready", "refuse", "table", "table_all", "step_close", "done", "cancel", "error", "progress", "step_ready", "step_apply", "kv_step", "kv_drop")
+    __slots__ = ("kind", "optional", "last_chunk", "job_token", "phase", "step", "micro_batch", "device_index", "tensor", "send_ns", "row_lengths", "loss_sum", "sums", "ack", "positions", "hello", "ready", "not_ready", "refuse", "table", "table_all", "step_close", "done", "cancel", "error", "progress", "step_ready", "step_apply", "kv_step", "kv_drop")
     class SumsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -126,6 +126,7 @@ class Header(_message.Message):
     LOSS_SUM_FIELD_NUMBER: _ClassVar[int]
     SUMS_FIELD_NUMBER: _ClassVar[int]
     ACK_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     NOT_READY_FIELD_NUMBER: _ClassVar[int]
@@ -155,6 +156,7 @@ class Header(_message.Message):
     loss_sum: float
     sums: _containers.ScalarMap[str, float]
     ack: int
+    positions: _containers.RepeatedScalarFieldContainer[int]
     hello: Hello
     ready: Ready
     not_ready: NotReady
@@ -170,7 +172,7 @@ class Header(_message.Message):
     step_apply: StepApply
     kv_step: KvStep
     kv_drop: KvDrop
-    def __init__(self, kind: _Optional[_Union[Kind, str]] = ..., optional: _Optional[bool] = ..., last_chunk: _Optional[bool] = ..., job_token: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., device_index: _Optional[int] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., send_ns: _Optional[int] = ..., row_lengths: _Optional[_Iterable[int]] = ..., loss_sum: _Optional[float] = ..., sums: _Optional[_Mapping[str, float]] = ..., ack: _Optional[int] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., not_ready: _Optional[_Union[NotReady, _Mapping]] = ..., refuse: _Optional[_Union[Refuse, _Mapping]] = ..., table: _Optional[_Union[Table, _Mapping]] = ..., table_all: _Optional[_Union[TableAll, _Mapping]] = ..., step_close: _Optional[_Union[StepClose, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., step_ready: _Optional[_Union[StepReady, _Mapping]] = ..., step_apply: _Optional[_Union[StepApply, _Mapping]] = ..., kv_step: _Optional[_Union[KvStep, _Mapping]] = ..., kv_drop: _Optional[_Union[KvDrop, _Mapping]] = ...) -> None: ...
+    def __init__(self, kind: _Optional[_Union[Kind, str]] = ..., optional: _Optional[bool] = ..., last_chunk: _Optional[bool] = ..., job_token: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., device_index: _Optional[int] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., send_ns: _Optional[int] = ..., row_lengths: _Optional[_Iterable[int]] = ..., loss_sum: _Optional[float] = ..., sums: _Optional[_Mapping[str, float]] = ..., ack: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., not_ready: _Optional[_Union[NotReady, _Mapping]] = ..., refuse: _Optional[_Union[Refuse, _Mapping]] = ..., table: _Optional[_Union[Table, _Mapping]] = ..., table_all: _Optional[_Union[TableAll, _Mapping]] = ..., step_close: _Optional[_Union[StepClose, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., step_ready: _Optional[_Union[StepReady, _Mapping]] = ..., step_apply: _Optional[_Union[StepApply, _Mapping]] = ..., kv_step: _Optional[_Union[KvStep, _Mapping]] = ..., kv_drop: _Optional[_Union[KvDrop, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("version", "job", "node", "device_index", "link", "route_token", "model_digest", "window", "codecs", "session", "resumes", "received")

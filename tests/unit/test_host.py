@@ -217,6 +217,46 @@ def test_the_gradient_for_the_device_is_plain_torchs(tiny: ModelSource) -> None:
     assert torch.equal(got, hidden.grad)
 
 
+def test_positions_alone_come_back_and_their_gradient_is_the_whole_ones(tiny: ModelSource) -> None:
+    """A gradient of some positions is one that is zero at all others."""
+    site = Site(tiny, 1)
+    (device,) = site.open(1)
+    device.table()
+    wanted = [1, 4, TOKENS - 1]
+    device.act(positions=wanted)
+    frame = device.await_frame(pb.ACT)
+    assert not frame.header.positions
+    hidden = device.hidden.clone().requires_grad_(True)
+    stage = middle(tiny)
+    states = stage(hidden, [TOKENS])
+    assert torch.equal(frame.tensor, states[:, wanted])
+    gradient = torch.randn(1, 3, hidden.shape[2], generator=torch.Generator().manual_seed(9)) * 0.01
+    device.exit.send(pb.Header(kind=pb.GRAD, phase=pb.TRAIN), gradient)
+    got = device.await_frame(pb.GRAD).tensor
+    device.done()
+    site.end()
+    whole = torch.zeros_like(states)
+    whole[:, wanted] = gradient
+    states.backward(whole)
+    assert torch.equal(got, hidden.grad)
+    assert_moved(site, {name: -LR * p.grad for name, p in stage.adapter_parameters.items()})
+
+
+@pytest.mark.parametrize("positions", [[3, 3], [4, 2], [TOKENS], [0, 2**32 - 1]])
+def test_positions_that_a_micro_batch_does_not_have_cost_their_sender_only(
+    tiny: ModelSource, positions: list[int]
+) -> None:
+    site = Site(tiny, 2)
+    bad, good = site.open(2)
+    bad.act(phase=pb.EVAL, positions=positions)
+    assert "positions to send back" in bad.await_frame(pb.CANCEL).header.cancel.reason
+    good.table()
+    good.step(LABELS[1])
+    assert list(good.await_frame(pb.STEP_CLOSE).header.step_close.counted) == [1]
+    good.done()
+    site.end()
+
+
 @pytest.mark.parametrize(("train", "kind"), [("hosts", pb.GRAD_END), ("front", pb.GRAD), ("back", pb.GRAD_END)])
 def test_a_gradient_goes_to_the_previous_node_only_if_something_learns_there(
     tiny: ModelSource, train: str, kind: int
