@@ -76,6 +76,7 @@ def main() -> None:
     links = app.state.linkstate_factory.state()
     judge = partial(refusal_of_run, own="" if options.allow_foreign_apps else own_digest())
     judge_heartbeats()
+    look_for_dead_tasks_seldom(links)
     threading.Thread(target=keep_nodes_over_standstills, args=(links,), name="standstills", daemon=True).start()
     guard = Guard(
         flower=app,
@@ -193,6 +194,25 @@ def judge_heartbeats() -> None:
     """
     for module in (in_memory_linkstate, sql_linkstate):
         module.HEARTBEAT_PATIENCE = HEARTBEATS_MISSED
+
+
+def look_for_dead_tasks_seldom(links: Any, now: Callable[[], float] = time.monotonic) -> None:
+    """Has Flower look once per `_TICK_S` for tasks that have fallen silent, in the place of at every request.
+
+    Each look changes the database, so requests wait for each other; it takes six times as long as what it is done for. Only a SuperLink
+    with a database looks like this.
+    """
+    if not isinstance(links, sql_linkstate.SqlLinkState):
+        return
+    look, last = links._cleanup_expired_task_tokens, -_TICK_S
+
+    def look_seldom() -> None:
+        nonlocal last
+        if now() - last >= _TICK_S:
+            last = now()
+            look()
+
+    links._cleanup_expired_task_tokens = look_seldom
 
 
 def keep_nodes_over_standstills(

@@ -1,13 +1,19 @@
-"""Which nodes Flower's SuperLink takes for gone, as this project runs it."""
+"""Which nodes and tasks Flower's SuperLink takes for gone, as this project runs it."""
 
 from __future__ import annotations
 
 from types import ModuleType
+from unittest.mock import Mock
 
 import pytest
 from flwr.server.superlink.linkstate import in_memory_linkstate, sql_linkstate
 
-from edgelam_fl.federation.superlink_daemon import HEARTBEATS_MISSED, judge_heartbeats, keep_nodes_over_standstills
+from edgelam_fl.federation.superlink_daemon import (
+    HEARTBEATS_MISSED,
+    judge_heartbeats,
+    keep_nodes_over_standstills,
+    look_for_dead_tasks_seldom,
+)
 
 
 @pytest.mark.parametrize("module", [in_memory_linkstate, sql_linkstate])
@@ -53,3 +59,14 @@ def test_a_standstill_of_the_superlink_is_no_silence_of_its_nodes() -> None:
     with pytest.raises(Stopped):
         keep_nodes_over_standstills(nodes, pause, lambda: at_s[0])
     assert nodes.heard == [(1, 10.0)]
+
+
+def test_requests_do_not_make_the_superlink_look_for_dead_tasks_each_time() -> None:
+    at_s, links = [100.0], Mock(spec=sql_linkstate.SqlLinkState)  # so that Flower has the name that is replaced
+    looks = links._cleanup_expired_task_tokens
+    look_for_dead_tasks_seldom(links, lambda: at_s[0])
+    found = []
+    for at_s[0] in (100.0, 100.5, 100.6, 110.0):
+        links._cleanup_expired_task_tokens()  # as for each request
+        found.append(looks.call_count)
+    assert found == [1, 1, 1, 2]
