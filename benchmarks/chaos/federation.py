@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +46,8 @@ class Federation:
     """Edge servers are reached through the hub alone."""
     tree: Path | None = None
     """A checkout whose code the commands run; None: that of this process."""
+    rules: Sequence[str] = ()
+    """Modules in its folder from which runs may take strategies."""
     devices: dict[str, Path] = field(default_factory=dict)
     model: Path = Path()
     commands: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
@@ -99,6 +101,7 @@ class Federation:
         self.command(
             "server", "server", "--listen", self.server, "--state", str(self.folder / "server"), "--runs", str(self.runs),
             "--models", str(self.folder / "models"), "--address", _OUTSIDE,
+            *(word for module in self.rules for word in ("--strategies", module)),
         )  # fmt: skip
         self.until(lambda: answers("127.0.0.1", self.port), START_S, "the SuperLink")
 
