@@ -20,7 +20,7 @@ from edgelam_fl.names import AGAIN
 from edgelam_fl.plan.making import task_settings
 from edgelam_fl.plan.placement import first_proposal
 from edgelam_fl.plan.spec import RunSpec
-from edgelam_fl.telemetry.events import EventLog, RunDone, RunFailure, RunResumed, RunStarted
+from edgelam_fl.telemetry.events import EVENTS_FILE, EventLog, RunDone, RunFailure, RunResumed, RunStarted
 from edgelam_fl.telemetry.run_folder import kept
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -117,7 +117,7 @@ def _alone(out: Path) -> Iterator[None]:
 def _refuse(out: Path, error: EdgelamError, what_is_kept: str = "nothing was started") -> None:
     """Says in the run's events why it does not start: whoever follows it reads them."""
     refusal = RunFailure(reason=from_home(str(error)), kept=what_is_kept, exit_code=error.exit_code)
-    EventLog(out / "events.jsonl")(refusal)
+    EventLog(out / EVENTS_FILE)(refusal)
 
 
 def _lead(

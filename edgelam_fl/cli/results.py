@@ -13,15 +13,15 @@ from edgelam_fl.errors import ConfigError
 
 def report(folder: RunArgument) -> None:
     """Draws a run's page and table again, also if the run failed or is still going."""
-    from edgelam_fl.telemetry.events import read_events
+    from edgelam_fl.telemetry.events import EVENTS_FILE, read_events
     from edgelam_fl.telemetry.report.incidents import failure
     from edgelam_fl.telemetry.report.page import write_report
     from edgelam_fl.telemetry.run_folder import kept, state_now
     from edgelam_fl.telemetry.summary import build_summary, summary_table
 
-    if not (folder / "events.jsonl").is_file():
-        raise ConfigError(f"{folder} is not a run's folder: it has no events.jsonl")
-    events = list(read_events(folder / "events.jsonl"))
+    if not (folder / EVENTS_FILE).is_file():
+        raise ConfigError(f"{folder} is not a run's folder: it has no {EVENTS_FILE}")
+    events = list(read_events(folder / EVENTS_FILE))
     state = state_now(folder, events)
     console.print(summary_table(build_summary(events, state)))
     if state == "killed":

@@ -18,7 +18,7 @@ from edgelam_fl.machine import since_boot_s
 from edgelam_fl.names import why_no_tag
 from edgelam_fl.privacy.limits import percent
 from edgelam_fl.tasks.files import check_readable
-from edgelam_fl.telemetry.events import DataChanged, DataRead, Event, EventTail, TextReadableHere
+from edgelam_fl.telemetry.events import EVENTS_FILE, DataChanged, DataRead, Event, EventTail, TextReadableHere
 from edgelam_fl.trust.identity import load_identity
 from edgelam_fl.trust.join import Membership, clock_words, renew
 from edgelam_fl.wire.relay import RELAY
@@ -227,7 +227,7 @@ def _watch(console: Console, node: NodeProcesses) -> int:
         _say(console, f"{node.name} is here as {role}; logs in {node.state}. Ctrl-C ends it.")
         if node.data:
             _say(console, trust_words(node.trust))
-        tail = EventTail(node.state / "events.jsonl")
+        tail = EventTail(node.state / EVENTS_FILE)
         tail.poll()  # what was said before
         while True:
             time.sleep(1.0)

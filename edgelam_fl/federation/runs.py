@@ -27,8 +27,8 @@ from edgelam_fl.federation.operator import Operator
 from edgelam_fl.federation.submission import Submission
 from edgelam_fl.files import now_in_a_name, write_atomically
 from edgelam_fl.telemetry.console import RunView
-from edgelam_fl.telemetry.events import EventTail, RunFailure
-from edgelam_fl.telemetry.run_folder import kept
+from edgelam_fl.telemetry.events import EVENTS_FILE, EventTail, RoundDone, RunFailure
+from edgelam_fl.telemetry.run_folder import kept, way_on
 from edgelam_fl.telemetry.summary import read_summary, summary_table
 
 _LOCAL = "local.json"  # in the folder of a run of this machine alone: its data
@@ -174,7 +174,7 @@ def follow(
         else:
             run_id = submission.submit(None, folder, "resume", overrides=resumed)
     view.say(f"Flower run {run_id}; folder {folder}")
-    tails = {node.name: EventTail(node.state / "events.jsonl") for node in (local.nodes if local else [])}
+    tails = {node.name: EventTail(node.state / EVENTS_FILE) for node in (local.nodes if local else [])}
 
     def meanwhile() -> bool:
         """Shows the nodes' own events and looks after the processes; true if a node was heard."""
@@ -186,12 +186,15 @@ def follow(
                 view.say(what)
         return bool(news)
 
+    can_go_on = resumed is not None
     try:
         with view:
             for event in submission.events(meanwhile=meanwhile, say=view.say):
                 view.feed(event)
+                can_go_on = can_go_on or isinstance(event, RoundDone)
                 if isinstance(event, RunFailure):
-                    raise RunFailed(f"the run failed: {event.reason}; {event.kept}", event.exit_code)
+                    how = f". {way_on(folder, '' if local else submission.options)}" if can_go_on else ""
+                    raise RunFailed(f"the run failed: {event.reason}; {event.kept}{how}", event.exit_code)
     except KeyboardInterrupt:
         console.print(f"stopping the run. {kept(folder)}", soft_wrap=True)
         try:

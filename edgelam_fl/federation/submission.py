@@ -24,7 +24,7 @@ from edgelam_fl.errors import EnvironmentProblem, RunFailed
 from edgelam_fl.federation.app_archive import app_alone
 from edgelam_fl.federation.environment import child_environment, without_proxies
 from edgelam_fl.federation.operator import Operator
-from edgelam_fl.telemetry.events import RUN_ENDS, Event, EventTail
+from edgelam_fl.telemetry.events import EVENTS_FILE, RUN_ENDS, Event, EventTail
 from edgelam_fl.telemetry.run_folder import kept
 
 _COMMAND_DEADLINE_S = 180.0  # Flower's commands take seconds here, and many on a small board that is busy
@@ -142,9 +142,12 @@ class Submission:
     """One run at one SuperLink, submitted by its operator. Flower's settings of the user stay untouched."""
 
     def __init__(self, operator: Operator) -> None:
-        """Prepares Flower's settings for the operator's server. Raises EnvironmentProblem if the operator has no token."""
+        """Prepares Flower's settings for the operator's server. Raises EnvironmentProblem if the operator has no token.
+
+        `options`: by which a command finds this server.
+        """
         self._home, self._out = operator.flower_home(), Path()
-        self._options = f" --server {operator.server} --operator {shlex.quote(str(operator.folder.absolute()))}"
+        self.options = f" --server {operator.server} --operator {shlex.quote(str(operator.folder.absolute()))}"
         self._server, self._tls = operator.server, operator.identity is not None
         self._host, self._port = split_address(operator.server, "--server")
         self._tail: EventTail | None = None
@@ -171,7 +174,7 @@ class Submission:
         the folder `adapter`. fabric: the folder of the process that plays all nodes. simulation: Flower's settings for
         its simulation engine.
         """
-        self._tail = EventTail(out / "events.jsonl")
+        self._tail = EventTail(out / EVENTS_FILE)
         self._tail.poll()  # of a run that is resumed, what was said before
         values = {"run-toml": to_toml(config) if config else "", "out": str(out), "command": command,
                   "set": shlex.join(overrides),
@@ -197,12 +200,12 @@ class Submission:
     ) -> Iterator[Event]:
         """Yields the submitted run's events as they come, the last one included. Options and errors: `run_events`."""
         return run_events(
-            self._out / "events.jsonl",
+            self._out / EVENTS_FILE,
             self.status,
             deadline_s,
             tail=self._tail,
-            options=self._options,
-            server=ServerWatch(self._server, self.server_answers, timing, self._options),
+            options=self.options,
+            server=ServerWatch(self._server, self.server_answers, timing, self.options),
             awaited=awaited,
             meanwhile=meanwhile,
             say=say,

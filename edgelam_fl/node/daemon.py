@@ -17,7 +17,7 @@ from edgelam_fl.addresses import join_address, split_address
 from edgelam_fl.errors import EdgelamError, EnvironmentProblem
 from edgelam_fl.files import Hold, holder_of, sweep
 from edgelam_fl.machine import end_with_parent
-from edgelam_fl.telemetry.events import EventLog, NodeReady
+from edgelam_fl.telemetry.events import EVENTS_FILE, EventLog, NodeReady
 
 if TYPE_CHECKING:
     from edgelam_fl.node.service import StageHost
@@ -55,7 +55,7 @@ def serve(options: argparse.Namespace) -> int:
     from edgelam_fl.wire.grpc.serve import DataPlaneServer
 
     security = _security(options)
-    log = EventLog(options.state / "events.jsonl", _MOST_EVENTS_BYTES)
+    log = EventLog(options.state / EVENTS_FILE, _MOST_EVENTS_BYTES)
     node = _make_node(options, log, security)
     data_plane = None
     listen = listen_address(options.listen, is_device=options.data is not None)

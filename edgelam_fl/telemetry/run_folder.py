@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from edgelam_fl.files import is_held
-from edgelam_fl.telemetry.events import Event
+from edgelam_fl.telemetry.events import EVENTS_FILE, Event
 from edgelam_fl.telemetry.summary import run_state
 
 CHECKPOINTS = "checkpoints"
@@ -20,10 +20,15 @@ def kept(folder: Path, options: str = "") -> str:
     """
     if (folder / "adapter").is_dir() or (folder / CHECKPOINTS).is_dir():
         return (
-            f"Kept: the adapter after the last finished round, in {folder / 'adapter'}, and events.jsonl beside it. "
-            f"`edgelam run --resume {shlex.quote(str(folder))}{options}` goes on"
+            f"Kept: the adapter after the last finished round, in {folder / 'adapter'}, and {EVENTS_FILE} beside it. "
+            f"{way_on(folder, options)}"
         )
     return f"No round was finished; {folder} holds the events so far."
+
+
+def way_on(folder: Path, options: str = "") -> str:
+    """Returns the command that goes on with a run, in words. options: as of `kept`."""
+    return f"`edgelam run --resume {shlex.quote(str(folder))}{options}` goes on"
 
 
 def state_now(folder: Path, events: Iterable[Event]) -> str:

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import EnvironmentProblem, RunFailed
+from edgelam_fl.federation import runs
 from edgelam_fl.federation.app_archive import app_alone
 from edgelam_fl.federation.operator import Operator, prepare_operator
 from edgelam_fl.federation.submission import FollowTiming, ServerWatch, Submission, run_events
+from edgelam_fl.telemetry.console import RunView
 from edgelam_fl.telemetry.events import Event
 from edgelam_fl.telemetry.events.table import kind_of
 
@@ -148,6 +152,27 @@ def test_a_server_that_stays_away_is_given_up_with_the_command_that_goes_on(tmp_
     with pytest.raises(EnvironmentProblem, match=r"has not answered for 0 s\. .*`edgelam run --resume") as caught:
         list(run_events(tmp_path / "events.jsonl", never, server=server, timing=AT_ONCE))
     assert f"`edgelam run --resume {tmp_path}` goes on" in str(caught.value)
+
+
+@pytest.mark.parametrize("before", [["round_done"], []])
+def test_a_failure_names_the_command_that_goes_on_if_a_round_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: list[str]
+) -> None:
+    events = [*before, "run_failed"]
+
+    class Ended(Flower):
+        def submit(self, config: RunConfig | None, out: Path, *_: Any, **__: Any) -> int:
+            Writer(out / "events.jsonl", events)()
+            self._out = out
+            return 1
+
+    monkeypatch.setattr(runs, "Submission", lambda operator: Ended(tmp_path, "running"))
+    (run := tmp_path / "my run").mkdir()
+    console, config = Console(quiet=True), RunConfig()
+    with pytest.raises(RunFailed) as failed:
+        runs.follow(console, RunView(console, 1, 1), config, run, Operator("127.0.0.1:1", tmp_path / "operator"))
+    line = f"`edgelam run --resume '{run}' --server 127.0.0.1:1 --operator {tmp_path / 'operator'}` goes on"
+    assert (line in str(failed.value)) == bool(before)
 
 
 def test_a_run_that_flower_does_not_know_is_given_up(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def write_report(run_dir: Path) -> Path:
     """
     source, written = run_dir / EVENTS_FILE, run_dir / "summary.json"
     if not source.is_file():
-        raise UsageError(f"{run_dir} is not a run's folder: it holds no events.jsonl")
+        raise UsageError(f"{run_dir} is not a run's folder: it holds no {EVENTS_FILE}")
     events = list(read_events(source))
     state = state_now(run_dir, events)
     kept = [run_dir / f"{TIMELINES_FILE}.old", run_dir / TIMELINES_FILE]
