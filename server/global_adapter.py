@@ -6,13 +6,25 @@ rows in the order of their worth; a node of a smaller rank takes the first rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed
-from edgelam_fl.model.adapter import Adapter, initial_adapter, initial_cut, slice_of
+from edgelam_fl.model.adapter import (
+    Adapter,
+    Span,
+    initial_adapter,
+    initial_cut,
+    joined_digest,
+    slice_of,
+    tensor_digest,
+)
+from edgelam_fl.model.carry import is_carry
+from edgelam_fl.model.cut import CUT_B
 from edgelam_fl.plan.layout import site_source
 from edgelam_fl.plan.reading import end_spans, hosted_span, is_private, spans_of
 from edgelam_fl.plan.spec import RunSpec
@@ -69,6 +81,81 @@ def at_rank(name: str, array: np.ndarray, rank: int, start: np.ndarray | None = 
         scaled = array[:, :rank] * np.float32(rank / array.shape[1])
         return np.pad(scaled, ((0, 0), (0, rank - scaled.shape[1])))
     return array
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What a node starts from, with the SHA-256 of each tensor and of all."""
+
+    tensors: Adapter
+    frozen: frozenset[str]
+    """The tensors that the round does not train."""
+
+    @cached_property
+    def digests(self) -> Mapping[str, str]:
+        return {name: tensor_digest(name, array) for name, array in self.tensors.items()}
+
+    @cached_property
+    def frozen_digests(self) -> Mapping[str, str]:
+        return {name: digest for name, digest in self.digests.items() if name in self.frozen}
+
+    @cached_property
+    def digest(self) -> str:
+        return joined_digest(self.digests)
+
+
+class Slices:
+    """Cuts the nodes' slices out of the adapter that a round starts from: once, however many nodes have the same one.
+
+    A thousand devices with the same layers would else have the same bytes hashed a thousand times.
+    """
+
+    def __init__(self, adapter: Adapter, personal: Mapping[str, Adapter] = {}) -> None:
+        """`adapter`, `personal`: as of `starting_point`. Their arrays must not change from here on."""
+        self.adapter, self.personal = adapter, personal
+        self._starts: dict[Hashable, Slice] = {}
+        self._shapes: dict[Hashable, dict[str, tuple[int, ...]]] = {}
+
+    def start(self, plan: pb.Plan) -> Slice:
+        """Returns the starting point of a plan's node."""
+        if self.personal.get(plan.node) or self.personal.get(site_source(plan.site)):
+            return self._start(plan)  # nobody else's
+        key = (tuple(end_spans(plan)), hosted_span(plan), *_terms(plan))
+        if key not in self._starts:
+            self._starts[key] = self._start(plan)
+        return self._starts[key]
+
+    def _start(self, plan: pb.Plan) -> Slice:
+        tensors = starting_point(plan, self.adapter, self.personal)
+        return Slice(tensors, frozenset(name for name in tensors if is_frozen(plan, name)))
+
+    def trained_shapes(self, plan: pb.Plan, spans: Sequence[Span], *, ends: bool) -> Mapping[str, tuple[int, ...]]:
+        """Returns the shapes of the tensors that a node may contribute of `spans`, in its rank. `ends`: whether they are its own."""
+        key = (tuple(spans), ends, *_terms(plan))
+        if key not in self._shapes:
+            held = {name: a for name, a in slice_of(self.adapter, spans).items() if not is_frozen(plan, name)}
+            self._shapes[key] = {
+                name: at_rank(name, array, plan.lora.rank).shape
+                for name, array in held.items()
+                if not (ends and is_private(plan, name))
+            }
+        return self._shapes[key]
+
+
+def _terms(plan: pb.Plan) -> tuple[Hashable, ...]:
+    """Returns all of a plan but its layers that a slice depends on."""
+    private = plan.routes[0].front if plan.cut.private_front and plan.routes else None
+    return plan.lora.rank, plan.lora.freeze_a, plan.lora.freeze_b, private
+
+
+def is_frozen(plan: pb.Plan, name: str) -> bool:
+    """Returns whether a tensor is a factor that the round does not train. Carry factors and the cut adapter's B never learn."""
+    return (
+        is_carry(name)
+        or name.endswith(CUT_B)
+        or (plan.lora.freeze_a and name.endswith(A))
+        or (plan.lora.freeze_b and name.endswith(B))
+    )
 
 
 def as_start(adapter: Adapter, config: RunConfig, round_: int) -> Start:

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from edgelam_fl.model.adapter import Adapter, digest
-from edgelam_fl.wire import edgelam_pb2 as pb
-from server.replies import Reply, is_frozen
+from edgelam_fl.model.adapter import Adapter, joined_digest, tensor_digest
+from server.global_adapter import Slice
+from server.replies import Reply
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,18 +27,18 @@ class Holdings:
 
     by_node: Mapping[str, NodeHoldings] = field(default_factory=dict)
 
-    def lacking(self, node: str, needed: Adapter, needed_digest: str) -> Adapter | None:
+    def lacking(self, node: str, needed: Slice) -> Adapter | None:
         """Returns the tensors of `needed` that have to be sent; None: the node holds exactly the needed adapter.
 
         An empty adapter means that the node holds every tensor, and others beside them that it has to drop.
         """
         held = self.by_node.get(node)
-        if held is None:
-            return dict(needed)
-        if held.adapter_digest == needed_digest:
+        if held is not None and held.adapter_digest == needed.digest:
             return None
-        known = held.tensor_digests
-        return {name: array for name, array in needed.items() if known.get(name) != _digest(name, needed)}
+        known = held.tensor_digests if held is not None else {}
+        if not known:
+            return dict(needed.tensors)
+        return {name: array for name, array in needed.tensors.items() if known.get(name) != needed.digests[name]}
 
     def after(self, news: Mapping[str, NodeHoldings | None]) -> Holdings:
         """Returns the holdings after a round. None: nothing is known of that node any more."""
@@ -46,18 +46,17 @@ class Holdings:
         return Holdings(kept | {name: held for name, held in news.items() if held is not None})
 
 
-def holdings_after(plan: pb.Plan, start: Adapter, reply: Reply) -> NodeHoldings:
+def holdings_after(start: Slice, reply: Reply) -> NodeHoldings:
     """Returns the holdings of a node that began its part with `start` and sent `reply`.
 
     Every tensor is known if start and reply together have the digest that the node reports; else only the tensors that
     the plan froze are.
     """
-    after = {**start, **{name: array for part in reply.tensors for name, array in part.items()}}
-    reported = reply.report.adapter_digest
-    if digest(after) != reported:
-        after = {name: array for name, array in start.items() if is_frozen(plan, name)}
-    return NodeHoldings(reported, {name: _digest(name, after) for name in after})
-
-
-def _digest(name: str, adapter: Adapter) -> str:
-    return digest({name: adapter[name]})
+    reported, changed = reply.report.adapter_digest, any(reply.tensors)
+    after = start.digests
+    if changed:
+        trained = {name: array for part in reply.tensors for name, array in part.items()}
+        after = {**after, **{name: tensor_digest(name, array) for name, array in trained.items()}}
+    if (joined_digest(after) if changed else start.digest) != reported:
+        after = start.frozen_digests
+    return NodeHoldings(reported, after)

@@ -20,6 +20,8 @@ from server.global_adapter import at_rank
 from strategies.aggregation.factors import A, is_factor
 from strategies.api import Contribution
 
+_VANISHING = 1e-30  # of an fp32 square: far above the smallest, so that a sum of larger ones is exact enough
+
 
 @dataclass
 class UpdateJudge:
@@ -42,8 +44,8 @@ class UpdateJudge:
         total, count = 0.0, 0
         for contribution in contributions:
             for name, array in contribution.tensors.items():
-                moved = (array - _like(name, start[name], array)).astype(np.float64)
-                total, count = total + float(np.sum(moved * moved)), count + moved.size
+                total += square_sum(array - _like(name, start[name], array))
+                count += array.size
         rms = (total / max(1, count)) ** 0.5
         lr_sum = max(contribution.lr_sum for contribution in contributions)
         size = Size(rms, rms / lr_sum if lr_sum else rms)
@@ -75,6 +77,15 @@ def without_outliers(
         if site_source(site.name) in problems:
             problems |= {name: f"its {site_source(site.name)} is left out" for name in site.members}
     return [one for one in contributions if one.source not in problems], problems
+
+
+def square_sum(array: np.ndarray) -> float:
+    """Returns the sum of squares to about seven digits. Not finite if the array is not; may be infinite for values above 1e17."""
+    values = array.ravel()
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = float(np.dot(values, values))
+    # Squares of tiny fp32 numbers vanish.
+    return total if total > _VANISHING * values.size else float(np.sum(np.square(values, dtype=np.float64)))
 
 
 def first_not_finite(tensors: Iterable[Mapping[str, np.ndarray]]) -> str:

@@ -13,7 +13,7 @@ from edgelam_fl.errors import TooFewSources
 from edgelam_fl.plan.layout import site_source
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.exchange import Arrived, Missing
-from server.global_adapter import as_start, starting_point
+from server.global_adapter import as_start
 from server.holdings import NodeHoldings, holdings_after
 from server.judging import UpdateJudge, first_not_finite, without_outliers
 from server.private_sums import PrivateSums
@@ -110,7 +110,7 @@ def _read(
     """Returns the reply and why it cannot be used ("": it can). Its tensors are dropped if they go into `means`."""
     plan = planned.plans[name]
     reply = read_reply(content)
-    wrong = why_unusable(reply, plan, planned.start.adapter)
+    wrong = why_unusable(reply, plan, planned.slices)
     if means is None:
         return reply, wrong
     if not wrong:
@@ -121,4 +121,4 @@ def _read(
 def _held(planned: PlannedRound, plan: pb.Plan, reply: Reply | None) -> NodeHoldings | None:
     if reply is None:
         return None
-    return holdings_after(plan, starting_point(plan, planned.start.adapter, planned.start.personal), reply)
+    return holdings_after(planned.slices.start(plan), reply)

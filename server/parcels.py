@@ -13,27 +13,32 @@ from edgelam_fl.model import adapter as adapters
 from edgelam_fl.plan.layout import site_source
 from edgelam_fl.plan.modes import host_mode
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.global_adapter import starting_point
+from server.global_adapter import Slices, is_frozen
 from server.holdings import Holdings, NodeHoldings
-from server.replies import is_frozen, spans_of_source
-from server.state import FederationState, Parcel, PlannedRound
+from server.replies import spans_of_source
+from server.state import Parcel, PlannedRound
 from strategies.registry import Capabilities
 
 
 def make_parcels(
-    plans: Mapping[str, pb.Plan], start: FederationState, aggregation: Capabilities, lent: Mapping[str, bytes] = {}
+    plans: Mapping[str, pb.Plan],
+    holdings: Holdings,
+    slices: Slices,
+    aggregation: Capabilities,
+    lent: Mapping[str, bytes] = {},
 ) -> dict[str, Parcel]:
     """Returns the parcel of each node. Completes the plans: with the digest of each starting point, and the corrections.
 
-    Nodes that are sent the same tensors share one record. `lent`: by node, the snapshot of the host whose place it takes.
+    Nodes that are sent the same tensors share one record. `holdings`: what the nodes are known to hold. `slices`: of the adapter that
+    the round starts from. `lent`: by node, the snapshot of the host whose place it takes.
     """
     records: dict[tuple[str, frozenset[str]], ArrayRecord] = {}
     parcels = {}
     for name, plan in plans.items():
-        needed = starting_point(plan, start.adapter, start.personal)
-        plan.adapter_digest = adapters.digest(needed)
-        corrections = tuple(map(to_record, add_corrections(plan, aggregation, start.adapter)))
-        lacking = start.holdings.lacking(name, needed, plan.adapter_digest)
+        needed = slices.start(plan)
+        plan.adapter_digest = needed.digest
+        corrections = tuple(map(to_record, add_corrections(plan, aggregation, slices.adapter)))
+        lacking = holdings.lacking(name, needed)
         if lacking is None:
             parcels[name] = Parcel(None, corrections, lent.get(name, b""))
             continue
@@ -50,9 +55,8 @@ def parcel_of(planned: PlannedRound, name: str, report: pb.JobReport) -> Parcel:
     `report`: says which tensors the node holds. Nothing else is known of it, whatever its earlier replies said.
     """
     plan = planned.plans[name]
-    needed = starting_point(plan, planned.start.adapter, planned.start.personal)
     held = NodeHoldings("", {tensor: digest.hex() for tensor, digest in report.held.items()})
-    lacking = Holdings({name: held}).lacking(name, needed, plan.adapter_digest)
+    lacking = Holdings({name: held}).lacking(name, planned.slices.start(plan))
     return replace(planned.parcels[name], adapter=to_record(lacking or {}))
 
 

@@ -15,20 +15,17 @@ from flwr.app import RecordDict
 from google.protobuf.message import DecodeError
 
 from edgelam_fl.flower import views
-from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.adapter import Adapter, Span
-from edgelam_fl.model.carry import is_carry
-from edgelam_fl.model.cut import CUT_B
 from edgelam_fl.plan.layout import Layout, site_source
 from edgelam_fl.plan.modes import host_mode
-from edgelam_fl.plan.reading import end_spans, hosted_span, is_private
+from edgelam_fl.plan.reading import end_spans, hosted_span
 from edgelam_fl.split.judging import Size
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.global_adapter import at_rank
-from server.judging import UpdateJudge
+from server.global_adapter import Slices
+from server.judging import UpdateJudge, square_sum
 from server.report_words import with_bounded_words
 from server.reports import report_problem
-from strategies.aggregation.factors import A, B, is_factor, module_of
+from strategies.aggregation.factors import is_factor, module_of
 from strategies.aggregation.fedavg import WeightedMean
 from strategies.api import Contribution
 from strategies.registry import Capabilities
@@ -89,8 +86,8 @@ def _unreadable(error: Exception) -> pb.JobReport:
     return pb.JobReport(state="failed", error=f"its reply cannot be read: {type(error).__name__}")
 
 
-def why_unusable(reply: Reply, plan: pb.Plan, adapter: Adapter) -> str:
-    """Returns why a reply cannot be used; empty: it can. `adapter`: the global one, for the shapes."""
+def why_unusable(reply: Reply, plan: pb.Plan, slices: Slices) -> str:
+    """Returns why a reply cannot be used; empty: it can. `slices`: of the global adapter, for the shapes."""
     if reply.report.state != "done":
         return reply.report.error or f"its report says {reply.report.state!r}"
     if reply.report.role not in (plan.role, 0):  # 0: it says none, and shows up in no table
@@ -105,10 +102,7 @@ def why_unusable(reply: Reply, plan: pb.Plan, adapter: Adapter) -> str:
             return f"its contribution of {part.source!r} weighs {part.weight}; the plan allows 0 to {most} labels"
         if part.lr_sum and not _least_lr(plan) <= part.lr_sum <= _most_lr(plan, part):
             return f"its contribution of {part.source!r} has a sum of learning rates, {part.lr_sum}, which its plan's cannot"
-        expected = _trained(plan, adapters.slice_of(adapter, where))
-        if part.scope == "ends":
-            expected = {name: array for name, array in expected.items() if not is_private(plan, name)}
-        wrong = _wrong_tensor(tensors, expected)
+        wrong = _wrong_tensor(tensors, slices.trained_shapes(plan, where, ends=part.scope == "ends"))
         if wrong:
             return wrong
         names = {(part.scope, part.source, name) for name in tensors}
@@ -149,31 +143,21 @@ def _most_lr(plan: pb.Plan, part: pb.Contribution) -> float:
     return times * math.fsum(plan.optimizer.lrs) * (1 + _ROUNDING)
 
 
-def is_frozen(plan: pb.Plan, name: str) -> bool:
-    """Returns whether a tensor is a factor that the round does not train. Carry factors and the cut adapter's B never learn."""
-    return (
-        is_carry(name)
-        or name.endswith(CUT_B)
-        or (plan.lora.freeze_a and name.endswith(A))
-        or (plan.lora.freeze_b and name.endswith(B))
-    )
-
-
-def _trained(plan: pb.Plan, held: Adapter) -> Adapter:
-    """Returns the held tensors that a node may contribute: in its rank, without frozen factors."""
-    return {name: at_rank(name, array, plan.lora.rank) for name, array in held.items() if not is_frozen(plan, name)}
-
-
-def _wrong_tensor(tensors: Adapter, expected: Adapter) -> str:
-    """Returns what is wrong with the first bad tensor; empty: all are as expected."""
+def _wrong_tensor(tensors: Adapter, expected: Mapping[str, tuple[int, ...]]) -> str:
+    """Returns what is wrong with the first bad tensor; empty: all are as expected, by their shapes."""
     for name, array in tensors.items():
         if name not in expected:
             return f"its update has a tensor {name}, which its plan does not let it train"
-        if array.shape != expected[name].shape or array.dtype != np.float32:
-            return f"its {name} is {array.dtype} {array.shape}, not float32 {expected[name].shape}"
-        if array.size and not (array.min() >= -MOST_VALUE and array.max() <= MOST_VALUE):
+        if array.shape != expected[name] or array.dtype != np.float32:
+            return f"its {name} is {array.dtype} {array.shape}, not float32 {expected[name]}"
+        if not _is_bounded(array):
             return f"its {name} holds values that are not finite, or beyond {MOST_VALUE:g}"
     return ""
+
+
+def _is_bounded(array: np.ndarray) -> bool:
+    """Whether all values are finite and at most MOST_VALUE. If the sum of their squares says so, which takes a third of the time, no value is looked at."""
+    return square_sum(array) <= MOST_VALUE**2 or not array.size or bool(np.abs(array).max() <= MOST_VALUE)
 
 
 def broken_sites(layout: Layout, present: Collection[str]) -> dict[str, list[str]]:

@@ -16,6 +16,7 @@ from edgelam_fl.model.adapter import Adapter
 from edgelam_fl.plan.layout import Layout, hosts_of, site_source
 from edgelam_fl.plan.making import RoundFacts
 from edgelam_fl.wire import edgelam_pb2 as pb
+from server.global_adapter import Slices
 from server.holdings import Holdings, NodeHoldings
 from server.replies import Reply
 from server.schedule import Lineup
@@ -104,6 +105,8 @@ class PlannedRound:
     """By node, hosts first."""
     start: FederationState
     """The state before the round, with the start of each module that its adapter lacked."""
+    slices: Slices
+    """Of the adapter of `start`."""
     parcels: Mapping[str, Parcel]
     """By node."""
     sums_on_arrival: bool

@@ -7,6 +7,7 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class TensorEntry:
         return self.pieces or (self,)
 
 
+@lru_cache(maxsize=1 << 16)  # asked for each tensor of each node of a round
 def layer_number(name: str) -> int | None:
     """Returns the layer that a tensor, module or adapter name belongs to; None outside the layers."""
     match = re.search(r"\.(?:layers|h|layer)\.(\d+)\.", f".{name}")

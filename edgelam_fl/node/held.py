@@ -128,7 +128,7 @@ class Held:
         if wanted - self._private.keys() <= sent.keys():
             return None
         here = {} if plan.HasField("privacy") else self.known()
-        return {name: bytes.fromhex(adapters.digest({name: array})) for name, array in here.items()}
+        return {name: bytes.fromhex(adapters.tensor_digest(name, array)) for name, array in here.items()}
 
     def start(self, plan: pb.Plan, given: bytes, corrections: Sequence[bytes] = ()) -> bool:
         """Takes the adapter that a round starts from. Returns whether the moments of all optimizers are kept.

@@ -18,8 +18,9 @@ from edgelam_fl.plan.making import RoundFacts, make_plans
 from edgelam_fl.plan.reading import Span, end_spans, hosted_span, spans_of
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.global_adapter import as_start, starting_point, with_missing_modules
-from server.replies import Reply, broken_sites, contributions_of, read_reply, why_unusable
+from server import replies
+from server.global_adapter import Slices, as_start, starting_point, with_missing_modules
+from server.replies import Reply, broken_sites, contributions_of, read_reply
 from strategies.aggregation.fedavg import FedAvg
 from strategies.api import Start
 from tests.support import run_config
@@ -67,6 +68,10 @@ class Planned:
 
 def reply(*parts: tuple[pb.Contribution, Adapter]) -> Reply:
     return Reply(pb.JobReport(state="done", contributions=[p for p, _ in parts]), tuple(t for _, t in parts))
+
+
+def why_unusable(found: Reply, plan: pb.Plan, adapter: Adapter) -> str:
+    return replies.why_unusable(found, plan, Slices(adapter))
 
 
 # ---------------------------------------------------------------- reading
@@ -354,6 +359,19 @@ def test_a_larger_rank_than_before_leaves_the_product_as_it_is(tiny: ModelSource
     assert digest(again) == digest(wide), "a smaller rank is cut on the way to its node, not here"
     sent = starting_point(narrow.plans["a"], wide, {})
     np.testing.assert_allclose(sent[b] @ sent[a], trained[b] @ trained[a], rtol=1e-5)
+
+
+def test_nodes_with_the_same_layers_share_one_slice_whose_digest_is_that_of_its_tensors(tiny: ModelSource) -> None:
+    planned = Planned(tiny, "lora.ranks={'c'=2}", unequal_ranks=True)
+    slices = Slices(planned.start, {"b": {}})
+    first = slices.start(planned.plans["a"])
+    assert slices.start(planned.plans["b"]) is first
+    assert slices.start(planned.plans["c"]) is not first, "another rank"
+    assert slices.start(planned.plans["e"]) is not first, "other layers"
+    plan = planned.plans["a"]
+    assert first.digest == digest(first.tensors) == digest(starting_point(plan, planned.start, {}))
+    own = Slices(planned.start, {"b": planned.moved(end_spans(planned.plans["b"]), 1)})
+    assert own.start(planned.plans["b"]).digest != own.start(plan).digest == first.digest
 
 
 def test_the_start_carries_each_modules_scale(tiny: ModelSource) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edgelam_fl.model.adapter import Adapter, digest
+from edgelam_fl.model.adapter import Adapter, digest, tensor_digest
 from edgelam_fl.wire import edgelam_pb2 as pb
+from server.global_adapter import Slice, is_frozen
 from server.holdings import Holdings, NodeHoldings, holdings_after
 from server.replies import Reply
 
@@ -16,7 +17,7 @@ TRAINED: Adapter = {name: array + np.float32(1) for name, array in START.items()
 
 
 def held(tensors: Adapter) -> NodeHoldings:
-    return NodeHoldings(digest(tensors), {name: digest({name: array}) for name, array in tensors.items()})
+    return NodeHoldings(digest(tensors), {name: tensor_digest(name, array) for name, array in tensors.items()})
 
 
 def reply(adapter_digest: str, **trained: np.ndarray) -> Reply:
@@ -24,7 +25,7 @@ def reply(adapter_digest: str, **trained: np.ndarray) -> Reply:
 
 
 def lacking(holdings: Holdings, node: str = "n", needed: Adapter = TRAINED) -> list[str] | None:
-    found = holdings.lacking(node, needed, digest(needed))
+    found = holdings.lacking(node, Slice(needed, frozenset()))
     if found is not None:
         assert all(found[name] is needed[name] for name in found), "the needed tensors themselves"
     return None if found is None else sorted(found)
@@ -65,15 +66,17 @@ def test_a_round_brings_news_of_some_nodes() -> None:
 
 
 def test_what_a_node_trained_is_what_it_holds() -> None:
-    found = holdings_after(pb.Plan(), START, reply(digest(TRAINED), a=TRAINED[A], b=TRAINED[B]))
+    start = Slice(START, frozenset())
+    found = holdings_after(start, reply(digest(TRAINED), a=TRAINED[A], b=TRAINED[B]))
     assert found == held(TRAINED)
     kept = {A: START[A], B: TRAINED[B]}
-    assert holdings_after(pb.Plan(), START, reply(digest(kept), b=TRAINED[B])) == held(kept), "the rest stays"
+    assert holdings_after(start, reply(digest(kept), b=TRAINED[B])) == held(kept), "the rest stays"
 
 
 @pytest.mark.parametrize(("frozen", "known"), [("a", [A]), ("b", [B]), ("", [])])
 def test_of_a_digest_that_fits_nothing_the_frozen_factor_alone_is_known(frozen: str, known: list[str]) -> None:
     """As in a large round, whose replies are kept without their tensors."""
     plan = pb.Plan(lora=pb.Lora(freeze_a=frozen == "a", freeze_b=frozen == "b"))
-    found = holdings_after(plan, START, reply(digest(TRAINED)))
-    assert found == NodeHoldings(digest(TRAINED), {name: digest({name: START[name]}) for name in known})
+    start = Slice(START, frozenset(name for name in START if is_frozen(plan, name)))
+    found = holdings_after(start, reply(digest(TRAINED)))
+    assert found == NodeHoldings(digest(TRAINED), {name: tensor_digest(name, START[name]) for name in known})

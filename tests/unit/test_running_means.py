@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from server.judging import UpdateJudge
+from server.judging import UpdateJudge, square_sum
 from server.replies import FIRST_REPLIES, KEPT_NODES, RunningMeans, sums_on_arrival
 from strategies.aggregation.fedavg import FedAvg
 from strategies.api import Aggregated, Contribution, Start
@@ -100,3 +100,15 @@ def test_one_source_keeps_its_bits() -> None:
     given = contribution(7, A, B)
     (mean,) = averaged([given])
     assert all(np.array_equal(mean.tensors[name], array) for name, array in given[1].tensors.items())
+
+
+@pytest.mark.parametrize("size", [1, 7, 5000])
+def test_sums_of_squares_hold_over_all_sizes_of_numbers(size: int) -> None:
+    """Also of those whose squares vanish or overflow in fp32; an array that is not finite has no finite sum."""
+    values = np.random.default_rng(size).normal(size=(1, size)).astype(np.float32)
+    for scale in (1e-30, 1e-18, 1.0, 1e4):
+        scaled = values * np.float32(scale)
+        assert square_sum(scaled) == pytest.approx(float(np.sum(scaled.astype(np.float64) ** 2)), rel=1e-5)
+    assert square_sum(np.zeros(size, np.float32)) == 0
+    for bad in (np.nan, np.inf, -np.inf):
+        assert not np.isfinite(square_sum(np.append(values, np.float32(bad))))
