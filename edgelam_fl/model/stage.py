@@ -8,6 +8,7 @@ Shapes: B rows, T tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -211,6 +212,21 @@ class Stage(nn.Module):
 
         output: torch.Tensor = checkpoint(again, *inputs, use_reentrant=False, preserve_rng_state=False)
         return output
+
+    # ---------------------------------------------------------------- for several threads
+
+    def view(self) -> Stage:
+        """Returns a stage of the same weights, adapter parameters and carry factors, on which another thread may compute.
+
+        Nothing of their size is copied. Carry factors that are loaded later are the original's alone.
+        """
+        modules = list(self.modules())
+        tensors = [value for one in [*modules, *self._carries.values()] for value in vars(one).values()]
+        shared = [*self.parameters(), *self.buffers(), *(one for one in tensors if isinstance(one, torch.Tensor))]
+        arrays = [factors.arrays for factors in self._carries.values() if factors.arrays is not None]
+        configs = [one.config for one in modules if isinstance(one, PreTrainedModel)]
+        kept: list[Any] = [*shared, *arrays, *configs, self.family, self.adapter_parameters]
+        return copy.deepcopy(self, {id(one): one for one in kept})
 
     # ---------------------------------------------------------------- the adapter
 

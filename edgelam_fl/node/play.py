@@ -27,7 +27,7 @@ from edgelam_fl.serving.sessions import HostSessions
 from edgelam_fl.split.driver import Driver
 from edgelam_fl.split.ends import Ends
 from edgelam_fl.split.group import Group
-from edgelam_fl.split.host import Host
+from edgelam_fl.split.host import AroundPass, Host
 from edgelam_fl.split.inbox import Inbox
 from edgelam_fl.split.route import Dial, new_route, open_link, open_route, wire_dtype
 from edgelam_fl.split.snapshot import ENDS, Damaged, SourceState
@@ -48,6 +48,9 @@ class NodeHooks:
 
     load: Callable[..., list[Stage]] = load_stages
     memory_free: Callable[[], int] = memory_free_bytes  # bytes that a host may grant windows from
+    # plan, window -> how many micro-batches a host computes at once
+    workers: Callable[[pb.Plan, int], int] = lambda plan, window: 1
+    around_pass: AroundPass = nullcontext  # as of `Host`
     # entered before anything is loaded, left after the contributions are in the report
     around_part: Callable[[pb.Plan], AbstractContextManager[object]] = nullcontext
     # entered with slices and adapter loaded, left after the contributions are in the report
@@ -199,7 +202,9 @@ class Player:
         assert held.hosted is not None
         task = task_of(plan, held.source.folder) if held.hosted.span.head else None
         trainees = list(held.site_trainees(plan).values())
-        host = Host(plan, held.hosted, group, trainees, task, self._part.emit, self._keeper)
+        hooks = self._means.hooks
+        views = [held.hosted, *(held.hosted.view() for _ in range(hooks.workers(plan, group.window) - 1))]
+        host = Host(plan, views, group, trainees, task, self._part.emit, self._keeper, hooks.around_pass)
         if self._earlier:
             with _fitting(plan):
                 host.restore({source: state for source, state in self._earlier.items() if source != ENDS})
@@ -270,7 +275,7 @@ def _no_labels(source: str, tensor: str) -> int:
 
 
 def _report_host(report: pb.JobReport, host: Host, group: Group) -> None:
-    span = host.stage.span
+    span = host.span
     gradients, clipped = host.clipped()
     hosted = pb.HostPart(
         first_layer=span.first, last_layer=span.last, compute_seconds=host.compute_seconds,

@@ -47,6 +47,7 @@ class HostSessions:
         if isinstance(arrival, Out):
             self.group.put_out(arrival)
             return
+        assert isinstance(arrival, tuple)  # nobody computes beside this thread
         link, item = arrival
         member = self.group.owner(link)
         if not isinstance(item, Lost):

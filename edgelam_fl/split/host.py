@@ -4,18 +4,22 @@ Knows layers, activations and gradients; knows nothing about tokens, about label
 that holds the head), or about gRPC. Neighbours: `split.group` holds the links, `split.turns` decides when the adapter steps,
 `node.service` starts a host and lets devices in.
 
-The compute thread takes, in this order: control frames, backward passes, optimizer steps, the forward pass of the device
-that waited longest. So an admitted micro-batch never waits for another one's memory.
+The compute thread takes, in this order: control frames and results, backward passes, optimizer steps, the forward pass of the
+device that waited longest. So an admitted micro-batch never waits for another one's memory. It alone owns all state: workers
+compute passes beside it (`split.workers`), and it takes their results through its inbox, per device and direction in the order
+in which it started them. The adapter of a lane changes only while nobody computes with it. So no number depends on which of
+several workers was faster.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 
@@ -28,18 +32,21 @@ from edgelam_fl.split.group import Group, relay
 from edgelam_fl.split.inbox import Lost, Out
 from edgelam_fl.split.judging import is_finite
 from edgelam_fl.split.lane import Lane
-from edgelam_fl.split.member import Member, check_unit, unit_id
+from edgelam_fl.split.member import Member, Open, check_unit, unit_id
+from edgelam_fl.split.passes import Crossing, Forwarded, Gradients, Learned, backward, forward, forward_to_loss
 from edgelam_fl.split.private import PrivateSum
 from edgelam_fl.split.snapshot import NO_KEEPER, Keeper, SourceState, site_lane
 from edgelam_fl.split.timeline import Timeline
 from edgelam_fl.split.trainee import Trainee
 from edgelam_fl.split.turns import DecidesTurns, FollowsTurns, Handler, Turns
+from edgelam_fl.split.workers import Work, Workers
 from edgelam_fl.tasks.base import Task
-from edgelam_fl.tasks.causal_lm import IGNORED
 from edgelam_fl.telemetry.events import EmitInJob
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.link import Frame, Link
 
+AroundPass = Callable[[pb.Header], AbstractContextManager[object]]
+Passed = TypeVar("Passed")
 _GATHER_POLL_S = 0.05
 _MOST_TAKEN = 256  # arrivals before work that is due: a flood of frames does not keep the host from computing
 _OF_UNITS = {pb.ACT, pb.LABELS, pb.GRAD, pb.GRAD_END}  # kinds of frames that belong to a micro-batch
@@ -51,19 +58,21 @@ class Host:
     def __init__(
         self,
         plan: pb.Plan,
-        stage: Stage,
+        views: Sequence[Stage],
         group: Group,
         trainees: Sequence[Trainee],
         task: Task | None,
         emit: EmitInJob,
         keeper: Keeper = NO_KEEPER,
+        around_pass: AroundPass = nullcontext,
     ) -> None:
         """Prepares the lanes of a round.
 
-        `trainees`: one per lane, in the order of `HostMode.sources`. `task`: at a last stage that holds the head; else None.
-        `keeper`: keeps snapshots of the lanes.
+        `views`: of the hosted stage, one per worker; with a single one, the thread of `run` computes all. `trainees`: one per
+        lane, in the order of `HostMode.sources`. `task`: at a last stage that holds the head; else None. `keeper`: keeps snapshots
+        of the lanes. `around_pass`: is entered around each pass of a micro-batch, on the thread that computes it.
         """
-        self.plan, self.stage, self.group, self.task = plan, stage, group, task
+        self.plan, self.span, self.group, self.task = plan, views[0].span, group, task
         self.compute_seconds = 0.0
         self.timeline = Timeline("host")
         group.on_sent = self.timeline.sent
@@ -79,6 +88,7 @@ class Host:
             group.members
         )  # device indices; the one whose forward pass is longest ago first
         self._backwards: deque[tuple[Member, Frame]] = deque()
+        self._workers, self._around_pass = Workers(views, group.inbox.put_over), around_pass
 
     def _lane(self, members: list[Member], trainee: Trainee) -> Lane:
         plan = self.plan
@@ -110,20 +120,31 @@ class Host:
         if not self.group.coordinates:
             self.group.dial_next()
         self.group.gather(lambda: self._take(_GATHER_POLL_S))
-        taken = 0  # arrivals since the last work
+        with self._workers:
+            self._serve()
+        self.group.check_enough()
+
+    def _serve(self) -> None:
+        taken = 0  # arrivals since something was last due
         while self.group.active() or self.turns.still_to_come():
-            work = self._next_work()
-            if (work is None or taken < _MOST_TAKEN) and self._take(0.0 if work else self.turns.patience_s()):
+            due = self._next_due()
+            if (due is None or taken < _MOST_TAKEN) and self._take(0.0 if due else self._patience_s()):
                 taken += 1
                 continue
             taken = 0
-            if work is None:
+            if due is not None:
+                due()
+            elif not self._is_computing:
                 self.turns.give_up_on_the_late()
-                continue
-            began = time.monotonic()
-            work()
-            self.compute_seconds += time.monotonic() - began
-        self.group.check_enough()
+
+    @property
+    def _is_computing(self) -> bool:
+        """Whether workers compute something, the result of which is still to come."""
+        return any(member.is_computed_for for member in self.group.members.values())
+
+    def _patience_s(self) -> float:
+        """The time until something is due at the latest: nobody is late while a worker computes."""
+        return self.plan.deadlines.round_s if self._is_computing else self.turns.patience_s()
 
     @property
     def steps_over(self) -> int:
@@ -154,17 +175,37 @@ class Host:
         """Counts the labels that a source's tensor learned from: those of its devices whose routes cross the layer."""
         return self._lane_of_source[source].labels_trained(name)
 
-    def _next_work(self) -> Callable[[], None] | None:
-        if self._backwards:
-            return self._next_backward
-        return self.turns.next_work() or self._next_forward()
+    def _next_due(self) -> Callable[[], None] | None:
+        backward = self._next_backward()
+        if backward is not None:
+            return backward
+        turn = self.turns.next_work()
+        return partial(self._turn, turn) if turn is not None else self._next_forward()
 
-    def _next_backward(self) -> None:
-        member, frame = self._backwards.popleft()
+    def _turn(self, turn: Callable[[], None]) -> None:
+        began = time.monotonic()
+        turn()
+        self.compute_seconds += time.monotonic() - began
+
+    def _next_backward(self) -> Callable[[], None] | None:
+        """Returns the first backward pass that can start, but of each device none before those that came before it."""
+        waiting = set()
+        for place, (member, frame) in enumerate(self._backwards):
+            saved = member.saved.get(unit_id(frame.header))
+            if member.index not in waiting and self._workers.can_start(saved.view if saved else None):
+                return partial(self._next_backward_of, place)
+            waiting.add(member.index)
+        return None
+
+    def _next_backward_of(self, place: int) -> None:
+        member, frame = self._backwards[place]
+        del self._backwards[place]
         with self.group.working_for(member, member.next):
             self._backward(member, frame)
 
     def _next_forward(self) -> Callable[[], None] | None:
+        if not self._workers.can_start():
+            return None
         for index in self._served:
             member = self.group.members[index]
             if member.active and member.forwards and self._may_run(member):
@@ -217,6 +258,9 @@ class Host:
         if isinstance(arrival, Out):
             self.group.put_out(arrival)
             return True
+        if isinstance(arrival, Work):
+            self._take_over(arrival)
+            return True
         link, item = arrival
         member = self.group.owner(link)
         if isinstance(item, Lost):
@@ -226,6 +270,13 @@ class Host:
         with self.group.working_for(member, link):
             self._read(member, link, item)
         return True
+
+    def _take_over(self, work: Work) -> None:
+        """Takes work that a worker is through with, and that which waited for it."""
+        self._workers.release(work)
+        for member in self.group.members.values():
+            for started, link in ((member.forward_work, member.previous), (member.backward_work, member.next)):
+                self._conclude(member, started, link)
 
     def _read(self, member: Member, link: Link, frame: Frame) -> None:
         header = frame.header
@@ -259,60 +310,78 @@ class Host:
     # ---------------------------------------------------------------- forward, backward
 
     def _forward(self, member: Member, frame: Frame) -> None:
-        header, lane = frame.header, self.turns.lane_of[member.index]
-        training = header.phase == pb.TRAIN
-        if member.leaving or (training and (member.problem or not lane.is_open(member.index, header.step))):
-            return  # of a step that was closed, or will be, without this device
-        lane.trainee.use()
-        inputs = frame.tensor
+        """Starts a forward pass; at a last stage with the head, with the loss and the backward pass behind it."""
+        header = frame.header
+        if not self._is_wanted(member, header):
+            return
+        inputs, training = frame.tensor, header.phase == pb.TRAIN
         assert inputs is not None
         if training:
             check_unit(header, inputs.shape, member)
             member.begun.add(unit_id(header))
-        seed = unit_seed(self.plan, member.route.device, header.step, header.micro_batch) if training else None
-        inputs.requires_grad_(training and self._previous_trains(member))
-        with torch.set_grad_enabled(training), self.timeline.interval("forward", header, member.route.device):
-            output = self.stage(
-                inputs.to(self.stage.dtype), list(header.row_lengths), layers=member.layers, unit_seed=seed
-            )
-            if header.positions and self.group.coordinates:
-                output = at_positions(output, list(header.positions))
-            if self.task is None:
-                output = output.to(self.group.wire)
-        if self.task is not None:
-            self._loss(self.task, member, header, inputs, output)
+        crossing = self._crossing(member, header, inputs.requires_grad_(training and self._previous_trains(member)))
+        if self.task is None:
+            passes = partial(forward, crossing=crossing, wire=self.group.wire)
+            work = self._work(header, passes, partial(self._forwarded, member, header, crossing))
+        else:
+            lane = self.turns.lane_of[member.index]
+            to_loss = partial(
+                forward_to_loss, crossing=crossing, task=self.task, labels=member.labels.pop(unit_id(header)),
+                divisor=lane.divisor_of(member) if training else 0, parameters=lane.trainee.parameters,
+            )  # fmt: skip
+            work = self._work(header, to_loss, partial(self._learned, member, header))
+        self._start(member, member.forward_work, member.previous, work)
+
+    def _crossing(self, member: Member, header: pb.Header, inputs: torch.Tensor) -> Crossing:
+        training, device = header.phase == pb.TRAIN, member.route.device
+        return Crossing(
+            inputs, list(header.row_lengths), member.layers,
+            adapter=self.turns.lane_of[member.index].trainee.sets[0],
+            seed=unit_seed(self.plan, device, header.step, header.micro_batch) if training else None,
+            training=training,
+            positions=list(header.positions) if self.group.coordinates else [],
+            timed=lambda kind: self.timeline.interval(kind, header, device),
+        )  # fmt: skip
+
+    def _is_wanted(self, member: Member, header: pb.Header) -> bool:
+        """Returns whether a forward pass is not of a step that was closed, or will be, without its device."""
+        if member.leaving or header.phase == pb.EVAL:
+            return not member.leaving
+        return not member.problem and self.turns.lane_of[member.index].is_open(member.index, header.step)
+
+    def _forwarded(self, member: Member, header: pb.Header, crossing: Crossing, passed: Forwarded) -> None:
+        if not self._is_wanted(member, header):
             return
-        if training and not is_finite(output):
+        if not passed.is_finite:
             self.turns.take_unusable_gradient(member, "hidden states that give values that are not finite")
             return
-        if training:
+        if crossing.training:
             # With a cut adapter, the device's gradient is of its values alone, which follow the hidden states.
             cut_values = self.plan.HasField("lowrank") and self.group.coordinates
-            learned = output[..., self.group.hidden_size :] if cut_values else output
-            member.saved[unit_id(header)] = (inputs, learned)
-        self._send(member.next, pb.ACT, header, output)
+            learned = passed.output[..., self.group.hidden_size :] if cut_values else passed.output
+            view = passed.view if self.plan.checkpointing else None  # on which the layers are computed again
+            member.saved[unit_id(header)] = Open(crossing, learned, view)
+        self._send(member.next, pb.ACT, header, passed.output)
 
-    def _loss(self, task: Task, member: Member, header: pb.Header, inputs: torch.Tensor, output: torch.Tensor) -> None:
-        """Computes the loss at a last stage: its value goes to the device, its gradient back along the route."""
-        labels = member.labels.pop(unit_id(header))
-        check_targets(labels, output)
-        loss, sums = task.loss(output, labels, training=header.phase == pb.TRAIN)
-        if header.phase == pb.TRAIN and not math.isfinite(loss.item()):
+    def _learned(self, member: Member, header: pb.Header, learned: Learned) -> None:
+        """Takes what a last stage made of a micro-batch: the loss goes to the device, its gradient back along the route."""
+        if not self._is_wanted(member, header):
+            return
+        if header.phase == pb.TRAIN and learned.gradients is None:
             self.turns.take_unusable_gradient(member, "hidden states or labels whose loss is not finite")
             return
         answer = pb.Header(
             kind=pb.LABELS, phase=header.phase, step=header.step, micro_batch=header.micro_batch,
-            device_index=header.device_index, loss_sum=float(loss.detach()), sums=sums,
+            device_index=header.device_index, loss_sum=learned.loss_sum, sums=learned.sums,
         )  # fmt: skip
         relay(member.next, answer)
-        if header.phase == pb.TRAIN:
-            divisor = self.turns.lane_of[member.index].divisor_of(member)
-            with self.timeline.interval("backward", header, member.route.device):
-                self._differentiate(member, header, inputs, loss / divisor, None)
+        if learned.gradients is not None:
+            self._differentiated(member, header, learned.gradients)
 
     def _backward(self, member: Member, frame: Frame) -> None:
-        header, lane = frame.header, self.turns.lane_of[member.index]
-        if self.turns.is_out(member) or member.problem or not lane.is_open(member.index, header.step):
+        """Starts a backward pass."""
+        header = frame.header
+        if not self._is_awaited(member, header):
             return
         saved = member.saved.pop(unit_id(header), None)
         if saved is None:
@@ -320,40 +389,64 @@ class Host:
                 member, f"broke the protocol: gradient of micro-batch {header.micro_batch}, which is not open"
             )
             return
-        inputs, output = saved
-        if header.kind == pb.GRAD:
-            problem = gradient_problem(frame.tensor, output, self.group.wire)
-            if problem:
-                self.turns.take_unusable_gradient(member, problem)
-                return
-        with self.timeline.interval("backward", header, member.route.device):
-            self._differentiate(member, header, inputs, output if header.kind == pb.GRAD else None, frame.tensor)
+        learns = header.kind == pb.GRAD
+        problem = gradient_problem(frame.tensor, saved.output, self.group.wire) if learns else ""
+        if problem:
+            self.turns.take_unusable_gradient(member, problem)
+            return
+        passes = partial(
+            backward, crossing=saved.crossing, output=saved.output if learns else None, grad=frame.tensor,
+            parameters=self.turns.lane_of[member.index].trainee.parameters,
+        )  # fmt: skip
+        work = self._work(header, passes, partial(self._differentiated, member, header), saved.view)
+        self._start(member, member.backward_work, member.next, work)
 
-    def _differentiate(
-        self,
-        member: Member,
-        header: pb.Header,
-        inputs: torch.Tensor,
-        output: torch.Tensor | None,
-        grad: torch.Tensor | None,
-    ) -> None:
-        """Adds to the device's gradient of the adapter, and sends the inputs' gradient to the previous node.
+    def _is_awaited(self, member: Member, header: pb.Header) -> bool:
+        """Returns whether a gradient is not of a step that was closed, or will be, without its device."""
+        is_open = self.turns.lane_of[member.index].is_open(member.index, header.step)
+        return is_open and not member.problem and not self.turns.is_out(member)
 
-        `output`: None if nothing that comes later on the route trains.
-        """
-        parameters = self.turns.lane_of[member.index].trainee.parameters
-        wanted = ([inputs] if inputs.requires_grad else []) + parameters
-        grad_of_inputs = None
-        if wanted and output is not None:
-            found: list[torch.Tensor | None] = list(torch.autograd.grad(output, wanted, grad, allow_unused=True))
-            if inputs.requires_grad:
-                grad_of_inputs = found.pop(0)
-            member.accumulate(found)
-        if grad_of_inputs is not None and not is_finite(grad_of_inputs):
+    def _differentiated(self, member: Member, header: pb.Header, gradients: Gradients) -> None:
+        """Adds to the device's gradient of the adapter, and sends the inputs' gradient to the previous node."""
+        if not self._is_awaited(member, header):
+            return
+        if gradients.found:
+            member.accumulate(gradients.found)
+        if not gradients.is_finite:
             self.turns.take_unusable_gradient(member, "a gradient that makes others that are not finite")
             return
         member.backwards_done += 1
-        self._send(member.previous, pb.GRAD if grad_of_inputs is not None else pb.GRAD_END, header, grad_of_inputs)
+        kind = pb.GRAD if gradients.of_inputs is not None else pb.GRAD_END
+        self._send(member.previous, kind, header, gradients.of_inputs)
+
+    def _start(self, member: Member, started: deque[Work], link: Link | None, work: Work) -> None:
+        """Starts work for a device. `started`: of the same direction. `link`: over which the device brought it."""
+        started.append(work)
+        self._workers.start(work)
+        self._conclude(member, started, link)
+
+    def _work(
+        self,
+        header: pb.Header,
+        passes: Callable[[Stage], Passed],
+        then: Callable[[Passed], None],
+        view: Stage | None = None,
+    ) -> Work:
+        """Returns the work of computing passes of a micro-batch. `then`, `view`: as of `Work`."""
+
+        def compute(on: Stage) -> Passed:
+            with self._around_pass(header):
+                return passes(on)
+
+        return Work(compute, then, view)
+
+    def _conclude(self, member: Member, started: deque[Work], link: Link | None) -> None:
+        """Takes results in the order in which they were started, whatever was over first: sums depend on it."""
+        while started and started[0].is_over:
+            work = started.popleft()
+            self.compute_seconds += work.seconds
+            with self.group.working_for(member, link):
+                work.conclude()
 
     def _previous_trains(self, member: Member) -> bool:
         """Returns whether anything before this stage learns, so that it needs a gradient from here."""
@@ -392,7 +485,7 @@ def check_activation(frame: Frame, member: Member, plan: pb.Plan, hidden_size: i
         )
     if len(header.row_lengths) != rows or not all(1 <= length <= tokens for length in header.row_lengths):
         raise ProtocolError(f"row lengths {list(header.row_lengths)[:8]} do not fit {rows} rows of {tokens} tokens")
-    if len(member.forwards) + len(member.saved) >= plan.window:
+    if member.in_flight >= plan.window:
         raise ProtocolError(f"more than {plan.window} micro-batches in flight (split.window)")
 
 
@@ -410,11 +503,6 @@ def check_positions(frame: Frame, plan: pb.Plan) -> None:
         )
 
 
-def at_positions(states_BTD: torch.Tensor, positions: list[int]) -> torch.Tensor:
-    """Returns the states at some positions, row * tokens + place, as one row [1, N, D]."""
-    return states_BTD.flatten(0, 1)[torch.tensor(positions)][None]
-
-
 def check_labels(frame: Frame, plan: pb.Plan) -> torch.Tensor:
     """Returns the labels of a micro-batch, at a last stage. Raises ProtocolError if they do not fit the plan."""
     tensor = frame.tensor
@@ -423,19 +511,6 @@ def check_labels(frame: Frame, plan: pb.Plan) -> torch.Tensor:
     if tensor.shape[0] > unit_rows(plan) or (tensor.dim() == 2 and tensor.shape[1] > plan.task.max_tokens):
         raise ProtocolError(f"labels of shape {list(tensor.shape)} do not fit the plan")
     return tensor
-
-
-def check_targets(labels: torch.Tensor, output: torch.Tensor) -> None:
-    """Raises ProtocolError if labels are not those of the outputs, [rows, tokens, vocabulary] or [rows, classes]."""
-    if labels.shape != output.shape[:-1]:
-        raise ProtocolError(f"labels of shape {list(labels.shape)} for outputs of shape {list(output.shape[:-1])}")
-    labelled = labels[labels != IGNORED]
-    least, most = (bound.item() for bound in labelled.aminmax()) if labelled.numel() else (0, 0)
-    every_row = labels.dim() == 1  # classification
-    if least < 0 or most >= output.shape[-1] or (every_row and len(labelled) < len(labels)):
-        raise ProtocolError(
-            f"labels from {least} to {most}, {len(labelled)} of them; there are {output.shape[-1]} outputs"
-        )
 
 
 def gradient_problem(grad: torch.Tensor | None, output: torch.Tensor, dtype: torch.dtype) -> str:

@@ -14,6 +14,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from edgelam_fl.errors import PeerLost, ProtocolError, RunFailed
+from edgelam_fl.split.workers import Work
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.link import Frame, Link
 
@@ -89,11 +90,11 @@ def _step(header: pb.Header) -> tuple[int, int, int]:
 
 
 class Inbox:
-    """All that arrives on the links of a job, in order. Transport threads fill it, the compute thread empties it."""
+    """All that arrives for the compute thread of a job, in order. Transport threads and workers fill it, that thread empties it."""
 
     def __init__(self, round_s: float) -> None:
         """Starts the clock: `round_s` seconds from now, `get` raises PeerLost."""
-        self._queue: queue.SimpleQueue[tuple[Link, Frame | Lost] | Out | Cancelled] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Link, Frame | Lost] | Out | Work | Cancelled] = queue.SimpleQueue()
         self._end = time.monotonic() + round_s
         self._counting = threading.Lock()
         self._waiting: dict[Link, _Waiting] = {}
@@ -119,11 +120,15 @@ class Inbox:
         """Has whoever empties this inbox, a host, go on without a device; on any thread."""
         self._queue.put(Out(device, reason))
 
+    def put_over(self, work: Work) -> None:
+        """Brings work that a worker of this host is through with; on any thread."""
+        self._queue.put(work)
+
     def empty(self) -> bool:
         """Returns whether nothing has arrived that `get` has not returned yet."""
         return self._queue.empty()
 
-    def get(self, timeout_s: float) -> tuple[Link, Frame | Lost] | Out | None:
+    def get(self, timeout_s: float) -> tuple[Link, Frame | Lost] | Out | Work | None:
         """Returns the next arrival, or None if nothing comes for `timeout_s` seconds.
 
         Raises RunFailed if the job is cancelled, and its subclass PeerLost if the round's deadline has passed.
@@ -137,7 +142,7 @@ class Inbox:
             return None
         if isinstance(arrival, Cancelled):
             raise RunFailed(arrival.reason)
-        if isinstance(arrival, Out):
+        if isinstance(arrival, Out | Work):
             return arrival
         link, item = arrival
         if isinstance(item, Frame):

@@ -9,18 +9,29 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import mul
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from edgelam_fl.errors import ProtocolError
 from edgelam_fl.model.index import layer_number
+from edgelam_fl.model.stage import Stage
 from edgelam_fl.split.judging import Size
+from edgelam_fl.split.passes import Crossing
 from edgelam_fl.split.snapshot import Damaged
+from edgelam_fl.split.workers import Work
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.link import Frame, Link
 
 UnitId = tuple[int, int, int]  # phase, step, micro-batch
+
+
+class Open(NamedTuple):
+    """A micro-batch between its two passes."""
+
+    crossing: Crossing
+    output: torch.Tensor  # that the gradient to come is of
+    view: Stage | None  # that has to compute its backward pass; None: any
 
 
 @dataclass
@@ -35,7 +46,9 @@ class Member:
     table: list[pb.StepRow] | None = None  # label counts per step; None: not here yet
     forwards: deque[Frame] = field(default_factory=deque)  # activations whose forward pass is due
     labels: dict[UnitId, torch.Tensor] = field(default_factory=dict)  # at a last stage that holds the head
-    saved: dict[UnitId, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # input, output
+    saved: dict[UnitId, Open] = field(default_factory=dict)  # micro-batches whose gradient is still to come
+    forward_work: deque[Work] = field(default_factory=deque)  # that workers compute, or that wait for one before them
+    backward_work: deque[Work] = field(default_factory=deque)
     caches: dict[int, Any] = field(default_factory=dict)  # by generation session
     gradients: list[torch.Tensor | None] | None = None  # sums over the micro-batches of the open step
     begun: set[UnitId] = field(default_factory=set)  # training micro-batches whose forward pass has run
@@ -64,6 +77,16 @@ class Member:
     def active(self) -> bool:
         """Whether the device is present and still has something to send."""
         return self.present and not self.done
+
+    @property
+    def is_computed_for(self) -> bool:
+        """Whether a worker computes something for the device, the result of which is still to come."""
+        return bool(self.forward_work or self.backward_work)
+
+    @property
+    def in_flight(self) -> int:
+        """The micro-batches that the host has memory in use for."""
+        return len(self.forwards) + len(self.forward_work) + len(self.saved)
 
     @property
     def layers(self) -> tuple[int, int]:

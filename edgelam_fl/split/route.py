@@ -17,7 +17,7 @@ import torch
 from edgelam_fl.errors import PeerLost, Refused, RunFailed
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.reading import job_id, link_name, unit_rows
-from edgelam_fl.split.inbox import Inbox, Lost, Out
+from edgelam_fl.split.inbox import Inbox, Lost
 from edgelam_fl.telemetry.events import EmitInJob, LinkResumed, LinkSuspended
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -172,7 +172,7 @@ class Route:
         arrival = self.inbox.get(timeout_s)
         if arrival is None:
             raise PeerLost(f"nothing came from the hosts for {timeout_s:.0f} s ({what_for})")
-        assert not isinstance(arrival, Out)  # for hosts alone
+        assert isinstance(arrival, tuple)  # all else is for hosts alone
         link, item = arrival
         if isinstance(item, Lost):
             raise PeerLost(f"link {link.name}: {item.reason}")

@@ -32,8 +32,9 @@ class Trainee:
     def __init__(self, stages: Sequence[Stage], *, own: bool = False) -> None:
         """`own`: gives the trainee parameters of its own, so that several trainees can share the stages (copies)."""
         self.stages = list(stages)
-        self._sets = [stage.new_adapter_set() if own else stage.adapter_parameters for stage in stages]
-        self.named = {name: p for one in self._sets for name, p in one.items()}
+        # by stage: what `Stage.use` takes
+        self.sets = [stage.new_adapter_set() if own else stage.adapter_parameters for stage in stages]
+        self.named = {name: p for one in self.sets for name, p in one.items()}
         self.parameters: list[torch.nn.Parameter] = []  # of the tensors that learn, in the order of the stages' names
         self.names: list[str] = []
         self.optimizer: torch.optim.Optimizer | None = None
@@ -47,7 +48,7 @@ class Trainee:
 
     def use(self) -> None:
         """Puts this adapter into the stages."""
-        for stage, one in zip(self.stages, self._sets, strict=True):
+        for stage, one in zip(self.stages, self.sets, strict=True):
             if stage.adapter_parameters is not one:
                 stage.use(one)
 

@@ -75,6 +75,8 @@ class Turns(ABC):
             if lane.turns is None:
                 if self._may_begin(lane):
                     return partial(self._begin, lane)
+            elif any(member.is_computed_for for member in lane.members):
+                continue  # with the adapter as it is
             elif lane.closing is not None:
                 if self._verdict(lane) is not None:
                     return partial(self._apply, lane)

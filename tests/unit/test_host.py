@@ -67,7 +67,7 @@ class Site:
         trainee = Trainee([self.stage])
         trainee.start(self.stage.adapter(), hosted_trains(self.plan), self.plan)
         trainee.optimizer = torch.optim.SGD(trainee.parameters, lr=LR) if trainee.parameters else None
-        self.host = Host(self.plan, self.stage, self.group, [trainee], None, emit)
+        self.host = Host(self.plan, [self.stage], self.group, [trainee], None, emit)
         self.problem: Exception | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
 
