@@ -72,7 +72,7 @@ def measure(smoke: bool, options: argparse.Namespace) -> tuple[dict[str, Any], l
         finally:
             for federation in federations.values():
                 federation.stop()
-    revisions = {kind: _revision(tree) for kind, tree in trees.items()}
+    revisions = {kind: revision(tree) for kind, tree in trees.items()}
     settings = {
         "model": options.model,
         "pairs": pairs,
@@ -133,7 +133,8 @@ def _memory(federation: Federation) -> dict[str, int]:
     return found
 
 
-def _revision(tree: Path) -> str:
+def revision(tree: Path) -> str:
+    """Returns the commit of a checkout, or what its file REV says."""
     noted = tree / "REV"
     if noted.exists():
         return noted.read_text(encoding="utf-8").strip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import signal
 import threading
@@ -49,6 +50,13 @@ class Fault:
 
     def __str__(self) -> str:
         return f"{self.action}:{self.target}{f' ({self.victim})' if self.victim else ''}"
+
+    @staticmethod
+    def of(text: str) -> Fault:
+        """Returns the fault that `str` wrote, without its moment."""
+        kind, _, victim = text.rstrip(")").partition(" (")
+        action, _, target = kind.partition(":")
+        return Fault(action, target, victim, math.nan)
 
     @property
     def seconds(self) -> float:

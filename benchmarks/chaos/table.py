@@ -10,6 +10,7 @@ from benchmarks.chaos.trial import RunEnd, Verdict
 from benchmarks.common import Figure
 
 MEDIAN_BAR_S, WORST_BAR_S = 10.0, 45.0
+UNDISTURBED = "an undisturbed round, median"
 
 # Of the harness before this one, on a machine with a load of 15 to 45: outcome, seconds to the next round, to a whole one.
 EARLIER: dict[str, tuple[str, str, str]] = {
@@ -71,6 +72,9 @@ def figures(
     hit = [verdict for verdict in verdicts if verdict.hit]
     outcomes = Counter(verdict.outcome() for verdict in hit)
     next_s = [verdict.next_round_s for verdict in hit if verdict.next_round_s is not None]
+    over_s = [
+        max(0.0, verdict.next_round_s - verdict.fault.seconds) for verdict in hit if verdict.next_round_s is not None
+    ]
     whole_s = [verdict.whole_round_s for verdict in hit if verdict.whole_round_s is not None]
     whole_runs = [end for end in ends if end.state == "done" and end.whole]
     damaged = sum(end.adapter not in ("equal", "differs", "finite") for end in ends if end.rounds)
@@ -84,8 +88,9 @@ def figures(
         _none("rounds lost by devices that were not struck", sum(verdict.others_rounds for verdict in hit)),
         Figure("rounds lost by the struck device", sum(verdict.own_rounds for verdict in hit), ""),
         Figure("went on by the printed line", sum(verdict.went_on_by_line for verdict in hit), "faults"),
-        Figure("an undisturbed round, median", round(statistics.median(rounds_s), 2) if rounds_s else 0.0, "s"),
+        Figure(UNDISTURBED, round(statistics.median(rounds_s), 2) if rounds_s else 0.0, "s"),
         *_recovery("to the next round", next_s, bars=True),
+        *_recovery("from the fault's end to the next round", over_s, bars=False),
         *_recovery("to a whole round", whole_s, bars=False),
         Figure("runs", len(ends), ""),
         Figure("runs that ended well", sum(end.state == "done" for end in ends), ""),

@@ -11,7 +11,7 @@ import signal
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,6 +101,12 @@ class Verdict:
             key: value for key, value in vars(self).items() if key != "fault" and value not in ("", 0, False, [], None)
         }
         return {"fault": str(self.fault), "outcome": self.outcome(), **rest}
+
+    @staticmethod
+    def from_json(plain: Mapping[str, Any]) -> Verdict:
+        """Returns the verdict that `to_json` wrote."""
+        rest = {key: value for key, value in plain.items() if key not in ("fault", "outcome")}
+        return Verdict(Fault.of(plain["fault"]), **{"relay": False, "hit": "", **rest})
 
 
 @dataclass

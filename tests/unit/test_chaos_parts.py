@@ -10,7 +10,7 @@ from contextlib import ExitStack
 import pytest
 
 from benchmarks.chaos.course import devices_missing
-from benchmarks.chaos.faults import ACTIONS, schedule
+from benchmarks.chaos.faults import ACTIONS, Fault, schedule
 from benchmarks.chaos.line import Line, owns
 from benchmarks.chaos.table import figures, table
 from benchmarks.chaos.trial import RunEnd, Verdict
@@ -127,3 +127,11 @@ def test_the_worst_that_a_fault_cost_is_its_outcome() -> None:
     assert found["adapters that are damaged or not finite"].value == 1
     assert found["left behind at the end: ports"].holds is False
     assert "| hub | kill | 1 | 1 attempt lost, nothing else | 3 | 4 |" in table(verdicts)
+
+
+def test_a_verdict_is_read_as_it_was_written() -> None:
+    fault = Fault("cut", "device-links", "device-2", 0.3)
+    written = Verdict(fault, 2, False, "2 connections", round=4, next_round_s=3.5, own_rounds=1, said=["RoundShares"])
+    for verdict in (written, Verdict(Fault("kill", "run", "", 1.0), 1, True, "", hang=True)):
+        plain = verdict.to_json()
+        assert Verdict.from_json(plain).to_json() == plain
