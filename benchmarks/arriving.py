@@ -155,8 +155,9 @@ class Grid:
         return RecordDict({"profile": ConfigRecord({"profile": profile.SerializeToString()})})
 
     def _update(self, number: str) -> Any:
-        from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+        from flwr.app import ConfigRecord, RecordDict
 
+        from edgelam_fl.flower import to_record
         from edgelam_fl.wire import edgelam_pb2 as pb
 
         plan = self._plans[number]
@@ -167,11 +168,13 @@ class Grid:
             report.steps.add(step=step, loss_sum=20.0, labels=10, counted=True)
         report.contributions.add(scope="ends", source=plan.node, weight=10 * plan.steps)
         self.update_bytes = sum(array.nbytes for array in self._start.values())
-        trained = ArrayRecord()
-        for name, array in self._start.items():  # one array at a time, so that memory grows by the update alone
-            if not (plan.lora.freeze_a if "lora_A" in name else plan.lora.freeze_b):
-                trained[name] = Array(array + np.float32(int(number)))
-        return RecordDict({"report": ConfigRecord({"report": report.SerializeToString()}), "adapter-0": trained})
+        trained = {
+            name: array + np.float32(int(number))
+            for name, array in self._start.items()
+            if not (plan.lora.freeze_a if "lora_A" in name else plan.lora.freeze_b)
+        }
+        report_record = ConfigRecord({"report": report.SerializeToString()})
+        return RecordDict({"report": report_record, "adapter-0": to_record(trained)})
 
 
 class FlowerMessage:

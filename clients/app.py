@@ -16,8 +16,7 @@ from typing import Any
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from edgelam_fl.flower import from_record, to_record
-from edgelam_fl.model import adapter as adapters
+from edgelam_fl.flower import packed_bytes, packed_record
 from edgelam_fl.plan.reading import part_id
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.control import FABRIC_SEPARATOR, ControlClient, NoStageHost, control
@@ -48,14 +47,10 @@ def train(message: Message, context: Context) -> Message:
     `train.collect` asks for the complete one.
     """
     plan = pb.Plan.FromString(message.content["plan"]["plan"])
-    tensors = b""
-    if "adapter" in message.content:
-        tensors = adapters.to_bytes(from_record(message.content["adapter"]))
-    beside = [from_record(message.content[f"correction-{number}"]) for number in range(len(plan.corrections))]
+    tensors = packed_bytes(message.content["adapter"]) if "adapter" in message.content else b""
+    beside = [packed_bytes(message.content[f"correction-{number}"]) for number in range(len(plan.corrections))]
     snapshot = message.content["snapshot"]["states"] if "snapshot" in message.content else b""
-    request = pb.SubmitRequest(
-        plan=plan, adapter=tensors, corrections=map(adapters.to_bytes, beside), snapshot=snapshot
-    )
+    request = pb.SubmitRequest(plan=plan, adapter=tensors, corrections=beside, snapshot=snapshot)
     verdict = _ask(context, "Submit", request, _ANSWER_S)
     if not verdict.accepted:
         report = _unfinished(plan, "failed", verdict.reason, verdict.code)
@@ -80,16 +75,16 @@ def collect(message: Message, context: Context) -> Message:
 
 
 def _answer(message: Message, report: pb.JobReport) -> Message:
-    trained = [adapters.from_bytes(part.adapter) if part.adapter else {} for part in report.contributions]
+    trained = [part.adapter for part in report.contributions]
     for part in report.contributions:
-        part.ClearField("adapter")  # sent beside the report, where Flower's strategies look for arrays
+        part.ClearField("adapter")  # sent beside the report, as a record of arrays
     metrics = MetricRecord({"num-examples": report.labels_trained, "train-seconds": report.train_seconds})
     if report.eval_labels:
         metrics["eval-loss"] = report.eval_loss_sum / report.eval_labels
     reply = _reply(message, ConfigRecord({"report": report.SerializeToString()}))
     reply.content["metrics"] = metrics
     for number, adapter in enumerate(trained):
-        reply.content[f"adapter-{number}"] = to_record(adapter)
+        reply.content[f"adapter-{number}"] = packed_record(adapter)
     return reply
 
 

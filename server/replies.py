@@ -14,7 +14,8 @@ import numpy as np
 from flwr.app import RecordDict
 from google.protobuf.message import DecodeError
 
-from edgelam_fl.flower import views
+from edgelam_fl.errors import ProtocolError
+from edgelam_fl.flower import from_record
 from edgelam_fl.model.adapter import Adapter, Span
 from edgelam_fl.plan.layout import Layout, site_source
 from edgelam_fl.plan.modes import host_mode
@@ -30,7 +31,7 @@ from strategies.aggregation.fedavg import WeightedMean
 from strategies.api import Contribution
 from strategies.registry import Capabilities
 
-_UNREADABLE = (DecodeError, KeyError, TypeError, ValueError, EOFError, OSError)
+_UNREADABLE = (DecodeError, ProtocolError, KeyError, TypeError, ValueError, EOFError, OSError)
 _ROUNDING = 1e-9  # relative, of a sum of learning rates
 KEPT_NODES = 32  # the most nodes of a round whose replies are kept
 FIRST_REPLIES = 8  # of a large round, which are judged together: before them there is no median
@@ -69,7 +70,8 @@ def read_reply(content: RecordDict) -> Reply:
     """Reads a reply: its report, and the tensors of contribution i from "adapter-i". Garbage becomes a failed report."""
     report = read_report(content)
     try:
-        return Reply(report, tuple(views(content[f"adapter-{number}"]) for number in range(len(report.contributions))))
+        parts = range(len(report.contributions))
+        return Reply(report, tuple(from_record(content[f"adapter-{number}"]) for number in parts))
     except _UNREADABLE as error:
         return Reply(_unreadable(error))
 

@@ -78,7 +78,7 @@ def from_bytes(data: bytes) -> Adapter:
     """Reads what `to_bytes` wrote. Raises ProtocolError for other bytes."""
     try:
         return load(data)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:  # KeyError: of a dtype that numpy has not
         raise ProtocolError(f"adapter tensors cannot be read: {error}") from error
 
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from edgelam_fl.errors import RunFailed
-from edgelam_fl.flower import to_record
+from edgelam_fl.flower import from_record, packed_record, record_bytes, to_record
 from edgelam_fl.model.adapter import Adapter, digest, initial_adapter, slice_of
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.layout import Layout, make_layout, who_may_host
@@ -87,14 +87,20 @@ def test_tensors_come_beside_the_report() -> None:
     assert [tensors["m"].tolist() for tensors in found.tensors] == [[0.0] * 3, [1.0] * 3]
 
 
+ONE_PART = ConfigRecord({"report": pb.JobReport(contributions=[pb.Contribution()]).SerializeToString()})
+
+
 @pytest.mark.parametrize(
     "content",
     [
         RecordDict({"report": ConfigRecord({"report": b"\xff\xff\xff"})}),
         RecordDict({}),
-        RecordDict(
-            {"report": ConfigRecord({"report": pb.JobReport(contributions=[pb.Contribution()]).SerializeToString()})}
-        ),
+        RecordDict({"report": ONE_PART}),
+        RecordDict({"report": ONE_PART, "adapter-0": ConfigRecord({"tensors": b"x"})}),
+        RecordDict({"report": ONE_PART, "adapter-0": MetricRecord({"tensors": 1})}),
+        RecordDict({"report": ONE_PART, "adapter-0": ArrayRecord({"m": Array(np.ones(3, np.float32))})}),
+        RecordDict({"report": ONE_PART, "adapter-0": packed_record(b"no tensors")}),
+        RecordDict({"report": ONE_PART, "adapter-0": packed_record(bytes(8))}),
     ],
 )
 def test_garbage_is_a_failed_report(content: RecordDict) -> None:
@@ -386,3 +392,18 @@ def test_a_node_starts_from_its_own_where_it_goes_on_alone(tiny: ModelSource) ->
     for node, by in (("a", 1), ("b", 0), ("e", 2)):
         plan = planned.plans[node]
         assert digest(starting_point(plan, planned.start, own)) == digest(planned.moved(spans_of(plan), by))
+
+
+# ---------------------------------------------------------------- how an adapter travels
+
+
+def test_an_adapter_is_one_object_however_many_tensors_it_has() -> None:
+    """Each array would be an object of its own, and each object a request to Flower's server."""
+    tensors = {f"layer.{number}": np.full((2, 3), number, np.float32) for number in range(50)}
+    record = to_record(tensors)
+    assert len(record) == 1
+    read = from_record(record)
+    assert read.keys() == tensors.keys()
+    assert all(np.array_equal(read[name], array) for name, array in tensors.items())
+    assert record_bytes(record) < sum(array.nbytes for array in tensors.values()) + 8000
+    assert from_record(to_record({})) == {}
