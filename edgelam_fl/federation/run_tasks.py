@@ -47,7 +47,7 @@ SERVERAPP = "flwr-serverapp"
 """The name of Flower's command, and kind of task, for a run's ServerApp."""
 MOST_RESTARTS = 3
 """How often a run's ServerApp is started again without a finished round between."""
-_POLL_S = 0.25
+_POLL_S, _AGAIN_S = 0.25, 2.0
 _NO_HEARTBEAT = "No heartbeat"  # Flower's words for a task that it gave up because it heard nothing of it
 
 
@@ -82,12 +82,19 @@ class RunTasks:
         self._running: list[tuple[RunTask, subprocess.Popen[bytes]]] = []
         self._again: set[int] = set()
 
-    def serve(self) -> None:
-        """Starts tasks and looks after them; never ends."""
-        self.take_over()
+    def serve(self, pause: Callable[[float], object] = time.sleep) -> None:
+        """Starts tasks and looks after them; never ends. What fails, as on a database that is locked or full, is said and tried again."""
+        has_taken_over = False
         while True:
-            if not self.look():
-                time.sleep(_POLL_S)
+            try:
+                if not has_taken_over:
+                    self.take_over()
+                    has_taken_over = True
+                waits_s = 0.0 if self.look() else _POLL_S
+            except Exception as error:  # noqa: BLE001 - without this loop no run goes on, whatever went wrong in it
+                self._say(f"the tasks of runs: {type(error).__name__}: {error}; tried again in {_AGAIN_S:g} s")
+                waits_s = _AGAIN_S
+            pause(waits_s)
 
     def take_over(self) -> None:
         """Has the runs go on that an earlier SuperLink with the same database left: its processes ended with it."""
@@ -99,10 +106,9 @@ class RunTasks:
         task = self._take()
         if task is not None:
             self._running.append((task, self._start(task)))
-        ended = [(task, process) for task, process in self._running if process.poll() is not None]
-        self._running = [pair for pair in self._running if pair not in ended]
-        for task_of_process, process in ended:
-            self._conclude(task_of_process, f"its process ended with status {process.returncode}")
+        for pair in [pair for pair in self._running if pair[1].poll() is not None]:
+            self._conclude(pair[0], f"its process ended with status {pair[1].returncode}")
+            self._running.remove(pair)  # not before: the next look concludes what could not be concluded now
         return task is not None
 
     def _take(self) -> RunTask | None:

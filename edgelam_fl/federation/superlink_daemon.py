@@ -32,6 +32,7 @@ from flwr.cli.build import build_fab_from_disk
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, TIMESTAMP_HEADER
 from flwr.proto.control_pb2 import StartRunRequest
 from flwr.server.superlink.linkstate import in_memory_linkstate, sql_linkstate
+from flwr.supercore import sql_mixin
 from flwr.supercore.constant import (
     FLEET_HTTP_PUBLIC_KEY_HEADER,
     FLEET_HTTP_SIGNATURE_HEADER,
@@ -45,6 +46,7 @@ from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
 from flwr.superlink.routers.fleet import node_auth
 from google.protobuf.message import DecodeError
+from sqlalchemy.exc import SQLAlchemyError
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from edgelam_fl.addresses import from_here, join_address
@@ -64,6 +66,7 @@ _FIRST_REQUEST_S = 5.0  # for the first request of a connection to begin, its he
 _DRIFT_S = 86400
 HEARTBEATS_MISSED = 4
 """A node counts as gone after so many of its heartbeat's intervals: longer than a short hole in its network lasts."""
+_BUSY_MS = 60_000
 _TICK_S, _STANDSTILL_S = 1.0, 3.0
 
 
@@ -72,6 +75,7 @@ def main() -> None:
     options = _options()
     state: Path = options.state
     trust = open_trust(state) if options.members_only else None
+    wait_longer_for_the_database()
     app = create_app(_configuration(options), SuperLinkLifespan)
     links = app.state.linkstate_factory.state()
     judge = partial(refusal_of_run, own="" if options.allow_foreign_apps else own_digest())
@@ -196,6 +200,11 @@ def judge_heartbeats() -> None:
         module.HEARTBEAT_PATIENCE = HEARTBEATS_MISSED
 
 
+def wait_longer_for_the_database() -> None:
+    """Has Flower's requests wait for each other as long as a busy machine may need: after its 5 s it answers that it has failed."""
+    sql_mixin.SQLITE_PRAGMAS = tuple({**dict(sql_mixin.SQLITE_PRAGMAS), "busy_timeout": str(_BUSY_MS)}.items())
+
+
 def look_for_dead_tasks_seldom(links: Any, now: Callable[[], float] = time.monotonic) -> None:
     """Has Flower look once per `_TICK_S` for tasks that have fallen silent, in the place of at every request.
 
@@ -223,8 +232,11 @@ def keep_nodes_over_standstills(
         began = now()
         pause(_TICK_S)
         if now() - began >= _STANDSTILL_S:
-            for node in links.get_node_info(statuses=[NodeStatus.ONLINE]):
-                links.acknowledge_node_heartbeat(node.node_id, node.heartbeat_interval)
+            with contextlib.suppress(
+                SQLAlchemyError
+            ):  # the database is locked or full: the nodes' own heartbeats may do
+                for node in links.get_node_info(statuses=[NodeStatus.ONLINE]):
+                    links.acknowledge_node_heartbeat(node.node_id, node.heartbeat_interval)
 
 
 def refusal_of_node(links: Any, headers: Mapping[str, str]) -> str:

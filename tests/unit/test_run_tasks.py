@@ -14,6 +14,7 @@ from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID
 from flwr.supercore.fab import Fab
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.superlink.federation import NoOpFederationManager
+from sqlalchemy.exc import OperationalError
 
 from edgelam_fl.bounds import Bounds
 from edgelam_fl.federation.run_tasks import MOST_RESTARTS, RunTask, RunTasks
@@ -103,6 +104,36 @@ def test_a_serverapp_that_was_killed_is_started_again_for_the_same_run(server: S
     (interrupted,) = [event for event in server.events() if isinstance(event, RunInterrupted)]
     assert (interrupted.reason, interrupted.restart) == ("its process ended with status -9", 1)
     assert server.status(run) == ("running", "")
+
+
+def test_a_database_that_is_locked_for_a_while_costs_no_run(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, pauses = server.submit(), list[float]()
+    server.emit(RunStarted(run="one", config={}, versions={}))
+    server.started[-1].returncode = -9
+    read, locked = server.links.get_run_info, [OperationalError("UPDATE task", None, Exception("database is locked"))]
+
+    def get_run_info(**asked: Any) -> Any:
+        if locked:
+            raise locked.pop()
+        return read(**asked)
+
+    monkeypatch.setattr(server.links, "get_run_info", get_run_info)
+    monkeypatch.setattr("edgelam_fl.federation.run_tasks.open_tasks", lambda links: [])
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(server.started) == 2 or len(pauses) == 3:
+            raise Over
+
+    with pytest.raises(Over):
+        server.tasks.serve(pause)
+    assert not locked
+    assert len(server.started) == 2, "the killed ServerApp was started again"
+    assert server.status(run) == ("running", "")
+
+
+class Over(BaseException):
+    """The end of a loop that has none."""
 
 
 def test_a_run_that_makes_no_progress_is_given_up(server: Server) -> None:

@@ -7,12 +7,14 @@ from unittest.mock import Mock
 
 import pytest
 from flwr.server.superlink.linkstate import in_memory_linkstate, sql_linkstate
+from flwr.supercore import sql_mixin
 
 from edgelam_fl.federation.superlink_daemon import (
     HEARTBEATS_MISSED,
     judge_heartbeats,
     keep_nodes_over_standstills,
     look_for_dead_tasks_seldom,
+    wait_longer_for_the_database,
 )
 
 
@@ -59,6 +61,15 @@ def test_a_standstill_of_the_superlink_is_no_silence_of_its_nodes() -> None:
     with pytest.raises(Stopped):
         keep_nodes_over_standstills(nodes, pause, lambda: at_s[0])
     assert nodes.heard == [(1, 10.0)]
+
+
+def test_requests_wait_for_a_busy_database(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = dict(sql_mixin.SQLITE_PRAGMAS)
+    monkeypatch.setattr(sql_mixin, "SQLITE_PRAGMAS", sql_mixin.SQLITE_PRAGMAS)  # to be put back
+    wait_longer_for_the_database()
+    after = dict(sql_mixin.SQLITE_PRAGMAS)
+    assert int(after.pop("busy_timeout")) > int(before.pop("busy_timeout"))
+    assert after == before
 
 
 def test_requests_do_not_make_the_superlink_look_for_dead_tasks_each_time() -> None:
