@@ -17,6 +17,7 @@ import base64
 import contextlib
 import os
 import secrets
+import sys
 import tempfile
 import threading
 import time
@@ -46,7 +47,9 @@ from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
 from flwr.superlink.routers.fleet import node_auth
 from google.protobuf.message import DecodeError
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from starlette.requests import Request
+from starlette.responses import Response
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from edgelam_fl.addresses import from_here, join_address
@@ -77,6 +80,7 @@ def main() -> None:
     trust = open_trust(state) if options.members_only else None
     wait_longer_for_the_database()
     app = create_app(_configuration(options), SuperLinkLifespan)
+    app.add_exception_handler(OperationalError, ask_again)
     links = app.state.linkstate_factory.state()
     judge = partial(refusal_of_run, own="" if options.allow_foreign_apps else own_digest())
     judge_heartbeats()
@@ -203,6 +207,12 @@ def judge_heartbeats() -> None:
 def wait_longer_for_the_database() -> None:
     """Has Flower's requests wait for each other as long as a busy machine may need: after its 5 s it answers that it has failed."""
     sql_mixin.SQLITE_PRAGMAS = tuple({**dict(sql_mixin.SQLITE_PRAGMAS), "busy_timeout": str(_BUSY_MS)}.items())
+
+
+async def ask_again(_: Request, error: Exception) -> Response:
+    """Answers a request that the database could not take, locked or on a full disk, so that its sender asks again; with 500 it would end."""
+    print(f"the database: {error!s:.200}", file=sys.stderr, flush=True)
+    return Response(status_code=503)
 
 
 def look_for_dead_tasks_seldom(links: Any, now: Callable[[], float] = time.monotonic) -> None:

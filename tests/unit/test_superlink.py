@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import ModuleType
 from unittest.mock import Mock
 
+import httpx
 import pytest
 from flwr.server.superlink.linkstate import in_memory_linkstate, sql_linkstate
 from flwr.supercore import sql_mixin
+from flwr.supercore.error.http import http_error_translator
+from flwr.supercore.retry.http_retry import _RETRYABLE_STATUS_CODES
+from sqlalchemy.exc import OperationalError
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from edgelam_fl.federation.superlink_daemon import (
     HEARTBEATS_MISSED,
+    ask_again,
     judge_heartbeats,
     keep_nodes_over_standstills,
     look_for_dead_tasks_seldom,
@@ -70,6 +82,23 @@ def test_requests_wait_for_a_busy_database(monkeypatch: pytest.MonkeyPatch) -> N
     after = dict(sql_mixin.SQLITE_PRAGMAS)
     assert int(after.pop("busy_timeout")) > int(before.pop("busy_timeout"))
     assert after == before
+
+
+def test_a_request_that_the_database_cannot_take_is_to_be_sent_again() -> None:
+    def locked(_: Request) -> Response:
+        raise OperationalError("UPDATE task", None, Exception("database is locked"))
+
+    app = Starlette(
+        routes=[Route("/", locked)],
+        middleware=[Middleware(BaseHTTPMiddleware, dispatch=http_error_translator)],  # Flower's, which answers 500
+    )
+    app.add_exception_handler(OperationalError, ask_again)
+
+    async def answered() -> int:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://superlink") as client:
+            return (await client.get("/")).status_code
+
+    assert asyncio.run(answered()) in _RETRYABLE_STATUS_CODES
 
 
 def test_requests_do_not_make_the_superlink_look_for_dead_tasks_each_time() -> None:
