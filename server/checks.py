@@ -42,6 +42,7 @@ def check_config(config: RunConfig, bounds: Bounds = DEFAULT_BOUNDS, *, elsewher
     check_optimizer(config)
     check_lateness(config)
     check_low_rank(config)
+    check_front_cache(config)
     check_privacy(config, loaded, elsewhere=elsewhere)
     check_task(config.task)
     aggregation = loaded["aggregation"].capabilities if "aggregation" in loaded else Capabilities()
@@ -224,6 +225,33 @@ def check_low_rank(config: RunConfig) -> None:
         raise ConfigError(
             f"{who} cannot be combined with split.backs = {dict(split.backs)}: the matrix that hosts learn belongs to one cut, so "
             f"all devices keep the same last layers. Allowed: split.back alone, or wire.gradients = 'full'"
+        )
+
+
+def check_front_cache(config: RunConfig) -> None:
+    """Raises ConfigError if an example's states at the cut would not be the same in every step."""
+    size, split, privacy = config.wire.front_cache_mb, config.split, config.privacy
+    if not size:
+        return
+    who = f"wire.front_cache_mb = {size}"
+    if not split.hosts:
+        raise ConfigError(
+            f"{who} needs split.hosts of at least 1: with split.hosts = 0 no hidden state leaves a device"
+        )
+    if "front" in config.lora.train:
+        raise ConfigError(
+            f"{who} needs a front that does not learn, and lora.train = {list(config.lora.train)}. Allowed: lora.train without 'front', "
+            f"for example ['hosts', 'back'], or front_cache_mb = 0"
+        )
+    if config.lora.dropout or config.model.dropout == "own":
+        key = f"lora.dropout = {config.lora.dropout:g}" if config.lora.dropout else "model.dropout = 'own'"
+        raise ConfigError(
+            f"{who} cannot be combined with {key}, which drops other numbers in every step. Allowed: no dropout, or front_cache_mb = 0"
+        )
+    if privacy.cut_clip:
+        raise ConfigError(
+            f"{who} cannot be combined with privacy.cut_clip = {privacy.cut_clip:g}, whose noise is drawn anew for all that leaves a "
+            f"device. Allowed: cut_clip = 0, or front_cache_mb = 0"
         )
 
 

@@ -376,6 +376,14 @@ class WireSection(Section):
         description="gradient that a device sends to the last host: of the hidden states, or (with lora.train = 'back') of "
         "lora.rank numbers per token, from which the hosts learn one matrix at the cut",
     )
+    front_cache_mb: int = Field(
+        0,
+        ge=0,
+        le=1_000_000,
+        description="megabytes of devices' hidden states that a first host may keep on its disk while the run lasts, so that those "
+        "of an example travel once and not in every epoch and evaluation (needs a front that does not learn; each example goes "
+        "through it alone); 0: none",
+    )
 
     @property
     def capacity_bps(self) -> float:

@@ -13,12 +13,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from edgelam_fl.errors import EdgelamError, Refused, for_others
+from edgelam_fl.files import free_bytes
 from edgelam_fl.machine import memory_free_bytes
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.stage import Stage, load_stages
 from edgelam_fl.node.examples import DeviceExamples, task_of
+from edgelam_fl.node.front_cache import FrontCache, NamesFronts
 from edgelam_fl.node.held import Held, NodeMemory
 from edgelam_fl.node.part import Part
 from edgelam_fl.node.server_hub import ServerHub
@@ -51,6 +54,7 @@ class NodeHooks:
     # plan, window -> how many micro-batches a host computes at once
     workers: Callable[[pb.Plan, int], int] = lambda plan, window: 1
     around_pass: AroundPass = nullcontext  # as of `Host`
+    disk_free: Callable[[Path], int] = free_bytes  # bytes that are free on the disk of a folder
     # entered before anything is loaded, left after the contributions are in the report
     around_part: Callable[[pb.Plan], AbstractContextManager[object]] = nullcontext
     # entered with slices and adapter loaded, left after the contributions are in the report
@@ -67,6 +71,8 @@ class Means:
     examples: DeviceExamples | None  # None: an edge server
     hooks: NodeHooks
     snapshots: Snapshots
+    kept_fronts: FrontCache  # as a host
+    names_fronts: NamesFronts  # as a device
 
 
 def play(part: Part, request: pb.SubmitRequest, means: Means) -> None:
@@ -150,7 +156,10 @@ class Player:
         loaded = self._means.examples.load(task, plan.task, held.source.digest, self._part.emit)
         counters, route = ByteCounters(), new_route(plan)
         self._part.attach(route.inbox)
-        ends = Ends(plan, held.ends, task, wire_dtype(plan), held.cut_defence(plan))
+        fronts = self._means.names_fronts.of(plan, held.ends[0])
+        ends = Ends(
+            plan, held.ends, task, held.source.hidden_size, wire_dtype(plan), held.cut_defence(plan), fronts
+        )  # fmt: skip
         driver = Driver(plan, ends, held.ends_trainee, route, task, self._part.emit, self._keeper, counters)
         if self._earlier:
             with _fitting(plan):
@@ -193,7 +202,8 @@ class Player:
         window = affordable_window(plan, held.source, held.hosted.dtype.itemsize, elements, free_bytes)
         if window < plan.window:
             self._part.emit(WindowGranted(granted=window, asked=plan.window, memory_free_bytes=free_bytes))
-        group = Group(plan, held.source.hidden_size, wire_dtype(plan), window, dial_next, self._part.emit)
+        fronts = self._means.kept_fronts.begin(plan)
+        group = Group(plan, held.source.hidden_size, wire_dtype(plan), window, dial_next, self._part.emit, fronts)
         self._part.attach(group.inbox, of_host=True)
         return group
 

@@ -21,6 +21,7 @@ from edgelam_fl.machine import peak_rss_bytes
 from edgelam_fl.model.bases import usable_bases
 from edgelam_fl.node.accepted import AcceptedParts
 from edgelam_fl.node.examples import DeviceExamples
+from edgelam_fl.node.front_cache import FrontCache, NamesFronts
 from edgelam_fl.node.held import NodeMemory
 from edgelam_fl.node.outward import outward
 from edgelam_fl.node.part import Part
@@ -112,8 +113,9 @@ class StageHost:
         self._snapshots = Snapshots(state, emit)
         memory = NodeMemory(hooks.load, self._hub.find_planned, timing.gone_s, PrivateFronts(state), self._snapshots)
         self._means = Means(
-            dial=dial, hub=self._hub, memory=memory, examples=examples, hooks=hooks, snapshots=self._snapshots
-        )
+            dial=dial, hub=self._hub, memory=memory, examples=examples, hooks=hooks, snapshots=self._snapshots,
+            kept_fronts=FrontCache(state, hooks.disk_free), names_fronts=NamesFronts(state),
+        )  # fmt: skip
         self._reading: HostReading | None = None  # of the newest part, as it was said; for the thread of a part alone
         self._lock = threading.Lock()  # guards the three below
         self._parts: dict[str, Part] = {}
@@ -184,6 +186,7 @@ class StageHost:
             part.cancel(f"node {self.name} is shutting down")
         if worker is not None:
             worker.join(timeout=_STOP_S)
+        self._means.kept_fronts.close()
 
     def _other_run(self, plan: pb.Plan) -> str:
         """Returns the run that this node plays for, if it is another and goes on, as far as its server knows. The caller holds the lock."""
@@ -234,6 +237,7 @@ class StageHost:
             report.peak_rss_bytes = peak_rss_bytes()
             report.snapshots.extend(self._snapshots.steps(part.plan.run, part.plan.round))
             part.group = None
+            self._means.kept_fronts.end(part.plan)
             part.emit(JobDone(state=report.state, error=full))
             part.end()
 
@@ -283,6 +287,10 @@ def _refusal(plan: pb.Plan, name: str, role: pb.Role) -> str:
     routes = plan.routes or plan.serves
     if not (routes and plan.batch_size and plan.micro_batches and plan.window and plan.deadlines.round_s > 0):
         return "a plan without route, batch size, micro-batches, window or deadlines"
+    if plan.front_cache_bytes and (
+        plan.lora.train_front or plan.lora.dropout or plan.model.own_dropout or plan.cut.clip
+    ):
+        return "a plan that keeps the states of fronts, which are others in every step of it"
     if len(plan.routes) != (role == pb.DEVICE and not plan.generate):
         return f"a plan with {len(plan.routes)} routes of its own for {own}"
     if len(plan.optimizer.lrs) != plan.steps:

@@ -275,6 +275,7 @@ def _plan(spec: RunSpec, facts: RoundFacts, profile: pb.Profile) -> pb.Plan:
         first_step=facts.first_step,
         resume_attempt=facts.resume_attempt,
         cut=_cut(config.privacy) if profile.role == pb.DEVICE else None,
+        front_cache_bytes=config.wire.front_cache_mb * 10**6,
         lowrank=pb.LowRank(layer=spec.cut.layer, rank=spec.cut.rank) if spec.cut else None,
     )
 

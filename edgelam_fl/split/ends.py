@@ -14,6 +14,7 @@ from edgelam_fl.model.stage import Stage
 from edgelam_fl.plan.modes import label_place
 from edgelam_fl.plan.reading import unit_seed
 from edgelam_fl.split.cut import CutDefence
+from edgelam_fl.split.fronts import NamedFronts
 from edgelam_fl.tasks.base import Task, Unit
 from edgelam_fl.wire import edgelam_pb2 as pb
 
@@ -21,9 +22,21 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 class Ends:
     """The front and the back of one device; one and the same stage on a route over no host."""
 
-    def __init__(self, plan: pb.Plan, stages: Sequence[Stage], task: Task, wire: torch.dtype, cut: CutDefence) -> None:
-        """`wire`: what hidden states travel in. `cut`: what happens to them before they leave."""
-        self._plan, self._task, self._wire, self._cut = plan, task, wire, cut
+    def __init__(
+        self,
+        plan: pb.Plan,
+        stages: Sequence[Stage],
+        task: Task,
+        hidden_size: int,
+        wire: torch.dtype,
+        cut: CutDefence,
+        fronts: NamedFronts | None = None,
+    ) -> None:
+        """`wire`: what hidden states travel in. `cut`: what happens to them before they leave. `fronts`: names the states of
+        each example, which is then computed alone; None: a micro-batch's are computed together.
+        """
+        self._plan, self._task, self._cut, self.fronts = plan, task, cut, fronts
+        self.hidden_size, self.wire = hidden_size, wire
         self._front, self._back = stages[0], stages[-1]
         own = plan.routes[0]
         self._is_split = bool(own.hops)
@@ -35,7 +48,14 @@ class Ends:
         """Returns the hidden states [rows, tokens, hidden] of a micro-batch for the first host."""
         seed = self._seed(step, number) if training else None
         states = self._front(unit.ids_BT, unit.row_lengths, unit_seed=seed)
-        return self._cut.states(states, unit.row_lengths).to(self._wire)
+        return self._cut.states(states, unit.row_lengths).to(self.wire)
+
+    @torch.no_grad()
+    def rows_of_front(self, unit: Unit, rows: Sequence[int]) -> torch.Tensor:
+        """Returns the hidden states [1, N, hidden] of some rows for the first host, each computed alone, without padding."""
+        lengths = unit.row_lengths
+        each = [self._front(unit.ids_BT[row : row + 1, : lengths[row]], [lengths[row]]) for row in rows]
+        return torch.cat(each, dim=1).to(self.wire)
 
     def backward_front(self, unit: Unit, sent: torch.Tensor, grad: torch.Tensor, divisor: int) -> None:
         """Adds to the front's gradients. `sent`: what `forward_front` returned. `grad`: its gradient, from the first host."""

@@ -22,6 +22,7 @@ import torch
 
 from edgelam_fl.errors import EdgelamError, PeerLost, ProtocolError
 from edgelam_fl.plan.reading import job_id
+from edgelam_fl.split.fronts import KeptFronts
 from edgelam_fl.split.inbox import Inbox, Out
 from edgelam_fl.split.member import Member
 from edgelam_fl.split.route import link_events, most_bytes
@@ -51,13 +52,14 @@ class Group:
         window: int,
         dial: DialNext,
         emit: EmitInJob,
+        fronts: KeptFronts | None = None,
     ) -> None:
         """Prepares a group in which no link is open yet.
 
         `wire`: what hidden states travel in. `window`: the micro-batches of one device that this host has memory for.
-        `dial`: opens a link to the next host.
+        `dial`: opens a link to the next host. `fronts`: keeps the states of devices' fronts here; None: they come every time.
         """
-        self.plan, self.window, self.emit = plan, window, emit
+        self.plan, self.window, self.emit, self.fronts = plan, window, emit, fronts
         self.hidden_size, self.wire = hidden_size, wire
         self.counters = ByteCounters()
         self._dial = dial
@@ -96,8 +98,9 @@ class Group:
                 return pb.NotReady(retry_ms=RETRY_MS)  # the window of the next link, not open yet, bounds this one's
             granted = self._granted(hello.window, *([member.window] if entry and not self.coordinates else []))
             ready = pb.Ready(
-                version=PROTOCOL_VERSION, window=granted, codec=shared[0], job_token=hello.device_index + 1
-            )
+                version=PROTOCOL_VERSION, window=granted, codec=shared[0], job_token=hello.device_index + 1,
+                front_cache=self.fronts.number if entry and self.fronts is not None else b"",
+            )  # fmt: skip
             to_device = not entry or self.position == 0  # else within the chain, where nothing is paced
             pace = self._pace_to(member) if to_device else None
             link.open(self._make_terms()(f"{side} {member.route.device}", self.counters, ready, pace=pace))

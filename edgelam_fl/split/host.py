@@ -28,6 +28,7 @@ from edgelam_fl.model.stage import Stage
 from edgelam_fl.plan.modes import host_mode, label_place
 from edgelam_fl.plan.reading import unit_rows, unit_seed
 from edgelam_fl.privacy.mechanism import secret_generator
+from edgelam_fl.split.fronts import put_together
 from edgelam_fl.split.group import Group, relay
 from edgelam_fl.split.inbox import Lost, Out
 from edgelam_fl.split.judging import is_finite
@@ -293,9 +294,35 @@ class Host:
         self.group.lose(member, member.previous, frame.header.cancel.reason)
 
     def _take_activation(self, member: Member, frame: Frame) -> None:
+        if frame.header.row_names:
+            whole = self._with_kept_states(member, frame)
+            if whole is None:
+                return
+            frame = whole
         check_activation(frame, member, self.plan, self.group.hidden_size, self.group.wire)
         check_positions(frame, self.plan)
         member.forwards.append(frame)
+
+    def _with_kept_states(self, member: Member, frame: Frame) -> Frame | None:
+        """Returns the frame with the states of all rows; None if some are not kept here, which the device has been asked for."""
+        fronts, header, unit = self.group.fronts, frame.header, unit_id(frame.header)
+        if fronts is None:
+            raise ProtocolError("names of states, and this host keeps none")
+        if unit in member.lacked and header.kept_rows:
+            raise ProtocolError(f"micro-batch {header.micro_batch} came without states that it was asked for")
+        found = put_together(frame, member.route.device, self.plan, self.group.hidden_size, self.group.wire, fronts)
+        if isinstance(found, Frame):
+            member.lacked.discard(unit)
+            return found
+        if len(member.lacked) >= self.plan.window:
+            raise ProtocolError(f"more than {self.plan.window} micro-batches in flight (split.window)")
+        member.lacked.add(unit)
+        missing = pb.Header(
+            kind=pb.MISSING, phase=header.phase, step=header.step, micro_batch=header.micro_batch,
+            device_index=header.device_index, kept_rows=found,
+        )  # fmt: skip
+        relay(member.previous, missing)
+        return None
 
     def _take_labels(self, member: Member, frame: Frame) -> None:
         if len(member.labels) >= self.plan.window:

@@ -51,6 +51,9 @@ class Member:
     backward_work: deque[Work] = field(default_factory=deque)
     caches: dict[int, Any] = field(default_factory=dict)  # by generation session
     gradients: list[torch.Tensor | None] | None = None  # sums over the micro-batches of the open step
+    lacked: set[UnitId] = field(
+        default_factory=set
+    )  # those of which the host has asked for states that it had not kept
     begun: set[UnitId] = field(default_factory=set)  # training micro-batches whose forward pass has run
     backwards_done: int = 0  # micro-batches of the open step
     size: Size | None = None  # of its newest complete gradient
@@ -135,6 +138,7 @@ class Member:
         """Drops what is left of a closed step."""
         self.gradients, self.backwards_done, self.problem = None, 0, ""
         self.begun = {unit for unit in self.begun if unit[:2] != (pb.TRAIN, step)}
+        self.lacked = {unit for unit in self.lacked if unit[:2] != (pb.TRAIN, step)}
         self.saved = {unit: kept for unit, kept in self.saved.items() if unit[:2] != (pb.TRAIN, step)}
         self.labels = {unit: kept for unit, kept in self.labels.items() if unit[:2] != (pb.TRAIN, step)}
         self.forwards = deque(f for f in self.forwards if (f.header.phase, f.header.step) != (pb.TRAIN, step))

@@ -23,6 +23,7 @@ import torch
 from edgelam_fl.errors import ProtocolError
 from edgelam_fl.plan.modes import host_mode
 from edgelam_fl.split.ends import Ends
+from edgelam_fl.split.fronts import NamedFronts
 from edgelam_fl.split.judging import is_finite
 from edgelam_fl.split.route import Route
 from edgelam_fl.split.timeline import Timeline
@@ -42,8 +43,14 @@ class LeftOut(Exception):
 class _Way:
     """A micro-batch under way."""
 
-    hidden: torch.Tensor  # the front's output
+    header: pb.Header  # of the hidden states, as they were sent
+    hidden: torch.Tensor | None  # the front's output; None: it does not learn, and has gone
+    returns: list[int]  # shape of what the last host sends back
     waits_for: set[int]  # kinds of frames that are still to come
+
+    def takes(self, kind: int) -> bool:
+        """Returns whether a frame of a kind may come now."""
+        return kind in self.waits_for or (kind == pb.MISSING and len(self.header.kept_rows) > 0)
 
 
 class DeviceStep:
@@ -80,6 +87,7 @@ class DeviceStep:
             pb.LABELS: self._take_loss,
             pb.GRAD: self._take_gradient,
             pb.GRAD_END: lambda *_: None,  # the hosts are through with the micro-batch, and the front learns nothing
+            pb.MISSING: self._take_missing,
         }
 
     @property
@@ -131,10 +139,46 @@ class DeviceStep:
             self._route.exit.send(pb.Header(kind=pb.LABELS, **fields), unit.labels)
         header = pb.Header(kind=pb.ACT, row_lengths=unit.row_lengths, **fields)
         with self._computing("forward", header):
-            hidden = self._ends.forward_front(unit, self.number, number, training=self._trains)
-        self._route.entry.send(header, hidden)
+            hidden = sent = None
+            if self._ends.fronts is None:
+                hidden = sent = self._ends.forward_front(unit, self.number, number, training=self._trains)
+            else:
+                sent = self._named(header, unit, self._ends.fronts)
+        returns = [*unit.ids_BT.shape, self._ends.hidden_size + self._cut_rank]
         answer = pb.ACT if self._ends.has_labels else pb.LABELS
-        self._under_way[number] = _Way(hidden, {answer, *_GRADIENTS} if self._trains else {answer})
+        self._under_way[number] = _Way(header, hidden, returns, {answer, *_GRADIENTS} if self._trains else {answer})
+        self._route.entry.send(header, sent)
+
+    def _named(self, header: pb.Header, unit: Unit, fronts: NamedFronts) -> torch.Tensor | None:
+        """Returns the states of the rows that the first host is not known to keep, None if there are none; names all in the header."""
+        assert self._route.entry is not None
+        known = fronts.sent.at(self._route.entry.terms.front_cache)
+        header.row_names[:] = fronts.names(unit)
+        header.kept_rows[:] = [row for row, name in enumerate(header.row_names) if known.is_there(name)]
+        come = [row for row in range(len(header.row_names)) if row not in header.kept_rows]
+        for row in come:
+            known.sent(header.row_names[row])
+        return self._ends.rows_of_front(unit, come) if come else None
+
+    def _take_missing(self, number: int, header: pb.Header, _: torch.Tensor | None) -> None:
+        """Sends the states of a whole micro-batch, of which the first host lacks some."""
+        assert self._route.entry is not None
+        assert self._ends.fronts is not None
+        way, unit, missing = self._under_way[number], self.units[number], set(header.kept_rows)
+        if not missing or not missing <= set(way.header.kept_rows):
+            raise ProtocolError(
+                f"host {self._hops[0].node} lacks rows that it was not taken to have kept: {sorted(missing)[:8]}"
+            )
+        known = self._ends.fronts.sent.at(self._route.entry.terms.front_cache)
+        for row in missing:
+            known.lacks(way.header.row_names[row])
+        again = pb.Header()
+        again.CopyFrom(way.header)  # the link may still be at work on the first one
+        again.ClearField("kept_rows")
+        way.header = again
+        with self._computing("forward", header):
+            states = self._ends.rows_of_front(unit, range(len(unit.row_lengths)))
+        self._route.entry.send(again, states)
 
     def _receive(self) -> tuple[pb.Header, torch.Tensor | None]:
         """Returns the next frame of a micro-batch under way. Drops frames of steps that were closed without this device."""
@@ -152,7 +196,7 @@ class DeviceStep:
                 continue
             way = self._under_way.get(header.micro_batch)
             lacks_tensor = frame.tensor is None and header.kind in (pb.ACT, pb.GRAD)
-            if way is None or header.kind not in way.waits_for or lacks_tensor:
+            if way is None or not way.takes(header.kind) or lacks_tensor:
                 raise ProtocolError(
                     f"{pb.Kind.Name(header.kind)} for micro-batch {header.micro_batch}, which does not wait for it"
                 )
@@ -160,8 +204,8 @@ class DeviceStep:
 
     def _take_activation(self, number: int, header: pb.Header, tensor: torch.Tensor | None) -> None:
         """Takes the last host's hidden states through the back, and sends their gradient."""
-        hidden = self._under_way[number].hidden
-        returned = self._checked(tensor, hidden, host=-1, beside=self._cut_rank)
+        way = self._under_way[number]
+        returned = self._checked(tensor, way.returns, host=-1)
         grad = self._forward_back(number, header, returned)
         if self._trains:
             self._send_back(number, grad)
@@ -177,7 +221,9 @@ class DeviceStep:
     def _take_gradient(self, number: int, header: pb.Header, tensor: torch.Tensor | None) -> None:
         """Takes the first host's gradient through the front."""
         hidden = self._under_way[number].hidden
-        grad = self._checked(tensor, hidden, host=0)
+        if hidden is None or not hidden.requires_grad:
+            raise ProtocolError(f"host {self._hops[0].node} sent a gradient for a front that does not learn")
+        grad = self._checked(tensor, list(hidden.shape), host=0)
         with self._computing("backward", header):
             self._ends.backward_front(self.units[number], hidden, grad, self.divisor)
 
@@ -247,16 +293,15 @@ class DeviceStep:
     def _next(self) -> Frame:
         return self._route.receive(self._patience_s, "federation.step_deadline_s")
 
-    def _checked(self, tensor: torch.Tensor | None, like: torch.Tensor, host: int, beside: int = 0) -> torch.Tensor:
+    def _checked(self, tensor: torch.Tensor | None, shape: list[int], host: int) -> torch.Tensor:
         """Returns a tensor that the route's `host` sent. Raises ProtocolError, with the host's name, if it cannot be used.
 
-        It must have the shape and dtype of what was sent, with `beside` more values per token, and, in training, values that
-        are finite: an honest host leaves a device out of the step instead.
+        In training its values must be finite too: an honest host leaves a device out of the step instead.
         """
-        name, expected = self._hops[host].node, [*like.shape[:-1], like.shape[-1] + beside]
-        if tensor is None or list(tensor.shape) != expected or tensor.dtype != like.dtype:
+        name, dtype = self._hops[host].node, self._ends.wire
+        if tensor is None or list(tensor.shape) != shape or tensor.dtype != dtype:
             got = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-            raise ProtocolError(f"host {name} sent {got}; expected was {like.dtype} {expected}")
+            raise ProtocolError(f"host {name} sent {got}; expected was {dtype} {shape}")
         if self._trains and not is_finite(tensor):
             raise ProtocolError(f"host {name} sent values that are not finite, in step {self.number}")
         return tensor

@@ -32,6 +32,7 @@ class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     KV_DROP: _ClassVar[Kind]
     ACK: _ClassVar[Kind]
     BYE: _ClassVar[Kind]
+    MISSING: _ClassVar[Kind]
 
 class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -73,6 +74,7 @@ KV_STEP: Kind
 KV_DROP: Kind
 ACK: Kind
 BYE: Kind
+MISSING: Kind
 PHASE_UNSPECIFIED: Phase
 EVAL: Phase
 TRAIN: Phase
@@ -104,7 +106,7 @@ class Tensor(_message.Message):
     def __init__(self, dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., codec: _Optional[str] = ..., total_bytes: _Optional[int] = ..., chunk: _Optional[int] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class Header(_message.Message):
-    __slots__ = ("kind", "optional", "last_chunk", "job_token", "phase", "step", "micro_batch", "device_index", "tensor", "send_ns", "row_lengths", "loss_sum", "sums", "ack", "positions", "hello", "ready", "not_ready", "refuse", "table", "table_all", "step_close", "done", "cancel", "error", "progress", "step_ready", "step_apply", "kv_step", "kv_drop")
+    __slots__ = ("kind", "optional", "last_chunk", "job_token", "phase", "step", "micro_batch", "device_index", "tensor", "send_ns", "row_lengths", "loss_sum", "sums", "ack", "positions", "row_names", "kept_rows", "hello", "ready", "not_ready", "refuse", "table", "table_all", "step_close", "done", "cancel", "error", "progress", "step_ready", "step_apply", "kv_step", "kv_drop")
     class SumsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -127,6 +129,8 @@ class Header(_message.Message):
     SUMS_FIELD_NUMBER: _ClassVar[int]
     ACK_FIELD_NUMBER: _ClassVar[int]
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    ROW_NAMES_FIELD_NUMBER: _ClassVar[int]
+    KEPT_ROWS_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     NOT_READY_FIELD_NUMBER: _ClassVar[int]
@@ -157,6 +161,8 @@ class Header(_message.Message):
     sums: _containers.ScalarMap[str, float]
     ack: int
     positions: _containers.RepeatedScalarFieldContainer[int]
+    row_names: _containers.RepeatedScalarFieldContainer[bytes]
+    kept_rows: _containers.RepeatedScalarFieldContainer[int]
     hello: Hello
     ready: Ready
     not_ready: NotReady
@@ -172,7 +178,7 @@ class Header(_message.Message):
     step_apply: StepApply
     kv_step: KvStep
     kv_drop: KvDrop
-    def __init__(self, kind: _Optional[_Union[Kind, str]] = ..., optional: _Optional[bool] = ..., last_chunk: _Optional[bool] = ..., job_token: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., device_index: _Optional[int] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., send_ns: _Optional[int] = ..., row_lengths: _Optional[_Iterable[int]] = ..., loss_sum: _Optional[float] = ..., sums: _Optional[_Mapping[str, float]] = ..., ack: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., not_ready: _Optional[_Union[NotReady, _Mapping]] = ..., refuse: _Optional[_Union[Refuse, _Mapping]] = ..., table: _Optional[_Union[Table, _Mapping]] = ..., table_all: _Optional[_Union[TableAll, _Mapping]] = ..., step_close: _Optional[_Union[StepClose, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., step_ready: _Optional[_Union[StepReady, _Mapping]] = ..., step_apply: _Optional[_Union[StepApply, _Mapping]] = ..., kv_step: _Optional[_Union[KvStep, _Mapping]] = ..., kv_drop: _Optional[_Union[KvDrop, _Mapping]] = ...) -> None: ...
+    def __init__(self, kind: _Optional[_Union[Kind, str]] = ..., optional: _Optional[bool] = ..., last_chunk: _Optional[bool] = ..., job_token: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., device_index: _Optional[int] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., send_ns: _Optional[int] = ..., row_lengths: _Optional[_Iterable[int]] = ..., loss_sum: _Optional[float] = ..., sums: _Optional[_Mapping[str, float]] = ..., ack: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ..., row_names: _Optional[_Iterable[bytes]] = ..., kept_rows: _Optional[_Iterable[int]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., not_ready: _Optional[_Union[NotReady, _Mapping]] = ..., refuse: _Optional[_Union[Refuse, _Mapping]] = ..., table: _Optional[_Union[Table, _Mapping]] = ..., table_all: _Optional[_Union[TableAll, _Mapping]] = ..., step_close: _Optional[_Union[StepClose, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., step_ready: _Optional[_Union[StepReady, _Mapping]] = ..., step_apply: _Optional[_Union[StepApply, _Mapping]] = ..., kv_step: _Optional[_Union[KvStep, _Mapping]] = ..., kv_drop: _Optional[_Union[KvDrop, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("version", "job", "node", "device_index", "link", "route_token", "model_digest", "window", "codecs", "session", "resumes", "received")
@@ -203,18 +209,20 @@ class Hello(_message.Message):
     def __init__(self, version: _Optional[int] = ..., job: _Optional[str] = ..., node: _Optional[str] = ..., device_index: _Optional[int] = ..., link: _Optional[_Union[LinkRole, str]] = ..., route_token: _Optional[bytes] = ..., model_digest: _Optional[str] = ..., window: _Optional[int] = ..., codecs: _Optional[_Iterable[str]] = ..., session: _Optional[bytes] = ..., resumes: _Optional[bool] = ..., received: _Optional[int] = ...) -> None: ...
 
 class Ready(_message.Message):
-    __slots__ = ("version", "window", "job_token", "codec", "received")
+    __slots__ = ("version", "window", "job_token", "codec", "received", "front_cache")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     WINDOW_FIELD_NUMBER: _ClassVar[int]
     JOB_TOKEN_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    FRONT_CACHE_FIELD_NUMBER: _ClassVar[int]
     version: int
     window: int
     job_token: int
     codec: str
     received: int
-    def __init__(self, version: _Optional[int] = ..., window: _Optional[int] = ..., job_token: _Optional[int] = ..., codec: _Optional[str] = ..., received: _Optional[int] = ...) -> None: ...
+    front_cache: bytes
+    def __init__(self, version: _Optional[int] = ..., window: _Optional[int] = ..., job_token: _Optional[int] = ..., codec: _Optional[str] = ..., received: _Optional[int] = ..., front_cache: _Optional[bytes] = ...) -> None: ...
 
 class NotReady(_message.Message):
     __slots__ = ("retry_ms",)
@@ -503,7 +511,7 @@ class Deadlines(_message.Message):
     def __init__(self, ready_s: _Optional[float] = ..., step_s: _Optional[float] = ..., round_s: _Optional[float] = ..., silent_s: _Optional[float] = ..., reconnect_s: _Optional[float] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("run", "round", "attempt", "node", "role", "routes", "model", "lora", "optimizer", "task", "host_mode", "evaluate", "steps", "batch_size", "micro_batches", "window", "min_devices", "deadlines", "seed", "adapter_digest", "protocol_version", "serves", "hosted", "site", "labels", "checkpointing", "own_steps", "cursor", "generate", "hub_port", "relay_token", "slices_token", "gradient_factor", "cut", "lowrank", "corrections", "alone", "privacy", "first_step", "resume_attempt", "snapshot_every", "kept_token", "kept_every", "attend_token")
+    __slots__ = ("run", "round", "attempt", "node", "role", "routes", "model", "lora", "optimizer", "task", "host_mode", "evaluate", "steps", "batch_size", "micro_batches", "window", "min_devices", "deadlines", "seed", "adapter_digest", "protocol_version", "serves", "hosted", "site", "labels", "checkpointing", "own_steps", "cursor", "generate", "hub_port", "relay_token", "slices_token", "gradient_factor", "cut", "lowrank", "corrections", "alone", "privacy", "first_step", "resume_attempt", "snapshot_every", "kept_token", "kept_every", "front_cache_bytes", "attend_token")
     RUN_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -547,6 +555,7 @@ class Plan(_message.Message):
     SNAPSHOT_EVERY_FIELD_NUMBER: _ClassVar[int]
     KEPT_TOKEN_FIELD_NUMBER: _ClassVar[int]
     KEPT_EVERY_FIELD_NUMBER: _ClassVar[int]
+    FRONT_CACHE_BYTES_FIELD_NUMBER: _ClassVar[int]
     ATTEND_TOKEN_FIELD_NUMBER: _ClassVar[int]
     run: str
     round: int
@@ -591,8 +600,9 @@ class Plan(_message.Message):
     snapshot_every: int
     kept_token: bytes
     kept_every: int
+    front_cache_bytes: int
     attend_token: bytes
-    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., node: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., routes: _Optional[_Iterable[_Union[Route, _Mapping]]] = ..., model: _Optional[_Union[ModelRef, _Mapping]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., task: _Optional[_Union[TaskSettings, _Mapping]] = ..., host_mode: _Optional[str] = ..., evaluate: _Optional[bool] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., micro_batches: _Optional[int] = ..., window: _Optional[int] = ..., min_devices: _Optional[int] = ..., deadlines: _Optional[_Union[Deadlines, _Mapping]] = ..., seed: _Optional[int] = ..., adapter_digest: _Optional[str] = ..., protocol_version: _Optional[int] = ..., serves: _Optional[_Iterable[_Union[Route, _Mapping]]] = ..., hosted: _Optional[_Union[Slice, _Mapping]] = ..., site: _Optional[str] = ..., labels: _Optional[str] = ..., checkpointing: _Optional[bool] = ..., own_steps: _Optional[int] = ..., cursor: _Optional[int] = ..., generate: _Optional[bool] = ..., hub_port: _Optional[int] = ..., relay_token: _Optional[bytes] = ..., slices_token: _Optional[bytes] = ..., gradient_factor: _Optional[float] = ..., cut: _Optional[_Union[Cut, _Mapping]] = ..., lowrank: _Optional[_Union[LowRank, _Mapping]] = ..., corrections: _Optional[_Iterable[_Union[Correction, _Mapping]]] = ..., alone: _Optional[bool] = ..., privacy: _Optional[_Union[Privacy, _Mapping]] = ..., first_step: _Optional[int] = ..., resume_attempt: _Optional[int] = ..., snapshot_every: _Optional[int] = ..., kept_token: _Optional[bytes] = ..., kept_every: _Optional[int] = ..., attend_token: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., node: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., routes: _Optional[_Iterable[_Union[Route, _Mapping]]] = ..., model: _Optional[_Union[ModelRef, _Mapping]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., task: _Optional[_Union[TaskSettings, _Mapping]] = ..., host_mode: _Optional[str] = ..., evaluate: _Optional[bool] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., micro_batches: _Optional[int] = ..., window: _Optional[int] = ..., min_devices: _Optional[int] = ..., deadlines: _Optional[_Union[Deadlines, _Mapping]] = ..., seed: _Optional[int] = ..., adapter_digest: _Optional[str] = ..., protocol_version: _Optional[int] = ..., serves: _Optional[_Iterable[_Union[Route, _Mapping]]] = ..., hosted: _Optional[_Union[Slice, _Mapping]] = ..., site: _Optional[str] = ..., labels: _Optional[str] = ..., checkpointing: _Optional[bool] = ..., own_steps: _Optional[int] = ..., cursor: _Optional[int] = ..., generate: _Optional[bool] = ..., hub_port: _Optional[int] = ..., relay_token: _Optional[bytes] = ..., slices_token: _Optional[bytes] = ..., gradient_factor: _Optional[float] = ..., cut: _Optional[_Union[Cut, _Mapping]] = ..., lowrank: _Optional[_Union[LowRank, _Mapping]] = ..., corrections: _Optional[_Iterable[_Union[Correction, _Mapping]]] = ..., alone: _Optional[bool] = ..., privacy: _Optional[_Union[Privacy, _Mapping]] = ..., first_step: _Optional[int] = ..., resume_attempt: _Optional[int] = ..., snapshot_every: _Optional[int] = ..., kept_token: _Optional[bytes] = ..., kept_every: _Optional[int] = ..., front_cache_bytes: _Optional[int] = ..., attend_token: _Optional[bytes] = ...) -> None: ...
 
 class Privacy(_message.Message):
     __slots__ = ("update_clip", "update_noise", "step_clip", "step_noise", "step_devices")

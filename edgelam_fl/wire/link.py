@@ -56,7 +56,7 @@ _ANY_TIME = {pb.ERROR}
 _OPEN = {
     pb.PING, pb.PONG, pb.ACK,
     pb.TABLE, pb.TABLE_ALL, pb.ACT, pb.GRAD, pb.GRAD_END, pb.STEP_CLOSE, pb.STEP_READY, pb.STEP_APPLY, pb.DONE,
-    pb.CANCEL, pb.BYE, pb.LABELS, pb.KV_STEP, pb.KV_DROP,
+    pb.CANCEL, pb.BYE, pb.LABELS, pb.KV_STEP, pb.KV_DROP, pb.MISSING,
 }  # fmt: skip
 _CHATTER = {pb.PING, pb.PONG, pb.ERROR}
 _WITH_TENSOR = {pb.ACT, pb.GRAD, pb.LABELS, pb.KV_STEP}

@@ -34,6 +34,7 @@ class LinkTerms:
     job_token: int  # short number of the job, in every frame; frames of another job end the link; 0: not checked
     codec: str  # key of the codec for hidden states and gradients, in both directions
     window: int  # micro-batches that may be in flight, as the host granted
+    front_cache: bytes  # number of the place where the host keeps states of fronts; empty: it keeps none
     most_bytes: int  # size of the largest tensor that may arrive, encoded or decoded
     silent_s: float  # a stream counts as broken after so long without a message; 0: never
     reconnect_s: float  # the link counts as lost after so long without a stream; 0: with its first stream
@@ -77,7 +78,7 @@ def link_terms(
             "a window is at least 1"
         )
     return LinkTerms(
-        name=name, job_token=ready.job_token, codec=ready.codec, window=ready.window, most_bytes=most_bytes,
-        silent_s=silent_s, reconnect_s=reconnect_s, counters=counters, pace=pace, on_frame=on_frame, on_lost=on_lost,
+        name=name, job_token=ready.job_token, codec=ready.codec, window=ready.window, front_cache=ready.front_cache,
+        most_bytes=most_bytes, silent_s=silent_s, reconnect_s=reconnect_s, counters=counters, pace=pace, on_frame=on_frame, on_lost=on_lost,
         on_sent=on_sent, on_suspended=on_suspended, on_resumed=on_resumed,
     )  # fmt: skip

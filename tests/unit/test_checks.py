@@ -9,6 +9,7 @@ from tests.support import run_config
 
 PRIVATE = ["privacy.mode=central", "split.hosts=0"]
 LOWRANK = ["wire.gradients=lowrank", "lora.train=back"]
+CACHE = ["wire.front_cache_mb=9", "lora.train=['hosts','back']"]
 CLASSES = ["task.kind=classification", "task.classes=['yes', 'no']"]
 
 
@@ -283,6 +284,17 @@ def test_settings_that_can_be_combined(tiny: ModelSource, overrides: list[str]) 
         (
             [*LOWRANK, "split.backs={'a'=1}"],
             "cannot be combined with split.backs = {'a': 1}: .* Allowed: split.back alone",
+        ),
+        (["wire.front_cache_mb=9", "split.hosts=0"], "front_cache_mb = 9 needs split.hosts of at least 1"),
+        (
+            ["wire.front_cache_mb=9"],
+            "needs a front that does not learn, and lora.train = .* Allowed: lora.train without 'front'",
+        ),
+        ([*CACHE, "lora.dropout=0.1"], "cannot be combined with lora.dropout = 0.1, .* Allowed: no dropout"),
+        ([*CACHE, "model.dropout=own"], "cannot be combined with model.dropout = 'own'"),
+        (
+            [*CACHE, "privacy.cut_clip=1", "privacy.cut_noise=0.5"],
+            "cannot be combined with privacy.cut_clip = 1, whose noise",
         ),
         ([*LOWRANK, "lora.rank=65"], "lora.rank = 65 must be at most 64 with wire.gradients = 'lowrank': the width of"),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any, TypeVar
 
 import pytest
@@ -13,6 +14,7 @@ from edgelam_fl.errors import EdgelamError, PeerLost
 from edgelam_fl.model.adapter import Span, initial_adapter
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import LoraSettings, Stage, load_stages
+from edgelam_fl.node.front_cache import RunFronts
 from edgelam_fl.plan.layout import make_layout
 from edgelam_fl.plan.making import RoundFacts, RoundPrivacy, make_plans
 from edgelam_fl.plan.reading import hosted_trains
@@ -48,6 +50,7 @@ class Site:
         *overrides: str,
         steps: int = 1,
         privacy: RoundPrivacy | None = None,
+        fronts: RunFronts | None = None,
         **deadlines: Any,
     ) -> None:
         self.source, self.events = source, list[JobEvent]()
@@ -63,7 +66,7 @@ class Site:
         self.stage = middle(source)
         self.start = {name: p.detach().clone() for name, p in self.stage.adapter_parameters.items()}
         emit = self.events.append
-        self.group = Group(self.plan, source.hidden_size, torch.float32, self.plan.window, dials_nobody, emit)
+        self.group = Group(self.plan, source.hidden_size, torch.float32, self.plan.window, dials_nobody, emit, fronts)
         trainee = Trainee([self.stage])
         trainee.start(self.stage.adapter(), hosted_trains(self.plan), self.plan)
         trainee.optimizer = torch.optim.SGD(trainee.parameters, lr=LR) if trainee.parameters else None
@@ -150,8 +153,10 @@ class Device:
         self.exit.send(pb.Header(kind=pb.TABLE, table=pb.Table(steps=[row] * steps)))
 
     def act(self, step: int = 0, unit: int = 0, phase: int = pb.TRAIN, **other: Any) -> None:
+        """Sends hidden states, the device's own by default; None: a frame without any."""
+        sent = other.pop("hidden", self.hidden)
         fields = {"row_lengths": [TOKENS], "micro_batch": unit, "step": step, "phase": phase, **other}
-        self.entry.send(pb.Header(kind=pb.ACT, device_index=self.index, **fields), self.hidden)
+        self.entry.send(pb.Header(kind=pb.ACT, device_index=self.index, **fields), sent)
 
     def loss(self, output: torch.Tensor) -> torch.Tensor:
         return (output[0, : self.labels] @ self.target).sum()
@@ -255,6 +260,63 @@ def test_positions_that_a_micro_batch_does_not_have_cost_their_sender_only(
     assert list(good.await_frame(pb.STEP_CLOSE).header.step_close.counted) == [1]
     good.done()
     site.end()
+
+
+def test_states_that_a_host_is_to_keep_come_once_or_when_it_asks(tiny: ModelSource) -> None:
+    with closing(RunFronts("run", None, lambda folder: 10**9)) as fronts:
+        fronts.allow(10**9, 1)
+        site = Site(tiny, 1, steps=2, fronts=fronts)
+        (device,) = site.open(1)
+        assert device.entry.terms.front_cache == fronts.number
+        assert not device.exit.terms.front_cache
+        device.table(steps=2)
+        own, names = device.hidden, [b"n" * 16]
+        device.act(phase=pb.EVAL, hidden=None, kept_rows=[0], row_names=names)
+        assert list(device.await_frame(pb.MISSING).header.kept_rows) == [0]
+        device.act(phase=pb.EVAL, row_names=names)
+        whole = device.await_frame(pb.ACT).tensor
+        device.frames.clear()
+        device.act(hidden=None, kept_rows=[0], row_names=names)
+        assert torch.equal(device.await_frame(pb.ACT).tensor, whole)
+        device.grad(device.labels)
+        device.await_frame(pb.STEP_CLOSE)
+        device.act(step=1, hidden=own + 1.0, row_names=names)
+        assert not torch.equal(device.await_frame(pb.ACT, 1).tensor, whole), "what comes counts, whatever is kept"
+        device.grad(device.labels, 1)
+        device.done()
+        site.end()
+    assert site.problem is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "keeps", "words"),
+    [
+        (1, False, "names of states, and this host keeps none"),
+        (2, True, "came without states that it was asked for"),
+    ],
+)
+def test_a_device_that_keeps_on_naming_states_that_it_never_sent_is_out(
+    tiny: ModelSource, asked: int, keeps: bool, words: str
+) -> None:
+    with closing(RunFronts("run", None, lambda folder: 10**9)) as fronts:
+        fronts.allow(10**9, 1)
+        site = Site(tiny, 1, fronts=fronts if keeps else None)
+        (device,) = site.open(1)
+        for _ in range(asked):
+            device.act(phase=pb.EVAL, hidden=None, row_names=[b"n" * 16], kept_rows=[0])
+        assert words in device.await_frame(pb.CANCEL).header.cancel.reason
+        site.end()
+
+
+def test_a_device_cannot_ask_for_more_micro_batches_than_its_window(tiny: ModelSource) -> None:
+    with closing(RunFronts("run", None, lambda folder: 10**9)) as fronts:
+        fronts.allow(10**9, 1)
+        site = Site(tiny, 1, fronts=fronts)
+        (device,) = site.open(1)
+        for unit in range(3):
+            device.act(phase=pb.EVAL, unit=unit, hidden=None, row_names=[b"n" * 16], kept_rows=[0])
+        assert "more than 2 micro-batches in flight" in device.await_frame(pb.CANCEL).header.cancel.reason
+        site.end()
 
 
 @pytest.mark.parametrize(("train", "kind"), [("hosts", pb.GRAD_END), ("front", pb.GRAD), ("back", pb.GRAD_END)])
