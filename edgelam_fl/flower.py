@@ -1,7 +1,9 @@
 """Packs adapters into Flower's ArrayRecords, and reads them.
 
-All tensors of an adapter are one Array, in the format of safetensors. Flower stores and sends each Array as objects of their
-own, and each object costs its server a request and several statements of its database, however small it is.
+An adapter is one file in the format of safetensors, cut into Arrays. Flower stores and sends each Array as objects of their
+own, and each object costs its server a request and several statements of its database, however small it is: a tensor
+alone is too little. A large object is no better: its receiver sees nothing of it until it is whole, and takes the sender
+for lost (`server.pulling`).
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from flwr.app import Array, ArrayRecord
 from edgelam_fl.errors import ProtocolError
 from edgelam_fl.model import adapter as adapters
 
-_NAME, _TYPE = "tensors", "safetensors"
+_TYPE = "safetensors"
+_PIECE_BYTES = 1 << 19
 
 
 def to_record(tensors: Mapping[str, np.ndarray]) -> ArrayRecord:
@@ -24,16 +27,22 @@ def to_record(tensors: Mapping[str, np.ndarray]) -> ArrayRecord:
 
 def packed_record(data: bytes) -> ArrayRecord:
     """Packs an adapter that is bytes already, as `model.adapter.to_bytes` makes them. No bytes are an adapter without tensors."""
-    return ArrayRecord({_NAME: Array("uint8", (len(data),), _TYPE, data)} if data else {})
+    pieces = [data[begin : begin + _PIECE_BYTES] for begin in range(0, len(data), _PIECE_BYTES)]
+    return ArrayRecord(
+        {str(number): Array("uint8", (len(piece),), _TYPE, piece) for number, piece in enumerate(pieces)}
+    )
 
 
 def packed_bytes(record: ArrayRecord) -> bytes:
     """Returns the bytes that `packed_record` packed, unread. Raises ProtocolError for any other record."""
-    if isinstance(record, ArrayRecord) and not record:
-        return b""
-    if not isinstance(record, ArrayRecord) or list(record) != [_NAME] or record[_NAME].stype != _TYPE:
-        raise ProtocolError(f"a record of arrays must hold {_NAME!r} alone, in the format of {_TYPE}")
-    return record[_NAME].data
+    names = [str(number) for number in range(len(record))]
+    if (
+        not isinstance(record, ArrayRecord)
+        or set(record) != set(names)
+        or any(a.stype != _TYPE for a in record.values())
+    ):
+        raise ProtocolError(f"a record of arrays must hold the pieces of one {_TYPE} file, numbered from 0")
+    return b"".join(record[name].data for name in names)
 
 
 def from_record(record: ArrayRecord) -> adapters.Adapter:

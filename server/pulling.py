@@ -16,7 +16,7 @@ from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectUn
 from flwr.superlink.grid import http_grid
 
 STILL_S = 20.0
-"""Seconds without a new object after which a reply counts as lost. All its tensors are one, in pieces of 5 MiB."""
+"""Seconds without a new object after which a reply counts as lost. Tensors travel in objects of half a MiB."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 1.0
 
 

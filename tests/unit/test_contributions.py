@@ -96,8 +96,8 @@ ONE_PART = ConfigRecord({"report": pb.JobReport(contributions=[pb.Contribution()
         RecordDict({"report": ConfigRecord({"report": b"\xff\xff\xff"})}),
         RecordDict({}),
         RecordDict({"report": ONE_PART}),
-        RecordDict({"report": ONE_PART, "adapter-0": ConfigRecord({"tensors": b"x"})}),
-        RecordDict({"report": ONE_PART, "adapter-0": MetricRecord({"tensors": 1})}),
+        RecordDict({"report": ONE_PART, "adapter-0": ConfigRecord({"0": b"x"})}),
+        RecordDict({"report": ONE_PART, "adapter-0": MetricRecord({"0": 1})}),
         RecordDict({"report": ONE_PART, "adapter-0": ArrayRecord({"m": Array(np.ones(3, np.float32))})}),
         RecordDict({"report": ONE_PART, "adapter-0": packed_record(b"no tensors")}),
         RecordDict({"report": ONE_PART, "adapter-0": packed_record(bytes(8))}),
@@ -397,8 +397,8 @@ def test_a_node_starts_from_its_own_where_it_goes_on_alone(tiny: ModelSource) ->
 # ---------------------------------------------------------------- how an adapter travels
 
 
-def test_an_adapter_is_one_object_however_many_tensors_it_has() -> None:
-    """Each array would be an object of its own, and each object a request to Flower's server."""
+def test_an_adapter_is_few_objects_however_many_tensors_it_has() -> None:
+    """Each array is objects of its own, and each object a request to Flower's server."""
     tensors = {f"layer.{number}": np.full((2, 3), number, np.float32) for number in range(50)}
     record = to_record(tensors)
     assert len(record) == 1
@@ -407,3 +407,9 @@ def test_an_adapter_is_one_object_however_many_tensors_it_has() -> None:
     assert all(np.array_equal(read[name], array) for name, array in tensors.items())
     assert record_bytes(record) < sum(array.nbytes for array in tensors.values()) + 8000
     assert from_record(to_record({})) == {}
+    large = {"m": np.arange(400_000, dtype=np.float32), "n": np.ones(5, np.float32)}
+    record = to_record(large)
+    assert len(record) == 4  # no piece is so large that its receiver would wait long without a sign
+    assert max(len(array.data) for array in record.values()) <= 1 << 19
+    read = from_record(record)
+    assert all(np.array_equal(read[name], array) for name, array in large.items())
