@@ -20,6 +20,9 @@ from server.global_adapter import at_rank
 from strategies.aggregation.factors import A, is_factor
 from strategies.api import Contribution
 
+QUIET = np.errstate(
+    over="ignore", invalid="ignore"
+)  # as a decorator: to enter it for each tensor would take longer than its sum
 _VANISHING = 1e-30  # of an fp32 square: far above the smallest, so that a sum of larger ones is exact enough
 
 
@@ -37,6 +40,7 @@ class UpdateJudge:
     """How many times the median is still fine; 0: any size (federation.update_factor)."""
     _sizes: dict[bool, list[Size]] = field(default_factory=lambda: {False: [], True: []})  # of devices, of sites
 
+    @QUIET
     def measure(self, contributions: Sequence[Contribution]) -> Size:
         """Returns the size of one source's update, and remembers it for the medians."""
         source = contributions[0].source
@@ -80,10 +84,9 @@ def without_outliers(
 
 
 def square_sum(array: np.ndarray) -> float:
-    """Returns the sum of squares to about seven digits. Not finite if the array is not; may be infinite for values above 1e17."""
+    """Returns the sum of squares to about seven digits. Not finite if the array is not; may be infinite for values above 1e17, which numpy warns of outside `QUIET`."""
     values = array.ravel()
-    with np.errstate(over="ignore", invalid="ignore"):
-        total = float(np.dot(values, values))
+    total = float(np.dot(values, values))
     # Squares of tiny fp32 numbers vanish.
     return total if total > _VANISHING * values.size else float(np.sum(np.square(values, dtype=np.float64)))
 

@@ -23,7 +23,7 @@ from edgelam_fl.plan.reading import end_spans, hosted_span
 from edgelam_fl.split.judging import Size
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.global_adapter import Slices
-from server.judging import UpdateJudge, square_sum
+from server.judging import QUIET, UpdateJudge, square_sum
 from server.report_words import with_bounded_words
 from server.reports import report_problem
 from strategies.aggregation.factors import is_factor, module_of
@@ -94,7 +94,7 @@ def why_unusable(reply: Reply, plan: pb.Plan, slices: Slices) -> str:
         return reply.report.error or f"its report says {reply.report.state!r}"
     if reply.report.role not in (plan.role, 0):  # 0: it says none, and shows up in no table
         return f"its report is that of role {reply.report.role}; its plan's is {plan.role}"
-    seen: set[tuple[str, str, str]] = set()
+    seen: dict[tuple[str, str], set[str]] = {}
     for part, tensors in zip(reply.report.contributions, reply.tensors, strict=True):
         where = spans_of_source(plan, part.scope, part.source)
         if where is None:
@@ -107,10 +107,10 @@ def why_unusable(reply: Reply, plan: pb.Plan, slices: Slices) -> str:
         wrong = _wrong_tensor(tensors, slices.trained_shapes(plan, where, ends=part.scope == "ends"))
         if wrong:
             return wrong
-        names = {(part.scope, part.source, name) for name in tensors}
-        if seen & names:
-            return f"it contributes {min(seen & names)[2]} of {part.source!r} twice"
-        seen |= names
+        names = seen.setdefault((part.scope, part.source), set())
+        if twice := names & tensors.keys():
+            return f"it contributes {min(twice)} of {part.source!r} twice"
+        names.update(tensors)
     return report_problem(reply.report, plan)
 
 
@@ -145,6 +145,7 @@ def _most_lr(plan: pb.Plan, part: pb.Contribution) -> float:
     return times * math.fsum(plan.optimizer.lrs) * (1 + _ROUNDING)
 
 
+@QUIET
 def _wrong_tensor(tensors: Adapter, expected: Mapping[str, tuple[int, ...]]) -> str:
     """Returns what is wrong with the first bad tensor; empty: all are as expected, by their shapes."""
     for name, array in tensors.items():

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from server.judging import UpdateJudge, square_sum
+from server.judging import QUIET, UpdateJudge, square_sum
 from server.replies import FIRST_REPLIES, KEPT_NODES, RunningMeans, sums_on_arrival
 from strategies.aggregation.fedavg import FedAvg
 from strategies.api import Aggregated, Contribution, Start
@@ -102,6 +102,7 @@ def test_one_source_keeps_its_bits() -> None:
     assert all(np.array_equal(mean.tensors[name], array) for name, array in given[1].tensors.items())
 
 
+@QUIET
 @pytest.mark.parametrize("size", [1, 7, 5000])
 def test_sums_of_squares_hold_over_all_sizes_of_numbers(size: int) -> None:
     """Also of those whose squares vanish or overflow in fp32; an array that is not finite has no finite sum."""
