@@ -22,12 +22,14 @@ START_DEADLINE_S = 300.0
 class Daemon:
     """A stage host in a process of its own; takes plans as a `StageHost` does."""
 
-    def __init__(self, name: str, state: Path, data: Path | None = None, identity: Path | None = None) -> None:
+    def __init__(
+        self, name: str, state: Path, data: Path | None = None, identity: Path | None = None, threads: int = 1
+    ) -> None:
         command = [sys.executable, "-m", "edgelam_fl.node.daemon", "--name", name, "--state", str(state)]
-        command += ["--threads", "1", *(["--data", str(data)] if data else [])]
+        command += ["--threads", str(threads), *(["--data", str(data)] if data else [])]
         command += ["--identity", str(identity)] if identity else []
         self._state = state
-        self._again = partial(Daemon, name, state, data, identity)
+        self._again = partial(Daemon, name, state, data, identity, threads)
         self.child = Child(name, command, state / "stage-host.log", NODE_ENVIRONMENT, forked=True)
         self._client: ControlClient | None = None
 

@@ -1,0 +1,67 @@
+"""The product's own stage hosts, in processes of their own over gRPC, by plans as the server makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks.compared.load import Load
+from benchmarks.compared.workers import Step, peak_bytes
+from benchmarks.floods import cpu_seconds
+from edgelam_fl.federation.child import end_all
+from edgelam_fl.wire import edgelam_pb2 as pb
+from tests.fleet import Fleet, check_done
+from tests.parity.daemons import Daemon
+
+_LEAST_CPU_S = 0.01  # the kernel counts in hundredths
+
+
+class Product:
+    """Stage hosts that make a round of one step at a time. The time of a step is the slowest device's, without the round's messages."""
+
+    def __init__(self, fleet: Fleet, daemons: Mapping[str, Daemon], load: Load) -> None:
+        self._fleet, self._daemons, self._start = fleet, daemons, load.start()
+        self.reports: dict[str, pb.JobReport] = {}
+        """Of the newest step, by node."""
+
+    def step(self, number: int) -> Step:
+        pids = [daemon.child.pid for daemon in self._daemons.values()]
+        before = sum(map(cpu_seconds, pids))
+        self.reports = self._fleet.run(self._start, 1, step_offset=number)
+        check_done(self.reports)
+        cpu_s = sum(map(cpu_seconds, pids)) - before
+        devices = [self.reports[name] for name in self._fleet.devices]
+        seconds = max(report.train_seconds for report in devices)
+        return Step(seconds, max(cpu_s, _LEAST_CPU_S), sum(report.tokens_trained for report in devices))
+
+    def peak_bytes(self) -> list[int]:
+        return [peak_bytes(daemon.child.pid) for daemon in self._daemons.values()]
+
+    def tensor_bytes(self) -> int:
+        """Returns the bytes of tensors that devices sent and received in the newest step."""
+        return sum(row.payload_bytes for name in self._fleet.devices for row in self.reports[name].bytes)
+
+
+@contextmanager
+def product(load: Load, folder: Path, *, device_threads: int = 1, host_threads: int = 1) -> Iterator[Product]:
+    """Starts a device for each file of the load, and the hosts that its settings ask for."""
+    names = [f"edge-{number}" for number in range(1, load.config.split.least_hosts + 1)]
+    daemons = {name: Daemon(name, folder / name, threads=host_threads) for name in names}
+    for number, file in enumerate(load.files, 1):
+        name = f"device-{number}"
+        daemons[name] = Daemon(name, folder / name, file, threads=device_threads)
+    try:
+        hosts = {name: (daemons[name], daemons[name].address()) for name in names}
+        devices = {name: daemon for name, daemon in daemons.items() if name not in hosts}
+        yield Product(Fleet(load.source, load.config, dict(devices), dict(hosts), folder.name), daemons, load)
+    finally:
+        for daemon in daemons.values():
+            daemon.close()
+        end_all([daemon.child for daemon in daemons.values()])
+
+
+def in_turn(ways: Sequence[str], turn: int) -> list[str]:
+    """Returns the order of a turn: each way is first once, so that none always runs on a machine that another has warmed."""
+    first = turn % len(ways)
+    return [*ways[first:], *ways[:first]]
