@@ -103,7 +103,7 @@ def _host(address: Any, results: Any, ready: Any, seconds: float) -> None:
     def admit(hello: pb.Hello, link: Link) -> pb.Ready:
         load = _Load(pb.GRAD if hello.link == pb.ENTRY else pb.ACT, link)
         loads.append(load)
-        ready = pb.Ready(version=PROTOCOL_VERSION, window=1, codec="raw", job_token=1)
+        ready = pb.Ready(version=PROTOCOL_VERSION, window=1, activation_codec="raw", gradient_codec="raw", job_token=1)
         link.open(_make_terms(paces[hello.node], load)(hello.node, counters[hello.node], ready))
         return ready
 

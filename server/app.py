@@ -135,8 +135,9 @@ def _lead(
     try:
         patience_s = spec.config.federation.join_deadline_s
         roster = Roster(
-            exchange, folder, _profile_request(spec, hub), patience_s, owners(os.environ), spec.source.leakage_key
-        )
+            exchange, folder, _profile_request(spec, hub), patience_s, owners(os.environ), spec.source.leakage_key,
+            spec.config.wire.lossy_codecs,
+        )  # fmt: skip
         if trains:
             with turn(queue, folder.path.name, folder.emit) as ticket:
                 hub.free(ticket.left_over if ticket is not None else ())

@@ -46,7 +46,7 @@ def converse(grid: Grid, spec: RunSpec, hub: RunHub, session: Path, adapter: Pat
     """
     folder, exchange = RunFolder(session, spec), Exchange(grid, ExchangeTiming())
     request = pb.ProfileRequest(protocol_version=PROTOCOL_VERSION, task=task_settings(spec.config), hub_port=hub.port)
-    roster = Roster(exchange, folder, request, owner_of=owners(os.environ))
+    roster = Roster(exchange, folder, request, owner_of=owners(os.environ), codecs=spec.config.wire.lossy_codecs)
     try:
         with turn_now(queue, f"chat with {session.parent.parent.name}") as ticket:
             hub.free(ticket.left_over if ticket is not None else ())

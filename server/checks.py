@@ -23,6 +23,7 @@ from edgelam_fl.plan.making import check_warmup
 from edgelam_fl.plan.modes import host_mode, label_place
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.tasks.kinds import check_task
+from edgelam_fl.wire.codec_bytes import CODEC_BYTES, RAW
 from server.private_checks import check_privacy
 from strategies.registry import BUILT_IN, Capabilities, load_all
 
@@ -43,6 +44,7 @@ def check_config(config: RunConfig, bounds: Bounds = DEFAULT_BOUNDS, *, elsewher
     check_lateness(config)
     check_low_rank(config)
     check_front_cache(config)
+    check_codecs(config)
     check_privacy(config, loaded, elsewhere=elsewhere)
     check_task(config.task)
     aggregation = loaded["aggregation"].capabilities if "aggregation" in loaded else Capabilities()
@@ -252,6 +254,32 @@ def check_front_cache(config: RunConfig) -> None:
         raise ConfigError(
             f"{who} cannot be combined with privacy.cut_clip = {privacy.cut_clip:g}, whose noise is drawn anew for all that leaves a "
             f"device. Allowed: cut_clip = 0, or front_cache_mb = 0"
+        )
+
+
+def check_codecs(config: RunConfig) -> None:
+    """Raises ConfigError for a codec that is not known, that nothing would travel in, or that the other settings cannot bear."""
+    wire, train = config.wire, config.lora.train
+    keys = {"activation_codec": wire.activation_codec, "gradient_codec": wire.gradient_codec}
+    for key, codec in keys.items():
+        who = f"wire.{key} = {codec!r}"
+        if codec not in CODEC_BYTES:
+            raise ConfigError(f"{who} is not known. Allowed: {', '.join(map(repr, CODEC_BYTES))}")
+        if codec != RAW and not config.split.hosts:
+            raise ConfigError(
+                f"{who} needs split.hosts of at least 1: with split.hosts = 0 no hidden state leaves a device. Allowed: a host, or "
+                f"wire.{key} = 'raw'"
+            )
+    if wire.gradients == "lowrank" and wire.activation_codec != RAW:
+        raise ConfigError(
+            f"wire.activation_codec = {wire.activation_codec!r} cannot be combined with wire.gradients = 'lowrank': {config.lora.rank} "
+            f"small numbers travel in one row with each hidden state, and would be rounded to its scale. Allowed: "
+            f"wire.activation_codec = 'raw' with a wire.gradient_codec, or wire.gradients = 'full'"
+        )
+    if wire.gradient_codec != RAW and wire.gradients == "full" and train == ("back",):
+        raise ConfigError(
+            f"wire.gradient_codec = {wire.gradient_codec!r} has no effect with lora.train = ['back']: no gradient leaves a device. "
+            f"Allowed: wire.gradient_codec = 'raw', or lora.train with 'front' or 'hosts'"
         )
 
 

@@ -8,7 +8,7 @@ the others only a little, and never again for one that let them wait in vain. A 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Set
+from collections.abc import Collection, Iterable, Set
 from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, MessageType, RecordDict
@@ -84,16 +84,17 @@ class Roster:
         patience_s: float = 0.0,
         owner_of: OwnerOf | None = None,
         leakage_key: str = "",
+        codecs: Collection[str] = (),
     ) -> None:
         """Starts empty. `patience_s`: the time for an answer to `request`, if longer than the exchange's own limit for
         queries: a small board needs minutes to start Python. `owner_of`: None: no node has a key, and the first to give a
-        name owns it. `leakage_key`: of the run's model, to know what hosts can read.
+        name owns it. `leakage_key`: of the run's model, to know what hosts can read. `codecs`: those that every node has to know.
         """
         self.profiles: dict[str, pb.Profile] = {}
         self.problems: dict[str, str] = {}
         self._exchange, self._folder, self._request = exchange, folder, request
         self._limit_s = max(exchange.timing.query_s, patience_s)
-        self._owner_of, self._leakage_key = owner_of, leakage_key
+        self._owner_of, self._leakage_key, self._codecs = owner_of, leakage_key, codecs
         self._ids: dict[str, int] = {}  # Flower's node ids, by name
         self._spellings: dict[str, str] = {}  # of the names that were here, by their folded form
         self._known: set[int] = set()  # asked at least once
@@ -315,6 +316,9 @@ class Roster:
             code = Mismatch.code
         elif not problem and (not_its_own := self._why_not_itself(node_id, profile)):
             problem = not_its_own
+        elif not problem and (unknown := [codec for codec in self._codecs if codec not in profile.codecs]):
+            problem = f"does not know the codec {unknown[0]!r}, which the run asks for ([wire]); it knows {', '.join(profile.codecs)}"
+            code = Mismatch.code
         elif not problem and profile.address.startswith(BEHIND) and not self._request.hub_port:
             problem = "can be reached by a relay alone (--listen relay), and this server has none: start it with `edgelam server`"
         if problem:

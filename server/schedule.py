@@ -16,7 +16,6 @@ from typing import Any
 from edgelam_fl.bounds import DEFAULT_BOUNDS, Bounds
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed
-from edgelam_fl.plan.bases import value_bytes
 from edgelam_fl.plan.fronts import why_owner_refuses
 from edgelam_fl.plan.making import own_steps
 from edgelam_fl.plan.spec import RunSpec, tensors_per_round
@@ -278,7 +277,7 @@ def estimated_payload_bytes(spec: RunSpec, device: pb.Profile) -> float:
     config = spec.config
     trained = own_steps(config, device.examples) * config.federation.batch_size
     tensors = sum(tensors_per_round(spec, trained, device.held_out))
-    return float(tensors * config.task.max_tokens * spec.source.hidden_size * value_bytes(config))
+    return float(tensors * config.task.max_tokens * spec.token_bytes)
 
 
 def check_choice(config: RunConfig, names: Sequence[str], candidates: Collection[str], least: int) -> None:

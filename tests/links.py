@@ -23,7 +23,9 @@ def hello(job: str = "test/1/1", node: str = "device-1", **fields: Any) -> pb.He
 
 
 def ready(job_token: int = 7, codec: str = "raw", window: int = 1) -> pb.Ready:
-    return pb.Ready(version=PROTOCOL_VERSION, window=window, codec=codec, job_token=job_token)
+    return pb.Ready(
+        version=PROTOCOL_VERSION, window=window, activation_codec=codec, gradient_codec=codec, job_token=job_token
+    )
 
 
 def make_terms(heard: Heard | None = None, **fields: Any) -> MakeTerms:

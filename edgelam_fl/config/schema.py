@@ -384,6 +384,19 @@ class WireSection(Section):
         "of an example travel once and not in every epoch and evaluation (needs a front that does not learn; each example goes "
         "through it alone); 0: none",
     )
+    activation_codec: str = Field(
+        "raw",
+        description="how hidden states become bytes on every link: raw (every bit) | fp16 | bf16 | int8 (one scale per token) | int4 "
+        "(one scale per 32 numbers), or a codec of one's own; all but raw round, in training, evaluation and chats over hosts",
+    )
+    gradient_codec: str = Field(
+        "raw", description="how gradients of hidden states become bytes on every link: as wire.activation_codec"
+    )
+
+    @property
+    def lossy_codecs(self) -> list[str]:
+        """The run's codecs other than raw, which every node knows."""
+        return sorted({self.activation_codec, self.gradient_codec} - {"raw"})
 
     @property
     def capacity_bps(self) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.model.adapter import Span
-from edgelam_fl.model.base_names import BASES, DTYPES, FP32_BYTES, ITEM_BYTES
+from edgelam_fl.model.base_names import BASES, DTYPES
 from edgelam_fl.model.memory import weights_bytes
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -43,12 +43,6 @@ def split_pair(pair: str) -> tuple[str, str]:
     """Takes "base/compute" apart."""
     base, _, compute = pair.partition("/")
     return base, compute
-
-
-def value_bytes(config: RunConfig) -> int:
-    """Bytes per number that travels between devices and hosts, as far as the run file decides it."""
-    half = config.model.base == "bf16" or config.model.compute == "bf16"
-    return ITEM_BYTES["bfloat16"] if half else FP32_BYTES
 
 
 def _fastest_first(config: RunConfig, profile: pb.Profile) -> list[tuple[str, str]]:

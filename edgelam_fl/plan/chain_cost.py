@@ -177,11 +177,12 @@ class CostModel:
     @property
     def _from_back(self) -> float:
         """Tensors per unit from a device's back to the last host."""
-        return self.step.cut_share or 1
+        return (self.step.cut_share or 1) * self.step.gradient_share
 
-    def gradient_returns(self, between_hosts: bool) -> bool:
-        """Whether gradients travel on the links between hosts, or on those from the first host to the devices."""
-        return not self.step.cut_share if between_hosts else self.step.front_learns
+    def gradient_returns(self, between_hosts: bool) -> float:
+        """Returns the tensors per unit that gradients are on links between hosts, or on those from the first host to the devices."""
+        returns = not self.step.cut_share if between_hosts else self.step.front_learns
+        return self.step.gradient_share if returns else 0.0
 
     def exit_s(self, host: NodeResources) -> float:
         """Seconds for one unit over the exit link of the slowest device: hidden states to it, their gradient back."""
@@ -217,7 +218,7 @@ class CostModel:
     def _device_tensors(self, up: bool) -> float:
         """Number of tensors per unit that a device sends (`up`) or receives."""
         there, back = self.step.back_on_device * self._to_back, self.step.back_on_device * self._from_back
-        return 1 + back if up else there + self.step.front_learns
+        return 1 + back if up else there + self.gradient_returns(False)
 
     def _device_link_s(self, node: NodeResources, up: bool) -> float:
         """Seconds per unit of a device's uplink or downlink."""

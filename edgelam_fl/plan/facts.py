@@ -60,13 +60,16 @@ class StepFacts:
     """Facts about a step that are the same for every node."""
 
     footprints: Mapping[str, Footprint]  # by base
-    tensor_bytes: int  # size of a unit's hidden states on a link, and of their gradient
+    tensor_bytes: int  # size of a unit's hidden states on a link
     micro_batches: int = 1  # of each device
     window: int = 1  # micro-batches of one device that may be in flight at once
     front_learns: bool = True  # whether gradients return to the devices' front layers
     # With a cut adapter: the size of its values in tensors. They return to the device beside the hidden states, their gradient
     # comes back alone, and no other gradient travels. 0: there is none.
     cut_share: float = 0.0
+    gradient_share: float = (
+        1.0  # size of a gradient on a link by that of the hidden states, or cut adapter's values, that it is of
+    )
     back_on_device: bool = True  # whether hidden states return to the device, which then sends the first gradient
     head_layers: float = 0.0  # computing time of the last host's head, in layers
     growth_bytes: int = 0  # memory that a node's process adds with its first slice, on top of weights and units

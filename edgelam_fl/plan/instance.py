@@ -12,7 +12,7 @@ from statistics import mean
 
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.model.adapter import Span
-from edgelam_fl.plan.bases import choose_base, host_pairs, value_bytes
+from edgelam_fl.plan.bases import choose_base, host_pairs
 from edgelam_fl.plan.chain_cost import fastest_layer_s
 from edgelam_fl.plan.facts import DeviceEnds, NodeResources, SiteInstance, StepFacts
 from edgelam_fl.plan.footprint import GROWTH_BYTES, IDLE_BYTES, Footprints
@@ -72,11 +72,12 @@ class InstanceMaker:
         on_device = label_place(split.labels).on_device
         return StepFacts(
             footprints={pair: self.footprints.of_host(pair, devices, self.window) for pair in pairs},
-            tensor_bytes=round(spec.unit_rows * self.speeds.tokens * spec.source.hidden_size * value_bytes(config)),
+            tensor_bytes=round(spec.unit_rows * self.speeds.tokens * spec.token_bytes),
             micro_batches=split.micro_batches,
             window=self.window,
             front_learns="front" in config.lora.train,
             cut_share=spec.cut_share,
+            gradient_share=spec.gradient_share,
             back_on_device=on_device,
             head_layers=0.0 if on_device else head_layers(spec),
             growth_bytes=GROWTH_BYTES,

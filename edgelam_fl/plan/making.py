@@ -277,6 +277,8 @@ def _plan(spec: RunSpec, facts: RoundFacts, profile: pb.Profile) -> pb.Plan:
         cut=_cut(config.privacy) if profile.role == pb.DEVICE else None,
         front_cache_bytes=config.wire.front_cache_mb * 10**6,
         lowrank=pb.LowRank(layer=spec.cut.layer, rank=spec.cut.rank) if spec.cut else None,
+        activation_codec=config.wire.activation_codec,
+        gradient_codec=config.wire.gradient_codec,
     )
 
 

@@ -13,6 +13,7 @@ from edgelam_fl.model.cut import CutAdapter
 from edgelam_fl.model.index import layer_number
 from edgelam_fl.plan.modes import label_place
 from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.codec_bytes import RAW
 
 
 def job_id(plan: pb.Plan) -> str:
@@ -82,6 +83,11 @@ def cut_adapter_of(plan: pb.Plan) -> CutAdapter | None:
     if not plan.HasField("lowrank"):
         return None
     return CutAdapter(plan.lowrank.layer, plan.lowrank.rank, plan.lora.alpha / plan.lowrank.rank)
+
+
+def codecs_of(plan: pb.Plan) -> tuple[str, str]:
+    """Returns the codecs of hidden states and of their gradients on every link of the run."""
+    return plan.activation_codec or RAW, plan.gradient_codec or RAW
 
 
 def unit_rows(plan: pb.Plan) -> int:

@@ -53,6 +53,7 @@ def work_key(plan: pb.Plan) -> str:
         run=plan.run, round=plan.round, lora=plan.lora, optimizer=plan.optimizer, task=plan.task, host_mode=plan.host_mode,
         labels=plan.labels, steps=plan.steps, batch_size=plan.batch_size, micro_batches=plan.micro_batches, seed=plan.seed,
         own_steps=plan.own_steps, cursor=plan.cursor, gradient_factor=plan.gradient_factor, evaluate=plan.evaluate,
+        activation_codec=plan.activation_codec, gradient_codec=plan.gradient_codec,
     )  # fmt: skip
     work.model.CopyFrom(
         pb.ModelRef(digest=plan.model.digest, num_layers=plan.model.num_layers, own_dropout=plan.model.own_dropout)

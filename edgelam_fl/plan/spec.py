@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edgelam_fl.config import RunConfig
+from edgelam_fl.model.base_names import FP32_BYTES, ITEM_BYTES
 from edgelam_fl.model.cut import CutAdapter
 from edgelam_fl.model.source import ModelSource
+from edgelam_fl.wire.codec_bytes import CODEC_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +22,26 @@ class RunSpec:
     def unit_rows(self) -> int:
         """The most rows in one micro-batch of a device: ceil(batch_size / micro_batches)."""
         return -(-self.config.federation.batch_size // self.config.split.micro_batches)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's hidden states on a link, as far as the run file decides them: by their codec and element type."""
+        return CODEC_BYTES[self.config.wire.activation_codec].bytes_of_row(self.source.hidden_size, self._item_bytes)
+
+    @property
+    def gradient_share(self) -> float:
+        """Size of a gradient on a link by that of the hidden states, or of a cut adapter's values, that it is of."""
+        wire, numbers = self.config.wire, self.cut.rank if self.cut else self.source.hidden_size
+        gradient, states = (
+            CODEC_BYTES[codec].bytes_of_row(numbers, self._item_bytes)
+            for codec in (wire.gradient_codec, wire.activation_codec)
+        )
+        return gradient / states
+
+    @property
+    def _item_bytes(self) -> int:
+        model = self.config.model
+        return ITEM_BYTES["bfloat16"] if "bf16" in (model.base, model.compute) else FP32_BYTES
 
     @property
     def cut_share(self) -> float:
@@ -37,7 +59,7 @@ class RunSpec:
 
 
 def tensors_per_round(spec: RunSpec, trained: int, held_out: int) -> tuple[float, float]:
-    """Returns how many hidden states of an example a device sends and receives in a round, gradients included.
+    """Returns how many hidden states of an example a device sends and receives in a round; gradients count by their size.
 
     Each way, a hidden state per example, and its gradient if the example is learned (`trained` of them). An upper bound: a
     gradient that nobody needs does not travel.
@@ -45,6 +67,7 @@ def tensors_per_round(spec: RunSpec, trained: int, held_out: int) -> tuple[float
     if not spec.config.split.hosts:
         return 0, 0
     if not spec.cut:
-        return 2 * trained + held_out, 2 * trained + held_out
+        both_ways = (1 + spec.gradient_share) * trained + held_out
+        return both_ways, both_ways
     share = spec.cut_share
-    return (1 + share) * trained + held_out, (1 + share) * (trained + held_out)
+    return (1 + share * spec.gradient_share) * trained + held_out, (1 + share) * (trained + held_out)

@@ -21,7 +21,7 @@ from functools import partial
 import torch
 
 from edgelam_fl.errors import EdgelamError, PeerLost, ProtocolError
-from edgelam_fl.plan.reading import job_id
+from edgelam_fl.plan.reading import codecs_of, job_id
 from edgelam_fl.split.fronts import KeptFronts
 from edgelam_fl.split.inbox import Inbox, Out
 from edgelam_fl.split.member import Member
@@ -77,7 +77,7 @@ class Group:
 
     def admit(self, hello: pb.Hello, link: Link) -> pb.Ready | pb.NotReady | pb.Refuse:
         """Answers a handshake, on any thread; opens the link before READY leaves."""
-        member, shared = self.members.get(hello.device_index), [name for name in hello.codecs if name in CODECS]
+        member = self.members.get(hello.device_index)
         if member is None or not hmac.compare_digest(member.route.token, hello.route_token):
             return pb.Refuse(
                 reason=f"node {hello.node!r} has no route here in {job_id(self.plan)}, or a wrong route token"
@@ -86,7 +86,7 @@ class Group:
         caller = self._dialler(member, entry)
         if hello.node != caller:
             return pb.Refuse(reason=f"this route's link is dialled by {caller!r}, not by {hello.node!r}")
-        refusal = self._refusal(hello, shared)
+        refusal = self._refusal(hello)
         if refusal:
             return pb.Refuse(reason=refusal)
         side = "entry" if entry else "exit"
@@ -97,8 +97,10 @@ class Group:
             if entry and not self.coordinates and not member.window:
                 return pb.NotReady(retry_ms=RETRY_MS)  # the window of the next link, not open yet, bounds this one's
             granted = self._granted(hello.window, *([member.window] if entry and not self.coordinates else []))
+            activations, gradients = codecs_of(self.plan)
             ready = pb.Ready(
-                version=PROTOCOL_VERSION, window=granted, codec=shared[0], job_token=hello.device_index + 1,
+                version=PROTOCOL_VERSION, window=granted, activation_codec=activations, gradient_codec=gradients,
+                job_token=hello.device_index + 1,
                 front_cache=self.fronts.number if entry and self.fronts is not None else b"",
             )  # fmt: skip
             to_device = not entry or self.position == 0  # else within the chain, where nothing is paced
@@ -115,13 +117,14 @@ class Group:
         """Returns the node that dials a link of a route here: the device, or the host before for an entry in the chain."""
         return member.route.hops[self.position - 1].node if entry and self.position else member.route.device
 
-    def _refusal(self, hello: pb.Hello, shared_codecs: list[str]) -> str:
+    def _refusal(self, hello: pb.Hello) -> str:
         """Returns why a member of the group cannot be let in; empty if it can."""
         if hello.model_digest != self.plan.model.digest:
             own = self.plan.model.digest
             return f"node {hello.node!r} has another model ({hello.model_digest[:12]}), the plan's is {own[:12]}"
-        if not shared_codecs:
-            return f"no codec in common: {list(hello.codecs)} and {list(CODECS)}"
+        for codec in codecs_of(self.plan):
+            if codec not in hello.codecs or codec not in CODECS:
+                return f"the plan asks for codec {codec!r}; node {hello.node!r} knows {list(hello.codecs)}, and host {self.plan.node} {list(CODECS)}"
         if hello.link != pb.ENTRY and not self.coordinates:
             return f"node {hello.node!r} dials its exit here, and this is not its route's last host"
         if self.window < 1:

@@ -16,11 +16,12 @@ import torch
 
 from edgelam_fl.errors import PeerLost, Refused, RunFailed
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.plan.reading import job_id, link_name, unit_rows
+from edgelam_fl.plan.reading import codecs_of, job_id, link_name, unit_rows
 from edgelam_fl.split.inbox import Inbox, Lost
 from edgelam_fl.telemetry.events import EmitInJob, LinkResumed, LinkSuspended
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.codec_bytes import CODEC_BYTES
 from edgelam_fl.wire.codecs import CODECS
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.link import Frame, Link
@@ -98,9 +99,10 @@ def open_link(
 
 
 def most_bytes(plan: pb.Plan, hidden_size: int) -> int:
-    """Returns the size of the largest tensor on any link of the plan: a micro-batch's hidden states, or its labels."""
-    values = hidden_size + plan.lowrank.rank
-    return unit_rows(plan) * plan.task.max_tokens * max(values * wire_dtype(plan).itemsize, torch.int64.itemsize)
+    """Returns the size of the largest tensor on any link of the plan, encoded or decoded: hidden states of a micro-batch, or its labels."""
+    values, item_bytes = hidden_size + plan.lowrank.rank, wire_dtype(plan).itemsize
+    encoded = [CODEC_BYTES[codec].bytes_of_row(values, item_bytes) for codec in codecs_of(plan) if codec in CODEC_BYTES]
+    return unit_rows(plan) * plan.task.max_tokens * max(values * item_bytes, torch.int64.itemsize, *encoded)
 
 
 def open_route(

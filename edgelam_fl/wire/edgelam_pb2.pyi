@@ -209,20 +209,22 @@ class Hello(_message.Message):
     def __init__(self, version: _Optional[int] = ..., job: _Optional[str] = ..., node: _Optional[str] = ..., device_index: _Optional[int] = ..., link: _Optional[_Union[LinkRole, str]] = ..., route_token: _Optional[bytes] = ..., model_digest: _Optional[str] = ..., window: _Optional[int] = ..., codecs: _Optional[_Iterable[str]] = ..., session: _Optional[bytes] = ..., resumes: _Optional[bool] = ..., received: _Optional[int] = ...) -> None: ...
 
 class Ready(_message.Message):
-    __slots__ = ("version", "window", "job_token", "codec", "received", "front_cache")
+    __slots__ = ("version", "window", "job_token", "activation_codec", "gradient_codec", "received", "front_cache")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     WINDOW_FIELD_NUMBER: _ClassVar[int]
     JOB_TOKEN_FIELD_NUMBER: _ClassVar[int]
-    CODEC_FIELD_NUMBER: _ClassVar[int]
+    ACTIVATION_CODEC_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_CODEC_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_FIELD_NUMBER: _ClassVar[int]
     FRONT_CACHE_FIELD_NUMBER: _ClassVar[int]
     version: int
     window: int
     job_token: int
-    codec: str
+    activation_codec: str
+    gradient_codec: str
     received: int
     front_cache: bytes
-    def __init__(self, version: _Optional[int] = ..., window: _Optional[int] = ..., job_token: _Optional[int] = ..., codec: _Optional[str] = ..., received: _Optional[int] = ..., front_cache: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, version: _Optional[int] = ..., window: _Optional[int] = ..., job_token: _Optional[int] = ..., activation_codec: _Optional[str] = ..., gradient_codec: _Optional[str] = ..., received: _Optional[int] = ..., front_cache: _Optional[bytes] = ...) -> None: ...
 
 class NotReady(_message.Message):
     __slots__ = ("retry_ms",)
@@ -511,7 +513,7 @@ class Deadlines(_message.Message):
     def __init__(self, ready_s: _Optional[float] = ..., step_s: _Optional[float] = ..., round_s: _Optional[float] = ..., silent_s: _Optional[float] = ..., reconnect_s: _Optional[float] = ...) -> None: ...
 
 class Plan(_message.Message):
-    __slots__ = ("run", "round", "attempt", "node", "role", "routes", "model", "lora", "optimizer", "task", "host_mode", "evaluate", "steps", "batch_size", "micro_batches", "window", "min_devices", "deadlines", "seed", "adapter_digest", "protocol_version", "serves", "hosted", "site", "labels", "checkpointing", "own_steps", "cursor", "generate", "hub_port", "relay_token", "slices_token", "gradient_factor", "cut", "lowrank", "corrections", "alone", "privacy", "first_step", "resume_attempt", "snapshot_every", "kept_token", "kept_every", "front_cache_bytes", "attend_token")
+    __slots__ = ("run", "round", "attempt", "node", "role", "routes", "model", "lora", "optimizer", "task", "host_mode", "evaluate", "steps", "batch_size", "micro_batches", "window", "min_devices", "deadlines", "seed", "adapter_digest", "protocol_version", "serves", "hosted", "site", "labels", "checkpointing", "own_steps", "cursor", "generate", "hub_port", "relay_token", "slices_token", "gradient_factor", "cut", "lowrank", "corrections", "alone", "privacy", "first_step", "resume_attempt", "snapshot_every", "kept_token", "kept_every", "front_cache_bytes", "attend_token", "activation_codec", "gradient_codec")
     RUN_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -557,6 +559,8 @@ class Plan(_message.Message):
     KEPT_EVERY_FIELD_NUMBER: _ClassVar[int]
     FRONT_CACHE_BYTES_FIELD_NUMBER: _ClassVar[int]
     ATTEND_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    ACTIVATION_CODEC_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_CODEC_FIELD_NUMBER: _ClassVar[int]
     run: str
     round: int
     attempt: int
@@ -602,7 +606,9 @@ class Plan(_message.Message):
     kept_every: int
     front_cache_bytes: int
     attend_token: bytes
-    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., node: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., routes: _Optional[_Iterable[_Union[Route, _Mapping]]] = ..., model: _Optional[_Union[ModelRef, _Mapping]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., task: _Optional[_Union[TaskSettings, _Mapping]] = ..., host_mode: _Optional[str] = ..., evaluate: _Optional[bool] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., micro_batches: _Optional[int] = ..., window: _Optional[int] = ..., min_devices: _Optional[int] = ..., deadlines: _Optional[_Union[Deadlines, _Mapping]] = ..., seed: _Optional[int] = ..., adapter_digest: _Optional[str] = ..., protocol_version: _Optional[int] = ..., serves: _Optional[_Iterable[_Union[Route, _Mapping]]] = ..., hosted: _Optional[_Union[Slice, _Mapping]] = ..., site: _Optional[str] = ..., labels: _Optional[str] = ..., checkpointing: _Optional[bool] = ..., own_steps: _Optional[int] = ..., cursor: _Optional[int] = ..., generate: _Optional[bool] = ..., hub_port: _Optional[int] = ..., relay_token: _Optional[bytes] = ..., slices_token: _Optional[bytes] = ..., gradient_factor: _Optional[float] = ..., cut: _Optional[_Union[Cut, _Mapping]] = ..., lowrank: _Optional[_Union[LowRank, _Mapping]] = ..., corrections: _Optional[_Iterable[_Union[Correction, _Mapping]]] = ..., alone: _Optional[bool] = ..., privacy: _Optional[_Union[Privacy, _Mapping]] = ..., first_step: _Optional[int] = ..., resume_attempt: _Optional[int] = ..., snapshot_every: _Optional[int] = ..., kept_token: _Optional[bytes] = ..., kept_every: _Optional[int] = ..., front_cache_bytes: _Optional[int] = ..., attend_token: _Optional[bytes] = ...) -> None: ...
+    activation_codec: str
+    gradient_codec: str
+    def __init__(self, run: _Optional[str] = ..., round: _Optional[int] = ..., attempt: _Optional[int] = ..., node: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., routes: _Optional[_Iterable[_Union[Route, _Mapping]]] = ..., model: _Optional[_Union[ModelRef, _Mapping]] = ..., lora: _Optional[_Union[Lora, _Mapping]] = ..., optimizer: _Optional[_Union[Optimizer, _Mapping]] = ..., task: _Optional[_Union[TaskSettings, _Mapping]] = ..., host_mode: _Optional[str] = ..., evaluate: _Optional[bool] = ..., steps: _Optional[int] = ..., batch_size: _Optional[int] = ..., micro_batches: _Optional[int] = ..., window: _Optional[int] = ..., min_devices: _Optional[int] = ..., deadlines: _Optional[_Union[Deadlines, _Mapping]] = ..., seed: _Optional[int] = ..., adapter_digest: _Optional[str] = ..., protocol_version: _Optional[int] = ..., serves: _Optional[_Iterable[_Union[Route, _Mapping]]] = ..., hosted: _Optional[_Union[Slice, _Mapping]] = ..., site: _Optional[str] = ..., labels: _Optional[str] = ..., checkpointing: _Optional[bool] = ..., own_steps: _Optional[int] = ..., cursor: _Optional[int] = ..., generate: _Optional[bool] = ..., hub_port: _Optional[int] = ..., relay_token: _Optional[bytes] = ..., slices_token: _Optional[bytes] = ..., gradient_factor: _Optional[float] = ..., cut: _Optional[_Union[Cut, _Mapping]] = ..., lowrank: _Optional[_Union[LowRank, _Mapping]] = ..., corrections: _Optional[_Iterable[_Union[Correction, _Mapping]]] = ..., alone: _Optional[bool] = ..., privacy: _Optional[_Union[Privacy, _Mapping]] = ..., first_step: _Optional[int] = ..., resume_attempt: _Optional[int] = ..., snapshot_every: _Optional[int] = ..., kept_token: _Optional[bytes] = ..., kept_every: _Optional[int] = ..., front_cache_bytes: _Optional[int] = ..., attend_token: _Optional[bytes] = ..., activation_codec: _Optional[str] = ..., gradient_codec: _Optional[str] = ...) -> None: ...
 
 class Privacy(_message.Message):
     __slots__ = ("update_clip", "update_noise", "step_clip", "step_noise", "step_devices")

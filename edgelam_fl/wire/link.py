@@ -220,12 +220,18 @@ class Link:
 
     def _encode(self, header: pb.Header, tensor: torch.Tensor) -> list[bytes | memoryview]:
         """Describes the tensor in `header`; returns its bytes in chunks, at least one."""
-        codec = codecs.LOSSLESS if header.kind in _DTYPES else self.terms.codec
+        codec = self._codec_of(header.kind)
         header.tensor.CopyFrom(codecs.describe(tensor, codec, _DTYPES.get(header.kind, codecs.HIDDEN)))
         data = memoryview(codecs.CODECS[codec].encode(tensor))
         header.tensor.total_bytes = len(data)
         size = _chunk_bytes(self.terms.pace)
         return [data[start : start + size] for start in range(0, max(1, len(data)), size)]
+
+    def _codec_of(self, kind: int) -> str:
+        """Returns the key of the codec for the tensors of a kind of frames."""
+        if kind in _DTYPES:
+            return codecs.LOSSLESS
+        return self.terms.gradient_codec if kind == pb.GRAD else self.terms.activation_codec
 
     def close(self) -> None:
         """Ends the link from this side; queued frames are still sent."""
@@ -368,8 +374,9 @@ class Link:
             if priority in self._partial:
                 raise ProtocolError("a tensor began before the one before it was complete")
             codecs.check(meta, self.terms.most_bytes, _DTYPES.get(header.kind, codecs.HIDDEN))
-            if meta.codec not in (self.terms.codec, codecs.LOSSLESS):
-                raise ProtocolError(f"codec {meta.codec!r} on a link that agreed on {self.terms.codec!r}")
+            agreed = self._codec_of(header.kind)
+            if meta.codec not in (agreed, codecs.LOSSLESS):
+                raise ProtocolError(f"codec {meta.codec!r} on a link that agreed on {agreed!r}")
             self._partial[priority] = _Partial(header, bytearray(meta.total_bytes))
         open_tensor = self._partial.get(priority)
         if open_tensor is None:

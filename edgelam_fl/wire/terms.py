@@ -32,7 +32,8 @@ class LinkTerms:
 
     name: str  # in events, byte counts and messages: "entry device-1"
     job_token: int  # short number of the job, in every frame; frames of another job end the link; 0: not checked
-    codec: str  # key of the codec for hidden states and gradients, in both directions
+    activation_codec: str  # key of the codec for hidden states, in both directions
+    gradient_codec: str  # key of the codec for their gradients, in both directions
     window: int  # micro-batches that may be in flight, as the host granted
     front_cache: bytes  # number of the place where the host keeps states of fronts; empty: it keeps none
     most_bytes: int  # size of the largest tensor that may arrive, encoded or decoded
@@ -72,13 +73,14 @@ def link_terms(
 
     Raises ProtocolError for a codec that is not known here and for a window without room for a micro-batch.
     """
-    if ready.codec not in CODECS or not ready.window >= 1:
+    granted = ready.activation_codec, ready.gradient_codec
+    if not CODECS.keys() >= set(granted) or not ready.window >= 1:
         raise ProtocolError(
-            f"{name} granted codec {ready.codec!r} and window {ready.window}; known codecs: {', '.join(CODECS)}; "
-            "a window is at least 1"
+            f"{name} granted the codecs {granted[0]!r} and {granted[1]!r} and window {ready.window}; known codecs: "
+            f"{', '.join(CODECS)}; a window is at least 1"
         )
     return LinkTerms(
-        name=name, job_token=ready.job_token, codec=ready.codec, window=ready.window, front_cache=ready.front_cache,
-        most_bytes=most_bytes, silent_s=silent_s, reconnect_s=reconnect_s, counters=counters, pace=pace, on_frame=on_frame, on_lost=on_lost,
-        on_sent=on_sent, on_suspended=on_suspended, on_resumed=on_resumed,
+        name=name, job_token=ready.job_token, activation_codec=granted[0], gradient_codec=granted[1],
+        window=ready.window, front_cache=ready.front_cache, most_bytes=most_bytes, silent_s=silent_s, reconnect_s=reconnect_s, counters=counters,
+        pace=pace, on_frame=on_frame, on_lost=on_lost, on_sent=on_sent, on_suspended=on_suspended, on_resumed=on_resumed,
     )  # fmt: skip

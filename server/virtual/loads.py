@@ -9,7 +9,6 @@ from functools import cached_property
 from edgelam_fl.model.adapter import target_modules
 from edgelam_fl.model.base_names import FP32_BYTES
 from edgelam_fl.model.index import layer_number
-from edgelam_fl.plan.bases import value_bytes
 from edgelam_fl.plan.layout import by_name, device_ends
 from edgelam_fl.plan.making import own_steps
 from edgelam_fl.plan.modes import label_place
@@ -27,7 +26,7 @@ class Loads:
         """Returns an upper bound: every example counts as long as the longest allowed."""
         federation, max_tokens = self.config.federation, self.config.task.max_tokens
         trained = own_steps(self.config, device.examples) * federation.batch_size
-        tensor_bytes = max_tokens * self.source.hidden_size * value_bytes(self.config)
+        tensor_bytes = max_tokens * self.spec.token_bytes
         up, down = tensors_per_round(self.spec, trained, device.held_out)
         adapter_bytes = self.adapter_bytes(device.name)
         operations = trained * max_tokens * self.operations_per_token(device.name)

@@ -89,13 +89,13 @@ def second_round(source: ModelSource, config: RunConfig, fleet: Fleet, **how: An
     ("ended", "settings"),
     [
         (["edge-1"], ["split.host_mode=joint"]),
-        (["edge-2"], ["split.host_mode=sequential"]),
+        (["edge-2"], ["split.host_mode=sequential", "wire.activation_codec=int8", "wire.gradient_codec=int4"]),
         (["edge-1"], ["split.host_mode=copies", "optimizer.name=sgd", "optimizer.momentum=0.9"]),
         (["edge-1", "edge-2", "device-2"], ["optimizer.clip=global", "optimizer.max_norm=0.1", "lora.dropout=0.1"]),
         (["edge-1"], ["wire.front_cache_mb=1", 'lora.train=["hosts", "back"]']),
         (["edge-1", "edge-2", "device-2"], ["split.host_mode=copies", "split.labels=last-stage", "split.back=0"]),
     ],
-    ids=["joint", "sequential", "copies-sgd", "all-clip", "kept-fronts", "all-copies-last-stage"],
+    ids=["joint", "sequential-codecs", "copies-sgd", "all-clip", "kept-fronts", "all-copies-last-stage"],
 )
 def test_a_round_goes_on_after_nodes_ended(
     tiny: ModelSource, data_files: list[Path], tmp_path: Path, ended: list[str], settings: list[str]

@@ -122,6 +122,12 @@ def test_what_each_node_computes() -> None:
             {"d": 1.25, "a": 1, "b": 1.25},
             {"d": 1.25, "a": 1, "b": 1.25},
         ),
+        ({"gradient_share": 0.5}, {"d": 1.5, "a": 1.5, "b": 1.5}, {"d": 1.5, "a": 1.5, "b": 1.5}),
+        (
+            {"front_learns": False, "cut_share": 0.25, "gradient_share": 0.4},
+            {"d": 1.1, "a": 1, "b": 1.25},
+            {"d": 1.25, "a": 1, "b": 1.1},
+        ),
     ],
 )
 def test_bytes_of_links(changes: dict[str, float], sent: dict[str, float], received: dict[str, float]) -> None:

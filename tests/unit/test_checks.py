@@ -321,6 +321,20 @@ def test_settings_that_can_be_combined(tiny: ModelSource, overrides: list[str]) 
             [*LOWRANK, "split.back=0", "strategy.aggregation=fedprox"],
             "'fedprox' .* with wire.gradients = 'lowrank', split.back = 0 and .* Allowed: split.back of at least 1, .*'copies'$",
         ),
+        (
+            ["wire.activation_codec=int3"],
+            "wire.activation_codec = 'int3' is not known. Allowed: 'raw', 'fp16', 'bf16', 'int8'",
+        ),
+        (["wire.gradient_codec=INT8"], "wire.gradient_codec = 'INT8' is not known"),
+        (["wire.activation_codec=int8", "split.hosts=0"], "'int8' needs split.hosts of at least 1"),
+        (
+            [*LOWRANK, "wire.activation_codec=fp16"],
+            "'fp16' cannot be combined with wire.gradients = 'lowrank': 8 small numbers",
+        ),
+        (
+            ["lora.train=back", "wire.gradient_codec=int8"],
+            "has no effect with lora.train = .'back'.: no gradient leaves",
+        ),
     ],
 )
 def test_settings_that_cannot_be_combined(tiny: ModelSource, overrides: list[str], words: str) -> None:

@@ -622,8 +622,11 @@ def test_whatever_fails_on_a_frame_costs_its_sender_alone(tiny: ModelSource) -> 
         ({"node": "device-1"}, "dialled by 'device-0', not by 'device-1'"),
         ({"node": "edge-0"}, "dialled by 'device-0', not by 'edge-0'"),
         ({"model_digest": "0" * 64}, "has another model (000000000000)"),
-        ({"codecs": ["int3"]}, "no codec in common: ['int3'] and ['raw']"),
-        ({"codecs": []}, "no codec in common"),
+        (
+            {"codecs": ["int3"]},
+            "the plan asks for codec 'raw'; node 'device-0' knows ['int3'], and host edge-1 ['raw', ",
+        ),
+        ({"codecs": []}, "the plan asks for codec 'raw'; node 'device-0' knows [], and host edge-1"),
         ({"resumes": True}, "no entry link of 'device-0' is open here"),
     ],
 )

@@ -27,7 +27,7 @@ from edgelam_fl.wire.link import (
 )
 from edgelam_fl.wire.memory import MemoryLink, memory_pair
 from edgelam_fl.wire.outbox import ACTIVATIONS, CONTROL, GRADIENTS, Outbox
-from tests.links import ready, terms
+from tests.links import open_pair, ready, terms
 
 LIMIT = 3 << 20
 UNKNOWN = sorted((set(range(64)) - set(pb.Kind.values())) | {pb.KIND_UNSPECIFIED, 99})
@@ -123,7 +123,7 @@ def test_terms_are_handed_over_once_and_never_change() -> None:
         with pytest.raises(AttributeError):
             setattr(left.link, name, None)
     with pytest.raises(AttributeError):
-        left.link.terms.codec = "other"  # type: ignore[misc]
+        left.link.terms.gradient_codec = "other"  # type: ignore[misc]
 
 
 def test_a_link_that_was_lost_during_its_handshake_says_so() -> None:
@@ -133,9 +133,14 @@ def test_a_link_that_was_lost_during_its_handshake_says_so() -> None:
         right.open(terms())
 
 
-@pytest.mark.parametrize("answer", [pb.Ready(window=1, codec="int3"), pb.Ready(window=0, codec="raw")])
-def test_a_ready_of_no_use_is_refused(answer: pb.Ready) -> None:
-    with pytest.raises(ProtocolError, match=f"entry x granted codec '{answer.codec}' and window {answer.window}"):
+@pytest.mark.parametrize(
+    ("codecs", "window"), [(("int3", "raw"), 1), (("raw", "int3"), 1), (("raw", ""), 1), (("raw", "raw"), 0)]
+)
+def test_a_ready_of_no_use_is_refused(codecs: tuple[str, str], window: int) -> None:
+    answer = pb.Ready(window=window, activation_codec=codecs[0], gradient_codec=codecs[1])
+    with pytest.raises(
+        ProtocolError, match=f"entry x granted the codecs '{codecs[0]}' and '{codecs[1]}' and window {window}"
+    ):
         terms(answer=answer)
 
 
@@ -167,6 +172,28 @@ def test_only_the_codec_of_the_terms_and_the_lossless_one_are_taken(monkeypatch:
     left, right = pair()
     right.link.receive(chunk(codec="other"))
     assert "codec 'other' on a link that agreed on 'raw'" in left.reasons[0]
+
+
+def test_hidden_states_and_their_gradients_have_a_codec_each() -> None:
+    frames: list[Frame] = []
+    answer = pb.Ready(window=1, activation_codec="int8", gradient_codec="int4")
+    left, _ = open_pair(terms(answer=answer), terms(answer=answer, on_frame=lambda _, frame: frames.append(frame)))
+    for kind in (pb.ACT, pb.KV_STEP, pb.GRAD):
+        left.send(pb.Header(kind=kind), torch.ones(1, 2, 64))
+    left.send(pb.Header(kind=pb.LABELS), torch.tensor([[2**40 + 1]]))
+    assert [frame.header.tensor.codec for frame in frames] == ["int8", "int8", "int4", "raw"]
+
+
+@pytest.mark.parametrize("kind", [pb.ACT, pb.GRAD])
+def test_the_codec_of_the_other_kind_is_refused(kind: pb.Kind) -> None:
+    reasons: list[str] = []
+    answer = pb.Ready(window=1, activation_codec="bf16", gradient_codec="int8")
+    _, right = open_pair(terms(answer=answer), terms(answer=answer, on_lost=lambda _, reason: reasons.append(reason)))
+    codec, total_bytes = ("int8", 68) if kind == pb.ACT else ("bf16", 128)
+    right.receive(
+        chunk(kind=kind, shape=(1, 1, 64), codec=codec, total_bytes=total_bytes, payload=total_bytes, last=True)
+    )
+    assert f"codec {codec!r} on a link that agreed on" in reasons[0]
 
 
 # ---------------------------------------------------------------- what honest ends do

@@ -207,6 +207,15 @@ def test_a_node_that_cannot_load_the_model_is_not_tried_three_times(federation: 
     assert [(event["node"], event["code"]) for event in run.events("node_lost")] == [("e", "mismatch")]
 
 
+def test_a_node_that_does_not_know_a_codec_of_the_run_is_refused_by_name(federation: MakeFederation) -> None:
+    run = federation("ab", "e")
+    roster = Roster(run.rounds._exchange, run.folder, pb.ProfileRequest(), codecs=["int8"])
+    roster.refresh()
+    assert not roster.profiles
+    assert "does not know the codec 'int8', which the run asks for ([wire]); it knows" in roster.problems["a"]
+    assert {event["code"] for event in run.events("node_refused")} == {"mismatch"}
+
+
 def test_a_device_whose_part_failed_for_good_is_left_out_of_the_next_attempt(federation: MakeFederation) -> None:
     run = federation("ab", "e", "federation.rounds=2")
     run.nodes["b"].fails = lambda plan: "its data cannot be used: no-answer-fits"

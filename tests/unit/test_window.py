@@ -93,7 +93,9 @@ def test_a_share_paces_both_ends_of_both_links(tiny: ModelSource) -> None:
         node: str, address: str, name: str, hello: pb.Hello, counters: ByteCounters, make_terms: MakeTerms, *_: Any
     ) -> Link:
         near, _far = memory_pair(name, counters, counters)
-        near.open(make_terms(name, counters, pb.Ready(window=1, codec="raw", job_token=1)))
+        near.open(
+            make_terms(name, counters, pb.Ready(window=1, activation_codec="raw", gradient_codec="raw", job_token=1))
+        )
         return near
 
     route = new_route(plan)

@@ -12,10 +12,18 @@ import torch
 from edgelam_fl.errors import ProtocolError
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.codecs.base import DTYPES, Codec, dtype_of
+from edgelam_fl.wire.codecs.bf16 import Bf16Codec
+from edgelam_fl.wire.codecs.fp16 import Fp16Codec
+from edgelam_fl.wire.codecs.int4 import Int4Codec
+from edgelam_fl.wire.codecs.int8 import Int8Codec
 from edgelam_fl.wire.codecs.raw import RawCodec
 
 CODECS: dict[str, Codec] = {
     RawCodec.name: RawCodec(),
+    Fp16Codec.name: Fp16Codec(),
+    Bf16Codec.name: Bf16Codec(),
+    Int8Codec.name: Int8Codec(),
+    Int4Codec.name: Int4Codec(),
 }
 LOSSLESS = RawCodec.name  # for whole numbers, which are never rounded, whatever a link's codec is
 HIDDEN = ("float32", "bfloat16")  # element types of hidden states and their gradients

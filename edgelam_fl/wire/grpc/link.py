@@ -172,7 +172,8 @@ class GrpcLink(Link):
         return pb.Ready(
             version=PROTOCOL_VERSION,
             window=terms.window,
-            codec=terms.codec,
+            activation_codec=terms.activation_codec,
+            gradient_codec=terms.gradient_codec,
             job_token=terms.job_token,
             received=received,
         )

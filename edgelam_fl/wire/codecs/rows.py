@@ -1,0 +1,46 @@
+"""What codecs that keep a scale per row have in common: rows as float32, their largest numbers, and their bytes.
+
+Knows no codec. Shapes: R rows, D numbers of a row.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.codec_bytes import CODEC_BYTES
+
+LEAST_SCALE = torch.finfo(torch.float32).tiny  # below it, a quotient of two numbers may be infinite
+
+
+def rows_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the tensor's rows [R, D] as float32, without a copy if they are that already; none of a tensor without numbers."""
+    width = tensor.shape[-1] if tensor.numel() else 1
+    return tensor.detach().to(torch.float32).reshape(-1, width)
+
+
+def largest(rows_RD: torch.Tensor) -> torch.Tensor:
+    """Returns the largest absolute value of each row [R, 1]; not a number if one of the row's is not."""
+    least_R1, most_R1 = rows_RD.aminmax(dim=1, keepdim=True)
+    return torch.maximum(-least_R1, most_R1)
+
+
+def scaled(rows_RD: torch.Tensor, scales_R1: torch.Tensor) -> torch.Tensor:
+    """Returns the rows in units of their scales, rounded, as int8; zeros in rows whose scale is not finite."""
+    units_RD = (rows_RD / scales_R1).round_()
+    usable_R1 = scales_R1.isfinite()
+    if not usable_R1.all():  # what is not finite has no whole number; the scale says so to the receiver
+        units_RD = torch.where(usable_R1, units_RD, 0.0)
+    return units_RD.to(torch.int8)
+
+
+def join(*parts: torch.Tensor) -> bytes:
+    """Returns the bytes of contiguous tensors, one after the other."""
+    return b"".join(part.view(-1).view(torch.uint8).numpy().data for part in parts if part.numel())
+
+
+def expected_bytes(codec: str, meta: pb.Tensor, item_bytes: int) -> int:
+    """Returns the bytes that a codec makes of a tensor of this shape, by its row in CODEC_BYTES."""
+    return math.prod(meta.shape[:-1]) * CODEC_BYTES[codec].bytes_of_row(meta.shape[-1], item_bytes)
