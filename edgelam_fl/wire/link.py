@@ -194,21 +194,29 @@ class Link:
             self._enqueue(header, [b""], partial(self._unsent_signs.discard, kind))
 
     def send(self, header: pb.Header, tensor: torch.Tensor | None = None) -> None:
-        """Queues a frame. A closed link drops it: `on_lost` has already been called with the reason."""
+        """Queues a frame. A closed link drops it: `on_lost` has already been called with the reason.
+
+        The tensor is read, and the header filled in, until they have left: neither may change meanwhile.
+        """
         if header.kind in _OPEN or self.is_open:
             header.job_token = self.terms.job_token
-        payloads: list[bytes | memoryview] = [b""]
-        left = None
         if tensor is not None:
-            payloads = self._encode(header, tensor)
-            left = partial(self._has_left, header, time.monotonic())
+            self._send_tensor(header, tensor)
+            return
         with self._send_lock:  # sequence numbers must leave in the order of a queue
+            if not self.closed:
+                self._enqueue(header, [b""])
+
+    def _send_tensor(self, header: pb.Header, tensor: torch.Tensor) -> None:
+        codec = self._codec_of(header.kind)
+        header.tensor.CopyFrom(codecs.describe(tensor, codec, _DTYPES.get(header.kind, codecs.HIDDEN)))
+        left = partial(self._has_left, header, time.monotonic())
+        with self._send_lock:
             if self.closed:
                 return
-            if tensor is not None:
-                self._unsent += 1
-            self._enqueue(header, payloads, left)
-        if tensor is not None and self._unsent > _UNSENT_WINDOWS * self.terms.window:
+            self._unsent += 1
+            self._transmit_later(_PRIORITY[header.kind], partial(self._encoded, header, tensor), left)
+        if self._unsent > _UNSENT_WINDOWS * self.terms.window:
             self.lost(NOT_READING)
 
     def _has_left(self, header: pb.Header, queued: float) -> None:
@@ -218,14 +226,16 @@ class Link:
         if self.terms.on_sent is not None:
             self.terms.on_sent(header, queued, time.monotonic())
 
-    def _encode(self, header: pb.Header, tensor: torch.Tensor) -> list[bytes | memoryview]:
-        """Describes the tensor in `header`; returns its bytes in chunks, at least one."""
-        codec = self._codec_of(header.kind)
-        header.tensor.CopyFrom(codecs.describe(tensor, codec, _DTYPES.get(header.kind, codecs.HIDDEN)))
-        data = memoryview(codecs.CODECS[codec].encode(tensor))
+    def _encoded(self, header: pb.Header, tensor: torch.Tensor) -> list[bytes]:
+        """Returns the messages of a tensor that `header` describes, at least one. A tensor that cannot be encoded ends the link."""
+        try:
+            data = memoryview(codecs.CODECS[header.tensor.codec].encode(tensor))
+        except Exception as error:  # noqa: BLE001 - on a sender's thread nobody else hears of it, and the other end would wait
+            self.lost(f"a tensor could not be encoded: {type(error).__name__}: {error}")
+            return []
         header.tensor.total_bytes = len(data)
         size = _chunk_bytes(self.terms.pace)
-        return [data[start : start + size] for start in range(0, max(1, len(data)), size)]
+        return self._messages(header, [data[start : start + size] for start in range(0, max(1, len(data)), size)])
 
     def _codec_of(self, kind: int) -> str:
         """Returns the key of the codec for the tensors of a kind of frames."""
@@ -242,6 +252,10 @@ class Link:
     def _enqueue(
         self, header: pb.Header, payloads: Sequence[bytes | memoryview], left: Callable[[], None] | None = None
     ) -> None:
+        self._transmit(_PRIORITY.get(header.kind, CONTROL), self._messages(header, payloads), left)
+
+    def _messages(self, header: pb.Header, payloads: Sequence[bytes | memoryview]) -> list[bytes]:
+        """Returns a message for each part of a frame's payload."""
         messages, offset = [], 0
         for number, payload in enumerate(payloads):
             header.last_chunk = number == len(payloads) - 1
@@ -249,13 +263,17 @@ class Link:
                 header.tensor.chunk, header.tensor.offset = number, offset
             messages.append(self._message(header, payload))
             offset += len(payload)
-        self._transmit(_PRIORITY.get(header.kind, CONTROL), messages, left)
+        return messages
 
     # ---- for transports
 
     def _transmit(self, priority: int, messages: list[bytes], left: Callable[[], None] | None) -> None:
         """Sends the messages in order, each when its turn comes, and then calls `left`."""
         raise NotImplementedError("a transport sends messages")
+
+    def _transmit_later(self, priority: int, make: Callable[[], list[bytes]], left: Callable[[], None] | None) -> None:
+        """Sends the messages that `make` returns. A transport with a sender's thread calls it there, when their turn comes."""
+        self._transmit(priority, make(), left)
 
     def _shut(self, lost: bool) -> None:
         """Ends the transport. `lost`: queued tensors are dropped, because nobody waits for them."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 from edgelam_fl.errors import ProtocolError
 from edgelam_fl.wire.pace import Pace
-from edgelam_fl.wire.session import Outgoing, Sent
+from edgelam_fl.wire.session import Outgoing, Sent, Unmade
 
 # numbers of the queues, the most urgent first; SIGNS are of one stream: they are neither numbered nor kept
 SIGNS, CONTROL, GRADIENTS, ACTIVATIONS = range(4)
@@ -31,7 +31,7 @@ class Outbox:
     """
 
     def __init__(self) -> None:
-        self._queues: tuple[deque[Outgoing], ...] = (deque(), deque(), deque(), deque())
+        self._queues: tuple[deque[Outgoing | Unmade], ...] = (deque(), deque(), deque(), deque())
         self._sent = Sent()
         self._changed = threading.Condition()
         self._closed = False
@@ -67,14 +67,28 @@ class Outbox:
 
         `left` is called after the last of the messages has left, on the sender's thread or the one that acknowledges.
         """
-        outgoing = [Outgoing(data, priority, pace) for data in messages]
-        outgoing[-1].left = left
+        outgoing = _outgoing(priority, messages, pace, left)
         with self._changed:
             if priority == CONTROL and len(self._queues[CONTROL]) >= MOST_CONTROL:
                 return False
             self._queues[priority].extend(outgoing)
             self._changed.notify_all()
         return True
+
+    def put_later(
+        self,
+        priority: int,
+        make: Callable[[], list[bytes]],
+        pace: Pace | None = None,
+        left: Callable[[], None] | None = None,
+    ) -> None:
+        """Queues messages that are made when their turn comes, on the sender's thread: what fills the outbox does not wait for it.
+
+        `make`: called once. `left`: as of `put`.
+        """
+        with self._changed:
+            self._queues[priority].append(Unmade(make, pace, left))
+            self._changed.notify_all()
 
     def acknowledge(self, received: int) -> None:
         """Forgets what the other end has, its first `received` messages. Raises ProtocolError for more than have left."""
@@ -142,16 +156,37 @@ class Outbox:
                         return None
                     self._changed.wait()
                     continue
-                wait_s = self._wait_s(self._queues[priority][0], priority)
+                first = self._queues[priority][0]
+                if isinstance(first, Unmade):
+                    self._make(first, priority)
+                    continue
+                wait_s = self._wait_s(first, priority)
                 if wait_s > 0:
                     self._changed.wait(wait_s)
                     continue
-                message = self._queues[priority].popleft()
+                self._queues[priority].popleft()
                 if priority != SIGNS:
-                    self._sent.add(message)
+                    self._sent.add(first)
                 self._given_at, self._passing_on = time.monotonic(), True
-                return message
+                return first
         return None
+
+    def _make(self, unmade: Unmade, priority: int) -> None:
+        """Puts the messages of the first entry of a queue in its place, or makes them: others may use the outbox meanwhile."""
+        if unmade.messages is not None:
+            queue = self._queues[priority]
+            queue.popleft()
+            queue.extendleft(reversed(_outgoing(priority, unmade.messages, unmade.pace, unmade.left)))
+        elif unmade.begun:  # by the sender of a stream that has broken
+            self._changed.wait()
+        else:
+            unmade.begun = True
+            self._changed.release()
+            try:
+                unmade.messages = unmade.make()
+            finally:
+                self._changed.acquire()
+                self._changed.notify_all()
 
     def _due(self) -> int | None:
         """Returns the queue whose first message may leave; None: there is none."""
@@ -174,3 +209,13 @@ class Outbox:
             pace.book(cost - booked)  # a gradient may have taken an activation's turn
             self._turn = None
         return wait_s
+
+
+def _outgoing(
+    priority: int, messages: list[bytes], pace: Pace | None, left: Callable[[], None] | None
+) -> list[Outgoing]:
+    """Returns the messages as they wait in a queue; `left` belongs to the last of them."""
+    outgoing = [Outgoing(data, priority, pace) for data in messages]
+    if outgoing:
+        outgoing[-1].left = left
+    return outgoing

@@ -45,6 +45,17 @@ class Outgoing:
         return left or _nothing
 
 
+@dataclass(eq=False)
+class Unmade:
+    """Messages on their way out of a link that do not exist yet, such as those of a tensor that was not encoded."""
+
+    make: Callable[[], list[bytes]]
+    pace: Pace | None
+    left: Callable[[], None] | None
+    begun: bool = False  # a sender is making them
+    messages: list[bytes] | None = None  # once they are made
+
+
 class Sent:
     """Messages that have left and that the other end may still lack, in the order of leaving. Its owner locks."""
 

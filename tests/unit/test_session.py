@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -16,6 +17,7 @@ from edgelam_fl.wire.link import CHUNK_BYTES
 from edgelam_fl.wire.outbox import ACTIVATIONS, CONTROL, GRADIENTS, SIGNS, Outbox
 from edgelam_fl.wire.session import ACK_EVERY_BYTES, ACK_EVERY_MESSAGES, MOST_KEPT_BYTES, Arrivals
 from tests.links import Heard, hello, ready, terms
+from tests.support import WAIT_S
 
 # ---------------------------------------------------------------- the sender
 
@@ -53,6 +55,55 @@ def test_only_the_sender_of_the_links_stream_sends() -> None:
     outbox.restart("third", received=2)
     assert list(second) == []
     assert sent(outbox, 1, "third") == [b"c"]
+
+
+def test_what_is_made_late_is_made_by_the_sender_in_its_turn() -> None:
+    outbox, told = Outbox(), list[str]()
+
+    def make() -> list[bytes]:
+        told.append("made")
+        return [b"act 0", b"act 1"]
+
+    outbox.put_later(ACTIVATIONS, make, left=lambda: told.append("left"))
+    outbox.put(ACTIVATIONS, [b"bye"])
+    outbox.put(CONTROL, [b"close"])
+    assert sent(outbox, 1) == [b"close"]
+    assert told == []
+    assert outbox.has_undelivered
+    assert sent(outbox, 3) == [b"act 0", b"act 1", b"bye"]
+    assert told == ["made", "left"]
+
+
+def test_what_is_being_made_keeps_its_place_when_the_stream_changes() -> None:
+    """The new stream's sender waits for what the old one makes, behind what has to leave again."""
+    outbox, got = Outbox(), list[bytes]()
+    other = threading.Thread(target=lambda: got.extend(sent(outbox, 4, "second")))
+
+    def make() -> list[bytes]:
+        outbox.pause()
+        outbox.restart("second", received=0)
+        other.start()
+        return [b"act 1", b"act 2"]
+
+    outbox.put(ACTIVATIONS, [b"act 0"])
+    outbox.put_later(ACTIVATIONS, make)
+    outbox.put(ACTIVATIONS, [b"bye"])
+    first = outbox.sender(None)
+    assert next(first) == b"act 0"
+    assert list(first) == [], "its turn is over"
+    other.join(WAIT_S)
+    assert got == [b"act 0", b"act 1", b"act 2", b"bye"]
+
+
+def test_what_is_dropped_while_it_is_made_does_not_leave() -> None:
+    outbox = Outbox()
+
+    def make() -> list[bytes]:
+        outbox.close(drop_data=True)
+        return [b"act"]
+
+    outbox.put_later(ACTIVATIONS, make)
+    assert list(outbox) == []
 
 
 @pytest.mark.parametrize(("received", "words"), [(3, "3 messages acknowledged; 2 have left"), (0, "1 had been")])

@@ -113,6 +113,9 @@ class GrpcLink(Link):
         if not self.outbox.put(priority, messages, self.terms.pace if self.is_open else None, left):
             self.lost(NOT_READING)
 
+    def _transmit_later(self, priority: int, make: Callable[[], list[bytes]], left: Callable[[], None] | None) -> None:
+        self.outbox.put_later(priority, make, self.terms.pace, left)
+
     def _shut(self, lost: bool) -> None:
         self._given_up = self._given_up or lost
         if not lost and self.is_open:
