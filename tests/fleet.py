@@ -29,7 +29,7 @@ from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.split import route
 from edgelam_fl.split.route import Dial
 from edgelam_fl.tasks.base import Example, Unit
-from edgelam_fl.tasks.causal_lm import CausalLm, labelled, loss_sum, make_units
+from edgelam_fl.tasks.causal_lm import IGNORED, CausalLm, labelled, make_units
 from edgelam_fl.tasks.data import batch_indices, read_pairs
 from edgelam_fl.tasks.held_out import set_aside
 from edgelam_fl.telemetry.events import Event
@@ -290,10 +290,7 @@ def plain_evaluation(model: Any, source: ModelSource, config: RunConfig, file: P
     examples = _task(source, config).examples(held_out).examples
     rows = -(-config.federation.batch_size // config.split.micro_batches)
     with torch.no_grad():
-        return sum(
-            float(loss_sum(forward(model, unit), unit.labels))
-            for unit in make_units(examples, -(-len(examples) // rows))
-        )
+        return sum(float(plain_loss(model, unit)) for unit in make_units(examples, -(-len(examples) // rows)))
 
 
 def plain_training(
@@ -314,7 +311,7 @@ def plain_training(
         totals: list[torch.Tensor | None] = [None] * len(parameters)
         for units in devices:
             for unit in units:
-                (plain_loss(forward(model, unit), unit.labels, config) / union).backward()
+                (plain_loss(model, unit, config.task.label_smoothing) / union).backward()
             for number, parameter in enumerate(parameters):
                 part, parameter.grad = parameter.grad, None
                 totals[number] = part if totals[number] is None else totals[number] + part
@@ -324,12 +321,21 @@ def plain_training(
         optimizer.zero_grad()
 
 
-def plain_loss(logits_BTV: torch.Tensor, labels_BT: torch.Tensor, config: RunConfig) -> torch.Tensor:
-    """Sums torch's cross entropy, with the label smoothing of training."""
+def plain_loss(
+    model: Any, unit: Unit, smoothing: float = 0.0, forward: Callable[[Any, Unit], torch.Tensor] = forward
+) -> torch.Tensor:
+    """Sums torch's cross entropy over the labelled positions alone: the head sees no others."""
+    targets_BT = unit.labels[:, 1:]
+    labelled_BT = targets_BT != IGNORED
+    head = model.get_output_embeddings()
+    selection = head.register_forward_pre_hook(lambda _, states: (states[0][:, :-1][labelled_BT],))
+    try:
+        logits_NV = forward(model, unit)
+    finally:
+        selection.remove()
     return torch.nn.functional.cross_entropy(
-        logits_BTV[:, :-1].flatten(0, 1).float(), labels_BT[:, 1:].flatten(), reduction="sum",
-        label_smoothing=config.task.label_smoothing,
-    )  # fmt: skip
+        logits_NV.float(), targets_BT[labelled_BT], reduction="sum", label_smoothing=smoothing
+    )
 
 
 def plain_optimizer(parameters: list[torch.nn.Parameter], config: RunConfig) -> torch.optim.Optimizer:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from edgelam_fl.config import RunConfig
@@ -18,6 +19,7 @@ from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.stage import LoraSettings, Stage, load_stages
 from edgelam_fl.model.weights import read_tensors
 from edgelam_fl.tasks.base import Unit
+from edgelam_fl.tasks.masking import IGNORED
 from tests.fleet import device_batches, plain_optimizer
 from tests.support import run_config
 
@@ -117,3 +119,9 @@ def write_long_examples(file: Path, characters: int, examples: int = 40) -> Path
 def tokens_of(units: Sequence[Unit]) -> int:
     """Returns the tokens of a batch, without padding."""
     return sum(sum(unit.row_lengths) for unit in units)
+
+
+def loss_over_all(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    """Sums the token losses with logits of every position, as others' loops compute them."""
+    predicted, targets = logits_BTV[:, :-1].flatten(0, 1).float(), labels_BT[:, 1:].flatten()
+    return functional.cross_entropy(predicted, targets, ignore_index=IGNORED, reduction="sum")

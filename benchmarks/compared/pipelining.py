@@ -8,11 +8,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
-from benchmarks.compared.load import Load, tokens_of
+from benchmarks.compared.load import Load, loss_over_all, tokens_of
 from benchmarks.compared.workers import Trains
 from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.stage import Stage
-from edgelam_fl.tasks.causal_lm import loss_sum
 
 ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo"}  # read when the group is made
 
@@ -33,7 +32,7 @@ def pipelining(load: Load, rank: int, meeting: Path, cut: int) -> tuple[Trains, 
     labels = 1  # of the batch that is trained
 
     def loss(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-        return loss_sum(logits_BTV, labels_BT) / labels
+        return loss_over_all(logits_BTV, labels_BT) / labels
 
     schedule = Schedule1F1B(pipe, pieces, loss_fn=loss, scale_grads=False)
     optimizer = load.optimizer([parameter for parameter in part.parameters() if parameter.requires_grad])

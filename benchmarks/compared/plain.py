@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.compared.load import Load, tokens_of
+from benchmarks.compared.load import Load, loss_over_all, tokens_of
 from benchmarks.compared.workers import Trains
-from edgelam_fl.tasks.causal_lm import loss_sum
 from tests.fleet import forward
 
 
@@ -22,7 +21,7 @@ def plain(load: Load, threads: int) -> tuple[Trains, None]:
         units = batches[number % len(batches)]
         labels = sum(unit.count for unit in units)
         for unit in units:
-            (loss_sum(forward(model, unit), unit.labels) / labels).backward()
+            (loss_over_all(forward(model, unit), unit.labels) / labels).backward()
         optimizer.step()
         optimizer.zero_grad()
         return tokens_of(units)

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.compared.load import Load, tokens_of
+from benchmarks.compared.load import Load, loss_over_all, tokens_of
 from benchmarks.compared.workers import Trains
 from edgelam_fl.model.adapter import Span
-from edgelam_fl.tasks.causal_lm import loss_sum
 
 FRONT, BACK = 2, 2  # layers that devices keep
 _GO = b"go"
@@ -63,7 +62,7 @@ def serial_device(load: Load, device: int, address: tuple[str, int], threads: in
         states_BTD = front(unit.ids_BT, unit.row_lengths)
         server.send((states_BTD.detach(), unit.row_lengths))
         back_BTD = server.receive().requires_grad_(True)
-        (loss_sum(back(back_BTD, unit.row_lengths), unit.labels) / unit.count).backward()
+        (loss_over_all(back(back_BTD, unit.row_lengths), unit.labels) / unit.count).backward()
         server.send(back_BTD.grad)
         states_BTD.backward(server.receive())
         optimizer.step()

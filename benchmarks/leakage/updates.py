@@ -31,7 +31,7 @@ from edgelam_fl.model.whole import load_whole
 from edgelam_fl.privacy.attacks import membership
 from edgelam_fl.privacy.attacks.updates import share_of_best, token_scores, whitening
 from edgelam_fl.tasks.base import Example
-from edgelam_fl.tasks.causal_lm import CausalLm, loss_sum, make_units
+from edgelam_fl.tasks.causal_lm import CausalLm, loss_rows, loss_sum, make_units
 from edgelam_fl.tasks.data import Pair, batch_indices, read_pairs
 from edgelam_fl.tasks.docstrings import docstring_pairs
 from edgelam_fl.tasks.held_out import set_aside
@@ -201,7 +201,9 @@ def whole_gradients(model: Any, batch: Sequence[Example]) -> list[np.ndarray]:
     for weight in weights:
         weight.requires_grad_(True)
     (unit,) = make_units(batch, 1)
-    loss_sum(model(input_ids=unit.ids_BT).logits, unit.labels).backward()
+    rows_N = loss_rows(unit.labels)
+    logits_NV = model(input_ids=unit.ids_BT).logits.flatten(0, 1)[rows_N]
+    loss_sum(logits_NV, unit.labels, rows_N).backward()
     return [weight.grad.numpy() for weight in weights]
 
 

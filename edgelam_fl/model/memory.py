@@ -25,6 +25,15 @@ _FOUR_NORMS = ("gemma2", "gemma3_text")  # per layer; others have two
 _FUSED = ("phi3",)  # queries, keys and values are one matrix, gate and up another
 _EAGER = ("gemma2",)  # transformers computes its capped scores one by one and keeps them
 _SCORE_BYTES = 8  # per score: capped ones and their softmax
+_CHUNK_LOGITS, _LEAST_CHUNK = 2**23, 32  # of a head's chunk: logits, and positions
+
+
+def head_chunk(outputs: int) -> int:
+    """Returns how many positions a head of so many logits computes at once in training and evaluation.
+
+    The product with the head's matrix is slow for a few positions, and logits of many fill a small machine's memory.
+    """
+    return max(_LEAST_CHUNK, _CHUNK_LOGITS // outputs)
 
 
 def weights_bytes(source: ModelSource, spans: Iterable[Span], base: str, compute: str = "") -> int:
@@ -69,16 +78,23 @@ def unit_bytes(
     """Returns the bytes of one micro-batch on `layers` layers: input, what the backward pass needs, output and its gradient.
 
     `config`: a model's config.json. `itemsize`: bytes per element that is computed with. `head`: the layers are followed by
-    head and loss. `all_linear`: LoRA is on every matrix, not on a few of the attention's.
+    final norm, head and loss. `all_linear`: LoRA is on every matrix, not on a few of the attention's.
     """
     positions = rows * tokens
     hidden = positions * _size(config, "hidden_size", "n_embd") * itemsize
     layer = positions * _layer_bytes(config, tokens, itemsize, all_linear)
     saved = layers * hidden + (layer if layers else 0) if checkpointing else layers * layer
-    if not head:
-        return hidden + saved + 2 * hidden
-    # Logits, their gradient, and the log-probabilities, which are fp32 always; and the final norm.
-    return hidden + saved + hidden + positions * int(config["vocab_size"]) * (2 * itemsize + FP32_BYTES)
+    loss = 3 * hidden + loss_bytes(config, positions, itemsize) if head else 2 * hidden
+    return hidden + saved + loss
+
+
+def loss_bytes(config: Mapping[str, Any], positions: int, itemsize: int) -> int:
+    """Returns the bytes that head and loss take for a moment: of one chunk of positions, which all may carry loss.
+
+    Logits, their gradient, and the log-probabilities, which are fp32 always.
+    """
+    vocabulary = int(config["vocab_size"])
+    return min(positions, head_chunk(vocabulary)) * vocabulary * (2 * itemsize + FP32_BYTES)
 
 
 def _layer_bytes(config: Mapping[str, Any], tokens: int, itemsize: int, all_linear: bool) -> int:

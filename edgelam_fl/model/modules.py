@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,22 @@ from torch import nn
 from torch.nn import functional
 from transformers import DynamicCache
 
+_PASSED_ON = ("past_key_values", "hidden_states", "attentions", "cross_attentions", "router_logits")
+
 
 class Pass(nn.Module):
     """Passes its input through, in place of a layer of another stage, or of what follows the last layer."""
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return hidden_states
+
+
+class Normed(nn.Module):
+    """Passes hidden states through to the head, in place of the model's body: they come from the body already."""
+
+    def forward(self, *_: Any, inputs_embeds: torch.Tensor, **__: Any) -> SimpleNamespace:
+        """Returns what a body of any family returns, without what heads only pass on."""
+        return SimpleNamespace(last_hidden_state=inputs_embeds, **dict.fromkeys(_PASSED_ON))
 
 
 class Embedded(nn.Module):

@@ -1,13 +1,16 @@
 """Frozen linear layers with quantized weights: int8 with one scale per row, nf4 with one scale per block of 64 weights.
 
 Each matrix is quantized on its own, so the numbers of a slice are those of the whole model. Forward and backward dequantize for
-one product and keep no dequantized copy. Knows no files; peft wraps these layers like any `nn.Linear`.
+one product and keep no dequantized copy. On a CPU int8 is dequantized into memory of the thread that is used again: from new
+memory for each product, activations end up between the holes that the matrices leave, and the system clears the same pages over and
+over. Knows no files; peft wraps these layers like any `nn.Linear`.
 
 Shapes: O out features, I in features, N blocks.
 """
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -58,19 +61,38 @@ def dequantize_nf4(
     return weights[: shape[0] * shape[1]].view(shape)
 
 
+class _Scratch(threading.local):
+    """The memory of one thread for one dequantized matrix: that of the largest so far."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def cast(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Returns `weight` in another dtype, to be used before the thread's next call."""
+        if weight.device.type != "cpu":
+            return weight.to(dtype)
+        size = weight.numel() * dtype.itemsize
+        if len(self._bytes) < size:
+            self._bytes = torch.empty(size, dtype=torch.uint8)
+        return self._bytes[:size].view(dtype).view(weight.shape).copy_(weight)
+
+
+_scratch = _Scratch()
+
+
 class _Int8Product(torch.autograd.Function):
     """Computes y = (x q^T) * scale."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, q_OI: torch.Tensor, scale_O: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(q_OI, scale_O)
-        return functional.linear(x, q_OI.to(x.dtype)) * scale_O.to(x.dtype)
+        return functional.linear(x, _scratch.cast(q_OI, x.dtype)) * scale_O.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         q_OI, scale_O = ctx.saved_tensors
         (grad,) = grads
-        return (grad * scale_O.to(grad.dtype)) @ q_OI.to(grad.dtype), None, None
+        return (grad * scale_O.to(grad.dtype)) @ _scratch.cast(q_OI, grad.dtype), None, None
 
 
 class _Nf4Product(torch.autograd.Function):

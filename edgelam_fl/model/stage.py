@@ -3,7 +3,7 @@
 Masks, rotary positions, attention and LoRA stay the libraries' own code; names and layer numbers stay global. Knows
 nothing about networks, tokens' meaning or optimizers. Neighbours: `split.driver` and `split.host` call it.
 
-Shapes: B rows, T tokens, D hidden, V vocabulary.
+Shapes: B rows, T tokens, D hidden, V vocabulary, N chosen positions.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from edgelam_fl.model.carry import CARRY_A, CARRY_B
 from edgelam_fl.model.cut import CUT_A, CUT_B, CutAdapter, is_cut
 from edgelam_fl.model.families import Family
 from edgelam_fl.model.index import layer_number
-from edgelam_fl.model.modules import CarryFactors, CutDown, CutUp, Pass, StageCache, UnitDropout, UnitSeed
+from edgelam_fl.model.modules import CarryFactors, CutDown, CutUp, Normed, Pass, StageCache, UnitDropout, UnitSeed
 from edgelam_fl.model.own_dropout import turn_on
 from edgelam_fl.model.skeleton import fill_computed, skeleton
 from edgelam_fl.model.source import ModelSource
@@ -80,6 +80,7 @@ class Stage(nn.Module):
         self.family = family
         self._seed = UnitSeed()
         self._recomputes = False
+        self._normed = Normed()
         if dropout:
             for name, module in model.named_modules():
                 if isinstance(module, LoraLayer):
@@ -112,6 +113,7 @@ class Stage(nn.Module):
         unit_seed: int | None = None,
         cache: StageCache | None = None,
         pad_left: bool = False,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Computes hidden states [B, T, D], or in a stage with the head logits [B, T, V], in classification [B, classes].
 
@@ -120,6 +122,8 @@ class Stage(nn.Module):
         stage's layers are on the route. unit_seed: turns dropout on, with masks of this seed. cache: from `new_cache`; the
         rows continue what it holds, with any padding per call (a sliding window counts padding too, so with sliding windows and
         unequal rows pad on the left). With a cut adapter, [B, T, D + rank] is what the last host gives and the device's back takes.
+        rows: numbers [N] of positions, counted row after row; a stage with a language model's head then leaves the head out and
+        gives the normed hidden states [N, D] of these positions, for `logits`.
         """
         if self.span.embed:
             self._check_ids(inputs)
@@ -129,16 +133,37 @@ class Stage(nn.Module):
         feed: dict[str, Any] = {"input_ids": inputs} if self.span.embed else {"inputs_embeds": inputs}
         if self.family.task_head is None:
             feed.update(past_key_values=cache, use_cache=cache is not None)
+        headed = self.span.head and rows is None
         with self._only(layers, recompute=cache is None), self._seed.set_to(unit_seed):
             # Without the head's code in a stage without the head: some families scale or cap what they take for logits.
-            if self.span.head and self.family.experts is not None:
+            if headed and self.family.experts is not None:
                 feed["output_router_logits"] = False  # else transformers computes a loss of their balance
-            called = self.model if self.span.head else self._transformer.get_submodule(self.family.body)
+            called = self.model if headed else self._transformer.get_submodule(self.family.body)
             output = called(**feed, attention_mask=mask_BT, position_ids=positions_BT)
         if cache is not None:
             cache.mask_BT = mask_BT
-        states: torch.Tensor = output.logits if self.span.head else output.last_hidden_state
+        states: torch.Tensor = output.logits if headed else output.last_hidden_state
+        if rows is not None:
+            return states.flatten(0, 1).index_select(0, rows)
         return self._cut(states) if isinstance(self._cut, CutDown) else states
+
+    def logits(self, states_ND: torch.Tensor) -> torch.Tensor:
+        """Computes a language model's logits [N, V] of normed hidden states, as `forward` gives them for `rows`."""
+        feed: dict[str, Any] = {"output_router_logits": False} if self.family.experts is not None else {}
+        model = self._transformer
+        body = model.get_submodule(self.family.body)
+        setattr(model, self.family.body, self._normed)
+        try:
+            logits_1NV: torch.Tensor = model(inputs_embeds=states_ND[None], use_cache=False, **feed).logits
+        finally:
+            setattr(model, self.family.body, body)
+        return logits_1NV[0]
+
+    @property
+    def outputs(self) -> int:
+        """The number of a head's logits per position, or per row in classification."""
+        config = self._transformer.config
+        return int(config.vocab_size if self.family.task_head is None else config.num_labels)
 
     def _check_ids(self, ids_BT: torch.Tensor) -> None:
         """Raises ModelError for a token without a row in the table. A tokenizer may have some, which stand for images."""

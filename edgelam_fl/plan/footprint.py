@@ -38,7 +38,7 @@ class Footprints:
         if not label_place(self.spec.config.split.labels).on_device:
             end = self.spec.source.num_layers
             head_bytes = self._weights([Span(end, end, head=True)], pair)
-            head_bytes += devices * window * (self._unit(pair, 0, head=True) - self._unit(pair, 0))
+            head_bytes += self._unit(pair, 0, head=True) - self._unit(pair, 0)  # one unit at a time
         layer_bytes = tuple(
             weights + (FP32_BYTES + LEARNING_BYTES * devices) * self.adapter_weights.get(layer, 0)
             for layer, weights in enumerate(self._weights_by_layer(pair))

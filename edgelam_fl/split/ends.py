@@ -15,6 +15,7 @@ from edgelam_fl.plan.modes import label_place
 from edgelam_fl.plan.reading import unit_seed
 from edgelam_fl.split.cut import CutDefence
 from edgelam_fl.split.fronts import NamedFronts
+from edgelam_fl.split.loss import judged
 from edgelam_fl.tasks.base import Task, Unit
 from edgelam_fl.wire import edgelam_pb2 as pb
 
@@ -63,8 +64,8 @@ class Ends:
 
     def evaluate(self, unit: Unit, inputs: torch.Tensor) -> tuple[float, dict[str, float]]:
         """Returns a micro-batch's loss sum and its sums of other metrics. `inputs`: as of `train`."""
-        loss, sums = self._task.loss(self._forward_back(unit, inputs, None), unit.labels)
-        return float(loss), sums
+        found = judged(self._task, self._back, self._forward_back(unit, inputs, None), unit.labels)
+        return found.loss, found.sums
 
     def train(
         self, unit: Unit, inputs: torch.Tensor, step: int, number: int, divisor: int
@@ -78,17 +79,17 @@ class Ends:
         if self._gradient_needed:
             inputs.requires_grad_(True)
         output = self._forward_back(unit, inputs, self._seed(step, number))
-        loss, _ = self._task.loss(output, unit.labels, training=True)
-        if loss.requires_grad:
-            (loss / divisor).backward()
+        found = judged(self._task, self._back, output, unit.labels, divisor)
+        if found.output.requires_grad:
+            found.output.backward(found.grad)
         grad, rank = inputs.grad, self._plan.lowrank.rank
         if grad is not None and rank:
             grad = grad[..., -rank:].contiguous()
-        return float(loss.detach()), None if grad is None else self._cut.gradient(grad, unit.row_lengths)
+        return found.loss, None if grad is None else self._cut.gradient(grad, unit.row_lengths)
 
     def _forward_back(self, unit: Unit, inputs: torch.Tensor, seed: int | None) -> torch.Tensor:
         inputs = inputs.to(self._back.dtype) if self._is_split else inputs
-        return self._back(inputs, unit.row_lengths, unit_seed=seed)
+        return self._back(inputs, unit.row_lengths, unit_seed=seed, rows=self._task.loss_rows(unit.labels))
 
     def _seed(self, step: int, number: int) -> int | None:
         return unit_seed(self._plan, self._plan.routes[0].device, step, number)

@@ -16,6 +16,7 @@ import torch
 from edgelam_fl.errors import ProtocolError
 from edgelam_fl.model.stage import AdapterSet, Stage
 from edgelam_fl.split.judging import is_finite
+from edgelam_fl.split.loss import judged
 from edgelam_fl.tasks.base import Task
 from edgelam_fl.tasks.causal_lm import IGNORED
 
@@ -33,10 +34,11 @@ class Crossing:
     positions: list[int]  # row * tokens + place of the outputs that are asked for; empty: all
     timed: Callable[[str], AbstractContextManager[None]]  # notes the block as an interval of this kind
 
-    def through(self, view: Stage) -> torch.Tensor:
-        """Returns what the layers make of the inputs, where it is asked for."""
+    def through(self, view: Stage, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns what the layers make of the inputs, where it is asked for. `rows`: as of `Stage.forward`."""
         view.use(self.adapter)
-        output = view(self.inputs.to(view.dtype), self.row_lengths, layers=self.layers, unit_seed=self.seed)
+        inputs = self.inputs.to(view.dtype)
+        output = view(inputs, self.row_lengths, layers=self.layers, unit_seed=self.seed, rows=rows)
         return at_positions(output, self.positions) if self.positions else output
 
 
@@ -84,17 +86,15 @@ def forward_to_loss(
 ) -> Learned:
     """Takes a micro-batch through the layers, the head and the loss, and in training back. `divisor`: of the loss.
 
-    Raises ProtocolError if the labels do not fit the outputs.
+    Raises ProtocolError if the labels do not fit the inputs.
     """
-    with torch.set_grad_enabled(crossing.training):
-        with crossing.timed("forward"):
-            output = crossing.through(view)
-        check_targets(labels, output)
-        loss, sums = task.loss(output, labels, training=crossing.training)
-    loss_sum = float(loss.detach())
-    if not crossing.training or not math.isfinite(loss_sum):
-        return Learned(loss_sum, sums, None)
-    return Learned(loss_sum, sums, backward(view, crossing, loss / divisor, None, parameters))
+    check_targets(labels, crossing.inputs, view)
+    with torch.set_grad_enabled(crossing.training), crossing.timed("forward"):
+        output = crossing.through(view, task.loss_rows(labels))
+        found = judged(task, view, output, labels, divisor if crossing.training else None)
+    if not crossing.training or not math.isfinite(found.loss):
+        return Learned(found.loss, found.sums, None)
+    return Learned(found.loss, found.sums, backward(view, crossing, found.output, found.grad, parameters))
 
 
 def backward(
@@ -120,14 +120,15 @@ def at_positions(states_BTD: torch.Tensor, positions: list[int]) -> torch.Tensor
     return states_BTD.flatten(0, 1)[torch.tensor(positions)][None]
 
 
-def check_targets(labels: torch.Tensor, output: torch.Tensor) -> None:
-    """Raises ProtocolError if labels are not those of the outputs, [rows, tokens, vocabulary] or [rows, classes]."""
-    if labels.shape != output.shape[:-1]:
-        raise ProtocolError(f"labels of shape {list(labels.shape)} for outputs of shape {list(output.shape[:-1])}")
+def check_targets(labels: torch.Tensor, inputs: torch.Tensor, stage: Stage) -> None:
+    """Raises ProtocolError if labels are not those of `inputs` [rows, tokens, hidden], one per token or, in classification, row."""
+    every_row = stage.family.task_head is not None  # has a label, in classification
+    expected = inputs.shape[:1] if every_row else inputs.shape[:2]
+    if labels.shape != expected:
+        raise ProtocolError(f"labels of shape {list(labels.shape)} for outputs of shape {list(expected)}")
     labelled = labels[labels != IGNORED]
     least, most = (bound.item() for bound in labelled.aminmax()) if labelled.numel() else (0, 0)
-    every_row = labels.dim() == 1  # classification
-    if least < 0 or most >= output.shape[-1] or (every_row and len(labelled) < len(labels)):
+    if least < 0 or most >= stage.outputs or (every_row and len(labelled) < len(labels)):
         raise ProtocolError(
-            f"labels from {least} to {most}, {len(labelled)} of them; there are {output.shape[-1]} outputs"
+            f"labels from {least} to {most}, {len(labelled)} of them; there are {stage.outputs} outputs"
         )

@@ -6,7 +6,7 @@ memory. Knows sizes; knows no links.
 
 from __future__ import annotations
 
-from edgelam_fl.model.memory import unit_bytes
+from edgelam_fl.model.memory import loss_bytes, unit_bytes
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.chain_memory import UNITS_SHARE
 from edgelam_fl.plan.footprint import LEARNING_BYTES
@@ -20,12 +20,13 @@ def affordable_window(plan: pb.Plan, source: ModelSource, itemsize: int, adapter
 
     `itemsize`: bytes per element computed with. `adapter_size`: elements of the hosted adapter.
     """
-    span = plan.hosted
+    span, rows, tokens = plan.hosted, unit_rows(plan), plan.task.max_tokens
     unit = unit_bytes(
-        source.config, span.last - span.first, unit_rows(plan), plan.task.max_tokens, itemsize,
-        checkpointing=plan.checkpointing, head=not label_place(plan.labels).on_device,
+        source.config, span.last - span.first, rows, tokens, itemsize, checkpointing=plan.checkpointing,
         all_linear=list(plan.lora.targets) == ["all-linear"],
     )  # fmt: skip
     routes = len(plan.serves)
     kept = adapter_size * LEARNING_BYTES * routes
+    if not label_place(plan.labels).on_device:
+        kept += loss_bytes(source.config, rows * tokens, itemsize)  # of one unit at a time
     return max(0, min(plan.window, int((free_bytes * UNITS_SHARE - kept) // (unit * routes))))

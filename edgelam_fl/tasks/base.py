@@ -1,7 +1,7 @@
 """The parts of every task: examples, micro-batches, and a loss as a sum together with its divisor.
 
 Knows nothing about stages and links. Sums and counts, never means: means of unequal pieces do not add up.
-Shapes: B rows, T tokens.
+Shapes: B rows, T tokens, N positions that carry loss, V vocabulary.
 """
 
 from __future__ import annotations
@@ -66,13 +66,21 @@ class Task(Protocol):
         """Cuts a batch into at most `pieces` micro-batches."""
         ...
 
-    def loss(
-        self, output: torch.Tensor, labels: torch.Tensor, *, training: bool = False
-    ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Returns a micro-batch's loss sum in fp32 (to be divided by counts), and the sums of its other metrics by name.
+    def loss_rows(self, labels: torch.Tensor) -> torch.Tensor | None:
+        """Returns the positions [N] of a micro-batch's outputs that carry loss: b T + t, ascending; perhaps none.
 
-        A function of tensors only: a host that gets the labels calls it too. training: whether the loss is learned from, with
-        task.label_smoothing; what is only measured is without it.
+        Head and loss are then computed for these alone. None: `loss` gets all outputs, as those of a classifier, one per row. A
+        function of labels only: a host that gets the labels calls it too.
+        """
+        ...
+
+    def loss(
+        self, output: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor | None = None, *, training: bool = False
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Returns a loss sum in fp32 (to be divided by counts), and the sums of other metrics by name.
+
+        output: logits [N, V] at the positions `rows`, some or all of `loss_rows` (None: all of them); if `loss_rows` is None, the
+        head's whole output. labels: of the whole micro-batch. A function of tensors only, as `loss_rows` is. training: whether the loss is learned from, with task.label_smoothing; what is only measured is without it.
         """
         ...
 

@@ -1,6 +1,6 @@
 """Causal language modelling: makes examples of prompts and answers by a template, and a loss sum of logits.
 
-Knows nothing about stages and links. Shapes: B rows, T tokens, V vocabulary.
+Knows nothing about stages and links. Shapes: B rows, T tokens, N positions that carry loss, V vocabulary.
 """
 
 from __future__ import annotations
@@ -137,11 +137,15 @@ class CausalLm:
     def units(self, examples: Sequence[Example], pieces: int) -> list[Unit]:
         return make_units(examples, pieces)
 
+    def loss_rows(self, labels: torch.Tensor) -> torch.Tensor | None:
+        return loss_rows(labels)
+
     def loss(
-        self, output: torch.Tensor, labels: torch.Tensor, *, training: bool = False
+        self, output: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor | None = None, *, training: bool = False
     ) -> tuple[torch.Tensor, dict[str, float]]:
         smoothing = self._label_smoothing if training else 0.0
-        return (sum_of_means if self._by_example else loss_sum)(output, labels, smoothing), {}
+        rows_N = loss_rows(labels) if rows is None else rows
+        return (sum_of_means if self._by_example else loss_sum)(output, labels, rows_N, smoothing), {}
 
 
 def _chat(prompt: Prompt, answer: str) -> Chat:
@@ -169,19 +173,30 @@ def make_units(examples: Sequence[Example], pieces: int) -> list[Unit]:
     ]
 
 
-def loss_sum(logits_BTV: torch.Tensor, labels_BT: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
-    """Sums the token losses over labelled positions, in fp32; position t predicts token t + 1. smoothing: of labels, 0 to 1."""
-    predicted, targets = logits_BTV[:, :-1].flatten(0, 1).float(), labels_BT[:, 1:].flatten()
-    return functional.cross_entropy(
-        predicted, targets, ignore_index=IGNORED, reduction="sum", label_smoothing=smoothing
-    )
+def loss_rows(labels_BT: torch.Tensor) -> torch.Tensor:
+    """Returns the positions [N], b T + t, whose next token is labelled; ascending."""
+    is_labelled_BT = functional.pad(labels_BT[:, 1:] != IGNORED, (0, 1))
+    return is_labelled_BT.flatten().nonzero().flatten()
 
 
-def sum_of_means(logits_BTV: torch.Tensor, labels_BT: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
-    """Sums the mean token loss of each row, in fp32; a row without labels adds nothing. smoothing: as of `loss_sum`."""
-    targets_BT = labels_BT[:, 1:]
-    scores_BVT = logits_BTV[:, :-1].float().transpose(1, 2)
-    losses_BT = functional.cross_entropy(
-        scores_BVT, targets_BT, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing
-    )
-    return (losses_BT.sum(1) / (targets_BT != IGNORED).sum(1).clamp(min=1)).sum()
+def loss_sum(
+    logits_NV: torch.Tensor, labels_BT: torch.Tensor, rows_N: torch.Tensor, smoothing: float = 0.0
+) -> torch.Tensor:
+    """Sums the token losses at the positions `rows_N`, in fp32; position t predicts token t + 1. smoothing: of labels, 0 to 1."""
+    return _token_losses(logits_NV, labels_BT, rows_N, smoothing, "sum")
+
+
+def sum_of_means(
+    logits_NV: torch.Tensor, labels_BT: torch.Tensor, rows_N: torch.Tensor, smoothing: float = 0.0
+) -> torch.Tensor:
+    """Sums the mean token loss of each example, in fp32; one without labels adds nothing. smoothing: as of `loss_sum`."""
+    count_B = (labels_BT[:, 1:] != IGNORED).sum(1)
+    losses_N = _token_losses(logits_NV, labels_BT, rows_N, smoothing, "none")
+    return (losses_N / count_B[rows_N // labels_BT.shape[1]]).sum()
+
+
+def _token_losses(
+    logits_NV: torch.Tensor, labels_BT: torch.Tensor, rows_N: torch.Tensor, smoothing: float, reduction: str
+) -> torch.Tensor:
+    targets_N = labels_BT.flatten()[rows_N + 1]
+    return functional.cross_entropy(logits_NV.float(), targets_N, reduction=reduction, label_smoothing=smoothing)

@@ -63,8 +63,11 @@ class Classification:
             for rows in cut(examples, pieces)
         ]
 
+    def loss_rows(self, labels: torch.Tensor) -> torch.Tensor | None:
+        return None
+
     def loss(
-        self, output: torch.Tensor, labels: torch.Tensor, *, training: bool = False
+        self, output: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor | None = None, *, training: bool = False
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """Returns the sum of the cross-entropies of logits [B, C], and the number of rows that are "correct"."""
         smoothing = self._label_smoothing if training else 0.0

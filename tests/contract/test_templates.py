@@ -17,9 +17,10 @@ from edgelam_fl.model.generation import check_answers
 from edgelam_fl.model.source import find_model
 from edgelam_fl.serving.generate import LocalSpeaker
 from edgelam_fl.tasks.base import Example
-from edgelam_fl.tasks.causal_lm import CausalLm, loss_sum
+from edgelam_fl.tasks.causal_lm import CausalLm
 from edgelam_fl.tasks.data import Chat, Prompt
 from edgelam_fl.tasks.masking import IGNORED
+from tests.fleet import plain_loss
 from tests.support import run_config, write_tiny_llama
 from tests.texts import (
     MARKS,
@@ -337,7 +338,7 @@ def test_a_model_that_learned_60_steps_stops_by_itself(tmp_path: Path) -> None:
     (unit,) = task.units(task.examples([("Who?", "The device."), ("What?", "The data.")]).examples, 1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(60):
-        loss = loss_sum(model(input_ids=unit.ids_BT).logits, unit.labels) / unit.count
+        loss = plain_loss(model, unit) / unit.count
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -17,8 +17,7 @@ from edgelam_fl.model.adapter import Adapter
 from edgelam_fl.model.index import layer_number
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.tasks.base import Unit
-from edgelam_fl.tasks.causal_lm import loss_sum
-from tests.fleet import forward, plain_model, plain_optimizer
+from tests.fleet import plain_loss, plain_model, plain_optimizer
 
 Batches = Mapping[str, Sequence[Sequence[Unit]]]  # device -> steps -> micro-batches
 
@@ -107,7 +106,7 @@ class Reference:
     def _backward(self, device: str, units: Sequence[Unit], divisor: int) -> dict[str, torch.Tensor | None]:
         """Returns the gradients of the shared parameters from one device's micro-batches; its own parameters keep theirs in `.grad`."""
         for unit in units:
-            (loss_sum(forward(self.models[device], unit), unit.labels) / divisor).backward()
+            (plain_loss(self.models[device], unit) / divisor).backward()
         parts = {}
         for name, parameter in self.shared.items():
             parts[name], parameter.grad = parameter.grad, None

@@ -177,6 +177,22 @@ def test_logits(built: Built, left: bool, base: str) -> None:
     assert expected.std() > 0.1, "the model says the same of everything"
 
 
+@torch.no_grad()
+def test_logits_of_chosen_positions(built: Built) -> None:
+    """They are the model's for these positions, and the same bits whoever chose them, if the back has no layer."""
+    if built.case.classes:
+        pytest.skip("a classifier has one output per row")
+    rows = torch.tensor([0, 5, 13, 14 + 8, 2 * 14])
+    mask, positions = padding(left=False)
+    expected = built.whole()(input_ids=token_ids(), attention_mask=mask, position_ids=positions).logits
+    *before, back = built.stages("no layer at the back")
+    hidden = through(before, token_ids(), LENGTHS)
+    got = back.logits(back(hidden, LENGTHS, rows=rows))
+    torch.testing.assert_close(got, expected.flatten(0, 1)[rows])
+    chosen_before = hidden.flatten(0, 1)[rows][None]
+    assert torch.equal(got, back.logits(back(chosen_before, [len(rows)], rows=torch.arange(len(rows)))))
+
+
 @pytest.mark.parametrize("cut", ["inside", "no layer at the back"])
 @torch.no_grad()
 def test_logits_with_a_cut_adapter(built: Built, cut: str) -> None:

@@ -101,7 +101,7 @@ class FrontAlone:
             states_BTD[row, :length] = below.hidden_states[self._front][0]
         return states_BTD
 
-    def logits(self, unit: Unit) -> torch.Tensor:
+    def logits(self, _: Any, unit: Unit) -> torch.Tensor:
         tokens = unit.ids_BT.shape[1]
         mask = (torch.arange(tokens)[None, :] < torch.tensor(unit.row_lengths)[:, None]).long()
         return self.model(inputs_embeds=self.states(unit), attention_mask=mask, use_cache=False).logits
@@ -113,7 +113,7 @@ class FrontAlone:
         for units in steps:
             labels = sum(unit.count for unit in units)
             for unit in units:
-                (plain_loss(self.logits(unit), unit.labels, config) / labels).backward()
+                (plain_loss(self.model, unit, config.task.label_smoothing, self.logits) / labels).backward()
             optimizer.step()
             optimizer.zero_grad()
         return plain_adapter(self.model)

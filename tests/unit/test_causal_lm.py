@@ -10,7 +10,7 @@ from edgelam_fl.errors import ConfigError, DataError
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.node.examples import DeviceExamples
 from edgelam_fl.tasks.base import Example
-from edgelam_fl.tasks.causal_lm import IGNORED, CausalLm, labelled, loss_sum, make_units, sum_of_means
+from edgelam_fl.tasks.causal_lm import IGNORED, CausalLm, labelled, loss_rows, loss_sum, make_units, sum_of_means
 from edgelam_fl.tasks.data import Chat
 from edgelam_fl.wire import edgelam_pb2 as pb
 
@@ -149,9 +149,17 @@ def test_examples_without_room_for_an_answer_are_counted_and_none_left_is_an_err
         DeviceExamples(file).load(language, settings, "m")
 
 
+def at_loss_rows(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    return logits_BTV.flatten(0, 1)[loss_rows(labels_BT)]
+
+
+def summed(logits_BTV: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    return loss_sum(at_loss_rows(logits_BTV, labels_BT), labels_BT, loss_rows(labels_BT))
+
+
 def test_the_tokenizer_is_loaded_with_the_first_examples(tiny: ModelSource, tmp_path: Path) -> None:
     """A host that is sent labels has the task and no tokenizer."""
-    logits, labels = torch.zeros(1, 3, 5), torch.tensor([[IGNORED, 1, 2]])
+    logits, labels = torch.zeros(2, 5), torch.tensor([[IGNORED, 1, 2]])
     language = CausalLm(tmp_path / "none", pb.TaskSettings(template="plain", max_tokens=8, loss_on="all"))
     assert float(language.loss(logits, labels)[0]) == pytest.approx(2 * math.log(5))
     with pytest.raises(OSError, match="none"):
@@ -164,19 +172,29 @@ def test_by_examples_each_counts_once_with_its_mean_token_loss(tiny: ModelSource
     assert [(labelled(example.labels), example.count) for example in examples] == [(1 + 1, 1), (10, 1)]
     (unit,) = language.units(examples, 1)
     logits = torch.randn(*unit.ids_BT.shape, 300, generator=torch.Generator().manual_seed(1))
-    alone = [loss_sum(logits[row : row + 1], unit.labels[row : row + 1]) for row in range(2)]
-    loss, others = language.loss(logits, unit.labels)
+    alone = [summed(logits[row : row + 1], unit.labels[row : row + 1]) for row in range(2)]
+    loss, others = language.loss(at_loss_rows(logits, unit.labels), unit.labels)
     assert float(loss) == pytest.approx(float(alone[0]) / 2 + float(alone[1]) / 10, rel=1e-6)
     assert (unit.count, others) == (2, {})
 
 
-def test_by_labels_the_loss_is_the_token_losses_sum_to_the_bit(tiny: ModelSource) -> None:
-    language = task(tiny, "plain")
+@pytest.mark.parametrize("weighting", ["labels", "examples"])
+def test_losses_of_parts_of_the_positions_add_up(tiny: ModelSource, weighting: str) -> None:
+    language = task(tiny, "plain", weighting=weighting)
     (unit,) = language.units(language.examples([("1", "x"), ("1", "so many more")]).examples, 1)
-    logits = torch.randn(*unit.ids_BT.shape, 300, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    by_task, by_hand = language.loss(logits, unit.labels)[0], loss_sum(logits, unit.labels)
-    assert torch.equal(by_task, by_hand)
-    assert torch.equal(*(torch.autograd.grad(loss, logits)[0] for loss in (by_task, by_hand)))
+    logits = torch.randn(*unit.ids_BT.shape, 300, generator=torch.Generator().manual_seed(1))
+    rows = language.loss_rows(unit.labels)
+    assert rows is not None
+    parts = [language.loss(logits.flatten(0, 1)[some], unit.labels, some)[0] for some in rows.split(4)]
+    whole = language.loss(at_loss_rows(logits, unit.labels), unit.labels)[0]
+    assert len(parts) > 1
+    assert float(sum(parts)) == pytest.approx(float(whole), rel=1e-6)
+
+
+def test_loss_rows_are_the_positions_before_labels() -> None:
+    labels = torch.tensor([[3, 1, IGNORED, 2], [IGNORED, IGNORED, 4, IGNORED]])
+    assert loss_rows(labels).tolist() == [0, 2, 4 + 1]
+    assert loss_rows(torch.full((2, 3), IGNORED)).tolist() == []
 
 
 def test_by_examples_each_mean_is_of_smoothed_losses(tiny: ModelSource) -> None:
@@ -185,14 +203,15 @@ def test_by_examples_each_mean_is_of_smoothed_losses(tiny: ModelSource) -> None:
     )
     logits = torch.randn(1, 3, 5, generator=torch.Generator().manual_seed(1))
     labels = torch.tensor([[IGNORED, 1, 2]])
-    loss, _ = CausalLm(tiny.folder, settings).loss(logits, labels, training=True)
+    loss, _ = CausalLm(tiny.folder, settings).loss(logits[0, :-1], labels, training=True)
     by_torch = torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], label_smoothing=0.3)
     assert float(loss) == pytest.approx(float(by_torch), rel=1e-6)
 
 
 def test_a_row_without_labels_adds_nothing_to_the_sum_of_means() -> None:
     logits = torch.zeros(2, 3, 5, requires_grad=True)
-    loss = sum_of_means(logits, torch.tensor([[IGNORED, 1, 2], [3, IGNORED, IGNORED]]))
+    labels = torch.tensor([[IGNORED, 1, 2], [3, IGNORED, IGNORED]])
+    loss = sum_of_means(at_loss_rows(logits, labels), labels, loss_rows(labels))
     loss.backward()
     assert float(loss.detach()) == pytest.approx(math.log(5))
     assert logits.grad is not None
@@ -225,15 +244,15 @@ def test_the_loss_sum_is_cross_entropy_by_hand() -> None:
     for row, position, label in [(0, 0, 1), (0, 2, 2), (1, 1, 4)]:  # position t predicts token t + 1
         scores = [math.exp(float(value)) for value in logits[row, position]]
         by_hand -= math.log(scores[label] / sum(scores))
-    assert float(loss_sum(logits, labels)) == pytest.approx(by_hand, rel=1e-6)
-    assert loss_sum(logits.bfloat16(), labels).dtype == torch.float32
+    assert float(summed(logits, labels)) == pytest.approx(by_hand, rel=1e-6)
+    assert summed(logits.bfloat16(), labels).dtype == torch.float32
 
 
 def test_sums_of_pieces_are_the_sum_of_the_whole() -> None:
     whole, pieces = make_units(some_examples(2, 3, 5, 9), 1), make_units(some_examples(2, 3, 5, 9), 3)
 
     def total(units: list) -> float:
-        return sum(float(loss_sum(torch.nn.functional.one_hot(u.ids_BT, 10).float(), u.labels)) for u in units)
+        return sum(float(summed(torch.nn.functional.one_hot(u.ids_BT, 10).float(), u.labels)) for u in units)
 
     assert total(pieces) == pytest.approx(total(whole), rel=1e-6)
     assert sum(unit.count for unit in pieces) == whole[0].count == 1 + 2 + 4 + 8

@@ -39,6 +39,7 @@ class Texts:
     """A task whose examples are the texts themselves, and which counts how often it was asked for some."""
 
     units: Any = None
+    loss_rows: Any = None
     loss: Any = None
 
     def __init__(self) -> None:

@@ -13,7 +13,7 @@ from edgelam_fl.model.memory import unit_bytes, weights_bytes
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.stage import LoraSettings, Span, Stage, load_stages
 from edgelam_fl.model.weights import read_tensors
-from edgelam_fl.tasks.causal_lm import loss_sum
+from edgelam_fl.tasks.causal_lm import loss_rows, loss_sum
 
 ATTENTION, ALL = ("q_proj", "v_proj"), ("all-linear",)
 PAIRS = [("fp32", ""), ("bf16", ""), ("int8", "float32"), ("int8", "bfloat16"), ("nf4", "bfloat16")]
@@ -29,9 +29,13 @@ def measured(stage: Stage, rows: int, tokens: int, hidden_size: int, itemsize: i
         return tensor
 
     x = torch.randn(rows, tokens, hidden_size).to(stage.dtype).requires_grad_()
+    labels = torch.full((rows, tokens), 3)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = stage(x, [tokens] * rows)
-        loss = loss_sum(output, torch.full((rows, tokens), 3)) if stage.span.head else None
+        output = stage(x, [tokens] * rows, rows=loss_rows(labels) if stage.span.head else None)
+        loss = None
+        if stage.span.head:
+            output = stage.logits(output)
+            loss = loss_sum(output, labels, loss_rows(labels))
     kept[x.untyped_storage().data_ptr()] = x.untyped_storage()
     kept[output.untyped_storage().data_ptr()] = output.untyped_storage()
     assert loss is None or loss.requires_grad
