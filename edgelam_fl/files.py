@@ -13,10 +13,11 @@ import shutil
 import tempfile
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 _ASIDE = ".old.part"
 # Half-done files and folders: ours, those of the library safetensors, and of `write_atomically`.
@@ -155,6 +156,40 @@ def say(text: str, stream: TextIO | None = None) -> None:
     """Prints a line at once; `stream`: None: standard output. Output may be a log on a full disk, and that fails nobody."""
     with suppress(OSError):
         print(text, file=stream, flush=True)
+
+
+class RoomyStream:
+    """An output stream that drops what a full disk does not take: commands that run for months write to logs on disks, too.
+
+    All else, the stream's other errors included, is that of the stream.
+    """
+
+    def __init__(self, stream: Callable[[], TextIO]) -> None:
+        """`stream`: returns it at each use, as `sys.stdout` may be another one by then."""
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Writes text, or drops it; returns its length."""
+        with _if_there_is_room():
+            self._stream().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with _if_there_is_room():
+            self._stream().flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream(), name)
+
+
+@contextmanager
+def _if_there_is_room() -> Iterator[None]:
+    """Ends the block quietly at a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if not is_full(error):
+            raise
 
 
 def free_bytes(folder: Path) -> int:

@@ -6,15 +6,18 @@ Imports nothing heavy: `edgelam --help` loads this module.
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO, cast
 
 import typer
 from rich.console import Console
 
-console = Console()
+from edgelam_fl.files import RoomyStream
+
+console = Console(file=cast("TextIO", RoomyStream(lambda: sys.stdout)))
 """What a command was asked for: results, and the course of a run."""
-messages = Console(stderr=True)
+messages = Console(file=cast("TextIO", RoomyStream(lambda: sys.stderr)), stderr=True)
 """Errors and waiting, so that the output of a command can be piped."""
 
 

@@ -164,13 +164,14 @@ def log_tail(log: Path, lines: int = 3) -> str:
 def shorten(log: Path, most_bytes: int = 4 << 20, kept_bytes: int = 256 << 10) -> None:
     """Cuts a log that is longer than `most_bytes` down to whole lines of its last `kept_bytes`, while others append.
 
-    A board's card is small, and a node may run for years.
+    A board's card is small, and a node may run for years. A disk that fails costs the log, and nothing else.
     """
-    if not log.exists() or log.stat().st_size <= most_bytes:
-        return
-    with log.open("rb") as old:
-        old.seek(-kept_bytes, os.SEEK_END)
-        kept = old.read().partition(b"\n")[2]
-    os.truncate(log, 0)  # in place: its writers have it open
-    with log.open("ab") as new:
-        new.write(kept)
+    with contextlib.suppress(OSError):
+        if not log.exists() or log.stat().st_size <= most_bytes:
+            return
+        with log.open("rb") as old:
+            old.seek(-kept_bytes, os.SEEK_END)
+            kept = old.read().partition(b"\n")[2]
+        os.truncate(log, 0)  # in place: its writers have it open
+        with log.open("ab") as new:
+            new.write(kept)

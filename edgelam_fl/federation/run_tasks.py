@@ -29,7 +29,7 @@ from sqlalchemy import select, update
 from edgelam_fl.bounds import Bounds
 from edgelam_fl.errors import INTERRUPTED, DataError, RunFailed
 from edgelam_fl.federation.child import ending_with_this
-from edgelam_fl.files import is_held
+from edgelam_fl.files import is_held, say
 from edgelam_fl.names import AGAIN
 from edgelam_fl.telemetry.events import (
     EVENTS_FILE,
@@ -75,7 +75,7 @@ class RunTasks:
         links: Any,
         start: Callable[[RunTask], subprocess.Popen[bytes]],
         bounds: Bounds,
-        say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+        say: Callable[[str], None] = lambda text: say(text, sys.stderr),
     ) -> None:
         """`links`: Flower's state of the SuperLink. `start`: starts a task's process. `bounds`: where runs have their folders."""
         self._links, self._start, self._bounds, self._say = links, start, bounds, say

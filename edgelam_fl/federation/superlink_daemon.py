@@ -58,6 +58,7 @@ from edgelam_fl.federation.app_archive import app_alone, archive_digest
 from edgelam_fl.federation.guard import Guard, Handler
 from edgelam_fl.federation.operator import read_token
 from edgelam_fl.federation.run_tasks import RunTasks, start_task
+from edgelam_fl.files import say
 from edgelam_fl.trust.identity import AUTHORITY_FILE, CERTIFICATE_FILE, KEY_FILE
 from edgelam_fl.trust.join_service import JoinService
 from edgelam_fl.trust.server import ServerTrust, open_trust
@@ -211,7 +212,7 @@ def wait_longer_for_the_database() -> None:
 
 async def ask_again(_: Request, error: Exception) -> Response:
     """Answers a request that the database could not take, locked or on a full disk, so that its sender asks again; with 500 it would end."""
-    print(f"the database: {error!s:.200}", file=sys.stderr, flush=True)
+    say(f"the database: {error!s:.200}", sys.stderr)
     return Response(status_code=503)
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import io
 import os
 import signal
 import socket
@@ -7,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -19,6 +22,8 @@ from edgelam_fl.federation.child import Child, Restarts, end_all, log_tail, shor
 from edgelam_fl.federation.local import LocalFederation
 from edgelam_fl.federation.node_process import NodeProcesses
 from edgelam_fl.federation.operator import Operator
+from edgelam_fl.files import RoomyStream
+from tests.disk_faults import fill_at
 
 
 @pytest.mark.parametrize(
@@ -202,6 +207,17 @@ def test_log_tail(tmp_path: Path) -> None:
     assert log_tail(tmp_path / "log") == "b\ufffd | c | d"
 
 
+def test_a_full_disk_costs_the_log_that_is_shortened_and_nothing_else(tmp_path: Path) -> None:
+    log = tmp_path / "superlink.log"
+    writes = 0
+    while True:
+        log.write_text("a line\n" * 300)
+        if not fill_at(writes + 1, lambda: shorten(log, most_bytes=1000, kept_bytes=25)):
+            break
+        writes += 1
+    assert writes
+
+
 def test_a_log_that_has_grown_long_is_shortened_under_its_writer(tmp_path: Path) -> None:
     log, lines = tmp_path / "log", [f"line {n:04}\n" for n in range(101)]  # of 10 bytes
     code = (
@@ -274,3 +290,17 @@ def is_running(pid: int) -> bool:
     if sys.platform != "linux":
         return True
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.parametrize(("error", "passes"), [(errno.ENOSPC, False), (errno.EDQUOT, False), (errno.EPIPE, True)])
+def test_output_on_a_full_disk_is_dropped_and_a_broken_pipe_is_not(error: int, passes: bool) -> None:
+    class Failing(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(error, os.strerror(error))
+
+    stream = Failing()
+    roomy = RoomyStream(lambda: stream)
+    with pytest.raises(OSError, match=os.strerror(error)) if passes else nullcontext():
+        roomy.write("a node has joined\n")
+        roomy.flush()
+    assert stream.getvalue() == "a node has joined\n"
