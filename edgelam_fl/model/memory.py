@@ -25,7 +25,8 @@ _FOUR_NORMS = ("gemma2", "gemma3_text")  # per layer; others have two
 _FUSED = ("phi3",)  # queries, keys and values are one matrix, gate and up another
 _EAGER = ("gemma2",)  # transformers computes its capped scores one by one and keeps them
 _SCORE_BYTES = 8  # per score: capped ones and their softmax
-_CHUNK_LOGITS, _LEAST_CHUNK = 2**23, 32  # of a head's chunk: logits, and positions
+# Of a head's chunk: logits, a bit less than the largest block that the C library keeps (model.allocator), and positions.
+_CHUNK_LOGITS, _LEAST_CHUNK = 2**23 - 2**10, 32
 
 
 def head_chunk(outputs: int) -> int:

@@ -144,7 +144,7 @@ class Stage(nn.Module):
             cache.mask_BT = mask_BT
         states: torch.Tensor = output.logits if headed else output.last_hidden_state
         if rows is not None:
-            return states.flatten(0, 1).index_select(0, rows)
+            return states.flatten(0, 1).index_select(0, rows.to(states.device))
         return self._cut(states) if isinstance(self._cut, CutDown) else states
 
     def logits(self, states_ND: torch.Tensor) -> torch.Tensor:

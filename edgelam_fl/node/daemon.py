@@ -9,6 +9,7 @@ import argparse
 import signal
 import sys
 import threading
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,8 @@ from edgelam_fl.machine import end_with_parent
 from edgelam_fl.telemetry.events import EVENTS_FILE, EventLog, NodeReady
 
 if TYPE_CHECKING:
+    from edgelam_fl.node.held import Held
+    from edgelam_fl.node.part import Part
     from edgelam_fl.node.service import StageHost
     from edgelam_fl.wire.grpc.secure import Security
 
@@ -102,11 +105,22 @@ def _security(options: argparse.Namespace) -> Security:
     return Security(identity, options.insecure)
 
 
+def allocating(part: Part, held: Held) -> AbstractContextManager[None]:
+    """Keeps freed memory for the next tensors while a part is played, if the node has room for it."""
+    from edgelam_fl.machine import memory_free_bytes
+    from edgelam_fl.model.allocator import kept_if_roomy
+    from edgelam_fl.split.window import units_bytes
+
+    itemsize = max(stage.dtype.itemsize for stage in held.stages())
+    return kept_if_roomy(units_bytes(part.plan, held.source, itemsize), memory_free_bytes())
+
+
 def _make_node(options: argparse.Namespace, log: EventLog, security: Security) -> StageHost:
     import torch
 
     from edgelam_fl.model.allocator import give_back_at_once
     from edgelam_fl.node.examples import DeviceExamples
+    from edgelam_fl.node.play import NodeHooks
     from edgelam_fl.node.service import StageHost
     from edgelam_fl.wire.grpc.attending import Attending
     from edgelam_fl.wire.grpc.dial import dial
@@ -114,7 +128,7 @@ def _make_node(options: argparse.Namespace, log: EventLog, security: Security) -
     from edgelam_fl.wire.grpc.serve import RelayedDoor
     from edgelam_fl.wire.relay import BEHIND, RELAY
 
-    give_back_at_once()
+    give_back_at_once()  # until a part is played
     if options.threads:
         torch.set_num_threads(options.threads)
     return StageHost(
@@ -129,6 +143,7 @@ def _make_node(options: argparse.Namespace, log: EventLog, security: Security) -
         attend=partial(Attending, security=security),
         security=security,
         state=options.state,
+        hooks=NodeHooks(around_play=allocating),
     )  # fmt: skip
 
 

@@ -55,6 +55,8 @@ class Footprints:
         layers = (layer for span in spans for layer in range(span.first, span.last))
         adapters = sum(self.adapter_weights.get(layer, 0) for layer in layers)
         units = window * self._unit(pair, spans[0].last)
+        if spans[0].head:  # the whole model
+            units += self._unit(pair, 0, head=True) - self._unit(pair, 0)
         units += sum(self._unit(pair, span.last - span.first, head=True) for span in spans[1:])
         frozen = self.spec.cut.rank * self.spec.source.hidden_size if self.spec.cut else 0  # B of a cut adapter
         learning = round((FP32_BYTES + LEARNING_BYTES) * rank * adapters)

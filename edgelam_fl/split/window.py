@@ -11,7 +11,7 @@ from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.chain_memory import UNITS_SHARE
 from edgelam_fl.plan.footprint import LEARNING_BYTES
 from edgelam_fl.plan.modes import label_place
-from edgelam_fl.plan.reading import unit_rows
+from edgelam_fl.plan.reading import end_spans, unit_rows
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 
@@ -20,13 +20,33 @@ def affordable_window(plan: pb.Plan, source: ModelSource, itemsize: int, adapter
 
     `itemsize`: bytes per element computed with. `adapter_size`: elements of the hosted adapter.
     """
-    span, rows, tokens = plan.hosted, unit_rows(plan), plan.task.max_tokens
-    unit = unit_bytes(
-        source.config, span.last - span.first, rows, tokens, itemsize, checkpointing=plan.checkpointing,
+    unit = _unit_bytes(plan, source, plan.hosted.last - plan.hosted.first, itemsize)
+    routes = len(plan.serves)
+    kept = adapter_size * LEARNING_BYTES * routes + _hosted_loss_bytes(plan, source, itemsize)
+    return max(0, min(plan.window, int((free_bytes * UNITS_SHARE - kept) // (unit * routes))))
+
+
+def units_bytes(plan: pb.Plan, source: ModelSource, itemsize: int) -> int:
+    """Returns the bytes of all micro-batches that a node may have under way, on its own route and for the routes that it serves."""
+    needed = 0
+    if plan.serves:
+        unit = _unit_bytes(plan, source, plan.hosted.last - plan.hosted.first, itemsize)
+        needed += len(plan.serves) * plan.window * unit + _hosted_loss_bytes(plan, source, itemsize)
+    for span in end_spans(plan):
+        units = plan.window if span.embed and not span.head else 1  # the rest of a route keeps one
+        needed += units * _unit_bytes(plan, source, span.last - span.first, itemsize, head=span.head)
+    return needed
+
+
+def _unit_bytes(plan: pb.Plan, source: ModelSource, layers: int, itemsize: int, *, head: bool = False) -> int:
+    return unit_bytes(
+        source.config, layers, unit_rows(plan), plan.task.max_tokens, itemsize, checkpointing=plan.checkpointing, head=head,
         all_linear=list(plan.lora.targets) == ["all-linear"],
     )  # fmt: skip
-    routes = len(plan.serves)
-    kept = adapter_size * LEARNING_BYTES * routes
-    if not label_place(plan.labels).on_device:
-        kept += loss_bytes(source.config, rows * tokens, itemsize)  # of one unit at a time
-    return max(0, min(plan.window, int((free_bytes * UNITS_SHARE - kept) // (unit * routes))))
+
+
+def _hosted_loss_bytes(plan: pb.Plan, source: ModelSource, itemsize: int) -> int:
+    """Returns what head and loss take at a host that has them, of one micro-batch at a time."""
+    if label_place(plan.labels).on_device:
+        return 0
+    return loss_bytes(source.config, unit_rows(plan) * plan.task.max_tokens, itemsize)

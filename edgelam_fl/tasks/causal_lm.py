@@ -192,11 +192,11 @@ def sum_of_means(
     """Sums the mean token loss of each example, in fp32; one without labels adds nothing. smoothing: as of `loss_sum`."""
     count_B = (labels_BT[:, 1:] != IGNORED).sum(1)
     losses_N = _token_losses(logits_NV, labels_BT, rows_N, smoothing, "none")
-    return (losses_N / count_B[rows_N // labels_BT.shape[1]]).sum()
+    return (losses_N / count_B[rows_N // labels_BT.shape[1]].to(losses_N.device)).sum()
 
 
 def _token_losses(
     logits_NV: torch.Tensor, labels_BT: torch.Tensor, rows_N: torch.Tensor, smoothing: float, reduction: str
 ) -> torch.Tensor:
-    targets_N = labels_BT.flatten()[rows_N + 1]
+    targets_N = labels_BT.flatten()[rows_N + 1].to(logits_NV.device)
     return functional.cross_entropy(logits_NV.float(), targets_N, reduction=reduction, label_smoothing=smoothing)

@@ -17,7 +17,7 @@ from edgelam_fl.node.service import StageHost
 from edgelam_fl.plan.making import RoundFacts
 from edgelam_fl.plan.reading import spans_of
 from edgelam_fl.split.route import memory_dial, new_route, open_route
-from edgelam_fl.split.window import affordable_window
+from edgelam_fl.split.window import affordable_window, units_bytes
 from edgelam_fl.telemetry.events import WindowGranted, of_kind
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
@@ -31,10 +31,14 @@ ADAPTER = 4096  # elements of it
 WINDOW = 4
 
 
-def plan_of(source: ModelSource, *overrides: str) -> pb.Plan:
+def all_plans(source: ModelSource, *overrides: str) -> dict[str, pb.Plan]:
     nodes: dict[str, Any] = {"device-1": None, "device-2": None}
     config = run_config(source.name, f"split.window={WINDOW}", *overrides)
-    return Fleet(source, config, nodes, {"edge-1": (None, "edge-1")}).plans(RoundFacts("r", 1, 1, 0, 1))["edge-1"]
+    return Fleet(source, config, nodes, {"edge-1": (None, "edge-1")}).plans(RoundFacts("r", 1, 1, 0, 1))
+
+
+def plan_of(source: ModelSource, *overrides: str) -> pb.Plan:
+    return all_plans(source, *overrides)["edge-1"]
 
 
 @pytest.mark.parametrize("fitting", [0, 1, 3, 4, 9])
@@ -52,6 +56,17 @@ def test_checkpointing_makes_room(tiny: ModelSource) -> None:
     plain, thrifty = plan_of(tiny), plan_of(tiny, "split.checkpointing=true")
     assert affordable_window(plain, tiny, 4, ADAPTER, free) == 2
     assert affordable_window(thrifty, tiny, 4, ADAPTER, free) == 3
+
+
+def test_a_node_counts_all_units_that_it_may_have_under_way(tiny: ModelSource) -> None:
+    """A host the window of each route; a device the window in its front, and one micro-batch in its back with head and loss."""
+    plans = all_plans(tiny)
+    host, device = plans["edge-1"], plans["device-1"]
+    assert units_bytes(host, tiny, 4) == 2 * WINDOW * unit_bytes(tiny.config, 2, 2, 128, 4)
+    fronts = WINDOW * unit_bytes(tiny.config, 2, 2, 128, 4)
+    assert units_bytes(device, tiny, 4) == fronts + unit_bytes(tiny.config, 2, 2, 128, 4, head=True)
+    (whole,) = [plan for name, plan in all_plans(tiny, "split.hosts=0").items() if name == "device-1"]
+    assert units_bytes(whole, tiny, 4) == unit_bytes(tiny.config, tiny.num_layers, 2, 128, 4, head=True)
 
 
 def test_a_host_short_of_memory_grants_less(tiny: ModelSource, data_files: list[Path]) -> None:
