@@ -81,7 +81,7 @@ def measure(smoke: bool, options: argparse.Namespace) -> tuple[dict[str, Any], l
         "rounds": rounds, "steps_of_a_round": STEPS, "seed": options.seed, "undisturbed_s": round(seconds, 1),
         "kills": [vars(kill) for kill in kills],
     }  # fmt: skip
-    return settings, _figures(kills, left, not smoke)
+    return settings, figures(kills, left, not smoke)
 
 
 def run_settings(model: str, rounds: int) -> list[str]:
@@ -149,7 +149,7 @@ def await_end(course: Course, seconds: float) -> bool:
     return False
 
 
-def _figures(kills: Sequence[Kill], left: dict[str, list[str]], bars: bool) -> list[Figure]:
+def figures(kills: Sequence[Kill], left: dict[str, list[str]], bars: bool) -> list[Figure]:
     def none(name: str, count: int) -> Figure:
         return Figure(name, count, "", *(("none", not count) if bars else (None, None)))
 

@@ -167,7 +167,7 @@ def measure(smoke: bool, options: argparse.Namespace) -> tuple[dict[str, Any], l
                 print(f"{number} of {len(phases)}: {found[-1]}", flush=True)
         finally:
             left = federation.stop()
-    return {"rounds": ROUNDS, "struck_round": ROUND, "kills": [vars(one) for one in found]}, _figures(
+    return {"rounds": ROUNDS, "struck_round": ROUND, "kills": [vars(one) for one in found]}, figures(
         found, left, not smoke
     )
 
@@ -218,7 +218,7 @@ def _await(reached: Callable[[], str]) -> str:
     raise TimeoutError("the phase did not come")
 
 
-def _figures(found: Sequence[Killed], left: dict[str, list[str]], bars: bool) -> list[Figure]:
+def figures(found: Sequence[Killed], left: dict[str, list[str]], bars: bool) -> list[Figure]:
     def bar(name: str, value: float, unit: str, words: str, holds: bool) -> Figure:
         return Figure(name, value, unit, words if bars else None, holds if bars else None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from contextlib import ExitStack
 
 import pytest
 
+from benchmarks.chaos import killed, server_killed
 from benchmarks.chaos.course import devices_missing
 from benchmarks.chaos.faults import ACTIONS, Fault, schedule
 from benchmarks.chaos.line import Line, owns
@@ -135,3 +137,17 @@ def test_a_verdict_is_read_as_it_was_written() -> None:
     for verdict in (written, Verdict(Fault("kill", "run", "", 1.0), 1, True, "", hang=True)):
         plain = verdict.to_json()
         assert Verdict.from_json(plain).to_json() == plain
+
+
+def test_a_run_that_ends_otherwise_after_a_kill_misses_the_bar() -> None:
+    well = killed.Kill(1.0, 2, "17 processes", 30.0, "equal", (), ())
+    other = dataclasses.replace(well, outcome="differs", went_on_s=None)
+    nothing_left = {"processes": list[str]()}
+    for kills, holds in (([well], True), ([well, other], False)):
+        assert all(figure.holds in (None, holds) for figure in killed.figures(kills, nothing_left, True)[:3])
+    struck = server_killed.Killed("training", "step 1 is done", 9.0, 12.0, "equal", 0)
+    late = dataclasses.replace(struck, phase="sending plans", back_s=31.0)
+    gone = dataclasses.replace(struck, back_s=None, outcome="did not end", follower=3)
+    for found, missed in (([struck], 0), ([struck, late], 1), ([struck, gone], 3)):
+        figures_of = server_killed.figures(found, nothing_left, True)
+        assert sum(figure.holds is False for figure in figures_of) == missed
