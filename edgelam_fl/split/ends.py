@@ -44,6 +44,9 @@ class Ends:
         self.has_labels = label_place(plan.labels).on_device
         front_trains = any(parameter.requires_grad for parameter in self._front.parameters())
         self._gradient_needed = self._is_split and (front_trains or plan.lora.train_hosts or plan.HasField("lowrank"))
+        # Noise on gradients hides which positions have labels, and would hide nothing if the device named them.
+        by_position = self.has_labels and self._back.span.first == self._back.span.last
+        self._names_positions = self._is_split and by_position and not plan.cut.clip
 
     def forward_front(self, unit: Unit, step: int, number: int, *, training: bool) -> torch.Tensor:
         """Returns the hidden states [rows, tokens, hidden] of a micro-batch for the first host."""
@@ -62,6 +65,14 @@ class Ends:
         """Adds to the front's gradients. `sent`: what `forward_front` returned. `grad`: its gradient, from the first host."""
         sent.backward(self._cut.disguising(unit, sent, grad, divisor))
 
+    def positions(self, unit: Unit) -> torch.Tensor | None:
+        """Returns the positions [N] of a micro-batch whose states the back needs, row * tokens + place; None: all.
+
+        A back without layers computes each position alone, and only what carries loss counts.
+        """
+        rows_N = self._task.loss_rows(unit.labels) if self._names_positions else None
+        return rows_N if rows_N is not None and len(rows_N) else None
+
     def evaluate(self, unit: Unit, inputs: torch.Tensor) -> tuple[float, dict[str, float]]:
         """Returns a micro-batch's loss sum and its sums of other metrics. `inputs`: as of `train`."""
         found = judged(self._task, self._back, self._forward_back(unit, inputs, None), unit.labels)
@@ -72,9 +83,9 @@ class Ends:
     ) -> tuple[float, torch.Tensor | None]:
         """Adds to the back's gradients; returns the loss sum and the gradient for the last host, None if none is needed.
 
-        `inputs`: the last host's hidden states, with the values of the cut adapter beside them if the run has one, which are
-        then all that the gradient is of; on a route over no host, token ids. `divisor`: labels of all devices in
-        the turn, by which the loss is divided.
+        `inputs`: the last host's hidden states, those at `positions` as one row, with the values of the cut adapter beside
+        them if the run has one, which are then all that the gradient is of; on a route over no host, token ids. `divisor`:
+        labels of all devices in the turn, by which the loss is divided.
         """
         if self._gradient_needed:
             inputs.requires_grad_(True)
@@ -89,7 +100,11 @@ class Ends:
 
     def _forward_back(self, unit: Unit, inputs: torch.Tensor, seed: int | None) -> torch.Tensor:
         inputs = inputs.to(self._back.dtype) if self._is_split else inputs
-        return self._back(inputs, unit.row_lengths, unit_seed=seed, rows=self._task.loss_rows(unit.labels))
+        if self.positions(unit) is None:
+            return self._back(inputs, unit.row_lengths, unit_seed=seed, rows=self._task.loss_rows(unit.labels))
+        each_N1D = inputs.transpose(0, 1)
+        count = len(each_N1D)
+        return self._back(each_N1D, [1] * count, unit_seed=seed, rows=torch.arange(count))
 
     def _seed(self, step: int, number: int) -> int | None:
         return unit_seed(self._plan, self._plan.routes[0].device, step, number)

@@ -137,14 +137,16 @@ class DeviceStep:
         }  # fmt: skip
         if not self._ends.has_labels:
             self._route.exit.send(pb.Header(kind=pb.LABELS, **fields), unit.labels)
-        header = pb.Header(kind=pb.ACT, row_lengths=unit.row_lengths, **fields)
+        positions_N = self._ends.positions(unit)
+        positions = [] if positions_N is None else positions_N.tolist()
+        header = pb.Header(kind=pb.ACT, row_lengths=unit.row_lengths, positions=positions, **fields)
         with self._computing("forward", header):
             hidden = sent = None
             if self._ends.fronts is None:
                 hidden = sent = self._ends.forward_front(unit, self.number, number, training=self._trains)
             else:
                 sent = self._named(header, unit, self._ends.fronts)
-        returns = [*unit.ids_BT.shape, self._ends.hidden_size + self._cut_rank]
+        returns = [*([1, len(positions)] if positions else unit.ids_BT.shape), self._ends.hidden_size + self._cut_rank]
         answer = pb.ACT if self._ends.has_labels else pb.LABELS
         self._under_way[number] = _Way(header, hidden, returns, {answer, *_GRADIENTS} if self._trains else {answer})
         self._route.entry.send(header, sent)

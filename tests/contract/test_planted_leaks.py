@@ -27,7 +27,7 @@ OF_EVERY_FRAME = {"kind", "job_token", "seq", "send_ns", "last_chunk"}
 OF_A_MICRO_BATCH = {"phase", "step", "micro_batch", "device_index"}
 LISTED = {  # what docs/protocol.md names for the kinds that a device sends in a training
     pb.TABLE: {"device_index", "phase", "table"},
-    pb.ACT: {*OF_A_MICRO_BATCH, "row_lengths", "tensor"},
+    pb.ACT: {*OF_A_MICRO_BATCH, "row_lengths", "tensor", "positions", "row_names", "kept_rows"},
     pb.GRAD: {*OF_A_MICRO_BATCH, "tensor"},
     pb.DONE: {"device_index", "done"},
 }
@@ -84,7 +84,7 @@ def leaks(frames: Iterable[Frame], secrets: Secrets) -> set[str]:
         if header.kind not in LISTED:
             found.add(f"{kind}: no kind of a device's training")
         found |= {f"{kind}.{name}" for name in fields - OF_EVERY_FRAME - LISTED.get(header.kind, set())}
-        if header.kind == pb.ACT and tensor is not None and len(header.row_lengths) != len(tensor):
+        if header.kind == pb.ACT and rows_of(header, tensor) != len(header.row_lengths):
             found.add(f"{kind}.row_lengths: not one per row")
         read = pb.Header.FromString(header.SerializeToString())
         read.DiscardUnknownFields()
@@ -98,19 +98,40 @@ def leaks(frames: Iterable[Frame], secrets: Secrets) -> set[str]:
     return found | secrets.found_in(everything)
 
 
+def rows_of(header: pb.Header, tensor: torch.Tensor | None) -> int:
+    """Counts a micro-batch's rows: those of the tensor, or if each has a name, the names."""
+    if header.row_names or tensor is None:
+        return len({name for name in header.row_names if len(name) == 16})
+    return len(tensor)
+
+
 def honest(header: pb.Header, tensor: torch.Tensor | None) -> tuple[pb.Header, torch.Tensor | None]:
     return header, tensor
 
 
-@pytest.fixture(scope="module", params=["full", "lowrank"])
+WAYS = {
+    "full": (),
+    "lowrank": ("wire.gradients=lowrank", "lora.train=back"),
+    "positions and names": ("split.back=0", "wire.front_cache_mb=1", "lora.train=['hosts','back']"),
+}
+
+
+@pytest.fixture(scope="module", params=[*WAYS])
 def frames(request: pytest.FixtureRequest, tiny: ModelSource, data_files: list[Path]) -> list[Frame]:
-    settings = ("wire.gradients=lowrank", "lora.train=back") if request.param == "lowrank" else ()
+    settings = WAYS[request.param]
     return sent_in_a_training(tiny, data_files[0], honest, *settings)
 
 
 def test_an_honest_devices_frames_hold_what_the_protocol_lists(frames: list[Frame], secrets: Secrets) -> None:
     assert {frame.header.kind for frame in frames} == set(LISTED)
     assert leaks(frames, secrets) == set()
+
+
+def test_positions_are_not_named_where_noise_hides_them(tiny: ModelSource, data_files: list[Path]) -> None:
+    settings = ("split.back=0", "privacy.cut_clip=8", "privacy.cut_noise=0.1")
+    frames = sent_in_a_training(tiny, data_files[0], honest, *settings)
+    assert frames
+    assert not any(frame.header.positions for frame in frames)
 
 
 def with_numbers(numbers: Sequence[int]) -> Callable[[torch.Tensor], torch.Tensor]:

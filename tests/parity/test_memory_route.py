@@ -70,6 +70,31 @@ def test_one_device_trains_like_the_plain_loop(
     OneDevice(tiny, config, data_files, STEPS).check()
 
 
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_a_back_without_layers_gets_what_carries_loss_alone(
+    tiny: ModelSource, data_files: list[Path], hosts: int
+) -> None:
+    """Split as the plain loop that selects the same positions, and no other state comes back to the device."""
+    config = run_config(tiny.name, "split.back=0", f"split.hosts={hosts}")
+    split = OneDevice(tiny, config, data_files, 5)
+    split.check()
+    report, before = split.reports["device-1"], plain_model(tiny, config, split.start)
+    assert report.eval_loss_sum == plain_evaluation(before, tiny, config, data_files[0])
+    state_bytes = tiny.hidden_size * torch.float32.itemsize
+    payload = {(one.link, one.direction, one.kind): one.payload_bytes for one in report.bytes}
+    in_all = report.labels_trained + report.eval_labels
+    assert payload[f"exit edge-{hosts}", "received", "ACT"] == in_all * state_bytes
+    assert payload[f"exit edge-{hosts}", "sent", "GRAD"] == report.labels_trained * state_bytes
+
+
+def test_losses_by_example_need_the_same_positions(tiny: ModelSource, data_files: list[Path]) -> None:
+    results = []
+    for hosts in (0, 1):
+        config = run_config(tiny.name, "split.back=0", f"split.hosts={hosts}", "task.weighting=examples")
+        results.append(OneDevice(tiny, config, data_files, 3).reports)
+    assert same_bits(*map(joined, results))
+
+
 @pytest.mark.parametrize("hosts", [0, 1])
 def test_plain_sgd_trains_like_the_plain_loop(tiny: ModelSource, data_files: list[Path], hosts: int) -> None:
     config = run_config(tiny.name, f"split.hosts={hosts}", "optimizer.name=sgd", "optimizer.lr=0.5")
