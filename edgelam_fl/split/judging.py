@@ -15,8 +15,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 MOST_NORM = 1e4  # of a gradient per label: training that is any good stays far below, whatever the model
 LEAST_SOURCES = 3  # for a median
@@ -38,6 +40,8 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 def norm_of(gradients: Iterable[torch.Tensor | None]) -> float:
     """Returns the norm over all gradients; infinite or not a number if an element is, or if fp32 cannot hold the norm."""
+    import torch  # not at the top: a ServerApp judges sizes alone, and starts a second earlier without
+
     here = [gradient.detach() for gradient in gradients if gradient is not None]
     return torch.stack(torch._foreach_norm(here)).norm().item() if here else 0.0
 

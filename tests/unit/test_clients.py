@@ -22,8 +22,8 @@ from server.replies import read_reply
 from tests.support import WAIT_S
 
 
-@pytest.mark.parametrize("module", ["clients.app", "edgelam_fl.federation.supernode"])
-def test_the_client_app_and_its_process_load_neither_torch_nor_transformers(module: str) -> None:
+@pytest.mark.parametrize("module", ["clients.app", "edgelam_fl.federation.supernode", "server.app"])
+def test_the_apps_and_the_process_of_a_client_app_load_neither_torch_nor_transformers(module: str) -> None:
     code = f"import {module}, json, sys; print(json.dumps(sorted({{name.split('.')[0] for name in sys.modules}})))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
