@@ -29,12 +29,7 @@ Made = TypeVar("Made")
 
 _GRACE_S = 8.0  # between SIGTERM and the end for sure
 _IMPORTED = [
-    "edgelam_fl.node.service",
-    "edgelam_fl.node.play",
-    "edgelam_fl.wire.grpc.dial",
-    "edgelam_fl.wire.grpc.serve",
-    "transformers.models.llama.modeling_llama",
-    "peft",
+    "edgelam_fl.node.preloaded",
     "edgelam_fl.federation.clientapp",
     "flwr.supernode.start_client_internal",
 ]

@@ -2,6 +2,6 @@
 
 import logging
 
-# peft imports bitsandbytes if it is installed, and bitsandbytes warns at every start that a faster kernel for single tokens
-# could be fetched from the network; nothing here uses that kernel.
+# bitsandbytes warns whenever it is imported that a faster kernel for single tokens could be fetched from the network; nothing
+# here uses that kernel.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -116,6 +116,9 @@ def allocating(part: Part, held: Held) -> AbstractContextManager[None]:
 
 
 def _make_node(options: argparse.Namespace, log: EventLog, security: Security) -> StageHost:
+    from edgelam_fl.node.lean import import_libraries
+
+    import_libraries()
     import torch
 
     from edgelam_fl.model.allocator import give_back_at_once

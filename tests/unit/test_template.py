@@ -86,3 +86,22 @@ def test_the_template_has_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyP
     child = Child("program", [sys.executable, "-m", "counting_program"], tmp_path / "log", forked=True)
     until(child.ended)
     assert child.ended() == "program ended with status 0: 1 thread"
+
+
+def test_nodes_import_bitsandbytes_only_for_its_kernels_and_never_torchs_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = """
+import sys
+from edgelam_fl.node.lean import import_libraries
+import_libraries()
+from edgelam_fl.model.bases import base_problem
+heavy = ("peft", "bitsandbytes", "torch._inductor.compile_fx", "scipy", "sklearn")
+print([name for name in heavy if name in sys.modules], base_problem("nf4") or "nf4 computes",
+      [name for name in heavy if name in sys.modules])
+"""
+    (tmp_path / "importing_program.py").write_text(program, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    child = Child("program", [sys.executable, "-m", "importing_program"], tmp_path / "log", forked=True)
+    until(child.ended)
+    assert child.ended().endswith("['peft'] nf4 computes ['peft', 'bitsandbytes']")
