@@ -159,6 +159,7 @@ def _device(report: pb.JobReport, common: Mapping[str, Any]) -> DeviceResult:
         skipped=report.data.skipped,
         cut=report.data.cut,
         unread_fields=report.data.unread,
+        unmeasured=report.data.unmeasured,
         labels=report.labels_trained,
         loss=_finite(sum(step.loss_sum for step in counted) / labels) if labels else None,
         perplexity=_perplexity(report.eval_loss_sum / report.eval_labels) if report.eval_labels else None,

@@ -27,6 +27,7 @@ from edgelam_fl.plan.making import ClientSettings, RoundFacts, RoundPrivacy, mak
 from edgelam_fl.plan.reading import part_id, spans_of
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.split import route
+from edgelam_fl.split.driver import evaluation_batches
 from edgelam_fl.split.route import Dial
 from edgelam_fl.tasks.base import Example, Unit
 from edgelam_fl.tasks.causal_lm import IGNORED, CausalLm, labelled, make_units
@@ -289,8 +290,9 @@ def plain_evaluation(model: Any, source: ModelSource, config: RunConfig, file: P
     _, held_out = set_aside(read_pairs(file, "question", "answer"), config.data.held_out)
     examples = _task(source, config).examples(held_out).examples
     rows = -(-config.federation.batch_size // config.split.micro_batches)
+    pieces = evaluation_batches(examples, 2 * rows * config.task.max_tokens, config.split.window)
     with torch.no_grad():
-        return sum(float(plain_loss(model, unit)) for unit in make_units(examples, -(-len(examples) // rows)))
+        return sum(float(plain_loss(model, unit)) for piece in pieces for unit in make_units(piece, 1))
 
 
 def plain_training(

@@ -255,6 +255,12 @@ class FederationSection(Section):
         description="a node's ClientApp waits for its job to end, or hands the job over and is asked again (simulations need park)",
     )
     evaluate_every: int = Field(1, ge=1, description="rounds between two evaluations; the result is always evaluated")
+    evaluate_examples: int = Field(
+        0,
+        ge=0,
+        le=100_000_000,
+        description="most held-out examples that a device measures with, the same in every round; 0: all that data.held_out sets aside",
+    )
     snapshot_every: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
         description="steps between two snapshots within a round, from which a new attempt of it goes on; auto: so that they cost little; 0: none, and an attempt always begins again",

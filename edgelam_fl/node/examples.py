@@ -128,7 +128,7 @@ def _counted(found: DevicePairs) -> Counted:
 
 
 def _unused(found: DevicePairs) -> pb.DataCounts:
-    return pb.DataCounts(bad=len(found.bad), unread=len(found.unread))
+    return pb.DataCounts(bad=len(found.bad), unread=len(found.unread), unmeasured=found.unmeasured)
 
 
 def _read_event(found: DevicePairs, loaded: Loaded, settings: pb.TaskSettings) -> DataRead:
@@ -136,6 +136,7 @@ def _read_event(found: DevicePairs, loaded: Loaded, settings: pb.TaskSettings) -
     return DataRead(
         examples=len(loaded.training), held_out=len(loaded.held_out), max_tokens=settings.max_tokens,
         bad=counts.bad, skipped=counts.skipped, cut=counts.cut, unread_fields=counts.unread,
+        unmeasured=counts.unmeasured,
         bad_places=found.bad[:_PLACES_SAID], unread_names=found.unread,
     )  # fmt: skip
 

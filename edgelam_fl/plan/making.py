@@ -388,6 +388,7 @@ def task_settings(config: RunConfig) -> pb.TaskSettings:
         more_prompt_fields=config.data.fields.prompts[1:],
         answer_field=config.data.fields.answer,
         held_out=config.data.held_out,
+        evaluate_examples=config.federation.evaluate_examples,
         bad_lines=config.data.bad_lines,
         classes=config.task.classes,
         weighting=config.task.weighting,

@@ -95,6 +95,29 @@ def unit_rows(plan: pb.Plan) -> int:
     return -(-plan.batch_size // plan.micro_batches)
 
 
+def unit_positions(plan: pb.Plan, phase: pb.Phase) -> int:
+    """Returns the most positions in a micro-batch, rows times its longest example.
+
+    In evaluation, twice those of training: nothing is kept for a backward pass, so a layer's passing results are all that it takes.
+    """
+    return unit_rows(plan) * plan.task.max_tokens * (2 if phase == pb.EVAL else 1)
+
+
+def allows_unit(plan: pb.Plan, phase: pb.Phase, rows: int, tokens: int) -> bool:
+    """Returns whether a micro-batch may have so many rows, the longest of so many tokens. In evaluation, only positions count."""
+    most_rows = rows if phase == pb.EVAL else unit_rows(plan)
+    return (
+        1 <= rows <= most_rows and 1 <= tokens <= plan.task.max_tokens and rows * tokens <= unit_positions(plan, phase)
+    )
+
+
+def allowed_unit(plan: pb.Plan, phase: pb.Phase) -> str:
+    """Says which micro-batches `allows_unit` allows."""
+    if phase == pb.EVAL:
+        return f"rows of 1 to {plan.task.max_tokens} tokens, together at most {unit_positions(plan, phase)}"
+    return f"1 to {unit_rows(plan)} rows of 1 to {plan.task.max_tokens} tokens"
+
+
 def ends_train(plan: pb.Plan) -> Callable[[int | None], bool]:
     """Returns a test of whether one of a device's own layers learns: front, middle and back apart, also without hosts.
 

@@ -199,6 +199,7 @@ def _reader(held_out: Path) -> ReadPairs:
         own = pairs_by(settings, path)
         if not held_out.stat().st_size:  # fewer examples to measure than devices
             return DevicePairs(own.pairs, [], own.bad, own.unread)
-        return DevicePairs(own.pairs, pairs_by(settings, held_out).pairs, own.bad, own.unread)
+        found = DevicePairs(own.pairs, pairs_by(settings, held_out).pairs, own.bad, own.unread)
+        return found.sampled(settings.evaluate_examples)
 
     return read

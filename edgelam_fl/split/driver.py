@@ -15,6 +15,7 @@ import torch
 
 from edgelam_fl.errors import ProtocolError
 from edgelam_fl.plan.modes import host_mode
+from edgelam_fl.plan.reading import unit_positions
 from edgelam_fl.split.ends import Ends
 from edgelam_fl.split.judging import norm_of
 from edgelam_fl.split.route import Route
@@ -73,8 +74,8 @@ class Driver:
     def evaluate(self, examples: list[Example]) -> None:
         """Measures loss and metrics on the held-out examples, with the adapter as it is."""
         began, measured = time.monotonic(), self.measured
-        rows = -(-self.plan.batch_size // self.plan.micro_batches)
-        step = self._step(self.task.units(examples, -(-len(examples) // rows)), phase=pb.EVAL)
+        batches = evaluation_batches(examples, unit_positions(self.plan, pb.EVAL), self.plan.window)
+        step = self._step([unit for batch in batches for unit in self.task.units(batch, 1)], phase=pb.EVAL)
         self._run(step)
         measured.eval_loss_sum, measured.eval_labels, measured.eval_sums = sum(step.losses), step.labels, step.sums
         measured.eval_seconds = time.monotonic() - began
@@ -235,3 +236,19 @@ class Driver:
         if self.route.exit is None:
             return judge([own], self.plan.optimizer.max_norm)
         return step.agree_on_scale(own)
+
+
+def evaluation_batches(examples: Sequence[Example], most: int, window: int) -> list[list[Example]]:
+    """Cuts the examples into micro-batches of similar length, each of at most `most` positions or of one example.
+
+    As large as that allows, since small ones compute slowly; but at least two per place in the window, if there are as many
+    examples, so that device and hosts do not wait for each other.
+    """
+    ordered = sorted(examples, key=lambda example: len(example.ids))
+    share = sum(len(example.ids) for example in ordered) // (2 * window)
+    batches: list[list[Example]] = []
+    for example in ordered:
+        if not batches or (len(batches[-1]) + 1) * len(example.ids) > min(most, share):
+            batches.append([])
+        batches[-1].append(example)
+    return batches

@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 
 from edgelam_fl.errors import ProtocolError
-from edgelam_fl.plan.reading import unit_rows
+from edgelam_fl.plan.reading import allowed_unit, allows_unit
 from edgelam_fl.split.judging import is_finite
 from edgelam_fl.tasks.base import Unit
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -106,7 +106,7 @@ def put_together(
     """
     header, lengths, named = frame.header, list(frame.header.row_lengths), list(frame.header.row_names)
     here = list(header.kept_rows)
-    _check_rows(lengths, named, here, plan)
+    _check_rows(lengths, named, here, plan, header.phase)
     came = [row for row in range(len(lengths)) if row not in set(here)]
     states_1ND = _checked_states(frame, [lengths[row] for row in came], hidden_size, dtype)
     found = {row: kept.find(device, named[row], (lengths[row], hidden_size), dtype) for row in here}
@@ -126,12 +126,11 @@ def put_together(
     return Frame(header, states_BTD)
 
 
-def _check_rows(lengths: Sequence[int], named: Sequence[bytes], here: Sequence[int], plan: pb.Plan) -> None:
-    most = unit_rows(plan)
-    if not (1 <= len(lengths) <= most and all(1 <= length <= plan.task.max_tokens for length in lengths)):
-        raise ProtocolError(
-            f"row lengths {list(lengths)[:8]}; the plan allows 1 to {most} rows of 1 to {plan.task.max_tokens} tokens"
-        )
+def _check_rows(
+    lengths: Sequence[int], named: Sequence[bytes], here: Sequence[int], plan: pb.Plan, phase: pb.Phase
+) -> None:
+    if not (lengths and min(lengths) >= 1 and allows_unit(plan, phase, len(lengths), max(lengths))):
+        raise ProtocolError(f"row lengths {list(lengths)[:8]}; the plan allows {allowed_unit(plan, phase)}")
     if len(named) != len(lengths) or any(len(name) != NAME_BYTES for name in named):
         raise ProtocolError(f"{len(named)} names for {len(lengths)} rows; each has one of {NAME_BYTES} bytes")
     if here and not (here[-1] < len(lengths) and all(before < after for before, after in pairwise(here))):

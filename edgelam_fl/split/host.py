@@ -26,7 +26,7 @@ import torch
 from edgelam_fl.errors import ProtocolError
 from edgelam_fl.model.stage import Stage
 from edgelam_fl.plan.modes import host_mode, label_place
-from edgelam_fl.plan.reading import unit_rows, unit_seed
+from edgelam_fl.plan.reading import allowed_unit, allows_unit, unit_seed
 from edgelam_fl.privacy.mechanism import secret_generator
 from edgelam_fl.split.fronts import put_together
 from edgelam_fl.split.group import Group, relay
@@ -505,11 +505,9 @@ def check_activation(frame: Frame, member: Member, plan: pb.Plan, hidden_size: i
         got = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
         raise ProtocolError(f"hidden states must be {dtype} [rows, tokens, {hidden_size}], got {got}")
     rows, tokens, _ = tensor.shape
-    if not (1 <= rows <= unit_rows(plan) and 1 <= tokens <= plan.task.max_tokens):
-        raise ProtocolError(
-            f"hidden states of {rows} rows of {tokens} tokens; the plan allows 1 to {unit_rows(plan)} rows of 1 to "
-            f"{plan.task.max_tokens}"
-        )
+    if not allows_unit(plan, header.phase, rows, tokens):
+        allowed = allowed_unit(plan, header.phase)
+        raise ProtocolError(f"hidden states of {rows} rows of {tokens} tokens; the plan allows {allowed}")
     if len(header.row_lengths) != rows or not all(1 <= length <= tokens for length in header.row_lengths):
         raise ProtocolError(f"row lengths {list(header.row_lengths)[:8]} do not fit {rows} rows of {tokens} tokens")
     if member.in_flight >= plan.window:
@@ -535,7 +533,8 @@ def check_labels(frame: Frame, plan: pb.Plan) -> torch.Tensor:
     tensor = frame.tensor
     if tensor is None or tensor.dtype != torch.int64 or tensor.dim() not in (1, 2) or not tensor.numel():
         raise ProtocolError("labels must be int64 [rows] or [rows, tokens]")
-    if tensor.shape[0] > unit_rows(plan) or (tensor.dim() == 2 and tensor.shape[1] > plan.task.max_tokens):
+    rows, tokens = tensor.shape[0], tensor.shape[1] if tensor.dim() == 2 else 1
+    if not allows_unit(plan, frame.header.phase, rows, tokens):
         raise ProtocolError(f"labels of shape {list(tensor.shape)} do not fit the plan")
     return tensor
 

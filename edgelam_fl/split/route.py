@@ -16,7 +16,7 @@ import torch
 
 from edgelam_fl.errors import PeerLost, Refused, RunFailed
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.plan.reading import codecs_of, job_id, link_name, unit_rows
+from edgelam_fl.plan.reading import codecs_of, job_id, link_name, unit_positions
 from edgelam_fl.split.inbox import Inbox, Lost
 from edgelam_fl.telemetry.events import EmitInJob, LinkResumed, LinkSuspended
 from edgelam_fl.wire import PROTOCOL_VERSION
@@ -102,7 +102,7 @@ def most_bytes(plan: pb.Plan, hidden_size: int) -> int:
     """Returns the size of the largest tensor on any link of the plan, encoded or decoded: hidden states of a micro-batch, or its labels."""
     values, item_bytes = hidden_size + plan.lowrank.rank, wire_dtype(plan).itemsize
     encoded = [CODEC_BYTES[codec].bytes_of_row(values, item_bytes) for codec in codecs_of(plan) if codec in CODEC_BYTES]
-    return unit_rows(plan) * plan.task.max_tokens * max(values * item_bytes, torch.int64.itemsize, *encoded)
+    return unit_positions(plan, pb.EVAL) * max(values * item_bytes, torch.int64.itemsize, *encoded)
 
 
 def open_route(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 from edgelam_fl.errors import DataError, nearest
 from edgelam_fl.names import printable
 from edgelam_fl.tasks.files import Row, check_number, scan
-from edgelam_fl.tasks.held_out import set_aside
+from edgelam_fl.tasks.held_out import sample, set_aside
 from edgelam_fl.tasks.shapes import Chat as Chat
 from edgelam_fl.tasks.shapes import Fields, Unfit, pair_of
 from edgelam_fl.tasks.shapes import Message as Message
@@ -64,6 +64,13 @@ class DevicePairs(NamedTuple):
     """Places of the examples that were left out because they cannot be read (data.bad_lines = "skip")."""
     unread: tuple[str, ...] = ()
     """Names of fields that several examples have and that nothing is learned from."""
+    unmeasured: int = 0
+    """Held-out examples beyond those to measure with (federation.evaluate_examples)."""
+
+    def sampled(self, most: int) -> DevicePairs:
+        """Returns these examples with at most `most` held-out ones, as `sample` chooses them; 0: all."""
+        kept = sample(self.held_out, most)
+        return self._replace(held_out=kept, unmeasured=len(self.held_out) - len(kept))
 
 
 class FilePairs(NamedTuple):
@@ -79,7 +86,8 @@ def device_pairs(path: Path, settings: DataSettings) -> DevicePairs:
     found = pairs_by(settings, path)
     _check_prompts(path, found.pairs, settings)
     sides = set_aside(found.pairs, settings.held_out, classes=bool(settings.classes))
-    return DevicePairs(*sides, found.bad, found.unread)
+    most = getattr(settings, "evaluate_examples", 0)  # callers may know only the keys that every run has
+    return DevicePairs(*sides, found.bad, found.unread).sampled(most)
 
 
 def pairs_by(settings: DataSettings, path: Path) -> FilePairs:

@@ -61,6 +61,21 @@ def set_aside(pairs: Sequence[Pair], share: float, *, classes: bool = False) -> 
     )
 
 
+def sample(pairs: Sequence[Pair], most: int) -> list[Pair]:
+    """Returns `most` of the pairs, in their order; all of them if they are fewer, or if `most` is 0.
+
+    As for `set_aside`, the content alone decides, so that every round and every run measures with the same ones.
+    """
+    if not 0 < most < len(pairs):
+        return list(pairs)
+
+    def rank(number: int) -> str:
+        prompt, answer = pairs[number]
+        return _hash(json.dumps(["sample", _prompt_key(prompt), _answer_key(prompt, answer)]))
+
+    return [pairs[number] for number in sorted(sorted(range(len(pairs)), key=rank)[:most])]
+
+
 def _are_few(examples: Sequence[tuple[str, str]]) -> bool:
     """Returns whether answers are like classes: few of them, each with several examples."""
     different = len(set(examples))

@@ -464,6 +464,7 @@ def _device(
         skipped=counted.skipped if counted else 0,
         cut=counted.cut if counted else 0,
         unread_fields=counted.unread_fields if counted else 0,
+        unmeasured=counted.unmeasured if counted else 0,
         perplexity_before=before.perplexity if before else None,
         metrics_before=before.metrics if before else {},
         perplexity_after=after.perplexity if after else None,

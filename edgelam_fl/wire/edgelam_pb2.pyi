@@ -469,7 +469,7 @@ class Optimizer(_message.Message):
     def __init__(self, name: _Optional[str] = ..., step_offset: _Optional[int] = ..., lrs: _Optional[_Iterable[float]] = ..., clip: _Optional[str] = ..., max_norm: _Optional[float] = ..., keep: _Optional[str] = ..., weight_decay: _Optional[float] = ..., betas: _Optional[_Iterable[float]] = ..., eps: _Optional[float] = ..., momentum: _Optional[float] = ...) -> None: ...
 
 class TaskSettings(_message.Message):
-    __slots__ = ("kind", "max_tokens", "template", "loss_on", "prompt_field", "answer_field", "held_out", "classes", "weighting", "too_long", "bad_lines", "more_prompt_fields", "label_smoothing")
+    __slots__ = ("kind", "max_tokens", "template", "loss_on", "prompt_field", "answer_field", "held_out", "classes", "weighting", "too_long", "bad_lines", "more_prompt_fields", "label_smoothing", "evaluate_examples")
     KIND_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TEMPLATE_FIELD_NUMBER: _ClassVar[int]
@@ -483,6 +483,7 @@ class TaskSettings(_message.Message):
     BAD_LINES_FIELD_NUMBER: _ClassVar[int]
     MORE_PROMPT_FIELDS_FIELD_NUMBER: _ClassVar[int]
     LABEL_SMOOTHING_FIELD_NUMBER: _ClassVar[int]
+    EVALUATE_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     kind: str
     max_tokens: int
     template: str
@@ -496,7 +497,8 @@ class TaskSettings(_message.Message):
     bad_lines: str
     more_prompt_fields: _containers.RepeatedScalarFieldContainer[str]
     label_smoothing: float
-    def __init__(self, kind: _Optional[str] = ..., max_tokens: _Optional[int] = ..., template: _Optional[str] = ..., loss_on: _Optional[str] = ..., prompt_field: _Optional[str] = ..., answer_field: _Optional[str] = ..., held_out: _Optional[float] = ..., classes: _Optional[_Iterable[str]] = ..., weighting: _Optional[str] = ..., too_long: _Optional[str] = ..., bad_lines: _Optional[str] = ..., more_prompt_fields: _Optional[_Iterable[str]] = ..., label_smoothing: _Optional[float] = ...) -> None: ...
+    evaluate_examples: int
+    def __init__(self, kind: _Optional[str] = ..., max_tokens: _Optional[int] = ..., template: _Optional[str] = ..., loss_on: _Optional[str] = ..., prompt_field: _Optional[str] = ..., answer_field: _Optional[str] = ..., held_out: _Optional[float] = ..., classes: _Optional[_Iterable[str]] = ..., weighting: _Optional[str] = ..., too_long: _Optional[str] = ..., bad_lines: _Optional[str] = ..., more_prompt_fields: _Optional[_Iterable[str]] = ..., label_smoothing: _Optional[float] = ..., evaluate_examples: _Optional[int] = ...) -> None: ...
 
 class Deadlines(_message.Message):
     __slots__ = ("ready_s", "step_s", "round_s", "silent_s", "reconnect_s")
@@ -685,16 +687,18 @@ class ProfileRequest(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., task: _Optional[_Union[TaskSettings, _Mapping]] = ..., measure_model: _Optional[str] = ..., model_digest: _Optional[str] = ..., hub_port: _Optional[int] = ..., slices_token: _Optional[bytes] = ..., measure_layers: _Optional[str] = ..., measure_link: _Optional[bool] = ..., model: _Optional[str] = ...) -> None: ...
 
 class DataCounts(_message.Message):
-    __slots__ = ("bad", "skipped", "cut", "unread")
+    __slots__ = ("bad", "skipped", "cut", "unread", "unmeasured")
     BAD_FIELD_NUMBER: _ClassVar[int]
     SKIPPED_FIELD_NUMBER: _ClassVar[int]
     CUT_FIELD_NUMBER: _ClassVar[int]
     UNREAD_FIELD_NUMBER: _ClassVar[int]
+    UNMEASURED_FIELD_NUMBER: _ClassVar[int]
     bad: int
     skipped: int
     cut: int
     unread: int
-    def __init__(self, bad: _Optional[int] = ..., skipped: _Optional[int] = ..., cut: _Optional[int] = ..., unread: _Optional[int] = ...) -> None: ...
+    unmeasured: int
+    def __init__(self, bad: _Optional[int] = ..., skipped: _Optional[int] = ..., cut: _Optional[int] = ..., unread: _Optional[int] = ..., unmeasured: _Optional[int] = ...) -> None: ...
 
 class LayerTime(_message.Message):
     __slots__ = ("tokens", "seconds")

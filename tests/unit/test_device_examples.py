@@ -177,6 +177,17 @@ def test_one_rewritten_file_of_a_folder_is_noticed(tmp_path: Path) -> None:
     assert device.load(task, SETTINGS, "m")[1][1] == "q1c1"
 
 
+def test_as_many_held_out_examples_are_measured_as_the_run_asks_for(tmp_path: Path) -> None:
+    settings, said = pb.TaskSettings(), list[JobEvent]()
+    settings.CopyFrom(SETTINGS)
+    settings.held_out, settings.evaluate_examples = 0.5, 2
+    device = DeviceExamples(write(tmp_path / "data.jsonl"))
+    learned, held_out, counts = device.load(Texts(), settings, "m", said.append)
+    assert (len(learned), len(held_out), counts.unmeasured) == (6, 2, 4)
+    (event,) = of_kind(said, DataRead)
+    assert "2 of 6 held-out examples are measured (federation.evaluate_examples)" in event.words()
+
+
 def test_the_file_of_held_out_examples_counts_too(tmp_path: Path) -> None:
     file, beside, task = write(tmp_path / "data.jsonl"), write(tmp_path / "held.jsonl", "h"), Texts()
     device = DeviceExamples(file, read_all(file, beside), beside=[beside])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from edgelam_fl.tasks.data import Chat, Pair, device_pairs
-from edgelam_fl.tasks.held_out import set_aside
+from edgelam_fl.tasks.held_out import sample, set_aside
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 
@@ -151,3 +151,13 @@ def test_yes_and_no_are_learned_and_measured(tmp_path: Path) -> None:
     training, held_out, *_ = device_pairs(file, settings)
     assert (len(training), len(held_out)) == (90, 10)
     assert answers(training) == answers(held_out) == {"yes", "no"}
+
+
+def test_the_same_examples_are_sampled_whatever_their_order_and_however_many_are_added() -> None:
+    pairs = [(f"q{n}", f"a{n}") for n in range(50)]
+    few, more = sample(pairs, 5), sample(pairs, 20)
+    assert (len(few), len(more)) == (5, 20)
+    assert set(few) < set(more)
+    assert set(sample(pairs[::-1], 5)) == set(few)
+    assert few == [pair for pair in pairs if pair in few]
+    assert sample(pairs, 0) == sample(pairs, 50) == sample(pairs, 60) == pairs

@@ -549,6 +549,31 @@ def test_an_activation_of_a_wrong_form_costs_its_sender_only(
     assert site.problem is None
 
 
+@pytest.mark.parametrize(
+    ("phase", "rows", "tokens", "words"),
+    [
+        (pb.EVAL, 16, 20, ""),
+        (pb.TRAIN, 16, 20, "the plan allows 1 to 4 rows of 1 to 128 tokens"),
+        (pb.EVAL, 9, 128, "a tensor of 294912 bytes; this link's plan allows 262144"),
+        (pb.EVAL, 1, 129, "the plan allows rows of 1 to 128 tokens, together at most 1024"),
+    ],
+)
+def test_a_micro_batch_of_evaluation_is_bounded_by_its_positions(
+    tiny: ModelSource, phase: pb.Phase, rows: int, tokens: int, words: str
+) -> None:
+    """It may have more rows than one of training, but not more positions than two."""
+    site = Site(tiny, 1, "task.max_tokens=128", "federation.batch_size=8", "split.micro_batches=2")
+    (device,) = site.open(1)
+    device.hidden = torch.zeros(rows, tokens, 64)
+    device.act(phase=phase, row_lengths=[tokens] * rows)
+    if words:
+        assert words in device.await_frame(pb.CANCEL).header.cancel.reason
+    else:
+        assert device.await_frame(pb.ACT).tensor.shape == device.hidden.shape
+        device.done()
+    site.end()
+
+
 def test_a_gradient_of_another_shape_leaves_its_device_out(tiny: ModelSource) -> None:
     site = Site(tiny, 1)
     (device,) = site.open(1)

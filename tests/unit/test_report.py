@@ -40,10 +40,10 @@ def test_a_table_says_what_is_not_used_of_the_devices_data(tmp_path: Path) -> No
     page = report_of(tmp_path / "whole", events)
     assert "Data not used" not in page
     joined = [event for event in events if event["event"] == "node_joined"]
-    joined[1].update(cut=12, bad=3, unread_fields=1)
+    joined[1].update(cut=12, bad=3, unread_fields=1, unmeasured=6)
     rows = Page(report_of(tmp_path / "cut", events)).rows
-    at = rows.index(["device", "learned", "held out", "cut", "too long", "unreadable", "unused fields"])
-    assert rows[at + 1][1:] == ["512", "57", "12", "0", "3", "1"]
+    at = rows.index(["device", "learned", "measured", "not measured", "cut", "too long", "unreadable", "unused fields"])
+    assert rows[at + 1][1:] == ["512", "57", "6", "12", "0", "3", "1"]
     assert joined[1]["node"] in rows[at + 1][0]
 
 

@@ -30,13 +30,15 @@ class DataCounts:
     """Examples that lost a part because they are longer than task.max_tokens."""
     unread_fields: int = 0
     """Fields of the data that nothing is learned from."""
+    unmeasured: int = 0
+    """Held-out examples that are not measured either, because of federation.evaluate_examples."""
 
     def in_words(self, examples: int, held_out: int, max_tokens: int | None = None) -> tuple[str, ...]:
         """Returns a sentence for each count that is not 0, without a full stop; a large share becomes a warning with the way out.
 
         `examples`, `held_out`: what is learned and measured. `max_tokens`: task.max_tokens; None: not known.
         """
-        given = examples + held_out + self.skipped + self.bad
+        given = examples + held_out + self.unmeasured + self.skipped + self.bad
         limit = "task.max_tokens" if max_tokens is None else f"task.max_tokens = {max_tokens}"
         longer = "raise task.max_tokens, or shorten them"
         said = [
@@ -46,6 +48,10 @@ class DataCounts:
         ]
         if self.unread_fields:
             said.append(f"nothing is learned from {_number(self.unread_fields, 'field')} of the data (data.fields)")
+        if self.unmeasured:
+            said.append(
+                f"{held_out} of {held_out + self.unmeasured} held-out examples are measured (federation.evaluate_examples)"
+            )
         if not held_out:
             said.append("no example is held out, so nothing is measured there (data.held_out)")
         return tuple(filter(None, said))

@@ -65,7 +65,7 @@ DEVICE_HEADINGS = (
     "device|examples|{measure} before|{measure} after|tokens/s|"
     "sent|received|adapters sent|adapters received|peak memory"
 )
-DATA_HEADINGS = "device|learned|held out|cut|too long|unreadable|unused fields"
+DATA_HEADINGS = "device|learned|measured|not measured|cut|too long|unreadable|unused fields"
 
 
 def write_report(run_dir: Path) -> Path:
@@ -175,7 +175,7 @@ def _device_table(devices: Iterable[DeviceSummary], colours: Mapping[str, str], 
 
 def _data_table(devices: Iterable[DeviceSummary], colours: Mapping[str, str]) -> str:
     """Draws what is not used of the devices' data, or not whole; empty if all is."""
-    keys = ("held_out", "cut", "skipped", "bad", "unread_fields")
+    keys = ("held_out", "unmeasured", "cut", "skipped", "bad", "unread_fields")
     rows = [
         [_node(device.name, colours), *(human_number(getattr(device, key)) for key in ("examples", *keys))]
         for device in devices
