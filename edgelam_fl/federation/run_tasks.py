@@ -48,6 +48,7 @@ SERVERAPP = "flwr-serverapp"
 MOST_RESTARTS = 3
 """How often a run's ServerApp is started again without a finished round between."""
 _POLL_S, _AGAIN_S = 0.25, 2.0
+_WAITS_AGAIN = "an earlier process of it has ended"  # among Flower's details of a task: a SuperLink may end before it starts another
 _NO_HEARTBEAT = "No heartbeat"  # Flower's words for a task that it gave up because it heard nothing of it
 
 
@@ -80,7 +81,6 @@ class RunTasks:
         """`links`: Flower's state of the SuperLink. `start`: starts a task's process. `bounds`: where runs have their folders."""
         self._links, self._start, self._bounds, self._say = links, start, bounds, say
         self._running: list[tuple[RunTask, subprocess.Popen[bytes]]] = []
-        self._again: set[int] = set()
 
     def serve(self, pause: Callable[[float], object] = time.sleep) -> None:
         """Starts tasks and looks after them; never ends. What fails, as on a database that is locked or full, is said and tried again."""
@@ -116,8 +116,8 @@ class RunTasks:
         taken = acquire_task(request, self._links)
         if not taken.token:
             return None
-        number = taken.task.task_id
-        return RunTask(number, taken.task.run_id, taken.task.type, taken.token, number in self._again)
+        task = taken.task
+        return RunTask(task.task_id, task.run_id, task.type, taken.token, was_interrupted(self._links, task.task_id))
 
     def _conclude(self, task: RunTask, how: str) -> None:
         """Closes a task whose process has ended, or makes it wait again."""
@@ -140,7 +140,6 @@ class RunTasks:
         restart = restarts(history) + 1
         trains = task.kind == SERVERAPP and given.get("command", "run") in ("run", "resume")
         if was_killed and trains and restart <= MOST_RESTARTS and wait_again(self._links, task):
-            self._again.add(task.number)
             self._say(f"run {events.parent.name}: {reason}; its ServerApp is started again")
             emit(events, RunInterrupted(reason=reason, restart=restart))
             return
@@ -186,7 +185,8 @@ def open_tasks(links: Any) -> list[RunTask]:
 
 
 def wait_again(links: Any, task: RunTask) -> bool:
-    """Makes a task wait for a process as if none had taken it, and forgets the messages of its run. Returns whether it does.
+    """Makes a task wait for a process as if none had taken it, but with a note that one had; forgets the messages of its run. Returns
+    whether it does.
 
     Flower has no word for it: a task that has run is never taken again. What nodes still send for messages of the earlier
     process is dropped, as nobody asks for it.
@@ -197,8 +197,17 @@ def wait_again(links: Any, task: RunTask) -> bool:
     blank = {"token": None, "active_until": None, "starting_at": None, "running_at": None, "finished_at": None}
     with links.session() as session:
         where = TaskModel.task_id == uint64_to_int64(task.number)
-        session.execute(update(TaskModel).where(where).values(sub_status="", details="", **blank))
+        session.execute(update(TaskModel).where(where).values(sub_status="", details=_WAITS_AGAIN, **blank))
     return True
+
+
+def was_interrupted(links: Any, number: int) -> bool:
+    """Returns whether an earlier process of a task has ended, be it that of an earlier SuperLink."""
+    if not isinstance(links, SqlLinkState):
+        return False
+    with links.session() as session:
+        query = select(TaskModel.details).where(TaskModel.task_id == uint64_to_int64(number))
+        return bool(session.scalar(query) == _WAITS_AGAIN)
 
 
 # ---------------------------------------------------------------- a run's events

@@ -224,6 +224,20 @@ def test_a_superlink_goes_on_with_the_runs_of_an_earlier_one(server: Server, tmp
     assert last.reason == "the SuperLink ended"
 
 
+def test_a_superlink_may_end_before_it_starts_a_killed_serverapp_again(server: Server, tmp_path: Path) -> None:
+    run = server.submit()
+    server.emit(RunStarted(run="one", config={}, versions={}))
+    server.kill()
+    later = Server(tmp_path, server.database)
+    later.tasks.take_over()
+    assert later.tasks.look()
+    (started,) = later.started
+    assert (started.task.run, started.task.again) == (run, True), "it must find the run's folder and go on"
+    later.kill()
+    reasons = [event.reason for event in later.events() if isinstance(event, RunInterrupted)]
+    assert reasons == 2 * ["its process ended with status -9"]
+
+
 def test_without_a_database_a_killed_serverapp_ends_its_run_at_once(tmp_path: Path) -> None:
     server = Server(tmp_path, FLWR_IN_MEMORY_DB_NAME)
     run = server.submit()
