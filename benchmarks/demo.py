@@ -16,22 +16,20 @@ from typing import Any
 
 from benchmarks.common import RESULTS, Figure, main
 
-_SMOKE = [
-    "--devices",
-    "1",
-    "--set",
+SMOKE_RUN = Path("runs/benchmark-demo-smoke")
+_SETTINGS = (
     "federation.rounds=1",
-    "--set",
-    "federation.local_steps=1",
-    "--set",
+    "federation.local_steps=2",
     "federation.batch_size=2",
-    "--set",
     "data.held_out=0.02",
-]
+    "task.max_tokens=64",
+    "task.too_long=cut-prompt",
+)
+_SMOKE = ["--devices", "1", *(word for setting in _SETTINGS for word in ("--set", setting))]
 
 
 def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
-    out = Path("runs") / ("benchmark-demo-smoke" if smoke else "benchmark-demo")
+    out = SMOKE_RUN if smoke else Path("runs/benchmark-demo")
     shutil.rmtree(out, ignore_errors=True)
     began = time.monotonic()
     printed = _run_demo(["--out", str(out), *(_SMOKE if smoke else [])])

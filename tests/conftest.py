@@ -25,7 +25,6 @@ _SHARED = {
             "one_run",
             "privacy_tap",
             "strangers",
-            "smollm2",
             "flwr_by_hand",
             "chat_route",
             "lost_device",
@@ -42,7 +41,13 @@ _SHARED = {
     ],
 }
 _EACH_TEST = ("tests/integration/test_benchmarks.py",)
-_FIRST = [*_SHARED["federation"], *_SHARED["stage hosts"], "tests/integration/", "tests/parity/"]
+_FIRST = [
+    "tests/integration/test_smollm2.py",
+    *_SHARED["federation"],
+    *_SHARED["stage hosts"],
+    "tests/integration/",
+    "tests/parity/",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

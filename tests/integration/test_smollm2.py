@@ -1,45 +1,69 @@
-"""The real model through a real run: what it scores before and after is what transformers and peft alone find."""
+"""The real model through the demo's smallest run: what it scores before and after is what transformers and peft alone find.
+
+The run is that of `python -m benchmarks.demo --smoke`, whose result is looked at here too, so that the real model is
+fine-tuned by a whole federation once.
+"""
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import common, demo
+from edgelam_fl.config import parse_run_file
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.tasks.data import read_pairs
 from edgelam_fl.tasks.held_out import set_aside
+from edgelam_fl.telemetry.summary import Summary, read_summary
 from tests.fleet import read_by_transformers
-from tests.integration.federation import Federation, Run, config_of
+from tests.integration.test_benchmarks import ROOT, check_result
 from tests.support import WAIT_S
 
 pytestmark = [pytest.mark.processes, pytest.mark.real_model]
 
-MAX_TOKENS, HELD_OUT = 64, 0.25
+
+@dataclass(frozen=True)
+class Demo:
+    folder: Path  # of the run
+    printed: str  # by the benchmark
+
+    @property
+    def summary(self) -> Summary:
+        return read_summary(self.folder / "summary.json")
 
 
 @pytest.fixture(scope="module")
-def run(federation: Federation, smollm: ModelSource) -> Run:
-    settings = ["federation.rounds=1", "federation.local_steps=2", "federation.batch_size=2", "optimizer.lr=0.001"]
-    return federation.run("smollm2", config_of(smollm.name, *settings, f"task.max_tokens={MAX_TOKENS}"))
+def run() -> Demo:
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.chdir(ROOT)
+        common.main("demo", demo.measure, arguments=["--smoke"])
+    return Demo(ROOT / demo.SMOKE_RUN, printed.getvalue())
 
 
 @pytest.fixture(scope="module")
-def plain(run: Run, few_pairs: dict[str, Path], smollm: ModelSource) -> dict[str, list[float]]:
+def plain(run: Demo, smollm: ModelSource) -> dict[str, list[float]]:
     """Held-out perplexity before and after, computed where EdgeLAM-FL is not."""
     assert smollm.gguf is not None
+    config = parse_run_file((run.folder / "config.toml").read_text(encoding="utf-8"), source="the demo's run file")
+    files = {file.stem: file for file in (run.folder / "data").glob("*.jsonl")}
     task = {
         "model": str(read_by_transformers(smollm.gguf, torch.float32)),
         "tokenizer": str(smollm.folder),
-        "adapter": str(run.path / "adapter"),
-        "max_tokens": MAX_TOKENS,
+        "adapter": str(run.folder / "adapter"),
+        "max_tokens": config.task.max_tokens,
         "threads": 1,
         "pairs": {
-            name: set_aside(read_pairs(file, "question", "answer"), HELD_OUT)[1] for name, file in few_pairs.items()
+            name: set_aside(read_pairs(file, "question", "answer"), config.data.held_out)[1]
+            for name, file in files.items()
         },
     }
     done = subprocess.run(
@@ -50,19 +74,24 @@ def plain(run: Run, few_pairs: dict[str, Path], smollm: ModelSource) -> dict[str
     return json.loads(done.stdout)
 
 
-def test_perplexity_before_is_plain_transformers(run: Run, plain: dict[str, list[float]]) -> None:
-    assert plain.keys() == {device.name for device in run.summary.devices} != set()
-    for name, (before, _) in plain.items():
-        assert run.device(name).perplexity_before == pytest.approx(before, abs=1e-3)
+def test_the_benchmark_of_the_demo_runs(run: Demo) -> None:
+    check_result("demo", run.printed)
 
 
-def test_exported_adapter_scores_the_same_elsewhere(run: Run, plain: dict[str, list[float]]) -> None:
-    assert plain.keys() == {device.name for device in run.summary.devices} != set()
-    for name, (before, after) in plain.items():
-        assert run.device(name).perplexity_after == pytest.approx(after, rel=1e-4)
+def test_perplexity_before_is_plain_transformers(run: Demo, plain: dict[str, list[float]]) -> None:
+    assert [device.name for device in run.summary.devices] == list(plain) != []
+    for device in run.summary.devices:
+        assert device.perplexity_before == pytest.approx(plain[device.name][0], abs=1e-3)
+
+
+def test_exported_adapter_scores_the_same_elsewhere(run: Demo, plain: dict[str, list[float]]) -> None:
+    assert [device.name for device in run.summary.devices] == list(plain) != []
+    for device in run.summary.devices:
+        before, after = plain[device.name]
+        assert device.perplexity_after == pytest.approx(after, rel=1e-4)
         assert after < 0.95 * before, "two steps at this rate must be felt, or nothing was compared"
 
 
-def test_exported_adapter_names_a_base_that_others_can_find(run: Run) -> None:
-    config = json.loads((run.path / "adapter/adapter_config.json").read_text(encoding="utf-8"))
+def test_exported_adapter_names_a_base_that_others_can_find(run: Demo) -> None:
+    config = json.loads((run.folder / "adapter/adapter_config.json").read_text(encoding="utf-8"))
     assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
