@@ -22,8 +22,7 @@ _SETTINGS = (
     "federation.local_steps=2",
     "federation.batch_size=2",
     "data.held_out=0.02",
-    "task.max_tokens=64",
-    "task.too_long=cut-prompt",
+    "task.max_tokens=128",
 )
 _SMOKE = ["--devices", "1", *(word for setting in _SETTINGS for word in ("--set", setting))]
 
