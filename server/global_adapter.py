@@ -41,9 +41,13 @@ def with_missing_modules(
     With `unequal_ranks`, that is the largest of their ranks; without, raises RunFailed if a module was trained in another
     rank than its holders have now.
     """
-    whole, starts = dict(adapter), dict[int, Adapter]()
+    whole, starts, done = dict(adapter), dict[int, Adapter](), set[tuple[Hashable, ...]]()
     for name, plan in plans.items():
         rank = plan.lora.rank
+        which = (rank, *spans_of(plan))
+        if which in done:
+            continue
+        done.add(which)
         if rank not in starts:
             starts[rank] = _start(spec, rank)
         for tensor, start in slice_of(starts[rank], spans_of(plan)).items():

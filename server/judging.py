@@ -15,7 +15,7 @@ import numpy as np
 
 from edgelam_fl.model.adapter import Adapter
 from edgelam_fl.plan.layout import Layout, site_source
-from edgelam_fl.split.judging import Size, times_the_median
+from edgelam_fl.split.judging import Size, Sizes
 from server.global_adapter import at_rank
 from strategies.aggregation.factors import A, is_factor
 from strategies.api import Contribution
@@ -38,7 +38,7 @@ class UpdateJudge:
     """The sources that are sites; all others are devices."""
     factor: float
     """How many times the median is still fine; 0: any size (federation.update_factor)."""
-    _sizes: dict[bool, list[Size]] = field(default_factory=lambda: {False: [], True: []})  # of devices, of sites
+    _sizes: dict[bool, Sizes] = field(default_factory=lambda: {False: Sizes(), True: Sizes()})  # of devices, of sites
 
     @QUIET
     def measure(self, contributions: Sequence[Contribution]) -> Size:
@@ -53,13 +53,13 @@ class UpdateJudge:
         rms = (total / max(1, count)) ** 0.5
         lr_sum = max(contribution.lr_sum for contribution in contributions)
         size = Size(rms, rms / lr_sum if lr_sum else rms)
-        self._sizes[source in self.site_sources].append(size)
+        self._sizes[source in self.site_sources].add(size)
         return size
 
     def problem(self, source: str, size: Size) -> str:
         """Returns why an update is left out; empty if it counts."""
         group = self._sizes[source in self.site_sources]
-        times = times_the_median(size, group) if self.factor else 0.0
+        times = group.times_the_median(size) if self.factor else 0.0
         if times <= self.factor:
             return ""
         return f"an update of {times:.0f} times the median of {len(group)} (federation.update_factor = {self.factor:g})"
@@ -98,6 +98,6 @@ def first_not_finite(tensors: Iterable[Mapping[str, np.ndarray]]) -> str:
 
 def _like(name: str, start: np.ndarray, trained: np.ndarray) -> np.ndarray:
     """Returns the start of a factor in the rank in which it was trained."""
-    if not is_factor(name):
+    if start.shape == trained.shape or not is_factor(name):
         return start
     return at_rank(name, start, len(trained) if name.endswith(A) else trained.shape[1])

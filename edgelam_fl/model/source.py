@@ -112,7 +112,7 @@ class ModelSource:
     def tied_head(self) -> bool:
         return self.family.task_head is None and bool(self.config.get("tie_word_embeddings", self.family.tied))
 
-    @property
+    @cached_property
     def fp32_bytes(self) -> int:
         """Size of the whole model's weights in fp32."""
         return 4 * sum(math.prod(entry.shape) for entry in self.index.values())

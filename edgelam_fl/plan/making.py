@@ -285,7 +285,8 @@ def _plan(spec: RunSpec, facts: RoundFacts, profile: pb.Profile) -> pb.Plan:
 def allow_for_downloads(source: ModelSource, plans: Iterable[pb.Plan]) -> None:
     """Extends all nodes' time to get ready by the largest download, as only the nodes know whether they have the model."""
     plans = list(plans)
-    most = max(weights_bytes(source, spans_of(plan), plan.model.base, plan.model.compute) for plan in plans)
+    slices = {(tuple(spans_of(plan)), plan.model.base, plan.model.compute) for plan in plans}
+    most = max(weights_bytes(source, spans, base, compute) for spans, base, compute in slices)
     for plan in plans:
         plan.deadlines.ready_s += most / _SLOW_LINK_BYTES_S
 

@@ -12,9 +12,9 @@ so there only `MOST_NORM` bounds a gradient.
 from __future__ import annotations
 
 import math
+from bisect import insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -69,13 +69,34 @@ def times_the_median(own: Size, group: Sequence[Size]) -> float:
 
     `group`: the sizes of all, this one included.
     """
-    if len(group) < LEAST_SOURCES:
-        return 0.0
-    added, per_unit = [one.added for one in group], [one.per_unit for one in group]
-    return min(_times(own.added, added), _times(own.per_unit, per_unit))
+    sizes = Sizes()
+    for one in group:
+        sizes.add(one)
+    return sizes.times_the_median(own)
 
 
-def _times(own: float, group: Sequence[float]) -> float:
+class Sizes:
+    """A group's sizes in order, so that the median of many is not looked for again for each of them."""
+
+    def __init__(self) -> None:
+        self._added: list[float] = []
+        self._per_unit: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self._added)
+
+    def add(self, size: Size) -> None:
+        for ordered, value in ((self._added, size.added), (self._per_unit, size.per_unit)):
+            insort(ordered, value if math.isfinite(value) else math.inf)
+
+    def times_the_median(self, own: Size) -> float:
+        """Returns how many times the median `own`, one of the group, is, as the function of this name."""
+        if len(self) < LEAST_SOURCES:
+            return 0.0
+        return min(_times(own.added, self._added), _times(own.per_unit, self._per_unit))
+
+
+def _times(own: float, ordered: Sequence[float]) -> float:
     """Returns 0 if the median is 0: then nothing can be said."""
-    middle = median(one if math.isfinite(one) else math.inf for one in group)
+    middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
     return own / middle if middle > 0 else 0.0

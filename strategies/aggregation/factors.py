@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from strategies.api import Contribution, Start
 
 A, B = ".lora_A.weight", ".lora_B.weight"
+_NAMES = 1 << 16  # that are remembered: each is asked about for each node of a round
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,13 @@ class Factors:
         return len(self.a_RI)
 
 
+@lru_cache(maxsize=_NAMES)
 def is_factor(name: str) -> bool:
     """Whether a tensor is a LoRA factor; other tensors (of a task head) are whole."""
     return name.endswith((A, B))
 
 
+@lru_cache(maxsize=_NAMES)
 def module_of(name: str) -> str:
     """Returns the module that a factor belongs to; for a whole tensor, its own name."""
     return name.removesuffix(A).removesuffix(B)
