@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.compared.load import Load
 from benchmarks.compared.workers import Step, peak_bytes
 from benchmarks.floods import cpu_seconds
 from edgelam_fl.federation.child import end_all
+from edgelam_fl.plan.making import RoundFacts
 from edgelam_fl.wire import edgelam_pb2 as pb
 from tests.fleet import Fleet, check_done
 from tests.parity.daemons import Daemon
@@ -21,7 +23,7 @@ class Product:
     """Stage hosts that make a round of one step at a time. The time of a step is the slowest device's, without the round's messages."""
 
     def __init__(self, fleet: Fleet, daemons: Mapping[str, Daemon], load: Load) -> None:
-        self._fleet, self._daemons, self._start = fleet, daemons, load.start()
+        self._fleet, self._daemons, self._load, self._start = fleet, daemons, load, load.start()
         self.reports: dict[str, pb.JobReport] = {}
         """Of the newest step, by node."""
 
@@ -37,6 +39,20 @@ class Product:
 
     def peak_bytes(self) -> list[int]:
         return [peak_bytes(daemon.child.pid) for daemon in self._daemons.values()]
+
+    def of_devices(self, count: int) -> Product:
+        """Returns the same processes with the first devices alone."""
+        fleet = self._fleet
+        few = {name: fleet.devices[name] for name in list(fleet.devices)[:count]}
+        daemons = {name: one for name, one in self._daemons.items() if name in few or name in fleet.hosts}
+        return Product(replace(fleet, devices=few, name=f"{fleet.name}-{count}", events=[]), daemons, self._load)
+
+    def profiles(self) -> dict[str, pb.Profile]:
+        return {name: daemon.profile() for name, daemon in self._daemons.items()}
+
+    def plans(self) -> dict[str, pb.Plan]:
+        """Returns the plans of a round of one step."""
+        return self._fleet.plans(RoundFacts(self._fleet.name, 1, 1, 0, 1))
 
     def tensor_bytes(self) -> int:
         """Returns the bytes of tensors that devices sent and received in the newest step."""

@@ -48,8 +48,11 @@ class Daemon:
     def wait(self, request: pb.WaitRequest) -> pb.JobReport:
         return self._call("Wait", request, request.timeout_s + 10)  # type: ignore[return-value]
 
+    def profile(self) -> pb.Profile:
+        return self._call("GetProfile", pb.ProfileRequest(protocol_version=PROTOCOL_VERSION), 60.0)  # type: ignore[return-value]
+
     def address(self) -> str:
-        return self._call("GetProfile", pb.ProfileRequest(protocol_version=PROTOCOL_VERSION), 60.0).address  # type: ignore[attr-defined]
+        return self.profile().address
 
     def again(self) -> Daemon:
         """Starts it again with its state, once its process has ended."""
