@@ -9,13 +9,12 @@ of both. It takes six minutes, and measures time. Draws results/scale.svg. --smo
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterable
 from contextlib import redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,14 +23,10 @@ from benchmarks.arriving import Grid
 from benchmarks.common import RESULTS, Figure, main
 from benchmarks.compared.bars import bars
 from benchmarks.compared.load import Load
-from benchmarks.compared.product import Product, product
+from benchmarks.compared.planner import Predictions, on_this_machine
+from benchmarks.compared.product import product
 from edgelam_fl.federation.template import in_fork
-from edgelam_fl.plan.facts import ChainCost
-from edgelam_fl.plan.footprint import Footprints
-from edgelam_fl.plan.instance import InstanceMaker
-from edgelam_fl.plan.search import cost_of
 from edgelam_fl.plan.spec import RunSpec
-from edgelam_fl.plan.speeds import before_rounds, learned
 from edgelam_fl.tasks.docstrings import write_device_files
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -174,13 +169,12 @@ def host_figures() -> list[Figure]:
                 run.step(0)
                 peaks[count] = run.reports["edge-1"].peak_rss_bytes
             steps = {count: [run.step(turn + 1) for turn in range(TURNS)] for count, run in runs.items()}
-            model = _Planner(load, all_devices, runs[1])
+            predictions = Predictions(load, all_devices.profiles(), runs[1].plans(), runs[1].reports)
         figures, seconds = list[Figure](), {}
         for count in DEVICES:
             seconds[f"{count} devices, measured"] = [step.wall_s for step in steps[count]]
-            measured, predicted = median(seconds[f"{count} devices, measured"]), model.cost(count)
-            shared_s = median(step.cpu_s for step in steps[1]) * count / (os.cpu_count() or 1)
-            formula_s = max(predicted.step_s, shared_s)
+            measured, predicted = median(seconds[f"{count} devices, measured"]), predictions.cost(count)
+            formula_s = on_this_machine(predicted.step_s, count * median(step.cpu_s for step in steps[1]))
             seconds[f"{count} devices, formula"] = [formula_s]
             speed = median(step.per_s for step in steps[count])
             memory = predicted.hosts[0].memory_bytes / peaks[count]
@@ -202,31 +196,6 @@ def host_figures() -> list[Figure]:
         plot = bars("A step over one host", "seconds", seconds, [name for name in seconds if name.endswith("measured")])
         (RESULTS / "scale.svg").write_text(plot, encoding="utf-8")
         return figures
-
-
-class _Planner:
-    """What the planner knows after the run with one device, and predicts for more."""
-
-    def __init__(self, load: Load, all_devices: Product, run: Product) -> None:
-        self._spec = RunSpec(load.config, load.source)
-        self._profiles = all_devices.profiles()
-        self._profiles["edge-1"].memory_available_bytes = 0  # unknown: the host holds all layers in any case
-        plans = run.plans()
-        self._speeds, _ = learned(self._spec, before_rounds(load.config), {}, plans, run.reports)
-        self._window = plans["edge-1"].window
-
-    def cost(self, devices: int) -> ChainCost:
-        """Returns the cost of a step with so many devices like the one that was measured."""
-        names = [f"device-{number}" for number in range(1, devices + 1)]
-        of_one = {pair: s for (node, pair), s in self._speeds.position_s.items() if node == names[0]}
-        known = {(name, pair): s for name in names for pair, s in of_one.items()}
-        speeds = replace(self._speeds, position_s={**self._speeds.position_s, **known})
-        host = self._profiles["edge-1"]
-        maker = InstanceMaker(Footprints(self._spec), speeds, list(self._profiles.values()), self._window)
-        instance = maker.of_site([self._profiles[name] for name in names], [host])
-        found = cost_of(instance, ((host.name, instance.last),))
-        assert found is not None, "one host holds all layers"
-        return found
 
 
 if __name__ == "__main__":

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from benchmarks.compared.load import Load
+from benchmarks.compared.shaped import UNSHAPED, Shape
 from benchmarks.compared.workers import Step, peak_bytes
 from benchmarks.floods import cpu_seconds
 from edgelam_fl.federation.child import end_all
@@ -16,6 +17,7 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from tests.fleet import Fleet, check_done
 from tests.parity.daemons import Daemon
 
+_DATA = 0.97  # of a link's rate, so that no queue builds up before it; the rest is for headers
 _LEAST_CPU_S = 0.01  # the kernel counts in hundredths
 
 
@@ -47,6 +49,18 @@ class Product:
         daemons = {name: one for name, one in self._daemons.items() if name in few or name in fleet.hosts}
         return Product(replace(fleet, devices=few, name=f"{fleet.name}-{count}", events=[]), daemons, self._load)
 
+    def behind(self, addresses: Sequence[str], shape: Shape) -> Product:
+        """Returns the same processes, whose devices reach the host at these addresses, and keep to the rate of their links."""
+        lines = dict(zip(self._fleet.devices, addresses, strict=True))
+        given = {field.name: getattr(self._fleet, field.name) for field in fields(Fleet)}
+        name = f"{self._fleet.name}-{shape.mbps:g}"
+        return Product(_Shaped(**given | {"name": name}, lines=lines, shape=shape), self._daemons, self._load)
+
+    def host_address(self) -> str:
+        """Returns where devices reach the only host."""
+        ((_, address),) = self._fleet.hosts.values()
+        return address
+
     def profiles(self) -> dict[str, pb.Profile]:
         return {name: daemon.profile() for name, daemon in self._daemons.items()}
 
@@ -57,6 +71,23 @@ class Product:
     def tensor_bytes(self) -> int:
         """Returns the bytes of tensors that devices sent and received in the newest step."""
         return sum(row.payload_bytes for name in self._fleet.devices for row in self.reports[name].bytes)
+
+
+@dataclass
+class _Shaped(Fleet):
+    """A fleet whose devices each reach the host by a line of their own."""
+
+    lines: Mapping[str, str] = field(default_factory=dict)
+    shape: Shape = UNSHAPED
+
+    def plans(self, facts: RoundFacts) -> dict[str, pb.Plan]:
+        plans = super().plans(facts)
+        for plan in plans.values():
+            for route in (*plan.routes, *plan.serves):
+                route.share_bps = _DATA * self.shape.mbps * 1e6
+                for hop in route.hops:
+                    hop.address = self.lines[route.device]
+        return plans
 
 
 @contextmanager

@@ -51,15 +51,18 @@ class Way(Protocol):
 class Workers:
     """A way whose processes make each step together; its time is from the call to the last answer."""
 
-    def __init__(self, processes: Sequence[Worker]) -> None:
-        self._workers = processes
+    def __init__(self, processes: Sequence[Worker], *, all_tokens: bool = False) -> None:
+        """`all_tokens`: whether each process trains tokens of its own; else all train the same, as the stages of a pipeline do."""
+        self._workers, self._all_tokens = processes, all_tokens
 
     def step(self, number: int) -> Step:
         began = time.monotonic()
         for one in self._workers:
             one.send(number)
         answers = [one.answer() for one in self._workers]
-        return Step(time.monotonic() - began, sum(cpu_s for cpu_s, _ in answers), max(tokens for _, tokens in answers))
+        each = [tokens for _, tokens in answers]
+        tokens = sum(each) if self._all_tokens else max(each)
+        return Step(time.monotonic() - began, sum(cpu_s for cpu_s, _ in answers), tokens)
 
     def peak_bytes(self) -> list[int]:
         return [peak_bytes(one.pid) for one in self._workers]
