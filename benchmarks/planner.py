@@ -197,7 +197,9 @@ def random_instance(rng: Random, *, hosts: int, layers: int) -> SiteInstance:
         devices.append(DeviceEnds(node, front, rng.randint(max(front + 1, total - 1), total)))
     found = [_node(rng, f"host-{number}", step) for number in range(rng.randint(1, hosts))]
     if rng.random() < 0.2:  # a device that is a host too
-        found[0] = replace(devices[0].node, layer_s=found[0].layer_s, free_bytes=found[0].free_bytes)
+        found[0] = replace(
+            devices[0].node, layer_s=found[0].layer_s, free_bytes=found[0].free_bytes, workers=found[0].workers
+        )
     pairs = [(node.name, host.name) for node in [*found, *(device.node for device in devices)] for host in found]
     step = replace(step, by_relay=frozenset(pair for pair in pairs if rng.random() < 0.15))
     return SiteInstance(step, tuple(devices), tuple(found))
@@ -208,7 +210,7 @@ def _node(rng: Random, name: str, step: StepFacts) -> NodeResources:
     return NodeResources(
         name, {base: rng.uniform(0.1, 1) / speed for base in step.footprints},
         free_bytes=rng.choice((25, 45, 80, math.inf)), up_bps=_rate(rng), down_bps=_rate(rng),
-        round_trip_s=rng.uniform(0, 0.2), reachable=rng.random() < 0.8,
+        round_trip_s=rng.uniform(0, 0.2), reachable=rng.random() < 0.8, workers=rng.choice((1, 1, 2)),
     )  # fmt: skip
 
 
@@ -265,14 +267,15 @@ def step_s(instance: SiteInstance, chain: Sequence[Piece]) -> float | None:
         head = step.head_layers if is_last else 0
         layer_s = host.layer_s[str(base)]
         back, on = (returns if is_first else 1), (exits if is_last else 1)
-        link_s, unit_s = _link_s(step, before, host, back), layer_s * (last - first + head)
+        link_s, every_s = _link_s(step, before, host, back), layer_s * (last - first + head)
+        unit_s = host.workers * every_s
         crossed = sum(min(last, d.back_first) - max(first, d.front) + head for d in ends)
         own = per_unit.get(host.name, (0.0, 0.0, 0.0))
         own_first_s = slowest.ends_s - slowest.back_s if host.name == slowest.name else 0.0
         steps.append(outside_s + link_s + m * (layer_s * crossed + own[0]) - own_first_s)
         steps.append(outside_s + units * tensor_bits * (on + back) / host.up_bps + m * own[1])
         steps.append(outside_s + units * tensor_bits * (1 + on) / host.down_bps + m * own[2])
-        queues.append((m * layer_s * crossed - unit_s) / 2)
+        queues.append((m * layer_s * crossed - every_s) / 2)
         queues.append((units - 1) * tensor_bits / min(host.up_bps, host.down_bps))
         cycle_s, outside_s = cycle_s + link_s + unit_s, outside_s + link_s + unit_s
         by_device = [_relays(step, device, host) for device in devices.values()]

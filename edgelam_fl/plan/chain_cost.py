@@ -32,6 +32,7 @@ class HostSlice(NamedTuple):
 
     base: str
     unit_s: float  # one unit, forward and backward
+    every_s: float  # from one unit to the next; less than unit_s if it computes several at once
     queue_s: float  # (units - 1) * pass_s of the slowest of its processor, uplink and downlink
     compute_s: float  # busy_s of its processor, without the work done while the first unit was not here yet
     link_s: float  # busy_s of the busier of its uplink and downlink
@@ -96,19 +97,19 @@ class CostModel:
         base = fitting_base(self.instance, host, first, last)
         if base is None:
             return None
-        unit_s = host.layer_s[base] * (last - first + self._head_layers(last))
+        every_s = host.layer_s[base] * (last - first + self._head_layers(last))
         compute_s = self.compute_s(host, base, first, last)
         ends_s = self.step.micro_batches * host.ends_s
         first_front_s = host.ends_s - host.back_s if host.name == self.slowest.name else 0.0
         # The backward pass of frozen layers takes about as long as the forward pass.
-        queues = [(compute_s - ends_s - unit_s) / 2]
+        queues = [(compute_s - ends_s - every_s) / 2]
         queues += [(self.units - 1) * _seconds(self.step.tensor_bytes, bps) for bps in (host.up_bps, host.down_bps)]
         links = [
             self.units * _seconds(self._host_tensors(first, last, up) * self.step.tensor_bytes, bps)
             + (self.step.micro_batches * self._device_link_s(host, up) if self._is_device(host) else 0.0)
             for up, bps in ((True, host.up_bps), (False, host.down_bps))
         ]
-        return HostSlice(base, unit_s, max(queues), compute_s - first_front_s, max(links))
+        return HostSlice(base, host.workers * every_s, every_s, max(queues), compute_s - first_front_s, max(links))
 
     def extended(self, chain: PartialChain, number: int, end: int, added: HostSlice) -> PartialChain:
         """Returns the chain with one more host, and with the link back to the device if its slice is the last."""
@@ -279,10 +280,10 @@ class CostModel:
         for (before, *_), (host, added, *_) in reversed(list(pairwise(slices))):
             away_s += added.unit_s + self.link_s(before, host, self.gradient_returns(True))
             away.insert(0, away_s)
-        found, every_s = [], 1 / sum(1 / max(self._sends_every_s(device.node), INSTANT_S) for device in self.devices)
+        found, arrival_s = [], 1 / sum(1 / max(self._sends_every_s(device.node), INSTANT_S) for device in self.devices)
         for away_s, (_, added, *_) in zip(away, slices, strict=True):
-            every_s = max(every_s, added.unit_s / 2)
-            found.append(min(self._most_in_flight, 1 + math.ceil(away_s / every_s - INSTANT_S)))
+            arrival_s = max(arrival_s, added.every_s / 2)
+            found.append(min(self._most_in_flight, 1 + math.ceil(away_s / arrival_s - INSTANT_S)))
         return found
 
     def _sends_every_s(self, device: NodeResources) -> float:

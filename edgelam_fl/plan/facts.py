@@ -25,6 +25,7 @@ class NodeResources:
 
     name: str
     layer_s: Mapping[str, float] = field(default_factory=dict)  # per layer and unit, forward and backward, by base
+    workers: int = 1  # units that it computes at once, each of which then takes so many times `layer_s`
     free_bytes: float = math.inf
     up_bps: float = math.inf
     down_bps: float = math.inf

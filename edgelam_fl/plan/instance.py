@@ -17,7 +17,7 @@ from edgelam_fl.plan.chain_cost import fastest_layer_s
 from edgelam_fl.plan.facts import DeviceEnds, NodeResources, SiteInstance, StepFacts
 from edgelam_fl.plan.footprint import GROWTH_BYTES, IDLE_BYTES, Footprints
 from edgelam_fl.plan.layout import check_hosts, device_ends
-from edgelam_fl.plan.modes import label_place
+from edgelam_fl.plan.modes import host_mode, label_place
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.plan.speeds import LayerTimes, Speeds, head_layers, layer_s
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -62,7 +62,7 @@ class InstanceMaker:
         # A device that hosts trains too, here or at another site.
         elsewhere = [host for host in hosts if host.role == pb.DEVICE and host.name not in ends]
         as_device = ends | {host.name: self._device(host) for host in elsewhere}
-        nodes = tuple(self._host(host, as_device.get(host.name)) for host in hosts)
+        nodes = tuple(self._host(host, as_device.get(host.name), len(ends)) for host in hosts)
         pairs = {pair for node in nodes for pair in node.layer_s}
         step = self._step(sorted(pairs), len(ends), mean(node.round_trip_s for node in nodes))
         return SiteInstance(step, tuple(ends.values()), nodes)
@@ -109,11 +109,14 @@ class InstanceMaker:
         )
         return DeviceEnds(node, front, back_first)
 
-    def _host(self, host: pb.Profile, as_device: DeviceEnds | None) -> NodeResources:
-        """Makes a host's resources. `as_device`: its needs as a device; None if it is only a host."""
+    def _host(self, host: pb.Profile, as_device: DeviceEnds | None, devices: int = 1) -> NodeResources:
+        """Makes a host's resources. `as_device`: its needs as a device; None if it is only a host. `devices`: that it computes for."""
         node = as_device.node if as_device is not None else self._node(host)
         pairs = host_pairs(self.spec.config, host)
-        return replace(node, layer_s={pair: self._layer_s(host, pair) for pair in pairs})
+        split = self.spec.config.split
+        in_flight = min(self.window, split.micro_batches)
+        workers = host_mode(split.host_mode).workers(devices, in_flight, max(1, host.cpu_threads))
+        return replace(node, workers=workers, layer_s={pair: self._layer_s(host, pair) for pair in pairs})
 
     def _node(self, profile: pb.Profile) -> NodeResources:
         return NodeResources(
@@ -134,6 +137,11 @@ def planned_times(instances: Iterable[SiteInstance]) -> LayerTimes:
     """Returns the seconds per layer and unit that the instances are made of, by node and pair."""
     nodes = [node for instance in instances for node in [*(d.node for d in instance.devices), *instance.hosts]]
     return {(node.name, pair): seconds for node in nodes for pair, seconds in node.layer_s.items()}
+
+
+def planned_workers(instances: Iterable[SiteInstance]) -> dict[str, int]:
+    """Returns the units that each host of the instances computes at once."""
+    return {host.name: host.workers for instance in instances for host in instance.hosts}
 
 
 def share_out_hosts(hosts: Sequence[NodeResources], sites: int) -> list[list[NodeResources]]:

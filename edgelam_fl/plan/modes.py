@@ -74,6 +74,16 @@ class HostMode:
         """Counts the optimizer steps of a source per step of the plan, with `devices` routes over its host."""
         return devices if scope == "site" and self.steps_in_turn else 1
 
+    def workers(self, devices: int, in_flight: int, threads: int) -> int:
+        """Returns how many micro-batches a host computes at once, so that all its threads are used and no worker waits long.
+
+        Two threads that share the matrices of one micro-batch gain less than two that have one each; but with fewer than two
+        micro-batches per worker on their way, a pipeline would wait for a slow pass. `devices`: of the host. `in_flight`: the
+        micro-batches of each that are on their way at once. `threads`: of the host.
+        """
+        most = (1 if self.steps_in_turn else devices) * in_flight // 2
+        return max(count for count in range(1, threads + 1) if count == 1 or (threads % count == 0 and count <= most))
+
     # ---------------------------------------------------------------- turns
 
     def turns(

@@ -16,7 +16,7 @@ from edgelam_fl.plan.bases import split_pair
 from edgelam_fl.plan.facts import Chain, ChainCost, SiteInstance
 from edgelam_fl.plan.footprint import Footprints
 from edgelam_fl.plan.fronts import check_memory_for_fronts
-from edgelam_fl.plan.instance import InstanceMaker, planned_times
+from edgelam_fl.plan.instance import InstanceMaker, planned_times, planned_workers
 from edgelam_fl.plan.layout import HostRange, Layout, layout_of_chains, make_layout, who_may_host
 from edgelam_fl.plan.search import best_chain, cost_of, shortage
 from edgelam_fl.plan.spec import RunSpec
@@ -132,8 +132,9 @@ class Placement:
         """Learns from a round: times, the length of examples, links over the relay, and how long steps took."""
         if self.config.split.cuts != "auto":
             return
-        planned = planned_times(self._newest[0]) if self._newest else {}
-        self._speeds, notes = learned(self.spec, self._speeds, planned, plans, reports)
+        newest = self._newest[0] if self._newest else ()
+        planned, workers = planned_times(newest), planned_workers(newest)
+        self._speeds, notes = learned(self.spec, self._speeds, planned, plans, reports, workers)
         self._notes += notes
         self._took_s = step_seconds(reports.values())
 

@@ -85,11 +85,13 @@ def _profiled_s(spec: RunSpec, speeds: Speeds, profile: pb.Profile, pair: str) -
 
 
 def learned(
-    spec: RunSpec, speeds: Speeds, planned: LayerTimes, plans: Mapping[str, pb.Plan], reports: Mapping[str, pb.JobReport]
+    spec: RunSpec, speeds: Speeds, planned: LayerTimes, plans: Mapping[str, pb.Plan],
+    reports: Mapping[str, pb.JobReport], workers: Mapping[str, int] = {},
 ) -> tuple[Speeds, list[str]]:  # fmt: skip
     """Returns what is known after a round, and a sentence for each surprise.
 
-    `planned`: seconds per layer and unit that the round was planned with. All nodes together may differ from that, as
+    `planned`: seconds per layer and unit that the round was planned with. `workers`: the units that each host computed at once; one
+    if a host is not named. All nodes together may differ from that, as
     profiles do, which moves no cut: each node is therefore compared with the others.
     """
     trained = tokens_per_row(plans, reports)
@@ -97,7 +99,7 @@ def learned(
     by_relay, notes, measured = set(speeds.by_relay), list[str](), dict[tuple[str, str], float]()
     for name, report in reports.items():
         plan = plans[name]
-        seconds = measured_layer_s(spec, plan, report)
+        seconds = measured_layer_s(spec, plan, report, workers.get(name, 1))
         if seconds:
             measured[name, f"{plan.model.base}/{SHORT[plan.model.compute]}"] = seconds / (spec.unit_rows * tokens)
         notes += _learn_routes(by_relay, plan, report)
@@ -112,9 +114,10 @@ def learned(
     ), notes
 
 
-def measured_layer_s(spec: RunSpec, plan: pb.Plan, report: pb.JobReport) -> float:
+def measured_layer_s(spec: RunSpec, plan: pb.Plan, report: pb.JobReport, workers: int = 1) -> float:
     """Seconds one layer took for one unit, from the timeline of a round's training; 0 if the timeline says nothing.
 
+    A host that computes units of `workers` micro-batches at once takes that share of their time for each.
     Each unit counts as the median unit: a node's first units take longer, as weights and memory are new to it.
     """
     layers = {("host", device): count for device, count in _hosted_layers(plan).items()}
@@ -127,7 +130,10 @@ def measured_layer_s(spec: RunSpec, plan: pb.Plan, report: pb.JobReport) -> floa
                 units = of_unit.setdefault((i.role, i.peer), {})
                 units[i.step, i.micro_batch] = units.get((i.step, i.micro_batch), 0.0) + i.seconds
         passed = sum(layers[part] * len(units) for part, units in of_unit.items())
-        seconds = sum(median(units.values()) * len(units) for units in of_unit.values())
+        seconds = sum(
+            median(units.values()) * len(units) / (workers if role == "host" else 1)
+            for (role, _), units in of_unit.items()
+        )
         total += seconds / passed if passed else 0.0
     return total
 

@@ -157,3 +157,10 @@ def test_a_slice_needs_room_for_its_whole_window() -> None:
     site = SiteInstance(STEP, (DeviceEnds(D, 1, 4),), (A, B))
     needed = 110 + 120 + (30 + 2 * 20) / UNITS_SHARE + 5
     assert missing_bytes(site, A, "fp32", 1, 3) == pytest.approx(needed - 5_000)
+
+
+def test_a_unit_takes_longer_at_a_host_with_several_workers_and_the_host_no_longer_for_all() -> None:
+    both = replace(A, workers=2)
+    cycle_s, _ = terms(STEP, D, A, B)
+    assert cost(a=both).cycle_s == pytest.approx(cycle_s + 2 * A.layer_s["fp32"])
+    assert [host.compute_s for host in cost(a=both).hosts] == [host.compute_s for host in cost().hosts]

@@ -144,3 +144,13 @@ def test_no_module_but_one_tells_the_words_apart() -> None:
         for line in comparisons(ast.parse(path.read_text()))
     }
     assert found == set()
+
+
+@pytest.mark.parametrize(
+    ("mode", "devices", "in_flight", "threads", "workers"),
+    [(JOINT, 3, 2, 2, 2), (JOINT, 1, 2, 2, 1), (JOINT, 1, 4, 2, 2), (SEQUENTIAL, 3, 2, 2, 1), (JOINT, 8, 2, 6, 6), (JOINT, 3, 2, 4, 2)],
+)  # fmt: skip
+def test_workers_divide_a_hosts_threads_if_each_has_two_micro_batches(
+    mode: HostMode, devices: int, in_flight: int, threads: int, workers: int
+) -> None:
+    assert mode.workers(devices, in_flight, threads) == workers

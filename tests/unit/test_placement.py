@@ -234,6 +234,12 @@ def test_a_link_that_passed_the_relay_counts_in_the_next_plan(tiny: ModelSource)
     assert placed.events[-1].measured == (f"d1 reaches {taken} without the relay again",)
 
 
+def test_a_host_that_computes_several_units_at_once_takes_its_share_of_their_time_for_each(tiny: ModelSource) -> None:
+    placed = Placed(tiny)
+    plan = host_plan(placed.layout(edge("a"), edge("b")), "a")
+    assert measured_layer_s(RunSpec(placed.config, tiny), plan, report(plan, 1.0), workers=2) == pytest.approx(0.5)
+
+
 def test_the_first_units_of_a_round_count_as_the_others(tiny: ModelSource) -> None:
     placed = Placed(tiny)
     plan = host_plan(placed.layout(edge("a"), edge("b")), "a")
