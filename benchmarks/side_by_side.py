@@ -100,22 +100,22 @@ def _ways(load: Load, folder: Path, files: Sequence[Path], stack: ExitStack, smo
     pieces = f"split.micro_batches={load.config.split.micro_batches // 2}"
     each = Load(load.model, (*load.overrides, half, pieces, "split.hosts=0"), tuple(files))
     meeting = folder / "gloo"
+    ways: dict[str, Way] = {
+        PIECES: workers(worker(plain, load, 2)),
+        SPLIT: stack.enter_context(product(load, folder / "split")),
+        TORCH: workers(*[worker(pipelining, load, rank, meeting, cut, environment=ENVIRONMENT) for rank in (0, 1)]),
+    }
+    if smoke:  # the others are started in the same way, and the serial loop by `benchmarks.paced`
+        return ways
     server = worker(serial_server, whole, 2)
     port = server.answer()
     device = worker(serial_device, whole, 0, ("127.0.0.1", port), 2)
     device.answer()
-    ways: dict[str, Way] = {
-        PIECES: workers(worker(plain, load, 2)),
-        UNSPLIT: stack.enter_context(product(unsplit, folder / "unsplit", device_threads=2)),
-        SPLIT: stack.enter_context(product(load, folder / "split")),
-        TORCH: workers(*[worker(pipelining, load, rank, meeting, cut, environment=ENVIRONMENT) for rank in (0, 1)]),
-        SERIAL: Workers([server, device]),
-    }
-    if smoke:  # the others are started by the same lines
-        return ways
     return {
         BATCH: workers(worker(plain, whole, 2)),
         **ways,
+        UNSPLIT: stack.enter_context(product(unsplit, folder / "unsplit", device_threads=2)),
+        SERIAL: Workers([server, device]),
         EVEN: stack.enter_context(product(even, folder / "even")),
         FEDERATED: stack.enter_context(product(each, folder / "federated")),
     }
