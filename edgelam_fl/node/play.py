@@ -35,6 +35,7 @@ from edgelam_fl.split.inbox import Inbox
 from edgelam_fl.split.route import Dial, new_route, open_link, open_route, wire_dtype
 from edgelam_fl.split.snapshot import ENDS, Damaged, SourceState
 from edgelam_fl.split.window import affordable_window
+from edgelam_fl.split.workers import workers_of
 from edgelam_fl.telemetry.events import JobResumed, JobStarted, TensorsAsked, WindowGranted
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
@@ -51,8 +52,7 @@ class NodeHooks:
 
     load: Callable[..., list[Stage]] = load_stages
     memory_free: Callable[[], int] = memory_free_bytes  # bytes that a host may grant windows from
-    # plan, window -> how many micro-batches a host computes at once
-    workers: Callable[[pb.Plan, int], int] = lambda plan, window: 1
+    workers: Callable[[pb.Plan, int], int] = workers_of
     around_pass: AroundPass = nullcontext  # as of `Host`
     disk_free: Callable[[Path], int] = free_bytes  # bytes that are free on the disk of a folder
     # entered before anything is loaded, left after the contributions are in the report

@@ -17,8 +17,23 @@ from typing import Any
 import torch
 
 from edgelam_fl.model.stage import Stage
+from edgelam_fl.plan.modes import host_mode
+from edgelam_fl.wire import edgelam_pb2 as pb
 
 _counting_threads = threading.Lock()  # torch's number of threads is a thread's own, and a new thread gets the newest
+
+
+def workers_of(plan: pb.Plan, window: int, threads: int = 0) -> int:
+    """Returns how many micro-batches a host computes at once, so that all its threads are used and no worker waits long.
+
+    Two threads that share the matrices of one micro-batch gain less than two that have one each; but with fewer than two
+    micro-batches per worker on their way, a pipeline would wait for a slow pass. `window`: the micro-batches per device that
+    the host has memory for. `threads`: of the host; 0: torch's.
+    """
+    threads = threads or torch.get_num_threads()
+    devices = 1 if host_mode(plan.host_mode).steps_in_turn else len(plan.serves)
+    most = devices * min(window, plan.micro_batches) // 2
+    return max(count for count in range(1, threads + 1) if count == 1 or (threads % count == 0 and count <= most))
 
 
 class Work:
@@ -87,6 +102,7 @@ class Workers:
             thread.join()
 
     def _work(self, torch_threads: int, are_set: threading.Barrier) -> None:
+        torch.get_num_threads()  # a thread's first look at the number takes the newest that any thread has set
         torch.set_num_threads(torch_threads)
         are_set.wait()
         while (work := self._due.get()) is not None:

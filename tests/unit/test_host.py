@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import queue
 import threading
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import pytest
 import torch
 
-from edgelam_fl.errors import EdgelamError, PeerLost
+from edgelam_fl.errors import EdgelamError, PeerLost, ProtocolError
 from edgelam_fl.model.adapter import Span, initial_adapter
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import LoraSettings, Stage, load_stages
@@ -20,8 +21,9 @@ from edgelam_fl.plan.making import RoundFacts, RoundPrivacy, make_plans
 from edgelam_fl.plan.reading import hosted_trains
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.split.group import Group
-from edgelam_fl.split.host import Host
+from edgelam_fl.split.host import AroundPass, Host
 from edgelam_fl.split.trainee import Trainee
+from edgelam_fl.split.workers import Work, Workers, workers_of
 from edgelam_fl.telemetry.events import JobEvent, LinkLost, NodeLeftOut, StepClosed, of_kind
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
@@ -51,6 +53,8 @@ class Site:
         steps: int = 1,
         privacy: RoundPrivacy | None = None,
         fronts: RunFronts | None = None,
+        workers: int = 1,
+        around_pass: AroundPass = nullcontext,
         **deadlines: Any,
     ) -> None:
         self.source, self.events = source, list[JobEvent]()
@@ -70,8 +74,10 @@ class Site:
         trainee = Trainee([self.stage])
         trainee.start(self.stage.adapter(), hosted_trains(self.plan), self.plan)
         trainee.optimizer = torch.optim.SGD(trainee.parameters, lr=LR) if trainee.parameters else None
-        self.host = Host(self.plan, [self.stage], self.group, [trainee], None, emit)
+        views = [self.stage, *(self.stage.view() for _ in range(workers - 1))]
+        self.host = Host(self.plan, views, self.group, [trainee], None, emit, around_pass=around_pass)
         self.problem: Exception | None = None
+        self.ended_by: BaseException | None = None  # what is nobody's to catch
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
@@ -79,6 +85,8 @@ class Site:
             self.host.run()
         except EdgelamError as error:
             self.problem = error
+        except SystemExit as error:
+            self.ended_by = error
 
     def open(self, devices: int = 3) -> list[Device]:
         self._thread.start()
@@ -165,7 +173,10 @@ class Device:
         output = self.await_frame(pb.ACT, step).tensor.clone().requires_grad_(True)
         (gradient,) = torch.autograd.grad(self.loss(output) / union, output)
         spoil(gradient)
-        self.exit.send(pb.Header(kind=pb.GRAD, phase=pb.TRAIN, step=step, micro_batch=unit), gradient)
+        fields: dict[str, Any] = {
+            "phase": pb.TRAIN, "step": step, "micro_batch": unit, "device_index": self.index,
+        }  # fmt: skip
+        self.exit.send(pb.Header(kind=pb.GRAD, **fields), gradient)
 
     def step(self, union: int, step: int = 0) -> None:
         self.act(step)
@@ -470,6 +481,128 @@ def test_a_device_late_in_three_steps_is_out_of_the_round(tiny: ModelSource) -> 
     assert site.problem is None
 
 
+class Held:
+    """Holds a device's passes, from one on, until they are let go, and notes when the first of them has begun."""
+
+    def __init__(self, index: int, error: BaseException | None = None, number: int = 1) -> None:
+        self.began, self.let_go = threading.Event(), threading.Event()
+        self._index, self._error, self._free = index, error, number - 1
+
+    @contextmanager
+    def __call__(self, header: pb.Header) -> Iterator[None]:
+        self._free -= header.device_index == self._index
+        if header.device_index == self._index and self._free < 0:
+            self.began.set()
+            assert self.let_go.wait(WAIT_S)
+            if self._error is not None:
+                raise self._error
+        yield
+
+
+def test_two_workers_compute_at_once_and_share_all_weights(tiny: ModelSource) -> None:
+    held = Held(0)
+    site = Site(tiny, 2, workers=2, around_pass=held)
+    slow, fast = site.open(2)
+    union = LABELS[0] + LABELS[1]
+    for device in (slow, fast):
+        device.table()
+    slow.act()
+    assert held.began.wait(WAIT_S)
+    fast.step(union)
+    fast.await_frame(pb.GRAD)  # both passes of `fast`, while one of `slow` is being computed
+    assert slow.heard() == ["TABLE_ALL"]
+    held.let_go.set()
+    slow.grad(union)
+    for device in (slow, fast):
+        device.await_frame(pb.STEP_CLOSE)
+        device.done()
+    site.end()
+    assert_moved(site, expected_move(tiny, [slow, fast]))
+    view = site.stage.view()
+    assert all(one is other for one, other in zip(site.stage.parameters(), view.parameters(), strict=True))
+
+
+def test_what_a_worker_computes_for_a_lost_device_is_dropped(tiny: ModelSource) -> None:
+    """The step is not closed before the worker is through, and counts the others alone."""
+    held = Held(1)
+    site = Site(tiny, workers=2, around_pass=held, step_s=60.0)
+    devices = site.open()
+    union = sum(LABELS.values())
+    for device in devices:
+        device.table()
+    devices[1].act()
+    assert held.began.wait(WAIT_S)
+    devices[1].entry.close()
+    rest = [devices[0], devices[2]]
+    for device in rest:
+        device.step(union)
+        device.await_frame(pb.GRAD)
+    assert "STEP_CLOSE" not in devices[0].heard()
+    held.let_go.set()
+    for device in rest:
+        assert list(device.await_frame(pb.STEP_CLOSE).header.step_close.counted) == [0, 2]
+        device.done()
+    site.end()
+    assert "ACT" not in devices[1].heard()
+    assert_moved(site, expected_move(tiny, rest))
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ProtocolError("odd"), "broke the protocol: odd"),
+        (ValueError("x"), "a frame that host edge-1 cannot work on: ValueError"),
+    ],
+)
+def test_an_error_of_a_worker_costs_the_device_whose_pass_it_was(
+    tiny: ModelSource, error: Exception, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = Held(1, error)
+    site = Site(tiny, 2, workers=2, around_pass=held)
+    good, bad = site.open(2)
+    for device in (good, bad):
+        device.table()
+    held.let_go.set()
+    bad.act()
+    assert bad.await_frame(pb.CANCEL).header.cancel.reason == reason
+    good.step(LABELS[0] + LABELS[1])
+    assert list(good.await_frame(pb.STEP_CLOSE).header.step_close.counted) == [0]
+    good.done()
+    site.end()
+    assert site.problem is None
+    capsys.readouterr()  # the error in full
+
+
+def test_an_error_that_is_nobodys_frame_ends_the_part(tiny: ModelSource) -> None:
+    held = Held(0, SystemExit("the interpreter ends"))
+    site = Site(tiny, 1, workers=2, around_pass=held)
+    (device,) = site.open(1)
+    device.table()
+    held.let_go.set()
+    device.act()
+    site.end()
+    assert isinstance(site.ended_by, SystemExit)
+
+
+def test_nobody_is_late_while_a_worker_computes(tiny: ModelSource) -> None:
+    held = Held(0, number=2)  # the backward pass
+    site = Site(tiny, 2, workers=2, around_pass=held)
+    slow, fast = site.open(2)
+    union = LABELS[0] + LABELS[1]
+    for device in (slow, fast):
+        device.table()
+    slow.step(union)
+    assert held.began.wait(WAIT_S)
+    site.plan.deadlines.step_s = 1e-6  # it has passed
+    fast.step(union)
+    fast.await_frame(pb.GRAD)
+    held.let_go.set()
+    assert list(fast.await_frame(pb.STEP_CLOSE).header.step_close.counted) == [0, 1]
+    for device in (slow, fast):
+        device.done()
+    site.end()
+
+
 def test_units_of_a_closed_step_do_not_count_against_the_window(tiny: ModelSource) -> None:
     """A device that was left out drops its open micro-batches and sends those of the next step: at most `window` are open."""
     site = Site(tiny, 2, steps=2)
@@ -705,3 +838,38 @@ def test_a_host_does_not_wait_for_a_device_that_never_came(tiny: ModelSource) ->
     device.done()
     site.end()
     assert site.event(LinkLost) == LinkLost(link="device-1", reason="not here after 0 s")
+
+
+@pytest.mark.parametrize(
+    ("devices", "window", "micro_batches", "threads", "workers"),
+    [
+        (3, 2, 2, 2, 2),
+        (3, 2, 2, 8, 2),  # of four threads each: three workers would leave two threads without work
+        (1, 2, 2, 2, 1),  # a second worker would make the pipeline's passes slow, and have nothing to do
+        (1, 4, 8, 2, 2),
+        (8, 4, 1, 16, 4),
+        (3, 2, 2, 1, 1),
+    ],
+)
+def test_a_host_has_workers_for_what_can_be_under_way(
+    devices: int, window: int, micro_batches: int, threads: int, workers: int
+) -> None:
+    plan = pb.Plan(host_mode="joint", micro_batches=micro_batches, serves=[pb.Route()] * devices)
+    assert workers_of(plan, window, threads) == workers
+    plan.host_mode = "sequential"  # one device's micro-batches at a time
+    assert workers_of(plan, window, threads) <= max(1, window // 2)
+
+
+def test_a_worker_has_its_share_of_the_threads_and_others_keep_theirs(tiny: ModelSource) -> None:
+    before, found, over = torch.get_num_threads(), list[int](), queue.SimpleQueue[Work]()
+    torch.set_num_threads(4)
+    try:
+        with (workers := Workers([middle(tiny)] * 2, over.put)):
+            workers.start(Work(lambda view: torch.get_num_threads(), found.append))
+            over.get(timeout=WAIT_S).conclude()
+            new = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+            new.start()
+            new.join(WAIT_S)
+        assert [*found, torch.get_num_threads()] == [2, 4, 4]
+    finally:
+        torch.set_num_threads(before)
