@@ -12,6 +12,7 @@ from edgelam_fl.plan.chain_memory import UNITS_SHARE
 from edgelam_fl.plan.footprint import LEARNING_BYTES
 from edgelam_fl.plan.modes import label_place
 from edgelam_fl.plan.reading import end_spans, unit_rows
+from edgelam_fl.split.workers import workers_of
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 
@@ -46,7 +47,7 @@ def _unit_bytes(plan: pb.Plan, source: ModelSource, layers: int, itemsize: int, 
 
 
 def _hosted_loss_bytes(plan: pb.Plan, source: ModelSource, itemsize: int) -> int:
-    """Returns what head and loss take at a host that has them, of one micro-batch at a time."""
+    """Returns what head and loss take at a host that has them, of one micro-batch per worker at a time."""
     if label_place(plan.labels).on_device:
         return 0
-    return loss_bytes(source.config, unit_rows(plan) * plan.task.max_tokens, itemsize)
+    return workers_of(plan, plan.window) * loss_bytes(source.config, unit_rows(plan) * plan.task.max_tokens, itemsize)
