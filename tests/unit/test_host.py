@@ -249,6 +249,7 @@ def test_positions_alone_come_back_and_their_gradient_is_the_whole_ones(tiny: Mo
     gradient = torch.randn(1, 3, hidden.shape[2], generator=torch.Generator().manual_seed(9)) * 0.01
     device.exit.send(pb.Header(kind=pb.GRAD, phase=pb.TRAIN), gradient)
     got = device.await_frame(pb.GRAD).tensor
+    device.await_frame(pb.STEP_CLOSE)
     device.done()
     site.end()
     whole = torch.zeros_like(states)
