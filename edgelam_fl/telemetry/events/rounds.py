@@ -410,7 +410,7 @@ class NodeResult:
     adapter_bytes_down: int | None
     """Bytes of adapters that it received from there; of a device that is a host too, counted at the device."""
     compute_seconds: float
-    """Seconds of computing."""
+    """Seconds of computing, of all workers of a host together."""
 
 
 @dataclass(frozen=True, kw_only=True)
