@@ -1,5 +1,5 @@
 """What a process asks of its machine: free memory, within a container's limit, free disk space, its own memory, the time since
-boot, and to end with the process that started it. Knows no models.
+boot, and to end with the process that started it; and the names of chips to compute on. Knows no models.
 """
 
 from __future__ import annotations
@@ -14,7 +14,16 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from edgelam_fl.errors import ConfigError
+
 CGROUP = Path("/sys/fs/cgroup")
+CHIPS = (
+    "auto",
+    "cpu",
+    "cuda",
+    "mps",
+    "xpu",
+)  # what --device takes, and "cuda:1" and the like; which are here: `model.chip`
 _UNLIMITED = 2**63
 
 
@@ -53,6 +62,15 @@ def end_with_parent(grace_s: float = 8.0, poll_s: float = 1.0) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def check_chip(asked: str) -> None:
+    """Raises ConfigError for a word that cannot be a --device, whatever this machine has."""
+    kind, colon, number = asked.partition(":")
+    if kind not in CHIPS or (colon and (kind not in ("cuda", "xpu") or not number.isdecimal())):
+        raise ConfigError(
+            f"--device {asked!r} is no chip to compute on; allowed: auto, cpu, cuda, cuda:0, cuda:1 ..., mps, xpu, xpu:0 ..."
+        )
 
 
 def memory_free_bytes(cgroup: Path = CGROUP, own: str = "") -> int:

@@ -59,6 +59,7 @@ def read_profile(content: RecordDict) -> pb.Profile:
         raise ProtocolError(f"its answer holds no profile that can be read ({type(error).__name__})") from error
     profile.DiscardUnknownFields()
     profile.problem, profile.code = printable(profile.problem), known_code(profile.code)
+    profile.chip = printable(profile.chip, _MOST_SHOWN)
     if profile.protocol_version != PROTOCOL_VERSION or profile.problem:
         return profile
     problem = next(_problems(profile), "")

@@ -337,6 +337,7 @@ class Roster:
             bad=profile.data.bad, skipped=profile.data.skipped, cut=profile.data.cut, unread_fields=profile.data.unread,
             unmeasured=profile.data.unmeasured,
             memory_available_bytes=profile.memory_available_bytes, cpu_threads=profile.cpu_threads, tags=tuple(profile.tags),
+            chip=profile.chip,
             base_seconds=dict(profile.base_seconds), idle_bytes=profile.idle_bytes, layer_times=_layer_times(profile),
             **_link(profile),
         )  # fmt: skip

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.model import adapter as adapters
+from edgelam_fl.model.chip import CPU
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.node.examples import DeviceExamples
 from edgelam_fl.node.play import NodeHooks
@@ -136,11 +137,13 @@ def memory_fleet(
     hooks: Mapping[str, NodeHooks] = {},
     dials: Mapping[str, Callable[[Dial], Dial]] = {},
     state: Path | None = None,
+    chips: Mapping[str, torch.device] = {},
 ) -> Iterator[Fleet]:
     """Makes one device per file and the edge servers that the run file wants; with host_on = "any" the devices are the hosts.
 
     `hooks`: of some of the nodes, by name. `dials`: how some of the nodes dial, by name, from how all others do. `state`: for a
-    folder per node; None: nothing is kept over restarts.
+    folder per node; None: nothing is kept over restarts. `chips`: what some of the nodes
+    compute on, by name, if not on the CPU.
     """
     fleet = Fleet(source, config, {}, {})
     nodes: dict[str, StageHost] = {}
@@ -151,7 +154,7 @@ def memory_fleet(
         nodes[name] = StageHost(
             name, dials.get(name, _as_all)(dial), fleet.emit, examples=DeviceExamples(file) if file else None,
             address=address, hooks=hooks.get(name, NodeHooks()), state=state / name if state else None,
-            server="127.0.0.1" if state else "",
+            server="127.0.0.1" if state else "", chip=chips.get(name, CPU),
         )  # fmt: skip
         if file is None:
             fleet.hosts[name] = (nodes[name], name)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from edgelam_fl.cli.options import (
+    DeviceOption,
     InsecureOption,
     JsonOption,
     OfflineOption,
@@ -31,11 +32,12 @@ def doctor(
         str,
         typer.Option("--data-plane", metavar="HOST:PORT", help="The hub's address, if it is not --server's port + 1."),
     ] = "",
+    device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
     """Checks this machine and suggests fixes; changes nothing. Exit code 3 if something is wrong.
 
-    Python, packages, Flower's tools, names, ports, memory and disk, and a kernel of each base, really run.
+    Python, packages, Flower's tools, names, ports, memory and disk, and a kernel of each base, really run on each chip.
     """
     from dataclasses import asdict
 
@@ -53,7 +55,7 @@ def doctor(
 
         with messages.status("measuring") as status:
             shut = any(finding.check == "hub" and finding.state == "problem" for finding in findings)
-            more, profile = measured(model, None if shut else hub, status.update)
+            more, profile = measured(model, None if shut else hub, status.update, device)
         findings += more
     problems = sum(finding.state == "problem" for finding in findings)
     if as_json and measure:
@@ -188,6 +190,7 @@ def client(
             help="What hosts may read of this device's text: all of it (hosts), a measured share of at most X (measured:0.2), or nothing (none: only runs without hosts). A plan that leaks more is refused here, whatever the run file says.",
         ),
     ] = "",
+    device: DeviceOption = "",
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait for a server that does not answer yet, as a service at boot must.")
     ] = False,
@@ -206,5 +209,5 @@ def client(
 
     keep_private()
     data = local_data(data) if data else None
-    options = NodeOptions(server, data, listen, advertise, threads, tuple(tag), trust)
+    options = NodeOptions(server, data, listen, advertise, threads, tuple(tag), trust, device)
     raise typer.Exit(join(console, options, join_text=join_text, name=name, state=state, insecure=insecure, wait=wait))

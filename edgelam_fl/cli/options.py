@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from edgelam_fl.files import RoomyStream
+from edgelam_fl.machine import check_chip
 
 console = Console(file=cast("TextIO", RoomyStream(lambda: sys.stdout)))
 """What a command was asked for: results, and the course of a run."""
@@ -33,6 +34,21 @@ def _go_offline(value: bool) -> bool:
     return value
 
 
+def _is_chip(value: str) -> str:
+    if value:
+        check_chip(value)
+    return value
+
+
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="auto|cpu|cuda[:N]|mps|xpu[:N]",
+        callback=_is_chip,
+        help="What this machine computes on; auto: an accelerator whose kernels run, else the CPU.",
+    ),
+]
 ServerOption = Annotated[str, typer.Option("--server", metavar="HOST:PORT", help="Where `edgelam server` listens.")]
 OperatorOption = Annotated[
     Path,

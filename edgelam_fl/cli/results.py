@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from edgelam_fl.cli.options import OPERATOR_FOLDER, InsecureOption, OperatorOption, RunArgument, console, messages, say
+from edgelam_fl.cli.options import (
+    OPERATOR_FOLDER,
+    DeviceOption,
+    InsecureOption,
+    OperatorOption,
+    RunArgument,
+    console,
+    messages,
+    say,
+)
 from edgelam_fl.errors import ConfigError
 
 
@@ -69,6 +78,7 @@ def chat(
         typer.Option("--server", metavar="HOST:PORT", help="Answer over the hosts of the federation at this server."),
     ] = "",
     operator: OperatorOption = OPERATOR_FOLDER,
+    device: DeviceOption = "auto",
     insecure: InsecureOption = False,
 ) -> None:
     """Answers questions with a run's result: the whole model on this machine, with the run's adapter.
@@ -99,13 +109,15 @@ def chat(
         check_server_answers(server, insecure or asking.identity is not None)
         with messages.status("loading PyTorch"):
             from edgelam_fl.federation.remote import route_speaker
-        with route_speaker(result, asking, messages) as speaker:
+        with route_speaker(result, asking, messages, device) as speaker:
             converse(speaker, messages, prompt, max_tokens, tuned=True)
         return
     with messages.status("loading the model"):
+        from edgelam_fl.model.bases import working_chip
         from edgelam_fl.serving.generate import LocalSpeaker
 
-        local = LocalSpeaker(result.config.model, result.config.task)
+        chip, _ = working_chip(device)
+        local = LocalSpeaker(result.config.model, result.config.task, chip)
         if not base:
             local.put_on(result.adapter)
     converse(local, messages, prompt, max_tokens, tuned=not base)

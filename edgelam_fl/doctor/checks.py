@@ -81,6 +81,7 @@ def examine(server: tuple[str, int] | None, hub: tuple[str, int] | None, model: 
     yield check_cache_writable(cache_folder())
     for base in BASES:
         yield check_base(base)
+    yield from check_chips()
     if model:
         yield check_model(model)
 
@@ -324,6 +325,61 @@ def check_base(
         f"reinstall {package} for this processor (constraints/torch.txt has the builds); until then another model.base"
     )
     return _problem(f"base {base}", problem, fix)
+
+
+@dataclass(frozen=True)
+class Chip:
+    """An accelerator that PyTorch finds here: its name on the command line, its driver's name, and each base's problem."""
+
+    name: str
+    called: str
+    problems: Mapping[str, str]  # by base; empty: its kernels run
+
+
+def check_chips(
+    chips: Sequence[Chip] | None = None, has_nvidia: bool | None = None, torch_version: str = ""
+) -> list[Finding]:
+    """Checks the accelerators of this machine, by the kernels of each base; and for an NVIDIA GPU that PyTorch was not built for."""
+    if chips is None:
+        import torch
+
+        chips, torch_version = _chips_here(), torch.__version__
+    has_nvidia = any(Path(place).exists() for place in _NVIDIA) if has_nvidia is None else has_nvidia
+    findings = [_check_chip(chip) for chip in chips]
+    if has_nvidia and not any(chip.name.startswith("cuda") for chip in chips):
+        found = f"an NVIDIA GPU is here, and PyTorch {torch_version} cannot use it: nodes compute on the CPU"
+        fix = "install a build of torch for its CUDA (on a Jetson, NVIDIA's or the jetson index's wheel for its JetPack: docs/boards/jetson.md)"
+        findings.append(Finding("chips", "note", found, fix))
+    return findings or [_ok("chips", "the CPU alone")]
+
+
+_NVIDIA = ("/dev/nvidia0", "/dev/nvhost-gpu", "/etc/nv_tegra_release")  # of a driver; the last two: of a Jetson
+
+
+def _chips_here() -> list[Chip]:
+    from edgelam_fl.model.bases import base_problem
+    from edgelam_fl.model.chip import CPU, chip_name, chips_here
+
+    return [
+        Chip(str(chip), chip_name(chip), {base: base_problem(base, chip) for base in BASES})
+        for chip in chips_here()
+        if chip != CPU
+    ]
+
+
+def _check_chip(chip: Chip) -> Finding:
+    check, broken = f"chip {chip.name}", {base: problem for base, problem in chip.problems.items() if problem}
+    runs = ", ".join(base for base in chip.problems if base not in broken)
+    if not broken:
+        return _ok(check, f"{chip.called}; the kernels of {runs} run")
+    why = "; ".join(f"{base}: {problem}" for base, problem in broken.items())
+    if "fp32" in broken:
+        fix = "install a build of torch for this chip; until then: edgelam client --device cpu"
+        return _problem(check, f"{chip.called}: {why}", fix)
+    fix = (
+        f"runs with model.base = {' or '.join(broken)} need a build of bitsandbytes for this chip, or --device cpu here"
+    )
+    return Finding(check, "note", f"{chip.called}; the kernels of {runs} run; {why}", fix)
 
 
 def check_model(name: str) -> Finding:

@@ -12,17 +12,23 @@ from edgelam_fl.node.profile.measure import measure_profile
 
 
 def measured(
-    model: str, hub: tuple[str, int] | None, say: Callable[[str], None], hub_answer_s: float = HUB_ANSWER_S
+    model: str,
+    hub: tuple[str, int] | None,
+    say: Callable[[str], None],
+    device: str = "cpu",
+    hub_answer_s: float = HUB_ANSWER_S,
 ) -> tuple[list[Finding], Profile | None]:
     """Returns the profile and a finding for each part that could not be measured and is left out; None: nothing could.
 
-    model: whose layers to time; empty: none. hub: (host, port) to measure the link to; None: none. say: receives progress.
+    model: whose layers to time; empty: none. hub: (host, port) to measure the link to; None: none. say: receives progress. device: what
+    it computes on, as --device.
     """
     findings: list[Finding] = []
     asked = {"model": model, "hub": hub}
     while True:
         try:
-            return findings, measure_profile(asked["model"], asked["hub"], say, hub_answer_s=hub_answer_s)  # type: ignore[arg-type]
+            found = measure_profile(asked["model"], asked["hub"], say, hub_answer_s=hub_answer_s, device=device)  # type: ignore[arg-type]
+            return findings, found
         except ModelError as error:
             asked["model"] = ""
             findings.append(Finding("layer's time", "note", str(error), "give --model one that is here"))

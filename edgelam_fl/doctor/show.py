@@ -14,6 +14,8 @@ def profile_table(profile: Profile) -> Table:
     table.add_column("what", overflow="fold")
     table.add_column("measured", justify="right")
     table.add_row("memory free", f"{profile.memory_free_bytes / 2**30:.2f} GiB")
+    if profile.chip:
+        table.add_row("computes on", escape(profile.chip))
     table.add_row("CPU threads", str(profile.cpu_threads))
     table.add_row("disk free", f"{profile.disk_free_bytes / 2**30:.2f} GiB")
     if profile.disk_write_bytes_per_s:

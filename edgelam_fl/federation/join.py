@@ -18,7 +18,15 @@ from edgelam_fl.machine import since_boot_s
 from edgelam_fl.names import why_no_tag
 from edgelam_fl.privacy.limits import percent
 from edgelam_fl.tasks.files import check_readable
-from edgelam_fl.telemetry.events import EVENTS_FILE, DataChanged, DataRead, Event, EventTail, TextReadableHere
+from edgelam_fl.telemetry.events import (
+    EVENTS_FILE,
+    DataChanged,
+    DataRead,
+    Event,
+    EventTail,
+    NodeReady,
+    TextReadableHere,
+)
 from edgelam_fl.trust.identity import load_identity
 from edgelam_fl.trust.join import Membership, clock_words, renew
 from edgelam_fl.wire.relay import RELAY
@@ -76,7 +84,8 @@ def _start(console: Console, standing: Standing, *, insecure: bool, wait: bool) 
     )
     node = NodeProcesses(
         standing.name, options.server, standing.state, options.data, options.listen, options.advertise, options.threads,
-        options.tags, options.trust, identity=standing.identity, insecure=insecure, clock_offset_s=offset_s,
+        options.tags, options.trust, identity=standing.identity, insecure=insecure, device=options.device or "auto",
+        clock_offset_s=offset_s,
     )  # fmt: skip
     return _watch(console, node)
 
@@ -172,6 +181,9 @@ def _say(console: Console, text: str) -> None:
 def _say_event(console: Console, event: Event) -> None:
     """Prints an event of the stage host that its owner should hear of."""
     match event:
+        case NodeReady():
+            if event.chip:
+                _say(console, f"{event.name} {event.chip}")
         case TextReadableHere():
             _say(console, f"by this run's plan, {event.words}")
         case DataChanged():
@@ -218,6 +230,8 @@ class Renewals:
 
 def _watch(console: Console, node: NodeProcesses) -> int:
     renewals = Renewals(node.server, node.identity) if node.identity else None
+    tail = EventTail(node.state / EVENTS_FILE)
+    tail.poll()  # what was said before
     try:
         node.start()
         with console.status(f"{node.name}: loading PyTorch"):
@@ -227,8 +241,6 @@ def _watch(console: Console, node: NodeProcesses) -> int:
         _say(console, f"{node.name} is here as {role}; logs in {node.state}. Ctrl-C ends it.")
         if node.data:
             _say(console, trust_words(node.trust))
-        tail = EventTail(node.state / EVENTS_FILE)
-        tail.poll()  # what was said before
         while True:
             time.sleep(1.0)
             for event in tail.poll():

@@ -44,6 +44,8 @@ class NodeProcesses:
     """Folder with the node's key and certificates; None: plain text."""
     insecure: bool = False
     """Whether plain text may leave this machine."""
+    device: str = "cpu"
+    """What its stage host computes on, as --device."""
     clock_offset_s: float | None = None
     """The server's time less the time since boot, for a machine whose clock is wrong; None: the clock is right."""
     children: dict[str, Child] = field(default_factory=dict)
@@ -67,7 +69,7 @@ class NodeProcesses:
         (self.state / "endpoint.json").unlink(missing_ok=True)  # an older one's: whoever calls now waits for the new
         command = [sys.executable, "-m", "edgelam_fl.node.daemon", "--name", self.name, "--state", str(self.state)]
         command += ["--listen", self.listen, "--advertise", self.advertise, "--threads", str(self.threads)]
-        command += ["--server", self.server]
+        command += ["--server", self.server, "--device", self.device]
         command += ["--data", str(self.data.absolute())] if self.data else []
         command += [f"--tag={tag}" for tag in self.tags]
         command += ["--trust", self.trust] if self.trust else []

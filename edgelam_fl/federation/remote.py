@@ -19,6 +19,7 @@ from edgelam_fl.federation.operator import Operator
 from edgelam_fl.federation.submission import FollowTiming, Submission
 from edgelam_fl.files import now_in_a_name
 from edgelam_fl.model.adapter import read_peft_folder
+from edgelam_fl.model.bases import working_chip
 from edgelam_fl.model.source import find_model
 from edgelam_fl.model.stage import load_stages
 from edgelam_fl.plan.reading import end_spans
@@ -52,8 +53,10 @@ class RouteSpeaker(Speaker):
 
 
 @contextmanager
-def route_speaker(result: Result, operator: Operator, console: Console) -> Iterator[RouteSpeaker]:
+def route_speaker(result: Result, operator: Operator, console: Console, device: str = "cpu") -> Iterator[RouteSpeaker]:
     """Opens a route through the federation of the operator's server and closes it after the block.
+
+    `device`: what this end of the route computes on, as --device.
 
     Raises ConfigError for a run without hosts, RunFailed if the server opens no route, PeerLost or Refused if a host
     cannot be reached.
@@ -73,16 +76,17 @@ def route_speaker(result: Result, operator: Operator, console: Console) -> Itera
         submission.submit(result.config, folder, "chat", result.adapter)
         with submission.stopped_on_error():
             plan = _await_route(submission, folder, result.config.federation.join_deadline_s + _PATIENCE_S)
-            session = _open(result, plan, operator)
+            session = _open(result, plan, operator, device)
     try:
         yield RouteSpeaker(result, session)
     finally:
         session.finish()
 
 
-def _open(result: Result, plan: pb.Plan, operator: Operator) -> RouteSession:
+def _open(result: Result, plan: pb.Plan, operator: Operator, device: str) -> RouteSession:
+    chip, _ = working_chip(device)
     source = find_model(plan.model.name)
-    stages = load_stages(source, end_spans(plan), plan.model.base, lora_of(plan), compute=plan.model.compute)
+    stages = load_stages(source, end_spans(plan), plan.model.base, lora_of(plan), compute=plan.model.compute, chip=chip)
     route = new_route(plan)
     hub = join_address(split_address(operator.server, "--server")[0], plan.hub_port) if plan.hub_port else ""
     security = Security(load_identity(operator.identity) if operator.identity else None)

@@ -36,6 +36,8 @@ class NodeOptions:
     tags: Sequence[str] = ()
     trust: str = ""
     """What a device's owner lets hosts read of its text, as split.trust; "": all."""
+    device: str = ""
+    """What the node computes on, as --device; "": auto."""
 
     def over(self, kept: NodeOptions) -> NodeOptions:
         """Returns these options, with those that say nothing filled in from `kept`."""

@@ -13,6 +13,7 @@ import torch
 from edgelam_fl.model.adapter import Span, target_names
 from edgelam_fl.model.base_names import COMPUTES, SHORT
 from edgelam_fl.model.bases import DTYPE, usable_bases
+from edgelam_fl.model.chip import CPU, finish
 from edgelam_fl.model.quantized import QUANTIZED, quantize
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.speed import mean_s, measure_once
@@ -30,21 +31,23 @@ _BUDGET_S = 0.5  # several of the periods in which a container gets its share of
 LayerSeconds = dict[int, dict[str, float]]  # tokens -> "base/compute" -> seconds
 
 
-def measure_layers(source: ModelSource, say: Callable[[str], None] = lambda _: None) -> LayerSeconds:
-    """Measures the seconds of layer 0, forward and backward, once per model, torch, number of threads and machine.
+def measure_layers(
+    source: ModelSource, say: Callable[[str], None] = lambda _: None, chip: torch.device = CPU
+) -> LayerSeconds:
+    """Measures the seconds of layer 0, forward and backward, once per model, torch, number of threads, machine and chip.
 
     A slow layer is measured only at the smaller size. The cache keeps the result.
     """
-    measured = measure_once(source, "layer", lambda: _measured(source, say))
+    measured = measure_once(source, "layer", chip, lambda: _measured(source, say, chip))
     return {int(tokens): seconds for tokens, seconds in measured.items()}
 
 
-def _measured(source: ModelSource, say: Callable[[str], None]) -> LayerSeconds:
+def _measured(source: ModelSource, say: Callable[[str], None], chip: torch.device) -> LayerSeconds:
     measured: LayerSeconds = {tokens: {} for tokens in TOKENS}
-    for base, compute in [(each, compute) for each in usable_bases() for compute in COMPUTES[each]]:
+    for base, compute in [(each, compute) for each in usable_bases(chip) for compute in COMPUTES[each]]:
         key = f"{base}/{SHORT[compute]}"
         say(f"measuring a layer of {source.name} in {key}")
-        stage = random_layer(source, base, compute)
+        stage = random_layer(source, base, compute, chip)
         for tokens in TOKENS:
             measured[tokens][key] = _seconds(stage, source, tokens)
             if measured[tokens][key] > _SLOW_S:
@@ -52,11 +55,11 @@ def _measured(source: ModelSource, say: Callable[[str], None]) -> LayerSeconds:
     return measured
 
 
-def random_layer(source: ModelSource, base: str, compute: str) -> Stage:
+def random_layer(source: ModelSource, base: str, compute: str, chip: torch.device = CPU) -> Stage:
     """Makes layer 0 with random weights and LoRA on all its matrices; the values of weights do not change the time."""
     lora = LoraSettings(_RANK, 2.0 * _RANK, tuple(target_names(source)))
     classes = 2 if source.family.task_head else 0
-    (stage,) = load_stages(source, [Span(0, 1)], base, lora, compute, classes=classes, read=_random_tensors)
+    (stage,) = load_stages(source, [Span(0, 1)], base, lora, compute, classes=classes, read=_random_tensors, chip=chip)
     return stage
 
 
@@ -90,13 +93,15 @@ def _seconds(stage: Stage, source: ModelSource, tokens: int) -> float:
 
 def _hidden(stage: Stage, source: ModelSource, rows: int, tokens: int) -> torch.Tensor:
     hidden_BTD = torch.randn(rows, tokens, source.hidden_size, generator=torch.Generator().manual_seed(2))
-    return hidden_BTD.to(stage.dtype).requires_grad_()
+    return hidden_BTD.to(stage.chip, stage.dtype).requires_grad_()
 
 
 def _run(stage: Stage, hidden_BTD: torch.Tensor) -> float:
+    finish(stage.chip)
     began = time.perf_counter()
     output_BTD = stage(hidden_BTD, [hidden_BTD.shape[1]] * len(hidden_BTD))
     output_BTD.backward(torch.ones_like(output_BTD))
+    finish(stage.chip)
     taken = time.perf_counter() - began
     hidden_BTD.grad = None
     for parameter in stage.trainable():

@@ -46,7 +46,7 @@ class NoPositions(nn.Module):
     """Replaces a table of positions: they were added on another stage."""
 
     def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(())  # without dimensions, so that its dtype has no effect
+        return torch.zeros(())  # without dimensions, so that neither its dtype nor its chip has an effect
 
 
 class TaskHead(nn.Linear):
@@ -80,7 +80,8 @@ class CarryFactors:
         if arrays is not None:
             a_MI, b_OM = (torch.tensor(array) for array in arrays)
             self.arrays = a_MI.numpy(), b_OM.numpy()
-            self._a_MI, self._b_OM = a_MI.to(self._dtype), b_OM.to(self._dtype)
+            chip = next(self._linear.parameters()).device
+            self._a_MI, self._b_OM = a_MI.to(chip, self._dtype), b_OM.to(chip, self._dtype)
             self._hook = self._linear.register_forward_hook(self._add)
 
     def _add(self, _: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
@@ -134,7 +135,7 @@ class UnitSeed:
 class UnitDropout(nn.Module):
     """Dropout whose mask depends only on the micro-batch's seed, the module's name and the shape.
 
-    The mask is therefore the same when a layer is recomputed, and on any stage.
+    The mask is therefore the same when a layer is recomputed, on any stage, and on any chip: it is drawn on the CPU.
     """
 
     def __init__(self, share: float, name: str, seed: UnitSeed) -> None:
@@ -146,7 +147,7 @@ class UnitDropout(nn.Module):
             return x
         mixed = hashlib.sha256(f"{self.seed.value} {self.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(mixed[:8], "little"))
-        dropped = torch.rand(x.shape, generator=generator) < self.share
+        dropped = (torch.rand(x.shape, generator=generator) < self.share).to(x.device)
         return x.masked_fill(dropped, 0) / (1 - self.share)
 
 
@@ -158,7 +159,7 @@ class StageCache(DynamicCache):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config=config)
-        self.mask_BT: torch.Tensor | None = None  # 1 for real tokens, 0 for padding, over all tokens so far
+        self.mask_BT: torch.Tensor | None = None  # 1 for real tokens, 0 for padding, over all so far; on the CPU
 
     @property
     def tokens(self) -> int:

@@ -75,7 +75,7 @@ def _attention(
     key_BHTC, value_BHTC = (one.repeat_interleave(groups, dim=1) for one in (key, value))
     scores_BHTT = query_BHTC @ key_BHTC.transpose(2, 3) * (scaling or query_BHTC.shape[-1] ** -0.5)
     if attention_mask is None and getattr(module, "is_causal", True):
-        attention_mask = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+        attention_mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query_BHTC.device).tril()
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         scores_BHTT = scores_BHTT.masked_fill(~attention_mask, torch.finfo(scores_BHTT.dtype).min)
     elif attention_mask is not None:

@@ -1,4 +1,4 @@
-"""Measures how fast this machine computes one layer's matrices of a model with each base, with random weights.
+"""Measures how fast a chip of this machine computes one layer's matrices of a model with each base, with random weights.
 
 Measured, never looked up by a processor's name. Reads no weights; knows nothing about plans, which choose by these numbers.
 """
@@ -20,6 +20,7 @@ from edgelam_fl.errors import ModelError
 from edgelam_fl.files import cache_folder, write_atomically
 from edgelam_fl.model.base_names import COMPUTES, PROFILED_TOKENS, SHORT
 from edgelam_fl.model.bases import DTYPE, usable_bases
+from edgelam_fl.model.chip import CPU, chip_name, finish
 from edgelam_fl.model.quantized import QUANTIZED
 from edgelam_fl.model.source import ModelSource
 
@@ -28,23 +29,24 @@ _RUNS = (3, 50)
 _LONG_RUN = 8  # multiple of the budget: a longer run is not repeated
 
 
-def measure_bases(source: ModelSource) -> dict[str, float]:
+def measure_bases(source: ModelSource, chip: torch.device = CPU) -> dict[str, float]:
     """Measures the seconds of one layer's matrices over 128 tokens, forward and backward, per "base/compute" ("int8/bf16").
 
-    Takes about 2 s once per model, torch, number of threads and machine; then the cache has the result.
+    Takes about 2 s once per model, torch, number of threads, machine and chip; then the cache has the result.
     """
-    measured: dict[str, float] = measure_once(source, "", lambda: _measured(source))
+    measured: dict[str, float] = measure_once(source, "", chip, lambda: _measured(source, chip))
     return measured
 
 
-def measure_once(source: ModelSource, what: str, measure: Callable[[], Any]) -> Any:
-    """Returns the JSON value of `measure()`, from the cache if this model was measured with this torch, threads and machine.
+def measure_once(source: ModelSource, what: str, chip: torch.device, measure: Callable[[], Any]) -> Any:
+    """Returns the JSON value of `measure()`, from the cache if this model was measured with this torch, threads, machine and chip.
 
     `what` names the kind of measurement.
     """
-    machine = (platform.node(), platform.machine(), torch.backends.cpu.get_cpu_capability())
+    kind = torch.backends.cpu.get_cpu_capability() if chip == CPU else chip_name(chip)
+    machine = (platform.node(), platform.machine(), kind)
     known = json.dumps(
-        [source.weights_digest, torch.__version__, torch.get_num_threads(), machine, usable_bases(), what]
+        [source.weights_digest, torch.__version__, torch.get_num_threads(), machine, usable_bases(chip), what]
     )
     note = cache_folder() / "speed" / f"{hashlib.sha256(known.encode()).hexdigest()[:24]}.json"
     try:
@@ -72,11 +74,11 @@ def mean_s(run: Callable[[], float], budget_s: float) -> float:
     return statistics.fmean(taken)
 
 
-def _measured(source: ModelSource) -> dict[str, float]:
+def _measured(source: ModelSource, chip: torch.device) -> dict[str, float]:
     shapes = _layer_shapes(source)
     return {
-        f"{base}/{SHORT[compute]}": _seconds(shapes, base, DTYPE[compute])
-        for base in usable_bases()
+        f"{base}/{SHORT[compute]}": _seconds(shapes, base, DTYPE[compute], chip)
+        for base in usable_bases(chip)
         for compute in COMPUTES[base]
     }
 
@@ -88,7 +90,7 @@ def _layer_shapes(source: ModelSource) -> list[tuple[int, int]]:
     return shapes
 
 
-def _seconds(shapes: list[tuple[int, int]], base: str, dtype: torch.dtype) -> float:
+def _seconds(shapes: list[tuple[int, int]], base: str, dtype: torch.dtype, chip: torch.device) -> float:
     """Returns the mean seconds of a few runs over all matrices."""
     generator = torch.Generator().manual_seed(1)
     pairs = []
@@ -99,14 +101,17 @@ def _seconds(shapes: list[tuple[int, int]], base: str, dtype: torch.dtype) -> fl
         else:
             layer = nn.Linear(in_features, out_features, bias=False, device="meta")
             layer.weight = nn.Parameter(weight_OI.to(dtype), requires_grad=False)
-        pairs.append((layer, torch.randn(PROFILED_TOKENS, in_features, generator=generator).to(dtype).requires_grad_()))
-    return mean_s(lambda: _run(pairs), _BUDGET_S)
+        x = torch.randn(PROFILED_TOKENS, in_features, generator=generator).to(chip, dtype)
+        pairs.append((layer.to(chip), x.requires_grad_()))
+    return mean_s(lambda: _run(pairs, chip), _BUDGET_S)
 
 
-def _run(pairs: list[tuple[nn.Module, torch.Tensor]]) -> float:
+def _run(pairs: list[tuple[nn.Module, torch.Tensor]], chip: torch.device) -> float:
+    finish(chip)
     began = time.perf_counter()
     for layer, x in pairs:
         y = layer(x)
         y.backward(torch.ones_like(y))
         x.grad = None
+    finish(chip)
     return time.perf_counter() - began

@@ -27,6 +27,7 @@ from edgelam_fl.errors import ModelError, ProtocolError
 from edgelam_fl.model.adapter import PREFIX, Adapter, Span, target_modules
 from edgelam_fl.model.bases import compute_dtype, require_base
 from edgelam_fl.model.carry import CARRY_A, CARRY_B
+from edgelam_fl.model.chip import CPU, onto
 from edgelam_fl.model.cut import CUT_A, CUT_B, CutAdapter, is_cut
 from edgelam_fl.model.families import Family
 from edgelam_fl.model.index import layer_number
@@ -69,14 +70,16 @@ class Stage(nn.Module):
         cut: CutDown | CutUp | None = None,
         *,
         own_dropout: bool = False,
+        chip: torch.device = CPU,
     ) -> None:
         """`dropout`: of LoRA. `cut`: this stage's part of the cut adapter; None: it has none. `own_dropout`: the model's is on in
-        training.
+        training. `chip`: what the stage computes on; all of it goes there.
         """
         super().__init__()
-        self.model = model
+        self.model = model.to(chip)
         self.span = span
         self.dtype = dtype
+        self.chip = chip
         self.family = family
         self._seed = UnitSeed()
         self._recomputes = False
@@ -92,7 +95,7 @@ class Stage(nn.Module):
             for name, module in model.named_modules()
             if isinstance(module, LoraLayer)
         }
-        self._cut = cut
+        self._cut = cut if cut is None else cut.to(chip)
         self._places = _adapter_places(model, family) | _cut_place(cut, span, family)
         self.adapter_parameters: AdapterSet = {
             name: module.get_parameter(attribute) for name, (module, attribute) in self._places.items()
@@ -117,7 +120,8 @@ class Stage(nn.Module):
     ) -> torch.Tensor:
         """Computes hidden states [B, T, D], or in a stage with the head logits [B, T, V], in classification [B, classes].
 
-        `inputs` are token ids [B, T] for a stage with the embedding, else hidden states [B, T, D]. Row b holds `row_lengths[b]`
+        `inputs` are token ids [B, T] for a stage with the embedding, else hidden states [B, T, D], in the CPU's memory or on the
+        stage's chip; what is computed stays on the chip. Row b holds `row_lengths[b]`
         real tokens; padding is on the right, or with `pad_left` on the left. layers: (enter, leave), if only some of the
         stage's layers are on the route. unit_seed: turns dropout on, with masks of this seed. cache: from `new_cache`; the
         rows continue what it holds, with any padding per call (a sliding window counts padding too, so with sliding windows and
@@ -127,6 +131,7 @@ class Stage(nn.Module):
         """
         if self.span.embed:
             self._check_ids(inputs)
+        inputs = onto(inputs, self.chip)
         if isinstance(self._cut, CutUp):
             inputs = self._cut(inputs)
         mask_BT, positions_BT = _mask_and_positions(inputs.shape[1], row_lengths, pad_left, cache)
@@ -139,7 +144,7 @@ class Stage(nn.Module):
             if headed and self.family.experts is not None:
                 feed["output_router_logits"] = False  # else transformers computes a loss of their balance
             called = self.model if headed else self._transformer.get_submodule(self.family.body)
-            output = called(**feed, attention_mask=mask_BT, position_ids=positions_BT)
+            output = called(**feed, attention_mask=onto(mask_BT, self.chip), position_ids=onto(positions_BT, self.chip))
         if cache is not None:
             cache.mask_BT = mask_BT
         states: torch.Tensor = output.logits if headed else output.last_hidden_state
@@ -285,7 +290,7 @@ class Stage(nn.Module):
 
     def adapter(self) -> Adapter:
         """Copies the adapter in use."""
-        return {name: parameter.detach().numpy().copy() for name, parameter in self.adapter_parameters.items()}
+        return {name: parameter.detach().cpu().numpy().copy() for name, parameter in self.adapter_parameters.items()}
 
     def carry(self) -> Adapter:
         """Returns the carry factors in use, by name."""
@@ -376,12 +381,13 @@ def load_stages(
     *,
     classes: int = 0,
     read: ReadTensors = read_tensors,
+    chip: torch.device = CPU,
 ) -> list[Stage]:
     """Loads the stages of one node. Stages share a tensor that two of them need (a tied embedding).
 
     Reads only the tensors of the spans: resident memory grows with the slice, never with the model. compute: "float32",
     "bfloat16", or "" for the base's own. classes: the number of outputs of a classifier; its head is zero until an adapter is
-    loaded. read: gets the tensors.
+    loaded. read: gets the tensors. chip: what they are computed on, one by one brought there.
     """
     config, family = AutoConfig.from_pretrained(source.folder), source.family
     # What the files are, whatever config.json says: read_tensors gives numbers that are not packed, and a head that is stored
@@ -390,11 +396,11 @@ def load_stages(
     if "lm_head.weight" in source.index:
         config.tie_word_embeddings = False
     dtype = compute_dtype(base, compute)
-    require_base(base)
+    require_base(base, chip)
     models = [skeleton(config, family, span, base, classes) for span in spans]
     names = {_stored_name(source, name) for model in models for name in _frozen(model, family)}
     wanted = {name for name in names if name.removesuffix("_scale") == name or name.removesuffix("_scale") not in names}
-    tensors = {name: _aligned(tensor) for name, tensor in read(source, sorted(wanted), base, compute)}
+    tensors = {name: _aligned(tensor).to(chip) for name, tensor in read(source, sorted(wanted), base, compute)}
     stages = []
     for model, span in zip(models, spans, strict=True):
         own = {name: tensors[_stored_name(source, name)] for name in _frozen(model, family)}
@@ -405,8 +411,11 @@ def load_stages(
         cut = _cut_part(lora.cut, span, source.hidden_size) if lora and lora.cut else None
         own_dropout = lora.own_dropout if lora else False
         stages.append(
-            Stage(_with_lora(model, span, lora, source), span, dtype, family, dropout, cut, own_dropout=own_dropout)
-        )
+            Stage(
+                _with_lora(model, span, lora, source), span, dtype, family, dropout, cut,
+                own_dropout=own_dropout, chip=chip,
+            )
+        )  # fmt: skip
     return stages
 
 

@@ -17,15 +17,16 @@ from torch import nn
 
 from edgelam_fl.errors import ModelError
 from edgelam_fl.model.adapter import PREFIX, Span, read_peft_folder
+from edgelam_fl.model.chip import CPU
 from edgelam_fl.model.cut import CUT_A, CUT_B, CutAdapter, cut_of
 from edgelam_fl.model.modules import CutDown, CutUp
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import load_stages
 
 
-def load_whole(source: ModelSource, base: str) -> Any:
-    """Loads the Hugging Face model with all layers, frozen. It can be saved, even if it comes from a GGUF file."""
-    (stage,) = load_stages(source, [Span(0, source.num_layers, embed=True, head=True)], base, None)
+def load_whole(source: ModelSource, base: str, chip: torch.device = CPU) -> Any:
+    """Loads the Hugging Face model with all layers on a chip, frozen. It can be saved, even if it comes from a GGUF file."""
+    (stage,) = load_stages(source, [Span(0, source.num_layers, embed=True, head=True)], base, None, chip=chip)
     return stage.model
 
 
@@ -70,6 +71,7 @@ class CutOnWhole:
             yield
             return
         layer = model.get_base_model().get_submodule(self._layer)
+        self._parts.to(next(layer.parameters()).device)
         hook = layer.register_forward_hook(self._add)
         try:
             yield

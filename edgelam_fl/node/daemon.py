@@ -21,6 +21,8 @@ from edgelam_fl.machine import end_with_parent
 from edgelam_fl.telemetry.events import EVENTS_FILE, EventLog, NodeReady
 
 if TYPE_CHECKING:
+    import torch
+
     from edgelam_fl.node.held import Held
     from edgelam_fl.node.part import Part
     from edgelam_fl.node.service import StageHost
@@ -44,8 +46,8 @@ def main() -> int:
 def serve(options: argparse.Namespace) -> int:
     """Serves until SIGTERM or SIGINT, or until the process that started it is gone.
 
-    Raises EnvironmentProblem if the port of the data plane cannot be opened, the node's keys cannot be read, or the state folder
-    is another stage host's.
+    Raises EnvironmentProblem if the port of the data plane cannot be opened, the node's keys cannot be read, the state folder
+    is another stage host's, or the chip that it is to compute on is not here.
     """
     stopped = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -59,7 +61,8 @@ def serve(options: argparse.Namespace) -> int:
 
     security = _security(options)
     log = EventLog(options.state / EVENTS_FILE, _MOST_EVENTS_BYTES)
-    node = _make_node(options, log, security)
+    chip, words = _chip_of(options.device)
+    node = _make_node(options, log, security, chip)
     data_plane = None
     listen = listen_address(options.listen, is_device=options.data is not None)
     if listen is not None:
@@ -67,7 +70,7 @@ def serve(options: argparse.Namespace) -> int:
         node.address = node.address or join_address(listen[0], data_plane.port)
     handlers = {"GetProfile": node.profile, "Submit": node.submit, "Wait": node.wait}
     control = ControlServer(options.state, lambda _: handlers)
-    log(NodeReady(name=options.name, address=node.address))
+    log(NodeReady(name=options.name, address=node.address, chip=words))
     stopped.wait()
     node.stop()
     control.stop()
@@ -115,10 +118,17 @@ def allocating(part: Part, held: Held) -> AbstractContextManager[None]:
     return kept_if_roomy(units_bytes(part.plan, held.source, itemsize), memory_free_bytes())
 
 
-def _make_node(options: argparse.Namespace, log: EventLog, security: Security) -> StageHost:
+def _chip_of(asked: str) -> tuple[torch.device, str]:
+    """Returns the chip to compute on and the words about it, as of `working_chip`; first imports all libraries that compute."""
     from edgelam_fl.node.lean import import_libraries
 
     import_libraries()
+    from edgelam_fl.model.bases import working_chip
+
+    return working_chip(asked)
+
+
+def _make_node(options: argparse.Namespace, log: EventLog, security: Security, chip: torch.device) -> StageHost:
     import torch
 
     from edgelam_fl.model.allocator import give_back_at_once
@@ -147,6 +157,7 @@ def _make_node(options: argparse.Namespace, log: EventLog, security: Security) -
         security=security,
         state=options.state,
         hooks=NodeHooks(around_play=allocating),
+        chip=chip,
     )  # fmt: skip
 
 
@@ -184,6 +195,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--identity", type=Path, help="folder with the node's keys; without it: plain text")
     parser.add_argument("--insecure", action="store_true", help="allows plain text beyond this machine")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
+    parser.add_argument("--device", default="cpu", help="what it computes on: auto, cpu, cuda, cuda:1 ..., mps, xpu")
     return parser.parse_args(arguments)
 
 

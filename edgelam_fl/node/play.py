@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from edgelam_fl.errors import EdgelamError, Refused, for_others
 from edgelam_fl.files import free_bytes
-from edgelam_fl.machine import memory_free_bytes
 from edgelam_fl.model import adapter as adapters
+from edgelam_fl.model.chip import CPU, chip_free_bytes
 from edgelam_fl.model.stage import Stage, load_stages
 from edgelam_fl.node.examples import DeviceExamples, task_of
 from edgelam_fl.node.front_cache import FrontCache, NamesFronts
@@ -51,7 +53,7 @@ class NodeHooks:
     """The parts of a node that a simulation or a test replaces; by default, those of a machine of its own."""
 
     load: Callable[..., list[Stage]] = load_stages
-    memory_free: Callable[[], int] = memory_free_bytes  # bytes that a host may grant windows from
+    memory_free: Callable[[torch.device], int] = chip_free_bytes  # bytes on a chip that a host may grant windows from
     workers: Callable[[pb.Plan, int], int] = workers_of
     around_pass: AroundPass = nullcontext  # as of `Host`
     disk_free: Callable[[Path], int] = free_bytes  # bytes that are free on the disk of a folder
@@ -198,10 +200,10 @@ class Player:
             )
 
         elements = sum(parameter.numel() for parameter in held.hosted.adapter_parameters.values())
-        free_bytes = self._means.hooks.memory_free()
-        window = affordable_window(plan, held.source, held.hosted.dtype.itemsize, elements, free_bytes)
+        free = self._means.hooks.memory_free(held.hosted.chip)
+        window = affordable_window(plan, held.source, held.hosted.dtype.itemsize, elements, free)
         if window < plan.window:
-            self._part.emit(WindowGranted(granted=window, asked=plan.window, memory_free_bytes=free_bytes))
+            self._part.emit(WindowGranted(granted=window, asked=plan.window, memory_free_bytes=free))
         fronts = self._means.kept_fronts.begin(plan)
         group = Group(plan, held.source.hidden_size, wire_dtype(plan), window, dial_next, self._part.emit, fronts)
         self._part.attach(group.inbox, of_host=True)
@@ -213,7 +215,9 @@ class Player:
         task = task_of(plan, held.source.folder) if held.hosted.span.head else None
         trainees = list(held.site_trainees(plan).values())
         hooks = self._means.hooks
-        views = [held.hosted, *(held.hosted.view() for _ in range(hooks.workers(plan, group.window) - 1))]
+        on_cpu = held.hosted.chip == CPU  # an accelerator takes one micro-batch with all of itself
+        count = hooks.workers(plan, group.window) if on_cpu else 1
+        views = [held.hosted, *(held.hosted.view() for _ in range(count - 1))]
         host = Host(plan, views, group, trainees, task, self._part.emit, self._keeper, hooks.around_pass)
         if self._earlier:
             with _fitting(plan):

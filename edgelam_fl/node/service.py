@@ -16,9 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from edgelam_fl.errors import Busy, EdgelamError, Mismatch, Refused, Restarted, code_of
-from edgelam_fl.machine import peak_rss_bytes
 from edgelam_fl.model.bases import usable_bases
+from edgelam_fl.model.chip import CPU, peak_bytes
 from edgelam_fl.node.accepted import AcceptedParts
 from edgelam_fl.node.examples import DeviceExamples
 from edgelam_fl.node.front_cache import FrontCache, NamesFronts
@@ -90,6 +92,7 @@ class StageHost:
         attend: Attend | None = None,
         security: Security = PLAIN,
         state: Path | None = None,
+        chip: torch.device = CPU,
         hooks: NodeHooks = DEFAULT_HOOKS,
         timing: StageHostTiming = DEFAULT_STAGE_HOST_TIMING,
     ) -> None:
@@ -101,17 +104,19 @@ class StageHost:
         host of its server, where the hub is. `open_door`: lets others in by way of the hub; None: they dial the node alone.
         `follow`: listens at the hub's address to whose membership has ended; None: nobody's ends here. `attend`: attends at
         the hub while a part is played; None: nobody knows whether this node lives. `security`: how the
-        node calls the hub. `state`: the node's folder, for what stays with it over restarts; None: nothing does.
+        node calls the hub. `state`: the node's folder, for what stays with it over restarts; None: nothing does. `chip`: what the
+        node computes on.
         """
         self.name, self.address = name, address
         self.role = pb.EDGE if examples is None else pb.DEVICE
-        self._emit, self._tags, self._trust, self._examples = emit, tuple(tags), trust, examples
+        self._emit, self._tags, self._trust, self._examples, self._chip = emit, tuple(tags), trust, examples, chip
         self._open_door, self._follow, self._attend, self._timing = open_door, follow, attend, timing
         self._epoch = secrets.randbits(63) + 1
         self._accepted = AcceptedParts(state)
         self._hub = ServerHub(server, emit, security)
         self._snapshots = Snapshots(state, emit)
-        memory = NodeMemory(hooks.load, self._hub.find_planned, timing.gone_s, PrivateFronts(state), self._snapshots)
+        load = partial(hooks.load, chip=chip)
+        memory = NodeMemory(load, self._hub.find_planned, timing.gone_s, PrivateFronts(state), self._snapshots)
         self._means = Means(
             dial=dial, hub=self._hub, memory=memory, examples=examples, hooks=hooks, snapshots=self._snapshots,
             kept_fronts=FrontCache(state, hooks.disk_free), names_fronts=NamesFronts(state),
@@ -128,14 +133,16 @@ class StageHost:
         """Answers what the node can do; measures what the request asks for, which may take minutes."""
         trust = "" if self._examples is None else self._trust
         own = pb.Profile(name=self.name, role=self.role, address=self.address, tags=self._tags, trust=trust)
-        return answer_profile(request, own, self._examples, self._hub, self._emit)
+        return answer_profile(request, own, self._examples, self._hub, self._emit, self._chip)
 
     def submit(self, request: pb.SubmitRequest) -> pb.SubmitReply:
         """Begins a part and returns at once. A part that is known here is not begun again, and takes the tensors that it asked for.
 
         A new part cancels the current one; that of another run only if the server says that the other run does not go on.
         """
-        refusal = _refusal(request.plan, self.name, self.role) or _leak(request.plan, self._trust)
+        refusal = _refusal(request.plan, self.name, self.role, usable_bases(self._chip)) or _leak(
+            request.plan, self._trust
+        )
         if refusal:
             return pb.SubmitReply(accepted=False, reason=refusal, code=Mismatch.code)
         with self._lock:
@@ -234,7 +241,7 @@ class StageHost:
             report.code = code_of(error)
             full = str(error) if isinstance(error, EdgelamError) else f"{type(error).__name__}: {error}"
         finally:
-            report.peak_rss_bytes = peak_rss_bytes()
+            report.peak_rss_bytes = peak_bytes(self._chip)
             report.snapshots.extend(self._snapshots.steps(part.plan.run, part.plan.round))
             part.group = None
             self._means.kept_fronts.end(part.plan)
@@ -274,16 +281,15 @@ def _leak(plan: pb.Plan, trust: str) -> str:
     return problem and f"--trust {trust} of node {plan.node} refuses the plan: {problem}"
 
 
-def _refusal(plan: pb.Plan, name: str, role: pb.Role) -> str:
-    """Returns why a node cannot take the plan; empty if it can."""
+def _refusal(plan: pb.Plan, name: str, role: pb.Role, bases: Sequence[str]) -> str:
+    """Returns why a node cannot take the plan; empty if it can. `bases`: those that the node computes with."""
     own = f"{pb.Role.Name(role)} {name!r}"
     if plan.protocol_version != PROTOCOL_VERSION:
         return f"a plan of protocol version {plan.protocol_version}; node {name} speaks {PROTOCOL_VERSION}"
     if plan.node != name or plan.role != role:
         return f"a plan for {pb.Role.Name(plan.role)} {plan.node!r}; this is {own}"
-    if plan.model.base not in usable_bases():
-        usable = ", ".join(usable_bases())
-        return f"base {plan.model.base!r}; node {name} has {usable} (`edgelam doctor` there says why)"
+    if plan.model.base not in bases:
+        return f"base {plan.model.base!r}; node {name} has {', '.join(bases)} (`edgelam doctor` there says why)"
     routes = plan.routes or plan.serves
     if not (routes and plan.batch_size and plan.micro_batches and plan.window and plan.deadlines.round_s > 0):
         return "a plan without route, batch size, micro-batches, window or deadlines"

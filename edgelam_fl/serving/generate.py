@@ -30,6 +30,7 @@ from transformers import (
 
 from edgelam_fl.config import ModelSection, RunConfig, TaskSection
 from edgelam_fl.errors import ConfigError, ModelError
+from edgelam_fl.model.chip import CPU, off
 from edgelam_fl.model.generation import GENERATION, applied, left_out
 from edgelam_fl.model.limits import positions_of
 from edgelam_fl.model.source import find_model
@@ -199,11 +200,12 @@ class Speaker(ABC):
 
 
 class LocalSpeaker(Speaker):
-    """A run's whole model on this machine: the base, with the run's adapter after `put_on`."""
+    """A run's whole model on a chip of this machine: the base, with the run's adapter after `put_on`."""
 
-    def __init__(self, model: ModelSection, task: TaskSection) -> None:
+    def __init__(self, model: ModelSection, task: TaskSection, chip: torch.device = CPU) -> None:
         super().__init__(model, task)
-        self._model: Any = load_whole(self._source, "fp32" if model.base == "auto" else model.base)
+        self._chip = chip
+        self._model: Any = load_whole(self._source, "fp32" if model.base == "auto" else model.base, chip)
         self._adapter: Path | None = None
         self._cut: CutOnWhole | None = None
 
@@ -219,12 +221,11 @@ class LocalSpeaker(Speaker):
 
         def step(ids: Sequence[int], position: int) -> torch.Tensor:
             nonlocal cache
-            inputs = torch.tensor([list(ids)])
-            positions = torch.arange(position, position + len(ids))[None]
+            inputs = torch.tensor([list(ids)]).to(self._chip)
+            positions = torch.arange(position, position + len(ids))[None].to(self._chip)
             output = self._model(input_ids=inputs, position_ids=positions, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
-            logits_V: torch.Tensor = output.logits[0, -1]
-            return logits_V
+            return off(output.logits[0, -1])
 
         without = self._model.disable_adapter() if self._adapter and not tuned else nullcontext()
         with without, self._cut.on(self._model) if self._cut and tuned else nullcontext():

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from edgelam_fl.errors import ProtocolError
+from edgelam_fl.model.chip import off
 from edgelam_fl.model.stage import Stage
 from edgelam_fl.split.cut import CutDefence
 from edgelam_fl.split.group import Group, relay
@@ -78,7 +79,7 @@ class HostSessions:
                 raise ProtocolError(f"more than {_SESSIONS} generation sessions at a time")
             member.caches[session] = (0, self.stage.new_cache())
         cache = member.caches[session][1]
-        hidden = self.stage(inputs.to(self.stage.dtype), [length], layers=member.layers, cache=cache)
+        hidden = off(self.stage(inputs.to(self.stage.dtype), [length], layers=member.layers, cache=cache))
         member.caches[session] = (position + length, cache)
         if self.group.coordinates and member.route.back_first >= self.plan.model.num_layers:
             hidden = hidden[:, -1:]  # no layer of the device attends to the others: the next token is all it asks for
@@ -134,13 +135,13 @@ class RouteSession:
         assert self.route.entry is not None
         front_cache, back_cache = self._caches
         new = pb.KvStep(session=self._session, position=self._position, length=len(ids))
-        states = self.front(torch.tensor([ids]), [len(ids)], cache=front_cache)
+        states = off(self.front(torch.tensor([ids]), [len(ids)], cache=front_cache))
         hidden = self._cut.states(states, [len(ids)], begins=not self._position).to(self.wire)
         self.route.entry.send(pb.Header(kind=pb.KV_STEP, kv_step=new), hidden.contiguous())
         answer = self._answer()
         self._position += len(ids)
         logits = self.back(answer.to(self.back.dtype), [answer.shape[1]], cache=back_cache)
-        return logits[0, -1]
+        return off(logits[0, -1])
 
     def _answer(self) -> torch.Tensor:
         while True:

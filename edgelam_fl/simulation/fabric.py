@@ -20,6 +20,7 @@ from edgelam_fl.errors import DataError
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.activation_cache import Activations
 from edgelam_fl.model.adapter import Span
+from edgelam_fl.model.chip import CPU
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import LoraSettings, Stage, load_stages
 from edgelam_fl.model.weights import read_tensors
@@ -84,12 +85,22 @@ class Shared:
         return nullcontext() if waits_for_others else self.seats
 
     def load(
-        self, source: ModelSource, spans: list[Span], base: str, lora: LoraSettings, *, compute: str, classes: int
+        self,
+        source: ModelSource,
+        spans: list[Span],
+        base: str,
+        lora: LoraSettings,
+        *,
+        compute: str,
+        classes: int,
+        chip: torch.device = CPU,
     ) -> list[Stage]:
         """Loads as `load_stages`; of a whole model only the layers from the lowest one that learns (`OnFrozen`).
 
-        With the model's own dropout, frozen layers give something else in every step, so nothing of them can be kept.
+        With the model's own dropout, frozen layers give something else in every step, so nothing of them can be kept. `chip`: the
+        CPU, as all nodes of a simulation compute there.
         """
+        assert chip == CPU
         with self._lock:
             first = frozen_layers(source, lora)
             if lora.own_dropout or not (first and len(spans) == 1 and whole_model(spans[0], source)):

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from edgelam_fl.model.chip import off
 from edgelam_fl.model.stage import Stage
 from edgelam_fl.privacy.defences.blur import Blur
 from edgelam_fl.privacy.defences.reader import Reader
@@ -30,7 +31,9 @@ class CutDefence:
         self._front, self._disguise, self._blur = front, cut.disguise, None
         if cut.clip:
             self._blur = Blur(cut.clip * typical_length(front), cut.clip, cut.noise, generator)
-        self._reader: Reader | None = None  # the size of a matrix by the hidden width: made when it is first needed
+        # The size of a matrix by the hidden width: made when it is first needed. It learns in the CPU's memory, from what leaves.
+        self._reader: Reader | None = None
+        self._embeddings_VD = torch.empty(0)
 
     def states(self, states_BTD: torch.Tensor, row_lengths: Sequence[int], *, begins: bool = True) -> torch.Tensor:
         """Returns hidden states as they may leave the device. `begins`: whether texts begin with these tokens."""
@@ -49,10 +52,11 @@ class CutDefence:
         if not self._disguise:
             return grad_BTD
         if self._reader is None:
+            self._embeddings_VD = off(self._front.embeddings())
             self._reader = Reader(sent_BTD.shape[2], self._generator)
         real_BT = torch.arange(sent_BTD.shape[1]) < torch.tensor(unit.row_lengths)[:, None]
         states_BTD = sent_BTD.detach().float().requires_grad_(True)
-        embeddings_VD = self._front.embeddings()
+        embeddings_VD = self._embeddings_VD
         ids_N = unit.ids_BT[real_BT]
         known = self._reader.information(states_BTD[real_BT], ids_N, embeddings_VD)
         (away_BTD,) = torch.autograd.grad(known * (self._disguise * unit.count / divisor), states_BTD)
@@ -73,7 +77,7 @@ def typical_length(front: Stage) -> float:
     trained = front.adapter_parameters
     front.use({name: torch.nn.Parameter(torch.zeros_like(p), requires_grad=False) for name, p in trained.items()})
     try:
-        states_BTD = front(ids_BT, [_TOKENS] * _ROWS)
+        states_BTD = off(front(ids_BT, [_TOKENS] * _ROWS))
     finally:
         front.use(trained)
     return float(states_BTD[:, 1:].float().norm(dim=-1).median())

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from edgelam_fl.model.chip import off
 from edgelam_fl.model.stage import Stage
 from edgelam_fl.plan.modes import label_place
 from edgelam_fl.plan.reading import unit_seed
@@ -52,14 +53,14 @@ class Ends:
         """Returns the hidden states [rows, tokens, hidden] of a micro-batch for the first host."""
         seed = self._seed(step, number) if training else None
         states = self._front(unit.ids_BT, unit.row_lengths, unit_seed=seed)
-        return self._cut.states(states, unit.row_lengths).to(self.wire)
+        return self._cut.states(off(states), unit.row_lengths).to(self.wire)
 
     @torch.no_grad()
     def rows_of_front(self, unit: Unit, rows: Sequence[int]) -> torch.Tensor:
         """Returns the hidden states [1, N, hidden] of some rows for the first host, each computed alone, without padding."""
         lengths = unit.row_lengths
         each = [self._front(unit.ids_BT[row : row + 1, : lengths[row]], [lengths[row]]) for row in rows]
-        return torch.cat(each, dim=1).to(self.wire)
+        return off(torch.cat(each, dim=1)).to(self.wire)
 
     def backward_front(self, unit: Unit, sent: torch.Tensor, grad: torch.Tensor, divisor: int) -> None:
         """Adds to the front's gradients. `sent`: what `forward_front` returned. `grad`: its gradient, from the first host."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from edgelam_fl.errors import ProtocolError
+from edgelam_fl.model.chip import off
 from edgelam_fl.model.stage import AdapterSet, Stage
 from edgelam_fl.split.judging import is_finite
 from edgelam_fl.split.loss import judged
@@ -72,7 +73,7 @@ class Learned:
 def forward(view: Stage, crossing: Crossing, wire: torch.dtype) -> Forwarded:
     """Takes a micro-batch through the layers. `wire`: what hidden states travel in."""
     with torch.set_grad_enabled(crossing.training), crossing.timed("forward"):
-        output = crossing.through(view).to(wire)
+        output = off(crossing.through(view).to(wire))
     return Forwarded(output, not crossing.training or is_finite(output), view)
 
 
@@ -117,7 +118,7 @@ def backward(
 
 def at_positions(states_BTD: torch.Tensor, positions: list[int]) -> torch.Tensor:
     """Returns the states at some positions, row * tokens + place, as one row [1, N, D]."""
-    return states_BTD.flatten(0, 1)[torch.tensor(positions)][None]
+    return states_BTD.flatten(0, 1)[torch.tensor(positions, device=states_BTD.device)][None]
 
 
 def check_targets(labels: torch.Tensor, inputs: torch.Tensor, stage: Stage) -> None:

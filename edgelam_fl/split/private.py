@@ -42,10 +42,13 @@ class PrivateSum:
             for summed, part in zip(total, gradient, strict=False):  # a device without a batch has no gradient at all
                 if part is not None:
                     summed.add_(part, alpha=scale)
-        for summed in total:
-            drawn = gaussian(tuple(summed.shape), self._privacy.step_noise, self._noise)
-            summed.add_(torch.from_numpy(np.asarray(drawn))).div_(self._privacy.step_devices)
-        return total
+        return [self._noised(summed) for summed in total]
+
+    def _noised(self, summed: torch.Tensor) -> torch.Tensor:
+        """Adds the noise, in the CPU's memory: it is drawn in float64, which not every chip has."""
+        drawn = gaussian(tuple(summed.shape), self._privacy.step_noise, self._noise)
+        here = summed.cpu().add_(torch.from_numpy(np.asarray(drawn))).div_(self._privacy.step_devices)
+        return here.to(summed.device)
 
     def _scale(self, norm: float) -> float:
         """Returns the factor that brings a gradient of this norm to the bound, and counts it."""

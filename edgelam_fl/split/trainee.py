@@ -16,6 +16,7 @@ import torch
 
 from edgelam_fl.errors import ProtocolError
 from edgelam_fl.model import adapter as adapters
+from edgelam_fl.model.chip import CPU
 from edgelam_fl.model.stage import LoraSettings, Stage
 from edgelam_fl.plan.reading import cut_adapter_of
 from edgelam_fl.split.snapshot import Damaged, SourceState
@@ -104,7 +105,7 @@ class Trainee:
             raise ProtocolError(
                 f"the correction of {name} is {found.dtype} {list(found.shape)}; allowed: float32 {list(wanted.shape)}"
             )
-        return torch.from_numpy(found.copy())
+        return torch.from_numpy(found.copy()).to(wanted.device)
 
     def finish(self, plan: pb.Plan) -> adapters.Adapter:
         """Ends a round: returns the trained tensors, and notes to which adapter the moments belong now."""
@@ -137,7 +138,7 @@ class Trainee:
         if self.optimizer is None:
             return {}
         return {
-            f"{_MOMENTS}{key}/{name}": value.detach().numpy().copy()
+            f"{_MOMENTS}{key}/{name}": value.detach().cpu().numpy().copy()
             for name, parameter in self.named.items()
             for key, value in self.optimizer.state.get(parameter, {}).items()
             if value is not None
@@ -155,7 +156,9 @@ class Trainee:
             parameter = self.named.get(name)
             if parameter is None or array.shape not in ((), parameter.shape):
                 raise Damaged(f"it has moments of {name}, {list(array.shape)}")
-            self.optimizer.state[parameter][moment] = torch.from_numpy(array.copy())
+            # A count of steps, which has no dimensions, stays where torch keeps it: in the CPU's memory.
+            chip = parameter.device if array.shape else CPU
+            self.optimizer.state[parameter][moment] = torch.from_numpy(array.copy()).to(chip)
 
     # ---------------------------------------------------------------- the adapter
 
@@ -185,7 +188,7 @@ class Trainee:
     def squared_norm(self) -> pb.StepReady:
         """Returns the squared norm of the gradient, in float64 (clip = "global")."""
         self._pull()
-        total = sum(float(p.grad.double().square().sum()) for p in self.parameters if p.grad is not None)
+        total = sum(float(p.grad.cpu().double().square().sum()) for p in self.parameters if p.grad is not None)
         return pb.StepReady(squared_norm=total if math.isfinite(total) else 0.0, finite=math.isfinite(total))
 
     def step(self, number: int, scale: float = 1.0) -> None:
@@ -278,7 +281,7 @@ def check_verdict(verdict: pb.StepApply) -> None:
 
 
 def _array(parameter: torch.nn.Parameter) -> np.ndarray:
-    return parameter.detach().numpy().copy()
+    return parameter.detach().cpu().numpy().copy()
 
 
 def lora_of(plan: pb.Plan) -> LoraSettings:

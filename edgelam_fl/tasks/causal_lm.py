@@ -144,7 +144,8 @@ class CausalLm:
         self, output: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor | None = None, *, training: bool = False
     ) -> tuple[torch.Tensor, dict[str, float]]:
         smoothing = self._label_smoothing if training else 0.0
-        rows_N = loss_rows(labels) if rows is None else rows
+        rows_N = (loss_rows(labels) if rows is None else rows).to(output.device)
+        labels = labels.to(output.device)
         return (sum_of_means if self._by_example else loss_sum)(output, labels, rows_N, smoothing), {}
 
 

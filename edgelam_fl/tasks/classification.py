@@ -70,6 +70,6 @@ class Classification:
         self, output: torch.Tensor, labels: torch.Tensor, rows: torch.Tensor | None = None, *, training: bool = False
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """Returns the sum of the cross-entropies of logits [B, C], and the number of rows that are "correct"."""
-        smoothing = self._label_smoothing if training else 0.0
+        smoothing, labels = self._label_smoothing if training else 0.0, labels.to(output.device)
         loss = functional.cross_entropy(output.float(), labels, reduction="sum", label_smoothing=smoothing)
         return loss, {"correct": float((output.argmax(-1) == labels).sum())}

@@ -716,7 +716,7 @@ class LayerTime(_message.Message):
     def __init__(self, tokens: _Optional[int] = ..., seconds: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class Profile(_message.Message):
-    __slots__ = ("protocol_version", "name", "role", "address", "memory_available_bytes", "cpu_threads", "bases", "codecs", "examples", "held_out", "problem", "versions", "base_seconds", "tags", "trust", "link_up_bps", "link_down_bps", "round_trip_s", "disk_free_bytes", "layer_times", "disk_write_bytes_per_s", "idle_bytes", "code", "data")
+    __slots__ = ("protocol_version", "name", "role", "address", "memory_available_bytes", "cpu_threads", "bases", "codecs", "examples", "held_out", "problem", "versions", "base_seconds", "tags", "trust", "link_up_bps", "link_down_bps", "round_trip_s", "disk_free_bytes", "layer_times", "disk_write_bytes_per_s", "idle_bytes", "code", "data", "chip")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -755,6 +755,7 @@ class Profile(_message.Message):
     IDLE_BYTES_FIELD_NUMBER: _ClassVar[int]
     CODE_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
+    CHIP_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     name: str
     role: Role
@@ -779,7 +780,8 @@ class Profile(_message.Message):
     idle_bytes: int
     code: str
     data: DataCounts
-    def __init__(self, protocol_version: _Optional[int] = ..., name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., memory_available_bytes: _Optional[int] = ..., cpu_threads: _Optional[int] = ..., bases: _Optional[_Iterable[str]] = ..., codecs: _Optional[_Iterable[str]] = ..., examples: _Optional[int] = ..., held_out: _Optional[int] = ..., problem: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., base_seconds: _Optional[_Mapping[str, float]] = ..., tags: _Optional[_Iterable[str]] = ..., trust: _Optional[str] = ..., link_up_bps: _Optional[float] = ..., link_down_bps: _Optional[float] = ..., round_trip_s: _Optional[float] = ..., disk_free_bytes: _Optional[int] = ..., layer_times: _Optional[_Iterable[_Union[LayerTime, _Mapping]]] = ..., disk_write_bytes_per_s: _Optional[float] = ..., idle_bytes: _Optional[int] = ..., code: _Optional[str] = ..., data: _Optional[_Union[DataCounts, _Mapping]] = ...) -> None: ...
+    chip: str
+    def __init__(self, protocol_version: _Optional[int] = ..., name: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., address: _Optional[str] = ..., memory_available_bytes: _Optional[int] = ..., cpu_threads: _Optional[int] = ..., bases: _Optional[_Iterable[str]] = ..., codecs: _Optional[_Iterable[str]] = ..., examples: _Optional[int] = ..., held_out: _Optional[int] = ..., problem: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., base_seconds: _Optional[_Mapping[str, float]] = ..., tags: _Optional[_Iterable[str]] = ..., trust: _Optional[str] = ..., link_up_bps: _Optional[float] = ..., link_down_bps: _Optional[float] = ..., round_trip_s: _Optional[float] = ..., disk_free_bytes: _Optional[int] = ..., layer_times: _Optional[_Iterable[_Union[LayerTime, _Mapping]]] = ..., disk_write_bytes_per_s: _Optional[float] = ..., idle_bytes: _Optional[int] = ..., code: _Optional[str] = ..., data: _Optional[_Union[DataCounts, _Mapping]] = ..., chip: _Optional[str] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
     __slots__ = ("plan", "adapter", "corrections", "snapshot")

@@ -18,6 +18,7 @@ from edgelam_fl.addresses import free_port
 from edgelam_fl.doctor import checks as doctor
 from edgelam_fl.doctor.checks import Finding
 from edgelam_fl.machine import disk_free_bytes, memory_free_bytes
+from edgelam_fl.model.base_names import BASES
 from tests.support import hang_up_on_all
 
 GIB = 1 << 30
@@ -222,6 +223,27 @@ def test_a_kernel_that_fails() -> None:
 def test_without_bitsandbytes_nf4_is_a_note() -> None:
     finding = doctor.check_base("nf4", find_module=lambda name: None)
     assert (finding.state, "pip install bitsandbytes" in finding.fix) == ("note", True)
+
+
+def test_a_chip_whose_kernels_run_is_fine_and_the_cpu_alone_is_too() -> None:
+    (finding,) = doctor.check_chips([doctor.Chip("cuda:0", "a GPU", dict.fromkeys(BASES, ""))], has_nvidia=True)
+    assert (finding.state, finding.found) == ("ok", "a GPU; the kernels of fp32, bf16, int8, nf4 run")
+    assert doctor.check_chips([], has_nvidia=False) == [Finding("chips", "ok", "the CPU alone")]
+
+
+def test_what_a_chip_lacks_is_named_with_what_to_do() -> None:
+    """A wheel without kernels for a board is imported without complaint, and fails here."""
+    lacks_nf4 = dict.fromkeys(BASES, "") | {"nf4": "its kernel does not run (named symbol not found)"}
+    (finding,) = doctor.check_chips([doctor.Chip("cuda:0", "Orin", lacks_nf4)], has_nvidia=True)
+    assert (finding.state, "named symbol not found" in finding.found) == ("note", True)
+    assert "bitsandbytes" in finding.fix
+    (finding,) = doctor.check_chips([doctor.Chip("cuda:0", "Orin", dict.fromkeys(BASES, "no kernel"))], has_nvidia=True)
+    assert (finding.state, "--device cpu" in finding.fix) == ("problem", True)
+
+
+def test_a_gpu_that_this_torch_was_not_built_for() -> None:
+    (finding,) = doctor.check_chips([], has_nvidia=True, torch_version="2.13.0+cpu")
+    assert (finding.state, "PyTorch 2.13.0+cpu cannot use it" in finding.found) == ("note", True)
 
 
 def test_a_model_that_is_not_here(tiny_folder: Path) -> None:

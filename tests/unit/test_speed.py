@@ -7,6 +7,7 @@ import torch
 
 from edgelam_fl.errors import ModelError
 from edgelam_fl.model import bases, speed
+from edgelam_fl.model.chip import CPU
 from edgelam_fl.model.identity import ModelIdentity
 from edgelam_fl.model.source import ModelSource, find_model
 from tests.support import write_tiny_llama
@@ -30,7 +31,9 @@ def test_every_pair_is_measured_once_for_a_model(
 
     runs: list[str] = []
     really = speed._seconds
-    monkeypatch.setattr(speed, "_seconds", lambda shapes, base, dtype: runs.append(base) or really(shapes, base, dtype))
+    monkeypatch.setattr(
+        speed, "_seconds", lambda shapes, base, dtype, chip: runs.append(base) or really(shapes, base, dtype, chip)
+    )
     assert speed.measure_bases(tiny) == first
     assert runs == []
     other = find_model(str(write_tiny_llama(tmp_path / "other", layers=2, seed=5)))
@@ -48,7 +51,7 @@ def test_other_threads_and_other_bases_are_measured_anew(tiny: ModelSource, monk
         assert set(speed.measure_bases(tiny).values()) == {2.0}
     finally:
         torch.set_num_threads(threads)
-    monkeypatch.setattr(speed, "usable_bases", lambda: bases.BASES[:3])
+    monkeypatch.setattr(speed, "usable_bases", lambda chip: bases.BASES[:3])
     assert list(speed.measure_bases(tiny)) == PAIRS[:4]
 
 
@@ -68,7 +71,9 @@ def test_the_layers_own_sizes_decide(tiny: ModelSource, monkeypatch: pytest.Monk
 
 
 def test_a_larger_layer_takes_longer() -> None:
-    assert speed._seconds([(1024, 1024)], "fp32", torch.float32) > speed._seconds([(16, 16)], "fp32", torch.float32)
+    assert speed._seconds([(1024, 1024)], "fp32", torch.float32, CPU) > speed._seconds(
+        [(16, 16)], "fp32", torch.float32, CPU
+    )
 
 
 def test_a_model_without_matrices_in_its_layers(tiny: ModelSource) -> None:

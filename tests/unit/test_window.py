@@ -69,6 +69,10 @@ def test_a_node_counts_all_units_that_it_may_have_under_way(tiny: ModelSource) -
     assert units_bytes(whole, tiny, 4) == unit_bytes(tiny.config, tiny.num_layers, 2, 128, 4, head=True)
 
 
+def _free(most_bytes: int, _: object) -> int:
+    return most_bytes
+
+
 def test_a_host_short_of_memory_grants_less(tiny: ModelSource, data_files: list[Path]) -> None:
     """The chain's smallest window is granted on both links: edge-1 has memory for all, edge-2 for one micro-batch."""
     config = run_config(tiny.name, "split.hosts=2", f"split.window={WINDOW}", "split.micro_batches=4")
@@ -88,7 +92,7 @@ def test_a_host_short_of_memory_grants_less(tiny: ModelSource, data_files: list[
     unit = unit_bytes(tiny.config, plan.hosted.last - plan.hosted.first, 1, 128, 4)
     kept = sum(array.size for array in slice_of(start, spans_of(plan)).values()) * 16
     for name, free in {"edge-1": 1 << 40, "edge-2": int((unit + kept) / 0.8) + 1}.items():
-        hooks = NodeHooks(memory_free=partial(int, free))
+        hooks = NodeHooks(memory_free=partial(_free, free))
         nodes[name] = StageHost(name, dial, fleet.emit, address=name, hooks=hooks)
         fleet.hosts[name] = nodes[name], name
     check_done(fleet.run(start, 2))

@@ -13,8 +13,9 @@ import torch
 
 from edgelam_fl.errors import EnvironmentProblem, Mismatch, ModelError, code_of
 from edgelam_fl.files import cache_folder
-from edgelam_fl.machine import disk_free_bytes, memory_free_bytes, resident_bytes
+from edgelam_fl.machine import disk_free_bytes, resident_bytes
 from edgelam_fl.model.bases import usable_bases
+from edgelam_fl.model.chip import chip_free_bytes, chip_name
 from edgelam_fl.model.layer_speed import measure_layers
 from edgelam_fl.model.speed import measure_bases
 from edgelam_fl.node.examples import DeviceExamples
@@ -32,18 +33,25 @@ VERSIONED = ("edgelam-fl", "flwr", "torch", "transformers", "peft", "grpcio", "n
 
 
 def answer_profile(
-    request: pb.ProfileRequest, own: pb.Profile, examples: DeviceExamples | None, hub: ServerHub, emit: EmitInJob
+    request: pb.ProfileRequest,
+    own: pb.Profile,
+    examples: DeviceExamples | None,
+    hub: ServerHub,
+    emit: EmitInJob,
+    chip: torch.device,
 ) -> pb.Profile:
     """Returns the profile that a request asks for.
 
-    `own`: name, role, address and tags. `examples`: None for an edge server. `emit`: hears what a device has read. What keeps the node out of the run, such as a data
+    `own`: name, role, address and tags. `examples`: None for an edge server. `chip`: what the node computes on, whose speed and
+    memory count. `emit`: hears what a device has read. What keeps the node out of the run, such as a data
     file that does not fit or a model that is neither here nor at the hub, becomes its `problem`.
     """
     profile = pb.Profile(
         protocol_version=PROTOCOL_VERSION,
-        memory_available_bytes=memory_free_bytes(),
+        memory_available_bytes=chip_free_bytes(chip),
         cpu_threads=torch.get_num_threads(),
-        bases=usable_bases(),
+        chip="" if chip.type == "cpu" else f"{chip} {chip_name(chip)}",
+        bases=usable_bases(chip),
         codecs=list(CODECS),
         versions={package: importlib.metadata.version(package) for package in VERSIONED},
     )
@@ -55,7 +63,8 @@ def answer_profile(
     try:
         if examples is not None:
             _count(profile, request, examples, hub, emit)
-        _add_measured(profile, request, hub)
+            profile.memory_available_bytes = chip_free_bytes(chip)  # the examples and what made them stay in memory
+        _add_measured(profile, request, hub, chip)
     except Exception as error:  # noqa: BLE001 - whatever a data file sets off, the node is refused and the run goes on
         profile.problem, profile.code = outward(own.name, error, "profile"), code_of(error)
     return profile
@@ -80,24 +89,23 @@ def _count(
     else:
         task = make_task(request.task, source.folder)
         counted = examples.count_tokenized(task, request.task, source.digest, _MOST_TOKENIZED, emit)
-        profile.memory_available_bytes = memory_free_bytes()  # the examples and what made them stay in memory
     profile.examples, profile.held_out, counts = counted
     profile.data.CopyFrom(counts)
 
 
-def _add_measured(profile: pb.Profile, request: pb.ProfileRequest, hub: ServerHub) -> None:
+def _add_measured(profile: pb.Profile, request: pb.ProfileRequest, hub: ServerHub, chip: torch.device) -> None:
     if request.measure_model:
         source = hub.find(request.measure_model, request.model_digest, request.hub_port, request.slices_token)
-        profile.base_seconds.update(measure_bases(source))
+        profile.base_seconds.update(measure_bases(source, chip))
     profile.disk_free_bytes = disk_free_bytes(cache_folder())
     if request.measure_layers:
         with suppress(ModelError, EnvironmentProblem):  # the model is not here; the cache cannot be written
             source = hub.find(request.measure_layers, request.model_digest, request.hub_port, request.slices_token)
-            for tokens, seconds in measure_layers(source).items():
+            for tokens, seconds in measure_layers(source, chip=chip).items():
                 profile.layer_times.add(tokens=tokens, seconds=seconds)
             profile.disk_write_bytes_per_s = disk_write_bytes_per_s(cache_folder())
         # Both at the same moment: the modules imported for measuring stay in memory, which is no longer free.
-        profile.idle_bytes, profile.memory_available_bytes = _idle_bytes(), memory_free_bytes()
+        profile.idle_bytes, profile.memory_available_bytes = _idle_bytes(), chip_free_bytes(chip)
     if request.measure_link and request.hub_port and hub.host:
         with suppress(EnvironmentProblem):  # no hub answers
             link = hub.measure_link(request.hub_port)

@@ -27,6 +27,7 @@ class Profile(BaseModel):
     name: str
     memory_free_bytes: int = Field(ge=0, description="free memory within the limits of the control groups")
     cpu_threads: int = Field(ge=1)
+    chip: str = Field("", description="what the layer was timed on, and whose memory is free; empty: the CPU")
     disk_free_bytes: int = Field(ge=0, description="free bytes of the file system that holds the cache")
     disk_write_bytes_per_s: Positive | None = None
     model: str = ""

@@ -15,7 +15,7 @@ from pathlib import Path
 from edgelam_fl.errors import EnvironmentProblem
 from edgelam_fl.files import cache_folder
 from edgelam_fl.hub.link_speed import HUB_ANSWER_S, measure_link
-from edgelam_fl.machine import disk_free_bytes, memory_free_bytes
+from edgelam_fl.machine import disk_free_bytes
 from edgelam_fl.model.source import find_model
 from edgelam_fl.node.profile.data import LinkProfile, Profile
 
@@ -30,19 +30,24 @@ def measure_profile(
     say: Callable[[str], None] = lambda _: None,
     name: str = "",
     hub_answer_s: float = HUB_ANSWER_S,
+    device: str = "cpu",
 ) -> Profile:
     """Measures this machine; takes about 10 s for a model that was never measured here.
 
     `model`: whose layers to time; empty: none. `hub`: (host, port) to measure the link to; None: no link. `say`: receives
-    progress. `name`: the node's name, by default the machine's. `hub_answer_s`: patience with the hub. Raises ModelError if
-    the model is not here, EnvironmentProblem if the cache cannot be written or no hub answers.
+    progress. `name`: the node's name, by default the machine's. `hub_answer_s`: patience with the hub. `device`: what it
+    computes on, as --device. Raises ModelError if the model is not here, EnvironmentProblem if the cache cannot be written, no hub
+    answers, or the chip is not here.
     """
     import torch
 
+    from edgelam_fl.model.bases import working_chip
+    from edgelam_fl.model.chip import chip_free_bytes, chip_name
     from edgelam_fl.model.layer_speed import measure_layers
 
-    memory = memory_free_bytes()  # before a layer is loaded
-    layers = measure_layers(find_model(model), say) if model else {}
+    chip, _ = working_chip(device)
+    memory = chip_free_bytes(chip)  # before a layer is loaded
+    layers = measure_layers(find_model(model), say, chip) if model else {}
     say("measuring the disk")
     write_speed = disk_write_bytes_per_s(cache_folder())
     link = None
@@ -54,6 +59,7 @@ def measure_profile(
         name=name or platform.node(),
         memory_free_bytes=memory,
         cpu_threads=torch.get_num_threads(),
+        chip="" if chip.type == "cpu" else f"{chip} {chip_name(chip)}",
         disk_free_bytes=disk_free_bytes(cache_folder()),
         disk_write_bytes_per_s=write_speed,
         model=model,

@@ -16,6 +16,8 @@ class NodeReady(Event):
     """Name of the node."""
     address: str
     """HOST:PORT at which others reach it; "" for a device that only dials."""
+    chip: str = ""
+    """What it computes on, or why not on what is here; "" for a CPU and nothing beside it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,6 +86,8 @@ class NodeJoined(Event, DataCounts):
     """Time of a layer for micro-batches of several sizes; only with split.cuts = "auto"."""
     idle_bytes: int = 0
     """Resident memory of its stage host before that held anything; 0 if it was not measured."""
+    chip: str = ""
+    """What it computes on, and whose memory is free: "cuda:0 NVIDIA H200"; "" for its CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
