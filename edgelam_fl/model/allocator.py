@@ -19,8 +19,8 @@ _HOLES = 1.8  # memory of kept blocks in multiples of what is in use at once: me
 def give_back_at_once() -> bool:
     """Makes glibc return every freed block of 128 KiB or more to the system; False for another C library.
 
-    A step takes the memory of its tensors alone. The price is 1.2 to 1.6 times the CPU seconds of a step, by its size
-    (benchmarks.compute).
+    A step takes the memory of its tensors alone. The price grows with the size of a micro-batch: with 26 layers of SmolLM2 on 108
+    tokens 1.0 (bf16) to 1.6 (nf4) times the CPU seconds of a step, on 512 tokens 1.4 to 1.6 times.
     """
     return _set(_LEAN_BYTES, _LEAN_BYTES)
 
