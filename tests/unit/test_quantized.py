@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from threading import Thread
+
 import pytest
 import torch
 from bitsandbytes.functional import get_4bit_type
@@ -139,3 +141,21 @@ def test_linear_layers_of_both_layouts_are_replaced(base: str) -> None:
         assert (layer.weight.shape, layer.weight.dtype) == (packed.shape, packed.dtype)
         assert layer.weight_scale.shape == scale.shape
         assert layer.weight.device.type == "meta"
+
+
+def test_threads_do_not_share_the_memory_of_dequantized_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one thread has dequantized and not multiplied yet, another computes with other weights."""
+    one, other = Int8Linear.from_weight(normal(8, 16)), Int8Linear.from_weight(normal(8, 16, seed=2))
+    x, multiply = normal(3, 16), nn.functional.linear
+    expected = one(x)
+
+    def beside(*arguments: torch.Tensor) -> torch.Tensor:
+        monkeypatch.undo()
+        thread = Thread(target=other, args=(x,))
+        thread.start()
+        thread.join()
+        return multiply(*arguments)
+
+    monkeypatch.setattr(nn.functional, "linear", beside)
+    assert torch.equal(one(x), expected)
+    assert nn.functional.linear is multiply, "the other thread has computed"
