@@ -19,6 +19,7 @@ from edgelam_fl.model.stage import LoraSettings, Span, Stage, load_stages
 from edgelam_fl.node.held import Held
 from edgelam_fl.node.part import Part
 from edgelam_fl.node.play import NodeHooks
+from edgelam_fl.plan.making import RoundFacts
 from edgelam_fl.telemetry.events import Event, StepClosed, StepDone, of_kind
 from edgelam_fl.wire import edgelam_pb2 as pb
 from tests.fleet import (
@@ -85,6 +86,22 @@ def test_a_back_without_layers_gets_what_carries_loss_alone(
     in_all = report.labels_trained + report.eval_labels
     assert payload[f"exit edge-{hosts}", "received", "ACT"] == in_all * state_bytes
     assert payload[f"exit edge-{hosts}", "sent", "GRAD"] == report.labels_trained * state_bytes
+
+
+def test_a_device_takes_no_gradient_of_a_front_that_does_not_learn(tiny: ModelSource, data_files: list[Path]) -> None:
+    """The host's plan says that the front learns, and the device's does not."""
+    config = run_config(tiny.name, "lora.train=['hosts','back']")
+    with memory_fleet(tiny, config, data_files[:1]) as fleet:
+        plans = fleet.plans
+
+        def unlike(facts: RoundFacts) -> dict[str, pb.Plan]:
+            made = plans(facts)
+            made["edge-1"].lora.train_front = True
+            return made
+
+        fleet.plans = unlike  # type: ignore[method-assign]
+        reports = fleet.run(initial_adapter(tiny, config.lora.targets, config.lora.rank, 1), 1)
+    assert "host edge-1 sent a gradient for a front that does not learn" in reports["device-1"].error
 
 
 def test_losses_by_example_need_the_same_positions(tiny: ModelSource, data_files: list[Path]) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,10 @@ from edgelam_fl.errors import ProtocolError
 from edgelam_fl.node import front_cache
 from edgelam_fl.node.front_cache import FrontCache, RunFronts, front_secret
 from edgelam_fl.split.fronts import NAME_BYTES, NamedFronts, SentFronts, put_together
+from edgelam_fl.split.inbox import Inbox
+from edgelam_fl.split.route import Route
+from edgelam_fl.split.step import DeviceStep
+from edgelam_fl.split.timeline import Timeline
 from edgelam_fl.tasks.base import Unit
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.link import Frame
@@ -295,3 +300,69 @@ def test_a_host_that_lacks_an_example_again_and_again_gets_it_every_time() -> No
         known.sent(name(1))
         assert known.is_there(name(1)) == (lacked < 2)
         known.lacks(name(1))
+
+
+# ---------------------------------------------------------------- a device, and a host that says what it lacks
+
+
+class Recorded:
+    """A link that keeps what is sent."""
+
+    def __init__(self) -> None:
+        self.name, self.sent = "entry edge", list[Frame]()
+        self.terms = SimpleNamespace(front_cache=b"place", window=2)
+
+    def send(self, header: pb.Header, tensor: torch.Tensor | None = None) -> None:
+        copied = pb.Header()
+        copied.CopyFrom(header)
+        self.sent.append(Frame(copied, tensor))
+
+
+def answered(*lacks: list[int]) -> Recorded:
+    """Evaluates a micro-batch of two rows, of which the first was sent before; returns what the device sent.
+
+    `lacks`: the rows that the host says it lacks, each time that it says so; then it answers.
+    """
+    unit, sent = unit_of([5, 6], [7]), SentFronts()
+    names = NamedFronts(b"secret", "meaning", sent)
+    sent.at(b"place").sent(names.names(unit)[0])
+    ends: Any = SimpleNamespace(
+        fronts=names, has_labels=True, hidden_size=HIDDEN, wire=torch.float32, positions=lambda unit: None,
+        rows_of_front=lambda unit, rows: torch.ones(1, sum(unit.row_lengths[row] for row in rows), HIDDEN),
+        evaluate=lambda unit, inputs: (1.0, {}),
+    )  # fmt: skip
+    plan = pb.Plan(host_mode="joint", deadlines=pb.Deadlines(step_s=WAIT_S))
+    plan.routes.add(device="device", hops=[pb.Hop(node="edge")])
+    link: Any = Recorded()
+    route = Route(Inbox(WAIT_S), entry=link, exit=link, window=2)
+    for rows in lacks:
+        route.inbox.on_frame(link, Frame(pb.Header(kind=pb.MISSING, phase=pb.EVAL, kept_rows=rows)))
+    route.inbox.on_frame(link, Frame(pb.Header(kind=pb.ACT, phase=pb.EVAL), torch.zeros(2, 2, HIDDEN)))
+    DeviceStep(plan, ends, route, Timeline("device"), [unit], phase=pb.EVAL).run()
+    return link
+
+
+def test_a_device_sends_what_a_host_lacks_and_all_beside_it() -> None:
+    (alone,) = answered().sent
+    assert list(alone.header.kept_rows) == [0]
+    assert alone.tensor is not None
+    assert alone.tensor.shape == (1, 1, HIDDEN)
+    first, again = answered([0]).sent
+    assert first.header == alone.header
+    assert list(again.header.kept_rows) == []
+    assert again.header.row_names == first.header.row_names
+    assert again.tensor is not None
+    assert again.tensor.shape == (1, 3, HIDDEN)
+
+
+@pytest.mark.parametrize(
+    ("lacks", "words"),
+    [
+        ([[1]], "lacks rows that it was not taken to have kept"),
+        ([[]], "lacks rows that it was not taken to have kept"),
+        ([[0], [0]], "MISSING for micro-batch 0, which does not wait for it"),
+    ],
+)
+def test_a_host_cannot_ask_for_what_has_just_come(lacks: list[list[int]], words: str) -> None:
+    with pytest.raises(ProtocolError, match=words):
+        answered(*lacks)
