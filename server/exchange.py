@@ -178,6 +178,8 @@ class Exchange:
             awaited = [message_id for message_id, peer in waiting.items() if not peer.problem]
             for asked in [[message_id] for message_id in awaited] if one_by_one else [awaited]:
                 found = _taken(self.grid.pull_messages(asked), waiting)
+                if found:
+                    pause_s = timing.first_poll_s  # nodes that play together are done together
                 while found:
                     yield found.pop()
             verdict = watch.look(self._silent(waiting))

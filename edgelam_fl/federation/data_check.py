@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import DataError
 from edgelam_fl.federation.template import in_fork
 from edgelam_fl.model.source import find_model
 from edgelam_fl.plan.making import task_settings
-from edgelam_fl.tasks.base import Task, template_refuses
 from edgelam_fl.tasks.data import Pair, device_pairs, place_of
 from edgelam_fl.tasks.kinds import make_task
 from edgelam_fl.wire import edgelam_pb2 as pb
+
+if TYPE_CHECKING:
+    from edgelam_fl.tasks.base import Task
 
 
 def check_files(config: RunConfig, data: Sequence[Path]) -> None:
@@ -37,6 +40,8 @@ def check_tokenized(files: Sequence[Path], settings: bytes, tokenizer_folder: Pa
 
     `settings`: a serialized TaskSettings. `tokenizer_folder`: with the model's tokenizer.
     """
+    from edgelam_fl.tasks.base import template_refuses  # brings torch, which the fork has
+
     parsed = pb.TaskSettings.FromString(settings)
     task = make_task(parsed, tokenizer_folder)
     for file in files:

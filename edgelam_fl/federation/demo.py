@@ -18,6 +18,7 @@ from edgelam_fl.config import RunConfig, parse_run_file
 from edgelam_fl.errors import EnvironmentProblem
 from edgelam_fl.federation.environment import child_environment
 from edgelam_fl.federation.runs import check_run, run_here
+from edgelam_fl.federation.template import in_fork, warm_template
 from edgelam_fl.machine import memory_free_bytes
 from edgelam_fl.tasks.docstrings import write_device_files
 
@@ -48,6 +49,7 @@ def run_demo(console: Console, devices: int, out: Path | None, overrides: list[s
     """
     config = parse_run_file(RUN_FILE, source="the demo's run file", overrides=overrides)
     _check_memory(devices)
+    warm_template()  # it imports meanwhile
     _have_model_package(console, config.model.name)
     with console.status("reading the model's description (the first time takes half a minute)"):
         folder = check_run(config, "demo", out)
@@ -100,15 +102,18 @@ def _show_answers(console: Console, config: RunConfig, folder: Path, file: Path)
     pairs = set_aside(read_pairs(file, "question", "answer"), config.data.held_out)[1]
     if not pairs:
         return
+    held_out = [(str(question), truth) for question, truth in pairs]
+    question, truth = next((pair for pair in held_out if pair[0].startswith("What does")), held_out[0])
     with console.status("asking one held-out question, before and after"):
-        from edgelam_fl.serving.generate import answer
-
-        held_out = [(str(question), truth) for question, truth in pairs]
-        question, truth = next((pair for pair in held_out if pair[0].startswith("What does")), held_out[0])
-        before, after = (
-            answer(config, folder / "adapter" if tuned else None, question, _ANSWER_TOKENS) for tuned in (False, True)
-        )
+        before, after = in_fork(_answers, config, folder / "adapter", question)
     text = Text.assemble(
         ("before   ", "bold"), before, "\n", ("after    ", "bold"), after, "\n", ("docstring ", "dim"), truth
     )
     console.print(Panel(text, title=Text(question), title_align="left"))
+
+
+def _answers(config: RunConfig, adapter: Path, question: str) -> tuple[str, str]:
+    """Returns the answers of the model alone and with an adapter; what they take is imported in the process that gives them."""
+    from edgelam_fl.serving.generate import answer
+
+    return answer(config, None, question, _ANSWER_TOKENS), answer(config, adapter, question, _ANSWER_TOKENS)

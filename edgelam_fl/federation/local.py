@@ -83,6 +83,7 @@ def local_federation(config: RunConfig, data: Sequence[Path], folder: Path) -> I
     holds the nodes' logs too. Raises DataError for a file that cannot be read before anything starts, and for one that
     nothing can be learned from before a node does.
     """
+    warm_template()  # it imports while everything else is prepared
     data = [local_data(file) for file in data]
     check_files(config, data)
     port = free_port()
@@ -94,7 +95,6 @@ def local_federation(config: RunConfig, data: Sequence[Path], folder: Path) -> I
         let_in(trust, node)
     expecting = config.federation.model_copy(update={"expect_nodes": len(devices)})
     children: list[Child] = []
-    warm_template()  # it imports while the SuperLink starts
     try:
         # Without a hub: all nodes are on this machine and have what it has, the model too.
         with ThreadPoolExecutor(1) as beside:
@@ -136,16 +136,16 @@ def _forget_keys(folder: Path, nodes: Sequence[NodeProcesses]) -> None:
 def _local_nodes(
     config: RunConfig, folder: Path, server: str, data: Sequence[Path]
 ) -> tuple[list[NodeProcesses], list[NodeProcesses]]:
-    """Returns edge servers and devices, with shares of the machine's cores. If devices host, there are no edge servers."""
-    split, cores = config.split, os.cpu_count() or 1
+    """Returns edge servers and devices. There are no edge servers if devices host or if nothing is split."""
+    split = config.split
     devices_host = split.host_on == "any"
     edges = 0 if devices_host else split.least_hosts * split.sites
+    edge_threads, threads = shares_of_cores(os.cpu_count() or 1, edges, len(data))
     edge = [
-        NodeProcesses(f"edge-{n}", server, folder / "nodes" / f"edge-{n}", threads=max(1, cores // edges), forked=True)
+        NodeProcesses(f"edge-{n}", server, folder / "nodes" / f"edge-{n}", threads=edge_threads, forked=True)
         for n in range(1, edges + 1)
     ]
     listen = "127.0.0.1:0" if devices_host else ""
-    threads = max(1, cores // (len(data) + 1))
     devices = [
         NodeProcesses(
             f"device-{n}", server, folder / "nodes" / f"device-{n}", file, listen, threads=threads, forked=True
@@ -153,6 +153,14 @@ def _local_nodes(
         for n, file in enumerate(data, 1)
     ]
     return edge, devices
+
+
+def shares_of_cores(cores: int, edges: int, devices: int) -> tuple[int, int]:
+    """Returns the threads of each edge server and of each device.
+
+    Edge servers share all cores, as devices wait for them most of the time; devices leave one share to them, if there are any.
+    """
+    return max(1, cores // max(1, edges)), max(1, cores // (devices + min(1, edges)))
 
 
 def _counted(things: Sequence[object], name: str) -> str:

@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import base64
 import contextlib
+import gc
 import os
 import secrets
 import sys
@@ -96,6 +97,7 @@ def main() -> None:
     )
     runtime = ["--runtime-api-address", join_address(from_here(options.host), options.port)]
     runtime += ["--root-certificates", str(trust.identity / AUTHORITY_FILE)] if trust else ["--insecure"]
+    gc.freeze()  # what is here by now stays: collections need not look at it
     tasks = RunTasks(links, partial(start_task, runtime=runtime), bounds_of(os.environ))
     threading.Thread(target=tasks.serve, name="tasks", daemon=True).start()
     uvicorn.run(

@@ -18,6 +18,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+if __name__ == "__main__":
+    import edgelam_fl.federation.no_database  # noqa: F401
+
 import httpx
 from flwr.common.constant import ISOLATION_MODE_PROCESS
 from flwr.supercore import date, heartbeat

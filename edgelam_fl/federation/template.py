@@ -29,9 +29,11 @@ Made = TypeVar("Made")
 
 _GRACE_S = 8.0  # between SIGTERM and the end for sure
 _IMPORTED = [
+    "edgelam_fl.federation.no_database",
     "edgelam_fl.node.preloaded",
     "edgelam_fl.federation.clientapp",
     "flwr.supernode.start_client_internal",
+    "edgelam_fl.federation.settled",
 ]
 # Nodes may share this machine's cores: a thread that spins while it waits takes them from the others.
 # One arena for all threads: what one frees, another can use (the links' threads bring in what compute frees).

@@ -8,7 +8,7 @@ llama.cpp (Gemma's norms, rotary scalings, special tokens), llama.cpp is followe
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,17 +54,16 @@ def _index(path: Path, header: GgufHeader, config: Any) -> dict[str, TensorEntry
     """Returns where each tensor of the model is. Raises ModelError for one that is missing, superfluous or of another shape."""
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    names = get_gguf_hf_weights_map(model, TensorProcessor())
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    names = _names_in_model(str(header.keys["general.architecture"]), config.num_hidden_layers, wanted)
     index = {}
     for stored, tensor in header.tensors.items():
         if stored == FACTORS:
             continue
-        name = names.get(stored)
+        name = names.get(stored, "")
         if name not in wanted:
             raise ModelError(
                 f"{path} has the tensor {stored}, which {config.model_type} as it is read here has not. Set model.name to the model's "
@@ -82,6 +81,20 @@ def _index(path: Path, header: GgufHeader, config: Any) -> dict[str, TensorEntry
             f"{path} lacks tensors of its own architecture {config.model_type}: {', '.join(sorted(missing)[:3])}"
         )
     return index
+
+
+def _names_in_model(architecture: str, layers: int, wanted: Iterable[str]) -> dict[str, str]:
+    """Returns the names in transformers' model by the names in the file.
+
+    transformers has a function for it, which makes llama.cpp's table of names anew for every module: seconds of a processor.
+    """
+    import gguf
+
+    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    table = gguf.get_tensor_name_map(number, layers)
+    split = [(name, *name.rpartition(".")) for name in wanted]
+    stored = {name: table.get_name(module) for name, module, _, _ in split}
+    return {f"{stored[name]}.{end}": name for name, _, _, end in split if stored[name]}
 
 
 def _shape_in_model(stored: str, tensor: StoredTensor, model_type: str) -> tuple[int, ...]:

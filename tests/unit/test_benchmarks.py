@@ -11,6 +11,7 @@ import pytest
 from benchmarks import links
 from benchmarks.classification import DEVICES, RUN_FILE, in_choosing_order, write
 from benchmarks.data.wordnet import SAMPLE
+from benchmarks.start import parts_of
 from edgelam_fl.config import TaskSection, parse_run_file
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.tasks.causal_lm import CausalLm
@@ -94,3 +95,26 @@ def test_examples_on_links_are_as_long_as_asked_for(tiny: ModelSource, tmp_path:
     pairs = read_pairs(links.write_pairs(tmp_path / "pairs.jsonl", 48), "question", "answer")
     assert {len(example.ids) for example in task.examples(pairs).examples} == {48}
     assert len(set(pairs)) == links.EXAMPLES
+
+
+def test_the_parts_of_a_demo_are_told_by_its_events(tmp_path: Path) -> None:
+    """A command from 100 to 190: nodes join at 108, one round, and the evaluation of the result."""
+    run = [
+        {"event": "run_started", "time": 105.0}, {"event": "node_joined", "time": 107.0}, {"event": "node_joined", "time": 108.0},
+        {"event": "plan", "round": 1, "time": 108.5}, {"event": "round_done", "round": 1, "time": 142.0, "devices": []},
+        {"event": "plan", "round": 2, "time": 142.5},
+        {"event": "round_done", "round": 2, "time": 151.0, "devices": [{"name": "a", "perplexity": 12.5}]},
+    ]  # fmt: skip
+    node = [
+        {"event": "job_started", "job": "r/1/1", "time": 109.5}, {"event": "evaluated", "job": "r/1/1", "time": 115.5},
+        {"event": "step", "job": "r/1/1", "time": 120.0, "seconds": 4.0}, {"event": "job_done", "job": "r/1/1", "time": 140.0},
+        {"event": "job_started", "job": "r/2/1", "time": 143.0}, {"event": "evaluated", "job": "r/2/1", "time": 149.0},
+        {"event": "job_done", "job": "r/2/1", "time": 149.5},
+    ]  # fmt: skip
+    for file, events in ((tmp_path / "events.jsonl", run), (tmp_path / "nodes" / "a" / "events.jsonl", node)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+    assert parts_of(tmp_path, 100.0, 190.0) == {
+        "until the ServerApp starts": 5.0, "until all nodes have joined": 8.0, "first training step": 16.0, "training": 24.5,
+        "evaluation": 12.0, "messages per round": 2.5, "after the last round": 39.0, "a perplexity after": 12.5,
+    }  # fmt: skip

@@ -105,6 +105,14 @@ def test_pauses_grow_from_the_first_to_the_longest() -> None:
     assert pauses[-1] == 0.5 == max(pauses)
 
 
+def test_a_reply_is_followed_by_short_pauses_as_others_are_about_to_come() -> None:
+    grid = TimedGrid(50.0, 90.0)
+    answers(grid)
+    found = next(number for number, look_s in enumerate(grid.looks_s) if look_s >= 50.0)
+    before, after = (grid.looks_s[n + 1] - grid.looks_s[n] for n in (found - 1, found))
+    assert (round(before, 9), round(after, 9)) == (0.5, 0.05)
+
+
 @pytest.mark.parametrize("one_by_one", [False, True])
 def test_no_reply_is_kept_that_was_taken(one_by_one: bool) -> None:
     grid = TimedGrid(*[0.0] * 4)

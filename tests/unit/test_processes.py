@@ -19,7 +19,7 @@ from edgelam_fl.addresses import answers, check_plain_text, check_port_free, fre
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, EnvironmentProblem, RunFailed
 from edgelam_fl.federation.child import Child, Restarts, end_all, log_tail, shorten
-from edgelam_fl.federation.local import LocalFederation
+from edgelam_fl.federation.local import LocalFederation, shares_of_cores
 from edgelam_fl.federation.node_process import NodeProcesses
 from edgelam_fl.federation.operator import Operator
 from edgelam_fl.files import RoomyStream
@@ -32,6 +32,22 @@ from tests.disk_faults import fill_at
 )
 def test_addresses(address: str, expected: tuple[str, int]) -> None:
     assert split_address(address, "--server") == expected
+
+
+@pytest.mark.parametrize(
+    ("cores", "edges", "devices", "expected"),
+    [
+        (2, 0, 1, (2, 2)),  # nothing is split: the one device has all cores
+        (8, 0, 2, (8, 4)),
+        (2, 1, 3, (2, 1)),
+        (16, 1, 3, (16, 4)),
+        (16, 2, 3, (8, 4)),
+    ],
+)
+def test_the_nodes_of_a_local_run_share_the_cores(
+    cores: int, edges: int, devices: int, expected: tuple[int, int]
+) -> None:
+    assert shares_of_cores(cores, edges, devices) == expected
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import subprocess
+import sys
 import threading
 import time
 from itertools import pairwise
@@ -16,6 +18,12 @@ from flwr.supernode import start_client_internal as flower
 
 from edgelam_fl.federation.supernode import Pauses, beat_often, set_flowers_clock
 from edgelam_fl.machine import since_boot_s
+
+
+def test_its_process_brings_no_database() -> None:
+    code = "import runpy, sys; sys.argv[1:] = ['--help']\ntry: runpy.run_module('edgelam_fl.federation.supernode', run_name='__main__')\nexcept SystemExit: print('sqlalchemy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 def test_flowers_loop_has_what_is_replaced_there() -> None:

@@ -78,6 +78,16 @@ def test_it_ends_with_its_parent_however_that_ends(module: str, tmp_path: Path) 
     until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
 
 
+def test_collecting_garbage_in_a_fork_copies_nothing_of_the_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "counting_program.py").write_text("import gc; print(gc.get_freeze_count() > 100_000)", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    child = Child("program", [sys.executable, "-m", "counting_program"], tmp_path / "log", forked=True)
+    until(child.ended)
+    assert child.ended() == "program ended with status 0: True"
+
+
 def test_the_template_has_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads do not survive a fork, and what they hold then stays locked; gRPC's abort it."""
     program = "import os; print(len(os.listdir(f'/proc/{os.getppid()}/task')), 'thread')"
@@ -96,7 +106,7 @@ import sys
 from edgelam_fl.node.lean import import_libraries
 import_libraries()
 from edgelam_fl.model.bases import base_problem
-heavy = ("peft", "bitsandbytes", "torch._inductor.compile_fx", "scipy", "sklearn")
+heavy = ("peft", "bitsandbytes", "torch._inductor.compile_fx", "scipy", "sklearn", "sqlalchemy")
 print([name for name in heavy if name in sys.modules], base_problem("nf4") or "nf4 computes",
       [name for name in heavy if name in sys.modules])
 """
