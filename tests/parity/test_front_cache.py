@@ -168,8 +168,13 @@ def test_a_host_that_has_kept_nothing_gets_the_states_in_the_same_step(
 
 @pytest.mark.parametrize(
     "settings",
-    [["split.labels=last-stage", "split.back=0"], ["wire.gradients=lowrank", 'lora.train=["back"]'], ["split.front=0"]],
-    ids=["last-stage", "lowrank", "embedding"],
+    [
+        ["split.labels=last-stage", "split.back=0"],
+        ["wire.gradients=lowrank", 'lora.train=["back"]'],
+        ["split.front=0"],
+        ["wire.activation_codec=int4", "wire.gradient_codec=int8"],
+    ],
+    ids=["last-stage", "lowrank", "embedding", "codecs"],
 )
 def test_kept_states_change_no_bit_of_other_ways_over_the_route(
     tiny: ModelSource, files: list[Path], settings: list[str]
