@@ -9,18 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from edgelam_fl.model.base_names import FP32_BYTES
+from edgelam_fl.model.base_names import FP32_BYTES, ITEM_BYTES
 from edgelam_fl.plan.footprint import Footprints
 from edgelam_fl.plan.modes import host_mode
-from edgelam_fl.plan.reading import spans_of
+from edgelam_fl.plan.reading import codecs_of, spans_of
 from edgelam_fl.plan.resuming import keeps_steps
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.codec_bytes import CODEC_BYTES
 
 _DISK_SHARE, _HUB_SHARE = 0.25, 0.01  # of the bytes that the same steps send over the node's routes
 _SNAPSHOT_BYTES = 3 * FP32_BYTES  # per weight of an adapter: itself and two moments
 _LENGTH = 4  # an example is as long as max_tokens divided by this, or longer
-_PASSES = 4  # hidden states and gradients, each on an entry and on an exit link
+_PASSES = 2  # of hidden states, and of gradients: on an entry and on an exit link
 
 
 def set_pace(spec: RunSpec, plans: Mapping[str, pb.Plan]) -> None:
@@ -48,6 +49,8 @@ def _steps_for(spec: RunSpec, footprints: Footprints, plan: pb.Plan, share: floa
     weights = sum(footprints.adapter_weights.get(layer, 0) for layer in layers) * plan.lora.rank / spec.config.lora.rank
     devices = max(1, len(plan.serves))
     copies = devices if plan.serves and host_mode(plan.host_mode).has_copies else 1
-    values = plan.batch_size * max(1, plan.task.max_tokens // _LENGTH) * spec.source.hidden_size
-    step_bytes = devices * values * (2 if plan.model.wire == "bfloat16" else FP32_BYTES) * _PASSES
+    tokens = plan.batch_size * max(1, plan.task.max_tokens // _LENGTH)
+    item_bytes = ITEM_BYTES[plan.model.wire]
+    token_bytes = sum(CODEC_BYTES[codec].bytes_of_row(spec.source.hidden_size, item_bytes) for codec in codecs_of(plan))
+    step_bytes = devices * tokens * token_bytes * _PASSES
     return max(1, math.ceil(weights * copies * _SNAPSHOT_BYTES / (share * step_bytes)))

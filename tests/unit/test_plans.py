@@ -234,6 +234,17 @@ def test_auto_keeps_to_the_compute_that_is_asked_for(tiny: ModelSource) -> None:
 # ---------------------------------------------------------------- ranks
 
 
+def test_codecs_are_in_every_plan_and_snapshots_are_as_rare_as_their_bytes_are_few(tiny: ModelSource) -> None:
+    """By default a snapshot is a quarter of the bytes that the same steps send, whatever these are."""
+    few = ["task.max_tokens=16", "federation.batch_size=2"]
+    raw = plans_of(run_config("x", *few), tiny)
+    plans = plans_of(run_config("x", *few, "wire.activation_codec=int8", "wire.gradient_codec=int4"), tiny)
+    assert {(plan.activation_codec, plan.gradient_codec) for plan in plans.values()} == {("int8", "int4")}
+    times = 2 * 64 * 4 / ((64 + 4) + (64 // 2 + 2 * 2))
+    assert plans["a"].snapshot_every == pytest.approx(times * raw["a"].snapshot_every, abs=times)
+    assert plans["a"].snapshot_every > 3 * raw["a"].snapshot_every
+
+
 def test_one_rank_per_node(tiny: ModelSource) -> None:
     config = run_config("x", "lora.ranks={'e*'=2, 'edge-1'=3}", "lora.rank=5")
     plans = plans_of(config, tiny)
