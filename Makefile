@@ -1,7 +1,7 @@
 # Every target that needs the environment makes it first; if it is up to date, that takes milliseconds and no network.
 PYTHON := .venv/bin/python
 
-.PHONY: help setup demo testbed test lint check docs bench-smoke protos constraints clean
+.PHONY: help setup demo testbed test lint check docs bench bench-smoke protos constraints clean
 
 help:
 	@echo "make setup        make .venv with everything the project needs (downloads about 0.7 GB, needs no root)"
@@ -13,6 +13,7 @@ help:
 	@echo "make lint         check format, lint, types and import contracts"
 	@echo "make check        before a commit: make lint, and the tests that need no processes and no real model"
 	@echo "make docs         build the site in site/; checks every link and anchor"
+	@echo "make bench        train side by side with what others use, and measure links and scale: 25 minutes of a quiet machine"
 	@echo "make bench-smoke  run three tiny cells of \`edgelam bench\`: minutes"
 	@echo "make protos       regenerate the protobuf code and docs/protocol.md from edgelam_fl/wire/edgelam.proto"
 	@echo "make constraints  record the versions in .venv as the tested ones"
@@ -44,6 +45,13 @@ docs: setup
 	@$(PYTHON) tools/figures.py README.md $$(find docs -name '*.md')
 	@NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --quiet
 	@echo "site/index.html"
+
+# One after the other: each measures time, and draws a plot beside its result.
+bench: setup
+	@for name in side_by_side paced scale link_cost; do \
+		HF_HUB_OFFLINE=1 $(PYTHON) -m benchmarks.$$name || exit 1; \
+	done
+	@$(PYTHON) tools/figures.py --write README.md $$(find docs -name '*.md')
 
 bench-smoke: setup
 	@rm -rf runs/bench-smoke
