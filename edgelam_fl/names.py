@@ -37,5 +37,7 @@ def folded(name: str) -> str:
 def printable(text: str, most: int = 300) -> str:
     """Returns a text from elsewhere as one line for logs, events and terminals: control characters escaped, the end cut off."""
     line = " ".join(text[: 4 * most].split())
-    shown = "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in line)
+    shown = line
+    if not line.isprintable():
+        shown = "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in line)
     return shown if len(shown) <= most else f"{shown[: most - 3]}..."

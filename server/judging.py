@@ -85,10 +85,9 @@ def without_outliers(
 
 def square_sum(array: np.ndarray) -> float:
     """Returns the sum of squares to about seven digits. Not finite if the array is not; may be infinite for values above 1e17, which numpy warns of outside `QUIET`."""
-    values = array.ravel()
-    total = float(np.dot(values, values))
+    total = float(np.vdot(array, array))
     # Squares of tiny fp32 numbers vanish.
-    return total if total > _VANISHING * values.size else float(np.sum(np.square(values, dtype=np.float64)))
+    return total if total > _VANISHING * array.size else float(np.sum(np.square(array, dtype=np.float64)))
 
 
 def first_not_finite(tensors: Iterable[Mapping[str, np.ndarray]]) -> str:

@@ -30,6 +30,8 @@ def _read_object(cls: Any, values: Mapping[str, Any]) -> Any:
 
 def as_json(value: Any) -> Any:
     """Returns a record as JSON holds it; also mappings and sequences of records."""
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
     if is_dataclass(value):
         held = [(field, getattr(value, field.name)) for field in fields(value)]
         return {field.name: as_json(item) for field, item in held if field.default is MISSING or item != field.default}
