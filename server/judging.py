@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from edgelam_fl.model.adapter import Adapter
+from edgelam_fl.model.adapter import Adapter, Joined, blocks
 from edgelam_fl.plan.layout import Layout, site_source
 from edgelam_fl.split.judging import Size, Sizes
 from server.global_adapter import at_rank
@@ -39,22 +39,35 @@ class UpdateJudge:
     factor: float
     """How many times the median is still fine; 0: any size (federation.update_factor)."""
     _sizes: dict[bool, Sizes] = field(default_factory=lambda: {False: Sizes(), True: Sizes()})  # of devices, of sites
+    _starts: dict[tuple[object, ...], np.ndarray] = field(default_factory=dict)  # the start's numbers, by layout
 
     @QUIET
     def measure(self, contributions: Sequence[Contribution]) -> Size:
         """Returns the size of one source's update, and remembers it for the medians."""
         source = contributions[0].source
-        start = {**self.start, **self.personal.get(source, {})}
-        total, count = 0.0, 0
+        own, total, count = self.personal.get(source, {}), 0.0, 0
         for contribution in contributions:
-            for name, array in contribution.tensors.items():
-                total += square_sum(array - _like(name, start[name], array))
+            tensors = contribution.tensors
+            if isinstance(tensors, Joined) and not own:
+                start = self._joined_start(tensors)
+                total += sum(square_sum(tensors.numbers[block] - start[block]) for block in blocks(len(start)))
+                count += len(start)
+                continue
+            for name, array in tensors.items():
+                total += square_sum(array - _like(name, own.get(name, self.start[name]), array))
                 count += array.size
         rms = (total / max(1, count)) ** 0.5
         lr_sum = max(contribution.lr_sum for contribution in contributions)
         size = Size(rms, rms / lr_sum if lr_sum else rms)
         self._sizes[source in self.site_sources].add(size)
         return size
+
+    def _joined_start(self, tensors: Joined) -> np.ndarray:
+        """Returns the numbers that those of `tensors` started from."""
+        if tensors.layout not in self._starts:
+            likes = [_like(name, self.start[name], array).ravel() for name, array in tensors.items()]
+            self._starts[tensors.layout] = np.concatenate(likes)
+        return self._starts[tensors.layout]
 
     def problem(self, source: str, size: Size) -> str:
         """Returns why an update is left out; empty if it counts."""

@@ -15,8 +15,8 @@ from flwr.app import RecordDict
 from google.protobuf.message import DecodeError
 
 from edgelam_fl.errors import ProtocolError
-from edgelam_fl.flower import from_record
-from edgelam_fl.model.adapter import Adapter, Span
+from edgelam_fl.flower import views
+from edgelam_fl.model.adapter import Adapter, Joined, Span, blocks
 from edgelam_fl.plan.layout import Layout, site_source
 from edgelam_fl.plan.modes import host_mode
 from edgelam_fl.plan.reading import end_spans, hosted_span
@@ -71,7 +71,7 @@ def read_reply(content: RecordDict) -> Reply:
     report = read_report(content)
     try:
         parts = range(len(report.contributions))
-        return Reply(report, tuple(from_record(content[f"adapter-{number}"]) for number in parts))
+        return Reply(report, tuple(views(content[f"adapter-{number}"]) for number in parts))
     except _UNREADABLE as error:
         return Reply(_unreadable(error))
 
@@ -148,14 +148,19 @@ def _most_lr(plan: pb.Plan, part: pb.Contribution) -> float:
 @QUIET
 def _wrong_tensor(tensors: Adapter, expected: Mapping[str, tuple[int, ...]]) -> str:
     """Returns what is wrong with the first bad tensor; empty: all are as expected, by their shapes."""
+    are_bounded = isinstance(tensors, Joined) and _square_sum(tensors.numbers) <= MOST_VALUE**2
     for name, array in tensors.items():
         if name not in expected:
             return f"its update has a tensor {name}, which its plan does not let it train"
         if array.shape != expected[name] or array.dtype != np.float32:
             return f"its {name} is {array.dtype} {array.shape}, not float32 {expected[name]}"
-        if not _is_bounded(array):
+        if not (are_bounded or _is_bounded(array)):
             return f"its {name} holds values that are not finite, or beyond {MOST_VALUE:g}"
     return ""
+
+
+def _square_sum(numbers: np.ndarray) -> float:
+    return sum(square_sum(numbers[block]) for block in blocks(len(numbers)))
 
 
 def _is_bounded(array: np.ndarray) -> bool:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,60 @@ def from_bytes(data: bytes) -> Adapter:
         return load(data)
     except (SafetensorError, KeyError) as error:  # KeyError: of a dtype that numpy has not
         raise ProtocolError(f"adapter tensors cannot be read: {error}") from error
+
+
+class Joined(dict[str, np.ndarray]):
+    """An adapter whose fp32 numbers lie one behind the other in `numbers`, in the order of the tensors.
+
+    What is done to each number alike is done to all of them at once, which takes half the time of tensor by tensor.
+    """
+
+    def __init__(self, numbers: np.ndarray, tensors: Mapping[str, np.ndarray]) -> None:
+        """`tensors`: views of `numbers`, without gaps."""
+        super().__init__(tensors)
+        self.numbers = numbers
+        self.layout = tuple((name, array.shape) for name, array in tensors.items())
+        """Equal for adapters whose numbers belong together one by one."""
+
+
+_BLOCK = 8192  # numbers: they stay in a processor's fastest memory, and BLAS takes one thread for them
+
+
+def blocks(count: int) -> Iterator[slice]:
+    """Yields slices of so many numbers, each small enough to be worked on fast."""
+    return (slice(at, at + _BLOCK) for at in range(0, count, _BLOCK))
+
+
+def views(data: bytes) -> Adapter:
+    """Reads what `to_bytes` wrote as read-only views of the bytes, `Joined` if all tensors are fp32. Raises ProtocolError for other bytes."""
+    try:
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + size])
+        numbers = np.frombuffer(data, np.float32, offset=8 + size)
+        return Joined(numbers, _parts(header, numbers))
+    except _UNUSUAL:
+        return from_bytes(data)
+
+
+def _parts(header: Any, numbers: np.ndarray) -> Adapter:
+    """Returns the tensors by a header of safetensors. Raises one of `_UNUSUAL` unless they are all of `numbers`, in the header's order."""
+    tensors, end = {}, 0
+    for name, entry in header.items():
+        (begin, after), shape = entry["data_offsets"], entry["shape"]
+        if (
+            entry["dtype"] != "F32"
+            or begin != end
+            or after != begin + 4 * math.prod(shape)
+            or min(shape, default=0) < 0
+        ):
+            raise ValueError(name)
+        tensors[name], end = numbers[begin // 4 : after // 4].reshape(shape), after
+    if end != numbers.nbytes:
+        raise ValueError("numbers of no tensor")
+    return tensors
+
+
+_UNUSUAL = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 def slice_of(adapter: Mapping[str, np.ndarray], spans: Iterable[Span]) -> Adapter:

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from edgelam_fl.errors import ConfigError
+from edgelam_fl.model.adapter import Joined, blocks
 from strategies.aggregation.factors import in_order, is_factor
 from strategies.api import Aggregated, Aggregation, Contribution, Start
 
@@ -46,9 +47,12 @@ class WeightedMean:
     def __init__(self) -> None:
         self._sums: dict[str, np.ndarray] = {}
         self._weights: dict[str, float] = {}
+        self._joined: dict[tuple[object, ...], np.ndarray] = {}  # by layout, the memory that sums are views of
 
     def add(self, contribution: Contribution) -> None:
         """Adds a contribution. Raises ConfigError if one of its tensors differs in shape from an earlier source's."""
+        if isinstance(contribution.tensors, Joined) and self._add_joined(contribution.tensors, contribution.weight):
+            return
         for name, array in contribution.tensors.items():
             weighted = array * np.float64(contribution.weight)
             known = self._sums.get(name)
@@ -63,6 +67,24 @@ class WeightedMean:
                 )
             known += weighted
             self._weights[name] += contribution.weight
+
+    def _add_joined(self, tensors: Joined, weight: float) -> bool:
+        """Adds all numbers at once, and returns True, if nothing or the same layout began the sums of these tensors."""
+        total = self._joined.get(tensors.layout)
+        if total is None:
+            if tensors.keys() & self._sums.keys():
+                return False
+            total = self._joined[tensors.layout] = tensors.numbers * np.float64(weight)
+            at = 0
+            for name, array in tensors.items():
+                self._sums[name] = total[at : at + array.size].reshape(array.shape)
+                at += array.size
+        else:
+            for block in blocks(len(total)):
+                total[block] += tensors.numbers[block] * np.float64(weight)
+        for name in tensors:
+            self._weights[name] = self._weights.get(name, 0.0) + weight
+        return True
 
     def merge(self, other: WeightedMean) -> None:
         """Adds all that another mean has taken; the other must not be used afterwards."""

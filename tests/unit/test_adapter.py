@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,10 +85,43 @@ def test_bytes_and_back() -> None:
     assert adapters.digest(back) == adapters.digest(adapter)
 
 
-@pytest.mark.parametrize("data", [b"", b"no tensors", b"\xff" * 40, (10).to_bytes(8, "little") + b"{}"])
-def test_bytes_that_are_no_adapter_are_refused(data: bytes) -> None:
+def test_views_are_the_same_tensors_and_know_all_numbers_as_one() -> None:
+    adapter = {
+        "x": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "y": np.array([7, -0.0], np.float32),
+        "z": np.ones((0, 2), np.float32),
+    }
+    found = adapters.views(adapters.to_bytes(adapter))
+    assert isinstance(found, adapters.Joined)
+    assert adapters.digest(found) == adapters.digest(adapter)
+    assert not any(array.flags.writeable for array in found.values())
+    assert np.array_equal(found.numbers, np.concatenate([array.ravel() for array in found.values()]))
+    assert found.layout == tuple((name, array.shape) for name, array in found.items())
+    mixed = adapter | {"w": np.ones(3)}
+    assert adapters.digest(adapters.views(adapters.to_bytes(mixed))) == adapters.digest(mixed), "not all are fp32"
+
+
+def packed(header: Any, numbers: int) -> bytes:
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(4 * numbers)
+
+
+@pytest.mark.parametrize("read", [adapters.from_bytes, adapters.views])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"", b"no tensors", b"\xff" * 40, (10).to_bytes(8, "little") + b"{}", packed({}, 1),
+        packed({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, 2),
+        packed({"x": {"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]}}, 2),
+        packed({"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, 2),
+        packed({n: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for n in "xy"}, 1),
+        packed({"x": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}}, 2),
+        packed({"x": []}, 0), packed([], 0),
+    ],
+)  # fmt: skip
+def test_bytes_that_are_no_adapter_are_refused(read: Callable[[bytes], adapters.Adapter], data: bytes) -> None:
     with pytest.raises(ProtocolError, match="adapter tensors cannot be read"):
-        adapters.from_bytes(data)
+        read(data)
 
 
 # ---------------------------------------------------------------- targets

@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from edgelam_fl.model.adapter import to_bytes, views
 from server.judging import QUIET, UpdateJudge, square_sum
 from server.replies import FIRST_REPLIES, KEPT_NODES, RunningMeans, sums_on_arrival
-from strategies.aggregation.fedavg import FedAvg
+from strategies.aggregation.fedavg import FedAvg, WeightedMean
 from strategies.api import Aggregated, Contribution, Start
 from strategies.registry import BUILT_IN, load, with_capabilities
 
@@ -113,3 +114,27 @@ def test_sums_of_squares_hold_over_all_sizes_of_numbers(size: int) -> None:
     assert square_sum(np.zeros(size, np.float32)) == 0
     for bad in (np.nan, np.inf, -np.inf):
         assert not np.isfinite(square_sum(np.append(values, np.float32(bad))))
+
+
+def test_tensors_whose_numbers_lie_together_are_summed_and_measured_as_others() -> None:
+    """To the bit, also if some contributions came in another way or with other tensors."""
+    random = np.random.default_rng(0)
+    start = {A: np.zeros((2, 9000), np.float32), B: np.zeros((3, 2), np.float32)}
+    updates = [
+        {name: random.normal(size=array.shape).astype(np.float32) for name, array in start.items()} for _ in range(4)
+    ]
+    updates[2].pop(B)
+    apart = [Contribution(f"d{n}", n + 1, tensors, {}) for n, tensors in enumerate(updates)]
+    joined = [replace(one, tensors=views(to_bytes(dict(one.tensors)))) for one in apart]
+    for order in ((0, 1, 2, 3), (2, 0, 1, 3)):
+        plain, mixed = WeightedMean(), WeightedMean()
+        for n in order:
+            plain.add(apart[n])
+            mixed.add(apart[n] if n == 1 else joined[n])
+        assert {n: a.tobytes() for n, a in plain.result().items()} == {
+            n: a.tobytes() for n, a in mixed.result().items()
+        }
+    judge = UpdateJudge(start, {}, frozenset(), 0.0)
+    assert [judge.measure([one]).added for one in joined] == pytest.approx(
+        [judge.measure([one]).added for one in apart], rel=1e-5
+    )
