@@ -88,7 +88,7 @@ def at_rank(name: str, array: np.ndarray, rank: int, start: np.ndarray | None = 
 
 
 @dataclass(frozen=True)
-class Slice:
+class StartingPoint:
     """What a node starts from, with the SHA-256 of each tensor and of all."""
 
     tensors: Adapter
@@ -108,7 +108,7 @@ class Slice:
         return joined_digest(self.digests)
 
 
-class Slices:
+class StartingPoints:
     """Cuts the nodes' slices out of the adapter that a round starts from: once, however many nodes have the same one.
 
     A thousand devices with the same layers would else have the same bytes hashed a thousand times.
@@ -117,10 +117,10 @@ class Slices:
     def __init__(self, adapter: Adapter, personal: Mapping[str, Adapter] = {}) -> None:
         """`adapter`, `personal`: as of `starting_point`. Their arrays must not change from here on."""
         self.adapter, self.personal = adapter, personal
-        self._starts: dict[Hashable, Slice] = {}
+        self._starts: dict[Hashable, StartingPoint] = {}
         self._shapes: dict[Hashable, dict[str, tuple[int, ...]]] = {}
 
-    def start(self, plan: pb.Plan) -> Slice:
+    def start(self, plan: pb.Plan) -> StartingPoint:
         """Returns the starting point of a plan's node."""
         if self.personal.get(plan.node) or self.personal.get(site_source(plan.site)):
             return self._start(plan)  # nobody else's
@@ -129,9 +129,9 @@ class Slices:
             self._starts[key] = self._start(plan)
         return self._starts[key]
 
-    def _start(self, plan: pb.Plan) -> Slice:
+    def _start(self, plan: pb.Plan) -> StartingPoint:
         tensors = starting_point(plan, self.adapter, self.personal)
-        return Slice(tensors, frozenset(name for name in tensors if is_frozen(plan, name)))
+        return StartingPoint(tensors, frozenset(name for name in tensors if is_frozen(plan, name)))
 
     def trained_shapes(self, plan: pb.Plan, spans: Sequence[Span], *, ends: bool) -> Mapping[str, tuple[int, ...]]:
         """Returns the shapes of the tensors that a node may contribute of `spans`, in its rank. `ends`: whether they are its own."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from edgelam_fl.model.adapter import Adapter, joined_digest, tensor_digest
-from server.global_adapter import Slice
+from server.global_adapter import StartingPoint
 from server.replies import Reply
 
 
@@ -27,7 +27,7 @@ class Holdings:
 
     by_node: Mapping[str, NodeHoldings] = field(default_factory=dict)
 
-    def lacking(self, node: str, needed: Slice) -> Adapter | None:
+    def lacking(self, node: str, needed: StartingPoint) -> Adapter | None:
         """Returns the tensors of `needed` that have to be sent; None: the node holds exactly the needed adapter.
 
         An empty adapter means that the node holds every tensor, and others beside them that it has to drop.
@@ -46,7 +46,7 @@ class Holdings:
         return Holdings(kept | {name: held for name, held in news.items() if held is not None})
 
 
-def holdings_after(start: Slice, reply: Reply) -> NodeHoldings:
+def holdings_after(start: StartingPoint, reply: Reply) -> NodeHoldings:
     """Returns the holdings of a node that began its part with `start` and sent `reply`.
 
     Every tensor is known if start and reply together have the digest that the node reports; else only the tensors that

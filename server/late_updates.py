@@ -82,7 +82,7 @@ class LateUpdates:
                 late.problem = answer.reason
                 continue
             reply = read_reply(answer.content)
-            late.problem = why_unusable(reply, plan, late.planned.slices)
+            late.problem = why_unusable(reply, plan, late.planned.starts)
             if not late.problem:
                 late.contributions = [one for _, one in parts_by_site(name, reply, plan, late.planned.layout)]
 

@@ -110,7 +110,7 @@ def _read(
     """Returns the reply and why it cannot be used ("": it can). Its tensors are dropped if they go into `means`."""
     plan = planned.plans[name]
     reply = read_reply(content)
-    wrong = why_unusable(reply, plan, planned.slices)
+    wrong = why_unusable(reply, plan, planned.starts)
     if means is None:
         return reply, wrong
     if not wrong:
@@ -121,4 +121,4 @@ def _read(
 def _held(planned: PlannedRound, plan: pb.Plan, reply: Reply | None) -> NodeHoldings | None:
     if reply is None:
         return None
-    return holdings_after(planned.slices.start(plan), reply)
+    return holdings_after(planned.starts.start(plan), reply)

@@ -13,7 +13,7 @@ from edgelam_fl.model import adapter as adapters
 from edgelam_fl.plan.layout import site_source
 from edgelam_fl.plan.modes import host_mode
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.global_adapter import Slices, is_frozen
+from server.global_adapter import StartingPoints, is_frozen
 from server.holdings import Holdings, NodeHoldings
 from server.replies import spans_of_source
 from server.state import Parcel, PlannedRound
@@ -23,21 +23,21 @@ from strategies.registry import Capabilities
 def make_parcels(
     plans: Mapping[str, pb.Plan],
     holdings: Holdings,
-    slices: Slices,
+    starts: StartingPoints,
     aggregation: Capabilities,
     lent: Mapping[str, bytes] = {},
 ) -> dict[str, Parcel]:
     """Returns the parcel of each node. Completes the plans: with the digest of each starting point, and the corrections.
 
-    Nodes that are sent the same tensors share one record. `holdings`: what the nodes are known to hold. `slices`: of the adapter that
+    Nodes that are sent the same tensors share one record. `holdings`: what the nodes are known to hold. `starts`: of the adapter that
     the round starts from. `lent`: by node, the snapshot of the host whose place it takes.
     """
     records: dict[tuple[str, frozenset[str]], ArrayRecord] = {}
     parcels = {}
     for name, plan in plans.items():
-        needed = slices.start(plan)
+        needed = starts.start(plan)
         plan.adapter_digest = needed.digest
-        corrections = tuple(map(to_record, add_corrections(plan, aggregation, slices.adapter)))
+        corrections = tuple(map(to_record, add_corrections(plan, aggregation, starts.adapter)))
         lacking = holdings.lacking(name, needed)
         if lacking is None:
             parcels[name] = Parcel(None, corrections, lent.get(name, b""))
@@ -56,7 +56,7 @@ def parcel_of(planned: PlannedRound, name: str, report: pb.JobReport) -> Parcel:
     """
     plan = planned.plans[name]
     held = NodeHoldings("", {tensor: digest.hex() for tensor, digest in report.held.items()})
-    lacking = Holdings({name: held}).lacking(name, planned.slices.start(plan))
+    lacking = Holdings({name: held}).lacking(name, planned.starts.start(plan))
     return replace(planned.parcels[name], adapter=to_record(lacking or {}))
 
 

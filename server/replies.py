@@ -22,7 +22,7 @@ from edgelam_fl.plan.modes import host_mode
 from edgelam_fl.plan.reading import end_spans, hosted_span
 from edgelam_fl.split.judging import Size
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.global_adapter import Slices
+from server.global_adapter import StartingPoints
 from server.judging import QUIET, UpdateJudge, square_sum
 from server.report_words import with_bounded_words
 from server.reports import report_problem
@@ -88,8 +88,8 @@ def _unreadable(error: Exception) -> pb.JobReport:
     return pb.JobReport(state="failed", error=f"its reply cannot be read: {type(error).__name__}")
 
 
-def why_unusable(reply: Reply, plan: pb.Plan, slices: Slices) -> str:
-    """Returns why a reply cannot be used; empty: it can. `slices`: of the global adapter, for the shapes."""
+def why_unusable(reply: Reply, plan: pb.Plan, starts: StartingPoints) -> str:
+    """Returns why a reply cannot be used; empty: it can. `starts`: of the global adapter, for the shapes."""
     if reply.report.state != "done":
         return reply.report.error or f"its report says {reply.report.state!r}"
     if reply.report.role not in (plan.role, 0):  # 0: it says none, and shows up in no table
@@ -104,7 +104,7 @@ def why_unusable(reply: Reply, plan: pb.Plan, slices: Slices) -> str:
             return f"its contribution of {part.source!r} weighs {part.weight}; the plan allows 0 to {most} labels"
         if part.lr_sum and not _least_lr(plan) <= part.lr_sum <= _most_lr(plan, part):
             return f"its contribution of {part.source!r} has a sum of learning rates, {part.lr_sum}, which its plan's cannot"
-        wrong = _wrong_tensor(tensors, slices.trained_shapes(plan, where, ends=part.scope == "ends"))
+        wrong = _wrong_tensor(tensors, starts.trained_shapes(plan, where, ends=part.scope == "ends"))
         if wrong:
             return wrong
         names = seen.setdefault((part.scope, part.source), set())

@@ -43,7 +43,7 @@ from server.attempt import Attempt, Beginnings, Tries
 from server.checkpoint import Saved, flatten
 from server.events_of_round import describe_plan, describe_readable, describe_round, describe_timeline
 from server.exchange import Arrived, Exchange, Missing, Request
-from server.global_adapter import Slices, with_missing_modules
+from server.global_adapter import StartingPoints, with_missing_modules
 from server.hub import NO_HUB, RunHub
 from server.late_updates import LateUpdates
 from server.lateness import lateness
@@ -316,7 +316,7 @@ class Rounds:
         lent = progress.go_on(plans, layout.sites, self._hub.kept)
         known = state.adapter if self.privacy is None else {**self.privacy.starts, **state.adapter}
         start = replace(state, adapter=with_missing_modules(known, plans, self.spec, capabilities.unequal_ranks))
-        slices = Slices(start.adapter, start.personal)
+        starts = StartingPoints(start.adapter, start.personal)
         planned = PlannedRound(
             began_s=self._timing.now(),
             facts=facts,
@@ -324,8 +324,8 @@ class Rounds:
             layout=layout,
             plans=plans,
             start=start,
-            slices=slices,
-            parcels=make_parcels(plans, start.holdings, slices, capabilities, lent),
+            starts=starts,
+            parcels=make_parcels(plans, start.holdings, starts, capabilities, lent),
             sums_on_arrival=trains
             and (self.privacy is not None or sums_on_arrival(capabilities, len(plans), self._kept_nodes)),
         )

@@ -16,7 +16,7 @@ from edgelam_fl.model.adapter import Adapter
 from edgelam_fl.plan.layout import Layout, hosts_of, site_source
 from edgelam_fl.plan.making import RoundFacts
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.global_adapter import Slices
+from server.global_adapter import StartingPoints
 from server.holdings import Holdings, NodeHoldings
 from server.replies import Reply
 from server.schedule import Lineup
@@ -105,7 +105,7 @@ class PlannedRound:
     """By node, hosts first."""
     start: FederationState
     """The state before the round, with the start of each module that its adapter lacked."""
-    slices: Slices
+    starts: StartingPoints
     """Of the adapter of `start`."""
     parcels: Mapping[str, Parcel]
     """By node."""

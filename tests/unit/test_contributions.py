@@ -19,7 +19,7 @@ from edgelam_fl.plan.reading import Span, end_spans, hosted_span, spans_of
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server import replies
-from server.global_adapter import Slices, as_start, starting_point, with_missing_modules
+from server.global_adapter import StartingPoints, as_start, starting_point, with_missing_modules
 from server.replies import Reply, broken_sites, contributions_of, read_reply
 from strategies.aggregation.fedavg import FedAvg
 from strategies.api import Start
@@ -71,7 +71,7 @@ def reply(*parts: tuple[pb.Contribution, Adapter]) -> Reply:
 
 
 def why_unusable(found: Reply, plan: pb.Plan, adapter: Adapter) -> str:
-    return replies.why_unusable(found, plan, Slices(adapter))
+    return replies.why_unusable(found, plan, StartingPoints(adapter))
 
 
 # ---------------------------------------------------------------- reading
@@ -369,14 +369,14 @@ def test_a_larger_rank_than_before_leaves_the_product_as_it_is(tiny: ModelSource
 
 def test_nodes_with_the_same_layers_share_one_slice_whose_digest_is_that_of_its_tensors(tiny: ModelSource) -> None:
     planned = Planned(tiny, "lora.ranks={'c'=2}", unequal_ranks=True)
-    slices = Slices(planned.start, {"b": {}})
-    first = slices.start(planned.plans["a"])
-    assert slices.start(planned.plans["b"]) is first
-    assert slices.start(planned.plans["c"]) is not first, "another rank"
-    assert slices.start(planned.plans["e"]) is not first, "other layers"
+    starts = StartingPoints(planned.start, {"b": {}})
+    first = starts.start(planned.plans["a"])
+    assert starts.start(planned.plans["b"]) is first
+    assert starts.start(planned.plans["c"]) is not first, "another rank"
+    assert starts.start(planned.plans["e"]) is not first, "other layers"
     plan = planned.plans["a"]
     assert first.digest == digest(first.tensors) == digest(starting_point(plan, planned.start, {}))
-    own = Slices(planned.start, {"b": planned.moved(end_spans(planned.plans["b"]), 1)})
+    own = StartingPoints(planned.start, {"b": planned.moved(end_spans(planned.plans["b"]), 1)})
     assert own.start(planned.plans["b"]).digest != own.start(plan).digest == first.digest
 
 

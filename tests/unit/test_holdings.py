@@ -7,7 +7,7 @@ import pytest
 
 from edgelam_fl.model.adapter import Adapter, digest, tensor_digest
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.global_adapter import Slice, is_frozen
+from server.global_adapter import StartingPoint, is_frozen
 from server.holdings import Holdings, NodeHoldings, holdings_after
 from server.replies import Reply
 
@@ -25,7 +25,7 @@ def reply(adapter_digest: str, **trained: np.ndarray) -> Reply:
 
 
 def lacking(holdings: Holdings, node: str = "n", needed: Adapter = TRAINED) -> list[str] | None:
-    found = holdings.lacking(node, Slice(needed, frozenset()))
+    found = holdings.lacking(node, StartingPoint(needed, frozenset()))
     if found is not None:
         assert all(found[name] is needed[name] for name in found), "the needed tensors themselves"
     return None if found is None else sorted(found)
@@ -66,7 +66,7 @@ def test_a_round_brings_news_of_some_nodes() -> None:
 
 
 def test_what_a_node_trained_is_what_it_holds() -> None:
-    start = Slice(START, frozenset())
+    start = StartingPoint(START, frozenset())
     found = holdings_after(start, reply(digest(TRAINED), a=TRAINED[A], b=TRAINED[B]))
     assert found == held(TRAINED)
     kept = {A: START[A], B: TRAINED[B]}
@@ -77,6 +77,6 @@ def test_what_a_node_trained_is_what_it_holds() -> None:
 def test_of_a_digest_that_fits_nothing_the_frozen_factor_alone_is_known(frozen: str, known: list[str]) -> None:
     """As in a large round, whose replies are kept without their tensors."""
     plan = pb.Plan(lora=pb.Lora(freeze_a=frozen == "a", freeze_b=frozen == "b"))
-    start = Slice(START, frozenset(name for name in START if is_frozen(plan, name)))
+    start = StartingPoint(START, frozenset(name for name in START if is_frozen(plan, name)))
     found = holdings_after(start, reply(digest(TRAINED)))
     assert found == NodeHoldings(digest(TRAINED), {name: tensor_digest(name, START[name]) for name in known})

@@ -28,7 +28,7 @@ from edgelam_fl.split.group import RETRY_MS
 from edgelam_fl.telemetry.events import DataRead, Event, JobDone, JobStarted, of_kind
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.global_adapter import Slices
+from server.global_adapter import StartingPoints
 from server.parcels import parcel_of
 from server.state import Parcel
 from tests.fleet import check_done, joined, memory_fleet, same_bits
@@ -245,7 +245,7 @@ def test_the_server_sends_what_differs_from_what_the_node_holds(tiny: ModelSourc
     asks = report(node, 2)
     assert (asks.state, bool(asks.held)) == ("needs", not is_private)
     planned: Any = SimpleNamespace(
-        plans={"edge-1": second.plan}, parcels={"edge-1": Parcel(None)}, slices=Slices(start)
+        plans={"edge-1": second.plan}, parcels={"edge-1": Parcel(None)}, starts=StartingPoints(start)
     )
     sent = parcel_of(planned, "edge-1", asks).adapter
     assert sent is not None
