@@ -24,16 +24,12 @@ _counting_threads = threading.Lock()  # torch's number of threads is a thread's 
 
 
 def workers_of(plan: pb.Plan, window: int, threads: int = 0) -> int:
-    """Returns how many micro-batches a host computes at once, so that all its threads are used and no worker waits long.
+    """Returns how many micro-batches a host computes at once, by the rule that the planner knows too (`HostMode.workers`).
 
-    Two threads that share the matrices of one micro-batch gain less than two that have one each; but with fewer than two
-    micro-batches per worker on their way, a pipeline would wait for a slow pass. `window`: the micro-batches per device that
-    the host has memory for. `threads`: of the host; 0: torch's.
+    `window`: the micro-batches per device that the host has memory for. `threads`: of the host; 0: torch's.
     """
     threads = threads or torch.get_num_threads()
-    devices = 1 if host_mode(plan.host_mode).steps_in_turn else len(plan.serves)
-    most = devices * min(window, plan.micro_batches) // 2
-    return max(count for count in range(1, threads + 1) if count == 1 or (threads % count == 0 and count <= most))
+    return host_mode(plan.host_mode).workers(len(plan.serves), min(window, plan.micro_batches), threads)
 
 
 class Work:
