@@ -35,7 +35,7 @@ from edgelam_fl.tasks.base import Task, Unit
 from edgelam_fl.tasks.data import batch_indices, read_pairs
 from edgelam_fl.tasks.docstrings import write_device_files
 from edgelam_fl.tasks.kinds import make_task
-from edgelam_fl.wire.codec_bytes import CODEC_BYTES, INT4_GROUP, RAW
+from edgelam_fl.wire.codec_bytes import CODEC_BYTES, RAW
 from edgelam_fl.wire.codecs import CODECS, describe
 from edgelam_fl.wire.codecs.rows import LEAST_SCALE
 from tests.support import write_tiny_llama
@@ -71,7 +71,7 @@ def in_groups(rows_ND: torch.Tensor, apart: int = 0) -> torch.Tensor:
     """Returns rows rounded as `int4` rounds them, but without turning groups. `apart`: the largest numbers of a row travel as bfloat16."""
     numbers = rows_ND.abs().topk(apart, dim=1).indices
     kept = rows_ND.gather(1, numbers).to(torch.bfloat16).float()
-    groups = rows_ND.scatter(1, numbers, 0.0).view(-1, INT4_GROUP)
+    groups = rows_ND.scatter(1, numbers, 0.0).view(-1, CODEC_BYTES["int4"].group)
     scales = (groups.abs().amax(1, keepdim=True) / 7).clamp(min=LEAST_SCALE)
     return ((groups / scales).round() * scales).view(rows_ND.shape).scatter(1, numbers, kept)
 

@@ -392,7 +392,7 @@ class WireSection(Section):
     )
     activation_codec: str = Field(
         "raw",
-        description="how hidden states become bytes on every link: raw (every bit) | fp16 | bf16 | int8 (one scale per token) | int4 "
+        description="how hidden states become bytes on every link: raw (every bit) | fp16 | bf16 | int8 (one scale per 64 numbers) | int4 "
         "(one scale per 32 numbers), or a codec of one's own; all but raw round, in training, evaluation and chats over hosts",
     )
     gradient_codec: str = Field(

@@ -189,7 +189,7 @@ def test_the_codec_of_the_other_kind_is_refused(kind: pb.Kind) -> None:
     reasons: list[str] = []
     answer = pb.Ready(window=1, activation_codec="bf16", gradient_codec="int8")
     _, right = open_pair(terms(answer=answer), terms(answer=answer, on_lost=lambda _, reason: reasons.append(reason)))
-    codec, total_bytes = ("int8", 68) if kind == pb.ACT else ("bf16", 128)
+    codec, total_bytes = ("int8", 66) if kind == pb.ACT else ("bf16", 128)
     right.receive(
         chunk(kind=kind, shape=(1, 1, 64), codec=codec, total_bytes=total_bytes, payload=total_bytes, last=True)
     )

@@ -240,7 +240,7 @@ def test_codecs_are_in_every_plan_and_snapshots_are_as_rare_as_their_bytes_are_f
     raw = plans_of(run_config("x", *few), tiny)
     plans = plans_of(run_config("x", *few, "wire.activation_codec=int8", "wire.gradient_codec=int4"), tiny)
     assert {(plan.activation_codec, plan.gradient_codec) for plan in plans.values()} == {("int8", "int4")}
-    times = 2 * 64 * 4 / ((64 + 4) + (64 // 2 + 2 * 2))
+    times = 2 * 64 * 4 / ((64 + 2) + (64 // 2 + 2 * 2))
     assert plans["a"].snapshot_every == pytest.approx(times * raw["a"].snapshot_every, abs=times)
     assert plans["a"].snapshot_every > 3 * raw["a"].snapshot_every
 

@@ -27,9 +27,9 @@ def largest(rows_RD: torch.Tensor) -> torch.Tensor:
     return torch.maximum(-least_R1, most_R1)
 
 
-def scaled(rows_RD: torch.Tensor, scales_R1: torch.Tensor) -> torch.Tensor:
-    """Returns the rows in units of their scales, rounded, as int8; zeros in rows whose scale is not finite."""
-    units_RD = (rows_RD / scales_R1).round_()
+def scaled(rows_RD: torch.Tensor, scales_R1: torch.Tensor, most: int) -> torch.Tensor:
+    """Returns the rows in units of their scales, rounded, from -most to most, as int8; zeros in rows whose scale is not finite."""
+    units_RD = (rows_RD / scales_R1).round_().clamp_(-most, most)
     usable_R1 = scales_R1.isfinite()
     if not usable_R1.all():  # what is not finite has no whole number; the scale says so to the receiver
         units_RD = torch.where(usable_R1, units_RD, 0.0)
