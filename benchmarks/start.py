@@ -42,10 +42,7 @@ from edgelam_fl.wire.control import control
 with control(Path(sys.argv[1]), 300.0) as node:
     node.call("GetProfile", pb.ProfileRequest(protocol_version=PROTOCOL_VERSION), 600.0)
 """
-_STAGE_HOST = (
-    "import edgelam_fl.node.service, edgelam_fl.node.play, edgelam_fl.wire.grpc.dial, edgelam_fl.wire.grpc.serve, "
-    "transformers.models.llama.modeling_llama, peft"
-)
+_BEFORE = "import edgelam_fl.split.stage_host, edgelam_fl.wire.grpc_link, peft, transformers.models.llama.modeling_llama"  # at d19f339
 _FIND = "from edgelam_fl.model.source import find_model; find_model('smollm2-135m')"
 
 
@@ -72,8 +69,9 @@ class Checkout:
 
     def stage_host_imports(self) -> str:
         """Returns a program that imports what a stage host imports."""
-        lean = (self.folder / "edgelam_fl" / "node" / "preloaded.py").exists()
-        return "import edgelam_fl.node.preloaded" if lean else _STAGE_HOST
+        if (self.folder / "edgelam_fl" / "node" / "preloaded.py").exists():
+            return "import edgelam_fl.node.preloaded"
+        return _BEFORE
 
 
 def measure(smoke: bool, options: argparse.Namespace) -> tuple[dict[str, Any], list[Figure]]:
