@@ -252,7 +252,7 @@ def test_help_answers_at_once_since_it_loads_nothing_heavy() -> None:
     heavy = {"flwr", "google", "grpc", "numpy", "peft", "plotly", "psutil", "pydantic", "torch", "transformers"}
     assert not heavy & loaded
     own = {name for name in loaded if name.startswith("edgelam_fl.")}
-    light = {"errors", "names", "addresses", "files", "federation", "federation.environment"}
+    light = {"errors", "names", "addresses", "files", "machine", "federation", "federation.environment"}
     assert {name for name in own if not name.startswith("edgelam_fl.cli")} == {f"edgelam_fl.{name}" for name in light}
 
 
