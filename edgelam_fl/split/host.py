@@ -222,6 +222,8 @@ class Host:
     def _may_run(self, member: Member) -> bool:
         """Returns whether a device's next forward pass may run: before its turn is open, it would see old weights."""
         header = member.forwards[0].header
+        if any(unit < unit_id(header) for unit in member.lacked):
+            return False  # one before it is still to come
         if self.task is not None and unit_id(header) not in member.labels:
             return False
         return header.phase == pb.EVAL or self.turns.lane_of[member.index].is_open(member.index, header.step)
@@ -301,7 +303,9 @@ class Host:
             frame = whole
         check_activation(frame, member, self.plan, self.group.hidden_size, self.group.wire)
         check_positions(frame, self.plan)
-        member.forwards.append(frame)
+        # In the order of the micro-batches, in which gradients are summed: one whose states were asked for comes late.
+        after = sum(unit_id(other.header) < unit_id(frame.header) for other in member.forwards)
+        member.forwards.insert(after, frame)
 
     def _with_kept_states(self, member: Member, frame: Frame) -> Frame | None:
         """Returns the frame with the states of all rows; None if some are not kept here, which the device has been asked for."""
