@@ -43,6 +43,8 @@ class Side:
         environment = {
             **os.environ, "PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE",
         }  # fmt: skip
+        if tree != ROOT:  # another revision writes other descriptions of a model into its cache
+            environment["EDGELAM_CACHE"] = settings["folder"] + "-cache"
         environment.pop("OMP_NUM_THREADS", None)
         command = [sys.executable, "-P", str(Path(__file__).with_name("side.py")), json.dumps(settings)]
         self._process = subprocess.Popen(
