@@ -1,18 +1,45 @@
-"""What codecs that keep a scale per row have in common: rows as float32, their largest numbers, and their bytes.
+"""What codecs that write row by row have in common: rows as float32, their largest numbers, and their bytes.
 
-Knows no codec. Shapes: R rows, D numbers of a row.
+Knows no codec by name. Shapes: R rows, D numbers of a row.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.codec_bytes import CODEC_BYTES
+from edgelam_fl.wire.codecs.base import dtype_of
 
 LEAST_SCALE = torch.finfo(torch.float32).tiny  # below it, a quotient of two numbers may be infinite
+
+
+class RowCodec(ABC):
+    """A codec that writes a tensor's rows, whatever its other dimensions are. A tensor without numbers has no bytes."""
+
+    name: str
+
+    @abstractmethod
+    def encode_rows(self, rows_RD: torch.Tensor) -> bytes:
+        """Returns the bytes of float32 rows, of which there is at least one."""
+
+    @abstractmethod
+    def decode_rows(self, data: bytearray, width: int) -> torch.Tensor:
+        """Returns the rows [R, width] that `encode_rows` wrote, as float32."""
+
+    def encode(self, tensor: torch.Tensor) -> bytes:
+        rows_RD = rows_of(tensor)
+        return self.encode_rows(rows_RD) if rows_RD.numel() else b""
+
+    def expected_bytes(self, meta: pb.Tensor) -> int:
+        return expected_bytes(self.name, meta, dtype_of(meta).itemsize)
+
+    def decode(self, data: bytearray, meta: pb.Tensor) -> torch.Tensor:
+        rows_RD = self.decode_rows(data, meta.shape[-1]) if data else torch.empty(0)
+        return rows_RD.to(dtype_of(meta)).reshape(tuple(meta.shape))
 
 
 def rows_of(tensor: torch.Tensor) -> torch.Tensor:
