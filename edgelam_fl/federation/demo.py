@@ -51,7 +51,7 @@ def run_demo(console: Console, devices: int, out: Path | None, overrides: list[s
     _check_memory(devices)
     warm_template()  # it imports meanwhile
     _have_model_package(console, config.model.name)
-    with console.status("reading the model's description (the first time takes half a minute)"):
+    with console.status("reading the model's description (the first time takes some seconds)"):
         folder = check_run(config, "demo", out)
     files = write_device_files(folder / "data", devices)
     counts = ", ".join(f"{sum(1 for _ in file.open(encoding='utf-8'))}" for file in files)
