@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from edgelam_fl.errors import ConfigError
 from edgelam_fl.files import replace_folder, sweep, write_atomically
 from edgelam_fl.model.tensor_file import DTYPES, read_tensors, write_tensors
 from edgelam_fl.telemetry.events import Event, as_line, parse_event
+from server.best import Best
 from server.holdings import Holdings, NodeHoldings
 from server.state import FederationState
 
@@ -36,6 +37,7 @@ _STATE, _TENSORS, _MANIFEST = "state.json", "tensors.safetensors", "manifest.jso
 _NAME = re.compile(r"r(\d{6,})")
 # {"$array": 7} in state.json is the array "7" in tensors.safetensors; {"$number": 7} is the one number in it, of numpy's type.
 _ARRAY, _NUMBER = "$array", "$number"
+_OF_BEST = tuple(each.name for each in fields(Best))
 _DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError)
 
 
@@ -224,6 +226,7 @@ def _to_plain(saved: Saved) -> dict[str, Any]:
             "personal": state.personal,
             "sites": state.sites,
             "holdings": holdings,
+            "best": None if state.best is None else {name: getattr(state.best, name) for name in _OF_BEST},
         },
         "memory": saved.memory,
         "config": saved.config,
@@ -245,6 +248,7 @@ def _from_plain(plain: Mapping[str, Any], versions: Mapping[str, str]) -> Saved:
             personal=state["personal"],
             sites=state["sites"],
             holdings=Holdings(holdings),
+            best=None if state.get("best") is None else Best(**{name: state["best"][name] for name in _OF_BEST}),
         ),
         memory=plain["memory"],
         config=plain["config"],

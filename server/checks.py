@@ -42,6 +42,7 @@ def check_config(config: RunConfig, bounds: Bounds = DEFAULT_BOUNDS, *, elsewher
     check_together(config)
     check_optimizer(config)
     check_lateness(config)
+    check_best(config)
     check_low_rank(config)
     check_front_cache(config)
     check_codecs(config)
@@ -74,7 +75,7 @@ def check_place_of_model(name: str, bounds: Bounds) -> None:
         )
 
 
-_MAY_CHANGE = ("rounds", "min_nodes", "expect_nodes", "evaluate_every", "snapshot_every")
+_MAY_CHANGE = ("rounds", "min_nodes", "expect_nodes", "evaluate_every", "snapshot_every", "early_stopping_patience", "early_stopping_threshold")
 
 
 def check_changes(then: RunConfig, now: RunConfig) -> None:
@@ -166,6 +167,29 @@ def check_lateness(config: RunConfig) -> None:
     if 0 < chosen <= enough:
         raise ConfigError(
             f"federation.enough_nodes = {enough} must be below federation.devices_per_round = {chosen}, or 0: else nobody would be late"
+        )
+
+
+def check_best(config: RunConfig) -> None:
+    """Raises ConfigError if held-out losses are to decide about a run that they may not, or cannot, decide about."""
+    federation, privacy = config.federation, config.privacy
+    patience, threshold = federation.early_stopping_patience, federation.early_stopping_threshold
+    if threshold and not patience:
+        raise ConfigError(
+            f"federation.early_stopping_threshold = {threshold:g} has no effect without early_stopping_patience. Allowed: leave it out, or "
+            f"early_stopping_patience of at least 1"
+        )
+    used = {"early_stopping_patience": patience, "load_best": federation.load_best}
+    for key, value in used.items():
+        if value and privacy.mode != "none":
+            raise ConfigError(
+                f"federation.{key} = {_toml(value)} cannot be combined with privacy.mode = {privacy.mode!r}: held-out losses are not "
+                f"covered by the promise, and what they decide would tell about them. Allowed: privacy.mode = 'none', or leave it out"
+            )
+    if federation.load_best and privacy.private_front:
+        raise ConfigError(
+            "federation.load_best = true cannot be combined with privacy.private_front = true: each device has the newest adapter of "
+            "its front alone, which does not fit an earlier one of the others. Allowed: one of the two"
         )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from flwr.app import ConfigRecord, RecordDict
 
 from edgelam_fl.bounds import DEFAULT_BOUNDS, Bounds
-from edgelam_fl.errors import Busy, ModelError, PeerLost, Refused, RunFailed
+from edgelam_fl.errors import Busy, ConfigError, ModelError, PeerLost, Refused, RunFailed
 from edgelam_fl.files import say
 from edgelam_fl.model.source import why_changed
 from edgelam_fl.plan.layout import Layout, site_source, who_may_host
@@ -27,6 +27,7 @@ from edgelam_fl.plan.reading import job_id
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.telemetry.events import (
     AggregateRefused,
+    BestTaken,
     BudgetSpent,
     ContributionLeftOut,
     Event,
@@ -35,11 +36,13 @@ from edgelam_fl.telemetry.events import (
     RoundDone,
     RoundTimeline,
     SiteLost,
+    StoppedEarly,
     VirtualRound,
 )
 from edgelam_fl.telemetry.timeline import shares_in
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.attempt import Attempt, Beginnings, Tries
+from server.best import Best, best_after, held_out_loss
 from server.checkpoint import Saved, flatten
 from server.events_of_round import describe_plan, describe_readable, describe_round, describe_timeline
 from server.exchange import Arrived, Exchange, Missing, Request
@@ -112,16 +115,19 @@ class Rounds:
         self.check_memory()
 
     def run(self) -> FederationState:
-        """Runs all rounds that the privacy budget allows, then evaluates the result. Raises RunFailed if no attempt at a round
-        succeeds.
+        """Runs the rounds that the privacy budget and the patience of early stopping allow, then evaluates the result.
+
+        Raises RunFailed if no attempt at a round succeeds, and ConfigError if held-out losses are to decide and no device has any.
         """
         state = self._first
-        while state.round < self.config.federation.rounds and self._affords_a_round():
+        while state.round < self.config.federation.rounds and self._affords_a_round() and not self._stops_early(state):
             self._room.await_bytes(self.folder.round_bytes())
             state = self.round_after(state)
         if self.privacy is not None and state.round < self.config.federation.rounds:
             self._end_early(self.privacy, state)
-        self.evaluate(state)
+        state = self.evaluate(state)
+        if self.config.federation.load_best and state.best is not None:
+            self._take_best(state.best, state)
         return state
 
     def end_earlier_attempts(self) -> None:
@@ -139,6 +145,8 @@ class Rounds:
         for attempt in tries:
             self._check_model()
             self.roster.gather(self.config, at_start=number == attempt == 1)
+            if number == 1:
+                self._check_is_measured()
             if self.config.privacy.mode != "none" and self.privacy is None:
                 self.privacy = self._promise()
             if not self._affords_a_round():
@@ -152,8 +160,9 @@ class Rounds:
             self._note(planned, received, trial)
             received = self._late.add_to(planned, received)
             outcome = conclude(planned, received, self.aggregation.rule, self.config)
-            state = state.after(outcome)
+            best, state = self._best(planned, received), state.after(outcome)
             if outcome.aggregated is not None:
+                state = replace(state, best=best)
                 self._late.end_round(planned, self._going_on(trial))
                 self._finish(outcome, state)
                 return state
@@ -261,8 +270,54 @@ class Rounds:
 
     # ---------------------------------------------------------------- evaluation
 
-    def evaluate(self, state: FederationState) -> None:
-        """Has every device that may take part measure the adapter. Raises RunFailed if none has, unless none holds examples out."""
+    def _check_is_measured(self) -> None:
+        """Raises ConfigError if the run file lets held-out losses decide, and no device that is here holds examples out."""
+        federation = self.config.federation
+        patience = federation.early_stopping_patience
+        if not (patience or federation.load_best):
+            return
+        if not any(profile.held_out for profile in self._devices()):
+            key = f"early_stopping_patience = {patience}" if patience else "load_best = true"
+            raise ConfigError(
+                f"federation.{key} needs held-out losses, and no device holds examples out. Allowed: data.held_out above 0 (it is "
+                f"{self.config.data.held_out:g}), or devices with `edgelam client --eval-data FILE`"
+            )
+
+    def _best(self, planned: PlannedRound, received: Received) -> Best | None:
+        """Returns what the run's evaluations have shown, with that of the adapter which the round started from."""
+        start, federation = planned.start, self.config.federation
+        loss = held_out_loss(reply.report for reply in received.replies.values())
+        if loss is None:
+            return start.best
+        measured = Best(round=start.round, loss=loss)
+        if federation.load_best:
+            measured = replace(measured, adapter=start.adapter, exports=start.exports())
+        return best_after(start.best, measured, federation.early_stopping_threshold)
+
+    def _stops_early(self, state: FederationState) -> bool:
+        """Returns whether the run's patience has ended, and says so."""
+        patience, rounds, best = self.config.federation.early_stopping_patience, self.config.federation.rounds, state.best
+        if not patience or best is None or best.in_vain < patience:
+            return False
+        stopped = StoppedEarly(
+            round=state.round, planned=rounds, evaluations=best.in_vain, best_round=best.round, best_loss=best.finite_loss
+        )
+        self.folder.emit(stopped)
+        say(f"the run ends early {stopped.words()}")
+        return True
+
+    def _take_best(self, best: Best, state: FederationState) -> None:
+        """Makes the best adapter the run's result, and says which it is. `state`: after the last evaluation."""
+        self.folder.export(best.adapter, best.exports)
+        taken = BestTaken(round=best.round, loss=best.finite_loss, last_round=state.round)
+        self.folder.emit(taken)
+        say(f"the result is {taken.words()}")
+
+    def evaluate(self, state: FederationState) -> FederationState:
+        """Has every device that may take part measure the adapter; returns the state with what that has shown.
+
+        Raises RunFailed if none has, unless none holds examples out.
+        """
         number = state.round + 1
         tries = Tries(self._timing.now, self.config.federation.round_deadline_s)
         for attempt in tries:
@@ -275,7 +330,7 @@ class Rounds:
             self._note(planned, received, trial)
             if not can_measure or any(reply.report.eval_labels for reply in received.replies.values()):
                 self._close(received, self._last_events(planned, received, "adapter"))
-                return
+                return replace(state, best=self._best(planned, received))
             tries.failed(by_chance=trial.lost_a_host)
         raise RunFailed(f"the evaluation after the last round failed: {self.roster.problems}")
 

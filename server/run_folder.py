@@ -82,7 +82,7 @@ class RunFolder:
         mend_log(path / EVENTS_FILE, saved.events_bytes)
         folder._open_logs()
         write_atomically(path / "config.toml", to_toml(spec.config))  # of keys that may change
-        folder._export(saved)
+        folder.export(saved.state.adapter, saved.state.exports())
         known = [as_line(event) for event in read_events(path / EVENTS_FILE)]
         for event in saved.closing:
             if as_line(event) not in known:
@@ -115,17 +115,18 @@ class RunFolder:
             versions=versions(),
         )
         save(self.path, saved)
-        self._export(saved)
+        self.export(saved.state.adapter, saved.state.exports())
 
-    def _export(self, saved: Saved) -> None:
-        """Replaces `adapter/`, and `adapters/` if devices have tensors of their own: each as a whole, in one step."""
-        state = saved.state
-        if not state.adapter:
+    def export(self, adapter: Adapter, own: Mapping[str, Adapter]) -> None:
+        """Replaces `adapter/`, and `adapters/` if devices have tensors of their own: each as a whole, in one step.
+
+        own: per device, these tensors. An empty adapter changes nothing.
+        """
+        if not adapter:
             return
-        exports = {Path(name): {**state.adapter, **tensors} for name, tensors in state.exports().items()}
-        if exports:
-            self._replace("adapters", exports)
-        self._replace("adapter", {Path(): state.adapter})
+        if own:
+            self._replace("adapters", {Path(name): {**adapter, **tensors} for name, tensors in own.items()})
+        self._replace("adapter", {Path(): adapter})
 
     def _replace(self, name: str, exports: Mapping[Path, Adapter]) -> None:
         """Replaces a folder of this one by a new one with these adapters, by their paths in it."""

@@ -16,6 +16,7 @@ from edgelam_fl.model.adapter import Adapter
 from edgelam_fl.plan.layout import Layout, hosts_of, site_source
 from edgelam_fl.plan.making import RoundFacts
 from edgelam_fl.wire import edgelam_pb2 as pb
+from server.best import Best
 from server.global_adapter import StartingPoints
 from server.holdings import Holdings, NodeHoldings
 from server.replies import Reply
@@ -40,6 +41,8 @@ class FederationState:
     sites: Mapping[str, str] = field(default_factory=dict)
     """Per device that ever delivered, the newest site that it was a member of, as a source."""
     holdings: Holdings = field(default_factory=Holdings)
+    best: Best | None = None
+    """What the evaluations so far have shown; None before the first."""
 
     def after(self, outcome: Outcome) -> FederationState:
         """Returns the state after an attempt at a round. Without an aggregate, only the holdings change."""
@@ -57,6 +60,7 @@ class FederationState:
             personal={**self.personal, **personal},  # a source that took no part keeps its own
             sites={**self.sites, **sites},
             holdings=holdings,
+            best=self.best,
         )
 
     @property

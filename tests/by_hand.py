@@ -53,6 +53,8 @@ class ByHand:
         """Whether it is switched off when it gets this plan."""
         self.unavailable: Callable[[pb.Plan], bool] = lambda plan: False
         """Whether Flower answers in its place that it missed its heartbeats."""
+        self.loss_sum: Callable[[pb.Plan], float] = lambda plan: 4.0
+        """The held-out loss that it measures, as a sum over two labels."""
         self.moves_bytes = 0
         self.by = 1.0
         self.step_s = 0.0
@@ -74,7 +76,8 @@ class ByHand:
         parts, lr_sum = [], sum(plan.optimizer.lrs)
         if plan.routes:
             if self.profile.held_out:
-                report.eval_loss_sum, report.eval_labels, report.eval_sums["correct"] = 4.0, 2, 1
+                report.eval_loss_sum, report.eval_labels = self.loss_sum(plan), 2
+                report.eval_sums["correct"] = 1
             report.bytes.add(link="entry e", direction="sent", kind="ACT", payload_bytes=self.moves_bytes)
             if plan.steps:
                 report.train_seconds = report.compute_seconds = self.seconds

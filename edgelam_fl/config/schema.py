@@ -261,6 +261,18 @@ class FederationSection(Section):
         le=100_000_000,
         description="most held-out examples that a device measures with, the same in every round; 0: all that data.held_out sets aside",
     )
+    early_stopping_patience: int = Field(
+        0,
+        ge=0,
+        description="evaluations in a row without a lower held-out loss after which the run ends, as transformers' EarlyStoppingCallback; 0: it makes all rounds",
+    )
+    early_stopping_threshold: float = Field(
+        0.0, ge=0, description="nats per label by which a loss must be lower to count, for early_stopping_patience"
+    )
+    load_best: bool = Field(
+        False,
+        description="whether the result is the adapter with the lowest held-out loss, as transformers' load_best_model_at_end; else it is the last",
+    )
     snapshot_every: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         "auto",
         description="steps between two snapshots within a round, from which a new attempt of it goes on; auto: so that they cost little; 0: none, and an attempt always begins again",

@@ -17,6 +17,7 @@ from rich.text import Text
 from edgelam_fl.errors import is_final
 from edgelam_fl.telemetry.events import (
     AttemptAborted,
+    BestTaken,
     BudgetSpent,
     DataChanged,
     DataCounts,
@@ -47,6 +48,7 @@ from edgelam_fl.telemetry.events import (
     RunWaits,
     StepClosed,
     StepDone,
+    StoppedEarly,
     TextReadable,
 )
 from edgelam_fl.telemetry.human import by_name, human_bytes, human_layers, human_measure, total
@@ -94,6 +96,8 @@ class RunView:
             TextReadable: self._on_text_readable,
             PrivacyPromised: self._on_privacy_promised,
             BudgetSpent: self._on_budget_spent,
+            StoppedEarly: self._on_stopped_early,
+            BestTaken: self._on_best_taken,
             RoundDone: self._on_round_done,
             RoundShares: self._on_shares,
             DiskFull: self._on_disk_full,
@@ -207,6 +211,12 @@ class RunView:
         self.say(
             f"the privacy budget is spent after round {event.round} of {event.planned}: epsilon {event.epsilon:.4g}"
         )
+
+    def _on_stopped_early(self, event: StoppedEarly, _: str) -> None:
+        self.say(f"the run ends early {event.words()}")
+
+    def _on_best_taken(self, event: BestTaken, _: str) -> None:
+        self.say(f"the result is {event.words()}")
 
     def _on_round_done(self, event: RoundDone, _: str) -> None:
         shown = []

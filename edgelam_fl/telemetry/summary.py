@@ -19,6 +19,7 @@ from rich.table import Table
 
 from edgelam_fl.errors import DataError
 from edgelam_fl.telemetry.events import (
+    BestTaken,
     BudgetSpent,
     ChannelNoise,
     DataCounts,
@@ -69,8 +70,9 @@ class DeviceSummary(DataCounts):
     metrics_before: Mapping[str, float | None]
     """Other held-out measures at the same time, as "accuracy"; empty if the task has none."""
     perplexity_after: float | None
-    """Held-out perplexity at the last round_done, which is the evaluation after the last round if the run ended; null for
-    a device that was not in it, and while there is only one round_done."""
+    """Held-out perplexity at the last round_done, which is the evaluation after the last round if the run ended; with
+    federation.load_best of the adapter that is the result. Null for a device that was not in it, and while there is only one
+    round_done."""
     metrics_after: Mapping[str, float | None]
     """Other held-out measures at the same time."""
     tokens_per_s: float | None
@@ -187,24 +189,27 @@ class Summary:
     """Version per package on the server."""
     privacy: PrivacySummary | None = None
     """The run's differential privacy; null if it promises none."""
+    best_round: int | None = None
+    """The round whose adapter is the result, 0: what the run started from; null: the last round (without federation.load_best)."""
 
 
 def build_summary(events: Sequence[Event], state: str = "") -> Summary:
     """Makes a run's summary. `state`: what is known of it besides; "": what the events say, "running" unless that it ended."""
     started = next(of_kind(events, RunStarted), None)
-    rounds = finished_rounds(events)
+    rounds, best = finished_rounds(events), best_taken(events)
     return Summary(
         run=started.run if started else None,
         state=state or run_state(events),
         model=setting(events, "model", "name"),
         task=task_of(events),
-        devices=_devices(events, rounds),
+        devices=_devices(events, rounds, best.round + 1 if best is not None else None),
         hosts=_hosts(events, rounds),
         rounds=sum(map(is_training_round, rounds)),
         seconds=_seconds(events),
         virtual=_virtual(rounds),
         versions=started.versions if started else {},
         privacy=_privacy(events),
+        best_round=best.round if best is not None else None,
     )
 
 
@@ -226,6 +231,7 @@ def summary_table(summary: Summary) -> Table:
     said = [
         *(privacy_in_words(summary.privacy) if summary.privacy is not None else []),
         *counts_in_words(summary.devices),
+        *best_in_words(summary),
     ]
     if said:
         table.caption, table.caption_justify = escape("\n".join(said)), "left"
@@ -252,6 +258,14 @@ def counts_in_words(devices: Iterable[DeviceSummary]) -> list[str]:
     ]
     more = [f"and {len(said) - _SAID} more; summary.json has the counts of each device"] if len(said) > _SAID else []
     return [f"{name}: {text}" for name, text in said[:_SAID]] + more
+
+
+def best_in_words(summary: Summary) -> list[str]:
+    """Says which adapter is the result, if the run chose it by its loss; one sentence, or none."""
+    if summary.best_round is None:
+        return []
+    made = f"that after round {summary.best_round}" if summary.best_round else "the one that the run started from"
+    return [f"result: of {summary.rounds + 1} adapters {made}, which had the lowest held-out loss"]
 
 
 def privacy_in_words(privacy: PrivacySummary) -> list[str]:
@@ -339,6 +353,18 @@ def finished_rounds(events: Iterable[Event]) -> list[RoundDone]:
     """Returns the last event of each finished round, in order: a run that went on from an older checkpoint repeats rounds."""
     newest = {done.round: done for done in of_kind(events, RoundDone)}
     return [newest[number] for number in sorted(newest)]
+
+
+def best_taken(events: Iterable[Event]) -> BestTaken | None:
+    """Returns what says which adapter is the result; None: the last one, or the run goes on."""
+    newest = None
+    for event in events:
+        match event:
+            case BestTaken():
+                newest = event
+            case RunResumed():
+                newest = None
+    return newest
 
 
 def is_training_round(done: RoundDone) -> bool:
@@ -434,13 +460,17 @@ def _virtual(rounds: Iterable[RoundDone]) -> VirtualTotals | None:
     )
 
 
-def _devices(events: Iterable[Event], rounds: Sequence[RoundDone]) -> tuple[DeviceSummary, ...]:
+def _devices(
+    events: Iterable[Event], rounds: Sequence[RoundDone], measured_in: int | None
+) -> tuple[DeviceSummary, ...]:
+    """Sums up the devices. measured_in: the round at whose start the result was measured; None: the last one, once there are two."""
     joined = {event.node: event for event in of_kind(events, NodeJoined) if event.role == "device"}
     records: dict[str, list[DeviceResult]] = {name: [] for name in joined}
     for device in (device for done in rounds for device in done.devices):
         records.setdefault(device.name, []).append(device)
     before = {device.name: device for done in rounds[:1] for device in done.devices}
-    after = {device.name: device for done in rounds[1:][-1:] for device in done.devices}
+    chosen = rounds[1:][-1:] if measured_in is None else [done for done in rounds if done.round == measured_in]
+    after = {device.name: device for done in chosen for device in done.devices}
     return tuple(
         _device(name, joined.get(name), records[name], before.get(name), after.get(name))
         for name in sorted(records, key=by_name)

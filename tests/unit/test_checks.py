@@ -60,6 +60,7 @@ CLASSES = ["task.kind=classification", "task.classes=['yes', 'no']"]
         [*LOWRANK, "strategy.aggregation=flora"],
         ["federation.deadline=predicted", "federation.deadline_factor=3", "strategy.aggregation=flora"],
         ["federation.late=next", "federation.enough_nodes=2", "split.hosts=0", "strategy.aggregation=fedprox"],
+        ["federation.early_stopping_patience=2", "federation.early_stopping_threshold=0.01", "federation.load_best=true"],
     ],
 )
 def test_settings_that_can_be_combined(tiny: ModelSource, overrides: list[str]) -> None:
@@ -284,6 +285,19 @@ def test_settings_that_can_be_combined(tiny: ModelSource, overrides: list[str]) 
         (
             [*LOWRANK, "split.backs={'a'=1}"],
             "cannot be combined with split.backs = {'a': 1}: .* Allowed: split.back alone",
+        ),
+        (
+            ["federation.early_stopping_threshold=0.1"],
+            "early_stopping_threshold = 0.1 has no effect without early_stopping_patience. Allowed: leave it out, or",
+        ),
+        (
+            ["privacy.mode=central", "federation.early_stopping_patience=2"],
+            "early_stopping_patience = 2 cannot be combined with privacy.mode = 'central': held-out losses are not",
+        ),
+        (["privacy.mode=device", "federation.load_best=true"], "load_best = true cannot be combined with privacy.mode"),
+        (
+            ["privacy.private_front=true", "federation.load_best=true"],
+            "load_best = true cannot be combined with privacy.private_front = true: .* Allowed: one of the two",
         ),
         (["wire.front_cache_mb=9", "split.hosts=0"], "front_cache_mb = 9 needs split.hosts of at least 1"),
         (

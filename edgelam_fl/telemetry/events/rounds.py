@@ -11,6 +11,12 @@ from typing import NamedTuple
 
 from edgelam_fl.telemetry.events.base import DataCounts, Event
 
+
+
+def _loss(value: float | None) -> str:
+    return "none that is finite" if value is None else f"{value:.4f}"
+
+
 # ---------------------------------------------------------------- before
 
 
@@ -593,6 +599,47 @@ class ChannelNoise(Event):
     """Noise of the update that arrived with most, over what the promise needs; 1 if all devices had to lower their power."""
     epsilon: float
     """What the device with the best channels so far has given away over the whole run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoppedEarly(Event):
+    """The run ends before its last round, because its held-out loss has not become lower for so long (early_stopping_patience)."""
+
+    round: int
+    """The last round that was closed. Its own adapter is measured after this."""
+    planned: int
+    """Rounds of the run file."""
+    evaluations: int
+    """Evaluations in a row that were not better by more than federation.early_stopping_threshold."""
+    best_round: int
+    """The round whose adapter had the lowest loss so far; 0: what the run started from."""
+    best_loss: float | None
+    """That loss per held-out label, in nats; None if no evaluation gave a finite one."""
+
+    def words(self) -> str:
+        """Returns when and why the run ends, as the end of a sentence."""
+        times = "1 evaluation" if self.evaluations == 1 else f"{self.evaluations} evaluations in a row"
+        made = f"after round {self.best_round}" if self.best_round else "at the start"
+        return (
+            f"after round {self.round} of {self.planned}, as {times} gave no lower held-out loss than {_loss(self.best_loss)}, {made}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestTaken(Event):
+    """The run's result is the adapter with the lowest held-out loss (federation.load_best). Written after the last evaluation."""
+
+    round: int
+    """The round that made it; 0: what the run started from."""
+    loss: float | None
+    """Its loss per held-out label, in nats; None if no evaluation gave a finite one."""
+    last_round: int
+    """The last round of the run."""
+
+    def words(self) -> str:
+        """Returns the event as a part of a sentence: which adapter it is."""
+        made = f"that after round {self.round} of {self.last_round}" if self.round else "the one that the run started from"
+        return f"{made}, with the lowest held-out loss: {_loss(self.loss)}"
 
 
 @dataclass(frozen=True, kw_only=True)

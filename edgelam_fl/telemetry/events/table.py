@@ -27,6 +27,8 @@ EVENTS: dict[str, type[Event]] = {
     "privacy_spent": rounds.PrivacySpent,
     "channel_noise": rounds.ChannelNoise,
     "budget_spent": rounds.BudgetSpent,
+    "stopped_early": rounds.StoppedEarly,
+    "best_taken": rounds.BestTaken,
     "shares": rounds.RoundShares,
     "timeline": rounds.RoundTimeline,
     "round_done": rounds.RoundDone,

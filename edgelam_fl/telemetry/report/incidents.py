@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from edgelam_fl.telemetry.events import (
     AggregateRefused,
     AttemptAborted,
+    BestTaken,
     BudgetSpent,
     ContributionLeftOut,
     DiskFull,
@@ -25,6 +26,7 @@ from edgelam_fl.telemetry.events import (
     RunInterrupted,
     RunResumed,
     RunWaits,
+    StoppedEarly,
     of_kind,
 )
 from edgelam_fl.telemetry.human import human_bytes, human_seconds
@@ -82,6 +84,10 @@ def _incidents(event: Event) -> Iterator[tuple[str, str, str]]:
         case BudgetSpent():
             why = f"epsilon {event.epsilon:.4g} of {event.budget:g} is spent, and another round would exceed it"
             yield f"the run ended after round {event.round} of {event.planned}", "", why
+        case StoppedEarly():
+            yield "the run ended early", "", event.words()
+        case BestTaken() if event.round != event.last_round:
+            yield "the result is not the last adapter", "", event.words()
         case RoundDone():
             for host in event.hosts:
                 for one in host.left_out:
