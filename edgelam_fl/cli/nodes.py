@@ -155,6 +155,14 @@ def client(
             "--data", metavar="FILE", help="This device's examples (.jsonl, .csv, .txt ...). Without: an edge server."
         ),
     ] = None,
+    eval_data: Annotated[
+        Path | None,
+        typer.Option(
+            "--eval-data",
+            metavar="FILE",
+            help="Examples that this device measures with and never learns; without, a share of --data (data.held_out).",
+        ),
+    ] = None,
     name: Annotated[
         str, typer.Option("--name", help="The node that starts, if several have joined from this directory.")
     ] = "",
@@ -208,6 +216,6 @@ def client(
     from edgelam_fl.tasks.named import local_data
 
     keep_private()
-    data = local_data(data) if data else None
-    options = NodeOptions(server, data, listen, advertise, threads, tuple(tag), trust, device)
+    data, eval_data = (local_data(file) if file else None for file in (data, eval_data))
+    options = NodeOptions(server, data, listen, advertise, threads, tuple(tag), trust, device, eval_data)
     raise typer.Exit(join(console, options, join_text=join_text, name=name, state=state, insecure=insecure, wait=wait))

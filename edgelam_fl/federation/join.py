@@ -67,8 +67,10 @@ def join(
 
 def _start(console: Console, standing: Standing, *, insecure: bool, wait: bool) -> int:
     options = standing.options
-    if options.data is not None:
-        _check_data(console, options.data)
+    if options.eval_data is not None and options.data is None:
+        raise ConfigError(f"--eval-data {options.eval_data} is measured by a device, and --data is missing: its examples to learn")
+    for file in filter(None, (options.data, options.eval_data)):
+        _check_data(console, file)
     if wait:
         _await_server(console, *split_address(options.server, "--server"))
     elif standing.identity is None:
@@ -85,7 +87,7 @@ def _start(console: Console, standing: Standing, *, insecure: bool, wait: bool) 
     node = NodeProcesses(
         standing.name, options.server, standing.state, options.data, options.listen, options.advertise, options.threads,
         options.tags, options.trust, identity=standing.identity, insecure=insecure, device=options.device or "auto",
-        clock_offset_s=offset_s,
+        clock_offset_s=offset_s, eval_data=options.eval_data,
     )  # fmt: skip
     return _watch(console, node)
 

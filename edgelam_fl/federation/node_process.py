@@ -48,6 +48,8 @@ class NodeProcesses:
     """What its stage host computes on, as --device."""
     clock_offset_s: float | None = None
     """The server's time less the time since boot, for a machine whose clock is wrong; None: the clock is right."""
+    eval_data: Path | None = None
+    """The examples that a device measures with; None: a share of its data."""
     children: dict[str, Child] = field(default_factory=dict)
     """The processes by their kind, once started."""
     _restarts: Restarts = field(default_factory=Restarts)
@@ -71,6 +73,7 @@ class NodeProcesses:
         command += ["--listen", self.listen, "--advertise", self.advertise, "--threads", str(self.threads)]
         command += ["--server", self.server, "--device", self.device]
         command += ["--data", str(self.data.absolute())] if self.data else []
+        command += ["--eval-data", str(self.eval_data.absolute())] if self.eval_data else []
         command += [f"--tag={tag}" for tag in self.tags]
         command += ["--trust", self.trust] if self.trust else []
         command += ["--identity", str(self.identity)] if self.identity else []

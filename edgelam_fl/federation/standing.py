@@ -21,6 +21,7 @@ from edgelam_fl.trust.join import Membership, has_joined, join
 
 _STATES = Path(".edgelam")
 _IDENTITY, _OPTIONS = "identity", "options.json"
+_FILES = ("data", "eval_data")  # options that are paths
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class NodeOptions:
     """What a device's owner lets hosts read of its text, as split.trust; "": all."""
     device: str = ""
     """What the node computes on, as --device; "": auto."""
+    eval_data: Path | None = None
 
     def over(self, kept: NodeOptions) -> NodeOptions:
         """Returns these options, with those that say nothing filled in from `kept`."""
@@ -62,7 +64,8 @@ class Standing:
         assert self.invitation is not None
         assert self.identity is not None
         membership = join(self.invitation, self.identity)
-        kept = asdict(self.options) | {"data": str(self.options.data.absolute()) if self.options.data else None}
+        files = {name: getattr(self.options, name) for name in _FILES}
+        kept = asdict(self.options) | {name: str(file.absolute()) if file else None for name, file in files.items()}
         write_private(self.state / _OPTIONS, json.dumps(kept, indent=2))
         return membership
 
@@ -118,7 +121,7 @@ def _joined_before(state: Path, options: NodeOptions, name: str) -> Standing:
 def _kept_options(state: Path) -> NodeOptions:
     try:
         kept = json.loads((state / _OPTIONS).read_text(encoding="utf-8"))
-        return NodeOptions(**(kept | {"data": Path(kept["data"]) if kept["data"] else None}))
+        return NodeOptions(**(kept | {name: Path(kept[name]) if kept.get(name) else None for name in _FILES}))
     except FileNotFoundError:
         return NodeOptions()
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -23,6 +23,7 @@ from edgelam_fl.telemetry.events import EVENTS_FILE, EventLog, NodeReady
 if TYPE_CHECKING:
     import torch
 
+    from edgelam_fl.node.examples import DeviceExamples
     from edgelam_fl.node.held import Held
     from edgelam_fl.node.part import Part
     from edgelam_fl.node.service import StageHost
@@ -132,7 +133,6 @@ def _make_node(options: argparse.Namespace, log: EventLog, security: Security, c
     import torch
 
     from edgelam_fl.model.allocator import give_back_at_once
-    from edgelam_fl.node.examples import DeviceExamples
     from edgelam_fl.node.play import NodeHooks
     from edgelam_fl.node.service import StageHost
     from edgelam_fl.wire.grpc.attending import Attending
@@ -146,7 +146,7 @@ def _make_node(options: argparse.Namespace, log: EventLog, security: Security, c
         torch.set_num_threads(options.threads)
     return StageHost(
         options.name, partial(dial, security=security), log,
-        examples=DeviceExamples(options.data) if options.data is not None else None,
+        examples=_examples(options),
         address=BEHIND + options.name if options.listen == RELAY else options.advertise,
         tags=options.tag,
         trust=options.trust,
@@ -159,6 +159,17 @@ def _make_node(options: argparse.Namespace, log: EventLog, security: Security, c
         hooks=NodeHooks(around_play=allocating),
         chip=chip,
     )  # fmt: skip
+
+
+def _examples(options: argparse.Namespace) -> DeviceExamples | None:
+    """Returns a device's examples; None for an edge server."""
+    from edgelam_fl.node.examples import DeviceExamples
+    from edgelam_fl.tasks.data import device_pairs
+
+    if options.data is None:
+        return None
+    beside = [options.eval_data] if options.eval_data is not None else []
+    return DeviceExamples(options.data, partial(device_pairs, eval_file=options.eval_data), beside=beside)
 
 
 def listen_address(listen: str, *, is_device: bool) -> tuple[str, int] | None:
@@ -179,6 +190,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--data", type=Path, help="file with a device's examples; without this option the node is an edge server"
     )
+    parser.add_argument("--eval-data", type=Path, help="file with the examples that a device measures with")
     parser.add_argument(
         "--listen",
         default="",

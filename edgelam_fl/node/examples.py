@@ -136,7 +136,7 @@ def _read_event(found: DevicePairs, loaded: Loaded, settings: pb.TaskSettings) -
     return DataRead(
         examples=len(loaded.training), held_out=len(loaded.held_out), max_tokens=settings.max_tokens,
         bad=counts.bad, skipped=counts.skipped, cut=counts.cut, unread_fields=counts.unread,
-        unmeasured=counts.unmeasured,
+        unmeasured=counts.unmeasured, also_learned=found.also_learned,
         bad_places=found.bad[:_PLACES_SAID], unread_names=found.unread,
     )  # fmt: skip
 

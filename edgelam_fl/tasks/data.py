@@ -66,6 +66,8 @@ class DevicePairs(NamedTuple):
     """Names of fields that several examples have and that nothing is learned from."""
     unmeasured: int = 0
     """Held-out examples beyond those to measure with (federation.evaluate_examples)."""
+    also_learned: int = 0
+    """Examples of an evaluation file that are learned as well, since the data has them too."""
 
     def sampled(self, most: int) -> DevicePairs:
         """Returns these examples with at most `most` held-out ones, as `sample` chooses them; 0: all."""
@@ -81,13 +83,25 @@ class FilePairs(NamedTuple):
     unread: tuple[str, ...]
 
 
-def device_pairs(path: Path, settings: DataSettings) -> DevicePairs:
-    """Reads a device's file and splits its examples. Raises DataError if the file does not fit the task."""
+def device_pairs(path: Path, settings: DataSettings, eval_file: Path | None = None) -> DevicePairs:
+    """Reads a device's file and splits its examples into those that are learned and those that are only measured.
+
+    eval_file: has the examples to measure; all of `path` are then learned, whatever the share `held_out`. Raises DataError if a
+    file does not fit the task.
+    """
     found = pairs_by(settings, path)
     _check_prompts(path, found.pairs, settings)
-    sides = set_aside(found.pairs, settings.held_out, classes=bool(settings.classes))
     most = getattr(settings, "evaluate_examples", 0)  # callers may know only the keys that every run has
-    return DevicePairs(*sides, found.bad, found.unread).sampled(most)
+    if eval_file is None:
+        sides = set_aside(found.pairs, settings.held_out, classes=bool(settings.classes))
+        return DevicePairs(*sides, found.bad, found.unread).sampled(most)
+    measured = pairs_by(settings, eval_file)
+    _check_prompts(eval_file, measured.pairs, settings)
+    learned = set(found.pairs)
+    bad = (*found.bad, *(f"evaluation file, {place}" for place in measured.bad))
+    unread = tuple(dict.fromkeys((*found.unread, *measured.unread)))
+    both = sum(pair in learned for pair in measured.pairs)
+    return DevicePairs(found.pairs, measured.pairs, bad, unread, also_learned=both).sampled(most)
 
 
 def pairs_by(settings: DataSettings, path: Path) -> FilePairs:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -194,6 +195,23 @@ def test_the_file_of_held_out_examples_counts_too(tmp_path: Path) -> None:
     device.load(task, SETTINGS, "m")
     write(beside, "i")
     assert device.load(task, SETTINGS, "m")[1][1] == "q1i1"
+
+
+def test_an_evaluation_file_is_measured_and_all_other_data_are_learned(tmp_path: Path) -> None:
+    """Whatever data.held_out says; an example in both files is learned all the same, and said."""
+    file, beside, said = write(tmp_path / "data.jsonl"), write(tmp_path / "eval.jsonl", "e"), list[JobEvent]()
+    first = file.read_text(encoding="utf-8").splitlines()[0]
+    beside.write_text(f"{beside.read_text(encoding='utf-8')}{first}\n", encoding="utf-8")
+    device = DeviceExamples(file, partial(device_pairs, eval_file=beside), beside=[beside])
+    learned, measured, _ = device.load(Texts(), SETTINGS, "m", said.append)
+    assert (len(learned), len(measured)) == (12, 13)
+    (event,) = of_kind(said, DataRead)
+    assert event.also_learned == 1
+    assert any("1 examples of the evaluation file are in the data too" in words for words in event.words())
+    settings = pb.TaskSettings()
+    settings.CopyFrom(SETTINGS)
+    settings.evaluate_examples = 5
+    assert len(device.load(Texts(), settings, "m").held_out) == 5
 
 
 def test_a_file_that_was_written_moments_ago_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

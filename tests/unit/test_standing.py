@@ -115,6 +115,13 @@ def test_several_nodes_of_one_directory_are_told_apart_by_name(states: Path) -> 
         find_standing(NodeOptions(), "", "ben", states / "ann", False, states)
 
 
+def test_an_evaluation_file_is_kept_with_the_other_options(states: Path) -> None:
+    joined(states, "ann", options={"eval_data": "/data/new.jsonl"})
+    assert find_standing(NodeOptions(), "", "", None, False, states).options.eval_data == Path("/data/new.jsonl")
+    other = find_standing(NodeOptions(eval_data=Path("other.jsonl")), "", "", None, False, states)
+    assert (other.options.eval_data, other.options.data) == (Path("other.jsonl"), Path("/data/ann.jsonl"))
+
+
 def test_a_node_that_lost_its_key_or_its_options_is_told_so(states: Path) -> None:
     state = joined(states, "ann")
     (state / "options.json").write_text("{")

@@ -53,7 +53,7 @@ class DataCounts:
                 f"{held_out} of {held_out + self.unmeasured} held-out examples are measured (federation.evaluate_examples)"
             )
         if not held_out:
-            said.append("no example is held out, so nothing is measured there (data.held_out)")
+            said.append("no example is held out, so nothing is measured there (data.held_out, --eval-data)")
         return tuple(filter(None, said))
 
 

@@ -107,6 +107,8 @@ class DataRead(JobEvent, DataCounts):
     """Places in the file of the first examples that cannot be read."""
     unread_names: tuple[str, ...] = ()
     """Names of the fields that nothing is learned from."""
+    also_learned: int = 0
+    """Examples of the evaluation file that the data has too, so that they are learned as well as measured."""
 
     def words(self) -> tuple[str, ...]:
         """Returns what the owner of the data should hear of, as sentences without a full stop; none if all is used and whole."""
@@ -120,6 +122,11 @@ class DataRead(JobEvent, DataCounts):
             said.append(f"examples that cannot be read: {', '.join(self.bad_places)}{more}")
         if self.unread_names:
             said.append(f"fields that nothing is learned from: {', '.join(self.unread_names)}")
+        if self.also_learned:
+            said.append(
+                f"WARNING: {self.also_learned} examples of the evaluation file are in the data too: they are learned, so what is "
+                f"measured with them says little about new texts"
+            )
         return tuple(said)
 
 
