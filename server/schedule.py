@@ -275,7 +275,7 @@ def _in_virtual_time(facts: Candidate, device: VirtualDevice) -> Candidate:
 def estimated_payload_bytes(spec: RunSpec, device: pb.Profile) -> float:
     """Returns an upper bound on the bytes per round, both ways: hidden states, and in training their gradients."""
     config = spec.config
-    trained = own_steps(config, device.examples) * config.federation.batch_size
+    trained = own_steps(config, device.examples) * config.step_examples
     tensors = sum(tensors_per_round(spec, trained, device.held_out))
     return float(tensors * config.task.max_tokens * spec.token_bytes)
 

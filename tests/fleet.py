@@ -259,11 +259,10 @@ def device_batches(source: ModelSource, config: RunConfig, file: Path, name: str
     """The micro-batches that a device draws."""
     training, _ = set_aside(read_pairs(file, "question", "answer"), config.data.held_out)
     examples = _task(source, config).examples(training).examples
-    size = config.federation.batch_size
     return [
         make_units(
-            [examples[i] for i in batch_indices(len(examples), size, step, config.run.seed, name)],
-            config.split.micro_batches,
+            [examples[i] for i in batch_indices(len(examples), config.step_examples, step, config.run.seed, name)],
+            config.step_micro_batches,
         )
         for step in range(steps)
     ]

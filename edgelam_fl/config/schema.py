@@ -334,6 +334,12 @@ class OptimizerSection(Section):
     )
     eps: float = Field(1e-8, gt=0, le=1, description="adamw: added to the root of the mean square")
     momentum: float = Field(0.0, ge=0, lt=1, description="sgd: share of the step before that is kept, as torch's SGD")
+    gradient_accumulation_steps: int = Field(
+        1,
+        ge=1,
+        le=256,
+        description="batches whose gradients make one step: the same, to the bit, as so many times federation.batch_size and split.micro_batches; split.window bounds the memory all the same",
+    )
     clip: Literal["none", "stage", "global"] = Field(
         "none",
         description="limit the norm of the gradient: stage: on each node alone | global: over all nodes together",
@@ -552,6 +558,16 @@ class RunConfig(Section):
     wireless: WirelessSection = WirelessSection()
     privacy: PrivacySection = PrivacySection()
     run: RunSection = RunSection()
+
+    @property
+    def step_examples(self) -> int:
+        """The examples of one device per optimizer step: those of all batches that the step accumulates."""
+        return self.federation.batch_size * self.optimizer.gradient_accumulation_steps
+
+    @property
+    def step_micro_batches(self) -> int:
+        """The micro-batches that one device's examples of an optimizer step are cut into."""
+        return self.split.micro_batches * self.optimizer.gradient_accumulation_steps
 
     @model_validator(mode="after")
     def consistent(self) -> RunConfig:

@@ -73,7 +73,7 @@ class InstanceMaker:
         return StepFacts(
             footprints={pair: self.footprints.of_host(pair, devices, self.window) for pair in pairs},
             tensor_bytes=round(spec.unit_rows * self.speeds.tokens * spec.token_bytes),
-            micro_batches=split.micro_batches,
+            micro_batches=config.step_micro_batches,
             window=self.window,
             front_learns="front" in config.lora.train,
             cut_share=spec.cut_share,
@@ -114,7 +114,7 @@ class InstanceMaker:
         node = as_device.node if as_device is not None else self._node(host)
         pairs = host_pairs(self.spec.config, host)
         split = self.spec.config.split
-        in_flight = min(self.window, split.micro_batches)
+        in_flight = min(self.window, self.spec.config.step_micro_batches)
         workers = host_mode(split.host_mode).workers(devices, in_flight, max(1, host.cpu_threads))
         return replace(node, workers=workers, layer_s={pair: self._layer_s(host, pair) for pair in pairs})
 

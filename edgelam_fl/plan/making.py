@@ -134,7 +134,7 @@ def own_steps(config: RunConfig, examples: int) -> int:
     federation = config.federation
     if not federation.epochs:
         return federation.local_steps
-    return math.ceil(federation.epochs * examples / federation.batch_size)
+    return math.ceil(federation.epochs * examples / config.step_examples)
 
 
 def planned_steps(config: RunConfig, devices: Iterable[pb.Profile]) -> int:
@@ -256,8 +256,8 @@ def _plan(spec: RunSpec, facts: RoundFacts, profile: pb.Profile) -> pb.Plan:
         checkpointing=split.checkpointing,
         evaluate=not facts.steps or (facts.round - 1) % federation.evaluate_every == 0,
         steps=facts.steps,
-        batch_size=federation.batch_size,
-        micro_batches=split.micro_batches,
+        batch_size=config.step_examples,
+        micro_batches=config.step_micro_batches,
         window=split.window,
         min_devices=1,
         deadlines=pb.Deadlines(

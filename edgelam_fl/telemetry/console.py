@@ -81,7 +81,7 @@ class RunView:
         self._round = 0
         self._measure = measure_of(None)
         self._max_tokens: int | None = None
-        self._batch_size = 0
+        self._batch_size, self._batches = 0, 1  # examples per batch, batches per step
         self._stage = "starting"
         self._began = time.monotonic()
         self._live = Live(console=console, refresh_per_second=4, get_renderable=self._draw)
@@ -151,6 +151,7 @@ class RunView:
     def _on_run_started(self, event: RunStarted, _: str) -> None:
         self._measure, self._max_tokens = measure_of(task_of([event])), setting([event], "task", "max_tokens")
         self._batch_size = setting([event], "federation", "batch_size") or 0
+        self._batches = setting([event], "optimizer", "gradient_accumulation_steps") or 1
 
     def _on_node_joined(self, event: NodeJoined, _: str) -> None:
         row = self._row(event.node)
@@ -159,8 +160,9 @@ class RunView:
         self.say(f"{event.node} joined ({holds})")
         if row.role == "device":
             self._say_counts(event.node, event, event.examples, event.held_out)
-            if event.examples < self._batch_size:
-                fewer = f"{event.examples} examples are fewer than federation.batch_size = {self._batch_size}"
+            if event.examples < self._batch_size * self._batches:
+                times = f" x optimizer.gradient_accumulation_steps = {self._batches}" if self._batches > 1 else ""
+                fewer = f"{event.examples} examples are fewer than federation.batch_size = {self._batch_size}{times}"
                 self.say(f"{event.node}: {fewer}, so that a step learns some of them more than once")
 
     def _say_counts(self, name: str, counts: DataCounts, examples: int, held_out: int) -> None:

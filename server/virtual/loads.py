@@ -24,8 +24,8 @@ class Loads:
 
     def estimate(self, device: pb.Profile) -> Load:
         """Returns an upper bound: every example counts as long as the longest allowed."""
-        federation, max_tokens = self.config.federation, self.config.task.max_tokens
-        trained = own_steps(self.config, device.examples) * federation.batch_size
+        max_tokens = self.config.task.max_tokens
+        trained = own_steps(self.config, device.examples) * self.config.step_examples
         tensor_bytes = max_tokens * self.spec.token_bytes
         up, down = tensors_per_round(self.spec, trained, device.held_out)
         adapter_bytes = self.adapter_bytes(device.name)

@@ -142,6 +142,22 @@ def test_the_optimizers_settings_and_smoothed_labels_are_torchs(
     assert not same_bits(joined(split.reports), usual)
 
 
+def test_accumulated_batches_are_one_larger_batch(tiny: ModelSource, data_files: list[Path]) -> None:
+    """To the bit with as many pieces, split and unsplit; in one piece, which has other padding, within rounding."""
+    accumulated = ["optimizer.gradient_accumulation_steps=3", "federation.batch_size=2", "split.micro_batches=1"]
+    one_step = ["federation.batch_size=6", "split.micro_batches=3"]
+    found = []
+    for settings in (["split.hosts=0", *accumulated], ["split.hosts=2", *accumulated], ["split.hosts=2", *one_step]):
+        one = OneDevice(tiny, run_config(tiny.name, *settings), data_files, 5)
+        one.check()
+        found.append(joined(one.reports))
+    assert same_bits(found[0], found[1])
+    assert same_bits(found[0], found[2])
+    piece = ["federation.batch_size=6", "split.micro_batches=1", "split.hosts=0"]
+    whole = OneDevice(tiny, run_config(tiny.name, *piece), data_files, 5)
+    assert relative_distance(joined(whole.reports), found[0], whole.start) < 1e-4
+
+
 @pytest.mark.parametrize("hosts", [1, 2])
 def test_three_devices_with_frozen_ends_train_like_the_plain_loop(
     tiny: ModelSource, data_files: list[Path], hosts: int

@@ -207,7 +207,7 @@ def test_an_evaluation_file_is_measured_and_all_other_data_are_learned(tmp_path:
     assert (len(learned), len(measured)) == (12, 13)
     (event,) = of_kind(said, DataRead)
     assert event.also_learned == 1
-    assert any("1 examples of the evaluation file are in the data too" in words for words in event.words())
+    assert any("that are in the data too: 1" in words for words in event.words())
     settings = pb.TaskSettings()
     settings.CopyFrom(SETTINGS)
     settings.evaluate_examples = 5

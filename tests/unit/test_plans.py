@@ -11,8 +11,8 @@ from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.layout import make_layout, who_may_host
-from edgelam_fl.plan.making import ClientSettings, RoundFacts, learning_rates, make_plans, planned_steps
-from edgelam_fl.plan.reading import end_spans, hosted_span, job_id, part_id, spans_of
+from edgelam_fl.plan.making import ClientSettings, RoundFacts, learning_rates, make_plans, own_steps, planned_steps
+from edgelam_fl.plan.reading import end_spans, hosted_span, job_id, part_id, spans_of, unit_rows
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -168,6 +168,17 @@ def test_a_rise_that_never_ends_is_refused_once_the_steps_are_known() -> None:
 def test_a_plan_contains_the_rates_of_its_steps(tiny: ModelSource) -> None:
     plan = plans_of(run_config("x", "optimizer.lr=0.5"), tiny)["edge-1"]
     assert list(plan.optimizer.lrs) == [0.5] * 10
+
+
+def test_accumulated_batches_are_a_larger_step_of_the_same_micro_batches(tiny: ModelSource) -> None:
+    """An epoch has fewer steps then, and a host needs memory for no larger micro-batch."""
+    found = []
+    for batches in (1, 3):
+        settings = [f"optimizer.gradient_accumulation_steps={batches}", "federation.batch_size=4", "split.micro_batches=2"]
+        config = run_config("x", *settings, "federation.epochs=2")
+        plan = plans_of(config, tiny, device("a"), edge("e"))["a"]
+        found.append((plan.batch_size, plan.micro_batches, unit_rows(plan), own_steps(config, 31)))
+    assert found == [(4, 2, 2, 16), (12, 6, 2, 6)]
 
 
 def test_a_device_has_its_own_steps_of_an_epoch(tiny: ModelSource) -> None:

@@ -124,7 +124,7 @@ class DataRead(JobEvent, DataCounts):
             said.append(f"fields that nothing is learned from: {', '.join(self.unread_names)}")
         if self.also_learned:
             said.append(
-                f"WARNING: {self.also_learned} examples of the evaluation file are in the data too: they are learned, so what is "
+                f"WARNING: examples of the evaluation file that are in the data too: {self.also_learned}. They are learned, so what is "
                 f"measured with them says little about new texts"
             )
         return tuple(said)
