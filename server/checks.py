@@ -48,6 +48,7 @@ def check_config(config: RunConfig, bounds: Bounds = DEFAULT_BOUNDS, *, elsewher
     check_codecs(config)
     check_privacy(config, loaded, elsewhere=elsewhere)
     check_task(config.task)
+    check_packing(config)
     aggregation = loaded["aggregation"].capabilities if "aggregation" in loaded else Capabilities()
     check_aggregation(config, aggregation)
     check_late_updates(config, aggregation)
@@ -279,6 +280,24 @@ def check_front_cache(config: RunConfig) -> None:
             f"{who} cannot be combined with privacy.cut_clip = {privacy.cut_clip:g}, whose noise is drawn anew for all that leaves a "
             f"device. Allowed: cut_clip = 0, or front_cache_mb = 0"
         )
+
+
+def check_packing(config: RunConfig) -> None:
+    """Raises ConfigError if something at the cut takes each row for one example."""
+    privacy, who = config.privacy, "task.packing = true"
+    if not config.task.packing:
+        return
+    if config.wire.front_cache_mb:
+        raise ConfigError(
+            f"{who} cannot be combined with wire.front_cache_mb = {config.wire.front_cache_mb}: states are kept per example, each in a row "
+            f"of its own. Allowed: one of the two"
+        )
+    for key in ("cut_clip", "disguise"):
+        if getattr(privacy, key):
+            raise ConfigError(
+                f"{who} cannot be combined with privacy.{key} = {getattr(privacy, key):g}, which knows the first token of a text by its "
+                f"place in the row. Allowed: one of the two"
+            )
 
 
 def check_codecs(config: RunConfig) -> None:

@@ -251,6 +251,10 @@ def plain_adapter(model: Any) -> adapters.Adapter:
 
 def forward(model: Any, unit: Unit) -> torch.Tensor:
     tokens = unit.ids_BT.shape[1]
+    if unit.segments:  # without a mask, transformers tells texts of one row apart by their positions
+        rows = [[place for length in lengths for place in range(length)] for lengths in unit.segments]
+        positions = torch.tensor([row + [0] * (tokens - len(row)) for row in rows])
+        return model(input_ids=unit.ids_BT, position_ids=positions, use_cache=False).logits
     mask = (torch.arange(tokens)[None, :] < torch.tensor(unit.row_lengths)[:, None]).long()
     return model(input_ids=unit.ids_BT, attention_mask=mask, use_cache=False).logits
 
@@ -258,9 +262,10 @@ def forward(model: Any, unit: Unit) -> torch.Tensor:
 def device_batches(source: ModelSource, config: RunConfig, file: Path, name: str, steps: int) -> list[list[Unit]]:
     """The micro-batches that a device draws."""
     training, _ = set_aside(read_pairs(file, "question", "answer"), config.data.held_out)
-    examples = _task(source, config).examples(training).examples
+    task = _task(source, config)
+    examples = task.examples(training).examples
     return [
-        make_units(
+        task.units(
             [examples[i] for i in batch_indices(len(examples), config.step_examples, step, config.run.seed, name)],
             config.step_micro_batches,
         )
@@ -290,11 +295,12 @@ def _rows(unit: Unit) -> list[Example]:
 def plain_evaluation(model: Any, source: ModelSource, config: RunConfig, file: Path) -> float:
     """Loss sum over a device's held-out examples, in the pieces that the device makes of them."""
     _, held_out = set_aside(read_pairs(file, "question", "answer"), config.data.held_out)
-    examples = _task(source, config).examples(held_out).examples
+    task = _task(source, config)
+    examples = task.examples(held_out).examples
     rows = -(-config.federation.batch_size // config.split.micro_batches)
     pieces = evaluation_batches(examples, 2 * rows * config.task.max_tokens, config.split.window)
     with torch.no_grad():
-        return sum(float(plain_loss(model, unit)) for piece in pieces for unit in make_units(piece, 1))
+        return sum(float(plain_loss(model, unit)) for piece in pieces for unit in task.units(piece, 1))
 
 
 def plain_training(

@@ -197,6 +197,10 @@ class TaskSection(Section):
         "cut-prompt",
         description="what becomes of an example that is too long: the oldest part of its prompt goes, its end goes, or it is left out",
     )
+    packing: bool = Field(
+        False,
+        description="whether short examples of a micro-batch share rows of at most max_tokens, each attending to itself alone: less padding to compute and to send, the same steps up to rounding; for causal-lm",
+    )
     template: str = Field("chat", description="'chat' (the model's own), 'plain', or a text with {prompt} and {answer}")
     loss_on: Literal["answer", "assistant", "all"] = Field(
         "answer",

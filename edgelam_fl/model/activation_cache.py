@@ -6,7 +6,7 @@ Knows no adapters and no batches. Shapes: B rows, T tokens, D hidden, N tokens o
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -27,12 +27,19 @@ class Activations:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def batch(self, ids_BT: torch.Tensor, row_lengths: list[int]) -> torch.Tensor:
-        """Returns the hidden states [B, T, D] of a padded batch, with zeros for padding."""
-        hidden = self._of(_rows(ids_BT, row_lengths))
+    def batch(
+        self, ids_BT: torch.Tensor, row_lengths: list[int], segments: Sequence[Sequence[int]] = ()
+    ) -> torch.Tensor:
+        """Returns the hidden states [B, T, D] of a padded batch, with zeros for padding. segments: as of `Stage.forward`."""
+        texts = [
+            (row, sum(lengths[:number]), length)
+            for row, lengths in enumerate(segments or [[length] for length in row_lengths])
+            for number, length in enumerate(lengths)
+        ]
+        hidden = self._of([ids_BT[row, first : first + length] for row, first, length in texts])
         padded_BTD = hidden[0].new_zeros(*ids_BT.shape, hidden[0].shape[1])
-        for row, hidden_TD in enumerate(hidden):
-            padded_BTD[row, : len(hidden_TD)] = hidden_TD
+        for (row, first, length), hidden_TD in zip(texts, hidden, strict=True):
+            padded_BTD[row, first : first + length] = hidden_TD
         return padded_BTD
 
     def packed(self, ids_BT: torch.Tensor, row_lengths: list[int]) -> torch.Tensor:

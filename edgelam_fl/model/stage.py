@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -117,6 +117,7 @@ class Stage(nn.Module):
         cache: StageCache | None = None,
         pad_left: bool = False,
         rows: torch.Tensor | None = None,
+        segments: Sequence[Sequence[int]] = (),
     ) -> torch.Tensor:
         """Computes hidden states [B, T, D], or in a stage with the head logits [B, T, V], in classification [B, classes].
 
@@ -127,14 +128,19 @@ class Stage(nn.Module):
         rows continue what it holds, with any padding per call (a sliding window counts padding too, so with sliding windows and
         unequal rows pad on the left). With a cut adapter, [B, T, D + rank] is what the last host gives and the device's back takes.
         rows: numbers [N] of positions, counted row after row; a stage with a language model's head then leaves the head out and
-        gives the normed hidden states [N, D] of these positions, for `logits`.
+        gives the normed hidden states [N, D] of these positions, for `logits`. segments: the lengths of several texts per row,
+        which attend to themselves alone; together they are the row's real tokens. Empty: a row is one text.
         """
         if self.span.embed:
             self._check_ids(inputs)
         inputs = onto(inputs, self.chip)
         if isinstance(self._cut, CutUp):
             inputs = self._cut(inputs)
-        mask_BT, positions_BT = _mask_and_positions(inputs.shape[1], row_lengths, pad_left, cache)
+        mask_BT: torch.Tensor | None
+        if segments:
+            mask_BT, positions_BT = None, packed_positions(inputs.shape[1], segments)
+        else:
+            mask_BT, positions_BT = _mask_and_positions(inputs.shape[1], row_lengths, pad_left, cache)
         feed: dict[str, Any] = {"input_ids": inputs} if self.span.embed else {"inputs_embeds": inputs}
         if self.family.task_head is None:
             feed.update(past_key_values=cache, use_cache=cache is not None)
@@ -144,7 +150,8 @@ class Stage(nn.Module):
             if headed and self.family.experts is not None:
                 feed["output_router_logits"] = False  # else transformers computes a loss of their balance
             called = self.model if headed else self._transformer.get_submodule(self.family.body)
-            output = called(**feed, attention_mask=onto(mask_BT, self.chip), position_ids=onto(positions_BT, self.chip))
+            mask = onto(mask_BT, self.chip) if mask_BT is not None else None
+            output = called(**feed, attention_mask=mask, position_ids=onto(positions_BT, self.chip))
         if cache is not None:
             cache.mask_BT = mask_BT
         states: torch.Tensor = output.logits if headed else output.last_hidden_state
@@ -367,6 +374,19 @@ def _mask_and_positions(
         positions_BT = positions_BT + cache.mask_BT.sum(dim=1, keepdim=True)
         mask_BT = torch.cat([cache.mask_BT, mask_BT], dim=1)
     return mask_BT, positions_BT
+
+
+def packed_positions(tokens: int, segments: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Returns the positions [B, T] of rows with several texts each: they begin at 0 with every text, and padding is all 0.
+
+    transformers takes a position that does not follow on the one before for the beginning of another text, to which its masks
+    close the way, if it gets no mask and no cache: so each token of the padding is a text of its own.
+    """
+    positions_BT = torch.zeros(len(segments), tokens, dtype=torch.long)
+    for row, lengths in enumerate(segments):
+        places = torch.cat([torch.arange(length) for length in lengths])
+        positions_BT[row, : len(places)] = places
+    return positions_BT
 
 
 # ---------------------------------------------------------------- loading

@@ -395,4 +395,5 @@ def task_settings(config: RunConfig) -> pb.TaskSettings:
         weighting=config.task.weighting,
         too_long=config.task.too_long,
         label_smoothing=config.task.label_smoothing,
+        packing=config.task.packing,
     )

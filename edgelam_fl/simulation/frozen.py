@@ -53,7 +53,8 @@ class OnFrozen(Stage):
     def forward(self, inputs: torch.Tensor, row_lengths: list[int], **options: Any) -> torch.Tensor:
         """Computes a padded batch of token ids [B, T], as `Stage.forward` does for the whole model."""
         if not self._packs:
-            return super().forward(self.activations.batch(inputs, row_lengths), row_lengths, **options)
+            known = self.activations.batch(inputs, row_lengths, options.get("segments", ()))
+            return super().forward(known, row_lengths, **options)
         lengths_B = torch.tensor(row_lengths)
         row_N = torch.arange(len(row_lengths)).repeat_interleave(lengths_B)
         self._starts_B, self._same_row_NN = lengths_B.cumsum(0) - lengths_B, row_N[:, None] == row_N

@@ -52,7 +52,7 @@ class Ends:
     def forward_front(self, unit: Unit, step: int, number: int, *, training: bool) -> torch.Tensor:
         """Returns the hidden states [rows, tokens, hidden] of a micro-batch for the first host."""
         seed = self._seed(step, number) if training else None
-        states = self._front(unit.ids_BT, unit.row_lengths, unit_seed=seed)
+        states = self._front(unit.ids_BT, unit.row_lengths, unit_seed=seed, segments=unit.segments)
         return self._cut.states(off(states), unit.row_lengths).to(self.wire)
 
     @torch.no_grad()
@@ -102,7 +102,8 @@ class Ends:
     def _forward_back(self, unit: Unit, inputs: torch.Tensor, seed: int | None) -> torch.Tensor:
         inputs = inputs.to(self._back.dtype) if self._is_split else inputs
         if self.positions(unit) is None:
-            return self._back(inputs, unit.row_lengths, unit_seed=seed, rows=self._task.loss_rows(unit.labels))
+            rows = self._task.loss_rows(unit.labels)
+            return self._back(inputs, unit.row_lengths, unit_seed=seed, rows=rows, segments=unit.segments)
         each_N1D = inputs.transpose(0, 1)
         count = len(each_N1D)
         return self._back(each_N1D, [1] * count, unit_seed=seed, rows=torch.arange(count))

@@ -41,7 +41,7 @@ from edgelam_fl.split.timeline import Timeline
 from edgelam_fl.split.trainee import Trainee
 from edgelam_fl.split.turns import DecidesTurns, FollowsTurns, Handler, Turns
 from edgelam_fl.split.workers import Work, Workers
-from edgelam_fl.tasks.base import Task
+from edgelam_fl.tasks.base import Task, segments_of
 from edgelam_fl.telemetry.events import EmitInJob
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.link import Frame, Link
@@ -303,6 +303,7 @@ class Host:
             frame = whole
         check_activation(frame, member, self.plan, self.group.hidden_size, self.group.wire)
         check_positions(frame, self.plan)
+        check_segments(frame.header, self.plan)
         # In the order of the micro-batches, in which gradients are summed: one whose states were asked for comes late.
         after = sum(unit_id(other.header) < unit_id(frame.header) for other in member.forwards)
         member.forwards.insert(after, frame)
@@ -372,6 +373,7 @@ class Host:
             training=training,
             positions=list(header.positions) if self.group.coordinates else [],
             timed=lambda kind: self.timeline.interval(kind, header, device),
+            segments=segments_of(header.segment_lengths, header.row_lengths),
         )  # fmt: skip
 
     def _is_wanted(self, member: Member, header: pb.Header) -> bool:
@@ -489,6 +491,7 @@ class Host:
         header = pb.Header(
             kind=kind, phase=of.phase, step=of.step, micro_batch=of.micro_batch, device_index=of.device_index,
             row_lengths=of.row_lengths, positions=() if self.group.coordinates else of.positions,
+            segment_lengths=of.segment_lengths,
         )  # fmt: skip
         link.note_progress(of.phase, of.step)
         link.send(header, tensor)
@@ -530,6 +533,17 @@ def check_positions(frame: Frame, plan: pb.Plan) -> None:
             f"{len(positions)} positions to send back, up to {max(positions)}, of {states.shape[0]} rows of {states.shape[1]} tokens: "
             "each may come once, in order"
         )
+
+
+def check_segments(header: pb.Header, plan: pb.Plan) -> None:
+    """Raises ProtocolError if a device packs examples although the plan does not, or if its rows are not made of them."""
+    lengths = list(header.segment_lengths)
+    if lengths and not plan.task.packing:
+        raise ProtocolError("rows of several examples, and the plan packs none (task.packing)")
+    try:
+        segments_of(lengths, header.row_lengths)
+    except ValueError as error:
+        raise ProtocolError(f"{len(lengths)} examples do not fill rows of {list(header.row_lengths)[:8]} tokens") from error
 
 
 def check_labels(frame: Frame, plan: pb.Plan) -> torch.Tensor:

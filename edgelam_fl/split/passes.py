@@ -34,12 +34,15 @@ class Crossing:
     training: bool
     positions: list[int]  # row * tokens + place of the outputs that are asked for; empty: all
     timed: Callable[[str], AbstractContextManager[None]]  # notes the block as an interval of this kind
+    segments: Sequence[Sequence[int]] = ()  # of packed rows, as of `Stage.forward`
 
     def through(self, view: Stage, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Returns what the layers make of the inputs, where it is asked for. `rows`: as of `Stage.forward`."""
         view.use(self.adapter)
         inputs = self.inputs.to(view.dtype)
-        output = view(inputs, self.row_lengths, layers=self.layers, unit_seed=self.seed, rows=rows)
+        output = view(
+            inputs, self.row_lengths, layers=self.layers, unit_seed=self.seed, rows=rows, segments=self.segments
+        )
         return at_positions(output, self.positions) if self.positions else output
 
 

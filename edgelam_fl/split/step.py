@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -139,7 +140,9 @@ class DeviceStep:
             self._route.exit.send(pb.Header(kind=pb.LABELS, **fields), unit.labels)
         positions_N = self._ends.positions(unit)
         positions = [] if positions_N is None else positions_N.tolist()
-        header = pb.Header(kind=pb.ACT, row_lengths=unit.row_lengths, positions=positions, **fields)
+        header = pb.Header(
+            kind=pb.ACT, row_lengths=unit.row_lengths, positions=positions, segment_lengths=chain(*unit.segments), **fields
+        )  # fmt: skip
         with self._computing("forward", header):
             hidden = sent = None
             if self._ends.fronts is None:

@@ -50,6 +50,7 @@ class Unit:
     labels: torch.Tensor  # [B, T] causal-lm, [B] classification
     row_lengths: list[int]
     count: int  # weight of the micro-batch: labelled tokens, or examples
+    segments: Sequence[Sequence[int]] = ()  # of packed rows: the tokens of each example in a row; empty: a row is one example
 
 
 class Task(Protocol):
@@ -83,6 +84,26 @@ class Task(Protocol):
         head's whole output. labels: of the whole micro-batch. A function of tensors only, as `loss_rows` is. training: whether the loss is learned from, with task.label_smoothing; what is only measured is without it.
         """
         ...
+
+
+def segments_of(lengths: Sequence[int], row_lengths: Sequence[int]) -> list[list[int]]:
+    """Splits the lengths of packed examples up by row. Empty lengths: no row is packed. Raises ValueError if they do not fill the rows."""
+    if not lengths:
+        return []
+    segments: list[list[int]] = []
+    left = iter(lengths)
+    for row in row_lengths:
+        segments.append([])
+        filled = 0
+        while filled < row:
+            length = next(left, 0)
+            if not 0 < length <= row - filled:
+                raise ValueError("an example without tokens, or beyond its row")
+            segments[-1].append(length)
+            filled += length
+    if next(left, 0):
+        raise ValueError("an example beyond the rows")
+    return segments
 
 
 def cut(examples: Sequence[Example], pieces: int) -> list[list[Example]]:

@@ -21,6 +21,7 @@ from edgelam_fl.tasks.base import Example, Made, Unit, cut, pad
 from edgelam_fl.tasks.chat_template import ChatTemplate, Stretch, count_turns, without_oldest
 from edgelam_fl.tasks.data import Chat, Message, Pair, Prompt, TaskSettings
 from edgelam_fl.tasks.masking import IGNORED, Labelled, Opening, Written, cut_prompt, labelled_text, opening
+from edgelam_fl.tasks.packing import packed_unit
 
 
 class CausalLm:
@@ -34,7 +35,7 @@ class CausalLm:
         self._tokenizer_folder = tokenizer_folder
         self.template, self.max_tokens = settings.template, settings.max_tokens
         self.loss_on, self.weighting, self.too_long = settings.loss_on, settings.weighting, settings.too_long
-        self._label_smoothing = settings.label_smoothing
+        self._label_smoothing, self._packs = settings.label_smoothing, settings.packing
         self._skips_refused = (
             getattr(settings, "bad_lines", "refuse") == "skip"
         )  # the section of a run file has no such key
@@ -135,7 +136,7 @@ class CausalLm:
         return self.weighting == "examples"
 
     def units(self, examples: Sequence[Example], pieces: int) -> list[Unit]:
-        return make_units(examples, pieces)
+        return make_units(examples, pieces, self.max_tokens if self._packs else 0)
 
     def loss_rows(self, labels: torch.Tensor) -> torch.Tensor | None:
         return loss_rows(labels)
@@ -161,17 +162,18 @@ def labelled(labels: Sequence[int]) -> int:
     return sum(label != IGNORED for label in labels[1:])
 
 
-def make_units(examples: Sequence[Example], pieces: int) -> list[Unit]:
-    """Cuts a batch into at most `pieces` micro-batches."""
-    return [
-        Unit(
-            pad([row.ids for row in rows], 0),
-            pad([row.labels for row in rows], IGNORED),
-            [len(row.ids) for row in rows],
-            sum(row.count for row in rows),
-        )
-        for rows in cut(examples, pieces)
-    ]
+def make_units(examples: Sequence[Example], pieces: int, packed: int = 0) -> list[Unit]:
+    """Cuts a batch into at most `pieces` micro-batches. packed: tokens of the longest row of several examples; 0: none are packed."""
+    return [(packed_unit(rows, packed) if packed else None) or _padded_unit(rows) for rows in cut(examples, pieces)]
+
+
+def _padded_unit(rows: Sequence[Example]) -> Unit:
+    return Unit(
+        pad([row.ids for row in rows], 0),
+        pad([row.labels for row in rows], IGNORED),
+        [len(row.ids) for row in rows],
+        sum(row.count for row in rows),
+    )
 
 
 def loss_rows(labels_BT: torch.Tensor) -> torch.Tensor:

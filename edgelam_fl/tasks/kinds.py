@@ -43,6 +43,15 @@ def check_task(settings: TaskSettings) -> None:
                 "task.loss_on = 'assistant' learns every answer of a chat and needs task.template = 'chat', got "
                 f"{settings.template!r:.60}; 'answer' or 'all' go with it"
             )
+        if settings.packing and settings.weighting != "labels":
+            raise ConfigError(
+                f"task.packing = true cannot be combined with task.weighting = {settings.weighting!r}, which takes each row for one "
+                f"example. Allowed: weighting = 'labels', or packing = false"
+            )
+    elif settings.packing:
+        raise ConfigError(
+            f"task.packing = true is for task.kind = 'causal-lm', and {settings.kind!r} has one class per row. Allowed: packing = false"
+        )
     elif not 2 <= len(set(classes)) == len(classes):
         raise ConfigError(f"task.classes = {classes!r:.80} must name at least 2 classes, each once")
 

@@ -193,6 +193,29 @@ def test_logits_of_chosen_positions(built: Built) -> None:
     assert torch.equal(got, back.logits(back(chosen_before, [len(rows)], rows=torch.arange(len(rows)))))
 
 
+@torch.no_grad()
+def test_texts_that_share_a_row_do_not_see_each_other(built: Built) -> None:
+    if built.case.classes:
+        pytest.skip("a classifier has one class per row")
+    for cut in CUTS:
+        check_packing(built.stages(cut), built.whole())
+
+
+def check_packing(stages: list[Stage], whole: Any) -> None:
+    """Two texts in one row have the bits that transformers gives them, the logits that they have alone, and none of each other."""
+    ids, lengths, (first, second) = token_ids()[:2], [LENGTHS[0] - 1, 9], (8, 5)
+    segments, other = [[first, second], [9]], ids.clone()
+    other[0, first:] = (other[0, first:] + 1) % VOCABULARY
+    row = [*range(first), *range(second), 0]
+    positions = torch.tensor([row, [*range(9), *[0] * (LENGTHS[0] - 9)]])
+    got = through(stages, ids, lengths, segments=segments)
+    assert torch.equal(got, whole(input_ids=ids, position_ids=positions, use_cache=False).logits)
+    assert torch.equal(got[0, :first], through(stages, other, lengths, segments=segments)[0, :first])
+    for begin, length in ((0, first), (first, second)):
+        alone = through(stages, ids[:1, begin : begin + length], [length])
+        torch.testing.assert_close(got[:1, begin : begin + length], alone, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("cut", ["inside", "no layer at the back"])
 @torch.no_grad()
 def test_logits_with_a_cut_adapter(built: Built, cut: str) -> None:

@@ -158,6 +158,28 @@ def test_accumulated_batches_are_one_larger_batch(tiny: ModelSource, data_files:
     assert relative_distance(joined(whole.reports), found[0], whole.start) < 1e-4
 
 
+@pytest.mark.parametrize("settings", [[], ["split.back=0"], ["split.labels=last-stage", "split.back=0"]])
+def test_packed_examples_train_as_in_rows_of_their_own(
+    tiny: ModelSource, data_files: list[Path], settings: list[str]
+) -> None:
+    """Split as the plain loop over the same packed rows, to the bit; as without packing, within rounding; over fewer positions."""
+    config = run_config(tiny.name, "split.hosts=2", "task.max_tokens=400", "task.packing=true", *settings)
+    packed = OneDevice(tiny, config, data_files[2:], 5)
+    packed.check()
+    before = plain_model(tiny, config, packed.start)
+    assert packed.reports["device-1"].eval_loss_sum == plain_evaluation(before, tiny, config, data_files[2])
+    alone = run_config(tiny.name, "split.hosts=0", "task.max_tokens=400")
+    apart = OneDevice(tiny, alone, data_files[2:], 5)
+    assert relative_distance(joined(packed.reports), joined(apart.reports), packed.start) < 1e-4
+    losses = [[step.loss_sum for step in one.reports["device-1"].steps] for one in (packed, apart)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    sizes = [
+        sum(unit.ids_BT.numel() for units in device_batches(tiny, of, data_files[2], "device-1", 5) for unit in units)
+        for of in (config, alone)
+    ]
+    assert sizes[0] < sizes[1]
+
+
 @pytest.mark.parametrize("hosts", [1, 2])
 def test_three_devices_with_frozen_ends_train_like_the_plain_loop(
     tiny: ModelSource, data_files: list[Path], hosts: int

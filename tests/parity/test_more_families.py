@@ -220,6 +220,12 @@ def test_twenty_steps(built: Built) -> None:
 
 
 @torch.no_grad()
+def test_texts_that_share_a_row_do_not_see_each_other(built: Built) -> None:
+    for spans in CUTS.values():
+        check_packing(built.stages(spans), built.whole)
+
+
+@torch.no_grad()
 def test_generation_with_caches(built: Built) -> None:
     """Windows overflow in the prompt of one row and in the answer of another; some layers have no positions."""
     expected = whole_generation(built.whole, 8)

@@ -60,6 +60,7 @@ CLASSES = ["task.kind=classification", "task.classes=['yes', 'no']"]
         [*LOWRANK, "strategy.aggregation=flora"],
         ["federation.deadline=predicted", "federation.deadline_factor=3", "strategy.aggregation=flora"],
         ["federation.late=next", "federation.enough_nodes=2", "split.hosts=0", "strategy.aggregation=fedprox"],
+        ["task.packing=true", "optimizer.gradient_accumulation_steps=4", "split.labels=last-stage", "split.back=0"],
         ["federation.early_stopping_patience=2", "federation.early_stopping_threshold=0.01", "federation.load_best=true"],
     ],
 )
@@ -286,6 +287,15 @@ def test_settings_that_can_be_combined(tiny: ModelSource, overrides: list[str]) 
             [*LOWRANK, "split.backs={'a'=1}"],
             "cannot be combined with split.backs = {'a': 1}: .* Allowed: split.back alone",
         ),
+        (
+            [*CACHE, "task.packing=true"],
+            "packing = true cannot be combined with wire.front_cache_mb = .*: states are kept per example",
+        ),
+        (
+            ["task.packing=true", "privacy.cut_clip=2.0"],
+            "packing = true cannot be combined with privacy.cut_clip = 2, which knows the first token .* Allowed: one of the two",
+        ),
+        (["task.packing=true", "privacy.disguise=0.5"], "cannot be combined with privacy.disguise = 0.5"),
         (
             ["federation.early_stopping_threshold=0.1"],
             "early_stopping_threshold = 0.1 has no effect without early_stopping_patience. Allowed: leave it out, or",
