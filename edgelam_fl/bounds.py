@@ -111,12 +111,20 @@ DEFAULT_BOUNDS = Bounds()
 
 def operator_bounds(strategies: Sequence[str], runs: Path, models: Sequence[Path]) -> Bounds:
     """Reads the options of a server's operator. Raises ConfigError for a package that cannot be one."""
-    for name in strategies:
-        if not _is_module(name):
-            raise ConfigError(
-                f"--strategies {name!r} must name a package or a module, as in --strategies my_strategies"
-            )
+    check_modules("--strategies", strategies)
     return Bounds(packages=tuple(strategies), runs=runs, models=tuple(models))
+
+
+def check_modules(option: str, names: Sequence[str]) -> None:
+    """Raises ConfigError for a value of an option that cannot be the name of a package or a module."""
+    for name in names:
+        if not _is_module(name):
+            raise ConfigError(f"{option} {name!r} must name a package or a module, as in {option} my_{option.strip('-')}")
+
+
+def bounds_of_modules(names: Sequence[str]) -> Bounds:
+    """Returns bounds that allow some packages, modules and, by an absolute path, one folder of modules."""
+    return bounds_of({STRATEGIES: os.pathsep.join(names)})
 
 
 def bounds_of(environment: Mapping[str, str]) -> Bounds:

@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from edgelam_fl.bounds import DEFAULT_BOUNDS, Bounds
-from edgelam_fl.config import FederationSection, OptimizerSection, RunConfig
+from edgelam_fl.config import FederationSection, OptimizerSection, RunConfig, TaskSection
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.adapter import target_modules
 from edgelam_fl.model.families import most_dropout
@@ -49,6 +49,7 @@ def check_config(config: RunConfig, bounds: Bounds = DEFAULT_BOUNDS, *, elsewher
     check_privacy(config, loaded, elsewhere=elsewhere)
     check_task(config.task)
     check_packing(config)
+    check_answered(config)
     aggregation = loaded["aggregation"].capabilities if "aggregation" in loaded else Capabilities()
     check_aggregation(config, aggregation)
     check_late_updates(config, aggregation)
@@ -298,6 +299,22 @@ def check_packing(config: RunConfig) -> None:
                 f"{who} cannot be combined with privacy.{key} = {getattr(privacy, key):g}, which knows the first token of a text by its "
                 f"place in the row. Allowed: one of the two"
             )
+
+
+def check_answered(config: RunConfig) -> None:
+    """Raises ConfigError if greedy answers are to be measured where a device cannot take the next token, or if none are."""
+    task, plain = config.task, TaskSection()
+    for key in ("metrics_examples", "metrics_tokens"):
+        value = getattr(task, key)
+        if not task.metrics and value != getattr(plain, key):
+            raise ConfigError(
+                f"task.{key} = {value} has no effect without task.metrics. Allowed: leave it out, or metrics = ['exact_match']"
+            )
+    if task.metrics and not label_place(config.split.labels).on_device:
+        raise ConfigError(
+            f"task.metrics = {list(task.metrics)} cannot be combined with split.labels = {config.split.labels!r}: a device chooses the "
+            f"next token of an answer by the model's head, which the last host has. Allowed: split.labels = 'device', or no metrics"
+        )
 
 
 def check_codecs(config: RunConfig) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from edgelam_fl.plan.fronts import host_readings_at
 from edgelam_fl.plan.layout import Site
 from edgelam_fl.plan.spec import RunSpec
+from edgelam_fl.tasks.metrics import means_of
 from edgelam_fl.telemetry.events import (
     DemandSeen,
     DeviceLeftOut,
@@ -176,9 +177,10 @@ def _device(report: pb.JobReport, common: Mapping[str, Any]) -> DeviceResult:
 
 
 def _metrics(report: pb.JobReport) -> dict[str, float | None]:
-    if "correct" not in report.eval_sums or not report.eval_labels:
-        return {}
-    return {"accuracy": _finite(report.eval_sums["correct"] / report.eval_labels)}
+    found = means_of(report.eval_sums)
+    if "correct" in report.eval_sums and report.eval_labels:
+        found["accuracy"] = report.eval_sums["correct"] / report.eval_labels
+    return {name: _finite(value) for name, value in found.items()}
 
 
 def _traffic(counts: Iterable[pb.KindBytes], sent_bytes: int, received_bytes: int) -> dict[str, Any]:

@@ -218,7 +218,13 @@ class Matrix:
             f"[{section}]\n" + "".join(f"{key} = {toml_value(value)}\n" for key, value in keys.items())
             for section, keys in data.items()
         )
-        return parse_run_file(text, source=f"the matrix {self.name}")
+        config = parse_run_file(text, source=f"the matrix {self.name}")
+        if config.task.metrics:
+            raise ConfigError(
+                f"task.metrics = {list(config.task.metrics)} in the matrix {self.name}: simulated nodes keep what frozen layers make of "
+                f"each text, and would keep it for every token of every answer. Allowed: no metrics, or `edgelam run` for them"
+            )
+        return config
 
 
 def read_matrix(path: Path) -> Matrix:

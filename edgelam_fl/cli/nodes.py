@@ -190,6 +190,14 @@ def client(
             help="A word by which a run may choose this node (strategy.require_tags); repeat it.",
         ),
     ] = [],  # noqa: B006
+    metrics: Annotated[
+        list[str],
+        typer.Option(
+            "--metrics",
+            metavar="MODULE",
+            help="A package or module from which run files may name metrics (task.metrics), besides the built-in ones; repeat it.",
+        ),
+    ] = [],  # noqa: B006
     trust: Annotated[
         str,
         typer.Option(
@@ -217,5 +225,5 @@ def client(
 
     keep_private()
     data, eval_data = (local_data(file) if file else None for file in (data, eval_data))
-    options = NodeOptions(server, data, listen, advertise, threads, tuple(tag), trust, device, eval_data)
+    options = NodeOptions(server, data, listen, advertise, threads, tuple(tag), trust, device, eval_data, tuple(metrics))
     raise typer.Exit(join(console, options, join_text=join_text, name=name, state=state, insecure=insecure, wait=wait))

@@ -212,6 +212,20 @@ class TaskSection(Section):
         lt=1,
         description="share of each label's weight that all tokens (or classes) get alike, as torch's cross_entropy; held-out losses are without it",
     )
+    metrics: Annotated[tuple[str, ...], _WORDS] = Field(
+        (),
+        max_length=8,
+        description="measures of greedy answers to held-out questions: exact_match, rouge_l, or package.module:function of a text and the true one, from a module that the node's operator allows (edgelam client --metrics)",
+    )
+    metrics_examples: int = Field(
+        16, ge=1, le=10_000, description="held-out questions that each device has answered per evaluation, for metrics"
+    )
+    metrics_tokens: int = Field(
+        32,
+        ge=1,
+        le=4096,
+        description="tokens of the longest of these answers; each costs a forward pass of the whole text so far, and its bytes",
+    )
     weighting: Literal["labels", "examples"] = Field(
         "labels", description="weights of losses and of the aggregation: the number of labelled tokens, or of examples"
     )

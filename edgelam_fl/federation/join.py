@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from edgelam_fl.addresses import answers, check_server_answers, join_address, split_address
+from edgelam_fl.bounds import check_modules
 from edgelam_fl.config import most_read_by_hosts
 from edgelam_fl.errors import INTERRUPTED, ConfigError, EnvironmentProblem
 from edgelam_fl.federation.node_process import NodeProcesses
@@ -58,6 +59,7 @@ def join(
     options = standing.options
     _check_data_plane(options)
     _check_trust(standing.name, options)
+    check_modules("--metrics", options.metrics)
     for tag in options.tags:
         if problem := why_no_tag(tag):
             raise ConfigError(f"--tag {tag!r} {problem}")
@@ -87,7 +89,7 @@ def _start(console: Console, standing: Standing, *, insecure: bool, wait: bool) 
     node = NodeProcesses(
         standing.name, options.server, standing.state, options.data, options.listen, options.advertise, options.threads,
         options.tags, options.trust, identity=standing.identity, insecure=insecure, device=options.device or "auto",
-        clock_offset_s=offset_s, eval_data=options.eval_data,
+        clock_offset_s=offset_s, eval_data=options.eval_data, metrics=options.metrics,
     )  # fmt: skip
     return _watch(console, node)
 

@@ -50,6 +50,8 @@ class NodeProcesses:
     """The server's time less the time since boot, for a machine whose clock is wrong; None: the clock is right."""
     eval_data: Path | None = None
     """The examples that a device measures with; None: a share of its data."""
+    metrics: Sequence[str] = ()
+    """Modules that a run may take metrics of its own from, and perhaps an absolute folder of such modules."""
     children: dict[str, Child] = field(default_factory=dict)
     """The processes by their kind, once started."""
     _restarts: Restarts = field(default_factory=Restarts)
@@ -74,6 +76,7 @@ class NodeProcesses:
         command += ["--server", self.server, "--device", self.device]
         command += ["--data", str(self.data.absolute())] if self.data else []
         command += ["--eval-data", str(self.eval_data.absolute())] if self.eval_data else []
+        command += [f"--metrics={module}" for module in self.metrics]
         command += [f"--tag={tag}" for tag in self.tags]
         command += ["--trust", self.trust] if self.trust else []
         command += ["--identity", str(self.identity)] if self.identity else []

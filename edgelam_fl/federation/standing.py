@@ -40,6 +40,8 @@ class NodeOptions:
     device: str = ""
     """What the node computes on, as --device; "": auto."""
     eval_data: Path | None = None
+    metrics: Sequence[str] = ()
+    """Modules that a run may take metrics of its own from."""
 
     def over(self, kept: NodeOptions) -> NodeOptions:
         """Returns these options, with those that say nothing filled in from `kept`."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgelam_fl.addresses import join_address, split_address
+from edgelam_fl.bounds import bounds_of_modules
 from edgelam_fl.errors import EdgelamError, EnvironmentProblem
 from edgelam_fl.files import Hold, holder_of, sweep
 from edgelam_fl.machine import end_with_parent
@@ -156,6 +157,7 @@ def _make_node(options: argparse.Namespace, log: EventLog, security: Security, c
         attend=partial(Attending, security=security),
         security=security,
         state=options.state,
+        bounds=bounds_of_modules(options.metrics),
         hooks=NodeHooks(around_play=allocating),
         chip=chip,
     )  # fmt: skip
@@ -202,6 +204,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--server", default="", help="host:port of the SuperLink; the hub is on the same host")
     parser.add_argument(
         "--tag", action="append", default=[], help="a word by which runs may choose the node; may be repeated"
+    )
+    parser.add_argument(
+        "--metrics", action="append", default=[], help="module of a run's own metrics, or a folder; may be repeated"
     )
     parser.add_argument("--trust", default="hosts", help="what hosts may read of a device's text, as split.trust")
     parser.add_argument("--identity", type=Path, help="folder with the node's keys; without it: plain text")

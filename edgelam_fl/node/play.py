@@ -17,11 +17,13 @@ from pathlib import Path
 
 import torch
 
+from edgelam_fl.bounds import Bounds
 from edgelam_fl.errors import EdgelamError, Refused, for_others
 from edgelam_fl.files import free_bytes
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.chip import CPU, chip_free_bytes
 from edgelam_fl.model.stage import Stage, load_stages
+from edgelam_fl.node.answers import measured_answers
 from edgelam_fl.node.examples import DeviceExamples, task_of
 from edgelam_fl.node.front_cache import FrontCache, NamesFronts
 from edgelam_fl.node.held import Held, NodeMemory
@@ -38,6 +40,7 @@ from edgelam_fl.split.route import Dial, new_route, open_link, open_route, wire_
 from edgelam_fl.split.snapshot import ENDS, Damaged, SourceState
 from edgelam_fl.split.window import affordable_window
 from edgelam_fl.split.workers import workers_of
+from edgelam_fl.tasks.metrics import load_metrics
 from edgelam_fl.telemetry.events import JobResumed, JobStarted, TensorsAsked, WindowGranted
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
@@ -73,6 +76,7 @@ class Means:
     examples: DeviceExamples | None  # None: an edge server
     hooks: NodeHooks
     snapshots: Snapshots
+    bounds: Bounds  # modules that metrics of the user's own may come from
     kept_fronts: FrontCache  # as a host
     names_fronts: NamesFronts  # as a device
 
@@ -172,6 +176,10 @@ class Player:
             )
             if plan.evaluate and loaded.held_out and not self._earlier:
                 driver.evaluate(loaded.held_out)
+                if plan.task.metrics:
+                    metrics = load_metrics(plan.task.metrics, self._means.bounds)
+                    answered = measured_answers(task, loaded.held_out, plan.task, metrics, driver.answers)
+                    driver.measured.eval_sums |= answered
             if plan.steps:
                 driver.train(loaded.training)
             driver.finish()

@@ -18,6 +18,7 @@ from typing import Protocol
 
 import torch
 
+from edgelam_fl.bounds import DEFAULT_BOUNDS, Bounds
 from edgelam_fl.errors import Busy, EdgelamError, Mismatch, Refused, Restarted, code_of
 from edgelam_fl.model.bases import usable_bases
 from edgelam_fl.model.chip import CPU, peak_bytes
@@ -93,6 +94,7 @@ class StageHost:
         security: Security = PLAIN,
         state: Path | None = None,
         chip: torch.device = CPU,
+        bounds: Bounds = DEFAULT_BOUNDS,
         hooks: NodeHooks = DEFAULT_HOOKS,
         timing: StageHostTiming = DEFAULT_STAGE_HOST_TIMING,
     ) -> None:
@@ -105,7 +107,7 @@ class StageHost:
         `follow`: listens at the hub's address to whose membership has ended; None: nobody's ends here. `attend`: attends at
         the hub while a part is played; None: nobody knows whether this node lives. `security`: how the
         node calls the hub. `state`: the node's folder, for what stays with it over restarts; None: nothing does. `chip`: what the
-        node computes on.
+        node computes on. `bounds`: the modules that a run may take metrics of its own from.
         """
         self.name, self.address = name, address
         self.role = pb.EDGE if examples is None else pb.DEVICE
@@ -119,7 +121,7 @@ class StageHost:
         memory = NodeMemory(load, self._hub.find_planned, timing.gone_s, PrivateFronts(state), self._snapshots)
         self._means = Means(
             dial=dial, hub=self._hub, memory=memory, examples=examples, hooks=hooks, snapshots=self._snapshots,
-            kept_fronts=FrontCache(state, hooks.disk_free), names_fronts=NamesFronts(state),
+            bounds=bounds, kept_fronts=FrontCache(state, hooks.disk_free), names_fronts=NamesFronts(state),
         )  # fmt: skip
         self._reading: HostReading | None = None  # of the newest part, as it was said; for the thread of a part alone
         self._lock = threading.Lock()  # guards the three below
@@ -133,7 +135,7 @@ class StageHost:
         """Answers what the node can do; measures what the request asks for, which may take minutes."""
         trust = "" if self._examples is None else self._trust
         own = pb.Profile(name=self.name, role=self.role, address=self.address, tags=self._tags, trust=trust)
-        return answer_profile(request, own, self._examples, self._hub, self._emit, self._chip)
+        return answer_profile(request, own, self._examples, self._hub, self._emit, self._chip, self._means.bounds)
 
     def submit(self, request: pb.SubmitRequest) -> pb.SubmitReply:
         """Begins a part and returns at once. A part that is known here is not begun again, and takes the tensors that it asked for.

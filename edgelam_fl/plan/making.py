@@ -396,4 +396,7 @@ def task_settings(config: RunConfig) -> pb.TaskSettings:
         too_long=config.task.too_long,
         label_smoothing=config.task.label_smoothing,
         packing=config.task.packing,
+        metrics=config.task.metrics,
+        metrics_examples=config.task.metrics_examples if config.task.metrics else 0,
+        metrics_tokens=config.task.metrics_tokens if config.task.metrics else 0,
     )

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from edgelam_fl.errors import ProtocolError
 from edgelam_fl.plan.modes import host_mode
 from edgelam_fl.plan.reading import unit_positions
+from edgelam_fl.split.answers import greedy_answers
 from edgelam_fl.split.ends import Ends
 from edgelam_fl.split.judging import norm_of
 from edgelam_fl.split.route import Route
@@ -81,6 +83,23 @@ class Driver:
         measured.eval_seconds = time.monotonic() - began
         seconds = round(measured.eval_seconds, 3)
         self.emit(Evaluated(loss_sum=measured.eval_loss_sum, labels=measured.eval_labels, seconds=seconds))
+
+    @torch.no_grad()
+    def answers(self, prompts: Sequence[list[int]], most: int, stop_ids: Collection[int]) -> list[list[int]]:
+        """Returns greedy answers of at most `most` tokens, with the adapter as it is; together with a prompt, task.max_tokens."""
+        began, numbers, positions = time.monotonic(), count(1), unit_positions(self.plan, pb.EVAL)
+
+        def cut(texts: Sequence[Example]) -> list[list[Example]]:
+            return evaluation_batches(texts, positions, self.plan.window)
+
+        def ask(units: list[Unit], task: Task) -> None:
+            ends, number = self.ends.asking(task), next(numbers)
+            self._run(DeviceStep(self.plan, ends, self.route, self.timeline, units, phase=pb.EVAL, number=number))
+
+        longest = self.plan.task.max_tokens
+        found = greedy_answers(prompts, most=most, longest=longest, stop_ids=stop_ids, cut=cut, ask=ask)
+        self.measured.eval_seconds += time.monotonic() - began
+        return found
 
     def train(self, examples: list[Example]) -> None:
         """Makes the plan's optimizer steps; sits out those for which this device has no batch."""

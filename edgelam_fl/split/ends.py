@@ -7,6 +7,7 @@ back needs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 
@@ -48,6 +49,12 @@ class Ends:
         # Noise on gradients hides which positions have labels, and would hide nothing if the device named them.
         by_position = self.has_labels and self._back.span.first == self._back.span.last
         self._names_positions = self._is_split and by_position and not plan.cut.clip
+
+    def asking(self, task: Task) -> Ends:
+        """Returns the same ends before the loss of another task, for micro-batches that are measured and never kept at a host."""
+        other = copy(self)
+        other._task, other.fronts = task, None
+        return other
 
     def forward_front(self, unit: Unit, step: int, number: int, *, training: bool) -> torch.Tensor:
         """Returns the hidden states [rows, tokens, hidden] of a micro-batch for the first host."""

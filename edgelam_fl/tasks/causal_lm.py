@@ -162,6 +162,17 @@ def labelled(labels: Sequence[int]) -> int:
     return sum(label != IGNORED for label in labels[1:])
 
 
+def question(example: Example) -> tuple[list[int], list[int]] | None:
+    """Splits an example into the tokens before its last answer, and those of that answer; None if no token is before it."""
+    labelled_at = [place for place, label in enumerate(example.labels) if label != IGNORED]
+    if not labelled_at:
+        return None
+    first = end = labelled_at[-1] + 1
+    while first and example.labels[first - 1] != IGNORED:
+        first -= 1
+    return (example.ids[:first], example.ids[first:end]) if first else None
+
+
 def make_units(examples: Sequence[Example], pieces: int, packed: int = 0) -> list[Unit]:
     """Cuts a batch into at most `pieces` micro-batches. packed: tokens of the longest row of several examples; 0: none are packed."""
     return [(packed_unit(rows, packed) if packed else None) or _padded_unit(rows) for rows in cut(examples, pieces)]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from edgelam_fl.errors import ConfigError, nearest
 from edgelam_fl.tasks.data import TaskSettings
+from edgelam_fl.tasks.metrics import check_metrics
 
 if TYPE_CHECKING:
     from edgelam_fl.tasks.base import Task
@@ -48,6 +49,17 @@ def check_task(settings: TaskSettings) -> None:
                 f"task.packing = true cannot be combined with task.weighting = {settings.weighting!r}, which takes each row for one "
                 f"example. Allowed: weighting = 'labels', or packing = false"
             )
+        if settings.metrics and settings.loss_on == "all":
+            raise ConfigError(
+                f"task.metrics = {list(settings.metrics)} measures answers, and with task.loss_on = 'all' the whole text is learned, which "
+                f"answers nothing. Allowed: loss_on = 'answer' or 'assistant', or no metrics"
+            )
+        check_metrics(settings.metrics)
+    elif settings.metrics:
+        raise ConfigError(
+            f"task.metrics = {list(settings.metrics)} measures texts as answers, and task.kind = {settings.kind!r} answers with a class, "
+            f"whose accuracy is measured anyway. Allowed: no metrics"
+        )
     elif settings.packing:
         raise ConfigError(
             f"task.packing = true is for task.kind = 'causal-lm', and {settings.kind!r} has one class per row. Allowed: packing = false"

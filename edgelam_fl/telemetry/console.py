@@ -52,7 +52,7 @@ from edgelam_fl.telemetry.events import (
     TextReadable,
 )
 from edgelam_fl.telemetry.human import by_name, human_bytes, human_layers, human_measure, total
-from edgelam_fl.telemetry.summary import measure_of, measured, setting, task_of
+from edgelam_fl.telemetry.summary import mean_metrics, measure_of, measured, setting, task_of
 
 NAMES_SHOWN = 8
 VALUES_SHOWN = 3
@@ -237,7 +237,9 @@ class RunView:
             self._row(host.name).bytes_moved += total((host.bytes_up, host.bytes_down)) or 0
         when = "at its start" if event.steps else "at the end"
         quality = f"; held-out {self._measure} {when}: {_first_of(shown)}" if shown else ""
-        self.say(f"{self._stage} took {event.seconds:.0f} s{quality}")
+        means = mean_metrics(device.metrics for device in event.devices)
+        answers = "".join(f"; {name} {value:.3f}" for name, value in means.items())
+        self.say(f"{self._stage} took {event.seconds:.0f} s{quality}{answers}")
 
     def _on_shares(self, event: RoundShares, _: str) -> None:
         for name, shares in event.nodes.items():

@@ -231,6 +231,7 @@ def summary_table(summary: Summary) -> Table:
     said = [
         *(privacy_in_words(summary.privacy) if summary.privacy is not None else []),
         *counts_in_words(summary.devices),
+        *metrics_in_words(summary),
         *best_in_words(summary),
     ]
     if said:
@@ -326,6 +327,25 @@ def pooled(devices: Iterable[DeviceResult]) -> dict[str, float]:
         return {"accuracy": math.fsum(hits) / sum(labels)}
     losses = [math.log(device.perplexity) if device.perplexity else math.inf for device in found]
     return {"perplexity": math.exp(math.fsum(map(operator.mul, labels, losses)) / sum(labels))}
+
+
+def mean_metrics(each: Iterable[Mapping[str, float | None]]) -> dict[str, float]:
+    """Returns the mean over devices of each measure of answers (task.metrics); those of a classification are not among them."""
+    found: dict[str, list[float]] = {}
+    for metrics in each:
+        for name, value in metrics.items():
+            if value is not None and name != "accuracy":
+                found.setdefault(name, []).append(value)
+    return {name: math.fsum(values) / len(values) for name, values in found.items()}
+
+
+def metrics_in_words(summary: Summary) -> list[str]:
+    """Says how answers were measured before and after, as a mean over devices; one sentence, or none."""
+    before = mean_metrics(device.metrics_before for device in summary.devices)
+    after = mean_metrics(device.metrics_after for device in summary.devices)
+    names = dict.fromkeys((*before, *after))
+    said = [f"{name} {human_number(before.get(name), 3)} -> {human_number(after.get(name), 3)}" for name in names]
+    return [f"answers, mean over devices: {', '.join(said)}"] if said else []
 
 
 def before_and_after(device: DeviceSummary, measure: str) -> tuple[float | None, float | None]:

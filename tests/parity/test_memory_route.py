@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,10 +16,15 @@ from edgelam_fl.errors import ModelError
 from edgelam_fl.model.adapter import Adapter, initial_adapter
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import LoraSettings, Span, Stage, load_stages
+from edgelam_fl.node.answers import evenly
 from edgelam_fl.node.held import Held
 from edgelam_fl.node.part import Part
 from edgelam_fl.node.play import NodeHooks
 from edgelam_fl.plan.making import RoundFacts
+from edgelam_fl.tasks.causal_lm import CausalLm, question
+from edgelam_fl.tasks.data import read_pairs
+from edgelam_fl.tasks.held_out import set_aside
+from edgelam_fl.tasks.metrics import BUILT_IN
 from edgelam_fl.telemetry.events import Event, StepClosed, StepDone, of_kind
 from edgelam_fl.wire import edgelam_pb2 as pb
 from tests.fleet import (
@@ -178,6 +183,38 @@ def test_packed_examples_train_as_in_rows_of_their_own(
         for of in (config, alone)
     ]
     assert sizes[0] < sizes[1]
+
+
+@pytest.mark.parametrize("settings", [["split.hosts=0"], ["split.hosts=2"], ["split.hosts=1", "split.back=0"]])
+def test_greedy_answers_over_a_route_are_those_of_the_whole_model(
+    tiny: ModelSource, data_files: list[Path], settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[tuple[str, str]] = []
+
+    def noted(answer: str, truth: str) -> float:
+        said.append((answer, truth))
+        return 1.0
+
+    monkeypatch.setitem(cast("dict[str, Any]", BUILT_IN), "exact_match", noted)
+    asked = ["task.metrics=exact_match", "task.metrics_examples=3", "task.metrics_tokens=6", "data.held_out=0.3"]
+    config = run_config(tiny.name, *settings, *asked)
+    start = initial_adapter(tiny, config.lora.targets, config.lora.rank, 1)
+    with memory_fleet(tiny, config, data_files[:1]) as fleet:
+        reports = fleet.run(start, 0)
+    check_done(reports)
+    assert dict(reports["device-1"].eval_sums) == {"answers": 3, "answers/exact_match": 3}
+    task, model = CausalLm(tiny.folder, config.task), plain_model(tiny, config, start)
+    _, held_out = set_aside(read_pairs(data_files[0], "question", "answer"), 0.3)
+    expected = []
+    for example, (_, truth) in zip(evenly(task.examples(held_out).examples, 3), evenly(held_out, 3), strict=True):
+        prompt, _ = question(example) or ([], [])
+        whole = model.generate(
+            input_ids=torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
+            max_new_tokens=6, eos_token_id=[*task.stop_ids], pad_token_id=1,
+        )[0, len(prompt) :].tolist()  # fmt: skip
+        text = task.tokenizer.decode([token for token in whole if token not in task.stop_ids], skip_special_tokens=True)
+        expected.append((text.strip(), truth))
+    assert said == expected
 
 
 @pytest.mark.parametrize("hosts", [1, 2])

@@ -45,7 +45,16 @@ from edgelam_fl.model.stage import LoraSettings, Stage, load_stages
 from edgelam_fl.model.weights import read_tensors
 from edgelam_fl.model.whole import load_whole, put_on
 from tests.contract.test_model_folders import fp8
-from tests.parity.test_families import LENGTHS, check_generation, padding, save, through, token_ids, whole_generation
+from tests.parity.test_families import (
+    LENGTHS,
+    check_generation,
+    check_packing,
+    padding,
+    save,
+    through,
+    token_ids,
+    whole_generation,
+)
 from tests.support import byte_tokenizer, run_config
 
 LAYERS, WINDOW, RANK, ALPHA = 4, 8, 4, 8.0

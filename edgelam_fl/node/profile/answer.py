@@ -11,6 +11,7 @@ from functools import cache
 
 import torch
 
+from edgelam_fl.bounds import Bounds
 from edgelam_fl.errors import EnvironmentProblem, Mismatch, ModelError, code_of
 from edgelam_fl.files import cache_folder
 from edgelam_fl.machine import disk_free_bytes, resident_bytes
@@ -23,6 +24,7 @@ from edgelam_fl.node.outward import outward
 from edgelam_fl.node.profile.measure import disk_write_bytes_per_s
 from edgelam_fl.node.server_hub import ServerHub
 from edgelam_fl.tasks.kinds import make_task
+from edgelam_fl.tasks.metrics import load_metrics
 from edgelam_fl.telemetry.events import EmitInJob
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -39,11 +41,12 @@ def answer_profile(
     hub: ServerHub,
     emit: EmitInJob,
     chip: torch.device,
+    bounds: Bounds,
 ) -> pb.Profile:
     """Returns the profile that a request asks for.
 
     `own`: name, role, address and tags. `examples`: None for an edge server. `chip`: what the node computes on, whose speed and
-    memory count. `emit`: hears what a device has read. What keeps the node out of the run, such as a data
+    memory count. `bounds`: modules that metrics of the run's own may come from. `emit`: hears what a device has read. What keeps the node out of the run, such as a data
     file that does not fit or a model that is neither here nor at the hub, becomes its `problem`.
     """
     profile = pb.Profile(
@@ -62,6 +65,7 @@ def answer_profile(
         return profile
     try:
         if examples is not None:
+            load_metrics(request.task.metrics, bounds)
             _count(profile, request, examples, hub, emit)
             profile.memory_available_bytes = chip_free_bytes(chip)  # the examples and what made them stay in memory
         _add_measured(profile, request, hub, chip)
