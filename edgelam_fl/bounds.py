@@ -119,7 +119,9 @@ def check_modules(option: str, names: Sequence[str]) -> None:
     """Raises ConfigError for a value of an option that cannot be the name of a package or a module."""
     for name in names:
         if not _is_module(name):
-            raise ConfigError(f"{option} {name!r} must name a package or a module, as in {option} my_{option.strip('-')}")
+            raise ConfigError(
+                f"{option} {name!r} must name a package or a module, as in {option} my_{option.strip('-')}"
+            )
 
 
 def bounds_of_modules(names: Sequence[str]) -> Bounds:

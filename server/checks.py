@@ -77,7 +77,15 @@ def check_place_of_model(name: str, bounds: Bounds) -> None:
         )
 
 
-_MAY_CHANGE = ("rounds", "min_nodes", "expect_nodes", "evaluate_every", "snapshot_every", "early_stopping_patience", "early_stopping_threshold")
+_MAY_CHANGE = (
+    "rounds",
+    "min_nodes",
+    "expect_nodes",
+    "evaluate_every",
+    "snapshot_every",
+    "early_stopping_patience",
+    "early_stopping_threshold",
+)
 
 
 def check_changes(then: RunConfig, now: RunConfig) -> None:

@@ -296,11 +296,19 @@ class Rounds:
 
     def _stops_early(self, state: FederationState) -> bool:
         """Returns whether the run's patience has ended, and says so."""
-        patience, rounds, best = self.config.federation.early_stopping_patience, self.config.federation.rounds, state.best
+        patience, rounds, best = (
+            self.config.federation.early_stopping_patience,
+            self.config.federation.rounds,
+            state.best,
+        )
         if not patience or best is None or best.in_vain < patience:
             return False
         stopped = StoppedEarly(
-            round=state.round, planned=rounds, evaluations=best.in_vain, best_round=best.round, best_loss=best.finite_loss
+            round=state.round,
+            planned=rounds,
+            evaluations=best.in_vain,
+            best_round=best.round,
+            best_loss=best.finite_loss,
         )
         self.folder.emit(stopped)
         say(f"the run ends early {stopped.words()}")

@@ -225,5 +225,7 @@ def client(
 
     keep_private()
     data, eval_data = (local_data(file) if file else None for file in (data, eval_data))
-    options = NodeOptions(server, data, listen, advertise, threads, tuple(tag), trust, device, eval_data, tuple(metrics))
+    options = NodeOptions(
+        server, data, listen, advertise, threads, tuple(tag), trust, device, eval_data, tuple(metrics)
+    )
     raise typer.Exit(join(console, options, join_text=join_text, name=name, state=state, insecure=insecure, wait=wait))

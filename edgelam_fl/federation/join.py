@@ -70,7 +70,9 @@ def join(
 def _start(console: Console, standing: Standing, *, insecure: bool, wait: bool) -> int:
     options = standing.options
     if options.eval_data is not None and options.data is None:
-        raise ConfigError(f"--eval-data {options.eval_data} is measured by a device, and --data is missing: its examples to learn")
+        raise ConfigError(
+            f"--eval-data {options.eval_data} is measured by a device, and --data is missing: its examples to learn"
+        )
     for file in filter(None, (options.data, options.eval_data)):
         _check_data(console, file)
     if wait:

@@ -14,7 +14,9 @@ from edgelam_fl.tasks.metrics import Metric, sums_of
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 T = TypeVar("T")
-Answer = Callable[[Sequence[list[int]], int, Collection[int]], list[list[int]]]  # prompts, most tokens, stop ids -> answers
+Answer = Callable[
+    [Sequence[list[int]], int, Collection[int]], list[list[int]]
+]  # prompts, most tokens, stop ids -> answers
 
 
 class WritesTexts(Protocol):
@@ -38,7 +40,9 @@ def measured_answers(
     answers = answer([prompt for prompt, _ in asked], settings.metrics_tokens, writes.stop_ids)
 
     def text(ids: Sequence[int]) -> str:
-        return str(writes.tokenizer.decode([i for i in ids if i not in writes.stop_ids], skip_special_tokens=True)).strip()
+        return str(
+            writes.tokenizer.decode([i for i in ids if i not in writes.stop_ids], skip_special_tokens=True)
+        ).strip()
 
     pairs = [(text(said), text(truth)) for said, (_, truth) in zip(answers, asked, strict=True)]
     return sums_of(pairs, metrics)

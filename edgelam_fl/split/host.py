@@ -543,7 +543,9 @@ def check_segments(header: pb.Header, plan: pb.Plan) -> None:
     try:
         segments_of(lengths, header.row_lengths)
     except ValueError as error:
-        raise ProtocolError(f"{len(lengths)} examples do not fill rows of {list(header.row_lengths)[:8]} tokens") from error
+        raise ProtocolError(
+            f"{len(lengths)} examples do not fill rows of {list(header.row_lengths)[:8]} tokens"
+        ) from error
 
 
 def check_labels(frame: Frame, plan: pb.Plan) -> torch.Tensor:

@@ -50,7 +50,9 @@ class Unit:
     labels: torch.Tensor  # [B, T] causal-lm, [B] classification
     row_lengths: list[int]
     count: int  # weight of the micro-batch: labelled tokens, or examples
-    segments: Sequence[Sequence[int]] = ()  # of packed rows: the tokens of each example in a row; empty: a row is one example
+    segments: Sequence[
+        Sequence[int]
+    ] = ()  # of packed rows: the tokens of each example in a row; empty: a row is one example
 
 
 class Task(Protocol):

@@ -57,7 +57,9 @@ def check_metrics(names: Iterable[str]) -> None:
         module, colon, function = name.partition(":")
         if name in BUILT_IN or (colon and all(part.isidentifier() for part in (*module.split("."), function))):
             continue
-        raise ConfigError(f"task.metrics: {name!r} is not known ({nearest(name, BUILT_IN)}), nor package.module:function")
+        raise ConfigError(
+            f"task.metrics: {name!r} is not known ({nearest(name, BUILT_IN)}), nor package.module:function"
+        )
 
 
 def load_metrics(names: Sequence[str], bounds: Bounds) -> dict[str, Metric]:
@@ -79,7 +81,9 @@ def _own(name: str, bounds: Bounds) -> Metric:
     try:
         found = getattr(importlib.import_module(module), function, None)
     except ImportError as error:
-        raise Mismatch(f"task.metrics: {name!r}: the module cannot be imported here ({type(error).__name__})") from error
+        raise Mismatch(
+            f"task.metrics: {name!r}: the module cannot be imported here ({type(error).__name__})"
+        ) from error
     if not callable(found):
         raise Mismatch(f"task.metrics: {name!r}: the module has no such function here")
 

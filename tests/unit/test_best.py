@@ -52,7 +52,11 @@ def test_the_best_of_some_evaluations(losses: list[float], threshold: float, exp
 
 
 def test_a_loss_is_a_mean_over_labels_not_over_devices() -> None:
-    reports = [pb.JobReport(eval_loss_sum=6.0, eval_labels=1), pb.JobReport(eval_loss_sum=6.0, eval_labels=5), pb.JobReport()]
+    reports = [
+        pb.JobReport(eval_loss_sum=6.0, eval_labels=1),
+        pb.JobReport(eval_loss_sum=6.0, eval_labels=5),
+        pb.JobReport(),
+    ]
     assert held_out_loss(reports) == 2.0
     assert held_out_loss([pb.JobReport()]) is None
 
@@ -69,7 +73,9 @@ def test_a_run_ends_when_its_patience_does_and_its_result_is_the_best_adapter(fe
     events = list(read_events(run.folder.emit.path))
     summary = build_summary(events)
     assert summary.best_round == 2
-    assert {device.perplexity_after for device in summary.devices} == {math.exp(1.0)}, "of the adapter that is the result"
+    assert {device.perplexity_after for device in summary.devices} == {math.exp(1.0)}, (
+        "of the adapter that is the result"
+    )
     told = [f"{what} {why}" for _, what, _, why in incidents(events)]
     assert told == [
         "the run ended early after round 5 of 6, as 2 evaluations in a row gave no lower held-out loss than 1.0000, after round 2",
@@ -77,7 +83,9 @@ def test_a_run_ends_when_its_patience_does_and_its_result_is_the_best_adapter(fe
     ]
 
 
-def test_without_the_settings_all_rounds_are_made_and_the_last_adapter_is_the_result(federation: MakeFederation) -> None:
+def test_without_the_settings_all_rounds_are_made_and_the_last_adapter_is_the_result(
+    federation: MakeFederation,
+) -> None:
     run = with_losses(federation("ab", "e", "federation.rounds=3"), [1.0, 2.0])
     assert moves(run.run(), run.start)[0] == 3
     assert not run.events("stopped_early") + run.events("best_taken")

@@ -60,9 +60,18 @@ CLASSES = ["task.kind=classification", "task.classes=['yes', 'no']"]
         [*LOWRANK, "strategy.aggregation=flora"],
         ["federation.deadline=predicted", "federation.deadline_factor=3", "strategy.aggregation=flora"],
         ["federation.late=next", "federation.enough_nodes=2", "split.hosts=0", "strategy.aggregation=fedprox"],
-        ["task.metrics=['exact_match', 'rouge_l', 'my.own:measure']", "task.metrics_tokens=9", "wire.front_cache_mb=9", "lora.train=back"],
+        [
+            "task.metrics=['exact_match', 'rouge_l', 'my.own:measure']",
+            "task.metrics_tokens=9",
+            "wire.front_cache_mb=9",
+            "lora.train=back",
+        ],
         ["task.packing=true", "optimizer.gradient_accumulation_steps=4", "split.labels=last-stage", "split.back=0"],
-        ["federation.early_stopping_patience=2", "federation.early_stopping_threshold=0.01", "federation.load_best=true"],
+        [
+            "federation.early_stopping_patience=2",
+            "federation.early_stopping_threshold=0.01",
+            "federation.load_best=true",
+        ],
     ],
 )
 def test_settings_that_can_be_combined(tiny: ModelSource, overrides: list[str]) -> None:
@@ -288,10 +297,16 @@ def test_settings_that_can_be_combined(tiny: ModelSource, overrides: list[str]) 
             [*LOWRANK, "split.backs={'a'=1}"],
             "cannot be combined with split.backs = {'a': 1}: .* Allowed: split.back alone",
         ),
-        (["task.metrics=bleu"], r"task.metrics: 'bleu' is not known \(known: exact_match, rouge_l\), nor package.module"),
+        (
+            ["task.metrics=bleu"],
+            r"task.metrics: 'bleu' is not known \(known: exact_match, rouge_l\), nor package.module",
+        ),
         (["task.metrics=rouge"], "did you mean 'rouge_l'"),
         (["task.metrics=a b:f"], "is not known"),
-        (["task.metrics=exact_match", "task.loss_on=all"], "measures answers, and with task.loss_on = 'all' .* no metrics"),
+        (
+            ["task.metrics=exact_match", "task.loss_on=all"],
+            "measures answers, and with task.loss_on = 'all' .* no metrics",
+        ),
         (
             ["task.metrics=exact_match", "split.labels=last-stage", "split.back=0"],
             "metrics = .* cannot be combined with split.labels = 'last-stage': .* Allowed: split.labels = 'device', or",

@@ -66,19 +66,27 @@ def test_a_metric_of_ones_own_comes_from_a_module_that_the_nodes_operator_allows
 ) -> None:
     (tmp_path / "own_measures.py").write_text(OWN)
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(Mismatch, match=r"'own_measures:starts_alike' is not imported here.*--metrics own_measures` does"):
+    with pytest.raises(
+        Mismatch, match=r"'own_measures:starts_alike' is not imported here.*--metrics own_measures` does"
+    ):
         load_metrics(["own_measures:starts_alike"], Bounds())
     with pytest.raises(Mismatch, match="is not imported here"):
         load_metrics(["os:getenv"], bounds_of_modules(["own_measures"]))
     for allowed in ("own_measures", str(tmp_path)):
         found = load_metrics(["own_measures:starts_alike", "exact_match"], bounds_of_modules([allowed]))
-        assert means_of(sums_of([("ab", "ac"), ("b", "a")], found)) == {"own_measures:starts_alike": 0.5, "exact_match": 0}
+        assert means_of(sums_of([("ab", "ac"), ("b", "a")], found)) == {
+            "own_measures:starts_alike": 0.5,
+            "exact_match": 0,
+        }
     allowed_here = bounds_of_modules(["own_measures", "no_such_module"])
     with pytest.raises(Mismatch, match="has no such function here"):
         load_metrics(["own_measures:nothing"], allowed_here)
     with pytest.raises(Mismatch, match="cannot be imported here"):
         load_metrics(["no_such_module:f"], allowed_here)
-    for name, words in (("negative", "returned -1.0; allowed: numbers of at least 0"), ("broken", "failed on an answer: KeyError")):
+    for name, words in (
+        ("negative", "returned -1.0; allowed: numbers of at least 0"),
+        ("broken", "failed on an answer: KeyError"),
+    ):
         (metric,) = load_metrics([f"own_measures:{name}"], allowed_here).values()
         with pytest.raises(ConfigError, match=words) as caught:
             metric("a", "PRIVATE")
@@ -87,7 +95,9 @@ def test_a_metric_of_ones_own_comes_from_a_module_that_the_nodes_operator_allows
 
 def test_an_option_must_name_a_module() -> None:
     check_modules("--metrics", ["mine", "my.own"])
-    with pytest.raises(ConfigError, match="--metrics 'a/b' must name a package or a module, as in --metrics my_metrics"):
+    with pytest.raises(
+        ConfigError, match="--metrics 'a/b' must name a package or a module, as in --metrics my_metrics"
+    ):
         check_modules("--metrics", ["a/b"])
 
 

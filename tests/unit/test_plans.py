@@ -174,7 +174,11 @@ def test_accumulated_batches_are_a_larger_step_of_the_same_micro_batches(tiny: M
     """An epoch has fewer steps then, and a host needs memory for no larger micro-batch."""
     found = []
     for batches in (1, 3):
-        settings = [f"optimizer.gradient_accumulation_steps={batches}", "federation.batch_size=4", "split.micro_batches=2"]
+        settings = [
+            f"optimizer.gradient_accumulation_steps={batches}",
+            "federation.batch_size=4",
+            "split.micro_batches=2",
+        ]
         config = run_config("x", *settings, "federation.epochs=2")
         plan = plans_of(config, tiny, device("a"), edge("e"))["a"]
         found.append((plan.batch_size, plan.micro_batches, unit_rows(plan), own_steps(config, 31)))

@@ -12,7 +12,6 @@ from typing import NamedTuple
 from edgelam_fl.telemetry.events.base import DataCounts, Event
 
 
-
 def _loss(value: float | None) -> str:
     return "none that is finite" if value is None else f"{value:.4f}"
 
@@ -620,9 +619,7 @@ class StoppedEarly(Event):
         """Returns when and why the run ends, as the end of a sentence."""
         times = "1 evaluation" if self.evaluations == 1 else f"{self.evaluations} evaluations in a row"
         made = f"after round {self.best_round}" if self.best_round else "at the start"
-        return (
-            f"after round {self.round} of {self.planned}, as {times} gave no lower held-out loss than {_loss(self.best_loss)}, {made}"
-        )
+        return f"after round {self.round} of {self.planned}, as {times} gave no lower held-out loss than {_loss(self.best_loss)}, {made}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -638,7 +635,9 @@ class BestTaken(Event):
 
     def words(self) -> str:
         """Returns the event as a part of a sentence: which adapter it is."""
-        made = f"that after round {self.round} of {self.last_round}" if self.round else "the one that the run started from"
+        made = (
+            f"that after round {self.round} of {self.last_round}" if self.round else "the one that the run started from"
+        )
         return f"{made}, with the lowest held-out loss: {_loss(self.loss)}"
 
 
