@@ -148,7 +148,13 @@ def _local_nodes(
     listen = "127.0.0.1:0" if devices_host else ""
     devices = [
         NodeProcesses(
-            f"device-{n}", server, folder / "nodes" / f"device-{n}", file, listen, threads=threads, forked=True,
+            f"device-{n}",
+            server,
+            folder / "nodes" / f"device-{n}",
+            file,
+            listen,
+            threads=threads,
+            forked=True,
             metrics=[str(Path.cwd())],
         )
         for n, file in enumerate(data, 1)

@@ -68,7 +68,7 @@ class DeviceSummary(DataCounts):
     perplexity_before: float | None
     """Held-out perplexity of the adapter that round 1 started from; null for a device that came later."""
     metrics_before: Mapping[str, float | None]
-    """Other held-out measures at the same time, as "accuracy"; empty if the task has none."""
+    """Other held-out measures at the same time: "accuracy", or the means of task.metrics; empty if there are none."""
     perplexity_after: float | None
     """Held-out perplexity at the last round_done, which is the evaluation after the last round if the run ended; with
     federation.load_best of the adapter that is the result. Null for a device that was not in it, and while there is only one

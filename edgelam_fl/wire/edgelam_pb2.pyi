@@ -106,7 +106,7 @@ class Tensor(_message.Message):
     def __init__(self, dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., codec: _Optional[str] = ..., total_bytes: _Optional[int] = ..., chunk: _Optional[int] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class Header(_message.Message):
-    __slots__ = ("kind", "optional", "last_chunk", "job_token", "phase", "step", "micro_batch", "device_index", "tensor", "send_ns", "row_lengths", "loss_sum", "sums", "ack", "positions", "row_names", "kept_rows", "hello", "ready", "not_ready", "refuse", "table", "table_all", "step_close", "done", "cancel", "error", "progress", "step_ready", "step_apply", "kv_step", "kv_drop")
+    __slots__ = ("kind", "optional", "last_chunk", "job_token", "phase", "step", "micro_batch", "device_index", "tensor", "send_ns", "row_lengths", "loss_sum", "sums", "ack", "positions", "row_names", "kept_rows", "segment_lengths", "hello", "ready", "not_ready", "refuse", "table", "table_all", "step_close", "done", "cancel", "error", "progress", "step_ready", "step_apply", "kv_step", "kv_drop")
     class SumsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -131,6 +131,7 @@ class Header(_message.Message):
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
     ROW_NAMES_FIELD_NUMBER: _ClassVar[int]
     KEPT_ROWS_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_LENGTHS_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     NOT_READY_FIELD_NUMBER: _ClassVar[int]
@@ -163,6 +164,7 @@ class Header(_message.Message):
     positions: _containers.RepeatedScalarFieldContainer[int]
     row_names: _containers.RepeatedScalarFieldContainer[bytes]
     kept_rows: _containers.RepeatedScalarFieldContainer[int]
+    segment_lengths: _containers.RepeatedScalarFieldContainer[int]
     hello: Hello
     ready: Ready
     not_ready: NotReady
@@ -178,7 +180,7 @@ class Header(_message.Message):
     step_apply: StepApply
     kv_step: KvStep
     kv_drop: KvDrop
-    def __init__(self, kind: _Optional[_Union[Kind, str]] = ..., optional: _Optional[bool] = ..., last_chunk: _Optional[bool] = ..., job_token: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., device_index: _Optional[int] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., send_ns: _Optional[int] = ..., row_lengths: _Optional[_Iterable[int]] = ..., loss_sum: _Optional[float] = ..., sums: _Optional[_Mapping[str, float]] = ..., ack: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ..., row_names: _Optional[_Iterable[bytes]] = ..., kept_rows: _Optional[_Iterable[int]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., not_ready: _Optional[_Union[NotReady, _Mapping]] = ..., refuse: _Optional[_Union[Refuse, _Mapping]] = ..., table: _Optional[_Union[Table, _Mapping]] = ..., table_all: _Optional[_Union[TableAll, _Mapping]] = ..., step_close: _Optional[_Union[StepClose, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., step_ready: _Optional[_Union[StepReady, _Mapping]] = ..., step_apply: _Optional[_Union[StepApply, _Mapping]] = ..., kv_step: _Optional[_Union[KvStep, _Mapping]] = ..., kv_drop: _Optional[_Union[KvDrop, _Mapping]] = ...) -> None: ...
+    def __init__(self, kind: _Optional[_Union[Kind, str]] = ..., optional: _Optional[bool] = ..., last_chunk: _Optional[bool] = ..., job_token: _Optional[int] = ..., phase: _Optional[_Union[Phase, str]] = ..., step: _Optional[int] = ..., micro_batch: _Optional[int] = ..., device_index: _Optional[int] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., send_ns: _Optional[int] = ..., row_lengths: _Optional[_Iterable[int]] = ..., loss_sum: _Optional[float] = ..., sums: _Optional[_Mapping[str, float]] = ..., ack: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ..., row_names: _Optional[_Iterable[bytes]] = ..., kept_rows: _Optional[_Iterable[int]] = ..., segment_lengths: _Optional[_Iterable[int]] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., ready: _Optional[_Union[Ready, _Mapping]] = ..., not_ready: _Optional[_Union[NotReady, _Mapping]] = ..., refuse: _Optional[_Union[Refuse, _Mapping]] = ..., table: _Optional[_Union[Table, _Mapping]] = ..., table_all: _Optional[_Union[TableAll, _Mapping]] = ..., step_close: _Optional[_Union[StepClose, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., error: _Optional[_Union[Error, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., step_ready: _Optional[_Union[StepReady, _Mapping]] = ..., step_apply: _Optional[_Union[StepApply, _Mapping]] = ..., kv_step: _Optional[_Union[KvStep, _Mapping]] = ..., kv_drop: _Optional[_Union[KvDrop, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("version", "job", "node", "device_index", "link", "route_token", "model_digest", "window", "codecs", "session", "resumes", "received")
@@ -469,7 +471,7 @@ class Optimizer(_message.Message):
     def __init__(self, name: _Optional[str] = ..., step_offset: _Optional[int] = ..., lrs: _Optional[_Iterable[float]] = ..., clip: _Optional[str] = ..., max_norm: _Optional[float] = ..., keep: _Optional[str] = ..., weight_decay: _Optional[float] = ..., betas: _Optional[_Iterable[float]] = ..., eps: _Optional[float] = ..., momentum: _Optional[float] = ...) -> None: ...
 
 class TaskSettings(_message.Message):
-    __slots__ = ("kind", "max_tokens", "template", "loss_on", "prompt_field", "answer_field", "held_out", "classes", "weighting", "too_long", "bad_lines", "more_prompt_fields", "label_smoothing", "evaluate_examples")
+    __slots__ = ("kind", "max_tokens", "template", "loss_on", "prompt_field", "answer_field", "held_out", "classes", "weighting", "too_long", "bad_lines", "more_prompt_fields", "label_smoothing", "evaluate_examples", "packing", "metrics", "metrics_examples", "metrics_tokens")
     KIND_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TEMPLATE_FIELD_NUMBER: _ClassVar[int]
@@ -484,6 +486,10 @@ class TaskSettings(_message.Message):
     MORE_PROMPT_FIELDS_FIELD_NUMBER: _ClassVar[int]
     LABEL_SMOOTHING_FIELD_NUMBER: _ClassVar[int]
     EVALUATE_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    PACKING_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    METRICS_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    METRICS_TOKENS_FIELD_NUMBER: _ClassVar[int]
     kind: str
     max_tokens: int
     template: str
@@ -498,7 +504,11 @@ class TaskSettings(_message.Message):
     more_prompt_fields: _containers.RepeatedScalarFieldContainer[str]
     label_smoothing: float
     evaluate_examples: int
-    def __init__(self, kind: _Optional[str] = ..., max_tokens: _Optional[int] = ..., template: _Optional[str] = ..., loss_on: _Optional[str] = ..., prompt_field: _Optional[str] = ..., answer_field: _Optional[str] = ..., held_out: _Optional[float] = ..., classes: _Optional[_Iterable[str]] = ..., weighting: _Optional[str] = ..., too_long: _Optional[str] = ..., bad_lines: _Optional[str] = ..., more_prompt_fields: _Optional[_Iterable[str]] = ..., label_smoothing: _Optional[float] = ..., evaluate_examples: _Optional[int] = ...) -> None: ...
+    packing: bool
+    metrics: _containers.RepeatedScalarFieldContainer[str]
+    metrics_examples: int
+    metrics_tokens: int
+    def __init__(self, kind: _Optional[str] = ..., max_tokens: _Optional[int] = ..., template: _Optional[str] = ..., loss_on: _Optional[str] = ..., prompt_field: _Optional[str] = ..., answer_field: _Optional[str] = ..., held_out: _Optional[float] = ..., classes: _Optional[_Iterable[str]] = ..., weighting: _Optional[str] = ..., too_long: _Optional[str] = ..., bad_lines: _Optional[str] = ..., more_prompt_fields: _Optional[_Iterable[str]] = ..., label_smoothing: _Optional[float] = ..., evaluate_examples: _Optional[int] = ..., packing: _Optional[bool] = ..., metrics: _Optional[_Iterable[str]] = ..., metrics_examples: _Optional[int] = ..., metrics_tokens: _Optional[int] = ...) -> None: ...
 
 class Deadlines(_message.Message):
     __slots__ = ("ready_s", "step_s", "round_s", "silent_s", "reconnect_s")

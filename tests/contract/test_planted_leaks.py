@@ -27,7 +27,7 @@ OF_EVERY_FRAME = {"kind", "job_token", "seq", "send_ns", "last_chunk"}
 OF_A_MICRO_BATCH = {"phase", "step", "micro_batch", "device_index"}
 LISTED = {  # what docs/protocol.md names for the kinds that a device sends in a training
     pb.TABLE: {"device_index", "phase", "table"},
-    pb.ACT: {*OF_A_MICRO_BATCH, "row_lengths", "tensor", "positions", "row_names", "kept_rows"},
+    pb.ACT: {*OF_A_MICRO_BATCH, "row_lengths", "tensor", "positions", "row_names", "kept_rows", "segment_lengths"},
     pb.GRAD: {*OF_A_MICRO_BATCH, "tensor"},
     pb.DONE: {"device_index", "done"},
 }

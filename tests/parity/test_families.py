@@ -210,7 +210,9 @@ def check_packing(stages: list[Stage], whole: Any) -> None:
     positions = torch.tensor([row, [*range(9), *[0] * (LENGTHS[0] - 9)]])
     got = through(stages, ids, lengths, segments=segments)
     assert torch.equal(got, whole(input_ids=ids, position_ids=positions, use_cache=False).logits)
-    assert torch.equal(got[0, :first], through(stages, other, lengths, segments=segments)[0, :first])
+    beside = through(stages, other, lengths, segments=segments)
+    # Not to the bit: experts compute the tokens that they get together, and round unlike beside others.
+    torch.testing.assert_close(got[0, :first], beside[0, :first], rtol=1e-5, atol=1e-5)
     for begin, length in ((0, first), (first, second)):
         alone = through(stages, ids[:1, begin : begin + length], [length])
         torch.testing.assert_close(got[:1, begin : begin + length], alone, rtol=1e-4, atol=1e-4)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from edgelam_fl.errors import ConfigError
+from edgelam_fl.errors import ConfigError, RunFailed
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.telemetry.events import read_events
 from edgelam_fl.telemetry.report.incidents import incidents
@@ -113,10 +113,12 @@ def test_a_run_that_goes_on_knows_what_was_best(federation: MakeFederation) -> N
     losses = [3.0, 1.0, 2.0, 2.0]
     settings = (*PATIENT, "federation.load_best=true")
     stopped, other = (with_losses(federation("ab", "e", *settings), losses) for _ in range(2))
-    stopped.nodes["e"].fails = lambda plan: "no memory" if plan.round == 3 else ""
-    with pytest.raises(Exception, match="round 3 failed"):
+    for node in stopped.nodes.values():
+        node.fails = lambda plan: "no memory" if plan.round == 3 else ""
+    with pytest.raises(RunFailed, match="round 3 failed"):
         stopped.run()
-    stopped.nodes["e"].fails = lambda plan: ""
+    for node in stopped.nodes.values():
+        node.fails = lambda plan: ""
     other.go_on(stopped)
     other.run()
     assert (other.events("stopped_early")[0]["round"], other.events("best_taken")[0]["round"]) == (4, 1)

@@ -65,7 +65,7 @@ def test_what_is_not_used_of_a_devices_data_is_said_once_when_it_joins() -> None
     for text in (
         "device-1: 12 of 500 examples were cut (task.max_tokens = 96)\n",
         "device-1: nothing is learned from 1 field of the data (data.fields)\n",
-        "device-1: no example is held out, so nothing is measured there (data.held_out)\n",
+        "device-1: no example is held out, so nothing is measured there (data.held_out, --eval-data)\n",
         "device-1: fields that nothing is learned from: source\n",
     ):
         assert said.count(text) == 1
@@ -82,6 +82,29 @@ def test_a_device_in_no_round_and_one_with_less_than_a_batch_are_said_once() -> 
     text = "512 examples are fewer than federation.batch_size = 600, so that a step learns some of them more than once"
     assert said.count(f"device-1: {text}\n") == 1
     assert f"edge-1: {text}" not in said
+
+
+def test_a_run_that_ends_early_says_why_and_which_adapter_is_its_result() -> None:
+    events = [
+        *a_run(),
+        {"event": "stopped_early", "round": 5, "planned": 9, "evaluations": 1, "best_round": 0, "best_loss": None},
+        {"event": "best_taken", "round": 2, "loss": 1.23456, "last_round": 5},
+    ]
+    said, _ = watch(events)
+    assert (
+        "the run ends early after round 5 of 9, as 1 evaluation gave no lower held-out loss than none that is finite, at the start\n"
+    ) in said
+    assert "the result is that after round 2 of 5, with the lowest held-out loss: 1.2346\n" in said
+
+
+def test_measures_of_answers_are_said_as_a_mean_over_devices() -> None:
+    events = a_run()
+    (first, *_) = (event for event in events if event["event"] == "round_done")
+    for number, device in enumerate(first["devices"]):
+        device["metrics"] = {"exact_match": 0.25 * number}
+    mean = 0.25 * (len(first["devices"]) - 1) / 2
+    said, _ = watch(events)
+    assert f"; exact_match {mean:.3f}\n" in said
 
 
 def test_a_round_without_devices_says_so() -> None:

@@ -150,7 +150,9 @@ def test_a_few_that_are_cut_are_no_warning() -> None:
         "5 of 100 examples were cut (task.max_tokens = 96)",
         "WARNING: 6 of 100 examples were left out as too long (task.max_tokens = 96); raise task.max_tokens, or shorten them",
     )
-    assert DataCounts().in_words(1, 0) == ("no example is held out, so nothing is measured there (data.held_out)",)
+    assert DataCounts().in_words(1, 0) == (
+        "no example is held out, so nothing is measured there (data.held_out, --eval-data)",
+    )
 
 
 def read_all(*files: Path) -> Any:

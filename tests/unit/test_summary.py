@@ -326,3 +326,25 @@ def test_small_helpers() -> None:
     assert (human_layers([2, 28]), human_layers([2, 3])) == ("layers 2-27", "layer 2")
     assert human_layers(None) == "no layers yet"
     assert sorted(["d-10", "d-9", "edge", "d-1"], key=by_name) == ["d-1", "d-9", "d-10", "edge"]
+
+
+def test_answers_are_summed_up_before_and_after() -> None:
+    lines = a_run()
+    for line in lines:
+        for device in line.get("devices", []):
+            device["metrics"] = {"exact_match": 0.5 if line["round"] == 3 else 0.125, "rouge_l": None}
+    console = Console(file=io.StringIO(), width=100)
+    console.print(summary_table(summary_of(lines)))
+    assert "answers, mean over devices: exact_match 0.125 -> 0.500" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_result_that_is_not_the_last_adapter_has_the_measures_of_its_own_round() -> None:
+    taken = {"event": "best_taken", "time": 103.5, "round": 1, "loss": 3.4, "last_round": 2}
+    found = summary_of([*a_run()[:-1], taken, a_run()[-1]])
+    assert (found.best_round, found.devices[0].perplexity_after) == (1, 30.0)
+    console = Console(file=io.StringIO(), width=100)
+    console.print(summary_table(found))
+    said = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    assert "result: of 3 adapters that after round 1, which had the lowest held-out loss" in said
+    went_on = summary_of([*a_run()[:-1], taken, {"event": "run_resumed", "time": 104.0, "round": 2}])
+    assert (went_on.best_round, went_on.devices[0].perplexity_after) == (None, 15.5)

@@ -443,7 +443,8 @@ class DeviceResult(NodeResult, DataCounts):
     perplexity: float | None
     """Held-out perplexity of the adapter that the round started from; None if it was not measured or overflowed."""
     metrics: Mapping[str, float | None]
-    """Other held-out measures of the same adapter, as "accuracy" in [0, 1]; empty if the task has none."""
+    """Other held-out measures of the same adapter: "accuracy" in [0, 1] of a classification, or the means of task.metrics over its
+    answers; empty if there are none."""
     tokens: int | None
     """Tokens that it trained on."""
     train_seconds: float | None
