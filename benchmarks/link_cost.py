@@ -1,12 +1,14 @@
 """Compares the product's link over gRPC with a plain TCP socket: two processes on this machine, tensors one way and round trips.
 
-Messages of 1 MiB one way, then round trips of 64 KiB, in turns; the work is of both processes. A half of a link's rate and ten times a
+Messages of 1 MiB one way, eight of them under way, then round trips of 64 KiB, in turns; the work is of both processes. A half of a link's rate and ten times a
 round trip sound like much; at 20 Mbit/s a tensor of 1 MiB takes 420 ms, of which the link's work is a hundredth. --smoke: a few messages.
 """
 
 from __future__ import annotations
 
+import os
 import socket
+import sys
 import threading
 from contextlib import ExitStack
 from functools import partial
@@ -25,7 +27,8 @@ from edgelam_fl.wire.grpc.serve import DataPlaneServer
 from edgelam_fl.wire.link import Frame, Link
 from edgelam_fl.wire.terms import link_terms
 
-BIG, SMALL, HIDDEN = 1 << 20, 64 << 10, 512
+BIG, SMALL, TINY, HIDDEN = 1 << 20, 64 << 10, 2 << 10, 512
+WINDOW = 8  # messages under way; a link gives up an end that leaves many unread
 TURNS, MESSAGES, TRIPS = 5, 100, 200
 WAYS = {"grpc one way": 0, "grpc round trips": 1, "tcp one way": 2, "tcp round trips": 3}
 READY_S, SILENT_S = 60.0, 60.0
@@ -72,7 +75,7 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
 
 
 def receiver(messages: int, trips: int) -> tuple[Trains, tuple[int, int]]:
-    """Takes messages, answers the last of those one way and each of the others. Says the ports of gRPC and TCP."""
+    """Takes messages, answers each: those one way with a tiny one. Says the ports of gRPC and TCP."""
     torch.set_num_threads(1)
     through, count = threading.Semaphore(0), 0
 
@@ -81,15 +84,14 @@ def receiver(messages: int, trips: int) -> tuple[Trains, tuple[int, int]]:
         if frame.header.kind != pb.ACT:
             return
         count += 1
-        is_last = count == (messages if frame.header.step == 0 else trips)
-        if frame.header.step == 1 or is_last:
-            link.send(pb.Header(kind=pb.ACT, phase=pb.TRAIN, step=frame.header.step), _tensor(SMALL))
-        if is_last:
+        answer = _tensor(TINY if frame.header.step == 0 else SMALL)
+        link.send(pb.Header(kind=pb.ACT, phase=pb.TRAIN, step=frame.header.step), answer)
+        if count == (messages if frame.header.step == 0 else trips):
             count = 0
             through.release()
 
     def admit(hello: pb.Hello, link: Link) -> pb.Ready:
-        ready = pb.Ready(version=PROTOCOL_VERSION, window=1, activation_codec="raw", gradient_codec="raw", job_token=1)
+        ready = pb.Ready(version=PROTOCOL_VERSION, window=WINDOW, activation_codec="raw", gradient_codec="raw", job_token=1)
         link.open(_terms(heard)(hello.node, ByteCounters(), ready))
         return ready
 
@@ -125,7 +127,7 @@ def sender(port: int, tcp_port: int, messages: int, trips: int) -> tuple[Trains,
         if frame.header.kind == pb.ACT:
             answers.release()
 
-    hello = pb.Hello(version=PROTOCOL_VERSION, job="link", node="device", link=pb.ENTRY, window=1, codecs=["raw"])
+    hello = pb.Hello(version=PROTOCOL_VERSION, job="link", node="device", link=pb.ENTRY, window=WINDOW, codecs=["raw"])
     link = dial("host", f"127.0.0.1:{port}", "entry", hello, ByteCounters(), _terms(heard), READY_S)
     peer = socket.create_connection(("127.0.0.1", tcp_port))
     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -133,9 +135,12 @@ def sender(port: int, tcp_port: int, messages: int, trips: int) -> tuple[Trains,
 
     def trains(number: int) -> int:
         if number == 0:
-            for _ in range(messages):
+            for ahead in range(messages):
+                if ahead >= WINDOW:
+                    answers.acquire()
                 link.send(pb.Header(kind=pb.ACT, phase=pb.TRAIN, step=0), big)
-            answers.acquire()
+            for _ in range(min(WINDOW, messages)):
+                answers.acquire()
         elif number == 1:
             for _ in range(trips):
                 link.send(pb.Header(kind=pb.ACT, phase=pb.TRAIN, step=1), small)
@@ -154,11 +159,13 @@ def sender(port: int, tcp_port: int, messages: int, trips: int) -> tuple[Trains,
 
 
 def _terms(heard: Any) -> Any:
-    return partial(link_terms, most_bytes=BIG, silent_s=SILENT_S, on_frame=heard, on_lost=_ignore)
+    return partial(link_terms, most_bytes=BIG, silent_s=SILENT_S, on_frame=heard, on_lost=_give_up)
 
 
-def _ignore(link: Link, reason: str) -> None:
-    """Does nothing: a lost link ends the benchmark."""
+def _give_up(link: Link, reason: str) -> None:
+    """Ends the process: without its link it would wait for ever."""
+    print(f"the link is lost: {reason}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def _tensor(size: int) -> torch.Tensor:
@@ -177,4 +184,6 @@ def _exactly(peer: socket.socket, count: int) -> bytearray:
 
 
 if __name__ == "__main__":
-    main("link_cost", measure)
+    from benchmarks import link_cost  # by the name under which the processes that it starts find its functions
+
+    main("link_cost", link_cost.measure)
