@@ -12,10 +12,12 @@ from pathlib import Path
 from edgelam_fl.bounds import DEFAULT_BOUNDS, Bounds
 from edgelam_fl.config import FederationSection, OptimizerSection, RunConfig, TaskSection
 from edgelam_fl.errors import ConfigError
-from edgelam_fl.model.adapter import target_modules
+from edgelam_fl.model.adapter import adapter_shapes, target_modules
 from edgelam_fl.model.families import most_dropout
 from edgelam_fl.model.generation import check_answers
+from edgelam_fl.model.index import layer_number
 from edgelam_fl.model.limits import check_limits
+from edgelam_fl.model.lora import matches
 from edgelam_fl.model.source import BUILT_IN as MODELS
 from edgelam_fl.model.source import find_model
 from edgelam_fl.plan.fronts import check_trust, with_auto_front
@@ -52,6 +54,7 @@ def check_config(config: RunConfig, bounds: Bounds = DEFAULT_BOUNDS, *, elsewher
     check_answered(config)
     aggregation = loaded["aggregation"].capabilities if "aggregation" in loaded else Capabilities()
     check_aggregation(config, aggregation)
+    check_dora(config, aggregation)
     check_late_updates(config, aggregation)
     check_cut_defence(config, aggregation)
     check_place_of_model(config.model.name, bounds)
@@ -62,6 +65,8 @@ def check_config(config: RunConfig, bounds: Bounds = DEFAULT_BOUNDS, *, elsewher
     check_dropout(spec)
     check_cuts(spec)
     check_ranks(spec)
+    check_patterns(spec)
+    check_something_learns(spec)
     check_carry(spec, aggregation)
     check_trust(spec.config, source.leakage_key)
     return spec
@@ -396,6 +401,16 @@ def check_aggregation(config: RunConfig, aggregation: Capabilities) -> None:
         )
 
 
+def check_dora(config: RunConfig, aggregation: Capabilities) -> None:
+    """Raises ConfigError for an aggregation whose promise does not hold with DoRA's magnitudes."""
+    if config.lora.use_dora and aggregation.factors_alone:
+        raise ConfigError(
+            f"lora.use_dora = true cannot be combined with strategy.aggregation = {config.strategy.aggregation!r}, which is about the "
+            f"products B A of LoRA alone; with DoRA a matrix has a magnitude besides. Allowed: rules that take each tensor's mean or "
+            f"median, such as 'fedavg', 'fedprox', 'fedadam' or 'fedmedian', or use_dora = false"
+        )
+
+
 def check_cut_defence(config: RunConfig, aggregation: Capabilities) -> None:
     """Raises ConfigError for a defence at the cut that would defend nothing, or that the other settings undo."""
     privacy, split, lora = config.privacy, config.split, config.lora
@@ -528,7 +543,7 @@ def check_ranks(spec: RunSpec) -> None:
             f"lora.rank = {lora.rank} must be at most {source.hidden_size} with wire.gradients = 'lowrank': the width of {source.name}'s "
             f"hidden states, whose gradient has no more numbers"
         )
-    shapes = target_modules(source, lora.targets).values()
+    shapes = target_modules(source, lora.targets, lora.layers_to_transform).values()
     most = min(min(shape) for shape in shapes)
     why = f"the smallest width of the modules in lora.targets ({source.name})"
     _check_values("lora.ranks", lora.ranks, 1, most, why)
@@ -536,11 +551,59 @@ def check_ranks(spec: RunSpec) -> None:
         raise ConfigError(f"lora.rank = {lora.rank} must be at most {most}, {why}")
 
 
+def check_patterns(spec: RunSpec) -> None:
+    """Raises ConfigError for a key of a pattern that matches no module with an adapter, or a rank that a matched one cannot have."""
+    lora, source = spec.config.lora, spec.source
+    if lora.rank_pattern and lora.ranks:
+        raise ConfigError(
+            "lora.rank_pattern cannot be combined with lora.ranks: one gives a module its rank on all nodes, the other a node its rank "
+            "in all modules. Allowed: either of them; lora.alpha_pattern goes with both"
+        )
+    modules = target_modules(source, lora.targets, lora.layers_to_transform)
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(lora, key):
+            if not any(matches(pattern, module) for module in modules):
+                example = next(iter(modules))
+                raise ConfigError(
+                    f"lora.{key}: {pattern!r} matches no module that gets an adapter. Allowed: the end of a name, such as "
+                    f"{example.rsplit('.', 1)[-1]!r} or {example!r}, or a regular expression for it"
+                )
+    for terms in spec.kind.own:
+        for module in terms.modules:
+            if terms.rank > (most := min(modules[module])):
+                raise ConfigError(
+                    f"lora.rank_pattern gives {module} the rank {terms.rank}; allowed: 1 to {most}, its smallest width"
+                )
+
+
+def check_something_learns(spec: RunSpec) -> None:
+    """Raises ConfigError for a module that cannot learn as a whole, and if nothing that could learn is in a place that does."""
+    config, source = spec.config, spec.source
+    lora, split = config.lora, config.split
+    shapes = adapter_shapes(source, lora.targets, lora.rank, spec.kind)
+    if not lora.layers_to_transform or split.named_fronts or split.backs or config.task.classes or spec.cut:
+        return
+    places = {_place(layer_number(name), split.front, source.num_layers - split.back) for name in shapes}
+    if not places & set(lora.train):
+        raise ConfigError(
+            f"lora.layers_to_transform = {list(lora.layers_to_transform)} has no layer that learns: with split.front = {split.front} and "
+            f"split.back = {split.back} of {source.num_layers} layers they are in {', '.join(sorted(places))}, and lora.train = "
+            f"{list(lora.train)}. Allowed: a layer in one of these places, or lora.train with {sorted(places)[0]!r}"
+        )
+
+
+def _place(layer: int | None, front: int, back_first: int) -> str:
+    if layer is None or layer >= back_first:
+        return "back"
+    return "front" if layer < front else "hosts"
+
+
 def check_carry(spec: RunSpec, aggregation: Capabilities) -> None:
     """Raises ConfigError for a limit on the rank of carry factors that is above every module's rank."""
     config, source = spec.config, spec.source
     cap = aggregation.most_carry_rank
-    most = max(min(shape) for shape in target_modules(source, config.lora.targets).values())
+    modules = target_modules(source, config.lora.targets, config.lora.layers_to_transform)
+    most = max(map(min, modules.values()))
     if cap > most:
         name = config.strategy.aggregation
         raise ConfigError(

@@ -6,17 +6,19 @@ rows in the order of their worth; a node of a smaller rank takes the first rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.model.adapter import (
+    PREFIX,
     Adapter,
     Span,
+    base_shapes,
     initial_adapter,
     initial_cut,
     joined_digest,
@@ -25,8 +27,9 @@ from edgelam_fl.model.adapter import (
 )
 from edgelam_fl.model.carry import is_carry
 from edgelam_fl.model.cut import CUT_B
+from edgelam_fl.model.lora import LoraKind
 from edgelam_fl.plan.layout import site_source
-from edgelam_fl.plan.reading import end_spans, hosted_span, is_private, spans_of
+from edgelam_fl.plan.reading import end_spans, hosted_span, is_private, kind_of, spans_of
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import edgelam_pb2 as pb
 from strategies.aggregation.factors import A, B, module_of
@@ -42,6 +45,8 @@ def with_missing_modules(
     rank than its holders have now.
     """
     whole, starts, done = dict(adapter), dict[int, Adapter](), set[tuple[Hashable, ...]]()
+    kind = spec.kind
+    of_base = base_shapes(spec.source, spec.config.lora.targets, kind)
     for name, plan in plans.items():
         rank = plan.lora.rank
         which = (rank, *spans_of(plan))
@@ -49,11 +54,13 @@ def with_missing_modules(
             continue
         done.add(which)
         if rank not in starts:
-            starts[rank] = _start(spec, rank)
+            starts[rank] = _drawn(spec, kind, rank)
+        if any(span.holds(tensor) for tensor in of_base.keys() - whole.keys() for span in spans_of(plan)):
+            whole = _of_base(spec, kind) | whole
         for tensor, start in slice_of(starts[rank], spans_of(plan)).items():
             known = whole.setdefault(tensor, start)
             if unequal_ranks and min(known.shape) < min(start.shape):
-                whole[tensor] = at_rank(tensor, known, rank, start)
+                whole[tensor] = at_rank(tensor, known, kind.rank_of(_module(tensor), rank), start, rslora=kind.rslora)
             if not unequal_ranks and known.shape != start.shape:
                 raise RunFailed(
                     f"{tensor} was trained as {list(known.shape)}; node {name}, which holds it now, has rank {rank} "
@@ -70,19 +77,35 @@ def starting_point(plan: pb.Plan, adapter: Adapter, personal: Mapping[str, Adapt
     of_site = slice_of({**adapter, **personal.get(site_source(plan.site), {})}, [hosted]) if hosted is not None else {}
     own = slice_of({**adapter, **personal.get(plan.node, {})}, end_spans(plan))
     held = of_site | {name: array for name, array in own.items() if not is_private(plan, name)}
-    return {name: at_rank(name, array, plan.lora.rank) for name, array in held.items()}
+    return _at_ranks(held, plan)
 
 
-def at_rank(name: str, array: np.ndarray, rank: int, start: np.ndarray | None = None) -> np.ndarray:
+def _at_ranks(tensors: Adapter, plan: pb.Plan) -> Adapter:
+    """Returns tensors in the ranks that they have on the plan's node."""
+    kind, rank = kind_of(plan), plan.lora.rank
+    return {
+        name: at_rank(name, array, kind.rank_of(_module(name), rank), rslora=kind.rslora)
+        for name, array in tensors.items()
+    }
+
+
+def _module(name: str) -> str:
+    return module_of(name).removeprefix(PREFIX)
+
+
+def at_rank(
+    name: str, array: np.ndarray, rank: int, start: np.ndarray | None = None, *, rslora: bool = False
+) -> np.ndarray:
     """Returns a factor in another rank, with the first rows of A or columns of B; any other tensor as it is.
 
     For a larger rank, A gets the further rows of `start` (which has the new rank), and B columns of zeros. B is scaled by
-    new rank / old rank: with s = alpha / rank, s B A keeps its value.
+    new rank / old rank: with s = alpha / rank, s B A keeps its value. `rslora`: s = alpha / sqrt(rank).
     """
     if name.endswith(A) and len(array) != rank:
         return array[:rank] if start is None else np.concatenate([array, start[len(array) :]])
     if name.endswith(B) and array.shape[1] != rank:
-        scaled = array[:, :rank] * np.float32(rank / array.shape[1])
+        ratio = rank / array.shape[1]
+        scaled = array[:, :rank] * np.float32(math.sqrt(ratio) if rslora else ratio)
         return np.pad(scaled, ((0, 0), (0, rank - scaled.shape[1])))
     return array
 
@@ -138,11 +161,8 @@ class StartingPoints:
         key = (tuple(spans), ends, *_terms(plan))
         if key not in self._shapes:
             held = {name: a for name, a in slice_of(self.adapter, spans).items() if not is_frozen(plan, name)}
-            self._shapes[key] = {
-                name: at_rank(name, array, plan.lora.rank).shape
-                for name, array in held.items()
-                if not (ends and is_private(plan, name))
-            }
+            sent = {name: array for name, array in held.items() if not (ends and is_private(plan, name))}
+            self._shapes[key] = {name: array.shape for name, array in _at_ranks(sent, plan).items()}
         return self._shapes[key]
 
 
@@ -162,14 +182,35 @@ def is_frozen(plan: pb.Plan, name: str) -> bool:
     )
 
 
-def as_start(adapter: Adapter, config: RunConfig, round_: int) -> Start:
+def as_start(adapter: Adapter, spec: RunSpec, round_: int) -> Start:
     """Returns the global adapter as an aggregation sees it."""
+    kind, alpha = spec.kind, spec.config.lora.alpha
     factors = {module_of(name): array for name, array in adapter.items() if name.endswith(A)}
-    scales = {module: config.lora.alpha / len(a_RI) for module, a_RI in factors.items()}
-    return Start(adapter, scales, config.run.seed, round_)
+    scales = {module: kind.scale_of(module.removeprefix(PREFIX), len(a_RI), alpha) for module, a_RI in factors.items()}
+    return Start(adapter, scales, spec.config.run.seed, round_)
 
 
-def _start(spec: RunSpec, rank: int) -> Adapter:
+def first_adapter(spec: RunSpec) -> Adapter:
+    """Returns the adapter with which a run begins, of the whole model in the run's rank."""
+    kind = spec.kind
+    return _drawn(spec, kind, spec.config.lora.rank) | _of_base(spec, kind)
+
+
+def _drawn(spec: RunSpec, kind: LoraKind, rank: int) -> Adapter:
     config = spec.config
-    start = initial_adapter(spec.source, config.lora.targets, rank, config.run.seed, classes=len(config.task.classes))
+    start = initial_adapter(
+        spec.source, config.lora.targets, rank, config.run.seed, classes=len(config.task.classes), kind=kind
+    )
     return start | (initial_cut(spec.source, spec.cut, config.run.seed) if spec.cut else {})
+
+
+def _of_base(spec: RunSpec, kind: LoraKind) -> Adapter:
+    """Returns the tensors that begin as what the base has, in the run's format; with "auto", which each node decides, in fp32."""
+    lora, base = spec.config.lora, spec.config.model.base
+    if not base_shapes(spec.source, lora.targets, kind):
+        return {}
+    from edgelam_fl.model.of_base import read_of_base  # its torch takes seconds to import
+    from edgelam_fl.model.stage import LoraSettings
+
+    settings = LoraSettings(lora.rank, lora.alpha, lora.targets, kind=kind)
+    return read_of_base(spec.source, settings, "fp32" if base == "auto" else base)

@@ -38,6 +38,8 @@ class UpdateJudge:
     """The sources that are sites; all others are devices."""
     factor: float
     """How many times the median is still fine; 0: any size (federation.update_factor)."""
+    rslora: bool = False
+    """Whether factors are scaled by the root of their rank (lora.use_rslora)."""
     _sizes: dict[bool, Sizes] = field(default_factory=lambda: {False: Sizes(), True: Sizes()})  # of devices, of sites
     _starts: dict[tuple[object, ...], np.ndarray] = field(default_factory=dict)  # the start's numbers, by layout
 
@@ -54,7 +56,7 @@ class UpdateJudge:
                 count += len(start)
                 continue
             for name, array in tensors.items():
-                total += square_sum(array - _like(name, own.get(name, self.start[name]), array))
+                total += square_sum(array - self._like(name, own.get(name, self.start[name]), array))
                 count += array.size
         rms = (total / max(1, count)) ** 0.5
         lr_sum = max(contribution.lr_sum for contribution in contributions)
@@ -65,9 +67,16 @@ class UpdateJudge:
     def _joined_start(self, tensors: Joined) -> np.ndarray:
         """Returns the numbers that those of `tensors` started from."""
         if tensors.layout not in self._starts:
-            likes = [_like(name, self.start[name], array).ravel() for name, array in tensors.items()]
+            likes = [self._like(name, self.start[name], array).ravel() for name, array in tensors.items()]
             self._starts[tensors.layout] = np.concatenate(likes)
         return self._starts[tensors.layout]
+
+    def _like(self, name: str, start: np.ndarray, trained: np.ndarray) -> np.ndarray:
+        """Returns the start of a factor in the rank in which it was trained."""
+        if start.shape == trained.shape or not is_factor(name):
+            return start
+        rank = len(trained) if name.endswith(A) else trained.shape[1]
+        return at_rank(name, start, rank, rslora=self.rslora)
 
     def problem(self, source: str, size: Size) -> str:
         """Returns why an update is left out; empty if it counts."""
@@ -106,10 +115,3 @@ def square_sum(array: np.ndarray) -> float:
 def first_not_finite(tensors: Iterable[Mapping[str, np.ndarray]]) -> str:
     """Returns the name of a tensor with a value that is infinite or not a number; empty if there is none."""
     return next((name for one in tensors for name, array in one.items() if not np.isfinite(array).all()), "")
-
-
-def _like(name: str, start: np.ndarray, trained: np.ndarray) -> np.ndarray:
-    """Returns the start of a factor in the rank in which it was trained."""
-    if start.shape == trained.shape or not is_factor(name):
-        return start
-    return at_rank(name, start, len(trained) if name.endswith(A) else trained.shape[1])

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 from flwr.app import RecordDict
 
-from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import TooFewSources
 from edgelam_fl.plan.layout import site_source
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.exchange import Arrived, Missing
 from server.global_adapter import as_start
@@ -37,7 +37,8 @@ def receive(
     summed up in if they must not be seen one by one; None: no privacy is promised.
     """
     site_sources = frozenset(site_source(site.name) for site in planned.layout.sites)
-    judge = UpdateJudge(planned.start.adapter, planned.start.personal, site_sources, update_factor)
+    rslora = any(plan.lora.rslora for plan in planned.plans.values())
+    judge = UpdateJudge(planned.start.adapter, planned.start.personal, site_sources, update_factor, rslora)
     means = private or (RunningMeans(judge) if planned.sums_on_arrival else None)
     replies: dict[str, Reply] = {}
     problems, codes, silent = dict.fromkeys(planned.plans, "no reply"), dict[str, str](), set()
@@ -77,7 +78,7 @@ def receive(
     )
 
 
-def conclude(planned: PlannedRound, received: Received, rule: Aggregation, config: RunConfig) -> Outcome:
+def conclude(planned: PlannedRound, received: Received, rule: Aggregation, spec: RunSpec) -> Outcome:
     """Aggregates the contributions. The outcome has no aggregate if there are too few devices (`min_nodes`), no whole
     site, fewer sources than the rule needs, or if the rule made values that are not finite. A round that chose no device has
     one: the adapter as it was, with noise if privacy is promised.
@@ -86,9 +87,9 @@ def conclude(planned: PlannedRound, received: Received, rule: Aggregation, confi
     contributions, chosen = received.contributions, planned.lineup.selected.names
     if not (chosen or contributions):
         return replace(outcome, aggregated=Aggregated({}))  # a round of nobody, which only coins can choose
-    if not contributions or len(received.devices) < min(config.federation.min_nodes, len(chosen)):
+    if not contributions or len(received.devices) < min(spec.config.federation.min_nodes, len(chosen)):
         return outcome
-    start = as_start(planned.start.adapter, config, planned.facts.round)
+    start = as_start(planned.start.adapter, spec, planned.facts.round)
     try:
         with np.errstate(over="ignore", invalid="ignore"):  # what they would warn of is looked for below
             new = rule.aggregate(contributions, start)

@@ -19,7 +19,7 @@ import numpy as np
 
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.files import sync_folder, write_atomically
-from edgelam_fl.model.adapter import Adapter, initial_adapter, layer_number
+from edgelam_fl.model.adapter import Adapter, layer_number
 from edgelam_fl.plan.making import ClientSettings, RoundPrivacy
 from edgelam_fl.plan.modes import host_mode
 from edgelam_fl.plan.spec import RunSpec
@@ -29,6 +29,7 @@ from edgelam_fl.privacy.mechanism import Bound, secret_generator
 from edgelam_fl.telemetry.events import ChannelNoise, PrivacyPromised, PrivacySpent
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.emulated_channel import EmulatedChannel, RoundOnAir
+from server.global_adapter import first_adapter
 from server.private_sums import PrivateSums
 from server.private_terms import NOT_COVERED, UNIT, Terms, messages_of, shares_hosts
 from strategies.aggregation.factors import A, B
@@ -50,8 +51,7 @@ def start_of_updates(spec: RunSpec) -> Adapter:
             return "back" in on_device
         return ("front" if layer < split.front else "hosts") in on_device
 
-    whole = initial_adapter(spec.source, lora.targets, lora.rank, config.run.seed, classes=len(config.task.classes))
-    return {name: array for name, array in whole.items() if learns(name)}
+    return {name: array for name, array in first_adapter(spec).items() if learns(name)}
 
 
 def is_frozen(name: str, settings: ClientSettings) -> bool:

@@ -16,10 +16,11 @@ from google.protobuf.message import DecodeError
 
 from edgelam_fl.errors import ProtocolError
 from edgelam_fl.flower import views
-from edgelam_fl.model.adapter import Adapter, Joined, Span, blocks
+from edgelam_fl.model.adapter import PREFIX, Adapter, Joined, Span, blocks
+from edgelam_fl.model.lora import PLAIN
 from edgelam_fl.plan.layout import Layout, site_source
 from edgelam_fl.plan.modes import host_mode
-from edgelam_fl.plan.reading import end_spans, hosted_span
+from edgelam_fl.plan.reading import end_spans, hosted_span, kind_of
 from edgelam_fl.split.judging import Size
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.global_adapter import StartingPoints
@@ -202,10 +203,18 @@ def parts_by_site(name: str, reply: Reply, plan: pb.Plan, layout: Layout) -> Ite
         if part.weight > 0 and tensors:
             of_site = host_mode(plan.host_mode).is_shared(part.scope)
             source = site_source(part.source) if of_site else part.source
-            modules = {module_of(tensor) for tensor in tensors if is_factor(tensor)}
-            scales = dict.fromkeys(modules, plan.lora.alpha / plan.lora.rank)
+            scales = _scales(plan, {module_of(tensor) for tensor in tensors if is_factor(tensor)})
             site = layout.site_of(name).name if part.scope == "ends" else plan.site
             yield site, Contribution(source, part.weight, tensors, scales, part.lr_sum)
+
+
+def _scales(plan: pb.Plan, modules: Collection[str]) -> dict[str, float]:
+    """Returns s in W + s B A of each module on the plan's node."""
+    kind, lora = kind_of(plan), plan.lora
+    if kind == PLAIN:
+        return dict.fromkeys(modules, lora.alpha / lora.rank)
+    bare = {module: module.removeprefix(PREFIX) for module in modules}
+    return {module: kind.scale_of(name, kind.rank_of(name, lora.rank), lora.alpha) for module, name in bare.items()}
 
 
 def _key(item: tuple[tuple[str, float, float], Adapter]) -> tuple[str, float, float]:

@@ -159,7 +159,7 @@ class Rounds:
             planned = replace(planned, supplied_bytes=trial.supplied_bytes)
             self._note(planned, received, trial)
             received = self._late.add_to(planned, received)
-            outcome = conclude(planned, received, self.aggregation.rule, self.config)
+            outcome = conclude(planned, received, self.aggregation.rule, self.spec)
             best, state = self._best(planned, received), state.after(outcome)
             if outcome.aggregated is not None:
                 state = replace(state, best=best)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -14,7 +15,7 @@ from pathlib import Path
 from edgelam_fl.config import to_toml
 from edgelam_fl.errors import ConfigError, RunFailed
 from edgelam_fl.files import from_home, is_full, replace_folder, say, sweep, write_atomically
-from edgelam_fl.model.adapter import Adapter, target_modules, write_peft_folder
+from edgelam_fl.model.adapter import Adapter, adapter_shapes, write_peft_folder
 from edgelam_fl.model.base_names import FP32_BYTES
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.serving.results import BASE_MODEL
@@ -98,10 +99,10 @@ class RunFolder:
         made = [file for name in ("adapter", "adapters") for file in (self.path / name).rglob("*") if file.is_file()]
         size = size_bytes(self.path) + sum(file.stat().st_size for file in made)
         if not size:
-            config = self._spec.config.lora
-            shapes = target_modules(self._spec.source, config.targets).values()
-            rank = max([config.rank, *config.ranks.values()])
-            size = 2 * FP32_BYTES * rank * sum(map(sum, shapes))
+            lora = self._spec.config.lora
+            rank = max([lora.rank, *lora.ranks.values()])
+            shapes = adapter_shapes(self._spec.source, lora.targets, rank, self._spec.kind).values()
+            size = 2 * FP32_BYTES * sum(map(math.prod, shapes))
         report = self.path / "report.html"
         return 2 * size + (report.stat().st_size if report.exists() else _REPORT_BYTES) + _RESERVE_BYTES
 
@@ -150,6 +151,7 @@ class RunFolder:
             alpha=lora.alpha,
             targets=lora.targets,
             classes=self._spec.config.task.classes,
+            kind=self._spec.kind,
         )
 
     def finish(self) -> None:

@@ -182,6 +182,7 @@ class Aggregation(Remembers, Protocol):
     unequal_ranks: bool = False  # whether sources of one module may differ in rank
     carries: bool = False  # whether it gives modules carry factors
     restarts_factors: bool = False  # whether it gives modules new factors in every round
+    factors_alone: bool = False  # whether what it promises is of s B A alone, and so not of DoRA (lora.use_dora)
     personal: bool = False  # whether sources continue with tensors of their own (`Aggregated.personal`)
     corrects_sgd: bool = False  # whether it adds to the gradients of sources that train by plain SGD (`correction`)
     least_sources: int = 1  # sources of a module that the rule needs, unless there is only one

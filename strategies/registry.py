@@ -105,6 +105,7 @@ class Capabilities:
     unequal_ranks: bool = False
     carries: bool = False
     restarts_factors: bool = False
+    factors_alone: bool = False
     personal: bool = False
     corrects_sgd: bool = False
     needs_only_mean: bool = False

@@ -17,6 +17,7 @@ from flwr.common.constant import ErrorCode
 from edgelam_fl.config import RunConfig
 from edgelam_fl.flower import from_record, to_record
 from edgelam_fl.model import adapter as adapters
+from edgelam_fl.model.cut import without_cut
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.reading import end_spans, hosted_span
 from edgelam_fl.plan.spec import RunSpec
@@ -24,6 +25,7 @@ from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.checkpoint import Saved, load_newest
 from server.exchange import Exchange, ExchangeTiming
+from server.global_adapter import first_adapter
 from server.hub import NO_HUB, RunHub
 from server.replies import KEPT_NODES
 from server.roster import Roster
@@ -201,7 +203,7 @@ class FederationByHand:
         self.clock = HandClock()
         self.grid: Any = HandGrid(list(self.nodes.values()))
         self._serve(RunFolder(folder, self.spec))
-        self.start = adapters.initial_adapter(source, self.config.lora.targets, self.config.lora.rank, 1)
+        self.start = without_cut(first_adapter(self.spec))
 
     def _serve(self, folder: RunFolder, saved: Saved | None = None, attempts_before: int = 0) -> None:
         self.folder = folder

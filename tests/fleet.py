@@ -204,16 +204,23 @@ def joined(reports: dict[str, pb.JobReport]) -> adapters.Adapter:
 
 
 def plain_model(source: ModelSource, config: RunConfig, adapter: adapters.Adapter) -> Any:
-    """The whole model with peft's adapter on it, by transformers and peft alone; in eval mode."""
-    model = copy.deepcopy(plain_base(source.folder, source.gguf, config.model.base))
+    """The whole model with peft's adapter on it, by transformers and peft alone; in eval mode. `adapter`: {}: peft's own start."""
+    model, lora = copy.deepcopy(plain_base(source.folder, source.gguf, config.model.base)), config.lora
     settings = LoraConfig(
-        r=config.lora.rank,
-        lora_alpha=config.lora.alpha,
-        target_modules=list(config.lora.targets),
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=list(lora.targets),
         task_type="CAUSAL_LM",
+        layers_to_transform=list(lora.layers_to_transform) or None,
+        rank_pattern=lora.rank_pattern,
+        alpha_pattern=lora.alpha_pattern,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        modules_to_save=list(lora.modules_to_save) or None,
     )
     model = get_peft_model(model, settings)
-    set_peft_model_state_dict(model, {name: torch.from_numpy(array.copy()) for name, array in adapter.items()})
+    if adapter:
+        set_peft_model_state_dict(model, {name: torch.from_numpy(array.copy()) for name, array in adapter.items()})
     return model.train(False)
 
 
@@ -243,10 +250,19 @@ def read_by_transformers(gguf: Path, dtype: torch.dtype) -> Path:
 
 def plain_adapter(model: Any) -> adapters.Adapter:
     return {
-        name.replace(".default.", "."): p.detach().numpy().copy()
-        for name, p in model.named_parameters()
-        if ".lora_" in name
+        _as_saved(name): p.detach().float().numpy().copy() for name, p in model.named_parameters() if is_of_peft(name)
     }
+
+
+def is_of_peft(name: str) -> bool:
+    """Whether a parameter of a plain model is one that peft trains and saves."""
+    return ".lora_" in name or ".modules_to_save." in name
+
+
+def _as_saved(name: str) -> str:
+    """Returns the name under which peft saves a parameter."""
+    saved = name.replace(".modules_to_save.default.", ".").replace(".default.", ".")
+    return saved.removesuffix(".weight") if "magnitude" in saved else saved
 
 
 def forward(model: Any, unit: Unit) -> torch.Tensor:
@@ -312,7 +328,7 @@ def plain_training(
     """AdamW over `steps`: of each, the devices' pieces in device order, loss sums over the union's label count."""
     parameters = []
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".lora_" in name and learns(name))
+        parameter.requires_grad_(is_of_peft(name) and learns(name))
         if parameter.requires_grad:
             parameters.append(parameter)
     optimizer = plain_optimizer(parameters, config)

@@ -10,6 +10,7 @@ from edgelam_fl.config import to_toml
 from edgelam_fl.model.adapter import Adapter, initial_adapter, write_peft_folder
 from edgelam_fl.model.carry import CARRY_A, CARRY_B
 from edgelam_fl.model.source import ModelSource
+from edgelam_fl.plan.spec import RunSpec
 from tests.support import run_config
 
 
@@ -46,5 +47,6 @@ def write_result(folder: Path, source: ModelSource, *overrides: str, adapter: Ad
         rank=lora.rank,
         alpha=lora.alpha,
         targets=lora.targets,
+        kind=RunSpec(config, source).kind,
     )
     return folder

@@ -134,7 +134,7 @@ def explained(config: RunConfig) -> str:
 def _check_model(config: RunConfig, source: ModelSource) -> None:
     """Raises ModelError or ConfigError if the model is too small for the run, or lacks lora.targets or an end of answers."""
     check_limits(config, source)
-    target_modules(source, config.lora.targets)
+    target_modules(source, config.lora.targets, config.lora.layers_to_transform)
     check_answers(config, source)
 
 

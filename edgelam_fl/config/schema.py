@@ -7,6 +7,7 @@ any federation.
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -26,9 +27,14 @@ def _words_as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else _as_tuple(value)
 
 
+def _numbers_as_tuple(value: Any) -> Any:
+    return (value,) if type(value) is int else _as_tuple(value)
+
+
 # TOML has lists, and a frozen section tuples.
 _LISTED = BeforeValidator(_as_tuple)
 _WORDS = BeforeValidator(_words_as_tuple)  # a single word counts as a list of one
+_NUMBERS = BeforeValidator(_numbers_as_tuple)  # as does a single number
 
 
 def most_read_by_hosts(trust: str) -> float:
@@ -160,6 +166,43 @@ class LoraSection(Section):
     train: Annotated[tuple[Literal["front", "hosts", "back"], ...], _WORDS] = Field(
         ("front", "hosts", "back"), min_length=1, description="places where adapters learn; all others stay frozen"
     )
+    layers_to_transform: Annotated[tuple[int, ...], _NUMBERS] = Field(
+        (),
+        description="numbers of the layers that get adapters, from 0, or one number; none: all (peft's key, as are the next five)",
+    )
+    rank_pattern: dict[str, int] = Field(
+        {},
+        description="rank of modules whose names end in what a key, a regular expression, matches, as in { 'layers.0.self_attn.q_proj' = 16 }; "
+        "the first key counts",
+    )
+    alpha_pattern: dict[str, float] = Field(
+        {},
+        description="alpha of modules, as rank_pattern: their adapters' output is scaled by their own alpha / their own rank",
+    )
+    use_rslora: bool = Field(
+        False,
+        description="rank-stabilised LoRA: the adapter's output is scaled by alpha / sqrt(rank), so that a large rank learns as fast",
+    )
+    use_dora: bool = Field(
+        False,
+        description="DoRA: each row of an adapted matrix also learns its length, apart from its direction; slower, and not for every aggregation",
+    )
+    modules_to_save: Annotated[tuple[str, ...], _WORDS] = Field(
+        (),
+        description="modules that learn as a whole, by the ends of their names: norms, or a head that is not tied to the embedding",
+    )
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def readable_patterns(cls, value: dict[str, float]) -> dict[str, float]:
+        for pattern, term in value.items():
+            try:
+                re.compile(f"({pattern})")
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+            if term <= 0:
+                raise ValueError(f"{pattern!r} = {term:g} must be above 0")
+        return value
 
 
 class FieldNames(Section):

@@ -1,7 +1,8 @@
 """Adapters as plain arrays: fp32 numpy by peft's names with global layer numbers. Imports no torch.
 
 `base_model.model.model.layers.15.self_attn.q_proj.lora_A.weight` is [rank, in], `...lora_B.weight` is [out, rank].
-A task head is part of it as a whole: `base_model.model.classifier.weight` is [classes, hidden], with its `.bias`.
+A task head is part of it as a whole: `base_model.model.classifier.weight` is [classes, hidden], with its `.bias`; so are
+the modules of modules_to_save. With DoRA `...q_proj.lora_magnitude_vector` is [out].
 A module may have carry factors in addition (`model.carry`), and a route a cut adapter (`model.cut`).
 The stages of a route hold disjoint sets of names, so joining their adapters is a dict merge.
 """
@@ -12,10 +13,10 @@ import hashlib
 import json
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from safetensors import SafetensorError
@@ -27,6 +28,7 @@ from edgelam_fl.model import carry
 from edgelam_fl.model.cut import CUT_A, CUT_B, CutAdapter, without_cut
 from edgelam_fl.model.families import Experts
 from edgelam_fl.model.index import layer_number
+from edgelam_fl.model.lora import MAGNITUDE, PLAIN, LoraKind
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.tensor_file import write_tensors
 
@@ -49,8 +51,11 @@ class Span:
 
 
 PREFIX = "base_model.model."
-_A = ".lora_A.weight"
-_HEAD_DEVIATION = 0.02
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+LM_HEAD, _HEAD_DEVIATION = "lm_head", 0.02
+_CARRY_RANKS = (
+    "carry_ranks"  # a note in the file of a peft folder: the adapter's own rank by module, of those with carry factors
+)
 
 
 def digest(adapter: Mapping[str, np.ndarray]) -> str:
@@ -143,13 +148,33 @@ def slice_of(adapter: Mapping[str, np.ndarray], spans: Iterable[Span]) -> Adapte
     return {name: array for name, array in adapter.items() if any(span.holds(name) for span in spans)}
 
 
-def target_modules(source: ModelSource, targets: Iterable[str]) -> dict[str, tuple[int, int]]:
+def target_modules(
+    source: ModelSource, targets: Iterable[str], layers: Collection[int] = ()
+) -> dict[str, tuple[int, int]]:
     """Returns module -> (out, in) features of the modules that LoRA targets name; a target matches whole trailing name parts.
 
-    Raises ConfigError for a target that matches nothing, is outside the layers (a tied head or embedding) or in a mixture of
-    experts.
+    `layers`: takes the modules of these layers alone; none: of all. Raises ConfigError for a target that matches nothing, is
+    outside the layers (a tied head or embedding) or in a mixture of experts, and for a layer without a target.
     """
-    targets, modules = list(targets), _adaptable(source)
+    found = _matched(source, list(targets))
+    if not layers:
+        return found
+    _check_layers(source, found, layers)
+    return {name: shape for name, shape in found.items() if layer_number(name) in layers}
+
+
+def _check_layers(source: ModelSource, modules: Iterable[str], layers: Collection[int]) -> None:
+    """Raises ConfigError for layers that the model has not, or in which no module is a target."""
+    targeted = {layer_number(name) for name in modules}
+    for layer in layers:
+        if layer not in targeted:
+            why = f"{source.name} has layers 0 to {source.num_layers - 1}"
+            why = f"no module of layer {layer} is in lora.targets" if 0 <= layer < source.num_layers else why
+            raise ConfigError(f"lora.layers_to_transform: layer {layer} gets no adapter: {why}")
+
+
+def _matched(source: ModelSource, targets: list[str]) -> dict[str, tuple[int, int]]:
+    modules = _adaptable(source)
     if source.family.experts is not None:
         _refuse_experts(source, source.family.experts, targets, modules)
     if targets == ["all-linear"]:
@@ -205,17 +230,81 @@ def _refuse_target(source: ModelSource, target: str, modules: Mapping[str, tuple
     raise ConfigError(f"lora.targets: no module of {source.name} is called {target!r}; {hint}")
 
 
-def initial_adapter(source: ModelSource, targets: Iterable[str], rank: int, seed: int, *, classes: int = 0) -> Adapter:
+def adapter_shapes(
+    source: ModelSource, targets: Iterable[str], rank: int, kind: LoraKind = PLAIN
+) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of all tensors of an adapter but those of a task head and of a cut adapter, by name."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for module, (out_features, in_features) in target_modules(source, targets, kind.layers).items():
+        own = kind.rank_of(module, rank)
+        shapes[f"{PREFIX}{module}{_A}"] = own, in_features
+        shapes[f"{PREFIX}{module}{_B}"] = out_features, own
+    return shapes | base_shapes(source, targets, kind)
+
+
+def base_shapes(source: ModelSource, targets: Iterable[str], kind: LoraKind) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the tensors that begin as what the base has there: DoRA's magnitudes and the modules that are saved."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    if kind.dora:
+        for module, (out_features, _) in target_modules(source, targets, kind.layers).items():
+            shapes[f"{PREFIX}{module}{MAGNITUDE}"] = (out_features,)
+    return shapes | {f"{PREFIX}{name}": shape for name, shape in saved_tensors(source, kind.saved).items()}
+
+
+def saved_tensors(source: ModelSource, words: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Returns tensor -> shape of the modules that learn as a whole: those whose names end in one of the `words`, as in peft.
+
+    They are norms of layers and the last one, and a head that is not the embedding. Raises ConfigError for a word that ends no
+    name, or the name of another module.
+    """
+    modules: dict[str, dict[str, tuple[int, ...]]] = {}
+    for tensor, entry in source.index.items():
+        modules.setdefault(tensor.rpartition(".")[0], {})[tensor] = entry.shape
+    found: dict[str, tuple[int, ...]] = {}
+    for word in words:
+        matched = [module for module in modules if module.endswith(word)]
+        refused = [module for module in matched if not _may_be_saved(module, modules[module])]
+        if refused or not matched:
+            _refuse_saved(source, word, refused, [name for name in modules if _may_be_saved(name, modules[name])])
+        for module in matched:
+            found |= modules[module]
+    return found
+
+
+def _may_be_saved(module: str, tensors: Mapping[str, tuple[int, ...]]) -> bool:
+    is_norm = all(len(shape) == 1 for shape in tensors.values()) and "embed" not in module
+    return is_norm or module == LM_HEAD
+
+
+def _refuse_saved(source: ModelSource, word: str, refused: Sequence[str], allowed: Iterable[str]) -> NoReturn:
+    allowed = ", ".join(sorted(_leaves(allowed)))
+    if source.family.task_head is not None and word.endswith(source.family.task_head):
+        why = "the head of a classification always learns as a whole: leave it out"
+    elif LM_HEAD.endswith(word) and source.tied_head:
+        why = f"the head of {source.name} is its embedding, and would no longer be"
+    elif not refused:
+        why = f"no module of {source.name} has a name that ends so"
+    elif layer_number(f"{refused[0]}.") is not None:
+        why = f"it ends {refused[0]}, a matrix inside the layers, for which lora.targets are made"
+    else:
+        why = f"it ends {refused[0]}: what a device learned there would list the tokens of its text"
+    raise ConfigError(f"lora.modules_to_save: {word!r} cannot be taken: {why}. Allowed for this model: {allowed}")
+
+
+def initial_adapter(
+    source: ModelSource, targets: Iterable[str], rank: int, seed: int, *, classes: int = 0, kind: LoraKind = PLAIN
+) -> Adapter:
     """Draws an adapter as peft does: A uniform in +-1/sqrt(in), B zero. Seeded by (seed, module), so that slices agree.
 
-    With `classes`, also draws a task head of that many outputs: small normal weights, zero bias.
+    With `classes`, also draws a task head of that many outputs: small normal weights, zero bias. The tensors of `base_shapes` are not
+    drawn (`model.of_base`).
     """
     adapter: Adapter = {}
-    for module, (out_features, in_features) in target_modules(source, targets).items():
-        bound = in_features**-0.5
-        a_RI = _generator(seed, module).uniform(-bound, bound, (rank, in_features)).astype(np.float32)
-        adapter[f"{PREFIX}{module}.lora_A.weight"] = a_RI
-        adapter[f"{PREFIX}{module}.lora_B.weight"] = np.zeros((out_features, rank), np.float32)
+    for module, (out_features, in_features) in target_modules(source, targets, kind.layers).items():
+        bound, own = in_features**-0.5, kind.rank_of(module, rank)
+        a_RI = _generator(seed, module).uniform(-bound, bound, (own, in_features)).astype(np.float32)
+        adapter[f"{PREFIX}{module}{_A}"] = a_RI
+        adapter[f"{PREFIX}{module}{_B}"] = np.zeros((out_features, own), np.float32)
     if classes:
         head = source.family.task_head
         if head is None:
@@ -250,18 +339,22 @@ def write_peft_folder(
     alpha: float,
     targets: Iterable[str],
     classes: Sequence[str] = (),
+    kind: LoraKind = PLAIN,
 ) -> None:
     """Writes an adapter folder that `PeftModel.from_pretrained` reads on machines without EdgeLAM-FL.
 
-    A module whose rank differs from `rank` is scaled by alpha / its own rank, as in training. Carry factors are stacked with
+    A module whose rank differs from `rank` is scaled by its own rank, as in training. Carry factors are stacked with
     the adapter's factors. A cut adapter is written too, but peft leaves it out, and warns that it does not know the setting
     "cut_adapter". With `classes`, the base must be opened by `AutoModelForSequenceClassification` with that many
     labels.
     """
     folder.mkdir(parents=True, exist_ok=True)
     own_ranks = {module: len(adapter[module + _A]) for module in carry.modules_of(adapter)}
-    adapter = carry.stacked(adapter, alpha)
+    scales = {module: kind.scale_of(_bare(module), own, alpha) for module, own in own_ranks.items()}
+    adapter = carry.stacked(adapter, scales)
     factors = {name.removesuffix(_A): array for name, array in adapter.items() if name.endswith(_A)}
+    alphas = {_bare(module): kind.alpha_of(_bare(module), alpha) for module in factors}
+    alphas |= {_bare(module): kind.alpha_for(scale, len(factors[module])) for module, scale in scales.items()}
     heads = {name.rpartition(".")[0] for name in without_cut(adapter) if ".lora_" not in name}
     config = {
         "peft_type": "LORA",
@@ -271,12 +364,13 @@ def write_peft_folder(
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
         # In a classifier peft would adapt more than we do: modules after the layers, too.
-        "target_modules": sorted(_bare(factors)) if classes else _peft_targets(targets),
-        "rank_pattern": {module: len(a_RI) for module, a_RI in _bare(factors).items() if len(a_RI) != rank},
-        "alpha_pattern": {
-            module: alpha * len(factors[PREFIX + module]) / own for module, own in _bare(own_ranks).items()
-        },
-        "modules_to_save": sorted(_bare(dict.fromkeys(heads))) or None,
+        "target_modules": sorted(map(_bare, factors)) if classes else _peft_targets(targets, factors, kind),
+        "layers_to_transform": list(kind.layers) or None,
+        "rank_pattern": {_bare(module): len(a_RI) for module, a_RI in factors.items() if len(a_RI) != rank},
+        "alpha_pattern": {module: own for module, own in alphas.items() if own != alpha},
+        "use_rslora": kind.rslora,
+        "use_dora": kind.dora,
+        "modules_to_save": sorted(map(_bare, heads)) or None,
         "bias": "none",
         "inference_mode": True,
     }
@@ -284,7 +378,8 @@ def write_peft_folder(
         config["cut_adapter"] = asdict(cut)
     temporary = folder / ".adapter_model.safetensors"
     temporary.unlink(missing_ok=True)
-    write_tensors(temporary, adapter, {"format": "pt"})
+    note = {_CARRY_RANKS: json.dumps(own_ranks)} if config["alpha_pattern"] else {}
+    write_tensors(temporary, adapter, {"format": "pt", **note})
     temporary.replace(folder / "adapter_model.safetensors")
     write_atomically(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n", durable=True)
 
@@ -309,13 +404,21 @@ def read_peft_folder(folder: Path) -> Adapter:
     Raises ModelError for a folder that holds no such adapter.
     """
     try:
-        joined = from_bytes((folder / "adapter_model.safetensors").read_bytes())
+        data = (folder / "adapter_model.safetensors").read_bytes()
+        joined = from_bytes(data)
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         alpha, alphas = config["lora_alpha"], config.get("alpha_pattern") or {}
-        ranks = {
-            PREFIX + module: round(alpha * len(joined[f"{PREFIX}{module}{_A}"]) / own) for module, own in alphas.items()
+        ranks, kind = _carry_ranks(data), LoraKind(rslora=config.get("use_rslora", False))
+        if (
+            ranks is None
+        ):  # a folder of an earlier version, in which only modules with carry factors have an alpha of their own
+            lengths = {PREFIX + module: len(joined[f"{PREFIX}{module}{_A}"]) for module in alphas}
+            ranks = {module: round(alpha * length / alphas[_bare(module)]) for module, length in lengths.items()}
+        scales = {
+            module: kind.scale_of(module, len(joined[module + _A]), alphas.get(_bare(module), alpha))
+            for module in ranks
         }
-        return carry.unstacked(joined, alpha, ranks)
+        return carry.unstacked(joined, scales, ranks)
     except _DAMAGED as error:
         words = " ".join(str(error).split())
         raise ModelError(
@@ -323,9 +426,19 @@ def read_peft_folder(folder: Path) -> Adapter:
         ) from error
 
 
-def _bare(modules: Mapping[str, Any]) -> dict[str, Any]:
-    return {module.removeprefix(PREFIX): value for module, value in modules.items()}
+def _carry_ranks(data: bytes) -> dict[str, int] | None:
+    """Returns the adapter's own rank of each module that has carry factors, from a file's header; None: it says nothing of them."""
+    size = int.from_bytes(data[:8], "little")
+    noted = json.loads(data[8 : 8 + size]).get("__metadata__", {}).get(_CARRY_RANKS)
+    return None if noted is None else json.loads(noted)
 
 
-def _peft_targets(targets: Iterable[str]) -> list[str] | str:
-    return sorted(targets) if list(targets) != ["all-linear"] else "all-linear"
+def _bare(module: str) -> str:
+    return module.removeprefix(PREFIX)
+
+
+def _peft_targets(targets: Iterable[str], modules: Iterable[str], kind: LoraKind) -> list[str] | str:
+    """Returns peft's target_modules, which takes "all-linear" for all layers alone."""
+    if list(targets) != ["all-linear"]:
+        return sorted(targets)
+    return sorted(_leaves(modules)) if kind.layers else "all-linear"

@@ -29,25 +29,27 @@ def without_carry(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: array for name, array in tensors.items() if not is_carry(name)}
 
 
-def stacked(adapter: Mapping[str, np.ndarray], alpha: float) -> dict[str, np.ndarray]:
-    """Stacks adapter and carry factors to one LoRA per module, still scaled by alpha / the adapter's rank.
+def stacked(adapter: Mapping[str, np.ndarray], scales: Mapping[str, float]) -> dict[str, np.ndarray]:
+    """Stacks adapter and carry factors to one LoRA per module, still scaled as the adapter's factors are.
 
-    The B of the carry is divided by that scale; all other arrays are kept.
+    The B of the carry is divided by that scale, of `scales` by module; all other arrays are kept.
     """
     joined = without_carry(adapter)
     for module in modules_of(adapter):
         a_RI, b_OR = adapter[module + A], adapter[module + B]
         joined[module + A] = np.concatenate([a_RI, adapter[module + CARRY_A]])
-        carry_b_OM = adapter[module + CARRY_B] * np.float32(len(a_RI) / alpha)
+        carry_b_OM = adapter[module + CARRY_B] * np.float32(1 / scales[module])
         joined[module + B] = np.concatenate([b_OR, carry_b_OM], axis=1)
     return joined
 
 
-def unstacked(joined: Mapping[str, np.ndarray], alpha: float, ranks: Mapping[str, int]) -> dict[str, np.ndarray]:
+def unstacked(
+    joined: Mapping[str, np.ndarray], scales: Mapping[str, float], ranks: Mapping[str, int]
+) -> dict[str, np.ndarray]:
     """Separates what `stacked` joined. `ranks`: the adapter's own rank, for each module that has carry factors."""
     adapter = dict(joined)
     for module, rank in ranks.items():
         a_MI, b_OM = joined[module + A], joined[module + B]
         adapter[module + A], adapter[module + B] = a_MI[:rank], b_OM[:, :rank]
-        adapter[module + CARRY_A], adapter[module + CARRY_B] = a_MI[rank:], b_OM[:, rank:] * np.float32(alpha / rank)
+        adapter[module + CARRY_A], adapter[module + CARRY_B] = a_MI[rank:], b_OM[:, rank:] * np.float32(scales[module])
     return adapter

@@ -8,12 +8,15 @@ Letters in sizes: D hidden, A heads x head size, K the same of keys, I of the fe
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from edgelam_fl.model.adapter import Span
+from edgelam_fl.model.adapter import Span, target_modules
 from edgelam_fl.model.base_names import FP32_BYTES, ITEM_BYTES
 from edgelam_fl.model.index import TensorEntry, layer_number
+from edgelam_fl.model.lora import LoraKind
 from edgelam_fl.model.source import ModelSource
 
 _NF4_BLOCK = 64
@@ -75,18 +78,41 @@ def unit_bytes(
     checkpointing: bool = False,
     head: bool = False,
     all_linear: bool = False,
+    dora_bytes: int = 0,
 ) -> int:
     """Returns the bytes of one micro-batch on `layers` layers: input, what the backward pass needs, output and its gradient.
 
     `config`: a model's config.json. `itemsize`: bytes per element that is computed with. `head`: the layers are followed by
-    final norm, head and loss. `all_linear`: LoRA is on every matrix, not on a few of the attention's.
+    final norm, head and loss. `all_linear`: LoRA is on every matrix, not on a few of the attention's. `dora_bytes`: per layer and
+    position, what DoRA keeps.
     """
     positions = rows * tokens
     hidden = positions * _size(config, "hidden_size", "n_embd") * itemsize
-    layer = positions * _layer_bytes(config, tokens, itemsize, all_linear)
+    layer = positions * (_layer_bytes(config, tokens, itemsize, all_linear) + dora_bytes)
     saved = layers * hidden + (layer if layers else 0) if checkpointing else layers * layer
     loss = 3 * hidden + loss_bytes(config, positions, itemsize) if head else 2 * hidden
     return hidden + saved + loss
+
+
+@dataclass(frozen=True)
+class DoraBytes:
+    """What DoRA takes beyond LoRA; nothing without DoRA."""
+
+    kept: int = 0  # per position and layer, for the backward pass: outputs of the frozen matrices and of their LoRA
+    passing: int = (
+        0  # of one matrix at a time: the product of its factors, as a whole, and the sum whose rows are measured
+    )
+
+    @classmethod
+    def of(cls, source: ModelSource, targets: Iterable[str], kind: LoraKind, itemsize: int) -> DoraBytes:
+        """`itemsize`: bytes per element that is computed with."""
+        if not kind.dora:
+            return cls()
+        modules, widths = target_modules(source, targets, kind.layers), Counter[int | None]()
+        for name, (out_features, _) in modules.items():
+            widths[layer_number(name)] += out_features
+        most = max((columns + 3 * rows) * columns for rows, columns in modules.values())
+        return cls((itemsize + FP32_BYTES) * max(widths.values()), FP32_BYTES * most)
 
 
 def loss_bytes(config: Mapping[str, Any], positions: int, itemsize: int) -> int:

@@ -122,14 +122,22 @@ class UnitSeed:
 
     def __init__(self) -> None:
         self.value: int | None = None
+        self.dora: list[nn.Module] = []
+        """Modules of peft that take their dropout into account only if they are in training mode."""
 
     @contextmanager
     def set_to(self, value: int | None) -> Iterator[None]:
-        before, self.value = self.value, value
+        before = self.value
+        self._put(value)
         try:
             yield
         finally:
-            self.value = before
+            self._put(before)
+
+    def _put(self, value: int | None) -> None:
+        self.value = value
+        for module in self.dora:
+            module.training = value is not None  # its parts keep their own mode
 
 
 class UnitDropout(nn.Module):

@@ -149,6 +149,15 @@ class QuantizedLinear(nn.Linear):
     def empty_state(out_features: int, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
         raise NotImplementedError
 
+    def dequantize(self) -> torch.Tensor:
+        """Returns the matrix [out, in] in fp32."""
+        raise NotImplementedError
+
+    @property
+    def W_q(self) -> torch.Tensor:
+        """The packed weights: a layer that has them under this name is one that peft asks to `dequantize` (for DoRA)."""
+        return self.weight
+
     @staticmethod
     def product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
         """Returns x times the transposed matrix [out, in] of this shape, of which `weight` and `scale` are the state."""
@@ -168,6 +177,9 @@ class Int8Linear(QuantizedLinear):
     def empty_state(out_features: int, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.empty(out_features, in_features, dtype=torch.int8), torch.empty(out_features, dtype=torch.float32)
 
+    def dequantize(self) -> torch.Tensor:
+        return self.weight.float() * self.weight_scale[:, None]
+
     @staticmethod
     def product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
         return _Int8Product.apply(x, weight, scale)
@@ -182,6 +194,9 @@ class Nf4Linear(QuantizedLinear):
     def empty_state(out_features: int, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
         blocks = -(out_features * in_features // -BLOCK)
         return torch.empty(blocks, BLOCK // 2, dtype=torch.uint8), torch.empty(blocks, dtype=torch.float32)
+
+    def dequantize(self) -> torch.Tensor:
+        return dequantize_nf4(self.weight, self.weight_scale, (self.out_features, self.in_features), torch.float32)
 
     @staticmethod
     def product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:

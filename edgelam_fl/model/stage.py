@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,13 +25,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, PreTrainedModel
 
 from edgelam_fl.errors import ModelError, ProtocolError
-from edgelam_fl.model.adapter import PREFIX, Adapter, Span, target_modules
+from edgelam_fl.model.adapter import LM_HEAD, PREFIX, Adapter, Span, saved_tensors, target_modules
 from edgelam_fl.model.bases import compute_dtype, require_base
 from edgelam_fl.model.carry import CARRY_A, CARRY_B
 from edgelam_fl.model.chip import CPU, onto
 from edgelam_fl.model.cut import CUT_A, CUT_B, CutAdapter, is_cut
 from edgelam_fl.model.families import Family
 from edgelam_fl.model.index import layer_number
+from edgelam_fl.model.lora import FACTORS, MAGNITUDE, PLAIN, LoraKind, pattern_of
 from edgelam_fl.model.modules import CarryFactors, CutDown, CutUp, Normed, Pass, StageCache, UnitDropout, UnitSeed
 from edgelam_fl.model.own_dropout import turn_on
 from edgelam_fl.model.skeleton import fill_computed, skeleton
@@ -43,7 +45,7 @@ ReadTensors = Callable[[ModelSource, list[str], str, str], Iterable[tuple[str, t
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """LoRA of one stage: its rank, alpha, the modules that it is put on, its dropout, and the route's cut adapter."""
+    """LoRA of one stage: its rank, alpha, the modules that it is put on, its dropout and kind, and the route's cut adapter."""
 
     rank: int
     alpha: float
@@ -51,6 +53,7 @@ class LoraSettings:
     dropout: float = 0.0
     own_dropout: bool = False  # whether the model's own dropout is on in training
     cut: CutAdapter | None = None
+    kind: LoraKind = PLAIN
 
 
 class Stage(nn.Module):
@@ -71,9 +74,12 @@ class Stage(nn.Module):
         *,
         own_dropout: bool = False,
         chip: torch.device = CPU,
+        adapted: frozenset[int] = frozenset(),
+        saved: Collection[str] = (),
     ) -> None:
         """`dropout`: of LoRA. `cut`: this stage's part of the cut adapter; None: it has none. `own_dropout`: the model's is on in
-        training. `chip`: what the stage computes on; all of it goes there.
+        training. `chip`: what the stage computes on; all of it goes there. `adapted`: the layers of the whole model in which
+        something may learn. `saved`: names of the whole model's tensors that learn as a whole.
         """
         super().__init__()
         self.model = model.to(chip)
@@ -81,6 +87,7 @@ class Stage(nn.Module):
         self.dtype = dtype
         self.chip = chip
         self.family = family
+        self.adapted, self.saved = adapted, saved
         self._seed = UnitSeed()
         self._recomputes = False
         self._normed = Normed()
@@ -88,6 +95,8 @@ class Stage(nn.Module):
             for name, module in model.named_modules():
                 if isinstance(module, LoraLayer):
                     module.lora_dropout["default"] = UnitDropout(dropout, name.removeprefix(PREFIX), self._seed)
+                    if module.use_dora["default"]:
+                        self._seed.dora.append(module)
         if own_dropout:
             turn_on(model, self._transformer.config, span, family, self._seed)
         self._carries = {
@@ -96,13 +105,18 @@ class Stage(nn.Module):
             if isinstance(module, LoraLayer)
         }
         self._cut = cut if cut is None else cut.to(chip)
-        self._places = _adapter_places(model, family) | _cut_place(cut, span, family)
+        self._places = _adapter_places(model, family, saved) | _cut_place(cut, span, family)
         self.adapter_parameters: AdapterSet = {
             name: module.get_parameter(attribute) for name, (module, attribute) in self._places.items()
         }
         for parameter in self.adapter_parameters.values():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
+        self._as_loaded = {
+            name: parameter.detach().clone()
+            for name, parameter in self.adapter_parameters.items()
+            if not name.endswith(FACTORS) and layer_number(name) is not None and not is_cut(name)
+        }
         self.eval()
 
     # ---------------------------------------------------------------- computing
@@ -170,6 +184,11 @@ class Stage(nn.Module):
         finally:
             setattr(model, self.family.body, body)
         return logits_1NV[0]
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Lists what learns of the head of a language model, which `logits` computes with, in the set in use."""
+        named = self.adapter_parameters.items()
+        return [p for name, p in named if name.startswith(f"{PREFIX}{LM_HEAD}.") and p.requires_grad]
 
     @property
     def outputs(self) -> int:
@@ -274,6 +293,13 @@ class Stage(nn.Module):
             for name, parameter in self.adapter_parameters.items()
         }
 
+    def untrained_set(self) -> AdapterSet:
+        """Returns a set, for `use`, with which the layers compute as the base does: factors of zero, all else as it was loaded."""
+        return {
+            name: nn.Parameter(self._as_loaded.get(name, torch.zeros_like(parameter)), requires_grad=False)
+            for name, parameter in self.adapter_parameters.items()
+        }
+
     def use(self, adapter_set: AdapterSet) -> None:
         """Computes with these parameters from now on. A backward pass still belongs to the set of its forward pass."""
         if adapter_set is self.adapter_parameters:
@@ -341,16 +367,23 @@ class Stage(nn.Module):
         return a_MI, b_OM
 
 
-def _adapter_places(model: nn.Module, family: Family) -> dict[str, tuple[nn.Module, str]]:
-    """Maps adapter names to the module and attribute of the parameter: LoRA's factors and the tensors of the task head."""
+def _adapter_places(model: nn.Module, family: Family, saved: Collection[str]) -> dict[str, tuple[nn.Module, str]]:
+    """Maps adapter names to the module and attribute of the parameter: LoRA's tensors, and those that learn as a whole."""
     places = {}
     for name, _ in model.named_parameters():
-        full = PREFIX + name.removeprefix(PREFIX)
+        bare = name.removeprefix(PREFIX)
+        full = PREFIX + bare
         of_head = family.task_head is not None and full.startswith(f"{PREFIX}{family.task_head}.")
-        if ".lora_" in full or of_head:
+        if ".lora_" in full or of_head or bare in saved:
             module, _, attribute = name.rpartition(".")
-            places[full.replace(".default.", ".")] = (model.get_submodule(module), attribute)
+            places[_peft_name(full)] = (model.get_submodule(module), attribute)
     return places
+
+
+def _peft_name(parameter: str) -> str:
+    """Returns the name under which peft saves a parameter; of DoRA's magnitudes it leaves the ".weight" out."""
+    name = parameter.replace(".default.", ".")
+    return name.removesuffix(".weight") if name.endswith(f"{MAGNITUDE}.weight") else name
 
 
 def _cut_place(cut: CutDown | CutUp | None, span: Span, family: Family) -> dict[str, tuple[nn.Module, str]]:
@@ -422,18 +455,22 @@ def load_stages(
     wanted = {name for name in names if name.removesuffix("_scale") == name or name.removesuffix("_scale") not in names}
     tensors = {name: _aligned(tensor).to(chip) for name, tensor in read(source, sorted(wanted), base, compute)}
     stages = []
+    modules = target_modules(source, lora.targets, lora.kind.layers) if lora else {}
+    saved = saved_tensors(source, lora.kind.saved) if lora else {}
+    adapted = frozenset(layer for name in [*modules, *saved] if (layer := layer_number(name)) is not None)
     for model, span in zip(models, spans, strict=True):
         own = {name: tensors[_stored_name(source, name)] for name in _frozen(model, family)}
         model.load_state_dict(own, strict=False, assign=True)
         fill_computed(model, family)
         model.requires_grad_(False)
+        _give_own(model, saved, dtype)
         dropout = lora.dropout if lora else 0.0
         cut = _cut_part(lora.cut, span, source.hidden_size) if lora and lora.cut else None
         own_dropout = lora.own_dropout if lora else False
         stages.append(
             Stage(
-                _with_lora(model, span, lora, source), span, dtype, family, dropout, cut,
-                own_dropout=own_dropout, chip=chip,
+                _with_lora(model, span, lora, modules, family), span, dtype, family, dropout, cut,
+                own_dropout=own_dropout, chip=chip, adapted=adapted, saved=frozenset(saved),
             )
         )  # fmt: skip
     return stages
@@ -468,23 +505,46 @@ def _stored_name(source: ModelSource, name: str) -> str:
     return name
 
 
-def _with_lora(model: PreTrainedModel, span: Span, lora: LoraSettings | None, source: ModelSource) -> nn.Module:
-    if lora is None:
-        return model
+def _give_own(model: nn.Module, saved: Collection[str], dtype: torch.dtype) -> None:
+    """Gives the model fp32 tensors of its own for those that learn as a whole, in modules that take and give `dtype`."""
+    for name in (name for name, _ in list(model.named_parameters()) if name in saved):
+        module, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(module)
+        setattr(owner, attribute, nn.Parameter(owner.get_parameter(attribute).detach().float().clone()))
+        if dtype != torch.float32 and not owner._forward_hooks:
+            owner.register_forward_pre_hook(_as_fp32)
+            owner.register_forward_hook(partial(_as_dtype, dtype))
+
+
+def _as_fp32(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(tensor.float() for tensor in inputs)
+
+
+def _as_dtype(dtype: torch.dtype, _: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+    return output.to(dtype)
+
+
+def _with_lora(
+    model: PreTrainedModel, span: Span, lora: LoraSettings | None, modules: Iterable[str], family: Family
+) -> nn.Module:
+    """Lets peft put LoRA on those of the `modules` of the whole model that the span has."""
     # Full names, so that a target that matches only modules of other stages is not an error here.
-    names = [
-        name for name in target_modules(source, lora.targets) if span.first <= (layer_number(name) or 0) < span.last
-    ]
-    if not names:
+    names = [name for name in modules if span.first <= (layer_number(name) or 0) < span.last]
+    if lora is None or not names:
         return model
+    own = [(terms, sorted(set(names).intersection(terms.modules))) for terms in lora.kind.own]
     settings = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         target_modules=names,
         lora_dropout=0.0,  # UnitDropout replaces it
         bias="none",
-        fan_in_fan_out=source.family.input_first,
-        task_type=None if source.family.task_head else "CAUSAL_LM",
+        fan_in_fan_out=family.input_first,
+        task_type=None if family.task_head else "CAUSAL_LM",
+        rank_pattern={pattern_of(here): terms.rank for terms, here in own if here and terms.rank},
+        alpha_pattern={pattern_of(here): terms.alpha for terms, here in own if here and terms.alpha},
+        use_rslora=lora.kind.rslora,
+        use_dora=lora.kind.dora,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft reads an attribute that transformers 6 renames

@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from edgelam_fl.errors import ModelError
 from edgelam_fl.model.adapter import PREFIX, Span, read_peft_folder
 from edgelam_fl.model.chip import CPU
-from edgelam_fl.model.cut import CUT_A, CUT_B, CutAdapter, cut_of
+from edgelam_fl.model.cut import CUT_A, CUT_B, CutAdapter, cut_of, is_cut
 from edgelam_fl.model.modules import CutDown, CutUp
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import load_stages
@@ -40,10 +40,10 @@ def put_on(model: Any, adapter: Path) -> PeftModel:
             warnings.simplefilter("ignore")  # what peft would warn about is refused below
             tuned = PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True)
         with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as tensors:
-            stored = {name for name in tensors.keys() if ".lora_" in name}  # noqa: SIM118 - no mapping
+            stored = {name for name in tensors.keys() if not is_cut(name)}  # noqa: SIM118 - no mapping
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise ModelError(f"{adapter} cannot be put on its model: {' '.join(str(error).split())[:300]}") from error
-    needed = {name.replace(".default.", ".") for name, _ in tuned.named_parameters() if ".lora_" in name}
+    needed = get_peft_model_state_dict(tuned, save_embedding_layers=False).keys()
     if stored != needed:
         raise ModelError(
             f"{adapter} does not belong to the model: {len(needed - stored)} tensors are missing and "

@@ -108,7 +108,9 @@ class Held:
         self._fronts = PrivateFronts() if fronts is None else fronts
         self._snapshots = snapshots
         self._private = {
-            name: p.detach().cpu().numpy() for name, p in self.ends_trainee.named.items() if is_private(plan, name)
+            name: p.detach().cpu().numpy().copy()
+            for name, p in self.ends_trainee.named.items()
+            if is_private(plan, name)
         }
         self._cut: tuple[pb.Cut, CutDefence] | None = None
         self._site: dict[str, Trainee] = {}  # per source: the site, or with copies each device

@@ -17,7 +17,7 @@ from edgelam_fl.model.adapter import Adapter, from_bytes, to_bytes
 from edgelam_fl.privacy.mechanism import secret_generator
 
 FOLDER = "private-fronts"  # below a node's state
-_A = ".lora_A.weight"
+_A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
 class PrivateFronts:
@@ -31,7 +31,8 @@ class PrivateFronts:
     def of(self, run: str, like: Mapping[str, np.ndarray]) -> Adapter:
         """Returns a run's front with the names and shapes of `like`: as it was kept, and new where nothing fits.
 
-        A new A is drawn from the machine's entropy, never from the run's seed, which hosts know; a new B is zero.
+        A new A is drawn from the machine's entropy, never from the run's seed, which hosts know; a new B is zero. What begins as
+        the base has it is that of `like`.
         """
         kept = self._kept(run)
         fits = {name for name, array in like.items() if name in kept and kept[name].shape == array.shape}
@@ -64,7 +65,9 @@ class PrivateFronts:
 
 
 def _new(name: str, like: np.ndarray) -> np.ndarray:
-    if not name.endswith(_A):
+    if name.endswith(_B):
         return np.zeros(like.shape, np.float32)
+    if not name.endswith(_A):
+        return like
     bound = like.shape[1] ** -0.5
     return secret_generator().uniform(-bound, bound, like.shape).astype(np.float32)

@@ -6,13 +6,15 @@ Computed from the run file and the model's index alone; knows no node and no cha
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 
-from edgelam_fl.model.adapter import Span, target_modules
+from edgelam_fl.model.adapter import Span, adapter_shapes
 from edgelam_fl.model.base_names import DTYPES, FP32_BYTES, ITEM_BYTES
 from edgelam_fl.model.index import layer_number
-from edgelam_fl.model.memory import unit_bytes, weights_bytes
+from edgelam_fl.model.memory import DoraBytes, unit_bytes, weights_bytes
 from edgelam_fl.plan.bases import split_pair
 from edgelam_fl.plan.facts import Footprint
 from edgelam_fl.plan.layout import by_name
@@ -28,7 +30,7 @@ class Footprints:
     """Memory of slices of one run's model. Remembers the weights of each layer, as it is asked for them often."""
 
     def __init__(self, spec: RunSpec) -> None:
-        self.spec = spec
+        self.spec, self._kind = spec, spec.kind
         self._layer_weights: dict[str, list[int]] = {}
 
     def of_host(self, pair: str, devices: int, window: int) -> Footprint:
@@ -39,6 +41,7 @@ class Footprints:
             end = self.spec.source.num_layers
             head_bytes = self._weights([Span(end, end, head=True)], pair)
             head_bytes += self._unit(pair, 0, head=True) - self._unit(pair, 0)  # one unit at a time
+            head_bytes += (FP32_BYTES + LEARNING_BYTES * devices) * self._weights_by_place[None]
         layer_bytes = tuple(
             weights + (FP32_BYTES + LEARNING_BYTES * devices) * self.adapter_weights.get(layer, 0)
             for layer, weights in enumerate(self._weights_by_layer(pair))
@@ -54,12 +57,13 @@ class Footprints:
         rank = by_name(lora.ranks, name, lora.rank) / lora.rank
         layers = (layer for span in spans for layer in range(span.first, span.last))
         adapters = sum(self.adapter_weights.get(layer, 0) for layer in layers)
+        whole = self._weights_by_place[None] if any(span.head for span in spans) else 0
         units = window * self._unit(pair, spans[0].last)
         if spans[0].head:  # the whole model
             units += self._unit(pair, 0, head=True) - self._unit(pair, 0)
         units += sum(self._unit(pair, span.last - span.first, head=True) for span in spans[1:])
         frozen = self.spec.cut.rank * self.spec.source.hidden_size if self.spec.cut else 0  # B of a cut adapter
-        learning = round((FP32_BYTES + LEARNING_BYTES) * rank * adapters)
+        learning = round((FP32_BYTES + LEARNING_BYTES) * (rank * adapters + whole))
         return self._weights(spans, pair) + learning + FP32_BYTES * frozen + units
 
     def _weights_by_layer(self, pair: str) -> list[int]:
@@ -75,19 +79,33 @@ class Footprints:
     @cached_property
     def adapter_weights(self) -> dict[int, int]:
         """Number of adapter weights per layer, with the run's rank."""
-        lora, found = self.spec.config.lora, dict[int, int]()
-        for module, (rows, columns) in target_modules(self.spec.source, lora.targets).items():
-            layer = layer_number(module)
-            assert layer is not None, "target modules are inside the layers"
-            found[layer] = found.get(layer, 0) + lora.rank * (rows + columns)
+        found = {layer: count for layer, count in self._weights_by_place.items() if layer is not None}
         if cut := self.spec.cut:
             found[cut.layer] = found.get(cut.layer, 0) + cut.rank * self.spec.source.hidden_size
         return found
 
+    @cached_property
+    def _weights_by_place(self) -> Counter[int | None]:
+        """Number of adapter weights per layer, and outside the layers (None), but for a task head."""
+        lora = self.spec.config.lora
+        shapes = adapter_shapes(self.spec.source, lora.targets, lora.rank, self._kind)
+        found = Counter[int | None]()
+        for name, shape in shapes.items():
+            found[layer_number(name)] += math.prod(shape)
+        return found
+
     def _unit(self, pair: str, layers: int, *, head: bool = False) -> int:
-        config = self.spec.config
+        config, itemsize = self.spec.config, ITEM_BYTES[DTYPES[split_pair(pair)[1]]]
         return unit_bytes(
-            self.spec.source.config, layers, self.spec.unit_rows, config.task.max_tokens,
-            ITEM_BYTES[DTYPES[split_pair(pair)[1]]], checkpointing=config.split.checkpointing, head=head,
-            all_linear=list(config.lora.targets) == ["all-linear"],
+            self.spec.source.config, layers, self.spec.unit_rows, config.task.max_tokens, itemsize,
+            checkpointing=config.split.checkpointing, head=head, all_linear=list(config.lora.targets) == ["all-linear"],
+            dora_bytes=self._dora(itemsize).kept,
         )  # fmt: skip
+
+    def _dora(self, itemsize: int) -> DoraBytes:
+        return DoraBytes.of(self.spec.source, self.spec.config.lora.targets, self._kind, itemsize)
+
+    @cached_property
+    def growth_bytes(self) -> int:
+        """What comes with a process's first slice, whatever its layers."""
+        return GROWTH_BYTES + self._dora(FP32_BYTES).passing

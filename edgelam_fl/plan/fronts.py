@@ -14,7 +14,7 @@ from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.identity import leakage_key
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.bases import choose_base
-from edgelam_fl.plan.footprint import GROWTH_BYTES, Footprints
+from edgelam_fl.plan.footprint import Footprints
 from edgelam_fl.plan.layout import by_name, device_ends
 from edgelam_fl.plan.modes import label_place
 from edgelam_fl.plan.spec import RunSpec
@@ -152,7 +152,7 @@ def why_too_small(spec: RunSpec, device: pb.Profile) -> str:
     footprints, free_bytes = Footprints(spec), device.memory_available_bytes
 
     def fits(front: int) -> bool:
-        return ends_bytes(footprints, device, front, back_first) + GROWTH_BYTES <= free_bytes
+        return ends_bytes(footprints, device, front, back_first) + footprints.growth_bytes <= free_bytes
 
     if fits(needed):
         return ""

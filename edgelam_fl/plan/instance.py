@@ -15,7 +15,7 @@ from edgelam_fl.model.adapter import Span
 from edgelam_fl.plan.bases import choose_base, host_pairs
 from edgelam_fl.plan.chain_cost import fastest_layer_s
 from edgelam_fl.plan.facts import DeviceEnds, NodeResources, SiteInstance, StepFacts
-from edgelam_fl.plan.footprint import GROWTH_BYTES, IDLE_BYTES, Footprints
+from edgelam_fl.plan.footprint import IDLE_BYTES, Footprints
 from edgelam_fl.plan.layout import check_hosts, device_ends
 from edgelam_fl.plan.modes import host_mode, label_place
 from edgelam_fl.plan.spec import RunSpec
@@ -80,7 +80,7 @@ class InstanceMaker:
             gradient_share=spec.gradient_share,
             back_on_device=on_device,
             head_layers=0.0 if on_device else head_layers(spec),
-            growth_bytes=GROWTH_BYTES,
+            growth_bytes=self.footprints.growth_bytes,
             by_relay=self.speeds.by_relay,
             relay_bps=config.wire.capacity_bps or math.inf,
             # The way through the server is taken to be twice as long as the direct way.

@@ -14,6 +14,7 @@ from itertools import pairwise
 from edgelam_fl.config import PrivacySection, RunConfig
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.base_names import DTYPES
+from edgelam_fl.model.lora import OwnTerms
 from edgelam_fl.model.memory import weights_bytes
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.bases import choose_base
@@ -112,7 +113,9 @@ def make_plans(
         _set_batches(plans[name], spec.config, facts, profiles[name].examples)
         if facts.privacy is not None:
             _set_private_update(plans[name], facts.privacy)
+    own_terms = spec.kind.own
     for name, plan in plans.items():
+        _set_own_terms(plan, own_terms)
         base, compute = layout.bases.get(name) or choose_base(spec, profiles[name], spans_of(plan))
         plan.model.base, plan.model.compute = base, DTYPES[compute]
     computes = {plan.model.compute for plan in plans.values()}
@@ -351,7 +354,20 @@ def _lora(config: RunConfig, node: str, settings: ClientSettings) -> pb.Lora:
         freeze_a=not settings.train_a,
         freeze_b=not settings.train_b,
         prox_mu=settings.prox_mu,
+        layers=lora.layers_to_transform,
+        rslora=lora.use_rslora,
+        dora=lora.use_dora,
+        saved=lora.modules_to_save,
     )
+
+
+def _set_own_terms(plan: pb.Plan, own: Iterable[OwnTerms]) -> None:
+    """Names those of the modules with terms of their own that the node holds."""
+    spans = spans_of(plan)
+    for terms in own:
+        here = [module for module in terms.modules if any(span.holds(f"{module}.") for span in spans)]
+        if here:
+            plan.lora.own.add(modules=here, rank=terms.rank, alpha=terms.alpha)
 
 
 def _cut(privacy: PrivacySection) -> pb.Cut | None:

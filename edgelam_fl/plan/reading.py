@@ -11,6 +11,7 @@ from collections.abc import Callable
 from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.cut import CutAdapter
 from edgelam_fl.model.index import layer_number
+from edgelam_fl.model.lora import LoraKind, OwnTerms
 from edgelam_fl.plan.modes import label_place
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.codec_bytes import RAW
@@ -83,6 +84,13 @@ def cut_adapter_of(plan: pb.Plan) -> CutAdapter | None:
     if not plan.HasField("lowrank"):
         return None
     return CutAdapter(plan.lowrank.layer, plan.lowrank.rank, plan.lora.alpha / plan.lowrank.rank)
+
+
+def kind_of(plan: pb.Plan) -> LoraKind:
+    """Returns the kind of LoRA on the layers that the plan's node holds."""
+    lora = plan.lora
+    own = tuple(OwnTerms(tuple(terms.modules), terms.rank, terms.alpha) for terms in lora.own)
+    return LoraKind(tuple(lora.layers), lora.rslora, lora.dora, tuple(lora.saved), own)
 
 
 def codecs_of(plan: pb.Plan) -> tuple[str, str]:

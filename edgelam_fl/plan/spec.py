@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edgelam_fl.config import RunConfig
+from edgelam_fl.model.adapter import target_modules
 from edgelam_fl.model.base_names import FP32_BYTES, ITEM_BYTES
 from edgelam_fl.model.cut import CutAdapter
+from edgelam_fl.model.lora import LoraKind, OwnTerms, own_terms
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.wire.codec_bytes import CODEC_BYTES
 
@@ -56,6 +58,17 @@ class RunSpec:
             return None
         rank = config.lora.rank
         return CutAdapter(self.source.num_layers - config.split.back - 1, rank, config.lora.alpha / rank)
+
+    @property
+    def kind(self) -> LoraKind:
+        """The kind of the run's LoRA. Reads the model's index anew each time: keep it where it is asked for often."""
+        lora = self.config.lora
+        layers = lora.layers_to_transform
+        own: tuple[OwnTerms, ...] = ()
+        if lora.rank_pattern or lora.alpha_pattern:
+            modules = target_modules(self.source, lora.targets, layers)
+            own = own_terms(modules, lora.rank_pattern, lora.alpha_pattern)
+        return LoraKind(layers, lora.use_rslora, lora.use_dora, lora.modules_to_save, own)
 
 
 def tensors_per_round(spec: RunSpec, trained: int, held_out: int) -> tuple[float, float]:

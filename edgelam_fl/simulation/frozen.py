@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers.models.bert.modeling_bert import BertLayer
 
 from edgelam_fl.model.activation_cache import Activations
-from edgelam_fl.model.adapter import Span, target_modules
+from edgelam_fl.model.adapter import Span, saved_tensors, target_modules
 from edgelam_fl.model.index import layer_number
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import LoraSettings, Stage
@@ -26,8 +26,9 @@ _ROWS_PER_CALL = 4  # of attention, in which each row attends to itself
 
 
 def frozen_layers(source: ModelSource, lora: LoraSettings) -> int:
-    """Counts the layers below the lowest layer with LoRA."""
-    return min(layer_number(name) or 0 for name in target_modules(source, lora.targets))
+    """Counts the layers below the lowest layer in which something may learn."""
+    names = [*target_modules(source, lora.targets, lora.kind.layers), *saved_tensors(source, lora.kind.saved)]
+    return min(layer for name in names if (layer := layer_number(name)) is not None)
 
 
 class OnFrozen(Stage):
@@ -40,7 +41,7 @@ class OnFrozen(Stage):
 
     def __init__(self, top: Stage, dropout: float, activations: Activations) -> None:
         """Changes the layers of `top` in place. `activations`: the output of the layers below."""
-        super().__init__(top.model, top.span, top.dtype, top.family, dropout)
+        super().__init__(top.model, top.span, top.dtype, top.family, dropout, adapted=top.adapted, saved=top.saved)
         self.activations = activations
         layers: list[Any] = [self.layers[number] for number in range(top.span.first, top.span.last)]
         self._packs = not dropout and all(isinstance(layer, BertLayer) for layer in layers)

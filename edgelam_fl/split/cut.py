@@ -69,13 +69,13 @@ def typical_length(front: Stage) -> float:
     """Returns the median length of a token's hidden state after the untrained front: the same on every device.
 
     Of tokens drawn without anybody's text, low numbers more often than high ones, as words are frequent; a row's first token
-    does not count. The adapter counts as zero, so that training cannot move the limit.
+    does not count. The front computes without what it has learned, so that training cannot move the limit.
     """
     vocabulary = len(front.embeddings())
     drawn = np.random.default_rng(0).random((_ROWS, _TOKENS))
     ids_BT = torch.from_numpy((vocabulary**drawn).astype(np.int64) - 1).clamp(0, vocabulary - 1)
     trained = front.adapter_parameters
-    front.use({name: torch.nn.Parameter(torch.zeros_like(p), requires_grad=False) for name, p in trained.items()})
+    front.use(front.untrained_set())
     try:
         states_BTD = off(front(ids_BT, [_TOKENS] * _ROWS))
     finally:

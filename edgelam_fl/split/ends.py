@@ -101,6 +101,8 @@ class Ends:
         found = judged(self._task, self._back, output, unit.labels, divisor)
         if found.output.requires_grad:
             found.output.backward(found.grad)
+        for parameter, of_head in found.of_head:
+            parameter.grad = of_head if parameter.grad is None else parameter.grad + of_head
         grad, rank = inputs.grad, self._plan.lowrank.rank
         if grad is not None and rank:
             grad = grad[..., -rank:].contiguous()

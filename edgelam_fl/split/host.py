@@ -74,6 +74,7 @@ class Host:
         of the lanes. `around_pass`: is entered around each pass of a micro-batch, on the thread that computes it.
         """
         self.plan, self.span, self.group, self.task = plan, views[0].span, group, task
+        self._adapted = views[0].adapted
         self.compute_seconds = 0.0
         self.timeline = Timeline("host")
         group.on_sent = self.timeline.sent
@@ -482,9 +483,10 @@ class Host:
                 work.conclude()
 
     def _previous_trains(self, member: Member) -> bool:
-        """Returns whether anything before this stage learns, so that it needs a gradient from here."""
-        lora = self.plan.lora
-        return (lora.train_front and member.route.front > 0) or (lora.train_hosts and self.group.position > 0)
+        """Returns whether anything before this stage on the member's route learns, so that it needs a gradient from here."""
+        lora, front = self.plan.lora, member.route.front
+        first = next(hop.first for hop in member.route.hops if hop.node == self.plan.node)
+        return any(lora.train_front if layer < front else lora.train_hosts for layer in self._adapted if layer < first)
 
     def _send(self, link: Link | None, kind: pb.Kind, of: pb.Header, tensor: torch.Tensor | None) -> None:
         assert link is not None

@@ -1,17 +1,19 @@
 """The loss of a micro-batch at a stage with the head: of the positions that carry loss alone, a bounded number at a time.
 
 Positions without a label would get a gradient of zero, so leaving them out changes nothing that is learned but for rounding.
-Head and loss are taken forward and backward chunk by chunk, so that the logits of one chunk alone are in memory. Knows stages
-and tasks; knows no links, and not who learns. Neighbours: `split.ends` and `split.passes`.
+Head and loss are taken forward and backward chunk by chunk, so that the logits of one chunk alone are in memory; a head that learns
+gets its gradient here, and all before it from the gradient of its inputs. Knows stages and tasks; knows no links, and not who
+learns. Neighbours: `split.ends` and `split.passes`.
 
 Shapes: N positions that carry loss, D hidden.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from edgelam_fl.model.memory import head_chunk
 from edgelam_fl.model.stage import Stage
@@ -27,7 +29,10 @@ class Judged:
     output: torch.Tensor  # the stage's output, or the loss itself
     grad: (
         torch.Tensor | None
-    )  # the gradient of `output`; None: `output` is the loss, already divided, or nothing learns
+    )  # the gradient of `output`; None: `output` is the loss, already divided, or nothing before the head learns
+    of_head: list[tuple[nn.Parameter, torch.Tensor]] = field(
+        default_factory=list
+    )  # what learns of the head, with its gradient; none if `output` is the loss
 
 
 def judged(task: Task, stage: Stage, output: torch.Tensor, labels: torch.Tensor, divisor: int | None = None) -> Judged:
@@ -40,14 +45,18 @@ def judged(task: Task, stage: Stage, output: torch.Tensor, labels: torch.Tensor,
     if rows_N is None:
         loss, sums = task.loss(output, labels, training=training)
         return Judged(float(loss.detach()), sums, loss / (divisor or 1), None)
-    learns = training and output.requires_grad
-    total, sums, grads = 0.0, {}, []
-    size = head_chunk(stage.outputs)
+    heads = stage.head_parameters() if training else []
+    passes_on = training and output.requires_grad
+    learns = passes_on or bool(heads)
+    total, sums, size = 0.0, dict[str, float](), head_chunk(stage.outputs)
+    grads, of_head = list[torch.Tensor](), [torch.zeros(())] * len(heads)
     for states_CD, rows_C in zip(output.detach().split(size), rows_N.split(size), strict=True):
         with torch.set_grad_enabled(learns):
             loss, more = task.loss(stage.logits(states_CD.requires_grad_(learns)), labels, rows_C, training=training)
         total += float(loss.detach())
         sums = {name: sums.get(name, 0.0) + value for name, value in more.items()}
         if learns:
-            grads += torch.autograd.grad(loss / (divisor or 1), states_CD)
-    return Judged(total, sums, output, torch.cat(grads) if learns else None)
+            grad, *more_of_head = torch.autograd.grad(loss / (divisor or 1), [states_CD, *heads])
+            of_head = [new if not grads else old + new for old, new in zip(of_head, more_of_head, strict=True)]
+            grads.append(grad)
+    return Judged(total, sums, output, torch.cat(grads) if passes_on else None, list(zip(heads, of_head, strict=True)))

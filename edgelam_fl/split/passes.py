@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -98,7 +98,20 @@ def forward_to_loss(
         found = judged(task, view, output, labels, divisor if crossing.training else None)
     if not crossing.training or not math.isfinite(found.loss):
         return Learned(found.loss, found.sums, None)
-    return Learned(found.loss, found.sums, backward(view, crossing, found.output, found.grad, parameters))
+    gradients = backward(view, crossing, found.output if found.output.requires_grad else None, found.grad, parameters)
+    return Learned(found.loss, found.sums, with_head(gradients, parameters, found.of_head))
+
+
+def with_head(
+    gradients: Gradients, parameters: Sequence[torch.Tensor], of_head: Sequence[tuple[torch.Tensor, torch.Tensor]]
+) -> Gradients:
+    """Returns the gradients with those of a head that learns, which the backward pass through the layers does not reach."""
+    if not of_head:
+        return gradients
+    heads = {id(parameter): gradient for parameter, gradient in of_head}
+    found = gradients.found or [None] * len(parameters)
+    joined = [heads.get(id(parameter), known) for parameter, known in zip(parameters, found, strict=True)]
+    return replace(gradients, found=joined)
 
 
 def backward(

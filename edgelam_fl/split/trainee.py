@@ -18,7 +18,7 @@ from edgelam_fl.errors import ProtocolError
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.chip import CPU
 from edgelam_fl.model.stage import LoraSettings, Stage
-from edgelam_fl.plan.reading import cut_adapter_of
+from edgelam_fl.plan.reading import cut_adapter_of, kind_of
 from edgelam_fl.split.snapshot import Damaged, SourceState
 from edgelam_fl.wire import edgelam_pb2 as pb
 
@@ -288,5 +288,11 @@ def lora_of(plan: pb.Plan) -> LoraSettings:
     """Returns the LoRA settings of a plan."""
     lora = plan.lora
     return LoraSettings(
-        lora.rank, lora.alpha, tuple(lora.targets), lora.dropout, plan.model.own_dropout, cut_adapter_of(plan)
+        lora.rank,
+        lora.alpha,
+        tuple(lora.targets),
+        lora.dropout,
+        plan.model.own_dropout,
+        cut_adapter_of(plan),
+        kind_of(plan),
     )

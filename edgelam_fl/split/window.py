@@ -6,12 +6,12 @@ memory. Knows sizes; knows no links.
 
 from __future__ import annotations
 
-from edgelam_fl.model.memory import loss_bytes, unit_bytes
+from edgelam_fl.model.memory import DoraBytes, loss_bytes, unit_bytes
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.chain_memory import UNITS_SHARE
 from edgelam_fl.plan.footprint import LEARNING_BYTES
 from edgelam_fl.plan.modes import label_place
-from edgelam_fl.plan.reading import end_spans, unit_rows
+from edgelam_fl.plan.reading import end_spans, kind_of, unit_rows
 from edgelam_fl.split.workers import workers_of
 from edgelam_fl.wire import edgelam_pb2 as pb
 
@@ -43,6 +43,7 @@ def _unit_bytes(plan: pb.Plan, source: ModelSource, layers: int, itemsize: int, 
     return unit_bytes(
         source.config, layers, unit_rows(plan), plan.task.max_tokens, itemsize, checkpointing=plan.checkpointing, head=head,
         all_linear=list(plan.lora.targets) == ["all-linear"],
+        dora_bytes=DoraBytes.of(source, plan.lora.targets, kind_of(plan), itemsize).kept,
     )  # fmt: skip
 
 

@@ -423,7 +423,7 @@ class ModelRef(_message.Message):
     def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., base: _Optional[str] = ..., num_layers: _Optional[int] = ..., compute: _Optional[str] = ..., wire: _Optional[str] = ..., files: _Optional[_Mapping[str, str]] = ..., weights_digest: _Optional[str] = ..., own_dropout: _Optional[bool] = ...) -> None: ...
 
 class Lora(_message.Message):
-    __slots__ = ("rank", "alpha", "targets", "train_front", "train_hosts", "train_back", "dropout", "freeze_a", "freeze_b", "prox_mu")
+    __slots__ = ("rank", "alpha", "targets", "train_front", "train_hosts", "train_back", "dropout", "freeze_a", "freeze_b", "prox_mu", "layers", "rslora", "dora", "saved", "own")
     RANK_FIELD_NUMBER: _ClassVar[int]
     ALPHA_FIELD_NUMBER: _ClassVar[int]
     TARGETS_FIELD_NUMBER: _ClassVar[int]
@@ -434,6 +434,11 @@ class Lora(_message.Message):
     FREEZE_A_FIELD_NUMBER: _ClassVar[int]
     FREEZE_B_FIELD_NUMBER: _ClassVar[int]
     PROX_MU_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    RSLORA_FIELD_NUMBER: _ClassVar[int]
+    DORA_FIELD_NUMBER: _ClassVar[int]
+    SAVED_FIELD_NUMBER: _ClassVar[int]
+    OWN_FIELD_NUMBER: _ClassVar[int]
     rank: int
     alpha: float
     targets: _containers.RepeatedScalarFieldContainer[str]
@@ -444,7 +449,22 @@ class Lora(_message.Message):
     freeze_a: bool
     freeze_b: bool
     prox_mu: float
-    def __init__(self, rank: _Optional[int] = ..., alpha: _Optional[float] = ..., targets: _Optional[_Iterable[str]] = ..., train_front: _Optional[bool] = ..., train_hosts: _Optional[bool] = ..., train_back: _Optional[bool] = ..., dropout: _Optional[float] = ..., freeze_a: _Optional[bool] = ..., freeze_b: _Optional[bool] = ..., prox_mu: _Optional[float] = ...) -> None: ...
+    layers: _containers.RepeatedScalarFieldContainer[int]
+    rslora: bool
+    dora: bool
+    saved: _containers.RepeatedScalarFieldContainer[str]
+    own: _containers.RepeatedCompositeFieldContainer[OwnTerms]
+    def __init__(self, rank: _Optional[int] = ..., alpha: _Optional[float] = ..., targets: _Optional[_Iterable[str]] = ..., train_front: _Optional[bool] = ..., train_hosts: _Optional[bool] = ..., train_back: _Optional[bool] = ..., dropout: _Optional[float] = ..., freeze_a: _Optional[bool] = ..., freeze_b: _Optional[bool] = ..., prox_mu: _Optional[float] = ..., layers: _Optional[_Iterable[int]] = ..., rslora: _Optional[bool] = ..., dora: _Optional[bool] = ..., saved: _Optional[_Iterable[str]] = ..., own: _Optional[_Iterable[_Union[OwnTerms, _Mapping]]] = ...) -> None: ...
+
+class OwnTerms(_message.Message):
+    __slots__ = ("modules", "rank", "alpha")
+    MODULES_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    ALPHA_FIELD_NUMBER: _ClassVar[int]
+    modules: _containers.RepeatedScalarFieldContainer[str]
+    rank: int
+    alpha: float
+    def __init__(self, modules: _Optional[_Iterable[str]] = ..., rank: _Optional[int] = ..., alpha: _Optional[float] = ...) -> None: ...
 
 class Optimizer(_message.Message):
     __slots__ = ("name", "step_offset", "lrs", "clip", "max_norm", "keep", "weight_decay", "betas", "eps", "momentum")

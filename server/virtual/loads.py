@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from functools import cached_property
 
-from edgelam_fl.model.adapter import target_modules
+from edgelam_fl.model.adapter import adapter_shapes
 from edgelam_fl.model.base_names import FP32_BYTES
 from edgelam_fl.model.index import layer_number
 from edgelam_fl.plan.layout import by_name, device_ends
@@ -42,7 +42,9 @@ class Loads:
         front, back_first = ends = device_ends(self.spec, name)
         if ends not in self._operations:
             held = {layer: n for layer, n in self._weights.items() if self._holds(layer, front, back_first)}
-            learning = (layer for layer in self._widths if self._learns(layer, front, back_first))
+            learning = (
+                layer for layer in self._adapters if layer is not None and self._learns(layer, front, back_first)
+            )
             lowest = min(learning, default=self.source.num_layers)
             if self.spec.cut:  # its gradient passes the whole back
                 lowest = min(lowest, back_first)
@@ -54,13 +56,14 @@ class Loads:
         """Returns the bytes of the tensors that a device trains, with its head."""
         lora = self.config.lora
         front, back_first = device_ends(self.spec, name)
-        widths = sum(
-            width
-            for layer, width in self._widths.items()
-            if self._holds(layer, front, back_first) and self._learns(layer, front, back_first)
+        weights = sum(
+            count
+            for layer, count in self._adapters.items()
+            if layer is not None and self._holds(layer, front, back_first) and self._learns(layer, front, back_first)
         )
-        head = self._head_weights if self.config.task.classes and "back" in lora.train else 0
-        return FP32_BYTES * (by_name(lora.ranks, name, lora.rank) * widths + head)
+        head = (self._head_weights if self.config.task.classes else 0) + self._adapters[None]
+        head *= "back" in lora.train and label_place(self.config.split.labels).on_device
+        return FP32_BYTES * (by_name(lora.ranks, name, lora.rank) * weights // lora.rank + head)
 
     def _holds(self, layer: int, front: int, back_first: int) -> bool:
         return not self.config.split.hosts or not front <= layer < back_first
@@ -76,12 +79,12 @@ class Loads:
         return Counter({layer: sum(map(math.prod, self.source.used_matrices(layer))) for layer in layers})
 
     @cached_property
-    def _widths(self) -> Counter[int]:
-        """Returns rows plus columns of the modules with adapters, per layer."""
-        widths = Counter[int]()
-        for module, (rows, columns) in target_modules(self.source, self.config.lora.targets).items():
-            widths[_layer(module)] += rows + columns
-        return widths
+    def _adapters(self) -> Counter[int | None]:
+        """Number of adapter weights per layer, and outside the layers (None), but for a task head; with the run's rank."""
+        lora, found = self.config.lora, Counter[int | None]()
+        for name, shape in adapter_shapes(self.source, lora.targets, lora.rank, self.spec.kind).items():
+            found[layer_number(name)] += math.prod(shape)
+        return found
 
     @cached_property
     def _head_weights(self) -> int:
@@ -90,9 +93,3 @@ class Loads:
             return 0
         outputs = len(self.config.task.classes) or int(self.source.config["vocab_size"])
         return outputs * self.source.hidden_size
-
-
-def _layer(module: str) -> int:
-    number = layer_number(module)
-    assert number is not None, "linear modules are those inside the layers"
-    return number

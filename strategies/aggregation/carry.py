@@ -77,6 +77,7 @@ class CarryRule(Aggregation, ABC):
 
     unequal_ranks = True
     carries = True
+    factors_alone = True
 
     def __init__(self, *, residual: str = "exact") -> None:
         """`residual`: "exact" keeps all that is added, in whatever rank that takes, up to a module's full rank; "svd:RANK"

@@ -18,6 +18,7 @@ from strategies.api import Aggregated, Contribution, Start
 
 class FedSa(FedAvg):
     personal = True
+    factors_alone = True
 
     def aggregate(self, contributions: Sequence[Contribution], start: Start) -> Aggregated:
         own: dict[str, dict[str, np.ndarray]] = {}

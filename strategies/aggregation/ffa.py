@@ -10,5 +10,7 @@ from strategies.aggregation.fedavg import FedAvg
 
 
 class FfaLora(FedAvg):
+    factors_alone = True
+
     def client_settings(self, round: int) -> ClientSettings:
         return ClientSettings(train_a=False)

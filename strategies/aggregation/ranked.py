@@ -16,6 +16,7 @@ class RankedRule(Aggregation, ABC):
     """A rule that combines the factors of each module on its own; task heads are averaged."""
 
     unequal_ranks = True
+    factors_alone = True
 
     def aggregate(self, contributions: Sequence[Contribution], start: Start) -> Aggregated:
         new = mean_of_heads(contributions)

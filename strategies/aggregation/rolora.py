@@ -10,5 +10,7 @@ from strategies.aggregation.fedavg import FedAvg
 
 
 class RoLora(FedAvg):
+    factors_alone = True
+
     def client_settings(self, round: int) -> ClientSettings:
         return ClientSettings(train_a=round % 2 == 0, train_b=round % 2 == 1)

@@ -17,6 +17,7 @@ from edgelam_fl.model.adapter import Adapter, Span, initial_adapter
 from edgelam_fl.model.carry import CARRY_A, CARRY_B
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import LoraSettings, Stage, load_stages
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.global_adapter import as_start
 from strategies.aggregation.error import aggregation_error
@@ -185,7 +186,7 @@ def test_flora_over_a_host_is_flora_without_one(tiny: ModelSource, data_files: l
             for number in (1, 2):
                 reports = ran(fleet, current, 3 * number)
                 given = contributions(reports, config.lora.alpha / config.lora.rank)
-                seen = as_start(current, config, number)
+                seen = as_start(current, RunSpec(config, tiny), number)
                 result = FLoRA().aggregate(given, seen)
                 error = aggregation_error(given, {**result.tensors, **result.carry}, seen)
                 assert error == pytest.approx(0, abs=1e-5)

@@ -10,6 +10,7 @@ from tests.support import run_config
 PRIVATE = ["privacy.mode=central", "split.hosts=0"]
 LOWRANK = ["wire.gradients=lowrank", "lora.train=back"]
 CACHE = ["wire.front_cache_mb=9", "lora.train=['hosts','back']"]
+DORA = ["lora.use_dora=true"]
 CLASSES = ["task.kind=classification", "task.classes=['yes', 'no']"]
 
 
@@ -72,6 +73,18 @@ CLASSES = ["task.kind=classification", "task.classes=['yes', 'no']"]
             "federation.early_stopping_threshold=0.01",
             "federation.load_best=true",
         ],
+        [
+            "lora.use_rslora=true",
+            "lora.alpha_pattern={ q_proj = 2.5 }",
+            "lora.ranks={'a'=2}",
+            "strategy.aggregation=flora",
+        ],
+        ["lora.rank_pattern={ 'layers.0.self_attn.q_proj' = 64, v_proj = 32 }", "strategy.aggregation=fedsa"],
+        [*DORA, "strategy.aggregation=fedmedian", "lora.dropout=0.1", "lora.modules_to_save=norm"],
+        [*DORA, *PRIVATE, "strategy.aggregation=fedadam"],
+        [*DORA, "strategy.aggregation=scaffold", "optimizer.name=sgd", "model.base=auto"],
+        [*LOWRANK, *DORA],
+        [*CLASSES, "lora.layers_to_transform=3", "lora.train=back"],
     ],
 )
 def test_settings_that_can_be_combined(tiny: ModelSource, overrides: list[str]) -> None:
@@ -85,6 +98,42 @@ def test_settings_that_can_be_combined(tiny: ModelSource, overrides: list[str]) 
             ["model.base=fp32", "model.compute=bf16"],
             "model.compute = 'bf16' cannot be combined with model.base = 'fp32'",
         ),
+        (
+            [*DORA, "strategy.aggregation=ffa"],
+            "use_dora = true cannot be combined with strategy.aggregation = 'ffa', .* Allowed: .* such as 'fedavg'",
+        ),
+        ([*DORA, "strategy.aggregation=rolora"], "use_dora = true cannot be combined with .* 'rolora'"),
+        ([*DORA, "strategy.aggregation=fedsa"], "use_dora = true cannot be combined with .* 'fedsa'"),
+        ([*DORA, "strategy.aggregation=flora"], "use_dora = true cannot be combined with .* 'flora'"),
+        ([*DORA, "strategy.aggregation=fedex"], "use_dora = true cannot be combined with .* 'fedex'"),
+        ([*DORA, "strategy.aggregation=hetlora"], "use_dora = true cannot be combined with .* 'hetlora'"),
+        ([*DORA, "strategy.aggregation=flexlora"], "use_dora = true cannot be combined with .* 'flexlora'"),
+        (
+            ["lora.rank_pattern={ q_proj = 4 }", "lora.ranks={'a'=2}"],
+            "rank_pattern cannot be combined with lora.ranks: .* Allowed: either of them",
+        ),
+        (
+            ["lora.rank_pattern={ k_proj = 4 }"],
+            "lora.rank_pattern: 'k_proj' matches no module that gets an adapter. Allowed: .* such as 'q_proj' or 'model.layers.0.self_attn",
+        ),
+        (["lora.alpha_pattern={ proj = 4.0 }"], "lora.alpha_pattern: 'proj' matches no module"),
+        (
+            ["lora.rank_pattern={ v_proj = 33 }"],
+            "lora.rank_pattern gives model.layers.0.self_attn.v_proj the rank 33; allowed: 1 to 32",
+        ),
+        (["lora.layers_to_transform=[0, 6]"], "layer 6 gets no adapter: .* has layers 0 to 5"),
+        (["lora.layers_to_transform=-1"], "layer -1 gets no adapter: .* has layers 0 to 5"),
+        (
+            ["lora.layers_to_transform=[0, 5]", "lora.train=hosts"],
+            r"layers_to_transform = \[0, 5\] has no layer that learns: .* they are in back, front, and lora.train = \['hosts'\]. Allowed: ",
+        ),
+        (
+            ["lora.modules_to_save=lm_head"],
+            "'lm_head' cannot be taken: the head of .* is its embedding, .*Allowed for this model: input_layernorm, norm, post_attention",
+        ),
+        (["lora.modules_to_save=embed_tokens"], "'embed_tokens' cannot be taken: .* would list the tokens of its text"),
+        (["lora.modules_to_save=o_proj"], "'o_proj' cannot be taken: it ends .*, a matrix inside the layers"),
+        (["lora.modules_to_save=layernorms"], "'layernorms' cannot be taken: no module of .* has a name that ends so"),
         (["split.sites=2", "split.hosts=0"], "split.sites = 2 needs split.hosts of at least 1"),
         (["privacy.cut_clip=2.0", "split.hosts=0"], "privacy.cut_clip = 2 needs split.hosts of at least 1"),
         (["privacy.private_front=true", "split.hosts=0"], "privacy.private_front = true needs split.hosts"),

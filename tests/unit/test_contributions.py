@@ -381,9 +381,58 @@ def test_nodes_with_the_same_layers_share_one_slice_whose_digest_is_that_of_its_
 
 
 def test_the_start_carries_each_modules_scale(tiny: ModelSource) -> None:
-    start = as_start(Planned(tiny, "lora.ranks={'e'=2}").start, run_config(tiny.name), 1)
+    start = as_start(Planned(tiny, "lora.ranks={'e'=2}").start, RunSpec(run_config(tiny.name), tiny), 1)
     assert set(start.scales.values()) == {16 / 8, 16 / 2}
     assert len(start.scales) == 2 * 6
+
+
+def test_scales_follow_the_kind_of_lora(tiny: ModelSource) -> None:
+    """At the start and in what nodes contribute: alpha / sqrt(rank), with a rank of 2 and an alpha of 6 for layer 0's q_proj."""
+    module = "model.layers.0.self_attn.q_proj"
+    kind = [
+        "lora.use_rslora=true",
+        f"lora.rank_pattern={{ '{module}' = 2 }}",
+        "lora.alpha_pattern={ 'layers.0.*q_proj' = 6.0 }",
+    ]
+    planned = Planned(tiny, *kind)
+    start = as_start(planned.start, RunSpec(run_config(tiny.name, *kind), tiny), 1)
+    others = 16 / math.sqrt(8)
+    assert {name: scale for name, scale in start.scales.items() if scale != others} == {
+        f"base_model.model.{module}": 6 / math.sqrt(2)
+    }
+    (given,) = contributions_of({"a": reply(planned.ends("a", 1, 1))}, planned.plans, planned.layout, [])
+    assert given.scales == {name: start.scales[name] for name in given.scales}
+    assert sorted(set(given.scales.values())) == sorted({others, 6 / math.sqrt(2)})
+    assert [len(terms.modules) for terms in planned.plans["a"].lora.own] == [1]
+    assert not planned.plans["e"].lora.own, "of what a node does not hold, its plan says nothing"
+
+
+def test_rslora_keeps_a_products_value_in_another_rank(tiny: ModelSource) -> None:
+    planned = Planned(tiny, "lora.ranks={'c'=2}", "lora.use_rslora=true", unequal_ranks=True)
+    a = planned.layer(0)
+    b = a.replace("lora_A", "lora_B")
+    trained = planned.start | {b: np.zeros_like(planned.start[b])}
+    trained[b][:, :2] = 1  # in a rank that both have
+    sent = starting_point(planned.plans["c"], trained, {})
+    whole, narrow = trained[b] @ trained[a] * 16 / math.sqrt(8), sent[b] @ sent[a] * 16 / math.sqrt(2)
+    np.testing.assert_allclose(narrow, whole, rtol=1e-5)
+
+
+def test_magnitudes_are_part_of_each_slice(tiny: ModelSource) -> None:
+    planned = Planned(tiny, "lora.use_dora=true", "lora.modules_to_save=norm")
+    sent = starting_point(planned.plans["e"], planned.start, {})
+    ends = [name.rpartition("proj")[2] or name for name in sent if ".layers.2." in name]
+    assert sum(end == ".lora_magnitude_vector" for end in ends) == 2
+    assert {name for name in sent if "norm" in name} == {
+        f"base_model.model.model.layers.{layer}.{norm}.weight"
+        for layer in (2, 3)
+        for norm in ("input_layernorm", "post_attention_layernorm")
+    }
+    assert "base_model.model.model.norm.weight" in starting_point(planned.plans["a"], planned.start, {})
+    again = with_missing_modules(
+        planned.start, planned.plans, RunSpec(run_config(tiny.name, "lora.use_dora=true"), tiny)
+    )
+    assert digest(again) == digest(planned.start)
 
 
 def test_a_node_starts_from_its_own_where_it_goes_on_alone(tiny: ModelSource) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from edgelam_fl.model.lora import LoraKind
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import LoraSettings, Span, Stage, load_stages
 from edgelam_fl.privacy.defences.blur import Blur
@@ -159,6 +160,16 @@ def test_training_does_not_move_the_limit(front: Stage) -> None:
     ids_BT = torch.arange(40).reshape(2, 20)
     sent = CutDefence(pb.Cut(clip=0.5), front).states(front(ids_BT, [20, 20]).detach(), [20, 20])
     assert float(lengths(sent[:, 1:]).max()) <= 0.5 * before * 1.00001
+
+
+def test_the_limit_is_that_of_the_base_with_every_kind_of_lora(tiny: ModelSource, front: Stage) -> None:
+    kind = LoraKind(dora=True, saved=("norm",))
+    (other,) = load_stages(
+        tiny, [Span(0, 2, embed=True)], "fp32", LoraSettings(4, 8.0, ("q_proj", "down_proj"), kind=kind)
+    )
+    for parameter in other.adapter_parameters.values():
+        parameter.data.mul_(1.5)
+    assert typical_length(other) == pytest.approx(typical_length(front), rel=1e-5)
 
 
 def test_a_disguise_adds_to_the_gradient_by_its_weight(front: Stage) -> None:

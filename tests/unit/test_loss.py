@@ -24,9 +24,13 @@ class Head:
 
     outputs = 2**23
 
-    def __init__(self) -> None:
-        self.matrix = torch.randn(CLASSES, D, generator=torch.Generator().manual_seed(1))
+    def __init__(self, *, learns: bool = False) -> None:
+        matrix = torch.randn(CLASSES, D, generator=torch.Generator().manual_seed(1))
+        self.matrix = torch.nn.Parameter(matrix, requires_grad=learns)
         self.sizes: list[int] = []
+
+    def head_parameters(self) -> list[torch.nn.Parameter]:
+        return [self.matrix] if self.matrix.requires_grad else []
 
     def logits(self, states_ND: torch.Tensor) -> torch.Tensor:
         self.sizes.append(len(states_ND))
@@ -44,8 +48,15 @@ def labels_of(share: float) -> torch.Tensor:
     return labels.masked_fill(torch.rand(B, T, generator=generator) >= share, IGNORED)
 
 
-def judge(states_BTD: torch.Tensor, labels: torch.Tensor, divisor: int | None = DIVISOR, **settings: Any) -> Any:
-    task, head = CausalLm(Path("none"), pb.TaskSettings(template="plain", **settings)), Head()
+def judge(
+    states_BTD: torch.Tensor,
+    labels: torch.Tensor,
+    divisor: int | None = DIVISOR,
+    *,
+    learns: bool = False,
+    **settings: Any,
+) -> Any:
+    task, head = CausalLm(Path("none"), pb.TaskSettings(template="plain", **settings)), Head(learns=learns)
     rows_N = task.loss_rows(labels)
     assert rows_N is not None
     picked_ND = states_BTD.flatten(0, 1)[rows_N]
@@ -70,6 +81,21 @@ def test_chunks_give_the_loss_and_the_gradient_of_all_positions(
     torch.testing.assert_close(got, states_BTD.grad)
     assert sum(head.sizes) == int((labels[:, 1:] != IGNORED).sum())
     assert max(head.sizes) == head_chunk(Head.outputs) < sum(head.sizes)
+
+
+@pytest.mark.parametrize("before_learns", [True, False])
+def test_a_head_that_learns_gets_its_gradient_over_all_chunks(states_BTD: torch.Tensor, before_learns: bool) -> None:
+    labels, states_BTD = labels_of(1.0), states_BTD.detach().requires_grad_(before_learns)
+    found, head, _ = judge(states_BTD, labels, learns=True)
+    expected = functional.cross_entropy(
+        functional.linear(states_BTD, head.matrix)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+    )
+    (gradient,) = torch.autograd.grad(expected / DIVISOR, head.matrix)
+    ((parameter, got),) = found.of_head
+    assert parameter is head.matrix
+    torch.testing.assert_close(got, gradient)
+    assert (found.grad is not None) == before_learns
+    assert not judge(states_BTD, labels, None, learns=True)[0].of_head, "what is only measured"
 
 
 def test_positions_without_labels_get_no_gradient(states_BTD: torch.Tensor) -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from edgelam_fl.model.memory import unit_bytes, weights_bytes
+from edgelam_fl.model.lora import LoraKind
+from edgelam_fl.model.memory import DoraBytes, unit_bytes, weights_bytes
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.stage import LoraSettings, Span, Stage, load_stages
 from edgelam_fl.model.weights import read_tensors
@@ -52,6 +53,18 @@ def test_a_unit_of_the_tiny_model(
     itemsize = stage.dtype.itemsize
     estimate = unit_bytes(tiny.config, layers, rows, tokens, itemsize, all_linear=targets == ALL)
     assert estimate == pytest.approx(measured(stage, rows, tokens, tiny.hidden_size, itemsize), rel=0.25)
+
+
+@pytest.mark.parametrize(("base", "compute"), PAIRS)
+@pytest.mark.parametrize("targets", [ATTENTION, ALL])
+def test_a_unit_with_dora(tiny: ModelSource, base: str, compute: str, targets: tuple[str, ...]) -> None:
+    kind = LoraKind(dora=True)
+    (stage,) = load_stages(tiny, [Span(0, 3)], base, LoraSettings(8, 16.0, targets, kind=kind), compute)
+    itemsize = stage.dtype.itemsize
+    dora = DoraBytes.of(tiny, targets, kind, itemsize)
+    estimate = unit_bytes(tiny.config, 3, 4, 64, itemsize, all_linear=targets == ALL, dora_bytes=dora.kept)
+    assert estimate == pytest.approx(measured(stage, 4, 64, tiny.hidden_size, itemsize), rel=0.25)
+    assert DoraBytes.of(tiny, targets, LoraKind(), itemsize) == DoraBytes(0, 0)
 
 
 @pytest.mark.real_model

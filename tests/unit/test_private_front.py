@@ -89,6 +89,15 @@ def test_a_private_front_learns_and_never_leaves(tiny: ModelSource, data_files: 
     assert all(np.array_equal(seen[-1][name], newest[name]) for name in newest), "also after a restart"
 
 
+def test_a_new_front_has_the_magnitudes_and_norms_of_the_base(tmp_path: Path) -> None:
+    like = {
+        name: np.full((4, 4) if "lora_B" in name else 4, 3, np.float32)
+        for name in ("x.layers.0.lora_B.weight", "x.layers.0.lora_magnitude_vector", "layers.0.norm.weight")
+    }
+    front = PrivateFronts(tmp_path).of("run", like)
+    assert [float(front[name].mean()) for name in like] == [0, 3, 3]
+
+
 def test_fronts_of_two_runs_are_two(tmp_path: Path) -> None:
     like: Adapter = {"x.layers.0.lora_A.weight": np.zeros((2, 8)), "x.layers.0.lora_B.weight": np.zeros((8, 2))}
     fronts = PrivateFronts(tmp_path)

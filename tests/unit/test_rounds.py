@@ -16,6 +16,7 @@ from edgelam_fl.errors import RunFailed
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.carry import is_carry
 from edgelam_fl.model.cut import CUT_A, is_cut
+from edgelam_fl.model.lora import MAGNITUDE
 from edgelam_fl.telemetry.events import read_events
 from edgelam_fl.telemetry.report.incidents import incidents
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -42,6 +43,20 @@ def test_two_rounds(federation: MakeFederation) -> None:
     assert run.events("plan")[0]["sites"] == [
         {"site": "e", "hosts": [{"node": "e", "first": 2, "last": 4}], "devices": ["a", "b"]}
     ]
+
+
+@pytest.mark.parametrize("rule", ["fedavg", "fedadam", "none"])
+def test_magnitudes_and_saved_modules_are_aggregated_and_exported(federation: MakeFederation, rule: str) -> None:
+    run = federation("ab", "e", "lora.use_dora=true", "lora.modules_to_save=norm", f"strategy.aggregation={rule}")
+    result = run.run()
+    own = [name for name in run.start if name.endswith(MAGNITUDE) or "norm" in name]
+    assert len(own) == 2 * 6 + 2 * 6 + 1
+    assert all((result[name] > run.start[name]).all() for name in own)
+    kept = adapters.read_peft_folder(run.folder.path / "adapter")
+    assert adapters.digest(kept) == adapters.digest(result)
+    config = json.loads((run.folder.path / "adapter/adapter_config.json").read_text("utf-8"))
+    assert config["use_dora"]
+    assert len(config["modules_to_save"]) == 13
 
 
 def test_nodes_measure_their_links_again_after_a_round_that_took_far_longer_than_predicted(
