@@ -91,7 +91,9 @@ def receiver(messages: int, trips: int) -> tuple[Trains, tuple[int, int]]:
             through.release()
 
     def admit(hello: pb.Hello, link: Link) -> pb.Ready:
-        ready = pb.Ready(version=PROTOCOL_VERSION, window=WINDOW, activation_codec="raw", gradient_codec="raw", job_token=1)
+        ready = pb.Ready(
+            version=PROTOCOL_VERSION, window=WINDOW, activation_codec="raw", gradient_codec="raw", job_token=1
+        )
         link.open(_terms(heard)(hello.node, ByteCounters(), ready))
         return ready
 
