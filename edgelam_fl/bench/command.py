@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from edgelam_fl.bench.tuning import held_back, tries, tuned
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import INTERRUPTED
 from edgelam_fl.telemetry.events import Event, PlanMade
+from edgelam_fl.telemetry.waiting import Reminder, waiting
 
+_TICK_S = 1.0
 REFERENCE_KEYS = ("accuracy", "perplexity", "bytes", "seconds")
 
 
@@ -33,7 +36,7 @@ def bench(console: Console, file: Path, out: Path | None, jobs: int) -> int:
     """
     matrix = read_matrix(file)
     check_extra()
-    with console.status(f"reading {matrix.bench.dataset}"):
+    with waiting(console, f"reading {matrix.bench.dataset}"):
         data = datasets.load(matrix.bench, matrix.folder)
         configs = check_cells(matrix, data.classes)
     out = (out or Path("runs") / f"bench-{matrix.name}").expanduser().absolute()
@@ -64,7 +67,7 @@ def _finish(
         console.print(f"{len(cells) - len(left)} of {len(cells)} cells are finished in {results.path}", highlight=False)
     try:
         if matrix.bench.references:
-            with console.status("measuring the reference lines"):
+            with waiting(console, "measuring the reference lines"):
                 _references(results, matrix, data, configs)
         alone = _alone(matrix, data, results)
         if left or alone:
@@ -93,30 +96,52 @@ def _run(
     jobs = min(jobs, len(trainings) + len(alone))
     # The pool is left last: once the processes have ended, the cells that wait for them end too.
     with ThreadPoolExecutor(jobs, "cell") as pool, ExitStack() as processes:
-        with console.status("starting Flower's simulation engine and the fabric"):
+        with waiting(console, "starting Flower's simulation engine and the fabric"):
             shared = processes.enter_context(engine(out / "work" / "engine", jobs))
         with _progress(console) as progress:
             task = progress.add_task("", total=total, completed=total - len(left), what="")
-            waiting = []
+            signs = Reminder()
+            started = []
             for cell in alone:
                 of_one = one_device(matrix)
                 config, feed = of_one.config(cell, data.classes), _feed(progress, task, cell, 0)
-                waiting.append(pool.submit(_as_reference, shared, of_one, [cell], config, data, out / "alone", feed))
+                started.append(pool.submit(_as_reference, shared, of_one, [cell], config, data, out / "alone", feed))
             for cells in trainings:
                 config = configs[cells[0].name]
                 feed = _feed(progress, task, cells[0], config.federation.rounds)
-                waiting.append(pool.submit(play, shared, matrix, cells, config, data, out, feed))
+                started.append(pool.submit(play, shared, matrix, cells, config, data, out, feed))
             try:
-                for finished in as_completed(waiting):
+                for finished in _as_they_end(started, lambda: _tick(progress, signs)):
                     for line in finished.result():
                         results.add(line)
                         progress.advance(task, line["state"] != "reference")
                         progress.console.print(summary_line(line), highlight=False, markup=False)
+                        signs.postpone()
+                    progress.update(task, what="drawing the results")
                     write_results(out, matrix, results.lines())
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
     for folder in ("work", "alone"):
         shutil.rmtree(out / folder, ignore_errors=True)
+
+
+def _as_they_end(cells: Sequence[Future[Any]], tick: Callable[[], None]) -> Iterator[Future[Any]]:
+    """Yields the cells' results as they end; calls `tick` every second."""
+    left = set(cells)
+    while left:
+        ended, left = wait(left, timeout=_TICK_S, return_when=FIRST_COMPLETED)
+        yield from ended
+        tick()
+
+
+def _tick(progress: Progress, signs: Reminder) -> None:
+    """Without a terminal, which has a bar, says now and then how far the cells are."""
+    if progress.console.is_terminal:
+        return
+    (task,) = progress.tasks
+    text = f"{task.completed:.0f} of {task.total:.0f} cells have ended; {task.fields['what'] or 'starting'}"
+    if signs.is_due(text):
+        progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _alone(matrix: Matrix, data: datasets.Data, results: Results) -> list[Cell]:

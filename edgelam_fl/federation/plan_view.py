@@ -42,6 +42,7 @@ from edgelam_fl.telemetry.events import (
 )
 from edgelam_fl.telemetry.human import human_bytes, human_layers
 from edgelam_fl.telemetry.records import as_json
+from edgelam_fl.telemetry.waiting import waiting
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 _MESSAGES_S = 180.0  # on top of the time for nodes to join: submission, and messages
@@ -80,7 +81,7 @@ def plan_on_server(console: Console, config: RunConfig, source: ModelSource, ope
     runs = operator.runs()
     out = (Path(tempfile.gettempdir()) if runs == Path("/") else runs) / f"plan-{time.time_ns():x}"
     submission = Submission(operator)
-    with console.status("asking the nodes"):
+    with waiting(console, "asking the nodes"):
         submission.submit(config, out, "plan")
         try:
             with submission.stopped_on_error():

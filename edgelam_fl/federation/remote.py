@@ -29,6 +29,7 @@ from edgelam_fl.serving.sessions import RouteSession
 from edgelam_fl.split.route import new_route, open_route, wire_dtype
 from edgelam_fl.split.trainee import lora_of
 from edgelam_fl.telemetry.events import RouteReady, RunFailure
+from edgelam_fl.telemetry.waiting import waiting
 from edgelam_fl.trust.identity import load_identity
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
@@ -72,7 +73,7 @@ def route_speaker(result: Result, operator: Operator, console: Console, device: 
         )
     folder = result.folder.absolute() / "chats" / now_in_a_name()
     submission = Submission(operator)
-    with console.status("opening the way through the federation"):
+    with waiting(console, "opening the way through the federation"):
         submission.submit(result.config, folder, "chat", result.adapter)
         with submission.stopped_on_error():
             plan = _await_route(submission, folder, result.config.federation.join_deadline_s + _PATIENCE_S)

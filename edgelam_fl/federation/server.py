@@ -17,6 +17,7 @@ from edgelam_fl.federation.child import Child, Restarts, end_all, shorten
 from edgelam_fl.federation.hub_process import HubProcess
 from edgelam_fl.federation.operator import operator_folder
 from edgelam_fl.federation.superlink import start_superlink
+from edgelam_fl.telemetry.waiting import waiting
 from edgelam_fl.trust.server import prepare_trust, trust_folder
 
 
@@ -51,7 +52,7 @@ def serve(console: Console, options: ServerOptions) -> int:
     children: list[Child] = []
     trust = None
     try:
-        with console.status("starting Flower's SuperLink"):
+        with waiting(console, "starting Flower's SuperLink"):
             check_port_free(host, port, "--listen")
             if not options.insecure:
                 trust = prepare_trust(state, host, port, options.addresses)

@@ -5,18 +5,22 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError
+from edgelam_fl.telemetry.waiting import waiting
 
 if TYPE_CHECKING:  # without torch a wrong command is refused at once
     from edgelam_fl.tasks.data import Message
 
 QUIT = "/quit"
 Write = Callable[[str], None]
+Awaits = Callable[[], AbstractContextManager[object]]
 
 
 class Says(Protocol):
@@ -47,17 +51,24 @@ def check_can_talk(config: RunConfig, prompt: str | None) -> None:
         raise ConfigError("--prompt is empty; without it, `edgelam chat` takes one question after the other")
 
 
-def ask(speaker: Says, prompt: str, max_tokens: int, tuned: bool, write: Write) -> None:
-    """Asks one question and writes nothing but its answer."""
-    _answer(speaker, [_user(prompt)], max_tokens, tuned, write)
+def ask(speaker: Says, prompt: str, max_tokens: int, tuned: bool, write: Write, awaits: Awaits = nullcontext) -> None:
+    """Asks one question and writes nothing but its answer. awaits: as for `talk`."""
+    _answer(speaker, [_user(prompt)], max_tokens, tuned, write, awaits)
 
 
 def talk(
-    speaker: Says, lines: Iterator[str], max_tokens: int, tuned: bool, write: Write, tell: Write = lambda text: None
+    speaker: Says,
+    lines: Iterator[str],
+    max_tokens: int,
+    tuned: bool,
+    write: Write,
+    tell: Write = lambda text: None,
+    awaits: Awaits = nullcontext,
 ) -> None:
     """Holds a conversation until /quit or the end of `lines`. Writes the error for a question that is too long and drops it.
 
-    tell: hears what was left out of an answer, or of what it was asked after.
+    tell: hears what was left out of an answer, or of what it was asked after. awaits: is entered while the first words of an answer are
+    awaited.
     """
     conversation: list[Message] = []
     for line in lines:
@@ -67,7 +78,7 @@ def talk(
             continue
         conversation.append(_user(line))
         try:
-            said = _answer(speaker, conversation, max_tokens, tuned, write)
+            said = _answer(speaker, conversation, max_tokens, tuned, write, awaits)
             conversation.append({"role": "assistant", "content": said})
             for text in speaker.omitted:
                 tell(text)
@@ -84,8 +95,11 @@ def converse(speaker: Says, console: Console, prompt: str | None, max_tokens: in
     def tell(text: str) -> None:
         console.print(f"({text})", style="dim", highlight=False, markup=False, soft_wrap=True)
 
+    def awaits() -> AbstractContextManager[object]:
+        return waiting(console, "reading the question")
+
     if prompt is not None:
-        ask(speaker, prompt, max_tokens, tuned, write_now)
+        ask(speaker, prompt, max_tokens, tuned, write_now, awaits)
         for text in speaker.omitted:
             tell(text)
         return
@@ -95,17 +109,21 @@ def converse(speaker: Says, console: Console, prompt: str | None, max_tokens: in
         else "; each question is answered without the earlier ones, since the run's task.template has no turns"
     )
     console.print(f"{QUIT} or Ctrl-D ends the conversation{turns}", style="dim", highlight=False, soft_wrap=True)
-    talk(speaker, typed_lines(), max_tokens, tuned, write_now, tell)
+    talk(speaker, typed_lines(), max_tokens, tuned, write_now, tell, awaits)
 
 
 def _user(text: str) -> Message:
     return {"role": "user", "content": text}
 
 
-def _answer(speaker: Says, conversation: Sequence[Message], max_tokens: int, tuned: bool, write: Write) -> str:
+def _answer(
+    speaker: Says, conversation: Sequence[Message], max_tokens: int, tuned: bool, write: Write, awaits: Awaits
+) -> str:
     """Writes the answer as it comes, without leading white space; returns the answer."""
-    said = ""
-    for piece in speaker.say(conversation, max_tokens, tuned=tuned):
+    said, pieces = "", speaker.say(conversation, max_tokens, tuned=tuned)
+    with awaits():
+        first = next(pieces, "")
+    for piece in chain([first], pieces):
         new = piece if said else piece.lstrip()
         said += new
         write(new)

@@ -12,9 +12,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+import typer
 from rich.console import Console
 
 from edgelam_fl.addresses import free_port
+from edgelam_fl.cli.nodes import doctor as doctor_command
 from edgelam_fl.doctor import checks as doctor
 from edgelam_fl.doctor.checks import Finding
 from edgelam_fl.machine import disk_free_bytes, memory_free_bytes
@@ -256,9 +258,34 @@ def test_a_model_that_is_not_here(tiny_folder: Path) -> None:
 
 def test_the_fix_stands_beside_the_failure() -> None:
     console = Console(width=100, record=True, file=io.StringIO())
-    findings = [Finding("a", "ok", "fine"), Finding("b", "problem", "list [1] is wrong", "mend it")]
-    console.print(doctor.findings_table(findings))
-    lines = [line.strip() for line in console.export_text().splitlines()]
-    assert "ok       a      fine" in lines
-    assert "problem  b      list [1] is wrong" in lines
-    assert lines[lines.index("problem  b      list [1] is wrong") + 1] == "-> mend it"
+    for finding in (Finding("a", "ok", "fine"), Finding("b", "problem", "list [1] is wrong", "mend it")):
+        console.print(doctor.finding_row(finding))
+    lines = [" ".join(line.split()) for line in console.export_text().splitlines()]
+    assert lines == ["ok a fine", "problem b list [1] is wrong", "-> mend it"]
+
+
+def test_each_finding_is_shown_before_the_next_check_begins(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = []
+
+    def two_checks(*_: object) -> Iterator[Finding]:
+        yield Finding("memory", "ok", "enough")
+        shown.append(capsys.readouterr().out)
+        yield Finding("disk", "ok", "enough, too")
+
+    monkeypatch.setattr(doctor, "examine", two_checks)
+    with pytest.raises(typer.Exit):
+        doctor_command()
+    assert shown[0].split() == ["ok", "memory", "enough"]
+    assert capsys.readouterr().out.split("\n")[-2] == "all checks passed"
+
+
+def test_what_may_take_seconds_is_named_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = list[str]()
+    for name in ("check_base", "check_chips", "check_port", "check_tools"):
+        monkeypatch.setattr(doctor, name, lambda *_: [said.append("done")])
+    list(doctor.examine(None, None, "", said.append))
+    kernels = said.index(f"trying the kernels of base {BASES[0]}")
+    assert said[kernels + 1] == "done"
+    assert said[-2:] == ["trying accelerators", "done"]

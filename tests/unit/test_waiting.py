@@ -1,0 +1,84 @@
+"""Waits: when they say that they go on, and where the words go."""
+
+from __future__ import annotations
+
+import io
+import threading
+from itertools import pairwise
+
+import pytest
+from rich.console import Console
+
+from edgelam_fl.telemetry.waiting import Reminder, SignTiming, waiting
+from tests.support import WAIT_S
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def said_at(signs: Reminder, clock: Clock, text: str, until_s: int) -> list[int]:
+    """Returns the seconds at which `text` was due, asked for every second."""
+    found = []
+    while clock.now_s < until_s:
+        clock.now_s += 1
+        if signs.is_due(text):
+            found.append(int(clock.now_s))
+    return found
+
+
+def test_a_wait_is_said_after_four_seconds_and_then_every_ten() -> None:
+    signs = Reminder(SignTiming(now=(clock := Clock())))
+    assert said_at(signs, clock, "loading", 30) == [4, 14, 24]
+    signs.postpone()
+    assert said_at(signs, clock, "loading", 50) == [40, 50]
+
+
+def test_what_does_not_change_for_hours_is_said_ever_more_rarely() -> None:
+    signs = Reminder(SignTiming(now=(clock := Clock())))
+    said = said_at(signs, clock, "waits for run one", 24 * 3600)
+    assert len(said) < 360
+    assert max(after - before for before, after in pairwise(said)) < 1500
+    said = said_at(signs, clock, "step 1 of 3", 24 * 3600 + 1500)
+    assert said[-1] - said[-2] < 35, "with other words it begins anew"
+
+
+def test_without_a_terminal_a_wait_prints_plain_lines_with_the_newest_words() -> None:
+    heard, clock = threading.Event(), iter(range(1000))
+
+    class Heard(io.StringIO):
+        def write(self, text: str) -> int:
+            if "reading [b]" in text:
+                heard.set()
+            return super().write(text)
+
+    console = Console(file=Heard(), width=20)
+    timing = SignTiming(first_s=0.001, every_s=0.0, now=lambda: float(next(clock)))
+    with waiting(console, "starting", timing) as wait:
+        wait.update("reading [b], which is long")
+        assert heard.wait(WAIT_S)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert lines[-1].startswith("reading [b], which is long, ")
+    assert lines[-1].endswith(" so far")
+
+
+def test_on_a_terminal_a_wait_is_a_line_that_goes_away() -> None:
+    console = Console(file=io.StringIO(), width=60, force_terminal=True, color_system=None)
+    with waiting(console, "starting") as wait:
+        wait.update("handing [over]")
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "handing [over]" in shown
+    assert shown.endswith("\x1b[2K"), "the line is cleared"
+
+
+@pytest.mark.parametrize("stderr", [False, True])
+def test_what_a_command_was_asked_for_stays_in_its_own_stream(stderr: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """As with stdout in a file and messages on a terminal."""
+    console = Console(file=io.StringIO(), force_terminal=True, stderr=stderr)
+    with waiting(console, "loading"):
+        print("the answer")
+    assert ("the answer" in capsys.readouterr().out) == stderr
