@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from edgelam_fl.errors import Restarted
 from edgelam_fl.plan.layout import Site
 from edgelam_fl.plan.reading import job_id
-from edgelam_fl.telemetry.events import AttemptAborted, Emit, MessageResent, NodeSilent
+from edgelam_fl.telemetry.events import AttemptAborted, Emit, MessageResent, NodeSilent, RoundProgress
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.attendance import Attendance, Presence
 from server.exchange import LEFT, Arrived, Exchange, ExchangeTiming, Missing, Request, Unanswered, Verdict, WhoLeft
 from server.lateness import Lateness
 from server.parcels import parcel_of
 from server.replies import read_report
+from server.signs import Signs
 from server.state import Parcel, PlannedRound
 
 _ATTEMPTS = 3  # at a round
@@ -151,10 +152,11 @@ class Attempt:
         limit_s: float,
         lateness: Lateness,
         waits_for_late: bool,
+        tell: Callable[[RoundProgress | None], None] = lambda progress: None,
     ) -> None:
         """`message_to`: makes the message that hands a node its part, with these tensors. `can_replace`: whether another host can
         take a host's place. `limit_s`: for an answer. `lateness`: when a device is late. `waits_for_late`: whether a late device may go
-        on, as its update may be used later.
+        on, as its update may be used later. `tell`: takes where the nodes are, for people; None: they play no more.
         """
         self.planned, self.limit_s = planned, limit_s
         self.ended: dict[Site, _End] = {}
@@ -178,6 +180,8 @@ class Attempt:
         self._needed: dict[str, Parcel] = {}  # what is to be sent to nodes that have asked for tensors
         self.supplied_bytes: dict[str, int] = {}
         """By node that has asked for tensors, which each may do once: their size."""
+        facts = planned.facts
+        self._signs = Signs(facts.round, facts.attempt, planned.began_s, tell=tell, emit=emit)
         self._deadlines = SiteDeadlines(_site_deadlines(planned, self._timing), self._timing.now)
 
     @property
@@ -202,6 +206,7 @@ class Attempt:
 
     def close(self) -> None:
         """Tells all nodes that the attempt is over."""
+        self._signs.end()
         if self._job and not (self._waits_for_late and self.late):
             self._attendance.look(self._job, "this attempt at the round is over", self._out)
 
@@ -241,6 +246,7 @@ class Attempt:
                 self._hear(name, node, seen[name], now)
             elif not seen and node.heard_s is not None:
                 node.heard_s = now  # the hub is away, and no node is judged by its silence
+        self._signs.hear({name: one.progress for name, one in seen.items() if one.progress is not None}, now)
 
     def _hear(self, name: str, node: _Node, seen: Presence, now: float) -> None:
         if node.heard_s is None:

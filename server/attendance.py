@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgelam_fl.errors import EnvironmentProblem
+from edgelam_fl.telemetry.events import NodeProgress
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.attendance import LEAD_FOLDER, LEAD_SERVICE, LOOK
 from edgelam_fl.wire.control import ControlClient
+from edgelam_fl.wire.progress import of_message
 
 _LOOK_S = 1.0  # patience with a hub on this machine
 
@@ -32,6 +34,8 @@ class Presence:
     """Of its part: running, done or failed."""
     step: int
     """Training steps of its part that are over."""
+    progress: NodeProgress | None = None
+    """Where it is in its part, for people; None if it does not say so."""
 
 
 class Attendance:
@@ -84,6 +88,7 @@ class Attendance:
             restarted=node.restarted or node.epoch != first,
             state=node.state,
             step=node.step,
+            progress=of_message(node.progress) if node.HasField("progress") else None,
         )
 
 

@@ -443,6 +443,7 @@ class Rounds:
             limit_s=self.config.federation.round_deadline_s + self._timing.messages_s,
             lateness=lateness(self.config, self.schedule.candidates(devices, planned.facts.round)),
             waits_for_late=self.config.federation.late == "next",
+            tell=self.folder.tell,
         )
 
     def _answers(self, trial: Attempt) -> Iterator[Arrived | Missing]:

@@ -25,12 +25,14 @@ from edgelam_fl.telemetry.events import (
     TIMELINES_BYTES,
     TIMELINES_FILE,
     EventLog,
+    RoundProgress,
     RunDone,
     RunFailure,
     as_line,
     mend_log,
     read_events,
 )
+from edgelam_fl.telemetry.progress import clear_progress, write_progress
 from edgelam_fl.telemetry.records import as_json
 from edgelam_fl.telemetry.summary import build_summary
 from server.checkpoint import Saved, newest_round, save, size_bytes, sweep_checkpoints
@@ -91,8 +93,16 @@ class RunFolder:
         return folder
 
     def _open_logs(self) -> None:
+        clear_progress(self.path)  # of a process that was killed
         self.emit = EventLog(self.path / EVENTS_FILE, EVENTS_BYTES, keeps_all=True)
         self.timelines = EventLog(self.path / TIMELINES_FILE, TIMELINES_BYTES)
+
+    def tell(self, progress: RoundProgress | None) -> None:
+        """Puts where a round stands into the folder, for whoever follows the run; None: nobody plays."""
+        if progress is None:
+            clear_progress(self.path)
+        else:
+            write_progress(self.path, progress)
 
     def round_bytes(self) -> int:
         """Returns the room on the disk that a round needs at its end: for two checkpoints with what is made of them, and a report."""

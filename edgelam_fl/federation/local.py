@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.federation.template import warm_template
 from edgelam_fl.tasks.named import local_data
 from edgelam_fl.telemetry.events import Event, RunDone
+from edgelam_fl.telemetry.progress import NodesProgress, clear_progress, write_progress
 from edgelam_fl.telemetry.run_folder import kept
 from edgelam_fl.trust.authority import issue
 from edgelam_fl.trust.identity import DEVICE, HOST, save_identity
@@ -50,6 +51,8 @@ class LocalFederation:
     superlink: Child
     edges: Sequence[NodeProcesses]
     devices: Sequence[NodeProcesses]
+    progress: NodesProgress
+    """Where the nodes are in a round."""
 
     @property
     def nodes(self) -> list[NodeProcesses]:
@@ -61,7 +64,12 @@ class LocalFederation:
         return f"a SuperLink, {parts} as {processes} processes"
 
     def watch(self) -> list[str]:
-        """Restarts processes of nodes that have ended; returns what happened. Raises RunFailed if the SuperLink has ended."""
+        """Restarts processes of nodes that have ended; returns what happened. Raises RunFailed if the SuperLink has ended.
+
+        Also puts where the nodes are in a round into the run's folder, where followers look: without a hub nobody else can.
+        """
+        if (progress := self.progress.look(time.monotonic())) is not None:
+            write_progress(self.folder, progress)
         if problem := self.superlink.ended():
             raise RunFailed(f"{problem}. The run ended with it. {kept(self.folder)}")
         return [news for node in self.nodes if (news := node.watch())]
@@ -76,11 +84,13 @@ def bounds_of_a_local_run(run: Path | None = None) -> Bounds:
 
 
 @contextmanager
-def local_federation(config: RunConfig, data: Sequence[Path], folder: Path) -> Iterator[LocalFederation]:
+def local_federation(
+    config: RunConfig, data: Sequence[Path], folder: Path, say: Callable[[str], None] = lambda text: None
+) -> Iterator[LocalFederation]:
     """Starts a federation for one run, with one device per file of `data`; ends its processes when the context ends.
 
     It has an authority of its own, whose keys and those of the nodes are deleted at the end. folder: the run's folder, which
-    holds the nodes' logs too. Raises DataError for a file that cannot be read before anything starts, and for one that
+    holds the nodes' logs too. say: hears what is begun. Raises DataError for a file that cannot be read before anything starts, and for one that
     nothing can be learned from before a node does.
     """
     warm_template()  # it imports while everything else is prepared
@@ -99,10 +109,13 @@ def local_federation(config: RunConfig, data: Sequence[Path], folder: Path) -> I
         # Without a hub: all nodes are on this machine and have what it has, the model too.
         with ThreadPoolExecutor(1) as beside:
             tokens = beside.submit(check_tokens, config, data)
+            say("starting Flower's SuperLink")
             children.append(
                 start_superlink("127.0.0.1", port, folder / "server", trust=trust, bounds=bounds_of_a_local_run(folder))
             )
+            say("reading the data with the model's tokenizer")
             tokens.result()
+        say("starting the nodes")
         for node in edges + devices:
             node.start()
         yield LocalFederation(
@@ -112,8 +125,10 @@ def local_federation(config: RunConfig, data: Sequence[Path], folder: Path) -> I
             superlink=children[0],
             edges=edges,
             devices=devices,
+            progress=NodesProgress({node.name: node.state for node in edges + devices}),
         )
     finally:
+        clear_progress(folder)
         end_all([*(child for node in edges + devices for child in node.children.values()), *children])
         _forget_keys(folder, edges + devices)
 

@@ -30,6 +30,7 @@ from edgelam_fl.telemetry.console import RunView
 from edgelam_fl.telemetry.events import EVENTS_FILE, EventTail, RoundDone, RunFailure
 from edgelam_fl.telemetry.run_folder import kept, way_on
 from edgelam_fl.telemetry.summary import read_summary, summary_table
+from edgelam_fl.telemetry.waiting import waiting
 
 _LOCAL = "local.json"  # in the folder of a run of this machine alone: its data
 _WAYS_OUT = (
@@ -97,7 +98,7 @@ def leave_on_server(console: Console, config: RunConfig, folder: Path, operator:
     """Submits the run and prints how to follow and to stop it; it goes on without this command."""
     check_server_answers(operator.server, insecure or operator.identity is not None, _WAYS_OUT)
     submission = Submission(operator)
-    with console.status("handing the run to Flower"):
+    with waiting(console, "handing the run to Flower"):
         run_id = submission.submit(config, folder)
     lines = [f"Flower run {run_id}; folder {folder}, on the server's machine", "", *submission.how_to(folder)]
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
@@ -121,9 +122,10 @@ def run_here(
     view = _view_of(console, config)
     try:
         with ExitStack() as stack:
-            with console.status("starting Flower's SuperLink"):
-                here = stack.enter_context(local_federation(config, data, folder))
+            with waiting(console, "reading the data") as wait:
+                here = stack.enter_context(local_federation(config, data, folder, wait.update))
             view.say(f"started {here}")
+            view.expect(node.name for node in here.nodes)
             write_atomically(folder / _LOCAL, json.dumps({"data": [_absolute(file) for file in data]}) + "\n")
             return follow(console, view, here.config, folder, here.operator, here, resumed)
     except KeyboardInterrupt:
@@ -168,7 +170,7 @@ def follow(
     RunFailed with the run's own reason.
     """
     submission = Submission(operator)
-    with console.status("handing the run to Flower"):
+    with waiting(console, "handing the run to Flower"):
         if resumed is None:
             run_id = submission.submit(config, folder)
         else:
@@ -184,6 +186,7 @@ def follow(
         if local:
             for what in local.watch():
                 view.say(what)
+        view.tick()
         return bool(news)
 
     can_go_on = resumed is not None
@@ -198,7 +201,8 @@ def follow(
     except KeyboardInterrupt:
         console.print(f"stopping the run. {kept(folder)}", soft_wrap=True)
         try:
-            submission.stop()
+            with waiting(console, "telling Flower to stop the run"):
+                submission.stop()
         except RunFailed as error:
             console.print(str(error), soft_wrap=True, markup=False, highlight=False)
         return INTERRUPTED
@@ -207,6 +211,7 @@ def follow(
 
 
 def _show_result(console: Console, folder: Path) -> None:
-    await_result(folder)
+    with waiting(console, "waiting for the report"):
+        await_result(folder)
     console.print(summary_table(read_summary(folder / "summary.json")))
     console.print(f"run: {folder}\npage: {folder / 'report.html'}", highlight=False, soft_wrap=True)

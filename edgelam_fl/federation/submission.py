@@ -24,7 +24,8 @@ from edgelam_fl.errors import EnvironmentProblem, RunFailed
 from edgelam_fl.federation.app_archive import app_alone
 from edgelam_fl.federation.environment import child_environment, without_proxies
 from edgelam_fl.federation.operator import Operator
-from edgelam_fl.telemetry.events import EVENTS_FILE, RUN_ENDS, Event, EventTail
+from edgelam_fl.telemetry.events import EVENTS_FILE, RUN_ENDS, Event, EventTail, RoundProgress
+from edgelam_fl.telemetry.progress import ProgressTail
 from edgelam_fl.telemetry.run_folder import kept
 
 _COMMAND_DEADLINE_S = 180.0  # Flower's commands take seconds here, and many on a small board that is busy
@@ -62,7 +63,8 @@ def run_events(
     log: Callable[[], str] = lambda: "see `flwr log`",
     timing: FollowTiming = FollowTiming(),
 ) -> Iterator[Event]:
-    """Yields the events of a run from `file` as they come; ends after `RunDone` or `RunFailure`.
+    """Yields the events of a run from `file` as they come; ends after `RunDone` or `RunFailure`. Between them comes a `RoundProgress`
+    whenever a new one is in the file's folder, which is then no event of `file`.
 
     status: asks Flower for the run's status, after a silence only. tail: has read `file` up to where the run begins; None: it
     begins with the file. options: of the command that goes on with the run, for messages. server: sees whether the server answers; None: it does. meanwhile: called at every look; a true
@@ -76,9 +78,13 @@ def run_events(
     tail, end = tail or EventTail(file), time.monotonic() + deadline_s
     heard, finished, unknown = time.monotonic(), "", 0
     server = server or ServerWatch("", lambda: True, timing)
+    progress = ProgressTail(file.parent)
     while True:
-        news = tail.poll()
-        for event in news:
+        news = [
+            event for event in tail.poll() if not isinstance(event, RoundProgress)
+        ]  # an older one than in the folder
+        newest = progress.poll()
+        for event in [*news, *([newest] if newest is not None else [])]:
             yield event
             if isinstance(event, RUN_ENDS):
                 return
@@ -88,7 +94,7 @@ def run_events(
                 raise RunFailed(
                     f"Flower says that the run is {finished}, and it left no reason: {log()}. {kept(file.parent, options)}"
                 )
-        elif news or alive:
+        elif news or newest is not None or alive:
             heard, unknown = now, 0
         elif not server.answers(now - heard, file.parent, say):
             pass

@@ -20,6 +20,7 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.attendance import ATTEND, ATTENDANCE_SERVICE, LEAD_FOLDER, LEAD_SERVICE, LOOK, STATES
 from edgelam_fl.wire.control import ControlServer
 from edgelam_fl.wire.grpc.services import service_handler
+from edgelam_fl.wire.progress import as_message, of_message
 
 _MOST_JOBS = 64  # the one that was named longest ago goes first
 _TICK_S, _MOST_TICK_S = 0.5, 1.0
@@ -52,6 +53,7 @@ class _Node:
     epoch: int
     state: str
     step: int
+    progress: pb.NodeProgress | None
     restarted: bool = False
 
 
@@ -85,7 +87,8 @@ class HubAttendance:
             job = self._job(allowed.part.rpartition("/")[0])
             older = job.nodes.get(allowed.node)
             restarted = older is not None and (older.restarted or older.epoch != beat.epoch)
-            job.nodes[allowed.node] = _Node(self._clock(), beat.epoch, beat.state, beat.step, restarted)
+            progress = as_message(of_message(beat.progress)) if beat.HasField("progress") else None
+            job.nodes[allowed.node] = _Node(self._clock(), beat.epoch, beat.state, beat.step, progress, restarted)
             return job.notice
 
     def look(self, request: pb.LookRequest) -> pb.LookReply:
@@ -105,8 +108,9 @@ class HubAttendance:
 
 def _attendee(node: _Node, now_s: float) -> pb.Attendee:
     return pb.Attendee(
-        silent_s=now_s - node.at_s, epoch=node.epoch, restarted=node.restarted, state=node.state, step=node.step
-    )
+        silent_s=now_s - node.at_s, epoch=node.epoch, restarted=node.restarted, state=node.state, step=node.step,
+        progress=node.progress,
+    )  # fmt: skip
 
 
 class Lead:

@@ -62,7 +62,7 @@ class FetchTiming:
     answer_s: float = 30.0  # for the description of a model
     tries: int = 4
     retry_s: float = 2.0  # between two tries
-    progress_every_s: float = 5.0  # between two events while tensors come
+    progress_every_s: float = 2.0  # between two events while tensors come
 
 
 DEFAULT_FETCH_TIMING = FetchTiming()

@@ -20,6 +20,7 @@ from edgelam_fl.errors import EdgelamError, EnvironmentProblem
 from edgelam_fl.files import Hold, holder_of, sweep
 from edgelam_fl.machine import end_with_parent
 from edgelam_fl.telemetry.events import EVENTS_FILE, EventLog, NodeReady
+from edgelam_fl.telemetry.progress import clear_progress
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +58,7 @@ def serve(options: argparse.Namespace) -> int:
     end_with_parent()
     hold = lock_state(options.state)
     sweep(options.state)
+    clear_progress(options.state)
 
     from edgelam_fl.wire.control import ControlServer
     from edgelam_fl.wire.grpc.serve import DataPlaneServer
@@ -136,6 +138,7 @@ def _make_node(options: argparse.Namespace, log: EventLog, security: Security, c
     from edgelam_fl.model.allocator import give_back_at_once
     from edgelam_fl.node.play import NodeHooks
     from edgelam_fl.node.service import StageHost
+    from edgelam_fl.node.telling import Telling
     from edgelam_fl.wire.grpc.attending import Attending
     from edgelam_fl.wire.grpc.dial import dial
     from edgelam_fl.wire.grpc.following import Following
@@ -155,6 +158,7 @@ def _make_node(options: argparse.Namespace, log: EventLog, security: Security, c
         open_door=partial(RelayedDoor, security=security),
         follow=partial(Following, security=security) if security.identity else None,
         attend=partial(Attending, security=security),
+        tell=partial(Telling, options.state),
         security=security,
         state=options.state,
         bounds=bounds_of_modules(options.metrics),

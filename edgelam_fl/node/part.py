@@ -14,8 +14,10 @@ from edgelam_fl.errors import PeerLost, RunFailed
 from edgelam_fl.plan.reading import part_id
 from edgelam_fl.split.group import Group
 from edgelam_fl.split.inbox import Inbox
-from edgelam_fl.telemetry.events import Emit, JobEvent, StepDone
+from edgelam_fl.telemetry.events import Emit, JobEvent, NodeProgress, StepDone
+from edgelam_fl.telemetry.events.rounds import REPORTING
 from edgelam_fl.wire import edgelam_pb2 as pb
+from edgelam_fl.wire.progress import as_message
 
 
 class Part:
@@ -28,6 +30,7 @@ class Part:
         self._emit = emit
         self.steps_over: Callable[[], int] = lambda: self._steps_over  # counts training steps, on any thread
         self._steps_over = 0  # as a device
+        self.progress: Callable[[], NodeProgress] = self._before  # where the part is, on any thread
         self._inboxes: list[Inbox] = []  # of the part as a device and as a host
         self._host_inbox: Inbox | None = None
         self._out: dict[str, str] = {}  # nodes that the server has taken out of the job, with its reasons
@@ -53,9 +56,17 @@ class Part:
         if self._cancelled:
             inbox.cancel(self._cancelled)
 
-    def beat(self, epoch: int) -> pb.Beat:
-        """Returns the sign of life of a part that is played by the stage host of this epoch."""
-        return pb.Beat(epoch=epoch, state=self.report.state, step=self.steps_over())
+    def beat(self, epoch: int, progress: NodeProgress) -> pb.Beat:
+        """Returns the sign of life of a part that is played by the stage host of this epoch, and is so far."""
+        return pb.Beat(epoch=epoch, state=self.report.state, step=self.steps_over(), progress=as_message(progress))
+
+    def _before(self) -> NodeProgress:
+        return NodeProgress(steps=self.own_steps)
+
+    @property
+    def own_steps(self) -> int:
+        """Training steps that the node takes part in."""
+        return self.plan.own_steps if self.plan.routes else self.plan.steps
 
     def hear(self, notice: pb.Notice) -> None:
         """Takes what the server has decided about the job: it is over, for this node or for all, or goes on without others."""
@@ -90,8 +101,8 @@ class Part:
 
     def end(self) -> None:
         """Says that the report is complete, and lets go of what counted the steps: with it, a slice would stay in memory."""
-        self._steps_over = self.steps_over()
-        self.steps_over = lambda: self._steps_over
+        self._steps_over, last = self.steps_over(), replace(self.progress(), doing=REPORTING)
+        self.steps_over, self.progress = lambda: self._steps_over, lambda: last
         with self._changed:
             self._is_over = True
             self._changed.notify_all()

@@ -41,7 +41,8 @@ from edgelam_fl.split.snapshot import ENDS, Damaged, SourceState
 from edgelam_fl.split.window import affordable_window
 from edgelam_fl.split.workers import workers_of
 from edgelam_fl.tasks.metrics import load_metrics
-from edgelam_fl.telemetry.events import JobResumed, JobStarted, TensorsAsked, WindowGranted
+from edgelam_fl.telemetry.events import JobResumed, JobStarted, NodeProgress, TensorsAsked, WindowGranted
+from edgelam_fl.telemetry.events.rounds import SERVING
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.link import Link
@@ -146,6 +147,7 @@ class Player:
             return _no_labels
         host = self._make_host(group)
         self._part.steps_over = lambda: host.steps_over
+        self._part.progress = lambda: NodeProgress(doing=SERVING, step=host.steps_over, steps=self._plan.steps)
         self._part.group = group  # from here on HELLO is answered
         if self._plan.routes:
             self._serve_and_drive(host, group)
@@ -167,6 +169,7 @@ class Player:
             plan, held.ends, task, held.source.hidden_size, wire_dtype(plan), held.cut_defence(plan), fronts
         )  # fmt: skip
         driver = Driver(plan, ends, held.ends_trainee, route, task, self._part.emit, self._keeper, counters)
+        self._part.progress = driver.progress
         if self._earlier:
             with _fitting(plan):
                 driver.restore(self._earlier[ENDS])

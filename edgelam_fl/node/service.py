@@ -11,7 +11,7 @@ import secrets
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -39,7 +39,8 @@ from edgelam_fl.plan.reading import part_id, round_of
 from edgelam_fl.privacy.limits import HostReading, why_refused
 from edgelam_fl.split.group import RETRY_MS
 from edgelam_fl.split.route import Dial
-from edgelam_fl.telemetry.events import Emit, JobDone, TextReadableHere
+from edgelam_fl.telemetry.events import Emit, Event, JobDone, NodeProgress, SliceComing, TextReadableHere
+from edgelam_fl.telemetry.events.rounds import FETCHING, LOADING
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.grpc.secure import PLAIN, Security
@@ -60,6 +61,8 @@ class Closes(Protocol):
 OpenDoor = Callable[[Relay, Callable[[pb.Hello, Link], pb.Ready | pb.NotReady | pb.Refuse]], Closes]
 # the hub's address, the plan's token, what to say, what takes the answers -> the attendance, until it is closed
 Attend = Callable[[str, bytes, Callable[[], pb.Beat], Callable[[pb.Notice], object]], Closes]
+# the part's name, where it is -> what tells those of this machine, until it is closed
+Tell = Callable[[str, Callable[[], NodeProgress]], Closes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +94,7 @@ class StageHost:
         open_door: OpenDoor | None = None,
         follow: Callable[[str], Closes] | None = None,
         attend: Attend | None = None,
+        tell: Tell | None = None,
         security: Security = PLAIN,
         state: Path | None = None,
         chip: torch.device = CPU,
@@ -105,17 +109,18 @@ class StageHost:
         device's owner lets hosts read of its text, as split.trust; a plan that leaks more is refused. `server`:
         host of its server, where the hub is. `open_door`: lets others in by way of the hub; None: they dial the node alone.
         `follow`: listens at the hub's address to whose membership has ended; None: nobody's ends here. `attend`: attends at
-        the hub while a part is played; None: nobody knows whether this node lives. `security`: how the
-        node calls the hub. `state`: the node's folder, for what stays with it over restarts; None: nothing does. `chip`: what the
+        the hub while a part is played; None: nobody knows whether this node lives. `tell`: tells those of this machine where a part is;
+        None: nobody is told. `security`: how the node calls the hub. `state`: the node's folder, for what stays with it over restarts; None: nothing does. `chip`: what the
         node computes on. `bounds`: the modules that a run may take metrics of its own from.
         """
         self.name, self.address = name, address
         self.role = pb.EDGE if examples is None else pb.DEVICE
         self._emit, self._tags, self._trust, self._examples, self._chip = emit, tuple(tags), trust, examples, chip
-        self._open_door, self._follow, self._attend, self._timing = open_door, follow, attend, timing
+        self._open_door, self._follow, self._attend, self._tell, self._timing = open_door, follow, attend, tell, timing
         self._epoch = secrets.randbits(63) + 1
         self._accepted = AcceptedParts(state)
-        self._hub = ServerHub(server, emit, security)
+        self._hub = ServerHub(server, self.hear_of_slices, security)
+        self._coming: SliceComing | None = None  # what comes from the hub at this moment
         self._snapshots = Snapshots(state, emit)
         load = partial(hooks.load, chip=chip)
         memory = NodeMemory(load, self._hub.find_planned, timing.gone_s, PrivateFronts(state), self._snapshots)
@@ -187,6 +192,11 @@ class StageHost:
             return pb.Refuse(reason=f"node {self.name} was restarted; it no longer has its part of {hello.job}")
         return pb.NotReady(retry_ms=self._timing.retry_ms)
 
+    def hear_of_slices(self, event: Event) -> None:
+        """Takes what is said of slices that come from the hub: the part that waits for them is at work on this thread."""
+        self._coming = event if isinstance(event, SliceComing) else None
+        self._emit(event)
+
     def stop(self) -> None:
         """Cancels the current part, and waits some seconds for its end."""
         with self._lock:
@@ -225,12 +235,13 @@ class StageHost:
         self._worker.start()
 
     def _attend_and_work(self, part: Part, request: pb.SubmitRequest, previous: threading.Thread | None) -> None:
-        with self._attending(part):
+        with self._telling(part), self._attending(part):
             self._work(part, request, previous)
 
     def _work(self, part: Part, request: pb.SubmitRequest, previous: threading.Thread | None) -> None:
         if previous is not None:
             previous.join()
+        self._coming = None
         report, full = part.report, ""
         self._say_what_is_readable(part)
         try:
@@ -266,7 +277,20 @@ class StageHost:
         hub, token = self._hub.address(part.plan.hub_port), part.plan.attend_token
         if self._attend is None or not (hub and token):
             return nullcontext()
-        return closing(self._attend(hub, token, partial(part.beat, self._epoch), part.hear))
+        return closing(self._attend(hub, token, lambda: part.beat(self._epoch, self._progress(part)), part.hear))
+
+    def _telling(self, part: Part) -> AbstractContextManager[object]:
+        """Returns what tells those of this machine where the part is."""
+        if self._tell is None:
+            return nullcontext()
+        return closing(self._tell(part.id, partial(self._progress, part)))
+
+    def _progress(self, part: Part) -> NodeProgress:
+        """Returns where a part is, on any thread: also how much of its layers has come, which the part itself does not know."""
+        progress, coming = part.progress(), self._coming
+        if progress.doing != LOADING or coming is None:
+            return progress
+        return replace(progress, doing=FETCHING, bytes=coming.bytes, of_bytes=coming.of)
 
     def _door(self, part: Part) -> AbstractContextManager[object]:
         """Returns a door at the hub for nodes that cannot dial this one, open while the part is played."""

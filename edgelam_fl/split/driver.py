@@ -27,7 +27,8 @@ from edgelam_fl.split.timeline import Timeline
 from edgelam_fl.split.trainee import Trainee, judge
 from edgelam_fl.tasks.base import Example, Task, Unit
 from edgelam_fl.tasks.data import batch_indices
-from edgelam_fl.telemetry.events import EmitInJob, Evaluated, StepDone
+from edgelam_fl.telemetry.events import EmitInJob, Evaluated, NodeProgress, StepDone
+from edgelam_fl.telemetry.events.rounds import CONNECTING, MEASURING, TRAINING
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 
@@ -68,6 +69,8 @@ class Driver:
         self._keeper, self._counters = keeper, counters or ByteCounters()
         self.plan, self.ends, self.trainee, self.route, self.task, self.emit = plan, ends, trainee, route, task, emit
         self.measured = Measured()
+        self._doing = CONNECTING
+        self._under_way: DeviceStep | None = None  # whose micro-batches are taken now
         self.timeline = Timeline("device")
 
     # ---------------------------------------------------------------- phases
@@ -126,6 +129,20 @@ class Driver:
                 )
                 link.send(pb.Header(kind=pb.DONE, done=done))
                 link.close()
+
+    def progress(self) -> NodeProgress:
+        """Returns where the device is in its part; on any thread."""
+        step, measured = self._under_way, self.measured
+        newest = measured.steps[-1] if measured.steps else None
+        return NodeProgress(
+            doing=self._doing,
+            step=newest.step + 1 if newest is not None else 0,
+            steps=self.plan.own_steps,
+            unit=step.units_over if step is not None else 0,
+            units=len(step.units) if step is not None else 0,
+            loss=newest.loss_sum / newest.labels if newest is not None and newest.labels else None,
+            tokens=measured.tokens_trained,
+        )
 
     # ---------------------------------------------------------------- snapshots
 
@@ -194,9 +211,11 @@ class Driver:
         return DeviceStep(self.plan, self.ends, self.route, self.timeline, units, **which)
 
     def _run(self, step: DeviceStep) -> None:
+        self._doing, self._under_way = TRAINING if step.phase == pb.TRAIN else MEASURING, step
         try:
             step.run()
         finally:
+            self._under_way = None
             self.measured.compute_seconds += step.compute_seconds
 
     def _train_step(self, step: DeviceStep) -> None:

@@ -74,6 +74,7 @@ class DeviceStep:
         self.losses = [0.0] * len(units)  # loss sums
         self.sums: dict[str, float] = {}  # of the task's other metrics, by name; in evaluation
         self.compute_seconds = 0.0
+        self.units_over = 0  # read on other threads, too
         self._ends, self._route, self._timeline = ends, route, timeline
         self._hops = list(plan.routes[0].hops)
         self._index, self._mode = plan.routes[0].device_index, host_mode(plan.host_mode)
@@ -107,6 +108,7 @@ class DeviceStep:
         if self._route.entry is None:
             for number, unit in enumerate(self.units):
                 self._forward_back(number, pb.Header(step=self.number, micro_batch=number), unit.ids_BT)
+                self.units_over += 1
             return
         while self._waiting or self._under_way:
             if self._may_start():
@@ -118,6 +120,7 @@ class DeviceStep:
             way.waits_for -= _GRADIENTS if header.kind in _GRADIENTS else {header.kind}
             if not way.waits_for:
                 del self._under_way[header.micro_batch]
+                self.units_over += 1
 
     def _may_start(self) -> bool:
         """Returns whether the next micro-batch may start: there is room, and nothing that has arrived comes first.

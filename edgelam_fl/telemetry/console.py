@@ -1,8 +1,9 @@
-"""The run on a terminal: a table that is drawn again with each event. Without a terminal, one line per milestone."""
+"""The run on a terminal: a table that is drawn again and again. Without a terminal, one line per milestone, and one every ten seconds
+that says what goes on.
+"""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -33,6 +34,7 @@ from edgelam_fl.telemetry.events import (
     MessageResent,
     NodeJoined,
     NodeLost,
+    NodeReady,
     NodeRefused,
     NodeSetAside,
     NodeSilent,
@@ -40,6 +42,7 @@ from edgelam_fl.telemetry.events import (
     PlanMade,
     PrivacyPromised,
     RoundDone,
+    RoundProgress,
     RoundShares,
     RunFailure,
     RunInterrupted,
@@ -51,11 +54,13 @@ from edgelam_fl.telemetry.events import (
     StoppedEarly,
     TextReadable,
 )
-from edgelam_fl.telemetry.human import by_name, human_bytes, human_layers, human_measure, total
+from edgelam_fl.telemetry.human import by_name, human_bytes, human_layers, human_measure, human_seconds, total
 from edgelam_fl.telemetry.summary import mean_metrics, measure_of, measured, setting, task_of
+from edgelam_fl.telemetry.waiting import DEFAULT_SIGNS, Reminder, SignTiming
 
 NAMES_SHOWN = 8
 VALUES_SHOWN = 3
+STARTING = "loading PyTorch"
 
 
 @dataclass
@@ -63,7 +68,7 @@ class _Row:
     """One node on the screen."""
 
     role: str = ""
-    doing: str = "starting"
+    doing: str = STARTING
     loss: float | None = None
     quality: list[float] = field(default_factory=list)  # held-out, per round
     bytes_moved: int = 0
@@ -75,24 +80,30 @@ class _Row:
 class RunView:
     """The view of one run: takes every event, and is a context manager around the run."""
 
-    def __init__(self, console: Console, rounds: int, steps: int) -> None:
+    def __init__(self, console: Console, rounds: int, steps: int, timing: SignTiming = DEFAULT_SIGNS) -> None:
+        """`steps`: per round. `timing`: of the lines without a terminal, and the clock."""
         self._console, self._rounds, self._steps = console, rounds, steps
         self._rows: dict[str, _Row] = {}
         self._round = 0
         self._measure = measure_of(None)
         self._max_tokens: int | None = None
         self._batch_size, self._batches = 0, 1  # examples per batch, batches per step
-        self._stage = "starting"
-        self._began = time.monotonic()
+        self._stage = "the server starts the run"
+        self._awaited: int | None = None  # devices that the run waits for; None: it does not wait
+        self._progress: RoundProgress | None = None  # of the round that is played
+        self._round_s: float | None = None  # seconds that the newest round with training took
+        self._signs, self._now, self._began = Reminder(timing), timing.now, timing.now()
         self._live = Live(console=console, refresh_per_second=4, get_renderable=self._draw)
         self._handlers: dict[type[Event], Callable[[Any, str], None]] = {
             RunWaits: self._on_run_waits,
             RunStarted: self._on_run_started,
+            NodeReady: self._on_node_ready,
             NodeJoined: self._on_node_joined,
             NodeRefused: self._on_node_refused,
             LinkMeasured: self._on_link_measured,
             PlacementMade: self._on_placement,
             PlanMade: self._on_plan,
+            RoundProgress: self._on_progress,
             TextReadable: self._on_text_readable,
             PrivacyPromised: self._on_privacy_promised,
             BudgetSpent: self._on_budget_spent,
@@ -131,7 +142,44 @@ class RunView:
 
     def say(self, text: str) -> None:
         """Prints a milestone, which stays on the screen above the table."""
-        elapsed = time.monotonic() - self._began
+        self._signs.postpone()
+        self._print(text)
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Takes the nodes that were started with this view, before they say anything."""
+        for name in names:
+            self._row(name)
+
+    def tick(self) -> None:
+        """Without a terminal, says what goes on if nothing has been said for a while. Call it often."""
+        if not self._console.is_terminal and self._signs.is_due(self.status()):
+            self._print(self.status())
+
+    def status(self) -> str:
+        """Returns what goes on, in one line."""
+        if self._progress is not None:
+            return f"{self._stage}: {self._progress.words()}{self._rest_of_run(self._progress)}"
+        if self._awaited is not None:
+            roles = [row.role for row in self._rows.values()]
+            devices = f"{roles.count('device')} of {self._awaited}" if self._awaited else roles.count("device")
+            here = f"devices: {devices}, edge servers: {roles.count('edge')}"
+            starting = [name for name, row in self._rows.items() if row.doing == STARTING]
+            return f"waiting for nodes ({here}){f'; {STARTING}: {_first_of(starting)}' if starting else ''}"
+        return self._stage
+
+    def _go_to(self, stage: str) -> None:
+        """Shows another stage, in which nothing is waited for or played."""
+        self._stage, self._awaited, self._progress = stage, None, None
+
+    def _rest_of_run(self, progress: RoundProgress) -> str:
+        """Returns how long the run still takes, as the end of a sentence; empty if that is not known, or the round is its last."""
+        rounds = self._rounds - self._round
+        if progress.left_s is None or self._round_s is None or rounds <= 0:
+            return ""
+        return f"; about {human_seconds(progress.left_s + rounds * self._round_s)} left in the run"
+
+    def _print(self, text: str) -> None:
+        elapsed = self._now() - self._began
         self._console.print(f"[dim]{elapsed:5.0f} s[/dim]  {escape(text)}", highlight=False, soft_wrap=True)
 
     def feed(self, event: Event, node: str = "") -> None:
@@ -143,8 +191,8 @@ class RunView:
     # ---------------------------------------------------------------- the ServerApp's events
 
     def _on_run_waits(self, event: RunWaits, _: str) -> None:
-        """Says that the run waits: on a terminal the time goes on below, elsewhere each sign of life is a line."""
-        if self._stage != event.words() or not self._console.is_terminal:
+        """Says that the run waits; that it still does is seen below on a terminal, and is said by `tick` elsewhere."""
+        if self._stage != event.words():
             self.say(event.words())
         self._stage = event.words()
 
@@ -152,6 +200,11 @@ class RunView:
         self._measure, self._max_tokens = measure_of(task_of([event])), setting([event], "task", "max_tokens")
         self._batch_size = setting([event], "federation", "batch_size") or 0
         self._batches = setting([event], "optimizer", "gradient_accumulation_steps") or 1
+        wanted = (setting([event], "federation", key) or 0 for key in ("min_nodes", "expect_nodes"))
+        self._awaited = max(wanted)
+
+    def _on_node_ready(self, _: NodeReady, node: str) -> None:
+        self._row(node).doing = "ready"
 
     def _on_node_joined(self, event: NodeJoined, _: str) -> None:
         row = self._row(event.node)
@@ -190,7 +243,7 @@ class RunView:
 
     def _on_plan(self, event: PlanMade, _: str) -> None:
         self._round = event.round
-        self._stage = f"round {self._round} of {self._rounds}" if self._round <= self._rounds else "last evaluation"
+        self._go_to(f"round {self._round} of {self._rounds}" if self._round <= self._rounds else "last evaluation")
         for name, reason in (event.unfit or {}).items():
             if self._row(name).unfit != reason:
                 self.say(f"{name} is in no round: {reason}")
@@ -199,6 +252,14 @@ class RunView:
         attempt += f" from step {event.first_step + 1}" if event.first_step else ""
         if self._round <= self._rounds:
             self.say(f"{self._stage}{attempt}: {_over_sites(event) or 'no device was drawn'}")
+
+    def _on_progress(self, event: RoundProgress, _: str) -> None:
+        if event.round != self._round or self._awaited is not None:
+            return  # of a round that is over
+        self._progress = event
+        for name, node in (event.nodes or {}).items():
+            row = self._row(name)
+            row.doing, row.loss = node.words(), row.loss if node.loss is None else node.loss
 
     def _on_text_readable(self, event: TextReadable, _: str) -> None:
         self.say(event.words)
@@ -221,6 +282,8 @@ class RunView:
         self.say(f"the result is {event.words()}")
 
     def _on_round_done(self, event: RoundDone, _: str) -> None:
+        self._progress = None
+        self._round_s = event.seconds if event.steps else self._round_s
         shown = []
         for device in event.devices:
             row = self._row(device.name)
@@ -274,11 +337,11 @@ class RunView:
         self.say(f"{event.node} sits out until round {event.back_in} if others can do without it: {times}")
 
     def _on_run_interrupted(self, event: RunInterrupted, _: str) -> None:
-        self._stage = "waiting for its ServerApp"
+        self._go_to("waiting for its ServerApp")
         self.say(f"the ServerApp died ({event.reason}); the server starts it again")
 
     def _on_run_resumed(self, event: RunResumed, _: str) -> None:
-        self._stage = "going on"
+        self._go_to("going on")
         where = f"after round {event.round}" if event.round else "from its start"
         self.say(f"the run goes on {where}{f' ({event.problem})' if event.problem else ''}")
 
@@ -288,7 +351,7 @@ class RunView:
 
     def _on_run_failed(self, _: RunFailure, __: str) -> None:
         """Shows that the run failed; the command that follows the run prints the reason."""
-        self._stage = f"failed in {self._stage}" if self._round else "failed before the first round"
+        self._go_to(f"failed in {self._stage}" if self._round else "failed before the first round")
         for row in self._rows.values():
             row.doing = row.doing if row.doing == "lost" else ""
 
@@ -341,8 +404,8 @@ class RunView:
             )  # one unit for all
             waited = "" if row.waited is None else f"{100 * row.waited:.0f} %"
             table.add_row(escape(name), row.doing, loss, quality, human_bytes(row.bytes_moved), waited)
-        elapsed = time.monotonic() - self._began
-        return Group(Text(f"{self._stage}, {elapsed:.0f} s", style="bold"), table)
+        elapsed = self._now() - self._began
+        return Group(Text(f"{self.status()}, {elapsed:.0f} s", style="bold"), table)
 
     def _short(self, value: float) -> str:
         return (

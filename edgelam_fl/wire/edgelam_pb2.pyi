@@ -1052,14 +1052,38 @@ class EndedMembers(_message.Message):
     def __init__(self, serials: _Optional[_Iterable[str]] = ..., names: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Beat(_message.Message):
-    __slots__ = ("epoch", "state", "step")
+    __slots__ = ("epoch", "state", "step", "progress")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     state: str
     step: int
-    def __init__(self, epoch: _Optional[int] = ..., state: _Optional[str] = ..., step: _Optional[int] = ...) -> None: ...
+    progress: NodeProgress
+    def __init__(self, epoch: _Optional[int] = ..., state: _Optional[str] = ..., step: _Optional[int] = ..., progress: _Optional[_Union[NodeProgress, _Mapping]] = ...) -> None: ...
+
+class NodeProgress(_message.Message):
+    __slots__ = ("doing", "step", "steps", "unit", "units", "loss", "tokens", "bytes", "of_bytes")
+    DOING_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    UNIT_FIELD_NUMBER: _ClassVar[int]
+    UNITS_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    OF_BYTES_FIELD_NUMBER: _ClassVar[int]
+    doing: str
+    step: int
+    steps: int
+    unit: int
+    units: int
+    loss: float
+    tokens: int
+    bytes: int
+    of_bytes: int
+    def __init__(self, doing: _Optional[str] = ..., step: _Optional[int] = ..., steps: _Optional[int] = ..., unit: _Optional[int] = ..., units: _Optional[int] = ..., loss: _Optional[float] = ..., tokens: _Optional[int] = ..., bytes: _Optional[int] = ..., of_bytes: _Optional[int] = ...) -> None: ...
 
 class Notice(_message.Message):
     __slots__ = ("cancelled", "out")
@@ -1107,18 +1131,20 @@ class LookReply(_message.Message):
     def __init__(self, nodes: _Optional[_Mapping[str, Attendee]] = ...) -> None: ...
 
 class Attendee(_message.Message):
-    __slots__ = ("silent_s", "epoch", "restarted", "state", "step")
+    __slots__ = ("silent_s", "epoch", "restarted", "state", "step", "progress")
     SILENT_S_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     RESTARTED_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
     silent_s: float
     epoch: int
     restarted: bool
     state: str
     step: int
-    def __init__(self, silent_s: _Optional[float] = ..., epoch: _Optional[int] = ..., restarted: _Optional[bool] = ..., state: _Optional[str] = ..., step: _Optional[int] = ...) -> None: ...
+    progress: NodeProgress
+    def __init__(self, silent_s: _Optional[float] = ..., epoch: _Optional[int] = ..., restarted: _Optional[bool] = ..., state: _Optional[str] = ..., step: _Optional[int] = ..., progress: _Optional[_Union[NodeProgress, _Mapping]] = ...) -> None: ...
 
 class KeptPiece(_message.Message):
     __slots__ = ("source", "first_step", "last_step", "data")

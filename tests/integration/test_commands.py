@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 import edgelam_fl
+from benchmarks.silence import Recorder
 from edgelam_fl.addresses import free_port, split_address
 from edgelam_fl.cli.main import app, exit_code
 from edgelam_fl.config import parse_run_file, read_run_file
@@ -513,7 +514,9 @@ def test_nodes_that_cannot_take_part_fail_the_run_with_their_reasons(
 
 
 @pytest.mark.processes
-def test_interrupt_ends_all_children_and_says_what_is_kept(tmp_path: Path, tiny_folder: Path) -> None:
+def test_a_run_on_a_terminal_shows_what_it_does_and_an_interrupt_ends_all_children(
+    tmp_path: Path, tiny_folder: Path
+) -> None:
     sets = [f"model.name={tiny_folder}", "federation.rounds=50", "federation.local_steps=2", "federation.batch_size=2"]
     command = [
         EDGELAM,
@@ -528,22 +531,22 @@ def test_interrupt_ends_all_children_and_says_what_is_kept(tmp_path: Path, tiny_
     ]
     command += [word for each in sets for word in ("--set", each)]
     command = ["env", "--default-signal=INT", *command]  # a job in the background ignores it
-    with (tmp_path / "out.txt").open("wb") as output:
-        process = subprocess.Popen(
-            command, cwd=tmp_path, stdout=output, stderr=output, env={**os.environ, "COLUMNS": "400"},
-        )  # fmt: skip
-        end = time.monotonic() + WAIT_S
-        while not (tmp_path / "run" / "adapter").exists() and time.monotonic() < end and process.poll() is None:
-            time.sleep(0.2)
-        early, took_s = process.poll(), time.monotonic() - end + WAIT_S
-        children = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGINT)
-        status = process.wait(WAIT_S)
-    said = (tmp_path / "out.txt").read_text()
+    recorder = Recorder(command, terminal=True, cwd=tmp_path)
+    began = time.monotonic()
+    while not (tmp_path / "run" / "adapter").exists() and time.monotonic() < began + WAIT_S and recorder.take():
+        pass
+    early, took_s = recorder.process.poll(), time.monotonic() - began
+    children = psutil.Process(recorder.process.pid).children(recursive=True)
+    recorder.process.send_signal(signal.SIGINT)
+    record = recorder.record(WAIT_S)
+    status, said = record.status, record.text
     logs = "\n".join(f"{log}: {log_tail(log, 12)}" for log in sorted((tmp_path / "run").rglob("*.log")))
     assert status == 130, said
     assert "Kept: the adapter after the last finished round" in said, f"{took_s:.0f} s, early: {early}\n{said}\n{logs}"
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+    for phase in ("starting Flower's SuperLink", "handing the run to Flower", "waiting for nodes", "round 1 of 50"):
+        assert phase in said
+    assert record.longest_silence()[0] < 60, "far beyond what a slow machine takes; the benchmark has the real bar"
     assert len(children) >= 5  # SuperLink, and a stage host and a SuperNode, twice
     _, alive = psutil.wait_procs(children, timeout=WAIT_S)
     assert not alive, [child.cmdline() for child in alive]

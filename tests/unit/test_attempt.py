@@ -10,6 +10,8 @@ from flwr.app import RecordDict
 
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.model.adapter import Adapter
+from edgelam_fl.telemetry.events import NodeProgress, RoundProgress
+from edgelam_fl.telemetry.progress import ProgressTail
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.attendance import Attendance, Presence
 from server.hub import RunHub
@@ -18,8 +20,10 @@ from tests.by_hand import LABELS, FederationByHand, moves
 from tests.unit.conftest import MakeFederation
 
 
-def seen(state: str = "running", silent_s: float = 0.0, restarted: bool = False) -> Presence:
-    return Presence(silent_s=silent_s, epoch=1, restarted=restarted, state=state, step=1)
+def seen(
+    state: str = "running", silent_s: float = 0.0, restarted: bool = False, progress: NodeProgress | None = None
+) -> Presence:
+    return Presence(silent_s=silent_s, epoch=1, restarted=restarted, state=state, step=1, progress=progress)
 
 
 class AttendanceByHand:
@@ -124,6 +128,27 @@ def test_a_host_that_nobody_can_replace_is_waited_for(attended: MakeAttended) ->
     assert [(node, limit) for node, _, limit in said] == [("e", 60.0)] * 2
     assert 8 <= said[0][1] < 10
     assert 9.9 < said[1][1] - said[0][1] < 12
+
+
+def test_where_nodes_are_reaches_whoever_follows_the_run(attended: MakeAttended) -> None:
+    """The host is frozen for 25 s, in which a device has 2 of 6 steps."""
+    run, attendance = attended("ab", "e", ONE_ROUND)
+    follower, told = ProgressTail(run.folder.path), list[RoundProgress]()
+    run.nodes["e"].loses = lambda plan: plan is not None and run.clock.now_s < 25
+    trained = NodeProgress(doing="training", step=2, steps=6, loss=2.0)
+
+    def says(attempt: int) -> Presence:
+        if (progress := follower.poll()) is not None:
+            told.append(progress)
+        return seen(progress=trained)
+
+    attendance.says["a"] = says
+    run.run()
+    assert told[0].words() == "step 2 of 6, loss 2.000"
+    assert told[0].nodes == {"a": trained}
+    assert len(told) > 8
+    assert follower.poll() is None, "nobody plays any more"
+    assert not run.events("progress"), "the events are told later"
 
 
 @pytest.mark.parametrize("known_by", ["beats", "report"])

@@ -11,6 +11,7 @@ import pytest
 from edgelam_fl.hub.attendance import AwakeClock
 from edgelam_fl.hub.daemon import HubServer
 from edgelam_fl.hub.passes import relay_key
+from edgelam_fl.telemetry.events import NodeProgress
 from edgelam_fl.trust.identity import Identity
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.attendance import ATTEND, ATTENDANCE_SERVICE, LEAD_FOLDER
@@ -54,6 +55,20 @@ def test_a_server_sees_who_attends_and_nodes_hear_what_it_said(hub: HubServer, t
     assert attend(hub.port, state, "edge-1", pb.Beat(epoch=7, state="failed")).cancelled == "a host was lost"
     assert server.look("run/1/2", "", {}) == {}, "another job has nobody yet"
     assert server.look(JOB, "", {})["edge-1"].state == "failed"
+    server.close()
+
+
+def test_a_server_sees_where_nodes_are(hub: HubServer, tmp_path: Path) -> None:
+    state, server = tmp_path / "hub", Attendance(tmp_path / "hub")
+    attend(hub.port, state, "old", pb.Beat(epoch=7, state="running"))
+    told = pb.NodeProgress(doing="training", step=3, steps=6, loss=2.5, tokens=800)
+    attend(hub.port, state, "device-1", pb.Beat(epoch=7, state="running", step=3, progress=told))
+    wrong = pb.NodeProgress(doing="x" * 1000, loss=float("nan"))
+    attend(hub.port, state, "liar", pb.Beat(epoch=7, state="running", progress=wrong))
+    seen = server.look(JOB, "", {})
+    assert seen["old"].progress is None
+    assert seen["device-1"].progress == NodeProgress(doing="training", step=3, steps=6, loss=2.5, tokens=800)
+    assert seen["liar"].progress == NodeProgress(doing="loading")
     server.close()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,12 @@ from edgelam_fl.hub.passes import relay_key
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.node.examples import DeviceExamples
+from edgelam_fl.node.play import NodeHooks
 from edgelam_fl.node.service import StageHost
 from edgelam_fl.plan.making import RoundFacts
 from edgelam_fl.plan.reading import part_id, spans_of
 from edgelam_fl.split.route import memory_dial
+from edgelam_fl.telemetry.events import NodeProgress, SliceComing, SliceReceived
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.attendance import ATTEND
 from edgelam_fl.wire.grpc.attending import Attending
@@ -33,6 +35,7 @@ from tests.support import WAIT_S, run_config
 
 JOB = "test/1/1"
 EVERY_S = 0.02
+RECEIVED = SliceReceived(model="m", base="fp32", tensors=2, bytes=120, slice_bytes=120, seconds=3.0)
 
 
 def seen(server: Attendance, node: str, until: Callable[[Presence], bool], out: Mapping[str, str] = {}, cancelled: str = "") -> Presence:  # fmt: skip
@@ -153,6 +156,49 @@ def test_hosts_go_on_at_once_without_a_device_that_is_out(
             (left_out,) = fleet.report(name).host.left_out
             assert (left_out.device, left_out.out) == ("device-2", True)
             assert "its data cannot be read" in left_out.reason
+
+
+def test_a_device_says_where_it_is_and_a_host_too(tiny: ModelSource, data_files: list[Path], tmp_path: Path) -> None:
+    with attended(tiny, data_files[:1], tmp_path) as (fleet, server):
+        fleet.hand_out("device-1")
+        waits = seen(server, "device-1", lambda node: node.progress is not None and node.progress.doing == "connecting")
+        assert waits.progress is not None
+        assert (waits.progress.step, waits.progress.steps, waits.progress.loss) == (0, 2, None)
+        fleet.hand_out("edge-1")
+        device = seen(server, "device-1", lambda node: node.state == "done").progress
+        host = seen(server, "edge-1", lambda node: node.state == "done").progress
+        report = fleet.report("device-1")
+    newest = report.steps[-1]
+    assert device == NodeProgress(
+        doing="reporting", step=2, steps=2, loss=newest.loss_sum / newest.labels, tokens=report.tokens_trained
+    )
+    assert host == NodeProgress(doing="reporting", step=2, steps=2)
+
+
+def test_layers_that_come_from_the_hub_are_said_in_per_cent(
+    tiny: ModelSource, data_files: list[Path], tmp_path: Path
+) -> None:
+    told, said = list[Callable[[], NodeProgress]](), list[str]()
+
+    @contextmanager
+    def fetches(plan: pb.Plan) -> Iterator[None]:
+        for event in (SliceComing(model="m", bytes=30, of=120), SliceComing(model="m", bytes=90, of=120), RECEIVED):
+            said.append(told[0]().words())
+            node.hear_of_slices(event)
+        said.append(told[0]().words())
+        yield
+
+    def tell(job: str, progress: Callable[[], NodeProgress]) -> ExitStack:
+        told.append(progress)
+        return ExitStack()
+
+    hooks = NodeHooks(around_part=fetches)
+    with attended(tiny, data_files[:1], tmp_path) as (fleet, _):
+        node = StageHost("edge-1", memory_dial({}), lambda event: None, address="edge-1", tell=tell, hooks=hooks)
+        fleet.nodes["edge-1"] = node
+        fleet.hand_out("edge-1")
+        node.stop()
+    assert said == ["loading", "fetching layers, 25 %", "fetching layers, 75 %", "loading"]
 
 
 @pytest.mark.parametrize("for_all", [True, False])

@@ -7,7 +7,17 @@ from typing import Any
 from rich.console import Console
 
 from edgelam_fl.telemetry.console import RunView
-from edgelam_fl.telemetry.events import RoundShares, of_kind, parse_event
+from edgelam_fl.telemetry.events import (
+    NodeProgress,
+    NodeReady,
+    RoundDone,
+    RoundProgress,
+    RoundShares,
+    RunStarted,
+    of_kind,
+    parse_event,
+)
+from edgelam_fl.telemetry.waiting import SignTiming
 from tests.recorded import STEPS, a_classification, a_failed_run, a_run, a_run_failed_at_once, as_events, of_privacy
 
 
@@ -204,7 +214,7 @@ def test_a_run_that_waits_for_another_says_so_and_for_how_long() -> None:
     ]
     said, lines = watch(waits)
     words = "waits for run mine, which uses edge-1, pi, and for 1 more that came earlier"
-    assert " ".join(said.split()).count(words) == 2, "a line each, as this is no terminal"
+    assert " ".join(said.split()).count(words) == 1
     assert " ".join(lines).startswith(words)
 
 
@@ -212,3 +222,83 @@ def test_a_link_that_was_measured_again_is_told() -> None:
     link = {"link_up_bps": 1.25e6, "link_down_bps": 95e6, "round_trip_s": 0.0123}
     said, _ = watch([{"event": "link_measured", "node": "pi", **link}])
     assert said.endswith("pi's link to the server now: 1.25 Mbit/s up, 95 Mbit/s down, round trip 12.3 ms\n")
+
+
+# ---------------------------------------------------------------- signs of life
+
+
+def lines_of_a_minute(events: Mapping[int, Iterable[Any]], *, terminal: bool = False) -> list[str]:
+    """Returns what is printed in a minute of four looks per second, with these events at these seconds."""
+    now_s, console = [0.0], Console(file=io.StringIO(), width=200, force_terminal=terminal)
+    view = RunView(console, 3, 6, SignTiming(now=lambda: now_s[0]))
+    view.expect(["ann", "edge-1"])
+    for quarter in range(4 * 60):
+        now_s[0] = quarter / 4
+        for event, node in events.get(quarter // 4, ()) if quarter % 4 == 0 else ():
+            view.feed(event, node)
+        view.tick()
+    return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+
+
+def of_round(round_: int, event: str) -> Any:
+    return next(one for one in as_events(a_run()) if getattr(one, "round", 0) == round_ and one_kind(one) == event)
+
+
+def one_kind(event: Any) -> str:
+    return "plan" if hasattr(event, "selected") else "done" if isinstance(event, RoundDone) else ""
+
+
+def test_without_a_terminal_something_is_said_every_ten_seconds() -> None:
+    wanted = {"federation": {"min_nodes": 2, "expect_nodes": 0}}
+    started = RunStarted(run="mine", config=wanted, versions={})
+    step = RoundProgress(
+        round=1, attempt=1, seconds=5.0, doing="training", step=2, steps=6, loss=2.5, tokens_per_s=1234.4, left_s=60.4
+    )
+    events: dict[int, list[tuple[Any, str]]] = {
+        1: [(started, "")],
+        12: [(NodeReady(name="ann", address=""), "ann")],
+        30: [(of_round(1, "plan"), ""), (step, "")],
+    }
+    lines = [" ".join(line.split()) for line in lines_of_a_minute(events)]
+    waits = "waiting for nodes (devices: 0 of 2, edge servers: 0)"
+    words = "round 1 of 3: step 2 of 6, loss 2.500, 1,234 tokens/s, about 1 min 00 s left"
+    assert lines[:3] == [
+        f"4 s {waits}; loading PyTorch: ann, edge-1",
+        f"14 s {waits}; loading PyTorch: edge-1",
+        f"24 s {waits}; loading PyTorch: edge-1",
+    ]
+    assert lines[3].startswith("30 s round 1 of 3: device-1")
+    assert lines[4:] == [f"40 s {words}", f"50 s {words}"]
+
+
+def test_on_a_terminal_the_headline_and_the_table_say_where_nodes_are() -> None:
+    assert lines_of_a_minute({}, terminal=True) == [], "the table is drawn by itself"
+    console = Console(file=io.StringIO(), width=100)
+    view = RunView(console, 3, 6)
+    nodes = {"device-1": NodeProgress(doing="training", step=2, steps=6, loss=2.5), "edge-1": NodeProgress()}
+    progress = RoundProgress(round=1, attempt=1, seconds=5.0, doing="loading", nodes=nodes)
+    view.feed(progress)
+    assert view.status() == "the server starts the run", "a round that nobody has planned"
+    view.feed(of_round(1, "plan"))
+    view.feed(progress)
+    console.print(view._draw())
+    drawn = [" ".join(line.split()) for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    assert any(line.startswith("round 1 of 3: loading the model, ") for line in drawn)
+    assert any(line.startswith("device-1 step 2 of 6 2.500 ") for line in drawn)
+    assert any(line.startswith("edge-1 loading ") for line in drawn)
+
+
+def test_after_the_first_round_the_time_of_the_whole_run_is_said() -> None:
+    view = RunView(Console(file=io.StringIO()), 3, 6)
+    view.feed(of_round(1, "plan"))
+    step = RoundProgress(round=1, attempt=1, seconds=5.0, doing="training", step=2, steps=6, left_s=10.0)
+    view.feed(step)
+    assert view.status() == "round 1 of 3: step 2 of 6, about 10 s left"
+    done = of_round(1, "done")
+    view.feed(done)
+    view.feed(of_round(2, "plan"))
+    view.feed(step)
+    assert view.status() == "round 2 of 3", "what comes late of a round that is over is not shown"
+    view.feed(RoundProgress(round=2, attempt=1, seconds=5.0, doing="training", step=2, steps=6, left_s=10.0))
+    left = f"{10 + done.seconds:.1f} s"
+    assert view.status() == f"round 2 of 3: step 2 of 6, about 10 s left; about {left} left in the run"

@@ -23,6 +23,7 @@ from edgelam_fl.federation.local import LocalFederation, shares_of_cores
 from edgelam_fl.federation.node_process import NodeProcesses
 from edgelam_fl.federation.operator import Operator
 from edgelam_fl.files import RoomyStream
+from edgelam_fl.telemetry.progress import NodesProgress
 from tests.disk_faults import fill_at
 
 
@@ -184,6 +185,7 @@ def test_a_run_here_ends_with_its_superlink(tmp_path: Path) -> None:
         superlink=superlink,
         edges=[],
         devices=[],
+        progress=NodesProgress({}),
     )
     with pytest.raises(
         RunFailed, match=r"SuperLink ended with status 1: no space left on device.* No round was finished"
@@ -200,7 +202,7 @@ def test_what_was_started_is_counted(tmp_path: Path, edges: int, devices: int, w
     here = LocalFederation(
         config=RunConfig(), folder=tmp_path, operator=Operator("127.0.0.1:1", tmp_path), superlink=superlink,
         edges=[NodeProcesses("edge", "127.0.0.1:1", tmp_path)] * edges,
-        devices=[NodeProcesses("device", "127.0.0.1:1", tmp_path)] * devices,
+        devices=[NodeProcesses("device", "127.0.0.1:1", tmp_path)] * devices, progress=NodesProgress({}),
     )  # fmt: skip
     assert str(here) == f"a SuperLink, {words}"
     end_all([superlink])

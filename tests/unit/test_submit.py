@@ -17,8 +17,9 @@ from edgelam_fl.federation.app_archive import app_alone
 from edgelam_fl.federation.operator import Operator, prepare_operator
 from edgelam_fl.federation.submission import FollowTiming, ServerWatch, Submission, run_events
 from edgelam_fl.telemetry.console import RunView
-from edgelam_fl.telemetry.events import Event
+from edgelam_fl.telemetry.events import Event, RoundProgress
 from edgelam_fl.telemetry.events.table import kind_of
+from edgelam_fl.telemetry.progress import write_progress
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,6 +62,24 @@ def never() -> str:
 
 def kinds(events: Iterator[Event]) -> list[str]:
     return [kind_of(event) for event in events]
+
+
+def test_the_newest_progress_comes_between_the_events_and_an_older_one_of_the_file_does_not(tmp_path: Path) -> None:
+    def progress(step: int) -> RoundProgress:
+        return RoundProgress(round=1, attempt=1, seconds=3.0, doing="training", step=step, steps=6)
+
+    looks = iter(
+        [lambda: write_progress(tmp_path, progress(1)), lambda: None, lambda: write_progress(tmp_path, progress(2))]
+    )
+    write = Writer(tmp_path / "events.jsonl", ["run_started"], ["progress"], [], [], ["run_done"])
+
+    def meanwhile() -> None:
+        write()
+        next(looks, lambda: None)()
+
+    found = list(run_events(tmp_path / "events.jsonl", never, meanwhile=meanwhile, timing=NEVER_ASKS))
+    assert [event.step for event in found if isinstance(event, RoundProgress)] == [1, 2]
+    assert [kind_of(event) for event in found][-1] == "run_done"
 
 
 @pytest.mark.parametrize("last", ["run_done", "run_failed"])

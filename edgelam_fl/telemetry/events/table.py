@@ -14,6 +14,7 @@ EVENTS: dict[str, type[Event]] = {
     "privacy_promised": run.PrivacyPromised,
     "placement": rounds.PlacementMade,
     "plan": rounds.PlanMade,
+    "progress": rounds.RoundProgress,
     "text_readable": rounds.TextReadable,
     "node_lost": rounds.NodeLost,
     "node_silent": rounds.NodeSilent,
