@@ -5,9 +5,8 @@ used, so that `import edgelam_fl` (and with it `edgelam --help`) loads neither t
 
     import edgelam_fl
 
-    config = edgelam_fl.read_run_file(Path("mine.toml"), ["federation.rounds=2"])
-    for event in edgelam_fl.run_local(config, [Path("ann.jsonl"), Path("bob.jsonl")], Path("runs/mine")): ...
-    result = edgelam_fl.open_result(Path("runs/mine"))
+    result = edgelam_fl.run(["ann.jsonl", "bob.jsonl"], overrides={"federation.rounds": 2})
+    print(result.summary.devices[0].perplexity_after)
     model = peft.PeftModel.from_pretrained(base, result.adapter)
 
 The packages, each of which sees only those below it: `cli` (commands), `bench` (matrices of strategies), `simulation`
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from edgelam_fl.config import read_run_file as read_run_file
     from edgelam_fl.errors import EdgelamError as EdgelamError
     from edgelam_fl.federation.local import run_local as run_local
+    from edgelam_fl.federation.program import run as run
     from edgelam_fl.serving.results import Result as Result
     from edgelam_fl.serving.results import open_result as open_result
     from edgelam_fl.telemetry.events import read_events as read_events
@@ -41,6 +41,7 @@ __all__ = [
     "parse_run_file",
     "read_events",
     "read_run_file",
+    "run",
     "run_local",
 ]
 _HOMES = {
@@ -51,6 +52,7 @@ _HOMES = {
     "parse_run_file": "edgelam_fl.config",
     "read_events": "edgelam_fl.telemetry.events",
     "read_run_file": "edgelam_fl.config",
+    "run": "edgelam_fl.federation.program",
     "run_local": "edgelam_fl.federation.local",
 }
 

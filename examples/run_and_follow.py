@@ -1,37 +1,43 @@
-"""Starts a run on this machine from Python and follows its events; shows the public API, and nothing else.
+"""Fine-tunes a model on this machine from Python and follows the run; shows the public API, and nothing else.
 
-    python examples/run_and_follow.py examples/demo.toml runs/followed ann.jsonl bob.jsonl federation.rounds=1
+    python examples/run_and_follow.py ann.jsonl bob.jsonl
+    python examples/run_and_follow.py mine.toml ann.jsonl bob.jsonl federation.rounds=1 run.out=runs/followed
 
-A run file, a new folder for the run, one data file per device, and overrides of the run file.
+One data file per device; a run file and overrides of it if you like.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from pathlib import Path
 
 import edgelam_fl
-from edgelam_fl.telemetry.events import NodeJoined, RoundDone, RunFailure
+from edgelam_fl.telemetry.events import Event, NodeJoined, RoundDone
 
 
-def main(run_file: str, folder: str, *rest: str) -> None:
-    config = edgelam_fl.read_run_file(Path(run_file), [word for word in rest if "=" in word])
-    data = [Path(word) for word in rest if "=" not in word]
+def show(event: Event) -> None:
+    match event:
+        case NodeJoined():
+            print(f"{event.node} joined with {event.examples} examples")
+        case RoundDone():
+            for device in event.devices:
+                print(f"round {event.round}: {device.name} at perplexity {device.perplexity:.2f}")
+
+
+def main(*words: str) -> None:
+    overrides = [word for word in words if "=" in word]
+    run_file = next((word for word in words if word.endswith(".toml")), None)
+    data = [word for word in words if word not in overrides and word != run_file]
+    result = edgelam_fl.run(data, run_file, overrides, on_event=show)
     losses: dict[str, list[float]] = {}
-    for event in edgelam_fl.run_local(config, data, Path(folder)):
-        match event:
-            case NodeJoined():
-                print(f"{event.node} joined with {event.examples} examples")
-            case RoundDone():
-                for device in event.devices:
-                    losses.setdefault(device.name, []).extend(loss for loss in device.step_losses if loss is not None)
-                    print(f"round {event.round}: {device.name} at perplexity {device.perplexity:.2f}")
-            case RunFailure():
-                sys.exit(f"the run failed: {event.reason}")
-    result = edgelam_fl.open_result(Path(folder))
+    for event in result.events():
+        if isinstance(event, RoundDone):
+            for device in event.devices:
+                losses.setdefault(device.name, []).extend(loss for loss in device.step_losses if loss is not None)
     for name, of_steps in losses.items():
         print(f"{name}: {len(of_steps)} steps, mean loss {math.fsum(of_steps) / max(1, len(of_steps)):.3f}")
+    for done in result.summary.devices:
+        print(f"{done.name}: perplexity {done.perplexity_before:.2f} before, {done.perplexity_after:.2f} after")
     print(f"adapter: {result.adapter}")
 
 

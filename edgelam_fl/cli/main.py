@@ -5,12 +5,15 @@ Imports nothing heavy, so that `--help` answers at once: a command imports what 
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 from edgelam_fl import __version__
 from edgelam_fl.cli import bench, leakage, members, nodes, results, runs
@@ -22,7 +25,6 @@ app = typer.Typer(
     name="edgelam",
     help="Fine-tune a language model that no single device can train. Data files stay on their devices; what hosts can read is measured.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
@@ -44,8 +46,33 @@ _COMMANDS = (
     results.export,
     results.chat,
 )
+_LOG = logging.getLogger("edgelam_fl")
+
+
+def _say_more(context: Any, option: Any, value: bool) -> bool:
+    """Lets libraries and this program say more on stderr, and Flower's processes in their logs."""
+    if value and not context.resilient_parsing:
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s: %(message)s")
+        _LOG.setLevel(logging.DEBUG)
+        os.environ["FLWR_LOG_LEVEL"] = "DEBUG"
+    return value
+
+
+class _Command(TyperCommand):
+    """A command that also takes -v, without a parameter of its function."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.params.append(
+            TyperOption(
+                param_decls=["-v", "--verbose"], is_flag=True, default=False, expose_value=False, callback=_say_more,
+                help="Say more: messages of libraries, where in the program an error arose, and details in Flower's logs.",
+            )
+        )  # fmt: skip
+
+
 for _command in _COMMANDS:
-    app.command()(_command)
+    app.command(cls=_Command)(_command)
 
 
 def _version(value: bool) -> None:
@@ -81,6 +108,7 @@ def exit_code(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
         check_interpreter(sys.flags.optimize)
         status = app(args=list(arguments), prog_name=name, standalone_mode=False)
     except EdgelamError as error:
+        _LOG.debug("where it arose:", exc_info=error)
         text = str(error).replace("[", "\\[")
         messages.print(f"[bold red]{name}:[/bold red] {text}", highlight=False, soft_wrap=True)
         return error.exit_code

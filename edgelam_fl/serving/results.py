@@ -6,6 +6,7 @@ Imports no torch.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from edgelam_fl.errors import ConfigError, ModelError
 from edgelam_fl.model.generation import GENERATION
 from edgelam_fl.model.identity import difference
 from edgelam_fl.model.source import ModelSource
+from edgelam_fl.telemetry.events import EVENTS_FILE, Event, read_events
+from edgelam_fl.telemetry.summary import Summary, read_summary
 
 BASE_MODEL = "base_model.json"  # of a run's folder: the identity of the model that the run trained on
 
@@ -29,6 +32,15 @@ class Result:
     def adapter(self) -> Path:
         """The adapter after the last finished round, in peft's format."""
         return self.folder / "adapter"
+
+    @property
+    def summary(self) -> Summary:
+        """The run in numbers: perplexity before and after per device, bytes, seconds. Raises DataError while the run goes on."""
+        return read_summary(self.folder / "summary.json")
+
+    def events(self) -> Iterator[Event]:
+        """Yields all that happened, oldest first."""
+        return read_events(self.folder / EVENTS_FILE)
 
     def check_base(self, source: ModelSource) -> None:
         """Raises ModelError if the run trained on another model than `source`: its adapter would fit in shape alone.

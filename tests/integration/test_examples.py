@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -104,13 +105,14 @@ def test_the_program_follows_a_run(tiny: ModelSource, tmp_path: Path) -> None:
     """It starts processes, so it is the slow one here: one device and one edge server."""
     data = tmp_path / "ann.jsonl"
     data.write_text("".join(json.dumps({"question": f"q{n}", "answer": f"answer {n}"}) + "\n" for n in range(12)))
-    program, run_file, folder = EXAMPLES / "run_and_follow.py", EXAMPLES / "demo.toml", tmp_path / "run"
+    program, folder = EXAMPLES / "run_and_follow.py", tmp_path / "run"
     small = [f"model.name={tiny.name}", "federation.rounds=1", "federation.local_steps=2", "data.held_out=0.2"]
     done = subprocess.run(
-        [sys.executable, str(program), str(run_file), str(folder), str(data), *small],
+        [sys.executable, str(program), str(data), *small, f"run.out={folder}"],
         capture_output=True, text=True, timeout=WAIT_S, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "device-1 joined with" in done.stdout
     assert "device-1: 2 steps, mean loss" in done.stdout
+    assert re.search(r"^device-1: perplexity [0-9.]+ before, [0-9.]+ after$", done.stdout, re.MULTILINE)
     assert done.stdout.splitlines()[-1] == f"adapter: {folder / 'adapter'}"

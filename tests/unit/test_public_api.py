@@ -14,7 +14,7 @@ import edgelam_fl
 PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
 PUBLIC = {
     "EdgelamError", "Result", "RunConfig", "__version__", "open_result", "parse_run_file", "read_events", "read_run_file",
-    "run_local",
+    "run", "run_local",
 }  # fmt: skip
 
 
