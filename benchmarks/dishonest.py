@@ -26,7 +26,6 @@ from flwr.app import ConfigRecord, RecordDict
 from benchmarks.common import Figure, main
 from benchmarks.data.wordnet import SAMPLE
 from benchmarks.hostile import Change, dishonest, on
-from edgelam_fl.bench.partition import deal
 from edgelam_fl.config import parse_run_file
 from edgelam_fl.flower import from_record, to_record
 from edgelam_fl.model import adapter as adapters
@@ -36,6 +35,7 @@ from edgelam_fl.node.service import StageHost
 from edgelam_fl.plan.reading import part_id
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.split.route import memory_dial
+from edgelam_fl.tasks.partition import deal
 from edgelam_fl.telemetry.events import RoundDone, of_kind, read_events
 from edgelam_fl.telemetry.report.incidents import incidents
 from edgelam_fl.wire import PROTOCOL_VERSION

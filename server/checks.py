@@ -5,7 +5,7 @@ Runs before anything is started. Knows nothing of nodes: what they cannot do sho
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,24 +19,35 @@ from edgelam_fl.model.index import layer_number
 from edgelam_fl.model.limits import check_limits
 from edgelam_fl.model.lora import matches
 from edgelam_fl.model.source import BUILT_IN as MODELS
-from edgelam_fl.model.source import find_model
+from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.plan.fronts import check_trust, with_auto_front
-from edgelam_fl.plan.making import check_warmup
+from edgelam_fl.plan.layout import local_hosts, make_layout, who_may_host
+from edgelam_fl.plan.making import RoundFacts, check_warmup, make_plans
 from edgelam_fl.plan.modes import host_mode, label_place
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.tasks.kinds import check_task
+from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.codec_bytes import CODEC_BYTES, RAW
 from server.private_checks import check_privacy
-from strategies.registry import BUILT_IN, Capabilities, load_all
+from server.private_terms import check_devices as check_private_devices
+from strategies.registry import BUILT_IN, Capabilities, LoadedStrategy, load_all
 
 
-def check_config(config: RunConfig, bounds: Bounds = DEFAULT_BOUNDS, *, elsewhere: bool = False) -> RunSpec:
+def check_config(
+    config: RunConfig,
+    bounds: Bounds = DEFAULT_BOUNDS,
+    *,
+    elsewhere: bool = False,
+    download: bool = True,
+    devices: Sequence[str] = (),
+) -> RunSpec:
     """Finds the run's model, and sets split.front if split.fronts is 'auto:...'.
 
     Raises ConfigError or ModelError with the first problem.
 
     bounds: what the run file may name on this machine. elsewhere: whether the run takes place on another machine, whose
-    operator may allow more strategies; those are then left to that machine's own check, and not imported here.
+    operator may allow more strategies; those are then left to that machine's own check, and not imported here. download: whether
+    the model may be fetched from a hub. devices: the names of those that take part in a run on this machine; empty: they are not known.
     """
     strategy = config.strategy
     names = {kind: getattr(strategy, kind) for kind in BUILT_IN}
@@ -57,8 +68,11 @@ def check_config(config: RunConfig, bounds: Bounds = DEFAULT_BOUNDS, *, elsewher
     check_dora(config, aggregation)
     check_late_updates(config, aggregation)
     check_cut_defence(config, aggregation)
+    if devices:
+        check_devices(config, loaded, len(devices))
     check_place_of_model(config.model.name, bounds)
-    source = find_model(config.model.name)
+    source = find_model(config.model.name, download=download)
+    check_head(config, source)
     check_limits(config, source)
     check_answers(config, source)
     spec = RunSpec(with_auto_front(config, source), source)
@@ -68,8 +82,69 @@ def check_config(config: RunConfig, bounds: Bounds = DEFAULT_BOUNDS, *, elsewher
     check_patterns(spec)
     check_something_learns(spec)
     check_carry(spec, aggregation)
+    if devices:
+        check_routes(spec, devices, aggregation)
     check_trust(spec.config, source.leakage_key)
     return spec
+
+
+def check_devices(config: RunConfig, loaded: Mapping[str, LoadedStrategy], devices: int) -> None:
+    """Raises ConfigError if so many devices, which have no tags, are too few for a run, or may not take part in it."""
+    federation, strategy = config.federation, config.strategy
+    here = "1 device" if devices == 1 else f"{devices} devices"
+    if federation.min_nodes > devices:
+        raise ConfigError(
+            f"federation.min_nodes = {federation.min_nodes} and the run has {here}: no round could begin. Allowed: min_nodes of at "
+            f"most {devices}, or more data files, one per device"
+        )
+    if strategy.require_tags:
+        raise ConfigError(
+            f"strategy.require_tags = {list(strategy.require_tags)} keeps every device of this run out: devices that a command plays "
+            f"on this machine have no tags. Allowed: leave require_tags out"
+        )
+    least = loaded["aggregation"].capabilities.least_sources if "aggregation" in loaded else 1
+    drawn = min(devices, federation.devices_per_round or devices)
+    if config.lora.train != ("hosts",) and 1 < drawn < least:
+        raise ConfigError(
+            f"strategy.aggregation = {strategy.aggregation!r} needs at least {least} devices per round, and the run has {drawn}. "
+            f"Allowed: more data files, one per device, or another aggregation, for example 'fedavg'"
+        )
+    if config.privacy.mode != "none" and "selection" in loaded:
+        check_private_devices(config, devices, loaded["selection"].capabilities.sampling_rate or 1.0)
+
+
+def check_routes(spec: RunSpec, devices: Sequence[str], aggregation: Capabilities) -> None:
+    """Raises ConfigError if devices of these names would keep layers that leave a host without any, or train unlike ranks of one layer."""
+    config = spec.config
+    if config.split.hosts and config.split.cuts == "auto":
+        return  # the planner lays out when it knows the nodes
+    own = config.split.host_on == "any"
+    profiles = {name: pb.Profile(name=name, role=pb.DEVICE, address=f"{name}:1" if own else "") for name in devices}
+    profiles |= {name: pb.Profile(name=name, role=pb.EDGE, address=f"{name}:1") for name in local_hosts(config)}
+    hosts = who_may_host(config, profiles.values())
+    if len(hosts) < config.split.least_hosts:
+        raise ConfigError(
+            f"split.hosts = {config.split.hosts} with split.host_on = 'any' needs as many devices, and the run has {len(devices)}. "
+            f"Allowed: split.hosts of at most {len(devices)}, or split.host_on = 'edge'"
+        )
+    layout = make_layout(spec, [profiles[name] for name in devices], hosts)
+    facts = RoundFacts("run", 1, 1, 0, 0, unequal_ranks=aggregation.unequal_ranks)
+    make_plans(spec, facts, profiles, layout, {}, dict.fromkeys(devices, b""))
+
+
+def check_head(config: RunConfig, source: ModelSource) -> None:
+    """Raises ConfigError for a task that the model has no head for: it answers with classes, or with text."""
+    head = source.family.task_head
+    if config.task.classes and head is None:
+        raise ConfigError(
+            f"task.kind = {config.task.kind!r} needs a model that answers with classes, and {source.name} answers with text. Allowed: a "
+            f"BERT model, for example model.name = 'minilm-l6' with lora.targets = ['query', 'value'], or task.kind = 'causal-lm'"
+        )
+    if head is not None and not config.task.classes:
+        raise ConfigError(
+            f"task.kind = {config.task.kind!r} needs a model that answers with text, and {source.name} answers with classes. Allowed: another "
+            f"model.name, or task.kind = 'classification' with task.classes"
+        )
 
 
 def check_place_of_model(name: str, bounds: Bounds) -> None:

@@ -159,6 +159,7 @@ def _device(report: pb.JobReport, common: Mapping[str, Any]) -> DeviceResult:
         bad=report.data.bad,
         skipped=report.data.skipped,
         cut=report.data.cut,
+        cut_answers=report.data.cut_answers,
         unread_fields=report.data.unread,
         unmeasured=report.data.unmeasured,
         labels=report.labels_trained,

@@ -88,7 +88,7 @@ def _problems(profile: pb.Profile) -> Iterator[str]:
         yield f"its trust {_shown(profile.trust)} {reason}"
     for field, most in _MOST.items():
         yield from _out_of_range(field, getattr(profile, field), most)
-    for field in ("bad", "skipped", "cut", "unread", "unmeasured"):
+    for field in ("bad", "skipped", "cut", "cut_answers", "unread", "unmeasured"):
         yield from _out_of_range(f"data.{field}", getattr(profile.data, field), _MOST["examples"])
     yield from _bad_seconds("base_seconds", profile.base_seconds)
     for time in profile.layer_times:

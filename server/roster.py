@@ -334,8 +334,8 @@ class Roster:
         joined = NodeJoined(
             node=profile.name, role=pb.Role.Name(profile.role).lower(), address=profile.address,
             examples=profile.examples, held_out=profile.held_out,
-            bad=profile.data.bad, skipped=profile.data.skipped, cut=profile.data.cut, unread_fields=profile.data.unread,
-            unmeasured=profile.data.unmeasured,
+            bad=profile.data.bad, skipped=profile.data.skipped, cut=profile.data.cut, cut_answers=profile.data.cut_answers,
+            unread_fields=profile.data.unread, unmeasured=profile.data.unmeasured,
             memory_available_bytes=profile.memory_available_bytes, cpu_threads=profile.cpu_threads, tags=tuple(profile.tags),
             chip=profile.chip,
             base_seconds=dict(profile.base_seconds), idle_bytes=profile.idle_bytes, layer_times=_layer_times(profile),

@@ -218,7 +218,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "bad lines skipped": lambda path: device_pairs(path, _settings(bad_lines="skip")),
     "completions": lambda path: device_pairs(path, _settings(prompt_field="prompt", answer_field="completion", more_prompt_fields=["input"])),
     "classes": lambda path: device_pairs(path, _settings(kind="classification", classes=["0", "True", "a"], prompt_field="text", answer_field="label")),
-    "init": lambda path: suggest(path, None),
+    "init": lambda path: suggest([path], None),
 }  # fmt: skip
 
 

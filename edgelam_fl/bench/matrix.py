@@ -16,10 +16,10 @@ from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
 
-from edgelam_fl.bench.partition import check_partition
 from edgelam_fl.config import RunConfig, Section, parse_run_file, parse_toml, toml_value
 from edgelam_fl.errors import ConfigError, nearest
 from edgelam_fl.simulation.attacks import ATTACKS
+from edgelam_fl.tasks.partition import check_partition
 
 # The key of the run file that an axis sets; the others are about the data and the devices.
 RUN_KEYS = {

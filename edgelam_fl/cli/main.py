@@ -14,11 +14,13 @@ from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperOption
+from typer.main import get_command
 
 from edgelam_fl import __version__
 from edgelam_fl.cli import bench, leakage, members, nodes, results, runs
 from edgelam_fl.cli.options import console, messages
-from edgelam_fl.errors import INTERRUPTED, EdgelamError, UsageError
+from edgelam_fl.cli.usage import check_values, usage_words
+from edgelam_fl.errors import INTERRUPTED, EdgelamError, EnvironmentProblem, UsageError
 from edgelam_fl.federation.environment import check_interpreter, settle_process
 
 app = typer.Typer(
@@ -106,11 +108,11 @@ def exit_code(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
     """Runs a command of `app`, prints a foreseen error as one message and returns the exit code."""
     try:
         check_interpreter(sys.flags.optimize)
+        check_values(get_command(app), arguments)
         status = app(args=list(arguments), prog_name=name, standalone_mode=False)
     except EdgelamError as error:
         _LOG.debug("where it arose:", exc_info=error)
-        text = str(error).replace("[", "\\[")
-        messages.print(f"[bold red]{name}:[/bold red] {text}", highlight=False, soft_wrap=True)
+        _say_error(name, str(error))
         return error.exit_code
     except KeyboardInterrupt:
         messages.print(f"{name}: interrupted")
@@ -119,10 +121,20 @@ def exit_code(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
         return stop.exit_code
     except typer.Abort:
         return INTERRUPTED
-    except Exception as error:
-        show = getattr(error, "show", None)  # click's own usage errors
-        if show is None:
+    except OSError as error:
+        if not error.filename:
             raise
-        show()
+        _say_error(name, f"{error.filename}: {error.strerror}")
+        return EnvironmentProblem.exit_code
+    except Exception as error:
+        words = usage_words(error)
+        if words is None:
+            raise
+        _say_error(name, words)
         return UsageError.exit_code
     return int(status or 0)
+
+
+def _say_error(name: str, words: str) -> None:
+    text = words.replace("[", "\\[")
+    messages.print(f"[bold red]{name}:[/bold red] {text}", highlight=False, soft_wrap=True)

@@ -74,7 +74,10 @@ SetOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
-OptionalRunFileArgument = Annotated[
-    Path | None, typer.Argument(metavar="RUN.toml", help="The run file: model, split, training; none with --resume.")
+RunFilesArgument = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        metavar="[RUN.toml]", help="The run file: model, split, training; not needed with --data.", show_default=False
+    ),
 ]
 RunFileArgument = Annotated[Path, typer.Argument(metavar="RUN.toml", help="The run file: model, split, training.")]

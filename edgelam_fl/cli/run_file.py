@@ -8,26 +8,22 @@ from __future__ import annotations
 
 import textwrap
 import types
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from edgelam_fl.config import RunConfig, Section, toml_value
+from edgelam_fl.config import RunConfig, Section, changed_keys, toml_value
 from edgelam_fl.errors import ConfigError, ModelNotFound
-from edgelam_fl.model.adapter import target_modules
-from edgelam_fl.model.generation import check_answers, has_chat_template
-from edgelam_fl.model.limits import check_limits, check_tokens, positions_of
-from edgelam_fl.model.source import ModelSource, find_model
-from edgelam_fl.names import printable
-from edgelam_fl.plan.fronts import check_trust, host_readings, with_auto_front
-from edgelam_fl.plan.making import task_settings
+from edgelam_fl.federation.before import before_words, check_run_file, first_example
+from edgelam_fl.federation.data_check import FileSeen
+from edgelam_fl.federation.from_data import expanded, sections_for
+from edgelam_fl.model.source import BUILT_IN, ModelSource
+from edgelam_fl.plan.fronts import check_trust, host_readings
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.privacy.limits import HostReading
-from edgelam_fl.tasks.data import device_pairs
-from edgelam_fl.tasks.named import local_data
-from edgelam_fl.tasks.suggest import suggest
 
 COMMON = {
     "model.name", "model.base", "split.front", "split.back", "split.hosts", "lora.rank", "lora.alpha", "lora.targets",
@@ -38,39 +34,22 @@ _HEADER = """\
 # A run file of EdgeLAM-FL. Every key has a default: a key behind a '#' has that default, so take the '#' away and
 # change the value. `edgelam run {name} --explain` shows what a run would use; `--set lora.rank=4` overrides for once.
 """
-_CLASSIFIER = "minilm-l6"
 _INDENT, _WIDTH = 36, 120
 
 
 # ---------------------------------------------------------------- edgelam init
 
 
-def write_run_file(file: Path, data: Path | None, model: str) -> list[str]:
-    """Writes a new run file for the fields of `data` and for `model` ("": the default). Returns the choices as lines.
+def write_run_file(file: Path, data: Sequence[Path], model: str, task: str = "") -> list[str]:
+    """Writes a new run file for the devices' data and for `model` ("": the default). Returns the choices as lines.
 
-    The data are read with the new file as a run reads them, so that they fit it. Raises ConfigError if `file` exists (nothing is
-    ever overwritten), DataError for data that no run file fits.
+    task: the kind of task; empty: the data decide. The data are read with the new file as a run reads them, so that they fit it. Raises
+    ConfigError if `file` exists (nothing is ever overwritten), DataError for data that no run file fits.
     """
     if file.exists():
         raise ConfigError(f"{file} exists; give another name (nothing is ever overwritten)")
-    source = find_model(model) if model else None
-    sections = _for_model(source) if source else {}
-    chosen = [f"model.name = {model!r}"] if source else []
-    if "task" in sections:
-        chosen.append("task.template = 'plain': the model has no chat template")
-    if data is not None:
-        data = local_data(data)
-        found = suggest(data, *_answers_of(source))
-        if found.classifies and source is None:
-            chosen.append(f"model.name = {_CLASSIFIER!r}: a model that answers with classes; --model chooses another")
-            sections = {"model": {"name": _CLASSIFIER}, "lora": {"targets": ("query", "value")}}
-        for section, keys in found.sections.items():
-            sections[section] = {**sections.get(section, {}), **keys}
-        chosen += found.said
+    sections, chosen = sections_for(expanded(data), model, task)
     config = RunConfig.model_validate(sections)
-    if data is not None:  # as a run does it
-        unread = device_pairs(data, task_settings(config)).unread
-        chosen += [f"not learned: the field {printable(name, 60)!r} of {data}, which no key names" for name in unread]
     changed = {f"{section}.{key}" for section, keys in sections.items() for key in keys}
     text = f"{_HEADER.format(name=file.name)}\n{described(config, shown=COMMON | changed)}"
     try:
@@ -81,72 +60,54 @@ def write_run_file(file: Path, data: Path | None, model: str) -> list[str]:
     return chosen
 
 
-def _answers_of(source: ModelSource | None) -> tuple[bool | None, bool]:
-    """Returns whether a model answers with classes, and whether it has a chat template; without a model None, and True."""
-    if source is None:
-        return None, True
-    return source.family.task_head is not None, has_chat_template(source.folder)
-
-
-def _for_model(source: ModelSource) -> dict[str, dict[str, Any]]:
-    """Returns the keys that must differ from their defaults so that the file runs with this model."""
-    check_tokens(source)
-    sections: dict[str, dict[str, Any]] = {"model": {"name": source.name}}
-    standard = RunConfig()
-    ends = min(standard.split.front, (source.num_layers - 1) // 2)  # one layer at least is left for a host
-    if ends < standard.split.front:
-        sections["split"] = {"front": ends, "back": ends}
-    positions = positions_of(source)
-    if positions is not None and positions.most < standard.task.max_tokens:
-        sections["task"] = {"max_tokens": positions.most}
-    try:
-        target_modules(source, standard.lora.targets)
-    except ConfigError:
-        sections["lora"] = {"targets": ("all-linear",)}
-    if source.family.task_head is None and not has_chat_template(source.folder):
-        sections["task"] = {"template": "plain"}
-    return sections
-
-
 # ---------------------------------------------------------------- edgelam run --explain
 
 
-def explained(config: RunConfig) -> str:
-    """Returns the run file as a run would use it, and below it, as comments, what hosts can read.
+def explained(
+    config: RunConfig,
+    names: Sequence[str] = (),
+    look: Callable[[ModelSource | None], Sequence[FileSeen]] = lambda source: (),
+    *,
+    here: bool = False,
+) -> str:
+    """Returns the run file as a run would use it, and below it, as comments, what it comes to and what hosts can read.
 
-    Raises ConfigError if split.trust or split.fronts = 'auto:...' refuses that, ModelError for a model that is here and cannot be
-    used, or, with 'auto:...', that is not here.
+    names: of the devices, if they are known. look: reads their files for a model, or without one. here: whether the run takes place on
+    this machine alone. Raises what a run raises before it starts; only a model that is nowhere on this machine may be where the run will
+    take place.
     """
-    digest = ""
-    if isinstance(config.split.fronts, str):
-        source = find_model(config.model.name)
-        digest, config = source.leakage_key, with_auto_front(config, source)
-        _check_model(config, source)
+    spec = _checked(config, here, names)
+    seen = look(spec.source if spec else None)
+    said = list[str]()
+    if spec is None:
+        said.append(f"{config.model.name} is not on this machine: nothing of the model is checked here.")
+        check_trust(config, "")
     else:
-        with suppress(ModelNotFound):  # it may be where the run will take place
-            source = find_model(config.model.name, download=False)
-            digest = source.leakage_key
-            _check_model(config, source)
-    check_trust(config, digest)
-    return f"{described(config, mark_changed=True)}\n{_readable(config, host_readings(config, digest))}"
+        config = spec.config
+        said += [_sentence(words) for words in before_words(spec, seen, names)]
+    digest = spec.source.leakage_key if spec else ""
+    changed = ", ".join(f"{key} = {toml_value(value)}" for key, value in changed_keys(config).items())
+    said.append(f"Other than the defaults: {changed or 'nothing'}.")
+    lines = [line for text in said for line in _wrapped(text)]
+    example = first_example(seen, config.model.name)
+    summary = "".join(f"# {line}\n" for line in ["What this comes to:", *lines, *example])
+    return f"{described(config, mark_changed=True)}\n{summary}#\n{_readable(config, host_readings(config, digest))}"
 
 
-def _check_model(config: RunConfig, source: ModelSource) -> None:
-    """Raises ModelError or ConfigError if the model is too small for the run, or lacks lora.targets or an end of answers."""
-    check_limits(config, source)
-    target_modules(source, config.lora.targets, config.lora.layers_to_transform)
-    check_answers(config, source)
+def _checked(config: RunConfig, here: bool, devices: Sequence[str]) -> RunSpec | None:
+    """Checks a run file as a run does. Returns None if the model may be where the run will take place."""
+    try:
+        return check_run_file(config, here=here, devices=devices, download=False)
+    except ModelNotFound:
+        name = config.model.name
+        is_slip = "/" not in name and bool(get_close_matches(name, BUILT_IN, 1, 0.5))
+        if here or is_slip or name in BUILT_IN or name.endswith(".gguf") or isinstance(config.split.fronts, str):
+            raise
+        return None
 
 
-def described_data(config: RunConfig, data: Path) -> str:
-    """Says as a comment what a run would learn from a device's file. Raises DataError if it does not fit."""
-    found = device_pairs(local_data(data), task_settings(config))
-    said = f"{data}: {len(found.training)} examples to learn, {len(found.held_out)} held out."
-    if found.bad:
-        said += f" Left out, since they cannot be read: {len(found.bad)} ({', '.join(found.bad[:5])}{' ...' if len(found.bad) > 5 else ''})."
-    if found.unread:
-        said += f" Fields that nothing is learned from: {printable(', '.join(found.unread), 200)}."
-    return "\n".join(f"# {line}" for line in textwrap.wrap(said, _WIDTH - 2, break_on_hyphens=False))
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH - 2, break_on_hyphens=False)
 
 
 def _readable(config: RunConfig, found: Sequence[HostReading]) -> str:
@@ -162,7 +123,7 @@ def _readable(config: RunConfig, found: Sequence[HostReading]) -> str:
         said.append("These are numbers without the defences at the cut that [privacy] of this run has.")
     if found:
         said.append("`edgelam leakage RUN.toml --data FILE` measures it on your own text.")
-    lines = [line for text in said for line in textwrap.wrap(text, _WIDTH - 2, break_on_hyphens=False)]
+    lines = [line for text in said for line in _wrapped(text)]
     return "".join(f"# {line}\n" for line in ["What hosts can read (PRIVACY.md):", *lines])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -14,8 +15,8 @@ from edgelam_fl.cli.options import (
     JsonOption,
     OfflineOption,
     OperatorOption,
-    OptionalRunFileArgument,
     RunFileArgument,
+    RunFilesArgument,
     ServerOption,
     SetOption,
     console,
@@ -28,10 +29,16 @@ from edgelam_fl.errors import ConfigError
 def init(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The run file to write.")] = Path("run.toml"),
     data: Annotated[
-        Path | None, typer.Option("--data", metavar="FILE", help="A device's data, to find the names of its fields.")
-    ] = None,
+        list[Path],
+        typer.Option(
+            "--data", metavar="FILE", help="The devices' data, to find the task, fields and classes; may be repeated."
+        ),
+    ] = [],  # noqa: B006 - typer reads the default
     model: Annotated[
         str, typer.Option("--model", metavar="NAME", help="Built-in name, folder, .gguf file or hub name.")
+    ] = "",
+    task: Annotated[
+        str, typer.Option("--task", metavar="KIND", help="causal-lm or classification; by default the data decide.")
     ] = "",
 ) -> None:
     """Writes a commented run file for your data and model; overwrites nothing.
@@ -40,9 +47,11 @@ def init(
     """
     from edgelam_fl.cli.run_file import write_run_file
 
-    for choice in write_run_file(file, data, model):
+    for choice in write_run_file(file, data, model, task):
         say(choice)
-    say(f"wrote {file}; `edgelam run {file} --explain` shows what it says")
+    files = "".join(f" --data {shlex.quote(str(each))}" for each in data)
+    trains = f", `edgelam run {file}{files}` trains here" if data else ""
+    say(f"wrote {file}; `edgelam run {file} --explain` shows what it says{trains}")
 
 
 def demo(
@@ -126,7 +135,8 @@ def plan(
 
 
 def run(
-    file: OptionalRunFileArgument = None,
+    context: typer.Context,
+    files: RunFilesArgument = None,
     server: ServerOption = "127.0.0.1:8000",
     local: Annotated[
         int, typer.Option("--local", metavar="N", min=0, max=16, help="Play the server and N devices here.")
@@ -136,9 +146,17 @@ def run(
         typer.Option(
             "--data",
             metavar="FILE",
-            help="With --local: one file per device (.jsonl, .csv, .txt ...); repeat it. With --explain: says what is read of it.",
+            help="Train here, with a device per file (.jsonl, .csv, .txt ...); repeat it, or give a pattern. Needs no run file.",
         ),
     ] = [],  # noqa: B006
+    split: Annotated[
+        str,
+        typer.Option(
+            "--split",
+            metavar="N[:KIND]",
+            help="Deal one --data file to N devices: 5 (at random), 5:dirichlet=0.3 (other answers), 5:size=1.0 (other numbers).",
+        ),
+    ] = "",
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="The run's folder; by default run.out of the file.")
     ] = None,
@@ -147,7 +165,10 @@ def run(
         bool, typer.Option("--detach", help="Submit the run to the server and return; it goes on there.")
     ] = False,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Print what would be used, every key with its range; start nothing.")
+        bool,
+        typer.Option(
+            "--explain", help="Check all and print what would be used, every key with its range; start nothing."
+        ),
     ] = False,
     operator: OperatorOption = OPERATOR_FOLDER,
     insecure: InsecureOption = False,
@@ -157,61 +178,74 @@ def run(
         typer.Option("--resume", metavar="RUN", help="Go on with a run that ended early, in its folder; no FILE then."),
     ] = None,
 ) -> None:
-    """Fine-tunes a model by a run file, on the nodes that have joined a server.
+    """Fine-tunes a model: on the nodes that have joined a server, or with --data on this machine.
 
-    With --local N, this machine plays all parts instead: the server, an edge server and N devices. With --resume, a run that
-    ended early goes on from its last finished round, where it ran; --set may change rounds, waits and deadlines.
+    With --data, this machine plays all parts: the server, an edge server and a device per file, named after its file. A run file is
+    then not needed: the data decide. With --resume, a run that ended early goes on from its last finished round, where it ran;
+    --set may change rounds, waits and deadlines.
     """
-    if resume is not None:
-        raise typer.Exit(
-            _resume(resume, file, server, overrides, operator, insecure, detach or explain or local or data or out)
-        )
-    if file is None:
-        raise ConfigError("edgelam run needs a run file, or --resume RUN: `edgelam init run.toml` writes a run file")
-    from edgelam_fl.config import read_run_file
+    from edgelam_fl.cli.own_run import Asked, explain_run, run_with_data, sorted_out
     from edgelam_fl.federation.operator import Operator
-    from edgelam_fl.federation.runs import check_run, leave_on_server, run_here, run_on_server
+    from edgelam_fl.federation.runs import check_run, leave_on_server, run_on_server
     from edgelam_fl.files import keep_private
 
-    config = read_run_file(file, overrides)
+    if resume is not None:
+        others = detach or explain or local or data or out or split
+        raise typer.Exit(_resume(resume, files, server, overrides, operator, insecure, others))
+    asked = sorted_out(Asked(files or [], data, split, local, overrides, out))
     if explain:
-        from edgelam_fl.cli.run_file import described_data, explained
-
-        say(explained(config))
-        for file_of_device in data:
-            say(described_data(config, file_of_device))
+        say(explain_run(asked))
         raise typer.Exit()
-    if local and len(data) != local:
-        raise ConfigError(f"--local {local} needs --data once per device ({local} times), got it {len(data)} times")
-    if data and not local:
-        raise ConfigError(
-            "--data belongs to --local; a device that joins a server brings its own: edgelam client --data FILE"
-        )
-    if local and detach:
-        raise ConfigError(
-            "--detach needs a server that stays: with --local the federation lives in this command and would end with it. "
-            "Start `edgelam server` and `edgelam client` first, then run without --local"
-        )
+    if asked.is_here:
+        _check_here(context, detach)
+        keep_private()
+        raise typer.Exit(run_with_data(console, asked))
+    config = asked.read()
     keep_private()
-    if local:
-        raise typer.Exit(run_here(console, config, check_run(config, file.stem, out), data))
     asking = Operator(server, operator)
-    folder = check_run(config, file.stem, out, asking)
+    folder = check_run(config, asked.name, out, asking)
     on_server = leave_on_server if detach else run_on_server
     raise typer.Exit(on_server(console, config, folder, asking, insecure))
 
 
+def _check_here(context: typer.Context, detach: bool) -> None:
+    """Raises ConfigError for options that do not go with a run on this machine."""
+    from click.core import ParameterSource
+
+    if detach:
+        raise ConfigError(
+            "--detach needs a server that stays: with --local or --data the federation lives in this command and would end with it. "
+            "Start `edgelam server` and `edgelam client` first, then run without --local and --data"
+        )
+    given = [
+        f"--{name}"
+        for name in ("server", "operator")
+        if context.get_parameter_source(name) == ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise ConfigError(
+            f"{given[0]} names a server, and --data or --local trains on this machine: leave one of them out. A device that joins a server "
+            f"brings its own data: edgelam client --data FILE"
+        )
+
+
 def _resume(
-    run: Path, file: Path | None, server: str, overrides: list[str], operator: Path, insecure: bool, others: object
+    run: Path,
+    files: list[Path] | None,
+    server: str,
+    overrides: list[str],
+    operator: Path,
+    insecure: bool,
+    others: object,
 ) -> int:
     """Goes on with a run; returns the exit code. others: options that have no place beside --resume, as given."""
     from edgelam_fl.federation.operator import Operator
     from edgelam_fl.federation.runs import ran_here, resume_here, resume_on_server
     from edgelam_fl.files import keep_private
 
-    if file is not None:
+    if files:
         raise ConfigError(
-            f"--resume takes the run file from the run's folder: leave {file} out, and change rounds, waits or deadlines with --set"
+            f"--resume takes the run file from the run's folder: leave {files[0]} out, and change rounds, waits or deadlines with --set"
         )
     if others:
         raise ConfigError("--resume goes with --set, --server, --operator and --insecure, and with no other option")

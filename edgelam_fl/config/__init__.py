@@ -14,6 +14,7 @@ from edgelam_fl.config.schema import (
     share_after,
 )
 from edgelam_fl.config.toml import (
+    changed_keys,
     known_keys,
     parse_run_file,
     parse_toml,
@@ -33,6 +34,7 @@ __all__ = [
     "TaskSection",
     "WireSection",
     "WirelessSection",
+    "changed_keys",
     "known_keys",
     "most_read_by_hosts",
     "parse_run_file",

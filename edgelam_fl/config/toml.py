@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 import shlex
@@ -42,6 +43,17 @@ def to_toml(config: RunConfig) -> str:
         lines = [f"{key} = {toml_value(value)}" for key, value in section.items()]
         sections.append(f"[{name}]\n" + "\n".join(lines) + "\n")
     return "\n".join(sections)
+
+
+def changed_keys(config: RunConfig) -> dict[str, Any]:
+    """Returns the keys with another value than the default, as section.key, with the values as a run file has them."""
+    standard, values = RunConfig().model_dump(mode="json"), config.model_dump(mode="json")
+    return {
+        f"{section}.{key}": value
+        for section, keys in values.items()
+        for key, value in keys.items()
+        if value != standard[section][key]
+    }
 
 
 def parse_run_file(text: str, *, source: str, overrides: str | list[str] = ()) -> RunConfig:  # type: ignore[assignment]
@@ -86,8 +98,9 @@ def read_run_file(path: Path, overrides: list[str] = ()) -> RunConfig:  # type: 
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
+        new = path if path.suffix == ".toml" else path.with_name("run.toml")
         raise ConfigError(
-            f"no run file at {path}; `edgelam init {path}` writes one, and `edgelam demo` needs none"
+            f"no run file at {path}; `edgelam init {new}` writes one, and `edgelam run --data FILE` and `edgelam demo` need none"
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(
@@ -95,7 +108,13 @@ def read_run_file(path: Path, overrides: list[str] = ()) -> RunConfig:  # type: 
         ) from error
     except OSError as error:
         raise ConfigError(f"the run file {path} cannot be read: {error.strerror}") from error
-    return parse_run_file(text, source=str(path), overrides=overrides)
+    try:
+        return parse_run_file(text, source=str(path), overrides=overrides)
+    except ConfigError as error:
+        if path.suffix == ".toml" or " is not TOML" not in str(error):
+            raise
+        ways = "a run file's name ends in .toml: `edgelam init run.toml` writes one; data go behind --data"
+        raise ConfigError(f"{error}; {ways}") from error
 
 
 def _override(data: dict[str, Any], override: str) -> None:
@@ -119,7 +138,7 @@ def _explain(problem: Mapping[str, Any], source: str) -> str:
     where = [str(part) for part in problem["loc"] if not isinstance(part, int)]
     key, value, context = ".".join(where), problem["input"], problem.get("ctx", {})
     if problem["type"] == "extra_forbidden":
-        return f"unknown key {key} in {source}: {nearest(key, known_keys())}"
+        return f"unknown key {key} in {source}: {nearest_key(key)}"
     if problem["type"] == "value_error":
         rule = str(context["error"])
         return f"{key} = {value!r} {rule} (in {source})" if key else f"{rule} (in {source})"
@@ -130,6 +149,42 @@ def _explain(problem: Mapping[str, Any], source: str) -> str:
         .replace("String should", "must")
     )
     return f"{key} = {value!r} {rule} (in {source})"
+
+
+# What other programs call a key: transformers and peft, Flower, and what is typed out of habit.
+ELSEWHERE = {
+    "learning_rate": "optimizer.lr", "lr_scheduler_type": "optimizer.schedule", "scheduler": "optimizer.schedule",
+    "warmup": "optimizer.warmup_steps", "max_grad_norm": "optimizer.max_norm", "gradient_clipping": "optimizer.clip",
+    "beta1": "optimizer.betas", "beta2": "optimizer.betas", "optim": "optimizer.name",
+    "per_device_train_batch_size": "federation.batch_size", "train_batch_size": "federation.batch_size",
+    "batch": "federation.batch_size", "num_train_epochs": "federation.epochs", "num_epochs": "federation.epochs",
+    "max_steps": "federation.local_steps", "steps": "federation.local_steps", "num_rounds": "federation.rounds",
+    "num_server_rounds": "federation.rounds", "fraction_fit": "federation.devices_per_round",
+    "fraction_train": "federation.devices_per_round", "min_clients": "federation.min_nodes",
+    "min_available_clients": "federation.min_nodes", "min_fit_clients": "federation.min_nodes", "r": "lora.rank",
+    "lora_r": "lora.rank", "lora_alpha": "lora.alpha", "lora_dropout": "lora.dropout", "target_modules": "lora.targets",
+    "max_seq_length": "task.max_tokens", "max_length": "task.max_tokens", "chat_template": "task.template",
+    "model_name_or_path": "model.name", "base_model": "model.name", "path": "model.name", "dtype": "model.base",
+    "torch_dtype": "model.base", "load_in_8bit": "model.base", "load_in_4bit": "model.base", "quantization": "model.base",
+    "gradient_checkpointing": "split.checkpointing", "test_size": "data.held_out", "output_dir": "run.out",
+}  # fmt: skip
+
+
+def nearest_key(key: str) -> str:
+    """Returns a half-sentence about an unknown key: the key that is meant by its name, else what its section has."""
+    known = known_keys()
+    section, _, leaf = key.rpartition(".")
+    if meant := ELSEWHERE.get(leaf.lower()):
+        return f"did you mean {meant!r}?"
+    moved = [each for each in known if "." in each and each.rpartition(".")[2] == leaf]
+    if len(moved) == 1:
+        return f"did you mean {moved[0]!r}?"
+    if not section and (close := difflib.get_close_matches(key, RunConfig.model_fields, 1, 0.6)):
+        return f"did you mean {close[0]!r}?"
+    own = [each.rpartition(".")[2] for each in known if section and each.rpartition(".")[0] == section]
+    if close := difflib.get_close_matches(leaf, own, 1, 0.6):
+        return f"did you mean '{section}.{close[0]}'?"
+    return f"[{section}] has {', '.join(sorted(own))}" if own else nearest(key, known)
 
 
 def known_keys() -> list[str]:

@@ -1,4 +1,4 @@
-"""Checks the files of a local run's devices before their processes start: whether an example of each can be learned.
+"""Looks into the files of a local run's devices before anything starts: what of each is learned, and whether that can be done.
 
 A device would find the same faults a minute later, and say them in a code alone: its messages may quote the data. Knows no
 processes but the one that tokenizes.
@@ -6,21 +6,88 @@ processes but the one that tokenizes.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import DataError
 from edgelam_fl.federation.template import in_fork
-from edgelam_fl.model.source import find_model
+from edgelam_fl.model.source import ModelSource
+from edgelam_fl.names import printable
 from edgelam_fl.plan.making import task_settings
-from edgelam_fl.tasks.data import Pair, device_pairs, place_of
+from edgelam_fl.tasks.data import Chat, DevicePairs, Pair, device_pairs, place_of
+from edgelam_fl.tasks.files import format_of
 from edgelam_fl.tasks.kinds import make_task
+from edgelam_fl.telemetry.events import DataCounts
+from edgelam_fl.telemetry.human import human_count
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 if TYPE_CHECKING:
-    from edgelam_fl.tasks.base import Task
+    from edgelam_fl.tasks.base import Made, Task
+
+_PLACES_SAID = 5
+_SHOWN_CHARACTERS, _SHOWN_LINES = 400, 12  # of each stretch of an example, and of the whole
+_LEARNED = ("⟦", "⟧")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileSeen:
+    """What a run learns from one device's file."""
+
+    file: str
+    format: str
+    shape: str
+    """What its examples are, in words."""
+    fields: tuple[str, ...]
+    """Names of the fields that something is learned from; none of a plain text."""
+    examples: int
+    held_out: int
+    counts: DataCounts
+    max_tokens: int
+    tokens: int
+    """Tokens of all examples to learn."""
+    bad_places: tuple[str, ...]
+    """Places of the first examples that cannot be read."""
+    unread: tuple[str, ...]
+    """Names of fields that nothing is learned from."""
+    first: tuple[tuple[str, bool], ...]
+    """The first example as the model gets it: texts in their order, each with whether it is learned."""
+
+    def in_words(self) -> list[str]:
+        """Returns a sentence on what is read, and one for each thing that is left out or cut, without full stops."""
+        fields = f" from {', '.join(map(repr, self.fields))}" if self.fields else ""
+        said = f"{self.file} ({self.format}, {self.shape}{fields}): {human_count(self.examples, 'example')} to learn, {self.held_out} held out"
+        lines = [said, *self.counts.in_words(self.examples, self.held_out, self.max_tokens)]
+        if self.bad_places:
+            more = " ..." if self.counts.bad > len(self.bad_places) else ""
+            lines.append(f"cannot be read: {', '.join(self.bad_places)}{more}")
+        if self.unread:
+            lines.append(f"not learned: the fields {printable(', '.join(self.unread), 200)}")
+        return lines
+
+    def words_of_first(self, model: str) -> str:
+        """Says what the lines of the first example are."""
+        begin, end = _LEARNED
+        return f"The first example as {model} gets it; what is between {begin} and {end} is learned:"
+
+    def first_in_lines(self) -> list[str]:
+        """Returns the first example as lines of text, the learned part between marks."""
+        begin, end = _LEARNED
+        text = "".join(
+            f"{begin}{_shortened(text)}{end}" if learned else _shortened(text) for text, learned in self.first
+        )
+        lines = [printable(line, 2 * _SHOWN_CHARACTERS) for line in text.rstrip("\n").split("\n")]
+        if len(lines) > _SHOWN_LINES:
+            lines[_SHOWN_LINES // 2 : -_SHOWN_LINES // 2] = ["..."]
+        return [wrapped for line in lines for wrapped in textwrap.wrap(line, 110, break_on_hyphens=False) or [""]]
+
+
+def _shortened(text: str) -> str:
+    half = _SHOWN_CHARACTERS // 2
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:half]} ... {text[-half:]}"
 
 
 def check_files(config: RunConfig, data: Sequence[Path]) -> None:
@@ -29,34 +96,70 @@ def check_files(config: RunConfig, data: Sequence[Path]) -> None:
         device_pairs(file, task_settings(config))
 
 
-def check_tokens(config: RunConfig, data: Sequence[Path]) -> None:
-    """Raises DataError for the first file that the run's model and settings cannot learn from; PyTorch is imported for it."""
-    settings, folder = task_settings(config), find_model(config.model.name).folder
-    in_fork(check_tokenized, [file.absolute() for file in data], settings.SerializeToString(), folder)
+def look_into_files(config: RunConfig, source: ModelSource, data: Sequence[Path]) -> list[FileSeen]:
+    """Reads every file and makes its examples with the run's task; takes seconds, since PyTorch is imported for it.
+
+    Raises DataError for the first file that cannot be read, or that the run's model and settings cannot learn from.
+    """
+    settings = task_settings(config).SerializeToString()
+    return in_fork(look_into, list(data), settings, source.folder)
 
 
-def check_tokenized(files: Sequence[Path], settings: bytes, tokenizer_folder: Path) -> None:
+def look_into(files: Sequence[Path], settings: bytes, tokenizer_folder: Path) -> list[FileSeen]:
     """Raises DataError for the first file of whose training examples none can be learned, or one cannot be written as a text.
 
     `settings`: a serialized TaskSettings. `tokenizer_folder`: with the model's tokenizer.
     """
-    from edgelam_fl.tasks.base import template_refuses  # brings torch, which the fork has
-
     parsed = pb.TaskSettings.FromString(settings)
     task = make_task(parsed, tokenizer_folder)
-    for file in files:
-        found = device_pairs(file, parsed)
-        try:
-            made = task.examples(found.training)
-            task.examples(found.held_out)
-        except DataError as error:
-            raise _placed(error, task, file, [*found.training, *found.held_out], parsed) from error
-        if not made.examples:
-            raise DataError(
-                f"{file}: no example for training has an answer within task.max_tokens = {parsed.max_tokens}; raise it"
-                f"{template_refuses(made)}",
-                "no-answer-fits",
-            )
+    return [_seen(file, task, parsed) for file in files]
+
+
+def _seen(file: Path, task: Task, settings: pb.TaskSettings) -> FileSeen:
+    from edgelam_fl.tasks.base import template_refuses  # brings torch, which the fork has
+
+    found = device_pairs(file, settings)
+    try:
+        made, measured = task.examples(found.training), task.examples(found.held_out)
+    except DataError as error:
+        raise _placed(error, task, file, [*found.training, *found.held_out], settings) from error
+    if not made.examples:
+        raise DataError(
+            f"{file}: no example for training has an answer within task.max_tokens = {settings.max_tokens}; raise it"
+            f"{template_refuses(made)}",
+            "no-answer-fits",
+        )
+    shape = _shape(found.training, settings)
+    return FileSeen(
+        file=str(file), format=format_of(file), shape=shape, fields=found.read if shape != _PASSAGES else (),
+        examples=len(made.examples), held_out=len(measured.examples), counts=_counts(found, made, measured),
+        max_tokens=settings.max_tokens, tokens=sum(len(example.ids) for example in made.examples),
+        bad_places=found.bad[:_PLACES_SAID], unread=found.unread, first=tuple(task.seen(made.examples[0])),
+    )  # fmt: skip
+
+
+_PASSAGES, _CLASSES = "passages", "texts with a class"
+
+
+def _shape(pairs: Sequence[Pair], settings: pb.TaskSettings) -> str:
+    """Says what the examples of a file are."""
+    if settings.classes:
+        return _CLASSES
+    kinds = {
+        "chats" if isinstance(prompt, Chat) else _PASSAGES if not prompt else "questions and answers"
+        for prompt, _ in pairs
+    }
+    return " and ".join(sorted(kinds))
+
+
+def _counts(found: DevicePairs, *made: Made) -> DataCounts:
+    return DataCounts(
+        bad=len(found.bad) + sum(each.refused for each in made),
+        skipped=sum(each.skipped for each in made),
+        cut=sum(each.cut for each in made),
+        cut_answers=sum(each.cut_answers for each in made),
+        unmeasured=found.unmeasured,
+    )
 
 
 def _placed(error: DataError, task: Task, file: Path, pairs: Sequence[Pair], settings: pb.TaskSettings) -> DataError:

@@ -18,6 +18,7 @@ from rich.text import Text
 from edgelam_fl.config import RunConfig, parse_run_file
 from edgelam_fl.errors import EnvironmentProblem
 from edgelam_fl.federation.environment import child_environment
+from edgelam_fl.federation.local import numbered
 from edgelam_fl.federation.runs import check_run, run_here
 from edgelam_fl.federation.template import in_fork, warm_template
 from edgelam_fl.machine import memory_free_bytes
@@ -54,7 +55,7 @@ def run_demo(console: Console, devices: int, out: Path | None, overrides: list[s
     warm_template()  # it imports meanwhile
     _have_model_package(console, config.model.name)
     with waiting(console, "reading the model's description (the first time takes some seconds)"):
-        folder = check_run(config, "demo", out)
+        folder = check_run(config, "demo", out, devices=numbered(devices))
     with waiting(console, "gathering docstrings"):
         files = write_device_files(folder / "data", devices)
     counts = ", ".join(f"{sum(1 for _ in file.open(encoding='utf-8'))}" for file in files)

@@ -8,8 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,14 @@ from edgelam_fl.bounds import Bounds
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.federation.child import Child, end_all
-from edgelam_fl.federation.data_check import check_files, check_tokens
+from edgelam_fl.federation.data_check import look_into_files
 from edgelam_fl.federation.flower_app import app_module
 from edgelam_fl.federation.node_process import NodeProcesses
 from edgelam_fl.federation.operator import Operator, operator_folder
 from edgelam_fl.federation.submission import Submission
 from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.federation.template import warm_template
+from edgelam_fl.plan.layout import local_hosts
 from edgelam_fl.tasks.named import local_data
 from edgelam_fl.telemetry.events import Event, RunDone
 from edgelam_fl.telemetry.progress import NodesProgress, clear_progress, write_progress
@@ -85,20 +85,23 @@ def bounds_of_a_local_run(run: Path | None = None) -> Bounds:
 
 @contextmanager
 def local_federation(
-    config: RunConfig, data: Sequence[Path], folder: Path, say: Callable[[str], None] = lambda text: None
+    config: RunConfig,
+    data: Sequence[Path],
+    folder: Path,
+    say: Callable[[str], None] = lambda text: None,
+    names: Sequence[str] = (),
 ) -> Iterator[LocalFederation]:
     """Starts a federation for one run, with one device per file of `data`; ends its processes when the context ends.
 
     It has an authority of its own, whose keys and those of the nodes are deleted at the end. folder: the run's folder, which
-    holds the nodes' logs too. say: hears what is begun. Raises DataError for a file that cannot be read before anything starts, and for one that
-    nothing can be learned from before a node does.
+    holds the nodes' logs too. say: hears what is begun. names: those of the devices; empty: `numbered`. Whether the files can be learned
+    from is known before: `look_into_files`.
     """
     warm_template()  # it imports while everything else is prepared
-    data = [local_data(file) for file in data]
-    check_files(config, data)
     port = free_port()
     server = f"127.0.0.1:{port}"
-    edges, devices = _local_nodes(config, folder, server, data)
+    devices_of = dict(zip(names or numbered(len(data)), map(local_data, data), strict=True))
+    edges, devices = _local_nodes(config, folder, server, devices_of)
     _forget_keys(folder, edges + devices)  # of a run that was killed, and goes on
     trust = prepare_trust(folder / "server", "127.0.0.1", port)
     for node in edges + devices:
@@ -107,14 +110,10 @@ def local_federation(
     children: list[Child] = []
     try:
         # Without a hub: all nodes are on this machine and have what it has, the model too.
-        with ThreadPoolExecutor(1) as beside:
-            tokens = beside.submit(check_tokens, config, data)
-            say("starting Flower's SuperLink")
-            children.append(
-                start_superlink("127.0.0.1", port, folder / "server", trust=trust, bounds=bounds_of_a_local_run(folder))
-            )
-            say("reading the data with the model's tokenizer")
-            tokens.result()
+        say("starting Flower's SuperLink")
+        children.append(
+            start_superlink("127.0.0.1", port, folder / "server", trust=trust, bounds=bounds_of_a_local_run(folder))
+        )
         say("starting the nodes")
         for node in edges + devices:
             node.start()
@@ -149,32 +148,32 @@ def _forget_keys(folder: Path, nodes: Sequence[NodeProcesses]) -> None:
 
 
 def _local_nodes(
-    config: RunConfig, folder: Path, server: str, data: Sequence[Path]
+    config: RunConfig, folder: Path, server: str, data: Mapping[str, Path]
 ) -> tuple[list[NodeProcesses], list[NodeProcesses]]:
-    """Returns edge servers and devices. There are no edge servers if devices host or if nothing is split."""
-    split = config.split
-    devices_host = split.host_on == "any"
-    edges = 0 if devices_host else split.least_hosts * split.sites
-    edge_threads, threads = shares_of_cores(os.cpu_count() or 1, edges, len(data))
-    edge = [
-        NodeProcesses(f"edge-{n}", server, folder / "nodes" / f"edge-{n}", threads=edge_threads, forked=True)
-        for n in range(1, edges + 1)
-    ]
-    listen = "127.0.0.1:0" if devices_host else ""
+    """Returns edge servers and devices, whose data are by name. There are no edge servers if devices host or if nothing is split."""
+    hosts = local_hosts(config)
+    edge_threads, threads = shares_of_cores(os.cpu_count() or 1, len(hosts), len(data))
+    edge = [NodeProcesses(name, server, folder / "nodes" / name, threads=edge_threads, forked=True) for name in hosts]
+    listen = "127.0.0.1:0" if config.split.host_on == "any" else ""
     devices = [
         NodeProcesses(
-            f"device-{n}",
+            name,
             server,
-            folder / "nodes" / f"device-{n}",
+            folder / "nodes" / name,
             file,
             listen,
             threads=threads,
             forked=True,
             metrics=[str(Path.cwd())],
         )
-        for n, file in enumerate(data, 1)
+        for name, file in data.items()
     ]
     return edge, devices
+
+
+def numbered(devices: int) -> list[str]:
+    """Returns the names of devices that have none of their own."""
+    return [f"device-{number}" for number in range(1, devices + 1)]
 
 
 def shares_of_cores(cores: int, edges: int, devices: int) -> tuple[int, int]:
@@ -189,18 +188,20 @@ def _counted(things: Sequence[object], name: str) -> str:
     return f"{len(things)} {name}" if len(things) == 1 else f"{len(things)} {name}s"
 
 
-def run_local(config: RunConfig, data: Sequence[Path], folder: Path) -> Iterator[Event]:
+def run_local(config: RunConfig, data: Sequence[Path], folder: Path, names: Sequence[str] = ()) -> Iterator[Event]:
     """Trains as `config` says, with one device per file of `data`, and yields the run's events as they come.
 
     All processes of the federation are this machine's; they end with the iterator: after the last event, when the
     iterator is closed, or with an exception. The last event is a `RunDone` or `RunFailure`; after it, `folder` holds the
-    whole result (`open_result`). folder: absent or empty.
+    whole result (`open_result`). folder: absent or empty. names: of the devices; empty: device-1 and so on.
 
     Raises ConfigError, ModelError or DataError before anything starts, and RunFailed if the federation itself ends.
     """
-    app_module("server.checks").check_config(config, bounds_of_a_local_run())
-    folder = folder.absolute()
-    with local_federation(config, data, folder) as here:
+    names = names or numbered(len(data))
+    spec = app_module("server.checks").check_config(config, bounds_of_a_local_run(), devices=names)
+    data, folder = [local_data(file) for file in data], folder.absolute()
+    look_into_files(config, spec.source, data)
+    with local_federation(config, data, folder, names=names) as here:
         submission = Submission(here.operator)
         submission.submit(here.config, folder)
         for event in submission.events(meanwhile=here.watch):

@@ -12,15 +12,13 @@ from typing import Any
 
 from edgelam_fl.config import RunConfig, parse_run_file, read_run_file, to_toml, toml_value
 from edgelam_fl.errors import ConfigError, RunFailed
+from edgelam_fl.federation.from_data import config_from_data, device_names, expanded
 from edgelam_fl.federation.local import run_local
 from edgelam_fl.federation.runs import check_run
 from edgelam_fl.serving.results import Result, open_result
-from edgelam_fl.tasks.named import local_data
-from edgelam_fl.tasks.suggest import suggest
 from edgelam_fl.telemetry.events import Event, RunFailure
 
 StrPath = str | os.PathLike[str]
-_CLASSIFIER: dict[str, dict[str, Any]] = {"model": {"name": "minilm-l6"}, "lora": {"targets": ["query", "value"]}}
 
 
 def run(
@@ -33,8 +31,8 @@ def run(
 ) -> Result:
     """Fine-tunes a model on this machine, with one device per data file, and returns the result once the run is done.
 
-    data: one file per device, in any format that `edgelam client --data` takes. run_file: a path, or what `read_run_file`
-    returned; None: every key at its default, but for those that fit the first file (task, fields, classes). overrides: keys of
+    data: one file per device, in any format that `edgelam client --data` takes; devices are named after their files. run_file: a path, or what `read_run_file`
+    returned; None: every key at its default, but for those that fit the data (task, fields, classes). overrides: keys of
     the run file by their dotted names, {"federation.rounds": 2}, or as a command line has them, ["federation.rounds=2"]. folder:
     the run's, absent or empty; None: a new one, as run.out says. on_event: gets each event as it comes. A program that would
     rather have an iterator of events calls `run_local`.
@@ -44,26 +42,24 @@ def run(
     files = [Path(data)] if isinstance(data, str | os.PathLike) else [Path(file) for file in data]
     if not files:
         raise ConfigError("data = [] must name at least one file: each becomes a device")
-    config = _with_overrides(_config_of(run_file, files[0]), overrides)
+    files = expanded(files)
+    words = [_word(*item) for item in overrides.items()] if isinstance(overrides, Mapping) else list(overrides)
+    config, names = _config_of(run_file, files, words), device_names(files)
     name = "run" if run_file is None or isinstance(run_file, RunConfig) else Path(run_file).stem
-    place = check_run(config, name, None if folder is None else Path(folder))
-    for event in run_local(config, files, place):
+    place = check_run(config, name, None if folder is None else Path(folder), devices=names)
+    for event in run_local(config, files, place, names):
         on_event(event)
         if isinstance(event, RunFailure):
             raise RunFailed(f"the run failed: {event.reason}; {event.kept}", event.exit_code)
     return open_result(place)
 
 
-def _config_of(run_file: StrPath | RunConfig | None, data: Path) -> RunConfig:
-    if run_file is None:
-        return _fitting(data)
-    return run_file if isinstance(run_file, RunConfig) else read_run_file(Path(run_file))
-
-
-def _with_overrides(config: RunConfig, overrides: Mapping[str, Any] | Sequence[str]) -> RunConfig:
+def _config_of(run_file: StrPath | RunConfig | None, files: Sequence[Path], words: Sequence[str]) -> RunConfig:
     """Returns the run file with other values. Raises ConfigError with the key, the value and the rule."""
-    words = [_word(*item) for item in overrides.items()] if isinstance(overrides, Mapping) else list(overrides)
-    return parse_run_file(to_toml(config), source="run()", overrides=words) if words else config
+    if run_file is None:
+        return config_from_data(files, words).config
+    config = run_file if isinstance(run_file, RunConfig) else read_run_file(Path(run_file))
+    return parse_run_file(to_toml(config), source="run()", overrides=list(words)) if words else config
 
 
 def _word(key: str, value: Any) -> str:
@@ -72,12 +68,3 @@ def _word(key: str, value: Any) -> str:
         return f"{key}={toml_value(list(value) if isinstance(value, tuple) else value)}"
     except TypeError as error:
         raise ConfigError(f"overrides: {key} = {value!r:.80} is no value of a run file: {error}") from error
-
-
-def _fitting(data: Path) -> RunConfig:
-    """Returns a run file with the keys that fit a file of data, every other one at its default."""
-    found = suggest(local_data(data), None)
-    sections = {**_CLASSIFIER} if found.classifies else {}
-    for section, keys in found.sections.items():
-        sections[section] = {**sections.get(section, {}), **keys}
-    return RunConfig.model_validate(sections)

@@ -13,19 +13,27 @@ from pathlib import Path
 from rich.console import Console
 
 from edgelam_fl.addresses import check_server_answers
-from edgelam_fl.bounds import Bounds
-from edgelam_fl.config import RunConfig
+from edgelam_fl.config import RunConfig, changed_keys, toml_value
 from edgelam_fl.errors import INTERRUPTED, ConfigError, RunFailed
-from edgelam_fl.federation.flower_app import app_module
-from edgelam_fl.federation.local import (
-    LocalFederation,
-    await_result,
-    bounds_of_a_local_run,
-    local_federation,
+from edgelam_fl.federation.before import (
+    before_words,
+    check_folder,
+    check_room,
+    check_run_file,
+    first_example,
+    resolved_of,
 )
+from edgelam_fl.federation.data_check import check_files, look_into_files
+from edgelam_fl.federation.flower_app import app_module
+from edgelam_fl.federation.local import LocalFederation, await_result, local_federation, numbered
 from edgelam_fl.federation.operator import Operator
 from edgelam_fl.federation.submission import Submission
+from edgelam_fl.federation.template import warm_template
 from edgelam_fl.files import now_in_a_name, write_atomically
+from edgelam_fl.model.source import find_model
+from edgelam_fl.plan.fronts import with_auto_front
+from edgelam_fl.plan.spec import RunSpec
+from edgelam_fl.tasks.named import local_data
 from edgelam_fl.telemetry.console import RunView
 from edgelam_fl.telemetry.events import EVENTS_FILE, EventTail, RoundDone, RunFailure
 from edgelam_fl.telemetry.run_folder import kept, way_on
@@ -39,21 +47,26 @@ _WAYS_OUT = (
 )
 
 
-def check_run(config: RunConfig, name: str, out: Path | None, operator: Operator | None = None) -> Path:
+def check_run(
+    config: RunConfig, name: str, out: Path | None, operator: Operator | None = None, devices: Sequence[str] = ()
+) -> Path:
     """Raises UsageError for what is wrong with a run file, before anything starts. Returns the run's folder, still absent.
 
     name: replaces {name} in `out`, or in run.out if `out` is None. operator: of the server that the run is for, below whose
     folder for runs it gets its own; strategies that are not built in are then left to the server's check, and nothing is
-    imported here for them. None: the run takes place on this machine alone.
+    imported here for them. None: the run takes place on this machine alone. devices: the names of those that take part, if they are known.
     """
-    bounds = bounds_of_a_local_run() if operator is None else Bounds()
-    app_module("server.checks").check_config(config, bounds, elsewhere=operator is not None)
+    check_run_file(config, here=operator is None, devices=devices)
+    return new_folder(config, name, out, operator)
+
+
+def new_folder(config: RunConfig, name: str, out: Path | None, operator: Operator | None = None) -> Path:
+    """Returns the folder of a new run, still absent. The arguments are those of `check_run`. Raises ConfigError if it cannot be."""
     pattern = str(out) if out else config.run.out
     folder = Path(pattern.replace("{name}", name).replace("{time}", now_in_a_name())).expanduser().absolute()
     if operator is not None:
         folder = _on_server(folder, operator.runs(), is_chosen=out is not None)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"the run's folder {folder} exists; choose another with --out (nothing is ever overwritten)")
+    check_folder(folder, makes=operator is None)
     return folder
 
 
@@ -113,24 +126,51 @@ def _view_of(console: Console, config: RunConfig) -> RunView:
 
 
 def run_here(
-    console: Console, config: RunConfig, folder: Path, data: Sequence[Path], resumed: Sequence[str] | None = None
+    console: Console,
+    config: RunConfig,
+    folder: Path,
+    data: Sequence[Path],
+    resumed: Sequence[str] | None = None,
+    names: Sequence[str] = (),
+    choices: Sequence[str] = (),
 ) -> int:
     """Runs a federation of separate processes on this machine, a device per file of `data`; returns the exit code.
 
-    resumed: keys to set anew in a run that goes on, as in `edgelam run --set`; None: the run begins.
+    resumed: keys to set anew in a run that goes on, as in `edgelam run --set`; None: the run begins. names: of the devices; empty:
+    `numbered`. choices: what is said of how the run file came about. Raises UsageError or
+    EnvironmentProblem for what is wrong with the data, or with this machine, before anything starts.
     """
-    view = _view_of(console, config)
+    view, names = _view_of(console, config), names or numbered(len(data))
     try:
+        with waiting(console, "reading the data with the model's tokenizer"):
+            said = _looked_into(config, data, names, folder)
+        for line in [*choices, *said]:
+            view.say(line)
         with ExitStack() as stack:
-            with waiting(console, "reading the data") as wait:
-                here = stack.enter_context(local_federation(config, data, folder, wait.update))
+            with waiting(console, "starting Flower's SuperLink") as wait:
+                here = stack.enter_context(local_federation(config, data, folder, wait.update, names))
             view.say(f"started {here}")
             view.expect(node.name for node in here.nodes)
-            write_atomically(folder / _LOCAL, json.dumps({"data": [_absolute(file) for file in data]}) + "\n")
+            kept_of_run = {"data": [_absolute(file) for file in data], "names": list(names)}
+            write_atomically(folder / _LOCAL, json.dumps(kept_of_run) + "\n")
             return follow(console, view, here.config, folder, here.operator, here, resumed)
     except KeyboardInterrupt:
         console.print(kept(folder))
         return INTERRUPTED
+
+
+def _looked_into(config: RunConfig, data: Sequence[Path], names: Sequence[str], folder: Path) -> list[str]:
+    """Checks the data and the room for a run on this machine; returns what is said before it starts."""
+    read = [local_data(file) for file in data]
+    check_files(config, read)  # takes a moment, and finds most faults
+    warm_template()  # it imports meanwhile
+    source = find_model(config.model.name)
+    spec = RunSpec(with_auto_front(config, source), source)
+    seen = look_into_files(config, source, read)
+    check_room(resolved_of(spec, seen), folder, len(data))
+    changed = ", ".join(f"{key} = {toml_value(value)}" for key, value in changed_keys(config).items())
+    said = [*before_words(spec, seen, names), f"other than the defaults: {changed or 'nothing'}"]
+    return [*said, *first_example(seen, config.model.name)]
 
 
 def ran_here(folder: Path) -> bool:
@@ -143,8 +183,9 @@ def resume_here(console: Console, folder: Path, overrides: list[str]) -> int:
     resuming = app_module("server.resuming")
     resuming.check_can_resume(folder)
     config = resuming.resumption(folder, overrides).config
-    data = [Path(file) for file in json.loads((folder / _LOCAL).read_text(encoding="utf-8"))["data"]]
-    return run_here(console, config, folder, data, overrides)
+    began = json.loads((folder / _LOCAL).read_text(encoding="utf-8"))
+    data = [Path(file) for file in began["data"]]
+    return run_here(console, config, folder, data, overrides, began.get("names", ()))
 
 
 def _absolute(data: Path) -> str:

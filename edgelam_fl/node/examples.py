@@ -108,6 +108,7 @@ class DeviceExamples:
         counts = _unused(found)
         counts.bad += learned.refused + measured.refused
         counts.skipped, counts.cut = learned.skipped + measured.skipped, learned.cut + measured.cut
+        counts.cut_answers = learned.cut_answers + measured.cut_answers
         self._loaded = Loaded(_some(learned, settings), measured.examples, counts)
         self._key = key
         if has_changed:
@@ -135,7 +136,7 @@ def _read_event(found: DevicePairs, loaded: Loaded, settings: pb.TaskSettings) -
     counts = loaded.counts
     return DataRead(
         examples=len(loaded.training), held_out=len(loaded.held_out), max_tokens=settings.max_tokens,
-        bad=counts.bad, skipped=counts.skipped, cut=counts.cut, unread_fields=counts.unread,
+        bad=counts.bad, skipped=counts.skipped, cut=counts.cut, cut_answers=counts.cut_answers, unread_fields=counts.unread,
         unmeasured=counts.unmeasured, also_learned=found.also_learned,
         bad_places=found.bad[:_PLACES_SAID], unread_names=found.unread,
     )  # fmt: skip

@@ -5,6 +5,8 @@ Knows neither times nor the order of hosts. Sizes come from `Footprint`; `footpr
 
 from __future__ import annotations
 
+import math
+
 from edgelam_fl.errors import DoesNotFit
 from edgelam_fl.plan.facts import NodeResources, SiteInstance
 
@@ -51,15 +53,16 @@ def device_shortage(instance: SiteInstance) -> DoesNotFit | None:
 
 
 def host_shortage(instance: SiteInstance, count: int | None) -> DoesNotFit:
-    """Says how many layers the hosts can hold, and how much memory is missing; for `count` hosts if it is given."""
+    """Says how many layers the hosts can hold in which memory, and how much is missing; for `count` hosts if it is given."""
     first, last = instance.first, instance.last
     room = {host.name: _most_layers(instance, host) for host in instance.hosts}
     most = sum(sorted(room.values(), reverse=True)[: count or None])
-    listed = ", ".join(f"{name} {layers}" for name, layers in sorted(room.items()))
+    free = {host.name: f"in {host.free_bytes / _MB:.0f} MB" for host in instance.hosts if host.free_bytes != math.inf}
+    listed = ", ".join(f"{name} {layers} {free.get(name, '')}".rstrip() for name, layers in sorted(room.items()))
     short = min(_short_bytes(instance, host, last - first - most + room[host.name]) for host in instance.hosts)
     return DoesNotFit(
         f"the hosts have to hold {last - first} layers ({first} to {last}) and have memory for {most} ({listed}): "
-        f"{short / _MB:.0f} MB more are needed",
+        f"{short / _MB:.0f} MB more are needed. Counted is the memory that was free when each host joined, beside its other programs",
         short,
     )
 

@@ -79,6 +79,13 @@ def by_name(patterns: Mapping[str, int], name: str, default: int) -> int:
     return patterns[matching[0]] if matching else default
 
 
+def local_hosts(config: RunConfig) -> list[str]:
+    """Returns the names of the edge servers of a run on one machine; none if devices host, or if nothing is split."""
+    split = config.split
+    count = 0 if split.host_on == "any" else split.least_hosts * split.sites
+    return [f"edge-{number}" for number in range(1, count + 1)]
+
+
 def who_may_host(config: RunConfig, profiles: Iterable[pb.Profile]) -> list[pb.Profile]:
     """Lists the nodes that others can dial: edge servers by name, then devices if split.host_on = "any"."""
     allowed = [p for p in profiles if p.address and (p.role == pb.EDGE or config.split.host_on == "any")]

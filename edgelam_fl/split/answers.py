@@ -39,6 +39,10 @@ class NextToken:
             labels_BT[row, len(example.ids) - 1] = example.labels[0]
         return [Unit(ids_BT, labels_BT, [len(row.ids) for row in examples], len(examples))]
 
+    def seen(self, example: Example) -> list[tuple[str, bool]]:
+        """Shows nothing: it knows no texts."""
+        return []
+
     def loss_rows(self, labels: torch.Tensor) -> torch.Tensor | None:
         return (labels != IGNORED).flatten().nonzero().flatten()
 

@@ -35,6 +35,8 @@ class Made:
     """Pairs of which no example was made because they were too long."""
     refused: int = 0
     """Pairs of which no example was made because the model's chat template refuses them (data.bad_lines = "skip")."""
+    cut_answers: int = 0
+    """Examples among `cut` whose answer lost a part."""
 
 
 def template_refuses(made: Made) -> str:
@@ -67,6 +69,10 @@ class Task(Protocol):
 
     def units(self, examples: Sequence[Example], pieces: int) -> list[Unit]:
         """Cuts a batch into at most `pieces` micro-batches."""
+        ...
+
+    def seen(self, example: Example) -> list[tuple[str, bool]]:
+        """Returns an example as the model gets it: texts in their order, each with whether it is learned."""
         ...
 
     def loss_rows(self, labels: torch.Tensor) -> torch.Tensor | None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -22,6 +23,13 @@ from edgelam_fl.tasks.chat_template import ChatTemplate, Stretch, count_turns, w
 from edgelam_fl.tasks.data import Chat, Message, Pair, Prompt, TaskSettings
 from edgelam_fl.tasks.masking import IGNORED, Labelled, Opening, Written, cut_prompt, labelled_text, opening
 from edgelam_fl.tasks.packing import packed_unit
+
+
+class _Lost(NamedTuple):
+    """What an example that is too long lost."""
+
+    a_part: bool = False
+    of_answer: bool = False
 
 
 class CausalLm:
@@ -86,26 +94,39 @@ class CausalLm:
             except DataError as error:
                 if not self._skips_refused or error.fault != "template":
                     raise
-        kept = [(example, was_cut) for example, was_cut in made if example is not None and example.count]
+        kept = [(example, lost) for example, lost in made if example is not None and example.count]
         return Made(
             [example for example, _ in kept],
-            cut=sum(was_cut for _, was_cut in kept),
+            cut=sum(lost.a_part for _, lost in kept),
             skipped=len(made) - len(kept),
             refused=len(pairs) - len(made),
+            cut_answers=sum(lost.of_answer for _, lost in kept),
         )
 
-    def _example(self, prompt: Prompt, answer: str) -> tuple[Example | None, bool]:
-        """Returns an example, None if it is too long and skipped, and whether it was cut."""
+    def seen(self, example: Example) -> list[tuple[str, bool]]:
+        is_learned = [False, *(label != IGNORED for label in example.labels[1:])]
+        found, end, before = list[tuple[str, bool]](), 0, ""
+        for learned, stretch in groupby(is_learned):
+            end += len(list(stretch))
+            text = str(self.tokenizer.decode(example.ids[:end], clean_up_tokenization_spaces=False))
+            found.append((text[len(before) :], learned))
+            before = text
+        return found
+
+    def _example(self, prompt: Prompt, answer: str) -> tuple[Example | None, _Lost]:
+        """Returns an example, None if it is too long and skipped, and what it lost."""
         whole = self._labelled(prompt, answer)
         is_long = len(whole.ids) > self.max_tokens
         if is_long and self.too_long == "skip":
-            return None, False
+            return None, _Lost()
+        of_answer = len(whole.ids) - whole.answer if prompt else 0  # a passage answers nothing
         if is_long and self.too_long == "cut-end":
             whole = Labelled(whole.ids[: self.max_tokens], whole.labels[: self.max_tokens], whole.kept, whole.answer)
         elif is_long:
             whole = cut_prompt(self._shortened(prompt) if isinstance(prompt, Chat) else whole, self.max_tokens)
         count = labelled(whole.labels)
-        return Example(whole.ids, whole.labels, min(count, 1) if self._by_example else count), is_long
+        lost = _Lost(is_long, len(whole.ids) - whole.answer < of_answer)
+        return Example(whole.ids, whole.labels, min(count, 1) if self._by_example else count), lost
 
     def _shortened(self, chat: Chat) -> Labelled:
         """Leaves out as many of a chat's oldest turns as it takes to fit; at most all but the last."""

@@ -63,6 +63,10 @@ class Classification:
             for rows in cut(examples, pieces)
         ]
 
+    def seen(self, example: Example) -> list[tuple[str, bool]]:
+        text = str(self.tokenizer.decode(example.ids, clean_up_tokenization_spaces=False))
+        return [(f"{text} -> ", False), (self.classes[example.labels[0]], True)]
+
     def loss_rows(self, labels: torch.Tensor) -> torch.Tensor | None:
         return None
 

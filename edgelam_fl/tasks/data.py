@@ -72,6 +72,8 @@ class DevicePairs(NamedTuple):
     """Held-out examples beyond those to measure with (federation.evaluate_examples)."""
     also_learned: int = 0
     """Examples of an evaluation file that are learned as well, since the data has them too."""
+    read: tuple[str, ...] = ()
+    """Names of the fields that something is learned from, in the order of the first example that has them."""
 
     def sampled(self, most: int) -> DevicePairs:
         """Returns these examples with at most `most` held-out ones, as `sample` chooses them; 0: all."""
@@ -80,11 +82,12 @@ class DevicePairs(NamedTuple):
 
 
 class FilePairs(NamedTuple):
-    """The examples of a file, and what was left out; `bad` and `unread` as in `DevicePairs`."""
+    """The examples of a file, and what was left out; `bad`, `unread` and `read` as in `DevicePairs`."""
 
     pairs: list[Pair]
     bad: tuple[str, ...]
     unread: tuple[str, ...]
+    read: tuple[str, ...] = ()
 
 
 def device_pairs(path: Path, settings: DataSettings, eval_file: Path | None = None) -> DevicePairs:
@@ -98,14 +101,14 @@ def device_pairs(path: Path, settings: DataSettings, eval_file: Path | None = No
     most = getattr(settings, "evaluate_examples", 0)  # callers may know only the keys that every run has
     if eval_file is None:
         sides = set_aside(found.pairs, settings.held_out, classes=bool(settings.classes))
-        return DevicePairs(*sides, found.bad, found.unread).sampled(most)
+        return DevicePairs(*sides, found.bad, found.unread, read=found.read).sampled(most)
     measured = pairs_by(settings, eval_file)
     _check_prompts(eval_file, measured.pairs, settings)
     learned = set(found.pairs)
     bad = (*found.bad, *(f"evaluation file, {place}" for place in measured.bad))
     unread = tuple(dict.fromkeys((*found.unread, *measured.unread)))
     both = sum(pair in learned for pair in measured.pairs)
-    return DevicePairs(found.pairs, measured.pairs, bad, unread, also_learned=both).sampled(most)
+    return DevicePairs(found.pairs, measured.pairs, bad, unread, also_learned=both, read=found.read).sampled(most)
 
 
 def pairs_by(settings: DataSettings, path: Path) -> FilePairs:
@@ -126,6 +129,14 @@ def place_of(path: Path, pair: Pair, settings: DataSettings) -> str:
     fields = _fields(settings)
     rows = (row for row in scan(path) if not isinstance(row, DataError))
     return next((place for place, values in rows if _is_pair(pair, values, fields)), "")
+
+
+def answer_of(values: Mapping[str, Any], settings: DataSettings) -> str | None:
+    """Returns the answer of one record; None for a record that cannot be read by these settings."""
+    try:
+        return pair_of(values, _fields(settings))[0][1]
+    except Unfit:
+        return None
 
 
 def _is_pair(pair: Pair, values: Mapping[str, Any], fields: Fields) -> bool:
@@ -184,7 +195,8 @@ def read_file(path: Path, fields: Fields, *, skip_bad: bool = False) -> FilePair
         )
     # What stands in one example alone may be data in the place of a name.
     unread = [name for name, examples in examples_with.items() if examples > 1 and name not in used]
-    return FilePairs(pairs, tuple(bad), tuple(unread))
+    read = tuple(name for name in examples_with if name in used)
+    return FilePairs(pairs, tuple(bad), tuple(unread), read)
 
 
 def _pair(path: Path, row: Row, fields: Fields) -> tuple[Pair, Collection[str], Collection[str]]:

@@ -20,6 +20,7 @@ from edgelam_fl.names import printable
 from edgelam_fl.tasks.tables import MAGIC, TABLES, table_files, table_rows
 
 FORMATS = "a .jsonl, .json, .csv, .tsv, .txt, .parquet or .arrow file, or the folder of a data set"
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", *TABLES)
 PASSAGE = "passage"  # the only value in a record of a plain text
 
 Record = tuple[str, dict[str, Any]]  # its place, such as "line 3"; named values
@@ -58,6 +59,21 @@ _SIGNATURES = (
     (b"\xfe\xff", "is UTF-16: save it as UTF-8 (iconv -f UTF-16 -t UTF-8)"),
     (b"version https://git-lfs.github.com", "is a pointer of Git LFS, not the data: fetch them with `git lfs pull`"),
 )
+
+
+def format_of(path: Path) -> str:
+    """Returns the name of the format that a file or folder is read as. Raises nothing: reading says what is wrong."""
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        return "a folder of tables"
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except (OSError, ValueError):
+        magic = b""
+    if magic in MAGIC or suffix in TABLES:
+        return "Parquet" if magic == MAGIC[0] or (magic != MAGIC[1] and suffix == ".parquet") else "Arrow"
+    return {".txt": "plain text", ".csv": "CSV", ".tsv": "TSV", ".json": "JSON"}.get(suffix, "JSON lines")
 
 
 def read_records(path: Path) -> list[Record]:

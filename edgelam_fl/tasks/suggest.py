@@ -14,6 +14,7 @@ from edgelam_fl.errors import DataError
 from edgelam_fl.names import printable
 from edgelam_fl.tasks.files import PASSAGE, read_records
 from edgelam_fl.tasks.shapes import CHATS, PREFERENCE, is_blank, is_chat, shown
+from edgelam_fl.telemetry.human import human_count
 
 _PROMPTS = ("question", "prompt", "instruction", "input", "query", "problem", "text", "sentence", "user", "context")
 _ANSWERS = ("answer", "response", "completion", "output", "reply", "solution", "label", "target", "assistant", "class")
@@ -27,8 +28,24 @@ _SECOND = {
 }  # of two texts with a class
 _IDS = ("", "id", "idx", "index", "uid", "uuid", "guid")
 _CLASSES = ("label", "labels", "target", "class", "category")
+_TOPICS = ("topic", "intent", "sentiment", "emotion", "genre", "rating", "stars", "polarity")  # if they have few values
+_ABOUT = (
+    "source",
+    "lang",
+    "language",
+    "split",
+    "domain",
+    "url",
+    "file",
+    "license",
+    "date",
+    "meta",
+)  # never a class by itself
 _MOST_CLASSES, _LONGEST_CLASS = 50, 40
+_OF_EACH_ANSWER = 4  # so many examples per different answer are worth a hint
+_OF_EACH_CLASS = 5  # so many examples per different value make short values classes
 
+CLASSIFICATION = "classification"
 Values = Mapping[str, Any]
 
 
@@ -41,20 +58,26 @@ class Suggestion:
 
     @property
     def classifies(self) -> bool:
-        return self.sections.get("task", {}).get("kind") == "classification"
+        return self.sections.get("task", {}).get("kind") == CLASSIFICATION
 
 
-def suggest(path: Path, classifies: bool | None, has_chat_template: bool = True) -> Suggestion:
-    """Chooses the keys for a file of data.
+def suggest(
+    files: Sequence[Path], classifies: bool | None, has_chat_template: bool = True, task: str = ""
+) -> Suggestion:
+    """Chooses the keys for the files of one run's devices, which are read alike.
 
-    classifies: whether the model answers with classes; None: no model was chosen. Raises DataError for a file that is
-    broken or that no keys fit.
+    classifies: whether the model answers with classes; None: no model was chosen. task: the kind of task that was asked for; empty:
+    the data decide. Raises DataError for a file that is broken or that no keys fit.
     """
-    records = read_records(path)
-    for place, values in records:
-        if {"chosen", "rejected"} <= values.keys():
-            raise DataError(f"{path}, {place}{PREFERENCE}", "preference", place)
-    rows = [values for _, values in records]
+    rows = list[Values]()
+    for file in files:
+        records = read_records(file)
+        for place, values in records:
+            if {"chosen", "rejected"} <= values.keys():
+                raise DataError(f"{file}, {place}{PREFERENCE}", "preference", place)
+        rows += [values for _, values in records]
+    more = f" (and {len(files) - 1} more)" if len(files) > 1 else ""
+    path = f"{files[0]}{more}"
     names = list(dict.fromkeys(name for row in rows for name in row))
     chats = next((name for name in [*CHATS, *names] if _are_chats(rows, name)), "")
     texts = [name for name in names if _are_texts(rows, name)]
@@ -67,14 +90,16 @@ def suggest(path: Path, classifies: bool | None, has_chat_template: bool = True)
         found = _for_chats(path, chats, names)
     elif completions:
         found = _for_completions(path, names)
-    elif names == [PASSAGE] or ("text" in texts and not _known(names, _ANSWERS)):
+    elif names == [PASSAGE] or (
+        "text" in texts and not _known(names, _ANSWERS) and not _class_field(rows, names, task)
+    ):
         found = _for_passages(path)
     else:
-        found = _for_answers(path, rows, names, texts, classifies)
-    if classifies and not found.classifies:
+        found = _for_answers(path, rows, names, texts, classifies, task)
+    if (classifies or task == CLASSIFICATION) and not found.classifies:
+        who = "the model answers with classes" if classifies else f"--task {task} learns classes"
         raise DataError(
-            f"the model answers with classes, and {path} holds none: it needs a text and one of at most {_MOST_CLASSES} short answers",
-            "columns",
+            f"{who}, and {path} holds none: it needs a text and one of at most {_MOST_CLASSES} short answers", "columns"
         )
     return found
 
@@ -95,7 +120,7 @@ def _are_texts(rows: Sequence[Values], name: str) -> bool:
     return texts == len(rows) or (name.lower() in (*_PROMPTS, *_ANSWERS) and 2 * texts >= len(rows))
 
 
-def _for_chats(path: Path, name: str, names: Sequence[str]) -> Suggestion:
+def _for_chats(path: str, name: str, names: Sequence[str]) -> Suggestion:
     said = [f"task.template = 'chat': {path} holds chats in {name!r}"]
     if name in CHATS and "question" not in names:
         return Suggestion({}, said)
@@ -104,13 +129,13 @@ def _for_chats(path: Path, name: str, names: Sequence[str]) -> Suggestion:
     )
 
 
-def _for_completions(path: Path, names: Sequence[str]) -> Suggestion:
+def _for_completions(path: str, names: Sequence[str]) -> Suggestion:
     prompt, answer = choose_fields(path, list(names))
     said = [f"task.template = 'chat': {path} holds messages", f"data.fields: prompt = {prompt!r}, answer = {answer!r}"]
     return Suggestion({"data": {"fields": {"prompt": prompt, "answer": answer}}}, said)
 
 
-def _for_passages(path: Path) -> Suggestion:
+def _for_passages(path: str) -> Suggestion:
     return Suggestion(
         {"task": {"template": "plain", "loss_on": "all"}},
         [f"task.template = 'plain', task.loss_on = 'all': {path} holds passages, which are learned whole"],
@@ -118,12 +143,13 @@ def _for_passages(path: Path) -> Suggestion:
 
 
 def _for_answers(
-    path: Path, rows: Sequence[Values], names: Sequence[str], texts: Sequence[str], classifies: bool | None
+    path: str, rows: Sequence[Values], names: Sequence[str], texts: Sequence[str], classifies: bool | None, task: str
 ) -> Suggestion:
-    labels = [
-        name for name in names if name.lower() in _CLASSES and all(isinstance(row.get(name), int) for row in rows)
-    ]
+    numbered = [name for name in names if name.lower() in (*_CLASSES, *_TOPICS)]
+    labels = [name for name in numbered if all(isinstance(row.get(name), int) for row in rows)]
+    beside = "" if _known(names, _ANSWERS) else _class_field(rows, names, task)
     fit = [name for name in names if name in texts or name in labels]
+    labels += [beside] if beside in fit and beside not in labels else []
     unfit = next((name for name in names if name not in fit and _is_answer(name)), "")
     if unfit and not _known(fit, _ANSWERS):
         raise DataError(
@@ -133,7 +159,7 @@ def _for_answers(
         )
     prompt, answer = choose_fields(path, fit, labels)
     classes = _classes(rows, answer)
-    if answer in labels and classifies is False:
+    if answer in labels and answer not in texts and classifies is False:
         raise DataError(
             f"{path}: {answer!r} holds numbers, which are classes, and this model answers with text; give a model that classifies, "
             f"such as --model minilm-l6, or write the classes' names into the data",
@@ -145,20 +171,49 @@ def _for_answers(
     sections: dict[str, dict[str, Any]] = {"data": {"fields": {"prompt": asked, "answer": answer}}}
     joined = ", which become one prompt" if isinstance(asked, list) else ""
     said = [f"data.fields: prompt = {asked!r}{joined}, answer = {answer!r}"]
-    if classes and (classifies or (classifies is None and answer.lower() in _CLASSES)):
-        sections["task"] = {"kind": "classification", "classes": classes}
+    if classes and _are_classes(classes, rows, prompt, answer, classifies, task):
+        sections["task"] = {"kind": CLASSIFICATION, "classes": classes}
+        other = "" if task or classifies else "; --task causal-lm learns them as texts"
         said.append(
-            f"task.kind = 'classification', task.classes: {len(classes)} classes of {answer!r} ({_some(classes)})"
+            f"task.kind = {CLASSIFICATION!r}, task.classes: {len(classes)} classes of {answer!r} ({_some(classes)}){other}"
         )
         said += [
             f"look at the classes {one!r} and {other!r}, which differ in case or spaces alone"
             for one, other in _alike(classes)
         ]
-    elif classes and 2 * len(classes) <= len(rows):
+    elif classes and _OF_EACH_ANSWER * len(classes) <= len(rows):
         said.append(
-            f"{answer!r} has {len(classes)} different answers ({_some(classes)}), learned as texts; --model minilm-l6 would classify"
+            f"{answer!r} has {len(classes)} different answers ({_some(classes)}), learned as texts; --task {CLASSIFICATION} would classify"
         )
     return Suggestion(sections, said)
+
+
+def _are_classes(
+    classes: Sequence[str], rows: Sequence[Values], prompt: str, answer: str, classifies: bool | None, task: str
+) -> bool:
+    """Whether short answers are learned as classes: as asked, as the model can, else by the names and numbers of the data."""
+    if task or classifies is not None:
+        return task == CLASSIFICATION or (not task and bool(classifies))
+    if answer.lower() in _CLASSES:
+        return True
+    is_asked = prompt.lower() in _ASKED or answer.lower() in _ANSWERS
+    return not is_asked and _OF_EACH_CLASS * len(classes) <= len(rows)
+
+
+def _class_field(rows: Sequence[Values], names: Sequence[str], task: str) -> str:
+    """Returns the field beside a text whose few short values are classes; empty if there is none, or another task was asked for."""
+    if task not in ("", CLASSIFICATION):
+        return ""
+    others = [name for name in names if name.lower() not in (*_PROMPTS, *_ABOUT) and not _is_id(name)]
+    likely = [name for name in others if name.lower() in _TOPICS] or (others if task or len(others) == 1 else [])
+    return next((name for name in likely if _has_few_values(rows, name)), "")
+
+
+def _has_few_values(rows: Sequence[Values], name: str) -> bool:
+    """Whether a field holds a few short texts, or numbers if its name is that of classes, each of them often."""
+    kinds = (str, int) if name.lower() in _TOPICS else str
+    fit = all(isinstance(row.get(name), kinds) for row in rows)
+    return fit and 0 < _OF_EACH_CLASS * len(_classes(rows, name)) <= len(rows)
 
 
 def _is_answer(name: str) -> bool:
@@ -192,14 +247,14 @@ def _classes(rows: Sequence[Values], name: str) -> list[str]:
     return sorted(found, key=lambda one: (0, int(one), "") if one.isdecimal() else (1, 0, one))
 
 
-def choose_fields(path: Path, names: list[str], labels: Sequence[str] = ()) -> tuple[str, str]:
+def choose_fields(path: object, names: list[str], labels: Sequence[str] = ()) -> tuple[str, str]:
     """Chooses (prompt, answer) by names that are common in data sets, else the first two. DataError for fewer than two.
 
     labels: those of the names that can only be answers.
     """
     if len(names) < 2:
         raise DataError(
-            f"{path} has {len(names)} fields with a text in every example ({_some(names) or 'none'}); two are needed, "
+            f"{path} has {human_count(len(names), 'field')} with a text in every example ({_some(names) or 'none'}); two are needed, "
             f"a question and its answer",
             "columns",
         )

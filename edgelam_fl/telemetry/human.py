@@ -47,6 +47,11 @@ def human_number(value: float | None, decimals: int = 0) -> str:
     return NOTHING if value is None else f"{value:,.{decimals}f}"
 
 
+def human_count(count: int, noun: str, plural: str = "") -> str:
+    """Writes 1 and "device" as "1 device", 2 as "2 devices"; `plural`: of a noun that does not just take an s."""
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+
+
 def human_layers(layers: Sequence[int] | None) -> str:
     """Writes [2, 28] as "layers 2-27", [2, 3] as "layer 2"."""
     if not layers:

@@ -513,6 +513,7 @@ def _device(
         bad=counted.bad if counted else 0,
         skipped=counted.skipped if counted else 0,
         cut=counted.cut if counted else 0,
+        cut_answers=counted.cut_answers if counted else 0,
         unread_fields=counted.unread_fields if counted else 0,
         unmeasured=counted.unmeasured if counted else 0,
         perplexity_before=before.perplexity if before else None,

@@ -717,18 +717,20 @@ class ProfileRequest(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., task: _Optional[_Union[TaskSettings, _Mapping]] = ..., measure_model: _Optional[str] = ..., model_digest: _Optional[str] = ..., hub_port: _Optional[int] = ..., slices_token: _Optional[bytes] = ..., measure_layers: _Optional[str] = ..., measure_link: _Optional[bool] = ..., model: _Optional[str] = ...) -> None: ...
 
 class DataCounts(_message.Message):
-    __slots__ = ("bad", "skipped", "cut", "unread", "unmeasured")
+    __slots__ = ("bad", "skipped", "cut", "unread", "unmeasured", "cut_answers")
     BAD_FIELD_NUMBER: _ClassVar[int]
     SKIPPED_FIELD_NUMBER: _ClassVar[int]
     CUT_FIELD_NUMBER: _ClassVar[int]
     UNREAD_FIELD_NUMBER: _ClassVar[int]
     UNMEASURED_FIELD_NUMBER: _ClassVar[int]
+    CUT_ANSWERS_FIELD_NUMBER: _ClassVar[int]
     bad: int
     skipped: int
     cut: int
     unread: int
     unmeasured: int
-    def __init__(self, bad: _Optional[int] = ..., skipped: _Optional[int] = ..., cut: _Optional[int] = ..., unread: _Optional[int] = ..., unmeasured: _Optional[int] = ...) -> None: ...
+    cut_answers: int
+    def __init__(self, bad: _Optional[int] = ..., skipped: _Optional[int] = ..., cut: _Optional[int] = ..., unread: _Optional[int] = ..., unmeasured: _Optional[int] = ..., cut_answers: _Optional[int] = ...) -> None: ...
 
 class LayerTime(_message.Message):
     __slots__ = ("tokens", "seconds")

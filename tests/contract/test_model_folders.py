@@ -942,7 +942,7 @@ def test_texts_longer_than_the_models_positions_are_refused(kind: str, plain: Pa
         assert words in text
         assert "at most 64" in text
     run_file = tmp_path / "new.toml"
-    write_run_file(run_file, None, str(tmp_path))
+    write_run_file(run_file, [], str(tmp_path))
     assert read_run_file(run_file).task.max_tokens == 64
 
 
@@ -1042,7 +1042,7 @@ def test_every_command_refuses_a_model_that_is_here_and_not_understood(folder: P
     lost = "model-00002-of-00004.safetensors"
     for refused in (
         lambda: explained(run_config(str(folder))),
-        lambda: write_run_file(tmp_path / "new.toml", None, str(folder)),
+        lambda: write_run_file(tmp_path / "new.toml", [], str(folder)),
         lambda: check_config(run_config(str(folder))),
     ):
         with pytest.raises(ModelError, match=lost):

@@ -18,7 +18,6 @@ CLASSES = ["task.kind=classification", "task.classes=['yes', 'no']"]
     "overrides",
     [
         [],
-        CLASSES,
         ["split.labels=last-stage", "split.back=0"],
         ["split.host_mode=copies", "optimizer.clip=global"],
         ["federation.epochs=2", "federation.local_steps=5"],
@@ -84,7 +83,6 @@ CLASSES = ["task.kind=classification", "task.classes=['yes', 'no']"]
         [*DORA, *PRIVATE, "strategy.aggregation=fedadam"],
         [*DORA, "strategy.aggregation=scaffold", "optimizer.name=sgd", "model.base=auto"],
         [*LOWRANK, *DORA],
-        [*CLASSES, "lora.layers_to_transform=3", "lora.train=back"],
     ],
 )
 def test_settings_that_can_be_combined(tiny: ModelSource, overrides: list[str]) -> None:
@@ -438,3 +436,10 @@ def test_settings_that_can_be_combined(tiny: ModelSource, overrides: list[str]) 
 def test_settings_that_cannot_be_combined(tiny: ModelSource, overrides: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         check_config(run_config(tiny.name, *overrides))
+
+
+@pytest.mark.real_model
+def test_the_head_of_classes_learns_though_no_layer_at_the_back_does() -> None:
+    check_config(
+        run_config("minilm-l6", *CLASSES, "lora.targets=query", "lora.layers_to_transform=3", "lora.train=back")
+    )

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgelam_fl.config import RunConfig, known_keys, parse_run_file, read_run_file, to_toml
+from edgelam_fl.config.toml import ELSEWHERE, nearest_key
 from edgelam_fl.errors import ConfigError
 
 
@@ -31,6 +32,30 @@ def test_an_empty_file_is_the_defaults() -> None:
 )
 def test_an_unknown_key_names_the_nearest(text: str, expected: str) -> None:
     assert message(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("optimizer.learning_rate", "did you mean 'optimizer.lr'?"),
+        ("lora.r", "did you mean 'lora.rank'?"),
+        ("num_rounds", "did you mean 'federation.rounds'?"),
+        ("federation.lr", "did you mean 'optimizer.lr'?"),
+        ("rounds", "did you mean 'federation.rounds'?"),
+        ("split.rounds", "did you mean 'federation.rounds'?"),
+        ("optimiser.lr", "did you mean 'optimizer.lr'?"),
+        ("run.zebra", "[run] has out, "),
+        ("wireless.kapa", "did you mean 'wireless.kappa'?"),
+    ],
+)
+def test_a_key_that_is_called_otherwise_elsewhere_or_stands_elsewhere_is_found(key: str, expected: str) -> None:
+    assert nearest_key(key).startswith(expected)
+
+
+def test_what_others_call_a_key_is_a_key_and_is_none_itself() -> None:
+    known = known_keys()
+    assert set(ELSEWHERE.values()) <= set(known)
+    assert not {key for key in known if key.rpartition(".")[2] in ELSEWHERE}
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from edgelam_fl.errors import (
     is_final,
     known_code,
 )
-from edgelam_fl.federation.data_check import check_files, check_tokenized
+from edgelam_fl.federation.data_check import check_files, look_into
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.node.examples import DeviceExamples
 from edgelam_fl.plan.making import task_settings
@@ -51,9 +51,9 @@ def test_a_file_of_which_no_answer_fits_is_named_before_a_node_starts(tiny: Mode
     good = write(tmp_path / "a.jsonl", "one", "two", "three")
     long = write(tmp_path / "b.jsonl", *["word " * 40 + str(n) for n in range(3)])
     settings = task_settings(run_config(tiny.name, "task.max_tokens=32", "task.too_long=skip")).SerializeToString()
-    check_tokenized([good], settings, tiny.folder)
+    look_into([good], settings, tiny.folder)
     with pytest.raises(DataError, match=r"b\.jsonl: no example for training has an answer within task\.max_tokens = 32") as caught:  # fmt: skip
-        check_tokenized([good, long], settings, tiny.folder)
+        look_into([good, long], settings, tiny.folder)
     assert caught.value.fault == "no-answer-fits"
 
 
@@ -67,10 +67,10 @@ def test_a_chat_that_the_template_refuses_is_named_with_its_line_or_skipped(tiny
     with pytest.raises(
         DataError, match=r"a\.jsonl, line 3: the model's chat template leaves out .*data\.bad_lines = 'skip'"
     ) as caught:
-        check_tokenized([file], settings.SerializeToString(), tiny.folder)
+        look_into([file], settings.SerializeToString(), tiny.folder)
     assert (caught.value.fault, caught.value.place) == ("template", "line 3")
     settings.bad_lines = "skip"
-    check_tokenized([file], settings.SerializeToString(), tiny.folder)
+    look_into([file], settings.SerializeToString(), tiny.folder)
     loaded = DeviceExamples(file).load(make_task(settings, tiny.folder), settings, "m")
     assert (loaded.counts.bad, len(loaded.training) + len(loaded.held_out)) == (1, 4)
 

@@ -40,6 +40,7 @@ class Texts:
     """A task whose examples are the texts themselves, and which counts how often it was asked for some."""
 
     units: Any = None
+    seen: Any = None
     loss_rows: Any = None
     loss: Any = None
 

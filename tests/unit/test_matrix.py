@@ -14,7 +14,6 @@ import pytest
 from edgelam_fl.bench import command, runner
 from edgelam_fl.bench.datasets import Data, load, write_cell
 from edgelam_fl.bench.matrix import Bench, Tune, read_matrix
-from edgelam_fl.bench.partition import deal
 from edgelam_fl.bench.plot import over_epsilon
 from edgelam_fl.bench.reference import ONE_DEVICE, one_device
 from edgelam_fl.bench.tables import at_budget, compared, cost_to, differences, figures, markdown
@@ -23,6 +22,7 @@ from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, EnvironmentProblem, RunFailed
 from edgelam_fl.simulation.attacks import noise, sign_flip
 from edgelam_fl.simulation.fabric import read_federation
+from edgelam_fl.tasks.partition import deal
 from edgelam_fl.telemetry.events import Event, NodeLost
 from tests.recorded import as_events
 

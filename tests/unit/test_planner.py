@@ -180,7 +180,8 @@ def test_the_message_says_what_is_missing() -> None:
     with pytest.raises(DoesNotFit) as caught:
         best(step, DEVICES, [host("a", free_bytes=3e6), host("b", free_bytes=2e6)])
     assert str(caught.value) == (
-        f"the hosts have to hold {MIDDLE} layers (1 to 9) and have memory for 5 (a 3, b 2): {MIDDLE - 5} MB more are needed"
+        f"the hosts have to hold {MIDDLE} layers (1 to 9) and have memory for 5 (a 3 in 3 MB, b 2 in 2 MB): {MIDDLE - 5} MB more "
+        "are needed. Counted is the memory that was free when each host joined, beside its other programs"
     )
     assert caught.value.missing_bytes == (MIDDLE - 5) * 1e6
 

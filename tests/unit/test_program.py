@@ -23,7 +23,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunConfig, Sequence[P
     """What was started; every run fails at once."""
     runs: list[tuple[RunConfig, Sequence[Path], Path]] = []
 
-    def fails(config: RunConfig, data: Sequence[Path], folder: Path) -> Iterator[Event]:
+    def fails(config: RunConfig, data: Sequence[Path], folder: Path, names: Sequence[str]) -> Iterator[Event]:
+        assert names == [file.stem for file in data]
         runs.append((config, data, folder))
         yield REASON
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from edgelam_fl.cli.run_file import COMMON, allowed, described, described_data, explain, write_run_file
+from edgelam_fl.cli.run_file import COMMON, allowed, described, explain, write_run_file
 from edgelam_fl.config import RunConfig, known_keys, parse_run_file
 from edgelam_fl.errors import ConfigError, DataError, ModelError
 from edgelam_fl.model.source import ModelSource
@@ -38,7 +38,7 @@ def data_file(folder: Path, *rows: Mapping[str, object]) -> Path:
 
 def test_a_new_file_is_the_defaults_with_and_without_its_comments(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
-    assert write_run_file(file, None, "") == []
+    assert write_run_file(file, [], "") == []
     text = file.read_text(encoding="utf-8")
     assert parse_run_file(text, source="x") == RunConfig()
     assert parse_run_file(uncommented(text), source="x") == RunConfig()
@@ -46,7 +46,7 @@ def test_a_new_file_is_the_defaults_with_and_without_its_comments(tmp_path: Path
 
 def test_a_new_file_has_every_key_and_shows_the_common_ones(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
-    write_run_file(file, None, "")
+    write_run_file(file, [], "")
     text = file.read_text(encoding="utf-8")
 
     def keys(text: str) -> set[str]:
@@ -110,7 +110,7 @@ def written(tmp_path: Path, data: Path, model: str = "") -> tuple[RunConfig, str
     """Writes a run file for data, and returns it as a run reads it, and what was said."""
     file = tmp_path / "run.toml"
     file.unlink(missing_ok=True)
-    said = "\n".join(write_run_file(file, data, model)).replace(str(data), "DATA")
+    said = "\n".join(write_run_file(file, [data], model)).replace(str(data), "DATA")
     return parse_run_file(file.read_text(encoding="utf-8"), source="x"), said
 
 
@@ -282,8 +282,8 @@ def test_classes_that_differ_in_case_or_spaces_alone_are_said(tmp_path: Path) ->
 
 def test_data_with_one_text_is_refused_and_nothing_written(tmp_path: Path) -> None:
     data = data_file(tmp_path, {"only": "a", "n": 1}, {"only": "b", "n": 2})
-    with pytest.raises(DataError, match=r"has 1 fields with a text in every example \(only\); two are needed"):
-        write_run_file(tmp_path / "run.toml", data, "")
+    with pytest.raises(DataError, match=r"has 1 field with a text in every example \(only\); two are needed"):
+        write_run_file(tmp_path / "run.toml", [data], "")
     assert not (tmp_path / "run.toml").exists()
 
 
@@ -291,18 +291,18 @@ def test_a_file_that_exists_is_kept(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text("mine")
     with pytest.raises(ConfigError, match=r"run\.toml exists; give another name"):
-        write_run_file(file, None, "")
+        write_run_file(file, [], "")
     assert file.read_text() == "mine"
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be written: No such file"):
-        write_run_file(tmp_path / "none" / "run.toml", None, "")
+        write_run_file(tmp_path / "none" / "run.toml", [], "")
 
 
 def test_a_model_that_fits_changes_its_name_only(tmp_path: Path, tiny: ModelSource) -> None:
     file = tmp_path / "run.toml"
-    write_run_file(file, None, tiny.name)
+    write_run_file(file, [], tiny.name)
     assert parse_run_file(file.read_text(encoding="utf-8"), source="x") == RunConfig.model_validate(
         {"model": {"name": tiny.name}}
     )
@@ -311,27 +311,14 @@ def test_a_model_that_fits_changes_its_name_only(tmp_path: Path, tiny: ModelSour
 def test_a_model_of_few_layers_gets_ends_that_leave_one(tmp_path: Path) -> None:
     small = write_tiny_llama(tmp_path / "small", layers=4)
     file = tmp_path / "run.toml"
-    write_run_file(file, None, str(small))
+    write_run_file(file, [], str(small))
     split = parse_run_file(file.read_text(encoding="utf-8"), source="x").split
     assert (split.front, split.back) == ((4 - 1) // 2, (4 - 1) // 2)
 
 
 def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is not built in"):
-        write_run_file(tmp_path / "run.toml", None, "no/such-model")
-
-
-def test_what_a_run_would_learn_from_a_file(tmp_path: Path) -> None:
-    data = tmp_path / "a.jsonl"
-    rows = [json.dumps({"question": f"q{n}", "answer": f"a{n}", "id": n}) for n in range(10)]
-    data.write_text("\n".join([*rows, "broken"]))
-    config = RunConfig.model_validate({"data": {"bad_lines": "skip"}})
-    assert described_data(config, data).replace("\n# ", " ") == (
-        f"# {data}: 9 examples to learn, 1 held out. Left out, since they cannot be read: 1 (line 11). Fields that nothing is "
-        "learned from: id."
-    )
-    with pytest.raises(DataError, match=r"line 11 is not JSON.*data\.bad_lines = 'skip'"):
-        described_data(RunConfig(), data)
+        write_run_file(tmp_path / "run.toml", [], "no/such-model")
 
 
 def test_a_model_without_a_chat_template_gets_a_plain_one(tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ class DataCounts:
     """Examples that were left out because task.max_tokens leaves nothing of them to learn."""
     cut: int = 0
     """Examples that lost a part because they are longer than task.max_tokens."""
+    cut_answers: int = 0
+    """Examples among these whose answer lost a part, which is never learned."""
     unread_fields: int = 0
     """Fields of the data that nothing is learned from."""
     unmeasured: int = 0
@@ -42,7 +44,7 @@ class DataCounts:
         limit = "task.max_tokens" if max_tokens is None else f"task.max_tokens = {max_tokens}"
         longer = "raise task.max_tokens, or shorten them"
         said = [
-            _share(self.cut, given, f"were cut ({limit})", longer),
+            _share(self.cut, given, f"were cut ({limit}{self._of_answers()})", longer),
             _share(self.skipped, given, f"were left out as too long ({limit})", longer),
             _share(self.bad, given, "were left out as they cannot be read", "mend them; the device names their places"),
         ]
@@ -55,6 +57,9 @@ class DataCounts:
         if not held_out:
             said.append("no example is held out, so nothing is measured there (data.held_out, --eval-data)")
         return tuple(filter(None, said))
+
+    def _of_answers(self) -> str:
+        return f"; {_number(self.cut_answers, 'answer')} lost a part" if self.cut_answers else ""
 
 
 def _share(count: int, given: int, what: str, way_out: str) -> str:

@@ -16,7 +16,8 @@ KINDS = (
 )
 # Names in the library flwr-datasets, which deal alike: shares of each label from one draw, without balancing.
 _OF_FLOWER = {"IidPartitioner": "iid", "DirichletPartitioner": "dirichlet"}
-_LEAST = 8  # examples per device; a draw that leaves a device fewer is repeated
+LEAST = 8
+"""Examples that a device of a matrix has at least."""
 _DRAWS = 10_000
 
 
@@ -34,15 +35,18 @@ def check_partition(partition: str, path: Path | str = "the matrix") -> tuple[st
     return kind, value
 
 
-def deal(answers: Sequence[str], devices: int, partition: str, seed: int) -> list[list[int]]:
+def deal(
+    answers: Sequence[str], devices: int, partition: str, seed: int, least: int = LEAST, asked: str = ""
+) -> list[list[int]]:
     """Returns the numbers of each device's examples. answers: those of all examples; the labels of a label skew.
 
-    Raises ConfigError if the examples are too few for the devices or the skew.
+    least: examples of the device with the fewest; a draw that leaves one fewer is repeated. asked: what asks for the partition, for
+    messages; empty: a matrix. Raises ConfigError if the examples are too few for the devices or the skew.
     """
     kind, value = check_partition(partition)
-    if len(answers) < _LEAST * devices:
+    if len(answers) < least * devices:
         raise ConfigError(
-            f"{len(answers)} training examples are too few for {devices} devices (bench.devices): each needs {_LEAST}"
+            f"{len(answers)} training examples are too few for {devices} devices ({asked or 'bench.devices'}): each needs {least}"
         )
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(answers))
@@ -52,10 +56,10 @@ def deal(answers: Sequence[str], devices: int, partition: str, seed: int) -> lis
         else:
             shares = rng.lognormal(0.0, value, devices) if kind == "size" else np.ones(devices)
             parts = np.split(np.arange(len(order)), _borders(shares, len(order)))
-        if min(map(len, parts)) >= _LEAST:
+        if min(map(len, parts)) >= least:
             return [[int(number) for number in order[np.sort(part)]] for part in parts]
     raise ConfigError(
-        f"axes.partition = {partition!r} leaves a device with fewer than {_LEAST} of {len(answers)} examples in each of "
+        f"{asked or f'axes.partition = {partition!r}'} leaves a device with fewer than {least} of {len(answers)} examples in each of "
         f"{_DRAWS} draws; take fewer devices or a weaker skew"
     )
 

@@ -1,0 +1,193 @@
+"""Makes a run of data files alone: which files are meant, what their devices are called, and the run file that fits them.
+
+Knows no process: `federation.runs` starts the run.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgelam_fl.config import RunConfig, parse_run_file, toml_value
+from edgelam_fl.errors import ConfigError, DataError, nearest
+from edgelam_fl.model.adapter import target_modules
+from edgelam_fl.model.generation import has_chat_template
+from edgelam_fl.model.limits import check_tokens, positions_of
+from edgelam_fl.model.source import ModelSource, find_model
+from edgelam_fl.names import folded, printable, why_no_name
+from edgelam_fl.plan.making import task_settings
+from edgelam_fl.tasks.data import device_pairs
+from edgelam_fl.tasks.kinds import TASKS
+from edgelam_fl.tasks.named import local_data
+from edgelam_fl.tasks.suggest import Suggestion, suggest
+
+MOST_DEVICES = 16
+"""Devices that one machine plays at most."""
+_CLASSIFIER = "minilm-l6"
+_PATTERN = re.compile(r"[*?\[]")
+_NAME_CHARACTERS = 40
+_EDGE_NAME = re.compile(r"edge-\d+")
+
+Sections = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class FromData:
+    """A run file that fits data, and a line for each choice that was made."""
+
+    config: RunConfig
+    said: list[str]
+
+
+# ---------------------------------------------------------------- which files
+
+
+def expanded(given: Sequence[Path]) -> list[Path]:
+    """Returns the files that are meant, with patterns such as 'people/*.jsonl' replaced by what fits them, by name.
+
+    A name that is a file itself, or that of a data set of a hub, stays. Raises DataError for a pattern that fits nothing, and for a file
+    that is given twice.
+    """
+    files = list[Path]()
+    for each in given:
+        text = str(each)
+        if not _PATTERN.search(text) or each.exists() or text.startswith("hf:"):
+            files.append(each)
+            continue
+        found = sorted(Path(name) for name in glob.glob(str(each.expanduser()), recursive=True))
+        if not found:
+            raise DataError(f"no file fits --data {text!r} (looked from {Path.cwd()})", "missing-file")
+        files += found
+    twice = next((file for file, times in Counter(map(_place, files)).items() if times > 1), "")
+    if twice:
+        raise DataError(
+            f"{twice} is given twice: each device has a file of its own, and --split deals one file", "several-sets"
+        )
+    return files
+
+
+def _place(file: Path) -> str:
+    return str(file.resolve()) if file.exists() else str(file)
+
+
+def device_names(files: Sequence[Path]) -> list[str]:
+    """Names a device per file after the file, each once: ann.jsonl is ann, and a/data.jsonl and b/data.jsonl are a-data and b-data."""
+    names = [_name(file.stem) for file in files]
+    times = Counter(map(folded, names))
+    names = [
+        _name(f"{file.absolute().parent.name}-{name}") if times[folded(name)] > 1 else name
+        for file, name in zip(files, names, strict=True)
+    ]
+    taken = set[str]()
+    for number, name in enumerate(names):
+        unique, count = name, 2
+        while folded(unique) in taken or why_no_name(unique) or _EDGE_NAME.fullmatch(folded(unique)):
+            unique, count = f"{name}-{count}", count + 1
+        taken.add(folded(unique))
+        names[number] = unique
+    return names
+
+
+def _name(text: str) -> str:
+    """Writes a text as a node's name may be."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:_NAME_CHARACTERS] or "data"
+
+
+# ---------------------------------------------------------------- the run file that fits
+
+
+def config_from_data(files: Sequence[Path], overrides: Sequence[str] = (), task: str = "") -> FromData:
+    """Makes the configuration of a run for the data of its devices. overrides: `section.key=value`, as of `edgelam run --set`.
+
+    task: the kind of task; empty: the data decide. Raises ConfigError or DataError with what fits nothing.
+    """
+    asked = parse_run_file("", source="--set", overrides=list(overrides))
+    set_keys = {override.partition("=")[0].strip() for override in overrides}
+    model = asked.model.name if "model.name" in set_keys else ""
+    kind = task or (asked.task.kind if "task.kind" in set_keys else "")
+    names_fields = any(key.startswith("data.fields") for key in set_keys)  # then nothing about the data is guessed
+    sections, said = sections_for(() if names_fields else files, model, "" if names_fields else kind)
+    config = parse_run_file(_toml(sections), source="the run file made for the data", overrides=list(overrides))
+    return FromData(config, said)
+
+
+def _toml(sections: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = list[str]()
+    for section, keys in sections.items():
+        lines += [f"[{section}]", *(f"{key} = {toml_value(_listed(value))}" for key, value in keys.items())]
+    return "\n".join(lines)
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def sections_for(files: Sequence[Path], model: str, task: str = "") -> tuple[Sections, list[str]]:
+    """Chooses the keys of a run file for data and a model ("": the default), and says each choice in a line.
+
+    Without files, for the model alone. The data are read with these keys as a run reads them, so that they fit them.
+    """
+    check_kind(task)
+    source = find_model(model) if model else None
+    sections = _for_model(source) if source else {}
+    said = [f"model.name = {model!r}"] if source else []
+    if "template" in sections.get("task", {}):
+        said.append("task.template = 'plain': the model has no chat template")
+    if files:
+        read = [local_data(file) for file in files]
+        found = suggest(read, *_answers_of(source), task)
+        if found.classifies and source is None:
+            said.append(f"model.name = {_CLASSIFIER!r}: a model that answers with classes; --model chooses another")
+            sections = {"model": {"name": _CLASSIFIER}, "lora": {"targets": ("query", "value")}}
+        _add(sections, found)
+        said += found.said
+        settings = task_settings(RunConfig.model_validate(sections))
+        for file in read:
+            unread = device_pairs(file, settings).unread
+            said += [f"not learned: the field {printable(name, 60)!r} of {file}, which no key names" for name in unread]
+    elif task and TASKS[task].answers == "class":
+        raise ConfigError(f"--task {task} needs --data FILE, to find the names of the classes")
+    return sections, said
+
+
+def check_kind(task: str) -> None:
+    """Raises ConfigError for a --task that is not known."""
+    if task and task not in TASKS:
+        raise ConfigError(f"--task {task!r} is not known: {nearest(task, TASKS)}. Without it the data decide")
+
+
+def _add(sections: Sections, found: Suggestion) -> None:
+    for section, keys in found.sections.items():
+        sections[section] = {**sections.get(section, {}), **keys}
+
+
+def _answers_of(source: ModelSource | None) -> tuple[bool | None, bool]:
+    """Returns whether a model answers with classes, and whether it has a chat template; without a model None, and True."""
+    if source is None:
+        return None, True
+    return source.family.task_head is not None, has_chat_template(source.folder)
+
+
+def _for_model(source: ModelSource) -> Sections:
+    """Returns the keys that must differ from their defaults so that the file runs with this model."""
+    check_tokens(source)
+    sections: Sections = {"model": {"name": source.name}}
+    standard = RunConfig()
+    ends = min(standard.split.front, (source.num_layers - 1) // 2)  # one layer at least is left for a host
+    if ends < standard.split.front:
+        sections["split"] = {"front": ends, "back": ends}
+    positions = positions_of(source)
+    if positions is not None and positions.most < standard.task.max_tokens:
+        sections["task"] = {"max_tokens": positions.most}
+    try:
+        target_modules(source, standard.lora.targets)
+    except ConfigError:
+        sections["lora"] = {"targets": ("all-linear",)}
+    if source.family.task_head is None and not has_chat_template(source.folder):
+        sections["task"] = {**sections.get("task", {}), "template": "plain"}
+    return sections
