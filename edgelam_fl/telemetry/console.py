@@ -54,6 +54,7 @@ from edgelam_fl.telemetry.events import (
     StoppedEarly,
     TextReadable,
 )
+from edgelam_fl.telemetry.events.rounds import CONNECTING, DOINGS, SERVING, TRAINING
 from edgelam_fl.telemetry.human import by_name, human_bytes, human_layers, human_measure, human_seconds, total
 from edgelam_fl.telemetry.summary import mean_metrics, measure_of, measured, setting, task_of
 from edgelam_fl.telemetry.waiting import DEFAULT_SIGNS, Reminder, SignTiming
@@ -61,6 +62,8 @@ from edgelam_fl.telemetry.waiting import DEFAULT_SIGNS, Reminder, SignTiming
 NAMES_SHOWN = 8
 VALUES_SHOWN = 3
 STARTING = "loading PyTorch"
+_CONNECTING, _TRAINING, _SERVING = map(DOINGS.index, (CONNECTING, TRAINING, SERVING))
+_EVALUATED, _OVER = _TRAINING - 0.5, len(DOINGS)
 
 
 @dataclass
@@ -75,6 +78,14 @@ class _Row:
     waited: float | None = None  # share of the latest train phase, in [0, 1]
     of_data: tuple[str, ...] = ()  # what was said last of what is not used of its data
     unfit: str = ""  # why it is in no round, as it was said
+    place: tuple[float, int] = (0, 0)  # how far it is in the round: its doing's number in DOINGS, steps that are over
+
+    def move_to(self, place: tuple[float, int], doing: str) -> bool:
+        """Shows what it does, if it is not farther by now: a node's own events may be faster than its progress. Returns whether it does."""
+        if place < self.place:
+            return False
+        self.place, self.doing = place, doing
+        return True
 
 
 class RunView:
@@ -243,6 +254,8 @@ class RunView:
 
     def _on_plan(self, event: PlanMade, _: str) -> None:
         self._round = event.round
+        for row in self._rows.values():
+            row.place = (0, 0)
         self._go_to(f"round {self._round} of {self._rounds}" if self._round <= self._rounds else "last evaluation")
         for name, reason in (event.unfit or {}).items():
             if self._row(name).unfit != reason:
@@ -259,7 +272,8 @@ class RunView:
         self._progress = event
         for name, node in (event.nodes or {}).items():
             row = self._row(name)
-            row.doing, row.loss = node.words(), row.loss if node.loss is None else node.loss
+            if row.move_to((DOINGS.index(node.doing), node.step), node.words()) and node.loss is not None:
+                row.loss = node.loss
 
     def _on_text_readable(self, event: TextReadable, _: str) -> None:
         self.say(event.words)
@@ -358,7 +372,8 @@ class RunView:
     # ---------------------------------------------------------------- the stage hosts' events
 
     def _on_job_started(self, event: JobStarted, node: str) -> None:
-        self._row(node).doing = "evaluates" if event.role == "device" else "serves"
+        is_device = event.role == "device"
+        self._row(node).move_to((_CONNECTING if is_device else _SERVING, 0), "evaluates" if is_device else "serves")
 
     def _on_data_read(self, event: DataRead, node: str) -> None:
         """Says what the events of the run must not hold: names and places."""
@@ -369,19 +384,20 @@ class RunView:
         self.say(f"{node}: {event.words()}")
 
     def _on_evaluated(self, _: Evaluated, node: str) -> None:
-        self._row(node).doing = "evaluated"
+        self._row(node).move_to((_EVALUATED, 0), "evaluated")
 
     def _on_step(self, event: StepDone, node: str) -> None:
         row = self._row(node)
-        row.doing, row.loss = f"step {event.step + 1} of {self._steps}", event.loss
+        if row.move_to((_TRAINING, event.step + 1), f"step {event.step + 1} of {self._steps}"):
+            row.loss = event.loss
 
     def _on_step_closed(self, event: StepClosed, node: str) -> None:
         """Shows the step of a host; a device that hosts too reports its own steps."""
         if self._row(node).role != "device":
-            self._row(node).doing = f"step {event.step + 1} of {self._steps}"
+            self._row(node).move_to((_SERVING, event.step + 1), f"step {event.step + 1} of {self._steps}")
 
     def _on_job_done(self, event: JobDone, node: str) -> None:
-        self._row(node).doing = "waits" if event.state == "done" else "failed"
+        self._row(node).move_to((_OVER, 0), "waits" if event.state == "done" else "failed")
 
     # ---------------------------------------------------------------- drawing
 

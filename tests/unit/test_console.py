@@ -302,3 +302,26 @@ def test_after_the_first_round_the_time_of_the_whole_run_is_said() -> None:
     view.feed(RoundProgress(round=2, attempt=1, seconds=5.0, doing="training", step=2, steps=6, left_s=10.0))
     left = f"{10 + done.seconds:.1f} s"
     assert view.status() == f"round 2 of 3: step 2 of 6, about 10 s left; about {left} left in the run"
+
+
+def test_a_nodes_own_events_are_not_taken_back_by_an_older_progress() -> None:
+    console = Console(file=io.StringIO(), width=100)
+    view = RunView(console, 3, 6)
+    view.feed(of_round(1, "plan"))
+
+    def shown() -> str:
+        console.print(view._draw())
+        return next(line for line in reversed(console.file.getvalue().splitlines()) if line.startswith("device-1"))  # type: ignore[attr-defined]
+
+    def progress(step: int, doing: str = "training") -> RoundProgress:
+        nodes = {"device-1": NodeProgress(doing=doing, step=step, steps=6, loss=9.0)}
+        return RoundProgress(round=1, attempt=1, seconds=5.0, doing=doing, nodes=nodes)
+
+    view.feed(parse_event({"event": "step", "step": 2, "loss": 0.5}), "device-1")
+    view.feed(progress(2))
+    assert shown().split()[1:6] == ["step", "3", "of", "6", "0.500"]
+    view.feed(progress(4))
+    assert shown().split()[1:6] == ["step", "4", "of", "6", "9.000"]
+    view.feed(parse_event({"event": "job_done", "state": "done", "error": ""}), "device-1")
+    view.feed(progress(6, "reporting"))
+    assert shown().split()[1] == "waits"
