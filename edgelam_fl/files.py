@@ -127,6 +127,18 @@ def _exchange(one: Path, other: Path) -> bool:
     return rename(_HERE, os.fsencode(one.absolute()), _HERE, os.fsencode(other.absolute()), _EXCHANGE) == 0
 
 
+def share(folder: Path, mode: int | None = None) -> None:
+    """Gives all that is below a folder the folder's own mode, files without the right to execute: it is made to be handed on.
+
+    mode: first given to the folder itself; None: it keeps its own, which is what this process's umask says of a new one.
+    """
+    if mode is not None:
+        folder.chmod(mode)
+    own = folder.stat().st_mode & 0o777
+    for path in folder.rglob("*"):
+        path.chmod(own if path.is_dir() else own & 0o666)
+
+
 def sweep(folder: Path) -> list[str]:
     """Removes from a folder what a killed process left half-done there, and says the names; does not look into its folders.
 

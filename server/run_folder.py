@@ -8,17 +8,20 @@ import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 
 from edgelam_fl.config import to_toml
-from edgelam_fl.errors import ConfigError, RunFailed
-from edgelam_fl.files import from_home, is_full, replace_folder, say, sweep, write_atomically
+from edgelam_fl.errors import ConfigError, ModelError, RunFailed
+from edgelam_fl.files import from_home, is_full, replace_folder, say, share, sweep, write_atomically
 from edgelam_fl.model.adapter import Adapter, adapter_shapes, write_peft_folder
 from edgelam_fl.model.base_names import FP32_BYTES
 from edgelam_fl.plan.spec import RunSpec
+from edgelam_fl.serving.companions import add_card, add_texts
+from edgelam_fl.serving.model_card import model_card
 from edgelam_fl.serving.results import BASE_MODEL
+from edgelam_fl.serving.trained_on import TrainedOn, trained_on
 from edgelam_fl.telemetry.events import (
     EVENTS_BYTES,
     EVENTS_FILE,
@@ -37,6 +40,7 @@ from edgelam_fl.telemetry.records import as_json
 from edgelam_fl.telemetry.summary import build_summary
 from server.checkpoint import Saved, newest_round, save, size_bytes, sweep_checkpoints
 
+_SHARED = 0o755  # of adapters, which people hand on: the run's folder around them is its owner's alone
 _REPORT_BYTES, _RESERVE_BYTES = 5_000_000, 64_000
 _VERSIONED = ("edgelam-fl", "flwr", "torch", "transformers", "peft", "grpcio")
 
@@ -146,6 +150,7 @@ class RunFolder:
         try:
             for place, tensors in exports.items():
                 self._write_adapter(tensors, part / place)
+            share(part, _SHARED)
             replace_folder(part, self.path / name)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
@@ -162,7 +167,23 @@ class RunFolder:
             targets=lora.targets,
             classes=self._spec.config.task.classes,
             kind=self._spec.kind,
+            trained_on=self._base.as_json(),
         )
+
+    @cached_property
+    def _base(self) -> TrainedOn:
+        return trained_on(self._spec.source)
+
+    def _accompany(self) -> None:
+        """Puts the tokenizer, the generation settings and the model card beside the adapter, if there is one."""
+        adapter = self.path / "adapter"
+        if adapter.is_dir():
+            add_texts(self._spec.source, adapter)
+            add_card(
+                model_card(self._spec.config, self._base, list(read_events(self.emit.path)), "peft", whole=False),
+                adapter,
+            )
+            share(adapter)
 
     def finish(self) -> None:
         """Writes summary.json and report.html from the events."""
@@ -173,6 +194,7 @@ class RunFolder:
             summary = build_summary(list(read_events(self.emit.path)))
             write_atomically(self.path / "summary.json", json.dumps(as_json(summary), indent=2) + "\n")
             write_report(self.path)
+            self._accompany()
         except OSError as error:
             if not is_full(error):
                 raise
@@ -189,5 +211,6 @@ class RunFolder:
             f"the adapter after round {done} is kept in {self.path.name}/adapter" if done else "no round was finished"
         )
         self.emit(RunFailure(reason=from_home(reason), kept=kept, exit_code=exit_code))
-        with suppress(OSError):  # the reason is out; on a full disk there is no room for the page
+        with suppress(OSError, ModelError):  # the reason is out; a disk may be full, and the model's files damaged
             write_report(self.path)
+            self._accompany()

@@ -168,13 +168,23 @@ def _type_of(value: Any) -> tuple[gguf.GGUFValueType, gguf.GGUFValueType | None]
 
 
 def read_by_llama_cpp(
-    file: Path, folder: Path, *, texts: Sequence[str] = (), ids: Sequence[Sequence[int]] = (), vocabulary: int = 0
+    file: Path,
+    folder: Path,
+    *,
+    texts: Sequence[str] = (),
+    ids: Sequence[Sequence[int]] = (),
+    vocabulary: int = 0,
+    prompts: Sequence[Sequence[int]] = (),
+    count: int = 0,
+    lora: Path | None = None,
 ) -> dict[str, Any]:
     """Returns what llama.cpp makes of a file: `tokens` of the texts, `ends` among the first `vocabulary` tokens, whether it
-    `begins` texts with a token, and `probabilities`: of the next token after each of the `ids`, as tensors [tokens, vocabulary].
+    `begins` texts with a token, `probabilities`: of the next token after each of the `ids`, as tensors [tokens, vocabulary], and
+    `continued`: the `count` likeliest tokens after each of the prompts, fewer if one ends the text. lora: an adapter beside it.
     """
     request, answer = folder / "request.json", folder / "answer.json"
     asked = {"file": str(file), "texts": list(texts), "ids": [list(row) for row in ids], "vocabulary": vocabulary}
+    asked |= {"prompts": [list(row) for row in prompts], "count": count, "lora": str(lora) if lora else ""}
     request.write_text(json.dumps(asked), encoding="utf-8")
     subprocess.run(["node", SCRIPT, LLAMA_CPP, request, answer], check=True, timeout=540, stderr=subprocess.PIPE)
     said: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))

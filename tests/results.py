@@ -11,6 +11,7 @@ from edgelam_fl.model.adapter import Adapter, initial_adapter, write_peft_folder
 from edgelam_fl.model.carry import CARRY_A, CARRY_B
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.spec import RunSpec
+from edgelam_fl.serving.trained_on import trained_on
 from tests.support import run_config
 
 
@@ -48,5 +49,7 @@ def write_result(folder: Path, source: ModelSource, *overrides: str, adapter: Ad
         alpha=lora.alpha,
         targets=lora.targets,
         kind=RunSpec(config, source).kind,
+        classes=config.task.classes,
+        trained_on=trained_on(source).as_json(),
     )
     return folder

@@ -46,6 +46,7 @@ _COMMANDS = (
     bench.bench,
     results.report,
     results.export,
+    results.push,
     results.chat,
 )
 _LOG = logging.getLogger("edgelam_fl")

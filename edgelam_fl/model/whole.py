@@ -24,9 +24,13 @@ from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import load_stages
 
 
-def load_whole(source: ModelSource, base: str, chip: torch.device = CPU) -> Any:
-    """Loads the Hugging Face model with all layers on a chip, frozen. It can be saved, even if it comes from a GGUF file."""
-    (stage,) = load_stages(source, [Span(0, source.num_layers, embed=True, head=True)], base, None, chip=chip)
+def load_whole(source: ModelSource, base: str, chip: torch.device = CPU, *, classes: int = 0) -> Any:
+    """Loads the Hugging Face model with all layers on a chip, frozen. It can be saved, even if it comes from a GGUF file.
+
+    classes: of a classification, whose new head an adapter then replaces; 0: a language model.
+    """
+    whole = [Span(0, source.num_layers, embed=True, head=True)]
+    (stage,) = load_stages(source, whole, base, None, chip=chip, classes=classes)
     return stage.model
 
 

@@ -1,73 +1,122 @@
-"""Exports a run's result for other tools: the adapter as a peft folder, or merged into its base as a Hugging Face model.
+"""Exports a run's result for other tools: the adapter as a peft folder, merged into its base as a Hugging Face model, or as GGUF files.
 
 Knows nothing about federations. Other tools load the files without EdgeLAM-FL.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
 from edgelam_fl.errors import ConfigError, EnvironmentProblem
+from edgelam_fl.files import share, write_atomically
 from edgelam_fl.machine import disk_free_bytes, memory_free_bytes
-from edgelam_fl.model.generation import GENERATION, generation_settings
+from edgelam_fl.model.generation import generation_settings
+from edgelam_fl.model.gguf_file import BYTES_PER_NUMBER
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.tensor_file import write_tensors
 from edgelam_fl.model.tokenizer import load_tokenizer
+from edgelam_fl.serving.companions import add_card, add_texts, keep_generation
+from edgelam_fl.serving.gguf_out import ADAPTER, MODEL, GgufPlan, plan_file, why_no_adapter, write_lora, write_merged
+from edgelam_fl.serving.model_card import model_card
+from edgelam_fl.serving.modelfile import modelfile
 from edgelam_fl.serving.results import Result
+from edgelam_fl.serving.trained_on import TrainedOn, trained_on
+from edgelam_fl.telemetry.events import EVENTS_FILE, Event
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
-BYTES_PER_NUMBER = {"fp32": 4, "bf16": 2}
+_DTYPES = {"peft": (), "merged": ("fp32", "bf16"), "gguf": tuple(BYTES_PER_NUMBER)}  # --to -> what --dtype may be
 
 
 def export(result: Result, kind: str, out: Path | None, dtype: str = "", front: Path | None = None) -> tuple[Path, str]:
-    """Writes the result as `kind` "peft" or "merged" to `out` (None: a folder of that name in the run's folder).
+    """Writes the result as `kind` "peft", "merged" or "gguf" to `out` (None: a folder of that name in the run's folder).
 
-    `front`: a device's own adapter of the front, which a run with privacy.private_front lacks. Returns the folder and the code that loads it elsewhere. The folder appears complete or not at all. Raises ConfigError
-    if it exists or an option is wrong, EnvironmentProblem if memory or disk is short.
+    `front`: a device's own adapter of the front, which a run with privacy.private_front lacks. Returns the folder and the lines
+    that use it elsewhere. The folder appears complete or not at all. Raises ConfigError if it exists or an option is wrong,
+    EnvironmentProblem if memory or disk is short.
     """
-    if kind not in ("peft", "merged"):
-        raise ConfigError(
-            f"--to {kind!r} must be 'peft' (the adapter alone) or 'merged' (base and adapter as one model)"
-        )
-    if kind == "peft" and dtype:
-        raise ConfigError("--dtype belongs to --to merged; an adapter stays fp32, as it was trained")
-    if result.config.wire.gradients == "lowrank":
-        raise ConfigError(
-            f"wire.gradients = 'lowrank' in {result.folder}: its cut adapter is no LoRA of a module, so no other tool can load the "
-            f"result; `edgelam chat {result.folder}` answers with it. A run with wire.gradients = 'full' can be exported"
-        )
-    if dtype not in ("", *BYTES_PER_NUMBER):
-        raise ConfigError(f"--dtype {dtype!r} must be {' or '.join(BYTES_PER_NUMBER)}")
+    _check_options(result, kind, dtype)
     folder = out or result.folder / kind
     if folder.exists():
         raise ConfigError(f"{folder} exists; choose another with --out (nothing is ever overwritten)")
     _check_front(result, front)
     source = find_model(result.config.model.name)
     result.check_base(source)
+    made, classes = _Made(result, source, trained_on(source), dtype or "fp32"), result.config.task.classes
+    card = model_card(result.config, made.base, _events(result), kind)
     with _adapter(result, front) as adapter:
         if kind == "peft":
-            _check_adapter(adapter, source)
-            _whole_or_nothing(folder, lambda part: _copy(adapter, part))
-            return folder, _load_peft(folder, source)
-        _check_room(source, folder, dtype or "fp32")
-        _whole_or_nothing(folder, lambda part: _merge(adapter, source, part, dtype or "fp32"))
-    return folder, f'model = AutoModelForCausalLM.from_pretrained("{folder}")    # from transformers'
+            _check_adapter(adapter, source, classes)
+            _whole_or_nothing(folder, lambda part: _copy(adapter, source, part), card)
+            return folder, _load_peft(folder, source, made.base, classes)
+        if kind == "gguf":
+            plan = plan_file(source, made.base)
+            _check_room(source, folder, made.dtype)
+            _whole_or_nothing(folder, lambda part: _write_gguf(made, adapter, plan, part), card)
+            return folder, _use_gguf(folder)
+        _check_room(source, folder, made.dtype)
+        _whole_or_nothing(folder, lambda part: _write_merged(made, adapter, part), card)
+    return folder, f'model = {_auto(classes)}.from_pretrained("{folder}")    # from transformers'
 
 
-def _whole_or_nothing(folder: Path, write: Callable[[Path], None]) -> None:
+def _events(result: Result) -> list[Event]:
+    """Returns what happened in the run; nothing if its events were taken away."""
+    return list(result.events()) if (result.folder / EVENTS_FILE).is_file() else []
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What is exported, and how."""
+
+    result: Result
+    source: ModelSource
+    base: TrainedOn
+    dtype: str
+
+
+def _check_options(result: Result, kind: str, dtype: str) -> None:
+    """Raises ConfigError for options that do not go together, and for a run whose result has no such form."""
+    if kind not in _DTYPES:
+        raise ConfigError(
+            f"--to {kind!r} must be 'peft' (the adapter alone), 'merged' (base and adapter as one model) or 'gguf' (both for "
+            f"llama.cpp and Ollama)"
+        )
+    if kind == "peft" and dtype:
+        raise ConfigError("--dtype belongs to --to merged and --to gguf; an adapter stays fp32, as it was trained")
+    if dtype not in ("", *_DTYPES[kind]):
+        raise ConfigError(f"--dtype {dtype!r} must be {' or '.join(_DTYPES[kind])} with --to {kind}")
+    if result.config.wire.gradients == "lowrank":
+        raise ConfigError(
+            f"wire.gradients = 'lowrank' in {result.folder}: its cut adapter is no LoRA of a module, so no other tool can load the "
+            f"result; `edgelam chat {result.folder}` answers with it. A run with wire.gradients = 'full' can be exported"
+        )
+    if kind == "gguf" and result.config.task.classes:
+        raise ConfigError(
+            f"task.kind = {result.config.task.kind!r} in {result.folder}: a GGUF file answers with text, not with a class; "
+            f"`--to merged` writes a folder for transformers"
+        )
+
+
+def _auto(classes: Sequence[str]) -> str:
+    """Returns transformers' name for what opens a model."""
+    return "AutoModelForSequenceClassification" if classes else "AutoModelForCausalLM"
+
+
+def _whole_or_nothing(folder: Path, write: Callable[[Path], None], card: str) -> None:
     part = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         write(part)
+        add_card(card, part)
+        share(part)  # safetensors' writer keeps its files private
         part.rename(folder)
     except OSError as error:
         raise ConfigError(f"{folder} cannot be written: {error.strerror or error}") from error
@@ -101,49 +150,57 @@ def _adapter(result: Result, front: Path | None) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"--front {front} cannot be read: {error}") from error
     whole = load_file(result.adapter / _TENSORS)
+    with safe_open(result.adapter / _TENSORS, framework="numpy") as file:
+        told = file.metadata()
     wrong = [name for name, array in own.items() if name not in whole or whole[name].shape != array.shape]
     if wrong or not own:
         what = f"{wrong[0]} is no tensor of it" if wrong else "it is empty"
         raise ConfigError(f"--front {front} does not belong to the adapter of {result.folder}: {what}")
     with tempfile.TemporaryDirectory() as made:
         shutil.copyfile(result.adapter / _CONFIG, Path(made) / _CONFIG)
-        write_tensors(Path(made) / _TENSORS, whole | own, {"format": "pt"})
+        write_tensors(Path(made) / _TENSORS, whole | own, told)
         yield Path(made)
 
 
 # ---------------------------------------------------------------- the adapter alone
 
 
-def _copy(adapter: Path, folder: Path) -> None:
+def _copy(adapter: Path, source: ModelSource, folder: Path) -> None:
     folder.mkdir(parents=True)
     for name in (_CONFIG, _TENSORS):
         shutil.copyfile(adapter / name, folder / name)
+    add_texts(source, folder)
 
 
-def _check_adapter(adapter: Path, source: ModelSource) -> None:
-    """Lets peft put the adapter on its base, which has no storage here: the check takes no memory for a model."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _check_adapter(adapter: Path, source: ModelSource, classes: Sequence[str]) -> Any:
+    """Lets peft put the adapter on its base, which has no storage here, and returns both: it takes no memory for a model."""
+    from transformers import AutoConfig
 
+    from edgelam_fl.model.skeleton import whole_on_meta
     from edgelam_fl.model.whole import put_on
 
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source.folder))
-    put_on(base, adapter)
+    return put_on(whole_on_meta(AutoConfig.from_pretrained(source.folder), len(classes)), adapter)
 
 
-def _load_peft(folder: Path, source: ModelSource) -> str:
-    gguf = f', gguf_file="{source.gguf.name}"' if source.gguf and source.reference == str(source.gguf) else ""
-    base = str(source.gguf.parent) if source.gguf and gguf else source.reference
-    if gguf and not _transformers_reads_it(source):
-        return (
+def _load_peft(folder: Path, source: ModelSource, known: TrainedOn, classes: Sequence[str]) -> str:
+    """Returns the lines that load the adapter elsewhere, and before them what has to be known of its base."""
+    told, base, more = "", source.reference, f", num_labels={len(classes)}" if classes else ""
+    if known.is_rounded_copy:
+        told = (
+            f"# Trained on {known.in_words}.\n"
+            f"# {base} has the weights before they were rounded: losses and answers differ a little there. `--to merged` and\n"
+            f"# `--to gguf` have exactly the model that was trained.\n"
+        )
+    elif source.gguf is not None and _transformers_reads_it(source):
+        base, more = str(source.gguf.parent), f', gguf_file="{source.gguf.name}"'
+    elif source.gguf is not None:
+        told = (
             f"# The base is {source.gguf}, which transformers does not read as llama.cpp and EdgeLAM-FL do. Put the adapter on the\n"
             f"# folder that the file was converted from, or take `--to merged`:\n"
-            f'base = AutoModelForCausalLM.from_pretrained("FOLDER")    # from transformers\n'
-            f'model = PeftModel.from_pretrained(base, "{folder}")    # from peft'
         )
+        base = "FOLDER"
     return (
-        f'base = AutoModelForCausalLM.from_pretrained("{base}"{gguf})    # from transformers\n'
+        f'{told}base = {_auto(classes)}.from_pretrained("{base}"{more})    # from transformers\n'
         f'model = PeftModel.from_pretrained(base, "{folder}")    # from peft'
     )
 
@@ -179,29 +236,55 @@ def _gb(count: int) -> str:
     return f"{count / 1e9:.2f} GB"
 
 
-def _merge(adapter: Path, source: ModelSource, folder: Path, dtype: str) -> None:
-    import torch
-
+def _merged(made: _Made, adapter: Path) -> Any:
+    """Returns transformers' model in fp32, with the adapter in its weights."""
     from edgelam_fl.model.whole import load_whole, put_on
 
     # Our own loading rather than from_pretrained: a GGUF file is read from the cache, and saves like any other model.
-    merged: Any = put_on(load_whole(source, "fp32"), adapter).merge_and_unload()
-    if dtype == "bf16":
+    whole = load_whole(made.source, "fp32", classes=len(made.result.config.task.classes))
+    return put_on(whole, adapter).merge_and_unload()
+
+
+def _write_merged(made: _Made, adapter: Path, folder: Path) -> None:
+    import torch
+
+    merged, classes = _merged(made, adapter), made.result.config.task.classes
+    if classes:
+        merged.config.id2label = dict(enumerate(classes))
+        merged.config.label2id = {name: number for number, name in enumerate(classes)}
+    if made.dtype == "bf16":
         merged.to(torch.bfloat16)
     merged.save_pretrained(folder)
-    load_tokenizer(source.folder).save_pretrained(folder)
-    _keep_generation(source, folder)
+    load_tokenizer(made.source.folder).save_pretrained(folder)
+    keep_generation(made.source, folder)
 
 
-def _keep_generation(source: ModelSource, folder: Path) -> None:
-    """Writes the base's own generation settings; all that ends an answer is among the ends, as in training and in chat."""
-    settings = generation_settings(source.folder)
-    if not settings and not (folder / GENERATION).is_file():
-        return
-    settings = settings or generation_settings(folder)
-    listed = settings.get("eos_token_id")
-    known = listed if isinstance(listed, list) else [] if listed is None else [listed]
-    ends = [*known, *sorted(source.stop_ids - set(known))]
-    if ends:
-        settings["eos_token_id"] = ends if len(ends) > 1 else ends[0]
-    (folder / GENERATION).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+# ---------------------------------------------------------------- for llama.cpp and Ollama
+
+
+def _write_gguf(made: _Made, adapter: Path, plan: GgufPlan, folder: Path) -> None:
+    """Writes the model, the adapter if it is plain LoRA, and the Modelfile; a text in place of an adapter that is not."""
+    folder.mkdir(parents=True)
+    tuned = _check_adapter(adapter, made.source, ())
+    reason = why_no_adapter(tuned)
+    if reason:
+        write_atomically(
+            folder / "no-adapter.txt", f"There is no {ADAPTER} here: {reason}. {MODEL} has all of the result.\n"
+        )
+    else:
+        write_lora(tuned, load_file(adapter / _TENSORS), plan, folder / ADAPTER)
+    write_merged(_merged(made, adapter), plan, folder / MODEL, made.dtype)
+    penalty = float(generation_settings(made.source.folder).get("repetition_penalty") or 1.0)
+    tokenizer = load_tokenizer(made.source.folder)
+    text = modelfile(made.result.config.task, tokenizer, made.source.stop_ids, penalty, MODEL)
+    write_atomically(folder / "Modelfile", text)
+
+
+def _use_gguf(folder: Path) -> str:
+    no_adapter = folder / "no-adapter.txt"
+    said = (
+        no_adapter.read_text(encoding="utf-8").strip()
+        if no_adapter.is_file()
+        else f"llama-cli -m BASE.gguf --lora {folder / ADAPTER}    # the adapter alone, beside its base"
+    )
+    return f"llama-cli -m {folder / MODEL}    # llama.cpp\nollama create NAME -f {folder / 'Modelfile'}\n{said}"

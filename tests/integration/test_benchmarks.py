@@ -15,11 +15,13 @@ from benchmarks.leakage.__main__ import main as leakage
 ROOT = Path(__file__).parents[2]
 # Those that need an emulated machine or a Docker engine have tests of their own: tests/unit/test_benchmark_boards.py,
 # tests/unit/test_testbed_benchmarks.py. That of links runs on the federation that other tests share: test_benchmark_links.py;
-# what the demo's run leaves is looked at in test_smollm2.py.
+# what the demo's run leaves is looked at in test_smollm2.py. gguf_answers needs llama.cpp: tests/contract/test_gguf_out.py compares
+# small models where it is installed.
 APART = (
     "__init__",
     "common",
     "demo",
+    "gguf_answers",
     "hostile",
     "boards",
     "big_llama",

@@ -233,6 +233,7 @@ def test_help_lists_every_command(edgelam: Edgelam) -> None:
         "bench",
         "report",
         "export",
+        "push",
         "chat",
     ):
         assert f" {command} " in done.stdout
@@ -366,13 +367,17 @@ def test_chat_answers_one_question_or_one_after_the_other(edgelam: Edgelam, tmp_
     done = edgelam("chat", "run", "--max-tokens", "8", typed="Hello\n\n/quit\nHello\n")
     assert (done.returncode, done.stdout.strip()) == (0, tuned)
     assert "/quit or Ctrl-D ends the conversation" in done.stderr
+    assert "kernels" not in done.stderr, "what a library says of itself is no answer"
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["export", "run"], "Missing option '--to'"),
-        (["export", "run", "--to", "gguf"], "--to 'gguf' must be 'peft'"),
+        (["export", "run", "--to", "onnx"], "--to 'onnx' must be 'peft'"),
+        (["export", "run", "--to", "gguf"], "has no merges, without which llama.cpp reads no vocabulary"),
+        (["export", "classifier", "--to", "gguf"], "a GGUF file answers with text, not with a class"),
+        (["push", "run", "a/b/c"], "'a/b/c' is no name of a repository, which is OWNER/NAME"),
         (["export", "run", "--to", "peft", "--out", "run"], "run exists; choose another with --out"),
         (["chat", "run", "--prompt", " "], "--prompt is empty"),
         (["chat", "run", "--max-tokens", "0"], "0 is not in the range x>=1"),

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.numpy import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel
 
 from edgelam_fl.errors import ConfigError, EnvironmentProblem, ModelError
-from edgelam_fl.model.adapter import Span, read_peft_folder
+from edgelam_fl.model.adapter import Span, initial_adapter, read_peft_folder
 from edgelam_fl.model.carry import CARRY_B
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.stage import LoraSettings, load_stages
@@ -21,8 +25,9 @@ from edgelam_fl.serving import export as module
 from edgelam_fl.serving.export import export
 from edgelam_fl.serving.results import open_result
 from tests.fleet import plain_model
+from tests.recorded import a_run
 from tests.results import trained_adapter, with_carry, write_result
-from tests.support import write_tiny_llama
+from tests.support import byte_tokenizer, write_tiny_llama
 
 IDS = torch.tensor([[72, 101, 108, 108, 111, 3, 4, 5]])
 
@@ -97,9 +102,70 @@ def test_peft_loads_the_copy(tmp_path: Path, tiny: ModelSource) -> None:
     folder = write_result(tmp_path / "run", tiny)
     made, how = export(open_result(folder), "peft", tmp_path / "mine")
     assert f'from_pretrained("{tiny.reference}")' in how
-    assert sorted(file.name for file in made.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    weights = {"adapter_config.json", "adapter_model.safetensors"}
+    beside = {"README.md", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
+    assert {file.name for file in made.iterdir()} == weights | beside
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny.folder), made)
     assert torch.equal(logits(model), run_logits(folder, tiny))
+
+
+@pytest.mark.parametrize("kind", ["peft", "merged"])
+def test_others_may_read_what_the_shells_umask_lets_them(tmp_path: Path, tiny: ModelSource, kind: str) -> None:
+    """safetensors' own writer leaves files that their owner alone can read."""
+    result = open_result(write_result(tmp_path / "run", tiny))
+    before = os.umask(0o027)
+    try:
+        made, _ = export(result, kind, None)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(made.stat().st_mode) == 0o750
+    assert {stat.S_IMODE(file.stat().st_mode) for file in made.iterdir()} == {0o640}
+
+
+@pytest.mark.parametrize("kind", ["peft", "merged"])
+def test_a_card_is_written_with_the_runs_own_events(tmp_path: Path, tiny: ModelSource, kind: str) -> None:
+    folder = write_result(tmp_path / "run", tiny)
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in a_run()), encoding="utf-8")
+    made, _ = export(open_result(folder), kind, None)
+    card = ModelCard.load(made / "README.md")
+    assert card.data.to_dict()["library_name"] == {"peft": "peft", "merged": "transformers"}[kind]
+    assert "| 3 of 3 devices, pooled |" in card.text
+    assert tiny.files["weights"] in card.text
+
+
+CLASSES = ("animal", "plant", "person")
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    folder = tmp_path_factory.mktemp("bert")
+    byte_tokenizer().save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    BertModel(BertConfig(**sizes, vocab_size=260, max_position_embeddings=64)).save_pretrained(folder)
+    return find_model(str(folder))
+
+
+def test_a_classification_is_exported_with_its_head_and_classes(tmp_path: Path, bert: ModelSource) -> None:
+    start = initial_adapter(bert, ("query", "dense"), 4, 1, classes=len(CLASSES))
+    moved = {name: array + np.float32(0.1) for name, array in start.items()}
+    settings = (
+        "task.kind=classification",
+        f"task.classes={json.dumps(CLASSES)}",
+        'lora.targets=["query", "dense"]',
+        "lora.rank=4",
+    )
+    folder = write_result(tmp_path / "run", bert, *settings, adapter=moved)
+    small, how = export(open_result(folder), "peft", None)
+    assert f'base = AutoModelForSequenceClassification.from_pretrained("{bert.reference}", num_labels=3)' in how
+    merged, how = export(open_result(folder), "merged", None)
+    assert how.startswith("model = AutoModelForSequenceClassification.from_pretrained(")
+    whole = AutoModelForSequenceClassification.from_pretrained(merged)
+    assert whole.config.id2label == dict(enumerate(CLASSES))
+    base = AutoModelForSequenceClassification.from_pretrained(bert.folder, num_labels=3)
+    tuned = PeftModel.from_pretrained(base, small)
+    assert (logits(whole) - logits(tuned)).abs().max() < 1e-5
+    assert len(set(logits(whole)[0].tolist())) == 3, "of a head that is not zero"
 
 
 @pytest.mark.parametrize("alpha", [16.0, 11.0])
@@ -158,9 +224,11 @@ def test_a_torn_adapter_is_refused(tmp_path: Path, tiny: ModelSource) -> None:
 @pytest.mark.parametrize(
     ("kind", "dtype", "says"),
     [
-        ("gguf", "", "--to 'gguf' must be 'peft'"),
-        ("peft", "bf16", "--dtype belongs to --to merged"),
-        ("merged", "fp8", "--dtype 'fp8' must be fp32 or bf16"),
+        ("onnx", "", "--to 'onnx' must be 'peft'"),
+        ("peft", "bf16", "--dtype belongs to --to merged and --to gguf"),
+        ("merged", "fp8", "--dtype 'fp8' must be fp32 or bf16 with --to merged"),
+        ("merged", "fp16", "--dtype 'fp16' must be fp32 or bf16 with --to merged"),
+        ("gguf", "q4", "--dtype 'q4' must be fp32 or fp16 or bf16 with --to gguf"),
     ],
 )
 def test_wrong_options(tmp_path: Path, tiny: ModelSource, kind: str, dtype: str, says: str) -> None:

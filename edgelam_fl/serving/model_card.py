@@ -1,0 +1,241 @@
+"""Writes a result's model card: README.md beside the weights, as the Hugging Face hub reads it.
+
+Knows events and the run file, no tensors. Says numbers of devices and examples, never names of nodes or words of their data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from edgelam_fl.config import RunConfig
+from edgelam_fl.serving.trained_on import TrainedOn
+from edgelam_fl.telemetry.events import BestTaken, DeviceResult, Event, of_kind
+from edgelam_fl.telemetry.human import human_measure, human_number
+from edgelam_fl.telemetry.summary import (
+    Summary,
+    build_summary,
+    finished_rounds,
+    is_training_round,
+    measure_of,
+    measured,
+    pooled,
+    privacy_in_words,
+)
+
+_LIBRARIES = {"peft": "peft", "merged": "transformers", "gguf": "gguf"}
+_KINDS = {"peft": "A LoRA adapter for", "merged": "A fine-tuned copy of", "gguf": "A fine-tuned copy, as GGUF, of"}
+_LORA_KINDS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "modules_to_save")
+_TAGS = ("lora", "federated-learning", "split-learning")
+
+
+def model_card(config: RunConfig, base: TrainedOn, events: Sequence[Event], form: str, *, whole: bool = True) -> str:
+    """Returns the card of a run's result.
+
+    events: of the run, as far as it has come; form: "peft", "merged" or "gguf"; whole: false for the adapter as the run leaves
+    it, which may lack a part that other programs need.
+    """
+    summary = build_summary(events)
+    parts = [
+        f"# {_short(base)}, fine-tuned with EdgeLAM-FL",
+        f"{_KINDS[form]} {_named(base)}, trained by federated split learning: {_devices(summary)} kept their data and trained it together, "
+        f"each with {_hosts(config)}.",
+        _section("Use", _use(config, base, form) + ("" if whole else _lacking(config))),
+        _section("Base model", _of_base(base)),
+        _section("Training data", _of_data(summary)),
+        _section("Result", _of_result(config, events)),
+        _section("Training", _of_training(config, summary)),
+        _section("Privacy", _of_privacy(summary)),
+    ]
+    return f"---\n{_metadata(config, base, form)}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def _section(heading: str, text: str) -> str:
+    return f"## {heading}\n\n{text}"
+
+
+def _metadata(config: RunConfig, base: TrainedOn, form: str) -> str:
+    from huggingface_hub import ModelCardData
+
+    relation = "adapter" if form == "peft" else "finetune"
+    data = ModelCardData(
+        base_model=base.name if base.is_public else None,
+        base_model_relation=relation if base.is_public else None,
+        license=base.licence or None,
+        library_name=_LIBRARIES[form],
+        pipeline_tag="text-classification" if config.task.classes else "text-generation",
+        tags=[*_TAGS, *(["gguf"] if form == "gguf" else [])],
+    )
+    return data.to_yaml()
+
+
+def _named(base: TrainedOn) -> str:
+    return f"[{base.name}](https://huggingface.co/{base.name})" if base.is_public else f"`{base.name}`"
+
+
+def _short(base: TrainedOn) -> str:
+    return base.name.rsplit("/", 1)[-1]
+
+
+def _devices(summary: Summary) -> str:
+    count = len(summary.devices)
+    return "devices" if not count else "1 device" if count == 1 else f"{count} devices"
+
+
+def _hosts(config: RunConfig) -> str:
+    if config.split.hosts == 0:
+        return "the whole model"
+    return "the first and last layers, while other machines computed the layers between"
+
+
+# ---------------------------------------------------------------- how it is used, what it stands on
+
+
+def _use(config: RunConfig, base: TrainedOn, form: str) -> str:
+    classes = config.task.classes
+    kind = "SequenceClassification" if classes else "CausalLM"
+    if form == "gguf":
+        return (
+            "`model.gguf` is the whole model: `llama-cli -m model.gguf`, or `ollama create NAME -f Modelfile`. `adapter.gguf`, if it is "
+            "here, is the change alone: `llama-cli -m BASE.gguf --lora adapter.gguf`."
+        )
+    if form == "merged":
+        return _code(f'model = AutoModelFor{kind}.from_pretrained("THIS FOLDER")    # from transformers')
+    place = f'"{base.name}"' if base.is_public else f'"YOUR COPY OF {_short(base)}"'
+    labels = f", num_labels={len(classes)}" if classes else ""
+    told = f"\n\nThe classes, in the order of the outputs: {', '.join(classes)}." if classes else ""
+    lines = (
+        f"base = AutoModelFor{kind}.from_pretrained({place}{labels})    # from transformers\n"
+        'model = PeftModel.from_pretrained(base, "THIS FOLDER")    # from peft'
+    )
+    return _code(lines) + told
+
+
+def _lacking(config: RunConfig) -> str:
+    if config.privacy.private_front:
+        return "\n\nThe front's adapter is not here: each device keeps its own, and without one the model does not answer as trained."
+    if config.wire.gradients == "lowrank":
+        return "\n\nA cut adapter belongs to it (`cut_adapter` in adapter_config.json), which peft leaves out: EdgeLAM-FL alone uses it."
+    return ""
+
+
+def _code(text: str) -> str:
+    return f"```python\n{text}\n```"
+
+
+def _of_base(base: TrainedOn) -> str:
+    said = [f"Trained on {base.in_words}.", f"Licence of the base model: {base.licence or 'not named in its files'}."]
+    if base.is_rounded_copy:
+        said.insert(
+            1,
+            f"The weights at {base.name} are not rounded, so losses and answers there differ a little from those below.",
+        )
+    return "\n".join(said)
+
+
+# ---------------------------------------------------------------- what was learned
+
+
+def _of_data(summary: Summary) -> str:
+    known = [device for device in summary.devices if device.examples is not None]
+    if not known:
+        return "No device has reported its data."
+    learned = sum(device.examples or 0 for device in known)
+    held_out = sum(device.held_out or 0 for device in known)
+    each = sorted(device.examples or 0 for device in known)
+    spread = f", {human_number(each[0])} to {human_number(each[-1])} on each" if len(each) > 1 else ""
+    return (
+        f"{_devices(summary)} with {human_number(learned)} examples to learn{spread}, and {human_number(held_out)} held out to "
+        f"measure with. The data stayed on the devices and are not published with this model."
+    )
+
+
+def _of_result(config: RunConfig, events: Sequence[Event]) -> str:
+    """Says the held-out measure before and after, pooled over the devices that were measured both times."""
+    measure, change = measure_of(config.task.kind), _change(config, events)
+    if change is None:
+        return "Not measured: no device has measured the adapter both at the start and later."
+    spread = ""
+    if len(change.devices) > 1:
+        low, high = (human_measure(measure, each(change.devices.values())) for each in (min, max))
+        spread = f" Of single devices afterwards: {low} to {high}."
+    note = f" {change.note}" if change.note else ""
+    return (
+        f"| held-out {measure} | before | after |\n|---|---|---|\n"
+        f"| {len(change.devices)} of {change.all_devices} devices, pooled | {human_measure(measure, change.before)} | "
+        f"{human_measure(measure, change.after)} |\n\n"
+        f"Held-out examples were never learned.{spread}{note}"
+    )
+
+
+@dataclass(frozen=True)
+class _Change:
+    before: float
+    after: float
+    devices: Mapping[str, float]  # measured both times -> afterwards
+    all_devices: int
+    note: str  # what has to be known of `after`
+
+
+def _change(config: RunConfig, events: Sequence[Event]) -> _Change | None:
+    measure, rounds = measure_of(config.task.kind), finished_rounds(events)
+    best = next(of_kind(events, BestTaken), None)
+    until = [done for done in rounds if best is None or done.round <= best.round + 1]  # it measures what it starts from
+    if len(until) < 2:
+        return None
+    first, last = (_measured(done.devices, measure) for done in (until[0], until[-1]))
+    both = sorted(first.keys() & last.keys())
+    before, after = (pooled(found[name] for name in both).get(measure) for found in (first, last))
+    if before is None or after is None:
+        return None
+    afterwards = {name: measured(last[name], measure) or 0.0 for name in both}
+    note = ""
+    if best is not None:
+        note = f"The adapter is {best.words()}."
+    elif is_training_round(rounds[-1]):
+        note = "The run did not end, so the adapter is one round newer than this measurement."
+    return _Change(before, after, afterwards, len(first.keys() | last.keys()), note)
+
+
+def _measured(devices: Sequence[DeviceResult], measure: str) -> dict[str, DeviceResult]:
+    return {device.name: device for device in devices if measured(device, measure) is not None}
+
+
+def _of_training(config: RunConfig, summary: Summary) -> str:
+    learning, task = config.optimizer, config.task
+    passes = (
+        f"{config.federation.epochs} passes" if config.federation.epochs else f"{config.federation.local_steps} steps"
+    )
+    rows = {
+        "rounds": f"{summary.rounds} of {config.federation.rounds}, {passes} each, {config.federation.batch_size} examples per step",
+        "LoRA": _of_lora(config),
+        "optimizer": f"{learning.name}, learning rate {learning.lr:g} ({learning.schedule})",
+        "task": f"{task.kind}, at most {task.max_tokens} tokens, loss on {task.loss_on}, template {task.template!r}",
+        "combined by": config.strategy.aggregation,
+        "frozen weights kept in": f"{config.model.base}, computed in {config.model.compute}",
+        "codecs on the wire": f"{config.wire.activation_codec} and {config.wire.gradient_codec} for gradients",
+        "seed": str(config.run.seed),
+        "versions": ", ".join(f"{name} {number}" for name, number in summary.versions.items()) or "not known",
+    }
+    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {_cell(text)} |" for name, text in rows.items())
+
+
+def _of_lora(config: RunConfig) -> str:
+    """Returns the settings of LoRA, and those of its kinds that are not at their defaults, by their names in the run file."""
+    lora = config.lora
+    kinds = {key: getattr(lora, key) for key in _LORA_KINDS if getattr(lora, key)}
+    told = "".join(f", {key} = {value}" for key, value in kinds.items())
+    return f"rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}; learned in {', '.join(lora.train)}{told}"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", "\\n")
+
+
+def _of_privacy(summary: Summary) -> str:
+    if summary.privacy is not None:
+        return "\n".join(f"- {sentence}" for sentence in privacy_in_words(summary.privacy))
+    return (
+        "No differential privacy: nothing is promised about what this model tells of the examples that it was trained on. Who must "
+        "not learn of them should not get it."
+    )
