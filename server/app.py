@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
@@ -10,9 +11,10 @@ from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from flwr.superlink.grid import InMemoryGrid
 
 from edgelam_fl.bounds import Bounds, bounds_of
-from edgelam_fl.config import parse_run_file, without_home
+from edgelam_fl.config import overrides_of, parse_run_file, without_home
 from edgelam_fl.errors import ConfigError, EdgelamError
 from edgelam_fl.federation import QUEUE
 from edgelam_fl.files import Hold, from_home, keep_private, say
@@ -39,6 +41,12 @@ from server.run_queue import Ticket, turn
 _COMMANDS = ("run", "plan", "chat", "resume")
 _BACK_S = 30.0  # for nodes that come back after the server did
 _HOLD_S = 15.0  # for a process of the same run that is ending
+_NO_SERVER_OF_OURS = (
+    "this run was submitted to a simulation of Flower's own, which `flwr` starts if its settings name no server: no device of yours is "
+    "there, so nothing was started. On the server's machine, type the line that `edgelam server` printed at its start, "
+    "export FLWR_HOME=FOLDER (the operator's, by default $PWD/.edgelam/server/operator), and then `flwr run .` again. "
+    "`edgelam run --local` plays a federation on this machine, `edgelam bench` simulates one"
+)
 app = ServerApp()
 
 
@@ -46,6 +54,9 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Does what `command` says. The other keys are described in pyproject.toml, [tool.flwr.app.config]."""
     given = {key: str(value) for key, value in context.run_config.items()}
+    if isinstance(grid, InMemoryGrid) and not given.get("fabric"):
+        raise ConfigError(_NO_SERVER_OF_OURS)
+    given["set"] = f"{given['set']} {shlex.join(overrides_of(context.run_config))}".strip()
     command = given["command"]
     if command not in _COMMANDS:
         raise ConfigError(f"command = {command!r} in the run config must be one of {', '.join(_COMMANDS)}")

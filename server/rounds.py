@@ -50,6 +50,7 @@ from server.global_adapter import StartingPoints, with_missing_modules
 from server.hub import NO_HUB, RunHub
 from server.late_updates import LateUpdates
 from server.lateness import lateness
+from server.log_lines import lines_of
 from server.outcome import conclude, receive
 from server.parcels import make_parcels
 from server.pauses import NodePauses
@@ -337,7 +338,7 @@ class Rounds:
             received = receive(planned, self._answers(trial))
             self._note(planned, received, trial)
             if not can_measure or any(reply.report.eval_labels for reply in received.replies.values()):
-                self._close(received, self._last_events(planned, received, "adapter"))
+                self._close(self._last_events(planned, received, "adapter"))
                 return replace(state, best=self._best(planned, received))
             tries.failed(by_chance=trial.lost_a_host)
         raise RunFailed(f"the evaluation after the last round failed: {self.roster.problems}")
@@ -538,7 +539,7 @@ class Rounds:
         events = self._last_events(planned, received, checkpoint, outcome.error, outcome.aggregated.facts, virtual)
         saved = self.saved(state, events[1:])
         self._room.store(lambda: self.folder.checkpoint(saved), self.folder.round_bytes())
-        self._close(received, events)
+        self._close(events)
 
     def _last_events(
         self,
@@ -561,16 +562,12 @@ class Rounds:
         )  # fmt: skip
         return timeline, done
 
-    def _close(self, received: Received, events: tuple[RoundTimeline, RoundDone]) -> None:
+    def _close(self, events: tuple[RoundTimeline, RoundDone]) -> None:
         """Emits the round's last events."""
         timeline, done = events
         if timeline.nodes:
             self.folder.timelines(timeline)
             self.folder.emit(shares_in(timeline))
         self.folder.emit(done)
-        labels, loss_sum = 0, 0.0
-        for reply in received.replies.values():
-            report = reply.report
-            labels, loss_sum = labels + report.eval_labels, loss_sum + report.eval_loss_sum
-        measured = f"held-out loss {loss_sum / labels:.4f} at its start" if labels else "nothing measured at its start"
-        say(f"round {done.round}: {len(done.devices)} devices, {measured}")
+        for line in lines_of(done, self.config.federation.rounds):
+            say(line)

@@ -60,6 +60,8 @@ BUILT_IN = {
         "lyapunov": "strategies.bandwidth.lyapunov:LyapunovBandwidth",
     },
 }
+FLOWERS = "flwr.serverapp.strategy"
+"""The module whose classes a run file may name as aggregations, besides the built-in ones."""
 _PROTOCOLS: dict[str, type] = {"aggregation": Aggregation, "selection": Selection, "bandwidth": Bandwidth}
 _METHODS = {"aggregation": "aggregate", "selection": "select", "bandwidth": "allocate"}
 
@@ -186,7 +188,7 @@ def load(
     key, given = _own_options(kind, name, found, options or {})
     values = checked(found, key, given)
     try:
-        strategy = found(**values)
+        strategy = _flower_class(found, values) if _is_flowers(kind, found) else found(**values)
     except (ConfigError, ValueError) as error:  # the class itself refuses the options
         raise ConfigError(
             f"{key}: {error}" if values else f"strategy.{kind} = {name!r} cannot be loaded: {error}"
@@ -239,7 +241,21 @@ def _is_own(kind: str, name: str) -> bool:
 def _allowed(name: str, bounds: Bounds) -> bool:
     """Returns whether a class of the user's own may be imported; a built-in class may be named by its module too."""
     built_in = (path for table in BUILT_IN.values() for path in table.values())
-    return name in built_in or bounds.allows_module(name.partition(":")[0])
+    module = name.partition(":")[0]
+    return name in built_in or module == FLOWERS or bounds.allows_module(module)
+
+
+def _is_flowers(kind: str, found: type) -> bool:
+    """Returns whether a class is an aggregation of Flower's kind, its own or one that inherits from it. Imports nothing."""
+    return kind == "aggregation" and any(
+        known.__module__ == f"{FLOWERS}.strategy" and known.__name__ == "Strategy" for known in found.__mro__
+    )
+
+
+def _flower_class(found: type, options: Mapping[str, Any]) -> Aggregation:
+    from strategies.aggregation.flower import FlowerClass  # brings Flower
+
+    return FlowerClass(found, options)
 
 
 def _class(kind: str, name: str, bounds: Bounds = DEFAULT_BOUNDS) -> type:
@@ -247,9 +263,9 @@ def _class(kind: str, name: str, bounds: Bounds = DEFAULT_BOUNDS) -> type:
     path = BUILT_IN[kind].get(name, name)
     module_name, colon, class_name = path.partition(":")
     if not colon:
-        raise ConfigError(
-            f"strategy.{kind} = {name!r} is not known; {nearest(name, BUILT_IN[kind])}; your own is named package.module:Class"
-        )
+        package, dot, last = name.rpartition(".")
+        meant = f"did you mean '{package}:{last}'?" if dot else nearest(name, BUILT_IN[kind])
+        raise ConfigError(f"strategy.{kind} = {name!r} is not known; {meant}; your own is named package.module:Class")
     if not _allowed(path, bounds):
         raise ConfigError(
             f"strategy.{kind} = {name!r} is not imported: on this machine strategies may come from {bounds}. The operator of a "
@@ -257,13 +273,18 @@ def _class(kind: str, name: str, bounds: Bounds = DEFAULT_BOUNDS) -> type:
             f"in the directory where they are typed"
         )
     try:
-        found = getattr(importlib.import_module(module_name), class_name)
+        module = importlib.import_module(module_name)
+        if module_name == FLOWERS and class_name not in module.__all__:
+            raise AttributeError(f"Flower has no strategy {class_name!r}; {nearest(class_name, module.__all__)}")
+        found = getattr(module, class_name)
     except (ImportError, AttributeError, ValueError, TypeError, SyntaxError) as error:
         raise ConfigError(f"strategy.{kind} = {name!r} cannot be loaded: {error}") from error
     if not isinstance(found, type):
         raise ConfigError(f"strategy.{kind} = {name!r} cannot be loaded: it is a {type(found).__name__}, not a class")
     protocol, method = _PROTOCOLS[kind], _METHODS[kind]
     own = getattr(found, method, None)
+    if _is_flowers(kind, found):
+        return found
     if protocol not in found.__mro__ or own is getattr(protocol, method) or not callable(own):
         raise ConfigError(
             f"strategy.{kind} = {name!r} is not a strategy for {kind}: its class must inherit from strategies.api."

@@ -16,6 +16,8 @@ from edgelam_fl.config.schema import (
 from edgelam_fl.config.toml import (
     changed_keys,
     known_keys,
+    nearest_key,
+    overrides_of,
     parse_run_file,
     parse_toml,
     read_run_file,
@@ -37,6 +39,8 @@ __all__ = [
     "changed_keys",
     "known_keys",
     "most_read_by_hosts",
+    "nearest_key",
+    "overrides_of",
     "parse_run_file",
     "parse_toml",
     "read_run_file",

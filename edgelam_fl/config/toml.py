@@ -187,6 +187,19 @@ def nearest_key(key: str) -> str:
     return f"[{section}] has {', '.join(sorted(own))}" if own else nearest(key, known)
 
 
+def overrides_of(values: Mapping[str, object]) -> list[str]:
+    """Returns those of `values` that are keys of the run file, as `section.key=value`; an empty text says nothing of its key.
+
+    values: numbers, truth values and texts by their dotted keys, as a run config of Flower has them; any other value is a text in TOML.
+    """
+    known = set(known_keys())
+    return [
+        f"{key}={value if isinstance(value, str) else toml_value(value)}"
+        for key, value in values.items()
+        if key in known and value != ""
+    ]
+
+
 def known_keys() -> list[str]:
     """Lists every key of a run file with its dots, and every section."""
     keys = []

@@ -11,8 +11,10 @@ import shutil
 import tomllib
 import zipfile
 import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from edgelam_fl.federation.flower_app import app_folder
 
@@ -38,6 +40,20 @@ def app_alone(folder: Path) -> Path:
         shutil.copytree(app / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(app / "pyproject.toml", folder)
     return folder
+
+
+def run_config_keys() -> list[str]:
+    """Returns the keys that a run config of the installed App may have, with their dots."""
+    project = tomllib.loads((app_folder() / "pyproject.toml").read_text(encoding="utf-8"))
+    return list(_with_dots(project["tool"]["flwr"]["app"]["config"]))
+
+
+def _with_dots(table: Mapping[str, Any], before: str = "") -> Iterator[str]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _with_dots(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}"
 
 
 def archive_digest(archive: bytes) -> str:

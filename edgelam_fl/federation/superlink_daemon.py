@@ -55,7 +55,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from edgelam_fl.addresses import from_here, join_address
 from edgelam_fl.bounds import bounds_of
-from edgelam_fl.federation.app_archive import app_alone, archive_digest
+from edgelam_fl.config import nearest_key
+from edgelam_fl.federation.app_archive import app_alone, archive_digest, run_config_keys
 from edgelam_fl.federation.guard import Guard, Handler
 from edgelam_fl.federation.operator import read_token
 from edgelam_fl.federation.run_tasks import RunTasks, start_task
@@ -305,7 +306,8 @@ def own_digest() -> str:
 def refusal_of_run(body: bytes, own: str) -> str:
     """Returns why a request that starts a run is refused, empty if it is not.
 
-    body: a StartRunRequest. own: the digest of the only App that may run; empty: every App that comes with the request may.
+    body: a StartRunRequest. own: the digest of the only App that may run; empty: every App that comes with the request may. Of the
+    own App it is known which keys its run config has, where Flower would refuse an unknown one without naming those that are meant.
     """
     try:
         request = StartRunRequest.FromString(body)
@@ -314,8 +316,14 @@ def refusal_of_run(body: bytes, own: str) -> str:
         digest = archive_digest(request.fab.content)
     except (DecodeError, ValueError) as error:
         return f"this request starts no run: {error}"
-    if not own or digest == own:
+    if not own:
         return ""
+    if digest == own:
+        known = run_config_keys()
+        unknown = [key for key in request.override_config if key not in known]
+        return "; ".join(
+            f"the run config has no key {key[:80]!r}: {nearest_key(key[:80].replace('-', '_'))}" for key in unknown[:3]
+        )
     return (
         f"this server runs its own Flower App alone (digest {own[:12]}), and the submitted one differs (digest {digest[:12]}). "
         "Two ways out: install the same version of edgelam-fl here and there, or start the server with --allow-foreign-apps, "

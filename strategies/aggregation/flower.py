@@ -4,6 +4,8 @@ An optimizer (Reddi et al., arXiv 2003.00295) gets one reply per module, the wei
 module that nobody trained in a round keeps its state, and nodes may hold different modules. A robust rule gets one reply per
 source and is called once per block (modules with the same sources), on the factors A and B themselves: the median of factors is
 not the median of their products; with `freeze_a` it is, since only B is trained then. Devices do nothing special for either.
+
+Any other class of Flower's kind, its own or one that inherits from it, is used by its path as a `FlowerClass`, with Flower's own options.
 """
 
 from __future__ import annotations
@@ -11,11 +13,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Annotated, Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower
+from flwr.serverapp.strategy.fedopt import FedOpt
 from pydantic import Field
 
 from edgelam_fl.errors import ConfigError, TooFewSources
@@ -130,11 +134,7 @@ class _Robust(Aggregation):
             if len(sources) == 1:
                 new |= {name: sources[0].tensors[name] for name in names}
                 continue
-            if len(sources) < self.least_sources:
-                raise TooFewSources(
-                    f"this aggregation ({type(self).__name__}) needs at least {self.least_sources} sources, and {names[0]} has "
-                    f"{len(sources)}: {', '.join(source.source for source in sources)}"
-                )
+            _check_enough(self.least_sources, names, sources, type(self).__name__)
             # In float64: Krum's distances are small differences of large sums.
             replies = [
                 _Reply({n: source.tensors[n].astype(np.float64) for n in names}, source.weight) for source in sources
@@ -152,8 +152,7 @@ class FedMedian(_Robust):
 class FedTrimmedAvg(_Robust):
     def __init__(self, *, beta: Annotated[float, Field(ge=0.01, lt=0.5)] = 0.2, freeze_a: bool = False) -> None:
         """`beta`: share of the sources that is cut off at both ends, for every number. `freeze_a`: only B learns."""
-        least = next(sources for sources in range(3, 101) if int(beta * sources) >= 1)
-        super().__init__(flower.FedTrimmedAvg(beta=beta), least, freeze_a)
+        super().__init__(flower.FedTrimmedAvg(beta=beta), _least_trimmed(beta), freeze_a)
 
 
 class Krum(_Robust):
@@ -177,6 +176,19 @@ class MultiKrum(_Robust):
         least = max(2 * malicious + 3, selected + malicious)
         rule = flower.MultiKrum(num_malicious_nodes=malicious, num_nodes_to_select=selected)
         super().__init__(rule, least, freeze_a)
+
+
+def _least_trimmed(beta: float) -> int:
+    """Returns the number of sources of which a share `beta` is at least one."""
+    return next((sources for sources in range(3, 101) if int(beta * sources) >= 1), 3)
+
+
+def _check_enough(least: int, names: Sequence[str], sources: Sequence[Contribution], rule: str) -> None:
+    if len(sources) < least:
+        raise TooFewSources(
+            f"this aggregation ({rule}) needs at least {least} sources, and {names[0]} has {len(sources)}: "
+            f"{', '.join(source.source for source in sources)}"
+        )
 
 
 def _blocks(contributions: Sequence[Contribution]) -> Iterator[tuple[list[str], list[Contribution]]]:
@@ -206,6 +218,121 @@ def _joined(names: Sequence[str], contributions: Sequence[Contribution]) -> Cont
     return Contribution(contributions[0].source, max(one.weight for one in contributions), tensors)
 
 
+# ---------------------------------------------------------------- any class of Flower's kind
+
+_NO_ADAPTERS = {  # Flower's classes that aggregate something else, or by something that a contribution does not have
+    flower.QFedAvg: "it weighs sources by their losses, which an aggregation does not get here",
+    flower.FedXgbBagging: "it aggregates trees, and an adapter has none",
+    flower.FedXgbCyclic: "it hands trees on, and an adapter has none",
+    flower.DifferentialPrivacyClientSideAdaptiveClipping: "privacy.mode of the run file is differential privacy here",
+    flower.DifferentialPrivacyClientSideFixedClipping: "privacy.mode of the run file is differential privacy here",
+    flower.DifferentialPrivacyServerSideAdaptiveClipping: "privacy.mode of the run file is differential privacy here",
+    flower.DifferentialPrivacyServerSideFixedClipping: "privacy.mode of the run file is differential privacy here",
+}
+_NOBODY = "nothing here reads it"
+_ELSEWHERE = {  # options of Flower's classes for what they are not asked for here, and what has their place
+    "fraction_train": "strategy.selection and federation.devices_per_round choose devices",
+    "fraction_evaluate": "every device evaluates; federation.evaluate_every says how often",
+    "min_train_nodes": "federation.min_nodes says how many devices a round needs",
+    "min_evaluate_nodes": "every device evaluates; federation.evaluate_every says how often",
+    "min_available_nodes": "federation.expect_nodes says for how many devices a run waits",
+    "weighted_by_key": "task.weighting says by what sources are weighted",
+    "eta_l": "optimizer.lr is the devices' learning rate",
+    **dict.fromkeys(
+        ("arrayrecord_key", "configrecord_key", "train_metrics_aggr_fn", "evaluate_metrics_aggr_fn"), _NOBODY
+    ),
+}
+
+
+class FlowerClass(Aggregation):
+    """A class of Flower's kind as an aggregation: of its methods, `aggregate_train` is called, and no other.
+
+    It gets one reply per source. A server optimizer (FedOpt, FedAvgM) keeps its memory per tensor, as nodes may hold different ones;
+    any other class is called once per block, and keeps its memory per block.
+    """
+
+    def __init__(self, flowers: type, options: Mapping[str, Any]) -> None:
+        """`flowers`: the class. Raises ConfigError for one that cannot aggregate adapters, and for an option without effect here."""
+        for known, why in _NO_ADAPTERS.items():
+            if issubclass(flowers, known):
+                raise ConfigError(f"{known.__name__} cannot aggregate adapters: {why}")
+        for name in options:
+            if name in _ELSEWHERE:
+                raise ConfigError(f"{name} has no effect here: {_ELSEWHERE[name]}")
+        self._make = partial(flowers, **options)
+        with _quiet():
+            self._new = self._make()
+        self.least_sources = _least_sources(self._new)
+        self._per_tensor = isinstance(self._new, FedOpt | flower.FedAvgM)
+        self._of_unit: dict[str, tuple[Any, int]] = {}  # Flower's object, and the number of its steps
+
+    def client_settings(self, round: int) -> ClientSettings:
+        return ClientSettings(prox_mu=self._new.proximal_mu if isinstance(self._new, flower.FedProx) else 0.0)
+
+    def state(self) -> Mapping[str, Any]:
+        return {unit: {"steps": steps, "memory": self._memory(rule)} for unit, (rule, steps) in self._of_unit.items()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        for unit, saved in state.items():
+            rule = self._fresh()
+            vars(rule).update(saved["memory"])
+            self._of_unit[unit] = rule, saved["steps"]
+
+    def aggregate(self, contributions: Sequence[Contribution], start: Start) -> Aggregated:
+        new: dict[str, np.ndarray] = {}
+        for names, sources in _blocks(contributions):
+            if len(sources) == 1 and self.least_sources > 1:
+                new |= {name: sources[0].tensors[name] for name in names}
+                continue
+            _check_enough(self.least_sources, names, sources, type(self._new).__name__)
+            for unit in [[name] for name in names] if self._per_tensor else [names]:
+                new |= self._step(unit, sources, start)
+        return Aggregated(new)
+
+    def _step(self, names: Sequence[str], sources: Sequence[Contribution], start: Start) -> Tensors:
+        unit = "\n".join(names)
+        rule, used = self._of_unit.get(unit) or (self._fresh(), 0)
+        self._of_unit[unit] = rule, used + 1
+        if self._per_tensor:  # Flower sets this in configure_train, which needs a grid that we cannot give
+            current = {name: start.tensors[name].astype(np.float64) for name in names}
+            rule.current_arrays = _record(current) if isinstance(rule, flower.FedAvgM) else current
+        replies = [
+            _Reply({name: source.tensors[name].astype(np.float64) for name in names}, source.weight)
+            for source in sources
+        ]
+        number = used + 1 if self._per_tensor else max(1, start.round)
+        return _aggregate(rule, number, replies)
+
+    def _fresh(self) -> Any:
+        with _quiet():
+            return self._make()
+
+    def _memory(self, rule: Any) -> dict[str, Any]:
+        """Returns the attributes that a rule has changed since it was made; what no checkpoint can hold is refused there."""
+        as_new = vars(self._new)
+        return {
+            name: value
+            for name, value in vars(rule).items()
+            if name != "current_arrays" and not _is_same(value, as_new.get(name))
+        }
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    plain = isinstance(value, bool | int | float | str) and type(value) is type(other)
+    return value is other or (plain and bool(value == other))
+
+
+def _least_sources(rule: Any) -> int:
+    """Returns how many sources a rule of Flower's needs, so that what it is for holds."""
+    if isinstance(rule, flower.Bulyan):
+        return int(4 * rule.num_malicious_nodes + 3)
+    if isinstance(rule, flower.MultiKrum):  # Krum too
+        return int(max(2 * rule.num_malicious_nodes + 3, rule.num_nodes_to_select + rule.num_malicious_nodes))
+    if isinstance(rule, flower.FedTrimmedAvg):
+        return _least_trimmed(rule.beta)
+    return 3 if isinstance(rule, flower.FedMedian) else 1
+
+
 # ---------------------------------------------------------------- as Flower sees it
 
 
@@ -226,6 +353,8 @@ def _record(tensors: Tensors) -> ArrayRecord:
 def _aggregate(flowers: Any, number: int, replies: Sequence[_Reply]) -> dict[str, np.ndarray]:
     with _quiet():
         record, _ = flowers.aggregate_train(number, replies)
+    if record is None:
+        raise TooFewSources(f"{type(flowers).__name__} of Flower made nothing of {len(replies)} sources")
     return {name: array.numpy().astype(np.float32) for name, array in record.items()}
 
 

@@ -559,7 +559,7 @@ def test_a_run_whose_devices_hold_nothing_out_is_done_and_says_so(
     for name in "ab":
         run.nodes[name].profile.held_out = 0
     run.run()
-    assert capsys.readouterr().out.count("nothing measured at its start") == 3
+    assert capsys.readouterr().out.count("nothing held out was measured") == 3
     assert all(d["perplexity"] is None for done in run.events("round_done") for d in done["devices"])
 
 
