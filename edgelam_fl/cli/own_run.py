@@ -21,6 +21,7 @@ from edgelam_fl.federation.runs import check_run, new_folder, run_here
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.tasks.files import SUFFIXES
 from edgelam_fl.tasks.named import local_data
+from edgelam_fl.telemetry.waiting import waiting
 
 _NO_FILE_NAME, _DEALT = "run", "data"
 _NOTHING = (
@@ -128,13 +129,17 @@ def _is_data_name(file: Path) -> bool:
 
 def run_with_data(console: Console, asked: Asked) -> int:
     """Runs on this machine; returns the exit code. What fails before anything starts leaves no folder behind."""
-    config, said = asked.config()
-    names = asked.devices
-    folder = check_run(config, asked.name, asked.out, devices=names)
+    with waiting(console, "checking the run file and the model"):
+        config, said = asked.config()
+        names = asked.devices
+        folder = check_run(config, asked.name, asked.out, devices=names)
     try:
-        files = (
-            deal_file(asked.data[0], config, read_split(asked.split), folder / _DEALT) if asked.split else asked.data
-        )
+        with waiting(console, "reading the data"):
+            files = (
+                deal_file(asked.data[0], config, read_split(asked.split), folder / _DEALT)
+                if asked.split
+                else asked.data
+            )
         return run_here(console, config, folder, files, names=names, choices=said)
     except (UsageError, EnvironmentProblem):
         if folder.is_dir() and {part.name for part in folder.iterdir()} <= {_DEALT}:

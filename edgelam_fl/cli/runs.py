@@ -114,12 +114,14 @@ def plan(
     """
     from edgelam_fl.config import read_run_file
     from edgelam_fl.federation.plan_view import plan_of_profiles, plan_on_server, plan_view
+    from edgelam_fl.telemetry.waiting import waiting
 
     config = read_run_file(file, overrides)
     if (profiles is None) == (not server):
         raise ConfigError("edgelam plan needs either --profiles FILE or --server HOST:PORT, to know the nodes")
     if profiles is not None:
-        plan = plan_of_profiles(config, profiles)
+        with waiting(messages, "planning"):
+            plan = plan_of_profiles(config, profiles)
     else:
         from edgelam_fl.addresses import check_server_answers
         from edgelam_fl.federation.operator import Operator
@@ -188,13 +190,16 @@ def run(
     from edgelam_fl.federation.operator import Operator
     from edgelam_fl.federation.runs import check_run, leave_on_server, run_on_server
     from edgelam_fl.files import keep_private
+    from edgelam_fl.telemetry.waiting import waiting
 
     if resume is not None:
         others = detach or explain or local or data or out or split
         raise typer.Exit(_resume(resume, files, server, overrides, operator, insecure, others))
     asked = sorted_out(Asked(files or [], data, split, local, overrides, out))
     if explain:
-        say(explain_run(asked))
+        with waiting(messages, "checking the run file, the model and the data"):
+            text = explain_run(asked)
+        say(text)
         raise typer.Exit()
     if asked.is_here:
         _check_here(context, detach)
@@ -203,7 +208,8 @@ def run(
     config = asked.read()
     keep_private()
     asking = Operator(server, operator)
-    folder = check_run(config, asked.name, out, asking)
+    with waiting(console, "checking the run file and the model"):
+        folder = check_run(config, asked.name, out, asking)
     on_server = leave_on_server if detach else run_on_server
     raise typer.Exit(on_server(console, config, folder, asking, insecure))
 

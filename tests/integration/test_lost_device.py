@@ -7,7 +7,7 @@ import time
 import pytest
 
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.telemetry.events import EventTail, LinkLost, NodeLost, RoundDone, StepDone, of_kind
+from edgelam_fl.telemetry.events import EventTail, LinkLost, NodeLost, RoundDone, RoundProgress, StepDone, of_kind
 from server.attendance import Attendance, Presence
 from tests.integration.federation import START_DEADLINE_S, Federation, config_of, kill
 from tests.support import WAIT_S
@@ -43,6 +43,8 @@ def test_a_killed_stage_host_does_not_end_the_run(federation: Federation, tiny: 
     assert {name: node.state for name, node in attending.items()} == dict.fromkeys(federation.nodes, "running")
     assert all(node.silent_s < WAIT_S for node in attending.values())
 
+    told = run.of_kind(RoundProgress)
+    assert any(one.steps == 60 and one.nodes and set(one.nodes) <= set(federation.nodes) for one in told)
     summary = run.summary
     assert (summary.state, summary.rounds) == ("done", 2)
     (lost, *_) = run.of_kind(NodeLost)
