@@ -197,8 +197,7 @@ def test_logits_of_chosen_positions(built: Built) -> None:
 def test_texts_that_share_a_row_do_not_see_each_other(built: Built) -> None:
     if built.case.classes:
         pytest.skip("a classifier has one class per row")
-    for cut in CUTS:
-        check_packing(built.stages(cut), built.whole())
+    check_packing(built.stages(), built.whole())
 
 
 def check_packing(stages: list[Stage], whole: Any) -> None:

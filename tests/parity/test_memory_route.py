@@ -153,13 +153,13 @@ def test_accumulated_batches_are_one_larger_batch(tiny: ModelSource, data_files:
     one_step = ["federation.batch_size=6", "split.micro_batches=3"]
     found = []
     for settings in (["split.hosts=0", *accumulated], ["split.hosts=2", *accumulated], ["split.hosts=2", *one_step]):
-        one = OneDevice(tiny, run_config(tiny.name, *settings), data_files, 5)
+        one = OneDevice(tiny, run_config(tiny.name, *settings), data_files, 3)
         one.check()
         found.append(joined(one.reports))
     assert same_bits(found[0], found[1])
     assert same_bits(found[0], found[2])
     piece = ["federation.batch_size=6", "split.micro_batches=1", "split.hosts=0"]
-    whole = OneDevice(tiny, run_config(tiny.name, *piece), data_files, 5)
+    whole = OneDevice(tiny, run_config(tiny.name, *piece), data_files, 3)
     assert relative_distance(joined(whole.reports), found[0], whole.start) < 1e-4
 
 
@@ -169,17 +169,17 @@ def test_packed_examples_train_as_in_rows_of_their_own(
 ) -> None:
     """Split as the plain loop over the same packed rows, to the bit; as without packing, within rounding; over fewer positions."""
     config = run_config(tiny.name, "split.hosts=2", "task.max_tokens=400", "task.packing=true", *settings)
-    packed = OneDevice(tiny, config, data_files[2:], 5)
+    packed = OneDevice(tiny, config, data_files[2:], 3)
     packed.check()
     before = plain_model(tiny, config, packed.start)
     assert packed.reports["device-1"].eval_loss_sum == plain_evaluation(before, tiny, config, data_files[2])
     alone = run_config(tiny.name, "split.hosts=0", "task.max_tokens=400")
-    apart = OneDevice(tiny, alone, data_files[2:], 5)
+    apart = OneDevice(tiny, alone, data_files[2:], 3)
     assert relative_distance(joined(packed.reports), joined(apart.reports), packed.start) < 1e-4
     losses = [[step.loss_sum for step in one.reports["device-1"].steps] for one in (packed, apart)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     sizes = [
-        sum(unit.ids_BT.numel() for units in device_batches(tiny, of, data_files[2], "device-1", 5) for unit in units)
+        sum(unit.ids_BT.numel() for units in device_batches(tiny, of, data_files[2], "device-1", 3) for unit in units)
         for of in (config, alone)
     ]
     assert sizes[0] < sizes[1]
