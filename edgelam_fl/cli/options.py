@@ -69,6 +69,14 @@ OfflineOption = Annotated[
         help="Download from no model hub of the internet; slices of the model still come from the federation's server.",
     ),
 ]
+EvalDataOption = Annotated[
+    list[Path],
+    typer.Option(
+        "--eval-data",
+        metavar="FILE",
+        help="Examples that are measured and never learned, for all devices or once per device; without, a share of --data (data.held_out).",
+    ),
+]
 SetOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the run file; may be repeated.")
 ]

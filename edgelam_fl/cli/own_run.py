@@ -40,6 +40,7 @@ class Asked:
     local: int
     overrides: Sequence[str]
     out: Path | None
+    eval_data: Sequence[Path] = ()
 
     @property
     def is_here(self) -> bool:
@@ -89,6 +90,11 @@ def sorted_out(asked: Asked) -> Asked:
     if files and not asked.data and _is_data_name(files[0]):
         raise ConfigError(
             f"{files[0]} is no run file by its name: `edgelam run --data {files[0]}` trains with it as data"
+        )
+    if asked.eval_data and not asked.data:
+        raise ConfigError(
+            f"--eval-data {asked.eval_data[0]} needs --data: the examples to learn. A device that joins a server brings both: edgelam client "
+            f"--data FILE --eval-data FILE"
         )
     if asked.split:
         read_split(asked.split)
@@ -140,7 +146,7 @@ def run_with_data(console: Console, asked: Asked) -> int:
                 if asked.split
                 else asked.data
             )
-        return run_here(console, config, folder, files, names=names, choices=said)
+        return run_here(console, config, folder, files, names=names, choices=said, eval_data=asked.eval_data)
     except (UsageError, EnvironmentProblem):
         if folder.is_dir() and {part.name for part in folder.iterdir()} <= {_DEALT}:
             shutil.rmtree(folder)
@@ -166,5 +172,6 @@ def _look(asked: Asked, config: RunConfig, source: ModelSource | None) -> list[F
         files = [local_data(file) for file in asked.data]
         if asked.split:
             files = deal_file(files[0], config, read_split(asked.split), Path(folder))
-        check_files(config, files)
-        return look_into_files(config, source, files) if files and source else []
+        measured = [local_data(file) for file in asked.eval_data]
+        check_files(config, files, measured)
+        return look_into_files(config, source, files, measured) if files and source else []

@@ -11,6 +11,7 @@ import typer
 
 from edgelam_fl.cli.options import (
     OPERATOR_FOLDER,
+    EvalDataOption,
     InsecureOption,
     JsonOption,
     OfflineOption,
@@ -159,6 +160,7 @@ def run(
             help="Deal one --data file to N devices: 5 (at random), 5:dirichlet=0.3 (other answers), 5:size=1.0 (other numbers).",
         ),
     ] = "",
+    eval_data: EvalDataOption = [],  # noqa: B006
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="The run's folder; by default run.out of the file.")
     ] = None,
@@ -193,9 +195,9 @@ def run(
     from edgelam_fl.telemetry.waiting import waiting
 
     if resume is not None:
-        others = detach or explain or local or data or out or split
+        others = detach or explain or local or data or eval_data or out or split
         raise typer.Exit(_resume(resume, files, server, overrides, operator, insecure, others))
-    asked = sorted_out(Asked(files or [], data, split, local, overrides, out))
+    asked = sorted_out(Asked(files or [], data, split, local, overrides, out, eval_data))
     if explain:
         with waiting(messages, "checking the run file, the model and the data"):
             text = explain_run(asked)

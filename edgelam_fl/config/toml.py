@@ -166,7 +166,8 @@ ELSEWHERE = {
     "max_seq_length": "task.max_tokens", "max_length": "task.max_tokens", "chat_template": "task.template",
     "model_name_or_path": "model.name", "base_model": "model.name", "path": "model.name", "dtype": "model.base",
     "torch_dtype": "model.base", "load_in_8bit": "model.base", "load_in_4bit": "model.base", "quantization": "model.base",
-    "gradient_checkpointing": "split.checkpointing", "test_size": "data.held_out", "output_dir": "run.out",
+    "gradient_checkpointing": "split.checkpointing", "load_best_model_at_end": "federation.load_best",
+    "eval_steps": "federation.evaluate_every", "compute_metrics": "task.metrics", "label_smoothing_factor": "task.label_smoothing", "test_size": "data.held_out", "output_dir": "run.out",
 }  # fmt: skip
 
 

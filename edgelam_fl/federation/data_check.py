@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgelam_fl.config import RunConfig
-from edgelam_fl.errors import DataError
+from edgelam_fl.errors import ConfigError, DataError
 from edgelam_fl.federation.template import in_fork
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.names import printable
@@ -55,11 +55,18 @@ class FileSeen:
     """Names of fields that nothing is learned from."""
     first: tuple[tuple[str, bool], ...]
     """The first example as the model gets it: texts in their order, each with whether it is learned."""
+    eval_file: str = ""
+    """The file of the examples that are held out; empty: they are a share of its own."""
+    also_learned: int = 0
+    """Examples of that file that are learned as well."""
 
     def in_words(self) -> list[str]:
         """Returns a sentence on what is read, and one for each thing that is left out or cut, without full stops."""
         fields = f" from {', '.join(map(repr, self.fields))}" if self.fields else ""
-        said = f"{self.file} ({self.format}, {self.shape}{fields}): {human_count(self.examples, 'example')} to learn, {self.held_out} held out"
+        measured = f"{self.held_out} of {self.eval_file} to measure" if self.eval_file else f"{self.held_out} held out"
+        said = f"{self.file} ({self.format}, {self.shape}{fields}): {human_count(self.examples, 'example')} to learn, {measured}"
+        if self.also_learned:
+            said += f". WARNING: {self.also_learned} of those to measure are learned as well"
         lines = [said, *self.counts.in_words(self.examples, self.held_out, self.max_tokens)]
         if self.bad_places:
             more = " ..." if self.counts.bad > len(self.bad_places) else ""
@@ -90,39 +97,59 @@ def _shortened(text: str) -> str:
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:half]} ... {text[-half:]}"
 
 
-def check_files(config: RunConfig, data: Sequence[Path]) -> None:
-    """Raises DataError for the first file that cannot be read as the run file says; takes no model."""
-    for file in data:
-        device_pairs(file, task_settings(config))
+def eval_files(devices: int, eval_data: Sequence[Path]) -> list[Path | None]:
+    """Returns the evaluation file of each device; None: it measures with a share of its data.
+
+    eval_data: none, one for all devices, or one each. Raises ConfigError for another number.
+    """
+    if len(eval_data) not in (0, 1, devices):
+        raise ConfigError(
+            f"--eval-data must be given once for all devices, or once per device ({human_count(devices, 'time')}), got it "
+            f"{human_count(len(eval_data), 'time')}"
+        )
+    return [*eval_data] if len(eval_data) == devices else [*eval_data, None][:1] * devices
 
 
-def look_into_files(config: RunConfig, source: ModelSource, data: Sequence[Path]) -> list[FileSeen]:
+def check_files(config: RunConfig, data: Sequence[Path], eval_data: Sequence[Path] = ()) -> None:
+    """Raises DataError for the first file that cannot be read as the run file says; takes no model. eval_data: as of `eval_files`."""
+    for file, eval_file in zip(data, eval_files(len(data), eval_data), strict=True):
+        device_pairs(file, task_settings(config), eval_file)
+
+
+def look_into_files(
+    config: RunConfig, source: ModelSource, data: Sequence[Path], eval_data: Sequence[Path] = ()
+) -> list[FileSeen]:
     """Reads every file and makes its examples with the run's task; takes seconds, since PyTorch is imported for it.
 
-    Raises DataError for the first file that cannot be read, or that the run's model and settings cannot learn from.
+    eval_data: as of `eval_files`. Raises DataError for the first file that cannot be read, or that the run's model and settings
+    cannot learn from.
     """
     settings = task_settings(config).SerializeToString()
-    return in_fork(look_into, list(data), settings, source.folder)
+    return in_fork(look_into, list(data), settings, source.folder, eval_files(len(data), eval_data))
 
 
-def look_into(files: Sequence[Path], settings: bytes, tokenizer_folder: Path) -> list[FileSeen]:
+def look_into(
+    files: Sequence[Path], settings: bytes, tokenizer_folder: Path, eval_files: Sequence[Path | None] = ()
+) -> list[FileSeen]:
     """Raises DataError for the first file of whose training examples none can be learned, or one cannot be written as a text.
 
-    `settings`: a serialized TaskSettings. `tokenizer_folder`: with the model's tokenizer.
+    `settings`: a serialized TaskSettings. `tokenizer_folder`: with the model's tokenizer. `eval_files`: of each file's device; empty: none.
     """
     parsed = pb.TaskSettings.FromString(settings)
     task = make_task(parsed, tokenizer_folder)
-    return [_seen(file, task, parsed) for file in files]
+    each = zip(files, eval_files or [None] * len(files), strict=True)
+    return [_seen(file, eval_file, task, parsed) for file, eval_file in each]
 
 
-def _seen(file: Path, task: Task, settings: pb.TaskSettings) -> FileSeen:
+def _seen(file: Path, eval_file: Path | None, task: Task, settings: pb.TaskSettings) -> FileSeen:
     from edgelam_fl.tasks.base import template_refuses  # brings torch, which the fork has
 
-    found = device_pairs(file, settings)
+    found = device_pairs(file, settings, eval_file)
     try:
         made, measured = task.examples(found.training), task.examples(found.held_out)
     except DataError as error:
-        raise _placed(error, task, file, [*found.training, *found.held_out], settings) from error
+        places = ((file, found.training), (eval_file or file, found.held_out))
+        raise next(filter(None, (_placed(task, *place, settings) for place in places)), error) from error
     if not made.examples:
         raise DataError(
             f"{file}: no example for training has an answer within task.max_tokens = {settings.max_tokens}; raise it"
@@ -135,6 +162,7 @@ def _seen(file: Path, task: Task, settings: pb.TaskSettings) -> FileSeen:
         examples=len(made.examples), held_out=len(measured.examples), counts=_counts(found, made, measured),
         max_tokens=settings.max_tokens, tokens=sum(len(example.ids) for example in made.examples),
         bad_places=found.bad[:_PLACES_SAID], unread=found.unread, first=tuple(task.seen(made.examples[0])),
+        eval_file=str(eval_file) if eval_file else "", also_learned=found.also_learned,
     )  # fmt: skip
 
 
@@ -162,13 +190,13 @@ def _counts(found: DevicePairs, *made: Made) -> DataCounts:
     )
 
 
-def _placed(error: DataError, task: Task, file: Path, pairs: Sequence[Pair], settings: pb.TaskSettings) -> DataError:
-    """Returns the error of an example that cannot be written as a text, with the file, its place and the way out."""
+def _placed(task: Task, file: Path, pairs: Sequence[Pair], settings: pb.TaskSettings) -> DataError | None:
+    """Returns the error of the first example that cannot be written as a text, with the file, its place and the way out."""
     for pair in pairs:
         try:
             task.examples([pair])
-        except DataError:
+        except DataError as error:
             place = place_of(file, pair, settings)
             words = f"{file}, {place}: {error} (data.bad_lines = 'skip' leaves such examples out)"
             return DataError(words, error.fault, place)
-    return error
+    return None

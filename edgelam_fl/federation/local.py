@@ -18,7 +18,7 @@ from edgelam_fl.bounds import Bounds
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.federation.child import Child, end_all
-from edgelam_fl.federation.data_check import look_into_files
+from edgelam_fl.federation.data_check import eval_files, look_into_files
 from edgelam_fl.federation.flower_app import app_module
 from edgelam_fl.federation.node_process import NodeProcesses
 from edgelam_fl.federation.operator import Operator, operator_folder
@@ -90,18 +90,20 @@ def local_federation(
     folder: Path,
     say: Callable[[str], None] = lambda text: None,
     names: Sequence[str] = (),
+    eval_data: Sequence[Path] = (),
 ) -> Iterator[LocalFederation]:
     """Starts a federation for one run, with one device per file of `data`; ends its processes when the context ends.
 
     It has an authority of its own, whose keys and those of the nodes are deleted at the end. folder: the run's folder, which
-    holds the nodes' logs too. say: hears what is begun. names: those of the devices; empty: `numbered`. Whether the files can be learned
-    from is known before: `look_into_files`.
+    holds the nodes' logs too. say: hears what is begun. names: those of the devices; empty: `numbered`. eval_data: what they measure with, as of
+    `eval_files`. Whether the files can be learned from is known before: `look_into_files`.
     """
     warm_template()  # it imports while everything else is prepared
     port = free_port()
     server = f"127.0.0.1:{port}"
-    devices_of = dict(zip(names or numbered(len(data)), map(local_data, data), strict=True))
-    edges, devices = _local_nodes(config, folder, server, devices_of)
+    measured = eval_files(len(data), [local_data(file) for file in eval_data])
+    each = zip(map(local_data, data), measured, strict=True)
+    edges, devices = _local_nodes(config, folder, server, dict(zip(names or numbered(len(data)), each, strict=True)))
     _forget_keys(folder, edges + devices)  # of a run that was killed, and goes on
     trust = prepare_trust(folder / "server", "127.0.0.1", port)
     for node in edges + devices:
@@ -148,9 +150,9 @@ def _forget_keys(folder: Path, nodes: Sequence[NodeProcesses]) -> None:
 
 
 def _local_nodes(
-    config: RunConfig, folder: Path, server: str, data: Mapping[str, Path]
+    config: RunConfig, folder: Path, server: str, data: Mapping[str, tuple[Path, Path | None]]
 ) -> tuple[list[NodeProcesses], list[NodeProcesses]]:
-    """Returns edge servers and devices, whose data are by name. There are no edge servers if devices host or if nothing is split."""
+    """Returns edge servers and devices, whose data and evaluation files are by name. There are no edge servers if devices host or if nothing is split."""
     hosts = local_hosts(config)
     edge_threads, threads = shares_of_cores(os.cpu_count() or 1, len(hosts), len(data))
     edge = [NodeProcesses(name, server, folder / "nodes" / name, threads=edge_threads, forked=True) for name in hosts]
@@ -165,8 +167,9 @@ def _local_nodes(
             threads=threads,
             forked=True,
             metrics=[str(Path.cwd())],
+            eval_data=eval_file,
         )
-        for name, file in data.items()
+        for name, (file, eval_file) in data.items()
     ]
     return edge, devices
 
@@ -188,20 +191,29 @@ def _counted(things: Sequence[object], name: str) -> str:
     return f"{len(things)} {name}" if len(things) == 1 else f"{len(things)} {name}s"
 
 
-def run_local(config: RunConfig, data: Sequence[Path], folder: Path, names: Sequence[str] = ()) -> Iterator[Event]:
+def run_local(
+    config: RunConfig,
+    data: Sequence[Path],
+    folder: Path,
+    names: Sequence[str] = (),
+    eval_data: Sequence[Path] = (),
+) -> Iterator[Event]:
     """Trains as `config` says, with one device per file of `data`, and yields the run's events as they come.
 
     All processes of the federation are this machine's; they end with the iterator: after the last event, when the
     iterator is closed, or with an exception. The last event is a `RunDone` or `RunFailure`; after it, `folder` holds the
     whole result (`open_result`). folder: absent or empty. names: of the devices; empty: device-1 and so on.
+    eval_data: files of examples that are measured and never learned, one for all devices or one each; empty: a share of each
+    device's data is (data.held_out).
 
     Raises ConfigError, ModelError or DataError before anything starts, and RunFailed if the federation itself ends.
     """
     names = names or numbered(len(data))
     spec = app_module("server.checks").check_config(config, bounds_of_a_local_run(), devices=names)
-    data, folder = [local_data(file) for file in data], folder.absolute()
-    look_into_files(config, spec.source, data)
-    with local_federation(config, data, folder, names=names) as here:
+    data, eval_data = ([local_data(file) for file in files] for files in (data, eval_data))
+    folder = folder.absolute()
+    look_into_files(config, spec.source, data, eval_data)
+    with local_federation(config, data, folder, names=names, eval_data=eval_data) as here:
         submission = Submission(here.operator)
         submission.submit(here.config, folder)
         for event in submission.events(meanwhile=here.watch):

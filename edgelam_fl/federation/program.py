@@ -26,6 +26,7 @@ def run(
     run_file: StrPath | RunConfig | None = None,
     overrides: Mapping[str, Any] | Sequence[str] = (),
     *,
+    eval_data: StrPath | Sequence[StrPath] = (),
     folder: StrPath | None = None,
     on_event: Callable[[Event], object] = lambda event: None,
 ) -> Result:
@@ -33,13 +34,14 @@ def run(
 
     data: one file per device, in any format that `edgelam client --data` takes; devices are named after their files. run_file: a path, or what `read_run_file`
     returned; None: every key at its default, but for those that fit the data (task, fields, classes). overrides: keys of
-    the run file by their dotted names, {"federation.rounds": 2}, or as a command line has them, ["federation.rounds=2"]. folder:
+    the run file by their dotted names, {"federation.rounds": 2}, or as a command line has them, ["federation.rounds=2"]. eval_data:
+    examples that are measured and never learned, one file for all devices or one each; empty: a share of their data is. folder:
     the run's, absent or empty; None: a new one, as run.out says. on_event: gets each event as it comes. A program that would
     rather have an iterator of events calls `run_local`.
 
     Raises ConfigError, ModelError or DataError before anything starts, and RunFailed, with the run's own reason, if the run fails.
     """
-    files = [Path(data)] if isinstance(data, str | os.PathLike) else [Path(file) for file in data]
+    files, measured = _paths(data), _paths(eval_data)
     if not files:
         raise ConfigError("data = [] must name at least one file: each becomes a device")
     files = expanded(files)
@@ -47,11 +49,15 @@ def run(
     config, names = _config_of(run_file, files, words), device_names(files)
     name = "run" if run_file is None or isinstance(run_file, RunConfig) else Path(run_file).stem
     place = check_run(config, name, None if folder is None else Path(folder), devices=names)
-    for event in run_local(config, files, place, names):
+    for event in run_local(config, files, place, names, measured):
         on_event(event)
         if isinstance(event, RunFailure):
             raise RunFailed(f"the run failed: {event.reason}; {event.kept}", event.exit_code)
     return open_result(place)
+
+
+def _paths(given: StrPath | Sequence[StrPath]) -> list[Path]:
+    return [Path(given)] if isinstance(given, str | os.PathLike) else [Path(file) for file in given]
 
 
 def _config_of(run_file: StrPath | RunConfig | None, files: Sequence[Path], words: Sequence[str]) -> RunConfig:

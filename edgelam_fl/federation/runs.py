@@ -133,25 +133,27 @@ def run_here(
     resumed: Sequence[str] | None = None,
     names: Sequence[str] = (),
     choices: Sequence[str] = (),
+    eval_data: Sequence[Path] = (),
 ) -> int:
     """Runs a federation of separate processes on this machine, a device per file of `data`; returns the exit code.
 
     resumed: keys to set anew in a run that goes on, as in `edgelam run --set`; None: the run begins. names: of the devices; empty:
-    `numbered`. choices: what is said of how the run file came about. Raises UsageError or
+    `numbered`. choices: what is said of how the run file came about. eval_data: as of `eval_files`. Raises UsageError or
     EnvironmentProblem for what is wrong with the data, or with this machine, before anything starts.
     """
     view, names = _view_of(console, config), names or numbered(len(data))
     try:
         with waiting(console, "reading the data with the model's tokenizer"):
-            said = _looked_into(config, data, names, folder)
+            said = _looked_into(config, data, names, folder, eval_data)
         for line in [*choices, *said]:
             view.say(line)
         with ExitStack() as stack:
             with waiting(console, "starting Flower's SuperLink") as wait:
-                here = stack.enter_context(local_federation(config, data, folder, wait.update, names))
+                here = stack.enter_context(local_federation(config, data, folder, wait.update, names, eval_data))
             view.say(f"started {here}")
             view.expect(node.name for node in here.nodes)
-            kept_of_run = {"data": [_absolute(file) for file in data], "names": list(names)}
+            files = {"data": [*map(_absolute, data)], "eval_data": [*map(_absolute, eval_data)]}
+            kept_of_run = {**files, "names": list(names)}
             write_atomically(folder / _LOCAL, json.dumps(kept_of_run) + "\n")
             return follow(console, view, here.config, folder, here.operator, here, resumed)
     except KeyboardInterrupt:
@@ -159,14 +161,16 @@ def run_here(
         return INTERRUPTED
 
 
-def _looked_into(config: RunConfig, data: Sequence[Path], names: Sequence[str], folder: Path) -> list[str]:
+def _looked_into(
+    config: RunConfig, data: Sequence[Path], names: Sequence[str], folder: Path, eval_data: Sequence[Path]
+) -> list[str]:
     """Checks the data and the room for a run on this machine; returns what is said before it starts."""
-    read = [local_data(file) for file in data]
-    check_files(config, read)  # takes a moment, and finds most faults
+    read, measured = ([local_data(file) for file in files] for files in (data, eval_data))
+    check_files(config, read, measured)  # takes a moment, and finds most faults
     warm_template()  # it imports meanwhile
     source = find_model(config.model.name)
     spec = RunSpec(with_auto_front(config, source), source)
-    seen = look_into_files(config, source, read)
+    seen = look_into_files(config, source, read, measured)
     check_room(resolved_of(spec, seen), folder, len(data))
     changed = ", ".join(f"{key} = {toml_value(value)}" for key, value in changed_keys(config).items())
     said = [*before_words(spec, seen, names), f"other than the defaults: {changed or 'nothing'}"]
@@ -184,8 +188,8 @@ def resume_here(console: Console, folder: Path, overrides: list[str]) -> int:
     resuming.check_can_resume(folder)
     config = resuming.resumption(folder, overrides).config
     began = json.loads((folder / _LOCAL).read_text(encoding="utf-8"))
-    data = [Path(file) for file in began["data"]]
-    return run_here(console, config, folder, data, overrides, began.get("names", ()))
+    data, eval_data = ([*map(Path, began.get(kind, ()))] for kind in ("data", "eval_data"))
+    return run_here(console, config, folder, data, overrides, began.get("names", ()), eval_data=eval_data)
 
 
 def _absolute(data: Path) -> str:

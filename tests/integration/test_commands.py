@@ -121,6 +121,7 @@ def pairs_file(folder: Path, name: str = "data.jsonl") -> str:
         ("", ["--server", "nonsense"], 2, ["--server = 'nonsense' must be HOST:PORT"]),
         ("", ["--local", "2"], 2, ["--local 2 needs --data once per device"]),
         ("", ["--local", "1", "--data", "x", "--detach"], 2, ["--detach needs a server that stays", "edgelam server"]),
+        ("", ["--eval-data", "x"], 2, ["--eval-data x needs --data", "edgelam client --data FILE --eval-data FILE"]),
         ("", ["--detach", "--server", "127.0.0.1:1"], 3, ["no server answers at 127.0.0.1:1"]),
         (
             "",

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from edgelam_fl.errors import (
+    ConfigError,
     DataError,
     DoesNotFit,
     EdgelamError,
@@ -21,7 +22,7 @@ from edgelam_fl.errors import (
     is_final,
     known_code,
 )
-from edgelam_fl.federation.data_check import check_files, look_into
+from edgelam_fl.federation.data_check import check_files, eval_files, look_into
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.node.examples import DeviceExamples
 from edgelam_fl.plan.making import task_settings
@@ -55,6 +56,28 @@ def test_a_file_of_which_no_answer_fits_is_named_before_a_node_starts(tiny: Mode
     with pytest.raises(DataError, match=r"b\.jsonl: no example for training has an answer within task\.max_tokens = 32") as caught:  # fmt: skip
         look_into([good, long], settings, tiny.folder)
     assert caught.value.fault == "no-answer-fits"
+
+
+def test_an_evaluation_file_is_checked_before_anything_starts_and_said(tiny: ModelSource, tmp_path: Path) -> None:
+    good, measured = write(tmp_path / "a.jsonl", "one", "two", "three"), write(tmp_path / "e.jsonl", "one", "new")
+    settings = task_settings(run_config(tiny.name)).SerializeToString()
+    (seen,) = look_into([good], settings, tiny.folder, [measured])
+    assert (seen.examples, seen.held_out, seen.also_learned) == (3, 2, 1)
+    said = f"3 examples to learn, 2 of {measured} to measure. WARNING: 1 of those to measure are learned as well"
+    assert seen.in_words()[0].endswith(said)
+    measured.write_text('{"question": "q"}\n')
+    with pytest.raises(DataError, match=r"e\.jsonl, line 1 lacks the field 'answer'"):
+        check_files(run_config(tiny.name), [good], [measured])
+
+
+def test_an_evaluation_file_is_for_all_devices_or_each_has_its_own() -> None:
+    e, f = Path("e"), Path("f")
+    assert eval_files(2, []) == [None, None]
+    assert eval_files(2, [e]) == [e, e]
+    assert eval_files(2, [e, f]) == [e, f]
+    assert eval_files(1, [e]) == [e]
+    with pytest.raises(ConfigError, match=r"once per device \(3 times\), got it 2 times"):
+        eval_files(3, [e, f])
 
 
 def test_a_chat_that_the_template_refuses_is_named_with_its_line_or_skipped(tiny: ModelSource, tmp_path: Path) -> None:

@@ -23,8 +23,11 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunConfig, Sequence[P
     """What was started; every run fails at once."""
     runs: list[tuple[RunConfig, Sequence[Path], Path]] = []
 
-    def fails(config: RunConfig, data: Sequence[Path], folder: Path, names: Sequence[str]) -> Iterator[Event]:
+    def fails(
+        config: RunConfig, data: Sequence[Path], folder: Path, names: Sequence[str], eval_data: Sequence[Path]
+    ) -> Iterator[Event]:
         assert names == [file.stem for file in data]
+        assert list(eval_data) in ([], [Path("new.txt")])
         runs.append((config, data, folder))
         yield REASON
 
@@ -54,7 +57,7 @@ def test_a_run_file_counts_as_it_is(
         f'[model]\nname = "{tiny.name}"\n[run]\nout = "{tmp_path}/{{name}}"\n', encoding="utf-8"
     )
     with pytest.raises(RunFailed):
-        edgelam_fl.run(["ann.txt", "bob.txt"], tmp_path / "mine.toml", ["federation.rounds=2"])
+        edgelam_fl.run(["ann.txt", "bob.txt"], tmp_path / "mine.toml", ["federation.rounds=2"], eval_data="new.txt")
     [(config, data, folder)] = started
     assert (config.federation.rounds, config.task.template) == (2, "chat")
     assert (data, folder) == ([Path("ann.txt"), Path("bob.txt")], tmp_path / "mine")
