@@ -43,10 +43,6 @@ class NextToken:
         """Shows nothing: it knows no texts."""
         return []
 
-    def seen(self, example: Example) -> list[tuple[str, bool]]:
-        """Shows nothing: what is asked is no text here."""
-        return []
-
     def loss_rows(self, labels: torch.Tensor) -> torch.Tensor | None:
         return (labels != IGNORED).flatten().nonzero().flatten()
 

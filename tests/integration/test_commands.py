@@ -31,6 +31,7 @@ from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.serving.generate import answer
 from edgelam_fl.serving.results import open_result
+from edgelam_fl.telemetry.events import NodeJoined, RoundDone, of_kind, read_events
 from tests.results import write_result
 from tests.support import WAIT_S
 
@@ -524,6 +525,7 @@ def test_a_run_on_a_terminal_shows_what_it_does_and_an_interrupt_ends_all_childr
     tmp_path: Path, tiny_folder: Path
 ) -> None:
     sets = [f"model.name={tiny_folder}", "federation.rounds=50", "federation.local_steps=2", "federation.batch_size=2"]
+    sets += ["task.metrics=rouge_l", "task.metrics_tokens=2", "task.metrics_examples=2"]
     command = [
         EDGELAM,
         "run",
@@ -532,6 +534,8 @@ def test_a_run_on_a_terminal_shows_what_it_does_and_an_interrupt_ends_all_childr
         "1",
         "--data",
         pairs_file(tmp_path),
+        "--eval-data",
+        pairs_file(tmp_path, "measured.jsonl"),
         "--out",
         str(tmp_path / "run"),
     ]
@@ -553,6 +557,10 @@ def test_a_run_on_a_terminal_shows_what_it_does_and_an_interrupt_ends_all_childr
     for phase in ("starting Flower's SuperLink", "handing the run to Flower", "waiting for nodes", "round 1 of 50"):
         assert phase in said
     assert record.longest_silence()[0] < 60, "far beyond what a slow machine takes; the benchmark has the real bar"
+    events = list(read_events(tmp_path / "run" / "events.jsonl"))
+    (joined,) = (node for node in of_kind(events, NodeJoined) if node.role == "device")
+    assert (joined.examples, joined.held_out) == (8, 8), "--eval-data"
+    assert next(of_kind(events, RoundDone)).devices[0].metrics.keys() == {"rouge_l"}
     assert len(children) >= 5  # SuperLink, and a stage host and a SuperNode, twice
     _, alive = psutil.wait_procs(children, timeout=WAIT_S)
     assert not alive, [child.cmdline() for child in alive]
