@@ -6,7 +6,6 @@ import contextlib
 import ipaddress
 import re
 import socket
-import ssl
 
 from edgelam_fl.errors import ConfigError, EnvironmentProblem
 
@@ -59,18 +58,6 @@ def check_plain_text(host: str, option: str, insecure: bool) -> None:
     )
 
 
-def check_server_answers(server: str, insecure: bool, way_out: str = "") -> None:
-    """Raises ConfigError if `server` (HOST:PORT) may not be used, EnvironmentProblem if nobody answers there.
-
-    way_out: the end of the message, with what to do; by default to start a server there or to name another.
-    """
-    host, port = split_address(server, "--server")
-    check_plain_text(host, "--server", insecure)
-    if not answers(host, port):
-        way_out = way_out or f"; start one there with `edgelam server --listen {server}`, or give another --server"
-        raise EnvironmentProblem(f"no server answers at {server}{way_out}")
-
-
 def is_loopback(host: str) -> bool:
     """Returns whether the host is this machine by its loopback address; a name other than localhost is not."""
     try:
@@ -83,21 +70,6 @@ def answers(host: str, port: int, timeout_s: float = 2.0) -> bool:
     """Returns whether something accepts a TCP connection there."""
     with contextlib.suppress(OSError), socket.create_connection((host, port), timeout_s):
         return True
-    return False
-
-
-def is_healthy(host: str, port: int, *, tls: bool, timeout_s: float = 5.0) -> bool:
-    """Returns whether a server of HTTP answers there: a process that stands still accepts connections, but says nothing.
-
-    Nothing secret is asked and nothing in the answer is trusted, so a certificate is not judged.
-    """
-    context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout_s) as plain:
-        with context.wrap_socket(plain) if tls else plain as asking:
-            asking.settimeout(timeout_s)
-            asking.sendall(b"GET /health HTTP/1.1\r\nHost: health\r\nConnection: close\r\n\r\n")
-            return asking.recv(4) == b"HTTP"
     return False
 
 

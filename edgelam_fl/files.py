@@ -257,10 +257,10 @@ def holder_of(folder: Path, lock: str = _LOCK) -> str:
     return number if number.isdigit() else "?"
 
 
-def is_held(folder: Path) -> bool | None:
-    """Returns whether a process of this machine holds the folder; None if none ever did, or if that cannot be seen."""
+def is_held(folder: Path, lock: str = _LOCK) -> bool | None:
+    """Returns whether a process of this machine holds the folder; None if none ever did, or if that cannot be seen. lock: as of `Hold`."""
     try:
-        file = os.open(folder / _LOCK, os.O_RDONLY)
+        file = os.open(folder / lock, os.O_RDONLY)
     except OSError:
         return None
     try:

@@ -18,6 +18,7 @@ from edgelam_fl.errors import Mismatch, ProtocolError, RunFailed, exit_code_of, 
 from edgelam_fl.names import folded, why_no_name
 from edgelam_fl.plan.layout import who_may_host
 from edgelam_fl.telemetry.events import LayerSeconds, LinkMeasured, NodeJoined, NodeRefused
+from edgelam_fl.telemetry.human import human_count
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.relay import BEHIND
@@ -304,10 +305,10 @@ class Roster:
         self._lost.add(self._ids[name])
 
     def _name_of(self, node_id: int) -> str:
-        """Returns a node's name: by its profile, else by its key; its number if neither is known yet."""
+        """Returns a node's name: by its profile, else by its key; words with its number if neither is known yet."""
         known = next((name for name, known in self._ids.items() if known == node_id), "")
         owner = self._owner_of(node_id) if self._owner_of is not None and not known else None
-        return known or (owner.name if owner is not None else str(node_id))
+        return known or (owner.name if owner is not None else _nameless(node_id))
 
     def _enrol(self, node_id: int, profile: pb.Profile) -> None:
         problem, code = profile.problem, profile.code
@@ -356,7 +357,7 @@ class Roster:
                 was, wants = _role(owner.role), _role(profile.role)
                 return f"joined as {was} and takes part as {wants}; start it as {was}, or revoke it and invite it as {wants}"
         known = self._name_of(node_id)
-        if known not in (name, str(node_id)):
+        if known not in (name, _nameless(node_id)):
             return f"was {known} a moment ago and calls itself {name} now; a node has one name"
         if name in self.profiles and self._ids[name] != node_id:
             return "another node has this name already; give each its own with --name"
@@ -367,7 +368,8 @@ class Roster:
 
     def _refuse(self, node_id: int, name: str, reason: str, code: str = "", role: int = 0) -> None:
         if self.problems.get(name) != reason:  # a lost node is asked again and again
-            self._folder.emit(NodeRefused(node=name, reason=reason, code=code))
+            has_another = name in self.profiles and self._ids[name] != node_id  # who is here, and is not refused
+            self._folder.emit(NodeRefused(node=f"a second {name}" if has_another else name, reason=reason, code=code))
         self.problems[name] = reason
         if is_final(code):
             owner = self._owner_of(node_id) if self._owner_of is not None else None
@@ -393,10 +395,11 @@ class Roster:
         reasons = {name: self._unfit(config, name) for name in devices} | self.problems
         problems = "".join(f"; {name}: {reason}" for name, reason in sorted(reasons.items()) if reason)
         any_device = " or devices that listen" if config.split.host_on == "any" else ""
-        wanted_hosts = f" and {hosts} edge servers{any_device} (split.hosts)" if hosts else ""
+        wanted_hosts = f" and {human_count(hosts, 'edge server')}{any_device} (split.hosts)" if hosts else ""
         return RunFailed(
-            f"after {federation.join_deadline_s:.0f} s {len(devices)} devices ({', '.join(devices) or 'none'}) and "
-            f"{len(self.edges())} edge servers are here; the run needs at least {federation.min_nodes}{wanted_hosts} "
+            f"after {federation.join_deadline_s:.0f} s {human_count(len(devices), 'device')} ({', '.join(devices) or 'none'}) "
+            f"and {human_count(len(self.edges()), 'edge server')} are here; the run needs at least "
+            f"{human_count(federation.min_nodes, 'device')}{wanted_hosts} "
             f"(federation.min_nodes, federation.join_deadline_s){problems}"
         )
 
@@ -407,6 +410,10 @@ def _nobody_left(who: str, out: list[_Refusal]) -> RunFailed:
         f"{who} left that can take part, and nothing within this run can change that{reasons}",
         exit_code_of([one.code for one in out]),
     )
+
+
+def _nameless(node_id: int) -> str:
+    return f"a node that has not said its name (number {node_id})"
 
 
 def _role(role: pb.Role) -> str:

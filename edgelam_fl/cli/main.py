@@ -17,7 +17,7 @@ from typer.core import TyperCommand, TyperOption
 from typer.main import get_command
 
 from edgelam_fl import __version__
-from edgelam_fl.cli import bench, leakage, members, nodes, results, runs
+from edgelam_fl.cli import bench, leakage, members, nodes, results, runs, watch
 from edgelam_fl.cli.options import console, messages
 from edgelam_fl.cli.usage import check_values, usage_words
 from edgelam_fl.errors import INTERRUPTED, EdgelamError, EnvironmentProblem, UsageError
@@ -34,7 +34,10 @@ _COMMANDS = (
     runs.init,
     runs.demo,
     nodes.doctor,
-    runs.top,
+    watch.top,
+    watch.runs,
+    watch.log,
+    watch.stop,
     runs.plan,
     leakage.leakage,
     runs.run,

@@ -214,8 +214,9 @@ def client(
     ] = "",
     device: DeviceOption = "",
     wait: Annotated[
-        bool, typer.Option("--wait", help="Wait for a server that does not answer yet, as a service at boot must.")
-    ] = False,
+        bool,
+        typer.Option("--wait/--no-wait", help="Say that no server answers at the address, and try on; or end at once."),
+    ] = True,
     insecure: InsecureOption = False,
     offline: OfflineOption = False,
 ) -> None:

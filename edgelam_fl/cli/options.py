@@ -40,6 +40,12 @@ def _is_chip(value: str) -> str:
     return value
 
 
+def _in_runs(value: Path) -> Path:
+    """Returns the folder of a run that was named by its name alone."""
+    inside = Path("runs") / value
+    return inside if not value.exists() and inside.is_dir() else value
+
+
 DeviceOption = Annotated[
     str,
     typer.Option(
@@ -81,7 +87,9 @@ SetOption = Annotated[
     list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the run file; may be repeated.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
+RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", callback=_in_runs, help="A run's folder, or its name if that is in runs/.")
+]
 RunFilesArgument = Annotated[
     list[Path] | None,
     typer.Argument(

@@ -25,13 +25,15 @@ def report(folder: RunArgument) -> None:
     from edgelam_fl.telemetry.events import EVENTS_FILE, read_events
     from edgelam_fl.telemetry.report.incidents import failure
     from edgelam_fl.telemetry.report.page import write_report
-    from edgelam_fl.telemetry.run_folder import kept, state_now
+    from edgelam_fl.telemetry.run_folder import find_run, kept, state_now
     from edgelam_fl.telemetry.summary import build_summary, summary_table
 
-    if not (folder / EVENTS_FILE).is_file():
-        raise ConfigError(f"{folder} is not a run's folder: it has no {EVENTS_FILE}")
-    events = list(read_events(folder / EVENTS_FILE))
+    folder = find_run(folder)
+    events = list(read_events(folder / EVENTS_FILE)) if (folder / EVENTS_FILE).is_file() else []
     state = state_now(folder, events)
+    if not events:
+        say(f"{folder.absolute().name}: {state}; there is nothing to report on yet")
+        return
     console.print(summary_table(build_summary(events, state)))
     if state == "killed":
         say(f"its process ended without a last word. {kept(folder)}")
@@ -144,11 +146,11 @@ def chat(
             "--base and --server do not go together: the hosts hold the run's adapter; leave out --server"
         )
     if server:
-        from edgelam_fl.addresses import check_server_answers
         from edgelam_fl.federation.operator import Operator
+        from edgelam_fl.federation.server_probe import check_server_answers
 
         asking = Operator(server, operator)
-        check_server_answers(server, insecure or asking.identity is not None)
+        check_server_answers(asking, insecure)
         with waiting(messages, "loading PyTorch"):
             from edgelam_fl.federation.remote import route_speaker
         with route_speaker(result, asking, messages, device) as speaker:

@@ -1,4 +1,4 @@
-"""Commands for runs: init, demo, plan, run, top. They parse and print; the work is done by the modules that they import."""
+"""Commands for runs: init, demo, plan, run. They parse and print; the work is done by the modules that they import."""
 
 from __future__ import annotations
 
@@ -74,23 +74,6 @@ def demo(
     raise typer.Exit(run_demo(console, devices, out, overrides))
 
 
-def top(
-    folder: Annotated[
-        Path | None, typer.Argument(metavar="RUN", help="A run's folder; by default the newest under runs/.")
-    ] = None,
-    once: Annotated[bool, typer.Option("--once", help="Print one table and end.")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Shows a run's nodes live: what each holds, busy and waiting time, bytes, and why any left.
-
-    Ends with the run. Busy and waiting time are those of the latest round's training. With --json, prints one object with
-    the present state.
-    """
-    from edgelam_fl.telemetry.top import follow, newest_run
-
-    follow(console, folder or newest_run(), once, as_json)
-
-
 def plan(
     file: RunFileArgument,
     profiles: Annotated[
@@ -124,12 +107,12 @@ def plan(
         with waiting(messages, "planning"):
             plan = plan_of_profiles(config, profiles)
     else:
-        from edgelam_fl.addresses import check_server_answers
         from edgelam_fl.federation.operator import Operator
+        from edgelam_fl.federation.server_probe import check_server_answers
         from edgelam_fl.model.source import find_model
 
         asking = Operator(server, operator)
-        check_server_answers(server, insecure or asking.identity is not None)
+        check_server_answers(asking, insecure)
         plan = plan_on_server(messages, config, find_model(config.model.name), asking)
     if as_json:
         say(json.dumps(plan.to_json(), indent=2))

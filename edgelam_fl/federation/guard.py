@@ -88,7 +88,9 @@ class Guard:
     judge_node: Callable[[Mapping[str, str]], str] = lambda headers: ""
     """Judges the headers of a node's request, before its body is read: returns why it is refused, empty if it is not."""
     own: Mapping[str, Handler] = field(default_factory=dict)
-    """The handlers of this project's own routes, by the route's name after OWN_ROUTES."""
+    """The handlers of this project's own routes that anybody may use, by the route's name after OWN_ROUTES."""
+    operators: Mapping[str, Handler] = field(default_factory=dict)
+    """The handlers of those that the operator alone may use."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -110,18 +112,22 @@ class Guard:
         caller = ROUTES.get(scope["path"])
         if caller is None:
             raise Denied(404, "this server does not offer that")
-        if caller is Audience.OPERATOR and not self._has_token(scope):
-            raise Denied(
-                403,
-                "only the operator of this server may do that: on the server's machine, export FLWR_HOME as `edgelam server` "
-                "prints it at its start; with edgelam, name that folder with --operator",
-            )
+        if caller is Audience.OPERATOR:
+            self._check_token(scope)
         if caller is Audience.NODE:
             headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
             if problem := await asyncio.to_thread(self.judge_node, headers):
                 raise Denied(401, problem)
         if caller is Audience.MACHINE and not _is_of_this_machine(scope):
             raise Denied(403, "only tasks that run on the server's machine may do that")
+
+    def _check_token(self, scope: Scope) -> None:
+        if not self._has_token(scope):
+            raise Denied(
+                403,
+                "only the operator of this server may do that: on the server's machine, export FLWR_HOME as `edgelam server` "
+                "prints it at its start; with edgelam, name that folder with --operator",
+            )
 
     def _has_token(self, scope: Scope) -> bool:
         given = [value for name, value in scope["headers"] if name == b"authorization"]
@@ -142,7 +148,10 @@ class Guard:
         return again
 
     async def _own(self, scope: Scope, receive: Receive) -> tuple[int, dict[str, Any]]:
-        handler = self.own.get(scope["path"].removeprefix(OWN_ROUTES))
+        name = scope["path"].removeprefix(OWN_ROUTES)
+        if name in self.operators:
+            self._check_token(scope)
+        handler = self.operators.get(name) or self.own.get(name)
         if handler is None:
             raise Denied(404, "this server does not offer that")
         body = await _body(receive, _MAX_OWN_BYTES)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
-from edgelam_fl.addresses import answers, check_server_answers, join_address, split_address
+from edgelam_fl.addresses import answers, check_plain_text, split_address
 from edgelam_fl.bounds import check_modules
 from edgelam_fl.config import most_read_by_hosts
 from edgelam_fl.errors import INTERRUPTED, ConfigError, EnvironmentProblem
 from edgelam_fl.federation.node_process import NodeProcesses
+from edgelam_fl.federation.server_probe import ServerProblem, problem_at
 from edgelam_fl.federation.standing import NodeOptions, Standing, find_standing
 from edgelam_fl.files import Hold, holder_of
 from edgelam_fl.machine import since_boot_s
@@ -28,6 +31,7 @@ from edgelam_fl.telemetry.events import (
     NodeReady,
     TextReadableHere,
 )
+from edgelam_fl.telemetry.human import human_count, human_seconds
 from edgelam_fl.telemetry.waiting import waiting
 from edgelam_fl.trust.identity import load_identity
 from edgelam_fl.trust.join import Membership, clock_words, renew
@@ -35,7 +39,12 @@ from edgelam_fl.wire.relay import RELAY
 
 _LOCK = ".client.lock"
 _POLL_S = 0.25
-_LONGEST_PAUSE_S = 30.0  # between two looks for a server
+_LONGEST_PAUSE_S = 10.0  # between two looks for a server
+_SIGN_S, _SIGN_PART = (
+    10.0,
+    1 / 60,
+)  # between two signs of life, and of the time waited once that is longer: it may be days
+_LOOK_S = 10.0  # between two looks whether the server is still there
 _RENEWAL_S = 6 * 3600.0  # between two questions whether the certificate still lasts
 _RETRY_S = 600.0  # after a question that nobody answered
 
@@ -54,7 +63,8 @@ def join(
 
     join_text, name, state: as for `find_standing`. wait: wait for a server that does not answer yet, instead of refusing. Once
     it has answered, the node rejoins whenever the server comes back. Raises UsageError for what cannot be used,
-    EnvironmentProblem if nobody answers or another process uses the state folder, Refused if the server does not let the node in.
+    EnvironmentProblem if another process uses the state folder or, without `wait`, if no server answers, Refused if the server does
+    not let the node in.
     """
     standing = find_standing(options, join_text, name, state, insecure)
     options = standing.options
@@ -76,10 +86,9 @@ def _start(console: Console, standing: Standing, *, insecure: bool, wait: bool) 
         )
     for file in filter(None, (options.data, options.eval_data)):
         _check_data(console, file)
-    if wait:
-        _await_server(console, *split_address(options.server, "--server"))
-    elif standing.identity is None:
-        check_server_answers(options.server, insecure)
+    if standing.identity is None:
+        check_plain_text(split_address(options.server, "--server")[0], "--server", insecure)
+    await_server(options.server, tls=standing.identity is not None, patient=wait, say=partial(_say, console))
     if standing.identity is None:
         _say(
             console,
@@ -117,7 +126,7 @@ def _check_data(console: Console, data: Path) -> None:
         places = f"{', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}"
         _say(
             console,
-            f"WARNING: {len(bad)} examples of {data} cannot be read ({places}): runs refuse this node, unless they have "
+            f"WARNING: {human_count(len(bad), 'example')} of {data} cannot be read ({places}): runs refuse this node, unless they have "
             f"data.bad_lines = 'skip'",
         )
 
@@ -148,16 +157,33 @@ def _check_trust(name: str, options: NodeOptions) -> None:
         )
 
 
-def _await_server(console: Console, host: str, port: int) -> None:
-    if answers(host, port):
-        return
-    console.print(
-        f"no server answers at {join_address(host, port)} yet; waiting for it", highlight=False, soft_wrap=True
-    )
-    pause_s = 1.0
-    while not answers(host, port):
-        time.sleep(pause_s)
+def await_server(
+    server: str,
+    *,
+    tls: bool,
+    patient: bool,
+    say: Callable[[str], None],
+    probe: Callable[..., ServerProblem | None] = problem_at,
+    sleep: Callable[[float], object] = time.sleep,
+    now: Callable[[], float] = time.monotonic,
+) -> None:
+    """Waits until a server answers at `server` (HOST:PORT), and says why it waits: at once, when that changes, and now and then.
+
+    tls: as of `problem_at`, which is `probe`. Raises EnvironmentProblem in place of waiting unless `patient`.
+    """
+    began, said, next_sign, pause_s = now(), "", 0.0, 1.0
+    while (problem := probe(server, tls=tls)) is not None:
+        if not patient:
+            raise EnvironmentProblem(f"{problem.words}; start one with `edgelam server`, or give another --server")
+        waited_s = now() - began
+        if problem.words != said or waited_s >= next_sign:
+            for_s = f" for {human_seconds(waited_s)}" if said else ""
+            say(f"{problem.words}; trying on{for_s}, Ctrl-C ends it")
+            said, next_sign = problem.words, waited_s + max(_SIGN_S, _SIGN_PART * waited_s)
+        sleep(pause_s)
         pause_s = min(_LONGEST_PAUSE_S, 1.5 * pause_s)
+    if said:
+        say(f"a server answers at {server}")
 
 
 def _enter(console: Console, standing: Standing) -> Membership | None:
@@ -235,6 +261,31 @@ class Renewals:
         return current != before
 
 
+@dataclass
+class ServerInSight:
+    """Says when a node's server is gone, and when it is back."""
+
+    server: str
+    say: Callable[[str], None]
+    answers: Callable[[str, int], bool] = answers
+    now: Callable[[], float] = time.monotonic
+    _gone_since: float | None = None
+    _next: float = 0.0
+
+    def look(self) -> None:
+        """Sees whether the server answers, if it is time to."""
+        if self.now() < self._next:
+            return
+        is_here = self.answers(*split_address(self.server, "--server"))
+        self._next = self.now() + _LOOK_S
+        if not is_here and self._gone_since is None:
+            self._gone_since = self.now()
+            self.say(f"no server answers at {self.server}; the node tries on and joins again when it is back")
+        elif is_here and self._gone_since is not None:
+            self.say(f"the server at {self.server} answers again, after {human_seconds(self.now() - self._gone_since)}")
+            self._gone_since = None
+
+
 def _watch(console: Console, node: NodeProcesses) -> int:
     renewals = Renewals(node.server, node.identity) if node.identity else None
     tail = EventTail(node.state / EVENTS_FILE)
@@ -248,8 +299,10 @@ def _watch(console: Console, node: NodeProcesses) -> int:
         _say(console, f"{node.name} is here as {role}; logs in {node.state}. Ctrl-C ends it.")
         if node.data:
             _say(console, trust_words(node.trust))
+        in_sight = ServerInSight(node.server, partial(_say, console))
         while True:
             time.sleep(1.0)
+            in_sight.look()
             for event in tail.poll():
                 _say_event(console, event)
             news = node.watch()

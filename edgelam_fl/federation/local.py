@@ -16,7 +16,7 @@ from pathlib import Path
 from edgelam_fl.addresses import free_port
 from edgelam_fl.bounds import Bounds
 from edgelam_fl.config import RunConfig
-from edgelam_fl.errors import RunFailed
+from edgelam_fl.errors import INTERRUPTED, ConfigError, RunFailed, UsageError
 from edgelam_fl.federation.child import Child, end_all
 from edgelam_fl.federation.data_check import eval_files, look_into_files
 from edgelam_fl.federation.flower_app import app_module
@@ -25,11 +25,13 @@ from edgelam_fl.federation.operator import Operator, operator_folder
 from edgelam_fl.federation.submission import Submission
 from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.federation.template import warm_template
+from edgelam_fl.files import Hold, from_home
 from edgelam_fl.plan.layout import local_hosts
 from edgelam_fl.tasks.named import local_data
-from edgelam_fl.telemetry.events import Event, RunDone
+from edgelam_fl.telemetry.events import EVENTS_FILE, Event, RunDone
+from edgelam_fl.telemetry.human import human_count
 from edgelam_fl.telemetry.progress import NodesProgress, clear_progress, write_progress
-from edgelam_fl.telemetry.run_folder import kept
+from edgelam_fl.telemetry.run_folder import COMMAND_LOCK, end_with, kept
 from edgelam_fl.trust.authority import issue
 from edgelam_fl.trust.identity import DEVICE, HOST, save_identity
 from edgelam_fl.trust.server import ServerTrust, prepare_trust, trust_folder
@@ -60,7 +62,7 @@ class LocalFederation:
 
     def __str__(self) -> str:
         processes = 1 + 2 * len(self.nodes)  # per node a stage host and a SuperNode
-        parts = f"{_counted(self.edges, 'edge server')} and {_counted(self.devices, 'device')}"
+        parts = f"{human_count(len(self.edges), 'edge server')} and {human_count(len(self.devices), 'device')}"
         return f"a SuperLink, {parts} as {processes} processes"
 
     def watch(self) -> list[str]:
@@ -95,10 +97,46 @@ def local_federation(
     """Starts a federation for one run, with one device per file of `data`; ends its processes when the context ends.
 
     It has an authority of its own, whose keys and those of the nodes are deleted at the end. folder: the run's folder, which
-    holds the nodes' logs too. say: hears what is begun. names: those of the devices; empty: `numbered`. eval_data: what they measure with, as of
-    `eval_files`. Whether the files can be learned from is known before: `look_into_files`.
+    holds the nodes' logs too, and is held by this process meanwhile; its events say at the end how the run ended. Nothing is left of a
+    new folder if a UsageError ends it before it has said anything. say: hears what is begun. names: those of the devices; empty:
+    `numbered`. eval_data: what they measure with, as of `eval_files`. Whether the files can be learned from is known before:
+    `look_into_files`.
     """
     warm_template()  # it imports while everything else is prepared
+    is_new = not folder.is_dir() or not any(folder.iterdir())
+    reason, exit_code = "its command was ended", INTERRUPTED
+    with _held(folder):
+        try:
+            with _federation(config, data, folder, say, names, eval_data) as here:
+                yield here
+        except Exception as error:
+            if is_new and isinstance(error, UsageError) and not (folder / EVENTS_FILE).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+            reason, exit_code = from_home(str(error)), getattr(error, "exit_code", RunFailed.exit_code)
+            raise
+        finally:
+            if folder.is_dir():
+                end_with(folder, reason, exit_code)
+
+
+def _held(folder: Path) -> Hold:
+    """Makes the run's folder and holds it. Raises ConfigError if another command does."""
+    try:
+        return Hold(folder, lock=COMMAND_LOCK)
+    except BlockingIOError as error:
+        raise ConfigError(f"the run in {folder} is alive; `edgelam top {folder}` shows it") from error
+
+
+@contextmanager
+def _federation(
+    config: RunConfig,
+    data: Sequence[Path],
+    folder: Path,
+    say: Callable[[str], None],
+    names: Sequence[str],
+    eval_data: Sequence[Path],
+) -> Iterator[LocalFederation]:
+    """Starts the processes of `local_federation` and ends them."""
     port = free_port()
     server = f"127.0.0.1:{port}"
     measured = eval_files(len(data), [local_data(file) for file in eval_data])
@@ -185,10 +223,6 @@ def shares_of_cores(cores: int, edges: int, devices: int) -> tuple[int, int]:
     Edge servers share all cores, as devices wait for them most of the time; devices leave one share to them, if there are any.
     """
     return max(1, cores // max(1, edges)), max(1, cores // (devices + min(1, edges)))
-
-
-def _counted(things: Sequence[object], name: str) -> str:
-    return f"{len(things)} {name}" if len(things) == 1 else f"{len(things)} {name}s"
 
 
 def run_local(

@@ -10,6 +10,7 @@ import base64
 import json
 import secrets
 import shutil
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +54,17 @@ def read_token(folder: Path) -> str:
         raise EnvironmentProblem(
             f"{folder} is not the operator's folder of a server ({error.strerror}): `edgelam server` prints the folder at its "
             "start. Name it with --operator DIR; from another machine, name a copy"
+        ) from error
+
+
+def address_in(folder: Path) -> str:
+    """Returns HOST:PORT of the server as it wrote it into its operator's folder. Raises EnvironmentProblem if it does not say."""
+    try:
+        settings = tomllib.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
+        return str(settings["superlink"][CONNECTION]["address"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise EnvironmentProblem(
+            f"{folder / _SETTINGS} does not say where the server is; give --server HOST:PORT"
         ) from error
 
 

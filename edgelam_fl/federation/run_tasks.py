@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from flwr.common.constant import Status, SubStatus
@@ -41,7 +42,7 @@ from edgelam_fl.telemetry.events import (
     read_events,
 )
 from edgelam_fl.telemetry.run_folder import kept
-from edgelam_fl.telemetry.summary import run_state
+from edgelam_fl.telemetry.summary import ENDED, run_state
 
 SERVERAPP = "flwr-serverapp"
 """The name of Flower's command, and kind of task, for a run's ServerApp."""
@@ -81,6 +82,7 @@ class RunTasks:
         """`links`: Flower's state of the SuperLink. `start`: starts a task's process. `bounds`: where runs have their folders."""
         self._links, self._start, self._bounds, self._say = links, start, bounds, say
         self._running: list[tuple[RunTask, subprocess.Popen[bytes]]] = []
+        self._stopped: SimpleQueue[int] = SimpleQueue()  # Flower's ids of runs
 
     def serve(self, pause: Callable[[float], object] = time.sleep) -> None:
         """Starts tasks and looks after them; never ends. What fails, as on a database that is locked or full, is said and tried again."""
@@ -101,8 +103,19 @@ class RunTasks:
         for task in open_tasks(self._links):
             self._conclude(task, "the SuperLink ended")
 
+    def end(self, run: int) -> None:
+        """Has the processes of a run that was stopped end at the next look; may be called from any thread.
+
+        Flower tells them with their next heartbeat, half a minute later, and until then they hold the nodes.
+        """
+        self._stopped.put(run)
+
     def look(self) -> bool:
         """Starts the task that waits longest, and concludes those whose processes have ended; returns whether one was started."""
+        while not self._stopped.empty():
+            run = self._stopped.get()
+            for process in (process for task, process in self._running if task.run == run):
+                process.terminate()
         task = self._take()
         if task is not None:
             self._running.append((task, self._start(task)))
@@ -129,7 +142,7 @@ class RunTasks:
         history = _readable(events)
         status = runs[0].status
         reason = how if not status.details else f"{how} ({status.details})"
-        has_last_word = run_state(history) != "running"
+        has_last_word = run_state(history) in ENDED
         if has_last_word or is_held(events.parent):  # held: the folder is another run's
             self._links.finish_task(task.number, SubStatus.FAILED, how)  # if Flower has not heard of its end
             return

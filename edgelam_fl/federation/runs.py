@@ -12,7 +12,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from edgelam_fl.addresses import check_server_answers
 from edgelam_fl.config import RunConfig, changed_keys, toml_value
 from edgelam_fl.errors import INTERRUPTED, ConfigError, RunFailed
 from edgelam_fl.federation.before import (
@@ -27,6 +26,7 @@ from edgelam_fl.federation.data_check import check_files, look_into_files
 from edgelam_fl.federation.flower_app import app_module
 from edgelam_fl.federation.local import LocalFederation, await_result, local_federation, numbered
 from edgelam_fl.federation.operator import Operator
+from edgelam_fl.federation.server_probe import check_server_answers
 from edgelam_fl.federation.submission import Submission
 from edgelam_fl.federation.template import warm_template
 from edgelam_fl.files import now_in_a_name, write_atomically
@@ -36,6 +36,7 @@ from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.tasks.named import local_data
 from edgelam_fl.telemetry.console import RunView
 from edgelam_fl.telemetry.events import EVENTS_FILE, EventTail, RoundDone, RunFailure
+from edgelam_fl.telemetry.human import human_seconds
 from edgelam_fl.telemetry.run_folder import kept, way_on
 from edgelam_fl.telemetry.summary import read_summary, summary_table
 from edgelam_fl.telemetry.waiting import waiting
@@ -90,7 +91,7 @@ def _on_server(folder: Path, runs: Path, *, is_chosen: bool) -> Path:
 
 def run_on_server(console: Console, config: RunConfig, folder: Path, operator: Operator, insecure: bool) -> int:
     """Runs on the nodes that have joined the operator's server, and shows the run until it ends; returns the exit code."""
-    check_server_answers(operator.server, insecure or operator.identity is not None, _WAYS_OUT)
+    check_server_answers(operator, insecure, _WAYS_OUT)
     return follow(console, _view_of(console, config), config, folder, operator)
 
 
@@ -103,13 +104,13 @@ def resume_on_server(console: Console, run: Path, overrides: list[str], operator
     resuming = app_module("server.resuming")
     resuming.check_can_resume(folder)
     config = resuming.resumption(folder, overrides).config
-    check_server_answers(operator.server, insecure or operator.identity is not None, _WAYS_OUT)
+    check_server_answers(operator, insecure, _WAYS_OUT)
     return follow(console, _view_of(console, config), config, folder, operator, resumed=overrides)
 
 
 def leave_on_server(console: Console, config: RunConfig, folder: Path, operator: Operator, insecure: bool) -> int:
     """Submits the run and prints how to follow and to stop it; it goes on without this command."""
-    check_server_answers(operator.server, insecure or operator.identity is not None, _WAYS_OUT)
+    check_server_answers(operator, insecure, _WAYS_OUT)
     submission = Submission(operator)
     with waiting(console, "handing the run to Flower"):
         run_id = submission.submit(config, folder)
@@ -155,10 +156,12 @@ def run_here(
             files = {"data": [*map(_absolute, data)], "eval_data": [*map(_absolute, eval_data)]}
             kept_of_run = {**files, "names": list(names)}
             write_atomically(folder / _LOCAL, json.dumps(kept_of_run) + "\n")
-            return follow(console, view, here.config, folder, here.operator, here, resumed)
+            status = follow(console, view, here.config, folder, here.operator, here, resumed)
     except KeyboardInterrupt:
-        console.print(kept(folder))
-        return INTERRUPTED
+        status = INTERRUPTED
+    if status == INTERRUPTED and folder.is_dir():
+        console.print(kept(folder), soft_wrap=True, markup=False, highlight=False)
+    return status
 
 
 def _looked_into(
@@ -242,21 +245,28 @@ def follow(
                 can_go_on = can_go_on or isinstance(event, RoundDone)
                 if isinstance(event, RunFailure):
                     how = f". {way_on(folder, '' if local else submission.options)}" if can_go_on else ""
-                    raise RunFailed(f"the run failed: {event.reason}; {event.kept}{how}", event.exit_code)
+                    end = "was stopped" if event.exit_code == INTERRUPTED else "failed"
+                    raise RunFailed(f"the run {end}: {event.reason}; {event.kept}{how}", event.exit_code)
     except KeyboardInterrupt:
-        console.print(f"stopping the run. {kept(folder)}", soft_wrap=True)
+        console.print("stopping the run", soft_wrap=True)
         try:
             with waiting(console, "telling Flower to stop the run"):
                 submission.stop()
         except RunFailed as error:
             console.print(str(error), soft_wrap=True, markup=False, highlight=False)
+        if local is None:
+            console.print(kept(folder, submission.options), soft_wrap=True, markup=False, highlight=False)
         return INTERRUPTED
-    _show_result(console, folder)
+    with waiting(console, "waiting for the report"):
+        await_result(folder)
+    _show_result(console, folder, view.elapsed_s)
     return 0
 
 
-def _show_result(console: Console, folder: Path) -> None:
-    with waiting(console, "waiting for the report"):
-        await_result(folder)
-    console.print(summary_table(read_summary(folder / "summary.json")))
+def _show_result(console: Console, folder: Path, elapsed_s: float) -> None:
+    """Shows what came of a run that is done. elapsed_s: since its command was typed."""
+    summary = read_summary(folder / "summary.json")
+    console.print(summary_table(summary))
+    own_s, all_s = human_seconds(summary.seconds), human_seconds(elapsed_s)
+    console.print(f"time: {all_s} with start-up and waiting, {own_s} of them the run itself", highlight=False)
     console.print(f"run: {folder}\npage: {folder / 'report.html'}", highlight=False, soft_wrap=True)

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgelam_fl.addresses import is_healthy, split_address
+from edgelam_fl.addresses import split_address
 from edgelam_fl.config import RunConfig, to_toml
 from edgelam_fl.errors import EnvironmentProblem, RunFailed
 from edgelam_fl.federation.app_archive import app_alone
 from edgelam_fl.federation.environment import child_environment, without_proxies
 from edgelam_fl.federation.operator import Operator
+from edgelam_fl.federation.server_probe import is_healthy
 from edgelam_fl.telemetry.events import EVENTS_FILE, RUN_ENDS, Event, EventTail, RoundProgress
 from edgelam_fl.telemetry.progress import ProgressTail
 from edgelam_fl.telemetry.run_folder import kept
@@ -154,7 +155,7 @@ class Submission:
         """
         self._home, self._out = operator.flower_home(), Path()
         self.options = f" --server {operator.server} --operator {shlex.quote(str(operator.folder.absolute()))}"
-        self._server, self._tls = operator.server, operator.identity is not None
+        self._server, self._tls, self._runs = operator.server, operator.identity is not None, operator.runs()
         self._host, self._port = split_address(operator.server, "--server")
         self._tail: EventTail | None = None
         self.run_id = 0
@@ -235,7 +236,7 @@ class Submission:
         if not self.server_answers():
             raise RunFailed(
                 f"the server at {self._server} does not answer, so the run could not be stopped: it goes on once the server is started "
-                f"again, unless `flwr stop {self.run_id}` stops it then"
+                f"again, unless `edgelam stop {shlex.quote(self._name_of(self._out))}{self.options}` stops it then"
             )
         try:
             self.flwr("stop", str(self.run_id))
@@ -264,11 +265,17 @@ class Submission:
     def how_to(self, folder: Path) -> list[str]:
         """Lists commands for a user's shell: they report on the run in `folder`, show Flower's log and stop the run."""
         flwr = f"FLWR_HOME={shlex.quote(str(self._home))} {shlex.quote(_as_typed('flwr'))}"
+        run = shlex.quote(self._name_of(folder))
         return [
-            f"its state:      edgelam report {shlex.quote(str(folder))}",
-            f"its log:        {flwr} log {self.run_id}",
-            f"stop it:        {flwr} stop {self.run_id}",
+            f"its state:      edgelam runs{self.options}",
+            f"its log:        edgelam log {run}{self.options}",
+            f"stop it:        edgelam stop {run}{self.options}",
+            f"Flower's log:   {flwr} log {self.run_id}",
         ]
+
+    def _name_of(self, folder: Path) -> str:
+        """Returns the name by which the server finds a run's folder."""
+        return str(folder.relative_to(self._runs) if folder.is_relative_to(self._runs) else folder)
 
     def flwr(self, command: str, *arguments: str, deadline_s: float = _COMMAND_DEADLINE_S) -> dict[str, Any]:
         """Runs one of Flower's commands and returns its answer. Raises RunFailed with what it said."""

@@ -59,6 +59,7 @@ from edgelam_fl.config import nearest_key
 from edgelam_fl.federation.app_archive import app_alone, archive_digest, run_config_keys
 from edgelam_fl.federation.guard import Guard, Handler
 from edgelam_fl.federation.operator import read_token
+from edgelam_fl.federation.run_service import RunService
 from edgelam_fl.federation.run_tasks import RunTasks, start_task
 from edgelam_fl.files import say
 from edgelam_fl.trust.identity import AUTHORITY_FILE, CERTIFICATE_FILE, KEY_FILE
@@ -85,6 +86,7 @@ def main() -> None:
     app = create_app(_configuration(options), SuperLinkLifespan)
     app.add_exception_handler(OperationalError, ask_again)
     links = app.state.linkstate_factory.state()
+    bounds = bounds_of(os.environ)
     judge = partial(refusal_of_run, own="" if options.allow_foreign_apps else own_digest())
     judge_heartbeats()
     look_for_dead_tasks_seldom(links)
@@ -95,11 +97,13 @@ def main() -> None:
         judge_run=judge,
         judge_node=partial(refusal_of_node, links) if trust else lambda headers: "",
         own={ABOUT: about, **(_let_members_in(trust, links) if trust else {})},
+        operators=RunService(links, bounds).handlers,
     )
     runtime = ["--runtime-api-address", join_address(from_here(options.host), options.port)]
     runtime += ["--root-certificates", str(trust.identity / AUTHORITY_FILE)] if trust else ["--insecure"]
     gc.freeze()  # what is here by now stays: collections need not look at it
-    tasks = RunTasks(links, partial(start_task, runtime=runtime), bounds_of(os.environ))
+    tasks = RunTasks(links, partial(start_task, runtime=runtime), bounds)
+    end_stopped_runs(links, tasks.end)
     threading.Thread(target=tasks.serve, name="tasks", daemon=True).start()
     uvicorn.run(
         guard,
@@ -197,6 +201,19 @@ def _admit_killed_nodes(links: Any) -> None:
         return bool(activate(number, heartbeat_interval))
 
     links.activate_node = activate_again
+
+
+def end_stopped_runs(links: Any, end: Callable[[int], None]) -> None:
+    """Has `end` called with each run that is stopped, by whomever and over whichever route."""
+    stop = links.stop_run
+
+    def stop_and_end(run: int) -> bool:
+        was_stopped = bool(stop(run))
+        if was_stopped:
+            end(run)
+        return was_stopped
+
+    links.stop_run = stop_and_end
 
 
 def judge_heartbeats() -> None:

@@ -337,7 +337,7 @@ class DecidesTurns(Turns):
     def _check_enough(self, lane: Lane) -> None:
         left = [member for member in lane.members if member.present]
         if self._mode.waits_for_others and len(left) < self.plan.min_devices:
-            raise PeerLost(f"{len(left)} devices are left; at least {self.plan.min_devices} are needed")
+            raise PeerLost(f"devices left: {len(left)}; at least {self.plan.min_devices} are needed")
 
 
 class FollowsTurns(Turns):

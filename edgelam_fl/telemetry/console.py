@@ -55,7 +55,15 @@ from edgelam_fl.telemetry.events import (
     TextReadable,
 )
 from edgelam_fl.telemetry.events.rounds import CONNECTING, DOINGS, SERVING, TRAINING
-from edgelam_fl.telemetry.human import by_name, human_bytes, human_layers, human_measure, human_seconds, total
+from edgelam_fl.telemetry.human import (
+    by_name,
+    human_bytes,
+    human_count,
+    human_layers,
+    human_measure,
+    human_seconds,
+    total,
+)
 from edgelam_fl.telemetry.summary import mean_metrics, measure_of, measured, setting, task_of
 from edgelam_fl.telemetry.waiting import DEFAULT_SIGNS, Reminder, SignTiming
 
@@ -92,7 +100,7 @@ class RunView:
     """The view of one run: takes every event, and is a context manager around the run."""
 
     def __init__(self, console: Console, rounds: int, steps: int, timing: SignTiming = DEFAULT_SIGNS) -> None:
-        """`steps`: per round. `timing`: of the lines without a terminal, and the clock."""
+        """`rounds`, `steps` per round: of the run file, as far as it is known. `timing`: of the lines without a terminal, and the clock."""
         self._console, self._rounds, self._steps = console, rounds, steps
         self._rows: dict[str, _Row] = {}
         self._round = 0
@@ -151,6 +159,11 @@ class RunView:
         if self._console.is_terminal:
             self._live.__exit__(None, None, None)
 
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the view was made."""
+        return self._now() - self._began
+
     def say(self, text: str) -> None:
         """Prints a milestone, which stays on the screen above the table."""
         self._signs.postpone()
@@ -190,8 +203,7 @@ class RunView:
         return f"; about {human_seconds(progress.left_s + rounds * self._round_s)} left in the run"
 
     def _print(self, text: str) -> None:
-        elapsed = self._now() - self._began
-        self._console.print(f"[dim]{elapsed:5.0f} s[/dim]  {escape(text)}", highlight=False, soft_wrap=True)
+        self._console.print(f"[dim]{self.elapsed_s:5.0f} s[/dim]  {escape(text)}", highlight=False, soft_wrap=True)
 
     def feed(self, event: Event, node: str = "") -> None:
         """Takes an event of the ServerApp or, with the node's name, of a stage host."""
@@ -211,6 +223,7 @@ class RunView:
         self._measure, self._max_tokens = measure_of(task_of([event])), setting([event], "task", "max_tokens")
         self._batch_size = setting([event], "federation", "batch_size") or 0
         self._batches = setting([event], "optimizer", "gradient_accumulation_steps") or 1
+        self._rounds = setting([event], "federation", "rounds") or self._rounds
         wanted = (setting([event], "federation", key) or 0 for key in ("min_nodes", "expect_nodes"))
         self._awaited = max(wanted)
 
@@ -220,7 +233,11 @@ class RunView:
     def _on_node_joined(self, event: NodeJoined, _: str) -> None:
         row = self._row(event.node)
         row.role, row.doing = event.role, "joined"
-        holds = f"{event.examples} examples, {event.held_out} held out" if row.role == "device" else "no data"
+        holds = (
+            f"{human_count(event.examples, 'example')}, {event.held_out} held out"
+            if row.role == "device"
+            else "no data"
+        )
         self.say(f"{event.node} joined ({holds})")
         if row.role == "device":
             self._say_counts(event.node, event, event.examples, event.held_out)
@@ -420,8 +437,7 @@ class RunView:
             )  # one unit for all
             waited = "" if row.waited is None else f"{100 * row.waited:.0f} %"
             table.add_row(escape(name), row.doing, loss, quality, human_bytes(row.bytes_moved), waited)
-        elapsed = self._now() - self._began
-        return Group(Text(f"{self.status()}, {elapsed:.0f} s", style="bold"), table)
+        return Group(Text(f"{self.status()}, {self.elapsed_s:.0f} s", style="bold"), table)
 
     def _short(self, value: float) -> str:
         return (

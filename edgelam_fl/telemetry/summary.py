@@ -17,7 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from edgelam_fl.errors import DataError
+from edgelam_fl.errors import INTERRUPTED, DataError
 from edgelam_fl.telemetry.events import (
     BestTaken,
     BudgetSpent,
@@ -42,6 +42,7 @@ from edgelam_fl.telemetry.events import (
 from edgelam_fl.telemetry.human import (
     by_name,
     human_bytes,
+    human_count,
     human_layers,
     human_measure,
     human_number,
@@ -52,6 +53,9 @@ from edgelam_fl.telemetry.records import read_record
 
 LINK_BYTES = ("bytes_up", "bytes_down")
 _SAID = 8  # sentences about devices' data below a table
+EARLY_ENDS = ("stopped", "failed")
+ENDED = ("done", *EARLY_ENDS)
+"""What a run says of itself at its end, as `run_state` has it."""
 ADAPTER_BYTES = ("adapter_bytes_up", "adapter_bytes_down")
 
 
@@ -170,7 +174,8 @@ class Summary:
     run: str | None
     """Name of the run."""
     state: str
-    """Either "done", "failed", "running", or "killed": it runs nowhere and did not say how it ended."""
+    """Either "done", "failed", "stopped" by somebody, "running", "waiting" for other runs, "starting", "killed": it runs nowhere and did
+    not say how it ended, or "never begun"."""
     model: str | None
     """model.name of the run file."""
     task: str | None
@@ -194,7 +199,7 @@ class Summary:
 
 
 def build_summary(events: Sequence[Event], state: str = "") -> Summary:
-    """Makes a run's summary. `state`: what is known of it besides; "": what the events say, "running" unless that it ended."""
+    """Makes a run's summary. `state`: how it stands; "": what the events alone say."""
     started = next(of_kind(events, RunStarted), None)
     rounds, best = finished_rounds(events), best_taken(events)
     return Summary(
@@ -356,15 +361,20 @@ def before_and_after(device: DeviceSummary, measure: str) -> tuple[float | None,
 
 
 def run_state(events: Iterable[Event]) -> str:
-    """Returns "done", "failed" or "running" by the last event that says so: a run that had failed may go on later."""
+    """Returns what the last event that says so says of the run: "waiting" (for other runs), "running", or a word of ENDED.
+
+    A run that had ended early may go on later. Whether a process still works on it is not seen here.
+    """
     state = "running"
     for event in events:
         match event:
             case RunFailure():
-                state = "failed"
+                state = "stopped" if event.exit_code == INTERRUPTED else "failed"
             case RunDone():
                 state = "done"
-            case RunResumed():
+            case RunWaits():
+                state = "waiting"
+            case RunStarted() | RunResumed():
                 state = "running"
     return state
 
@@ -409,8 +419,7 @@ def _bytes_and_memory(node: DeviceSummary | HostSummary) -> list[str]:
 
 
 def _what_happened(summary: Summary) -> str:
-    number = "1 round" if summary.rounds == 1 else f"{summary.rounds} rounds"
-    return f"{summary.state}, {number} in {human_seconds(summary.seconds)}"
+    return f"{summary.state}, {human_count(summary.rounds, 'round')} in {human_seconds(summary.seconds)}"
 
 
 def _seconds(events: Sequence[Event]) -> float | None:
@@ -420,7 +429,7 @@ def _seconds(events: Sequence[Event]) -> float | None:
         return done.seconds
     if not events:
         return None
-    end = list(of_kind(events, RunFailure))[-1] if run_state(events) == "failed" else events[-1]
+    end = list(of_kind(events, RunFailure))[-1] if run_state(events) in EARLY_ENDS else events[-1]
     return round((end.time or 0.0) - began(events), 3)
 
 

@@ -9,19 +9,16 @@ import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
-from edgelam_fl.errors import ConfigError
 from edgelam_fl.telemetry.events import (
-    EVENTS_FILE,
     Event,
-    EventTail,
     NodeJoined,
     NodeLost,
     NodeRefused,
@@ -38,13 +35,12 @@ from edgelam_fl.telemetry.human import (
     by_name,
     human_bytes,
     human_layers,
-    human_number,
     human_seconds,
     total,
 )
 from edgelam_fl.telemetry.records import as_json
-from edgelam_fl.telemetry.run_folder import state_now
-from edgelam_fl.telemetry.summary import build_summary, counts_in_words, finished_rounds
+from edgelam_fl.telemetry.run_folder import RunSource, state_of, waits_for
+from edgelam_fl.telemetry.summary import ENDED, build_summary, counts_in_words, finished_rounds, setting
 
 _REFRESH_S = 1.0
 
@@ -80,55 +76,46 @@ class Snapshot:
     """A run as it is now; `--json` prints it with these names."""
 
     run: str | None
-    state: str  # "running", "done", "failed", "killed"
-    round: int  # of the latest plan; 0 before the first
+    state: str  # as of state_of in run_folder.py
+    round: int  # of the latest plan, and one above `rounds` for the evaluation after the last; 0 before the first
+    rounds: int | None  # of the run file; None if the run has not said
     seconds: float | None
     steps_per_s: float | None
     nodes: tuple[NodeNow, ...]
     departures: tuple[Departure, ...]
+    waits_for: str  # the run that it waits for, in words; "" if it does not
     data: tuple[str, ...]  # sentences about what is not used of the devices' data
 
 
-def newest_run(root: Path = Path("runs")) -> Path:
-    """Returns the folder under `root` whose events are the newest."""
-    found = sorted(root.glob(f"*/{EVENTS_FILE}"), key=lambda file: file.stat().st_mtime)
-    if not found:
-        raise ConfigError(f"no run under {root.absolute()}; name a run's folder: edgelam top RUN")
-    return found[-1].parent
-
-
-def follow(console: Console, folder: Path, once: bool, as_json_text: bool) -> None:
-    """Shows the run until it ends; with `once` or `as_json_text` only as it is now."""
-    if not (folder / EVENTS_FILE).is_file():
-        raise ConfigError(f"{folder} is not a run's folder: it has no {EVENTS_FILE}")
-    tail = EventTail(folder / EVENTS_FILE)
-    events = tail.poll()
+def follow(console: Console, run: RunSource, once: bool, as_json_text: bool) -> None:
+    """Shows the run until it ends; with `once`, `as_json_text` or without a terminal only as it is now."""
+    events = run.poll()
+    now = snapshot(events, state_of(events, run.alive()), run.name)
     if as_json_text:
-        text = json.dumps(as_json(snapshot(events, state_now(folder, events))), indent=2)
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print(json.dumps(as_json(now), indent=2), markup=False, highlight=False, soft_wrap=True)
         return
     if once or not console.is_terminal:
-        console.print(top_table(snapshot(events, state_now(folder, events))))
+        console.print(top_view(now))
         return
-    with Live(top_table(snapshot(events)), console=console, auto_refresh=False) as live:
-        state = "running"
-        while state in ("running", "killed"):  # a server starts a run that was killed again
+    with Live(top_view(now), console=console, auto_refresh=False) as live:
+        while now.state not in (*ENDED, "never begun"):  # a server starts a run that was killed again
             time.sleep(_REFRESH_S)
-            events += tail.poll()
-            state = state_now(folder, events)
-            live.update(top_table(snapshot(events, state)), refresh=True)
+            events += run.poll()
+            now = snapshot(events, state_of(events, run.alive()), run.name)
+            live.update(top_view(now), refresh=True)
 
 
-def snapshot(events: Sequence[Event], state: str = "") -> Snapshot:
-    """Returns the run as the events so far show it. `state`: as for `build_summary`."""
+def snapshot(events: Sequence[Event], state: str = "", name: str | None = None) -> Snapshot:
+    """Returns the run as the events so far show it. `state`: as for `build_summary`. `name`: of a run that has not said its own."""
     summary, rounds = build_summary(events, state), finished_rounds(events)
     shares, holds, gone = _shares(events), _holds(events), _gone(events)
     roles = {event.node: event.role for event in of_kind(events, NodeJoined)}
     names = sorted({*roles, *gone, *holds, *shares}, key=by_name)
     return Snapshot(
-        run=summary.run,
+        run=summary.run or name,
         state=summary.state,
         round=max((plan.round for plan in of_kind(events, PlanMade)), default=0),
+        rounds=setting(events, "federation", "rounds"),
         seconds=summary.seconds,
         steps_per_s=_step_rate(rounds),
         nodes=tuple(
@@ -136,6 +123,7 @@ def snapshot(events: Sequence[Event], state: str = "") -> Snapshot:
             for name in names
         ),
         departures=departures(events),
+        waits_for=waits_for(events, summary.state),
         data=tuple(counts_in_words(summary.devices)),
     )
 
@@ -221,25 +209,36 @@ def _step_rate(rounds: Sequence[RoundDone]) -> float | None:
     return None
 
 
-def top_table(shown: Snapshot) -> Table:
-    """Draws a snapshot: a row per node, the departures below."""
-    rate = f"{human_number(shown.steps_per_s, 2)} steps/s"
-    title = f"{escape(str(shown.run or 'run'))}: {shown.state}, round {shown.round}, {rate}"
-    table = Table(
-        title=f"{title}, {human_seconds(shown.seconds)}\n", title_justify="left", box=SIMPLE_HEAD, show_edge=False
+def top_view(shown: Snapshot) -> Group:
+    """Draws a snapshot: what the run does, a row per node, and below it the departures and what is not used of the data."""
+    what = [shown.state]
+    what += [_round(shown)] if shown.round else []
+    what += [f"{shown.steps_per_s:,.2f} steps/s"] if shown.steps_per_s is not None else []
+    what += [human_seconds(shown.seconds)] if shown.seconds is not None else []
+    below = [shown.waits_for] if shown.waits_for else []
+    for gone in shown.departures:
+        when = f" in round {gone.round}" if gone.round else ""
+        below.append(f"{gone.name} left{when}: {gone.reason}")
+    table = [_node_table(shown.nodes)] if shown.nodes else []
+    return Group(
+        Text(f"{shown.run or 'run'}: {', '.join(what)}", style="bold"), *table, *map(Text, [*below, *shown.data])
     )
+
+
+def _round(shown: Snapshot) -> str:
+    if shown.rounds is None:
+        return f"round {shown.round}"
+    return f"round {shown.round} of {shown.rounds}" if shown.round <= shown.rounds else "last evaluation"
+
+
+def _node_table(nodes: Iterable[NodeNow]) -> Table:
+    table = Table(box=SIMPLE_HEAD, show_edge=False)
     for heading in ("node", "holds"):
         table.add_column(heading, overflow="fold")
     for heading in ("busy", "waiting", "sent", "received"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for node in shown.nodes:
+    for node in nodes:
         table.add_row(*_cells(node))
-    for gone in shown.departures:
-        when = f" in round {gone.round}" if gone.round else ""
-        table.caption = f"{table.caption or ''}{escape(gone.name)} left{when}: {escape(gone.reason)}\n"
-    for text in shown.data:
-        table.caption = f"{table.caption or ''}{escape(text)}\n"
-    table.caption_justify = "left"
     return table
 
 

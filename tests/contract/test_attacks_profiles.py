@@ -68,7 +68,7 @@ def test_s12_a_garbled_profile_is_a_refused_node_and_the_run_goes_on(
     answering(run, 2, content)
     run.run()
     (refused,) = run.events("node_refused")
-    assert refused["node"] == "2"
+    assert refused["node"] == "a node that has not said its name (number 2)"
     assert len(refused["reason"]) < 200
     assert [device["name"] for done in run.events("round_done") for device in done["devices"]] == ["a", "a"]
 
@@ -149,7 +149,7 @@ def test_s5_a_name_that_leaves_the_run_folder_writes_nothing(run: FederationByHa
     assert not list(tmp_path.rglob("*TRAVERSED*"))
     assert {path.name for path in (tmp_path / "run" / "adapters").iterdir()} == {"a"}
     (refused,) = run.events("node_refused")
-    assert refused["node"] == "2"
+    assert refused["node"] == "a node that has not said its name (number 2)"
     assert "its name '../../TRAVERSED' may hold letters" in refused["reason"]
 
 

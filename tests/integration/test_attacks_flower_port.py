@@ -34,13 +34,17 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from edgelam_fl.addresses import free_port
 from edgelam_fl.config import parse_run_file
+from edgelam_fl.errors import ConfigError, RunFailed
 from edgelam_fl.federation.child import Child, end_all, log_tail
 from edgelam_fl.federation.environment import child_environment
 from edgelam_fl.federation.guard import ROUTES, Audience
 from edgelam_fl.federation.operator import Operator, operator_folder, read_token
+from edgelam_fl.federation.run_service import LIST_RUNS, READ_RUN, STOP_RUN
+from edgelam_fl.federation.server_runs import ServerRuns, ServerSource
 from edgelam_fl.federation.submission import Submission, run_events
 from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.telemetry.events import RunStarted
+from edgelam_fl.telemetry.run_folder import await_end
 from edgelam_fl.trust.identity import DEVICE, new_key, public_key
 from edgelam_fl.trust.join_service import JOIN, ROUTE, SYNC
 from edgelam_fl.trust.server import prepare_trust
@@ -169,6 +173,8 @@ def test_s3_every_route_is_closed_to_strangers_but_those_of_nodes(server: Server
             assert status in {Audience.ANYBODY: {405}, Audience.OPERATOR: {403}}.get(
                 caller, {400, 401, 403, 415, 422}
             ), path
+        for name in (LIST_RUNS, READ_RUN, STOP_RUN):
+            assert stranger.post(f"/v1/edgelam/{name}", json={"run": "run"}).status_code == 403
         for path in ("/docs", "/openapi.json", "/v1/edgelam/unknown"):
             assert stranger.get(path).status_code == 404
         assert stranger.get("/health").status_code == 200
@@ -212,8 +218,27 @@ def test_s2_s18_a_runs_task_cannot_be_taken_and_its_token_not_seen(server: Serve
         (task,) = psutil.Process(server.child.pid).children()
         assert "--token" not in task.cmdline()
         assert "edgelam_fl.federation.task_process" in task.cmdline()
+        see_and_stop(server.operator, submission, tmp_path / "run")
     finally:
         submission.stop()
+
+
+def see_and_stop(operator: Operator, submission: Submission, folder: Path) -> None:
+    """Looks after a run as from another machine: nothing of the run's folder is used."""
+    asked, name = ServerRuns(operator), str(folder)
+    (line,) = asked.lines()[0]
+    assert (line.state, line.round, line.rounds) == ("running", 0, 3)
+    assert asked.read(name, 1, 0)["alive"] is True
+    source = ServerSource(asked, line.run)
+    assert [type(event) for event in source.poll()] == [RunStarted]
+    assert not source.poll(), "nothing is said twice"
+    assert asked.stop(name) == line.run
+    assert await_end(ServerSource(asked, name), WAIT_S) == "stopped"
+    assert submission.status() == "finished:stopped"
+    with pytest.raises(RunFailed, match=r"there is nothing to stop: run .*run is stopped"):
+        asked.stop(name)
+    with pytest.raises(ConfigError, match="this server has no run nobody; "):
+        asked.stop("nobody")
 
 
 def test_who_only_connects_keeps_no_place(server: Server) -> None:

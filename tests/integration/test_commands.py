@@ -179,7 +179,7 @@ def test_client_refuses_its_data(edgelam: Edgelam, tmp_path: Path, content: byte
 @pytest.mark.parametrize(
     ("options", "status", "says"),
     [
-        (["--server", "127.0.0.1:1", "--insecure"], 3, "no server answers at 127.0.0.1:1"),
+        (["--server", "127.0.0.1:1", "--insecure", "--no-wait"], 3, "no server answers at 127.0.0.1:1"),
         (["--server", "127.0.0.1:1"], 3, "this machine has no keys"),
         (["--server", "198.51.100.7:8000"], 3, "this machine has no keys"),
         ([], 3, "`edgelam invite NAME` prints the command"),
@@ -225,6 +225,9 @@ def test_help_lists_every_command(edgelam: Edgelam) -> None:
         "demo",
         "doctor",
         "top",
+        "runs",
+        "log",
+        "stop",
         "plan",
         "run",
         "server",

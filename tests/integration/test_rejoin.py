@@ -31,7 +31,7 @@ def test_a_client_waits_for_its_server_and_joins_it_again_after_a_restart(tmp_pa
     save_identity(keys, tmp_path / "node" / "identity")
     trust.members.add(keys)
     state = tmp_path / "node"
-    command = [str(Path(sys.executable).with_name("edgelam")), "client", "--wait", "--server", f"127.0.0.1:{port}"]
+    command = [str(Path(sys.executable).with_name("edgelam")), "client", "--server", f"127.0.0.1:{port}"]
     client = Child("client", [*command, "--state", str(tmp_path / "node")], log)
     children = [client]
 
@@ -46,7 +46,7 @@ def test_a_client_waits_for_its_server_and_joins_it_again_after_a_restart(tmp_pa
         return file.read_text(encoding="utf-8").count(text) if file.exists() else 0
 
     try:
-        until(lambda: said(f"no server answers at 127.0.0.1:{port} yet; waiting for it", log) == 1)
+        until(lambda: said(f"no server answers at 127.0.0.1:{port}; trying on", log) == 1)
         assert not supernode.exists()
         children.append(start_superlink("127.0.0.1", port, tmp_path / "server", trust=trust))
         until(lambda: said("SuperNode ID: ", supernode) == 1)

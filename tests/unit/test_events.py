@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+from edgelam_fl.errors import DataError
 from edgelam_fl.telemetry.events import (
     EventLog,
+    EventPiece,
     EventTail,
     JobDone,
     LayerSeconds,
@@ -28,6 +30,7 @@ from edgelam_fl.telemetry.events import (
     of_kind,
     parse_event,
     read_events,
+    read_piece,
     rounds,
 )
 from edgelam_fl.telemetry.events.table import EVENTS
@@ -105,6 +108,34 @@ def test_a_run_keeps_all_events_in_packed_files(tmp_path: Path) -> None:
     assert packed[-1] == "events.jsonl"
     size = sum(file.stat().st_size for file in tmp_path.iterdir())
     assert size < 100 * 150 / 3
+
+
+def test_pieces_of_packed_and_of_growing_files_are_all_that_was_said(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    assert read_piece(path) == EventPiece(lines="", part=1, offset=0)
+    log, read = EventLog(path, most_bytes=1000, keeps_all=True), ""
+    part, offset, numbers = 1, 0, range(60)
+    for number in numbers:
+        log(step(number))
+        if number % 7 == 0:  # a reader who comes seldom, and takes little at a time
+            for _ in range(9):
+                piece = read_piece(path, part, offset, most_bytes=50)
+                read, part, offset = read + piece.lines, piece.part, piece.offset
+    while (piece := read_piece(path, part, offset, most_bytes=50)) != EventPiece(lines="", part=part, offset=offset):
+        read, part, offset = read + piece.lines, piece.part, piece.offset
+    assert [json.loads(line)["step"] for line in read.splitlines()] == list(numbers)
+    assert part > 3
+    with path.open("a") as file:
+        file.write('{"event": "half')
+    assert read_piece(path, part, offset).lines == ""
+
+
+def test_kinds_that_nobody_asks_for_are_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"time": 1.0, "event": "step", "damaged": \n{"time": 2.0, "event": "run_done", "summary": ""}\n')
+    assert [type(event) for event in read_events(path, [RunDone])] == [RunDone]
+    with pytest.raises(DataError):
+        list(read_events(path))
 
 
 def test_a_file_that_was_set_aside_and_never_packed_is_read_and_packed_later(tmp_path: Path) -> None:

@@ -136,6 +136,26 @@ def test_a_run_that_is_too_long_is_not_read_to_its_end() -> None:
     assert (status, said["detail"]) == (413, f"the request is longer than {16 << 20} bytes")
 
 
+def test_own_routes_of_the_operator_ask_for_the_token_before_they_read(capfd: pytest.CaptureFixture[str]) -> None:
+    seen = list[dict[str, Any]]()
+
+    def stop(asked: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        seen.append(asked)
+        return 200, {"name": asked["run"]}
+
+    flower = Flower()
+    stopping = guard(flower, operators={"stop-run": stop}, own={"about": lambda asked: (200, {})})
+    body = b'{"run": "mine"}'
+    for wrong in ("", "another", f"{TOKEN} "):
+        status, said = ask(stopping, "/v1/edgelam/stop-run", client="127.0.0.1", token=wrong, body=body)
+        assert (status, "only the operator" in said["detail"]) == (403, True)
+    assert not seen
+    assert "refused 127.0.0.1, '/v1/edgelam/stop-run'" in capfd.readouterr().err
+    assert ask(stopping, "/v1/edgelam/stop-run", token=TOKEN, body=body) == (200, {"name": "mine"})
+    assert ask(stopping, "/v1/edgelam/about")[0] == 200
+    assert not flower.bodies
+
+
 def test_routes_of_this_project_are_answered_here() -> None:
     own = {"double": lambda asked: (201, {"is": 2 * asked["number"]})}
     flower = Flower()

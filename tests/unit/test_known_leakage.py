@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -287,12 +286,10 @@ def test_what_the_owner_says_reaches_the_stage_host(tmp_path: Path, monkeypatch:
     )
     monkeypatch.setattr("edgelam_fl.node.service.StageHost", stop)
     monkeypatch.setattr("signal.signal", lambda *_: None)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        options = NodeOptions(f"127.0.0.1:{server.getsockname()[1]}", data, trust="measured:0.3")
-        with pytest.raises(EnvironmentProblem, match="far enough"):
-            join(
-                Console(file=io.StringIO()), options, join_text="", name="a", state=tmp_path, insecure=True, wait=False
-            )
+    monkeypatch.setattr("edgelam_fl.federation.join.await_server", lambda *_, **__: None)
+    options = NodeOptions("127.0.0.1:1", data, trust="measured:0.3")
+    with pytest.raises(EnvironmentProblem, match="far enough"):
+        join(Console(file=io.StringIO()), options, join_text="", name="a", state=tmp_path, insecure=True, wait=False)
     nodes[0].start()
     (command,) = [command for name, command in commands.items() if "stage host" in name]
     monkeypatch.setattr("sys.argv", command[2:])

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from edgelam_fl.addresses import answers, check_plain_text, check_port_free, free_port, is_healthy, split_address
+from edgelam_fl.addresses import answers, check_plain_text, check_port_free, free_port, split_address
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, EnvironmentProblem, RunFailed
 from edgelam_fl.federation.child import Child, Restarts, end_all, log_tail, shorten
 from edgelam_fl.federation.local import LocalFederation, shares_of_cores
 from edgelam_fl.federation.node_process import NodeProcesses
 from edgelam_fl.federation.operator import Operator
+from edgelam_fl.federation.server_probe import is_healthy
 from edgelam_fl.files import RoomyStream
 from edgelam_fl.telemetry.progress import NodesProgress
 from tests.disk_faults import fill_at

@@ -39,10 +39,10 @@ def test_a_run_that_is_alive_or_done_is_refused(stopped: FederationByHand) -> No
     hold = Hold(folder)
     with pytest.raises(ConfigError, match=r"is alive: `edgelam top .*` shows it"):
         check_can_resume(folder)
-    assert state_now(folder, read_events(folder / "events.jsonl")) == "running"
+    assert state_now(folder, list(read_events(folder / "events.jsonl"))) == "running"
     hold.release()
     check_can_resume(folder)
-    assert state_now(folder, read_events(folder / "events.jsonl")) == "killed"
+    assert state_now(folder, list(read_events(folder / "events.jsonl"))) == "killed"
     stopped.folder.emit(RunDone(summary=""))
     with pytest.raises(ConfigError, match="is done, so there is nothing to go on with"):
         check_can_resume(folder)

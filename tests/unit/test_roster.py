@@ -54,14 +54,14 @@ def test_a_node_that_is_refused_holds_nobody_up(federation: MakeFederation) -> N
     """The node answers each query, and its answer changes nothing."""
     run = federation("ab", "e", "federation.min_nodes=2")
     run.nodes["b"].profile.protocol_version = PROTOCOL_VERSION + 1
-    with pytest.raises(RunFailed, match=r"1 devices \(a\) .* at least 2 .*; b: speaks protocol version"):
+    with pytest.raises(RunFailed, match=r"1 device \(a\) .* at least 2 .*; b: speaks protocol version"):
         run.run()
 
 
 def test_no_hosts(federation: MakeFederation) -> None:
     run = federation("ab", "")
     with pytest.raises(
-        RunFailed, match=r"2 devices \(a, b\) and 0 edge servers .* at least 1 and 1 edge servers \(split.hosts\)"
+        RunFailed, match=r"2 devices \(a, b\) and 0 edge servers .* at least 1 device and 1 edge server \(split.hosts\)"
     ):
         run.run()
 
@@ -114,7 +114,7 @@ def test_s16_as_long_as_too_few_are_here_a_slow_node_is_waited_for(federation: M
 def test_s16_a_silent_node_does_not_hold_up_the_end_either(federation: MakeFederation) -> None:
     run = federation("ab", "e", "federation.min_nodes=2", "federation.join_deadline_s=15")
     run.nodes["b"].loses = lambda plan: True
-    with pytest.raises(RunFailed, match=r"1 devices \(a\) .*no reply within 90 s"):
+    with pytest.raises(RunFailed, match=r"1 device \(a\) .*no reply within 90 s"):
         run.roster.gather(run.config, at_start=True)
     assert run.clock.now_s < 100
 

@@ -18,6 +18,7 @@ from sqlalchemy.exc import OperationalError
 
 from edgelam_fl.bounds import Bounds
 from edgelam_fl.federation.run_tasks import MOST_RESTARTS, RunTask, RunTasks
+from edgelam_fl.federation.superlink_daemon import end_stopped_runs
 from edgelam_fl.files import Hold
 from edgelam_fl.telemetry.events import (
     Event,
@@ -43,6 +44,9 @@ class Process:
     def poll(self) -> int | None:
         return self.returncode
 
+    def terminate(self) -> None:
+        self.returncode = -15
+
 
 @dataclass
 class Server:
@@ -64,12 +68,17 @@ class Server:
         self.started.append(Process(task))
         return cast("subprocess.Popen[bytes]", self.started[-1])
 
-    def submit(self, command: str = "run") -> int:
+    def queue(self, out: str, command: str = "run") -> int:
+        """A run that no ServerApp has taken yet."""
         fab = self.links.store_fab(Fab("", b"app", {}))
-        given = {"out": "one", "command": command}
+        given = {"out": out, "command": command}
         run: int = self.links.create_run(
             "app", "1", fab, given, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, "flwr-serverapp"
         )
+        return run
+
+    def submit(self, command: str = "run") -> int:
+        run = self.queue("one", command)
         assert self.tasks.look()
         return run
 
@@ -183,6 +192,21 @@ def test_a_run_that_its_operator_stopped_says_so(server: Server) -> None:
     (failure,) = server.events()
     assert isinstance(failure, RunFailure)
     assert (failure.reason, failure.exit_code) == ("its operator stopped it", 130)
+
+
+def test_the_process_of_a_stopped_run_ends_at_once(server: Server) -> None:
+    """By `edgelam stop` and by `flwr stop`: both come to Flower's state."""
+    end_stopped_runs(server.links, server.tasks.end)
+    run = server.submit()
+    other = server.queue("two")
+    assert server.links.stop_run(run)
+    assert not server.links.stop_run(run), "once"
+    assert server.tasks.look(), "the other one is taken meanwhile"
+    assert [process.returncode for process in server.started] == [-15, None]
+    (failure,) = server.events()
+    assert isinstance(failure, RunFailure)
+    assert failure.exit_code == 130
+    assert server.status(other)[0] == "running"
 
 
 def test_an_error_before_the_first_event_is_the_runs_last_event(server: Server) -> None:

@@ -129,8 +129,8 @@ def test_a_run_that_ends_without_a_word_fails_with_flowers_log(tmp_path: Path) -
     with pytest.raises(RunFailed) as caught:
         list(followed)
     assert str(caught.value) == (
-        "Flower says that the run is finished:failed, and it left no reason: no space left on device. No round was finished; "
-        f"{tmp_path} holds the events so far."
+        "Flower says that the run is finished:failed, and it left no reason: no space left on device. No round was finished, "
+        f"and {tmp_path} holds no event of it."
     )
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from edgelam_fl.telemetry.human import (
     by_name,
     human_bytes,
+    human_count,
     human_layers,
     human_measure,
     human_number,
@@ -317,6 +318,16 @@ def test_human_bytes(count: float | None, text: str) -> None:
 )
 def test_human_seconds(seconds: float | None, text: str) -> None:
     assert human_seconds(seconds) == text
+
+
+def test_a_count_takes_the_right_noun() -> None:
+    assert [human_count(count, "device") for count in (0, 1, 2, 1200)] == [
+        "0 devices",
+        "1 device",
+        "2 devices",
+        "1,200 devices",
+    ]
+    assert [human_count(count, "batch", "batches") for count in (1, 2)] == ["1 batch", "2 batches"]
 
 
 def test_small_helpers() -> None:

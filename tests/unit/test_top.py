@@ -1,16 +1,15 @@
 from __future__ import annotations
 
 import io
-import os
+import json
 from pathlib import Path
 
-import pytest
 from rich.console import Console
 
-from edgelam_fl.errors import ConfigError
 from edgelam_fl.telemetry.events import RoundDone, RoundShares, of_kind, parse_event
 from edgelam_fl.telemetry.records import as_json
-from edgelam_fl.telemetry.top import newest_run, snapshot, top_table
+from edgelam_fl.telemetry.run_folder import FolderSource
+from edgelam_fl.telemetry.top import follow, snapshot, top_view
 from tests.recorded import ROUNDS, STEPS, a_run, as_events, shares_of, timeline_of
 
 
@@ -28,7 +27,7 @@ def test_what_is_not_used_of_a_devices_data_is_said_below_the_table() -> None:
     events = a_run()
     next(event for event in events if event["event"] == "node_joined").update(skipped=200)
     console = Console(file=io.StringIO(), width=160)
-    console.print(top_table(snapshot(as_events(events))))
+    console.print(top_view(snapshot(as_events(events))))
     shown = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
     assert (
         "WARNING: 200 of 769 examples were left out as too long (task.max_tokens); raise task.max_tokens, or" in shown
@@ -37,7 +36,9 @@ def test_what_is_not_used_of_a_devices_data_is_said_below_the_table() -> None:
 
 def test_json_has_every_field_also_of_what_is_not_known() -> None:
     shown = as_json(snapshot(as_events(a_run(lost=True)[:7])))
-    assert list(shown) == ["run", "state", "round", "seconds", "steps_per_s", "nodes", "departures", "data"]
+    assert list(shown) == [
+        "run", "state", "round", "rounds", "seconds", "steps_per_s", "nodes", "departures", "waits_for", "data",
+    ]  # fmt: skip
     nodes = {node["name"]: node for node in shown["nodes"]}
     assert nodes["old-pi"] == {
         "name": "old-pi", "role": None, "state": "gone", "holds": [], "reason": "speaks protocol 0, this run speaks 1",
@@ -89,17 +90,38 @@ def test_a_site_that_was_lost_is_among_the_departures() -> None:
 
 def test_the_table_shows_names_from_outside_as_they_are() -> None:
     console = Console(width=140, record=True, file=io.StringIO())
-    console.print(top_table(snapshot(as_events(a_run(evil="[bold]", lost=True)))))
+    console.print(top_view(snapshot(as_events(a_run(evil="[bold]", lost=True)))))
     text = console.export_text()
     assert "edge-1[bold]" in text
     assert "device-3[bold] left in round 3: silent for 120 s[bold]" in text
 
 
-def test_the_newest_run(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no run under"):
-        newest_run(tmp_path)
-    for age, name in enumerate(("new", "old")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "events.jsonl").write_text("")
-        os.utime(tmp_path / name / "events.jsonl", (1000 - age, 1000 - age))
-    assert newest_run(tmp_path) == tmp_path / "new"
+def test_the_heading_is_one_line_and_says_how_the_run_stands(tmp_path: Path) -> None:
+    def heading(*lines: dict) -> str:
+        shown = Console(file=io.StringIO(), width=100)
+        (tmp_path / "mine-20261129-152822").mkdir(exist_ok=True)
+        file = tmp_path / "mine-20261129-152822" / "events.jsonl"
+        file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        follow(shown, FolderSource(file.parent), once=True, as_json_text=False)
+        return shown.file.getvalue().splitlines()[0]  # type: ignore[attr-defined]
+
+    waits = {"event": "run_waits", "time": 1.0, "run": "other", "nodes": ["ann"], "runs_ahead": 1, "seconds": 0.0}
+    began = {"event": "run_started", "time": 2.0, "run": "mine-20261129-152822", "versions": {}}
+    began |= {"config": {"federation": {"rounds": 2}}}
+    planned = {"event": "plan", "time": 4.0, "round": 2, "attempt": 1, "selected": [], "routes": []}
+    stopped = {"event": "run_failed", "time": 5.9, "reason": "its operator stopped it", "kept": "", "exit_code": 130}
+    name = "mine-20261129-152822"
+    assert heading() == f"{name}: never begun"
+    assert heading(waits) == f"{name}: waiting, 0.0 s"
+    assert heading(began, planned) == f"{name}: running, round 2 of 2, 2.0 s"
+    assert heading(began, {**planned, "round": 3}) == f"{name}: running, last evaluation, 2.0 s"
+    assert heading(began, planned, stopped) == f"{name}: stopped, round 2 of 2, 3.9 s"
+
+
+def test_a_run_that_waits_says_behind_which(tmp_path: Path) -> None:
+    waits = {"event": "run_waits", "time": 1.0, "run": "other", "nodes": ["ann"], "runs_ahead": 2, "seconds": 0.0}
+    shown = snapshot(as_events([waits]), "waiting", "mine")
+    assert (shown.run, shown.waits_for) == (
+        "mine",
+        "waits for run other, which uses ann, and for 1 more that came earlier",
+    )

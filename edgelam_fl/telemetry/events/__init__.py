@@ -10,12 +10,14 @@ from edgelam_fl.telemetry.events.log import (
     TIMELINES_BYTES,
     TIMELINES_FILE,
     EventLog,
+    EventPiece,
     EventTail,
     as_line,
     mend_log,
     of_kind,
     parse_event,
     read_events,
+    read_piece,
 )
 from edgelam_fl.telemetry.events.nodes import (
     DataChanged,
@@ -123,6 +125,7 @@ __all__ = [
     "Evaluated",
     "Event",
     "EventLog",
+    "EventPiece",
     "EventTail",
     "EventsDropped",
     "HostResult",
@@ -190,4 +193,5 @@ __all__ = [
     "of_kind",
     "parse_event",
     "read_events",
+    "read_piece",
 ]

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from edgelam_fl.telemetry.human import human_count
+
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
@@ -49,7 +51,7 @@ class DataCounts:
             _share(self.bad, given, "were left out as they cannot be read", "mend them; the device names their places"),
         ]
         if self.unread_fields:
-            said.append(f"nothing is learned from {_number(self.unread_fields, 'field')} of the data (data.fields)")
+            said.append(f"nothing is learned from {human_count(self.unread_fields, 'field')} of the data (data.fields)")
         if self.unmeasured:
             said.append(
                 f"{held_out} of {held_out + self.unmeasured} held-out examples are measured (federation.evaluate_examples)"
@@ -65,12 +67,8 @@ class DataCounts:
 def _share(count: int, given: int, what: str, way_out: str) -> str:
     if not count:
         return ""
-    said = f"{count} of {_number(given, 'example')} {what}"
+    said = f"{count} of {human_count(given, 'example')} {what}"
     return f"WARNING: {said}; {way_out}" if count > _MANY * given else said
-
-
-def _number(count: int, word: str) -> str:
-    return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,9 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -28,6 +28,8 @@ TIMELINES_BYTES = 2_000_000  # of the newest timelines, and as much of those bef
 EVENTS_BYTES = 16_000_000  # of a run, until they are packed: thousands of rounds
 _PACKED = ".gz"
 _PIECE_BYTES = 1 << 16
+_MOST_PIECE_BYTES = 1 << 20
+_KIND, _KIND_WITHIN = re.compile(rb'"event": ?"(\w+)"'), 80  # of a line, at its beginning
 
 
 class EventLog:
@@ -171,14 +173,15 @@ def parse_event(line: Mapping[str, Any]) -> Event:
     return read_record(EVENTS[kind], line)
 
 
-def read_events(path: Path) -> Iterator[Event]:
+def read_events(path: Path, kinds: Collection[type[Event]] = ()) -> Iterator[Event]:
     """Yields the events of a file, oldest first, after those of the files that were set aside before it. A half-written last line (a run
     in progress, a crash) is left out.
 
-    Raises DataError with the line for one that is no event.
+    kinds: the only ones that are read; (): all. Raises DataError with the line for one that is no event.
     """
+    names = {name.encode() for name, kind in EVENTS.items() if kind in kinds}
     for place in [*_before(path), path]:
-        yield from _events_in(place)
+        yield from _events_in(place, names)
 
 
 def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
@@ -191,10 +194,11 @@ def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
     return gzip.open(path)
 
 
-def _events_in(path: Path) -> Iterator[Event]:
+def _events_in(path: Path, names: Collection[bytes]) -> Iterator[Event]:
     with _open(path) as file:
         for number, line in enumerate(file, 1):
-            if line.endswith(b"\n"):
+            kind = _KIND.search(line, 0, _KIND_WITHIN) if names else None
+            if line.endswith(b"\n") and (kind is None or kind[1] in names):
                 yield _event(path, f"line {number}", line)
 
 
@@ -215,6 +219,41 @@ def _event(path: Path, place: str, line: bytes) -> Event:
 def of_kind(events: Iterable[Event], kind: type[_Kind]) -> Iterator[_Kind]:
     """Yields the events of one class, in their order."""
     return (event for event in events if isinstance(event, kind))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EventPiece:
+    """Whole lines out of the files of a run's events, and where the lines after them begin."""
+
+    lines: str
+    """The lines as they are in the file; "": there are none yet."""
+    part: int
+    """Number of the file: those that were set aside count from 1, and the one that is being written is the next."""
+    offset: int
+    """Byte of that file, once unpacked."""
+
+
+def read_piece(path: Path, part: int = 1, offset: int = 0, most_bytes: int = _MOST_PIECE_BYTES) -> EventPiece:
+    """Reads up to `most_bytes` of whole lines, at least one if there is one, from a place that an earlier piece named.
+
+    For a reader elsewhere, which keeps the place: `EventTail` follows a file of this machine. A place that is none gives the rest
+    from the nearest one.
+    """
+    aside = _set_aside(path)
+    part = max(1, part)
+    file = aside.get(part, path)
+    try:
+        with _open(file) as stream:
+            stream.seek(max(0, offset))
+            data = stream.read(most_bytes)
+            while b"\n" not in data and (more := stream.read(most_bytes)):
+                data += more
+    except FileNotFoundError:
+        return EventPiece(lines="", part=part, offset=offset)
+    whole = data[: data.rfind(b"\n") + 1]
+    if not data and part in aside:
+        return EventPiece(lines="", part=part + 1, offset=0)
+    return EventPiece(lines=whole.decode(errors="replace"), part=part, offset=max(0, offset) + len(whole))
 
 
 class EventTail:

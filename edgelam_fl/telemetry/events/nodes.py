@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from edgelam_fl.telemetry.events.base import DataCounts, Event
+from edgelam_fl.telemetry.human import human_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +142,7 @@ class DataChanged(JobEvent):
 
     def words(self) -> str:
         """Returns the same as a sentence, without a full stop."""
-        return f"the data have changed and were read again: {self.examples} examples, {self.held_out} held out"
+        return f"the data have changed and were read again: {human_count(self.examples, 'example')}, {self.held_out} held out"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -95,7 +95,8 @@ class NodeRefused(Event):
     """A node is here and cannot take part."""
 
     node: str
-    """Name of the node, or its number if it gave no name."""
+    """Name of the node; "a second NAME" for one that gave the name of another, "a node that has not said its name (number N)" for one
+    that gave none."""
     reason: str
     """Reason, in words."""
     code: str = ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
+from edgelam_fl.errors import INTERRUPTED
 from edgelam_fl.telemetry.events import (
     AggregateRefused,
     AttemptAborted,
@@ -30,14 +31,14 @@ from edgelam_fl.telemetry.events import (
     of_kind,
 )
 from edgelam_fl.telemetry.human import human_bytes, human_seconds
-from edgelam_fl.telemetry.summary import began, run_state, setting
+from edgelam_fl.telemetry.summary import EARLY_ENDS, began, run_state, setting
 
 LOST_SHOWN = 5
 
 
 def failure(events: Sequence[Event]) -> list[tuple[str, str]]:
-    """Returns (heading, text) pairs: what happened, where, when, what is kept; empty if the run did not fail."""
-    if run_state(events) != "failed":
+    """Returns (heading, text) pairs: what happened, where, when, what is kept; empty if the run did not end early."""
+    if run_state(events) not in EARLY_ENDS:
         return []
     failed = list(of_kind(events, RunFailure))[-1]
     number = _failed_round(events, failed)
@@ -110,7 +111,7 @@ def _incidents(event: Event) -> Iterator[tuple[str, str, str]]:
         case EventsDropped():
             yield f"{event.count} events could not be written", "", event.reason
         case RunFailure():
-            yield "the run failed", event.node, event.reason
+            yield f"the run {'was stopped' if event.exit_code == INTERRUPTED else 'failed'}", event.node, event.reason
 
 
 def _failed_round(events: Sequence[Event], failed: RunFailure) -> int | None:

@@ -43,6 +43,7 @@ from edgelam_fl.telemetry.report.split_picture import labels_leave, split_pictur
 from edgelam_fl.telemetry.run_folder import state_now
 from edgelam_fl.telemetry.summary import (
     ADAPTER_BYTES,
+    ENDED,
     LINK_BYTES,
     DeviceSummary,
     HostSummary,
@@ -102,7 +103,7 @@ def report_page(events: Sequence[Event], summary: Summary) -> str:
         "tiles": "".join(f'<div class="card muted">{what}<b>{value}</b></div>' for what, value in _tiles(summary)),
         "devices": _device_table(summary.devices, colours, measure) + _data_table(summary.devices, colours),
         "hosts": _host_table(summary.hosts, colours),
-        "no_round": "" if rounds else f'<p class="card muted">{NO_ROUND[summary.state == "running"]}</p>',
+        "no_round": "" if rounds else f'<p class="card muted">{NO_ROUND[summary.state not in (*ENDED, "killed")]}</p>',
         "hide_figures": "" if rounds else "hidden",
         "measure": measure,
         "better": "higher" if measure == "accuracy" else "lower",
