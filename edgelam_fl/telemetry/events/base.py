@@ -61,7 +61,7 @@ class DataCounts:
         return tuple(filter(None, said))
 
     def _of_answers(self) -> str:
-        return f"; {_number(self.cut_answers, 'answer')} lost a part" if self.cut_answers else ""
+        return f"; {human_count(self.cut_answers, 'answer')} lost a part" if self.cut_answers else ""
 
 
 def _share(count: int, given: int, what: str, way_out: str) -> str:
