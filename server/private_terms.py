@@ -187,6 +187,11 @@ def check_devices(config: RunConfig, devices: int, sampling: float) -> None:
         )
     if not shares_hosts(config):
         return
+    if devices == 1:
+        raise ConfigError(
+            f"privacy.mode = {config.privacy.mode!r} promises that nobody can tell whether a device took part, and the run has 1 device, "
+            f"whose absence its host would see. Allowed: more devices, split.host_mode = 'copies', or split.hosts = 0"
+        )
     empty = config.federation.rounds * (1 - sampling) ** (devices - 1)  # that some round draws nobody but one device
     if empty > EMPTY_SHARE * delta:
         least = 1 - (EMPTY_SHARE * delta / config.federation.rounds) ** (1 / (devices - 1)) if devices > 1 else 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -10,9 +11,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from edgelam_fl.cli.options import messages
 from edgelam_fl.cli.run_file import explained
 from edgelam_fl.config import RunConfig, read_run_file
-from edgelam_fl.errors import ConfigError, EnvironmentProblem, UsageError
+from edgelam_fl.errors import ConfigError
 from edgelam_fl.federation.data_check import FileSeen, check_files, look_into_files
 from edgelam_fl.federation.dealing import deal_file, read_split
 from edgelam_fl.federation.from_data import MOST_DEVICES, config_from_data, device_names, expanded
@@ -82,14 +84,16 @@ def sorted_out(asked: Asked) -> Asked:
     is_data = [bool(asked.data) and _is_data_name(file) for file in asked.files]
     files = [file for file, data in zip(asked.files, is_data, strict=True) if not data]
     data = expanded([*asked.data, *(file for file, data in zip(asked.files, is_data, strict=True) if data)])
-    asked = replace(asked, files=files, data=data)
+    asked = replace(asked, files=files, data=data, eval_data=expanded(asked.eval_data))
+    for override in asked.overrides:
+        if "=" not in override:  # before its value, which stands alone, is taken for a run file
+            raise ConfigError(f"--set {override!r} must look like section.key=value, as in --set federation.rounds=2")
+    if files and not asked.data and all(map(_is_data_name, files)):
+        typed = " ".join(f"--data {shlex.quote(str(file))}" for file in files)
+        raise ConfigError(f"{files[0]} is no run file by its name: `edgelam run {typed}` trains with it as data")
     if len(files) > 1:
         raise ConfigError(
             f"edgelam run takes one run file, got {' and '.join(map(str, files))}; data files go behind --data"
-        )
-    if files and not asked.data and _is_data_name(files[0]):
-        raise ConfigError(
-            f"{files[0]} is no run file by its name: `edgelam run --data {files[0]}` trains with it as data"
         )
     if asked.eval_data and not asked.data:
         raise ConfigError(
@@ -134,20 +138,16 @@ def _is_data_name(file: Path) -> bool:
 
 
 def run_with_data(console: Console, asked: Asked) -> int:
-    """Runs on this machine; returns the exit code. What fails before anything starts leaves no folder behind."""
-    with waiting(console, "checking the run file and the model"):
+    """Runs on this machine; returns the exit code. What ends before anything starts leaves no folder behind."""
+    with waiting(messages, "checking the run file and the model"):
         config, said = asked.config()
-        names = asked.devices
-        folder = check_run(config, asked.name, asked.out, devices=names)
+        folder = check_run(config, asked.name, asked.out, devices=asked.devices)
     try:
-        with waiting(console, "reading the data"):
-            files = (
-                deal_file(asked.data[0], config, read_split(asked.split), folder / _DEALT)
-                if asked.split
-                else asked.data
-            )
-        return run_here(console, config, folder, files, names=names, choices=said, eval_data=asked.eval_data)
-    except (UsageError, EnvironmentProblem):
+        files = (
+            deal_file(asked.data[0], config, read_split(asked.split), folder / _DEALT) if asked.split else asked.data
+        )
+        return run_here(console, config, folder, files, names=asked.devices, choices=said, eval_data=asked.eval_data)
+    except BaseException:
         if folder.is_dir() and {part.name for part in folder.iterdir()} <= {_DEALT}:
             shutil.rmtree(folder)
         raise
@@ -155,15 +155,16 @@ def run_with_data(console: Console, asked: Asked) -> int:
 
 def explain_run(asked: Asked) -> str:
     """Returns what a run would use, after the checks that a run makes; starts nothing but what tokenizes."""
-    config, said = asked.config()
-    if asked.is_here:
-        new_folder(config, asked.name, asked.out)
+    with waiting(messages, "checking the run file and the data"):
+        config, said = asked.config()
+        if asked.is_here:
+            new_folder(config, asked.name, asked.out)
 
-    def look(source: ModelSource | None) -> list[FileSeen]:
-        return _look(asked, config, source)
+        def look(source: ModelSource | None) -> list[FileSeen]:
+            return _look(asked, config, source)
 
-    notes = "".join(f"# {line}\n" for line in said)
-    return f"{notes}{explained(config, asked.devices if asked.is_here else (), look, here=asked.is_here)}"
+        notes = "".join(f"# {line}\n" for line in said)
+        return f"{notes}{explained(config, asked.devices if asked.is_here else (), look, here=asked.is_here)}"
 
 
 def _look(asked: Asked, config: RunConfig, source: ModelSource | None) -> list[FileSeen]:

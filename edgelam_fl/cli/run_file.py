@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from edgelam_fl.config import RunConfig, Section, changed_keys, toml_value
 from edgelam_fl.errors import ConfigError, ModelNotFound
-from edgelam_fl.federation.before import before_words, check_run_file, first_example
+from edgelam_fl.federation.before import before_words, check_run_file, check_steps, first_example
 from edgelam_fl.federation.data_check import FileSeen
 from edgelam_fl.federation.from_data import expanded, sections_for
 from edgelam_fl.model.source import BUILT_IN, ModelSource
@@ -84,6 +84,7 @@ def explained(
         check_trust(config, "")
     else:
         config = spec.config
+        check_steps(config, seen)
         said += [_sentence(words) for words in before_words(spec, seen, names)]
     digest = spec.source.leakage_key if spec else ""
     changed = ", ".join(f"{key} = {toml_value(value)}" for key, value in changed_keys(config).items())

@@ -8,6 +8,7 @@ from typing import Any
 
 from edgelam_fl.errors import ConfigError
 
+_NO_NUMBER = re.compile(r"is not a valid integer( range)?")
 _TWICE = re.compile(r"(?P<said>Did you mean [^?]+\?)\s+(?P=said)")
 
 
@@ -45,7 +46,8 @@ def usage_words(error: Exception) -> str | None:
     """Returns what click says of a command line, in one line, with the command that helps; None for any other error."""
     if not hasattr(error, "format_message"):
         return None
-    said = _TWICE.sub(r"\g<said>", " ".join(error.format_message().split()))
+    said = _NO_NUMBER.sub("is not a whole number", error.format_message())
+    said = _TWICE.sub(r"\g<said>", " ".join(said.split()))
     context = getattr(error, "ctx", None)
     helps = f" (`{context.command_path} --help` lists what it takes)" if context is not None else ""
     return f"{said[:1].lower()}{said[1:]}{helps}"

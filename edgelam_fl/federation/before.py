@@ -19,6 +19,7 @@ from edgelam_fl.federation.flower_app import app_module
 from edgelam_fl.federation.local import bounds_of_a_local_run
 from edgelam_fl.machine import disk_free_bytes, memory_free_bytes
 from edgelam_fl.plan.layout import local_hosts
+from edgelam_fl.plan.making import check_warmup, own_steps
 from edgelam_fl.plan.resolved import DataSize, Resolved, resolve
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.telemetry.human import human_bytes, human_count
@@ -66,6 +67,12 @@ def _try_to_make(folder: Path) -> None:
     finally:
         for part in reversed(made):
             part.rmdir()
+
+
+def check_steps(config: RunConfig, seen: Sequence[FileSeen]) -> None:
+    """Raises ConfigError if the learning rate would rise until the end, by the steps that the devices' examples make."""
+    if config.federation.epochs and seen:
+        check_warmup(config, max(own_steps(config, each.examples) for each in seen))
 
 
 def check_room(resolved: Resolved, folder: Path, devices: int) -> None:
@@ -140,5 +147,10 @@ def unused_words(config: RunConfig, names: Sequence[str]) -> Iterator[str]:
     }.items():
         if number > len(names):
             yield f"WARNING: federation.{key} = {number} is more than the {human_count(len(names), 'device')} of this run"
+    if federation.expect_nodes not in (0, len(names)):
+        yield (
+            f"WARNING: federation.expect_nodes = {federation.expect_nodes} does nothing here: a run on this machine waits for its "
+            f"{human_count(len(names), 'device')}"
+        )
     if split.sites > len(names):
         yield f"WARNING: split.sites = {split.sites} is more than the {human_count(len(names), 'device')} of this run: some sites have none"

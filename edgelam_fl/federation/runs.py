@@ -19,6 +19,7 @@ from edgelam_fl.federation.before import (
     check_folder,
     check_room,
     check_run_file,
+    check_steps,
     first_example,
     resolved_of,
 )
@@ -92,7 +93,10 @@ def _on_server(folder: Path, runs: Path, *, is_chosen: bool) -> Path:
 def run_on_server(console: Console, config: RunConfig, folder: Path, operator: Operator, insecure: bool) -> int:
     """Runs on the nodes that have joined the operator's server, and shows the run until it ends; returns the exit code."""
     check_server_answers(operator, insecure, _WAYS_OUT)
-    return follow(console, _view_of(console, config), config, folder, operator)
+    view, source = _view_of(console, config), find_model(config.model.name)
+    for line in before_words(RunSpec(with_auto_front(config, source), source), (), ()):
+        view.say(line)
+    return follow(console, view, config, folder, operator)
 
 
 def resume_on_server(console: Console, run: Path, overrides: list[str], operator: Operator, insecure: bool) -> int:
@@ -143,11 +147,11 @@ def run_here(
     EnvironmentProblem for what is wrong with the data, or with this machine, before anything starts.
     """
     view, names = _view_of(console, config), names or numbered(len(data))
+    with waiting(console, "reading the data with the model's tokenizer"):
+        said = _looked_into(config, data, names, folder, eval_data)
+    for line in [*choices, *said]:
+        view.say(line)
     try:
-        with waiting(console, "reading the data with the model's tokenizer"):
-            said = _looked_into(config, data, names, folder, eval_data)
-        for line in [*choices, *said]:
-            view.say(line)
         with ExitStack() as stack:
             with waiting(console, "starting Flower's SuperLink") as wait:
                 here = stack.enter_context(local_federation(config, data, folder, wait.update, names, eval_data))
@@ -174,6 +178,7 @@ def _looked_into(
     source = find_model(config.model.name)
     spec = RunSpec(with_auto_front(config, source), source)
     seen = look_into_files(config, source, read, measured)
+    check_steps(config, seen)
     check_room(resolved_of(spec, seen), folder, len(data))
     changed = ", ".join(f"{key} = {toml_value(value)}" for key, value in changed_keys(config).items())
     said = [*before_words(spec, seen, names), f"other than the defaults: {changed or 'nothing'}"]

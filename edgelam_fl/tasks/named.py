@@ -31,6 +31,11 @@ def local_data(data: Path) -> Path:
         return data
     if found := _HUB.fullmatch(text):
         return _loaded(text, found["name"], found["split"] or _DEFAULT_SPLIT)
+    if re.match(r"[a-z]+:/", text):
+        raise DataError(
+            f"{text} is an address, and data are files of this machine: fetch it first (curl -O), and give the file",
+            "missing-file",
+        )
     folder, colon, part = text.rpartition(":")
     if colon and part and Path(folder).is_dir():
         if not (Path(folder) / part).is_dir():

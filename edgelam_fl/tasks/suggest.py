@@ -192,9 +192,12 @@ def _are_classes(
     classes: Sequence[str], rows: Sequence[Values], prompt: str, answer: str, classifies: bool | None, task: str
 ) -> bool:
     """Whether short answers are learned as classes: as asked, as the model can, else by the names and numbers of the data."""
+    is_class = answer.lower() in _CLASSES
+    if not is_class and 2 * len(classes) > len(rows):
+        return False
     if task or classifies is not None:
         return task == CLASSIFICATION or (not task and bool(classifies))
-    if answer.lower() in _CLASSES:
+    if is_class:
         return True
     is_asked = prompt.lower() in _ASKED or answer.lower() in _ANSWERS
     return not is_asked and _OF_EACH_CLASS * len(classes) <= len(rows)

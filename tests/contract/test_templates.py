@@ -351,7 +351,7 @@ def test_a_model_that_learned_60_steps_stops_by_itself(tmp_path: Path) -> None:
 
 
 def test_a_model_without_a_form_of_chats_or_an_end_is_refused_before_anything_starts(tmp_path: Path) -> None:
-    folder = write_tiny_llama(tmp_path / "model", layers=2)
+    folder = write_tiny_llama(tmp_path / "model", layers=5)
     check_answers(run_config(str(folder)), find_model(str(folder)))
     template = folder / "chat_template.jinja"
     template.rename(folder / "away.jinja")

@@ -378,7 +378,7 @@ def test_chat_answers_one_question_or_one_after_the_other(edgelam: Edgelam, tmp_
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["export", "run"], "Missing option '--to'"),
+        (["export", "run"], "missing option '--to'"),
         (["export", "run", "--to", "onnx"], "--to 'onnx' must be 'peft'"),
         (["export", "run", "--to", "gguf"], "has no merges, without which llama.cpp reads no vocabulary"),
         (["export", "classifier", "--to", "gguf"], "a GGUF file answers with text, not with a class"),
@@ -529,19 +529,9 @@ def test_a_run_on_a_terminal_shows_what_it_does_and_an_interrupt_ends_all_childr
 ) -> None:
     sets = [f"model.name={tiny_folder}", "federation.rounds=50", "federation.local_steps=2", "federation.batch_size=2"]
     sets += ["task.metrics=rouge_l", "task.metrics_tokens=2", "task.metrics_examples=2"]
-    command = [
-        EDGELAM,
-        "run",
-        run_file(tmp_path),
-        "--local",
-        "1",
-        "--data",
-        pairs_file(tmp_path),
-        "--eval-data",
-        pairs_file(tmp_path, "measured.jsonl"),
-        "--out",
-        str(tmp_path / "run"),
-    ]
+    pairs_file(tmp_path, "ann.jsonl")
+    command = [EDGELAM, "run", "--data", "a*.jsonl", "--eval-data", pairs_file(tmp_path, "measured.jsonl")]
+    command += ["--out", str(tmp_path / "run")]
     command += [word for each in sets for word in ("--set", each)]
     command = ["env", "--default-signal=INT", *command]  # a job in the background ignores it
     recorder = Recorder(command, terminal=True, cwd=tmp_path)
@@ -559,6 +549,10 @@ def test_a_run_on_a_terminal_shows_what_it_does_and_an_interrupt_ends_all_childr
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
     for phase in ("starting Flower's SuperLink", "handing the run to Flower", "waiting for nodes", "round 1 of 50"):
         assert phase in said
+    for before in ("no run file is given", "ann: ann.jsonl (JSON lines", "trained: ", "The first example as"):
+        assert before in said
+    assert sorted(node.name for node in (tmp_path / "run" / "nodes").iterdir()) == ["ann", "edge-1"]
+    assert read_run_file(tmp_path / "run" / "config.toml").federation.rounds == 50, "it can be used again"
     assert record.longest_silence()[0] < 60, "far beyond what a slow machine takes; the benchmark has the real bar"
     events = list(read_events(tmp_path / "run" / "events.jsonl"))
     (joined,) = (node for node in of_kind(events, NodeJoined) if node.role == "device")

@@ -112,7 +112,7 @@ def test_the_program_follows_a_run(tiny: ModelSource, tmp_path: Path) -> None:
         capture_output=True, text=True, timeout=WAIT_S, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "device-1 joined with" in done.stdout
-    assert "device-1: 2 steps, mean loss" in done.stdout
-    assert re.search(r"^device-1: perplexity [0-9.]+ before, [0-9.]+ after$", done.stdout, re.MULTILINE)
+    assert "ann joined with" in done.stdout
+    assert "ann: 2 steps, mean loss" in done.stdout
+    assert re.search(r"^ann: perplexity [0-9.]+ before, [0-9.]+ after$", done.stdout, re.MULTILINE)
     assert done.stdout.splitlines()[-1] == f"adapter: {folder / 'adapter'}"

@@ -16,6 +16,7 @@ from edgelam_fl.federation.before import (
     before_words,
     check_folder,
     check_room,
+    check_steps,
     first_example,
     resolved_of,
     unused_words,
@@ -183,6 +184,16 @@ def test_keys_that_do_nothing_for_these_devices_are_said() -> None:
         "WARNING: split.fronts: 'pi-*' is the name of no node of this run (ann, bob)",
         "WARNING: federation.devices_per_round = 3 is more than the 2 devices of this run",
     ]
+    (said,) = unused_words(run_config("m", "federation.expect_nodes=3"), ["ann", "bob"])
+    assert "federation.expect_nodes = 3 does nothing here" in said
+
+
+def test_a_rate_that_would_rise_for_ever_is_known_once_the_data_are(tiny: ModelSource, tmp_path: Path) -> None:
+    found = seen(tiny, questions(tmp_path / "a.jsonl", *map(str, range(10))))
+    config = run_config(tiny.name, "federation.epochs=1", "federation.rounds=2", "optimizer.warmup_steps=6")
+    with pytest.raises(ConfigError, match=r"optimizer\.warmup_steps = 6 must be below 6"):
+        check_steps(config, [found])
+    check_steps(config, [])
 
 
 # ---------------------------------------------------------------- refused before anything starts
