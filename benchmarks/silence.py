@@ -33,6 +33,7 @@ EDGELAM = str(Path(sys.executable).with_name("edgelam"))
 TERMINAL_BAR_S, FILE_BAR_S = 5.0, 12.0  # the second: lines come every 10 s
 _ROWS, _COLUMNS = 40, 100
 _LOOK_S, _LIMIT_S = 0.5, 1800.0
+_STATUSES = {"doctor": (0, 3)}  # 3: something is wrong with this machine, as a port that is taken
 _MOVING = re.compile(
     "\x1b\\[[0-9;?]*[A-Za-z]"  # where the cursor goes, and colours
     "|[\u2800-\u28ff\u2501\u2578\u257a]"  # spinners and bars
@@ -154,7 +155,7 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
         record = Recorder(
             [EDGELAM, *arguments], terminal=terminal, cwd=folder, environment={"HF_HUB_OFFLINE": "1"}
         ).record()
-        if record.status:
+        if record.status not in _STATUSES.get(name, (0,)):
             raise SystemExit(
                 f"`edgelam {' '.join(arguments)}` ended with status {record.status}: {record.text[-2000:]}"
             )

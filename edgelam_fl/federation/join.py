@@ -14,6 +14,7 @@ from edgelam_fl.addresses import answers, check_plain_text, split_address
 from edgelam_fl.bounds import check_modules
 from edgelam_fl.config import most_read_by_hosts
 from edgelam_fl.errors import INTERRUPTED, ConfigError, EnvironmentProblem
+from edgelam_fl.federation.node_line import node_line
 from edgelam_fl.federation.node_process import NodeProcesses
 from edgelam_fl.federation.server_probe import ServerProblem, problem_at
 from edgelam_fl.federation.standing import NodeOptions, Standing, find_standing
@@ -300,17 +301,19 @@ def _watch(console: Console, node: NodeProcesses) -> int:
         if node.data:
             _say(console, trust_words(node.trust))
         in_sight = ServerInSight(node.server, partial(_say, console))
-        while True:
-            time.sleep(1.0)
-            in_sight.look()
-            for event in tail.poll():
-                _say_event(console, event)
-            news = node.watch()
-            if news:
-                _say(console, news)
-            if renewals is not None and renewals.check(now=bool(news)):
-                node.restart_stage_host()
-                _say(console, f"the certificate of {node.name} was renewed")
+        with node_line(console, node.name, node.state) as look:
+            while True:
+                time.sleep(1.0)
+                look()
+                in_sight.look()
+                for event in tail.poll():
+                    _say_event(console, event)
+                news = node.watch()
+                if news:
+                    _say(console, news)
+                if renewals is not None and renewals.check(now=bool(news)):
+                    node.restart_stage_host()
+                    _say(console, f"the certificate of {node.name} was renewed")
     except KeyboardInterrupt:
         console.print(f"{node.name} has left; a run in progress goes on without it")
         return INTERRUPTED

@@ -217,6 +217,19 @@ class ProgressTail:
         return None
 
 
+class NodeTail:
+    """Where one node of this machine is, from its state folder."""
+
+    def __init__(self, state: Path) -> None:
+        self._file = ChangedFile(state / PROGRESS_FILE)
+
+    def poll(self) -> tuple[int, NodeProgress] | None:
+        """Returns the number of the round and where the node is in it; None if that is as at the last call, or nothing is told."""
+        found = self._file.poll()
+        key = _round_and_attempt(found.get("job")) if found is not None else None
+        return (key[0], read_node_progress(found)) if found is not None and key is not None else None
+
+
 class NodesProgress:
     """The progress of a job whose nodes are processes of this machine, from their state folders."""
 
