@@ -1,5 +1,5 @@
-"""What a process asks of its machine: free memory, within a container's limit, free disk space, its own memory, the time since
-boot, and to end with the process that started it; and the names of chips to compute on. Knows no models.
+"""What a process asks of its machine: free memory, within a container's limit, free disk space, its own memory, its processor's
+heat, the time since boot, and to end with the process that started it; and the names of chips to compute on. Knows no models.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -136,3 +137,62 @@ def peak_rss_bytes() -> int:
     """Returns the largest resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+# ---------------------------------------------------------------- heat
+
+
+class Heat(NamedTuple):
+    """How hot the processor is, and why it computes slower than it could; Linux tells, on most machines."""
+
+    celsius: float | None
+    """The hottest part of the processor; None: nobody tells."""
+    slowed: str
+    """Why it is slowed down now, in words; "": it is not, or nobody tells."""
+
+
+_PROCESSOR_ZONES = ("cpu", "soc", "x86_pkg", "package", "core")  # in the names of what the kernel measures
+_THROTTLED = {  # bits of the Raspberry Pi's firmware, of what holds now
+    0: "too little voltage: the power supply or its cable is too weak",
+    1: "its frequency is capped",
+    2: "it is throttled",
+    3: "it is at its limit of temperature",
+}
+
+
+def heat(system: Path = Path("/sys")) -> Heat:
+    """Reads the processor's temperature, and whether it is slowed down. system: where the kernel shows it."""
+    zones = list(_zones(system / "class" / "thermal"))
+    of_processor = [celsius for kind, celsius in zones if any(word in kind for word in _PROCESSOR_ZONES)]
+    known = of_processor or [celsius for _, celsius in zones]
+    return Heat(max(known, default=None), _slowed(system))
+
+
+def _zones(folder: Path) -> Iterator[tuple[str, float]]:
+    """Yields (kind, degrees Celsius) of each zone that the kernel measures."""
+    for zone in sorted(folder.glob("thermal_zone*")):
+        try:
+            celsius = int((zone / "temp").read_text(encoding="ascii")) / 1000
+            kind = (zone / "type").read_text(encoding="ascii").strip().lower()
+        except (OSError, ValueError):
+            continue
+        if 0 < celsius < 150:  # a sensor that is not there says 0 or worse
+            yield kind, celsius
+
+
+def _slowed(system: Path) -> str:
+    try:  # a Raspberry Pi's firmware
+        text = (system / "devices/platform/soc/soc:firmware/get_throttled").read_text(encoding="ascii")
+        bits = int(text, 16)
+        return "; ".join(words for bit, words in _THROTTLED.items() if bits >> bit & 1)
+    except (OSError, ValueError):
+        pass
+    for device in sorted((system / "class" / "thermal").glob("cooling_device*")):
+        try:
+            kind = (device / "type").read_text(encoding="ascii").strip().lower()
+            state = int((device / "cur_state").read_text(encoding="ascii"))
+        except (OSError, ValueError):
+            continue
+        if state > 0 and ("cpufreq" in kind or kind == "processor"):
+            return "the kernel keeps its frequency down, since it is hot"
+    return ""

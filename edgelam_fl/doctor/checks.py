@@ -32,7 +32,7 @@ from edgelam_fl.addresses import answers, check_port_free, is_every_interface, i
 from edgelam_fl.errors import EdgelamError
 from edgelam_fl.federation.environment import child_environment, proxies_set
 from edgelam_fl.files import cache_folder
-from edgelam_fl.machine import disk_free_bytes, memory_free_bytes
+from edgelam_fl.machine import Heat, disk_free_bytes, heat, memory_free_bytes
 from edgelam_fl.model.base_names import BASES
 from edgelam_fl.model.limits import check_tokens
 from edgelam_fl.model.source import BUILT_IN, find_model
@@ -85,6 +85,7 @@ def examine(
     if hub:
         yield check_hub(*hub)
     yield check_memory()
+    yield from check_heat(heat())
     for place, folder in (("cache", cache_folder()), ("this folder", Path.cwd())):
         yield check_disk(place, folder)
     yield check_cache_writable(cache_folder())
@@ -105,7 +106,7 @@ def check_python(version: tuple[int, int] = sys.version_info[:2]) -> Finding:
     found, low, high = (".".join(map(str, each)) for each in (version, *PYTHONS))
     if PYTHONS[0] <= version <= PYTHONS[1]:
         return _ok("Python", found)
-    fix = f"tested are {low} to {high}: `make setup` takes one of them, or uv brings one (`uv venv --python {high}`)"
+    fix = f"tested are {low} to {high}; uv brings one: `uv venv --python {high}`"
     return _problem("Python", found, fix) if version < PYTHONS[0] else Finding("Python", "note", found, fix)
 
 
@@ -127,7 +128,7 @@ def check_packages(
         try:
             requires = importlib.metadata.requires(package) or []
         except importlib.metadata.PackageNotFoundError:
-            fix = "install it, so that its parts find each other: `make setup`, or `pip install -e .`"
+            fix = "install it, so that its parts find each other: `pip install edgelam-fl`, in a clone `make setup`"
             return [_problem("packages", f"{package} itself is not installed", fix)]
     needed = [each for each in map(Requirement, requires) if not each.marker or each.marker.evaluate({"extra": ""})]
     problems = [finding for each in needed for finding in _check_package(each, version_of)]
@@ -143,7 +144,9 @@ def _check_package(needed: Requirement, version_of: Callable[[str], str]) -> lis
         return []
     found = f"{version}, needed {needed.specifier}" if version else "is not installed"
     return [
-        _problem(f"package {needed.name}", found, f"`make setup`, or: pip install '{needed.name}{needed.specifier}'")
+        _problem(
+            f"package {needed.name}", found, f"pip install '{needed.name}{needed.specifier}'; in a clone `make setup`"
+        )
     ]
 
 
@@ -283,6 +286,15 @@ def check_memory(free: int | None = None, needed: int = MEMORY_NEEDED_BYTES) -> 
         "split.checkpointing = true"
     )
     return _problem("memory", f"{found}; a node of the demo's model takes {_gib(needed)}", fix)
+
+
+def check_heat(now: Heat) -> list[Finding]:
+    """Checks whether the processor is slowed down; no finding on a machine that tells neither that nor a temperature."""
+    found = "" if now.celsius is None else f"{now.celsius:.0f} °C"
+    if not now.slowed:
+        return [_ok("heat", f"{found}, not slowed down")] if found else []
+    fix = "cool it (a fan, a heat sink, another place), and give a board the power supply that its maker names"
+    return [Finding("heat", "note", ", ".join(filter(None, (found, now.slowed))), fix)]
 
 
 def check_disk(place: str, folder: Path, free: int | None = None, needed: int = DISK_NEEDED_BYTES) -> Finding:
