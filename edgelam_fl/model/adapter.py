@@ -230,6 +230,13 @@ def _refuse_target(source: ModelSource, target: str, modules: Mapping[str, tuple
     raise ConfigError(f"lora.targets: no module of {source.name} is called {target!r}; {hint}")
 
 
+def _end_of_none(module: str, others: Iterable[str]) -> str:
+    """Returns the shortest end of a module's name, in whole parts, that ends none of the others' names."""
+    parts = module.split(".")
+    ends = (".".join(parts[-count:]) for count in range(1, len(parts)))
+    return next((end for end in ends if not any(other.endswith(end) for other in others)), module)
+
+
 def adapter_shapes(
     source: ModelSource, targets: Iterable[str], rank: int, kind: LoraKind = PLAIN
 ) -> dict[str, tuple[int, ...]]:
@@ -265,7 +272,7 @@ def saved_tensors(source: ModelSource, words: Iterable[str]) -> dict[str, tuple[
         matched = [module for module in modules if module.endswith(word)]
         refused = [module for module in matched if not _may_be_saved(module, modules[module])]
         if refused or not matched:
-            _refuse_saved(source, word, refused, [name for name in modules if _may_be_saved(name, modules[name])])
+            _refuse_saved(source, word, refused, modules)
         for module in matched:
             found |= modules[module]
     return found
@@ -276,8 +283,11 @@ def _may_be_saved(module: str, tensors: Mapping[str, tuple[int, ...]]) -> bool:
     return is_norm or module == LM_HEAD
 
 
-def _refuse_saved(source: ModelSource, word: str, refused: Sequence[str], allowed: Iterable[str]) -> NoReturn:
-    allowed = ", ".join(sorted(_leaves(allowed)))
+def _refuse_saved(
+    source: ModelSource, word: str, refused: Sequence[str], modules: Mapping[str, Mapping[str, tuple[int, ...]]]
+) -> NoReturn:
+    others = tuple(name for name, tensors in modules.items() if not _may_be_saved(name, tensors))
+    allowed = ", ".join(sorted({_end_of_none(name, others) for name in modules if name not in others}))
     if source.family.task_head is not None and word.endswith(source.family.task_head):
         why = "the head of a classification always learns as a whole: leave it out"
     elif LM_HEAD.endswith(word) and source.tied_head:
@@ -287,7 +297,7 @@ def _refuse_saved(source: ModelSource, word: str, refused: Sequence[str], allowe
     elif layer_number(f"{refused[0]}.") is not None:
         why = f"it ends {refused[0]}, a matrix inside the layers, for which lora.targets are made"
     else:
-        why = f"it ends {refused[0]}: what a device learned there would list the tokens of its text"
+        why = f"it ends {refused[0]}, and an embedding's update would list the tokens of a device's text"
     raise ConfigError(f"lora.modules_to_save: {word!r} cannot be taken: {why}. Allowed for this model: {allowed}")
 
 

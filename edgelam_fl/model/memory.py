@@ -104,14 +104,17 @@ class DoraBytes:
     )
 
     @classmethod
-    def of(cls, source: ModelSource, targets: Iterable[str], kind: LoraKind, itemsize: int) -> DoraBytes:
-        """`itemsize`: bytes per element that is computed with."""
+    def of(
+        cls, source: ModelSource, targets: Iterable[str], kind: LoraKind, itemsize: int, *, packed: bool = False
+    ) -> DoraBytes:
+        """`itemsize`: bytes per element that is computed with. `packed`: matrices are unpacked first (int8 and nf4)."""
         if not kind.dora:
             return cls()
         modules, widths = target_modules(source, targets, kind.layers), Counter[int | None]()
         for name, (out_features, _) in modules.items():
             widths[layer_number(name)] += out_features
-        most = max((columns + 3 * rows) * columns for rows, columns in modules.values())
+        copies = 5 if packed else 3  # of the size of the matrix
+        most = max((columns + copies * rows) * columns for rows, columns in modules.values())
         return cls((itemsize + FP32_BYTES) * max(widths.values()), FP32_BYTES * most)
 
 

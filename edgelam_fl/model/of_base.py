@@ -5,13 +5,14 @@ They are read by the code that a node loads its slices with, a few layers at a t
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping
 
 from edgelam_fl.model.adapter import Adapter, Span, base_shapes
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import LoraSettings, load_stages
 
-_AT_ONCE_BYTES = 256 << 20  # of weights in fp32 that are loaded at a time; a single layer may be larger
+_AT_ONCE_BYTES = 128 << 20  # of weights in fp32 that are loaded at a time; a single layer may be larger
 
 
 def read_of_base(source: ModelSource, lora: LoraSettings, base: str) -> Adapter:
@@ -21,6 +22,8 @@ def read_of_base(source: ModelSource, lora: LoraSettings, base: str) -> Adapter:
     for span in _pieces(source, wanted):
         (stage,) = load_stages(source, [span], base, lora)
         found |= {name: array for name, array in stage.adapter().items() if name in wanted}
+        del stage
+        gc.collect()  # modules hold reference cycles: without it all pieces would be in memory together
     return found
 
 

@@ -103,7 +103,8 @@ class Footprints:
         )  # fmt: skip
 
     def _dora(self, itemsize: int) -> DoraBytes:
-        return DoraBytes.of(self.spec.source, self.spec.config.lora.targets, self._kind, itemsize)
+        lora, packed = self.spec.config.lora, self.spec.config.model.base not in ("fp32", "bf16")
+        return DoraBytes.of(self.spec.source, lora.targets, self._kind, itemsize, packed=packed)
 
     @cached_property
     def growth_bytes(self) -> int:

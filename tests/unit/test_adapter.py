@@ -192,6 +192,21 @@ def test_ranks_that_differ_are_named_by_module(tiny: ModelSource, tmp_path: Path
     assert same_bits({name: tensor.numpy() for name, tensor in loaded.items()}, mixed)
 
 
+# ---------------------------------------------------------------- modules that learn as a whole
+
+
+def test_norms_of_layers_are_saved_and_that_of_an_embedding_is_not(bert: ModelSource) -> None:
+    saved = adapters.saved_tensors(bert, ["output.LayerNorm"])
+    assert len(saved) == 2 * 2 * 2, "weight and bias of two norms per layer"
+    assert set(saved.values()) == {(16,)}
+    with pytest.raises(
+        ConfigError, match=r"it ends .*embeddings.LayerNorm, and .* Allowed for this model: output.LayerNorm$"
+    ):
+        adapters.saved_tensors(bert, ["LayerNorm"])
+    with pytest.raises(ConfigError, match="the head of a classification always learns as a whole: leave it out"):
+        adapters.saved_tensors(bert, ["classifier"])
+
+
 # ---------------------------------------------------------------- a classifier's head
 
 

@@ -129,7 +129,10 @@ def test_settings_that_can_be_combined(tiny: ModelSource, overrides: list[str]) 
             ["lora.modules_to_save=lm_head"],
             "'lm_head' cannot be taken: the head of .* is its embedding, .*Allowed for this model: input_layernorm, norm, post_attention",
         ),
-        (["lora.modules_to_save=embed_tokens"], "'embed_tokens' cannot be taken: .* would list the tokens of its text"),
+        (
+            ["lora.modules_to_save=embed_tokens"],
+            "'embed_tokens' cannot be taken: .* would list the tokens of a device's text",
+        ),
         (["lora.modules_to_save=o_proj"], "'o_proj' cannot be taken: it ends .*, a matrix inside the layers"),
         (["lora.modules_to_save=layernorms"], "'layernorms' cannot be taken: no module of .* has a name that ends so"),
         (["split.sites=2", "split.hosts=0"], "split.sites = 2 needs split.hosts of at least 1"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from edgelam_fl.model.adapter import Span
+from edgelam_fl.model.lora import LoraKind
 from edgelam_fl.model.source import find_model
 from edgelam_fl.model.stage import LoraSettings, Stage, load_stages
 from edgelam_fl.simulation.fabric import Shared
@@ -38,6 +39,8 @@ def test_what_is_kept_gives_the_whole_models_logits_and_gradients(dropout: float
     shared = Shared(threading.Semaphore(1))
     first, second = (shared.load(source, [whole], "fp32", lora, compute="", classes=3)[0] for _ in range(2))
     assert frozen_layers(source, TOP) == 4
+    assert frozen_layers(source, LoraSettings(4, 8.0, ("query",), kind=LoraKind(layers=(3, 5)))) == 3
+    assert frozen_layers(source, replace(TOP, kind=LoraKind(saved=("1.output.LayerNorm",)))) == 1
     assert isinstance(first, OnFrozen)
     assert isinstance(second, OnFrozen)
     wanted = {name: p for name, p in plain.adapter_parameters.items()}

@@ -24,6 +24,7 @@ from tests.support import run_config
 from tests.unit.conftest import MakeFederation
 
 PRIVATE = ("split.hosts=0", "privacy.mode=central", "federation.rounds=1", "privacy.noise=1.0", "privacy.epsilon=30")
+DORA = ("lora.use_dora=true", "lora.modules_to_save=norm")
 POISSON = ("strategy.selection=poisson",)
 
 
@@ -40,11 +41,14 @@ def fails(node: ByHand) -> None:
     node.fails = lambda plan: "no memory" if plan.steps else ""
 
 
-def test_an_update_ten_times_the_bound_moves_the_aggregate_by_the_bound(federation: MakeFederation) -> None:
+@pytest.mark.parametrize("kind", [(), DORA], ids=["LoRA", "DoRA and norms"])
+def test_an_update_ten_times_the_bound_moves_the_aggregate_by_the_bound(
+    federation: MakeFederation, kind: Sequence[str]
+) -> None:
     """Against the same round without the device, with the same noise: the two differ by the clipped update alone."""
     results = []
     for planted in (False, True):
-        run = private(federation, "abc", "privacy.clip=0.5")
+        run = private(federation, "abc", "privacy.clip=0.5", *kind)
         size = sqrt(sum(array.size for array in run.start.values()))
         for node in run.nodes.values():
             node.by = 10 * 0.5 / size

@@ -1,0 +1,152 @@
+"""Measures peft's kinds of LoRA in one short training each: perplexity here and in peft alone, size, and processor time per step.
+
+One device and one host in one process, SmolLM2-135M and the demo's data; each kind starts from the same factors and takes the same
+batches. The adapter's folder is then read by a process that has transformers and peft and never imports the product
+(tests/integration/plain_perplexity.py). Trainings stay in runs/benchmark-lora-kinds; a second call takes those that are done. --smoke: one
+on a tiny random model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.common import Figure, main
+from edgelam_fl.config import RunConfig, parse_run_file
+from edgelam_fl.federation.demo import RUN_FILE
+from edgelam_fl.model.adapter import write_peft_folder
+from edgelam_fl.model.source import ModelSource, find_model
+from edgelam_fl.plan.spec import RunSpec
+from edgelam_fl.tasks.data import read_pairs
+from edgelam_fl.tasks.docstrings import write_device_files
+from edgelam_fl.tasks.held_out import set_aside
+from server.global_adapter import first_adapter
+from tests.fleet import check_done, joined, memory_fleet, read_by_transformers
+from tests.support import write_data_files, write_tiny_llama
+
+KINDS = {
+    "LoRA": [],
+    "rsLoRA": ["lora.use_rslora=true"],
+    "DoRA": ["lora.use_dora=true"],
+    "patterns": [
+        "lora.rank_pattern={ 'layers.(27|28|29).*' = 32 }",
+        "lora.alpha_pattern={ 'layers.(27|28|29).*' = 64.0 }",
+    ],
+    "last ten layers": [f"lora.layers_to_transform={list(range(20, 30))}"],
+    "norms": ["lora.modules_to_save=norm"],
+}
+EXAMPLES, HELD_OUT, BATCH, STEPS = 32, 12, 4, 12
+MOST_APART = 1e-4  # of the perplexity
+PLAIN = Path(__file__).parents[1] / "tests/integration/plain_perplexity.py"
+
+
+def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
+    torch.set_num_threads(1)
+    if smoke:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            tiny = find_model(str(write_tiny_llama(folder / "tiny")))
+            torch.save(AutoModelForCausalLM.from_pretrained(tiny.folder), folder / "base.pt")
+            file = write_data_files(folder)[0]
+            kinds = {"DoRA and norms": [*KINDS["DoRA"], *KINDS["norms"]]}
+            return {"smoke": True}, list(figures(tiny, folder / "base.pt", folder, file, kinds, 2))
+    folder = Path("runs/benchmark-lora-kinds")
+    source = find_model("smollm2-135m")
+    assert source.gguf is not None
+    (data,) = write_device_files(folder / "data", 1)
+    file = folder / "few.jsonl"
+    file.write_text(
+        "".join(data.read_text(encoding="utf-8").splitlines(keepends=True)[: EXAMPLES + HELD_OUT]), encoding="utf-8"
+    )
+    base = read_by_transformers(source.gguf, torch.float32)
+    settings = {
+        "demo": RUN_FILE, "kinds": KINDS, "examples": EXAMPLES, "held_out": HELD_OUT, "batch": BATCH, "steps": STEPS,
+    }  # fmt: skip
+    return settings, list(figures(source, base, folder, file, KINDS, STEPS))
+
+
+def figures(
+    source: ModelSource, base: Path, folder: Path, file: Path, kinds: dict[str, list[str]], steps: int
+) -> Iterator[Figure]:
+    """Yields the figures of each kind. `base`: a file of torch's with the whole model, as transformers reads it."""
+    for kind, overrides in kinds.items():
+        settings = [f"model.name={source.name}", f"federation.batch_size={BATCH}"]
+        settings += [f"data.held_out={HELD_OUT / (EXAMPLES + HELD_OUT)}", *overrides]
+        config = parse_run_file(RUN_FILE, source="the demo's run file", overrides=settings)
+        found = _trained(source, base, folder / kind.replace(" ", "-"), file, config, steps)
+        yield Figure(f"{kind}, held-out perplexity before", round(found["before"], 3), "")
+        yield Figure(f"{kind}, held-out perplexity", round(found["after"], 3), "")
+        apart = abs(found["elsewhere"] / found["after"] - 1)
+        yield Figure(
+            f"{kind}, perplexity in peft alone against here", float(f"{apart:.2g}"), "of it",
+            f"at most {MOST_APART:g}", apart <= MOST_APART,
+        )  # fmt: skip
+        yield Figure(f"{kind}, numbers that learn", int(found["numbers"]), "")
+        yield Figure(f"{kind}, processor time per step", round(found["step_s"], 2), "s")
+
+
+def _trained(
+    source: ModelSource, base: Path, folder: Path, file: Path, config: RunConfig, steps: int
+) -> dict[str, float]:
+    """Returns what one training found, which is made unless it is there already."""
+    made = folder / "found.json"
+    if made.exists():
+        return dict(json.loads(made.read_text(encoding="utf-8")))
+    spec = RunSpec(config, source)
+    start = first_adapter(spec)
+    with memory_fleet(source, config, [file]) as fleet:
+        check_done(fleet.run(start, 0))  # loads the slices
+        began_s = time.process_time()
+        trained = fleet.run(start, steps)
+        check_done(trained)
+        trained_s = time.process_time()
+        adapter = {**start, **joined(trained)}
+        after = fleet.run(adapter, 0, step_offset=steps)
+        check_done(after)
+        evaluated_s = time.process_time() - trained_s
+    lora = config.lora
+    write_peft_folder(
+        adapter, folder / "adapter", reference=source.reference, rank=lora.rank, alpha=lora.alpha, targets=lora.targets,
+        kind=spec.kind,
+    )  # fmt: skip
+    report, measured = trained["device-1"], after["device-1"]
+    found = {
+        "before": math.exp(report.eval_loss_sum / report.eval_labels),
+        "after": math.exp(measured.eval_loss_sum / measured.eval_labels),
+        "elsewhere": elsewhere(source, base, folder / "adapter", file, config),
+        "numbers": sum(array.size for array in adapter.values()),
+        "step_s": (trained_s - began_s - evaluated_s) / steps,  # a round begins with the same evaluation
+    }
+    made.write_text(json.dumps(found), encoding="utf-8")
+    print(folder.name, found, flush=True)
+    return found
+
+
+def elsewhere(source: ModelSource, base: Path, adapter: Path, file: Path, config: RunConfig) -> float:
+    """Returns the held-out perplexity that transformers and peft find, in a process without the product."""
+    _, held_out = set_aside(read_pairs(file, "question", "answer"), config.data.held_out)
+    task = {
+        "model": str(base), "tokenizer": str(source.folder), "adapter": str(adapter.resolve()),
+        "max_tokens": config.task.max_tokens, "threads": 1,
+        "pairs": {"device-1": held_out},
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(PLAIN)], input=json.dumps(task), capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return float(json.loads(done.stdout)["device-1"][1])
+
+
+if __name__ == "__main__":
+    main("lora_kinds", measure)
