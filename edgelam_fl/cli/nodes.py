@@ -13,7 +13,6 @@ from edgelam_fl.cli.options import (
     InsecureOption,
     JsonOption,
     OfflineOption,
-    ServerOption,
     console,
     messages,
     say,
@@ -122,6 +121,13 @@ def server(
             help="A name or IP address by which nodes reach this machine, for its certificate and for invites; repeat it.",
         ),
     ] = [],  # noqa: B006
+    no_announce: Annotated[
+        bool,
+        typer.Option(
+            "--no-announce",
+            help="Do not say on the local network where this server is (multicast DNS, for --server auto).",
+        ),
+    ] = False,
     allow_foreign_apps: Annotated[
         bool,
         typer.Option(
@@ -144,7 +150,7 @@ def server(
     keep_private()
     options = ServerOptions(
         listen=listen, state=state, data_plane=data_plane, addresses=address, insecure=insecure,
-        bounds=operator_bounds(strategies, runs, models), allow_foreign_apps=allow_foreign_apps,
+        bounds=operator_bounds(strategies, runs, models), allow_foreign_apps=allow_foreign_apps, announce=not no_announce,
     )  # fmt: skip
     raise typer.Exit(serve(console, options))
 
@@ -154,7 +160,14 @@ def client(
         str,
         typer.Option("--join", metavar="TEXT", help="Joins with the text that `edgelam invite` printed; needed once."),
     ] = "",
-    server: ServerOption = "",
+    server: Annotated[
+        str,
+        typer.Option(
+            "--server",
+            metavar="HOST:PORT|auto",
+            help="Where `edgelam server` listens, if it is not where the join text says; auto: look for it on this network at each start.",
+        ),
+    ] = "",
     data: Annotated[
         Path | None,
         typer.Option(

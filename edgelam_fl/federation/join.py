@@ -14,6 +14,7 @@ from edgelam_fl.addresses import answers, check_plain_text, split_address
 from edgelam_fl.bounds import check_modules
 from edgelam_fl.config import most_read_by_hosts
 from edgelam_fl.errors import INTERRUPTED, ConfigError, EnvironmentProblem
+from edgelam_fl.federation.discovery import AUTO, find_server
 from edgelam_fl.federation.node_line import node_line
 from edgelam_fl.federation.node_process import NodeProcesses
 from edgelam_fl.federation.server_probe import ServerProblem, problem_at
@@ -76,7 +77,37 @@ def join(
         if problem := why_no_tag(tag):
             raise ConfigError(f"--tag {tag!r} {problem}")
     with lock_state(standing.state):
+        if options.server == AUTO:
+            standing = find_waiting(console, standing, wait)
         return _start(console, standing, insecure=insecure, wait=wait)
+
+
+def find_waiting(
+    console: Console,
+    standing: Standing,
+    wait: bool,
+    find: Callable[[str], str] = find_server,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Standing:
+    """Returns the standing at the server that announces itself. wait: looks again until there is one.
+
+    find, sleep: stand-ins for tests. Raises as `find_server`.
+    """
+    pause_s = 1.0
+    while True:
+        try:
+            with waiting(console, "looking for the server on this network"):
+                server = find(standing.authority)
+        except EnvironmentProblem as error:
+            if not wait:
+                raise
+            if pause_s == 1.0:
+                _say(console, f"{error}. Looking again")
+            sleep(pause_s)
+            pause_s = min(_LONGEST_PAUSE_S, 1.5 * pause_s)
+        else:
+            _say(console, f"found the server at {server}")
+            return standing.at(server)
 
 
 def _start(console: Console, standing: Standing, *, insecure: bool, wait: bool) -> int:

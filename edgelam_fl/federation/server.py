@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +15,13 @@ from edgelam_fl.addresses import check_port_free, hub_address, split_address
 from edgelam_fl.bounds import DEFAULT_BOUNDS, Bounds
 from edgelam_fl.errors import INTERRUPTED
 from edgelam_fl.federation.child import Child, Restarts, end_all, shorten
+from edgelam_fl.federation.discovery import announced, announced_addresses
+from edgelam_fl.federation.flower_app import app_folder
 from edgelam_fl.federation.hub_process import HubProcess
 from edgelam_fl.federation.operator import operator_folder
 from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.telemetry.waiting import waiting
-from edgelam_fl.trust.server import prepare_trust, trust_folder
+from edgelam_fl.trust.server import ServerTrust, own_addresses, prepare_trust, trust_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,8 @@ class ServerOptions:
     """Plain text for everybody, in place of TLS for members."""
     bounds: Bounds = DEFAULT_BOUNDS
     """What run files may name on this machine."""
+    announce: bool = True
+    """Says on the local network where it is (multicast DNS)."""
     allow_foreign_apps: bool = False
     """Runs may bring any Flower App, which then runs on this machine."""
 
@@ -66,9 +71,25 @@ def serve(console: Console, options: ServerOptions) -> int:
             )  # fmt: skip
         for line in [*_where(options, hub), *(_next_steps(options) if trust else _plain_steps(options))]:
             console.print(line, highlight=False, soft_wrap=True, markup=False)
-        return _watch(console, hub, children)
+        with ExitStack() as stack:
+            if options.announce:
+                console.print(_announce(stack, options, trust), highlight=False, soft_wrap=True, markup=False)
+            return _watch(console, hub, children)
     finally:
         end_all([*children, *([hub.child] if hub.child is not None else [])])
+
+
+def _announce(stack: ExitStack, options: ServerOptions, trust: ServerTrust | None) -> str:
+    """Announces the server until the stack ends; returns what to tell its user."""
+    host, port = split_address(options.listen, "--listen")
+    addresses = announced_addresses([*options.addresses, *own_addresses(host)])
+    if not addresses:
+        return "not announced on the network: it listens on this machine alone"
+    try:
+        stack.enter_context(announced(port, addresses, trust.authority.fingerprint if trust else ""))
+    except OSError as error:
+        return f"not announced on the network ({error.strerror or error}); nodes need its address"
+    return f"announced on the network as {', '.join(addresses)}: there `edgelam client --server auto` finds it; --no-announce leaves that out"
 
 
 def _where(options: ServerOptions, hub: HubProcess) -> list[str]:
@@ -81,7 +102,8 @@ def _next_steps(options: ServerOptions) -> list[str]:
     return [
         f"for each node, here:  edgelam invite NAME --state {state}   (an edge server: --role host); it prints the node's command",
         f"then:                 edgelam run RUN.toml --server {options.listen} --operator {operator}",
-        f"for Flower's `flwr`:  export FLWR_HOME={operator}",
+        f"for Flower's `flwr`:  export FLWR_HOME={operator}; then, in {shlex.quote(str(app_folder()))}:",
+        '                      flwr run . --run-config "federation.rounds=2"; flwr list; flwr log RUN_ID',
     ]
 
 

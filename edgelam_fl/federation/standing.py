@@ -13,9 +13,10 @@ from pathlib import Path
 
 from edgelam_fl.addresses import split_address
 from edgelam_fl.errors import ConfigError, EnvironmentProblem
+from edgelam_fl.federation.discovery import AUTO
 from edgelam_fl.files import write_private
 from edgelam_fl.names import why_no_name
-from edgelam_fl.trust.identity import DEVICE, load_identity
+from edgelam_fl.trust.identity import DEVICE, fingerprint, load_identity
 from edgelam_fl.trust.invites import Invitation, parse_invitation
 from edgelam_fl.trust.join import Membership, has_joined, join
 
@@ -29,7 +30,7 @@ class NodeOptions:
     """What a node is told when it starts; a node that joined keeps what it was told then. Empty values say nothing."""
 
     server: str = ""
-    """HOST:PORT."""
+    """HOST:PORT; "auto": the one of this node's federation that announces itself."""
     data: Path | None = None
     listen: str = ""
     advertise: str = ""
@@ -60,15 +61,33 @@ class Standing:
     options: NodeOptions
     invitation: Invitation | None = None
     """Still to be used, before the node starts."""
+    looks_for_server: bool = False
+    """Whether later starts look for the server anew, as this one did."""
+
+    @property
+    def authority(self) -> str:
+        """Returns the fingerprint of the authority by which the node knows its server; "": it knows none."""
+        if self.invitation is not None:
+            return self.invitation.fingerprint
+        return fingerprint(load_identity(self.identity).authority) if self.identity is not None else ""
+
+    def at(self, server: str) -> Standing:
+        """Returns the same standing, with the server where it was found."""
+        invitation = replace(self.invitation, server=server) if self.invitation is not None else None
+        return replace(self, options=replace(self.options, server=server), invitation=invitation, looks_for_server=True)
+
+    def kept_options(self) -> str:
+        """Returns what later starts go by, as JSON."""
+        files = {name: getattr(self.options, name) for name in _FILES}
+        kept = asdict(self.options) | {name: str(file.absolute()) if file else None for name, file in files.items()}
+        return json.dumps(kept | ({"server": AUTO} if self.looks_for_server else {}), indent=2)
 
     def join(self) -> Membership:
         """Has the keys made and signed by the invitation, and keeps the options for later starts."""
         assert self.invitation is not None
         assert self.identity is not None
         membership = join(self.invitation, self.identity)
-        files = {name: getattr(self.options, name) for name in _FILES}
-        kept = asdict(self.options) | {name: str(file.absolute()) if file else None for name, file in files.items()}
-        write_private(self.state / _OPTIONS, json.dumps(kept, indent=2))
+        write_private(self.state / _OPTIONS, self.kept_options())
         return membership
 
 
@@ -102,6 +121,8 @@ def _invited(invitation: Invitation, options: NodeOptions, name: str, state: Pat
     state = state or states / invitation.name
     if has_joined(invitation, state / _IDENTITY):
         return _joined_before(state, options, name)
+    if options.server == AUTO:
+        return Standing(invitation.name, state, state / _IDENTITY, options, invitation)
     if options.server:  # such as a name of the server that this node can resolve
         split_address(options.server, "--server")
         invitation = replace(invitation, server=options.server)

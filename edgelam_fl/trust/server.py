@@ -48,7 +48,7 @@ def prepare_trust(state: Path, host: str, port: int, addresses: Sequence[str] = 
     """
     folder = trust_folder(state)
     authority = Authority.open(folder)
-    known = list(dict.fromkeys([*addresses, *_own_addresses(host), *_LOOPBACK]))
+    known = list(dict.fromkeys([*addresses, *own_addresses(host), *_LOOPBACK]))
     save_identity(issue(authority, SERVER, SERVER, known), folder / SERVER)
     write_private(folder / _ADDRESS_FILE, f"{join_address(known[0], port)}\n{join_address(from_here(host), port)}\n")
     return open_trust(state)
@@ -81,7 +81,7 @@ def known_nodes(members: Members) -> list[dict[str, Any]]:
     ]
 
 
-def _own_addresses(host: str) -> Iterator[str]:
+def own_addresses(host: str) -> Iterator[str]:
     """Yields the addresses of a listen host; of every interface, the likeliest that nodes use first."""
     if not is_every_interface(host):
         yield host
