@@ -1,7 +1,7 @@
 # Every target that needs the environment makes it first; if it is up to date, that takes milliseconds and no network.
 PYTHON := .venv/bin/python
 
-.PHONY: help setup demo testbed test lint check docs bench bench-smoke protos constraints clean
+.PHONY: help setup demo testbed test lint check docs bench bench-smoke protos constraints lock clean
 
 help:
 	@echo "make setup        make .venv with everything the project needs (downloads about 0.7 GB, needs no root)"
@@ -17,6 +17,7 @@ help:
 	@echo "make bench-smoke  run three tiny cells of \`edgelam bench\`: minutes"
 	@echo "make protos       regenerate the protobuf code and docs/protocol.md from edgelam_fl/wire/edgelam.proto"
 	@echo "make constraints  record the versions in .venv as the tested ones"
+	@echo "make lock         record versions and hashes of what boards get, after a change of dependencies or tested versions"
 	@echo "make clean        remove .venv, caches and builds (runs/ stay)"
 
 setup:
@@ -68,6 +69,9 @@ constraints: setup
 	@.venv/bin/uv pip freeze --python $(PYTHON) --exclude-editable 2>/dev/null \
 		| grep -E '^[A-Za-z0-9._-]+==' | grep -vE '^(torch|triton|pip|setuptools|nvidia-.*)==' >> constraints/tested.new
 	@mv constraints/tested.new constraints/tested.txt
+
+lock: setup
+	@$(PYTHON) -m tools.board_lock
 
 clean:
 	rm -rf .venv dist build site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

