@@ -41,10 +41,14 @@ from edgelam_fl.model.gguf_tokenizer import CUTS
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.tokenizer import load_tokenizer
 from edgelam_fl.model.whole import load_whole
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.serving.export import export
 from edgelam_fl.serving.results import open_result
+from server.global_adapter import first_adapter
 from tests.gguf_files import BYTES, across_words, keys_of, needs_llama_cpp, read_by_llama_cpp, tensors_of
+from tests.parity.test_lora_kinds import moved
 from tests.results import trained_adapter, write_result
+from tests.support import run_config
 
 TEXTS = (
     "Hello world, it's 12345 o'clock: WE'RE 1,234.5 strong!\n\n\n  def f(x):\n\treturn x**2\r\n",
@@ -299,8 +303,12 @@ def test_an_adapter_keeps_its_own_ranks_and_scale(tmp_path: Path) -> None:
     """llama.cpp scales by alpha / rank of each module; rows of queries and keys are in pairs."""
     source = saved(tmp_path / "model", llama(), byte_level())
     run = result_of(tmp_path, source, "lora.alpha=11.0")
-    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source.folder), run / "adapter")
-    file = exported(run) / "adapter.gguf"
+    check_adapter_file(exported(run) / "adapter.gguf", run / "adapter", source)
+
+
+def check_adapter_file(file: Path, adapter: Path, source: ModelSource) -> None:
+    """What llama.cpp computes from the file, B A alpha / rank, is what peft adds to each matrix."""
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source.folder), adapter)
     header = read_header(file)
     assert (header.keys["general.type"], header.keys["adapter.type"]) == ("adapter", "lora")
     alpha = header.keys["adapter.lora.alpha"]
@@ -314,6 +322,40 @@ def test_an_adapter_keeps_its_own_ranks_and_scale(tmp_path: Path) -> None:
             delta = delta.reshape(heads, 2, len(delta) // heads // 2, -1).swapaxes(1, 2).reshape(delta.shape)
         a_RI, b_OR = (stored[f"blk.1.{place}.weight.lora_{part}"] for part in "ab")
         np.testing.assert_allclose(alpha / len(a_RI) * b_OR @ a_RI, delta, rtol=1e-4, atol=1e-5)
+
+
+PATTERNS = ("lora.rank_pattern={ q_proj = 3 }", "lora.alpha_pattern={ k_proj = 5.0 }")
+KINDS = {
+    "rsLoRA": (("lora.use_rslora=true",), ""),
+    "patterns": (PATTERNS, ""),
+    "patterns of rsLoRA": (("lora.use_rslora=true", *PATTERNS), ""),
+    "DoRA": (("lora.use_dora=true",), "DoRA scales whole rows"),
+    "saved modules": (("lora.modules_to_save=['lm_head', 'norm']",), "lora.modules_to_save trained whole modules"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_lora(tmp_path: Path, kind: str) -> None:
+    """Each is in the merged file; those that llama.cpp's adapters hold are one, with their own scales in B."""
+    settings, reason = KINDS[kind]
+    source = saved(tmp_path / "model", llama(), byte_level())
+    targets = 'lora.targets=["q_proj", "k_proj", "up_proj"]'
+    config = run_config(source.name, targets, *settings)
+    adapter = moved(first_adapter(RunSpec(config, source)))
+    run = write_result(tmp_path / "run", source, targets, "split.front=1", "split.back=1", *settings, adapter=adapter)
+    made, how = export(open_result(run), "gguf", None)
+    ids = torch.arange(8, 60)[None]
+    wanted = logits(
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source.folder), run / "adapter"), ids
+    )
+    got = logits(load_whole(find_model(str(made / "model.gguf")), "fp32"), ids)
+    assert (got - wanted).norm() < 1e-4 * wanted.norm()
+    assert (logits(AutoModelForCausalLM.from_pretrained(source.folder), ids) - wanted).norm() > 1e-2 * wanted.norm()
+    assert reason in how
+    assert (made / "no-adapter.txt").is_file() == bool(reason)
+    assert (made / "adapter.gguf").is_file() != bool(reason)
+    if not reason:
+        check_adapter_file(made / "adapter.gguf", run / "adapter", source)
 
 
 # ---------------------------------------------------------------- the vocabulary

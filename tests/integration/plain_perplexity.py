@@ -1,33 +1,42 @@
 """Run as a process of its own: a model's perplexity by transformers and peft alone, never importing edgelam_fl.
 
-Reads {model, tokenizer, adapter, max_tokens, threads, pairs: {device: [[prompt, answer], ...]}} as JSON from stdin and
-writes {device: [perplexity without, perplexity with the adapter]}; `model` is a file of torch's with the whole model. Takes one
-example at a time, so that nothing is padded.
+Reads {model, tokenizer, adapters: {name: folder}, max_tokens, threads, pairs: {device: [[prompt, answer], ...]}} as JSON from
+stdin and writes {name: {device: perplexity}}, with "" as the name of the model alone; `model` is its folder, or a file of torch's with
+the whole model. Takes one example at a time, so that nothing is padded.
 """
 
+import copy
 import json
 import math
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main() -> None:
     task = json.load(sys.stdin)
     torch.set_num_threads(task["threads"])
     tokenizer = AutoTokenizer.from_pretrained(task["tokenizer"])
-    base = torch.load(task["model"], weights_only=False)
+    is_folder = Path(task["model"]).is_dir()
+    base = (
+        AutoModelForCausalLM.from_pretrained(task["model"])
+        if is_folder
+        else torch.load(task["model"], weights_only=False)
+    )
     examples = {
         device: [tokens_of(tokenizer, prompt, answer, task["max_tokens"]) for prompt, answer in pairs]
         for device, pairs in task["pairs"].items()
     }
-    before = {device: perplexity(base, own) for device, own in examples.items()}
-    tuned = PeftModel.from_pretrained(base, task["adapter"])
+    found = {"": {device: perplexity(base, own) for device, own in examples.items()}}
+    for name, adapter in task["adapters"].items():
+        tuned = PeftModel.from_pretrained(copy.deepcopy(base), adapter)
+        found[name] = {device: perplexity(tuned, own) for device, own in examples.items()}
     assert not any(name.partition(".")[0] == "edgelam_fl" for name in sys.modules)
-    json.dump({device: [before[device], perplexity(tuned, own)] for device, own in examples.items()}, sys.stdout)
+    json.dump(found, sys.stdout)
 
 
 def tokens_of(tokenizer: Any, prompt: str, answer: str, max_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:

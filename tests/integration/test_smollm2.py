@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
-import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +18,10 @@ import torch
 from benchmarks import common, demo
 from edgelam_fl.config import parse_run_file
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.tasks.data import read_pairs
-from edgelam_fl.tasks.held_out import set_aside
 from edgelam_fl.telemetry.summary import Summary, read_summary
 from tests.fleet import read_by_transformers
+from tests.integration.elsewhere import elsewhere, held_out_pairs
 from tests.integration.test_benchmarks import ROOT, check_result
-from tests.support import WAIT_S
 
 pytestmark = [pytest.mark.processes, pytest.mark.real_model]
 
@@ -50,41 +46,27 @@ def run() -> Demo:
 
 
 @pytest.fixture(scope="module")
-def plain(run: Demo, smollm: ModelSource) -> dict[str, list[float]]:
+def plain(run: Demo, smollm: ModelSource) -> dict[str, tuple[float, float]]:
     """Held-out perplexity before and after, computed where EdgeLAM-FL is not."""
     assert smollm.gguf is not None
     config = parse_run_file((run.folder / "config.toml").read_text(encoding="utf-8"), source="the demo's run file")
-    files = {file.stem: file for file in (run.folder / "data").glob("*.jsonl")}
-    task = {
-        "model": str(read_by_transformers(smollm.gguf, torch.float32)),
-        "tokenizer": str(smollm.folder),
-        "adapter": str(run.folder / "adapter"),
-        "max_tokens": config.task.max_tokens,
-        "threads": 1,
-        "pairs": {
-            name: set_aside(read_pairs(file, "question", "answer"), config.data.held_out)[1]
-            for name, file in files.items()
-        },
-    }
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("plain_perplexity.py"))],
-        input=json.dumps(task), capture_output=True, text=True, timeout=WAIT_S, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
+    model, files = read_by_transformers(smollm.gguf, torch.float32), (run.folder / "data").glob("*.jsonl")
+    held_out = held_out_pairs({file.stem: file for file in files}, config)
+    found = elsewhere(model, smollm.folder, {"run": run.folder / "adapter"}, config, held_out)
+    return {name: (found[""][name], found["run"][name]) for name in held_out}
 
 
 def test_the_benchmark_of_the_demo_runs(run: Demo) -> None:
     check_result("demo", run.printed)
 
 
-def test_perplexity_before_is_plain_transformers(run: Demo, plain: dict[str, list[float]]) -> None:
+def test_perplexity_before_is_plain_transformers(run: Demo, plain: dict[str, tuple[float, float]]) -> None:
     assert [device.name for device in run.summary.devices] == list(plain) != []
     for device in run.summary.devices:
         assert device.perplexity_before == pytest.approx(plain[device.name][0], abs=1e-3)
 
 
-def test_exported_adapter_scores_the_same_elsewhere(run: Demo, plain: dict[str, list[float]]) -> None:
+def test_exported_adapter_scores_the_same_elsewhere(run: Demo, plain: dict[str, tuple[float, float]]) -> None:
     assert [device.name for device in run.summary.devices] == list(plain) != []
     for device in run.summary.devices:
         before, after = plain[device.name]
