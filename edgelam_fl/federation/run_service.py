@@ -15,6 +15,7 @@ from typing import Any
 from edgelam_fl.bounds import Bounds
 from edgelam_fl.errors import EdgelamError, RunFailed, UsageError, nearest
 from edgelam_fl.telemetry.events import EVENTS_FILE, read_piece
+from edgelam_fl.telemetry.progress import read_progress
 from edgelam_fl.telemetry.run_folder import RunLine, is_alive, is_run_folder, run_folders, run_line
 
 LIST_RUNS, READ_RUN, STOP_RUN = "list-runs", "read-run", "stop-run"
@@ -54,12 +55,13 @@ class RunService:
         return {"runs": [asdict(line) for line in lines], "left_out": len(folders) + len(unseen) - len(lines)}
 
     def _read(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the next lines of a run's events, and whether a process works on it."""
+        """Returns the next lines of a run's events, where its round stands, and whether a process works on it."""
         folder = self._place(asked)
         if not is_run_folder(folder):
             raise UsageError(self._unknown(folder))
         piece = read_piece(folder / EVENTS_FILE, _number(asked, "part", 1), _number(asked, "offset", 0))
-        return {**asdict(piece), "name": self._name(folder), "alive": is_alive(folder)}
+        now = {"alive": is_alive(folder), "progress": read_progress(folder)}
+        return {**asdict(piece), "name": self._name(folder), **now}
 
     def _stop(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """Has Flower stop a run. Raises RunFailed for one that does not go on."""

@@ -17,7 +17,8 @@ from edgelam_fl.errors import ConfigError, EnvironmentProblem, ProtocolError, Ru
 from edgelam_fl.federation.guard import OWN_ROUTES
 from edgelam_fl.federation.operator import Operator, address_in, operator_folder, read_token
 from edgelam_fl.federation.run_service import LIST_RUNS, READ_RUN, STOP_RUN
-from edgelam_fl.telemetry.events import Event, parse_event
+from edgelam_fl.telemetry.events import Event, RoundProgress, parse_event
+from edgelam_fl.telemetry.progress import progress_of
 from edgelam_fl.telemetry.records import read_record
 from edgelam_fl.telemetry.run_folder import RunLine, run_line
 from edgelam_fl.telemetry.summary import ENDED
@@ -45,7 +46,7 @@ class ServerRuns:
         return str(self._ask(STOP_RUN, {"run": run})["name"])
 
     def read(self, run: str, part: int, offset: int) -> dict[str, Any]:
-        """Returns the next piece of what a run said, with the fields of `EventPiece`, its `name`, and whether it is `alive`."""
+        """Returns the next piece of what a run said, with the fields of `EventPiece`, its `name`, its `progress` and whether it is `alive`."""
         return self._ask(READ_RUN, {"run": run, "part": part, "offset": offset})
 
     def _ask(self, route: str, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,6 +93,7 @@ class ServerSource:
         self.name = run
         self._runs, self._part, self._offset = runs, 1, 0
         self._alive: bool | None = None
+        self._progress: RoundProgress | None = None
 
     def poll(self) -> list[Event]:
         """Returns the new events. Raises ConfigError if the server has no such run, ProtocolError if what it sends are no events."""
@@ -101,7 +103,7 @@ class ServerSource:
             try:
                 place = int(piece["part"]), int(piece["offset"])
                 found += [parse_event(json.loads(line)) for line in piece["lines"].split("\n") if line]
-                self._alive = piece["alive"]
+                self._alive, self._progress = piece["alive"], progress_of(piece.get("progress"))
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise ProtocolError(f"what the server says of run {self.name} is damaged: {error!s:.100}") from error
             if place == (self._part, self._offset):
@@ -110,6 +112,9 @@ class ServerSource:
 
     def alive(self) -> bool | None:
         return self._alive
+
+    def progress(self) -> RoundProgress | None:
+        return self._progress if self._alive is not False else None
 
 
 def operator_of_run(run: Path, operator: Path) -> Operator:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -168,7 +169,8 @@ def _only(busy: Mapping[str, NodeProgress], nodes: Mapping[str, NodeProgress]) -
 def write_progress(folder: Path, progress: RoundProgress) -> None:
     """Puts the newest progress into a run's folder, for whoever follows the run. A full disk is no reason to end a run."""
     with suppress(OSError):
-        write_atomically(folder / PROGRESS_FILE, json.dumps(as_line(progress)) + "\n")
+        line = {"time": round(time.time(), 3), **as_line(progress)}
+        write_atomically(folder / PROGRESS_FILE, json.dumps(line) + "\n")
 
 
 def clear_progress(folder: Path) -> None:
@@ -202,6 +204,19 @@ class ChangedFile:
         return None
 
 
+def read_progress(folder: Path) -> dict[str, object] | None:
+    """Returns the newest progress in a run's folder as its JSON object; None while nobody plays."""
+    return ChangedFile(folder / PROGRESS_FILE).poll()
+
+
+def progress_of(found: object) -> RoundProgress | None:
+    """Makes the progress of a JSON object, as `read_progress` returns it; None if it is none."""
+    with suppress(TypeError, AttributeError, ValueError):
+        event = parse_event(found) if isinstance(found, Mapping) else None
+        return event if isinstance(event, RoundProgress) else None
+    return None
+
+
 class ProgressTail:
     """The newest progress of a run, from the run's folder."""
 
@@ -210,11 +225,7 @@ class ProgressTail:
 
     def poll(self) -> RoundProgress | None:
         """Returns the progress if it is a new one."""
-        found = self._file.poll()
-        with suppress(TypeError, AttributeError):
-            event = parse_event(found) if found is not None else None
-            return event if isinstance(event, RoundProgress) else None
-        return None
+        return progress_of(self._file.poll())
 
 
 class NodeTail:

@@ -20,6 +20,7 @@ from edgelam_fl.telemetry.events import (
     EventLog,
     EventTail,
     RoundDone,
+    RoundProgress,
     RunDone,
     RunFailure,
     RunInterrupted,
@@ -29,6 +30,7 @@ from edgelam_fl.telemetry.events import (
     of_kind,
     read_events,
 )
+from edgelam_fl.telemetry.progress import progress_of, read_progress
 from edgelam_fl.telemetry.summary import (
     EARLY_ENDS,
     ENDED,
@@ -93,6 +95,9 @@ class RunSource(Protocol):
     def alive(self) -> bool | None:
         """Returns whether a process works on the run; None: unknown."""
 
+    def progress(self) -> RoundProgress | None:
+        """Returns where the round stands; None while nobody plays."""
+
 
 class FolderSource:
     """A run in a folder of this machine."""
@@ -106,6 +111,10 @@ class FolderSource:
 
     def alive(self) -> bool | None:
         return is_alive(self._folder)
+
+    def progress(self) -> RoundProgress | None:
+        """A run that was killed may have left one, which means nothing."""
+        return progress_of(read_progress(self._folder)) if self.alive() is not False else None
 
 
 def await_end(

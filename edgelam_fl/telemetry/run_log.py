@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from rich.console import Console
 
 from edgelam_fl.telemetry.console import RunView
-from edgelam_fl.telemetry.events import Event, RunDone, RunFailure, as_line
+from edgelam_fl.telemetry.events import Event, RoundProgress, RunDone, RunFailure, as_line
 from edgelam_fl.telemetry.human import human_moment
 from edgelam_fl.telemetry.run_folder import RunSource, state_of
 from edgelam_fl.telemetry.summary import ENDED
-from edgelam_fl.telemetry.waiting import SignTiming
+from edgelam_fl.telemetry.waiting import Reminder, SignTiming
 
 _POLL_S = 1.0
 _GRACE_S = 60.0  # for a server to start a killed ServerApp again
@@ -36,6 +36,9 @@ class RunLog:
     _now_s: float = 0.0
     _events: list[Event] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self._reminder = Reminder(SignTiming(now=lambda: self._now_s))
+
     def show(self, events: Iterable[Event]) -> None:
         """Prints these events."""
         for event in events:
@@ -43,15 +46,28 @@ class RunLog:
             if self.as_json:
                 self._print(json.dumps({"time": event.time, **as_line(event)}, ensure_ascii=False))
                 continue
+            if isinstance(event, RoundProgress):
+                self.go_on(event)
+                continue
             self._now_s = event.time or self._now_s
             if self._view is None:
                 self._print(human_moment(self._now_s))
                 self._view = RunView(self.console, 0, 0, SignTiming(now=lambda: self._now_s))
             self._view.feed(event)
+            self._reminder.postpone()
             if isinstance(event, RunFailure):
                 self._view.say(f"the run {state_of([event], False)}: {event.reason}; {event.kept}")
             elif isinstance(event, RunDone):
                 self._view.say("the run is done")
+
+    def go_on(self, progress: RoundProgress | None) -> None:
+        """Says where the round stands, every now and then."""
+        if self._view is None or self.as_json or progress is None:
+            return
+        self._now_s = max(self._now_s, progress.time or 0.0)
+        self._view.feed(progress)
+        if self._reminder.is_due(self._view.status()):
+            self._view.say(self._view.status())
 
     def state(self, alive: bool | None) -> str:
         """Returns how the run stands by what was shown. alive: as of `state_of`."""
@@ -84,6 +100,8 @@ def show_log(
     while True:
         log.show(run.poll())
         state = log.state(run.alive())
+        if state == "running":
+            log.go_on(run.progress())
         killed_since = (killed_since if killed_since is not None else now()) if state == "killed" else None
         is_lost = killed_since is not None and now() - killed_since >= _GRACE_S
         if not follow or is_lost or state in (*ENDED, "never begun"):

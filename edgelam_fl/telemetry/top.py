@@ -26,6 +26,7 @@ from edgelam_fl.telemetry.events import (
     NodeShares,
     PlanMade,
     RoundDone,
+    RoundProgress,
     RoundShares,
     SiteLost,
     of_kind,
@@ -53,6 +54,7 @@ class NodeNow:
     role: str | None  # "device", "edge"; None if it never joined
     state: str  # "here", "gone"
     holds: tuple[tuple[int, int], ...]  # layers [first, last) that the latest plan gives it; a device's ends are two
+    doing: str  # in the round that is played, in words; "" if nobody knows
     reason: str | None  # why it is gone
     computed_s: float | None
     sent_s: float | None
@@ -83,6 +85,7 @@ class Snapshot:
     steps_per_s: float | None
     nodes: tuple[NodeNow, ...]
     departures: tuple[Departure, ...]
+    now: str  # where the round stands, in words; "" if nobody knows
     waits_for: str  # the run that it waits for, in words; "" if it does not
     data: tuple[str, ...]  # sentences about what is not used of the devices' data
 
@@ -90,7 +93,7 @@ class Snapshot:
 def follow(console: Console, run: RunSource, once: bool, as_json_text: bool) -> None:
     """Shows the run until it ends; with `once`, `as_json_text` or without a terminal only as it is now."""
     events = run.poll()
-    now = snapshot(events, state_of(events, run.alive()), run.name)
+    now = snapshot(events, state_of(events, run.alive()), run.name, run.progress())
     if as_json_text:
         console.print(json.dumps(as_json(now), indent=2), markup=False, highlight=False, soft_wrap=True)
         return
@@ -101,12 +104,17 @@ def follow(console: Console, run: RunSource, once: bool, as_json_text: bool) -> 
         while now.state not in (*ENDED, "never begun"):  # a server starts a run that was killed again
             time.sleep(_REFRESH_S)
             events += run.poll()
-            now = snapshot(events, state_of(events, run.alive()), run.name)
+            now = snapshot(events, state_of(events, run.alive()), run.name, run.progress())
             live.update(top_view(now), refresh=True)
 
 
-def snapshot(events: Sequence[Event], state: str = "", name: str | None = None) -> Snapshot:
-    """Returns the run as the events so far show it. `state`: as for `build_summary`. `name`: of a run that has not said its own."""
+def snapshot(
+    events: Sequence[Event], state: str = "", name: str | None = None, progress: RoundProgress | None = None
+) -> Snapshot:
+    """Returns the run as the events so far show it. `state`: as for `build_summary`. `name`: of a run that has not said its own.
+    `progress`: where the round stands; None: nobody knows.
+    """
+    doing = {name: node.words() for name, node in (progress.nodes or {}).items()} if progress is not None else {}
     summary, rounds = build_summary(events, state), finished_rounds(events)
     shares, holds, gone = _shares(events), _holds(events), _gone(events)
     roles = {event.node: event.role for event in of_kind(events, NodeJoined)}
@@ -119,9 +127,18 @@ def snapshot(events: Sequence[Event], state: str = "", name: str | None = None) 
         seconds=summary.seconds,
         steps_per_s=_step_rate(rounds),
         nodes=tuple(
-            _node(name, roles.get(name), gone.get(name), holds.get(name, ()), shares.get(name), rounds)
+            _node(
+                name,
+                roles.get(name),
+                gone.get(name),
+                holds.get(name, ()),
+                doing.get(name, ""),
+                shares.get(name),
+                rounds,
+            )
             for name in names
         ),
+        now=progress.words() if progress is not None else "",
         departures=departures(events),
         waits_for=waits_for(events, summary.state),
         data=tuple(counts_in_words(summary.devices)),
@@ -176,6 +193,7 @@ def _node(
     role: str | None,
     reason: str | None,
     holds: tuple[tuple[int, int], ...],
+    doing: str,
     shares: NodeShares | None,
     rounds: Iterable[RoundDone],
 ) -> NodeNow:
@@ -186,6 +204,7 @@ def _node(
         role=role,
         state="here" if reason is None else "gone",
         holds=holds,
+        doing=doing,
         reason=reason,
         computed_s=round(shares.computed_s, 3) if shares else None,
         sent_s=round(shares.sent_s, 3) if shares else None,
@@ -213,6 +232,7 @@ def top_view(shown: Snapshot) -> Group:
     """Draws a snapshot: what the run does, a row per node, and below it the departures and what is not used of the data."""
     what = [shown.state]
     what += [_round(shown)] if shown.round else []
+    what += [shown.now] if shown.now else []
     what += [f"{shown.steps_per_s:,.2f} steps/s"] if shown.steps_per_s is not None else []
     what += [human_seconds(shown.seconds)] if shown.seconds is not None else []
     below = [shown.waits_for] if shown.waits_for else []
@@ -231,23 +251,25 @@ def _round(shown: Snapshot) -> str:
     return f"round {shown.round} of {shown.rounds}" if shown.round <= shown.rounds else "last evaluation"
 
 
-def _node_table(nodes: Iterable[NodeNow]) -> Table:
+def _node_table(nodes: Sequence[NodeNow]) -> Table:
     table = Table(box=SIMPLE_HEAD, show_edge=False)
-    for heading in ("node", "holds"):
+    with_doing = any(node.doing for node in nodes)
+    for heading in ("node", "holds", *(["does"] if with_doing else [])):
         table.add_column(heading, overflow="fold")
     for heading in ("busy", "waiting", "sent", "received"):
         table.add_column(heading, justify="right", no_wrap=True)
     for node in nodes:
-        table.add_row(*_cells(node))
+        table.add_row(*_cells(node, with_doing))
     return table
 
 
-def _cells(node: NodeNow) -> list[str]:
+def _cells(node: NodeNow, with_doing: bool) -> list[str]:
     busy = total((node.computed_s, node.sent_s))
     name = escape(node.name)
     return [
         f"[dim]{name} (gone)[/dim]" if node.state == "gone" else name,
         ", ".join(map(human_layers, node.holds)) or NOTHING,
+        *([node.doing or NOTHING] if with_doing else []),
         human_seconds(busy),
         human_seconds(node.waited_s),
         human_bytes(node.bytes_up),

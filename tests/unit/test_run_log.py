@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Callable
 
 from rich.console import Console
 
-from edgelam_fl.telemetry.events import Event
+from edgelam_fl.telemetry.events import Event, PlanMade, RoundProgress
 from edgelam_fl.telemetry.run_log import show_log
 from tests.by_hand import HandClock
 from tests.recorded import a_run, as_events
@@ -21,12 +22,16 @@ class Source:
 
     def __init__(self, *pieces: list[Event], alive: bool | None = True) -> None:
         self.pieces, self._alive = list(pieces), alive
+        self.now: Callable[[], RoundProgress] | None = None
 
     def poll(self) -> list[Event]:
         return self.pieces.pop(0) if self.pieces else []
 
     def alive(self) -> bool | None:
         return self._alive
+
+    def progress(self) -> RoundProgress | None:
+        return self.now() if self.now is not None else None
 
 
 def shown(source: Source, **options: object) -> list[str]:
@@ -76,3 +81,20 @@ def test_a_run_is_followed_to_its_end_and_a_killed_one_for_a_minute() -> None:
 def test_json_is_the_events_as_they_are() -> None:
     lines = [json.loads(line) for line in shown(Source(timed(*a_run()[:2])), as_json=True)]
     assert [(line["event"], line["time"]) for line in lines] == [("run_started", 1000.0), ("node_joined", 1005.0)]
+
+
+def test_inside_a_round_the_log_says_every_ten_seconds_where_it_stands() -> None:
+    clock = HandClock()
+    events = timed(*a_run())
+    begun = next(number for number, event in enumerate(events) if isinstance(event, PlanMade))
+    source = Source(events[: begun + 1], *[[]] * 24, timed(STOPPED))
+    began_s = events[begun].time or 0.0
+    source.now = lambda: RoundProgress(
+        time=began_s + clock.now_s, round=1, attempt=1, seconds=clock.now_s, doing="training", step=2, steps=6
+    )
+    lines = shown(source, follow=True, sleep=clock.sleep, now=clock.now)
+    said = [line for line in lines if "step 2 of 6" in line]
+    first = int(said[0].split()[0])
+    assert [int(line.split()[0]) - first for line in said] == [0, 10]
+    older = RoundProgress(time=began_s + 60, round=1, attempt=1, seconds=60.0, doing="training", step=3, steps=6)
+    assert any("step 3 of 6" in line for line in shown(Source([*events[: begun + 1], older]))), "of a log from the file"

@@ -11,7 +11,8 @@ import pytest
 from edgelam_fl.bounds import Bounds
 from edgelam_fl.federation.run_service import LIST_RUNS, MOST_LISTED, READ_RUN, STOP_RUN, RunService
 from edgelam_fl.files import Hold
-from edgelam_fl.telemetry.events import EventLog, RunStarted
+from edgelam_fl.telemetry.events import EventLog, RoundProgress, RunStarted
+from edgelam_fl.telemetry.progress import progress_of, write_progress
 from tests.unit.test_run_tasks import Server
 
 pytestmark = pytest.mark.filterwarnings("ignore:No path_separator:DeprecationWarning")  # of Flower's database
@@ -77,6 +78,11 @@ def test_what_a_run_said_is_handed_out_from_where_the_reader_is(server: Server) 
     log(RunStarted(run="again", config={}, versions={}))
     assert '"again"' in ask(server, READ_RUN, run="one", **place)[1]["lines"]
     assert ask(server, READ_RUN, run="one", part="x")[0] == 400
+    assert piece["progress"] is None
+    write_progress(server.folder / "one", RoundProgress(round=1, attempt=1, seconds=3.0, doing="training", steps=6))
+    now = progress_of(ask(server, READ_RUN, run="one", **place)[1]["progress"])
+    assert now is not None
+    assert now.words() == "step 0 of 6"
 
 
 def test_the_server_of_one_run_answers_for_that_run_alone(server: Server) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from edgelam_fl.telemetry.events import RoundDone, RoundShares, of_kind, parse_event
+from edgelam_fl.files import Hold
+from edgelam_fl.telemetry.events import NodeProgress, RoundDone, RoundProgress, RoundShares, of_kind, parse_event
+from edgelam_fl.telemetry.progress import write_progress
 from edgelam_fl.telemetry.records import as_json
 from edgelam_fl.telemetry.run_folder import FolderSource
 from edgelam_fl.telemetry.top import follow, snapshot, top_view
@@ -37,11 +39,11 @@ def test_what_is_not_used_of_a_devices_data_is_said_below_the_table() -> None:
 def test_json_has_every_field_also_of_what_is_not_known() -> None:
     shown = as_json(snapshot(as_events(a_run(lost=True)[:7])))
     assert list(shown) == [
-        "run", "state", "round", "rounds", "seconds", "steps_per_s", "nodes", "departures", "waits_for", "data",
+        "run", "state", "round", "rounds", "seconds", "steps_per_s", "nodes", "departures", "now", "waits_for", "data",
     ]  # fmt: skip
     nodes = {node["name"]: node for node in shown["nodes"]}
     assert nodes["old-pi"] == {
-        "name": "old-pi", "role": None, "state": "gone", "holds": [], "reason": "speaks protocol 0, this run speaks 1",
+        "name": "old-pi", "role": None, "state": "gone", "holds": [], "doing": "", "reason": "speaks protocol 0, this run speaks 1",
         **dict.fromkeys(("computed_s", "sent_s", "waited_s", "bytes_up", "bytes_down")),
     }  # fmt: skip
     assert nodes["edge-1"]["holds"] == [[2, 28]]
@@ -116,6 +118,28 @@ def test_the_heading_is_one_line_and_says_how_the_run_stands(tmp_path: Path) -> 
     assert heading(began, planned) == f"{name}: running, round 2 of 2, 2.0 s"
     assert heading(began, {**planned, "round": 3}) == f"{name}: running, last evaluation, 2.0 s"
     assert heading(began, planned, stopped) == f"{name}: stopped, round 2 of 2, 3.9 s"
+
+
+def test_inside_a_round_it_says_where_the_round_and_each_node_are(tmp_path: Path) -> None:
+    nodes = {
+        "device-1": NodeProgress(doing="training", step=2, steps=6),
+        "edge-1": NodeProgress(doing="serving", step=2, steps=6),
+    }
+    progress = RoundProgress(round=1, attempt=1, seconds=9.0, doing="training", step=2, steps=6, loss=2.5, nodes=nodes)
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "events.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in a_run()[:6]))
+    write_progress(folder, progress)
+    shown = Console(file=io.StringIO(), width=140)
+    follow(shown, FolderSource(folder), once=True, as_json_text=False)
+    lines = [" ".join(line.split()) for line in shown.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    assert ", step 2 of 6, loss 2.500, " in lines[0]
+    heading = next(line for line in lines if line.startswith("node "))
+    assert heading.startswith("node holds does busy")
+    assert any(line.startswith("device-1 ") and " step 2 of 6 " in line for line in lines)
+    with Hold(folder):
+        assert FolderSource(folder).progress() is not None
+    assert FolderSource(folder).progress() is None, "its process was killed"
 
 
 def test_a_run_that_waits_says_behind_which(tmp_path: Path) -> None:
