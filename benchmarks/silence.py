@@ -34,6 +34,7 @@ TERMINAL_BAR_S, FILE_BAR_S = 5.0, 12.0  # the second: lines come every 10 s
 _ROWS, _COLUMNS = 40, 100
 _LOOK_S, _LIMIT_S = 0.5, 1800.0
 _STATUSES = {"doctor": (0, 3)}  # 3: something is wrong with this machine, as a port that is taken
+_MATRIX = "../../benchmarks/matrices/smoke.toml"  # from the folder in which the commands run
 _MOVING = re.compile(
     "\x1b\\[[0-9;?]*[A-Za-z]"  # where the cursor goes, and colours
     "|[\u2800-\u28ff\u2501\u2578\u257a]"  # spinners and bars
@@ -167,7 +168,10 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
             Figure(f"{where}: longest with the same words", round(same_s, 2), "s"),
             Figure(f"{where}: whole command", round(record.seconds, 1), "s"),
         ]
-        told[where] = {"command": ["edgelam", *arguments], "silent after": before, "same words": words}
+        said = {"silent_after": before, "same_words": words}
+        told[where] = {"command": ["edgelam", *arguments]} | {
+            key: text.replace(f"{folder}/", "").replace(str(folder), ".") for key, text in said.items()
+        }
     figures += _costs(folder, 200 if smoke else 5000)
     shutil.rmtree(folder, ignore_errors=True)
     return {"run_file": RUN_FILE, "commands": told}, figures
@@ -210,6 +214,8 @@ def _commands(folder: Path) -> Iterator[tuple[str, bool, list[str]]]:
         yield "run", terminal, ["run", "mine.toml", "--local", "1", "--data", "ann.jsonl", "--out", out]
         yield "chat", terminal, ["chat", out, "--prompt", "What is 3 plus 3?", "--max-tokens", "24"]
         yield "report", terminal, ["report", out]
+    for terminal in (True, False):
+        yield "bench", terminal, ["bench", _MATRIX, "--out", f"bench-{'terminal' if terminal else 'file'}"]
 
 
 if __name__ == "__main__":
