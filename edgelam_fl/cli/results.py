@@ -104,9 +104,10 @@ def push(
     from edgelam_fl.serving.push import Upload
     from edgelam_fl.serving.push import push as upload
     from edgelam_fl.serving.results import open_result
+    from edgelam_fl.telemetry.waiting import waiting
 
     result = open_result(folder)
-    with messages.status("exporting and uploading"):
+    with waiting(messages, "exporting and uploading"):
         place = upload(result, Upload(name, to, public, dtype, front), say)
     say(f"uploaded: {place}")
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 import threading
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -82,3 +84,9 @@ def test_what_a_command_was_asked_for_stays_in_its_own_stream(stderr: bool, caps
     with waiting(console, "loading"):
         print("the answer")
     assert ("the answer" in capsys.readouterr().out) == stderr
+
+
+def test_no_command_waits_in_a_way_that_only_a_terminal_shows() -> None:
+    """As rich's own status does."""
+    sources = (Path(__file__).parents[2] / "edgelam_fl").rglob("*.py")
+    assert [file.name for file in sources if re.search(r"(console|messages)\.status\(", file.read_text())] == []
