@@ -87,6 +87,8 @@ def describe_round(
         common: dict[str, Any] = {
             "name": name,
             "peak_rss_bytes": report.peak_rss_bytes,
+            "celsius": round(report.celsius, 1) or None,
+            "slowed": report.slowed,
             "moments": report.moments,
             "digest_before": started_from.get(name, ""),
             "digest_after": report.adapter_digest,

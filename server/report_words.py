@@ -19,6 +19,7 @@ _DIGEST = re.compile("[0-9a-f]{64}")
 def with_bounded_words(report: pb.JobReport) -> pb.JobReport:
     """Returns the report itself, with words that are printable and of limited length."""
     report.error, report.code = printable(report.error, _MOST_REASON), known_code(report.code)
+    report.slowed = printable(report.slowed, _MOST_REASON)
     report.state, report.moments = printable(report.state, 20), printable(report.moments, 20)
     if not _DIGEST.fullmatch(report.adapter_digest):
         report.adapter_digest = ""

@@ -20,6 +20,7 @@ import torch
 
 from edgelam_fl.bounds import DEFAULT_BOUNDS, Bounds
 from edgelam_fl.errors import Busy, EdgelamError, Mismatch, Refused, Restarted, code_of
+from edgelam_fl.machine import heat
 from edgelam_fl.model.bases import usable_bases
 from edgelam_fl.model.chip import CPU, peak_bytes
 from edgelam_fl.node.accepted import AcceptedParts
@@ -255,6 +256,8 @@ class StageHost:
             full = str(error) if isinstance(error, EdgelamError) else f"{type(error).__name__}: {error}"
         finally:
             report.peak_rss_bytes = peak_bytes(self._chip)
+            now = heat()
+            report.celsius, report.slowed = now.celsius or 0.0, now.slowed
             report.snapshots.extend(self._snapshots.steps(part.plan.run, part.plan.round))
             part.group = None
             self._means.kept_fronts.end(part.plan)

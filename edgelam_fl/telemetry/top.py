@@ -61,6 +61,8 @@ class NodeNow:
     waited_s: float | None
     bytes_up: int | None  # over all rounds
     bytes_down: int | None
+    celsius: float | None  # of its processor, after its latest part
+    slowed: str  # why that was slowed down then; "": it was not, or nobody tells
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +213,8 @@ def _node(
         waited_s=round(shares.waited_s, 3) if shares else None,
         bytes_up=total(record.bytes_up for record in moved),
         bytes_down=total(record.bytes_down for record in moved),
+        celsius=moved[-1].celsius if moved else None,
+        slowed=moved[-1].slowed if moved else "",
     )
 
 
@@ -239,6 +243,7 @@ def top_view(shown: Snapshot) -> Group:
     for gone in shown.departures:
         when = f" in round {gone.round}" if gone.round else ""
         below.append(f"{gone.name} left{when}: {gone.reason}")
+    below += [f"{node.name} was slowed down: {node.slowed}" for node in shown.nodes if node.slowed]
     table = [_node_table(shown.nodes)] if shown.nodes else []
     return Group(
         Text(f"{shown.run or 'run'}: {', '.join(what)}", style="bold"), *table, *map(Text, [*below, *shown.data])
@@ -252,15 +257,21 @@ def _round(shown: Snapshot) -> str:
 
 
 def _node_table(nodes: Sequence[NodeNow]) -> Table:
+    """Draws a row per node; how hot each is, if one tells."""
+    heat = any(node.celsius is not None for node in nodes)
     table = Table(box=SIMPLE_HEAD, show_edge=False)
     with_doing = any(node.doing for node in nodes)
     for heading in ("node", "holds", *(["does"] if with_doing else [])):
         table.add_column(heading, overflow="fold")
-    for heading in ("busy", "waiting", "sent", "received"):
+    for heading in ("busy", "waiting", "sent", "received", *(["heat"] if heat else [])):
         table.add_column(heading, justify="right", no_wrap=True)
     for node in nodes:
-        table.add_row(*_cells(node, with_doing))
+        table.add_row(*_cells(node, with_doing), *([_degrees(node.celsius)] if heat else []))
     return table
+
+
+def _degrees(celsius: float | None) -> str:
+    return NOTHING if celsius is None else f"{celsius:.0f} °C"
 
 
 def _cells(node: NodeNow, with_doing: bool) -> list[str]:

@@ -878,7 +878,7 @@ class StepReport(_message.Message):
     def __init__(self, step: _Optional[int] = ..., loss_sum: _Optional[float] = ..., labels: _Optional[int] = ..., seconds: _Optional[float] = ..., counted: _Optional[bool] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class JobReport(_message.Message):
-    __slots__ = ("job", "node", "role", "state", "error", "adapter_digest", "labels_trained", "eval_loss_sum", "eval_labels", "steps", "bytes", "tokens_trained", "train_seconds", "eval_seconds", "compute_seconds", "peak_rss_bytes", "examples", "moments", "contributions", "host", "eval_sums", "update_clipped", "timeline", "code", "held_out", "data", "snapshots", "held")
+    __slots__ = ("job", "node", "role", "state", "error", "adapter_digest", "labels_trained", "eval_loss_sum", "eval_labels", "steps", "bytes", "tokens_trained", "train_seconds", "eval_seconds", "compute_seconds", "peak_rss_bytes", "examples", "moments", "contributions", "host", "eval_sums", "update_clipped", "timeline", "code", "held_out", "data", "snapshots", "held", "celsius", "slowed")
     class EvalSumsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -921,6 +921,8 @@ class JobReport(_message.Message):
     DATA_FIELD_NUMBER: _ClassVar[int]
     SNAPSHOTS_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
+    CELSIUS_FIELD_NUMBER: _ClassVar[int]
+    SLOWED_FIELD_NUMBER: _ClassVar[int]
     job: str
     node: str
     role: Role
@@ -949,7 +951,9 @@ class JobReport(_message.Message):
     data: DataCounts
     snapshots: _containers.RepeatedCompositeFieldContainer[StepSnapshot]
     held: _containers.ScalarMap[str, bytes]
-    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., state: _Optional[str] = ..., error: _Optional[str] = ..., adapter_digest: _Optional[str] = ..., labels_trained: _Optional[int] = ..., eval_loss_sum: _Optional[float] = ..., eval_labels: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepReport, _Mapping]]] = ..., bytes: _Optional[_Iterable[_Union[KindBytes, _Mapping]]] = ..., tokens_trained: _Optional[int] = ..., train_seconds: _Optional[float] = ..., eval_seconds: _Optional[float] = ..., compute_seconds: _Optional[float] = ..., peak_rss_bytes: _Optional[int] = ..., examples: _Optional[int] = ..., moments: _Optional[str] = ..., contributions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., host: _Optional[_Union[HostPart, _Mapping]] = ..., eval_sums: _Optional[_Mapping[str, float]] = ..., update_clipped: _Optional[bool] = ..., timeline: _Optional[_Iterable[_Union[Interval, _Mapping]]] = ..., code: _Optional[str] = ..., held_out: _Optional[int] = ..., data: _Optional[_Union[DataCounts, _Mapping]] = ..., snapshots: _Optional[_Iterable[_Union[StepSnapshot, _Mapping]]] = ..., held: _Optional[_Mapping[str, bytes]] = ...) -> None: ...
+    celsius: float
+    slowed: str
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., role: _Optional[_Union[Role, str]] = ..., state: _Optional[str] = ..., error: _Optional[str] = ..., adapter_digest: _Optional[str] = ..., labels_trained: _Optional[int] = ..., eval_loss_sum: _Optional[float] = ..., eval_labels: _Optional[int] = ..., steps: _Optional[_Iterable[_Union[StepReport, _Mapping]]] = ..., bytes: _Optional[_Iterable[_Union[KindBytes, _Mapping]]] = ..., tokens_trained: _Optional[int] = ..., train_seconds: _Optional[float] = ..., eval_seconds: _Optional[float] = ..., compute_seconds: _Optional[float] = ..., peak_rss_bytes: _Optional[int] = ..., examples: _Optional[int] = ..., moments: _Optional[str] = ..., contributions: _Optional[_Iterable[_Union[Contribution, _Mapping]]] = ..., host: _Optional[_Union[HostPart, _Mapping]] = ..., eval_sums: _Optional[_Mapping[str, float]] = ..., update_clipped: _Optional[bool] = ..., timeline: _Optional[_Iterable[_Union[Interval, _Mapping]]] = ..., code: _Optional[str] = ..., held_out: _Optional[int] = ..., data: _Optional[_Union[DataCounts, _Mapping]] = ..., snapshots: _Optional[_Iterable[_Union[StepSnapshot, _Mapping]]] = ..., held: _Optional[_Mapping[str, bytes]] = ..., celsius: _Optional[float] = ..., slowed: _Optional[str] = ...) -> None: ...
 
 class StepSnapshot(_message.Message):
     __slots__ = ("attempt", "steps")

@@ -68,6 +68,13 @@ def test_a_device_that_hosts_is_in_both_lists_and_its_bytes_once() -> None:
     assert by_kind == {"ACT": 107 + 32, "GRAD": 53}, "counted at the devices' own links"
 
 
+def test_a_nodes_heat_is_in_its_result_if_it_tells_it() -> None:
+    hot = device_report(celsius=84.36, slowed="it is throttled")
+    (device, cool), _, _ = describe_round({}, {}, {"d": Reply(hot), "e": Reply(device_report())})
+    assert (device.celsius, device.slowed) == (84.4, "it is throttled")
+    assert (cool.celsius, cool.slowed) == (None, "")
+
+
 def test_metrics_are_shares_of_the_held_out_labels() -> None:
     (device,), _, _ = describe_round({}, {}, {"d": Reply(device_report(eval_sums={"correct": 3}))})
     assert device.metrics == {"accuracy": 3 / 4}

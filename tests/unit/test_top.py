@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -44,9 +45,27 @@ def test_json_has_every_field_also_of_what_is_not_known() -> None:
     nodes = {node["name"]: node for node in shown["nodes"]}
     assert nodes["old-pi"] == {
         "name": "old-pi", "role": None, "state": "gone", "holds": [], "doing": "", "reason": "speaks protocol 0, this run speaks 1",
-        **dict.fromkeys(("computed_s", "sent_s", "waited_s", "bytes_up", "bytes_down")),
+        **dict.fromkeys(("computed_s", "sent_s", "waited_s", "bytes_up", "bytes_down", "celsius")), "slowed": "",
     }  # fmt: skip
     assert nodes["edge-1"]["holds"] == [[2, 28]]
+
+
+def test_heat_has_a_column_if_a_node_tells_it_and_a_line_if_it_slows_one_down() -> None:
+    events = a_run()
+    assert "heat" not in shown_by_top(events)
+    for event in events:
+        for device in event.get("devices", ()) if event["event"] == "round_done" else ():
+            hot = device["name"] == "device-2"
+            device |= {"celsius": 84.4, "slowed": "it is throttled"} if hot else {}
+    shown = shown_by_top(events)
+    assert "84 °C" in shown
+    assert "device-2 was slowed down: it is throttled" in shown
+
+
+def shown_by_top(events: list[dict[str, Any]]) -> str:
+    console = Console(file=io.StringIO(), width=160)
+    console.print(top_view(snapshot(as_events(events))))
+    return console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_the_step_rate_is_of_the_latest_round_that_trained() -> None:

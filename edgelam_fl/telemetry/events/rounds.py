@@ -525,6 +525,10 @@ class NodeResult:
     """Bytes of adapters that it received from there; of a device that is a host too, counted at the device."""
     compute_seconds: float
     """Seconds of computing, of all workers of a host together."""
+    celsius: float | None = None
+    """Heat of its processor when its part was over; None: nobody tells."""
+    slowed: str = ""
+    """Why its processor was slowed down then, in words; empty: it was not, or nobody tells."""
 
 
 @dataclass(frozen=True, kw_only=True)
