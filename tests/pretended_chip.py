@@ -69,6 +69,10 @@ def _empty_strided(size: Any, stride: Any, dtype: Any = None, **_: Any) -> torch
     return OnChip(torch.empty_strided(size, stride, dtype=dtype))
 
 
+def _eye(size: int, *_: Any, dtype: Any = None, **__: Any) -> torch.Tensor:
+    return OnChip(torch.eye(size, dtype=dtype))
+
+
 def _copy_from(source: torch.Tensor, to: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     _lent(to).copy_(_lent(source))
     return to
@@ -77,5 +81,6 @@ def _copy_from(source: torch.Tensor, to: torch.Tensor, non_blocking: bool = Fals
 _KERNELS = torch.library.Library("aten", "IMPL")  # kept: the kernels go with it
 _KERNELS.impl("empty.memory_format", _empty, "Lazy")
 _KERNELS.impl("empty_strided", _empty_strided, "Lazy")
+_KERNELS.impl("eye", _eye, "Lazy")
 _KERNELS.impl("_copy_from", _copy_from, "Lazy")
 vars(torch)["lazy"] = SimpleNamespace()  # torch's checkpointing looks for the module of the chip's kind

@@ -16,7 +16,9 @@ from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import load_stages
 from edgelam_fl.model.weights import read_tensors
 from edgelam_fl.node.play import NodeHooks
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.serving.generate import LocalSpeaker
+from server.global_adapter import first_adapter
 from tests.fleet import check_done, joined, memory_fleet, relative_distance, same_bits
 from tests.pretended_chip import CHIP
 from tests.support import run_config
@@ -66,7 +68,10 @@ def test_training_on_a_chip_is_that_on_the_cpu(
 @pytest.mark.parametrize(
     "settings",
     [
-        ["split.hosts=2", "split.labels=last-stage", "split.back=0", "optimizer.clip=global", "split.checkpointing=true"],
+        [
+            "split.hosts=2", "split.labels=last-stage", "split.back=0", "optimizer.clip=global", "split.checkpointing=true",
+            "lora.use_dora=true", "lora.modules_to_save=norm", "lora.dropout=0.1",
+        ],
         ["split.hosts=1", "split.host_mode=copies", "optimizer.name=sgd", "privacy.disguise=0.1", "privacy.cut_clip=2"],
     ],
     ids=["last-stage", "copies"],
@@ -76,7 +81,7 @@ def test_nothing_of_a_run_is_left_on_the_wrong_chip(
 ) -> None:
     """What draws secret random numbers, and so has no bits to compare, and the ways of a run that others do not take."""
     config = run_config(tiny.name, *settings)
-    start = initial_adapter(tiny, config.lora.targets, config.lora.rank, 1)
+    start = first_adapter(RunSpec(config, tiny))
     chips = dict.fromkeys(("edge-1", "edge-2", "device-1", "device-2"), chip)
     with memory_fleet(tiny, config, data_files[:2], chips=chips) as fleet:
         reports = fleet.run(start, STEPS)
