@@ -2,7 +2,7 @@
 
 One device and one host in one process, SmolLM2-135M and the demo's data; each kind starts from the same factors and takes the same
 batches. The adapter's folder is then read by a process that has transformers and peft and never imports the product
-(tests/integration/plain_perplexity.py). Trainings stay in runs/benchmark-lora-kinds; a second call takes those that are done. --smoke: one
+(tests/integration/elsewhere.py). Trainings stay in runs/benchmark-lora-kinds; a second call takes those that are done. --smoke: one
 on a tiny random model.
 """
 
@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,11 +25,10 @@ from edgelam_fl.federation.demo import RUN_FILE
 from edgelam_fl.model.adapter import write_peft_folder
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.plan.spec import RunSpec
-from edgelam_fl.tasks.data import read_pairs
 from edgelam_fl.tasks.docstrings import write_device_files
-from edgelam_fl.tasks.held_out import set_aside
 from server.global_adapter import first_adapter
 from tests.fleet import check_done, joined, memory_fleet, read_by_transformers
+from tests.integration.elsewhere import elsewhere, held_out_pairs
 from tests.support import write_data_files, write_tiny_llama
 
 KINDS = {
@@ -47,7 +44,6 @@ KINDS = {
 }
 EXAMPLES, HELD_OUT, BATCH, STEPS = 32, 12, 4, 12
 MOST_APART = 1e-4  # of the perplexity
-PLAIN = Path(__file__).parents[1] / "tests/integration/plain_perplexity.py"
 
 
 def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
@@ -119,33 +115,19 @@ def _trained(
         adapter, folder / "adapter", reference=source.reference, rank=lora.rank, alpha=lora.alpha, targets=lora.targets,
         kind=spec.kind,
     )  # fmt: skip
+    pairs = held_out_pairs({"device-1": file}, config)
+    scores = elsewhere(base.resolve(), source.folder, {"own": (folder / "adapter").resolve()}, config, pairs)
     report, measured = trained["device-1"], after["device-1"]
     found = {
         "before": math.exp(report.eval_loss_sum / report.eval_labels),
         "after": math.exp(measured.eval_loss_sum / measured.eval_labels),
-        "elsewhere": elsewhere(source, base, folder / "adapter", file, config),
+        "elsewhere": scores["own"]["device-1"],
         "numbers": sum(array.size for array in adapter.values()),
         "step_s": (trained_s - began_s - evaluated_s) / steps,  # a round begins with the same evaluation
     }
     made.write_text(json.dumps(found), encoding="utf-8")
     print(folder.name, found, flush=True)
     return found
-
-
-def elsewhere(source: ModelSource, base: Path, adapter: Path, file: Path, config: RunConfig) -> float:
-    """Returns the held-out perplexity that transformers and peft find, in a process without the product."""
-    _, held_out = set_aside(read_pairs(file, "question", "answer"), config.data.held_out)
-    task = {
-        "model": str(base), "tokenizer": str(source.folder), "adapter": str(adapter.resolve()),
-        "max_tokens": config.task.max_tokens, "threads": 1,
-        "pairs": {"device-1": held_out},
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, str(PLAIN)], input=json.dumps(task), capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
-    return float(json.loads(done.stdout)["device-1"][1])
 
 
 if __name__ == "__main__":
