@@ -317,7 +317,7 @@ class Rounds:
 
     def _take_best(self, best: Best, state: FederationState) -> None:
         """Makes the best adapter the run's result, and says which it is. `state`: after the last evaluation."""
-        self.folder.export(best.adapter, best.exports)
+        self._room.store(lambda: self.folder.export(best.adapter, best.exports), self.folder.round_bytes())
         taken = BestTaken(round=best.round, loss=best.finite_loss, last_round=state.round)
         self.folder.emit(taken)
         say(f"the result is {taken.words()}")

@@ -135,12 +135,14 @@ class RunFolder:
     def export(self, adapter: Adapter, own: Mapping[str, Adapter]) -> None:
         """Replaces `adapter/`, and `adapters/` if devices have tensors of their own: each as a whole, in one step.
 
-        own: per device, these tensors. An empty adapter changes nothing.
+        own: per device, these tensors; empty: there is no `adapters/` then. An empty adapter changes nothing.
         """
         if not adapter:
             return
         if own:
             self._replace("adapters", {Path(name): {**adapter, **tensors} for name, tensors in own.items()})
+        else:
+            shutil.rmtree(self.path / "adapters", ignore_errors=True)  # of rounds after the best one
         self._replace("adapter", {Path(): adapter})
 
     def _replace(self, name: str, exports: Mapping[Path, Adapter]) -> None:

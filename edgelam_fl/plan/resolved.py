@@ -86,8 +86,8 @@ def resolve(spec: RunSpec, devices: int = 1, data: DataSize | None = None) -> Re
     spans = _own_spans(split.front, back_first, layers, on_device, bool(split.hosts))
     pair = "/".join(choose_base(spec, pb.Profile(), spans))
     trained = _trained(spec, back_first)
-    examples = data.examples if data else config.federation.batch_size
-    learned = own_steps(config, examples) * config.federation.batch_size
+    examples = data.examples if data else config.step_examples
+    learned = own_steps(config, examples) * config.step_examples
     held_out = data.held_out if data else 0
     tokens = data.tokens_per_example if data else float(config.task.max_tokens)
     up, down = tensors_per_round(spec, learned, held_out)

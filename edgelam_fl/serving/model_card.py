@@ -207,7 +207,7 @@ def _of_training(config: RunConfig, summary: Summary) -> str:
         f"{config.federation.epochs} passes" if config.federation.epochs else f"{config.federation.local_steps} steps"
     )
     rows = {
-        "rounds": f"{summary.rounds} of {config.federation.rounds}, {passes} each, {config.federation.batch_size} examples per step",
+        "rounds": f"{summary.rounds} of {config.federation.rounds}, {passes} each, {config.step_examples} examples per step",
         "LoRA": _of_lora(config),
         "optimizer": f"{learning.name}, learning rate {learning.lr:g} ({learning.schedule})",
         "task": f"{task.kind}, at most {task.max_tokens} tokens, loss on {task.loss_on}, template {task.template!r}",

@@ -108,6 +108,13 @@ def test_a_device_gets_back_what_it_had_of_its_own_when_the_run_was_at_its_best(
     assert set(moves(own, run.start).values()) == {1}
 
 
+def test_devices_have_nothing_of_their_own_in_the_adapter_that_the_run_started_from(federation: MakeFederation) -> None:
+    settings = ("split.hosts=0", "strategy.aggregation=none", "federation.load_best=true")
+    run = with_losses(federation("ab", "", *settings), [1.0, 3.0])
+    run.run()
+    assert [path.name for path in run.folder.path.glob("adapter*")] == ["adapter"]
+
+
 def test_a_run_that_goes_on_knows_what_was_best(federation: MakeFederation) -> None:
     """A checkpoint holds the best adapter and the patience that is left."""
     losses = [3.0, 1.0, 2.0, 2.0]
