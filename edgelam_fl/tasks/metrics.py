@@ -106,10 +106,10 @@ def sums_of(answers: Sequence[tuple[str, str]], metrics: Mapping[str, Metric]) -
 
 
 def means_of(sums: Mapping[str, float]) -> dict[str, float]:
-    """Returns the mean of each metric from a report's sums; empty if nothing was answered."""
+    """Returns the mean of each metric from a report's sums, by name in order; empty if nothing was answered."""
     answers = sums.get(ANSWERS, 0.0)
     if not answers > 0:
         return {}
     return {
-        name.removeprefix(_OF_ANSWERS): total / answers for name, total in sums.items() if name.startswith(_OF_ANSWERS)
+        name.removeprefix(_OF_ANSWERS): sums[name] / answers for name in sorted(sums) if name.startswith(_OF_ANSWERS)
     }

@@ -270,8 +270,10 @@ def best_in_words(summary: Summary) -> list[str]:
     """Says which adapter is the result, if the run chose it by its loss; one sentence, or none."""
     if summary.best_round is None:
         return []
-    made = f"that after round {summary.best_round}" if summary.best_round else "the one that the run started from"
-    return [f"result: of {summary.rounds + 1} adapters {made}, which had the lowest held-out loss"]
+    made = (
+        f"after round {summary.best_round} of {summary.rounds}" if summary.best_round else "that the run started from"
+    )
+    return [f"result: the adapter {made}, as it had the lowest held-out loss"]
 
 
 def privacy_in_words(privacy: PrivacySummary) -> list[str]:

@@ -79,7 +79,7 @@ def test_a_run_ends_when_its_patience_does_and_its_result_is_the_best_adapter(fe
     told = [f"{what} {why}" for _, what, _, why in incidents(events)]
     assert told == [
         "the run ended early after round 5 of 6, as 2 evaluations in a row gave no lower held-out loss than 1.0000, after round 2",
-        "the result is not the last adapter that after round 2 of 5, with the lowest held-out loss: 1.0000",
+        "the result is not the last adapter the one after round 2 of 5, as it had the lowest held-out loss: 1.0000",
     ]
 
 

@@ -104,7 +104,7 @@ def test_a_run_that_ends_early_says_why_and_which_adapter_is_its_result() -> Non
     assert (
         "the run ends early after round 5 of 9, as 1 evaluation gave no lower held-out loss than none that is finite, at the start\n"
     ) in said
-    assert "the result is that after round 2 of 5, with the lowest held-out loss: 1.2346\n" in said
+    assert "the result is the one after round 2 of 5, as it had the lowest held-out loss: 1.2346\n" in said
 
 
 def test_measures_of_answers_are_said_as_a_mean_over_devices() -> None:

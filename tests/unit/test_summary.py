@@ -356,6 +356,6 @@ def test_a_result_that_is_not_the_last_adapter_has_the_measures_of_its_own_round
     console = Console(file=io.StringIO(), width=100)
     console.print(summary_table(found))
     said = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
-    assert "result: of 3 adapters that after round 1, which had the lowest held-out loss" in said
+    assert "result: the adapter after round 1 of 2, as it had the lowest held-out loss" in said
     went_on = summary_of([*a_run()[:-1], taken, {"event": "run_resumed", "time": 104.0, "round": 2}])
     assert (went_on.best_round, went_on.devices[0].perplexity_after) == (None, 15.5)

@@ -749,10 +749,8 @@ class BestTaken(Event):
 
     def words(self) -> str:
         """Returns the event as a part of a sentence: which adapter it is."""
-        made = (
-            f"that after round {self.round} of {self.last_round}" if self.round else "the one that the run started from"
-        )
-        return f"{made}, with the lowest held-out loss: {_loss(self.loss)}"
+        made = f"after round {self.round} of {self.last_round}" if self.round else "that the run started from"
+        return f"the one {made}, as it had the lowest held-out loss: {_loss(self.loss)}"
 
 
 @dataclass(frozen=True, kw_only=True)
