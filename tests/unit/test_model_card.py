@@ -84,7 +84,7 @@ def test_the_best_adapter_is_said_with_its_own_measure() -> None:
     events = a_run()
     taken = {"event": "best_taken", "round": 2, "loss": 2.5, "last_round": 5}
     best, last = (card_of(each).text for each in ([*events, taken], events))
-    assert "The adapter is that after round 2 of 5" in best
+    assert "The adapter is the one after round 2 of 5" in best
     measured = [re.search(r"pooled \| ([\d.]+) \| ([\d.]+) \|", text).groups() for text in (best, last)]
     assert measured[0][0] == measured[1][0]
     assert float(measured[0][1]) > float(measured[1][1])
