@@ -34,7 +34,7 @@ def report(folder: RunArgument) -> None:
     if not events:
         say(f"{folder.absolute().name}: {state}; there is nothing to report on yet")
         return
-    console.print(summary_table(build_summary(events, state)))
+    console.print(summary_table(build_summary(events, state, folder.absolute().name)))
     if state == "killed":
         say(f"its process ended without a last word. {kept(folder)}")
     for heading, text in failure(events):

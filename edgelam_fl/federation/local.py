@@ -104,7 +104,7 @@ def local_federation(
     """
     warm_template()  # it imports while everything else is prepared
     is_new = not folder.is_dir() or not any(folder.iterdir())
-    reason, exit_code = "its command was ended", INTERRUPTED
+    reason, exit_code = "it was stopped at its command", INTERRUPTED
     with _held(folder):
         try:
             with _federation(config, data, folder, say, names, eval_data) as here:

@@ -41,7 +41,7 @@ from edgelam_fl.telemetry.events import (
     RunInterrupted,
     read_events,
 )
-from edgelam_fl.telemetry.run_folder import kept
+from edgelam_fl.telemetry.run_folder import left
 from edgelam_fl.telemetry.summary import ENDED, run_state
 
 SERVERAPP = "flwr-serverapp"
@@ -236,7 +236,7 @@ def restarts(events: Iterable[Event]) -> int:
 
 def end_run(events: Path, reason: str, exit_code: int) -> None:
     """Says in a run's events that it ended early, in the place of its ServerApp."""
-    emit(events, RunFailure(reason=reason, kept=kept(events.parent), exit_code=exit_code))
+    emit(events, RunFailure(reason=reason, kept=left(events.parent), exit_code=exit_code))
 
 
 def emit(events: Path, event: Event) -> None:

@@ -33,7 +33,7 @@ class ServerProblem:
 def problem_at(server: str, *, tls: bool, timeout_s: float = 5.0) -> ServerProblem | None:
     """Returns why no server can be used at `server` (HOST:PORT); None if one answers there.
 
-    tls: whether the caller speaks TLS with it. timeout_s: for each of up to three questions; who accepts connections and says nothing
+    tls: whether the caller speaks TLS with it. timeout_s: for each of up to four questions; who accepts connections and says nothing
     is asked one.
     """
     host, port = split_address(server, "--server")
@@ -46,7 +46,7 @@ def problem_at(server: str, *, tls: bool, timeout_s: float = 5.0) -> ServerProbl
         words = f"what is at {server} accepts connections and says nothing: it hangs, or is no EdgeLAM-FL server"
     elif _status(host, port, not tls, timeout_s) == _OK:
         words = _other_way(server, tls)
-    elif port > 1 and _status(host, port - 1, tls, timeout_s) == _OK:
+    elif port > 1 and _OK in (_status(host, port - 1, way, timeout_s) for way in (tls, not tls)):
         at = join_address(host, port - 1)
         words = f"{server} is the hub of a server, which nodes find by themselves; the server itself is at {at}: --server {at}"
     else:

@@ -142,7 +142,7 @@ def end_with(folder: Path, reason: str, exit_code: int = INTERRUPTED) -> bool:
     if run_state(read_events(file) if file.is_file() else ()) in ENDED:
         return False
     log = EventLog(file)
-    log(RunFailure(reason=reason, kept=kept(folder), exit_code=exit_code))
+    log(RunFailure(reason=reason, kept=left(folder), exit_code=exit_code))
     return True
 
 
@@ -164,6 +164,13 @@ def kept(folder: Path, options: str = "") -> str:
     if not (folder / EVENTS_FILE).is_file():
         return f"No round was finished, and {folder} holds no event of it."
     return f"No round was finished; {folder} holds the events so far."
+
+
+def left(folder: Path) -> str:
+    """Says for a run's last event what is left of the run; whoever reads it elsewhere knows the way on."""
+    if (folder / "adapter").is_dir():
+        return f"the adapter after the last finished round is kept in {folder.name}/adapter"
+    return "no round was finished"
 
 
 def way_on(folder: Path, options: str = "") -> str:

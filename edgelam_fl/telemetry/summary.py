@@ -198,12 +198,12 @@ class Summary:
     """The round whose adapter is the result, 0: what the run started from; null: the last round (without federation.load_best)."""
 
 
-def build_summary(events: Sequence[Event], state: str = "") -> Summary:
-    """Makes a run's summary. `state`: how it stands; "": what the events alone say."""
+def build_summary(events: Sequence[Event], state: str = "", name: str | None = None) -> Summary:
+    """Makes a run's summary. `state`: how it stands; "": what the events alone say. `name`: of a run that has not said its own."""
     started = next(of_kind(events, RunStarted), None)
     rounds, best = finished_rounds(events), best_taken(events)
     return Summary(
-        run=started.run if started else None,
+        run=started.run if started else name,
         state=state or run_state(events),
         model=setting(events, "model", "name"),
         task=task_of(events),

@@ -117,12 +117,12 @@ def snapshot(
     `progress`: where the round stands; None: nobody knows.
     """
     doing = {name: node.words() for name, node in (progress.nodes or {}).items()} if progress is not None else {}
-    summary, rounds = build_summary(events, state), finished_rounds(events)
+    summary, rounds = build_summary(events, state, name), finished_rounds(events)
     shares, holds, gone = _shares(events), _holds(events), _gone(events)
     roles = {event.node: event.role for event in of_kind(events, NodeJoined)}
     names = sorted({*roles, *gone, *holds, *shares}, key=by_name)
     return Snapshot(
-        run=summary.run or name,
+        run=summary.run,
         state=summary.state,
         round=max((plan.round for plan in of_kind(events, PlanMade)), default=0),
         rounds=setting(events, "federation", "rounds"),

@@ -94,6 +94,7 @@ def test_tls_and_plain_text_are_told_apart(tmp_path: Path) -> None:
     with serving(Healthy, context) as port:
         assert words(port, tls=True) == ""
         assert "speaks TLS and lets members alone in: `edgelam invite NAME`" in words(port)
+        assert f"the server itself is at 127.0.0.1:{port}" in words(port + 1)
     with serving(Healthy) as port:
         assert "speaks plain text (--insecure), and this command TLS" in words(port, tls=True)
 

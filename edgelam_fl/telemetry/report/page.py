@@ -81,7 +81,11 @@ def write_report(run_dir: Path) -> Path:
     state = state_now(run_dir, events)
     kept = [run_dir / f"{TIMELINES_FILE}.old", run_dir / TIMELINES_FILE]
     timelines = [event for file in kept if file.is_file() for event in read_events(file)]
-    summary = read_summary(written) if written.is_file() and state == "done" else build_summary(events, state)
+    summary = (
+        read_summary(written)
+        if written.is_file() and state == "done"
+        else build_summary(events, state, run_dir.absolute().name)
+    )
     page = run_dir / "report.html"
     write_atomically(page, report_page([*events, *timelines], summary))
     return page
