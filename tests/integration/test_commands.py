@@ -466,23 +466,29 @@ def test_a_detached_run_goes_on_and_can_be_stopped_as_was_said(
     sets = ["--set", f"model.name={tiny_folder}", "--set", "federation.join_deadline_s=600"]
     done = process("run", run_file(tmp_path), *at(operator), "--out", "run", "--detach", *sets, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    first, _, report, log, stop = done.stdout.splitlines()
+    first, _, state, log, stop, flowers = done.stdout.splitlines()
     run_id = re.match(rf"Flower run (\d+); folder {tmp_path}/run, on the server's machine$", first)
     assert run_id, first
-    assert report.split(": ", 1)[1].strip() == f"edgelam report {tmp_path}/run"
-    assert f" log {run_id[1]}" in log
+    assert f" log {run_id[1]}" in flowers
     events, end = tmp_path / "run" / "events.jsonl", time.monotonic() + WAIT_S
     while not events.exists() and time.monotonic() < end:
         time.sleep(0.2)
     assert events.exists(), "the run goes on without the command"
 
-    def flwr(command: str) -> str:
-        return subprocess.run(command, shell=True, capture_output=True, text=True, timeout=WAIT_S, check=True).stdout
+    def typed(line: str) -> str:
+        """What a line of how to go on prints, typed elsewhere."""
+        command = line.partition(":")[2].strip().replace("edgelam", EDGELAM, 1)
+        (tmp_path / "elsewhere").mkdir(exist_ok=True)
+        return subprocess.run(
+            command, shell=True, cwd=tmp_path / "elsewhere", capture_output=True, text=True, timeout=WAIT_S, check=True
+        ).stdout
 
-    ask = f"{stop.split(':', 1)[1].split(' stop ')[0]} list --run-id {run_id[1]} --format json"
-    assert json.loads(flwr(ask))["runs"][0]["status"] == "running"
-    flwr(stop.split(":", 1)[1])
-    assert json.loads(flwr(ask))["runs"][0]["status"] == "finished:stopped"
+    assert "running" in typed(state)
+    assert "the run is running" in typed(log)
+    assert typed(stop).endswith("run: stopped\n")
+    assert "stopped" in typed(state)
+    ask = f"{flowers.partition(':')[2].split(' log ')[0]} list --run-id {run_id[1]} --format json"
+    assert json.loads(typed(f"ask: {ask}"))["runs"][0]["status"] == "finished:stopped"
 
 
 @pytest.mark.processes
