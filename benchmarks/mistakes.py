@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.common import Figure, main
 
-MOST_S = 3.0
+MOST_S, MOST_WITH_TOKENS_S = 3.0, 15.0
 _SMOKE = 5
 _QUESTIONS = [
     {"question": f"When is tomato {day} watered?", "answer": f"On day {day}, by Ann."} for day in range(1, 42)
@@ -56,6 +56,8 @@ class Mistake:
     """Whether `edgelam run --explain` must say the same."""
     takes_model: bool = True
     """Whether the model of the test may stand in for the default one."""
+    tokenizes: bool = False
+    """Whether only the model's tokenizer shows it, for which PyTorch is imported in a process of its own."""
 
 
 MISTAKES = [
@@ -98,7 +100,7 @@ MISTAKES = [
     Mistake("passages and a chat template", "run mine.toml --data passages.txt", "task.template = 'plain' and task.loss_on = 'all'", True),
     Mistake("chats without their template", "run plain.toml --data chats.jsonl", "they need task.template = 'chat', got 'plain'", True),
     Mistake("questions for classes", "run topics.toml --data ann.jsonl", "is none of task.classes", True, False),
-    Mistake("answers that are too long", "run --data long.jsonl --set task.max_tokens=16 --set task.too_long=skip", "has an answer within task.max_tokens = 16", True),
+    Mistake("answers that are too long", "run --data long.jsonl --set task.max_tokens=16 --set task.too_long=skip", "has an answer within task.max_tokens = 16", True, tokenizes=True),
     Mistake("a folder in use", "run mine.toml --data ann.jsonl --out taken", "taken exists; choose another with --out", True),
     Mistake("a folder nowhere", "run mine.toml --data ann.jsonl --out ann.jsonl/run", "ann.jsonl/run cannot be made: Not a directory", True),
     Mistake("a split of nothing", "run --data ann.jsonl --split 0", "must be 1 to 16", True),
@@ -137,11 +139,17 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
     figures = list[Figure]()
     for mistake in MISTAKES[:_SMOKE] if smoke else MISTAKES:
         seconds, lines, status = _typed(mistake)
-        bar = f"one line, exit code 2, at most {MOST_S:g} s"
-        holds = lines == 1 and status == 2 and seconds <= MOST_S
+        most_s = MOST_WITH_TOKENS_S if mistake.tokenizes else MOST_S
+        bar = f"one line, exit code 2, at most {most_s:g} s"
+        holds = lines == 1 and status == 2 and seconds <= most_s
         figures.append(Figure(f"{mistake.name}: `edgelam {mistake.typed}`", round(seconds, 2), "s", bar, holds))
     settings = {"mistakes": len(figures), "answered in one line": sum(figure.holds is True for figure in figures)}
     return settings, figures
+
+
+def answers(printed: str) -> list[str]:
+    """Returns the lines that a command printed, without those that say that it still works."""
+    return [line for line in printed.splitlines() if not line.endswith(" so far")]
 
 
 def _typed(mistake: Mistake) -> tuple[float, int, int]:
@@ -153,7 +161,7 @@ def _typed(mistake: Mistake) -> tuple[float, int, int]:
         done = subprocess.run(
             command, cwd=folder, capture_output=True, text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"}
         )
-        return time.monotonic() - began, len((done.stdout + done.stderr).splitlines()), done.returncode
+        return time.monotonic() - began, len(answers(done.stdout + done.stderr)), done.returncode
 
 
 if __name__ == "__main__":

@@ -155,16 +155,15 @@ def run_with_data(console: Console, asked: Asked) -> int:
 
 def explain_run(asked: Asked) -> str:
     """Returns what a run would use, after the checks that a run makes; starts nothing but what tokenizes."""
-    with waiting(messages, "checking the run file and the data"):
-        config, said = asked.config()
-        if asked.is_here:
-            new_folder(config, asked.name, asked.out)
+    config, said = asked.config()
+    if asked.is_here:
+        new_folder(config, asked.name, asked.out)
 
-        def look(source: ModelSource | None) -> list[FileSeen]:
-            return _look(asked, config, source)
+    def look(source: ModelSource | None) -> list[FileSeen]:
+        return _look(asked, config, source)
 
-        notes = "".join(f"# {line}\n" for line in said)
-        return f"{notes}{explained(config, asked.devices if asked.is_here else (), look, here=asked.is_here)}"
+    notes = "".join(f"# {line}\n" for line in said)
+    return f"{notes}{explained(config, asked.devices if asked.is_here else (), look, here=asked.is_here)}"
 
 
 def _look(asked: Asked, config: RunConfig, source: ModelSource | None) -> list[FileSeen]:

@@ -85,7 +85,7 @@ def explained(
     else:
         config = spec.config
         check_steps(config, seen)
-        said += [_sentence(words) for words in before_words(spec, seen, names)]
+        said += [f"{words}." for words in before_words(spec, seen, names)]
     digest = spec.source.leakage_key if spec else ""
     changed = ", ".join(f"{key} = {toml_value(value)}" for key, value in changed_keys(config).items())
     said.append(f"Other than the defaults: {changed or 'nothing'}.")

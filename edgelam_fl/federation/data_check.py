@@ -72,7 +72,8 @@ class FileSeen:
             more = " ..." if self.counts.bad > len(self.bad_places) else ""
             lines.append(f"cannot be read: {', '.join(self.bad_places)}{more}")
         if self.unread:
-            lines.append(f"not learned: the fields {printable(', '.join(self.unread), 200)}")
+            fields = "the field" if len(self.unread) == 1 else "the fields"
+            lines.append(f"not learned: {fields} {printable(', '.join(self.unread), 200)}")
         return lines
 
     def words_of_first(self, model: str) -> str:

@@ -85,8 +85,10 @@ def device_names(files: Sequence[Path]) -> list[str]:
     ]
     taken = set[str]()
     for number, name in enumerate(names):
+        if why_no_name(name) or _EDGE_NAME.fullmatch(folded(name)):  # reserved
+            name = f"{name}-data"
         unique, count = name, 2
-        while folded(unique) in taken or why_no_name(unique) or _EDGE_NAME.fullmatch(folded(unique)):
+        while folded(unique) in taken:
             unique, count = f"{name}-{count}", count + 1
         taken.add(folded(unique))
         names[number] = unique

@@ -54,7 +54,7 @@ def test_a_pattern_is_every_file_that_fits_in_their_order(tmp_path: Path) -> Non
         (["ann.jsonl", "bob.csv"], ["ann", "bob"]),
         (["ann/data.jsonl", "bob/data.jsonl"], ["ann-data", "bob-data"]),
         (["ward 3/Ünïcode näme!.jsonl"], ["n-code-n-me"]),
-        (["server.jsonl", "edge-1.txt"], ["server-2", "edge-1-2"]),
+        (["server.jsonl", "edge-1.txt"], ["server-data", "edge-1-data"]),
         (["....jsonl", "ann.jsonl", "ann.csv", "x/Ann.txt"], ["data", "here-ann", "here-ann-2", "x-Ann"]),
         (["hf:owner/name:train"], ["name-train"]),
     ],
