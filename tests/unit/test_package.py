@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import subprocess
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from edgelam_fl.cli.examples import SHARED
 from edgelam_fl.cli.main import app, exit_code
@@ -47,6 +49,15 @@ def test_the_address_of_the_repository_stands_in_one_place() -> None:
     assert "readme" in PROJECT["project"]["dynamic"]
     assert "Typing :: Typed" in PROJECT["project"]["classifiers"]
     assert (ROOT / "edgelam_fl" / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("name", ["flwr", "peft", "transformers"])
+def test_a_library_of_whose_inside_much_is_used_is_of_a_tested_minor_version(name: str) -> None:
+    """A wheel in a fresh environment gets the newest that is allowed: a later minor version may have renamed what is used."""
+    need = next(each for each in map(Requirement, PROJECT["project"]["dependencies"]) if each.name == name)
+    major, minor, *_ = map(int, version(name).split("."))
+    assert need.specifier.contains(version(name))
+    assert not need.specifier.contains(f"{major}.{minor + 1}.0")
 
 
 # ---------------------------------------------------------------- what a wheel has besides
