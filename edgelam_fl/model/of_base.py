@@ -19,11 +19,12 @@ def read_of_base(source: ModelSource, lora: LoraSettings, base: str) -> Adapter:
     """Returns the tensors of `base_shapes` with their first values. `base`: the format of the frozen weights, as of `load_stages`."""
     wanted = base_shapes(source, lora.targets, lora.kind)
     found: Adapter = {}
-    for span in _pieces(source, wanted):
+    for number, span in enumerate(_pieces(source, wanted)):
+        if number and not span.head:
+            gc.collect()  # modules hold reference cycles: without it all pieces would be in memory together
         (stage,) = load_stages(source, [span], base, lora)
         found |= {name: array for name, array in stage.adapter().items() if name in wanted}
         del stage
-        gc.collect()  # modules hold reference cycles: without it all pieces would be in memory together
     return found
 
 
