@@ -191,6 +191,9 @@ def check_changes(then: RunConfig, now: RunConfig) -> None:
             )
 
 
+_MOST_PIECES = 1_000_000  # in the table of a round's steps, about 4 bytes each, which is one header (MAX_HEADER_BYTES)
+
+
 def check_together(config: RunConfig) -> None:
     """Raises ConfigError for settings that exclude each other."""
     split, model = config.split, config.model
@@ -204,6 +207,13 @@ def check_together(config: RunConfig) -> None:
         raise ConfigError(
             f"split.hosts = 'auto' cannot be combined with split.cuts = {cuts}: the number of hosts and the cuts are one choice. "
             f"Allowed: split.cuts = 'auto', or a number of hosts"
+        )
+    federation, pieces = config.federation, config.federation.local_steps * config.step_micro_batches
+    if split.hosts and not federation.epochs and pieces > _MOST_PIECES:
+        raise ConfigError(
+            f"federation.local_steps = {federation.local_steps} of {config.step_micro_batches} micro-batches each (split.micro_batches x "
+            f"optimizer.gradient_accumulation_steps) are {pieces:,} in a round, all of which a device announces at its beginning. Allowed: "
+            f"at most {_MOST_PIECES:,}"
         )
     if split.sites > 1 and not split.hosts:
         raise ConfigError(f"split.sites = {split.sites} needs split.hosts of at least 1: a site is a chain of hosts")

@@ -185,7 +185,26 @@ def test_packed_examples_train_as_in_rows_of_their_own(
     assert sizes[0] < sizes[1]
 
 
-@pytest.mark.parametrize("settings", [["split.hosts=0"], ["split.hosts=2"], ["split.hosts=1", "split.back=0"]])
+def test_packed_rows_are_dropped_from_and_computed_again_alike_wherever_they_are_cut(
+    tiny: ModelSource, data_files: list[Path]
+) -> None:
+    settings = ["task.packing=true", "task.max_tokens=400", "lora.dropout=0.2", "split.checkpointing=true"]
+    found = []
+    for hosts in (0, 2):
+        config = run_config(tiny.name, *settings, f"split.hosts={hosts}")
+        found.append(joined(OneDevice(tiny, config, data_files[2:], 2).reports))
+    assert same_bits(*found)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["split.hosts=0"],
+        ["split.hosts=2"],
+        ["split.hosts=1", "split.back=0"],
+        ["wire.front_cache_mb=9", "lora.train=['hosts', 'back']"],
+    ],
+)
 def test_greedy_answers_over_a_route_are_those_of_the_whole_model(
     tiny: ModelSource, data_files: list[Path], settings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -348,6 +348,10 @@ def test_settings_that_can_be_combined(tiny: ModelSource, overrides: list[str]) 
             "cannot be combined with split.backs = {'a': 1}: .* Allowed: split.back alone",
         ),
         (
+            ["federation.local_steps=10000", "optimizer.gradient_accumulation_steps=64"],
+            r"local_steps = 10000 of 128 micro-batches each .* are 1,280,000 in a round, .* Allowed: at most 1,000,000",
+        ),
+        (
             ["task.metrics=bleu"],
             r"task.metrics: 'bleu' is not known \(known: exact_match, rouge_l\), nor package.module",
         ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,11 @@ from edgelam_fl.bench.matrix import read_matrix
 from edgelam_fl.bounds import DEFAULT_BOUNDS, Bounds, bounds_of_modules, check_modules
 from edgelam_fl.config import TaskSection
 from edgelam_fl.errors import ConfigError, Mismatch
+from edgelam_fl.model.source import ModelSource
 from edgelam_fl.node.answers import evenly, measured_answers
+from edgelam_fl.node.examples import DeviceExamples
+from edgelam_fl.node.service import StageHost
+from edgelam_fl.plan.making import task_settings
 from edgelam_fl.split.answers import greedy_answers
 from edgelam_fl.tasks.base import Example, Task, Unit
 from edgelam_fl.tasks.causal_lm import CausalLm, question
@@ -20,7 +25,9 @@ from edgelam_fl.tasks.kinds import check_task
 from edgelam_fl.tasks.masking import IGNORED
 from edgelam_fl.tasks.metrics import exact_match, load_metrics, means_of, rouge_l, sums_of
 from edgelam_fl.telemetry.summary import mean_metrics
+from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
+from tests.support import byte_tokenizer, run_config
 
 OWN = """
 def starts_alike(answer, truth):
@@ -93,6 +100,23 @@ def test_a_metric_of_ones_own_comes_from_a_module_that_the_nodes_operator_allows
         assert "PRIVATE" not in caught.value.for_others()
 
 
+def test_a_device_whose_operator_allows_no_such_module_is_refused_by_name_before_the_run(
+    tiny: ModelSource, tmp_path: Path
+) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"question": "q{n}", "answer": "a"}}\n' for n in range(4)))
+    task = task_settings(run_config(tiny.name, "task.metrics=own_measures:starts_alike"))
+    asked = pb.ProfileRequest(protocol_version=PROTOCOL_VERSION, task=task)
+    device = StageHost("a", no_link, lambda event: None, examples=DeviceExamples(tmp_path / "a.jsonl"))
+    found = device.profile(asked)
+    assert "edgelam client --metrics own_measures" in found.problem
+    assert found.code == Mismatch.code
+    assert not StageHost("e", no_link, lambda event: None).profile(asked).problem, "a host measures nothing"
+
+
+def no_link(*_: object) -> Any:
+    raise AssertionError("a profile needs no link")
+
+
 def test_an_option_must_name_a_module() -> None:
     check_modules("--metrics", ["mine", "my.own"])
     with pytest.raises(
@@ -151,8 +175,6 @@ def test_questions_are_spread_evenly_over_the_examples() -> None:
 
 
 def test_what_is_measured_are_texts_without_special_tokens(tmp_path: Path) -> None:
-    from tests.support import byte_tokenizer
-
     tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(tmp_path)
     task = CausalLm(tmp_path, TaskSection(template="plain"))
