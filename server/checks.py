@@ -26,6 +26,7 @@ from edgelam_fl.plan.making import RoundFacts, check_warmup, make_plans
 from edgelam_fl.plan.modes import host_mode, label_place
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.tasks.kinds import check_task
+from edgelam_fl.telemetry.trackers import check_trackers
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.codec_bytes import CODEC_BYTES, RAW
 from server.private_checks import check_privacy
@@ -63,6 +64,8 @@ def check_config(
     check_task(config.task)
     check_packing(config)
     check_answered(config)
+    if not elsewhere:
+        check_trackers(config.run.report_to)
     aggregation = loaded["aggregation"].capabilities if "aggregation" in loaded else Capabilities()
     check_aggregation(config, aggregation)
     check_dora(config, aggregation)
@@ -157,7 +160,7 @@ def check_place_of_model(name: str, bounds: Bounds) -> None:
         )
 
 
-_MAY_CHANGE = (
+_OF_ROUNDS = (
     "rounds",
     "min_nodes",
     "expect_nodes",
@@ -166,6 +169,7 @@ _MAY_CHANGE = (
     "early_stopping_patience",
     "early_stopping_threshold",
 )
+_MAY_CHANGE = (*(f"federation.{key}" for key in _OF_ROUNDS), "run.report_to")
 
 
 def check_changes(then: RunConfig, now: RunConfig) -> None:
@@ -183,11 +187,12 @@ def check_changes(then: RunConfig, now: RunConfig) -> None:
     for section, key, old, new in changed:
         is_wait = section in ("federation", "wire") and key.endswith("_s")
         is_rounds_of_a_promise = key == "rounds" and then.privacy.mode != "none"
-        if not is_wait and (section != "federation" or key not in _MAY_CHANGE or is_rounds_of_a_promise):
+        may_change = f"{section}.{key}" in _MAY_CHANGE and not is_rounds_of_a_promise
+        if not is_wait and not may_change:
             why = ", because the run's privacy was promised for so many rounds" if is_rounds_of_a_promise else ""
             raise ConfigError(
                 f"{section}.{key} was {old!r} when the run began and would be {new!r}: that cannot change while a run goes on{why}. What "
-                f"can: federation.{', federation.'.join(_MAY_CHANGE)} and the waits and deadlines (keys that end in _s)"
+                f"can: {', '.join(_MAY_CHANGE)} and the waits and deadlines (keys that end in _s)"
             )
 
 

@@ -27,6 +27,7 @@ from edgelam_fl.telemetry.events import (
     EVENTS_FILE,
     TIMELINES_BYTES,
     TIMELINES_FILE,
+    Event,
     EventLog,
     RoundProgress,
     RunDone,
@@ -37,11 +38,12 @@ from edgelam_fl.telemetry.events import (
 )
 from edgelam_fl.telemetry.progress import clear_progress, write_progress
 from edgelam_fl.telemetry.records import as_json
-from edgelam_fl.telemetry.summary import build_summary
+from edgelam_fl.telemetry.summary import build_summary, finished_rounds, steps_of
+from edgelam_fl.telemetry.trackers import Trackers
 from server.checkpoint import Saved, newest_round, save, size_bytes, sweep_checkpoints
 
 _SHARED = 0o755  # of adapters, which people hand on: the run's folder around them is its owner's alone
-_REPORT_BYTES, _RESERVE_BYTES = 5_000_000, 64_000
+_REPORT_BYTES, _RESERVE_BYTES = 2_000_000, 64_000
 _VERSIONED = ("edgelam-fl", "flwr", "torch", "transformers", "peft", "grpcio")
 
 
@@ -98,8 +100,16 @@ class RunFolder:
 
     def _open_logs(self) -> None:
         clear_progress(self.path)  # of a process that was killed
-        self.emit = EventLog(self.path / EVENTS_FILE, EVENTS_BYTES, keeps_all=True)
+        self._log = EventLog(self.path / EVENTS_FILE, EVENTS_BYTES, keeps_all=True)
         self.timelines = EventLog(self.path / TIMELINES_FILE, TIMELINES_BYTES)
+        config = self._spec.config
+        steps = sum(map(steps_of, finished_rounds(read_events(self._log.path)))) if config.run.report_to else 0
+        self._trackers = Trackers(config.run.report_to, self.path, config.model_dump(mode="json"), self._log, steps)
+
+    def emit(self, event: Event) -> None:
+        """Writes an event, and hands it to the run's trackers."""
+        self._log(event)
+        self._trackers(event)
 
     def tell(self, progress: RoundProgress | None) -> None:
         """Puts where a round stands into the folder, for whoever follows the run; None: nobody plays."""
@@ -126,7 +136,7 @@ class RunFolder:
             saved,
             config=to_toml(self._spec.config),
             model=self._spec.source.files,
-            events_bytes=self.emit.sync(),
+            events_bytes=self._log.sync(),
             versions=versions(),
         )
         save(self.path, saved)
@@ -182,18 +192,19 @@ class RunFolder:
         if adapter.is_dir():
             add_texts(self._spec.source, adapter)
             add_card(
-                model_card(self._spec.config, self._base, list(read_events(self.emit.path)), "peft", whole=False),
+                model_card(self._spec.config, self._base, list(read_events(self._log.path)), "peft", whole=False),
                 adapter,
             )
             share(adapter)
 
     def finish(self) -> None:
         """Writes summary.json and report.html from the events."""
-        from edgelam_fl.telemetry.report.page import write_report  # its plotly takes a second to import
+        from edgelam_fl.telemetry.report.page import write_report
 
+        self._trackers.close()
         self.emit(RunDone(summary="summary.json"))
         try:
-            summary = build_summary(list(read_events(self.emit.path)))
+            summary = build_summary(list(read_events(self._log.path)))
             write_atomically(self.path / "summary.json", json.dumps(as_json(summary), indent=2) + "\n")
             write_report(self.path)
             self._accompany()
@@ -212,6 +223,7 @@ class RunFolder:
         kept = (
             f"the adapter after round {done} is kept in {self.path.name}/adapter" if done else "no round was finished"
         )
+        self._trackers.close(failed=True)
         self.emit(RunFailure(reason=from_home(reason), kept=kept, exit_code=exit_code))
         with suppress(OSError, ModelError):  # the reason is out; a disk may be full, and the model's files damaged
             write_report(self.path)

@@ -21,6 +21,7 @@ from edgelam_fl.model.cut import without_cut
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.reading import end_spans, hosted_span
 from edgelam_fl.plan.spec import RunSpec
+from edgelam_fl.telemetry.events import EVENTS_FILE
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.checkpoint import Saved, load_newest
@@ -236,7 +237,7 @@ class FederationByHand:
         return self.state().adapter
 
     def events(self, kind: str) -> list[dict[str, Any]]:
-        lines = map(json.loads, self.folder.emit.path.read_text().splitlines())
+        lines = map(json.loads, (self.folder.path / EVENTS_FILE).read_text().splitlines())
         return [event for event in lines if event["event"] == kind]
 
 

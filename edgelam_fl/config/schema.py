@@ -604,6 +604,11 @@ class RunSection(Section):
         description="folder of the results; {name}: the name of this file; {time}: the start",
     )
     seed: int = Field(1, ge=0, lt=2**63, description="seed of the first adapter, the order of examples and dropout")
+    report_to: Annotated[tuple[Literal["tensorboard", "mlflow", "wandb", "trackio"], ...], _WORDS] = Field(
+        (),
+        description="trackers that get losses, held-out measures and costs during the run: tensorboard, mlflow, wandb, trackio. Their "
+        "packages are needed on the server; wandb sends run file, names of devices and figures to its service",
+    )
 
 
 class RunConfig(Section):

@@ -53,6 +53,7 @@ from edgelam_fl.telemetry.events import (
     StepDone,
     StoppedEarly,
     TextReadable,
+    TrackerFailed,
 )
 from edgelam_fl.telemetry.events.rounds import CONNECTING, DOINGS, SERVING, TRAINING
 from edgelam_fl.telemetry.human import (
@@ -132,6 +133,7 @@ class RunView:
             RoundShares: self._on_shares,
             DiskFull: self._on_disk_full,
             EventsDropped: self._on_events_dropped,
+            TrackerFailed: self._on_tracker_failed,
             NodeLost: self._on_node_lost,
             AttemptAborted: self._on_attempt_aborted,
             NodeSilent: self._on_node_silent,
@@ -341,6 +343,9 @@ class RunView:
 
     def _on_events_dropped(self, event: EventsDropped, node: str) -> None:
         self.say(f"{node}: " * bool(node) + f"{event.count} events could not be written: {event.reason}")
+
+    def _on_tracker_failed(self, event: TrackerFailed, _: str) -> None:
+        self.say(f"{event.tracker} gets nothing more of this run, which goes on: {event.reason}")
 
     def _on_disk_full(self, event: DiskFull, _: str) -> None:
         self.say(

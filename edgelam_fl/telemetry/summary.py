@@ -404,6 +404,11 @@ def is_training_round(done: RoundDone) -> bool:
     return any(device.step_losses or device.loss is not None for device in done.devices)
 
 
+def steps_of(done: RoundDone) -> int:
+    """Returns the optimizer steps of a round: those of the device that took most."""
+    return max((len(device.step_losses) for device in done.devices), default=0)
+
+
 def setting(events: Iterable[Event], section: str, key: str) -> Any:
     """Returns a key of the run file; None if the events do not say."""
     started = next(of_kind(events, RunStarted), None)

@@ -9,7 +9,7 @@ import pytest
 
 from edgelam_fl.errors import ConfigError, RunFailed
 from edgelam_fl.model import adapter as adapters
-from edgelam_fl.telemetry.events import read_events
+from edgelam_fl.telemetry.events import EVENTS_FILE, read_events
 from edgelam_fl.telemetry.report.incidents import incidents
 from edgelam_fl.telemetry.summary import build_summary
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -70,7 +70,7 @@ def test_a_run_ends_when_its_patience_does_and_its_result_is_the_best_adapter(fe
     assert [taken[key] for key in ("round", "loss", "last_round")] == [2, 1.0, 5]
     result = adapters.from_bytes((run.folder.path / "adapter" / "adapter_model.safetensors").read_bytes())
     assert moves(result, run.start) == {0: 2, 1: 2, 2: 4, 3: 4, 4: 2, 5: 2}
-    events = list(read_events(run.folder.emit.path))
+    events = list(read_events(run.folder.path / EVENTS_FILE))
     summary = build_summary(events)
     assert summary.best_round == 2
     assert {device.perplexity_after for device in summary.devices} == {math.exp(1.0)}, (

@@ -15,7 +15,7 @@ import pytest
 
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.model import adapter as adapters
-from edgelam_fl.telemetry.events import RoundDone, of_kind, read_events
+from edgelam_fl.telemetry.events import EVENTS_FILE, RoundDone, of_kind, read_events
 from server.checkpoint import CHECKPOINTS, Saved, load_newest, save
 from server.holdings import Holdings, NodeHoldings
 from server.run_folder import RunFolder
@@ -160,7 +160,7 @@ def test_a_run_that_goes_on_equals_one_that_never_stopped(federation: MakeFedera
         assert [list(plan.optimizer.lrs) for plan in node.plans] == [
             list(plan.optimizer.lrs) for plan in whole.nodes[name].plans
         ]
-    rounds = [event.round for event in of_kind(read_events(first.folder.emit.path), RoundDone)]
+    rounds = [event.round for event in of_kind(read_events(first.folder.path / EVENTS_FILE), RoundDone)]
     assert rounds == [1, 2, 3, 4, 5, 6]
     assert_same(load_newest(first.folder.path)[0].memory, load_newest(whole.folder.path)[0].memory)
 
@@ -168,13 +168,13 @@ def test_a_run_that_goes_on_equals_one_that_never_stopped(federation: MakeFedera
 def test_a_round_whose_last_event_was_lost_has_it_after_all(federation: MakeFederation) -> None:
     run, again = federation("ab", "e"), federation("ab", "e")
     run.rounds.round_after(FederationState())
-    file = run.folder.emit.path
+    file = run.folder.path / EVENTS_FILE
     lines = file.read_bytes().splitlines(keepends=True)
     assert b'"round_done"' in lines[-1]
     for left, closes in ((lines[-1][:9], 1), (lines[-1], 0), (b"\0\0\n\0", 1)):
         file.write_bytes(b"".join(lines[:-1]) + left)
         folder = RunFolder.reopened(run.folder.path, again.spec, load_newest(run.folder.path)[0])
-        assert [done.round for done in of_kind(read_events(folder.emit.path), RoundDone)] == [1]
+        assert [done.round for done in of_kind(read_events(folder.path / EVENTS_FILE), RoundDone)] == [1]
         assert len(file.read_bytes().splitlines()) == len(lines), closes
 
 

@@ -17,7 +17,7 @@ from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.carry import is_carry
 from edgelam_fl.model.cut import CUT_A, is_cut
 from edgelam_fl.model.lora import MAGNITUDE
-from edgelam_fl.telemetry.events import read_events
+from edgelam_fl.telemetry.events import EVENTS_FILE, read_events
 from edgelam_fl.telemetry.report.incidents import incidents
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.replies import KEPT_NODES
@@ -116,7 +116,7 @@ def test_jobs_that_are_handed_over_and_asked_for_later_come_to_the_same(
         run = federation("abc", "ef", f"federation.wait={wait}", *overrides)
         run.nodes["c"].fails = lambda plan: "crash" if plan.round == 1 else ""
         results.append((adapters.digest(run.run()), run.events("plan"), run.events("node_lost")))
-        run.folder.emit.path.unlink()
+        (run.folder.path / EVENTS_FILE).unlink()
     for event in (event for _, plans, lost in results for event in plans + lost):
         del event["time"]
     assert results[0] == results[1]
@@ -391,7 +391,7 @@ def test_s11_an_update_far_larger_than_the_others_is_left_out_and_named(federati
     assert (left["round"], left["source"]) == (1, "d")
     assert left["reason"] == "an update of 1000 times the median of 4 (federation.update_factor = 12)"
     assert ("left out of the aggregate of round 1", "d", left["reason"]) in [
-        incident[1:] for incident in incidents(list(read_events(run.folder.emit.path)))
+        incident[1:] for incident in incidents(list(read_events(run.folder.path / EVENTS_FILE)))
     ]
 
 
@@ -460,7 +460,7 @@ def test_the_devices_that_a_host_left_out_are_named_in_its_part_of_the_round(fed
     assert host["left_out"] == [
         {"device": "c", "steps": 3, "reason": "a gradient of norm 1e+06, more than 10000", "out": True}
     ]
-    told = [incident[1:3] for incident in incidents(list(read_events(run.folder.emit.path)))]
+    told = [incident[1:3] for incident in incidents(list(read_events(run.folder.path / EVENTS_FILE)))]
     assert ("out of round 1, by host e", "c") in told
 
 
@@ -499,7 +499,7 @@ def test_a_large_round_is_summed_up_as_it_arrives(federation: MakeFederation, ru
         assert all(event["devices"] for event in done[:2])
         assert all(device["adapter_bytes_up"] > 0 for event in done[:2] for device in event["devices"])
         assert {event["node"] for event in run.events("node_lost")} == {"c", "f"}
-        run.folder.emit.path.unlink()
+        (run.folder.path / EVENTS_FILE).unlink()
     for name, array in results[0].items():
         np.testing.assert_allclose(results[1][name], array, rtol=1e-6, atol=1e-7)
         assert np.isfinite(array).all()
@@ -606,7 +606,7 @@ def test_the_events_of_a_round_are_small(federation: MakeFederation) -> None:
     for node in run.nodes.values():
         node.work = partial(with_much_to_tell, node, node.work)  # type: ignore[method-assign]
     run.run()
-    lines = run.folder.emit.path.read_bytes().splitlines(keepends=True)
+    lines = (run.folder.path / EVENTS_FILE).read_bytes().splitlines(keepends=True)
     of_rounds = [line for line in lines if json.loads(line).get("round") in range(2, 5)]
     assert sum(map(len, of_rounds)) <= 3 * 3 * 3000
     assert run.folder.timelines.path.stat().st_size > 10 * sum(map(len, of_rounds))

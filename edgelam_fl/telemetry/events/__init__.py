@@ -99,6 +99,7 @@ from edgelam_fl.telemetry.events.run import (
     RunResumed,
     RunStarted,
     RunWaits,
+    TrackerFailed,
 )
 
 __all__ = [
@@ -184,6 +185,7 @@ __all__ = [
     "TextReadable",
     "TextReadableHere",
     "TimelineInterval",
+    "TrackerFailed",
     "UnknownEvent",
     "VirtualDevice",
     "VirtualRound",

@@ -179,6 +179,16 @@ class EventsDropped(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrackerFailed(Event):
+    """A tracker of run.report_to gets nothing more of the run; the run itself goes on."""
+
+    tracker: str
+    """Name of the tracker, as in run.report_to."""
+    reason: str
+    """What it said."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunDone(Event):
     """The run reached its end. Its report may still be on its way to the disk."""
 

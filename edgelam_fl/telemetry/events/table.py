@@ -35,6 +35,7 @@ EVENTS: dict[str, type[Event]] = {
     "round_done": rounds.RoundDone,
     "disk_full": run.DiskFull,
     "events_dropped": run.EventsDropped,
+    "tracker_failed": run.TrackerFailed,
     "route_ready": run.RouteReady,
     "run_interrupted": run.RunInterrupted,
     "run_resumed": run.RunResumed,

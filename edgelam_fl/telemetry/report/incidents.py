@@ -28,6 +28,7 @@ from edgelam_fl.telemetry.events import (
     RunResumed,
     RunWaits,
     StoppedEarly,
+    TrackerFailed,
     of_kind,
 )
 from edgelam_fl.telemetry.human import human_bytes, human_seconds
@@ -110,6 +111,8 @@ def _incidents(event: Event) -> Iterator[tuple[str, str, str]]:
             yield f"the run went on after round {event.round}", "", event.problem
         case EventsDropped():
             yield f"{event.count} events could not be written", "", event.reason
+        case TrackerFailed():
+            yield "a tracker gets nothing more", event.tracker, event.reason
         case RunFailure():
             yield f"the run {'was stopped' if event.exit_code == INTERRUPTED else 'failed'}", event.node, event.reason
 
