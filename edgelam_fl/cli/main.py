@@ -49,6 +49,7 @@ _COMMANDS = (
     bench.bench,
     examples.examples,
     results.report,
+    results.compare,
     results.export,
     results.push,
     results.chat,

@@ -1,4 +1,4 @@
-"""Commands for a run's folder: report, export, push, chat. They parse and print; the work is done by the modules that they import."""
+"""Commands for a run's folder: report, compare, export, push, chat. They parse and print; the work is done by the modules that they import."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from edgelam_fl.cli.options import (
     OPERATOR_FOLDER,
     DeviceOption,
     InsecureOption,
+    JsonOption,
     OperatorOption,
     RunArgument,
     console,
@@ -20,13 +21,27 @@ from edgelam_fl.cli.options import (
 from edgelam_fl.errors import ConfigError
 
 
-def report(folder: RunArgument) -> None:
-    """Draws a run's page and table again, also if the run failed or is still going."""
+def report(
+    folder: RunArgument,
+    ask: Annotated[
+        list[str],
+        typer.Option(
+            "--ask",
+            metavar="TEXT",
+            help="Put answers to this question, before and after the run, onto the page; may be repeated.",
+        ),
+    ] = [],  # noqa: B006 - typer reads the default
+) -> None:
+    """Draws a run's page and table again, also if the run failed or is still going.
+
+    --ask needs the run's model on this machine. The questions and answers stay in RUN/answers.json, and so on the page.
+    """
     from edgelam_fl.telemetry.events import EVENTS_FILE, read_events
     from edgelam_fl.telemetry.report.incidents import failure
     from edgelam_fl.telemetry.report.page import write_report
     from edgelam_fl.telemetry.run_folder import find_run, kept, state_now
     from edgelam_fl.telemetry.summary import build_summary, summary_table
+    from edgelam_fl.telemetry.verdict import verdict
 
     folder = find_run(folder)
     events = list(read_events(folder / EVENTS_FILE)) if (folder / EVENTS_FILE).is_file() else []
@@ -34,7 +49,11 @@ def report(folder: RunArgument) -> None:
     if not events:
         say(f"{folder.absolute().name}: {state}; there is nothing to report on yet")
         return
-    console.print(summary_table(build_summary(events, state, folder.absolute().name)))
+    if ask:
+        _ask(folder, ask)
+    summary = build_summary(events, state, folder.absolute().name)
+    console.print(summary_table(summary))
+    say(verdict(summary))
     if state == "killed":
         say(f"its process ended without a last word. {kept(folder)}")
     for heading, text in failure(events):
@@ -60,6 +79,53 @@ FrontOption = Annotated[
     Path | None,
     typer.Option("--front", metavar="FILE", help="This device's own front, of a run with privacy.private_front."),
 ]
+
+
+def compare(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="RUN RUN", help="The folders of two runs, or of up to eight.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE", help="Where the page goes; by default compare.html in the first run's folder."
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Puts runs side by side: what they reached, what it cost, and the settings in which they differ.
+
+    Prints a table and writes a page with their curves. Runs that failed or are still going can be compared too.
+    """
+    from edgelam_fl.telemetry.comparison import caution, comparison_json, comparison_table, read_runs
+    from edgelam_fl.telemetry.report.compare_page import write_comparison
+    from edgelam_fl.telemetry.run_folder import find_run
+
+    runs = read_runs([find_run(folder) for folder in folders])
+    if as_json:
+        console.print_json(data=comparison_json(runs))
+        return
+    console.print(comparison_table(runs))
+    if said := caution(runs):
+        say(said)
+    page = out or runs[0].folder / "compare.html"
+    write_comparison(runs, page)
+    say(f"page: {page}")
+
+
+def _ask(folder: Path, questions: list[str]) -> None:
+    from edgelam_fl.serving.before_after import answers_of, check_can_answer
+    from edgelam_fl.serving.results import open_result
+    from edgelam_fl.telemetry.report.answers import write_answers
+    from edgelam_fl.telemetry.waiting import waiting
+
+    result = open_result(folder)
+    check_can_answer(result, questions)
+    with waiting(messages, "asking, before and after the run"):
+        answers = answers_of(result, questions)
+    write_answers(folder, answers)
+    for answer in answers:
+        say(f"{answer.question}\n  before: {answer.before}\n  after:  {answer.after}")
 
 
 def export(

@@ -130,6 +130,8 @@ def _show_answers(console: Console, config: RunConfig, folder: Path, file: Path)
     """Prints one held-out question with the answers of the model before and after the run; nothing if none is held out."""
     from edgelam_fl.tasks.data import read_pairs
     from edgelam_fl.tasks.held_out import set_aside
+    from edgelam_fl.telemetry.report.answers import Answer, write_answers
+    from edgelam_fl.telemetry.report.page import write_report
 
     pairs = set_aside(read_pairs(file, "question", "answer"), config.data.held_out)[1]
     if not pairs:
@@ -138,6 +140,8 @@ def _show_answers(console: Console, config: RunConfig, folder: Path, file: Path)
     question, truth = next((pair for pair in held_out if pair[0].startswith("What does")), held_out[0])
     with waiting(console, "asking one held-out question, before and after"):
         before, after = in_fork(_answers, config, folder / "adapter", question)
+    write_answers(folder, [Answer(question=question, before=before, after=after, truth=truth)])
+    write_report(folder)
     text = Text.assemble(
         ("before   ", "bold"), before, "\n", ("after    ", "bold"), after, "\n", ("docstring ", "dim"), truth
     )

@@ -4,23 +4,33 @@ import json
 import math
 import re
 from dataclasses import replace
-from html import escape
 from html.parser import HTMLParser
+from itertools import chain
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import pytest
 
-from edgelam_fl.errors import UsageError
-from edgelam_fl.telemetry.events import RoundTimeline, of_kind
+from edgelam_fl.errors import DataError, UsageError
+from edgelam_fl.telemetry.events import RoundTimeline, as_line, of_kind
 from edgelam_fl.telemetry.human import human_bytes
 from edgelam_fl.telemetry.records import as_json
-from edgelam_fl.telemetry.report.figures import BARS_SHOWN, timeline_figures
+from edgelam_fl.telemetry.report.answers import Answer, write_answers
+from edgelam_fl.telemetry.report.figures import (
+    BARS_SHOWN,
+    LINES_SHOWN,
+    POINTS_SHOWN,
+    smoothed,
+    timeline_figures,
+    window_of,
+)
 from edgelam_fl.telemetry.report.incidents import failure
 from edgelam_fl.telemetry.report.page import write_report
 from edgelam_fl.telemetry.report.split_picture import split_picture
 from edgelam_fl.telemetry.summary import Summary, build_summary
 from edgelam_fl.telemetry.timeline import read_phase
+from edgelam_fl.telemetry.verdict import verdict
 from tests.recorded import DEVICES, a_classification, a_run, a_run_failed_at_once, as_events, of_privacy, timeline_of
 
 
@@ -110,7 +120,7 @@ def test_values_are_those_of_summary_json(tmp_path: Path) -> None:
     for device in summary.devices:
         row = next(row for row in page.rows if row[0] == device.name)
         before, after = device.perplexity_before, device.perplexity_after
-        assert row[1:5] == ["512", f"{before:.2f}", f"{after:.2f}" if after else "-", f"{device.tokens_per_s:,.1f}"]
+        assert row[1:5] == [f"{after:.2f}" if after else "-", f"{before:.2f}", "512", f"{device.tokens_per_s:,.1f}"]
         counts = [device.bytes_up, device.bytes_down, device.adapter_bytes_up, device.adapter_bytes_down]
         assert row[5:] == [human_bytes(count) for count in (*counts, device.peak_rss_bytes)]
         assert {f"{count} B" for count in counts} <= set(page.titles())
@@ -120,24 +130,88 @@ def test_values_are_those_of_summary_json(tmp_path: Path) -> None:
     assert summary.devices[2].perplexity_after is None
 
 
+def lines_of(figure: dict[str, Any], *, faint: bool = False) -> dict[str, dict[str, Any]]:
+    return {line["name"]: line for line in figure["lines"] if line.get("faint", False) == faint}
+
+
 def test_loss_curve_counts_steps_over_the_run(tmp_path: Path) -> None:
     events = a_run(lost=True)
     loss = figures_of(report_of(tmp_path, events))["loss"]
-    assert [line["name"] for line in loss["lines"]] == list(DEVICES)
-    assert [line["color"] for line in loss["lines"]] == ["--c0", "--c1", "--c2"]
-    assert loss["lines"][0]["x"] == list(range(1, 41))
-    assert loss["lines"][2]["x"] == list(range(1, 21))
+    steps = lines_of(loss, faint=True)
+    assert list(steps) == list(DEVICES)
+    assert [line["color"] for line in steps.values()] == ["--c0", "--c1", "--c2"]
+    assert steps[DEVICES[0]]["x"] == list(range(1, 41))
+    assert steps[DEVICES[2]]["x"] == list(range(1, 21))
     rounds = [event for event in events if event["event"] == "round_done"]
-    assert loss["lines"][1]["y"][10:20] == rounds[1]["devices"][1]["step_losses"]
+    assert steps[DEVICES[1]]["y"][10:20] == pytest.approx(rounds[1]["devices"][1]["step_losses"], rel=1e-5)
     assert loss["marks"] == [10.5, 20.5, 30.5]
+
+
+def test_losses_are_smoothed_and_averaged_over_devices(tmp_path: Path) -> None:
+    events = a_run()
+    page = report_of(tmp_path, events)
+    loss = figures_of(page)["loss"]
+    own = [device["step_losses"] for event in events if event["event"] == "round_done" for device in event["devices"]]
+    steps = [list(chain(*own[number::3])) for number in range(3)]
+    smooth = lines_of(loss)
+    assert list(smooth) == [*DEVICES, "mean over devices"]
+    window = window_of(40)
+    assert f"Each point is the mean of {window} steps; faint: each step." in Page(page).text
+    assert smooth[DEVICES[0]]["y"][20] == pytest.approx(
+        sum(steps[0][20 - window // 2 : 21 + window // 2]) / window, 1e-5
+    )
+    assert smooth[DEVICES[0]]["y"][0] == pytest.approx(sum(steps[0][: 1 + window // 2]) / (1 + window // 2), rel=1e-5)
+    means = [smooth[name]["y"][20] for name in DEVICES]
+    assert smooth["mean over devices"]["y"][20] == pytest.approx(sum(means) / 3, rel=1e-5)
+
+
+def test_smoothing_leaves_out_what_is_no_number() -> None:
+    assert smoothed([1.0, None, 4.0, math.nan, 10.0], 3) == [1.0, None, 4.0, None, 10.0]
+    assert smoothed([1.0, 2.0, 6.0], 1) == [1.0, 2.0, 6.0]
+
+
+def test_of_many_devices_the_mean_and_its_spread_are_drawn(tmp_path: Path) -> None:
+    events = a_run()
+    for event in events:
+        if event["event"] == "round_done":
+            device = event["devices"][0]
+            event["devices"] = [{**device, "name": f"d{n}", "perplexity": 10.0 + n} for n in range(LINES_SHOWN + 1)]
+    figures = figures_of(report_of(tmp_path, events))
+    (line,) = figures["quality"]["lines"]
+    mean, spread = 10 + LINES_SHOWN / 2, stdev(range(LINES_SHOWN + 1))
+    assert (line["name"], line["y"]) == ("mean over devices", [mean] * 5)
+    assert (line["low"][0], line["high"][0]) == pytest.approx((mean - spread, mean + spread), rel=1e-5)
+    assert len(figures["loss"]["lines"]) == 1
+
+
+def test_a_long_run_of_many_devices_is_a_small_page(tmp_path: Path) -> None:
+    """Of rounds, steps, devices and timelines there are more than are drawn one by one."""
+    events = a_run()
+    (first,) = (event for event in events if event["event"] == "round_done" and event["round"] == 1)
+    losses = [3.123456789 + 0.01 * step for step in range(20)]
+    devices = [{**first["devices"][0], "name": f"device-{n}", "step_losses": losses} for n in range(12)]
+    rounds = [{**first, "round": number, "devices": devices} for number in range(1, 301)]
+    (phase,) = of_kind(as_events([timeline_of(1)]), RoundTimeline)
+    timelines = [as_line(replace(phase, round=number)) for number in range(1, 51)]
+    text = report_of(tmp_path, [*events[:6], *rounds, *timelines, {"event": "run_done"}])
+    assert len(text.encode()) < 2_000_000
+    figures = figures_of(text)
+    assert len(figures["seconds"]["bars"][0]["x"]) <= 100
+    assert figures["seconds"]["bars"][0]["x"][:2] == ["1-3", "4-6"]
+    assert sum(len(line["x"]) for line in figures["loss"]["lines"]) <= POINTS_SHOWN + 2_000
 
 
 def test_perplexity_stands_at_the_rounds_that_came_before(tmp_path: Path) -> None:
     events = a_run()
-    line = figures_of(report_of(tmp_path, events))["quality"]["lines"][0]
-    device = build_summary(as_events(events)).devices[0]
-    assert line["x"] == [0, 1, 2, 3, 4]
-    assert (line["y"][0], line["y"][-1]) == (device.perplexity_before, device.perplexity_after)
+    lines = lines_of(figures_of(report_of(tmp_path, events))["quality"])
+    devices = build_summary(as_events(events)).devices
+    line, mean = lines[DEVICES[0]], lines["mean over devices"]
+    assert line["x"] == mean["x"] == [0, 1, 2, 3, 4]
+    held_out = [devices[0].perplexity_before, devices[0].perplexity_after]
+    assert [line["y"][0], line["y"][-1]] == pytest.approx(held_out, rel=1e-5)
+    after = [device.perplexity_after for device in devices]
+    assert mean["y"][-1] == pytest.approx(sum(after) / 3, rel=1e-5)
+    assert mean["high"][-1] - mean["y"][-1] == pytest.approx(stdev(after), rel=1e-3)
 
 
 def test_bars_stack_bytes_and_seconds(tmp_path: Path) -> None:
@@ -154,13 +228,13 @@ def test_bars_stack_bytes_and_seconds(tmp_path: Path) -> None:
     seconds = figures["seconds"]["bars"]
     assert [bar["name"] for bar in seconds] == ["training", "evaluation", "the rest"]
     slowest = max(device["train_seconds"] for device in events[7]["devices"])
-    assert [bar["y"][0] for bar in seconds] == [slowest, 3.25, pytest.approx(25.0 - slowest - 3.25)]
+    assert [bar["y"][0] for bar in seconds] == pytest.approx([slowest, 3.25, 25.0 - slowest - 3.25], rel=1e-5)
 
 
 def test_one_file_that_loads_nothing(tmp_path: Path) -> None:
     text = report_of(tmp_path, a_run())
     page = Page(text)
-    assert text.count("* plotly.js v") == 1
+    assert len(text.encode()) < 100_000
     addresses = [value for _, attrs in page.tags for key, value in attrs.items() if key in ("src", "href", "action")]
     assert addresses == ["data:,"]
     policy = next(attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy")
@@ -170,7 +244,7 @@ def test_one_file_that_loads_nothing(tmp_path: Path) -> None:
     assert "{{" not in page.text
 
 
-EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\" '&amp;{{plotly}}"
+EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\" '&amp;{{figures}}"
 
 
 def test_text_from_outside_stays_text(tmp_path: Path) -> None:
@@ -179,9 +253,7 @@ def test_text_from_outside_stays_text(tmp_path: Path) -> None:
     attacked = report_of(tmp_path / "evil", [*a_run(evil=EVIL), timeline_of(1, device_names=evil_names)])
     page = Page(attacked)
     assert "<script>alert(1)" not in attacked
-    assert [line["name"] for line in figures_of(attacked)["loss"]["lines"]] == [
-        escape(name + EVIL, False) for name in DEVICES
-    ]
+    assert list(lines_of(figures_of(attacked)["loss"], faint=True)) == [name + EVIL for name in DEVICES]
     assert "<img src=x" not in attacked
     assert [tag for tag, _ in page.tags] == [tag for tag, _ in plain.tags]
     assert f"demo{EVIL}" in page.text
@@ -214,7 +286,6 @@ def test_run_that_failed_before_its_first_round(tmp_path: Path) -> None:
     text = report_of(tmp_path, a_run_failed_at_once())
     page = Page(text)
     assert (figures_of(text), figures_of(text, "timelines")) == ({}, [])
-    assert "* plotly.js v" not in text
     assert page.text.count("No round was closed, so there are no figures.") == 1
     assert page.definitions()["Where"] == "before the first round; device-1, device-2 had joined"
     assert page.definitions()["Kept"] == "no round was finished"
@@ -250,9 +321,9 @@ def test_classification_shows_accuracy(tmp_path: Path) -> None:
     quality = figures_of(text)["quality"]
     assert (quality["y"], quality["share"]) == ("accuracy", True)
     values = [device.metrics_before["accuracy"], device.metrics_after["accuracy"]]
-    assert [quality["lines"][0]["y"][0], quality["lines"][0]["y"][-1]] == values
+    assert [quality["lines"][0]["y"][0], quality["lines"][0]["y"][-1]] == pytest.approx(values, rel=1e-5)
     row = next(row for row in page.rows if row[0] == device.name)
-    assert row[2:4] == [f"{100 * (value or 0):.1f} %" for value in values]
+    assert row[2:0:-1] == [f"{100 * (value or 0):.1f} %" for value in values]
     assert {str(value) for value in values} <= set(page.titles())
     assert "Held-out accuracy" in page.text
     assert "perplexity" not in page.text
@@ -372,8 +443,8 @@ def test_half_written_last_line_and_divergence(tmp_path: Path) -> None:
     with (tmp_path / "events.jsonl").open("a") as file:
         file.write('{"event": "round_do')
     figures = figures_of(write_report(tmp_path).read_text(encoding="utf-8"))
-    assert figures["loss"]["lines"][0]["y"] == [1.0, None, None]
-    assert figures["quality"]["lines"][0]["y"] == [None]
+    assert lines_of(figures["loss"])[DEVICES[0]]["y"] == [1, None, None]
+    assert lines_of(figures["quality"])[DEVICES[0]]["y"] == [None]
 
 
 def test_settings_are_listed_with_their_paths(tmp_path: Path) -> None:
@@ -471,3 +542,84 @@ def test_picture_and_words_where_the_last_host_sees_the_labels(tmp_path: Path) -
     )
     events[0]["config"] = {"split": {"labels": "device"}}
     assert "where the bytes of its text and labels stay." in Page(report_of(tmp_path / "device", events)).text
+
+
+def verdict_of(*pairs: tuple[float | None, float | None], state: str = "done", task: str = "causal-lm") -> str:
+    """Returns the sentence about devices with these values before and after."""
+    summary = build_summary(as_events(a_run()), state)
+    device, measure = summary.devices[0], "perplexity" if task == "causal-lm" else "metrics"
+    keys = (f"{measure}_before", f"{measure}_after")
+    devices = tuple(
+        replace(
+            device,
+            name=f"d{number}",
+            **dict(zip(keys, pair if task == "causal-lm" else map(as_accuracy, pair), strict=True)),
+        )
+        for number, pair in enumerate(pairs, 1)
+    )
+    return verdict(replace(summary, devices=devices, task=task))
+
+
+def as_accuracy(value: float | None) -> dict[str, float]:
+    return {} if value is None else {"accuracy": value}
+
+
+def test_the_verdict_is_one_sentence_about_the_result() -> None:
+    assert verdict_of((48.9, 11.8)) == "Held-out perplexity fell from 48.90 to 11.80."
+    assert verdict_of((48.0, 10.0), (52.0, 20.0)) == (
+        "Held-out perplexity fell from 50.00 to 15.00, as a mean over 2 devices (10.00 to 20.00 at the end). It improved on every device."
+    )
+    assert verdict_of((0.25, 0.75), task="classification") == "Held-out accuracy rose from 25.0 % to 75.0 %."
+    assert verdict_of((8.0, 10.0), (9.0, 8.0)) == (
+        "Held-out perplexity rose from 8.50 to 9.00, as a mean over 2 devices (8.00 to 10.00 at the end). That is worse than what the run "
+        "began with. It improved on 1 of 2 devices, not on d1."
+    )
+    assert verdict_of((9.0, 8.0), (None, 5.0)) == "Held-out perplexity fell from 9.00 to 8.00."
+    assert verdict_of((9.0, 9.0)) == "Held-out perplexity stayed at 9.00."
+
+
+def test_the_verdict_of_a_run_that_has_not_ended_well() -> None:
+    assert verdict_of((9.0, 8.0), state="running") == "So far, held-out perplexity fell from 9.00 to 8.00."
+    assert verdict_of((9.0, 8.0), state="stopped").startswith("Before the run ended early, held-out perplexity fell")
+    assert verdict_of((9.0, None), state="running") == (
+        "Held-out perplexity was 9.00 before training; nothing is measured after it yet."
+    )
+    assert verdict_of((9.0, math.inf)).endswith("nothing could be measured after it.")
+    assert verdict_of((None, None), state="running") == "Nothing is measured yet."
+    assert verdict_of((None, None)) == "Nothing was measured: it is not known what the run has changed."
+
+
+def test_the_page_says_how_it_went_and_what_to_type_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    events = a_run()
+    events[0]["config"]["task"] = {"kind": "causal-lm"}
+    page = Page(report_of(tmp_path / "my runs" / "mine", events))
+    assert "Held-out perplexity fell from" in page.text
+    for command in ("chat", "export", "compare"):
+        assert f"edgelam {command} ~'/my runs/mine'" in page.text
+    values = [device.perplexity_after for device in build_summary(as_events(events)).devices]
+    mean = next(row for row in page.rows if row[0] == "mean")
+    assert mean[1] == f"{sum(values) / 3:.2f} ± {stdev(values):.2f}"
+    failed = [*events[:-2], {"event": "run_failed", "reason": "no", "kept": "all"}]
+    assert "edgelam run --resume" in Page(report_of(tmp_path / "failed", failed)).text
+    assert "edgelam top" in Page(report_of(tmp_path / "running", events[:-2])).text
+
+
+def test_answers_before_and_after_are_shown_if_somebody_asked(tmp_path: Path) -> None:
+    assert "Answers" not in Page(report_of(tmp_path, a_run())).text
+    write_answers(tmp_path, [Answer(question="What does abs do?", before="No idea.", after="An older answer.")])
+    write_answers(
+        tmp_path,
+        [
+            Answer(question="What does abs do?", before="It is <b>.", after=f"The absolute value. {EVIL}"),
+            Answer(question="And len?", before="?", after="The length.", truth="Return the number of items."),
+        ],
+    )
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert page.terms == [
+        *("What does abs do?", "before", "It is <b>.", "after", f"The absolute value. {EVIL}"),
+        *("And len?", "before", "?", "after", "The length.", "truth", "Return the number of items."),
+    ]
+    (tmp_path / "answers.json").write_text("[1")
+    with pytest.raises(DataError, match="the file is damaged; remove it"):
+        write_report(tmp_path)

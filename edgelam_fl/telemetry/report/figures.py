@@ -1,35 +1,44 @@
-"""The figures of the report's page as plain data; `page.html` decides how they are drawn.
+"""The figures of the report's page as plain data; `charts.js` decides how they are drawn.
 
-A colour is the name of one of the page's CSS variables, light or dark. Numbers stay as the events give them.
+A colour is the name of one of the page's CSS variables, light or dark. However long the run was and however many devices it
+had, a figure stays small: steps are thinned to means, and of many devices the mean with its spread is drawn alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate, zip_longest
+from statistics import fmean
 from typing import Any
 
 from edgelam_fl.telemetry.events import RoundDone
 from edgelam_fl.telemetry.human import total
-from edgelam_fl.telemetry.summary import is_training_round, measured
+from edgelam_fl.telemetry.summary import is_training_round, measured, steps_of
 from edgelam_fl.telemetry.timeline import Phase
+from edgelam_fl.telemetry.verdict import spread_of
 
 FRAMES = {"ACT": "activations", "GRAD": "gradients"}  # every other kind of frame counts as control
-BARS_SHOWN = 30_000  # of all timelines together: about 1.5 MB of the page
+BARS_SHOWN = 20_000  # of all timelines together: about 1 MB of the page
+LINES_SHOWN = 24  # of more devices, the mean and the spread are drawn alone
+NOISE_SHOWN = 4  # of more devices, no line of single steps is drawn
+POINTS_SHOWN = 20_000  # of all lines of a figure
+COLUMNS_SHOWN = 100  # of a figure of bars; more rounds are drawn as means of several
+MEAN, MEAN_COLOUR = "mean over devices", "--ink"
+
+Values = Sequence[float | None]  # a value per step or round; None: there is none
 
 
-def round_figures(rounds: Sequence[RoundDone], colours: Mapping[str, str], measure: str) -> dict[str, Any]:
-    """Returns the figures by the id of their place on the page; empty while no round is closed."""
+def learning_figures(rounds: Sequence[RoundDone], colours: Mapping[str, str], measure: str) -> dict[str, Any]:
+    """Returns the figures of losses and held-out values by the id of their place; empty while no round is closed."""
     if not rounds:
         return {}
-    figures = {
-        "loss": _loss_figure(rounds, colours),
-        "quality": _quality_figure(rounds, colours, measure),
-        "bytes": _bytes_figure(rounds),
-        "seconds": _seconds_figure(rounds),
-    }
-    return finite(figures)
+    return {"quality": _quality_figure(rounds, colours, measure), "loss": _loss_figure(rounds, colours)}
+
+
+def cost_figures(rounds: Sequence[RoundDone]) -> dict[str, Any]:
+    """Returns the figures of bytes and seconds by the id of their place; empty while no round is closed."""
+    return {"bytes": _bytes_figure(rounds), "seconds": _seconds_figure(rounds)} if rounds else {}
 
 
 def timeline_figures(phases: Sequence[Phase], colours: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -45,34 +54,117 @@ def timeline_figures(phases: Sequence[Phase], colours: Mapping[str, str]) -> lis
             for (node, role), own in phase.rows.items()
         ]
         figures.insert(0, {"round": phase.round, "start": phase.start_s, "end": phase.end_s, "rows": rows})
-    return finite(figures)
+    return figures
 
 
-def _loss_figure(rounds: Iterable[RoundDone], colours: Mapping[str, str]) -> dict[str, Any]:
-    """Draws the loss per device over the run's steps, counted on from round to round; `marks` are the aggregations."""
-    points: dict[str, list[tuple[float, Any]]] = {name: [] for name in colours}
-    marks, offset = [], 0
+# ---------------------------------------------------------------- what is learned
+
+
+def losses_by_device(rounds: Iterable[RoundDone]) -> tuple[dict[str, list[float | None]], list[int]]:
+    """Returns the loss of each step of the run per device, and the steps that were done at the end of each round.
+
+    Steps are counted on from round to round; a device that was not in a round has None there.
+    """
+    losses: dict[str, list[float | None]] = {}
+    ends, offset = [], 0
     for done in rounds:
         for device in done.devices:
-            points.setdefault(device.name, []).extend(enumerate(device.step_losses, start=offset + 1))
-        offset += max((len(device.step_losses) for device in done.devices), default=0)
-        marks.append(offset + 0.5)
+            own = losses.setdefault(device.name, [])
+            own += [None] * (offset - len(own)) + list(device.step_losses)
+        offset += steps_of(done)
+        ends.append(offset)
+    return losses, ends
+
+
+def smoothed(values: Values, window: int) -> list[float | None]:
+    """Returns the mean of the `window` values around each, an odd number, as many as there are of them; None for what is not a finite number."""
+    known = [value is not None and math.isfinite(value) for value in values]
+    sums = [0.0, *accumulate(value or 0.0 if is_known else 0.0 for value, is_known in zip(values, known, strict=True))]
+    counts, reach = [0, *accumulate(known)], window // 2
+    around = [(max(0, at - reach), min(len(known), at + reach + 1)) for at in range(len(known))]
+    return [
+        (sums[last] - sums[first]) / (counts[last] - counts[first]) if is_known else None
+        for (first, last), is_known in zip(around, known, strict=True)
+    ]
+
+
+def window_of(steps: int) -> int:
+    """Returns over how many steps the losses of a run are smoothed, an odd number; 1: not at all."""
+    return 2 * (steps // 40) + 3 if steps >= 12 else 1
+
+
+def mean_line(
+    lines: Iterable[Values], xs: Sequence[float], name: str = MEAN, colour: str = MEAN_COLOUR
+) -> dict[str, Any]:
+    """Draws the mean of several lines, with the spread over them as a band."""
+    points = [spread_of(column) for column in zip_longest(*lines)]
     return {
-        "x": "step",
-        "y": "loss a label (nats)",
-        "lines": _lines(points, colours),
-        "marks": [x for x in marks if x < offset],
-    }
+        "name": name, "color": colour, "strong": True, "x": list(xs[: len(points)]),
+        "y": [point and point.mean for point in points],
+        "low": [point and point.mean - point.spread for point in points],
+        "high": [point and point.mean + point.spread for point in points],
+    }  # fmt: skip
 
 
-def _quality_figure(rounds: Iterable[RoundDone], colours: Mapping[str, str], measure: str) -> dict[str, Any]:
+def _loss_figure(rounds: Sequence[RoundDone], colours: Mapping[str, str]) -> dict[str, Any]:
+    """Draws the loss over the run's steps, each device smoothed; `marks` are the aggregations."""
+    losses, ends = losses_by_device(rounds)
+    window = window_of(ends[-1])
+    noisy = losses if len(losses) <= NOISE_SHOWN and window > 1 else {}
+    smooth = {name: smoothed(values, window) for name, values in losses.items()}
+    every = max(1, -(-(len(noisy) + len(smooth)) * ends[-1] // POINTS_SHOWN))
+    xs = range(1, ends[-1] + 1)
+    faint = [{**line, "faint": True} for line in _lines(noisy, colours, xs, every) if line["name"] in noisy]
+    marks = [end + 0.5 for end in ends if end < ends[-1]]
+    return {
+        "x": "step", "y": "loss per label", "whole": True, "log_y": True,
+        "lines": faint + _lines(smooth, colours, xs, every),
+        "marks": marks if len(marks) <= COLUMNS_SHOWN else [],
+    }  # fmt: skip
+
+
+def _quality_figure(rounds: Sequence[RoundDone], colours: Mapping[str, str], measure: str) -> dict[str, Any]:
     """Draws the held-out measure. A round measures the adapter it starts from, so round 1 is at 0 rounds of training."""
-    points: dict[str, list[tuple[float, Any]]] = {name: [] for name in colours}
+    xs, values = held_out_by_device(rounds, measure)
+    every = max(1, -(-len(values) * len(xs) // POINTS_SHOWN))
+    return {
+        "x": "rounds of training", "y": measure, "whole": True, "log_y": True, "share": measure == "accuracy",
+        "lines": _lines(values, colours, xs, every), "dots": len(xs) <= 40,
+    }  # fmt: skip
+
+
+def _lines(
+    values: Mapping[str, Values], colours: Mapping[str, str], xs: Sequence[float], every: int
+) -> list[dict[str, Any]]:
+    """Draws a line per device, and their mean if there are several; the means of `every` values in the place of each of them."""
+    at = [fmean(group) for group in _groups(xs, every)] if every > 1 else list(xs)
+    thin = {name: thinned(values[name], every) for name in dict.fromkeys((*colours, *values)) if name in values}
+    lines = [
+        {"name": name, "color": colours.get(name, "--muted"), "x": at[: len(ys)], "y": ys} for name, ys in thin.items()
+    ]
+    mean = [mean_line(thin.values(), at)] if len(thin) > 1 else []
+    return [*lines, *mean] if len(lines) <= LINES_SHOWN else mean
+
+
+def held_out_by_device(rounds: Sequence[RoundDone], measure: str) -> tuple[list[int], dict[str, list[float | None]]]:
+    """Returns the rounds of training before each measurement, and the values then per device."""
+    names = dict.fromkeys(device.name for done in rounds for device in done.devices)
+    found: dict[str, list[float | None]] = {name: [] for name in names}
     for done in rounds:
-        for device in done.devices:
-            points.setdefault(device.name, []).append((done.round - 1, measured(device, measure)))
-    lines = _lines(points, colours)
-    return {"x": "rounds of training", "y": measure, "lines": lines, "dots": True, "share": measure == "accuracy"}
+        values = {device.name: measured(device, measure) for device in done.devices}
+        for name in names:
+            found[name].append(values.get(name))
+    return [done.round - 1 for done in rounds], found
+
+
+def thinned(values: Values, every: int) -> list[float | None]:
+    if every == 1:
+        return list(values)
+    known = ([value for value in group if value is not None] for group in _groups(values, every))
+    return [fmean(group) if group else None for group in known]
+
+
+# ---------------------------------------------------------------- what it costs
 
 
 def _bytes_figure(rounds: Sequence[RoundDone]) -> dict[str, Any]:
@@ -82,7 +174,7 @@ def _bytes_figure(rounds: Sequence[RoundDone]) -> dict[str, Any]:
             stacks[FRAMES.get(kind, "control")][i] += count / 1e6
         for device in done.devices:
             stacks["adapters"][i] += (total((device.adapter_bytes_up, device.adapter_bytes_down)) or 0) / 1e6
-    return {"x": "round", "y": "megabytes (MB)", "bars": _bars(rounds, stacks, ("--k0", "--k1", "--k2", "--k3"))}
+    return {"x": "round", "y": "MB", "bars": _bars(rounds, stacks, ("--k0", "--k1", "--k2", "--k3"))}
 
 
 def _seconds_figure(rounds: Sequence[RoundDone]) -> dict[str, Any]:
@@ -93,29 +185,27 @@ def _seconds_figure(rounds: Sequence[RoundDone]) -> dict[str, Any]:
         rest = max(0, done.seconds - training - evaluation)
         for stack, seconds in zip(stacks.values(), (training, evaluation, rest), strict=True):
             stack.append(seconds)
-    return {"x": "round", "y": "seconds (s)", "bars": _bars(rounds, stacks, ("--k0", "--k1", "--k3"))}
-
-
-def _lines(points: Mapping[str, list[tuple[float, Any]]], colours: Mapping[str, str]) -> list[dict[str, Any]]:
-    named = {name: list(zip(*own, strict=True)) or [(), ()] for name, own in points.items()}
-    return [
-        {"name": escape(name, quote=False), "color": colours.get(name, "--muted"), "x": xs, "y": ys}
-        for name, (xs, ys) in named.items()
-    ]
+    return {"x": "round", "y": "seconds", "bars": _bars(rounds, stacks, ("--k0", "--k1", "--k3"))}
 
 
 def _bars(
-    rounds: Iterable[RoundDone], stacks: Mapping[str, list[float]], colours: Iterable[str]
+    rounds: Sequence[RoundDone], stacks: Mapping[str, list[float]], colours: Iterable[str]
 ) -> list[dict[str, Any]]:
-    names = [str(done.round) if is_training_round(done) else "evaluation" for done in rounds]
-    coloured = zip(stacks.items(), colours, strict=True)
+    """Draws a column per round, or per group of rounds with their mean if there are many."""
+    every = -(-len(rounds) // COLUMNS_SHOWN)
+    names = list(_columns(rounds, every))
+    means = {kind: [fmean(group) for group in _groups(values, every)] for kind, values in stacks.items()}
+    coloured = zip(means.items(), colours, strict=True)
     return [{"name": kind, "color": colour, "x": names, "y": values} for (kind, values), colour in coloured]
 
 
-def finite(value: Any) -> Any:
-    """Returns the value with None for nan and infinities (a run that diverged has them), which JSON cannot hold."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _groups(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    return (values[first : first + size] for first in range(0, len(values), size))
+
+
+def _columns(rounds: Sequence[RoundDone], every: int) -> Iterator[str]:
+    for group in _groups(rounds, every):
+        numbers = dict.fromkeys(
+            str(done.round) if is_training_round(done) else "evaluation" for done in (group[0], group[-1])
+        )
+        yield "-".join(numbers)

@@ -1,24 +1,22 @@
 """RUN/report.html: one page without network access that shows a run, also a run in progress or one that failed.
 
-Reads the run's folder and nothing else: events.jsonl, and summary.json if the run has written it (its values are shown
-then). Texts of events are escaped; the page's own policy forbids it to load anything. `page.html` holds the looks,
+Reads the run's folder and nothing else: events.jsonl, summary.json if the run has written it (its values are shown then), and
+answers.json. Texts of events are escaped. `page.html` holds the order of the parts, `frame.py` what all pages have in common,
 `figures.py` the curves and bars, `split_picture.py` the layers per node, `incidents.py` the failures.
 """
 
 from __future__ import annotations
 
 import json
-import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
-from plotly.offline import get_plotlyjs
-
 from edgelam_fl.errors import UsageError
-from edgelam_fl.files import write_atomically
+from edgelam_fl.files import from_home, write_atomically
 from edgelam_fl.telemetry.events import (
     EVENTS_FILE,
     TIMELINES_FILE,
@@ -37,13 +35,21 @@ from edgelam_fl.telemetry.human import (
     human_seconds,
     total,
 )
-from edgelam_fl.telemetry.report.figures import round_figures, timeline_figures
+from edgelam_fl.telemetry.report.answers import Answer, read_answers
+from edgelam_fl.telemetry.report.figures import (
+    LINES_SHOWN,
+    NOISE_SHOWN,
+    cost_figures,
+    learning_figures,
+    timeline_figures,
+    window_of,
+)
+from edgelam_fl.telemetry.report.frame import COLOURS, as_script, exact, figure, filled, framed, part, table
 from edgelam_fl.telemetry.report.incidents import failure, incidents
 from edgelam_fl.telemetry.report.split_picture import labels_leave, split_picture
 from edgelam_fl.telemetry.run_folder import state_now
 from edgelam_fl.telemetry.summary import (
     ADAPTER_BYTES,
-    ENDED,
     LINK_BYTES,
     DeviceSummary,
     HostSummary,
@@ -56,21 +62,21 @@ from edgelam_fl.telemetry.summary import (
     finished_rounds,
     measure_of,
     read_summary,
+    steps_of,
 )
 from edgelam_fl.telemetry.timeline import Phase, read_phase
+from edgelam_fl.telemetry.verdict import OVER, Spread, before_after, verdict
 
-TEMPLATE = Path(__file__).with_name("page.html")
 INCIDENTS_SHOWN = 200
 NO_ROUND = ("No round was closed, so there are no figures.", "No round is closed yet.")
 DEVICE_HEADINGS = (
-    "device|examples|{measure} before|{measure} after|tokens/s|"
-    "sent|received|adapters sent|adapters received|peak memory"
+    "device|{measure} after|before|examples|tokens/s|sent|received|adapters sent|adapters received|peak memory"
 )
 DATA_HEADINGS = "device|learned|measured|not measured|cut|too long|unreadable|unused fields"
 
 
 def write_report(run_dir: Path) -> Path:
-    """Writes run_dir/report.html (about 5 MB, plotly.js inside) in one move and returns its path.
+    """Writes run_dir/report.html (2 MB at most) in one move and returns its path.
 
     Raises UsageError if the folder holds no events.
     """
@@ -87,30 +93,34 @@ def write_report(run_dir: Path) -> Path:
         else build_summary(events, state, run_dir.absolute().name)
     )
     page = run_dir / "report.html"
-    write_atomically(page, report_page([*events, *timelines], summary))
+    write_atomically(page, report_page([*events, *timelines], summary, run_dir, read_answers(run_dir)))
     return page
 
 
-def report_page(events: Sequence[Event], summary: Summary) -> str:
-    """Returns the page's text."""
+def report_page(events: Sequence[Event], summary: Summary, folder: Path, answers: Sequence[Answer] = ()) -> str:
+    """Returns the page's text. folder: the run's, for the commands that use its result."""
     config = next((started.config for started in of_kind(events, RunStarted)), {})
     rounds = finished_rounds(events)
     phases = [phase for phase in map(read_phase, of_kind(events, RoundTimeline)) if phase]
-    colours = {device.name: f"--c{i % 8}" for i, device in enumerate(summary.devices)}
+    colours = {device.name: f"--c{i % COLOURS}" for i, device in enumerate(summary.devices)}
     measure = measure_of(summary.task)
     timelines = timeline_figures(phases, colours)
     parts = {
         "name": escape(str(summary.run or "unnamed run")),
         "state": escape(summary.state),
+        "state_class": summary.state.replace(" ", "-"),
         "subtitle": escape(_subtitle(summary)),
         "failure": _banner(failure(events)),
+        "verdict": escape(verdict(summary)),
         "tiles": "".join(f'<div class="card muted">{what}<b>{value}</b></div>' for what, value in _tiles(summary)),
-        "devices": _device_table(summary.devices, colours, measure) + _data_table(summary.devices, colours),
+        "devices": _device_table(summary, colours, measure) + _data_table(summary.devices, colours),
         "hosts": _host_table(summary.hosts, colours),
-        "no_round": "" if rounds else f'<p class="card muted">{NO_ROUND[summary.state not in (*ENDED, "killed")]}</p>',
+        "no_round": "" if rounds else f'<p class="card muted">{NO_ROUND[summary.state not in OVER]}</p>',
         "hide_figures": "" if rounds else "hidden",
-        "measure": measure,
-        "better": "higher" if measure == "accuracy" else "lower",
+        "learning": _learning_places(measure, len(summary.devices), sum(map(steps_of, rounds))) if rounds else "",
+        "costs": _cost_places() if rounds else "",
+        "answers": _answers(answers),
+        "next": escape(commands(summary, folder)),
         "hide_timeline": "" if timelines else "hidden",
         "choices": "".join(
             f"<option value={i}>round {escape(str(each['round']))}</option>" for i, each in enumerate(timelines)
@@ -123,17 +133,62 @@ def report_page(events: Sequence[Event], summary: Summary) -> str:
         "split": split_picture(events, colours),
         "privacy": _privacy_table(summary.privacy),
         "incidents": _incident_table(events),
-        "settings": _table("", "key|value", _settings(config), "words"),
-        "plotly": get_plotlyjs() if rounds else "",
-        "figures": _json(round_figures(rounds, colours, measure)),
-        "timelines": _json(timelines),
+        "settings": table("", "key|value", _settings(config), "words"),
+        "timelines": as_script(timelines),
     }
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], TEMPLATE.read_text(encoding="utf-8"))
+    figures = learning_figures(rounds, colours, measure) | cost_figures(rounds)
+    return framed(parts["name"], filled(part("page.html"), parts), figures, [part("timeline.js")] if timelines else [])
 
 
-def _json(value: Any) -> str:
-    """Returns JSON for a script element: no text in it can end the element."""
-    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+def _learning_places(measure: str, devices: int, steps: int) -> str:
+    better = "higher" if measure == "accuracy" else "lower"
+    band = " Bold: the mean over devices; the band is their spread (one standard deviation)." if devices > 1 else ""
+    alone = f" Of {devices} devices, the mean alone is drawn." if devices > LINES_SHOWN else ""
+    window = window_of(steps)
+    smooth = f"Each point is the mean of {window} steps" if window > 1 else "One point per step"
+    faint = "; faint: each step" if window > 1 and devices <= NOISE_SHOWN else ""
+    held_out = f"Examples that a device never learns from; {better} is better.{band}{alone}"
+    return figure("quality", f"Held-out {measure}", held_out) + figure(
+        "loss", "Training loss", f"{smooth}{faint}. Dotted: an aggregation."
+    )
+
+
+def _cost_places() -> str:
+    traffic = figure("bytes", "Traffic per round", "All devices, both directions; adapters travel through Flower.")
+    return traffic + figure(
+        "seconds",
+        "Time per round",
+        "Training and evaluation of the slowest device; the rest is Flower and waiting.",
+    )
+
+
+def commands(summary: Summary, folder: Path) -> str:
+    """Returns the commands that use a run's result or, if it did not end well, go on with it: one per line."""
+    place = _typed(from_home(str(folder.absolute())))
+    if summary.state not in OVER:
+        return f"edgelam top {place}\nedgelam report {place}"
+    use = [f"edgelam export {place} --to merged", f"edgelam export {place} --to peft"]
+    if summary.task == "causal-lm":
+        use.insert(0, f"edgelam chat {place}")
+    if summary.state != "done":
+        use = [f"edgelam run --resume {place}", *(use if summary.rounds else [])]
+    return "\n".join([*use, f"edgelam compare {place} OTHER_RUN"])
+
+
+def _typed(place: str) -> str:
+    """Returns a path as it is typed: quoted where it has to be, except for the ~ of the home folder."""
+    return f"~{shlex.quote(place[1:])}" if place.startswith("~/") else shlex.quote(place)
+
+
+def _answers(answers: Sequence[Answer]) -> str:
+    """Draws the answers to a few questions before and after the run; empty without any."""
+    rows = ""
+    for answer in answers:
+        said = {"before": answer.before, "after": answer.after, "truth": answer.truth}
+        texts = "".join(f"<dd><small>{when}</small>{escape(text)}</dd>" for when, text in said.items() if text)
+        rows += f"<dt>{escape(answer.question)}</dt>{texts}"
+    note = '<p class="muted">Greedy: the most probable word each time. Before: the base model alone.</p>'
+    return f'<section class="card answers"><h2>Answers</h2>{note}<dl>{rows}</dl></section>' if rows else ""
 
 
 def _subtitle(summary: Summary) -> str:
@@ -164,18 +219,27 @@ def _tiles(summary: Summary) -> Iterator[tuple[str, str]]:
     yield "adapters via Flower", human_bytes(total(getattr(device, key) for device in devices for key in ADAPTER_BYTES))
 
 
-def _device_table(devices: Iterable[DeviceSummary], colours: Mapping[str, str], measure: str) -> str:
-    rows = [
-        [
-            _node(device.name, colours),
-            human_number(device.examples),
-            *(_exact(value, human_measure(measure, value)) for value in before_and_after(device, measure)),
-            _exact(device.tokens_per_s, human_number(device.tokens_per_s, 1)),
-            *(_exact_bytes(getattr(device, key)) for key in (*LINK_BYTES, *ADAPTER_BYTES, "peak_rss_bytes")),
-        ]
-        for device in devices
-    ]
-    return _table("Devices", DEVICE_HEADINGS.format(measure=measure), rows)
+def _device_table(summary: Summary, colours: Mapping[str, str], measure: str) -> str:
+    rows = []
+    for device in summary.devices:
+        before, after = before_and_after(device, measure)
+        held_out = [exact(value, human_measure(measure, value)) for value in (after, before)]
+        speed = exact(device.tokens_per_s, human_number(device.tokens_per_s, 1))
+        counts = [_exact_bytes(getattr(device, key)) for key in (*LINK_BYTES, *ADAPTER_BYTES, "peak_rss_bytes")]
+        rows.append([_node(device.name, colours), *held_out, human_number(device.examples), speed, *counts])
+    if len(rows) > 1:
+        before_all, after_all = before_after(summary)
+        rows.append([
+            "<b>mean</b>", _with_spread(measure, after_all), _with_spread(measure, before_all), *[""] * (len(rows[0]) - 3)
+        ])  # fmt: skip
+    return table("Devices", DEVICE_HEADINGS.format(measure=measure), rows)
+
+
+def _with_spread(measure: str, found: Spread | None) -> str:
+    """Shows a mean over devices with their sample standard deviation."""
+    if found is None:
+        return human_measure(measure, None)
+    return f"{human_measure(measure, found.mean)} &plusmn; {human_measure(measure, found.spread)}"
 
 
 def _data_table(devices: Iterable[DeviceSummary], colours: Mapping[str, str]) -> str:
@@ -186,7 +250,7 @@ def _data_table(devices: Iterable[DeviceSummary], colours: Mapping[str, str]) ->
         for device in devices
         if device.in_words(device.examples or 0, 1 if device.held_out is None else device.held_out)
     ]
-    return _table("Data not used, or not whole", DATA_HEADINGS, rows, "narrow")
+    return table("Data not used, or not whole", DATA_HEADINGS, rows, "narrow")
 
 
 def _host_table(hosts: Iterable[HostSummary], colours: Mapping[str, str]) -> str:
@@ -195,7 +259,7 @@ def _host_table(hosts: Iterable[HostSummary], colours: Mapping[str, str]) -> str
         + [_exact_bytes(getattr(host, key)) for key in (*LINK_BYTES, "peak_rss_bytes")]
         for host in hosts
     ]
-    return _table("Hosts", "host|holds|sent|received|peak memory", rows, "narrow")
+    return table("Hosts", "host|holds|sent|received|peak memory", rows, "narrow")
 
 
 def _share_table(phase: Phase, colours: Mapping[str, str]) -> str:
@@ -203,9 +267,9 @@ def _share_table(phase: Phase, colours: Mapping[str, str]) -> str:
     rows = []
     for name, shares in phase.shares().items():
         seconds = (shares.computed_s, shares.sent_s, shares.waited_s)
-        cells = [_exact(round(s, 4), f"{s / (shares.phase_s or 1):.0%}".replace("%", " %"), " s") for s in seconds]
+        cells = [exact(round(s, 4), f"{s / (shares.phase_s or 1):.0%}".replace("%", " %"), " s") for s in seconds]
         rows.append([_node(name, colours), *cells])
-    return f"<div hidden>{_table('', 'node|computed|sent|waited', rows)}</div>"
+    return f"<div hidden>{table('', 'node|computed|sent|waited', rows)}</div>"
 
 
 def _node(name: str, colours: Mapping[str, str]) -> str:
@@ -231,16 +295,16 @@ def _privacy_table(privacy: PrivacySummary | None) -> str:
     }
     if privacy.channel is not None:
         rows["radio channel"] = channel_in_words(privacy.channel)
-    table = _table("Differential privacy", "what|value", [[key, escape(value)] for key, value in rows.items()], "words")
-    return f'<section class="card">{table}</section>'
+    drawn = table("Differential privacy", "what|value", [[key, escape(value)] for key, value in rows.items()], "words")
+    return f'<section class="card">{drawn}</section>'
 
 
 def _incident_table(events: Sequence[Event]) -> str:
     """Draws the incidents; empty if there was none."""
     rows = [[escape(words) for words in incident] for incident in incidents(events)]
-    table = _table("Incidents", "after|what|who|why", rows[:INCIDENTS_SHOWN], "words")
+    drawn = table("Incidents", "after|what|who|why", rows[:INCIDENTS_SHOWN], "words")
     more = f"<p>and {len(rows) - INCIDENTS_SHOWN} more in events.jsonl</p>" if len(rows) > INCIDENTS_SHOWN else ""
-    return f'<section class="card">{table}{more}</section>' if rows else ""
+    return f'<section class="card">{drawn}{more}</section>' if rows else ""
 
 
 def _settings(config: Any, path: str = "") -> Iterator[list[str]]:
@@ -252,18 +316,5 @@ def _settings(config: Any, path: str = "") -> Iterator[list[str]]:
         yield [escape(path), escape(json.dumps(config, ensure_ascii=False))]
 
 
-def _table(title: str, headings: str, rows: Iterable[list[str]], style: str = "") -> str:
-    """Draws a table of cells that are HTML already, under its title; empty without rows."""
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    head = "".join(f"<th>{heading}</th>" for heading in headings.split("|"))
-    heading = f"<h2>{title}</h2>" if title else ""
-    return f'{heading}<div class="scroll"><table class="{style}"><tr>{head}</tr>{body}</table></div>' if body else ""
-
-
-def _exact(value: float | None, shown: str, unit: str = "") -> str:
-    """Shows a rounded value, with the exact one in its tooltip."""
-    return shown if value is None else f'<span title="{value}{unit}">{shown}</span>'
-
-
 def _exact_bytes(count: int | None) -> str:
-    return _exact(count, human_bytes(count), " B")
+    return exact(count, human_bytes(count), " B")
