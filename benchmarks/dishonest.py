@@ -36,7 +36,7 @@ from edgelam_fl.plan.reading import part_id
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.split.route import memory_dial
 from edgelam_fl.tasks.partition import deal
-from edgelam_fl.telemetry.events import RoundDone, of_kind, read_events
+from edgelam_fl.telemetry.events import EVENTS_FILE, RoundDone, of_kind, read_events
 from edgelam_fl.telemetry.report.incidents import incidents
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -223,7 +223,7 @@ def play(
         exchange = MemoryExchange(hosts, counts, bad)
         roster = Roster(exchange, run, pb.ProfileRequest(protocol_version=PROTOCOL_VERSION))
         Rounds(spec, exchange, roster, run, folder.name).run()
-    events = list(read_events(run.emit.path))
+    events = list(read_events(run.path / EVENTS_FILE))
     first, *_, last = of_kind(events, RoundDone)
     return Played(_perplexity(last), _perplexity(first), frozenset(who for _, _, who, _ in incidents(events)))
 

@@ -15,7 +15,7 @@ find /opt/edgelam -name __pycache__ -prune -exec rm -rf {} +
 import importlib
 
 for module in (
-    "bitsandbytes", "peft", "plotly.graph_objects", "flwr.serverapp", "edgelam_fl.federation.supernode", "safetensors.torch",
+    "bitsandbytes", "peft", "flwr.serverapp", "edgelam_fl.federation.supernode", "safetensors.torch",
     "transformers.models.llama.modeling_llama", "transformers.models.llama.tokenization_llama", "transformers.tokenization_utils_fast",
     "edgelam_fl.cli.main", "edgelam_fl.federation.runs", "edgelam_fl.serving.generate", "edgelam_fl.node.daemon", "edgelam_fl.node.service",
     "edgelam_fl.telemetry.report.page", "edgelam_fl.wire.grpc.dial", "edgelam_fl.wire.control",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _RULE = "may hold letters, digits, '.', '_' and '-', begins with a letter or digit, and has 63 characters at most"
 CALLER = "chat"
 """The name of whoever talks to a model over a federation's hosts, as one more device."""
@@ -41,3 +42,8 @@ def printable(text: str, most: int = 300) -> str:
     if not line.isprintable():
         shown = "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in line)
     return shown if len(shown) <= most else f"{shown[: most - 3]}..."
+
+
+def without_colours(text: str) -> str:
+    """Returns a text without a terminal's colours and movements (ANSI sequences that begin with ESC and a bracket)."""
+    return _COLOURS.sub("", text)

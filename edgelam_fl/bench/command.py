@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from edgelam_fl.bench.matrix import Cell, Matrix, read_matrix
 from edgelam_fl.bench.reference import ONE_DEVICE, WHAT_ONE_DEVICE, one_device
 from edgelam_fl.bench.results import write_results
 from edgelam_fl.bench.runner import Results, check_cells, check_extra, engine, play
+from edgelam_fl.bench.tables import cause
 from edgelam_fl.bench.tuning import held_back, tries, tuned
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import INTERRUPTED
@@ -26,6 +27,7 @@ from edgelam_fl.telemetry.events import Event, PlanMade
 from edgelam_fl.telemetry.waiting import Reminder, waiting
 
 _TICK_S = 1.0
+ALONE = "alone"  # the folder of the reference with one device
 REFERENCE_KEYS = ("accuracy", "perplexity", "bytes", "seconds")
 
 
@@ -98,6 +100,7 @@ def _run(
     with ThreadPoolExecutor(jobs, "cell") as pool, ExitStack() as processes:
         with waiting(console, "starting Flower's simulation engine and the fabric"):
             shared = processes.enter_context(engine(out / "work" / "engine", jobs))
+        counted = {cell.name for cell in matrix.cells()}
         with _progress(console) as progress:
             task = progress.add_task("", total=total, completed=total - len(left), what="")
             signs = Reminder()
@@ -105,7 +108,7 @@ def _run(
             for cell in alone:
                 of_one = one_device(matrix)
                 config, feed = of_one.config(cell, data.classes), _feed(progress, task, cell, 0)
-                started.append(pool.submit(_as_reference, shared, of_one, [cell], config, data, out / "alone", feed))
+                started.append(pool.submit(_as_reference, shared, of_one, [cell], config, data, out / ALONE, feed))
             for cells in trainings:
                 config = configs[cells[0].name]
                 feed = _feed(progress, task, cells[0], config.federation.rounds)
@@ -114,15 +117,17 @@ def _run(
                 for finished in _as_they_end(started, lambda: _tick(progress, signs)):
                     for line in finished.result():
                         results.add(line)
-                        progress.advance(task, line["state"] != "reference")
+                        progress.advance(task, line["name"] in counted)
                         progress.console.print(summary_line(line), highlight=False, markup=False)
                         signs.postpone()
                     progress.update(task, what="drawing the results")
                     write_results(out, matrix, results.lines())
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
-    for folder in ("work", "alone"):
-        shutil.rmtree(out / folder, ignore_errors=True)
+    for folder in (out / "work", out / ALONE / "work"):
+        shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # what it holds are the logs of references that failed
+        (out / ALONE).rmdir()
 
 
 def _as_they_end(cells: Sequence[Future[Any]], tick: Callable[[], None]) -> Iterator[Future[Any]]:
@@ -159,7 +164,7 @@ def _alone_name(cell: Cell) -> str:
 def _as_reference(*arguments: Any) -> list[dict[str, Any]]:
     (line,), (cell,) = play(*arguments), arguments[2]
     if line["state"] == "failed":
-        return [{**line, "name": _alone_name(cell)}]
+        return [{**line, "name": _alone_name(cell), "logs": f"{ALONE}/{line['logs']}"}]
     kept = {key: line[key] for key in REFERENCE_KEYS}
     return [{"name": _alone_name(cell), "state": "reference", "what": WHAT_ONE_DEVICE, **kept}]
 
@@ -197,7 +202,7 @@ def _feed(progress: Progress, task: Any, cell: Cell, rounds: int) -> Any:
 def summary_line(line: dict[str, Any]) -> str:
     """Formats a cell's or a reference's line for the terminal."""
     if line["state"] == "failed":
-        return f"{line['name']} failed: {line['reason']}"
+        return f"{line['name']} failed: {cause(line)}"
     quality = (
         f"accuracy {line['accuracy']:.4f}" if line["accuracy"] is not None else f"perplexity {line['perplexity']:.2f}"
     )

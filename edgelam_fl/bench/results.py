@@ -6,14 +6,13 @@ import json
 from pathlib import Path
 
 from edgelam_fl.bench.matrix import Matrix
+from edgelam_fl.bench.page import page
 from edgelam_fl.bench.plot import over_epsilon
 from edgelam_fl.bench.tables import Lines, figures, markdown
 
 
 def write_results(out: Path, matrix: Matrix, lines: Lines) -> list[Path]:
     """Writes results.md, results.json and results.html into `out`, and results.svg if epsilon varies; returns their paths."""
-    from edgelam_fl.bench.page import page  # brings plotly
-
     numbers = {"name": matrix.name, "settings": matrix.bench.model_dump(mode="json"), "figures": figures(matrix, lines)}
     written = [out / "results.md", out / "results.json", out / "results.html"]
     written[0].write_text(markdown(matrix, lines), encoding="utf-8")

@@ -52,6 +52,8 @@ from edgelam_fl.wire.control import FABRIC_SEPARATOR
 _POLL_S = 0.1
 _TIMING = FollowTiming(poll_s=_POLL_S, silence_s=60.0)
 _START_S = 180.0
+FAILED = "failed"  # the folder beside the results with what is left of cells that failed
+_LOG_BYTES = 200_000  # that are kept of a fabric's log, which all its cells share
 _DONE = "done"  # an empty file in the folder of a cell that finished
 
 
@@ -211,11 +213,16 @@ def run_cell(
     simulation = f"num-supernodes={nodes} client-resources-num-cpus=1 init-args-num-cpus=1"
     submission.submit(config, folder / "run", fabric=f"{fabric}{FABRIC_SEPARATOR}{folder}", simulation=simulation)
     events: list[Event] = []
-    for event in submission.events(meanwhile=engine.check, timing=_TIMING):
-        feed(event)
-        events.append(event)
-        if isinstance(event, RunFailure):
-            raise RunFailed(event.reason, event.exit_code)
+    try:
+        for event in submission.events(meanwhile=engine.check, timing=_TIMING):
+            feed(event)
+            events.append(event)
+            if isinstance(event, RunFailure):
+                raise RunFailed(event.reason, event.exit_code)
+    except RunFailed:
+        with contextlib.suppress(RunFailed, OSError):  # the reason matters more than its log
+            (folder / "flower.log").write_text(submission.printed(), encoding="utf-8")
+        raise
     return events
 
 
@@ -230,7 +237,9 @@ def play(
     cell = cells[0]
     folder = out / "work" / cell.name
     shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(out / FAILED / cell.name, ignore_errors=True)
     began = time.monotonic()
+    fabric: Path | None = None
     hosts = config.split.least_hosts * config.split.sites if config.split.host_on == "edge" else 0
     try:
         datasets.write_cell(folder, data, matrix.bench, cell, hosts)
@@ -240,7 +249,8 @@ def play(
         ends = [{"state": "done", **outcome(_replayed(events, config, cell, each))} for each in cells]
     except EdgelamError as error:
         engine.check()  # without its processes every other cell would fail too
-        ends = [{"state": "failed", "reason": str(error)} for _ in cells]
+        logs = keep_failed(folder, out / FAILED / cell.name, fabric.with_suffix(".log") if fabric else None)
+        ends = [{"state": "failed", "reason": str(error), "logs": f"{logs.relative_to(out)}"} for _ in cells]
     if ends[0]["state"] == "done":
         for older in _finished(folder.parent):  # without this one, whose ServerApp still writes its report
             shutil.rmtree(older, ignore_errors=True)
@@ -250,6 +260,15 @@ def play(
         end |= {"seconds": 0.0, "trained": cell.name}
     named = [{"name": each.name, "cell": {axis: each.values[axis] for axis in Axes.model_fields}} for each in cells]
     return [{**name, **end} for name, end in zip(named, ends, strict=True)]
+
+
+def keep_failed(folder: Path, kept: Path, log: Path | None) -> Path:
+    """Moves the folder of a cell that failed out of the way of the others, with the end of its fabric's log; returns its new place."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if log is not None and log.is_file():
+        (folder / log.name).write_bytes(log.read_bytes()[-_LOG_BYTES:])
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    return folder.replace(kept)
 
 
 def check_complete(events: list[Event], devices: int, honest: bool) -> None:

@@ -13,6 +13,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from edgelam_fl.bench.matrix import NO_PRIVACY, Cell, Matrix
+from edgelam_fl.names import printable, without_colours
 
 Lines = Mapping[str, Mapping[str, Any]]  # the newest line of each cell and reference, by name
 Group = tuple[Any, ...]  # a value per varied axis, without the seed: one row of a table
@@ -87,7 +88,7 @@ def compared(pairs: Mapping[Group, Sequence[float]]) -> dict[Group, Compared]:
 
     Holm (Scand. J. Statist. 6, 1979): the k-th smallest of n p-values is multiplied by n - k + 1, and kept in order.
     """
-    found = {group: _tested(values) for group, values in pairs.items()}
+    found = {group: tested(values) for group, values in pairs.items()}
     ordered = sorted((group for group in found if not math.isnan(found[group].p)), key=lambda group: found[group].p)
     corrected, least = {}, 0.0
     for rank, group in enumerate(ordered):
@@ -96,7 +97,7 @@ def compared(pairs: Mapping[Group, Sequence[float]]) -> dict[Group, Compared]:
     return {group: Compared(c.mean, c.low, c.high, corrected.get(group, c.p)) for group, c in found.items()}
 
 
-def _tested(values: Sequence[float]) -> Compared:
+def tested(values: Sequence[float]) -> Compared:
     """Returns the t interval and p of one group, not corrected."""
     from scipy.stats import t  # takes a second; comes with scikit-learn, which `edgelam bench` needs
 
@@ -115,12 +116,18 @@ def _tested(values: Sequence[float]) -> Compared:
 
 def markdown(matrix: Matrix, lines: Lines) -> str:
     """Returns the results as Markdown: tables, which differences are real, references, protocols, failures."""
-    parts = [f"# {matrix.name}\n", _about(matrix, lines), _table(matrix, lines), _sentences(matrix, lines)]
-    parts += [_privacy_costs(matrix, lines), _references(lines), _protocols(matrix, lines), _failures(lines)]
+    parts = [f"# {matrix.name}\n", about(matrix, lines), _table(matrix, lines), sentences(matrix, lines)]
+    parts += [beyond(matrix, lines), _failures(lines)]
     return "\n".join(part for part in parts if part)
 
 
-def _about(matrix: Matrix, lines: Lines) -> str:
+def beyond(matrix: Matrix, lines: Lines) -> str:
+    """Returns the tables after the first as Markdown: the costs of privacy, references, protocols."""
+    parts = [_privacy_costs(matrix, lines), _references(lines), _protocols(matrix, lines)]
+    return "\n".join(part for part in parts if part)
+
+
+def about(matrix: Matrix, lines: Lines) -> str:
     bench, done = matrix.bench, sum(line["state"] == "done" for line in lines.values())
     text = (
         f"{done} of {len(matrix.cells())} cells. {bench.dataset}, {bench.examples or 'all'} examples, {bench.test:.0%} of them "
@@ -159,14 +166,14 @@ def _not_whole(lines: Lines) -> str:
 def _table(matrix: Matrix, lines: Lines) -> str:
     axes = matrix.varied() or ["aggregation"]
     apart = compared(differences(matrix, lines))
-    percent = _is_accuracy(lines)
+    percent = is_accuracy(lines)
     name = "accuracy, %" if percent else "perplexity"
     costs = [cost for cost in COSTS if any(line.get(cost) for line in lines.values())]
     heads = [*axes, "n", name, "spread", *_difference_heads(matrix.bench.baseline), "aggregation error"]
     rows = [heads + [COSTS[cost] for cost in costs], ["---"] * (len(heads) + len(costs))]
     for group, found in groups(matrix, lines).items():
         scale = 100 if percent else 1
-        row = [*map(_word, group), str(len(found)), *_shown([scale * abs(quality(line)) for line in found])]
+        row = [*map(word, group), str(len(found)), *_shown([scale * abs(quality(line)) for line in found])]
         row += _difference(apart.get(group), scale)
         errors = [line["aggregation_error"] for line in found if line["aggregation_error"] is not None]
         row.append(f"{fmean(errors):.3g}" if errors else "")
@@ -175,7 +182,7 @@ def _table(matrix: Matrix, lines: Lines) -> str:
     return _rows(rows)
 
 
-def _word(value: Any) -> str:
+def word(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -203,16 +210,14 @@ def _rows(rows: Iterable[list[str]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def _sentences(matrix: Matrix, lines: Lines, axis: str = "", baseline: str = "") -> str:
+def sentences(matrix: Matrix, lines: Lines, axis: str = "", baseline: str = "") -> str:
     """Names the differences that are real by the corrected test."""
     real, not_shown = [], []
     found = compared(differences(matrix, lines, axis, baseline))
     for group, one in found.items():
-        name = _name(group)
+        name = name_of(group)
         if one.differs:
-            real.append(
-                f"{name} ({100 * one.mean:+.2f} points)" if _is_accuracy(lines) else f"{name} ({one.mean:+.2f})"
-            )
+            real.append(f"{name} ({100 * one.mean:+.2f} points)" if is_accuracy(lines) else f"{name} ({one.mean:+.2f})")
         else:
             not_shown.append(name)
     if not found:
@@ -232,12 +237,12 @@ def _privacy_costs(matrix: Matrix, lines: Lines) -> str:
     if not found:
         return ""
     heads = [*matrix.varied(), *_difference_heads("no privacy")]
-    scale = 100 if _is_accuracy(lines) else 1
-    rows = [[*map(_word, group), *_difference(one, scale)] for group, one in found.items()]
-    return "\n" + _rows([heads, ["---"] * len(heads), *rows]) + _sentences(matrix, lines, "epsilon", NO_PRIVACY)
+    scale = 100 if is_accuracy(lines) else 1
+    rows = [[*map(word, group), *_difference(one, scale)] for group, one in found.items()]
+    return "\n" + _rows([heads, ["---"] * len(heads), *rows]) + sentences(matrix, lines, "epsilon", NO_PRIVACY)
 
 
-def _is_accuracy(lines: Lines) -> bool:
+def is_accuracy(lines: Lines) -> bool:
     return all(line["accuracy"] is not None for line in lines.values() if line["state"] == "done")
 
 
@@ -261,8 +266,14 @@ def _references(lines: Lines) -> str:
 
 
 def _failures(lines: Lines) -> str:
-    failed = [f"- {name}: {line['reason']}\n" for name, line in lines.items() if line["state"] == "failed"]
+    failed = [f"- {name}: {cause(line)}\n" for name, line in lines.items() if line["state"] == "failed"]
     return "\nFailed cells:\n\n" + "".join(failed) if failed else ""
+
+
+def cause(line: Mapping[str, Any]) -> str:
+    """Returns why a cell failed, as plain text in one line, with the place of its logs."""
+    logs = f"; logs: {line['logs']}" if line.get("logs") else ""
+    return f"{printable(without_colours(str(line['reason'])), 1000)}{logs}"
 
 
 def figures(matrix: Matrix, lines: Lines) -> list[dict[str, Any]]:
@@ -270,12 +281,12 @@ def figures(matrix: Matrix, lines: Lines) -> list[dict[str, Any]]:
 
     Per row its mean and spread; per comparison the difference, the ends of its interval, and p. What is not known is left out.
     """
-    scale, unit = (100, "%") if _is_accuracy(lines) else (1, "")
+    scale, unit = (100, "%") if is_accuracy(lines) else (1, "")
     found: dict[str, float] = {}
     for group, cells in groups(matrix, lines).items():
         mean, spread = mean_and_spread([abs(quality(line)) for line in cells])
-        found |= {f"{_name(group)}: quality": scale * mean, f"{_name(group)}: spread": scale * spread}
-        found[f"{_name(group)}: seeds"] = len(cells)
+        found |= {f"{name_of(group)}: quality": scale * mean, f"{name_of(group)}: spread": scale * spread}
+        found[f"{name_of(group)}: seeds"] = len(cells)
     for what, values in references(lines).items():
         mean, spread = mean_and_spread(values)
         found |= {f"{what}: quality": scale * mean, f"{what}: spread": scale * spread, f"{what}: seeds": len(values)}
@@ -284,7 +295,7 @@ def figures(matrix: Matrix, lines: Lines) -> list[dict[str, Any]]:
         bases["no privacy"] = differences(matrix, lines, "epsilon", NO_PRIVACY)
     for base, pairs in bases.items():
         for group, one in compared(pairs).items():
-            name = f"{_name(group)}, less {base}"
+            name = f"{name_of(group)}, less {base}"
             found[f"{name}: mean"] = scale * one.mean
             if not math.isnan(one.p):
                 found |= {f"{name}: low": scale * one.low, f"{name}: high": scale * one.high, f"{name}: p": one.p}
@@ -295,8 +306,8 @@ def figures(matrix: Matrix, lines: Lines) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _name(group: Group) -> str:
-    return " ".join(map(_word, group))
+def name_of(group: Group) -> str:
+    return " ".join(map(word, group))
 
 
 # ---------------------------------------------------------------- protocols
@@ -340,5 +351,5 @@ def _measured(matrix: Matrix, lines: Lines, title: str, of: Any, scale: float) -
     for group, found in groups(matrix, lines).items():
         values = [value for line in found if (value := of(line)) is not None]
         mean = f"{fmean(values) / scale:.4g}" if values else "never"
-        rows.append([*map(_word, group), mean, f"{len(values)} of {len(found)}"])
+        rows.append([*map(word, group), mean, f"{len(values)} of {len(found)}"])
     return "\n" + _rows(rows)

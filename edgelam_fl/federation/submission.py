@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import shlex
 import shutil
 import subprocess
@@ -25,12 +26,16 @@ from edgelam_fl.federation.app_archive import app_alone
 from edgelam_fl.federation.environment import child_environment, without_proxies
 from edgelam_fl.federation.operator import Operator
 from edgelam_fl.federation.server_probe import is_healthy
+from edgelam_fl.names import without_colours
 from edgelam_fl.telemetry.events import EVENTS_FILE, RUN_ENDS, Event, EventTail, RoundProgress
 from edgelam_fl.telemetry.progress import ProgressTail
 from edgelam_fl.telemetry.run_folder import kept
 
 _COMMAND_DEADLINE_S = 180.0  # Flower's commands take seconds here, and many on a small board that is busy
 _STATUS_DEADLINE_S = 30.0  # a server that stands still accepts connections all the same
+_ERROR = re.compile(
+    r"(?:[\w.]+\.)?\w*(?:Error|Exception|Failed|Problem|Refused|Lost): .+"
+)  # how Python ends a traceback
 _MOST_UNKNOWN = 2  # answers of Flower that it does not know a run, one after the other
 
 
@@ -255,12 +260,16 @@ class Submission:
             raise
 
     def log(self) -> str:
-        """Returns the end of what Flower and the ServerApp printed, in one line; how to get it if Flower is silent."""
+        """Returns the last words of what Flower and the ServerApp printed; how to get them if Flower is silent."""
         try:
-            done = self._call("log", str(self.run_id), "--show")
+            return last_words(self.printed())
         except RunFailed as error:
             return str(error)
-        return " ".join((done.stdout + done.stderr).split())[-600:]
+
+    def printed(self) -> str:
+        """Returns all that Flower and the ServerApp printed. Raises RunFailed if Flower is silent."""
+        done = self._call("log", str(self.run_id), "--show")
+        return done.stdout + done.stderr
 
     def how_to(self, folder: Path) -> list[str]:
         """Lists commands for a user's shell: they report on the run in `folder`, show Flower's log and stop the run."""
@@ -300,6 +309,17 @@ class Submission:
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:
             raise RunFailed(f"`flwr {command}` did not answer within {deadline_s:.0f} s") from error
+
+
+def last_words(log: str, most: int = 600) -> str:
+    """Returns why a program ended by what it printed, in one line: its first error, and the end of its output.
+
+    The end alone is often a stack of whoever watched it, and the cause is far above.
+    """
+    lines = [line.strip() for line in without_colours(log).splitlines() if line.strip()]
+    cause = next((line for line in lines if _ERROR.match(line)), "")[:most]
+    end = " ".join(" ".join(lines).split())[-most:]
+    return end if not cause or cause in end else f"{cause} ... {end}"
 
 
 def _as_typed(tool: str) -> str:

@@ -259,7 +259,7 @@ def open_of_accelerate(name: str, folder: Path) -> Tracker:
         mlflow.set_tracking_uri(mlflow_place(folder, os.environ))
     tracker: Any = LOGGER_TYPE_TO_CLASS[name](**made)
     tracker.start()
-    return tracker  # type: ignore[no-any-return]
+    return tracker
 
 
 def mlflow_place(folder: Path, environment: Mapping[str, str]) -> str:

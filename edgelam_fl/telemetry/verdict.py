@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 from edgelam_fl.telemetry.human import human_measure
 from edgelam_fl.telemetry.summary import ENDED, Summary, before_and_after, measure_of
 
-OVER = (*ENDED, "killed", "never begun")
+OVER = (*ENDED, "killed")
 """The states of a run that does not go on by itself."""
 _NAMED = 3  # devices that a sentence names
 

@@ -256,7 +256,7 @@ def test_help_answers_at_once_since_it_loads_nothing_heavy() -> None:
     """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     loaded = set(done.stderr.split())
-    heavy = {"flwr", "google", "grpc", "numpy", "peft", "plotly", "psutil", "pydantic", "torch", "transformers"}
+    heavy = {"flwr", "google", "grpc", "numpy", "peft", "psutil", "pydantic", "torch", "transformers"}
     assert not heavy & loaded
     own = {name for name in loaded if name.startswith("edgelam_fl.")}
     light = {"errors", "names", "addresses", "files", "machine", "federation", "federation.environment"}

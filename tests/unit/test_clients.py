@@ -30,7 +30,7 @@ def test_the_apps_and_the_process_of_a_client_app_load_neither_torch_nor_transfo
     )
     loaded = set(json.loads(done.stdout))
     assert {"flwr", "grpc"} <= loaded
-    assert not loaded & {"torch", "transformers", "peft", "gguf", "plotly", "uvicorn"}
+    assert not loaded & {"torch", "transformers", "peft", "gguf", "uvicorn"}
 
 
 @pytest.mark.parametrize("wait", ["block", "park"])
