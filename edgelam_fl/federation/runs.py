@@ -36,10 +36,10 @@ from edgelam_fl.plan.fronts import with_auto_front
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.tasks.named import local_data
 from edgelam_fl.telemetry.console import RunView
-from edgelam_fl.telemetry.events import EVENTS_FILE, EventTail, RoundDone, RunFailure
+from edgelam_fl.telemetry.events import EVENTS_FILE, Event, EventTail, RoundDone, RoundProgress, RunFailure
 from edgelam_fl.telemetry.human import human_seconds
 from edgelam_fl.telemetry.run_folder import kept, way_on
-from edgelam_fl.telemetry.summary import read_summary, summary_table
+from edgelam_fl.telemetry.summary import Summary, build_summary, read_summary, summary_table
 from edgelam_fl.telemetry.waiting import waiting
 
 _LOCAL = "local.json"  # in the folder of a run of this machine alone: its data
@@ -242,11 +242,13 @@ def follow(
         view.tick()
         return bool(news)
 
-    can_go_on = resumed is not None
+    can_go_on, seen = resumed is not None, list[Event]()
     try:
         with view:
             for event in submission.events(meanwhile=meanwhile, say=view.say):
                 view.feed(event)
+                if not submission.is_here and not isinstance(event, RoundProgress):
+                    seen.append(event)
                 can_go_on = can_go_on or isinstance(event, RoundDone)
                 if isinstance(event, RunFailure):
                     how = f". {way_on(folder, '' if local else submission.options)}" if can_go_on else ""
@@ -262,16 +264,19 @@ def follow(
         if local is None:
             console.print(kept(folder, submission.options), soft_wrap=True, markup=False, highlight=False)
         return INTERRUPTED
-    with waiting(console, "waiting for the report"):
-        await_result(folder)
-    _show_result(console, folder, view.elapsed_s)
+    if submission.is_here:
+        with waiting(console, "waiting for the report"):
+            await_result(folder)
+        _show_result(console, read_summary(folder / "summary.json"), view.elapsed_s)
+        console.print(f"run: {folder}\npage: {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    else:
+        _show_result(console, build_summary(seen), view.elapsed_s)
+        console.print(f"run: {folder}, on the server's machine", highlight=False, soft_wrap=True)
     return 0
 
 
-def _show_result(console: Console, folder: Path, elapsed_s: float) -> None:
+def _show_result(console: Console, summary: Summary, elapsed_s: float) -> None:
     """Shows what came of a run that is done. elapsed_s: since its command was typed."""
-    summary = read_summary(folder / "summary.json")
     console.print(summary_table(summary))
     own_s, all_s = human_seconds(summary.seconds), human_seconds(elapsed_s)
     console.print(f"time: {all_s} with start-up and waiting, {own_s} of them the run itself", highlight=False)
-    console.print(f"run: {folder}\npage: {folder / 'report.html'}", highlight=False, soft_wrap=True)

@@ -99,7 +99,12 @@ class ServerSource:
         """Returns the new events. Raises ConfigError if the server has no such run, ProtocolError if what it sends are no events."""
         found: list[Event] = []
         while True:
-            piece = self._runs.read(self.name, self._part, self._offset)
+            try:
+                piece = self._runs.read(self.name, self._part, self._offset)
+            except EnvironmentProblem:
+                if found:  # the next look raises it
+                    return found
+                raise
             try:
                 place = int(piece["part"]), int(piece["offset"])
                 found += [parse_event(json.loads(line)) for line in piece["lines"].split("\n") if line]
@@ -115,6 +120,29 @@ class ServerSource:
 
     def progress(self) -> RoundProgress | None:
         return self._progress if self._alive is not False else None
+
+
+class ServerTail:
+    """Follows a run that was submitted to a server on another machine, as `EventTail` follows a file: also before it has a folder, and
+    while the server does not answer.
+    """
+
+    def __init__(self, runs: ServerRuns, run: str) -> None:
+        self._source = ServerSource(runs, run)
+        self._progress: RoundProgress | None = None
+
+    def poll(self) -> list[Event]:
+        """Returns the new events; none while nobody has any."""
+        try:
+            return self._source.poll()
+        except (ConfigError, EnvironmentProblem):
+            return []
+
+    def progress(self) -> RoundProgress | None:
+        """Returns where the round stands, once per news of it."""
+        newest, before = self._source.progress(), self._progress
+        self._progress = newest
+        return newest if newest != before else None
 
 
 def operator_of_run(run: Path, operator: Path) -> Operator:

@@ -15,17 +15,18 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from edgelam_fl.addresses import split_address
+from edgelam_fl.addresses import is_loopback, split_address
 from edgelam_fl.config import RunConfig, to_toml
 from edgelam_fl.errors import EnvironmentProblem, RunFailed
 from edgelam_fl.federation.app_archive import app_alone
 from edgelam_fl.federation.environment import child_environment, without_proxies
 from edgelam_fl.federation.operator import Operator
 from edgelam_fl.federation.server_probe import is_healthy
+from edgelam_fl.federation.server_runs import ServerRuns, ServerTail
 from edgelam_fl.names import without_colours
 from edgelam_fl.telemetry.events import EVENTS_FILE, RUN_ENDS, Event, EventTail, RoundProgress
 from edgelam_fl.telemetry.progress import ProgressTail
@@ -33,6 +34,7 @@ from edgelam_fl.telemetry.run_folder import kept
 
 _COMMAND_DEADLINE_S = 180.0  # Flower's commands take seconds here, and many on a small board that is busy
 _STATUS_DEADLINE_S = 30.0  # a server that stands still accepts connections all the same
+_REMOTE_POLL_S = 1.0  # between two questions to a server on another machine
 _ERROR = re.compile(
     r"(?:[\w.]+\.)?\w*(?:Error|Exception|Failed|Problem|Refused|Lost): .+"
 )  # how Python ends a traceback
@@ -60,7 +62,7 @@ def run_events(
     status: Callable[[], str],
     deadline_s: float = math.inf,
     *,
-    tail: EventTail | None = None,
+    tail: EventTail | ServerTail | None = None,
     options: str = "",
     server: ServerWatch | None = None,
     awaited: str = "the run's end",
@@ -73,7 +75,7 @@ def run_events(
     whenever a new one is in the file's folder, which is then no event of `file`.
 
     status: asks Flower for the run's status, after a silence only. tail: has read `file` up to where the run begins; None: it
-    begins with the file. options: of the command that goes on with the run, for messages. server: sees whether the server answers; None: it does. meanwhile: called at every look; a true
+    begins with the file; a `ServerTail`: the file is on the server's machine. options: of the command that goes on with the run, for messages. server: sees whether the server answers; None: it does. meanwhile: called at every look; a true
     result is a sign of life from elsewhere, so that nobody is asked. say: receives a line if Flower has not begun the run, or
     if the server does not answer. log: the end of what the run printed. awaited: names what the caller waits for, for the
     message.
@@ -84,12 +86,12 @@ def run_events(
     tail, end = tail or EventTail(file), time.monotonic() + deadline_s
     heard, finished, unknown = time.monotonic(), "", 0
     server = server or ServerWatch("", lambda: True, timing)
-    progress = ProgressTail(file.parent)
+    progress = tail.progress if isinstance(tail, ServerTail) else ProgressTail(file.parent).poll
     while True:
         news = [
             event for event in tail.poll() if not isinstance(event, RoundProgress)
         ]  # an older one than in the folder
-        newest = progress.poll()
+        newest = progress()
         for event in [*news, *([newest] if newest is not None else [])]:
             yield event
             if isinstance(event, RUN_ENDS):
@@ -153,16 +155,20 @@ class ServerWatch:
 class Submission:
     """One run at one SuperLink, submitted by its operator. Flower's settings of the user stay untouched."""
 
-    def __init__(self, operator: Operator) -> None:
+    def __init__(self, operator: Operator, is_here: bool | None = None) -> None:
         """Prepares Flower's settings for the operator's server. Raises EnvironmentProblem if the operator has no token.
 
-        `options`: by which a command finds this server.
+        is_here: whether the server is on this machine, so that a run's folder is, too; None: by its address. `options`: by which a
+        command finds this server.
         """
         self._home, self._out = operator.flower_home(), Path()
         self.options = f" --server {operator.server} --operator {shlex.quote(str(operator.folder.absolute()))}"
         self._server, self._tls, self._runs = operator.server, operator.identity is not None, operator.runs()
         self._host, self._port = split_address(operator.server, "--server")
-        self._tail: EventTail | None = None
+        self.is_here = is_loopback(self._host) if is_here is None else is_here
+        """Whether runs have their folders on this machine."""
+        self._operator = operator
+        self._tail: EventTail | ServerTail | None = None
         self.run_id = 0
 
     def server_answers(self) -> bool:
@@ -186,7 +192,7 @@ class Submission:
         the folder `adapter`. fabric: the folder of the process that plays all nodes. simulation: Flower's settings for
         its simulation engine.
         """
-        self._tail = EventTail(out / EVENTS_FILE)
+        self._tail = EventTail(out / EVENTS_FILE) if self.is_here else ServerTail(ServerRuns(self._operator), str(out))
         self._tail.poll()  # of a run that is resumed, what was said before
         values = {"run-toml": to_toml(config) if config else "", "out": str(out), "command": command,
                   "set": shlex.join(overrides),
@@ -211,6 +217,8 @@ class Submission:
         timing: FollowTiming = FollowTiming(),
     ) -> Iterator[Event]:
         """Yields the submitted run's events as they come, the last one included. Options and errors: `run_events`."""
+        if not self.is_here:
+            timing = replace(timing, poll_s=max(_REMOTE_POLL_S, timing.poll_s))
         return run_events(
             self._out / EVENTS_FILE,
             self.status,

@@ -41,7 +41,7 @@ from edgelam_fl.federation.guard import ROUTES, Audience
 from edgelam_fl.federation.operator import Operator, operator_folder, read_token
 from edgelam_fl.federation.run_service import LIST_RUNS, READ_RUN, STOP_RUN
 from edgelam_fl.federation.server_runs import ServerRuns, ServerSource
-from edgelam_fl.federation.submission import Submission, run_events
+from edgelam_fl.federation.submission import Submission
 from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.telemetry.events import RunStarted
 from edgelam_fl.telemetry.run_folder import await_end
@@ -200,16 +200,11 @@ def test_s2_s18_a_runs_task_cannot_be_taken_and_its_token_not_seen(server: Serve
     """The thief asks from before the run is submitted until it has begun, on the server's own machine."""
     thief = server.client(RuntimeHttpClient)
     ask = AcquireTaskRequest(supported_task_types=["flwr-serverapp"])
-    submission = Submission(server.operator)
+    submission = Submission(server.operator, is_here=False)  # so that it is followed as from another machine
     config = parse_run_file("", source="test", overrides=["split.hosts=0", "federation.join_deadline_s=600"])
     submission.submit(config, tmp_path / "run")
     try:
-        for event in run_events(
-            tmp_path / "run" / "events.jsonl",
-            submission.status,
-            WAIT_S,
-            meanwhile=lambda: refused(thief.AcquireTask, ask),
-        ):
+        for event in submission.events(WAIT_S, meanwhile=lambda: refused(thief.AcquireTask, ask)):
             if isinstance(event, RunStarted):
                 break
         with_a_guess = server.client(RuntimeHttpClient, RuntimeTokenHttpInterceptor(token="0" * 32))

@@ -11,10 +11,11 @@ import pytest
 from rich.console import Console
 
 from edgelam_fl.config import RunConfig
-from edgelam_fl.errors import EnvironmentProblem, RunFailed
+from edgelam_fl.errors import ConfigError, EnvironmentProblem, RunFailed
 from edgelam_fl.federation import runs
 from edgelam_fl.federation.app_archive import app_alone
 from edgelam_fl.federation.operator import Operator, prepare_operator
+from edgelam_fl.federation.server_runs import ServerRuns, ServerTail
 from edgelam_fl.federation.submission import FollowTiming, ServerWatch, Submission, run_events
 from edgelam_fl.telemetry.console import RunView
 from edgelam_fl.telemetry.events import Event, RoundProgress
@@ -112,6 +113,30 @@ def test_a_sign_of_life_from_elsewhere_keeps_flower_from_being_asked(tmp_path: P
 
     followed = run_events(tmp_path / "events.jsonl", never, meanwhile=node_was_heard, timing=AT_ONCE)
     assert kinds(followed) == ["run_done"]
+
+
+class Elsewhere(ServerRuns):
+    """A server on another machine, which says one piece at a time; an exception is raised in the place of one."""
+
+    def __init__(self, *pieces: str | Exception) -> None:
+        self._pieces, self._given = list(pieces), 0
+
+    def read(self, run: str, part: int, offset: int) -> dict[str, Any]:
+        if self._pieces and offset == self._given:
+            piece = self._pieces.pop(0)
+            if isinstance(piece, Exception):
+                raise piece
+            self._given += 1
+            return {"lines": f'{{"event": "{piece}"}}\n', "part": 1, "offset": self._given, "alive": True}
+        return {"lines": "", "part": part, "offset": offset, "alive": True}
+
+
+def test_a_run_on_another_machine_is_followed_before_it_has_a_folder_and_through_a_silence(tmp_path: Path) -> None:
+    gone = EnvironmentProblem("the server does not answer")
+    runs = Elsewhere(ConfigError("no such run"), "run_resumed", gone, gone, "run_done")
+    file = tmp_path / "nowhere" / "events.jsonl"
+    followed = run_events(file, never, tail=ServerTail(runs, "mine"), timing=NEVER_ASKS)
+    assert kinds(followed) == ["run_resumed", "run_done"]
 
 
 def test_a_run_that_flower_has_not_begun_is_said(tmp_path: Path) -> None:
