@@ -196,7 +196,7 @@ def run(
     config = asked.read()
     keep_private()
     asking = Operator(server, operator)
-    with waiting(console, "checking the run file and the model"):
+    with waiting(messages, "checking the run file and the model"):
         folder = check_run(config, asked.name, out, asking)
     on_server = leave_on_server if detach else run_on_server
     raise typer.Exit(on_server(console, config, folder, asking, insecure))

@@ -113,10 +113,10 @@ def resume_on_server(console: Console, run: Path, overrides: list[str], operator
 
 
 def leave_on_server(console: Console, config: RunConfig, folder: Path, operator: Operator, insecure: bool) -> int:
-    """Submits the run and prints how to follow and to stop it; it goes on without this command."""
+    """Submits the run and prints how to follow and to stop it, and nothing else; it goes on without this command."""
     check_server_answers(operator, insecure, _WAYS_OUT)
     submission = Submission(operator)
-    with waiting(console, "handing the run to Flower"):
+    with waiting(Console(stderr=True), "handing the run to Flower"):
         run_id = submission.submit(config, folder)
     lines = [f"Flower run {run_id}; folder {folder}, on the server's machine", "", *submission.how_to(folder)]
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
