@@ -151,7 +151,7 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
     folder = Path("runs/benchmark-silence-smoke" if smoke else "runs/benchmark-silence").absolute()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    figures, told = list[Figure](), dict[str, Any]()
+    figures, told, busy = list[Figure](), dict[str, Any](), round(os.getloadavg()[0], 1)
     for name, terminal, arguments in _smoke_commands(folder) if smoke else _commands(folder):
         record = Recorder(
             [EDGELAM, *arguments], terminal=terminal, cwd=folder, environment={"HF_HUB_OFFLINE": "1"}
@@ -174,7 +174,7 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
         }
     figures += _costs(folder, 200 if smoke else 5000)
     shutil.rmtree(folder, ignore_errors=True)
-    return {"run_file": RUN_FILE, "commands": told}, figures
+    return {"run_file": RUN_FILE, "processes_that_computed_beside": busy, "commands": told}, figures
 
 
 def _costs(folder: Path, signs: int) -> list[Figure]:

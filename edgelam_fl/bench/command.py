@@ -36,9 +36,10 @@ def bench(console: Console, file: Path, out: Path | None, jobs: int) -> int:
 
     out: folder of the results, new or to resume; None: runs/bench-<name>. jobs: cells at a time.
     """
-    matrix = read_matrix(file)
-    check_extra()
-    with waiting(console, f"reading {matrix.bench.dataset}"):
+    with waiting(console, f"reading {file.name}") as wait:
+        matrix = read_matrix(file)
+        check_extra()
+        wait.update(f"reading {matrix.bench.dataset}")
         data = datasets.load(matrix.bench, matrix.folder)
         configs = check_cells(matrix, data.classes)
     out = (out or Path("runs") / f"bench-{matrix.name}").expanduser().absolute()

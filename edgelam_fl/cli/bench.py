@@ -29,8 +29,11 @@ def bench(
     Finished cells are kept in cells.jsonl and never run again, so an interrupted matrix resumes. Leaves tables
     (results.md) and a page of plots (results.html). Needs the extra: pip install 'edgelam-fl\\[bench]'.
     """
-    from edgelam_fl.bench.command import bench as work
     from edgelam_fl.files import keep_private
+    from edgelam_fl.telemetry.waiting import waiting
+
+    with waiting(console, "loading what matrices need"):
+        from edgelam_fl.bench.command import bench as work
 
     keep_private()
     raise typer.Exit(work(console, file, out, jobs))

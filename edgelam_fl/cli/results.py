@@ -42,6 +42,7 @@ def report(
     from edgelam_fl.telemetry.run_folder import find_run, kept, state_now
     from edgelam_fl.telemetry.summary import build_summary, summary_table
     from edgelam_fl.telemetry.verdict import verdict
+    from edgelam_fl.telemetry.waiting import waiting
 
     folder = find_run(folder)
     events = list(read_events(folder / EVENTS_FILE)) if (folder / EVENTS_FILE).is_file() else []
@@ -58,7 +59,9 @@ def report(
         say(f"its process ended without a last word. {kept(folder)}")
     for heading, text in failure(events):
         say(f"{heading.lower()}: {text}")
-    say(f"page: {write_report(folder)}")
+    with waiting(messages, "drawing the page"):
+        page = write_report(folder)
+    say(f"page: {page}")
 
 
 ToOption = Annotated[
@@ -144,12 +147,13 @@ def export(
     adapter as GGUF files, and a Modelfile for Ollama. Merging takes the whole model in memory, 4 bytes per weight, into the
     base as it was before any quantization. Each has a model card.
     """
-    from edgelam_fl.serving.export import export as write
-    from edgelam_fl.serving.results import open_result
     from edgelam_fl.telemetry.waiting import waiting
 
-    result = open_result(folder)
     with waiting(console, "exporting"):
+        from edgelam_fl.serving.export import export as write
+        from edgelam_fl.serving.results import open_result
+
+        result = open_result(folder)
         made, how = write(result, to, out, dtype, front)
     say(f"wrote {made}; elsewhere:\n{how}")
 
@@ -167,13 +171,14 @@ def push(
     Nothing else of the run leaves this machine: no data, no events, no names of nodes. The token is the one of `hf auth login` or
     HF_TOKEN. What is uploaded is listed first. A new repository is private.
     """
-    from edgelam_fl.serving.push import Upload
-    from edgelam_fl.serving.push import push as upload
-    from edgelam_fl.serving.results import open_result
     from edgelam_fl.telemetry.waiting import waiting
 
-    result = open_result(folder)
     with waiting(messages, "exporting and uploading"):
+        from edgelam_fl.serving.push import Upload
+        from edgelam_fl.serving.push import push as upload
+        from edgelam_fl.serving.results import open_result
+
+        result = open_result(folder)
         place = upload(result, Upload(name, to, public, dtype, front), say)
     say(f"uploaded: {place}")
 
@@ -198,16 +203,18 @@ def chat(
     --prompt, only the answer is printed.
     """
     from edgelam_fl.files import keep_private
-    from edgelam_fl.model.source import find_model
-    from edgelam_fl.serving.chat import check_can_talk, converse
-    from edgelam_fl.serving.results import open_result
     from edgelam_fl.telemetry.waiting import waiting
 
     keep_private()
-    result = open_result(folder)
-    check_can_talk(result.config, prompt)
-    if not base:
-        result.check_base(find_model(result.config.model.name))
+    with waiting(messages, "opening the run"):
+        from edgelam_fl.model.source import find_model
+        from edgelam_fl.serving.chat import check_can_talk, converse
+        from edgelam_fl.serving.results import open_result
+
+        result = open_result(folder)
+        check_can_talk(result.config, prompt)
+        if not base:
+            result.check_base(find_model(result.config.model.name))
     if server and base:
         raise ConfigError(
             "--base and --server do not go together: the hosts hold the run's adapter; leave out --server"
