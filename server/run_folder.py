@@ -187,15 +187,20 @@ class RunFolder:
         return trained_on(self._spec.source)
 
     def _accompany(self) -> None:
-        """Puts the tokenizer, the generation settings and the model card beside the adapter, if there is one."""
+        """Puts the tokenizer, the generation settings and the model card beside the adapter, if there is one.
+
+        A disk may be full, or a file of the model damaged: the run is over all the same.
+        """
         adapter = self.path / "adapter"
-        if adapter.is_dir():
+        if not adapter.is_dir():
+            return
+        try:
+            card = model_card(self._spec.config, self._base, list(read_events(self._log.path)), "peft", whole=False)
             add_texts(self._spec.source, adapter)
-            add_card(
-                model_card(self._spec.config, self._base, list(read_events(self._log.path)), "peft", whole=False),
-                adapter,
-            )
+            add_card(card, adapter)
             share(adapter)
+        except (OSError, ModelError) as error:
+            say(f"{adapter} has no model card ({error}); `edgelam export {self.path} --to peft` makes one")
 
     def finish(self) -> None:
         """Writes summary.json and report.html from the events."""
@@ -206,8 +211,8 @@ class RunFolder:
         try:
             summary = build_summary(list(read_events(self._log.path)))
             write_atomically(self.path / "summary.json", json.dumps(as_json(summary), indent=2) + "\n")
+            self._accompany()  # before the report: whoever follows the run takes that for its end
             write_report(self.path)
-            self._accompany()
         except OSError as error:
             if not is_full(error):
                 raise
@@ -225,6 +230,6 @@ class RunFolder:
         )
         self._trackers.close(failed=True)
         self.emit(RunFailure(reason=from_home(reason), kept=kept, exit_code=exit_code))
-        with suppress(OSError, ModelError):  # the reason is out; a disk may be full, and the model's files damaged
+        self._accompany()
+        with suppress(OSError):  # the reason is out; on a full disk there is no room for the page
             write_report(self.path)
-            self._accompany()

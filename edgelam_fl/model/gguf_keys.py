@@ -54,6 +54,7 @@ def keys_of_file(header: GgufHeader) -> dict[str, Any]:
         key: value
         for key, value in header.keys.items()
         if key not in _OF_THE_FILE
+        and value != []
         and not key.startswith(("split.", "quantize.", "general.source.", "general.base_model."))
     }
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from edgelam_fl.config import RunConfig
 from edgelam_fl.serving.trained_on import TrainedOn
 from edgelam_fl.telemetry.events import BestTaken, DeviceResult, Event, of_kind
-from edgelam_fl.telemetry.human import human_measure, human_number
+from edgelam_fl.telemetry.human import human_count, human_measure, human_number
 from edgelam_fl.telemetry.summary import (
     Summary,
     build_summary,
@@ -38,8 +38,7 @@ def model_card(config: RunConfig, base: TrainedOn, events: Sequence[Event], form
     summary = build_summary(events)
     parts = [
         f"# {_short(base)}, fine-tuned with EdgeLAM-FL",
-        f"{_KINDS[form]} {_named(base)}, trained by federated split learning: {_devices(summary)} kept their data and trained it together, "
-        f"each with {_hosts(config)}.",
+        f"{_KINDS[form]} {_named(base)}, trained by federated split learning. {_who(config, summary)}",
         _section("Use", _use(config, base, form) + ("" if whole else _lacking(config))),
         _section("Base model", _of_base(base)),
         _section("Training data", _of_data(summary)),
@@ -77,15 +76,18 @@ def _short(base: TrainedOn) -> str:
     return base.name.rsplit("/", 1)[-1]
 
 
-def _devices(summary: Summary) -> str:
+def _who(config: RunConfig, summary: Summary) -> str:
     count = len(summary.devices)
-    return "devices" if not count else "1 device" if count == 1 else f"{count} devices"
-
-
-def _hosts(config: RunConfig) -> str:
+    begin = (
+        "Its device kept its"
+        if count == 1
+        else f"Its {count} devices kept their"
+        if count
+        else "Its devices kept their"
+    )
     if config.split.hosts == 0:
-        return "the whole model"
-    return "the first and last layers, while other machines computed the layers between"
+        return f"{begin} data and computed the whole model."
+    return f"{begin} data and computed the first and last layers, while other machines computed the layers between."
 
 
 # ---------------------------------------------------------------- how it is used, what it stands on
@@ -100,13 +102,17 @@ def _use(config: RunConfig, base: TrainedOn, form: str) -> str:
             "here, is the change alone: `llama-cli -m BASE.gguf --lora adapter.gguf`."
         )
     if form == "merged":
-        return _code(f'model = AutoModelFor{kind}.from_pretrained("THIS FOLDER")    # from transformers')
+        return _code(
+            f"from transformers import AutoModelFor{kind}, AutoTokenizer\n\n"
+            f'model = AutoModelFor{kind}.from_pretrained("THIS FOLDER")\ntokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")'
+        )
     place = f'"{base.name}"' if base.is_public else f'"YOUR COPY OF {_short(base)}"'
     labels = f", num_labels={len(classes)}" if classes else ""
     told = f"\n\nThe classes, in the order of the outputs: {', '.join(classes)}." if classes else ""
     lines = (
-        f"base = AutoModelFor{kind}.from_pretrained({place}{labels})    # from transformers\n"
-        'model = PeftModel.from_pretrained(base, "THIS FOLDER")    # from peft'
+        f"from peft import PeftModel\nfrom transformers import AutoModelFor{kind}, AutoTokenizer\n\n"
+        f"base = AutoModelFor{kind}.from_pretrained({place}{labels})\n"
+        'model = PeftModel.from_pretrained(base, "THIS FOLDER")\ntokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")'
     )
     return _code(lines) + told
 
@@ -145,7 +151,7 @@ def _of_data(summary: Summary) -> str:
     each = sorted(device.examples or 0 for device in known)
     spread = f", {human_number(each[0])} to {human_number(each[-1])} on each" if len(each) > 1 else ""
     return (
-        f"{_devices(summary)} with {human_number(learned)} examples to learn{spread}, and {human_number(held_out)} held out to "
+        f"{human_count(len(known), 'device')} with {human_number(learned)} examples to learn{spread}, and {human_number(held_out)} held out to "
         f"measure with. The data stayed on the devices and are not published with this model."
     )
 
@@ -162,7 +168,7 @@ def _of_result(config: RunConfig, events: Sequence[Event]) -> str:
     note = f" {change.note}" if change.note else ""
     return (
         f"| held-out {measure} | before | after |\n|---|---|---|\n"
-        f"| {len(change.devices)} of {change.all_devices} devices, pooled | {human_measure(measure, change.before)} | "
+        f"| {change.who} | {human_measure(measure, change.before)} | "
         f"{human_measure(measure, change.after)} |\n\n"
         f"Held-out examples were never learned.{spread}{note}"
     )
@@ -175,6 +181,12 @@ class _Change:
     devices: Mapping[str, float]  # measured both times -> afterwards
     all_devices: int
     note: str  # what has to be known of `after`
+
+    @property
+    def who(self) -> str:
+        measured = len(self.devices)
+        of_all = "" if measured == self.all_devices else f"{measured} of "
+        return f"{of_all}{human_count(self.all_devices, 'device')}{', pooled' if measured > 1 else ''}"
 
 
 def _change(config: RunConfig, events: Sequence[Event]) -> _Change | None:
@@ -212,12 +224,17 @@ def _of_training(config: RunConfig, summary: Summary) -> str:
         "optimizer": f"{learning.name}, learning rate {learning.lr:g} ({learning.schedule})",
         "task": f"{task.kind}, at most {task.max_tokens} tokens, loss on {task.loss_on}, template {task.template!r}",
         "combined by": config.strategy.aggregation,
-        "frozen weights kept in": f"{config.model.base}, computed in {config.model.compute}",
-        "codecs on the wire": f"{config.wire.activation_codec} and {config.wire.gradient_codec} for gradients",
+        "frozen weights kept in": config.model.base,
+        "hidden states sent as": _codecs(config),
         "seed": str(config.run.seed),
         "versions": ", ".join(f"{name} {number}" for name, number in summary.versions.items()) or "not known",
     }
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {_cell(text)} |" for name, text in rows.items())
+
+
+def _codecs(config: RunConfig) -> str:
+    states, gradients = config.wire.activation_codec, config.wire.gradient_codec
+    return states if states == gradients else f"{states}, their gradients as {gradients}"
 
 
 def _of_lora(config: RunConfig) -> str:

@@ -42,11 +42,10 @@ class TrainedOn:
     @property
     def in_words(self) -> str:
         """Names the weights in half a sentence."""
-        what = f"{self.file} ({self.quantized or 'not quantized'})" if self.file else self.name
-        unpacked = ", unpacked to plain numbers" if self.quantized else ""
+        stored = f" (stored as {self.quantized})" if self.quantized else ""
         copy = f", a rounded copy of {self.name}" if self.is_rounded_copy else ""
-        stored = f" (stored as {self.quantized})" if self.quantized and not self.file else ""
-        return f"the weights of {what}{stored}{unpacked}{copy}; SHA-256 {self.digest}"
+        unpacked = ", unpacked to plain numbers" if self.quantized else ""
+        return f"the weights of {self.file or self.name}{stored}{copy}{unpacked}; SHA-256 {self.digest}"
 
     def as_json(self) -> dict[str, str]:
         """Returns the same for adapter_config.json, without what is empty."""

@@ -16,6 +16,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+sys.modules["edgelam_fl"] = None  # whoever imports it now fails
+
 
 def main() -> None:
     task = json.load(sys.stdin)
@@ -35,7 +37,6 @@ def main() -> None:
     for name, adapter in task["adapters"].items():
         tuned = PeftModel.from_pretrained(copy.deepcopy(base), adapter)
         found[name] = {device: perplexity(tuned, own) for device, own in examples.items()}
-    assert not any(name.partition(".")[0] == "edgelam_fl" for name in sys.modules)
     json.dump(found, sys.stdout)
 
 

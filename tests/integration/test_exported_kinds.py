@@ -23,7 +23,8 @@ from tests.parity.test_lora_kinds import KINDS, SIZES, config_of, moved
 from tests.results import write_result
 from tests.support import write_tiny_llama
 
-ALL = {"plain": [], **KINDS}
+NAMES = ("rsLoRA", "layers of both ends", "DoRA", "head and norms", "all at once")
+ALL = {"plain": list[str](), **{name: KINDS[name] for name in NAMES}}
 
 
 @pytest.fixture(scope="module")

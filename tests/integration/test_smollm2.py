@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from benchmarks import common, demo
 from edgelam_fl.config import parse_run_file
@@ -74,6 +75,16 @@ def test_exported_adapter_scores_the_same_elsewhere(run: Demo, plain: dict[str, 
         assert after < 0.95 * before, "two steps at this rate must be felt, or nothing was compared"
 
 
-def test_exported_adapter_names_a_base_that_others_can_find(run: Demo) -> None:
+def test_exported_adapter_names_a_base_that_others_can_find(run: Demo, smollm: ModelSource) -> None:
     config = json.loads((run.folder / "adapter/adapter_config.json").read_text(encoding="utf-8"))
     assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    known = config["auto_mapping"]["trained_on"]
+    assert (known["file"], known["sha256"]) == ("SmolLM2-135M-Instruct.Q4_1.gguf", smollm.files["weights"])
+
+
+def test_a_demo_leaves_a_card_with_what_was_measured(run: Demo, plain: dict[str, tuple[float, float]]) -> None:
+    card = ModelCard.load(run.folder / "adapter/README.md")
+    (before, after), *_ = plain.values()
+    assert f"| 1 device | {before:.2f} | {after:.2f} |" in card.text
+    assert "a rounded copy of HuggingFaceTB/SmolLM2-135M-Instruct" in card.text
+    assert card.data.to_dict()["license"] == "apache-2.0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import stat
@@ -37,7 +38,7 @@ def test_it_says_how_the_run_went() -> None:
     assert (told["base_model"], told["base_model_relation"], told["license"]) == ("org/base", "adapter", "mit")
     assert (told["library_name"], told["pipeline_tag"]) == ("peft", "text-generation")
     assert f"{len(DEVICES)} devices with 1,536 examples to learn, 512 to 512 on each" in card.text
-    found = re.search(r"\| 3 of 3 devices, pooled \| ([\d.]+) \| ([\d.]+) \|", card.text)
+    found = re.search(r"\| 3 devices, pooled \| ([\d.]+) \| ([\d.]+) \|", card.text)
     assert found
     assert 85 <= float(found[1]) <= 91
     assert 15 <= float(found[2]) <= 21
@@ -98,7 +99,9 @@ def test_kinds_of_lora_are_said() -> None:
 
 def test_a_rounded_base_is_named_with_its_digest() -> None:
     text = card_of(a_run(), ROUNDED).text
-    assert "base.Q4_1.gguf (Q4_1), unpacked to plain numbers, a rounded copy of org/base; SHA-256 12ab" in text
+    assert (
+        "base.Q4_1.gguf (stored as Q4_1), a rounded copy of org/base, unpacked to plain numbers; SHA-256 12ab" in text
+    )
     assert "The weights at org/base are not rounded" in text
     assert "rounded" not in card_of(a_run(), PLAIN).text
 
@@ -176,7 +179,7 @@ def test_a_run_leaves_an_adapter_that_others_can_use(federation: MakeFederation,
     run.folder.finish()
     card = ModelCard((adapter / "README.md").read_text(encoding="utf-8"))
     assert "1 of 1, 10 steps each" in card.text
-    assert "2 devices" in card.text
+    assert "Its 2 devices kept their data and computed the first and last layers" in card.text
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["auto_mapping"]["trained_on"]["sha256"] == tiny.files["weights"]
     own, base = (AutoTokenizer.from_pretrained(folder) for folder in (adapter, tiny.folder))
@@ -198,9 +201,24 @@ def test_a_run_that_fails_leaves_a_card_if_it_leaves_an_adapter(federation: Make
     assert (run.folder.path / "adapter" / "README.md").is_file()
 
 
+def test_a_card_that_cannot_be_written_fails_no_run(
+    federation: MakeFederation, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = federation("ab", "e", "federation.rounds=1")
+    run.run()
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("server.run_folder.add_card", full)
+    run.folder.finish()
+    assert "adapter has no model card ([Errno 28] No space left on device); `edgelam export" in capsys.readouterr().out
+    assert run.events("run_done")
+
+
 def test_a_card_is_of_the_run_file(tiny: ModelSource) -> None:
     config: RunConfig = run_config(tiny.name, "strategy.aggregation=krum", "model.base=int8")
     text = model_card(config, PLAIN, [], "merged")
     assert "| combined by | krum |" in text
-    assert "| frozen weights kept in | int8, computed in auto |" in text
+    assert "| frozen weights kept in | int8 |" in text
     assert ModelCard(text).data.to_dict()["base_model_relation"] == "finetune"
