@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 
 from edgelam_fl.telemetry.events import DeviceResult, RoundDone
-from edgelam_fl.telemetry.human import human_bytes, human_seconds
+from edgelam_fl.telemetry.human import human_bytes, human_count, human_seconds
 from edgelam_fl.telemetry.summary import is_training_round, pooled
 
 
@@ -17,13 +17,9 @@ def lines_of(done: RoundDone, rounds: int) -> Iterator[str]:
     """Yields a line for the round, of so many in the run, and one per device. A number that was not measured is left out."""
     trains = is_training_round(done)
     what = f"round {done.round} of {rounds}" if trains else "last evaluation"
-    yield f"{what} took {human_seconds(done.seconds)}; over {_devices(done.devices)}: {_joined(_means(done.devices, trains))}"
+    yield f"{what} took {human_seconds(done.seconds)}; over {human_count(len(done.devices), 'device')}: {_joined(_means(done.devices, trains))}"
     for device in done.devices:
         yield f"  {device.name}: {_joined(_numbers(device, trains))}"
-
-
-def _devices(devices: Sequence[DeviceResult]) -> str:
-    return "1 device" if len(devices) == 1 else f"{len(devices)} devices"
 
 
 def _joined(numbers: Iterable[str]) -> str:

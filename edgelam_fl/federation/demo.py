@@ -23,6 +23,7 @@ from edgelam_fl.federation.runs import check_run, run_here
 from edgelam_fl.federation.template import in_fork, warm_template
 from edgelam_fl.machine import memory_free_bytes
 from edgelam_fl.tasks.docstrings import write_device_files
+from edgelam_fl.telemetry.human import human_count
 from edgelam_fl.telemetry.waiting import waiting
 
 RUN_FILE = """\
@@ -60,9 +61,8 @@ def run_demo(console: Console, devices: int, out: Path | None, overrides: list[s
     with waiting(console, "gathering docstrings"):
         files = write_device_files(folder / "data", devices)
     counts = ", ".join(f"{sum(1 for _ in file.open(encoding='utf-8'))}" for file in files)
-    console.print(
-        f"data: docstrings of Python's standard library, other modules on each device: {counts} pairs", highlight=False
-    )
+    said = f"data: docstrings of Python's standard library, other modules on each device: {counts} pairs"
+    console.print(said, highlight=False, soft_wrap=True)
     status = run_here(console, config, folder, files)
     if status:
         return status
@@ -91,7 +91,7 @@ def check_memory(devices: int, available: int | None = None) -> None:
     if fits < 1:
         way_out = f"End another program; the smallest demo, --devices 1, takes {_gib(_needed(1))}"
     raise EnvironmentProblem(
-        f"{devices} device{'s' if devices > 1 else ''} and an edge server on one machine take about {_gib(_needed(devices))}; "
+        f"{human_count(devices, 'device')} and an edge server on one machine take about {_gib(_needed(devices))}; "
         f"{_gib(available)} are free. {way_out}"
     )
 

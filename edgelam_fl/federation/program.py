@@ -32,10 +32,10 @@ def run(
 ) -> Result:
     """Fine-tunes a model on this machine, with one device per data file, and returns the result once the run is done.
 
-    data: one file per device, in any format that `edgelam client --data` takes; devices are named after their files. run_file: a path, or what `read_run_file`
-    returned; None: every key at its default, but for those that fit the data (task, fields, classes). overrides: keys of
-    the run file by their dotted names, {"federation.rounds": 2}, or as a command line has them, ["federation.rounds=2"]. eval_data:
-    examples that are measured and never learned, one file for all devices or one each; empty: a share of their data is. folder:
+    data: one file per device, in any format that `edgelam client --data` takes, or a pattern (*.jsonl); devices are named after their
+    files. run_file: a path, or what `read_run_file` returned; None: every key at its default, but for those that fit the data (task,
+    fields, classes). overrides: keys of the run file by their dotted names, {"federation.rounds": 2}, or as a command line has them,
+    ["federation.rounds=2"]. eval_data: examples that are measured and never learned, one file for all devices or one each; empty: a share of their data is. folder:
     the run's, absent or empty; None: a new one, as run.out says. on_event: gets each event as it comes. A program that would
     rather have an iterator of events calls `run_local`.
 
