@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from edgelam_fl.telemetry.human import human_measure
-from edgelam_fl.telemetry.summary import ENDED, Summary, before_and_after, measure_of
+from edgelam_fl.telemetry.summary import (
+    ENDED,
+    Summary,
+    before_and_after,
+    best_in_words,
+    measure_of,
+    metrics_in_words,
+)
 
 OVER = (*ENDED, "killed")
 """The states of a run that does not go on by itself."""
@@ -54,7 +61,10 @@ def _is_known(value: float | None) -> bool:
 
 
 def verdict(summary: Summary) -> str:
-    """Returns the sentence that says whether a run helped: the held-out measure before and after, and on how many devices."""
+    """Returns what says whether a run helped: the held-out measure before and after, and on how many devices.
+
+    Behind it, which adapter is the result if it is not the last one by rule, and what task.metrics measured.
+    """
     measure = measure_of(summary.task)
     before, after = before_after(summary)
     if before is None or after is None:
@@ -71,7 +81,8 @@ def verdict(summary: Summary) -> str:
     sentences = [f"{_when(summary.state)}eld-out {measure} {went}{over}.", *_improved(summary, measure)]
     if (after.mean - before.mean) * _sign(measure) < 0:
         sentences.insert(1, "That is worse than what the run began with.")
-    return " ".join(sentences)
+    more = (*best_in_words(summary), *metrics_in_words(summary))
+    return " ".join([*sentences, *(f"{words[0].upper()}{words[1:]}." for words in more)])
 
 
 def _unmeasured(summary: Summary, before: Spread | None) -> str:

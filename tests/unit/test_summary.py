@@ -27,6 +27,7 @@ from edgelam_fl.telemetry.summary import (
     read_summary,
     summary_table,
 )
+from edgelam_fl.telemetry.verdict import verdict
 from tests.recorded import as_events, of_privacy
 
 
@@ -347,6 +348,7 @@ def test_answers_are_summed_up_before_and_after() -> None:
     console = Console(file=io.StringIO(), width=100)
     console.print(summary_table(summary_of(lines)))
     assert "answers, mean over devices: exact_match 0.125 -> 0.500" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert verdict(summary_of(lines)).endswith("Answers, mean over devices: exact_match 0.125 -> 0.500.")
 
 
 def test_a_result_that_is_not_the_last_adapter_has_the_measures_of_its_own_round() -> None:
@@ -357,5 +359,6 @@ def test_a_result_that_is_not_the_last_adapter_has_the_measures_of_its_own_round
     console.print(summary_table(found))
     said = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
     assert "result: the adapter after round 1 of 2, as it had the lowest held-out loss" in said
+    assert "Result: the adapter after round 1 of 2, as it had the lowest held-out loss." in verdict(found)
     went_on = summary_of([*a_run()[:-1], taken, {"event": "run_resumed", "time": 104.0, "round": 2}])
     assert (went_on.best_round, went_on.devices[0].perplexity_after) == (None, 15.5)
