@@ -58,7 +58,10 @@ def test_one_pasted_line_joins_a_node_and_revoking_ends_it(tmp_path: Path, child
         return lambda: log.exists() and words in log.read_text(encoding="utf-8")
 
     server = start("server", "server", "--listen", f"127.0.0.1:{free_port()}", "--state", "server")
-    wait_for(says(server.log, "edgelam invite NAME"), server)
+    wait_for(says(server.log, "not announced on the network: it listens on this machine alone"), server)
+    said = server.log.read_text(encoding="utf-8")
+    for line in ("edgelam invite NAME", "export FLWR_HOME=", 'flwr run . --run-config "federation.rounds=2"'):
+        assert line in said
     text = json.loads(edgelam("invite", "edge", "--role", "host", "--json"))["text"]
     node = start("edge", "client", "--join", text, "--threads", "1")
     wait_for(says(tmp_path / "server" / "superlink.log", "Activated node_id"), server, node)
