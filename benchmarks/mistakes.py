@@ -98,6 +98,7 @@ MISTAKES = [
     Mistake("semicolons", "run mine.toml --data semicolons.csv", "parted by ';'", True),
     Mistake("other columns", "run mine.toml --data columns.csv", "lacks the field 'question'", True),
     Mistake("passages and a chat template", "run mine.toml --data passages.txt", "task.template = 'plain' and task.loss_on = 'all'", True),
+    Mistake("passages beside questions", "run --data ann.jsonl --data passages.txt", "The devices of one run are read by the same keys", True),
     Mistake("chats without their template", "run plain.toml --data chats.jsonl", "they need task.template = 'chat', got 'plain'", True),
     Mistake("questions for classes", "run topics.toml --data ann.jsonl", "is none of task.classes", True, False),
     Mistake("answers that are too long", "run --data long.jsonl --set task.max_tokens=16 --set task.too_long=skip", "has an answer within task.max_tokens = 16", True, tokenizes=True),

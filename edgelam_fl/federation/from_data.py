@@ -21,7 +21,7 @@ from edgelam_fl.model.limits import check_tokens, positions_of
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.names import folded, printable, why_no_name
 from edgelam_fl.plan.making import task_settings
-from edgelam_fl.tasks.data import device_pairs
+from edgelam_fl.tasks.data import DataSettings, DevicePairs, device_pairs
 from edgelam_fl.tasks.kinds import TASKS
 from edgelam_fl.tasks.named import local_data
 from edgelam_fl.tasks.suggest import Suggestion, suggest
@@ -31,6 +31,7 @@ MOST_DEVICES = 16
 _CLASSIFIER = "minilm-l6"
 _PATTERN = re.compile(r"[*?\[]")
 _NAME_CHARACTERS = 40
+_ODD_ONE_OUT = ("chat", "missing-field", "passages", "unknown-class")  # faults of a file that is unlike the others
 _EDGE_NAME = re.compile(r"edge-\d+")
 
 Sections = dict[str, dict[str, Any]]
@@ -150,11 +151,24 @@ def sections_for(files: Sequence[Path], model: str, task: str = "") -> tuple[Sec
         said += found.said
         settings = task_settings(RunConfig.model_validate(sections))
         for file in read:
-            unread = device_pairs(file, settings).unread
+            unread = _read(file, settings, len(read)).unread
             said += [f"not learned: the field {printable(name, 60)!r} of {file}, which no key names" for name in unread]
     elif task and TASKS[task].answers == "class":
         raise ConfigError(f"--task {task} needs --data FILE, to find the names of the classes")
     return sections, said
+
+
+def _read(file: Path, settings: DataSettings, files: int) -> DevicePairs:
+    """Reads a file by the keys that were found in all `files`. Raises DataError, which says so if there are several."""
+    try:
+        return device_pairs(file, settings)
+    except DataError as error:
+        if files == 1 or error.fault not in _ODD_ONE_OUT:
+            raise
+        words = (
+            f"{error}. The devices of one run are read by the same keys: convert this file, or give it a run of its own"
+        )
+        raise DataError(words, error.fault, error.place) from error
 
 
 def check_kind(task: str) -> None:

@@ -526,6 +526,7 @@ def test_nodes_that_cannot_take_part_fail_the_run_with_their_reasons(
     assert "PRIVATE" not in done.stdout + done.stderr + "".join(file.read_text(errors="replace") for file in left)
     assert "protocol version 99" in done.stderr
     assert "no device is left that can take part" in done.stderr
+    assert "an adapter of " in done.stdout, "what the run file comes to"
     assert "no round was finished" in done.stderr
 
 
