@@ -94,7 +94,7 @@ def _tokens(tokenizer: Any, rows: int) -> dict[str, Any]:
             types[number] = _BYTE
     for number, added in tokenizer.added_tokens_decoder.items():
         types[number] = CONTROL if added.special else USER_DEFINED
-    if tokenizer.unk_token_id is not None:
+    if tokenizer.unk_token_id is not None and types[tokenizer.unk_token_id] == NORMAL:
         types[tokenizer.unk_token_id] = UNKNOWN
     return {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
 

@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,6 +57,8 @@ def push(result: Result, upload: Upload, tell: Callable[[str], None]) -> str:
         raise ConfigError("no token of the model hub is here: `hf auth login` keeps one, or set HF_TOKEN to it")
     api = HfApi(endpoint=upload.endpoint, token=token)
     with _explained(upload.name):
+        if "/" not in upload.name:
+            upload = replace(upload, name=f"{api.whoami()['name']}/{upload.name}")
         _check_is_private(api, upload)
     with tempfile.TemporaryDirectory(prefix=".push.", dir=result.folder) as made:
         folder, _ = export(result, upload.kind, Path(made) / upload.kind, upload.dtype, upload.front)
@@ -89,10 +91,10 @@ def _check_is_private(api: HfApi, upload: Upload) -> None:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        found = api.repo_info(upload.name) if "/" in upload.name else None
+        found = api.repo_info(upload.name)
     except RepositoryNotFoundError:
         return
-    if found is not None and not found.private and not upload.public:
+    if not found.private and not upload.public:
         raise ConfigError(
             f"{upload.name} exists, and anybody can read it. --public says that this is wanted; another NAME makes a private one"
         )

@@ -230,8 +230,11 @@ def test_a_merged_model_is_read_back_as_itself(tmp_path: Path, name: str) -> Non
     assert {key: header.keys.get(key) for key in expected} == pytest.approx(expected)
 
 
+SAYS_ITS_LAST_TOKEN_AGAIN = {"llama, tied", "gemma"}  # with and without an adapter: answers would show nothing
+
+
 @needs_llama_cpp
-@pytest.mark.parametrize("name", ["llama", "llama 3", "qwen3", "gemma2", "gpt2"])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in SAYS_ITS_LAST_TOKEN_AGAIN])
 def test_llama_cpp_answers_as_transformers(tmp_path: Path, name: str) -> None:
     """Merged, and as an adapter beside the base; 20 tokens after each of three prompts."""
     source = saved(tmp_path / "model", CASES[name][1](), byte_level())
@@ -376,6 +379,20 @@ def test_a_vocabulary_of_sentencepiece(tmp_path: Path, prefix: bool) -> None:
     keys = read_header(file).keys
     assert (keys["tokenizer.ggml.model"], keys["tokenizer.ggml.add_space_prefix"]) == ("llama", prefix)
     check_same_tokens(spaced(prefix), file)
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize(
+    "cut", ["llama-bpe", "dbrx", "smollm", "gpt-2", "qwen2", "tekken", "with a space before", "without one"]
+)
+def test_llama_cpp_makes_the_same_tokens(tmp_path: Path, cut: str) -> None:
+    tokenizer = byte_level(cut) if cut in CUTS else spaced(cut == "with a space before")
+    source = saved(tmp_path / "model", llama(num_hidden_layers=1, hidden_size=32, intermediate_size=32), tokenizer)
+    file = exported(write_result(tmp_path / "run", source, "split.front=0", "split.back=0")) / "model.gguf"
+    texts = [*TEXTS, "<|user|>\nHello<|end|>", "quite another text, with 77 new words"]
+    said = read_by_llama_cpp(file, tmp_path, texts=texts, vocabulary=len(tokenizer))
+    assert said["tokens"] == [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert set(said["ends"]) >= {1, 3}
 
 
 def check_same_tokens(tokenizer: Any, file: Path) -> None:

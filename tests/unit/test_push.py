@@ -72,6 +72,8 @@ class Hub:
             self.private.setdefault(name, asked["visibility"] == "private")
             self.files.setdefault(name, {})
             return 200, {"url": f"{self.address}/{name}"}
+        if path == "/api/whoami-v2":
+            return 200, {"name": "me", "type": "user"}
         if path == "/api/validate-yaml":
             return 200, {"warnings": [], "errors": []}
         name = "/".join(path.removeprefix("/api/models").removeprefix("/").split("/")[:2])
@@ -161,8 +163,11 @@ def test_public_is_said_twice_over(run: Path, hub: Hub) -> None:
 
 
 def test_a_name_without_an_owner_is_the_tokens(run: Path, hub: Hub) -> None:
-    pushed(run, hub, "tomatoes")
+    assert pushed(run, hub, "tomatoes")[0].startswith("uploading to me/tomatoes (private)")
     assert hub.private == {"me/tomatoes": True}
+    hub.private["me/tomatoes"] = False
+    with pytest.raises(ConfigError, match="me/tomatoes exists, and anybody can read it"):
+        pushed(run, hub, "tomatoes")
 
 
 def test_a_second_push_adds_a_commit(run: Path, hub: Hub) -> None:
