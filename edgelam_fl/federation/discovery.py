@@ -10,13 +10,14 @@ import ipaddress
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from edgelam_fl.addresses import is_loopback, join_address
 from edgelam_fl.errors import ConfigError, EnvironmentProblem
+from edgelam_fl.federation.server_probe import problem_at
 from edgelam_fl.names import printable
 
 AUTO = "auto"
@@ -30,8 +31,8 @@ _AUTHORITY = "authority"
 class FoundServer:
     """A server that announces itself."""
 
-    address: str
-    """HOST:PORT of its SuperLink."""
+    addresses: tuple[str, ...]
+    """HOST:PORT of its SuperLink, in each of its networks: not every one can be reached from here."""
     authority: str
     """Fingerprint of its authority, as hexadecimal digits; "": it speaks plain text."""
 
@@ -71,15 +72,19 @@ def announced(port: int, addresses: Sequence[str], authority: str, interfaces: A
 # ---------------------------------------------------------------- a node
 
 
-def find_server(authority: str = "", look_s: float = LOOK_S, interfaces: Any = None) -> str:
-    """Returns HOST:PORT of the server that announces itself on the local network.
+def find_server(
+    authority: str = "",
+    look_s: float = LOOK_S,
+    interfaces: Any = None,
+    answers: Callable[[str, bool], bool] = lambda address, tls: problem_at(address, tls=tls) is None,
+) -> str:
+    """Returns HOST:PORT of the server that announces itself on the local network, at an address where it answers if there is one.
 
-    authority: the fingerprint of the only one that will do; "": there has to be one alone. Raises EnvironmentProblem if none is found
-    within `look_s` seconds, ConfigError if several are.
+    authority: the fingerprint of the only one that will do; "": there has to be one alone. answers: asks an address, with TLS or
+    without. Raises EnvironmentProblem if none is found within `look_s` seconds, ConfigError if several are.
     """
-    found = list(
-        dict.fromkeys(one for one in servers(authority, look_s, interfaces) if authority in ("", one.authority))
-    )
+    heard = servers(authority, look_s, interfaces)
+    found = list(dict.fromkeys(one for one in heard if authority in ("", one.authority)))
     if not found:
         which = " of this node's federation" if authority else ""
         raise EnvironmentProblem(
@@ -88,11 +93,12 @@ def find_server(authority: str = "", look_s: float = LOOK_S, interfaces: Any = N
             "guests pass no announcements on"
         )
     if len({one.authority for one in found}) > 1:
-        listed = ", ".join(sorted(one.address for one in found))
+        listed = ", ".join(sorted(one.addresses[0] for one in found))
         raise ConfigError(
             f"--server auto: several servers announce themselves ({listed}); choose one, as --server HOST:PORT"
         )
-    return found[0].address
+    addresses = [address for one in found for address in one.addresses]
+    return next((address for address in addresses if answers(address, bool(found[0].authority))), addresses[0])
 
 
 def servers(authority: str, look_s: float, interfaces: Any = None) -> list[FoundServer]:
@@ -129,7 +135,7 @@ def _read(info: Any) -> list[FoundServer]:
         authority = printable(info.properties.get(_AUTHORITY.encode(), b"").decode("ascii"), 64)
     hosts = [host.partition("%")[0] for host in info.parsed_addresses()]
     usable = sorted((host for host in hosts if _is_address(host)), key=lambda host: ":" in host)
-    return [FoundServer(join_address(host, info.port), authority) for host in usable[:1]]
+    return [FoundServer(tuple(join_address(host, info.port) for host in usable), authority)] if usable else []
 
 
 def _is_address(host: str) -> bool:

@@ -26,20 +26,38 @@ def found(monkeypatch: pytest.MonkeyPatch, *these: FoundServer) -> None:
     monkeypatch.setattr(discovery, "servers", lambda authority, look_s, interfaces: list(these))
 
 
+def nobody(address: str, tls: bool) -> bool:
+    return False
+
+
 def test_a_server_is_found_where_it_announces_itself() -> None:
     with announced(8123, ["192.0.2.7"], OURS, LOOPBACK):
-        assert servers(OURS, 30.0, LOOPBACK) == [FoundServer("192.0.2.7:8123", OURS)]
+        assert servers(OURS, 30.0, LOOPBACK) == [FoundServer(("192.0.2.7:8123",), OURS)]
 
 
 def test_only_the_one_of_the_own_federation_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    found(monkeypatch, FoundServer("10.0.0.8:8000", OTHERS), FoundServer("10.0.0.9:8000", OURS))
-    assert find_server(OURS) == "10.0.0.9:8000"
+    found(monkeypatch, FoundServer(("10.0.0.8:8000",), OTHERS), FoundServer(("10.0.0.9:8000",), OURS))
+    assert find_server(OURS, answers=nobody) == "10.0.0.9:8000"
     with pytest.raises(ConfigError, match=r"several servers announce themselves \(10.0.0.8:8000, 10.0.0.9:8000\)"):
-        find_server()
-    found(monkeypatch, FoundServer("10.0.0.8:8000", OTHERS))
+        find_server(answers=nobody)
+    found(monkeypatch, FoundServer(("10.0.0.8:8000",), OTHERS))
     with pytest.raises(EnvironmentProblem, match=r"no server of this node's federation .* --server HOST:PORT"):
-        find_server(OURS)
-    assert find_server() == "10.0.0.8:8000"
+        find_server(OURS, answers=nobody)
+    assert find_server(answers=nobody) == "10.0.0.8:8000"
+
+
+def test_of_several_addresses_it_takes_the_one_that_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server with containers announces the addresses of their bridges too."""
+    found(monkeypatch, FoundServer(("172.17.0.1:8000", "10.0.0.9:8000"), OURS))
+    asked: list[tuple[str, bool]] = []
+
+    def answers(address: str, tls: bool) -> bool:
+        asked.append((address, tls))
+        return address.startswith("10.")
+
+    assert find_server(OURS, answers=answers) == "10.0.0.9:8000"
+    assert asked == [("172.17.0.1:8000", True), ("10.0.0.9:8000", True)]
+    assert find_server(OURS, answers=nobody) == "172.17.0.1:8000", "whoever dials there hears what is wrong"
 
 
 def test_what_only_this_machine_reaches_is_not_announced() -> None:
