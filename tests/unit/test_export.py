@@ -21,13 +21,14 @@ from edgelam_fl.model.adapter import Span, initial_adapter, read_peft_folder
 from edgelam_fl.model.carry import CARRY_B
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.stage import LoraSettings, load_stages
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.serving import export as module
 from edgelam_fl.serving.export import export
 from edgelam_fl.serving.results import open_result
 from tests.fleet import plain_model
 from tests.recorded import a_run
 from tests.results import trained_adapter, with_carry, write_result
-from tests.support import byte_tokenizer, write_tiny_llama
+from tests.support import byte_tokenizer, run_config, write_tiny_llama
 
 IDS = torch.tensor([[72, 101, 108, 108, 111, 3, 4, 5]])
 
@@ -168,12 +169,16 @@ def test_a_classification_is_exported_with_its_head_and_classes(tmp_path: Path, 
     assert len(set(logits(whole)[0].tolist())) == 3, "of a head that is not zero"
 
 
-@pytest.mark.parametrize("alpha", [16.0, 11.0])
-def test_carry_factors_are_exported_with_the_adapter(tmp_path: Path, tiny: ModelSource, alpha: float) -> None:
+OWN_SCALES = ["lora.alpha=11.0", "lora.use_rslora=true", "lora.alpha_pattern={ v_proj = 5.0 }"]
+
+
+@pytest.mark.parametrize("overrides", [["lora.alpha=16.0"], ["lora.alpha=11.0"], OWN_SCALES])
+def test_carry_factors_are_exported_with_the_adapter(tmp_path: Path, tiny: ModelSource, overrides: list[str]) -> None:
     """Layers 0 to 2, 4 and 5 of rank 8 + 5, layer 3 of rank 8: one LoRA each, elsewhere as in the run."""
     adapter = with_carry(trained_adapter(tiny), 5)
-    folder = write_result(tmp_path / "run", tiny, f"lora.alpha={alpha}", adapter=adapter)
-    lora = LoraSettings(8, alpha, ("q_proj", "v_proj"))
+    folder = write_result(tmp_path / "run", tiny, *overrides, adapter=adapter)
+    config = run_config(tiny.name, *overrides)
+    lora = LoraSettings(8, config.lora.alpha, ("q_proj", "v_proj"), kind=RunSpec(config, tiny).kind)
     (stage,) = load_stages(tiny, [Span(0, 6, embed=True, head=True)], "fp32", lora)
     stage.load_adapter(adapter)
     expected = logits(stage.model)
