@@ -42,7 +42,7 @@ def _move(name: str, tail: NodeTail, show: Callable[[str], None]) -> None:
 def words_of(round_: int, progress: NodeProgress) -> str:
     """Returns what a node does, in a few words."""
     if progress.doing == REPORTING:
-        return IDLE
+        return f"its part of round {round_} is over"
     if progress.doing == FETCHING and progress.of_bytes:
         return f"round {round_}: {progress.words()} of {human_bytes(progress.of_bytes)}"
     loss = f", loss {progress.loss:.3f}" if progress.loss is not None else ""

@@ -126,7 +126,7 @@ def snapshot(
         state=summary.state,
         round=max((plan.round for plan in of_kind(events, PlanMade)), default=0),
         rounds=setting(events, "federation", "rounds"),
-        seconds=summary.seconds,
+        seconds=_seconds(events, progress, summary.seconds),
         steps_per_s=_step_rate(rounds),
         nodes=tuple(
             _node(
@@ -220,6 +220,13 @@ def _node(
 
 def _records(done: RoundDone) -> tuple[NodeResult, ...]:
     return (*done.devices, *done.hosts)
+
+
+def _seconds(events: Sequence[Event], progress: RoundProgress | None, by_events: float | None) -> float | None:
+    """Returns how long the run has taken: to its newest event, or to the progress of its round."""
+    if progress is None or progress.time is None or not events or events[0].time is None:
+        return by_events
+    return round(max(by_events or 0.0, progress.time - events[0].time), 3)
 
 
 def _step_rate(rounds: Sequence[RoundDone]) -> float | None:

@@ -23,7 +23,7 @@ def fetching(part: int) -> NodeProgress:
     [
         (fetching(10), "ann: round 3: fetching layers, 25 % of 40.0 MB"),
         (NodeProgress(doing="training", step=2, steps=6, loss=2.5), "ann: round 3: step 2 of 6, loss 2.500"),
-        (NodeProgress(doing="reporting", step=6, steps=6), "ann: waits for a run"),
+        (NodeProgress(doing="reporting", step=6, steps=6), "ann: its part of round 3 is over"),
         (None, "ann: waits for a run"),
     ],
 )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,8 @@ def test_inside_a_round_it_says_where_the_round_and_each_node_are(tmp_path: Path
     folder.mkdir()
     (folder / "events.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in a_run()[:6]))
     write_progress(folder, progress)
+    later = replace(progress, time=(as_events(a_run())[0].time or 0.0) + 75)
+    assert snapshot(as_events(a_run()[:6]), progress=later).seconds == 75
     shown = Console(file=io.StringIO(), width=140)
     follow(shown, FolderSource(folder), once=True, as_json_text=False)
     lines = [" ".join(line.split()) for line in shown.file.getvalue().splitlines()]  # type: ignore[attr-defined]
