@@ -61,9 +61,11 @@ def runs(
     Without --server, those in the folder runs/ of this machine.
     """
     from edgelam_fl.telemetry.run_folder import run_folders, run_line
+    from edgelam_fl.telemetry.waiting import waiting
 
     if server:
-        lines, left_out = _runs_of(server, operator, insecure).lines()
+        with waiting(messages, "asking the server"):
+            lines, left_out = _runs_of(server, operator, insecure).lines()
     else:
         lines, left_out = [run_line(folder) for folder in run_folders(root)], 0
     if as_json:

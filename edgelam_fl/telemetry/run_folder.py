@@ -30,6 +30,7 @@ from edgelam_fl.telemetry.events import (
     of_kind,
     read_events,
 )
+from edgelam_fl.telemetry.human import human_seconds
 from edgelam_fl.telemetry.progress import progress_of, read_progress
 from edgelam_fl.telemetry.summary import (
     EARLY_ENDS,
@@ -236,9 +237,11 @@ def _note(state: str, events: Sequence[Event]) -> str:
 
 
 def waits_for(events: Iterable[Event], state: str) -> str:
-    """Returns in words for which run a run waits; "" for one that does not."""
+    """Returns in words for which run a run waits, and how long it has; "" for one that does not."""
     waits = list(of_kind(events, RunWaits)) if state == "waiting" else []
-    return waits[-1].words() if waits else ""
+    if not waits:
+        return ""
+    return waits[-1].words() + (f", for {human_seconds(waits[-1].seconds)} so far" if waits[-1].seconds else "")
 
 
 def is_run_folder(folder: Path) -> bool:

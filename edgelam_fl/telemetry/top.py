@@ -245,7 +245,7 @@ def top_view(shown: Snapshot) -> Group:
     what += [_round(shown)] if shown.round else []
     what += [shown.now] if shown.now else []
     what += [f"{shown.steps_per_s:,.2f} steps/s"] if shown.steps_per_s is not None else []
-    what += [human_seconds(shown.seconds)] if shown.seconds is not None else []
+    what += [human_seconds(shown.seconds)] if shown.seconds is not None and not shown.waits_for else []
     below = [shown.waits_for] if shown.waits_for else []
     for gone in shown.departures:
         when = f" in round {gone.round}" if gone.round else ""

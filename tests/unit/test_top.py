@@ -134,7 +134,7 @@ def test_the_heading_is_one_line_and_says_how_the_run_stands(tmp_path: Path) -> 
     stopped = {"event": "run_failed", "time": 5.9, "reason": "its operator stopped it", "kept": "", "exit_code": 130}
     name = "mine-20261129-152822"
     assert heading() == f"{name}: never begun"
-    assert heading(waits) == f"{name}: waiting, 0.0 s"
+    assert heading(waits) == f"{name}: waiting"
     assert heading(began, planned) == f"{name}: running, round 2 of 2, 2.0 s"
     assert heading(began, {**planned, "round": 3}) == f"{name}: running, last evaluation, 2.0 s"
     assert heading(began, planned, stopped) == f"{name}: stopped, round 2 of 2, 3.9 s"
@@ -165,9 +165,9 @@ def test_inside_a_round_it_says_where_the_round_and_each_node_are(tmp_path: Path
 
 
 def test_a_run_that_waits_says_behind_which(tmp_path: Path) -> None:
-    waits = {"event": "run_waits", "time": 1.0, "run": "other", "nodes": ["ann"], "runs_ahead": 2, "seconds": 0.0}
+    waits = {"event": "run_waits", "time": 1.0, "run": "other", "nodes": ["ann"], "runs_ahead": 2, "seconds": 83.0}
     shown = snapshot(as_events([waits]), "waiting", "mine")
     assert (shown.run, shown.waits_for) == (
         "mine",
-        "waits for run other, which uses ann, and for 1 more that came earlier",
+        "waits for run other, which uses ann, and for 1 more that came earlier, for 1 min 23 s so far",
     )
