@@ -7,6 +7,7 @@ processes but the one that tokenizes.
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 if TYPE_CHECKING:
     from edgelam_fl.tasks.base import Made, Task
 
-_PLACES_SAID = 5
+_PLACES_SAID, _CLASSES_SAID = 5, 12
 _SHOWN_CHARACTERS, _SHOWN_LINES = 400, 12  # of each stretch of an example, and of the whole
 _LEARNED = ("⟦", "⟧")
 
@@ -53,6 +54,8 @@ class FileSeen:
     """Places of the first examples that cannot be read."""
     unread: tuple[str, ...]
     """Names of fields that nothing is learned from."""
+    classes: tuple[tuple[str, int], ...] = ()
+    """How many of the examples to learn have each class of task.classes; none for another task."""
     first: tuple[tuple[str, bool], ...]
     """The first example as the model gets it: texts in their order, each with whether it is learned."""
     eval_file: str = ""
@@ -68,6 +71,9 @@ class FileSeen:
         if self.also_learned:
             said += f". WARNING: {self.also_learned} of those to measure are learned as well"
         lines = [said, *self.counts.in_words(self.examples, self.held_out, self.max_tokens)]
+        if self.classes:
+            most = ", ".join(f"{count} {printable(name, 40)}" for name, count in self.classes[:_CLASSES_SAID])
+            lines.append(f"to learn: {most}{' ...' if len(self.classes) > _CLASSES_SAID else ''}")
         if self.bad_places:
             more = " ..." if self.counts.bad > len(self.bad_places) else ""
             lines.append(f"cannot be read: {', '.join(self.bad_places)}{more}")
@@ -163,6 +169,7 @@ def _seen(file: Path, eval_file: Path | None, task: Task, settings: pb.TaskSetti
         examples=len(made.examples), held_out=len(measured.examples), counts=_counts(found, made, measured),
         max_tokens=settings.max_tokens, tokens=sum(len(example.ids) for example in made.examples),
         bad_places=found.bad[:_PLACES_SAID], unread=found.unread, first=tuple(task.seen(made.examples[0])),
+        classes=_class_counts(found.training, settings),
         eval_file=str(eval_file) if eval_file else "", also_learned=found.also_learned,
     )  # fmt: skip
 
@@ -179,6 +186,12 @@ def _shape(pairs: Sequence[Pair], settings: pb.TaskSettings) -> str:
         for prompt, _ in pairs
     }
     return " and ".join(sorted(kinds))
+
+
+def _class_counts(pairs: Sequence[Pair], settings: pb.TaskSettings) -> tuple[tuple[str, int], ...]:
+    """Counts the examples of each class, the most frequent first; a class without any counts 0."""
+    counts = Counter(answer for _, answer in pairs)
+    return tuple(sorted(((name, counts[name]) for name in settings.classes), key=lambda pair: -pair[1]))
 
 
 def _counts(found: DevicePairs, *made: Made) -> DataCounts:

@@ -110,6 +110,7 @@ def test_a_classification_shows_text_and_class(tmp_path: Path) -> None:
     ]
     found = seen(source, file, *overrides, "data.held_out=0")
     assert (found.shape, found.format) == ("texts with a class", "CSV")
+    assert "to learn: 2 animal, 1 plant" in found.in_words()
     assert found.first == (("[CLS] a rose. [SEP] -> ", False), ("plant", True))
 
 
