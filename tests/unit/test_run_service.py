@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
 
 from edgelam_fl.bounds import Bounds
 from edgelam_fl.federation.run_service import LIST_RUNS, MOST_LISTED, READ_RUN, STOP_RUN, RunService
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:No path_separator:DeprecationWar
 
 @pytest.fixture
 def server(tmp_path: Path) -> Server:
-    return Server(tmp_path / "runs", str(tmp_path / "superlink.db"))
+    return Server(tmp_path / "runs", FLWR_IN_MEMORY_DB_NAME)  # a database on the disk takes a second to make
 
 
 def ask(server: Server, request: str, **asked: Any) -> tuple[int, dict[str, Any]]:

@@ -59,7 +59,7 @@ def serving(kind: type[Healthy], context: ssl.SSLContext | None = None) -> Itera
         stack.callback(server.shutdown)
         stack.callback(above.close)
         stack.callback(above.shutdown, socket.SHUT_RDWR)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         threading.Thread(target=hang_up_on_all, args=(above,), daemon=True).start()
         yield server.server_port
 
