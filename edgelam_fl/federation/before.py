@@ -75,13 +75,13 @@ def check_steps(config: RunConfig, seen: Sequence[FileSeen]) -> None:
         check_warmup(config, max(own_steps(config, each.examples) for each in seen))
 
 
-def check_room(resolved: Resolved, folder: Path, devices: int) -> None:
+def check_room(resolved: Resolved, folder: Path, devices: int, edges: int) -> None:
     """Raises EnvironmentProblem if a run on this machine cannot have the memory or the disk that it takes at least."""
-    nodes = devices + resolved.hosts
-    needed, free = least_memory_bytes(resolved, devices), memory_free_bytes()
+    nodes = devices + edges
+    needed, free = least_memory_bytes(resolved, devices, edges), memory_free_bytes()
     if needed > free:
         raise EnvironmentProblem(
-            f"{_parts(devices, resolved.hosts)} of this run take about {human_bytes(needed)} of memory, and {human_bytes(free)} are free "
+            f"{_parts(devices, edges)} of this run take about {human_bytes(needed)} of memory, and {human_bytes(free)} are free "
             f"now. Ways out: end other programs, fewer devices, model.base = 'int8', a smaller federation.batch_size or task.max_tokens"
         )
     disk = _LOGS_BYTES + _COPIES * (nodes + 1) * resolved.adapter_bytes
@@ -94,11 +94,10 @@ def check_room(resolved: Resolved, folder: Path, devices: int) -> None:
         )
 
 
-def least_memory_bytes(resolved: Resolved, devices: int) -> int:
+def least_memory_bytes(resolved: Resolved, devices: int, edges: int) -> int:
     """Returns the memory that the nodes of a run on this machine take at least: their slices, without what processes share."""
     shared = resolved.process_bytes
-    hosts = resolved.hosts * (resolved.host_bytes - shared) if resolved.hosts else 0
-    return shared + hosts + devices * (resolved.device_bytes - shared)
+    return shared + edges * (resolved.host_bytes - shared) + devices * (resolved.device_bytes - shared)
 
 
 def _parts(devices: int, hosts: int) -> str:

@@ -33,6 +33,7 @@ from edgelam_fl.federation.template import warm_template
 from edgelam_fl.files import now_in_a_name, write_atomically
 from edgelam_fl.model.source import find_model
 from edgelam_fl.plan.fronts import with_auto_front
+from edgelam_fl.plan.layout import local_hosts
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.tasks.named import local_data
 from edgelam_fl.telemetry.console import RunView
@@ -179,7 +180,7 @@ def _looked_into(
     spec = RunSpec(with_auto_front(config, source), source)
     seen = look_into_files(config, source, read, measured)
     check_steps(config, seen)
-    check_room(resolved_of(spec, seen), folder, len(data))
+    check_room(resolved_of(spec, seen), folder, len(data), len(local_hosts(config)))
     changed = ", ".join(f"{key} = {toml_value(value)}" for key, value in changed_keys(config).items())
     said = [*before_words(spec, seen, names), f"other than the defaults: {changed or 'nothing'}"]
     return [*said, *first_example(seen, config.model.name)]

@@ -240,14 +240,14 @@ def test_a_folder_that_cannot_be_made_is_refused_and_one_that_can_is_not_left_be
 
 def test_a_run_that_needs_more_than_the_machine_has_is_refused(tiny: ModelSource, tmp_path: Path) -> None:
     usual = resolved_of(RunSpec(run_config(tiny.name), tiny), [])
-    check_room(usual, tmp_path, 2)
+    check_room(usual, tmp_path, 2, 1)
     with pytest.raises(
         EnvironmentProblem,
         match=r"2 devices and 1 edge server of this run take about .* of memory, and .* are free now",
     ):
-        check_room(replace(usual, device_bytes=1 << 50), tmp_path, 2)
+        check_room(replace(usual, device_bytes=1 << 50), tmp_path, 2, 1)
     with pytest.raises(EnvironmentProblem, match=r"the run's folder takes about .*, and .* are free on the disk of"):
-        check_room(replace(usual, adapter_bytes=1 << 55), tmp_path / "new", 2)
+        check_room(replace(usual, adapter_bytes=1 << 55), tmp_path / "new", 2, 1)
 
 
 def test_explain_says_what_a_run_comes_to(tiny: ModelSource, tmp_path: Path) -> None:
