@@ -28,7 +28,7 @@ from edgelam_fl.split.trainee import Trainee, judge
 from edgelam_fl.tasks.base import Example, Task, Unit
 from edgelam_fl.tasks.data import batch_indices
 from edgelam_fl.telemetry.events import EmitInJob, Evaluated, NodeProgress, StepDone
-from edgelam_fl.telemetry.events.rounds import CONNECTING, MEASURING, TRAINING
+from edgelam_fl.telemetry.events.rounds import ANSWERING, CONNECTING, MEASURING, TRAINING
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 
@@ -71,6 +71,7 @@ class Driver:
         self.measured = Measured()
         self._doing = CONNECTING
         self._under_way: DeviceStep | None = None  # whose micro-batches are taken now
+        self._answered = (0, 0)  # tokens per answer that are over, and the most of one, while questions are answered
         self.timeline = Timeline("device")
 
     # ---------------------------------------------------------------- phases
@@ -97,11 +98,13 @@ class Driver:
 
         def ask(units: list[Unit], task: Task) -> None:
             ends, number = self.ends.asking(task), next(numbers)
+            self._answered = (number - 1, most)
             self._run(DeviceStep(self.plan, ends, self.route, self.timeline, units, phase=pb.EVAL, number=number))
 
         longest = self.plan.task.max_tokens
         found = greedy_answers(prompts, most=most, longest=longest, stop_ids=stop_ids, cut=cut, ask=ask)
         self.measured.eval_seconds += time.monotonic() - began
+        self._answered = (0, 0)
         return found
 
     def train(self, examples: list[Example]) -> None:
@@ -132,14 +135,15 @@ class Driver:
 
     def progress(self) -> NodeProgress:
         """Returns where the device is in its part; on any thread."""
-        step, measured = self._under_way, self.measured
+        step, measured, answered = self._under_way, self.measured, self._answered
+        unit, units = (step.units_over, len(step.units)) if step is not None else (0, 0)
         newest = measured.steps[-1] if measured.steps else None
         return NodeProgress(
-            doing=self._doing,
+            doing=ANSWERING if answered[1] else self._doing,
             step=newest.step + 1 if newest is not None else 0,
             steps=self.plan.own_steps,
-            unit=step.units_over if step is not None else 0,
-            units=len(step.units) if step is not None else 0,
+            unit=answered[0] if answered[1] else unit,
+            units=answered[1] or units,
             loss=newest.loss_sum / newest.labels if newest is not None and newest.labels else None,
             tokens=measured.tokens_trained,
         )

@@ -55,7 +55,7 @@ from edgelam_fl.telemetry.events import (
     TextReadable,
     TrackerFailed,
 )
-from edgelam_fl.telemetry.events.rounds import CONNECTING, DOINGS, SERVING, TRAINING
+from edgelam_fl.telemetry.events.rounds import CONNECTING, DOINGS, MEASURING, SERVING, TRAINING
 from edgelam_fl.telemetry.human import (
     by_name,
     human_bytes,
@@ -72,7 +72,7 @@ NAMES_SHOWN = 8
 VALUES_SHOWN = 3
 STARTING = "loading PyTorch"
 _CONNECTING, _TRAINING, _SERVING = map(DOINGS.index, (CONNECTING, TRAINING, SERVING))
-_EVALUATED, _OVER = _TRAINING - 0.5, len(DOINGS)
+_EVALUATED, _OVER = DOINGS.index(MEASURING) + 0.5, len(DOINGS)
 
 
 @dataclass

@@ -17,6 +17,7 @@ from pathlib import Path
 from edgelam_fl.files import write_atomically
 from edgelam_fl.telemetry.events.log import as_line, parse_event
 from edgelam_fl.telemetry.events.rounds import (
+    ANSWERING,
     DOINGS,
     FETCHING,
     MEASURING,
@@ -138,7 +139,7 @@ def _done(doing: str, busy: Mapping[str, NodeProgress]) -> float:
     """Returns the share of what these nodes do that is done, in [0, 1]."""
     if doing == FETCHING:
         parts = [(node.bytes, node.of_bytes) for node in busy.values()]
-    elif doing == MEASURING:
+    elif doing in (MEASURING, ANSWERING):
         parts = [(node.unit, node.units) for node in busy.values()]
     elif doing == TRAINING:
         parts = [(_work(node), node.steps) for node in busy.values()]  # type: ignore[misc]

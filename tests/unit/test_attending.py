@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,34 @@ def test_layers_that_come_from_the_hub_are_said_in_per_cent(
         fleet.hand_out("edge-1")
         node.stop()
     assert said == ["loading", "fetching layers, 25 %", "fetching layers, 75 %", "loading"]
+
+
+def test_a_device_says_that_it_measures_answers_and_trains(
+    tiny: ModelSource, data_files: list[Path], tmp_path: Path
+) -> None:
+    """Asked whenever its host computes."""
+    told, said = list[Callable[[], NodeProgress]](), list[str]()
+
+    @contextmanager
+    def computes(header: pb.Header) -> Iterator[None]:
+        said.append(told[0]().words())
+        yield
+
+    def tell(job: str, progress: Callable[[], NodeProgress]) -> ExitStack:
+        told.append(progress)
+        return ExitStack()
+
+    keys = ('task.metrics=["exact_match"]', "task.metrics_tokens=4")
+    with attended(tiny, data_files[:1], tmp_path, *keys) as (fleet, _):
+        dial, examples = memory_dial(fleet.nodes), DeviceExamples(data_files[0])
+        hooks = NodeHooks(around_pass=computes)
+        fleet.nodes["edge-1"] = StageHost("edge-1", dial, fleet.emit, address="edge-1", hooks=hooks)
+        fleet.nodes["device-1"] = StageHost("device-1", dial, fleet.emit, examples=examples, tell=tell)
+        fleet.hand_out("edge-1", "device-1")
+        assert fleet.report("device-1").state == "done"
+    in_turn = [doing for doing, _ in groupby(words.split(",")[0] for words in said)]
+    assert in_turn == ["measuring", "answering", "step 0 of 2", "step 1 of 2"]
+    assert {"measuring, 0 %", "answering, 0 %", "answering, 25 %"} <= set(said)
 
 
 @pytest.mark.parametrize("for_all", [True, False])

@@ -80,6 +80,9 @@ def test_all_wait_for_those_who_are_least_far() -> None:
     serving = NodeProgress(doing="serving", steps=6)
     second = seen(meter, 2.0, host=serving, ann=NodeProgress(doing="measuring", steps=6, unit=1, units=4))
     assert second.words() == "measuring on held-out examples, 25 % (ann)"
+    answering = NodeProgress(doing="answering", steps=6, unit=8, units=32)
+    assert answering.words() == "answering, 25 %"
+    assert seen(meter, 2.5, ann=answering).words() == "answering held-out questions, 25 % (ann)"
     third = seen(meter, 3.0, ann=NodeProgress(doing="reporting", step=6, steps=6))
     assert third.words() == "sending what was learned (ann)"
 

@@ -116,12 +116,12 @@ class PlanMade(Event):
 
 # ---------------------------------------------------------------- during
 
-LOADING, FETCHING, CONNECTING, MEASURING, TRAINING = (
-    "loading", "fetching", "connecting", "measuring", "training",
+LOADING, FETCHING, CONNECTING, MEASURING, ANSWERING, TRAINING = (
+    "loading", "fetching", "connecting", "measuring", "answering", "training",
 )  # fmt: skip
 """What a node does in its part, in this order; a host is done with these once it serves."""
 SERVING, REPORTING = "serving", "reporting"
-DOINGS = (LOADING, FETCHING, CONNECTING, MEASURING, TRAINING, SERVING, REPORTING)
+DOINGS = (LOADING, FETCHING, CONNECTING, MEASURING, ANSWERING, TRAINING, SERVING, REPORTING)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,16 +129,16 @@ class NodeProgress:
     """The place at which a node is in its part of a round."""
 
     doing: str = LOADING
-    """What it does: "loading" (the model), "fetching" (its layers from the hub), "connecting", "measuring" (held-out examples), "training",
+    """What it does: "loading" (the model), "fetching" (its layers from the hub), "connecting", "measuring" (held-out examples), "answering" (held-out questions), "training",
     "serving" (a host) or "reporting" (its part is over)."""
     step: int = 0
     """Training steps that are over."""
     steps: int = 0
     """Training steps that it takes part in; 0: it only measures."""
     unit: int = 0
-    """Micro-batches that are over, of the present step or of measuring."""
+    """Micro-batches that are over, of the present step or of measuring; tokens per answer that are over, of answering."""
     units: int = 0
-    """Micro-batches of the present step or of measuring; 0: none is under way."""
+    """Micro-batches of the present step or of measuring, or the most tokens of an answer; 0: none is under way."""
     loss: float | None = None
     """Mean loss per label in its newest step, in nats; None before the first, and for a host."""
     tokens: int = 0
@@ -152,8 +152,8 @@ class NodeProgress:
         """Returns what it does, in a few words."""
         if self.doing == FETCHING and self.of_bytes:
             return f"fetching layers, {_percent(self.bytes, self.of_bytes)}"
-        if self.doing == MEASURING and self.units:
-            return f"measuring, {_percent(self.unit, self.units)}"
+        if self.doing in (MEASURING, ANSWERING) and self.units:
+            return f"{self.doing}, {_percent(self.unit, self.units)}"
         if self.doing == TRAINING or (self.doing == SERVING and self.steps):
             return f"step {self.step} of {self.steps}"
         return self.doing
@@ -180,7 +180,7 @@ class RoundProgress(Event):
     steps: int = 0
     """Training steps of the round; 0: it only measures, or its devices have not begun."""
     done: float = 0.0
-    """Share of what they do now that is done, in [0, 1]: of the layers that come, of the measuring or of the training."""
+    """Share of what they do now that is done, in [0, 1]: of the layers that come, of the measuring, of the answers or of the training."""
     loss: float | None = None
     """Mean over the devices of the loss of their newest step, in nats; None before the first."""
     tokens_per_s: float | None = None
@@ -210,6 +210,7 @@ _WORDS = {
     FETCHING: "fetching layers from the server",
     CONNECTING: "connecting",
     MEASURING: "measuring on held-out examples",
+    ANSWERING: "answering held-out questions",
     REPORTING: "sending what was learned",
 }
 
