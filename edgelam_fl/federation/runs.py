@@ -198,7 +198,9 @@ def resume_here(console: Console, folder: Path, overrides: list[str]) -> int:
     config = resuming.resumption(folder, overrides).config
     began = json.loads((folder / _LOCAL).read_text(encoding="utf-8"))
     data, eval_data = ([*map(Path, began.get(kind, ()))] for kind in ("data", "eval_data"))
-    return run_here(console, config, folder, data, overrides, began.get("names", ()), eval_data=eval_data)
+    names = began.get("names") or numbered(len(data))
+    check_run_file(config, here=True, devices=names)
+    return run_here(console, config, folder, data, overrides, names, eval_data=eval_data)
 
 
 def _absolute(data: Path) -> str:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 from safetensors.numpy import save_file
 
 from edgelam_fl.cli.run_file import explained
 from edgelam_fl.config import changed_keys, parse_run_file
 from edgelam_fl.errors import ConfigError, EnvironmentProblem, ModelNotFound
+from edgelam_fl.federation import runs
 from edgelam_fl.federation.before import (
     before_words,
     check_folder,
@@ -269,3 +272,17 @@ def test_a_model_that_may_be_elsewhere_is_explained_and_a_slip_is_not() -> None:
         explained(run_config("smollm2-135n"))
     with pytest.raises(ModelNotFound, match="org/elsewhere"):
         explained(run_config("org/elsewhere"), ["ann"], here=True)
+
+
+def test_a_run_that_goes_on_is_checked_with_its_devices(
+    tiny: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = questions(tmp_path / "ann.jsonl", "a", "b")
+    (tmp_path / "local.json").write_text(json.dumps({"data": [str(file)], "names": ["ann"]}))
+    config = run_config(tiny.name, "federation.min_nodes=2")
+    resuming = SimpleNamespace(
+        check_can_resume=lambda folder: None, resumption=lambda *_: SimpleNamespace(config=config)
+    )
+    monkeypatch.setattr(runs, "app_module", lambda name: resuming)
+    with pytest.raises(ConfigError, match=r"min_nodes = 2 and the run has 1 device"):
+        runs.resume_here(Console(), tmp_path, ["federation.min_nodes=2"])
