@@ -117,6 +117,7 @@ class RunFolder:
             clear_progress(self.path)
         else:
             write_progress(self.path, progress)
+            self._trackers(progress)
 
     def round_bytes(self) -> int:
         """Returns the room on the disk that a round needs at its end: for two checkpoints with what is made of them, and a report."""

@@ -286,7 +286,7 @@ class _Board:
         one = self.means[group]
         swatch = f'<span class="swatch" style="background: var({look.colour})"></span>'
         axes = [
-            _cell(f"{swatch if at == self.coloured else ''}{escape(value)}", value)
+            _cell(f"{swatch if at == self.coloured else ''}{escape(value)}", value, name=True)
             for at, value in enumerate(look.keys.values())
         ]
         errors = [line["aggregation_error"] for line in cells if line["aggregation_error"] is not None]
@@ -324,7 +324,7 @@ def _leaderboard(
         "rank", *axes, "accuracy, %" if accuracy else "perplexity", "95 % interval", "n", f"less {matrix.bench.baseline}",
         "95 % interval", "p", "aggregation error", *(COSTS[cost] for cost in costs),
     ]  # fmt: skip
-    head = "".join(f"<th><button>{escape(each)}</button></th>" for each in heads)
+    head = "".join(f"<th{' class=name' if each in axes else ''}><button>{escape(each)}</button></th>" for each in heads)
     words = "".join(f'<p class="muted">{escape(text)}</p>' for text in sentences(matrix, lines).splitlines() if text)
     return (
         f'<section class="card"><h2>Leaderboard</h2><p class="muted">Best first among the rows that differ in the {_coloured(matrix)} '
@@ -333,8 +333,8 @@ def _leaderboard(
     )
 
 
-def _cell(shown: str, value: Any) -> str:
-    return f'<td data-v="{escape(str(value), quote=True)}">{shown}</td>'
+def _cell(shown: str, value: Any, *, name: bool = False) -> str:
+    return f'<td{" class=name" if name else ""} data-v="{escape(str(value), quote=True)}">{shown}</td>'
 
 
 def _cost(cells: Sequence[Mapping[str, Any]], cost: str) -> str:

@@ -23,6 +23,7 @@ from edgelam_fl.telemetry.events import (
     Event,
     PrivacySpent,
     RoundDone,
+    RoundProgress,
     RunResumed,
     RunStarted,
     TrackerFailed,
@@ -96,10 +97,15 @@ class Trackers:
         """
         self._waiting = [(name, folder, open_tracker or open_of_accelerate, emit) for name in names]
         self._config, self._step = flat(config), first_step
+        self._heard = (0, 0, 0)  # round, attempt and step of the last sign of life
         self._threads: list[_TrackerThread] = []
 
     def __call__(self, event: Event) -> None:
-        """Takes an event of the run. The trackers are opened when the run begins or goes on, not while it waits for its turn."""
+        """Takes an event of the run. The trackers are opened when the run begins or goes on, not while it waits for its turn.
+
+        A sign of life within a round counts for the step that the round began with: the round's own figures come later, and no
+        step may come back.
+        """
         match event:
             case RunStarted() | RunResumed():
                 self._threads += [_TrackerThread(*each) for each in self._waiting]
@@ -107,6 +113,10 @@ class Trackers:
                 self._put(self._config)
             case PrivacySpent():
                 self._put((self._step, {"privacy/epsilon": event.epsilon}))
+            case RoundProgress() if event.loss is not None and (event.round, event.attempt, event.step) > self._heard:
+                self._heard = (event.round, event.attempt, event.step)
+                speed = {"live/tokens_per_s": event.tokens_per_s} if event.tokens_per_s is not None else {}
+                self._put((self._step, {"live/loss": event.loss, "live/step_of_round": float(event.step), **speed}))
             case RoundDone():
                 for row in rows_of(event, self._step):
                     self._put(row)

@@ -10,7 +10,7 @@ import pytest
 from edgelam_fl.config import parse_run_file
 from edgelam_fl.errors import ConfigError, EnvironmentProblem
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.telemetry.events import Event, RoundDone, RunResumed, TrackerFailed, of_kind, read_events
+from edgelam_fl.telemetry.events import Event, RoundDone, RoundProgress, RunResumed, TrackerFailed, of_kind, read_events
 from edgelam_fl.telemetry.trackers import PROJECT, Tracker, Trackers, check_trackers, flat, mlflow_place, rows_of
 from server.checks import check_changes, check_config
 from server.run_folder import RunFolder
@@ -116,6 +116,19 @@ def test_privacy_that_is_spent_is_a_curve(tmp_path: Path) -> None:
     assert found == [(0, 2.5), (STEPS, 3.5)]
     assert tracker.config["lora.targets"] == '["q_proj"]'
     assert tracker.finished
+
+
+def test_signs_of_life_within_a_round_come_before_its_end(tmp_path: Path) -> None:
+    lines = a_run()
+    signs = [RoundProgress(round=2, attempt=1, seconds=9.0, doing="training", step=s, steps=9, loss=3.0 - s, tokens_per_s=7.0)
+             for s in (1, 1, 2)]  # fmt: skip
+    silent = RoundProgress(round=2, attempt=1, seconds=1.0, doing="loading")
+    tracker = Recorder()
+    reported([*as_events([lines[0], lines[7]]), silent, *signs], tmp_path, {"trackio": tracker})
+    assert [(step, values) for step, values in tracker.rows if "live/loss" in values] == [
+        (STEPS, {"live/loss": 2.0, "live/step_of_round": 1.0, "live/tokens_per_s": 7.0}),
+        (STEPS, {"live/loss": 1.0, "live/step_of_round": 2.0, "live/tokens_per_s": 7.0}),
+    ]
 
 
 def test_a_tracker_that_fails_is_said_once_and_costs_the_others_nothing(tmp_path: Path) -> None:

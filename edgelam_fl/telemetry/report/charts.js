@@ -45,12 +45,12 @@ const charts = (() => {
     return Object.assign((v) => from + (Math.log10(v) - a) / (b - a || 1) * (to - from), { ticks });
   }
 
-  const isLog = (values, asked) => asked && Math.min(...values) > 0 && Math.max(...values) / Math.min(...values) > 30;
+  const isLog = (values, asked, from) => asked && Math.min(...values) > 0 && Math.max(...values) / Math.min(...values) > from;
 
   function yScale(figure, values, height) {
     const ends = [height - PAD.bottom, PAD.top];
     const most = Math.max(3, Math.floor((height - PAD.top - PAD.bottom) / 44));
-    if (isLog(values, figure.log_y)) return logarithmic(Math.min(...values) / 1.1, Math.max(...values) * 1.1, ...ends, most);
+    if (isLog(values, figure.log_y, 30)) return logarithmic(Math.min(...values) / 1.1, Math.max(...values) * 1.1, ...ends, most);
     let low = Math.min(...values), high = Math.max(...values);
     if (figure.bars || (low > 0 && low < 0.4 * high)) low = 0;
     const room = (high - low) * 0.06 || Math.abs(high) * 0.1 || 1;
@@ -63,7 +63,7 @@ const charts = (() => {
   function xScale(figure, values, left, width) {
     const ends = [left + 4, width - PAD.right - 4], most = Math.max(2, Math.floor((width - left) / 70));
     const positive = values.filter((x) => x > 0);
-    if (positive.length && isLog(positive, figure.log_x)) {
+    if (positive.length && isLog(positive, figure.log_x, 10)) {
       return logarithmic(Math.min(...positive) / 1.15, Math.max(...positive) * 1.15, ...ends, most);
     }
     let low = Math.min(...values), high = Math.max(...values);
@@ -147,9 +147,9 @@ const charts = (() => {
   function drawLine(picture, line, x, y, figure) {
     const found = places(line, x, y), style = `stroke: var(${line.color}); fill: var(${line.color})`;
     if (line.low) {
-      const low = places(line, x, y, line.low), high = places(line, x, y, line.high);
-      const whole = low.map((point, i) => point && high[i]).every(Boolean) && low.length > 1;
-      if (whole) picture.append(node("path", { class: "band", style, d: `${path(high)}${path(low.reverse()).replace("M", "L")}Z` }));
+      const lows = places(line, x, y, line.low), highs = places(line, x, y, line.high), known = lows.map((point, i) => point && highs[i]);
+      const low = lows.filter((_, i) => known[i]), high = highs.filter((_, i) => known[i]);
+      if (low.length > 1) picture.append(node("path", { class: "band", style, d: `${path(high)}${path(low.reverse()).replace("M", "L")}Z` }));
     }
     const single = found.filter(Boolean).length < 2;
     picture.append(node("path", { class: `line${line.faint ? " faint" : ""}${line.strong ? " strong" : ""}`, style, d: path(found),
@@ -177,13 +177,18 @@ const charts = (() => {
 
   function drawPoints(picture, points, x, y, width, best) {
     const front = best ? unbeaten(points, best).sort((a, b) => a.x - b.x) : [];
+    const labels = [];  // places of the names so far, so that none is printed over another
     if (front.length > 1) picture.append(node("path", { class: "front", d: path(front.map((point) => [x(point.x), y(point.y)])) }));
     for (const point of points) {
       const [a, b] = [x(point.x), y(point.y)], style = `fill: var(${point.color}); stroke: var(${point.color})`;
       if (isNumber(point.low)) picture.append(node("line", { class: "whisker", style, x1: a, x2: a, y1: y(point.low), y2: y(point.high) }));
       picture.append(shape(SHAPES[(point.shape || 0) % 4], a, b, front.includes(point) ? 6 : 4.5, style));
-      const right = a > width * 0.75;
-      if (front.includes(point)) picture.append(node("text", { class: "small", x: a + (right ? -10 : 10), y: b - 8, "text-anchor": right ? "end" : "start" }, point.name));
+      const right = a > width * 0.75, wide = LETTER * point.name.length;
+      if (!front.includes(point)) continue;
+      let at = b - 8;
+      while (labels.some(([x0, y0, w]) => Math.abs(y0 - at) < 14 && x0 < a + wide && a < x0 + w)) at += 14;
+      labels.push([a, at, wide]);
+      picture.append(node("text", { class: "small", x: a + (right ? -10 : 10), y: at, "text-anchor": right ? "end" : "start" }, point.name));
     }
   }
 
