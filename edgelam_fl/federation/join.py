@@ -212,7 +212,7 @@ def await_server(
             for_s = f" for {human_seconds(waited_s)}" if said else ""
             say(f"{problem.words}; trying on{for_s}, Ctrl-C ends it")
             said, next_sign = problem.words, waited_s + max(_SIGN_S, _SIGN_PART * waited_s)
-        sleep(pause_s)
+        sleep(min(pause_s, max(1.0, next_sign - waited_s)))
         pause_s = min(_LONGEST_PAUSE_S, 1.5 * pause_s)
     if said:
         say(f"a server answers at {server}")
