@@ -166,6 +166,11 @@ def _of_result(config: RunConfig, events: Sequence[Event]) -> str:
         low, high = (human_measure(measure, each(change.devices.values())) for each in (min, max))
         spread = f" Of single devices afterwards: {low} to {high}."
     note = f" {change.note}" if change.note else ""
+    if config.model.base != "fp32":
+        note += (
+            f" Measured with frozen weights kept in {config.model.base}; those that were published are not rounded so, and losses "
+            f"differ a little there."
+        )
     return (
         f"| held-out {measure} | before | after |\n|---|---|---|\n"
         f"| {change.who} | {human_measure(measure, change.before)} | "

@@ -29,15 +29,15 @@ def modelfile(task: TaskSection, tokenizer: Any, stop_ids: Collection[int], pena
 
     Answers are greedy, as `edgelam chat` gives them.
     """
-    lines = [f"FROM ./{model}", *_template(task, tokenizer)]
-    stops = [tokenizer.convert_ids_to_tokens(number) for number in sorted(stop_ids)]
-    lines += [f'PARAMETER stop "{_quoted(stop)}"' for stop in stops if stop]
+    stops = [stop for number in sorted(stop_ids) if (stop := tokenizer.convert_ids_to_tokens(number))]
+    lines = [f"FROM ./{model}", *_template(task, tokenizer, stops)]
+    lines += [f'PARAMETER stop "{_quoted(stop)}"' for stop in stops]
     lines += ["PARAMETER temperature 0", f"PARAMETER repeat_penalty {penalty:g}"]
     return "\n".join(lines) + "\n"
 
 
-def _template(task: TaskSection, tokenizer: Any) -> list[str]:
-    found = _of_chat(tokenizer) if task.template == "chat" else _of_text(task.template)
+def _template(task: TaskSection, tokenizer: Any, stops: Sequence[str]) -> list[str]:
+    found = _of_chat(tokenizer, stops) if task.template == "chat" else _of_text(task.template)
     if not found:
         return ["# No TEMPLATE: Ollama takes the form of a chat from the file's own chat template, if it knows it."]
     return [f'TEMPLATE """{found}"""']
@@ -90,11 +90,11 @@ class _Pieces:
         return f"{{{{ range $number, $_ := .Messages }}}}{turn}{{{{ end }}}}"
 
 
-def _of_chat(tokenizer: Any) -> str:
+def _of_chat(tokenizer: Any, stops: Sequence[str]) -> str:
     """Returns the chat template of a tokenizer in Go's words; "" if its pieces do not give its text."""
     chats = ChatTemplate(tokenizer)
     try:
-        pieces = _pieces(chats, _begin(tokenizer))
+        pieces = _pieces(chats, _begin(tokenizer), stops)
         trial: list[Message] = [_said("user", "one"), _said("assistant", "two"), _said("user", "three")]
         rounds = [trial, *([[_said("system", "zero"), *trial]] if pieces.system else [])]
         bare = [_without(_asked(chats, chat), _begin(tokenizer)) for chat in rounds]
@@ -111,8 +111,11 @@ def _begin(tokenizer: Any) -> str:
     return bos if bos and ids[:1] == [tokenizer.bos_token_id] else ""
 
 
-def _pieces(chats: ChatTemplate, begin: str) -> _Pieces:
-    """Takes the text of chats apart at their words. Raises ValueError if some words are not in it."""
+def _pieces(chats: ChatTemplate, begin: str, stops: Sequence[str]) -> _Pieces:
+    """Takes the text of chats apart at their words. Raises ValueError if some words are not in it.
+
+    stops: texts that end a turn; with the white space after them they are the earlier turn's.
+    """
     one, two, three, four = _WORDS
     before, asked = _apart(_without(_asked(chats, [_said("user", one)]), begin), one)
     chat = [_said("user", one), _said("assistant", two), _said("user", three)]
@@ -125,6 +128,8 @@ def _pieces(chats: ChatTemplate, begin: str) -> _Pieces:
     except (DataError, ValueError):
         pass
     user = _shared_end(shared)
+    for stop in stops:
+        user = user.removeprefix(stop).lstrip() if user.startswith(stop) else user
     cut = len(user)
     ends = (before[: len(before) - cut], between[: len(between) - cut])
     return _Pieces(ends[0], user, asked, ends[1], system and (system[0], system[1][: len(system[1]) - cut]))

@@ -558,6 +558,7 @@ def test_ollama_writes_the_chats_of_the_template(tmp_path: Path, template: str, 
     for messages in (chat, chat[:1], *([] if template is NO_SYSTEM else [[{"role": "system", "content": "s"}, *chat]])):
         wanted = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert written_by_ollama(found[1], messages) == (wanted.removeprefix("<s>") if add_bos else wanted)
+    assert "{{ .Content }}<|end|>" in found[1], "what ends a turn stands behind its words"
     assert 'PARAMETER stop "<|end|>"' in text
     assert 'PARAMETER stop "</s>"' in text
     assert "FROM ./model.gguf" in text

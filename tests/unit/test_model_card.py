@@ -91,6 +91,12 @@ def test_the_best_adapter_is_said_with_its_own_measure() -> None:
     assert float(measured[0][1]) > float(measured[1][1])
 
 
+@pytest.mark.parametrize("base", ["fp32", "int8", "auto"])
+def test_weights_that_were_rounded_for_the_run_are_said(base: str) -> None:
+    text = card_of(a_run(), PLAIN, "merged", f"model.base={base}").text
+    assert (f"Measured with frozen weights kept in {base};" in text) == (base != "fp32")
+
+
 def test_kinds_of_lora_are_said() -> None:
     text = card_of(a_run(), PLAIN, "peft", "lora.use_rslora=true", 'lora.modules_to_save=["norm"]').text
     assert "use_rslora = True, modules_to_save = ('norm',)" in text

@@ -15,7 +15,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub import ModelCard
 from safetensors.numpy import load
+from typer.testing import CliRunner
 
+from edgelam_fl.cli.main import app
 from edgelam_fl.errors import ConfigError, EnvironmentProblem
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.serving.push import Upload, push
@@ -142,6 +144,17 @@ def test_an_adapter_is_uploaded_whole_and_private(run: Path, hub: Hub) -> None:
     assert said[0].startswith(f"uploading to me/tomatoes (private), {len(files)} files, ")
     assert {line.strip().partition(",")[0] for line in said[1:-1]} == files.keys()
     assert not list(run.glob(".push*")), "the copy is gone"
+
+
+def test_the_command_says_what_it_uploads(run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.address)
+    done = CliRunner().invoke(app, ["push", str(run), "me/tomatoes"])
+    assert done.exit_code == 0, done.output
+    first, *files, nothing_else, last = done.stdout.splitlines()
+    assert first.startswith("uploading to me/tomatoes (private), ")
+    assert {line.strip().partition(",")[0] for line in files} == hub.files["me/tomatoes"].keys()
+    assert nothing_else == "no data, no events and no names of nodes are among them"
+    assert last == f"uploaded: {hub.address}/me/tomatoes"
 
 
 def test_nothing_of_the_run_itself_is_uploaded(run: Path, hub: Hub, tiny: ModelSource) -> None:
