@@ -28,7 +28,7 @@ from edgelam_fl.model import carry
 from edgelam_fl.model.cut import CUT_A, CUT_B, CutAdapter, without_cut
 from edgelam_fl.model.families import Experts
 from edgelam_fl.model.index import layer_number
-from edgelam_fl.model.lora import MAGNITUDE, PLAIN, LoraKind
+from edgelam_fl.model.lora import MAGNITUDE, PLAIN, A, B, LoraKind
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.tensor_file import write_tensors
 
@@ -51,7 +51,6 @@ class Span:
 
 
 PREFIX = "base_model.model."
-_A, _B = ".lora_A.weight", ".lora_B.weight"
 LM_HEAD, _HEAD_DEVIATION = "lm_head", 0.02
 _CARRY_RANKS = (
     "carry_ranks"  # a note in the file of a peft folder: the adapter's own rank by module, of those with carry factors
@@ -244,8 +243,8 @@ def adapter_shapes(
     shapes: dict[str, tuple[int, ...]] = {}
     for module, (out_features, in_features) in target_modules(source, targets, kind.layers).items():
         own = kind.rank_of(module, rank)
-        shapes[f"{PREFIX}{module}{_A}"] = own, in_features
-        shapes[f"{PREFIX}{module}{_B}"] = out_features, own
+        shapes[f"{PREFIX}{module}{A}"] = own, in_features
+        shapes[f"{PREFIX}{module}{B}"] = out_features, own
     return shapes | base_shapes(source, targets, kind)
 
 
@@ -313,8 +312,8 @@ def initial_adapter(
     for module, (out_features, in_features) in target_modules(source, targets, kind.layers).items():
         bound, own = in_features**-0.5, kind.rank_of(module, rank)
         a_RI = _generator(seed, module).uniform(-bound, bound, (own, in_features)).astype(np.float32)
-        adapter[f"{PREFIX}{module}{_A}"] = a_RI
-        adapter[f"{PREFIX}{module}{_B}"] = np.zeros((out_features, own), np.float32)
+        adapter[f"{PREFIX}{module}{A}"] = a_RI
+        adapter[f"{PREFIX}{module}{B}"] = np.zeros((out_features, own), np.float32)
     if classes:
         head = source.family.task_head
         if head is None:
@@ -360,10 +359,10 @@ def write_peft_folder(
     labels. trained_on: which weights the base had, in words; None: they are not known.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    own_ranks = {module: len(adapter[module + _A]) for module in carry.modules_of(adapter)}
+    own_ranks = {module: len(adapter[module + A]) for module in carry.modules_of(adapter)}
     scales = {module: kind.scale_of(_bare(module), own, alpha) for module, own in own_ranks.items()}
     adapter = carry.stacked(adapter, scales)
-    factors = {name.removesuffix(_A): array for name, array in adapter.items() if name.endswith(_A)}
+    factors = {name.removesuffix(A): array for name, array in adapter.items() if name.endswith(A)}
     alphas = {_bare(module): kind.alpha_of(_bare(module), alpha) for module in factors}
     alphas |= {_bare(module): kind.alpha_for(scale, len(factors[module])) for module, scale in scales.items()}
     heads = {name.rpartition(".")[0] for name in without_cut(adapter) if ".lora_" not in name}
@@ -427,11 +426,10 @@ def read_peft_folder(folder: Path) -> Adapter:
         if (
             ranks is None
         ):  # a folder of an earlier version, in which only modules with carry factors have an alpha of their own
-            lengths = {PREFIX + module: len(joined[f"{PREFIX}{module}{_A}"]) for module in alphas}
+            lengths = {PREFIX + module: len(joined[f"{PREFIX}{module}{A}"]) for module in alphas}
             ranks = {module: round(alpha * length / alphas[_bare(module)]) for module, length in lengths.items()}
         scales = {
-            module: kind.scale_of(module, len(joined[module + _A]), alphas.get(_bare(module), alpha))
-            for module in ranks
+            module: kind.scale_of(module, len(joined[module + A]), alphas.get(_bare(module), alpha)) for module in ranks
         }
         return carry.unstacked(joined, scales, ranks)
     except _DAMAGED as error:

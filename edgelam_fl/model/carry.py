@@ -10,7 +10,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-A, B = ".lora_A.weight", ".lora_B.weight"
+from edgelam_fl.model.lora import A, B
+
 CARRY_A, CARRY_B = ".lora_carry_A.weight", ".lora_carry_B.weight"
 
 

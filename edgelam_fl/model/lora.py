@@ -12,10 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-FACTORS = (".lora_A.weight", ".lora_B.weight")  # ends of the names of LoRA's two
-MAGNITUDE = (
-    ".lora_magnitude_vector"  # end of the name of DoRA's third tensor of a module: one number per row of its matrix
-)
+# Ends of the names of a module's tensors: LoRA's two factors, and DoRA's number per row of the matrix.
+A, B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from edgelam_fl.model.chip import CPU, onto
 from edgelam_fl.model.cut import CUT_A, CUT_B, CutAdapter, is_cut
 from edgelam_fl.model.families import Family
 from edgelam_fl.model.index import layer_number
-from edgelam_fl.model.lora import FACTORS, MAGNITUDE, PLAIN, LoraKind, pattern_of
+from edgelam_fl.model.lora import MAGNITUDE, PLAIN, A, B, LoraKind, pattern_of
 from edgelam_fl.model.modules import CarryFactors, CutDown, CutUp, Normed, Pass, StageCache, UnitDropout, UnitSeed
 from edgelam_fl.model.own_dropout import turn_on
 from edgelam_fl.model.skeleton import fill_computed, skeleton
@@ -115,7 +115,7 @@ class Stage(nn.Module):
         self._as_loaded = {
             name: parameter.detach().clone()
             for name, parameter in self.adapter_parameters.items()
-            if not name.endswith(FACTORS) and layer_number(name) is not None and not is_cut(name)
+            if not name.endswith((A, B)) and layer_number(name) is not None and not is_cut(name)
         }
         self.eval()
 
@@ -354,8 +354,8 @@ class Stage(nn.Module):
         self, module: str, a_MI: np.ndarray | None, b_OM: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns the carry factors. Raises ProtocolError if they do not fit the module's own factors or each other."""
-        _, features_in = self.adapter_parameters[module + ".lora_A.weight"].shape
-        features_out, _ = self.adapter_parameters[module + ".lora_B.weight"].shape
+        _, features_in = self.adapter_parameters[module + A].shape
+        features_out, _ = self.adapter_parameters[module + B].shape
         if a_MI is None or b_OM is None or {a_MI.dtype, b_OM.dtype} != {np.dtype(np.float32)}:
             raise ProtocolError(f"carry factors of {module}: expected A and B in float32")
         rank = len(a_MI)

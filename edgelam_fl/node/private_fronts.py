@@ -14,10 +14,10 @@ import numpy as np
 
 from edgelam_fl.files import say, write_private
 from edgelam_fl.model.adapter import Adapter, from_bytes, to_bytes
+from edgelam_fl.model.lora import A, B
 from edgelam_fl.privacy.mechanism import secret_generator
 
 FOLDER = "private-fronts"  # below a node's state
-_A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
 class PrivateFronts:
@@ -65,9 +65,9 @@ class PrivateFronts:
 
 
 def _new(name: str, like: np.ndarray) -> np.ndarray:
-    if name.endswith(_B):
+    if name.endswith(B):
         return np.zeros(like.shape, np.float32)
-    if not name.endswith(_A):
+    if not name.endswith(A):
         return like
     bound = like.shape[1] ** -0.5
     return secret_generator().uniform(-bound, bound, like.shape).astype(np.float32)

@@ -17,6 +17,7 @@ import torch
 from edgelam_fl.errors import ProtocolError
 from edgelam_fl.model import adapter as adapters
 from edgelam_fl.model.chip import CPU
+from edgelam_fl.model.lora import A, B
 from edgelam_fl.model.stage import LoraSettings, Stage
 from edgelam_fl.plan.reading import cut_adapter_of, kind_of
 from edgelam_fl.split.snapshot import Damaged, SourceState
@@ -232,7 +233,7 @@ class Trainee:
 
 def _frozen(name: str, lora: pb.Lora) -> bool:
     """Returns whether a tensor is a factor that does not learn in this round."""
-    return (lora.freeze_a and name.endswith(".lora_A.weight")) or (lora.freeze_b and name.endswith(".lora_B.weight"))
+    return (lora.freeze_a and name.endswith(A)) or (lora.freeze_b and name.endswith(B))
 
 
 def _moments_belong_to(adapter: adapters.Adapter, plan: pb.Plan) -> str:

@@ -12,9 +12,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from edgelam_fl.model.lora import A, B
 from strategies.api import Contribution, Start
 
-A, B = ".lora_A.weight", ".lora_B.weight"
 _NAMES = 1 << 16  # that are remembered: each is asked about for each node of a round
 
 
