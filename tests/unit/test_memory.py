@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,18 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from edgelam_fl.model.index import layer_number
 from edgelam_fl.model.lora import LoraKind
 from edgelam_fl.model.memory import DoraBytes, unit_bytes, weights_bytes
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.stage import LoraSettings, Span, Stage, load_stages
 from edgelam_fl.model.weights import read_tensors
+from edgelam_fl.plan.footprint import GROWTH_BYTES, Footprints
+from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.tasks.causal_lm import loss_rows, loss_sum
+from server.global_adapter import first_adapter
+from server.virtual.loads import Loads
+from tests.support import run_config
 
 ATTENTION, ALL = ("q_proj", "v_proj"), ("all-linear",)
 PAIRS = [("fp32", ""), ("bf16", ""), ("int8", "float32"), ("int8", "bfloat16"), ("nf4", "bfloat16")]
@@ -121,6 +128,24 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
     from tests.support import write_tiny_llama
 
     return find_model(str(write_tiny_llama(tmp_path_factory.mktemp("untied"), tied=False)))
+
+
+def test_the_planner_counts_all_numbers_of_an_adapter(untied: ModelSource) -> None:
+    """Ranks of modules, magnitudes, norms and a head; of an adapter, 4 bytes each and 16 while it learns."""
+    kind = ["lora.rank_pattern={ q_proj = 16 }", "lora.use_dora=true", "lora.modules_to_save=['norm', 'lm_head']"]
+    spec = RunSpec(run_config(untied.name, *kind), untied)
+    spans, inside = [Span(0, 2, embed=True), Span(4, 6, head=True)], Counter[int | None]()
+    for name, array in first_adapter(spec).items():
+        inside[layer_number(name)] += array.size
+    footprints = Footprints(spec)
+    assert footprints.adapter_weights == {layer: inside[layer] for layer in range(6)}
+    assert inside[None] == 64 + untied.config["vocab_size"] * 64, "the last norm and the head"
+    learning = 20 * sum(inside[place] for place in (0, 1, 4, 5, None))
+    plain = Footprints(RunSpec(run_config(untied.name, "lora.use_dora=true", "lora.layers_to_transform=2"), untied))
+    with_all, without = (one.of_device("a", spans, "fp32/fp32", 1) for one in (footprints, plain))
+    assert with_all - without == learning
+    assert footprints.growth_bytes - GROWTH_BYTES == 4 * (64 + 3 * 64) * 64, "of the largest matrix, 64 x 64"
+    assert Loads(spec).adapter_bytes("a") == 4 * learning // 20
 
 
 OTHERS: dict[str, dict[str, Any]] = {
