@@ -170,7 +170,8 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
         ]
         said = {"silent_after": before, "same_words": words}
         told[where] = {"command": ["edgelam", *arguments]} | {
-            key: text.replace(f"{folder}/", "").replace(str(folder), ".") for key, text in said.items()
+            key: text.replace(f"{folder}/", "").replace(str(folder), ".").replace(str(Path.home()), "~")
+            for key, text in said.items()
         }
     figures += _costs(folder, 200 if smoke else 5000)
     shutil.rmtree(folder, ignore_errors=True)

@@ -24,7 +24,7 @@ from edgelam_fl.bench.tuning import held_back, tries, tuned
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import INTERRUPTED
 from edgelam_fl.telemetry.events import Event, PlanMade
-from edgelam_fl.telemetry.waiting import Reminder, waiting
+from edgelam_fl.telemetry.waiting import Reminder, SignTiming, waiting
 
 _TICK_S = 1.0
 ALONE = "alone"  # the folder of the reference with one device
@@ -104,7 +104,7 @@ def _run(
         counted = {cell.name for cell in matrix.cells()}
         with _progress(console) as progress:
             task = progress.add_task("", total=total, completed=total - len(left), what="")
-            signs = Reminder()
+            signs = Reminder(SignTiming(first_s=0.0))
             started = []
             for cell in alone:
                 of_one = one_device(matrix)
@@ -125,6 +125,8 @@ def _run(
                     write_results(out, matrix, results.lines())
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
+        with waiting(console, "ending the engine's processes"):
+            processes.close()
     for folder in (out / "work", out / ALONE / "work"):
         shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):  # what it holds are the logs of references that failed
