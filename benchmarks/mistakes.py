@@ -110,6 +110,8 @@ MISTAKES = [
     Mistake("a split of two files", "run --data ann.jsonl --data bob.jsonl --split 3", "deals one data file, got 2", True),
     Mistake("a server and data", "run mine.toml --data ann.jsonl --server 127.0.0.1:1", "--server names a server, and --data"),
     Mistake("--detach without a server", "run mine.toml --data ann.jsonl --detach", "--detach needs a server that stays"),
+    Mistake("one hyphen for two", "run mine.toml -data ann.jsonl", "Options of one word begin with two hyphens"),
+    Mistake("leakage of data that are not there", "leakage mine.toml --data anna.jsonl", "no data file at anna.jsonl"),
     Mistake("a run file over another", "init mine.toml --data ann.jsonl", "mine.toml exists; give another name"),
     Mistake("a task misspelt", "init new.toml --task clasification", "did you mean 'classification'?"),
 ]  # fmt: skip

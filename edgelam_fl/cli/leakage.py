@@ -55,11 +55,16 @@ def leakage(
     """
     from edgelam_fl.config import read_run_file
     from edgelam_fl.model.source import find_model
+    from edgelam_fl.plan.making import task_settings
+    from edgelam_fl.tasks.data import pairs_by
+    from edgelam_fl.tasks.named import local_data
     from edgelam_fl.telemetry.waiting import waiting
 
     config = read_run_file(file, overrides)
     source = find_model(config.model.name)
     fronts = fronts_to_measure(config, source, cuts)
+    if data is not None:  # before PyTorch is loaded, which takes seconds
+        pairs_by(task_settings(config), local_data(data))
     with waiting(messages, "loading PyTorch") as status:
         from edgelam_fl.serving.leakage import built_in_texts, measure_leakage, public_texts, texts_of_file
 

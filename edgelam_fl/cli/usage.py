@@ -9,6 +9,7 @@ from typing import Any
 from edgelam_fl.errors import ConfigError
 
 _NO_NUMBER = re.compile(r"is not a valid integer( range)?")
+_ONE_HYPHEN = re.compile(r"No such option '?-\w'?\.?$")
 _TWICE = re.compile(r"(?P<said>Did you mean [^?]+\?)\s+(?P=said)")
 
 
@@ -48,6 +49,8 @@ def usage_words(error: Exception) -> str | None:
         return None
     said = _NO_NUMBER.sub("is not a whole number", error.format_message())
     said = _TWICE.sub(r"\g<said>", " ".join(said.split()))
+    if _ONE_HYPHEN.match(said):
+        said += " Options of one word begin with two hyphens."
     context = getattr(error, "ctx", None)
     helps = f" (`{context.command_path} --help` lists what it takes)" if context is not None else ""
     return f"{said[:1].lower()}{said[1:]}{helps}"

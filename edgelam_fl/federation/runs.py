@@ -46,7 +46,7 @@ from edgelam_fl.telemetry.waiting import waiting
 _LOCAL = "local.json"  # in the folder of a run of this machine alone: its data
 _WAYS_OUT = (
     ". Two ways out: start one with `edgelam server` and let nodes join with `edgelam client`, or let this machine play all "
-    "parts: add --local 3 --data FILE --data FILE --data FILE"
+    "parts: add --data FILE for each device"
 )
 
 

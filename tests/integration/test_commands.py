@@ -117,7 +117,12 @@ def pairs_file(folder: Path, name: str = "data.jsonl") -> str:
             ["strategy.aggregation = 'fedavgg'", "did you mean 'fedavg'?"],
         ),
         ("", ["--set", "rounds=2"], 2, ["--set 'rounds=2' must look like section.key=value"]),
-        ("", ["--server", "127.0.0.1:1"], 3, ["no server answers at 127.0.0.1:1", "edgelam server", "--local 3"]),
+        (
+            "",
+            ["--server", "127.0.0.1:1"],
+            3,
+            ["no server answers at 127.0.0.1:1", "edgelam server", "add --data FILE for each device"],
+        ),
         ("", ["--server", "192.0.2.1:8000"], 2, ["beyond this machine", "plain text", "--insecure"]),
         ("", ["--server", "nonsense"], 2, ["--server = 'nonsense' must be HOST:PORT"]),
         ("", ["--local", "2"], 2, ["--local 2 needs --data once per device"]),

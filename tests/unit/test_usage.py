@@ -36,6 +36,7 @@ def write() -> None:
         (["read", "/nowhere/file", "--times", "two"], 2, "it: invalid value for '--times': 'two' is not a whole number. (`it read --help` lists what it takes)"),
         (["raed"], 2, "it: no such command 'raed'. Did you mean 'read'? (`it --help` lists what it takes)"),
         (["write", "one"], 2, "it: got unexpected extra argument (one) (`it write --help` lists what it takes)"),
+        (["write", "-loud"], 2, "it: no such option '-l'. Options of one word begin with two hyphens. (`it write --help` lists what it takes)"),
         (["read"], 2, "it: missing argument 'FILE'. (`it read --help` lists what it takes)"),
     ],
 )  # fmt: skip
