@@ -67,7 +67,9 @@ def page(matrix: Matrix, lines: Lines) -> str:
     looks = _looks(matrix, found)
     figures = _figures(matrix, found, looks, lines)
     wide = [name for name in figures if name == "pareto"]
-    places = "".join(_place(matrix, name) for name in figures if name not in wide)
+    places = "".join(
+        _place(matrix, name, has_references=bool(figures[name]["references"])) for name in figures if name not in wide
+    )
     places = (f'<div class="pair">{places}</div>' if places else "") + "".join(_place(matrix, name) for name in wide)
     epsilon = over_epsilon(matrix, lines)
     body = "".join([
@@ -172,7 +174,7 @@ def _point(cells: Sequence[Mapping[str, Any]], accuracy: bool, look: _Look) -> d
     }
 
 
-def _place(matrix: Matrix, name: str) -> str:
+def _place(matrix: Matrix, name: str, *, has_references: bool = False) -> str:
     dashed = _dashed(matrix)
     by = f"Colour: {_coloured(matrix)}" + (f"; dash: {dashed}" if dashed else "")
     seeds = "; the mean of the seeds, with their spread (one standard deviation)" if len(matrix.axes.seed) > 1 else ""
@@ -180,8 +182,9 @@ def _place(matrix: Matrix, name: str) -> str:
         by = by.replace("; dash:", "; shape:")
         said = f"{by}{seeds}. Dashed line: what nothing else beats at fewer bytes."
         return figure(name, "Quality at the end against bytes", said, "tall")
-    beginning = "; the measurement before training, at 0, is not drawn" if name != "round" else ""
-    return figure(name, f"Quality over {_OVER[name][0]}", f"{by}{seeds}. Dotted: reference lines{beginning}.", "tall")
+    lined = " Dotted: reference lines." if has_references else ""
+    beginning = " A logarithmic axis leaves out the measurement before training." if name != "round" else ""
+    return figure(name, f"Quality over {_OVER[name][0]}", f"{by}{seeds}.{lined}{beginning}", "tall")
 
 
 # ---------------------------------------------------------------- words and filters
@@ -201,12 +204,15 @@ def _subtitle(matrix: Matrix) -> str:
 
 def _verdict(matrix: Matrix, found: Mapping[Group, Sequence[Mapping[str, Any]]]) -> str:
     """Names the best of each block of rows that are compared with each other."""
-    said = []
-    for rest, rows in _blocks(matrix, found).items():
-        group = rows[0]
-        where = f" ({', '.join(rest)})" if rest else ""
-        said.append(f"{_compared_name(matrix, group)}{where} {_shown(found[group])}")
-    return f"Best: {'; '.join(said)}."
+    best: dict[tuple[str, str], list[str]] = {}
+    blocks = _blocks(matrix, found)
+    for rest, rows in blocks.items():
+        best.setdefault((_compared_name(matrix, rows[0]), _shown(found[rows[0]])), []).append(", ".join(rest))
+    said = [
+        f"{name}{f' ({places})' if (places := '; '.join(rests)) and len(rests) < len(blocks) else ''} {value}"
+        for (name, value), rests in best.items()
+    ]
+    return f"Best: {', '.join(said)}."
 
 
 def _blocks(matrix: Matrix, found: Mapping[Group, Sequence[Mapping[str, Any]]]) -> dict[tuple[str, ...], list[Group]]:

@@ -83,7 +83,7 @@ def test_the_leaderboard_ranks_what_is_compared(matrix: Matrix) -> None:
         ["1", "ffa", "iid", "88.50"], ["2", "fedavg", "iid", "78.50"],
         ["1", "ffa", "dirichlet:0.1", "68.50"], ["2", "fedavg", "dirichlet:0.1", "58.50"],
     ]  # fmt: skip
-    assert "Best: ffa (iid) 88.50 ± 0.71 %; ffa (dirichlet:0.1) 68.50 ± 0.71 %." in found.text
+    assert "Best: ffa (iid) 88.50 ± 0.71 %, ffa (dirichlet:0.1) 68.50 ± 0.71 %." in found.text
     assert any("82.15 to 94.85" in title for title in found.titles())  # t(1) at 97.5 % is 12.706
     assert {"aggregation=ffa", "partition=iid"} <= {str(attrs.get("data-key")) for _, attrs in found.tags}
 
