@@ -18,7 +18,7 @@ from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.serving.model_card import model_card
 from edgelam_fl.serving.trained_on import TrainedOn, trained_on
 from tests.gguf_files import byte_vocabulary, keys_of, tensors_of, write_gguf
-from tests.recorded import DEVICES, a_classification, a_run, as_events, of_privacy
+from tests.recorded import DEVICES, a_classification, a_failed_run, a_run, a_run_failed_at_once, as_events, of_privacy
 from tests.support import run_config, write_tiny_llama
 from tests.unit.conftest import MakeFederation
 
@@ -48,7 +48,7 @@ def test_it_says_how_the_run_went() -> None:
     assert 'base = AutoModelForCausalLM.from_pretrained("org/base")' in card.text
 
 
-@pytest.mark.parametrize("make", [a_run, a_classification])
+@pytest.mark.parametrize("make", [a_run, a_classification, a_failed_run, lambda: a_run(lost=True)], ids=range(4))
 def test_it_names_no_node(make: Any) -> None:
     """Names of nodes may be those of people, and a card is made to be published."""
     names = {event["node"] for event in make() if event["event"] == "node_joined"}
@@ -78,6 +78,7 @@ def test_a_run_that_did_not_end_says_what_was_measured() -> None:
     assert "The run did not end, so the adapter is one round newer" in card_of(a_run()[: until + 1]).text
     assert "did not end" not in card_of(a_run()).text
     assert "Not measured" in card_of([]).text
+    assert "Not measured" in card_of(a_run_failed_at_once()).text
 
 
 def test_the_best_adapter_is_said_with_its_own_measure() -> None:
