@@ -213,4 +213,5 @@ def _of_base(spec: RunSpec, kind: LoraKind) -> Adapter:
     from edgelam_fl.model.stage import LoraSettings
 
     settings = LoraSettings(lora.rank, lora.alpha, lora.targets, kind=kind)
-    return read_of_base(spec.source, settings, "fp32" if base == "auto" else base)
+    classes = len(spec.config.task.classes)
+    return read_of_base(spec.source, settings, "fp32" if base == "auto" else base, classes=classes)

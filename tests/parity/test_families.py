@@ -30,9 +30,11 @@ from transformers import (
 )
 
 from edgelam_fl.errors import ConfigError, ModelError
-from edgelam_fl.model.adapter import Adapter, Span, initial_adapter, initial_cut, write_peft_folder
+from edgelam_fl.model.adapter import Adapter, Span, initial_adapter, initial_cut, target_modules, write_peft_folder
 from edgelam_fl.model.cut import CUT_A, CUT_B, CutAdapter
 from edgelam_fl.model.families import FAMILIES
+from edgelam_fl.model.lora import LoraKind
+from edgelam_fl.model.of_base import read_of_base
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.stage import LoraSettings, Stage, load_stages
 from tests.fleet import plain_base
@@ -357,6 +359,39 @@ def test_the_exported_folder_is_the_model_elsewhere(built: Built, tmp_path: Path
     assert model.peft_config["default"].task_type == ("SEQ_CLS" if classes else "CAUSAL_LM")
     assert torch.equal(model(input_ids=token_ids(), attention_mask=padding(left=False)[0]).logits, hidden)
     assert set(get_peft_model_state_dict(model)) == set(adapter)
+
+
+NORMS = {"gpt2": ("ln_1", "ln_f"), "bert": ("output.LayerNorm",), "minilm-l6": ("output.LayerNorm",)}
+
+
+@torch.no_grad()
+def test_rslora_dora_and_norms_in_slices(built: Built) -> None:
+    """Against peft alone, and the first magnitudes and norms as peft makes them."""
+    case, words = built.case, NORMS.get(built.name, ("norm",))
+    kind = LoraKind(rslora=True, dora=True, saved=words)
+    lora = LoraSettings(RANK, ALPHA, case.targets, kind=kind)
+    auto: Any = AutoModelForSequenceClassification if case.classes else AutoModelForCausalLM
+    options = {"num_labels": case.classes} if case.classes else {}
+    settings = LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=sorted(target_modules(built.source, case.targets)), use_rslora=True,
+        use_dora=True, fan_in_fan_out=built.name == "gpt2", modules_to_save=[*words, *(["classifier"] if case.classes else [])],
+        task_type="SEQ_CLS" if case.classes else "CAUSAL_LM",
+    )  # fmt: skip
+    whole = get_peft_model(auto.from_pretrained(built.source.folder, **options), settings).eval()
+    fresh = {name: tensor.numpy() for name, tensor in get_peft_model_state_dict(whole).items()}
+    of_base = read_of_base(built.source, lora, "fp32", classes=case.classes)
+    assert of_base
+    assert all(np.array_equal(fresh[name], array) for name, array in of_base.items())
+    drawn = np.random.default_rng(0)
+    adapter = {name: a + drawn.normal(0, 0.1, a.shape).astype(np.float32) for name, a in fresh.items()}
+    set_peft_model_state_dict(whole, {name: torch.from_numpy(array) for name, array in adapter.items()})
+    mask, positions = padding(left=False)
+    expected = whole(input_ids=token_ids(), attention_mask=mask, position_ids=positions).logits
+    stages = load_stages(built.source, CUTS["inside"], "fp32", lora, classes=case.classes)
+    for stage in stages:
+        stage.load_adapter(adapter)
+    assert {name for stage in stages for name in stage.adapter_parameters} == adapter.keys()
+    assert torch.equal(through(stages, token_ids(), LENGTHS), expected)
 
 
 def test_a_target_of_another_family(built: Built) -> None:
