@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.source import find_model
 from edgelam_fl.serving.chat import check_can_talk
 from edgelam_fl.serving.results import Result
@@ -14,8 +15,9 @@ ANSWER_TOKENS = 64
 
 def check_can_answer(result: Result, questions: Iterable[str]) -> None:
     """Raises ConfigError or ModelError for a run that answers no questions here, and for an empty question."""
-    for question in questions:
-        check_can_talk(result.config, question)
+    check_can_talk(result.config, None)
+    if not all(question.strip() for question in questions):
+        raise ConfigError("--ask is empty; it takes a question, as in --ask 'What does abs return?'")
     result.check_base(find_model(result.config.model.name))
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, ModelError
 from edgelam_fl.model.source import ModelSource, find_model
+from edgelam_fl.serving.before_after import ANSWER_TOKENS, answers_of, check_can_answer
 from edgelam_fl.serving.generate import LocalSpeaker, answer, behind, greedy, pieces
 from edgelam_fl.serving.results import Result, open_result
 from tests.fleet import plain_model
@@ -124,6 +125,16 @@ def test_the_adapter_changes_the_answer_and_can_be_left_out(result: Result) -> N
     assert with_it != without
     assert answer(result.config, result.adapter, "Who?", 12) == with_it
     assert "".join(speaker_of(result.config).say([user("Who?")], 12)).strip() == without, "before any is put on"
+
+
+def test_questions_for_the_page_are_answered_before_and_after_the_run(result: Result) -> None:
+    check_can_answer(result, ["Who?"])
+    (asked,) = answers_of(result, ["Who?", "Who?"])
+    after, before = (answer(result.config, adapter, "Who?", ANSWER_TOKENS) for adapter in (result.adapter, None))
+    assert (asked.question, asked.before, asked.after) == ("Who?", before, after)
+    assert before != after
+    with pytest.raises(ConfigError, match="--ask is empty"):
+        check_can_answer(result, ["Who?", " "])
 
 
 def test_another_adapter_takes_the_place_of_the_first(tmp_path: Path, tiny: ModelSource, result: Result) -> None:
