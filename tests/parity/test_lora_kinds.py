@@ -111,6 +111,21 @@ def test_a_split_changes_no_bit_on_other_bases(
     assert not same_bits(whole, first_adapter(RunSpec(config, untied)))
 
 
+@pytest.mark.parametrize(
+    "kind", [["lora.modules_to_save=lm_head"], ["lora.modules_to_save=lm_head", "lora.layers_to_transform=1"]]
+)
+def test_a_head_at_the_last_host_learns_as_on_the_device(
+    untied: ModelSource, data_files: list[Path], kind: list[str]
+) -> None:
+    """Also if nothing else learns there, nor before: the one layer with LoRA is a host's that comes earlier."""
+    config = config_of(untied, *kind, "split.back=0", "split.hosts=2")
+    at_host = config_of(untied, *kind, "split.back=0", "split.hosts=2", "split.labels=last-stage")
+    expected = trained(untied, config, data_files[:1])
+    assert same_bits(trained(untied, at_host, data_files[:1]), expected)
+    head = "base_model.model.lm_head.weight"
+    assert not np.array_equal(expected[head], first_adapter(RunSpec(config, untied))[head])
+
+
 def test_dora_in_bf16_is_pefts(untied: ModelSource, data_files: list[Path]) -> None:
     config = config_of(untied, *KINDS["DoRA"], "model.base=bf16")
     assert same_bits(trained(untied, config, data_files[:1]), plainly_trained(untied, config, data_files[0]))
