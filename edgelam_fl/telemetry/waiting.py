@@ -100,8 +100,14 @@ def _moving(console: Console) -> Progress:
 
 
 def _say_now_and_then(console: Console, wait: Waiting, over: threading.Event, timing: SignTiming) -> None:
-    signs = Reminder(timing)
-    while not over.wait(min(1.0, timing.first_s)):
+    signs, has_said = Reminder(timing), False
+    while not over.wait(min(1.0, timing.first_s) or 1.0):
         if signs.is_due(wait.text):
-            line = f"{wait.text}, {human_seconds(signs.seconds)} so far"
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            has_said = True
+            _print(console, f"{wait.text}, {human_seconds(signs.seconds)} so far")
+    if has_said:  # else the next wait's first sign would come too late after this one's last
+        _print(console, f"{wait.text} took {human_seconds(signs.seconds)}")
+
+
+def _print(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -64,8 +64,9 @@ def test_without_a_terminal_a_wait_prints_plain_lines_with_the_newest_words() ->
         wait.update("reading [b], which is long")
         assert heard.wait(WAIT_S)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    assert lines[-1].startswith("reading [b], which is long, ")
-    assert lines[-1].endswith(" so far")
+    assert lines[-2].startswith("reading [b], which is long, ")
+    assert lines[-2].endswith(" so far")
+    assert lines[-1].startswith("reading [b], which is long took ")
 
 
 def test_on_a_terminal_a_wait_is_a_line_that_goes_away() -> None:
