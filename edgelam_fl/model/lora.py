@@ -14,6 +14,7 @@ from functools import cached_property
 
 # Ends of the names of a module's tensors: LoRA's two factors, and DoRA's number per row of the matrix.
 A, B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+MOST_RANK = 1024  # what lora.rank of a run file allows; nodes refuse plans with more
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from edgelam_fl.errors import Busy, EdgelamError, Mismatch, Refused, Restarted, 
 from edgelam_fl.machine import heat
 from edgelam_fl.model.bases import usable_bases
 from edgelam_fl.model.chip import CPU, peak_bytes
+from edgelam_fl.model.lora import MOST_RANK
 from edgelam_fl.node.accepted import AcceptedParts
 from edgelam_fl.node.examples import DeviceExamples
 from edgelam_fl.node.front_cache import FrontCache, NamesFronts
@@ -36,7 +37,7 @@ from edgelam_fl.node.server_hub import ServerHub
 from edgelam_fl.node.snapshots import Snapshots
 from edgelam_fl.plan.fronts import host_reading_of
 from edgelam_fl.plan.modes import host_mode, label_place
-from edgelam_fl.plan.reading import part_id, round_of
+from edgelam_fl.plan.reading import not_finite, part_id, round_of
 from edgelam_fl.privacy.limits import HostReading, why_refused
 from edgelam_fl.split.group import RETRY_MS
 from edgelam_fl.split.route import Dial
@@ -322,6 +323,10 @@ def _refusal(plan: pb.Plan, name: str, role: pb.Role, bases: Sequence[str]) -> s
     routes = plan.routes or plan.serves
     if not (routes and plan.batch_size and plan.micro_batches and plan.window and plan.deadlines.round_s > 0):
         return "a plan without route, batch size, micro-batches, window or deadlines"
+    if place := not_finite(plan):
+        return f"a plan whose {place} holds a number that is not finite"
+    if (rank := max([plan.lora.rank, *(terms.rank for terms in plan.lora.own)])) > MOST_RANK:
+        return f"a plan with adapters of rank {rank}; at most {MOST_RANK} is allowed"
     if plan.front_cache_bytes and (
         plan.lora.train_front or plan.lora.dropout or plan.model.own_dropout or plan.cut.clip
     ):

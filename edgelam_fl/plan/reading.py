@@ -6,7 +6,10 @@ The server slices adapters with these functions, the stage host loads its slices
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
+
+from google.protobuf.message import Message
 
 from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.cut import CutAdapter
@@ -91,6 +94,26 @@ def kind_of(plan: pb.Plan) -> LoraKind:
     lora = plan.lora
     own = tuple(OwnTerms(tuple(terms.modules), terms.rank, terms.alpha) for terms in lora.own)
     return LoraKind(tuple(lora.layers), lora.rslora, lora.dora, tuple(lora.saved), own)
+
+
+def not_finite(message: Message, place: str = "") -> str:
+    """Returns the place of the first number in a message that is infinite or none, as in "lora.alpha"; empty: there is none.
+
+    Maps are not looked at: those of a plan hold no numbers.
+    """
+    for field, value in message.ListFields():
+        name = f"{place}{field.name}"
+        values = value if field.is_repeated else [value]
+        if field.cpp_type == field.CPPTYPE_MESSAGE:
+            found = next(
+                filter(None, (not_finite(each, f"{name}.") for each in values if isinstance(each, Message))), ""
+            )
+        else:
+            wrong = any(isinstance(each, float) and not math.isfinite(each) for each in values)
+            found = name if wrong else ""
+        if found:
+            return found
+    return ""
 
 
 def codecs_of(plan: pb.Plan) -> tuple[str, str]:

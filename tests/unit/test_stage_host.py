@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,6 +81,24 @@ def await_start(events: list[Event]) -> None:
 )
 def test_a_plan_that_cannot_be_this_nodes_is_refused(tiny: ModelSource, wrong: dict[str, Any], reason: str) -> None:
     assert edge().submit(a_plan(tiny, **wrong)) == pb.SubmitReply(accepted=False, reason=reason, code="mismatch")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda plan: setattr(plan.lora, "alpha", math.nan), "a plan whose lora.alpha holds a number that is not finite"),
+        (lambda plan: plan.lora.own.add(modules=["q_proj"], alpha=math.inf), "a plan whose lora.own.alpha holds a number that is not finite"),
+        (lambda plan: plan.optimizer.lrs.__setitem__(0, math.nan), "a plan whose optimizer.lrs holds a number that is not finite"),
+        (lambda plan: setattr(plan.lora, "rank", 4096), "a plan with adapters of rank 4096; at most 1024 is allowed"),
+        (lambda plan: plan.lora.own.add(modules=["q_proj"], rank=4096), "a plan with adapters of rank 4096; at most 1024 is allowed"),
+    ],
+)  # fmt: skip
+def test_numbers_that_no_run_file_allows_are_refused(
+    tiny: ModelSource, change: Callable[[pb.Plan], None], reason: str
+) -> None:
+    request = a_plan(tiny)
+    change(request.plan)
+    assert edge().submit(request) == pb.SubmitReply(accepted=False, reason=reason, code="mismatch")
 
 
 def test_an_unknown_base_is_refused(tiny: ModelSource) -> None:
