@@ -1,0 +1,99 @@
+"""Predictors that need no training and no other link: what comes next follows from the link's own 16 slots.
+
+An autoregression (AR) of order p predicts a slot as a weighted sum of the p slots before it. Series that share their weights
+form a group; the fewer groups, the less noise gets into the weights. Shapes: G groups of S series over T slots.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
+
+from edgelam_fl.wireless.channels.links import Channels_NTFM
+from edgelam_fl.wireless.prediction.score import AHEAD
+
+RIDGE = 1e-4  # of the mean power of a series, on the diagonal of the normal equations
+EIGENVECTORS = 8  # of 32 ports' 32: they carry 99 % of a link's energy and a quarter of the noise
+LEAST_POWER = 1e-9  # keeps a group without energy solvable; a link has power 1
+NOISE_FACTOR = 2.0  # a coefficient or a delay bin is kept if its power is above so many times that of the noise
+
+_Series_GST = npt.NDArray[np.complexfloating]
+
+
+def zero(past_NTFM: Channels_NTFM) -> Channels_NTFM:
+    """Predicts nothing at all: an error of 0 dB by definition."""
+    return np.zeros_like(past_NTFM[:, :AHEAD])
+
+
+def last_value(past_NTFM: Channels_NTFM) -> Channels_NTFM:
+    """Predicts that the channel stays as it was in the last slot."""
+    return np.repeat(past_NTFM[:, -1:], AHEAD, axis=1)
+
+
+def own_history(past_NTFM: Channels_NTFM, order: int = 8) -> Channels_NTFM:
+    """Predicts by one AR per link, fitted to all of its subcarriers and ports."""
+    return np.stack([_flat(past, order) for past in past_NTFM])
+
+
+def own_history_by_bin(past_NTFM: Channels_NTFM, order: int = 4) -> Channels_NTFM:
+    """Predicts by one AR per link and delay bin, fitted to the bin on all ports."""
+    return np.stack([_from_delays(_by_bin(_delays(past), order)) for past in past_NTFM])
+
+
+def subspace(past_NTFM: Channels_NTFM, noise_power: float, order: int = 8, *, by_bin: bool = False) -> Channels_NTFM:
+    """Predicts in the link's strongest directions and delays, where there is little noise.
+
+    The ports are projected on the strongest eigenvectors of the 16 x 48 noisy snapshots, the subcarriers turned into delay
+    bins, and what is not above the noise set to zero: single coefficients with one AR for all, whole bins with one AR each
+    (`by_bin`), whose few series would be too few with single coefficients gone. noise_power: of one value, known.
+    """
+    return np.stack([_subspace(past, noise_power, order, by_bin) for past in past_NTFM])
+
+
+def _subspace(
+    past_TFM: npt.NDArray[np.complex64], noise_power: float, order: int, by_bin: bool
+) -> npt.NDArray[np.complex64]:
+    snapshots = past_TFM.reshape(-1, past_TFM.shape[-1])
+    directions_ME = np.linalg.eigh(snapshots.conj().T @ snapshots)[1][:, -EIGENVECTORS:].conj()
+    seen_TFE = _delays(past_TFM) @ directions_ME.conj()
+    power_FE = np.mean(np.abs(seen_TFE) ** 2, axis=0)
+    if by_bin:
+        power_FE = np.broadcast_to(power_FE.mean(axis=1, keepdims=True), power_FE.shape)
+    kept_TFE = seen_TFE * (power_FE > NOISE_FACTOR * noise_power)
+    ahead_TFE = (_by_bin if by_bin else _flat)(kept_TFE, order)
+    return _from_delays(ahead_TFE @ directions_ME.T)
+
+
+def _flat(past_TFM: npt.NDArray[np.complexfloating], order: int) -> npt.NDArray[np.complex64]:
+    """Continues all series of a link with one AR."""
+    series = past_TFM.reshape(1, len(past_TFM), -1).swapaxes(1, 2)
+    return autoregress(series, order)[0].T.reshape(AHEAD, *past_TFM.shape[1:]).astype(np.complex64)
+
+
+def _by_bin(past_TFM: npt.NDArray[np.complexfloating], order: int) -> npt.NDArray[np.complex64]:
+    """Continues a link's delay bins with one AR each."""
+    return autoregress(past_TFM.transpose(1, 2, 0), order).transpose(2, 0, 1).astype(np.complex64)
+
+
+def _delays(channel_TFM: npt.NDArray[np.complex64]) -> npt.NDArray[np.complex64]:
+    return np.fft.ifft(channel_TFM, axis=1, norm="ortho").astype(np.complex64)
+
+
+def _from_delays(delays_TFM: npt.NDArray[np.complex64]) -> npt.NDArray[np.complex64]:
+    return np.fft.fft(delays_TFM, axis=1, norm="ortho").astype(np.complex64)
+
+
+def autoregress(series_GST: _Series_GST, order: int) -> npt.NDArray[np.complex128]:
+    """Continues each series by four slots, `[G, S, 4]`, with the weights that fit its group best (ridge, least squares)."""
+    series = series_GST.astype(np.complex128)
+    windows = sliding_window_view(series, order + 1, axis=2).reshape(len(series), -1, order + 1)
+    before, after = windows[..., :order], windows[..., order:]
+    gram = before.conj().swapaxes(1, 2) @ before
+    load = RIDGE * np.trace(gram, axis1=1, axis2=2).real / order + LEAST_POWER
+    gram = gram + load[:, None, None] * np.eye(order)
+    weights_GP = np.linalg.solve(gram, before.conj().swapaxes(1, 2) @ after)[..., 0]
+    for _ in range(AHEAD):
+        following = np.einsum("gsp,gp->gs", series[..., -order:], weights_GP)
+        series = np.concatenate([series, following[..., None]], axis=2)
+    return series[..., -AHEAD:]
