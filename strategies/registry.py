@@ -32,6 +32,7 @@ BUILT_IN = {
         "fedsa": "strategies.aggregation.fedsa:FedSa",
         "fedprox": "strategies.aggregation.fedprox:FedProx",
         "scaffold": "strategies.aggregation.scaffold:Scaffold",
+        "over_the_air": "strategies.aggregation.over_the_air:OverTheAir",
         "fedadam": "strategies.aggregation.flower:FedAdam",
         "fedyogi": "strategies.aggregation.flower:FedYogi",
         "fedadagrad": "strategies.aggregation.flower:FedAdagrad",

@@ -422,7 +422,7 @@ class OptimizerSection(Section):
 class StrategySection(Section):
     aggregation: str = Field(
         "fedavg",
-        description="fedavg, ffa, rolora, flexlora, hetlora, flora, fedex, fedsa, fedprox, scaffold (with sgd), fedadam, fedyogi, fedadagrad, fedavgm, fedmedian, fedtrimmedavg, krum, multikrum, none, or package.module:Class",
+        description="fedavg, ffa, rolora, flexlora, hetlora, flora, fedex, fedsa, fedprox, scaffold (with sgd), over_the_air, fedadam, fedyogi, fedadagrad, fedavgm, fedmedian, fedtrimmedavg, krum, multikrum, none, or package.module:Class",
     )
     selection: str = Field(
         "all",

@@ -9,7 +9,8 @@ have taken in the cell. Knows no strategy, no language model and no message.
 
 Subjects of their own:
 
-    channels     what base stations learn from: channels over time, frequency and antennas; numpy, torch for one generator
-    prediction   baselines of channel prediction, and their score; numpy
-    beamforming  beams for several users at once, from channels or pilots; torch
+    channels      what base stations learn from: channels over time, frequency and antennas; numpy, torch for one generator
+    prediction    baselines of channel prediction, and their score; numpy
+    beamforming   beams for several users at once, from channels or pilots; torch
+    over_the_air  sums that a shared channel makes of what all send at once; numpy
 """

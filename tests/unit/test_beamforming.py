@@ -1,4 +1,4 @@
-"""Beams and channel estimates: against recorded values and closed forms, and what cannot be a channel is refused."""
+"""Beams, channel estimates and the learned beamformer: recorded values, closed forms, symmetries, and what is refused."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 from edgelam_fl.errors import ConfigError
 from edgelam_fl.wireless.beamforming.downlink import Downlink, downlink_at, noise_at, sum_rates
 from edgelam_fl.wireless.beamforming.estimation import least_squares, mmse, pilots, received
+from edgelam_fl.wireless.beamforming.learning import LearnedPrecoder, Lesson, OutsideTraining, train
+from edgelam_fl.wireless.beamforming.network import BeamNetwork
 from edgelam_fl.wireless.beamforming.precoders import mrt, rzf, wmmse, zero_forcing
 
 ANTENNAS = 8
@@ -87,7 +89,7 @@ def test_users_in_one_place_and_users_that_hear_nothing_get_finite_beams() -> No
     channels[1, 2] = 0
     beams, singular = zero_forcing(channels, downlink_at(10))
     assert singular == 2
-    for one in (beams, *all_beams(channels, downlink_at(10))):
+    for one in (beams, *all_beams(channels, downlink_at(10)), woken()(channels, noises(3))):
         assert one.isfinite().all()
         assert one.abs().square().sum((1, 2)).tolist() == pytest.approx([1] * 3)
         assert sum_rates(channels, one, 0.1).isfinite().all()
@@ -139,3 +141,72 @@ def test_errors_of_estimates_are_those_of_the_closed_forms(symbols: int, snr_db:
 def test_too_few_pilot_symbols_are_refused() -> None:
     with pytest.raises(ConfigError, match="3 pilot symbols cannot tell 4 users apart: use 4 symbols or more"):
         pilots(3, 4)
+
+
+# ---------------------------------------------------------------- the network
+
+
+def woken(seed: int = 3) -> BeamNetwork:
+    """A network whose weights and powers differ from RZF's, as after a training."""
+    torch.manual_seed(seed)
+    network = BeamNetwork(width=8, rounds=2).double()
+    for name, parameter in network.named_parameters():
+        if ".step." in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return network
+
+
+def noises(count: int, value: float = 0.1) -> torch.Tensor:
+    return torch.full((count,), value, dtype=torch.float64)
+
+
+def test_an_untrained_network_is_rzf() -> None:
+    channels, downlink = drawn(4, 20), downlink_at(10)
+    torch.testing.assert_close(BeamNetwork().double()(channels, noises(20)), rzf(channels, downlink))
+
+
+def test_another_order_of_users_or_antennas_gives_the_same_beams_in_that_order() -> None:
+    network, channels = woken(), drawn(5, 10)
+    beams = network(channels, noises(10))
+    users, antennas = (
+        torch.tensor([3, 0, 4, 1, 2]),
+        torch.randperm(ANTENNAS, generator=torch.Generator().manual_seed(1)),
+    )
+    assert not torch.allclose(beams, rzf(channels, downlink_at(10)), atol=1e-3)
+    torch.testing.assert_close(network(channels[:, users], noises(10)), beams[:, :, users])
+    torch.testing.assert_close(network(channels[:, :, antennas], noises(10)), beams[:, antennas])
+
+
+@pytest.mark.parametrize(("users", "power"), [(1, 1.0), (6, 2.5), (9, 1.0)])
+def test_the_network_takes_any_number_of_users_and_uses_exactly_the_power(users: int, power: float) -> None:
+    beams = woken()(drawn(users, 10), noises(10), power=power)
+    assert beams.abs().square().sum((1, 2)).tolist() == pytest.approx([power] * 10)
+
+
+def test_errors_of_the_estimate_count_as_noise() -> None:
+    channels = drawn(4, 10)
+    beams = BeamNetwork().double()(channels, noises(10), noises(10, 0.2))
+    torch.testing.assert_close(beams, rzf(channels, Downlink(noise=0.3)))
+
+
+@pytest.mark.parametrize("pilot_snr_db", [None, (0.0, 10.0)])
+def test_training_beats_rzf_and_repeats_to_the_bit(pilot_snr_db: tuple[float, float] | None) -> None:
+    lesson = Lesson(users=(4,), snr_db=(0.0, 0.0), pilot_snr_db=pilot_snr_db, cells=32)
+    learned = train(lesson, steps=25, seed=1)
+    channels, downlink, sent = drawn(4, 200, seed=9), downlink_at(0), pilots(4, 4, torch.complex128)
+    seen, error = channels, 0.0
+    if pilot_snr_db is not None:
+        seen, error = least_squares(received(channels, sent, 0.5, torch.Generator().manual_seed(2)), sent), 0.5 / 4
+    gain = sum_rates(channels, learned(seen, downlink, error), 1.0) - sum_rates(channels, rzf(seen, downlink), 1.0)
+    assert float(gain.mean()) > 3 * float(gain.std()) / math.sqrt(len(gain))
+    again = train(lesson, steps=25, seed=1).network.state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in learned.network.state_dict().items())
+
+
+def test_beams_outside_the_training_come_with_a_warning() -> None:
+    learned = LearnedPrecoder(BeamNetwork(width=8, rounds=1), Lesson(users=(4, 8), snr_db=(0.0, 20.0)))
+    learned(drawn(6, 2), downlink_at(20))
+    with pytest.warns(OutsideTraining, match="trained on an SNR in dB from 0 to 20, not 25"):
+        learned(drawn(6, 2), downlink_at(25))
+    with pytest.warns(OutsideTraining, match="trained on users from 4 to 8, not 3"):
+        learned(drawn(3, 2), downlink_at(10))

@@ -77,7 +77,7 @@ def test_nodes_measure_their_links_again_after_a_round_that_took_far_longer_than
     assert [("links were measured again" in text) for text in told] == [False, True, False]
 
 
-@pytest.mark.parametrize("rule", ["fedavg", "fedsa", "rolora"])
+@pytest.mark.parametrize("rule", ["fedavg", "fedsa", "rolora", "over_the_air"])
 def test_a_state_is_all_that_the_next_round_needs_of_earlier_ones(federation: MakeFederation, rule: str) -> None:
     """Another `Rounds` that gets the state after round 2 of 3 sends and computes the same as one that ran all three."""
     settings = ("ab", "e", f"strategy.aggregation={rule}", "federation.rounds=3", "optimizer.schedule=linear")

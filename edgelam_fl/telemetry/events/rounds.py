@@ -669,7 +669,8 @@ class RoundDone(Event):
     zero, and if the replies of more than 32 nodes were summed up as they arrived."""
     aggregation: Mapping[str, float]
     """Figures of the rule's own. flora and fedex: carry_bytes, carry_rank (the largest of all modules) and carry_error
-    (share of the carry factors' norm that was cut off in this round)."""
+    (share of the carry factors' norm that was cut off in this round). over_the_air: air_error (the norm of the expected noise
+    over that of the update that arrived)."""
     virtual: VirtualRound | None = None
     """The round in virtual time; None without [wireless] and without steps."""
 

@@ -3,6 +3,8 @@
     downlink    the power and the noise of a cell, and the sum rate of its beams
     precoders   MRT, ZF, RZF and WMMSE: what a learned beamformer is compared with
     estimation  pilots, and LS and MMSE estimates of a channel
+    network     a graph network over users that makes beams
+    learning    its training on minus the sum rate, and its use as a precoder
 
 Shapes: B cells, K users, M antennas, T pilot symbols. Row k of a channel is what multiplies the antennas' signals on their way
 to user k; column k of the beams is what the antennas send for user k.

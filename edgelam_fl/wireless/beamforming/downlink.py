@@ -61,12 +61,11 @@ def with_equal_power(beams_BMK: torch.Tensor, power: float) -> torch.Tensor:
     return scaled(beams_BMK * power_B1K.clamp_min(_LEAST).rsqrt(), power)
 
 
-def sum_rates(channels_BKM: torch.Tensor, beams_BMK: torch.Tensor, noise: float) -> torch.Tensor:
-    """Returns each cell's sum of log2(1 + SINR) over its users [B], in bit/s per Hz. Gradients pass through it."""
-    return sum_rates_of_gains((channels_BKM @ beams_BMK).abs().square(), noise)
+def sum_rates(channels_BKM: torch.Tensor, beams_BMK: torch.Tensor, noise: float | torch.Tensor) -> torch.Tensor:
+    """Returns each cell's sum of log2(1 + SINR) over its users [B], in bit/s per Hz; gradients pass through it.
 
-
-def sum_rates_of_gains(gains_BKK: torch.Tensor, noise: float | torch.Tensor) -> torch.Tensor:
-    """Returns the sum rates of received powers: row i, column k is what user i receives of the beam for user k."""
+    `noise`: of all users, or [B, 1] for each cell its own.
+    """
+    gains_BKK = (channels_BKM @ beams_BMK).abs().square()
     signal_BK = gains_BKK.diagonal(dim1=1, dim2=2)
     return torch.log2(1 + signal_BK / (gains_BKK.sum(2) - signal_BK + noise)).sum(1)

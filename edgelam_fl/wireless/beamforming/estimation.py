@@ -26,13 +26,19 @@ def pilots(symbols: int, users: int, dtype: torch.dtype = torch.complex64) -> to
 
 
 def received(
-    channels_BKM: torch.Tensor, pilots_TK: torch.Tensor, noise: float, generator: torch.Generator | None = None
+    channels_BKM: torch.Tensor,
+    pilots_TK: torch.Tensor,
+    noise: float | torch.Tensor,
+    generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Returns what the base station receives of the pilots [B, T, M]; `noise`: its power per antenna and symbol."""
+    """Returns what the base station receives of the pilots [B, T, M].
+
+    `noise`: its power per antenna and symbol, or [B, 1, 1] for each cell its own.
+    """
     check_channels(channels_BKM)
     signal_BTM = pilots_TK @ channels_BKM
     drawn = torch.randn(signal_BTM.shape, dtype=signal_BTM.dtype, generator=generator)
-    return signal_BTM + math.sqrt(noise) * drawn
+    return signal_BTM + noise**0.5 * drawn
 
 
 def least_squares(received_BTM: torch.Tensor, pilots_TK: torch.Tensor) -> torch.Tensor:
