@@ -7,7 +7,10 @@ from functools import cache
 
 import numpy as np
 import pytest
+import torch
 
+from benchmarks.channel_network import SeriesNetwork, predicted, trained
+from benchmarks.channel_network import measure as measure_network
 from benchmarks.channel_prediction import measure
 from edgelam_fl.wireless.channels.links import Channels_NTFM, Links, with_noise
 from edgelam_fl.wireless.channels.paths import Paths
@@ -21,6 +24,7 @@ from edgelam_fl.wireless.prediction.extrapolation import (
 )
 from edgelam_fl.wireless.prediction.ridge import Ridge, RidgeAcross, RidgeByBin, RidgeBySpeed
 from edgelam_fl.wireless.prediction.score import AHEAD, PAST, errors, future_of, nmse_db, past_of, spectral_efficiency
+from edgelam_fl.wireless.prediction.series import channels_of, projected, strongest
 
 SNR_DB, NOISE = 10.0, 0.1
 
@@ -100,6 +104,15 @@ def test_what_is_below_the_noise_is_left_out() -> None:
         assert np.all(subspace(noise, 10.0, by_bin=by_bin) == 0)
 
 
+def test_series_stand_for_what_was_projected() -> None:
+    """Two directions at most: eight hold everything. White noise keeps its power per value."""
+    channels = links().up_NTFM[:2] * np.array([1, 1j] + 30 * [0], np.complex64)
+    directions = strongest(channels)
+    assert np.allclose(channels_of(projected(channels, directions), directions), channels, atol=1e-4)
+    noise = with_noise(np.zeros_like(channels), 0.0, seed=1)
+    assert np.mean(np.abs(projected(noise, directions)) ** 2) == pytest.approx(1.0, abs=0.05)
+
+
 # ---------------------------------------------------------------- fitted to other links
 
 
@@ -149,3 +162,27 @@ def test_the_benchmark_scores_each_way_on_the_same_links() -> None:
     ways = [name.removesuffix(", all") for name in values if name.endswith(", all")]
     assert len(ways) == 1 + 2 * 8 + 2
     assert all(f"{way}, spectral efficiency" in values for way in ways)
+
+
+def test_a_turned_series_is_predicted_turned() -> None:
+    torch.manual_seed(1)
+    network, series = SeriesNetwork(), torch.randn(3, PAST, dtype=torch.complex64)
+    turn = torch.polar(torch.tensor(1.0), torch.tensor(0.7))
+    assert torch.allclose(network(turn * series), turn * network(series), atol=1e-5)
+
+
+def test_the_network_learns_from_other_links() -> None:
+    """Four epochs of 24 links are enough to beat the last value; what is below the noise is predicted as zero."""
+    network = trained(Paths(24, seed=5).draw(), 1, epochs=4).network
+    after = scored(lambda seen: predicted(network, seen))
+    assert after < scored(last_value)
+    assert after < scored(lambda seen: predicted(SeriesNetwork(), seen)) - 2
+    quiet = with_noise(np.zeros((1, PAST, 48, 32), np.complex64), 30.0, seed=1)
+    assert np.all(predicted(network, quiet) == 0)
+
+
+def test_the_networks_benchmark_scores_all_seeds() -> None:
+    _, figures = measure_network(smoke=True)
+    values = {figure.name: figure.value for figure in figures}
+    assert values["network on series, all"] < 3.0
+    assert values["trainable parameters"] == 311_816

@@ -12,9 +12,9 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from edgelam_fl.wireless.channels.links import Channels_NTFM
 from edgelam_fl.wireless.prediction.score import AHEAD
+from edgelam_fl.wireless.prediction.series import channels_of, delays, from_delays, projected, strongest
 
 RIDGE = 1e-4  # of the mean power of a series, on the diagonal of the normal equations
-EIGENVECTORS = 8  # of 32 ports' 32: they carry 99 % of a link's energy and a quarter of the noise
 LEAST_POWER = 1e-9  # keeps a group without energy solvable; a link has power 1
 NOISE_FACTOR = 2.0  # a coefficient or a delay bin is kept if its power is above so many times that of the noise
 
@@ -38,7 +38,7 @@ def own_history(past_NTFM: Channels_NTFM, order: int = 8) -> Channels_NTFM:
 
 def own_history_by_bin(past_NTFM: Channels_NTFM, order: int = 4) -> Channels_NTFM:
     """Predicts by one AR per link and delay bin, fitted to the bin on all ports."""
-    return np.stack([_from_delays(_by_bin(_delays(past), order)) for past in past_NTFM])
+    return from_delays(np.stack([_by_bin(past, order) for past in delays(past_NTFM)]))
 
 
 def subspace(past_NTFM: Channels_NTFM, noise_power: float, order: int = 8, *, by_bin: bool = False) -> Channels_NTFM:
@@ -48,21 +48,14 @@ def subspace(past_NTFM: Channels_NTFM, noise_power: float, order: int = 8, *, by
     bins, and what is not above the noise set to zero: single coefficients with one AR for all, whole bins with one AR each
     (`by_bin`), whose few series would be too few with single coefficients gone. noise_power: of one value, known.
     """
-    return np.stack([_subspace(past, noise_power, order, by_bin) for past in past_NTFM])
-
-
-def _subspace(
-    past_TFM: npt.NDArray[np.complex64], noise_power: float, order: int, by_bin: bool
-) -> npt.NDArray[np.complex64]:
-    snapshots = past_TFM.reshape(-1, past_TFM.shape[-1])
-    directions_ME = np.linalg.eigh(snapshots.conj().T @ snapshots)[1][:, -EIGENVECTORS:].conj()
-    seen_TFE = _delays(past_TFM) @ directions_ME.conj()
-    power_FE = np.mean(np.abs(seen_TFE) ** 2, axis=0)
+    directions_NME = strongest(past_NTFM)
+    seen_NTFE = projected(past_NTFM, directions_NME)
+    power_NFE = np.mean(np.abs(seen_NTFE) ** 2, axis=1)
     if by_bin:
-        power_FE = np.broadcast_to(power_FE.mean(axis=1, keepdims=True), power_FE.shape)
-    kept_TFE = seen_TFE * (power_FE > NOISE_FACTOR * noise_power)
-    ahead_TFE = (_by_bin if by_bin else _flat)(kept_TFE, order)
-    return _from_delays(ahead_TFE @ directions_ME.T)
+        power_NFE = np.broadcast_to(power_NFE.mean(axis=2, keepdims=True), power_NFE.shape)
+    kept_NTFE = seen_NTFE * (power_NFE > NOISE_FACTOR * noise_power)[:, None]
+    continued = _by_bin if by_bin else _flat
+    return channels_of(np.stack([continued(series, order) for series in kept_NTFE]), directions_NME)
 
 
 def _flat(past_TFM: npt.NDArray[np.complexfloating], order: int) -> npt.NDArray[np.complex64]:
@@ -74,14 +67,6 @@ def _flat(past_TFM: npt.NDArray[np.complexfloating], order: int) -> npt.NDArray[
 def _by_bin(past_TFM: npt.NDArray[np.complexfloating], order: int) -> npt.NDArray[np.complex64]:
     """Continues a link's delay bins with one AR each."""
     return autoregress(past_TFM.transpose(1, 2, 0), order).transpose(2, 0, 1).astype(np.complex64)
-
-
-def _delays(channel_TFM: npt.NDArray[np.complex64]) -> npt.NDArray[np.complex64]:
-    return np.fft.ifft(channel_TFM, axis=1, norm="ortho").astype(np.complex64)
-
-
-def _from_delays(delays_TFM: npt.NDArray[np.complex64]) -> npt.NDArray[np.complex64]:
-    return np.fft.fft(delays_TFM, axis=1, norm="ortho").astype(np.complex64)
 
 
 def autoregress(series_GST: _Series_GST, order: int) -> npt.NDArray[np.complex128]:

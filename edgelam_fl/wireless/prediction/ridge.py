@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from edgelam_fl.wireless.channels.links import Channels_NTFM
 from edgelam_fl.wireless.prediction.score import AHEAD
+from edgelam_fl.wireless.prediction.series import delays, from_delays
 
 RIDGE = 1e-6  # of the inputs' mean power, on the diagonal of the normal equations
 RIDGE_ACROSS = 1e-2  # between bands: 384 inputs that are nearly dependent
@@ -81,13 +82,13 @@ class RidgeByBin:
 
     @classmethod
     def fit(cls, past_NTFM: Channels_NTFM, future_NTFM: Channels_NTFM) -> RidgeByBin:
-        past, future = _delays(past_NTFM), _delays(future_NTFM)
+        past, future = delays(past_NTFM), delays(future_NTFM)
         return cls(tuple(Ridge.fit(past[:, :, [n]], future[:, :, [n]]) for n in range(past.shape[2])))
 
     def predict(self, past_NTFM: Channels_NTFM) -> Channels_NTFM:
-        past = _delays(past_NTFM)
+        past = delays(past_NTFM)
         bins = [ridge.predict(past[:, :, [n]]) for n, ridge in enumerate(self.by_bin)]
-        return np.fft.fft(np.concatenate(bins, axis=2), axis=2, norm="ortho").astype(np.complex64)
+        return from_delays(np.concatenate(bins, axis=2))
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,3 @@ def _per_port(channels_NTFM: Channels_NTFM) -> _Weights:
     """Returns each port's slots and subcarriers as one row."""
     links, slots, subcarriers, ports = channels_NTFM.shape
     return channels_NTFM.transpose(0, 3, 1, 2).reshape(links * ports, slots * subcarriers)
-
-
-def _delays(channels_NTFM: Channels_NTFM) -> Channels_NTFM:
-    return np.fft.ifft(channels_NTFM, axis=2, norm="ortho").astype(np.complex64)
