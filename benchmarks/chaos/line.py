@@ -133,7 +133,8 @@ class Line:
         if not any(hits(port) for hits in list(self._silenced)):
             pair.open.set()
         for source, sink in ((near, far), (far, near)):
-            source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with contextlib.suppress(OSError):  # cut meanwhile; the pump then ends at once
+                source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             threading.Thread(target=_pump, args=(pair, source, sink), daemon=True).start()
 
 

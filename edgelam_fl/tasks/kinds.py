@@ -44,7 +44,7 @@ def check_task(settings: TaskSettings) -> None:
                 "task.loss_on = 'assistant' learns every answer of a chat and needs task.template = 'chat', got "
                 f"{settings.template!r:.60}; 'answer' or 'all' go with it"
             )
-        if settings.packing and settings.weighting != "labels":
+        if settings.packing and settings.weighting == "examples":
             raise ConfigError(
                 f"task.packing = true cannot be combined with task.weighting = {settings.weighting!r}, which takes each row for one "
                 f"example. Allowed: weighting = 'labels', or packing = false"

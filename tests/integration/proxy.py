@@ -89,7 +89,8 @@ class Proxy:
             self._sockets += [near, far]
             up, down = self._watch()
             for source, sink, passing in ((near, far, up), (far, near, down)):
-                source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                with contextlib.suppress(OSError):  # cut meanwhile; the pump then ends at once
+                    source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 threading.Thread(target=_pump, args=(source, sink, passing), daemon=True).start()
 
 
