@@ -66,6 +66,7 @@ class Waiting:
 
     def __init__(self, text: str, show: Callable[[str], None]) -> None:
         self.text, self._show = text, show
+        self.ended_well = False
 
     def update(self, text: str) -> None:
         """Shows other words from now on."""
@@ -86,6 +87,7 @@ def waiting(console: Console, text: str, timing: SignTiming = DEFAULT_SIGNS) -> 
     thread.start()
     try:
         yield wait
+        wait.ended_well = True
     finally:
         over.set()
         thread.join()
@@ -105,7 +107,8 @@ def _say_now_and_then(console: Console, wait: Waiting, over: threading.Event, ti
         if signs.is_due(wait.text):
             has_said = True
             _print(console, f"{wait.text}, {human_seconds(signs.seconds)} so far")
-    if has_said:  # else the next wait's first sign would come too late after this one's last
+    # Said, so that the next wait's first sign does not come too late after this one's last; after an error, its message does that.
+    if has_said and wait.ended_well:
         _print(console, f"{wait.text} took {human_seconds(signs.seconds)}")
 
 

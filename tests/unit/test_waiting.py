@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import threading
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -49,24 +50,41 @@ def test_what_does_not_change_for_hours_is_said_ever_more_rarely() -> None:
     assert said[-1] - said[-2] < 35, "with other words it begins anew"
 
 
+class Heard(io.StringIO):
+    """A text that says when `words` came."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__()
+        self._words, self.came = words, threading.Event()
+
+    def write(self, text: str) -> int:
+        if self._words in text:
+            self.came.set()
+        return super().write(text)
+
+
+def quick() -> SignTiming:
+    clock = iter(range(1000))
+    return SignTiming(first_s=0.001, every_s=0.0, now=lambda: float(next(clock)))
+
+
 def test_without_a_terminal_a_wait_prints_plain_lines_with_the_newest_words() -> None:
-    heard, clock = threading.Event(), iter(range(1000))
-
-    class Heard(io.StringIO):
-        def write(self, text: str) -> int:
-            if "reading [b]" in text:
-                heard.set()
-            return super().write(text)
-
-    console = Console(file=Heard(), width=20)
-    timing = SignTiming(first_s=0.001, every_s=0.0, now=lambda: float(next(clock)))
-    with waiting(console, "starting", timing) as wait:
+    heard = Heard("reading [b]")
+    with waiting(Console(file=heard, width=20), "starting", quick()) as wait:
         wait.update("reading [b], which is long")
-        assert heard.wait(WAIT_S)
-    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        assert heard.came.wait(WAIT_S)
+    lines = heard.getvalue().splitlines()
     assert lines[-2].startswith("reading [b], which is long, ")
     assert lines[-2].endswith(" so far")
     assert lines[-1].startswith("reading [b], which is long took ")
+
+
+def test_a_wait_that_fails_leaves_the_last_word_to_the_error() -> None:
+    heard = Heard("reading")
+    with suppress(ValueError), waiting(Console(file=heard, width=20), "reading", quick()):
+        assert heard.came.wait(WAIT_S)
+        raise ValueError
+    assert heard.getvalue().splitlines()[-1].endswith(" so far")
 
 
 def test_on_a_terminal_a_wait_is_a_line_that_goes_away() -> None:
