@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from edgelam_fl.telemetry.events import NodeProgress
-from edgelam_fl.telemetry.events.rounds import FETCHING, REPORTING
+from edgelam_fl.telemetry.events.progress import FETCHING, REPORTING
 from edgelam_fl.telemetry.human import human_bytes
 from edgelam_fl.telemetry.progress import NodeTail
 from edgelam_fl.telemetry.waiting import DEFAULT_SIGNS, Reminder, SignTiming, waiting

@@ -15,7 +15,7 @@ from edgelam_fl.plan.reading import part_id
 from edgelam_fl.split.group import Group
 from edgelam_fl.split.inbox import Inbox
 from edgelam_fl.telemetry.events import Emit, JobEvent, NodeProgress, StepDone
-from edgelam_fl.telemetry.events.rounds import REPORTING
+from edgelam_fl.telemetry.events.progress import REPORTING
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.progress import as_message
 

@@ -42,7 +42,7 @@ from edgelam_fl.split.window import affordable_window
 from edgelam_fl.split.workers import workers_of
 from edgelam_fl.tasks.metrics import load_metrics
 from edgelam_fl.telemetry.events import JobResumed, JobStarted, NodeProgress, TensorsAsked, WindowGranted
-from edgelam_fl.telemetry.events.rounds import SERVING
+from edgelam_fl.telemetry.events.progress import SERVING
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 from edgelam_fl.wire.link import Link

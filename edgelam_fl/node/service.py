@@ -42,7 +42,7 @@ from edgelam_fl.privacy.limits import HostReading, why_refused
 from edgelam_fl.split.group import RETRY_MS
 from edgelam_fl.split.route import Dial
 from edgelam_fl.telemetry.events import Emit, Event, JobDone, NodeProgress, SliceComing, TextReadableHere
-from edgelam_fl.telemetry.events.rounds import FETCHING, LOADING
+from edgelam_fl.telemetry.events.progress import FETCHING, LOADING
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.grpc.secure import PLAIN, Security

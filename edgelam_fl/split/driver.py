@@ -28,7 +28,7 @@ from edgelam_fl.split.trainee import Trainee, judge
 from edgelam_fl.tasks.base import Example, Task, Unit
 from edgelam_fl.tasks.data import batch_indices
 from edgelam_fl.telemetry.events import EmitInJob, Evaluated, NodeProgress, StepDone
-from edgelam_fl.telemetry.events.rounds import ANSWERING, CONNECTING, MEASURING, TRAINING
+from edgelam_fl.telemetry.events.progress import ANSWERING, CONNECTING, MEASURING, TRAINING
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.counters import ByteCounters
 

@@ -55,7 +55,7 @@ from edgelam_fl.telemetry.events import (
     TextReadable,
     TrackerFailed,
 )
-from edgelam_fl.telemetry.events.rounds import CONNECTING, DOINGS, MEASURING, SERVING, TRAINING
+from edgelam_fl.telemetry.events.progress import CONNECTING, DOINGS, MEASURING, SERVING, TRAINING
 from edgelam_fl.telemetry.human import (
     by_name,
     human_bytes,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from edgelam_fl.files import write_atomically
 from edgelam_fl.telemetry.events.log import as_line, parse_event
-from edgelam_fl.telemetry.events.rounds import (
+from edgelam_fl.telemetry.events.progress import (
     ANSWERING,
     DOINGS,
     FETCHING,

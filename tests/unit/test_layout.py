@@ -8,7 +8,7 @@ from edgelam_fl.model.source import ModelSource
 from edgelam_fl.plan.layout import Layout, by_name, make_layout, who_may_host
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.checks import check_cuts
+from server.model_checks import check_cuts
 from tests.support import run_config
 
 

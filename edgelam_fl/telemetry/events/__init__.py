@@ -1,6 +1,6 @@
 """Events: everything that happens, one frozen dataclass per kind. docs/events.md is made from these classes.
 
-A new event is one dataclass in `run`, `rounds` or `nodes`, by who writes it, and one line in `table`.
+A new event is one dataclass in `run`, `rounds`, `progress` or `nodes`, by who writes it and when, and one line in `table`.
 """
 
 from edgelam_fl.telemetry.events.base import DataCounts, Emit, Event, UnknownEvent
@@ -43,6 +43,7 @@ from edgelam_fl.telemetry.events.nodes import (
     TextReadableHere,
     WindowGranted,
 )
+from edgelam_fl.telemetry.events.progress import NodeProgress, RoundProgress
 from edgelam_fl.telemetry.events.rounds import (
     AggregateRefused,
     AttemptAborted,
@@ -60,7 +61,6 @@ from edgelam_fl.telemetry.events.rounds import (
     NodeLost,
     NodePicture,
     NodePlaced,
-    NodeProgress,
     NodeResult,
     NodeSetAside,
     NodeShares,
@@ -69,7 +69,6 @@ from edgelam_fl.telemetry.events.rounds import (
     PlanMade,
     PrivacySpent,
     RoundDone,
-    RoundProgress,
     RoundShares,
     RoundTimeline,
     RoutePicture,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgelam_fl.telemetry.events import nodes, rounds, run
+from edgelam_fl.telemetry.events import nodes, progress, rounds, run
 from edgelam_fl.telemetry.events.base import Event, UnknownEvent
 
 EVENTS: dict[str, type[Event]] = {
@@ -14,7 +14,7 @@ EVENTS: dict[str, type[Event]] = {
     "privacy_promised": run.PrivacyPromised,
     "placement": rounds.PlacementMade,
     "plan": rounds.PlanMade,
-    "progress": rounds.RoundProgress,
+    "progress": progress.RoundProgress,
     "text_readable": rounds.TextReadable,
     "node_lost": rounds.NodeLost,
     "node_silent": rounds.NodeSilent,
