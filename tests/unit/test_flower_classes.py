@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -25,7 +26,15 @@ SHAPES = {
     "v.lora_A.weight": (4, 20),
     "v.lora_B.weight": (24, 4),
 }
+
+
 OWN = Bounds(packages=(__name__.partition(".")[0],))
+
+
+@pytest.fixture(autouse=True)
+def no_collections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps Flower's strategies from collecting garbage dozens of times, each of which takes a second late in a run of all tests."""
+    monkeypatch.setattr(gc, "collect", lambda *_: 0)
 
 
 class HalfWay(flower.FedAvg):

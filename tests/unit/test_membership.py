@@ -11,6 +11,7 @@ import grpc
 import pytest
 
 from edgelam_fl.errors import PeerLost, Refused
+from edgelam_fl.hub.echo import LIMITS, write_length
 from edgelam_fl.hub.membership import EndedMembers, read_ended
 from edgelam_fl.trust.identity import HOST, SERVER, Identity
 from edgelam_fl.trust.members import Members
@@ -65,12 +66,15 @@ def test_the_hub_refuses_a_member_from_the_moment_that_it_is_revoked(
     ann, bob = federation.join("ann"), federation.join("bob")
     assert asks(federation, ann) == ""
     with Security(ann).channel(federation.address, SERVER, []) as channel:
-        taking = stub(channel, "Echo", "Take").future(iter(lambda: time.sleep(0.05) or b"x", 0), timeout=25)
+        giving = stub(channel, "Echo", "Give")(write_length(LIMITS.most_bytes), timeout=25)
+        next(giving)  # the call is open, and stays so as long as nobody reads the rest
         with caplog.at_level(logging.WARNING):
             federation.members.revoke("ann")
-            assert taking.exception(timeout=WAIT_S).code() == grpc.StatusCode.CANCELLED, "an open call ends"
-            assert asks(federation, ann) == "node ann: its membership in the federation has ended"
-    assert "ended Take of ann" in caplog.text
+            until(lambda: asks(federation, ann) == "node ann: its membership in the federation has ended")
+            with pytest.raises(grpc.RpcError) as ended:
+                list(giving)
+    assert ended.value.code() == grpc.StatusCode.CANCELLED  # type: ignore[attr-defined]
+    assert "ended Give of ann" in caplog.text
     assert "refused ann" in caplog.text
     assert asks(federation, bob) == ""
     again = federation.join("ann")
