@@ -73,7 +73,7 @@ def test_the_hub_refuses_a_member_from_the_moment_that_it_is_revoked(
             until(lambda: asks(federation, ann) == "node ann: its membership in the federation has ended")
             with pytest.raises(grpc.RpcError) as ended:
                 list(giving)
-    assert ended.value.code() == grpc.StatusCode.CANCELLED  # type: ignore[attr-defined]
+    assert ended.value.code() == grpc.StatusCode.CANCELLED
     assert "ended Give of ann" in caplog.text
     assert "refused ann" in caplog.text
     assert asks(federation, bob) == ""
