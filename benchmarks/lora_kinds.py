@@ -2,14 +2,18 @@
 
 One device and one host in one process, SmolLM2-135M and the demo's data; each kind starts from the same factors and takes the same
 batches. The adapter's folder is then read by a process that has transformers and peft and never imports the product
-(tests/integration/elsewhere.py). Trainings stay in runs/benchmark-lora-kinds; a second call takes those that are done. --smoke: one
-on a tiny random model.
+(tests/integration/elsewhere.py): with this Python, or with --python, one where the product is not installed. Trainings stay in
+runs/benchmark-lora-kinds; a second call takes those that are done. --smoke: one on a tiny random model.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -46,7 +50,16 @@ EXAMPLES, HELD_OUT, BATCH, STEPS = 32, 12, 4, 12
 MOST_APART = 1e-4  # of the perplexity
 
 
-def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--python",
+        default=sys.executable,
+        metavar="FILE",
+        help="with transformers and peft, perhaps without EdgeLAM-FL",
+    )
+
+
+def measure(smoke: bool, options: argparse.Namespace) -> tuple[dict[str, Any], list[Figure]]:
     torch.set_num_threads(1)
     if smoke:
         with tempfile.TemporaryDirectory() as name:
@@ -55,7 +68,7 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
             torch.save(AutoModelForCausalLM.from_pretrained(tiny.folder), folder / "base.pt")
             file = write_data_files(folder)[0]
             kinds = {"DoRA and norms": [*KINDS["DoRA"], *KINDS["norms"]]}
-            return {"smoke": True}, list(figures(tiny, folder / "base.pt", folder, file, kinds, 2))
+            return {"smoke": True}, list(figures(tiny, folder / "base.pt", folder, file, kinds, 2, options.python))
     folder = Path("runs/benchmark-lora-kinds")
     source = find_model("smollm2-135m")
     assert source.gguf is not None
@@ -67,19 +80,20 @@ def measure(smoke: bool) -> tuple[dict[str, Any], list[Figure]]:
     base = read_by_transformers(source.gguf, torch.float32)
     settings = {
         "demo": RUN_FILE, "kinds": KINDS, "examples": EXAMPLES, "held_out": HELD_OUT, "batch": BATCH, "steps": STEPS,
+        "EdgeLAM-FL is installed where peft is alone": _has_the_product(options.python),
     }  # fmt: skip
-    return settings, list(figures(source, base, folder, file, KINDS, STEPS))
+    return settings, list(figures(source, base, folder, file, KINDS, STEPS, options.python))
 
 
 def figures(
-    source: ModelSource, base: Path, folder: Path, file: Path, kinds: dict[str, list[str]], steps: int
+    source: ModelSource, base: Path, folder: Path, file: Path, kinds: dict[str, list[str]], steps: int, python: str
 ) -> Iterator[Figure]:
     """Yields the figures of each kind. `base`: a file of torch's with the whole model, as transformers reads it."""
     for kind, overrides in kinds.items():
         settings = [f"model.name={source.name}", f"federation.batch_size={BATCH}"]
         settings += [f"data.held_out={HELD_OUT / (EXAMPLES + HELD_OUT)}", *overrides]
         config = parse_run_file(RUN_FILE, source="the demo's run file", overrides=settings)
-        found = _trained(source, base, folder / kind.replace(" ", "-"), file, config, steps)
+        found = _trained(source, base, folder / kind.replace(" ", "-"), file, config, steps, python)
         yield Figure(f"{kind}, held-out perplexity before", round(found["before"], 3), "")
         yield Figure(f"{kind}, held-out perplexity", round(found["after"], 3), "")
         apart = abs(found["elsewhere"] / found["after"] - 1)
@@ -92,7 +106,7 @@ def figures(
 
 
 def _trained(
-    source: ModelSource, base: Path, folder: Path, file: Path, config: RunConfig, steps: int
+    source: ModelSource, base: Path, folder: Path, file: Path, config: RunConfig, steps: int, python: str
 ) -> dict[str, float]:
     """Returns what one training found, which is made unless it is there already."""
     made = folder / "found.json"
@@ -116,7 +130,7 @@ def _trained(
         kind=spec.kind,
     )  # fmt: skip
     pairs = held_out_pairs({"device-1": file}, config)
-    scores = elsewhere(base.resolve(), source.folder, {"own": (folder / "adapter").resolve()}, config, pairs)
+    scores = elsewhere(base.resolve(), source.folder, {"own": (folder / "adapter").resolve()}, config, pairs, python)
     report, measured = trained["device-1"], after["device-1"]
     found = {
         "before": math.exp(report.eval_loss_sum / report.eval_labels),
@@ -130,5 +144,12 @@ def _trained(
     return found
 
 
+def _has_the_product(python: str) -> bool:
+    code = "import importlib.util; print(importlib.util.find_spec('edgelam_fl') is not None)"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, cwd="/", env=environment)
+    return done.stdout.strip() == "True"
+
+
 if __name__ == "__main__":
-    main("lora_kinds", measure)
+    main("lora_kinds", measure, add_options)

@@ -30,9 +30,17 @@ def held_out_pairs(files: Mapping[str, Path], config: RunConfig) -> Pairs:
 
 
 def elsewhere(
-    model: Path, tokenizer: Path, adapters: Mapping[str, Path], config: RunConfig, pairs: Pairs
+    model: Path,
+    tokenizer: Path,
+    adapters: Mapping[str, Path],
+    config: RunConfig,
+    pairs: Pairs,
+    python: str = sys.executable,
 ) -> dict[str, dict[str, float]]:
-    """Returns the perplexity per adapter and device, with "" for the model alone. model: its folder, or a file of torch's."""
+    """Returns the perplexity per adapter and device, with "" for the model alone. model: its folder, or a file of torch's.
+
+    python: an interpreter that has transformers and peft, and perhaps no EdgeLAM-FL.
+    """
     task = {
         "model": str(model),
         "tokenizer": str(tokenizer),
@@ -42,7 +50,7 @@ def elsewhere(
         "pairs": dict(pairs),
     }
     done = subprocess.run(
-        [sys.executable, str(SCRIPT)], input=json.dumps(task), capture_output=True, text=True, timeout=WAIT_S, check=False, cwd="/",
+        [python, str(SCRIPT)], input=json.dumps(task), capture_output=True, text=True, timeout=WAIT_S, check=False, cwd="/",
         env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
