@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM
 
 SCRIPT = Path(__file__).with_name("llama_cpp.mjs")
 # A folder where `npm install node-llama-cpp` was run (Node 20). Without it the comparisons are skipped.
@@ -194,3 +195,16 @@ def read_by_llama_cpp(
         for row in said["probabilities"]
     ]
     return said
+
+
+def sharp_model(config: Any) -> Any:
+    """Returns a random model whose attention is sharp, so that its positions matter, and whose norms are not all one."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "ln_" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        if name.endswith(("q_proj.weight", "k_proj.weight", "c_attn.weight")):
+            parameter.data *= 12
+    model.get_output_embeddings().weight.data *= 4 if config.tie_word_embeddings else 15
+    return model

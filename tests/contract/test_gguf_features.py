@@ -56,6 +56,7 @@ from tests.gguf_files import (
     keys_of,
     needs_llama_cpp,
     read_by_llama_cpp,
+    sharp_model,
     space_vocabulary,
     tensors_of,
     write_gguf,
@@ -82,22 +83,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("EDGELAM_CACHE", str(tmp_path_factory.getbasetemp() / "gguf-cache"))
 
 
-def made(config: Any) -> Any:
-    """Returns a random model whose attention is sharp, so that its positions matter, and whose norms are not all one."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    for name, parameter in model.named_parameters():
-        if "norm" in name or "ln_" in name:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-        if name.endswith(("q_proj.weight", "k_proj.weight", "c_attn.weight")):
-            parameter.data *= 12
-    model.get_output_embeddings().weight.data *= 4 if config.tie_word_embeddings else 15
-    return model
-
-
 def llama(**more: Any) -> Any:
     rope = {"rope_theta": THETA, **more.pop("rope", {})}
-    return made(LlamaConfig(**{**SIZES, "head_dim": WIDTH, "rope_parameters": rope, **more}))
+    return sharp_model(LlamaConfig(**{**SIZES, "head_dim": WIDTH, "rope_parameters": rope, **more}))
 
 
 @pytest.fixture(scope="module")
@@ -203,32 +191,32 @@ READ = {
     "llama with wide heads": Read(lambda: llama(head_dim=32)),
     "llama with biases of the attention": Read(lambda: llama(attention_bias=True)),
     "llama with all biases": Read(lambda: llama(attention_bias=True, mlp_bias=True)),
-    "qwen2": Read(lambda: made(Qwen2Config(**SIZES)), "qwen2"),
-    "qwen3": Read(lambda: made(Qwen3Config(**{**SIZES, "head_dim": 32})), "qwen3"),
-    "gemma": Read(lambda: made(GemmaConfig(**{**SIZES, "head_dim": 32, "tie_word_embeddings": True})), "gemma"),
-    "granite": Read(lambda: made(GraniteConfig(**{**SIZES, **GRANITE})), "granite"),
+    "qwen2": Read(lambda: sharp_model(Qwen2Config(**SIZES)), "qwen2"),
+    "qwen3": Read(lambda: sharp_model(Qwen3Config(**{**SIZES, "head_dim": 32})), "qwen3"),
+    "gemma": Read(lambda: sharp_model(GemmaConfig(**{**SIZES, "head_dim": 32, "tie_word_embeddings": True})), "gemma"),
+    "granite": Read(lambda: sharp_model(GraniteConfig(**{**SIZES, **GRANITE})), "granite"),
     "granite with biases": Read(
-        lambda: made(GraniteConfig(**{**SIZES, **GRANITE, "attention_bias": True, "mlp_bias": True})), "granite"
+        lambda: sharp_model(GraniteConfig(**{**SIZES, **GRANITE, "attention_bias": True, "mlp_bias": True})), "granite"
     ),
-    "smollm3": Read(lambda: made(SmolLM3Config(**{**SIZES, "num_hidden_layers": 5, **BASE, "pad_token_id": None})), "smollm3"),
-    "olmo2": Read(lambda: made(Olmo2Config(**{**SIZES, "pad_token_id": None})), "olmo2"),
-    "gemma2": Read(lambda: made(Gemma2Config(**{**SIZES, **GEMMA, "attn_logit_softcapping": 5.0})), "gemma2"),
-    "gemma3": Read(lambda: made(Gemma3TextConfig(**{**SIZES, **GEMMA, "num_hidden_layers": 7, **gemma3_rope()})), "gemma3"),
+    "smollm3": Read(lambda: sharp_model(SmolLM3Config(**{**SIZES, "num_hidden_layers": 5, **BASE, "pad_token_id": None})), "smollm3"),
+    "olmo2": Read(lambda: sharp_model(Olmo2Config(**{**SIZES, "pad_token_id": None})), "olmo2"),
+    "gemma2": Read(lambda: sharp_model(Gemma2Config(**{**SIZES, **GEMMA, "attn_logit_softcapping": 5.0})), "gemma2"),
+    "gemma3": Read(lambda: sharp_model(Gemma3TextConfig(**{**SIZES, **GEMMA, "num_hidden_layers": 7, **gemma3_rope()})), "gemma3"),
     "gemma3 with a linear scaling": Read(
-        lambda: made(
+        lambda: sharp_model(
             Gemma3TextConfig(**{**SIZES, **GEMMA, "num_hidden_layers": 7, **gemma3_rope(rope_type="linear", factor=8.0)})
         ),
         "gemma3", change={"own.rope.scaling.type": "linear", "own.rope.scaling.factor": 8.0},
     ),
     "qwen2 with yarn": Read(
-        lambda: made(Qwen2Config(**{**SIZES, "rope_parameters": {**BASE["rope_parameters"], **YARN}})), "qwen2", change=YARN_KEYS,
+        lambda: sharp_model(Qwen2Config(**{**SIZES, "rope_parameters": {**BASE["rope_parameters"], **YARN}})), "qwen2", change=YARN_KEYS,
         rope_type="yarn",
     ),
     "qwen3 with yarn": Read(
-        lambda: made(Qwen3Config(**{**SIZES, "head_dim": 32, "rope_parameters": {**BASE["rope_parameters"], **YARN}})), "qwen3",
+        lambda: sharp_model(Qwen3Config(**{**SIZES, "head_dim": 32, "rope_parameters": {**BASE["rope_parameters"], **YARN}})), "qwen3",
         change=YARN_KEYS, rope_type="yarn",
     ),
-    "gpt2": Read(lambda: made(GPT2Config(**GPT2_SIZES)), "gpt2"),
+    "gpt2": Read(lambda: sharp_model(GPT2Config(**GPT2_SIZES)), "gpt2"),
     "rope_freqs.weight of llama 3.1": Read(
         lambda: llama(rope=llama3(8.0, 256)), extra={"rope_freqs.weight": divided(8.0, 256)}, rope_type="llama3"
     ),
@@ -393,7 +381,7 @@ REFUSED: dict[str, tuple[Harm, str]] = {
     "Granite's embedding": (with_keys(own__embedding_scale=12.0), r"llama\.embedding_scale = 12\.0"),
     "Gemma 2's caps": (with_keys(own__attn_logit_softcapping=50.0), r"llama\.attn_logit_softcapping = 50\.0"),
     "factors of another architecture": (
-        lambda folder, _: written(folder, made(Qwen2Config(**SIZES)), "qwen2", extra={"rope_freqs.weight": ODD}),
+        lambda folder, _: written(folder, sharp_model(Qwen2Config(**SIZES)), "qwen2", extra={"rope_freqs.weight": ODD}),
         r"scaled rotary positions of qwen2 = rope_freqs\.weight",
     ),
     "experts": (with_keys(own__expert_count=8), r"llama\.expert_count = 8"),
@@ -468,7 +456,7 @@ COUNTS: dict[str, list[int]] = json.loads((Path(__file__).with_name("gguf_tokens
 
 def vocabulary_file(folder: Path, name: str) -> Path:
     vocabulary = VOCABULARIES[name]
-    model = made(
+    model = sharp_model(
         LlamaConfig(**{**SIZES, "num_hidden_layers": 1, "vocab_size": len(vocabulary["tokenizer.ggml.tokens"])})
     )
     return write_gguf(

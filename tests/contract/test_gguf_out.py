@@ -45,7 +45,7 @@ from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.serving.export import export
 from edgelam_fl.serving.results import open_result
 from server.global_adapter import first_adapter
-from tests.gguf_files import BYTES, across_words, keys_of, needs_llama_cpp, read_by_llama_cpp, tensors_of
+from tests.gguf_files import BYTES, across_words, keys_of, needs_llama_cpp, read_by_llama_cpp, sharp_model, tensors_of
 from tests.parity.test_lora_kinds import moved
 from tests.results import trained_adapter, write_result
 from tests.support import run_config
@@ -128,14 +128,7 @@ def spaced(prefix: bool = True) -> PreTrainedTokenizerFast:
 def saved(folder: Path, config: Any, tokenizer: PreTrainedTokenizerFast, rows: int = 0) -> ModelSource:
     """Writes a random model in Hugging Face's layout: sharp attention, so that positions matter, and norms that are not one."""
     config.vocab_size = rows or len(tokenizer)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    for name, parameter in model.named_parameters():
-        if "norm" in name or "ln_" in name:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-        if name.endswith(("q_proj.weight", "k_proj.weight", "c_attn.weight")):
-            parameter.data *= 12
-    model.get_output_embeddings().weight.data *= 4 if config.tie_word_embeddings else 15
+    model = sharp_model(config)
     model.generation_config.eos_token_id = [1, 3]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
