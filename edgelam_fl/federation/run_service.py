@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from edgelam_fl.bounds import Bounds
-from edgelam_fl.errors import EdgelamError, RunFailed, UsageError, nearest
+from edgelam_fl.errors import RunFailed, UsageError, nearest
 from edgelam_fl.telemetry.events import EVENTS_FILE, read_piece
 from edgelam_fl.telemetry.progress import read_progress
 from edgelam_fl.telemetry.run_folder import RunLine, is_alive, is_run_folder, run_folders, run_line
+from edgelam_fl.trust.join_service import Answer, answered
 
 LIST_RUNS, READ_RUN, STOP_RUN = "list-runs", "read-run", "stop-run"
 MOST_LISTED = 100
 """Runs in a list, the newest ones."""
 _TRAINING = ("run", "resume")
 _FINISHED = "finished"
-
-Answer = tuple[int, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class RunService:
     def handlers(self) -> Mapping[str, Callable[[Mapping[str, Any]], Answer]]:
         """Returns what answers each request, by its name."""
         made = {LIST_RUNS: self._list, READ_RUN: self._read, STOP_RUN: self._stop}
-        return {name: partial(_answered, handle) for name, handle in made.items()}
+        return {name: partial(answered, handle, declined=409) for name, handle in made.items()}
 
     def _list(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the newest runs, those that have no folder first, and how many older ones are left out."""
@@ -122,12 +121,3 @@ def _number(asked: Mapping[str, Any], key: str, default: int) -> int:
     if not isinstance(value, int):
         raise UsageError(f"{key} must be a number")
     return value
-
-
-def _answered(handle: Callable[[Mapping[str, Any]], dict[str, Any]], asked: Mapping[str, Any]) -> Answer:
-    try:
-        return 200, handle(asked)
-    except UsageError as error:
-        return 400, {"detail": str(error)}
-    except EdgelamError as error:
-        return 409, {"detail": str(error)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from edgelam_fl.errors import EdgelamError, Refused, UsageError
@@ -43,9 +44,9 @@ class JoinService:
         """Returns what answers each of the service's requests. All may be offered to everybody."""
         return {
             AUTHORITY: lambda request: (200, self._authority()),
-            JOIN: lambda request: _answered(self._join, request),
-            RENEW: lambda request: _answered(self._renew, request),
-            SYNC: lambda request: _answered(self._sync, request),
+            JOIN: partial(answered, self._join),
+            RENEW: partial(answered, self._renew),
+            SYNC: partial(answered, self._sync),
         }
 
     def start(self) -> None:
@@ -110,11 +111,16 @@ def _check_purpose(given: str, expected: str) -> None:
         raise UsageError(f"the request was signed for {given!r}, not for {expected!r}")
 
 
-def _answered(handle: Callable[[Mapping[str, Any]], dict[str, Any]], request: Mapping[str, Any]) -> Answer:
-    """Returns the handler's answer; for an error that the node caused, its text."""
+def answered(
+    handle: Callable[[Mapping[str, Any]], dict[str, Any]], request: Mapping[str, Any], *, declined: int = 403
+) -> Answer:
+    """Returns a handler's answer with its HTTP status; for an error that the caller caused, its text.
+
+    declined: the status for a request that is understood and not followed.
+    """
     try:
         return 200, handle(request)
     except UsageError as error:
         return 400, {"detail": str(error)}
     except EdgelamError as error:
-        return 403, {"detail": str(error)}
+        return declined, {"detail": str(error)}
