@@ -10,14 +10,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
+from edgelam_fl.config import RunConfig
+from edgelam_fl.errors import ConfigError
 from edgelam_fl.model.adapter import Adapter
+from edgelam_fl.telemetry.events import StoppedEarly
 from edgelam_fl.wire import edgelam_pb2 as pb
+
+if TYPE_CHECKING:
+    from server.state import FederationState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Best:
-    """What a run's evaluations have shown so far."""
+    """The best of a run's evaluations so far."""
 
     round: int
     """The round whose adapter had the lowest loss; 0: what the run started from."""
@@ -51,3 +58,41 @@ def best_after(best: Best | None, measured: Best, threshold: float) -> Best:
         return found
     in_vain = 0 if found.loss < best.loss - threshold else best.in_vain + 1
     return replace(found if found.loss < best.loss else best, in_vain=in_vain)
+
+
+def best_with(state: FederationState, reports: Iterable[pb.JobReport], config: RunConfig) -> Best | None:
+    """Returns what a run's evaluations have shown, with that of the adapter of `state`, which the reports measure."""
+    loss = held_out_loss(reports)
+    if loss is None:
+        return state.best
+    measured = Best(round=state.round, loss=loss)
+    if config.federation.load_best:
+        measured = replace(measured, adapter=state.adapter, exports=state.exports())
+    return best_after(state.best, measured, config.federation.early_stopping_threshold)
+
+
+def stopped_early(state: FederationState, config: RunConfig) -> StoppedEarly | None:
+    """Returns what is to be said if the run's patience has ended; None if it goes on."""
+    patience, best = config.federation.early_stopping_patience, state.best
+    if not patience or best is None or best.in_vain < patience:
+        return None
+    return StoppedEarly(
+        round=state.round,
+        planned=config.federation.rounds,
+        evaluations=best.in_vain,
+        best_round=best.round,
+        best_loss=best.finite_loss,
+    )
+
+
+def check_is_measured(config: RunConfig, held_out: Iterable[int]) -> None:
+    """Raises ConfigError if the run file lets held-out losses decide, and no device holds examples out. held_out: how many each does."""
+    federation = config.federation
+    patience = federation.early_stopping_patience
+    if not (patience or federation.load_best) or any(held_out):
+        return
+    key = f"early_stopping_patience = {patience}" if patience else "load_best = true"
+    raise ConfigError(
+        f"federation.{key} needs held-out losses, and no device holds examples out. Allowed: data.held_out above 0 (it is "
+        f"{config.data.held_out:g}), or devices with `edgelam client --eval-data FILE`"
+    )

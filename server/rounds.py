@@ -17,7 +17,7 @@ import numpy as np
 from flwr.app import ConfigRecord, RecordDict
 
 from edgelam_fl.bounds import DEFAULT_BOUNDS, Bounds
-from edgelam_fl.errors import Busy, ConfigError, ModelError, PeerLost, Refused, RunFailed
+from edgelam_fl.errors import Busy, ModelError, PeerLost, Refused, RunFailed
 from edgelam_fl.files import say
 from edgelam_fl.model.source import why_changed
 from edgelam_fl.plan.layout import Layout, site_source, who_may_host
@@ -36,13 +36,12 @@ from edgelam_fl.telemetry.events import (
     RoundDone,
     RoundTimeline,
     SiteLost,
-    StoppedEarly,
     VirtualRound,
 )
 from edgelam_fl.telemetry.timeline import shares_in
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.attempt import Attempt, Beginnings, Tries
-from server.best import Best, best_after, held_out_loss
+from server.best import Best, best_with, check_is_measured, stopped_early
 from server.checkpoint import Saved, flatten
 from server.events_of_round import describe_plan, describe_readable, describe_round, describe_timeline
 from server.exchange import Arrived, Exchange, Missing, Request
@@ -147,7 +146,7 @@ class Rounds:
             self._check_model()
             self.roster.gather(self.config, at_start=number == attempt == 1)
             if number == 1:
-                self._check_is_measured()
+                check_is_measured(self.config, (profile.held_out for profile in self._devices()))
             if self.config.privacy.mode != "none" and self.privacy is None:
                 self.privacy = self._promise()
             if not self._affords_a_round():
@@ -271,49 +270,18 @@ class Rounds:
 
     # ---------------------------------------------------------------- evaluation
 
-    def _check_is_measured(self) -> None:
-        """Raises ConfigError if the run file lets held-out losses decide, and no device that is here holds examples out."""
-        federation = self.config.federation
-        patience = federation.early_stopping_patience
-        if not (patience or federation.load_best):
-            return
-        if not any(profile.held_out for profile in self._devices()):
-            key = f"early_stopping_patience = {patience}" if patience else "load_best = true"
-            raise ConfigError(
-                f"federation.{key} needs held-out losses, and no device holds examples out. Allowed: data.held_out above 0 (it is "
-                f"{self.config.data.held_out:g}), or devices with `edgelam client --eval-data FILE`"
-            )
-
-    def _best(self, planned: PlannedRound, received: Received) -> Best | None:
-        """Returns what the run's evaluations have shown, with that of the adapter which the round started from."""
-        start, federation = planned.start, self.config.federation
-        loss = held_out_loss(reply.report for reply in received.replies.values())
-        if loss is None:
-            return start.best
-        measured = Best(round=start.round, loss=loss)
-        if federation.load_best:
-            measured = replace(measured, adapter=start.adapter, exports=start.exports())
-        return best_after(start.best, measured, federation.early_stopping_threshold)
-
     def _stops_early(self, state: FederationState) -> bool:
         """Returns whether the run's patience has ended, and says so."""
-        patience, rounds, best = (
-            self.config.federation.early_stopping_patience,
-            self.config.federation.rounds,
-            state.best,
-        )
-        if not patience or best is None or best.in_vain < patience:
+        stopped = stopped_early(state, self.config)
+        if stopped is None:
             return False
-        stopped = StoppedEarly(
-            round=state.round,
-            planned=rounds,
-            evaluations=best.in_vain,
-            best_round=best.round,
-            best_loss=best.finite_loss,
-        )
         self.folder.emit(stopped)
         say(f"the run ends early {stopped.words()}")
         return True
+
+    def _best(self, planned: PlannedRound, received: Received) -> Best | None:
+        """Returns what the run's evaluations have shown, with that of the adapter which the round started from."""
+        return best_with(planned.start, (reply.report for reply in received.replies.values()), self.config)
 
     def _take_best(self, best: Best, state: FederationState) -> None:
         """Makes the best adapter the run's result, and says which it is. `state`: after the last evaluation."""
