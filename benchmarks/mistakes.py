@@ -47,7 +47,7 @@ _FILES = {  # run files and what is wrong with them, if anything is
 
 @dataclass(frozen=True)
 class Mistake:
-    """What somebody types, and words of the answer."""
+    """A line that somebody types, and words of the answer."""
 
     name: str
     typed: str

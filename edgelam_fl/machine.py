@@ -143,7 +143,7 @@ def peak_rss_bytes() -> int:
 
 
 class Heat(NamedTuple):
-    """How hot the processor is, and why it computes slower than it could; Linux tells, on most machines."""
+    """The processor's heat, and the reason why it computes slower than it could; known on Linux, on most machines."""
 
     celsius: float | None
     """The hottest part of the processor; None: nobody tells."""

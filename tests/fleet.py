@@ -255,7 +255,7 @@ def plain_adapter(model: Any) -> adapters.Adapter:
 
 
 def is_of_peft(name: str) -> bool:
-    """Whether a parameter of a plain model is one that peft trains and saves."""
+    """Returns whether a parameter of a plain model is one that peft trains and saves."""
     return ".lora_" in name or ".modules_to_save." in name
 
 

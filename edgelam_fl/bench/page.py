@@ -53,7 +53,7 @@ _WIDTH, _HEIGHT = 140, 22  # of an interval's picture, in pixels
 
 @dataclass(frozen=True)
 class _Look:
-    """How one row of the table is drawn everywhere: by colour and dash, and by its values of the axes."""
+    """The look of one row of the table wherever it is drawn: colour and dash, by its values of the axes."""
 
     name: str
     colour: str
@@ -269,7 +269,7 @@ def _dash_mark(dash: int) -> str:
 
 @dataclass(frozen=True)
 class _Board:
-    """What all rows of the leaderboard are drawn with."""
+    """The settings that all rows of the leaderboard are drawn with."""
 
     coloured: int
     """Place of the axis that colours tell apart."""

@@ -34,7 +34,7 @@ _NOTHING = (
 
 @dataclass(frozen=True)
 class Asked:
-    """What a command line asks for."""
+    """The wishes of one command line."""
 
     files: Sequence[Path]
     data: Sequence[Path]
@@ -46,17 +46,17 @@ class Asked:
 
     @property
     def is_here(self) -> bool:
-        """Whether this machine plays all parts."""
+        """Returns whether this machine plays all parts."""
         return bool(self.data or self.local)
 
     @property
     def name(self) -> str:
-        """What the run is called after."""
+        """Returns the name that the run gets."""
         return self.files[0].stem if self.files else _NO_FILE_NAME
 
     @property
     def devices(self) -> list[str]:
-        """The names of the devices of a run on this machine; without data, none is known."""
+        """Returns the names of the devices of a run on this machine; without data, none is known."""
         if self.split:
             return numbered(read_split(self.split).devices)
         return numbered(self.local) if self.local else device_names(self.data)

@@ -36,7 +36,7 @@ _LEARNED = ("⟦", "⟧")
 
 @dataclass(frozen=True, kw_only=True)
 class FileSeen:
-    """What a run learns from one device's file."""
+    """The examples that a run finds in one device's file, and what is left out of them."""
 
     file: str
     format: str

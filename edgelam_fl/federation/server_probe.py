@@ -22,7 +22,7 @@ _OK, _SILENT = b"200", b"silent"
 
 @dataclass(frozen=True)
 class ServerProblem:
-    """Why no server can be used at an address."""
+    """A reason why no server can be used at an address."""
 
     words: str
     """A sentence without a full stop."""

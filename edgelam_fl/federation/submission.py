@@ -166,7 +166,7 @@ class Submission:
         self._server, self._tls, self._runs = operator.server, operator.identity is not None, operator.runs()
         self._host, self._port = split_address(operator.server, "--server")
         self.is_here = is_loopback(self._host) if is_here is None else is_here
-        """Whether runs have their folders on this machine."""
+        """Returns whether runs have their folders on this machine."""
         self._operator = operator
         self._tail: EventTail | ServerTail | None = None
         self.run_id = 0

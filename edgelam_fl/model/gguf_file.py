@@ -25,7 +25,7 @@ Read = Callable[[str], np.ndarray]
 
 
 class TensorPlaces:
-    """Where a model's tensors are in a file of one architecture."""
+    """The places of a model's tensors in a file of one architecture."""
 
     def __init__(self, architecture: str, config: Mapping[str, Any], names: Iterable[str]) -> None:
         """`names`: of all tensors of transformers' model; of a tied head and table of tokens, the table's alone."""

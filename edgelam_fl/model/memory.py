@@ -96,7 +96,7 @@ def unit_bytes(
 
 @dataclass(frozen=True)
 class DoraBytes:
-    """What DoRA takes beyond LoRA; nothing without DoRA."""
+    """The memory that DoRA takes beyond LoRA; none without DoRA."""
 
     kept: int = 0  # per position and layer, for the backward pass: outputs of the frozen matrices and of their LoRA
     passing: int = (

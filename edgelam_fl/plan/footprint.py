@@ -108,5 +108,5 @@ class Footprints:
 
     @cached_property
     def growth_bytes(self) -> int:
-        """What comes with a process's first slice, whatever its layers."""
+        """Returns the bytes that come with a process's first slice, whatever its layers."""
         return GROWTH_BYTES + self._dora(FP32_BYTES).passing

@@ -25,7 +25,7 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 
 @dataclass(frozen=True)
 class DataSize:
-    """How much one device has to learn from and to measure with."""
+    """The amount of data that one device learns from and measures with."""
 
     examples: int
     held_out: int
@@ -34,7 +34,7 @@ class DataSize:
 
 @dataclass(frozen=True, kw_only=True)
 class Resolved:
-    """What a run file comes to."""
+    """The numbers that a run file comes to with its model."""
 
     model: str
     layers: int

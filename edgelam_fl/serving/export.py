@@ -75,7 +75,7 @@ def _events(result: Result) -> list[Event]:
 
 @dataclass(frozen=True)
 class _Made:
-    """What is exported, and how."""
+    """A result that is exported, and the form that it gets."""
 
     result: Result
     source: ModelSource

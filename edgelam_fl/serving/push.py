@@ -29,7 +29,7 @@ _WORDS = 200  # characters of what a hub or the library says
 
 @dataclass(frozen=True)
 class Upload:
-    """What goes where."""
+    """An upload: what it is made of, and the repository that it goes to."""
 
     name: str
     """Of the repository: OWNER/NAME, or NAME alone for the token's owner."""

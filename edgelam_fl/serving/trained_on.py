@@ -36,7 +36,7 @@ class TrainedOn:
 
     @property
     def is_rounded_copy(self) -> bool:
-        """Whether the weights that `name` stands for elsewhere are others than those that were trained on."""
+        """Returns whether the weights that `name` stands for elsewhere are others than those that were trained on."""
         return self.is_public and bool(self.file and self.quantized)
 
     @property

@@ -26,7 +26,7 @@ from edgelam_fl.tasks.packing import packed_unit
 
 
 class _Lost(NamedTuple):
-    """What an example that is too long lost."""
+    """The part that an example lost because it was too long."""
 
     a_part: bool = False
     of_answer: bool = False

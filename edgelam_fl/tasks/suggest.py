@@ -191,7 +191,7 @@ def _for_answers(
 def _are_classes(
     classes: Sequence[str], rows: Sequence[Values], prompt: str, answer: str, classifies: bool | None, task: str
 ) -> bool:
-    """Whether short answers are learned as classes: as asked, as the model can, else by the names and numbers of the data."""
+    """Returns whether short answers are learned as classes: as asked, as the model can, else by the names and numbers of the data."""
     is_class = answer.lower() in _CLASSES
     if not is_class and 2 * len(classes) > len(rows):
         return False
@@ -213,7 +213,7 @@ def _class_field(rows: Sequence[Values], names: Sequence[str], task: str) -> str
 
 
 def _has_few_values(rows: Sequence[Values], name: str) -> bool:
-    """Whether a field holds a few short texts, or numbers if its name is that of classes, each of them often."""
+    """Returns whether a field holds a few short texts, or numbers if its name is that of classes, each of them often."""
     kinds = (str, int) if name.lower() in _TOPICS else str
     fit = all(isinstance(row.get(name), kinds) for row in rows)
     return fit and 0 < _OF_EACH_CLASS * len(_classes(rows, name)) <= len(rows)

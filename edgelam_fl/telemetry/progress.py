@@ -78,7 +78,7 @@ class _Device:
 
 @dataclass
 class Meter:
-    """What is known of one attempt at a round, from what its nodes said. Times are by any one clock, in seconds."""
+    """The progress of one attempt at a round, from what its nodes said. Times are by any one clock, in seconds."""
 
     round: int
     attempt: int
@@ -230,7 +230,7 @@ class ProgressTail:
 
 
 class NodeTail:
-    """Where one node of this machine is, from its state folder."""
+    """The progress of one node of this machine, from its state folder."""
 
     def __init__(self, state: Path) -> None:
         self._file = ChangedFile(state / PROGRESS_FILE)

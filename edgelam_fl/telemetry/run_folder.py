@@ -85,7 +85,7 @@ def is_alive(folder: Path) -> bool | None:
 
 
 class RunSource(Protocol):
-    """Where a run's events come from: its folder, or its server."""
+    """A source of a run's events: its folder, or its server."""
 
     name: str
     """The run's name, for a run that has not said one."""

@@ -47,7 +47,7 @@ Row = tuple[int, dict[str, float]]  # an optimizer step of the run, and values b
 
 
 class Tracker(Protocol):
-    """What is used of accelerate's GeneralTracker."""
+    """The part of accelerate's GeneralTracker that is used."""
 
     def store_init_configuration(self, values: dict[str, Any]) -> None: ...
     def log(self, values: dict[str, Any], step: int | None = None) -> None: ...
@@ -179,8 +179,9 @@ class _TrackerThread:
 def rows_of(done: RoundDone, first_step: int) -> Iterator[Row]:
     """Yields the figures of a round in the order of their steps. first_step: optimizer steps that the run did before it.
 
-    No name continues another one with a slash: MLflow's file store has a folder per part of a name. What is held out is measured with the adapter that the round starts from, so it belongs to `first_step`. Means are over the
-    devices, each of which counts once.
+    What is held out is measured with the adapter that the round starts from, so it belongs to `first_step`. Means are over the
+    devices, each of which counts once. No name continues another one with a slash: MLflow's file store has a folder per part of
+    a name.
     """
     named = len(done.devices) <= CURVES_OF_DEVICES
     yield first_step, {"round/number": float(done.round - 1), **_held_out(done, named)}

@@ -42,7 +42,7 @@ class Reminder:
 
     @property
     def seconds(self) -> float:
-        """Seconds since it began."""
+        """Returns the seconds since it began."""
         return self._timing.now() - self._began_s
 
     def postpone(self) -> None:

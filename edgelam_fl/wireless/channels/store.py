@@ -24,7 +24,7 @@ _FORMAT = 1  # changes whenever the same scene comes to be drawn or kept in anot
 
 
 class Scene(Protocol):
-    """What links are drawn from, with all that they depend on in its repr: `Paths` or `UrbanMacro`."""
+    """A scene that links are drawn from, with all that they depend on in its repr: `Paths` or `UrbanMacro`."""
 
     def draw(self) -> Links: ...
 
