@@ -16,10 +16,9 @@ import os
 import queue
 import shutil
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +130,6 @@ class Engine:
     operator: Operator
     children: list[Child]
     idle: queue.SimpleQueue[Path]  # the folders of the fabrics that no cell uses
-    _first: threading.Lock = field(default_factory=threading.Lock)
-    _unpacked: threading.Event = field(default_factory=threading.Event)
 
     def check(self) -> None:
         """Raises RunFailed if a process has ended."""
@@ -148,24 +145,6 @@ class Engine:
             yield fabric
         finally:
             self.idle.put(fabric)
-
-    @contextlib.contextmanager
-    def beginning(self) -> Iterator[Callable[[], None]]:
-        """Lets the first cell begin alone; gives what a cell calls once it has begun.
-
-        Flower unpacks the App into one folder for all runs, and a run that finds the folder takes it for complete.
-        """
-        with contextlib.ExitStack() as alone:
-            if not self._unpacked.is_set():
-                alone.enter_context(self._first)
-            if self._unpacked.is_set():
-                alone.close()
-
-            def begun() -> None:
-                self._unpacked.set()
-                alone.close()
-
-            yield begun
 
 
 @contextlib.contextmanager
@@ -232,20 +211,18 @@ def run_cell(
     submission = Submission(engine.operator)
     # One worker of Flower's is enough: it passes jobs and reports on, the fabric computes.
     simulation = f"num-supernodes={nodes} client-resources-num-cpus=1 init-args-num-cpus=1"
+    submission.submit(config, folder / "run", fabric=f"{fabric}{FABRIC_SEPARATOR}{folder}", simulation=simulation)
     events: list[Event] = []
-    with engine.beginning() as begun:
-        submission.submit(config, folder / "run", fabric=f"{fabric}{FABRIC_SEPARATOR}{folder}", simulation=simulation)
-        try:
-            for event in submission.events(meanwhile=engine.check, timing=_TIMING):
-                begun()
-                feed(event)
-                events.append(event)
-                if isinstance(event, RunFailure):
-                    raise RunFailed(event.reason, event.exit_code)
-        except RunFailed:
-            with contextlib.suppress(RunFailed, OSError):  # the reason matters more than its log
-                (folder / "flower.log").write_text(submission.printed(), encoding="utf-8")
-            raise
+    try:
+        for event in submission.events(meanwhile=engine.check, timing=_TIMING):
+            feed(event)
+            events.append(event)
+            if isinstance(event, RunFailure):
+                raise RunFailed(event.reason, event.exit_code)
+    except RunFailed:
+        with contextlib.suppress(RunFailed, OSError):  # the reason matters more than its log
+            (folder / "flower.log").write_text(submission.printed(), encoding="utf-8")
+        raise
     return events
 
 

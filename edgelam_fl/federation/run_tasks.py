@@ -7,11 +7,15 @@ Flower's tasks and the events that end a run; knows nothing of what a run does.
 
 from __future__ import annotations
 
+import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +23,9 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+from click import ClickException
+from flwr.cli.install import install_from_fab
+from flwr.common.config import get_project_dir
 from flwr.common.constant import Status, SubStatus
 from flwr.proto.runtime_pb2 import AcquireTaskRequest
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
@@ -160,6 +167,36 @@ class RunTasks:
         many = f", for the {restart}th time without a finished round" if restart > MOST_RESTARTS else ""
         self._say(f"run {events.parent.name}: {reason}{many}; it has failed")
         end_run(events, f"the ServerApp ended without a word: {reason}{many}", RunFailed.exit_code)
+
+
+def unpack_app(links: Any, run: int, say: Callable[[str], None] = lambda text: say(text, sys.stderr)) -> None:
+    """Puts a run's App where Flower's processes look for it: whole, in one step. To be called by one thread.
+
+    They take a folder that is there for the App. One that another process was just filling, or that was half-filled when the power
+    failed, would end the run, and every later one of the same App. What is wrong with an App is left to the run's own process to say.
+    """
+    for known in links.get_run_info(run_ids=[run]):
+        fab = links.get_fab(known.fab_hash)
+        if fab is None:
+            continue
+        try:
+            place = get_project_dir(known.fab_id, known.fab_version, known.fab_hash)
+            if _holds(place, fab.content):
+                continue
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".unpacked-", dir=place.parent) as folder:
+                made = install_from_fab(fab.content, Path(folder), skip_prompt=True)
+                shutil.rmtree(place, ignore_errors=True)
+                made.rename(place)
+        except (ClickException, OSError, ValueError, zipfile.BadZipFile) as error:
+            say(f"the App of run {run} cannot be unpacked: {error}")
+
+
+def _holds(folder: Path, archive: bytes) -> bool:
+    """Returns whether a folder has every file of an App's archive, of its size."""
+    with zipfile.ZipFile(io.BytesIO(archive)) as opened:
+        files = [file for file in opened.infolist() if not file.is_dir() and not file.filename.startswith(".info/")]
+    return all((folder / f.filename).is_file() and (folder / f.filename).stat().st_size == f.file_size for f in files)
 
 
 def start_task(task: RunTask, runtime: Sequence[str]) -> subprocess.Popen[bytes]:

@@ -18,6 +18,7 @@ import contextlib
 import gc
 import os
 import secrets
+import subprocess
 import sys
 import tempfile
 import threading
@@ -60,7 +61,7 @@ from edgelam_fl.federation.app_archive import app_alone, archive_digest, run_con
 from edgelam_fl.federation.guard import Guard, Handler
 from edgelam_fl.federation.operator import read_token
 from edgelam_fl.federation.run_service import RunService
-from edgelam_fl.federation.run_tasks import RunTasks, start_task
+from edgelam_fl.federation.run_tasks import RunTask, RunTasks, start_task, unpack_app
 from edgelam_fl.files import say
 from edgelam_fl.trust.identity import AUTHORITY_FILE, CERTIFICATE_FILE, KEY_FILE
 from edgelam_fl.trust.join_service import JoinService
@@ -102,7 +103,12 @@ def main() -> None:
     runtime = ["--runtime-api-address", join_address(from_here(options.host), options.port)]
     runtime += ["--root-certificates", str(trust.identity / AUTHORITY_FILE)] if trust else ["--insecure"]
     gc.freeze()  # what is here by now stays: collections need not look at it
-    tasks = RunTasks(links, partial(start_task, runtime=runtime), bounds)
+
+    def start(task: RunTask) -> subprocess.Popen[bytes]:
+        unpack_app(links, task.run)
+        return start_task(task, runtime)
+
+    tasks = RunTasks(links, start, bounds)
     end_stopped_runs(links, tasks.end)
     threading.Thread(target=tasks.serve, name="tasks", daemon=True).start()
     uvicorn.run(

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from flwr.cli.build import build_fab_from_disk
+from flwr.cli.install import install_from_fab
+from flwr.common.config import get_project_config, get_project_dir
 from flwr.common.constant import NOOP_FLWR_AID, SubStatus
 from flwr.server.superlink.linkstate import LinkStateFactory
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME, NOOP_FEDERATION_ID
@@ -17,7 +20,7 @@ from flwr.superlink.federation import NoOpFederationManager
 from sqlalchemy.exc import OperationalError
 
 from edgelam_fl.bounds import Bounds
-from edgelam_fl.federation.run_tasks import MOST_RESTARTS, RunTask, RunTasks
+from edgelam_fl.federation.run_tasks import MOST_RESTARTS, RunTask, RunTasks, unpack_app
 from edgelam_fl.federation.superlink_daemon import end_stopped_runs
 from edgelam_fl.files import Hold
 from edgelam_fl.telemetry.events import (
@@ -269,3 +272,64 @@ def test_without_a_database_a_killed_serverapp_ends_its_run_at_once(tmp_path: Pa
     assert not server.tasks.look()
     assert isinstance(server.events()[-1], RunFailure)
     assert server.status(run) == ("finished", "failed")
+
+
+# ---------------------------------------------------------------- a run's App
+
+
+def an_app(folder: Path) -> bytes:
+    """Builds an App as `flwr` does."""
+    folder.mkdir()
+    (folder / "app.py").write_text("server = client = None\n", encoding="utf-8")
+    (folder / "pyproject.toml").write_text(
+        """[project]
+name = "one"
+version = "1.0.0"
+description = "an App"
+license = "Apache-2.0"
+dependencies = []
+[tool.flwr.app]
+publisher = "somebody"
+[tool.flwr.app.components]
+serverapp = "app:server"
+clientapp = "app:client"
+""",
+        encoding="utf-8",
+    )
+    return build_fab_from_disk(folder)
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # of Flower's builder
+@pytest.mark.parametrize("before", ["nothing", "half of it", "all of it"])
+def test_a_runs_app_is_whole_before_its_process_starts(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "home"))
+    fab = an_app(tmp_path / "somebody")
+    kept = server.links.store_fab(Fab("", fab, {}))
+    run = server.links.create_run(
+        "somebody/one", "1.0.0", kept, {}, NOOP_FEDERATION_ID, None, NOOP_FLWR_AID, "flwr-serverapp"
+    )
+    place = get_project_dir("somebody/one", "1.0.0", kept)
+    if before == "half of it":
+        place.mkdir(parents=True)
+        (place / "app.py").write_text("server", encoding="utf-8")
+    elif before == "all of it":
+        install_from_fab(fab, skip_prompt=True)
+        (place / "app.py").touch()
+    known = place.stat().st_ino if before == "all of it" else 0
+    unpack_app(server.links, run)
+    assert get_project_config(place)["project"]["name"] == "one"
+    assert (place / "app.py").read_text(encoding="utf-8") == "server = client = None\n"
+    assert [each.name for each in place.parent.iterdir()] == [place.name], "nothing else is left"
+    assert known in (0, place.stat().st_ino), "what is whole is left alone"
+
+
+def test_an_app_that_is_none_is_left_to_its_run_to_say(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "home"))
+    said = list[str]()
+    unpack_app(server.links, server.queue("one"), said.append)
+    assert len(said) == 1
+    assert "cannot be unpacked" in said[0]
