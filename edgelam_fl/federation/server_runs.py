@@ -20,8 +20,7 @@ from edgelam_fl.federation.run_service import LIST_RUNS, READ_RUN, STOP_RUN
 from edgelam_fl.telemetry.events import Event, RoundProgress, parse_event
 from edgelam_fl.telemetry.progress import progress_of
 from edgelam_fl.telemetry.records import read_record
-from edgelam_fl.telemetry.run_folder import RunLine, run_line
-from edgelam_fl.telemetry.summary import ENDED
+from edgelam_fl.telemetry.run_folder import FINAL, RunLine, run_line
 from edgelam_fl.trust.identity import load_identity
 
 _ANSWER_S = 60.0  # a small board reads many long runs for a list
@@ -152,7 +151,7 @@ def operator_of_run(run: Path, operator: Path) -> Operator:
     Raises RunFailed for a run that does not go on, EnvironmentProblem if there is no operator's folder.
     """
     own, line = operator_folder(run / "server"), run_line(run)
-    if line.state in (*ENDED, "never begun") or (line.state == "killed" and own.is_dir()):
+    if line.state in FINAL or (line.state == "killed" and own.is_dir()):
         raise RunFailed(f"there is nothing to stop: run {line.run} is {line.state}")
     folder = own if own.is_dir() else operator
     read_token(folder)

@@ -47,6 +47,8 @@ RUNS = Path("runs")
 CHECKPOINTS = "checkpoints"
 COMMAND_LOCK = ".command.lock"
 """Locked in a run's folder by the command whose processes are the whole federation, as long as it lives."""
+FINAL = (*ENDED, "never begun")
+"""The states that a run never leaves."""
 _CONFIG = "config.toml"
 _POLL_S = 0.2
 _LISTED = (RunStarted, RunWaits, RoundDone, RunDone, RunFailure, RunResumed, RunInterrupted)
@@ -129,7 +131,7 @@ def await_end(
     while True:
         events += run.poll()
         state = state_of(events, run.alive())
-        if state in (*ENDED, "never begun") or now() >= end:
+        if state in FINAL or now() >= end:
             return state
         sleep(_POLL_S)
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from edgelam_fl.telemetry.console import RunView
 from edgelam_fl.telemetry.events import Event, RoundProgress, RunDone, RunFailure, as_line
 from edgelam_fl.telemetry.human import human_moment
-from edgelam_fl.telemetry.run_folder import RunSource, state_of
+from edgelam_fl.telemetry.run_folder import FINAL, RunSource, state_of
 from edgelam_fl.telemetry.summary import ENDED
 from edgelam_fl.telemetry.waiting import Reminder, SignTiming
 
@@ -104,6 +104,6 @@ def show_log(
             log.go_on(run.progress())
         killed_since = (killed_since if killed_since is not None else now()) if state == "killed" else None
         is_lost = killed_since is not None and now() - killed_since >= _GRACE_S
-        if not follow or is_lost or state in (*ENDED, "never begun"):
+        if not follow or is_lost or state in FINAL:
             return log.end(state)
         sleep(_POLL_S)

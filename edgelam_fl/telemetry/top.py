@@ -40,8 +40,8 @@ from edgelam_fl.telemetry.human import (
     total,
 )
 from edgelam_fl.telemetry.records import as_json
-from edgelam_fl.telemetry.run_folder import RunSource, state_of, waits_for
-from edgelam_fl.telemetry.summary import ENDED, build_summary, counts_in_words, finished_rounds, setting
+from edgelam_fl.telemetry.run_folder import FINAL, RunSource, state_of, waits_for
+from edgelam_fl.telemetry.summary import build_summary, counts_in_words, finished_rounds, setting
 
 _REFRESH_S = 1.0
 
@@ -103,7 +103,7 @@ def follow(console: Console, run: RunSource, once: bool, as_json_text: bool) -> 
         console.print(top_view(now))
         return
     with Live(top_view(now), console=console, auto_refresh=False) as live:
-        while now.state not in (*ENDED, "never begun"):  # a server starts a run that was killed again
+        while now.state not in FINAL:  # a server starts a run that was killed again
             time.sleep(_REFRESH_S)
             events += run.poll()
             now = snapshot(events, state_of(events, run.alive()), run.name, run.progress())
