@@ -173,7 +173,7 @@ def _passes(
     for number, units in enumerate(steps):
         labels = sum(unit.count for unit in units)
         for index, unit in enumerate(units):
-            sent = front(unit.ids_BT, unit.row_lengths)
+            sent = front(unit.inputs, unit.row_lengths)
             entered = sent.detach().requires_grad_()
             left = host(entered, unit.row_lengths)
             returned = left.detach().requires_grad_()
@@ -191,7 +191,7 @@ def _passes(
                     back_to_front = into
                     for parameter, each in zip(hosts, found, strict=True):
                         parameter.grad = each if parameter.grad is None else parameter.grad + each
-            real_BT = torch.arange(unit.ids_BT.shape[1]) < torch.tensor(unit.row_lengths)[:, None]
+            real_BT = torch.arange(unit.shape[1]) < torch.tensor(unit.row_lengths)[:, None]
             both = (entered.detach(), returned.detach(), returned.grad, back_to_front)
             yield Passed(tuple(tensor[real_BT] for tensor in both), learned)
         optimizer.step()

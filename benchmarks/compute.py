@@ -225,7 +225,7 @@ def _stage(arm: str, model: str, file: Path) -> Iterator[Callable[[str, int], fl
                 for unit in units:
                     labels = _answers(unit.labels) if arm == "answers" else unit.labels
                     with torch.set_grad_enabled(work == TRAINS):
-                        output = stage(unit.ids_BT, unit.row_lengths, rows=task.loss_rows(labels))
+                        output = stage(unit.inputs, unit.row_lengths, rows=task.loss_rows(labels))
                         found = judged(task, stage, output, labels, ROWS * TOKENS if work == TRAINS else None)
                     if work == TRAINS:
                         found.output.backward(found.grad)
@@ -327,9 +327,9 @@ def _peak(model: str, file: Path, base: str, part: str, kept: bool, pipe: Connec
     task, back = CausalLm(source.folder, config.task), stages[-1]
     with kept_if_roomy(0, 1) if kept else nullcontext():
         for _ in range(2):
-            sent = inputs = unit.ids_BT
+            sent = inputs = unit.inputs
             if len(stages) > 1:
-                sent = stages[0](unit.ids_BT, unit.row_lengths)
+                sent = stages[0](unit.inputs, unit.row_lengths)
                 inputs = sent.detach().clone().requires_grad_()
             output = back(inputs, unit.row_lengths, rows=task.loss_rows(unit.labels))
             found = judged(task, back, output, unit.labels, unit.count)

@@ -120,7 +120,7 @@ class Arm:
         """Returns the tokens of all steps, and the positions that are computed for them."""
         batches = device_batches(self._source, self._config, self._file, "device-1", steps)
         units = [unit for step in batches for unit in step]
-        return sum(sum(unit.row_lengths) for unit in units), sum(unit.ids_BT.numel() for unit in units)
+        return sum(sum(unit.row_lengths) for unit in units), sum(unit.inputs.numel() for unit in units)
 
 
 if __name__ == "__main__":

@@ -266,13 +266,13 @@ def _as_saved(name: str) -> str:
 
 
 def forward(model: Any, unit: Unit) -> torch.Tensor:
-    tokens = unit.ids_BT.shape[1]
+    tokens = unit.shape[1]
     if unit.segments:  # without a mask, transformers tells texts of one row apart by their positions
         rows = [[place for length in lengths for place in range(length)] for lengths in unit.segments]
         positions = torch.tensor([row + [0] * (tokens - len(row)) for row in rows])
-        return model(input_ids=unit.ids_BT, position_ids=positions, use_cache=False).logits
+        return model(input_ids=unit.inputs, position_ids=positions, use_cache=False).logits
     mask = (torch.arange(tokens)[None, :] < torch.tensor(unit.row_lengths)[:, None]).long()
-    return model(input_ids=unit.ids_BT, attention_mask=mask, use_cache=False).logits
+    return model(input_ids=unit.inputs, attention_mask=mask, use_cache=False).logits
 
 
 def device_batches(source: ModelSource, config: RunConfig, file: Path, name: str, steps: int) -> list[list[Unit]]:
@@ -304,7 +304,7 @@ def union_batches(devices: Sequence[Sequence[Sequence[Unit]]]) -> list[list[list
 def _rows(unit: Unit) -> list[Example]:
     return [
         Example(ids[:length].tolist(), labels[:length].tolist(), labelled(labels[:length].tolist()))
-        for ids, labels, length in zip(unit.ids_BT, unit.labels, unit.row_lengths, strict=True)
+        for ids, labels, length in zip(unit.inputs, unit.labels, unit.row_lengths, strict=True)
     ]
 
 

@@ -23,7 +23,7 @@ def pipelining(load: Load, rank: int, meeting: Path, cut: int) -> tuple[Trains, 
     layers, batches = load.source.num_layers, load.batches()
     (stage,) = load.stages(Span(0, cut, embed=True) if rank == 0 else Span(cut, layers, head=True))
     pieces, part = len(batches[0]), _Part(stage)
-    rows, tokens = batches[0][0].ids_BT.shape
+    rows, tokens = batches[0][0].shape
     hidden = torch.zeros(rows, tokens, load.source.hidden_size, dtype=stage.dtype, requires_grad=True)
     example = torch.zeros(rows, tokens, dtype=torch.long) if rank == 0 else hidden
     made = part(example).detach().requires_grad_(True)  # outputs that need no gradient would get none back
@@ -42,7 +42,7 @@ def pipelining(load: Load, rank: int, meeting: Path, cut: int) -> tuple[Trains, 
         units = batches[number % len(batches)]
         labels = sum(unit.count for unit in units)
         if rank == 0:
-            schedule.step(torch.cat([unit.ids_BT for unit in units]))
+            schedule.step(torch.cat([unit.inputs for unit in units]))
         else:
             schedule.step(target=torch.cat([unit.labels for unit in units]), losses=[])
         optimizer.step()

@@ -59,7 +59,7 @@ def serial_device(load: Load, device: int, address: tuple[str, int], threads: in
     def trains(number: int) -> int:
         (unit,) = batches[number % len(batches)]
         assert server.receive() == _GO
-        states_BTD = front(unit.ids_BT, unit.row_lengths)
+        states_BTD = front(unit.inputs, unit.row_lengths)
         server.send((states_BTD.detach(), unit.row_lengths))
         back_BTD = server.receive().requires_grad_(True)
         (loss_over_all(back(back_BTD, unit.row_lengths), unit.labels) / unit.count).backward()

@@ -77,7 +77,7 @@ def seen_in(recorded: Recorded, steps: slice) -> Seen:
     for frame, unit in zip(recorded.frames[steps], recorded.units[steps], strict=True):
         for row, length in enumerate(frame.lengths_B):
             states.append(frame.states_BTD[row, :length])
-            ids.append(unit.ids_BT[row, :length])
+            ids.append(unit.inputs[row, :length])
             lengths.append(length)
     return Seen(torch.cat(states), torch.cat(ids), tuple(lengths))
 

@@ -94,7 +94,7 @@ class _Attacker:
         """Returns the largest difference of the first step's recorded states from those that the front computes."""
         frame, unit = recorded.frames[0], recorded.units[0]
         front = front_to(self.source, BASE, RUN_CUT, lora, adapter)
-        states_BTD = front.of_tokens(unit.ids_BT, frame.lengths_B)
+        states_BTD = front.of_tokens(unit.inputs, frame.lengths_B)
         return max(
             float((frame.states_BTD[row, :length] - states_BTD[row, :length]).abs().max())
             for row, length in enumerate(frame.lengths_B)

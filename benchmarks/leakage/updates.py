@@ -202,7 +202,7 @@ def whole_gradients(model: Any, batch: Sequence[Example]) -> list[np.ndarray]:
         weight.requires_grad_(True)
     (unit,) = make_units(batch, 1)
     rows_N = loss_rows(unit.labels)
-    logits_NV = model(input_ids=unit.ids_BT).logits.flatten(0, 1)[rows_N]
+    logits_NV = model(input_ids=unit.inputs).logits.flatten(0, 1)[rows_N]
     loss_sum(logits_NV, unit.labels, rows_N).backward()
     return [weight.grad.numpy() for weight in weights]
 

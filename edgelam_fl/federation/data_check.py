@@ -167,7 +167,7 @@ def _seen(file: Path, eval_file: Path | None, task: Task, settings: pb.TaskSetti
     return FileSeen(
         file=str(file), format=format_of(file), shape=shape, fields=found.read if shape != _PASSAGES else (),
         examples=len(made.examples), held_out=len(measured.examples), counts=_counts(found, made, measured),
-        max_tokens=settings.max_tokens, tokens=sum(len(example.ids) for example in made.examples),
+        max_tokens=settings.max_tokens, tokens=sum(example.length for example in made.examples),
         bad_places=found.bad[:_PLACES_SAID], unread=found.unread, first=tuple(task.seen(made.examples[0])),
         classes=_class_counts(found.training, settings),
         eval_file=str(eval_file) if eval_file else "", also_learned=found.also_learned,

@@ -57,7 +57,7 @@ class CutDefence:
         real_BT = torch.arange(sent_BTD.shape[1]) < torch.tensor(unit.row_lengths)[:, None]
         states_BTD = sent_BTD.detach().float().requires_grad_(True)
         embeddings_VD = self._embeddings_VD
-        ids_N = unit.ids_BT[real_BT]
+        ids_N = unit.inputs[real_BT]
         known = self._reader.information(states_BTD[real_BT], ids_N, embeddings_VD)
         (away_BTD,) = torch.autograd.grad(known * (self._disguise * unit.count / divisor), states_BTD)
         self._reader.learn(states_BTD[real_BT], ids_N, embeddings_VD)

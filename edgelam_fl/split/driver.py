@@ -194,7 +194,7 @@ class Driver:
         if self.route.exit is None:
             return own
         rows = [
-            pb.StepRow(labels=n, rows=[len(u.row_lengths) for u in units], tokens=[u.ids_BT.shape[1] for u in units])
+            pb.StepRow(labels=n, rows=[len(u.row_lengths) for u in units], tokens=[u.shape[1] for u in units])
             for n, units in zip(own, batches, strict=True)
         ]
         self.route.exit.send(pb.Header(kind=pb.TABLE, phase=pb.TRAIN, table=pb.Table(steps=rows)))
@@ -286,11 +286,11 @@ def evaluation_batches(examples: Sequence[Example], most: int, window: int) -> l
     As large as that allows, since small ones compute slowly; but at least two per place in the window, if there are as many
     examples, so that device and hosts do not wait for each other.
     """
-    ordered = sorted(examples, key=lambda example: len(example.ids))
-    share = sum(len(example.ids) for example in ordered) // (2 * window)
+    ordered = sorted(examples, key=lambda example: example.length)
+    share = sum(example.length for example in ordered) // (2 * window)
     batches: list[list[Example]] = []
     for example in ordered:
-        if not batches or (len(batches[-1]) + 1) * len(example.ids) > min(most, share):
+        if not batches or (len(batches[-1]) + 1) * example.length > min(most, share):
             batches.append([])
         batches[-1].append(example)
     return batches

@@ -59,14 +59,14 @@ class Ends:
     def forward_front(self, unit: Unit, step: int, number: int, *, training: bool) -> torch.Tensor:
         """Returns the hidden states [rows, tokens, hidden] of a micro-batch for the first host."""
         seed = self._seed(step, number) if training else None
-        states = self._front(unit.ids_BT, unit.row_lengths, unit_seed=seed, segments=unit.segments)
+        states = self._front(unit.inputs, unit.row_lengths, unit_seed=seed, segments=unit.segments)
         return self._cut.states(off(states), unit.row_lengths).to(self.wire)
 
     @torch.no_grad()
     def rows_of_front(self, unit: Unit, rows: Sequence[int]) -> torch.Tensor:
         """Returns the hidden states [1, N, hidden] of some rows for the first host, each computed alone, without padding."""
         lengths = unit.row_lengths
-        each = [self._front(unit.ids_BT[row : row + 1, : lengths[row]], [lengths[row]]) for row in rows]
+        each = [self._front(unit.inputs[row : row + 1, : lengths[row]], [lengths[row]]) for row in rows]
         return off(torch.cat(each, dim=1)).to(self.wire)
 
     def backward_front(self, unit: Unit, sent: torch.Tensor, grad: torch.Tensor, divisor: int) -> None:

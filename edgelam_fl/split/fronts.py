@@ -89,7 +89,7 @@ class NamedFronts:
 
     def names(self, unit: Unit) -> list[bytes]:
         """Returns the name of each row's states."""
-        each = [row[:length].numpy().tobytes() for row, length in zip(unit.ids_BT, unit.row_lengths, strict=True)]
+        each = [row[:length].numpy().tobytes() for row, length in zip(unit.inputs, unit.row_lengths, strict=True)]
         return [hmac.digest(self._secret, self._meaning + b"\0" + ids, hashlib.sha256)[:NAME_BYTES] for ids in each]
 
 

@@ -107,7 +107,7 @@ class DeviceStep:
         """Takes all micro-batches over the route. Raises LeftOut, PeerLost, ProtocolError."""
         if self._route.entry is None:
             for number, unit in enumerate(self.units):
-                self._forward_back(number, pb.Header(step=self.number, micro_batch=number), unit.ids_BT)
+                self._forward_back(number, pb.Header(step=self.number, micro_batch=number), unit.inputs)
                 self.units_over += 1
             return
         while self._waiting or self._under_way:
@@ -152,7 +152,7 @@ class DeviceStep:
                 hidden = sent = self._ends.forward_front(unit, self.number, number, training=self._trains)
             else:
                 sent = self._named(header, unit, self._ends.fronts)
-        returns = [*([1, len(positions)] if positions else unit.ids_BT.shape), self._ends.hidden_size + self._cut_rank]
+        returns = [*([1, len(positions)] if positions else unit.shape), self._ends.hidden_size + self._cut_rank]
         answer = pb.ACT if self._ends.has_labels else pb.LABELS
         self._under_way[number] = _Way(header, hidden, returns, {answer, *_GRADIENTS} if self._trains else {answer})
         self._route.entry.send(header, sent)

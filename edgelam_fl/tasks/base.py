@@ -1,7 +1,7 @@
 """The parts of every task: examples, micro-batches, and a loss as a sum together with its divisor.
 
 Knows nothing about stages and links. Sums and counts, never means: means of unequal pieces do not add up.
-Shapes: B rows, T tokens, N positions that carry loss, V vocabulary.
+Shapes: B rows, T tokens, F values per token, N positions that carry loss, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,6 +22,11 @@ class Example:
     ids: list[int]
     labels: list[int]  # causal-lm: one per token; classification: only the number of the class
     count: int  # weight of its loss: the number of labelled tokens, or 1
+
+    @property
+    def length(self) -> int:
+        """The number of its tokens."""
+        return len(self.ids)
 
 
 @dataclass(frozen=True)
@@ -48,13 +53,18 @@ def template_refuses(made: Made) -> str:
 class Unit:
     """One micro-batch, padded on the right."""
 
-    ids_BT: torch.Tensor
+    inputs: torch.Tensor  # token ids [B, T]
     labels: torch.Tensor  # [B, T] causal-lm, [B] classification
     row_lengths: list[int]
     count: int  # weight of the micro-batch: labelled tokens, or examples
     segments: Sequence[
         Sequence[int]
     ] = ()  # of packed rows: the tokens of each example in a row; empty: a row is one example
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Its rows and the tokens of each, padding included."""
+        return self.inputs.shape[0], self.inputs.shape[1]
 
 
 class Task(Protocol):
@@ -116,7 +126,7 @@ def segments_of(lengths: Sequence[int], row_lengths: Sequence[int]) -> list[list
 
 def cut(examples: Sequence[Example], pieces: int) -> list[list[Example]]:
     """Cuts a batch into the rows of at most `pieces` micro-batches, sorted by length so that padding is small."""
-    ordered = sorted(examples, key=lambda example: len(example.ids))
+    ordered = sorted(examples, key=lambda example: example.length)
     size, larger = divmod(len(ordered), pieces)
     parts, start = [], 0
     for number in range(pieces):

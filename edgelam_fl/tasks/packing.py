@@ -19,7 +19,7 @@ _TRIES = 8  # numbers of rows that are tried, from the fewest that all examples 
 
 def packed_unit(examples: Sequence[Example], most: int) -> Unit | None:
     """Makes a micro-batch of packed rows, each of at most `most` tokens. None: no packing has fewer positions than a row per example."""
-    rows = packed_rows([len(example.ids) for example in examples], most)
+    rows = packed_rows([example.length for example in examples], most)
     if len(rows) == len(examples):
         return None
     packed = [[examples[number] for number in row] for row in rows]
@@ -28,9 +28,9 @@ def packed_unit(examples: Sequence[Example], most: int) -> Unit | None:
     return Unit(
         pad([list(chain.from_iterable(example.ids for example in row)) for row in packed], 0),
         pad([list(chain.from_iterable(next(of_rows) for _ in row)) for row in packed], IGNORED),
-        [sum(len(example.ids) for example in row) for row in packed],
+        [sum(example.length for example in row) for row in packed],
         sum(example.count for example in examples),
-        [[len(example.ids) for example in row] for row in packed],
+        [[example.length for example in row] for row in packed],
     )
 
 

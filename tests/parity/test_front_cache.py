@@ -93,18 +93,18 @@ class FrontAlone:
 
     @torch.no_grad()
     def states(self, unit: Unit) -> torch.Tensor:
-        rows, tokens = unit.ids_BT.shape
+        rows, tokens = unit.shape
         width = self.model.config.hidden_size
         states_BTD = torch.zeros(rows, tokens, width)
         for row, length in enumerate(unit.row_lengths):
             below = self.below(
-                input_ids=unit.ids_BT[row : row + 1, :length], output_hidden_states=True, use_cache=False
+                input_ids=unit.inputs[row : row + 1, :length], output_hidden_states=True, use_cache=False
             )
             states_BTD[row, :length] = below.hidden_states[self._front][0]
         return states_BTD
 
     def logits(self, _: Any, unit: Unit) -> torch.Tensor:
-        tokens = unit.ids_BT.shape[1]
+        tokens = unit.shape[1]
         mask = (torch.arange(tokens)[None, :] < torch.tensor(unit.row_lengths)[:, None]).long()
         return self.model(inputs_embeds=self.states(unit), attention_mask=mask, use_cache=False).logits
 

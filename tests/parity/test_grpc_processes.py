@@ -142,7 +142,7 @@ def test_logits_over_a_host_process_are_the_models(
     with torch.no_grad():
         for stage in (front, back):
             stage.load_adapter(start)
-        hidden = front(unit.ids_BT, unit.row_lengths)
+        hidden = front(unit.inputs, unit.row_lengths)
         links[0].send(pb.Header(kind=pb.ACT, phase=pb.EVAL, row_lengths=unit.row_lengths), hidden)
         frame = arrived.get(timeout=60)
         logits = back(frame.tensor, unit.row_lengths)

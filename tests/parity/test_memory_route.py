@@ -179,7 +179,7 @@ def test_packed_examples_train_as_in_rows_of_their_own(
     losses = [[step.loss_sum for step in one.reports["device-1"].steps] for one in (packed, apart)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     sizes = [
-        sum(unit.ids_BT.numel() for units in device_batches(tiny, of, data_files[2], "device-1", 3) for unit in units)
+        sum(unit.inputs.numel() for units in device_batches(tiny, of, data_files[2], "device-1", 3) for unit in units)
         for of in (config, alone)
     ]
     assert sizes[0] < sizes[1]
@@ -277,7 +277,7 @@ def test_logits_of_the_route_are_the_models(
         "fp32",
         LoraSettings(8, 16.0, config.lora.targets),
     )
-    hidden = unit.ids_BT
+    hidden = unit.inputs
     for stage in stages:
         stage.load_adapter(start)
         hidden = stage(hidden, unit.row_lengths)

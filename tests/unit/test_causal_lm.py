@@ -171,7 +171,7 @@ def test_by_examples_each_counts_once_with_its_mean_token_loss(tiny: ModelSource
     examples = language.examples([("1", "x"), ("1", "so many more"), ("12345678901", "cut away")]).examples
     assert [(labelled(example.labels), example.count) for example in examples] == [(1 + 1, 1), (10, 1)]
     (unit,) = language.units(examples, 1)
-    logits = torch.randn(*unit.ids_BT.shape, 300, generator=torch.Generator().manual_seed(1))
+    logits = torch.randn(*unit.shape, 300, generator=torch.Generator().manual_seed(1))
     alone = [summed(logits[row : row + 1], unit.labels[row : row + 1]) for row in range(2)]
     loss, others = language.loss(at_loss_rows(logits, unit.labels), unit.labels)
     assert float(loss) == pytest.approx(float(alone[0]) / 2 + float(alone[1]) / 10, rel=1e-6)
@@ -182,7 +182,7 @@ def test_by_examples_each_counts_once_with_its_mean_token_loss(tiny: ModelSource
 def test_losses_of_parts_of_the_positions_add_up(tiny: ModelSource, weighting: str) -> None:
     language = task(tiny, "plain", weighting=weighting)
     (unit,) = language.units(language.examples([("1", "x"), ("1", "so many more")]).examples, 1)
-    logits = torch.randn(*unit.ids_BT.shape, 300, generator=torch.Generator().manual_seed(1))
+    logits = torch.randn(*unit.shape, 300, generator=torch.Generator().manual_seed(1))
     rows = language.loss_rows(unit.labels)
     assert rows is not None
     parts = [language.loss(logits.flatten(0, 1)[some], unit.labels, some)[0] for some in rows.split(4)]
@@ -225,7 +225,7 @@ def some_examples(*lengths: int) -> list[Example]:
 def test_units_are_sorted_and_padded_on_the_right() -> None:
     units = make_units(some_examples(5, 2, 4, 3, 1), 2)
     assert [unit.row_lengths for unit in units] == [[1, 2, 3], [4, 5]]
-    assert units[0].ids_BT.tolist() == [[1, 0, 0], [2, 2, 0], [3, 3, 3]]
+    assert units[0].inputs.tolist() == [[1, 0, 0], [2, 2, 0], [3, 3, 3]]
     assert units[0].labels.tolist() == [[IGNORED] * 3, [IGNORED, 2, IGNORED], [IGNORED, 3, 3]]
     assert [unit.count for unit in units] == [0 + 1 + 2, 3 + 4]
 
@@ -252,7 +252,7 @@ def test_sums_of_pieces_are_the_sum_of_the_whole() -> None:
     whole, pieces = make_units(some_examples(2, 3, 5, 9), 1), make_units(some_examples(2, 3, 5, 9), 3)
 
     def total(units: list) -> float:
-        return sum(float(summed(torch.nn.functional.one_hot(u.ids_BT, 10).float(), u.labels)) for u in units)
+        return sum(float(summed(torch.nn.functional.one_hot(u.inputs, 10).float(), u.labels)) for u in units)
 
     assert total(pieces) == pytest.approx(total(whole), rel=1e-6)
     assert sum(unit.count for unit in pieces) == whole[0].count == 1 + 2 + 4 + 8

@@ -59,7 +59,7 @@ def test_units_carry_a_label_a_row(words: Path) -> None:
     pairs = [("a big green one", "person"), ("a", "plant"), ("a one", "animal")]
     units = language.units(language.examples(pairs).examples, 2)
     assert [unit.row_lengths for unit in units] == [[3, 4], [6]]
-    assert units[0].ids_BT.tolist() == [[2, 4, 3, 0], [2, 4, 7, 3]]
+    assert units[0].inputs.tolist() == [[2, 4, 3, 0], [2, 4, 7, 3]]
     assert [unit.labels.tolist() for unit in units] == [[1, 0], [2]]
     assert [unit.count for unit in units] == [2, 1]
 

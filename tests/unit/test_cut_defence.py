@@ -174,7 +174,7 @@ def test_the_limit_is_that_of_the_base_with_every_kind_of_lora(tiny: ModelSource
 
 def test_a_disguise_adds_to_the_gradient_by_its_weight(front: Stage) -> None:
     (unit,) = make_units([Example(list(range(40, 60)), list(range(40, 60)), 19)], 1)
-    sent = front(unit.ids_BT, unit.row_lengths)
+    sent = front(unit.inputs, unit.row_lengths)
     nothing = torch.zeros_like(sent)
     one, two = (
         CutDefence(pb.Cut(disguise=weight), front, np.random.default_rng(0)).disguising(unit, sent, nothing, 19)

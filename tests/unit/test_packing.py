@@ -52,7 +52,7 @@ def test_packing_never_adds_positions_and_loses_no_example() -> None:
 def test_a_packed_micro_batch_has_the_labels_of_its_examples() -> None:
     """But for each one's first token, which nothing predicts: in the middle of a row something would."""
     (unit,) = make_units(examples(6, 2, 3), 1, packed=8)
-    assert unit.ids_BT.tolist() == [[0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 0]]
+    assert unit.inputs.tolist() == [[0, 1, 2, 3, 4, 5], [0, 1, 2, 0, 1, 0]]
     assert unit.labels.tolist() == [[IGNORED, 1, 2, 3, 4, 5], [IGNORED, 1, 2, IGNORED, 1, IGNORED]]
     assert (unit.row_lengths, unit.count, unit.segments) == ([6, 5], 5 + 1 + 2, [[6], [3, 2]])
 

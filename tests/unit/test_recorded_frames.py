@@ -23,11 +23,11 @@ def test_recorded_states_are_those_of_the_front_with_the_rounds_adapter(tiny: Mo
     lora = LoraSettings(config.lora.rank, config.lora.alpha, config.lora.targets)
     for recorded in (first, second):
         frame, unit = recorded.frames[0], recorded.units[0]
-        states_BTD = front_to(tiny, "fp32", FRONT, lora, recorded.adapter).of_tokens(unit.ids_BT, frame.lengths_B)
+        states_BTD = front_to(tiny, "fp32", FRONT, lora, recorded.adapter).of_tokens(unit.inputs, frame.lengths_B)
         assert torch.equal(frame.states_BTD, states_BTD)
         assert frame.gradient_BTD.shape == frame.output_BTD.shape
         assert frame.gradient_BTD.abs().sum() > 0
-    public_BTD = front_to(tiny, "fp32", FRONT).of_tokens(second.units[0].ids_BT, second.frames[0].lengths_B)
+    public_BTD = front_to(tiny, "fp32", FRONT).of_tokens(second.units[0].inputs, second.frames[0].lengths_B)
     assert not torch.equal(second.frames[0].states_BTD, public_BTD), "the front has learned"
     seen = seen_in(first, slice(0, 1))
     assert seen.lengths_R == first.frames[0].lengths_B
