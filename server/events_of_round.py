@@ -12,6 +12,7 @@ from edgelam_fl.plan.fronts import host_readings_at
 from edgelam_fl.plan.layout import Site
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.tasks.metrics import means_of
+from edgelam_fl.tasks.points import points_of
 from edgelam_fl.telemetry.events import (
     DemandSeen,
     DeviceLeftOut,
@@ -26,6 +27,8 @@ from edgelam_fl.telemetry.events import (
     TextReadable,
     TimelineInterval,
 )
+from edgelam_fl.telemetry.events.rounds import mean_of
+from edgelam_fl.telemetry.measures import MEASURES
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.relay import BY_RELAY
 from server.replies import Reply
@@ -75,11 +78,15 @@ def describe_readable(number: int, routes: Iterable[pb.Route], spec: RunSpec) ->
 
 
 def describe_round(
-    received_bytes: Mapping[str, int], started_from: Mapping[str, str], replies: Mapping[str, Reply]
+    received_bytes: Mapping[str, int],
+    started_from: Mapping[str, str],
+    replies: Mapping[str, Reply],
+    measure: str = "perplexity",
 ) -> tuple[tuple[DeviceResult, ...], tuple[HostResult, ...], dict[str, int]]:
     """Returns (devices, hosts, bytes by kind) of `RoundDone`; a device that is a host is in both.
 
-    `received_bytes`: of the tensors that each node was sent. `started_from`: the digest of the adapter in each node's plan.
+    `received_bytes`: of the tensors that each node was sent. `started_from`: the digest of the adapter in each node's plan. `measure`: the
+    task's, by its name in `MEASURES`.
     """
     devices, hosts, by_kind = list[DeviceResult](), list[HostResult](), Counter[str]()
     for name, reply in sorted(replies.items()):
@@ -95,7 +102,7 @@ def describe_round(
         }
         if report.role == pb.DEVICE:
             traffic = _traffic(report.bytes, reply.bytes_of("ends"), received)
-            devices.append(_device(report, {**common, **traffic}))
+            devices.append(_device(report, {**common, **traffic}, measure))
             for count in report.bytes:
                 by_kind[count.kind] += count.payload_bytes + count.framing_bytes
             received = 0  # one message for both parts: counted once
@@ -149,8 +156,9 @@ def _site(site: Site) -> SitePicture:
     )
 
 
-def _device(report: pb.JobReport, common: Mapping[str, Any]) -> DeviceResult:
+def _device(report: pb.JobReport, common: Mapping[str, Any], measure: str) -> DeviceResult:
     """Makes a device's part of the event. `common`: the fields that hosts have too."""
+    points = points_of(report.eval_sums) if MEASURES[measure].over else ()
     counted = [step for step in report.steps if step.counted]
     labels = sum(step.labels for step in counted)
     return DeviceResult(
@@ -166,8 +174,8 @@ def _device(report: pb.JobReport, common: Mapping[str, Any]) -> DeviceResult:
         unmeasured=report.data.unmeasured,
         labels=report.labels_trained,
         loss=_finite(sum(step.loss_sum for step in counted) / labels) if labels else None,
-        perplexity=_perplexity(report.eval_loss_sum / report.eval_labels) if report.eval_labels else None,
-        metrics=_metrics(report),
+        perplexity=None if MEASURES[measure].over else _perplexity(report),
+        metrics=_metrics(report) | ({measure: mean_of(point for point in points if not point.who)} if points else {}),
         tokens=report.tokens_trained,
         train_seconds=round(report.train_seconds, 3),
         eval_seconds=round(report.eval_seconds, 3),
@@ -176,6 +184,7 @@ def _device(report: pb.JobReport, common: Mapping[str, Any]) -> DeviceResult:
         ),
         left_out=tuple(StepLeftOut(step=step.step, reason=step.reason) for step in report.steps if not step.counted),
         held_out_labels=report.eval_labels or None,
+        points=points,
     )
 
 
@@ -206,5 +215,6 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _perplexity(loss: float) -> float | None:
+def _perplexity(report: pb.JobReport) -> float | None:
+    loss = report.eval_loss_sum / report.eval_labels if report.eval_labels else math.inf
     return math.exp(loss) if loss < math.log(sys.float_info.max) else None

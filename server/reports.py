@@ -17,7 +17,7 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 _LOSSES = {"loss_sum", "eval_loss_sum", "eval_sums"}
 _ROWS_PER_ROUTE = 400  # kinds of frames, on two links, both ways, and room
 _INTERVALS = 1000
-_METRICS = 20
+_METRICS = 200  # of a radio task: one per SNR or speed and method
 _LONGEST_TEXT = 2000  # characters
 
 

@@ -38,6 +38,7 @@ from edgelam_fl.telemetry.events import (
     SiteLost,
     VirtualRound,
 )
+from edgelam_fl.telemetry.measures import measure_of
 from edgelam_fl.telemetry.timeline import shares_in
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.attempt import Attempt, Beginnings, Tries
@@ -520,7 +521,8 @@ class Rounds:
     ) -> tuple[RoundTimeline, RoundDone]:
         """Makes the round's last events."""
         started_from = {name: plan.adapter_digest for name, plan in planned.plans.items()}
-        devices, hosts, by_kind = describe_round(planned.received_bytes, started_from, received.replies)
+        measure = measure_of(self.config.task.kind)
+        devices, hosts, by_kind = describe_round(planned.received_bytes, started_from, received.replies, measure)
         number = planned.facts.round
         timeline = RoundTimeline(round=number, nodes=describe_timeline(received.replies))
         done = RoundDone(

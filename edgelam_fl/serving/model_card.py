@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from edgelam_fl.config import RunConfig
 from edgelam_fl.serving.trained_on import TrainedOn
 from edgelam_fl.telemetry.events import BestTaken, DeviceResult, Event, of_kind
-from edgelam_fl.telemetry.human import human_count, human_measure, human_number
+from edgelam_fl.telemetry.human import human_count, human_number
+from edgelam_fl.telemetry.measures import human_measure, measure_of
 from edgelam_fl.telemetry.summary import (
     Summary,
     build_summary,
     finished_rounds,
     is_training_round,
-    measure_of,
     measured,
     pooled,
     privacy_in_words,

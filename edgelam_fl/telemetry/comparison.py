@@ -14,7 +14,8 @@ from rich.table import Table
 
 from edgelam_fl.errors import ConfigError, UsageError
 from edgelam_fl.telemetry.events import EVENTS_FILE, Event, RoundDone, RunStarted, of_kind, read_events
-from edgelam_fl.telemetry.human import NOTHING, by_name, human_bytes, human_measure, human_number, human_seconds, total
+from edgelam_fl.telemetry.human import NOTHING, by_name, human_bytes, human_number, human_seconds, total
+from edgelam_fl.telemetry.measures import human_measure, measure_of
 from edgelam_fl.telemetry.records import as_json
 from edgelam_fl.telemetry.run_folder import state_now
 from edgelam_fl.telemetry.summary import (
@@ -24,10 +25,9 @@ from edgelam_fl.telemetry.summary import (
     before_and_after,
     build_summary,
     finished_rounds,
-    measure_of,
     steps_of,
 )
-from edgelam_fl.telemetry.verdict import Spread, before_after, spread_of
+from edgelam_fl.telemetry.verdict import before_after, spread_of, with_spread
 
 MOST_RUNS = 8
 _OF_A_PLACE = ("run.out",)  # keys that say where a run is, not what it does
@@ -47,7 +47,7 @@ class ComparedRun:
 
     @property
     def measure(self) -> str:
-        """Its held-out measure: "perplexity" or "accuracy"."""
+        """The name of its held-out measure."""
         return measure_of(self.summary.task)
 
 
@@ -112,14 +112,6 @@ def _held_out(runs: Sequence[ComparedRun], measure: str) -> list[tuple[str, list
         (f"held-out {measure} {when}", [with_spread(measure, pair[at]) for pair in found])
         for at, when in ((0, "before"), (1, "after"))
     ]
-
-
-def with_spread(measure: str, found: Spread | None) -> str:
-    """Writes a mean over devices with their sample standard deviation, as "15.00 ± 7.07"."""
-    if found is None:
-        return NOTHING
-    mean = human_measure(measure, found.mean)
-    return mean if found.count == 1 else f"{mean} ± {human_measure(measure, found.spread)}"
 
 
 def _speed(run: ComparedRun) -> str:

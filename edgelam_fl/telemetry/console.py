@@ -61,11 +61,11 @@ from edgelam_fl.telemetry.human import (
     human_bytes,
     human_count,
     human_layers,
-    human_measure,
     human_seconds,
     total,
 )
-from edgelam_fl.telemetry.summary import mean_metrics, measure_of, measured, setting, task_of
+from edgelam_fl.telemetry.measures import human_measure, measure_of
+from edgelam_fl.telemetry.summary import mean_metrics, measured, setting, task_of
 from edgelam_fl.telemetry.waiting import DEFAULT_SIGNS, Reminder, SignTiming
 
 NAMES_SHOWN = 8
@@ -447,7 +447,7 @@ class RunView:
     def _short(self, value: float) -> str:
         return (
             human_measure(self._measure, value)
-            if self._measure == "accuracy"
+            if self._measure != "perplexity"
             else f"{value:.{1 if value < 1000 else 0}f}"
         )
 

@@ -64,10 +64,3 @@ def human_layers(layers: Sequence[int] | None) -> str:
         return "no layers yet"
     first, last = layers[0], layers[1] - 1
     return f"layer {first}" if first == last else f"layers {first}-{last}"
-
-
-def human_measure(measure: str, value: float | None) -> str:
-    """Writes perplexity 15.501 as "15.50", accuracy 0.8125 as "81.2 %"; a dash for None."""
-    if value is None:
-        return NOTHING
-    return f"{value:.1%}".replace("%", " %") if measure == "accuracy" else human_number(value, 2)

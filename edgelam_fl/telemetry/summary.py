@@ -39,16 +39,17 @@ from edgelam_fl.telemetry.events import (
     RunWaits,
     of_kind,
 )
+from edgelam_fl.telemetry.events.rounds import mean_of
 from edgelam_fl.telemetry.human import (
     by_name,
     human_bytes,
     human_count,
     human_layers,
-    human_measure,
     human_number,
     human_seconds,
     total,
 )
+from edgelam_fl.telemetry.measures import MEASURES, human_measure, measure_of
 from edgelam_fl.telemetry.records import read_record
 
 LINK_BYTES = ("bytes_up", "bytes_down")
@@ -309,22 +310,23 @@ def task_of(events: Iterable[Event]) -> str | None:
     return kind
 
 
-def measure_of(task: str | None) -> str:
-    """Returns the measure of an adapter's quality at the task: "accuracy" or "perplexity"."""
-    return "accuracy" if task == "classification" else "perplexity"
-
-
 def measured(device: DeviceResult, measure: str) -> float | None:
     """Returns a device's held-out value in a round; None if it was not measured."""
     return device.perplexity if measure == "perplexity" else device.metrics.get(measure)
 
 
 def pooled(devices: Iterable[DeviceResult]) -> dict[str, float]:
-    """Returns the held-out measure over the labels of all devices: "accuracy", or else "perplexity"; empty if none measured.
+    """Returns the held-out measure over all devices by its name; empty if none measured.
 
-    Sums, never a mean of the devices' means: hits / labels, and exp(sum of losses / labels). A device of an older record, which
-    lacks its labels, counts as one label. The perplexity is infinite if a device's overflowed.
+    Sums, never a mean of the devices' means: hits / labels, exp(sum of losses / labels), or the mean over the values of all points.
+    A device of an older record, which lacks its labels, counts as one label. The measure is infinite if a device's was not finite.
     """
+    devices = list(devices)
+    of_points = [device for device in devices if device.points]
+    if of_points:
+        name = next(name for name in of_points[0].metrics if MEASURES.get(name, MEASURES["perplexity"]).over)
+        mean = mean_of(point for device in of_points for point in device.points if not point.who)
+        return {name: math.inf if mean is None else mean}
     found = [device for device in devices if device.held_out_labels or device.perplexity or device.metrics]
     if not found:
         return {}
@@ -337,11 +339,11 @@ def pooled(devices: Iterable[DeviceResult]) -> dict[str, float]:
 
 
 def mean_metrics(each: Iterable[Mapping[str, float | None]]) -> dict[str, float]:
-    """Returns the mean over devices of each measure of answers (task.metrics); those of a classification are not among them."""
+    """Returns the mean over devices of each measure of answers (task.metrics); a task's own measure is not among them."""
     found: dict[str, list[float]] = {}
     for metrics in each:
         for name, value in metrics.items():
-            if value is not None and name != "accuracy":
+            if value is not None and name not in MEASURES:
                 found.setdefault(name, []).append(value)
     return {name: math.fsum(values) / len(values) for name, values in found.items()}
 

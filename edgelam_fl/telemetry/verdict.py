@@ -7,13 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from edgelam_fl.telemetry.human import human_measure
+from edgelam_fl.telemetry.measures import MEASURES, human_measure, measure_of
 from edgelam_fl.telemetry.summary import (
     ENDED,
     Summary,
     before_and_after,
     best_in_words,
-    measure_of,
     metrics_in_words,
 )
 
@@ -44,6 +43,16 @@ def spread_of(values: Iterable[float | None]) -> Spread | None:
     if not known:
         return None
     return Spread(fmean(known), stdev(known) if len(known) > 1 else 0.0, min(known), max(known), len(known))
+
+
+def with_spread(measure: str, found: Spread | None) -> str:
+    """Writes a mean over devices with their sample standard deviation, as "15.00 ± 7.07"; of dB, which have none, with their range."""
+    mean = human_measure(measure, found.mean if found else None)
+    if found is None or found.count == 1:
+        return mean
+    if MEASURES[measure].decibels:
+        return f"{mean} ({human_measure(measure, found.lowest)} to {human_measure(measure, found.highest)})"
+    return f"{mean} ± {human_measure(measure, found.spread)}"
 
 
 def before_after(summary: Summary) -> tuple[Spread | None, Spread | None]:
@@ -105,7 +114,7 @@ def _when(state: str) -> str:
 
 def _sign(measure: str) -> int:
     """Returns 1 if higher is better, else -1."""
-    return 1 if measure == "accuracy" else -1
+    return 1 if MEASURES[measure].higher else -1
 
 
 def _improved(summary: Summary, measure: str) -> list[str]:

@@ -11,8 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from edgelam_fl.cli.main import app
+from edgelam_fl.telemetry.measures import measure_of
 from edgelam_fl.telemetry.records import as_json
-from edgelam_fl.telemetry.summary import before_and_after, build_summary, measure_of, read_summary
+from edgelam_fl.telemetry.summary import before_and_after, build_summary, read_summary
 from tests.integration.browser import Tab, chromium, find_chromium
 from tests.integration.federation import Run
 from tests.recorded import DEVICES, a_classification, a_failed_run, a_run, a_run_failed_at_once, as_events, timeline_of

@@ -329,6 +329,36 @@ def test_classification_shows_accuracy(tmp_path: Path) -> None:
     assert "perplexity" not in page.text
 
 
+@pytest.mark.parametrize(
+    ("task", "measure", "better", "ends"),
+    [
+        ("beamforming", "sum rate, bit/s/Hz", "higher", (2.0, 5.0)),
+        ("channel-prediction", "NMSE, dB", "lower", (3.0103, 6.9897)),
+    ],
+)
+def test_a_measure_at_places_is_drawn_over_them_beside_the_methods_that_it_is_compared_with(
+    tmp_path: Path, task: str, measure: str, better: str, ends: tuple[float, float]
+) -> None:
+    events = a_run()
+    events[0]["config"]["task"] = {"kind": task}
+    done = [event for event in events if event["event"] == "round_done"]
+    for number, event in enumerate(done):
+        for at, device in enumerate(event["devices"]):
+            values = {"": 2.0 + 0.75 * number, "RZF": 4.0}
+            device["points"] = [[who, snr, value, 1 + at] for snr in (0, 10) for who, value in values.items()]
+            device |= {"perplexity": None, "metrics": {measure.partition(",")[0]: values[""]}}
+    done[-1]["devices"][0]["points"].append(["", 20, 8.0, 4])
+    page = report_of(tmp_path, events)
+    figure = figures_of(page)["points"]
+    lines = {line["name"]: (line["x"], line["y"]) for line in figure["lines"]}
+    assert (figure["y"], list(lines)) == (measure, ["RZF", "before training", "trained model"])
+    assert lines["before training"] == ([0, 10], [ends[0]] * 2)
+    assert lines["trained model"][0] == [0, 10, 20]
+    assert lines["trained model"][1][:2] == [ends[1]] * 2
+    assert f"the same for all; {better} is better." in page
+    assert "perplexity" not in Page(page).text
+
+
 def test_timeline_of_every_round_with_its_shares(tmp_path: Path) -> None:
     events = a_classification()
     text = report_of(tmp_path, events)

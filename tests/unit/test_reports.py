@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from edgelam_fl.tasks.points import sums_at
 from edgelam_fl.telemetry.events import StepLeftOut, TimelineInterval
+from edgelam_fl.telemetry.summary import pooled
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.events_of_round import describe_round, describe_timeline
 from server.replies import Reply
@@ -80,6 +83,17 @@ def test_metrics_are_shares_of_the_held_out_labels() -> None:
     assert device.metrics == {"accuracy": 3 / 4}
     (device,), _, _ = describe_round({}, {}, {"d": Reply(device_report())})
     assert device.metrics == {}
+
+
+def test_a_measure_at_places_is_a_mean_over_all_of_them_and_has_no_perplexity() -> None:
+    sums = [sums_at(10, {"": 30.0, "RZF": 28.0}, 2), sums_at(-5, {"": 1.0, "RZF": math.inf}, 1)]
+    strange = {"at/ten/count": 1.0, "at/0/sum/RZF": 3.0, "at/0/count": 0.0, "at/inf/count": 1.0, "at/inf/sum/": 1.0}
+    report = device_report(eval_sums={**sums[0], **sums[1], **strange})
+    (device,), _, _ = describe_round({}, {}, {"d": Reply(report)}, "sum rate")
+    assert device.points == (("", -5, 1.0, 1), ("", 10, 15.0, 2), ("RZF", -5, None, 1), ("RZF", 10, 14.0, 2))
+    assert (device.metrics, device.perplexity) == ({"sum rate": 31 / 3}, None)
+    twice = [device, replace(device, points=device.points[:1])]
+    assert pooled(twice) == {"sum rate": (31 + 1) / (3 + 1)}
 
 
 def test_a_timeline_by_node() -> None:

@@ -14,10 +14,10 @@ from edgelam_fl.telemetry.human import (
     human_bytes,
     human_count,
     human_layers,
-    human_measure,
     human_number,
     human_seconds,
 )
+from edgelam_fl.telemetry.measures import human_measure
 from edgelam_fl.telemetry.records import as_json
 from edgelam_fl.telemetry.summary import (
     Summary,
@@ -334,6 +334,7 @@ def test_a_count_takes_the_right_noun() -> None:
 def test_small_helpers() -> None:
     assert (human_measure("accuracy", 1.0), human_measure("perplexity", 15.5)) == ("100.0 %", "15.50")
     assert (human_measure("accuracy", None), human_measure("perplexity", None)) == ("-", "-")
+    assert (human_measure("NMSE", 0.05), human_measure("NMSE", 0.0)) == ("-13.01 dB", "-")
     assert (human_number(None), human_number(1234567), human_number(1.256, 2)) == ("-", "1,234,567", "1.26")
     assert (human_layers([2, 28]), human_layers([2, 3])) == ("layers 2-27", "layer 2")
     assert human_layers(None) == "no layers yet"

@@ -5,7 +5,8 @@ Layers are numbered from 0; a range of layers is [first, last), so `last` is the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -432,6 +433,26 @@ class StepLeftOut:
     """Reason, in words."""
 
 
+class MeasuredPoint(NamedTuple):
+    """The held-out measure of a task at one place of an axis, as a sum rate at one SNR; an array in the file."""
+
+    who: str
+    """What was measured: "" is the model with its adapter, else the name of a method that it is compared with."""
+    at: float
+    """Place on the axis."""
+    value: float | None
+    """Mean of the measure there; None if it was not finite."""
+    values: int
+    """Number of values that it is the mean of."""
+
+
+def mean_of(points: Iterable[MeasuredPoint]) -> float | None:
+    """Returns the mean over all values that the points are means of; None without any, or if one is not finite."""
+    found = list(points)
+    sums = [point.value * point.values for point in found if point.value is not None]
+    return math.fsum(sums) / sum(point.values for point in found) if sums and len(sums) == len(found) else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeviceResult(NodeResult, DataCounts):
     """One device's training and measurements in a round."""
@@ -445,10 +466,11 @@ class DeviceResult(NodeResult, DataCounts):
     loss: float | None
     """Mean loss per label over the round's counted steps, in nats; None without steps."""
     perplexity: float | None
-    """Held-out perplexity of the adapter that the round started from; None if it was not measured or overflowed."""
+    """Held-out perplexity of the adapter that the round started from; None if it was not measured or overflowed, or the task has
+    none."""
     metrics: Mapping[str, float | None]
-    """Other held-out measures of the same adapter: "accuracy" in [0, 1] of a classification, or the means of task.metrics over its
-    answers; empty if there are none."""
+    """Other held-out measures of the same adapter: "accuracy" in [0, 1] of a classification, "sum rate" in bit/s per Hz or "NMSE" as a
+    mean ratio of a radio task, or the means of task.metrics over its answers; empty if there are none."""
     tokens: int | None
     """Tokens that it trained on."""
     train_seconds: float | None
@@ -461,6 +483,8 @@ class DeviceResult(NodeResult, DataCounts):
     """The steps that were not counted."""
     held_out_labels: int | None = None
     """Labels that perplexity and metrics are means over; None if nothing was measured."""
+    points: tuple[MeasuredPoint, ...] = ()
+    """The measure of a radio task by SNR or by speed, of the same adapter and of the methods that it is compared with."""
 
 
 @dataclass(frozen=True, kw_only=True)

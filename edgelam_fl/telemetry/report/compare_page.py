@@ -11,6 +11,7 @@ from typing import Any
 from edgelam_fl.files import write_atomically
 from edgelam_fl.telemetry.comparison import ComparedRun, caution, devices_after, facts, unlike_settings
 from edgelam_fl.telemetry.human import total
+from edgelam_fl.telemetry.measures import MEASURES, shown_value, with_unit
 from edgelam_fl.telemetry.report.figures import (
     held_out_by_device,
     losses_by_device,
@@ -75,11 +76,17 @@ def _figures(runs: Sequence[ComparedRun]) -> Iterator[tuple[str, str, str, dict[
         return
     measure = runs[0].measure
     alike = [(at, run) for at, run in enumerate(runs) if run.measure == measure and run.rounds]
-    looks = {"y": measure, "share": measure == "accuracy", "log_y": True, "dots": True}
+    looks = {
+        "y": with_unit(measure),
+        "share": MEASURES[measure].percent,
+        "log_y": not MEASURES[measure].over,
+        "dots": True,
+    }
     over_rounds, over_bytes = [], []
     for at, run in alike:
         xs, values = held_out_by_device(run.rounds, measure)
-        line = mean_line(values.values(), xs, run.name, _colour(at))
+        shown = [[shown_value(measure, value) for value in own] for own in values.values()]
+        line = mean_line(shown, xs, run.name, _colour(at))
         over_rounds.append(line)
         over_bytes.append({**line, "x": list(_megabytes_before(run))})
     caption = "Mean over devices; the band is their spread (one standard deviation)."

@@ -12,8 +12,11 @@ from itertools import accumulate, zip_longest
 from statistics import fmean
 from typing import Any
 
-from edgelam_fl.telemetry.events import RoundDone
+from edgelam_fl.telemetry.events import MeasuredPoint, RoundDone
+from edgelam_fl.telemetry.events.rounds import mean_of
 from edgelam_fl.telemetry.human import total
+from edgelam_fl.telemetry.measures import MEASURES, shown_value, with_unit
+from edgelam_fl.telemetry.report.frame import COLOURS
 from edgelam_fl.telemetry.summary import is_training_round, measured, steps_of
 from edgelam_fl.telemetry.timeline import Phase
 from edgelam_fl.telemetry.verdict import spread_of
@@ -25,6 +28,7 @@ NOISE_SHOWN = 4  # of more devices, no line of single steps is drawn
 POINTS_SHOWN = 20_000  # of all lines of a figure
 COLUMNS_SHOWN = 100  # of a figure of bars; more rounds are drawn as means of several
 MEAN, MEAN_COLOUR = "mean over devices", "--ink"
+TRAINED, UNTRAINED = "trained model", "before training"
 
 Values = Sequence[float | None]  # a value per step or round; None: there is none
 
@@ -33,7 +37,9 @@ def learning_figures(rounds: Sequence[RoundDone], colours: Mapping[str, str], me
     """Returns the figures of losses and held-out values by the id of their place; empty while no round is closed."""
     if not rounds:
         return {}
-    return {"quality": _quality_figure(rounds, colours, measure), "loss": _loss_figure(rounds, colours)}
+    figures = {"quality": _quality_figure(rounds, colours, measure), "loss": _loss_figure(rounds, colours)}
+    points = _points_figure(rounds, measure)
+    return figures | ({"points": points} if points else {})
 
 
 def cost_figures(rounds: Sequence[RoundDone]) -> dict[str, Any]:
@@ -127,10 +133,40 @@ def _quality_figure(rounds: Sequence[RoundDone], colours: Mapping[str, str], mea
     """Draws the held-out measure. A round measures the adapter it starts from, so round 1 is at 0 rounds of training."""
     xs, values = held_out_by_device(rounds, measure)
     every = max(1, -(-len(values) * len(xs) // POINTS_SHOWN))
+    values = {name: [shown_value(measure, value) for value in own] for name, own in values.items()}
     return {
-        "x": "rounds of training", "y": measure, "whole": True, "log_y": True, "share": measure == "accuracy",
+        "x": "rounds of training", "y": with_unit(measure), "whole": True, "log_y": not MEASURES[measure].over,
+        "share": MEASURES[measure].percent,
         "lines": _lines(values, colours, xs, every), "dots": len(xs) <= 40,
     }  # fmt: skip
+
+
+def _points_figure(rounds: Sequence[RoundDone], measure: str) -> dict[str, Any]:
+    """Draws the measure over the axis of its points, over all devices: of the newest model, of the first one, and of each method that
+    it is compared with. Empty without points."""
+    measured_in = [done for done in rounds if any(device.points for device in done.devices)]
+    if not measured_in:
+        return {}
+    newest = pooled_points(measured_in[-1])
+    methods = {who: line for who, line in newest.items() if who}
+    lines = [_points_line(who, f"--c{at % COLOURS}", line, measure) for at, (who, line) in enumerate(methods.items())]
+    if len(measured_in) > 1 and "" in (first := pooled_points(measured_in[0])):
+        lines.append({**_points_line(UNTRAINED, "--muted", first[""], measure), "dash": 1})
+    if "" in newest:
+        lines.append({**_points_line(TRAINED, MEAN_COLOUR, newest[""], measure), "strong": True})
+    return {"x": MEASURES[measure].over, "y": with_unit(measure), "lines": lines, "dots": True}
+
+
+def pooled_points(done: RoundDone) -> dict[str, dict[float, float | None]]:
+    """Returns the means over all devices of a round by who, and there by place, in order."""
+    found: dict[str, dict[float, list[MeasuredPoint]]] = {}
+    for point in sorted(point for device in done.devices for point in device.points):
+        found.setdefault(point.who, {}).setdefault(point.at, []).append(point)
+    return {who: {at: mean_of(points) for at, points in line.items()} for who, line in found.items()}
+
+
+def _points_line(name: str, colour: str, line: Mapping[float, float | None], measure: str) -> dict[str, Any]:
+    return {"name": name, "color": colour, "x": [*line], "y": [shown_value(measure, value) for value in line.values()]}
 
 
 def _lines(

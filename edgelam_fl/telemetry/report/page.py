@@ -30,11 +30,11 @@ from edgelam_fl.telemetry.events import (
 from edgelam_fl.telemetry.human import (
     human_bytes,
     human_layers,
-    human_measure,
     human_number,
     human_seconds,
     total,
 )
+from edgelam_fl.telemetry.measures import MEASURES, human_measure, measure_of
 from edgelam_fl.telemetry.report.answers import Answer, read_answers
 from edgelam_fl.telemetry.report.figures import (
     LINES_SHOWN,
@@ -60,12 +60,11 @@ from edgelam_fl.telemetry.summary import (
     channel_in_words,
     clipped_in_words,
     finished_rounds,
-    measure_of,
     read_summary,
     steps_of,
 )
 from edgelam_fl.telemetry.timeline import Phase, read_phase
-from edgelam_fl.telemetry.verdict import OVER, Spread, before_after, verdict
+from edgelam_fl.telemetry.verdict import OVER, before_after, verdict, with_spread
 
 INCIDENTS_SHOWN = 200
 NO_ROUND = ("No round was closed, so there are no figures.", "No round is closed yet.")
@@ -141,15 +140,19 @@ def report_page(events: Sequence[Event], summary: Summary, folder: Path, answers
 
 
 def _learning_places(measure: str, devices: int, steps: int) -> str:
-    better = "higher" if measure == "accuracy" else "lower"
+    better = "higher" if MEASURES[measure].higher else "lower"
     band = " Bold: the mean over devices; the band is their spread (one standard deviation)." if devices > 1 else ""
     alone = f" Of {devices} devices, the mean alone is drawn." if devices > LINES_SHOWN else ""
     window = window_of(steps)
     smooth = f"Each point is the mean of {window} steps" if window > 1 else "One point per step"
     faint = "; faint: each step" if window > 1 and devices <= NOISE_SHOWN else ""
     held_out = f"Examples that a device never learns from; {better} is better.{band}{alone}"
-    return figure("quality", f"Held-out {measure}", held_out) + figure(
-        "loss", "Training loss", f"{smooth}{faint}. Dotted: an aggregation."
+    over = MEASURES[measure].over.partition(",")[0]
+    compared = f"Held-out examples of all devices, the same for all; {better} is better."
+    return (
+        figure("quality", f"Held-out {measure}", held_out)
+        + figure("loss", "Training loss", f"{smooth}{faint}. Dotted: an aggregation.")
+        + (figure("points", f"Held-out {measure} by {over}", compared) if over else "")
     )
 
 
@@ -230,16 +233,9 @@ def _device_table(summary: Summary, colours: Mapping[str, str], measure: str) ->
     if len(rows) > 1:
         before_all, after_all = before_after(summary)
         rows.append([
-            "<b>mean</b>", _with_spread(measure, after_all), _with_spread(measure, before_all), *[""] * (len(rows[0]) - 3)
+            "<b>mean</b>", with_spread(measure, after_all), with_spread(measure, before_all), *[""] * (len(rows[0]) - 3)
         ])  # fmt: skip
     return table("Devices", DEVICE_HEADINGS.format(measure=measure), rows)
-
-
-def _with_spread(measure: str, found: Spread | None) -> str:
-    """Shows a mean over devices with their sample standard deviation."""
-    if found is None:
-        return human_measure(measure, None)
-    return f"{human_measure(measure, found.mean)} &plusmn; {human_measure(measure, found.spread)}"
 
 
 def _data_table(devices: Iterable[DeviceSummary], colours: Mapping[str, str]) -> str:
