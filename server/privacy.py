@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from edgelam_fl.errors import ConfigError
+from edgelam_fl.errors import ConfigError, RunFailed
 from edgelam_fl.files import sync_folder, write_atomically
 from edgelam_fl.model.adapter import Adapter, layer_number
 from edgelam_fl.plan.making import ClientSettings, RoundPrivacy
@@ -31,7 +31,7 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from server.emulated_channel import EmulatedChannel, RoundOnAir
 from server.global_adapter import first_adapter
 from server.private_sums import PrivateSums
-from server.private_terms import NOT_COVERED, UNIT, Terms, messages_of, shares_hosts
+from server.private_terms import NOT_COVERED, UNIT, Terms, messages_of, shares_hosts, why_broken
 from strategies.aggregation.factors import A, B
 
 LEDGER = "privacy.json"
@@ -167,6 +167,16 @@ class PrivateRun:
         self.bound = Bound(**state["bound"])
         if self._channel is not None:
             self._channel.restore(state["channel"], since * (self.terms.mode.moves / self.terms.noise) ** 2)
+
+    def check_present(self, devices: int) -> None:
+        """Raises RunFailed if an attempt that so many devices may take part in would break the promise: some may have left since it
+        was made, or joined.
+        """
+        if why := why_broken(self.spec.config, devices, self.terms.sampling):
+            raise RunFailed(
+                f"{devices} of the {self.terms.devices} devices that privacy was promised to are here now, and with them the promise does "
+                f"not hold: {why}. The last round's adapter stays; `edgelam run --resume` goes on when others are here"
+            )
 
     def promise(self) -> PrivacyPromised:
         """Makes the event that says what this run promises."""

@@ -54,19 +54,25 @@ class PrivateSums:
     """Why an update does not count, by device: only because parts of it are missing, since clipping bounds what it can do."""
     released: Counts | None = None
     """What the released mean is of; None: nothing was released yet."""
+    _came: set[str] = field(default_factory=set)  # devices whose update counts
     _waiting: dict[tuple[str, str], Adapter] = field(default_factory=dict)  # by (site, device): updates that miss parts
     _sums: dict[str, Adapter] = field(default_factory=dict)  # by site, in float64
     _counts: dict[str, Counts] = field(default_factory=dict)
     _of_sites: dict[str, WeightedMean] = field(default_factory=dict)
 
     def add(self, parts: Iterable[tuple[str, Contribution]]) -> None:
-        """Adds the parts of one reply, each with its site. An update that comes in several replies waits for all its parts."""
+        """Adds the parts of one reply, each with its site. An update that comes in several replies waits for all its parts.
+
+        Of each device one update counts, the first that is whole.
+        """
         for site, part in parts:
             if part.source in self.site_sources:
                 if self.hosts_release:
                     # Weights say how many labels a device has, so they have no say in what is released.
                     self._of_sites.setdefault(site, WeightedMean()).add(replace(part, weight=1.0))
                 continue
+            if part.source in self._came:
+                continue  # the noise is for one update of each device
             waiting = self._waiting.setdefault((site, part.source), {})
             waiting |= {
                 name: array - np.float64(self.start[name]) for name, array in part.tensors.items() if name in self.start
@@ -75,6 +81,7 @@ class PrivateSums:
                 self._add_update(site, part.source, self._waiting.pop((site, part.source)))
 
     def _add_update(self, site: str, source: str, update: Adapter) -> None:
+        self._came.add(source)
         clipped, norm = clip_to(update, self.clip)
         sums = self._sums.setdefault(site, {})
         sigma = self.air.send(source) if self.air is not None else 0.0

@@ -15,7 +15,10 @@ from edgelam_fl.errors import ConfigError, RunFailed
 from edgelam_fl.plan.modes import host_mode
 from edgelam_fl.privacy.accounting import Releases, epsilon_of, noise_for
 
-NOT_COVERED = "losses, counts, and the hidden states and gradients at the cut"
+NOT_COVERED = (
+    "losses and other measures, counts, fields and labels, which updates were clipped, times and sizes of messages, and the hidden "
+    "states and gradients at the cut"
+)
 UNIT = "one device with all its data"
 EMPTY_SHARE = 0.01
 """Share of delta that is kept for rounds which draw nobody, if hosts add the noise: in such a round they add none."""
@@ -174,33 +177,44 @@ def check_devices(config: RunConfig, devices: int, sampling: float) -> None:
 
     `sampling`: as of `planned_noise`.
     """
-    delta, wanted = config.privacy.delta, config.federation.devices_per_round
-    if delta >= 1 / devices:
-        raise ConfigError(
-            f"privacy.delta = {delta:g} must be below 1 / the number of devices, 1 / {devices} = {1 / devices:.3g}: with a larger "
-            f"one, a run that publishes one device's data would keep the promise"
-        )
+    wanted = config.federation.devices_per_round
+    if why := why_broken(config, devices, sampling):
+        raise ConfigError(why)
     if wanted > devices:
         raise ConfigError(
             f"privacy.mode = {config.privacy.mode!r} needs the devices that its noise is planned for: federation.devices_per_round = "
             f"{wanted}, and there are {devices}. Allowed: at most {devices}"
         )
+
+
+def why_broken(config: RunConfig, devices: int, sampling: float) -> str:
+    """Returns why an attempt at a round that may have so many devices breaks the promise of the whole run; empty: it does not.
+
+    `sampling`: as of `planned_noise`.
+    """
+    delta = config.privacy.delta
+    if delta >= 1 / max(1, devices):
+        return (
+            f"privacy.delta = {delta:g} must be below 1 / the number of devices, 1 / {devices} = {1 / devices:.3g}: with a larger "
+            f"one, a run that publishes one device's data would keep the promise"
+        )
     if not shares_hosts(config):
-        return
-    if devices == 1:
-        raise ConfigError(
+        return ""
+    if devices <= 1:
+        return (
             f"privacy.mode = {config.privacy.mode!r} promises that nobody can tell whether a device took part, and the run has 1 device, "
             f"whose absence its host would see. Allowed: more devices, split.host_mode = 'copies', or split.hosts = 0"
         )
     empty = config.federation.rounds * (1 - sampling) ** (devices - 1)  # that some round draws nobody but one device
     if empty > EMPTY_SHARE * delta:
-        least = 1 - (EMPTY_SHARE * delta / config.federation.rounds) ** (1 / (devices - 1)) if devices > 1 else 1.0
-        raise ConfigError(
+        least = 1 - (EMPTY_SHARE * delta / config.federation.rounds) ** (1 / (devices - 1))
+        return (
             f"strategy.selection = {config.strategy.selection!r} draws none of {devices - 1} devices in some round with a probability of "
             f"{empty:.2g}, and hosts that devices share add their noise only to rounds that take place: at most {EMPTY_SHARE:g} of "
             f"privacy.delta = {delta:g} may go there. Allowed: a rate of at least {math.ceil(least * 1000) / 1000:g}, "
             f"split.host_mode = 'copies', split.hosts = 0, or a selection of a fixed number of devices"
         )
+    return ""
 
 
 def terms_of(config: RunConfig, sampling_rate: float, devices: int) -> Terms:

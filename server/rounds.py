@@ -139,7 +139,8 @@ class Rounds:
 
     def round_after(self, state: FederationState) -> FederationState:
         """Returns the state after the next round: of its first attempt that comes to an aggregate. The state stays as it is if
-        failed attempts have spent the privacy budget.
+        failed attempts have spent the privacy budget. Raises RunFailed if no attempt succeeds, or if those that are here cannot keep
+        the run's privacy.
         """
         number, refused, progress = state.round + 1, "", FROM_THE_START
         tries = Tries(self._timing.now, self.config.federation.round_deadline_s)
@@ -153,6 +154,8 @@ class Rounds:
             if not self._affords_a_round():
                 return state
             aside = self._sitting_out(number, progress)
+            if self.privacy is not None:
+                self.privacy.check_present(len(self._fit() - aside.keys()))
             lineup = self.schedule.lineup(number, attempt, self._devices(), len(self.roster.edges()), aside)
             planned = self._plan(number, attempt, lineup, state, progress=progress)
             trial = self._attempt(planned)
@@ -250,13 +253,16 @@ class Rounds:
 
     def _promise(self) -> PrivateRun:
         """Settles the terms of the run's privacy, now that the devices are known, and says them."""
-        fit = len(self.schedule.everyone(self._devices()).names)
-        terms = terms_of(self.config, self.schedule.selection.capabilities.sampling_rate, fit)
+        terms = terms_of(self.config, self.schedule.selection.capabilities.sampling_rate, len(self._fit()))
         privacy = PrivateRun(self.spec, terms, self.folder.path, generator=self._generator)
         promised = privacy.promise()
         self.folder.emit(promised)
         say(promise_in_words(promised, self.config.federation.rounds))
         return privacy
+
+    def _fit(self) -> set[str]:
+        """Returns the devices that are here and may take part."""
+        return set(self.schedule.everyone(self._devices()).names)
 
     def _affords_a_round(self) -> bool:
         return self.privacy is None or self.privacy.ledger.affords_a_round

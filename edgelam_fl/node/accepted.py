@@ -34,6 +34,10 @@ class AcceptedParts:
         """Returns whether the process before this one had accepted the part."""
         return part in self._before
 
+    def knows(self, part: str) -> bool:
+        """Returns whether this process or the one before it has accepted the part."""
+        return part in self._names
+
     def _read(self) -> frozenset[str]:
         if self._file is None:
             return frozenset()

@@ -37,7 +37,7 @@ from edgelam_fl.node.server_hub import ServerHub
 from edgelam_fl.node.snapshots import Snapshots
 from edgelam_fl.plan.fronts import host_reading_of
 from edgelam_fl.plan.modes import host_mode, label_place
-from edgelam_fl.plan.reading import not_finite, part_id, round_of
+from edgelam_fl.plan.reading import job_id, not_finite, part_id, round_of
 from edgelam_fl.privacy.limits import HostReading, why_refused
 from edgelam_fl.split.group import RETRY_MS
 from edgelam_fl.split.route import Dial
@@ -147,6 +147,7 @@ class StageHost:
     def submit(self, request: pb.SubmitRequest) -> pb.SubmitReply:
         """Begins a part and returns at once. A part that is known here is not begun again, and takes the tensors that it asked for.
 
+        Nor is one that a restart has made unknown, if its update would leave the device with noise of its own: each attempt counts once.
         A new part cancels the current one; that of another run only if the server says that the other run does not go on.
         """
         refusal = _refusal(request.plan, self.name, self.role, usable_bases(self._chip)) or _leak(
@@ -160,6 +161,8 @@ class StageHost:
                 return pb.SubmitReply(
                     accepted=False, reason=f"node {self.name} is busy with run {other}", code=Busy.code
                 )
+            if part is None and request.plan.privacy.update_clip and self._accepted.knows(part_id(request.plan)):
+                return pb.SubmitReply(accepted=False, reason=self._sent_once(request.plan), code=Restarted.code)
             if part is None:
                 self._begin(Part(request.plan, self._emit), request)
             else:
@@ -215,6 +218,12 @@ class StageHost:
         if current is None or current.is_over or plan.alone or current.plan.run == plan.run:
             return ""
         return current.plan.run
+
+    def _sent_once(self, plan: pb.Plan) -> str:
+        return (
+            f"node {self.name} was started again and has had its part of {job_id(plan)} before: a second update with new noise would "
+            f"give away more than the round is accounted for"
+        )
 
     def _part(self, name: str) -> Part | None:
         with self._lock:

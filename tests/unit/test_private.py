@@ -251,6 +251,27 @@ def test_a_device_keeps_what_it_sent(tiny: ModelSource, data_files: list[Path]) 
         assert reports["device-1"].moments == "warm"
 
 
+def test_a_restarted_device_does_not_draw_the_noise_of_an_attempt_anew(
+    tiny: ModelSource, data_files: list[Path], tmp_path: Path
+) -> None:
+    """Its first update may be on the way already: two of one attempt, with noise of their own, say more than is accounted for."""
+    config = run_config(tiny.name, "split.hosts=0")
+    start = adapters.initial_adapter(tiny, config.lora.targets, config.lora.rank, config.run.seed)
+    for privacy in (RoundPrivacy(1.0, 1.0, 1, device_clips=True, device_noise=True), None):
+        with memory_fleet(tiny, config, data_files[:1], state=tmp_path) as fleet:
+            fleet.privacy, fleet.name = privacy, f"private {privacy is not None}"
+            check_done(fleet.run(start, 1))
+            fleet.restart("device-1")
+            fleet.round = 0
+            if privacy is None:
+                check_done(fleet.run(start, 1))
+                continue
+            with pytest.raises(AssertionError, match="a second update with new noise would give away more"):
+                fleet.run(start, 1)
+            fleet.round = 0
+            check_done(fleet.run(start, 1, attempt=2))
+
+
 def test_an_update_that_is_not_finite_counts_as_zeros() -> None:
     start = {"a": np.ones(3, np.float32)}
     trained = {"a": np.array([1, np.inf, np.nan], np.float32)}

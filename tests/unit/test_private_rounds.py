@@ -221,6 +221,34 @@ def test_hosts_that_devices_share_need_enough_devices_for_coins(federation: Make
     assert terms_of(run_config("tiny", *shared, "split.hosts=0"), 0.5, 2).delta_of_noise == 1e-5
 
 
+def test_devices_that_leave_take_the_promise_with_them(federation: MakeFederation) -> None:
+    """A host whose device is alone, or whose devices are too few for coins, may add no noise in some round: it is not to take place."""
+    run = federation("ab", "e", "privacy.mode=central", "privacy.noise=20.0", "federation.rounds=2")
+    run.nodes["b"].leaves = lambda plan: plan.round == 1
+    with pytest.raises(
+        RunFailed, match=r"1 of the 2 devices .* the promise does not hold: .* whose absence its host would see"
+    ):
+        run.run()
+    assert {plan.round for plan in run.nodes["a"].plans} == {1}
+    alone = private(
+        federation, "ab", "federation.rounds=2"
+    )  # without such hosts, noise comes from the server in any case
+    alone.nodes["b"].leaves = lambda plan: plan.round == 1
+    alone.run()
+    assert len(alone.events("privacy_spent")) == 2
+
+
+def test_an_update_that_comes_twice_counts_once() -> None:
+    start = {"a": np.zeros(2, np.float32), "b": np.zeros(2, np.float32)}
+    sums = PrivateSums(start, frozenset(), False, 9.0, 0.0, 1.0, np.random.default_rng(1))
+    one = np.ones(2, np.float32)
+    for site in "eef":
+        sums.add([(site, Contribution("d", 1.0, {"a": one})), (site, Contribution("d", 1.0, {"b": one}))])
+    (mean,) = sums.contributions(())
+    np.testing.assert_allclose(mean.tensors["a"], 1.0)
+    assert (sums.released.came, sums.left_out) == (1, {})
+
+
 def test_devices_that_clip_and_add_noise_themselves(federation: MakeFederation) -> None:
     """The server adds nothing; a device's data may change its update by twice the bound."""
     run = private(federation, "ab", "privacy.mode=device", "privacy.noise=4.0")
