@@ -79,9 +79,9 @@ class ConfigError(UsageError):
 
 
 DataFault = Literal[
-    "chat", "columns", "csv", "empty-field", "few-examples", "folder", "format", "header", "json", "missing-field",
-    "missing-file", "no-answer-fits", "object", "passages", "preference", "several-sets", "template", "too-long", "tools",
-    "turn", "unknown-class", "unreadable", "utf-8",
+    "axes", "chat", "columns", "csv", "empty-field", "few-examples", "folder", "format", "header", "json", "missing-field",
+    "missing-file", "no-answer-fits", "numbers", "object", "passages", "preference", "several-sets", "template", "too-long",
+    "tools", "turn", "unknown-class", "unreadable", "utf-8",
 ]  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from edgelam_fl.node.examples import DeviceExamples
 from edgelam_fl.node.play import NodeHooks
 from edgelam_fl.node.service import StageHost
 from edgelam_fl.plan.layout import make_layout, who_may_host
-from edgelam_fl.plan.making import ClientSettings, RoundFacts, RoundPrivacy, make_plans
+from edgelam_fl.plan.making import ClientSettings, RoundFacts, RoundPrivacy, make_plans, task_settings
 from edgelam_fl.plan.reading import part_id, spans_of
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.split import route
@@ -34,6 +34,7 @@ from edgelam_fl.tasks.base import Example, Unit
 from edgelam_fl.tasks.causal_lm import IGNORED, CausalLm, labelled, make_units
 from edgelam_fl.tasks.data import batch_indices, read_pairs
 from edgelam_fl.tasks.held_out import set_aside
+from edgelam_fl.tasks.kinds import device_data
 from edgelam_fl.telemetry.events import Event
 from edgelam_fl.wire import edgelam_pb2 as pb
 from server.parcels import add_corrections
@@ -173,8 +174,7 @@ def memory_fleet(
         address = name if devices_host else ""
         begin(name, file, address)
         fleet.listening[name] = address
-        training, _ = set_aside(read_pairs(file, "question", "answer"), config.data.held_out)
-        fleet.examples[name] = len(training)
+        fleet.examples[name] = len(device_data(file, task_settings(config)).training)
     yield fleet
     for node in nodes.values():
         node.stop()

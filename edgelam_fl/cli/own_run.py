@@ -21,7 +21,7 @@ from edgelam_fl.federation.from_data import MOST_DEVICES, config_from_data, devi
 from edgelam_fl.federation.local import numbered
 from edgelam_fl.federation.runs import check_run, new_folder, run_here
 from edgelam_fl.model.source import ModelSource
-from edgelam_fl.tasks.files import SUFFIXES
+from edgelam_fl.tasks.files import ARRAYS, SUFFIXES
 from edgelam_fl.tasks.named import local_data
 from edgelam_fl.telemetry.waiting import waiting
 
@@ -134,7 +134,7 @@ def _times(count: int) -> str:
 
 
 def _is_data_name(file: Path) -> bool:
-    return file.suffix.lower() in SUFFIXES or file.is_dir() or str(file).startswith("hf:")
+    return file.suffix.lower() in (*SUFFIXES, *ARRAYS) or file.is_dir() or str(file).startswith("hf:")
 
 
 def run_with_data(console: Console, asked: Asked) -> int:

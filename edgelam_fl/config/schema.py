@@ -295,6 +295,28 @@ class DataSection(Section):
     )
 
 
+class RadioSection(Section):
+    """What a radio task learns from channels; for tasks of values alone."""
+
+    snr_db: float = Field(
+        10.0,
+        ge=-30,
+        le=60,
+        description="noise on the channels that are heard, never on those that are learned or measured",
+    )
+    history_slots: int = Field(16, ge=2, le=512, description="past slots that a prediction is made from")
+    future_slots: int = Field(4, ge=1, le=128, description="slots that are predicted")
+    series: int = Field(
+        64,
+        ge=1,
+        le=4096,
+        description="strongest series of a sample that a model gets as tokens; at most task.max_tokens",
+    )
+    duplex: Literal["tdd", "fdd"] = Field(
+        "tdd", description="whether the band that is heard is predicted, or the other one of the data"
+    )
+
+
 class FederationSection(Section):
     rounds: int = Field(4, ge=1, le=100_000, description="aggregations in the run")
     local_steps: int = Field(10, ge=1, le=100_000, description="optimizer steps between two aggregations")
@@ -617,6 +639,7 @@ class RunConfig(Section):
     lora: LoraSection = LoraSection()
     task: TaskSection = TaskSection()
     data: DataSection = DataSection()
+    radio: RadioSection = RadioSection()
     federation: FederationSection = FederationSection()
     optimizer: OptimizerSection = OptimizerSection()
     strategy: StrategySection = StrategySection()

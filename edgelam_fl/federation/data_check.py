@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, DataError
@@ -19,9 +19,10 @@ from edgelam_fl.federation.template import in_fork
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.names import printable
 from edgelam_fl.plan.making import task_settings
-from edgelam_fl.tasks.data import Chat, DevicePairs, Pair, device_pairs, place_of
+from edgelam_fl.tasks.arrays import Sample
+from edgelam_fl.tasks.data import Chat, DevicePairs, Pair
 from edgelam_fl.tasks.files import format_of
-from edgelam_fl.tasks.kinds import make_task
+from edgelam_fl.tasks.kinds import device_data, make_task, place_in, values_of
 from edgelam_fl.telemetry.events import DataCounts
 from edgelam_fl.telemetry.human import human_count
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -120,7 +121,7 @@ def eval_files(devices: int, eval_data: Sequence[Path]) -> list[Path | None]:
 def check_files(config: RunConfig, data: Sequence[Path], eval_data: Sequence[Path] = ()) -> None:
     """Raises DataError for the first file that cannot be read as the run file says; takes no model. eval_data: as of `eval_files`."""
     for file, eval_file in zip(data, eval_files(len(data), eval_data), strict=True):
-        device_pairs(file, task_settings(config), eval_file)
+        device_data(file, task_settings(config), eval_file)
 
 
 def look_into_files(
@@ -151,7 +152,7 @@ def look_into(
 def _seen(file: Path, eval_file: Path | None, task: Task, settings: pb.TaskSettings) -> FileSeen:
     from edgelam_fl.tasks.base import template_refuses  # brings torch, which the fork has
 
-    found = device_pairs(file, settings, eval_file)
+    found = device_data(file, settings, eval_file)
     try:
         made, measured = task.examples(found.training), task.examples(found.held_out)
     except DataError as error:
@@ -174,11 +175,13 @@ def _seen(file: Path, eval_file: Path | None, task: Task, settings: pb.TaskSetti
     )  # fmt: skip
 
 
-_PASSAGES, _CLASSES = "passages", "texts with a class"
+_PASSAGES, _CLASSES, _SAMPLES = "passages", "texts with a class", "samples"
 
 
-def _shape(pairs: Sequence[Pair], settings: pb.TaskSettings) -> str:
+def _shape(pairs: Sequence[Any], settings: pb.TaskSettings) -> str:
     """Says what the examples of a file are."""
+    if values_of(settings.kind):
+        return _SAMPLES
     if settings.classes:
         return _CLASSES
     kinds = {
@@ -188,9 +191,9 @@ def _shape(pairs: Sequence[Pair], settings: pb.TaskSettings) -> str:
     return " and ".join(sorted(kinds))
 
 
-def _class_counts(pairs: Sequence[Pair], settings: pb.TaskSettings) -> tuple[tuple[str, int], ...]:
+def _class_counts(pairs: Sequence[Any], settings: pb.TaskSettings) -> tuple[tuple[str, int], ...]:
     """Counts the examples of each class, the most frequent first; a class without any counts 0."""
-    counts = Counter(answer for _, answer in pairs)
+    counts = Counter(answer for _, answer in pairs) if settings.classes else {}
     return tuple(sorted(((name, counts[name]) for name in settings.classes), key=lambda pair: -pair[1]))
 
 
@@ -204,13 +207,15 @@ def _counts(found: DevicePairs, *made: Made) -> DataCounts:
     )
 
 
-def _placed(task: Task, file: Path, pairs: Sequence[Pair], settings: pb.TaskSettings) -> DataError | None:
+def _placed(
+    task: Task, file: Path, pairs: Sequence[Pair] | Sequence[Sample], settings: pb.TaskSettings
+) -> DataError | None:
     """Returns the error of the first example that cannot be written as a text, with the file, its place and the way out."""
     for pair in pairs:
         try:
             task.examples([pair])
         except DataError as error:
-            place = place_of(file, pair, settings)
+            place = place_in(file, pair, settings)
             words = f"{file}, {place}: {error} (data.bad_lines = 'skip' leaves such examples out)"
             return DataError(words, error.fault, place)
     return None

@@ -13,6 +13,7 @@ from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, DataError
 from edgelam_fl.federation.from_data import MOST_DEVICES
 from edgelam_fl.plan.making import task_settings
+from edgelam_fl.tasks.arrays import holds_arrays
 from edgelam_fl.tasks.data import answer_of, pairs_by
 from edgelam_fl.tasks.files import scan
 from edgelam_fl.tasks.named import local_data
@@ -66,8 +67,12 @@ def deal_file(file: Path, config: RunConfig, split: Split, folder: Path) -> list
     Which device gets what follows from run.seed alone. Raises DataError for data that cannot be read, ConfigError if they are too few,
     or if a label skew has no labels.
     """
-    records, answers = _read(local_data(file), config)
     asked = f"--split {split}"
+    if holds_arrays(file):
+        raise ConfigError(
+            f"{asked} deals texts, and {file} holds arrays: give --data once per device, with its own samples"
+        )
+    records, answers = _read(local_data(file), config)
     if split.partition.startswith("dirichlet") and 2 * len(set(answers)) > len(answers):
         raise ConfigError(
             f"{asked} deals by answers, as classes are, and the {len(answers)} examples of {file} have {len(set(answers))} different "

@@ -21,8 +21,9 @@ from edgelam_fl.model.limits import check_tokens, positions_of
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.names import folded, printable, why_no_name
 from edgelam_fl.plan.making import task_settings
-from edgelam_fl.tasks.data import DataSettings, DevicePairs, device_pairs
-from edgelam_fl.tasks.kinds import TASKS
+from edgelam_fl.tasks.arrays import holds_arrays, read_arrays
+from edgelam_fl.tasks.data import DataSettings, DevicePairs
+from edgelam_fl.tasks.kinds import TASKS, device_data
 from edgelam_fl.tasks.named import local_data
 from edgelam_fl.tasks.suggest import Suggestion, suggest
 
@@ -143,7 +144,8 @@ def sections_for(files: Sequence[Path], model: str, task: str = "") -> tuple[Sec
         said.append("task.template = 'plain': the model has no chat template")
     if files:
         read = [local_data(file) for file in files]
-        found = suggest(read, *_answers_of(source), task)
+        arrays = any(map(holds_arrays, read))
+        found = _for_arrays(read, task) if arrays else suggest(read, *_answers_of(source), task)
         if found.classifies and source is None:
             said.append(f"model.name = {_CLASSIFIER!r}: a model that answers with classes; --model chooses another")
             sections = {"model": {"name": _CLASSIFIER}, "lora": {"targets": ("query", "value")}}
@@ -158,10 +160,27 @@ def sections_for(files: Sequence[Path], model: str, task: str = "") -> tuple[Sec
     return sections, said
 
 
+def _for_arrays(files: Sequence[Path], task: str) -> Suggestion:
+    """Chooses the kind of task whose arrays the devices' files have. `task`: the one that was asked for; empty: the data decide."""
+    kinds = {name: kind.values.arrays for name, kind in TASKS.items() if kind.values}
+    given = read_arrays(next(filter(holds_arrays, files)))
+    fit = [name for name, arrays in kinds.items() if all(one.key in given for one in arrays if one.required)]
+    if task not in kinds and (task or len(fit) != 1):
+        asked = (
+            f"--task {task} learns from texts"
+            if task
+            else f"--task must say what is learned ({', '.join(fit or kinds)})"
+        )
+        raise ConfigError(f"{asked}, and {files[0]} holds the arrays {printable(', '.join(given), 120)}")
+    kind = task or fit[0]
+    read = ", ".join(one.key for one in kinds[kind] if one.key in given)
+    return Suggestion({"task": {"kind": kind}}, [f"task.kind = {kind!r}: {files[0]} holds the arrays {read}"])
+
+
 def _read(file: Path, settings: DataSettings, files: int) -> DevicePairs:
     """Reads a file by the keys that were found in all `files`. Raises DataError, which says so if there are several."""
     try:
-        return device_pairs(file, settings)
+        return device_data(file, settings)
     except DataError as error:
         if files == 1 or error.fault not in _ODD_ONE_OUT:
             raise

@@ -23,6 +23,7 @@ from edgelam_fl.files import Hold, holder_of
 from edgelam_fl.machine import since_boot_s
 from edgelam_fl.names import why_no_tag
 from edgelam_fl.privacy.limits import percent
+from edgelam_fl.tasks.arrays import holds_arrays, read_arrays
 from edgelam_fl.tasks.files import check_readable
 from edgelam_fl.telemetry.events import (
     EVENTS_FILE,
@@ -154,7 +155,9 @@ def lock_state(state: Path) -> Hold:
 
 def _check_data(console: Console, data: Path) -> None:
     """Raises DataError for a file that no run could read; says which examples none can."""
-    if bad := check_readable(data):
+    if holds_arrays(data):
+        read_arrays(data)  # what its samples hold, a run's task says
+    elif bad := check_readable(data):
         places = f"{', '.join(bad[:5])}{' ...' if len(bad) > 5 else ''}"
         _say(
             console,

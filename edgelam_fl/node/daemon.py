@@ -170,12 +170,12 @@ def _make_node(options: argparse.Namespace, log: EventLog, security: Security, c
 def _examples(options: argparse.Namespace) -> DeviceExamples | None:
     """Returns a device's examples; None for an edge server."""
     from edgelam_fl.node.examples import DeviceExamples
-    from edgelam_fl.tasks.data import device_pairs
+    from edgelam_fl.tasks.kinds import device_data
 
     if options.data is None:
         return None
     beside = [options.eval_data] if options.eval_data is not None else []
-    return DeviceExamples(options.data, partial(device_pairs, eval_file=options.eval_data), beside=beside)
+    return DeviceExamples(options.data, partial(device_data, eval_file=options.eval_data), beside=beside)
 
 
 def listen_address(listen: str, *, is_device: bool) -> tuple[str, int] | None:

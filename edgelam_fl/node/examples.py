@@ -5,19 +5,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from edgelam_fl.errors import DataError
 from edgelam_fl.files import Content, content_of
-from edgelam_fl.tasks.base import Example, Made, Task, template_refuses
-from edgelam_fl.tasks.data import DevicePairs, Pair, device_pairs
-from edgelam_fl.tasks.kinds import make_task
+from edgelam_fl.tasks.base import Made, Task, template_refuses
+from edgelam_fl.tasks.data import DevicePairs
+from edgelam_fl.tasks.kinds import device_data, make_task
 from edgelam_fl.telemetry.events import DataChanged, DataRead, EmitInJob
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 # both raise DataError if the file does not fit the settings
 ReadPairs = Callable[[Path, pb.TaskSettings], DevicePairs]
-Tokenize = Callable[[Task, bytes, list[Pair]], Made]  # the bytes say for what: equal ones, equal examples
+Tokenize = Callable[[Task, bytes, list[Any]], Made]  # the bytes say for what: equal ones, equal examples
 
 
 _PLACES_SAID = 10
@@ -26,8 +26,8 @@ _PLACES_SAID = 10
 class Loaded(NamedTuple):
     """A device's examples, tokenized, and what is not used of its data."""
 
-    training: list[Example]
-    held_out: list[Example]
+    training: list[Any]
+    held_out: list[Any]
     counts: pb.DataCounts
 
 
@@ -44,8 +44,8 @@ def task_of(plan: pb.Plan, tokenizer_folder: Path) -> Task:
     return make_task(plan.task, tokenizer_folder)
 
 
-def tokenize(task: Task, _: bytes, pairs: list[Pair]) -> Made:
-    """Turns pairs of prompt and answer into examples."""
+def tokenize(task: Task, _: bytes, pairs: list[Any]) -> Made:
+    """Turns pairs of prompt and answer, or samples of arrays, into examples."""
     return task.examples(pairs)
 
 
@@ -53,7 +53,7 @@ class DeviceExamples:
     """The examples in a device's file; the last ones that were tokenized stay in memory."""
 
     def __init__(
-        self, file: Path, read: ReadPairs = device_pairs, tokenize: Tokenize = tokenize, beside: Sequence[Path] = ()
+        self, file: Path, read: ReadPairs = device_data, tokenize: Tokenize = tokenize, beside: Sequence[Path] = ()
     ) -> None:
         """Reads nothing yet. `read`: splits the file into training and held-out pairs. `beside`: further files that it reads."""
         self._file, self._read, self._tokenize = file, read, tokenize
@@ -142,7 +142,7 @@ def _read_event(found: DevicePairs, loaded: Loaded, settings: pb.TaskSettings) -
     )  # fmt: skip
 
 
-def _some(made: Made, settings: pb.TaskSettings) -> list[Example]:
+def _some(made: Made, settings: pb.TaskSettings) -> list[Any]:
     """Returns the examples for training. Raises DataError if there are none."""
     if not made.examples:
         raise DataError(

@@ -23,6 +23,7 @@ from edgelam_fl.plan.modes import host_mode
 from edgelam_fl.plan.reading import part_id, spans_of
 from edgelam_fl.plan.snapshot_pace import set_pace
 from edgelam_fl.plan.spec import RunSpec
+from edgelam_fl.tasks.kinds import values_of
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.attendance import ATTEND
@@ -415,4 +416,10 @@ def task_settings(config: RunConfig) -> pb.TaskSettings:
         metrics=config.task.metrics,
         metrics_examples=config.task.metrics_examples if config.task.metrics else 0,
         metrics_tokens=config.task.metrics_tokens if config.task.metrics else 0,
+        radio=_radio(config) if values_of(config.task.kind) else None,
     )
+
+
+def _radio(config: RunConfig) -> pb.Radio:
+    """Returns what a task of values is told beside the [task] section."""
+    return pb.Radio(**config.radio.model_dump(), seed=config.run.seed)

@@ -33,7 +33,8 @@ from edgelam_fl.simulation.attacks import ATTACKS
 from edgelam_fl.simulation.frozen import OnFrozen, frozen_layers, whole_model
 from edgelam_fl.split.route import memory_dial
 from edgelam_fl.tasks.base import Made, Task
-from edgelam_fl.tasks.data import DevicePairs, Pair, device_pairs, pairs_by
+from edgelam_fl.tasks.data import DevicePairs, Pair, pairs_by
+from edgelam_fl.tasks.kinds import device_data
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.control import FABRIC_SEPARATOR, Handlers
@@ -143,7 +144,7 @@ def _make_node(folder: Path, facts: SimulatedNode, others: Mapping[str, StageHos
     examples = None
     if facts.data:
         held_out = [folder / facts.held_out] if facts.held_out else []
-        read = _reader(held_out[0]) if held_out else device_pairs
+        read = _reader(held_out[0]) if held_out else device_data
         examples = DeviceExamples(folder / facts.data, read, shared.examples, held_out)
     hooks = NodeHooks(
         load=shared.load,

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
-
-from edgelam_fl.tasks.data import Pair
+from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,27 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Made:
-    """The examples that a task made of pairs, in their order, and the counts of those that are not whole."""
+class ValueExample:
+    """One sample as a row of tokens that are values, ready for a model."""
 
-    examples: list[Example]
+    inputs: np.ndarray  # [T, F] float32
+    labels: np.ndarray  # [T, L] float32
+    count: int  # weight of its loss
+
+    @property
+    def length(self) -> int:
+        """The number of its tokens."""
+        return len(self.inputs)
+
+
+_Example = TypeVar("_Example", Example, ValueExample)
+
+
+@dataclass(frozen=True)
+class Made:
+    """The examples that a task made of pairs or samples, in their order, and the counts of those that are not whole."""
+
+    examples: list[Any]  # of the task's own kind: Example or ValueExample
     cut: int = 0
     """Examples that lost a part because they were too long."""
     skipped: int = 0
@@ -53,8 +70,8 @@ def template_refuses(made: Made) -> str:
 class Unit:
     """One micro-batch, padded on the right."""
 
-    inputs: torch.Tensor  # token ids [B, T]
-    labels: torch.Tensor  # [B, T] causal-lm, [B] classification
+    inputs: torch.Tensor  # token ids [B, T], or values [B, T, F] in float32
+    labels: torch.Tensor  # [B, T] causal-lm, [B] classification, [B, T, L] values
     row_lengths: list[int]
     count: int  # weight of the micro-batch: labelled tokens, or examples
     segments: Sequence[
@@ -70,18 +87,19 @@ class Unit:
 class Task(Protocol):
     """A task with the settings of one run, made as `class(tokenizer_folder, settings)`.
 
-    The tokenizer is loaded at the first call of `examples`, not before: a host that gets labels has none.
+    The tokenizer is loaded at the first call of `examples`, not before: a host that gets labels has none. A task of values makes
+    each `ValueExample` of a `tasks.arrays.Sample`, where one of texts makes an `Example` of a pair.
     """
 
-    def examples(self, pairs: Sequence[Pair]) -> Made:
-        """Makes examples of pairs, perhaps none. Raises DataError for a pair that the task cannot use."""
+    def examples(self, pairs: Sequence[Any]) -> Made:
+        """Makes examples of pairs or samples, perhaps none. Raises DataError for one that the task cannot use."""
         ...
 
-    def units(self, examples: Sequence[Example], pieces: int) -> list[Unit]:
+    def units(self, examples: Sequence[Any], pieces: int) -> list[Unit]:
         """Cuts a batch into at most `pieces` micro-batches."""
         ...
 
-    def seen(self, example: Example) -> list[tuple[str, bool]]:
+    def seen(self, example: Any) -> list[tuple[str, bool]]:
         """Returns an example as the model gets it: texts in their order, each with whether it is learned."""
         ...
 
@@ -98,7 +116,7 @@ class Task(Protocol):
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """Returns a loss sum in fp32 (to be divided by counts), and the sums of other metrics by name.
 
-        output: logits [N, V] at the positions `rows`, some or all of `loss_rows` (None: all of them); if `loss_rows` is None, the
+        output: logits [N, V], or values [N, O], at the positions `rows`, some or all of `loss_rows` (None: all of them); if `loss_rows` is None, the
         head's whole output. labels: of the whole micro-batch. A function of tensors only, as `loss_rows` is. training: whether the loss is learned from, with task.label_smoothing; what is only measured is without it.
         """
         ...
@@ -124,7 +142,7 @@ def segments_of(lengths: Sequence[int], row_lengths: Sequence[int]) -> list[list
     return segments
 
 
-def cut(examples: Sequence[Example], pieces: int) -> list[list[Example]]:
+def cut(examples: Sequence[_Example], pieces: int) -> list[list[_Example]]:
     """Cuts a batch into the rows of at most `pieces` micro-batches, sorted by length so that padding is small."""
     ordered = sorted(examples, key=lambda example: example.length)
     size, larger = divmod(len(ordered), pieces)
@@ -143,3 +161,26 @@ def pad(rows: Sequence[list[int]], fill: int) -> torch.Tensor:
     for number, row in enumerate(rows):
         padded_BT[number, : len(row)] = torch.tensor(row)
     return padded_BT
+
+
+def value_units(examples: Sequence[ValueExample], pieces: int) -> list[Unit]:
+    """Cuts a batch of values into at most `pieces` micro-batches. Padding is 0 in the inputs, and not a number in the labels."""
+    return [
+        Unit(
+            _padded([row.inputs for row in rows], 0.0),
+            _padded([row.labels for row in rows], torch.nan),
+            [row.length for row in rows],
+            sum(row.count for row in rows),
+        )
+        for rows in cut(examples, pieces)
+    ]
+
+
+def _padded(rows: Sequence[np.ndarray], fill: float) -> torch.Tensor:
+    """Stacks rows [T, F] to [B, T, F], with `fill` after the shorter ones."""
+    return pad_sequence([torch.from_numpy(row) for row in rows], batch_first=True, padding_value=fill)
+
+
+def real_rows(labels_BTL: torch.Tensor) -> torch.Tensor:
+    """Returns the positions [N] of a micro-batch of values that are no padding: b T + t, ascending."""
+    return (~labels_BTL[..., 0].isnan()).flatten().nonzero().flatten()

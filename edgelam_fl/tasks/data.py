@@ -60,10 +60,10 @@ class DataSettings(TaskSettings, Protocol):
 
 
 class DevicePairs(NamedTuple):
-    """The examples of a device, untokenized."""
+    """The examples of a device as they are read: pairs, untokenized, or samples of arrays."""
 
-    training: list[Pair]
-    held_out: list[Pair]
+    training: list[Any]  # pairs, or of a task of values tasks.arrays.Sample
+    held_out: list[Any]
     bad: tuple[str, ...] = ()
     """Places of the examples that were left out because they cannot be read (data.bad_lines = "skip")."""
     unread: tuple[str, ...] = ()

@@ -21,6 +21,7 @@ from edgelam_fl.tasks.tables import MAGIC, TABLES, table_files, table_rows
 
 FORMATS = "a .jsonl, .json, .csv, .tsv, .txt, .parquet or .arrow file, or the folder of a data set"
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".txt", *TABLES)
+ARRAYS = (".npz", ".safetensors")  # of tasks that learn from values: read by tasks.arrays
 PASSAGE = "passage"  # the only value in a record of a plain text
 
 Record = tuple[str, dict[str, Any]]  # its place, such as "line 3"; named values
@@ -71,6 +72,8 @@ def format_of(path: Path) -> str:
             magic = file.read(4)
     except (OSError, ValueError):
         magic = b""
+    if suffix in ARRAYS:
+        return "arrays"
     if magic in MAGIC or suffix in TABLES:
         return "Parquet" if magic == MAGIC[0] or (magic != MAGIC[1] and suffix == ".parquet") else "Arrow"
     return {".txt": "plain text", ".csv": "CSV", ".tsv": "TSV", ".json": "JSON"}.get(suffix, "JSON lines")

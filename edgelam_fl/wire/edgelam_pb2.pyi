@@ -491,7 +491,7 @@ class Optimizer(_message.Message):
     def __init__(self, name: _Optional[str] = ..., step_offset: _Optional[int] = ..., lrs: _Optional[_Iterable[float]] = ..., clip: _Optional[str] = ..., max_norm: _Optional[float] = ..., keep: _Optional[str] = ..., weight_decay: _Optional[float] = ..., betas: _Optional[_Iterable[float]] = ..., eps: _Optional[float] = ..., momentum: _Optional[float] = ...) -> None: ...
 
 class TaskSettings(_message.Message):
-    __slots__ = ("kind", "max_tokens", "template", "loss_on", "prompt_field", "answer_field", "held_out", "classes", "weighting", "too_long", "bad_lines", "more_prompt_fields", "label_smoothing", "evaluate_examples", "packing", "metrics", "metrics_examples", "metrics_tokens")
+    __slots__ = ("kind", "max_tokens", "template", "loss_on", "prompt_field", "answer_field", "held_out", "classes", "weighting", "too_long", "bad_lines", "more_prompt_fields", "label_smoothing", "evaluate_examples", "packing", "metrics", "metrics_examples", "metrics_tokens", "radio")
     KIND_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TEMPLATE_FIELD_NUMBER: _ClassVar[int]
@@ -510,6 +510,7 @@ class TaskSettings(_message.Message):
     METRICS_FIELD_NUMBER: _ClassVar[int]
     METRICS_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     METRICS_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    RADIO_FIELD_NUMBER: _ClassVar[int]
     kind: str
     max_tokens: int
     template: str
@@ -528,7 +529,24 @@ class TaskSettings(_message.Message):
     metrics: _containers.RepeatedScalarFieldContainer[str]
     metrics_examples: int
     metrics_tokens: int
-    def __init__(self, kind: _Optional[str] = ..., max_tokens: _Optional[int] = ..., template: _Optional[str] = ..., loss_on: _Optional[str] = ..., prompt_field: _Optional[str] = ..., answer_field: _Optional[str] = ..., held_out: _Optional[float] = ..., classes: _Optional[_Iterable[str]] = ..., weighting: _Optional[str] = ..., too_long: _Optional[str] = ..., bad_lines: _Optional[str] = ..., more_prompt_fields: _Optional[_Iterable[str]] = ..., label_smoothing: _Optional[float] = ..., evaluate_examples: _Optional[int] = ..., packing: _Optional[bool] = ..., metrics: _Optional[_Iterable[str]] = ..., metrics_examples: _Optional[int] = ..., metrics_tokens: _Optional[int] = ...) -> None: ...
+    radio: Radio
+    def __init__(self, kind: _Optional[str] = ..., max_tokens: _Optional[int] = ..., template: _Optional[str] = ..., loss_on: _Optional[str] = ..., prompt_field: _Optional[str] = ..., answer_field: _Optional[str] = ..., held_out: _Optional[float] = ..., classes: _Optional[_Iterable[str]] = ..., weighting: _Optional[str] = ..., too_long: _Optional[str] = ..., bad_lines: _Optional[str] = ..., more_prompt_fields: _Optional[_Iterable[str]] = ..., label_smoothing: _Optional[float] = ..., evaluate_examples: _Optional[int] = ..., packing: _Optional[bool] = ..., metrics: _Optional[_Iterable[str]] = ..., metrics_examples: _Optional[int] = ..., metrics_tokens: _Optional[int] = ..., radio: _Optional[_Union[Radio, _Mapping]] = ...) -> None: ...
+
+class Radio(_message.Message):
+    __slots__ = ("snr_db", "history_slots", "future_slots", "series", "duplex", "seed")
+    SNR_DB_FIELD_NUMBER: _ClassVar[int]
+    HISTORY_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    FUTURE_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    SERIES_FIELD_NUMBER: _ClassVar[int]
+    DUPLEX_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    snr_db: float
+    history_slots: int
+    future_slots: int
+    series: int
+    duplex: str
+    seed: int
+    def __init__(self, snr_db: _Optional[float] = ..., history_slots: _Optional[int] = ..., future_slots: _Optional[int] = ..., series: _Optional[int] = ..., duplex: _Optional[str] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class Deadlines(_message.Message):
     __slots__ = ("ready_s", "step_s", "round_s", "silent_s", "reconnect_s")

@@ -23,11 +23,15 @@ from edgelam_fl.errors import (
     known_code,
 )
 from edgelam_fl.federation.data_check import check_files, eval_files, look_into
+from edgelam_fl.federation.dealing import deal_file, read_split
+from edgelam_fl.federation.from_data import config_from_data
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.node.examples import DeviceExamples
 from edgelam_fl.plan.making import task_settings
-from edgelam_fl.tasks.kinds import make_task
+from edgelam_fl.tasks.kinds import TASKS, make_task
 from tests.support import run_config
+from tests.toy_values import KIND, SERIES, TOY, write_series
+from tests.toy_values import SETTINGS as TOY_SETTINGS
 
 ERRORS = [
     DataError("file, line 3", "json", "line 3"), EnvironmentProblem("a disk", "its disk"), DoesNotFit("too large", 12.0),
@@ -113,3 +117,23 @@ def test_the_codes_of_errors() -> None:
     assert (code_of(IndexError()), is_final("bug"), is_final("")) == ("bug", False, False)
     assert (known_code("bug"), known_code("mismatch"), known_code("<b>")) == ("bug", "mismatch", "")
     assert [exit_code_of(codes) for codes in (["data"], ["data", "model"], ["data", "bug"], [])] == [2, 2, 4, 4]
+
+
+def test_samples_of_arrays_are_seen_as_examples_of_texts_are(
+    tmp_path: Path, tiny: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TASKS, KIND, TOY)
+    config = run_config(tiny.name, *TOY_SETTINGS, "data.held_out=0.25")
+    file = write_series(tmp_path / "cell.npz", 12, seed=1)
+    (seen,) = look_into([file], task_settings(config).SerializeToString(), tiny.folder)
+    assert seen.in_words() == [
+        f"{file} (arrays, samples from 'series'): {seen.examples} examples to learn, {seen.held_out} held out"
+    ]
+    assert seen.examples + seen.held_out == 12
+    assert 12 <= seen.tokens <= SERIES * 12
+    assert "".join(seen.first_in_lines()).endswith("⟦2 more⟧")
+    assert config_from_data([file]).config.task.kind == KIND
+    with pytest.raises(ConfigError, match=r"--task causal-lm learns from texts, and .* holds the arrays series"):
+        config_from_data([file], task="causal-lm")
+    with pytest.raises(ConfigError, match=r"--split 2:iid deals texts, and .* holds arrays"):
+        deal_file(file, config, read_split("2"), tmp_path)

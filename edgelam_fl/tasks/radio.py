@@ -1,0 +1,39 @@
+"""The radio tasks as plain data: which arrays they read, and the sizes of what they put around a model. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from edgelam_fl.model.value_ends import ValueEnds
+from edgelam_fl.tasks.arrays import SAMPLES, Array
+
+_BAND = (SAMPLES, "slots", "subcarriers", "ports")
+DIRECTIONS, DELAY_BINS = 8, 48  # spatial eigenvectors and delay bins that a series may be of
+
+
+class RadioSettings(Protocol):
+    """The settings of a radio task, as in a run file's [radio] section and in a plan."""
+
+    @property
+    def snr_db(self) -> float: ...
+    @property
+    def history_slots(self) -> int: ...
+    @property
+    def future_slots(self) -> int: ...
+    @property
+    def series(self) -> int: ...
+    @property
+    def duplex(self) -> str: ...
+
+
+CHANNELS = (
+    Array("up", _BAND),
+    Array("down", _BAND, required=False),
+    Array("speed_kmh", (SAMPLES,), is_complex=False, required=False),
+)
+"""Channels of the band that is heard and of the other one, as `edgelam_fl.wireless.channels.store` keeps them, and speeds."""
+
+
+def channel_ends(settings: RadioSettings) -> ValueEnds:
+    """Returns the sizes for channel prediction: past slots of a series and its power in, its future slots out."""
+    return ValueEnds(2 * settings.history_slots + 1, 2 * settings.future_slots, (DIRECTIONS, DELAY_BINS))
