@@ -59,7 +59,10 @@ class Checkout:
         return Path(self.path.split(os.pathsep)[0])
 
     def environment(self, **more: str) -> dict[str, str]:
-        return {**os.environ, "PYTHONPATH": self.path, "HF_HUB_OFFLINE": "1", "COLUMNS": "100", **more}
+        """Returns the environment of its commands. Each checkout has a cache of its own: an older one cannot read a newer one's notes."""
+        cache = str(ROOT / "runs" / f"benchmark-start-{self.name}-cache")
+        own = {"PYTHONPATH": self.path, "EDGELAM_CACHE": cache, "XDG_CACHE_HOME": cache}
+        return {**os.environ, **own, "HF_HUB_OFFLINE": "1", "COLUMNS": "100", **more}
 
     def command(self, *arguments: str) -> list[str]:
         """Returns the command line of its `edgelam`."""
