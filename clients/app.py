@@ -16,6 +16,7 @@ from typing import Any
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from edgelam_fl.errors import Restarted
 from edgelam_fl.flower import packed_bytes, packed_record
 from edgelam_fl.plan.reading import part_id
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -91,29 +92,33 @@ def _answer(message: Message, report: pb.JobReport) -> Message:
 def _wait(context: Context, plan: pb.Plan) -> pb.JobReport:
     """Returns the report of a part once it is over or lacks tensors, or a failed one after the round's deadline.
 
-    The stage host goes on if this process is killed: the same plan, handed over again, attaches to its part.
+    The stage host goes on if this process is killed: the same plan, handed over again, attaches to its part. If the stage host
+    itself ends, its part is lost, and the server hears so at once: it need not wait for the next one, which takes seconds to start.
     """
     end = time.monotonic() + plan.deadlines.round_s + _ANSWER_S
     while True:
         request = pb.WaitRequest(job=part_id(plan), timeout_s=_POLL_S)
-        report: pb.JobReport = _ask(context, "Wait", request, _POLL_S + _ANSWER_S)
+        try:
+            report: pb.JobReport = _ask(context, "Wait", request, _POLL_S + _ANSWER_S, start_s=0.0)
+        except NoStageHost:
+            return _lost(context, plan)
         if report.state != "running":
             return report
         if time.monotonic() > end:
             return _unfinished(plan, "failed", "the round's deadline has passed")
 
 
-def _ask(context: Context, method: str, request: Any, timeout_s: float) -> Any:
-    """Returns the stage host's answer. One that ends meanwhile is started again, and is asked in its place: every call may be
-    repeated. Raises EnvironmentProblem if it fails, or if none comes.
+def _ask(context: Context, method: str, request: Any, timeout_s: float, *, start_s: float = _START_S) -> Any:
+    """Returns the stage host's answer. One that ends meanwhile is started again within `start_s`, and is asked in its place: every
+    call may be repeated. Raises EnvironmentProblem if it fails, its subclass NoStageHost if none comes.
     """
     end = math.inf
     while True:
         try:
-            with _stage_host(context) as stage_host:
+            with _stage_host(context, start_s) as stage_host:
                 return stage_host.call(method, request, timeout_s)
         except NoStageHost:
-            end = min(end, time.monotonic() + _START_S)
+            end = min(end, time.monotonic() + start_s)
             if time.monotonic() >= end:
                 raise
             time.sleep(_PAUSE_S)
@@ -124,12 +129,24 @@ def _unfinished(plan: pb.Plan, state: str, error: str = "", code: str = "") -> p
     return pb.JobReport(job=part_id(plan), node=plan.node, role=plan.role, state=state, error=error, code=code)
 
 
-def _stage_host(context: Context) -> AbstractContextManager[ControlClient]:
-    """Opens the control of this node's stage host, for a `with` block."""
+def _lost(context: Context, plan: pb.Plan) -> pb.JobReport:
+    """Makes the report of a part whose stage host has ended, with the snapshots of its round that it has left on the disk."""
+    from edgelam_fl.node.snapshots import Snapshots  # what a SuperNode imports, it holds for as long as the node runs
+
+    error = f"the stage host of {plan.node} ended before its part did, and is started again"
+    report = _unfinished(plan, "failed", error, Restarted.code)
+    if "state" in context.node_config:
+        kept = Snapshots(Path(str(context.node_config["state"])), emit=lambda event: None)
+        report.snapshots.extend(kept.steps(plan.run, plan.round))
+    return report
+
+
+def _stage_host(context: Context, start_s: float) -> AbstractContextManager[ControlClient]:
+    """Opens the control of this node's stage host, for a `with` block. start_s: for one that has not started yet."""
     if "state" in context.node_config:  # a real node's: no run may send it elsewhere
-        return control(Path(str(context.node_config["state"])))
+        return control(Path(str(context.node_config["state"])), start_s)
     state, _, federation = str(context.run_config["fabric"]).partition(FABRIC_SEPARATOR)
-    return control(Path(state), node=f"{federation}{FABRIC_SEPARATOR}{context.node_config['partition-id']}")
+    return control(Path(state), start_s, f"{federation}{FABRIC_SEPARATOR}{context.node_config['partition-id']}")
 
 
 def _reply(message: Message, record: ConfigRecord) -> Message:

@@ -300,7 +300,7 @@ class Attempt:
             limit_s = timing.messages_s if peer.is_here else timing.device_silent_s
             return f"no reply {limit_s:.0f} s after its part's end" if now - node.over_s >= limit_s else ""
         silent_s = now - node.heard_s
-        if not peer.is_here and silent_s >= timing.strikes_s:
+        if not peer.is_here and silent_s >= timing.left_s:
             return LEFT
         limit_s = self._silence_s(name)
         if silent_s >= timing.strikes_s and silent_s < limit_s and now - node.said_s >= _SAY_S:

@@ -44,8 +44,10 @@ class ExchangeTiming:
     """The longest pause between two looks."""
     look_s: float = 1.0
     """Between two looks at which nodes attend."""
-    strikes_s: float = 8.0
-    """Until a silent host is lost that another can replace: three missed beats and the time of a look."""
+    strikes_s: float = 10.0
+    """Until a silent host is lost that another can replace. One that stands still for 8 s is not: its beat comes a second later."""
+    left_s: float = 3.0
+    """Until a silent node is lost that has left Flower: three missed beats."""
     device_silent_s: float = 30.0
     """Until a silent device is lost: it may be frozen, or its network away, and its links wait for it, too."""
     host_silent_s: float = 60.0
@@ -255,6 +257,11 @@ def _forget(name: str, waiting: dict[str, Addressee]) -> list[str]:
     for message_id in message_ids:
         del waiting[message_id]
     return message_ids
+
+
+def is_of_lost_message(message: Message) -> bool:
+    """Returns whether an answer says that no process of its node has the message: another message would be answered."""
+    return message.has_error() and message.error.code == ErrorCode.MESSAGE_UNAVAILABLE
 
 
 def answer_of(name: str, message: Message) -> Arrived | Missing:

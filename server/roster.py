@@ -22,7 +22,7 @@ from edgelam_fl.telemetry.human import human_count
 from edgelam_fl.wire import PROTOCOL_VERSION
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.relay import BEHIND
-from server.exchange import Addressee, Exchange, Missing, Request, answer_of
+from server.exchange import Addressee, Exchange, Missing, Request, answer_of, is_of_lost_message
 from server.membership import OwnerOf
 from server.profiles import read_profile
 from server.run_folder import RunFolder
@@ -238,6 +238,9 @@ class Roster:
         while arrived:
             message_id, message = arrived.popitem()
             peer = self._open.pop(message_id).peer
+            if is_of_lost_message(message):
+                self._known.discard(peer.node_id)  # its SuperNode was started again, and is asked as a new one
+                continue
             self._tardy.discard(peer.node_id)
             answer = answer_of(peer.name, message)
             try:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from edgelam_fl.federation.environment import child_environment
 from edgelam_fl.federation.template import ForkedProcess, can_fork
 
 GRACE_S = 5.0  # between SIGTERM and SIGKILL
+_LOOK_S = 0.1  # between two looks at whether a process has ended
 # Has the kernel send a signal when the process that started it ends, even by kill -9, then becomes the command. A program of
 # its own and no preexec_fn: with one, Python forks, and gRPC threads that wake in the fork abort it before it is the command.
 _END_WITH_PARENT = """
@@ -122,6 +123,13 @@ def end_all(children: Sequence[Child], grace_s: float = GRACE_S) -> None:
     end = time.monotonic() + grace_s
     for child in children:
         child.make_end(max(0.1, end - time.monotonic()))
+
+
+def pause(seconds: float, children: Iterable[Child]) -> None:
+    """Waits `seconds`, or until one of the processes has ended: whoever watches over them starts it again at once."""
+    watched, end = list(children), time.monotonic() + seconds
+    while not any(child.ended() for child in watched) and (left_s := end - time.monotonic()) > 0:
+        time.sleep(min(_LOOK_S, left_s))
 
 
 def await_answer(child: Child, host: str, port: int, deadline_s: float = 180.0) -> None:

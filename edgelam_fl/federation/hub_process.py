@@ -40,11 +40,21 @@ class HubProcess:
 
     def start(self) -> None:
         """Starts the hub and waits until it answers. Raises EnvironmentProblem if its port is taken or it ends."""
+        self.begin()
+        self.await_start()
+
+    def begin(self) -> None:
+        """Starts the hub, which needs seconds until it answers. Raises EnvironmentProblem if its port is taken."""
         check_port_free(self.host, self.port, "--data-plane")
         # What runs of an earlier server offered. The key of its tokens stays: nodes that still play for a run are to hear that the
         # run goes on without their part.
         shutil.rmtree(self.state / OFFERS, ignore_errors=True)
-        await_answer(self._start(), self.host, self.port)
+        self._start()
+
+    def await_start(self) -> None:
+        """Waits until the hub answers. Raises EnvironmentProblem if it has ended instead."""
+        assert self.child is not None
+        await_answer(self.child, self.host, self.port)
 
     def _start(self) -> Child:
         command = [sys.executable, "-m", "edgelam_fl.hub.daemon", "--listen", join_address(self.host, self.port)]

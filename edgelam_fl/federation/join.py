@@ -14,6 +14,7 @@ from edgelam_fl.addresses import answers, check_plain_text, split_address
 from edgelam_fl.bounds import check_modules
 from edgelam_fl.config import most_read_by_hosts
 from edgelam_fl.errors import INTERRUPTED, ConfigError, EnvironmentProblem
+from edgelam_fl.federation.child import pause
 from edgelam_fl.federation.discovery import AUTO, find_server
 from edgelam_fl.federation.node_line import node_line
 from edgelam_fl.federation.node_process import NodeProcesses
@@ -42,6 +43,7 @@ from edgelam_fl.wire.relay import RELAY
 
 _LOCK = ".client.lock"
 _POLL_S = 0.25
+_WATCH_S = 1.0  # between two looks at what there is to say
 _LONGEST_PAUSE_S = 10.0  # between two looks for a server
 _SIGN_S, _SIGN_PART = (
     10.0,
@@ -337,7 +339,7 @@ def _watch(console: Console, node: NodeProcesses) -> int:
         in_sight = ServerInSight(node.server, partial(_say, console))
         with node_line(console, node.name, node.state) as look:
             while True:
-                time.sleep(1.0)
+                pause(_WATCH_S, node.children.values())
                 look()
                 in_sight.look()
                 for event in tail.poll():

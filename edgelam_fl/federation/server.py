@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from rich.console import Console
 from edgelam_fl.addresses import check_port_free, hub_address, split_address
 from edgelam_fl.bounds import DEFAULT_BOUNDS, Bounds
 from edgelam_fl.errors import INTERRUPTED
-from edgelam_fl.federation.child import Child, Restarts, end_all, shorten
+from edgelam_fl.federation.child import Child, Restarts, end_all, pause, shorten
 from edgelam_fl.federation.discovery import announced, announced_addresses
 from edgelam_fl.federation.flower_app import app_folder
 from edgelam_fl.federation.hub_process import HubProcess
@@ -22,6 +21,8 @@ from edgelam_fl.federation.operator import operator_folder
 from edgelam_fl.federation.superlink import start_superlink
 from edgelam_fl.telemetry.waiting import waiting
 from edgelam_fl.trust.server import ServerTrust, own_addresses, prepare_trust, trust_folder
+
+_WATCH_S = 0.5  # between two looks at logs and the hub
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +63,14 @@ def serve(console: Console, options: ServerOptions) -> int:
             if not options.insecure:
                 trust = prepare_trust(state, host, port, options.addresses)
                 hub.identity, hub.members = trust.identity, trust_folder(state)
-            hub.start()
+            hub.begin()
             children.append(
                 start_superlink(
                     host, port, state, beside=hub, trust=trust, bounds=options.bounds, keep=True,
                     allow_foreign_apps=options.allow_foreign_apps,
                 )
             )  # fmt: skip
+            hub.await_start()
         for line in [*_where(options, hub), *(_next_steps(options) if trust else _plain_steps(options))]:
             console.print(line, highlight=False, soft_wrap=True, markup=False)
         with ExitStack() as stack:
@@ -131,7 +133,7 @@ def _watch(console: Console, hub: HubProcess, children: list[Child]) -> int:
                 news.append(f"{problem}; it was started again, and runs in progress go on from their last checkpoints")
             for words in filter(None, news):
                 console.print(words, highlight=False, soft_wrap=True, markup=False)
-            time.sleep(0.5)
+            pause(_WATCH_S, [*children, *([hub.child] if hub.child is not None else [])])
     except KeyboardInterrupt:
         console.print("server ended; runs in progress go on from their last checkpoints when it is started again")
         return INTERRUPTED

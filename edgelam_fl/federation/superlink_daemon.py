@@ -31,6 +31,7 @@ from typing import Any
 
 import uvicorn
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
+from flwr.app import Message
 from flwr.cli.build import build_fab_from_disk
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, TIMESTAMP_HEADER
 from flwr.proto.control_pb2 import StartRunRequest
@@ -91,6 +92,8 @@ def main() -> None:
     judge = partial(refusal_of_run, own="" if options.allow_foreign_apps else own_digest())
     judge_heartbeats()
     look_for_dead_tasks_seldom(links)
+    if not options.simulation:
+        give_up_lost_messages(links)
     threading.Thread(target=keep_nodes_over_standstills, args=(links,), name="standstills", daemon=True).start()
     guard = Guard(
         flower=app,
@@ -259,6 +262,33 @@ def look_for_dead_tasks_seldom(links: Any, now: Callable[[], float] = time.monot
             look()
 
     links._cleanup_expired_task_tokens = look_seldom
+
+
+def give_up_lost_messages(links: Any) -> None:
+    """Has a message count as lost once its node asks for another one without having answered it.
+
+    A SuperNode takes one message at a time and asks for the next after its answer. If it asks before, its process was started
+    again, or the answer to its last request was lost on the way. Whoever sent the message hears of that at the next look, and
+    sends another; Flower would keep silent for as long as the node is here.
+    """
+    take, store, forget = links.get_message_ins, links.store_message_res, links.delete_messages
+    unanswered: dict[int, set[str]] = {}  # ids of the newest messages that a node was given, by the node's number
+
+    def take_next(node_id: int, limit: int | None, *, run_id: int | None = None) -> list[Message]:
+        lost = unanswered.pop(node_id, None) if run_id is None else None  # a node asks for the messages of all runs
+        if lost:
+            forget(lost)
+        found: list[Message] = take(node_id, limit, run_id=run_id)
+        if found and run_id is None:
+            unanswered[node_id] = {message.metadata.message_id for message in found}
+        return found
+
+    def store_answer(message: Message) -> str | None:
+        unanswered.get(message.metadata.src_node_id, set()).discard(message.metadata.reply_to_message_id)
+        stored: str | None = store(message)
+        return stored
+
+    links.get_message_ins, links.store_message_res = take_next, store_answer
 
 
 def keep_nodes_over_standstills(

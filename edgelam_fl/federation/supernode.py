@@ -39,7 +39,7 @@ from edgelam_fl.trust.identity import load_identity, load_key
 
 _FIRST_IDLE_S, _IDLE_GROWTH = 0.1, 1.2  # so a pause lasts a sixth of the time without a message, up to Flower's
 _HEARTBEAT_S = 10  # the least that Flower's server allows; a heartbeat is sent after less than half of it
-_LONGEST_PAUSE_S = 4  # between two attempts to reach the server
+_LONGEST_PAUSE_S = 2  # between two attempts to reach the server
 _SHORTEST_IDLE_S = 1.0  # of Flower's two pauses the shorter one is for replies
 
 

@@ -75,34 +75,28 @@ def test_contributions_travel_as_arrays_beside_the_report(
     assert answer.content["metrics"] == {"num-examples": 7, "train-seconds": 0.0, "eval-loss": 6 / 4}
 
 
-def test_a_stage_host_that_is_started_again_is_asked_in_the_place_of_the_one_before(
+def test_the_server_hears_at_once_of_a_part_whose_stage_host_ends(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The new one has another token; the part that the first one had is lost, and the server hears of it."""
+    """With the snapshots that are left of its round, and before another stage host is there."""
     for name in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
-    servers = list[ControlServer]()
-
     has_ended = Event()
 
     def wait_and_die(request: pb.WaitRequest) -> pb.JobReport:
-        Thread(target=again).start()
+        Thread(target=lambda: (server.stop(), has_ended.set())).start()
         has_ended.wait(WAIT_S)
         return pb.JobReport(state="done")  # nobody is there to hear it
 
-    def again() -> None:
-        servers.pop().stop()
-        servers.append(ControlServer(tmp_path, lambda node: {"Wait": lambda request: lost}))
-        has_ended.set()
-
-    lost = pb.JobReport(state="failed", code="restarted")
-    first = {"Submit": lambda request: pb.SubmitReply(accepted=True), "Wait": wait_and_die}
-    servers.append(ControlServer(tmp_path, lambda node: first))
-    plan = pb.Plan(node="a", deadlines=pb.Deadlines(round_s=5)).SerializeToString()
+    kept = tmp_path / "snapshots" / "run-r" / "steps" / "000003" / "000001" / "ends"
+    kept.mkdir(parents=True)
+    (kept / "4-5.snap").touch()
+    stage_host = {"Submit": lambda request: pb.SubmitReply(accepted=True), "Wait": wait_and_die}
+    server = ControlServer(tmp_path, lambda node: stage_host)
+    plan = pb.Plan(run="r", round=3, attempt=1, node="a", deadlines=pb.Deadlines(round_s=5)).SerializeToString()
     content = RecordDict({"plan": ConfigRecord({"plan": plan})})
     context = Context(1, 1, {"state": str(tmp_path)}, RecordDict(), {})
-    try:
-        answer = app.train(Message(content, dst_node_id=1, message_type="train"), context)
-    finally:
-        servers.pop().stop()
-    assert read_reply(answer.content).report.code == "restarted"
+    answer = app.train(Message(content, dst_node_id=1, message_type="train"), context)
+    report = read_reply(answer.content).report
+    assert (report.state, report.code) == ("failed", "restarted")
+    assert [(snapshot.attempt, snapshot.steps) for snapshot in report.snapshots] == [(1, 4), (1, 5)]

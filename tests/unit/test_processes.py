@@ -18,7 +18,7 @@ import pytest
 from edgelam_fl.addresses import answers, check_plain_text, check_port_free, free_port, split_address
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError, EnvironmentProblem, RunFailed
-from edgelam_fl.federation.child import Child, Restarts, end_all, log_tail, shorten
+from edgelam_fl.federation.child import Child, Restarts, end_all, log_tail, pause, shorten
 from edgelam_fl.federation.local import LocalFederation, shares_of_cores
 from edgelam_fl.federation.node_process import NodeProcesses
 from edgelam_fl.federation.operator import Operator
@@ -138,6 +138,19 @@ def test_a_child_that_ended_tells_its_status_and_the_end_of_its_log(tmp_path: Pa
     child = python("import sys; print('one\\ntwo\\n\\nthree', flush=True); sys.exit('four')", log)
     until(child.ended)
     assert child.ended() == "child ended with status 1: two | three | four"
+
+
+def test_a_pause_ends_with_a_child(tmp_path: Path) -> None:
+    children = [
+        python("import time; time.sleep(600)", tmp_path / "a"),
+        python("import sys; sys.exit(3)", tmp_path / "b"),
+    ]
+    try:
+        pause(3600.0, children)
+        assert [bool(child.ended()) for child in children] == [False, True]
+        pause(0.0, children[:1])
+    finally:
+        end_all(children)
 
 
 def test_a_running_child_ends_when_asked(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from flwr.app import Error, Message, RecordDict
+from flwr.common.constant import ErrorCode
 
 from edgelam_fl.errors import RunFailed
 from edgelam_fl.wire import PROTOCOL_VERSION
@@ -48,6 +49,25 @@ def test_a_node_that_could_not_answer_is_asked_again(federation: MakeFederation)
     assert roster.devices() == ["a"], "asked once a round"
     roster.refresh(ask_lost=True)
     assert roster.devices() == ["a", "b"]
+
+
+def test_a_node_whose_supernode_was_started_again_is_asked_once_more_and_not_refused(
+    federation: MakeFederation,
+) -> None:
+    run = federation("ab", "e")
+    grid, roster = run.grid, run.roster
+    answer = grid._answer
+    grid._answer = lambda message: (
+        Message(Error(code=ErrorCode.MESSAGE_UNAVAILABLE, reason="unknown message"), reply_to=message)
+        if message.metadata.dst_node_id == 2
+        else answer(message)
+    )
+    roster.refresh()
+    assert roster.devices() == ["a"]
+    grid._answer = answer
+    roster.refresh()
+    assert roster.devices() == ["a", "b"]
+    assert roster.problems == {}
 
 
 def test_a_node_that_is_refused_holds_nobody_up(federation: MakeFederation) -> None:
