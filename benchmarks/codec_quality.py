@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.common import Figure, main
 from edgelam_fl.config import parse_run_file
-from edgelam_fl.federation.demo import RUN_FILE
+from edgelam_fl.federation.demo_text import RUN_FILE
 from edgelam_fl.model.adapter import Adapter, initial_adapter
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.plan.making import task_settings

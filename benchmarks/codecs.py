@@ -25,7 +25,7 @@ from torch.nn.functional import cosine_similarity
 
 from benchmarks.common import Figure, main
 from edgelam_fl.config import RunConfig, parse_run_file
-from edgelam_fl.federation.demo import RUN_FILE
+from edgelam_fl.federation.demo_text import RUN_FILE
 from edgelam_fl.model.adapter import Span, initial_adapter
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.model.stage import LoraSettings, load_stages

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.common import Figure, main
 from edgelam_fl.config import RunConfig, parse_run_file
-from edgelam_fl.federation.demo import RUN_FILE
+from edgelam_fl.federation.demo_text import RUN_FILE
 from edgelam_fl.model.adapter import write_peft_folder
 from edgelam_fl.model.source import ModelSource, find_model
 from edgelam_fl.plan.spec import RunSpec

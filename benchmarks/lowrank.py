@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.common import Figure, main
 from edgelam_fl.config import parse_run_file
 from edgelam_fl.errors import RunFailed
-from edgelam_fl.federation.demo import RUN_FILE
+from edgelam_fl.federation.demo_text import RUN_FILE
 from edgelam_fl.federation.local import run_local
 from edgelam_fl.model.source import find_model
 from edgelam_fl.tasks.docstrings import write_device_files

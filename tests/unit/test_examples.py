@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from edgelam_fl.bounds import Bounds
 from edgelam_fl.cli.main import app
 from edgelam_fl.config import parse_run_file, read_run_file
-from edgelam_fl.federation.demo import RUN_FILE
+from edgelam_fl.federation.demo_text import RUN_FILE
 from server.checks import check_config
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -14,8 +14,9 @@ from rich.console import Console
 
 from edgelam_fl.cli.examples import SHARED
 from edgelam_fl.cli.main import app, exit_code
-from edgelam_fl.errors import EnvironmentProblem
+from edgelam_fl.errors import ConfigError, EnvironmentProblem
 from edgelam_fl.federation.demo import check_memory, have_model_package
+from edgelam_fl.federation.demos import demo_named
 from edgelam_fl.model.source import BUILT_IN
 from tools.pypi_page import page, urls
 
@@ -97,17 +98,22 @@ def test_a_folder_that_exists_is_left_alone(tmp_path: Path, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("devices", "free", "says"),
     [
-        (3, 5 * GIB, "3 devices and an edge server on one machine take about 6.3 GiB; 5.0 GiB are free. Try --devices 1 (4.1 GiB)"),
+        (3, 5 * GIB, "3 devices and 1 edge server on one machine take about 6.3 GiB; 5.0 GiB are free. Try --devices 1 (4.1 GiB)"),
         (4, 6.5 * GIB, "Try --devices 3 (6.3 GiB)"),
-        (1, 4 * GIB, "1 device and an edge server on one machine take about 4.1 GiB; 4.0 GiB are free. End another program"),
+        (1, 4 * GIB, "1 device and 1 edge server on one machine take about 4.1 GiB; 4.0 GiB are free. End another program"),
         (3, 1 * GIB, "End another program; the smallest demo, --devices 1, takes 4.1 GiB"),
     ],
 )  # fmt: skip
 def test_a_demo_that_does_not_fit_says_what_would(devices: int, free: float, says: str) -> None:
     with pytest.raises(EnvironmentProblem) as raised:
-        check_memory(devices, int(free))
+        check_memory(devices, 1, 1100 << 20, int(free))
     assert says in str(raised.value)
-    check_memory(devices, 10 * GIB)
+    check_memory(devices, 1, 1100 << 20, 10 * GIB)
+
+
+def test_a_demo_of_an_unknown_task_is_refused_with_those_that_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"--task .txt. is no demo: did you mean .text.\?"):
+        demo_named("txt")
 
 
 def test_a_model_that_is_missing_is_fetched_when_asked_to_and_else_never_without_a_terminal(
