@@ -21,7 +21,7 @@ from server.attendance import Attendance, Presence
 from server.exchange import LEFT, Arrived, Exchange, ExchangeTiming, Missing, Request, Unanswered, Verdict, WhoLeft
 from server.lateness import Lateness
 from server.parcels import parcel_of
-from server.replies import read_report
+from server.replies import Reported, read_report
 from server.signs import Signs
 from server.state import Parcel, PlannedRound
 
@@ -172,6 +172,7 @@ class Attempt:
         self._timing = exchange.timing
         self._message_to, self._beginnings, self._can_replace = message_to, beginnings, can_replace
         self._job = job_id(next(iter(planned.plans.values()))) if planned.plans else ""
+        self._devices = frozenset(planned.lineup.names)
         now = self._timing.now()
         self._nodes = {name: _Node(now) for name in planned.plans}
         self._out: dict[str, str] = {}  # why nodes are out of the attempt, as all hear it
@@ -198,7 +199,7 @@ class Attempt:
         ends = [end for site, end in self.ended.items() if name in site.nodes]
         return bool(ends) and name not in self.silent and all(end.by != name for end in ends)
 
-    def answers(self, requests: Iterable[Request]) -> Iterator[Arrived | Missing]:
+    def answers(self, requests: Iterable[Request]) -> Iterator[Reported | Missing]:
         """Sends the requests and yields each node's answer. A node that asks for tensors is sent them, and answers later."""
         one_by_one = self.planned.sums_on_arrival
         arriving = self._exchange.replies(requests, self.limit_s, one_by_one=one_by_one, watch=self)
@@ -212,7 +213,7 @@ class Attempt:
 
     # ---------------------------------------------------------------- what is heard
 
-    def _noted(self, answer: Arrived | Missing) -> Arrived | Missing | None:
+    def _noted(self, answer: Arrived | Missing) -> Reported | Missing | None:
         """Takes note of an answer and returns it; None: it is a question, and the node has yet to answer."""
         if isinstance(answer, Missing):
             if answer.name not in self.late or not self._waits_for_late:
@@ -228,11 +229,11 @@ class Attempt:
             self._beginnings.note_silent(answer.name, self._timing.now() - self._nodes[answer.name].sent_s)
         if report.code == Restarted.code:
             self._nodes[answer.name].restarted = True
-        if report.state == "done" and answer.name in self.planned.lineup.names:
+        if report.state == "done" and answer.name in self._devices:
             self._delivered_s[answer.name] = self._timing.now() - self.planned.began_s
         if report.state not in ("done", "running"):  # running: the part was handed over, and is asked for later
             self._lose(answer.name, report.error)
-        return answer
+        return Reported(answer.name, answer.content, report)
 
     def _listen(self) -> None:
         """Looks at who attends, and tells who is out."""

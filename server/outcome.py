@@ -6,18 +6,26 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
-from flwr.app import RecordDict
 
 from edgelam_fl.errors import TooFewSources
 from edgelam_fl.plan.layout import site_source
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.wire import edgelam_pb2 as pb
-from server.exchange import Arrived, Missing
+from server.exchange import Missing
 from server.global_adapter import as_start
 from server.holdings import NodeHoldings, holdings_after
 from server.judging import UpdateJudge, first_not_finite, without_outliers
 from server.private_sums import PrivateSums
-from server.replies import Reply, RunningMeans, broken_sites, contributions_of, parts_by_site, read_reply, why_unusable
+from server.replies import (
+    Reply,
+    Reported,
+    RunningMeans,
+    broken_sites,
+    contributions_of,
+    parts_by_site,
+    reply_of,
+    why_unusable,
+)
 from server.state import Outcome, PlannedRound, Received
 from strategies.aggregation.error import aggregation_error
 from strategies.api import Aggregated, Aggregation
@@ -27,7 +35,7 @@ _STAYS = "the adapter before the round stays"
 
 def receive(
     planned: PlannedRound,
-    answers: Iterable[Arrived | Missing],
+    answers: Iterable[Reported | Missing],
     update_factor: float = 0.0,
     private: PrivateSums | None = None,
 ) -> Received:
@@ -47,7 +55,7 @@ def receive(
             problems[answer.name], codes[answer.name] = answer.reason, answer.code
             silent.add(answer.name)
             continue
-        reply, wrong = _read(planned, answer.name, answer.content, means)
+        reply, wrong = _read(planned, answer, means)
         if wrong:
             problems[answer.name], codes[answer.name] = wrong, reply.report.code
         else:
@@ -105,12 +113,10 @@ def conclude(planned: PlannedRound, received: Received, rule: Aggregation, spec:
     return replace(outcome, aggregated=new, error=error)
 
 
-def _read(
-    planned: PlannedRound, name: str, content: RecordDict, means: RunningMeans | PrivateSums | None
-) -> tuple[Reply, str]:
+def _read(planned: PlannedRound, answer: Reported, means: RunningMeans | PrivateSums | None) -> tuple[Reply, str]:
     """Returns the reply and why it cannot be used ("": it can). Its tensors are dropped if they go into `means`."""
-    plan = planned.plans[name]
-    reply = read_reply(content)
+    name, plan = answer.name, planned.plans[answer.name]
+    reply = reply_of(answer.report, answer.content)
     wrong = why_unusable(reply, plan, planned.starts)
     if means is None:
         return reply, wrong

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from flwr.app import RecordDict
@@ -23,6 +24,7 @@ from edgelam_fl.plan.modes import host_mode
 from edgelam_fl.plan.reading import end_spans, hosted_span, kind_of
 from edgelam_fl.split.judging import Size
 from edgelam_fl.wire import edgelam_pb2 as pb
+from server.exchange import Arrived
 from server.global_adapter import StartingPoints
 from server.judging import QUIET, UpdateJudge, square_sum
 from server.report_words import with_bounded_words
@@ -67,9 +69,20 @@ class Reply:
         return tuple(sum(array.nbytes for array in tensors.values()) for tensors in self.tensors)
 
 
+@dataclass(frozen=True, slots=True)
+class Reported(Arrived):
+    """A node's reply with its report, which is read once: a long timeline has thousands of words to look at."""
+
+    report: pb.JobReport
+
+
 def read_reply(content: RecordDict) -> Reply:
     """Reads a reply: its report, and the tensors of contribution i from "adapter-i". Garbage becomes a failed report."""
-    report = read_report(content)
+    return reply_of(read_report(content), content)
+
+
+def reply_of(report: pb.JobReport, content: RecordDict) -> Reply:
+    """Reads the tensors of a reply whose report has been read."""
     try:
         parts = range(len(report.contributions))
         return Reply(report, tuple(views(content[f"adapter-{number}"]) for number in parts))
@@ -149,7 +162,11 @@ def _most_lr(plan: pb.Plan, part: pb.Contribution) -> float:
 @QUIET
 def _wrong_tensor(tensors: Adapter, expected: Mapping[str, tuple[int, ...]]) -> str:
     """Returns what is wrong with the first bad tensor; empty: all are as expected, by their shapes."""
-    are_bounded = isinstance(tensors, Joined) and _square_sum(tensors.numbers) <= MOST_VALUE**2
+    are_bounded = False
+    if isinstance(tensors, Joined):
+        are_bounded = _square_sum(tensors.numbers) <= MOST_VALUE**2
+        if are_bounded and all(expected.get(name) == shape for name, shape in tensors.layout):
+            return ""
     for name, array in tensors.items():
         if name not in expected:
             return f"its update has a tensor {name}, which its plan does not let it train"
@@ -203,9 +220,15 @@ def parts_by_site(name: str, reply: Reply, plan: pb.Plan, layout: Layout) -> Ite
         if part.weight > 0 and tensors:
             of_site = host_mode(plan.host_mode).is_shared(part.scope)
             source = site_source(part.source) if of_site else part.source
-            scales = _scales(plan, {module_of(tensor) for tensor in tensors if is_factor(tensor)})
+            scales = _scales(plan, _modules(tuple(tensors)))
             site = layout.site_of(name).name if part.scope == "ends" else plan.site
             yield site, Contribution(source, part.weight, tensors, scales, part.lr_sum)
+
+
+@lru_cache(maxsize=16)  # the nodes of a round train few different sets of tensors
+def _modules(tensors: tuple[str, ...]) -> frozenset[str]:
+    """Returns the modules that factors among the named tensors belong to."""
+    return frozenset(module_of(tensor) for tensor in tensors if is_factor(tensor))
 
 
 def _scales(plan: pb.Plan, modules: Collection[str]) -> dict[str, float]:

@@ -7,7 +7,7 @@ Losses may be infinite or not a number, since training can diverge. Knows neithe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from google.protobuf.message import Message
@@ -19,6 +19,8 @@ _ROWS_PER_ROUTE = 400  # kinds of frames, on two links, both ways, and room
 _INTERVALS = 1000
 _METRICS = 200  # of a radio task: one per SNR or speed and method
 _LONGEST_TEXT = 2000  # characters
+_HARMLESS = (int, bytes)  # whatever their value; bool is an int
+_SINGLE = (str, float, Message)
 
 
 def report_problem(report: pb.JobReport, plan: pb.Plan) -> str:
@@ -48,7 +50,7 @@ def report_problem(report: pb.JobReport, plan: pb.Plan) -> str:
 def _impossible(message: Message) -> Iterator[str]:
     """Yields the numbers and texts of a message, and of those in it, that cannot be."""
     for field, value in message.ListFields():
-        if field.name == "contributions":
+        if isinstance(value, _HARMLESS) or field.name == "contributions":
             continue
         for one in _each(value):
             if isinstance(one, Message):
@@ -59,10 +61,7 @@ def _impossible(message: Message) -> Iterator[str]:
                 yield f"its report's {field.name} is {one}"
 
 
-def _each(value: Any) -> Iterator[Any]:
-    if isinstance(value, Mapping):
-        yield from value.values()
-    elif isinstance(value, str | bytes | bool | int | float | Message):
-        yield value
-    else:
-        yield from value
+def _each(value: Any) -> Iterable[Any]:
+    if isinstance(value, _SINGLE):
+        return (value,)
+    return value.values() if isinstance(value, Mapping) else value

@@ -45,7 +45,7 @@ from server.attempt import Attempt, Beginnings, Tries
 from server.best import Best, best_with, check_is_measured, stopped_early
 from server.checkpoint import Saved, flatten
 from server.events_of_round import describe_plan, describe_readable, describe_round, describe_timeline
-from server.exchange import Arrived, Exchange, Missing, Request
+from server.exchange import Exchange, Missing, Request
 from server.global_adapter import StartingPoints, with_missing_modules
 from server.hub import NO_HUB, RunHub
 from server.late_updates import LateUpdates
@@ -57,7 +57,7 @@ from server.pauses import NodePauses
 from server.privacy import PrivateRun, promise_in_words
 from server.private_terms import Terms, terms_of
 from server.progress import FROM_THE_START, Progress
-from server.replies import KEPT_NODES, read_report, sums_on_arrival
+from server.replies import KEPT_NODES, Reported, sums_on_arrival
 from server.room import Room
 from server.roster import Roster
 from server.run_folder import RunFolder
@@ -422,7 +422,7 @@ class Rounds:
             tell=self.folder.tell,
         )
 
-    def _answers(self, trial: Attempt) -> Iterator[Arrived | Missing]:
+    def _answers(self, trial: Attempt) -> Iterator[Reported | Missing]:
         """Hands every node its job, and yields the nodes' answers as they arrive.
 
         With federation.wait = "park", all jobs are handed over first, and their reports asked for afterwards: a simulation
@@ -435,7 +435,7 @@ class Rounds:
         for last in (False, False, True):  # a node that asks for tensors is handed its job once more
             parked = []
             for answer in trial.answers(requests):
-                if not last and isinstance(answer, Arrived) and read_report(answer.content).state == "running":
+                if not last and isinstance(answer, Reported) and answer.report.state == "running":
                     parked.append(answer.name)
                 else:
                     yield answer

@@ -15,6 +15,7 @@ import math
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,6 +34,8 @@ from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.tensor_file import write_tensors
 
 Adapter = dict[str, np.ndarray]
+JoinedLayout = tuple[tuple[str, tuple[int, ...]], ...]
+"""Names and shapes of tensors in order: equal for `Joined` adapters whose numbers belong together one by one."""
 
 
 @dataclass(frozen=True)
@@ -93,37 +96,45 @@ class Joined(dict[str, np.ndarray]):
     What is done to each number alike is done to all of them at once, which takes half the time of tensor by tensor.
     """
 
-    def __init__(self, numbers: np.ndarray, tensors: Mapping[str, np.ndarray]) -> None:
-        """`tensors`: views of `numbers`, without gaps."""
-        super().__init__(tensors)
-        self.numbers = numbers
-        self.layout = tuple((name, array.shape) for name, array in tensors.items())
-        """Equal for adapters whose numbers belong together one by one."""
+    def __init__(self, numbers: np.ndarray, layout: JoinedLayout) -> None:
+        """`numbers`: as many as the tensors of the layout have together."""
+        super().__init__()
+        self.numbers, self.layout = numbers, layout
+        at = 0
+        for name, shape in layout:
+            end = at + math.prod(shape)
+            self[name] = numbers[at:end].reshape(shape)
+            at = end
 
 
-_BLOCK = 8192  # numbers: they stay in a processor's fastest memory, and BLAS takes one thread for them
+BLOCK = 8192
+"""Numbers that stay in a processor's fastest memory, and for which BLAS takes one thread."""
 
 
 def blocks(count: int) -> Iterator[slice]:
     """Yields slices of so many numbers, each small enough to be worked on fast."""
-    return (slice(at, at + _BLOCK) for at in range(0, count, _BLOCK))
+    return (slice(at, at + BLOCK) for at in range(0, count, BLOCK))
 
 
 def views(data: bytes) -> Adapter:
     """Reads what `to_bytes` wrote as read-only views of the bytes, `Joined` if all tensors are fp32. Raises ProtocolError for other bytes."""
     try:
         size = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + size])
         numbers = np.frombuffer(data, np.float32, offset=8 + size)
-        return Joined(numbers, _parts(header, numbers))
+        layout_of = _layout if size <= _REMEMBERED_BYTES else _layout.__wrapped__
+        return Joined(numbers, layout_of(data[8 : 8 + size], numbers.nbytes))
     except _UNUSUAL:
         return from_bytes(data)
 
 
-def _parts(header: Any, numbers: np.ndarray) -> Adapter:
-    """Returns the tensors by a header of safetensors. Raises one of `_UNUSUAL` unless they are all of `numbers`, in the header's order."""
-    tensors, end = {}, 0
-    for name, entry in header.items():
+_REMEMBERED_BYTES = 1 << 20  # of a header: the nodes of a round send few different ones
+
+
+@lru_cache(maxsize=16)
+def _layout(header: bytes, size_bytes: int) -> JoinedLayout:
+    """Returns the layout by a header of safetensors. Raises one of `_UNUSUAL` unless its fp32 tensors are all of so many bytes, in its order."""
+    layout, end = list[tuple[str, tuple[int, ...]]](), 0
+    for name, entry in json.loads(header).items():
         (begin, after), shape = entry["data_offsets"], entry["shape"]
         if (
             entry["dtype"] != "F32"
@@ -132,10 +143,11 @@ def _parts(header: Any, numbers: np.ndarray) -> Adapter:
             or min(shape, default=0) < 0
         ):
             raise ValueError(name)
-        tensors[name], end = numbers[begin // 4 : after // 4].reshape(shape), after
-    if end != numbers.nbytes:
+        layout.append((name, tuple(shape)))
+        end = after
+    if end != size_bytes:
         raise ValueError("numbers of no tensor")
-    return tensors
+    return tuple(layout)
 
 
 _UNUSUAL = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 from itertools import pairwise
 
 from edgelam_fl.config import RunConfig
@@ -58,7 +59,11 @@ class Layout:
 
     def site_of(self, device: str) -> Site:
         """Returns the site that a device is a member of."""
-        return next(site for site in self.sites if device in site.members)
+        return self._site_by_device[device]
+
+    @cached_property
+    def _site_by_device(self) -> Mapping[str, Site]:
+        return {device: site for site in reversed(self.sites) for device in site.members}
 
 
 def site_source(site: str) -> str:
