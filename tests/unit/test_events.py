@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from edgelam_fl.errors import DataError
@@ -163,6 +164,29 @@ def test_without_a_limit_it_grows(tmp_path: Path) -> None:
     for number in range(100):
         log(step(number))
     assert steps(log.path) == list(range(100))
+
+
+def open_files(folder: Path) -> list[str]:
+    return [file.path for file in psutil.Process().open_files() if Path(file.path).is_relative_to(folder)]
+
+
+def test_events_follow_a_folder_that_is_moved_and_begin_a_file_that_is_removed_again(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "a" / "events.jsonl", most_bytes=1000)
+    log(step(1))
+    (tmp_path / "a").rename(tmp_path / "b")
+    log(step(2))
+    moved = tmp_path / "b" / "events.jsonl"
+    assert steps(moved) == [1, 2]
+    assert log.sync() == moved.stat().st_size
+    (tmp_path / "b").rename(tmp_path / "a")
+    log.path.unlink()
+    for number in range(3, 40):  # some of them after the file was set aside
+        log(step(number))
+    assert steps(log.path.with_name("events.jsonl.old"))[-1] + 1 == steps(log.path)[0]
+    assert steps(log.path)[-1] == 39
+    assert open_files(tmp_path) == [str(log.path)]
+    del log
+    assert open_files(tmp_path) == [], "a log that nobody closes"
 
 
 # ---------------------------------------------------------------- what a line holds

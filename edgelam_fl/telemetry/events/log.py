@@ -9,6 +9,7 @@ import os
 import re
 import threading
 import time
+import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -42,15 +43,15 @@ class EventLog:
 
     def __init__(self, path: Path, most_bytes: int = 0, *, keeps_all: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        _cut_torn_line(path)
         self.path, self._most_bytes, self._keeps_all = path, most_bytes, keeps_all
+        self._open_file()
+        _cut_torn_line(path)
         self._lock = threading.Lock()
         self._closed = False
         self._dropped, self._reason = 0, ""
 
     def __call__(self, event: Event) -> None:
-        """Writes one line, with the current time; the file is open only meanwhile."""
+        """Writes one line, with the current time, straight to the system: a process that is killed has lost none."""
         with self._lock:
             if self._closed:
                 return
@@ -64,41 +65,50 @@ class EventLog:
                 self._dropped, self._reason = self._dropped + 1, os.strerror(error.errno) if error.errno else str(error)
 
     def sync(self) -> int:
-        """Brings all lines to the disk as far as it takes them; returns the file's size in bytes."""
+        """Brings all lines to the disk as far as it takes them; returns the file's size in bytes, 0 for a closed log."""
         with self._lock, suppress(OSError):
-            descriptor = os.open(self.path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-                return os.fstat(descriptor).st_size
-            finally:
-                os.close(descriptor)
+            if not self._closed:
+                os.fsync(self._file())
+                return os.fstat(self._descriptor).st_size
         return 0
 
     def close(self) -> None:
         """Drops later events."""
         with self._lock:
             self._closed = True
+            self._release()
+
+    def _open_file(self) -> None:
+        """Opens the file, and makes it if it is not there. It is released by `_release`, or with this log."""
+        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        self._release = weakref.finalize(self, os.close, self._descriptor)
+
+    def _file(self) -> int:
+        """Returns the descriptor of the file, which is opened again if it was set aside, or removed by somebody."""
+        if self._release.alive and os.fstat(self._descriptor).st_nlink:
+            return self._descriptor
+        self._release()
+        self._open_file()
+        return self._descriptor
 
     def _append(self, events: Iterable[Event]) -> None:
         """Writes whole lines or nothing. Raises OSError for the latter."""
         now = round(time.time(), 3)
         lines = (json.dumps({"time": now, **as_line(event)}, ensure_ascii=False) + "\n" for event in events)
         rest = memoryview("".join(lines).encode())
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        descriptor = self._file()
+        before = os.fstat(descriptor).st_size
         try:
-            before = os.fstat(descriptor).st_size
-            try:
-                while rest:
-                    rest = rest[os.write(descriptor, rest) :]
-            except OSError:
-                os.ftruncate(descriptor, before)
-                raise
-        finally:
-            os.close(descriptor)
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+        except OSError:
+            os.ftruncate(descriptor, before)
+            raise
 
     def _set_aside(self) -> None:
-        if not (self._most_bytes and self.path.exists() and self.path.stat().st_size >= self._most_bytes):
+        if not (self._most_bytes and os.fstat(self._file()).st_size >= self._most_bytes):
             return
+        self._release()
         if not self._keeps_all:
             self.path.replace(self.path.with_name(f"{self.path.name}.old"))
             return
