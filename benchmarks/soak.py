@@ -2,7 +2,7 @@
 
 --rounds N (1000): one host and three devices in processes of their own, over gRPC with TLS, take plans as from a server; at random,
 two of the devices leave by kill -9 and come back. --flower N (60): rounds through real commands with TLS (`edgelam server`, `client`, `run`),
-after which each process, the events and the logs are looked at. Either may be 0. Bars: resident memory of a process in the last
+after which each process, the events and the logs are looked at. Either may be 0: its figures are then those of the last result. Bars: resident memory of a process in the last
 quarter is at most 5 % over that of the second; a round takes at most 1.15 times as long; events.jsonl takes at most 3 kB per round
 and device. --smoke: 8 rounds, two devices, no Flower, no bars.
 """
@@ -10,6 +10,7 @@ and device. --smoke: 8 rounds, two devices, no Flower, no bars.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import signal
@@ -29,7 +30,7 @@ from benchmarks.chaos.course import Course
 from benchmarks.chaos.federation import Federation
 from benchmarks.chaos.processes import processes
 from benchmarks.chaos.trial import settings as run_settings
-from benchmarks.common import Figure, main
+from benchmarks.common import RESULTS, Figure, main
 from edgelam_fl.model.source import find_model
 from edgelam_fl.trust.authority import Authority
 from edgelam_fl.wire import edgelam_pb2 as pb
@@ -42,6 +43,7 @@ from tests.support import run_config, write_data_files, write_tiny_llama
 STEPS = 4
 LEAVES = 0.05  # a round's chance that a device leaves; it comes back three rounds later
 AWAY_ROUNDS = 3
+DIRECTLY, THROUGH_FLOWER = "stage hosts directly", "through Flower"
 MEMORY_BAR, TIME_BAR, EVENT_BYTES_BAR = 1.05, 1.15, 3000
 FLOWER_S = 1800.0
 
@@ -105,12 +107,28 @@ def measure(smoke: bool, options: argparse.Namespace) -> tuple[dict[str, Any], l
     with tempfile.TemporaryDirectory() as name:
         if rounds:
             looks, left = _directly(Path(name), rounds, devices, options.seed)
-            figures += _figures("stage hosts directly", looks, not smoke)
-            figures.append(Figure("stage hosts directly: departures by kill -9", left, ""))
+            figures += _figures(DIRECTLY, looks, not smoke)
+            figures.append(Figure(f"{DIRECTLY}: departures by kill -9", left, ""))
+        else:
+            settings["rounds"] = _before()["settings"]["rounds"]
+            figures += _figures_before(DIRECTLY)
         if options.flower and not smoke:
             settings["flower_rounds"] = options.flower
             figures += _through_flower(Path(name) / "flower", options.flower)
+        elif not smoke:
+            settings["flower_rounds"] = _before()["settings"]["flower_rounds"]
+            figures += _figures_before(THROUGH_FLOWER)
     return settings, figures
+
+
+def _before() -> dict[str, Any]:
+    """Returns the last result."""
+    found: dict[str, Any] = json.loads((RESULTS / "soak.json").read_text(encoding="utf-8"))
+    return found
+
+
+def _figures_before(where: str) -> list[Figure]:
+    return [Figure(**figure) for figure in _before()["figures"] if figure["name"].startswith(where)]
 
 
 # ---------------------------------------------------------------- stage hosts directly
@@ -187,10 +205,10 @@ def _through_flower(folder: Path, rounds: int) -> list[Figure]:
     finally:
         left = federation.stop()
     return [
-        *_figures("through Flower", looks, bars=True),
-        Figure("through Flower: events.jsonl, per round and device", round(per_round), "B",
+        *_figures(THROUGH_FLOWER, looks, bars=True),
+        Figure(f"{THROUGH_FLOWER}: events.jsonl, per round and device", round(per_round), "B",
                f"at most {EVENT_BYTES_BAR}", per_round <= EVENT_BYTES_BAR),
-        *(Figure(f"through Flower: left behind, {what}", len(things), "", "none", not things) for what, things in left.items()),
+        *(Figure(f"{THROUGH_FLOWER}: left behind, {what}", len(things), "", "none", not things) for what, things in left.items()),
     ]  # fmt: skip
 
 

@@ -51,6 +51,7 @@ from flwr.superlink.main import create_app
 from flwr.superlink.routers.fleet import node_auth
 from google.protobuf.message import DecodeError
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.pool import QueuePool
 from starlette.requests import Request
 from starlette.responses import Response
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -91,6 +92,7 @@ def main() -> None:
     bounds = bounds_of(os.environ)
     judge = partial(refusal_of_run, own="" if options.allow_foreign_apps else own_digest())
     judge_heartbeats()
+    open_all_connections(links)
     look_for_dead_tasks_seldom(links)
     if not options.simulation:
         give_up_lost_messages(links)
@@ -237,6 +239,21 @@ def judge_heartbeats() -> None:
 def wait_longer_for_the_database() -> None:
     """Has Flower's requests wait for each other as long as a busy machine may need: after its 5 s it answers that it has failed."""
     sql_mixin.SQLITE_PRAGMAS = tuple({**dict(sql_mixin.SQLITE_PRAGMAS), "busy_timeout": str(_BUSY_MS)}.items())
+
+
+def open_all_connections(links: Any) -> None:
+    """Opens all connections to the database that stay open. Flower would open each one when so many requests meet, over days, and the
+    growth of the SuperLink's open files could not be told from a leak.
+    """
+    for state in (links, links.object_store):
+        if not isinstance(state, sql_mixin.SqlMixin):
+            continue
+        with state.session() as session:
+            engine = session.get_bind().engine
+        if isinstance(engine.pool, QueuePool):
+            with contextlib.ExitStack() as held:
+                for _ in range(engine.pool.size()):
+                    held.enter_context(engine.connect())
 
 
 async def ask_again(_: Request, error: Exception) -> Response:

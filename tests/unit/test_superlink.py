@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import ExitStack, suppress
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -14,6 +16,7 @@ from flwr.server.superlink.linkstate import in_memory_linkstate, sql_linkstate
 from flwr.server.superlink.linkstate.utils import verify_message_ids
 from flwr.supercore import sql_mixin
 from flwr.supercore.error.http import http_error_translator
+from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.retry.http_retry import _RETRYABLE_STATUS_CODES
 from sqlalchemy.exc import OperationalError
 from starlette.applications import Starlette
@@ -30,6 +33,7 @@ from edgelam_fl.federation.superlink_daemon import (
     judge_heartbeats,
     keep_nodes_over_standstills,
     look_for_dead_tasks_seldom,
+    open_all_connections,
     wait_longer_for_the_database,
 )
 
@@ -114,6 +118,30 @@ def test_requests_do_not_make_the_superlink_look_for_dead_tasks_each_time() -> N
         links._cleanup_expired_task_tokens()  # as for each request
         found.append(looks.call_count)
     assert found == [1, 1, 1, 2]
+
+
+@pytest.mark.filterwarnings("ignore:No path_separator:DeprecationWarning")  # of Flower's database
+def test_the_database_has_all_its_files_open_from_the_start(tmp_path: Path) -> None:
+    """One that is opened later, when requests meet, looks like a leak."""
+    store: Any = ObjectStoreFactory(str(tmp_path / "superlink.db")).store()
+    open_all_connections(SimpleNamespace(object_store=store))
+    before = open_files(tmp_path)
+    with ExitStack() as requests:
+        with store.session() as session:
+            engine = session.get_bind().engine
+        for _ in range(4):
+            requests.enter_context(engine.connect())
+        assert open_files(tmp_path) == before
+    assert before.count("superlink.db") >= 4
+
+
+def open_files(folder: Path) -> list[str]:
+    """Returns the names of the folder's files that this process has open, once per descriptor."""
+    found = []
+    for file in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # the listing itself
+            found.append(file.readlink())
+    return sorted(target.name for target in found if target.parent == folder)
 
 
 class Messages:
