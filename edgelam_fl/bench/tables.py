@@ -142,6 +142,8 @@ def about(matrix: Matrix, lines: Lines) -> str:
             f"\nThe settings behind a strategy's name were chosen for it on seed {tune.seed}, measured with {tune.share:.0%} of the "
             f"training examples and not with the test set: {choices} (tuning/results.md).\n"
         )
+        if any(cell.private for cell in matrix.cells()):
+            text += "\nNo epsilon counts these tries: they looked at the training examples without privacy.\n"
     text += _not_whole(lines)
     if any(line.get("personal") for line in lines.values()):
         text += (

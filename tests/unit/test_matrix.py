@@ -133,6 +133,13 @@ def test_each_strategy_gets_what_was_best_for_it_on_a_seed_of_its_own(tmp_path: 
         tuned(matrix, lines)
 
 
+@pytest.mark.parametrize("private", [False, True])
+def test_tries_that_no_epsilon_counts_are_said(tmp_path: Path, private: bool) -> None:
+    epsilon = "[axes]\nepsilon = [8]\n" if private else "[axes]\n"
+    told = markdown(read_matrix(written(tmp_path, GOOD.replace("[axes]\n", epsilon) + TUNE)), {})
+    assert ("No epsilon counts these tries" in told) == private
+
+
 def test_the_tries_never_see_the_test_set() -> None:
     data = Data([(f"text {number}", "a") for number in range(10)], [("test", "a")], ("a", "b"))
     tried = held_back(data, Tune(share=0.3))
