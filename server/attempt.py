@@ -275,7 +275,8 @@ class Attempt:
                 self.silent.add(name)
                 self._lose(name, reason)
         lost |= self._late(silent.keys() - lost.keys())
-        lost |= {name: self._out[name] for name in silent.keys() - lost.keys() if self._has_had_its_say(name)}
+        out = [name for name in silent.keys() - lost.keys() if name in self._out]
+        lost |= {name: self._out[name] for name in out if not silent[name].is_here or self._has_had_its_say(name)}
         supplies = [self._message_to(name, parcel) for name, parcel in self._needed.items()]
         self._needed.clear()
         again = [name for name, peer in silent.items() if name not in lost and self._is_due(name, peer)]

@@ -126,6 +126,18 @@ def test_a_host_that_stands_still_for_8_s_keeps_its_place(attended: MakeAttended
     assert lost(run) == []
 
 
+def test_nobody_waits_for_the_report_of_a_host_that_has_failed_and_left_flower(attended: MakeAttended) -> None:
+    """As if its `edgelam client` was killed, which ends its stage host and its SuperNode."""
+    run, attendance = attended("ab", "ef", ONE_ROUND)
+    run.nodes["e"].leaves = lambda plan: True
+    attendance.says["e"] = lambda attempt: seen(state="failed")
+    waits_in(run, attendance, "ab")
+    run.run()
+    (aborted,) = run.events("attempt_aborted")
+    assert (aborted["node"], aborted["reason"]) == ("e", "its part failed")
+    assert took_s(run) < 3
+
+
 def test_a_silent_node_that_has_left_flower_is_lost_after_three_beats(attended: MakeAttended) -> None:
     run, attendance = attended("ab", "ef", ONE_ROUND)
     run.nodes["e"].leaves = lambda plan: True
