@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.chaos.cost import revision
 from benchmarks.chaos.faults import schedule
 from benchmarks.chaos.federation import Federation
-from benchmarks.chaos.table import UNDISTURBED, figures, table
+from benchmarks.chaos.table import UNDISTURBED, figures, of_newest, table
 from benchmarks.chaos.trial import RunEnd, Trial, Verdict
 from benchmarks.common import RESULTS, Figure, main
 
@@ -92,7 +92,7 @@ def measure(smoke: bool, options: argparse.Namespace) -> tuple[dict[str, Any], l
     if not smoke:
         (RESULTS / "chaos.md").write_text(table(verdicts), encoding="utf-8")
     print(table(verdicts), flush=True)
-    return {"minutes": round(sum(one["minutes"] for one in batches), 1), "batches": batches}, figures(
+    found = figures(
         verdicts,
         [RunEnd(**end) for one in batches for end in one["runs"]],
         {
@@ -101,6 +101,9 @@ def measure(smoke: bool, options: argparse.Namespace) -> tuple[dict[str, Any], l
         },
         [seconds for one in batches for seconds in one["undisturbed_s"]],
     )
+    newest = [Verdict.from_json(fault) for fault in batches[-1]["faults"]]
+    settings = {"minutes": round(sum(one["minutes"] for one in batches), 1), "batches": batches}
+    return settings, [*found, *of_newest(newest)]
 
 
 def _batches(file: Path) -> list[dict[str, Any]]:

@@ -103,6 +103,16 @@ def figures(
     return found
 
 
+def of_newest(verdicts: Sequence[Verdict]) -> list[Figure]:
+    """Returns the figures of the newest sitting alone: earlier ones were of earlier code, and on another load."""
+    next_s = [verdict.next_round_s for verdict in verdicts if verdict.hit and verdict.next_round_s is not None]
+    found = [Figure("newest sitting: faults that hit something", sum(bool(verdict.hit) for verdict in verdicts), "")]
+    if next_s:
+        median = Figure("newest sitting: to the next round, median", round(statistics.median(next_s), 1), "s")
+        found += [median, Figure("newest sitting: to the next round, worst", round(max(next_s), 1), "s")]
+    return found
+
+
 def _none(name: str, count: int) -> Figure:
     return Figure(name, count, "", "none", count == 0)
 
