@@ -199,7 +199,13 @@ def first_adapter(spec: RunSpec) -> Adapter:
 def _drawn(spec: RunSpec, kind: LoraKind, rank: int) -> Adapter:
     config = spec.config
     start = initial_adapter(
-        spec.source, config.lora.targets, rank, config.run.seed, classes=len(config.task.classes), kind=kind
+        spec.source,
+        config.lora.targets,
+        rank,
+        config.run.seed,
+        classes=len(config.task.classes),
+        values=spec.values,
+        kind=kind,
     )
     return start | (initial_cut(spec.source, spec.cut, config.run.seed) if spec.cut else {})
 
@@ -214,4 +220,4 @@ def _of_base(spec: RunSpec, kind: LoraKind) -> Adapter:
 
     settings = LoraSettings(lora.rank, lora.alpha, lora.targets, kind=kind)
     classes = len(spec.config.task.classes)
-    return read_of_base(spec.source, settings, "fp32" if base == "auto" else base, classes=classes)
+    return read_of_base(spec.source, settings, "fp32" if base == "auto" else base, classes=classes, values=spec.values)

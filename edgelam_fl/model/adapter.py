@@ -2,7 +2,7 @@
 
 `base_model.model.model.layers.15.self_attn.q_proj.lora_A.weight` is [rank, in], `...lora_B.weight` is [out, rank].
 A task head is part of it as a whole: `base_model.model.classifier.weight` is [classes, hidden], with its `.bias`; so are
-the modules of modules_to_save. With DoRA `...q_proj.lora_magnitude_vector` is [out].
+the modules of modules_to_save, and those of a model of values: `base_model.model.input_module...` and `...output_module...`. With DoRA `...q_proj.lora_magnitude_vector` is [out].
 A module may have carry factors in addition (`model.carry`), and a route a cut adapter (`model.cut`).
 The stages of a route hold disjoint sets of names, so joining their adapters is a dict merge.
 """
@@ -32,6 +32,7 @@ from edgelam_fl.model.index import layer_number
 from edgelam_fl.model.lora import MAGNITUDE, PLAIN, A, B, LoraKind
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.tensor_file import write_tensors
+from edgelam_fl.model.value_ends import ValueEnds, is_of_input
 
 Adapter = dict[str, np.ndarray]
 JoinedLayout = tuple[tuple[str, tuple[int, ...]], ...]
@@ -48,9 +49,11 @@ class Span:
     head: bool = False
 
     def holds(self, name: str) -> bool:
-        """Whether a tensor of this name is in the span; a tensor outside the layers belongs to the head."""
+        """Whether a tensor of this name is in the span; one outside the layers belongs to the head, if not to the input module."""
         layer = layer_number(name)
-        return self.head if layer is None else self.first <= layer < self.last
+        if layer is None:
+            return self.embed if is_of_input(name) else self.head
+        return self.first <= layer < self.last
 
 
 PREFIX = "base_model.model."
@@ -313,12 +316,19 @@ def _refuse_saved(
 
 
 def initial_adapter(
-    source: ModelSource, targets: Iterable[str], rank: int, seed: int, *, classes: int = 0, kind: LoraKind = PLAIN
+    source: ModelSource,
+    targets: Iterable[str],
+    rank: int,
+    seed: int,
+    *,
+    classes: int = 0,
+    values: ValueEnds | None = None,
+    kind: LoraKind = PLAIN,
 ) -> Adapter:
     """Draws an adapter as peft does: A uniform in +-1/sqrt(in), B zero. Seeded by (seed, module), so that slices agree.
 
-    With `classes`, also draws a task head of that many outputs: small normal weights, zero bias. The tensors of `base_shapes` are not
-    drawn (`model.of_base`).
+    With `classes`, also draws a task head of that many outputs: small normal weights, zero bias; with `values`, the modules of a model
+    that takes and gives them. The tensors of `base_shapes` are not drawn (`model.of_base`).
     """
     adapter: Adapter = {}
     for module, (out_features, in_features) in target_modules(source, targets, kind.layers).items():
@@ -333,6 +343,8 @@ def initial_adapter(
         weight = _generator(seed, head).normal(0, _HEAD_DEVIATION, (classes, source.hidden_size))
         adapter[f"{PREFIX}{head}.weight"] = weight.astype(np.float32)
         adapter[f"{PREFIX}{head}.bias"] = np.zeros(classes, np.float32)
+    if values is not None:
+        adapter |= {f"{PREFIX}{name}": drawn for name, drawn in values.first_values(source.hidden_size, seed)}
     return adapter
 
 

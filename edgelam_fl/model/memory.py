@@ -40,17 +40,24 @@ def head_chunk(outputs: int) -> int:
     return max(_LEAST_CHUNK, _CHUNK_LOGITS // outputs)
 
 
-def weights_bytes(source: ModelSource, spans: Iterable[Span], base: str, compute: str = "") -> int:
-    """Returns the bytes of frozen weights in all `spans` of one node; a tensor in two spans (a tied embedding) counts once."""
+def weights_bytes(
+    source: ModelSource, spans: Iterable[Span], base: str, compute: str = "", *, tokens: bool = True
+) -> int:
+    """Returns the bytes of frozen weights in all `spans` of one node; a tensor in two spans (a tied embedding) counts once.
+
+    tokens: whether the model takes and gives tokens; else embedding and head have no weights.
+    """
     itemsize = ITEM_BYTES[compute or ("bfloat16" if base == "bf16" else "float32")]
-    names = {name for span in spans for name in source.index if _needs(source, span, name)}
+    names = {name for span in spans for name in source.index if _needs(source, span, name, tokens)}
     return sum(_tensor_bytes(source, name, source.index[name], base, itemsize) for name in names)
 
 
-def _needs(source: ModelSource, span: Span, name: str) -> bool:
+def _needs(source: ModelSource, span: Span, name: str, tokens: bool) -> bool:
     layer = layer_number(name)
     if layer is not None:
         return span.first <= layer < span.last
+    if not tokens and name in (f"{source.family.body}.{source.family.embed}.weight", "lm_head.weight"):
+        return False
     if any(part in name for part in ("embed", "wte", "wpe")):
         tied = span.head and source.tied_head and "lm_head.weight" not in source.index and "wpe" not in name
         return span.embed or tied

@@ -11,18 +11,21 @@ from collections.abc import Iterator, Mapping
 from edgelam_fl.model.adapter import Adapter, Span, base_shapes
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import LoraSettings, load_stages
+from edgelam_fl.model.value_ends import ValueEnds
 
 _AT_ONCE_BYTES = 128 << 20  # of weights in fp32 that are loaded at a time; a single layer may be larger
 
 
-def read_of_base(source: ModelSource, lora: LoraSettings, base: str, *, classes: int = 0) -> Adapter:
-    """Returns the tensors of `base_shapes` with their first values. `base`, `classes`: as of `load_stages`."""
+def read_of_base(
+    source: ModelSource, lora: LoraSettings, base: str, *, classes: int = 0, values: ValueEnds | None = None
+) -> Adapter:
+    """Returns the tensors of `base_shapes` with their first values. `base`, `classes`, `values`: as of `load_stages`."""
     wanted = base_shapes(source, lora.targets, lora.kind)
     found: Adapter = {}
     for number, span in enumerate(_pieces(source, wanted)):
         if number and not span.head:
             gc.collect()  # modules hold reference cycles: without it all pieces would be in memory together
-        (stage,) = load_stages(source, [span], base, lora, classes=classes)
+        (stage,) = load_stages(source, [span], base, lora, classes=classes, values=values)
         found |= {name: array for name, array in stage.adapter().items() if name in wanted}
         del stage
     return found

@@ -16,18 +16,31 @@ from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.families import Family
 from edgelam_fl.model.modules import Embedded, NoPositions, Pass, TaskHead
 from edgelam_fl.model.quantized import QUANTIZED, quantize_layer
+from edgelam_fl.model.task_modules import InputModule, OutputModule
+from edgelam_fl.model.value_ends import INPUT_MODULE, OUTPUT_MODULE, ValueEnds
 
 
-def skeleton(config: Any, family: Family, span: Span, base: str, classes: int) -> PreTrainedModel:
-    """Makes the model without storage and without what other stages hold; a task head, which no file has, is zero."""
-    _check_head(config.model_type, family, classes)
+def skeleton(
+    config: Any, family: Family, span: Span, base: str, classes: int, values: ValueEnds | None = None
+) -> PreTrainedModel:
+    """Makes the model without storage and without what other stages hold. What no file has is zero: a task head, modules of values.
+
+    `values`: of a model that takes and gives values; None: it takes tokens.
+    """
+    _check_head(config.model_type, family, classes, values)
     model = whole_on_meta(config, classes)
     held = family.experts.held if family.experts else None
     _keep_layers(model.get_submodule(f"{family.body}.{family.layers}"), span, base, held)
     if not span.embed:
-        _drop_embedding(model, family, has_lm_head=span.head and family.task_head is None)
+        _drop_embedding(model, family, has_lm_head=span.head and family.task_head is None and values is None)
+    elif values is not None:
+        model.set_input_embeddings(nn.Identity())
+        setattr(model, INPUT_MODULE, InputModule(values, config.hidden_size))
     if not span.head:
         _drop_head(model, family)
+    elif values is not None:
+        model.set_output_embeddings(nn.Identity())
+        setattr(model, OUTPUT_MODULE, OutputModule(values, config.hidden_size))
     elif family.task_head is not None:
         setattr(model, family.task_head, TaskHead(config.hidden_size, classes))
         nn.init.zeros_(getattr(model, family.task_head).weight)
@@ -47,7 +60,9 @@ def whole_on_meta(config: Any, classes: int) -> PreTrainedModel:
     return model
 
 
-def _check_head(model_type: str, family: Family, classes: int) -> None:
+def _check_head(model_type: str, family: Family, classes: int, values: ValueEnds | None) -> None:
+    if family.task_head is not None and values is not None:
+        raise ModelError(f"task.kind: {model_type} classifies texts; a task of values takes a language model")
     if family.task_head is None and classes:
         raise ModelError(f"task.kind: {model_type} has no task head; allowed: a task without classes, or a BERT model")
     if family.task_head is not None and not classes:

@@ -37,6 +37,7 @@ from edgelam_fl.model.modules import CarryFactors, CutDown, CutUp, Normed, Pass,
 from edgelam_fl.model.own_dropout import turn_on
 from edgelam_fl.model.skeleton import fill_computed, skeleton
 from edgelam_fl.model.source import ModelSource
+from edgelam_fl.model.value_ends import INPUT_MODULE, OUTPUT_MODULE, ValueEnds, is_of_values
 from edgelam_fl.model.weights import ALIGNED_BYTES, read_tensors
 
 AdapterSet = dict[str, nn.Parameter]
@@ -76,10 +77,12 @@ class Stage(nn.Module):
         chip: torch.device = CPU,
         adapted: frozenset[int] = frozenset(),
         saved: Collection[str] = (),
+        values: ValueEnds | None = None,
     ) -> None:
         """`dropout`: of LoRA. `cut`: this stage's part of the cut adapter; None: it has none. `own_dropout`: the model's is on in
         training. `chip`: what the stage computes on; all of it goes there. `adapted`: the layers of the whole model in which
-        something may learn. `saved`: names of the whole model's tensors that learn as a whole.
+        something may learn. `saved`: names of the whole model's tensors that learn as a whole. `values`: of a model that takes and
+        gives values; None: it takes tokens.
         """
         super().__init__()
         self.model = model.to(chip)
@@ -87,7 +90,7 @@ class Stage(nn.Module):
         self.dtype = dtype
         self.chip = chip
         self.family = family
-        self.adapted, self.saved = adapted, saved
+        self.adapted, self.saved, self._values = adapted, saved, values
         self._seed = UnitSeed()
         self._recomputes = False
         self._normed = Normed()
@@ -133,9 +136,11 @@ class Stage(nn.Module):
         rows: torch.Tensor | None = None,
         segments: Sequence[Sequence[int]] = (),
     ) -> torch.Tensor:
-        """Computes hidden states [B, T, D], or in a stage with the head logits [B, T, V], in classification [B, classes].
+        """Computes hidden states [B, T, D], or in a stage with the head logits [B, T, V], in classification [B, classes], of a model
+        of values [B, T, O].
 
-        `inputs` are token ids [B, T] for a stage with the embedding, else hidden states [B, T, D], in the CPU's memory or on the
+        `inputs` are token ids [B, T] or values [B, T, F] for a stage with the embedding or what stands in its place, else hidden
+        states [B, T, D], in the CPU's memory or on the
         stage's chip; what is computed stays on the chip. Row b holds `row_lengths[b]`
         real tokens; padding is on the right, or with `pad_left` on the left. layers: (enter, leave), if only some of the
         stage's layers are on the route. unit_seed: turns dropout on, with masks of this seed. cache: from `new_cache`; the
@@ -145,9 +150,12 @@ class Stage(nn.Module):
         gives the normed hidden states [N, D] of these positions, for `logits`. segments: the lengths of several texts per row,
         which attend to themselves alone; together they are the row's real tokens. Empty: a row is one text.
         """
-        if self.span.embed:
+        takes_ids = self.span.embed and self._values is None
+        if takes_ids:
             self._check_ids(inputs)
         inputs = onto(inputs, self.chip)
+        if self.span.embed and not takes_ids:
+            inputs = self._transformer.get_submodule(INPUT_MODULE)(inputs).to(self.dtype)
         if isinstance(self._cut, CutUp):
             inputs = self._cut(inputs)
         mask_BT: torch.Tensor | None
@@ -155,26 +163,32 @@ class Stage(nn.Module):
             mask_BT, positions_BT = None, packed_positions(inputs.shape[1], segments)
         else:
             mask_BT, positions_BT = _mask_and_positions(inputs.shape[1], row_lengths, pad_left, cache)
-        feed: dict[str, Any] = {"input_ids": inputs} if self.span.embed else {"inputs_embeds": inputs}
+        feed: dict[str, Any] = {"input_ids": inputs} if takes_ids else {"inputs_embeds": inputs}
         if self.family.task_head is None:
             feed.update(past_key_values=cache, use_cache=cache is not None)
         headed = self.span.head and rows is None
+        logits = headed and self._values is None
         with self._only(layers, recompute=cache is None), self._seed.set_to(unit_seed):
             # Without the head's code in a stage without the head: some families scale or cap what they take for logits.
-            if headed and self.family.experts is not None:
+            if logits and self.family.experts is not None:
                 feed["output_router_logits"] = False  # else transformers computes a loss of their balance
-            called = self.model if headed else self._transformer.get_submodule(self.family.body)
+            called = self.model if logits else self._transformer.get_submodule(self.family.body)
             mask = onto(mask_BT, self.chip) if mask_BT is not None else None
             output = called(**feed, attention_mask=mask, position_ids=onto(positions_BT, self.chip))
         if cache is not None:
             cache.mask_BT = mask_BT
-        states: torch.Tensor = output.logits if headed else output.last_hidden_state
+        states: torch.Tensor = output.logits if logits else output.last_hidden_state
+        if headed and not logits:
+            states = self._transformer.get_submodule(OUTPUT_MODULE)(states)
         if rows is not None:
             return states.flatten(0, 1).index_select(0, rows.to(states.device))
         return self._cut(states) if isinstance(self._cut, CutDown) else states
 
     def logits(self, states_ND: torch.Tensor) -> torch.Tensor:
-        """Computes a language model's logits [N, V] of normed hidden states, as `forward` gives them for `rows`."""
+        """Computes a language model's logits [N, V], or values [N, O], of normed hidden states, as `forward` gives them for `rows`."""
+        if self._values is not None:
+            values_NO: torch.Tensor = self._transformer.get_submodule(OUTPUT_MODULE)(states_ND)
+            return values_NO
         feed: dict[str, Any] = {"output_router_logits": False} if self.family.experts is not None else {}
         model = self._transformer
         body = model.get_submodule(self.family.body)
@@ -186,13 +200,16 @@ class Stage(nn.Module):
         return logits_1NV[0]
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """Lists what learns of the head of a language model, which `logits` computes with, in the set in use."""
+        """Lists what learns of the head, which `logits` computes with, in the set in use."""
         named = self.adapter_parameters.items()
-        return [p for name, p in named if name.startswith(f"{PREFIX}{LM_HEAD}.") and p.requires_grad]
+        heads = (f"{PREFIX}{LM_HEAD}.", f"{PREFIX}{OUTPUT_MODULE}.")
+        return [p for name, p in named if name.startswith(heads) and p.requires_grad]
 
     @property
     def outputs(self) -> int:
-        """The number of a head's logits per position, or per row in classification."""
+        """The number of a head's logits or values per position, or per row in classification."""
+        if self._values is not None:
+            return self._values.outputs
         config = self._transformer.config
         return int(config.vocab_size if self.family.task_head is None else config.num_labels)
 
@@ -374,7 +391,7 @@ def _adapter_places(model: nn.Module, family: Family, saved: Collection[str]) ->
         bare = name.removeprefix(PREFIX)
         full = PREFIX + bare
         of_head = family.task_head is not None and full.startswith(f"{PREFIX}{family.task_head}.")
-        if ".lora_" in full or of_head or bare in saved:
+        if ".lora_" in full or of_head or bare in saved or is_of_values(bare):
             module, _, attribute = name.rpartition(".")
             places[_peft_name(full)] = (model.get_submodule(module), attribute)
     return places
@@ -433,6 +450,7 @@ def load_stages(
     compute: str = "",
     *,
     classes: int = 0,
+    values: ValueEnds | None = None,
     read: ReadTensors = read_tensors,
     chip: torch.device = CPU,
 ) -> list[Stage]:
@@ -440,7 +458,7 @@ def load_stages(
 
     Reads only the tensors of the spans: resident memory grows with the slice, never with the model. compute: "float32",
     "bfloat16", or "" for the base's own. classes: the number of outputs of a classifier; its head is zero until an adapter is
-    loaded. read: gets the tensors. chip: what they are computed on, one by one brought there.
+    loaded, and so are the modules of a model that takes and gives `values`. read: gets the tensors. chip: what they are computed on, one by one brought there.
     """
     config, family = AutoConfig.from_pretrained(source.folder), source.family
     # What the files are, whatever config.json says: read_tensors gives numbers that are not packed, and a head that is stored
@@ -450,7 +468,7 @@ def load_stages(
         config.tie_word_embeddings = False
     dtype = compute_dtype(base, compute)
     require_base(base, chip)
-    models = [skeleton(config, family, span, base, classes) for span in spans]
+    models = [skeleton(config, family, span, base, classes, values) for span in spans]
     names = {_stored_name(source, name) for model in models for name in _frozen(model, family)}
     wanted = {name for name in names if name.removesuffix("_scale") == name or name.removesuffix("_scale") not in names}
     tensors = {name: _aligned(tensor).to(chip) for name, tensor in read(source, sorted(wanted), base, compute)}
@@ -470,7 +488,7 @@ def load_stages(
         stages.append(
             Stage(
                 _with_lora(model, span, lora, modules, family), span, dtype, family, dropout, cut,
-                own_dropout=own_dropout, chip=chip, adapted=adapted, saved=frozenset(saved),
+                own_dropout=own_dropout, chip=chip, adapted=adapted, saved=frozenset(saved), values=values,
             )
         )  # fmt: skip
     return stages
@@ -496,7 +514,8 @@ def _frozen(model: PreTrainedModel, family: Family) -> list[str]:
     """Lists the names of the state that comes from the files of the base model."""
     # keep_vars: parameters, not copies
     names = model.state_dict(keep_vars=True)
-    return [name for name in names if family.task_head is None or not name.startswith(f"{family.task_head}.")]
+    of_head = (f"{family.task_head}.",) if family.task_head is not None else ()
+    return [name for name in names if not (name.startswith(of_head) or is_of_values(name))]
 
 
 def _stored_name(source: ModelSource, name: str) -> str:

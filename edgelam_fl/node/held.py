@@ -23,7 +23,7 @@ from edgelam_fl.model.stage import Stage, load_stages
 from edgelam_fl.node.private_fronts import PrivateFronts
 from edgelam_fl.node.snapshots import Snapshots
 from edgelam_fl.plan.modes import host_mode
-from edgelam_fl.plan.reading import end_spans, ends_train, hosted_span, hosted_trains, is_private, spans_of
+from edgelam_fl.plan.reading import end_spans, ends_of, ends_train, hosted_span, hosted_trains, is_private, spans_of
 from edgelam_fl.privacy.mechanism import secret_generator
 from edgelam_fl.split.corrections import read_corrections
 from edgelam_fl.split.cut import CutDefence
@@ -94,7 +94,7 @@ class Held:
             )
         stages = load(
             self.source, spans_of(plan), plan.model.base, lora_of(plan),
-            compute=plan.model.compute, classes=len(plan.task.classes),
+            compute=plan.model.compute, classes=len(plan.task.classes), values=ends_of(plan),
         )  # fmt: skip
         own = len(end_spans(plan))
         self.ends: list[Stage] = stages[:own]
@@ -313,7 +313,7 @@ def slice_key(plan: pb.Plan) -> tuple[Any, ...]:
     copies = host_mode(plan.host_mode).has_copies
     return (
         model.digest, model.base, model.compute, tuple(spans_of(plan)), lora_of(plan), plan.checkpointing, copies,
-        len(plan.task.classes), plan.cut.private_front,
+        len(plan.task.classes), ends_of(plan), plan.cut.private_front,
     )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ from edgelam_fl.node.server_hub import ServerHub
 from edgelam_fl.node.snapshots import Snapshots
 from edgelam_fl.plan.fronts import host_reading_of
 from edgelam_fl.plan.modes import host_mode, label_place
-from edgelam_fl.plan.reading import job_id, not_finite, part_id, round_of
+from edgelam_fl.plan.reading import input_trains, job_id, not_finite, part_id, round_of
 from edgelam_fl.privacy.limits import HostReading, why_refused
 from edgelam_fl.split.group import RETRY_MS
 from edgelam_fl.split.route import Dial
@@ -337,7 +337,7 @@ def _refusal(plan: pb.Plan, name: str, role: pb.Role, bases: Sequence[str]) -> s
     if (rank := max([plan.lora.rank, *(terms.rank for terms in plan.lora.own)])) > MOST_RANK:
         return f"a plan with adapters of rank {rank}; at most {MOST_RANK} is allowed"
     if plan.front_cache_bytes and (
-        plan.lora.train_front or plan.lora.dropout or plan.model.own_dropout or plan.cut.clip
+        plan.lora.train_front or input_trains(plan) or plan.lora.dropout or plan.model.own_dropout or plan.cut.clip
     ):
         return "a plan that keeps the states of fronts, which are others in every step of it"
     if len(plan.routes) != (role == pb.DEVICE and not plan.generate):

@@ -25,7 +25,7 @@ def choose_base(spec: RunSpec, profile: pb.Profile, spans: Sequence[Span]) -> tu
     """
     room = profile.memory_available_bytes * _SHARE_OF_MEMORY
     for base, compute in _fastest_first(spec.config, profile):
-        if weights_bytes(spec.source, spans, base, DTYPES[compute]) <= room:
+        if weights_bytes(spec.source, spans, base, DTYPES[compute], tokens=spec.values is None) <= room:
             return base, compute
     return _without_measuring(spec.config)
 

@@ -74,7 +74,7 @@ class Footprints:
 
     def _weights(self, spans: Sequence[Span], pair: str) -> int:
         base, compute = split_pair(pair)
-        return weights_bytes(self.spec.source, spans, base, DTYPES[compute])
+        return weights_bytes(self.spec.source, spans, base, DTYPES[compute], tokens=self.spec.values is None)
 
     @cached_property
     def adapter_weights(self) -> dict[int, int]:
@@ -92,12 +92,16 @@ class Footprints:
         found = Counter[int | None]()
         for name, shape in shapes.items():
             found[layer_number(name)] += math.prod(shape)
+        found[None] += self.spec.value_weights
         return found
 
     def _unit(self, pair: str, layers: int, *, head: bool = False) -> int:
         config, itemsize = self.spec.config, ITEM_BYTES[DTYPES[split_pair(pair)[1]]]
+        of_model = self.spec.source.config
+        if self.spec.values is not None:  # no logits of a vocabulary
+            of_model = {**of_model, "vocab_size": self.spec.outputs}
         return unit_bytes(
-            self.spec.source.config, layers, self.spec.unit_rows, config.task.max_tokens, itemsize,
+            of_model, layers, self.spec.unit_rows, config.task.max_tokens, itemsize,
             checkpointing=config.split.checkpointing, head=head, all_linear=list(config.lora.targets) == ["all-linear"],
             dora_bytes=self._dora(itemsize).kept,
         )  # fmt: skip

@@ -15,7 +15,9 @@ from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.cut import CutAdapter
 from edgelam_fl.model.index import layer_number
 from edgelam_fl.model.lora import LoraKind, OwnTerms
+from edgelam_fl.model.value_ends import ValueEnds
 from edgelam_fl.plan.modes import label_place
+from edgelam_fl.tasks.kinds import values_of
 from edgelam_fl.wire import edgelam_pb2 as pb
 from edgelam_fl.wire.codec_bytes import RAW
 
@@ -87,6 +89,17 @@ def cut_adapter_of(plan: pb.Plan) -> CutAdapter | None:
     if not plan.HasField("lowrank"):
         return None
     return CutAdapter(plan.lowrank.layer, plan.lowrank.rank, plan.lora.alpha / plan.lowrank.rank)
+
+
+def ends_of(plan: pb.Plan) -> ValueEnds | None:
+    """Returns what stands in the places of embedding and head for a task of values; None for a task of texts."""
+    values = values_of(plan.task.kind)
+    return values.ends(plan.task.radio) if values is not None else None
+
+
+def input_trains(plan: pb.Plan) -> bool:
+    """Returns whether what stands in the place of the embedding learns, so that a gradient has to reach it; a table of tokens never."""
+    return plan.lora.train_back and values_of(plan.task.kind) is not None
 
 
 def kind_of(plan: pb.Plan) -> LoraKind:

@@ -122,7 +122,7 @@ def _host_bytes(spec: RunSpec, footprints: Footprints, pair: str, devices: int, 
 
 
 def _trained(spec: RunSpec, back_first: int) -> int:
-    """Counts the numbers that learn: of the adapter in the places of lora.train, of a cut adapter, and of the head of classes."""
+    """Counts the numbers that learn: of the adapter in the places of lora.train, of a cut adapter, and of the task's own modules."""
     config, hidden = spec.config, spec.source.hidden_size
 
     def learns(layer: int | None) -> bool:
@@ -132,4 +132,5 @@ def _trained(spec: RunSpec, back_first: int) -> int:
 
     shapes = adapter_shapes(spec.source, config.lora.targets, config.lora.rank, spec.kind)
     found = sum(math.prod(shape) for name, shape in shapes.items() if learns(layer_number(name)))
+    found += spec.value_weights if learns(None) else 0
     return found + len(config.task.classes) * (hidden + 1) + (spec.cut.rank * hidden if spec.cut else 0)

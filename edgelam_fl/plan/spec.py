@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from edgelam_fl.config import RunConfig
@@ -10,6 +11,8 @@ from edgelam_fl.model.base_names import FP32_BYTES, ITEM_BYTES
 from edgelam_fl.model.cut import CutAdapter
 from edgelam_fl.model.lora import LoraKind, OwnTerms, own_terms
 from edgelam_fl.model.source import ModelSource
+from edgelam_fl.model.value_ends import ValueEnds
+from edgelam_fl.tasks.kinds import values_of
 from edgelam_fl.wire.codec_bytes import CODEC_BYTES
 
 
@@ -58,6 +61,24 @@ class RunSpec:
             return None
         rank = config.lora.rank
         return CutAdapter(self.source.num_layers - config.split.back - 1, rank, config.lora.alpha / rank)
+
+    @property
+    def values(self) -> ValueEnds | None:
+        """What stands in the places of embedding and head for a task of values; None for a task of texts."""
+        values = values_of(self.config.task.kind)
+        return values.ends(self.config.radio) if values is not None else None
+
+    @property
+    def value_weights(self) -> int:
+        """Counts the numbers of what stands in the places of embedding and head; 0 for a task of texts."""
+        return sum(map(math.prod, self.values.shapes(self.source.hidden_size).values())) if self.values else 0
+
+    @property
+    def outputs(self) -> int:
+        """The numbers that the head gives per position, or per row in classification."""
+        values = self.values
+        classes = len(self.config.task.classes)
+        return values.outputs if values is not None else classes or int(self.source.config["vocab_size"])
 
     @property
     def kind(self) -> LoraKind:

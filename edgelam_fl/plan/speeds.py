@@ -65,8 +65,7 @@ def head_layers(spec: RunSpec) -> float:
     """Returns the head's computing time in layers: the ratio of weights, as the time of a matrix follows its size."""
     source = spec.source
     layer_weights = sum(rows * columns for rows, columns in source.used_matrices(0))
-    outputs = len(spec.config.task.classes) or int(source.config["vocab_size"])
-    return outputs * source.hidden_size / layer_weights
+    return spec.outputs * source.hidden_size / layer_weights
 
 
 def _profiled_s(spec: RunSpec, speeds: Speeds, profile: pb.Profile, pair: str) -> float:

@@ -23,6 +23,7 @@ from edgelam_fl.model.adapter import Span
 from edgelam_fl.model.chip import CPU
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import LoraSettings, Stage, load_stages
+from edgelam_fl.model.value_ends import ValueEnds
 from edgelam_fl.model.weights import read_tensors
 from edgelam_fl.node.examples import DeviceExamples, ReadPairs, task_of
 from edgelam_fl.node.held import Held
@@ -94,18 +95,24 @@ class Shared:
         *,
         compute: str,
         classes: int,
+        values: ValueEnds | None = None,
         chip: torch.device = CPU,
     ) -> list[Stage]:
         """Loads as `load_stages`; of a whole model only the layers from the lowest one that learns (`OnFrozen`).
 
-        With the model's own dropout, frozen layers give something else in every step, so nothing of them can be kept. `chip`: the
+        With the model's own dropout, or below what learns in the place of an embedding, frozen layers give something else in every
+        step, so nothing of them can be kept. `chip`: the
         CPU, as all nodes of a simulation compute there.
         """
         assert chip == CPU
         with self._lock:
             first = frozen_layers(source, lora)
-            if lora.own_dropout or not (first and len(spans) == 1 and whole_model(spans[0], source)):
-                return self._load(source, spans, base, lora, compute, classes)
+            if (
+                values is not None
+                or lora.own_dropout
+                or not (first and len(spans) == 1 and whole_model(spans[0], source))
+            ):
+                return self._load(source, spans, base, lora, compute, classes, values)
             key = (source.weights_digest, base, compute, first)
             if key not in self._activations:
                 (below,) = self._load(source, [Span(0, first, embed=True)], base, lora, compute, classes)
@@ -114,9 +121,16 @@ class Shared:
             return [OnFrozen(top, lora.dropout, self._activations[key])]
 
     def _load(
-        self, source: ModelSource, spans: list[Span], base: str, lora: LoraSettings, compute: str, classes: int
+        self,
+        source: ModelSource,
+        spans: list[Span],
+        base: str,
+        lora: LoraSettings,
+        compute: str,
+        classes: int,
+        values: ValueEnds | None = None,
     ) -> list[Stage]:
-        return load_stages(source, spans, base, lora, compute=compute, classes=classes, read=self._read)
+        return load_stages(source, spans, base, lora, compute=compute, classes=classes, values=values, read=self._read)
 
     def _read(
         self, source: ModelSource, names: list[str], base: str, compute: str

@@ -26,7 +26,7 @@ import torch
 from edgelam_fl.errors import ProtocolError
 from edgelam_fl.model.stage import Stage
 from edgelam_fl.plan.modes import host_mode, label_place
-from edgelam_fl.plan.reading import allowed_unit, allows_unit, unit_seed
+from edgelam_fl.plan.reading import allowed_unit, allows_unit, input_trains, unit_seed
 from edgelam_fl.privacy.mechanism import secret_generator
 from edgelam_fl.split.fronts import put_together
 from edgelam_fl.split.group import Group, relay
@@ -486,7 +486,10 @@ class Host:
         """Returns whether anything before this stage on the member's route learns, so that it needs a gradient from here."""
         lora, front = self.plan.lora, member.route.front
         first = next(hop.first for hop in member.route.hops if hop.node == self.plan.node)
-        return any(lora.train_front if layer < front else lora.train_hosts for layer in self._adapted if layer < first)
+        before = (layer for layer in self._adapted if layer < first)
+        return input_trains(self.plan) or any(
+            lora.train_front if layer < front else lora.train_hosts for layer in before
+        )
 
     def _send(self, link: Link | None, kind: pb.Kind, of: pb.Header, tensor: torch.Tensor | None) -> None:
         assert link is not None

@@ -84,6 +84,7 @@ class Loads:
         lora, found = self.config.lora, Counter[int | None]()
         for name, shape in adapter_shapes(self.source, lora.targets, lora.rank, self.spec.kind).items():
             found[layer_number(name)] += math.prod(shape)
+        found[None] += self.spec.value_weights
         return found
 
     @cached_property
@@ -91,5 +92,4 @@ class Loads:
         """Number of weights of the head on the device; 0 if the last host has the head."""
         if not label_place(self.config.split.labels).on_device:
             return 0
-        outputs = len(self.config.task.classes) or int(self.source.config["vocab_size"])
-        return outputs * self.source.hidden_size
+        return self.spec.outputs * self.source.hidden_size

@@ -1,0 +1,198 @@
+"""A task of values over a split model: equal to the whole to the bit, and to a plain loop of transformers and peft."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from edgelam_fl.config import RunConfig
+from edgelam_fl.model.adapter import PREFIX, Adapter, from_bytes, initial_adapter
+from edgelam_fl.model.source import ModelSource
+from edgelam_fl.model.value_ends import ValueEnds, is_of_values
+from edgelam_fl.plan.making import task_settings
+from edgelam_fl.plan.spec import RunSpec
+from edgelam_fl.tasks.base import Unit
+from edgelam_fl.tasks.data import batch_indices
+from edgelam_fl.tasks.kinds import TASKS, device_data, make_task
+from edgelam_fl.wire import edgelam_pb2 as pb
+from tests.fleet import (
+    check_done,
+    is_of_peft,
+    joined,
+    memory_fleet,
+    plain_adapter,
+    plain_model,
+    plain_optimizer,
+    same_bits,
+)
+from tests.support import run_config
+from tests.toy_values import KIND, SETTINGS, TOY, write_series
+
+STEPS = 4
+
+
+@pytest.fixture(autouse=True)
+def _toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TASKS, KIND, TOY)
+
+
+@pytest.fixture(scope="module")
+def series_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("series")
+    return [write_series(folder / f"cell-{number}.npz", 10 + 3 * number, seed=number) for number in range(3)]
+
+
+def values_config(source: ModelSource, *more: str) -> RunConfig:
+    return run_config(source.name, *SETTINGS, "data.held_out=0.2", "optimizer.lr=0.01", *more)
+
+
+def start_of(source: ModelSource, config: RunConfig) -> Adapter:
+    """The adapter that a run begins with, but for a last map that gives zeros, behind which nothing would learn in the first step."""
+    adapter = initial_adapter(
+        source, config.lora.targets, config.lora.rank, config.run.seed, values=RunSpec(config, source).values
+    )
+    rng = np.random.default_rng(0)
+    last = f"{PREFIX}output_module.maps.0.weight"
+    assert not adapter[last].any()
+    return adapter | {last: rng.normal(0, 0.1, adapter[last].shape).astype(np.float32)}
+
+
+def trained(
+    source: ModelSource, config: RunConfig, files: Sequence[Path], steps: int = STEPS
+) -> tuple[Adapter, Mapping[str, pb.JobReport]]:
+    with memory_fleet(source, config, files) as fleet:
+        reports = fleet.run(start_of(source, config), steps)
+    check_done(reports)
+    return joined(reports), reports
+
+
+# ---------------------------------------------------------------- the plain loop
+
+
+def units_of(source: ModelSource, config: RunConfig, file: Path, steps: int) -> list[list[Unit]]:
+    """The micro-batches that device-1 draws."""
+    settings = task_settings(config)
+    task = make_task(settings, source.folder)
+    examples = task.examples(device_data(file, settings).training).examples
+    drawn = (
+        batch_indices(len(examples), config.step_examples, step, config.run.seed, "device-1") for step in range(steps)
+    )
+    return [task.units([examples[i] for i in indices], config.step_micro_batches) for indices in drawn]
+
+
+def plain_values(body: Any, modules: Mapping[str, torch.Tensor], ends: ValueEnds, unit: Unit) -> torch.Tensor:
+    """The predictions at the real tokens, by transformers and torch alone."""
+
+    def mapped(states: torch.Tensor, module: str) -> torch.Tensor:
+        weights = [name for name in modules if name.startswith(module) and name.endswith("weight")]
+        for number, name in enumerate(weights):
+            states = functional.gelu(states) if number else states
+            states = functional.linear(states, modules[name], modules[name.replace("weight", "bias")])
+        return states
+
+    states_BTD = mapped(unit.inputs[..., : ends.features], "input_module.maps")
+    states_BTD = states_BTD + modules["input_module.places.0"][unit.inputs[..., -1].long()]
+    mask_BT = (torch.arange(unit.shape[1]) < torch.tensor(unit.row_lengths)[:, None]).long()
+    normed_BTD = body(inputs_embeds=ends.scale * states_BTD, attention_mask=mask_BT, use_cache=False).last_hidden_state
+    return mapped(normed_BTD[mask_BT.bool()], "output_module.maps")
+
+
+def plain_loop(source: ModelSource, config: RunConfig, file: Path) -> Adapter:
+    start, ends = start_of(source, config), RunSpec(config, source).values
+    model = plain_model(source, config, {name: array for name, array in start.items() if not is_of_values(name)})
+    modules = {
+        name.removeprefix(PREFIX): torch.nn.Parameter(torch.from_numpy(array.copy()))
+        for name, array in start.items()
+        if is_of_values(name)
+    }
+    body = model.get_base_model().model
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_of_peft(name))
+    learned = [*(p for p in model.parameters() if p.requires_grad), *modules.values()]
+    optimizer = plain_optimizer(learned, config)
+    for units in units_of(source, config, file, STEPS):
+        for unit in units:
+            wanted = unit.labels[~unit.labels[..., 0].isnan()]
+            error = (plain_values(body, modules, ends, unit) - wanted).square().sum()
+            (error / sum(one.count for one in units)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return plain_adapter(model) | {f"{PREFIX}{name}": p.detach().numpy().copy() for name, p in modules.items()}
+
+
+# ---------------------------------------------------------------- tests
+
+
+@pytest.mark.parametrize("hosts", [0, 1, 2])
+def test_one_device_trains_like_the_plain_loop(tiny: ModelSource, series_files: list[Path], hosts: int) -> None:
+    config = values_config(tiny, f"split.hosts={hosts}", "split.front=1")
+    found, reports = trained(tiny, config, series_files[:1])
+    assert same_bits(found, plain_loop(tiny, config, series_files[0]))
+    start = start_of(tiny, config)
+    assert all(not np.array_equal(found[name], start[name]) for name in found if is_of_values(name)), (
+        "all of it learned"
+    )
+    assert reports["device-1"].eval_sums.keys() == {"nmse", "samples"}
+
+
+@pytest.mark.parametrize("mode", ["joint", "sequential"])
+def test_the_number_of_hosts_changes_no_bit(tiny: ModelSource, series_files: list[Path], mode: str) -> None:
+    each = [
+        trained(tiny, values_config(tiny, f"split.hosts={hosts}", "split.front=0", "split.back=1", f"split.host_mode={mode}"), series_files)
+        for hosts in (1, 2)
+    ]  # fmt: skip
+    (one, first), (two, second) = each
+    assert same_bits(one, two)
+    for device in ("device-1", "device-2", "device-3"):
+        assert [step.loss_sum for step in first[device].steps] == [step.loss_sum for step in second[device].steps]
+        assert first[device].eval_sums == second[device].eval_sums
+
+
+def test_three_devices_with_copies_train_as_each_does_alone(tiny: ModelSource, series_files: list[Path]) -> None:
+    def by_device(config: RunConfig) -> dict[str, Adapter]:
+        found: dict[str, Adapter] = {f"device-{number}": {} for number in (1, 2, 3)}
+        for report in trained(tiny, config, series_files, 2)[1].values():
+            for one in report.contributions:
+                found[one.source] |= from_bytes(one.adapter)
+        return found
+
+    alone = by_device(values_config(tiny, "split.hosts=0"))
+    split = by_device(values_config(tiny, "split.host_mode=copies", "split.back=0"))
+    assert all(same_bits(split[name], alone[name]) for name in alone)
+
+
+@pytest.mark.parametrize("back", [0, 1])
+def test_hidden_states_of_real_tokens_travel_and_no_values(
+    tiny: ModelSource, series_files: list[Path], back: int
+) -> None:
+    """Bytes per direction: up every token of a micro-batch, padding too; down as many, or only what the back needs."""
+    config = values_config(tiny, "split.front=0", f"split.back={back}")
+    _, reports = trained(tiny, config, series_files[:1])
+    report = reports["device-1"]
+    payload = {(one.link, one.direction, one.kind): one.payload_bytes for one in report.bytes}
+    batches = units_of(tiny, config, series_files[0], STEPS)
+    state_bytes = 4 * tiny.hidden_size
+    padded = sum(unit.shape[0] * unit.shape[1] for units in batches for unit in units) * state_bytes
+    real = sum(unit.count for units in batches for unit in units) * state_bytes
+    assert payload["entry edge-1", "received", "GRAD"] == padded, "what stands in the place of the embedding learns"
+    assert payload["exit edge-1", "sent", "GRAD"] == (padded if back else real)
+    assert payload["exit edge-1", "received", "ACT"] - payload["exit edge-1", "sent", "GRAD"] > 0, (
+        "those that are measured"
+    )
+    assert {kind for _, _, kind in payload} >= {"ACT", "GRAD"}
+    assert "LABELS" not in {kind for _, _, kind in payload}
+
+
+def test_values_may_meet_a_base_in_bf16(tiny: ModelSource, series_files: list[Path]) -> None:
+    found = [
+        trained(tiny, values_config(tiny, "model.base=bf16", f"split.hosts={hosts}"), series_files[:1], 2)[0]
+        for hosts in (0, 1)
+    ]
+    assert same_bits(*found)
+    assert all(array.dtype == np.float32 for array in found[0].values())
