@@ -34,6 +34,7 @@ from server.model_checks import (
 )
 from server.private_checks import check_privacy
 from server.private_terms import check_devices as check_private_devices
+from server.value_checks import check_values
 from strategies.registry import BUILT_IN, Capabilities, LoadedStrategy, load_all
 
 
@@ -57,6 +58,7 @@ def check_config(
     names = {kind: getattr(strategy, kind) for kind in BUILT_IN}
     loaded = load_all(names, strategy.options, bounds, elsewhere=elsewhere)
     check_together(config)
+    check_values(config)
     check_optimizer(config)
     check_lateness(config)
     check_best(config)

@@ -179,6 +179,7 @@ class RunFolder:
             alpha=lora.alpha,
             targets=lora.targets,
             classes=self._spec.config.task.classes,
+            values=self._spec.values,
             kind=self._spec.kind,
             trained_on=self._base.as_json(),
         )

@@ -50,6 +50,7 @@ def write_result(folder: Path, source: ModelSource, *overrides: str, adapter: Ad
         targets=lora.targets,
         kind=RunSpec(config, source).kind,
         classes=config.task.classes,
+        values=RunSpec(config, source).values,
         trained_on=trained_on(source).as_json(),
     )
     return folder

@@ -32,7 +32,7 @@ from edgelam_fl.model.index import layer_number
 from edgelam_fl.model.lora import MAGNITUDE, PLAIN, A, B, LoraKind
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.tensor_file import write_tensors
-from edgelam_fl.model.value_ends import ValueEnds, is_of_input
+from edgelam_fl.model.value_ends import ValueEnds, is_of_input, is_of_values
 
 Adapter = dict[str, np.ndarray]
 JoinedLayout = tuple[tuple[str, tuple[int, ...]], ...]
@@ -372,6 +372,7 @@ def write_peft_folder(
     alpha: float,
     targets: Iterable[str],
     classes: Sequence[str] = (),
+    values: ValueEnds | None = None,
     kind: LoraKind = PLAIN,
     trained_on: Mapping[str, str] | None = None,
 ) -> None:
@@ -379,7 +380,8 @@ def write_peft_folder(
 
     A module whose rank differs from `rank` is scaled by its own rank, as in training. Carry factors are stacked with
     the adapter's factors. A cut adapter is written too, but peft leaves it out, and warns that it does not know the setting
-    "cut_adapter". With `classes`, the base must be opened by `AutoModelForSequenceClassification` with that many
+    "cut_adapter". So it does of the modules of a model of `values`, whose sizes are
+    "value_ends". With `classes`, the base must be opened by `AutoModelForSequenceClassification` with that many
     labels. trained_on: which weights the base had, in words; None: they are not known.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -389,7 +391,7 @@ def write_peft_folder(
     factors = {name.removesuffix(A): array for name, array in adapter.items() if name.endswith(A)}
     alphas = {_bare(module): kind.alpha_of(_bare(module), alpha) for module in factors}
     alphas |= {_bare(module): kind.alpha_for(scale, len(factors[module])) for module, scale in scales.items()}
-    heads = {name.rpartition(".")[0] for name in without_cut(adapter) if ".lora_" not in name}
+    heads = {name.rpartition(".")[0] for name in without_cut(adapter) if not (".lora_" in name or is_of_values(name))}
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if classes else "CAUSAL_LM",
@@ -414,6 +416,8 @@ def write_peft_folder(
         config["auto_mapping"] = {"trained_on": dict(trained_on)}
     if cut := cut_in(adapter, alpha):
         config["cut_adapter"] = asdict(cut)
+    if values is not None:
+        config["value_ends"] = asdict(values)
     temporary = folder / ".adapter_model.safetensors"
     temporary.unlink(missing_ok=True)
     note = {_CARRY_RANKS: json.dumps(own_ranks)} if config["alpha_pattern"] else {}

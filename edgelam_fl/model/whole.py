@@ -22,6 +22,7 @@ from edgelam_fl.model.cut import CUT_A, CUT_B, CutAdapter, cut_of, is_cut
 from edgelam_fl.model.modules import CutDown, CutUp
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import load_stages
+from edgelam_fl.model.value_ends import is_of_values
 
 
 def load_whole(source: ModelSource, base: str, chip: torch.device = CPU, *, classes: int = 0) -> Any:
@@ -44,7 +45,7 @@ def put_on(model: Any, adapter: Path) -> PeftModel:
             warnings.simplefilter("ignore")  # what peft would warn about is refused below
             tuned = PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True)
         with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as tensors:
-            stored = {name for name in tensors.keys() if not is_cut(name)}  # noqa: SIM118 - no mapping
+            stored = {name for name in tensors.keys() if not (is_cut(name) or is_of_values(name))}  # noqa: SIM118 - no mapping
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         raise ModelError(f"{adapter} cannot be put on its model: {' '.join(str(error).split())[:300]}") from error
     needed = get_peft_model_state_dict(tuned, save_embedding_layers=False).keys()

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.errors import ConfigError
+from edgelam_fl.tasks.kinds import values_of
 from edgelam_fl.telemetry.waiting import waiting
 
 if TYPE_CHECKING:  # without torch a wrong command is refused at once
@@ -47,6 +48,8 @@ def check_can_talk(config: RunConfig, prompt: str | None) -> None:
         )
     if config.task.classes:
         raise ConfigError(f"task.kind = {config.task.kind!r}: this run's model answers with a class, not with text")
+    if values_of(config.task.kind):
+        raise ConfigError(f"task.kind = {config.task.kind!r}: this run's model takes and gives values, not text")
     if prompt is not None and not prompt.strip():
         raise ConfigError("--prompt is empty; without it, `edgelam chat` takes one question after the other")
 

@@ -31,6 +31,7 @@ from edgelam_fl.serving.model_card import model_card
 from edgelam_fl.serving.modelfile import modelfile
 from edgelam_fl.serving.results import Result
 from edgelam_fl.serving.trained_on import TrainedOn, trained_on
+from edgelam_fl.tasks.kinds import values_of
 from edgelam_fl.telemetry.events import EVENTS_FILE, Event
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -98,6 +99,11 @@ def _check_options(result: Result, kind: str, dtype: str) -> None:
         raise ConfigError(
             f"wire.gradients = 'lowrank' in {result.folder}: its cut adapter is no LoRA of a module, so no other tool can load the "
             f"result; `edgelam chat {result.folder}` answers with it. A run with wire.gradients = 'full' can be exported"
+        )
+    if kind != "peft" and values_of(result.config.task.kind):
+        raise ConfigError(
+            f"task.kind = {result.config.task.kind!r} in {result.folder}: the modules in the places of embedding and head are no part of a "
+            f"language model; `--to peft` writes them with the adapter"
         )
     if kind == "gguf" and result.config.task.classes:
         raise ConfigError(

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from edgelam_fl.config import RunConfig
 from edgelam_fl.serving.trained_on import TrainedOn
+from edgelam_fl.tasks.kinds import values_of
 from edgelam_fl.telemetry.events import BestTaken, DeviceResult, Event, of_kind
 from edgelam_fl.telemetry.human import human_count, human_number
 from edgelam_fl.telemetry.measures import human_measure, measure_of
@@ -62,10 +63,17 @@ def _metadata(config: RunConfig, base: TrainedOn, form: str) -> str:
         base_model_relation=relation if base.is_public else None,
         license=base.licence or None,
         library_name=_LIBRARIES[form],
-        pipeline_tag="text-classification" if config.task.classes else "text-generation",
+        pipeline_tag=_pipeline(config),
         tags=[*_TAGS, *(["gguf"] if form == "gguf" else [])],
     )
     return data.to_yaml()
+
+
+def _pipeline(config: RunConfig) -> str | None:
+    """Returns the hub's word for what the model does; None: it has none."""
+    if values_of(config.task.kind):
+        return None
+    return "text-classification" if config.task.classes else "text-generation"
 
 
 def _named(base: TrainedOn) -> str:
@@ -114,7 +122,18 @@ def _use(config: RunConfig, base: TrainedOn, form: str) -> str:
         f"base = AutoModelFor{kind}.from_pretrained({place}{labels})\n"
         'model = PeftModel.from_pretrained(base, "THIS FOLDER")\ntokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")'
     )
-    return _code(lines) + told
+    return _code(lines) + told + _modules_told(config)
+
+
+def _modules_told(config: RunConfig) -> str:
+    """Says what belongs to an adapter of values that peft does not load."""
+    if values_of(config.task.kind) is None:
+        return ""
+    return (
+        "\n\nIt takes values in the place of tokens. The modules for that, `input_module` and `output_module` in "
+        "adapter_model.safetensors with their sizes under `value_ends` in adapter_config.json, are left out by peft: their code is "
+        "`edgelam_fl.model.task_modules`."
+    )
 
 
 def _lacking(config: RunConfig) -> str:

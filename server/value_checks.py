@@ -1,0 +1,98 @@
+"""Checks a run file for settings that are about texts in a task of values, and for [radio] in a task of texts. Knows no model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from edgelam_fl.config import RunConfig
+from edgelam_fl.errors import ConfigError
+from edgelam_fl.model.adapter import LM_HEAD
+from edgelam_fl.plan.modes import label_place
+from edgelam_fl.tasks.kinds import TASKS, values_of
+
+_OF_TEXTS = ("template", "loss_on", "too_long", "label_smoothing", "weighting")  # keys of [task]
+
+
+class _Unfit(NamedTuple):
+    """A setting that a task of values cannot be combined with."""
+
+    key: str
+    value: Any
+    why: str
+    allowed: str
+
+
+def check_values(config: RunConfig) -> None:
+    """Raises ConfigError for the first setting that does not go with what the task learns from."""
+    kind = config.task.kind
+    if values_of(kind) is None:
+        _check_no_radio(config)
+        return
+    found = next(_unfit(config), None)
+    if found is not None:
+        raise ConfigError(
+            f"{found.key} = {found.value!r} cannot be combined with task.kind = {kind!r}: {found.why}. Allowed: {found.allowed}"
+        )
+    if config.radio.series > config.task.max_tokens:
+        raise ConfigError(
+            f"radio.series = {config.radio.series} must be at most task.max_tokens = {config.task.max_tokens}, as each series is a token. "
+            f"Allowed: fewer series, or a larger max_tokens"
+        )
+
+
+def _check_no_radio(config: RunConfig) -> None:
+    standard = RunConfig().radio
+    for key, value in config.radio.model_dump().items():
+        if value != getattr(standard, key):
+            kinds = " or ".join(repr(name) for name, kind in TASKS.items() if kind.values) or "a task of values"
+            raise ConfigError(
+                f"radio.{key} = {value!r} has no effect with task.kind = {config.task.kind!r}, which learns from texts. Allowed: leave it "
+                f"out, or task.kind = {kinds}"
+            )
+
+
+def _unfit(config: RunConfig) -> Iterator[_Unfit]:
+    """Yields the settings that a task of values cannot be combined with."""
+    task, split, privacy, train = config.task, config.split, config.privacy, config.lora.train
+    standard = RunConfig()
+    for key in _OF_TEXTS:
+        if getattr(task, key) != getattr(standard.task, key):
+            yield _Unfit(f"task.{key}", getattr(task, key), "it is about texts", "leave it out")
+    if config.data.fields != standard.data.fields:
+        names = (*config.data.fields.prompts, config.data.fields.answer)
+        yield _Unfit(
+            "data.fields", list(names), "the arrays of a file have the names that the task gives them", "leave it out"
+        )
+    if not label_place(split.labels).on_device:
+        yield _Unfit(
+            "split.labels", split.labels, "a host takes labels that are tokens or classes", "split.labels = 'device'"
+        )
+    if isinstance(split.fronts, str):
+        yield _Unfit("split.fronts", split.fronts, "what a front hides is measured on texts", "split.front = NUMBER")
+    if split.trust.startswith("measured"):
+        yield _Unfit(
+            "split.trust", split.trust, "what hosts can read is measured on texts", "split.trust = 'hosts' or 'none'"
+        )
+    if size := config.wire.front_cache_mb:
+        yield _Unfit(
+            "wire.front_cache_mb", size, "what stands in the place of the embedding learns", "front_cache_mb = 0"
+        )
+    for key in ("cut_clip", "disguise", "private_front"):
+        if value := getattr(privacy, key):
+            why = "it defends tokens, or the layers behind a table of tokens"
+            yield _Unfit(f"privacy.{key}", value, why, "leave it out")
+    if head := next((word for word in config.lora.modules_to_save if LM_HEAD.endswith(word)), ""):
+        yield _Unfit(
+            "lora.modules_to_save",
+            head,
+            "the task's own module stands in the place of the head, and always learns",
+            "leave it out",
+        )
+    if "back" not in train:
+        yield _Unfit(
+            "lora.train",
+            list(train),
+            "the modules in the places of embedding and head learn with the back",
+            "lora.train with 'back'",
+        )
