@@ -31,7 +31,7 @@ from edgelam_fl.wire import edgelam_pb2 as pb
 from server.emulated_channel import EmulatedChannel, RoundOnAir
 from server.global_adapter import first_adapter
 from server.private_sums import PrivateSums
-from server.private_terms import NOT_COVERED, UNIT, Terms, messages_of, shares_hosts, why_broken
+from server.private_terms import NOT_COVERED, UNIT, Terms, adversary_of, messages_of, shares_hosts, why_broken
 from strategies.aggregation.factors import A, B
 
 LEDGER = "privacy.json"
@@ -71,7 +71,7 @@ class Ledger:
         self._file, self._terms = folder / LEDGER, terms
         self.rounds = 0
         if self._file.exists():
-            self._resume(json.loads(self._file.read_text(encoding="utf-8")), goes_on)
+            self._resume(self._read(), goes_on)
 
     @property
     def epsilon(self) -> float:
@@ -89,9 +89,23 @@ class Ledger:
         write_atomically(self._file, json.dumps(self._line() | {"rounds": self.rounds}) + "\n", durable=True)
         sync_folder(self._file.parent)
 
-    def _resume(self, line: Mapping[str, object], goes_on: bool) -> None:
-        rounds, own = line.get("rounds"), self._line()
-        if not isinstance(rounds, int) or {key: line.get(key) for key in own} != own:
+    def _read(self) -> Mapping[str, object]:
+        """Returns what the file says. Raises ConfigError if it does not say what was spent."""
+        try:
+            line = json.loads(self._file.read_text(encoding="utf-8"))
+        except ValueError:
+            line = None
+        rounds = line.get("rounds") if isinstance(line, dict) else None
+        if not isinstance(line, dict) or not isinstance(rounds, int) or rounds < 0:
+            raise ConfigError(
+                f"{self._file.name} in this run's folder is damaged: what was spent of the privacy budget cannot be known. Start a run "
+                f"with a folder of its own"
+            )
+        return line
+
+    def _resume(self, line: Mapping[str, Any], goes_on: bool) -> None:
+        rounds, own = line["rounds"], self._line()
+        if {key: line.get(key) for key in own} != own:
             raise ConfigError(
                 f"{self._file.name} in this run's folder was kept for other terms ({_words(line)}) than this run's ({_words(own)}): "
                 f"what was spent there cannot be counted here. Start a run with a folder of its own"
@@ -194,7 +208,7 @@ class PrivateRun:
             denominator=terms.expected,
             accountant=terms.accountant,
             unit=UNIT,
-            adversary=terms.mode.adversary,
+            adversary=adversary_of(self.spec.config),
             messages=messages_of(self.spec.config),
             not_covered=NOT_COVERED,
         )

@@ -244,6 +244,13 @@ def terms_of(config: RunConfig, sampling_rate: float, devices: int) -> Terms:
     )
 
 
+def adversary_of(config: RunConfig) -> str:
+    """Says against whom a run's promise holds."""
+    mode, split = MODES[config.privacy.mode], config.split
+    devices_host = split.hosts and split.host_on == "any" and mode.word == "central"
+    return mode.adversary + "; devices that host for others are such hosts" * bool(devices_host)
+
+
 def messages_of(config: RunConfig) -> str:
     """Says which messages of a run the promise covers."""
     covered = [] if only_hosts_train(config) else [MODES[config.privacy.mode].messages]

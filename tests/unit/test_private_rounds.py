@@ -364,6 +364,23 @@ def test_a_run_goes_on_with_the_ledger_of_its_folder(federation: MakeFederation)
     assert again.events("privacy_spent")[0]["epsilon"] == epsilon_of(Releases(2.0, 2), 1e-5)
 
 
+@pytest.mark.parametrize("text", ['{"rounds": 1', "[]", '{"rounds": -3}', '{"rounds": "1"}'])
+def test_a_damaged_ledger_is_no_empty_one(federation: MakeFederation, text: str) -> None:
+    run = private(federation, "ab")
+    (run.folder.path / LEDGER).write_text(text)
+    with pytest.raises(ConfigError, match=r"privacy\.json in this run's folder is damaged"):
+        run.run()
+
+
+def test_who_is_trusted_is_said_also_if_devices_host(federation: MakeFederation) -> None:
+    said = []
+    for overrides in ((), ("split.host_on=any",)):
+        run = federation("ab", "e", "privacy.mode=central", "privacy.noise=20.0", "federation.rounds=1", *overrides)
+        run.run()
+        said.append(run.events("privacy_promised")[0]["adversary"])
+    assert ["devices that host for others" in words for words in said] == [False, True]
+
+
 def test_a_spent_budget_is_not_spent_again(federation: MakeFederation) -> None:
     first = private(federation, "ab", "privacy.noise=0.0", "privacy.epsilon=4.0")
     first.run()
