@@ -6,6 +6,7 @@ Knows their command lines and environments; knows neither runs nor what the proc
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +55,9 @@ class NodeProcesses:
     """Modules that a run may take metrics of its own from, and perhaps an absolute folder of such modules."""
     children: dict[str, Child] = field(default_factory=dict)
     """The processes by their kind, once started."""
-    _restarts: Restarts = field(default_factory=Restarts)
+    _restarts: defaultdict[str, Restarts] = field(
+        default_factory=lambda: defaultdict(Restarts)
+    )  # by the process's kind
 
     def start(self) -> None:
         """Starts all processes; the stage host serves once `ready` is true."""
@@ -109,13 +112,13 @@ class NodeProcesses:
         self._start_stage_host()
 
     def watch(self) -> str:
-        """Restarts a process that has ended; returns what happened, empty if nothing. Raises RunFailed if it keeps ending."""
+        """Restarts a process that has ended; returns what happened, empty if nothing. Raises RunFailed if one of them keeps ending."""
         for kind, child in self.children.items():
             shorten(child.log)
             problem = child.ended()
             if not problem:
                 continue
-            self._restarts.note(problem)
+            self._restarts[kind].note(problem)
             self._starters()[kind]()
             return f"{problem}; it was started again"
         return ""

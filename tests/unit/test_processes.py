@@ -222,6 +222,27 @@ def test_what_was_started_is_counted(tmp_path: Path, edges: int, devices: int, w
     end_all([superlink])
 
 
+def test_ends_of_a_nodes_two_processes_are_not_added_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ending = ""
+
+    class Ending:
+        """A process that has ended if it is of the kind `ending`."""
+
+        def __init__(self, name: str, *_: object) -> None:
+            self.name, self.log = name, tmp_path / "log"
+
+        def ended(self) -> str:
+            return f"{self.name} ended" if self.name.endswith(ending) else ""
+
+    monkeypatch.setattr("edgelam_fl.federation.node_process.Child", Ending)
+    node = NodeProcesses("a", "127.0.0.1:1", tmp_path)
+    node.start()
+    for ending in ["stage host", "SuperNode"] * 3:
+        assert node.watch() == f"a's {ending} ended; it was started again"
+    with pytest.raises(RunFailed, match="a's SuperNode ended"):
+        node.watch()
+
+
 def test_a_process_that_keeps_ending_is_given_up() -> None:
     restarts = Restarts(most=2, within_s=3600.0)
     restarts.note("it ended")
