@@ -57,10 +57,15 @@ def leakage(
     from edgelam_fl.model.source import find_model
     from edgelam_fl.plan.making import task_settings
     from edgelam_fl.tasks.data import pairs_by
+    from edgelam_fl.tasks.kinds import values_of
     from edgelam_fl.tasks.named import local_data
     from edgelam_fl.telemetry.waiting import waiting
 
     config = read_run_file(file, overrides)
+    if values_of(config.task.kind):
+        raise ConfigError(
+            f"edgelam leakage reads texts, and task.kind = {config.task.kind!r} learns from values: nothing is measured"
+        )
     source = find_model(config.model.name)
     fronts = fronts_to_measure(config, source, cuts)
     if data is not None:  # before PyTorch is loaded, which takes seconds

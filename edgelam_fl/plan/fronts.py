@@ -20,6 +20,7 @@ from edgelam_fl.plan.modes import label_place
 from edgelam_fl.plan.spec import RunSpec
 from edgelam_fl.privacy.known import KnownLeakage, known_leakage
 from edgelam_fl.privacy.limits import MEASURE, HostReading, layers, percent, why_refused
+from edgelam_fl.tasks.kinds import values_of
 from edgelam_fl.wire import edgelam_pb2 as pb
 
 
@@ -38,7 +39,8 @@ def host_readings(config: RunConfig, digest: str = "") -> list[HostReading]:
 def host_readings_at(config: RunConfig, digest: str, ends: Collection[tuple[int, int]]) -> list[HostReading]:
     """Returns what hosts can read per pair (layers in front, layers at the back), the fewest first."""
     known, labels_sent = known_leakage(config.model.name, digest), not label_place(config.split.labels).on_device
-    return [HostReading(config.model.name, front, back, known, labels_sent) for front, back in sorted(ends)]
+    of_values = values_of(config.task.kind) is not None
+    return [HostReading(config.model.name, front, back, known, labels_sent, of_values) for front, back in sorted(ends)]
 
 
 def host_reading_of(plan: pb.Plan) -> HostReading | None:
@@ -48,7 +50,8 @@ def host_reading_of(plan: pb.Plan) -> HostReading | None:
         return None
     known = known_leakage(plan.model.name, leakage_key(plan.model.weights_digest, plan.model.files))
     back = plan.model.num_layers - route.back_first
-    return HostReading(plan.model.name, route.front, back, known, not label_place(plan.labels).on_device)
+    of_values = values_of(plan.task.kind) is not None
+    return HostReading(plan.model.name, route.front, back, known, not label_place(plan.labels).on_device, of_values)
 
 
 def why_owner_refuses(config: RunConfig, digest: str, device: pb.Profile) -> str:

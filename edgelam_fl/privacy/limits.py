@@ -12,6 +12,7 @@ from edgelam_fl.config import most_read_by_hosts
 from edgelam_fl.privacy.known import KnownLeakage
 
 MEASURE = "`edgelam leakage RUN.toml` measures it on this machine"
+_OF_VALUES = "not measured: the attacks that are played here read texts"
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,14 @@ class HostReading:
     """None: the model was not measured."""
     labels_sent: bool = False
     """Whether the last host gets the labels themselves (split.labels = 'last-stage')."""
+    of_values: bool = False
+    """Whether the device learns from values, of which nothing was measured, in the place of texts."""
 
     @property
     def text(self) -> float | None:
         """Share of the text's tokens, in [0, 1]; without a layer in front all of them, of any model. None: not measured."""
+        if self.of_values:
+            return None
         return self.known.share_read(self.front) if self.known else 1.0 if self.front == 0 else None
 
     @property
@@ -47,6 +52,8 @@ class HostReading:
 
     def words(self) -> str:
         """Says in one sentence, without a full stop, what hosts can read."""
+        if self.of_values:
+            return f"what a host can read of a device's values is {_OF_VALUES}"
         if self.text is None:
             said = f"what a host can read of a device's text is not measured for {self.model}; {MEASURE}"
         else:
@@ -78,6 +85,8 @@ def why_refused(trust: str, reading: HostReading) -> str:
     if reading.labels_sent:
         return "it limits what hosts read, and this plan sends the labels to the last host"
     limit, worst = most_read_by_hosts(trust), reading.worst
+    if reading.of_values:
+        return f"what hosts read is {_OF_VALUES}"
     if worst is None:
         return f"what hosts read is not measured for {reading.model}; {MEASURE}"
     if worst <= limit:

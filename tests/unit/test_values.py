@@ -16,7 +16,9 @@ from edgelam_fl.model.memory import weights_bytes
 from edgelam_fl.model.source import ModelSource
 from edgelam_fl.model.stage import Span, load_stages
 from edgelam_fl.model.value_ends import ValueEnds, is_of_input, is_of_values
+from edgelam_fl.plan.fronts import host_readings
 from edgelam_fl.plan.spec import RunSpec
+from edgelam_fl.privacy.limits import why_refused
 from edgelam_fl.serving.chat import check_can_talk
 from edgelam_fl.serving.export import export
 from edgelam_fl.serving.results import open_result
@@ -152,3 +154,12 @@ def test_settings_that_go_with_values(tiny: ModelSource, overrides: list[str]) -
 def test_settings_that_do_not_go_with_values(tiny: ModelSource, overrides: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         check_config(run_config(tiny.name, *SETTINGS, *overrides))
+
+
+def test_what_hosts_read_of_values_is_not_said_in_numbers_of_texts() -> None:
+    config = run_config("smollm2-135m", *SETTINGS)
+    (reading,) = host_readings(config)
+    assert reading.words().startswith("what a host can read of a device's values is not measured")
+    assert (reading.text, reading.worst) == (None, None)
+    assert "is not measured" in why_refused("measured:0.5", reading)
+    assert not why_refused("hosts", reading)
