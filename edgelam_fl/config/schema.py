@@ -229,7 +229,10 @@ class FieldNames(Section):
 
 
 class TaskSection(Section):
-    kind: str = Field("causal-lm", description="what is learned: causal-lm, or classification (with classes)")
+    kind: str = Field(
+        "causal-lm",
+        description="what is learned: causal-lm, classification (with classes), or channel-prediction (with [radio])",
+    )
     classes: Annotated[tuple[str, ...], _LISTED] = Field(
         (), description="names of the classes, as the answers in the data spell them; for a classification only"
     )

@@ -17,7 +17,7 @@ from edgelam_fl.tasks.arrays import Array, Sample, device_samples
 from edgelam_fl.tasks.arrays import place_of as place_of_sample
 from edgelam_fl.tasks.data import DataSettings, DevicePairs, Pair, TaskSettings, device_pairs, place_of
 from edgelam_fl.tasks.metrics import check_metrics
-from edgelam_fl.tasks.radio import RadioSettings
+from edgelam_fl.tasks.radio import CHANNELS, RadioSettings, channel_ends
 
 if TYPE_CHECKING:
     from edgelam_fl.tasks.base import Task
@@ -45,6 +45,9 @@ class TaskKind:
 TASKS = {
     "causal-lm": TaskKind("edgelam_fl.tasks.causal_lm:CausalLm"),
     "classification": TaskKind("edgelam_fl.tasks.classification:Classification", answers="class"),
+    "channel-prediction": TaskKind(
+        "edgelam_fl.tasks.channel_prediction:ChannelPrediction", answers="values", values=Values(CHANNELS, channel_ends)
+    ),
 }
 
 

@@ -26,14 +26,29 @@ class RadioSettings(Protocol):
     def duplex(self) -> str: ...
 
 
+class SeededRadio(RadioSettings, Protocol):
+    """These settings and the seed of the noise, as in a plan."""
+
+    @property
+    def seed(self) -> int: ...
+
+
+class RadioTaskSettings(Protocol):
+    """The settings of a radio task in a plan."""
+
+    @property
+    def radio(self) -> SeededRadio: ...
+
+
 CHANNELS = (
     Array("up", _BAND),
     Array("down", _BAND, required=False),
-    Array("speed_kmh", (SAMPLES,), is_complex=False, required=False),
+    Array("speed_kmh", (SAMPLES,), is_complex=False),
 )
 """Channels of the band that is heard and of the other one, as `edgelam_fl.wireless.channels.store` keeps them, and speeds."""
 
 
 def channel_ends(settings: RadioSettings) -> ValueEnds:
-    """Returns the sizes for channel prediction: past slots of a series and its power in, its future slots out."""
-    return ValueEnds(2 * settings.history_slots + 1, 2 * settings.future_slots, (DIRECTIONS, DELAY_BINS))
+    """Returns the sizes for channel prediction: a series' past slots, power and autoregression in, its future slots out."""
+    parts_ahead = 2 * settings.future_slots
+    return ValueEnds(2 * settings.history_slots + 1 + parts_ahead, parts_ahead, (DIRECTIONS, DELAY_BINS))

@@ -23,6 +23,7 @@ from edgelam_fl.wireless.prediction.extrapolation import (
     zero,
 )
 from edgelam_fl.wireless.prediction.ridge import Ridge, RidgeAcross, RidgeByBin, RidgeBySpeed
+from edgelam_fl.wireless.prediction.rows import channel_of, corrections, inputs_of, strong_series
 from edgelam_fl.wireless.prediction.score import AHEAD, PAST, errors, future_of, nmse_db, past_of, spectral_efficiency
 from edgelam_fl.wireless.prediction.series import channels_of, projected, strongest
 
@@ -186,3 +187,36 @@ def test_the_networks_benchmark_scores_all_seeds() -> None:
     values = {figure.name: figure.value for figure in figures}
     assert values["network on series, all"] < 3.0
     assert values["trainable parameters"] == 311_816
+
+
+# ---------------------------------------------------------------- as rows for a learned predictor
+
+
+def test_a_perfect_correction_leaves_the_weaker_series_alone_and_errors_add_up() -> None:
+    seen, future = with_noise(past_of(links().up_NTFM), SNR_DB, seed=4), future_of(links().up_NTFM)
+    for most, other_band in ((6, False), (400, False), (40, True)):
+        for number, link in enumerate(strong_series(seen[:4], NOISE, AHEAD, most, other_band=other_band)):
+            wanted, weights, remaining = corrections(link, future[number])
+            for given in (wanted, 0 * wanted, 0.5 * wanted):
+                (error,) = errors(channel_of(link, given)[None], future[number][None])
+                summed = remaining + float(weights @ np.sum((given - wanted) ** 2, axis=1))
+                assert error == pytest.approx(summed, rel=1e-3)
+
+
+def test_no_correction_is_better_than_what_the_link_alone_gives_otherwise() -> None:
+    """Equations of both ways of reading a series let less noise into the weights."""
+
+    def corrected(seen: Channels_NTFM) -> Channels_NTFM:
+        found = strong_series(seen, NOISE, AHEAD, 1)
+        return np.stack([channel_of(link, np.zeros((1, 2 * AHEAD), np.float32)) for link in found])
+
+    assert scored(corrected) < scored(lambda seen: subspace(seen, NOISE, by_bin=True))
+
+
+def test_a_link_of_noise_alone_keeps_its_strongest_series() -> None:
+    noise = with_noise(np.zeros((2, PAST, 48, 32), np.complex64), 0.0, seed=1)
+    assert [len(link.places_K) for link in strong_series(noise, 100.0, AHEAD, 8)] == [1, 1]
+    assert all(
+        inputs_of(link, 100.0).shape == (1, 2 * PAST + 1 + 2 * AHEAD + 2)
+        for link in strong_series(noise, 100.0, AHEAD, 8)
+    )

@@ -26,14 +26,14 @@ def zero(past_NTFM: Channels_NTFM) -> Channels_NTFM:
     return np.zeros_like(past_NTFM[:, :AHEAD])
 
 
-def last_value(past_NTFM: Channels_NTFM) -> Channels_NTFM:
+def last_value(past_NTFM: Channels_NTFM, ahead: int = AHEAD) -> Channels_NTFM:
     """Predicts that the channel stays as it was in the last slot."""
-    return np.repeat(past_NTFM[:, -1:], AHEAD, axis=1)
+    return np.repeat(past_NTFM[:, -1:], ahead, axis=1)
 
 
-def own_history(past_NTFM: Channels_NTFM, order: int = 8) -> Channels_NTFM:
+def own_history(past_NTFM: Channels_NTFM, order: int = 8, ahead: int = AHEAD) -> Channels_NTFM:
     """Predicts by one AR per link, fitted to all of its subcarriers and ports."""
-    return np.stack([_flat(past, order) for past in past_NTFM])
+    return np.stack([_flat(past, order, ahead) for past in past_NTFM])
 
 
 def own_history_by_bin(past_NTFM: Channels_NTFM, order: int = 4) -> Channels_NTFM:
@@ -58,10 +58,10 @@ def subspace(past_NTFM: Channels_NTFM, noise_power: float, order: int = 8, *, by
     return channels_of(np.stack([continued(series, order) for series in kept_NTFE]), directions_NME)
 
 
-def _flat(past_TFM: npt.NDArray[np.complexfloating], order: int) -> npt.NDArray[np.complex64]:
+def _flat(past_TFM: npt.NDArray[np.complexfloating], order: int, ahead: int = AHEAD) -> npt.NDArray[np.complex64]:
     """Continues all series of a link with one AR."""
     series = past_TFM.reshape(1, len(past_TFM), -1).swapaxes(1, 2)
-    return autoregress(series, order)[0].T.reshape(AHEAD, *past_TFM.shape[1:]).astype(np.complex64)
+    return autoregress(series, order, ahead)[0].T.reshape(ahead, *past_TFM.shape[1:]).astype(np.complex64)
 
 
 def _by_bin(past_TFM: npt.NDArray[np.complexfloating], order: int) -> npt.NDArray[np.complex64]:
@@ -69,16 +69,30 @@ def _by_bin(past_TFM: npt.NDArray[np.complexfloating], order: int) -> npt.NDArra
     return autoregress(past_TFM.transpose(1, 2, 0), order).transpose(2, 0, 1).astype(np.complex64)
 
 
-def autoregress(series_GST: _Series_GST, order: int) -> npt.NDArray[np.complex128]:
-    """Continues each series by four slots, `[G, S, 4]`, with the weights that fit its group best (ridge, least squares)."""
+def autoregress(
+    series_GST: _Series_GST, order: int, ahead: int = AHEAD, *, both_ways: bool = False
+) -> npt.NDArray[np.complex128]:
+    """Continues each series by `ahead` slots, `[G, S, ahead]`, with the weights that fit its group best (ridge, least squares).
+
+    both_ways: the weights also fit the conjugate of the series read backwards, which a sum of waves obeys as well: twice as many
+    equations, so less of the noise gets into the weights (the modified covariance method).
+    """
     series = series_GST.astype(np.complex128)
-    windows = sliding_window_view(series, order + 1, axis=2).reshape(len(series), -1, order + 1)
+    windows = _windows(series, order)
+    if both_ways:
+        windows = np.concatenate([windows, _windows(series[..., ::-1].conj(), order)], axis=1)
     before, after = windows[..., :order], windows[..., order:]
     gram = before.conj().swapaxes(1, 2) @ before
     load = RIDGE * np.trace(gram, axis1=1, axis2=2).real / order + LEAST_POWER
     gram = gram + load[:, None, None] * np.eye(order)
     weights_GP = np.linalg.solve(gram, before.conj().swapaxes(1, 2) @ after)[..., 0]
-    for _ in range(AHEAD):
+    for _ in range(ahead):
         following = np.einsum("gsp,gp->gs", series[..., -order:], weights_GP)
         series = np.concatenate([series, following[..., None]], axis=2)
-    return series[..., -AHEAD:]
+    return series[..., -ahead:]
+
+
+def _windows(series_GST: _Series_GST, order: int) -> _Series_GST:
+    """Returns each group's equations as rows: `order` slots and the one after them, `[G, S (T - order), order + 1]`."""
+    groups, series, slots = series_GST.shape
+    return sliding_window_view(series_GST, order + 1, axis=2).reshape(groups, series * (slots - order), order + 1)
