@@ -41,13 +41,17 @@ BAR_PERCENT = 5.0
 
 @dataclass(frozen=True)
 class Mode:
-    """A private mode, as a run file and the server's plans ask for it. `common`: keys of the plain rounds too."""
+    """A private mode, as a run file and the server's plans ask for it. `common`: keys of the plain rounds too.
+
+    `keeps`: whether nodes have a folder, for fronts that stay there; the plain rounds' then have one, and all write snapshots.
+    """
 
     name: str
     privacy: RoundPrivacy | None = None
     keys: tuple[str, ...] = ()
     plain_keys: tuple[str, ...] = ()
     common: tuple[str, ...] = ()
+    keeps: bool = False
 
 
 CENTRAL = RoundPrivacy(clip=1.0, noise=1.0, devices=DEVICES)
@@ -63,7 +67,7 @@ MODES = (
     Mode("cut_clip", keys=(LIMIT,)),
     Mode("cut_noise", keys=(LIMIT, "privacy.cut_noise=0.25")),
     Mode("disguise", keys=("privacy.disguise=0.3",)),
-    Mode("private_front", keys=("privacy.private_front=true",)),
+    Mode("private_front", keys=("privacy.private_front=true",), keeps=True),
     Mode("low-rank", keys=("wire.gradients=lowrank", "lora.train=back"), plain_keys=("lora.train=['hosts','back']",)),
 )
 
@@ -114,8 +118,8 @@ def _pairs(
     ]
     plain_config, private_config = configs
     with (
-        memory_fleet(model, plain_config, files, state=folder / "plain") as plain,
-        memory_fleet(model, private_config, files, state=folder / "private") as private,
+        memory_fleet(model, plain_config, files, state=folder / "plain" if mode.keeps else None) as plain,
+        memory_fleet(model, private_config, files, state=folder / "private" if mode.keeps else None) as private,
     ):
         private.privacy = mode.privacy
         sides = [
